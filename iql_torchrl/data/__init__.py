@@ -1,0 +1,1 @@
+"""Offline data made right: readers, one checked schema, explicit scaling, TorchRL buffers."""
