@@ -1,0 +1,183 @@
+"""From one module, a list or a factory to K critics, and the bookkeeping their targets need.
+
+TorchRL's ``LossModule.convert_to_functional`` does the conversion. What it gets wrong for
+critics is put right here: it redraws weights uniformly, and it leaves shared trunks and buffers
+of the target critics behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict
+from tensordict.nn import TensorDictModule, TensorDictParams
+from torch import Tensor, nn
+
+Critics = TensorDictModule | Sequence[TensorDictModule] | Callable[[], TensorDictModule]
+
+
+def list_critics(critics: Critics, num_critics: int) -> TensorDictModule | list[TensorDictModule]:
+    """The module alone, or a list of exactly ``num_critics`` modules (a factory is called K times).
+
+    Raises ``ValueError`` when a list has another length, ``TypeError`` on anything else, and
+    ``ValueError`` when a lone module that must become K critics has uninitialised (lazy) weights.
+    """
+    if isinstance(critics, nn.Module):
+        if num_critics > 1:
+            _refuse_lazy(critics)
+        return critics
+    if callable(critics):
+        critics = [critics() for _ in range(num_critics)]
+    if not isinstance(critics, Sequence) or not all(isinstance(c, nn.Module) for c in critics):
+        raise TypeError(
+            f"qvalue_network is {type(critics).__name__}; wanted a TensorDictModule, a list of "
+            "them, or a function without arguments that returns one."
+        )
+    if len(critics) != num_critics:
+        raise ValueError(
+            f"qvalue_network lists {len(critics)} critics and num_qvalue_nets is {num_critics}; "
+            f"pass num_qvalue_nets={len(critics)}."
+        )
+    return critics[0] if num_critics == 1 else list(critics)
+
+
+def _refuse_lazy(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if torch.nn.parameter.is_lazy(parameter):
+            raise ValueError(
+                f"qvalue_network's parameter {name!r} is not initialised yet (a lazy layer); run "
+                "one batch through the network before building the loss."
+            )
+
+
+def draw_critics(tensor: Tensor, num_critics: int) -> Tensor:
+    """``num_critics`` initialisations stacked, shape ``(K, *tensor.shape)``.
+
+    Critic 0 keeps ``tensor``. The others are independent draws at the same scale:
+
+    - a frozen tensor (``requires_grad=False``) or one whose entries are all equal (zero biases,
+      unit norm scales) is copied;
+    - a matrix or kernel whose rows or columns are orthogonal with one common norm is drawn
+      afresh as an orthogonal matrix with that norm (Saxe et al. 2014);
+    - any other tensor is drawn entry by entry, with replacement, from its own entries.
+    """
+    source = tensor.detach()
+    first = source.flatten()[:1]
+    if not tensor.requires_grad or bool((source == first).all()):
+        draws = [source] * (num_critics - 1)
+    elif (gain := _orthogonal_gain(source)) is not None:
+        draws = [nn.init.orthogonal_(torch.empty_like(source), gain) for _ in range(num_critics - 1)]
+    else:
+        flat = source.flatten()
+        index = torch.randint(flat.numel(), (num_critics - 1, flat.numel()), device=flat.device)
+        draws = list(flat[index].unflatten(-1, source.shape).unbind(0))
+    return torch.stack([source, *draws])
+
+
+def _orthogonal_gain(weight: Tensor) -> float | None:
+    """Common norm of the orthogonal rows (or columns, if fewer) of a matrix, else ``None``."""
+    if weight.ndim < 2:
+        return None
+    matrix = weight.flatten(1).double()
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = matrix.T
+    if matrix.shape[0] < 2:  # one row is orthogonal to nothing: no evidence of a scheme
+        return None
+    gram = matrix @ matrix.T
+    square = gram.diagonal().mean()
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    tolerance = 1e-3 * square
+    if not bool(((gram - square * identity).abs() <= tolerance).all()):
+        return None
+    return float(square.sqrt())
+
+
+def initialise_critics(live: TensorDictParams, target: TensorDictParams, module: nn.Module) -> None:
+    """Write :func:`draw_critics` of ``module``'s parameters into ``live`` and ``target`` in place."""
+    num_critics = live.shape[0]
+    with torch.no_grad():
+        for key, parameter in TensorDict.from_module(module).items(True, True):
+            leaf = live.get(key)
+            if leaf.requires_grad:  # neither a buffer nor a trunk that another network owns
+                draws = draw_critics(parameter, num_critics)
+                leaf.data.copy_(draws)
+                target.get(key).data.copy_(draws)
+                leaf.requires_grad_(parameter.requires_grad)
+
+
+class SharedLeaves:
+    """Entries of a network's parameters that belong to another network of the same loss.
+
+    With ``separate_losses=True`` a trunk used by the actor and by the critics is trained by the
+    actor's loss alone. The critics read it without gradient, and their targets must still
+    average it: TorchRL's updaters follow a source only if it requires a gradient. So the critics
+    hold a mirror: a parameter with the owner's storage, never given a gradient, never listed
+    among the loss's parameters. Buffers of target critics are tied to the live ones the same way.
+
+    ``tie`` restores shared storage after a copy or a change of device or dtype.
+    """
+
+    def __init__(self) -> None:
+        self.trunk: list[tuple[str, NestedKey, str, NestedKey]] = []
+        self.buffers: list[tuple[str, NestedKey]] = []
+
+    def find_trunk(
+        self, name: str, modules: Sequence[nn.Module], owners: dict[str, nn.Module]
+    ) -> None:
+        """Record the entries that every one of ``modules`` shares with an owner, first owner wins."""
+        owned: dict[int, tuple[str, NestedKey]] = {}
+        for owner, module in owners.items():
+            for key, parameter in TensorDict.from_module(module).items(True, True):
+                owned.setdefault(id(parameter), (owner, key))
+        tables = [dict(TensorDict.from_module(module).items(True, True)) for module in modules]
+        for key, parameter in tables[0].items():
+            same = all(table.get(key) is parameter for table in tables)
+            if isinstance(parameter, nn.Parameter) and same and id(parameter) in owned:
+                self.trunk.append((name, key, *owned[id(parameter)]))
+
+    def find_buffers(self, name: str, params: TensorDictParams) -> None:
+        """Record the entries that are no parameters: statistics, constants."""
+        for key, leaf in params.items(True, True):
+            if not isinstance(leaf, nn.Parameter):
+                self.buffers.append((name, key))
+
+    def install(self, loss: nn.Module) -> None:
+        """Put the mirrors in place."""
+        for name, key, _, _ in self.trunk:
+            params = getattr(loss, f"{name}_params")
+            params.set(key, nn.Parameter(params.get(key).detach(), requires_grad=True))
+
+    def tie(self, loss: nn.Module) -> None:
+        """Let every mirror use its owner's storage, and target buffers the live ones'."""
+        for name, key, owner, owner_key in self.trunk:
+            mirror = getattr(loss, f"{name}_params").get(key)
+            mirror.data = getattr(loss, f"{owner}_params").get(owner_key).data.expand(mirror.shape)
+        for name, key in self.buffers:
+            live = getattr(loss, f"{name}_params").get(key)
+            loss._modules[f"target_{name}_params"].get(key).data = live.data
+
+    def mirrors(self, loss: nn.Module) -> set[int]:
+        """Identities of the mirrors, which belong in no optimiser."""
+        return {id(getattr(loss, f"{name}_params").get(key)) for name, key, _, _ in self.trunk}
+
+    def without_gradient(self, name: str, params: Any) -> Any:
+        """``params`` of the network ``name`` with its shared entries detached."""
+        keys = [key for network, key, _, _ in self.trunk if network == name]
+        if not keys:
+            return params
+        params = params.copy()
+        for key in keys:
+            params.set(key, params.get(key).detach())
+        return params
+
+    def with_spare_buffers(self, name: str, params: Any) -> Any:
+        """Target ``params`` whose buffers are copies: a forward pass in training mode may write."""
+        keys = [key for network, key in self.buffers if network == name]
+        if not keys:
+            return params
+        params = params.copy()
+        for key in keys:
+            params.set(key, params.get(key).clone())
+        return params

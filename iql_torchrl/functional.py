@@ -1,0 +1,189 @@
+"""The equations of Implicit Q-Learning on plain tensors.
+
+Data are positional, knobs are keyword-only, results are per sample unless the name says
+otherwise. Equation numbers refer to Kostrikov et al. 2021, arXiv:2110.06169.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "effective_sample_size",
+    "expectile_loss",
+    "exponential_weight",
+    "pick_action",
+    "quantile_loss",
+    "reduce",
+    "regression_loss",
+    "td_target",
+    "weighted_mean",
+]
+
+REGRESSION_LOSSES = {
+    "l1": F.l1_loss,
+    "l2": F.mse_loss,
+    "smooth_l1": F.smooth_l1_loss,
+}
+
+
+def expectile_loss(error: Tensor, *, expectile: float | Tensor) -> Tensor:
+    """Squared error weighted by its sign; minimised by the ``expectile`` of the target (eq. 5).
+
+    ``|expectile - 1(error < 0)| * error**2``, same shape as ``error``.
+
+    ``error`` is target minus prediction: with ``expectile > 0.5`` a prediction that is too low
+    costs more than one equally too high, so predictions settle in the upper tail. ``0.5`` is
+    half the squared error (the mean); ``1`` ignores predictions that are too high (the maximum).
+    """
+    return _tail_weight(error, expectile) * error.square()
+
+
+def quantile_loss(error: Tensor, *, quantile: float | Tensor) -> Tensor:
+    """Absolute error weighted by its sign (pinball); minimised by the ``quantile`` of the target.
+
+    ``|quantile - 1(error < 0)| * |error|``, same shape as ``error`` = target minus prediction.
+    ``0.5`` is half the absolute error (the median). Koenker and Bassett 1978.
+    """
+    return _tail_weight(error, quantile) * error.abs()
+
+
+def _tail_weight(error: Tensor, level: float | Tensor) -> Tensor:
+    return (level - (error < 0).to(error.dtype)).abs()
+
+
+def regression_loss(prediction: Tensor, target: Tensor, *, loss_function: str) -> Tensor:
+    """Element-wise ``"l2"``, ``"l1"`` or ``"smooth_l1"`` distance of two tensors of one shape.
+
+    Raises ``ValueError`` on another name or on shapes that differ (no silent broadcast).
+    """
+    if loss_function not in REGRESSION_LOSSES:
+        raise ValueError(
+            f"loss_function is {loss_function!r}; choose one of {sorted(REGRESSION_LOSSES)}."
+        )
+    if prediction.shape != target.shape:
+        raise ValueError(
+            f"prediction has shape {tuple(prediction.shape)} and target {tuple(target.shape)}; "
+            "expand the target first, so that nothing broadcasts by accident."
+        )
+    return REGRESSION_LOSSES[loss_function](prediction, target, reduction="none")
+
+
+def td_target(
+    reward: Tensor, next_value: Tensor, terminated: Tensor, *, gamma: float | Tensor
+) -> Tensor:
+    """One-step bootstrapped return ``reward + gamma * next_value``, all of one shape (eq. 6).
+
+    Where ``terminated`` is true the value of what follows is zero by definition, so
+    ``next_value`` is not read there, whatever it holds. Truncation is no argument: an episode
+    cut short by a clock still has a future. ``gamma`` may be a tensor (``gamma**n`` for n-step
+    rewards).
+    """
+    return reward + gamma * next_value.masked_fill(terminated, 0.0)
+
+
+def exponential_weight(
+    advantage: Tensor, *, temperature: float | Tensor, max_weight: float
+) -> Tensor:
+    """Weight of a sample in the policy's regression, ``min(exp(temperature * advantage), max_weight)``.
+
+    Shape of ``advantage``, range ``[0, max_weight]`` (eq. 7; the ceiling, 100, is the official
+    code's). ``temperature`` is an inverse temperature: 0 gives every sample weight 1 (behaviour
+    cloning), a large one keeps only the best actions. The exponent is capped before ``exp``, so
+    no advantage overflows and gradients stay finite; ``nan`` stays ``nan``.
+    """
+    exponent = temperature * advantage
+    ceiling = math.log(max_weight)
+    weight = exponent.clamp(max=ceiling).exp()
+    return torch.where(exponent >= ceiling, torch.full_like(weight, max_weight), weight)
+
+
+def pick_action(values: Tensor, action: Tensor) -> Tensor:
+    """Value of the action taken: ``(*K, *B, N)`` values of N actions -> ``(*K, *B)``.
+
+    ``action`` is one-hot ``(*B, N)`` or an index ``(*B, 1)`` or ``(*B,)``, told apart by shape in
+    this order. Write ``(*B, 1)`` where a batch is as long as there are actions.
+
+    Raises ``ValueError`` when there is a single action, or ``action`` fits none of the shapes.
+    """
+    num_actions = values.shape[-1]
+    if num_actions < 2:
+        raise ValueError(
+            f"values have shape {tuple(values.shape)}: the last dimension must hold one value per "
+            "action, at least two. A critic of (state, action) pairs belongs in IQLLoss."
+        )
+    index = _action_index(values, action, num_actions)
+    index = index.expand(values.shape[:-1]).unsqueeze(-1)
+    return values.gather(-1, index).squeeze(-1)
+
+
+def _action_index(values: Tensor, action: Tensor, num_actions: int) -> Tensor:
+    dims = action.ndim
+    batch = values.shape[:-1]
+    is_one_hot = dims > 0 and values.shape[values.ndim - dims :] == action.shape
+    if is_one_hot and (dims > 1 or values.ndim == 1):
+        return action.argmax(-1)
+    if dims > 0 and action.shape[-1] == 1 and batch[len(batch) - dims + 1 :] == action.shape[:-1]:
+        return action.squeeze(-1).long()
+    if batch[len(batch) - dims :] == action.shape:
+        return action.long()
+    raise ValueError(
+        f"action has shape {tuple(action.shape)} beside values of shape {tuple(values.shape)}; "
+        f"wanted one-hot (*B, {num_actions}), or indices of shape (*B, 1) or (*B,)."
+    )
+
+
+def effective_sample_size(weight: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """Kish's ``(sum w)**2 / sum w**2``: how many equal weights say as much. A scalar in [1, count].
+
+    Far below the batch size the policy learns from few samples: lower ``temperature``, or scale
+    the rewards down. Kish 1965, Survey Sampling. Zero when no weight is positive.
+    """
+    if mask is not None:
+        weight = weight.masked_fill(~mask, 0.0)
+    square = weight.square().sum()
+    return torch.where(square > 0, weight.sum().square() / square, torch.zeros_like(square))
+
+
+def weighted_mean(
+    value: Tensor, *, mask: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
+    """``sum(weight * value) / sum(weight)`` over the samples where ``mask`` is true, a scalar.
+
+    ``mask`` (bool) and ``weight`` have the shape of ``value``. What is masked is not read, so it
+    may be ``nan``. With nothing left the mean is 0 and carries a zero gradient.
+    """
+    if mask is not None:
+        value = value.masked_fill(~mask, 0.0)
+        weight = mask.to(value.dtype) if weight is None else weight.masked_fill(~mask, 0.0)
+    if weight is None:
+        return value.mean()
+    total = weight.sum()
+    return (weight * value).sum() / torch.where(total == 0, torch.ones_like(total), total)
+
+
+def reduce(
+    value: Tensor,
+    *,
+    reduction: str,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Reduce per-sample losses: ``"mean"`` (:func:`weighted_mean`), ``"sum"``, or ``"none"``.
+
+    With ``"none"`` the shape is kept and masked samples are 0. Raises ``ValueError`` on another
+    name.
+    """
+    if reduction == "mean":
+        return weighted_mean(value, mask=mask, weight=weight)
+    if reduction not in ("sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}; choose 'mean', 'sum' or 'none'.")
+    if mask is not None:
+        value = value.masked_fill(~mask, 0.0)
+    if weight is not None:
+        value = value * weight
+    return value.sum() if reduction == "sum" else value

@@ -1,0 +1,118 @@
+"""What a loss reads from a TensorDict: checked once, per sample, padding out of the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+__all__ = ["Batch", "per_sample", "read_batch"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch of logged steps of shape ``(*B,)``.
+
+    ``data`` holds the entries, ``mask`` (bool, ``(*B,)``) says which steps are real (``None``: all),
+    ``weight`` (``(*B,)``) holds the importance weights of a prioritised buffer (``None``: equal).
+    """
+
+    data: TensorDictBase
+    mask: Tensor | None
+    weight: Tensor | None
+
+    @property
+    def next(self) -> Batch:
+        return Batch(self.data.get("next"), self.mask, self.weight)
+
+
+def read_batch(
+    tensordict: TensorDictBase,
+    *,
+    required: Iterable[NestedKey],
+    mask_keys: Iterable[NestedKey],
+    weight_key: NestedKey | None,
+    done_key: NestedKey,
+) -> Batch:
+    """Check ``required``, find masks and weights, and neutralise masked steps.
+
+    A masked step is replaced, entry by entry, by a copy of the first valid one: whatever padding
+    holds (``nan`` included) then reaches no network, no statistic of a normalisation layer, no
+    return of a later step. Without masks ``data`` is ``tensordict`` itself.
+
+    Raises ``KeyError`` naming a missing key, ``ValueError`` on a mask or weight of a wrong shape.
+    """
+    for key in required:
+        if tensordict.get(key, None) is None:
+            raise KeyError(_missing(key, tensordict))
+    shape = tensordict.batch_size
+    mask: Tensor | None = None
+    for key in mask_keys:
+        entry = tensordict.get(key, None)
+        if entry is not None:
+            entry = per_sample(entry, shape, key).bool()
+            mask = entry if mask is None else mask & entry
+    weight = None if weight_key is None else tensordict.get(weight_key, None)
+    if weight is not None:
+        weight = per_sample(weight, shape, weight_key).detach()
+    if mask is not None:
+        tensordict = _neutralise(tensordict, mask, done_key)
+    return Batch(tensordict, mask, weight)
+
+
+def per_sample(value: Tensor, shape: torch.Size, key: NestedKey) -> Tensor:
+    """``value`` as ``(..., *B)``: a trailing singleton squeezed, half precision widened to float32.
+
+    The one place where ``(B, 1)`` becomes ``(B,)``, so that no later sum broadcasts to ``(B, B)``.
+    Leading dimensions (an ensemble's) pass. Raises ``ValueError`` when ``value`` has more per step
+    than one number.
+    """
+    dims = len(shape)
+    if value.ndim > dims and value.shape[-1] == 1 and value.shape[-1 - dims : -1] == shape:
+        value = value.squeeze(-1)
+    if value.shape[value.ndim - dims :] != shape:
+        raise ValueError(
+            f"{key!r} has shape {tuple(value.shape)} in a batch of shape {tuple(shape)}; wanted one "
+            f"number per step, shape {(*shape, 1)} or {tuple(shape)}. Sum over action dimensions "
+            "(torch.distributions.Independent) or check the network's last layer."
+        )
+    return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+def _missing(key: NestedKey, tensordict: TensorDictBase) -> str:
+    name = key[-1] if isinstance(key, tuple) else key
+    advice = "rename it with loss.set_keys(...), or give the network the in_keys the data has"
+    if name == "terminated":
+        advice = (
+            "'terminated' is where the future is worth nothing and 'done' may be a mere time limit, "
+            "so the one is not taken for the other. If no episode was cut short, "
+            "loss.set_keys(terminated='done')"
+        )
+    found = sorted(map(str, tensordict.keys(include_nested=True, leaves_only=True)))
+    return f"{key!r} is not in the batch, which holds {', '.join(found)}; {advice}."
+
+
+def _neutralise(tensordict: TensorDictBase, mask: Tensor, done_key: NestedKey) -> TensorDictBase:
+    first = mask.flatten().to(torch.uint8).argmax().view(1)
+    dims = mask.ndim
+
+    def fill(entry: Tensor) -> Tensor:
+        row = entry.flatten(0, dims - 1).index_select(0, first)
+        keep = mask.view(*mask.shape, *(1,) * (entry.ndim - dims))
+        return torch.where(keep, entry, row.view(*(1,) * dims, *entry.shape[dims:]))
+
+    filled = tensordict.apply(fill)
+    done = filled.get(done_key, None)
+    if done is not None and dims > 1:
+        filled.set(done_key, done | _ends_before_padding(done, mask))
+    return filled
+
+
+def _ends_before_padding(done: Tensor, mask: Tensor) -> Tensor:
+    """Steps followed by padding: multi-step returns stop and bootstrap there."""
+    ends = torch.zeros_like(mask)
+    ends[..., :-1] = ~mask[..., 1:]
+    return ends.view(*mask.shape, *(1,) * (done.ndim - mask.ndim))
