@@ -8,10 +8,8 @@ of the target critics behind.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
-
 import torch
-from tensordict import NestedKey, TensorDict
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictParams
 from torch import Tensor, nn
 
@@ -107,6 +105,13 @@ def initialise_critics(live: TensorDictParams, target: TensorDictParams, module:
                 leaf.requires_grad_(parameter.requires_grad)
 
 
+def unlocked(params: TensorDictBase) -> TensorDictBase:
+    """A shallow copy of ``params`` as a plain TensorDict whose entries can be replaced."""
+    if isinstance(params, TensorDictParams):
+        params = params._param_td
+    return params.copy()
+
+
 class SharedLeaves:
     """Entries of a network's parameters that belong to another network of the same loss.
 
@@ -162,22 +167,22 @@ class SharedLeaves:
         """Identities of the mirrors, which belong in no optimiser."""
         return {id(getattr(loss, f"{name}_params").get(key)) for name, key, _, _ in self.trunk}
 
-    def without_gradient(self, name: str, params: Any) -> Any:
+    def without_gradient(self, name: str, params: TensorDictBase) -> TensorDictBase:
         """``params`` of the network ``name`` with its shared entries detached."""
         keys = [key for network, key, _, _ in self.trunk if network == name]
         if not keys:
             return params
-        params = params.copy()
+        params = unlocked(params)
         for key in keys:
             params.set(key, params.get(key).detach())
         return params
 
-    def with_spare_buffers(self, name: str, params: Any) -> Any:
+    def with_spare_buffers(self, name: str, params: TensorDictBase) -> TensorDictBase:
         """Target ``params`` whose buffers are copies: a forward pass in training mode may write."""
         keys = [key for network, key in self.buffers if network == name]
         if not keys:
             return params
-        params = params.copy()
+        params = unlocked(params)
         for key in keys:
             params.set(key, params.get(key).clone())
         return params

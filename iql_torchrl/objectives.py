@@ -31,7 +31,13 @@ from torchrl.objectives.utils import (
 from torchrl.objectives.value import TD0Estimator, ValueEstimatorBase
 
 from iql_torchrl import functional as F
-from iql_torchrl.critics import Critics, SharedLeaves, initialise_critics, list_critics
+from iql_torchrl.critics import (
+    Critics,
+    SharedLeaves,
+    initialise_critics,
+    list_critics,
+    unlocked,
+)
 from iql_torchrl.reading import Batch, per_sample, read_batch
 
 __all__ = ["DiscreteIQLLoss", "IQLLoss", "ImplicitQLoss"]
@@ -335,6 +341,8 @@ class ImplicitQLoss(LossModule):
         inputs = batch.data.select(*self.qvalue_network.in_keys)
         key = self.tensor_keys.state_action_value
         if self.num_qvalue_nets > 1:
+            if torch.compiler.is_compiling():  # vmap would lock anew, which warns in a graph
+                params = unlocked(params)
             return self._vmap_qvalue_network(inputs, params).get(key)
         with params.to_module(self.qvalue_network, preserve_module_state=False):
             return self.qvalue_network(inputs).get(key).unsqueeze(0)
@@ -411,6 +419,16 @@ class ImplicitQLoss(LossModule):
             td_error = td_error.masked_fill(~batch.mask, 0.0)
         return self._reduce(loss, batch), {"td_error": td_error, "qvalue": qvalue.detach()}
 
+    def terms(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """All three losses from at most five network evaluations, and their joined metadata."""
+        target_qvalue = self.target_qvalue(batch)
+        td_target = self.td_target(batch)
+        loss_value, about_value = self.value_term(batch, target_qvalue, td_target)
+        loss_actor, about_actor = self.actor_term(batch, target_qvalue - about_value["value"])
+        loss_qvalue, about_qvalue = self.qvalue_term(batch, td_target)
+        losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value}
+        return losses, about_value | about_actor | about_qvalue
+
     def _reduce(self, loss: Tensor, batch: Batch) -> Tensor:
         return F.reduce(loss, reduction=self.reduction, mask=batch.mask, weight=batch.weight)
 
@@ -449,17 +467,8 @@ class ImplicitQLoss(LossModule):
         squared TD error of the critics) and the log-probability into ``tensordict``.
         """
         batch = self.read(tensordict)
-        target_qvalue = self.target_qvalue(batch)
-        td_target = self.td_target(batch)
-        loss_value, about_value = self.value_term(batch, target_qvalue, td_target)
-        loss_actor, about_actor = self.actor_term(batch, target_qvalue - about_value["value"])
-        loss_qvalue, about_qvalue = self.qvalue_term(batch, td_target)
-        out = self.outputs(
-            tensordict,
-            batch,
-            {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value},
-            about_value | about_actor | about_qvalue,
-        )
+        losses, metadata = self.terms(batch)
+        out = self.outputs(tensordict, batch, losses, metadata)
         self._clear_weakrefs(
             tensordict,
             out,

@@ -1,0 +1,165 @@
+"""Plain networks for IQL; wrap them with TorchRL's ``ValueOperator`` or the builders in ``policies``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["MLP", "Critic", "DiscreteCritic", "OneHot", "Standardise", "StateValue", "critic_ensemble"]
+
+GAIN = 2.0**0.5
+
+
+class Standardise(nn.Module):
+    """``(x - mean) / std`` over the last dimension, with the statistics as buffers.
+
+    As a network's first layer it keeps the buffer raw and the exported policy whole. A column
+    that does not vary (``std`` below 1e-6 of its magnitude) is centred and not divided.
+
+    Raises ``ValueError`` when the statistics differ in shape or are not finite.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        mean = torch.as_tensor(mean, dtype=torch.get_default_dtype())
+        std = torch.as_tensor(std, dtype=torch.get_default_dtype())
+        if mean.shape != std.shape:
+            raise ValueError(f"mean has shape {tuple(mean.shape)} and std {tuple(std.shape)}.")
+        if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all()):
+            raise ValueError("mean and std must be finite; clean the data before measuring them.")
+        constant = std <= 1e-6 * mean.abs().clamp(min=1.0)
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", torch.where(constant, torch.ones_like(std), std))
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return (observation - self.mean) / self.std
+
+
+class OneHot(nn.Module):
+    """Integer observation in ``[0, num_classes)``, shape ``(*B,)`` or ``(*B, 1)``, to ``(*B, num_classes)``."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+
+    def forward(self, observation: Tensor) -> Tensor:
+        if observation.ndim and observation.shape[-1] == 1:
+            observation = observation.squeeze(-1)
+        one_hot = nn.functional.one_hot(observation.long(), self.num_classes)
+        return one_hot.to(torch.get_default_dtype())
+
+
+class MLP(nn.Sequential):
+    """Fully connected layers: ``hidden`` widths, each followed by norm, activation and dropout.
+
+    Weights are orthogonal with gain sqrt(2) and biases zero in every layer, as in the official
+    IQL code. ``dropout`` is a probability in [0, 1); ``layer_norm`` normalises before the
+    activation.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        hidden: Sequence[int] = (256, 256),
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        layer_norm: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        layers: list[nn.Module] = []
+        for width in hidden:
+            layers.append(_linear(in_features, width))
+            if layer_norm:
+                layers.append(nn.LayerNorm(width))
+            layers.append(activation())
+            if dropout > 0:
+                layers.append(nn.Dropout(dropout))
+            in_features = width
+        super().__init__(*layers, _linear(in_features, out_features))
+
+
+def _linear(in_features: int, out_features: int) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features)
+    nn.init.orthogonal_(layer.weight, GAIN)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class StateValue(nn.Module):
+    """V(s): observations joined on the last dimension -> ``(*B, 1)``.
+
+    ``in_features`` counts what ``preprocess`` (:class:`Standardise`, :class:`OneHot`, your own
+    encoder) gives; further keywords go to :class:`MLP`.
+    """
+
+    def __init__(
+        self, in_features: int, *, preprocess: nn.Module | None = None, **mlp: object
+    ) -> None:
+        super().__init__()
+        self.preprocess = preprocess or nn.Identity()
+        self.mlp = MLP(in_features, 1, **mlp)  # type: ignore[arg-type]
+
+    def forward(self, *observations: Tensor) -> Tensor:
+        return self.mlp(self.preprocess(_join(observations)))  # type: ignore[no-any-return]
+
+
+class DiscreteCritic(nn.Module):
+    """Q(s, .): observations joined on the last dimension -> one value per action, ``(*B, N)``."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_actions: int,
+        *,
+        preprocess: nn.Module | None = None,
+        **mlp: object,
+    ) -> None:
+        super().__init__()
+        if num_actions < 2:
+            raise ValueError(f"num_actions is {num_actions}; a choice needs at least two.")
+        self.preprocess = preprocess or nn.Identity()
+        self.mlp = MLP(in_features, num_actions, **mlp)  # type: ignore[arg-type]
+
+    def forward(self, *observations: Tensor) -> Tensor:
+        return self.mlp(self.preprocess(_join(observations)))  # type: ignore[no-any-return]
+
+
+class Critic(nn.Module):
+    """Q(s, a): observations, then the action as the last argument -> ``(*B, 1)``.
+
+    ``preprocess`` sees the observations alone; ``in_features`` counts what it gives.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        action_features: int,
+        *,
+        preprocess: nn.Module | None = None,
+        **mlp: object,
+    ) -> None:
+        super().__init__()
+        self.preprocess = preprocess or nn.Identity()
+        self.mlp = MLP(in_features + action_features, 1, **mlp)  # type: ignore[arg-type]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        *observations, action = inputs
+        observation = self.preprocess(_join(observations))
+        return self.mlp(torch.cat([observation, action], -1))  # type: ignore[no-any-return]
+
+
+def critic_ensemble(make_critic: Callable[[], nn.Module], num_critics: int) -> list[nn.Module]:
+    """``num_critics`` independent critics, each initialised by its own call of ``make_critic``."""
+    if num_critics < 1:
+        raise ValueError(f"num_critics is {num_critics}; wanted at least one.")
+    return [make_critic() for _ in range(num_critics)]
+
+
+def _join(observations: Sequence[Tensor]) -> Tensor:
+    return observations[0] if len(observations) == 1 else torch.cat(list(observations), -1)

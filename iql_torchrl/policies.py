@@ -1,0 +1,316 @@
+"""Policies pi(a|s) as TorchRL ``ProbabilisticActor`` modules that stay inside the action spec.
+
+Every builder takes the number of features its network reads and the action spec, and returns an
+actor that reads ``in_keys`` and writes ``"action"``. Deterministic and random interaction types
+both work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import NestedKey
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torch import distributions as D
+from torchrl.data import Categorical, OneHot, TensorSpec
+from torchrl.modules import (
+    Delta,
+    MaskedCategorical,
+    MaskedOneHotCategorical,
+    OneHotCategorical,
+    ProbabilisticActor,
+    TanhNormal,
+)
+
+from iql_torchrl.networks import MLP, _join
+
+__all__ = [
+    "ClippedGaussian",
+    "ClippedMixture",
+    "categorical",
+    "deterministic",
+    "gaussian",
+    "mixture",
+    "tanh_normal",
+]
+
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+
+
+class ClippedGaussian(D.Independent):
+    """Diagonal Gaussian whose samples are clipped to ``[low, high]``; its density is not.
+
+    ``loc``, ``scale``: ``(*B, A)``. Logged actions on the bounds have an ordinary log-probability,
+    unlike under a squashed Gaussian. The official IQL code clips at sampling too.
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, *, low: Tensor, high: Tensor) -> None:
+        self.low, self.high = low, high
+        super().__init__(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        return _clip(self.mean, self.low, self.high)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return _clip(super().rsample(torch.Size(sample_shape)), self.low, self.high)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+
+class ClippedMixture(D.MixtureSameFamily):
+    """Mixture of M diagonal Gaussians, samples clipped to ``[low, high]``.
+
+    ``logits``: ``(*B, M)``; ``loc``, ``scale``: ``(*B, M, A)``. The deterministic sample is the mean
+    of the component that is densest at its own mean.
+    """
+
+    def __init__(
+        self, logits: Tensor, loc: Tensor, scale: Tensor, *, low: Tensor, high: Tensor
+    ) -> None:
+        self.low, self.high = low, high
+        components = D.Independent(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
+        weights = D.Categorical(logits=logits, validate_args=False)
+        super().__init__(weights, components, validate_args=False)
+
+    @property
+    def mode(self) -> Tensor:
+        normal = self.component_distribution.base_dist
+        density = self.mixture_distribution.logits - normal.scale.log().sum(-1)
+        best = density.argmax(-1)[..., None, None].expand(*normal.loc.shape[:-2], 1, -1)
+        return _clip(normal.loc.gather(-2, best).squeeze(-2), self.low, self.high)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        return self.mode
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return _clip(super().sample(torch.Size(sample_shape)), self.low, self.high)
+
+
+def _clip(action: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(action, low.to(action)), high.to(action))
+
+
+class _Head(nn.Module):
+    """Body shared by the policies: preprocess, MLP, and the affine map of [-1, 1] onto the spec."""
+
+    centre: Tensor
+    half_range: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bounds: tuple[Tensor, Tensor] | None,
+        preprocess: nn.Module | None,
+        mlp: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.preprocess = preprocess or nn.Identity()
+        self.mlp = MLP(in_features, out_features, **mlp)
+        if bounds is not None:
+            low, high = bounds
+            self.register_buffer("centre", (high + low) / 2)
+            self.register_buffer("half_range", (high - low) / 2)
+
+    def body(self, observations: Sequence[Tensor]) -> Tensor:
+        return self.mlp(self.preprocess(_join(observations)))  # type: ignore[no-any-return]
+
+    def inside(self, x: Tensor) -> Tensor:
+        return self.centre + self.half_range * x.tanh()
+
+
+class _GaussianHead(_Head):
+    """Mean inside the bounds; log-std a free vector (the paper's) or a second output of the MLP."""
+
+    def __init__(self, in_features: int, bounds: Bounds, state_dependent_std: bool, *rest: Any) -> None:
+        size = bounds[0].numel()
+        super().__init__(in_features, (1 + state_dependent_std) * size, bounds, *rest)
+        self.log_std = None if state_dependent_std else nn.Parameter(torch.zeros(size))
+
+    def forward(self, *observations: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.body(observations)
+        out, log_std = out.chunk(2, -1) if self.log_std is None else (out, self.log_std)
+        std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp() * self.half_range
+        return self.inside(out), std.expand_as(out)
+
+
+class _SquashedHead(_Head):
+    """Location before the squashing and a state-dependent scale."""
+
+    def forward(self, *observations: Tensor) -> tuple[Tensor, Tensor]:
+        loc, log_std = self.body(observations).chunk(2, -1)
+        return loc, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
+
+
+class _DeterministicHead(_Head):
+    def forward(self, *observations: Tensor) -> Tensor:
+        return self.inside(self.body(observations))
+
+
+class _MixtureHead(_Head):
+    def __init__(self, in_features: int, bounds: Bounds, num_components: int, *rest: Any) -> None:
+        self_size = bounds[0].numel()
+        super().__init__(in_features, num_components * (1 + self_size), bounds, *rest)
+        self.shape = (num_components, self_size)
+        self.log_std = nn.Parameter(torch.zeros(self.shape))
+
+    def forward(self, *observations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out = self.body(observations)
+        logits, loc = out[..., : self.shape[0]], out[..., self.shape[0] :].unflatten(-1, self.shape)
+        std = self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp() * self.half_range
+        return logits, self.inside(loc), std.expand_as(loc)
+
+
+class _LogitsHead(_Head):
+    def forward(self, *observations: Tensor) -> Tensor:
+        return self.body(observations)
+
+
+Bounds = tuple[Tensor, Tensor]
+
+
+def gaussian(
+    in_features: int,
+    action_spec: TensorSpec,
+    *,
+    in_keys: Sequence[NestedKey] = ("observation",),
+    state_dependent_std: bool = False,
+    preprocess: nn.Module | None = None,
+    **mlp: Any,
+) -> ProbabilisticActor:
+    """The paper's policy: Gaussian around a tanh mean, log-std a free vector in [-5, 2].
+
+    Mean and standard deviation are in units of half the action range, so the official code's
+    numbers hold for any bounds. Raises ``ValueError`` on a spec without finite bounds.
+    """
+    bounds = _bounds(action_spec)
+    head = _GaussianHead(in_features, bounds, state_dependent_std, preprocess, mlp)
+    return _actor(head, in_keys, ["loc", "scale"], action_spec, ClippedGaussian, bounds)
+
+
+def tanh_normal(
+    in_features: int,
+    action_spec: TensorSpec,
+    *,
+    in_keys: Sequence[NestedKey] = ("observation",),
+    preprocess: nn.Module | None = None,
+    **mlp: Any,
+) -> ProbabilisticActor:
+    """TorchRL's ``TanhNormal`` with a state-dependent scale.
+
+    A logged action exactly on a bound has a clamped, hugely negative log-probability here; prefer
+    :func:`gaussian` for logs that hold such actions. Raises ``ValueError`` on an unbounded spec.
+    """
+    bounds = _bounds(action_spec)
+    head = _SquashedHead(in_features, 2 * bounds[0].numel(), bounds, preprocess, mlp)
+    return _actor(head, in_keys, ["loc", "scale"], action_spec, TanhNormal, bounds)
+
+
+def deterministic(
+    in_features: int,
+    action_spec: TensorSpec,
+    *,
+    in_keys: Sequence[NestedKey] = ("observation",),
+    preprocess: nn.Module | None = None,
+    **mlp: Any,
+) -> ProbabilisticActor:
+    """``a = pi(s)`` inside the bounds, for ``IQLLoss(actor_objective="mse")``.
+
+    Raises ``ValueError`` on an unbounded spec.
+    """
+    bounds = _bounds(action_spec)
+    head = _DeterministicHead(in_features, bounds[0].numel(), bounds, preprocess, mlp)
+    return _actor(head, in_keys, ["param"], action_spec, Delta, None)
+
+
+def mixture(
+    in_features: int,
+    action_spec: TensorSpec,
+    *,
+    num_components: int = 5,
+    in_keys: Sequence[NestedKey] = ("observation",),
+    preprocess: nn.Module | None = None,
+    **mlp: Any,
+) -> ProbabilisticActor:
+    """Mixture of Gaussians around tanh means, for logs where one state saw several behaviours.
+
+    Raises ``ValueError`` on an unbounded spec or ``num_components < 1``.
+    """
+    if num_components < 1:
+        raise ValueError(f"num_components is {num_components}; wanted at least one.")
+    bounds = _bounds(action_spec)
+    head = _MixtureHead(in_features, bounds, num_components, preprocess, mlp)
+    return _actor(head, in_keys, ["logits", "loc", "scale"], action_spec, ClippedMixture, bounds)
+
+
+def categorical(
+    in_features: int,
+    action_spec: TensorSpec,
+    *,
+    mask_key: NestedKey | None = None,
+    in_keys: Sequence[NestedKey] = ("observation",),
+    preprocess: nn.Module | None = None,
+    **mlp: Any,
+) -> ProbabilisticActor:
+    """One action out of N; with ``mask_key="action_mask"`` only those the mask ``(*B, N)`` allows.
+
+    A ``OneHot`` spec gives one-hot actions, a ``Categorical`` one indices. Raises ``TypeError`` on
+    another spec.
+    """
+    if not isinstance(action_spec, Categorical | OneHot):
+        raise TypeError(
+            f"action_spec is {type(action_spec).__name__}; categorical() wants a TorchRL "
+            "Categorical or OneHot spec. For continuous actions use gaussian()."
+        )
+    one_hot = isinstance(action_spec, OneHot)
+    num_actions = action_spec.space.n
+    head = _LogitsHead(in_features, num_actions, None, preprocess, mlp)
+    if mask_key is None:
+        distribution: type = OneHotCategorical if one_hot else D.Categorical
+        return _actor(head, in_keys, ["logits"], action_spec, distribution, None)
+    distribution = MaskedOneHotCategorical if one_hot else MaskedCategorical
+    parameters = {"logits": "logits", "mask": mask_key}
+    return _actor(head, in_keys, ["logits"], action_spec, distribution, None, parameters)
+
+
+def _actor(
+    head: _Head,
+    in_keys: Sequence[NestedKey],
+    out_keys: list[str],
+    action_spec: TensorSpec,
+    distribution: type,
+    bounds: Bounds | None,
+    parameters: dict[str, NestedKey] | None = None,
+) -> ProbabilisticActor:
+    return ProbabilisticActor(
+        TensorDictModule(head, in_keys=list(in_keys), out_keys=out_keys),
+        in_keys=parameters or out_keys,
+        spec=action_spec,
+        distribution_class=distribution,
+        distribution_kwargs={} if bounds is None else {"low": bounds[0], "high": bounds[1]},
+    )
+
+
+def _bounds(action_spec: TensorSpec) -> Bounds:
+    space = getattr(action_spec, "space", None)
+    low, high = getattr(space, "low", None), getattr(space, "high", None)
+    if low is None or high is None or action_spec.ndim != 1:
+        raise ValueError(
+            f"action_spec is {action_spec}; wanted a TorchRL Bounded spec of shape (A,). For "
+            "discrete actions use categorical()."
+        )
+    low, high = low.detach().clone(), high.detach().clone()
+    largest = torch.finfo(low.dtype).max / 2
+    if not bool(((low > -largest) & (high < largest) & (low < high)).all()):
+        raise ValueError(
+            f"action_spec bounds are {low.tolist()} to {high.tolist()}; wanted finite low < high. "
+            "Pass a Bounded spec with the range the actuators accept."
+        )
+    return low, high

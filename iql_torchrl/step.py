@@ -1,0 +1,169 @@
+"""One gradient update of IQL: the plain step, and wrappers that take a step and return a step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchrl.envs.utils import set_exploration_type
+from torchrl.modules import set_recurrent_mode
+from torchrl.objectives.utils import TargetNetUpdater
+
+from iql_torchrl.objectives import ImplicitQLoss
+from iql_torchrl.reading import Batch
+
+__all__ = ["IQLStep", "compiled"]
+
+NETWORKS = ("actor_network", "qvalue_network", "value_network")
+Terms = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+class IQLStep:
+    """``step(batch) -> TensorDict`` of detached metrics: one update of every network.
+
+    Args:
+        loss: an :class:`~iql_torchrl.IQLLoss` or :class:`~iql_torchrl.DiscreteIQLLoss` with
+            reduction ``"mean"`` or ``"sum"``.
+        optimizer: any torch optimizer over all of the loss's trainable parameters; give each
+            network its own parameter group, or join optimizers with TorchRL's
+            ``group_optimizers``.
+        target_updater: TorchRL's ``SoftUpdate`` or ``HardUpdate`` of this loss.
+
+    Keyword Args:
+        order: ``"sequential"`` is the official code's: V; then actor and critics with the new V
+            and the same target critics; then the target. ``"simultaneous"``: one backward pass of
+            all three losses, then the target.
+        max_grad_norm: each network's gradient is scaled down to this L2 norm; ``None`` for never.
+            Networks are clipped apart, so a large critic gradient does not slow the policy.
+        lr_scheduler: one or more torch schedulers, stepped once an update.
+
+    The batch receives the priority and the log-probability, as from the loss itself.
+
+    Raises:
+        ValueError: an unknown order, ``max_grad_norm <= 0``, ``reduction="none"``, an updater of
+            another loss, or trainable parameters missing from the optimizer.
+        TypeError: ``optimizer`` is no torch optimizer.
+    """
+
+    def __init__(
+        self,
+        loss: ImplicitQLoss,
+        optimizer: Optimizer,
+        target_updater: TargetNetUpdater,
+        *,
+        order: str = "sequential",
+        max_grad_norm: float | None = None,
+        lr_scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
+    ) -> None:
+        if order not in ("sequential", "simultaneous"):
+            raise ValueError(f"order is {order!r}; choose 'sequential' or 'simultaneous'.")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be > 0, or None.")
+        _check_parts(loss, optimizer, target_updater)
+        self.loss = loss
+        self.optimizer = optimizer
+        self.target_updater = target_updater
+        self.order = order
+        self.max_grad_norm = max_grad_norm
+        if lr_scheduler is None:
+            lr_scheduler = ()
+        elif not isinstance(lr_scheduler, Sequence):
+            lr_scheduler = (lr_scheduler,)
+        self.lr_schedulers = tuple(lr_scheduler)
+        self._trainable = [_trainable(loss, name) for name in NETWORKS]
+        self._target_qvalue = loss.target_qvalue
+        self._value_term = loss.value_term
+        self._policy_terms = self._terms_given_value
+        self._all_terms = loss.terms
+
+    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
+        loss = self.loss
+        with set_exploration_type(loss.deterministic_sampling_mode), set_recurrent_mode(True):
+            read = loss.read(batch)
+            update = self._sequential if self.order == "sequential" else self._simultaneous
+            losses, metadata = update(read)
+            metrics = loss.outputs(batch, read, losses, metadata).detach()
+        self.target_updater.step()
+        for scheduler in self.lr_schedulers:
+            scheduler.step()
+        return metrics
+
+    def _sequential(self, batch: Batch) -> Terms:
+        target_qvalue = self._target_qvalue(batch)
+        loss_value, about_value = self._value_term(batch, target_qvalue)
+        self._descend(loss_value)
+        losses, metadata = self._policy_terms(batch, target_qvalue)
+        self._descend(losses["loss_actor"] + losses["loss_qvalue"])
+        return {**losses, "loss_value": loss_value}, about_value | metadata
+
+    def _simultaneous(self, batch: Batch) -> Terms:
+        losses, metadata = self._all_terms(batch)
+        self._descend(losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"])
+        return losses, metadata
+
+    def _terms_given_value(self, batch: Batch, target_qvalue: Tensor) -> Terms:
+        """Losses of actor and critics with V as it stands, reusing the target critics' values."""
+        loss = self.loss
+        with torch.no_grad():
+            advantage = target_qvalue - loss.state_value(batch)
+        loss_actor, about_actor = loss.actor_term(batch, advantage)
+        loss_qvalue, about_qvalue = loss.qvalue_term(batch, loss.td_target(batch))
+        return {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue}, about_actor | about_qvalue
+
+    def _descend(self, loss: Tensor) -> None:
+        """One optimizer step on ``loss``; parameters it does not reach have no gradient and rest."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self.max_grad_norm is not None:
+            for parameters in self._trainable:
+                nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        self.optimizer.step()
+
+
+def compiled(step: IQLStep, **torch_compile_kwargs: Any) -> IQLStep:
+    """The same update with its losses under ``torch.compile``; shares every part with ``step``.
+
+    Keyword arguments go to ``torch.compile`` (``fullgraph=True`` unless you say otherwise). The
+    first call compiles, for tens of seconds; batches of another shape compile again.
+    """
+    options = {"fullgraph": True} | torch_compile_kwargs
+    fast = copy.copy(step)
+    for name in ("_target_qvalue", "_value_term", "_all_terms"):
+        setattr(fast, name, torch.compile(getattr(step, name), **options))
+    fast._policy_terms = torch.compile(fast._terms_given_value, **options)
+    return fast
+
+
+def _trainable(loss: ImplicitQLoss, network: str) -> list[nn.Parameter]:
+    prefix = f"{network}_params."
+    return [p for name, p in loss.named_parameters() if name.startswith(prefix) and p.requires_grad]
+
+
+def _check_parts(loss: ImplicitQLoss, optimizer: Optimizer, updater: TargetNetUpdater) -> None:
+    if loss.reduction == "none":
+        raise ValueError("the loss has reduction='none'; a step needs scalars: 'mean' or 'sum'.")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer is {type(optimizer).__name__}; wanted a torch.optim.Optimizer. Join several "
+            "with torchrl.objectives.group_optimizers."
+        )
+    if not isinstance(updater, TargetNetUpdater):
+        raise TypeError(
+            f"target_updater is {type(updater).__name__}; wanted SoftUpdate(loss, tau=0.005) or "
+            "HardUpdate(loss) from torchrl.objectives."
+        )
+    if updater.loss_module is not loss:
+        raise ValueError("target_updater follows another loss; build it from the loss given here.")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [n for n, p in loss.named_parameters() if p.requires_grad and id(p) not in held]
+    if missing:
+        raise ValueError(
+            f"the optimizer lacks {len(missing)} of the loss's parameters, the first {missing[0]!r}; "
+            "build it from loss.parameters(), or freeze them with requires_grad_(False)."
+        )

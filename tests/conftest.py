@@ -1,0 +1,50 @@
+"""Small networks, batches and paths that the tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import Bounded
+from torchrl.modules import ValueOperator
+
+from iql_torchrl import networks, policies
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+OBS, ACT = 5, 3
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def make_batch(*shape: int, obs: int = OBS, act: int = ACT, dtype=torch.float32) -> TensorDict:
+    """Random logged steps of batch shape ``shape``, one in five terminal."""
+    shape = shape or (32,)
+    return TensorDict(
+        {
+            "observation": torch.randn(*shape, obs, dtype=dtype),
+            "action": torch.rand(*shape, act, dtype=dtype) * 1.8 - 0.9,
+            "next": {
+                "observation": torch.randn(*shape, obs, dtype=dtype),
+                "reward": torch.randn(*shape, 1, dtype=dtype),
+                "terminated": torch.rand(*shape, 1) < 0.2,
+                "done": torch.rand(*shape, 1) < 0.3,
+            },
+        },
+        batch_size=shape,
+    )
+
+
+def make_networks(obs: int = OBS, act: int = ACT, hidden=(16, 16)):
+    """Actor, one critic, V, all reading ``observation``."""
+    spec = Bounded(-torch.ones(act), torch.ones(act), (act,))
+    actor = policies.gaussian(obs, spec, hidden=hidden)
+    critic = ValueOperator(
+        networks.Critic(obs, act, hidden=hidden), in_keys=["observation", "action"]
+    )
+    value = ValueOperator(networks.StateValue(obs, hidden=hidden), in_keys=["observation"])
+    return actor, critic, value

@@ -1,0 +1,154 @@
+"""The official JAX code's recorded updates, replayed."""
+
+from __future__ import annotations
+
+import ast
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, make_networks
+from tensordict import TensorDict
+from torch.optim.lr_scheduler import LambdaLR
+from torchrl.modules import ValueOperator
+from torchrl.objectives import SoftUpdate
+
+from iql_torchrl import IQLLoss, IQLStep, compiled, networks
+
+FILES = [SHARED / "oracle" / f"official_{name}.npz" for name in "ab"]
+pytestmark = pytest.mark.skipif(
+    not all(file.exists() for file in FILES), reason="the recorded updates are not here"
+)
+
+
+def linear_keys(prefix: str, depth: int, extra: str | None = None) -> list[str]:
+    keys = [f"{prefix}/MLP_0/Dense_{i}" for i in range(depth)]
+    return keys + ([extra] if extra else [])
+
+
+def load_mlp(mlp: torch.nn.Module, data, keys: list[str]) -> None:
+    layers = [layer for layer in mlp if isinstance(layer, torch.nn.Linear)]
+    assert len(layers) == len(keys)
+    with torch.no_grad():
+        for layer, key in zip(layers, keys, strict=True):
+            layer.weight.copy_(torch.from_numpy(data[f"{key}/kernel"].T))
+            layer.bias.copy_(torch.from_numpy(data[f"{key}/bias"]))
+
+
+def mlp_error(params, data, keys: list[str], index: int | None = None) -> float:
+    """Largest difference between an MLP's parameters and the recorded ones."""
+    worst = 0.0
+    linear = sorted({int(key[0]) for key in params.keys(True, True)})
+    for layer, key in zip(linear, keys, strict=True):
+        for name, leaf in (("weight", "kernel"), ("bias", "bias")):
+            ours = params[str(layer), name].detach()
+            ours = (ours if index is None else ours[index]).numpy()
+            theirs = data[f"{key}/{leaf}"]
+            worst = max(worst, np.abs(ours - (theirs.T if leaf == "kernel" else theirs)).max())
+    return worst
+
+
+def build(data, config):
+    hidden = config["hidden"]
+    obs, act = config["obs_dim"], config["action_dim"]
+    actor, _, value = make_networks(obs, act, hidden)
+    head = actor.module[0].module
+    load_mlp(head.mlp, data, linear_keys("initial/actor", len(hidden), "initial/actor/Dense_0"))
+    head.log_std.data.copy_(torch.from_numpy(data["initial/actor/log_stds"]))
+    depth = len(hidden) + 1
+    load_mlp(value.module.mlp, data, linear_keys("initial/value", depth))
+    critics = []
+    for k in range(2):
+        critic = networks.Critic(obs, act, hidden=hidden)
+        load_mlp(critic.mlp, data, linear_keys(f"initial/critic/Critic_{k}", depth))
+        critics.append(ValueOperator(critic, in_keys=["observation", "action"]))
+    loss = IQLLoss(
+        actor,
+        critics,
+        value,
+        expectile=config["expectile"],
+        temperature=config["temperature"],
+        diagnostics=True,
+    )
+    loss.make_value_estimator(gamma=config["discount"])
+    return loss
+
+
+def recorded_batch(data, i: int) -> TensorDict:
+    def get(name: str) -> torch.Tensor:
+        return torch.from_numpy(data[f"batch/{name}"][i])
+
+    terminated = (get("masks") == 0).unsqueeze(-1)
+    return TensorDict(
+        {
+            "observation": get("observations"),
+            "action": get("actions"),
+            "next": {
+                "observation": get("next_observations"),
+                "reward": get("rewards").unsqueeze(-1),
+                "terminated": terminated,
+                "done": terminated,
+            },
+        },
+        batch_size=[len(terminated)],
+    )
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("form", ["eager", "compiled"])
+def test_replays_the_official_updates(file, form):
+    data = np.load(file)
+    config = ast.literal_eval(str(data["config"]))
+    loss = build(data, config)
+    groups = [
+        {"params": list(getattr(loss, f"{name}_network_params").parameters())}
+        for name in ("actor", "qvalue", "value")
+    ]
+    optimizer = torch.optim.Adam(groups, lr=config["lr"], eps=config["adam_eps"])
+    scheduler = None
+    if config["actor_lr_schedule"] == "cosine":
+
+        def cosine(update: int) -> float:
+            return 0.5 * (1 + np.cos(np.pi * update / config["max_steps"]))
+
+        scheduler = LambdaLR(optimizer, [cosine, lambda _: 1.0, lambda _: 1.0])
+    step = IQLStep(loss, optimizer, SoftUpdate(loss, tau=config["tau"]), lr_scheduler=scheduler)
+    if form == "compiled":
+        step = compiled(step)
+
+    depth = len(config["hidden"]) + 1
+    for i in range(config["steps"]):
+        metrics = step(recorded_batch(data, i))
+        for ours, theirs in (
+            ("loss_value", "value_loss"),
+            ("loss_actor", "actor_loss"),
+            ("loss_qvalue", "critic_loss"),
+        ):
+            np.testing.assert_allclose(metrics[ours], data[f"info/{theirs}"][i], rtol=2e-4)
+        if i in (0, config["steps"] - 1):
+            when = "after_1" if i == 0 else "final"
+            actor = loss.actor_network_params["module", "0", "module"]
+            actor_keys = linear_keys(f"{when}/actor", len(config["hidden"]), f"{when}/actor/Dense_0")
+            errors = [
+                mlp_error(actor["mlp"], data, actor_keys),
+                np.abs(actor["log_std"].detach().numpy() - data[f"{when}/actor/log_stds"]).max(),
+                mlp_error(
+                    loss.value_network_params["module", "mlp"],
+                    data,
+                    linear_keys(f"{when}/value", depth),
+                ),
+            ]
+            for params, name in (
+                (loss.qvalue_network_params, "critic"),
+                (loss.target_qvalue_network_params, "target_critic"),
+            ):
+                errors += [
+                    mlp_error(
+                        params["module", "mlp"],
+                        data,
+                        linear_keys(f"{when}/{name}/Critic_{k}", depth),
+                        k,
+                    )
+                    for k in range(2)
+                ]
+            assert max(errors) < 2e-5, errors
