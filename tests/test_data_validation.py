@@ -1,0 +1,302 @@
+"""Every kind of bad input is refused, or reported, with its key and place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+
+from iql_torchrl.data import DatasetError, DatasetWarning, load_dataset
+
+Arrays = dict[str, Any]
+
+
+def table(episodes: int = 3, length: int = 5) -> Arrays:
+    """A clean table of float observations (N, 3) and actions (N, 2)."""
+    rng = np.random.default_rng(0)
+    rows = episodes * length
+    ends = np.arange(rows) % length == length - 1
+    return {
+        "observation": rng.standard_normal((rows, 3)).astype(np.float32),
+        "next_observation": rng.standard_normal((rows, 3)).astype(np.float32),
+        "action": rng.uniform(-1, 1, (rows, 2)).astype(np.float32),
+        "reward": rng.standard_normal(rows).astype(np.float32),
+        "terminated": ends & (np.arange(rows) < length),
+        "truncated": ends & (np.arange(rows) >= length),
+    }
+
+
+def discrete() -> Arrays:
+    data = table()
+    data["action"] = np.arange(15) % 4
+    data["action_mask"] = np.ones((15, 4), bool)
+    return data
+
+
+def put(key: str, index: Any, value: Any) -> Callable[[Arrays], None]:
+    def change(data: Arrays) -> None:
+        data[key][index] = value
+
+    return change
+
+
+def to(key: str, value: Callable[[Any], Any]) -> Callable[[Arrays], None]:
+    def change(data: Arrays) -> None:
+        data[key] = value(data[key])
+
+    return change
+
+
+def without(*keys: str) -> Callable[[Arrays], None]:
+    def change(data: Arrays) -> None:
+        for key in keys:
+            del data[key]
+
+    return change
+
+
+def adding(**more: Any) -> Callable[[Arrays], None]:
+    return lambda data: data.update(more)
+
+
+BOX = gym.spaces.Box(-1, 1, (2,), np.float32)
+NAN = np.nan
+# name: (clean table, what spoils it, options, words the error must contain)
+BAD: dict[str, tuple[Callable[[], Arrays], Callable[[Arrays], Any], Arrays, list[str]]] = {
+    "observation NaN": (
+        table, put("observation", (7, 1), NAN), {},
+        ["observation", "NaN", "row 7", "episode 1", "step 2", "of 15"],
+    ),
+    "observation inf": (table, put("observation", (2, 0), np.inf), {}, ["observation", "row 2"]),
+    "next observation NaN": (
+        table, put("next_observation", (3, 0), NAN), {}, ["next.observation", "row 3"],
+    ),
+    "action NaN": (table, put("action", (4, 0), NAN), {"action_space": BOX}, ["action", "row 4"]),
+    "reward NaN": (table, put("reward", 14, NAN), {}, ["next.reward", "row 14", "episode 2"]),
+    "reward minus inf": (table, put("reward", 0, -np.inf), {}, ["next.reward", "row 0"]),
+    "overflow of float32": (
+        table, to("reward", lambda r: np.where(np.arange(15) == 5, 1e300, r.astype(float))), {},
+        ["next.reward", "row 5"],
+    ),
+    "action above bounds": (
+        table, put("action", (6, 1), 1.5), {"action_space": BOX},
+        ["action", "1.5", "[-1, 1]", "row 6", "clip_actions"],
+    ),
+    "action below bounds": (
+        table, put("action", (6, 1), -3), {"action_space": BOX}, ["action", "row 6"],
+    ),
+    "action of wrong width": (
+        table, to("action", lambda a: a[:, :1]), {"action_space": BOX}, ["action", "(1,)", "(2,)"],
+    ),
+    "float actions for Discrete": (
+        table, to("action", lambda a: a[:, 0]), {"action_space": gym.spaces.Discrete(4)},
+        ["action", "float32", "int64"],
+    ),
+    "integer actions for Box": (
+        table, to("action", lambda a: a.astype(int)), {"action_space": BOX},
+        ["action", "int64", "float32"],
+    ),
+    "discrete action too large": (
+        discrete, put("action", 9, 4), {"action_space": gym.spaces.Discrete(4)},
+        ["action", "row 9", "Discrete(4)"],
+    ),
+    "discrete action negative": (
+        discrete, put("action", 9, -1), {"action_space": gym.spaces.Discrete(4)}, ["row 9"],
+    ),
+    "discrete action negative, no space": (
+        lambda: {k: v for k, v in discrete().items() if k != "action_mask"},
+        put("action", 9, -1), {}, ["action", "-1", "row 9"],
+    ),
+    "Discrete from 1": (
+        discrete, without("action_mask"), {"action_space": gym.spaces.Discrete(4, start=1)},
+        ["starts at 1"],
+    ),
+    "MultiDiscrete too large": (
+        table, to("action", lambda a: np.full((15, 2), 3)),
+        {"action_space": gym.spaces.MultiDiscrete([4, 3])}, ["action", "row 0"],
+    ),
+    "mask forbids the action": (
+        discrete, put("action_mask", (6, 2), False), {}, ["action_mask", "forbids", "row 6"],
+    ),
+    "mask allows nothing": (discrete, put("action_mask", 5, False), {}, ["action_mask", "row 5"]),
+    "mask of wrong width": (
+        discrete, to("action_mask", lambda m: m[:, :3]), {"action_space": gym.spaces.Discrete(4)},
+        ["action_mask", "(3,)"],
+    ),
+    "mask of floats": (
+        discrete, to("action_mask", lambda m: m * 0.5), {}, ["action_mask", "0 or 1"],
+    ),
+    "mask for Box": (
+        table, adding(action_mask=np.ones((15, 2), bool)), {"action_space": BOX}, ["action_mask"],
+    ),
+    "log probability NaN": (
+        table, adding(action_log_prob=np.full(15, NAN)), {}, ["action_log_prob", "row 0"],
+    ),
+    "log probability per dimension": (
+        table, adding(action_log_prob=np.zeros((15, 2))), {}, ["action_log_prob", "(15, 2)"],
+    ),
+    "observation category too large": (
+        table, lambda d: d.update(observation=np.full(15, 5), next_observation=np.full(15, 5)),
+        {"observation_space": gym.spaces.Discrete(5), "action_space": BOX}, ["observation", "row"],
+    ),
+    "float observation for Discrete": (
+        table, lambda d: d.update(observation=np.ones(15), next_observation=np.ones(15)),
+        {"observation_space": gym.spaces.Discrete(5), "action_space": BOX}, ["float64", "int64"],
+    ),
+    "observation of wrong width": (
+        table, to("observation", lambda o: o[:, :2]),
+        {"observation_space": gym.spaces.Box(-9, 9, (3,)), "action_space": BOX}, ["(2,)", "(3,)"],
+    ),
+    "next observation of other width": (
+        table, to("next_observation", lambda o: o[:, :2]), {}, ["next/observation", "(2,)"],
+    ),
+    "rewards short": (table, to("reward", lambda r: r[:-1]), {}, ["reward", "14", "15"]),
+    "actions short": (table, to("action", lambda a: a[:-2]), {}, ["action", "13", "15"]),
+    "flags long": (
+        table, to("terminated", lambda t: np.append(t, False)), {}, ["terminated", "16", "15"],
+    ),
+    "rewards of two columns": (
+        table, to("reward", lambda r: np.stack([r, r], 1)), {}, ["reward", "(15, 2)"],
+    ),
+    "rewards of text": (table, to("reward", lambda r: r.astype(str)), {}, ["reward"]),
+    "object observations": (
+        table, to("observation", lambda o: np.array([None] * 15)), {}, ["observation", "object"],
+    ),
+    "empty": (
+        table, lambda d: d.update({k: v[:0] for k, v in d.items()}), {}, ["observation", "0 rows"],
+    ),
+    "no observation": (table, without("observation"), {}, ["observation", "columns"]),
+    "no action": (table, without("action"), {}, ["no column for action"]),
+    "no reward": (table, without("reward"), {}, ["no column for reward"]),
+    "no terminated": (table, without("terminated"), {}, ["no column for terminated"]),
+    "done only": (
+        table, lambda d: d.update(done=d.pop("terminated") | d.pop("truncated")), {},
+        ["terminated", "'done'", "merge"],
+    ),
+    "two names for one key": (
+        table, lambda d: d.update(rewards=d["reward"]), {}, ["reward, rewards", "columns"],
+    ),
+    "flag of 2": (
+        table, to("terminated", lambda t: t * 2), {}, ["terminated", "2", "row 4", "0 or 1"],
+    ),
+    "flag NaN": (
+        table, to("truncated", lambda t: np.where(t, NAN, 0.0)), {}, ["truncated", "row 9"],
+    ),
+    "episode goes on after its end": (
+        table, lambda d: (d["terminated"].__setitem__(2, True), d.update(episode=np.arange(15) // 5)),
+        {}, ["row 2", "episode"],
+    ),
+    "ends cannot be found": (
+        table, without("truncated", "next_observation"), {}, ["max_episode_steps"],
+    ),
+    "only truncated one-row episodes": (
+        table, lambda d: (d.pop("next_observation"), d.update(truncated=np.ones(15, bool))), {},
+        ["no transition is left"],
+    ),
+    "columns names nothing": (table, adding(), {"columns": {"reward": "r"}}, ["'r'", "reward"]),
+    "columns of an unknown key": (table, adding(), {"columns": {"rew": "reward"}}, ["'rew'"]),
+    "columns leaves out reward": (table, adding(), {"columns": {"reward": None}}, ["left out"]),
+    "reward offset 2": (table, adding(), {"reward_offset": 2}, ["reward_offset", "2"]),
+    "limit 0": (table, adding(), {"limit": 0}, ["limit", "0"]),
+    "concatenate a plain observation": (
+        table, adding(), {"concatenate": ["a"]}, ["concatenate", "not a Dict"],
+    ),
+    "concatenate an unknown leaf": (
+        table, lambda d: d.update({k: {"a": d[k]} for k in ("observation", "next_observation")}),
+        {"concatenate": ["b"]}, ["'b'", "leaves are a"],
+    ),
+    "next leaves differ": (
+        table, lambda d: d.update(
+            observation={"a": d["observation"]}, next_observation={"b": d["observation"]}
+        ), {}, ["next_observation", "leaves"],
+    ),
+    "return range of equal returns": (
+        table, put("reward", slice(None), 1.0), {"reward": "return_range"}, ["return_range"],
+    ),
+    "reward map unknown": (table, adding(), {"reward": "tanh"}, ["reward", "tanh"]),
+    "reward scale 0": (table, adding(), {"reward": (0.0, 1.0)}, ["scale"]),
+    "reward triple": (table, adding(), {"reward": (1.0, 1.0, 1.0)}, ["scale, shift"]),
+    "half precision": (table, adding(), {"dtype": torch.float16}, ["dtype", "float16"]),
+    "reference task unknown": (
+        table, adding(), {"reference_scores": "cheetah"}, ["reference_scores", "cheetah"],
+    ),
+    "environment unknown": (table, adding(), {"env": "NoSuch-v0"}, ["NoSuch-v0", "install"]),
+    "environment of another shape": (table, adding(), {"env": "Pendulum-v1"}, ["action", "(2,)"]),
+}  # fmt: skip
+
+
+def test_there_are_enough_cases() -> None:
+    assert len(BAD) >= 40
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_with_its_place(case: str) -> None:
+    make, spoil, options, words = BAD[case]
+    data = make()
+    spoil(data)
+    with pytest.raises(DatasetError) as caught:
+        load_dataset(data, **options)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (put("truncated", 4, True), ["terminated and truncated"]),
+        (put("truncated", 14, False), ["without a mark"]),
+        (put("reward", slice(None), 2.0), ["every reward is 2"]),
+        (put("observation", (slice(None), 1), 3.0), ["observation", "never changes", "(1)"]),
+        (put("action", (0, 0), 1.7), ["actions reach", "pass env="]),
+    ],
+)
+def test_doubtful_input_is_reported(spoil: Callable[[Arrays], None], words: list[str]) -> None:
+    data = table()
+    spoil(data)
+    with pytest.warns(DatasetWarning) as caught:
+        dataset = load_dataset(data)
+    text = str(caught[0].message)
+    assert all(word in text for word in words), text
+    assert text in dataset.notes
+
+
+def test_termination_wins_over_truncation() -> None:
+    data = table()
+    data["truncated"][4] = True
+    with pytest.warns(DatasetWarning):
+        rows = load_dataset(data).transitions
+    assert bool(rows["next", "terminated"][4])
+    assert not bool(rows["next", "truncated"][4])
+
+
+def test_clipping_is_counted() -> None:
+    data = table()
+    data["action"][[1, 3], 0] = 4.0
+    with pytest.warns(DatasetWarning, match="2 rows had actions outside"):
+        rows = load_dataset(data, action_space=BOX, clip_actions=True).transitions
+    assert rows["action"].max() == 1.0
+    assert np.allclose(rows["action"][1, 1], data["action"][1, 1])
+
+
+def test_dtypes_are_kept() -> None:
+    wide = load_dataset(table(), dtype=torch.float64).transitions
+    assert wide["observation"].dtype == wide["next", "reward"].dtype == torch.float64
+    assert load_dataset(table()).transitions["action"].dtype == torch.float32
+    picked = load_dataset(discrete()).transitions
+    assert picked["action"].dtype == torch.int64
+    assert picked["action"].shape == (15,)
+    assert picked["next", "action_mask"].dtype == torch.bool
+
+
+def test_other_containers_are_refused() -> None:
+    with pytest.raises(DatasetError, match="int cannot be read"):
+        load_dataset(3)  # type: ignore[arg-type]
+    with pytest.raises(DatasetError, match="batch dimension"):
+        load_dataset(TensorDict({"observation": torch.ones(3)}, []))
+    with pytest.raises(DatasetError, match="empty list"):
+        load_dataset([])

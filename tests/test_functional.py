@@ -1,0 +1,236 @@
+"""The equations against SciPy, NumPy and hand numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from scipy import optimize, stats
+
+from iql_torchrl import functional as F
+
+WORKED = torch.tensor([3.0, 1.0, 4.0, 2.0, 5.0], dtype=torch.float64)
+samples = arrays(
+    np.float64, st.integers(2, 30), elements=st.floats(-50, 50, allow_nan=False, width=32)
+)
+
+
+def minimiser(loss, targets: torch.Tensor) -> float:
+    """Prediction of least mean loss, found by SciPy without any gradient of ours."""
+
+    def objective(v: float) -> float:
+        return float(loss(targets - v).mean())
+
+    bounds = (float(targets.min()) - 1, float(targets.max()) + 1)
+    found = optimize.minimize_scalar(objective, bounds=bounds, options={"xatol": 1e-10})
+    return float(found.x)
+
+
+def test_worked_example_of_the_expectile():
+    half = minimiser(lambda e: F.expectile_loss(e, expectile=0.5), WORKED)
+    assert half == pytest.approx(3.0, abs=1e-6)
+    for tau in (0.7, 0.9):
+        ours = minimiser(lambda e, t=tau: F.expectile_loss(e, expectile=t), WORKED)
+        scipys = stats.expectile(WORKED.numpy(), tau)
+        assert ours == pytest.approx(scipys, abs=1e-6)
+    # by hand: (1 + 2 + 3) * 0.3 + (4 + 5) * 0.7 over 3 * 0.3 + 2 * 0.7 = 8.1 / 2.3
+    assert stats.expectile(WORKED.numpy(), 0.7) == pytest.approx(8.1 / 2.3)
+    # (1 + 2 + 3 + 4) * 0.1 + 5 * 0.9 over 4 * 0.1 + 0.9 = 5.5 / 1.3
+    assert stats.expectile(WORKED.numpy(), 0.9) == pytest.approx(5.5 / 1.3)
+
+
+def test_expectile_loss_by_hand_and_its_sign():
+    loss = F.expectile_loss(torch.tensor([2.0, -2.0, 0.0]), expectile=0.7)
+    torch.testing.assert_close(loss, torch.tensor([2.8, 1.2, 0.0]))
+    assert loss[0] > loss[1], "a prediction too low (positive error) must cost more"
+
+
+@given(samples, st.floats(0.05, 0.95))
+@settings(max_examples=60, deadline=None)
+def test_expectile_loss_is_minimised_by_scipys_expectile(x, tau):
+    ours = minimiser(lambda e: F.expectile_loss(e, expectile=tau), torch.from_numpy(x))
+    assert ours == pytest.approx(stats.expectile(x, tau), abs=1e-3)
+
+
+@given(samples, st.floats(0.05, 0.95))
+@settings(max_examples=60, deadline=None)
+def test_quantile_loss_is_minimised_by_numpys_quantile(x, level):
+    x_t = torch.from_numpy(x)
+
+    def mean_loss(v: float) -> float:
+        return float(F.quantile_loss(x_t - v, quantile=level).mean())
+
+    # a quantile of a sample is one of its points; no point may do better than NumPy's
+    best = min(mean_loss(v) for v in x)
+    at_numpys = mean_loss(float(np.quantile(x, level, method="inverted_cdf")))
+    assert at_numpys == pytest.approx(best, rel=1e-6, abs=1e-9)
+
+
+@given(samples, st.floats(0.01, 0.99), st.floats(0.1, 10))
+@settings(max_examples=50, deadline=None)
+def test_expectile_loss_properties(x, tau, scale):
+    e = torch.from_numpy(x)
+    loss = F.expectile_loss(e, expectile=tau)
+    assert (loss >= 0).all()
+    torch.testing.assert_close(F.expectile_loss(scale * e, expectile=tau), scale**2 * loss)
+    torch.testing.assert_close(F.expectile_loss(-e, expectile=1 - tau), loss)
+    torch.testing.assert_close(F.expectile_loss(e, expectile=0.5), 0.5 * e.square())
+
+
+def test_expectile_of_one_is_the_maximum():
+    loss = F.expectile_loss(torch.tensor([1.0, -1.0]), expectile=1.0)
+    assert loss.tolist() == [1.0, 0.0]
+
+
+def test_weight_by_hand():
+    advantage = torch.tensor([0.0, 1.0, -1.0, 10.0])
+    weight = F.exponential_weight(advantage, temperature=3.0, max_weight=100.0)
+    expected = torch.tensor([1.0, math.exp(3), math.exp(-3), 100.0])
+    torch.testing.assert_close(weight, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("max_weight", [100.0, 7.3, 0.5])
+def test_huge_advantages_neither_overflow_nor_hide(dtype, max_weight):
+    advantage = torch.tensor([1e30, -1e30, float("nan"), 50.0], dtype=dtype, requires_grad=True)
+    weight = F.exponential_weight(advantage, temperature=3.0, max_weight=max_weight)
+    assert weight[0] == torch.tensor(max_weight, dtype=dtype)
+    assert weight[1] == 0
+    assert weight[2].isnan()
+    (grad,) = torch.autograd.grad(weight[:2].sum() + weight[3], advantage)
+    assert grad[:2].isfinite().all()
+    assert (grad[:2] == 0).all()
+
+
+def test_temperature_zero_is_behaviour_cloning():
+    weight = F.exponential_weight(torch.randn(100) * 50, temperature=0.0, max_weight=100.0)
+    assert (weight == 1).all()
+
+
+@given(samples, st.floats(0, 20), st.floats(0.1, 200))
+@settings(max_examples=50, deadline=None)
+def test_weight_is_monotone_and_bounded(x, temperature, ceiling):
+    advantage = torch.from_numpy(x).sort().values
+    weight = F.exponential_weight(advantage, temperature=temperature, max_weight=ceiling)
+    assert ((weight >= 0) & (weight <= ceiling)).all()
+    assert (weight.diff() >= 0).all()
+
+
+def test_td_target_by_hand():
+    target = F.td_target(
+        torch.tensor([1.0, 1.0, 2.0]),
+        torch.tensor([10.0, float("nan"), 4.0]),
+        torch.tensor([False, True, False]),
+        gamma=torch.tensor([0.9, 0.9, 0.5]),
+    )
+    torch.testing.assert_close(target, torch.tensor([10.0, 1.0, 4.0]))
+
+
+class TestPickAction:
+    values = torch.arange(24.0).view(2, 3, 4)  # K = 2, B = 3, N = 4
+    expected = torch.tensor([[1.0, 4.0, 11.0], [13.0, 16.0, 23.0]])
+    index = torch.tensor([1, 0, 3])
+
+    def test_every_form(self):
+        one_hot = torch.nn.functional.one_hot(self.index, 4)
+        for action in (self.index, self.index[:, None], one_hot, one_hot.float(), one_hot.bool()):
+            if action.dtype == torch.bool:
+                action = action.to(torch.uint8)
+            assert torch.equal(F.pick_action(self.values, action), self.expected)
+
+    def test_sequences(self):
+        values = torch.randn(2, 5, 6, 3)
+        index = torch.randint(3, (5, 6))
+        picked = F.pick_action(values, index.unsqueeze(-1))
+        for k in range(2):
+            for b in range(5):
+                for t in range(6):
+                    assert picked[k, b, t] == values[k, b, t, index[b, t]]
+
+    def test_as_many_actions_as_critics_and_steps(self):
+        values = torch.randn(3, 3, 3)
+        index = torch.tensor([2, 0, 1])
+        expected = torch.stack([values[:, b, a] for b, a in enumerate(index)], -1)
+        assert torch.equal(F.pick_action(values, index.unsqueeze(-1)), expected)
+        assert torch.equal(F.pick_action(values, torch.eye(3)[index]), expected)
+
+    def test_refuses_one_output(self):
+        with pytest.raises(ValueError, match="at least two"):
+            F.pick_action(torch.randn(2, 8, 1), torch.zeros(8, dtype=torch.long))
+
+    def test_refuses_other_shapes(self):
+        with pytest.raises(ValueError, match=r"action has shape \(7,\)"):
+            F.pick_action(torch.randn(2, 8, 4), torch.zeros(7, dtype=torch.long))
+
+
+def test_regression_loss_refuses_broadcast_and_unknown_names():
+    with pytest.raises(ValueError, match=r"\(4, 1\) and target \(4,\)"):
+        F.regression_loss(torch.zeros(4, 1), torch.zeros(4), loss_function="l2")
+    with pytest.raises(ValueError, match="huber"):
+        F.regression_loss(torch.zeros(4), torch.zeros(4), loss_function="huber")
+
+
+def test_regression_losses_by_hand():
+    prediction, target = torch.tensor([0.0, 3.0]), torch.tensor([0.5, 0.0])
+    for name, expected in (
+        ("l2", [0.25, 9.0]),
+        ("l1", [0.5, 3.0]),
+        ("smooth_l1", [0.125, 2.5]),
+    ):
+        loss = F.regression_loss(prediction, target, loss_function=name)
+        torch.testing.assert_close(loss, torch.tensor(expected))
+
+
+class TestReductions:
+    value = torch.tensor([1.0, 2.0, 4.0, float("nan")])
+    mask = torch.tensor([True, True, True, False])
+    weight = torch.tensor([1.0, 0.5, 0.5, 9.0])
+
+    def test_by_hand(self):
+        assert F.weighted_mean(self.value[:3]) == pytest.approx(7 / 3)
+        assert F.weighted_mean(self.value, mask=self.mask) == pytest.approx(7 / 3)
+        mean = F.weighted_mean(self.value, mask=self.mask, weight=self.weight)
+        assert mean == pytest.approx((1 + 1 + 2) / 2)
+        total = F.reduce(self.value, reduction="sum", mask=self.mask, weight=self.weight)
+        assert total == pytest.approx(4.0)
+        none = F.reduce(self.value, reduction="none", mask=self.mask)
+        assert none.tolist() == [1.0, 2.0, 4.0, 0.0]
+
+    def test_numpy_agrees(self):
+        value, weight = torch.randn(50), torch.rand(50)
+        expected = np.average(value.numpy(), weights=weight.numpy())
+        assert F.weighted_mean(value, weight=weight) == pytest.approx(expected, rel=1e-5)
+
+    def test_masked_nan_reaches_no_gradient(self):
+        value = self.value.clone().requires_grad_()
+        F.weighted_mean(value, mask=self.mask).backward()
+        torch.testing.assert_close(value.grad, torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.0]))
+
+    def test_everything_masked_is_zero(self):
+        value = torch.ones(3, requires_grad=True)
+        mean = F.weighted_mean(value, mask=torch.zeros(3, dtype=torch.bool))
+        mean.backward()
+        assert mean == 0
+        assert (value.grad == 0).all()
+
+    def test_unknown_name(self):
+        with pytest.raises(ValueError, match="median"):
+            F.reduce(self.value, reduction="median")
+
+
+@given(arrays(np.float64, st.integers(1, 40), elements=st.floats(0.01, 100)))
+@settings(max_examples=40, deadline=None)
+def test_effective_sample_size(w):
+    ess = F.effective_sample_size(torch.from_numpy(w)).item()
+    assert ess == pytest.approx(w.sum() ** 2 / (w**2).sum(), rel=1e-9)
+    assert 1 - 1e-9 <= ess <= len(w) + 1e-9
+
+
+def test_effective_sample_size_of_equal_and_of_no_weights():
+    assert F.effective_sample_size(torch.full((7,), 3.0)) == pytest.approx(7)
+    assert F.effective_sample_size(torch.zeros(7)) == 0

@@ -1,0 +1,275 @@
+"""What TorchRL 0.14.1's IQL losses get wrong; every test here fails on its classes.
+
+Each test runs on both: ours must pass, TorchRL's must fail (a strict expected failure on the
+version that was measured, so that the list stays honest).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchrl
+from conftest import ACT, OBS, make_batch, make_networks
+from tensordict import TensorDict
+from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
+from tensordict.nn import TensorDictModule as Mod
+from tensordict.nn import TensorDictSequential as Seq
+from torch import nn
+from torchrl.data import Categorical
+from torchrl.modules import ValueOperator
+from torchrl.objectives import DiscreteIQLLoss as TorchRLDiscreteIQLLoss
+from torchrl.objectives import IQLLoss as TorchRLIQLLoss
+from torchrl.objectives import SoftUpdate
+
+import iql_torchrl
+from iql_torchrl import networks, policies
+
+RIVAL_FAILS = pytest.mark.xfail(
+    strict=torchrl.__version__ == "0.14.1", reason="TorchRL 0.14.1 gets this wrong"
+)
+CONTINUOUS = [
+    pytest.param(iql_torchrl.IQLLoss, id="ours"),
+    pytest.param(TorchRLIQLLoss, id="torchrl", marks=RIVAL_FAILS),
+]
+DISCRETE = [
+    pytest.param(iql_torchrl.DiscreteIQLLoss, id="ours"),
+    pytest.param(TorchRLDiscreteIQLLoss, id="torchrl", marks=RIVAL_FAILS),
+]
+pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
+
+
+def gradients(loss, batch, *names):
+    loss.zero_grad(set_to_none=True)
+    out = loss(batch)
+    sum(out[name] for name in names).backward()
+    return out, {n: p.grad.clone() for n, p in loss.named_parameters() if p.grad is not None}
+
+
+def shared_trunk(features: int = 4):
+    trunk = Mod(nn.Linear(OBS, features), in_keys=["observation"], out_keys=["hidden"])
+    actor = ProbabilisticTensorDictSequential(
+        trunk,
+        Mod(nn.Linear(features, ACT), in_keys=["hidden"], out_keys=["loc"]),
+        ProbabilisticTensorDictModule(
+            in_keys=["loc"],
+            out_keys=["action"],
+            distribution_class=lambda loc: torch.distributions.Independent(
+                torch.distributions.Normal(loc, 1.0), 1
+            ),
+        ),
+    )
+    value = Seq(trunk, Mod(nn.Linear(features, 1), in_keys=["hidden"], out_keys=["state_value"]))
+
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(features + ACT, 1)
+
+        def forward(self, hidden, action):
+            return self.linear(torch.cat([hidden, action], -1))
+
+    qvalue = Seq(
+        trunk, Mod(Head(), in_keys=["hidden", "action"], out_keys=["state_action_value"])
+    )
+    return trunk, actor, qvalue, value
+
+
+@pytest.mark.parametrize("cls", CONTINUOUS)
+@pytest.mark.parametrize("num_critics", [1, 2])
+def test_target_trunk_follows_a_shared_live_trunk(cls, num_critics):
+    trunk, actor, qvalue, value = shared_trunk()
+    loss = cls(actor, qvalue, value, separate_losses=True, num_qvalue_nets=num_critics)
+    updater = SoftUpdate(loss, tau=0.5)
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
+    target = loss.target_qvalue_network_params["module", "0", "module", "weight"]
+    before = target.clone()
+    expected = before.clone()
+    for _ in range(5):
+        out = loss(make_batch())
+        optimizer.zero_grad()
+        sum(out[k] for k in ("loss_actor", "loss_qvalue", "loss_value")).backward()
+        optimizer.step()
+        updater.step()
+        expected = 0.5 * expected + 0.5 * trunk.module.weight.detach()
+    assert not torch.equal(before, target)
+    torch.testing.assert_close(target, expected.expand_as(target))
+
+
+@pytest.mark.parametrize("cls", CONTINUOUS)
+def test_masked_steps_change_no_loss_and_no_gradient(cls):
+    loss = cls(*make_networks())
+    SoftUpdate(loss, tau=0.5)
+    batch = make_batch(16, 5)
+    mask = torch.ones(16, 5, 1, dtype=torch.bool)
+    mask[:, 3:] = False
+    batch["collector", "mask"] = mask
+    names = ("loss_actor", "loss_qvalue", "loss_value")
+    first, grads = gradients(loss, batch.clone(), *names)
+    batch["next", "reward"][:, 3:] = 1000.0
+    batch["observation"][:, 3:] = -500.0
+    spoiled = batch.clone()
+    second, spoiled_grads = gradients(loss, spoiled, *names)
+    for name in names:
+        torch.testing.assert_close(first[name], second[name])
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, spoiled_grads[name])
+    assert (spoiled["td_error"][:, 3:] == 0).all()
+    # and the masked mean is the mean over the steps that remain
+    short, _ = gradients(loss, batch[:, :3].exclude("collector"), *names)
+    for name in names:
+        torch.testing.assert_close(first[name], short[name])
+
+
+@pytest.mark.parametrize("cls", CONTINUOUS)
+def test_value_network_reads_a_key_the_actor_does_not(cls):
+    actor, critic, _ = make_networks()
+    value = ValueOperator(networks.StateValue(OBS + 2, hidden=(8,)), in_keys=["observation", "goal"])
+    loss = cls(actor, critic, value)
+    batch = make_batch()
+    batch["goal"] = torch.randn(32, 2)
+    batch["next", "goal"] = torch.randn(32, 2)
+    assert ("next", "goal") in loss.in_keys
+    loss.make_value_estimator(gamma=0.9)
+    out = loss(batch.clone())
+    other = batch.clone()
+    other["next", "goal"] = torch.randn(32, 2)
+    assert not torch.equal(out["loss_qvalue"], loss(other)["loss_qvalue"])
+
+
+@pytest.mark.parametrize("cls", CONTINUOUS)
+def test_critics_read_a_key_the_actor_does_not(cls):
+    actor, _, value = make_networks()
+    critic = ValueOperator(
+        networks.Critic(OBS + 2, ACT, hidden=(8,)), in_keys=["observation", "goal", "action"]
+    )
+    loss = cls(actor, critic, value)
+    batch = make_batch()
+    batch["goal"] = torch.randn(32, 2)
+    assert loss(batch)["loss_qvalue"].isfinite()
+
+
+@pytest.mark.parametrize("cls", CONTINUOUS)
+def test_a_lone_critic_keeps_its_initialisation(cls):
+    actor, critic, value = make_networks()
+    weights = {n: p.detach().clone() for n, p in critic.named_parameters()}
+    loss = cls(actor, critic, value)
+    for params in (loss.qvalue_network_params, loss.target_qvalue_network_params):
+        for name, weight in weights.items():
+            assert torch.equal(params[tuple(name.split("."))][0], weight)
+    second = loss.qvalue_network_params["module", "mlp", "2", "weight"][1].detach()
+    assert not torch.equal(second, weights["module.mlp.2.weight"])
+    torch.testing.assert_close(second @ second.T, 2 * torch.eye(16), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("cls", CONTINUOUS)
+def test_importance_weights_of_a_prioritised_buffer(cls):
+    loss = cls(*make_networks())
+    batch = make_batch(8)
+    # a weight of two is the sample twice, a weight of zero is none
+    batch["priority_weight"] = torch.tensor([2.0, 1, 1, 1, 0, 0, 1, 1])
+    weighted = loss(batch.clone())
+    index = torch.tensor([0, 0, 1, 2, 3, 6, 7])
+    repeated = loss(batch.exclude("priority_weight")[index])
+    for name in ("loss_actor", "loss_qvalue", "loss_value"):
+        torch.testing.assert_close(weighted[name], repeated[name])
+
+
+@pytest.mark.parametrize("cls", CONTINUOUS)
+def test_buffers_of_target_critics_follow(cls):
+    actor, _, value = make_networks()
+
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(OBS + ACT)
+            self.linear = nn.Linear(OBS + ACT, 1)
+
+        def forward(self, observation, action):
+            return self.linear(self.norm(torch.cat([observation, action], -1)))
+
+    loss = cls(actor, ValueOperator(Normed(), in_keys=["observation", "action"]), value)
+    updater = SoftUpdate(loss, tau=0.5)
+    live = loss.qvalue_network_params["module", "norm", "running_mean"]
+    for _ in range(20):
+        live.fill_(3.0)
+        updater.step()
+    target = loss.target_qvalue_network_params["module", "norm", "running_mean"]
+    torch.testing.assert_close(target, live, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cls", CONTINUOUS)
+def test_n_step_rewards_are_discounted_by_gamma_to_the_n(cls):
+    loss = cls(*make_networks(), loss_function="l2")
+    loss.make_value_estimator(gamma=0.5)
+    batch = make_batch(8)
+    batch["steps_to_next_obs"] = torch.full((8, 1), 3)
+    three_steps = loss(batch.clone())["loss_qvalue"]
+    loss.make_value_estimator(gamma=0.125)
+    one_step = loss(batch.exclude("steps_to_next_obs"))["loss_qvalue"]
+    torch.testing.assert_close(three_steps, one_step)
+
+
+@pytest.mark.parametrize("cls", CONTINUOUS)
+def test_value_network_none_is_refused_clearly(cls):
+    actor, critic, _ = make_networks()
+    with pytest.raises(ValueError, match="value_network is None"):
+        cls(actor, critic, None)
+
+
+@pytest.mark.parametrize("cls", CONTINUOUS)
+def test_defaults_are_the_papers(cls):
+    loss = cls(*make_networks())
+    assert (loss.expectile, loss.temperature, loss.loss_function) == (0.7, 3.0, "l2")
+
+
+@pytest.mark.parametrize("cls", CONTINUOUS)
+def test_at_most_five_network_evaluations(cls):
+    calls = []
+
+    def counted(module, *_):
+        calls.append(type(module).__name__)
+
+    actor, critic, value = make_networks()
+    for module in (actor.module[0].module, critic.module, value.module):
+        module.register_forward_hook(counted)
+    loss = cls(actor, critic, value)
+    loss(make_batch())
+    assert len(calls) <= 5, calls
+
+
+def discrete_networks(num_actions: int = 4):
+    actor = policies.categorical(OBS, Categorical(num_actions), hidden=(8,))
+    critic = ValueOperator(
+        networks.DiscreteCritic(OBS, num_actions, hidden=(8,)), in_keys=["observation"]
+    )
+    critic.out_keys = critic.module.out_keys = ["state_action_value"]
+    value = ValueOperator(networks.StateValue(OBS, hidden=(8,)), in_keys=["observation"])
+    return actor, critic, value
+
+
+def discrete_batch(action: torch.Tensor) -> TensorDict:
+    torch.manual_seed(1)
+    batch = make_batch(len(action))
+    batch["action"] = action
+    return batch
+
+
+@pytest.mark.parametrize("cls", DISCRETE)
+def test_discrete_actions_of_every_form_give_the_same_losses(cls):
+    loss = cls(*discrete_networks(), action_space="categorical")
+    index = torch.randint(4, (16,))
+    forms = [index, index[:, None], nn.functional.one_hot(index, 4)]
+    outs = [loss(discrete_batch(form)) for form in forms]
+    for out in outs[1:]:
+        for name in ("loss_actor", "loss_qvalue", "loss_value"):
+            torch.testing.assert_close(outs[0][name], out[name])
+
+
+@pytest.mark.parametrize("cls", DISCRETE)
+def test_discrete_loss_refuses_a_critic_with_one_output(cls):
+    actor, _, value = discrete_networks()
+    critic = ValueOperator(networks.StateValue(OBS), in_keys=["observation"])
+    critic.out_keys = critic.module.out_keys = ["state_action_value"]
+    loss = cls(actor, critic, value, action_space="categorical")
+    with pytest.raises(ValueError, match="at least two"):
+        loss(discrete_batch(torch.zeros(16, dtype=torch.long)))
