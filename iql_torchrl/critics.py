@@ -8,12 +8,14 @@ of the target critics behind.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictParams
 from torch import Tensor, nn
 
-Critics = TensorDictModule | Sequence[TensorDictModule] | Callable[[], TensorDictModule]
+Critics: TypeAlias = TensorDictModule | Sequence[TensorDictModule] | Callable[[], TensorDictModule]
 
 
 def list_critics(critics: Critics, num_critics: int) -> TensorDictModule | list[TensorDictModule]:
@@ -66,7 +68,9 @@ def draw_critics(tensor: Tensor, num_critics: int) -> Tensor:
     if not tensor.requires_grad or bool((source == first).all()):
         draws = [source] * (num_critics - 1)
     elif (gain := _orthogonal_gain(source)) is not None:
-        draws = [nn.init.orthogonal_(torch.empty_like(source), gain) for _ in range(num_critics - 1)]
+        draws = [
+            nn.init.orthogonal_(torch.empty_like(source), gain) for _ in range(num_critics - 1)
+        ]
     else:
         flat = source.flatten()
         index = torch.randint(flat.numel(), (num_critics - 1, flat.numel()), device=flat.device)
@@ -152,7 +156,9 @@ class SharedLeaves:
         """Put the mirrors in place."""
         for name, key, _, _ in self.trunk:
             params = getattr(loss, f"{name}_params")
-            params.set(key, nn.Parameter(params.get(key).detach(), requires_grad=True))
+            mirror = nn.Parameter(params.get(key).detach(), requires_grad=True)
+            with params.unlock_():
+                params.set(key, mirror)
 
     def tie(self, loss: nn.Module) -> None:
         """Let every mirror use its owner's storage, and target buffers the live ones'."""
@@ -161,7 +167,8 @@ class SharedLeaves:
             mirror.data = getattr(loss, f"{owner}_params").get(owner_key).data.expand(mirror.shape)
         for name, key in self.buffers:
             live = getattr(loss, f"{name}_params").get(key)
-            loss._modules[f"target_{name}_params"].get(key).data = live.data
+            target: TensorDictParams = loss._modules[f"target_{name}_params"]
+            target.get(key).data = live.data
 
     def mirrors(self, loss: nn.Module) -> set[int]:
         """Identities of the mirrors, which belong in no optimiser."""

@@ -89,7 +89,7 @@ def td_target(
 def exponential_weight(
     advantage: Tensor, *, temperature: float | Tensor, max_weight: float
 ) -> Tensor:
-    """Weight of a sample in the policy's regression, ``min(exp(temperature * advantage), max_weight)``.
+    """Weight of a sample for the policy, ``min(exp(temperature * advantage), max_weight)``.
 
     Shape of ``advantage``, range ``[0, max_weight]`` (eq. 7; the ceiling, 100, is the official
     code's). ``temperature`` is an inverse temperature: 0 gives every sample weight 1 (behaviour
@@ -126,7 +126,7 @@ def _action_index(values: Tensor, action: Tensor, num_actions: int) -> Tensor:
     batch = values.shape[:-1]
     is_one_hot = dims > 0 and values.shape[values.ndim - dims :] == action.shape
     if is_one_hot and (dims > 1 or values.ndim == 1):
-        return action.argmax(-1)
+        return action.long().argmax(-1)
     if dims > 0 and action.shape[-1] == 1 and batch[len(batch) - dims + 1 :] == action.shape[:-1]:
         return action.squeeze(-1).long()
     if batch[len(batch) - dims :] == action.shape:

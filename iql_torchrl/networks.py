@@ -1,4 +1,4 @@
-"""Plain networks for IQL; wrap them with TorchRL's ``ValueOperator`` or the builders in ``policies``."""
+"""Plain networks for IQL, to wrap with TorchRL's ``ValueOperator``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MLP", "Critic", "DiscreteCritic", "OneHot", "Standardise", "StateValue", "critic_ensemble"]
+__all__ = [
+    "MLP",
+    "Critic",
+    "DiscreteCritic",
+    "OneHot",
+    "Standardise",
+    "StateValue",
+    "critic_ensemble",
+]
 
 GAIN = 2.0**0.5
 
@@ -41,7 +49,7 @@ class Standardise(nn.Module):
 
 
 class OneHot(nn.Module):
-    """Integer observation in ``[0, num_classes)``, shape ``(*B,)`` or ``(*B, 1)``, to ``(*B, num_classes)``."""
+    """Integers in ``[0, num_classes)``, shape ``(*B,)`` or ``(*B, 1)``, to ``(*B, num_classes)``."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -106,7 +114,7 @@ class StateValue(nn.Module):
         self.mlp = MLP(in_features, 1, **mlp)  # type: ignore[arg-type]
 
     def forward(self, *observations: Tensor) -> Tensor:
-        return self.mlp(self.preprocess(_join(observations)))  # type: ignore[no-any-return]
+        return self.mlp(self.preprocess(join_observations(observations)))
 
 
 class DiscreteCritic(nn.Module):
@@ -127,7 +135,7 @@ class DiscreteCritic(nn.Module):
         self.mlp = MLP(in_features, num_actions, **mlp)  # type: ignore[arg-type]
 
     def forward(self, *observations: Tensor) -> Tensor:
-        return self.mlp(self.preprocess(_join(observations)))  # type: ignore[no-any-return]
+        return self.mlp(self.preprocess(join_observations(observations)))
 
 
 class Critic(nn.Module):
@@ -150,8 +158,8 @@ class Critic(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         *observations, action = inputs
-        observation = self.preprocess(_join(observations))
-        return self.mlp(torch.cat([observation, action], -1))  # type: ignore[no-any-return]
+        observation = self.preprocess(join_observations(observations))
+        return self.mlp(torch.cat([observation, action], -1))
 
 
 def critic_ensemble(make_critic: Callable[[], nn.Module], num_critics: int) -> list[nn.Module]:
@@ -161,5 +169,5 @@ def critic_ensemble(make_critic: Callable[[], nn.Module], num_critics: int) -> l
     return [make_critic() for _ in range(num_critics)]
 
 
-def _join(observations: Sequence[Tensor]) -> Tensor:
+def join_observations(observations: Sequence[Tensor]) -> Tensor:
     return observations[0] if len(observations) == 1 else torch.cat(list(observations), -1)

@@ -210,9 +210,13 @@ class ImplicitQLoss(LossModule):
         self._shared.tie(self)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_vmap_qvalue_network"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._shared.tie(self)
+        self._make_vmap()
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, **kwargs: Any
@@ -612,13 +616,12 @@ class DiscreteIQLLoss(ImplicitQLoss):
 
     def logged_action(self, batch: Batch, dist: distributions.Distribution) -> Tensor:
         action = self._action(batch)
-        num_actions = dist.param_shape[-1] if hasattr(dist, "param_shape") else None
         is_one_hot = action.shape[-1] > 1
         wants_one_hot = isinstance(dist, ONE_HOT_DISTRIBUTIONS)
         if is_one_hot and not wants_one_hot:
-            return action.argmax(-1)
+            return action.long().argmax(-1)
         if wants_one_hot and not is_one_hot:
-            return nn.functional.one_hot(action.squeeze(-1).long(), num_actions)
+            return nn.functional.one_hot(action.squeeze(-1).long(), dist.param_shape[-1])  # type: ignore[attr-defined]
         return action if is_one_hot else action.squeeze(-1)
 
 

@@ -19,17 +19,16 @@ from torchrl.data import Categorical, OneHot, TensorSpec
 from torchrl.modules import (
     Delta,
     MaskedCategorical,
-    MaskedOneHotCategorical,
-    OneHotCategorical,
     ProbabilisticActor,
     TanhNormal,
 )
 
-from iql_torchrl.networks import MLP, _join
+from iql_torchrl.networks import MLP, join_observations
 
 __all__ = [
     "ClippedGaussian",
     "ClippedMixture",
+    "OneHotChoice",
     "categorical",
     "deterministic",
     "gaussian",
@@ -40,7 +39,7 @@ __all__ = [
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 
 
-class ClippedGaussian(D.Independent):
+class ClippedGaussian(D.Independent):  # type: ignore[type-arg]
     """Diagonal Gaussian whose samples are clipped to ``[low, high]``; its density is not.
 
     ``loc``, ``scale``: ``(*B, A)``. Logged actions on the bounds have an ordinary log-probability,
@@ -74,15 +73,17 @@ class ClippedMixture(D.MixtureSameFamily):
         self, logits: Tensor, loc: Tensor, scale: Tensor, *, low: Tensor, high: Tensor
     ) -> None:
         self.low, self.high = low, high
-        components = D.Independent(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
+        components = D.Independent(
+            D.Normal(loc, scale, validate_args=False), 1, validate_args=False
+        )
         weights = D.Categorical(logits=logits, validate_args=False)
         super().__init__(weights, components, validate_args=False)
 
     @property
     def mode(self) -> Tensor:
-        normal = self.component_distribution.base_dist
+        normal: Any = self.component_distribution.base_dist  # type: ignore[attr-defined]
         density = self.mixture_distribution.logits - normal.scale.log().sum(-1)
-        best = density.argmax(-1)[..., None, None].expand(*normal.loc.shape[:-2], 1, -1)
+        best = density.argmax(-1)[..., None, None].expand_as(normal.loc[..., :1, :])
         return _clip(normal.loc.gather(-2, best).squeeze(-2), self.low, self.high)
 
     @property
@@ -91,6 +92,31 @@ class ClippedMixture(D.MixtureSameFamily):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return _clip(super().sample(torch.Size(sample_shape)), self.low, self.high)
+
+
+class OneHotChoice(D.OneHotCategorical):
+    """One-hot choice among N by ``logits`` ``(*B, N)``, where ``mask`` (bool, ``(*B, N)``) allows.
+
+    Samples have the spec's ``dtype``. Ties of the deterministic sample go to the first action.
+    """
+
+    def __init__(
+        self, logits: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.bool
+    ) -> None:
+        self.dtype = dtype
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf)
+        super().__init__(logits=logits, validate_args=False)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        return nn.functional.one_hot(self.logits.argmax(-1), self.logits.shape[-1]).to(self.dtype)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return super().sample(torch.Size(sample_shape)).to(self.dtype)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value.to(self.logits.dtype))
 
 
 def _clip(action: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -120,7 +146,7 @@ class _Head(nn.Module):
             self.register_buffer("half_range", (high - low) / 2)
 
     def body(self, observations: Sequence[Tensor]) -> Tensor:
-        return self.mlp(self.preprocess(_join(observations)))  # type: ignore[no-any-return]
+        return self.mlp(self.preprocess(join_observations(observations)))
 
     def inside(self, x: Tensor) -> Tensor:
         return self.centre + self.half_range * x.tanh()
@@ -129,7 +155,9 @@ class _Head(nn.Module):
 class _GaussianHead(_Head):
     """Mean inside the bounds; log-std a free vector (the paper's) or a second output of the MLP."""
 
-    def __init__(self, in_features: int, bounds: Bounds, state_dependent_std: bool, *rest: Any) -> None:
+    def __init__(
+        self, in_features: int, bounds: Bounds, state_dependent_std: bool, *rest: Any
+    ) -> None:
         size = bounds[0].numel()
         super().__init__(in_features, (1 + state_dependent_std) * size, bounds, *rest)
         self.log_std = None if state_dependent_std else nn.Parameter(torch.zeros(size))
@@ -156,9 +184,9 @@ class _DeterministicHead(_Head):
 
 class _MixtureHead(_Head):
     def __init__(self, in_features: int, bounds: Bounds, num_components: int, *rest: Any) -> None:
-        self_size = bounds[0].numel()
-        super().__init__(in_features, num_components * (1 + self_size), bounds, *rest)
-        self.shape = (num_components, self_size)
+        size = bounds[0].numel()
+        super().__init__(in_features, num_components * (1 + size), bounds, *rest)
+        self.shape = (num_components, size)
         self.log_std = nn.Parameter(torch.zeros(self.shape))
 
     def forward(self, *observations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,7 +220,7 @@ def gaussian(
     """
     bounds = _bounds(action_spec)
     head = _GaussianHead(in_features, bounds, state_dependent_std, preprocess, mlp)
-    return _actor(head, in_keys, ["loc", "scale"], action_spec, ClippedGaussian, bounds)
+    return _actor(head, in_keys, ["loc", "scale"], action_spec, ClippedGaussian, _limits(bounds))
 
 
 def tanh_normal(
@@ -210,7 +238,7 @@ def tanh_normal(
     """
     bounds = _bounds(action_spec)
     head = _SquashedHead(in_features, 2 * bounds[0].numel(), bounds, preprocess, mlp)
-    return _actor(head, in_keys, ["loc", "scale"], action_spec, TanhNormal, bounds)
+    return _actor(head, in_keys, ["loc", "scale"], action_spec, TanhNormal, _limits(bounds))
 
 
 def deterministic(
@@ -227,7 +255,7 @@ def deterministic(
     """
     bounds = _bounds(action_spec)
     head = _DeterministicHead(in_features, bounds[0].numel(), bounds, preprocess, mlp)
-    return _actor(head, in_keys, ["param"], action_spec, Delta, None)
+    return _actor(head, in_keys, ["param"], action_spec, Delta, {})
 
 
 def mixture(
@@ -247,7 +275,9 @@ def mixture(
         raise ValueError(f"num_components is {num_components}; wanted at least one.")
     bounds = _bounds(action_spec)
     head = _MixtureHead(in_features, bounds, num_components, preprocess, mlp)
-    return _actor(head, in_keys, ["logits", "loc", "scale"], action_spec, ClippedMixture, bounds)
+    return _actor(
+        head, in_keys, ["logits", "loc", "scale"], action_spec, ClippedMixture, _limits(bounds)
+    )
 
 
 def categorical(
@@ -269,15 +299,16 @@ def categorical(
             f"action_spec is {type(action_spec).__name__}; categorical() wants a TorchRL "
             "Categorical or OneHot spec. For continuous actions use gaussian()."
         )
-    one_hot = isinstance(action_spec, OneHot)
     num_actions = action_spec.space.n
     head = _LogitsHead(in_features, num_actions, None, preprocess, mlp)
-    if mask_key is None:
-        distribution: type = OneHotCategorical if one_hot else D.Categorical
-        return _actor(head, in_keys, ["logits"], action_spec, distribution, None)
-    distribution = MaskedOneHotCategorical if one_hot else MaskedCategorical
-    parameters = {"logits": "logits", "mask": mask_key}
-    return _actor(head, in_keys, ["logits"], action_spec, distribution, None, parameters)
+    parameters = {"logits": "logits"} | ({} if mask_key is None else {"mask": mask_key})
+    if isinstance(action_spec, OneHot):
+        distribution: type = OneHotChoice
+        options = {"dtype": action_spec.dtype}
+    else:
+        distribution = D.Categorical if mask_key is None else MaskedCategorical
+        options = {}
+    return _actor(head, in_keys, ["logits"], action_spec, distribution, options, parameters)
 
 
 def _actor(
@@ -286,7 +317,7 @@ def _actor(
     out_keys: list[str],
     action_spec: TensorSpec,
     distribution: type,
-    bounds: Bounds | None,
+    options: dict[str, Any],
     parameters: dict[str, NestedKey] | None = None,
 ) -> ProbabilisticActor:
     return ProbabilisticActor(
@@ -294,8 +325,12 @@ def _actor(
         in_keys=parameters or out_keys,
         spec=action_spec,
         distribution_class=distribution,
-        distribution_kwargs={} if bounds is None else {"low": bounds[0], "high": bounds[1]},
+        distribution_kwargs=options,
     )
+
+
+def _limits(bounds: Bounds) -> dict[str, Tensor]:
+    return {"low": bounds[0], "high": bounds[1]}
 
 
 def _bounds(action_spec: TensorSpec) -> Bounds:

@@ -12,12 +12,14 @@ import minari
 import numpy as np
 import pytest
 import torch
+from tensordict.nn import TensorDictModule
 
 from iql_torchrl.data import builtin, load_dataset
 from iql_torchrl.data.__main__ import main
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset, make_dataset
 from iql_torchrl.data.builtin_pendulum import swing_up_torque
 from iql_torchrl.data.builtin_recipe import Recipe, mean_return
+from iql_torchrl.evaluation import evaluate
 
 PENDULUM = "pendulum/mixed-v0"
 ICU = "icu-sepsis/clinician-v0"
@@ -258,9 +260,11 @@ def test_sepsis_loads_with_masks(root, sepsis):
     assert table["action_mask"].shape == (len(dataset), 25)
     assert table["action_mask"].gather(1, table["action"].unsqueeze(1)).all()
     assert torch.isfinite(table["action_log_prob"]).all()
-    env = dataset.make_env()
-    assert env.action_space == gymnasium.spaces.Discrete(25)
-    env.close()
+    policy = TensorDictModule(
+        lambda mask: mask.float(), in_keys=["action_mask"], out_keys=["action"]
+    )
+    result = evaluate(policy, dataset.make_env, episodes=5, num_envs=2, seed=0)
+    assert set(result.returns) <= {0.0, 1.0}
 
 
 # ---- pointmaze -----------------------------------------------------------------------------

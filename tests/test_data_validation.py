@@ -188,7 +188,8 @@ BAD: dict[str, tuple[Callable[[], Arrays], Callable[[Arrays], Any], Arrays, list
         table, to("truncated", lambda t: np.where(t, NAN, 0.0)), {}, ["truncated", "row 9"],
     ),
     "episode goes on after its end": (
-        table, lambda d: (d["terminated"].__setitem__(2, True), d.update(episode=np.arange(15) // 5)),
+        table,
+        lambda d: (d["terminated"].__setitem__(2, True), d.update(episode=np.arange(15) // 5)),
         {}, ["row 2", "episode"],
     ),
     "ends cannot be found": (

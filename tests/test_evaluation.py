@@ -133,6 +133,12 @@ def test_a_known_environment_gives_the_return_of_a_plain_loop():
     assert result.lengths.tolist() == [200] * 3
 
 
+def test_a_compiled_policy_is_accepted():
+    policy = torch.compile(constant(HALF), backend="eager")
+    result = evaluate(policy, Seeded, episodes=4, num_envs=2, seed=0)
+    np.testing.assert_array_equal(result.returns, expected(0, 4)[1])
+
+
 def test_max_steps_cuts_an_episode_and_counts_it():
     result = evaluate(constant(HALF), Seeded, episodes=7, num_envs=3, seed=0, max_steps=4)
     assert result.lengths.tolist() == [1, 2, 3, 4, 4, 4, 4]
@@ -200,13 +206,18 @@ def test_observations_keep_the_dtypes_of_the_training_data(space, value, wanted,
 
 @pytest.mark.parametrize(
     ("keys", "make"),
-    [(["state"], Seeded), ([("observation", "goal")], dict_env), (["observation", "x"], dict_env)],
+    [(["state"], Seeded), ([("observation", "goal")], dict_env), (["desired_goal", "x"], dict_env)],
 )
 def test_a_key_that_the_environment_lacks_is_named(keys, make):
     policy = TensorDictModule(lambda *_: torch.zeros(1, 2), in_keys=keys, out_keys=["action"])
     with pytest.raises(ValueError, match="which the environment does not give"):
         evaluate(policy, make, episodes=1, seed=0)
     assert all(env.closed for env in Seeded.opened)
+
+
+def test_a_dict_is_not_passed_off_as_one_tensor():
+    with pytest.raises(ValueError, match=r"gives a Dict of \['desired_goal', 'observation'\]"):
+        evaluate(constant(HALF), dict_env, episodes=1, seed=0)
 
 
 def masked_policy():

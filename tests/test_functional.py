@@ -139,8 +139,6 @@ class TestPickAction:
     def test_every_form(self):
         one_hot = torch.nn.functional.one_hot(self.index, 4)
         for action in (self.index, self.index[:, None], one_hot, one_hot.float(), one_hot.bool()):
-            if action.dtype == torch.bool:
-                action = action.to(torch.uint8)
             assert torch.equal(F.pick_action(self.values, action), self.expected)
 
     def test_sequences(self):

@@ -128,7 +128,9 @@ def test_replays_the_official_updates(file, form):
         if i in (0, config["steps"] - 1):
             when = "after_1" if i == 0 else "final"
             actor = loss.actor_network_params["module", "0", "module"]
-            actor_keys = linear_keys(f"{when}/actor", len(config["hidden"]), f"{when}/actor/Dense_0")
+            actor_keys = linear_keys(
+                f"{when}/actor", len(config["hidden"]), f"{when}/actor/Dense_0"
+            )
             errors = [
                 mlp_error(actor["mlp"], data, actor_keys),
                 np.abs(actor["log_std"].detach().numpy() - data[f"{when}/actor/log_stds"]).max(),

@@ -68,9 +68,7 @@ def shared_trunk(features: int = 4):
         def forward(self, hidden, action):
             return self.linear(torch.cat([hidden, action], -1))
 
-    qvalue = Seq(
-        trunk, Mod(Head(), in_keys=["hidden", "action"], out_keys=["state_action_value"])
-    )
+    qvalue = Seq(trunk, Mod(Head(), in_keys=["hidden", "action"], out_keys=["state_action_value"]))
     return trunk, actor, qvalue, value
 
 
@@ -123,7 +121,9 @@ def test_masked_steps_change_no_loss_and_no_gradient(cls):
 @pytest.mark.parametrize("cls", CONTINUOUS)
 def test_value_network_reads_a_key_the_actor_does_not(cls):
     actor, critic, _ = make_networks()
-    value = ValueOperator(networks.StateValue(OBS + 2, hidden=(8,)), in_keys=["observation", "goal"])
+    value = ValueOperator(
+        networks.StateValue(OBS + 2, hidden=(8,)), in_keys=["observation", "goal"]
+    )
     loss = cls(actor, critic, value)
     batch = make_batch()
     batch["goal"] = torch.randn(32, 2)

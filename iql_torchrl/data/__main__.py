@@ -1,0 +1,134 @@
+"""``python -m iql_torchrl.data list | make NAME | describe SOURCE``."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from iql_torchrl.data.builtin import BUILTIN, ensure_dataset, make_dataset
+
+if TYPE_CHECKING:
+    from iql_torchrl.data import OfflineDataset
+
+NAME_WIDTH = 26
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 1 after an error told on standard error."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.command == "list":
+            _list()
+        elif options.command == "make":
+            _make(options)
+        else:
+            _describe(options)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m iql_torchrl.data")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="the datasets that can be made on this machine")
+    make = commands.add_parser("make", help="make one of them, unless it exists")
+    make.add_argument("name", metavar="NAME", help="as listed")
+    make.add_argument("--seed", type=int, default=None, help="refuses an existing dataset")
+    make.add_argument("--quiet", action="store_true", help="no progress bar")
+    describe = commands.add_parser("describe", help="what a dataset holds")
+    describe.add_argument("source", metavar="SOURCE", help="Minari id, .hdf5 or .npz file")
+    describe.add_argument("--env", help="environment id, for files that name none")
+    describe.add_argument("--png", type=Path, help="where the histogram of returns goes")
+    return parser
+
+
+def _list() -> None:
+    for name, recipe in BUILTIN.items():
+        print(f"{name} ({recipe.episodes} episodes)")
+        print(textwrap.indent(textwrap.fill(recipe.description, 92), "    "))
+
+
+def _make(options: argparse.Namespace) -> None:
+    if options.seed is None:
+        print(ensure_dataset(options.name, progress=not options.quiet))
+    else:
+        print(make_dataset(options.name, seed=options.seed, progress=not options.quiet))
+
+
+def _describe(options: argparse.Namespace) -> None:
+    from iql_torchrl.data import load_dataset
+
+    dataset = load_dataset(options.source, env=options.env)
+    for name, text in _rows(dataset):
+        print(f"{name:<{NAME_WIDTH}}{text}")
+    for note in dataset.notes:
+        print(f"note: {note}")
+    stem = re.sub(r"[^\w.-]+", "-", options.source).strip("-.")
+    path = options.png or Path(f"{stem}-returns.png")
+    try:
+        _draw(dataset, options.source, path)
+    except ImportError:
+        print('no histogram: matplotlib is missing, pip install "iql_torchrl[examples]"')
+    else:
+        print(f"histogram of returns: {path}")
+
+
+def _rows(dataset: OfflineDataset) -> list[tuple[str, str]]:
+    table, returns, lengths = dataset.transitions, dataset.episode_returns, dataset.episode_lengths
+    terminated = int(table["next", "terminated"].sum())
+    truncated = int(table["next", "truncated"].sum())
+    rows = [
+        ("episodes", f"{len(returns)}"),
+        ("steps", f"{len(dataset)}"),
+        ("episode length", f"{lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}"),
+        ("ends", f"{terminated} by termination, {truncated} by truncation"),
+        (
+            "return",
+            f"mean {returns.mean():.6g}, standard deviation {returns.std():.6g}, "
+            f"{returns.min():.6g} to {returns.max():.6g}",
+        ),
+    ]
+    if dataset.reference_scores is not None:
+        random, expert = dataset.reference_scores
+        score = 100.0 * (returns.mean() - random) / (expert - random)
+        rows.append(("reference returns", f"random {random:.6g}, expert {expert:.6g}"))
+        rows.append(("score of the mean", f"{score:.1f} (0 random, 100 expert)"))
+    for key in table.keys(include_nested=True, leaves_only=True):
+        path = (key,) if isinstance(key, str) else key
+        if path[0] == "observation" or path in {("action",), ("next", "reward")}:
+            rows.append(("/".join(path), _range(table[key])))
+    return rows
+
+
+def _range(values: Any) -> str:
+    low, high = values.min().item(), values.max().item()
+    shape = tuple(values.shape[1:])
+    return f"{low:.6g} to {high:.6g}, {str(values.dtype).removeprefix('torch.')} {shape}"
+
+
+def _draw(dataset: OfflineDataset, title: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    # A bare Figure needs no display and leaves pyplot's state alone.
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    axes.hist(dataset.episode_returns, bins=40, color="0.6")
+    axes.axvline(dataset.episode_returns.mean(), color="black", label="mean of the log")
+    if dataset.reference_scores is not None:
+        random, expert = dataset.reference_scores
+        axes.axvline(random, color="tab:red", linestyle="--", label="random reference")
+        axes.axvline(expert, color="tab:green", linestyle="--", label="expert reference")
+    axes.set(title=title, xlabel="undiscounted return of an episode", ylabel="episodes")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

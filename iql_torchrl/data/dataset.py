@@ -1,0 +1,143 @@
+"""A loaded dataset: checked transitions with what learning and evaluation need to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from tensordict import TensorDict
+from torchrl.data import Composite, TensorDictReplayBuffer, TensorSpec
+
+from iql_torchrl.data import replay
+from iql_torchrl.data.normalise import ObservationStatistics, RewardMap, normalised_score
+from iql_torchrl.data.transitions import (
+    ACTION,
+    DatasetError,
+    Key,
+    observation_spec_of,
+    spec_of_space,
+)
+
+__all__ = ["OfflineDataset"]
+
+
+@dataclass(frozen=True)
+class OfflineDataset:
+    """Transitions that passed every check, with what learning and evaluation need to know.
+
+    Attributes:
+        transitions: batch ``(N,)`` in TorchRL's layout: ``observation`` (nested for Dict spaces),
+            ``action``, ``("next", "observation")``, ``("next", "reward")`` (mapped, ``(N, 1)``),
+            ``("next", "terminated" | "truncated" | "done")`` bool ``(N, 1)``, and int64
+            ``("collector", "traj_ids")`` ``(N,)``; ``action_mask``, ``("next", "action_mask")``
+            bool ``(N, n)`` and ``action_log_prob`` ``(N,)`` where the source has them. Episodes
+            are whole, consecutive and in the source's order.
+        observation_space, action_space: Gymnasium's; the specs are TorchRL's of the same.
+        statistics: per observation key (``"observation"``, or a tuple for nested ones) its
+            ``ObservationStatistics``; categories have none.
+        episode_returns: raw rewards summed over the kept rows of each episode, float64 ``(E,)``.
+        episode_lengths: kept rows of each episode, int64 ``(E,)``.
+        reward_map: the affine map the rewards went through; apply it to online rewards too.
+        reference_scores: raw returns (random, expert), or None.
+        notes: what was dropped, guessed or repaired, one sentence each.
+    """
+
+    transitions: TensorDict
+    observation_space: gym.Space[Any]
+    action_space: gym.Space[Any]
+    statistics: dict[str | Key, ObservationStatistics]
+    episode_returns: NDArray[np.float64]
+    episode_lengths: NDArray[np.int64]
+    reward_map: RewardMap
+    reference_scores: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+    name: str = "dataset"
+    dtype: torch.dtype = torch.float32
+    env: Callable[[], gym.Env[Any, Any]] | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return int(self.transitions.batch_size[0])
+
+    @property
+    def observation_spec(self) -> Composite:
+        """``Composite`` with the key ``observation``, nested below it for Dict spaces."""
+        return observation_spec_of(self.observation_space, self.dtype)
+
+    @property
+    def action_spec(self) -> TensorSpec:
+        """Bounded for Box, Categorical for Discrete, MultiCategorical for MultiDiscrete."""
+        return spec_of_space(self.action_space, self.dtype, ACTION)
+
+    def normalised_score(self, returns: ArrayLike) -> NDArray[np.float64]:
+        """Raw returns on the 0 (random) .. 100 (expert) scale.
+
+        Raises ``DatasetError`` without ``reference_scores``.
+        """
+        if self.reference_scores is None:
+            raise DatasetError(
+                f"{self.name}: no reference scores are known; pass reference_scores=(random, "
+                "expert) to load_dataset."
+            )
+        return normalised_score(returns, self.reference_scores)
+
+    def make_env(self) -> gym.Env[Any, Any]:
+        """A fresh environment, from ``env=`` or the one the dataset records.
+
+        Raises ``DatasetError`` saying what to install, or that none is recorded.
+        """
+        if self.env is None:
+            raise DatasetError(
+                f"{self.name}: the data records no environment; pass env= to load_dataset."
+            )
+        return self.env()
+
+    def replay_buffer(
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+        *,
+        capacity: int | None = None,
+        **kwargs: Any,
+    ) -> TensorDictReplayBuffer:
+        """A TorchRL buffer over the transitions; see ``replay.replay_buffer``."""
+        return replay.replay_buffer(
+            self.transitions, batch_size, device=device, seed=seed, capacity=capacity, **kwargs
+        )
+
+    def device_sampler(
+        self, batch_size: int, device: torch.device | str | None = None, seed: int | None = None
+    ) -> replay.DeviceSampler:
+        """A ``DeviceSampler`` over the transitions."""
+        return replay.DeviceSampler(self.transitions, batch_size, device=device, seed=seed)
+
+    def split(self, fraction: float, seed: int) -> tuple[OfflineDataset, OfflineDataset]:
+        """Two datasets of whole episodes, the first with ``fraction`` of them, drawn at random.
+
+        Both keep the whole's order, episode numbers, statistics and reward map, so that numbers
+        from one mean the same in the other. Both are copies in memory. Raises ``DatasetError``
+        where one side would be empty.
+        """
+        count = len(self.episode_lengths)
+        first = round(fraction * count)
+        if not 0 < first < count:
+            raise DatasetError(
+                f"{self.name}: split({fraction}) of {count} episodes leaves one side empty."
+            )
+        chosen = np.zeros(count, np.bool_)
+        chosen[np.random.default_rng(seed).permutation(count)[:first]] = True
+        return self._part(chosen), self._part(~chosen)
+
+    def _part(self, episodes: NDArray[np.bool_]) -> OfflineDataset:
+        rows = torch.from_numpy(np.flatnonzero(np.repeat(episodes, self.episode_lengths)))
+        return replace(
+            self,
+            transitions=self.transitions[rows],
+            episode_returns=self.episode_returns[episodes],
+            episode_lengths=self.episode_lengths[episodes],
+        )

@@ -1,0 +1,237 @@
+"""``load_dataset``: from any source to an ``OfflineDataset``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import gymnasium as gym
+import minari
+import torch
+from gymnasium.envs.registration import EnvSpec
+from tensordict import TensorDictBase
+from torchrl.data import ReplayBuffer, Storage
+
+from iql_torchrl.data.build import build
+from iql_torchrl.data.cache import build_cached, describe, fingerprint, load_built
+from iql_torchrl.data.columns import flatten, open_hdf5, open_npz
+from iql_torchrl.data.dataset import OfflineDataset
+from iql_torchrl.data.minari_source import find_minari, minari_files, minari_source
+from iql_torchrl.data.normalise import REFERENCE_RETURNS
+from iql_torchrl.data.sources import EnvLike, ReadOptions, Source, chain, concatenated, env_maker
+from iql_torchrl.data.table_source import table_source
+from iql_torchrl.data.tensordict_source import columns_of_tensordict
+from iql_torchrl.data.transitions import DatasetError, Key
+
+__all__ = ["load_dataset"]
+
+TABLE_FILES = (".hdf5", ".h5", ".npz")
+
+SourceLike: TypeAlias = (
+    "str | Path | minari.MinariDataset | Mapping[str, Any] | TensorDictBase | ReplayBuffer"
+    " | Storage | Sequence[Any]"
+)
+
+
+def load_dataset(
+    source: SourceLike,
+    *,
+    env: EnvLike | None = None,
+    reward: str | tuple[float, float] = "raw",
+    columns: Mapping[str, str | None] | None = None,
+    reward_offset: int = 0,
+    concatenate: Sequence[str] | None = None,
+    limit: int | None = None,
+    memmap: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    clip_actions: bool = False,
+    max_episode_steps: int | None = None,
+    reference_scores: tuple[float, float] | str | None = None,
+    observation_space: gym.Space[Any] | None = None,
+    action_space: gym.Space[Any] | None = None,
+    download: bool = True,
+    progress: bool | None = None,
+) -> OfflineDataset:
+    """Reads offline data, checks it once and loudly, and returns an ``OfflineDataset``.
+
+    Args:
+        source: a Minari id (downloaded only when absent), a ``MinariDataset``, a path to
+            ``.hdf5``/``.h5`` (D4RL's layout) or ``.npz``, a dict of arrays, a TensorDict, a
+            TorchRL replay buffer or storage; or a list of these, joined if their spaces agree.
+        env: id, spec, instance or function; its spaces describe a table's columns, and
+            ``make_env`` makes it. Minari's own record is used where this is None.
+        reward: ``"raw"``, ``"return_range"`` (1000 / (max - min episode return): the paper's
+            locomotion), ``"minus_one"`` (AntMaze), or ``(scale, shift)``: r' = scale * r + shift.
+        columns: our key to the file's column: ``observation``, ``action``, ``reward``,
+            ``next_observation``, ``terminated``, ``truncated``, ``episode``, ``action_mask``,
+            ``next_action_mask``, ``action_log_prob``; None leaves an optional one out. Common
+            names are recognised unasked.
+        reward_offset: 1 where a row's reward belongs to the action of the row before.
+        concatenate: leaves of a Dict observation to join, in order, into one ``observation``.
+        limit: at most this many transitions, the leading whole episodes; only an opening episode
+            longer than the limit is cut, and truncated there.
+        memmap: a folder for a memory-mapped table, built in bounded memory and reused while the
+            files and options stay the same.
+        dtype: of observations, continuous actions and rewards.
+        clip_actions: clip continuous actions to their bounds instead of refusing them.
+        max_episode_steps: cuts longer episodes of a table without truncation marks; by default
+            the environment's own limit.
+        reference_scores: (random, expert) raw returns, or a task of ``REFERENCE_RETURNS``.
+        observation_space, action_space: for tables, instead of ``env``. Without either, float
+            actions within [-1, 1] get those bounds, others the data's range with a warning.
+        download: False never asks the network.
+        progress: a progress bar; None shows it on terminals only.
+
+    Raises:
+        DatasetError: naming the key, rows, episode, what was wanted and what to do.
+    """
+    _check_options(dtype, reward)
+    maker = None if env is None else env_maker(env)
+    options = ReadOptions(
+        columns=dict(columns or {}),
+        reward_offset=reward_offset,
+        limit=None if isinstance(source, list | tuple) else limit,
+        max_episode_steps=max_episode_steps,
+        dtype=dtype,
+        download=download,
+        observation_space=observation_space,
+        action_space=action_space,
+    )
+    how: dict[str, Any] = {
+        "reward": reward, "dtype": dtype, "clip_actions": clip_actions, "progress": progress,
+    }  # fmt: skip
+
+    def opened() -> Source:
+        found = _open(source, options, maker)
+        found = concatenated(found, concatenate) if concatenate else found
+        return chain([found], limit)
+
+    if memmap is None:
+        read = opened()
+        built, about = build(read, **how), describe(read)
+    else:
+        settings = {
+            **how, "progress": None, "columns": options.columns, "reward_offset": reward_offset,
+            "concatenate": concatenate, "limit": limit, "max_episode_steps": max_episode_steps,
+            "observation": observation_space, "action": action_space, "env": _env_identity(env),
+            "source": source if isinstance(source, str | Path | list | tuple) else None,
+        }  # fmt: skip
+        wanted = fingerprint(_files(source, options), settings)
+        built, about = load_built(Path(memmap), wanted) or build_cached(
+            opened(), Path(memmap), wanted, **how
+        )
+    if maker is None and about.env_spec is not None:
+        maker = env_maker(about.env_spec)
+    return OfflineDataset(
+        transitions=built.transitions,
+        observation_space=about.observation_space,
+        action_space=about.action_space,
+        statistics={_public(key): value for key, value in built.statistics.items()},
+        episode_returns=built.episode_returns,
+        episode_lengths=built.episode_lengths,
+        reward_map=built.map,
+        reference_scores=_scores(reference_scores) or about.reference_scores,
+        notes=built.notes,
+        name=about.name,
+        dtype=dtype,
+        env=maker,
+    )
+
+
+def _files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
+    """Every file the source reads; empty when any part of it lives in memory."""
+    if isinstance(source, list | tuple):
+        parts = [_files(item, options) for item in source]
+        return tuple(path for part in parts for path in part) if all(parts) else ()
+    if isinstance(source, str | Path) and Path(source).suffix.lower() in TABLE_FILES:
+        return (Path(source),) if Path(source).is_file() else ()
+    if isinstance(source, str):
+        source = find_minari(source, download=options.download)
+    return minari_files(source) if isinstance(source, minari.MinariDataset) else ()
+
+
+def _env_identity(env: EnvLike | None) -> str | None:
+    """What of an environment decides how a table is read."""
+    if env is None or isinstance(env, str):
+        return env
+    if isinstance(env, EnvSpec):
+        return repr(env)
+    made = env if isinstance(env, gym.Env) else env()
+    identity = f"{made.spec} {made.observation_space} {made.action_space}"
+    if made is not env:
+        made.close()
+    return identity
+
+
+def _check_options(dtype: torch.dtype, reward: Any) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise DatasetError(f"dtype: wanted torch.float32 or torch.float64, got {dtype}")
+    names = ("raw", "return_range", "minus_one")
+    if isinstance(reward, str) and reward not in names:
+        raise DatasetError(f"reward: wanted one of {names} or (scale, shift), got {reward!r}")
+
+
+def _public(key: Key) -> str | Key:
+    return key[0] if len(key) == 1 else key
+
+
+def _scores(given: tuple[float, float] | str | None) -> tuple[float, float] | None:
+    if given is None:
+        return None
+    if isinstance(given, str):
+        if given not in REFERENCE_RETURNS:
+            raise DatasetError(
+                f"reference_scores: {given!r} is not among {', '.join(REFERENCE_RETURNS)}."
+            )
+        return REFERENCE_RETURNS[given]
+    return float(given[0]), float(given[1])
+
+
+def _open(
+    source: Any,
+    options: ReadOptions,
+    maker: Callable[[], gym.Env[Any, Any]] | None,
+) -> Source:
+    if isinstance(source, list | tuple):
+        return chain([_open(item, options, maker) for item in source])
+    if isinstance(source, minari.MinariDataset):
+        return minari_source(source, options)
+    if isinstance(source, str | Path):
+        path = Path(source)
+        kind = path.suffix.lower()
+        if kind in TABLE_FILES:
+            if not path.is_file():
+                raise DatasetError(f"{path}: no such file.")
+            columns = open_npz(path) if kind == ".npz" else open_hdf5(path)
+            return table_source(path.name, columns, _with_env(options, maker))
+        if isinstance(source, Path):
+            raise DatasetError(f"{path}: wanted a .hdf5, .h5 or .npz file, or a Minari id as text.")
+        return minari_source(find_minari(source, download=options.download), options)
+    if isinstance(source, TensorDictBase | ReplayBuffer | Storage):
+        return table_source(
+            type(source).__name__, columns_of_tensordict(source), _with_env(options, maker)
+        )
+    if isinstance(source, Mapping):
+        return table_source("arrays", flatten(source), _with_env(options, maker))
+    raise DatasetError(
+        f"source: {type(source).__name__} cannot be read; wanted a Minari id, a path, a dict of "
+        "arrays, a TensorDict, or a TorchRL replay buffer or storage."
+    )
+
+
+def _with_env(options: ReadOptions, maker: Callable[[], gym.Env[Any, Any]] | None) -> ReadOptions:
+    """A table's spaces and step limit from its environment, where the options leave them open."""
+    if maker is None:
+        return options
+    made = maker()
+    steps = made.spec.max_episode_steps if made.spec is not None else None
+    described = replace(
+        options,
+        observation_space=options.observation_space or made.observation_space,
+        action_space=options.action_space or made.action_space,
+        max_episode_steps=options.max_episode_steps or steps,
+    )
+    made.close()
+    return described

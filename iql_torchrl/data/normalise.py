@@ -1,0 +1,173 @@
+"""Reward maps, observation statistics and reference returns: numbers that rescale, kept explicit.
+
+Nothing here changes observations: standardisation is the networks' first layer, fed by
+``ObservationStatistics``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+__all__ = [
+    "REFERENCE_RETURNS",
+    "ObservationStatistics",
+    "RewardMap",
+    "StatisticsAccumulator",
+    "normalised_score",
+    "reward_map",
+]
+
+Number = TypeVar("Number", float, Tensor, NDArray[np.float64])
+
+
+@dataclass(frozen=True)
+class RewardMap:
+    """The affine map ``r' = scale * r + shift`` and its inverse; ``scale`` is never 0."""
+
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.scale) and np.isfinite(self.shift)) or self.scale == 0:
+            raise ValueError(
+                f"a reward map needs a finite non-zero scale and a finite shift, got scale="
+                f"{self.scale}, shift={self.shift}"
+            )
+
+    def forward(self, reward: Number) -> Number:
+        """Raw to mapped, elementwise."""
+        return reward * self.scale + self.shift
+
+    def inverse(self, reward: Number) -> Number:
+        """Mapped to raw, elementwise."""
+        return (reward - self.shift) / self.scale
+
+    __call__ = forward
+
+
+def reward_map(reward: str | Sequence[float], episode_returns: NDArray[np.float64]) -> RewardMap:
+    """The map a name or a pair stands for.
+
+    ``"raw"``: identity. ``"return_range"``: scale 1000 / (largest - smallest episode return), the
+    IQL paper's for locomotion. ``"minus_one"``: shift -1, the paper's for AntMaze.
+    ``(scale, shift)``: as given. Raises ``ValueError`` for anything else, and for
+    ``"return_range"`` where all episodes return the same.
+    """
+    if not isinstance(reward, str):
+        values = tuple(reward)
+        if len(values) != 2:
+            raise ValueError(f"reward: wanted (scale, shift), got {reward!r}")
+        return RewardMap(float(values[0]), float(values[1]))
+    if reward == "raw":
+        return RewardMap()
+    if reward == "minus_one":
+        return RewardMap(1.0, -1.0)
+    if reward == "return_range":
+        spread = float(np.max(episode_returns) - np.min(episode_returns))
+        if not spread > 0:
+            raise ValueError(
+                f"reward='return_range' needs episodes of different return, but all "
+                f"{len(episode_returns)} return {float(episode_returns[0]):g}; pass (scale, shift)"
+            )
+        return RewardMap(1000.0 / spread, 0.0)
+    raise ValueError(
+        f"reward: wanted 'raw', 'return_range', 'minus_one' or (scale, shift), got {reward!r}"
+    )
+
+
+@dataclass(frozen=True)
+class ObservationStatistics:
+    """Mean and standard deviation of one observation key over all rows, shape of one row.
+
+    float32, accumulated in float64; the deviation is the population's. ``constant``: flat indices
+    of columns that never change; their ``std`` is 1, so dividing is always safe. ``count``: rows.
+    """
+
+    mean: Tensor
+    std: Tensor
+    constant: tuple[int, ...]
+    count: int
+
+
+class StatisticsAccumulator:
+    """Merges blocks into ``ObservationStatistics`` (Chan et al. 1979), in float64.
+
+    >>> acc = StatisticsAccumulator((1,)); acc.update(torch.tensor([[1.0], [3.0]]))
+    >>> acc.result().mean, acc.result().std
+    (tensor([2.]), tensor([1.]))
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        size = int(np.prod(shape, dtype=np.int64))
+        self.shape, self.count = shape, 0
+        self.mean, self.squares = np.zeros(size), np.zeros(size)
+        self.low, self.high = np.full(size, np.inf), np.full(size, -np.inf)
+
+    def update(self, values: Tensor) -> None:
+        """Adds rows ``(B, *shape)``."""
+        rows = values.detach().cpu().numpy().reshape(len(values), -1).astype(np.float64)
+        if not len(rows):
+            return
+        self.low = np.minimum(self.low, rows.min(axis=0))
+        self.high = np.maximum(self.high, rows.max(axis=0))
+        mean = rows.mean(axis=0)
+        rows -= mean
+        total = self.count + len(rows)
+        gap = mean - self.mean
+        self.squares += np.einsum("ij,ij->j", rows, rows)
+        self.squares += gap**2 * (self.count * len(rows) / total)
+        self.mean += gap * (len(rows) / total)
+        self.count = total
+
+    def result(self) -> ObservationStatistics:
+        still = self.low == self.high
+        std = np.sqrt(self.squares / max(self.count, 1)).astype(np.float32)
+        # A column that moves by less than float32 resolves would otherwise divide by zero.
+        std[still | (std == 0)] = 1.0
+        mean = np.where(still, self.low, self.mean).astype(np.float32)
+        return ObservationStatistics(
+            mean=torch.from_numpy(mean).reshape(self.shape),
+            std=torch.from_numpy(std).reshape(self.shape),
+            constant=tuple(int(i) for i in np.flatnonzero(still)),
+            count=self.count,
+        )
+
+
+#: Mean return of a random policy and of an expert for D4RL's tasks, raw rewards (Fu et al. 2020,
+#: arXiv:2004.07219; numbers of ``d4rl/infos.py``). Ant's maze pays 1 for reaching the goal.
+REFERENCE_RETURNS: dict[str, tuple[float, float]] = {
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "ant": (-325.6, 3879.7),
+    "antmaze": (0.0, 1.0),
+    "maze2d-open": (0.01, 20.66),
+    "maze2d-umaze": (23.85, 161.86),
+    "maze2d-medium": (13.13, 277.39),
+    "maze2d-large": (6.7, 273.99),
+    "pen": (96.262799, 3076.8331017826877),
+    "hammer": (-274.856578, 12794.134825156867),
+    "door": (-56.512833, 2880.5693087298737),
+    "relocate": (-6.425911, 4233.877797728884),
+    "kitchen": (0.0, 4.0),
+}
+
+
+def normalised_score(
+    returns: ArrayLike, reference_scores: tuple[float, float]
+) -> NDArray[np.float64]:
+    """``100 * (return - random) / (expert - random)``, elementwise; the field's 0..100 scale.
+
+    ``returns``: raw episode returns. ``reference_scores``: (random, expert).
+    """
+    low, high = reference_scores
+    if not (np.isfinite(low) and np.isfinite(high) and high != low):
+        raise ValueError(f"reference_scores: wanted two different returns, got {(low, high)}")
+    return 100.0 * (np.asarray(returns, dtype=np.float64) - low) / (high - low)

@@ -1,0 +1,136 @@
+"""Buffers over a table of transitions: TorchRL's, and one that lives on a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import (
+    ImmutableDatasetWriter,
+    LazyTensorStorage,
+    TensorDictReplayBuffer,
+    TensorStorage,
+)
+
+from iql_torchrl.data.transitions import Key
+
+__all__ = ["DeviceSampler", "replay_buffer"]
+
+
+def replay_buffer(
+    transitions: TensorDictBase,
+    batch_size: int,
+    *,
+    device: torch.device | str | None = None,
+    seed: int | None = None,
+    capacity: int | None = None,
+    **kwargs: Any,
+) -> TensorDictReplayBuffer:
+    """A TorchRL buffer over ``transitions`` ``(N,)``, uniform with replacement by default.
+
+    ``device``: where the storage lives; None leaves the table where it is, without a copy.
+    ``seed``: its own generator; None draws from torch's global one. ``capacity=None``: the buffer
+    holds the dataset and nothing can be written to it; a number at least N makes a copy with room
+    for online data. ``kwargs`` go to ``TensorDictReplayBuffer`` (``sampler``, ``transform``,
+    ``prefetch``, ``pin_memory``, ...).
+    """
+    rows = transitions.batch_size[0]
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    if capacity is not None:
+        if capacity < rows:
+            raise ValueError(f"capacity: wanted at least the {rows} transitions, got {capacity}")
+        storage = LazyTensorStorage(capacity, device=device or "cpu")
+        buffer = TensorDictReplayBuffer(
+            storage=storage, batch_size=batch_size, generator=generator, **kwargs
+        )
+        buffer.extend(transitions.clone())
+        return buffer
+    table = transitions if device is None else transitions.to(device)
+    where = table.device if table.device is not None else torch.device("cpu")
+    return TensorDictReplayBuffer(
+        storage=TensorStorage(table, device=where),
+        writer=ImmutableDatasetWriter(),
+        batch_size=batch_size,
+        generator=generator,
+        **kwargs,
+    )
+
+
+class DeviceSampler:
+    """Uniform batches, with replacement, from transitions held whole on one device.
+
+    Indices are drawn and rows gathered on ``device``; nothing waits for the host. Fields of one
+    dtype lie in one matrix, so a batch is one gather per dtype and its fields are views of it.
+
+    Args:
+        transitions: batch ``(N,)``; copied, so later changes to it are not seen.
+        batch_size: rows per ``sample()``.
+        device: None keeps the transitions' own (CPU if it has none).
+        seed: of ``generator``, which lives on ``device``; None seeds it from the system.
+        exclude: keys left behind, by default the episode numbers, which no loss reads.
+    """
+
+    def __init__(
+        self,
+        transitions: TensorDictBase,
+        batch_size: int,
+        *,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+        exclude: tuple[Key, ...] = (("collector", "traj_ids"),),
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
+        self.device = torch.device(device or transitions.device or "cpu")
+        self.batch_size = batch_size
+        self.rows = int(transitions.batch_size[0])
+        self.generator = torch.Generator(device=self.device)
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(seed)
+        fields: dict[torch.dtype, list[tuple[Key, Tensor]]] = {}
+        for name in transitions.keys(include_nested=True, leaves_only=True):
+            key = (name,) if isinstance(name, str) else tuple(name)
+            if key not in exclude:
+                values = transitions.get(key)
+                fields.setdefault(values.dtype, []).append((key, values))
+        self._tables = [self._pack(group) for group in fields.values()]
+        self._parts = [
+            [(key, values.shape[1:], values[0].numel()) for key, values in group]
+            for group in fields.values()
+        ]
+
+    def _pack(self, group: list[tuple[Key, Tensor]]) -> Tensor:
+        widths = [values[0].numel() for _, values in group]
+        packed = torch.empty((self.rows, sum(widths)), dtype=group[0][1].dtype, device=self.device)
+        for part, (_, values) in zip(torch.split(packed, widths, dim=1), group, strict=True):
+            part.copy_(values.reshape(self.rows, -1))
+        return packed
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def indices(self, batch_size: int | None = None) -> Tensor:
+        """Row numbers of a batch, int64 ``(batch_size,)`` on the device."""
+        size = self.batch_size if batch_size is None else batch_size
+        return torch.randint(self.rows, (size,), generator=self.generator, device=self.device)
+
+    def gather(self, indices: Tensor) -> TensorDict:
+        """The rows numbered by ``indices`` ``(B,)``."""
+        nested: dict[str, Any] = {}
+        for table, parts in zip(self._tables, self._parts, strict=True):
+            rows = table.index_select(0, indices)
+            columns = torch.split(rows, [width for _, _, width in parts], dim=1)
+            for (key, shape, _), values in zip(parts, columns, strict=True):
+                level = nested
+                for name in key[:-1]:
+                    level = level.setdefault(name, {})
+                level[key[-1]] = values.reshape(len(indices), *shape)
+        return TensorDict(nested, batch_size=[len(indices)], device=self.device)
+
+    def sample(self, batch_size: int | None = None) -> TensorDict:
+        """A fresh batch ``(batch_size,)``."""
+        return self.gather(self.indices(batch_size))

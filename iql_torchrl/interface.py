@@ -1,0 +1,206 @@
+"""Between a Gymnasium environment and a TensorDict policy: observations in, actions out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from tensordict import TensorDict
+from torch import Tensor
+
+__all__ = ["action_mask", "environment_actions", "policy_input", "reads_names_at_top_level"]
+
+ACTION_TOLERANCE = 1e-6
+
+
+def reads_names_at_top_level(in_keys: Sequence[Any], space: spaces.Space[Any]) -> bool:
+    """Whether a policy with ``in_keys`` wants a Dict observation's names at the top level.
+
+    False means the nested layout, ``("observation", name)``, or a space that is not a Dict.
+
+    Raises:
+        ValueError: a key is in neither layout, or a whole Dict is wanted as one tensor.
+    """
+    names = set(space.spaces) if isinstance(space, spaces.Dict) else set()
+    wanted = [key for key in in_keys if key != "action_mask" or key in names]
+    flat = any(isinstance(key, str) and key != "observation" and key in names for key in wanted)
+    if names and not flat and "observation" in wanted:
+        raise ValueError(
+            f"policy reads 'observation' as one tensor, but the environment gives a Dict of "
+            f"{sorted(names)}; read its leaves, ('observation', name), or wrap the environment "
+            f"so that it joins them as the training data were joined"
+        )
+    for key in wanted:
+        path = (key,) if isinstance(key, str) else tuple(key)
+        found: Any = space if flat or path[0] == "observation" else None
+        for name in path if flat else path[1:]:
+            found = found.spaces.get(name) if isinstance(found, spaces.Dict) else None
+        if found is None:
+            raise ValueError(
+                f"policy reads {key!r}, which the environment does not give: it offers "
+                f"'observation' from {space}, and 'action_mask' where info holds one; change "
+                f"the policy's in_keys or wrap the environment"
+            )
+    return flat
+
+
+def policy_input(
+    observations: Sequence[Any],
+    observation_space: spaces.Space[Any],
+    *,
+    flat: bool,
+    masks: Sequence[Tensor] | None = None,
+) -> TensorDict:
+    """B observations as one TensorDict of batch size ``(B,)`` on the CPU.
+
+    As in the training data: Boxes of floats become float32, other Boxes keep their dtype, and
+    Discrete, MultiDiscrete and MultiBinary become int64, counted from zero. With ``flat`` a
+    Dict's names are at the top level, otherwise below ``observation``. ``masks``, if given, are
+    stacked under ``action_mask``.
+    """
+    encoded = _encode(observations, observation_space)
+    batch = encoded
+    if not flat:
+        batch = TensorDict({"observation": encoded}, batch_size=len(observations))
+    if masks is not None:
+        batch["action_mask"] = torch.stack(list(masks))
+    elif flat and "action_mask" in batch:
+        batch["action_mask"] = batch["action_mask"].bool()
+    return batch
+
+
+def _encode(observations: Sequence[Any], space: spaces.Space[Any]) -> Any:
+    if isinstance(space, spaces.Dict):
+        encoded = {
+            name: _encode([observation[name] for observation in observations], inner)
+            for name, inner in space.spaces.items()
+        }
+        return TensorDict(encoded, batch_size=len(observations))
+    values = np.stack([np.asarray(observation) for observation in observations])
+    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
+        return torch.as_tensor(values - space.start, dtype=torch.int64)
+    if isinstance(space, spaces.MultiBinary):
+        return torch.as_tensor(values, dtype=torch.int64)
+    if isinstance(space, spaces.Box):
+        floating = np.issubdtype(space.dtype, np.floating)
+        return torch.as_tensor(values.astype(np.float32 if floating else space.dtype))
+    raise ValueError(
+        f"observations must come from Box, Discrete, MultiDiscrete, MultiBinary or a Dict of "
+        f"these, found {space}; wrap the environment"
+    )
+
+
+def action_mask(info: Mapping[str, Any], space: spaces.Space[Any]) -> Tensor:
+    """The boolean mask ``(n,)`` of the actions that ``info`` allows in a Discrete ``space``.
+
+    It is read from ``info["action_mask"]`` (n values) or ``info["admissible_actions"]``
+    (indices from zero).
+    """
+    if not isinstance(space, spaces.Discrete):
+        raise ValueError(f"an action mask needs a Discrete action space, found {space}")
+    count = int(space.n)
+    if "action_mask" in info:
+        mask = torch.as_tensor(np.asarray(info["action_mask"]), dtype=torch.bool)
+    elif "admissible_actions" in info:
+        mask = torch.zeros(count, dtype=torch.bool)
+        mask[torch.as_tensor(list(info["admissible_actions"]), dtype=torch.int64)] = True
+    else:
+        raise ValueError(
+            f"policy reads 'action_mask', but info holds only {sorted(info)}; it must hold "
+            f"'action_mask' ({count} booleans) or 'admissible_actions' (indices)"
+        )
+    if mask.shape != (count,) or not mask.any():
+        raise ValueError(
+            f"an action mask must hold {count} booleans, at least one of them true, found "
+            f"shape {tuple(mask.shape)} with {int(mask.sum())} true"
+        )
+    return mask
+
+
+def environment_actions(
+    actions: Tensor, space: spaces.Space[Any], moments: Sequence[tuple[int, int]]
+) -> list[Any]:
+    """The policy's actions ``(B, ...)``, checked, each as the environment takes it.
+
+    ``moments`` are the ``(episode, step)`` of each row, for messages. For Discrete: Python
+    integers, from indices counted from zero or the largest of n values. For Box: arrays in the
+    space's dtype, clipped where they exceed a bound by at most 1e-6 (relative beyond 1).
+
+    Raises:
+        ValueError: an action is NaN, infinite, out of bounds or of the wrong shape.
+    """
+    actions = actions.detach().cpu()
+    values = (actions.double() if actions.is_floating_point() else actions).numpy()
+    if values.shape[:1] != (len(moments),):
+        raise ValueError(
+            f"policy output 'action' must have a leading batch of {len(moments)}, found shape "
+            f"{values.shape}"
+        )
+    if isinstance(space, spaces.Discrete):
+        _refuse(np.isnan(values), values, moments, "is NaN; look for NaN in its parameters")
+        return _discrete_actions(values, space)
+    if isinstance(space, spaces.Box):
+        return _box_actions(values, space, moments)
+    raise ValueError(
+        f"the action space must be Box or Discrete, found {space}; wrap the environment"
+    )
+
+
+def _refuse(
+    wrong: NDArray[np.bool_],
+    values: NDArray[Any],
+    moments: Sequence[tuple[int, int]],
+    message: str,
+) -> None:
+    if wrong.any():
+        row = int(wrong.reshape(len(moments), -1).any(axis=1).argmax())
+        episode, step = moments[row]
+        raise ValueError(
+            f"policy output 'action' {values[row]} at step {step} of episode {episode} {message}"
+        )
+
+
+def _discrete_actions(values: NDArray[Any], space: spaces.Discrete) -> list[Any]:
+    count = int(space.n)
+    if values.ndim == 2 and values.shape[1] == count and count > 1:
+        indices = values.argmax(axis=1)
+    elif values.shape[1:] in ((), (1,)) and np.issubdtype(values.dtype, np.integer):
+        indices = values.reshape(-1)
+    else:
+        raise ValueError(
+            f"policy output 'action' must be integer indices (B,) or (B, 1), or (B, {count}) "
+            f"one-hot, for {space}; found {values.dtype} of shape {values.shape}"
+        )
+    if indices.min() < 0 or indices.max() >= count:
+        raise ValueError(
+            f"policy output 'action' must be indices in 0..{count - 1} for {space}, found "
+            f"{indices.min()}..{indices.max()}"
+        )
+    return [int(index) + int(space.start) for index in indices]
+
+
+def _box_actions(
+    values: NDArray[Any], space: spaces.Box, moments: Sequence[tuple[int, int]]
+) -> list[Any]:
+    if values.shape[1:] != space.shape:
+        raise ValueError(
+            f"policy output 'action' must have shape {(len(moments), *space.shape)} for {space}, "
+            f"found {values.shape}"
+        )
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    below = low - ACTION_TOLERANCE * np.maximum(1.0, np.abs(low))
+    above = high + ACTION_TOLERANCE * np.maximum(1.0, np.abs(high))
+    bounds = f"the bounds low={space.low}, high={space.high}"
+    _refuse(~np.isfinite(values), values, moments, f"is not finite; wanted is {bounds}")
+    _refuse(
+        (values < below) | (values > above),
+        values,
+        moments,
+        f"is outside {bounds}; bound the policy, or wrap the environment in "
+        f"gymnasium.wrappers.ClipAction or RescaleAction if that is how the data was recorded",
+    )
+    return list(np.clip(values, low, high).astype(space.dtype))

@@ -1,0 +1,275 @@
+"""Minari datasets come through whole: every transition once, none across a border."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import minari
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from minari.data_collector import EpisodeBuffer
+
+from iql_torchrl.data import DatasetError, DatasetWarning, OfflineDataset, load_dataset
+
+BOX = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+GOALS = gym.spaces.Dict({"observation": BOX, "goal": gym.spaces.Box(-9, 9, (2,), np.float64)})
+ACTION = gym.spaces.Box(-1, 1, (2,), np.float32)
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    return tmp_path
+
+
+@contextlib.contextmanager
+def temporary_root() -> Iterator[None]:
+    folder, before = tempfile.mkdtemp(), os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = folder
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MINARI_DATASETS_PATH"]
+        else:
+            os.environ["MINARI_DATASETS_PATH"] = before
+        shutil.rmtree(folder)
+
+
+def sampled(space: gym.Space[Any], rows: int) -> Any:
+    if isinstance(space, gym.spaces.Dict):
+        return {name: sampled(child, rows) for name, child in space.spaces.items()}
+    return np.stack([np.asarray(space.sample()) for _ in range(rows)])
+
+
+def episode(
+    observations: gym.Space[Any], actions: gym.Space[Any], length: int, ending: str = "truncated",
+    infos: Any = None,
+) -> EpisodeBuffer:  # fmt: skip
+    flags = {name: np.zeros(length, bool) for name in ("terminated", "truncated")}
+    for name in flags:
+        flags[name][-1] = ending in (name, "both")
+    return EpisodeBuffer(
+        id=None,
+        observations=sampled(observations, length + 1),
+        actions=sampled(actions, length),
+        rewards=np.random.default_rng(length).standard_normal(length),
+        terminations=flags["terminated"],
+        truncations=flags["truncated"],
+        infos=infos or {},
+    )
+
+
+def write(
+    name: str, buffers: list[EpisodeBuffer], observations: gym.Space[Any] = BOX,
+    actions: gym.Space[Any] = ACTION, **more: Any,
+) -> minari.MinariDataset:  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Minari asks for authors and permalinks.
+        return minari.create_dataset_from_buffers(
+            name, buffers, observation_space=observations, action_space=actions,
+            description="made by a test", **more,
+        )  # fmt: skip
+
+
+def leaves(values: Any, prefix: tuple[str, ...] = ("observation",)) -> dict[Any, Any]:
+    if isinstance(values, dict):
+        return {k: v for n, c in values.items() for k, v in leaves(c, (*prefix, n)).items()}
+    return {prefix: values}
+
+
+def assert_same(dataset: OfflineDataset, stored: minari.MinariDataset) -> None:
+    rows, start = dataset.transitions, 0
+    for number, given_episode in enumerate(stored.iterate_episodes()):
+        length = len(given_episode.rewards)
+        part = rows[start : start + length]
+        for key, values in leaves(given_episode.observations).items():
+            kept = part[key].dtype
+            assert torch.equal(part[key], torch.tensor(values[:-1]).to(kept))
+            assert torch.equal(part[("next", *key)], torch.tensor(values[1:]).to(kept))
+        assert torch.equal(
+            part["action"], torch.tensor(given_episode.actions).to(part["action"].dtype)
+        )
+        raw = torch.tensor(given_episode.rewards).float().unsqueeze(-1)
+        assert torch.equal(part["next", "reward"], raw)
+        terminated = torch.tensor(given_episode.terminations).unsqueeze(-1)
+        truncated = torch.tensor(given_episode.truncations).unsqueeze(-1) & ~terminated
+        truncated[-1] |= ~terminated[-1]
+        assert torch.equal(part["next", "terminated"], terminated)
+        assert torch.equal(part["next", "truncated"], truncated)
+        assert torch.equal(part["next", "done"], terminated | truncated)
+        assert bool((part["collector", "traj_ids"] == number).all())
+        assert dataset.episode_lengths[number] == length
+        assert np.isclose(dataset.episode_returns[number], given_episode.rewards.sum())
+        start += length
+    assert start == len(dataset)
+
+
+endings = st.sampled_from(["terminated", "truncated", "both", "neither"])
+
+
+@given(
+    episodes=st.lists(st.tuples(st.integers(1, 50), endings), min_size=1, max_size=4),
+    nested=st.booleans(),
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+def test_every_transition_arrives_exactly_once(
+    episodes: list[tuple[int, str]], nested: bool
+) -> None:
+    space = GOALS if nested else BOX
+    with temporary_root():
+        stored = write("made/any-v0", [episode(space, ACTION, *e) for e in episodes], space)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DatasetWarning)
+            dataset = load_dataset("made/any-v0")
+        assert_same(dataset, stored)
+
+
+@pytest.mark.parametrize(
+    ("observations", "actions"),
+    [
+        (gym.spaces.Discrete(500), gym.spaces.Discrete(6)),
+        (gym.spaces.MultiDiscrete([3, 4]), gym.spaces.MultiDiscrete([2, 5])),
+        (gym.spaces.Box(0, 255, (4, 4), np.uint8), gym.spaces.Discrete(3)),
+        (gym.spaces.Box(0, 255, (32, 32, 3), np.uint8), gym.spaces.Discrete(3)),
+        (GOALS, gym.spaces.Discrete(3)),
+    ],
+)
+@pytest.mark.parametrize("storage", ["hdf5", "arrow", "parquet"])
+def test_spaces_and_storages(
+    root: Path, storage: str, observations: gym.Space[Any], actions: gym.Space[Any]
+) -> None:
+    if storage != "hdf5":
+        pytest.importorskip("pyarrow")
+    buffers = [episode(observations, actions, n) for n in (1, 7)]
+    stored = write("made/spaces-v0", buffers, observations, actions, data_format=storage)
+    dataset = load_dataset("made/spaces-v0")
+    assert_same(dataset, stored)
+    first = dataset.transitions[0]
+    for key in leaves(dict(observations.spaces) if observations is GOALS else 0):
+        assert dataset.observation_spec[key].is_in(first[key])
+    assert dataset.action_spec.is_in(first["action"])
+
+
+def test_concatenate_joins_leaves_in_order(root: Path) -> None:
+    stored = write("made/goals-v0", [episode(GOALS, ACTION, 5)], GOALS)
+    dataset = load_dataset("made/goals-v0", concatenate=["observation", "goal"])
+    observations = stored[0].observations
+    joined = np.concatenate([observations["observation"], observations["goal"]], axis=1)
+    assert torch.equal(dataset.transitions["observation"], torch.as_tensor(joined[:-1]).float())
+    assert torch.equal(
+        dataset.transitions["next", "observation"], torch.as_tensor(joined[1:]).float()
+    )
+    assert dataset.observation_spec["observation"].shape == (5,)
+    assert dataset.statistics["observation"].mean.shape == (5,)
+
+
+@pytest.mark.parametrize("place", ["observation", "info"])
+def test_masks_and_log_probabilities(root: Path, place: str) -> None:
+    actions, mask = gym.spaces.Discrete(3), np.ones((6, 3), np.int8)
+    mask[1, 0] = 0
+    space: gym.Space[Any] = gym.spaces.Dict(
+        {"state": gym.spaces.Discrete(9), "action_mask": gym.spaces.MultiBinary(3)}
+    )
+    infos: dict[str, Any] = {"action_log_prob": np.arange(6) * -1.0}
+    if place == "info":
+        space, infos["action_mask"] = gym.spaces.Discrete(9), mask
+    made = episode(space, actions, 5, infos=infos)
+    made.actions[:] = 2
+    if place == "observation":
+        made.observations["action_mask"][:] = mask
+    write("made/mask-v0", [made], space, actions)
+    rows = load_dataset("made/mask-v0").transitions
+    assert torch.equal(rows["action_mask"], torch.as_tensor(mask[:-1]).bool())
+    assert torch.equal(rows["next", "action_mask"], torch.as_tensor(mask[1:]).bool())
+    assert rows["observation"].shape == (5,)
+    assert rows["action_log_prob"].tolist() == [-1, -2, -3, -4, -5]
+
+
+def test_several_are_joined_and_differences_named(root: Path) -> None:
+    write("made/a-v0", [episode(BOX, ACTION, 4), episode(BOX, ACTION, 2)])
+    write("made/b-v0", [episode(BOX, ACTION, 3)])
+    write("made/c-v0", [episode(GOALS, ACTION, 3)], GOALS)
+    dataset = load_dataset(["made/a-v0", "made/b-v0"])
+    assert dataset.transitions["collector", "traj_ids"].tolist() == [0] * 4 + [1] * 2 + [2] * 3
+    with pytest.raises(DatasetError, match=r"made/c-v0: observation_space is Dict"):
+        load_dataset(["made/a-v0", "made/c-v0"])
+
+
+def test_limit_keeps_whole_episodes(root: Path) -> None:
+    write("made/a-v0", [episode(BOX, ACTION, n) for n in (4, 5, 6)])
+    assert load_dataset("made/a-v0", limit=14).episode_lengths.tolist() == [4, 5]
+    cut = load_dataset("made/a-v0", limit=3)
+    assert cut.episode_lengths.tolist() == [3]
+    assert cut.transitions["next", "truncated"].flatten().tolist() == [False, False, True]
+    assert load_dataset(["made/a-v0", "made/a-v0"], limit=20).episode_lengths.sum() == 19
+
+
+def test_a_mistyped_id_lists_neighbours(root: Path) -> None:
+    write("pendulum/mixed-v0", [episode(BOX, ACTION, 2)])
+    for wrong in ("pendulum/mixd-v0", "pendulum/mixed"):
+        with pytest.raises(DatasetError, match="pendulum/mixed-v0") as caught:
+            load_dataset(wrong, download=False)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_failed_download_is_one_sentence(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr("minari.storage.hosting.download_dataset", offline)
+    with pytest.raises(DatasetError, match="no route to host"):
+        load_dataset("pendulum/absent-v0")
+
+
+def test_a_truncated_file_is_named(root: Path) -> None:
+    write("made/a-v0", [episode(BOX, ACTION, 400)])
+    file = root / "made/a-v0/data/main_data.hdf5"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(DatasetError, match=r"main_data.hdf5"):
+        load_dataset("made/a-v0")
+
+
+def test_lengths_that_disagree_are_named(root: Path) -> None:
+    made = episode(BOX, ACTION, 5)
+    short = dataclasses.replace(made, observations=made.observations[:-1])
+    write("made/a-v0", [episode(BOX, ACTION, 3), short])
+    with pytest.raises(DatasetError, match="observations of episode 1 has 5 rows, wanted 6"):
+        load_dataset("made/a-v0")
+
+
+def test_the_environment_and_scores_are_recovered(root: Path) -> None:
+    env = gym.make("Pendulum-v1")
+    made = episode(env.observation_space, env.action_space, 5)
+    write(
+        "made/pendulum-v0", [made], None, None, env="Pendulum-v1", ref_min_score=-1000.0,
+        ref_max_score=-100.0,
+    )  # fmt: skip
+    dataset = load_dataset("made/pendulum-v0")
+    fresh = dataset.make_env()
+    assert fresh.spec is not None
+    assert fresh.spec.id == "Pendulum-v1"
+    assert dataset.reference_scores == (-1000.0, -100.0)
+    assert dataset.normalised_score([-1000.0, -100.0]).tolist() == [0.0, 100.0]
+    assert float(dataset.action_spec.space.high) == 2.0
+
+
+def test_without_environment_or_scores_it_says_so(root: Path) -> None:
+    write("made/a-v0", [episode(BOX, ACTION, 2)])
+    dataset = load_dataset("made/a-v0")
+    with pytest.raises(DatasetError, match="pass env="):
+        dataset.make_env()
+    with pytest.raises(DatasetError, match="reference_scores"):
+        dataset.normalised_score(0.0)

@@ -1,0 +1,219 @@
+"""Buffers, samplers, splits, and tables kept on disk."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
+from torchrl.envs.transforms import MultiStepTransform
+
+from iql_torchrl.data import (
+    DatasetError,
+    DeviceSampler,
+    OfflineDataset,
+    RewardMap,
+    load_dataset,
+    normalised_score,
+)
+
+
+def arrays(episodes: int = 20, length: int = 10) -> dict[str, Any]:
+    rng = np.random.default_rng(1)
+    rows = episodes * length
+    time_step = np.arange(rows, dtype=np.float32)
+    ends = np.arange(rows) % length == length - 1
+    return {
+        "observation": np.stack([time_step, time_step % length], 1),
+        "next_observation": np.stack([time_step + 1, time_step % length + 1], 1),
+        "action": rng.uniform(-1, 1, (rows, 2)).astype(np.float32),
+        "reward": time_step % 7,
+        "terminated": ends & (np.arange(rows) % 20 < 10),
+        "truncated": ends & (np.arange(rows) % 20 >= 10),
+    }
+
+
+@pytest.fixture
+def dataset() -> OfflineDataset:
+    return load_dataset(arrays())
+
+
+def test_buffer_repeats_with_its_seed(dataset: OfflineDataset) -> None:
+    first, second = (dataset.replay_buffer(8, seed=3) for _ in range(2))
+    torch.rand(5)
+    batch = first.sample()
+    assert torch.equal(batch["observation"], second.sample()["observation"])
+    assert batch["next", "reward"].shape == (8, 1)
+    rows = batch["observation"][:, 0].long()
+    assert torch.equal(batch["action"], dataset.transitions["action"][rows])
+
+
+def test_buffer_is_read_only_unless_given_room(dataset: OfflineDataset) -> None:
+    before = dataset.transitions["observation"].clone()
+    with pytest.raises(RuntimeError):
+        dataset.replay_buffer(8).extend(dataset.transitions[:3])
+    roomy = dataset.replay_buffer(8, capacity=210)
+    roomy.extend(dataset.transitions[:20].clone())
+    assert len(roomy) == 210
+    assert torch.equal(dataset.transitions["observation"], before)
+    with pytest.raises(ValueError, match="capacity"):
+        dataset.replay_buffer(8, capacity=5)
+
+
+def test_slices_stay_within_episodes(dataset: OfflineDataset) -> None:
+    sampler = SliceSampler(slice_len=4, traj_key=("collector", "traj_ids"), strict_length=True)
+    batch = dataset.replay_buffer(32, seed=0, sampler=sampler).sample().view(8, 4)
+    steps = batch["observation"][..., 0]
+    assert bool((steps.diff(dim=-1) == 1).all())
+    ids = batch["collector", "traj_ids"]
+    assert bool((ids == ids[:, :1]).all())
+
+
+def test_multi_step_returns_stop_at_episode_ends(dataset: OfflineDataset) -> None:
+    buffer = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(200),
+        batch_size=64,
+        transform=MultiStepTransform(n_steps=3, gamma=0.5),
+    )
+    buffer.extend(dataset.transitions.clone())
+    rows = buffer.storage.get(slice(0, len(buffer)))
+    step = rows["observation"][:, 0].long()
+    raw = torch.as_tensor(arrays()["reward"])
+    for row, t in zip(rows, step.tolist(), strict=True):
+        ahead = min(3, 10 - t % 10)
+        wanted = sum(0.5**k * float(raw[t + k]) for k in range(ahead))
+        assert float(row["next", "reward"]) == pytest.approx(wanted)
+        assert float(row["next", "observation"][0]) == t + ahead
+
+
+def test_device_sampler_draws_whole_rows_uniformly(dataset: OfflineDataset) -> None:
+    sampler = DeviceSampler(dataset.transitions, 64, seed=0)
+    again = dataset.device_sampler(64, seed=0)
+    batch = sampler.sample()
+    assert torch.equal(batch["observation"], again.sample()["observation"])
+    rows = batch["observation"][:, 0].long()
+    for key in ("action", ("next", "reward"), ("next", "done"), ("next", "observation")):
+        assert torch.equal(batch[key], dataset.transitions[key][rows])
+    drawn = torch.bincount(sampler.indices(40_000), minlength=200)
+    assert float(((drawn - 200.0) ** 2 / 200).sum()) < 300  # chi-squared, 199 degrees
+    with pytest.raises(ValueError, match="batch_size"):
+        DeviceSampler(dataset.transitions, 0)
+
+
+@pytest.mark.gpu
+def test_device_sampler_never_waits_for_the_host(dataset: OfflineDataset) -> None:
+    sampler = DeviceSampler(dataset.transitions, 64, device="cuda", seed=0)
+    sampler.sample()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert sampler.sample()["observation"].is_cuda
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_samplers_are_no_slower_than_torchrl() -> None:
+    dataset = load_dataset(arrays(100, 100))
+    plain = TensorDictReplayBuffer(storage=LazyTensorStorage(10_000), batch_size=256)
+    plain.extend(dataset.transitions.clone())
+
+    def best(sample: Any) -> float:
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            for _ in range(20):
+                sample()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    reference = best(plain.sample)
+    assert best(dataset.replay_buffer(256, seed=0).sample) < 1.5 * reference
+    assert best(dataset.device_sampler(256, seed=0).sample) < reference
+
+
+def test_split_shares_scale_and_no_episode() -> None:
+    whole = load_dataset(arrays(), reward=(2.0, 1.0))
+    first, second = whole.split(0.75, seed=0)
+    assert (len(first), len(second)) == (150, 50)
+    ids = [set(part.transitions["collector", "traj_ids"].tolist()) for part in (first, second)]
+    assert not ids[0] & ids[1]
+    assert first.statistics is whole.statistics
+    assert second.reward_map == RewardMap(2.0, 1.0)
+    again, _ = whole.split(0.75, seed=0)
+    assert torch.equal(again.transitions["action"], first.transitions["action"])
+    with pytest.raises(DatasetError, match="empty"):
+        whole.split(0.001, seed=0)
+
+
+def test_reward_maps_invert() -> None:
+    rewards = np.linspace(-5, 5, 11)
+    change = RewardMap(0.25, -1.0)
+    assert np.allclose(change.inverse(change.forward(rewards)), rewards)
+    shifted = load_dataset(arrays(), reward="minus_one")
+    raw = load_dataset(arrays())
+    assert torch.equal(shifted.transitions["next", "reward"], raw.transitions["next", "reward"] - 1)
+    assert np.array_equal(shifted.episode_returns, raw.episode_returns)
+    assert normalised_score([0.0, 5.0], (0.0, 10.0)).tolist() == [0.0, 50.0]
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    np.savez(tmp_path / "data.npz", **arrays())
+    return tmp_path / "data.npz"
+
+
+@pytest.mark.parametrize("reward", ["raw", "return_range"])
+def test_memmap_equals_memory_and_reopens(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reward: str
+) -> None:
+    monkeypatch.setattr("iql_torchrl.data.build.BLOCK_BYTES", 2000)  # Many small blocks.
+    memory = load_dataset(archive, reward=reward)
+    built = load_dataset(archive, reward=reward, memmap=tmp_path / "table")
+    monkeypatch.setattr("iql_torchrl.data.load.open_npz", None)  # Reopening must not read it.
+    start = time.perf_counter()
+    reopened = load_dataset(archive, reward=reward, memmap=tmp_path / "table")
+    assert time.perf_counter() - start < 1
+    for other in (built, reopened):
+        assert (other.transitions == memory.transitions).all()
+        assert torch.equal(
+            other.statistics["observation"].std, memory.statistics["observation"].std
+        )
+        assert np.array_equal(other.episode_returns, memory.episode_returns)
+        assert other.reward_map == memory.reward_map
+        assert other.action_spec == memory.action_spec
+        assert other.observation_space == memory.observation_space
+        assert other.replay_buffer(4, seed=0).sample().shape == (4,)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.npz", "table"]
+
+
+def test_memmap_is_rebuilt_when_anything_changed(archive: Path, tmp_path: Path) -> None:
+    table = tmp_path / "table"
+    first = load_dataset(archive, memmap=table)
+    other = load_dataset(archive, memmap=table, reward="minus_one")
+    assert torch.equal(other.transitions["next", "reward"], first.transitions["next", "reward"] - 1)
+    np.savez(archive, **arrays(episodes=5))
+    os.utime(archive, (1, 1))
+    assert len(load_dataset(archive, memmap=table)) == 50
+    assert len(load_dataset(arrays(episodes=3), memmap=table)) == 30
+    assert len(load_dataset(arrays(episodes=4), memmap=table)) == 40
+
+
+def test_nothing_half_built_stays(archive: Path, tmp_path: Path) -> None:
+    bad = arrays()
+    bad["reward"][150] = np.nan
+    np.savez(archive, **bad)
+    with pytest.raises(DatasetError, match="row 150"):
+        load_dataset(archive, memmap=tmp_path / "table")
+    assert [p.name for p in tmp_path.iterdir()] == ["data.npz"]
+
+
+def test_other_folders_are_never_overwritten(archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(DatasetError, match="not made by load_dataset"):
+        load_dataset(archive, memmap=tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").exists()

@@ -1,0 +1,77 @@
+"""Networks: shapes, initialisation, standardisation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from iql_torchrl import networks
+
+
+def test_standardise_by_hand_and_constant_columns():
+    layer = networks.Standardise(torch.tensor([1.0, 5.0, 1e4]), torch.tensor([2.0, 0.0, 1e-4]))
+    out = layer(torch.tensor([[3.0, 5.0, 1e4 + 1], [1.0, 6.0, 1e4]]))
+    torch.testing.assert_close(out, torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]))
+    assert {name for name, _ in layer.named_buffers()} == {"mean", "std"}
+
+
+def test_standardise_refuses_bad_statistics():
+    with pytest.raises(ValueError, match="shape"):
+        networks.Standardise(torch.zeros(2), torch.ones(3))
+    with pytest.raises(ValueError, match="finite"):
+        networks.Standardise(torch.tensor([float("nan")]), torch.ones(1))
+
+
+def test_mlp_layers_and_orthogonal_initialisation():
+    mlp = networks.MLP(6, 2, hidden=(8, 4), layer_norm=True, dropout=0.1, activation=nn.Tanh)
+    kinds = [type(layer).__name__ for layer in mlp]
+    block = ["Linear", "LayerNorm", "Tanh", "Dropout"]
+    assert kinds == [*block, *block, "Linear"]
+    for layer in mlp:
+        if isinstance(layer, nn.Linear):
+            weight = layer.weight if layer.out_features <= layer.in_features else layer.weight.T
+            torch.testing.assert_close(
+                weight @ weight.T, 2 * torch.eye(len(weight)), atol=1e-5, rtol=0
+            )
+            assert (layer.bias == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4)])
+def test_shapes(shape):
+    observation, goal, action = (torch.randn(*shape, n) for n in (5, 2, 3))
+    assert networks.StateValue(7, hidden=(8,))(observation, goal).shape == (*shape, 1)
+    assert networks.Critic(7, 3, hidden=(8,))(observation, goal, action).shape == (*shape, 1)
+    assert networks.DiscreteCritic(5, 4, hidden=(8,))(observation).shape == (*shape, 4)
+
+
+def test_preprocess_sees_observations_alone():
+    statistics = networks.Standardise(torch.full((5,), 3.0), torch.full((5,), 2.0))
+    critic = networks.Critic(5, 3, preprocess=statistics, hidden=(8,))
+    observation, action = torch.randn(4, 5), torch.randn(4, 3)
+    expected = critic.mlp(torch.cat([(observation - 3) / 2, action], -1))
+    torch.testing.assert_close(critic(observation, action), expected)
+
+
+def test_one_hot_takes_both_shapes():
+    layer = networks.OneHot(4)
+    index = torch.tensor([2, 0])
+    expected = torch.tensor([[0.0, 0, 1, 0], [1, 0, 0, 0]])
+    assert torch.equal(layer(index), expected)
+    assert torch.equal(layer(index[:, None]), expected)
+    value = networks.StateValue(4, preprocess=layer, hidden=(8,))
+    assert value(index).shape == (2, 1)
+
+
+def test_ensemble_members_are_drawn_apart():
+    critics = networks.critic_ensemble(lambda: networks.Critic(3, 2, hidden=(4,)), 3)
+    weights = [critic.mlp[0].weight for critic in critics]
+    assert len(critics) == 3
+    assert not torch.equal(weights[0], weights[1])
+    with pytest.raises(ValueError, match="num_critics is 0"):
+        networks.critic_ensemble(lambda: nn.Identity(), 0)
+
+
+def test_a_choice_needs_two_actions():
+    with pytest.raises(ValueError, match="num_actions is 1"):
+        networks.DiscreteCritic(3, 1)
