@@ -1,15 +1,28 @@
 """Implicit Q-Learning (Kostrikov et al. 2021, arXiv:2110.06169) for TorchRL."""
 
 from iql_torchrl import functional, networks, policies
+from iql_torchrl.agent import Agent, make_agent
+from iql_torchrl.config import PRESETS, IQLConfig
+from iql_torchrl.data import DatasetError, OfflineDataset, load_dataset
+from iql_torchrl.evaluation import Evaluation, evaluate
 from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
 from iql_torchrl.step import IQLStep, compiled
 
 __all__ = [
+    "PRESETS",
+    "Agent",
+    "DatasetError",
     "DiscreteIQLLoss",
+    "Evaluation",
+    "IQLConfig",
     "IQLLoss",
     "IQLStep",
+    "OfflineDataset",
     "compiled",
+    "evaluate",
     "functional",
+    "load_dataset",
+    "make_agent",
     "networks",
     "policies",
 ]

@@ -148,12 +148,14 @@ def _recipe(name: str, environment: str, episode_steps: int) -> Recipe:
     return Recipe(
         description=(
             f"{environment} as a continuing task with sparse reward: 1 at each step within 0.45 "
-            f"of the target, which is then drawn anew; {episode_steps}-step episodes that end by "
-            f"truncation only. The log follows D4RL's maze2d controller: shortest path over the "
-            f"maze's cells, force 10 (waypoint - position) - velocity plus Gaussian noise of "
-            f"deviation 0.5, clipped to [-1, 1]. Observations are a Dict (observation: position "
-            f"and velocity, achieved_goal, desired_goal). Reference scores are mean returns over "
-            f"100 episodes of the uniform random policy and of the controller without noise."
+            f"of the target, which is then drawn anew (the observation that earns the reward "
+            f"still shows the reached target, the next one the new); {episode_steps}-step "
+            f"episodes that end by truncation only. The log follows D4RL's maze2d controller: "
+            f"shortest path over the maze's cells, force 10 (waypoint - position) - velocity "
+            f"plus Gaussian noise of deviation 0.5, clipped to [-1, 1]. Observations are a Dict "
+            f"(observation: position and velocity, achieved_goal, desired_goal). "
+            f"Reference scores are mean returns over 100 episodes of the uniform random policy "
+            f"and of the controller without noise."
         ),
         episodes=STEPS // episode_steps,
         record=partial(record, name, environment),
