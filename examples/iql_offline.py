@@ -98,7 +98,8 @@ def train(
             continue
         episodes = options.final_episodes if last else options.episodes
         evaluation = play(agent.policy, dataset, episodes)
-        row = {"method": method, "update": update, **evaluation.summary()}
+        curve = first(evaluation, options.episodes)
+        row = {"method": method, "update": update, **curve.summary()}
         row |= {key: metrics[key].item() for key in sorted(metrics.keys())}
         history.append(row)
         write_csv(folder / "metrics.csv", history)
@@ -112,6 +113,11 @@ def train(
         "scheduler": agent.scheduler.state_dict(),
     }
     return evaluation, state
+
+
+def first(evaluation: Evaluation, episodes: int) -> Evaluation:
+    """The same episodes at every point of the curve, though the last evaluation plays more."""
+    return Evaluation(evaluation.returns[:episodes], evaluation.lengths[:episodes])
 
 
 def play(policy: torch.nn.Module, dataset: OfflineDataset, episodes: int) -> Evaluation:
@@ -171,7 +177,7 @@ def draw(path: Path, title: str, dataset: OfflineDataset, history: list[dict[str
             linewidth=0,
         )
     axes.set(xlabel="gradient updates", ylabel="mean return per episode", title=title)
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=150, format="png")
     plt.close(figure)
@@ -226,7 +232,7 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, IQLConfig]:
         "--dataset",
         default=DEFAULT_DATASET,
         metavar="ID",
-        help=f"a Minari id, or a file; made on demand: {', '.join(BUILTIN)} (default {DEFAULT_DATASET})",
+        help=f"a Minari id or a file; made on demand: {', '.join(BUILTIN)} ({DEFAULT_DATASET})",
     )
     add(
         "--preset",
@@ -277,7 +283,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, IQLConfig]:
 
 
 def add_setting(group: argparse._ArgumentGroup, name: str, text: str) -> None:
-    value = getattr(IQLConfig(), name)
+    value = getattr(PRESETS["quick"], name)
+    text += f" (quick: {value})"
     kwargs: dict[str, object] = {"default": argparse.SUPPRESS, "help": text, "dest": name}
     if isinstance(value, bool):
         kwargs["action"] = argparse.BooleanOptionalAction

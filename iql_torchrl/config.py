@@ -30,7 +30,7 @@ class IQLConfig:
     """
 
     seed: int = 0
-    """seed of initialisation, batches and evaluation, >= 0"""
+    """seed of initial weights and of batches, >= 0"""
     updates: int = 1_000_000
     """gradient updates, >= 1"""
     batch_size: int = 256
@@ -133,8 +133,6 @@ _RANGES: tuple[tuple[str, float, float, bool, bool], ...] = (
     ("max_grad_norm", 0, _INF, True, False),
 )
 
-_OFFICIAL = {"standardise": False}
-
 #: ``quick`` learns small tasks in about a minute on two cores. The others are the official code's
 #: settings (ikostrikov/implicit_q_learning, ``configs/`` and ``train_offline.py``) for D4RL's
 #: tasks: no standardisation, and the reward maps its script applies to locomotion and AntMaze.
@@ -143,10 +141,12 @@ PRESETS = MappingProxyType(
         "quick": IQLConfig(
             updates=10_000, hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3
         ),
-        "locomotion": IQLConfig(**_OFFICIAL),
-        "antmaze": IQLConfig(expectile=0.9, temperature=10.0, reward="minus_one", **_OFFICIAL),
-        "kitchen": IQLConfig(temperature=0.5, dropout=0.1, reward="raw", **_OFFICIAL),
-        "adroit": IQLConfig(temperature=0.5, dropout=0.1, reward="raw", **_OFFICIAL),
+        "locomotion": IQLConfig(standardise=False),
+        "antmaze": IQLConfig(
+            expectile=0.9, temperature=10.0, reward="minus_one", standardise=False
+        ),
+        "kitchen": IQLConfig(temperature=0.5, dropout=0.1, reward="raw", standardise=False),
+        "adroit": IQLConfig(temperature=0.5, dropout=0.1, reward="raw", standardise=False),
     }
 )
 

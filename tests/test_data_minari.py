@@ -20,7 +20,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from minari.data_collector import EpisodeBuffer
+from tensordict.nn import TensorDictModule
 
+from iql_torchrl import evaluate
 from iql_torchrl.data import DatasetError, DatasetWarning, OfflineDataset, load_dataset
 
 BOX = gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)
@@ -174,6 +176,50 @@ def test_concatenate_joins_leaves_in_order(root: Path) -> None:
     )
     assert dataset.observation_spec["observation"].shape == (5,)
     assert dataset.statistics["observation"].mean.shape == (5,)
+
+
+class GoalEnv(gym.Env[Any, Any]):
+    """Two steps; the reward is 1 where the action is the goal less the observation's start."""
+
+    observation_space, action_space = GOALS, ACTION
+
+    def _observed(self) -> Any:
+        return {"observation": np.full(3, self.steps + 0.25), "goal": self.goal}
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.steps, self.goal = 0, self.np_random.uniform(0.5, 1.0, 2)
+        return self._observed(), {}
+
+    def step(self, action: Any) -> Any:
+        reward = float(np.allclose(action, self.goal - self.steps - 0.25, atol=1e-6))
+        self.steps += 1
+        return self._observed(), reward, False, self.steps == 2, {}
+
+
+@pytest.mark.parametrize("names", [["goal", "observation"], ["observation", "goal"], ["goal"]])
+def test_the_environment_joins_leaves_as_the_rows_do(root: Path, names: list[str]) -> None:
+    write("made/goals-v0", [episode(GOALS, ACTION, 5)], GOALS)
+    dataset = load_dataset("made/goals-v0", env=GoalEnv, concatenate=names)
+    made = dataset.make_env()
+    assert made.observation_space == dataset.observation_space
+    joined, _ = made.reset(seed=3)
+    plain, _ = GoalEnv().reset(seed=3)
+    np.testing.assert_array_equal(joined, np.concatenate([plain[name] for name in names]))
+    assert made.observation_space.contains(joined)
+
+
+def test_evaluate_plays_a_joined_dataset(root: Path) -> None:
+    write("made/goals-v0", [episode(GOALS, ACTION, 5)], GOALS)
+    for env in (GoalEnv, lambda: load_dataset(
+        "made/goals-v0", env=GoalEnv, concatenate=["goal", "observation"]
+    ).make_env()):  # fmt: skip
+        dataset = load_dataset("made/goals-v0", env=env, concatenate=["goal", "observation"])
+        policy = TensorDictModule(
+            lambda x: (x[:, :2] - x[:, 2:4]).clamp(-1, 1), ["observation"], ["action"]
+        )
+        played = evaluate(policy, dataset.make_env, episodes=3, num_envs=2, seed=0)
+        assert played.returns.tolist() == [2.0] * 3
 
 
 @pytest.mark.parametrize("place", ["observation", "info"])

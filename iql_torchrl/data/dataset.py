@@ -88,6 +88,8 @@ class OfflineDataset:
     def make_env(self) -> gym.Env[Any, Any]:
         """A fresh environment, from ``env=`` or the one the dataset records.
 
+        Where ``load_dataset(concatenate=...)`` joined leaves, its observations are joined alike.
+
         Raises ``DatasetError`` saying what to install, or that none is recorded.
         """
         if self.env is None:

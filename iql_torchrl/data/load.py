@@ -20,7 +20,15 @@ from iql_torchrl.data.columns import flatten, open_hdf5, open_npz
 from iql_torchrl.data.dataset import OfflineDataset
 from iql_torchrl.data.minari_source import find_minari, minari_files, minari_source
 from iql_torchrl.data.normalise import REFERENCE_RETURNS
-from iql_torchrl.data.sources import EnvLike, ReadOptions, Source, chain, concatenated, env_maker
+from iql_torchrl.data.sources import (
+    EnvLike,
+    ReadOptions,
+    Source,
+    chain,
+    concatenated,
+    env_maker,
+    joined_env_maker,
+)
 from iql_torchrl.data.table_source import table_source
 from iql_torchrl.data.tensordict_source import columns_of_tensordict
 from iql_torchrl.data.transitions import DatasetError, Key
@@ -69,7 +77,8 @@ def load_dataset(
             ``next_action_mask``, ``action_log_prob``; None leaves an optional one out. Common
             names are recognised unasked.
         reward_offset: 1 where a row's reward belongs to the action of the row before.
-        concatenate: leaves of a Dict observation to join, in order, into one ``observation``.
+        concatenate: leaves of a Dict observation to join, in order, into one ``observation``; the
+            environments of ``make_env`` give it joined too.
         limit: at most this many transitions, the leading whole episodes; only an opening episode
             longer than the limit is cut, and truncated there.
         memmap: a folder for a memory-mapped table, built in bounded memory and reused while the
@@ -124,6 +133,8 @@ def load_dataset(
         )
     if maker is None and about.env_spec is not None:
         maker = env_maker(about.env_spec)
+    if maker is not None and concatenate:
+        maker = joined_env_maker(maker, concatenate)
     return OfflineDataset(
         transitions=built.transitions,
         observation_space=about.observation_space,

@@ -1,0 +1,341 @@
+"""Actor, critics and V as TorchRL keeps them: stacked parameters, targets, keys, estimator."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictParams
+from tensordict.utils import unravel_key
+from torch import Tensor, nn
+from torchrl.objectives.common import LossModule
+from torchrl.objectives.utils import (
+    _GAMMA_LMBDA_DEPREC_ERROR,
+    ValueEstimators,
+    _vmap_func,
+    dispatch_value_estimator,
+)
+from torchrl.objectives.value import TD0Estimator, ValueEstimatorBase
+
+from iql_torchrl import functional as F
+from iql_torchrl.critics import (
+    Critics,
+    SharedLeaves,
+    initialise_critics,
+    list_critics,
+    unlocked,
+)
+from iql_torchrl.reading import Batch, per_sample, read_batch
+
+__all__ = ["OfflineLoss"]
+
+
+class OfflineLoss(LossModule):
+    """A TorchRL loss over a policy, K critics with targets, and V; abstract.
+
+    Holds the networks and evaluates each quantity of an update; subclasses say what is done with
+    them.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Keys that :meth:`set_keys` can rename; those of TorchRL's IQLLoss and ``priority_weight``."""
+
+        value: NestedKey = "state_value"
+        action: NestedKey = "action"
+        log_prob: NestedKey = "_log_prob"
+        priority: NestedKey = "td_error"
+        priority_weight: NestedKey = "priority_weight"
+        state_action_value: NestedKey = "state_action_value"
+        reward: NestedKey = "reward"
+        done: NestedKey = "done"
+        terminated: NestedKey = "terminated"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+    default_value_estimator = ValueEstimators.TD0
+    SUPPORTED_VALUE_ESTIMATORS = (
+        ValueEstimators.TD0,
+        ValueEstimators.TD1,
+        ValueEstimators.TDLambda,
+    )
+
+    actor_network: TensorDictModule
+    actor_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+    qvalue_network: TensorDictModule
+    qvalue_network_params: TensorDictParams
+    target_qvalue_network_params: TensorDictParams
+    value_network: TensorDictModule
+    value_network_params: TensorDictParams
+    target_value_network_params: TensorDictParams
+
+    def __init__(
+        self,
+        actor_network: nn.Module,
+        qvalue_network: Critics,
+        value_network: TensorDictModule,
+        *,
+        num_qvalue_nets: int,
+        separate_losses: bool,
+        reduction: str | None,
+        deactivate_vmap: bool,
+        scalar_output_mode: str | None,
+        priority_key: str | None,
+        gamma: float | None,
+    ) -> None:
+        self._in_keys: list[NestedKey] | None = None
+        super().__init__()
+        self._set_deprecated_ctor_keys(priority=priority_key)
+        if gamma is not None:
+            raise TypeError(_GAMMA_LMBDA_DEPREC_ERROR)
+        if num_qvalue_nets < 1:
+            raise ValueError(f"num_qvalue_nets is {num_qvalue_nets}; wanted at least one critic.")
+        if value_network is None:
+            raise ValueError(
+                "value_network is None: IQL needs a state-value network V(s), for the targets of "
+                "the critics and for the policy's advantages. Pass a module that writes "
+                "'state_value'."
+            )
+        self.num_qvalue_nets = num_qvalue_nets
+        self.delay_qvalue = True
+        self.deactivate_vmap = deactivate_vmap
+        self.reduction = reduction or "mean"
+        if self.reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction is {reduction!r}; choose 'mean', 'sum' or 'none'.")
+        self.scalar_output_mode = _scalar_mode(self, scalar_output_mode)
+        self._convert(actor_network, qvalue_network, value_network, separate_losses)
+        self._make_vmap()
+
+    # -- networks ------------------------------------------------------------------------------
+
+    def _convert(
+        self,
+        actor: nn.Module,
+        critics: Critics,
+        value: nn.Module,
+        separate_losses: bool,
+    ) -> None:
+        listed = list_critics(critics, self.num_qvalue_nets)
+        modules = listed if isinstance(listed, list) else [listed]
+        shared = SharedLeaves()
+        if separate_losses:
+            owners: dict[str, nn.Module] = {"actor_network": actor}
+            shared.find_trunk("value_network", [value], owners)
+            owners["value_network"] = value
+            shared.find_trunk("qvalue_network", modules, owners)
+        self.convert_to_functional(actor, "actor_network")
+        self.convert_to_functional(
+            value,
+            "value_network",
+            compare_against=list(actor.parameters()) if separate_losses else None,
+        )
+        self.convert_to_functional(
+            listed,
+            "qvalue_network",
+            None if self.num_qvalue_nets == 1 else self.num_qvalue_nets,
+            create_target_params=True,
+            compare_against=(
+                [*actor.parameters(), *value.parameters()] if separate_losses else None
+            ),
+        )
+        if self.num_qvalue_nets > 1 and not isinstance(listed, list):
+            initialise_critics(
+                self.qvalue_network_params, self._modules["target_qvalue_network_params"], listed
+            )
+        shared.install(self)
+        shared.find_buffers("qvalue_network", self.qvalue_network_params)
+        shared.tie(self)
+        self._shared = shared
+        if self.num_qvalue_nets == 1:
+            self.register_load_state_dict_pre_hook(_squeeze_lone_critic)
+
+    def _make_vmap(self) -> None:
+        self._vmap_qvalue_network = _vmap_func(
+            self.qvalue_network,
+            (None, 0),
+            randomness=self.vmap_randomness,
+            pseudo_vmap=self.deactivate_vmap,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> OfflineLoss:
+        super()._apply(fn, *args, **kwargs)
+        self._shared.tie(self)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "_vmap_qvalue_network"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._shared.tie(self)
+        self._make_vmap()
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, **kwargs: Any
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters to optimise, each once: mirrors of a shared trunk are left out."""
+        mirrors = self._shared.mirrors(self) if "_shared" in self.__dict__ else set()
+        for name, parameter in super().named_parameters(prefix, recurse, **kwargs):
+            if id(parameter) not in mirrors:
+                yield name, parameter
+
+    # -- keys ----------------------------------------------------------------------------------
+
+    def _set_in_keys(self) -> None:
+        keys = self.tensor_keys
+        names = [
+            keys.action,
+            *(("next", key) for key in (keys.reward, keys.done, keys.terminated)),
+            *self.actor_network.in_keys,
+            *self.qvalue_network.in_keys,
+            *self.value_network.in_keys,
+            *(("next", key) for key in self.value_network.in_keys),
+        ]
+        self._in_keys = list(dict.fromkeys(unravel_key(name) for name in names))
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Keys that :meth:`forward` reads; ``("next", ...)`` ones only for V."""
+        if self._in_keys is None:
+            self._set_in_keys()
+        assert self._in_keys is not None
+        return self._in_keys
+
+    @in_keys.setter
+    def in_keys(self, values: list[NestedKey]) -> None:
+        self._in_keys = values
+
+    def make_value_estimator(
+        self, value_type: ValueEstimators | ValueEstimatorBase | None = None, **hyperparams: Any
+    ) -> OfflineLoss:
+        """Choose how the critics' targets are made: TD(0) (default), TD(1), TD(lambda), or your own.
+
+        ``loss.make_value_estimator(gamma=0.97)`` sets the discount (TorchRL's default is 0.99).
+        Raises ``NotImplementedError`` on an estimator that needs an on-policy log.
+        """
+        value_type = value_type or self.default_value_estimator
+        if isinstance(value_type, ValueEstimatorBase | type):
+            return super().make_value_estimator(value_type, **hyperparams)
+        keys = self.tensor_keys
+        dispatch_value_estimator(
+            self,
+            value_type,
+            supported=self.SUPPORTED_VALUE_ESTIMATORS,
+            tensor_keys={
+                "value_target": "value_target",
+                "value": keys.value,
+                "reward": keys.reward,
+                "done": keys.done,
+                "terminated": keys.terminated,
+            },
+            **hyperparams,
+        )
+        return self
+
+    # -- quantities, each evaluated once an update ----------------------------------------------
+
+    def read(self, tensordict: TensorDictBase) -> Batch:
+        """The batch as the update reads it: see :func:`iql_torchrl.reading.read_batch`."""
+        weigh = self.use_prioritized_weights in (True, "auto")
+        done = unravel_key(("next", self.tensor_keys.done))
+        return read_batch(
+            tensordict,
+            required=[key for key in self.in_keys if key != done],
+            mask_keys=self._loss_mask_keys(),
+            weight_key=self.tensor_keys.priority_weight if weigh else None,
+            done_key=done,
+        )
+
+    def target_qvalue(self, batch: Batch) -> Tensor:
+        """Minimum over the target critics of ``Q(s, a)``, shape ``(*B,)``, without gradient."""
+        params = self._modules["target_qvalue_network_params"]
+        with torch.no_grad():
+            params = self._shared.with_spare_buffers("qvalue_network", params)
+            return self.action_values(batch, params).amin(0)
+
+    def qvalue(self, batch: Batch) -> Tensor:
+        """``Q_k(s, a)`` of every critic, shape ``(K, *B)``, with gradient."""
+        params = self._shared.without_gradient("qvalue_network", self.qvalue_network_params)
+        return self.action_values(batch, params)
+
+    def state_value(self, batch: Batch) -> Tensor:
+        """``V(s)``, shape ``(*B,)``, with gradient."""
+        key = self.tensor_keys.value
+        params = self._shared.without_gradient("value_network", self.value_network_params)
+        inputs = batch.data.select(*self.value_network.in_keys)
+        with params.to_module(self.value_network, preserve_module_state=False):
+            value = self.value_network(inputs).get(key)
+        return per_sample(value, inputs.batch_size, key)
+
+    def td_target(self, batch: Batch) -> Tensor:
+        """Regression target of the critics, shape ``(*B,)``, without gradient.
+
+        ``r + gamma V(s')``, bootstrapped past truncation and not past termination; with
+        ``steps_to_next_obs`` in the batch (n-step rewards) the discount is ``gamma**n``.
+        """
+        estimator = self.value_estimator
+        keys, data = self.tensor_keys, batch.data
+        shape = data.batch_size
+        with torch.no_grad():
+            if type(estimator) is not TD0Estimator or estimator.average_rewards:
+                target = estimator.value_estimate(
+                    data.copy(), target_params=self.target_value_network_params
+                )
+                return per_sample(target, shape, "value_target")
+            reward, terminated = (
+                per_sample(data.get(("next", key)), shape, ("next", key))
+                for key in (keys.reward, keys.terminated)
+            )
+            gamma = estimator.gamma.to(reward.device)
+            steps = data.get("steps_to_next_obs", None)
+            if steps is not None:
+                gamma = gamma ** per_sample(steps, shape, "steps_to_next_obs")
+            return F.td_target(reward, self.state_value(batch.next), terminated, gamma=gamma)
+
+    def critic_outputs(self, batch: Batch, params: TensorDictBase) -> Tensor:
+        """Raw outputs of K critics with stacked ``params``, shape ``(K, *B, n)``."""
+        inputs = batch.data.select(*self.qvalue_network.in_keys)
+        key = self.tensor_keys.state_action_value
+        if self.num_qvalue_nets > 1:
+            if torch.compiler.is_compiling():  # vmap would lock anew, which warns in a graph
+                params = unlocked(params)
+            return self._vmap_qvalue_network(inputs, params).get(key)
+        with params.to_module(self.qvalue_network, preserve_module_state=False):
+            return self.qvalue_network(inputs).get(key).unsqueeze(0)
+
+    @abstractmethod
+    def action_values(self, batch: Batch, params: TensorDictBase) -> Tensor:
+        """``Q_k(s, a)`` of the logged action from K critics with stacked ``params``, ``(K, *B)``."""
+
+    def _reduce(self, loss: Tensor, batch: Batch) -> Tensor:
+        return F.reduce(loss, reduction=self.reduction, mask=batch.mask, weight=batch.weight)
+
+
+def _scalar_mode(loss: OfflineLoss, mode: str | None) -> str | None:
+    if loss.reduction != "none" or mode is not None:
+        return mode
+    warnings.warn(
+        f"{type(loss).__name__} with reduction='none' returns losses of the batch's shape, beside "
+        "which a scalar (entropy, diagnostics) has no place: they are left out. Pass "
+        "scalar_output_mode='exclude' to say so, or 'non_tensor' to keep them as non-tensor data.",
+        UserWarning,
+        stacklevel=5,
+    )
+    return "exclude"
+
+
+def _squeeze_lone_critic(
+    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
+) -> None:
+    """Accept checkpoints of older TorchRL losses, where a single critic had a leading dimension."""
+    for key, current in module.state_dict().items():
+        stored = state_dict.get(prefix + key)
+        is_critic = key.removeprefix("target_").startswith("qvalue_network_params.")
+        if is_critic and stored is not None and stored.shape == (1, *current.shape):
+            state_dict[prefix + key] = stored.squeeze(0)
