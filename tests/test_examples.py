@@ -107,7 +107,7 @@ def test_discrete_actions(run, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--dataset", "pendulum/mixed-v1"], "pendulum/mixed"),
+        (["--dataset", "pendulum/mixed"], "ends in a version"),
         (["--dataset", "no-such-file.hdf5"], "no such file"),
     ],
 )

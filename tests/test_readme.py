@@ -21,8 +21,8 @@ def test_python_block_runs(block, tmp_path, monkeypatch):
     exec(compile(block.replace("updates=5000", "updates=20"), "README.md", "exec"), {})
 
 
-def test_first_block_is_ten_lines_of_code():
-    assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) == 10
+def test_first_block_is_at_most_ten_lines_of_code():
+    assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 10
 
 
 def test_files_it_names_exist():
