@@ -97,7 +97,7 @@ def summarise(dataset: OfflineDataset, runs: list[dict[str, object]]) -> list[di
     rows = [
         {"name": "the log", "mean": log.mean(), "standard_error": log.std(ddof=1) / len(log) ** 0.5}
     ]
-    for method in METHODS:
+    for method in dict.fromkeys(r["method"] for r in runs):
         means = [np.mean(r["curve"][-1]["returns"]) for r in runs if r["method"] == method]
         error = np.std(means, ddof=1) / len(means) ** 0.5 if len(means) > 1 else float("nan")
         rows.append(
@@ -120,6 +120,7 @@ def main() -> None:
     add("--preset", default="quick", choices=list(PRESETS))
     add("--updates", type=int, help="gradient updates (the preset's)")
     add("--seeds", type=int, default=5)
+    add("--methods", nargs="+", choices=METHODS, default=METHODS)
     add("--episodes", type=int, default=100, help="episodes of each evaluation")
     add("--points", type=int, default=5, help="evaluations per run")
     add("--workers", type=int, default=2, help="runs at a time")
@@ -128,7 +129,7 @@ def main() -> None:
     options = parser.parse_args()
 
     dataset = load(options, configure(options, 0))
-    jobs = [(method, seed) for seed in range(options.seeds) for method in METHODS]
+    jobs = [(method, seed) for seed in range(options.seeds) for method in options.methods]
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         runs = list(pool.map(run, *zip(*((options, *job) for job in jobs), strict=True)))
     rows = summarise(dataset, runs)
