@@ -45,16 +45,17 @@ def main(arguments: list[str] | None = None) -> int:
             source = ensure_dataset(source)
         dataset = load_dataset(source, reward=config.reward)
         dataset.make_env().close()
+        make_agent(config, dataset)  # what cannot be built is said before a folder is made
+        folder = new_folder(options.output, options.name or default_name(options.dataset, config))
     except ModuleNotFoundError as error:
         print(
             f'error: {error}; install it with pip install "iql_torchrl[examples]".', file=sys.stderr
         )
         return 2
-    except (ImportError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ImportError, ValueError, OSError, RuntimeError, AssertionError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
 
-    folder = new_folder(options.output, options.name or default_name(options.dataset, config))
     write_text(
         folder / "config.json", json.dumps({"dataset": options.dataset, **asdict(config)}, indent=2)
     )
@@ -212,6 +213,8 @@ def default_name(dataset: str, config: IQLConfig) -> str:
 
 def new_folder(root: Path, name: str) -> Path:
     """``root/name``, or ``root/name-2`` and so on: earlier runs are kept."""
+    if Path(name).name != name:
+        raise ValueError(f"--name is {name!r}; give one folder name, and its parent as --output.")
     for number in range(1, 10_000):
         folder = root / (name if number == 1 else f"{name}-{number}")
         try:

@@ -80,6 +80,7 @@ def _networks(
     config: IQLConfig, dataset: OfflineDataset
 ) -> tuple[ProbabilisticActor, Callable[[], TensorDictModule], TensorDictModule]:
     keys, features, preprocess = _observation(config, dataset)
+    device = torch.device(config.device)  # before the loss takes the parameters, buffers stay
     action_spec = dataset.action_spec
     widths = {"hidden": config.hidden}
     normed: dict[str, Any] = {**widths, "layer_norm": config.layer_norm}
@@ -96,12 +97,13 @@ def _networks(
         if discrete:
             size = int(action_spec.space.n)
             net: nn.Module = DiscreteCritic(features, size, preprocess=preprocess(), **normed)
+            net = net.to(device)
             return TensorDictModule(net, in_keys=keys, out_keys=["state_action_value"])
         net = Critic(features, action_spec.shape[-1], preprocess=preprocess(), **normed)
-        return ValueOperator(net, in_keys=[*keys, "action"])
+        return ValueOperator(net.to(device), in_keys=[*keys, "action"])
 
     value = ValueOperator(StateValue(features, preprocess=preprocess(), **normed), in_keys=keys)
-    return actor, critic, value
+    return actor.to(device), critic, value.to(device)
 
 
 def _observation(
@@ -148,7 +150,7 @@ def _loss(
         diagnostics=True,
     )
     loss.make_value_estimator(gamma=config.discount)
-    return loss.to(config.device)
+    return loss
 
 
 def _optimizer(config: IQLConfig, loss: ImplicitQLoss) -> tuple[torch.optim.Optimizer, LambdaLR]:
@@ -165,11 +167,14 @@ def _optimizer(config: IQLConfig, loss: ImplicitQLoss) -> tuple[torch.optim.Opti
     else:
         optimizer = torch.optim.Adam(groups, fused=True)
 
-    def cosine(update: int) -> float:
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, update / config.updates)))
-
-    def constant(_: int) -> float:
-        return 1.0
-
+    cosine = partial(_cosine, updates=config.updates)
     falling = {"constant": (), "cosine_actor": ("actor",), "cosine": NETWORKS}[config.schedule]
-    return optimizer, LambdaLR(optimizer, [cosine if n in falling else constant for n in NETWORKS])
+    return optimizer, LambdaLR(optimizer, [cosine if n in falling else _constant for n in NETWORKS])
+
+
+def _cosine(update: int, *, updates: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, update / updates)))
+
+
+def _constant(_: int) -> float:
+    return 1.0

@@ -7,6 +7,7 @@ of the target critics behind.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -64,8 +65,7 @@ def draw_critics(tensor: Tensor, num_critics: int) -> Tensor:
     - any other tensor is drawn entry by entry, with replacement, from its own entries.
     """
     source = tensor.detach()
-    first = source.flatten()[:1]
-    if not tensor.requires_grad or bool((source == first).all()):
+    if not tensor.requires_grad or bool((source == source.flatten()[:1]).all()):
         draws = [source] * (num_critics - 1)
     elif (gain := _orthogonal_gain(source)) is not None:
         draws = [
@@ -119,16 +119,18 @@ def unlocked(params: TensorDictBase) -> TensorDictBase:
 class SharedLeaves:
     """Entries of a network's parameters that belong to another network of the same loss.
 
-    With ``separate_losses=True`` a trunk used by the actor and by the critics is trained by the
-    actor's loss alone. The critics read it without gradient, and their targets must still
-    average it: TorchRL's updaters follow a source only if it requires a gradient. So the critics
-    hold a mirror: a parameter with the owner's storage, never given a gradient, never listed
-    among the loss's parameters. Buffers of target critics are tied to the live ones the same way.
+    A trunk used by the actor and by the critics has one owner. Critics hold a mirror of it: a
+    parameter with the owner's storage that belongs to no optimiser, but that TorchRL's updaters
+    follow, as they follow any source that requires a gradient; so the targets average the trunk.
+    In a forward pass the critics read the owner itself, detached with ``separate_losses=True``
+    (the owner's loss alone trains it).
 
-    ``tie`` restores shared storage after a copy or a change of device or dtype.
+    Buffers (statistics of normalisation layers) of target critics are tied to the live ones.
+    ``tie`` restores shared storage after a copy, a cast or a load.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, detach: bool) -> None:
+        self.detach = detach
         self.trunk: list[tuple[str, NestedKey, str, NestedKey]] = []
         self.buffers: list[tuple[str, NestedKey]] = []
 
@@ -146,19 +148,22 @@ class SharedLeaves:
             if isinstance(parameter, nn.Parameter) and same and id(parameter) in owned:
                 self.trunk.append((name, key, *owned[id(parameter)]))
 
-    def find_buffers(self, name: str, params: TensorDictParams) -> None:
-        """Record the entries that are no parameters: statistics, constants."""
-        for key, leaf in params.items(True, True):
-            if not isinstance(leaf, nn.Parameter):
-                self.buffers.append((name, key))
-
-    def install(self, loss: nn.Module) -> None:
-        """Put the mirrors in place."""
-        for name, key, _, _ in self.trunk:
-            params = getattr(loss, f"{name}_params")
-            mirror = nn.Parameter(params.get(key).detach(), requires_grad=True)
-            with params.unlock_():
-                params.set(key, mirror)
+    def install(self, loss: nn.Module, name: str, modules: Sequence[nn.Module]) -> None:
+        """Put mirrors in place, give critics' entries storage of their own, and tie targets."""
+        buffers = {tuple(key.split(".")) for m in modules for key, _ in m.named_buffers()}
+        params: TensorDictParams = getattr(loss, f"{name}_params")
+        mirrored = {key for network, key, _, _ in self.trunk if network == name}
+        with params.unlock_():
+            for key, leaf in list(params.items(True, True)):
+                if (key if isinstance(key, tuple) else (key,)) in buffers:
+                    leaf.data = leaf.data.contiguous()
+                    self.buffers.append((name, key))
+                elif key in mirrored:
+                    params.set(key, nn.Parameter(leaf.detach()))
+                elif not isinstance(leaf, nn.Parameter):
+                    _warn_unshared(name, key)
+                    params.set(key, nn.Parameter(leaf.detach().clone()))
+        self.tie(loss)
 
     def tie(self, loss: nn.Module) -> None:
         """Let every mirror use its owner's storage, and target buffers the live ones'."""
@@ -166,22 +171,30 @@ class SharedLeaves:
             mirror = getattr(loss, f"{name}_params").get(key)
             mirror.data = getattr(loss, f"{owner}_params").get(owner_key).data.expand(mirror.shape)
         for name, key in self.buffers:
-            live = getattr(loss, f"{name}_params").get(key)
-            target: TensorDictParams = loss._modules[f"target_{name}_params"]
-            target.get(key).data = live.data
+            target: TensorDictParams | None = loss._modules.get(f"target_{name}_params")
+            if target is not None:
+                target.get(key).data = getattr(loss, f"{name}_params").get(key).data
+
+    def untie(self, loss: nn.Module) -> None:
+        """Give mirrors storage of their own, so that every entry can be written to."""
+        for name, key, _, _ in self.trunk:
+            mirror = getattr(loss, f"{name}_params").get(key)
+            mirror.data = mirror.data.clone(memory_format=torch.contiguous_format)
 
     def mirrors(self, loss: nn.Module) -> set[int]:
         """Identities of the mirrors, which belong in no optimiser."""
         return {id(getattr(loss, f"{name}_params").get(key)) for name, key, _, _ in self.trunk}
 
-    def without_gradient(self, name: str, params: TensorDictBase) -> TensorDictBase:
-        """``params`` of the network ``name`` with its shared entries detached."""
-        keys = [key for network, key, _, _ in self.trunk if network == name]
-        if not keys:
+    def live(self, loss: nn.Module, name: str) -> TensorDictBase:
+        """Parameters of the network ``name`` for a forward pass: mirrors replaced by their owners."""
+        params: TensorDictBase = getattr(loss, f"{name}_params")
+        entries = [entry[1:] for entry in self.trunk if entry[0] == name]
+        if not entries:
             return params
         params = unlocked(params)
-        for key in keys:
-            params.set(key, params.get(key).detach())
+        for key, owner, owner_key in entries:
+            leaf = getattr(loss, f"{owner}_params").get(owner_key).expand(params.get(key).shape)
+            params.set(key, leaf.detach() if self.detach else leaf)
         return params
 
     def with_spare_buffers(self, name: str, params: TensorDictBase) -> TensorDictBase:
@@ -193,3 +206,12 @@ class SharedLeaves:
         for key in keys:
             params.set(key, params.get(key).clone())
         return params
+
+
+def _warn_unshared(name: str, key: NestedKey) -> None:
+    warnings.warn(
+        f"the listed critics share {key!r} of {name} with each other and with no other network; "
+        "each now trains a copy of its own.",
+        UserWarning,
+        stacklevel=7,
+    )

@@ -13,6 +13,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictParams
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
+from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import (
     _GAMMA_LMBDA_DEPREC_ERROR,
@@ -30,7 +31,7 @@ from iql_torchrl.critics import (
     list_critics,
     unlocked,
 )
-from iql_torchrl.reading import Batch, per_sample, read_batch
+from iql_torchrl.reading import Batch, agree, per_sample, read_batch
 
 __all__ = ["OfflineLoss"]
 
@@ -123,11 +124,11 @@ class OfflineLoss(LossModule):
     ) -> None:
         listed = list_critics(critics, self.num_qvalue_nets)
         modules = listed if isinstance(listed, list) else [listed]
-        shared = SharedLeaves()
+        shared = SharedLeaves(detach=separate_losses)
+        owners: dict[str, nn.Module] = {"actor_network": actor, "value_network": value}
         if separate_losses:
-            owners: dict[str, nn.Module] = {"actor_network": actor}
-            shared.find_trunk("value_network", [value], owners)
-            owners["value_network"] = value
+            shared.find_trunk("value_network", [value], {"actor_network": actor})
+        if separate_losses or len(modules) > 1:
             shared.find_trunk("qvalue_network", modules, owners)
         self.convert_to_functional(actor, "actor_network")
         self.convert_to_functional(
@@ -148,12 +149,12 @@ class OfflineLoss(LossModule):
             initialise_critics(
                 self.qvalue_network_params, self._modules["target_qvalue_network_params"], listed
             )
-        shared.install(self)
-        shared.find_buffers("qvalue_network", self.qvalue_network_params)
-        shared.tie(self)
+        shared.install(self, "value_network", [value])
+        shared.install(self, "qvalue_network", modules)
         self._shared = shared
-        if self.num_qvalue_nets == 1:
-            self.register_load_state_dict_pre_hook(_squeeze_lone_critic)
+        self._optional_keys = _recurrent_keys(actor, value, *modules)
+        self.register_load_state_dict_pre_hook(_before_load)
+        self.register_load_state_dict_post_hook(_after_load)
 
     def _make_vmap(self) -> None:
         self._vmap_qvalue_network = _vmap_func(
@@ -175,6 +176,12 @@ class OfflineLoss(LossModule):
         super().__setstate__(state)
         self._shared.tie(self)
         self._make_vmap()
+
+    def reset_parameters_recursive(self) -> None:
+        """Draw every network anew, targets too, as TorchRL's losses do."""
+        self._shared.untie(self)
+        super().reset_parameters_recursive()
+        self._shared.tie(self)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, **kwargs: Any
@@ -246,7 +253,7 @@ class OfflineLoss(LossModule):
         done = unravel_key(("next", self.tensor_keys.done))
         return read_batch(
             tensordict,
-            required=[key for key in self.in_keys if key != done],
+            required=[key for key in self.in_keys if key not in self._optional_keys | {done}],
             mask_keys=self._loss_mask_keys(),
             weight_key=self.tensor_keys.priority_weight if weigh else None,
             done_key=done,
@@ -261,14 +268,13 @@ class OfflineLoss(LossModule):
 
     def qvalue(self, batch: Batch) -> Tensor:
         """``Q_k(s, a)`` of every critic, shape ``(K, *B)``, with gradient."""
-        params = self._shared.without_gradient("qvalue_network", self.qvalue_network_params)
-        return self.action_values(batch, params)
+        return self.action_values(batch, self._shared.live(self, "qvalue_network"))
 
     def state_value(self, batch: Batch) -> Tensor:
         """``V(s)``, shape ``(*B,)``, with gradient."""
         key = self.tensor_keys.value
-        params = self._shared.without_gradient("value_network", self.value_network_params)
-        inputs = batch.data.select(*self.value_network.in_keys)
+        params = self._shared.live(self, "value_network")
+        inputs = batch.data.select(*self.value_network.in_keys, strict=False)
         with params.to_module(self.value_network, preserve_module_state=False):
             value = self.value_network(inputs).get(key)
         return per_sample(value, inputs.batch_size, key)
@@ -279,8 +285,7 @@ class OfflineLoss(LossModule):
         ``r + gamma V(s')``, bootstrapped past truncation and not past termination; with
         ``steps_to_next_obs`` in the batch (n-step rewards) the discount is ``gamma**n``.
         """
-        estimator = self.value_estimator
-        keys, data = self.tensor_keys, batch.data
+        estimator, data = self.value_estimator, batch.data
         shape = data.batch_size
         with torch.no_grad():
             if type(estimator) is not TD0Estimator or estimator.average_rewards:
@@ -288,19 +293,24 @@ class OfflineLoss(LossModule):
                     data.copy(), target_params=self.target_value_network_params
                 )
                 return per_sample(target, shape, "value_target")
+            keys = estimator.tensor_keys
             reward, terminated = (
                 per_sample(data.get(("next", key)), shape, ("next", key))
                 for key in (keys.reward, keys.terminated)
             )
             gamma = estimator.gamma.to(reward.device)
-            steps = data.get("steps_to_next_obs", None)
+            if gamma.ndim:
+                gamma = per_sample(gamma, shape, "gamma")
+            steps = data.get(keys.steps_to_next_obs, None)
             if steps is not None:
-                gamma = gamma ** per_sample(steps, shape, "steps_to_next_obs")
-            return F.td_target(reward, self.state_value(batch.next), terminated, gamma=gamma)
+                gamma = gamma ** per_sample(steps, shape, keys.steps_to_next_obs)
+            next_value = self.state_value(batch.next)
+            agree(reward=reward, terminated=terminated, next_state_value=next_value)
+            return F.td_target(reward, next_value, terminated, gamma=gamma)
 
     def critic_outputs(self, batch: Batch, params: TensorDictBase) -> Tensor:
         """Raw outputs of K critics with stacked ``params``, shape ``(K, *B, n)``."""
-        inputs = batch.data.select(*self.qvalue_network.in_keys)
+        inputs = batch.data.select(*self.qvalue_network.in_keys, strict=False)
         key = self.tensor_keys.state_action_value
         if self.num_qvalue_nets > 1:
             if torch.compiler.is_compiling():  # vmap would lock anew, which warns in a graph
@@ -314,7 +324,26 @@ class OfflineLoss(LossModule):
         """``Q_k(s, a)`` of the logged action from K critics with stacked ``params``, ``(K, *B)``."""
 
     def _reduce(self, loss: Tensor, batch: Batch) -> Tensor:
-        return F.reduce(loss, reduction=self.reduction, mask=batch.mask, weight=batch.weight)
+        """Reduce per-sample losses; a mask or weight of a step counts for all that it holds."""
+        return F.reduce(
+            loss,
+            reduction=self.reduction,
+            mask=batch.mask_like(loss),
+            weight=batch.weight_like(loss),
+        )
+
+
+def _recurrent_keys(*networks: nn.Module) -> set[NestedKey]:
+    """Keys that recurrent modules start from when a batch holds them and do without otherwise."""
+    cells = [m for net in networks for m in net.modules() if isinstance(m, LSTMModule | GRUModule)]
+    states = {unravel_key(key) for cell in cells for key in cell.in_keys[1:] if key != "is_init"}
+    return states | {unravel_key(("next", key)) for key in states}
+
+
+def _before_load(loss: OfflineLoss, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    loss._shared.untie(loss)
+    if loss.num_qvalue_nets == 1:
+        _squeeze_lone_critic(loss, state_dict, prefix)
 
 
 def _scalar_mode(loss: OfflineLoss, mode: str | None) -> str | None:
@@ -330,9 +359,11 @@ def _scalar_mode(loss: OfflineLoss, mode: str | None) -> str | None:
     return "exclude"
 
 
-def _squeeze_lone_critic(
-    module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any
-) -> None:
+def _after_load(loss: OfflineLoss, _: Any) -> None:
+    loss._shared.tie(loss)
+
+
+def _squeeze_lone_critic(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:
     """Accept checkpoints of older TorchRL losses, where a single critic had a leading dimension."""
     for key, current in module.state_dict().items():
         stored = state_dict.get(prefix + key)

@@ -83,7 +83,7 @@ def td_target(
     cut short by a clock still has a future. ``gamma`` may be a tensor (``gamma**n`` for n-step
     rewards).
     """
-    return reward + gamma * next_value.masked_fill(terminated, 0.0)
+    return reward + gamma * next_value.masked_fill(terminated.bool(), 0.0)
 
 
 def exponential_weight(
@@ -102,11 +102,12 @@ def exponential_weight(
     return torch.where(exponent >= ceiling, torch.full_like(weight, max_weight), weight)
 
 
-def pick_action(values: Tensor, action: Tensor) -> Tensor:
+def pick_action(values: Tensor, action: Tensor, *, leading: int | None = None) -> Tensor:
     """Value of the action taken: ``(*K, *B, N)`` values of N actions -> ``(*K, *B)``.
 
-    ``action`` is one-hot ``(*B, N)`` or an index ``(*B, 1)`` or ``(*B,)``, told apart by shape in
-    this order. Write ``(*B, 1)`` where a batch is as long as there are actions.
+    ``action`` is an index ``(*B,)`` or ``(*B, 1)``, or one-hot ``(*B, N)``. ``leading`` is the number
+    of dimensions ``*K`` that the action lacks, which settles every shape; without it they are told
+    apart in the order one-hot, ``(*B, 1)``, ``(*B,)``.
 
     Raises ``ValueError`` when there is a single action, or ``action`` fits none of the shapes.
     """
@@ -116,24 +117,32 @@ def pick_action(values: Tensor, action: Tensor) -> Tensor:
             f"values have shape {tuple(values.shape)}: the last dimension must hold one value per "
             "action, at least two. A critic of (state, action) pairs belongs in IQLLoss."
         )
-    index = _action_index(values, action, num_actions)
+    index = _action_index(values, action, leading).long()
     index = index.expand(values.shape[:-1]).unsqueeze(-1)
     return values.gather(-1, index).squeeze(-1)
 
 
-def _action_index(values: Tensor, action: Tensor, num_actions: int) -> Tensor:
+def _action_index(values: Tensor, action: Tensor, leading: int | None) -> Tensor:
     dims = action.ndim
     batch = values.shape[:-1]
-    is_one_hot = dims > 0 and values.shape[values.ndim - dims :] == action.shape
-    if is_one_hot and (dims > 1 or values.ndim == 1):
+    if leading is not None:
+        batch = batch[leading:]
+        one_hot = action.shape == (*batch, values.shape[-1])
+        trailing, index = action.shape == (*batch, 1), action.shape == batch
+    else:
+        one_hot = values.shape[values.ndim - dims :] == action.shape
+        one_hot = one_hot and dims > 0 and (dims > 1 or values.ndim == 1)
+        trailing = action.shape[-1:] == (1,) and batch[len(batch) - dims + 1 :] == action.shape[:-1]
+        index = batch[len(batch) - dims :] == action.shape
+    if one_hot:
         return action.long().argmax(-1)
-    if dims > 0 and action.shape[-1] == 1 and batch[len(batch) - dims + 1 :] == action.shape[:-1]:
-        return action.squeeze(-1).long()
-    if batch[len(batch) - dims :] == action.shape:
-        return action.long()
+    if trailing:
+        return action.squeeze(-1)
+    if index:
+        return action
     raise ValueError(
         f"action has shape {tuple(action.shape)} beside values of shape {tuple(values.shape)}; "
-        f"wanted one-hot (*B, {num_actions}), or indices of shape (*B, 1) or (*B,)."
+        f"wanted one-hot (*B, {values.shape[-1]}), or indices of shape (*B, 1) or (*B,)."
     )
 
 
@@ -184,6 +193,7 @@ def reduce(
         raise ValueError(f"reduction is {reduction!r}; choose 'mean', 'sum' or 'none'.")
     if mask is not None:
         value = value.masked_fill(~mask, 0.0)
+        weight = None if weight is None else weight.masked_fill(~mask, 0.0)
     if weight is not None:
         value = value * weight
     return value.sum() if reduction == "sum" else value

@@ -49,15 +49,13 @@ class Standardise(nn.Module):
 
 
 class OneHot(nn.Module):
-    """Integers in ``[0, num_classes)``, shape ``(*B,)`` or ``(*B, 1)``, to ``(*B, num_classes)``."""
+    """Integers in ``[0, num_classes)``, shape ``(*B,)``, to ones and zeros ``(*B, num_classes)``."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
 
     def forward(self, observation: Tensor) -> Tensor:
-        if observation.ndim and observation.shape[-1] == 1:
-            observation = observation.squeeze(-1)
         one_hot = nn.functional.one_hot(observation.long(), self.num_classes)
         return one_hot.to(torch.get_default_dtype())
 

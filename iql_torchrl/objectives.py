@@ -16,7 +16,7 @@ from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical
 from iql_torchrl import functional as F
 from iql_torchrl.critics import Critics
 from iql_torchrl.foundation import OfflineLoss
-from iql_torchrl.reading import Batch, per_sample
+from iql_torchrl.reading import Batch, agree, per_sample
 
 __all__ = ["DiscreteIQLLoss", "IQLLoss", "ImplicitQLoss"]
 
@@ -87,14 +87,21 @@ class ImplicitQLoss(OfflineLoss):
         self.max_weight = max_weight
         self.value_objective = value_objective
         self.actor_objective = actor_objective
-        self.diagnostics = diagnostics
-        entropy = ("entropy",) if actor_objective == "log_prob" else ()
-        self._out_keys = [*LOSSES, *entropy, *(DIAGNOSTICS if diagnostics else ())]
-        self._out_keys_apparent = self._out_keys
+        self._diagnostics = diagnostics
+        scalars = ["entropy"] if actor_objective == "log_prob" else []
+        scalars += DIAGNOSTICS if diagnostics else ()
+        if self.reduction == "none" and self.scalar_output_mode == "exclude":
+            scalars = []
+        self._out_keys = self._out_keys_apparent = [*LOSSES, *scalars]
 
     def logged_action(self, batch: Batch, dist: distributions.Distribution) -> Tensor:
         """The logged action in the form that ``dist.log_prob`` takes."""
         return batch.data.get(self.tensor_keys.action)
+
+    @property
+    def diagnostics(self) -> bool:
+        """Whether the outputs hold ``DIAGNOSTICS``; chosen when the loss is built."""
+        return self._diagnostics
 
     # -- one term per network --------------------------------------------------------------------
 
@@ -108,6 +115,7 @@ class ImplicitQLoss(OfflineLoss):
         ``r + gamma V(s') - V(s)``, which asks no critic.
         """
         value = self.state_value(batch)
+        agree(state_value=value, target_qvalue=target_qvalue)
         if self.value_objective == "sarsa_expectile":
             target = self.td_target(batch) if td_target is None else td_target
             loss = F.expectile_loss(target - value, expectile=self.expectile)
@@ -130,6 +138,7 @@ class ImplicitQLoss(OfflineLoss):
         metadata = {"advantage": advantage, "weight": weight}
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             error = self._actor_error(batch)
+        agree(policy_error=error, advantage=advantage)
         if self.actor_objective == "log_prob":
             metadata["log_prob"] = -error.detach()
         return self._reduce(weight * error, batch), metadata
@@ -139,10 +148,11 @@ class ImplicitQLoss(OfflineLoss):
         if callable(self.actor_objective):
             error = self.actor_objective(self.actor_network, data.copy())
             return per_sample(error, data.batch_size, "actor_objective's result")
-        inputs = data.select(*self.actor_network.in_keys)
+        inputs = data.select(*self.actor_network.in_keys, strict=False)
         if self.actor_objective == "mse":
             error = self.actor_network(inputs).get(self.tensor_keys.action)
-            return (error - data.get(self.tensor_keys.action)).square().sum(-1)
+            error = (error - data.get(self.tensor_keys.action)).square()
+            return error if error.ndim == data.ndim else error.sum(-1)
         dist = self.actor_network.get_dist(inputs)
         log_prob = dist.log_prob(self.logged_action(batch, dist))
         return -per_sample(log_prob, data.batch_size, "log_prob")
@@ -153,11 +163,13 @@ class ImplicitQLoss(OfflineLoss):
         ``metadata["td_error"]`` is the squared error of every critic, ``(K, *B)``, 0 where masked.
         """
         qvalue = self.qvalue(batch)
+        agree(qvalue=qvalue[0], td_target=td_target)
         target = td_target.expand_as(qvalue)
         loss = F.regression_loss(qvalue, target, loss_function=self.loss_function).sum(0)
         td_error = (qvalue.detach() - target).square()
-        if batch.mask is not None:
-            td_error = td_error.masked_fill(~batch.mask, 0.0)
+        mask = batch.mask_like(td_target)
+        if mask is not None:
+            td_error = td_error.masked_fill(~mask, 0.0)
         return self._reduce(loss, batch), {"td_error": td_error, "qvalue": qvalue.detach()}
 
     def terms(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -227,9 +239,10 @@ class ImplicitQLoss(OfflineLoss):
         scalars = {}
         if "log_prob" in metadata:
             tensordict.set(self.tensor_keys.log_prob, metadata["log_prob"])
-            scalars["entropy"] = F.weighted_mean(-metadata["log_prob"], mask=batch.mask)
+            entropy = -metadata["log_prob"]
+            scalars["entropy"] = F.weighted_mean(entropy, mask=batch.mask_like(entropy))
         if self.diagnostics:
-            scalars |= self._diagnose(metadata, batch.mask)
+            scalars |= self._diagnose(metadata, batch)
         if self.reduction != "none":
             return TensorDict(losses | scalars)
         out = TensorDict(losses, batch_size=tensordict.batch_size)
@@ -238,8 +251,9 @@ class ImplicitQLoss(OfflineLoss):
                 out.set_non_tensor(key, scalar)
         return out
 
-    def _diagnose(self, metadata: dict[str, Tensor], mask: Tensor | None) -> dict[str, Tensor]:
+    def _diagnose(self, metadata: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         weight = metadata["weight"]
+        mask = batch.mask_like(weight)
         at_ceiling = (weight >= self.max_weight).to(weight.dtype)
 
         def mean(value: Tensor) -> Tensor:
@@ -300,7 +314,8 @@ class IQLLoss(ImplicitQLoss):
 
     def action_values(self, batch: Batch, params: TensorDictBase) -> Tensor:
         outputs = self.critic_outputs(batch, params)
-        return per_sample(outputs, batch.data.batch_size, self.tensor_keys.state_action_value)
+        key = self.tensor_keys.state_action_value
+        return per_sample(outputs, batch.data.batch_size, key, leading=1)
 
     @staticmethod
     def loss_value_diff(diff: Tensor, expectile: float = 0.8) -> Tensor:
@@ -340,23 +355,23 @@ class DiscreteIQLLoss(ImplicitQLoss):
 
     def action_values(self, batch: Batch, params: TensorDictBase) -> Tensor:
         outputs = self.critic_outputs(batch, params)
-        picked = F.pick_action(outputs, self._action(batch))
-        return per_sample(picked, batch.data.batch_size, self.tensor_keys.state_action_value)
-
-    def _action(self, batch: Batch) -> Tensor:
-        """The logged action with an unambiguous last dimension, ``(*B, 1)`` or ``(*B, N)``."""
         action = batch.data.get(self.tensor_keys.action)
-        return action.unsqueeze(-1) if action.shape == batch.data.batch_size else action
+        key = self.tensor_keys.state_action_value
+        picked = F.pick_action(outputs, action, leading=1)
+        return per_sample(picked, batch.data.batch_size, key, leading=1)
 
     def logged_action(self, batch: Batch, dist: distributions.Distribution) -> Tensor:
-        action = self._action(batch)
-        is_one_hot = action.shape[-1] > 1
-        wants_one_hot = isinstance(dist, ONE_HOT_DISTRIBUTIONS)
-        if is_one_hot and not wants_one_hot:
+        action = batch.data.get(self.tensor_keys.action)
+        dims = len(dist.batch_shape)
+        is_one_hot = action.ndim > dims and action.shape[-1] > 1
+        if isinstance(dist, ONE_HOT_DISTRIBUTIONS):
+            if is_one_hot:
+                return action.long() if action.dtype == torch.bool else action
+            index = action if action.ndim == dims else action.squeeze(-1)
+            return nn.functional.one_hot(index.long(), dist.param_shape[-1])
+        if is_one_hot:
             return action.long().argmax(-1)
-        if wants_one_hot and not is_one_hot:
-            return nn.functional.one_hot(action.squeeze(-1).long(), dist.param_shape[-1])  # type: ignore[attr-defined]
-        return action if is_one_hot else action.squeeze(-1)
+        return action if action.ndim == dims else action.squeeze(-1)
 
 
 def _check_ranges(expectile: float, temperature: float, max_weight: float) -> None:

@@ -50,6 +50,11 @@ class ClippedGaussian(D.Independent):  # type: ignore[type-arg]
         self.low, self.high = low, high
         super().__init__(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
 
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> ClippedGaussian:
+        shape = (*batch_shape, *self.event_shape)
+        loc, scale = self.base_dist.loc.expand(shape), self.base_dist.scale.expand(shape)
+        return ClippedGaussian(loc, scale, low=self.low, high=self.high)
+
     @property
     def deterministic_sample(self) -> Tensor:
         return _clip(self.mean, self.low, self.high)
@@ -114,6 +119,10 @@ class OneHotChoice(D.OneHotCategorical):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return super().sample(torch.Size(sample_shape)).to(self.dtype)
+
+    @property
+    def mode(self) -> Tensor:
+        return self.deterministic_sample
 
     def log_prob(self, value: Tensor) -> Tensor:
         return super().log_prob(value.to(self.logits.dtype))

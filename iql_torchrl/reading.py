@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
 from torch import Tensor
 
-__all__ = ["Batch", "per_sample", "read_batch"]
+__all__ = ["Batch", "agree", "per_sample", "read_batch"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,18 @@ class Batch:
     @property
     def next(self) -> Batch:
         return Batch(self.data.get("next"), self.mask, self.weight)
+
+    def mask_like(self, value: Tensor) -> Tensor | None:
+        """``mask`` in the shape of per-sample ``value``: a step's entry holds for all in it."""
+        return None if self.mask is None else _like(self.mask, value)
+
+    def weight_like(self, value: Tensor) -> Tensor | None:
+        """``weight`` in the shape of per-sample ``value``."""
+        return None if self.weight is None else _like(self.weight, value)
+
+
+def _like(entry: Tensor, value: Tensor) -> Tensor:
+    return entry.view(*entry.shape, *(1,) * (value.ndim - entry.ndim)).expand_as(value)
 
 
 def read_batch(
@@ -53,33 +65,54 @@ def read_batch(
     for key in mask_keys:
         entry = tensordict.get(key, None)
         if entry is not None:
-            entry = per_sample(entry, shape, key).bool()
+            entry = _one_a_step(entry, shape, key).bool()
             mask = entry if mask is None else mask & entry
     weight = None if weight_key is None else tensordict.get(weight_key, None)
     if weight is not None:
-        weight = per_sample(weight, shape, weight_key).detach()
+        weight = _one_a_step(weight, shape, weight_key).detach()
     if mask is not None:
         tensordict = _neutralise(tensordict, mask, done_key)
     return Batch(tensordict, mask, weight)
 
 
-def per_sample(value: Tensor, shape: torch.Size, key: NestedKey) -> Tensor:
-    """``value`` as ``(..., *B)``: a trailing singleton squeezed, half precision widened to float32.
-
-    The one place where ``(B, 1)`` becomes ``(B,)``, so that no later sum broadcasts to ``(B, B)``.
-    Leading dimensions (an ensemble's) pass. Raises ``ValueError`` when ``value`` has more per step
-    than one number.
-    """
-    dims = len(shape)
-    if value.ndim > dims and value.shape[-1] == 1 and value.shape[-1 - dims : -1] == shape:
-        value = value.squeeze(-1)
-    if value.shape[value.ndim - dims :] != shape:
+def _one_a_step(value: Tensor, shape: torch.Size, key: NestedKey) -> Tensor:
+    value = per_sample(value, shape, key)
+    if value.shape != shape:
         raise ValueError(
             f"{key!r} has shape {tuple(value.shape)} in a batch of shape {tuple(shape)}; wanted one "
-            f"number per step, shape {(*shape, 1)} or {tuple(shape)}. Sum over action dimensions "
-            "(torch.distributions.Independent) or check the network's last layer."
+            "entry per step."
+        )
+    return value
+
+
+def per_sample(value: Tensor, shape: torch.Size, key: NestedKey, *, leading: int = 0) -> Tensor:
+    """``value`` with one number per sample: a trailing singleton squeezed, half precision widened.
+
+    The one place where ``(B, 1)`` becomes ``(B,)``, so that no later sum broadcasts to ``(B, B)``.
+    ``leading`` dimensions (an ensemble's) come first; dimensions after the batch's (agents, say)
+    stay, and :func:`agree` holds them equal between quantities. Raises ``ValueError`` when the
+    batch shape is not where it belongs.
+    """
+    dims = leading + len(shape)
+    if value.ndim > dims and value.shape[-1] == 1:
+        value = value.squeeze(-1)
+    if value.shape[leading:dims] != shape:
+        raise ValueError(
+            f"{key!r} has shape {tuple(value.shape)} in a batch of shape {tuple(shape)}; wanted "
+            f"one number per step, shape {(*shape, 1)} or {tuple(shape)}."
         )
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+def agree(**quantities: Tensor) -> None:
+    """Raise ``ValueError`` unless all quantities have one shape, so that nothing broadcasts."""
+    shapes = {name: tuple(value.shape) for name, value in quantities.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            f"{', '.join(f'{name} has shape {shape}' for name, shape in shapes.items())}; wanted "
+            "one number per sample in each. Check the networks' last layers, and sum a "
+            "log-probability over action dimensions (torch.distributions.Independent)."
+        )
 
 
 def _missing(key: NestedKey, tensordict: TensorDictBase) -> str:
@@ -97,16 +130,20 @@ def _missing(key: NestedKey, tensordict: TensorDictBase) -> str:
 
 def _neutralise(tensordict: TensorDictBase, mask: Tensor, done_key: NestedKey) -> TensorDictBase:
     first = mask.flatten().to(torch.uint8).argmax().view(1)
+    some = mask.any()
     dims = mask.ndim
+    if isinstance(tensordict, LazyStackedTensorDict):
+        tensordict = tensordict.contiguous()
 
     def fill(entry: Tensor) -> Tensor:
         row = entry.flatten(0, dims - 1).index_select(0, first)
+        row = torch.where(some, row, torch.zeros_like(row))  # nothing valid: nothing to copy
         keep = mask.view(*mask.shape, *(1,) * (entry.ndim - dims))
         return torch.where(keep, entry, row.view(*(1,) * dims, *entry.shape[dims:]))
 
     filled = tensordict.apply(fill)
     done = filled.get(done_key, None)
-    if done is not None and dims > 1:
+    if done is not None:
         filled.set(done_key, done | _ends_before_padding(done, mask))
     return filled
 

@@ -10,7 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchrl.envs.utils import set_exploration_type
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives.utils import TargetNetUpdater
@@ -30,9 +30,9 @@ class IQLStep:
     Args:
         loss: an :class:`~iql_torchrl.IQLLoss` or :class:`~iql_torchrl.DiscreteIQLLoss` with
             reduction ``"mean"`` or ``"sum"``.
-        optimizer: any torch optimizer over all of the loss's trainable parameters; give each
-            network its own parameter group, or join optimizers with TorchRL's
-            ``group_optimizers``.
+        optimizer: any torch optimizer that needs no closure, over all of the loss's trainable
+            parameters; give each network its own parameter group, or join optimizers with
+            TorchRL's ``group_optimizers``.
         target_updater: TorchRL's ``SoftUpdate`` or ``HardUpdate`` of this loss.
 
     Keyword Args:
@@ -76,6 +76,12 @@ class IQLStep:
         elif not isinstance(lr_scheduler, Sequence):
             lr_scheduler = (lr_scheduler,)
         self.lr_schedulers = tuple(lr_scheduler)
+        for scheduler in self.lr_schedulers:
+            if isinstance(scheduler, ReduceLROnPlateau):
+                raise TypeError(
+                    "lr_scheduler is a ReduceLROnPlateau, which steps on a score: step it yourself "
+                    "after an evaluation."
+                )
         self._trainable = [_trainable(loss, name) for name in NETWORKS]
         self._target_qvalue = loss.target_qvalue
         self._value_term = loss.value_term
@@ -93,6 +99,12 @@ class IQLStep:
         for scheduler in self.lr_schedulers:
             scheduler.step()
         return metrics
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IQLStep:
+        raise TypeError(
+            "a copied IQLStep would train nothing: its optimizer's parameters would be nobody's. "
+            "Copy the loss, build optimizer, updater and step from the copy, and load their states."
+        )
 
     def _sequential(self, batch: Batch) -> Terms:
         target_qvalue = self._target_qvalue(batch)
@@ -118,6 +130,8 @@ class IQLStep:
 
     def _descend(self, loss: Tensor) -> None:
         """One optimizer step on ``loss``; parameters it does not reach have no gradient and rest."""
+        if not loss.requires_grad:  # every network it reaches is frozen
+            return
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self.max_grad_norm is not None:
@@ -153,6 +167,8 @@ def _check_parts(loss: ImplicitQLoss, optimizer: Optimizer, updater: TargetNetUp
             f"optimizer is {type(optimizer).__name__}; wanted a torch.optim.Optimizer. Join several "
             "with torchrl.objectives.group_optimizers."
         )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("optimizer is LBFGS, which evaluates the loss many times a step; use Adam.")
     if not isinstance(updater, TargetNetUpdater):
         raise TypeError(
             f"target_updater is {type(updater).__name__}; wanted SoftUpdate(loss, tau=0.005) or "

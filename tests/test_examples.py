@@ -119,6 +119,23 @@ def test_mistakes_get_one_sentence(run, capsys, arguments, words):
     assert "Traceback" not in err
 
 
+@pytest.mark.usefixtures("small_pendulum")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--policy", "categorical"], "policy is 'categorical'"),
+        (["--name", "../elsewhere"], "--name is '../elsewhere'"),
+        (["--device", "nonsense"], "nonsense"),
+        (["--output", "afile"], "afile"),
+    ],
+)
+def test_what_cannot_be_built_leaves_no_folder(run, capsys, tmp_path, arguments, words):
+    (tmp_path / "afile").write_text("")
+    assert run("iql_offline", *TINY, *arguments) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     "arguments", [["--expectile", "0.3"], ["--temperature", "-1"], ["--preset", "nope"]]
 )

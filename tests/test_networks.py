@@ -53,14 +53,15 @@ def test_preprocess_sees_observations_alone():
     torch.testing.assert_close(critic(observation, action), expected)
 
 
-def test_one_hot_takes_both_shapes():
-    layer = networks.OneHot(4)
-    index = torch.tensor([2, 0])
-    expected = torch.tensor([[0.0, 0, 1, 0], [1, 0, 0, 0]])
-    assert torch.equal(layer(index), expected)
-    assert torch.equal(layer(index[:, None]), expected)
-    value = networks.StateValue(4, preprocess=layer, hidden=(8,))
-    assert value(index).shape == (2, 1)
+@pytest.mark.parametrize("shape", [(), (1,), (4, 1), (2, 3)])
+def test_one_hot_keeps_the_batch_shape(shape):
+    index = torch.randint(4, shape)
+    out = networks.OneHot(4)(index)
+    assert out.shape == (*shape, 4)
+    assert torch.equal(out.argmax(-1), index)
+    assert (out.sum(-1) == 1).all()
+    value = networks.StateValue(4, preprocess=networks.OneHot(4), hidden=(8,))
+    assert value(index).shape == (*shape, 1)
 
 
 def test_ensemble_members_are_drawn_apart():

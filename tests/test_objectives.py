@@ -11,9 +11,15 @@ import torch
 from conftest import ACT, OBS, make_batch, make_networks
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule as Mod
+from tensordict.nn import TensorDictSequential
 from torch import nn
 from torchrl.data import Bounded, Categorical, OneHot
-from torchrl.modules import ValueOperator
+from torchrl.modules import (
+    LSTMModule,
+    OneHotCategorical,
+    ProbabilisticActor,
+    ValueOperator,
+)
 from torchrl.objectives import DiscreteIQLLoss as TorchRLDiscreteIQLLoss
 from torchrl.objectives import HardUpdate, SoftUpdate
 from torchrl.objectives import IQLLoss as TorchRLIQLLoss
@@ -382,7 +388,7 @@ def test_callable_actor_objective_gives_its_own_per_sample_loss():
         ours(batch.clone())["loss_actor"], usual(batch.clone())["loss_actor"]
     )
     bad = IQLLoss(*parts, actor_objective=lambda actor, batch: batch["action"])
-    with pytest.raises(ValueError, match=r"actor_objective's result.*shape \(32, 3\)"):
+    with pytest.raises(ValueError, match=r"policy_error has shape \(32, 3\)"):
         bad(batch)
 
 
@@ -447,7 +453,7 @@ def test_a_missing_key_is_named(key):
 def test_a_value_with_more_than_one_number_is_named():
     actor, critic, _ = make_networks()
     value = ValueOperator(nn.Linear(OBS, 2), in_keys=["observation"])
-    with pytest.raises(ValueError, match="'state_value' has shape"):
+    with pytest.raises(ValueError, match=r"state_value has shape \(32, 2\)"):
         IQLLoss(actor, critic, value)(make_batch())
 
 
@@ -549,3 +555,146 @@ def test_discrete_refuses_other_spaces():
         DiscreteIQLLoss(*parts, action_space="binary")
     with pytest.raises(ValueError, match="mse"):
         DiscreteIQLLoss(*parts, actor_objective="mse")
+
+
+class TestOddBatches:
+    def test_everything_masked_gives_zero_gradients(self):
+        loss = IQLLoss(*make_networks())
+        batch = make_batch(4, 5)
+        batch["observation"][:] = float("nan")
+        batch["collector", "mask"] = torch.zeros(4, 5, 1, dtype=torch.bool)
+        assert all((grad == 0).all() for grad in gradients(loss, batch).values())
+
+    def test_flat_padding_does_not_flow_into_multi_step_targets(self):
+        loss = IQLLoss(*make_networks())
+        loss.make_value_estimator(ValueEstimators.TDLambda, gamma=0.9)
+        batch = make_batch(6)
+        batch["next", "done"] = torch.zeros(6, 1, dtype=torch.bool)
+        batch["next", "terminated"] = torch.zeros(6, 1, dtype=torch.bool)
+        batch["collector", "mask"] = torch.arange(6) < 4
+        short = batch[:4].exclude("collector")
+        short["next", "done"] = torch.tensor([[False]] * 3 + [[True]])
+        torch.testing.assert_close(loss(batch)["loss_qvalue"], loss(short)["loss_qvalue"])
+
+    def test_a_lazy_stack_with_a_mask(self):
+        loss = IQLLoss(*make_networks())
+        rows = [make_batch(5) for _ in range(3)]
+        for row in rows:
+            row["collector", "mask"] = torch.arange(5) < 3
+        lazy = TensorDict.lazy_stack(rows)
+        out = loss(lazy)
+        torch.testing.assert_close(out["loss_value"], loss(torch.stack(rows))["loss_value"])
+
+    def test_agents_beyond_the_batch_shape(self):
+        """Batch (B,) of n agents each: the mean over both, as if the batch were (B, n)."""
+        loss = IQLLoss(*make_networks())
+        wide = make_batch(6, 3)
+        inner = TensorDict(wide.to_dict(), batch_size=[6])
+        out, expected = loss(inner), loss(wide.clone())
+        for name in LOSSES:
+            torch.testing.assert_close(out[name], expected[name])
+        inner["collector", "mask"] = torch.arange(6) < 4
+        torch.testing.assert_close(loss(inner)["loss_actor"], loss(wide[:4])["loss_actor"])
+
+    @pytest.mark.parametrize("num_actions", [2, 4])
+    def test_a_single_step_with_a_one_hot_action(self, num_actions):
+        critic = Mod(
+            networks.DiscreteCritic(OBS, num_actions, hidden=(8,)),
+            in_keys=["observation"],
+            out_keys=["state_action_value"],
+        )
+        actor = policies.categorical(OBS, OneHot(num_actions), hidden=(8,))
+        value = ValueOperator(networks.StateValue(OBS, hidden=(8,)), in_keys=["observation"])
+        loss = DiscreteIQLLoss(actor, critic, value)
+        batch = make_batch(1)
+        batch["action"] = nn.functional.one_hot(torch.tensor([1]), num_actions)
+        single = batch[0]
+        for name in LOSSES:
+            torch.testing.assert_close(loss(single)[name], loss(batch)[name])
+
+    def test_bool_one_hot_actions_with_torchrls_distributions(self):
+        critic = Mod(
+            networks.DiscreteCritic(OBS, 4, hidden=(8,)),
+            in_keys=["observation"],
+            out_keys=["state_action_value"],
+        )
+        actor = ProbabilisticActor(
+            Mod(nn.Linear(OBS, 4), in_keys=["observation"], out_keys=["logits"]),
+            in_keys=["logits"],
+            spec=OneHot(4),
+            distribution_class=OneHotCategorical,
+        )
+        value = ValueOperator(networks.StateValue(OBS, hidden=(8,)), in_keys=["observation"])
+        loss = DiscreteIQLLoss(actor, critic, value)
+        batch = make_batch(8)
+        batch["action"] = OneHot(4).rand((8,))
+        as_int = batch.clone()
+        as_int["action"] = batch["action"].long()
+        torch.testing.assert_close(loss(batch)["loss_actor"], loss(as_int)["loss_actor"])
+
+    def test_mse_with_actions_of_one_number(self):
+        value = ValueOperator(networks.StateValue(OBS, hidden=(8,)), in_keys=["observation"])
+
+        class Critic(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(OBS + 1, 1)
+
+            def forward(self, observation, action):
+                return self.linear(torch.cat([observation, action.unsqueeze(-1)], -1))
+
+        class Actor(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(OBS, 1)
+
+            def forward(self, observation):
+                return self.linear(observation).squeeze(-1)
+
+        actor = Mod(Actor(), in_keys=["observation"], out_keys=["action"])
+        critic = ValueOperator(Critic(), in_keys=["observation", "action"])
+        loss = IQLLoss(actor, critic, value, actor_objective="mse", temperature=0.0)
+        batch = make_batch(5)
+        batch["action"] = torch.randn(5)
+        expected = (actor(batch.clone())["action"] - batch["action"]).square().mean()
+        torch.testing.assert_close(loss(batch)["loss_actor"], expected)
+
+    def test_two_steps_of_two_action_dimensions_do_not_broadcast(self):
+        _, critic, value = make_networks(act=2)
+
+        class Actor(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(OBS, 2)
+                self.in_keys = ["observation"]
+
+            def get_dist(self, td):
+                return torch.distributions.Normal(self.linear(td["observation"]), 1.0)
+
+        with pytest.raises(ValueError, match="Independent"):
+            IQLLoss(Actor(), critic, value)(make_batch(2, act=2))
+
+
+def test_an_estimators_own_keys_are_read():
+    loss = IQLLoss(*make_networks())
+    estimator = TD0Estimator(gamma=0.5, value_network=loss.value_network)
+    estimator.set_keys(reward="bonus")
+    loss.make_value_estimator(estimator)
+    batch = make_batch()
+    batch["next", "bonus"] = batch["next", "reward"] + 10
+    with torch.no_grad():
+        expected = estimator.value_estimate(batch.clone()).squeeze(-1)
+    torch.testing.assert_close(loss.td_target(loss.read(batch)), expected)
+
+
+def test_recurrent_networks_start_without_hidden_states():
+    lstm = LSTMModule(input_size=OBS, hidden_size=4, in_key="observation", out_key="features")
+    head = Mod(nn.Linear(4, 1), in_keys=["features"], out_keys=["state_value"])
+    actor, critic, _ = make_networks()
+    loss = IQLLoss(actor, critic, TensorDictSequential(lstm, head))
+    batch = make_batch(3, 4).refine_names(None, "time")
+    start = torch.zeros(3, 4, 1, dtype=torch.bool)
+    start[:, 0] = True
+    batch["is_init"] = start
+    batch["next", "is_init"] = start
+    assert all(loss(batch)[name].isfinite() for name in LOSSES)

@@ -223,6 +223,33 @@ def test_bad_parts_are_refused():
         IQLStep(none, optim.Adam(none.parameters()), SoftUpdate(none, tau=0.1))
 
 
+def test_a_frozen_network_rests():
+    loss = make_loss()
+    loss.value_network_params.requires_grad_(False)
+    before = snapshot(loss)
+    trainable = [p for p in loss.parameters() if p.requires_grad]
+    step = IQLStep(loss, optim.Adam(trainable), SoftUpdate(loss, tau=0.1))
+    step(make_batch())
+    for name, value in snapshot(loss).items():
+        if name.startswith("value_network"):
+            assert torch.equal(value, before[name])
+    assert not torch.equal(
+        snapshot(loss)["actor_network_params.module.0.module.mlp.0.weight"],
+        before["actor_network_params.module.0.module.mlp.0.weight"],
+    )
+
+
+def test_what_cannot_step_is_refused_when_built():
+    loss = make_loss()
+    adam, updater = optim.Adam(loss.parameters()), SoftUpdate(loss, tau=0.1)
+    with pytest.raises(TypeError, match="LBFGS"):
+        IQLStep(loss, optim.LBFGS(loss.parameters()), updater)
+    with pytest.raises(TypeError, match="ReduceLROnPlateau"):
+        IQLStep(loss, adam, updater, lr_scheduler=optim.lr_scheduler.ReduceLROnPlateau(adam))
+    with pytest.raises(TypeError, match="train nothing"):
+        copy.deepcopy(IQLStep(loss, adam, updater))
+
+
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
 def test_compiled_gives_the_same_parameters(order):
     torch._dynamo.reset()
