@@ -288,7 +288,10 @@ def _remarks(
     found = [*source.warnings, *checker.findings(source.ends_known)]
     found = [text if text.startswith(source.name) else f"{source.name}: {text}" for text in found]
     if measured.low == measured.high and checker.index.rows > 1:
-        found.append(f"{source.name}: every reward is {measured.low:g}; only the lengths of episodes can tell good from bad.")
+        found.append(
+            f"{source.name}: every reward is {measured.low:g}; only the lengths of episodes can tell "
+            "good from bad."
+        )
     for key, s in statistics.items():
         if s.constant and s.count > 1:
             columns = ", ".join(map(str, s.constant[:8])) + ("..." if len(s.constant) > 8 else "")

@@ -1,0 +1,137 @@
+"""Exact survival of discrete IQL from 20,000 logged stays, beside IQL on the log's counts.
+
+    python benchmarks/bench_sepsis.py
+
+Trains ``examples/iql_sepsis.py`` from several seeds, and prints how its temperature was chosen:
+by the counts of a held-out half of the stays. Writes benchmarks/results/sepsis.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import gymnasium
+import icu_sepsis  # noqa: F401  (registers the environment)
+import numpy as np
+import torch
+from bench_learning import RESULTS, machine
+
+from iql_torchrl import OfflineDataset, load_dataset
+from iql_torchrl.data.builtin import ensure_dataset
+from iql_torchrl.data.builtin_icu_sepsis import ENVIRONMENT, NAME, SepsisTables
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from iql_sepsis import CONFIG, POINTS, Tabular, tabular_iql, train
+
+TEMPERATURES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
+
+
+def priced(policy: np.ndarray, log: OfflineDataset, admissible: np.ndarray) -> float:
+    """Survival of ``policy`` by the counts of ``log``: its dynamics are the log's frequencies.
+
+    Treatments that ``log`` never saw in a state are left out, the rest renormalised; where none
+    remains, the log's own frequencies stand in.
+    """
+    rows = log.transitions
+    state, action = rows["observation"].numpy(), rows["action"].numpy()
+    count = np.zeros(admissible.shape)
+    np.add.at(count, (state, action), 1)
+    chosen = np.where(count > 0, policy, 0.0)
+    chosen = np.where(chosen.any(axis=1, keepdims=True), chosen, count)
+    chosen /= np.maximum(chosen.sum(axis=1, keepdims=True), 1e-300)
+    following = rows["next", "observation"].numpy()
+    ended = rows["next", "terminated"].squeeze(-1).numpy()
+    reward = rows["next", "reward"].squeeze(-1).numpy() / POINTS
+    share = (chosen / np.maximum(count, 1))[state, action]
+    value = np.zeros(len(admissible))
+    while True:
+        better = np.bincount(state, share * (reward + ~ended * value[following]), len(value))
+        if np.abs(better - value).max() < 1e-9:
+            break
+        value = better
+    starts = np.r_[0, np.cumsum(log.episode_lengths)[:-1]]
+    return float(value[state[starts]].mean())
+
+
+def choose(log: OfflineDataset, tables: SepsisTables) -> list[dict[str, float]]:
+    """Per temperature: survival priced by the half learnt from, by the other half, and the truth."""
+    first, second = log.split(0.5, seed=0)
+    whole = log.transitions
+    rows = []
+    for temperature in TEMPERATURES:
+        config = replace(CONFIG, temperature=temperature)
+        half = tabular_iql(first.transitions, tables.admissible, config)
+        full = tabular_iql(whole, tables.admissible, config)
+        rows.append(
+            {
+                "temperature": temperature,
+                "priced_by_own_half": priced(half.policy, first, tables.admissible),
+                "priced_by_other_half": priced(half.policy, second, tables.admissible),
+                "half_exact": tables.value(half.policy),
+                "whole_exact": tables.value(full.policy),
+            }
+        )
+    return rows
+
+
+def advantage_deviation(log: OfflineDataset, counts: Tabular) -> float:
+    """Standard deviation over the log of the advantages, in points of survival."""
+    state, action = log.transitions["observation"].numpy(), log.transitions["action"].numpy()
+    return float((counts.qvalue - counts.value[:, None])[state, action].std())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=CONFIG.updates)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    log = load_dataset(ensure_dataset(NAME), reward=(POINTS, 0.0))
+    tables = SepsisTables(gymnasium.make(ENVIRONMENT, disable_env_checker=True))
+    counts = tabular_iql(log.transitions, tables.admissible, CONFIG)
+    exact = {
+        "random": tables.value(),
+        "clinicians": tables.value(tables.clinician),
+        "tabular": tables.value(counts.policy),
+        "optimum": tables.optimal_value(),
+    }
+    print(f"{'temperature':>11} {'own half':>9} {'other half':>11} {'exact':>7} {'all stays':>10}")
+    temperatures = choose(log, tables)
+    for row in temperatures:
+        print("{:11.1f} {:9.4f} {:11.4f} {:7.4f} {:10.4f}".format(*row.values()))
+    print("".join(f"\n{name:12} {level:.4f}" for name, level in exact.items()), flush=True)
+    runs = []
+    for seed in range(options.seeds):
+        began = time.perf_counter()
+        history = train(replace(CONFIG, seed=seed, updates=options.updates), log, tables)
+        curve = [[row["update"], row["survival"]] for row in history]
+        seconds = time.perf_counter() - began
+        runs.append({"seed": seed, "survival": curve[-1][1], "seconds": seconds, "curve": curve})
+        print(f"seed {seed}       {curve[-1][1]:.4f}  ({seconds:.0f} s)", flush=True)
+    final = np.array([run["survival"] for run in runs])
+    print(f"network      {final.mean():.4f}, lowest {final.min():.4f}; less tabular: "
+          f"{final.mean() - exact['tabular']:+.4f}, {final.min() - exact['tabular']:+.4f}")  # fmt: skip
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine() | {"icu-sepsis": version("icu-sepsis")},
+        "config": asdict(replace(CONFIG, updates=options.updates)),
+        "reward_map": [POINTS, 0.0],
+        "stays": len(log.episode_returns),
+        "steps": len(log),
+        "exact": exact,
+        "advantage_deviation": advantage_deviation(log, counts),
+        "temperatures": temperatures,
+        "runs": runs,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "sepsis.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Stitching: reach a far corner of a maze, from drives that never went there whole.
+
+The log is a point that drives to one random target after another. Here the task is one fixed
+goal, far from one fixed start, and the observation is position and velocity alone: the log's own
+targets are forgotten, and every drive that passes within 1 of both start and goal is dropped. What
+remains connects start and goal only in pieces of different drives. Cloning averages over the
+log's targets and turns back; dynamic programming over the pieces finds the way.
+
+The reward is 1 within 0.45 of the goal, where the episode ends, and 0 elsewhere; learning sees it
+less 1, so that values count the steps that remain. ``--task random`` keeps the log's own task: the
+target is observed, and drawn anew when reached, so that a return counts the targets reached in an
+episode. There the log is nearly expert, and cloning it is hard to beat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from tqdm import tqdm
+
+from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
+from iql_torchrl.data.builtin import ensure_dataset
+
+# (start, goal) as (row, column) of the maze's map
+MAZES = {"umaze": ((1, 1), (3, 1)), "medium": ((1, 1), (6, 6))}
+AT_GOAL, NEAR = 0.45, 1.0  # the environment's own radius, and that of a drive's passing by
+FIXED = replace(
+    PRESETS["quick"],
+    updates=5_000,
+    hidden=(128, 128),
+    polyak=0.05,  # the way is hundreds of backups long, each waiting for the target critics
+    discount=0.995,  # 0.99 sees 100 steps ahead; the way through the medium maze takes 300
+    expectile=0.9,  # few of the log's actions serve this goal: V must follow the best of them
+    schedule="cosine",
+    reward="minus_one",
+)
+# The log serves this task well, and advantages are fractions of a target instead of steps.
+RANDOM = replace(FIXED, discount=0.99, expectile=0.7, temperature=10.0, reward="raw")
+
+
+class FixedGoal(gymnasium.ObservationWrapper[Any, Any, Any]):
+    """``start`` and ``goal`` cell fixed, goal unseen; ``paths`` keeps each episode's positions."""
+
+    def __init__(self, env: gymnasium.Env, start: tuple[int, int], goal: tuple[int, int]) -> None:
+        super().__init__(env)
+        self.observation_space = env.observation_space["observation"]
+        self.cells = {"reset_cell": np.array(start), "goal_cell": np.array(goal)}
+        self.paths: list[list[np.ndarray]] = []
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self.paths.append([])
+        first = super().reset(seed=seed, options=self.cells)
+        # The environment moves the goal at random too; the rewards were relabelled for its centre.
+        self.unwrapped.goal = self.unwrapped.maze.cell_rowcol_to_xy(self.cells["goal_cell"])
+        return first
+
+    def observation(self, observation: dict[str, np.ndarray]) -> np.ndarray:
+        self.paths[-1].append(observation["achieved_goal"])
+        return observation["observation"]
+
+
+def fixed_goal(log: OfflineDataset, maze: str) -> tuple[OfflineDataset, dict[str, float]]:
+    """The log relabelled for the fixed goal, without drives that join it to the start.
+
+    And how the whole log fares: of its episodes that pass the start, those that later pass the
+    goal, and after how many steps.
+    """
+    spec = log.make_env().spec
+    spec.kwargs |= {"reset_target": False, "continuing_task": False}
+
+    def make_env() -> FixedGoal:
+        return FixedGoal(gymnasium.make(spec), *MAZES[maze])
+
+    plan = make_env().unwrapped.maze
+    start, goal = (plan.cell_rowcol_to_xy(np.array(cell)) for cell in MAZES[maze])
+    before, after = log.transitions["observation"], log.transitions["next", "observation"]
+    to_start = np.linalg.norm(after["achieved_goal"].numpy() - start, axis=1)
+    to_goal = np.linalg.norm(after["achieved_goal"].numpy() - goal, axis=1)
+    at_goal, ends = to_goal <= AT_GOAL, log.transitions["next", "truncated"].flatten().numpy()
+    ends = ends | np.r_[np.diff(before["desired_goal"].numpy(), axis=0).any(axis=1), True]
+    drive = np.cumsum(ends) - ends
+    whole = np.bincount(drive, to_start <= NEAR) * np.bincount(drive, to_goal <= NEAR) > 0
+    print(f"dropped {whole.sum()} of {len(whole)} drives, which pass both start and goal")
+    # Nothing is done from within the goal, where episodes end.
+    outside = np.linalg.norm(before["achieved_goal"].numpy() - goal, axis=1) > AT_GOAL
+    columns = {
+        "observation": before["observation"].numpy(),
+        "next_observation": after["observation"].numpy(),
+        "action": log.transitions["action"].numpy(),
+        "reward": at_goal.astype(np.float32),
+        "terminated": at_goal,
+        "truncated": ends & ~at_goal,
+    }
+    kept = {key: column[outside & ~whole[drive]] for key, column in columns.items()}
+    passed, waits = 0, []
+    for episode in np.split(np.arange(len(log)), np.cumsum(log.episode_lengths)[:-1]):
+        if (passes := to_start[episode] <= NEAR).any():
+            passed += 1
+            waits += np.flatnonzero(at_goal[episode][passes.argmax() :])[:1].tolist()
+    fared = {"reached": len(waits) / max(1, passed), "steps": np.mean(waits) if waits else np.nan}
+    return load_dataset(kept, env=make_env, reward=FIXED.reward), fared
+
+
+def train(config: IQLConfig, data: OfflineDataset, episodes: int) -> tuple[Any, list]:
+    """A trained policy's evaluation, and its paths where the environment keeps them."""
+    agent = make_agent(config, data)
+    batches = data.device_sampler(config.batch_size, seed=config.seed)
+    for _ in tqdm(range(config.updates), unit="update", disable=None):
+        agent.step(batches.sample())
+    envs = [data.make_env() for _ in range(min(8, episodes))]
+    fresh = iter(envs)
+    played = evaluate(agent.policy, lambda: next(fresh), episodes=episodes, seed=10_000)
+    return played, [np.stack(path) for env in envs for path in getattr(env, "paths", [])]
+
+
+def compare(maze: str, task: str, config: IQLConfig, episodes: int) -> tuple[list, dict, Any]:
+    """Rows of the closing table, and the paths and the maze to draw."""
+    log = load_dataset(ensure_dataset(f"pointmaze/{maze}-v0"))
+    if task == "random":
+        data = load_dataset(log.name, concatenate=["observation", "desired_goal"])
+        rows, paths = [{"method": "log", "return": data.episode_returns.mean()}], {}
+    else:
+        data, fared = fixed_goal(log, maze)
+        rows = [{"method": "log", **fared}]
+        position = data.transitions["observation"][:, :2].numpy()
+        paths = {"60 drives of the log": np.split(position, np.cumsum(data.episode_lengths))[:60]}
+    for method, temperature in (("cloning", 0.0), ("IQL", config.temperature)):
+        played, paths[method] = train(replace(config, temperature=temperature), data, episodes)
+        there = played.returns > 0
+        steps = played.lengths[there].mean() if there.any() else np.nan
+        found = {"return": played.returns.mean(), "reached": there.mean(), "steps": steps}
+        rows.append({key: found.get(key, method) for key in rows[0]})
+    return rows, paths, log.make_env().unwrapped.maze
+
+
+def draw(path: Path, maze: str, plan: Any, paths: dict[str, list[np.ndarray]]) -> None:
+    """Paths through the maze: pieces of the log, then what each policy drives from the start."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Circle
+
+    walls = np.array(plan.maze_map) == 1
+    start, goal = (plan.cell_rowcol_to_xy(np.array(cell)) for cell in MAZES[maze])
+    up, right = np.array(walls.shape) / 2
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    for axes, (method, lines) in zip(figure.subplots(1, 3), paths.items(), strict=True):
+        axes.imshow(walls, cmap="binary", vmax=4, extent=(-right, right, -up, up))
+        for line in lines:
+            axes.plot(*line.T, linewidth=0.8, alpha=0.7)
+        axes.add_patch(Circle(goal, AT_GOAL, color="tab:green", alpha=0.4, zorder=3))
+        axes.plot(*start, "k^", markersize=7)
+        axes.set(title=method, xticks=[], yticks=[])
+    figure.suptitle(f"PointMaze {maze}: from the triangle to the green disc", fontsize=11)
+    figure.savefig(path, dpi=150)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--maze", choices=list(MAZES), default="umaze")
+    add("--task", choices=["fixed", "random"], default="fixed", help="one far goal, or the log's")
+    add("--updates", type=int, default=FIXED.updates)
+    add("--episodes", type=int, default=20, help="of each evaluation")
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, default=Path("runs"), help="where the results are written")
+    options = parser.parse_args(arguments)
+    folder = options.output / f"pointmaze-{options.maze}-{options.task}-seed{options.seed}"
+    try:
+        config = FIXED if options.task == "fixed" else RANDOM
+        config = replace(config, updates=options.updates, seed=options.seed)
+        import gymnasium_robotics  # noqa: F401  (registers the mazes)
+        import matplotlib  # noqa: F401
+
+        rows, paths, plan = compare(options.maze, options.task, config, options.episodes)
+    except (ImportError, ValueError) as error:
+        remedy = '; install it with pip install "iql_torchrl[datasets,examples]".'
+        print(f"error: {error}{isinstance(error, ImportError) * remedy}", file=sys.stderr)
+        return 2
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        csv.writer(file).writerows([list(rows[0]), *(list(row.values()) for row in rows)])
+    print("".join(f"{name:>12}" for name in rows[0]))
+    for method, *numbers in (row.values() for row in rows):
+        print(f"{method:>12}" + "".join(f"{number:12.2f}" for number in numbers))
+    if options.task == "fixed":
+        draw(folder / "paths.png", options.maze, plan, paths)
+    print(f"\nWritten to {folder}/")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
