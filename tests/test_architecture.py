@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "iql_torchrl"
 LAYERS = {
     "functional": 0,
     "config": 0,
+    "distributions": 0,
     "interface": 0,
     "reading": 0,
     "data.transitions": 0,

@@ -1,0 +1,105 @@
+"""Action distributions that stay inside a spec: clipped Gaussians and mixtures, one-hot choices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributions as D
+
+__all__ = ["ClippedGaussian", "ClippedMixture", "OneHotChoice"]
+
+
+class ClippedGaussian(D.Independent):  # type: ignore[type-arg]
+    """Diagonal Gaussian whose samples are clipped to ``[low, high]``; its density is not.
+
+    ``loc``, ``scale``: ``(*B, A)``. Logged actions on the bounds have an ordinary log-probability,
+    unlike under a squashed Gaussian. The official IQL code clips at sampling too.
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, *, low: Tensor, high: Tensor) -> None:
+        self.low, self.high = low, high
+        super().__init__(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> ClippedGaussian:
+        shape = (*batch_shape, *self.event_shape)
+        loc, scale = self.base_dist.loc.expand(shape), self.base_dist.scale.expand(shape)
+        return ClippedGaussian(loc, scale, low=self.low, high=self.high)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        return _clip(self.mean, self.low, self.high)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return _clip(super().rsample(torch.Size(sample_shape)), self.low, self.high)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+
+class ClippedMixture(D.MixtureSameFamily):
+    """Mixture of M diagonal Gaussians, samples clipped to ``[low, high]``.
+
+    ``logits``: ``(*B, M)``; ``loc``, ``scale``: ``(*B, M, A)``. The deterministic sample is the mean
+    of the component that is densest at its own mean.
+    """
+
+    def __init__(
+        self, logits: Tensor, loc: Tensor, scale: Tensor, *, low: Tensor, high: Tensor
+    ) -> None:
+        self.low, self.high = low, high
+        components = D.Independent(
+            D.Normal(loc, scale, validate_args=False), 1, validate_args=False
+        )
+        weights = D.Categorical(logits=logits, validate_args=False)
+        super().__init__(weights, components, validate_args=False)
+
+    @property
+    def mode(self) -> Tensor:
+        normal: Any = self.component_distribution.base_dist  # type: ignore[attr-defined]
+        density = self.mixture_distribution.logits - normal.scale.log().sum(-1)
+        best = density.argmax(-1)[..., None, None].expand_as(normal.loc[..., :1, :])
+        return _clip(normal.loc.gather(-2, best).squeeze(-2), self.low, self.high)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        return self.mode
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return _clip(super().sample(torch.Size(sample_shape)), self.low, self.high)
+
+
+class OneHotChoice(D.OneHotCategorical):
+    """One-hot choice among N by ``logits`` ``(*B, N)``, where ``mask`` (bool, ``(*B, N)``) allows.
+
+    Samples have the spec's ``dtype``. Ties of the deterministic sample go to the first action.
+    """
+
+    def __init__(
+        self, logits: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.bool
+    ) -> None:
+        self.dtype = dtype
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf)
+        super().__init__(logits=logits, validate_args=False)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        return nn.functional.one_hot(self.logits.argmax(-1), self.logits.shape[-1]).to(self.dtype)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return super().sample(torch.Size(sample_shape)).to(self.dtype)
+
+    @property
+    def mode(self) -> Tensor:
+        return self.deterministic_sample
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value.to(self.logits.dtype))
+
+
+def _clip(action: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(action, low.to(action)), high.to(action))
