@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensordict import TensorDict
+from torch import nn
 from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 
@@ -48,3 +49,15 @@ def make_networks(obs: int = OBS, act: int = ACT, hidden=(16, 16)):
     )
     value = ValueOperator(networks.StateValue(obs, hidden=hidden), in_keys=["observation"])
     return actor, critic, value
+
+
+class NormedCritic(nn.Module):
+    """A critic with a BatchNorm layer: parameters, and statistics that are buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(OBS + ACT)
+        self.linear = nn.Linear(OBS + ACT, 1)
+
+    def forward(self, observation, action):
+        return self.linear(self.norm(torch.cat([observation, action], -1)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ACT, OBS, make_batch, make_networks
+from conftest import ACT, OBS, NormedCritic, make_batch, make_networks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -96,20 +96,10 @@ def test_the_critics_argument_is_checked():
     assert IQLLoss(actor, [critic], value, num_qvalue_nets=1)(make_batch())["loss_qvalue"] > 0
 
 
-class Normed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(OBS + ACT)
-        self.linear = nn.Linear(OBS + ACT, 1)
-
-    def forward(self, observation, action):
-        return self.linear(self.norm(torch.cat([observation, action], -1)))
-
-
 @pytest.mark.parametrize("updater", [SoftUpdate, HardUpdate])
 def test_batch_norm_trains_and_its_statistics_count_each_batch_once(updater):
     actor, _, value = make_networks()
-    critic = ValueOperator(Normed(), in_keys=["observation", "action"])
+    critic = ValueOperator(NormedCritic(), in_keys=["observation", "action"])
     loss = IQLLoss(actor, critic, value)
     target_updater = SoftUpdate(loss, tau=0.1) if updater is SoftUpdate else HardUpdate(loss)
     step = IQLStep(loss, torch.optim.Adam(loss.parameters()), target_updater)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torchrl
-from conftest import ACT, OBS, make_batch, make_networks
+from conftest import ACT, OBS, NormedCritic, make_batch, make_networks
 from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
 from tensordict.nn import TensorDictModule as Mod
@@ -178,16 +178,7 @@ def test_importance_weights_of_a_prioritised_buffer(cls):
 def test_buffers_of_target_critics_follow(cls):
     actor, _, value = make_networks()
 
-    class Normed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm1d(OBS + ACT)
-            self.linear = nn.Linear(OBS + ACT, 1)
-
-        def forward(self, observation, action):
-            return self.linear(self.norm(torch.cat([observation, action], -1)))
-
-    loss = cls(actor, ValueOperator(Normed(), in_keys=["observation", "action"]), value)
+    loss = cls(actor, ValueOperator(NormedCritic(), in_keys=["observation", "action"]), value)
     updater = SoftUpdate(loss, tau=0.5)
     live = loss.qvalue_network_params["module", "norm", "running_mean"]
     for _ in range(20):
