@@ -15,7 +15,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -26,7 +25,16 @@ import tensordict
 import torch
 import torchrl
 
-from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
+from iql_torchrl import (
+    PRESETS,
+    Evaluation,
+    IQLConfig,
+    OfflineDataset,
+    OfflineTrainer,
+    evaluate,
+    load_dataset,
+    make_agent,
+)
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,24 +56,33 @@ def run(options: argparse.Namespace, method: str, seed: int) -> dict[str, object
         config = replace(config, temperature=0.0)
     dataset = load(options, config)
     agent = make_agent(config, dataset)
-    buffer = dataset.replay_buffer(config.batch_size, seed=seed)
-    every = config.updates // options.points
-    curve, seconds = [], 0.0
-    for start in range(0, every * options.points, every):
-        began = time.perf_counter()
-        for _ in range(every):
-            agent.step(buffer.sample())
-        seconds += time.perf_counter() - began
+    curve: list[dict[str, object]] = []
+
+    def play() -> Evaluation:
         result = evaluate(
             agent.policy, dataset.make_env, episodes=options.episodes, num_envs=8, seed=10_000
         )
-        curve.append({"updates": start + every, "returns": result.returns.tolist()})
-        print(f"{method}, seed {seed}, {start + every:,}: {result.returns.mean():.1f}", flush=True)
+        curve.append({"updates": trainer.updates, "returns": result.returns.tolist()})
+        print(
+            f"{method}, seed {seed}, {trainer.updates:,}: {result.returns.mean():.1f}", flush=True
+        )
+        return result
+
+    trainer = OfflineTrainer(
+        agent=agent,
+        replay_buffer=dataset.replay_buffer(config.batch_size, seed=seed),
+        total_updates=config.updates // options.points * options.points,
+        evaluation=play,
+        eval_interval=config.updates // options.points,
+        evaluate_first=False,
+        progress_bar=False,
+    )
+    trainer.train()
     return {
         "method": method,
         "seed": seed,
         "curve": curve,
-        "ms_per_update": 1e3 * seconds / config.updates,
+        "ms_per_update": 1e3 / trainer.updates_per_second,
     }
 
 

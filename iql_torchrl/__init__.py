@@ -7,6 +7,7 @@ from iql_torchrl.data import DatasetError, OfflineDataset, load_dataset
 from iql_torchrl.evaluation import Evaluation, evaluate
 from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
 from iql_torchrl.step import IQLStep, compiled
+from iql_torchrl.trainer import OfflineTrainer
 
 __all__ = [
     "PRESETS",
@@ -18,6 +19,7 @@ __all__ = [
     "IQLLoss",
     "IQLStep",
     "OfflineDataset",
+    "OfflineTrainer",
     "compiled",
     "evaluate",
     "functional",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,14 +19,21 @@ from torchrl.objectives.utils import TargetNetUpdater
 from iql_torchrl.objectives import ImplicitQLoss
 from iql_torchrl.reading import Batch
 
+with warnings.catch_warnings():  # TorchRL warns about its own classes when these are first imported
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from torchrl.trainers import OptimizationStepper, Trainer
+
 __all__ = ["IQLStep", "compiled"]
 
 NETWORKS = ("actor_network", "qvalue_network", "value_network")
 Terms = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
-class IQLStep:
+class IQLStep(OptimizationStepper):
     """``step(batch) -> TensorDict`` of detached metrics: one update of every network.
+
+    Also an ``OptimizationStepper``: ``Trainer(..., optimization_stepper=step)`` runs it in
+    TorchRL's own trainers.
 
     Args:
         loss: an :class:`~iql_torchrl.IQLLoss` or :class:`~iql_torchrl.DiscreteIQLLoss` with
@@ -33,7 +41,8 @@ class IQLStep:
         optimizer: any torch optimizer that needs no closure, over all of the loss's trainable
             parameters; give each network its own parameter group, or join optimizers with
             TorchRL's ``group_optimizers``.
-        target_updater: TorchRL's ``SoftUpdate`` or ``HardUpdate`` of this loss.
+        target_updater: TorchRL's ``SoftUpdate`` or ``HardUpdate`` of this loss; None where
+            something else moves the targets, as ``TargetNetUpdaterHook`` does in a trainer.
 
     Keyword Args:
         order: ``"sequential"`` is the official code's: V; then actor and critics with the new V
@@ -55,7 +64,7 @@ class IQLStep:
         self,
         loss: ImplicitQLoss,
         optimizer: Optimizer,
-        target_updater: TargetNetUpdater,
+        target_updater: TargetNetUpdater | None,
         *,
         order: str = "sequential",
         max_grad_norm: float | None = None,
@@ -95,10 +104,38 @@ class IQLStep:
             update = self._sequential if self.order == "sequential" else self._simultaneous
             losses, metadata = update(read)
             metrics = loss.outputs(batch, read, losses, metadata).detach()
-        self.target_updater.step()
+        if self.target_updater is not None:
+            self.target_updater.step()
         for scheduler in self.lr_schedulers:
             scheduler.step()
         return metrics
+
+    def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
+        """The same update, as TorchRL's trainers ask for it."""
+        return self(sub_batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of optimizer, schedulers and target updater; the networks' is the loss's."""
+        updater = self.target_updater
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "lr_schedulers": [scheduler.state_dict() for scheduler in self.lr_schedulers],
+            "target_updater": None if updater is None else updater.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raises ``ValueError`` when the state holds another number of schedulers."""
+        schedulers = state_dict["lr_schedulers"]
+        if len(schedulers) != len(self.lr_schedulers):
+            raise ValueError(
+                f"the state holds {len(schedulers)} lr_scheduler states and this step has "
+                f"{len(self.lr_schedulers)}; build the step as it was when the state was saved."
+            )
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        for scheduler, state in zip(self.lr_schedulers, schedulers, strict=True):
+            scheduler.load_state_dict(state)
+        if self.target_updater is not None and state_dict["target_updater"] is not None:
+            self.target_updater.load_state_dict(state_dict["target_updater"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IQLStep:
         raise TypeError(
@@ -159,7 +196,9 @@ def _trainable(loss: ImplicitQLoss, network: str) -> list[nn.Parameter]:
     return [p for name, p in loss.named_parameters() if name.startswith(prefix) and p.requires_grad]
 
 
-def _check_parts(loss: ImplicitQLoss, optimizer: Optimizer, updater: TargetNetUpdater) -> None:
+def _check_parts(
+    loss: ImplicitQLoss, optimizer: Optimizer, updater: TargetNetUpdater | None
+) -> None:
     if loss.reduction == "none":
         raise ValueError("the loss has reduction='none'; a step needs scalars: 'mean' or 'sum'.")
     if not isinstance(optimizer, Optimizer):
@@ -169,12 +208,12 @@ def _check_parts(loss: ImplicitQLoss, optimizer: Optimizer, updater: TargetNetUp
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("optimizer is LBFGS, which evaluates the loss many times a step; use Adam.")
-    if not isinstance(updater, TargetNetUpdater):
+    if updater is not None and not isinstance(updater, TargetNetUpdater):
         raise TypeError(
             f"target_updater is {type(updater).__name__}; wanted SoftUpdate(loss, tau=0.005) or "
             "HardUpdate(loss) from torchrl.objectives."
         )
-    if updater.loss_module is not loss:
+    if updater is not None and updater.loss_module is not loss:
         raise ValueError("target_updater follows another loss; build it from the loss given here.")
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [n for n, p in loss.named_parameters() if p.requires_grad and id(p) not in held]

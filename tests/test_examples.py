@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 from minari.data_collector import EpisodeBuffer
 
+from iql_torchrl import IQLStep
 from iql_torchrl.data.builtin import make_dataset
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -50,29 +53,54 @@ def test_the_main_example_writes_everything(run, capsys, tmp_path):
     out = capsys.readouterr().out
     for line in ("the log", "behaviour cloning", "IQL", "score 0..100"):
         assert line in out
-    config = json.loads((folder / "config.json").read_text())
-    assert config["dataset"] == "pendulum/mixed-v0"
-    assert config["updates"] == 20
-    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-    assert [(r["method"], r["update"]) for r in rows] == [
-        ("behaviour cloning", "10"),
-        ("behaviour cloning", "20"),
-        ("IQL", "10"),
-        ("IQL", "20"),
-    ]
-    assert all(np.isfinite(float(r["loss_value"])) for r in rows)
-    assert {float(r["weight_mean"]) for r in rows[:2]} == {1.0}
+    for method, temperature in (("behaviour-cloning", 0.0), ("IQL", 3.0)):
+        run_folder = folder / method
+        config = json.loads((run_folder / "config.json").read_text())
+        assert (config["updates"], config["temperature"]) == (20, temperature)
+        rows = list(csv.DictReader((run_folder / "metrics.csv").read_text().splitlines()))
+        assert [row["update"] for row in rows if row["return_mean"]] == ["0", "10", "20"]
+        assert all(np.isfinite(float(row["loss_value"])) for row in rows[1:])
+        assert (run_folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+        assert (run_folder / "best.torchrl").is_file()
+        policy = torch.export.load(run_folder / "policy.pt2").module()
+        assert policy(torch.zeros(2, 3)).shape == (2, 1)
+    assert {float(row["weight_mean"]) for row in rows[1:]} != {1.0}
     assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
-    state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert set(state) == {"config", "behaviour cloning", "IQL"}
-    assert not list(folder.glob(".*")), "no temporary file may stay"
+    assert not list(folder.glob("**/.*")), "no temporary file may stay"
+
+
+@pytest.mark.usefixtures("small_pendulum")
+def test_a_stopped_run_goes_on_where_it_was(run, capfd, tmp_path, monkeypatch):
+    run("iql_offline", *TINY, "--name", "whole")
+    step, calls = IQLStep.__call__, []
+
+    def interrupted(self, batch):
+        calls.append(1)
+        if len(calls) == 27:  # the seventh update of IQL, after 20 of cloning
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch)
+
+    monkeypatch.setattr(IQLStep, "__call__", interrupted)
+    assert run("iql_offline", *TINY, "--name", "stopped") == 130
+    folder = Path("runs") / "stopped"
+    assert f"--resume {folder}" in capfd.readouterr().err
+    assert run("iql_offline", "--resume", str(folder)) == 0
+    assert len(calls) == 40
+    for method in ("behaviour-cloning", "IQL"):
+        tables = [Path("runs") / name / method / "metrics.csv" for name in ("whole", "stopped")]
+        assert tables[0].read_text() == tables[1].read_text()
+    with pytest.raises(SystemExit, match="2"):
+        run("iql_offline", "--resume", str(folder), "--updates", "30")
+    with pytest.raises(SystemExit, match="2"):
+        run("iql_offline", "--resume", str(tmp_path))
+    assert "no run to go on with" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("small_pendulum")
 def test_same_seed_same_numbers(run, tmp_path):
     for name in ("a", "b"):
         run("iql_offline", *TINY, "--name", name)
-    first, second = (tmp_path / "runs" / name / "metrics.csv" for name in "ab")
+    first, second = (tmp_path / "runs" / name / "IQL" / "metrics.csv" for name in "ab")
     assert first.read_text() == second.read_text()
 
 
@@ -125,7 +153,6 @@ def test_mistakes_get_one_sentence(run, capsys, arguments, words):
     [
         (["--policy", "categorical"], "policy is 'categorical'"),
         (["--name", "../elsewhere"], "--name is '../elsewhere'"),
-        (["--device", "nonsense"], "nonsense"),
         (["--output", "afile"], "afile"),
     ],
 )
@@ -137,7 +164,13 @@ def test_what_cannot_be_built_leaves_no_folder(run, capsys, tmp_path, arguments,
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--expectile", "0.3"], ["--temperature", "-1"], ["--preset", "nope"]]
+    "arguments",
+    [
+        ["--expectile", "0.3"],
+        ["--temperature", "-1"],
+        ["--preset", "nope"],
+        ["--device", "nonsense"],
+    ],
 )
 def test_impossible_settings_end_before_any_data_is_read(run, capsys, arguments, tmp_path):
     with pytest.raises(SystemExit, match="2"):

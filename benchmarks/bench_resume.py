@@ -1,0 +1,175 @@
+"""Kill training at random moments, resume, and compare with a run that was left alone.
+
+    python benchmarks/bench_resume.py --kills 20
+
+Each trial starts a process that trains, kills it (SIGKILL) at a moment drawn uniformly over the
+duration of a whole run, resumes in a second process and trains to the end. Networks, targets,
+optimizer and metrics.csv must equal the undisturbed run's, bit for bit. Writes
+benchmarks/results/resume.json, or PATH with --output PATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import random
+import signal
+import sys
+import tempfile
+import time
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from iql_torchrl import IQLConfig, OfflineTrainer, load_dataset, make_agent
+from iql_torchrl.checkpoint import CheckpointError, newest
+
+UPDATES = 600
+RESULTS = Path(__file__).parent / "results"
+
+
+def dataset():
+    """400 transitions in episodes of 20, drawn at random."""
+    generator = np.random.default_rng(0)
+    observation = generator.normal(size=(400, 3)).astype(np.float32)
+    ends = np.arange(400) % 20 == 19
+    columns = {
+        "observations": observation,
+        "next_observations": observation + 0.1,
+        "actions": generator.uniform(-1, 1, size=(400, 1)).astype(np.float32),
+        "rewards": generator.normal(size=400).astype(np.float32),
+        "terminals": np.zeros(400, bool),
+        "timeouts": ends,
+    }
+    return load_dataset(columns, env=lambda: gym.make("Pendulum-v1"), progress=False)
+
+
+def train(folder: Path) -> None:
+    """Start or resume the run in ``folder``, train it to the end, leave a digest of its state."""
+    torch.manual_seed(7)  # dropout draws from the global generator
+    config = IQLConfig(updates=UPDATES, hidden=(16, 16), batch_size=32, dropout=0.1)
+    data = dataset()
+    agent = make_agent(config, data)
+    trainer = OfflineTrainer(
+        agent=agent,
+        dataset=data,
+        replay_buffer=data.replay_buffer(config.batch_size, seed=0),
+        total_updates=UPDATES,
+        evaluation=lambda: {"score": float(next(agent.actor.parameters()).detach().sum())},
+        monitor="score",
+        eval_interval=20,
+        log_interval=10,
+        save_trainer_interval=10,
+        folder=folder,
+        progress_bar=False,
+    )
+    if list(folder.glob("checkpoints/checkpoint-*")):
+        trainer.resume()
+    trainer.train()
+    digest = hashlib.sha256((folder / "metrics.csv").read_bytes())
+    for part in (agent.loss.state_dict(), agent.step.state_dict()):
+        for tensor in tensors(part):
+            digest.update(tensor.numpy().tobytes())
+    (folder / "digest.txt").write_text(digest.hexdigest())
+
+
+def tensors(state: object) -> list[torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        return [state.detach().contiguous()]
+    parts = state.values() if isinstance(state, dict) else state
+    return [t for part in parts for t in tensors(part)] if isinstance(state, (dict, list)) else []
+
+
+def start(folder: Path) -> int:
+    """A process that trains in ``folder``; a fork, so that it starts at once."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        train(folder)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def finish(folder: Path) -> str:
+    _, status = os.waitpid(start(folder), 0)
+    if status:
+        raise RuntimeError(f"training in {folder} failed with status {status}")
+    return (folder / "digest.txt").read_text()
+
+
+def trial(folder: Path, delay: float) -> dict[str, object]:
+    process = start(folder)
+    time.sleep(delay)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    try:
+        saved: str | None = newest(folder / "checkpoints").name
+    except CheckpointError:
+        saved = None
+    leftovers = len([p for p in folder.rglob(".*") if p.is_file() or p.is_dir()])
+    return {
+        "killed_after_s": round(delay, 3),
+        "finished_before": (folder / "digest.txt").exists(),
+        "newest_checkpoint": saved,
+        "half_written_files": leftovers,
+        "digest": finish(folder),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=RESULTS / "resume.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    draw = random.Random(options.seed)
+    resource_tracker.ensure_running()  # one for all forks, so that killed ones do not complain
+    with tempfile.TemporaryDirectory() as root:
+        finish(Path(root) / "warm-up")
+        began = time.perf_counter()
+        reference = finish(Path(root) / "left-alone")
+        duration = time.perf_counter() - began
+        trials = []
+        for number in range(options.kills):
+            row = trial(Path(root) / str(number), draw.uniform(0, duration))
+            row["equal"] = row.pop("digest") == reference
+            trials.append(row)
+            print(
+                f"{number + 1:3d}: killed after {row['killed_after_s']:.3f} s of {duration:.2f}, "
+                f"newest {row['newest_checkpoint']}, half-written {row['half_written_files']}, "
+                f"{'equal' if row['equal'] else 'DIFFERENT'}",
+                flush=True,
+            )
+    record = {
+        "command": "python " + " ".join(sys.argv),
+        "machine": {
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "updates": UPDATES,
+        "seconds_left_alone": duration,
+        "trials": trials,
+    }
+    temporary = options.output.with_name(f".{options.output.name}")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, options.output)
+    equal = sum(bool(row["equal"]) for row in trials)
+    print(f"{equal} of {len(trials)} equal bit for bit")
+    return 0 if equal == len(trials) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

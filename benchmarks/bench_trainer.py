@@ -1,0 +1,153 @@
+"""What OfflineTrainer costs beside the bare loop over the same step.
+
+    python benchmarks/bench_trainer.py
+
+Blocks of updates alternate between the loop ``step(buffer.sample())`` and the trainer, and the
+ratio of the medians is reported, with nothing written (``loop``) and with a run folder, a row of
+metrics.csv every 1 % and a checkpoint every 10 % of the block (``folder``; the picture that is
+drawn when training ends is not part of a block, its own time is given). Writes
+benchmarks/results/trainer.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torchrl
+from tensordict import TensorDict
+from torchrl.data import Bounded
+from torchrl.modules import ValueOperator
+from torchrl.objectives import SoftUpdate
+
+from iql_torchrl import IQLLoss, IQLStep, OfflineTrainer, compiled, networks, policies
+from iql_torchrl.data import replay_buffer
+
+RESULTS = Path(__file__).parent / "results"
+OBSERVATION, ACTION, ROWS, BATCH = 17, 6, 100_000, 256
+
+
+def table() -> TensorDict:
+    """Random transitions of HalfCheetah's sizes."""
+    return TensorDict(
+        {
+            "observation": torch.randn(ROWS, OBSERVATION),
+            "action": torch.rand(ROWS, ACTION) * 2 - 1,
+            "next": {
+                "observation": torch.randn(ROWS, OBSERVATION),
+                "reward": torch.randn(ROWS, 1),
+                "terminated": torch.zeros(ROWS, 1, dtype=torch.bool),
+                "done": torch.zeros(ROWS, 1, dtype=torch.bool),
+            },
+        },
+        batch_size=[ROWS],
+    )
+
+
+def make_step(width: int) -> IQLStep:
+    spec = Bounded(-torch.ones(ACTION), torch.ones(ACTION), (ACTION,))
+    hidden = (width, width)
+    actor = policies.gaussian(OBSERVATION, spec, hidden=hidden)
+    value = ValueOperator(networks.StateValue(OBSERVATION, hidden=hidden), in_keys=["observation"])
+
+    def critic() -> ValueOperator:
+        net = networks.Critic(OBSERVATION, ACTION, hidden=hidden)
+        return ValueOperator(net, in_keys=["observation", "action"])
+
+    loss = IQLLoss(actor, critic, value, diagnostics=True)
+    return IQLStep(
+        loss, torch.optim.Adam(loss.parameters(), fused=True), SoftUpdate(loss, tau=0.005)
+    )
+
+
+def measure(step: IQLStep, block: int, rounds: int, folder: Path) -> dict[str, list[float]]:
+    """Seconds of each block of ``block`` updates, by kind."""
+    buffer = replay_buffer(table(), BATCH, seed=0)
+    plain = OfflineTrainer(step=step, replay_buffer=buffer, total_updates=block)
+    writing = OfflineTrainer(
+        step=step,
+        replay_buffer=buffer,
+        total_updates=block,
+        folder=folder,
+        log_interval=block // 100,
+    )
+    writing.data_state.state_dict()  # the digest of the data is made once a run
+    seconds: dict[str, list[float]] = {"bare": [], "loop": [], "folder": [], "picture": []}
+    picture = writing.folder.draw
+
+    def timed(*args: object, now: bool = False, **kwargs: object) -> None:
+        began = time.perf_counter()
+        picture(*args, now=now, **kwargs)
+        if now:
+            seconds["picture"].append(time.perf_counter() - began)
+
+    writing.folder.draw = timed
+    for number in range(rounds + 1):  # the first round warms up
+        for kind, trainer in (("bare", None), ("loop", plain), ("folder", writing)):
+            drawn = len(seconds["picture"])
+            if trainer is not None:
+                trainer.total_frames = trainer.updates + block
+            began = time.perf_counter()
+            if trainer is None:
+                for _ in range(block):
+                    step(buffer.sample())
+            else:
+                trainer.train()
+            taken = time.perf_counter() - began - sum(seconds["picture"][drawn:])
+            if number:
+                seconds[kind].append(taken)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--block", type=int, default=1000, help="updates per block")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    step = make_step(options.width)
+    step = compiled(step) if options.compile else step
+    with tempfile.TemporaryDirectory() as root:
+        seconds = measure(step, options.block, options.rounds, Path(root) / "run")
+    medians = {kind: statistics.median(values) for kind, values in seconds.items()}
+    ratios = {kind: medians[kind] / medians["bare"] for kind in ("loop", "folder")}
+    for kind in ("bare", "loop", "folder"):
+        ratio = f"{ratios.get(kind, 1):.3f} of the bare loop"
+        print(f"{kind:7} {1e3 * medians[kind] / options.block:7.3f} ms per update  {ratio}")
+    print(f"picture {medians['picture']:7.3f} s, at most once a minute and at the end")
+    commit = ["git", "rev-parse", "--short", "HEAD"]
+    record = {
+        "command": "python " + " ".join(sys.argv),
+        "machine": {
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchrl": torchrl.__version__,
+            "commit": subprocess.run(
+                commit, capture_output=True, text=True, check=False
+            ).stdout.strip(),
+        },
+        "updates_per_block": options.block,
+        "median_seconds": medians,
+        "ratio_to_bare": ratios,
+        "seconds": seconds,
+    }
+    path = RESULTS / ("trainer_compiled.json" if options.compile else "trainer.json")
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""How far a run has come: updates done, metrics since the last row, rows, the best score."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+__all__ = ["Interruption", "Progress"]
+
+
+@dataclass
+class Progress:
+    """The part of a run's state that is neither weights nor random numbers.
+
+    ``rows`` has one entry per event, in order of updates: the means of the metrics since the row
+    before, and what an evaluation found there. ``best`` is the highest monitored value so far.
+    """
+
+    updates: int = 0
+    rows: list[dict[str, float]] = field(default_factory=list)
+    best: float | None = None
+    best_update: int | None = None
+    _names: list[str] = field(default_factory=list)
+    _totals: list[Tensor] = field(default_factory=list)
+    _counted: int = 0
+
+    def tally(self, metrics: TensorDictBase, updates: int = 1) -> None:
+        """Add one update's scalars (or the means over ``updates`` of them); reads no value."""
+        if not self._totals:
+            scalars = {k: v for k, v in metrics.items() if isinstance(v, Tensor) and v.ndim == 0}
+            self._names = [str(name) for name in scalars]
+            self._totals = [torch.zeros_like(v) for v in scalars.values()]
+        values = [metrics.get(name) for name in self._names]
+        torch._foreach_add_(self._totals, values, alpha=updates)
+        self._counted += updates
+
+    def means(self) -> dict[str, float]:
+        """Means of the metrics since the last call, on the host; starts a new count."""
+        if not self._counted:
+            return {}
+        values = (torch.stack(self._totals) / self._counted).tolist()
+        self._totals, self._counted = [], 0
+        return dict(zip(self._names, values, strict=True))
+
+    def record(self, update: int, values: Mapping[str, float]) -> None:
+        """Put ``values`` into the row of ``update``, which may be an older one."""
+        for row in reversed(self.rows):
+            if row["update"] == update:
+                row.update(values)
+                return
+        self.rows.append({"update": update, **values})
+        self.rows.sort(key=lambda row: row["update"])
+
+    def improves(self, update: int, value: float) -> bool:
+        """Whether ``value`` is the highest yet, and if so remember it."""
+        if math.isnan(value) or (self.best is not None and value <= self.best):
+            return False
+        self.best, self.best_update = value, update
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "updates": self.updates,
+            "rows": [dict(row) for row in self.rows],
+            "best": self.best,
+            "best_update": self.best_update,
+            "names": list(self._names),
+            "totals": [total.clone() for total in self._totals],
+            "counted": self._counted,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None = None) -> None:
+        self.updates = state["updates"]
+        self.rows = [dict(row) for row in state["rows"]]
+        self.best, self.best_update = state["best"], state["best_update"]
+        self._names = list(state["names"])
+        self._totals = [total.to(device) for total in state["totals"]]
+        self._counted = state["counted"]
+
+
+class Interruption:
+    """While entered, the first Ctrl-C (or SIGTERM) only sets ``requested``; the second acts.
+
+    Does nothing outside the main thread, where Python delivers no signals.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {n: signal.signal(n, self._handle) for n in self.SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested is not None:
+            self._restore()
+            self.finish()
+        self.requested = number
+        # os.write, because print may be interrupted in the middle of itself
+        os.write(2, b"\nStopping after this update; press Ctrl-C again to stop at once.\n")
+
+    def finish(self) -> None:
+        """Raise what the signal would have raised: KeyboardInterrupt, or SystemExit(143)."""
+        if self.requested == signal.SIGTERM:
+            raise SystemExit(128 + signal.SIGTERM)
+        if self.requested is not None:
+            raise KeyboardInterrupt

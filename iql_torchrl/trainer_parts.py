@@ -1,0 +1,70 @@
+"""The finished parts that a trainer is given: whether they belong together, and how they divide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from iql_torchrl.agent import Agent
+from iql_torchrl.step import IQLStep
+
+__all__ = ["check_buffer", "check_intervals", "one_step", "part_of", "share"]
+
+
+def part_of(step: Any, name: str) -> Any:
+    """What a step consists of; a captured one holds the plain one as ``step.step``."""
+    found = getattr(step, name, None)
+    return found if found is not None else getattr(getattr(step, "step", None), name, None)
+
+
+def one_step(
+    step: Any, agent: Agent | None, loss: Any, optimizer: Any, target_net_updater: Any
+) -> Any:
+    if step is None and agent is not None:
+        step = agent.step
+    given = {"loss_module": loss, "optimizer": optimizer, "target_net_updater": target_net_updater}
+    if step is None:
+        if loss is None or optimizer is None:
+            raise ValueError(
+                "there is nothing to train: give step=, or agent=, or loss_module= and optimizer= "
+                "(with target_net_updater=)."
+            )
+        return IQLStep(loss, optimizer, target_net_updater)
+    names = {
+        "loss_module": "loss",
+        "optimizer": "optimizer",
+        "target_net_updater": "target_updater",
+    }
+    for name, part in given.items():
+        if part is not None and part is not part_of(step, names[name]):
+            raise ValueError(f"{name} is not the step's own; give it to the step, and only there.")
+    return step
+
+
+def share(total: int, parts: int, per_call: int) -> int:
+    """About ``total / parts``, in whole calls of ``per_call`` updates."""
+    return max(1, math.ceil(total / parts / per_call)) * per_call
+
+
+def check_intervals(intervals: Mapping[str, Any], per_call: int) -> None:
+    """Raises ``ValueError`` for what counts no updates, or no whole calls of the step."""
+    for name, value in intervals.items():
+        if name == "save_trainer_interval" and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it counts updates: an integer >= 1.")
+        if value % per_call and name != "save_trainer_interval":
+            raise ValueError(
+                f"{name} is {value}, and the step makes {per_call} updates a call; give a multiple "
+                "of that."
+            )
+
+
+def check_buffer(replay_buffer: Any) -> None:
+    """Raises ``ValueError`` for what cannot be sampled."""
+    if not callable(getattr(replay_buffer, "sample", None)):
+        raise ValueError(
+            f"replay_buffer is {type(replay_buffer).__name__}, which has no sample(); pass "
+            "dataset.replay_buffer(batch_size) or a TorchRL replay buffer."
+        )
