@@ -88,8 +88,6 @@ def train(
     trainer = OfflineTrainer(
         agent=agent,
         dataset=dataset,
-        replay_buffer=dataset.replay_buffer(config.batch_size, config.device, config.seed),
-        total_updates=config.updates,
         evaluation=partial(play, episodes=options.episodes),
         eval_interval=options.eval_every,
         logger=options.logger and get_logger(options.logger, str(folder), run.name),

@@ -175,11 +175,10 @@ def main(arguments: list[str] | None = None) -> int:
         config = FIXED if options.task == "fixed" else RANDOM
         config = replace(config, updates=options.updates, seed=options.seed)
         import gymnasium_robotics  # noqa: F401  (registers the mazes)
-        import matplotlib  # noqa: F401
 
         rows, paths, plan = compare(options.maze, options.task, config, options.episodes)
     except (ImportError, ValueError) as error:
-        remedy = '; install it with pip install "iql_torchrl[datasets,examples]".'
+        remedy = '; install it with pip install "iql_torchrl[datasets]".'
         print(f"error: {error}{isinstance(error, ImportError) * remedy}", file=sys.stderr)
         return 2
 

@@ -160,11 +160,10 @@ def main(arguments: list[str] | None = None) -> int:
         config = replace(CONFIG, **options)
         import gymnasium
         import icu_sepsis  # noqa: F401  (registers the environment)
-        import matplotlib  # noqa: F401
 
         log = load_dataset(ensure_dataset(NAME), reward=(POINTS, 0.0))
     except (ImportError, ValueError) as error:
-        remedy = '; install it with pip install "iql_torchrl[datasets,examples]".'
+        remedy = '; install it with pip install "iql_torchrl[datasets]".'
         print(f"error: {error}{isinstance(error, ImportError) * remedy}", file=sys.stderr)
         return 2
     tables = SepsisTables(gymnasium.make(ENVIRONMENT, disable_env_checker=True))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,15 @@ from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import policies
+from iql_torchrl.acting import act
+from iql_torchrl.checkpoint import CheckpointError, component_names, newest, read_components
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import OfflineDataset
+from iql_torchrl.export import export_policy
 from iql_torchrl.networks import Critic, DiscreteCritic, OneHot, Standardise, StateValue
 from iql_torchrl.objectives import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
 from iql_torchrl.step import IQLStep, compiled
+from iql_torchrl.task import Task
 
 __all__ = ["Agent", "make_agent"]
 
@@ -33,11 +38,12 @@ NETWORKS = ("actor", "qvalue", "value")
 class Agent:
     """What a run consists of: each part is an ordinary torch or TorchRL object.
 
-    ``policy`` is the actor, for ``evaluate`` and for TorchRL environments; ``step(batch)`` makes
-    one update.
+    ``policy`` is the actor, for ``evaluate`` and for TorchRL environments; ``act`` is for NumPy;
+    ``step(batch)`` makes one update.
     """
 
     config: IQLConfig
+    task: Task
     actor: ProbabilisticActor
     loss: ImplicitQLoss
     optimizer: torch.optim.Optimizer
@@ -47,6 +53,81 @@ class Agent:
     @property
     def policy(self) -> ProbabilisticActor:
         return self.actor
+
+    def act(
+        self,
+        observation: Any,
+        *,
+        deterministic: bool = True,
+        action_mask: Any = None,
+        seed: int | None = None,
+    ) -> Any:
+        """An action for ``env.step`` from an observation as ``env`` gives it; or a batch of both.
+
+        Where the data had action masks, ``action_mask`` ``(n,)`` is wanted. Samples are drawn from
+        ``seed``, or from torch's global generator. See :func:`iql_torchrl.acting.act`.
+        """
+        return act(
+            self.actor,
+            observation,
+            self.task.observation_space,
+            self.task.action_space,
+            dtype=self.task.dtype,
+            deterministic=deterministic,
+            action_mask=action_mask,
+            seed=seed,
+        )
+
+    def export(self, path: str | Path) -> Path:
+        """Write the policy as a program for plain torch: :func:`iql_torchrl.export.export_policy`."""
+        return export_policy(self.actor, self.task, path)
+
+    def description(self) -> dict[str, Any]:
+        """All that rebuilds the agent before its weights: ``config`` and ``task``, plain data."""
+        return {"config": self.config.to_dict(), "task": self.task.state_dict()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters and buffers of every network, targets too; not the optimizer's state."""
+        return self.loss.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.loss.load_state_dict(state)
+
+    @staticmethod
+    def load(path: str | Path, device: torch.device | str | None = None) -> Agent:
+        """The agent of a checkpoint, with its weights and a fresh optimizer; needs no data.
+
+        ``path``: a ``.torchrl`` file, or a run's folder: its ``best.torchrl`` if there is one,
+        else the newest of its ``checkpoints``. ``device``: by default the config's, or the CPU
+        where this machine lacks it. To go on training, resume with the trainer instead.
+
+        Raises ``CheckpointError`` with one sentence: nothing to load, a damaged file, parts that
+        were made by hand, or fields that only another version knows.
+        """
+        path = Path(path)
+        if path.is_dir():
+            best = path / "best.torchrl"
+            path = best if best.exists() else newest(path / "checkpoints")
+        weights = read_components(path, ["loss_module"])["loss_module"]
+        if "agent" not in component_names(path):
+            raise CheckpointError(
+                f"{path}: was trained from parts made by hand, so it does not say how to rebuild "
+                "them; rebuild them as the training script did and load through the trainer."
+            )
+        description = read_components(path, ["agent"])["agent"]
+        try:
+            # settings that an older file lacks have their defaults
+            saved = IQLConfig().to_dict() | description["config"]
+            config = IQLConfig.from_dict(saved)
+            config = replace(config, device=_usable(device, config.device))
+            agent = _build(config, Task.from_state_dict(description["task"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        try:
+            agent.load_state_dict(weights)
+        except (RuntimeError, ValueError) as error:  # TensorDict's own message is pages long
+            raise CheckpointError(f"{path}: its weights do not fit its description.") from error
+        return agent
 
 
 def make_agent(config: IQLConfig, dataset: OfflineDataset) -> Agent:
@@ -58,10 +139,14 @@ def make_agent(config: IQLConfig, dataset: OfflineDataset) -> Agent:
     ``load_dataset(concatenate=...)``, or write your own networks), or the policy does not fit the
     actions.
     """
+    return _build(config, Task.of(dataset))
+
+
+def _build(config: IQLConfig, task: Task) -> Agent:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        actor, critic, value = _networks(config, dataset)
-        loss = _loss(config, dataset, actor, critic, value)
+        actor, critic, value = _networks(config, task)
+        loss = _loss(config, task, actor, critic, value)
     optimizer, scheduler = _optimizer(config, loss)
     step = IQLStep(
         loss,
@@ -72,24 +157,34 @@ def make_agent(config: IQLConfig, dataset: OfflineDataset) -> Agent:
         lr_scheduler=scheduler,
     )
     return Agent(
-        config, actor, loss, optimizer, scheduler, compiled(step) if config.compile else step
+        config, task, actor, loss, optimizer, scheduler, compiled(step) if config.compile else step
     )
 
 
+def _usable(device: torch.device | str | None, configured: str) -> str:
+    if device is not None:
+        return str(torch.device(device))
+    try:
+        torch.empty(0, device=configured)
+    except (RuntimeError, AssertionError):  # torch built without it, or no such device
+        return "cpu"
+    return configured
+
+
 def _networks(
-    config: IQLConfig, dataset: OfflineDataset
+    config: IQLConfig, task: Task
 ) -> tuple[ProbabilisticActor, Callable[[], TensorDictModule], TensorDictModule]:
-    keys, features, preprocess = _observation(config, dataset)
-    device = torch.device(config.device)  # before the loss takes the parameters, buffers stay
-    action_spec = dataset.action_spec
-    widths = {"hidden": config.hidden}
-    normed: dict[str, Any] = {**widths, "layer_norm": config.layer_norm}
-    discrete = isinstance(dataset.action_space, spaces.Discrete)
+    keys, features, preprocess = _observation(config, task)
+    place = partial(_place, config, task)
+    action_spec = task.action_spec
+    widths: dict[str, Any] = {"hidden": config.hidden}
+    normed = {**widths, "layer_norm": config.layer_norm}
+    discrete = isinstance(task.action_space, spaces.Discrete)
     name = ("categorical" if discrete else "gaussian") if config.policy == "auto" else config.policy
     if (name == "categorical") is not discrete:
-        raise ValueError(f"policy is {name!r} and the actions are {dataset.action_space}.")
-    options: dict[str, Any] = {**widths, "dropout": config.dropout, "preprocess": preprocess()}
-    if discrete and "action_mask" in dataset.transitions:
+        raise ValueError(f"policy is {name!r} and the actions are {task.action_space}.")
+    options = {**widths, "dropout": config.dropout, "preprocess": preprocess()}
+    if discrete and task.masked:
         options["mask_key"] = "action_mask"
     actor = getattr(policies, name)(features, action_spec, in_keys=keys, **options)
 
@@ -97,24 +192,31 @@ def _networks(
         if discrete:
             size = int(action_spec.space.n)
             net: nn.Module = DiscreteCritic(features, size, preprocess=preprocess(), **normed)
-            net = net.to(device)
-            return TensorDictModule(net, in_keys=keys, out_keys=["state_action_value"])
+            return TensorDictModule(place(net), in_keys=keys, out_keys=["state_action_value"])
         net = Critic(features, action_spec.shape[-1], preprocess=preprocess(), **normed)
-        return ValueOperator(net.to(device), in_keys=[*keys, "action"])
+        return ValueOperator(place(net), in_keys=[*keys, "action"])
 
     value = ValueOperator(StateValue(features, preprocess=preprocess(), **normed), in_keys=keys)
-    return actor.to(device), critic, value.to(device)
+    return place(actor), critic, place(value)
+
+
+def _place(config: IQLConfig, task: Task, module: Any) -> Any:
+    """On the device and in the data's dtype, before the loss takes it: buffers stay afterwards."""
+    module = module.to(torch.device(config.device))
+    if isinstance(task.observation_space, spaces.Discrete):
+        return module  # categories become torch's default dtype in OneHot
+    return module.double() if task.dtype is torch.float64 else module.float()
 
 
 def _observation(
-    config: IQLConfig, dataset: OfflineDataset
+    config: IQLConfig, task: Task
 ) -> tuple[list[NestedKey], int, Callable[[], nn.Module]]:
     """Keys to read, features they give, and a maker of the first layer."""
-    space = dataset.observation_space
+    space = task.observation_space
     if isinstance(space, spaces.Discrete):
         return ["observation"], int(space.n), partial(OneHot, int(space.n))
-    statistics = dataset.statistics
-    leaves = list(dataset.observation_spec.keys(True, True))
+    statistics = task.statistics
+    leaves = list(task.observation_spec.keys(True, True))
     if set(leaves) != set(statistics) or any(s.mean.ndim != 1 for s in statistics.values()):
         raise ValueError(
             f"observations are {space}; make_agent wants vectors of numbers, or one category. "
@@ -129,12 +231,12 @@ def _observation(
 
 def _loss(
     config: IQLConfig,
-    dataset: OfflineDataset,
+    task: Task,
     actor: ProbabilisticActor,
     critic: Callable[[], TensorDictModule],
     value: TensorDictModule,
 ) -> ImplicitQLoss:
-    discrete = isinstance(dataset.action_space, spaces.Discrete)
+    discrete = isinstance(task.action_space, spaces.Discrete)
     kind: type[ImplicitQLoss] = DiscreteIQLLoss if discrete else IQLLoss
     loss = kind(
         actor,
@@ -167,13 +269,16 @@ def _optimizer(config: IQLConfig, loss: ImplicitQLoss) -> tuple[torch.optim.Opti
     else:
         optimizer = torch.optim.Adam(groups, fused=True)
 
-    cosine = partial(_cosine, updates=config.updates)
+    cosine = partial(_cosine, updates=config.updates, steps=config.schedule_steps)
     falling = {"constant": (), "cosine_actor": ("actor",), "cosine": NETWORKS}[config.schedule]
     return optimizer, LambdaLR(optimizer, [cosine if n in falling else _constant for n in NETWORKS])
 
 
-def _cosine(update: int, *, updates: int) -> float:
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, update / updates)))
+def _cosine(update: int, *, updates: int, steps: int | None) -> float:
+    """From 1 to 0 over ``updates``, in ``steps`` equal intervals of constant value if given."""
+    done = min(update, updates)
+    fraction = done / updates if steps is None else done * steps // updates / steps
+    return 0.5 * (1 + math.cos(math.pi * fraction))
 
 
 def _constant(_: int) -> float:

@@ -17,6 +17,7 @@ __all__ = [
     "SUFFIX",
     "CheckpointError",
     "StateAdapter",
+    "component_names",
     "new_checkpoint",
     "newest",
     "read_components",
@@ -127,6 +128,11 @@ def read_components(path: str | Path, names: Collection[str] | None = None) -> d
             ) from error
         raise _damaged(path, error) from error
     return {name: holder.state for name, holder in holders.items()}
+
+
+def component_names(path: str | Path) -> set[str]:
+    """The names of the states in a file. Raises ``CheckpointError`` as :func:`read_components`."""
+    return set(_records(Path(path)))
 
 
 def newest(folder: str | Path) -> Path:

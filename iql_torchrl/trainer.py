@@ -28,7 +28,14 @@ from iql_torchrl.progress import Interruption, Progress
 from iql_torchrl.resume import DataState, restore, stateful_parts
 from iql_torchrl.run_folder import RunFolder
 from iql_torchrl.scores import Evaluate, Scores
-from iql_torchrl.trainer_parts import check_buffer, check_intervals, one_step, part_of, share
+from iql_torchrl.trainer_parts import (
+    check_buffer,
+    check_intervals,
+    filled_in,
+    one_step,
+    part_of,
+    share,
+)
 
 __all__ = ["OfflineTrainer"]
 
@@ -56,8 +63,10 @@ class OfflineTrainer(Trainer):
         step: an ``IQLStep``, plain or compiled; or a callable without arguments that performs
             ``step.updates`` updates, as ``captured`` returns. In its place: ``agent`` (its step),
             or ``loss_module``, ``optimizer`` and ``target_net_updater`` for a plain step.
-        replay_buffer: has ``sample()``; see also ``OfflineDataset.replay_buffer``.
-        total_updates: where training ends, counted from the first update ever.
+        replay_buffer: has ``sample()``; see also ``OfflineDataset.replay_buffer``. With ``agent``
+            and ``dataset``, by default a buffer as the agent's config says.
+        total_updates: where training ends, counted from the first update ever; by default the
+            agent's config's.
         dataset: of the buffer, if it has one: its digest, reward map and returns are recorded.
         evaluation: a function without arguments returning an ``Evaluation`` (or a mapping of
             numbers), or a ``BackgroundEvaluation``; called every ``eval_interval`` updates, at the
@@ -92,8 +101,8 @@ class OfflineTrainer(Trainer):
     def __init__(
         self,
         *,
-        replay_buffer: Any,
-        total_updates: int,
+        replay_buffer: Any = None,
+        total_updates: int | None = None,
         step: Any = None,
         agent: Agent | None = None,
         loss_module: ImplicitQLoss | None = None,
@@ -121,6 +130,7 @@ class OfflineTrainer(Trainer):
     ) -> None:
         self.progress = Progress()
         self.step = one_step(step, agent, loss_module, optimizer, target_net_updater)
+        replay_buffer, total_updates = filled_in(replay_buffer, total_updates, agent, dataset)
         self.agent, self.dataset = agent, dataset
         self.target_net_updater = part_of(self.step, "target_updater")
         self.updates_per_call = int(getattr(self.step, "updates", 1))

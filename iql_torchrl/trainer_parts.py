@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from iql_torchrl.agent import Agent
+from iql_torchrl.data import OfflineDataset
 from iql_torchrl.step import IQLStep
 
-__all__ = ["check_buffer", "check_intervals", "one_step", "part_of", "share"]
+__all__ = ["check_buffer", "check_intervals", "filled_in", "one_step", "part_of", "share"]
 
 
 def part_of(step: Any, name: str) -> Any:
@@ -40,6 +41,23 @@ def one_step(
         if part is not None and part is not part_of(step, names[name]):
             raise ValueError(f"{name} is not the step's own; give it to the step, and only there.")
     return step
+
+
+def filled_in(
+    replay_buffer: Any, total_updates: Any, agent: Agent | None, dataset: OfflineDataset | None
+) -> tuple[Any, Any]:
+    """Buffer and number of updates: as given, or as the agent's config says."""
+    if replay_buffer is None and agent is not None and dataset is not None:
+        config = agent.config
+        replay_buffer = dataset.replay_buffer(config.batch_size, config.device, config.seed)
+    if total_updates is None and agent is not None:
+        total_updates = agent.config.updates
+    if replay_buffer is None or total_updates is None:
+        raise ValueError(
+            "replay_buffer and total_updates are needed; only with agent= and dataset= do they "
+            "follow from the agent's config."
+        )
+    return replay_buffer, total_updates
 
 
 def share(total: int, parts: int, per_call: int) -> int:

@@ -329,14 +329,6 @@ def test_command_line_lists_makes_and_describes(root, tmp_path, monkeypatch, cap
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_describe_goes_on_without_matplotlib(root, monkeypatch, capsys):
-    make_dataset(PENDULUM, episodes=2, progress=False)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert main(["describe", PENDULUM]) == 0
-    assert "matplotlib is missing" in capsys.readouterr().out
-
-
 def test_describe_names_an_unknown_source(root, capsys):
     assert main(["describe", "/no/such/file.npz"]) == 1
     assert "error: " in capsys.readouterr().err

@@ -16,6 +16,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_python_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     if "pendulum/mixed-v0" in block:
         make_dataset("pendulum/mixed-v0", episodes=8, progress=False)
     exec(compile(block.replace("updates=5000", "updates=20"), "README.md", "exec"), {})

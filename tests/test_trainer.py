@@ -313,6 +313,8 @@ def test_a_hook_can_stop_training():
 
 def test_wrong_parts_are_refused(tmp_path):
     step, buffer = make_step(), replay_buffer(table(), 16)
+    with pytest.raises(ValueError, match="replay_buffer and total_updates are needed"):
+        OfflineTrainer(step=step, total_updates=3)
     with pytest.raises(ValueError, match="nothing to train"):
         OfflineTrainer(replay_buffer=buffer, total_updates=3)
     with pytest.raises(ValueError, match="optimizer is not the step's own"):

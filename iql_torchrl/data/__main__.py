@@ -72,12 +72,8 @@ def _describe(options: argparse.Namespace) -> None:
         print(f"note: {note}")
     stem = re.sub(r"[^\w.-]+", "-", options.source).strip("-.")
     path = options.png or Path(f"{stem}-returns.png")
-    try:
-        _draw(dataset, options.source, path)
-    except ImportError:
-        print('no histogram: matplotlib is missing, pip install "iql_torchrl[examples]"')
-    else:
-        print(f"histogram of returns: {path}")
+    _draw(dataset, options.source, path)
+    print(f"histogram of returns: {path}")
 
 
 def _rows(dataset: OfflineDataset) -> list[tuple[str, str]]:

@@ -1,0 +1,70 @@
+"""Small logs, agents for them, and their networks' outputs computed in NumPy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from gymnasium import spaces
+
+from iql_torchrl import IQLConfig, load_dataset, make_agent
+
+MEAN, SCALE = np.array([5.0, -3.0, 0.5]), np.array([1.0, 10.0, 100.0])
+LOW, HIGH = np.array([-2.0, 0.0]), np.array([1.0, 0.25])
+
+
+def log(rows: int = 40, observation=None, action=None, **more):
+    generator = np.random.default_rng(0)
+    if observation is None:
+        observation = (generator.normal(size=(rows, 3)) * SCALE + MEAN).astype(np.float32)
+    if action is None:
+        action = generator.uniform(-1, 1, (rows, 2)).astype(np.float32)
+    rolled = (
+        {k: np.roll(v, -1, 0) for k, v in observation.items()}
+        if isinstance(observation, dict)
+        else np.roll(observation, -1, 0)
+    )
+    return {
+        "observation": observation,
+        "action": action,
+        "reward": generator.normal(size=rows).astype(np.float32),
+        "next_observation": rolled,
+        "terminated": np.zeros(rows, bool),
+        "truncated": np.arange(rows) % 10 == 9,
+        **more,
+    }
+
+
+def config(**options) -> IQLConfig:
+    return IQLConfig(updates=10, hidden=(8,), batch_size=16, reward="raw", **options)
+
+
+def box_agent(dtype=np.float32, **options):
+    space = spaces.Box(LOW.astype(dtype), HIGH.astype(dtype), dtype=dtype)
+    return make_agent(config(**options), replace(load_dataset(log()), action_space=space))
+
+
+def discrete_agent(start: int = 0, masked: bool = False, **options):
+    more = {}
+    if masked:
+        more = {"action_mask": np.ones((40, 4), bool), "next_action_mask": np.ones((40, 4), bool)}
+    dataset = load_dataset(log(action=np.arange(40) % 4, **more))
+    return make_agent(
+        config(**options), replace(dataset, action_space=spaces.Discrete(4, start=start))
+    )
+
+
+def by_hand(agent, observation):
+    """The network of one hidden layer in NumPy: outputs before any distribution."""
+    state = {k: v.double().numpy() for k, v in agent.actor.state_dict().items()}
+    layers = {k.partition("mlp.")[2]: v for k, v in state.items() if "mlp." in k}
+    statistics = agent.task.statistics["observation"]
+    x = (observation - statistics.mean.double().numpy()) / statistics.std.double().numpy()
+    x = np.maximum(x @ layers["0.weight"].T + layers["0.bias"], 0)
+    return x @ layers["2.weight"].T + layers["2.bias"]
+
+
+def masks(rows: int = 9):
+    allowed = np.random.default_rng(2).random((rows, 4)) < 0.5
+    allowed[np.arange(rows), np.arange(rows) % 4] = True
+    return allowed

@@ -1,0 +1,224 @@
+"""Exported programs: plain torch runs them, and they act as the agent does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from small_agents import (
+    HIGH,
+    LOW,
+    MEAN,
+    SCALE,
+    box_agent,
+    by_hand,
+    config,
+    discrete_agent,
+    log,
+    masks,
+)
+from torch.distributions import Distribution
+
+from iql_torchrl import load_dataset, make_agent
+
+
+def observations(rows: int = 9):
+    return (np.random.default_rng(1).normal(size=(rows, 3)) * SCALE + MEAN).astype(np.float32)
+
+
+def parts(rows: int = 40):
+    generator = np.random.default_rng(0)
+    sizes = (("goal", 2), ("at", 1))
+    return {k: generator.normal(size=(rows, n)).astype(np.float32) for k, n in sizes}
+
+
+def dict_agent():
+    return make_agent(config(policy="mixture"), load_dataset(log(observation=parts())))
+
+
+def category_agent():
+    return make_agent(config(), load_dataset(log(observation=np.arange(40) % 5)))
+
+
+# Name, agent, inputs of the program in its order, and keywords of Agent.act.
+KINDS = {
+    "gaussian": (box_agent, {}),
+    "tanh_normal": (lambda: box_agent(policy="tanh_normal"), {}),
+    "deterministic": (lambda: box_agent(policy="deterministic"), {}),
+    "mixture": (lambda: box_agent(policy="mixture", dropout=0.3), {}),
+    "raw": (lambda: box_agent(standardise=False), {}),
+    "double": (lambda: box_agent(np.float64), {}),
+    "categorical": (lambda: discrete_agent(start=5), {}),
+    "masked": (lambda: discrete_agent(start=5, masked=True), {"action_mask": masks()}),
+    "dict": (dict_agent, {}),
+    "category": (category_agent, {}),
+}
+
+
+def inputs_of(kind: str):
+    if kind == "dict":
+        return parts(9)
+    return np.arange(9) % 5 if kind == "category" else observations()
+
+
+BLOCKED = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("iql_torchrl", "torchrl", "tensordict", "gymnasium"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+import warnings
+warnings.simplefilter("error")
+import torch
+torch.set_num_threads(1)
+cases = torch.load("cases.pt", weights_only=True)
+for name, (arguments, wanted) in cases.items():
+    policy = torch.export.load(f"{name}.pt2").module()
+    for rows in (1, 2, len(wanted)):
+        found = policy(*(a[:rows] for a in arguments))
+        assert not found.requires_grad
+        assert found.dtype == wanted.dtype and found.shape == wanted[:rows].shape, name
+        assert (found - wanted[:rows]).abs().max() <= 1e-6, (name, found, wanted)
+try:
+    import tensordict
+except ImportError:
+    print("ran", *cases)
+"""
+
+
+def test_programs_run_where_only_torch_is_installed(tmp_path):
+    cases = {}
+    for name, (make, more) in KINDS.items():
+        agent, observation = make(), inputs_of(name)
+        assert agent.export(tmp_path / f"{name}.pt2") == tmp_path / f"{name}.pt2"
+        leaves = [observation["at"], observation["goal"]] if name == "dict" else [observation]
+        arguments = [torch.as_tensor(leaf) for leaf in (*leaves, *more.values())]
+        cases[name] = (arguments, torch.as_tensor(agent.act(observation, **more)))
+    torch.save(cases, tmp_path / "cases.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["ran", *KINDS]
+
+
+def test_the_program_is_the_network_by_hand(tmp_path):
+    agent = box_agent()
+    loaded = torch.export.load(agent.export(tmp_path / "policy.pt2"))
+    assert [r.lower for r in loaded.range_constraints.values()] == [1]
+    program = loaded.module()
+    wanted = (HIGH + LOW) / 2 + (HIGH - LOW) / 2 * np.tanh(by_hand(agent, observations()))
+    np.testing.assert_allclose(program(torch.tensor(observations())), wanted, atol=2e-6)
+    discrete = discrete_agent(start=5, masked=True)
+    program = torch.export.load(discrete.export(tmp_path / "discrete.pt2")).module()
+    logits = np.where(masks(), by_hand(discrete, observations()), -np.inf)
+    chosen = program(torch.tensor(observations()), torch.tensor(masks()))
+    assert chosen.tolist() == (logits.argmax(1) + 5).tolist()
+
+
+def test_the_note_says_all_that_a_caller_needs(tmp_path, monkeypatch):
+    agent = discrete_agent(start=5, masked=True)
+    agent.export(tmp_path / "masked.pt2")
+    note = json.loads((tmp_path / "masked.json").read_text())
+    assert note["inputs"] == [
+        {"name": "observation", "key": ["observation"], "shape": ["B", 3], "dtype": "float32"},
+        {"name": "action_mask", "key": ["action_mask"], "shape": ["B", 4], "dtype": "bool"},
+    ]
+    assert note["output"] == {
+        "name": "action",
+        "shape": ["B"],
+        "dtype": "int64",
+        "kind": "discrete",
+        "n": 4,
+        "start": 5,
+    }
+    assert note["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    dict_agent().export(tmp_path / "dict.pt2")
+    note = json.loads((tmp_path / "dict.json").read_text())
+    assert [i["name"] for i in note["inputs"]] == ["at", "goal"]
+    assert [i["shape"] for i in note["inputs"]] == [["B", 1], ["B", 2]]
+    box_agent(np.float64).export(tmp_path / "box.pt2")
+    output = json.loads((tmp_path / "box.json").read_text())["output"]
+    assert (output["low"], output["high"]) == (LOW.tolist(), HIGH.tolist())
+    assert output["dtype"] == "float64"
+    category_agent().export(tmp_path / "category.pt2")
+    monkeypatch.chdir(tmp_path)
+    for name, shape in (("masked", (1,)), ("dict", (1, 2)), ("box", (1, 2)), ("category", (1, 2))):
+        usage = json.loads((tmp_path / f"{name}.json").read_text())["usage"]
+        assert len(usage) == 3
+        scope: dict = {}
+        exec("\n".join(usage), scope)
+        assert scope["action"].shape == shape
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json"] * 4 + [".pt2"] * 4
+
+
+def test_the_agent_and_the_callers_state_are_left_alone(tmp_path):
+    agent = box_agent(policy="mixture", dropout=0.5)
+    agent.actor.train()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    weights = {k: v.clone() for k, v in agent.state_dict().items()}
+    agent.export(tmp_path / "policy.pt2")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in agent.actor.modules())
+    assert all(p.requires_grad for p in agent.actor.parameters())
+    assert all(torch.equal(v, weights[k]) for k, v in agent.state_dict().items())
+    # The file is of this moment: training on changes the agent and not the program.
+    wanted = agent.act(observations())
+    agent.step(load_dataset(log()).replay_buffer(16, seed=0).sample())
+    program = torch.export.load(tmp_path / "policy.pt2").module()
+    np.testing.assert_allclose(program(torch.tensor(observations())), wanted, atol=1e-6)
+    assert np.abs(agent.act(observations()) - wanted).max() > 1e-6
+
+
+def test_where_the_user_has_torch_check_distributions(tmp_path):
+    before = Distribution._validate_args  # TorchRL turns the checks off
+    Distribution.set_default_validate_args(True)
+    try:
+        box_agent(policy="tanh_normal").export(tmp_path / "policy.pt2")
+        assert Distribution._validate_args
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
+    agent, path = box_agent(), tmp_path / "policy.pt2"
+    agent.export(path)
+    old = path.read_bytes()
+
+    def full(program, place):
+        place.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch.export, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        agent.export(path)
+    assert path.read_bytes() == old
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["policy.json", "policy.pt2"]
+
+
+def test_the_file_names_no_path_of_this_machine(tmp_path):
+    box_agent().export(tmp_path / "policy.pt2")
+    with zipfile.ZipFile(tmp_path / "policy.pt2") as archive:
+        for name in archive.namelist():
+            assert b".py" not in archive.read(name), name
+
+
+@pytest.mark.gpu
+def test_an_agent_on_a_gpu_acts_and_exports_for_the_cpu(tmp_path):
+    for make in (box_agent, lambda **o: box_agent(policy="tanh_normal", **o), discrete_agent):
+        agent = make(device="cuda")
+        program = torch.export.load(agent.export(tmp_path / "policy.pt2")).module()
+        wanted = agent.act(observations())
+        np.testing.assert_allclose(program(torch.tensor(observations())), wanted, atol=1e-5)
+        state = torch.cuda.get_rng_state()
+        agent.act(observations(), deterministic=False, seed=1)
+        assert torch.equal(torch.cuda.get_rng_state(), state)
