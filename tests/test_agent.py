@@ -255,7 +255,7 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
     write_components(path, {"loss_module": weights})
     with pytest.raises(CheckpointError, match=r"parts made by hand.*through the trainer"):
         Agent.load(path)
-    for part, name in (("config", r"fields \['colour'\]"), ("task", r"with \['colour'\]")):
+    for part, name in (("config", "unknown: colour"), ("task", r"with \['colour'\]")):
         other = {**description, part: {**description[part], "colour": 1}}
         write_components(path, {"agent": other, "loss_module": weights})
         with pytest.raises(CheckpointError, match=f"{path}.*{name}.*version"):
