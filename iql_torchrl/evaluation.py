@@ -1,4 +1,4 @@
-"""Rollouts of a policy in freshly made environments, and what their returns say.
+"""Rollouts of a policy in freshly made environments.
 
 Every episode that is started is finished and counted, so short episodes are not favoured, and
 episode ``e`` always starts from ``env.reset(seed=seed + e)``, whichever environment runs it.
@@ -6,7 +6,6 @@ episode ``e`` always starts from ``env.reset(seed=seed + e)``, whichever environ
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,74 +14,16 @@ from typing import Any
 import gymnasium
 import numpy as np
 import torch
-from gymnasium import spaces
-from numpy.typing import NDArray
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor, nn
+from torch import nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from iql_torchrl.interface import (
-    action_mask,
-    environment_actions,
-    policy_input,
-    reads_names_at_top_level,
-)
+from iql_torchrl.interface import action_chooser, check_policy, policy_device
+from iql_torchrl.results import Evaluation, reference_pair
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "check_arguments", "evaluate"]
 
-FloatArray = NDArray[np.float64]
-
-BOOTSTRAP_RESAMPLES = 2000
 SUCCESS_KEYS = ("success", "is_success")
-REFERENCE_NAMES = (
-    ("random", "expert"),
-    ("minimum", "maximum"),
-    ("ref_min_score", "ref_max_score"),
-)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Results of :func:`evaluate`; every array has one entry per episode, in episode order.
-
-    Attributes:
-        returns: undiscounted sum of the rewards, float64.
-        lengths: steps taken, int64.
-        successes: whether ``info`` reported ``success`` (or ``is_success``) at any step; None
-            if some episode never reported either.
-        scores: ``100 * (return - random) / (expert - random)``; None without reference scores.
-    """
-
-    returns: FloatArray
-    lengths: NDArray[np.int64]
-    successes: NDArray[np.bool_] | None = None
-    scores: FloatArray | None = None
-
-    def summary(self, *, seed: int = 0) -> dict[str, float]:
-        """Plain floats, ready for a logger.
-
-        Standard errors are the sample deviation (``ddof=1``) over ``sqrt(episodes)``: NaN for
-        one episode. ``return_low`` and ``return_high`` bound the mean return with 95 %
-        confidence (percentile bootstrap over episodes, resampled from ``seed``). The spread is
-        that of episodes under one trained policy; it says nothing about other training seeds.
-        """
-        low, high = _bootstrap_interval(self.returns, seed)
-        result = {
-            "episodes": float(len(self.returns)),
-            "return_mean": float(self.returns.mean()),
-            "return_standard_error": _standard_error(self.returns),
-            "return_min": float(self.returns.min()),
-            "return_max": float(self.returns.max()),
-            "return_low": low,
-            "return_high": high,
-            "length_mean": float(self.lengths.mean()),
-        }
-        if self.scores is not None:
-            result["score_mean"] = float(self.scores.mean())
-            result["score_standard_error"] = _standard_error(self.scores)
-        if self.successes is not None:
-            result["success_rate"] = float(self.successes.mean())
-        return result
 
 
 @dataclass
@@ -163,9 +104,9 @@ def evaluate(
         ValueError: an argument is out of range, a key or mask is missing, or an action is not
             one the environment accepts.
     """
-    _check_arguments(policy, make_env, episodes, num_envs, seed, max_steps)
-    references = _reference_pair(reference_scores)
-    where = _policy_device(policy, device)
+    check_arguments(policy, make_env, episodes, num_envs, seed, max_steps)
+    references = reference_pair(reference_scores)
+    where = policy_device(policy, device)
     with ExitStack() as stack:
         slots = _make_slots(make_env, min(num_envs, episodes), stack)
         stack.enter_context(_prepared(policy, int(seed), where, deterministic))
@@ -193,12 +134,17 @@ def _run(
     device: torch.device,
 ) -> list[tuple[int, float, int, bool | None]]:
     finished = []
-    choose = _chooser(policy, slots[0].env, device)
+    choose = action_chooser(policy, slots[0].env, device)
     for number, slot in enumerate(slots):
         slot.start(number, seed)
     active, next_number = list(slots), len(slots)
     while active:
-        for slot, action in zip(tuple(active), choose(active), strict=True):
+        actions = choose(
+            [slot.observation for slot in active],
+            [slot.info for slot in active],
+            [(slot.number, slot.length) for slot in active],
+        )
+        for slot, action in zip(tuple(active), actions, strict=True):
             over = slot.step(action)
             if not over and (max_steps is None or slot.length < max_steps):
                 continue
@@ -211,50 +157,11 @@ def _run(
     return finished
 
 
-def _chooser(
-    policy: TensorDictModuleBase, env: gymnasium.Env[Any, Any], device: torch.device
-) -> Callable[[list[_Episode]], list[Any]]:
-    """The function from running episodes to their next actions."""
-    observation_space, action_space = env.observation_space, env.action_space
-    in_keys = list(policy.in_keys)
-    flat = reads_names_at_top_level(in_keys, observation_space)
-    observes_mask = isinstance(observation_space, spaces.Dict) and (
-        "action_mask" in observation_space.spaces
-    )
-    masked = "action_mask" in in_keys and not observes_mask
-
-    def choose(active: list[_Episode]) -> list[Any]:
-        batch = policy_input(
-            [slot.observation for slot in active],
-            observation_space,
-            flat=flat,
-            masks=[action_mask(slot.info, action_space) for slot in active] if masked else None,
-        )
-        action = policy(batch.to(device)).get("action", None)
-        if not isinstance(action, Tensor):
-            raise ValueError(f"policy wrote {action!r} under 'action'; it must write a tensor")
-        moments = [(slot.number, slot.length) for slot in active]
-        return environment_actions(action, action_space, moments)
-
-    return choose
-
-
-def _check_arguments(
+def check_arguments(
     policy: Any, make_env: Any, episodes: Any, num_envs: Any, seed: Any, max_steps: Any
 ) -> None:
-    # Duck-typed: torch.compile hides a TensorDict module's class but passes its keys on.
-    written = getattr(policy, "out_keys", None)
-    if not isinstance(policy, nn.Module) or written is None or not hasattr(policy, "in_keys"):
-        raise TypeError(
-            f"policy must be a TensorDict module (TensorDictModule, ProbabilisticActor, ...), "
-            f"found {type(policy).__name__}; wrap a plain network as TensorDictModule(network, "
-            f'in_keys=["observation"], out_keys=["action"])'
-        )
-    if "action" not in list(written):
-        raise ValueError(
-            f"policy must write 'action', but its out_keys are {list(written)}; name its output "
-            f"'action'"
-        )
+    """Raise what :func:`evaluate` raises for arguments of the wrong kind or out of range."""
+    check_policy(policy)
     if not callable(make_env):
         raise TypeError(
             f"make_env must be callable and return a new gymnasium.Env, found "
@@ -266,39 +173,6 @@ def _check_arguments(
     for name, (value, least) in limits.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, found {value!r}")
-
-
-def _reference_pair(reference_scores: Any) -> tuple[float, float] | None:
-    if reference_scores is None:
-        return None
-    pair = None
-    if isinstance(reference_scores, (tuple, list)):
-        pair = tuple(reference_scores)
-    else:
-        for names in REFERENCE_NAMES:
-            if all(hasattr(reference_scores, name) for name in names):
-                pair = tuple(getattr(reference_scores, name) for name in names)
-                break
-    if pair is None or len(pair) != 2:
-        raise ValueError(
-            f"reference_scores must be None, (random, expert) or an object with attributes "
-            f"{' or '.join(map(str, REFERENCE_NAMES))}, found {reference_scores!r}"
-        )
-    random, expert = float(pair[0]), float(pair[1])
-    if not (math.isfinite(random) and math.isfinite(expert) and expert > random):
-        raise ValueError(
-            f"reference_scores must be finite with expert > random, found random={random}, "
-            f"expert={expert}"
-        )
-    return random, expert
-
-
-def _policy_device(policy: nn.Module, device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    for tensor in (*policy.parameters(), *policy.buffers()):
-        return tensor.device
-    return torch.device("cpu")
 
 
 def _make_slots(
@@ -341,19 +215,3 @@ def _prepared(
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _standard_error(values: FloatArray) -> float:
-    if len(values) < 2:
-        return math.nan
-    return float(values.std(ddof=1) / math.sqrt(len(values)))
-
-
-def _bootstrap_interval(values: FloatArray, seed: int) -> tuple[float, float]:
-    generator = np.random.default_rng(seed)
-    means = [
-        values[generator.integers(len(values), size=len(values))].mean()
-        for _ in range(BOOTSTRAP_RESAMPLES)
-    ]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)

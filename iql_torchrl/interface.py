@@ -2,19 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from tensordict import TensorDict
-from torch import Tensor
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
 
-__all__ = ["action_mask", "environment_actions", "policy_input", "reads_names_at_top_level"]
+__all__ = [
+    "action_chooser",
+    "action_mask",
+    "check_policy",
+    "environment_actions",
+    "policy_device",
+    "policy_input",
+    "reads_names_at_top_level",
+]
+
+Moments = Sequence[tuple[int, int]]
+Chooser = Callable[[Sequence[Any], Sequence[Mapping[str, Any]], Moments], list[Any]]
 
 ACTION_TOLERANCE = 1e-6
+
+
+def check_policy(policy: Any) -> None:
+    """Raise ``TypeError`` for what is no TensorDict module, ``ValueError`` without ``action``."""
+    # Duck-typed: torch.compile hides a TensorDict module's class but passes its keys on.
+    written = getattr(policy, "out_keys", None)
+    if not isinstance(policy, nn.Module) or written is None or not hasattr(policy, "in_keys"):
+        raise TypeError(
+            f"policy must be a TensorDict module (TensorDictModule, ProbabilisticActor, ...), "
+            f"found {type(policy).__name__}; wrap a plain network as TensorDictModule(network, "
+            f'in_keys=["observation"], out_keys=["action"])'
+        )
+    if "action" not in list(written):
+        raise ValueError(
+            f"policy must write 'action', but its out_keys are {list(written)}; name its output "
+            f"'action'"
+        )
+
+
+def policy_device(policy: nn.Module, device: torch.device | str | None) -> torch.device:
+    """``device``, or where the policy's first parameter or buffer is."""
+    if device is not None:
+        return torch.device(device)
+    for tensor in (*policy.parameters(), *policy.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def action_chooser(
+    policy: TensorDictModuleBase, env: gymnasium.Env[Any, Any], device: torch.device
+) -> Chooser:
+    """``choose(observations, infos, moments) -> actions`` for environments like ``env``.
+
+    Raises ``ValueError`` as :func:`reads_names_at_top_level` and, when called, as
+    :func:`policy_input`, :func:`action_mask` and :func:`environment_actions` do.
+    """
+    observation_space, action_space = env.observation_space, env.action_space
+    in_keys = list(policy.in_keys)
+    flat = reads_names_at_top_level(in_keys, observation_space)
+    observes_mask = isinstance(observation_space, spaces.Dict) and (
+        "action_mask" in observation_space.spaces
+    )
+    masked = "action_mask" in in_keys and not observes_mask
+
+    def choose(
+        observations: Sequence[Any], infos: Sequence[Mapping[str, Any]], moments: Moments
+    ) -> list[Any]:
+        batch = policy_input(
+            observations,
+            observation_space,
+            flat=flat,
+            masks=[action_mask(info, action_space) for info in infos] if masked else None,
+        )
+        action = policy(batch.to(device)).get("action", None)
+        if not isinstance(action, Tensor):
+            raise ValueError(f"policy wrote {action!r} under 'action'; it must write a tensor")
+        return environment_actions(action, action_space, moments)
+
+    return choose
 
 
 def reads_names_at_top_level(in_keys: Sequence[Any], space: spaces.Space[Any]) -> bool:
@@ -121,9 +193,7 @@ def action_mask(info: Mapping[str, Any], space: spaces.Space[Any]) -> Tensor:
     return mask
 
 
-def environment_actions(
-    actions: Tensor, space: spaces.Space[Any], moments: Sequence[tuple[int, int]]
-) -> list[Any]:
+def environment_actions(actions: Tensor, space: spaces.Space[Any], moments: Moments) -> list[Any]:
     """The policy's actions ``(B, ...)``, checked, each as the environment takes it.
 
     ``moments`` are the ``(episode, step)`` of each row, for messages. For Discrete: Python
@@ -153,7 +223,7 @@ def environment_actions(
 def _refuse(
     wrong: NDArray[np.bool_],
     values: NDArray[Any],
-    moments: Sequence[tuple[int, int]],
+    moments: Moments,
     message: str,
 ) -> None:
     if wrong.any():
@@ -183,9 +253,7 @@ def _discrete_actions(values: NDArray[Any], space: spaces.Discrete) -> list[Any]
     return [int(index) + int(space.start) for index in indices]
 
 
-def _box_actions(
-    values: NDArray[Any], space: spaces.Box, moments: Sequence[tuple[int, int]]
-) -> list[Any]:
+def _box_actions(values: NDArray[Any], space: spaces.Box, moments: Moments) -> list[Any]:
     if values.shape[1:] != space.shape:
         raise ValueError(
             f"policy output 'action' must have shape {(len(moments), *space.shape)} for {space}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from types import SimpleNamespace
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from scipy.stats import binomtest
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torch.distributions import Categorical
 from torchrl.modules import (
     MaskedCategorical,
     NormalParamExtractor,
@@ -20,6 +23,7 @@ from torchrl.modules import (
 )
 
 from iql_torchrl.evaluation import Evaluation, evaluate
+from iql_torchrl.results import bootstrap_interval, wilson_interval
 
 
 class Seeded(gymnasium.Env):
@@ -137,6 +141,20 @@ def test_a_compiled_policy_is_accepted():
     policy = torch.compile(constant(HALF), backend="eager")
     result = evaluate(policy, Seeded, episodes=4, num_envs=2, seed=0)
     np.testing.assert_array_equal(result.returns, expected(0, 4)[1])
+
+
+def test_a_time_limit_ends_an_episode_and_counts_it():
+    class Endless(Seeded):
+        def step(self, action):
+            observation, reward, _, _, info = super().step(action)
+            return observation, reward, False, False, info
+
+    make = lambda: gymnasium.wrappers.TimeLimit(Endless(), max_episode_steps=6)  # noqa: E731
+    result = evaluate(constant(HALF), make, episodes=5, num_envs=2, seed=3)
+    assert result.lengths.tolist() == [6] * 5
+    assert result.returns.tolist() == [6 * 0.5 + 21.0] * 5
+    shorter = evaluate(constant(HALF), make, episodes=5, num_envs=2, seed=3, max_steps=4)
+    assert shorter.lengths.tolist() == [4] * 5
 
 
 def test_max_steps_cuts_an_episode_and_counts_it():
@@ -327,6 +345,25 @@ def test_sampling_is_reproducible_and_leaves_the_callers_generator_alone():
     np.testing.assert_allclose(greedy.returns, again.returns, rtol=1e-5)
 
 
+def test_sampled_discrete_actions_have_the_policys_frequencies():
+    def counts(deterministic, make):
+        opened = len(Seeded.opened)
+        logits = TensorDictModule(
+            lambda observation: torch.tensor([0.1, 0.7, 0.2]).log().expand(len(observation), 3),
+            in_keys=["observation"],
+            out_keys=["logits"],
+        )
+        actor = ProbabilisticActor(logits, in_keys=["logits"], distribution_class=Categorical)
+        evaluate(actor, make, episodes=350, num_envs=5, seed=0, deterministic=deterministic)
+        taken = [action for env in Seeded.opened[opened:] for action in env.actions]
+        assert len(taken) == 4 * 350  # lengths 1 to 7, 50 times each
+        return np.bincount(taken, minlength=3) / len(taken)
+
+    make = lambda: Seeded(spaces.Discrete(3))  # noqa: E731
+    np.testing.assert_allclose(counts(False, make), [0.1, 0.7, 0.2], atol=0.05)
+    assert counts(True, make).tolist() == [0.0, 1.0, 0.0]
+
+
 def test_runs_in_eval_mode_without_gradients_and_restores_each_submodule():
     modes = []
 
@@ -374,7 +411,11 @@ def test_summary_holds_the_textbook_numbers():
     assert summary["length_mean"] == 4.0
     assert summary["score_mean"] == pytest.approx(100 * (returns.mean() - 2) / 10)
     assert summary["score_standard_error"] == pytest.approx(10 * summary["return_standard_error"])
+    for end in ("low", "high"):  # a score is an affine map of a return
+        assert summary[f"score_{end}"] == pytest.approx(10 * (summary[f"return_{end}"] - 2))
     assert "success_rate" not in summary
+    assert "success_low" not in summary
+    assert "score_low" not in evaluate(constant(HALF), Seeded, episodes=2, seed=0).summary()
     assert summary == result.summary()
 
 
@@ -384,6 +425,29 @@ def test_bootstrap_interval_covers_about_the_normal_one():
     error = summary["return_standard_error"]
     assert summary["return_high"] - summary["return_mean"] == pytest.approx(1.96 * error, rel=0.1)
     assert summary["return_mean"] - summary["return_low"] == pytest.approx(1.96 * error, rel=0.1)
+
+
+@pytest.mark.parametrize("count", [1, 7, 300, 400_000])
+def test_bootstrap_is_that_of_a_plain_loop(count, monkeypatch):
+    monkeypatch.setattr("iql_torchrl.results.RESAMPLES", resamples := 2000 if count < 1000 else 7)
+    values = np.random.default_rng(1).normal(size=count)
+    generator = np.random.default_rng(5)
+    means = [values[generator.integers(count, size=count)].mean() for _ in range(resamples)]
+    np.testing.assert_allclose(
+        bootstrap_interval(values, seed=5), np.percentile(means, [2.5, 97.5]), rtol=1e-12
+    )
+
+
+def test_wilson_interval_of_known_rates():
+    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=5e-5)
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=5e-5)
+    assert wilson_interval(10, 10) == pytest.approx((0.7225, 1.0), abs=5e-5)
+    for trials in (1, 3, 50, 1000):
+        for successes in range(trials + 1):
+            wanted = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+            low, high = wilson_interval(successes, trials)
+            assert (low, high) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
+            assert 0 <= low <= successes / trials <= high <= 1
 
 
 def test_one_episode_has_no_standard_error():
@@ -401,7 +465,9 @@ def test_success_at_any_step_counts(key):
 
     result = evaluate(constant(HALF), Reaching, episodes=7, seed=0)
     assert result.successes.tolist() == [False, False, True, True, True, True, True]
-    assert result.summary()["success_rate"] == pytest.approx(5 / 7)
+    summary = result.summary()
+    assert summary["success_rate"] == pytest.approx(5 / 7)
+    assert (summary["success_low"], summary["success_high"]) == wilson_interval(5, 7)
     assert evaluate(constant(HALF), Seeded, episodes=2, seed=0).successes is None
 
 
@@ -414,6 +480,38 @@ def test_reference_scores_in_each_form(scores):
     result = evaluate(constant(HALF), Seeded, episodes=2, seed=0, reference_scores=scores)
     np.testing.assert_allclose(result.scores, 50.0 * (result.returns - 1.0))
     assert evaluate(constant(HALF), Seeded, episodes=1, seed=0).scores is None
+
+
+@pytest.mark.parametrize("scores", [None, (1.0, 3.0)])
+def test_an_evaluation_goes_through_a_checkpoint(scores):
+    class Lucky(Seeded):
+        def step(self, action):
+            *rest, info = super().step(action)
+            return *rest, {**info, "success": self.seed == 2}
+
+    make = Seeded if scores is None else Lucky
+    result = evaluate(constant(HALF), make, episodes=5, seed=0, reference_scores=scores)
+    file = io.BytesIO()
+    torch.save(result.state_dict(), file)
+    restored = Evaluation.from_state_dict(
+        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    )
+    for name in ("returns", "lengths", "successes", "scores"):
+        one, other = getattr(result, name), getattr(restored, name)
+        assert (one is None) == (other is None) == (scores is None and name[0] == "s")
+        np.testing.assert_array_equal(one, other)
+        assert one is None or one.dtype == other.dtype
+    assert restored.summary() == result.summary()
+    result.state_dict()["returns"].zero_()
+    assert result.returns.all(), "a copy"
+
+
+def test_a_foreign_state_is_refused():
+    state = Evaluation(np.zeros(3), np.ones(3, np.int64)).state_dict()
+    with pytest.raises(ValueError, match=r"keys \['lengths', 'returns'\], wanted .*'scores'"):
+        Evaluation.from_state_dict({key: state[key] for key in ("returns", "lengths")})
+    with pytest.raises(ValueError, match=r"'lengths': \(2,\).* one entry an episode"):
+        Evaluation.from_state_dict({**state, "lengths": state["lengths"][:2]})
 
 
 @pytest.mark.parametrize("scores", [(3.0, 1.0), (1.0, 1.0), (0.0, math.nan), (1.0,), object()])

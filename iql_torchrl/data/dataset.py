@@ -85,18 +85,23 @@ class OfflineDataset:
             )
         return normalised_score(returns, self.reference_scores)
 
-    def make_env(self) -> gym.Env[Any, Any]:
-        """A fresh environment, from ``env=`` or the one the dataset records.
+    @property
+    def make_env(self) -> Callable[[], gym.Env[Any, Any]]:
+        """The function that makes a fresh environment, from ``env=`` or the dataset's record.
 
-        Where ``load_dataset(concatenate=...)`` joined leaves, its observations are joined alike.
+        It holds none of the data, so it can be sent to another process. Where
+        ``load_dataset(concatenate=...)`` joined leaves, its observations are joined alike.
 
-        Raises ``DatasetError`` saying what to install, or that none is recorded.
+        Calling it raises ``DatasetError`` saying what to install, or that none is recorded.
         """
-        if self.env is None:
-            raise DatasetError(
-                f"{self.name}: the data records no environment; pass env= to load_dataset."
-            )
-        return self.env()
+        if self.env is not None:
+            return self.env
+        message = f"{self.name}: the data records no environment; pass env= to load_dataset."
+
+        def missing() -> gym.Env[Any, Any]:
+            raise DatasetError(message)
+
+        return missing
 
     def replay_buffer(
         self,
