@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from iql_torchrl.records import whole_file, write_csv
 __all__ = ["RunFolder", "new_folder", "saved_arguments"]
 
 SECONDS_BETWEEN_PICTURES = 60.0
+TABLE_SHARE = 0.01  # of the time, at most, goes into writing the table
 ARGUMENTS = "arguments.json"
 
 
@@ -66,6 +68,7 @@ class RunFolder:
         self.rotation = CheckpointRotation(self.path / "checkpoints", keep_last=keep_last)
         self.best = self.path / f"best{SUFFIX}"
         self._drawn = time.monotonic()
+        self._write_again = -math.inf
 
     def prepare(self, config: Mapping[str, Any] | None) -> None:
         """Make the folder, drop what a killed process left half written, note the settings."""
@@ -78,8 +81,16 @@ class RunFolder:
     def newest(self) -> Path:
         return newest(self.rotation.directory)
 
-    def write(self, rows: Sequence[Mapping[str, float]]) -> None:
-        write_csv(self.path / "metrics.csv", rows)
+    def write(self, rows: Sequence[Mapping[str, float]], *, now: bool = False) -> None:
+        """The table, at each event while it is short; a long one, whole each time, more rarely.
+
+        What it may lack after a crash is in no checkpoint either, or comes back from one.
+        """
+        began = time.monotonic()
+        if now or began >= self._write_again:
+            write_csv(self.path / "metrics.csv", rows)
+            ended = time.monotonic()
+            self._write_again = ended + (ended - began) / TABLE_SHARE
 
     def draw(
         self,
@@ -92,6 +103,7 @@ class RunFolder:
         if rows and (now or time.monotonic() - self._drawn > SECONDS_BETWEEN_PICTURES):
             draw(self.path / "curves.png", rows, title=self.path.name, reference=reference)
             self._drawn = time.monotonic()
+        self._write_again = -math.inf
 
     def set_aside(self, saved: Path, update: int) -> None:
         """Keep the checkpoint of ``update`` until its evaluation, under way elsewhere, is known."""

@@ -440,7 +440,7 @@ class OfflineTrainer(Trainer):
 
     def _write(self, now: bool = False) -> None:
         if self.folder is not None:
-            self.folder.write(self.progress.rows)
+            self.folder.write(self.progress.rows, now=now)
             mean = None if self.dataset is None else float(self.dataset.episode_returns.mean())
             self.folder.draw(
                 self.progress.rows,
