@@ -6,8 +6,8 @@ episode ``e`` always starts from ``env.reset(seed=seed + e)``, whichever environ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,8 @@ import gymnasium
 import numpy as np
 import torch
 from tensordict.nn import TensorDictModuleBase
-from torch import nn
-from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from iql_torchrl.acting import as_in_evaluation
 from iql_torchrl.interface import action_chooser, check_policy, policy_device
 from iql_torchrl.results import Evaluation, reference_pair
 
@@ -109,7 +108,9 @@ def evaluate(
     where = policy_device(policy, device)
     with ExitStack() as stack:
         slots = _make_slots(make_env, min(num_envs, episodes), stack)
-        stack.enter_context(_prepared(policy, int(seed), where, deterministic))
+        stack.enter_context(
+            as_in_evaluation(policy, where, deterministic=deterministic, seed=int(seed))
+        )
         finished = _run(policy, slots, episodes, int(seed), max_steps, where)
     finished.sort(key=lambda row: row[0])
     returns = np.array([row[1] for row in finished], dtype=np.float64)
@@ -193,25 +194,3 @@ def _make_slots(
         stack.callback(env.close)
         slots.append(_Episode(env))
     return slots
-
-
-@contextmanager
-def _prepared(
-    policy: nn.Module, seed: int, device: torch.device, deterministic: bool
-) -> Iterator[None]:
-    """Evaluation mode, no gradients, exploration type and private random numbers."""
-    modes = [(module, module.training) for module in policy.modules()]
-    kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
-    cuda = [device] if device.type == "cuda" else []
-    try:
-        policy.eval()
-        with torch.random.fork_rng(devices=cuda), torch.no_grad(), set_exploration_type(kind):
-            # torch.manual_seed would also reseed devices that are not forked here.
-            torch.default_generator.manual_seed(seed)
-            for each in cuda:
-                with torch.cuda.device(each):
-                    torch.cuda.manual_seed(seed)
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -133,6 +133,7 @@ class OfflineTrainer(Trainer):
         replay_buffer, total_updates = filled_in(replay_buffer, total_updates, agent, dataset)
         self.agent, self.dataset = agent, dataset
         self.target_net_updater = part_of(self.step, "target_updater")
+        self.samples_itself = hasattr(self.step, "updates")
         self.updates_per_call = int(getattr(self.step, "updates", 1))
         self.folder = None
         if folder is not None:
@@ -284,11 +285,11 @@ class OfflineTrainer(Trainer):
             intervals.append(self.eval_interval)
         until = min(self.total_updates, *(_after(self.updates, every) for every in intervals))
         began, first = time.perf_counter(), self.updates
-        sampled = self._sample() if self.updates_per_call == 1 or self._looks_at_batches() else None
+        sampled = None if self.samples_itself and not self._looked_at() else self._sample()
         self._pre_steps_log_hook(sampled)
         self._pre_optim_hook()
         self._pre_epoch_log_hook(sampled)
-        if self.updates_per_call > 1:
+        if self.samples_itself:
             self._run_calls(until)
         elif any(getattr(self, name) for name in (*EVERY_BATCH, *AFTER_UPDATE)):
             self._run_with_hooks(sampled, until)
@@ -337,7 +338,7 @@ class OfflineTrainer(Trainer):
         batch: TensorDictBase = self.replay_buffer.sample()
         return batch
 
-    def _looks_at_batches(self) -> bool:
+    def _looked_at(self) -> bool:
         looking = ("_pre_steps_log_ops", "_post_steps_log_ops", "_pre_epoch_log_ops")
         return any(getattr(self, name) for name in looking)
 
