@@ -3,11 +3,12 @@
 from iql_torchrl import functional, networks, policies
 from iql_torchrl.agent import Agent, make_agent
 from iql_torchrl.background import BackgroundEvaluation
+from iql_torchrl.compilation import compiled
 from iql_torchrl.config import PRESETS, IQLConfig
 from iql_torchrl.data import DatasetError, OfflineDataset, load_dataset
 from iql_torchrl.evaluation import Evaluation, evaluate
 from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
-from iql_torchrl.step import IQLStep, compiled
+from iql_torchrl.step import IQLStep
 from iql_torchrl.trainer import OfflineTrainer
 from iql_torchrl.video import record_video
 

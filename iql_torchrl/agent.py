@@ -21,12 +21,13 @@ from torchrl.objectives import SoftUpdate
 from iql_torchrl import policies
 from iql_torchrl.acting import act
 from iql_torchrl.checkpoint import CheckpointError, component_names, newest, read_components
+from iql_torchrl.compilation import compiled
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.export import export_policy
 from iql_torchrl.networks import Critic, DiscreteCritic, OneHot, Standardise, StateValue
 from iql_torchrl.objectives import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
-from iql_torchrl.step import IQLStep, compiled
+from iql_torchrl.step import IQLStep
 from iql_torchrl.task import Task
 
 __all__ = ["Agent", "make_agent"]

@@ -1,8 +1,7 @@
-"""One gradient update of IQL: the plain step, and wrappers that take a step and return a step."""
+"""One gradient update of IQL."""
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ with warnings.catch_warnings():  # TorchRL warns about its own classes when thes
     warnings.simplefilter("ignore", DeprecationWarning)
     from torchrl.trainers import OptimizationStepper, Trainer
 
-__all__ = ["IQLStep", "compiled"]
+__all__ = ["IQLStep", "Terms"]
 
 NETWORKS = ("actor_network", "qvalue_network", "value_network")
 Terms = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -175,20 +174,6 @@ class IQLStep(OptimizationStepper):
             for parameters in self._trainable:
                 nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         self.optimizer.step()
-
-
-def compiled(step: IQLStep, **torch_compile_kwargs: Any) -> IQLStep:
-    """The same update with its losses under ``torch.compile``; shares every part with ``step``.
-
-    Keyword arguments go to ``torch.compile`` (``fullgraph=True`` unless you say otherwise). The
-    first call compiles, for tens of seconds; batches of another shape compile again.
-    """
-    options = {"fullgraph": True} | torch_compile_kwargs
-    fast = copy.copy(step)
-    for name in ("_target_qvalue", "_value_term", "_all_terms"):
-        setattr(fast, name, torch.compile(getattr(step, name), **options))
-    fast._policy_terms = torch.compile(fast._terms_given_value, **options)
-    return fast
 
 
 def _trainable(loss: ImplicitQLoss, network: str) -> list[nn.Parameter]:

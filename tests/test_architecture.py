@@ -42,6 +42,7 @@ LAYERS = {
     "export": 5,
     "run_folder": 4,
     "step": 4,
+    "compilation": 5,
     "population": 5,
     "progress": 5,
     "resume": 5,

@@ -213,7 +213,7 @@ def test_bad_parts_are_refused():
     with pytest.raises(TypeError, match="group_optimizers"):
         IQLStep(loss, [adam], updater)
     with pytest.raises(TypeError, match="SoftUpdate"):
-        IQLStep(loss, adam, None)
+        IQLStep(loss, adam, 0.005)
     with pytest.raises(ValueError, match="another loss"):
         IQLStep(loss, adam, SoftUpdate(other, tau=0.1))
     with pytest.raises(ValueError, match=r"lacks 6 .* 'value_network_params"):

@@ -1,0 +1,254 @@
+"""``compiled``: the whole update as one graph under ``torch.compile``, where that can be."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torch.optim import Adam, AdamW, Optimizer
+from torchrl._utils import logger as torchrl_logger
+from torchrl.envs.utils import set_exploration_type
+from torchrl.modules import set_recurrent_mode
+from torchrl.objectives import SoftUpdate
+
+from iql_torchrl.reading import Batch
+from iql_torchrl.step import IQLStep, Terms
+
+__all__ = ["compiled"]
+
+Gradients = Sequence["Tensor | None"]
+
+
+def compiled(step: IQLStep, **torch_compile_kwargs: Any) -> IQLStep:
+    """The same update under ``torch.compile``; shares every part with ``step``.
+
+    With ``Adam`` or ``AdamW`` (without ``amsgrad``, ``maximize``, ``differentiable``) losses,
+    gradients, clipping, optimizer and ``SoftUpdate`` are one graph; the optimizer's own state is
+    read and written, and its learning rates are tensors, so schedules do not compile again. With
+    any other optimizer the graphs end at the gradients, and ``optimizer.step()`` runs as it is; a
+    note says so. ``HardUpdate`` and schedulers run outside in any case. On a torch that cannot
+    trace gradients (before 2.11) only the losses are compiled.
+
+    Keyword arguments go to ``torch.compile``: ``fullgraph=True`` unless you say otherwise, and on
+    a CPU Inductor's C++ wrapper unless ``mode`` or ``options`` is given. The first call compiles,
+    for tens of seconds; batches of another shape compile again.
+    """
+    options = {"fullgraph": True} | torch_compile_kwargs
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        torchrl_logger.warning("this torch cannot compile gradients: only the losses are compiled.")
+        return _with_compiled_losses(step, options)
+    on_cpu = all(p.device.type == "cpu" for p in step.loss.parameters())
+    if on_cpu and not {"mode", "options", "backend"} & set(options):
+        options["options"] = {"cpp_wrapper": True}
+    return _CompiledStep(step, options)
+
+
+def _with_compiled_losses(step: IQLStep, options: dict[str, Any]) -> IQLStep:
+    fast = copy.copy(step)
+    for name in ("_target_qvalue", "_value_term", "_all_terms"):
+        setattr(fast, name, torch.compile(getattr(step, name), **options))
+    fast._policy_terms = torch.compile(fast._terms_given_value, **options)
+    return fast
+
+
+class _CompiledStep(IQLStep):
+    """The update as graphs over the parts of another step."""
+
+    def __init__(self, step: IQLStep, options: dict[str, Any]) -> None:
+        self.__dict__.update(step.__dict__)
+        groups = self.optimizer.param_groups
+        self._parameters = [p for group in groups for p in group["params"] if p.requires_grad]
+        self._group_of = [i for i, g in enumerate(groups) for p in g["params"] if p.requires_grad]
+        place = {id(p): i for i, p in enumerate(self._parameters)}
+        self._networks = [[place[id(p)] for p in network] for network in self._trainable]
+        self._adam = _written_out(self.optimizer)
+        if not self._adam:
+            torchrl_logger.warning(
+                f"{type(self.optimizer).__name__} is not compiled: the graphs end at the gradients."
+            )
+        self._moves_targets = isinstance(self.target_updater, SoftUpdate)
+        self._pairs = _pairs(self.target_updater) if self._moves_targets else []
+        self._rates: list[tuple[float, Tensor]] = []
+        self._whole = torch.compile(self._update, **options)
+        self._value_part = torch.compile(self._value_gradients, **options)
+        self._policy_part = torch.compile(self._policy_gradients, **options)
+        self._all_parts = torch.compile(self._all_gradients, **options)
+
+    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
+        loss = self.loss
+        with (
+            set_exploration_type(loss.deterministic_sampling_mode),
+            set_recurrent_mode(True),
+            torch._dynamo.config.patch(trace_autograd_ops=True),
+        ):
+            read = loss.read(batch)
+            if self._adam:
+                losses, metadata = self._whole(read, *self._slots())
+            else:
+                losses, metadata = self._in_parts(read)
+            metrics = loss.outputs(batch, read, losses, metadata).detach()
+        if self.target_updater is not None and not (self._adam and self._moves_targets):
+            self.target_updater.step()
+        for scheduler in self.lr_schedulers:
+            scheduler.step()
+        return metrics
+
+    # Graphs. The terms' values are detached: nothing may carry a gradient out of a graph.
+
+    def _update(
+        self,
+        batch: Batch,
+        averages: list[Tensor],
+        squares: list[Tensor],
+        steps: list[Tensor],
+        rates: list[Tensor],
+    ) -> Terms:
+        slots = (averages, squares, steps, rates)
+        if self.order == "sequential":
+            value, about_value, target_qvalue, gradients = self._value_gradients(batch)
+            self._descend_written_out(gradients, *slots)
+            losses, metadata, gradients = self._policy_gradients(batch, target_qvalue)
+            losses, metadata = {**losses, "loss_value": value}, about_value | metadata
+        else:
+            losses, metadata, gradients = self._all_gradients(batch)
+        self._descend_written_out(gradients, *slots)
+        if self._moves_targets:
+            self._move_targets()
+        return losses, metadata
+
+    def _value_gradients(self, batch: Batch) -> tuple[Tensor, Any, Tensor, list[Tensor | None]]:
+        target_qvalue = self.loss.target_qvalue(batch)
+        loss, metadata = self.loss.value_term(batch, target_qvalue)
+        return loss.detach(), _detached(metadata), target_qvalue, self._gradients(loss)
+
+    def _policy_gradients(self, batch: Batch, target_qvalue: Tensor) -> Any:
+        losses, metadata = self._terms_given_value(batch, target_qvalue)
+        gradients = self._gradients(losses["loss_actor"] + losses["loss_qvalue"])
+        return _detached(losses), _detached(metadata), gradients
+
+    def _all_gradients(self, batch: Batch) -> Any:
+        losses, metadata = self.loss.terms(batch)
+        total = losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"]
+        return _detached(losses), _detached(metadata), self._gradients(total)
+
+    def _gradients(self, loss: Tensor) -> list[Tensor | None]:
+        """Of every parameter the optimizer holds; None where the loss does not reach it."""
+        if not loss.requires_grad:
+            return [None] * len(self._parameters)
+        found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        gradients: list[Tensor | None] = list(found)
+        if self.max_grad_norm is not None:
+            for network in self._networks:
+                reached = {i: g for i in network if (g := gradients[i]) is not None}
+                if reached:
+                    squares = [gradient.square().sum() for gradient in reached.values()]
+                    norm = torch.stack(squares).sum().sqrt()
+                    scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+                    for i, gradient in reached.items():
+                        gradients[i] = gradient * scale
+        return gradients
+
+    def _descend_written_out(
+        self,
+        gradients: Gradients,
+        averages: list[Tensor],
+        squares: list[Tensor],
+        steps: list[Tensor],
+        rates: list[Tensor],
+    ) -> None:
+        """Adam or AdamW (Loshchilov & Hutter 2019), as torch's, on what the loss reaches."""
+        decoupled = isinstance(self.optimizer, AdamW)
+        with torch.no_grad():
+            for i, gradient in enumerate(gradients):
+                if gradient is None:
+                    continue
+                group = self.optimizer.param_groups[self._group_of[i]]
+                (beta1, beta2), decay = group["betas"], group["weight_decay"]
+                parameter, rate = self._parameters[i].data, rates[self._group_of[i]]
+                if decay and decoupled:
+                    parameter.mul_(1 - rate * decay)
+                elif decay:
+                    gradient = gradient + decay * parameter
+                steps[i].add_(1)
+                averages[i].lerp_(gradient, 1 - beta1)
+                squares[i].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+                size = rate / (1 - beta1 ** steps[i])
+                root = (1 - beta2 ** steps[i]).sqrt()
+                parameter.sub_(size * averages[i] / (squares[i].sqrt() / root + group["eps"]))
+
+    def _move_targets(self) -> None:
+        """``SoftUpdate``'s step."""
+        share = 1 - self.target_updater.eps if self.target_updater is not None else 0.0
+        with torch.no_grad():
+            for live, target in self._pairs:
+                target.data.lerp_(live.data, share)
+
+    # The host's side.
+
+    def _in_parts(self, batch: Batch) -> Terms:
+        if self.order == "simultaneous":
+            losses, metadata, gradients = self._all_parts(batch)
+        else:
+            value, about_value, target_qvalue, gradients = self._value_part(batch)
+            self._step_optimizer(gradients)
+            losses, metadata, gradients = self._policy_part(batch, target_qvalue)
+            losses, metadata = {**losses, "loss_value": value}, about_value | metadata
+        self._step_optimizer(gradients)
+        return losses, metadata
+
+    def _step_optimizer(self, gradients: Gradients) -> None:
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _slots(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """The optimizer's state, made as the optimizer would, and its rates as tensors."""
+        states = [self.optimizer.state[p] for p in self._parameters]
+        for parameter, state in zip(self._parameters, states, strict=True):
+            if not state:
+                on_device = bool(self.optimizer.defaults.get("fused"))
+                where = parameter.device if on_device else torch.device("cpu")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=where)
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+        groups = self.optimizer.param_groups
+        if len(self._rates) != len(groups):
+            self._rates = [(float("nan"), torch.zeros(()))] * len(groups)
+        for i, group in enumerate(groups):
+            rate = group["lr"]
+            if isinstance(rate, Tensor):
+                self._rates[i] = (float("nan"), rate)
+            elif rate != self._rates[i][0]:
+                device = self._parameters[0].device
+                self._rates[i] = (rate, torch.full((), rate, device=device))
+        return (
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"] for state in states],
+            [rate for _, rate in self._rates],
+        )
+
+
+def _written_out(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's update is the one written out above."""
+    unusual = ("amsgrad", "maximize", "differentiable")
+    plain = type(optimizer) in (Adam, AdamW)
+    return plain and not any(g.get(name) for g in optimizer.param_groups for name in unusual)
+
+
+def _pairs(updater: SoftUpdate) -> list[tuple[Tensor, Tensor]]:
+    """Live and target tensors that the updater would bring together."""
+    names = list(updater._sources.keys(True, True))
+    return [
+        (updater._sources[name], updater._targets[(f"target_{name[0]}", *name[1:])])
+        for name in names
+    ]
+
+
+def _detached(terms: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.detach() if isinstance(v, Tensor) else v for k, v in terms.items()}
