@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import sys
 import time
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from torchrl.record.loggers import get_logger
@@ -26,10 +28,12 @@ from iql_torchrl import (
     make_agent,
 )
 from iql_torchrl.arguments import add_settings, settings
+from iql_torchrl.checkpoint import CheckpointError
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.report import compare
 from iql_torchrl.run_folder import new_folder, saved_arguments
 
+EXPECTED = (ImportError, ValueError, OSError, RuntimeError, AssertionError)
 EVALUATION_SEED = 10_000  # episodes start alike for every method and every training seed
 
 
@@ -39,16 +43,16 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         source = ensure_dataset(options.dataset) if options.dataset in BUILTIN else options.dataset
         dataset = load_dataset(source, env=options.env, reward=config.reward)
-        dataset.make_env().close()
-        make_agent(config, dataset)  # what cannot be built is said before a folder is made
+        # what cannot be built or played is said before a folder is made
+        policy = make_agent(config, dataset).policy
+        evaluate(policy, dataset.make_env, episodes=1, seed=0, max_steps=1)
         if options.resume is None:
             name = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{options.dataset}-seed{config.seed}").strip(
                 "-"
             )
             folder = new_folder(options.output, options.name or name, arguments)
-    except (ImportError, ValueError, OSError, RuntimeError, AssertionError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+    except EXPECTED as error:
+        return fail(error)
     print(
         f"{options.dataset}: {len(dataset):,} transitions, {len(dataset.episode_returns)} episodes, "
         f"mean return {dataset.episode_returns.mean():.1f}. Writing to {folder}/"
@@ -59,7 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
         for method, chosen in methods.items():
             results[method] = train(method, chosen, dataset, options, folder)
     except KeyboardInterrupt:
+        print(f"Stopped. Go on with: {resume_command(folder)}", file=sys.stderr)
         return 130
+    except CheckpointError as error:
+        return fail(error)
     print_table(dataset, results)
     picture, log = folder / "learning_curve.png", dataset.episode_returns.mean()
     runs = {method: run_folder(folder, method) for method in methods}
@@ -93,7 +100,7 @@ def train(
         logger=options.logger and get_logger(options.logger, str(folder), run.name),
         folder=run,
         seed=config.seed,
-        resume_command=f"python {sys.argv[0]} --resume {folder}",
+        resume_command=resume_command(folder),
     )
     if list(run.glob("checkpoints/*")):
         trainer.resume()
@@ -101,6 +108,15 @@ def train(
     trainer.train()
     agent.export(run / "policy.pt2")
     return play(episodes=options.final_episodes)
+
+
+def resume_command(folder: Path) -> str:
+    return shlex.join([sys.executable, sys.argv[0], "--resume", str(folder)])
+
+
+def fail(error: BaseException) -> int:
+    print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+    return 2
 
 
 def run_folder(folder: Path, method: str) -> Path:
@@ -119,8 +135,9 @@ def print_table(dataset: OfflineDataset, results: dict[str, Evaluation]) -> None
     head = f"{'mean return':>12} {'std. error':>11} {'episodes':>9}" + scored * "  score 0..100"
     print(f"\n{'':18} {head}")
     for name, mean, error, episodes in rows:
+        error = f"{error:.1f}" if episodes > 1 else "-"
         score = f"  {float(dataset.normalised_score(mean)):12.1f}" if scored else ""
-        print(f"{name:18} {mean:12.1f} {error:11.1f} {episodes:9d}{score}")
+        print(f"{name:18} {mean:12.1f} {error:>11} {episodes:9d}{score}")
     print()
 
 
@@ -140,13 +157,17 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, IQLConfig, Path | N
     add("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped")
     add_settings(parser)
     options = parser.parse_args(arguments)
+    if options.logger not in (None, "csv") and find_spec(options.logger) is None:
+        parser.error(f"--logger {options.logger}: not installed; pip install {options.logger}")
     if options.resume is None:
         return options, settings(options), None
     try:
         again = [*saved_arguments(options.resume), "--resume", str(options.resume)]
     except ValueError as error:
         parser.error(str(error))
-    if len(arguments) > 2:
+    only = argparse.ArgumentParser(add_help=False)
+    only.add_argument("--resume")
+    if only.parse_known_args(arguments)[1]:
         parser.error("--resume goes on with the settings of the run, and takes no others.")
     options = parser.parse_args(again)
     return options, settings(options), options.resume

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import shutil
@@ -17,6 +18,7 @@ __all__ = [
     "SUFFIX",
     "CheckpointError",
     "StateAdapter",
+    "checkpoint_path",
     "component_names",
     "new_checkpoint",
     "newest",
@@ -52,9 +54,29 @@ class StateAdapter(CheckpointAdapter):
     format_version = 1
     filename = "state.pt"
 
+    def __init__(self) -> None:
+        self._read_back = False
+
     def save(self, component: Any, path: Path, *, args: Any, kwargs: Any) -> Any:
         path.mkdir(parents=True, exist_ok=True)
-        torch.save(component.state_dict(), path / self.filename)
+        content = io.BytesIO()  # written by Python, which says so when a disk is full
+        torch.save(component.state_dict(), content)
+        if not self._read_back:
+            self._check_readable(content, component)
+        (path / self.filename).write_bytes(content.getbuffer())
+
+    def _check_readable(self, content: io.BytesIO, component: Any) -> None:
+        """Once per run: what could never be loaded is refused when it is first saved."""
+        content.seek(0)
+        try:
+            torch.load(content, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"the state of {type(component).__name__} holds something other than plain data, "
+                "so it could not be loaded again: return only numbers, strings, tensors and lists "
+                f"or dicts of them from its state_dict. ({_first_line(error)})"
+            ) from error
+        self._read_back = True
 
     def load(
         self,
@@ -135,15 +157,22 @@ def component_names(path: str | Path) -> set[str]:
     return set(_records(Path(path)))
 
 
+def checkpoint_path(folder: Path, update: int) -> Path:
+    """The name that TorchRL's ``CheckpointRotation`` gives the archive of ``update``."""
+    return folder / f"{PREFIX}{update:012d}{SUFFIX}"
+
+
 def newest(folder: str | Path) -> Path:
     """The file of the latest update in a run's ``checkpoints`` folder, by its name.
 
     Raises ``CheckpointError`` when there is none.
     """
     folder = Path(folder)
+    if not folder.exists():
+        raise CheckpointError(f"{folder}: there is no such folder of checkpoints.")
     found = sorted(folder.glob(f"{PREFIX}*{SUFFIX}")) if folder.is_dir() else []
     if not found:
-        raise CheckpointError(f"{folder}: holds no {PREFIX}*{SUFFIX} file to resume from.")
+        raise CheckpointError(f"{folder}: holds no {PREFIX}*{SUFFIX} file.")
     return found[-1]
 
 
@@ -196,7 +225,8 @@ def _check_record(path: Path, name: str, records: Mapping[str, Any]) -> None:
 
 def _damaged(path: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
-        f"{path}: truncated or damaged ({_first_line(error)}); use an older checkpoint beside it."
+        f"{path}: truncated or damaged ({_first_line(error)}). If an older checkpoint is beside "
+        "it, delete this one to go on from there."
     )
 
 

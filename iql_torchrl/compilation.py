@@ -88,6 +88,8 @@ class _CompiledStep(IQLStep):
             read = loss.read(batch)
             if self._adam:
                 losses, metadata = self._whole(read, *self._slots())
+                # schedulers ask whether the optimizer came before them
+                setattr(self.optimizer, "_opt_called", True)  # noqa: B010
             else:
                 losses, metadata = self._in_parts(read)
             metrics = loss.outputs(batch, read, losses, metadata).detach()

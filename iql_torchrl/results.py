@@ -55,8 +55,8 @@ class Evaluation:
         Standard errors are the sample deviation (``ddof=1``) over ``sqrt(episodes)``: NaN for
         one episode. ``_low`` and ``_high`` bound the mean return, the mean score and the success
         rate with 95 % confidence: percentile bootstrap over episodes, resampled from ``seed``,
-        and Wilson's interval for the rate. The spread is that of episodes under one trained
-        policy; it says nothing about other training seeds.
+        and Wilson's interval for the rate; the first two are NaN for one episode. The spread is
+        that of episodes under one trained policy; it says nothing about other training seeds.
         """
         low, high = bootstrap_interval(self.returns, seed=seed)
         result = {
@@ -142,8 +142,10 @@ def standard_error(values: FloatArray) -> float:
 def bootstrap_interval(values: FloatArray, *, seed: int) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean of ``values`` ``(n,)``.
 
-    From 2000 resamples of n values each, drawn with replacement from ``seed``.
+    From 2000 resamples of n values each, drawn with replacement from ``seed``; NaN for n = 1.
     """
+    if len(values) < 2:
+        return float("nan"), float("nan")
     generator, count = np.random.default_rng(seed), len(values)
     rows = max(1, DRAWS_AT_ONCE // count)
     means = [

@@ -15,12 +15,13 @@ from torchrl.data import ImmutableDatasetWriter, ReplayBuffer
 from iql_torchrl.checkpoint import CheckpointError
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.data.fingerprint import fingerprint
+from iql_torchrl.step import part_of
 
 __all__ = ["DataState", "restore", "stateful_parts"]
 
 REWARD = "next.reward"
-# these say how a run is carried out, not what it computes
-FREE_SETTINGS = frozenset({"updates", "compile", "device"})
+# these say how a run is carried out, not what it computes; a falling rate depends on `updates` too
+FREE_SETTINGS = frozenset({"compile", "device"})
 
 
 def stateful_parts(trainer: Any) -> dict[str, Any]:
@@ -36,6 +37,7 @@ def stateful_parts(trainer: Any) -> dict[str, Any]:
         "replay_buffer": ReplayState(trainer.replay_buffer),
         "data": trainer.data_state,
         "agent": None if trainer.agent is None else Description(trainer.agent),
+        "settings": Settings(trainer),
         "trainer_state": ProgressState(trainer),
         "random": GlobalRNGState(),
     }
@@ -55,6 +57,7 @@ def restore(trainer: Any, states: Mapping[str, Any]) -> None:
     if "agent" in parts and "agent" in states:
         parts["agent"].load_state_dict(states["agent"])
     parts["data"].load_state_dict(states["data"])
+    parts["settings"].load_state_dict(states["settings"])
     parts["replay_buffer"].check(states["replay_buffer"])
     if isinstance(trainer.loss_module, nn.Module):
         _ = trainer.loss_module.value_estimator  # made when first needed; a part of the state
@@ -63,7 +66,7 @@ def restore(trainer: Any, states: Mapping[str, Any]) -> None:
         where = "registered here" if name in parts else "in the checkpoint"
         torchrl_logger.warning(f"{name} is only {where}; it is left as it is.")
     for name, part in parts.items():
-        if name in states and name not in ("agent", "data", "random"):
+        if name in states and name not in ("agent", "data", "settings", "random"):
             part.load_state_dict(states[name])
     parts["random"].load_state_dict(states["random"])  # last: loading may draw numbers
 
@@ -167,7 +170,10 @@ class ReplayState:
                 "sampler": buffer.sampler.state_dict(),
                 "generator": None if generator is None else generator.get_state(),
             }
-        return {"whole": buffer.state_dict()} if hasattr(buffer, "state_dict") else {}
+        if not hasattr(buffer, "state_dict"):
+            return {}
+        # batches drawn ahead are no plain data; they are drawn anew
+        return {"whole": {k: v for k, v in buffer.state_dict().items() if k != "_prefetch_state"}}
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raises ``CheckpointError`` when ``state`` is of another kind of buffer."""
@@ -204,18 +210,64 @@ class Description:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Raises ``CheckpointError`` naming the settings in which the two runs differ."""
-        mine, theirs = self._agent.description()["config"], saved["config"]
-        differing = {
-            name: (theirs.get(name), mine.get(name))
-            for name in sorted({*mine, *theirs} - FREE_SETTINGS)
-            if _plain(theirs.get(name)) != _plain(mine.get(name))
+        mine, theirs = dict(self._agent.description()["config"]), dict(saved["config"])
+        free = FREE_SETTINGS | ({"updates"} if mine.get("schedule") == "constant" else set())
+        for name in free:
+            mine.pop(name, None)
+            theirs.pop(name, None)
+        _compare(mine, theirs)
+
+
+class Settings:
+    """Numbers by which a run is known when its parts were made by hand."""
+
+    LOSS = (
+        "expectile",
+        "temperature",
+        "max_weight",
+        "value_objective",
+        "loss_function",
+        "reduction",
+    )
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+
+    def state_dict(self) -> dict[str, Any]:
+        trainer, step = self._trainer, part_of(self._trainer.step, "order")
+        loss = trainer.loss_module
+        found = {name: _simple(getattr(loss, name, None)) for name in self.LOSS}
+        return found | {
+            "loss": type(loss).__name__,
+            "optimizer": type(trainer.optimizer).__name__,
+            "order": step,
+            "max_grad_norm": part_of(trainer.step, "max_grad_norm"),
+            "batch_size": getattr(trainer.replay_buffer, "batch_size", None),
         }
-        if differing:
-            words = "; ".join(f"{n} was {a!r} and is {b!r}" for n, (a, b) in differing.items())
-            raise CheckpointError(
-                f"the checkpoint is of a run with other settings: {words}. Resume with the saved "
-                "settings, or start a new run."
-            )
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Raises ``CheckpointError`` naming the settings in which the two runs differ."""
+        _compare(self.state_dict(), saved)
+
+
+def _compare(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    differing = {
+        name: (saved.get(name), mine.get(name))
+        for name in sorted({*mine, *saved})
+        if _plain(saved.get(name)) != _plain(mine.get(name))
+    }
+    if differing:
+        words = "; ".join(f"{n} was {a!r} and is {b!r}" for n, (a, b) in differing.items())
+        raise CheckpointError(
+            f"the checkpoint is of a run with other settings: {words}. Resume with the saved "
+            "settings, or start a new run."
+        )
+
+
+def _simple(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    return value if isinstance(value, (int, float, str)) or value is None else repr(type(value))
 
 
 def check_shapes(module: nn.Module, saved: Mapping[str, Any]) -> None:

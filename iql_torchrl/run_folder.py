@@ -7,13 +7,19 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torchrl.checkpoint import CheckpointRotation
 
-from iql_torchrl.checkpoint import SUFFIX, newest, remove_leftovers, replace_by_link
+from iql_torchrl.checkpoint import (
+    SUFFIX,
+    checkpoint_path,
+    newest,
+    remove_leftovers,
+    replace_by_link,
+)
 from iql_torchrl.pictures import draw
 from iql_torchrl.records import whole_file, write_csv
 
@@ -70,6 +76,15 @@ class RunFolder:
         self._drawn = time.monotonic()
         self._write_again = -math.inf
 
+    def refuse_if_taken(self) -> None:
+        """Raises ``ValueError`` when another run has left checkpoints here."""
+        taken = list(self.rotation.directory.glob(f"*{SUFFIX}"))
+        if taken or self.best.exists():
+            raise ValueError(
+                f"{self.path} already holds a run ({len(taken)} checkpoints): call resume() to go "
+                "on with it, choose another folder, or delete this one."
+            )
+
     def prepare(self, config: Mapping[str, Any] | None) -> None:
         """Make the folder, drop what a killed process left half written, note the settings."""
         self.rotation.directory.mkdir(parents=True, exist_ok=True)
@@ -80,6 +95,13 @@ class RunFolder:
 
     def newest(self) -> Path:
         return newest(self.rotation.directory)
+
+    def holds(self, path: Path) -> bool:
+        """Whether ``path`` is a file of this run."""
+        return self.path.resolve() in path.resolve().parents
+
+    def checkpoint_of(self, update: int) -> Path:
+        return checkpoint_path(self.rotation.directory, update)
 
     def write(self, rows: Sequence[Mapping[str, float]], *, now: bool = False) -> None:
         """The table, at each event while it is short; a long one, whole each time, more rarely.
@@ -103,7 +125,6 @@ class RunFolder:
         if rows and (now or time.monotonic() - self._drawn > SECONDS_BETWEEN_PICTURES):
             draw(self.path / "curves.png", rows, title=self.path.name, reference=reference)
             self._drawn = time.monotonic()
-        self._write_again = -math.inf
 
     def set_aside(self, saved: Path, update: int) -> None:
         """Keep the checkpoint of ``update`` until its evaluation, under way elsewhere, is known."""
@@ -118,6 +139,13 @@ class RunFolder:
 
     def promote(self, saved: Path) -> None:
         replace_by_link(saved, self.best)
+
+    def forget_asides(self, pending: Collection[int]) -> None:
+        """Drop checkpoints set aside for evaluations that are not under way any more."""
+        kept = {self._aside(update) for update in pending}
+        for path in self.rotation.directory.glob(f".aside-*{SUFFIX}"):
+            if path not in kept:
+                path.unlink()
 
     def _aside(self, update: int) -> Path:
         return self.rotation.directory / f".aside-{update:012d}{SUFFIX}"

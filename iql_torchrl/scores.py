@@ -51,6 +51,11 @@ class Scores:
         if pending and isinstance(self.evaluation, BackgroundEvaluation):
             self.evaluation.resubmit(pending)
 
+    def owed(self, update: int) -> bool:
+        """Whether the policy of ``update`` has been neither evaluated nor submitted."""
+        done = any(r["update"] == update and self.monitor in r for r in self._progress.rows)
+        return self.evaluation is not None and not done and update not in self.pending
+
     def evaluate(self, update: int) -> None:
         """Evaluate the policy as it is; at most one evaluation is under way in the background."""
         if isinstance(self.evaluation, BackgroundEvaluation):
@@ -91,7 +96,7 @@ class Scores:
         return None
 
     def _enter(self, update: int, evaluation: Evaluation | Mapping[str, float]) -> bool:
-        values = evaluation.summary() if isinstance(evaluation, Evaluation) else dict(evaluation)
+        values = _numbers(evaluation)
         if self.monitor not in values:
             raise ValueError(
                 f"monitor is {self.monitor!r}, which the evaluation does not give; it gives "
@@ -102,3 +107,26 @@ class Scores:
         for name, value in values.items():
             self._log(update, name, value)
         return self._progress.improves(update, values[self.monitor])
+
+
+def _numbers(evaluation: Any) -> dict[str, float]:
+    if isinstance(evaluation, Evaluation):
+        return evaluation.summary()
+    if not isinstance(evaluation, Mapping):
+        raise TypeError(
+            f"the evaluation returned {evaluation!r}; wanted an Evaluation, or a dict of numbers such "
+            "as {'return_mean': 1.0}."
+        )
+    values = {}
+    for name, value in evaluation.items():
+        try:
+            values[str(name)] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"the evaluation gives {value!r} for {name!r}; wanted one number."
+            ) from error
+    if "update" in values:
+        raise ValueError(
+            "the evaluation gives 'update', which is the row's own; name it otherwise."
+        )
+    return values

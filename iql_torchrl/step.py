@@ -22,7 +22,7 @@ with warnings.catch_warnings():  # TorchRL warns about its own classes when thes
     warnings.simplefilter("ignore", DeprecationWarning)
     from torchrl.trainers import OptimizationStepper, Trainer
 
-__all__ = ["IQLStep", "Terms"]
+__all__ = ["IQLStep", "Terms", "part_of"]
 
 NETWORKS = ("actor_network", "qvalue_network", "value_network")
 Terms = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -174,6 +174,12 @@ class IQLStep(OptimizationStepper):
             for parameters in self._trainable:
                 nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         self.optimizer.step()
+
+
+def part_of(step: Any, name: str) -> Any:
+    """What a step consists of; a captured one holds the plain one as ``step.step``."""
+    found = getattr(step, name, None)
+    return found if found is not None else getattr(getattr(step, "step", None), name, None)
 
 
 def _trainable(loss: ImplicitQLoss, network: str) -> list[nn.Parameter]:

@@ -28,12 +28,12 @@ from iql_torchrl.progress import Interruption, Progress
 from iql_torchrl.resume import DataState, restore, stateful_parts
 from iql_torchrl.run_folder import RunFolder
 from iql_torchrl.scores import Evaluate, Scores
+from iql_torchrl.step import part_of
 from iql_torchrl.trainer_parts import (
-    check_buffer,
     check_intervals,
+    check_parts,
     filled_in,
     one_step,
-    part_of,
     share,
 )
 
@@ -150,15 +150,17 @@ class OfflineTrainer(Trainer):
         self._last_log: dict[str, Any] = {}
         self._last_save = -1
         per_call = self.updates_per_call
-        self.eval_interval = eval_interval or share(total_updates, 10, per_call)
-        self.event_interval = log_interval or share(total_updates, 100, per_call)
+        tenth, hundredth = (share(total_updates, parts, per_call) for parts in (10, 100))
+        self.eval_interval = tenth if eval_interval is None else eval_interval
+        self.event_interval = hundredth if log_interval is None else log_interval
         in_calls = {
             "total_updates": total_updates,
             "eval_interval": self.eval_interval if evaluation is not None else per_call,
             "log_interval": self.event_interval,
         }
         check_intervals(in_calls | {"save_trainer_interval": save_trainer_interval}, per_call)
-        check_buffer(replay_buffer)
+        check_parts(replay_buffer, evaluation, logger)
+        self._in_folder = False
         super().__init__(
             collector=None,
             total_frames=total_updates,
@@ -247,13 +249,17 @@ class OfflineTrainer(Trainer):
         ``KeyboardInterrupt`` or ``SystemExit(143)``.
         """
         self._stop_training, self._stop_reason = False, None
-        if self.folder is not None:
-            self.folder.prepare(self._settings())
+        if self.updates > self.total_updates:
+            raise ValueError(
+                f"total_updates is {self.total_updates} and the run has made {self.updates}; give "
+                "a larger total to train further."
+            )
+        self._enter_folder()
         with Interruption() as self._interruption, self._progress_bar() as self._pbar:
             try:
                 self._setup_hook()
-                if self.updates == 0 and self.evaluate_first:
-                    self.scores.evaluate(0)
+                if self._evaluation_due() and self.scores.owed(self.updates):
+                    self.scores.evaluate(self.updates)
                     self.save_trainer(force_save=self.scores.wants_checkpoint)
                 while self.updates < self.total_updates and not self._stop_training:
                     self._stretch()
@@ -265,6 +271,20 @@ class OfflineTrainer(Trainer):
             finally:
                 self._shutdown_hook()
         self._interruption.finish()
+
+    def _enter_folder(self) -> None:
+        if self.folder is None:
+            return
+        if not self._in_folder:
+            self.folder.refuse_if_taken()
+        self.folder.prepare(self._settings())
+        self.folder.forget_asides(self.scores.pending)
+        self._in_folder = True
+
+    def _evaluation_due(self) -> bool:
+        if self.updates == 0:
+            return self.evaluate_first
+        return self.updates % self.eval_interval == 0 or self.updates == self.total_updates
 
     def shutdown(self) -> None:
         """There is no collector to close."""
@@ -355,7 +375,7 @@ class OfflineTrainer(Trainer):
         self._post_optim_complete_log_hook(self.updates, averages)
         try:
             self.scores.collect()
-            if self.updates % self.eval_interval == 0 or self.updates == self.total_updates:
+            if self._evaluation_due():
                 self.scores.evaluate(self.updates)
             self._post_steps_hook()
             self._post_steps_log_hook(sampled)
@@ -391,7 +411,7 @@ class OfflineTrainer(Trainer):
         self._last_save = self.updates
         self._save_trainer()
         if self.folder is not None:
-            self.scores.saved(self.folder.newest())
+            self.scores.saved(self.folder.checkpoint_of(self.updates))
 
     def _checkpoint_manifest_metadata(self) -> dict[str, Any]:
         metadata: dict[str, Any] = super()._checkpoint_manifest_metadata()
@@ -420,6 +440,7 @@ class OfflineTrainer(Trainer):
         damaged or from another version, or of another dataset, reward map, settings or shapes.
         """
         self.load_state_dict(read_components(Path(file)))
+        self._in_folder = self.folder is not None and self.folder.holds(Path(file))
         return self
 
     def resume(self) -> OfflineTrainer:

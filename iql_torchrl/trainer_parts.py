@@ -8,15 +8,10 @@ from typing import Any
 
 from iql_torchrl.agent import Agent
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.step import IQLStep
+from iql_torchrl.objectives import ImplicitQLoss
+from iql_torchrl.step import IQLStep, part_of
 
-__all__ = ["check_buffer", "check_intervals", "filled_in", "one_step", "part_of", "share"]
-
-
-def part_of(step: Any, name: str) -> Any:
-    """What a step consists of; a captured one holds the plain one as ``step.step``."""
-    found = getattr(step, name, None)
-    return found if found is not None else getattr(getattr(step, "step", None), name, None)
+__all__ = ["check_intervals", "check_parts", "filled_in", "one_step", "share"]
 
 
 def one_step(
@@ -24,6 +19,11 @@ def one_step(
 ) -> Any:
     if step is None and agent is not None:
         step = agent.step
+    if isinstance(step, ImplicitQLoss):
+        raise ValueError(
+            "step is a loss, which updates nothing; give it as loss_module= with optimizer= and "
+            "target_net_updater=, or build IQLStep(loss, optimizer, target_updater)."
+        )
     given = {"loss_module": loss, "optimizer": optimizer, "target_net_updater": target_net_updater}
     if step is None:
         if loss is None or optimizer is None:
@@ -79,8 +79,18 @@ def check_intervals(intervals: Mapping[str, Any], per_call: int) -> None:
             )
 
 
-def check_buffer(replay_buffer: Any) -> None:
-    """Raises ``ValueError`` for what cannot be sampled."""
+def check_parts(replay_buffer: Any, evaluation: Any, logger: Any) -> None:
+    """Raises ``ValueError`` for what cannot be sampled, called or logged to."""
+    if evaluation is not None and not (callable(evaluation) or hasattr(evaluation, "submit")):
+        raise ValueError(
+            f"evaluation is {evaluation!r}; wanted a function without arguments, such as "
+            "partial(evaluate, policy, make_env, episodes=20, seed=0), or a BackgroundEvaluation."
+        )
+    if logger is not None and not hasattr(logger, "log_scalar"):
+        raise ValueError(
+            f"logger is {logger!r}; wanted one of TorchRL's loggers, such as "
+            "torchrl.record.loggers.get_logger('csv', folder, name)."
+        )
     if not callable(getattr(replay_buffer, "sample", None)):
         raise ValueError(
             f"replay_buffer is {type(replay_buffer).__name__}, which has no sample(); pass "

@@ -82,7 +82,7 @@ def test_no_file_no_part(file, tmp_path):
         read_components(tmp_path / "elsewhere.torchrl")
     with pytest.raises(CheckpointError, match=r"has no part 'b'; it holds \['a'\]"):
         read_components(file, ["b"])
-    with pytest.raises(CheckpointError, match="to resume from"):
+    with pytest.raises(CheckpointError, match="there is no such folder"):
         newest(tmp_path / "checkpoints")
 
 
@@ -277,6 +277,14 @@ def test_another_reward_map_or_other_settings_are_refused_by_name(tmp_path):
     refuses(other, saved, r"expectile was 0\.7 and is 0\.9; temperature was 3\.0 and is 1\.0")
     resumed = of_agent(tmp_path / "d", compile=False)
     assert resumed.load_from_file(saved).updates == 4
+
+
+def test_other_settings_of_hand_made_parts_are_refused_by_name(saved):
+    trainer = make_trainer()
+    trainer.loss_module.expectile = 0.9
+    refuses(trainer, saved, r"expectile was 0\.7.* and is 0\.9")
+    other = make_trainer(buffer=replay_buffer(table(), 16, seed=0))
+    refuses(other, saved, "batch_size was 8 and is 16")
 
 
 def test_random_generators_come_back(saved):

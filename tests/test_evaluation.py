@@ -427,7 +427,7 @@ def test_bootstrap_interval_covers_about_the_normal_one():
     assert summary["return_mean"] - summary["return_low"] == pytest.approx(1.96 * error, rel=0.1)
 
 
-@pytest.mark.parametrize("count", [1, 7, 300, 400_000])
+@pytest.mark.parametrize("count", [2, 7, 300, 400_000])
 def test_bootstrap_is_that_of_a_plain_loop(count, monkeypatch):
     monkeypatch.setattr("iql_torchrl.results.RESAMPLES", resamples := 2000 if count < 1000 else 7)
     values = np.random.default_rng(1).normal(size=count)
@@ -453,7 +453,8 @@ def test_wilson_interval_of_known_rates():
 def test_one_episode_has_no_standard_error():
     summary = evaluate(constant(HALF), Seeded, episodes=1, seed=0).summary()
     assert math.isnan(summary["return_standard_error"])
-    assert summary["return_low"] == summary["return_high"] == summary["return_mean"]
+    assert math.isnan(summary["return_low"])
+    assert math.isnan(summary["return_high"])
 
 
 @pytest.mark.parametrize("key", ["success", "is_success"])

@@ -129,7 +129,7 @@ def test_a_missing_package_is_one_sentence(monkeypatch, capsys, name, module):
     assert example(name).main([]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert 'pip install "iql_torchrl[datasets,examples]"' in said
+    assert 'pip install "iql_torchrl[datasets]"' in said
 
 
 # ---- the maze ------------------------------------------------------------------------------

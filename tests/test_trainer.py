@@ -6,6 +6,7 @@ import csv
 import math
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from conftest import make_batch
 from tensordict import TensorDict
 from test_torchrl_trainers import Numbers, make_step, make_trainer
 from torch import optim
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.objectives import SoftUpdate
 
-from iql_torchrl import IQLStep, OfflineTrainer
+from iql_torchrl import IQLStep, OfflineTrainer, run_folder
 from iql_torchrl.checkpoint import CheckpointError, newest
 from iql_torchrl.data import DeviceSampler, replay_buffer
 
@@ -169,7 +171,7 @@ def test_interruption_finishes_the_update_saves_and_says_how_to_go_on(
         return metrics
 
     interrupted.loss, interrupted.optimizer = step.loss, step.optimizer
-    interrupted.target_updater = step.target_updater
+    interrupted.target_updater, interrupted.order = step.target_updater, step.order
     interrupted.state_dict, interrupted.load_state_dict = step.state_dict, step.load_state_dict
     before = signal.getsignal(number)
     trainer = trainer_of(interrupted, 20, log_interval=5, folder=tmp_path / "run")
@@ -329,9 +331,130 @@ def test_wrong_parts_are_refused(tmp_path):
         trainer_of(step, 3, folder=tmp_path, save_trainer_file=tmp_path / "x")
     with pytest.raises(ValueError, match="there is none; use load_from_file"):
         trainer_of(step, 3).resume()
-    with pytest.raises(CheckpointError, match="no checkpoint-"):
+    with pytest.raises(CheckpointError, match="there is no such folder of checkpoints"):
         trainer_of(step, 3, folder=tmp_path).resume()
     trainer = trainer_of(step, 3, evaluation=lambda: {"score": 1.0})
     with pytest.raises(ValueError, match="monitor is 'return_mean', which the evaluation does not"):
         trainer.train()
     assert isinstance(step, IQLStep)
+
+
+def test_a_folder_that_holds_another_run_is_refused(tmp_path):
+    trainer_of(make_step(), 10, folder=tmp_path).train()
+    other = trainer_of(make_step(), 5, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"already holds a run \(\d checkpoints\): call resume"):
+        other.train()
+    elsewhere = trainer_of(make_step(), 20, folder=tmp_path)
+    elsewhere.resume().train()
+    assert elsewhere.updates == 20
+    elsewhere.total_frames = 25
+    elsewhere.train()  # its own folder by now
+    with pytest.raises(ValueError, match="total_updates is 10 and the run has made 25"):
+        trainer_of(make_step(), 10, folder=tmp_path).resume().train()
+
+
+@pytest.mark.parametrize("number", [np.float64(3), np.int64(3), np.float32(3), torch.tensor([3.0])])
+def test_any_kind_of_number_from_an_evaluation_survives_a_checkpoint(tmp_path, number):
+    step = make_step()
+    trainer_of(step, 4, evaluation=lambda: {"return_mean": number}, folder=tmp_path).train()
+    again = trainer_of(make_step(), 4, folder=tmp_path).resume()
+    assert again.progress.best == 3.0
+    assert {row["return_mean"] for row in again.progress.rows if "return_mean" in row} == {3.0}
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (3.0, "returned 3.0; wanted an Evaluation, or a dict"),
+        (None, "returned None"),
+        ({"return_mean": None}, "gives None for 'return_mean'; wanted one number"),
+        ({"return_mean": "good"}, "gives 'good' for 'return_mean'"),
+        ({"return_mean": 1.0, "update": 7}, "gives 'update', which is the row's own"),
+    ],
+)
+def test_an_evaluation_that_returns_something_else_is_told_so(found, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        trainer_of(make_step(), 4, evaluation=lambda: found).train()
+
+
+def test_an_evaluation_that_failed_is_made_up_after_a_resume(tmp_path):
+    played = []
+
+    def evaluation(fails=()):
+        def play():
+            played.append(trainer.updates)
+            if trainer.updates in fails:
+                raise OSError("gone")
+            return {"return_mean": float(trainer.updates)}
+
+        return play
+
+    settings = {"eval_interval": 10, "folder": tmp_path}
+    trainer = trainer_of(make_step(), 20, evaluation=evaluation(fails=[20]), **settings)
+    with pytest.raises(OSError, match="gone"):
+        trainer.train()
+    trainer = trainer_of(make_step(), 20, evaluation=evaluation(), **settings)
+    trainer.resume().train()
+    assert played == [0, 10, 20, 20]
+    assert trainer.progress.best_update == 20
+    best = trainer_of(make_step(), 20).load_from_file(tmp_path / "best.torchrl")
+    assert best.updates == 20
+
+
+def test_a_long_table_is_written_more_rarely(tmp_path, monkeypatch):
+    written = []
+
+    def slow(path, rows):
+        written.append(len(rows))
+        time.sleep(0.05)
+
+    monkeypatch.setattr(run_folder, "write_csv", slow)
+    trainer_of(make_step(), 60, log_interval=2, folder=tmp_path).train()
+    assert len(written) < 10
+    assert written[-1] == 30, "the last is written in any case"
+
+
+def test_checkpoints_set_aside_for_evaluations_that_never_came_are_dropped(tmp_path):
+    trainer_of(make_step(), 10, folder=tmp_path).train()
+    forgotten = tmp_path / "checkpoints" / ".aside-000000000005.torchrl"
+    forgotten.write_bytes(b"")
+    trainer_of(make_step(), 12, folder=tmp_path).resume().train()
+    assert not forgotten.exists()
+
+
+def test_parts_of_the_wrong_kind_are_refused_before_training():
+    step = make_step()
+    with pytest.raises(ValueError, match="step is a loss, which updates nothing"):
+        trainer_of(step.loss, 3)
+    with pytest.raises(ValueError, match="evaluation is 5; wanted a function"):
+        trainer_of(step, 3, evaluation=5)
+    with pytest.raises(ValueError, match="logger is 'csv'; wanted one of TorchRL's"):
+        trainer_of(step, 3, logger="csv")
+    with pytest.raises(ValueError, match="log_interval is 0"):
+        trainer_of(step, 3, log_interval=0)
+
+
+def test_a_part_that_could_not_be_read_again_is_refused_when_first_saved(tmp_path):
+    class Odd:
+        def state_dict(self):
+            return {"object": np.float64(1.0)}
+
+        def load_state_dict(self, state):
+            raise AssertionError("never read")
+
+    trainer = trainer_of(make_step(), 4, folder=tmp_path)
+    trainer.register_module("odd", Odd())
+    with pytest.raises(CheckpointError, match="Odd holds something other than plain data"):
+        trainer.train()
+
+
+def test_a_buffer_that_draws_ahead_can_be_saved(tmp_path):
+    def make():
+        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100), batch_size=16, prefetch=2)
+        buffer.extend(table())
+        return trainer_of(make_step(), 6, replay_buffer=buffer, folder=tmp_path)
+
+    make().train()
+    again = make().resume()
+    assert again.updates == 6
+    assert len(again.replay_buffer) == 100
