@@ -145,13 +145,13 @@ class _CompiledStep(IQLStep):
         gradients: list[Tensor | None] = list(found)
         if self.max_grad_norm is not None:
             for network in self._networks:
-                reached = {i: g for i in network if (g := gradients[i]) is not None}
-                if reached:
-                    squares = [gradient.square().sum() for gradient in reached.values()]
+                squares = [g.square().sum() for g in _reached(gradients, network)]
+                if squares:
                     norm = torch.stack(squares).sum().sqrt()
                     scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-                    for i, gradient in reached.items():
-                        gradients[i] = gradient * scale
+                    for i in network:
+                        gradient = gradients[i]
+                        gradients[i] = None if gradient is None else gradient * scale
         return gradients
 
     def _descend_written_out(
@@ -178,8 +178,9 @@ class _CompiledStep(IQLStep):
                 steps[i].add_(1)
                 averages[i].lerp_(gradient, 1 - beta1)
                 squares[i].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                size = rate / (1 - beta1 ** steps[i])
-                root = (1 - beta2 ** steps[i]).sqrt()
+                count = steps[i].to(rate.dtype)
+                size = rate / (1 - beta1**count)
+                root = (1 - beta2**count).sqrt()
                 parameter.sub_(size * averages[i] / (squares[i].sqrt() / root + group["eps"]))
 
     def _move_targets(self) -> None:
@@ -226,14 +227,22 @@ class _CompiledStep(IQLStep):
             if isinstance(rate, Tensor):
                 self._rates[i] = (float("nan"), rate)
             elif rate != self._rates[i][0]:
+                # double, as the numbers of Python that torch's optimizers reckon with
                 device = self._parameters[0].device
-                self._rates[i] = (rate, torch.full((), rate, device=device))
+                dtype = torch.float32 if device.type == "mps" else torch.float64
+                self._rates[i] = (rate, torch.full((), rate, dtype=dtype, device=device))
         return (
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["step"] for state in states],
             [rate for _, rate in self._rates],
         )
+
+
+def _reached(gradients: Gradients, places: Sequence[int]) -> list[Tensor]:
+    """Those of ``places`` that a loss reaches."""
+    found = [gradients[i] for i in places]
+    return [gradient for gradient in found if gradient is not None]
 
 
 def _written_out(optimizer: Optimizer) -> bool:

@@ -11,7 +11,7 @@ from torch import optim
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl.objectives import HardUpdate, SoftUpdate, group_optimizers
 
-from iql_torchrl import IQLLoss, IQLStep, compiled
+from iql_torchrl import IQLLoss, IQLStep
 
 
 def make_loss(**options) -> IQLLoss:
@@ -248,20 +248,3 @@ def test_what_cannot_step_is_refused_when_built():
         IQLStep(loss, adam, updater, lr_scheduler=optim.lr_scheduler.ReduceLROnPlateau(adam))
     with pytest.raises(TypeError, match="train nothing"):
         copy.deepcopy(IQLStep(loss, adam, updater))
-
-
-@pytest.mark.parametrize("order", ["sequential", "simultaneous"])
-def test_compiled_gives_the_same_parameters(order):
-    torch._dynamo.reset()
-    loss = make_loss()
-    other = copy.deepcopy(loss)
-    plain = IQLStep(loss, optim.Adam(loss.parameters()), SoftUpdate(loss, tau=0.1), order=order)
-    fast = compiled(
-        IQLStep(other, optim.Adam(other.parameters()), SoftUpdate(other, tau=0.1), order=order)
-    )
-    for i in range(10):
-        torch.manual_seed(i)
-        batch = make_batch()
-        plain(batch.clone())
-        fast(batch.clone())
-    assert_same(snapshot(loss), snapshot(other), rtol=1e-5, atol=1e-6)
