@@ -248,7 +248,7 @@ def test_a_device_that_is_not_here_becomes_the_cpu(tmp_path):
 def test_what_cannot_be_loaded_is_said(tmp_path):
     agent, path = trained(tmp_path)
     weights, description = agent.state_dict(), agent.description()
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="there is no such folder"):
         Agent.load(tmp_path)
     with pytest.raises(CheckpointError, match="no such file"):
         Agent.load(tmp_path / "other.torchrl")
