@@ -58,7 +58,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    ["one graph", "hard target", pytest.param("other optimizer", marks=pytest.mark.slow)],
+)
 def test_the_plain_steps_bits_but_for_rounding(case):
     make_optimizer, make_updater, schedule, options = CASES[case]
     plain, fast = pair(torch.float64, make_optimizer, make_updater, schedule, **options)
