@@ -196,7 +196,7 @@ class OfflineTrainer(Trainer):
 
     @property
     def updates(self) -> int:
-        """Updates made so far, over all the sessions of a run."""
+        """Updates made so far, however often the run was stopped."""
         return self.progress.updates
 
     @property
