@@ -30,7 +30,6 @@ import torch
 from iql_torchrl import IQLConfig, OfflineTrainer, load_dataset, make_agent
 from iql_torchrl.checkpoint import CheckpointError, newest
 
-UPDATES = 600
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -50,17 +49,16 @@ def dataset():
     return load_dataset(columns, env=lambda: gym.make("Pendulum-v1"), progress=False)
 
 
-def train(folder: Path) -> None:
+def train(folder: Path, updates: int) -> None:
     """Start or resume the run in ``folder``, train it to the end, leave a digest of its state."""
     torch.manual_seed(7)  # dropout draws from the global generator
-    config = IQLConfig(updates=UPDATES, hidden=(16, 16), batch_size=32, dropout=0.1)
+    config = IQLConfig(updates=updates, hidden=(16, 16), batch_size=32, dropout=0.1)
     data = dataset()
     agent = make_agent(config, data)
     trainer = OfflineTrainer(
         agent=agent,
         dataset=data,
         replay_buffer=data.replay_buffer(config.batch_size, seed=0),
-        total_updates=UPDATES,
         evaluation=lambda: {"score": float(next(agent.actor.parameters()).detach().sum())},
         monitor="score",
         eval_interval=20,
@@ -86,13 +84,13 @@ def tensors(state: object) -> list[torch.Tensor]:
     return [t for part in parts for t in tensors(part)] if isinstance(state, (dict, list)) else []
 
 
-def start(folder: Path) -> int:
+def start(folder: Path, updates: int) -> int:
     """A process that trains in ``folder``; a fork, so that it starts at once."""
     process = os.fork()
     if process:
         return process
     try:
-        train(folder)
+        train(folder, updates)
     except BaseException:
         import traceback
 
@@ -101,15 +99,15 @@ def start(folder: Path) -> int:
     os._exit(0)
 
 
-def finish(folder: Path) -> str:
-    _, status = os.waitpid(start(folder), 0)
+def finish(folder: Path, updates: int) -> str:
+    _, status = os.waitpid(start(folder, updates), 0)
     if status:
         raise RuntimeError(f"training in {folder} failed with status {status}")
     return (folder / "digest.txt").read_text()
 
 
-def trial(folder: Path, delay: float) -> dict[str, object]:
-    process = start(folder)
+def trial(folder: Path, updates: int, delay: float) -> dict[str, object]:
+    process = start(folder, updates)
     time.sleep(delay)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
@@ -123,13 +121,14 @@ def trial(folder: Path, delay: float) -> dict[str, object]:
         "finished_before": (folder / "digest.txt").exists(),
         "newest_checkpoint": saved,
         "half_written_files": leftovers,
-        "digest": finish(folder),
+        "digest": finish(folder, updates),
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--updates", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS / "resume.json")
     options = parser.parse_args()
@@ -137,14 +136,14 @@ def main() -> int:
     draw = random.Random(options.seed)
     resource_tracker.ensure_running()  # one for all forks, so that killed ones do not complain
     with tempfile.TemporaryDirectory() as root:
-        finish(Path(root) / "warm-up")
+        finish(Path(root) / "warm-up", options.updates)
         began = time.time()
-        reference = finish(Path(root) / "left-alone")
+        reference = finish(Path(root) / "left-alone", options.updates)
         last = newest(Path(root) / "left-alone" / "checkpoints")
         duration = last.stat().st_mtime - began  # what follows is the picture
         trials = []
         for number in range(options.kills):
-            row = trial(Path(root) / str(number), draw.uniform(0, duration))
+            row = trial(Path(root) / str(number), options.updates, draw.uniform(0, duration))
             row["equal"] = row.pop("digest") == reference
             trials.append(row)
             print(
@@ -160,7 +159,7 @@ def main() -> int:
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
-        "updates": UPDATES,
+        "updates": options.updates,
         "seconds_to_last_checkpoint": duration,
         "trials": trials,
     }
