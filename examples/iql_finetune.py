@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, evaluate, load_datas
 from iql_torchrl.agent import Agent
 from iql_torchrl.config import field_help
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
+from iql_torchrl.records import whole_file
 
 EVALUATION_SEED = 10_000  # episodes start alike at every point of every run
 EARLY = 0.2  # the part of the online phase in which a collapse would show
@@ -194,21 +194,15 @@ def draw(path: Path, title: str, dataset: OfflineDataset, history: list[Row]) ->
         axes.fill_between(updates, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlabel="gradient updates", ylabel="mean return per episode", title=title)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:
-    with path.open("w", newline="") as file:
+    with whole_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Whole or not at all: ``write`` gets a temporary name, which then takes ``path``'s place."""
-    temporary = path.with_name(f".{path.name}")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, IQLConfig]:
@@ -257,12 +251,13 @@ def main(arguments: list[str] | None = None) -> int:
         dataset = load_dataset(source, reward=config.reward, limit=options.limit)
         options.output.mkdir(parents=True, exist_ok=True)
         about = json.dumps(vars(options) | asdict(config), indent=2, default=str) + "\n"
-        replace_file(options.output / "config.json", lambda path: path.write_text(about))
+        with whole_file(options.output / "config.json") as temporary:
+            temporary.write_text(about)
         history: list[Row] = []
         for seed in options.seeds:
             for row in run(dataset, replace(config, seed=seed), options):
                 history.append(row)
-                replace_file(options.output / "metrics.csv", lambda path: write_csv(path, history))
+                write_csv(options.output / "metrics.csv", history)
     except (ImportError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -30,21 +30,25 @@ def compiled(step: IQLStep, **torch_compile_kwargs: Any) -> IQLStep:
     gradients, clipping, optimizer and ``SoftUpdate`` are one graph; the optimizer's own state is
     read and written, and its learning rates are tensors, so schedules do not compile again. With
     any other optimizer the graphs end at the gradients, and ``optimizer.step()`` runs as it is; a
-    note says so. ``HardUpdate`` and schedulers run outside in any case. On a torch that cannot
-    trace gradients (before 2.11) only the losses are compiled.
+    note says so. ``HardUpdate`` and schedulers run outside in any case. On a torch without
+    ``torch._dynamo.config.trace_autograd_ops`` only the losses are compiled.
 
     Keyword arguments go to ``torch.compile``: ``fullgraph=True`` unless you say otherwise, and on
     a CPU Inductor's C++ wrapper unless ``mode`` or ``options`` is given. The first call compiles,
     for tens of seconds; batches of another shape compile again.
     """
     options = {"fullgraph": True} | torch_compile_kwargs
-    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+    if not _traces_gradients():
         torchrl_logger.warning("this torch cannot compile gradients: only the losses are compiled.")
         return _with_compiled_losses(step, options)
     on_cpu = all(p.device.type == "cpu" for p in step.loss.parameters())
     if on_cpu and not {"mode", "options", "backend"} & set(options):
         options["options"] = {"cpp_wrapper": True}
     return _CompiledStep(step, options)
+
+
+def _traces_gradients() -> bool:
+    return hasattr(torch._dynamo.config, "trace_autograd_ops")
 
 
 def _with_compiled_losses(step: IQLStep, options: dict[str, Any]) -> IQLStep:

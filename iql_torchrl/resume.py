@@ -19,7 +19,6 @@ from iql_torchrl.step import part_of
 
 __all__ = ["DataState", "restore", "stateful_parts"]
 
-REWARD = "next.reward"
 # these say how a run is carried out, not what it computes; a falling rate depends on `updates` too
 FREE_SETTINGS = frozenset({"compile", "device"})
 
@@ -101,7 +100,10 @@ class ProgressState:
 
 
 class DataState:
-    """Identity of the log that a run learns from: digests, reward map, name; none if it grows."""
+    """Identity of the log: digests, reward map, name.
+
+    Digests of ``dataset``, or of a TorchRL buffer that is fixed; of other buffers there are none.
+    """
 
     def __init__(self, replay_buffer: Any, dataset: OfflineDataset | None) -> None:
         self._dataset = dataset
@@ -114,8 +116,7 @@ class DataState:
         if _is_fixed(self._replay_buffer):
             table: TensorDictBase = self._replay_buffer.storage.get(slice(None))
             return table
-        whole = getattr(self._replay_buffer, "transitions", None)
-        return whole() if callable(whole) else None
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         if self._state is None:
@@ -234,13 +235,12 @@ class Settings:
         self._trainer = trainer
 
     def state_dict(self) -> dict[str, Any]:
-        trainer, step = self._trainer, part_of(self._trainer.step, "order")
-        loss = trainer.loss_module
+        trainer, loss = self._trainer, self._trainer.loss_module
         found = {name: _simple(getattr(loss, name, None)) for name in self.LOSS}
         return found | {
             "loss": type(loss).__name__,
             "optimizer": type(trainer.optimizer).__name__,
-            "order": step,
+            "order": part_of(trainer.step, "order"),
             "max_grad_norm": part_of(trainer.step, "max_grad_norm"),
             "batch_size": getattr(trainer.replay_buffer, "batch_size", None),
         }

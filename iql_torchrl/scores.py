@@ -35,7 +35,6 @@ class Scores:
         log: Callable[[int, str, float], None],
     ) -> None:
         self.evaluation, self.monitor = evaluation, monitor
-        self.last: Evaluation | Mapping[str, float] | None = None
         self._progress, self._folder, self._log = progress, folder, log
         self._keep: Callable[[Path], None] | None = None
 
@@ -102,7 +101,6 @@ class Scores:
                 f"monitor is {self.monitor!r}, which the evaluation does not give; it gives "
                 f"{sorted(values)}."
             )
-        self.last = evaluation
         self._progress.record(update, values)
         for name, value in values.items():
             self._log(update, name, value)

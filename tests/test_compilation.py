@@ -12,7 +12,7 @@ from torch import optim
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl.objectives import HardUpdate, SoftUpdate
 
-from iql_torchrl import IQLLoss, IQLStep, compiled
+from iql_torchrl import IQLLoss, IQLStep, compilation, compiled
 
 
 def pair(dtype, make_optimizer, make_updater, schedule, **options):
@@ -110,3 +110,13 @@ def test_a_frozen_network_rests():
     after = snapshot(loss)
     moved = {name.split("_")[0] for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"actor", "qvalue", "target"}
+
+
+@pytest.mark.slow
+def test_where_gradients_cannot_be_traced_the_losses_are_compiled(monkeypatch):
+    monkeypatch.setattr(compilation, "_traces_gradients", lambda: False)
+    make_optimizer, make_updater, schedule, options = CASES["one graph"]
+    plain, fast = pair(torch.float64, make_optimizer, make_updater, schedule, **options)
+    train(plain, fast, 4, torch.float64)
+    for name, value in snapshot(plain.loss).items():
+        torch.testing.assert_close(snapshot(fast.loss)[name], value, rtol=1e-10, atol=1e-12)

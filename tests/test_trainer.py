@@ -66,6 +66,19 @@ def test_a_device_sampler_in_place_of_a_buffer():
     assert trainer.updates == 5
 
 
+def test_a_device_sampler_goes_on_where_it_was(tmp_path):
+    def make(total):
+        sampler = DeviceSampler(table(), 16, seed=0)
+        return trainer_of(make_step(), total, replay_buffer=sampler, folder=tmp_path)
+
+    alone = make_step()
+    trainer_of(alone, 12, replay_buffer=DeviceSampler(table(), 16, seed=0)).train()
+    make(6).train()
+    again = make(12).resume()
+    again.train()
+    assert same_weights(again.step, alone)
+
+
 def test_parts_in_place_of_a_step():
     step, alone = make_step(), make_step()
     OfflineTrainer(

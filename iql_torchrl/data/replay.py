@@ -113,6 +113,13 @@ class DeviceSampler:
     def __len__(self) -> int:
         return self.rows
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where sampling stands; the rows are not part of it."""
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.generator.set_state(state["generator"].cpu())
+
     def indices(self, batch_size: int | None = None) -> Tensor:
         """Row numbers of a batch, int64 ``(batch_size,)`` on the device."""
         size = self.batch_size if batch_size is None else batch_size
