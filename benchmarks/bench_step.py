@@ -1,228 +1,296 @@
-"""Milliseconds of one IQL update: TorchRL's loss in its usual loop, a plain torch script, ourselves.
+"""Milliseconds of one IQL update: TorchRL's loop, a plain torch script, JAX, ourselves.
 
     python benchmarks/bench_step.py
+    python benchmarks/bench_step.py --widths 64,256,1024 --critics 2,5,10 --only compiled,floor
 
-Sampling is included. Blocks of updates of every competitor alternate, and medians over rounds are
-compared. ``floor`` is the matrix arithmetic of one update alone, as the products that its networks
-need, in the same run. ``plain torch`` is the algorithm as a short script would write it: one module
-per network, lists of parameters, Adam. Writes benchmarks/results/step_DEVICE.json.
+Sampling is included. Blocks of all competitors alternate and each lasts about as long; medians are
+compared. ``floor`` is the matrix arithmetic of one update alone, as the products its networks need,
+one after another in torch. Axes with several values are swept one at a time around the default
+point. Writes benchmarks/results/step_DEVICE[_NAME].json; ``report.py`` makes table and picture.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import gc
+import importlib.metadata
 import json
 import os
+import platform
 import statistics
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from bench_learning import machine
-from bench_trainer import ACTION, BATCH, OBSERVATION, table
+from bench_learning import RESULTS, machine
+from step_rivals import (
+    FORMS,
+    ORDERS,
+    Rival,
+    Sizes,
+    Update,
+    captured,
+    floor,
+    ours,
+    packed,
+    plain_torch,
+    torchrl_loop,
+    transitions,
+)
 from tensordict import TensorDict
-from torch import Tensor, nn
-from torchrl.data import Bounded
-from torchrl.modules import ValueOperator
-from torchrl.objectives import IQLLoss as TorchRLLoss
-from torchrl.objectives import SoftUpdate
 
-from iql_torchrl import IQLLoss, IQLStep, compiled, networks, policies
-from iql_torchrl.data import DeviceSampler, replay_buffer
+REFERENCE, FLOOR = "TorchRL eager", "floor"
 
-RESULTS = Path(__file__).parent / "results"
-Update = Callable[[], object]
+#: option: field of Sizes
+AXES = {"widths": "width", "batches": "batch", "critics": "critics", "rows": "rows"}
+Found = dict[str, Any]
 
 
-def parts(width: int, device: str) -> tuple[nn.Module, nn.Module, nn.Module]:
-    spec = Bounded(-torch.ones(ACTION), torch.ones(ACTION), (ACTION,))
-    hidden = (width, width)
-    actor = policies.gaussian(OBSERVATION, spec, hidden=hidden)
-    net = networks.Critic(OBSERVATION, ACTION, hidden=hidden)
-    critic = ValueOperator(net, in_keys=["observation", "action"])
-    value = ValueOperator(networks.StateValue(OBSERVATION, hidden=hidden), in_keys=["observation"])
-    return actor.to(device), critic.to(device), value.to(device)
+def jax_rival(name: str) -> Rival:
+    def build(rows: TensorDict, sizes: Sizes, device: str) -> tuple[Update, int]:
+        import step_rivals_jax
+
+        return getattr(step_rivals_jax, name)(rows, sizes, device)
+
+    return build
 
 
-def torchrl_loop(rows: TensorDict, width: int, device: str) -> Update:
-    """TorchRL 0.14.1's loss, its buffer, one backward pass, Adam, SoftUpdate."""
-    actor, critic, value = parts(width, device)
-    loss = TorchRLLoss(actor, critic, value, loss_function="l2", temperature=3.0, expectile=0.7)
-    loss.to(device)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=3e-4)
-    updater, buffer = SoftUpdate(loss, tau=0.005), replay_buffer(rows, BATCH, seed=0, device=device)
-
-    def update() -> None:
-        losses = loss(buffer.sample())
-        (losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        updater.step()
-
-    return update
-
-
-def ours(rows: TensorDict, width: int, device: str, order: str, form: str) -> Update:
-    actor, critic, value = parts(width, device)
-    loss = IQLLoss(actor, critic, value).to(device)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=3e-4, fused=True)
-    step = IQLStep(loss, optimizer, SoftUpdate(loss, tau=0.005), order=order)
-    if form == "compiled":
-        fast, sampler = compiled(step), DeviceSampler(rows, BATCH, device=device, seed=0)
-        return lambda: fast(sampler.sample())
-    buffer = replay_buffer(rows, BATCH, seed=0, device=device)
-    return lambda: step(buffer.sample())
+def competitors(device: str, updates: int = 8, only: str = "") -> dict[str, Rival]:
+    """Those whose name holds one of the comma-separated words of ``only``."""
+    found: dict[str, Rival] = {
+        REFERENCE: torchrl_loop,
+        "TorchRL compiled": partial(torchrl_loop, compile=True),
+        "plain torch eager": plain_torch,
+        "plain torch compiled": partial(plain_torch, compile=True),
+        "JAX scan": jax_rival("jax_scan"),
+        "JAX step": jax_rival("jax_step"),
+    }
+    for order in ORDERS:
+        for form in FORMS if captured is not None else FORMS[:2]:
+            found[f"ours {order} {form}"] = partial(ours, order=order, form=form, updates=updates)
+    found[FLOOR] = floor
+    if device.startswith("cuda"):
+        found["floor graph"] = partial(floor, graph=True)
+    words = [word.strip() for word in only.split(",") if word.strip()]
+    for word in words:
+        if not any(word in name for name in found):
+            raise SystemExit(f"--only {word}: no competitor is called so; there are {list(found)}.")
+    return {n: rival for n, rival in found.items() if not words or any(w in n for w in words)}
 
 
-def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, width),
-        nn.ReLU(),
-        nn.Linear(width, width),
-        nn.ReLU(),
-        nn.Linear(width, outputs),
-    )
-
-
-def plain_torch(rows: TensorDict, width: int, device: str) -> Update:
-    """V, then actor and critics with the new V, then the targets, in modules and lists."""
-    actor, value = mlp(OBSERVATION, width, ACTION).to(device), mlp(OBSERVATION, width, 1).to(device)
-    log_std = nn.Parameter(torch.zeros(ACTION, device=device))
-    critics = [mlp(OBSERVATION + ACTION, width, 1).to(device) for _ in range(2)]
-    targets = copy.deepcopy(critics)
-    optimizers = [
-        torch.optim.Adam(p, lr=3e-4)
-        for p in (
-            value.parameters(),
-            [*actor.parameters(), log_std],
-            [p for critic in critics for p in critic.parameters()],
-        )
-    ]
-    observation, action = rows["observation"].to(device), rows["action"].to(device)
-    following, reward = rows["next", "observation"].to(device), rows["next", "reward"].to(device)
-    going_on = (~rows["next", "terminated"]).float().to(device)
-
-    def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    def update() -> None:
-        index = torch.randint(len(observation), (BATCH,), device=device)
-        s, a, s2 = observation[index], action[index], following[index]
-        sa = torch.cat([s, a], 1)
-        with torch.no_grad():
-            target = torch.minimum(*(net(sa) for net in targets))
-        error = target - value(s)
-        descend(((0.7 - (error < 0).float()).abs() * error**2).mean(), optimizers[0])
-        with torch.no_grad():
-            weight = (3.0 * (target - value(s))).exp().clamp(max=100.0).squeeze(1)
-            goal = reward[index] + 0.99 * going_on[index] * value(s2)
-        policy = torch.distributions.Normal(actor(s).tanh(), log_std.clamp(-5, 2).exp())
-        descend(-(weight * policy.log_prob(a).sum(1)).mean(), optimizers[1])
-        descend(sum(((net(sa) - goal) ** 2).mean() for net in critics), optimizers[2])
-        with torch.no_grad():
-            for live, slow in zip(critics, targets, strict=True):
-                for p, q in zip(live.parameters(), slow.parameters(), strict=True):
-                    q.lerp_(p, 0.005)
-
-    return update
-
-
-def floor(width: int, device: str) -> Update:
-    """Products of one update: forward everywhere, and both backward ones of the four that learn.
-
-    Forward: V at s and s', actor, two critics, two targets (V at s once more in sequential order is
-    left out). No gradient with respect to the data is needed in first layers.
-    """
-    sizes = [(OBSERVATION, 1)] * 2 + [(OBSERVATION, ACTION)] + [(OBSERVATION + ACTION, 1)] * 4
-    learning = [(OBSERVATION, 1), (OBSERVATION, ACTION)] + [(OBSERVATION + ACTION, 1)] * 2
-    products = []
-    for inputs, outputs in sizes:
-        layers = [(inputs, width), (width, width), (width, outputs)]
-        products += [((BATCH, a), (a, b)) for a, b in layers]
-    for inputs, outputs in learning:
-        layers = [(inputs, width), (width, width), (width, outputs)]
-        products += [((a, BATCH), (BATCH, b)) for a, b in layers]
-        products += [((BATCH, b), (b, a)) for a, b in layers[1:]]
-    pairs = [
-        (
-            torch.randn(a, device=device),
-            torch.randn(b, device=device),
-            torch.empty(a[0], b[1], device=device),
-        )
-        for a, b in products
-    ]
-
-    def update() -> None:
-        for a, b, out in pairs:
-            torch.mm(a, b, out=out)
-
-    return update
-
-
-def measure(
-    updates: dict[str, Update], block: int, rounds: int, device: str
-) -> dict[str, list[float]]:
-    """Milliseconds per update of each block."""
+def timed(update: Update, calls: int, sizes: Sizes, device: str) -> float:
+    """Seconds of ``calls`` calls, waiting for the device at both ends only."""
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    for update in updates.values():
-        for _ in range(10):
-            update()
-    found: dict[str, list[float]] = {name: [] for name in updates}
-    names = list(updates)
-    for number in range(rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            wait()
-            began = time.perf_counter()
-            for _ in range(block):
-                updates[name]()
-            wait()
-            found[name].append(1e3 * (time.perf_counter() - began) / block)
+    wait()
+    began = time.perf_counter()
+    with sizes.autocast(device):
+        for _ in range(calls):
+            result = update()
+    getattr(result, "block_until_ready", lambda: None)()  # JAX
+    wait()
+    return time.perf_counter() - began
+
+
+def prepare(rival: Rival, rows: TensorDict, sizes: Sizes, device: str) -> Found:
+    """The competitor built, compiled and warm; its memory on CUDA includes its sampler's."""
+    on_cuda = device.startswith("cuda")
+    if on_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    torch.manual_seed(0)
+    with sizes.autocast(device):
+        update, updates_per_call = rival(rows, sizes, device)
+    timed(update, 3, sizes, device)
+    found = {"update": update, "updates_per_call": updates_per_call}
+    if on_cuda and torch.cuda.max_memory_allocated() > before:  # JAX allocates for itself
+        found["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--width", type=int, default=256)
-    add("--block", type=int, default=50, help="updates per block")
-    add("--rounds", type=int, default=15)
-    add("--device", default="cpu")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    rows, width, device = table(), options.width, options.device
-    warnings.filterwarnings("ignore", category=FutureWarning)  # tensordict under torch.compile
-    updates = {
-        "TorchRL, eager": torchrl_loop(rows, width, device),
-        "plain torch, eager": plain_torch(rows, width, device),
-    }
-    for order in ("sequential", "simultaneous"):
-        for form in ("eager", "compiled"):
-            updates[f"{order}, {form}"] = ours(rows, width, device, order, form)
-    updates["floor"] = floor(width, device)
-    found = measure(updates, options.block, options.rounds, device)
-    medians = {name: statistics.median(values) for name, values in found.items()}
-    print(f"{'':26} {'ms':>8} {'of TorchRL':>11} {'of floor':>9}")
-    for name, value in medians.items():
-        of_torchrl, of_floor = value / medians["TorchRL, eager"], value / medians["floor"]
-        print(f"{name:26} {value:8.3f} {of_torchrl:11.2f} {of_floor:9.2f}")
-    record = {
-        "command": "python " + " ".join(sys.argv),
-        "machine": machine() | {"threads": torch.get_num_threads(), "device": device},
-        "sizes": {"observation": OBSERVATION, "action": ACTION, "batch": BATCH, "width": width},
-        "median_ms": medians,
-        "ms": found,
-    }
-    path = RESULTS / f"step_{device.split(':')[0]}_{width}.json"
+def calls_for(seconds: float, update: Update, sizes: Sizes, device: str) -> int:
+    """How many calls last ``seconds``."""
+    calls, taken = 1, 0.0
+    while taken < seconds / 5:
+        calls *= 2
+        taken = timed(update, calls, sizes, device)
+    return max(1, round(seconds * calls / taken))
+
+
+def why(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"not installed ({error.name})"
+    words = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {words[:160]}"
+
+
+def attempt(found: Found, action: Callable[[], Any]) -> Any:
+    """``action()``, or None where the competitor has failed, now or before."""
+    if "failed" in found:
+        return None
+    try:
+        return action()
+    except Exception as error:
+        if not isinstance(error, ModuleNotFoundError):
+            traceback.print_exc()
+        found["failed"] = why(error)
+        found.pop("update", None)
+        return None
+
+
+def measure(
+    rivals: dict[str, Rival], sizes: Sizes, device: str, rounds: int, block: float, updates: int
+) -> tuple[dict[str, Found], float]:
+    """Milliseconds per update of every block, and a block's seconds.
+
+    ``block`` is those seconds; with 0 they are what ``updates`` of the first competitor take.
+    """
+    rows = transitions(sizes, device)
+    found: dict[str, Found] = {name: {} for name in rivals}
+    for name, rival in rivals.items():
+        mine = found[name]
+        mine |= attempt(mine, partial(prepare, rival, rows, sizes, device)) or {}
+        if "update" in mine and not block:
+            first = max(1, updates // mine["updates_per_call"])
+            timed(mine["update"], first, sizes, device)
+            block = timed(mine["update"], first, sizes, device)
+        if "update" in mine:
+            seek = partial(calls_for, block, mine["update"], sizes, device)
+            mine |= {"calls_per_block": attempt(mine, seek), "ms": []}
+    names = list(found)
+    for number in range(rounds):
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            mine = found[name]
+            if "update" in mine:
+                calls = mine["calls_per_block"]
+                taken = attempt(mine, partial(timed, mine["update"], calls, sizes, device))
+                if taken is not None:
+                    mine["ms"].append(1e3 * taken / calls / mine["updates_per_call"])
+    return {n: {k: v for k, v in f.items() if k != "update"} for n, f in found.items()}, block
+
+
+def summarise(found: dict[str, Found]) -> None:
+    """Medians, and ratios to the reference: of medians, and least and greatest within a round."""
+    reference, ground = ({"ms": [], **found.get(name, {})}["ms"] for name in (REFERENCE, FLOOR))
+    for mine in found.values():
+        if "failed" in mine:
+            continue
+        mine["median_ms"] = statistics.median(mine["ms"])
+        mine["updates_per_second"] = 1e3 / mine["median_ms"]
+        if reference:
+            ratios = [a / b for a, b in zip(mine["ms"], reference, strict=False)]
+            mine["of_torchrl"] = mine["median_ms"] / statistics.median(reference)
+            mine["of_torchrl_range"] = [min(ratios), max(ratios)]
+        if ground:
+            mine["of_floor"] = mine["median_ms"] / statistics.median(ground)
+
+
+def show(sizes: Sizes, found: dict[str, Found]) -> None:
+    names = ("width", "batch", "critics", "rows", "dtype", "matmul_precision")
+    print("\n" + ", ".join(f"{name} {getattr(sizes, name)}" for name in names))
+    memory = any("peak_mib" in mine for mine in found.values())
+    head = f"{'':28}{'ms':>9}{'updates/s':>11}{'of TorchRL':>12}{'in a round':>14}{'of floor':>10}"
+    print(head + f"{'peak MiB':>10}" * memory)
+    for name, mine in found.items():
+        if "failed" in mine:
+            print(f"{name:28} {mine['failed']}")
+            continue
+        line = f"{name:28}{mine['median_ms']:9.3f}{mine['updates_per_second']:11.0f}"
+        low, high = mine.get("of_torchrl_range", (float("nan"),) * 2)
+        line += f"{mine.get('of_torchrl', float('nan')):12.3f}{f'{low:.2f}..{high:.2f}':>14}"
+        line += f"{mine.get('of_floor', float('nan')):10.2f}"
+        line += f"{mine['peak_mib']:10.0f}" if "peak_mib" in mine else ""
+        print(line, flush=True)
+
+
+def sweep(options: argparse.Namespace) -> Iterator[tuple[str, Sizes]]:
+    """The default point, then every other value of each axis, the other axes as there."""
+    base = Sizes(dtype=options.dtype, matmul_precision=options.matmul_precision)
+    values = {field: getattr(options, option) for option, field in AXES.items()}
+    for field, found in values.items():
+        if getattr(base, field) not in found:
+            base = replace(base, **{field: found[0]})
+    yield "default", base
+    for field, found in values.items():
+        for value in found:
+            if value != getattr(base, field):
+                yield field, replace(base, **{field: value})
+
+
+def about(device: str) -> Found:
+    """Machine and versions; ``name`` is the processor's or the GPU's."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    elif info.exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].partition(":")[2].strip() if lines else name
+    versions = {}
+    for package in ("jax", "optax"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    more = {"threads": torch.get_num_threads(), "device": device, "name": name}
+    return machine() | versions | more
+
+
+def write(path: Path, record: Found) -> None:
+    path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(temporary, path)
+
+
+def integers(text: str) -> list[int]:
+    return [int(float(word)) for word in text.split(",")]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    for option, field in AXES.items():
+        add(f"--{option}", type=integers, default=[getattr(Sizes(), field)], metavar="N,...")
+    add("--device", default="cpu")
+    add("--rounds", type=int, default=15)
+    add("--block", type=int, default=50, help="updates of the first competitor in a block")
+    add("--captured-updates", type=int, default=8, help="updates a call of the captured form")
+    add("--only", default="", metavar="NAME,...", help="competitors whose names hold these words")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products")
+    add("--matmul-precision", default="highest", choices=("highest", "high", "medium"))
+    add("--result", default="", metavar="NAME", help="ending of the result file's name")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    device = options.device
+    torch.set_float32_matmul_precision(options.matmul_precision)
+    torch._dynamo.config.recompile_limit = 64  # several steps share one code object
+    warnings.filterwarnings("ignore", category=FutureWarning)  # tensordict under torch.compile
+    ending = f"_{options.result}" if options.result else ""
+    path = RESULTS / f"step_{device.split(':')[0]}{ending}.json"
+    record = {"command": " ".join(["python", *sys.argv]), "machine": about(device), "points": []}
+    rivals, block = competitors(device, options.captured_updates, options.only), 0.0
+    for axis, sizes in sweep(options):
+        torch._dynamo.reset()
+        found, block = measure(rivals, sizes, device, options.rounds, block, options.block)
+        summarise(found)
+        show(sizes, found)
+        record["points"].append({"axis": axis, "sizes": asdict(sizes), "competitors": found})
+        write(path, record)
+        packed.cache_clear()
+        gc.collect()
+        if device.startswith("cuda"):
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from iql_torchrl import functional, networks, policies
 from iql_torchrl.agent import Agent, make_agent
 from iql_torchrl.background import BackgroundEvaluation
+from iql_torchrl.capture import captured
 from iql_torchrl.compilation import compiled
 from iql_torchrl.config import PRESETS, IQLConfig
 from iql_torchrl.data import DatasetError, OfflineDataset, load_dataset
@@ -24,6 +25,7 @@ __all__ = [
     "IQLStep",
     "OfflineDataset",
     "OfflineTrainer",
+    "captured",
     "compiled",
     "evaluate",
     "functional",

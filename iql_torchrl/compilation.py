@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,14 +14,28 @@ from torch.optim import Adam, AdamW, Optimizer
 from torchrl._utils import logger as torchrl_logger
 from torchrl.envs.utils import set_exploration_type
 from torchrl.modules import set_recurrent_mode
-from torchrl.objectives import SoftUpdate
 
 from iql_torchrl.reading import Batch
 from iql_torchrl.step import IQLStep, Terms
 
-__all__ = ["compiled"]
+__all__ = ["CompiledStep", "compiled"]
 
 Gradients = Sequence["Tensor | None"]
+KEPT_GUARDS = (
+    "AUTOGRAD_SAVED_TENSORS_HOOKS",
+    "CONSTANT_MATCH",
+    "DEFAULT_DEVICE",
+    "DETERMINISTIC_ALGORITHMS",
+    "EQUALS_MATCH",
+    "FUNCTORCH_STACK_MATCH",
+    "GLOBAL_STATE",
+    "GRAD_MODE",
+    "ID_MATCH",
+    "SHAPE_ENV",
+    "TENSOR_MATCH",
+    "TORCH_FUNCTION_STATE",
+)
+INNER = ("G[", "type(", "dict(", "list(")  # of modules, classes, imports
 
 
 def compiled(step: IQLStep, **torch_compile_kwargs: Any) -> IQLStep:
@@ -42,9 +57,22 @@ def compiled(step: IQLStep, **torch_compile_kwargs: Any) -> IQLStep:
         torchrl_logger.warning("this torch cannot compile gradients: only the losses are compiled.")
         return _with_compiled_losses(step, options)
     on_cpu = all(p.device.type == "cpu" for p in step.loss.parameters())
-    if on_cpu and not {"mode", "options", "backend"} & set(options):
-        options["options"] = {"cpp_wrapper": True}
-    return _CompiledStep(step, options)
+    if not {"mode", "options", "backend"} & set(options):
+        options["options"] = {"guard_filter_fn": _worth_checking}
+        if on_cpu:
+            options["options"]["cpp_wrapper"] = True
+    return CompiledStep(step, options)
+
+
+def _worth_checking(guards: Sequence[Any]) -> list[bool]:
+    """Which of Dynamo's guards to keep: thousands watch classes, hooks and module internals.
+
+    Kept: all about the batch; tensors; numbers and flags (knobs, modes); global state of torch.
+    """
+    return [
+        g.name.startswith("batch") or (g.guard_type in KEPT_GUARDS and not g.name.startswith(INNER))
+        for g in guards
+    ]
 
 
 def _traces_gradients() -> bool:
@@ -59,8 +87,8 @@ def _with_compiled_losses(step: IQLStep, options: dict[str, Any]) -> IQLStep:
     return fast
 
 
-class _CompiledStep(IQLStep):
-    """The update as graphs over the parts of another step."""
+class CompiledStep(IQLStep):
+    """The update as graphs over the parts of another step; ``written_out``: as a single one."""
 
     def __init__(self, step: IQLStep, options: dict[str, Any]) -> None:
         self.__dict__.update(step.__dict__)
@@ -69,43 +97,39 @@ class _CompiledStep(IQLStep):
         self._group_of = [i for i, g in enumerate(groups) for p in g["params"] if p.requires_grad]
         place = {id(p): i for i, p in enumerate(self._parameters)}
         self._networks = [[place[id(p)] for p in network] for network in self._trainable]
-        self._adam = _written_out(self.optimizer)
-        if not self._adam:
+        self.written_out = _written_out(self.optimizer)
+        if not self.written_out:
             torchrl_logger.warning(
                 f"{type(self.optimizer).__name__} is not compiled: the graphs end at the gradients."
             )
-        self._moves_targets = isinstance(self.target_updater, SoftUpdate)
-        self._pairs = _pairs(self.target_updater) if self._moves_targets else []
-        self._rates: list[tuple[float, Tensor]] = []
-        self._whole = torch.compile(self._update, **options)
+        self._rates: list[Tensor] = []
+        self._filled: list[float] = []
+        self._whole = torch.compile(self.update, **options)
         self._value_part = torch.compile(self._value_gradients, **options)
         self._policy_part = torch.compile(self._policy_gradients, **options)
         self._all_parts = torch.compile(self._all_gradients, **options)
 
-    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
+    def learn(self, batch: TensorDictBase) -> Terms:
         loss = self.loss
         with (
             set_exploration_type(loss.deterministic_sampling_mode),
             set_recurrent_mode(True),
             torch._dynamo.config.patch(trace_autograd_ops=True),
+            loss.bound(),
         ):
             read = loss.read(batch)
-            if self._adam:
-                losses, metadata = self._whole(read, *self._slots())
+            if self.written_out:
+                losses, summary = self._whole(read, *self.slots())
                 # schedulers ask whether the optimizer came before them
                 setattr(self.optimizer, "_opt_called", True)  # noqa: B010
-            else:
-                losses, metadata = self._in_parts(read)
-            metrics = loss.outputs(batch, read, losses, metadata).detach()
-        if self.target_updater is not None and not (self._adam and self._moves_targets):
-            self.target_updater.step()
-        for scheduler in self.lr_schedulers:
-            scheduler.step()
-        return metrics
+                return losses, summary
+            losses, metadata = self._in_parts(read)
+            super()._move_targets()
+            return losses, loss.summary(read, metadata)
 
     # Graphs. The terms' values are detached: nothing may carry a gradient out of a graph.
 
-    def _update(
+    def update(
         self,
         batch: Batch,
         averages: list[Tensor],
@@ -122,9 +146,8 @@ class _CompiledStep(IQLStep):
         else:
             losses, metadata, gradients = self._all_gradients(batch)
         self._descend_written_out(gradients, *slots)
-        if self._moves_targets:
-            self._move_targets()
-        return losses, metadata
+        self._move_targets()
+        return losses, self.loss.summary(batch, metadata)
 
     def _value_gradients(self, batch: Batch) -> tuple[Tensor, Any, Tensor, list[Tensor | None]]:
         target_qvalue = self.loss.target_qvalue(batch)
@@ -168,30 +191,52 @@ class _CompiledStep(IQLStep):
     ) -> None:
         """Adam or AdamW (Loshchilov & Hutter 2019), as torch's, on what the loss reaches."""
         decoupled = isinstance(self.optimizer, AdamW)
+        reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
         with torch.no_grad():
-            for i, gradient in enumerate(gradients):
-                if gradient is None:
-                    continue
+            sizes, roots = self._corrections(reached, steps, rates)
+            for i, size, root in zip(reached, sizes, roots, strict=True):
+                gradient = gradients[i]
+                assert gradient is not None
                 group = self.optimizer.param_groups[self._group_of[i]]
                 (beta1, beta2), decay = group["betas"], group["weight_decay"]
-                parameter, rate = self._parameters[i].data, rates[self._group_of[i]]
+                parameter = self._parameters[i].data
                 if decay and decoupled:
-                    parameter.mul_(1 - rate * decay)
+                    parameter.mul_(1 - rates[self._group_of[i]] * decay)
                 elif decay:
                     gradient = gradient + decay * parameter
-                steps[i].add_(1)
                 averages[i].lerp_(gradient, 1 - beta1)
                 squares[i].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                count = steps[i].to(rate.dtype)
-                size = rate / (1 - beta1**count)
-                root = (1 - beta2**count).sqrt()
                 parameter.sub_(size * averages[i] / (squares[i].sqrt() / root + group["eps"]))
 
+    def _corrections(
+        self, reached: list[int], steps: list[Tensor], rates: list[Tensor]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Count the update; step sizes and roots of Adam's bias corrections, one per parameter.
+
+        Powers are written as exponentials of one vector: Inductor stores those once, and would
+        reckon ``beta**count`` anew for every element of every parameter.
+        """
+        groups = [self.optimizer.param_groups[self._group_of[i]] for i in reached]
+        rate = torch.stack([rates[self._group_of[i]] for i in reached])
+        for i in reached:
+            steps[i].add_(1)
+        count = torch.stack([steps[i] for i in reached]).to(rate)
+        logs = torch.tensor(
+            [[math.log(beta) if beta else -math.inf for beta in g["betas"]] for g in groups],
+            dtype=rate.dtype,
+            device=rate.device,
+        )
+        remaining = (count.unsqueeze(-1) * logs).exp()
+        return (
+            (rate / (1 - remaining[:, 0])).unbind(),
+            (1 - remaining[:, 1]).sqrt().unbind(),
+        )
+
     def _move_targets(self) -> None:
-        """``SoftUpdate``'s step."""
+        """``SoftUpdate``'s step, for a graph."""
         share = 1 - self.target_updater.eps if self.target_updater is not None else 0.0
         with torch.no_grad():
-            for live, target in self._pairs:
+            for live, target in zip(*self._pairs, strict=True):
                 target.data.lerp_(live.data, share)
 
     # The host's side.
@@ -213,34 +258,39 @@ class _CompiledStep(IQLStep):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _slots(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    def slots(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """The optimizer's state, made as the optimizer would, and its rates as tensors."""
         states = [self.optimizer.state[p] for p in self._parameters]
         for parameter, state in zip(self._parameters, states, strict=True):
             if not state:
-                on_device = bool(self.optimizer.defaults.get("fused"))
+                on_device = bool({"fused", "capturable"} & _switched_on(self.optimizer))
                 where = parameter.device if on_device else torch.device("cpu")
                 state["step"] = torch.zeros((), dtype=torch.float32, device=where)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
         groups = self.optimizer.param_groups
         if len(self._rates) != len(groups):
-            self._rates = [(float("nan"), torch.zeros(()))] * len(groups)
+            # double, as the numbers of Python that torch's optimizers reckon with
+            device = self._parameters[0].device
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._rates = [torch.zeros((), dtype=dtype, device=device) for _ in groups]
+            self._filled = [float("nan")] * len(groups)
         for i, group in enumerate(groups):
             rate = group["lr"]
-            if isinstance(rate, Tensor):
-                self._rates[i] = (float("nan"), rate)
-            elif rate != self._rates[i][0]:
-                # double, as the numbers of Python that torch's optimizers reckon with
-                device = self._parameters[0].device
-                dtype = torch.float32 if device.type == "mps" else torch.float64
-                self._rates[i] = (rate, torch.full((), rate, dtype=dtype, device=device))
+            if not isinstance(rate, Tensor) and rate != self._filled[i]:
+                self._rates[i].fill_(rate)
+                self._filled[i] = rate
+        rates = zip(groups, self._rates, strict=True)
         return (
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["step"] for state in states],
-            [rate for _, rate in self._rates],
+            [g["lr"] if isinstance(g["lr"], Tensor) else rate for g, rate in rates],
         )
+
+    def forget_rates(self) -> None:
+        """Somebody else wrote into the tensors of the learning rates."""
+        self._filled = [float("nan")] * len(self._filled)
 
 
 def _reached(gradients: Gradients, places: Sequence[int]) -> list[Tensor]:
@@ -256,13 +306,8 @@ def _written_out(optimizer: Optimizer) -> bool:
     return plain and not any(g.get(name) for g in optimizer.param_groups for name in unusual)
 
 
-def _pairs(updater: SoftUpdate) -> list[tuple[Tensor, Tensor]]:
-    """Live and target tensors that the updater would bring together."""
-    names = list(updater._sources.keys(True, True))
-    return [
-        (updater._sources[name], updater._targets[(f"target_{name[0]}", *name[1:])])
-        for name in names
-    ]
+def _switched_on(optimizer: Optimizer) -> set[str]:
+    return {name for name, value in optimizer.defaults.items() if value is True}
 
 
 def _detached(terms: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from torch import distributions as D
 
 __all__ = ["ClippedGaussian", "ClippedMixture", "OneHotChoice"]
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class ClippedGaussian(D.Independent):  # type: ignore[type-arg]
@@ -27,6 +30,12 @@ class ClippedGaussian(D.Independent):  # type: ignore[type-arg]
         shape = (*batch_shape, *self.event_shape)
         loc, scale = self.base_dist.loc.expand(shape), self.base_dist.scale.expand(shape)
         return ClippedGaussian(loc, scale, low=self.low, high=self.high)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        normal = self.base_dist
+        error = (value - normal.loc) / normal.scale
+        density: Tensor = -(0.5 * error.square() + normal.scale.log() + HALF_LOG_2PI).sum(-1)
+        return density
 
     @property
     def deterministic_sample(self) -> Tensor:

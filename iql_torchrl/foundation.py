@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from torchrl.objectives.utils import (
 from torchrl.objectives.value import TD0Estimator, ValueEstimatorBase
 
 from iql_torchrl import functional as F
+from iql_torchrl.bound import BoundNetworks
 from iql_torchrl.critics import (
     Critics,
     SharedLeaves,
@@ -75,6 +77,9 @@ class OfflineLoss(LossModule):
     value_network: TensorDictModule
     value_network_params: TensorDictParams
     target_value_network_params: TensorDictParams
+
+    _bound: BoundNetworks | None = None
+    _kept: BoundNetworks | None = None
 
     def __init__(
         self,
@@ -167,10 +172,28 @@ class OfflineLoss(LossModule):
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> OfflineLoss:
         super()._apply(fn, *args, **kwargs)
         self._shared.tie(self)
+        self._kept = None
         return self
 
+    @contextmanager
+    def bound(self) -> Iterator[None]:
+        """Evaluate known networks the short way inside (:mod:`iql_torchrl.bound`).
+
+        The values are the same but for rounding; gradients cannot be differentiated again, and
+        hooks put on a network afterwards are not seen.
+        """
+        if self._kept is None:
+            self._kept = BoundNetworks(self)
+        self._kept.follow_modes()
+        self._bound = self._kept
+        try:
+            yield
+        finally:
+            self._bound = None
+
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_vmap_qvalue_network"}
+        left_out = ("_vmap_qvalue_network", "_bound", "_kept")
+        return {k: v for k, v in self.__dict__.items() if k not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -182,6 +205,7 @@ class OfflineLoss(LossModule):
         self._shared.untie(self)
         super().reset_parameters_recursive()
         self._shared.tie(self)
+        self._kept = None
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, **kwargs: Any
@@ -263,7 +287,8 @@ class OfflineLoss(LossModule):
         """Minimum over the target critics of ``Q(s, a)``, shape ``(*B,)``, without gradient."""
         params = self._modules["target_qvalue_network_params"]
         with torch.no_grad():
-            params = self._shared.with_spare_buffers("qvalue_network", params)
+            if self._bound is None or id(params) not in self._bound.critics:
+                params = self._shared.with_spare_buffers("qvalue_network", params)
             return self.action_values(batch, params).amin(0)
 
     def qvalue(self, batch: Batch) -> Tensor:
@@ -273,22 +298,40 @@ class OfflineLoss(LossModule):
     def state_value(self, batch: Batch) -> Tensor:
         """``V(s)``, shape ``(*B,)``, with gradient."""
         key = self.tensor_keys.value
+        if self._bound is not None and self._bound.value is not None:
+            return per_sample(self._bound.value(batch.data), batch.data.batch_size, key)
         params = self._shared.live(self, "value_network")
         inputs = batch.data.select(*self.value_network.in_keys, strict=False)
         with params.to_module(self.value_network, preserve_module_state=False):
             value = self.value_network(inputs).get(key)
         return per_sample(value, inputs.batch_size, key)
 
-    def td_target(self, batch: Batch) -> Tensor:
+    def state_values(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """``V(s)`` and, where one evaluation gives both, ``V(s')``; without gradient."""
+        with torch.no_grad():
+            value = None if self._bound is None else self._bound.value
+            if value is None or not value.by_row or not self._bootstraps_once():
+                return self.state_value(batch), None
+            key, shape = self.tensor_keys.value, batch.data.batch_size
+            here, there = value.twice(batch.data, batch.next.data)
+            return per_sample(here, shape, key), per_sample(there, shape, key)
+
+    def _bootstraps_once(self) -> bool:
+        """Whether targets take ``V(s')`` of the batch and nothing else from V."""
+        estimator = self.value_estimator
+        return type(estimator) is TD0Estimator and not estimator.average_rewards
+
+    def td_target(self, batch: Batch, next_value: Tensor | None = None) -> Tensor:
         """Regression target of the critics, shape ``(*B,)``, without gradient.
 
         ``r + gamma V(s')``, bootstrapped past truncation and not past termination; with
         ``steps_to_next_obs`` in the batch (n-step rewards) the discount is ``gamma**n``.
+        ``next_value``, ``V(s')``, is evaluated where it is not given.
         """
         estimator, data = self.value_estimator, batch.data
         shape = data.batch_size
         with torch.no_grad():
-            if type(estimator) is not TD0Estimator or estimator.average_rewards:
+            if not self._bootstraps_once():
                 target = estimator.value_estimate(
                     data.copy(), target_params=self.target_value_network_params
                 )
@@ -304,12 +347,15 @@ class OfflineLoss(LossModule):
             steps = data.get(keys.steps_to_next_obs, None)
             if steps is not None:
                 gamma = gamma ** per_sample(steps, shape, keys.steps_to_next_obs)
-            next_value = self.state_value(batch.next)
+            if next_value is None:
+                next_value = self.state_value(batch.next)
             agree(reward=reward, terminated=terminated, next_state_value=next_value)
             return F.td_target(reward, next_value, terminated, gamma=gamma)
 
     def critic_outputs(self, batch: Batch, params: TensorDictBase) -> Tensor:
         """Raw outputs of K critics with stacked ``params``, shape ``(K, *B, n)``."""
+        if self._bound is not None and id(params) in self._bound.critics:
+            return self._bound.critics[id(params)](batch.data)
         inputs = batch.data.select(*self.qvalue_network.in_keys, strict=False)
         key = self.tensor_keys.state_action_value
         if self.num_qvalue_nets > 1:
@@ -318,6 +364,16 @@ class OfflineLoss(LossModule):
             return self._vmap_qvalue_network(inputs, params).get(key)
         with params.to_module(self.qvalue_network, preserve_module_state=False):
             return self.qvalue_network(inputs).get(key).unsqueeze(0)
+
+    @contextmanager
+    def _live_actor(self) -> Iterator[Any]:
+        """The actor with its parameters in it."""
+        if self._bound is not None and self._bound.actor is not None:
+            yield self._bound.actor
+        else:
+            params = self.actor_network_params
+            with params.to_module(self.actor_network, preserve_module_state=False):
+                yield self.actor_network
 
     @abstractmethod
     def action_values(self, batch: Batch, params: TensorDictBase) -> Tensor:
@@ -361,6 +417,7 @@ def _scalar_mode(loss: OfflineLoss, mode: str | None) -> str | None:
 
 def _after_load(loss: OfflineLoss, _: Any) -> None:
     loss._shared.tie(loss)
+    loss._kept = None
 
 
 def _squeeze_lone_critic(module: nn.Module, state_dict: dict[str, Tensor], prefix: str) -> None:

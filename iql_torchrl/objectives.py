@@ -136,8 +136,7 @@ class ImplicitQLoss(OfflineLoss):
             advantage, temperature=self.temperature, max_weight=self.max_weight
         )
         metadata = {"advantage": advantage, "weight": weight}
-        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
-            error = self._actor_error(batch)
+        error = self._actor_error(batch)
         agree(policy_error=error, advantage=advantage)
         if self.actor_objective == "log_prob":
             metadata["log_prob"] = -error.detach()
@@ -146,14 +145,16 @@ class ImplicitQLoss(OfflineLoss):
     def _actor_error(self, batch: Batch) -> Tensor:
         data = batch.data
         if callable(self.actor_objective):
-            error = self.actor_objective(self.actor_network, data.copy())
+            with self._live_actor() as actor:
+                error = self.actor_objective(actor, data.copy())
             return per_sample(error, data.batch_size, "actor_objective's result")
         inputs = data.select(*self.actor_network.in_keys, strict=False)
-        if self.actor_objective == "mse":
-            error = self.actor_network(inputs).get(self.tensor_keys.action)
-            error = (error - data.get(self.tensor_keys.action)).square()
-            return error if error.ndim == data.ndim else error.sum(-1)
-        dist = self.actor_network.get_dist(inputs)
+        with self._live_actor() as actor:
+            if self.actor_objective == "mse":
+                error = actor(inputs).get(self.tensor_keys.action)
+                error = (error - data.get(self.tensor_keys.action)).square()
+                return error if error.ndim == data.ndim else error.sum(-1)
+            dist = actor.get_dist(inputs)
         log_prob = dist.log_prob(self.logged_action(batch, dist))
         return -per_sample(log_prob, data.batch_size, "log_prob")
 
@@ -218,7 +219,7 @@ class ImplicitQLoss(OfflineLoss):
         """
         batch = self.read(tensordict)
         losses, metadata = self.terms(batch)
-        out = self.outputs(tensordict, batch, losses, metadata)
+        out = self.outputs(tensordict, losses, self.summary(batch, metadata))
         self._clear_weakrefs(
             tensordict,
             out,
@@ -227,22 +228,23 @@ class ImplicitQLoss(OfflineLoss):
         )
         return out
 
+    def summary(self, batch: Batch, metadata: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What an update tells besides its losses: per-sample priority, log-probability; scalars."""
+        found = {"priority": metadata["td_error"].amax(0)}
+        if "log_prob" in metadata:
+            found["log_prob"] = metadata["log_prob"]
+            entropy = -metadata["log_prob"]
+            found["entropy"] = F.weighted_mean(entropy, mask=batch.mask_like(entropy))
+        return found | self._diagnose(metadata, batch) if self.diagnostics else found
+
     def outputs(
-        self,
-        tensordict: TensorDictBase,
-        batch: Batch,
-        losses: dict[str, Tensor],
-        metadata: dict[str, Tensor],
+        self, tensordict: TensorDictBase, losses: dict[str, Tensor], summary: dict[str, Tensor]
     ) -> TensorDictBase:
         """Write what ``tensordict`` is owed, and gather losses and scalars into a new TensorDict."""
-        tensordict.set(self.tensor_keys.priority, metadata["td_error"].amax(0))
-        scalars = {}
-        if "log_prob" in metadata:
-            tensordict.set(self.tensor_keys.log_prob, metadata["log_prob"])
-            entropy = -metadata["log_prob"]
-            scalars["entropy"] = F.weighted_mean(entropy, mask=batch.mask_like(entropy))
-        if self.diagnostics:
-            scalars |= self._diagnose(metadata, batch)
+        scalars = dict(summary)
+        tensordict.set(self.tensor_keys.priority, scalars.pop("priority"))
+        if "log_prob" in scalars:
+            tensordict.set(self.tensor_keys.log_prob, scalars.pop("log_prob"))
         if self.reduction != "none":
             return TensorDict(losses | scalars)
         out = TensorDict(losses, batch_size=tensordict.batch_size)

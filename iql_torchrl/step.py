@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchrl.envs.utils import set_exploration_type
 from torchrl.modules import set_recurrent_mode
+from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
 from iql_torchrl.objectives import ImplicitQLoss
@@ -91,23 +92,37 @@ class IQLStep(OptimizationStepper):
                     "after an evaluation."
                 )
         self._trainable = [_trainable(loss, name) for name in NETWORKS]
+        self._pairs = soft_pairs(target_updater)
         self._target_qvalue = loss.target_qvalue
         self._value_term = loss.value_term
         self._policy_terms = self._terms_given_value
         self._all_terms = loss.terms
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
-        loss = self.loss
-        with set_exploration_type(loss.deterministic_sampling_mode), set_recurrent_mode(True):
-            read = loss.read(batch)
-            update = self._sequential if self.order == "sequential" else self._simultaneous
-            losses, metadata = update(read)
-            metrics = loss.outputs(batch, read, losses, metadata).detach()
-        if self.target_updater is not None:
+        losses, summary = self.learn(batch)
+        metrics = self.loss.outputs(batch, losses, summary).detach()
+        if self.target_updater is not None and not self._pairs[0]:
             self.target_updater.step()
         for scheduler in self.lr_schedulers:
             scheduler.step()
         return metrics
+
+    def learn(self, batch: TensorDictBase) -> Terms:
+        """The update but for schedules and targets that move by the host's count.
+
+        Returns losses, and what :meth:`ImplicitQLoss.summary` tells.
+        """
+        loss = self.loss
+        with (
+            set_exploration_type(loss.deterministic_sampling_mode),
+            set_recurrent_mode(True),
+            loss.bound(),
+        ):
+            read = loss.read(batch)
+            update = self._sequential if self.order == "sequential" else self._simultaneous
+            losses, metadata = update(read)
+            self._move_targets()
+            return losses, loss.summary(read, metadata)
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
         """The same update, as TorchRL's trainers ask for it."""
@@ -158,22 +173,45 @@ class IQLStep(OptimizationStepper):
     def _terms_given_value(self, batch: Batch, target_qvalue: Tensor) -> Terms:
         """Losses of actor and critics with V as it stands, reusing the target critics' values."""
         loss = self.loss
-        with torch.no_grad():
-            advantage = target_qvalue - loss.state_value(batch)
-        loss_actor, about_actor = loss.actor_term(batch, advantage)
-        loss_qvalue, about_qvalue = loss.qvalue_term(batch, loss.td_target(batch))
+        value, next_value = loss.state_values(batch)
+        loss_actor, about_actor = loss.actor_term(batch, target_qvalue - value)
+        td_target = loss.td_target(batch, next_value)
+        loss_qvalue, about_qvalue = loss.qvalue_term(batch, td_target)
         return {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue}, about_actor | about_qvalue
+
+    @property
+    def targets(self) -> list[Tensor]:
+        """Target tensors that a ``SoftUpdate`` moves."""
+        return self._pairs[1]
 
     def _descend(self, loss: Tensor) -> None:
         """One optimizer step on ``loss``; parameters it does not reach have no gradient and rest."""
         if not loss.requires_grad:  # every network it reaches is frozen
             return
-        self.optimizer.zero_grad(set_to_none=True)
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
         loss.backward()
         if self.max_grad_norm is not None:
             for parameters in self._trainable:
                 nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         self.optimizer.step()
+
+    def _move_targets(self) -> None:
+        """``SoftUpdate``'s step."""
+        if self.target_updater is not None and self._pairs[0]:
+            with torch.no_grad():
+                share = 1 - self.target_updater.eps
+                torch._foreach_lerp_(self._pairs[1], self._pairs[0], share)
+
+
+def soft_pairs(updater: TargetNetUpdater | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Live and target tensors that a ``SoftUpdate`` brings together; of anything else, none."""
+    if updater is None or type(updater) is not SoftUpdate:
+        return [], []
+    names = list(updater._sources.keys(True, True))
+    targets = [updater._targets[(f"target_{name[0]}", *name[1:])] for name in names]
+    return [updater._sources[name] for name in names], targets
 
 
 def part_of(step: Any, name: str) -> Any:

@@ -97,7 +97,7 @@ class DeviceSampler:
             if key not in exclude:
                 values = transitions.get(key)
                 fields.setdefault(values.dtype, []).append((key, values))
-        self._tables = [self._pack(group) for group in fields.values()]
+        self.tables = [self._pack(group) for group in fields.values()]
         self._parts = [
             [(key, values.shape[1:], values[0].numel()) for key, values in group]
             for group in fields.values()
@@ -128,7 +128,7 @@ class DeviceSampler:
     def gather(self, indices: Tensor) -> TensorDict:
         """The rows numbered by ``indices`` ``(B,)``."""
         nested: dict[str, Any] = {}
-        for table, parts in zip(self._tables, self._parts, strict=True):
+        for table, parts in zip(self.tables, self._parts, strict=True):
             rows = table.index_select(0, indices)
             columns = torch.split(rows, [width for _, _, width in parts], dim=1)
             for (key, shape, _), values in zip(parts, columns, strict=True):

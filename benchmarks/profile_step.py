@@ -1,0 +1,212 @@
+"""Where one update's time goes.
+
+    python benchmarks/profile_step.py --form compiled --order sequential
+    python benchmarks/profile_step.py --form captured --device cuda
+
+The wall time and the floor are measured without the profiler. The profiler itself costs time, on a
+CPU within every kernel: its numbers say how time divides, not how much there is, and nothing is
+scaled to the wall time. On a CPU ``host`` is what lies outside kernels: wall minus kernels, where a
+negative number is the profiler's own cost. On CUDA kernels may overlap one another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import warnings
+from collections import defaultdict
+from typing import Any
+
+import torch
+from bench_step import about, timed
+from step_rivals import FORMS, ORDERS, Sizes, Update, floor, make_step, ours, transitions
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+#: kind: words in the names of its kernels, in the order in which they are asked
+KINDS = {
+    "matrix products": (
+        "::mm", "_mm_out", "addmm", "bmm", "::linear", "_mm_plus_mm", "gemm", "cutlass", "nvjet",
+        "splitk", "mkl_linear", "mkldnn", "packed_linear", "xmma",
+    ),
+    "optimizer": ("_fused_adam", "fusedadam", "multi_tensor", "_foreach_"),
+    "copies": ("memcpy", "memset", "copy_", "_to_copy", "clone", "contiguous"),
+}  # fmt: skip
+FUSED = ("triton", "cpp_fused", "kernel_cpp", "graph_")
+#: operators that compute nothing: their time is the host's
+HOST = (
+    "view", "reshape", "as_strided", "expand", "empty", "detach", "::t", "transpose", "squeeze",
+    "select", "slice", "split", "chunk", "unbind", "alias", "permute", "resize", "set_", "unsafe",
+    "narrow", "flatten", "_local_scalar", "item", "result_type", "lift_fresh", "is_nonzero",
+)  # fmt: skip
+SYNCHRONISATIONS = (
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "DtoH",
+)
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaLaunchKernelExC")
+
+
+def kind_of(name: str, on_cuda: bool) -> str | None:
+    """The kind of a kernel; None for what is the host's."""
+    low = name.lower()
+    if any(word in low for word in FUSED):  # Adam and SoftUpdate are in those with these words
+        return "fused, optimizer" if "lerp" in low and "sqrt" in low else "fused, losses"
+    for kind, words in KINDS.items():
+        if any(word in low for word in words):
+            return kind
+    if on_cuda:
+        return "other kernels"
+    operator = low.removeprefix("aten::")
+    if not low.startswith("aten::") or any(w.strip(":") in operator.split("_") for w in HOST):
+        return None
+    return None if operator.startswith(tuple(w.strip(":") for w in HOST)) else "other kernels"
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes of what operators read and write, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = operator(*args, **(kwargs or {}))
+        if kind_of(f"aten::{operator.overloadpacket.__name__}", on_cuda=False) is not None:
+            touched = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+            self.bytes += sum(t.numel() * t.element_size() for t in touched)
+        return out
+
+
+def warm_up(update: Update, sizes: Sizes, device: str) -> int:
+    """Calls that compile; the bytes a call moves by Inductor's count, which it makes for its log."""
+    from torch._inductor import compile_fx, config, metrics
+
+    compile_fx.inductor_metrics_log.setLevel(logging.INFO)
+    compile_fx.inductor_metrics_log.propagate = False
+    config.fx_graph_cache = False  # what is read from a cache is not counted
+    found = 0
+    for _ in range(5):
+        metrics.num_bytes_accessed = 0
+        timed(update, 1, sizes, device)
+        found = metrics.num_bytes_accessed or found  # a graph may be made twice; the last is in use
+    return found
+
+
+def bytes_moved(form: str, sizes: Sizes, device: str, order: str, generated: float) -> str:
+    """For generated code what Inductor reckons; for eager what operators are given and give."""
+    if form != "eager":
+        return f"{generated / 1e6:.1f} MB by Inductor's count" if generated else "not counted"
+    step, rows = make_step(sizes, device, order), transitions(sizes, device)[: sizes.batch]
+    step(rows.clone())
+    with Traffic() as traffic:
+        step(rows.clone())
+    return f"{traffic.bytes / 1e6:.1f} MB read and written by operators, sampling left out"
+
+
+def wall(update: Update, calls: int, sizes: Sizes, device: str) -> float:
+    """Median milliseconds a call over seven blocks."""
+    timed(update, calls, sizes, device)
+    return statistics.median(1e3 * timed(update, calls, sizes, device) / calls for _ in range(7))
+
+
+def record(update: Update, calls: int, sizes: Sizes, device: str) -> Any:
+    activities = [ProfilerActivity.CPU]
+    activities += [ProfilerActivity.CUDA] if device.startswith("cuda") else []
+    with profile(activities=activities, acc_events=True) as profiler:
+        timed(update, calls, sizes, device)
+    return profiler.key_averages()
+
+
+def show(events: Any, updates: int, wall_ms: float, floor_ms: float, on_cuda: bool) -> None:
+    """Tables over ``updates`` profiled updates, everything per update."""
+    wanted = DeviceType.CUDA if on_cuda else DeviceType.CPU
+    kernels, counts = defaultdict(float), defaultdict(float)
+    calls: dict[str, tuple[float, float, str]] = {}
+    for event in events:
+        kind = kind_of(event.key, on_cuda)
+        if event.device_type != wanted or kind is None:
+            continue
+        spent = event.self_device_time_total if on_cuda else event.self_cpu_time_total
+        ms, count = spent / 1e3 / updates, event.count / updates
+        kernels[kind] += ms
+        counts[kind] += count
+        calls[event.key] = (ms, count, kind)
+    print(f"\n{'':22}{'ms':>9}{'of wall':>9}{'kernels':>9}")
+    print(f"{'wall, no profiler':22}{wall_ms:9.3f}{1:9.2f}{sum(counts.values()):9.1f}")
+    print(f"{'floor, no profiler':22}{floor_ms:9.3f}{floor_ms / wall_ms:9.2f}")
+    for kind in sorted(kernels, key=lambda kind: -kernels[kind]):
+        ms = kernels[kind]
+        print(f"{kind:22}{ms:9.3f}{ms / wall_ms:9.2f}{counts[kind]:9.1f}")
+    host = wall_ms - sum(kernels.values())
+    print(f"{'host':22}{host:9.3f}{host / wall_ms:9.2f}   wall minus kernels")
+    print(f"\n{'ms':>9}{'times':>8}  kernel")
+    for name in sorted(calls, key=lambda name: -calls[name][0])[:15]:
+        ms, count, kind = calls[name]
+        print(f"{ms:9.4f}{count:8.1f}  {name[:96]} ({kind})")
+
+
+def show_host_calls(events: Any, updates: int) -> None:
+    """CUDA: launches and waits per update; the profiler's own wait at its end is among them."""
+    for title, words in (("launches", LAUNCHES), ("synchronisations", SYNCHRONISATIONS)):
+        found = {e.key: e.count / updates for e in events if any(w in e.key for w in words)}
+        listed = ", ".join(f"{name} {count:.2f}" for name, count in found.items())
+        print(f"{title} an update: {sum(found.values()):.2f} ({listed or 'none'})")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--form", default="compiled", choices=FORMS)
+    add("--order", default="sequential", choices=ORDERS)
+    add("--device", default="cpu")
+    add("--updates", type=int, default=100, help="updates profiled, and in each timed block")
+    add("--captured-updates", type=int, default=8, help="updates a call of the captured form")
+    add("--threads", type=int, help="threads of torch")
+    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products")
+    add("--matmul-precision", default="highest", choices=("highest", "high", "medium"))
+    for name in ("width", "batch", "critics", "rows"):
+        add(f"--{name}", type=int, default=getattr(Sizes(), name))
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    device, on_cuda = options.device, options.device.startswith("cuda")
+    names = ("width", "batch", "critics", "rows", "dtype", "matmul_precision")
+    sizes = Sizes(**{name: getattr(options, name) for name in names})
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision(options.matmul_precision)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # tensordict under torch.compile
+    from torch._inductor import config
+
+    # the profiler sees generated C++ only if it is compiled so
+    config.cpp.enable_kernel_profile = not on_cuda
+    with sizes.autocast(device):
+        rows = transitions(sizes, device)
+        update, a_call = ours(
+            rows, sizes, device, options.order, options.form, options.captured_updates
+        )
+    generated = warm_up(update, sizes, device) / a_call
+    calls = max(1, options.updates // a_call)
+    events = record(update, calls, sizes, device)
+    wall_ms = wall(update, calls, sizes, device) / a_call
+    floor_ms = wall(floor(transitions(sizes), sizes, device)[0], options.updates, sizes, device)
+    machine = about(device)
+    print(f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}; {sizes}")
+    print(f"{options.order} {options.form}, {calls * a_call} updates under the profiler")
+    show(events, calls * a_call, wall_ms, floor_ms, on_cuda)
+    print("\nmoved:", bytes_moved(options.form, sizes, device, options.order, generated))
+    if on_cuda:
+        show_host_calls(events, calls * a_call)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Networks of a loss bound to its parameters for good, where their structure allows it.
+
+TorchRL's losses swap parameters into a network at every evaluation, and map over critics. Copies
+of known networks that hold the loss's own parameters need neither; in these copies perceptrons are
+:class:`~iql_torchrl.dense.Dense`. Whatever is not recognised is evaluated as TorchRL does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictSequential,
+)
+from torch import Tensor, nn
+from torchrl.modules import MLP as TorchRLMLP
+from torchrl.modules import ProbabilisticActor, SafeModule, SafeProbabilisticModule, ValueOperator
+
+from iql_torchrl import networks
+from iql_torchrl.dense import Dense, linear_layers
+
+__all__ = ["BoundNetworks"]
+
+Evaluate = Callable[[TensorDictBase], Tensor]
+SINGLE = (TensorDictModule, SafeModule, ValueOperator)
+WRAPPERS = (
+    *SINGLE,
+    ProbabilisticActor,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    SafeProbabilisticModule,
+    TensorDictSequential,
+)
+OURS = (networks.Critic, networks.DiscreteCritic, networks.OneHot, networks.Standardise)
+# What treats every row for itself and draws nothing.
+BY_ROW = (*OURS[2:], networks.StateValue, Dense, nn.Identity)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class BoundNetworks:
+    """Evaluations of a loss's networks; ``None`` or absent where there is no short way.
+
+    ``value`` and ``critics[id(params)]`` map a TensorDict to raw outputs, ``(*B, n)`` and
+    ``(K, *B, n)``; ``actor`` is a TensorDictModule.
+    """
+
+    def __init__(self, loss: Any) -> None:
+        self._modes: list[tuple[nn.Module, nn.Module]] = []
+        mixed = {name for name, *_ in loss._shared.trunk}
+        self.value: _Direct | None = None
+        self.actor: Any = None
+        self.critics: dict[int, Evaluate] = {}
+        if "value_network" not in mixed:
+            clone = self._bind(loss.value_network, loss.value_network_params)
+            if clone is not None and _is_single(clone):
+                self.value = _Direct(clone)
+        self.actor = self._bind(loss.actor_network, loss.actor_network_params)
+        if self.actor is not None and _is_head_and_distribution(self.actor):
+            self.actor = _Actor(self.actor)
+        if "qvalue_network" not in mixed and _is_single(loss.qvalue_network):
+            for name in ("qvalue_network_params", "target_qvalue_network_params"):
+                params = loss._modules[name]
+                clone = self._bind(loss.qvalue_network, params, stacked=loss.num_qvalue_nets > 1)
+                if clone is not None:
+                    lone = loss.num_qvalue_nets == 1
+                    self.critics[id(params)] = _Lone(clone) if lone else _Direct(clone)
+
+    def follow_modes(self) -> None:
+        """Training or evaluation mode as the loss's own networks have it."""
+        for original, clone in self._modes:
+            if clone.training is not original.training:
+                clone.training = original.training
+
+    def _bind(self, network: nn.Module, params: Any, stacked: bool = False) -> nn.Module | None:
+        if not all(_is_known(module) for module in network.modules()):
+            return None
+        clone = copy.deepcopy(network)
+        params.to_module(clone)
+        if stacked and not _unstack_around(clone):
+            return None
+        originals = dict(network.named_modules())
+        _condense(clone)
+        self._modes += [(originals[name], m) for name, m in clone.named_modules()]
+        return clone
+
+
+class _Direct:
+    """``network`` called with the entries of its keys, past TensorDict."""
+
+    def __init__(self, network: Any) -> None:
+        self.module, self.in_keys = network.module, network.in_keys
+        self.by_row = all(type(m) in BY_ROW for m in self.module.modules())
+
+    def __call__(self, data: TensorDictBase) -> Tensor:
+        value: Tensor = self.module(*[data.get(key) for key in self.in_keys])
+        return value
+
+    def twice(self, first: TensorDictBase, second: TensorDictBase) -> Sequence[Tensor]:
+        """Outputs of two batches of one shape from a single evaluation; only where ``by_row``."""
+        inputs = [torch.cat([first.get(key), second.get(key)]) for key in self.in_keys]
+        value: Tensor = self.module(*inputs)
+        return value.chunk(2)
+
+
+class _Lone(_Direct):
+    """The same for one critic, ``(*B, n)`` -> ``(1, *B, n)``."""
+
+    def __call__(self, data: TensorDictBase) -> Tensor:
+        return super().__call__(data).unsqueeze(0)
+
+
+class _Actor:
+    """An actor of one plain module and one distribution, its distribution found past TensorDict."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+        self._head, self._last = actor[0], actor[1]
+
+    def __call__(self, data: TensorDictBase) -> TensorDictBase:
+        out: TensorDictBase = self._actor(data)
+        return out
+
+    def get_dist(self, data: TensorDictBase) -> Any:
+        out = self._head.module(*[data.get(key) for key in self._head.in_keys])
+        values = (out,) if isinstance(out, Tensor) else out
+        found = dict(zip(self._head.out_keys, values, strict=True))
+        for key in self._last.in_keys:
+            if key not in found:  # an action mask
+                found[key] = data.get(key)
+        return self._last.get_dist(found)  # which asks it for ``get`` alone
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._actor, name)
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether a copy of the module behaves as the module does, apart from its mode."""
+    if any(getattr(module, hooks) for hooks in HOOKS):
+        return False
+    kind = type(module)
+    home = kind.__module__
+    ours = home in ("iql_torchrl.networks", "iql_torchrl.policies")
+    return ours or kind in (*WRAPPERS, TorchRLMLP) or home.startswith("torch.nn.modules.")
+
+
+def _is_single(network: nn.Module) -> bool:
+    """Whether it is one plain module, positional keys in and one key out."""
+    plain = type(network) in SINGLE and getattr(network, "_kwargs", None) is None
+    return plain and len(network.out_keys) == 1 and isinstance(network.module, nn.Module)
+
+
+def _is_head_and_distribution(actor: Any) -> bool:
+    parts = list(actor) if isinstance(actor, TensorDictSequential) else []
+    return (
+        len(parts) == 2
+        and type(parts[0]) in SINGLE
+        and getattr(parts[0], "_kwargs", None) is None
+        and type(parts[1]) in (ProbabilisticTensorDictModule, SafeProbabilisticModule)
+        and not actor.return_composite
+    )
+
+
+def _unstack_around(clone: Any) -> bool:
+    """Prepare a network with stacked parameters: its last part may use them, nothing else.
+
+    False when something before the final perceptron has parameters, or buffers that differ
+    between the critics.
+    """
+    module: nn.Module = clone.module
+    body: Any = module.mlp if type(module) in OURS[:2] else module
+    if not isinstance(body, nn.Module) or linear_layers(body) is None:
+        return False
+    inside = set(body.modules())
+    for part in module.modules():
+        if part in inside:
+            continue
+        if any(True for _ in part.parameters(recurse=False)):
+            return False
+        for name, buffer in part.named_buffers(recurse=False):
+            if type(part) is not networks.Standardise or not bool((buffer == buffer[:1]).all()):
+                return False
+            part._buffers[name] = buffer[0]
+    return True
+
+
+def _condense(module: nn.Module) -> None:
+    """Replace perceptrons within ``module`` by Dense, in place."""
+    for name, child in list(module.named_children()):
+        if linear_layers(child) is not None and isinstance(child, nn.Sequential):
+            module._modules[name] = Dense(child)
+        else:
+            _condense(child)

@@ -1,0 +1,331 @@
+"""``captured``: K updates a call, sampling included, with nothing decided between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torch._inductor.compile_fx import compile_fx
+from torchrl.data import ReplayBuffer
+from torchrl.data.replay_buffers.samplers import RandomSampler
+from torchrl.envs.utils import set_exploration_type
+from torchrl.modules import set_recurrent_mode
+from torchrl.objectives import HardUpdate
+
+from iql_torchrl.compilation import CompiledStep, compiled
+from iql_torchrl.data.replay import DeviceSampler
+from iql_torchrl.step import IQLStep, Terms
+
+__all__ = ["CapturedStep", "captured"]
+
+KNOBS = (
+    "actor_objective",
+    "expectile",
+    "loss_function",
+    "max_weight",
+    "reduction",
+    "temperature",
+    "use_prioritized_weights",
+    "value_objective",
+)
+
+
+def captured(
+    step: IQLStep, replay: DeviceSampler | ReplayBuffer, *, updates: int = 32
+) -> CapturedStep:
+    """A function without arguments: ``updates`` updates, each of a batch that it samples itself.
+
+    ``replay`` is a :class:`~iql_torchrl.data.DeviceSampler`, or a TorchRL buffer with uniform
+    sampling and no transform, whose rows are then copied to the parameters' device, and again when
+    the buffer has been written to. Returns the means of the step's metrics over the updates, as
+    tensors on the device: reading them is the only wait.
+
+    On CUDA the updates are one CUDA graph, replayed; the first call runs them uncaptured. Elsewhere
+    the compiled update is called without checks between. Either way a loaded state, a moved
+    parameter, other knobs of the loss or the optimizer, other modes or rows capture anew before the
+    next update; learning rates are tensors, so schedules do not. What is not watched: code and
+    attributes of your own modules; call ``recapture()`` after changing those.
+
+    An optimizer other than Adam and AdamW: off CUDA its updates run one by one, compiled; on CUDA
+    the plain step is captured, which wants ``capturable=True`` and takes no schedule.
+
+    Raises ``ValueError`` on ``updates < 1``; a buffer that samples otherwise; on CUDA, states of
+    the optimizer on the host, and a ``HardUpdate`` whose interval ``updates`` does not divide.
+    ``TypeError`` on a step or a replay of another kind.
+    """
+    return CapturedStep(step, replay, updates)
+
+
+class CapturedStep:
+    """What :func:`captured` returns: ``updates``, ``step``, ``replay``, and a call."""
+
+    def __init__(self, step: IQLStep, replay: DeviceSampler | ReplayBuffer, updates: int) -> None:
+        if not isinstance(step, IQLStep):
+            raise TypeError(f"step is {type(step).__name__}; wanted an IQLStep.")
+        if updates < 1:
+            raise ValueError(f"updates is {updates}; wanted at least 1 a call.")
+        _check_replay(replay)
+        self.step, self.replay, self.updates = step, replay, updates
+        fast = step if isinstance(step, CompiledStep) else compiled(step)
+        self._fast = fast
+        self._device = next(step.loss.parameters()).device
+        self._on_cuda = self._device.type == "cuda"
+        self._whole = isinstance(fast, CompiledStep) and fast.written_out
+        if self._on_cuda:
+            _check_cuda(step, updates, self._whole)
+        self._copy: tuple[object, DeviceSampler] | None = None
+        self.recapture()
+
+    def recapture(self) -> None:
+        """Capture anew at the next call."""
+        self._seen: Sequence[Any] | None = None
+        self._update: Callable[[], object] | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> TensorDictBase:
+        rows = self._rows()
+        if not (self._whole or self._on_cuda):
+            return self._one_by_one(rows)
+        slots = self._fast.slots() if self._whole else ()
+        seen = self._fingerprint(rows, slots)
+        if self._seen is None or not _same(seen, self._seen):
+            self.recapture()
+            self._prepare(rows)
+        rates = self._coming_rates()
+        if self._update is None:
+            self._record(rows, slots)
+            self._seen = self._fingerprint(rows, slots)
+        if self._on_cuda:
+            self._on_graph(rows, slots, rates)
+        else:
+            self._run(rows, slots, rates)
+        # schedulers ask whether the optimizer came before them
+        setattr(self.step.optimizer, "_opt_called", True)  # noqa: B010
+        means = (self._sums / self.updates).unbind()
+        return TensorDict(dict(zip(self._names, means, strict=True)))
+
+    # -- one update ------------------------------------------------------------------------------
+
+    def _prepare(self, rows: DeviceSampler) -> None:
+        """What a capture reads and writes besides the step's own tensors."""
+        loss = self.step.loss
+        self._names = [key for key in loss.out_keys if isinstance(key, str)]
+        self._index = torch.zeros(rows.batch_size, dtype=torch.int64, device=self._device)
+        self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=self._device)
+        self._warm = False
+        groups = len(self.step.optimizer.param_groups)
+        self._table = torch.zeros((self.updates, groups), dtype=torch.float64, device=self._device)
+
+    def _record(self, rows: DeviceSampler, slots: Any) -> None:
+        """Compile one update and keep the program with its arguments; nothing is updated yet."""
+        if not self._whole:
+            self._update = lambda: self._add(self.step.learn(rows.gather(self._index)))
+            return
+        fast, loss = self._fast, self.step.loss
+        program = _Program(on_cpu=not self._on_cuda)
+
+        def update() -> None:
+            batch = rows.gather(self._index)
+            self._add(fast.update(loss.read(batch), *slots))
+
+        traced = torch.compile(update, fullgraph=True, dynamic=False, backend=program)
+        # every capture is a program of its own: there is no limit to their number
+        settings = {"trace_autograd_ops": True, "recompile_limit": 2**31}
+        with (
+            set_exploration_type(loss.deterministic_sampling_mode),
+            set_recurrent_mode(True),
+            torch._dynamo.config.patch(settings | {"accumulated_recompile_limit": 2**31}),
+            loss.bound(),
+        ):
+            traced()
+        self._update = program.run
+
+    def _add(self, told: Terms) -> None:
+        found = told[0] | told[1]
+        self._sums.add_(torch.stack([found[name].detach().double() for name in self._names]))
+
+    def _run(self, rows: DeviceSampler, slots: Any, rates: Tensor | None) -> None:
+        update = self._update
+        assert update is not None
+        self._sums.zero_()
+        updater = self.step.target_updater
+        by_host = isinstance(updater, HardUpdate) and not self._on_cuda
+        for number in range(self.updates):
+            torch.randint(rows.rows, self._index.shape, generator=rows.generator, out=self._index)
+            if rates is not None:
+                for rate, value in zip(slots[3], rates[number].unbind(), strict=True):
+                    rate.copy_(value)
+                self._fast.forget_rates()
+            update()
+            if by_host and updater is not None:
+                updater.step()
+
+    def _on_graph(self, rows: DeviceSampler, slots: Any, rates: Tensor | None) -> None:
+        if rates is not None:
+            self._table.copy_(rates, non_blocking=True)
+        table = None if rates is None else self._table
+        if self._graph is None and not self._warm:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._run(rows, slots, table)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._warm = True
+        else:
+            if self._graph is None:
+                graph = torch.cuda.CUDAGraph()
+                graph.register_generator_state(rows.generator)
+                with torch.cuda.graph(graph):
+                    self._run(rows, slots, table)
+                self._graph = graph
+            self._graph.replay()
+        updater = self.step.target_updater
+        if isinstance(updater, HardUpdate):
+            for _ in range(self.updates):
+                updater.step()
+
+    # -- what may change between calls -----------------------------------------------------------
+
+    def _rows(self) -> DeviceSampler:
+        """The sampler itself, or one over the buffer's rows as they are now."""
+        replay = self.replay
+        if isinstance(replay, DeviceSampler):
+            return replay
+        state = (len(replay), getattr(replay.writer, "_cursor", None))
+        if self._copy is None or self._copy[0] != state:
+            old = None if self._copy is None else self._copy[1]
+            rows = DeviceSampler(
+                replay[:].exclude("index"), replay.batch_size, device=self._device, seed=0
+            )
+            if old is None:
+                rows.generator.manual_seed(_seed_from(replay))
+            else:
+                rows.generator = old.generator
+            self._copy = (state, rows)
+        return self._copy[1]
+
+    def _coming_rates(self) -> Tensor | None:
+        """Learning rates of the coming updates, ``(updates, groups)``; None where no schedule is."""
+        if not self.step.lr_schedulers:
+            return None
+        rates = []
+        with_optimizer = self.step.optimizer
+        setattr(with_optimizer, "_opt_called", True)  # noqa: B010
+        for _ in range(self.updates):
+            rates.append([float(group["lr"]) for group in with_optimizer.param_groups])
+            for scheduler in self.step.lr_schedulers:
+                scheduler.step()
+        return torch.tensor(rates, dtype=torch.float64)
+
+    def _fingerprint(self, rows: DeviceSampler, slots: Any) -> list[Any]:
+        """All that a captured program took for granted; tensors by identity and place."""
+        step, loss = self.step, self.step.loss
+        updater = step.target_updater
+        groups = step.optimizer.param_groups
+        tensors = [
+            *(tensor for slot in slots for tensor in slot),
+            *loss.parameters(),
+            *loss.buffers(),
+            *rows.tables,
+            *step.targets,
+            *(p for group in groups for p in group["params"]),
+        ]
+        return [
+            None if self._whole else [group["lr"] for group in groups],
+            *((tensor, tensor.data_ptr(), tensor.requires_grad) for tensor in tensors),
+            *([group[k] for k in ("betas", "eps", "weight_decay")] for group in groups),
+            *(getattr(loss, name) for name in KNOBS),
+            loss.value_estimator,
+            [module.training for module in loss.modules()],
+            (step.order, step.max_grad_norm, type(updater), getattr(updater, "eps", None)),
+            (rows, rows.rows, rows.batch_size, rows.generator),
+        ]
+
+    def _one_by_one(self, rows: DeviceSampler) -> TensorDictBase:
+        """The compiled step, where an optimizer allows no more."""
+        told = [self._fast(rows.sample()) for _ in range(self.updates)]
+        means: TensorDictBase = torch.stack(told).mean(0)
+        return means
+
+
+class _Program:
+    """A backend of ``torch.compile`` that keeps the program and its arguments, and runs nothing."""
+
+    def __init__(self, on_cpu: bool) -> None:
+        self._options = {"cpp_wrapper": True} if on_cpu else {}
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        self._function: Any = compile_fx(graph, inputs, config_patches=self._options)
+        return self._keep
+
+    def _keep(self, *arguments: Any) -> tuple[()]:
+        self._arguments = arguments
+        return ()
+
+    def run(self) -> object:
+        return self._function(*self._arguments)
+
+
+def _same(new: Sequence[Any], old: Sequence[Any]) -> bool:
+    """Equality, with tensors compared as objects."""
+    if len(new) != len(old):
+        return False
+    for a, b in zip(new, old, strict=True):
+        if isinstance(a, tuple) and a and isinstance(a[0], Tensor):
+            if a[0] is not b[0] or a[1:] != b[1:]:
+                return False
+        elif a is not b and a != b:
+            return False
+    return True
+
+
+def _seed_from(replay: ReplayBuffer) -> int:
+    """A seed drawn from the buffer's generator, or torch's own."""
+    generator = getattr(replay, "_rng", None)
+    where = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**62, (), generator=generator, device=where))
+
+
+def _check_replay(replay: DeviceSampler | ReplayBuffer) -> None:
+    if isinstance(replay, DeviceSampler):
+        return
+    if not isinstance(replay, ReplayBuffer):
+        raise TypeError(
+            f"replay is {type(replay).__name__}; wanted a DeviceSampler or a TorchRL replay buffer."
+        )
+    if type(replay.sampler) is not RandomSampler:
+        raise ValueError(
+            f"replay samples with {type(replay.sampler).__name__}; captured updates sample "
+            "uniformly on the device. Use RandomSampler, or the step or compiled(step) in a loop."
+        )
+    if len(replay._transform):
+        raise ValueError(
+            "replay has transforms, which would run on the host at every update. Apply them to "
+            "the data once, or use the step or compiled(step) in a loop."
+        )
+    if replay.batch_size is None:
+        raise ValueError("replay has no batch_size; give it one when you build it.")
+
+
+def _check_cuda(step: IQLStep, updates: int, whole: bool) -> None:
+    optimizer, updater = step.optimizer, step.target_updater
+    if not all(group.get("capturable") or group.get("fused") for group in optimizer.param_groups):
+        raise ValueError(
+            f"optimizer is a {type(optimizer).__name__} that counts its updates on the host; build "
+            "it with capturable=True or fused=True, or use compiled(step)."
+        )
+    if step.lr_schedulers and not whole:
+        raise ValueError(
+            f"the learning rates of {type(optimizer).__name__} would be fixed in a CUDA graph (or "
+            "this torch cannot trace gradients; torch 2.13 can). Use Adam or AdamW, or "
+            "compiled(step)."
+        )
+    interval = getattr(updater, "value_network_update_interval", updates)
+    if interval % updates:
+        raise ValueError(
+            f"HardUpdate moves the targets every {interval} updates and a call makes {updates}; "
+            "choose updates that divide the interval."
+        )

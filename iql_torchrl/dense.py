@@ -1,0 +1,137 @@
+"""Multilayer perceptrons in one piece: K of them at a time, forward and backward written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torchrl.modules import MLP as TorchRLMLP
+
+from iql_torchrl.networks import MLP
+
+__all__ = ["Dense", "linear_layers"]
+
+aten = torch.ops.aten
+# In place on the layer's output, and the gradient from that output alone.
+ACTIVATIONS: dict[type[nn.Module], tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    nn.ReLU: (torch.relu_, lambda gradient, out: aten.threshold_backward(gradient, out, 0)),
+    nn.Tanh: (torch.tanh_, aten.tanh_backward),
+}
+
+
+def linear_layers(module: nn.Module) -> list[nn.Linear] | None:
+    """The Linear layers of a Sequential that alternates them with one ReLU or Tanh, else None."""
+    if type(module) not in (nn.Sequential, MLP, TorchRLMLP) or getattr(
+        module, "_reshape_out", False
+    ):
+        return None
+    parts = list(module.children())
+    layers, between = parts[::2], parts[1::2]
+    kinds = {type(layer) for layer in between}
+    alternates = len(layers) == len(between) + 1 and len(kinds) <= 1 and kinds <= set(ACTIVATIONS)
+    if not alternates or any(type(x) is not nn.Linear or x.bias is None for x in layers):
+        return None
+    return cast("list[nn.Linear]", layers)
+
+
+class Dense(nn.Module):
+    """What the Sequential ``source`` computes, from parameters that may be stacked.
+
+    Weights ``(*K, out, in)`` and biases ``(*K, out)`` with one leading dimension or none; input
+    ``(*B, in)``, several joined on the last dimension; output ``(*K, *B, out)``. The gradient is
+    written out, so it cannot be differentiated again.
+    """
+
+    def __init__(self, source: nn.Sequential) -> None:
+        super().__init__()
+        layers = linear_layers(source)
+        assert layers is not None
+        self.leaves = tuple(leaf for layer in layers for leaf in (layer.weight, layer.bias))
+        kind = type(source[1]) if len(source) > 1 else nn.ReLU
+        self.activation, self.derivative = ACTIVATIONS[kind]
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
+        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            out = self._operations(rows)
+        else:
+            out = _Chain.apply(rows, self.activation, self.derivative, *self.leaves)
+        return out if x.ndim == 2 else out.unflatten(-2, x.shape[:-1])
+
+    def _operations(self, x: Tensor) -> Tensor:
+        """The same for autograd and Inductor, which fuse what is no matrix product.
+
+        Stacked layers run on columns, ``(K, n, B)``, so that the weights' gradients come out in the
+        weights' own layout; a single output is a sum, which costs no product of its own.
+        """
+        stacked = self.leaves[0].ndim == 3
+        pairs = list(_pairs(self.leaves))
+        for number, (weight, bias) in enumerate(pairs):
+            if stacked and number == 0:
+                x = (weight.flatten(0, 1) @ x.mT).unflatten(0, bias.shape) + bias.unsqueeze(-1)
+            elif stacked and bias.shape[-1] == 1:
+                x = (weight.mT * x).sum(-2, keepdim=True) + bias.unsqueeze(-1)
+            elif stacked:
+                x = weight @ x + bias.unsqueeze(-1)
+            elif len(bias) == 1:
+                x = (weight * x).sum(-1, keepdim=True) + bias
+            else:
+                x = torch.addmm(bias, x, weight.mT)
+            if number < len(pairs) - 1:
+                x = x.relu() if self.activation is torch.relu_ else x.tanh()
+        return x.mT if stacked else x
+
+
+class _Chain(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        activation: Callable[..., Tensor],
+        derivative: Callable[..., Tensor],
+        *leaves: Tensor,
+    ) -> Tensor:
+        seen = [x]
+        pairs = list(_pairs(leaves))
+        for number, (weight, bias) in enumerate(pairs):
+            x = _affine(x, weight, bias)
+            if number < len(pairs) - 1:
+                seen.append(activation(x))
+        ctx.derivative = derivative
+        ctx.save_for_backward(*seen, *leaves[::2])
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        layers = len(saved) // 2
+        seen, weights = saved[:layers], saved[layers:]
+        found: list[Tensor | None] = [None] * (2 * layers)
+        wanted = ctx.needs_input_grad
+        for i in reversed(range(layers)):
+            if wanted[3 + 2 * i]:
+                found[2 * i] = gradient.mT @ seen[i]
+            if wanted[4 + 2 * i]:
+                found[2 * i + 1] = gradient.sum(-2)
+            if i > 0:
+                gradient = ctx.derivative(gradient @ weights[i], seen[i])
+        first = None
+        if wanted[0]:
+            first = gradient @ weights[0]
+            first = first if first.ndim == seen[0].ndim else first.sum(0)
+        return first, None, None, *found
+
+
+def _pairs(leaves: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(leaves[::2], leaves[1::2], strict=True)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if weight.ndim == 2:
+        return torch.addmm(bias, x, weight.mT)
+    return torch.baddbmm(bias.unsqueeze(-2), x.expand(len(weight), *x.shape[-2:]), weight.mT)

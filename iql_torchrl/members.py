@@ -1,0 +1,254 @@
+"""Policies and logs as offline evaluation reads them: what a member would do at logged states.
+
+A member is an ``Agent`` or any TensorDict module that writes ``action``, with a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from tensordict.utils import unravel_key
+from torch import Tensor
+from torchrl.modules import Delta
+
+from iql_torchrl import interface
+from iql_torchrl.acting import as_in_evaluation
+from iql_torchrl.data import OfflineDataset
+
+__all__ = [
+    "Member",
+    "actions",
+    "check_logs",
+    "first_rows",
+    "log_densities",
+    "log_probabilities",
+    "raw_rewards",
+    "resolve_members",
+    "returns_to_go",
+    "states",
+]
+
+FloatArray = NDArray[np.float64]
+
+ROWS_AT_ONCE = 16_384
+
+
+@dataclass(frozen=True)
+class Member:
+    """A policy that might be shipped; ``temperature`` is its config's, None for a bare actor."""
+
+    name: str
+    policy: TensorDictModuleBase
+    temperature: float | None = None
+
+
+def resolve_members(members: Mapping[str, Any]) -> tuple[Member, ...]:
+    """The members of ``{name: Agent or actor}``, in its order.
+
+    Raises ``ValueError`` for an empty mapping, ``TypeError`` for anything that is no TensorDict
+    module and holds none under ``policy``.
+    """
+    if not isinstance(members, Mapping) or not members:
+        raise ValueError(
+            f"members is {members!r}; wanted at least one in a dict of name to Agent or actor."
+        )
+    return tuple(resolve_member(name, policy) for name, policy in members.items())
+
+
+def resolve_member(name: str, policy: Any) -> Member:
+    """``policy`` itself or, for an ``Agent``, its ``policy``; raises as :func:`resolve_members`."""
+    actor = policy if isinstance(policy, torch.nn.Module) else getattr(policy, "policy", policy)
+    try:
+        interface.check_policy(actor)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"member {name!r}: {error}") from error
+    temperature = getattr(getattr(policy, "config", None), "temperature", None)
+    return Member(str(name), actor, None if temperature is None else float(temperature))
+
+
+def check_logs(train: OfflineDataset, held_out: OfflineDataset, discount: float) -> None:
+    """Raise ``ValueError`` unless both are logs of one task and ``discount`` is in [0, 1]."""
+    if isinstance(discount, bool) or not 0 <= discount <= 1:
+        raise ValueError(f"discount is {discount!r}; it must lie in [0, 1].")
+    for name in ("observation_space", "action_space"):
+        one, other = getattr(train, name), getattr(held_out, name)
+        if one != other:
+            raise ValueError(
+                f"{name} of train is {one} and of held_out {other}; wanted two parts of one log: "
+                "dataset.split(fraction, seed) gives them."
+            )
+    space = train.action_space
+    if not isinstance(space, spaces.Discrete) and not (
+        isinstance(space, spaces.Box) and len(space.shape) == 1
+    ):
+        raise ValueError(f"the actions are {space}; wanted Discrete, or a Box of shape (A,).")
+
+
+def states(rows: TensorDictBase, *, following: bool = False) -> TensorDictBase:
+    """What a policy reads of ``rows`` ``(N,)``: observations, masks where the data have them.
+
+    ``following``: those after the step. Masks that forbid everything, as they may after a
+    termination, become all true: no action is taken there.
+    """
+    table = rows["next"] if following else rows
+    table = table.select("observation", "action_mask", strict=False).copy()
+    if following and "action_mask" in table:
+        mask = table["action_mask"]
+        table["action_mask"] = mask | ~mask.any(-1, keepdim=True)
+    return table
+
+
+def log_probabilities(
+    member: Member, table: TensorDictBase, num_actions: int, *, deterministic: bool = False
+) -> Tensor:
+    """log pi(a|s) of every action at ``table``'s states ``(N,)``: float64 ``(N, num_actions)``.
+
+    From the distribution's logits, normalised in float64 over the actions that ``action_mask``
+    allows, whether or not the policy reads it. ``deterministic``, or a policy without a
+    distribution: 0 for its action and -inf for the others.
+
+    Raises ``ValueError`` when the policy reads what the data lack, chooses among another number
+    of actions, or gives no allowed action any probability.
+    """
+
+    def ask(chunk: TensorDictBase) -> Tensor:
+        mask = chunk.get("action_mask", None)
+        logits = _logits(member, chunk, num_actions).double()
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf)
+        if deterministic:
+            chosen = torch.nn.functional.one_hot(logits.argmax(-1), num_actions)
+            logits = torch.zeros_like(logits).masked_fill(chosen == 0, -torch.inf)
+        return logits.log_softmax(-1)
+
+    result = _ask(member, table, ask)
+    if bool((bad := result.isnan().any(-1)).any()):
+        raise ValueError(
+            f"member {member.name!r} gives no allowed action any probability in {int(bad.sum())} "
+            "states, or NaN; look at its parameters and at action_mask."
+        )
+    return result
+
+
+def _logits(member: Member, chunk: TensorDictBase, num_actions: int) -> Tensor:
+    distribution = _distribution(member, chunk)
+    logits: Tensor | None = getattr(distribution, "logits", None)
+    if logits is None:
+        action = member.policy(chunk)["action"]
+        if action.ndim == 1 or action.shape[-1] == 1:
+            index = action.reshape(len(chunk)).long()
+            action = torch.nn.functional.one_hot(index, num_actions)
+        chosen = torch.nn.functional.one_hot(action.long().argmax(-1), action.shape[-1])
+        logits = torch.zeros(action.shape, device=action.device)
+        logits = logits.masked_fill(chosen == 0, -torch.inf)
+    if logits.shape != (len(chunk), num_actions):
+        raise ValueError(
+            f"member {member.name!r} gives logits of shape {tuple(logits.shape)} for {len(chunk)} "
+            f"states; wanted one for each of the {num_actions} actions."
+        )
+    return logits
+
+
+def actions(member: Member, table: TensorDictBase, *, samples: int = 0, seed: int = 0) -> Tensor:
+    """Continuous actions at ``table``'s states ``(N,)``: float32 ``(N, max(samples, 1), A)``.
+
+    ``samples=0``: the deterministic action; else that many draws from ``seed``. Raises
+    ``ValueError`` when the policy reads what the data lack, or an action is not finite.
+    """
+
+    def ask(chunk: TensorDictBase) -> Tensor:
+        drawn = [member.policy(chunk.copy())["action"] for _ in range(max(samples, 1))]
+        return torch.stack(drawn, 1).float()
+
+    result = _ask(member, table, ask, deterministic=samples == 0, seed=seed)
+    if result.ndim != 3 or not bool(result.isfinite().all()):
+        raise ValueError(
+            f"member {member.name!r} acts with shape {tuple(result.shape)} (states, draws, ...) "
+            "or not with finite numbers; wanted finite vectors: look at its parameters."
+        )
+    return result
+
+
+def log_densities(member: Member, rows: TensorDictBase) -> Tensor:
+    """log pi(a|s) of the logged continuous actions, float64 ``(N,)``.
+
+    Raises ``ValueError`` for a policy without a density (a deterministic one), or when one is NaN.
+    """
+
+    def ask(chunk: TensorDictBase) -> Tensor:
+        distribution = _distribution(member, chunk)
+        if distribution is None or isinstance(distribution, Delta):
+            raise ValueError(
+                f"member {member.name!r} has no density: importance sampling needs a policy that "
+                "draws its actions, such as policies.gaussian."
+            )
+        density: Tensor = distribution.log_prob(chunk["action"]).double()
+        return density
+
+    table = states(rows).copy()
+    table["action"] = rows["action"]
+    result = _ask(member, table, ask)
+    if result.ndim != 1 or bool((result.isnan() | (result == torch.inf)).any()):
+        raise ValueError(
+            f"member {member.name!r} gives logged actions log-densities of shape "
+            f"{tuple(result.shape)} that are NaN or infinite; wanted one finite number a step."
+        )
+    return result
+
+
+def _distribution(member: Member, chunk: TensorDictBase) -> Any:
+    ask = getattr(member.policy, "get_dist", None)
+    return None if ask is None else ask(chunk.copy())
+
+
+def _ask(
+    member: Member,
+    table: TensorDictBase,
+    ask: Callable[[TensorDictBase], Tensor],
+    *,
+    deterministic: bool = True,
+    seed: int = 0,
+) -> Tensor:
+    held = {unravel_key(key) for key in table.keys(include_nested=True)}
+    missing = [key for key in member.policy.in_keys if unravel_key(key) not in held]
+    if missing:
+        raise ValueError(
+            f"member {member.name!r} reads {missing}, which the log lacks; it holds "
+            f"{sorted(map(str, held))}. Load the data as it was trained on."
+        )
+    device = interface.policy_device(member.policy, None)
+    with as_in_evaluation(member.policy, device, deterministic=deterministic, seed=seed):
+        chunks = [ask(chunk.to(device)).cpu() for chunk in table.split(ROWS_AT_ONCE)]
+    return torch.cat(chunks)
+
+
+def first_rows(log: OfflineDataset) -> NDArray[np.int64]:
+    """The row that begins each episode, ``(E,)``."""
+    starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(log.episode_lengths)[:-1]])
+    return starts.astype(np.int64)
+
+
+def raw_rewards(log: OfflineDataset) -> FloatArray:
+    """Rewards before the dataset's ``reward_map``, float64 ``(N,)``; the map can be undone."""
+    mapped = log.transitions["next", "reward"].reshape(-1).double().cpu().numpy()
+    return np.asarray(log.reward_map.inverse(mapped), np.float64)
+
+
+def returns_to_go(log: OfflineDataset, discount: float) -> FloatArray:
+    """``sum_k discount**k r_{t+k}`` of raw rewards to the episode's last logged step, ``(N,)``.
+
+    What would have followed a truncation is left out.
+    """
+    result, starts, lengths = raw_rewards(log), first_rows(log), log.episode_lengths
+    for step in range(int(lengths.max()) - 2, -1, -1):
+        rows = starts[lengths > step + 1] + step
+        result[rows] += discount * result[rows + 1]
+    return result

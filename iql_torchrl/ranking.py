@@ -1,0 +1,118 @@
+"""The table in which trained policies stand by estimated value, and how it is written down."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from iql_torchrl.records import whole_file
+
+__all__ = ["Ranking"]
+
+COLUMNS = (
+    ("value", "value"),
+    ("value_low", "low"),
+    ("value_high", "high"),
+    ("gain_low", "gain from"),
+    ("gain_high", "to"),
+    ("importance_value", "importance"),
+    ("effective_episodes", "eff. episodes"),
+    ("extrapolation", "extrapol."),
+    ("clone_distance", "from clone"),
+)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What ``selection.rank_members`` found; ``str`` gives a table. Values are in raw reward units.
+
+    Attributes:
+        rows: one dict per member, best estimated value first: ``rank`` (from 1), ``member``,
+            ``temperature``; ``value`` and bounds by fitted Q evaluation; ``gain`` over the log and
+            bounds; ``td_error`` and ``td_error_training``; ``importance_value`` and bounds,
+            ``effective_episodes``; ``extrapolation``; ``clone_distance``; ``doubts``, names of the
+            warnings that concern it (``importance``, ``extrapolation``, ``td_error``, ``range``).
+            NaN is unknown.
+        log_value, log_low, log_high: mean discounted return of the held-out episodes.
+        log_extrapolation: share of the log's own held-out actions outside the log.
+        spearman, kendall: agreement of the two estimators over the members whose importance weights
+            are not doubted; NaN for fewer than two.
+        recommended: the member to ship, or None for none.
+        recommendation: the same in one sentence.
+        warnings: why not to trust this, one sentence each.
+        discount, episodes: of the values, and held out.
+    """
+
+    rows: tuple[dict[str, Any], ...]
+    log_value: float
+    log_low: float
+    log_high: float
+    log_extrapolation: float
+    spearman: float
+    kendall: float
+    recommended: str | None
+    recommendation: str
+    warnings: tuple[str, ...]
+    discount: float
+    episodes: int
+
+    def __str__(self) -> str:
+        width = max(len("the log"), *(len(row["member"]) for row in self.rows))
+        lines = [f"{'member':{width}}" + "".join(f" {title:>13}" for _, title in COLUMNS)]
+        for row in self.rows:
+            lines.append(
+                f"{row['member']:{width}}" + "".join(f" {_short(row[key])}" for key, _ in COLUMNS)
+            )
+        nothing = dict.fromkeys([key for key, _ in COLUMNS], math.nan)
+        log = nothing | {
+            "value": self.log_value,
+            "value_low": self.log_low,
+            "value_high": self.log_high,
+            "extrapolation": self.log_extrapolation,
+        }
+        lines.append(f"{'the log':{width}}" + "".join(f" {_short(v)}" for v in log.values()))
+        lines.append(
+            f"\n{self.episodes} held-out episodes, discount {self.discount:g}. Agreement of fitted "
+            f"Q evaluation and importance sampling: Spearman {self.spearman:.2f}, "
+            f"Kendall {self.kendall:.2f}."
+        )
+        lines += [f"Warning: {warning}" for warning in self.warnings]
+        return "\n".join([*lines, self.recommendation])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as a plain JSON value; what is not finite as None."""
+        return {field.name: _json(getattr(self, field.name)) for field in fields(self)}
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Replace ``path`` by :meth:`to_dict`, whole or not at all."""
+        with whole_file(Path(path)) as temporary:
+            text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Replace ``path`` by one line per member, best first; unknown numbers stay empty."""
+        with (
+            whole_file(Path(path)) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, list(self.rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(_json(row | {"doubts": " ".join(row["doubts"])}) for row in self.rows)
+
+
+def _short(value: float) -> str:
+    return f"{'-' if math.isnan(value) else format(value, '.4g'):>13}"
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _json(entry) for key, entry in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

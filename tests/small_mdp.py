@@ -1,0 +1,99 @@
+"""A random tabular MDP in NumPy: exact values, logs of it, and its policies as TorchRL actors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.data import Categorical
+from torchrl.modules import ProbabilisticActor
+
+from iql_torchrl import load_dataset
+
+STATES, ACTIONS, DISCOUNT = 5, 3, 0.9
+
+
+@dataclass
+class MDP:
+    """``transition`` ``(S, A, S)``, ``reward`` ``(S, A)``, ``ending`` ``(S, A)``: the probability
+    that a step terminates, whatever state follows; ``start`` ``(S,)``."""
+
+    transition: np.ndarray
+    reward: np.ndarray
+    ending: np.ndarray
+    start: np.ndarray
+
+    def values(self, policy: np.ndarray) -> np.ndarray:
+        """Exact V ``(S,)`` by a linear solve."""
+        going = (policy * (1 - self.ending))[:, :, None] * self.transition
+        reward = (policy * self.reward).sum(1)
+        return np.linalg.solve(np.eye(len(reward)) - DISCOUNT * going.sum(1), reward)
+
+    def log(self, policy, episodes=600, horizon=1000, seed=0, masks=None, **options):
+        """Episodes of ``policy``, truncated after ``horizon`` steps."""
+        draw = np.random.default_rng(seed)
+        names = ("observation", "action", "reward", "next_observation", "terminated", "truncated")
+        rows = []
+        for _ in range(episodes):
+            state = draw.choice(len(self.start), p=self.start)
+            for step in range(horizon):
+                action = draw.choice(policy.shape[1], p=policy[state])
+                following = draw.choice(len(self.start), p=self.transition[state, action])
+                ended = draw.random() < self.ending[state, action]
+                cut = not ended and step == horizon - 1
+                rows.append((state, action, self.reward[state, action], following, ended, cut))
+                if ended:
+                    break
+                state = following
+        table = dict(zip(names, map(np.array, zip(*rows, strict=True)), strict=True))
+        table["reward"] = table["reward"].astype(np.float32)
+        state, action = table["observation"], table["action"]
+        table["action_log_prob"] = np.log(policy[state, action]).astype(np.float32)
+        if masks is not None:
+            table["action_mask"] = masks[state]
+            table["next_action_mask"] = masks[table["next_observation"]]
+        return load_dataset(table, **options)
+
+
+def random_mdp(seed: int = 0) -> MDP:
+    draw = np.random.default_rng(seed)
+    transition = draw.dirichlet(np.full(STATES, 0.5), (STATES, ACTIONS))
+    reward = draw.normal(size=(STATES, ACTIONS)).round(2)
+    return MDP(transition, reward, np.full((STATES, ACTIONS), 0.15), np.full(STATES, 1 / STATES))
+
+
+def random_policies(count: int, seed: int = 1, masks=None) -> list[np.ndarray]:
+    draw = np.random.default_rng(seed)
+    tables = draw.dirichlet(np.full(ACTIONS, 0.7), (count, STATES))
+    if masks is not None:
+        tables = tables * masks
+    return list(tables / tables.sum(-1, keepdims=True))
+
+
+class Lookup(nn.Module):
+    def __init__(self, logits: np.ndarray):
+        super().__init__()
+        self.register_buffer("logits", torch.as_tensor(logits))
+
+    def forward(self, observation):
+        return self.logits[observation]
+
+
+def actor(policy: np.ndarray) -> ProbabilisticActor:
+    """The policy ``(S, A)``; it reads no mask."""
+    with np.errstate(divide="ignore"):
+        net = Lookup(np.log(policy))
+    return ProbabilisticActor(
+        TensorDictModule(net, in_keys=["observation"], out_keys=["logits"]),
+        in_keys=["logits"],
+        spec=Categorical(policy.shape[1]),
+        distribution_class=torch.distributions.Categorical,
+        distribution_kwargs={"validate_args": False},
+    )
+
+
+def uniform() -> np.ndarray:
+    return np.full((STATES, ACTIONS), 1 / ACTIONS)
