@@ -85,7 +85,7 @@ class Traffic(TorchDispatchMode):
 
 
 def warm_up(update: Update, sizes: Sizes, device: str) -> int:
-    """Calls that compile; the bytes a call moves by Inductor's count, which it makes for its log."""
+    """Calls that compile; the bytes that the graph moves by Inductor's count, made for its log."""
     from torch._inductor import compile_fx, config, metrics
 
     compile_fx.inductor_metrics_log.setLevel(logging.INFO)
@@ -99,10 +99,10 @@ def warm_up(update: Update, sizes: Sizes, device: str) -> int:
     return found
 
 
-def bytes_moved(form: str, sizes: Sizes, device: str, order: str, generated: float) -> str:
+def bytes_moved(form: str, sizes: Sizes, device: str, order: str, generated: int) -> str:
     """For generated code what Inductor reckons; for eager what operators are given and give."""
     if form != "eager":
-        return f"{generated / 1e6:.1f} MB by Inductor's count" if generated else "not counted"
+        return f"{generated / 1e6:.1f} MB by Inductor's count of its graph"
     step, rows = make_step(sizes, device, order), transitions(sizes, device)[: sizes.batch]
     step(rows.clone())
     with Traffic() as traffic:
@@ -194,7 +194,7 @@ def main() -> None:
         update, a_call = ours(
             rows, sizes, device, options.order, options.form, options.captured_updates
         )
-    generated = warm_up(update, sizes, device) / a_call
+    generated = warm_up(update, sizes, device)
     calls = max(1, options.updates // a_call)
     events = record(update, calls, sizes, device)
     wall_ms = wall(update, calls, sizes, device) / a_call

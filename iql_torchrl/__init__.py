@@ -9,6 +9,7 @@ from iql_torchrl.config import PRESETS, IQLConfig
 from iql_torchrl.data import DatasetError, OfflineDataset, load_dataset
 from iql_torchrl.evaluation import Evaluation, evaluate
 from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
+from iql_torchrl.population import IQLPopulation
 from iql_torchrl.step import IQLStep
 from iql_torchrl.trainer import OfflineTrainer
 from iql_torchrl.video import record_video
@@ -22,6 +23,7 @@ __all__ = [
     "Evaluation",
     "IQLConfig",
     "IQLLoss",
+    "IQLPopulation",
     "IQLStep",
     "OfflineDataset",
     "OfflineTrainer",

@@ -30,7 +30,7 @@ from iql_torchrl.objectives import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
 from iql_torchrl.step import IQLStep
 from iql_torchrl.task import Task
 
-__all__ = ["Agent", "make_agent"]
+__all__ = ["Agent", "build_agent", "make_agent", "rate_factors"]
 
 NETWORKS = ("actor", "qvalue", "value")
 
@@ -121,7 +121,7 @@ class Agent:
             saved = IQLConfig().to_dict() | description["config"]
             config = IQLConfig.from_dict(saved)
             config = replace(config, device=_usable(device, config.device))
-            agent = _build(config, Task.from_state_dict(description["task"]))
+            agent = build_agent(config, Task.from_state_dict(description["task"]))
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path}: {error}") from error
         try:
@@ -140,10 +140,11 @@ def make_agent(config: IQLConfig, dataset: OfflineDataset) -> Agent:
     ``load_dataset(concatenate=...)``, or write your own networks), or the policy does not fit the
     actions.
     """
-    return _build(config, Task.of(dataset))
+    return build_agent(config, Task.of(dataset))
 
 
-def _build(config: IQLConfig, task: Task) -> Agent:
+def build_agent(config: IQLConfig, task: Task) -> Agent:
+    """:func:`make_agent` where the dataset is known by its description alone."""
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         actor, critic, value = _networks(config, task)
@@ -270,9 +271,14 @@ def _optimizer(config: IQLConfig, loss: ImplicitQLoss) -> tuple[torch.optim.Opti
     else:
         optimizer = torch.optim.Adam(groups, fused=True)
 
+    return optimizer, LambdaLR(optimizer, rate_factors(config))
+
+
+def rate_factors(config: IQLConfig) -> list[Callable[[int], float]]:
+    """What multiplies the learning rates of policy, critics and V after each update."""
     cosine = partial(_cosine, updates=config.updates, steps=config.schedule_steps)
     falling = {"constant": (), "cosine_actor": ("actor",), "cosine": NETWORKS}[config.schedule]
-    return optimizer, LambdaLR(optimizer, [cosine if n in falling else _constant for n in NETWORKS])
+    return [cosine if network in falling else _constant for network in NETWORKS]
 
 
 def _cosine(update: int, *, updates: int, steps: int | None) -> float:

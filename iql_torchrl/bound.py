@@ -26,7 +26,7 @@ from torchrl.modules import ProbabilisticActor, SafeModule, SafeProbabilisticMod
 from iql_torchrl import networks
 from iql_torchrl.dense import Dense, linear_layers
 
-__all__ = ["BoundNetworks"]
+__all__ = ["BoundNetworks", "DirectActor", "is_head_and_distribution", "is_known", "is_single"]
 
 Evaluate = Callable[[TensorDictBase], Tensor]
 SINGLE = (TensorDictModule, SafeModule, ValueOperator)
@@ -59,12 +59,12 @@ class BoundNetworks:
         self.critics: dict[int, Evaluate] = {}
         if "value_network" not in mixed:
             clone = self._bind(loss.value_network, loss.value_network_params)
-            if clone is not None and _is_single(clone):
+            if clone is not None and is_single(clone):
                 self.value = _Direct(clone)
         self.actor = self._bind(loss.actor_network, loss.actor_network_params)
-        if self.actor is not None and _is_head_and_distribution(self.actor):
-            self.actor = _Actor(self.actor)
-        if "qvalue_network" not in mixed and _is_single(loss.qvalue_network):
+        if self.actor is not None and is_head_and_distribution(self.actor):
+            self.actor = DirectActor(self.actor)
+        if "qvalue_network" not in mixed and is_single(loss.qvalue_network):
             for name in ("qvalue_network_params", "target_qvalue_network_params"):
                 params = loss._modules[name]
                 clone = self._bind(loss.qvalue_network, params, stacked=loss.num_qvalue_nets > 1)
@@ -79,7 +79,7 @@ class BoundNetworks:
                 clone.training = original.training
 
     def _bind(self, network: nn.Module, params: Any, stacked: bool = False) -> nn.Module | None:
-        if not all(_is_known(module) for module in network.modules()):
+        if not all(is_known(module) for module in network.modules()):
             return None
         clone = copy.deepcopy(network)
         params.to_module(clone)
@@ -116,7 +116,7 @@ class _Lone(_Direct):
         return super().__call__(data).unsqueeze(0)
 
 
-class _Actor:
+class DirectActor:
     """An actor of one plain module and one distribution, its distribution found past TensorDict."""
 
     def __init__(self, actor: Any) -> None:
@@ -127,20 +127,25 @@ class _Actor:
         out: TensorDictBase = self._actor(data)
         return out
 
+    def head(self, data: TensorDictBase) -> Any:
+        """What the module before the distribution gives."""
+        return self._head.module(*[data.get(key) for key in self._head.in_keys])
+
     def get_dist(self, data: TensorDictBase) -> Any:
-        out = self._head.module(*[data.get(key) for key in self._head.in_keys])
+        out = self.head(data)
         values = (out,) if isinstance(out, Tensor) else out
         found = dict(zip(self._head.out_keys, values, strict=True))
         for key in self._last.in_keys:
-            if key not in found:  # an action mask
-                found[key] = data.get(key)
+            if key not in found:  # an action mask, which runs of a population may share
+                mask, like = data.get(key), values[0]
+                found[key] = mask.expand(*like.shape[: like.ndim - mask.ndim], *mask.shape)
         return self._last.get_dist(found)  # which asks it for ``get`` alone
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._actor, name)
 
 
-def _is_known(module: nn.Module) -> bool:
+def is_known(module: nn.Module) -> bool:
     """Whether a copy of the module behaves as the module does, apart from its mode."""
     if any(getattr(module, hooks) for hooks in HOOKS):
         return False
@@ -150,13 +155,13 @@ def _is_known(module: nn.Module) -> bool:
     return ours or kind in (*WRAPPERS, TorchRLMLP) or home.startswith("torch.nn.modules.")
 
 
-def _is_single(network: nn.Module) -> bool:
+def is_single(network: nn.Module) -> bool:
     """Whether it is one plain module, positional keys in and one key out."""
     plain = type(network) in SINGLE and getattr(network, "_kwargs", None) is None
     return plain and len(network.out_keys) == 1 and isinstance(network.module, nn.Module)
 
 
-def _is_head_and_distribution(actor: Any) -> bool:
+def is_head_and_distribution(actor: Any) -> bool:
     parts = list(actor) if isinstance(actor, TensorDictSequential) else []
     return (
         len(parts) == 2

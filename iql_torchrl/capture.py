@@ -17,7 +17,7 @@ from torchrl.objectives import HardUpdate
 
 from iql_torchrl.compilation import CompiledStep, compiled
 from iql_torchrl.data.replay import DeviceSampler
-from iql_torchrl.step import IQLStep, Terms
+from iql_torchrl.step import NETWORKS, IQLStep, Terms
 
 __all__ = ["CapturedStep", "captured"]
 
@@ -105,7 +105,9 @@ class CapturedStep:
         # schedulers ask whether the optimizer came before them
         setattr(self.step.optimizer, "_opt_called", True)  # noqa: B010
         means = (self._sums / self.updates).unbind()
-        return TensorDict(dict(zip(self._names, means, strict=True)))
+        return TensorDict(
+            dict(zip(self._names, means, strict=True)), batch_size=self._sums.shape[1:]
+        )
 
     # -- one update ------------------------------------------------------------------------------
 
@@ -114,7 +116,10 @@ class CapturedStep:
         loss = self.step.loss
         self._names = [key for key in loss.out_keys if isinstance(key, str)]
         self._index = torch.zeros(rows.batch_size, dtype=torch.int64, device=self._device)
-        self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=self._device)
+        runs = () if self.step.members is None else (self.step.members,)
+        self._sums = torch.zeros(
+            (len(self._names), *runs), dtype=torch.float64, device=self._device
+        )
         self._warm = False
         groups = len(self.step.optimizer.param_groups)
         self._table = torch.zeros((self.updates, groups), dtype=torch.float64, device=self._device)
@@ -232,6 +237,7 @@ class CapturedStep:
             *rows.tables,
             *step.targets,
             *(p for group in groups for p in group["params"]),
+            *(group["rates"] for group in groups if "rates" in group),
         ]
         return [
             None if self._whole else [group["lr"] for group in groups],
@@ -239,7 +245,7 @@ class CapturedStep:
             *([group[k] for k in ("betas", "eps", "weight_decay")] for group in groups),
             *(getattr(loss, name) for name in KNOBS),
             loss.value_estimator,
-            [module.training for module in loss.modules()],
+            [m.training for name in NETWORKS for m in getattr(loss, name).modules()],
             (step.order, step.max_grad_norm, type(updater), getattr(updater, "eps", None)),
             (rows, rows.rows, rows.batch_size, rows.generator),
         ]

@@ -16,7 +16,8 @@ from torchrl.envs.utils import set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from iql_torchrl.reading import Batch
-from iql_torchrl.step import IQLStep, Terms
+from iql_torchrl.stacked_adam import StackedAdam, along
+from iql_torchrl.step import IQLStep, Terms, clip
 
 __all__ = ["CompiledStep", "compiled"]
 
@@ -168,17 +169,19 @@ class CompiledStep(IQLStep):
         """Of every parameter the optimizer holds; None where the loss does not reach it."""
         if not loss.requires_grad:
             return [None] * len(self._parameters)
-        found = torch.autograd.grad(loss, self._parameters, allow_unused=True)
+        found = torch.autograd.grad(loss.sum(), self._parameters, allow_unused=True)
         gradients: list[Tensor | None] = list(found)
         if self.max_grad_norm is not None:
             for network in self._networks:
-                squares = [g.square().sum() for g in _reached(gradients, network)]
-                if squares:
-                    norm = torch.stack(squares).sum().sqrt()
-                    scale = (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-                    for i in network:
-                        gradient = gradients[i]
-                        gradients[i] = None if gradient is None else gradient * scale
+                places, reached = [], []
+                for i in network:
+                    gradient = gradients[i]
+                    if gradient is not None:
+                        places.append(i)
+                        reached.append(gradient)
+                clipped = clip(reached, self.max_grad_norm, self.members)
+                for i, gradient in zip(places, clipped, strict=True):
+                    gradients[i] = gradient
         return gradients
 
     def _descend_written_out(
@@ -190,7 +193,6 @@ class CompiledStep(IQLStep):
         rates: list[Tensor],
     ) -> None:
         """Adam or AdamW (Loshchilov & Hutter 2019), as torch's, on what the loss reaches."""
-        decoupled = isinstance(self.optimizer, AdamW)
         reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
         with torch.no_grad():
             sizes, roots = self._corrections(reached, steps, rates)
@@ -199,9 +201,12 @@ class CompiledStep(IQLStep):
                 assert gradient is not None
                 group = self.optimizer.param_groups[self._group_of[i]]
                 (beta1, beta2), decay = group["betas"], group["weight_decay"]
-                parameter = self._parameters[i].data
-                if decay and decoupled:
-                    parameter.mul_(1 - rates[self._group_of[i]] * decay)
+                parameter, rate = self._parameters[i].data, rates[self._group_of[i]]
+                if "rates" in group:  # one a run
+                    size = along(size * group["rates"], parameter)
+                    rate = along(rate * group["rates"], parameter)
+                if decay and (group.get("decoupled") or group.get("decoupled_weight_decay")):
+                    parameter.mul_(1 - rate * decay)
                 elif decay:
                     gradient = gradient + decay * parameter
                 averages[i].lerp_(gradient, 1 - beta1)
@@ -293,16 +298,10 @@ class CompiledStep(IQLStep):
         self._filled = [float("nan")] * len(self._filled)
 
 
-def _reached(gradients: Gradients, places: Sequence[int]) -> list[Tensor]:
-    """Those of ``places`` that a loss reaches."""
-    found = [gradients[i] for i in places]
-    return [gradient for gradient in found if gradient is not None]
-
-
 def _written_out(optimizer: Optimizer) -> bool:
     """Whether the optimizer's update is the one written out above."""
     unusual = ("amsgrad", "maximize", "differentiable")
-    plain = type(optimizer) in (Adam, AdamW)
+    plain = type(optimizer) in (Adam, AdamW, StackedAdam)
     return plain and not any(g.get(name) for g in optimizer.param_groups for name in unusual)
 
 

@@ -28,7 +28,7 @@ def linear_layers(module: nn.Module) -> list[nn.Linear] | None:
         module, "_reshape_out", False
     ):
         return None
-    parts = list(module.children())
+    parts = list(module._modules.values())  # children() names a module once, however often it runs
     layers, between = parts[::2], parts[1::2]
     kinds = {type(layer) for layer in between}
     alternates = len(layers) == len(between) + 1 and len(kinds) <= 1 and kinds <= set(ACTIVATIONS)
@@ -60,7 +60,7 @@ class Dense(nn.Module):
             out = self._operations(rows)
         else:
             out = _Chain.apply(rows, self.activation, self.derivative, *self.leaves)
-        return out if x.ndim == 2 else out.unflatten(-2, x.shape[:-1])
+        return out if x.ndim == 2 else out.view(*out.shape[:-2], *x.shape[:-1], out.shape[-1])
 
     def _operations(self, x: Tensor) -> Tensor:
         """The same for autograd and Inductor, which fuse what is no matrix product.

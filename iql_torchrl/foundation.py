@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -183,13 +183,16 @@ class OfflineLoss(LossModule):
         hooks put on a network afterwards are not seen.
         """
         if self._kept is None:
-            self._kept = BoundNetworks(self)
+            self._kept = self._bind()
         self._kept.follow_modes()
         self._bound = self._kept
         try:
             yield
         finally:
             self._bound = None
+
+    def _bind(self) -> BoundNetworks:
+        return BoundNetworks(self)
 
     def __getstate__(self) -> dict[str, Any]:
         left_out = ("_vmap_qvalue_network", "_bound", "_kept")
@@ -386,7 +389,12 @@ class OfflineLoss(LossModule):
             reduction=self.reduction,
             mask=batch.mask_like(loss),
             weight=batch.weight_like(loss),
+            dim=self._samples(loss),
         )
+
+    def _samples(self, value: Tensor) -> Sequence[int] | None:
+        """Dimensions of per-sample ``value`` that one run's mean goes over; None for all."""
+        return None
 
 
 def _recurrent_keys(*networks: nn.Module) -> set[NestedKey]:

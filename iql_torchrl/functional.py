@@ -7,6 +7,7 @@ otherwise. Equation numbers refer to Kostrikov et al. 2021, arXiv:2110.06169.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,7 @@ def td_target(
 
 
 def exponential_weight(
-    advantage: Tensor, *, temperature: float | Tensor, max_weight: float
+    advantage: Tensor, *, temperature: float | Tensor, max_weight: float | Tensor
 ) -> Tensor:
     """Weight of a sample for the policy, ``min(exp(temperature * advantage), max_weight)``.
 
@@ -97,9 +98,14 @@ def exponential_weight(
     no advantage overflows and gradients stay finite; ``nan`` stays ``nan``.
     """
     exponent = temperature * advantage
-    ceiling = math.log(max_weight)
+    if isinstance(max_weight, Tensor):
+        ceiling: float | Tensor = max_weight.log()
+        highest = max_weight.expand_as(exponent)
+    else:
+        ceiling = math.log(max_weight)
+        highest = torch.full_like(exponent, max_weight)
     weight = exponent.clamp(max=ceiling).exp()
-    return torch.where(exponent >= ceiling, torch.full_like(weight, max_weight), weight)
+    return torch.where(exponent >= ceiling, highest, weight)
 
 
 def pick_action(values: Tensor, action: Tensor, *, leading: int | None = None) -> Tensor:
@@ -146,33 +152,45 @@ def _action_index(values: Tensor, action: Tensor, leading: int | None) -> Tensor
     )
 
 
-def effective_sample_size(weight: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """Kish's ``(sum w)**2 / sum w**2``: how many equal weights say as much. A scalar in [1, count].
+def effective_sample_size(
+    weight: Tensor, *, mask: Tensor | None = None, dim: Sequence[int] | None = None
+) -> Tensor:
+    """Kish's ``(sum w)**2 / sum w**2``: how many equal weights say as much. In [1, count].
 
-    Far below the batch size the policy learns from few samples: lower ``temperature``, or scale
-    the rewards down. Kish 1965, Survey Sampling. Zero when no weight is positive.
+    Over the dimensions ``dim``, by default all. Far below the batch size the policy learns from few
+    samples: lower ``temperature``, or scale the rewards down. Kish 1965, Survey Sampling. Zero
+    when no weight is positive.
     """
     if mask is not None:
         weight = weight.masked_fill(~mask, 0.0)
-    square = weight.square().sum()
-    return torch.where(square > 0, weight.sum().square() / square, torch.zeros_like(square))
+    square = _sum(weight.square(), dim)
+    return torch.where(square > 0, _sum(weight, dim).square() / square, torch.zeros_like(square))
 
 
 def weighted_mean(
-    value: Tensor, *, mask: Tensor | None = None, weight: Tensor | None = None
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    dim: Sequence[int] | None = None,
 ) -> Tensor:
-    """``sum(weight * value) / sum(weight)`` over the samples where ``mask`` is true, a scalar.
+    """``sum(weight * value) / sum(weight)`` over the samples where ``mask`` is true.
 
-    ``mask`` (bool) and ``weight`` have the shape of ``value``. What is masked is not read, so it
-    may be ``nan``. With nothing left the mean is 0 and carries a zero gradient.
+    Over the dimensions ``dim``, by default all. ``mask`` (bool) and ``weight`` have the shape of
+    ``value``. What is masked is not read, so it may be ``nan``. With nothing left the mean is 0 and
+    carries a zero gradient.
     """
     if mask is not None:
         value = value.masked_fill(~mask, 0.0)
         weight = mask.to(value.dtype) if weight is None else weight.masked_fill(~mask, 0.0)
     if weight is None:
-        return value.mean()
-    total = weight.sum()
-    return (weight * value).sum() / torch.where(total == 0, torch.ones_like(total), total)
+        return value.mean() if dim is None else value.mean(tuple(dim))
+    total = _sum(weight, dim)
+    return _sum(weight * value, dim) / torch.where(total == 0, torch.ones_like(total), total)
+
+
+def _sum(value: Tensor, dim: Sequence[int] | None) -> Tensor:
+    return value.sum() if dim is None else value.sum(tuple(dim))
 
 
 def reduce(
@@ -181,14 +199,15 @@ def reduce(
     reduction: str,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
+    dim: Sequence[int] | None = None,
 ) -> Tensor:
     """Reduce per-sample losses: ``"mean"`` (:func:`weighted_mean`), ``"sum"``, or ``"none"``.
 
-    With ``"none"`` the shape is kept and masked samples are 0. Raises ``ValueError`` on another
-    name.
+    Over the dimensions ``dim``, by default all. With ``"none"`` the shape is kept and masked samples
+    are 0. Raises ``ValueError`` on another name.
     """
     if reduction == "mean":
-        return weighted_mean(value, mask=mask, weight=weight)
+        return weighted_mean(value, mask=mask, weight=weight, dim=dim)
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; choose 'mean', 'sum' or 'none'.")
     if mask is not None:
@@ -196,4 +215,4 @@ def reduce(
         weight = None if weight is None else weight.masked_fill(~mask, 0.0)
     if weight is not None:
         value = value * weight
-    return value.sum() if reduction == "sum" else value
+    return _sum(value, dim) if reduction == "sum" else value

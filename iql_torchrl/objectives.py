@@ -233,8 +233,7 @@ class ImplicitQLoss(OfflineLoss):
         found = {"priority": metadata["td_error"].amax(0)}
         if "log_prob" in metadata:
             found["log_prob"] = metadata["log_prob"]
-            entropy = -metadata["log_prob"]
-            found["entropy"] = F.weighted_mean(entropy, mask=batch.mask_like(entropy))
+            found["entropy"] = self._mean(-metadata["log_prob"], batch)
         return found | self._diagnose(metadata, batch) if self.diagnostics else found
 
     def outputs(
@@ -253,22 +252,21 @@ class ImplicitQLoss(OfflineLoss):
                 out.set_non_tensor(key, scalar)
         return out
 
+    def _mean(self, value: Tensor, batch: Batch) -> Tensor:
+        return F.weighted_mean(value, mask=batch.mask_like(value), dim=self._samples(value))
+
     def _diagnose(self, metadata: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         weight = metadata["weight"]
-        mask = batch.mask_like(weight)
+        mask, dim = batch.mask_like(weight), self._samples(weight)
         at_ceiling = (weight >= self.max_weight).to(weight.dtype)
-
-        def mean(value: Tensor) -> Tensor:
-            return F.weighted_mean(value, mask=mask)
-
         return {
-            "advantage_mean": mean(metadata["advantage"]),
-            "weight_mean": mean(weight),
-            "weight_at_ceiling": mean(at_ceiling),
-            "effective_sample_size": F.effective_sample_size(weight, mask=mask),
-            "qvalue_mean": mean(metadata["qvalue"].mean(0)),
-            "value_mean": mean(metadata["value"]),
-            "td_error_mean": mean(metadata["td_error"].mean(0)),
+            "advantage_mean": self._mean(metadata["advantage"], batch),
+            "weight_mean": self._mean(weight, batch),
+            "weight_at_ceiling": self._mean(at_ceiling, batch),
+            "effective_sample_size": F.effective_sample_size(weight, mask=mask, dim=dim),
+            "qvalue_mean": self._mean(metadata["qvalue"].mean(0), batch),
+            "value_mean": self._mean(metadata["value"], batch),
+            "td_error_mean": self._mean(metadata["td_error"].mean(0), batch),
         }
 
 

@@ -91,6 +91,7 @@ class IQLStep(OptimizationStepper):
                     "lr_scheduler is a ReduceLROnPlateau, which steps on a score: step it yourself "
                     "after an evaluation."
                 )
+        self.members: int | None = getattr(loss, "members", None)
         self._trainable = [_trainable(loss, name) for name in NETWORKS]
         self._pairs = soft_pairs(target_updater)
         self._target_qvalue = loss.target_qvalue
@@ -188,13 +189,17 @@ class IQLStep(OptimizationStepper):
         """One optimizer step on ``loss``; parameters it does not reach have no gradient and rest."""
         if not loss.requires_grad:  # every network it reaches is frozen
             return
+        loss = loss.sum()  # of a population's runs; one number otherwise
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
         loss.backward()
         if self.max_grad_norm is not None:
             for parameters in self._trainable:
-                nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+                found = [p.grad for p in parameters if p.grad is not None]
+                clipped = clip(found, self.max_grad_norm, self.members)
+                for gradient, value in zip(found, clipped, strict=True):
+                    gradient.copy_(value)
         self.optimizer.step()
 
     def _move_targets(self) -> None:
@@ -203,6 +208,21 @@ class IQLStep(OptimizationStepper):
             with torch.no_grad():
                 share = 1 - self.target_updater.eps
                 torch._foreach_lerp_(self._pairs[1], self._pairs[0], share)
+
+
+def clip(gradients: Sequence[Tensor], limit: float, members: int | None) -> list[Tensor]:
+    """Gradients of one network scaled down to the L2 norm ``limit``; each run's own in a population.
+
+    With ``members`` every gradient is ``(members, ...)``.
+    """
+    if not gradients:
+        return []
+    squares = [
+        g.square().sum() if members is None else g.square().flatten(1).sum(1) for g in gradients
+    ]
+    norm = torch.stack(squares).sum(0).sqrt()
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    return [g * scale.view(*scale.shape, *(1,) * (g.ndim - scale.ndim)) for g in gradients]
 
 
 def soft_pairs(updater: TargetNetUpdater | None) -> tuple[list[Tensor], list[Tensor]]:

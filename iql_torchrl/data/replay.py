@@ -16,7 +16,7 @@ from torchrl.data import (
 
 from iql_torchrl.data.transitions import Key
 
-__all__ = ["DeviceSampler", "replay_buffer"]
+__all__ = ["DeviceSampler", "MemberSampler", "replay_buffer"]
 
 
 def replay_buffer(
@@ -141,3 +141,22 @@ class DeviceSampler:
     def sample(self, batch_size: int | None = None) -> TensorDict:
         """A fresh batch ``(batch_size,)``."""
         return self.gather(self.indices(batch_size))
+
+
+class MemberSampler(DeviceSampler):
+    """A batch of its own for every run of a population: ``(members, batch_size)``.
+
+    One stream of indices serves all; a run's batches are not those it would draw alone.
+    """
+
+    def __init__(
+        self, transitions: TensorDictBase, batch_size: int, *, members: int, **kwargs: Any
+    ) -> None:
+        if members < 1:
+            raise ValueError(f"members: wanted at least 1, got {members}")
+        super().__init__(transitions, batch_size * members, **kwargs)
+        self.members = members
+
+    def gather(self, indices: Tensor) -> TensorDict:
+        rows: TensorDict = super().gather(indices).view(self.members, -1)
+        return rows
