@@ -157,6 +157,7 @@ def build_agent(config: IQLConfig, task: Task) -> Agent:
         order=config.order,
         max_grad_norm=config.max_grad_norm,
         lr_scheduler=scheduler,
+        precision=config.precision,
     )
     return Agent(
         config, task, actor, loss, optimizer, scheduler, compiled(step) if config.compile else step

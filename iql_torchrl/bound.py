@@ -52,25 +52,30 @@ class BoundNetworks:
     """
 
     def __init__(self, loss: Any) -> None:
+        self._loss = loss
         self._modes: list[tuple[nn.Module, nn.Module]] = []
         mixed = {name for name, *_ in loss._shared.trunk}
         self.value: _Direct | None = None
-        self.actor: Any = None
         self.critics: dict[int, Evaluate] = {}
         if "value_network" not in mixed:
             clone = self._bind(loss.value_network, loss.value_network_params)
             if clone is not None and is_single(clone):
                 self.value = _Direct(clone)
-        self.actor = self._bind(loss.actor_network, loss.actor_network_params)
-        if self.actor is not None and is_head_and_distribution(self.actor):
-            self.actor = DirectActor(self.actor)
-        if "qvalue_network" not in mixed and is_single(loss.qvalue_network):
+        self._actor: Any = self._bind(loss.actor_network, loss.actor_network_params)
+        if self._actor is not None and is_head_and_distribution(self._actor):
+            self._actor = DirectActor(self._actor)
+        if "qvalue_network" not in mixed and _is_critic(loss.qvalue_network):
             for name in ("qvalue_network_params", "target_qvalue_network_params"):
                 params = loss._modules[name]
                 clone = self._bind(loss.qvalue_network, params, stacked=loss.num_qvalue_nets > 1)
                 if clone is not None:
                     lone = loss.num_qvalue_nets == 1
                     self.critics[id(params)] = _Lone(clone) if lone else _Direct(clone)
+
+    @property
+    def actor(self) -> Any:
+        """None where an objective of the user's own may do anything with the network."""
+        return None if callable(self._loss.actor_objective) else self._actor
 
     def follow_modes(self) -> None:
         """Training or evaluation mode as the loss's own networks have it."""
@@ -104,9 +109,9 @@ class _Direct:
 
     def twice(self, first: TensorDictBase, second: TensorDictBase) -> Sequence[Tensor]:
         """Outputs of two batches of one shape from a single evaluation; only where ``by_row``."""
-        inputs = [torch.cat([first.get(key), second.get(key)]) for key in self.in_keys]
+        inputs = [torch.stack([first.get(key), second.get(key)]) for key in self.in_keys]
         value: Tensor = self.module(*inputs)
-        return value.chunk(2)
+        return value.unbind()
 
 
 class _Lone(_Direct):
@@ -155,18 +160,31 @@ def is_known(module: nn.Module) -> bool:
     return ours or kind in (*WRAPPERS, TorchRLMLP) or home.startswith("torch.nn.modules.")
 
 
-def is_single(network: nn.Module) -> bool:
+def is_single(network: Any) -> bool:
     """Whether it is one plain module, positional keys in and one key out."""
-    plain = type(network) in SINGLE and getattr(network, "_kwargs", None) is None
-    return plain and len(network.out_keys) == 1 and isinstance(network.module, nn.Module)
+    return _is_plain(network) and len(network.out_keys) == 1
+
+
+def _is_plain(network: Any) -> bool:
+    """Whether it calls one module with the entries of its keys, in their order."""
+    return (
+        type(network) in SINGLE
+        and isinstance(network.module, nn.Module)
+        and not (network._kwargs or network.method or network.method_kwargs or network._get_kwargs)
+    )
+
+
+def _is_critic(network: nn.Module) -> bool:
+    """Whether it is single and evaluating targets as well leaves no trace in it."""
+    traces = any(isinstance(m, nn.modules.batchnorm._NormBase) for m in network.modules())
+    return is_single(network) and not traces
 
 
 def is_head_and_distribution(actor: Any) -> bool:
     parts = list(actor) if isinstance(actor, TensorDictSequential) else []
     return (
         len(parts) == 2
-        and type(parts[0]) in SINGLE
-        and getattr(parts[0], "_kwargs", None) is None
+        and _is_plain(parts[0])
         and type(parts[1]) in (ProbabilisticTensorDictModule, SafeProbabilisticModule)
         and not actor.return_composite
     )
@@ -195,10 +213,12 @@ def _unstack_around(clone: Any) -> bool:
     return True
 
 
-def _condense(module: nn.Module) -> None:
-    """Replace perceptrons within ``module`` by Dense, in place."""
-    for name, child in list(module.named_children()):
-        if linear_layers(child) is not None and isinstance(child, nn.Sequential):
-            module._modules[name] = Dense(child)
-        else:
-            _condense(child)
+def _condense(module: nn.Module, made: dict[nn.Module, Dense] | None = None) -> None:
+    """Replace perceptrons within ``module`` by Dense, in place; one used twice stays one."""
+    made = {} if made is None else made
+    for name, child in list(module._modules.items()):
+        if isinstance(child, nn.Sequential) and linear_layers(child) is not None:
+            made[child] = made.get(child) or Dense(child)
+            module._modules[name] = made[child]
+        elif child is not None:
+            _condense(child, made)

@@ -11,8 +11,6 @@ from torch import Tensor
 from torch._inductor.compile_fx import compile_fx
 from torchrl.data import ReplayBuffer
 from torchrl.data.replay_buffers.samplers import RandomSampler
-from torchrl.envs.utils import set_exploration_type
-from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import HardUpdate
 
 from iql_torchrl.compilation import CompiledStep, compiled
@@ -138,13 +136,8 @@ class CapturedStep:
 
         traced = torch.compile(update, fullgraph=True, dynamic=False, backend=program)
         # every capture is a program of its own: there is no limit to their number
-        settings = {"trace_autograd_ops": True, "recompile_limit": 2**31}
-        with (
-            set_exploration_type(loss.deterministic_sampling_mode),
-            set_recurrent_mode(True),
-            torch._dynamo.config.patch(settings | {"accumulated_recompile_limit": 2**31}),
-            loss.bound(),
-        ):
+        limits = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31}
+        with fast.setting(), torch._dynamo.config.patch(limits | {"trace_autograd_ops": True}):
             traced()
         self._update = program.run
 
@@ -246,7 +239,13 @@ class CapturedStep:
             *(getattr(loss, name) for name in KNOBS),
             loss.value_estimator,
             [m.training for name in NETWORKS for m in getattr(loss, name).modules()],
-            (step.order, step.max_grad_norm, type(updater), getattr(updater, "eps", None)),
+            (
+                step.order,
+                step.precision,
+                step.max_grad_norm,
+                type(updater),
+                getattr(updater, "eps", None),
+            ),
             (rows, rows.rows, rows.batch_size, rows.generator),
         ]
 

@@ -12,8 +12,6 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torchrl._utils import logger as torchrl_logger
-from torchrl.envs.utils import set_exploration_type
-from torchrl.modules import set_recurrent_mode
 
 from iql_torchrl.reading import Batch
 from iql_torchrl.stacked_adam import StackedAdam, along
@@ -112,12 +110,7 @@ class CompiledStep(IQLStep):
 
     def learn(self, batch: TensorDictBase) -> Terms:
         loss = self.loss
-        with (
-            set_exploration_type(loss.deterministic_sampling_mode),
-            set_recurrent_mode(True),
-            torch._dynamo.config.patch(trace_autograd_ops=True),
-            loss.bound(),
-        ):
+        with self.setting(), torch._dynamo.config.patch(trace_autograd_ops=True):
             read = loss.read(batch)
             if self.written_out:
                 losses, summary = self._whole(read, *self.slots())

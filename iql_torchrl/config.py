@@ -22,6 +22,7 @@ CHOICES = {
     "optimizer": ("adam", "adamw"),
     "schedule": ("constant", "cosine_actor", "cosine"),
     "order": ("sequential", "simultaneous"),
+    "precision": ("float32", "bfloat16"),
     "reward": ("raw", "return_range", "minus_one"),
 }
 DEVICES = ("cpu", "cuda", "hpu", "mps", "mtia", "xpu")  # where torch's fused Adam runs
@@ -91,6 +92,8 @@ class IQLConfig:
     """clip each network's gradient to this L2 norm, > 0; none for never"""
     order: str = "sequential"
     """sequential (V, then policy and critics with the new V: the official code) or simultaneous"""
+    precision: str = "float32"
+    """of the networks' products: float32 (the dtype they have) or bfloat16 (autocast)"""
     compile: bool = False
     """run the losses under torch.compile: a start-up of about a minute, then faster updates"""
     device: str = "cpu"

@@ -85,6 +85,7 @@ class IQLPopulation:
             order=first.order,
             max_grad_norm=first.max_grad_norm,
             lr_scheduler=self.scheduler,
+            precision=first.precision,
         )
         where: Any = {"device": first.device, "seed": first.seed}
         self.sampler = (

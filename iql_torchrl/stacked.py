@@ -94,7 +94,7 @@ class StackedNetwork:
     def __call__(self, data: TensorDictBase) -> Tensor:
         """Output of a TensorDictModule with one plain module and one out-key."""
         out: Tensor = self.module.module(*[data.get(key) for key in self.module.in_keys])
-        return out
+        return out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
 
 
 class _Perceptron(nn.Module):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -51,12 +52,15 @@ class IQLStep(OptimizationStepper):
         max_grad_norm: each network's gradient is scaled down to this L2 norm; ``None`` for never.
             Networks are clipped apart, so a large critic gradient does not slow the policy.
         lr_scheduler: one or more torch schedulers, stepped once an update.
+        precision: ``"float32"`` leaves the networks' own dtype; ``"bfloat16"`` runs their products
+            under autocast, with parameters, losses and optimizer as they are. For TF32 on CUDA
+            call ``torch.set_float32_matmul_precision("high")``.
 
     The batch receives the priority and the log-probability, as from the loss itself.
 
     Raises:
-        ValueError: an unknown order, ``max_grad_norm <= 0``, ``reduction="none"``, an updater of
-            another loss, or trainable parameters missing from the optimizer.
+        ValueError: an unknown order or precision, ``max_grad_norm <= 0``, ``reduction="none"``, an
+            updater of another loss, or trainable parameters missing from the optimizer.
         TypeError: ``optimizer`` is no torch optimizer.
     """
 
@@ -69,13 +73,18 @@ class IQLStep(OptimizationStepper):
         order: str = "sequential",
         max_grad_norm: float | None = None,
         lr_scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
+        precision: str = "float32",
     ) -> None:
         if order not in ("sequential", "simultaneous"):
             raise ValueError(f"order is {order!r}; choose 'sequential' or 'simultaneous'.")
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be > 0, or None.")
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision is {precision!r}; choose 'float32' or 'bfloat16'.")
         _check_parts(loss, optimizer, target_updater)
         self.loss = loss
+        self.precision = precision
+        self._device = next(loss.parameters()).device.type
         self.optimizer = optimizer
         self.target_updater = target_updater
         self.order = order
@@ -114,16 +123,26 @@ class IQLStep(OptimizationStepper):
         Returns losses, and what :meth:`ImplicitQLoss.summary` tells.
         """
         loss = self.loss
-        with (
-            set_exploration_type(loss.deterministic_sampling_mode),
-            set_recurrent_mode(True),
-            loss.bound(),
-        ):
+        with self.setting():
             read = loss.read(batch)
             update = self._sequential if self.order == "sequential" else self._simultaneous
             losses, metadata = update(read)
             self._move_targets()
             return losses, loss.summary(read, metadata)
+
+    @contextmanager
+    def setting(self) -> Iterator[None]:
+        """How networks are evaluated during an update."""
+        half = self.precision == "bfloat16"
+        with (
+            set_exploration_type(self.loss.deterministic_sampling_mode),
+            set_recurrent_mode(True),
+            self.loss.bound(),
+            torch.autocast(self._device, torch.bfloat16, cache_enabled=False)
+            if half
+            else nullcontext(),
+        ):
+            yield
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
         """The same update, as TorchRL's trainers ask for it."""
