@@ -317,10 +317,11 @@ def _check_replay(replay: DeviceSampler | ReplayBuffer) -> None:
 
 def _check_cuda(step: IQLStep, updates: int, whole: bool) -> None:
     optimizer, updater = step.optimizer, step.target_updater
-    if not all(group.get("capturable") or group.get("fused") for group in optimizer.param_groups):
+    words = ("capturable", "fused") if whole else ("capturable",)
+    if not all(any(group.get(word) for word in words) for group in optimizer.param_groups):
         raise ValueError(
             f"optimizer is a {type(optimizer).__name__} that counts its updates on the host; build "
-            "it with capturable=True or fused=True, or use compiled(step)."
+            f"it with {' or '.join(f'{word}=True' for word in words)}, or use compiled(step)."
         )
     if step.lr_schedulers and not whole:
         raise ValueError(

@@ -214,16 +214,11 @@ class CompiledStep(IQLStep):
         Powers are written as exponentials of one vector: Inductor stores those once, and would
         reckon ``beta**count`` anew for every element of every parameter.
         """
-        groups = [self.optimizer.param_groups[self._group_of[i]] for i in reached]
         rate = torch.stack([rates[self._group_of[i]] for i in reached])
         for i in reached:
             steps[i].add_(1)
         count = torch.stack([steps[i] for i in reached]).to(rate)
-        logs = torch.tensor(
-            [[math.log(beta) if beta else -math.inf for beta in g["betas"]] for g in groups],
-            dtype=rate.dtype,
-            device=rate.device,
-        )
+        logs = torch.stack([self._logs[self._group_of[i]] for i in reached])
         remaining = (count.unsqueeze(-1) * logs).exp()
         return (
             (rate / (1 - remaining[:, 0])).unbind(),
@@ -273,11 +268,17 @@ class CompiledStep(IQLStep):
             dtype = torch.float32 if device.type == "mps" else torch.float64
             self._rates = [torch.zeros((), dtype=dtype, device=device) for _ in groups]
             self._filled = [float("nan")] * len(groups)
+            self._logs = [torch.zeros(2, dtype=dtype, device=device) for _ in groups]
+            self._betas: list[Any] = [None] * len(groups)
         for i, group in enumerate(groups):
             rate = group["lr"]
             if not isinstance(rate, Tensor) and rate != self._filled[i]:
                 self._rates[i].fill_(rate)
                 self._filled[i] = rate
+            if group["betas"] != self._betas[i]:
+                self._betas[i] = group["betas"]
+                logs = [math.log(beta) if beta else -math.inf for beta in group["betas"]]
+                self._logs[i].copy_(torch.tensor(logs, dtype=torch.float64))
         rates = zip(groups, self._rates, strict=True)
         return (
             [state["exp_avg"] for state in states],

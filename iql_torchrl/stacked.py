@@ -11,10 +11,10 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 from torchrl.modules import MLP as TorchRLMLP
 
-from iql_torchrl.bound import is_known
-from iql_torchrl.networks import MLP
+from iql_torchrl import networks
+from iql_torchrl.bound import WRAPPERS, is_known
 
-__all__ = ["StackedNetwork", "perceptron_keys"]
+__all__ = ["StackedNetwork", "outline", "perceptron_keys"]
 
 # Modules that act on every number for itself.
 ELEMENTWISE = (
@@ -30,6 +30,7 @@ ELEMENTWISE = (
     nn.Identity,
     nn.Dropout,
 )
+CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 def perceptron_keys(name: str, network: nn.Module) -> set[NestedKey]:
@@ -38,19 +39,34 @@ def perceptron_keys(name: str, network: nn.Module) -> set[NestedKey]:
     Raises ``ValueError`` on what cannot be stacked: anything but this package's networks and
     policies, and plain Sequentials of Linear, LayerNorm, Dropout and element-wise activations.
     """
-    for path, module in network.named_modules():
-        if not is_known(module) or isinstance(module, nn.modules.batchnorm._BatchNorm):
+    perceptrons = {p: m for p, m in network.named_modules() if _is_perceptron(m)}
+    inside = {part for module in perceptrons.values() for part in module.modules()}
+    for path, module in _culprits_first(network):
+        ours = type(module).__module__ in ("iql_torchrl.networks", "iql_torchrl.policies")
+        plain = ours or type(module) in (*WRAPPERS, *CONTAINERS, *ELEMENTWISE)
+        if not is_known(module) or not (plain or module in inside):
             raise ValueError(
                 f"{name} holds {path!r}, a {type(module).__name__}, which cannot be stacked; train "
                 "its runs one by one, or build it from iql_torchrl.networks, iql_torchrl.policies "
-                "or plain Sequentials."
+                "or plain Sequentials of Linear, LayerNorm, Dropout and element-wise activations."
+            )
+        if type(module) is networks.Critic and any(True for _ in module.preprocess.parameters()):
+            raise ValueError(
+                f"{name}'s {path}.preprocess has parameters, and a critic joins what it gives with "
+                "the action, which has none; let the critic see the observations as they are."
             )
     return {
-        tuple(f"{path}.{key}".split("."))
-        for path, module in network.named_modules()
-        if _is_perceptron(module)
-        for key, _ in module.named_parameters()
+        _key(path, key) for path, module in perceptrons.items() for key, _ in module.named_parameters()
     }
+
+
+def outline(network: nn.Module) -> list[tuple[Any, ...]]:
+    """What a network is but for its weights: kinds of modules, their settings, keys."""
+    about = ("in_keys", "out_keys", "distribution_class")
+    return [
+        (path, type(m).__name__, m.extra_repr(), *(str(getattr(m, name, None)) for name in about))
+        for path, m in network.named_modules()
+    ]
 
 
 class StackedNetwork:
@@ -102,7 +118,7 @@ class _Perceptron(nn.Module):
 
     def __init__(self, source: nn.Module, leaves: Sequence[Tensor]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(source.children())
+        self.layers = nn.ModuleList(_layers(source))
         rest = list(leaves)
         self.leaves = []
         for layer in self.layers:
@@ -119,8 +135,10 @@ class _Perceptron(nn.Module):
                 x = _linear(x, *leaves)
             elif isinstance(layer, nn.LayerNorm):
                 x = nn.functional.layer_norm(x.mT, layer.normalized_shape, eps=layer.eps).mT
-                for leaf, combine in zip(leaves, (torch.mul, torch.add), strict=False):
-                    x = combine(x, leaf.unsqueeze(-1))
+                if leaves:
+                    x = _widened(x, leaves[0].ndim + 1) * leaves[0].unsqueeze(-1)
+                if len(leaves) > 1:
+                    x = x + leaves[1].unsqueeze(-1)
             else:
                 x = layer(x)
         return x.mT
@@ -130,8 +148,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.ndim == 2:  # one input for all: one product
         x = (weight.flatten(0, -2) @ x).unflatten(0, weight.shape[:-1])
     else:
-        while x.ndim < weight.ndim:
-            x = x.unsqueeze(1)
+        x = _widened(x, weight.ndim)
         if weight.shape[-2] == 1 and torch.compiler.is_compiling():
             x = (weight.mT * x).sum(-2, keepdim=True)
         else:
@@ -139,14 +156,33 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x if bias is None else x + bias.unsqueeze(-1)
 
 
+def _widened(x: Tensor, ndim: int) -> Tensor:
+    """``(P, n, B)`` with a dimension for the K critics of a run; ``(n, B)``, for all, as it is."""
+    return x.unsqueeze(1) if 2 < x.ndim < ndim else x
+
+
+def _layers(source: nn.Module) -> list[Any]:
+    """In the order they run; ``children()`` names a module once, however often it runs."""
+    return list(source._modules.values())
+
+
 def _is_perceptron(module: nn.Module) -> bool:
-    if type(module) not in (nn.Sequential, MLP, TorchRLMLP) or getattr(
-        module, "_reshape_out", False
-    ):
+    kinds = (nn.Sequential, networks.MLP, TorchRLMLP)
+    if type(module) not in kinds or getattr(module, "_reshape_out", False):
         return False
-    parts = list(module.children())
+    parts = _layers(module)
     linear = any(type(part) is nn.Linear for part in parts)
-    return linear and all(type(p) in (nn.Linear, nn.LayerNorm, *ELEMENTWISE) for p in parts)
+    return linear and all(
+        type(p) in (nn.Linear, *ELEMENTWISE)
+        or (type(p) is nn.LayerNorm and len(p.normalized_shape) == 1)
+        for p in parts
+    )
+
+
+def _culprits_first(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """A Linear is no culprit: it stands beside what keeps its Sequential from being stacked."""
+    stackable = (nn.Linear, nn.LayerNorm)
+    return sorted(network.named_modules(), key=lambda item: type(item[1]) in stackable)
 
 
 def _key(path: str, name: str) -> NestedKey:

@@ -48,6 +48,13 @@ class StackedAdam(Optimizer):
             "capturable": True,
         }
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        _check(self.param_groups[-1])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         for group in self.param_groups:
             _check(group)
 
@@ -97,5 +104,5 @@ def _check(group: dict[str, Any]) -> None:
                 f"a parameter has shape {tuple(parameter.shape)} and there are {len(rates)} rates; "
                 "wanted one per leading entry."
             )
-    where = group["params"][0].device
+    where = next((parameter.device for parameter in group["params"]), rates.device)
     group["rates"] = rates.to(where, torch.float32 if where.type == "mps" else torch.float64)

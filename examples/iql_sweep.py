@@ -1,0 +1,246 @@
+"""A grid of settings and seeds trained as one population, scored, and ranked from the log alone.
+
+Without arguments: a Pendulum log and 14 policies (cloning; temperature x expectile; two seeds).
+Part of the log is held out: from it fitted Q evaluation prices every policy and names the one to
+ship. Playing them says what that advice was worth. With ``--dataset icu-sepsis/clinician-v0`` the
+truth is the exact probability of survival.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+import time
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from iql_sepsis import CONFIG as SEPSIS
+from iql_sepsis import POINTS, probabilities
+from tqdm import tqdm
+
+from iql_torchrl import PRESETS, IQLConfig, IQLPopulation, OfflineDataset, evaluate, load_dataset
+from iql_torchrl.arguments import add_settings, settings
+from iql_torchrl.correlation import spearman
+from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
+from iql_torchrl.data.builtin_icu_sepsis import NAME, SepsisTables
+from iql_torchrl.fqe import fitted_q_evaluation
+from iql_torchrl.pictures import save
+from iql_torchrl.ranking import Ranking
+from iql_torchrl.records import whole_file
+from iql_torchrl.run_folder import new_folder
+from iql_torchrl.selection import rank_members
+
+EXPECTED = (ImportError, ValueError, OSError, RuntimeError, AssertionError)
+GRID = ("temperature", "expectile", "discount", "max_weight", "actor_lr", "critic_lr", "value_lr")
+EVALUATION_SEED = 10_000  # episodes start alike for every policy
+TABLE = {"hidden": (), "lr": 1e-2, "batch_size": 1024}  # critics of a log of one category
+Rows = dict[str, dict[str, Any]]
+Level = tuple[str, float] | None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options, runs = parse(arguments)
+    config, began = next(iter(runs.values())), time.monotonic()
+    try:
+        source = ensure_dataset(options.dataset) if options.dataset in BUILTIN else options.dataset
+        reward: Any = (POINTS, 0.0) if options.dataset == NAME else config.reward
+        log = load_dataset(source, env=options.env, reward=reward)
+        own, rest = log.split(1 - options.held_out, seed=0) if options.ranking else (log, log)
+        population = IQLPopulation(list(runs.values()), own)
+        folder = new_folder(options.folder.parent, options.folder.name, arguments)
+    except EXPECTED as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    print(f"{options.dataset}: {len(runs)} policies from {len(own):,} of {len(log):,} transitions.")
+    train(population, config.updates)
+    population.save(folder / "population.torchrl")
+    members = {name: population.member(number) for number, name in enumerate(runs)}
+    rows: Rows = {
+        name: {"member": name, "settings": name.rpartition(" #")[0], "seed": run.seed}
+        | {field: getattr(run, field) for field in GRID}
+        for name, run in runs.items()
+    }
+    level = play(members, rows, log, options)
+    ranking = rank(members, rest, options, config) if options.ranking else None
+    for found in ranking.rows if ranking else ():
+        rows[found["member"]] |= {key: found[key] for key in found if key != "doubts"}
+    report(rows, ranking, level)
+    with whole_file(folder / "members.csv") as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(next(iter(rows.values()))))
+        writer.writeheader()
+        writer.writerows(rows.values())
+    if level or ranking:
+        draw(folder / "sweep.png", rows, ranking, level, options.dataset)
+    print(f"{time.monotonic() - began:.0f} s. Written to {folder}/")
+    return 0
+
+
+def train(population: IQLPopulation, updates: int) -> None:
+    every = min(updates, 32 * max(1, updates // 1600))  # whole graphs where updates are captured
+    with tqdm(total=updates, unit="update", desc="training", disable=None) as bar:
+        for event in population.train(every=every):
+            losses = {name: event.metrics[f"loss_{name}"] for name in ("value", "qvalue", "actor")}
+            spread = [f"{k} {float(v.min()):.3g}..{float(v.max()):.3g}" for k, v in losses.items()]
+            bar.set_postfix_str("loss of " + ", ".join(spread), refresh=False)
+            bar.update(event.updates - bar.n)
+
+
+def play(members: Any, rows: Rows, log: OfflineDataset, options: argparse.Namespace) -> Level:
+    """Put scores into the rows; returns what the log's policy scores, None where none is known."""
+    if options.dataset == NAME:
+        tables = SepsisTables(log.make_env())
+        for name, member in members.items():
+            exact = tables.value(probabilities(member, tables.admissible))
+            rows[name] |= {"score": exact, "score_low": exact, "score_high": exact}
+        return "the clinicians", tables.value(tables.clinician)
+    try:
+        log.make_env().close()
+    except EXPECTED as error:
+        print(f"No scores: {error}")
+        return None
+    for name, member in tqdm(members.items(), desc="playing", unit="policy", disable=None):
+        how = {"episodes": options.episodes, "seed": EVALUATION_SEED}
+        found = evaluate(member.policy, log.make_env, **how).summary()
+        ends = {"score": "mean", "score_low": "low", "score_high": "high"}
+        rows[name] |= {key: found[f"return_{end}"] for key, end in ends.items()}
+    return "the log", float(log.episode_returns.mean())
+
+
+def rank(
+    members: Any, rest: OfflineDataset, options: argparse.Namespace, config: IQLConfig
+) -> Ranking:
+    """Half of the held-out episodes are learnt from, the first states of the others priced."""
+    fit, held_out = rest.split(0.5, seed=0)
+    print(f"Pricing {len(members)} policies on {len(held_out.episode_lengths)} held-out episodes.")
+    stays = options.dataset == NAME  # they end by themselves: undiscounted, a value is survival
+    how = {"discount": 1.0 if stays else config.discount}
+    more = TABLE if stays else {}
+    fitted = fitted_q_evaluation(members, fit, held_out, updates=options.fit_updates, **how, **more)
+    return rank_members(members, fit, held_out, fitted_q=fitted, **how)
+
+
+def report(rows: Rows, ranking: Ranking | None, level: Level) -> None:
+    """The table, best first, what the log alone recommends, and what that is worth."""
+    key, width = "score" if level else "value", max(map(len, rows))
+    order = sorted(rows, key=lambda name: -rows[name].get(key, 0.0))
+    print(f"\n{'':{width}}{'score (95 %)':>31}{'estimate (95 %)':>31}{'outside the log':>17}")
+    for name in order:
+        outside = f"{rows[name]['extrapolation']:17.0%}" if ranking else ""
+        print(f"{name:{width}}{cell(rows[name], 'score')}{cell(rows[name], 'value')}{outside}")
+    if level:
+        print(f"{level[0]:{width}}{level[1]:31.4g}")
+    if not ranking:
+        return
+    print("", *(f"Warning: {warning}" for warning in ranking.warnings), sep="\n")
+    print(ranking.recommendation)
+    if level:
+        found, best = ([rows[name][key] for name in order] for key in ("value", "score"))
+        advised = rows[ranking.recommended]["score"] if ranking.recommended else level[1]
+        print(f"The truth: that scores {advised:.4g}, {order[0]} {best[0]:.4g}, {level[0]} "
+              f"{level[1]:.4g}; Spearman of estimates and scores {spearman(found, best):.2f}.")  # fmt: skip
+
+
+def cell(row: dict[str, Any], key: str) -> str:
+    low, high = (row.get(f"{key}_{end}") for end in ("low", "high"))
+    ends = "" if low == high else f" ({low:.4g} to {high:.4g})"
+    return f"{row[key]:.4g}{ends}".rjust(31) if key in row else f"{'-':>31}"
+
+
+def draw(path: Path, rows: Rows, ranking: Ranking | None, level: Level, title: str) -> None:
+    """Every policy's score and estimate, seeds side by side; their means over the grid."""
+    from matplotlib.figure import Figure
+
+    levels = {"score": level, "value": ranking and ("the log", ranking.log_value)}
+    panels = {key: found for key, found in levels.items() if found}
+    groups = list(dict.fromkeys(row["settings"] for row in rows.values()))
+    figure = Figure(
+        (3.4 * len(panels) + 5.6, min(2.2 + 0.3 * len(groups), 14)), layout="constrained"
+    )
+    figure.suptitle(f"{title}: {len(rows)} policies", parse_math=False)
+    *columns, right = figure.subplots(1, len(panels) + 1, squeeze=False)[0]
+    for axes, (key, (name, at)) in zip(columns, panels.items(), strict=True):
+        for row in rows.values():
+            best = ranking is not None and row["member"] == ranking.recommended
+            place = groups.index(row["settings"]) + 0.15 * (-1) ** row["seed"]
+            ends = [[row[key] - row[f"{key}_low"]], [row[f"{key}_high"] - row[key]]]
+            look = {"color": "C1", "label": "recommended"} if best else {"color": "C0"}
+            axes.errorbar(row[key], place, xerr=ends, fmt="o", markersize=4, **look)
+        axes.axvline(at, color="0.4", linestyle="--", linewidth=1, label=name)
+        axes.set_yticks(range(len(groups)), groups if axes is columns[0] else [], fontsize=8)
+        axes.invert_yaxis()
+        axes.set_xlabel({"score": "score, 95 % interval", "value": "estimate from the log"}[key])
+        axes.legend(frameon=False, fontsize=8)
+    draw_map(right, list(rows.values()), next(iter(panels)))
+    save(figure, path)
+
+
+def draw_map(axes: Any, rows: list[dict[str, Any]], key: str) -> None:
+    across, up = (sorted({row[name] for row in rows}) for name in GRID[:2])
+    mean = np.full((len(up), len(across)), np.nan)
+    for (i, expectile), (j, temperature) in product(enumerate(up), enumerate(across)):
+        near = [row for row in rows if row["temperature"] == temperature]
+        near = [row[key] for row in near if temperature == 0 or row["expectile"] == expectile]
+        mean[i, j] = np.mean(near)
+    picture = axes.imshow(mean, origin="lower", aspect="auto", cmap="cividis")
+    for (i, j), value in np.ndenumerate(mean):
+        dark = picture.norm(value) < 0.5
+        axes.text(j, i, f"{value:.4g}", ha="center", va="center", color="w" if dark else "k")
+    axes.set_xticks(range(len(across)), [f"{v:g}" + " (cloning)" * (v == 0) for v in across])
+    axes.set_yticks(range(len(up)), [f"{value:g}" for value in up])
+    axes.set(xlabel="temperature", ylabel="expectile", title=f"mean {key} over seeds")
+
+
+def runs_of(config: IQLConfig, grid: dict[str, list[float]], seeds: int) -> dict[str, IQLConfig]:
+    """Every combination and seed by name; cloning, which reads few of the knobs, only once."""
+    found: dict[str, IQLConfig] = {}
+    for values, seed in product(product(*grid.values()), range(seeds)):
+        knobs = dict(zip(grid, values, strict=True))
+        words = [f"{name} {knobs[name]:g}" for name in grid if len(grid[name]) > 1]
+        if knobs["temperature"] == 0:
+            knobs |= {k: grid[k][0] for k in grid if k not in ("temperature", "actor_lr")}
+            words = ["cloning"] + [word for word in words if word.startswith("actor_lr")]
+        name = f"{', '.join(words) or 'IQL'} #{config.seed + seed}"
+        found.setdefault(name, replace(config, **knobs, seed=config.seed + seed))
+    return found
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, IQLConfig]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], conflict_handler="resolve"
+    )
+    add = parser.add_argument
+    add("--dataset", default="pendulum/mixed-v0", help=f"Minari id, file, or {', '.join(BUILTIN)}")
+    add("--env", help="Gymnasium id to play in, for files that record none")
+    add("--folder", type=Path, default=Path("runs/sweep"), help="of the results (%(default)s)")
+    add("--seeds", type=int, default=2, help="runs of each setting (%(default)s)")
+    add("--episodes", type=int, default=20, help="of each policy's evaluation (%(default)s)")
+    add("--no-ranking", dest="ranking", action="store_false", help="learn from the whole log")
+    add("--held-out", type=float, default=0.4, help="share of the episodes (%(default)s)")
+    add("--fit-updates", type=int, default=2_000, help="of fitted Q evaluation (%(default)s)")
+    presets = {"sweep": replace(PRESETS["quick"], updates=3_000), "sepsis": SEPSIS}
+    first = "sepsis" if any(NAME in word for word in arguments) else "sweep"
+    add_settings(parser, {first: presets[first]} | presets | PRESETS)
+    for name in GRID:  # in place of the one value that add_settings reads
+        text = {"temperature": "0, the preset's, 3 times that", "expectile": "0.5, 0.7, 0.9"}
+        how = {"type": float, "nargs": "+", "metavar": "X", "dest": f"grid_{name}"}
+        text = f"values to try ({text.get(name, 'that of the preset')})"
+        add(f"--{name.replace('_', '-')}", help=text, **how)
+    options = parser.parse_args(arguments)
+    config = settings(options)
+    usual = {field: [getattr(config, field)] for field in GRID}
+    usual["temperature"] = [0.0, config.temperature, 3 * config.temperature]
+    usual["expectile"] = [0.5, 0.7, 0.9]
+    grid = {name: getattr(options, f"grid_{name}") or usual[name] for name in GRID}
+    try:
+        return options, runs_of(config, grid, options.seeds)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
