@@ -1,166 +1,249 @@
-"""How well the ranking from logs alone knows which policy keeps most patients alive.
+"""How well the ranking from logs alone knows which policy is best.
 
     python benchmarks/bench_selection.py
-    python benchmarks/bench_selection.py --temperatures 0 0.5 2 --expectiles 0.7 --seeds 1 \\
-        --updates 100 --fit-updates 500 --stays 4000 --output /tmp/selection.json
+    python benchmarks/bench_selection.py --dataset pendulum/mixed-v0
+    python benchmarks/bench_selection.py --dataset halfcheetah_medium.npz --env HalfCheetah-v5 \\
+        --preset locomotion --updates 3000 --fit-updates 2000 --seeds 1 --episodes 5
 
-Trains behaviour cloning and IQL of several temperatures, expectiles and seeds on half of the
-sepsis log, prices them by fitted Q evaluation and by weighted per-decision importance sampling on
-the other half, and compares with each policy's exact survival. Fitted Q evaluation runs twice: on
-episodes the members never saw, and on the members' own. Writes
-benchmarks/results/selection_sepsis.json.
+Trains behaviour cloning and IQL of several temperatures, expectiles and seeds as one population on
+half of a log, prices them by fitted Q evaluation (and, where the log holds the probabilities of its
+actions, by weighted per-decision importance sampling) on the other half, and compares with the
+truth: exact survival on ICU-Sepsis, discounted returns in the environment elsewhere. Fitted Q
+evaluation runs twice: on episodes the members never saw, and on the members' own. Writes
+benchmarks/results/selection_NAME.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import gymnasium
-import icu_sepsis  # noqa: F401  (registers the environment)
 import numpy as np
 import torch
 from bench_learning import RESULTS, machine
+from selection_truth import Levels, Truths, truths
 
-from iql_torchrl import Agent, IQLConfig, OfflineDataset, load_dataset, make_agent
+from iql_torchrl import (
+    PRESETS,
+    Agent,
+    IQLConfig,
+    IQLPopulation,
+    OfflineDataset,
+    load_dataset,
+)
 from iql_torchrl.correlation import kendall, spearman
-from iql_torchrl.data.builtin import ensure_dataset
-from iql_torchrl.data.builtin_icu_sepsis import ENVIRONMENT, NAME, SepsisTables
+from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
+from iql_torchrl.data.builtin_icu_sepsis import NAME
 from iql_torchrl.fqe import fitted_q_evaluation
 from iql_torchrl.ranking import Ranking
 from iql_torchrl.records import whole_file
 from iql_torchrl.selection import rank_members
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from iql_sepsis import CONFIG, POINTS, probabilities
-
-DISCOUNT = 1.0  # every stay ends: a value is the probability of survival
+from iql_sepsis import CONFIG, POINTS
 
 
-def train(options: argparse.Namespace, log: OfflineDataset) -> dict[str, Agent]:
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What one kind of dataset wants where the command line is silent."""
+
+    config: IQLConfig
+    discount: float
+    reward: Any
+    temperatures: tuple[float, ...]
+    expectiles: tuple[float, ...]
+    fit: dict[str, Any]
+
+
+def case_of(options: argparse.Namespace) -> Case:
+    if options.dataset == NAME:
+        # every stay ends: undiscounted, a value is the probability of survival
+        return Case(
+            config=replace(CONFIG, updates=2_000, batch_size=1024),
+            discount=1.0,
+            reward=(POINTS, 0.0),
+            temperatures=(0.0, 0.5, 1.0, 2.0, 4.0),
+            expectiles=(0.5, 0.8),
+            fit={"updates": 5_000, "batch_size": 1024, "hidden": (), "lr": 1e-2, "polyak": 0.05},
+        )
+    config = replace(PRESETS[options.preset], updates=3_000)
+    return Case(
+        config=config,
+        discount=config.discount,
+        reward=config.reward,
+        temperatures=(0.0, 1.0, 3.0, 10.0),
+        expectiles=(0.5, 0.8),
+        fit={"updates": 5_000, "batch_size": 512, "hidden": (128, 128), "lr": 1e-3},
+    )
+
+
+def configs_of(options: argparse.Namespace, case: Case) -> dict[str, IQLConfig]:
     """The members by name; expectiles make no difference to behaviour cloning."""
-    members = {}
-    for temperature in options.temperatures:
-        for expectile in options.expectiles if temperature else [CONFIG.expectile]:
+    given = {"updates": options.updates, "batch_size": options.batch_size}
+    base = replace(case.config, **{name: value for name, value in given.items() if value})
+    found = {}
+    for temperature in options.temperatures or case.temperatures:
+        for expectile in (options.expectiles or case.expectiles) if temperature else [0.7]:
             for seed in range(options.seeds):
                 name = f"IQL {temperature:g} {expectile:g}" if temperature else "cloning"
-                config = replace(
-                    CONFIG,
-                    seed=seed,
-                    temperature=temperature,
-                    expectile=expectile,
-                    updates=options.updates,
-                    batch_size=options.batch_size,
+                found[f"{name} #{seed}"] = replace(
+                    base, seed=seed, temperature=temperature, expectile=expectile
                 )
-                members[f"{name} #{seed}"] = trained(config, log)
-    return members
+    return found
 
 
-def trained(config: IQLConfig, log: OfflineDataset) -> Agent:
-    agent = make_agent(config, log)
-    batches = log.device_sampler(config.batch_size, seed=config.seed)
-    for _ in range(config.updates):
-        agent.step(batches.sample())
-    return agent
+def train(
+    configs: dict[str, IQLConfig], log: OfflineDataset, options: argparse.Namespace
+) -> dict[str, Agent]:
+    runs = [replace(config, compile=options.captured) for config in configs.values()]
+    population = IQLPopulation(runs, log, batches=options.batches)
+    for event in population.train(every=max(1, runs[0].updates // 10)):
+        print(f"\rupdate {event.updates:,}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return {name: population.member(number) for number, name in enumerate(configs)}
 
 
-def quality(ranking: Ranking, exact: dict[str, float], clinicians: float) -> dict[str, object]:
-    """Errors, rank correlations and regret of both estimators, and of what is recommended."""
+def quality(ranking: Ranking, truth: Levels, log: float, *, returns: bool) -> dict[str, Any]:
+    """Errors, rank correlations and regret of both estimators, and of what is recommended.
+
+    ``truth`` of each member; ``log`` is that of the policy that made the log. Errors are those of
+    values: undiscounted returns (``returns``) have an order in common with them and no scale.
+    """
     names = [row["member"] for row in ranking.rows]
-    truth = np.array([exact[name] for name in names])
-    shipped = clinicians if ranking.recommended is None else exact[ranking.recommended]
-    result: dict[str, object] = {
+    true = np.array([truth[name] for name in names])
+    shipped = log if ranking.recommended is None else truth[ranking.recommended]
+    result: dict[str, Any] = {
         "recommended": ranking.recommended,
-        "recommended_survival": shipped,
-        "regret": float(truth.max() - shipped),
-        "gain_over_clinicians": shipped - clinicians,
+        "truth_of_recommended": shipped,
+        "best": names[int(true.argmax())],
+        "truth_of_best": float(true.max()),
+        "regret": float(true.max() - shipped),
+        "gain_over_the_log": shipped - log,
         "warnings": len(ranking.warnings),
     }
     for estimator in ("value", "importance_value"):
         found = np.array([row[estimator] for row in ranking.rows])
-        result[estimator] = {
-            "mean_absolute_error": float(np.abs(found - truth).mean()),
-            "bias": float((found - truth).mean()),
-            "spearman": spearman(found, truth),
-            "kendall": kendall(found, truth),
-            "regret_of_best": float(truth.max() - truth[np.nanargmax(found)]),
-        }
+        if np.isfinite(found).all():
+            error = {
+                "mean_absolute_error": float(np.abs(found - true).mean()),
+                "bias": float((found - true).mean()),
+            }
+            result[estimator] = ({} if returns else error) | {
+                "spearman": spearman(found, true),
+                "kendall": kendall(found, true),
+                "regret_of_best": float(true.max() - true[found.argmax()]),
+            }
     return result
 
 
-def main() -> None:
+def show(rankings: dict[str, Ranking], found: Truths) -> None:
+    print(f"{'member':18}" + "".join(f"{k:>11}" for k in (*found, *rankings, "import.")))
+    fits = [{row["member"]: row for row in ranking.rows} for ranking in rankings.values()]
+    first = next(iter(found.values()))[0]
+    for name in sorted(first, key=first.__getitem__, reverse=True):
+        numbers = [level[name] for level, _ in found.values()]
+        numbers += [fit[name]["value"] for fit in fits] + [fits[0][name]["importance_value"]]
+        print(f"{name:18}" + "".join(f"{number:11.4g}" for number in numbers))
+
+
+def clocked(seconds: Levels, name: str, work: Callable[[], Any]) -> Any:
+    began = time.perf_counter()
+    result = work()
+    seconds[name] = time.perf_counter() - began
+    return result
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--temperatures", type=float, nargs="+", default=[0.0, 0.5, 1.0, 2.0, 4.0])
-    add("--expectiles", type=float, nargs="+", default=[0.5, 0.8])
+    add("--dataset", default=NAME, help="Minari id or file")
+    add("--env", help="Gymnasium id, for files without one")
+    add("--preset", default="quick", choices=list(PRESETS), help="of logs other than sepsis")
+    add("--temperatures", type=float, nargs="+")
+    add("--expectiles", type=float, nargs="+")
     add("--seeds", type=int, default=2)
-    add("--updates", type=int, default=2_000, help="of each member")
-    add("--batch-size", type=int, default=1024, help="of each member")
-    add("--fit-updates", type=int, default=5_000, help="of fitted Q evaluation")
-    add("--hidden", type=int, nargs="*", default=[], help="widths of its critics; none: a table")
-    add("--lr", type=float, default=1e-2, help="of its critics")
-    add("--stays", type=int, help="use so many of the log's 20,000")
-    add("--output", type=Path, default=RESULTS / "selection_sepsis.json")
+    add("--updates", type=int, help="of each member")
+    add("--batch-size", type=int, help="of each member")
+    add("--batches", choices=("shared", "own"), default="shared", help="of the members")
+    add("--captured", action=argparse.BooleanOptionalAction, default=True)
+    add("--fit-updates", type=int, help="of fitted Q evaluation")
+    add("--hidden", type=int, nargs="*", help="widths of its critics; none: a table")
+    add("--lr", type=float, help="of its critics")
+    add("--episodes", type=int, default=50, help="played by each member")
+    add("--limit", type=int, help="use so many of the log's episodes")
+    add("--output", type=Path, help="benchmarks/results/selection_NAME.json")
     options = parser.parse_args()
+    if options.output is None:
+        name = re.split("[^a-z0-9]", Path(options.dataset).stem if options.env else options.dataset)
+        options.output = (
+            RESULTS / f"selection_{'sepsis' if options.dataset == NAME else name[0]}.json"
+        )
+    return options
+
+
+def main() -> None:
+    options = parse()
     torch.set_num_threads(1)
-    log = load_dataset(ensure_dataset(NAME), reward=(POINTS, 0.0), progress=False)
-    if options.stays:
-        log = log.split(options.stays / len(log.episode_lengths), seed=1)[0]
-    tables = SepsisTables(gymnasium.make(ENVIRONMENT, disable_env_checker=True))
-    clinicians, optimum = tables.value(tables.clinician), tables.optimal_value()
+    case = case_of(options)
+    configs = configs_of(options, case)
+    given = {"updates": options.fit_updates, "hidden": options.hidden, "lr": options.lr}
+    fit_options = case.fit | {name: value for name, value in given.items() if value is not None}
+    source = ensure_dataset(options.dataset) if options.dataset in BUILTIN else options.dataset
+    log = load_dataset(source, env=options.env, reward=case.reward, progress=False)
+    if options.limit:
+        log = log.split(options.limit / len(log.episode_lengths), seed=1)[0]
     own, fresh = log.split(0.5, seed=0)
     fit, held_out = fresh.split(0.5, seed=0)
-    began = time.perf_counter()
-    members = train(options, own)
-    seconds = {"training": time.perf_counter() - began}
-    exact = {
-        name: tables.value(probabilities(agent, tables.admissible))
-        for name, agent in members.items()
-    }
-    results, rankings = {}, {}
+    seconds: Levels = {}
+    members = clocked(seconds, "training", lambda: train(configs, own, options))
+    found, more = clocked(
+        seconds, "truth", lambda: truths(members, log, case.discount, options.episodes)
+    )
+    results: dict[str, Any] = {}
+    rankings: dict[str, Ranking] = {}
     for name, episodes in (("fresh", fit), ("own", own)):
-        began = time.perf_counter()
-        fitted = fitted_q_evaluation(
-            members,
-            episodes,
-            held_out,
-            discount=DISCOUNT,
-            updates=options.fit_updates,
-            batch_size=1024,
-            hidden=options.hidden,
-            lr=options.lr,
-            polyak=0.05,
-        )
-        seconds[f"fitting on {name} episodes"] = time.perf_counter() - began
-        began = time.perf_counter()
-        ranking = rank_members(members, episodes, held_out, discount=DISCOUNT, fitted_q=fitted)
-        seconds[f"ranking with {name} episodes"] = time.perf_counter() - began
-        results[name], rankings[name] = quality(ranking, exact, clinicians), ranking
-        print(f"\nFitted on {name} episodes\n\n{ranking}\n")
-    print(f"{'member':14} {'exact':>7} {'fresh':>7} {'own':>7} {'importance':>11}")
-    fits = {name: {row["member"]: row for row in r.rows} for name, r in rankings.items()}
-    for name in sorted(exact, key=exact.__getitem__, reverse=True):
-        row, other = fits["fresh"][name], fits["own"][name]
-        print(f"{name:14} {exact[name]:7.4f} {row['value']:7.4f} {other['value']:7.4f} "
-              f"{row['importance_value']:11.4f}")  # fmt: skip
+        logs = (members, episodes, held_out)
+        price = partial(fitted_q_evaluation, *logs, discount=case.discount, **fit_options)
+        fitted = clocked(seconds, f"fitting on {name} episodes", price)
+        rank = partial(rank_members, *logs, discount=case.discount, fitted_q=fitted)
+        ranking = clocked(seconds, f"ranking with {name} episodes", rank)
+        rankings[name] = ranking
+        results[name] = {
+            kind: quality(
+                ranking,
+                truth,
+                ranking.log_value if level is None else level,
+                returns=kind == "return",
+            )
+            for kind, (truth, level) in found.items()
+        }
+        print(f"\nFitted on {name} episodes\n\n{ranking}\n", flush=True)
+    show(rankings, found)
     for name, result in results.items():
         print(f"\nfitted on {name} episodes: {json.dumps(result)}")
-    print(f"\nclinicians {clinicians:.4f}, optimum {optimum:.4f}, seconds {seconds}")
+    levels = {key: more[key] for key in ("clinicians", "optimum") if key in more}
+    print(f"\n{levels or ''} seconds {seconds}")
+    about = {"numpy": np.__version__, "threads": torch.get_num_threads()}
+    about |= {"icu-sepsis": version("icu-sepsis")} if options.dataset == NAME else {}
     record = {
         "command": " ".join(["python", *sys.argv]),
-        "machine": machine() | {"icu-sepsis": version("icu-sepsis"), "numpy": np.__version__},
-        "config": asdict(replace(CONFIG, updates=options.updates, batch_size=options.batch_size)),
-        "stays": {"own": len(own.episode_lengths), "fresh": len(fit.episode_lengths),
-                  "held_out": len(held_out.episode_lengths)},
-        "clinicians": clinicians,
-        "optimum": optimum,
-        "exact": exact,
-        "mean_of_members": float(np.mean(list(exact.values()))),
+        "machine": machine() | about,
+        "config": asdict(next(iter(configs.values()))),
+        "batches": options.batches,
+        "fitted_q": fit_options | {"discount": case.discount},
+        "episodes": {"own": len(own.episode_lengths), "fresh": len(fit.episode_lengths),
+                     "held_out": len(held_out.episode_lengths)},
+        "truth": more,
+        "mean_of_members": {k: float(np.mean(list(t.values()))) for k, (t, _) in found.items()},
         "results": results,
         "rankings": {name: ranking.to_dict() for name, ranking in rankings.items()},
         "seconds": seconds,

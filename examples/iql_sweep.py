@@ -17,9 +17,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from iql_sepsis import CONFIG as SEPSIS
 from iql_sepsis import POINTS, probabilities
+from sweep_picture import draw
 from tqdm import tqdm
 
 from iql_torchrl import PRESETS, IQLConfig, IQLPopulation, OfflineDataset, evaluate, load_dataset
@@ -28,7 +28,6 @@ from iql_torchrl.correlation import spearman
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.data.builtin_icu_sepsis import NAME, SepsisTables
 from iql_torchrl.fqe import fitted_q_evaluation
-from iql_torchrl.pictures import save
 from iql_torchrl.ranking import Ranking
 from iql_torchrl.records import whole_file
 from iql_torchrl.run_folder import new_folder
@@ -46,9 +45,10 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options, runs = parse(arguments)
     config, began = next(iter(runs.values())), time.monotonic()
+    exact = options.dataset == NAME
     try:
         source = ensure_dataset(options.dataset) if options.dataset in BUILTIN else options.dataset
-        reward: Any = (POINTS, 0.0) if options.dataset == NAME else config.reward
+        reward: Any = (POINTS, 0.0) if exact else config.reward
         log = load_dataset(source, env=options.env, reward=reward)
         own, rest = log.split(1 - options.held_out, seed=0) if options.ranking else (log, log)
         population = IQLPopulation(list(runs.values()), own)
@@ -57,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     print(f"{options.dataset}: {len(runs)} policies from {len(own):,} of {len(log):,} transitions.")
+    playable = can_play(log)
     train(population, config.updates)
     population.save(folder / "population.torchrl")
     members = {name: population.member(number) for number, name in enumerate(runs)}
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         | {field: getattr(run, field) for field in GRID}
         for name, run in runs.items()
     }
-    level = play(members, rows, log, options)
+    level = play(members, rows, log, options) if playable else None
     ranking = rank(members, rest, options, config) if options.ranking else None
     for found in ranking.rows if ranking else ():
         rows[found["member"]] |= {key: found[key] for key in found if key != "doubts"}
@@ -75,13 +76,15 @@ def main(arguments: list[str] | None = None) -> int:
         writer.writeheader()
         writer.writerows(rows.values())
     if level or ranking:
-        draw(folder / "sweep.png", rows, ranking, level, options.dataset)
+        words = "probability of survival" if exact else "mean return, 95 % interval"
+        draw(folder / "sweep.png", rows, ranking, level, title=options.dataset, words=words)
     print(f"{time.monotonic() - began:.0f} s. Written to {folder}/")
     return 0
 
 
 def train(population: IQLPopulation, updates: int) -> None:
-    every = min(updates, 32 * max(1, updates // 1600))  # whole graphs where updates are captured
+    # equal shares, for a last one of another size would be captured anew
+    every = max(size for size in range(1, 101) if updates % size == 0)
     with tqdm(total=updates, unit="update", desc="training", disable=None) as bar:
         for event in population.train(every=every):
             losses = {name: event.metrics[f"loss_{name}"] for name in ("value", "qvalue", "actor")}
@@ -90,19 +93,23 @@ def train(population: IQLPopulation, updates: int) -> None:
             bar.update(event.updates - bar.n)
 
 
+def can_play(log: OfflineDataset) -> bool:
+    try:
+        log.make_env().close()
+    except EXPECTED as error:
+        print(f"There will be no scores: {error}")
+        return False
+    return True
+
+
 def play(members: Any, rows: Rows, log: OfflineDataset, options: argparse.Namespace) -> Level:
-    """Put scores into the rows; returns what the log's policy scores, None where none is known."""
+    """Put scores into the rows; returns what the log's own policy scores, with its name."""
     if options.dataset == NAME:
         tables = SepsisTables(log.make_env())
         for name, member in members.items():
             exact = tables.value(probabilities(member, tables.admissible))
             rows[name] |= {"score": exact, "score_low": exact, "score_high": exact}
         return "the clinicians", tables.value(tables.clinician)
-    try:
-        log.make_env().close()
-    except EXPECTED as error:
-        print(f"No scores: {error}")
-        return None
     for name, member in tqdm(members.items(), desc="playing", unit="policy", disable=None):
         how = {"episodes": options.episodes, "seed": EVALUATION_SEED}
         found = evaluate(member.policy, log.make_env, **how).summary()
@@ -128,71 +135,27 @@ def report(rows: Rows, ranking: Ranking | None, level: Level) -> None:
     """The table, best first, what the log alone recommends, and what that is worth."""
     key, width = "score" if level else "value", max(map(len, rows))
     order = sorted(rows, key=lambda name: -rows[name].get(key, 0.0))
-    print(f"\n{'':{width}}{'score (95 %)':>31}{'estimate (95 %)':>31}{'outside the log':>17}")
+    heads = f"{'importance':>12}{'outside the log':>17}" if ranking else ""
+    print(f"\n{'':{width}}{'score (95 %)':>31}{'estimate (95 %)':>31}{heads}")
     for name in order:
-        outside = f"{rows[name]['extrapolation']:17.0%}" if ranking else ""
-        print(f"{name:{width}}{cell(rows[name], 'score')}{cell(rows[name], 'value')}{outside}")
+        row = rows[name]
+        more = f"{row['importance_value']:12.4g}{row['extrapolation']:17.0%}" if ranking else ""
+        print(f"{name:{width}}{cell(row, 'score')}{cell(row, 'value')}{more}")
     if level:
         print(f"{level[0]:{width}}{level[1]:31.4g}")
-    if not ranking:
-        return
-    print("", *(f"Warning: {warning}" for warning in ranking.warnings), sep="\n")
-    print(ranking.recommendation)
-    if level:
+    if ranking:
+        print("", *map("Warning: {}".format, ranking.warnings), ranking.recommendation, sep="\n")
+    if ranking and level:
         found, best = ([rows[name][key] for name in order] for key in ("value", "score"))
         advised = rows[ranking.recommended]["score"] if ranking.recommended else level[1]
-        print(f"The truth: that scores {advised:.4g}, {order[0]} {best[0]:.4g}, {level[0]} "
-              f"{level[1]:.4g}; Spearman of estimates and scores {spearman(found, best):.2f}.")  # fmt: skip
+        print(f"In truth that scores {advised:.4g}, {order[0]} {best[0]:.4g}, {level[0]} "
+              f"{level[1]:.4g}; rank correlation {spearman(found, best):.2f}.")  # fmt: skip
 
 
 def cell(row: dict[str, Any], key: str) -> str:
     low, high = (row.get(f"{key}_{end}") for end in ("low", "high"))
     ends = "" if low == high else f" ({low:.4g} to {high:.4g})"
     return f"{row[key]:.4g}{ends}".rjust(31) if key in row else f"{'-':>31}"
-
-
-def draw(path: Path, rows: Rows, ranking: Ranking | None, level: Level, title: str) -> None:
-    """Every policy's score and estimate, seeds side by side; their means over the grid."""
-    from matplotlib.figure import Figure
-
-    levels = {"score": level, "value": ranking and ("the log", ranking.log_value)}
-    panels = {key: found for key, found in levels.items() if found}
-    groups = list(dict.fromkeys(row["settings"] for row in rows.values()))
-    figure = Figure(
-        (3.4 * len(panels) + 5.6, min(2.2 + 0.3 * len(groups), 14)), layout="constrained"
-    )
-    figure.suptitle(f"{title}: {len(rows)} policies", parse_math=False)
-    *columns, right = figure.subplots(1, len(panels) + 1, squeeze=False)[0]
-    for axes, (key, (name, at)) in zip(columns, panels.items(), strict=True):
-        for row in rows.values():
-            best = ranking is not None and row["member"] == ranking.recommended
-            place = groups.index(row["settings"]) + 0.15 * (-1) ** row["seed"]
-            ends = [[row[key] - row[f"{key}_low"]], [row[f"{key}_high"] - row[key]]]
-            look = {"color": "C1", "label": "recommended"} if best else {"color": "C0"}
-            axes.errorbar(row[key], place, xerr=ends, fmt="o", markersize=4, **look)
-        axes.axvline(at, color="0.4", linestyle="--", linewidth=1, label=name)
-        axes.set_yticks(range(len(groups)), groups if axes is columns[0] else [], fontsize=8)
-        axes.invert_yaxis()
-        axes.set_xlabel({"score": "score, 95 % interval", "value": "estimate from the log"}[key])
-        axes.legend(frameon=False, fontsize=8)
-    draw_map(right, list(rows.values()), next(iter(panels)))
-    save(figure, path)
-
-
-def draw_map(axes: Any, rows: list[dict[str, Any]], key: str) -> None:
-    across, up = (sorted({row[name] for row in rows}) for name in GRID[:2])
-    mean = np.full((len(up), len(across)), np.nan)
-    for (i, expectile), (j, temperature) in product(enumerate(up), enumerate(across)):
-        near = [row for row in rows if row["temperature"] == temperature]
-        near = [row[key] for row in near if temperature == 0 or row["expectile"] == expectile]
-        mean[i, j] = np.mean(near)
-    picture = axes.imshow(mean, origin="lower", aspect="auto", cmap="cividis")
-    for (i, j), value in np.ndenumerate(mean):
-        dark = picture.norm(value) < 0.5
-        axes.text(j, i, f"{value:.4g}", ha="center", va="center", color="w" if dark else "k")
-    axes.set_xticks(range(len(across)), [f"{v:g}" + " (cloning)" * (v == 0) for v in across])
-    axes.set_yticks(range(len(up)), [f"{value:g}" for value in up])
-    axes.set(xlabel="temperature", ylabel="expectile", title=f"mean {key} over seeds")
 
 
 def runs_of(config: IQLConfig, grid: dict[str, list[float]], seeds: int) -> dict[str, IQLConfig]:
@@ -231,6 +194,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, IQLConfig
         text = f"values to try ({text.get(name, 'that of the preset')})"
         add(f"--{name.replace('_', '-')}", help=text, **how)
     options = parser.parse_args(arguments)
+    if min(options.seeds, options.episodes, options.fit_updates) < 1:
+        parser.error("--seeds, --episodes and --fit-updates are numbers of at least 1.")
     config = settings(options)
     usual = {field: [getattr(config, field)] for field in GRID}
     usual["temperature"] = [0.0, config.temperature, 3 * config.temperature]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torchrl.data import ReplayBuffer
 from torchrl.data.replay_buffers.samplers import RandomSampler
 from torchrl.objectives import HardUpdate
 
-from iql_torchrl.compilation import CompiledStep, compiled
+from iql_torchrl.compilation import TRACING, CompiledStep, compiled
 from iql_torchrl.data.replay import DeviceSampler
+from iql_torchrl.objectives import DIAGNOSTICS, LOSSES, ImplicitQLoss
 from iql_torchrl.step import NETWORKS, IQLStep, Terms
 
 __all__ = ["CapturedStep", "captured"]
@@ -50,9 +51,10 @@ def captured(
     An optimizer other than Adam and AdamW: off CUDA its updates run one by one, compiled; on CUDA
     the plain step is captured, which wants ``capturable=True`` and takes no schedule.
 
-    Raises ``ValueError`` on ``updates < 1``; a buffer that samples otherwise; on CUDA, states of
-    the optimizer on the host, and a ``HardUpdate`` whose interval ``updates`` does not divide.
-    ``TypeError`` on a step or a replay of another kind.
+    Raises ``ValueError`` on ``updates < 1``; a buffer that samples otherwise; rows on another
+    device; a schedule that moves more than learning rates; on CUDA, states of the optimizer on the
+    host, and targets that would move in the midst of a call. ``TypeError`` on a step or a replay of
+    another kind.
     """
     return CapturedStep(step, replay, updates)
 
@@ -70,15 +72,23 @@ class CapturedStep:
         fast = step if isinstance(step, CompiledStep) else compiled(step)
         self._fast = fast
         self._device = next(step.loss.parameters()).device
+        if isinstance(replay, DeviceSampler) and replay.tables[0].device != self._device:
+            raise ValueError(
+                f"replay's rows are on {replay.tables[0].device} and the parameters on "
+                f"{self._device}; build the sampler with device={str(self._device)!r}."
+            )
         self._on_cuda = self._device.type == "cuda"
         self._whole = isinstance(fast, CompiledStep) and fast.written_out
         if self._on_cuda:
             _check_cuda(step, updates, self._whole)
         self._copy: tuple[object, DeviceSampler] | None = None
+        self._generator: torch.Generator | None = None  # of a buffer's copied rows
         self.recapture()
 
     def recapture(self) -> None:
         """Capture anew at the next call."""
+        if self._whole:  # what the step has become
+            self._fast = compiled(self.step)
         self._seen: Sequence[Any] | None = None
         self._update: Callable[[], object] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -92,10 +102,10 @@ class CapturedStep:
         if self._seen is None or not _same(seen, self._seen):
             self.recapture()
             self._prepare(rows)
-        rates = self._coming_rates()
-        if self._update is None:
+            slots = self._fast.slots() if self._whole else ()
             self._record(rows, slots)
             self._seen = self._fingerprint(rows, slots)
+        rates = self._coming_rates()
         if self._on_cuda:
             self._on_graph(rows, slots, rates)
         else:
@@ -107,12 +117,26 @@ class CapturedStep:
             dict(zip(self._names, means, strict=True)), batch_size=self._sums.shape[1:]
         )
 
+    def state_dict(self) -> dict[str, Any]:
+        """The step's state, and where sampling from a buffer's rows stands."""
+        generator = None if self._generator is None else self._generator.get_state()
+        return self.step.state_dict() | {"generator": generator}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Also of a plain step's state."""
+        self.step.load_state_dict(state_dict)
+        generator = state_dict.get("generator")
+        self._copy = None
+        self._generator = None
+        if generator is not None:
+            self._generator = torch.Generator(self._device)
+            self._generator.set_state(generator.cpu())
+
     # -- one update ------------------------------------------------------------------------------
 
     def _prepare(self, rows: DeviceSampler) -> None:
         """What a capture reads and writes besides the step's own tensors."""
-        loss = self.step.loss
-        self._names = [key for key in loss.out_keys if isinstance(key, str)]
+        self._names = _told(self.step.loss)
         self._index = torch.zeros(rows.batch_size, dtype=torch.int64, device=self._device)
         runs = () if self.step.members is None else (self.step.members,)
         self._sums = torch.zeros(
@@ -120,12 +144,15 @@ class CapturedStep:
         )
         self._warm = False
         groups = len(self.step.optimizer.param_groups)
-        self._table = torch.zeros((self.updates, groups), dtype=torch.float64, device=self._device)
+        self._table = torch.zeros(
+            (self.updates + 1, groups), dtype=torch.float64, device=self._device
+        )
 
     def _record(self, rows: DeviceSampler, slots: Any) -> None:
         """Compile one update and keep the program with its arguments; nothing is updated yet."""
         if not self._whole:
-            self._update = lambda: self._add(self.step.learn(rows.gather(self._index)))
+            with self.step.setting():  # binds the networks, if they are not yet
+                self._update = lambda: self._add(self.step.learn(rows.gather(self._index)))
             return
         fast, loss = self._fast, self.step.loss
         program = _Program(on_cpu=not self._on_cuda)
@@ -135,11 +162,9 @@ class CapturedStep:
             self._add(fast.update(loss.read(batch), *slots))
 
         traced = torch.compile(update, fullgraph=True, dynamic=False, backend=program)
-        # every capture is a program of its own: there is no limit to their number
-        limits = {"recompile_limit": 2**31, "accumulated_recompile_limit": 2**31}
-        with fast.setting(), torch._dynamo.config.patch(limits | {"trace_autograd_ops": True}):
+        with fast.setting(), torch._dynamo.config.patch(TRACING):
             traced()
-        self._update = program.run
+        self._update = program.release()
 
     def _add(self, told: Terms) -> None:
         found = told[0] | told[1]
@@ -150,21 +175,27 @@ class CapturedStep:
         assert update is not None
         self._sums.zero_()
         updater = self.step.target_updater
-        by_host = isinstance(updater, HardUpdate) and not self._on_cuda
+        by_host = not self.step.targets and not self._on_cuda
         for number in range(self.updates):
             torch.randint(rows.rows, self._index.shape, generator=rows.generator, out=self._index)
             if rates is not None:
-                for rate, value in zip(slots[3], rates[number].unbind(), strict=True):
-                    rate.copy_(value)
-                self._fast.forget_rates()
+                self._set_rates(slots, rates[number])
             update()
             if by_host and updater is not None:
                 updater.step()
+        if rates is not None:
+            self._set_rates(slots, rates[self.updates])
+
+    def _set_rates(self, slots: Any, values: Tensor) -> None:
+        for rate, value in zip(slots[3], values.unbind(), strict=True):
+            rate.copy_(value)
+        self._fast.forget_rates()
 
     def _on_graph(self, rows: DeviceSampler, slots: Any, rates: Tensor | None) -> None:
         if rates is not None:
             self._table.copy_(rates, non_blocking=True)
         table = None if rates is None else self._table
+        _check_alignment(self.step.target_updater, self.updates)
         if self._graph is None and not self._warm:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -192,30 +223,38 @@ class CapturedStep:
         replay = self.replay
         if isinstance(replay, DeviceSampler):
             return replay
-        state = (len(replay), getattr(replay.writer, "_cursor", None))
+        state = (len(replay), getattr(replay.writer, "_write_count", None))
         if self._copy is None or self._copy[0] != state:
-            old = None if self._copy is None else self._copy[1]
+            if self._generator is None:
+                self._generator = torch.Generator(self._device).manual_seed(_seed_from(replay))
             rows = DeviceSampler(
                 replay[:].exclude("index"), replay.batch_size, device=self._device, seed=0
             )
-            if old is None:
-                rows.generator.manual_seed(_seed_from(replay))
-            else:
-                rows.generator = old.generator
+            rows.generator = self._generator
             self._copy = (state, rows)
         return self._copy[1]
 
     def _coming_rates(self) -> Tensor | None:
-        """Learning rates of the coming updates, ``(updates, groups)``; None where no schedule is."""
+        """Learning rates of the coming updates and the one after them, ``(updates + 1, groups)``.
+
+        None where no schedule is.
+        """
         if not self.step.lr_schedulers:
             return None
-        rates = []
         with_optimizer = self.step.optimizer
+        groups = with_optimizer.param_groups
         setattr(with_optimizer, "_opt_called", True)  # noqa: B010
+        options = [_options(group) for group in groups]
+        rates = [[float(group["lr"]) for group in groups]]
         for _ in range(self.updates):
-            rates.append([float(group["lr"]) for group in with_optimizer.param_groups])
             for scheduler in self.step.lr_schedulers:
                 scheduler.step()
+            rates.append([float(group["lr"]) for group in groups])
+        if options != [_options(group) for group in groups]:
+            raise ValueError(
+                "a schedule changes more than learning rates, which a captured update has fixed; "
+                "pass cycle_momentum=False to OneCycleLR or CyclicLR, or use the plain step."
+            )
         return torch.tensor(rates, dtype=torch.float64)
 
     def _fingerprint(self, rows: DeviceSampler, slots: Any) -> list[Any]:
@@ -235,9 +274,11 @@ class CapturedStep:
         return [
             None if self._whole else [group["lr"] for group in groups],
             *((tensor, tensor.data_ptr(), tensor.requires_grad) for tensor in tensors),
-            *([group[k] for k in ("betas", "eps", "weight_decay")] for group in groups),
+            *(_options(group) for group in groups),
             *(getattr(loss, name) for name in KNOBS),
             loss.value_estimator,
+            loss._kept,
+            [dict(vars(x.tensor_keys)) for x in (loss, loss.value_estimator)],
             [m.training for name in NETWORKS for m in getattr(loss, name).modules()],
             (
                 step.order,
@@ -270,8 +311,22 @@ class _Program:
         self._arguments = arguments
         return ()
 
-    def run(self) -> object:
-        return self._function(*self._arguments)
+    def release(self) -> Callable[[], object]:
+        """The program as a function; Dynamo holds on to its backends, which shall hold no data."""
+        function, arguments = self._function, self._arguments
+        del self._function, self._arguments
+        return lambda: function(*arguments)
+
+
+def _told(loss: ImplicitQLoss) -> list[str]:
+    """Names of the step's metrics."""
+    entropy = ["entropy"] if loss.actor_objective == "log_prob" else []
+    return [*LOSSES, *entropy, *(DIAGNOSTICS if loss.diagnostics else ())]
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer's group says besides parameters and rates."""
+    return {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr", "rates")}
 
 
 def _same(new: Sequence[Any], old: Sequence[Any]) -> bool:
@@ -329,9 +384,22 @@ def _check_cuda(step: IQLStep, updates: int, whole: bool) -> None:
             "this torch cannot trace gradients; torch 2.13 can). Use Adam or AdamW, or "
             "compiled(step)."
         )
-    interval = getattr(updater, "value_network_update_interval", updates)
-    if interval % updates:
+    if updater is not None and not step.targets and not isinstance(updater, HardUpdate):
         raise ValueError(
-            f"HardUpdate moves the targets every {interval} updates and a call makes {updates}; "
-            "choose updates that divide the interval."
+            f"a {type(updater).__name__} moves the targets on the host, after every update; use "
+            "SoftUpdate or HardUpdate, or compiled(step)."
+        )
+    _check_alignment(updater, updates)
+
+
+def _check_alignment(updater: Any, updates: int) -> None:
+    """Raise ``ValueError`` unless a ``HardUpdate`` copies after the last update of a call."""
+    if not isinstance(updater, HardUpdate):
+        return
+    period = updater.value_network_update_interval + 1  # the update that copies is not counted
+    coming = period - updater.counter
+    if period % updates or coming % updates:
+        raise ValueError(
+            f"HardUpdate copies to the targets every {period} updates, next after {coming}, and a "
+            f"call makes {updates}; choose updates that divide both."
         )

@@ -20,6 +20,12 @@ from iql_torchrl.step import IQLStep, Terms, clip
 __all__ = ["CompiledStep", "compiled"]
 
 Gradients = Sequence["Tensor | None"]
+# Steps share code and each is a program of its own, so there is no limit to their number.
+TRACING = {
+    "trace_autograd_ops": True,
+    "recompile_limit": 2**31,
+    "accumulated_recompile_limit": 2**31,
+}
 KEPT_GUARDS = (
     "AUTOGRAD_SAVED_TENSORS_HOOKS",
     "CONSTANT_MATCH",
@@ -95,7 +101,9 @@ class CompiledStep(IQLStep):
         self._parameters = [p for group in groups for p in group["params"] if p.requires_grad]
         self._group_of = [i for i, g in enumerate(groups) for p in g["params"] if p.requires_grad]
         place = {id(p): i for i, p in enumerate(self._parameters)}
-        self._networks = [[place[id(p)] for p in network] for network in self._trainable]
+        self._networks = [  # without what was frozen since the step was made
+            [place[id(p)] for p in network if id(p) in place] for network in self._trainable
+        ]
         self.written_out = _written_out(self.optimizer)
         if not self.written_out:
             torchrl_logger.warning(
@@ -110,7 +118,7 @@ class CompiledStep(IQLStep):
 
     def learn(self, batch: TensorDictBase) -> Terms:
         loss = self.loss
-        with self.setting(), torch._dynamo.config.patch(trace_autograd_ops=True):
+        with self.setting(), torch._dynamo.config.patch(TRACING):
             read = loss.read(batch)
             if self.written_out:
                 losses, summary = self._whole(read, *self.slots())
@@ -187,6 +195,8 @@ class CompiledStep(IQLStep):
     ) -> None:
         """Adam or AdamW (Loshchilov & Hutter 2019), as torch's, on what the loss reaches."""
         reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        if not reached:
+            return
         with torch.no_grad():
             sizes, roots = self._corrections(reached, steps, rates)
             for i, size, root in zip(reached, sizes, roots, strict=True):
@@ -227,7 +237,9 @@ class CompiledStep(IQLStep):
 
     def _move_targets(self) -> None:
         """``SoftUpdate``'s step, for a graph."""
-        share = 1 - self.target_updater.eps if self.target_updater is not None else 0.0
+        if self.target_updater is None or not self._pairs[0]:
+            return
+        share = 1 - self.target_updater.eps
         with torch.no_grad():
             for live, target in zip(*self._pairs, strict=True):
                 target.data.lerp_(live.data, share)

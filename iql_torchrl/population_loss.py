@@ -14,11 +14,11 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.value import TD0Estimator
 
 from iql_torchrl import functional as F
-from iql_torchrl.bound import DirectActor, is_head_and_distribution
+from iql_torchrl.bound import DirectActor, is_head_and_distribution, is_single
 from iql_torchrl.critics import SharedLeaves
 from iql_torchrl.objectives import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
-from iql_torchrl.reading import Batch, per_sample
-from iql_torchrl.stacked import StackedNetwork, perceptron_keys
+from iql_torchrl.reading import Batch, agree, per_sample
+from iql_torchrl.stacked import StackedNetwork, check_networks, check_same, perceptron_keys
 
 __all__ = ["PopulationLoss"]
 
@@ -27,10 +27,13 @@ SAME = (
     "delay_qvalue",
     "deactivate_vmap",
     "diagnostics",
+    "deterministic_sampling_mode",
     "loss_function",
+    "loss_mask_key",
     "num_qvalue_nets",
     "reduction",
     "scalar_output_mode",
+    "use_prioritized_weights",
     "value_objective",
 )
 NETWORKS = ("actor_network", "qvalue_network", "value_network")
@@ -48,8 +51,10 @@ class PopulationLoss(ImplicitQLoss):
             knobs and weights; copied.
 
     Raises:
-        ValueError: losses that differ in kind, shapes or choices; networks that cannot be stacked
-            (:class:`~iql_torchrl.stacked.StackedNetwork`); estimators other than TD(0).
+        ValueError: losses that differ in kind, networks, keys or choices; networks that share
+            parameters or cannot be stacked (:func:`~iql_torchrl.stacked.perceptron_keys`);
+            estimators other than TD(0).
+        TypeError: losses of another kind, classes derived from the two included.
     """
 
     expectile: Any
@@ -71,15 +76,20 @@ class PopulationLoss(ImplicitQLoss):
         self._out_keys = self._out_keys_apparent = list(first.out_keys)
         self._optional_keys = set(first._optional_keys)
         self._shared = SharedLeaves(detach=False)
-        self._tensor_keys = first.tensor_keys
+        self._tensor_keys = copy.copy(first.tensor_keys)
         self._stack(losses)
-        where = first.value_estimator.gamma
+        like = next(first.parameters())
         for name in ("expectile", "temperature", "max_weight"):
-            values = torch.tensor([float(getattr(loss, name)) for loss in losses])
-            self.register_buffer(name, values.to(where).unsqueeze(-1), persistent=False)
+            values = torch.tensor(
+                [float(getattr(loss, name)) for loss in losses], dtype=torch.float64
+            )
+            self.register_buffer(name, values.to(like).unsqueeze(-1), persistent=False)
         discount = torch.stack([loss.value_estimator.gamma.reshape(()) for loss in losses])
-        self.register_buffer("discount", discount.unsqueeze(-1), persistent=False)
+        discount = discount.to(like.device).unsqueeze(-1)
+        self.register_buffer("discount", discount, persistent=False)
         self.make_value_estimator(gamma=float(discount[0]))
+        self.value_estimator.set_keys(**vars(first.value_estimator.tensor_keys))
+        self.register_load_state_dict_post_hook(_forget_networks)
 
     def _stack(self, losses: Sequence[ImplicitQLoss]) -> None:
         first = losses[0]
@@ -118,7 +128,15 @@ class PopulationLoss(ImplicitQLoss):
         if self._kept is None:
             self._kept = self._bind()
         kept: Any = self._kept
+        if self._bound is None:
+            kept.follow_modes()
         return kept
+
+    def reset_parameters_recursive(self) -> None:
+        raise NotImplementedError(
+            "a population's weights are drawn run by run: reset the losses it is made from, and "
+            "build it again."
+        )
 
     def read(self, tensordict: TensorDictBase) -> Batch:
         batch = super().read(tensordict)
@@ -167,19 +185,22 @@ class PopulationLoss(ImplicitQLoss):
                 per_sample(data.get(("next", key)), data.batch_size, ("next", key))
                 for key in (keys.reward, keys.terminated)
             )
-            gamma = self.discount.to(reward)
+            gamma = self.discount
             steps = data.get(keys.steps_to_next_obs, None)
             if steps is not None:
                 gamma = gamma ** per_sample(steps, data.batch_size, keys.steps_to_next_obs)
             following = self.state_value(batch.next)
+            one = following if data.ndim == 2 else following[0]
+            agree(reward=reward, terminated=terminated, next_state_value=one)
             return F.td_target(reward, following, terminated, gamma=gamma)
 
     def _actor_error(self, batch: Batch) -> Tensor:
         actor = self._networks().actor
         action = self._action(batch)
-        if self.actor_objective == "mse":
-            return (actor.head(batch.data) - action).square().sum(-1)
         dist = actor.get_dist(batch.data)
+        if self.actor_objective == "mse":
+            distance: Tensor = (dist.deterministic_sample - action).square().sum(-1)
+            return distance
         data = TensorDict({self.tensor_keys.action: action})
         logged = self._kind.logged_action(self, Batch(data, None, None), dist)
         error: Tensor = -dist.log_prob(logged)
@@ -188,6 +209,13 @@ class PopulationLoss(ImplicitQLoss):
     def _action(self, batch: Batch) -> Tensor:
         action = batch.data.get(self.tensor_keys.action)
         return action if batch.data.ndim == 2 else action.expand(self.members, *action.shape)
+
+    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`actor_term` of a batch, to which nothing is written."""
+        batch = self.read(tensordict)
+        with torch.no_grad():
+            advantage = self.target_qvalue(batch) - self.state_value(batch)
+        return self.actor_term(batch, advantage)
 
     # -- one mean a run --------------------------------------------------------------------------
 
@@ -228,43 +256,38 @@ def _is_buffer(network: nn.Module, key: NestedKey) -> bool:
     return name in {name for name, _ in network.named_buffers()}
 
 
+def _forget_networks(loss: PopulationLoss, _: Any) -> None:
+    loss._kept = None
+
+
 def _check_alike(losses: Sequence[ImplicitQLoss]) -> None:
     first = losses[0]
-    if not isinstance(first, IQLLoss | DiscreteIQLLoss):
-        raise TypeError(f"losses hold a {type(first).__name__}; wanted IQLLoss or DiscreteIQLLoss.")
-    if callable(first.actor_objective):
-        raise ValueError("actor_objective is a function, which sees one run; use 'log_prob'.")
-    if first._shared.trunk:
-        raise ValueError("networks share a trunk; a population has separate networks.")
-    actor = first.actor_network
-    if not is_head_and_distribution(actor):
-        raise ValueError(
-            "actor_network must be one module and one distribution, ProbabilisticActor."
-        )
     for number, loss in enumerate(losses):
+        if type(loss) not in (IQLLoss, DiscreteIQLLoss):
+            raise TypeError(
+                f"losses[{number}] is a {type(loss).__name__}; wanted IQLLoss or DiscreteIQLLoss."
+            )
         if type(loss) is not type(first):
             raise ValueError(
                 f"losses[{number}] is a {type(loss).__name__}, the first another kind."
             )
-        for name in SAME:
-            mine, theirs = getattr(first, name), getattr(loss, name)
-            if mine != theirs:
-                raise ValueError(
-                    f"{name} is {theirs!r} in losses[{number}] and {mine!r} in the first."
-                )
-        if type(loss.value_estimator) is not TD0Estimator or loss.value_estimator.average_rewards:
+        for name in (*SAME, "tensor_keys"):
+            check_same(number, name, getattr(first, name), getattr(loss, name))
+        estimators = first.value_estimator, loss.value_estimator
+        if type(estimators[1]) is not TD0Estimator or estimators[1].average_rewards:
             raise ValueError(f"losses[{number}] does not use TD(0); a population does.")
-        for name in NETWORKS:
-            mine, theirs = (_shapes(x, name) for x in (first, loss))
-            if mine != theirs:
-                key = next(k for k in {**mine, **theirs} if mine.get(k) != theirs.get(k))
-                raise ValueError(
-                    f"{name}'s {key} has shape {theirs.get(key)} in losses[{number}] and "
-                    f"{mine.get(key)} in the first: networks of different shapes are not stacked. "
-                    "Train one population for each shape."
-                )
-
-
-def _shapes(loss: ImplicitQLoss, name: str) -> dict[str, tuple[int, ...]]:
-    params: Any = loss._modules[f"{name}_params"]
-    return {str(key): tuple(leaf.shape) for key, leaf in params.items(True, True)}
+        if estimators[1].gamma.numel() != 1:
+            raise ValueError(
+                f"losses[{number}] has several discounts; a run of a population has one."
+            )
+        check_same(number, "value_estimator's keys", *(e.tensor_keys for e in estimators))
+        check_networks(number, first, loss, NETWORKS)
+    if callable(first.actor_objective):
+        raise ValueError("actor_objective is a function, which sees one run; use 'log_prob'.")
+    if not is_head_and_distribution(first.actor_network):
+        raise ValueError(
+            "actor_network must be one module and one distribution, ProbabilisticActor."
+        )
+    for name in NETWORKS[1:]:
+        if not is_single(getattr(first, name)):
+            raise ValueError(f"{name} must be one plain module with one out-key, ValueOperator.")

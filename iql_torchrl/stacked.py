@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torchrl.modules import MLP as TorchRLMLP
 from iql_torchrl import networks
 from iql_torchrl.bound import WRAPPERS, is_known
 
-__all__ = ["StackedNetwork", "outline", "perceptron_keys"]
+__all__ = ["StackedNetwork", "check_networks", "check_same", "perceptron_keys"]
 
 # Modules that act on every number for itself.
 ELEMENTWISE = (
@@ -56,15 +57,55 @@ def perceptron_keys(name: str, network: nn.Module) -> set[NestedKey]:
                 "the action, which has none; let the critic see the observations as they are."
             )
     return {
-        _key(path, key) for path, module in perceptrons.items() for key, _ in module.named_parameters()
+        _key(path, key)
+        for path, module in perceptrons.items()
+        for key, _ in module.named_parameters()
     }
 
 
-def outline(network: nn.Module) -> list[tuple[Any, ...]]:
-    """What a network is but for its weights: kinds of modules, their settings, keys."""
+def check_networks(number: int, first: Any, loss: Any, names: Sequence[str]) -> None:
+    """Raise ``ValueError`` where networks of ``losses[number]`` differ from the first loss's.
+
+    They may differ in weights alone, and none may share parameters with another.
+    """
+    held = [leaf for name in names for leaf in _leaves(loss, name).values()]
+    trained = [id(leaf) for leaf in held if isinstance(leaf, nn.Parameter)]
+    if loss._shared.trunk or len(set(trained)) < len(trained):
+        raise ValueError(
+            f"losses[{number}]'s networks share parameters, a trunk or tied layers; in a population "
+            "every network has its own."
+        )
+    for name in names:
+        mine, theirs = (_leaves(x, name) for x in (first, loss))
+        for key in {**mine, **theirs}:
+            shapes = [tuple(x[key].shape) if key in x else None for x in (theirs, mine)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"{name}'s {key} has shape {shapes[0]} in losses[{number}] and {shapes[1]} in "
+                    "the first: networks of different shapes are not stacked. Train one population "
+                    "for each shape."
+                )
+            what = "frozen parameter" if isinstance(mine[key], nn.Parameter) else "buffer"
+            told = ["trained" if x[key].requires_grad else what for x in (mine, theirs)]
+            check_same(number, f"{name}'s {key}", *told)
+        for one, other in zip_longest(*(_outline(getattr(x, name)) for x in (first, loss))):
+            check_same(number, f"a module of {name}", one, other)
+
+
+def check_same(number: int, name: str, wanted: object, found: object) -> None:
+    if wanted != found:
+        raise ValueError(f"{name} is {found!r} in losses[{number}] and {wanted!r} in the first.")
+
+
+def _leaves(loss: Any, name: str) -> dict[str, Tensor]:
+    return {str(key): leaf for key, leaf in loss._modules[f"{name}_params"].items(True, True)}
+
+
+def _outline(network: nn.Module) -> list[tuple[str, ...]]:
+    """What a network is but for its weights: places, kinds, settings and keys of its modules."""
     about = ("in_keys", "out_keys", "distribution_class")
     return [
-        (path, type(m).__name__, m.extra_repr(), *(str(getattr(m, name, None)) for name in about))
+        (path, f"{type(m).__name__}({m.extra_repr()})", *(str(getattr(m, a, "")) for a in about))
         for path, m in network.named_modules()
     ]
 
@@ -181,8 +222,11 @@ def _is_perceptron(module: nn.Module) -> bool:
 
 def _culprits_first(network: nn.Module) -> list[tuple[str, nn.Module]]:
     """A Linear is no culprit: it stands beside what keeps its Sequential from being stacked."""
-    stackable = (nn.Linear, nn.LayerNorm)
-    return sorted(network.named_modules(), key=lambda item: type(item[1]) in stackable)
+    kinds = (nn.LayerNorm, nn.Linear)
+    return sorted(
+        network.named_modules(),
+        key=lambda item: kinds.index(type(item[1])) if type(item[1]) in kinds else -1,
+    )
 
 
 def _key(path: str, name: str) -> NestedKey:

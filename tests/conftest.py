@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from torchrl.modules import ValueOperator
 
 from iql_torchrl import networks, policies
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
+    torch.set_num_threads(1)
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 OBS, ACT = 5, 3
 

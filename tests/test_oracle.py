@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 
-from iql_torchrl import IQLLoss, IQLStep, compiled, networks
+from iql_torchrl import IQLLoss, IQLStep, captured, compiled, networks
+from iql_torchrl.data import DeviceSampler
 
 FILES = [SHARED / "oracle" / f"official_{name}.npz" for name in "ab"]
 pytestmark = pytest.mark.skipif(
@@ -94,9 +95,25 @@ def recorded_batch(data, i: int) -> TensorDict:
     )
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-@pytest.mark.parametrize("form", ["eager", "compiled"])
-def test_replays_the_official_updates(file, form):
+def captured_in_order(step, batches, monkeypatch):
+    """``captured`` one update a call, over the recorded batches, drawn in their order."""
+    call = captured(step, DeviceSampler(torch.cat(batches), len(batches[0])), updates=1)
+    rows = iter(torch.arange(sum(map(len, batches))).split(len(batches[0])))
+    monkeypatch.setattr(torch, "randint", lambda *_, out, **__: out.copy_(next(rows)))
+    return lambda batch: call()
+
+
+FORMS = [
+    (file, form)
+    if (file, form) != (FILES[1], "captured")
+    else pytest.param(file, form, marks=pytest.mark.slow)
+    for form in ("eager", "compiled", "captured")
+    for file in FILES
+]
+
+
+@pytest.mark.parametrize(("file", "form"), FORMS)
+def test_replays_the_official_updates(file, form, monkeypatch):
     data = np.load(file)
     config = ast.literal_eval(str(data["config"]))
     loss = build(data, config)
@@ -113,12 +130,15 @@ def test_replays_the_official_updates(file, form):
 
         scheduler = LambdaLR(optimizer, [cosine, lambda _: 1.0, lambda _: 1.0])
     step = IQLStep(loss, optimizer, SoftUpdate(loss, tau=config["tau"]), lr_scheduler=scheduler)
+    batches = [recorded_batch(data, i) for i in range(config["steps"])]
     if form == "compiled":
         step = compiled(step)
+    elif form == "captured":
+        step = captured_in_order(step, batches, monkeypatch)
 
     depth = len(config["hidden"]) + 1
-    for i in range(config["steps"]):
-        metrics = step(recorded_batch(data, i))
+    for i, batch in enumerate(batches):
+        metrics = step(batch)
         for ours, theirs in (
             ("loss_value", "value_loss"),
             ("loss_actor", "actor_loss"),

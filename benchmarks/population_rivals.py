@@ -1,0 +1,120 @@
+"""The competitors of bench_population.py: single runs, populations, bare matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from step_rivals import Sizes, Update, products
+
+from iql_torchrl import (
+    IQLConfig,
+    IQLPopulation,
+    OfflineDataset,
+    captured,
+    load_dataset,
+    make_agent,
+)
+
+SINGLES = ("single captured", "single compiled")
+FLOORS = ("floor batched", "floor one by one")
+Made = tuple[Update, int]  # and the updates of a call
+Make = Callable[[], Made]
+
+
+def dataset_of(sizes: Sizes) -> OfflineDataset:
+    """Random steps; every episode is cut off after 1000."""
+    draw, last = np.random.default_rng(0), np.arange(1, sizes.rows + 1) % 1000 == 0
+    state = draw.normal(size=(2, sizes.rows, sizes.observation)).astype(np.float32)
+    arrays = {
+        "observations": state[0],
+        "next_observations": state[1],
+        "actions": draw.uniform(-1, 1, (sizes.rows, sizes.action)).astype(np.float32),
+        "rewards": draw.normal(size=sizes.rows).astype(np.float32),
+        "terminals": np.zeros(sizes.rows, np.bool_),
+        "timeouts": last,
+    }
+    box = partial(spaces.Box, dtype=np.float32)
+    return load_dataset(
+        arrays,
+        observation_space=box(-np.inf, np.inf, (sizes.observation,)),
+        action_space=box(-1, 1, (sizes.action,)),
+        progress=False,
+    )
+
+
+def config_of(sizes: Sizes, device: str, **more: Any) -> IQLConfig:
+    hidden = (sizes.width, sizes.width)
+    return IQLConfig(
+        hidden=hidden, batch_size=sizes.batch, num_critics=sizes.critics, device=device, **more
+    )
+
+
+def single(form: str, log: OfflineDataset, sizes: Sizes, device: str, updates: int) -> Made:
+    agent = make_agent(config_of(sizes, device, compile=form == "compiled"), log)
+    batches = log.device_sampler(sizes.batch, device=device, seed=0)
+    if form == "captured":
+        return captured(agent.step, batches, updates=updates), updates
+    return (lambda: agent.step(batches.sample())), 1
+
+
+def population(
+    batches: str,
+    form: str,
+    log: OfflineDataset,
+    sizes: Sizes,
+    device: str,
+    updates: int,
+    count: int,
+) -> Made:
+    # knobs differ between members, so that none is a constant of the program
+    configs = [
+        config_of(sizes, device, seed=number, temperature=float(number % 4), expectile=expectile)
+        for number, expectile in zip(range(count), np.linspace(0.5, 0.9, count), strict=True)
+    ]
+    runs = IQLPopulation(configs, log, batches=batches)
+    if form == "captured":
+        return captured(runs.step, runs.sampler, updates=updates), updates
+    return (lambda: runs.step(runs.sampler.sample())), 1
+
+
+def floor(sizes: Sizes, device: str, count: int, batched: bool) -> Made:
+    """Operands of one shape share their memory, so that it stays in the cache where it fits."""
+    operand = lru_cache(None)(lambda *shape: torch.randn(shape, device=device))
+    result = lru_cache(None)(lambda *shape: torch.empty(shape, device=device))
+    work = [
+        (operand(count, *a), operand(count, *b), result(count, a[0], b[1]))
+        for a, b in products(sizes)
+    ]
+    multiply = torch.bmm if batched else torch.mm
+    if not batched:
+        work = [piece for triple in work for piece in zip(*triple, strict=True)]
+
+    def update() -> object:
+        return [multiply(a, b, out=out) for a, b, out in work][-1]
+
+    if not device.startswith("cuda"):
+        return update, 1
+    update()
+    torch.cuda.synchronize()
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        update()
+    return lambda: (recorded.replay(), work)[0], 1
+
+
+def competitors(
+    log: OfflineDataset, sizes: Sizes, device: str, updates: int, count: int
+) -> dict[str, Make]:
+    sized = (log, sizes, device, updates, count)
+    found = {
+        f"{batches} {form}": partial(population, batches, form, *sized)
+        for batches in ("shared", "own")
+        for form in ("captured", "eager")
+    }
+    batched = dict(zip(FLOORS, (True, False), strict=True))
+    return found | {name: partial(floor, sizes, device, count, b) for name, b in batched.items()}

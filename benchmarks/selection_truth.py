@@ -1,0 +1,86 @@
+"""What bench_selection.py's members are really worth: exactly on ICU-Sepsis, else as played."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from iql_torchrl import Agent, OfflineDataset, evaluate
+from iql_torchrl.data.builtin_icu_sepsis import NAME, SepsisTables
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from iql_sepsis import probabilities
+
+EVALUATION_SEED = 10_000  # episodes start alike for every member
+LEFT = 0.01  # of the discounted future is beyond the last step played
+Levels = dict[str, float]
+Truths = dict[str, tuple[Levels, float | None]]
+
+
+class Counted(gymnasium.Wrapper):  # type: ignore[type-arg]
+    """Appends to ``found`` each episode's return up to its own limit, and its discounted return."""
+
+    def __init__(self, env: Any, discount: float, limit: int, found: list[Any]) -> None:
+        super().__init__(env)
+        self.discount, self.limit, self.found = discount, limit, found
+
+    def reset(self, **how: Any) -> Any:
+        self.steps, self.total, self.value = 0, 0.0, 0.0
+        return super().reset(**how)
+
+    def step(self, action: Any) -> Any:
+        result = super().step(action)
+        self.total += float(result[1]) * (self.steps < self.limit)
+        self.value += float(result[1]) * self.discount**self.steps
+        self.steps += 1
+        if result[2] or result[3]:
+            self.found.append((self.total, self.value))
+        return result
+
+
+def played(members: dict[str, Agent], make_env: Callable[[], Any], discount: float,
+           episodes: int) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Per member: mean discounted return, its standard error, and mean return.
+
+    Episodes go on past their time limit until the future counts for ``LEFT``, as values do.
+    """
+    truth = {}
+    for name, agent in members.items():
+        found: list[tuple[float, float]] = []
+
+        def make(found: list[Any] = found) -> Any:
+            env = make_env()
+            limit = env.spec.max_episode_steps
+            horizon = max(limit, math.ceil(math.log(LEFT) / math.log(discount)))
+            longer = gymnasium.wrappers.TimeLimit(env.unwrapped, horizon)
+            return Counted(longer, discount, limit, found)
+
+        evaluate(agent.policy, make, episodes=episodes, seed=EVALUATION_SEED)
+        returns, values = np.array(found).T
+        error = float(values.std(ddof=1) / math.sqrt(episodes)) if episodes > 1 else None
+        truth[name] = {"value": values.mean(), "standard_error": error, "return": returns.mean()}
+    return truth
+
+
+def truths(
+    members: dict[str, Agent], log: OfflineDataset, discount: float, episodes: int
+) -> tuple[Truths, dict[str, Any]]:
+    """Per kind of truth, each member's and the log's own (None: by the ranking), and a record."""
+    if log.name == NAME:
+        tables = SepsisTables(log.make_env())
+        exact = {n: tables.value(probabilities(a, tables.admissible)) for n, a in members.items()}
+        clinicians = tables.value(tables.clinician)
+        more = {"clinicians": clinicians, "optimum": tables.optimal_value(), "exact": exact}
+        return {"survival": (exact, clinicians)}, more
+    found = played(members, log.make_env, discount, episodes)
+    values, returns = (
+        {n: float(row[key]) for n, row in found.items()} for key in ("value", "return")
+    )
+    more = {"played": found, "episodes": episodes}
+    return {"value": (values, None), "return": (returns, float(log.episode_returns.mean()))}, more

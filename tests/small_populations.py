@@ -1,0 +1,127 @@
+"""Small populations beside the same runs alone: the oracle of every population test."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from small_agents import log
+
+from iql_torchrl import IQLConfig, load_dataset, make_agent
+from iql_torchrl.population import IQLPopulation
+
+ROWS = 60
+BASE = IQLConfig(updates=50, hidden=(8, 8), batch_size=16, reward="raw", critic_lr=1e-3)
+MEMBERS = (
+    {},
+    {"seed": 1, "expectile": 0.9, "temperature": 0.0, "value_lr": 1e-2},
+    {"seed": 2, "temperature": 10.0, "max_weight": 2.0, "discount": 0.5},
+    {"seed": 3, "actor_lr": 1e-2, "critic_lr": 3e-3, "expectile": 1.0},
+)
+
+
+def configs(members=MEMBERS, **common) -> list[IQLConfig]:
+    return [replace(BASE, **common, **own) for own in members]
+
+
+def dataset(kind: str = "continuous", dtype=torch.float64):
+    """Episodes of ten steps, every other one terminal.
+
+    ``kind``: continuous; discrete, with action masks; categories, observed and chosen.
+    """
+    rows = np.arange(ROWS)
+    ends = {"terminated": rows % 20 == 9, "truncated": rows % 20 == 19}
+    if kind == "continuous":
+        return load_dataset(log(ROWS, **ends), dtype=dtype)
+    generator = np.random.default_rng(1)
+    action = generator.integers(0, 4, ROWS)
+    allowed = generator.random((ROWS, 4)) < 0.6
+    allowed[rows, action] = True
+    masks = {"action_mask": allowed, "next_action_mask": np.roll(allowed, -1, 0)}
+    observation = generator.integers(0, 5, ROWS) if kind == "categories" else None
+    return load_dataset(log(ROWS, observation, action, **ends, **masks), dtype=dtype)
+
+
+@contextmanager
+def double():
+    """Categories become numbers of torch's default dtype."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class Beside:
+    """A population and its members' configs trained alone, on the same batches."""
+
+    def __init__(self, settings, data, batches: str = "shared") -> None:
+        self.population = IQLPopulation(settings, data, batches=batches)
+        self.agents = [make_agent(config, data) for config in settings]
+
+    def train(self, updates: int, change=None, step=None):
+        """Metrics of each update, ``(population's, those of the runs alone)``."""
+        told = []
+        for _ in range(updates):
+            batch = self.population.sampler.sample()
+            batch = batch if change is None else change(batch)
+            own = [batch] * len(self.agents) if batch.ndim == 1 else batch.unbind(0)
+            alone = [a.step(b.clone()) for a, b in zip(self.agents, own, strict=True)]
+            told.append(((step or self.population.step)(batch.clone()), torch.stack(alone)))
+        return told
+
+    def assert_equal(self, told=(), rtol: float = 1e-10) -> None:
+        """Weights, targets and metrics, relative to each tensor's largest value."""
+        for number, agent in enumerate(self.agents):
+            mine = self.population.member(number).loss.state_dict()
+            assert_close(mine, agent.loss.state_dict(), rtol)
+        for mine, theirs in told:
+            assert_close(dict(mine.items()), dict(theirs.items()), 10 * rtol)
+
+
+def assert_close(mine, theirs, rtol: float) -> None:
+    assert mine.keys() == theirs.keys()
+    for name, wanted in theirs.items():
+        if isinstance(wanted, torch.Tensor):
+            assert mine[name].shape == wanted.shape, name
+            scale = wanted.abs().max().clamp(min=1e-3)
+            assert (mine[name] - wanted).abs().max() <= rtol * scale, name
+
+
+def extras(batch):
+    """n-step rewards, priorities, and padding that holds nan."""
+    batch = batch.clone()
+    generator = torch.Generator().manual_seed(int(batch["next", "reward"].abs().sum() * 1e6))
+    shape = (*batch.batch_size, 1)
+    keep = torch.rand(shape, generator=generator) < 0.7
+    batch["steps_to_next_obs"] = torch.randint(1, 5, shape, generator=generator)
+    batch["priority_weight"] = torch.rand(shape, generator=generator).to(batch["next", "reward"])
+    batch["collector", "mask"] = keep.squeeze(-1)
+    batch["next", "reward"] = batch["next", "reward"].masked_fill(~keep, torch.nan)
+    return batch
+
+
+# name: (dataset, options of all configs, batches, what is done to a batch)
+ADAMW = {"optimizer": "adamw", "weight_decay": 0.1}
+CASES = {
+    "gaussian": ("continuous", {}, "shared", None),
+    "own batches": ("continuous", {"num_critics": 5, **ADAMW}, "own", None),
+    "cosine": ("continuous", {"schedule": "cosine", "order": "simultaneous"}, "shared", None),
+    "layer norm": ("continuous", {"layer_norm": True, "num_critics": 1}, "own", None),
+    "tanh normal": ("continuous", {"policy": "tanh_normal", "schedule_steps": 3}, "shared", None),
+    "mixture": ("continuous", {"policy": "mixture", "standardise": False}, "own", None),
+    "deterministic": ("continuous", {"policy": "deterministic"}, "shared", None),
+    "quantile": ("continuous", {"value_objective": "quantile", "loss_function": "l1"}, "own", None),
+    "sarsa": (
+        "continuous",
+        {"value_objective": "sarsa_expectile", "loss_function": "smooth_l1"},
+        "shared",
+        None,
+    ),
+    "extras": ("continuous", {}, "shared", extras),
+    "extras, own": ("continuous", {"order": "simultaneous"}, "own", extras),
+    "discrete": ("discrete", {"layer_norm": True, **ADAMW}, "shared", None),
+    "categories": ("categories", {"num_critics": 1, "schedule": "constant"}, "own", extras),
+}

@@ -1,0 +1,286 @@
+"""IQLPopulation: every member is the same run trained alone; saving, members, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from small_populations import (
+    ADAMW,
+    BASE,
+    CASES,
+    MEMBERS,
+    Beside,
+    assert_close,
+    configs,
+    dataset,
+    double,
+    extras,
+)
+
+from iql_torchrl import IQLPopulation, evaluate, make_agent
+from iql_torchrl.checkpoint import CheckpointError, write_components
+from iql_torchrl.data import DeviceSampler
+from iql_torchrl.data.replay import MemberSampler
+
+KNOBS = (
+    {"seed": 5},
+    {"expectile": 0.95},
+    {"temperature": 0.0},
+    {"max_weight": 1.01},
+    {"discount": 0.3},
+    {"actor_lr": 1e-2},
+    {"critic_lr": 1e-2},
+    {"value_lr": 1e-2},
+)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_member_is_the_run_alone(case):
+    kind, options, batches, change = CASES[case]
+    with double():
+        beside = Beside(configs(**options), dataset(kind), batches)
+        beside.assert_equal(beside.train(40, change))
+
+
+def test_each_knob_reaches_its_member_and_no_other():
+    beside = Beside(configs(({}, *KNOBS)), dataset())
+    beside.assert_equal(beside.train(40, extras))
+    state = beside.population.loss.state_dict()
+    moved = {n: v for n, v in state.items() if "mlp" in n and not n.startswith("target")}
+    for number in range(1, len(KNOBS) + 1):
+        assert any(not torch.equal(v[number], v[0]) for v in moved.values()), KNOBS[number - 1]
+
+
+@pytest.mark.parametrize("order", ["sequential", "simultaneous"])
+def test_clipping_bites_where_a_members_own_gradient_is_large(order):
+    settings, data = configs(), dataset()
+    found = Beside(settings, data)
+    found.population.step(found.population.sampler.sample())
+    stacked = [
+        p.grad.flatten(1)
+        for n, p in found.population.loss.named_parameters()
+        if n.startswith("qvalue") and p.grad is not None
+    ]
+    norms = torch.cat(stacked, 1).norm(dim=1)
+    limit = float(norms.median()) * 1.01
+    assert 0 < int((norms > limit).sum()) < len(settings)
+    beside = Beside(configs(max_grad_norm=limit, order=order), data)
+    beside.assert_equal(beside.train(40))
+    free = Beside(settings, data)
+    free.train(40)
+    assert not same(free.population.loss.state_dict(), beside.population.loss.state_dict())
+
+
+def test_one_member_is_a_single_run_with_its_own_batches():
+    config, data = replace(BASE, seed=4), dataset(dtype=torch.float32)
+    population, agent = IQLPopulation([config], data), make_agent(config, data)
+    sampler = DeviceSampler(data.transitions, config.batch_size, seed=config.seed)
+    (event,) = population.train(5)
+    told = torch.stack([agent.step(sampler.sample()) for _ in range(5)])
+    assert_close(population.member(0).loss.state_dict(), agent.loss.state_dict(), 1e-5)
+    assert_close(
+        {k: v[0] for k, v in event.metrics.items()}, {k: v.mean() for k, v in told.items()}, 1e-5
+    )
+
+
+def same(first, second) -> bool:
+    assert first.keys() == second.keys()
+    return all(torch.equal(v, second[k]) for k, v in first.items() if torch.is_tensor(v))
+
+
+def test_a_member_is_an_ordinary_agent():
+    data = dataset()
+    beside = Beside(configs(), data, "own")
+    beside.train(3)
+    observations = data.transitions["observation"].numpy()
+    for number, alone in enumerate(beside.agents):
+        member = beside.population.member(number)
+        assert member.config == alone.config
+        np.testing.assert_allclose(member.act(observations), alone.act(observations), rtol=1e-9)
+        before = beside.population.loss.state_dict()
+        before = {k: v.clone() for k, v in before.items() if torch.is_tensor(v)}
+        member.step(data.replay_buffer(16, seed=0).sample())
+        after = beside.population.loss.state_dict()
+        assert same(before, {k: after[k] for k in before})  # a copy, not a view
+    with pytest.raises(IndexError):
+        beside.population.member(len(MEMBERS))
+
+
+def test_members_with_dropout_differ_and_agree_without_it():
+    data = dataset()
+    population = IQLPopulation(configs([{}, {}, {}], dropout=0.5), data)
+    alone = make_agent(population.configs[0], data)
+    batch = population.sampler.sample()
+    first = population.step(batch)["loss_actor"]
+    assert len(set(first.tolist())) == 3  # the same weights, other masks
+    population.loss.load_state_dict(IQLPopulation(population.configs, data).loss.state_dict())
+    for loss in (population.loss, alone.loss):
+        loss.actor_network.eval()
+    wanted = alone.loss.actor_loss(batch.clone())[0]
+    assert_close({"loss": population.loss.actor_loss(batch)[0]}, {"loss": wanted.expand(3)}, 1e-12)
+    with population.loss.bound():
+        found = population.loss.actor_loss(batch)[0]
+    assert_close({"loss": found}, {"loss": wanted.expand(3)}, 1e-12)
+    population.loss.actor_network.train()
+    drawn = torch.stack([population.loss.actor_loss(batch)[0] for _ in range(200)])
+    assert drawn.std(0).min() > 0
+    alone.loss.actor_network.train()
+    singly = torch.stack([alone.loss.actor_loss(batch.clone())[0] for _ in range(600)])
+    spread = singly.std() / 200**0.5
+    assert (drawn.mean(0) - singly.mean()).abs().max() < 5 * spread
+
+
+@pytest.mark.parametrize("batches", ["shared", "own"])
+def test_training_goes_on_from_a_file_with_the_same_bits(tmp_path, batches):
+    data = dataset(dtype=torch.float32)
+    settings = configs(max_grad_norm=1.0, schedule="cosine", **ADAMW)
+    population = IQLPopulation(settings, data, batches=batches)
+    for event in population.train(7, every=3):
+        last = event.updates
+    assert (last, population.updates) == (7, 7)
+    path = population.save(tmp_path / "p.torchrl")
+    found = IQLPopulation.load(path, data)
+    assert (found.updates, found.configs, found.batches) == (7, population.configs, batches)
+    events = [list(p.train(5, every=2)) for p in (population, found)]
+    for mine, theirs in zip(*events, strict=True):
+        assert mine.updates == theirs.updates
+        assert same(dict(mine.metrics.items()), dict(theirs.metrics.items()))
+    assert same(population.loss.state_dict(), found.loss.state_dict())
+    optimizers = [p.optimizer.state_dict() for p in (population, found)]
+    for number, state in optimizers[0]["state"].items():
+        assert same(state, optimizers[1]["state"][number])
+
+
+def test_training_left_in_the_middle_stands_where_it_stopped():
+    data = dataset()
+    population, other = (IQLPopulation(configs(), data) for _ in range(2))
+    for event in population.train(every=3):
+        if event.updates == 6:
+            break
+    assert (population.updates, population.scheduler.last_epoch) == (6, 6)
+    list(other.train(6))
+    assert same(population.loss.state_dict(), other.loss.state_dict())
+    sample, left = population.sampler.sample, 2
+
+    def interrupted():
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return sample()
+
+    population.sampler.sample = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        list(population.train(10, every=5))
+    assert (population.updates, population.scheduler.last_epoch) == (8, 8)
+    del population.sampler.sample
+    *_, last = population.train()
+    assert last.updates == population.updates == BASE.updates
+    assert list(population.train()) == []
+    with pytest.raises(ValueError, match="every is 0"):
+        next(population.train(every=0))
+
+
+def test_events_tell_the_mean_of_each_members_metrics():
+    data = dataset()
+    population, other = (IQLPopulation(configs(), data) for _ in range(2))
+    events = list(population.train(5, every=3))
+    told = torch.stack([other.step(other.sampler.sample()) for _ in range(5)])
+    assert [event.updates for event in events] == [3, 5]
+    for event, part in zip(events, (told[:3], told[3:]), strict=True):
+        assert event.metrics.batch_size == (len(MEMBERS),)
+        for key, value in part.items():
+            torch.testing.assert_close(event.metrics[key], value.mean(0))
+
+
+class Line(gymnasium.Env):
+    """Three observations and a return that tells the actions apart."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float64)
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = 3
+        return self.np_random.normal(size=3), {}
+
+    def step(self, action):
+        self.left -= 1
+        return self.np_random.normal(size=3), float(action.sum()), self.left == 0, False, {}
+
+
+def test_evaluation_is_each_members_own():
+    data = replace(dataset(), action_space=Line.action_space)
+    population = IQLPopulation(configs(), data)
+    list(population.train(3))
+    found = population.evaluate(Line, episodes=3, seed=7, reference_scores=(0.0, 2.0))
+    assert len(found) == len(population) == len(MEMBERS)
+    for number, result in enumerate(found):
+        wanted = evaluate(population.member(number).policy, Line, episodes=3, seed=7)
+        np.testing.assert_array_equal(result.returns, wanted.returns)
+        np.testing.assert_allclose(result.scores, 50 * wanted.returns)
+    assert len({tuple(result.returns) for result in found}) == len(MEMBERS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden": (8,)}, r"hidden is \(8,\) in configs\[1\] and \(8, 8\) in configs\[0\]"),
+        ({"polyak": 0.1}, r"polyak is 0.1 .*Train one population"),
+        ({"batch_size": 8}, "batch_size is 8"),
+        ({"policy": "mixture"}, "policy is mixture"),
+        ({"updates": 3}, "updates is 3"),
+    ],
+)
+def test_configs_that_differ_elsewhere_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        IQLPopulation([BASE, replace(BASE, **options)], dataset())
+
+
+def test_what_is_no_population_is_refused():
+    data = dataset()
+    with pytest.raises(ValueError, match="batches is 'each'; choose 'shared' or 'own'"):
+        IQLPopulation([BASE], data, batches="each")
+    with pytest.raises(ValueError, match="configs is empty"):
+        IQLPopulation([], data)
+    with pytest.raises(ValueError, match="members: wanted at least 1, got 0"):
+        MemberSampler(data.transitions, 4, members=0)
+    population = IQLPopulation(configs(), data)
+    for shape in ((3, 4), (4, 4, 1)):
+        batch = data.transitions[:12].view(3, 4) if shape == (3, 4) else None
+        batch = data.transitions[:16].view(shape) if batch is None else batch
+        with pytest.raises(
+            ValueError, match=rf"shape \({shape[0]}, .*wanted \(B,\) for all 4 runs"
+        ):
+            population.step(batch.exclude("collector"))
+
+
+def test_own_batches_are_one_stream_of_indices():
+    data = dataset()
+    sampler = MemberSampler(data.transitions, 5, members=3, seed=2)
+    plain = DeviceSampler(data.transitions, 15, seed=2)
+    batch = sampler.sample()
+    assert batch.batch_size == (3, 5)
+    assert torch.equal(batch["observation"].flatten(0, 1), plain.sample()["observation"])
+
+
+def test_what_cannot_be_loaded_is_said(tmp_path):
+    data = dataset()
+    population = IQLPopulation(configs(), data)
+    path = population.save(tmp_path / "p.torchrl")
+    rewards = data.transitions.clone()
+    rewards["next", "reward"][3] += 1
+    with pytest.raises(CheckpointError, match=r"p\.torchrl: .*another dataset.*next.reward differ"):
+        IQLPopulation.load(path, replace(data, transitions=rewards))
+    with pytest.raises(CheckpointError, match="another dataset"):
+        IQLPopulation.load(path, dataset("discrete"))
+    with pytest.raises(CheckpointError, match="no such file"):
+        IQLPopulation.load(tmp_path / "q.torchrl", data)
+    agent = make_agent(BASE, data)
+    write_components(tmp_path / "a.torchrl", {"agent": agent.description()})
+    with pytest.raises(CheckpointError, match=r"has no part '\w+'; it holds \['agent'\]"):
+        IQLPopulation.load(tmp_path / "a.torchrl", data)
