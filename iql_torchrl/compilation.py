@@ -40,6 +40,7 @@ KEPT_GUARDS = (
     "TENSOR_MATCH",
     "TORCH_FUNCTION_STATE",
 )
+NOISE = ("EMPTY_NN_MODULE_HOOKS_DICT", "HASATTR", "NOT_PRESENT_IN_GENERIC_DICT")
 INNER = ("G[", "type(", "dict(", "list(")  # of modules, classes, imports
 
 
@@ -72,11 +73,19 @@ def compiled(step: IQLStep, **torch_compile_kwargs: Any) -> IQLStep:
 def _worth_checking(guards: Sequence[Any]) -> list[bool]:
     """Which of Dynamo's guards to keep: thousands watch classes, hooks and module internals.
 
-    Kept: all about the batch; tensors; numbers and flags (knobs, modes); global state of torch.
+    Kept: all about the batch; tensors; numbers and flags (knobs, modes); what step, loss, estimator
+    and updater are; global state of torch. Of networks' internals only tensors, numbers and flags.
     """
     return [
-        g.name.startswith("batch") or (g.guard_type in KEPT_GUARDS and not g.name.startswith(INNER))
-        for g in guards
+        guard.name.startswith("batch")
+        or (
+            not guard.name.startswith(INNER)
+            and (
+                guard.guard_type in KEPT_GUARDS
+                or ("network" not in guard.name and guard.guard_type not in NOISE)
+            )
+        )
+        for guard in guards
     ]
 
 
@@ -97,13 +106,8 @@ class CompiledStep(IQLStep):
 
     def __init__(self, step: IQLStep, options: dict[str, Any]) -> None:
         self.__dict__.update(step.__dict__)
-        groups = self.optimizer.param_groups
-        self._parameters = [p for group in groups for p in group["params"] if p.requires_grad]
-        self._group_of = [i for i, g in enumerate(groups) for p in g["params"] if p.requires_grad]
-        place = {id(p): i for i, p in enumerate(self._parameters)}
-        self._networks = [  # without what was frozen since the step was made
-            [place[id(p)] for p in network if id(p) in place] for network in self._trainable
-        ]
+        self.generation = 0
+        self._list_parameters()
         self.written_out = _written_out(self.optimizer)
         if not self.written_out:
             torchrl_logger.warning(
@@ -116,7 +120,25 @@ class CompiledStep(IQLStep):
         self._policy_part = torch.compile(self._policy_gradients, **options)
         self._all_parts = torch.compile(self._all_gradients, **options)
 
+    def _list_parameters(self) -> None:
+        """What the optimizer moves; what was frozen since the step was made rests."""
+        groups = self.optimizer.param_groups
+        self._trained = [p.requires_grad for group in groups for p in group["params"]]
+        self._parameters = [p for group in groups for p in group["params"] if p.requires_grad]
+        self._group_of = [i for i, g in enumerate(groups) for p in g["params"] if p.requires_grad]
+        place = {id(p): i for i, p in enumerate(self._parameters)}
+        self._networks = [
+            [place[id(p)] for p in network if id(p) in place] for network in self._trainable
+        ]
+
+    def _follow_freezing(self) -> None:
+        groups = self.optimizer.param_groups
+        if self._trained != [p.requires_grad for group in groups for p in group["params"]]:
+            self._list_parameters()
+            self.generation += 1
+
     def learn(self, batch: TensorDictBase) -> Terms:
+        self._follow_freezing()
         loss = self.loss
         with self.setting(), torch._dynamo.config.patch(TRACING):
             read = loss.read(batch)
@@ -168,7 +190,7 @@ class CompiledStep(IQLStep):
 
     def _gradients(self, loss: Tensor) -> list[Tensor | None]:
         """Of every parameter the optimizer holds; None where the loss does not reach it."""
-        if not loss.requires_grad:
+        if self.generation < 0 or not loss.requires_grad:  # a guard on what is frozen
             return [None] * len(self._parameters)
         found = torch.autograd.grad(loss.sum(), self._parameters, allow_unused=True)
         gradients: list[Tensor | None] = list(found)
