@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torch._inductor.compile_fx import compile_fx
 from torchrl.data import ReplayBuffer
 from torchrl.data.replay_buffers.samplers import RandomSampler
 from torchrl.objectives import HardUpdate
@@ -295,6 +294,13 @@ class CapturedStep:
         told = [self._fast(rows.sample()) for _ in range(self.updates)]
         means: TensorDictBase = torch.stack(told).mean(0)
         return means
+
+
+def compile_fx(graph: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+    """Inductor, imported when it is used: importing it takes time and warns of itself."""
+    from torch._inductor import compile_fx as inductor
+
+    return inductor.compile_fx(graph, inputs, **options)
 
 
 class _Program:

@@ -330,7 +330,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """,
         tmp_path,
     )
-    assert code == -signal.SIGKILL
+    assert code == -signal.SIGKILL, said
     printed = [line for line in said if line != "an environment may print"]
     assert printed == ["the script runs", "[0.3, 0.3]", "[30.3, 30.3]"]
     assert len(said) == 3 + 2 * 2 * 3, "what environments print is not lost"

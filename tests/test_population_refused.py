@@ -161,3 +161,14 @@ def test_bounds_that_differ_are_refused_when_first_evaluated():
     losses = [with_networks(policies.gaussian(OBS, spec(low), hidden=(8,))) for low in (-1, -2)]
     with pytest.raises(ValueError, match=r"actor_network's .*centre differs between the runs"):
         moving(PopulationLoss(losses))(make_batch())
+
+
+def test_a_loaded_state_with_other_statistics_is_refused():
+    population = moving(PopulationLoss([with_networks(), with_networks()]))
+    population(make_batch())
+    state = population.state_dict()
+    key = "actor_network_params.module.0.module.centre"
+    state[key] = torch.arange(2.0).unsqueeze(1).expand_as(state[key])
+    population.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"actor_network's .*centre differs between the runs"):
+        population(make_batch())
