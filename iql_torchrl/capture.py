@@ -9,26 +9,16 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
-from torchrl.data.replay_buffers.samplers import RandomSampler
 from torchrl.objectives import HardUpdate
 
+from iql_torchrl.capture_checks import check_alignment, check_cuda, check_replay
 from iql_torchrl.compilation import TRACING, CompiledStep, compiled
 from iql_torchrl.data.replay import DeviceSampler
+from iql_torchrl.fingerprint import fingerprint, options, same
 from iql_torchrl.objectives import DIAGNOSTICS, LOSSES, ImplicitQLoss
-from iql_torchrl.step import NETWORKS, IQLStep, Terms
+from iql_torchrl.step import IQLStep, Terms
 
 __all__ = ["CapturedStep", "captured"]
-
-KNOBS = (
-    "actor_objective",
-    "expectile",
-    "loss_function",
-    "max_weight",
-    "reduction",
-    "temperature",
-    "use_prioritized_weights",
-    "value_objective",
-)
 
 
 def captured(
@@ -66,7 +56,7 @@ class CapturedStep:
             raise TypeError(f"step is {type(step).__name__}; wanted an IQLStep.")
         if updates < 1:
             raise ValueError(f"updates is {updates}; wanted at least 1 a call.")
-        _check_replay(replay)
+        check_replay(replay)
         self.step, self.replay, self.updates = step, replay, updates
         fast = step if isinstance(step, CompiledStep) else compiled(step)
         self._fast = fast
@@ -79,7 +69,7 @@ class CapturedStep:
         self._on_cuda = self._device.type == "cuda"
         self._whole = isinstance(fast, CompiledStep) and fast.written_out
         if self._on_cuda:
-            _check_cuda(step, updates, self._whole)
+            check_cuda(step, updates, self._whole)
         self._copy: tuple[object, DeviceSampler] | None = None
         self._generator: torch.Generator | None = None  # of a buffer's copied rows
         self.recapture()
@@ -97,16 +87,18 @@ class CapturedStep:
         if not (self._whole or self._on_cuda):
             return self._one_by_one(rows)
         slots = self._fast.slots() if self._whole else ()
-        seen = self._fingerprint(rows, slots)
-        if self._seen is None or not _same(seen, self._seen):
+        seen = self._look(rows, slots)
+        if self._seen is None or not same(seen, self._seen):
             self.recapture()
             self._prepare(rows)
             slots = self._fast.slots() if self._whole else ()
             self._record(rows, slots)
-            self._seen = self._fingerprint(rows, slots)
+            self._seen = self._look(rows, slots)
         rates = self._coming_rates()
         if self._on_cuda:
             self._on_graph(rows, slots, rates)
+            if self._graph is None:  # the optimizer has made its state
+                self._seen = self._look(rows, slots)
         else:
             self._run(rows, slots, rates)
         # schedulers ask whether the optimizer came before them
@@ -194,7 +186,7 @@ class CapturedStep:
         if rates is not None:
             self._table.copy_(rates, non_blocking=True)
         table = None if rates is None else self._table
-        _check_alignment(self.step.target_updater, self.updates)
+        check_alignment(self.step.target_updater, self.updates)
         if self._graph is None and not self._warm:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -243,51 +235,21 @@ class CapturedStep:
         with_optimizer = self.step.optimizer
         groups = with_optimizer.param_groups
         setattr(with_optimizer, "_opt_called", True)  # noqa: B010
-        options = [_options(group) for group in groups]
+        before = [options(group) for group in groups]
         rates = [[float(group["lr"]) for group in groups]]
         for _ in range(self.updates):
             for scheduler in self.step.lr_schedulers:
                 scheduler.step()
             rates.append([float(group["lr"]) for group in groups])
-        if options != [_options(group) for group in groups]:
+        if before != [options(group) for group in groups]:
             raise ValueError(
                 "a schedule changes more than learning rates, which a captured update has fixed; "
                 "pass cycle_momentum=False to OneCycleLR or CyclicLR, or use the plain step."
             )
         return torch.tensor(rates, dtype=torch.float64)
 
-    def _fingerprint(self, rows: DeviceSampler, slots: Any) -> list[Any]:
-        """All that a captured program took for granted; tensors by identity and place."""
-        step, loss = self.step, self.step.loss
-        updater = step.target_updater
-        groups = step.optimizer.param_groups
-        tensors = [
-            *(tensor for slot in slots for tensor in slot),
-            *loss.parameters(),
-            *loss.buffers(),
-            *rows.tables,
-            *step.targets,
-            *(p for group in groups for p in group["params"]),
-            *(group["rates"] for group in groups if "rates" in group),
-        ]
-        return [
-            None if self._whole else [group["lr"] for group in groups],
-            *((tensor, tensor.data_ptr(), tensor.requires_grad) for tensor in tensors),
-            *(_options(group) for group in groups),
-            *(getattr(loss, name) for name in KNOBS),
-            loss.value_estimator,
-            loss._kept,
-            [dict(vars(x.tensor_keys)) for x in (loss, loss.value_estimator)],
-            [m.training for name in NETWORKS for m in getattr(loss, name).modules()],
-            (
-                step.order,
-                step.precision,
-                step.max_grad_norm,
-                type(updater),
-                getattr(updater, "eps", None),
-            ),
-            (rows, rows.rows, rows.batch_size, rows.generator),
-        ]
+    def _look(self, rows: DeviceSampler, slots: Any) -> list[Any]:
+        return fingerprint(self.step, rows, slots, whole=self._whole)
 
     def _one_by_one(self, rows: DeviceSampler) -> TensorDictBase:
         """The compiled step, where an optimizer allows no more."""
@@ -330,82 +292,8 @@ def _told(loss: ImplicitQLoss) -> list[str]:
     return [*LOSSES, *entropy, *(DIAGNOSTICS if loss.diagnostics else ())]
 
 
-def _options(group: dict[str, Any]) -> dict[str, Any]:
-    """What an optimizer's group says besides parameters and rates."""
-    return {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr", "rates")}
-
-
-def _same(new: Sequence[Any], old: Sequence[Any]) -> bool:
-    """Equality, with tensors compared as objects."""
-    if len(new) != len(old):
-        return False
-    for a, b in zip(new, old, strict=True):
-        if isinstance(a, tuple) and a and isinstance(a[0], Tensor):
-            if a[0] is not b[0] or a[1:] != b[1:]:
-                return False
-        elif a is not b and a != b:
-            return False
-    return True
-
-
 def _seed_from(replay: ReplayBuffer) -> int:
     """A seed drawn from the buffer's generator, or torch's own."""
     generator = getattr(replay, "_rng", None)
     where = "cpu" if generator is None else generator.device
     return int(torch.randint(2**62, (), generator=generator, device=where))
-
-
-def _check_replay(replay: DeviceSampler | ReplayBuffer) -> None:
-    if isinstance(replay, DeviceSampler):
-        return
-    if not isinstance(replay, ReplayBuffer):
-        raise TypeError(
-            f"replay is {type(replay).__name__}; wanted a DeviceSampler or a TorchRL replay buffer."
-        )
-    if type(replay.sampler) is not RandomSampler:
-        raise ValueError(
-            f"replay samples with {type(replay.sampler).__name__}; captured updates sample "
-            "uniformly on the device. Use RandomSampler, or the step or compiled(step) in a loop."
-        )
-    if len(replay._transform):
-        raise ValueError(
-            "replay has transforms, which would run on the host at every update. Apply them to "
-            "the data once, or use the step or compiled(step) in a loop."
-        )
-    if replay.batch_size is None:
-        raise ValueError("replay has no batch_size; give it one when you build it.")
-
-
-def _check_cuda(step: IQLStep, updates: int, whole: bool) -> None:
-    optimizer, updater = step.optimizer, step.target_updater
-    words = ("capturable", "fused") if whole else ("capturable",)
-    if not all(any(group.get(word) for word in words) for group in optimizer.param_groups):
-        raise ValueError(
-            f"optimizer is a {type(optimizer).__name__} that counts its updates on the host; build "
-            f"it with {' or '.join(f'{word}=True' for word in words)}, or use compiled(step)."
-        )
-    if step.lr_schedulers and not whole:
-        raise ValueError(
-            f"the learning rates of {type(optimizer).__name__} would be fixed in a CUDA graph (or "
-            "this torch cannot trace gradients; torch 2.13 can). Use Adam or AdamW, or "
-            "compiled(step)."
-        )
-    if updater is not None and not step.targets and not isinstance(updater, HardUpdate):
-        raise ValueError(
-            f"a {type(updater).__name__} moves the targets on the host, after every update; use "
-            "SoftUpdate or HardUpdate, or compiled(step)."
-        )
-    _check_alignment(updater, updates)
-
-
-def _check_alignment(updater: Any, updates: int) -> None:
-    """Raise ``ValueError`` unless a ``HardUpdate`` copies after the last update of a call."""
-    if not isinstance(updater, HardUpdate):
-        return
-    period = updater.value_network_update_interval + 1  # the update that copies is not counted
-    coming = period - updater.counter
-    if period % updates or coming % updates:
-        raise ValueError(
-            f"HardUpdate copies to the targets every {period} updates, next after {coming}, and a "
-            f"call makes {updates}; choose updates that divide both."
-        )

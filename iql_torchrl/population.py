@@ -184,8 +184,17 @@ class IQLPopulation:
         return write_components(path, states)
 
     @classmethod
-    def load(cls, path: str | Path, dataset: OfflineDataset) -> IQLPopulation:
+    def load(
+        cls,
+        path: str | Path,
+        dataset: OfflineDataset,
+        *,
+        device: torch.device | str | None = None,
+    ) -> IQLPopulation:
         """The population of a file, to go on where it stood.
+
+        ``device``: by default the one it was trained on. On another kind of device batches are
+        drawn anew from the seed, for its generator is another.
 
         Raises ``CheckpointError`` when it cannot be read, was trained on other data, or is of
         another version or a device that is not here.
@@ -195,11 +204,15 @@ class IQLPopulation:
         try:
             data = DataState(None, dataset)
             data.load_state_dict(states["data"])
-            configs = [IQLConfig.from_dict(IQLConfig().to_dict() | c) for c in about["configs"]]
+            saved = [IQLConfig.from_dict(IQLConfig().to_dict() | c) for c in about["configs"]]
+            configs = [
+                replace(c, device=c.device if device is None else str(device)) for c in saved
+            ]
             population = cls(configs, dataset, batches=about["batches"])
             population.loss.load_state_dict(states["loss_module"])
             population.step.load_state_dict(states["step"])
-            population.sampler.load_state_dict(states["sampler"])
+            if population.sampler.device.type == torch.device(saved[0].device).type:
+                population.sampler.load_state_dict(states["sampler"])
         except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
             raise CheckpointError(f"{path}: {error}") from error
         population.updates, population._data = about["updates"], data

@@ -25,6 +25,8 @@ LAYERS = {
     "acting": 1,
     "arguments": 1,
     "bound": 2,
+    "capture_checks": 6,
+    "fingerprint": 6,
     "capture": 7,
     "checkpoint": 1,
     "correlation": 0,

@@ -43,7 +43,12 @@ ACTIONS = 4
 @pytest.fixture
 def uncompiled(monkeypatch):
     """Programs run as Dynamo traced them: what is captured, without Inductor's seconds."""
-    monkeypatch.setattr(capture, "compile_fx", lambda graph, inputs, config_patches: graph)
+
+    def keep(self, graph, inputs):
+        self._function = graph
+        return self._keep
+
+    monkeypatch.setattr(capture._Program, "__call__", keep)
 
 
 @pytest.fixture
@@ -580,3 +585,106 @@ def test_what_a_program_cannot_hold_changes_nothing():
         pair.call()
     assert pair.steps[1].state_dict()["lr_schedulers"] == before
     assert torch.equal(pair.call.replay.indices(), pair.sampler.indices())
+
+
+def on_cuda(updates=5, updater=soft, schedule=None, seed=0, **options) -> Pair:
+    """A pair on the device in single precision; weights, rows and indices are the same."""
+    pair = Pair.__new__(Pair)
+    pair.steps = []
+    for _ in range(2):
+        loss = make_loss().float().cuda()
+        made = optim.Adam(groups(loss), lr=1e-3, capturable=True)
+        scheduler = None if schedule is None else schedule(made)
+        pair.steps.append(IQLStep(loss, made, updater(loss), lr_scheduler=scheduler, **options))
+    data = table().float()
+    pair.sampler, other = (DeviceSampler(data, 16, device="cuda", seed=seed) for _ in range(2))
+    pair.call = captured(pair.steps[1], other, updates=updates)
+    return pair
+
+
+def near_on_cuda(pair, calls, rtol=1e-4, atol=1e-5) -> None:
+    for _ in range(calls):
+        told = pair.call()
+        plain = [pair.steps[0](pair.sampler.sample()) for _ in range(pair.call.updates)]
+    torch.testing.assert_close(
+        told["loss_value"].float(), torch.stack(plain).mean(0)["loss_value"], rtol=1e-3, atol=1e-4
+    )
+    mine, theirs = (step.loss.state_dict() for step in pair.steps)
+    for name, value in mine.items():
+        if torch.is_tensor(value):
+            torch.testing.assert_close(theirs[name], value, rtol=rtol, atol=atol, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ["sequential", "simultaneous"])
+def test_a_cuda_graph_equals_the_plain_step(order):
+    pair = on_cuda(order=order, schedule=by_group, max_grad_norm=0.1)
+    near_on_cuda(pair, 8)
+    rates = [[group["lr"] for group in step.optimizer.param_groups] for step in pair.steps]
+    assert rates[0] == rates[1]
+
+
+@pytest.mark.gpu
+def test_a_replay_never_waits_for_the_host():
+    pair = on_cuda(schedule=by_group)
+    for _ in range(3):  # uncaptured, captured, replayed
+        pair.call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        told = pair.call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert told["loss_value"].is_cuda
+    for _ in range(20):
+        pair.steps[0](pair.sampler.sample())
+    near_on_cuda(pair, 1)
+
+
+@pytest.mark.gpu
+def test_a_state_loaded_after_a_graph_was_made():
+    pair = on_cuda()
+    near_on_cuda(pair, 3)
+    pair.both(moment_twice)
+    near_on_cuda(pair, 3)
+    pair.both(another_state)
+    near_on_cuda(pair, 3)
+    state = pair.sampler.state_dict()
+    pair.sampler.sample()
+    pair.sampler.load_state_dict(state)
+    pair.call.replay.load_state_dict(state)
+    near_on_cuda(pair, 3)
+    pair.both(lambda step: setattr(step.loss, "temperature", 0.5))
+    near_on_cuda(pair, 3)
+
+
+@pytest.mark.gpu
+def test_hard_updates_on_cuda():
+    near_on_cuda(on_cuda(updater=hard(9)), 6)
+    with pytest.raises(ValueError, match="every 9 updates, next after 9, and a call makes 5"):
+        on_cuda(updater=hard(8))
+    pair = on_cuda(updater=hard(9))
+    pair.steps[1].target_updater.step()
+    with pytest.raises(ValueError, match="every 10 updates, next after 9, and a call makes 5"):
+        pair.call()
+    with pytest.raises(ValueError, match="a Mine moves the targets on the host"):
+        on_cuda(updater=lambda loss: type("Mine", (SoftUpdate,), {})(loss, tau=0.1))
+
+
+@pytest.mark.gpu
+def test_optimizers_on_cuda():
+    loss = make_loss().float().cuda()
+    sampler = DeviceSampler(table().float(), 16, device="cuda", seed=0)
+
+    def step(optimizer):
+        return IQLStep(loss, optimizer, soft(loss))
+
+    with pytest.raises(ValueError, match="counts its updates on the host"):
+        captured(step(optim.Adam(loss.parameters())), sampler)
+    fine, elsewhere = optim.Adam(loss.parameters(), capturable=True), DeviceSampler(table(), 16)
+    with pytest.raises(ValueError, match="rows are on cpu and the parameters on cuda:0"):
+        captured(step(fine), elsewhere)
+    other = captured(step(optim.RAdam(loss.parameters(), capturable=True)), sampler, updates=3)
+    before = next(loss.parameters()).clone()
+    losses = [float(other()["loss_value"]) for _ in range(4)]
+    assert all(torch.isfinite(torch.tensor(losses)))
+    assert not torch.equal(next(loss.parameters()), before)

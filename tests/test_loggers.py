@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import struct
+import time
 
 import pytest
 from test_torchrl_trainers import make_step, make_trainer
@@ -73,15 +74,20 @@ def test_wandb_offline_writes_a_run_with_the_metrics(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     logger = get_logger("wandb", str(tmp_path), "run", wandb_kwargs={"offline": True})
     rows = train(logger)
-    wandb.finish()
+    logger.experiment.finish()
+    wandb.teardown()  # its process writes the file, and ends here
     (path,) = tmp_path.rglob("run-*.wandb")
-    history = {}
-    for content in wandb_records(path):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(content)
-        for item in record.history.item:
-            name = item.key or ".".join(item.nested_key)
-            history.setdefault(name, []).append(item.value_json)
+    history, ended = {}, time.monotonic() + 60
+    while "loss_value" not in history or len(history["loss_value"]) < 4:
+        assert time.monotonic() < ended, f"{path} holds {path.stat().st_size} bytes, {history}"
+        time.sleep(0.1)
+        history = {}
+        for content in wandb_records(path):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(content)
+            for item in record.history.item:
+                name = item.key or ".".join(item.nested_key)
+                history.setdefault(name, []).append(item.value_json)
     assert [float(v) for v in history["return_mean"]] == [-3.0, -2.0, -1.0]
     assert [float(v) for v in history["loss_value"]] == pytest.approx(
         [rows[u]["loss_value"] for u in (5, 10, 15, 20)], rel=1e-6

@@ -22,7 +22,7 @@ from small_populations import (
 )
 
 from iql_torchrl import IQLPopulation, evaluate, make_agent
-from iql_torchrl.checkpoint import CheckpointError, write_components
+from iql_torchrl.checkpoint import CheckpointError, read_components, write_components
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.data.replay import MemberSampler
 
@@ -278,6 +278,18 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
         IQLPopulation.load(path, replace(data, transitions=rewards))
     with pytest.raises(CheckpointError, match="another dataset"):
         IQLPopulation.load(path, dataset("discrete"))
+    states = read_components(path)
+    for config in states["population"]["configs"]:
+        config["device"] = "cuda:99"
+    far = write_components(tmp_path / "far.torchrl", states)
+    with pytest.raises(CheckpointError, match=r"(?i)far\.torchrl: .*cuda"):
+        IQLPopulation.load(far, data)
+    near = IQLPopulation.load(far, data, device="cpu")
+    assert same(near.loss.state_dict(), population.loss.state_dict())
+    assert {config.device for config in near.configs} == {"cpu"}
+    states["population"]["configs"][0]["colour"] = 1
+    with pytest.raises(CheckpointError, match="unknown: colour"):
+        IQLPopulation.load(write_components(tmp_path / "new.torchrl", states), data)
     with pytest.raises(CheckpointError, match="no such file"):
         IQLPopulation.load(tmp_path / "q.torchrl", data)
     agent = make_agent(BASE, data)
