@@ -38,6 +38,8 @@ OWN = (
     "value_lr",
 )
 
+SHARE = 32
+
 
 @dataclass(frozen=True)
 class PopulationEvent:
@@ -122,7 +124,7 @@ class IQLPopulation:
 
         ``for event in population.train(every=1000): ...`` evaluates, logs or saves where it likes;
         what is not asked for is not trained. With ``compile`` in the configs, updates are
-        :func:`~iql_torchrl.captured`, in equal shares of ``every``.
+        :func:`~iql_torchrl.captured`, as many a call as divide ``every``, at most 32.
 
         Raises ``ValueError`` on ``every < 1``.
         """
@@ -135,20 +137,23 @@ class IQLPopulation:
             yield PopulationEvent(self.updates, metrics)
 
     def _advance(self, updates: int) -> TensorDictBase:
-        total: TensorDictBase | None = None
-        per_call = 1
-        call: Callable[[], TensorDictBase] = lambda: self.step(self.sampler.sample())  # noqa: E731
+        """Means over ``updates`` updates; a rest smaller than a captured call is made eagerly."""
+        calls = 0
         if self.configs[0].compile:
-            per_call = next(k for k in range(min(updates, 32), 0, -1) if updates % k == 0)
-            if self._captured is None or self._captured.updates != per_call:
-                self._captured = captured(self.step, self.sampler, updates=per_call)
-            call = self._captured
-        for _ in range(updates // per_call):
-            told = call()
-            self.updates += per_call
-            total = told if total is None else total + told
-        assert total is not None
-        return (total / (updates // per_call)).cpu()
+            if self._captured is None:
+                share = next(k for k in range(min(updates, SHARE), 0, -1) if updates % k == 0)
+                share = share if 4 * share > SHARE else min(updates, SHARE)
+                self._captured = captured(self.step, self.sampler, updates=share)
+            calls = updates // self._captured.updates
+        total: Any = 0
+        for _ in range(calls):
+            total = self._captured() * self._captured.updates + total
+            self.updates += self._captured.updates
+        for _ in range(updates - calls * self._captured.updates if calls else updates):
+            total = self.step(self.sampler.sample()) + total
+            self.updates += 1
+        means: TensorDictBase = (total / updates).cpu()
+        return means
 
     def member(self, number: int) -> Agent:
         """Run ``number`` as an ordinary agent, with its weights and a fresh optimizer."""

@@ -42,7 +42,7 @@ class Ranking:
         log_value, log_low, log_high: mean discounted return of the held-out episodes.
         log_extrapolation: share of the log's own held-out actions outside the log.
         spearman, kendall: agreement of the two estimators over the members whose importance weights
-            are not doubted; NaN for fewer than two.
+            are not doubted; NaN for fewer than three.
         recommended: the member to ship, or None for none.
         recommendation: the same in one sentence.
         warnings: why not to trust this, one sentence each.

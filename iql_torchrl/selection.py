@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from iql_torchrl.correlation import kendall, spearman
 from iql_torchrl.data import OfflineDataset
+from iql_torchrl.doubts import doubts_of, general_warnings, is_off, member_warnings
 from iql_torchrl.fqe import FittedQ, fitted_q_evaluation
 from iql_torchrl.importance import Importance, importance_sampling
 from iql_torchrl.members import Member, check_logs, first_rows, resolve_members, returns_to_go
@@ -23,8 +24,7 @@ __all__ = ["Ranking", "rank_members"]
 FloatArray = NDArray[np.float64]
 
 LOG_PROB = "action_log_prob"
-ERROR_GROWTH = 2.0
-NAMED = 3
+MIN_COMPARED = 3
 
 
 def rank_members(
@@ -65,7 +65,8 @@ def rank_members(
         clone: the member that imitates the log; by default the first of temperature 0.
         min_count, min_probability: what counts as unseen in the log, see :class:`Support`.
         max_extrapolation: share of steps outside the log above which a member is warned of.
-        min_effective_episodes: effective sample size below which importance sampling is.
+        min_effective_episodes: effective sample size below which importance sampling is; so it is
+            below a tenth of the held-out episodes.
         seed: of every random choice.
 
     Raises:
@@ -96,20 +97,20 @@ def rank_members(
     rows.sort(key=lambda row: float(-row["value"]))
     for rank, row in enumerate(rows, 1):
         row["rank"] = rank
-        row["doubts"] = _doubts(row, returns, max_extrapolation, min_effective_episodes)
-    sound = [row for row in rows if "importance" not in row["doubts"]]
-    values, checks = ([row[key] for row in sound] for key in ("value", "importance_value"))
-    agreement = spearman(values, checks), kendall(values, checks)
+        row["doubts"] = doubts_of(row, returns, max_extrapolation, min_effective_episodes)
+    agreement = _agreement(rows)
+    log = float(returns.mean()), *bootstrap_interval(returns, seed=seed)
+    imitation = next((r for r in rows if imitator and r["member"] == imitator.name), None)
     warnings = (
-        *_member_doubts(rows, returns, support.usual),
-        *_general_doubts(importance, agreement[0], imitator, held_out, discount),
+        *member_warnings(rows, returns, support.usual),
+        *general_warnings(importance, agreement[0], imitation, log, held_out, discount),
     )
-    low, high = bootstrap_interval(returns, seed=seed)
     recommended = rows[0]["member"] if rows[0]["gain_low"] > 0 else None
-    sentence = _recommendation(rows[0])
+    off = imitation is not None and is_off(imitation, log)
+    sentence = _recommendation(rows[0], off)
     return Ranking(
-        tuple(rows), float(returns.mean()), low, high, support.usual, *agreement, recommended,
-        sentence, warnings, discount, len(returns),
+        tuple(rows), *log, support.usual, *agreement, recommended, sentence, warnings, discount,
+        len(returns),
     )  # fmt: skip
 
 
@@ -181,89 +182,17 @@ def _departure(
     return {"extrapolation": support.share(member), "clone_distance": distance}
 
 
-def _doubts(
-    row: Mapping[str, Any],
-    returns: FloatArray,
-    max_extrapolation: float,
-    min_effective_episodes: float,
-) -> tuple[str, ...]:
-    found = {
-        "importance": row["effective_episodes"] < min_effective_episodes,
-        "extrapolation": row["extrapolation"] > max_extrapolation,
-        "td_error": row["td_error"] > ERROR_GROWTH * row["td_error_training"],
-        "range": not returns.min() <= row["value"] <= returns.max(),
-    }
-    return tuple(name for name, doubtful in found.items() if doubtful)
+def _agreement(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Spearman's and Kendall's, over the members whose importance weights are not doubted."""
+    sound = [row for row in rows if "importance" not in row["doubts"]]
+    if len(sound) < MIN_COMPARED:
+        return math.nan, math.nan
+    values, checks = ([row[key] for row in sound] for key in ("value", "importance_value"))
+    return spearman(values, checks), kendall(values, checks)
 
 
-def _member_doubts(
-    rows: Sequence[Mapping[str, Any]], returns: FloatArray, usual: float
-) -> list[str]:
-    """One sentence for each doubt that some member raises, naming the members."""
-    found = []
-    if those := [row for row in rows if "importance" in row["doubts"]]:
-        least = min(row["effective_episodes"] for row in those)
-        found.append(
-            f"{_named(those)}: importance weights rest on as few as {least:.1f} effective "
-            f"episodes of {len(returns)}; ignore importance_value."
-        )
-    if those := [row for row in rows if "extrapolation" in row["doubts"]]:
-        most = max(row["extrapolation"] for row in those)
-        found.append(
-            f"{_named(those)}: up to {most:.0%} of the actions lie where the log has almost none "
-            f"(of the log's own, {usual:.0%}); values are guesswork there."
-        )
-    if those := [row for row in rows if "td_error" in row["doubts"]]:
-        most = max(row["td_error"] / row["td_error_training"] for row in those)
-        found.append(
-            f"{_named(those)}: critics err up to {most:.1f} times as much on held-out steps as on "
-            "their own; use more data or smaller critics."
-        )
-    if those := [row for row in rows if "range" in row["doubts"]]:
-        found.append(
-            f"{_named(those)}: values lie outside every return of the log, {returns.min():.4g} to "
-            f"{returns.max():.4g}; the critics may have diverged."
-        )
-    return found
-
-
-def _named(rows: Sequence[Mapping[str, Any]]) -> str:
-    names = [row["member"] for row in rows]
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
-
-
-def _general_doubts(
-    importance: Importance | None,
-    agreement: float,
-    clone: Member | None,
-    held_out: OfflineDataset,
-    discount: float,
-) -> list[str]:
-    found = []
-    if importance is None:
-        found.append(
-            "the data hold no behaviour log-probabilities and no behaviour model was given, so "
-            "nothing independent checks the values."
-        )
-    elif agreement < 0.3:
-        found.append(
-            f"the two estimators order the members differently (Spearman {agreement:.2f})."
-        )
-    if clone is None:
-        found.append("no member imitates the log, so distances from it are unknown.")
-        ends = np.cumsum(held_out.episode_lengths) - 1
-        cut = ~held_out.transitions["next", "terminated"].reshape(-1).cpu().numpy()[ends]
-        left = float((discount**held_out.episode_lengths * cut).mean())
-        if left > 0.01:
-            found.append(
-                f"truncated episodes leave {left:.0%} of the discounted future unlogged: the log's "
-                "value lacks it, the members' do not."
-            )
-    return found
-
-
-def _recommendation(best: Mapping[str, Any]) -> str:
+def _recommendation(best: Mapping[str, Any], off: bool) -> str:
+    """``off``: the clone's estimate is not what the log earned."""
     if not best["gain_low"] > 0:
         return (
             "Recommendation: no member is reliably better than the log (the best, "
@@ -274,5 +203,5 @@ def _recommendation(best: Mapping[str, Any]) -> str:
     return (
         f"Recommendation: {best['member']}, with an estimated gain over the log of "
         f"{best['gain']:.4g} (95 % interval {best['gain_low']:.4g} to {best['gain_high']:.4g})"
-        + ("; but first read the warning about it." if doubts else ".")
+        + ("; but first read the warnings." if doubts or off else ".")
     )

@@ -22,6 +22,7 @@ from small_populations import (
 )
 
 from iql_torchrl import IQLPopulation, evaluate, make_agent
+from iql_torchrl import population as population_module
 from iql_torchrl.checkpoint import CheckpointError, read_components, write_components
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.data.replay import MemberSampler
@@ -257,6 +258,41 @@ def test_what_is_no_population_is_refused():
             ValueError, match=rf"shape \({shape[0]}, .*wanted \(B,\) for all 4 runs"
         ):
             population.step(batch.exclude("collector"))
+
+
+def test_what_no_captured_call_divides_is_made_by_plain_updates(monkeypatch):
+    made = []
+
+    class Call:
+        def __init__(self, step, sampler, updates):
+            self.step, self.sampler, self.updates = step, sampler, updates
+
+        def __call__(self):
+            made.append(self.updates)
+            told = [self.step(self.sampler.sample()) for _ in range(self.updates)]
+            return torch.stack(told).double().mean(0)
+
+    monkeypatch.setattr(population_module, "captured", Call)
+    data = dataset()
+    fast, plain = (IQLPopulation(configs(compile=c), data) for c in (True, False))
+    for updates, every, calls in (
+        (80, 40, [20] * 4),
+        (37, 1000, [20]),
+        (3, 7, []),
+        (46, 23, [20] * 2),
+    ):
+        made.clear()
+        events = zip(
+            fast.train(updates, every=every), plain.train(updates, every=every), strict=True
+        )
+        for mine, theirs in events:
+            assert mine.updates == theirs.updates
+            torch.testing.assert_close(mine.metrics["loss_value"], theirs.metrics["loss_value"])
+        assert made == calls
+    assert same(fast.loss.state_dict(), plain.loss.state_dict())
+    prime = IQLPopulation(configs(compile=True), data)
+    next(prime.train(97, every=97))
+    assert made[2:] == [32] * 3
 
 
 def test_own_batches_are_one_stream_of_indices():

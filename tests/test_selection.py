@@ -148,8 +148,35 @@ def test_doubts_are_sentences(parts, members, fitted):
     assert "and 3 more: up to 100% of the actions" in text
     assert "(of the log's own, 100%)" in text
     assert found.recommended == "p0"
-    assert "first read the warning" in found.recommendation
+    assert "first read the warnings" in found.recommendation
     assert all(f"Warning: {warning}" in str(found) for warning in found.warnings)
+
+
+def test_a_tenth_of_the_episodes_must_bear_the_weight(parts, members, fitted):
+    found = rank_members(
+        members, *parts, discount=DISCOUNT, fitted_q=fitted, clone="clone", min_effective_episodes=0
+    )
+    sizes = {row["member"]: row["effective_episodes"] for row in found.rows}
+    doubted = {row["member"] for row in found.rows if "importance" in row["doubts"]}
+    assert doubted == {n for n, size in sizes.items() if size < 0.1 * found.episodes} != set()
+    found = rank_members(
+        members, *parts, discount=DISCOUNT, fitted_q=fitted, clone="clone",
+        min_effective_episodes=sorted(sizes.values())[-2],
+    )  # fmt: skip
+    assert math.isnan(found.spearman)  # two are left, and always in some order
+    assert not any("order the members differently" in warning for warning in found.warnings)
+
+
+def test_a_clone_far_from_the_log_is_doubted(parts, members, fitted, ranking):
+    assert not any("imitates the log" in warning for warning in ranking.warnings)
+    shifted = replace(fitted, initial_values=fitted.initial_values + 1.0)
+    found = rank_members(members, *parts, discount=DISCOUNT, fitted_q=shifted, clone="clone")
+    (warning,) = (w for w in found.warnings if "imitates the log" in w)
+    clone = next(row for row in found.rows if row["member"] == "clone")
+    assert f"gives clone, which imitates the log, {clone['value']:.4g}" in warning
+    assert f"earned {found.log_value:.4g} ({found.log_low:.4g} to" in warning
+    assert "first read the warnings" in found.recommendation
+    assert "warnings" not in ranking.recommendation
 
 
 def test_without_behaviour_and_clone(parts):
