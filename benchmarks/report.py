@@ -4,7 +4,8 @@
     python benchmarks/report.py --readme   # also replaces README.md's table
 
 Reads benchmarks/results/step_*.json. Files of one device and setting are runs of one measurement:
-their medians are reduced to a median, and shown with their least and greatest.
+their medians are reduced to a median, and shown with their least and greatest; a ratio is the median
+of the ratios within each run.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ LOOKS = {
 }
 DASHES = {"eager": ":", "compiled": "--", "captured": "-", "scan": "-", "step": "--"}
 Sizes = tuple[tuple[str, Any], ...]
+Runs = dict[str, float]
 
 
 @dataclass
@@ -43,12 +45,12 @@ class Setting:
 
     device: str
     point: Sizes
-    #: (axis, value) or ("default", None): competitor: one median a run, in ms
-    runs: dict[tuple[str, Any], dict[str, list[float]]] = field(default_factory=dict)
+    #: (axis, value) or ("default", None): competitor: median of each run, in ms, by its file
+    runs: dict[tuple[str, Any], dict[str, Runs]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
     @property
-    def default(self) -> dict[str, list[float]]:
+    def default(self) -> dict[str, Runs]:
         return self.runs[("default", None)]
 
     @property
@@ -80,7 +82,7 @@ def read(folder: Path) -> list[Setting]:
             place = setting.runs.setdefault((axis, entry["sizes"].get(axis)), {})
             for name, mine in entry["competitors"].items():
                 if "failed" not in mine:
-                    place.setdefault(name, []).append(mine["median_ms"])
+                    place.setdefault(name, {})[path.stem] = mine["median_ms"]
                 elif axis == "default":
                     setting.failed[name] = mine["failed"]
     if not found:
@@ -88,24 +90,34 @@ def read(folder: Path) -> list[Setting]:
     return sorted(found.values(), key=lambda setting: "threads" not in setting.device)
 
 
-def ratio(values: list[float], others: list[float] | None) -> str:
-    if not others:
-        return ""
-    return f"{statistics.median(values) / statistics.median(others):.2f}"
+def middle(runs: Runs) -> float:
+    return statistics.median(runs.values())
+
+
+def ratio(runs: Runs, others: Runs | None) -> float | None:
+    """Median over the runs that both were part of; what differs between runs falls out."""
+    found = [ms / others[run] for run, ms in runs.items() if others and run in others]
+    return statistics.median(found) if found else None
+
+
+def cell(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def table(setting: Setting) -> str:
     """Markdown: the default point of one setting."""
     found = setting.default
-    runs = max(map(len, found.values()))
+    counts = [len(values) for values in found.values()]
+    runs = max(counts)
+    told = f"{runs} runs" if min(counts) == runs else f"{min(counts)} to {runs} runs"
     columns = ["", "ms an update", "updates/s", "of TorchRL eager", "of the floor"]
     columns += ["ms, least to greatest run"] if runs > 1 else []
-    lines = [setting.words + (f"; {runs} runs" if runs > 1 else ""), ""]
+    lines = [setting.words + (f"; {told}" if runs > 1 else ""), ""]
     lines += ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    for name, values in found.items():
-        middle = statistics.median(values)
-        cells = [name, f"{middle:.3g}", f"{1e3 / middle:,.0f}"]
-        cells += [ratio(values, found.get(REFERENCE)), ratio(values, found.get(FLOOR))]
+    for name, mine in found.items():
+        cells = [name, f"{middle(mine):.3g}", f"{1e3 / middle(mine):,.0f}"]
+        cells += [cell(ratio(mine, found.get(other))) for other in (REFERENCE, FLOOR)]
+        values = mine.values()
         cells += [f"{min(values):.3g} to {max(values):.3g}"] if runs > 1 else []
         lines.append("| " + " | ".join(cells) + " |")
     for name, reason in setting.failed.items():
@@ -135,7 +147,7 @@ def look(name: str) -> dict[str, Any]:
 
 
 def draw_bars(axes: Any, setting: Setting) -> None:
-    found = {name: statistics.median(values) for name, values in setting.default.items()}
+    found = {name: middle(runs) for name, runs in setting.default.items()}
     names = sorted(found, key=lambda name: -found[name])
     bars = axes.barh(names, [found[n] for n in names], color=[look(n)["color"] for n in names])
     axes.bar_label(bars, [f"{found[n]:.3g}" for n in names], padding=3, fontsize=8)
@@ -150,15 +162,19 @@ def draw_axis(axes: Any, setting: Setting, axis: str) -> None:
     default = dict(setting.point)[axis]
     points = {value: runs for (name, value), runs in setting.runs.items() if name == axis}
     points = dict(sorted({**points, default: setting.default}.items()))
-    relative = all(REFERENCE in runs for runs in points.values())
+    flat = axis == "rows"  # where nothing should change, times say more than ratios
+    relative = not flat and all(REFERENCE in runs for runs in points.values())
     for name in setting.default:
-        known = {v: statistics.median(runs[name]) for v, runs in points.items() if name in runs}
-        if relative:
-            known = {v: ms / statistics.median(points[v][REFERENCE]) for v, ms in known.items()}
+        there = {value: runs for value, runs in points.items() if name in runs}
+        known = {
+            value: ratio(runs[name], runs[REFERENCE]) if relative else middle(runs[name])
+            for value, runs in there.items()
+        }
         axes.plot(known.keys(), known.values(), label=name, markersize=4, **look(name))
-    if relative:
+    linear = relative or flat
+    axes.set(xscale="log", yscale="linear" if linear else "log", xlabel=AXES[axis])
+    if linear:
         axes.set_ylim(bottom=0)
-    axes.set(xscale="log", yscale="linear" if relative else "log", xlabel=AXES[axis])
     axes.set_title(f"time over that of {REFERENCE}" if relative else "ms an update", fontsize=9)
     axes.set_xticks(list(points), [f"{value:,}" for value in points], minor=False)
     axes.set_xticks([], minor=True)

@@ -83,10 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(population: IQLPopulation, updates: int) -> None:
-    # equal shares, for a last one of another size would be captured anew
-    every = max(size for size in range(1, 101) if updates % size == 0)
     with tqdm(total=updates, unit="update", desc="training", disable=None) as bar:
-        for event in population.train(every=every):
+        for event in population.train(every=min(100, updates)):
             losses = {name: event.metrics[f"loss_{name}"] for name in ("value", "qvalue", "actor")}
             spread = [f"{k} {float(v.min()):.3g}..{float(v.max()):.3g}" for k, v in losses.items()]
             bar.set_postfix_str("loss of " + ", ".join(spread), refresh=False)
