@@ -24,9 +24,16 @@ from torchrl.modules import MLP as TorchRLMLP
 from torchrl.modules import ProbabilisticActor, SafeModule, SafeProbabilisticModule, ValueOperator
 
 from iql_torchrl import networks
-from iql_torchrl.dense import Dense, linear_layers
+from iql_torchrl.dense import Category, Dense, linear_layers
 
-__all__ = ["BoundNetworks", "DirectActor", "is_head_and_distribution", "is_known", "is_single"]
+__all__ = [
+    "BoundNetworks",
+    "DirectActor",
+    "is_head_and_distribution",
+    "is_known",
+    "is_single",
+    "pick_first",
+]
 
 Evaluate = Callable[[TensorDictBase], Tensor]
 SINGLE = (TensorDictModule, SafeModule, ValueOperator)
@@ -40,7 +47,7 @@ WRAPPERS = (
 )
 OURS = (networks.Critic, networks.DiscreteCritic, networks.OneHot, networks.Standardise)
 # What treats every row for itself and draws nothing.
-BY_ROW = (*OURS[2:], networks.StateValue, Dense, nn.Identity)
+BY_ROW = (*OURS[2:], networks.StateValue, Category, Dense, nn.Identity)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -222,3 +229,13 @@ def _condense(module: nn.Module, made: dict[nn.Module, Dense] | None = None) -> 
             module._modules[name] = made[child]
         elif child is not None:
             _condense(child, made)
+    pick_first(module, Dense)
+
+
+def pick_first(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Let a perceptron of ``kind`` behind a OneHot take the categories themselves."""
+    parts = module._modules
+    if type(module) is networks.Critic:  # which joins them with the action
+        return
+    if type(parts.get("preprocess")) is networks.OneHot and type(parts.get("mlp")) is kind:
+        parts["preprocess"] = Category()

@@ -12,7 +12,7 @@ from torchrl.modules import MLP as TorchRLMLP
 
 from iql_torchrl.networks import MLP
 
-__all__ = ["Dense", "linear_layers"]
+__all__ = ["Category", "Dense", "linear_layers", "picked"]
 
 aten = torch.ops.aten
 # In place on the layer's output, and the gradient from that output alone.
@@ -37,12 +37,30 @@ def linear_layers(module: nn.Module) -> list[nn.Linear] | None:
     return cast("list[nn.Linear]", layers)
 
 
+class Category(nn.Module):
+    """Stands where :class:`~iql_torchrl.networks.OneHot` was, before a first layer that picks."""
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return observation.long()
+
+
+def picked(weight: Tensor, index: Tensor) -> Tensor:
+    """``weight @ one_hot(index).mT`` without the product: ``(*K, out, in)`` -> ``(*K, out, B)``.
+
+    ``index`` is ``(B,)``, or ``(P, B)`` for weights ``(P, ..., out, in)``. Raises on indices
+    outside ``[0, in)``.
+    """
+    shape = index.shape[:-1] + (1,) * (weight.ndim - index.ndim) + index.shape[-1:]
+    return weight.gather(-1, index.view(shape).expand(*weight.shape[:-1], -1))
+
+
 class Dense(nn.Module):
     """What the Sequential ``source`` computes, from parameters that may be stacked.
 
     Weights ``(*K, out, in)`` and biases ``(*K, out)`` with one leading dimension or none; input
-    ``(*B, in)``, several joined on the last dimension; output ``(*K, *B, out)``. The gradient is
-    written out, so it cannot be differentiated again.
+    ``(*B, in)``, several joined on the last dimension, or categories ``(*B,)`` in place of their
+    one-hot form; output ``(*K, *B, out)``. The gradient is written out, so it cannot be
+    differentiated again.
     """
 
     def __init__(self, source: nn.Sequential) -> None:
@@ -55,12 +73,13 @@ class Dense(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
-        rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        batch = x.shape[:-1] if x.is_floating_point() else x.shape
+        rows = x if len(batch) == 1 else x.reshape(-1, *x.shape[len(batch) :])
         if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
             out = self._operations(rows)
         else:
             out = _Chain.apply(rows, self.activation, self.derivative, *self.leaves)
-        return out if x.ndim == 2 else out.view(*out.shape[:-2], *x.shape[:-1], out.shape[-1])
+        return out if len(batch) == 1 else out.view(*out.shape[:-2], *batch, out.shape[-1])
 
     def _operations(self, x: Tensor) -> Tensor:
         """The same for autograd and Inductor, which fuse what is no matrix product.
@@ -71,7 +90,10 @@ class Dense(nn.Module):
         stacked = self.leaves[0].ndim == 3
         pairs = list(_pairs(self.leaves))
         for number, (weight, bias) in enumerate(pairs):
-            if stacked and number == 0:
+            if not x.is_floating_point():
+                columns = picked(weight, x) + bias.unsqueeze(-1)
+                x = columns if stacked else columns.mT
+            elif stacked and number == 0:
                 x = (weight.flatten(0, 1) @ x.mT).unflatten(0, bias.shape) + bias.unsqueeze(-1)
             elif stacked and bias.shape[-1] == 1:
                 x = (weight.mT * x).sum(-2, keepdim=True) + bias.unsqueeze(-1)
@@ -115,7 +137,7 @@ class _Chain(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         for i in reversed(range(layers)):
             if wanted[3 + 2 * i]:
-                found[2 * i] = gradient.mT @ seen[i]
+                found[2 * i] = _weight_gradient(gradient, seen[i], weights[i])
             if wanted[4 + 2 * i]:
                 found[2 * i + 1] = gradient.sum(-2)
             if i > 0:
@@ -131,7 +153,15 @@ def _pairs(leaves: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(leaves[::2], leaves[1::2], strict=True)
 
 
+def _weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    if x.is_floating_point():
+        return gradient.mT @ x
+    return torch.zeros_like(weight).scatter_add_(-1, x.expand_as(gradient.mT), gradient.mT)
+
+
 def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if not x.is_floating_point():
+        return picked(weight, x).mT + bias.unsqueeze(-2)
     if weight.ndim == 2:
         return torch.addmm(bias, x, weight.mT)
     return torch.baddbmm(bias.unsqueeze(-2), x.expand(len(weight), *x.shape[-2:]), weight.mT)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchrl.modules import MLP as TorchRLMLP
 
 from iql_torchrl import networks
-from iql_torchrl.bound import WRAPPERS, is_known
+from iql_torchrl.bound import WRAPPERS, is_known, pick_first
+from iql_torchrl.dense import picked
 
 __all__ = ["StackedNetwork", "check_networks", "check_same", "perceptron_keys"]
 
@@ -127,6 +128,8 @@ class StackedNetwork:
                 parent, _, child = path.rpartition(".")
                 body = _Perceptron(self.module.get_submodule(path), leaves)
                 self.module.get_submodule(parent)._modules[child] = body
+                if type(body.layers[0]) is nn.Linear:
+                    pick_first(self.module.get_submodule(parent), _Perceptron)
         dims = params.batch_dims
         for path, module in self.module.named_modules():
             if "layers" in path.split("."):
@@ -155,7 +158,10 @@ class StackedNetwork:
 
 
 class _Perceptron(nn.Module):
-    """A Sequential over stacked parameters: ``(B, in)`` or ``(P, B, in)`` to ``(P, [K,] B, out)``."""
+    """A Sequential over stacked parameters: ``(B, in)`` or ``(P, B, in)`` to ``(P, [K,] B, out)``.
+
+    Categories ``(B,)`` or ``(P, B)`` may stand for their one-hot form.
+    """
 
     def __init__(self, source: nn.Module, leaves: Sequence[Tensor]) -> None:
         super().__init__()
@@ -170,7 +176,8 @@ class _Perceptron(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """On columns, ``(..., n, B)``: gradients of weights then have the weights' own layout."""
-        x = (inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)).mT
+        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
+        x = x.mT if x.is_floating_point() else x
         for layer, leaves in zip(self.layers, self.leaves, strict=True):
             if isinstance(layer, nn.Linear):
                 x = _linear(x, *leaves)
@@ -186,7 +193,9 @@ class _Perceptron(nn.Module):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if x.ndim == 2:  # one input for all: one product
+    if not x.is_floating_point():
+        x = picked(weight, x)
+    elif x.ndim == 2:  # one input for all: one product
         x = (weight.flatten(0, -2) @ x).unflatten(0, weight.shape[:-1])
     else:
         x = _widened(x, weight.ndim)

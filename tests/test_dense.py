@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torchrl.modules import MLP as TorchRLMLP
 
 from iql_torchrl import networks
 from iql_torchrl.bound import _condense
-from iql_torchrl.dense import Dense, linear_layers
+from iql_torchrl.dense import Category, Dense, linear_layers, picked
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -118,6 +119,42 @@ def test_any_batch_dimensions(count, shape):
     for place, gradient in enumerate(found[1:]):
         wanted = torch.stack(theirs[1 + place :: len(leaves)])
         torch.testing.assert_close(gradient.view_as(wanted), wanted, **EXACT)
+
+
+@pytest.mark.parametrize("way", ["chain", "operations"])
+@pytest.mark.parametrize("count", [None, 1, 3])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(9,), (0,), (1,), (2, 5)])
+def test_categories_are_their_one_hot_form(way, count, layers, shape):
+    sources = [perceptron(layers, inputs=6) for _ in range(count or 1)]
+    dense, leaves = (Dense(sources[0]), None) if count is None else stack(sources)
+    leaves = tuple(sources[0].parameters()) if leaves is None else leaves
+    index = torch.randint(6, shape)  # categories return, and some do not come
+    if way == "chain":
+        out = dense(index)
+    elif len(shape) == 1:
+        out = dense._operations(index)
+    else:
+        return
+    one_hot = nn.functional.one_hot(index, 6).double()
+    outs = [source(one_hot) for source in sources]
+    wanted = outs[0] if count is None else torch.stack(outs)
+    torch.testing.assert_close(out, wanted, **EXACT)
+    apart = [p for source in sources for p in source.parameters()]
+    found, theirs = gradients(out, leaves), gradients(wanted, apart)
+    for place, gradient in enumerate(found):
+        wanted = torch.stack(theirs[place :: len(leaves)])
+        torch.testing.assert_close(gradient.view_as(wanted), wanted, **EXACT)
+
+
+def test_picked_by_hand():
+    weight = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    assert picked(weight, torch.tensor([2, 0])).tolist() == [[3.0, 1.0], [6.0, 4.0]]
+    runs = torch.stack([weight, 10 * weight])  # each run with its own
+    assert picked(runs, torch.tensor([[2], [1]])).tolist() == [[[3.0], [6.0]], [[20.0], [50.0]]]
+    for index in (3, -1):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            picked(weight, torch.tensor([0, index]))
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (4, 5), (0, 1, 2, 3, 4)])
@@ -254,3 +291,23 @@ def test_layers_that_appear_twice():
         leaves = list(source.parameters())
         for a, b in zip(gradients(dense(x), leaves), gradients(source(x), leaves), strict=True):
             torch.testing.assert_close(a, b, **EXACT)
+
+
+def test_networks_of_categories_pick():
+    for kind in (networks.StateValue, partial(networks.DiscreteCritic, num_actions=3)):
+        network = kind(6, preprocess=networks.OneHot(6), hidden=(4,))
+        clone = copy.deepcopy(network)
+        _condense(clone)
+        assert type(clone.preprocess) is Category
+        index = torch.randint(6, (3, 5))
+        torch.testing.assert_close(clone(index), network(index))
+        torch.testing.assert_close(clone(index.double()), network(index.double()))
+    for left in (
+        networks.StateValue(6, preprocess=networks.OneHot(6), hidden=(4,), layer_norm=True),
+        networks.Critic(6, 2, preprocess=networks.OneHot(6), hidden=(4,)),
+        networks.StateValue(6, preprocess=nn.Sequential(networks.OneHot(6), nn.Linear(6, 6))),
+    ):
+        kinds = {type(module) for module in left.modules()}
+        _condense(left)
+        assert networks.OneHot in kinds
+        assert not any(type(module) is Category for module in left.modules())

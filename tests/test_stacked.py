@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -12,6 +14,7 @@ from torchrl.modules import MLP as TorchRLMLP
 from torchrl.modules import ValueOperator
 
 from iql_torchrl import networks, policies
+from iql_torchrl.dense import Category
 from iql_torchrl.stacked import StackedNetwork, perceptron_keys
 
 RUNS, CRITICS, ROWS, OBS, ACT = 3, 2, 6, 4, 2
@@ -92,6 +95,41 @@ def test_each_run_is_its_own_module(kind, critics, own):
     gradients = stack([grads(m) for m in modules], leading)
     for key in perceptron_keys("value_network", network):
         torch.testing.assert_close(params.get(key).grad, gradients.get(key).detach(), **EXACT)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("critics", [None, CRITICS], ids=["one", "critics"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_categories_of_each_run(norm, critics, own):
+    leading = (RUNS,) if critics is None else (RUNS, critics)
+    make = partial(networks.DiscreteCritic, 6, 3, hidden=(5,), layer_norm=norm)
+    modules = [jittered(make()) for _ in range(RUNS * (critics or 1))]
+    params = stack(modules, leading)
+    network = ValueOperator(make(preprocess=networks.OneHot(6)), in_keys=["x"])
+    stacked = StackedNetwork("qvalue_network", network, params)
+    assert type(stacked.module.module.preprocess) is Category
+    index = torch.randint(6, ((RUNS,) if own else ()) + (ROWS,))
+    found = stacked(TensorDict(x=index))
+    x = nn.functional.one_hot(index, 6).double()
+    each = x if own else x.expand(RUNS, ROWS, 6)
+    wanted = torch.stack([m(each[i // (critics or 1)]) for i, m in enumerate(modules)])
+    wanted = wanted.view(*leading, *wanted.shape[1:])
+    torch.testing.assert_close(found, wanted, **EXACT)
+    weight = torch.randn_like(found)
+    (weight * found).sum().backward()
+    (weight * wanted).sum().backward()
+    gradients = stack([grads(m) for m in modules], leading)
+    for key in perceptron_keys("qvalue_network", network):
+        torch.testing.assert_close(params.get(key).grad, gradients.get(key).detach(), **EXACT)
+
+
+def test_a_norm_before_the_first_layer_keeps_the_one_hot_form():
+    network = networks.StateValue(6, preprocess=networks.OneHot(6), hidden=())
+    network.mlp = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 1))
+    stacked = StackedNetwork(
+        "value_network", ValueOperator(network, in_keys=["x"]), stack([network.mlp], (1,))
+    )
+    assert type(stacked.module.module.preprocess) is networks.OneHot
 
 
 def grads(module: nn.Module) -> nn.Module:
