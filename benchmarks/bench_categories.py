@@ -1,0 +1,134 @@
+"""Milliseconds of one update where the observation is a category: TorchRL's loop and ourselves.
+
+    python benchmarks/bench_categories.py
+
+Sizes of ICU-Sepsis (716 states, 25 treatments) and of examples/iql_sepsis.py (batch 2048, one layer
+of 64) on random rows, sampling included. TorchRL's networks see the one-hot form, as its
+environments' ``OneHot`` specs give it; ``one-hot`` are ours on the same rows. Blocks alternate and
+medians are compared. Writes benchmarks/results/categories_DEVICE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from functools import partial
+
+import torch
+from bench_learning import RESULTS
+from bench_step import REFERENCE, about, measure, summarise, write
+from step_rivals import Rival, Sizes, Update
+from tensordict import TensorDict
+from torch import nn
+from torchrl.data import Categorical
+from torchrl.modules import ValueOperator
+from torchrl.objectives import DiscreteIQLLoss as TorchRLLoss
+from torchrl.objectives import SoftUpdate
+
+from iql_torchrl import DiscreteIQLLoss, IQLStep, captured, compiled, networks, policies
+from iql_torchrl.data import DeviceSampler, replay_buffer
+
+STATES, ACTIONS, WIDTH, BATCH, ROWS = 716, 25, 64, 2048, 100_000
+
+
+def transitions(one_hot: bool, device: str) -> TensorDict:
+    draw = torch.Generator().manual_seed(0)
+    state, following = torch.randint(STATES, (2, ROWS), generator=draw)
+    terminated = torch.rand(ROWS, 1, generator=draw) < 0.1
+    form = (lambda s: nn.functional.one_hot(s, STATES).float()) if one_hot else (lambda s: s)
+    return TensorDict(
+        {
+            "observation": form(state),
+            "action": torch.randint(ACTIONS, (ROWS,), generator=draw),
+            "next": {
+                "observation": form(following),
+                "reward": torch.randn(ROWS, 1, generator=draw),
+                "terminated": terminated,
+                "done": terminated.clone(),
+            },
+        },
+        [ROWS],
+    ).to(device)
+
+
+def parts(one_hot: bool) -> list[nn.Module]:
+    options = {} if one_hot else {"preprocess": networks.OneHot(STATES)}
+    options["hidden"] = (WIDTH,)
+    critic = networks.DiscreteCritic(STATES, ACTIONS, **options)
+    return [
+        policies.categorical(STATES, Categorical(ACTIONS), **options),
+        ValueOperator(critic, in_keys=["observation"], out_keys=["state_action_value"]),
+        ValueOperator(networks.StateValue(STATES, **options), in_keys=["observation"]),
+    ]
+
+
+def torchrl_loop(compile: bool, _: TensorDict, sizes: Sizes, device: str) -> tuple[Update, int]:
+    loss = TorchRLLoss(
+        *parts(one_hot=True), action_space="categorical", loss_function="l2", expectile=0.7
+    ).to(device)
+    optimizer, updater = torch.optim.Adam(loss.parameters(), lr=1e-2), SoftUpdate(loss, tau=0.05)
+    buffer = replay_buffer(transitions(True, device), sizes.batch, seed=0, device=device)
+    forward = torch.compile(loss) if compile else loss
+
+    def update() -> None:
+        losses = forward(buffer.sample())
+        (losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        updater.step()
+
+    return update, 1
+
+
+def ours(form: str, one_hot: bool, _: TensorDict, sizes: Sizes, device: str) -> tuple[Update, int]:
+    rows = transitions(one_hot, device)
+    loss = DiscreteIQLLoss(*parts(one_hot), action_space="categorical").to(device)
+    in_graph = {"capturable": True} if device.startswith("cuda") else {}
+    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2, fused=True, **in_graph)
+    step = IQLStep(loss, optimizer, SoftUpdate(loss, tau=0.05))
+    if form == "eager":
+        buffer = replay_buffer(rows, sizes.batch, seed=0, device=device)
+        return lambda: step(buffer.sample()), 1
+    sampler = DeviceSampler(rows, sizes.batch, device=device, seed=0)
+    if form == "compiled":
+        fast = compiled(step)
+        return lambda: fast(sampler.sample()), 1
+    run = captured(step, sampler, updates=8)
+    return run, run.updates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--device", default="cpu")
+    add("--rounds", type=int, default=15)
+    add("--block", type=float, default=0.3, help="seconds")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # tensordict under torch.compile
+    rivals: dict[str, Rival] = {
+        REFERENCE: partial(torchrl_loop, False),
+        "TorchRL compiled": partial(torchrl_loop, True),
+        "ours one-hot eager": partial(ours, "eager", True),
+        "ours one-hot captured": partial(ours, "captured", True),
+    }
+    for form in ("eager", "compiled", "captured"):
+        rivals[f"ours {form}"] = partial(ours, form, False)
+    sizes = Sizes(batch=BATCH, rows=1)
+    found, _ = measure(rivals, sizes, options.device, options.rounds, options.block, 0)
+    summarise(found)
+    print(f"{'':24}{'ms':>9}{'updates/s':>11}{'of TorchRL eager':>18}")
+    for name, mine in found.items():
+        if "failed" in mine:
+            print(f"{name:24} {mine['failed']}")
+            continue
+        print(f"{name:24}{mine['median_ms']:9.2f}{mine['updates_per_second']:11.0f}"
+              f"{mine['of_torchrl']:18.2f}")  # fmt: skip
+    sizes_held = {"states": STATES, "actions": ACTIONS, "width": WIDTH, "batch": BATCH}
+    record = {"command": " ".join(["python", *sys.argv]), "machine": about(options.device)}
+    path = RESULTS / f"categories_{options.device.split(':')[0]}.json"
+    write(path, record | {"sizes": sizes_held, "competitors": found})
+
+
+if __name__ == "__main__":
+    main()
