@@ -79,13 +79,14 @@ def make_loss(**options) -> IQLLoss:
     return IQLLoss(policies.gaussian(OBS, spec, **mlp), critic, value, **options).double()
 
 
-def make_discrete(**options) -> DiscreteIQLLoss:
+def make_discrete(preprocess=None, **options) -> DiscreteIQLLoss:
     torch.manual_seed(0)
-    critic = networks.DiscreteCritic(OBS, ACTIONS, hidden=(8,))
+    net = {"hidden": (8,), "preprocess": preprocess}
+    critic = networks.DiscreteCritic(OBS, ACTIONS, **net)
     return DiscreteIQLLoss(
-        policies.categorical(OBS, Categorical(ACTIONS), mask_key="action_mask", hidden=(8,)),
+        policies.categorical(OBS, Categorical(ACTIONS), mask_key="action_mask", **net),
         TensorDictModule(critic, in_keys=["observation"], out_keys=["state_action_value"]),
-        ValueOperator(networks.StateValue(OBS, hidden=(8,)), in_keys=["observation"]),
+        ValueOperator(networks.StateValue(OBS, **net), in_keys=["observation"]),
         **options,
     ).double()
 
@@ -100,6 +101,13 @@ def chosen():
     action = torch.randint(ACTIONS, (100,))
     data["action"] = action
     data["action_mask"] = (torch.rand(100, ACTIONS) < 0.5).scatter(-1, action.unsqueeze(-1), True)
+    return data
+
+
+def categories():
+    data = chosen()
+    for key in ("observation", ("next", "observation")):
+        data[key] = torch.randint(OBS, (100,))
     return data
 
 
@@ -193,6 +201,11 @@ CASES = {
         "data": chosen,
         "order": "simultaneous",
     },
+    "categories": {
+        "loss": lambda: make_discrete(networks.OneHot(OBS)),
+        "data": categories,
+        "max_grad_norm": 1.0,
+    },
     "hard target every 5": {"updater": hard(4)},
     "hard target every 4": {"updater": hard(3)},
     "hard target every 7": {"updater": hard(6), "order": "simultaneous"},
@@ -211,7 +224,7 @@ CASES = {
         "loss": lambda: make_loss(reduction="sum", value_objective="sarsa_expectile"),
     },
 }
-TRACED = ("sequential", "simultaneous", "discrete, masked", "hard target every 4")
+TRACED = ("sequential", "simultaneous", "discrete, masked", "categories", "hard target every 4")
 
 
 def pair_of(case: str) -> Pair:
