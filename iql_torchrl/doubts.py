@@ -16,6 +16,7 @@ __all__ = ["doubts_of", "general_warnings", "is_off", "member_warnings"]
 FloatArray = NDArray[np.float64]
 
 ERROR_GROWTH = 2.0
+OPTIMISM_ERRORS, OPTIMISM_SHARE = 2.0, 0.25
 MIN_EFFECTIVE_SHARE = 0.1
 NAMED = 3
 
@@ -32,6 +33,8 @@ def doubts_of(
         "importance": row["effective_episodes"] < enough,
         "extrapolation": row["extrapolation"] > max_extrapolation,
         "td_error": row["td_error"] > ERROR_GROWTH * row["td_error_training"],
+        "optimism": row["optimism"]
+        > max(OPTIMISM_ERRORS * row["optimism_error"], OPTIMISM_SHARE * abs(row["gain"])),
         "range": not returns.min() <= row["value"] <= returns.max(),
     }
     return tuple(name for name, doubtful in found.items() if doubtful)
@@ -59,6 +62,13 @@ def member_warnings(
         found.append(
             f"{_named(those)}: critics err up to {most:.1f} times as much on held-out steps as on "
             "their own; use more data or smaller critics."
+        )
+    if those := [row for row in rows if "optimism" in row["doubts"]]:
+        worst = max(those, key=lambda row: float(row["optimism"]))
+        found.append(
+            f"{_named(those)}: held-out steps earn less than the critics say; along an episode, "
+            f"values are too high by up to about {worst['optimism']:.2g} (standard error "
+            f"{worst['optimism_error']:.2g}). Fit on episodes that the members were not trained on."
         )
     if those := [row for row in rows if "range" in row["doubts"]]:
         found.append(

@@ -19,13 +19,13 @@ from torch import Tensor
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.members import check_logs, first_rows, resolve_members, states
 from iql_torchrl.regression import Choices, Layers, Regression, Steps, chooser, stacked_critics
+from iql_torchrl.residuals import optimism, td_error
 from iql_torchrl.results import bootstrap_interval
 
 __all__ = ["FittedQ", "fitted_q_evaluation"]
 
 FloatArray = NDArray[np.float64]
 
-ERROR_ROWS = 20_000
 TABLE_BYTES = 2**31
 
 
@@ -41,6 +41,9 @@ class FittedQ:
             truncated, 0 where it terminated, ``(P, E)``.
         td_error, td_error_training: mean squared one-step error on held-out steps and on those
             trained on, ``(P,)``. It is not 0 for the exact Q where rewards or dynamics are random.
+        optimism, optimism_error: how much less held-out steps earn than the critics say, summed
+            along an episode, and its standard error, ``(P,)``; see :func:`residuals.optimism`.
+            Well above 0 where critics saw the transitions that the policy was fitted to.
     """
 
     names: tuple[str, ...]
@@ -49,6 +52,8 @@ class FittedQ:
     end_values: FloatArray
     td_error: FloatArray
     td_error_training: FloatArray
+    optimism: FloatArray
+    optimism_error: FloatArray
 
     @property
     def values(self) -> FloatArray:
@@ -163,8 +168,9 @@ def _estimates(
         data.discount,
         _values(data, layers, states(first), data.features(first)),
         left * _values(data, layers, after, data.features(last, following=True)),
-        _td_error(data, layers, held_out),
-        _td_error(data, layers, train),
+        td_error(data, layers, held_out),
+        td_error(data, layers, train),
+        *optimism(data, layers, held_out),
     )
 
 
@@ -177,18 +183,6 @@ def _values(
         for index in torch.arange(len(table)).split(4096)
     ]
     return torch.cat(parts, 1).double().numpy() * data.unit
-
-
-def _td_error(data: Regression, layers: Layers, log: OfflineDataset) -> FloatArray:
-    """Mean over at most ERROR_ROWS evenly spaced steps, the live critics on both sides."""
-    rows = torch.linspace(0, len(log) - 1, min(len(log), ERROR_ROWS)).round().long()
-    total = torch.zeros(len(data.members), dtype=torch.float64)
-    for part in rows.split(4096):
-        steps = Steps(data, log, part, TABLE_BYTES)
-        every = torch.arange(len(part), device=data.device)
-        error = steps.target(layers, every) - steps.value(layers, every)
-        total += error.double().square().sum(-1).cpu()
-    return (total / len(rows)).numpy() * data.unit**2
 
 
 def _check_numbers(

@@ -35,10 +35,10 @@ class Ranking:
     Attributes:
         rows: one dict per member, best estimated value first: ``rank`` (from 1), ``member``,
             ``temperature``; ``value`` and bounds by fitted Q evaluation; ``gain`` over the log and
-            bounds; ``td_error`` and ``td_error_training``; ``importance_value`` and bounds,
-            ``effective_episodes``; ``extrapolation``; ``clone_distance``; ``doubts``, names of the
-            warnings that concern it (``importance``, ``extrapolation``, ``td_error``, ``range``).
-            NaN is unknown.
+            bounds; ``td_error`` and ``td_error_training``; ``optimism`` and ``optimism_error``;
+            ``importance_value`` and bounds, ``effective_episodes``; ``extrapolation``;
+            ``clone_distance``; ``doubts``, names of the warnings that concern it (``importance``,
+            ``extrapolation``, ``td_error``, ``optimism``, ``range``). NaN is unknown.
         log_value, log_low, log_high: mean discounted return of the held-out episodes.
         log_extrapolation: share of the log's own held-out actions outside the log.
         spearman, kendall: agreement of the two estimators over the members whose importance weights

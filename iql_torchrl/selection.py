@@ -164,6 +164,8 @@ def _estimated(fitted_q: FittedQ, number: int, returns: FloatArray, seed: int) -
         "gain_high": gain_high,
         "td_error": float(fitted_q.td_error[number]),
         "td_error_training": float(fitted_q.td_error_training[number]),
+        "optimism": float(fitted_q.optimism[number]),
+        "optimism_error": float(fitted_q.optimism_error[number]),
     }
 
 

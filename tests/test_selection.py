@@ -132,7 +132,12 @@ def test_doubts_are_sentences(parts, members, fitted):
     wild[0] += 1e4
     error = fitted.td_error.copy()
     error[1] *= 10
-    fitted = replace(fitted, initial_values=wild, td_error=error)
+    promise, unsure = np.zeros((2, len(members)))
+    promise[2], unsure[2] = 50.0, 10.0
+    promise[3], unsure[3] = 50.0, 30.0  # may be nothing
+    fitted = replace(
+        fitted, initial_values=wild, td_error=error, optimism=promise, optimism_error=unsure
+    )
     found = rank_members(
         members, *parts, discount=DISCOUNT, fitted_q=fitted, clone="clone",
         min_count=10**6, min_effective_episodes=200,
@@ -143,6 +148,10 @@ def test_doubts_are_sentences(parts, members, fitted):
     assert "p0: values lie outside every return of the log" in text
     assert rows["p1"] == ("importance", "extrapolation", "td_error")
     assert "p1: critics err up to" in text
+    assert "optimism" in rows["p2"]
+    assert "optimism" not in rows["p3"]
+    assert "p2: held-out steps earn less" in text
+    assert "too high by up to about 50 (standard error 10)" in text
     assert rows["clone"] == ("extrapolation",)
     assert "and 1 more: importance weights rest on as few as" in text
     assert "and 3 more: up to 100% of the actions" in text
