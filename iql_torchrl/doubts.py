@@ -11,13 +11,20 @@ from numpy.typing import NDArray
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.importance import Importance
 
-__all__ = ["doubts_of", "general_warnings", "is_off", "member_warnings"]
+__all__ = [
+    "doubts_of",
+    "general_warnings",
+    "is_off",
+    "member_warnings",
+    "value_warnings",
+]
 
 FloatArray = NDArray[np.float64]
 
 ERROR_GROWTH = 2.0
 OPTIMISM_ERRORS, OPTIMISM_SHARE = 2.0, 0.25
 MIN_EFFECTIVE_SHARE = 0.1
+HORIZONS, PASSES, UNLOGGED = 2.0, 1.0, 0.01
 NAMED = 3
 
 
@@ -78,15 +85,43 @@ def member_warnings(
     return found
 
 
-def is_off(clone: Mapping[str, Any], log: tuple[float, float, float]) -> bool:
-    """Whether the clone's estimate lies outside the log's own interval, ``(value, low, high)``."""
-    return not log[1] <= clone["value"] <= log[2]
-
-
 def _named(rows: Sequence[Mapping[str, Any]]) -> str:
     names = [row["member"] for row in rows]
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
+
+
+def value_warnings(
+    backups: float,
+    passes: float,
+    clone: Mapping[str, Any] | None,
+    held_out: OfflineDataset,
+    discount: float,
+) -> list[str]:
+    """Why no value may be compared with the log's: one sentence each.
+
+    ``backups``: how often the critics' targets were renewed; ``passes``: of their data.
+    """
+    found = []
+    powers = [(1 - discount**t) / (1 - discount) if discount < 1 else float(t)
+              for t in held_out.episode_lengths]  # fmt: skip
+    horizon = float(np.mean(powers))
+    if backups < HORIZONS * horizon or passes < PASSES:
+        found.append(
+            f"fitted Q evaluation renewed its targets {backups:.3g} times, in {passes:.3g} passes "
+            f"of the data, where values look {horizon:.3g} steps ahead: it has not converged; use "
+            "more updates."
+        )
+    if clone is None:
+        ends = np.cumsum(held_out.episode_lengths) - 1
+        cut = ~held_out.transitions["next", "terminated"].reshape(-1).cpu().numpy()[ends]
+        left = float((discount**held_out.episode_lengths * cut).mean())
+        if left > UNLOGGED:
+            found.append(
+                f"truncated episodes leave {left:.0%} of the discounted future unlogged: the log's "
+                "value lacks it, the members' do not. Give a member that imitates the log."
+            )
+    return found
 
 
 def general_warnings(
@@ -94,8 +129,6 @@ def general_warnings(
     agreement: float,
     clone: Mapping[str, Any] | None,
     log: tuple[float, float, float],
-    held_out: OfflineDataset,
-    discount: float,
 ) -> list[str]:
     """Sentences about the whole ranking.
 
@@ -111,21 +144,17 @@ def general_warnings(
         found.append(
             f"the two estimators order the members differently (Spearman {agreement:.2f})."
         )
-    if clone is not None and is_off(clone, log):
+    if clone is None:
+        found.append("no member imitates the log, so distances from it are unknown.")
+    elif is_off(clone, log):
         found.append(
             f"fitted Q evaluation gives {clone['member']}, which imitates the log, "
             f"{clone['value']:.4g}, and the log earned {log[0]:.4g} ({log[1]:.4g} to "
-            f"{log[2]:.4g}): the clone is a poor one, or all values are off by about as much. Fit "
-            "on episodes that the members were not trained on, with more updates."
+            f"{log[2]:.4g}): the clone is a poor one, or all values are off by about as much."
         )
-    if clone is None:
-        found.append("no member imitates the log, so distances from it are unknown.")
-        ends = np.cumsum(held_out.episode_lengths) - 1
-        cut = ~held_out.transitions["next", "terminated"].reshape(-1).cpu().numpy()[ends]
-        left = float((discount**held_out.episode_lengths * cut).mean())
-        if left > 0.01:
-            found.append(
-                f"truncated episodes leave {left:.0%} of the discounted future unlogged: the log's "
-                "value lacks it, the members' do not."
-            )
     return found
+
+
+def is_off(clone: Mapping[str, Any], log: tuple[float, float, float]) -> bool:
+    """Whether the clone's estimate lies outside the log's own interval, ``(value, low, high)``."""
+    return not log[1] <= clone["value"] <= log[2]

@@ -44,6 +44,8 @@ class FittedQ:
         optimism, optimism_error: how much less held-out steps earn than the critics say, summed
             along an episode, and its standard error, ``(P,)``; see :func:`residuals.optimism`.
             Well above 0 where critics saw the transitions that the policy was fitted to.
+        backups: how often targets were renewed, ``updates`` times ``polyak``; rewards travel one
+            step back each time. passes: how often every step of the data was seen.
     """
 
     names: tuple[str, ...]
@@ -54,6 +56,8 @@ class FittedQ:
     td_error_training: FloatArray
     optimism: FloatArray
     optimism_error: FloatArray
+    backups: float
+    passes: float
 
     @property
     def values(self) -> FloatArray:
@@ -120,6 +124,7 @@ def fitted_q_evaluation(
     resolved = resolve_members(members)
     check_logs(train, held_out, discount)
     _check_numbers(updates, batch_size, lr, polyak, target_every, action_samples)
+    _check_ends(train, held_out, discount)
     choose = chooser(train, deterministic, action_samples, seed)
     data = Regression(train, resolved, torch.device(device), discount, choose)
     live = stacked_critics(data, hidden, seed)
@@ -139,7 +144,9 @@ def fitted_q_evaluation(
         optimizer.step()
         _follow(target, live, polyak, target_every, update + 1)
     del steps
-    return _estimates(data, live, train, held_out)
+    fraction = polyak if target_every is None else 1 / target_every
+    passes = updates * batch_size / len(train)
+    return _estimates(data, live, train, held_out, updates * fraction, passes)
 
 
 def _follow(
@@ -155,7 +162,12 @@ def _follow(
 
 @torch.no_grad()
 def _estimates(
-    data: Regression, layers: Layers, train: OfflineDataset, held_out: OfflineDataset
+    data: Regression,
+    layers: Layers,
+    train: OfflineDataset,
+    held_out: OfflineDataset,
+    backups: float,
+    passes: float,
 ) -> FittedQ:
     starts = torch.from_numpy(first_rows(held_out))
     ends = starts + torch.from_numpy(held_out.episode_lengths) - 1
@@ -171,6 +183,8 @@ def _estimates(
         td_error(data, layers, held_out),
         td_error(data, layers, train),
         *optimism(data, layers, held_out),
+        backups,
+        passes,
     )
 
 
@@ -183,6 +197,19 @@ def _values(
         for index in torch.arange(len(table)).split(4096)
     ]
     return torch.cat(parts, 1).double().numpy() * data.unit
+
+
+def _check_ends(train: OfflineDataset, held_out: OfflineDataset, discount: float) -> None:
+    """Undiscounted values past a truncation have no bound."""
+    for name, log in (("train", train), ("held_out", held_out)):
+        ends = torch.from_numpy(np.cumsum(log.episode_lengths) - 1)
+        cut = int((~log.transitions["next", "terminated"].reshape(-1)[ends]).sum())
+        if discount == 1 and cut:
+            raise ValueError(
+                f"discount is 1 and {cut} of {len(ends)} episodes of {name} end without "
+                "termination, past which undiscounted values have no bound; choose a discount "
+                "below 1."
+            )
 
 
 def _check_numbers(

@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 
 from iql_torchrl.correlation import kendall, spearman
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.doubts import doubts_of, general_warnings, is_off, member_warnings
+from iql_torchrl.doubts import (
+    doubts_of,
+    general_warnings,
+    is_off,
+    member_warnings,
+    value_warnings,
+)
 from iql_torchrl.fqe import FittedQ, fitted_q_evaluation
 from iql_torchrl.importance import Importance, importance_sampling
 from iql_torchrl.members import Member, check_logs, first_rows, resolve_members, returns_to_go
@@ -49,9 +55,12 @@ def rank_members(
     clone, ``discount**T`` times the clone's value of its last state is added, for what the log's
     policy would have gone on to earn. ``gain`` is the mean over episodes of their difference, its
     bounds a 95 % bootstrap over held-out episodes, paired: both sides of an episode are drawn
-    together. The best member is recommended if that interval lies above zero. It holds no error
-    of the critics themselves and no correction for choosing the best of many: that is what
-    importance sampling, the warnings and a modest number of members are for.
+    together. Recommended is the best member whose interval lies above zero and of which nothing but
+    importance sampling is doubted; none, where the values as a whole cannot be compared with the
+    log's. The interval holds no error of the critics themselves and no correction for choosing the
+    best of many: that is what the doubts and a modest number of members are for. An estimate knows
+    nothing of states that the log does not hold: where policies wander off far from a narrow log,
+    it is too high.
 
     Args:
         members: name to ``Agent`` or TorchRL actor.
@@ -101,13 +110,14 @@ def rank_members(
     agreement = _agreement(rows)
     log = float(returns.mean()), *bootstrap_interval(returns, seed=seed)
     imitation = next((r for r in rows if imitator and r["member"] == imitator.name), None)
+    doubtful = value_warnings(fitted_q.backups, fitted_q.passes, imitation, held_out, discount)
     warnings = (
         *member_warnings(rows, returns, support.usual),
-        *general_warnings(importance, agreement[0], imitation, log, held_out, discount),
+        *doubtful,
+        *general_warnings(importance, agreement[0], imitation, log),
     )
-    recommended = rows[0]["member"] if rows[0]["gain_low"] > 0 else None
     off = imitation is not None and is_off(imitation, log)
-    sentence = _recommendation(rows[0], off)
+    recommended, sentence = _recommendation(rows, bool(doubtful), off)
     return Ranking(
         tuple(rows), *log, support.usual, *agreement, recommended, sentence, warnings, discount,
         len(returns),
@@ -193,17 +203,29 @@ def _agreement(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     return spearman(values, checks), kendall(values, checks)
 
 
-def _recommendation(best: Mapping[str, Any], off: bool) -> str:
-    """``off``: the clone's estimate is not what the log earned."""
-    if not best["gain_low"] > 0:
-        return (
+def _recommendation(
+    rows: Sequence[Mapping[str, Any]], blocked: bool, off: bool
+) -> tuple[str | None, str]:
+    """Whom to ship of ``rows``, best first, and the sentence that says so.
+
+    The best of those that gain and that nothing but importance sampling is doubted of. ``blocked``:
+    no value may be compared with the log's; ``off``: the clone's estimate is not what it earned.
+    """
+    better = [row for row in rows if row["gain_low"] > 0]
+    sound = [row for row in better if set(row["doubts"]) <= {"importance"}]
+    if blocked or not sound:
+        best = rows[0]
+        doubted = "" if not better else "; what looks better is doubted, see the warnings"
+        return None, (
             "Recommendation: no member is reliably better than the log (the best, "
             f"{best['member']}, gains {best['gain']:.4g}, 95 % interval {best['gain_low']:.4g} to "
-            f"{best['gain_high']:.4g})."
+            f"{best['gain_high']:.4g}{doubted})."
         )
-    doubts = [name for name in best["doubts"] if name != "importance"]
-    return (
-        f"Recommendation: {best['member']}, with an estimated gain over the log of "
-        f"{best['gain']:.4g} (95 % interval {best['gain_low']:.4g} to {best['gain_high']:.4g})"
-        + ("; but first read the warnings." if doubts or off else ".")
+    chosen = sound[0]
+    higher = chosen["rank"] - 1
+    more = f"; {higher} with higher estimates are doubted" if higher else ""
+    return chosen["member"], (
+        f"Recommendation: {chosen['member']}, with an estimated gain over the log of "
+        f"{chosen['gain']:.4g} (95 % interval {chosen['gain_low']:.4g} to "
+        f"{chosen['gain_high']:.4g}{more})" + ("; but first read the warnings." if off else ".")
     )

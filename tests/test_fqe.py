@@ -295,6 +295,11 @@ def test_what_cannot_be_is_refused(parts):
     for name, value in (("updates", 0), ("batch_size", True), ("target_every", 0), ("lr", 0.0)):
         with pytest.raises(ValueError, match=f"{name} is"):
             run(**{name: value})
+    cut = MDP.log(uniform(), episodes=9, horizon=2)
+    with pytest.raises(ValueError, match=r"discount is 1 and [1-9] of 9 episodes of held_out end"):
+        run(other=cut, discount=1.0)
+    with pytest.raises(ValueError, match="of train end without termination"):
+        run(one=cut, discount=1)
     with pytest.raises(ValueError, match="polyak is 0"):
         run(polyak=0.0)
     with pytest.raises(ValueError, match=r"reads \['elsewhere'\], which the log lacks"):

@@ -156,9 +156,35 @@ def test_doubts_are_sentences(parts, members, fitted):
     assert "and 1 more: importance weights rest on as few as" in text
     assert "and 3 more: up to 100% of the actions" in text
     assert "(of the log's own, 100%)" in text
-    assert found.recommended == "p0"
-    assert "first read the warnings" in found.recommendation
+    assert found.recommended is None
+    assert "the best, p0, gains" in found.recommendation
+    assert "what looks better is doubted, see the warnings" in found.recommendation
     assert all(f"Warning: {warning}" in str(found) for warning in found.warnings)
+
+
+def test_the_best_that_is_not_doubted_is_recommended(parts, members, fitted, ranking):
+    second = next(row for row in ranking.rows[1:] if row["gain_low"] > 0)
+    names = list(fitted.names)
+    promise = np.zeros(len(names))
+    for row in ranking.rows[: second["rank"] - 1]:
+        promise[names.index(row["member"])] = 100.0
+    optimistic = replace(fitted, optimism=promise, optimism_error=np.ones(len(names)))
+    found = rank_members(members, *parts, discount=DISCOUNT, fitted_q=optimistic, clone="clone")
+    assert [row["member"] for row in found.rows] == [row["member"] for row in ranking.rows]
+    assert found.recommended == second["member"]
+    assert f"{second['rank'] - 1} with higher estimates are doubted" in found.recommendation
+
+
+def test_critics_that_have_not_converged_recommend_nobody(parts, members, fitted):
+    few = replace(fitted, backups=3.0)
+    rare = replace(fitted, passes=0.5)
+    for unfinished in (few, rare):
+        found = rank_members(members, *parts, discount=DISCOUNT, fitted_q=unfinished, clone="clone")
+        assert found.recommended is None
+        (warning,) = (w for w in found.warnings if "has not converged" in w)
+        assert f"renewed its targets {unfinished.backups:.3g} times" in warning
+    assert fitted.backups == 60
+    assert fitted.passes == pytest.approx(600 * 512 / len(parts[0]))
 
 
 def test_a_tenth_of_the_episodes_must_bear_the_weight(parts, members, fitted):
@@ -215,6 +241,8 @@ def test_truncated_returns_are_completed_by_the_clone():
     without = rank_members(policies, log, log, discount=DISCOUNT, fitted_q=fitted)
     assert without.log_value == pytest.approx(returns.mean())
     assert any("leave" in warning and "unlogged" in warning for warning in without.warnings)
+    assert without.recommended is None
+    assert found.recommended == "greedy"
 
 
 def test_agents_of_continuous_actions_are_ranked_without_a_model_fitted_by_hand():
