@@ -146,8 +146,13 @@ def report(rows: Rows, ranking: Ranking | None, level: Level) -> None:
     if ranking and level:
         found, best = ([rows[name][key] for name in order] for key in ("value", "score"))
         advised = rows[ranking.recommended]["score"] if ranking.recommended else level[1]
-        print(f"In truth that scores {advised:.4g}, {order[0]} {best[0]:.4g}, {level[0]} "
-              f"{level[1]:.4g}; rank correlation {spearman(found, best):.2f}.")  # fmt: skip
+        top = (
+            "the best"
+            if ranking.recommended == order[0]
+            else f"the best, {order[0]}, {best[0]:.4g}"
+        )
+        print(f"In truth that scores {advised:.4g}, {top}; {level[0]} {level[1]:.4g}. "
+              f"Rank correlation {spearman(found, best):.2f}.")  # fmt: skip
 
 
 def cell(row: dict[str, Any], key: str) -> str:
@@ -194,6 +199,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, IQLConfig
     options = parser.parse_args(arguments)
     if min(options.seeds, options.episodes, options.fit_updates) < 1:
         parser.error("--seeds, --episodes and --fit-updates are numbers of at least 1.")
+    if not 0 < options.held_out < 1:
+        parser.error(f"--held-out is {options.held_out:g}; wanted a share between 0 and 1.")
     config = settings(options)
     usual = {field: [getattr(config, field)] for field in GRID}
     usual["temperature"] = [0.0, config.temperature, 3 * config.temperature]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase, unravel_key
 from tensordict.nn import (
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
@@ -33,6 +33,7 @@ __all__ = [
     "is_known",
     "is_single",
     "pick_first",
+    "writes",
 ]
 
 Evaluate = Callable[[TensorDictBase], Tensor]
@@ -66,15 +67,17 @@ class BoundNetworks:
         self.critics: dict[int, Evaluate] = {}
         if "value_network" not in mixed:
             clone = self._bind(loss.value_network, loss.value_network_params)
-            if clone is not None and is_single(clone):
+            if clone is not None and writes(clone, loss.tensor_keys.value):
                 self.value = _Direct(clone)
         self._actor: Any = self._bind(loss.actor_network, loss.actor_network_params)
         if self._actor is not None and is_head_and_distribution(self._actor):
             self._actor = DirectActor(self._actor)
-        if "qvalue_network" not in mixed and _is_critic(loss.qvalue_network):
+        critic = loss.qvalue_network
+        named = writes(critic, loss.tensor_keys.state_action_value)
+        if "qvalue_network" not in mixed and named and _leaves_no_trace(critic):
             for name in ("qvalue_network_params", "target_qvalue_network_params"):
                 params = loss._modules[name]
-                clone = self._bind(loss.qvalue_network, params, stacked=loss.num_qvalue_nets > 1)
+                clone = self._bind(critic, params, stacked=loss.num_qvalue_nets > 1)
                 if clone is not None:
                     lone = loss.num_qvalue_nets == 1
                     self.critics[id(params)] = _Lone(clone) if lone else _Direct(clone)
@@ -181,10 +184,14 @@ def _is_plain(network: Any) -> bool:
     )
 
 
-def _is_critic(network: nn.Module) -> bool:
-    """Whether it is single and evaluating targets as well leaves no trace in it."""
-    traces = any(isinstance(m, nn.modules.batchnorm._NormBase) for m in network.modules())
-    return is_single(network) and not traces
+def writes(network: Any, key: NestedKey) -> bool:
+    """Whether it is single and its output goes where the loss reads it."""
+    return is_single(network) and unravel_key(network.out_keys[0]) == unravel_key(key)
+
+
+def _leaves_no_trace(network: nn.Module) -> bool:
+    """Whether evaluating targets with it as well leaves nothing behind."""
+    return not any(isinstance(m, nn.modules.batchnorm._NormBase) for m in network.modules())
 
 
 def is_head_and_distribution(actor: Any) -> bool:

@@ -12,6 +12,7 @@ from torchrl.data import ReplayBuffer
 from torchrl.objectives import HardUpdate
 
 from iql_torchrl.capture_checks import check_alignment, check_cuda, check_replay
+from iql_torchrl.categories import category_limits, check_rows
 from iql_torchrl.compilation import TRACING, CompiledStep, compiled
 from iql_torchrl.data.replay import DeviceSampler
 from iql_torchrl.fingerprint import fingerprint, options, same
@@ -28,8 +29,9 @@ def captured(
 
     ``replay`` is a :class:`~iql_torchrl.data.DeviceSampler`, or a TorchRL buffer with uniform
     sampling and no transform, whose rows are then copied to the parameters' device, and again when
-    the buffer has been written to. Returns the means of the step's metrics over the updates, as
-    tensors on the device: reading them is the only wait.
+    the buffer has been written to (by this process: call ``recapture()`` where another writes).
+    Returns the means of the step's metrics over the updates, as tensors on the device: reading them
+    is the only wait.
 
     On CUDA the updates are one CUDA graph, replayed; the first call runs them uncaptured. Elsewhere
     the compiled update is called without checks between. Either way a loaded state, a moved
@@ -70,12 +72,16 @@ class CapturedStep:
         self._whole = isinstance(fast, CompiledStep) and fast.written_out
         if self._on_cuda:
             check_cuda(step, updates, self._whole)
-        self._copy: tuple[object, DeviceSampler] | None = None
+        self._copy: tuple[object, DeviceSampler] | None
         self._generator: torch.Generator | None = None  # of a buffer's copied rows
         self.recapture()
 
     def recapture(self) -> None:
-        """Capture anew at the next call."""
+        """Capture anew at the next call, from a buffer's rows as they are then."""
+        self._copy = None
+        self._forget()
+
+    def _forget(self) -> None:
         if self._whole:  # what the step has become
             self._fast = compiled(self.step)
         self._seen: Sequence[Any] | None = None
@@ -89,7 +95,7 @@ class CapturedStep:
         slots = self._fast.slots() if self._whole else ()
         seen = self._look(rows, slots)
         if self._seen is None or not same(seen, self._seen):
-            self.recapture()
+            self._forget()
             self._prepare(rows)
             slots = self._fast.slots() if self._whole else ()
             self._record(rows, slots)
@@ -127,6 +133,7 @@ class CapturedStep:
 
     def _prepare(self, rows: DeviceSampler) -> None:
         """What a capture reads and writes besides the step's own tensors."""
+        check_rows(rows, category_limits(self.step.loss))
         self._names = _told(self.step.loss)
         self._index = torch.zeros(rows.batch_size, dtype=torch.int64, device=self._device)
         runs = () if self.step.members is None else (self.step.members,)
@@ -214,7 +221,7 @@ class CapturedStep:
         replay = self.replay
         if isinstance(replay, DeviceSampler):
             return replay
-        state = (len(replay), getattr(replay.writer, "_write_count", None))
+        state = (len(replay), getattr(replay.writer, "_write_count", None), _versions(replay))
         if self._copy is None or self._copy[0] != state:
             if self._generator is None:
                 self._generator = torch.Generator(self._device).manual_seed(_seed_from(replay))
@@ -284,6 +291,15 @@ class _Program:
         function, arguments = self._function, self._arguments
         del self._function, self._arguments
         return lambda: function(*arguments)
+
+
+def _versions(replay: ReplayBuffer) -> tuple[int, ...]:
+    """How often each of a buffer's tensors was written to in place, by this process."""
+    held = getattr(replay.storage, "_storage", None)
+    if not isinstance(held, TensorDictBase):
+        return ()
+    leaves = held.values(include_nested=True, leaves_only=True)
+    return tuple(leaf._version for leaf in leaves if not leaf.is_inference())
 
 
 def _told(loss: ImplicitQLoss) -> list[str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 from torchrl._utils import logger as torchrl_logger
 
+from iql_torchrl.categories import category_limits, check_categories
 from iql_torchrl.reading import Batch
 from iql_torchrl.stacked_adam import StackedAdam, along
 from iql_torchrl.step import IQLStep, Terms, clip
@@ -108,6 +109,7 @@ class CompiledStep(IQLStep):
         self.__dict__.update(step.__dict__)
         self.generation = 0
         self._list_parameters()
+        self.limits = category_limits(self.loss)
         self.written_out = _written_out(self.optimizer)
         if not self.written_out:
             torchrl_logger.warning(
@@ -142,6 +144,8 @@ class CompiledStep(IQLStep):
         loss = self.loss
         with self.setting(), torch._dynamo.config.patch(TRACING):
             read = loss.read(batch)
+            if self.limits and self._device == "cpu":  # elsewhere it would wait for the device
+                check_categories(read.data, self.limits)
             if self.written_out:
                 losses, summary = self._whole(read, *self.slots())
                 # schedulers ask whether the optimizer came before them

@@ -33,7 +33,7 @@ from iql_torchrl.critics import (
     list_critics,
     unlocked,
 )
-from iql_torchrl.reading import Batch, agree, per_sample, read_batch
+from iql_torchrl.reading import Batch, agree, output_of, per_sample, read_batch
 
 __all__ = ["OfflineLoss"]
 
@@ -233,6 +233,10 @@ class OfflineLoss(LossModule):
         ]
         self._in_keys = list(dict.fromkeys(unravel_key(name) for name in names))
 
+    def set_keys(self, **kwargs: Any) -> None:
+        super().set_keys(**kwargs)
+        self._kept = None  # short ways know where outputs go
+
     @property
     def in_keys(self) -> list[NestedKey]:
         """Keys that :meth:`forward` reads; ``("next", ...)`` ones only for V."""
@@ -306,7 +310,7 @@ class OfflineLoss(LossModule):
         params = self._shared.live(self, "value_network")
         inputs = batch.data.select(*self.value_network.in_keys, strict=False)
         with params.to_module(self.value_network, preserve_module_state=False):
-            value = self.value_network(inputs).get(key)
+            value = output_of(self.value_network(inputs), key, "value_network")
         return per_sample(value, inputs.batch_size, key)
 
     def state_values(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -364,9 +368,9 @@ class OfflineLoss(LossModule):
         if self.num_qvalue_nets > 1:
             if torch.compiler.is_compiling():  # vmap would lock anew, which warns in a graph
                 params = unlocked(params)
-            return self._vmap_qvalue_network(inputs, params).get(key)
+            return output_of(self._vmap_qvalue_network(inputs, params), key, "qvalue_network")
         with params.to_module(self.qvalue_network, preserve_module_state=False):
-            return self.qvalue_network(inputs).get(key).unsqueeze(0)
+            return output_of(self.qvalue_network(inputs), key, "qvalue_network").unsqueeze(0)
 
     @contextmanager
     def _live_actor(self) -> Iterator[Any]:

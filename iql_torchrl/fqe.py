@@ -123,10 +123,10 @@ def fitted_q_evaluation(
     """
     resolved = resolve_members(members)
     check_logs(train, held_out, discount)
-    _check_numbers(updates, batch_size, lr, polyak, target_every, action_samples)
+    _check_numbers(updates, batch_size, hidden, lr, polyak, target_every, action_samples)
     _check_ends(train, held_out, discount)
     choose = chooser(train, deterministic, action_samples, seed)
-    data = Regression(train, resolved, torch.device(device), discount, choose)
+    data = Regression(train, resolved, _device(device), discount, choose)
     live = stacked_critics(data, hidden, seed)
     target = [(weight.detach().clone(), bias.detach().clone()) for weight, bias in live]
     leaves = [leaf for layer in live for leaf in layer]
@@ -199,6 +199,16 @@ def _values(
     return torch.cat(parts, 1).double().numpy() * data.unit
 
 
+def _device(name: torch.device | str) -> torch.device:
+    device = torch.device(name)
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"device is {str(name)!r}, which cannot be used here: {reason}") from error
+    return device
+
+
 def _check_ends(train: OfflineDataset, held_out: OfflineDataset, discount: float) -> None:
     """Undiscounted values past a truncation have no bound."""
     for name, log in (("train", train), ("held_out", held_out)):
@@ -215,6 +225,7 @@ def _check_ends(train: OfflineDataset, held_out: OfflineDataset, discount: float
 def _check_numbers(
     updates: int,
     batch_size: int,
+    hidden: Sequence[int],
     lr: float,
     polyak: float,
     target_every: int | None,
@@ -223,6 +234,7 @@ def _check_numbers(
     counts = {"updates": updates, "batch_size": batch_size, "action_samples": action_samples}
     if target_every is not None:
         counts["target_every"] = target_every
+    counts |= {f"hidden[{place}]": width for place, width in enumerate(hidden)}
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}; wanted a whole number, at least 1.")

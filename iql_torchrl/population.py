@@ -126,10 +126,12 @@ class IQLPopulation:
         what is not asked for is not trained. With ``compile`` in the configs, updates are
         :func:`~iql_torchrl.captured`, as many a call as divide ``every``, at most 32.
 
-        Raises ``ValueError`` on ``every < 1``.
+        Raises ``ValueError`` on ``every < 1`` and on numbers that are not whole.
         """
-        if every < 1:
-            raise ValueError(f"every is {every}; wanted at least one update.")
+        if int(every) != every or every < 1:
+            raise ValueError(f"every is {every}; wanted at least one update, a whole number.")
+        if updates is not None and (int(updates) != updates or updates < 0):
+            raise ValueError(f"updates is {updates}; wanted a whole number, at least 0.")
         end = self.configs[0].updates if updates is None else self.updates + updates
         while self.updates < end:
             coming = min(every, end - self.updates)
@@ -156,7 +158,12 @@ class IQLPopulation:
         return means
 
     def member(self, number: int) -> Agent:
-        """Run ``number`` as an ordinary agent, with its weights and a fresh optimizer."""
+        """Run ``number`` as an ordinary agent, with its weights and a fresh optimizer.
+
+        Raises ``IndexError`` when there is no such run.
+        """
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"there is no run {number}: the runs are 0 to {len(self) - 1}.")
         agent = self._agent(number)
         self.loss.write_member(number, agent.loss)
         return agent
@@ -225,6 +232,8 @@ class IQLPopulation:
 
 
 def _check_configs(configs: Sequence[IQLConfig]) -> None:
+    if isinstance(configs, IQLConfig):
+        raise TypeError("configs is one IQLConfig; wanted a sequence of them, one per run.")
     if not configs:
         raise ValueError("configs is empty; a population has at least one run.")
     for number, config in enumerate(configs):

@@ -14,7 +14,7 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.value import TD0Estimator
 
 from iql_torchrl import functional as F
-from iql_torchrl.bound import DirectActor, is_head_and_distribution, is_single
+from iql_torchrl.bound import DirectActor, is_head_and_distribution, writes
 from iql_torchrl.critics import SharedLeaves
 from iql_torchrl.objectives import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
 from iql_torchrl.reading import Batch, agree, per_sample
@@ -288,6 +288,10 @@ def _check_alike(losses: Sequence[ImplicitQLoss]) -> None:
         raise ValueError(
             "actor_network must be one module and one distribution, ProbabilisticActor."
         )
-    for name in NETWORKS[1:]:
-        if not is_single(getattr(first, name)):
-            raise ValueError(f"{name} must be one plain module with one out-key, ValueOperator.")
+    keys = first.tensor_keys.state_action_value, first.tensor_keys.value
+    for name, key in zip(NETWORKS[1:], keys, strict=True):
+        if not writes(getattr(first, name), key):
+            raise ValueError(
+                f"{name} must be one plain module whose one out-key is {key!r}, ValueOperator; its "
+                f"out_keys are {getattr(first, name).out_keys}."
+            )

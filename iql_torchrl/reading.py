@@ -9,7 +9,7 @@ import torch
 from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
 from torch import Tensor
 
-__all__ = ["Batch", "agree", "per_sample", "read_batch"]
+__all__ = ["Batch", "agree", "output_of", "per_sample", "read_batch"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,18 @@ def per_sample(value: Tensor, shape: torch.Size, key: NestedKey, *, leading: int
             f"one number per step, shape {(*shape, 1)} or {tuple(shape)}."
         )
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+def output_of(found: TensorDictBase, key: NestedKey, name: str) -> Tensor:
+    """What a network wrote under ``key``; raises ``KeyError`` when it wrote elsewhere."""
+    value = found.get(key, None)
+    if value is None:
+        held = sorted(map(str, found.keys(include_nested=True, leaves_only=True)))
+        raise KeyError(
+            f"{name} writes no {key!r}; it gives {held}. Build it with out_keys=[{key!r}], or name "
+            "its key with loss.set_keys(...)."
+        )
+    return value
 
 
 def agree(**quantities: Tensor) -> None:

@@ -134,19 +134,19 @@ class DataState:
         mine = self.state_dict()
         if saved["fingerprint"] is None or mine["fingerprint"] is None:
             return
-        if None not in (saved["reward_map"], mine["reward_map"]) and (
-            saved["reward_map"] != mine["reward_map"]
-        ):
+        both = {*saved["fingerprint"], *mine["fingerprint"]}
+        differing = sorted(
+            k for k in both if saved["fingerprint"].get(k) != mine["fingerprint"].get(k)
+        )
+        maps = saved["reward_map"], mine["reward_map"]
+        same_steps = all("reward" in key for key in differing)
+        if None not in maps and maps[0] != maps[1] and same_steps:
             raise CheckpointError(
                 "the checkpoint is of the same run only with its own reward map: it was saved with "
                 f"(scale, shift) = {tuple(saved['reward_map'])} and the dataset has "
                 f"{tuple(mine['reward_map'])}; pass reward={tuple(saved['reward_map'])} to "
                 "load_dataset."
             )
-        both = {*saved["fingerprint"], *mine["fingerprint"]}
-        differing = sorted(
-            k for k in both if saved["fingerprint"].get(k) != mine["fingerprint"].get(k)
-        )
         if differing:
             key = differing[0]
             raise CheckpointError(

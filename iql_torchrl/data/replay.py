@@ -138,6 +138,16 @@ class DeviceSampler:
                 level[key[-1]] = values.reshape(len(indices), *shape)
         return TensorDict(nested, batch_size=[len(indices)], device=self.device)
 
+    def column(self, key: Key) -> Tensor | None:
+        """All rows of one entry, ``(N, ...)``, as a view; None where there is none."""
+        wanted = (key,) if isinstance(key, str) else tuple(key)
+        for table, parts in zip(self.tables, self._parts, strict=True):
+            columns = torch.split(table, [width for _, _, width in parts], dim=1)
+            for (found, shape, _), values in zip(parts, columns, strict=True):
+                if found == wanted:
+                    return values.unflatten(1, shape) if shape else values.squeeze(1)
+        return None
+
     def sample(self, batch_size: int | None = None) -> TensorDict:
         """A fresh batch ``(batch_size,)``."""
         return self.gather(self.indices(batch_size))
