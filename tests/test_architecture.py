@@ -26,7 +26,7 @@ LAYERS = {
     "arguments": 1,
     "bound": 2,
     "capture_checks": 6,
-    "categories": 2,
+    "categories": 3,
     "fingerprint": 6,
     "capture": 7,
     "checkpoint": 1,

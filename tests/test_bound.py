@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -456,6 +457,33 @@ def test_renamed_keys():
     check(loss, batch)
     batch["next", "prize"] = batch["next", "pay"] + 1
     loss.set_keys(reward="prize")
+    check(loss, batch)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
+def test_outputs_under_other_names_are_refused_on_every_way(activation):
+    net = {"hidden": (8,), "activation": activation}
+    critic = ValueOperator(networks.Critic(OBS, ACT, **net), in_keys=["observation", "action"])
+    other = ValueOperator(
+        networks.Critic(OBS, ACT, **net), in_keys=["observation", "action"], out_keys=["q"]
+    )
+    value = ValueOperator(networks.StateValue(OBS, **net), in_keys=["observation"])
+    elsewhere = ValueOperator(
+        networks.StateValue(OBS, **net), in_keys=["observation"], out_keys=["v"]
+    )
+    batch = make_batch(8).double()
+    for critics, state in ((other, value), (critic, elsewhere)):
+        loss = IQLLoss(policies.gaussian(OBS, SPEC, hidden=(8,)), critics, state).double()
+        for short in (False, True):
+            with (
+                loss.bound() if short else nullcontext(),
+                pytest.raises(KeyError, match=r"'state_(action_)?value'"),
+            ):
+                loss(batch.clone())
+    loss = IQLLoss(policies.gaussian(OBS, SPEC, hidden=(8,)), other, value).double()
+    with pytest.raises(KeyError, match="qvalue_network writes no"), loss.bound():
+        loss(batch.clone())
+    loss.set_keys(state_action_value="q")
     check(loss, batch)
 
 

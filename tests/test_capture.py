@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR,
 from torchrl.data import (
     Bounded,
     Categorical,
+    LazyMemmapStorage,
     LazyTensorStorage,
     SamplerWithoutReplacement,
     TensorDictReplayBuffer,
@@ -488,6 +489,49 @@ def test_a_buffer_that_is_written_to():
     buffer.extend(full)  # the cursor is where it was, and every row is another
     call()
     assert observations(call) == set(full["observation"][:, 0].tolist())
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("memmap", [False, True])
+def test_a_buffer_that_is_written_to_in_place(memmap, tmp_path):
+    data = table()
+    storage = LazyMemmapStorage(100, scratch_dir=tmp_path) if memmap else LazyTensorStorage(100)
+    buffer = TensorDictReplayBuffer(storage=storage, batch_size=16)
+    buffer.extend(data)
+    call = captured(Pair().steps[0], buffer, updates=2)
+    call()
+    rows, seen = call._rows(), call._seen
+    assert call._rows() is rows
+    call()
+    assert call._seen is seen  # nothing was captured anew
+    relabelled = buffer[:].exclude("index").clone()
+    relabelled["next", "reward"] += 100
+    buffer[torch.arange(100)] = relabelled
+    call()
+    rewards = call._rows().column(("next", "reward"))
+    assert torch.equal(rewards, relabelled["next", "reward"])
+    rows = call._rows()
+    call.recapture()
+    assert call._rows() is not rows
+
+
+@pytest.mark.parametrize("where", ["observation", ("next", "observation")])
+@pytest.mark.parametrize("wrong", [OBS, -1])
+def test_categories_out_of_range_are_said_before_a_program_meets_them(where, wrong):
+    step = IQLStep(loss := make_discrete(networks.OneHot(OBS)), adam(loss.parameters()), soft(loss))
+    data = categories()
+    data[where][7] = wrong
+    name = where if isinstance(where, str) else ".".join(where)
+    said = rf"{name} holds category {wrong}; wanted whole numbers from 0 to {OBS - 1}"
+    before = copy.deepcopy(loss.state_dict())
+    with pytest.raises(ValueError, match=said):
+        captured(step, DeviceSampler(data, 16))()
+    with pytest.raises(ValueError, match=said):
+        compiled(step)(data)
+    after = loss.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items() if torch.is_tensor(v))
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        step(data)
 
 
 @pytest.mark.usefixtures("untraced")

@@ -295,6 +295,10 @@ def test_what_cannot_be_is_refused(parts):
     for name, value in (("updates", 0), ("batch_size", True), ("target_every", 0), ("lr", 0.0)):
         with pytest.raises(ValueError, match=f"{name} is"):
             run(**{name: value})
+    with pytest.raises(ValueError, match=r"hidden\[1\] is 0"):
+        run(hidden=(4, 0))
+    with pytest.raises(ValueError, match="device is 'cuda:99', which cannot be used here"):
+        run(device="cuda:99")
     cut = MDP.log(uniform(), episodes=9, horizon=2)
     with pytest.raises(ValueError, match=r"discount is 1 and [1-9] of 9 episodes of held_out end"):
         run(other=cut, discount=1.0)

@@ -248,6 +248,13 @@ def test_what_is_no_population_is_refused():
         IQLPopulation([BASE], data, batches="each")
     with pytest.raises(ValueError, match="configs is empty"):
         IQLPopulation([], data)
+    with pytest.raises(TypeError, match="configs is one IQLConfig; wanted a sequence"):
+        IQLPopulation(BASE, data)
+    with pytest.raises(IndexError, match="there is no run 4: the runs are 0 to 3"):
+        IQLPopulation(configs(), data).member(4)
+    for updates, every in ((2.5, 1), (-1, 1), (1, 1.5)):
+        with pytest.raises(ValueError, match=r"is (2\.5|-1|1\.5); wanted .*whole number"):
+            next(IQLPopulation([BASE], data).train(updates, every=every))
     with pytest.raises(ValueError, match="members: wanted at least 1, got 0"):
         MemberSampler(data.transitions, 4, members=0)
     population = IQLPopulation(configs(), data)
