@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from bench_learning import RESULTS
 from bench_step import REFERENCE, about, measure, summarise, write
-from step_rivals import Rival, Sizes, Update
+from step_rivals import Rival, Sizes, Update, trained_as_torchrl_does
 from tensordict import TensorDict
 from torch import nn
 from torchrl.data import Categorical
@@ -67,18 +67,8 @@ def torchrl_loop(compile: bool, _: TensorDict, sizes: Sizes, device: str) -> tup
     loss = TorchRLLoss(
         *parts(one_hot=True), action_space="categorical", loss_function="l2", expectile=0.7
     ).to(device)
-    optimizer, updater = torch.optim.Adam(loss.parameters(), lr=1e-2), SoftUpdate(loss, tau=0.05)
-    buffer = replay_buffer(transitions(True, device), sizes.batch, seed=0, device=device)
-    forward = torch.compile(loss) if compile else loss
-
-    def update() -> None:
-        losses = forward(buffer.sample())
-        (losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        updater.step()
-
-    return update, 1
+    rows = transitions(True, device)
+    return trained_as_torchrl_does(loss, rows, sizes, device, compile, lr=1e-2, tau=0.05)
 
 
 def ours(form: str, one_hot: bool, _: TensorDict, sizes: Sizes, device: str) -> tuple[Update, int]:

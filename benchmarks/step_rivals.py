@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 from torchrl.objectives import IQLLoss as TorchRLLoss
-from torchrl.objectives import SoftUpdate
+from torchrl.objectives import LossModule, SoftUpdate
 
 from iql_torchrl import IQLLoss, IQLStep, compiled, networks, policies
 from iql_torchrl.data import DeviceSampler, replay_buffer
@@ -100,7 +100,20 @@ def torchrl_loop(
         temperature=3.0,
         expectile=0.7,
     ).to(device)
-    optimizer, updater = torch.optim.Adam(loss.parameters(), lr=3e-4), SoftUpdate(loss, tau=0.005)
+    return trained_as_torchrl_does(loss, rows, sizes, device, compile, lr=3e-4, tau=0.005)
+
+
+def trained_as_torchrl_does(
+    loss: LossModule,
+    rows: TensorDict,
+    sizes: Sizes,
+    device: str,
+    compile: bool,
+    *,
+    lr: float,
+    tau: float,
+) -> tuple[Update, int]:
+    optimizer, updater = torch.optim.Adam(loss.parameters(), lr=lr), SoftUpdate(loss, tau=tau)
     buffer = replay_buffer(rows, sizes.batch, seed=0, device=device)
     forward = torch.compile(loss) if compile else loss
 
