@@ -43,9 +43,9 @@ def captured(
     the plain step is captured, which wants ``capturable=True`` and takes no schedule.
 
     Raises ``ValueError`` on ``updates < 1``; a buffer that samples otherwise; rows on another
-    device; categories that the networks' ``OneHot`` does not know; a schedule that moves more than learning rates; on CUDA, states of the optimizer on the
-    host, and targets that would move in the midst of a call. ``TypeError`` on a step or a replay of
-    another kind.
+    device; categories that the networks' ``OneHot`` does not know; a schedule that moves more than
+    learning rates; on CUDA, states of the optimizer on the host, and targets that would move in the
+    midst of a call. ``TypeError`` on a step or a replay of another kind.
     """
     return CapturedStep(step, replay, updates)
 

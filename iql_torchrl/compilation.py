@@ -57,7 +57,9 @@ def compiled(step: IQLStep, **torch_compile_kwargs: Any) -> IQLStep:
 
     Keyword arguments go to ``torch.compile``: ``fullgraph=True`` unless you say otherwise, and on
     a CPU Inductor's C++ wrapper unless ``mode`` or ``options`` is given. The first call compiles,
-    for tens of seconds; batches of another shape compile again.
+    for tens of seconds; batches of another shape compile again. On a CPU the step raises
+    ``ValueError`` on categories that the networks' ``OneHot`` does not know; elsewhere asking would
+    wait for the device.
     """
     options = {"fullgraph": True} | torch_compile_kwargs
     if not _traces_gradients():
