@@ -321,6 +321,11 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
         IQLPopulation.load(path, replace(data, transitions=rewards))
     with pytest.raises(CheckpointError, match="another dataset"):
         IQLPopulation.load(path, dataset("discrete"))
+    mapped = type(data.reward_map)(2.0, 0.0)
+    with pytest.raises(CheckpointError, match="another dataset"):
+        IQLPopulation.load(path, replace(dataset("discrete"), reward_map=mapped))
+    with pytest.raises(CheckpointError, match="its own reward map"):
+        IQLPopulation.load(path, replace(data, reward_map=mapped))
     states = read_components(path)
     for config in states["population"]["configs"]:
         config["device"] = "cuda:99"
