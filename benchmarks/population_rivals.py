@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from step_rivals import Sizes, Update, products
+from step_rivals import Sizes, Update, products, replayed
 
 from iql_torchrl import (
     IQLConfig,
@@ -97,14 +97,7 @@ def floor(sizes: Sizes, device: str, count: int, batched: bool) -> Made:
     def update() -> object:
         return [multiply(a, b, out=out) for a, b, out in work][-1]
 
-    if not device.startswith("cuda"):
-        return update, 1
-    update()
-    torch.cuda.synchronize()
-    recorded = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(recorded):
-        update()
-    return lambda: (recorded.replay(), work)[0], 1
+    return (replayed(update, work) if device.startswith("cuda") else update), 1
 
 
 def competitors(

@@ -286,11 +286,14 @@ def floor(rows: TensorDict, sizes: Sizes, device: str, graph: bool = False) -> t
         for a, b, out in work:
             torch.mm(a, b, out=out)
 
-    if not graph:
-        return update, 1
+    return (replayed(update, work) if graph else update), 1
+
+
+def replayed(update: Update, kept: object) -> Update:
+    """``update`` as a CUDA graph; ``kept`` are the tensors in it, which must live on."""
     update()
     torch.cuda.synchronize()
     recorded = torch.cuda.CUDAGraph()
     with torch.cuda.graph(recorded):
         update()
-    return lambda: (recorded.replay(), work)[0], 1
+    return lambda: (recorded.replay(), kept)[0]

@@ -239,10 +239,11 @@ def _condense(module: nn.Module, made: dict[nn.Module, Dense] | None = None) -> 
     pick_first(module, Dense)
 
 
-def pick_first(module: nn.Module, kind: type[nn.Module]) -> None:
+def pick_first(module: nn.Module, kind: type[Any]) -> None:
     """Let a perceptron of ``kind`` behind a OneHot take the categories themselves."""
     parts = module._modules
+    first, body = parts.get("preprocess"), parts.get("mlp")
     if type(module) is networks.Critic:  # which joins them with the action
         return
-    if type(parts.get("preprocess")) is networks.OneHot and type(parts.get("mlp")) is kind:
-        parts["preprocess"] = Category()
+    if type(first) is networks.OneHot and isinstance(body, kind):
+        parts["preprocess"], body.picks = Category(), True

@@ -12,7 +12,7 @@ from torchrl.modules import MLP as TorchRLMLP
 
 from iql_torchrl.networks import MLP
 
-__all__ = ["Category", "Dense", "linear_layers", "picked"]
+__all__ = ["Category", "Dense", "check_picks", "linear_layers", "picked"]
 
 aten = torch.ops.aten
 # In place on the layer's output, and the gradient from that output alone.
@@ -54,12 +54,21 @@ def picked(weight: Tensor, index: Tensor) -> Tensor:
     return weight.gather(-1, index.view(shape).expand(*weight.shape[:-1], -1))
 
 
+def check_picks(x: Tensor, picks: bool) -> None:
+    """Raise ``TypeError`` on whole numbers where no category was announced."""
+    if not (picks or x.is_floating_point()):
+        raise TypeError(
+            f"a network's first layer got {x.dtype}; wanted floating-point observations. Give a "
+            "network of categories preprocess=networks.OneHot(...), and cast other whole numbers."
+        )
+
+
 class Dense(nn.Module):
     """What the Sequential ``source`` computes, from parameters that may be stacked.
 
     Weights ``(*K, out, in)`` and biases ``(*K, out)`` with one leading dimension or none; input
-    ``(*B, in)``, several joined on the last dimension, or categories ``(*B,)`` in place of their
-    one-hot form; output ``(*K, *B, out)``. The gradient is written out, so it cannot be
+    ``(*B, in)``, several joined on the last dimension; with ``picks``, categories ``(*B,)`` in place
+    of their one-hot form; output ``(*K, *B, out)``. The gradient is written out, so it cannot be
     differentiated again.
     """
 
@@ -68,11 +77,13 @@ class Dense(nn.Module):
         layers = linear_layers(source)
         assert layers is not None
         self.leaves = tuple(leaf for layer in layers for leaf in (layer.weight, layer.bias))
+        self.picks = False
         kind = type(source[1]) if len(source) > 1 else nn.ReLU
         self.activation, self.derivative = ACTIVATIONS[kind]
 
     def forward(self, *inputs: Tensor) -> Tensor:
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
+        check_picks(x, self.picks)
         batch = x.shape[:-1] if x.is_floating_point() else x.shape
         rows = x if len(batch) == 1 else x.reshape(-1, *x.shape[len(batch) :])
         if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):

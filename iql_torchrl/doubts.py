@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.importance import Importance
+from iql_torchrl.members import horizon, open_ended
 
 __all__ = [
     "doubts_of",
@@ -94,28 +95,25 @@ def _named(rows: Sequence[Mapping[str, Any]]) -> str:
 def value_warnings(
     backups: float,
     passes: float,
-    clone: Mapping[str, Any] | None,
     held_out: OfflineDataset,
     discount: float,
+    *,
+    with_clone: bool,
 ) -> list[str]:
     """Why no value may be compared with the log's: one sentence each.
 
     ``backups``: how often the critics' targets were renewed; ``passes``: of their data.
     """
     found = []
-    powers = [(1 - discount**t) / (1 - discount) if discount < 1 else float(t)
-              for t in held_out.episode_lengths]  # fmt: skip
-    horizon = float(np.mean(powers))
-    if backups < HORIZONS * horizon or passes < PASSES:
+    ahead = horizon(held_out, discount)
+    if backups < HORIZONS * ahead or passes < PASSES:
         found.append(
             f"fitted Q evaluation renewed its targets {backups:.3g} times, in {passes:.3g} passes "
-            f"of the data, where values look {horizon:.3g} steps ahead: it has not converged; use "
+            f"of the data, where values look {ahead:.3g} steps ahead: it has not converged; use "
             "more updates."
         )
-    if clone is None:
-        ends = np.cumsum(held_out.episode_lengths) - 1
-        cut = ~held_out.transitions["next", "terminated"].reshape(-1).cpu().numpy()[ends]
-        left = float((discount**held_out.episode_lengths * cut).mean())
+    if not with_clone:
+        left = float((discount**held_out.episode_lengths * open_ended(held_out)).mean())
         if left > UNLOGGED:
             found.append(
                 f"truncated episodes leave {left:.0%} of the discounted future unlogged: the log's "

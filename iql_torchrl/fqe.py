@@ -17,7 +17,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.members import check_logs, first_rows, resolve_members, states
+from iql_torchrl.members import check_logs, first_rows, open_ended, resolve_members, states
 from iql_torchrl.regression import Choices, Layers, Regression, Steps, chooser, stacked_critics
 from iql_torchrl.residuals import optimism, td_error
 from iql_torchrl.results import bootstrap_interval
@@ -172,8 +172,7 @@ def _estimates(
     starts = torch.from_numpy(first_rows(held_out))
     ends = starts + torch.from_numpy(held_out.episode_lengths) - 1
     first, last = held_out.transitions[starts], held_out.transitions[ends]
-    open_ended = ~last["next", "terminated"].reshape(-1).numpy()
-    left = data.discount**held_out.episode_lengths * open_ended
+    left = data.discount**held_out.episode_lengths * open_ended(held_out)
     after = states(last, following=True)
     return FittedQ(
         tuple(member.name for member in data.members),
@@ -212,11 +211,10 @@ def _device(name: torch.device | str) -> torch.device:
 def _check_ends(train: OfflineDataset, held_out: OfflineDataset, discount: float) -> None:
     """Undiscounted values past a truncation have no bound."""
     for name, log in (("train", train), ("held_out", held_out)):
-        ends = torch.from_numpy(np.cumsum(log.episode_lengths) - 1)
-        cut = int((~log.transitions["next", "terminated"].reshape(-1)[ends]).sum())
+        cut = int(open_ended(log).sum())
         if discount == 1 and cut:
             raise ValueError(
-                f"discount is 1 and {cut} of {len(ends)} episodes of {name} end without "
+                f"discount is 1 and {cut} of {len(log.episode_lengths)} episodes of {name} end without "
                 "termination, past which undiscounted values have no bound; choose a discount "
                 "below 1."
             )

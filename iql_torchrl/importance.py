@@ -25,6 +25,7 @@ from iql_torchrl.members import (
     first_rows,
     log_densities,
     log_probabilities,
+    open_ended,
     raw_rewards,
     resolve_member,
     resolve_members,
@@ -189,8 +190,7 @@ def padded(log_ratio: FloatArray, log: OfflineDataset) -> tuple[FloatArray, Floa
     steps = np.arange(longest)
     inside = steps < lengths[:, None]
     rows = np.where(inside, starts[:, None] + steps, 0)
-    terminated = log.transitions["next", "terminated"].reshape(-1).cpu().numpy()
-    alive = inside | terminated[starts + lengths - 1][:, None]
+    alive = inside | ~open_ended(log)[:, None]
     ratios = np.where(inside, log_ratio[rows], 0.0)
     rewards = np.where(inside, raw_rewards(log)[rows], 0.0)
     return ratios, rewards, alive.astype(np.float64)

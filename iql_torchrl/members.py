@@ -236,6 +236,24 @@ def first_rows(log: OfflineDataset) -> NDArray[np.int64]:
     return starts.astype(np.int64)
 
 
+def powers(log: OfflineDataset, discount: float) -> FloatArray:
+    """``discount**t`` of every row, t counted from its episode's beginning, ``(N,)``."""
+    step = np.arange(len(log)) - np.repeat(first_rows(log), log.episode_lengths)
+    return np.asarray(float(discount) ** step, np.float64)
+
+
+def horizon(log: OfflineDataset, discount: float) -> float:
+    """How many steps a value adds up: the mean of ``sum_t discount**t`` over the episodes."""
+    return float(powers(log, discount).sum()) / len(log.episode_lengths)
+
+
+def open_ended(log: OfflineDataset) -> NDArray[np.bool_]:
+    """Which episodes end without termination, ``(E,)``."""
+    ends = first_rows(log) + log.episode_lengths - 1
+    ended = log.transitions["next", "terminated"].reshape(-1).cpu().numpy()[ends]
+    return np.asarray(~ended, np.bool_)
+
+
 def raw_rewards(log: OfflineDataset) -> FloatArray:
     """Rewards before the dataset's ``reward_map``, float64 ``(N,)``; the map can be undone."""
     mapped = log.transitions["next", "reward"].reshape(-1).double().cpu().numpy()

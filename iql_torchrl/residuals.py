@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.members import first_rows, states
+from iql_torchrl.members import horizon, powers, states
 from iql_torchrl.regression import Layers, Regression, Steps
 
 __all__ = ["optimism", "td_error"]
@@ -40,18 +40,18 @@ def optimism(
     ``(P,)``, raw units; the error is a standard error. NaN where no logged action has weight.
     """
     sums = torch.zeros(5, len(data.members), dtype=torch.float64)
-    powers = torch.from_numpy(_powers(log, data.discount))
+    decay = torch.from_numpy(powers(log, data.discount))
     rows = _spaced(log, OPTIMISM_ROWS)
     for part in rows.split(4096):
         error = _errors(data, layers, log, part)
-        weight = _likeness(data, log, part) * powers[part]
+        weight = _likeness(data, log, part) * decay[part]
         square = weight.square()
         terms = (weight, weight * error, square, square * error, square * error.square())
         sums += torch.stack([term.sum(-1) for term in terms])
     total, weighted, square, crossed, errors = sums
     mean = weighted / total
     variance = (errors - 2 * mean * crossed + mean.square() * square).clamp(min=0) / total.square()
-    scale = float(powers.sum()) / len(log.episode_lengths) * data.unit
+    scale = horizon(log, data.discount) * data.unit
     return (-mean * scale).numpy(), (variance.sqrt() * scale).numpy()
 
 
@@ -73,12 +73,6 @@ def _likeness(data: Regression, log: OfflineDataset, rows: Tensor) -> Tensor:
     chosen, action = (data.scale(x.to(data.device)) for x in (chosen, action.float()))
     distance = (chosen - action.unsqueeze(1)).square().mean(-1)
     return (-distance / 2).exp().mean(-1).double().cpu()
-
-
-def _powers(log: OfflineDataset, discount: float) -> FloatArray:
-    """``discount**t`` of every row, t counted from its episode's beginning."""
-    step = np.arange(len(log)) - np.repeat(first_rows(log), log.episode_lengths)
-    return np.asarray(float(discount) ** step, np.float64)
 
 
 def _spaced(log: OfflineDataset, most: int) -> Tensor:

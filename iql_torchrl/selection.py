@@ -103,14 +103,13 @@ def rank_members(
         | _departure(member, imitator, support, held_out)
         for number, member in enumerate(resolved)
     ]
-    rows.sort(key=lambda row: float(-row["value"]))
-    for rank, row in enumerate(rows, 1):
-        row["rank"] = rank
-        row["doubts"] = doubts_of(row, returns, max_extrapolation, min_effective_episodes)
+    _rank(rows, returns, max_extrapolation, min_effective_episodes)
     agreement = _agreement(rows)
     log = float(returns.mean()), *bootstrap_interval(returns, seed=seed)
     imitation = next((r for r in rows if imitator and r["member"] == imitator.name), None)
-    doubtful = value_warnings(fitted_q.backups, fitted_q.passes, imitation, held_out, discount)
+    doubtful = value_warnings(
+        fitted_q.backups, fitted_q.passes, held_out, discount, with_clone=imitator is not None
+    )
     warnings = (
         *member_warnings(rows, returns, support.usual),
         *doubtful,
@@ -192,6 +191,14 @@ def _departure(
 ) -> dict[str, float]:
     distance = math.nan if clone is None else clone_distance(member, clone, log)
     return {"extrapolation": support.share(member), "clone_distance": distance}
+
+
+def _rank(rows: list[dict[str, Any]], returns: FloatArray, *limits: float) -> None:
+    """Order by value, and note ranks and doubts."""
+    rows.sort(key=lambda row: float(-row["value"]))
+    for rank, row in enumerate(rows, 1):
+        row["rank"] = rank
+        row["doubts"] = doubts_of(row, returns, *limits)
 
 
 def _agreement(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:

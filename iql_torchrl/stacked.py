@@ -14,7 +14,7 @@ from torchrl.modules import MLP as TorchRLMLP
 
 from iql_torchrl import networks
 from iql_torchrl.bound import WRAPPERS, is_known, pick_first
-from iql_torchrl.dense import picked
+from iql_torchrl.dense import check_picks, picked
 
 __all__ = ["StackedNetwork", "check_networks", "check_same", "perceptron_keys"]
 
@@ -160,11 +160,12 @@ class StackedNetwork:
 class _Perceptron(nn.Module):
     """A Sequential over stacked parameters: ``(B, in)`` or ``(P, B, in)`` to ``(P, [K,] B, out)``.
 
-    Categories ``(B,)`` or ``(P, B)`` may stand for their one-hot form.
+    With ``picks``, categories ``(B,)`` or ``(P, B)`` stand for their one-hot form.
     """
 
     def __init__(self, source: nn.Module, leaves: Sequence[Tensor]) -> None:
         super().__init__()
+        self.picks = False
         self.layers = nn.ModuleList(_layers(source))
         rest = list(leaves)
         self.leaves = []
@@ -177,6 +178,7 @@ class _Perceptron(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """On columns, ``(..., n, B)``: gradients of weights then have the weights' own layout."""
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
+        check_picks(x, self.picks)
         x = x.mT if x.is_floating_point() else x
         for layer, leaves in zip(self.layers, self.leaves, strict=True):
             if isinstance(layer, nn.Linear):

@@ -172,6 +172,17 @@ CHANGES = {
     "rate": to_group(lr=0.1),
     "weights": another_state,
 }
+
+
+def plain_and_traced():
+    loss = make_loss().double()
+    plain, fast = (
+        IQLStep(each, optim.Adam(each.parameters(), lr=1e-3), soft(each))
+        for each in (loss, copy.deepcopy(loss))
+    )
+    return plain, traced(fast)
+
+
 SOME_CHANGES = ("temperature", "estimator", "a function", "another function", "frozen")
 
 
@@ -183,12 +194,7 @@ SOME_CHANGES = ("temperature", "estimator", "a function", "another function", "f
 def test_a_change_is_seen_despite_the_fewer_guards(names):
     """One change after another, each done to both steps."""
     torch._dynamo.reset()
-    loss = make_loss().double()
-    plain, fast = (
-        IQLStep(each, optim.Adam(each.parameters(), lr=1e-3), soft(each))
-        for each in (loss, copy.deepcopy(loss))
-    )
-    fast = traced(fast)
+    plain, fast = plain_and_traced()
     with torch._dynamo.config.patch(recompile_limit=64):
         for name in (None, *names):
             for step in (plain, fast) if name else ():
@@ -206,12 +212,7 @@ def test_a_change_is_seen_despite_the_fewer_guards(names):
 
 def test_batches_of_other_shapes_and_with_a_mask():
     torch._dynamo.reset()
-    loss = make_loss().double()
-    plain, fast = (
-        IQLStep(each, optim.Adam(each.parameters(), lr=1e-3), soft(each))
-        for each in (loss, copy.deepcopy(loss))
-    )
-    fast = traced(fast)
+    plain, fast = plain_and_traced()
     masked = make_batch(dtype=torch.float64)
     masked["collector", "mask"] = torch.rand(32) < 0.5
     weighted = make_batch(dtype=torch.float64)

@@ -130,6 +130,9 @@ def test_categories_are_their_one_hot_form(way, count, layers, shape):
     dense, leaves = (Dense(sources[0]), None) if count is None else stack(sources)
     leaves = tuple(sources[0].parameters()) if leaves is None else leaves
     index = torch.randint(6, shape)  # categories return, and some do not come
+    with pytest.raises(TypeError, match=r"got torch.int64; .*networks\.OneHot"):
+        dense(index)
+    dense.picks = True
     if way == "chain":
         out = dense(index)
     elif len(shape) == 1:
