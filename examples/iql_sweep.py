@@ -27,16 +27,13 @@ from iql_torchrl.arguments import add_settings, settings
 from iql_torchrl.correlation import spearman
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.data.builtin_icu_sepsis import NAME, SepsisTables
-from iql_torchrl.fqe import fitted_q_evaluation
-from iql_torchrl.ranking import Ranking
 from iql_torchrl.records import whole_file
 from iql_torchrl.run_folder import new_folder
-from iql_torchrl.selection import rank_members
+from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
 
 EXPECTED = (ImportError, ValueError, OSError, RuntimeError, AssertionError)
 GRID = ("temperature", "expectile", "discount", "max_weight", "actor_lr", "critic_lr", "value_lr")
 EVALUATION_SEED = 10_000  # episodes start alike for every policy
-TABLE = {"hidden": (), "lr": 1e-2, "batch_size": 1024}  # critics of a log of one category
 Rows = dict[str, dict[str, Any]]
 Level = tuple[str, float] | None
 
@@ -119,13 +116,12 @@ def play(members: Any, rows: Rows, log: OfflineDataset, options: argparse.Namesp
 def rank(
     members: Any, rest: OfflineDataset, options: argparse.Namespace, config: IQLConfig
 ) -> Ranking:
-    """Half of the held-out episodes are learnt from, the first states of the others priced."""
+    """Estimates are fitted on half of the held-out episodes and corrected by the other half."""
     fit, held_out = rest.split(0.5, seed=0)
     print(f"Pricing {len(members)} policies on {len(held_out.episode_lengths)} held-out episodes.")
     stays = options.dataset == NAME  # they end by themselves: undiscounted, a value is survival
     how = {"discount": 1.0 if stays else config.discount}
-    more = TABLE if stays else {}
-    fitted = fitted_q_evaluation(members, fit, held_out, updates=options.fit_updates, **how, **more)
+    fitted = fitted_q_evaluation(members, fit, held_out, updates=options.fit_updates, **how)
     return rank_members(members, fit, held_out, fitted_q=fitted, **how)
 
 

@@ -8,11 +8,9 @@ from iql_torchrl.compilation import compiled
 from iql_torchrl.config import PRESETS, IQLConfig
 from iql_torchrl.data import DatasetError, OfflineDataset, load_dataset
 from iql_torchrl.evaluation import Evaluation, evaluate
-from iql_torchrl.fqe import fitted_q_evaluation
-from iql_torchrl.importance import importance_sampling
 from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
 from iql_torchrl.population import IQLPopulation
-from iql_torchrl.selection import rank_members
+from iql_torchrl.selection import fitted_q_evaluation, importance_sampling, rank_members
 from iql_torchrl.step import IQLStep
 from iql_torchrl.trainer import OfflineTrainer
 from iql_torchrl.video import record_video

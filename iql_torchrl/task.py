@@ -10,9 +10,11 @@ import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
+from numpy.typing import NDArray
 from torchrl.data import Composite, TensorSpec
 
 from iql_torchrl.data import ObservationStatistics, OfflineDataset
+from iql_torchrl.data.episode_digests import episode_sketch
 from iql_torchrl.data.transitions import ACTION, Key, leaf_spaces, spec_of_space
 
 __all__ = ["Task", "counted_from_zero", "space_from_state", "space_state"]
@@ -31,6 +33,8 @@ class Task:
         dtype: torch.float32 or torch.float64, of observations and continuous actions.
         name: of the data, for people.
         reference_scores: raw returns (random, expert), or None.
+        episodes: digests of some of the log's episodes (``episode_sketch``), by which an estimate
+            of this agent's value recognises episodes that it was trained on; None where unknown.
     """
 
     observation_space: gym.Space[Any]
@@ -40,6 +44,7 @@ class Task:
     dtype: torch.dtype = torch.float32
     name: str = "task"
     reference_scores: tuple[float, float] | None = None
+    episodes: NDArray[np.int64] | None = None
 
     @classmethod
     def of(cls, dataset: OfflineDataset) -> Task:
@@ -52,6 +57,7 @@ class Task:
             dataset.dtype,
             dataset.name,
             dataset.reference_scores,
+            episode_sketch(dataset),
         )
 
     @property
@@ -88,6 +94,7 @@ class Task:
             "dtype": str(self.dtype).removeprefix("torch."),
             "name": self.name,
             "reference_scores": None if scores is None else [float(score) for score in scores],
+            "episodes": None if self.episodes is None else torch.from_numpy(self.episodes.copy()),
         }
 
     @classmethod
@@ -96,6 +103,7 @@ class Task:
 
         Raises ``ValueError`` naming the entries that are missing or unknown.
         """
+        state = {"episodes": None, **state}  # unknown to the first checkpoints
         _check_names("a task", state, {f.name for f in fields(cls)})
         statistics: dict[str | Key, ObservationStatistics] = {}
         for entry in state["statistics"]:
@@ -114,6 +122,7 @@ class Task:
             DTYPES[state["dtype"]],
             state["name"],
             None if scores is None else (float(scores[0]), float(scores[1])),
+            None if state["episodes"] is None else state["episodes"].numpy(),
         )
 
 

@@ -1,4 +1,4 @@
-"""What fitted Q evaluation regresses on: rows of a log, members' choices, stacked critics."""
+"""What fitted Q evaluation regresses on: rows of a log, policies' choices, stacked critics."""
 
 from __future__ import annotations
 
@@ -15,17 +15,32 @@ from torch import Tensor, nn
 from iql_torchrl import functional as F
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.data.transitions import leaf_spaces
-from iql_torchrl.members import Member, actions, log_probabilities, returns_to_go, states
 from iql_torchrl.networks import Standardise
+from iql_torchrl.selection.candidates import Member, actions, log_probabilities
+from iql_torchrl.selection.episodes import returns_to_go, states
 
-__all__ = ["Choices", "Layers", "Regression", "Steps", "chooser", "features_of", "stacked_critics"]
+__all__ = [
+    "Choices",
+    "Layers",
+    "Regression",
+    "Steps",
+    "chooser",
+    "features_of",
+    "forward",
+    "hidden_features",
+    "stacked_critics",
+]
 
 Layers = list[tuple[Tensor, Tensor]]
 Choose = Callable[[Member, TensorDictBase], Tensor]
 
 
 class Regression:
-    """What critics of ``members`` need of the log ``train`` beside its rows.
+    """What critics of P ``members`` and of the log's own policy need of the log ``train``.
+
+    There are P + 1 critics. The last one is of the policy that made the log: its value of a state
+    regresses on what the log did next, so it reads no action (its action input is the log's mean
+    action, or it averages over the outputs of discrete actions).
 
     Values are in units of the deviation of the log's returns, ``unit``; ``centre`` is their mean.
     """
@@ -45,11 +60,8 @@ class Regression:
         # A log of one return only has no deviation to measure by.
         self.unit = float(returns.std()) or max(float(np.abs(returns).mean()), 1.0)
         self.centre = float(returns.mean()) / self.unit
-        self.features = partial(features_of, train, one_hot=not self.discrete)
-        first = self.features(train.transitions[:1])
-        space = train.observation_space
-        self.categories = int(space.n) if isinstance(space, spaces.Discrete) else 0
-        self.inputs = first.shape[-1] if first.is_floating_point() else self.categories
+        self.features = partial(features_of, train)
+        self.inputs = self.features(train.transitions[:1]).shape[-1]
         self.outputs = 1
         if isinstance(train.action_space, spaces.Discrete):
             self.outputs = int(train.action_space.n)
@@ -58,29 +70,59 @@ class Regression:
             self.scale = Standardise(logged.mean(0), logged.std(0, unbiased=False)).to(device)
             self.inputs += logged.shape[-1]
 
-    def expected(self, layers: Layers, features: Tensor, choices: Tensor) -> Tensor:
-        """``E_{a~pi}Q(s, a)``: ``(P, B)`` from ``(P, B, n)`` probabilities or ``(P, B, K, A)``."""
+    def choices(self, table: TensorDictBase) -> Tensor:
+        """Of every member, then the log's stand-in: ``(P + 1, N, n)`` or ``(P + 1, N, K, A)``."""
+        chosen = torch.stack([self.choose(m, table) for m in self.members]).to(self.device)
         if self.discrete:
-            return (choices * _forward(layers, features)).sum(-1)
+            own = torch.full_like(chosen[:1], 1 / self.outputs)
+        else:
+            own = self.scale.mean.float().expand_as(chosen[:1])
+        return torch.cat([chosen, own])
+
+    def expected(self, layers: Layers, features: Tensor, choices: Tensor) -> Tensor:
+        """``E_{a~pi} Q(s, a)``: ``(P + 1, B)`` from the choices at B states."""
+        if self.discrete:
+            return (choices * forward(layers, features)).sum(-1)
         samples = choices.shape[2]
-        repeated = features.repeat_interleave(samples, 0).expand(len(choices), -1, -1)
-        inputs = torch.cat([repeated, self.scale(choices.flatten(1, 2))], -1)
-        return _forward(layers, inputs).unflatten(1, (-1, samples)).mean((2, 3))
+        inputs = self.pairs(features.repeat_interleave(samples, 0), choices.flatten(1, 2))
+        return forward(layers, inputs).unflatten(1, (-1, samples)).mean((2, 3))
 
     def taken(self, layers: Layers, features: Tensor, action: Tensor) -> Tensor:
-        """Q(s, a) of logged actions, ``(P, B)``."""
+        """Q(s, a) of logged actions, and V(s) of the log's own policy, ``(P + 1, B)``."""
         if self.discrete:
-            return F.pick_action(_forward(layers, features), action, leading=1)
-        return _forward(layers, torch.cat([features, self.scale(action)], -1)).squeeze(-1)
+            every = forward(layers, features)
+            values = F.pick_action(every, action, leading=1)
+            return torch.cat([values[:-1], every[-1:].mean(-1)])
+        return forward(layers, self.pairs(features, self.actions_read(action))).squeeze(-1)
+
+    def actions_read(self, action: Tensor) -> Tensor:
+        """Logged continuous actions ``(B, A)`` as each critic reads them, ``(P + 1, B, A)``."""
+        every = action.expand(len(self.members) + 1, -1, -1).clone()
+        every[-1] = self.scale.mean
+        return every
+
+    def pairs(self, features: Tensor, action: Tensor) -> Tensor:
+        """Inputs of critics of continuous actions, ``(P, B, D + A)`` from ``(B, D)``, ``(P, B, A)``."""
+        return torch.cat([features.expand(len(action), -1, -1), self.scale(action)], -1)
 
 
 class Steps:
-    """Rows of a log as the regression reads them, all of them or those numbered ``rows``."""
+    """Rows of a log as the regression reads them.
+
+    ``stopped`` ``(N,)``: rows whose following state the log never describes. What follows them
+    counts as ``lowest`` for the members and ``highest`` for the log's own policy, in units of
+    ``data.unit``.
+    """
 
     def __init__(
-        self, data: Regression, log: OfflineDataset, rows: Tensor | None, table_bytes: int
+        self,
+        data: Regression,
+        log: OfflineDataset,
+        table_bytes: int,
+        stopped: Tensor,
+        limits: tuple[float, float],
     ) -> None:
-        table = log.transitions if rows is None else log.transitions[rows]
+        table = log.transitions
         reward = log.reward_map.inverse(table["next", "reward"].reshape(-1).double())
         self.data, self.rows = data, len(table)
         self.features = data.features(table).to(data.device)
@@ -90,11 +132,16 @@ class Steps:
         self.action = table["action"].to(data.device)
         if not data.discrete:
             self.action = self.action.float()
+        self.stopped = stopped.to(data.device)
+        ends = torch.full((len(data.members) + 1, 1), limits[0] / data.unit)
+        ends[-1] = limits[1] / data.unit
+        self.end_values = ends.to(data.device)
         self.choices = Choices(data, states(table, following=True), table_bytes)
 
     def target(self, layers: Layers, index: Tensor) -> Tensor:
-        """``r + discount * E Q'(s', .)``, ``(P, B)``."""
+        """``r + discount * E Q'(s', .)``, ``(P + 1, B)``."""
         following = self.data.expected(layers, self.following[index], self.choices(index))
+        following = torch.where(self.stopped[index], self.end_values, following)
         terminated = self.terminated[index].expand_as(following)
         return F.td_target(self.reward[index], following, terminated, gamma=self.data.discount)
 
@@ -103,23 +150,19 @@ class Steps:
 
 
 class Choices:
-    """Every member's choices at a table of states: kept where they fit, else asked for anew."""
+    """Every policy's choices at a table of states: kept where they fit, else asked for again."""
 
     def __init__(self, data: Regression, table: TensorDictBase, table_bytes: int) -> None:
         self.data, self.states = data, table
         self.kept: Tensor | None = None
-        one = data.choose(data.members[0], table[:1])
-        if one.numel() * one.element_size() * len(table) * len(data.members) <= table_bytes:
-            self.kept = self._ask(table)
+        one = data.choices(table[:1])
+        if one.numel() * one.element_size() * len(table) <= table_bytes:
+            self.kept = data.choices(table)
 
     def __call__(self, index: Tensor) -> Tensor:
         if self.kept is not None:
             return self.kept.index_select(1, index)
-        return self._ask(self.states[index.to(self.states.device or "cpu")])
-
-    def _ask(self, table: TensorDictBase) -> Tensor:
-        choose, members = self.data.choose, self.data.members
-        return torch.stack([choose(m, table) for m in members]).to(self.data.device)
+        return self.data.choices(self.states[index.to(self.states.device or "cpu")])
 
 
 def chooser(log: OfflineDataset, deterministic: bool | None, samples: int, seed: int) -> Choose:
@@ -135,15 +178,10 @@ def chooser(log: OfflineDataset, deterministic: bool | None, samples: int, seed:
     return partial(actions, samples=samples if deterministic is False else 0, seed=seed)
 
 
-def features_of(
-    train: OfflineDataset, rows: TensorDictBase, *, following: bool = False, one_hot: bool = False
-) -> Tensor:
-    """``(N, D)`` standardised by ``train``'s statistics; a lone category stays ``(N,)`` int64."""
+def features_of(train: OfflineDataset, rows: TensorDictBase, *, following: bool = False) -> Tensor:
+    """``(N, D)`` standardised by ``train``'s statistics; categories as one-hot vectors."""
     table = rows["next"] if following else rows
     leaves = leaf_spaces(train.observation_space)
-    if isinstance(train.observation_space, spaces.Discrete) and not one_hot:
-        category: Tensor = table["observation"]
-        return category
     parts = []
     for key in sorted(leaves):
         values, space = table[key], leaves[key]
@@ -155,14 +193,14 @@ def features_of(
             parts.append(Standardise(statistics.mean, statistics.std)(values.float()).float())
         else:
             raise ValueError(
-                f"{'.'.join(key)} is {space}; fitted Q evaluation wants vectors of numbers and "
+                f"{'.'.join(key)} is {space}; fitted Q evaluation reads vectors of numbers and "
                 "categories. Load the data with features of a network of your own instead."
             )
     return torch.cat(parts, -1)
 
 
 def stacked_critics(data: Regression, hidden: Sequence[int], seed: int) -> Layers:
-    """P equal MLPs stacked: ``(P, in, out)`` orthogonal weights; the last layer says the log's mean."""
+    """P + 1 equal MLPs stacked: orthogonal weights ``(P + 1, in, out)``, the log's mean as output."""
     generator = torch.Generator().manual_seed(seed)
     widths, layers = [data.inputs, *hidden, data.outputs], []
     for number, (before, after) in enumerate(pairwise(widths)):
@@ -172,21 +210,22 @@ def stacked_critics(data: Regression, hidden: Sequence[int], seed: int) -> Layer
             nn.init.orthogonal_(weight, 2.0**0.5, generator=generator)
         bias = torch.full((1, after), data.centre if last else 0.0)
         pair = [
-            leaf.expand(len(data.members), -1, -1).contiguous().to(data.device)
+            leaf.expand(len(data.members) + 1, -1, -1).contiguous().to(data.device)
             for leaf in (weight, bias)
         ]
         layers.append((pair[0].requires_grad_(), pair[1].requires_grad_()))
     return layers
 
 
-def _forward(layers: Layers, inputs: Tensor) -> Tensor:
-    """``(B,)`` categories, ``(B, D)`` or ``(P, B, D)`` -> ``(P, B, outputs)``."""
-    x = inputs
-    for number, (weight, bias) in enumerate(layers):
-        if number:
-            x = x.relu()
-        if x.is_floating_point():
-            x = torch.baddbmm(bias, x.expand(len(weight), -1, -1), weight)
-        else:  # the product with a one-hot row is that row of the weights
-            x = weight.index_select(1, x) + bias
+def forward(layers: Layers, inputs: Tensor) -> Tensor:
+    """``(B, D)`` or ``(P, B, D)`` to ``(P, B, outputs)``."""
+    weight, bias = layers[-1]
+    return torch.baddbmm(bias, hidden_features(layers, inputs), weight)
+
+
+def hidden_features(layers: Layers, inputs: Tensor) -> Tensor:
+    """What the last layer reads: ``(B, D)`` or ``(P, B, D)`` to ``(P, B, width)``."""
+    x = inputs.expand(len(layers[0][0]), -1, -1)
+    for weight, bias in layers[:-1]:
+        x = torch.baddbmm(bias, x, weight).relu()
     return x

@@ -19,17 +19,23 @@ from torch import Tensor
 
 from iql_torchrl import functional as F
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.members import (
+from iql_torchrl.selection.bounds import mean_bounds
+from iql_torchrl.selection.candidates import (
     Member,
-    check_logs,
-    first_rows,
     log_densities,
     log_probabilities,
-    open_ended,
-    raw_rewards,
     resolve_member,
     resolve_members,
+)
+from iql_torchrl.selection.episodes import (
+    check_logs,
+    first_rows,
+    open_ended,
+    raw_rewards,
+    return_range,
+    returns_to_go,
     states,
+    terminations,
 )
 
 __all__ = [
@@ -39,22 +45,21 @@ __all__ = [
     "logged_log_prob",
     "padded",
     "pdwis",
+    "value_bounds",
 ]
 
 FloatArray = NDArray[np.float64]
 
-RESAMPLES = 2000
-
 
 @dataclass(frozen=True)
 class Importance:
-    """What :func:`importance_sampling` found; P members, raw reward units.
+    """What :func:`importance_sampling` gives; P members, raw reward units.
 
     Attributes:
         names: of the members, ``(P,)``.
         discount: of the values.
         values: estimates, ``(P,)``; NaN where at some step no episode has weight.
-        low, high: 95 % bootstrap bounds over episodes, ``(P,)``.
+        low, high: bounds of each value by itself, ``(P,)``: :func:`value_bounds`.
         effective_sample_size: Kish's, of the episodes' whole weights, ``(P,)``, in [0, episodes].
         episodes: how many there are.
     """
@@ -75,6 +80,8 @@ def importance_sampling(
     behaviour: Any,
     discount: float,
     deterministic: bool = False,
+    confidence: float = 0.95,
+    return_limits: tuple[float, float] | None = None,
     seed: int = 0,
 ) -> Importance:
     """Value of each member's policy from ``log``'s rewards alone: :func:`pdwis` per member.
@@ -88,7 +95,10 @@ def importance_sampling(
         discount: in [0, 1].
         deterministic: price the most probable of discrete actions instead of the policy as it
             samples. Continuous policies are always priced as they sample.
-        seed: of the bootstrap over episodes.
+        confidence: of each member's interval, in (0, 1).
+        return_limits: least and greatest possible return; None: those that the log saw,
+            :func:`episodes.return_range`.
+        seed: of the bounds' draws.
 
     Raises:
         TypeError, ValueError: a member that is no policy, has no density or does not fit the
@@ -97,13 +107,49 @@ def importance_sampling(
     resolved = resolve_members(members)
     check_logs(log, log, discount)
     logged = behaviour_log_prob(behaviour, log)
+    limits = return_range(discount, log) if return_limits is None else return_limits
     estimates = []
     for member in resolved:
-        ratio = logged_log_prob(member, log, deterministic=deterministic) - logged
-        estimates.append(_estimate(ratio.numpy(), log, discount, seed))
+        ratio = (logged_log_prob(member, log, deterministic=deterministic) - logged).numpy()
+        ratios, rewards, alive = padded(ratio, log)
+        weight = np.exp(ratios.sum(axis=1))
+        bounds = value_bounds(weight, log, discount, limits, confidence=confidence, seed=seed)
+        value = pdwis(ratios, rewards, alive, discount)
+        estimates.append((value, *bounds, _effective_sample_size(ratios.sum(axis=1))))
     value, low, high, size = np.array(estimates).T
     names = tuple(member.name for member in resolved)
     return Importance(names, discount, value, low, high, size, len(log.episode_lengths))
+
+
+def value_bounds(
+    weight: FloatArray,
+    log: OfflineDataset,
+    discount: float,
+    limits: tuple[float, float],
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Bounds of a policy's value from the whole weights ``(E,)`` of the log's episodes.
+
+    With returns within ``limits`` and weights of mean 1, the value is ``low + mean(w (G - low))``
+    and ``high - mean(w (high - G))``. Both means are of quantities of at least 0, so their lower
+    bounds (:func:`bounds.mean_bounds`) need no bound of the weights: where the sampled weights miss
+    most of the policy's episodes, the interval widens to the limits (compare Thomas, Theocharous,
+    Ghavamzadeh 2015, "High-confidence off-policy evaluation", AAAI). What follows a truncation
+    counts as the lowest or the highest return.
+    """
+    low, high = limits
+    logged = returns_to_go(log, discount)[first_rows(log)]
+    left = float(discount) ** log.episode_lengths * open_ended(log)
+    above = weight * np.maximum(logged + left * low - low, 0)
+    below = weight * np.maximum(high - logged - left * high, 0)
+    # both bounds are lower bounds, each with half of the error probability
+    gains = [
+        mean_bounds(part[None], np.zeros(1), np.full(1, np.inf), confidence=confidence, seed=seed)
+        for part in (above, below)
+    ]
+    return float(min(low + gains[0][0][0], high)), float(max(high - gains[1][0][0], low))
 
 
 def pdwis(log_ratio: FloatArray, reward: FloatArray, alive: FloatArray, discount: float) -> float:
@@ -149,7 +195,7 @@ def behaviour_log_prob(behaviour: Any, log: OfflineDataset) -> Tensor:
             )
         if values.numel() != len(log):
             raise ValueError(
-                f"{where} has shape {tuple(values.shape)}; wanted one number for each of the "
+                f"{where} has shape {tuple(values.shape)}; expected one number for each of the "
                 f"{len(log)} steps."
             )
         result = values.reshape(-1).double()
@@ -163,33 +209,29 @@ def behaviour_log_prob(behaviour: Any, log: OfflineDataset) -> Tensor:
         row = int(bad.nonzero()[0])
         raise ValueError(
             f"{where} gives log-probability {float(result[row]):g} to the logged action in row "
-            f"{row}, and {int(bad.sum())} such in all; wanted finite logarithms, at most 0 for "
+            f"{row}, and {int(bad.sum())} such in all; expected finite logarithms, at most 0 for "
             "discrete actions: what was logged cannot have been impossible."
         )
     return result
 
 
-def _estimate(
-    log_ratio: FloatArray, log: OfflineDataset, discount: float, seed: int
-) -> tuple[float, float, float, float]:
-    """Value, its bounds, and the effective sample size."""
-    ratios, rewards, alive = padded(log_ratio, log)
-    weight = _weights(ratios, alive)
-    powers = _powers(discount, rewards.shape[1])
-    low, high = _bootstrap(weight, weight * rewards, powers, seed)
-    whole = torch.from_numpy(ratios.sum(axis=1))
+def _effective_sample_size(log_weights: FloatArray) -> float:
+    whole = torch.from_numpy(log_weights)
     whole = (whole - whole.max()).exp().nan_to_num(0.0)  # -inf less -inf: no episode has weight
-    size = float(F.effective_sample_size(whole))
-    return pdwis(ratios, rewards, alive, discount), low, high, size
+    return float(F.effective_sample_size(whole))
 
 
 def padded(log_ratio: FloatArray, log: OfflineDataset) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Rows ``(N,)`` as ``(E, T)``: log-ratios, raw rewards, and which steps count; see pdwis."""
+    """Rows ``(N,)`` as ``(E, T)``: log-ratios, raw rewards, and which steps count; see pdwis.
+
+    Rows that an episode holds after its first termination have ratio 1 and reward 0.
+    """
     starts, lengths = first_rows(log), log.episode_lengths
     longest = int(lengths.max())
     steps = np.arange(longest)
-    inside = steps < lengths[:, None]
-    rows = np.where(inside, starts[:, None] + steps, 0)
+    rows = starts[:, None] + np.minimum(steps, lengths[:, None] - 1)
+    ended = np.cumsum(terminations(log)[rows] & (steps < lengths[:, None]), axis=1)
+    inside = (steps < lengths[:, None]) & (np.pad(ended, ((0, 0), (1, 0)))[:, :-1] == 0)
     alive = inside | ~open_ended(log)[:, None]
     ratios = np.where(inside, log_ratio[rows], 0.0)
     rewards = np.where(inside, raw_rewards(log)[rows], 0.0)
@@ -212,25 +254,3 @@ def _ratio_sum(numerator: FloatArray, total: FloatArray, powers: FloatArray) -> 
     if bool((total <= 0).any()):
         return float("nan")
     return float((powers * numerator / total).sum())
-
-
-def _bootstrap(
-    weight: FloatArray, weighted: FloatArray, powers: FloatArray, seed: int
-) -> tuple[float, float]:
-    """95 % percentile bounds over resampled episodes; resamples without weight are left out."""
-    episodes = len(weight)
-    if episodes < 2:
-        return float("nan"), float("nan")
-    generator = np.random.default_rng(seed)
-    values = []
-    for _ in range(0, RESAMPLES, 100):
-        drawn = generator.multinomial(episodes, np.full(episodes, 1 / episodes), size=100)
-        counts = drawn.astype(np.float64)
-        totals, numerators = counts @ weight, counts @ weighted
-        usable = (totals > 0).all(axis=1)
-        values.append((powers * numerators[usable] / totals[usable]).sum(axis=1))
-    every = np.concatenate(values)
-    if not len(every):
-        return float("nan"), float("nan")
-    low, high = np.percentile(every, [2.5, 97.5])
-    return float(low), float(high)

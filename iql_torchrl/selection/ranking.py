@@ -30,17 +30,20 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Ranking:
-    """What ``selection.rank_members`` found; ``str`` gives a table. Values are in raw reward units.
+    """What ``selection.rank_members`` gives; ``str`` makes a table. Values in raw reward units.
 
     Attributes:
         rows: one dict per member, best estimated value first: ``rank`` (from 1), ``member``,
-            ``temperature``; ``value`` and bounds by fitted Q evaluation; ``gain`` over the log and
-            bounds; ``td_error`` and ``td_error_training``; ``optimism`` and ``optimism_error``;
-            ``importance_value`` and bounds, ``effective_episodes``; ``extrapolation``;
-            ``clone_distance``; ``doubts``, names of the warnings that concern it (``importance``,
-            ``extrapolation``, ``td_error``, ``optimism``, ``range``). NaN is unknown.
-        log_value, log_low, log_high: mean discounted return of the held-out episodes.
-        log_extrapolation: share of the log's own held-out actions outside the log.
+            ``temperature``; ``value`` by fitted Q evaluation corrected on held-out episodes, with
+            the bounds of this member by itself; ``gain`` over the log, with bounds that hold for
+            all members at once; ``td_error`` and ``td_error_training``; ``importance_value`` and
+            bounds, ``effective_episodes``; ``extrapolation`` and ``worst_extrapolation``, see
+            ``EpisodeScores``; ``seen``, the share of the held-out episodes that the member was
+            trained on; ``clone_distance``; ``doubts``, names of the warnings that concern it
+            (``importance``, ``extrapolation``, ``td_error``, ``range``, ``contradiction``,
+            ``seen``). NaN is unknown.
+        log_value, log_low, log_high: value of the policy that made the log.
+        log_extrapolation: what of the log's own actions counts as outside the log.
         spearman, kendall: agreement of the two estimators over the members whose importance weights
             are not doubted; NaN for fewer than three.
         recommended: the member to ship, or None for none.

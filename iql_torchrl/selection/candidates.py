@@ -1,4 +1,4 @@
-"""Policies and logs as offline evaluation reads them: what a member would do at logged states.
+"""Policies as offline evaluation reads them: what a member would do at logged states.
 
 A member is an ``Agent`` or any TensorDict module that writes ``action``, with a name.
 """
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
 from numpy.typing import NDArray
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
@@ -21,33 +20,32 @@ from torchrl.modules import Delta
 
 from iql_torchrl import interface
 from iql_torchrl.acting import as_in_evaluation
-from iql_torchrl.data import OfflineDataset
+from iql_torchrl.selection.episodes import states
 
 __all__ = [
     "Member",
     "actions",
-    "check_logs",
-    "first_rows",
     "log_densities",
     "log_probabilities",
-    "raw_rewards",
+    "resolve_member",
     "resolve_members",
-    "returns_to_go",
-    "states",
 ]
-
-FloatArray = NDArray[np.float64]
 
 ROWS_AT_ONCE = 16_384
 
 
 @dataclass(frozen=True)
 class Member:
-    """A policy that might be shipped; ``temperature`` is its config's, None for a bare actor."""
+    """A policy that might be shipped.
+
+    ``temperature`` is its config's and ``episodes`` its task's (digests of episodes that it was
+    trained on); both None for a bare actor.
+    """
 
     name: str
     policy: TensorDictModuleBase
     temperature: float | None = None
+    episodes: NDArray[np.int64] | None = None
 
 
 def resolve_members(members: Mapping[str, Any]) -> tuple[Member, ...]:
@@ -71,39 +69,8 @@ def resolve_member(name: str, policy: Any) -> Member:
     except (TypeError, ValueError) as error:
         raise type(error)(f"member {name!r}: {error}") from error
     temperature = getattr(getattr(policy, "config", None), "temperature", None)
-    return Member(str(name), actor, None if temperature is None else float(temperature))
-
-
-def check_logs(train: OfflineDataset, held_out: OfflineDataset, discount: float) -> None:
-    """Raise ``ValueError`` unless both are logs of one task and ``discount`` is in [0, 1]."""
-    if isinstance(discount, bool) or not 0 <= discount <= 1:
-        raise ValueError(f"discount is {discount!r}; it must lie in [0, 1].")
-    for name in ("observation_space", "action_space"):
-        one, other = getattr(train, name), getattr(held_out, name)
-        if one != other:
-            raise ValueError(
-                f"{name} of train is {one} and of held_out {other}; wanted two parts of one log: "
-                "dataset.split(fraction, seed) gives them."
-            )
-    space = train.action_space
-    if not isinstance(space, spaces.Discrete) and not (
-        isinstance(space, spaces.Box) and len(space.shape) == 1
-    ):
-        raise ValueError(f"the actions are {space}; wanted Discrete, or a Box of shape (A,).")
-
-
-def states(rows: TensorDictBase, *, following: bool = False) -> TensorDictBase:
-    """What a policy reads of ``rows`` ``(N,)``: observations, masks where the data have them.
-
-    ``following``: those after the step. Masks that forbid everything, as they may after a
-    termination, become all true: no action is taken there.
-    """
-    table = rows["next"] if following else rows
-    table = table.select("observation", "action_mask", strict=False).copy()
-    if following and "action_mask" in table:
-        mask = table["action_mask"]
-        table["action_mask"] = mask | ~mask.any(-1, keepdim=True)
-    return table
+    episodes = getattr(getattr(policy, "task", None), "episodes", None)
+    return Member(str(name), actor, None if temperature is None else float(temperature), episodes)
 
 
 def log_probabilities(
@@ -228,45 +195,3 @@ def _ask(
     with as_in_evaluation(member.policy, device, deterministic=deterministic, seed=seed):
         chunks = [ask(chunk.to(device)).cpu() for chunk in table.split(ROWS_AT_ONCE)]
     return torch.cat(chunks)
-
-
-def first_rows(log: OfflineDataset) -> NDArray[np.int64]:
-    """The row that begins each episode, ``(E,)``."""
-    starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(log.episode_lengths)[:-1]])
-    return starts.astype(np.int64)
-
-
-def powers(log: OfflineDataset, discount: float) -> FloatArray:
-    """``discount**t`` of every row, t counted from its episode's beginning, ``(N,)``."""
-    step = np.arange(len(log)) - np.repeat(first_rows(log), log.episode_lengths)
-    return np.asarray(float(discount) ** step, np.float64)
-
-
-def horizon(log: OfflineDataset, discount: float) -> float:
-    """How many steps a value adds up: the mean of ``sum_t discount**t`` over the episodes."""
-    return float(powers(log, discount).sum()) / len(log.episode_lengths)
-
-
-def open_ended(log: OfflineDataset) -> NDArray[np.bool_]:
-    """Which episodes end without termination, ``(E,)``."""
-    ends = first_rows(log) + log.episode_lengths - 1
-    ended = log.transitions["next", "terminated"].reshape(-1).cpu().numpy()[ends]
-    return np.asarray(~ended, np.bool_)
-
-
-def raw_rewards(log: OfflineDataset) -> FloatArray:
-    """Rewards before the dataset's ``reward_map``, float64 ``(N,)``; the map can be undone."""
-    mapped = log.transitions["next", "reward"].reshape(-1).double().cpu().numpy()
-    return np.asarray(log.reward_map.inverse(mapped), np.float64)
-
-
-def returns_to_go(log: OfflineDataset, discount: float) -> FloatArray:
-    """``sum_k discount**k r_{t+k}`` of raw rewards to the episode's last logged step, ``(N,)``.
-
-    What would have followed a truncation is left out.
-    """
-    result, starts, lengths = raw_rewards(log), first_rows(log), log.episode_lengths
-    for step in range(int(lengths.max()) - 2, -1, -1):
-        rows = starts[lengths > step + 1] + step
-        result[rows] += discount * result[rows + 1]
-    return result

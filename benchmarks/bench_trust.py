@@ -1,0 +1,120 @@
+"""How often a recommendation from logs alone is worse than the log, in problems with exact values.
+
+    python benchmarks/bench_trust.py
+
+Twenty families of small problems (``trust_families.py``), twenty seeds each. A seed draws a log to fit
+on and a log held out; ``rank_members`` sees both, the members and the true probabilities of the
+logged actions. Counted per family: harmful recommendations (true value below the log's), right
+ones (at least half of what the best member gains), nobody, how often all bounds of the gains hold
+at once, and regret. ``--vectors`` shows the states as one-hot vectors (still few states: the same
+table); ``--networks`` fits networks instead of tables. Writes benchmarks/results/trust.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_learning import RESULTS, machine
+from trust_families import FAMILIES, Problem
+
+from iql_torchrl import fitted_q_evaluation, rank_members
+from iql_torchrl.records import whole_file
+from iql_torchrl.results import wilson_interval
+
+CLOSE = 1e-9
+
+
+def trial(problem: Problem, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One ranking and the truth about it."""
+    fit, held_out = problem.log(2 * seed), problem.log(2 * seed + 1)
+    actors, how = problem.actors(), {"discount": problem.discount, "seed": seed}
+    fitted = None
+    if options.networks:
+        fitted = fitted_q_evaluation(
+            actors, fit, held_out, model="network", hidden=(64, 64), updates=options.updates,
+            batch_size=256, **how,
+        )  # fmt: skip
+    ranking = rank_members(actors, fit, held_out, fitted_q=fitted, **how)
+    log = problem.value(problem.behaviour)
+    truth = {name: problem.value(table) for name, table in problem.members.items()}
+    best = max(log, *truth.values())
+    shipped = log if ranking.recommended is None else truth[ranking.recommended]
+    held = [
+        row["gain_low"] <= truth[row["member"]] - log + CLOSE
+        and truth[row["member"]] - log <= row["gain_high"] + CLOSE
+        for row in ranking.rows
+        if "extrapolation" not in row["doubts"]
+    ]
+    return {
+        "recommended": ranking.recommended,
+        "harmful": shipped < log - CLOSE,
+        "right": ranking.recommended is not None and shipped - log >= (best - log) / 2,
+        "covered": all(held),
+        "regret": best - shipped,
+        "possible": best - log,
+    }
+
+
+def summary(trials: list[dict[str, Any]]) -> dict[str, Any]:
+    count = len(trials)
+    harmful, right = (sum(t[key] for t in trials) for key in ("harmful", "right"))
+    return {
+        "trials": count,
+        "harmful": harmful,
+        "harmful_interval": wilson_interval(harmful, count),
+        "right": right,
+        "right_interval": wilson_interval(right, count),
+        "nobody": sum(t["recommended"] is None for t in trials),
+        "covered": sum(t["covered"] for t in trials),
+        "regret": float(np.mean([t["regret"] for t in trials])),
+        "possible_gain": float(np.mean([t["possible"] for t in trials])),
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
+    parser.add_argument("--networks", action="store_true", help="fit networks instead of tables")
+    parser.add_argument("--updates", type=int, default=2000, help="of the networks")
+    parser.add_argument("--output", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(1)
+    name = "trust_networks.json" if options.networks else "trust.json"
+    output = options.output or RESULTS / name
+    results, began = {}, time.perf_counter()
+    print(
+        f"{'family':24}{'harmful':>9}{'right':>7}{'nobody':>8}{'covered':>9}{'regret':>9}{'gain':>9}"
+    )
+    for family in options.families:
+        trials = [trial(FAMILIES[family](s), s, options) for s in range(options.seeds)]
+        found = results[family] = summary(trials) | {"easy": FAMILIES[family](0).easy}
+        print(
+            f"{family:24}{found['harmful']:9}{found['right']:7}{found['nobody']:8}"
+            f"{found['covered']:9}{found['regret']:9.3g}{found['possible_gain']:9.3g}"
+            + ("  easy" if found["easy"] else ""),
+            flush=True,
+        )
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(),
+        "seconds": time.perf_counter() - began,
+        "families": results,
+    }
+    with whole_file(output) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

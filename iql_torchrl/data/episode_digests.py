@@ -1,0 +1,68 @@
+"""Recognising the episodes of one log in another, in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from iql_torchrl.data.dataset import OfflineDataset
+
+__all__ = ["SKETCH", "episode_digests", "episode_sketch", "shared_share"]
+
+IntArray = NDArray[np.int64]
+
+SKETCH = 2048
+
+
+def episode_digests(log: OfflineDataset) -> IntArray:
+    """One 64-bit number per episode, ``(E,)``: equal for equal episodes of any two logs.
+
+    BLAKE2b of the length, of the first and last row's observations and actions, and of the raw
+    return to four significant digits, so that it is the same under another reward map.
+    """
+    ends = np.cumsum(log.episode_lengths) - 1
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    rows = log.transitions[np.stack([starts, ends], 1).reshape(-1)]
+    table = rows.select("observation", "action")
+    returns = np.array([f"{value:.3e}" for value in log.episode_returns])
+    parts = [log.episode_lengths.astype(np.int64)[:, None].view(np.uint8)]
+    for key in sorted(table.keys(include_nested=True, leaves_only=True), key=str):
+        values = table.get(key).cpu().contiguous().numpy()
+        parts.append(np.ascontiguousarray(values).reshape(len(ends), -1).view(np.uint8))
+    joined = np.concatenate(parts, axis=1)
+    digests = [
+        hashlib.blake2b(row.tobytes() + text.encode(), digest_size=8).digest()
+        for row, text in zip(joined, returns, strict=True)
+    ]
+    return np.frombuffer(b"".join(digests), np.int64)
+
+
+def episode_sketch(log: OfflineDataset, size: int = SKETCH) -> IntArray:
+    """The ``size`` smallest digests of ``log``'s episodes, ascending; all of them if they fit.
+
+    Enough to estimate the share of another log's episodes that this one holds (Broder 1997, "On the
+    resemblance and containment of documents").
+    """
+    result: IntArray = np.sort(episode_digests(log))[:size]
+    return result
+
+
+def shared_share(sketch: IntArray, digests: IntArray) -> float:
+    """Share of the episodes ``digests`` that are in the log of ``sketch``, beyond coincidence.
+
+    Where a log repeats itself (few states, few rewards), episodes of independent logs are equal by
+    chance; how often an episode of ``digests`` equals another one of ``digests`` says how often. In
+    [0, 1]; 0 where nothing can be compared.
+    """
+    limit = np.iinfo(np.int64).max if len(sketch) < SKETCH else sketch[-1]
+    compared = digests[digests <= limit]
+    if not len(compared):
+        return 0.0
+    shared = np.isin(compared, sketch).mean()
+    _, inverse, count = np.unique(compared, return_inverse=True, return_counts=True)
+    coincidence = (count[inverse] > 1).mean()
+    return float(max(shared - coincidence, 0.0) / max(1 - coincidence, 1e-9))

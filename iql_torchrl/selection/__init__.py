@@ -1,0 +1,15 @@
+"""Choosing among trained policies from logs alone, without an environment."""
+
+from iql_torchrl.selection.fitted_q import FittedQ, fitted_q_evaluation
+from iql_torchrl.selection.importance_sampling import Importance, importance_sampling
+from iql_torchrl.selection.rank import rank_members
+from iql_torchrl.selection.ranking import Ranking
+
+__all__ = [
+    "FittedQ",
+    "Importance",
+    "Ranking",
+    "fitted_q_evaluation",
+    "importance_sampling",
+    "rank_members",
+]

@@ -1,0 +1,312 @@
+"""Which of several trained policies to ship when none may be tried: a ranking from logs alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iql_torchrl.correlation import kendall, spearman
+from iql_torchrl.data import OfflineDataset
+from iql_torchrl.data.episode_digests import episode_digests, episode_sketch, shared_share
+from iql_torchrl.selection.bounds import mean_bounds
+from iql_torchrl.selection.candidates import Member, resolve_members
+from iql_torchrl.selection.caveats import (
+    BLOCKING,
+    doubts_of,
+    general_warnings,
+    member_warnings,
+    value_warnings,
+)
+from iql_torchrl.selection.coverage import clone_distance
+from iql_torchrl.selection.episodes import check_logs
+from iql_torchrl.selection.fitted_q import FittedQ, fitted_q_evaluation
+from iql_torchrl.selection.importance_sampling import Importance, importance_sampling
+from iql_torchrl.selection.ranking import Ranking
+
+__all__ = ["rank_members"]
+
+FloatArray = NDArray[np.float64]
+
+LOG_PROB = "action_log_prob"
+MIN_COMPARED = 3
+
+
+def rank_members(
+    members: Mapping[str, Any],
+    train: OfflineDataset,
+    held_out: OfflineDataset,
+    *,
+    discount: float,
+    fitted_q: FittedQ | None = None,
+    behaviour: Any = None,
+    clone: str | None = None,
+    min_count: int = 2,
+    max_extrapolation: float = 0.05,
+    min_effective_episodes: float = 100.0,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Ranking:
+    """Members by estimated value, with what speaks against each estimate, and whom to ship.
+
+    A member's ``value`` is the mean of its doubly robust scores over the held-out episodes: fitted
+    Q evaluation on ``train``, corrected by held-out steps
+    (:class:`~iql_torchrl.selection.scores.EpisodeScores`). The log's value is that of the policy
+    that made it, from the same episodes; it needs no clone. ``gain`` is the mean over episodes of
+    their difference. Its bounds hold for all members at once with probability ``confidence``, so
+    choosing the best of many is allowed for; they contain the error of the estimate, as far as
+    held-out episodes show it, and one more episode as bad as any return in the log
+    (:func:`bounds.mean_bounds`).
+
+    Recommended is the member of greatest value among those whose whole interval of the gain lies
+    above zero and that no doubt but ``importance`` concerns. Nobody is recommended where networks
+    have not converged, where ``train`` and ``held_out`` share episodes, or where for a member that
+    would gain fitted Q evaluation and importance sampling contradict each other beyond their
+    intervals.
+
+    What no log can show: what an action does that the log does not hold in that state, and causes
+    that the observations do not hold and the log's policy acted on. Up to ``max_extrapolation`` the
+    former is counted with the least logged return; beyond, the member is not recommended.
+
+    Args:
+        members: name to ``Agent`` or TorchRL actor.
+        train, held_out: see :func:`fitted_q_evaluation`; neither should hold the members' own data.
+        discount: in [0, 1].
+        fitted_q: an evaluation of the same members on ``held_out``; by default made here with
+            ``fitted_q_evaluation``'s defaults.
+        behaviour: for importance sampling; a key of the data or a model, see
+            :func:`importance_sampling`. None: ``"action_log_prob"`` where the data have it, else
+            importance sampling is left out.
+        clone: the member that imitates the log; by default the first of temperature 0. Distances
+            are measured from it; nothing else depends on it.
+        min_count: see :func:`fitted_q_evaluation`; not used with ``fitted_q``.
+        max_extrapolation: how much more a member may leave the log than the log itself does, see
+            ``EpisodeScores.unsupported``; in [0, 1].
+        min_effective_episodes: effective sample size below which importance sampling is doubted;
+            so it is below a tenth of the held-out episodes.
+        confidence: of the intervals, in (0, 1).
+        seed: of every random choice.
+
+    Raises:
+        TypeError, ValueError: as ``fitted_q_evaluation`` and ``importance_sampling``; ``clone`` is
+            no member; ``fitted_q`` is of other members, episodes or another discount; a number out
+            of range.
+    """
+    resolved = resolve_members(members)
+    check_logs(train, held_out, discount)
+    _check_shares(max_extrapolation=max_extrapolation, confidence=confidence)
+    imitator = _clone(resolved, clone)
+    if fitted_q is None:
+        fitted_q = fitted_q_evaluation(
+            members, train, held_out, discount=discount, min_count=min_count, seed=seed
+        )
+    _check_fitted(fitted_q, resolved, held_out, discount)
+    importance = _importance(members, held_out, behaviour, fitted_q, confidence, seed)
+    digests = episode_digests(held_out)
+    rows = [
+        _identity(member)
+        | estimate
+        | _weighted(importance, number)
+        | _departure(member, imitator, fitted_q, number, held_out)
+        | {"seen": 0.0 if member.episodes is None else shared_share(member.episodes, digests)}
+        for number, (member, estimate) in enumerate(
+            zip(resolved, _estimates(fitted_q, confidence, seed), strict=True)
+        )
+    ]
+    episodes = fitted_q.episodes
+    # The equations of a table are solved exactly: its values cannot diverge.
+    diverging = math.isfinite(fitted_q.backups)
+    shown: dict[str, Any] = {
+        "episodes": len(digests),
+        "log_extrapolation": episodes.log_unsupported,
+        "return_range": episodes.return_range if diverging else (-math.inf, math.inf),
+    }
+    _rank(rows, shown, max_extrapolation, min_effective_episodes)
+    agreement = _agreement(rows)
+    log = _log_value(fitted_q, confidence, seed)
+    shared = shared_share(episode_sketch(train), digests)
+    blocking = value_warnings(fitted_q.backups, fitted_q.passes, held_out, discount, shared)
+    general = general_warnings(
+        rows, with_importance=importance is not None, agreement=agreement[0],
+        clone=imitator.name if imitator else None, log=log, unlogged=episodes.unlogged_ends,
+    )  # fmt: skip
+    recommended, sentence = _recommendation(rows, bool(blocking), confidence)
+    warnings = (*member_warnings(rows, **shown), *blocking, *general)
+    return Ranking(
+        tuple(rows), *log, episodes.log_unsupported, *agreement, recommended, sentence, warnings,
+        discount, len(digests),
+    )  # fmt: skip
+
+
+def _check_shares(**shares: float) -> None:
+    for name, value in shares.items():
+        if (
+            isinstance(value, bool)
+            or not 0 <= value <= 1
+            or (name == "confidence" and value in (0, 1))
+        ):
+            raise ValueError(f"{name} is {value!r}; it must lie between 0 and 1.")
+
+
+def _clone(members: Sequence[Member], name: str | None) -> Member | None:
+    names = [member.name for member in members]
+    if name is None:
+        return next((member for member in members if member.temperature == 0), None)
+    if name not in names:
+        raise ValueError(f"clone is {name!r}, which is none of the members {names}.")
+    return members[names.index(name)]
+
+
+def _check_fitted(
+    fitted_q: FittedQ, members: Sequence[Member], held_out: OfflineDataset, discount: float
+) -> None:
+    names, episodes = tuple(member.name for member in members), len(held_out.episode_lengths)
+    given = (fitted_q.names, fitted_q.episodes.scores.shape[1], fitted_q.discount)
+    expected = (names, episodes, discount)
+    if given != expected:
+        raise ValueError(
+            f"fitted_q has (members, episodes, discount) {given}, expected {expected}: "
+            "pass what fitted_q_evaluation gave for the same arguments."
+        )
+
+
+def _importance(
+    members: Mapping[str, Any],
+    log: OfflineDataset,
+    behaviour: Any,
+    fitted_q: FittedQ,
+    confidence: float,
+    seed: int,
+) -> Importance | None:
+    """Intervals that hold for all members at once (Bonferroni), in the range of logged returns."""
+    if behaviour is None and LOG_PROB in log.transitions:
+        behaviour = LOG_PROB
+    if behaviour is None:
+        return None
+    return importance_sampling(
+        members,
+        log,
+        behaviour=behaviour,
+        discount=fitted_q.discount,
+        confidence=1 - (1 - confidence) / len(members),
+        return_limits=fitted_q.episodes.return_range,
+        seed=seed,
+    )
+
+
+def _identity(member: Member) -> dict[str, Any]:
+    temperature = math.nan if member.temperature is None else member.temperature
+    return {"rank": 0, "member": member.name, "temperature": temperature}
+
+
+def _estimates(fitted_q: FittedQ, confidence: float, seed: int) -> list[dict[str, float]]:
+    episodes = fitted_q.episodes
+    # Where nothing is known the members get the least return and the log the greatest, and for
+    # the upper bounds the other way round.
+    least = episodes.scores - episodes.log_scores_high
+    most = episodes.scores_high - episodes.log_scores
+    bounds = mean_bounds(
+        least, least.mean(1) - episodes.below, most.mean(1) + episodes.above,
+        upper_samples=most, confidence=confidence, seed=seed,
+    )  # fmt: skip
+    gains = (episodes.scores - episodes.log_scores).mean(1)
+    values = fitted_q.intervals(confidence=confidence, seed=seed)
+    return [
+        {
+            "value": float(fitted_q.values[number]),
+            "value_low": float(values[number, 0]),
+            "value_high": float(values[number, 1]),
+            "gain": float(gains[number]),
+            "gain_low": float(bounds[0][number]),
+            "gain_high": float(bounds[1][number]),
+            "td_error": float(fitted_q.td_error[number]),
+            "td_error_training": float(fitted_q.td_error_training[number]),
+        }
+        for number in range(len(gains))
+    ]
+
+
+def _log_value(fitted_q: FittedQ, confidence: float, seed: int) -> tuple[float, float, float]:
+    scores = fitted_q.episodes.log_scores[None]
+    low, high = (np.array([limit]) for limit in fitted_q.episodes.return_range)
+    bounds = mean_bounds(
+        scores, low, high, upper_samples=fitted_q.episodes.log_scores_high[None],
+        confidence=confidence, seed=seed,
+    )  # fmt: skip
+    return float(scores.mean()), float(bounds[0][0]), float(bounds[1][0])
+
+
+def _weighted(importance: Importance | None, number: int) -> dict[str, float]:
+    keys = ("importance_value", "importance_low", "importance_high", "effective_episodes")
+    if importance is None:
+        return dict.fromkeys(keys, math.nan)
+    columns = (importance.values, importance.low, importance.high, importance.effective_sample_size)
+    return {key: float(column[number]) for key, column in zip(keys, columns, strict=True)}
+
+
+def _departure(
+    member: Member, clone: Member | None, fitted_q: FittedQ, number: int, log: OfflineDataset
+) -> dict[str, float]:
+    return {
+        "extrapolation": float(fitted_q.episodes.unsupported[number]),
+        "worst_extrapolation": float(fitted_q.episodes.worst_unsupported[number]),
+        "clone_distance": math.nan if clone is None else clone_distance(member, clone, log),
+    }
+
+
+def _rank(
+    rows: list[dict[str, Any]],
+    shown: Mapping[str, Any],
+    max_extrapolation: float,
+    min_effective_episodes: float,
+) -> None:
+    """Order by value, and note ranks and doubts."""
+    rows.sort(key=lambda row: float(-row["value"]))
+    for rank, row in enumerate(rows, 1):
+        row["rank"] = rank
+        row["doubts"] = doubts_of(
+            row,
+            max_extrapolation=max_extrapolation,
+            min_effective_episodes=min_effective_episodes,
+            **shown,
+        )
+
+
+def _agreement(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Spearman's and Kendall's, over the members whose importance weights are not doubted."""
+    sound = [row for row in rows if "importance" not in row["doubts"]]
+    if len(sound) < MIN_COMPARED:
+        return math.nan, math.nan
+    values, checks = ([row[key] for row in sound] for key in ("value", "importance_value"))
+    return spearman(values, checks), kendall(values, checks)
+
+
+def _recommendation(
+    rows: Sequence[Mapping[str, Any]], blocked: bool, confidence: float
+) -> tuple[str | None, str]:
+    """Whom to ship of ``rows``, best first, and the sentence that says so.
+
+    ``blocked``: no value may be compared with the log's.
+    """
+    better = [row for row in rows if row["gain_low"] > 0]
+    sound = [row for row in better if not set(row["doubts"]) & set(BLOCKING)]
+    contradicted = any("contradiction" in row["doubts"] for row in better)
+    of_all = f"{confidence:.0%} interval for all {len(rows)} members at once"
+    if blocked or contradicted or not sound:
+        best = rows[0]
+        doubted = "; what looks better is doubted, see the warnings" if better else ""
+        return None, (
+            "Recommendation: no member is reliably better than the log (the best, "
+            f"{best['member']}, gains {best['gain']:.4g}, {of_all} {best['gain_low']:.4g} to "
+            f"{best['gain_high']:.4g}{doubted})."
+        )
+    chosen = sound[0]
+    higher = chosen["rank"] - 1
+    more = f"; {higher} with higher estimates are doubted or uncertain" if higher else ""
+    return chosen["member"], (
+        f"Recommendation: {chosen['member']}, with an estimated gain over the log of "
+        f"{chosen['gain']:.4g} ({of_all} {chosen['gain_low']:.4g} to {chosen['gain_high']:.4g}{more})."
+    )

@@ -1,0 +1,48 @@
+"""What an estimator says of each held-out episode, whichever estimator it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["EpisodeScores"]
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class EpisodeScores:
+    """Doubly robust scores of E held-out episodes for P members, in raw reward units.
+
+    Attributes:
+        scores: ``(P, E)``; their mean estimates the member's value, their spread shows the error.
+            Where the log says nothing of what follows, the least return in ``return_range`` does.
+        log_scores: the same of the policy that made the log, ``(E,)``.
+        scores_high, log_scores_high: the same with the greatest return where nothing is known.
+        initial_values: the model's own value of each episode's first state, ``(P, E)``.
+        below, above: how far one more episode's score could lie below or above the mean, ``(P,)``:
+            one step at the place of greatest weight that ends in the least or greatest return.
+        unsupported: for finite states the discounted probability that an episode of the member
+            comes to an action that the log lacks there; for vectors the share of its steps,
+            ``(P,)`` in [0, 1]. log_unsupported: the same of the log.
+        worst_unsupported: the greatest probability of such an action, less the log's own, in one
+            state that the member visits at least once in a hundred episodes (for vectors: the mean
+            over the worst twentieth of its steps), ``(P,)``.
+        unlogged_ends: discounted weight of truncated ends that no logged state describes.
+        return_range: least and greatest return that any logged state was seen to lead to.
+    """
+
+    scores: FloatArray
+    log_scores: FloatArray
+    scores_high: FloatArray
+    log_scores_high: FloatArray
+    initial_values: FloatArray
+    below: FloatArray
+    above: FloatArray
+    unsupported: FloatArray
+    log_unsupported: float
+    worst_unsupported: FloatArray
+    unlogged_ends: float
+    return_range: tuple[float, float]
