@@ -11,9 +11,9 @@ __all__ = ["mean_bounds"]
 
 FloatArray = NDArray[np.float64]
 
-MAX_DRAWS, MIN_DRAWS = 20_000, 2_000
+MAX_DRAWS, MIN_DRAWS = 10_000, 2_000
 WEIGHTS_AT_ONCE = 2**22
-TOTAL_WEIGHTS = 10**8
+TOTAL_WEIGHTS = 3 * 10**7
 
 
 def mean_bounds(
@@ -22,10 +22,11 @@ def mean_bounds(
     highest: FloatArray,
     *,
     upper_samples: FloatArray | None = None,
+    together: bool = True,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[FloatArray, FloatArray]:
-    """Lower and upper bounds of the means of P quantities ``(P, E)``; all hold at once.
+    """Lower and upper bounds of the means of P quantities ``(P, E)`` that hold for all at once.
 
     The lower bound of one quantity is the ``(1 - confidence) / 2`` quantile of
     ``sum_e w_e x_e + w_0 lowest``, where the weights ``w`` of the E sampled episodes and of one
@@ -45,24 +46,29 @@ def mean_bounds(
         lowest, highest: ``(P,)``, bounds of what one more episode could give.
         upper_samples: what the upper bounds are of, where the quantities are only known to lie
             between two others; None: ``samples``.
-        confidence: of the P intervals together, in (0, 1).
+        together: False: each interval by itself has the confidence.
+        confidence: of the P intervals together, or of each, in (0, 1).
         seed: of the weights.
     """
-    sides = []
-    upper = samples if upper_samples is None else upper_samples
-    for values, extreme, sign in ((samples, lowest, 1.0), (upper, highest, -1.0)):
-        sampled = np.asarray(values, np.float64)
-        limit = np.minimum(sign * np.asarray(extreme, np.float64), (sign * sampled).min(1))
-        draws = np.concatenate(
-            [w[:, :-1] @ (sign * sampled.T) + w[:, -1:] * limit for w in _weights(sampled, seed)]
-        )
-        sides.append(sign * _simultaneous_quantile(draws, (1 - confidence) / 2))
-    return sides[0], sides[1]
+    lower = np.asarray(samples, np.float64)
+    upper = lower if upper_samples is None else np.asarray(upper_samples, np.float64)
+    lowest = np.minimum(np.asarray(lowest, np.float64), lower.min(1))
+    highest = np.maximum(np.asarray(highest, np.float64), upper.max(1))
+    draws = [
+        (w[:, :-1] @ lower.T + w[:, -1:] * lowest, -(w[:, :-1] @ upper.T + w[:, -1:] * highest))
+        for w in _weights(lower.shape[1], seed)
+    ]
+    level = (1 - confidence) / 2
+    low, high = (
+        _quantile(np.concatenate(side), level, together=together)
+        for side in zip(*draws, strict=True)
+    )
+    return low, -high
 
 
-def _weights(samples: FloatArray, seed: int) -> Iterator[FloatArray]:
+def _weights(episodes: int, seed: int) -> Iterator[FloatArray]:
     """Draws from the uniform distribution on the simplex of E + 1 weights, ``(draws, E + 1)``."""
-    size = samples.shape[1] + 1
+    size = episodes + 1
     total = int(np.clip(TOTAL_WEIGHTS // size, MIN_DRAWS, MAX_DRAWS))
     generator = np.random.default_rng(seed)
     at_once = max(WEIGHTS_AT_ONCE // size, 1)
@@ -71,13 +77,15 @@ def _weights(samples: FloatArray, seed: int) -> Iterator[FloatArray]:
         yield weights / weights.sum(1, keepdims=True)
 
 
-def _simultaneous_quantile(draws: FloatArray, level: float) -> FloatArray:
-    """Per column the value below which, in any column, a draw falls with probability ``level``."""
+def _quantile(draws: FloatArray, level: float, *, together: bool) -> FloatArray:
+    """Per column the value below which draws of it, or of any column, fall with ``level``."""
     order = np.sort(draws, axis=0)
-    ranks = np.empty(draws.shape, np.int64)
-    rows = np.arange(len(draws))
-    for column, indices in enumerate(draws.argsort(axis=0, kind="stable").T):
-        ranks[indices, column] = rows
-    place = int(np.floor(np.quantile(ranks.min(axis=1), level)))
+    place = int(level * len(draws))
+    if together and draws.shape[1] > 1:
+        ranks = np.empty(draws.shape, np.int64)
+        rows = np.arange(len(draws))
+        for column, indices in enumerate(draws.argsort(axis=0, kind="stable").T):
+            ranks[indices, column] = rows
+        place = int(np.quantile(ranks.min(axis=1), level))
     result: FloatArray = order[place]
     return result

@@ -73,17 +73,17 @@ class FittedQ:
 
         They contain the error of the estimate as far as held-out steps can show it.
         """
-        scores = self.episodes.scores
-        low = self.values - self.episodes.below
-        high = self.episodes.scores_high.mean(1) + self.episodes.above
-        rows = [
-            mean_bounds(
-                scores[i : i + 1], low[i : i + 1], high[i : i + 1],
-                upper_samples=self.episodes.scores_high[i : i + 1], confidence=confidence, seed=seed,
-            )
-            for i in range(len(scores))
-        ]  # fmt: skip
-        return np.array([(bounds[0][0], bounds[1][0]) for bounds in rows])
+        episodes = self.episodes
+        bounds = mean_bounds(
+            episodes.scores,
+            self.values - episodes.below,
+            episodes.scores_high.mean(1) + episodes.above,
+            upper_samples=episodes.scores_high,
+            together=False,
+            confidence=confidence,
+            seed=seed,
+        )
+        return np.stack(bounds, axis=1)
 
 
 def fitted_q_evaluation(

@@ -108,48 +108,51 @@ def importance_sampling(
     check_logs(log, log, discount)
     logged = behaviour_log_prob(behaviour, log)
     limits = return_range(discount, log) if return_limits is None else return_limits
-    estimates = []
+    values, weights, sizes = [], [], []
     for member in resolved:
         ratio = (logged_log_prob(member, log, deterministic=deterministic) - logged).numpy()
         ratios, rewards, alive = padded(ratio, log)
-        weight = np.exp(ratios.sum(axis=1))
-        bounds = value_bounds(weight, log, discount, limits, confidence=confidence, seed=seed)
-        value = pdwis(ratios, rewards, alive, discount)
-        estimates.append((value, *bounds, _effective_sample_size(ratios.sum(axis=1))))
-    value, low, high, size = np.array(estimates).T
+        values.append(pdwis(ratios, rewards, alive, discount))
+        weights.append(np.exp(ratios.sum(axis=1)))
+        sizes.append(_effective_sample_size(ratios.sum(axis=1)))
+    low, high = value_bounds(
+        np.array(weights), log, discount, limits, confidence=confidence, seed=seed
+    )
     names = tuple(member.name for member in resolved)
-    return Importance(names, discount, value, low, high, size, len(log.episode_lengths))
+    episodes = len(log.episode_lengths)
+    return Importance(names, discount, np.array(values), low, high, np.array(sizes), episodes)
 
 
 def value_bounds(
-    weight: FloatArray,
+    weights: FloatArray,
     log: OfflineDataset,
     discount: float,
     limits: tuple[float, float],
     *,
     confidence: float = 0.95,
     seed: int = 0,
-) -> tuple[float, float]:
-    """Bounds of a policy's value from the whole weights ``(E,)`` of the log's episodes.
+) -> tuple[FloatArray, FloatArray]:
+    """Bounds of each policy's value from the whole weights ``(P, E)`` of the log's episodes.
 
-    With returns within ``limits`` and weights of mean 1, the value is ``low + mean(w (G - low))``
-    and ``high - mean(w (high - G))``. Both means are of quantities of at least 0, so their lower
-    bounds (:func:`bounds.mean_bounds`) need no bound of the weights: where the sampled weights miss
-    most of the policy's episodes, the interval widens to the limits (compare Thomas, Theocharous,
+    With returns within ``limits`` and weights of mean 1, a value is ``low + mean(w (G - low))`` and
+    ``high - mean(w (high - G))``. Both means are of quantities of at least 0, so their lower bounds
+    (:func:`bounds.mean_bounds`) need no bound of the weights: where the sampled weights miss most
+    of a policy's episodes, the interval widens to the limits (compare Thomas, Theocharous,
     Ghavamzadeh 2015, "High-confidence off-policy evaluation", AAAI). What follows a truncation
     counts as the lowest or the highest return.
     """
     low, high = limits
     logged = returns_to_go(log, discount)[first_rows(log)]
     left = float(discount) ** log.episode_lengths * open_ended(log)
-    above = weight * np.maximum(logged + left * low - low, 0)
-    below = weight * np.maximum(high - logged - left * high, 0)
-    # both bounds are lower bounds, each with half of the error probability
-    gains = [
-        mean_bounds(part[None], np.zeros(1), np.full(1, np.inf), confidence=confidence, seed=seed)
-        for part in (above, below)
-    ]
-    return float(min(low + gains[0][0][0], high)), float(max(high - gains[1][0][0], low))
+    above = weights * np.maximum(logged + left * low - low, 0)
+    below = weights * np.maximum(high - logged - left * high, 0)
+    parts = np.concatenate([above, below])
+    unbounded = np.full(len(parts), np.inf)
+    least, _ = mean_bounds(
+        parts, np.zeros(len(parts)), unbounded, together=False, confidence=confidence, seed=seed
+    )
+    gain, loss = np.split(least, 2)
+    return np.minimum(low + gain, high), np.maximum(high - loss, low)
 
 
 def pdwis(log_ratio: FloatArray, reward: FloatArray, alive: FloatArray, discount: float) -> float:

@@ -69,7 +69,9 @@ def network_scores(
     low, high = limits
     stopped = fresh.stopped.cpu().numpy()[last]
     after = np.where(stopped, high, after)
-    log_high: FloatArray = returns_to_go(held_out, data.discount)[first] + left * after + correction[-1]
+    log_high: FloatArray = (
+        returns_to_go(held_out, data.discount)[first] + left * after + correction[-1]
+    )
     log_scores = log_high - left * stopped * (high - low)
     ended = (train_weight[:-1] * fitted.stopped.cpu().numpy()).sum(1) / len(train.episode_lengths)
     scores_high: FloatArray = scores + data.discount * ended[:, None] * (high - low)
