@@ -152,8 +152,9 @@ def build(
     index = EpisodeIndex(source.episode_lengths)
     sink = _Memory(layout, index.rows) if folder is None else _Disk(layout, index.rows, folder)
     checker = BlockChecker(
-        source.name, index, source.observation_space, source.action_space, clip_actions
-    )
+        source.name, index, source.observation_space, source.action_space, clip_actions,
+        source.goes_on,
+    )  # fmt: skip
     measured = _Measured(source, layout, index)
     with tqdm(
         total=index.rows, desc=source.name, unit="row", unit_scale=True, leave=False,
@@ -285,7 +286,7 @@ def _remarks(
     statistics: dict[Key, ObservationStatistics],
 ) -> list[str]:
     """Issues one ``DatasetWarning`` for each finding, and returns them all."""
-    found = [*source.warnings, *checker.findings(source.ends_known)]
+    found = [*source.warnings, *checker.findings(source.ends_known, source.termination)]
     found = [text if text.startswith(source.name) else f"{source.name}: {text}" for text in found]
     if measured.low == measured.high and checker.index.rows > 1:
         found.append(

@@ -18,6 +18,12 @@ from iql_torchrl.data.transitions import DatasetError, Key
 
 __all__ = ["Column", "Table", "flatten", "open_hdf5", "open_npz", "read_table"]
 
+#: Names of columns of which some authors mean ends of trajectories, others terminations. Beside
+#: ``not_terminated`` or ``valid`` they are ends of trajectories.
+TRAJECTORY_ENDS = ("terminals", "dones_float")
+#: Keys without which there are no transitions.
+REQUIRED = ("observation", "action", "reward", "terminated")
+
 #: Names a file may use for our keys, exact; ``columns`` overrides.
 NAMES: dict[str, tuple[str, ...]] = {
     "observation": ("observation", "observations", "obs"),
@@ -29,7 +35,9 @@ NAMES: dict[str, tuple[str, ...]] = {
     "terminated": (
         "terminated", "terminateds", "terminals", "terminations", "next/terminated",
     ),
+    "not_terminated": ("masks",),
     "truncated": ("truncated", "truncateds", "timeouts", "truncations", "next/truncated"),
+    "valid": ("valids",),
     "episode": ("episode", "episodes", "episode_id", "episode_ids", "collector/traj_ids"),
     "action_mask": ("action_mask", "action_masks"),
     "next_action_mask": ("next_action_mask", "next_action_masks", "next/action_mask"),
@@ -62,7 +70,7 @@ def open_hdf5(path: Path) -> dict[str, Column]:
         file.visititems(visit)
     except (OSError, RuntimeError, KeyError) as error:
         raise DatasetError(
-            f"{path}: not a whole HDF5 file ({' '.join(str(error).split())}); fetch it again."
+            f"{path}: not a whole HDF5 file ({_one_line(error)}); fetch it again."
         ) from error
     return found
 
@@ -75,7 +83,7 @@ def open_npz(path: Path) -> dict[str, Column]:
             return {name: archive[name] for name in archive.files if archive[name].ndim}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise DatasetError(
-            f"{path}: not a whole npz archive ({' '.join(str(error).split())}); fetch it again."
+            f"{path}: not a whole npz archive ({_one_line(error)}); fetch it again."
         ) from error
 
 
@@ -86,22 +94,37 @@ def flatten(arrays: Mapping[str, Any], prefix: str = "") -> dict[str, Column]:
         path = f"{prefix}{name}"
         if isinstance(value, Mapping):
             flat.update(flatten(value, f"{path}/"))
-        elif isinstance(value, torch.Tensor):
-            flat[path] = value.detach().cpu().numpy()
         else:
-            array = np.asarray(value)
-            if array.dtype.kind not in "biuf":
-                raise DatasetError(
-                    f"{path}: holds {array.dtype} values; wanted an array of numbers with one "
-                    "row per step."
-                )
-            flat[path] = array
+            flat[path] = _array(path, value)
     return {name: column for name, column in flat.items() if column.shape}
+
+
+def _array(path: str, value: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DatasetError(
+            f"{path}: a {type(value).__name__} of {_count(value)} entries is no array "
+            f"({_one_line(error)}); expected numbers with one row per step, all rows of one shape. "
+            "Join episodes of different lengths with numpy.concatenate and mark their ends."
+        ) from error
+
+
+def _count(value: Any) -> str:
+    return str(len(value)) if hasattr(value, "__len__") else "unknown"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 @dataclass(frozen=True)
 class Table:
-    """The columns under our names; observations by leaf key."""
+    """The columns under our names; observations by leaf key.
+
+    ``columns`` has ``trajectory_end`` besides the keys of ``NAMES``: see ``TRAJECTORY_ENDS``.
+    ``paths``: what the file calls them.
+    """
 
     name: str
     rows: int
@@ -109,6 +132,22 @@ class Table:
     next_observation: dict[Key, Column] | None
     columns: dict[str, Column]
     truncation_ignored: bool
+    paths: dict[str, str]
+
+    def terminated(self) -> NDArray[np.bool_]:
+        """Rows after which nothing has value, ``(rows,)``: none where no column says so."""
+        kept, stated = self.flags("not_terminated"), self.flags("terminated")
+        if kept is None:
+            return np.zeros(self.rows, np.bool_) if stated is None else stated
+        if stated is not None and (differ := np.flatnonzero(stated == kept)).size:
+            ours, theirs = self.paths["not_terminated"], self.paths["terminated"]
+            raise DatasetError(
+                f"{self.name}: {ours!r} (0 where a row terminates) and {theirs!r} (1 there) "
+                f"disagree in {len(differ)} of {self.rows} rows, first at row {differ[0]}; choose "
+                f"one with columns={{'terminated': {theirs!r}}} or "
+                f"columns={{'not_terminated': {ours!r}, 'terminated': None}}."
+            )
+        return ~kept
 
     def flags(self, key: str) -> NDArray[np.bool_] | None:
         """A column of 0 and 1 as booleans, ``(rows,)``."""
@@ -121,10 +160,16 @@ class Table:
         bad = np.flatnonzero((values != 0) & (values != 1))
         if len(bad):
             raise DatasetError(
-                f"{self.name}: {key} holds {values[bad[0]]} in {len(bad)} of {self.rows} rows, "
-                f"first at row {bad[0]}; wanted 0 or 1."
+                f"{self.name}: {self.called(key)} holds {values[bad[0]]} in {len(bad)} of "
+                f"{self.rows} rows with other values than 0 and 1, first at row {bad[0]}; "
+                "wanted 0 or 1."
             )
         return values.astype(np.bool_)
+
+    def called(self, key: str) -> str:
+        """The key, and the file's name of it where that differs."""
+        path = self.paths.get(key, key)
+        return key if path == key else f"{key} ({path!r})"
 
 
 def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> Table:
@@ -133,7 +178,7 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
         raise DatasetError(
             f"{name}: columns maps {sorted(unknown)}; the keys are {', '.join(NAMES)}."
         )
-    found = {key: _find(name, key, columns, options) for key in NAMES}
+    found = _columns_of_keys(name, columns, options)
     named: dict[str, Column] = {}
     observation: dict[Key, Column] = {}
     following: dict[Key, Column] = {}
@@ -155,55 +200,120 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
             f"{name}: next_observation has the leaves {sorted(following)}, observation has "
             f"{sorted(observation)}; wanted the same."
         )
+    _check_numbers(name, {**named, **_joined(observation), **_joined(following, "next/")})
     rows = next(iter(observation.values())).shape[0]
     if rows == 0:
         raise DatasetError(f"{name}: observation has 0 rows; wanted at least one transition.")
-    every = {**named, **{"/".join(k): c for k, c in observation.items()}}
-    every.update({"next/" + "/".join(k): c for k, c in following.items()})
-    _same_rows(name, rows, every)
-    for key in ("reward", "terminated", "truncated", "episode", "action_log_prob"):
-        if key in named and int(np.prod(named[key].shape[1:])) != 1:
+    _same_rows(name, rows, {**named, **_joined(observation), **_joined(following, "next/")})
+    for key in (
+        "reward", "terminated", "not_terminated", "truncated", "trajectory_end", "valid",
+        "episode", "action_log_prob",
+    ):  # fmt: skip
+        if key in named and not _single(named[key]):
             raise DatasetError(
                 f"{name}: {key} has shape {tuple(named[key].shape)}; wanted one number a row, "
                 f"({rows},) or ({rows}, 1)."
             )
     ignored = options.columns.get("truncated", "") is None
-    return Table(name, rows, observation, following or None, named, ignored)
+    paths = {key: path for key, path in found.items() if path is not None}
+    return Table(name, rows, observation, following or None, named, ignored, paths)
 
 
-def _find(name: str, key: str, columns: dict[str, Column], options: ReadOptions) -> str | None:
+def _single(column: Column) -> bool:
+    """One number a row."""
+    return int(np.prod(column.shape[1:])) == 1
+
+
+def _joined(columns: Mapping[Key, Column], prefix: str = "") -> dict[str, Column]:
+    return {prefix + "/".join(key): column for key, column in columns.items()}
+
+
+def _columns_of_keys(
+    name: str, columns: dict[str, Column], options: ReadOptions
+) -> dict[str, str | None]:
+    """The column of each key of ``NAMES``, and of ``trajectory_end``."""
+    given = dict(options.columns)
+    if given.get("terminated") in NAMES["not_terminated"]:
+        # The name says what its values mean: 0 where a row terminates.
+        given.setdefault("not_terminated", given.pop("terminated"))
+    elif "terminated" in given:
+        if given.get("not_terminated") and given["terminated"]:
+            raise DatasetError(
+                f"{name}: columns maps terminated to {given['terminated']!r} and not_terminated to "
+                f"{given['not_terminated']!r}; one is the opposite of the other: name one of them."
+            )
+        given.setdefault("not_terminated", None)
+    found = {key: _find(name, key, columns, given) for key in NAMES if key != "terminated"}
+    found["trajectory_end"] = None
+    if not (found["not_terminated"] or (found["valid"] and "terminated" not in given)):
+        found["terminated"] = _find(name, "terminated", columns, given)
+        return found
+    if given.get("truncated") in TRAJECTORY_ENDS:
+        found["trajectory_end"], found["truncated"] = found["truncated"], None
+    else:
+        found["trajectory_end"] = next((p for p in TRAJECTORY_ENDS if p in columns), None)
+    stated = [p for p in NAMES["terminated"] if p in columns and p not in TRAJECTORY_ENDS]
+    found["terminated"] = stated[0] if stated and "terminated" not in given else None
+    return found
+
+
+def _find(
+    name: str, key: str, columns: dict[str, Column], given: Mapping[str, str | None]
+) -> str | None:
     """The column (or group of columns) that holds a key."""
 
     def present(path: str) -> bool:
         return path in columns or any(p.startswith(f"{path}/") for p in columns)
 
     listing = ", ".join(sorted(columns)) or "nothing"
-    if key in options.columns:
-        path = options.columns[key]
+    if key in given:
+        path = given[key]
         if path is not None and not present(path):
             raise DatasetError(f"{name}: columns maps {key} to {path!r}; the data has {listing}.")
-        if path is None and key in ("observation", "action", "reward", "terminated"):
+        if path is None and key in REQUIRED and key != "terminated":
             raise DatasetError(f"{name}: {key} cannot be left out.")
         return path
     matches = [path for path in NAMES[key] if present(path)]
+    if key in ("not_terminated", "valid"):  # Columns of other kinds bear these names too.
+        matches = [path for path in matches if path in columns and _single(columns[path])]
     if len(matches) > 1:
         raise DatasetError(
             f"{name}: {key} could be any of {', '.join(matches)}; choose with "
             f"columns={{{key!r}: ...}}."
         )
-    if not matches and key in ("observation", "action", "reward", "terminated"):
-        merged = [p for p in ("done", "dones", "next/done") if p in columns]
-        hint = (
-            f" {merged[0]!r} may merge termination with truncation: if it means termination alone,"
-            " say so."
-            if key == "terminated" and merged
-            else ""
-        )
+    if not matches and key in REQUIRED:
         raise DatasetError(
             f"{name}: no column for {key} among {listing}; name it with "
-            f"columns={{{key!r}: ...}}.{hint}"
+            f"columns={{{key!r}: ...}}.{_hint(key, columns)}"
         )
     return matches[0] if matches else None
+
+
+def _hint(key: str, columns: Mapping[str, Column]) -> str:
+    merged = [p for p in ("done", "dones", "next/done") if p in columns]
+    if key == "terminated" and merged:
+        return (
+            f" {merged[0]!r} may merge termination with truncation: if it means termination alone,"
+            " say so."
+        )
+    if key == "reward":
+        return (
+            " Data recorded without a task has no rewards: load it for one single task with its own "
+            "package where that offers it (OGBench: make_env_and_datasets of a name with "
+            "'-singletask-'), or compute the task's rewards, and which rows terminate, and pass a "
+            "dict of arrays with both."
+        )
+    return ""
+
+
+def _check_numbers(name: str, columns: Mapping[str, Column]) -> None:
+    for key, column in columns.items():
+        kind = np.dtype(column.dtype)
+        if kind.kind not in "biuf":
+            raise DatasetError(
+                f"{name}: {key} holds {kind} values of shape {tuple(column.shape)}; expected real "
+                "numbers or booleans in an array with one row per step and all rows of one shape."
+            )
 
 
 def _same_rows(name: str, rows: int, columns: Mapping[str, Column]) -> None:

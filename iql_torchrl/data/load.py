@@ -73,9 +73,14 @@ def load_dataset(
         reward: ``"raw"``, ``"return_range"`` (1000 / (max - min episode return): the paper's
             locomotion), ``"minus_one"`` (AntMaze), or ``(scale, shift)``: r' = scale * r + shift.
         columns: our key to the file's column: ``observation``, ``action``, ``reward``,
-            ``next_observation``, ``terminated``, ``truncated``, ``episode``, ``action_mask``,
-            ``next_action_mask``, ``action_log_prob``; None leaves an optional one out. Common
-            names are recognised unasked.
+            ``next_observation``, ``terminated``, ``not_terminated`` (its opposite: 0 where a row
+            terminates), ``truncated``, ``episode``, ``valid`` (0 where a row is no transition and
+            only holds the observation after the row before), ``action_mask``,
+            ``next_action_mask``, ``action_log_prob``; None leaves an optional one out, and
+            ``terminated`` where no row terminates. Common names are recognised unasked, OGBench's
+            among them: ``masks`` is ``not_terminated`` (also where ``columns`` maps
+            ``terminated`` to it), and ``terminals`` beside ``masks`` or ``valids`` marks ends of
+            trajectories, which may go on past a termination (see ``table_source``).
         reward_offset: 1 where a row's reward belongs to the action of the row before.
         concatenate: leaves of a Dict observation to join, in order, into one ``observation``; the
             environments of ``make_env`` give it joined too.
@@ -92,6 +97,11 @@ def load_dataset(
             actions within [-1, 1] get those bounds, others the data's range with a warning.
         download: False never asks the network.
         progress: a progress bar; None shows it on terminals only.
+
+    Warns with ``DatasetWarning``, and keeps the sentence in ``notes``, where marks contradict the
+    rows: a termination after which the same trajectory goes on; terminations at one fixed length
+    in every episode; truncation marks inside smooth motion; no mark at all in a table that jumps
+    (``data.motion`` says what is measured).
 
     Raises:
         DatasetError: naming the key, rows, episode, what was wanted and what to do.
