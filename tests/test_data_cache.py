@@ -78,7 +78,15 @@ def test_a_large_source_is_digested_fast(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "spoil",
-    ["old format", "another version", "no json", "a list", "no episodes", "no table", "short table"],
+    [
+        "old format",
+        "another version",
+        "no json",
+        "a list",
+        "no episodes",
+        "no table",
+        "short table",
+    ],
 )
 def test_caches_that_cannot_be_read_are_built_again(
     archive: Path, tmp_path: Path, spoil: str

@@ -170,7 +170,9 @@ def test_masks_and_terminated_must_agree() -> None:
         load_dataset(data, columns={"not_terminated": "masks", "terminated": "terminated"})
     # Masks of another kind are not ours.
     del data["terminated"]
-    data.update(masks=np.ones((18, 4)), terminated=np.arange(18) == 7, truncated=np.arange(18) == 17)
+    data.update(
+        masks=np.ones((18, 4)), terminated=np.arange(18) == 7, truncated=np.arange(18) == 17
+    )
     assert flag(load_dataset(data), "terminated") == [7]
 
 

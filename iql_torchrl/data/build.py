@@ -113,7 +113,7 @@ class _Disk:
             with open(self.paths[key], "r+b") as file:
                 file.seek(start * (values.nbytes // len(values)))
                 # Not tofile, whose error on a full disk has no error number.
-                file.write(memoryview(values.numpy()))
+                file.write(values.numpy().data)
 
     def map_rewards(self, change: RewardMap) -> None:
         if change == RewardMap():
@@ -124,7 +124,7 @@ class _Disk:
                 file.seek(start * kept.itemsize)
                 values = np.fromfile(file, kept, min(BLOCK, self.rows - start))
                 file.seek(start * kept.itemsize)
-                file.write(memoryview(change.forward(values.astype(np.float64)).astype(kept)))
+                file.write(change.forward(values.astype(np.float64)).astype(kept).data)
 
     def finish(self) -> TensorDict:
         self.scratch = {}
@@ -263,6 +263,8 @@ def _fill(
 def _tensor(values: NDArray[Any]) -> Tensor:
     if values.dtype.byteorder == ">" or not values.flags.writeable or min(values.strides) < 0:
         values = np.array(values, dtype=values.dtype.newbyteorder("="))
+    if values.dtype.kind == "f" and values.dtype.itemsize > 8:
+        values = values.astype(np.float64)
     if values.dtype.kind == "u" and values.dtype.itemsize > 1:
         values = values.astype(np.int64)
     return torch.from_numpy(values)

@@ -1,22 +1,18 @@
-"""Tables and their columns: opened, found under their names, and held to one length."""
+"""The columns of a table: found under their names, and held to one length."""
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
 
-import h5py
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from iql_torchrl.data.arrays import Column, check_numbers
 from iql_torchrl.data.sources import ReadOptions
 from iql_torchrl.data.transitions import DatasetError, Key
 
-__all__ = ["Column", "Table", "flatten", "open_hdf5", "open_npz", "read_table"]
+__all__ = ["TRAJECTORY_ENDS", "Table", "read_table"]
 
 #: Names of columns of which some authors mean ends of trajectories, others terminations. Beside
 #: ``not_terminated`` or ``valid`` they are ends of trajectories.
@@ -43,79 +39,6 @@ NAMES: dict[str, tuple[str, ...]] = {
     "next_action_mask": ("next_action_mask", "next_action_masks", "next/action_mask"),
     "action_log_prob": ("action_log_prob", "action_log_probs"),
 }  # fmt: skip
-
-
-class Column(Protocol):
-    """An array, or something on disk that slices like one along its rows."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> Any: ...
-
-    def __getitem__(self, rows: slice, /) -> Any: ...
-
-
-def open_hdf5(path: Path) -> dict[str, Column]:
-    """The file's datasets by path, unread. Raises ``DatasetError`` naming a damaged file."""
-    try:
-        file = h5py.File(path, "r")
-        found: dict[str, Column] = {}
-
-        def visit(name: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset) and item.ndim:
-                found[name] = item
-
-        file.visititems(visit)
-    except (OSError, RuntimeError, KeyError) as error:
-        raise DatasetError(
-            f"{path}: not a whole HDF5 file ({_one_line(error)}); fetch it again."
-        ) from error
-    return found
-
-
-def open_npz(path: Path) -> dict[str, Column]:
-    """The archive's arrays. Raises ``DatasetError`` naming a damaged file."""
-    try:
-        # Opened here: NumPy leaves a file open that turns out not to be an archive.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files if archive[name].ndim}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        raise DatasetError(
-            f"{path}: not a whole npz archive ({_one_line(error)}); fetch it again."
-        ) from error
-
-
-def flatten(arrays: Mapping[str, Any], prefix: str = "") -> dict[str, Column]:
-    """Nested mappings of arrays as one level, names joined by ``/``."""
-    flat: dict[str, Column] = {}
-    for name, value in arrays.items():
-        path = f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{path}/"))
-        else:
-            flat[path] = _array(path, value)
-    return {name: column for name, column in flat.items() if column.shape}
-
-
-def _array(path: str, value: Any) -> NDArray[Any]:
-    try:
-        return np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise DatasetError(
-            f"{path}: a {type(value).__name__} of {_count(value)} entries is no array "
-            f"({_one_line(error)}); expected numbers with one row per step, all rows of one shape. "
-            "Join episodes of different lengths with numpy.concatenate and mark their ends."
-        ) from error
-
-
-def _count(value: Any) -> str:
-    return str(len(value)) if hasattr(value, "__len__") else "unknown"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 @dataclass(frozen=True)
@@ -185,7 +108,11 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
     for key, path in found.items():
         if path is None:
             continue
-        inner = {p[len(path) + 1 :]: c for p, c in columns.items() if p.startswith(f"{path}/")}
+        inner = {
+            p[len(path) + 1 :]: c
+            for p, c in columns.items()
+            if p.startswith(f"{path}/") and c.shape
+        }
         if key in ("observation", "next_observation"):
             leaves = observation if key == "observation" else following
             if path in columns:
@@ -193,6 +120,10 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
             leaves.update({("observation", *p.split("/")): c for p, c in inner.items()})
         elif path in columns:
             named[key] = columns[path]
+        else:
+            raise DatasetError(
+                f"{name}: {key} ({path!r}) is a group of {', '.join(inner)}; expected one array."
+            )
     if not following:
         found["next_observation"] = None
     elif set(following) != set(observation):
@@ -200,7 +131,7 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
             f"{name}: next_observation has the leaves {sorted(following)}, observation has "
             f"{sorted(observation)}; wanted the same."
         )
-    _check_numbers(name, {**named, **_joined(observation), **_joined(following, "next/")})
+    check_numbers(name, {**named, **_joined(observation), **_joined(following, "next/")})
     rows = next(iter(observation.values())).shape[0]
     if rows == 0:
         raise DatasetError(f"{name}: observation has 0 rows; wanted at least one transition.")
@@ -274,6 +205,8 @@ def _find(
             raise DatasetError(f"{name}: {key} cannot be left out.")
         return path
     matches = [path for path in NAMES[key] if present(path)]
+    if key not in (*REQUIRED, "next_observation"):  # Single numbers and groups are no columns.
+        matches = [p for p in matches if p in columns and columns[p].shape]
     if key in ("not_terminated", "valid"):  # Columns of other kinds bear these names too.
         matches = [path for path in matches if path in columns and _single(columns[path])]
     if len(matches) > 1:
@@ -304,16 +237,6 @@ def _hint(key: str, columns: Mapping[str, Column]) -> str:
             "dict of arrays with both."
         )
     return ""
-
-
-def _check_numbers(name: str, columns: Mapping[str, Column]) -> None:
-    for key, column in columns.items():
-        kind = np.dtype(column.dtype)
-        if kind.kind not in "biuf":
-            raise DatasetError(
-                f"{name}: {key} holds {kind} values of shape {tuple(column.shape)}; expected real "
-                "numbers or booleans in an array with one row per step and all rows of one shape."
-            )
 
 
 def _same_rows(name: str, rows: int, columns: Mapping[str, Column]) -> None:

@@ -35,9 +35,10 @@ class OfflineDataset:
             ``action``, ``("next", "observation")``, ``("next", "reward")`` (mapped, ``(N, 1)``),
             ``("next", "terminated" | "truncated" | "done")`` bool ``(N, 1)`` (done: either of the
             others), and int64 ``("collector", "traj_ids")`` ``(N,)``, which number the episodes: a
-            row may terminate inside one where the source's trajectories go on past a goal; ``action_mask``, ``("next", "action_mask")``
-            bool ``(N, n)`` and ``action_log_prob`` ``(N,)`` where the source has them. Episodes
-            are whole, consecutive and in the source's order.
+            row may terminate inside one where the source's trajectories go on past a goal.
+            ``action_mask``, ``("next", "action_mask")`` bool ``(N, n)`` and ``action_log_prob``
+            ``(N,)`` where the source has them. Episodes are whole, consecutive and in the source's
+            order.
         observation_space, action_space: Gymnasium's; the specs are TorchRL's of the same.
         statistics: per observation key (``"observation"``, or a tuple for nested ones) its
             ``ObservationStatistics``; categories have none.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,9 +16,9 @@ from gymnasium.envs.registration import EnvSpec
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
+from iql_torchrl.data.arrays import flatten, open_hdf5, open_npz
 from iql_torchrl.data.build import build
 from iql_torchrl.data.cache import build_cached, describe, fingerprint, load_built
-from iql_torchrl.data.columns import flatten, open_hdf5, open_npz
 from iql_torchrl.data.dataset import OfflineDataset
 from iql_torchrl.data.minari_source import find_minari, minari_files, minari_source
 from iql_torchrl.data.normalise import REFERENCE_RETURNS
@@ -106,7 +108,10 @@ def load_dataset(
     Raises:
         DatasetError: naming the key, rows, episode, what was wanted and what to do.
     """
-    _check_options(dtype, reward)
+    _check_options(dtype, reward, columns, limit, max_episode_steps)
+    for key, space in (("observation_space", observation_space), ("action_space", action_space)):
+        if space is not None and not isinstance(space, gym.Space):
+            raise DatasetError(f"{key}: expected a gymnasium.Space, got {type(space).__name__}.")
     maker = None if env is None else env_maker(env)
     options = ReadOptions(
         columns=dict(columns or {}),
@@ -186,11 +191,23 @@ def _env_identity(env: EnvLike | None) -> str | None:
     return identity
 
 
-def _check_options(dtype: torch.dtype, reward: Any) -> None:
+def _check_options(
+    dtype: torch.dtype, reward: Any, columns: Any, limit: Any, max_episode_steps: Any
+) -> None:
+    if columns is not None and not isinstance(columns, Mapping):
+        raise DatasetError(
+            "columns: expected a dict from our keys to the file's columns, such as "
+            f"{{'reward': 'r'}}, got {columns!r}."
+        )
+    for key, value in (("limit", limit), ("max_episode_steps", max_episode_steps)):
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise DatasetError(
+                f"{key}: expected a whole number, at least 1, or None, got {value!r}"
+            )
     if dtype not in (torch.float32, torch.float64):
         raise DatasetError(f"dtype: wanted torch.float32 or torch.float64, got {dtype}")
     names = ("raw", "return_range", "minus_one")
-    if isinstance(reward, str) and reward not in names:
+    if not (reward in names if isinstance(reward, str) else _pair(reward)):
         raise DatasetError(f"reward: wanted one of {names} or (scale, shift), got {reward!r}")
 
 
@@ -207,7 +224,21 @@ def _scores(given: tuple[float, float] | str | None) -> tuple[float, float] | No
                 f"reference_scores: {given!r} is not among {', '.join(REFERENCE_RETURNS)}."
             )
         return REFERENCE_RETURNS[given]
+    if not _pair(given) or given[0] == given[1]:
+        raise DatasetError(
+            "reference_scores: expected two different returns (random, expert), or a task's name, "
+            f"got {given!r}."
+        )
     return float(given[0]), float(given[1])
+
+
+def _pair(values: Any) -> bool:
+    """Two finite numbers."""
+    try:
+        first, second = values
+        return math.isfinite(first) and math.isfinite(second)
+    except (TypeError, ValueError):
+        return False
 
 
 def _open(

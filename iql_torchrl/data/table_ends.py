@@ -76,6 +76,11 @@ def table_ends(table: Table, options: ReadOptions) -> Ends:
 def _numbered(table: Table, terminated: Flags, last: Flags, valid: Flags | None) -> Flags:
     """Ends of trajectories where the column ``episode`` numbers them."""
     ids = np.asarray(table.columns["episode"][:]).reshape(-1)
+    if ids.dtype.kind == "f" and (bad := np.flatnonzero(~np.isfinite(ids))).size:
+        raise DatasetError(
+            f"{table.name}: {table.called('episode')} is NaN or infinite in {len(bad)} of "
+            f"{table.rows} rows, first at row {bad[0]}; expected one number per episode."
+        )
     changes = np.concatenate([ids[1:] != ids[:-1], [True]])
     wrong = last & ~changes
     if valid is not None:

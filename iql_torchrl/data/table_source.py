@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.columns import Column, Table, read_table
+from iql_torchrl.data.arrays import Column
+from iql_torchrl.data.columns import Table, read_table
 from iql_torchrl.data.sources import Piece, ReadOptions, Source, first_episodes
 from iql_torchrl.data.table_ends import Ends, table_ends
 from iql_torchrl.data.table_spaces import (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from iql_torchrl.data.columns import TRAJECTORY_ENDS, Table
 from iql_torchrl.data.motion import breaks, motion
 from iql_torchrl.data.table_ends import MOST, Ends, goes_on
