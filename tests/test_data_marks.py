@@ -291,10 +291,14 @@ def test_terminations_at_one_fixed_length_are_reported(cut: int) -> None:
     assert flag(remedy, "truncated") == [29, 59, 89, 119 - cut]
 
 
-def test_one_step_episodes_and_mixed_ends_of_one_length_are_ordinary() -> None:
-    data, ends = drift([1] * 40)
+@pytest.mark.parametrize("lengths", [[1] * 40, [3] * 40, [30, 30], [30, 29, 30, 30]])
+def test_few_or_short_or_varying_episodes_that_terminate_are_ordinary(lengths: list[int]) -> None:
+    data, ends = drift(lengths)
     data["terminated"] = ends
-    load_dataset(data)
+    assert load_dataset(data).episode_lengths.tolist() == lengths
+
+
+def test_ends_of_both_kinds_at_one_length_are_ordinary() -> None:
     data, ends = drift([30] * 4)
     data["terminated"] = ends & (np.arange(120) < 60)
     data["truncated"] = ends & ~data["terminated"]

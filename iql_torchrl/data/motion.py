@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from iql_torchrl.data.columns import Table
 
-__all__ = ["Motion", "breaks", "motion"]
+__all__ = ["ROWS", "Motion", "breaks", "motion"]
 
 CHUNK = 65_536
 #: Rows and columns that ``motion`` reads at most: the leading ones.
@@ -19,15 +19,17 @@ STEPS = 20
 _ROUNDS = 4
 
 
-def breaks(table: Table) -> NDArray[np.bool_]:
+def breaks(table: Table, steps: int | None = None) -> NDArray[np.bool_]:
     """Where ``next_observation`` is not the following row's observation, ``(rows - 1,)``.
 
-    The norm of the difference is above 1e-6. The table must have ``next_observation``.
+    The norm of the difference is above 1e-6. The table must have ``next_observation``. ``steps``:
+    of that many leading rows only.
     """
     assert table.next_observation is not None
-    broken = np.zeros(table.rows - 1, np.bool_)
-    for start in range(0, table.rows - 1, CHUNK):
-        stop = min(start + CHUNK, table.rows - 1)
+    steps = table.rows - 1 if steps is None else steps
+    broken = np.zeros(steps, np.bool_)
+    for start in range(0, steps, CHUNK):
+        stop = min(start + CHUNK, steps)
         gap = np.zeros(stop - start)
         for key, column in table.observation.items():
             ahead = np.asarray(column[start + 1 : stop + 1], np.float64)

@@ -120,7 +120,7 @@ def goes_on(table: Table, moved: Motion | None, rows: Flags, ordinary: Flags) ->
     marked = rows[: len(moved.error)].copy()
     total = int(marked.sum())
     if table.next_observation is not None:
-        marked &= ~breaks(table)[: len(marked)]
+        marked &= ~breaks(table, len(marked))
     smooth = moved.inside(marked, ordinary[: len(marked)])
     return smooth if smooth is not None and smooth >= MOST * total else 0
 

@@ -94,7 +94,7 @@ def table_source(name: str, columns: dict[str, Column], options: ReadOptions) ->
         log_prob="action_log_prob" in table.columns,
         ends_known="truncated" in table.columns and options.limit is None,
         goes_on=inside > 0,
-        termination=table.paths.get("terminated"),
+        termination=table.paths.get("terminated", table.paths.get("trajectory_end")),
         notes=(*notes, *remarks),
         warnings=(*warned, *guessed),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from iql_torchrl.data.columns import TRAJECTORY_ENDS, Table
-from iql_torchrl.data.motion import breaks, motion
+from iql_torchrl.data.motion import ROWS, breaks, motion
 from iql_torchrl.data.table_ends import MOST, Ends, goes_on
 
 __all__ = ["mark_notes", "mark_warnings"]
@@ -33,6 +33,10 @@ def mark_warnings(table: Table, ends: Ends, inside: int) -> list[str]:
     if "episode" not in table.columns and ends.valid.all():
         found += [_misplaced(table), _continued(table, ends), _no_ends(table, ends)]
     return [f"{table.name}: {text}" for text in found if text is not None]
+
+
+def _looked_at(table: Table) -> str:
+    return f" among the first {ROWS:,} rows" if table.rows > ROWS else ""
 
 
 def _no_terminations(table: Table) -> str | None:
@@ -74,10 +78,10 @@ def _misplaced(table: Table) -> str | None:
     if smooth is None or smooth < MOST * marked.sum():
         return None
     return (
-        f"{smooth} of {int(marked.sum())} rows marked truncated ({table.paths['truncated']!r}) are "
-        "followed by an observation that continues their motion as well as any within an episode: "
-        "the marks may be misplaced. columns={'truncated': None} ignores them, and episodes then "
-        "end at terminations only."
+        f"{smooth} of {int(marked.sum())} rows marked truncated ({table.paths['truncated']!r})"
+        f"{_looked_at(table)} are followed by an observation that continues their motion as well as "
+        "any within an episode: the marks may be misplaced. columns={'truncated': None} ignores "
+        "them, and episodes then end at terminations only."
     )
 
 
@@ -88,10 +92,10 @@ def _continued(table: Table, ends: Ends) -> str | None:
     rows = ends.terminated & ends.last
     if not rows[:-1].any() or not (count := goes_on(table, motion(table), rows, ~ends.last)):
         return None
-    total = int(rows[:-1].sum())
+    total = int(rows[: min(table.rows, ROWS) - 1].sum())
     return (
-        f"{count} of the {total} rows marked terminated ({path!r}) are followed by a "
-        "row that continues the same trajectory, yet each was read as the end of an episode. If "
+        f"{count} of the {total} rows marked terminated ({path!r}){_looked_at(table)} are followed "
+        "by a row that continues the same trajectory, yet each was read as the end of an episode. If "
         f"{path!r} only marks where recording was cut, pass columns={{'terminated': None, "
         f"'truncated': {path!r}}}; if it is 0 where a row terminates, columns={{'not_terminated': "
         f"{path!r}}}; if trajectories do go on past a termination, number them in a column and "
@@ -109,7 +113,7 @@ def _no_ends(table: Table, ends: Ends) -> str | None:
     else:
         moved = motion(table)
         count = 0 if moved is None else int(moved.jumps.sum())
-        seen = "from which the observation jumps to the following row's"
+        seen = "from which the observation jumps to the following row's" + _looked_at(table)
     if not count:
         return None
     path, names = table.paths["truncated"], ", ".join(map(repr, TRAJECTORY_ENDS))

@@ -327,16 +327,16 @@ class BlockChecker:
     def _fixed_length(self) -> int | None:
         """The length of all episodes where each terminates; the file may cut the last one short.
 
-        None for less than two terminations, for episodes of one step, and where rows terminate
-        inside episodes.
+        None for fewer than 3 terminations and for episodes of fewer than 5 steps, whose equal
+        length proves little, and where rows terminate inside episodes.
         """
         lengths = self.index.lengths
         ended = lengths if self.last_terminated else lengths[:-1]
-        if self.goes_on or len(ended) < 2 or self.terminated_ends < len(ended):
+        if self.goes_on or len(ended) < 3 or self.terminated_ends < len(ended):
             return None
         steps = int(ended[0])
         same = bool((ended == steps).all()) and int(lengths[-1]) <= steps
-        return steps if same and steps > 1 else None
+        return steps if same and steps >= 5 else None
 
     def _masks(self, rows: Mapping[Key, NDArray[Any]], start: int) -> None:
         mask, following = rows[MASK], rows[NEXT_MASK]
@@ -363,12 +363,14 @@ class BlockChecker:
         that marks terminations.
         """
         if (steps := self._fixed_length()) is not None:
-            column = repr(termination or "the column")
+            where, remedy = "", "store those ends as truncations"
+            if termination is not None:
+                where = f" ({termination!r})"
+                remedy = f"pass columns={{'terminated': None, 'truncated': {termination!r}}}"
             yield (
-                f"all {self.terminated_ends} terminations ({column}) come at step {steps} of their "
+                f"all {self.terminated_ends} terminations{where} come at step {steps} of their "
                 "episode and no other step ends one: that looks like a time limit, past which "
-                "values must be bootstrapped. If it is one, pass "
-                f"columns={{'terminated': None, 'truncated': {column}}}; if each episode truly "
+                f"values must be bootstrapped. If it is one, {remedy}; if each episode truly "
                 "terminates after that many steps, ignore this warning."
             )
         if self.both_marks:
