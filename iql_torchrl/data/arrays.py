@@ -33,18 +33,18 @@ def open_hdf5(path: Path) -> dict[str, Column]:
     """The file's datasets by path, unread. Raises ``DatasetError`` naming a damaged file."""
     try:
         file = h5py.File(path, "r")
-        found: dict[str, Column] = {}
+        columns: dict[str, Column] = {}
 
         def visit(name: str, item: Any) -> None:
             if isinstance(item, h5py.Dataset) and item.ndim:
-                found[name] = item
+                columns[name] = item
 
         file.visititems(visit)
     except (OSError, RuntimeError, KeyError) as error:
         raise DatasetError(
             f"{path}: not a whole HDF5 file ({_one_line(error)}); fetch it again."
         ) from error
-    return found
+    return columns
 
 
 def open_npz(path: Path) -> dict[str, Column]:
@@ -128,20 +128,20 @@ def check_numbers(name: str, columns: Mapping[str, Column]) -> None:
     """Raises unless each column has rows, and each row numbers."""
     for key, column in columns.items():
         shape, kind = tuple(column.shape), np.dtype(column.dtype)
-        wanted = "expected an array of real numbers or booleans with one row per step"
+        expected = "expected an array of real numbers or booleans with one row per step"
         if not shape:
-            raise DatasetError(f"{name}: {key} is a single value of dtype {kind}; {wanted}.")
+            raise DatasetError(f"{name}: {key} is a single value of dtype {kind}; {expected}.")
         if kind.kind == "O":
             raise DatasetError(
                 f"{name}: {key} holds Python objects (dtype object): rows of different lengths, or "
-                f"no numbers; {wanted}, all rows of one shape. Join episodes of different lengths "
+                f"no numbers; {expected}, all rows of one shape. Join episodes of different lengths "
                 "with numpy.concatenate and mark their ends."
             )
         if kind.kind not in "biuf":
-            raise DatasetError(f"{name}: {key} holds {kind} values of shape {shape}; {wanted}.")
+            raise DatasetError(f"{name}: {key} holds {kind} values of shape {shape}; {expected}.")
         if 0 in shape[1:]:
             raise DatasetError(
-                f"{name}: {key} has shape {shape}: its rows hold no numbers; {wanted}."
+                f"{name}: {key} has shape {shape}: its rows hold no numbers; {expected}."
             )
 
 

@@ -174,18 +174,18 @@ def _columns_of_keys(
                 f"{given['not_terminated']!r}; one is the opposite of the other: name one of them."
             )
         given.setdefault("not_terminated", None)
-    found = {key: _find(name, key, columns, given) for key in NAMES if key != "terminated"}
-    found["trajectory_end"] = None
-    if not (found["not_terminated"] or (found["valid"] and "terminated" not in given)):
-        found["terminated"] = _find(name, "terminated", columns, given)
-        return found
+    chosen = {key: _find(name, key, columns, given) for key in NAMES if key != "terminated"}
+    chosen["trajectory_end"] = None
+    if not (chosen["not_terminated"] or (chosen["valid"] and "terminated" not in given)):
+        chosen["terminated"] = _find(name, "terminated", columns, given)
+        return chosen
     if given.get("truncated") in TRAJECTORY_ENDS:
-        found["trajectory_end"], found["truncated"] = found["truncated"], None
+        chosen["trajectory_end"], chosen["truncated"] = chosen["truncated"], None
     else:
-        found["trajectory_end"] = next((p for p in TRAJECTORY_ENDS if p in columns), None)
+        chosen["trajectory_end"] = next((p for p in TRAJECTORY_ENDS if p in columns), None)
     stated = [p for p in NAMES["terminated"] if p in columns and p not in TRAJECTORY_ENDS]
-    found["terminated"] = stated[0] if stated and "terminated" not in given else None
-    return found
+    chosen["terminated"] = stated[0] if stated and "terminated" not in given else None
+    return chosen
 
 
 def _find(

@@ -29,10 +29,10 @@ def mark_notes(table: Table, ends: Ends, inside: int) -> list[str]:
 
 def mark_warnings(table: Table, ends: Ends, inside: int) -> list[str]:
     """Marks that the rows themselves contradict, one sentence each."""
-    found = [_no_terminations(table), _mostly_terminated(table, ends, inside)]
+    texts = [_no_terminations(table), _mostly_terminated(table, ends, inside)]
     if "episode" not in table.columns and ends.valid.all():
-        found += [_misplaced(table), _continued(table, ends), _no_ends(table, ends)]
-    return [f"{table.name}: {text}" for text in found if text is not None]
+        texts += [_misplaced(table), _continued(table, ends), _no_ends(table, ends)]
+    return [f"{table.name}: {text}" for text in texts if text is not None]
 
 
 def _looked_at(table: Table) -> str:
