@@ -36,6 +36,7 @@ class Residual(nn.Module):
 def main(updates: int = 5000, seed: int = 0) -> float:
     torch.manual_seed(seed)
     dataset = load_dataset(ensure_dataset("pendulum/mixed-v0"), reward="return_range")
+    dataset.print_notes()
     buffer = dataset.replay_buffer(batch_size=256, seed=seed)
     action_spec = dataset.action_spec
     size = action_spec.shape[-1]

@@ -249,6 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         source = ensure_dataset(options.dataset) if options.dataset in BUILTIN else options.dataset
         dataset = load_dataset(source, reward=config.reward, limit=options.limit)
+        dataset.print_notes()
         options.output.mkdir(parents=True, exist_ok=True)
         about = json.dumps(vars(options) | asdict(config), indent=2, default=str) + "\n"
         with whole_file(options.output / "config.json") as temporary:

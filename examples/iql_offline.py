@@ -43,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         source = ensure_dataset(options.dataset) if options.dataset in BUILTIN else options.dataset
         dataset = load_dataset(source, env=options.env, reward=config.reward)
+        dataset.print_notes()
         # what cannot be built or played is said before a folder is made
         policy = make_agent(config, dataset).policy
         evaluate(policy, dataset.make_env, episodes=1, seed=0, max_steps=1)

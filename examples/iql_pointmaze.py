@@ -131,6 +131,7 @@ def compare(maze: str, task: str, config: IQLConfig, episodes: int) -> tuple[lis
         rows = [{"method": "log", **fared}]
         position = data.transitions["observation"][:, :2].numpy()
         paths = {"60 drives of the log": np.split(position, np.cumsum(data.episode_lengths))[:60]}
+    data.print_notes()
     for method, temperature in (("cloning", 0.0), ("IQL", config.temperature)):
         played, paths[method] = train(replace(config, temperature=temperature), data, episodes)
         there = played.returns > 0

@@ -162,6 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
         import icu_sepsis  # noqa: F401  (registers the environment)
 
         log = load_dataset(ensure_dataset(NAME), reward=(POINTS, 0.0))
+        log.print_notes()
     except (ImportError, ValueError) as error:
         remedy = '; install it with pip install "iql_torchrl[datasets]".'
         print(f"error: {error}{isinstance(error, ImportError) * remedy}", file=sys.stderr)

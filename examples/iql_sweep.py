@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         source = ensure_dataset(options.dataset) if options.dataset in BUILTIN else options.dataset
         reward: Any = (POINTS, 0.0) if exact else config.reward
         log = load_dataset(source, env=options.env, reward=reward)
+        log.print_notes()
         own, rest = log.split(1 - options.held_out, seed=0) if options.ranking else (log, log)
         population = IQLPopulation(list(runs.values()), own)
         folder = new_folder(options.folder.parent, options.folder.name, arguments)

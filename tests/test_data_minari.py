@@ -263,6 +263,14 @@ def test_limit_keeps_whole_episodes(root: Path) -> None:
     assert load_dataset(["made/a-v0", "made/a-v0"], limit=20).episode_lengths.sum() == 19
 
 
+def test_terminations_at_one_fixed_length_are_reported(root: Path) -> None:
+    write("equal-v0", [episode(BOX, ACTION, 6, "terminated") for _ in range(4)])
+    with pytest.warns(DatasetWarning, match="all 4 terminations come at step 6 .*truncations"):
+        load_dataset("equal-v0")
+    write("cut-v0", [episode(BOX, ACTION, 6, "truncated") for _ in range(4)])
+    load_dataset("cut-v0")
+
+
 def test_a_mistyped_id_lists_neighbours(root: Path) -> None:
     write("pendulum/mixed-v0", [episode(BOX, ACTION, 2)])
     for wrong in ("pendulum/mixd-v0", "pendulum/mixed"):

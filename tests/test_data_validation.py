@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -167,6 +168,50 @@ BAD: dict[str, tuple[Callable[[], Arrays], Callable[[Arrays], Any], Arrays, list
     "object observations": (
         table, to("observation", lambda o: np.array([None] * 15)), {}, ["observation", "object"],
     ),
+    "ragged lists": (
+        table, lambda d: d.update(observation=[[1.0, 2.0]] * 14 + [[1.0]]), {},
+        ["observation", "different lengths", "numpy.concatenate"],
+    ),
+    "rewards as one list per episode": (
+        table, lambda d: d.update(reward=[[1.0] * 4, [1.0] * 6, [1.0] * 5]), {},
+        ["reward", "different lengths"],
+    ),
+    "complex rewards": (table, to("reward", lambda r: r * 1j), {}, ["reward", "complex64"]),
+    "one number as rewards": (table, to("reward", lambda r: 3.0), {}, ["reward", "single value"]),
+    "no rewards but None": (table, to("reward", lambda r: None), {}, ["reward", "single value"]),
+    "boolean rewards": (table, to("reward", lambda r: r > 0), {}, ["next.reward", "bool"]),
+    "boolean actions": (table, to("action", lambda a: a > 0), {}, ["action", "bool"]),
+    "actions of no columns": (table, to("action", lambda a: a[:, :0]), {}, ["action", "(15, 0)"]),
+    "observations of no columns": (
+        table, lambda d: d.update(observation=np.ones((15, 0)), next_observation=np.ones((15, 0))),
+        {}, ["observation", "(15, 0)", "no numbers"],
+    ),
+    "actions in groups": (
+        table, to("action", lambda a: {"arm": a, "hand": a}), {}, ["action", "arm, hand"],
+    ),
+    "masked rewards": (
+        table, to("reward", lambda r: np.ma.masked_array(r, r > 0)), {}, ["reward", "masked"],
+    ),
+    "sparse tensor": (
+        table, to("reward", lambda r: torch.from_numpy(r).to_sparse()), {}, ["reward", "sparse"],
+    ),
+    "categories without end": (
+        table, to("action", lambda a: np.full(15, 2**63, np.uint64)), {},
+        ["action", "9223372036854775808", "category"],
+    ),
+    "episode number NaN": (
+        table, adding(episode=np.full(15, NAN)), {}, ["episode", "NaN", "row 0"],
+    ),
+    "columns as a list": (table, adding(), {"columns": ["reward"]}, ["columns", "dict"]),
+    "limit as text": (table, adding(), {"limit": "9"}, ["limit", "'9'"]),
+    "limit as a fraction": (table, adding(), {"limit": 7.5}, ["limit", "7.5"]),
+    "step limit 0": (table, adding(), {"max_episode_steps": 0}, ["max_episode_steps", "0"]),
+    "reward None": (table, adding(), {"reward": None}, ["reward", "None"]),
+    "reward of text": (table, adding(), {"reward": ("1", "0")}, ["scale, shift"]),
+    "one reference score": (
+        table, adding(), {"reference_scores": 3.0}, ["reference_scores", "random, expert"],
+    ),
+    "space of text": (table, adding(), {"action_space": "Box"}, ["action_space", "str"]),
     "empty": (
         table, lambda d: d.update({k: v[:0] for k, v in d.items()}), {}, ["observation", "0 rows"],
     ),
@@ -264,6 +309,41 @@ def test_doubtful_input_is_reported(spoil: Callable[[Arrays], None], words: list
     text = str(caught[0].message)
     assert all(word in text for word in words), text
     assert text in dataset.notes
+
+
+def test_columns_that_nobody_reads_may_hold_anything() -> None:
+    data = table()
+    data.update(infos=[[1], [1, 2]], names=["a"] * 15, seed=3, episode={"seed": [1, 2]})
+    assert len(load_dataset(data)) == 15
+
+
+@pytest.mark.parametrize("kind", [np.longdouble, np.float16, ">f4"])
+def test_floats_of_other_sizes_are_read(kind: Any) -> None:
+    data = table()
+    data["reward"] = np.arange(15).astype(kind)
+    data["observation"] = data["observation"].astype(kind)
+    assert load_dataset(data).transitions["next", "reward"].flatten().tolist() == list(range(15))
+
+
+def test_half_precision_tensors_are_read() -> None:
+    data = {key: torch.as_tensor(values) for key, values in table().items()}
+    data["reward"] = torch.arange(15, dtype=torch.bfloat16)
+    for source in (data, TensorDict(data, [15])):
+        rows = load_dataset(source).transitions
+        assert rows["next", "reward"].flatten().tolist() == list(range(15))
+
+
+def test_npz_files_of_other_things(tmp_path: Path) -> None:
+    path = tmp_path / "log.npz"
+    np.savez(path, **table(), infos=np.array([None] * 15))
+    assert len(load_dataset(path)) == 15
+    np.savez(path, **{**table(), "reward": np.array([None] * 15)})
+    with pytest.raises(DatasetError, match=r"log\.npz: reward holds Python objects"):
+        load_dataset(path)
+    with open(path, "wb") as file:
+        np.save(file, np.ones(3))
+    with pytest.raises(DatasetError, match=r"log\.npz: holds one array of shape \(3,\)"):
+        load_dataset(path)
 
 
 def test_termination_wins_over_truncation() -> None:

@@ -193,3 +193,23 @@ def test_custom_actor(run, monkeypatch, capsys):
     main = runpy.run_path(str(EXAMPLES / "custom_actor.py"))["main"]
     assert np.isfinite(main(updates=10))
     assert "mean return of 20 episodes" in capsys.readouterr().out
+
+
+def test_the_notes_of_a_dataset_are_printed(run, capsys, tmp_path):
+    rng = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "log.npz",
+        observations=rng.uniform(-1, 1, (200, 3)).astype(np.float32),
+        actions=rng.uniform(-2, 2, (200, 1)).astype(np.float32),
+        rewards=rng.standard_normal(200),
+        terminals=np.zeros(200, bool),
+        timeouts=np.arange(200) % 50 == 49,
+    )
+    assert run("iql_offline", "--dataset", "log.npz", "--env", "Pendulum-v1", *TINY) == 0
+    assert "note: dropped 4 truncated last rows of 200" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_each_example_that_loads_data_prints_its_notes(path):
+    text = path.read_text()
+    assert ("load_dataset(" in text) == (".print_notes()" in text)

@@ -68,8 +68,7 @@ def _describe(options: argparse.Namespace) -> None:
     dataset = load_dataset(options.source, env=options.env)
     for name, text in _rows(dataset):
         print(f"{name:<{NAME_WIDTH}}{text}")
-    for note in dataset.notes:
-        print(f"note: {note}")
+    dataset.print_notes()
     stem = re.sub(r"[^\w.-]+", "-", options.source).strip("-.")
     path = options.png or Path(f"{stem}-returns.png")
     _draw(dataset, options.source, path)
@@ -78,13 +77,15 @@ def _describe(options: argparse.Namespace) -> None:
 
 def _rows(dataset: OfflineDataset) -> list[tuple[str, str]]:
     table, returns, lengths = dataset.transitions, dataset.episode_returns, dataset.episode_lengths
-    terminated = int(table["next", "terminated"].sum())
-    truncated = int(table["next", "truncated"].sum())
+    flags = table["next", "terminated"].flatten().numpy()
+    terminated = int(flags[lengths.cumsum() - 1].sum())
+    inside = int(flags.sum()) - terminated
+    ends = f"{terminated} by termination, {len(lengths) - terminated} by truncation"
     rows = [
         ("episodes", f"{len(returns)}"),
         ("steps", f"{len(dataset)}"),
         ("episode length", f"{lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}"),
-        ("ends", f"{terminated} by termination, {truncated} by truncation"),
+        ("ends", f"{ends}; {inside} terminations inside episodes" if inside else ends),
         (
             "return",
             f"mean {returns.mean():.6g}, standard deviation {returns.std():.6g}, "

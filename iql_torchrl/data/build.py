@@ -35,7 +35,7 @@ from iql_torchrl.data.transitions import (
     transition_layout,
 )
 
-__all__ = ["Built", "build"]
+__all__ = ["Built", "build", "table_bytes"]
 
 BLOCK = 65_536
 #: Bytes of one block while writing to disk: the bound on memory.
@@ -94,8 +94,7 @@ class _Disk:
 
     def __init__(self, layout: Layout, rows: int, folder: Path) -> None:
         self.layout, self.rows, self.folder = layout, rows, folder
-        width = sum(int(np.prod(f.shape)) * f.dtype.itemsize for f in layout.values())
-        self.block_rows = int(max(1, min(rows, BLOCK_BYTES // max(width, 1))))
+        self.block_rows = int(max(1, min(rows, BLOCK_BYTES // max(_row_bytes(layout), 1))))
         table = TensorDict({}, batch_size=[rows])
         table.memmap_(folder)
         self.paths = {}
@@ -113,7 +112,8 @@ class _Disk:
         for key, values in block.items():
             with open(self.paths[key], "r+b") as file:
                 file.seek(start * (values.nbytes // len(values)))
-                values.numpy().tofile(file)
+                # Not tofile, whose error on a full disk has no error number.
+                file.write(values.numpy().data)
 
     def map_rewards(self, change: RewardMap) -> None:
         if change == RewardMap():
@@ -124,11 +124,27 @@ class _Disk:
                 file.seek(start * kept.itemsize)
                 values = np.fromfile(file, kept, min(BLOCK, self.rows - start))
                 file.seek(start * kept.itemsize)
-                change.forward(values.astype(np.float64)).astype(kept).tofile(file)
+                file.write(change.forward(values.astype(np.float64)).astype(kept).data)
 
     def finish(self) -> TensorDict:
         self.scratch = {}
         return TensorDict.load_memmap(self.folder)
+
+
+def table_bytes(source: Source, dtype: torch.dtype) -> int:
+    """Bytes of the table that ``build`` makes of ``source``."""
+    return source.rows * _row_bytes(_layout(source, dtype))
+
+
+def _row_bytes(layout: Layout) -> int:
+    return sum(int(np.prod(f.shape)) * f.dtype.itemsize for f in layout.values())
+
+
+def _layout(source: Source, dtype: torch.dtype) -> Layout:
+    return transition_layout(
+        source.observation_space, source.action_space,
+        dtype=dtype, masked=source.masked, log_prob=source.log_prob,
+    )  # fmt: skip
 
 
 def build(
@@ -145,15 +161,13 @@ def build(
     ``folder``: where to put a memory-mapped table; None keeps it in memory. ``progress``: None
     shows a bar on terminals only. Raises ``DatasetError`` at the first row that is wrong.
     """
-    layout = transition_layout(
-        source.observation_space, source.action_space,
-        dtype=dtype, masked=source.masked, log_prob=source.log_prob,
-    )  # fmt: skip
+    layout = _layout(source, dtype)
     index = EpisodeIndex(source.episode_lengths)
     sink = _Memory(layout, index.rows) if folder is None else _Disk(layout, index.rows, folder)
     checker = BlockChecker(
-        source.name, index, source.observation_space, source.action_space, clip_actions
-    )
+        source.name, index, source.observation_space, source.action_space, clip_actions,
+        source.goes_on,
+    )  # fmt: skip
     measured = _Measured(source, layout, index)
     with tqdm(
         total=index.rows, desc=source.name, unit="row", unit_scale=True, leave=False,
@@ -249,6 +263,8 @@ def _fill(
 def _tensor(values: NDArray[Any]) -> Tensor:
     if values.dtype.byteorder == ">" or not values.flags.writeable or min(values.strides) < 0:
         values = np.array(values, dtype=values.dtype.newbyteorder("="))
+    if values.dtype.kind == "f" and values.dtype.itemsize > 8:
+        values = values.astype(np.float64)
     if values.dtype.kind == "u" and values.dtype.itemsize > 1:
         values = values.astype(np.int64)
     return torch.from_numpy(values)
@@ -285,7 +301,7 @@ def _remarks(
     statistics: dict[Key, ObservationStatistics],
 ) -> list[str]:
     """Issues one ``DatasetWarning`` for each finding, and returns them all."""
-    found = [*source.warnings, *checker.findings(source.ends_known)]
+    found = [*source.warnings, *checker.findings(source.ends_known, source.termination)]
     found = [text if text.startswith(source.name) else f"{source.name}: {text}" for text in found]
     if measured.low == measured.high and checker.index.rows > 1:
         found.append(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import shutil
@@ -18,12 +20,21 @@ from gymnasium.envs.registration import EnvSpec
 from minari.serialization import deserialize_space, serialize_space
 from tensordict import TensorDict
 
-from iql_torchrl.data.build import TABLE, Built, build
+from iql_torchrl.data.build import TABLE, Built, build, table_bytes
 from iql_torchrl.data.normalise import ObservationStatistics, RewardMap
 from iql_torchrl.data.sources import Source
 from iql_torchrl.data.transitions import DatasetError
 
 __all__ = ["Description", "build_cached", "describe", "fingerprint", "load_built"]
+
+
+#: A file up to this size is digested whole; of a larger one BLOCKS blocks of BLOCK bytes are. Many
+#: files share these numbers.
+WHOLE = 16 * 2**20
+BLOCK = 64 * 2**10
+BLOCKS = 64
+#: Errors of a full disk, or of a full quota.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -45,12 +56,34 @@ def describe(source: Source) -> Description:
 
 
 def fingerprint(files: Sequence[Path], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a built table depends on: each file's size and time, and the options.
+    """What a built table depends on: each file's size, time and content, and the options.
+
+    The content is a 128-bit BLAKE2b digest. A file larger than 16 MiB is sampled: 64 blocks of
+    64 KiB, the first and the last of them at its ends and the others evenly between, so that a
+    file of any size is digested in milliseconds. A change between the blocks of such a file is
+    noticed by size and time only. Where there are n files, each gets an n-th of both numbers, but
+    at least one block and 3 blocks.
 
     Without ``files`` (data in memory) nothing built is ever taken for fresh.
     """
-    seen = [[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-    return {"format": 1, "files": seen, "options": {k: repr(v) for k, v in options.items()}}
+    seen = [
+        [str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns, _digest(p, len(files))]
+        for p in files
+    ]
+    return {"format": 2, "files": seen, "options": {k: repr(v) for k, v in options.items()}}
+
+
+def _digest(path: Path, files: int) -> str:
+    digest, size = hashlib.blake2b(digest_size=16), path.stat().st_size
+    with open(path, "rb", buffering=0) as file:
+        if size <= max(WHOLE // files, BLOCK):
+            digest.update(file.readall())
+        else:
+            blocks = max(BLOCKS // files, 3)
+            for number in range(blocks):
+                file.seek((size - BLOCK) * number // (blocks - 1))
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()
 
 
 def load_built(folder: Path, wanted: Mapping[str, Any]) -> tuple[Built, Description] | None:
@@ -71,10 +104,14 @@ def load_built(folder: Path, wanted: Mapping[str, Any]) -> tuple[Built, Descript
         )
     try:
         saved = json.loads(record.read_text())
-    except ValueError:
-        return None
-    if not wanted.get("files") or saved.get("fingerprint") != wanted:
-        return None
+        if not wanted.get("files") or saved["fingerprint"] != wanted:
+            return None
+        return _loaded(folder, saved)
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError):
+        return None  # Of another version, or damaged: it is built again.
+
+
+def _loaded(folder: Path, saved: Mapping[str, Any]) -> tuple[Built, Description]:
     with np.load(folder / "episodes.npz") as episodes:
         returns, lengths = episodes["returns"], episodes["lengths"]
     statistics = {
@@ -90,6 +127,8 @@ def load_built(folder: Path, wanted: Mapping[str, Any]) -> tuple[Built, Descript
         TensorDict.load_memmap(folder / TABLE), returns, lengths, statistics,
         RewardMap(*saved["reward_map"]), tuple(saved["notes"]),
     )  # fmt: skip
+    if len(built.transitions) != lengths.sum():
+        raise ValueError(f"{folder}: {len(built.transitions)} rows in place of {lengths.sum()}")
     return built, _described(saved["description"])
 
 
@@ -130,8 +169,35 @@ def _record(built: Built, source: Source, wanted: Mapping[str, Any]) -> dict[str
 def build_cached(
     source: Source, folder: Path, wanted: Mapping[str, Any], **how: Any
 ) -> tuple[Built, Description]:
-    """``build`` into ``folder``: made beside it and renamed when whole, so never half there."""
+    """``build`` into ``folder``: made beside it and renamed when whole, so never half there.
+
+    Raises ``DatasetError`` with the space needed and free where the disk is, or gets, full.
+    """
+    needed = table_bytes(source, how["dtype"])
+    try:
+        return _build_cached(source, folder, wanted, needed, **how)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise _full(folder, needed, f"{error.strerror} while writing it") from error
+
+
+def _full(folder: Path, needed: int, reason: str) -> DatasetError:
+    place = next(p for p in folder.absolute().parents if p.exists())
+    free = shutil.disk_usage(place).free
+    return DatasetError(
+        f"memmap={folder}: the table needs {needed:,} bytes and {free:,} are free on the disk of "
+        f"{place} ({reason}). Make room, choose a folder on another disk, or read less with "
+        "limit=. A table that is there already stays until the new one is whole."
+    )
+
+
+def _build_cached(
+    source: Source, folder: Path, wanted: Mapping[str, Any], needed: int, **how: Any
+) -> tuple[Built, Description]:
     folder.parent.mkdir(parents=True, exist_ok=True)
+    if needed > shutil.disk_usage(folder.absolute().parent).free:
+        raise _full(folder, needed, "nothing was written")
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         built = build(source, folder=staging / TABLE, **how)

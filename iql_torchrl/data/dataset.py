@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TextIO
 
 import gymnasium as gym
 import numpy as np
@@ -33,10 +33,12 @@ class OfflineDataset:
     Attributes:
         transitions: batch ``(N,)`` in TorchRL's layout: ``observation`` (nested for Dict spaces),
             ``action``, ``("next", "observation")``, ``("next", "reward")`` (mapped, ``(N, 1)``),
-            ``("next", "terminated" | "truncated" | "done")`` bool ``(N, 1)``, and int64
-            ``("collector", "traj_ids")`` ``(N,)``; ``action_mask``, ``("next", "action_mask")``
-            bool ``(N, n)`` and ``action_log_prob`` ``(N,)`` where the source has them. Episodes
-            are whole, consecutive and in the source's order.
+            ``("next", "terminated" | "truncated" | "done")`` bool ``(N, 1)`` (done: either of the
+            others), and int64 ``("collector", "traj_ids")`` ``(N,)``, which number the episodes: a
+            row may terminate inside one where the source's trajectories go on past a goal.
+            ``action_mask``, ``("next", "action_mask")`` bool ``(N, n)`` and ``action_log_prob``
+            ``(N,)`` where the source has them. Episodes are whole, consecutive and in the source's
+            order.
         observation_space, action_space: Gymnasium's; the specs are TorchRL's of the same.
         statistics: per observation key (``"observation"``, or a tuple for nested ones) its
             ``ObservationStatistics``; categories have none.
@@ -62,6 +64,11 @@ class OfflineDataset:
 
     def __len__(self) -> int:
         return int(self.transitions.batch_size[0])
+
+    def print_notes(self, file: TextIO | None = None) -> None:
+        """One line ``note: ...`` for each of ``notes``, on standard output or ``file``."""
+        for note in self.notes:
+            print(f"note: {note}", file=file)
 
     @property
     def observation_spec(self) -> Composite:

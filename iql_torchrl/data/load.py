@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,9 +16,9 @@ from gymnasium.envs.registration import EnvSpec
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
+from iql_torchrl.data.arrays import flatten, open_hdf5, open_npz
 from iql_torchrl.data.build import build
 from iql_torchrl.data.cache import build_cached, describe, fingerprint, load_built
-from iql_torchrl.data.columns import flatten, open_hdf5, open_npz
 from iql_torchrl.data.dataset import OfflineDataset
 from iql_torchrl.data.minari_source import find_minari, minari_files, minari_source
 from iql_torchrl.data.normalise import REFERENCE_RETURNS
@@ -73,9 +75,14 @@ def load_dataset(
         reward: ``"raw"``, ``"return_range"`` (1000 / (max - min episode return): the paper's
             locomotion), ``"minus_one"`` (AntMaze), or ``(scale, shift)``: r' = scale * r + shift.
         columns: our key to the file's column: ``observation``, ``action``, ``reward``,
-            ``next_observation``, ``terminated``, ``truncated``, ``episode``, ``action_mask``,
-            ``next_action_mask``, ``action_log_prob``; None leaves an optional one out. Common
-            names are recognised unasked.
+            ``next_observation``, ``terminated``, ``not_terminated`` (its opposite: 0 where a row
+            terminates), ``truncated``, ``episode``, ``valid`` (0 where a row is no transition and
+            only holds the observation after the row before), ``action_mask``,
+            ``next_action_mask``, ``action_log_prob``; None leaves an optional one out, and
+            ``terminated`` where no row terminates. Common names are recognised unasked, OGBench's
+            among them: ``masks`` is ``not_terminated`` (also where ``columns`` maps
+            ``terminated`` to it), and ``terminals`` beside ``masks`` or ``valids`` marks ends of
+            trajectories, which may go on past a termination (see ``table_source``).
         reward_offset: 1 where a row's reward belongs to the action of the row before.
         concatenate: leaves of a Dict observation to join, in order, into one ``observation``; the
             environments of ``make_env`` give it joined too.
@@ -93,10 +100,18 @@ def load_dataset(
         download: False never asks the network.
         progress: a progress bar; None shows it on terminals only.
 
+    Warns with ``DatasetWarning``, and keeps the sentence in ``notes``, where marks contradict the
+    rows: a termination after which the same trajectory goes on; terminations at one fixed length
+    in every episode; truncation marks inside smooth motion; no mark at all in a table that jumps
+    (``data.motion`` says what is measured).
+
     Raises:
         DatasetError: naming the key, rows, episode, what was wanted and what to do.
     """
-    _check_options(dtype, reward)
+    _check_options(dtype, reward, columns, limit, max_episode_steps)
+    for key, space in (("observation_space", observation_space), ("action_space", action_space)):
+        if space is not None and not isinstance(space, gym.Space):
+            raise DatasetError(f"{key}: expected a gymnasium.Space, got {type(space).__name__}.")
     maker = None if env is None else env_maker(env)
     options = ReadOptions(
         columns=dict(columns or {}),
@@ -176,11 +191,23 @@ def _env_identity(env: EnvLike | None) -> str | None:
     return identity
 
 
-def _check_options(dtype: torch.dtype, reward: Any) -> None:
+def _check_options(
+    dtype: torch.dtype, reward: Any, columns: Any, limit: Any, max_episode_steps: Any
+) -> None:
+    if columns is not None and not isinstance(columns, Mapping):
+        raise DatasetError(
+            "columns: expected a dict from our keys to the file's columns, such as "
+            f"{{'reward': 'r'}}, got {columns!r}."
+        )
+    for key, value in (("limit", limit), ("max_episode_steps", max_episode_steps)):
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise DatasetError(
+                f"{key}: expected a whole number, at least 1, or None, got {value!r}"
+            )
     if dtype not in (torch.float32, torch.float64):
         raise DatasetError(f"dtype: wanted torch.float32 or torch.float64, got {dtype}")
     names = ("raw", "return_range", "minus_one")
-    if isinstance(reward, str) and reward not in names:
+    if not (reward in names if isinstance(reward, str) else _pair(reward)):
         raise DatasetError(f"reward: wanted one of {names} or (scale, shift), got {reward!r}")
 
 
@@ -197,7 +224,21 @@ def _scores(given: tuple[float, float] | str | None) -> tuple[float, float] | No
                 f"reference_scores: {given!r} is not among {', '.join(REFERENCE_RETURNS)}."
             )
         return REFERENCE_RETURNS[given]
+    if not _pair(given) or given[0] == given[1]:
+        raise DatasetError(
+            "reference_scores: expected two different returns (random, expert), or a task's name, "
+            f"got {given!r}."
+        )
     return float(given[0]), float(given[1])
+
+
+def _pair(values: Any) -> bool:
+    """Two finite numbers."""
+    try:
+        first, second = values
+        return math.isfinite(first) and math.isfinite(second)
+    except (TypeError, ValueError):
+        return False
 
 
 def _open(

@@ -54,7 +54,8 @@ class Source:
     leaves, ``action``, their ``next`` side, raw ``("next", "reward")``, ``("next", "terminated")``,
     ``("next", "truncated")`` (all ``(rows,)``), and the masks or log-probabilities announced by
     ``masked`` and ``log_prob``. ``episode_lengths`` adds up to the number of rows.
-    ``ends_known``: the source marks truncation itself.
+    ``ends_known``: the source marks truncation itself. ``goes_on``: rows may terminate inside an
+    episode, which goes on. ``termination``: a table's column that marks terminations.
     """
 
     name: str
@@ -65,6 +66,8 @@ class Source:
     masked: bool = False
     log_prob: bool = False
     ends_known: bool = True
+    goes_on: bool = False
+    termination: str | None = None
     env_spec: EnvSpec | None = None
     reference_scores: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
@@ -153,6 +156,8 @@ def chain(sources: Sequence[Source], limit: int | None = None) -> Source:
         masked=first.masked,
         log_prob=first.log_prob,
         ends_known=all(s.ends_known for s in sources),
+        goes_on=any(s.goes_on for s in sources),
+        termination=first.termination,
         env_spec=first.env_spec if same_env else None,
         reference_scores=first.reference_scores if same_scores else None,
         notes=tuple(notes),

@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.columns import Column, Table, read_table
+from iql_torchrl.data.arrays import Column
+from iql_torchrl.data.columns import Table, read_table
 from iql_torchrl.data.sources import Piece, ReadOptions, Source, first_episodes
+from iql_torchrl.data.table_ends import Ends, table_ends
 from iql_torchrl.data.table_spaces import (
     check_shapes,
     guess_action_space,
     guess_observation_space,
 )
+from iql_torchrl.data.table_warnings import mark_notes, mark_warnings
 from iql_torchrl.data.transitions import (
     ACTION,
     LOG_PROB,
@@ -34,22 +37,38 @@ CHUNK = 65_536
 def table_source(name: str, columns: dict[str, Column], options: ReadOptions) -> Source:
     """A ``Source`` over the columns.
 
-    Episodes end at rows marked terminated or truncated and where ``episode`` changes; with
-    neither truncation marks nor episodes, also where ``next_observation`` is not the following
-    row's observation (norm of the difference above 1e-6), and after ``max_episode_steps``.
+    Trajectories, which are the episodes of every statistic, end at rows marked terminated or
+    truncated and where ``episode`` changes; with neither truncation marks nor episodes, also where
+    ``next_observation`` is not the following row's observation (norm of the difference above
+    1e-6), and after ``max_episode_steps``.
+
+    OGBench's conventions (``ogbench.load_dataset``, version 1.2.2): a column ``masks``
+    (``not_terminated``) is 0 where a row terminates and 1 elsewhere. Beside it, and beside
+    ``valids``, ``terminals`` marks trajectories' last rows only: truncated unless ``masks`` is 0
+    there. A row that terminates inside its trajectory stops bootstrapping, is ``done``, and does
+    not end the episode. Where ``terminals`` is missing, or marks exactly the terminations, a
+    trajectory goes on past a termination only if the next row's observation is this row's
+    ``next_observation``. ``columns={"terminated": "masks"}`` means the same as
+    ``columns={"not_terminated": "masks"}``. A row where ``valids`` (``valid``) is 0 is no
+    transition: it only supplies the next observation of the row before it.
+
+    Terminations inside a trajectory numbered by ``episode`` are read alike where the next row
+    evidently continues it (see ``table_ends.goes_on``), and refused elsewhere.
 
     Without ``next_observation`` the following row is the successor. At an episode's end there is
     none: a truncated row is dropped and the row before it becomes the episode's last, truncated
     (D4RL's ``qlearning_dataset`` drops it too); a terminated row is kept with its own observation
     as successor, which no value is ever read from. A successor's mask that is unknown allows all
-    actions. With ``reward_offset=1`` the reward of row t+1
-    is row t's, and the last row of each episode, whose reward is unknown, lends its marks to the
-    row before it and is dropped. ``notes`` counts what was dropped.
+    actions. With ``reward_offset=1`` the reward and the marks of row t+1 are row t's, and the last
+    row of each episode, whose reward is unknown, is dropped. ``notes`` counts what was dropped,
+    ``warnings`` says which marks look wrong (see ``table_warnings``).
     """
     table = read_table(name, columns, options)
-    ends = _ends(table, options)
+    ends = table_ends(table, options)
     rows, marks, lengths, notes = _kept_rows(table, ends, options.reward_offset)
-    notes += _doubts(table)
+    inside = int(marks[rows, 0].sum() - marks[rows[np.cumsum(lengths) - 1], 0].sum())
+    notes += mark_notes(table, ends, inside)
+    warned = mark_warnings(table, ends, inside)
     lengths = first_episodes(lengths, options.limit)
     if not lengths.sum():
         raise DatasetError(f"{name}: no transition is left of {table.rows} rows; {' '.join(notes)}")
@@ -57,13 +76,13 @@ def table_source(name: str, columns: dict[str, Column], options: ReadOptions) ->
         notes.append(f"limit: kept {lengths.sum()} of {len(rows)} transitions.")
         rows = rows[: lengths.sum()]
     observation_space = options.observation_space or guess_observation_space(table)
-    action_space, remarks, warned = guess_action_space(table, options)
+    action_space, remarks, guessed = guess_action_space(table, options)
     check_shapes(table, observation_space, action_space)
 
     def pieces() -> Iterator[Piece]:
         for start in range(0, len(rows), CHUNK):
             chosen = rows[start : start + CHUNK]
-            yield _piece(table, chosen, marks, ends, options.reward_offset)
+            yield _piece(table, chosen, marks, ends.last, options.reward_offset)
 
     return Source(
         name=name,
@@ -74,140 +93,69 @@ def table_source(name: str, columns: dict[str, Column], options: ReadOptions) ->
         masked="action_mask" in table.columns,
         log_prob="action_log_prob" in table.columns,
         ends_known="truncated" in table.columns and options.limit is None,
+        goes_on=inside > 0,
+        termination=table.paths.get("terminated", table.paths.get("trajectory_end")),
         notes=(*notes, *remarks),
-        warnings=warned,
+        warnings=(*warned, *guessed),
     )
 
 
-def _ends(table: Table, options: ReadOptions) -> NDArray[np.bool_]:
-    """True at the last row of each episode."""
-    terminated, truncated = table.flags("terminated"), table.flags("truncated")
-    assert terminated is not None
-    ends: NDArray[np.bool_] = terminated if truncated is None else terminated | truncated
-    ends = ends.copy()
-    ends[-1] = True
-    if (episode := table.columns.get("episode")) is not None:
-        ids = np.asarray(episode[:]).reshape(-1)
-        changes = ids[1:] != ids[:-1]
-        inside = np.flatnonzero(ends[:-1] & ~changes)
-        if len(inside):
-            raise DatasetError(
-                f"{table.name}: {len(inside)} rows are marked as ends although the episode number "
-                f"goes on, first at row {inside[0]}; wanted marks and numbers to agree."
-            )
-        ends[:-1] |= changes
-    elif truncated is None and table.next_observation is not None:
-        ends[:-1] |= _breaks(table)
-    elif truncated is None and not options.max_episode_steps and not table.truncation_ignored:
-        raise DatasetError(
-            f"{table.name}: neither truncated, episode nor next_observation says where episodes "
-            "end besides termination; pass max_episode_steps or env, name one with columns={...}, "
-            "or columns={'truncated': None} if every episode terminates."
-        )
-    if options.max_episode_steps and truncated is None:
-        ends = _cut_long(ends, options.max_episode_steps)
-    return ends
-
-
-def _breaks(table: Table) -> NDArray[np.bool_]:
-    """Where a row's successor is not the following row, ``(rows - 1,)``."""
-    assert table.next_observation is not None
-    broken = np.zeros(table.rows - 1, np.bool_)
-    for start in range(0, table.rows - 1, CHUNK):
-        stop = min(start + CHUNK, table.rows - 1)
-        gap = np.zeros(stop - start)
-        for key, column in table.observation.items():
-            ahead = np.asarray(column[start + 1 : stop + 1], np.float64)
-            after = np.asarray(table.next_observation[key][start:stop], np.float64)
-            gap += np.square(ahead - after).reshape(stop - start, -1).sum(1)
-        # Not-a-number is the validator's to name, not a border.
-        broken[start:stop] = np.sqrt(np.nan_to_num(gap)) > 1e-6
-    return broken
-
-
-def _cut_long(ends: NDArray[np.bool_], steps: int) -> NDArray[np.bool_]:
-    last = np.flatnonzero(ends)
-    first = np.concatenate([[0], last[:-1] + 1])
-    row = np.arange(len(ends))
-    age = row - np.repeat(first, last - first + 1)
-    cut: NDArray[np.bool_] = ends | ((age + 1) % steps == 0)
-    return cut
-
-
 def _kept_rows(
-    table: Table, ends: NDArray[np.bool_], reward_offset: int
+    table: Table, ends: Ends, reward_offset: int
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64], list[str]]:
     """Rows that make transitions, their marks ``(table.rows, 2)``, episode lengths, and notes."""
     if reward_offset not in (0, 1):
         raise DatasetError(f"reward_offset: wanted 0 or 1, got {reward_offset}")
-    terminated, truncated = table.flags("terminated"), table.flags("truncated")
-    assert terminated is not None
-    # Where the file has truncation marks, an end without one is left for the checker to report.
-    cut = ends & ~terminated if truncated is None else truncated
-    marks = np.stack([terminated, cut], axis=1)
+    last, terminated = ends.last, ends.terminated
+    marks = np.stack([terminated, ends.truncated], axis=1)
     notes: list[str] = []
-    drop = np.zeros_like(ends)
+    drop = ~ends.valid
+    if drop.any():
+        notes.append(
+            f"dropped {int(drop.sum())} rows of {table.rows} where {table.paths['valid']!r} is 0: "
+            "they only hold the observation after a trajectory's last step."
+        )
     if reward_offset:
-        drop = ends.copy()
+        drop = drop | last
         notes.append(
             f"reward_offset: dropped {int(drop.sum())} last rows, whose reward is unknown."
         )
     elif table.next_observation is None:
-        drop = ends & ~(terminated & ~cut)
-        if drop.any():
+        cut = last & ends.valid & ~(terminated & ~ends.truncated)
+        drop = drop | cut
+        if cut.any():
             notes.append(
-                f"dropped {int(drop.sum())} truncated last rows of {table.rows}: without "
+                f"dropped {int(cut.sum())} truncated last rows of {table.rows}: without "
                 "next_observation they have no successor."
             )
-        kept_own = int((terminated & ~drop).sum())
+        kept_own = int((terminated & last & ~drop).sum())
         if kept_own:
             notes.append(
                 f"{kept_own} terminated rows have no successor in the file; their own observation "
                 "stands in."
             )
-    before = np.flatnonzero(drop) - 1
-    before = before[(before >= 0) & ~ends[np.maximum(before, 0)]]
-    # The dropped row's marks describe the arrival in it, if rewards are late; otherwise the data
-    # merely stops there.
-    marks[before] = marks[before + 1] if reward_offset else (False, True)
-    last = np.flatnonzero(ends)
-    counts = np.diff(np.concatenate([[0], last + 1])) - drop[last]
+    if reward_offset:
+        # Late rewards: a row's marks describe the arrival in it.
+        going_on = np.flatnonzero(~last)
+        marks[going_on] = marks[going_on + 1]
+    else:
+        # Before a dropped row the data stops, unless the value ends there anyway.
+        before = np.flatnonzero(drop) - 1
+        before = before[(before >= 0) & ~last[np.maximum(before, 0)]]
+        marks[before, 1] = ~marks[before, 0]
+    end_rows = np.flatnonzero(last)
+    counts = np.diff(np.concatenate([[0], end_rows + 1])) - drop[end_rows]
     empty = int((counts == 0).sum())
     if empty:
         notes.append(f"{empty} episodes of one row vanished with their only row.")
     return np.flatnonzero(~drop), marks, counts[counts > 0].astype(np.int64), notes
 
 
-def _doubts(table: Table) -> list[str]:
-    """A note where truncation marks lie inside smooth motion, judged on the leading rows."""
-    truncated, column = table.flags("truncated"), table.observation.get(("observation",))
-    if truncated is None or column is None or table.next_observation is not None:
-        return []
-    if np.dtype(column.dtype).kind != "f":
-        return []
-    head = np.asarray(column[:CHUNK], np.float64)
-    jumps = np.linalg.norm(np.diff(head.reshape(len(head), -1), axis=0), axis=1)
-    marked = truncated[: len(jumps)]
-    ended = table.flags("terminated")
-    assert ended is not None
-    inside = ~marked & ~ended[: len(jumps)]
-    if not marked.any() or not inside.any():
-        return []
-    smooth = int((jumps[marked] <= np.quantile(jumps[inside], 0.99)).sum())
-    if smooth < 0.9 * marked.sum():
-        return []
-    return [
-        f"{smooth} of {int(marked.sum())} truncated rows are followed by an observation as near as "
-        "any within an episode: the marks may be misplaced; columns={'truncated': None} reads past "
-        "them."
-    ]
-
-
 def _piece(
     table: Table,
     rows: NDArray[np.int64],
     marks: NDArray[np.bool_],
-    ends: NDArray[np.bool_],
+    last: NDArray[np.bool_],
     reward_offset: int,
 ) -> Piece:
     """The transitions of the given rows, which increase."""
@@ -223,7 +171,7 @@ def _piece(
         return picked
 
     following = table.next_observation
-    at_end = ends[rows]
+    at_end = last[rows]
     piece: Piece = {}
     for key, column in table.observation.items():
         piece[key] = read(column)

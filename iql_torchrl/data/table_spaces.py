@@ -7,13 +7,15 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from iql_torchrl.data.columns import Column, Table
+from iql_torchrl.data.arrays import Column
+from iql_torchrl.data.columns import Table
 from iql_torchrl.data.sources import ReadOptions
 from iql_torchrl.data.transitions import DatasetError, Key, leaf_spaces
 
 __all__ = ["check_shapes", "guess_action_space", "guess_observation_space"]
 
 CHUNK = 65_536
+MOST_CATEGORIES = 2**31
 
 
 def guess_observation_space(table: Table) -> gym.Space[Any]:
@@ -53,6 +55,11 @@ def _categorical(table: Table, key: str, column: Column) -> gym.Space[Any]:
         raise DatasetError(
             f"{table.name}: {key} holds {low}, first at row "
             f"{int(np.flatnonzero((values < 0).any(1))[0])}; categories must be 0 or more."
+        )
+    if (high := int(values.max())) >= MOST_CATEGORIES:
+        raise DatasetError(
+            f"{table.name}: {key} holds {high}, which cannot be a category (the most is "
+            f"{MOST_CATEGORIES - 1:,}); number the categories from 0, or store numbers as floats."
         )
     top = values.max(axis=0).astype(np.int64) + 1
     return gym.spaces.Discrete(int(top[0])) if len(top) == 1 else gym.spaces.MultiDiscrete(top)

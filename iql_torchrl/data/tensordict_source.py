@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
-from iql_torchrl.data.columns import Column
+from iql_torchrl.data.arrays import Column, array_of
 from iql_torchrl.data.transitions import DatasetError
 
 __all__ = ["columns_of_tensordict"]
@@ -37,8 +37,8 @@ def columns_of_tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> di
     for key in names:
         values = table.get(key)
         if isinstance(values, torch.Tensor):
-            flat = values.detach().cpu().reshape(rows, *values.shape[lead:])
-            columns["/".join(key)] = flat.numpy()
+            flat = values.reshape(rows, *values.shape[lead:])
+            columns["/".join(key)] = array_of(flat, "/".join(key))
     if lead > 1 and "collector/traj_ids" not in columns:
         columns["collector/traj_ids"] = _numbered(columns, rows, table.batch_size[-1])
     if "next/done" in columns and "next/terminated" in columns and "next/truncated" not in columns:

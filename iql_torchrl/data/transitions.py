@@ -211,7 +211,7 @@ class BlockChecker:
     episodes that go on after their end. It repairs in place, and counts: a step marked both
     terminated and truncated (termination wins), and an episode whose last step has neither mark
     (it was cut there: truncated). With ``clip_actions`` continuous actions are clipped instead
-    of refused, and counted.
+    of refused, and counted. ``goes_on``: rows may terminate before their episode's last row.
     """
 
     name: str
@@ -219,9 +219,12 @@ class BlockChecker:
     observation_space: gym.Space[Any]
     action_space: gym.Space[Any]
     clip_actions: bool = False
+    goes_on: bool = False
     both_marks: int = 0
     no_mark: int = 0
     clipped: int = 0
+    terminated_ends: int = 0
+    last_terminated: bool = False
 
     def check(self, block: Mapping[Key, Tensor], start: int) -> None:
         # NumPy: these passes are short, and torch's threads cost more than they save.
@@ -309,7 +312,7 @@ class BlockChecker:
         done = terminated | truncated
         is_last = np.zeros_like(done)
         is_last[self.index.last_rows(start, start + len(done)) - start] = True
-        if (early := done & ~is_last).any():
+        if (early := (truncated if self.goes_on else done) & ~is_last).any():
             self._fail(
                 DONE, early, start, "is set before the episode's last row",
                 "wanted marks at ends only: split the episode there, or clear the mark.",
@@ -318,6 +321,22 @@ class BlockChecker:
             self.no_mark += int(cut.sum())
             truncated |= cut
         rows[DONE][...] = terminated | truncated
+        self.terminated_ends += int((terminated & is_last).sum())
+        self.last_terminated = bool(terminated[-1].any())
+
+    def _fixed_length(self) -> int | None:
+        """The length of all episodes where each terminates; the file may cut the last one short.
+
+        None for fewer than 3 terminations and for episodes of fewer than 5 steps, whose equal
+        length proves little, and where rows terminate inside episodes.
+        """
+        lengths = self.index.lengths
+        ended = lengths if self.last_terminated else lengths[:-1]
+        if self.goes_on or len(ended) < 3 or self.terminated_ends < len(ended):
+            return None
+        steps = int(ended[0])
+        same = bool((ended == steps).all()) and int(lengths[-1]) <= steps
+        return steps if same and steps >= 5 else None
 
     def _masks(self, rows: Mapping[Key, NDArray[Any]], start: int) -> None:
         mask, following = rows[MASK], rows[NEXT_MASK]
@@ -337,8 +356,23 @@ class BlockChecker:
                 NEXT_MASK, unusable, start, "allows no action", "wanted at least one allowed."
             )
 
-    def findings(self, ends_known: bool) -> Iterator[str]:
-        """What was repaired, one sentence each; ``ends_known``: the source had truncation marks."""
+    def findings(self, ends_known: bool, termination: str | None = None) -> Iterator[str]:
+        """What was repaired, or looks wrong, one sentence each.
+
+        ``ends_known``: the source had truncation marks. ``termination``: the column of a table
+        that marks terminations.
+        """
+        if (steps := self._fixed_length()) is not None:
+            where, remedy = "", "store those ends as truncations"
+            if termination is not None:
+                where = f" ({termination!r})"
+                remedy = f"pass columns={{'terminated': None, 'truncated': {termination!r}}}"
+            yield (
+                f"all {self.terminated_ends} terminations{where} come at step {steps} of their "
+                "episode and no other step ends one: that looks like a time limit, past which "
+                f"values must be bootstrapped. If it is one, {remedy}; if each episode truly "
+                "terminates after that many steps, ignore this warning."
+            )
         if self.both_marks:
             yield (
                 f"{self.both_marks} steps were marked both terminated and truncated; kept as "
