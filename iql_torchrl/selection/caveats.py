@@ -20,7 +20,7 @@ HORIZONS, PASSES, UNLOGGED = 2.0, 1.0, 0.01
 NAMED = 3
 
 # A member with one of these is not recommended.
-BLOCKING = ("extrapolation", "td_error", "range", "contradiction", "seen")
+BLOCKING = ("extrapolation", "range", "contradiction", "seen")
 
 
 def doubts_of(
@@ -76,8 +76,8 @@ def member_warnings(
     def td_error(doubted: Sequence[Row]) -> str:
         most = max(row["td_error"] / row["td_error_training"] for row in doubted)
         return (
-            f"critics err up to {most:.1f} times as much on held-out steps as on their own; use "
-            "more data or smaller critics."
+            f"critics err up to {most:.1f} times as much on held-out steps as on their own, so "
+            "intervals are wide; use more data or smaller critics."
         )
 
     def outside(_: Sequence[Row]) -> str:

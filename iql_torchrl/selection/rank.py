@@ -62,7 +62,7 @@ def rank_members(
     (:func:`bounds.mean_bounds`).
 
     Recommended is the member of greatest value among those whose whole interval of the gain lies
-    above zero and that no doubt but ``importance`` concerns. Nobody is recommended where networks
+    above zero and that no doubt but ``importance`` and ``td_error`` concerns. Nobody is recommended where networks
     have not converged, where ``train`` and ``held_out`` share episodes, or where for a member that
     would gain fitted Q evaluation and importance sampling contradict each other beyond their
     intervals.
