@@ -62,10 +62,10 @@ def rank_members(
     (:func:`bounds.mean_bounds`).
 
     Recommended is the member of greatest value among those whose whole interval of the gain lies
-    above zero and that no doubt but ``importance`` and ``td_error`` concerns. Nobody is recommended where networks
-    have not converged, where ``train`` and ``held_out`` share episodes, or where for a member that
-    would gain fitted Q evaluation and importance sampling contradict each other beyond their
-    intervals.
+    above zero and that no doubt but ``importance`` and ``td_error`` concerns. Nobody is
+    recommended where networks have not converged, where ``train`` and ``held_out`` share episodes,
+    or where for a member that would gain fitted Q evaluation and importance sampling contradict
+    each other beyond their intervals.
 
     What no log can show: what an action does that the log does not hold in that state, and causes
     that the observations do not hold and the log's policy acted on. Up to ``max_extrapolation`` the
