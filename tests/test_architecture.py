@@ -68,6 +68,7 @@ LAYERS = {
     "selection": 7,
     "scores": 8,
     "trainer_parts": 8,
+    "update_checks": 0,
     "trainer": 9,
 }
 
