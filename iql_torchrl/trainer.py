@@ -182,7 +182,9 @@ class OfflineTrainer(Trainer):
         )
         self.optimizer = part_of(self.step, "optimizer")
         self.evaluate_first = evaluate_first
-        self.scores = Scores(evaluation, monitor, self.progress, self.folder, self._log_at)
+        self.scores = Scores(
+            evaluation, monitor, self.progress, self.folder, self._log_at, lambda: self._interrupted
+        )
         self.resume_command = resume_command or "trainer.resume()"
         self.updates_per_second = math.nan
         self._pbar_str: dict[str, Any] = {}
@@ -246,7 +248,9 @@ class OfflineTrainer(Trainer):
         """Train up to ``total_updates``.
 
         Ctrl-C or SIGTERM finishes the update, saves, says how to go on, and raises
-        ``KeyboardInterrupt`` or ``SystemExit(143)``.
+        ``KeyboardInterrupt`` or ``SystemExit(143)``; a ``BackgroundEvaluation`` under way is not
+        waited for, but made again after a resume. One that exceeds its ``timeout`` gives a
+        ``RuntimeWarning`` and no score, and training goes on.
         """
         self._stop_training, self._stop_reason = False, None
         if self.updates > self.total_updates:
@@ -263,14 +267,18 @@ class OfflineTrainer(Trainer):
                     self.save_trainer(force_save=self.scores.wants_checkpoint)
                 while self.updates < self.total_updates and not self._stop_training:
                     self._stretch()
-                    if self._interruption.requested is not None:
+                    if self._interrupted:
                         break
-                if self._interruption.requested is None:  # else they stay in the checkpoint
+                if not self._interrupted:  # else they stay in the checkpoint
                     self.scores.collect(wait=True)
                 self._leave()
             finally:
                 self._shutdown_hook()
         self._interruption.finish()
+
+    @property
+    def _interrupted(self) -> bool:
+        return self._interruption.requested is not None
 
     def _enter_folder(self) -> None:
         if self.folder is None:
@@ -388,12 +396,11 @@ class OfflineTrainer(Trainer):
 
     def _leave(self) -> None:
         """Save once more if anything happened since; on an interruption, say how to go on."""
-        interrupted = self._interruption.requested is not None
         if self._has_checkpoint_destination() and self._last_save != self.updates:
             self._save_now()
         self._write(now=True)
         self._pbar.close()
-        if interrupted:
+        if self._interrupted:
             saved = "" if self.folder is None else f" and saved {self.folder.path}"
             print(
                 f"Stopped after update {self.updates:,} of {self.total_updates:,}{saved}. "

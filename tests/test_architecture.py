@@ -62,6 +62,7 @@ LAYERS = {
     "population_loss": 5,
     "stacked": 3,
     "stacked_adam": 0,
+    "process_end": 0,
     "progress": 6,
     "resume": 6,
     "agent": 7,
