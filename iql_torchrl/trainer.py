@@ -25,7 +25,7 @@ from iql_torchrl.checkpoint import StateAdapter, new_checkpoint, read_components
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.objectives import ImplicitQLoss
 from iql_torchrl.progress import Interruption, Progress
-from iql_torchrl.resume import DataState, restore, stateful_parts
+from iql_torchrl.resume import DataState, check_total, restore, stateful_parts
 from iql_torchrl.run_folder import RunFolder
 from iql_torchrl.scores import Evaluate, Scores
 from iql_torchrl.step import part_of
@@ -82,7 +82,7 @@ class OfflineTrainer(Trainer):
             place of ``folder``'s checkpoints.
         progress_bar: shown on a terminal only.
         seed: of torch's and NumPy's global generators, set at once.
-        resume_command: what Ctrl-C tells the user to type; by default ``trainer.resume()``.
+        resume_command: what Ctrl-C tells the user to type; by default ``trainer.resume().train()``.
 
     Training again from a checkpoint gives the same bits on a CPU as never having stopped, if the
     buffer does not prefetch.
@@ -185,7 +185,7 @@ class OfflineTrainer(Trainer):
         self.scores = Scores(
             evaluation, monitor, self.progress, self.folder, self._log_at, lambda: self._interrupted
         )
-        self.resume_command = resume_command or "trainer.resume()"
+        self.resume_command = resume_command or "trainer.resume().train()"
         self.updates_per_second = math.nan
         self._pbar_str: dict[str, Any] = {}
         self._pbar: Any = None
@@ -253,11 +253,7 @@ class OfflineTrainer(Trainer):
         ``RuntimeWarning`` and no score, and training goes on.
         """
         self._stop_training, self._stop_reason = False, None
-        if self.updates > self.total_updates:
-            raise ValueError(
-                f"total_updates is {self.total_updates} and the run has made {self.updates}; give "
-                "a larger total to train further."
-            )
+        check_total(self.updates, self.total_updates)
         self._enter_folder()
         with Interruption() as self._interruption, self._progress_bar() as self._pbar:
             try:
@@ -437,21 +433,31 @@ class OfflineTrainer(Trainer):
         return {name: part.state_dict() for name, part in stateful_parts(self).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Raises ``CheckpointError``, with nothing changed, for a run that is not this one."""
+        """Raises ``CheckpointError`` for a run that is not this one, with nothing changed.
+
+        Likewise ``ValueError`` for a run of more updates than ``total_updates``.
+        """
         restore(self, state_dict)
 
     def load_from_file(self, file: str | os.PathLike[str], **kwargs: Any) -> OfflineTrainer:
-        """Go on from a checkpoint; runs none of its contents, whatever ``kwargs`` say.
+        """Load a checkpoint and return this trainer; ``load_from_file(file).train()`` continues.
+
+        Runs none of the file's contents, whatever ``kwargs`` say.
 
         Raises ``CheckpointError`` with a sentence, and changes nothing, if the file is truncated,
-        damaged or from another version, or of another dataset, reward map, settings or shapes.
+        damaged or from another version, or of another dataset, reward map, settings or shapes; and
+        ``ValueError`` if the run has made more updates than this trainer's ``total_updates``.
         """
         self.load_state_dict(read_components(Path(file)))
         self._in_folder = self.folder is not None and self.folder.holds(Path(file))
         return self
 
     def resume(self) -> OfflineTrainer:
-        """Go on from the newest checkpoint of ``folder``; then call ``train()``."""
+        """Load the newest checkpoint of ``folder`` and return this trainer; nothing is trained.
+
+        ``trainer.resume().train()`` continues the run. Raises as :meth:`load_from_file`, and
+        ``ValueError`` without ``folder``.
+        """
         if self.folder is None:
             raise ValueError("resume() looks into folder=, and there is none; use load_from_file.")
         return self.load_from_file(self.folder.newest())
