@@ -33,6 +33,7 @@ from iql_torchrl.trainer_parts import (
     check_intervals,
     check_parts,
     filled_in,
+    how_to_continue,
     one_step,
     share,
 )
@@ -82,7 +83,8 @@ class OfflineTrainer(Trainer):
             place of ``folder``'s checkpoints.
         progress_bar: shown on a terminal only.
         seed: of torch's and NumPy's global generators, set at once.
-        resume_command: what Ctrl-C tells the user to type; by default ``trainer.resume().train()``.
+        resume_command: what Ctrl-C tells the user to type; by default the call that
+            continues from what was saved, ``trainer.resume().train()`` with ``folder``.
 
     Training again from a checkpoint gives the same bits on a CPU as never having stopped, if the
     buffer does not prefetch.
@@ -185,7 +187,7 @@ class OfflineTrainer(Trainer):
         self.scores = Scores(
             evaluation, monitor, self.progress, self.folder, self._log_at, lambda: self._interrupted
         )
-        self.resume_command = resume_command or "trainer.resume().train()"
+        self.resume_command = resume_command
         self.updates_per_second = math.nan
         self._pbar_str: dict[str, Any] = {}
         self._pbar: Any = None
@@ -400,7 +402,7 @@ class OfflineTrainer(Trainer):
             saved = "" if self.folder is None else f" and saved {self.folder.path}"
             print(
                 f"Stopped after update {self.updates:,} of {self.total_updates:,}{saved}. "
-                f"Go on with: {self.resume_command}",
+                f"{how_to_continue(self)}",
                 file=sys.stderr,
             )
 

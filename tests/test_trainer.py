@@ -205,6 +205,39 @@ def test_interruption_finishes_the_update_saves_and_says_how_to_go_on(
     assert [row["update"] for row in rows] == ["5", "10", "15", "20"]
 
 
+@pytest.mark.parametrize(
+    ("destination", "words"),
+    [
+        ({}, "Nothing was saved, because the trainer has no folder=. In this process, go on with: "
+             "trainer.train()"),
+        ({"save_trainer_file": "a.torchrl"}, "with: trainer.load_from_file('a.torchrl').train()"),
+        ({"folder": "run", "resume_command": "make again"}, "and saved run. Go on with: make again"),
+    ],
+)  # fmt: skip
+def test_what_an_interruption_says_continues_the_run(
+    tmp_path, capfd, monkeypatch, destination, words
+):
+    monkeypatch.chdir(tmp_path)
+    step, calls = make_step(), []
+
+    class Stopped(IQLStep):
+        def __call__(self, batch):
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__call__(batch)
+
+    step.__class__ = Stopped
+    trainer = trainer_of(step, 6, **destination)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert words in capfd.readouterr().err
+    if "save_trainer_file" in destination:
+        trainer.load_from_file("a.torchrl")
+    trainer.train()
+    assert trainer.updates == len(calls) == 6
+
+
 def test_a_second_interruption_stops_at_once():
     step = make_step()
 
