@@ -470,6 +470,14 @@ class OfflineTrainer(Trainer):
         name = {} if self.dataset is None else {"dataset": self.dataset.name}
         return name | dict(self.agent.description()["config"])
 
+    def _log(self, log_pbar: bool = False, **kwargs: Any) -> None:
+        """TorchRL's, with numbers in place of scalar tensors, which not every logger can write."""
+        if self.logger is not None:
+            for name, value in kwargs.items():
+                if isinstance(value, torch.Tensor) and value.ndim == 0:
+                    kwargs[name] = value.item()
+        super()._log(log_pbar=log_pbar, **kwargs)
+
     def _log_at(self, update: int, name: str, value: float) -> None:
         self._log_dict[name].append(value)
         if self.logger is not None:
