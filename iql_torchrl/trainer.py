@@ -21,10 +21,16 @@ from tqdm import tqdm
 
 from iql_torchrl.agent import Agent
 from iql_torchrl.background import BackgroundEvaluation
-from iql_torchrl.checkpoint import StateAdapter, new_checkpoint, read_components
+from iql_torchrl.checkpoint import (
+    StateAdapter,
+    checkpoint_path,
+    new_checkpoint,
+    read_components,
+)
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.objectives import ImplicitQLoss
 from iql_torchrl.progress import Interruption, Progress
+from iql_torchrl.records import naming
 from iql_torchrl.resume import DataState, check_total, restore, stateful_parts
 from iql_torchrl.run_folder import RunFolder
 from iql_torchrl.scores import Evaluate, Scores
@@ -94,6 +100,8 @@ class OfflineTrainer(Trainer):
             not a multiple of a captured step's updates; ``register_op`` of a stage that would
             change losses or the optimizer's step, which belong to the step here.
         FloatingPointError: while training, a loss that is no longer finite; what was saved stays.
+        OSError: while training, a file of ``folder`` that cannot be written, as on a full disk; it
+            is named, and what was saved stays.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> OfflineTrainer:
@@ -414,9 +422,15 @@ class OfflineTrainer(Trainer):
 
     def _save_now(self) -> None:
         self._last_save = self.updates
-        self._save_trainer()
+        with naming(self._checkpoint_destination()):
+            self._save_trainer()
         if self.folder is not None:
             self.scores.saved(self.folder.checkpoint_of(self.updates))
+
+    def _checkpoint_destination(self) -> Path:
+        if self.checkpoint_rotation is not None:
+            return checkpoint_path(Path(self.checkpoint_rotation.directory), self.updates)
+        return Path(self.save_trainer_file)
 
     def _checkpoint_manifest_metadata(self) -> dict[str, Any]:
         metadata: dict[str, Any] = super()._checkpoint_manifest_metadata()
