@@ -122,9 +122,9 @@ def test_mlflow_has_a_finished_run_for_each_method(run, monkeypatch):  # noqa: F
     database = f"sqlite:///{Path('runs/both/mlflow.db').resolve()}"
     client, logged = mlflow.MlflowClient(database), {}
     for experiment in client.search_experiments():
-        for found in client.search_runs([experiment.experiment_id]):
-            assert found.info.status == "FINISHED"
-            history = client.get_metric_history(found.info.run_id, "loss_actor")
+        for mlflow_run in client.search_runs([experiment.experiment_id]):
+            assert mlflow_run.info.status == "FINISHED"
+            history = client.get_metric_history(mlflow_run.info.run_id, "loss_actor")
             name = experiment.name.removeprefix("both-")
             logged[name] = {metric.step: metric.value for metric in history}
     check(logged)
