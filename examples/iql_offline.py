@@ -7,16 +7,21 @@ both in the real environment and writes tables, pictures, checkpoints and the po
 from __future__ import annotations
 
 import argparse
+import inspect
+import os
 import re
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from torchrl.record.loggers import get_logger
+from torchrl.record.loggers import MLFlowLogger, get_logger
 
 from iql_torchrl import (
     Evaluation,
@@ -47,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         # what cannot be built or played is said before a folder is made
         policy = make_agent(config, dataset).policy
         evaluate(policy, dataset.make_env, episodes=1, seed=0, max_steps=1)
+        if options.logger == "wandb":
+            check_wandb()
         if options.resume is None:
             name = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{options.dataset}-seed{config.seed}").strip(
                 "-"
@@ -66,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"Stopped. Go on with: {resume_command(folder)}", file=sys.stderr)
         return 130
-    except CheckpointError as error:
+    except (CheckpointError, LoggerError, OSError, ValueError) as error:
         return fail(error)
     print_table(dataset, results)
     picture, log = folder / "learning_curve.png", dataset.episode_returns.mean()
@@ -93,22 +100,76 @@ def train(
         seed=EVALUATION_SEED,
         reference_scores=dataset.reference_scores,
     )
-    trainer = OfflineTrainer(
-        agent=agent,
-        dataset=dataset,
-        evaluation=partial(play, episodes=options.episodes),
-        eval_interval=options.eval_every,
-        logger=options.logger and get_logger(options.logger, str(folder), run.name),
-        folder=run,
-        seed=config.seed,
-        resume_command=resume_command(folder),
-    )
-    if list(run.glob("checkpoints/*")):
-        trainer.resume()
-    print(f"{method}: updates {trainer.updates:,} to {config.updates:,}", flush=True)
-    trainer.train()
+    with logger_of(options.logger, run) as logger:
+        trainer = OfflineTrainer(
+            agent=agent,
+            dataset=dataset,
+            evaluation=partial(play, episodes=options.episodes),
+            eval_interval=options.eval_every,
+            logger=logger,
+            folder=run,
+            seed=config.seed,
+            resume_command=resume_command(folder),
+        )
+        if list(run.glob("checkpoints/*")):
+            trainer.resume()
+        print(f"{method}: updates {trainer.updates:,} to {config.updates:,}", flush=True)
+        trainer.train()
     agent.export(run / "policy.pt2")
     return play(episodes=options.final_episodes)
+
+
+class LoggerError(RuntimeError):
+    """A logger that cannot be started, in one sentence that names the option."""
+
+
+@contextmanager
+def logger_of(kind: str | None, run: Path) -> Iterator[Any]:
+    """TorchRL's logger ``kind`` for one method's folder, closed afterwards; None without ``kind``.
+
+    Each method has a logger of its own: W&B, MLflow and Trackio hold one active run per process.
+    """
+    if kind is None:
+        yield None
+        return
+    name = f"{run.parent.name}-{run.name}"  # these three collect the runs of many folders
+    try:
+        if kind == "mlflow":
+            database = f"sqlite:///{(run.parent / 'mlflow.db').resolve()}"
+            logger: Any = MLFlowLogger(name, os.environ.get("MLFLOW_TRACKING_URI", database))
+        elif kind == "trackio":
+            again = {"resume": "allow" if run.exists() else "never"}
+            logger = get_logger(kind, str(run.parent), name, trackio_kwargs=again)
+        else:
+            logger = get_logger(kind, str(run.parent), name if kind == "wandb" else run.name)
+    except Exception as error:  # each kind has exceptions of its own
+        raise LoggerError(f"--logger {kind} could not be started: {error}") from error
+    try:
+        yield logger
+    finally:
+        if kind == "mlflow":  # its run has no method that ends it
+            import mlflow
+
+            mlflow.end_run()
+        logger.close()
+
+
+def check_wandb() -> None:
+    """Raises ``LoggerError`` where W&B would upload and this machine is not logged in."""
+    import wandb
+
+    if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
+        return
+    quiet = {"prompt": False} if "prompt" in inspect.signature(wandb.login).parameters else {}
+    try:
+        ready, reason = wandb.login(**quiet), "this machine is not logged in"
+    except Exception as error:
+        ready, reason = False, str(error)
+    if not ready:
+        raise LoggerError(
+            f"--logger wandb: {reason}. Run `wandb login`, or set WANDB_MODE=offline to write to "
+            "files only, or choose --logger tensorboard."
+        )
 
 
 def resume_command(folder: Path) -> str:

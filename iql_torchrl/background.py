@@ -17,7 +17,8 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from numbers import Real
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -27,8 +28,6 @@ from torch import Tensor
 
 from iql_torchrl.background_process import (
     BOOTSTRAP,
-    GRACE,
-    LEAVE,
     Arithmetic,
     Failure,
     Structure,
@@ -36,11 +35,22 @@ from iql_torchrl.background_process import (
     send,
 )
 from iql_torchrl.evaluation import Evaluation, check_arguments
+from iql_torchrl.process_end import GRACE, TimeLimit, end, exit_code, start
 from iql_torchrl.results import reference_pair
 
-__all__ = ["BackgroundEvaluation"]
+__all__ = ["BackgroundEvaluation", "EvaluationTimeout"]
 
 Snapshot = dict[str, Tensor]
+TIMEOUT = 600.0  # seconds
+POLL = 0.1  # seconds between two questions whether waiting is to end
+
+
+class EvaluationTimeout(TimeoutError):
+    """An evaluation took longer than ``timeout`` and was ended; ``number`` is its number."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class BackgroundEvaluation:
@@ -60,6 +70,11 @@ class BackgroundEvaluation:
 
     Keyword Args:
         device: where the policy is evaluated, by default the CPU.
+        timeout: seconds > 0 that one evaluation may take, the start of its process (some seconds)
+            included; None for no limit. After that the process is killed with all it has started,
+            ``results`` raises :class:`EvaluationTimeout`, and the next evaluation starts a new
+            process. An ``OfflineTrainer`` warns and trains on; that row has no score. The attribute
+            ``timeout`` may be changed, and holds for what is submitted afterwards.
 
     The other keywords are those of :func:`~iql_torchrl.evaluate`.
 
@@ -79,8 +94,10 @@ class BackgroundEvaluation:
         deterministic: bool = True,
         max_steps: int | None = None,
         device: torch.device | str | None = None,
+        timeout: float | None = TIMEOUT,
     ) -> None:
         check_arguments(policy, make_env, episodes, num_envs, seed, max_steps)
+        self.timeout = timeout
         arguments = {
             "episodes": episodes,
             "num_envs": num_envs,
@@ -92,10 +109,25 @@ class BackgroundEvaluation:
         }
         self._policy = policy
         self._wanted = {name: (t.shape, t.dtype) for name, t in named_tensors(policy).items()}
-        self._child = _Child(Structure.of(policy, make_env, arguments))
+        self._child = _Child(Structure.of(policy, make_env, arguments), _name_of(make_env))
         self._pending: dict[int, Snapshot] = {}
         self._finished: list[tuple[int, Evaluation]] = []
         self._closed = weakref.finalize(self, self._child.stop)
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds that one evaluation may take; None for no limit."""
+        return self._timeout
+
+    @timeout.setter
+    def timeout(self, seconds: float | None) -> None:
+        number = isinstance(seconds, Real) and not isinstance(seconds, bool)
+        if seconds is not None and not (number and 0 < seconds <= threading.TIMEOUT_MAX):
+            raise ValueError(
+                f"timeout is {seconds!r}; give the seconds that one evaluation may take, a finite "
+                "number > 0, or None for no limit."
+            )
+        self._timeout = None if seconds is None else float(seconds)
 
     @property
     def pending(self) -> dict[int, Snapshot]:
@@ -121,23 +153,31 @@ class BackgroundEvaluation:
         for number, snapshot in pending.items():
             self._queue(number, _copied(snapshot))
 
-    def results(self, *, wait: bool = False) -> list[tuple[int, Evaluation]]:
+    def results(
+        self, *, wait: bool = False, stop: Callable[[], bool] | None = None
+    ) -> list[tuple[int, Evaluation]]:
         """``(number, evaluation)`` of those finished since the last call, in order of submission.
 
-        With ``wait`` it blocks until all submitted are done. After ``close()`` it gives what had
-        finished before.
+        With ``wait`` it blocks until all submitted are done; ``stop`` is called several times a
+        second meanwhile, and once it returns True the waiting ends. After ``close()`` it gives
+        what had finished before.
 
         Raises:
+            EvaluationTimeout: an evaluation took longer than ``timeout`` and was ended. Its number
+                is no longer pending; the others are given by the next call.
             Exception: what an evaluation raised, with its traceback in the other process as the
                 cause. Its number is no longer pending; the others are given by the next call.
             RuntimeError: the process died, with its exit code. The next evaluation in the queue,
                 or the next ``submit``, starts another.
         """
         while len(self._finished) < len(self._pending):
+            blocks = wait and self._closed.alive
             try:
-                outcome = self._child.outcomes.get(block=wait and self._closed.alive)
+                outcome = self._child.outcomes.get(blocks, POLL if blocks else None)
             except queue.Empty:
-                break
+                if not blocks or (stop is not None and stop()):
+                    break
+                continue
             if outcome is None:
                 break
             number, result = outcome
@@ -182,7 +222,15 @@ class BackgroundEvaluation:
                     f"when the evaluation was made"
                 )
         self._pending[int(number)] = snapshot
-        self._child.put(int(number), snapshot, Arithmetic.current())
+        settings = Arithmetic.current()
+        self._child.put(_Request(int(number), snapshot, settings, self._timeout))
+
+
+class _Request(NamedTuple):
+    number: int
+    snapshot: Snapshot
+    settings: Arithmetic
+    timeout: float | None
 
 
 class _Child:
@@ -192,22 +240,21 @@ class _Child:
     None follows when nothing more will come.
     """
 
-    def __init__(self, structure: Structure) -> None:
+    def __init__(self, structure: Structure, environment: str) -> None:
         self.outcomes: queue.SimpleQueue[tuple[int, Evaluation | Exception] | None]
         self.outcomes = queue.SimpleQueue()
-        self._requests: queue.SimpleQueue[tuple[int, Snapshot, Arithmetic] | None]
-        self._requests = queue.SimpleQueue()
-        self._structure = structure
+        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._structure, self._environment = structure, environment
         self._thread: threading.Thread | None = None
         self._process: subprocess.Popen[bytes] | None = None
         # Reentrant: the garbage collector may call stop() in the midst of the thread's work.
         self._lock, self._stopped, self._owner = threading.RLock(), False, os.getpid()
 
-    def put(self, number: int, snapshot: Snapshot, settings: Arithmetic) -> None:
+    def put(self, request: _Request) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._deliver, daemon=True)
             self._thread.start()
-        self._requests.put((number, snapshot, settings))
+        self._requests.put(request)
 
     def stop(self) -> None:
         """End the process, by force where it takes longer than ``GRACE``, and the thread."""
@@ -217,8 +264,7 @@ class _Child:
             self._stopped = True
             process = self._process
         if process is not None:
-            process.send_signal(LEAVE)
-            _exit_code(process)
+            end(process)
         self._requests.put(None)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(GRACE)
@@ -226,38 +272,52 @@ class _Child:
     def _deliver(self) -> None:
         while (request := self._requests.get()) is not None and not self._stopped:
             try:
-                outcome: Evaluation | Exception = self._answer(*request)
+                outcome: Evaluation | Exception = self._answer(request)
             except Exception as error:
                 outcome = error
             if not self._stopped:
-                self.outcomes.put((request[0], outcome))
+                self.outcomes.put((request.number, outcome))
         self.outcomes.put(None)
         if self._process is not None:
             self._let_go(self._process)
 
-    def _answer(self, number: int, snapshot: Snapshot, settings: Arithmetic) -> Evaluation:
+    def _answer(self, request: _Request) -> Evaluation:
         file = io.BytesIO()
-        torch.save(snapshot, file)
+        torch.save(request.snapshot, file)
         process, fresh = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
+        limit = TimeLimit(process, request.timeout)
         try:
-            if fresh:
-                send([os.path.abspath(entry) for entry in sys.path], process.stdin)
-                send(self._structure, process.stdin)
-            send((file.getvalue(), settings), process.stdin)
-            reply = pickle.load(process.stdout)
+            with limit:
+                if fresh:
+                    send([os.path.abspath(entry) for entry in sys.path], process.stdin)
+                    send(self._structure, process.stdin)
+                send((file.getvalue(), request.settings), process.stdin)
+                reply = pickle.load(process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             code = self._let_go(process)
+            if limit.passed:
+                raise self._timed_out(request) from None
             name = f" ({signal.Signals(-code).name})" if code < 0 else ""
             raise RuntimeError(
                 f"the evaluation process died with exit code {code}{name} while it evaluated "
-                f"number {number}; look for its last words on stderr. SIGKILL mostly means that "
-                f"memory ran out: use fewer num_envs. The next submit starts a fresh process"
+                f"number {request.number}; look for its last words on stderr. SIGKILL mostly means "
+                f"that memory ran out: use fewer num_envs. The next submit starts a fresh process"
             ) from error
         if isinstance(reply, Failure):
             raise reply.revived()
         return reply
+
+    def _timed_out(self, request: _Request) -> EvaluationTimeout:
+        return EvaluationTimeout(
+            f"the background evaluation number {request.number} in {self._environment} took longer "
+            f"than timeout={request.timeout:g} seconds; it was ended and gives no score. If the "
+            "environment does not hang and evaluations take that long, pass a larger "
+            "BackgroundEvaluation(timeout=...), or None for no limit. The next evaluation starts "
+            "a new process.",
+            request.number,
+        )
 
     def _running(self) -> tuple[subprocess.Popen[bytes], bool]:
         """The process, and whether it was started just now."""
@@ -266,9 +326,7 @@ class _Child:
         with self._lock:
             fresh = self._process is None
             if self._process is None and not self._stopped:
-                command = [sys.executable, "-c", BOOTSTRAP]
-                pipe = subprocess.PIPE
-                self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe)
+                self._process = start([sys.executable, "-c", BOOTSTRAP])
             if self._stopped or self._process is None:
                 if self._process is not None:
                     self._process.kill()
@@ -277,7 +335,7 @@ class _Child:
 
     def _let_go(self, process: subprocess.Popen[bytes]) -> int:
         """Forget a process that ended or must; its exit code."""
-        code = _exit_code(process)
+        code = exit_code(process)
         self._process = None
         for pipe in (process.stdin, process.stdout):
             with contextlib.suppress(OSError):  # bytes that it did not read any more
@@ -286,12 +344,11 @@ class _Child:
         return code
 
 
-def _exit_code(process: subprocess.Popen[bytes]) -> int:
-    try:
-        return process.wait(GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
+def _name_of(make_env: Callable[[], Any]) -> str:
+    """The environment's id where ``make_env`` has one, else the name of ``make_env``."""
+    spec = getattr(make_env, "spec", None)
+    name = getattr(spec, "id", spec) or getattr(make_env, "__qualname__", None)
+    return str(name or make_env)
 
 
 def _copied(tensors: Mapping[str, Tensor]) -> Snapshot:

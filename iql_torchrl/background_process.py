@@ -25,11 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from iql_torchrl.evaluation import Evaluation, evaluate
+from iql_torchrl.process_end import GRACE, LEAVE
 
 __all__ = [
     "BOOTSTRAP",
-    "GRACE",
-    "LEAVE",
     "Arithmetic",
     "Failure",
     "Structure",
@@ -38,9 +37,6 @@ __all__ = [
     "serve",
 ]
 
-GRACE = 5.0  # seconds in which environments may close before the process is ended by force
-# Ctrl-C and a scheduler's SIGTERM reach every process of a run: the parent decides what they mean.
-LEAVE = getattr(signal, "SIGUSR1", signal.SIGTERM)
 # The pipes are moved away from stdin and stdout, so that an environment may print.
 BOOTSTRAP = """
 import sys

@@ -18,6 +18,7 @@ from iql_torchrl.data.replay import DeviceSampler
 from iql_torchrl.fingerprint import fingerprint, options, same
 from iql_torchrl.objectives import DIAGNOSTICS, LOSSES, ImplicitQLoss
 from iql_torchrl.step import IQLStep, Terms
+from iql_torchrl.update_checks import check_update_trains
 
 __all__ = ["CapturedStep", "captured"]
 
@@ -45,7 +46,8 @@ def captured(
     Raises ``ValueError`` on ``updates < 1``; a buffer that samples otherwise; rows on another
     device; categories that the networks' ``OneHot`` does not know; a schedule that moves more than
     learning rates; on CUDA, states of the optimizer on the host, and targets that would move in the
-    midst of a call. ``TypeError`` on a step or a replay of another kind.
+    midst of a call. ``TypeError`` on a step or a replay of another kind. A call raises
+    ``RuntimeError`` where the step's own call does (``torch.no_grad()``, several ranks).
     """
     return CapturedStep(step, replay, updates)
 
@@ -89,6 +91,7 @@ class CapturedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> TensorDictBase:
+        check_update_trains(independent_ranks=self.step.independent_ranks)
         rows = self._rows()
         if not (self._whole or self._on_cuda):
             return self._one_by_one(rows)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torchrl.checkpoint import Checkpoint, CheckpointAdapter, CheckpointError
 
+from iql_torchrl.records import naming
+
 __all__ = [
     "SUFFIX",
     "CheckpointError",
@@ -115,12 +117,14 @@ def write_components(
 ) -> Path:
     """Write named states (numbers, strings, tensors, lists and dicts of them) to one file.
 
-    Written beside ``path`` and then renamed: ``path`` is whole, old or new, at every moment.
+    Written beside ``path`` and then renamed: ``path`` is whole, old or new, at every moment. Raises
+    ``OSError`` naming ``path`` where it cannot be written.
     """
     checkpoint = new_checkpoint()
     for name, state in states.items():
         checkpoint.register(name, _State(state), adapter=StateAdapter())
-    return checkpoint.save(path, metadata=metadata)
+    with naming(Path(path)):
+        return checkpoint.save(path, metadata=metadata)
 
 
 def read_components(path: str | Path, names: Collection[str] | None = None) -> dict[str, Any]:
@@ -189,10 +193,14 @@ def replace_by_link(source: Path, destination: Path) -> None:
     temporary = destination.with_name(f".{destination.name}")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, destination)
+        with naming(destination):
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
+            os.replace(temporary, destination)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _records(path: Path) -> Mapping[str, Any]:

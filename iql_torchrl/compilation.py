@@ -17,6 +17,7 @@ from iql_torchrl.categories import category_limits, check_categories
 from iql_torchrl.reading import Batch
 from iql_torchrl.stacked_adam import StackedAdam, along
 from iql_torchrl.step import IQLStep, Terms, clip
+from iql_torchrl.update_checks import check_update_trains
 
 __all__ = ["CompiledStep", "compiled"]
 
@@ -142,6 +143,7 @@ class CompiledStep(IQLStep):
             self.generation += 1
 
     def learn(self, batch: TensorDictBase) -> Terms:
+        check_update_trains(independent_ranks=self.independent_ranks)
         self._follow_freezing()
         loss = self.loss
         with self.setting(), torch._dynamo.config.patch(TRACING):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,6 +24,7 @@ from torch.export import Dim, ExportedProgram
 from iql_torchrl.acting import as_in_evaluation, needs_mask
 from iql_torchrl.data.transitions import MASK, Key, field_of_space, leaf_spaces
 from iql_torchrl.interface import check_policy, reads_names_at_top_level
+from iql_torchrl.records import whole_file
 from iql_torchrl.task import Task, counted_from_zero
 
 __all__ = ["export_policy"]
@@ -69,6 +70,8 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
         ValueError: ``path`` does not end in ``.pt2``, the policy writes no ``action`` or reads what
             the task does not give, or its actions do not fit the task's.
         RuntimeError: the policy cannot be traced, or acts differently once traced.
+        OSError: a file cannot be written, as on a full disk; it is named, and files of an earlier
+            export stay as they were.
     """
     path = Path(path)
     if path.suffix != SUFFIX:
@@ -82,8 +85,12 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
             _compare(program, module, _examples(inputs, task, size), type(policy).__name__)
     path.parent.mkdir(parents=True, exist_ok=True)
     note = json.dumps(_note(path, task, inputs, example), indent=2, allow_nan=False) + "\n"
-    _replace(path, lambda temporary: torch.export.save(program, temporary))
-    _replace(path.with_suffix(".json"), lambda temporary: temporary.write_text(note))
+    content = io.BytesIO()  # torch's own writer ends the process where a disk is full
+    torch.export.save(program, content)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
+        with whole_file(path.with_suffix(".json")) as beside:
+            beside.write_text(note)
     return path
 
 
@@ -268,12 +275,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:  # run from a source tree
         return "unknown"
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}")  # torch.export.save insists on the suffix
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

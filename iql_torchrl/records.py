@@ -18,6 +18,7 @@ __all__ = [
     "TRAINING",
     "Run",
     "find_runs",
+    "naming",
     "read_csv",
     "read_run",
     "whole_file",
@@ -109,13 +110,33 @@ def read_csv(path: str | os.PathLike[str]) -> list[dict[str, float]]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A name beside ``path``; what the block writes there replaces ``path`` if the block ends well."""
+    """A name beside ``path``; what the block writes there replaces ``path`` if the block ends well.
+
+    Raises ``OSError`` naming ``path`` where it cannot be written, as on a full disk; what was there
+    before stays.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming(path, instead_of=temporary):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path, *, instead_of: Path | None = None) -> Iterator[None]:
+    """Let an ``OSError`` of the block name ``path``, where it names no file or ``instead_of``.
+
+    Writing to a full disk raises an ``OSError`` without a file name.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = error.filename is not None and str(error.filename) != str(instead_of)
+        if error.errno is None or named:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
 def _text(value: object, place: str) -> str:

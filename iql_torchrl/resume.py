@@ -17,7 +17,7 @@ from iql_torchrl.data import OfflineDataset
 from iql_torchrl.data.fingerprint import fingerprint
 from iql_torchrl.step import part_of
 
-__all__ = ["DataState", "restore", "stateful_parts"]
+__all__ = ["DataState", "check_total", "restore", "stateful_parts"]
 
 # these say how a run is carried out, not what it computes; a falling rate depends on `updates` too
 FREE_SETTINGS = frozenset({"compile", "device"})
@@ -47,7 +47,8 @@ def stateful_parts(trainer: Any) -> dict[str, Any]:
 def restore(trainer: Any, states: Mapping[str, Any]) -> None:
     """Put saved states back. Everything that can be refused is, before anything is changed.
 
-    Raises ``CheckpointError`` with a sentence saying what differs.
+    Raises ``CheckpointError`` with a sentence saying what differs, and ``ValueError`` when the run
+    has made more updates than the trainer's total.
     """
     parts = stateful_parts(trainer)
     missing = [n for n in parts if n not in states and n not in ("agent", *_modules(parts))]
@@ -58,6 +59,7 @@ def restore(trainer: Any, states: Mapping[str, Any]) -> None:
     parts["data"].load_state_dict(states["data"])
     parts["settings"].load_state_dict(states["settings"])
     parts["replay_buffer"].check(states["replay_buffer"])
+    check_total(states["trainer_state"]["progress"]["updates"], trainer.total_updates)
     if isinstance(trainer.loss_module, nn.Module):
         _ = trainer.loss_module.value_estimator  # made when first needed; a part of the state
         check_shapes(trainer.loss_module, states["loss_module"])
@@ -68,6 +70,16 @@ def restore(trainer: Any, states: Mapping[str, Any]) -> None:
         if name in states and name not in ("agent", "data", "settings", "random"):
             part.load_state_dict(states[name])
     parts["random"].load_state_dict(states["random"])  # last: loading may draw numbers
+
+
+def check_total(updates: int, total_updates: int) -> None:
+    """Raise ``ValueError`` when more updates have been made than there are to be in all."""
+    if updates > total_updates:
+        raise ValueError(
+            f"total_updates is {total_updates} and the run has made {updates} updates already. It "
+            "counts from the first update of the run, however often that was stopped: give at least "
+            f"{updates}, or more to train further."
+        )
 
 
 def _modules(names: Iterable[str]) -> set[str]:

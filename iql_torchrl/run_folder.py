@@ -81,8 +81,8 @@ class RunFolder:
         taken = list(self.rotation.directory.glob(f"*{SUFFIX}"))
         if taken or self.best.exists():
             raise ValueError(
-                f"{self.path} already holds a run ({len(taken)} checkpoints): call resume() to go "
-                "on with it, choose another folder, or delete this one."
+                f"{self.path} already holds a run ({len(taken)} checkpoints): call "
+                "trainer.resume().train() to continue it, choose another folder, or delete this one."
             )
 
     def prepare(self, config: Mapping[str, Any] | None) -> None:

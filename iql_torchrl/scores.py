@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl.background import BackgroundEvaluation
+from iql_torchrl.background import BackgroundEvaluation, EvaluationTimeout
 from iql_torchrl.evaluation import Evaluation
 from iql_torchrl.progress import Progress
 from iql_torchrl.run_folder import RunFolder
@@ -24,6 +25,7 @@ class Scores:
             entered when they come, into the row of the update they belong to; or None.
         monitor: the number that is to be high.
         log: called with (update, name, value) for each number of an evaluation.
+        stop: asked several times a second while waiting for the background; True ends the waiting.
     """
 
     def __init__(
@@ -33,9 +35,11 @@ class Scores:
         progress: Progress,
         folder: RunFolder | None,
         log: Callable[[int, str, float], None],
+        stop: Callable[[], bool],
     ) -> None:
         self.evaluation, self.monitor = evaluation, monitor
         self._progress, self._folder, self._log = progress, folder, log
+        self._stop = stop
         self._keep: Callable[[Path], None] | None = None
 
     @property
@@ -59,6 +63,8 @@ class Scores:
         """Evaluate the policy as it is; at most one evaluation is under way in the background."""
         if isinstance(self.evaluation, BackgroundEvaluation):
             self.collect(wait=True)
+            if self.pending:  # told to stop while waiting: after a resume this one comes too
+                return
             self.evaluation.submit(update)
             if self._folder is not None:
                 folder = self._folder
@@ -69,12 +75,23 @@ class Scores:
                 self._keep = self._folder.promote
 
     def collect(self, wait: bool = False) -> None:
-        """Enter what has come from the background; ``wait`` for all that is under way."""
-        if isinstance(self.evaluation, BackgroundEvaluation):
-            for update, evaluation in self.evaluation.results(wait=wait):
+        """Enter what has come from the background; ``wait`` for all that is under way.
+
+        Of an evaluation that was ended for its time nothing is entered: a ``RuntimeWarning`` says so.
+        """
+        while isinstance(self.evaluation, BackgroundEvaluation):
+            try:
+                results = self.evaluation.results(wait=wait, stop=self._stop)
+            except EvaluationTimeout as error:
+                if self._folder is not None:
+                    self._folder.judge(error.number, improves=False)
+                warnings.warn(f"Training goes on: {error}", RuntimeWarning, stacklevel=2)
+                continue
+            for update, evaluation in results:
                 improves = self._enter(update, evaluation)
                 if self._folder is not None:
                     self._folder.judge(update, improves=improves)
+            return
 
     @property
     def wants_checkpoint(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchrl.envs.utils import set_exploration_type
@@ -19,6 +20,7 @@ from torchrl.objectives.utils import TargetNetUpdater
 
 from iql_torchrl.objectives import ImplicitQLoss
 from iql_torchrl.reading import Batch
+from iql_torchrl.update_checks import check_update_trains
 
 with warnings.catch_warnings():  # TorchRL warns about its own classes when these are first imported
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -55,13 +57,21 @@ class IQLStep(OptimizationStepper):
         precision: ``"float32"`` leaves the networks' own dtype; ``"bfloat16"`` runs their products
             under autocast, with parameters, losses and optimizer as they are. For TF32 on CUDA
             call ``torch.set_float32_matmul_precision("high")``.
+        independent_ranks: True allows updates in a ``torch.distributed`` process group of more than
+            one rank, where each rank that calls the step trains its own network: gradients are
+            not reduced across ranks. For groups that serve something else, such as TorchRL's
+            distributed collectors.
 
     The batch receives the priority and the log-probability, as from the loss itself.
 
     Raises:
         ValueError: an unknown order or precision, ``max_grad_norm <= 0``, ``reduction="none"``, an
             updater of another loss, or trainable parameters missing from the optimizer.
-        TypeError: ``optimizer`` is no torch optimizer.
+        TypeError: ``optimizer`` is no torch optimizer, or ``loss`` is not a loss of this package,
+            such as a ``DistributedDataParallel`` around one.
+        RuntimeError: when called: under ``torch.no_grad()`` or ``torch.inference_mode()``, where
+            nothing would be trained; or in a process group of more than one rank without
+            ``independent_ranks``.
     """
 
     def __init__(
@@ -74,6 +84,7 @@ class IQLStep(OptimizationStepper):
         max_grad_norm: float | None = None,
         lr_scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
         precision: str = "float32",
+        independent_ranks: bool = False,
     ) -> None:
         if order not in ("sequential", "simultaneous"):
             raise ValueError(f"order is {order!r}; choose 'sequential' or 'simultaneous'.")
@@ -84,6 +95,7 @@ class IQLStep(OptimizationStepper):
         _check_parts(loss, optimizer, target_updater)
         self.loss = loss
         self.precision = precision
+        self.independent_ranks = independent_ranks
         self._device = next(loss.parameters()).device.type
         self.optimizer = optimizer
         self.target_updater = target_updater
@@ -122,6 +134,7 @@ class IQLStep(OptimizationStepper):
 
         Returns losses, and what :meth:`ImplicitQLoss.summary` tells.
         """
+        check_update_trains(independent_ranks=self.independent_ranks)
         loss = self.loss
         with self.setting():
             read = loss.read(batch)
@@ -267,6 +280,17 @@ def _trainable(loss: ImplicitQLoss, network: str) -> list[nn.Parameter]:
 def _check_parts(
     loss: ImplicitQLoss, optimizer: Optimizer, updater: TargetNetUpdater | None
 ) -> None:
+    if isinstance(loss, DistributedDataParallel):
+        raise TypeError(
+            f"loss is a DistributedDataParallel around {type(loss.module).__name__}, whose gradients "
+            "this step would not reduce across ranks. Pass the loss itself (its attribute .module), "
+            "and run one process per run: data parallel training is not available yet."
+        )
+    if not isinstance(loss, ImplicitQLoss):
+        raise TypeError(
+            f"loss is {type(loss).__module__}.{type(loss).__name__}; pass an IQLLoss or a "
+            "DiscreteIQLLoss of iql_torchrl."
+        )
     if loss.reduction == "none":
         raise ValueError("the loss has reduction='none'; a step needs scalars: 'mean' or 'sum'.")
     if not isinstance(optimizer, Optimizer):

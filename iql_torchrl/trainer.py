@@ -21,11 +21,17 @@ from tqdm import tqdm
 
 from iql_torchrl.agent import Agent
 from iql_torchrl.background import BackgroundEvaluation
-from iql_torchrl.checkpoint import StateAdapter, new_checkpoint, read_components
+from iql_torchrl.checkpoint import (
+    StateAdapter,
+    checkpoint_path,
+    new_checkpoint,
+    read_components,
+)
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.objectives import ImplicitQLoss
 from iql_torchrl.progress import Interruption, Progress
-from iql_torchrl.resume import DataState, restore, stateful_parts
+from iql_torchrl.records import naming
+from iql_torchrl.resume import DataState, check_total, restore, stateful_parts
 from iql_torchrl.run_folder import RunFolder
 from iql_torchrl.scores import Evaluate, Scores
 from iql_torchrl.step import part_of
@@ -33,6 +39,7 @@ from iql_torchrl.trainer_parts import (
     check_intervals,
     check_parts,
     filled_in,
+    how_to_continue,
     one_step,
     share,
 )
@@ -82,7 +89,8 @@ class OfflineTrainer(Trainer):
             place of ``folder``'s checkpoints.
         progress_bar: shown on a terminal only.
         seed: of torch's and NumPy's global generators, set at once.
-        resume_command: what Ctrl-C tells the user to type; by default ``trainer.resume()``.
+        resume_command: what Ctrl-C tells the user to type; by default the call that
+            continues from what was saved, ``trainer.resume().train()`` with ``folder``.
 
     Training again from a checkpoint gives the same bits on a CPU as never having stopped, if the
     buffer does not prefetch.
@@ -92,6 +100,8 @@ class OfflineTrainer(Trainer):
             not a multiple of a captured step's updates; ``register_op`` of a stage that would
             change losses or the optimizer's step, which belong to the step here.
         FloatingPointError: while training, a loss that is no longer finite; what was saved stays.
+        OSError: while training, a file of ``folder`` that cannot be written, as on a full disk; it
+            is named, and what was saved stays.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> OfflineTrainer:
@@ -182,8 +192,10 @@ class OfflineTrainer(Trainer):
         )
         self.optimizer = part_of(self.step, "optimizer")
         self.evaluate_first = evaluate_first
-        self.scores = Scores(evaluation, monitor, self.progress, self.folder, self._log_at)
-        self.resume_command = resume_command or "trainer.resume()"
+        self.scores = Scores(
+            evaluation, monitor, self.progress, self.folder, self._log_at, lambda: self._interrupted
+        )
+        self.resume_command = resume_command
         self.updates_per_second = math.nan
         self._pbar_str: dict[str, Any] = {}
         self._pbar: Any = None
@@ -246,14 +258,12 @@ class OfflineTrainer(Trainer):
         """Train up to ``total_updates``.
 
         Ctrl-C or SIGTERM finishes the update, saves, says how to go on, and raises
-        ``KeyboardInterrupt`` or ``SystemExit(143)``.
+        ``KeyboardInterrupt`` or ``SystemExit(143)``; a ``BackgroundEvaluation`` under way is not
+        waited for, but made again after a resume. One that exceeds its ``timeout`` gives a
+        ``RuntimeWarning`` and no score, and training goes on.
         """
         self._stop_training, self._stop_reason = False, None
-        if self.updates > self.total_updates:
-            raise ValueError(
-                f"total_updates is {self.total_updates} and the run has made {self.updates}; give "
-                "a larger total to train further."
-            )
+        check_total(self.updates, self.total_updates)
         self._enter_folder()
         with Interruption() as self._interruption, self._progress_bar() as self._pbar:
             try:
@@ -263,14 +273,18 @@ class OfflineTrainer(Trainer):
                     self.save_trainer(force_save=self.scores.wants_checkpoint)
                 while self.updates < self.total_updates and not self._stop_training:
                     self._stretch()
-                    if self._interruption.requested is not None:
+                    if self._interrupted:
                         break
-                if self._interruption.requested is None:  # else they stay in the checkpoint
+                if not self._interrupted:  # else they stay in the checkpoint
                     self.scores.collect(wait=True)
                 self._leave()
             finally:
                 self._shutdown_hook()
         self._interruption.finish()
+
+    @property
+    def _interrupted(self) -> bool:
+        return self._interruption.requested is not None
 
     def _enter_folder(self) -> None:
         if self.folder is None:
@@ -388,16 +402,15 @@ class OfflineTrainer(Trainer):
 
     def _leave(self) -> None:
         """Save once more if anything happened since; on an interruption, say how to go on."""
-        interrupted = self._interruption.requested is not None
         if self._has_checkpoint_destination() and self._last_save != self.updates:
             self._save_now()
         self._write(now=True)
         self._pbar.close()
-        if interrupted:
+        if self._interrupted:
             saved = "" if self.folder is None else f" and saved {self.folder.path}"
             print(
                 f"Stopped after update {self.updates:,} of {self.total_updates:,}{saved}. "
-                f"Go on with: {self.resume_command}",
+                f"{how_to_continue(self)}",
                 file=sys.stderr,
             )
 
@@ -409,9 +422,15 @@ class OfflineTrainer(Trainer):
 
     def _save_now(self) -> None:
         self._last_save = self.updates
-        self._save_trainer()
+        with naming(self._checkpoint_destination()):
+            self._save_trainer()
         if self.folder is not None:
             self.scores.saved(self.folder.checkpoint_of(self.updates))
+
+    def _checkpoint_destination(self) -> Path:
+        if self.checkpoint_rotation is not None:
+            return checkpoint_path(Path(self.checkpoint_rotation.directory), self.updates)
+        return Path(self.save_trainer_file)
 
     def _checkpoint_manifest_metadata(self) -> dict[str, Any]:
         metadata: dict[str, Any] = super()._checkpoint_manifest_metadata()
@@ -430,21 +449,31 @@ class OfflineTrainer(Trainer):
         return {name: part.state_dict() for name, part in stateful_parts(self).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Raises ``CheckpointError``, with nothing changed, for a run that is not this one."""
+        """Raises ``CheckpointError`` for a run that is not this one, with nothing changed.
+
+        Likewise ``ValueError`` for a run of more updates than ``total_updates``.
+        """
         restore(self, state_dict)
 
     def load_from_file(self, file: str | os.PathLike[str], **kwargs: Any) -> OfflineTrainer:
-        """Go on from a checkpoint; runs none of its contents, whatever ``kwargs`` say.
+        """Load a checkpoint and return this trainer; ``load_from_file(file).train()`` continues.
+
+        Runs none of the file's contents, whatever ``kwargs`` say.
 
         Raises ``CheckpointError`` with a sentence, and changes nothing, if the file is truncated,
-        damaged or from another version, or of another dataset, reward map, settings or shapes.
+        damaged or from another version, or of another dataset, reward map, settings or shapes; and
+        ``ValueError`` if the run has made more updates than this trainer's ``total_updates``.
         """
         self.load_state_dict(read_components(Path(file)))
         self._in_folder = self.folder is not None and self.folder.holds(Path(file))
         return self
 
     def resume(self) -> OfflineTrainer:
-        """Go on from the newest checkpoint of ``folder``; then call ``train()``."""
+        """Load the newest checkpoint of ``folder`` and return this trainer; nothing is trained.
+
+        ``trainer.resume().train()`` continues the run. Raises as :meth:`load_from_file`, and
+        ``ValueError`` without ``folder``.
+        """
         if self.folder is None:
             raise ValueError("resume() looks into folder=, and there is none; use load_from_file.")
         return self.load_from_file(self.folder.newest())
@@ -454,6 +483,14 @@ class OfflineTrainer(Trainer):
             return None
         name = {} if self.dataset is None else {"dataset": self.dataset.name}
         return name | dict(self.agent.description()["config"])
+
+    def _log(self, log_pbar: bool = False, **kwargs: Any) -> None:
+        """TorchRL's, with numbers in place of scalar tensors, which not every logger can write."""
+        if self.logger is not None:
+            for name, value in kwargs.items():
+                if isinstance(value, torch.Tensor) and value.ndim == 0:
+                    kwargs[name] = value.item()
+        super()._log(log_pbar=log_pbar, **kwargs)
 
     def _log_at(self, update: int, name: str, value: float) -> None:
         self._log_dict[name].append(value)

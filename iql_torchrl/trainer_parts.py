@@ -11,7 +11,7 @@ from iql_torchrl.data import OfflineDataset
 from iql_torchrl.objectives import ImplicitQLoss
 from iql_torchrl.step import IQLStep, part_of
 
-__all__ = ["check_intervals", "check_parts", "filled_in", "one_step", "share"]
+__all__ = ["check_intervals", "check_parts", "filled_in", "how_to_continue", "one_step", "share"]
 
 
 def one_step(
@@ -96,3 +96,20 @@ def check_parts(replay_buffer: Any, evaluation: Any, logger: Any) -> None:
             f"replay_buffer is {type(replay_buffer).__name__}, which has no sample(); pass "
             "dataset.replay_buffer(batch_size) or a TorchRL replay buffer."
         )
+
+
+def how_to_continue(trainer: Any) -> str:
+    """One or two sentences for the user of a trainer that was interrupted."""
+    command = trainer.resume_command
+    if command is None and trainer.folder is not None:
+        command = "trainer.resume().train()"
+    elif command is None and trainer.save_trainer_file is not None:
+        command = f"trainer.load_from_file({str(trainer.save_trainer_file)!r}).train()"
+    elif command is None and trainer.checkpoint_rotation is not None:
+        command = "trainer.load_from_file(the newest checkpoint).train()"
+    if command is None:
+        return (
+            "Nothing was saved, because the trainer has no folder=. In this process, go on with: "
+            "trainer.train()"
+        )
+    return f"Go on with: {command}"

@@ -62,12 +62,14 @@ LAYERS = {
     "population_loss": 5,
     "stacked": 3,
     "stacked_adam": 0,
+    "process_end": 0,
     "progress": 6,
     "resume": 6,
     "agent": 7,
     "selection": 7,
     "scores": 8,
     "trainer_parts": 8,
+    "update_checks": 0,
     "trainer": 9,
 }
 

@@ -194,7 +194,7 @@ def test_interruption_finishes_the_update_saves_and_says_how_to_go_on(
     assert trainer.updates == 7
     err = capfd.readouterr().err
     assert "Stopped after update 7 of 20" in err
-    assert "trainer.resume()" in err
+    assert "Go on with: trainer.resume().train()" in err
     assert newest(tmp_path / "run" / "checkpoints").name == "checkpoint-000000000007.torchrl"
     resumed = make_step()
     again = trainer_of(resumed, 20, log_interval=5, folder=tmp_path / "run")
@@ -203,6 +203,39 @@ def test_interruption_finishes_the_update_saves_and_says_how_to_go_on(
     assert same_weights(resumed, alone)
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
     assert [row["update"] for row in rows] == ["5", "10", "15", "20"]
+
+
+@pytest.mark.parametrize(
+    ("destination", "words"),
+    [
+        ({}, "Nothing was saved, because the trainer has no folder=. In this process, go on with: "
+             "trainer.train()"),
+        ({"save_trainer_file": "a.torchrl"}, "with: trainer.load_from_file('a.torchrl').train()"),
+        ({"folder": "run", "resume_command": "make again"}, "and saved run. Go on with: make again"),
+    ],
+)  # fmt: skip
+def test_what_an_interruption_says_continues_the_run(
+    tmp_path, capfd, monkeypatch, destination, words
+):
+    monkeypatch.chdir(tmp_path)
+    step, calls = make_step(), []
+
+    class Stopped(IQLStep):
+        def __call__(self, batch):
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__call__(batch)
+
+    step.__class__ = Stopped
+    trainer = trainer_of(step, 6, **destination)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert words in capfd.readouterr().err
+    if "save_trainer_file" in destination:
+        trainer.load_from_file("a.torchrl")
+    trainer.train()
+    assert trainer.updates == len(calls) == 6
 
 
 def test_a_second_interruption_stops_at_once():
@@ -355,15 +388,45 @@ def test_wrong_parts_are_refused(tmp_path):
 def test_a_folder_that_holds_another_run_is_refused(tmp_path):
     trainer_of(make_step(), 10, folder=tmp_path).train()
     other = trainer_of(make_step(), 5, folder=tmp_path)
-    with pytest.raises(ValueError, match=r"already holds a run \(\d checkpoints\): call resume"):
+    with pytest.raises(
+        ValueError, match=r"already holds a run \(\d checkpoints\): call "
+    ) as caught:
         other.train()
+    assert "call trainer.resume().train() to continue it" in str(caught.value)
     elsewhere = trainer_of(make_step(), 20, folder=tmp_path)
     elsewhere.resume().train()
     assert elsewhere.updates == 20
     elsewhere.total_frames = 25
     elsewhere.train()  # its own folder by now
-    with pytest.raises(ValueError, match="total_updates is 10 and the run has made 25"):
-        trainer_of(make_step(), 10, folder=tmp_path).resume().train()
+
+
+def test_resume_loads_returns_the_trainer_and_trains_nothing(tmp_path):
+    trainer_of(make_step(), 10, folder=tmp_path).train()
+    step = make_step()
+    trainer = trainer_of(step, 20, folder=tmp_path)
+    assert trainer.resume() is trainer
+    assert trainer.updates == 10
+    loaded = weight(step)
+    trainer.train()
+    assert trainer.updates == 20
+    assert weight(step) != loaded
+
+
+@pytest.mark.parametrize("load", ["resume", "load_from_file", "load_state_dict"])
+def test_a_total_below_the_updates_made_is_refused_before_anything_is_loaded(tmp_path, load):
+    longer = trainer_of(make_step(), 10, folder=tmp_path)
+    longer.train()
+    step = make_step()
+    shorter, before = trainer_of(step, 9, folder=tmp_path), weight(step)
+    saved = newest(tmp_path / "checkpoints")
+    given = {"load_from_file": [saved], "load_state_dict": [longer.state_dict()]}.get(load, [])
+    with pytest.raises(ValueError, match="total_updates is 9 and the run has made 10 updates"):
+        getattr(shorter, load)(*given)
+    assert shorter.updates == 0
+    assert weight(step) == before
+    longer.total_frames = 9
+    with pytest.raises(ValueError, match="total_updates is 9 and the run has made 10 updates"):
+        longer.train()
 
 
 @pytest.mark.parametrize("number", [np.float64(3), np.int64(3), np.float32(3), torch.tensor([3.0])])

@@ -1,0 +1,41 @@
+"""Conditions under which an update would train nothing, or train ranks apart, checked at each call."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["check_update_trains"]
+
+
+def check_update_trains(*, independent_ranks: bool) -> None:
+    """Raise ``RuntimeError`` where an update would compute losses and not train what was asked.
+
+    That is: in ``torch.inference_mode()`` or ``torch.no_grad()``, where no gradient exists; and,
+    unless ``independent_ranks``, in a ``torch.distributed`` process group of several ranks, because
+    gradients are not reduced across ranks. It costs less than a microsecond.
+    """
+    tracing = torch.compiler.is_compiling()  # Dynamo cannot trace a question about inference mode
+    if not tracing and torch.is_inference_mode_enabled():
+        raise RuntimeError(_NO_GRADIENTS.format(mode="torch.inference_mode()"))
+    if not torch.is_grad_enabled():
+        raise RuntimeError(_NO_GRADIENTS.format(mode="torch.no_grad()"))
+    distributed = torch.distributed
+    if independent_ranks or not (distributed.is_available() and distributed.is_initialized()):
+        return
+    ranks = distributed.get_world_size()
+    if ranks > 1:
+        raise RuntimeError(
+            f"the torch.distributed process group has {ranks} ranks, and this update does not "
+            "reduce gradients across ranks: each rank would train a network of its own. Data "
+            "parallel training is not available yet: run one process per run, or call "
+            "torch.distributed.destroy_process_group() before training. If the group serves "
+            "something else, such as a distributed collector, and each rank that trains shall "
+            "train its own network, build IQLStep(..., independent_ranks=True) or set "
+            "step.independent_ranks = True."
+        )
+
+
+_NO_GRADIENTS = (
+    "the update was called under {mode}, where no gradients exist, so it would return losses and "
+    "train nothing. Call it outside of that block or decorator; evaluation alone belongs inside."
+)

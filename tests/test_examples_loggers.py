@@ -1,0 +1,156 @@
+"""``iql_offline.py --logger``: a run for each method, finished, with all numbers; or a sentence."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+from test_examples import TINY, run, small_pendulum  # noqa: F401
+from test_loggers import wandb_records
+
+METHODS = ("behaviour-cloning", "IQL")
+pytestmark = pytest.mark.usefixtures("small_pendulum")
+
+
+def table(method: str) -> dict[int, float]:
+    """``loss_actor`` by update, from the run's own table."""
+    text = (Path("runs") / "both" / method / "metrics.csv").read_text()
+    rows = csv.DictReader(text.splitlines())
+    return {int(row["update"]): float(row["loss_actor"]) for row in rows if row["loss_actor"]}
+
+
+def check(logged: dict[str, dict[int, float]]) -> None:
+    """What a logger holds, by run and update, against the tables of both methods."""
+    assert sorted(logged) == sorted(METHODS)
+    for method in METHODS:
+        assert logged[method] == pytest.approx(table(method), rel=1e-6)
+    assert table("IQL") != table("behaviour-cloning")
+
+
+def test_csv(run):  # noqa: F811
+    assert run("iql_offline", *TINY, "--logger", "csv", "--name", "both") == 0
+    logged = {}
+    for method in METHODS:
+        path = Path("runs") / "both" / method / "scalars" / "loss_actor.csv"
+        rows = csv.reader(path.read_text().splitlines())
+        logged[method] = {int(update): float(value) for update, value in rows}
+    check(logged)
+
+
+def test_tensorboard(run):  # noqa: F811
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run("iql_offline", *TINY, "--logger", "tensorboard", "--name", "both") == 0
+    logged = {}
+    for method in METHODS:
+        (path,) = (Path("runs") / "both" / method).glob("events.*")
+        events = EventAccumulator(str(path))
+        events.Reload()
+        logged[method] = {e.step: e.value for e in events.Scalars("loss_actor")}
+    check(logged)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb's own dependencies
+def test_wandb_has_a_run_for_each_method(run, monkeypatch):  # noqa: F811
+    wandb = pytest.importorskip("wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # it reads these when it starts
+    assert run("iql_offline", *TINY, "--logger", "wandb", "--name", "both") == 0
+    assert wandb.run is None, "the last run is finished"
+    wandb.teardown()
+    logged = {}
+    for path in Path("runs").rglob("run-*.wandb"):
+        name, updates, values = "", [], []
+        for content in wandb_records(path):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(content)
+            name = record.run.display_name or name
+            items = {i.key or ".".join(i.nested_key): i.value_json for i in record.history.item}
+            if "loss_actor" in items:
+                (update,) = (v for k, v in items.items() if "step" in k and not k.startswith("_"))
+                updates.append(int(update))
+                values.append(float(items["loss_actor"]))
+        assert name.startswith("both-")
+        logged[name.removeprefix("both-")] = dict(zip(updates, values, strict=True))
+    check(logged)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("failure", [False, RuntimeError("the key was refused")])
+def test_wandb_without_an_account_is_a_sentence_and_leaves_no_folder(
+    run,  # noqa: F811
+    monkeypatch,
+    capfd,
+    tmp_path,
+    failure,
+):
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    wandb.teardown()
+
+    def login(prompt=True):
+        assert not prompt, "nobody may be asked"
+        if failure:
+            raise failure
+        return failure
+
+    monkeypatch.setattr(wandb, "login", login)
+    assert run("iql_offline", *TINY, "--logger", "wandb") == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "--logger wandb: " in line
+    assert ("the key was refused" if failure else "not logged in") in line
+    assert "`wandb login`, or set WANDB_MODE=offline" in line
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "home") == ["minari"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # mlflow's own dependencies
+def test_mlflow_has_a_finished_run_for_each_method(run, monkeypatch):  # noqa: F811
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert run("iql_offline", *TINY, "--logger", "mlflow", "--name", "both") == 0
+    assert mlflow.active_run() is None
+    database = f"sqlite:///{Path('runs/both/mlflow.db').resolve()}"
+    client, logged = mlflow.MlflowClient(database), {}
+    for experiment in client.search_experiments():
+        for mlflow_run in client.search_runs([experiment.experiment_id]):
+            assert mlflow_run.info.status == "FINISHED"
+            history = client.get_metric_history(mlflow_run.info.run_id, "loss_actor")
+            name = experiment.name.removeprefix("both-")
+            logged[name] = {metric.step: metric.value for metric in history}
+    check(logged)
+
+
+@pytest.mark.filterwarnings("ignore")  # trackio's own dependencies
+def test_trackio_has_a_run_for_each_method_with_its_losses(run, monkeypatch, tmp_path):  # noqa: F811
+    pytest.importorskip("trackio")
+    from trackio import sqlite_storage
+
+    for module in list(sys.modules.values()):  # each has its copy of the constant
+        if getattr(module, "__name__", "").startswith("trackio") and hasattr(module, "TRACKIO_DIR"):
+            monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
+    assert run("iql_offline", *TINY, "--logger", "trackio", "--name", "both") == 0
+    logged = {}
+    for name in sqlite_storage.SQLiteStorage.get_runs("torchrl"):
+        rows = sqlite_storage.SQLiteStorage.get_logs("torchrl", name)
+        method = name.removeprefix("both-")
+        logged[method] = {r["step"]: r["loss_actor"] for r in rows if "loss_actor" in r}
+    check(logged)
+
+
+def test_a_logger_that_cannot_start_is_a_sentence(run, monkeypatch, capfd):  # noqa: F811
+    def refuse(*arguments, **options):
+        raise PermissionError("the server said no")
+
+    monkeypatch.setattr("torchrl.record.loggers.get_logger", refuse)
+    assert run("iql_offline", *TINY, "--logger", "csv") == 2
+    assert "error: --logger csv could not be started: the server said no" in capfd.readouterr().err
