@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torchrl.data import Composite, TensorSpec
 
 from iql_torchrl.data import ObservationStatistics, OfflineDataset
-from iql_torchrl.data.episode_digests import episode_sketch
+from iql_torchrl.data.episode_digests import episode_digests, sketch_of
 from iql_torchrl.data.transitions import ACTION, Key, leaf_spaces, spec_of_space
 
 __all__ = ["Task", "counted_from_zero", "space_from_state", "space_state"]
@@ -33,7 +33,7 @@ class Task:
         dtype: torch.float32 or torch.float64, of observations and continuous actions.
         name: of the data, for people.
         reference_scores: raw returns (random, expert), or None.
-        episodes: digests of some of the log's episodes (``episode_sketch``), by which an estimate
+        episodes: digests of some of the log's episodes (``data.episode_digests``), by which an estimate
             of this agent's value recognises episodes that it was trained on; None where unknown.
     """
 
@@ -57,7 +57,7 @@ class Task:
             dataset.dtype,
             dataset.name,
             dataset.reference_scores,
-            episode_sketch(dataset),
+            sketch_of(episode_digests(dataset)),
         )
 
     @property

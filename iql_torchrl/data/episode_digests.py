@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from iql_torchrl.data.dataset import OfflineDataset
 
-__all__ = ["SKETCH", "episode_digests", "episode_sketch", "shared_share"]
+__all__ = ["SKETCH", "episode_digests", "shared_share", "sketch_of"]
 
 IntArray = NDArray[np.int64]
 
@@ -41,13 +41,13 @@ def episode_digests(log: OfflineDataset) -> IntArray:
     return np.frombuffer(b"".join(digests), np.int64)
 
 
-def episode_sketch(log: OfflineDataset, size: int = SKETCH) -> IntArray:
-    """The ``size`` smallest digests of ``log``'s episodes, ascending; all of them if they fit.
+def sketch_of(digests: IntArray) -> IntArray:
+    """The ``SKETCH`` smallest of ``digests``, ascending; all of them if they fit.
 
-    Enough to estimate the share of another log's episodes that this one holds (Broder 1997, "On the
-    resemblance and containment of documents").
+    Enough to estimate the share of another log's episodes that this log holds (Broder 1997, "On
+    the resemblance and containment of documents").
     """
-    result: IntArray = np.sort(episode_digests(log))[:size]
+    result: IntArray = np.sort(digests)[:SKETCH]
     return result
 
 

@@ -155,13 +155,20 @@ def general_warnings(
     clone: str | None,
     log: tuple[float, float, float],
     unlogged: float,
+    fit_seen: float,
 ) -> list[str]:
     """Sentences about the whole ranking.
 
     ``agreement``: Spearman of the estimators; ``clone``: the member that imitates the log; ``log``:
-    value and bounds; ``unlogged``: discounted weight of ends that no logged state describes.
+    value and bounds; ``unlogged``: discounted weight of ends that no logged state describes;
+    ``fit_seen``: greatest share of the fit's episodes that one member was trained on.
     """
     result = []
+    if fit_seen > SHARED:
+        result.append(
+            f"members were trained on up to {fit_seen:.0%} of the episodes fitted on, whose noise "
+            "then flatters them; held-out episodes correct that, at the price of wider intervals."
+        )
     if unlogged > UNLOGGED:
         result.append(
             f"truncated episodes leave {unlogged:.0%} of the discounted future in states that the "

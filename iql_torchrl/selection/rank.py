@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from iql_torchrl.correlation import kendall, spearman
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.data.episode_digests import episode_digests, episode_sketch, shared_share
+from iql_torchrl.data.episode_digests import episode_digests, shared_share, sketch_of
 from iql_torchrl.selection.bounds import mean_bounds
 from iql_torchrl.selection.candidates import Member, resolve_members
 from iql_torchrl.selection.caveats import (
@@ -105,13 +105,13 @@ def rank_members(
         )
     _check_fitted(fitted_q, resolved, held_out, discount)
     importance = _importance(members, held_out, behaviour, fitted_q, confidence, seed)
-    digests = episode_digests(held_out)
+    digests, fit_digests = episode_digests(held_out), episode_digests(train)
     rows = [
         _identity(member)
         | estimate
         | _weighted(importance, number)
         | _departure(member, imitator, fitted_q, number, held_out)
-        | {"seen": 0.0 if member.episodes is None else shared_share(member.episodes, digests)}
+        | {"seen": _seen(member, digests)}
         for number, (member, estimate) in enumerate(
             zip(resolved, _estimates(fitted_q, confidence, seed), strict=True)
         )
@@ -127,11 +127,12 @@ def rank_members(
     _rank(rows, shown, max_extrapolation, min_effective_episodes)
     agreement = _agreement(rows)
     log = _log_value(fitted_q, confidence, seed)
-    shared = shared_share(episode_sketch(train), digests)
+    shared = shared_share(sketch_of(fit_digests), digests)
     blocking = value_warnings(fitted_q.backups, fitted_q.passes, held_out, discount, shared)
     general = general_warnings(
         rows, with_importance=importance is not None, agreement=agreement[0],
         clone=imitator.name if imitator else None, log=log, unlogged=episodes.unlogged_ends,
+        fit_seen=max(_seen(member, fit_digests) for member in resolved),
     )  # fmt: skip
     recommended, sentence = _recommendation(rows, bool(blocking), confidence)
     warnings = (*member_warnings(rows, **shown), *blocking, *general)
@@ -139,6 +140,11 @@ def rank_members(
         tuple(rows), *log, episodes.log_unsupported, *agreement, recommended, sentence, warnings,
         discount, len(digests),
     )  # fmt: skip
+
+
+def _seen(member: Member, digests: NDArray[np.int64]) -> float:
+    """Share of the episodes ``digests`` that the member was trained on, 0 where unknown."""
+    return 0.0 if member.episodes is None else shared_share(member.episodes, digests)
 
 
 def _check_shares(**shares: float) -> None:
