@@ -166,8 +166,8 @@ def general_warnings(
     result = []
     if fit_seen > SHARED:
         result.append(
-            f"members were trained on up to {fit_seen:.0%} of the episodes fitted on, whose noise "
-            "then flatters them; held-out episodes correct that, at the price of wider intervals."
+            f"members were trained on up to {fit_seen:.0%} of the episodes fitted on, so the fit "
+            "estimates them too high; held-out episodes correct that, but intervals are wider."
         )
     if unlogged > UNLOGGED:
         result.append(
