@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from iql_torchrl import interface
+from iql_torchrl.descriptions import describe_space
 
 __all__ = ["act", "as_in_evaluation", "needs_mask"]
 
@@ -61,7 +62,9 @@ def act(
     with as_in_evaluation(policy, device, deterministic=deterministic, seed=seed):
         action = policy(batch).get("action", None)
     if not isinstance(action, Tensor):
-        raise ValueError(f"policy wrote {action!r} under 'action'; it must write a tensor.")
+        raise ValueError(
+            f"policy wrote a {type(action).__name__} under 'action'; it must write a tensor."
+        )
     moments = [(row, 0) for row in range(len(rows))]
     actions = np.asarray(
         interface.environment_actions(action, action_space, moments), action_space.dtype
@@ -143,11 +146,13 @@ def _fit(value: Any, space: spaces.Space[Any], path: str, sizes: dict[str, int |
     if not single and (array.ndim != len(shape) + 1 or array.shape[1:] != shape):
         raise ValueError(
             f"{path} has shape {array.shape}; wanted {shape} for one observation, or "
-            f"{('B', *shape)} for a batch, of {space}."
+            f"{('B', *shape)} for a batch, of {describe_space(space)}."
         )
     floating = isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)
     if array.dtype.kind not in ("fiub" if floating else "iub"):
-        raise ValueError(f"{path} holds {array.dtype}; wanted {space.dtype} for {space}.")
+        raise ValueError(
+            f"{path} holds {array.dtype}; wanted {space.dtype} for {describe_space(space)}."
+        )
     _check_values(array, space, path)
     sizes[path] = None if single else len(array)
     return array
@@ -165,7 +170,9 @@ def _check_values(array: NDArray[Any], space: spaces.Space[Any], path: str) -> N
         assert isinstance(space, spaces.Box)
         bad = (array < space.low) | (array > space.high)
     if np.any(bad):
-        raise ValueError(f"{path} holds {array[bad].flat[0]}; wanted finite values of {space}.")
+        raise ValueError(
+            f"{path} holds {array[bad].flat[0]}; wanted finite values of {describe_space(space)}."
+        )
 
 
 def _row(leaves: Any, index: int) -> Any:

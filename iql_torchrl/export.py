@@ -23,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 
 from iql_torchrl.acting import as_in_evaluation, needs_mask
 from iql_torchrl.data.transitions import MASK, Key, field_of_space, leaf_spaces
+from iql_torchrl.descriptions import describe_space
 from iql_torchrl.interface import check_policy, reads_names_at_top_level
 from iql_torchrl.task import Task, counted_from_zero
 
@@ -101,7 +102,9 @@ class _Program(nn.Module):
             self.register_buffer("low", torch.from_numpy(self.space.low.copy()))
             self.register_buffer("high", torch.from_numpy(self.space.high.copy()))
         elif not isinstance(self.space, spaces.Discrete):
-            raise ValueError(f"the actions are {self.space}; an export wants Box or Discrete.")
+            raise ValueError(
+                f"the actions are {describe_space(self.space)}; an export wants Box or Discrete."
+            )
 
     def forward(self, *tensors: Tensor) -> Tensor:
         batch = TensorDict({}, batch_size=tensors[0].shape[:1])
@@ -128,7 +131,7 @@ class _Program(nn.Module):
         if shape != self.space.shape:
             raise ValueError(
                 f"policy output 'action' must have rows of shape {self.space.shape} for "
-                f"{self.space}, found {shape}."
+                f"{describe_space(self.space)}, found {shape}."
             )
         exact = torch.promote_types(action.dtype, self.low.dtype)
         action = action.to(exact).clamp(self.low.to(exact), self.high.to(exact))
@@ -154,7 +157,9 @@ def _inputs(policy: TensorDictModuleBase, task: Task) -> list[_Input]:
         raise ValueError(f"the policy reads {list(policy.in_keys)}: nothing of the observation.")
     if masked:
         if not isinstance(task.action_space, spaces.Discrete):
-            raise ValueError(f"action_mask needs Discrete actions, found {task.action_space}.")
+            raise ValueError(
+                f"action_mask needs Discrete actions, found {describe_space(task.action_space)}."
+            )
         size = int(task.action_space.n)
         inputs.append(_Input(MASK, MASK, spaces.MultiBinary(size), (size,), torch.bool))
     return inputs

@@ -23,6 +23,7 @@ from torchrl.modules import (
     TanhNormal,
 )
 
+from iql_torchrl.descriptions import describe_spec, faulty_bounds
 from iql_torchrl.distributions import ClippedGaussian, ClippedMixture, OneHotChoice
 from iql_torchrl.networks import MLP, join_observations
 
@@ -253,16 +254,19 @@ def _limits(bounds: Bounds) -> dict[str, Tensor]:
 def _bounds(action_spec: TensorSpec) -> Bounds:
     space = getattr(action_spec, "space", None)
     low, high = getattr(space, "low", None), getattr(space, "high", None)
-    if low is None or high is None or action_spec.ndim != 1:
+    floats = action_spec.dtype.is_floating_point
+    if low is None or high is None or action_spec.ndim != 1 or not floats:
         raise ValueError(
-            f"action_spec is {action_spec}; wanted a TorchRL Bounded spec of shape (A,). For "
-            "discrete actions use categorical()."
+            f"action_spec is {describe_spec(action_spec)}; wanted a TorchRL Bounded spec of floats, "
+            "shape (A,). For discrete actions use categorical()."
         )
     low, high = low.detach().clone(), high.detach().clone()
+    # An unbounded spec of TorchRL holds the dtype's largest numbers as its bounds.
     largest = torch.finfo(low.dtype).max / 2
-    if not bool(((low > -largest) & (high < largest) & (low < high)).all()):
+    pair = (bound.double().cpu().numpy() for bound in (low, high))
+    if faults := faulty_bounds(*pair, largest=largest):
         raise ValueError(
-            f"action_spec bounds are {low.tolist()} to {high.tolist()}; wanted finite low < high. "
-            "Pass a Bounded spec with the range the actuators accept."
+            f"action_spec is {describe_spec(action_spec)}; {faults}. Pass a Bounded spec with the "
+            "range the actuators accept, finite low < high."
         )
     return low, high

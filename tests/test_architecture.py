@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "iql_torchrl"
 
 # Lower layers first; files of one layer may not import one another (but within data).
 LAYERS = {
+    "descriptions": -1,
     "functional": 0,
     "config": 0,
     "distributions": 0,
