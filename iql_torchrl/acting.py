@@ -17,7 +17,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from iql_torchrl import interface
 from iql_torchrl.descriptions import describe_space
 
-__all__ = ["act", "as_in_evaluation", "needs_mask"]
+__all__ = ["act", "as_in_evaluation", "needs_mask", "whole_limits"]
 
 
 def act(
@@ -158,17 +158,25 @@ def _fit(value: Any, space: spaces.Space[Any], path: str, sizes: dict[str, int |
     return array
 
 
+def whole_limits(space: spaces.Space[Any]) -> tuple[Any, Any] | None:
+    """The least and the greatest value of a space of whole numbers, inclusive; None for floats.
+
+    Numbers, or arrays of the space's shape.
+    """
+    if isinstance(space, spaces.Discrete):
+        return space.start, space.start + space.n - 1
+    if isinstance(space, spaces.MultiDiscrete):
+        return space.start, space.start + space.nvec - 1
+    if isinstance(space, spaces.MultiBinary):
+        return 0, 1
+    assert isinstance(space, spaces.Box)
+    return None if np.issubdtype(space.dtype, np.floating) else (space.low, space.high)
+
+
 def _check_values(array: NDArray[Any], space: spaces.Space[Any], path: str) -> None:
-    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
-        count = space.n if isinstance(space, spaces.Discrete) else space.nvec
-        bad = (array < space.start) | (array >= space.start + count)
-    elif isinstance(space, spaces.MultiBinary):
-        bad = (array != 0) & (array != 1)
-    elif np.issubdtype(space.dtype, np.floating):
-        bad = ~np.isfinite(array)  # observed floats may pass their bounds, as in the log
-    else:
-        assert isinstance(space, spaces.Box)
-        bad = (array < space.low) | (array > space.high)
+    limits = whole_limits(space)
+    # Observed floats may pass their bounds, as in the log.
+    bad = ~np.isfinite(array) if limits is None else (array < limits[0]) | (array > limits[1])
     if np.any(bad):
         raise ValueError(
             f"{path} holds {array[bad].flat[0]}; wanted finite values of {describe_space(space)}."

@@ -56,6 +56,7 @@ LAYERS = {
     "video": 3,
     "background": 4,
     "export": 6,
+    "export_checks": 2,
     "run_folder": 4,
     "step": 5,
     "compilation": 6,

@@ -589,7 +589,9 @@ class TestOddBatches:
         step = IQLStep(loss, torch.optim.Adam(loss.parameters()), SoftUpdate(loss, tau=0.5))
         batch["collector", "mask"] = torch.zeros(4, 5, 1, dtype=torch.bool)
         for call in (loss, loss.value_loss, loss.actor_loss, loss.qvalue_loss, step):
-            with pytest.raises(ValueError, match=r"'mask'\) mark none of the batch's 20 steps as val"):
+            with pytest.raises(
+                ValueError, match=r"'mask'\) mark none of the batch's 20 steps as val"
+            ):
                 call(batch)
         assert all(map(torch.equal, loss.parameters(), before))
 
