@@ -45,6 +45,10 @@ def act(
             environment accepts.
     """
     interface.check_policy(policy)
+    if seed is not None and (
+        isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63
+    ):
+        raise ValueError(f"seed is {seed!r}; wanted a whole number in [0, 2**63), or None.")
     leaves, count = _checked(observation, observation_space)
     rows = [leaves] if count is None else [_row(leaves, index) for index in range(count)]
     masks = None
@@ -104,7 +108,7 @@ def as_in_evaluation(
         ):
             if seed is not None:
                 # torch.manual_seed would also reseed devices that are not forked here.
-                torch.default_generator.manual_seed(seed)
+                torch.default_generator.manual_seed(int(seed))
                 for each in cuda:
                     with torch.cuda.device(each):
                         torch.cuda.manual_seed(seed)
@@ -140,7 +144,7 @@ def _fit(value: Any, space: spaces.Space[Any], path: str, sizes: dict[str, int |
             name: _fit(value[name], inner, f"{path}[{name!r}]", sizes)
             for name, inner in space.spaces.items()
         }
-    array = np.asarray(value)
+    array = _array(value, path)
     shape = tuple(space.shape or ())
     single = array.shape == shape
     if not single and (array.ndim != len(shape) + 1 or array.shape[1:] != shape):
@@ -156,6 +160,19 @@ def _fit(value: Any, space: spaces.Space[Any], path: str, sizes: dict[str, int |
     _check_values(array, space, path)
     sizes[path] = None if single else len(array)
     return array
+
+
+def _array(value: Any, path: str) -> NDArray[Any]:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().numpy()
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        kind = type(value).__name__
+        raise ValueError(
+            f"{path} is a {kind} of which NumPy makes no array; pass the observation alone, as the "
+            "environment gives it (env.reset() and env.step() return it first, with other things)."
+        ) from error
 
 
 def whole_limits(space: spaces.Space[Any]) -> tuple[Any, Any] | None:

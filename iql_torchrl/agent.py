@@ -14,13 +14,14 @@ import torch
 from gymnasium import spaces
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import policies
 from iql_torchrl.acting import act
+from iql_torchrl.arguments import reach
 from iql_torchrl.checkpoint import CheckpointError, component_names, newest, read_components
 from iql_torchrl.compilation import compiled
 from iql_torchrl.config import IQLConfig
@@ -94,6 +95,11 @@ class Agent:
         return self.loss.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the weights of another agent's ``state_dict``.
+
+        Raises ``ValueError`` naming an entry that is missing, unknown, or of another shape.
+        """
+        _check_state(state, self.state_dict())
         self.loss.load_state_dict(state)
 
     @staticmethod
@@ -140,13 +146,24 @@ def make_agent(config: IQLConfig, dataset: OfflineDataset) -> Agent:
 
     Raises ``ValueError`` when the observations are no flat numbers or single category (use
     ``load_dataset(concatenate=...)``, or write your own networks), the actions are neither Discrete
-    nor a Box of floats ``(A,)`` with finite bounds, or the policy does not fit the actions.
+    nor a Box of floats ``(A,)`` with finite bounds, the policy does not fit the actions, or this
+    machine lacks the config's device; ``TypeError`` on arguments of another kind.
     """
+    if not isinstance(config, IQLConfig):
+        raise TypeError(
+            f"config is {type(config).__name__}; wanted an IQLConfig, such as IQLConfig(seed=1) or "
+            "PRESETS['quick']."
+        )
+    if not isinstance(dataset, OfflineDataset):
+        raise TypeError(
+            f"dataset is {type(dataset).__name__}; wanted what load_dataset(...) returns."
+        )
     return build_agent(config, Task.of(dataset))
 
 
 def build_agent(config: IQLConfig, task: Task) -> Agent:
     """:func:`make_agent` where the dataset is known by its description alone."""
+    reach(config.device)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         actor, critic, value = _networks(config, task)
@@ -164,6 +181,26 @@ def build_agent(config: IQLConfig, task: Task) -> Agent:
     return Agent(
         config, task, actor, loss, optimizer, scheduler, compiled(step) if config.compile else step
     )
+
+
+def _check_state(state: Any, own: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless the entries are ``own``'s: TorchRL prints whole TensorDicts."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"state is {type(state).__name__}; wanted what state_dict() returned.")
+    faults = [f"it lacks {key}" for key in own if key not in state]
+    faults += [f"it has {key}, which is unknown here" for key in state if key not in own]
+    shapes = {
+        key: (tuple(value.shape), tuple(state[key].shape))
+        for key, value in own.items()
+        if isinstance(value, Tensor) and isinstance(state.get(key), Tensor)
+    }
+    faults += [f"{k} has shape {b}, here {a}" for k, (a, b) in shapes.items() if a != b]
+    if faults:
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise ValueError(
+            f"the state is not of an agent like this one: {faults[0]}{more}. Build the agent from "
+            "the config and the data that the state was trained with."
+        )
 
 
 def _usable(device: torch.device | str | None, configured: str) -> str:

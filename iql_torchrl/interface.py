@@ -83,7 +83,16 @@ def action_chooser(
             flat=flat,
             masks=[action_mask(info, action_space) for info in infos] if masked else None,
         )
-        action = policy(batch.to(device)).get("action", None)
+        try:
+            action = policy(batch.to(device)).get("action", None)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise RuntimeError(
+                f"the policy failed on observations of {describe_space(observation_space)}: "
+                f"{reason}. Check that it was made for observations of this form."
+            ) from error
         if not isinstance(action, Tensor):
             raise ValueError(
                 f"policy wrote a {type(action).__name__} under 'action'; it must write a tensor"
@@ -182,7 +191,7 @@ def action_mask(info: Mapping[str, Any], space: spaces.Space[Any]) -> Tensor:
         )
     count = int(space.n)
     if "action_mask" in info:
-        mask = torch.as_tensor(np.asarray(info["action_mask"]), dtype=torch.bool)
+        mask = _boolean(np.asarray(info["action_mask"]))
     elif "admissible_actions" in info:
         mask = torch.zeros(count, dtype=torch.bool)
         mask[torch.as_tensor(list(info["admissible_actions"]), dtype=torch.int64)] = True
@@ -197,6 +206,16 @@ def action_mask(info: Mapping[str, Any], space: spaces.Space[Any]) -> Tensor:
             f"shape {tuple(mask.shape)} with {int(mask.sum())} true"
         )
     return mask
+
+
+def _boolean(mask: NDArray[Any]) -> Tensor:
+    if mask.dtype.kind not in "biuf" or not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            f"an action mask must hold booleans (0 or 1), found {describe_values(mask)}"
+            if mask.dtype.kind in "biuf"
+            else f"an action mask must hold booleans (0 or 1), found {mask.dtype}"
+        )
+    return torch.as_tensor(mask, dtype=torch.bool)
 
 
 def environment_actions(actions: Tensor, space: spaces.Space[Any], moments: Moments) -> list[Any]:

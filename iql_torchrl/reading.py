@@ -67,8 +67,11 @@ def read_batch(
             "that slicing or filtering leaves something."
         )
     for key in required:
-        if tensordict.get(key, None) is None:
+        entry = tensordict.get(key, None)
+        if entry is None:
             raise KeyError(_missing(key, tensordict))
+        if entry.shape[:1] == (0,):
+            raise ValueError(f"{key!r} has shape {tuple(entry.shape)}: the batch holds no steps.")
     shape = tensordict.batch_size
     mask: Tensor | None = None
     read = []

@@ -569,6 +569,8 @@ class TestOddBatches:
         for call in (loss, loss.value_loss, loss.actor_loss, loss.qvalue_loss):
             with pytest.raises(ValueError, match=rf"shape \({shape[0]},.*holds no steps.*replay"):
                 call(empty.clone())
+        with pytest.raises(ValueError, match=r"has shape \(0, .*the batch holds no steps"):
+            loss(TensorDict(batch[:0].to_dict()))
 
     def test_a_discrete_batch_without_steps_is_refused(self):
         actor = policies.categorical(OBS, Categorical(4), hidden=(8,))
