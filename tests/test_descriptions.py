@@ -162,6 +162,8 @@ def test_half_bounded_actions_in_a_log():
     action = np.tile(np.float32([0, 1e6]), (40, 1))
     dataset = load_dataset(log(action=action), observation_space=WIDE_OR_3, action_space=half)
     assert dataset.action_space == half
+    action[3] = [1 + 1e-6, -5e-7]  # rounding, whether or not the other bound is finite
+    load_dataset(log(action=action), observation_space=WIDE_OR_3, action_space=half)
     action[7, 1] = -0.5
     with pytest.raises(DatasetError, match=r"first at row 7.*low \[-1, 0\], high \[1, inf\]"):
         load_dataset(log(action=action), observation_space=WIDE_OR_3, action_space=half)

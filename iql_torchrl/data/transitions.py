@@ -291,11 +291,12 @@ class BlockChecker:
             self._categories(ACTION, values, space, start)
             return
         low, high = space.low.astype(values.dtype), space.high.astype(values.dtype)
-        # Rounding of a stored bound is no offence.
+        # Rounding of a stored bound is no offence, also where the other bound is infinite.
         slack: Any = 0
         if values.dtype.kind == "f":
             with np.errstate(all="ignore"):
-                slack = 1e-6 * np.nan_to_num(high - low, nan=0.0, posinf=0.0, neginf=0.0)
+                width = high - low
+            slack = 1e-6 * np.where(np.isfinite(width), width, 1.0)
         bad = (values < low - slack) | (values > high + slack)
         if not bad.any():
             return
