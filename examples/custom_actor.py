@@ -88,4 +88,6 @@ if __name__ == "__main__":
     parser.add_argument("--updates", type=int, default=5000, help="gradient updates (5000)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (0)")
     options = parser.parse_args()
+    if options.updates < 1 or options.seed < 0:
+        parser.error("--updates is a number of at least 1, --seed of at least 0.")
     main(options.updates, options.seed)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from iql_torchrl import interface
+from iql_torchrl.descriptions import describe_space
 
-__all__ = ["act", "as_in_evaluation", "needs_mask"]
+__all__ = ["act", "as_in_evaluation", "needs_mask", "whole_limits"]
 
 
 def act(
@@ -44,6 +45,10 @@ def act(
             environment accepts.
     """
     interface.check_policy(policy)
+    if seed is not None and (
+        isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63
+    ):
+        raise ValueError(f"seed is {seed!r}; wanted a whole number in [0, 2**63), or None.")
     leaves, count = _checked(observation, observation_space)
     rows = [leaves] if count is None else [_row(leaves, index) for index in range(count)]
     masks = None
@@ -61,7 +66,9 @@ def act(
     with as_in_evaluation(policy, device, deterministic=deterministic, seed=seed):
         action = policy(batch).get("action", None)
     if not isinstance(action, Tensor):
-        raise ValueError(f"policy wrote {action!r} under 'action'; it must write a tensor.")
+        raise ValueError(
+            f"policy wrote a {type(action).__name__} under 'action'; it must write a tensor."
+        )
     moments = [(row, 0) for row in range(len(rows))]
     actions = np.asarray(
         interface.environment_actions(action, action_space, moments), action_space.dtype
@@ -101,7 +108,7 @@ def as_in_evaluation(
         ):
             if seed is not None:
                 # torch.manual_seed would also reseed devices that are not forked here.
-                torch.default_generator.manual_seed(seed)
+                torch.default_generator.manual_seed(int(seed))
                 for each in cuda:
                     with torch.cuda.device(each):
                         torch.cuda.manual_seed(seed)
@@ -137,35 +144,60 @@ def _fit(value: Any, space: spaces.Space[Any], path: str, sizes: dict[str, int |
             name: _fit(value[name], inner, f"{path}[{name!r}]", sizes)
             for name, inner in space.spaces.items()
         }
-    array = np.asarray(value)
+    array = _array(value, path)
     shape = tuple(space.shape or ())
     single = array.shape == shape
     if not single and (array.ndim != len(shape) + 1 or array.shape[1:] != shape):
         raise ValueError(
             f"{path} has shape {array.shape}; wanted {shape} for one observation, or "
-            f"{('B', *shape)} for a batch, of {space}."
+            f"{('B', *shape)} for a batch, of {describe_space(space)}."
         )
     floating = isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)
     if array.dtype.kind not in ("fiub" if floating else "iub"):
-        raise ValueError(f"{path} holds {array.dtype}; wanted {space.dtype} for {space}.")
+        raise ValueError(
+            f"{path} holds {array.dtype}; wanted {space.dtype} for {describe_space(space)}."
+        )
     _check_values(array, space, path)
     sizes[path] = None if single else len(array)
     return array
 
 
+def _array(value: Any, path: str) -> NDArray[Any]:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().numpy()
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        kind = type(value).__name__
+        raise ValueError(
+            f"{path} is a {kind} of which NumPy makes no array; pass the observation alone, as the "
+            "environment gives it (env.reset() and env.step() return it first, with other things)."
+        ) from error
+
+
+def whole_limits(space: spaces.Space[Any]) -> tuple[Any, Any] | None:
+    """The least and the greatest value of a space of whole numbers, inclusive; None for floats.
+
+    Numbers, or arrays of the space's shape.
+    """
+    if isinstance(space, spaces.Discrete):
+        return space.start, space.start + space.n - 1
+    if isinstance(space, spaces.MultiDiscrete):
+        return space.start, space.start + space.nvec - 1
+    if isinstance(space, spaces.MultiBinary):
+        return 0, 1
+    assert isinstance(space, spaces.Box)
+    return None if np.issubdtype(space.dtype, np.floating) else (space.low, space.high)
+
+
 def _check_values(array: NDArray[Any], space: spaces.Space[Any], path: str) -> None:
-    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
-        count = space.n if isinstance(space, spaces.Discrete) else space.nvec
-        bad = (array < space.start) | (array >= space.start + count)
-    elif isinstance(space, spaces.MultiBinary):
-        bad = (array != 0) & (array != 1)
-    elif np.issubdtype(space.dtype, np.floating):
-        bad = ~np.isfinite(array)  # observed floats may pass their bounds, as in the log
-    else:
-        assert isinstance(space, spaces.Box)
-        bad = (array < space.low) | (array > space.high)
+    limits = whole_limits(space)
+    # Observed floats may pass their bounds, as in the log.
+    bad = ~np.isfinite(array) if limits is None else (array < limits[0]) | (array > limits[1])
     if np.any(bad):
-        raise ValueError(f"{path} holds {array[bad].flat[0]}; wanted finite values of {space}.")
+        raise ValueError(
+            f"{path} holds {array[bad].flat[0]}; wanted finite values of {describe_space(space)}."
+        )
 
 
 def _row(leaves: Any, index: int) -> Any:

@@ -9,21 +9,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import policies
 from iql_torchrl.acting import act
+from iql_torchrl.arguments import reach
 from iql_torchrl.checkpoint import CheckpointError, component_names, newest, read_components
 from iql_torchrl.compilation import compiled
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import OfflineDataset
+from iql_torchrl.descriptions import describe_space, faulty_bounds
 from iql_torchrl.export import export_policy
 from iql_torchrl.networks import Critic, DiscreteCritic, OneHot, Standardise, StateValue
 from iql_torchrl.objectives import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
@@ -92,6 +95,11 @@ class Agent:
         return self.loss.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the weights of another agent's ``state_dict``.
+
+        Raises ``ValueError`` naming an entry that is missing, unknown, or of another shape.
+        """
+        _check_state(state, self.state_dict())
         self.loss.load_state_dict(state)
 
     @staticmethod
@@ -137,14 +145,25 @@ def make_agent(config: IQLConfig, dataset: OfflineDataset) -> Agent:
     Draws the initial weights from ``config.seed`` without touching the caller's random state.
 
     Raises ``ValueError`` when the observations are no flat numbers or single category (use
-    ``load_dataset(concatenate=...)``, or write your own networks), or the policy does not fit the
-    actions.
+    ``load_dataset(concatenate=...)``, or write your own networks), the actions are neither Discrete
+    nor a Box of floats ``(A,)`` with finite bounds, the policy does not fit the actions, or this
+    machine lacks the config's device; ``TypeError`` on arguments of another kind.
     """
+    if not isinstance(config, IQLConfig):
+        raise TypeError(
+            f"config is {type(config).__name__}; wanted an IQLConfig, such as IQLConfig(seed=1) or "
+            "PRESETS['quick']."
+        )
+    if not isinstance(dataset, OfflineDataset):
+        raise TypeError(
+            f"dataset is {type(dataset).__name__}; wanted what load_dataset(...) returns."
+        )
     return build_agent(config, Task.of(dataset))
 
 
 def build_agent(config: IQLConfig, task: Task) -> Agent:
     """:func:`make_agent` where the dataset is known by its description alone."""
+    reach(config.device)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         actor, critic, value = _networks(config, task)
@@ -164,6 +183,26 @@ def build_agent(config: IQLConfig, task: Task) -> Agent:
     )
 
 
+def _check_state(state: Any, own: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless the entries are ``own``'s: TorchRL prints whole TensorDicts."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"state is {type(state).__name__}; wanted what state_dict() returned.")
+    faults = [f"it lacks {key}" for key in own if key not in state]
+    faults += [f"it has {key}, which is unknown here" for key in state if key not in own]
+    shapes = {
+        key: (tuple(value.shape), tuple(state[key].shape))
+        for key, value in own.items()
+        if isinstance(value, Tensor) and isinstance(state.get(key), Tensor)
+    }
+    faults += [f"{k} has shape {b}, here {a}" for k, (a, b) in shapes.items() if a != b]
+    if faults:
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise ValueError(
+            f"the state is not of an agent like this one: {faults[0]}{more}. Build the agent from "
+            "the config and the data that the state was trained with."
+        )
+
+
 def _usable(device: torch.device | str | None, configured: str) -> str:
     if device is not None:
         return str(torch.device(device))
@@ -177,6 +216,7 @@ def _usable(device: torch.device | str | None, configured: str) -> str:
 def _networks(
     config: IQLConfig, task: Task
 ) -> tuple[ProbabilisticActor, Callable[[], TensorDictModule], TensorDictModule]:
+    _check_actions(task.action_space)
     keys, features, preprocess = _observation(config, task)
     place = partial(_place, config, task)
     action_spec = task.action_spec
@@ -185,7 +225,10 @@ def _networks(
     discrete = isinstance(task.action_space, spaces.Discrete)
     name = ("categorical" if discrete else "gaussian") if config.policy == "auto" else config.policy
     if (name == "categorical") is not discrete:
-        raise ValueError(f"policy is {name!r} and the actions are {task.action_space}.")
+        raise ValueError(
+            f"policy is {name!r} and the actions are {describe_space(task.action_space)}: "
+            "'categorical' is for Discrete actions, the others are for a Box. Choose policy='auto'."
+        )
     options = {**widths, "dropout": config.dropout, "preprocess": preprocess()}
     if discrete and task.masked:
         options["mask_key"] = "action_mask"
@@ -201,6 +244,30 @@ def _networks(
 
     value = ValueOperator(StateValue(features, preprocess=preprocess(), **normed), in_keys=keys)
     return place(actor), critic, place(value)
+
+
+def _check_actions(space: spaces.Space[Any]) -> None:
+    """Raise ``ValueError`` for actions that none of the policies here can choose."""
+    if isinstance(space, spaces.Discrete):
+        return
+    if (
+        not isinstance(space, spaces.Box)
+        or not np.issubdtype(space.dtype, np.floating)
+        or len(space.shape) != 1
+        or space.shape == (0,)
+    ):
+        raise ValueError(
+            f"the actions are {describe_space(space)}; make_agent supports Discrete, and Box of "
+            "floats of shape (A,). Wrap the environment and record the data with such actions "
+            "(combinations of choices can be numbered from 0), or build the networks yourself and "
+            "pass them to IQLLoss: README, 'Your own parts'."
+        )
+    if faults := faulty_bounds(space.low, space.high):
+        raise ValueError(
+            f"the actions are {describe_space(space)}; {faults}. The policies need finite bounds, "
+            "low < high. If the environment accepts a finite range that holds the logged actions, "
+            "pass dataclasses.replace(dataset, action_space=gymnasium.spaces.Box(low, high))."
+        )
 
 
 def _place(config: IQLConfig, task: Task, module: Any) -> Any:
@@ -222,8 +289,8 @@ def _observation(
     leaves = list(task.observation_spec.keys(True, True))
     if set(leaves) != set(statistics) or any(s.mean.ndim != 1 for s in statistics.values()):
         raise ValueError(
-            f"observations are {space}; make_agent wants vectors of numbers, or one category. "
-            "Build the networks yourself and pass them to IQLLoss: README, 'Your own parts'."
+            f"observations are {describe_space(space)}; make_agent wants vectors of numbers, or one "
+            "category. Build the networks yourself and pass them to IQLLoss: README, 'Your own parts'."
         )
     keys = sorted(leaves, key=str)
     mean = torch.cat([statistics[key].mean for key in keys])

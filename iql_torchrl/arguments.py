@@ -11,7 +11,7 @@ import torch
 
 from iql_torchrl.config import CHOICES, PRESETS, IQLConfig, field_help
 
-__all__ = ["add_settings", "settings"]
+__all__ = ["add_settings", "reach", "settings"]
 
 Value = TypeVar("Value")
 _HIDDEN = "_settings_parser"  # where the namespace keeps what `settings` needs
@@ -64,13 +64,14 @@ def settings(options: argparse.Namespace) -> IQLConfig:
     given = {name: getattr(options, name) for name in names if hasattr(options, name)}
     try:
         config: IQLConfig = replace(presets[options.preset], **given)
-        _reach(config.device)
+        reach(config.device)
     except ValueError as error:
         parser.error(str(error))
     return config
 
 
-def _reach(device: str) -> None:
+def reach(device: str) -> None:
+    """Raise ``ValueError`` with torch's reason unless this machine can use ``device``."""
     try:
         torch.empty(0, device=device)
     except (AssertionError, ImportError, RuntimeError) as error:

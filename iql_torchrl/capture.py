@@ -58,6 +58,8 @@ class CapturedStep:
     def __init__(self, step: IQLStep, replay: DeviceSampler | ReplayBuffer, updates: int) -> None:
         if not isinstance(step, IQLStep):
             raise TypeError(f"step is {type(step).__name__}; wanted an IQLStep.")
+        if isinstance(updates, bool) or not isinstance(updates, int):
+            raise TypeError(f"updates is {updates!r}; wanted a whole number >= 1.")
         if updates < 1:
             raise ValueError(f"updates is {updates}; wanted at least 1 a call.")
         check_replay(replay)

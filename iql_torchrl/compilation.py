@@ -62,6 +62,8 @@ def compiled(step: IQLStep, **torch_compile_kwargs: Any) -> IQLStep:
     ``ValueError`` on categories that the networks' ``OneHot`` does not know; elsewhere asking would
     wait for the device.
     """
+    if not isinstance(step, IQLStep):
+        raise TypeError(f"step is {type(step).__name__}; wanted an IQLStep, such as agent.step.")
     options = {"fullgraph": True} | torch_compile_kwargs
     if not _traces_gradients():
         torchrl_logger.warning("this torch cannot compile gradients: only the losses are compiled.")

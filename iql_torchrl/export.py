@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from torch.export import Dim, ExportedProgram
 
 from iql_torchrl.acting import as_in_evaluation, needs_mask
 from iql_torchrl.data.transitions import MASK, Key, field_of_space, leaf_spaces
+from iql_torchrl.descriptions import describe_space
+from iql_torchrl.export_checks import MASK_VALUES, assert_values, values_in_words
 from iql_torchrl.interface import check_policy, reads_names_at_top_level
 from iql_torchrl.records import whole_file
 from iql_torchrl.task import Task, counted_from_zero
@@ -62,13 +65,19 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
     start. ``<stem>.json`` beside it says this in numbers, with a usage example.
 
     ``torch.export.load(path).module()`` runs it on the CPU, where neither this package nor TorchRL
-    nor tensordict need be installed. ``policy`` may be any TensorDict module that writes
+    nor tensordict need be installed. It raises ``RuntimeError`` on an input of another shape (an
+    observation without the batch dimension too) or dtype, on floats that are not finite, on whole
+    numbers out of their space, and on a mask that allows no action in a row. Shapes are compared by
+    torch's loader: ``program.validate_inputs = False`` on what ``module()`` returns leaves that out
+    and saves about a third of the time of a single action. torch's AOTInductor asks for example
+    inputs, which the file does not hold: set ``torch.export.load(path).example_inputs`` yourself.
+    ``policy`` may be any TensorDict module that writes
     ``action``; it and the caller's random numbers are left as they were. Returns ``path``.
 
     Raises:
         TypeError: ``policy`` is no TensorDict module.
         ValueError: ``path`` does not end in ``.pt2``, the policy writes no ``action`` or reads what
-            the task does not give, or its actions do not fit the task's.
+            the task does not give, or its actions do not fit the task's or are not finite.
         RuntimeError: the policy cannot be traced, or acts differently once traced.
         OSError: a file cannot be written, as on a full disk; it is named, and files of an earlier
             export stay as they were.
@@ -80,6 +89,11 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
     with as_in_evaluation(policy, torch.device("cpu")):
         module = _Program(policy, task, inputs)
         example = module(*_examples(inputs, task, 1))
+        if not bool(example.isfinite().all()):
+            raise ValueError(
+                f"this {type(policy).__name__} gives an action that is not finite for a plausible "
+                "observation; look for NaN in its parameters."
+            )
         program = _trace(module, _examples(inputs, task, TRACED_BATCH), type(policy).__name__)
         for size in CHECKED_BATCHES:
             _compare(program, module, _examples(inputs, task, size), type(policy).__name__)
@@ -108,11 +122,14 @@ class _Program(nn.Module):
             self.register_buffer("low", torch.from_numpy(self.space.low.copy()))
             self.register_buffer("high", torch.from_numpy(self.space.high.copy()))
         elif not isinstance(self.space, spaces.Discrete):
-            raise ValueError(f"the actions are {self.space}; an export wants Box or Discrete.")
+            raise ValueError(
+                f"the actions are {describe_space(self.space)}; an export wants Box or Discrete."
+            )
 
     def forward(self, *tensors: Tensor) -> Tensor:
         batch = TensorDict({}, batch_size=tensors[0].shape[:1])
         for each, values in zip(self.inputs, tensors, strict=True):
+            assert_values(each.name, values, None if each.leaf == MASK else each.space, each.dtype)
             start = getattr(each.space, "start", 0)
             batch[each.key] = values - torch.as_tensor(start) if np.any(start) else values
         action = self.policy(batch).get("action")
@@ -135,7 +152,7 @@ class _Program(nn.Module):
         if shape != self.space.shape:
             raise ValueError(
                 f"policy output 'action' must have rows of shape {self.space.shape} for "
-                f"{self.space}, found {shape}."
+                f"{describe_space(self.space)}, found {shape}."
             )
         exact = torch.promote_types(action.dtype, self.low.dtype)
         action = action.to(exact).clamp(self.low.to(exact), self.high.to(exact))
@@ -161,7 +178,9 @@ def _inputs(policy: TensorDictModuleBase, task: Task) -> list[_Input]:
         raise ValueError(f"the policy reads {list(policy.in_keys)}: nothing of the observation.")
     if masked:
         if not isinstance(task.action_space, spaces.Discrete):
-            raise ValueError(f"action_mask needs Discrete actions, found {task.action_space}.")
+            raise ValueError(
+                f"action_mask needs Discrete actions, found {describe_space(task.action_space)}."
+            )
         size = int(task.action_space.n)
         inputs.append(_Input(MASK, MASK, spaces.MultiBinary(size), (size,), torch.bool))
     return inputs
@@ -198,6 +217,9 @@ def _trace(module: nn.Module, examples: tuple[Tensor, ...], name: str) -> Export
     try:
         with _unvalidated_distributions():
             program = torch.export.export(module, examples, dynamic_shapes=shapes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's about its own classes
+            program = program.run_decompositions({})  # the same operations, fewer nested graphs
     except Exception as error:  # whatever the tracer trips over is the policy's own code
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RuntimeError(
@@ -208,6 +230,9 @@ def _trace(module: nn.Module, examples: tuple[Tensor, ...], name: str) -> Export
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # paths of this machine
+    # Without examples a loaded program compares shapes with readable messages; with them, torch
+    # generates a function that ends in an IndexError where the batch dimension is missing.
+    program.example_inputs = None
     return program
 
 
@@ -253,10 +278,18 @@ def _note(path: Path, task: Task, inputs: list[_Input], example: Tensor) -> dict
     return {
         "task": task.name,
         "inputs": [
-            {"name": i.name, "key": list(i.leaf), **_form(i.shape, i.dtype)} for i in inputs
+            {
+                "name": i.name,
+                "key": list(i.leaf),
+                **_form(i.shape, i.dtype),
+                "values": MASK_VALUES if i.leaf == MASK else values_in_words(i.space),
+            }
+            for i in inputs
         ],
         "output": {"name": "action", **_form(tuple(example.shape[1:]), example.dtype), **action},
         "device": "cpu",
+        "checks": "an input of another shape, dtype or values raises RuntimeError; "
+        "policy.validate_inputs = False leaves out the comparison of shapes",
         "usage": [
             "import torch",
             f"policy = torch.export.load({path.name!r}).module()",

@@ -6,7 +6,8 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 import torch
@@ -100,6 +101,8 @@ class OfflineLoss(LossModule):
         self._set_deprecated_ctor_keys(priority=priority_key)
         if gamma is not None:
             raise TypeError(_GAMMA_LMBDA_DEPREC_ERROR)
+        if isinstance(num_qvalue_nets, bool) or not isinstance(num_qvalue_nets, int):
+            raise TypeError(f"num_qvalue_nets is {num_qvalue_nets!r}; wanted a whole number >= 1.")
         if num_qvalue_nets < 1:
             raise ValueError(f"num_qvalue_nets is {num_qvalue_nets}; wanted at least one critic.")
         if value_network is None:
@@ -129,6 +132,7 @@ class OfflineLoss(LossModule):
     ) -> None:
         listed = list_critics(critics, self.num_qvalue_nets)
         modules = listed if isinstance(listed, list) else [listed]
+        _check_networks(actor_network=[actor], qvalue_network=modules, value_network=[value])
         shared = SharedLeaves(detach=separate_losses)
         owners: dict[str, nn.Module] = {"actor_network": actor, "value_network": value}
         if separate_losses:
@@ -234,6 +238,13 @@ class OfflineLoss(LossModule):
         self._in_keys = list(dict.fromkeys(unravel_key(name) for name in names))
 
     def set_keys(self, **kwargs: Any) -> None:
+        """Rename entries of the batch, as TorchRL's losses do; ``ValueError`` on an unknown name."""
+        known = [field.name for field in fields(self._AcceptedKeys)]
+        if unknown := [name for name in kwargs if name not in known]:
+            raise ValueError(
+                f"{unknown[0]} is not an accepted tensordict key of {type(self).__name__}; choose "
+                f"from {', '.join(known)}."
+            )
         super().set_keys(**kwargs)
         self._kept = None  # short ways know where outputs go
 
@@ -255,11 +266,20 @@ class OfflineLoss(LossModule):
         """Choose how the critics' targets are made: TD(0) (default), TD(1), TD(lambda), or your own.
 
         ``loss.make_value_estimator(gamma=0.97)`` sets the discount (TorchRL's default is 0.99).
-        Raises ``NotImplementedError`` on an estimator that needs an on-policy log.
+        Raises ``NotImplementedError`` on an estimator that needs an on-policy log, ``TypeError`` on
+        another kind of ``value_type``, ``ValueError`` on a number ``gamma`` outside [0, 1].
         """
+        gamma = hyperparams.get("gamma")
+        if isinstance(gamma, str) or (isinstance(gamma, Real) and not 0 <= float(gamma) <= 1):
+            raise ValueError(f"gamma is {gamma!r}; a discount per step lies in [0, 1].")
         value_type = value_type or self.default_value_estimator
         if isinstance(value_type, ValueEstimatorBase | type):
             return super().make_value_estimator(value_type, **hyperparams)
+        if not isinstance(value_type, ValueEstimators):
+            raise TypeError(
+                f"value_type is {value_type!r}; wanted one of torchrl.objectives.ValueEstimators, "
+                "such as ValueEstimators.TD0, or a value estimator."
+            )
         keys = self.tensor_keys
         dispatch_value_estimator(
             self,
@@ -401,6 +421,16 @@ class OfflineLoss(LossModule):
         return None
 
 
+def _check_networks(**networks: list[Any]) -> None:
+    for name, modules in networks.items():
+        for module in modules:
+            if not isinstance(module, nn.Module) or not hasattr(module, "in_keys"):
+                raise TypeError(
+                    f"{name} is {type(module).__name__}; wanted a TensorDictModule: wrap a plain "
+                    "network as TensorDictModule(network, in_keys=[...], out_keys=[...])."
+                )
+
+
 def _recurrent_keys(*networks: nn.Module) -> set[NestedKey]:
     """Keys that recurrent modules start from when a batch holds them and do without otherwise."""
     cells = [m for net in networks for m in net.modules() if isinstance(m, LSTMModule | GRUModule)]
@@ -415,6 +445,8 @@ def _before_load(loss: OfflineLoss, state_dict: dict[str, Tensor], prefix: str, 
 
 
 def _scalar_mode(loss: OfflineLoss, mode: str | None) -> str | None:
+    if mode not in (None, "exclude", "non_tensor"):
+        raise ValueError(f"scalar_output_mode is {mode!r}; choose 'exclude', 'non_tensor' or None.")
     if loss.reduction != "none" or mode is not None:
         return mode
     warnings.warn(

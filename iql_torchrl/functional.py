@@ -54,6 +54,8 @@ def quantile_loss(error: Tensor, *, quantile: float | Tensor) -> Tensor:
 
 
 def _tail_weight(error: Tensor, level: float | Tensor) -> Tensor:
+    if not isinstance(level, Tensor) and not 0 <= level <= 1:
+        raise ValueError(f"the expectile or quantile is {level}; it must lie in [0, 1].")
     return (level - (error < 0).to(error.dtype)).abs()
 
 
@@ -83,8 +85,17 @@ def td_target(
     ``next_value`` is not read there, whatever it holds. Truncation is no argument: an episode
     cut short by a clock still has a future. ``gamma`` may be a tensor (``gamma**n`` for n-step
     rewards).
+
+    Raises ``ValueError`` where the shapes would broadcast beyond that of ``next_value``.
     """
-    return reward + gamma * next_value.masked_fill(terminated.bool(), 0.0)
+    target = reward + gamma * next_value.masked_fill(terminated.bool(), 0.0)
+    if target.shape != next_value.shape:
+        raise ValueError(
+            f"reward has shape {tuple(reward.shape)}, next_value {tuple(next_value.shape)} and "
+            f"terminated {tuple(terminated.shape)}; wanted one shape. Squeeze or expand them first, "
+            "so that nothing broadcasts by accident."
+        )
+    return target
 
 
 def exponential_weight(
@@ -95,8 +106,11 @@ def exponential_weight(
     Shape of ``advantage``, range ``[0, max_weight]`` (eq. 7; the ceiling, 100, is the official
     code's). ``temperature`` is an inverse temperature: 0 gives every sample weight 1 (behaviour
     cloning), a large one keeps only the best actions. The exponent is capped before ``exp``, so
-    no advantage overflows and gradients stay finite; ``nan`` stays ``nan``.
+    no advantage overflows and gradients stay finite; ``nan`` stays ``nan``. Raises ``ValueError``
+    on a number ``max_weight <= 0``.
     """
+    if not isinstance(max_weight, Tensor) and not max_weight > 0:
+        raise ValueError(f"max_weight is {max_weight}; it must be > 0 (the paper's is 100).")
     exponent = temperature * advantage
     if isinstance(max_weight, Tensor):
         ceiling: float | Tensor = max_weight.log()
@@ -115,7 +129,8 @@ def pick_action(values: Tensor, action: Tensor, *, leading: int | None = None) -
     of dimensions ``*K`` that the action lacks, which settles every shape; without it they are told
     apart in the order one-hot, ``(*B, 1)``, ``(*B,)``.
 
-    Raises ``ValueError`` when there is a single action, or ``action`` fits none of the shapes.
+    Raises ``ValueError`` when there is a single action, ``action`` fits none of the shapes, or its
+    indices are floats.
     """
     num_actions = values.shape[-1]
     if num_actions < 2:
@@ -142,6 +157,11 @@ def _action_index(values: Tensor, action: Tensor, leading: int | None) -> Tensor
         index = batch[len(batch) - dims :] == action.shape
     if one_hot:
         return action.long().argmax(-1)
+    if (trailing or index) and action.is_floating_point():
+        raise ValueError(
+            f"action holds {action.dtype} indices of shape {tuple(action.shape)}; wanted whole "
+            "numbers, which action.long() gives, or one-hot."
+        )
     if trailing:
         return action.squeeze(-1)
     if index:
@@ -162,6 +182,7 @@ def effective_sample_size(
     when no weight is positive.
     """
     if mask is not None:
+        _check_like(weight, mask=mask)
         weight = weight.masked_fill(~mask, 0.0)
     square = _sum(weight.square(), dim)
     return torch.where(square > 0, _sum(weight, dim).square() / square, torch.zeros_like(square))
@@ -178,8 +199,9 @@ def weighted_mean(
 
     Over the dimensions ``dim``, by default all. ``mask`` (bool) and ``weight`` have the shape of
     ``value``. What is masked is not read, so it may be ``nan``. With nothing left the mean is 0 and
-    carries a zero gradient.
+    carries a zero gradient. Raises ``ValueError`` on another shape, or a mask that is not bool.
     """
+    _check_like(value, mask=mask, weight=weight)
     if mask is not None:
         value = value.masked_fill(~mask, 0.0)
         weight = mask.to(value.dtype) if weight is None else weight.masked_fill(~mask, 0.0)
@@ -187,6 +209,17 @@ def weighted_mean(
         return value.mean() if dim is None else value.mean(tuple(dim))
     total = _sum(weight, dim)
     return _sum(weight * value, dim) / torch.where(total == 0, torch.ones_like(total), total)
+
+
+def _check_like(value: Tensor, *, mask: Tensor | None = None, weight: Tensor | None = None) -> None:
+    for name, entry in (("mask", mask), ("weight", weight)):
+        if entry is not None and entry.shape != value.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(entry.shape)} beside values of shape {tuple(value.shape)}; "
+                "expand it first, so that nothing broadcasts by accident."
+            )
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask holds {mask.dtype}; wanted torch.bool: pass mask.bool().")
 
 
 def _sum(value: Tensor, dim: Sequence[int] | None) -> Tensor:
@@ -204,12 +237,13 @@ def reduce(
     """Reduce per-sample losses: ``"mean"`` (:func:`weighted_mean`), ``"sum"``, or ``"none"``.
 
     Over the dimensions ``dim``, by default all. With ``"none"`` the shape is kept and masked samples
-    are 0. Raises ``ValueError`` on another name.
+    are 0. Raises ``ValueError`` on another name, and as :func:`weighted_mean`.
     """
     if reduction == "mean":
         return weighted_mean(value, mask=mask, weight=weight, dim=dim)
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; choose 'mean', 'sum' or 'none'.")
+    _check_like(value, mask=mask, weight=weight)
     if mask is not None:
         value = value.masked_fill(~mask, 0.0)
         weight = None if weight is None else weight.masked_fill(~mask, 0.0)

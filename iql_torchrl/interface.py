@@ -14,6 +14,8 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
+from iql_torchrl.descriptions import bounds_in_words, describe_space, describe_values
+
 __all__ = [
     "action_chooser",
     "action_mask",
@@ -81,9 +83,20 @@ def action_chooser(
             flat=flat,
             masks=[action_mask(info, action_space) for info in infos] if masked else None,
         )
-        action = policy(batch.to(device)).get("action", None)
+        try:
+            action = policy(batch.to(device)).get("action", None)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise RuntimeError(
+                f"the policy failed on observations of {describe_space(observation_space)}: "
+                f"{reason}. Check that it was made for observations of this form."
+            ) from error
         if not isinstance(action, Tensor):
-            raise ValueError(f"policy wrote {action!r} under 'action'; it must write a tensor")
+            raise ValueError(
+                f"policy wrote a {type(action).__name__} under 'action'; it must write a tensor"
+            )
         return environment_actions(action, action_space, moments)
 
     return choose
@@ -114,8 +127,8 @@ def reads_names_at_top_level(in_keys: Sequence[Any], space: spaces.Space[Any]) -
         if found is None:
             raise ValueError(
                 f"policy reads {key!r}, which the environment does not give: it offers "
-                f"'observation' from {space}, and 'action_mask' where info holds one; change "
-                f"the policy's in_keys or wrap the environment"
+                f"'observation' from {describe_space(space)}, and 'action_mask' where info holds "
+                f"one; change the policy's in_keys or wrap the environment"
             )
     return flat
 
@@ -162,7 +175,7 @@ def _encode(observations: Sequence[Any], space: spaces.Space[Any]) -> Any:
         return torch.as_tensor(values.astype(np.float32 if floating else space.dtype))
     raise ValueError(
         f"observations must come from Box, Discrete, MultiDiscrete, MultiBinary or a Dict of "
-        f"these, found {space}; wrap the environment"
+        f"these, found {describe_space(space)}; wrap the environment"
     )
 
 
@@ -173,10 +186,12 @@ def action_mask(info: Mapping[str, Any], space: spaces.Space[Any]) -> Tensor:
     (indices from zero).
     """
     if not isinstance(space, spaces.Discrete):
-        raise ValueError(f"an action mask needs a Discrete action space, found {space}")
+        raise ValueError(
+            f"an action mask needs a Discrete action space, found {describe_space(space)}"
+        )
     count = int(space.n)
     if "action_mask" in info:
-        mask = torch.as_tensor(np.asarray(info["action_mask"]), dtype=torch.bool)
+        mask = _boolean(np.asarray(info["action_mask"]))
     elif "admissible_actions" in info:
         mask = torch.zeros(count, dtype=torch.bool)
         mask[torch.as_tensor(list(info["admissible_actions"]), dtype=torch.int64)] = True
@@ -191,6 +206,16 @@ def action_mask(info: Mapping[str, Any], space: spaces.Space[Any]) -> Tensor:
             f"shape {tuple(mask.shape)} with {int(mask.sum())} true"
         )
     return mask
+
+
+def _boolean(mask: NDArray[Any]) -> Tensor:
+    if mask.dtype.kind not in "biuf" or not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(
+            f"an action mask must hold booleans (0 or 1), found {describe_values(mask)}"
+            if mask.dtype.kind in "biuf"
+            else f"an action mask must hold booleans (0 or 1), found {mask.dtype}"
+        )
+    return torch.as_tensor(mask, dtype=torch.bool)
 
 
 def environment_actions(actions: Tensor, space: spaces.Space[Any], moments: Moments) -> list[Any]:
@@ -216,7 +241,8 @@ def environment_actions(actions: Tensor, space: spaces.Space[Any], moments: Mome
     if isinstance(space, spaces.Box):
         return _box_actions(values, space, moments)
     raise ValueError(
-        f"the action space must be Box or Discrete, found {space}; wrap the environment"
+        f"the action space must be Box or Discrete, found {describe_space(space)}; wrap the "
+        f"environment"
     )
 
 
@@ -229,8 +255,11 @@ def _refuse(
     if wrong.any():
         row = int(wrong.reshape(len(moments), -1).any(axis=1).argmax())
         episode, step = moments[row]
+        dimension = int(wrong.reshape(len(moments), -1)[row].argmax())
+        place = f" in dimension {dimension}," if values[row].size > 1 else ""
         raise ValueError(
-            f"policy output 'action' {values[row]} at step {step} of episode {episode} {message}"
+            f"policy output 'action' {describe_values(values[row])}{place} at step {step} of "
+            f"episode {episode} {message}"
         )
 
 
@@ -256,13 +285,13 @@ def _discrete_actions(values: NDArray[Any], space: spaces.Discrete) -> list[Any]
 def _box_actions(values: NDArray[Any], space: spaces.Box, moments: Moments) -> list[Any]:
     if values.shape[1:] != space.shape:
         raise ValueError(
-            f"policy output 'action' must have shape {(len(moments), *space.shape)} for {space}, "
-            f"found {values.shape}"
+            f"policy output 'action' must have shape {(len(moments), *space.shape)} for "
+            f"{describe_space(space)}, found {values.shape}"
         )
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
     below = low - ACTION_TOLERANCE * np.maximum(1.0, np.abs(low))
     above = high + ACTION_TOLERANCE * np.maximum(1.0, np.abs(high))
-    bounds = f"the bounds low={space.low}, high={space.high}"
+    bounds = f"the bounds {bounds_in_words(space.low, space.high)}"
     _refuse(~np.isfinite(values), values, moments, f"is not finite; wanted is {bounds}")
     _refuse(
         (values < below) | (values > above),

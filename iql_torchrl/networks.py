@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ class Standardise(nn.Module):
     As a network's first layer it keeps the buffer raw and the exported policy whole. A column
     that does not vary (``std`` below 1e-6 of its magnitude) is centred and not divided.
 
-    Raises ``ValueError`` when the statistics differ in shape or are not finite.
+    Raises ``ValueError`` when the statistics differ in shape, are not finite, or a ``std`` is
+    negative.
     """
 
     mean: Tensor
@@ -40,6 +42,8 @@ class Standardise(nn.Module):
             raise ValueError(f"mean has shape {tuple(mean.shape)} and std {tuple(std.shape)}.")
         if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all()):
             raise ValueError("mean and std must be finite; clean the data before measuring them.")
+        if bool((std < 0).any()):
+            raise ValueError(f"std holds {float(std.min()):g}; standard deviations are >= 0.")
         constant = std <= 1e-6 * mean.abs().clamp(min=1.0)
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", torch.where(constant, torch.ones_like(std), std))
@@ -53,6 +57,7 @@ class OneHot(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
+        _check_whole("num_classes", num_classes)
         self.num_classes = num_classes
 
     def forward(self, observation: Tensor) -> Tensor:
@@ -65,7 +70,10 @@ class MLP(nn.Sequential):
 
     Weights are orthogonal with gain sqrt(2) and biases zero in every layer, as in the official
     IQL code. ``dropout`` is a probability in [0, 1); ``layer_norm`` normalises before the
-    activation.
+    activation. ``activation`` is a class or function that makes the module, such as ``nn.ReLU``.
+
+    Raises ``ValueError`` on numbers of features or widths that are not whole and >= 1, and on a
+    ``dropout`` out of range; ``TypeError`` on an ``activation`` of another kind.
     """
 
     def __init__(
@@ -78,6 +86,19 @@ class MLP(nn.Sequential):
         layer_norm: bool = False,
         dropout: float = 0.0,
     ) -> None:
+        _check_whole("in_features", in_features)
+        _check_whole("out_features", out_features)
+        if not isinstance(hidden, Sequence) or isinstance(hidden, str):
+            raise ValueError(f"hidden is {hidden!r}; wanted a sequence of widths: ({hidden!r},).")
+        for number, width in enumerate(hidden):
+            _check_whole(f"hidden[{number}]", width)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}; it must lie in [0, 1).")
+        if isinstance(activation, nn.Module) or not callable(activation):
+            raise TypeError(
+                f"activation is {activation!r}; wanted a class or function that makes a module, such "
+                "as torch.nn.ReLU, without parentheses."
+            )
         layers: list[nn.Module] = []
         for width in hidden:
             layers.append(_linear(in_features, width))
@@ -88,6 +109,21 @@ class MLP(nn.Sequential):
                 layers.append(nn.Dropout(dropout))
             in_features = width
         super().__init__(*layers, _linear(in_features, out_features))
+
+
+def _check_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} is {value!r}; wanted a whole number >= 1.")
+
+
+def first_layer(preprocess: nn.Module | None) -> nn.Module:
+    """``preprocess``, or the identity where it is None; ``TypeError`` on anything but a module."""
+    if preprocess is not None and not isinstance(preprocess, nn.Module):
+        raise TypeError(
+            f"preprocess is {preprocess!r}; wanted a torch module, such as OneHot(5): an object, not "
+            "a class or function."
+        )
+    return preprocess or nn.Identity()
 
 
 def _linear(in_features: int, out_features: int) -> nn.Linear:
@@ -108,7 +144,7 @@ class StateValue(nn.Module):
         self, in_features: int, *, preprocess: nn.Module | None = None, **mlp: object
     ) -> None:
         super().__init__()
-        self.preprocess = preprocess or nn.Identity()
+        self.preprocess = first_layer(preprocess)
         self.mlp = MLP(in_features, 1, **mlp)  # type: ignore[arg-type]
 
     def forward(self, *observations: Tensor) -> Tensor:
@@ -129,7 +165,7 @@ class DiscreteCritic(nn.Module):
         super().__init__()
         if num_actions < 2:
             raise ValueError(f"num_actions is {num_actions}; a choice needs at least two.")
-        self.preprocess = preprocess or nn.Identity()
+        self.preprocess = first_layer(preprocess)
         self.mlp = MLP(in_features, num_actions, **mlp)  # type: ignore[arg-type]
 
     def forward(self, *observations: Tensor) -> Tensor:
@@ -151,7 +187,7 @@ class Critic(nn.Module):
         **mlp: object,
     ) -> None:
         super().__init__()
-        self.preprocess = preprocess or nn.Identity()
+        self.preprocess = first_layer(preprocess)
         self.mlp = MLP(in_features + action_features, 1, **mlp)  # type: ignore[arg-type]
 
     def forward(self, *inputs: Tensor) -> Tensor:
@@ -161,7 +197,15 @@ class Critic(nn.Module):
 
 
 def critic_ensemble(make_critic: Callable[[], nn.Module], num_critics: int) -> list[nn.Module]:
-    """``num_critics`` independent critics, each initialised by its own call of ``make_critic``."""
+    """``num_critics`` independent critics, each initialised by its own call of ``make_critic``.
+
+    Raises ``ValueError`` below one critic, ``TypeError`` when ``make_critic`` is itself a module.
+    """
+    if isinstance(make_critic, nn.Module):
+        raise TypeError(
+            f"make_critic is a {type(make_critic).__name__}; wanted a function without arguments "
+            "that builds a new critic at each call."
+        )
     if num_critics < 1:
         raise ValueError(f"num_critics is {num_critics}; wanted at least one.")
     return [make_critic() for _ in range(num_critics)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -69,6 +70,12 @@ class ImplicitQLoss(OfflineLoss):
         _check_choice("value_objective", value_objective, VALUE_OBJECTIVES)
         if not callable(actor_objective):
             _check_choice("actor_objective", actor_objective, ACTOR_OBJECTIVES)
+        if actor_objective == "log_prob" and not hasattr(actor_network, "get_dist"):
+            raise TypeError(
+                f"actor_network is {type(actor_network).__name__}, which has no distribution "
+                "(get_dist); wanted a TorchRL ProbabilisticActor, or actor_objective='mse' for a "
+                "policy that gives the action itself."
+            )
         super().__init__(
             actor_network,
             qvalue_network,
@@ -309,7 +316,9 @@ class IQLLoss(ImplicitQLoss):
 
     Raises:
         ValueError: a value out of range or an unknown name (the message shows it).
-        TypeError: ``gamma`` given, or ``qvalue_network`` is no module, list or function.
+        TypeError: ``gamma`` given, a number that is none, a network that is no TensorDictModule
+            (``qvalue_network``: nor a list or function of such), or a policy without ``get_dist``
+            for ``actor_objective="log_prob"``.
     """
 
     def action_values(self, batch: Batch, params: TensorDictBase) -> Tensor:
@@ -346,6 +355,11 @@ class DiscreteIQLLoss(ImplicitQLoss):
         if kwargs.get("actor_objective") == "mse":
             raise ValueError("actor_objective='mse' needs continuous actions; these are discrete.")
         super().__init__(actor_network, qvalue_network, value_network, **kwargs)
+        if action_space is not None and not isinstance(action_space, str | TensorSpec):
+            raise TypeError(
+                f"action_space is {action_space!r}; choose 'categorical' or 'one-hot', or pass a "
+                "TorchRL spec: dataset.action_spec."
+            )
         self.action_space = _find_action_space(action_space or "categorical")
         if self.action_space not in ("categorical", "one_hot"):
             raise ValueError(
@@ -375,15 +389,20 @@ class DiscreteIQLLoss(ImplicitQLoss):
 
 
 def _check_ranges(expectile: float, temperature: float, max_weight: float) -> None:
+    knobs = {"expectile": expectile, "temperature": temperature, "max_weight": max_weight}
+    for name, value in knobs.items():
+        one = isinstance(value, Tensor) and value.ndim == 0
+        if isinstance(value, bool) or not (one or isinstance(value, Real)):
+            raise TypeError(f"{name} is {value!r}; wanted a number.")
     if not 0 < expectile <= 1:
         raise ValueError(
             f"expectile is {expectile}; it must lie in (0, 1]: 0.5 values the log's policy, 0.7 to "
             "0.9 its better actions."
         )
-    if not temperature >= 0:
+    if not 0 <= temperature < torch.inf:
         raise ValueError(
-            f"temperature is {temperature}; it must be >= 0: 0 is behaviour cloning, and a negative "
-            "one would prefer the log's worst actions."
+            f"temperature is {temperature}; it must be >= 0 and finite: 0 is behaviour cloning, and "
+            "a negative one would prefer the log's worst actions."
         )
     if not max_weight > 0:
         raise ValueError(f"max_weight is {max_weight}; it must be > 0 (the paper's is 100).")

@@ -1,8 +1,8 @@
 """Policies pi(a|s) as TorchRL ``ProbabilisticActor`` modules that stay inside the action spec.
 
 Every builder takes the number of features its network reads and the action spec, and returns an
-actor that reads ``in_keys`` and writes ``"action"``. Deterministic and random interaction types
-both work.
+actor that reads ``in_keys`` (one name, or a sequence of keys) and writes ``"action"``.
+Deterministic and random interaction types both work.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from torchrl.modules import (
     TanhNormal,
 )
 
+from iql_torchrl.descriptions import describe_spec, faulty_bounds
 from iql_torchrl.distributions import ClippedGaussian, ClippedMixture, OneHotChoice
-from iql_torchrl.networks import MLP, join_observations
+from iql_torchrl.networks import MLP, first_layer, join_observations
 
 __all__ = [
     "ClippedGaussian",
@@ -55,7 +56,7 @@ class _Head(nn.Module):
         mlp: dict[str, Any],
     ) -> None:
         super().__init__()
-        self.preprocess = preprocess or nn.Identity()
+        self.preprocess = first_layer(preprocess)
         self.mlp = MLP(in_features, out_features, **mlp)
         if bounds is not None:
             low, high = bounds
@@ -188,6 +189,8 @@ def mixture(
 
     Raises ``ValueError`` on an unbounded spec or ``num_components < 1``.
     """
+    if isinstance(num_components, bool) or not isinstance(num_components, int):
+        raise ValueError(f"num_components is {num_components!r}; wanted a whole number >= 1.")
     if num_components < 1:
         raise ValueError(f"num_components is {num_components}; wanted at least one.")
     bounds = _bounds(action_spec)
@@ -237,8 +240,9 @@ def _actor(
     options: dict[str, Any],
     parameters: dict[str, NestedKey] | None = None,
 ) -> ProbabilisticActor:
+    keys = [in_keys] if isinstance(in_keys, str) else list(in_keys)
     return ProbabilisticActor(
-        TensorDictModule(head, in_keys=list(in_keys), out_keys=out_keys),
+        TensorDictModule(head, in_keys=keys, out_keys=out_keys),
         in_keys=parameters or out_keys,
         spec=action_spec,
         distribution_class=distribution,
@@ -253,16 +257,19 @@ def _limits(bounds: Bounds) -> dict[str, Tensor]:
 def _bounds(action_spec: TensorSpec) -> Bounds:
     space = getattr(action_spec, "space", None)
     low, high = getattr(space, "low", None), getattr(space, "high", None)
-    if low is None or high is None or action_spec.ndim != 1:
+    floats = isinstance(action_spec, TensorSpec) and action_spec.dtype.is_floating_point
+    if low is None or high is None or not floats or action_spec.ndim != 1:
         raise ValueError(
-            f"action_spec is {action_spec}; wanted a TorchRL Bounded spec of shape (A,). For "
-            "discrete actions use categorical()."
+            f"action_spec is {describe_spec(action_spec)}; wanted a TorchRL Bounded spec of floats, "
+            "shape (A,). For discrete actions use categorical()."
         )
     low, high = low.detach().clone(), high.detach().clone()
+    # An unbounded spec of TorchRL holds the dtype's largest numbers as its bounds.
     largest = torch.finfo(low.dtype).max / 2
-    if not bool(((low > -largest) & (high < largest) & (low < high)).all()):
+    pair = (bound.double().cpu().numpy() for bound in (low, high))
+    if faults := faulty_bounds(*pair, largest=largest):
         raise ValueError(
-            f"action_spec bounds are {low.tolist()} to {high.tolist()}; wanted finite low < high. "
-            "Pass a Bounded spec with the range the actuators accept."
+            f"action_spec is {describe_spec(action_spec)}; {faults}. Pass a Bounded spec with the "
+            "range the actuators accept, finite low < high."
         )
     return low, high

@@ -74,6 +74,10 @@ class IQLPopulation:
         if batches not in ("shared", "own"):
             raise ValueError(f"batches is {batches!r}; choose 'shared' or 'own'.")
         _check_configs(configs)
+        if not isinstance(dataset, OfflineDataset):
+            raise TypeError(
+                f"dataset is {type(dataset).__name__}; wanted what load_dataset(...) returns."
+            )
         self.configs, self.batches = tuple(configs), batches
         self.task = Task.of(dataset)
         self._data = DataState(None, dataset)
@@ -234,9 +238,13 @@ class IQLPopulation:
 def _check_configs(configs: Sequence[IQLConfig]) -> None:
     if isinstance(configs, IQLConfig):
         raise TypeError("configs is one IQLConfig; wanted a sequence of them, one per run.")
+    if not isinstance(configs, Sequence) and configs is not None:
+        raise TypeError(f"configs is {type(configs).__name__}; wanted a sequence of IQLConfigs.")
     if not configs:
         raise ValueError("configs is empty; a population has at least one run.")
     for number, config in enumerate(configs):
+        if not isinstance(config, IQLConfig):
+            raise TypeError(f"configs[{number}] is {type(config).__name__}; wanted an IQLConfig.")
         for field in fields(IQLConfig):
             mine, theirs = getattr(configs[0], field.name), getattr(config, field.name)
             if field.name not in OWN and mine != theirs:

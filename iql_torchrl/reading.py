@@ -55,24 +55,50 @@ def read_batch(
     holds (``nan`` included) then reaches no network, no statistic of a normalisation layer, no
     return of a later step. Without masks ``data`` is ``tensordict`` itself.
 
-    Raises ``KeyError`` naming a missing key, ``ValueError`` on a mask or weight of a wrong shape.
+    Raises ``KeyError`` naming a missing key, ``ValueError`` on an empty batch, on a mask or weight
+    of a wrong shape and, on a CPU outside ``torch.compile`` and ``vmap``, on a mask without any
+    valid step. Elsewhere asking would wait for the device or break the graph: there such a batch
+    has losses and gradients of zero.
     """
+    if 0 in tensordict.batch_size:
+        raise ValueError(
+            f"the batch has shape {tuple(tensordict.batch_size)}: it holds no steps, so its losses "
+            "have no value. Sample at least one step; check that the replay buffer is not empty and "
+            "that slicing or filtering leaves something."
+        )
     for key in required:
-        if tensordict.get(key, None) is None:
+        entry = tensordict.get(key, None)
+        if entry is None:
             raise KeyError(_missing(key, tensordict))
+        if entry.shape[:1] == (0,):
+            raise ValueError(f"{key!r} has shape {tuple(entry.shape)}: the batch holds no steps.")
     shape = tensordict.batch_size
     mask: Tensor | None = None
+    read = []
     for key in mask_keys:
         entry = tensordict.get(key, None)
         if entry is not None:
+            read.append(key)
             entry = _one_a_step(entry, shape, key).bool()
             mask = entry if mask is None else mask & entry
     weight = None if weight_key is None else tensordict.get(weight_key, None)
     if weight is not None:
         weight = _one_a_step(weight, shape, weight_key).detach()
     if mask is not None:
+        _check_some_valid(mask, read)
         tensordict = _neutralise(tensordict, mask, done_key)
     return Batch(tensordict, mask, weight)
+
+
+def _check_some_valid(mask: Tensor, keys: list[NestedKey]) -> None:
+    if mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not torch._C._functorch.is_batchedtensor(mask) and not bool(mask.any()):
+        raise ValueError(
+            f"{' and '.join(map(repr, keys))} mark none of the batch's {mask.numel()} steps as "
+            "valid; wanted True at every real step and False at padding. Check that the mask is not "
+            "inverted, or leave such batches out."
+        )
 
 
 def _one_a_step(value: Tensor, shape: torch.Size, key: NestedKey) -> Tensor:

@@ -36,7 +36,9 @@ def log(rows: int = 40, observation=None, action=None, **more):
 
 
 def config(**options) -> IQLConfig:
-    return IQLConfig(updates=10, hidden=(8,), batch_size=16, reward="raw", **options)
+    return IQLConfig(
+        **{"updates": 10, "hidden": (8,), "batch_size": 16, "reward": "raw", **options}
+    )
 
 
 def box_agent(dtype=np.float32, **options):

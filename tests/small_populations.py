@@ -96,6 +96,7 @@ def extras(batch):
     generator = torch.Generator().manual_seed(int(batch["next", "reward"].abs().sum() * 1e6))
     shape = (*batch.batch_size, 1)
     keep = torch.rand(shape, generator=generator) < 0.7
+    keep |= ~keep.any(-2, keepdim=True)  # a loss refuses a batch that is all padding
     batch["steps_to_next_obs"] = torch.randint(1, 5, shape, generator=generator)
     batch["priority_weight"] = torch.rand(shape, generator=generator).to(batch["next", "reward"])
     batch["collector", "mask"] = keep.squeeze(-1)

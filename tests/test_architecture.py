@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "iql_torchrl"
 
 # Lower layers first; files of one layer may not import one another (but within data).
 LAYERS = {
+    "descriptions": -1,
     "functional": 0,
     "config": 0,
     "distributions": 0,
@@ -55,6 +56,7 @@ LAYERS = {
     "video": 3,
     "background": 4,
     "export": 6,
+    "export_checks": 2,
     "run_folder": 4,
     "step": 5,
     "compilation": 6,

@@ -188,6 +188,14 @@ def test_help_explains_every_option(run, capsys):
 
 
 @pytest.mark.usefixtures("small_pendulum")
+@pytest.mark.parametrize("wrong", [("--updates", "-1"), ("--updates", "0"), ("--seed", "-1")])
+def test_custom_actor_refuses_numbers_out_of_range(wrong, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["custom_actor", *wrong])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / "custom_actor.py"), run_name="__main__")
+    assert "--updates is a number of at least 1, --seed of at least 0." in capsys.readouterr().err
+
+
 def test_custom_actor(run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["custom_actor"])
     main = runpy.run_path(str(EXAMPLES / "custom_actor.py"))["main"]

@@ -124,14 +124,103 @@ def test_the_program_is_the_network_by_hand(tmp_path):
     assert chosen.tolist() == (logits.argmax(1) + 5).tolist()
 
 
+REFUSED = """
+import sys
+import torch
+sys.modules["iql_torchrl"] = sys.modules["torchrl"] = sys.modules["tensordict"] = None
+torch.set_num_threads(1)
+for name, arguments in torch.load("refused.pt", weights_only=True):
+    policy = torch.export.load(f"{name}.pt2").module()
+    try:
+        print(name, "|", "answered", policy(*arguments).tolist())
+    except RuntimeError as error:
+        print(name, "|", error)
+"""
+
+
+def test_programs_refuse_what_the_agent_refuses(tmp_path):
+    """Each case was answered, or ended in an error of torch's own kernels."""
+    x, mask = torch.tensor(observations()), torch.tensor(masks())
+    hole, forbidden = x.clone(), mask.clone()
+    hole[4, 1], forbidden[3] = torch.nan, False
+    cases = [
+        ("box", (x[0],), "number of dimensions in input at *args[0].shape (expected"),
+        ("box", (x.repeat(3, 1, 1)[:, :3],), "number of dimensions in input at *args[0].shape"),
+        ("box", (x[:, :2],), "input at *args[0].shape[1] to be equal to 3, but got 2"),
+        ("box", (hole,), "observation must hold finite numbers."),
+        ("box", (hole.nan_to_num(torch.inf),), "observation must hold finite numbers."),
+        ("box", (x.double(),), "dtype mismatch"),
+        ("masked", (x[0], mask[0]), "number of dimensions in input at *args[0].shape (expected"),
+        ("masked", (x, mask[0]), "number of dimensions in input at *args[1].shape (expected"),
+        ("masked", (x, mask[:4]), "input at *args[1].shape[0] to be equal to 9, but got 4"),
+        ("masked", (x, forbidden), "action_mask must hold at least one True in every row."),
+        ("masked", (hole, mask), "observation must hold finite numbers."),
+        ("masked", (x, mask.float()), "dtype mismatch"),
+        ("category", (torch.tensor([0, 5]),), "observation must hold whole numbers in [0, 4]."),
+        ("category", (torch.tensor([-1]),), "observation must hold whole numbers in [0, 4]."),
+        ("category", (torch.tensor(3),), "number of dimensions in input at *args[0].shape"),
+        ("category", (torch.tensor([1.0]),), "dtype mismatch"),
+        ("dict", (torch.zeros(2, 1), hole[:, :2][3:5]), "goal must hold finite numbers."),
+    ]
+    for name, make in (
+        ("box", box_agent),
+        ("masked", lambda: discrete_agent(start=5, masked=True)),
+        ("category", category_agent),
+        ("dict", dict_agent),
+    ):
+        make().export(tmp_path / f"{name}.pt2")
+    torch.save([case[:2] for case in cases], tmp_path / "refused.pt")
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(cases)
+    for line, (name, _, message) in zip(lines, cases, strict=True):
+        assert line.startswith(f"{name} | ")
+        assert message in line
+
+
+def test_without_the_comparison_of_shapes_values_are_still_checked(tmp_path):
+    agent = box_agent()
+    program = torch.export.load(agent.export(tmp_path / "policy.pt2")).module()
+    program.validate_inputs = False
+    x = torch.tensor(observations())
+    np.testing.assert_allclose(program(x), agent.act(observations()), atol=1e-6)
+    with pytest.raises(RuntimeError, match="observation must hold finite numbers"):
+        program(x * torch.nan)
+
+
+def test_weights_that_are_not_numbers_are_not_exported(tmp_path):
+    agent = box_agent()
+    with torch.no_grad():
+        agent.actor.get_parameter("module.0.module.mlp.2.bias").fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite for a plausible observation; look for NaN"):
+        agent.export(tmp_path / "policy.pt2")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_note_says_all_that_a_caller_needs(tmp_path, monkeypatch):
     agent = discrete_agent(start=5, masked=True)
     agent.export(tmp_path / "masked.pt2")
     note = json.loads((tmp_path / "masked.json").read_text())
     assert note["inputs"] == [
-        {"name": "observation", "key": ["observation"], "shape": ["B", 3], "dtype": "float32"},
-        {"name": "action_mask", "key": ["action_mask"], "shape": ["B", 4], "dtype": "bool"},
+        {
+            "name": "observation",
+            "key": ["observation"],
+            "shape": ["B", 3],
+            "dtype": "float32",
+            "values": "finite numbers",
+        },
+        {
+            "name": "action_mask",
+            "key": ["action_mask"],
+            "shape": ["B", 4],
+            "dtype": "bool",
+            "values": "at least one True in every row",
+        },
     ]
+    assert "RuntimeError" in note["checks"]
     assert note["output"] == {
         "name": "action",
         "shape": ["B"],
@@ -150,6 +239,8 @@ def test_the_note_says_all_that_a_caller_needs(tmp_path, monkeypatch):
     assert (output["low"], output["high"]) == (LOW.tolist(), HIGH.tolist())
     assert output["dtype"] == "float64"
     category_agent().export(tmp_path / "category.pt2")
+    note = json.loads((tmp_path / "category.json").read_text())
+    assert note["inputs"][0]["values"] == "whole numbers in [0, 4]"
     monkeypatch.chdir(tmp_path)
     for name, shape in (("masked", (1,)), ("dict", (1, 2)), ("box", (1, 2)), ("category", (1, 2))):
         usage = json.loads((tmp_path / f"{name}.json").read_text())["usage"]

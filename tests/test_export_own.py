@@ -51,6 +51,9 @@ def test_an_actor_of_the_users_own(tmp_path):
     wanted[:, 0].clamp_(-1, 1)
     assert (wanted[:, 0].abs() == 1).any()
     torch.testing.assert_close(program(picture, kind), wanted)
+    for wrong in ((picture, kind - 1), (picture, kind + 1)):
+        with pytest.raises(RuntimeError, match=r"kind must hold whole numbers in \[1, 3\]"):
+            program(*wrong)
     note = json.loads((tmp_path / "own.json").read_text())
     assert [(i["name"], i["dtype"]) for i in note["inputs"]] == [
         ("inner.picture", "uint8"),
@@ -135,3 +138,39 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="reads 'hidden'"):
         export_policy(gaussian, Task(box, box), path)
     assert not list(tmp_path.iterdir())
+
+
+class Joined(nn.Module):
+    def forward(self, *parts):
+        return torch.cat([part.float() for part in parts], -1)[:, :2]
+
+
+def test_whole_numbers_have_limits_of_their_own(tmp_path):
+    """Limits by dimension, bounds of an integer Box, bits; a Box of all uint8 needs no check."""
+    space = spaces.Dict(
+        {
+            "bits": spaces.MultiBinary(2),
+            "choices": spaces.MultiDiscrete([2, 5], start=[1, 0]),
+            "count": spaces.Box(-3, 3, (2,), np.int64),
+            "pixels": spaces.Box(0, 255, (2,), np.uint8),
+        }
+    )
+    task = Task(space, spaces.Box(-9, 9, (2,)))
+    keys = [("observation", name) for name in space.spaces]
+    actor = TensorDictModule(Joined(), in_keys=keys, out_keys=["action"])
+    program = torch.export.load(export_policy(actor, task, tmp_path / "p.pt2")).module()
+    right = [torch.tensor([[0, 1]]), torch.tensor([[2, 4]]), torch.tensor([[-3, 3]])]
+    right.append(torch.tensor([[0, 255]], dtype=torch.uint8))
+    assert program(*right).tolist() == [[0, 1]]
+    for place, wrong, text in (
+        (0, [[0, 2]], r"bits must hold whole numbers in \[0, 1\]"),
+        (1, [[0, 4]], r"choices must hold whole numbers in low \[1, 0\], high \[2, 4\]"),
+        (1, [[2, 5]], "choices must hold"),
+        (2, [[-4, 0]], r"count must hold whole numbers in \[-3, 3\]"),
+    ):
+        inputs = list(right)
+        inputs[place] = torch.tensor(wrong)
+        with pytest.raises(RuntimeError, match=text):
+            program(*inputs)
+    note = json.loads((tmp_path / "p.json").read_text())
+    assert note["inputs"][3]["values"] == "whole numbers in [0, 255]"

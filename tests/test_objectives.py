@@ -26,7 +26,7 @@ from torchrl.objectives import IQLLoss as TorchRLIQLLoss
 from torchrl.objectives.utils import ValueEstimators
 from torchrl.objectives.value import TD0Estimator
 
-from iql_torchrl import DiscreteIQLLoss, IQLLoss, networks, policies
+from iql_torchrl import DiscreteIQLLoss, IQLLoss, IQLStep, networks, policies
 from iql_torchrl.objectives import DIAGNOSTICS
 
 LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
@@ -46,8 +46,11 @@ def perturb_targets(loss) -> None:
 
 
 def gradients(loss, batch) -> dict[str, torch.Tensor]:
+    return gradients_of(loss(batch), loss)
+
+
+def gradients_of(out, loss) -> dict[str, torch.Tensor]:
     loss.zero_grad(set_to_none=True)
-    out = loss(batch)
     sum(out[name] for name in LOSSES).backward()
     return {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}
 
@@ -558,12 +561,59 @@ def test_discrete_refuses_other_spaces():
 
 
 class TestOddBatches:
-    def test_everything_masked_gives_zero_gradients(self):
+    @pytest.mark.parametrize("shape", [(0,), (4, 0), (0, 5)])
+    def test_a_batch_without_steps_is_refused(self, shape):
         loss = IQLLoss(*make_networks())
         batch = make_batch(4, 5)
-        batch["observation"][:] = float("nan")
+        empty = batch.reshape(-1)[:0].reshape(shape)
+        for call in (loss, loss.value_loss, loss.actor_loss, loss.qvalue_loss):
+            with pytest.raises(ValueError, match=rf"shape \({shape[0]},.*holds no steps.*replay"):
+                call(empty.clone())
+        with pytest.raises(ValueError, match=r"has shape \(0, .*the batch holds no steps"):
+            loss(TensorDict(batch[:0].to_dict()))
+
+    def test_a_discrete_batch_without_steps_is_refused(self):
+        actor = policies.categorical(OBS, Categorical(4), hidden=(8,))
+        critic = Mod(nn.Linear(OBS, 4), in_keys=["observation"], out_keys=["state_action_value"])
+        loss = DiscreteIQLLoss(actor, critic, make_networks()[2])
+        batch = make_batch(6)
+        batch["action"] = torch.randint(4, (6,))
+        with pytest.raises(ValueError, match="holds no steps"):
+            loss(batch[:0])
+        batch["collector", "mask"] = torch.zeros(6, dtype=torch.bool)
+        with pytest.raises(ValueError, match="none of the batch's 6 steps"):
+            loss(batch)
+
+    def test_everything_masked_is_refused(self):
+        loss = IQLLoss(*make_networks())
+        batch = make_batch(4, 5)
+        before = [p.clone() for p in loss.parameters()]
+        step = IQLStep(loss, torch.optim.Adam(loss.parameters()), SoftUpdate(loss, tau=0.5))
         batch["collector", "mask"] = torch.zeros(4, 5, 1, dtype=torch.bool)
-        assert all((grad == 0).all() for grad in gradients(loss, batch).values())
+        for call in (loss, loss.value_loss, loss.actor_loss, loss.qvalue_loss, step):
+            with pytest.raises(
+                ValueError, match=r"'mask'\) mark none of the batch's 20 steps as val"
+            ):
+                call(batch)
+        assert all(map(torch.equal, loss.parameters(), before))
+
+    @pytest.mark.filterwarnings("ignore::UserWarning:torch._dynamo")
+    def test_where_values_cannot_be_asked_everything_masked_gives_zero_gradients(self):
+        loss = IQLLoss(*make_networks())
+        SoftUpdate(loss, tau=0.5)
+        batch = make_batch(4, 5)
+        batch["observation"][:] = float("nan")
+        mask = torch.zeros(4, 5, 1, dtype=torch.bool)
+        batch["collector", "mask"] = mask
+        whole = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        assert all((grad == 0).all() for grad in gradients_of(whole(batch), loss).values())
+
+        def masked(rows):
+            data = batch.clone()
+            data["collector", "mask"] = rows
+            return loss(data)["loss_value"]
+
+        assert torch.vmap(masked)(torch.stack([mask, mask])).tolist() == [0, 0]
 
     def test_flat_padding_does_not_flow_into_multi_step_targets(self):
         loss = IQLLoss(*make_networks())

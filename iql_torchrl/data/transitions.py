@@ -25,6 +25,8 @@ from torchrl.data import (
     Unbounded,
 )
 
+from iql_torchrl.descriptions import bounds_in_words, describe_space
+
 __all__ = [
     "BlockChecker",
     "DatasetError",
@@ -110,7 +112,11 @@ def field_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> Field
 
 
 def spec_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> TensorSpec:
-    """A leaf's TorchRL spec: Bounded (Unbounded where a bound is infinite) or categorical."""
+    """A leaf's TorchRL spec: categorical, Bounded, or Unbounded where any bound is infinite.
+
+    TorchRL cannot sample a spec with one infinite bound, so the finite bounds of such a space are
+    not in its spec; only the space itself holds them.
+    """
     kept = field_of_space(space, dtype, key)
     if isinstance(space, gym.spaces.Discrete):
         return Categorical(int(space.n), shape=torch.Size(()), dtype=torch.int64)
@@ -159,7 +165,8 @@ def transition_layout(
     if masked:
         if not isinstance(action_space, gym.spaces.Discrete):
             raise DatasetError(
-                f"action_mask: the actions are {action_space}; a mask needs Discrete actions."
+                f"action_mask: the actions are {describe_space(action_space)}; a mask needs Discrete "
+                "actions."
             )
         layout[MASK] = layout[NEXT_MASK] = Field((int(action_space.n),), torch.bool)
     if log_prob:
@@ -276,8 +283,9 @@ class BlockChecker:
         bad = (values < 0) | (values >= count)
         if bad.any():
             self._fail(
-                key, bad, start, "is out of range", f"wanted 0 <= value < n of {space}: give the "
-                "environment the data came from, or repair those rows.",
+                key, bad, start, "is out of range", f"wanted 0 <= value < n of "
+                f"{describe_space(space)}: give the environment the data came from, or repair those "
+                "rows.",
             )  # fmt: skip
 
     def _actions(self, values: NDArray[Any], start: int) -> None:
@@ -286,11 +294,12 @@ class BlockChecker:
             self._categories(ACTION, values, space, start)
             return
         low, high = space.low.astype(values.dtype), space.high.astype(values.dtype)
-        # Rounding of a stored bound is no offence.
+        # Rounding of a stored bound is no offence, also where the other bound is infinite.
         slack: Any = 0
         if values.dtype.kind == "f":
             with np.errstate(all="ignore"):
-                slack = 1e-6 * np.nan_to_num(high - low, nan=0.0, posinf=0.0, neginf=0.0)
+                width = high - low
+            slack = 1e-6 * np.where(np.isfinite(width), width, 1.0)
         bad = (values < low - slack) | (values > high + slack)
         if not bad.any():
             return
@@ -389,8 +398,5 @@ class BlockChecker:
 
 def _bounds(space: gym.Space[Any]) -> str:
     if not isinstance(space, gym.spaces.Box):
-        return str(space)
-    low, high = np.unique(space.low), np.unique(space.high)
-    if low.size == 1 and high.size == 1:
-        return f"[{low[0]:g}, {high[0]:g}]"
-    return f"[{space.low}, {space.high}]"
+        return describe_space(space)
+    return bounds_in_words(space.low, space.high)
