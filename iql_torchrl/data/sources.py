@@ -13,6 +13,7 @@ from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
 from iql_torchrl.data.transitions import DatasetError, Key, leaf_spaces
+from iql_torchrl.descriptions import describe_space
 
 __all__ = [
     "EnvLike",
@@ -249,7 +250,7 @@ def _joined(
     """Keys of the leaves ``names`` of a Dict space, and the flat Box they make together."""
     if not isinstance(space, gym.spaces.Dict):
         raise DatasetError(
-            f"{owner}: concatenate={list(names)}, but the observation is {space}, not a Dict; "
+            f"{owner}: concatenate={list(names)}, but the observation is {describe_space(space)}, not a Dict; "
             "leave concatenate out."
         )
     leaves = leaf_spaces(space)

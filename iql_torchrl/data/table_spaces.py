@@ -11,6 +11,7 @@ from iql_torchrl.data.arrays import Column
 from iql_torchrl.data.columns import Table
 from iql_torchrl.data.sources import ReadOptions
 from iql_torchrl.data.transitions import DatasetError, Key, leaf_spaces
+from iql_torchrl.descriptions import describe_space
 
 __all__ = ["check_shapes", "guess_action_space", "guess_observation_space"]
 
@@ -118,7 +119,7 @@ def check_shapes(
         if tuple(column.shape[1:]) != wanted and not single:
             raise DatasetError(
                 f"{table.name}: {key} has rows of shape {tuple(column.shape[1:])} in "
-                f"{table.rows} rows; wanted {wanted} for {space}."
+                f"{table.rows} rows; wanted {wanted} for {describe_space(space)}."
             )
     if (mask := table.columns.get("action_mask")) is not None:
         count = int(action_space.n) if isinstance(action_space, gym.spaces.Discrete) else None

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from tensordict import TensorDictBase
 
 from iql_torchrl.data import OfflineDataset
+from iql_torchrl.descriptions import describe_space
 
 __all__ = [
     "check_logs",
@@ -36,14 +37,17 @@ def check_logs(train: OfflineDataset, held_out: OfflineDataset, discount: float)
         one, other = getattr(train, name), getattr(held_out, name)
         if one != other:
             raise ValueError(
-                f"{name} of train is {one} and of held_out {other}; expected two parts of one log: "
+                f"{name} of train is {describe_space(one)} and of held_out {describe_space(other)}; "
+                "expected two parts of one log: "
                 "dataset.split(fraction, seed) gives them."
             )
     space = train.action_space
     if not isinstance(space, spaces.Discrete) and not (
         isinstance(space, spaces.Box) and len(space.shape) == 1
     ):
-        raise ValueError(f"the actions are {space}; expected Discrete, or a Box of shape (A,).")
+        raise ValueError(
+            f"the actions are {describe_space(space)}; expected Discrete, or a Box of shape (A,)."
+        )
 
 
 def states(rows: TensorDictBase, *, following: bool = False) -> TensorDictBase:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from iql_torchrl import functional as F
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.data.transitions import leaf_spaces
+from iql_torchrl.descriptions import describe_space
 from iql_torchrl.networks import Standardise
 from iql_torchrl.selection.candidates import Member, actions, log_probabilities
 from iql_torchrl.selection.episodes import returns_to_go, states
@@ -193,7 +194,7 @@ def features_of(train: OfflineDataset, rows: TensorDictBase, *, following: bool 
             parts.append(Standardise(statistics.mean, statistics.std)(values.float()).float())
         else:
             raise ValueError(
-                f"{'.'.join(key)} is {space}; fitted Q evaluation reads vectors of numbers and "
+                f"{'.'.join(key)} is {describe_space(space)}; fitted Q evaluation reads vectors of numbers and "
                 "categories. Load the data with features of a network of your own instead."
             )
     return torch.cat(parts, -1)
