@@ -250,8 +250,8 @@ def _joined(
     """Keys of the leaves ``names`` of a Dict space, and the flat Box they make together."""
     if not isinstance(space, gym.spaces.Dict):
         raise DatasetError(
-            f"{owner}: concatenate={list(names)}, but the observation is {describe_space(space)}, not a Dict; "
-            "leave concatenate out."
+            f"{owner}: concatenate={list(names)}, but the observation is {describe_space(space)}, "
+            "not a Dict; leave concatenate out."
         )
     leaves = leaf_spaces(space)
     keys = [("observation", *name.split("/")) for name in names]

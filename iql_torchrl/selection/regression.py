@@ -194,8 +194,8 @@ def features_of(train: OfflineDataset, rows: TensorDictBase, *, following: bool 
             parts.append(Standardise(statistics.mean, statistics.std)(values.float()).float())
         else:
             raise ValueError(
-                f"{'.'.join(key)} is {describe_space(space)}; fitted Q evaluation reads vectors of numbers and "
-                "categories. Load the data with features of a network of your own instead."
+                f"{'.'.join(key)} is {describe_space(space)}; fitted Q evaluation reads vectors of "
+                "numbers and categories. Load the data with features of a network of your own instead."
             )
     return torch.cat(parts, -1)
 
