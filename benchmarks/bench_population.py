@@ -29,7 +29,7 @@ from bench_step import Found, about, attempt, calls_for, integers, timed, write
 from population_rivals import FLOORS, SINGLES, Make, competitors, dataset_of, single
 from step_rivals import Sizes
 
-from iql_torchrl.pictures import save
+from iql_torchrl.report.figures import save
 
 MEMBERS = {"cpu": [1, 2, 4, 8, 16, 32], "cuda": [1, 4, 16, 64, 256, 512]}
 #: competitor: colour, marker and dashes of its line

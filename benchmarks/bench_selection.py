@@ -40,9 +40,9 @@ from iql_torchrl import (
     OfflineDataset,
     load_dataset,
 )
-from iql_torchrl.correlation import kendall, spearman
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
-from iql_torchrl.data.builtin_icu_sepsis import NAME
+from iql_torchrl.data.builtin.icu_sepsis import NAME
+from iql_torchrl.evaluation.correlation import kendall, spearman
 from iql_torchrl.records import whole_file
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
 

@@ -24,7 +24,7 @@ from bench_learning import RESULTS, machine
 
 from iql_torchrl import OfflineDataset, load_dataset
 from iql_torchrl.data.builtin import ensure_dataset
-from iql_torchrl.data.builtin_icu_sepsis import ENVIRONMENT, NAME, SepsisTables
+from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from iql_sepsis import CONFIG, POINTS, Tabular, tabular_iql, train

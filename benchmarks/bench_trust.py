@@ -25,8 +25,8 @@ from bench_learning import RESULTS, machine
 from trust_families import FAMILIES, Problem
 
 from iql_torchrl import fitted_q_evaluation, rank_members
+from iql_torchrl.evaluation.result import wilson_interval
 from iql_torchrl.records import whole_file
-from iql_torchrl.results import wilson_interval
 
 CLOSE = 1e-9
 

@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 
 from iql_torchrl import Agent, OfflineDataset, evaluate
-from iql_torchrl.data.builtin_icu_sepsis import NAME, SepsisTables
+from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from iql_sepsis import probabilities

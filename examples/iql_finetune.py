@@ -28,7 +28,7 @@ from torchrl.envs.utils import ExplorationType
 from tqdm import tqdm
 
 from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
-from iql_torchrl.agent import Agent
+from iql_torchrl.agent.build import Agent
 from iql_torchrl.config import field_help
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.records import whole_file

@@ -32,11 +32,11 @@ from iql_torchrl import (
     load_dataset,
     make_agent,
 )
-from iql_torchrl.arguments import add_settings, settings
 from iql_torchrl.checkpoint import CheckpointError
+from iql_torchrl.cli import add_settings, settings
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.report import compare
-from iql_torchrl.run_folder import new_folder, saved_arguments
+from iql_torchrl.trainers.run_folder import new_folder, saved_arguments
 
 EXPECTED = (ImportError, ValueError, OSError, RuntimeError, AssertionError)
 EVALUATION_SEED = 10_000  # episodes start alike for every method and every training seed

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from iql_torchrl import Agent, IQLConfig, OfflineDataset, load_dataset, make_agent
 from iql_torchrl.data.builtin import ensure_dataset
-from iql_torchrl.data.builtin_icu_sepsis import ENVIRONMENT, NAME, SepsisTables
+from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
 
 POINTS = 100.0  # of survival probability
 COLOURS = {"clinicians": "0.5", "IQL on the log's counts": "tab:orange", "optimum": "tab:green"}

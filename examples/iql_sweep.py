@@ -23,13 +23,13 @@ from sweep_picture import draw
 from tqdm import tqdm
 
 from iql_torchrl import PRESETS, IQLConfig, IQLPopulation, OfflineDataset, evaluate, load_dataset
-from iql_torchrl.arguments import add_settings, settings
-from iql_torchrl.correlation import spearman
+from iql_torchrl.cli import add_settings, settings
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
-from iql_torchrl.data.builtin_icu_sepsis import NAME, SepsisTables
+from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
+from iql_torchrl.evaluation.correlation import spearman
 from iql_torchrl.records import whole_file
-from iql_torchrl.run_folder import new_folder
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
+from iql_torchrl.trainers.run_folder import new_folder
 
 EXPECTED = (ImportError, ValueError, OSError, RuntimeError, AssertionError)
 GRID = ("temperature", "expectile", "discount", "max_weight", "actor_lr", "critic_lr", "value_lr")

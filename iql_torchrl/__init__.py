@@ -1,19 +1,19 @@
 """Implicit Q-Learning (Kostrikov et al. 2021, arXiv:2110.06169) for TorchRL."""
 
 from iql_torchrl import functional, networks, policies
-from iql_torchrl.agent import Agent, make_agent
-from iql_torchrl.background import BackgroundEvaluation
-from iql_torchrl.capture import captured
-from iql_torchrl.compilation import compiled
+from iql_torchrl.agent.build import Agent, make_agent
 from iql_torchrl.config import PRESETS, IQLConfig
 from iql_torchrl.data import DatasetError, OfflineDataset, load_dataset
-from iql_torchrl.evaluation import Evaluation, evaluate
-from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
-from iql_torchrl.population import IQLPopulation
+from iql_torchrl.evaluation.background import BackgroundEvaluation
+from iql_torchrl.evaluation.rollout import Evaluation, evaluate
+from iql_torchrl.evaluation.video import record_video
+from iql_torchrl.objectives.iql import DiscreteIQLLoss, IQLLoss
+from iql_torchrl.population.runs import IQLPopulation
 from iql_torchrl.selection import fitted_q_evaluation, importance_sampling, rank_members
-from iql_torchrl.step import IQLStep
-from iql_torchrl.trainer import OfflineTrainer
-from iql_torchrl.video import record_video
+from iql_torchrl.trainers.trainer import OfflineTrainer
+from iql_torchrl.update.captured import captured
+from iql_torchrl.update.compiled import compiled
+from iql_torchrl.update.step import IQLStep
 
 __all__ = [
     "PRESETS",

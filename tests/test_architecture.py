@@ -11,76 +11,24 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "iql_torchrl"
 
-# Lower layers first; files of one layer may not import one another (but within data).
-LAYERS = {
-    "descriptions": -1,
-    "functional": 0,
-    "config": 0,
-    "distributions": 0,
-    "interface": 0,
-    "intervals": 0,
-    "reading": 0,
-    "records": 0,
-    "data.transitions": 0,
-    "data.normalise": 0,
-    "acting": 1,
-    "arguments": 1,
-    "bound": 2,
-    "capture_checks": 6,
-    "categories": 3,
-    "fingerprint": 6,
-    "capture": 7,
-    "checkpoint": 1,
-    "correlation": 0,
-    "doubts": 6,
-    "fqe": 6,
-    "residuals": 5,
-    "importance": 5,
-    "members": 3,
-    "ranking": 1,
-    "regression": 4,
-    "support": 5,
-    "dense": 1,
-    "networks": 0,
-    "critics": 1,
-    "pictures": 1,
-    "results": 1,
-    "evaluation": 2,
-    "data": 2,
-    "foundation": 3,
-    "policies": 2,
-    "report": 2,
-    "background_process": 3,
-    "objectives": 4,
-    "task": 3,
-    "video": 3,
-    "background": 4,
-    "export": 6,
-    "export_checks": 2,
-    "run_folder": 4,
-    "step": 5,
-    "compilation": 6,
-    "population": 8,
-    "population_loss": 5,
-    "stacked": 3,
-    "stacked_adam": 0,
-    "process_end": 0,
-    "progress": 6,
-    "resume": 6,
-    "agent": 7,
-    "selection": 7,
-    "scores": 8,
-    "trainer_parts": 8,
-    "update_checks": 0,
-    "trainer": 9,
-}
+# A room is a folder or a top-level file. A file imports only from its own room and from rooms of
+# lower layers.
+LAYERS = (
+    ("config", "descriptions", "distributions", "files", "functional", "networks", "records"),
+    ("checkpoint", "cli", "data", "evaluation", "fast_networks", "policies"),
+    ("objectives", "report", "selection"),
+    ("update",),
+    ("agent",),
+    ("trainers",),
+    ("population",),
+)
+LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+MOST_ROOMS, MOST_LAYERS = 20, 8
 
 
 def room(module: str) -> str:
-    parts = module.split(".")[1:]
-    if parts and parts[0] == "data":
-        return module.removeprefix("iql_torchrl.") if ".".join(parts) in LAYERS else "data"
-    return parts[0] if parts else ""
+    """The room of ``iql_torchrl.room...``, empty for the package itself."""
+    return module.split(".")[1] if "." in module else ""
 
 
 def imports(path: Path) -> set[str]:
@@ -102,13 +50,18 @@ FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_down(path):
     name = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-    mine = room(name)
-    assert mine in LAYERS, f"{name} has no layer: give it one here and in the design"
+    own = room(name)
+    assert own in LAYER_OF, f"{name} has no layer: give its room one here"
     for imported in imports(path):
-        theirs = room(imported)
-        if theirs == mine == "data":
-            continue
-        assert LAYERS[theirs] < LAYERS[mine], f"{name} imports {imported}"
+        other = room(imported)
+        assert other == own or LAYER_OF[other] < LAYER_OF[own], f"{name} imports {imported}"
+
+
+def test_rooms_and_layers_are_few():
+    rooms = {room(".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts)) for p in FILES}
+    assert rooms <= set(LAYER_OF)
+    assert len(rooms) <= MOST_ROOMS
+    assert len(LAYERS) <= MOST_LAYERS
 
 
 def test_examples_and_benchmarks_use_public_names_only():

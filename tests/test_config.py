@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from iql_torchrl import PRESETS, IQLConfig
-from iql_torchrl.arguments import add_settings, settings
+from iql_torchrl.cli import add_settings, settings
 from iql_torchrl.config import CHOICES, field_help
 
 

@@ -14,11 +14,11 @@ from torch import nn
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 
 from iql_torchrl import DatasetError, load_dataset, make_agent, policies
-from iql_torchrl.acting import act
+from iql_torchrl.agent.export import export_policy
+from iql_torchrl.agent.task import Task
 from iql_torchrl.descriptions import describe_space, describe_spec, describe_values, faulty_bounds
-from iql_torchrl.export import export_policy
-from iql_torchrl.interface import action_mask, environment_actions, policy_input
-from iql_torchrl.task import Task
+from iql_torchrl.evaluation.act import act
+from iql_torchrl.evaluation.gym_interface import action_mask, environment_actions, policy_input
 
 LONGEST = 700  # characters of any message here
 WIDE = spaces.Box(-np.inf, np.arange(376.0), (376,), np.float64)

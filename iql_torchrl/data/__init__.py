@@ -2,11 +2,12 @@
 
 from iql_torchrl.data.dataset import OfflineDataset as OfflineDataset
 from iql_torchrl.data.load import load_dataset as load_dataset
-from iql_torchrl.data.normalise import REFERENCE_RETURNS as REFERENCE_RETURNS
-from iql_torchrl.data.normalise import ObservationStatistics as ObservationStatistics
-from iql_torchrl.data.normalise import RewardMap as RewardMap
-from iql_torchrl.data.normalise import normalised_score as normalised_score
 from iql_torchrl.data.replay import DeviceSampler as DeviceSampler
+from iql_torchrl.data.replay import MemberSampler as MemberSampler
 from iql_torchrl.data.replay import replay_buffer as replay_buffer
-from iql_torchrl.data.transitions import DatasetError as DatasetError
-from iql_torchrl.data.transitions import DatasetWarning as DatasetWarning
+from iql_torchrl.data.scaling import REFERENCE_RETURNS as REFERENCE_RETURNS
+from iql_torchrl.data.scaling import ObservationStatistics as ObservationStatistics
+from iql_torchrl.data.scaling import RewardMap as RewardMap
+from iql_torchrl.data.scaling import normalised_score as normalised_score
+from iql_torchrl.data.schema import DatasetError as DatasetError
+from iql_torchrl.data.schema import DatasetWarning as DatasetWarning

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iql_torchrl.data.builtin import BUILTIN, ensure_dataset, make_dataset
+from iql_torchrl.data.builtin.catalogue import BUILTIN, ensure_dataset, make_dataset
 
 if TYPE_CHECKING:
     from iql_torchrl.data import OfflineDataset

@@ -15,14 +15,14 @@ from tensordict import TensorDict
 from torch import Tensor
 from tqdm import tqdm
 
-from iql_torchrl.data.normalise import (
+from iql_torchrl.data.readers.source import Piece, Source
+from iql_torchrl.data.scaling import (
     ObservationStatistics,
     RewardMap,
     StatisticsAccumulator,
     reward_map,
 )
-from iql_torchrl.data.sources import Piece, Source
-from iql_torchrl.data.transitions import (
+from iql_torchrl.data.schema import (
     EPISODE,
     REWARD,
     BlockChecker,

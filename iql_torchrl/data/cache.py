@@ -21,9 +21,9 @@ from minari.serialization import deserialize_space, serialize_space
 from tensordict import TensorDict
 
 from iql_torchrl.data.build import TABLE, Built, build, table_bytes
-from iql_torchrl.data.normalise import ObservationStatistics, RewardMap
-from iql_torchrl.data.sources import Source
-from iql_torchrl.data.transitions import DatasetError
+from iql_torchrl.data.readers.source import Source
+from iql_torchrl.data.scaling import ObservationStatistics, RewardMap
+from iql_torchrl.data.schema import DatasetError
 
 __all__ = ["Description", "build_cached", "describe", "fingerprint", "load_built"]
 

@@ -14,8 +14,8 @@ from tensordict import TensorDict
 from torchrl.data import Composite, TensorDictReplayBuffer, TensorSpec
 
 from iql_torchrl.data import replay
-from iql_torchrl.data.normalise import ObservationStatistics, RewardMap, normalised_score
-from iql_torchrl.data.transitions import (
+from iql_torchrl.data.scaling import ObservationStatistics, RewardMap, normalised_score
+from iql_torchrl.data.schema import (
     ACTION,
     DatasetError,
     Key,

@@ -16,13 +16,12 @@ from gymnasium.envs.registration import EnvSpec
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
-from iql_torchrl.data.arrays import flatten, open_hdf5, open_npz
 from iql_torchrl.data.build import build
 from iql_torchrl.data.cache import build_cached, describe, fingerprint, load_built
 from iql_torchrl.data.dataset import OfflineDataset
-from iql_torchrl.data.minari_source import find_minari, minari_files, minari_source
-from iql_torchrl.data.normalise import REFERENCE_RETURNS
-from iql_torchrl.data.sources import (
+from iql_torchrl.data.readers.arrays import flatten, open_hdf5, open_npz
+from iql_torchrl.data.readers.minari import find_minari, minari_files, minari_source
+from iql_torchrl.data.readers.source import (
     EnvLike,
     ReadOptions,
     Source,
@@ -31,9 +30,10 @@ from iql_torchrl.data.sources import (
     env_maker,
     joined_env_maker,
 )
-from iql_torchrl.data.table_source import table_source
-from iql_torchrl.data.tensordict_source import columns_of_tensordict
-from iql_torchrl.data.transitions import DatasetError, Key
+from iql_torchrl.data.readers.table import table_source
+from iql_torchrl.data.readers.tensordict import columns_of_tensordict
+from iql_torchrl.data.scaling import REFERENCE_RETURNS
+from iql_torchrl.data.schema import DatasetError, Key
 
 __all__ = ["load_dataset"]
 

@@ -14,7 +14,7 @@ from torchrl.data import (
     TensorStorage,
 )
 
-from iql_torchrl.data.transitions import Key
+from iql_torchrl.data.schema import Key
 
 __all__ = ["DeviceSampler", "MemberSampler", "replay_buffer"]
 

@@ -18,8 +18,8 @@ from tensordict.utils import unravel_key
 from torch import Tensor
 from torchrl.modules import Delta
 
-from iql_torchrl import interface
-from iql_torchrl.acting import as_in_evaluation
+from iql_torchrl.evaluation import gym_interface as interface
+from iql_torchrl.evaluation.act import as_in_evaluation
 from iql_torchrl.selection.episodes import states
 
 __all__ = [

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.correlation import kendall, spearman
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.data.episode_digests import episode_digests, shared_share, sketch_of
+from iql_torchrl.evaluation.correlation import kendall, spearman
 from iql_torchrl.selection.bounds import mean_bounds
 from iql_torchrl.selection.candidates import Member, resolve_members
 from iql_torchrl.selection.caveats import (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from iql_torchrl import functional as F
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.data.transitions import leaf_spaces
+from iql_torchrl.data.schema import leaf_spaces
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.networks import Standardise
 from iql_torchrl.selection.candidates import Member, actions, log_probabilities

@@ -1,0 +1,11 @@
+"""From a config and a dataset to the parts of a run; acting and export."""
+
+from iql_torchrl.agent.build import Agent, build_agent, make_agent
+from iql_torchrl.agent.task import Task
+
+__all__ = [
+    "Agent",
+    "Task",
+    "build_agent",
+    "make_agent",
+]

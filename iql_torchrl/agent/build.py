@@ -1,0 +1,360 @@
+"""From a config and a dataset to the parts of a run; nothing here that twenty lines could not do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from tensordict import NestedKey
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchrl.modules import ProbabilisticActor, ValueOperator
+from torchrl.objectives import SoftUpdate
+
+from iql_torchrl import policies
+from iql_torchrl.agent.export import export_policy
+from iql_torchrl.agent.task import Task
+from iql_torchrl.checkpoint import CheckpointError, component_names, newest, read_components
+from iql_torchrl.cli import reach
+from iql_torchrl.config import IQLConfig
+from iql_torchrl.data import OfflineDataset
+from iql_torchrl.descriptions import describe_space, faulty_bounds
+from iql_torchrl.evaluation.act import act
+from iql_torchrl.networks import Critic, DiscreteCritic, OneHot, Standardise, StateValue
+from iql_torchrl.objectives.iql import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
+from iql_torchrl.update.compiled import compiled
+from iql_torchrl.update.step import IQLStep
+
+__all__ = ["Agent", "build_agent", "make_agent", "rate_factors"]
+
+NETWORKS = ("actor", "qvalue", "value")
+
+
+@dataclass(frozen=True)
+class Agent:
+    """What a run consists of: each part is an ordinary torch or TorchRL object.
+
+    ``policy`` is the actor, for ``evaluate`` and for TorchRL environments; ``act`` is for NumPy;
+    ``step(batch)`` makes one update.
+    """
+
+    config: IQLConfig
+    task: Task
+    actor: ProbabilisticActor
+    loss: ImplicitQLoss
+    optimizer: torch.optim.Optimizer
+    scheduler: LambdaLR
+    step: IQLStep
+
+    @property
+    def policy(self) -> ProbabilisticActor:
+        return self.actor
+
+    def act(
+        self,
+        observation: Any,
+        *,
+        deterministic: bool = True,
+        action_mask: Any = None,
+        seed: int | None = None,
+    ) -> Any:
+        """An action for ``env.step`` from an observation as ``env`` gives it; or a batch of both.
+
+        Where the data had action masks, ``action_mask`` ``(n,)`` is wanted. Samples are drawn from
+        ``seed``, or from torch's global generator. See :func:`iql_torchrl.evaluation.act.act`.
+        """
+        return act(
+            self.actor,
+            observation,
+            self.task.observation_space,
+            self.task.action_space,
+            dtype=self.task.dtype,
+            deterministic=deterministic,
+            action_mask=action_mask,
+            seed=seed,
+        )
+
+    def export(self, path: str | Path) -> Path:
+        """Write the policy as a program for plain torch: :func:`agent.export.export_policy`."""
+        return export_policy(self.actor, self.task, path)
+
+    def description(self) -> dict[str, Any]:
+        """All that rebuilds the agent before its weights: ``config`` and ``task``, plain data."""
+        return {"config": self.config.to_dict(), "task": self.task.state_dict()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Parameters and buffers of every network, targets too; not the optimizer's state."""
+        return self.loss.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the weights of another agent's ``state_dict``.
+
+        Raises ``ValueError`` naming an entry that is missing, unknown, or of another shape.
+        """
+        _check_state(state, self.state_dict())
+        self.loss.load_state_dict(state)
+
+    @staticmethod
+    def load(path: str | Path, device: torch.device | str | None = None) -> Agent:
+        """The agent of a checkpoint, with its weights and a fresh optimizer; needs no data.
+
+        ``path``: a ``.torchrl`` file, or a run's folder: its ``best.torchrl`` if there is one,
+        else the newest of its ``checkpoints``. ``device``: by default the config's, or the CPU
+        where this machine lacks it. To go on training, resume with the trainer instead.
+
+        Raises ``CheckpointError`` with one sentence: nothing to load, a damaged file, parts that
+        were made by hand, or fields that only another version knows.
+        """
+        path = Path(path)
+        if path.is_dir():
+            best = path / "best.torchrl"
+            path = best if best.exists() else newest(path / "checkpoints")
+        weights = read_components(path, ["loss_module"])["loss_module"]
+        if "agent" not in component_names(path):
+            raise CheckpointError(
+                f"{path}: was trained from parts made by hand, so it does not say how to rebuild "
+                "them; rebuild them as the training script did and load through the trainer."
+            )
+        description = read_components(path, ["agent"])["agent"]
+        try:
+            # settings that an older file lacks have their defaults
+            saved = IQLConfig().to_dict() | description["config"]
+            config = IQLConfig.from_dict(saved)
+            config = replace(config, device=_usable(device, config.device))
+            agent = build_agent(config, Task.from_state_dict(description["task"]))
+        except (ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        try:
+            agent.load_state_dict(weights)
+        except (RuntimeError, ValueError) as error:  # TensorDict's own message is pages long
+            raise CheckpointError(f"{path}: its weights do not fit its description.") from error
+        return agent
+
+
+def make_agent(config: IQLConfig, dataset: OfflineDataset) -> Agent:
+    """Networks, loss, optimizer and step for ``dataset``'s observations and actions.
+
+    Draws the initial weights from ``config.seed`` without touching the caller's random state.
+
+    Raises ``ValueError`` when the observations are no flat numbers or single category (use
+    ``load_dataset(concatenate=...)``, or write your own networks), the actions are neither Discrete
+    nor a Box of floats ``(A,)`` with finite bounds, the policy does not fit the actions, or this
+    machine lacks the config's device; ``TypeError`` on arguments of another kind.
+    """
+    if not isinstance(config, IQLConfig):
+        raise TypeError(
+            f"config is {type(config).__name__}; wanted an IQLConfig, such as IQLConfig(seed=1) or "
+            "PRESETS['quick']."
+        )
+    if not isinstance(dataset, OfflineDataset):
+        raise TypeError(
+            f"dataset is {type(dataset).__name__}; wanted what load_dataset(...) returns."
+        )
+    return build_agent(config, Task.of(dataset))
+
+
+def build_agent(config: IQLConfig, task: Task) -> Agent:
+    """:func:`make_agent` where the dataset is known by its description alone."""
+    reach(config.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        actor, critic, value = _networks(config, task)
+        loss = _loss(config, task, actor, critic, value)
+    optimizer, scheduler = _optimizer(config, loss)
+    step = IQLStep(
+        loss,
+        optimizer,
+        SoftUpdate(loss, tau=config.polyak),
+        order=config.order,
+        max_grad_norm=config.max_grad_norm,
+        lr_scheduler=scheduler,
+        precision=config.precision,
+    )
+    return Agent(
+        config, task, actor, loss, optimizer, scheduler, compiled(step) if config.compile else step
+    )
+
+
+def _check_state(state: Any, own: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless the entries are ``own``'s: TorchRL prints whole TensorDicts."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"state is {type(state).__name__}; wanted what state_dict() returned.")
+    faults = [f"it lacks {key}" for key in own if key not in state]
+    faults += [f"it has {key}, which is unknown here" for key in state if key not in own]
+    shapes = {
+        key: (tuple(value.shape), tuple(state[key].shape))
+        for key, value in own.items()
+        if isinstance(value, Tensor) and isinstance(state.get(key), Tensor)
+    }
+    faults += [f"{k} has shape {b}, here {a}" for k, (a, b) in shapes.items() if a != b]
+    if faults:
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise ValueError(
+            f"the state is not of an agent like this one: {faults[0]}{more}. Build the agent from "
+            "the config and the data that the state was trained with."
+        )
+
+
+def _usable(device: torch.device | str | None, configured: str) -> str:
+    if device is not None:
+        return str(torch.device(device))
+    try:
+        torch.empty(0, device=configured)
+    except (RuntimeError, AssertionError):  # torch built without it, or no such device
+        return "cpu"
+    return configured
+
+
+def _networks(
+    config: IQLConfig, task: Task
+) -> tuple[ProbabilisticActor, Callable[[], TensorDictModule], TensorDictModule]:
+    _check_actions(task.action_space)
+    keys, features, preprocess = _observation(config, task)
+    place = partial(_place, config, task)
+    action_spec = task.action_spec
+    widths: dict[str, Any] = {"hidden": config.hidden}
+    normed = {**widths, "layer_norm": config.layer_norm}
+    discrete = isinstance(task.action_space, spaces.Discrete)
+    name = ("categorical" if discrete else "gaussian") if config.policy == "auto" else config.policy
+    if (name == "categorical") is not discrete:
+        raise ValueError(
+            f"policy is {name!r} and the actions are {describe_space(task.action_space)}: "
+            "'categorical' is for Discrete actions, the others are for a Box. Choose policy='auto'."
+        )
+    options = {**widths, "dropout": config.dropout, "preprocess": preprocess()}
+    if discrete and task.masked:
+        options["mask_key"] = "action_mask"
+    actor = getattr(policies, name)(features, action_spec, in_keys=keys, **options)
+
+    def critic() -> TensorDictModule:
+        if discrete:
+            size = int(action_spec.space.n)
+            net: nn.Module = DiscreteCritic(features, size, preprocess=preprocess(), **normed)
+            return TensorDictModule(place(net), in_keys=keys, out_keys=["state_action_value"])
+        net = Critic(features, action_spec.shape[-1], preprocess=preprocess(), **normed)
+        return ValueOperator(place(net), in_keys=[*keys, "action"])
+
+    value = ValueOperator(StateValue(features, preprocess=preprocess(), **normed), in_keys=keys)
+    return place(actor), critic, place(value)
+
+
+def _check_actions(space: spaces.Space[Any]) -> None:
+    """Raise ``ValueError`` for actions that none of the policies here can choose."""
+    if isinstance(space, spaces.Discrete):
+        return
+    if (
+        not isinstance(space, spaces.Box)
+        or not np.issubdtype(space.dtype, np.floating)
+        or len(space.shape) != 1
+        or space.shape == (0,)
+    ):
+        raise ValueError(
+            f"the actions are {describe_space(space)}; make_agent supports Discrete, and Box of "
+            "floats of shape (A,). Wrap the environment and record the data with such actions "
+            "(combinations of choices can be numbered from 0), or build the networks yourself and "
+            "pass them to IQLLoss: README, 'Your own parts'."
+        )
+    if faults := faulty_bounds(space.low, space.high):
+        raise ValueError(
+            f"the actions are {describe_space(space)}; {faults}. The policies need finite bounds, "
+            "low < high. If the environment accepts a finite range that holds the logged actions, "
+            "pass dataclasses.replace(dataset, action_space=gymnasium.spaces.Box(low, high))."
+        )
+
+
+def _place(config: IQLConfig, task: Task, module: Any) -> Any:
+    """On the device and in the data's dtype, before the loss takes it: buffers stay afterwards."""
+    module = module.to(torch.device(config.device))
+    if isinstance(task.observation_space, spaces.Discrete):
+        return module  # categories become torch's default dtype in OneHot
+    return module.double() if task.dtype is torch.float64 else module.float()
+
+
+def _observation(
+    config: IQLConfig, task: Task
+) -> tuple[list[NestedKey], int, Callable[[], nn.Module]]:
+    """Keys to read, features they give, and a maker of the first layer."""
+    space = task.observation_space
+    if isinstance(space, spaces.Discrete):
+        return ["observation"], int(space.n), partial(OneHot, int(space.n))
+    statistics = task.statistics
+    leaves = list(task.observation_spec.keys(True, True))
+    if set(leaves) != set(statistics) or any(s.mean.ndim != 1 for s in statistics.values()):
+        raise ValueError(
+            f"observations are {describe_space(space)}; make_agent wants vectors of numbers, or one "
+            "category. Build the networks yourself and pass them to IQLLoss: README, 'Your own parts'."
+        )
+    keys = sorted(leaves, key=str)
+    mean = torch.cat([statistics[key].mean for key in keys])
+    std = torch.cat([statistics[key].std for key in keys])
+    first = partial(Standardise, mean, std) if config.standardise else nn.Identity
+    return keys, len(mean), first
+
+
+def _loss(
+    config: IQLConfig,
+    task: Task,
+    actor: ProbabilisticActor,
+    critic: Callable[[], TensorDictModule],
+    value: TensorDictModule,
+) -> ImplicitQLoss:
+    discrete = isinstance(task.action_space, spaces.Discrete)
+    kind: type[ImplicitQLoss] = DiscreteIQLLoss if discrete else IQLLoss
+    loss = kind(
+        actor,
+        critic,
+        value,
+        num_qvalue_nets=config.num_critics,
+        loss_function=config.loss_function,
+        temperature=config.temperature,
+        expectile=config.expectile,
+        max_weight=config.max_weight,
+        value_objective=config.value_objective,
+        actor_objective="mse" if config.policy == "deterministic" else "log_prob",
+        diagnostics=True,
+    )
+    loss.make_value_estimator(gamma=config.discount)
+    return loss
+
+
+def _optimizer(config: IQLConfig, loss: ImplicitQLoss) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    rates = dict(zip(NETWORKS, (config.actor_lr, config.critic_lr, config.value_lr), strict=True))
+    named = list(loss.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if n.startswith(f"{net}_network")], "lr": rate}
+        for net, rate in rates.items()
+    ]
+    if config.optimizer == "adamw":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            groups, weight_decay=config.weight_decay, fused=True
+        )
+    else:
+        optimizer = torch.optim.Adam(groups, fused=True)
+
+    return optimizer, LambdaLR(optimizer, rate_factors(config))
+
+
+def rate_factors(config: IQLConfig) -> list[Callable[[int], float]]:
+    """What multiplies the learning rates of policy, critics and V after each update."""
+    cosine = partial(_cosine, updates=config.updates, steps=config.schedule_steps)
+    falling = {"constant": (), "cosine_actor": ("actor",), "cosine": NETWORKS}[config.schedule]
+    return [cosine if network in falling else _constant for network in NETWORKS]
+
+
+def _cosine(update: int, *, updates: int, steps: int | None) -> float:
+    """From 1 to 0 over ``updates``, in ``steps`` equal intervals of constant value if given."""
+    done = min(update, updates)
+    fraction = done / updates if steps is None else done * steps // updates / steps
+    return 0.5 * (1 + math.cos(math.pi * fraction))
+
+
+def _constant(_: int) -> float:
+    return 1.0

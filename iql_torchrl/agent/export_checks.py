@@ -1,0 +1,58 @@
+"""What an exported program asks of its inputs, as operations of the program itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from iql_torchrl.descriptions import bounds_in_words
+from iql_torchrl.evaluation.act import whole_limits
+
+__all__ = ["MASK_VALUES", "assert_values", "values_in_words"]
+
+MASK_VALUES = "at least one True in every row"
+
+
+def values_in_words(space: spaces.Space[Any]) -> str:
+    """What an input from ``space`` must hold, to follow "must hold"."""
+    limits = whole_limits(space)
+    return "finite numbers" if limits is None else f"whole numbers in {bounds_in_words(*limits)}"
+
+
+def assert_values(
+    name: str, values: Tensor, space: spaces.Space[Any] | None, dtype: torch.dtype
+) -> None:
+    """Assert the dtype and the values of the input ``name``; ``space=None`` is an action mask.
+
+    Run eagerly or traced by ``torch.export``: then the program raises ``RuntimeError`` with the
+    same message. Shapes are the exported program's own concern.
+    """
+    torch.ops.aten._assert_tensor_metadata.default(values, dtype=dtype)
+    if space is None:
+        torch._assert_async(values.any(-1).all(), f"{name} must hold {MASK_VALUES}.")
+        return
+    message = f"{name} must hold {values_in_words(space)}."
+    limits = whole_limits(space)
+    if limits is None:
+        torch._assert_async(values.isfinite().all(), message)
+    elif not _is_whole_dtype(*limits, dtype):
+        low, high = (_constant(limit) for limit in limits)
+        torch._assert_async(((values >= low) & (values <= high)).all(), message)
+
+
+def _is_whole_dtype(low: Any, high: Any, dtype: torch.dtype) -> bool:
+    """Whether the limits are those of the dtype itself, so that every value is within them."""
+    if dtype == torch.bool:
+        return True
+    info = torch.iinfo(dtype)
+    return bool(np.all(low == info.min) and np.all(high == info.max))
+
+
+def _constant(limit: Any) -> int | Tensor:
+    """A number where one serves all dimensions: the program then holds no tensor for it."""
+    values = np.unique(limit)
+    return int(values[0]) if values.size == 1 else torch.as_tensor(np.asarray(limit))

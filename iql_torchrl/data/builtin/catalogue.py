@@ -1,0 +1,146 @@
+"""Datasets made on this machine, as real Minari datasets in the user's Minari folder.
+
+They need no download, and are the same for the same seed (up to the platform's floating-point
+arithmetic). Minari's own tools list, load and delete them.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+
+from iql_torchrl.data.builtin.icu_sepsis import ICU_SEPSIS_CLINICIAN
+from iql_torchrl.data.builtin.pendulum import PENDULUM_MIXED
+from iql_torchrl.data.builtin.pointmaze import POINTMAZE_MEDIUM, POINTMAZE_UMAZE
+from iql_torchrl.data.builtin.recipe import Recipe, Recording
+
+__all__ = ["BUILTIN", "ensure_dataset", "make_dataset"]
+
+BUILTIN: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "pendulum/mixed-v0": PENDULUM_MIXED,
+        "pointmaze/umaze-v0": POINTMAZE_UMAZE,
+        "pointmaze/medium-v0": POINTMAZE_MEDIUM,
+        "icu-sepsis/clinician-v0": ICU_SEPSIS_CLINICIAN,
+    }
+)
+"""Name (also the Minari id) to recipe; ``BUILTIN[name].description`` says what it holds."""
+
+AUTHOR = "iql_torchrl"
+ROOT_VARIABLE = "MINARI_DATASETS_PATH"
+_root_lock = threading.Lock()
+
+
+def make_dataset(
+    name: str, *, seed: int = 0, progress: bool = True, episodes: int | None = None
+) -> str:
+    """Make the dataset ``name`` and return its Minari id, which is ``name``.
+
+    It is written to a hidden folder beside the others and renamed once complete, so that an
+    interrupted run leaves nothing under the id.
+
+    Args:
+        name: one of ``BUILTIN``.
+        seed: the same seed and number of episodes give the same log.
+        progress: show a progress bar on standard error.
+        episodes: how many episodes to log, at least 1; by default the recipe's own number. The
+            id does not tell: a dataset of unusual size belongs in a Minari folder of its own.
+
+    Raises:
+        ValueError: the name is unknown, a number is out of range, or the dataset exists.
+        ImportError: the recipe's environment is not installed.
+    """
+    recipe = _recipe(name)
+    count = recipe.episodes if episodes is None else episodes
+    if count < 1 or seed < 0:
+        raise ValueError(f"need episodes >= 1 and seed >= 0, found episodes={count}, seed={seed}")
+    if _exists(name):
+        raise ValueError(
+            f"dataset {name!r} already exists in {_root()}; use ensure_dataset({name!r}), or "
+            f"remove it first with minari.delete_dataset({name!r})"
+        )
+    _write(name, recipe, recipe.record(count, seed, progress))
+    return name
+
+
+def ensure_dataset(name: str, *, progress: bool = True) -> str:
+    """Return the Minari id of the dataset ``name``, making it with seed 0 if it is absent.
+
+    Raises as :func:`make_dataset`, except that an existing dataset is used as it is.
+    """
+    _recipe(name)
+    if not _exists(name):
+        make_dataset(name, progress=progress)
+    return name
+
+
+def _recipe(name: str) -> Recipe:
+    if name not in BUILTIN:
+        raise ValueError(f"no built-in dataset {name!r}; there are {', '.join(sorted(BUILTIN))}")
+    return BUILTIN[name]
+
+
+def _root() -> Path:
+    from minari.storage import get_dataset_path
+
+    return Path(get_dataset_path())
+
+
+def _exists(name: str) -> bool:
+    return (_root() / name / "data" / "metadata.json").exists()
+
+
+def _write(name: str, recipe: Recipe, recording: Recording) -> None:
+    import minari
+
+    root = _root()
+    low, high = recording.reference_scores or (None, None)
+    with tempfile.TemporaryDirectory(prefix=".making-", dir=root) as scratch:
+        with _minari_root(Path(scratch)), warnings.catch_warnings():
+            # There is no e-mail address or permalink to give for a log made by the user.
+            warnings.filterwarnings("ignore", "`(code_permalink|author_email)` is set to None")
+            minari.create_dataset_from_buffers(
+                dataset_id=name,
+                buffer=list(recording.episodes),
+                env=recording.env_spec,
+                eval_env=recording.env_spec,
+                algorithm_name=recording.algorithm,
+                author=AUTHOR,
+                ref_min_score=low,
+                ref_max_score=high,
+                description=recipe.description,
+                requirements=list(recording.requirements),
+            )
+        folder = (root / name).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for described in (Path(scratch) / name).parent.glob("*.json"):
+            # Minari's description of the namespace: keep the user's own where there is one.
+            if not (folder / described.name).exists():
+                described.replace(folder / described.name)
+        try:
+            os.rename(Path(scratch) / name, root / name)
+        except OSError as error:
+            if not _exists(name):
+                raise
+            raise ValueError(f"dataset {name!r} was made by another process meanwhile") from error
+
+
+@contextmanager
+def _minari_root(path: Path) -> Iterator[None]:
+    """Minari takes its folder from the environment alone; point it at ``path`` for a moment."""
+    with _root_lock:
+        before = os.environ.get(ROOT_VARIABLE)
+        os.environ[ROOT_VARIABLE] = str(path)
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[ROOT_VARIABLE]
+            else:
+                os.environ[ROOT_VARIABLE] = before

@@ -1,0 +1,107 @@
+"""``pendulum/mixed-v0``: a swing-up log of mixed quality, made in seconds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from iql_torchrl.data.builtin.recipe import (
+    EpisodeRecord,
+    Recipe,
+    Recording,
+    mean_return,
+    progress_bar,
+)
+
+__all__ = ["PENDULUM_MIXED", "swing_up_torque"]
+
+NAME = "pendulum/mixed-v0"
+ENVIRONMENT = "Pendulum-v1"
+MAX_TORQUE = 2.0
+UPRIGHT_ENERGY = 5.0
+BALANCE_COSINE = 0.9
+# The share of segments that the controller drives, drawn per episode; 0 is a random episode.
+COMPETENCES = (0.0, 0.25, 0.5, 0.75)
+MEAN_SEGMENT = 10
+EPISODES = 300
+
+
+def swing_up_torque(observation: NDArray[Any]) -> NDArray[np.float32]:
+    """The noise-free controller: energy shaping below, PD balance near the top.
+
+    ``observation`` is Pendulum-v1's ``(cos, sin, angular velocity in rad/s)``, the angle being
+    0 when upright. Returns a torque ``(1,)`` in N m within [-2, 2].
+    """
+    cosine, sine, velocity = (float(value) for value in observation)
+    if cosine > BALANCE_COSINE:
+        torque = -(12.0 * math.atan2(sine, cosine) + 3.0 * velocity)
+    else:
+        # Rod of mass 1 and length 1 under g = 10: kinetic w^2 / 6, potential 5 cos.
+        missing = UPRIGHT_ENERGY - (velocity**2 / 6.0 + 5.0 * cosine)
+        torque = 5.0 * missing * (1.0 if velocity >= 0 else -1.0)
+    return np.clip([torque], -MAX_TORQUE, MAX_TORQUE).astype(np.float32)
+
+
+def random_torque(generator: np.random.Generator) -> NDArray[np.float32]:
+    """Uniform on [-2, 2] N m, shape (1,)."""
+    return generator.uniform(-MAX_TORQUE, MAX_TORQUE, size=1).astype(np.float32)
+
+
+def record(episodes: int, seed: int, progress: bool) -> Recording:
+    """Log ``episodes`` episodes of Pendulum-v1; see ``PENDULUM_MIXED.description``."""
+    env = gymnasium.make(ENVIRONMENT, disable_env_checker=True)
+    try:
+        buffers = [
+            _episode(env, seed, number).buffer()
+            for number in progress_bar(episodes, NAME, progress)
+        ]
+        references = (
+            mean_return(env, lambda generator: lambda _: random_torque(generator)),
+            mean_return(env, lambda _: swing_up_torque),
+        )
+    finally:
+        env.close()
+    return Recording(
+        episodes=buffers,
+        env_spec=gymnasium.spec(ENVIRONMENT),
+        reference_scores=references,
+        algorithm="energy-shaping swing-up with PD balance, disturbed by held random torques",
+        requirements=("gymnasium>=1.0",),
+    )
+
+
+def _episode(env: Any, seed: int, number: int) -> EpisodeRecord:
+    generator = np.random.default_rng([seed, number])
+    # Levels take turns, so that any number of episodes holds equal shares of them.
+    competence = COMPETENCES[number % len(COMPETENCES)]
+    reset_seed = int(generator.integers(2**31))
+    observation, _ = env.reset(seed=reset_seed)
+    episode = EpisodeRecord(reset_seed, observation)
+    over, left, held = False, 0, None
+    while not over:
+        if left == 0:
+            left = int(generator.geometric(1.0 / MEAN_SEGMENT))
+            held = None if generator.random() < competence else random_torque(generator)
+        left -= 1
+        action = swing_up_torque(observation) if held is None else held
+        observation, reward, terminated, truncated, _ = env.step(action)
+        over = episode.add(action, observation, reward, terminated, truncated)
+    return episode
+
+
+PENDULUM_MIXED = Recipe(
+    description=(
+        "Pendulum-v1 swing-up, 200-step episodes that end by truncation only. Each episode is "
+        "cut into segments of geometrically distributed length (mean 10 steps); a segment is "
+        "driven by an energy-shaping swing-up controller with PD balance, or holds one uniform "
+        "random torque in [-2, 2] N m. The controller's share of segments is 0, 0.25, 0.5 or "
+        "0.75 in turn from episode to episode. Reference scores are mean returns over 100 "
+        "episodes of the uniform random policy and of the undisturbed controller."
+    ),
+    episodes=EPISODES,
+    record=record,
+)

@@ -1,0 +1,149 @@
+"""Arrays of files, dicts and tensors, as columns that slice along their rows."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import h5py
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from iql_torchrl.data.schema import DatasetError
+
+__all__ = ["Column", "array_of", "check_numbers", "flatten", "open_hdf5", "open_npz"]
+
+
+class Column(Protocol):
+    """An array, or something on disk that slices like one along its rows."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+def open_hdf5(path: Path) -> dict[str, Column]:
+    """The file's datasets by path, unread. Raises ``DatasetError`` naming a damaged file."""
+    try:
+        file = h5py.File(path, "r")
+        columns: dict[str, Column] = {}
+
+        def visit(name: str, item: Any) -> None:
+            if isinstance(item, h5py.Dataset) and item.ndim:
+                columns[name] = item
+
+        file.visititems(visit)
+    except (OSError, RuntimeError, KeyError) as error:
+        raise DatasetError(
+            f"{path}: not a whole HDF5 file ({_one_line(error)}); fetch it again."
+        ) from error
+    return columns
+
+
+def open_npz(path: Path) -> dict[str, Column]:
+    """The archive's arrays. Raises ``DatasetError`` naming a damaged file."""
+    try:
+        # Opened here: NumPy leaves a file open that turns out not to be an archive.
+        with open(path, "rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise DatasetError(
+                    f"{path}: holds one array of shape {archive.shape}; expected an archive of "
+                    "named columns, as numpy.savez writes it."
+                )
+            with archive:
+                columns = {name: _entry(archive, name) for name in archive.files}
+    except DatasetError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        raise DatasetError(
+            f"{path}: not a whole npz archive ({_one_line(error)}); fetch it again."
+        ) from error
+    return {name: column for name, column in columns.items() if column.ndim}
+
+
+def _entry(archive: Any, name: str) -> NDArray[Any]:
+    """An array of the archive; Python objects, which are never unpickled, as an empty one."""
+    try:
+        entry: NDArray[Any] = archive[name]
+        return entry
+    except ValueError as error:
+        if "allow_pickle" not in str(error):
+            raise
+        return np.empty(0, object)
+
+
+def flatten(arrays: Mapping[str, Any], prefix: str = "") -> dict[str, Column]:
+    """Nested mappings of arrays as one level, names joined by ``/``."""
+    flat: dict[str, Column] = {}
+    for name, value in arrays.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{path}/"))
+        elif isinstance(value, torch.Tensor):
+            flat[path] = array_of(value, path)
+        else:
+            flat[path] = _array(value, path)
+    return flat
+
+
+def _array(value: Any, name: str) -> NDArray[Any]:
+    if isinstance(value, np.ma.MaskedArray) and (count := int(np.ma.getmaskarray(value).sum())):
+        raise DatasetError(
+            f"{name}: {count} of {value.size} values are masked; expected numbers: leave those rows "
+            "out, or fill the values."
+        )
+    try:
+        return np.asarray(value)
+    except ValueError:  # Rows of different shapes; only an error if the column is read.
+        rows = np.empty(len(value), object)
+        rows[:] = [None] * len(value)
+        return rows
+
+
+def array_of(values: torch.Tensor, name: str) -> NDArray[Any]:
+    """A tensor as an array; bfloat16, which NumPy lacks, as float32.
+
+    Raises ``DatasetError`` for tensors that are not dense.
+    """
+    plain = values.detach().cpu()
+    try:
+        array: NDArray[Any] = (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+    except (TypeError, RuntimeError) as error:
+        raise DatasetError(
+            f"{name}: a tensor of dtype {values.dtype} and layout {values.layout} has no array "
+            f"({_one_line(error)}); expected a dense tensor of real numbers or booleans."
+        ) from error
+    return array
+
+
+def check_numbers(name: str, columns: Mapping[str, Column]) -> None:
+    """Raises unless each column has rows, and each row numbers."""
+    for key, column in columns.items():
+        shape, kind = tuple(column.shape), np.dtype(column.dtype)
+        expected = "expected an array of real numbers or booleans with one row per step"
+        if not shape:
+            raise DatasetError(f"{name}: {key} is a single value of dtype {kind}; {expected}.")
+        if kind.kind == "O":
+            raise DatasetError(
+                f"{name}: {key} holds Python objects (dtype object): rows of different lengths, or "
+                f"no numbers; {expected}, all rows of one shape. Join episodes of different lengths "
+                "with numpy.concatenate and mark their ends."
+            )
+        if kind.kind not in "biuf":
+            raise DatasetError(f"{name}: {key} holds {kind} values of shape {shape}; {expected}.")
+        if 0 in shape[1:]:
+            raise DatasetError(
+                f"{name}: {key} has shape {shape}: its rows hold no numbers; {expected}."
+            )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

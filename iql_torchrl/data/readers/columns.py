@@ -1,0 +1,248 @@
+"""The columns of a table: found under their names, and held to one length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iql_torchrl.data.readers.arrays import Column, check_numbers
+from iql_torchrl.data.readers.source import ReadOptions
+from iql_torchrl.data.schema import DatasetError, Key
+
+__all__ = ["TRAJECTORY_ENDS", "Table", "read_table"]
+
+#: Names of columns of which some authors mean ends of trajectories, others terminations. Beside
+#: ``not_terminated`` or ``valid`` they are ends of trajectories.
+TRAJECTORY_ENDS = ("terminals", "dones_float")
+#: Keys without which there are no transitions.
+REQUIRED = ("observation", "action", "reward", "terminated")
+
+#: Names a file may use for our keys, exact; ``columns`` overrides.
+NAMES: dict[str, tuple[str, ...]] = {
+    "observation": ("observation", "observations", "obs"),
+    "action": ("action", "actions"),
+    "reward": ("reward", "rewards", "next/reward"),
+    "next_observation": (
+        "next_observation", "next_observations", "next_obs", "next/observation",
+    ),
+    "terminated": (
+        "terminated", "terminateds", "terminals", "terminations", "next/terminated",
+    ),
+    "not_terminated": ("masks",),
+    "truncated": ("truncated", "truncateds", "timeouts", "truncations", "next/truncated"),
+    "valid": ("valids",),
+    "episode": ("episode", "episodes", "episode_id", "episode_ids", "collector/traj_ids"),
+    "action_mask": ("action_mask", "action_masks"),
+    "next_action_mask": ("next_action_mask", "next_action_masks", "next/action_mask"),
+    "action_log_prob": ("action_log_prob", "action_log_probs"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """The columns under our names; observations by leaf key.
+
+    ``columns`` has ``trajectory_end`` besides the keys of ``NAMES``: see ``TRAJECTORY_ENDS``.
+    ``paths``: what the file calls them.
+    """
+
+    name: str
+    rows: int
+    observation: dict[Key, Column]
+    next_observation: dict[Key, Column] | None
+    columns: dict[str, Column]
+    truncation_ignored: bool
+    paths: dict[str, str]
+
+    def terminated(self) -> NDArray[np.bool_]:
+        """Rows after which nothing has value, ``(rows,)``: none where no column says so."""
+        kept, stated = self.flags("not_terminated"), self.flags("terminated")
+        if kept is None:
+            return np.zeros(self.rows, np.bool_) if stated is None else stated
+        if stated is not None and (differ := np.flatnonzero(stated == kept)).size:
+            ours, theirs = self.paths["not_terminated"], self.paths["terminated"]
+            raise DatasetError(
+                f"{self.name}: {ours!r} (0 where a row terminates) and {theirs!r} (1 there) "
+                f"disagree in {len(differ)} of {self.rows} rows, first at row {differ[0]}; choose "
+                f"one with columns={{'terminated': {theirs!r}}} or "
+                f"columns={{'not_terminated': {ours!r}, 'terminated': None}}."
+            )
+        return ~kept
+
+    def flags(self, key: str) -> NDArray[np.bool_] | None:
+        """A column of 0 and 1 as booleans, ``(rows,)``."""
+        column = self.columns.get(key)
+        if column is None:
+            return None
+        values = np.asarray(column[:]).reshape(self.rows)
+        if values.dtype == np.bool_:
+            return values
+        bad = np.flatnonzero((values != 0) & (values != 1))
+        if len(bad):
+            raise DatasetError(
+                f"{self.name}: {self.called(key)} holds {values[bad[0]]} in {len(bad)} of "
+                f"{self.rows} rows with other values than 0 and 1, first at row {bad[0]}; "
+                "wanted 0 or 1."
+            )
+        return values.astype(np.bool_)
+
+    def called(self, key: str) -> str:
+        """The key, and the file's name of it where that differs."""
+        path = self.paths.get(key, key)
+        return key if path == key else f"{key} ({path!r})"
+
+
+def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> Table:
+    unknown = set(options.columns) - set(NAMES)
+    if unknown:
+        raise DatasetError(
+            f"{name}: columns maps {sorted(unknown)}; the keys are {', '.join(NAMES)}."
+        )
+    found = _columns_of_keys(name, columns, options)
+    named: dict[str, Column] = {}
+    observation: dict[Key, Column] = {}
+    following: dict[Key, Column] = {}
+    for key, path in found.items():
+        if path is None:
+            continue
+        inner = {
+            p[len(path) + 1 :]: c
+            for p, c in columns.items()
+            if p.startswith(f"{path}/") and c.shape
+        }
+        if key in ("observation", "next_observation"):
+            leaves = observation if key == "observation" else following
+            if path in columns:
+                leaves[("observation",)] = columns[path]
+            leaves.update({("observation", *p.split("/")): c for p, c in inner.items()})
+        elif path in columns:
+            named[key] = columns[path]
+        else:
+            raise DatasetError(
+                f"{name}: {key} ({path!r}) is a group of {', '.join(inner)}; expected one array."
+            )
+    if not following:
+        found["next_observation"] = None
+    elif set(following) != set(observation):
+        raise DatasetError(
+            f"{name}: next_observation has the leaves {sorted(following)}, observation has "
+            f"{sorted(observation)}; wanted the same."
+        )
+    check_numbers(name, {**named, **_joined(observation), **_joined(following, "next/")})
+    rows = next(iter(observation.values())).shape[0]
+    if rows == 0:
+        raise DatasetError(f"{name}: observation has 0 rows; wanted at least one transition.")
+    _same_rows(name, rows, {**named, **_joined(observation), **_joined(following, "next/")})
+    for key in (
+        "reward", "terminated", "not_terminated", "truncated", "trajectory_end", "valid",
+        "episode", "action_log_prob",
+    ):  # fmt: skip
+        if key in named and not _single(named[key]):
+            raise DatasetError(
+                f"{name}: {key} has shape {tuple(named[key].shape)}; wanted one number a row, "
+                f"({rows},) or ({rows}, 1)."
+            )
+    ignored = options.columns.get("truncated", "") is None
+    paths = {key: path for key, path in found.items() if path is not None}
+    return Table(name, rows, observation, following or None, named, ignored, paths)
+
+
+def _single(column: Column) -> bool:
+    """One number a row."""
+    return int(np.prod(column.shape[1:])) == 1
+
+
+def _joined(columns: Mapping[Key, Column], prefix: str = "") -> dict[str, Column]:
+    return {prefix + "/".join(key): column for key, column in columns.items()}
+
+
+def _columns_of_keys(
+    name: str, columns: dict[str, Column], options: ReadOptions
+) -> dict[str, str | None]:
+    """The column of each key of ``NAMES``, and of ``trajectory_end``."""
+    given = dict(options.columns)
+    if given.get("terminated") in NAMES["not_terminated"]:
+        # The name says what its values mean: 0 where a row terminates.
+        given.setdefault("not_terminated", given.pop("terminated"))
+    elif "terminated" in given:
+        if given.get("not_terminated") and given["terminated"]:
+            raise DatasetError(
+                f"{name}: columns maps terminated to {given['terminated']!r} and not_terminated to "
+                f"{given['not_terminated']!r}; one is the opposite of the other: name one of them."
+            )
+        given.setdefault("not_terminated", None)
+    chosen = {key: _find(name, key, columns, given) for key in NAMES if key != "terminated"}
+    chosen["trajectory_end"] = None
+    if not (chosen["not_terminated"] or (chosen["valid"] and "terminated" not in given)):
+        chosen["terminated"] = _find(name, "terminated", columns, given)
+        return chosen
+    if given.get("truncated") in TRAJECTORY_ENDS:
+        chosen["trajectory_end"], chosen["truncated"] = chosen["truncated"], None
+    else:
+        chosen["trajectory_end"] = next((p for p in TRAJECTORY_ENDS if p in columns), None)
+    stated = [p for p in NAMES["terminated"] if p in columns and p not in TRAJECTORY_ENDS]
+    chosen["terminated"] = stated[0] if stated and "terminated" not in given else None
+    return chosen
+
+
+def _find(
+    name: str, key: str, columns: dict[str, Column], given: Mapping[str, str | None]
+) -> str | None:
+    """The column (or group of columns) that holds a key."""
+
+    def present(path: str) -> bool:
+        return path in columns or any(p.startswith(f"{path}/") for p in columns)
+
+    listing = ", ".join(sorted(columns)) or "nothing"
+    if key in given:
+        path = given[key]
+        if path is not None and not present(path):
+            raise DatasetError(f"{name}: columns maps {key} to {path!r}; the data has {listing}.")
+        if path is None and key in REQUIRED and key != "terminated":
+            raise DatasetError(f"{name}: {key} cannot be left out.")
+        return path
+    matches = [path for path in NAMES[key] if present(path)]
+    if key not in (*REQUIRED, "next_observation"):  # Single numbers and groups are no columns.
+        matches = [p for p in matches if p in columns and columns[p].shape]
+    if key in ("not_terminated", "valid"):  # Columns of other kinds bear these names too.
+        matches = [path for path in matches if path in columns and _single(columns[path])]
+    if len(matches) > 1:
+        raise DatasetError(
+            f"{name}: {key} could be any of {', '.join(matches)}; choose with "
+            f"columns={{{key!r}: ...}}."
+        )
+    if not matches and key in REQUIRED:
+        raise DatasetError(
+            f"{name}: no column for {key} among {listing}; name it with "
+            f"columns={{{key!r}: ...}}.{_hint(key, columns)}"
+        )
+    return matches[0] if matches else None
+
+
+def _hint(key: str, columns: Mapping[str, Column]) -> str:
+    merged = [p for p in ("done", "dones", "next/done") if p in columns]
+    if key == "terminated" and merged:
+        return (
+            f" {merged[0]!r} may merge termination with truncation: if it means termination alone,"
+            " say so."
+        )
+    if key == "reward":
+        return (
+            " Data recorded without a task has no rewards: load it for one single task with its own "
+            "package where that offers it (OGBench: make_env_and_datasets of a name with "
+            "'-singletask-'), or compute the task's rewards, and which rows terminate, and pass a "
+            "dict of arrays with both."
+        )
+    return ""
+
+
+def _same_rows(name: str, rows: int, columns: Mapping[str, Column]) -> None:
+    for key, column in columns.items():
+        if column.shape[0] != rows:
+            raise DatasetError(
+                f"{name}: {key} has {column.shape[0]} rows, observation has {rows}; wanted one row "
+                "per step in every column."
+            )

@@ -1,0 +1,142 @@
+"""How a table's observations move from row to row: which rows follow each other, which do not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iql_torchrl.data.readers.columns import Table
+
+__all__ = ["ROWS", "Motion", "breaks", "motion"]
+
+CHUNK = 65_536
+#: Rows and columns that ``motion`` reads at most: the leading ones.
+ROWS, COLUMNS = 32_768, 128
+#: Fewest steps from which ``motion`` judges.
+STEPS = 20
+_ROUNDS = 4
+
+
+def breaks(table: Table, steps: int | None = None) -> NDArray[np.bool_]:
+    """Where ``next_observation`` is not the following row's observation, ``(rows - 1,)``.
+
+    The norm of the difference is above 1e-6. The table must have ``next_observation``. ``steps``:
+    of that many leading rows only.
+    """
+    assert table.next_observation is not None
+    steps = table.rows - 1 if steps is None else steps
+    broken = np.zeros(steps, np.bool_)
+    for start in range(0, steps, CHUNK):
+        stop = min(start + CHUNK, steps)
+        gap = np.zeros(stop - start)
+        for key, column in table.observation.items():
+            ahead = np.asarray(column[start + 1 : stop + 1], np.float64)
+            after = np.asarray(table.next_observation[key][start:stop], np.float64)
+            with np.errstate(invalid="ignore"):  # The validator names infinite numbers.
+                gap += np.square(ahead - after).reshape(stop - start, -1).sum(1)
+        # Not-a-number is the validator's to name, not a border.
+        broken[start:stop] = np.sqrt(np.nan_to_num(gap)) > 1e-6
+    return broken
+
+
+@dataclass(frozen=True)
+class Motion:
+    """How well a linear model predicts each row's observation from the row before it.
+
+    Attributes:
+        error: prediction error of the step from row t to row t + 1, ``(rows - 1,)``; 1 is a step
+            of which 90 % of the well predicted steps are better, in each column.
+        jumps: steps that no motion explains, ``(rows - 1,)``.
+        unrelated: error that 90 % of pairs of unrelated rows exceed.
+    """
+
+    error: NDArray[np.float64]
+    jumps: NDArray[np.bool_]
+    unrelated: float
+
+    def inside(self, marked: NDArray[np.bool_], others: NDArray[np.bool_]) -> int | None:
+        """How many of the ``marked`` steps are as well predicted as 99 % of the ``others``.
+
+        Both masks have one entry per step. None where nothing can be said: one of them is empty,
+        or unrelated rows cannot be told from successive ones by their error.
+        """
+        if not marked.any() or not others.any():
+            return None
+        ordinary = float(np.quantile(self.error[others], 0.99))
+        if not self.unrelated > ordinary:
+            return None
+        return int((self.error[marked] <= ordinary).sum())
+
+
+def motion(table: Table) -> Motion | None:
+    """The motion of the table's leading ``ROWS`` rows, in its leading ``COLUMNS`` columns.
+
+    Measured: each float column of the observation, divided by its standard deviation, is predicted
+    one row ahead by least squares from the observation and the action of the row before (from a
+    constant alone where there are fewer than 10 steps per input). The fit is repeated on the 80 %
+    best predicted steps, so that jumps do not bend it. The error of a step is the root mean square
+    over columns of its residual, each column's in units of the 90 % quantile of its own residuals.
+    Columns that rest in half of the steps or more are left out.
+
+    A step is a jump if its error exceeds both 4 times the 80 % quantile of all errors and half the
+    median error of pairs of unrelated rows, and the residual exceeds 2 units in more than a third
+    of the columns (a collision changes few columns at once); or if it exceeds 20 units in more
+    than half of the columns.
+
+    None where nothing can be said: fewer than ``STEPS`` steps, no moving float column, or numbers
+    that are not finite.
+    """
+    rows = min(table.rows, ROWS)
+    parts = [
+        np.asarray(column[:rows], np.float64).reshape(rows, -1)[:, :COLUMNS]
+        for column in table.observation.values()
+        if np.dtype(column.dtype).kind == "f"
+    ]
+    actions = np.asarray(table.columns["action"][:rows], np.float64).reshape(rows, -1)[:, :COLUMNS]
+    if rows <= STEPS or not parts:
+        return None
+    values = np.concatenate(parts, axis=1)[:, :COLUMNS]
+    if not (np.isfinite(values).all() and np.isfinite(actions).all()):
+        return None
+    values = values[:, (np.diff(values, axis=0) != 0).mean(axis=0) > 0.5]
+    if not values.shape[1]:
+        return None
+    return _measured(_standard(values), _standard(actions[:, actions.std(axis=0) > 0]))
+
+
+def _standard(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    scale = values.std(axis=0)
+    result: NDArray[np.float64] = (values - values.mean(axis=0)) / np.where(scale > 0, scale, 1.0)
+    return result
+
+
+def _measured(observed: NDArray[np.float64], actions: NDArray[np.float64]) -> Motion:
+    steps = len(observed) - 1
+    inputs = np.concatenate([observed[:-1], actions[:-1], np.ones((steps, 1))], axis=1)
+    if steps < 10 * inputs.shape[1]:
+        inputs = inputs[:, -1:]
+    change, kept = np.diff(observed, axis=0), np.ones(steps, np.bool_)
+    for _ in range(_ROUNDS):
+        best = inputs[kept]
+        square = best.T @ best
+        square[np.diag_indices_from(square)] += 1e-8 * len(best)
+        predicted = inputs @ np.linalg.solve(square, best.T @ change[kept])
+        residual = np.abs(change - predicted)
+        # A ten thousandth of a standard deviation: rounding is no motion.
+        unit = np.maximum(np.quantile(residual[kept], 0.9, axis=0), 1e-4)
+        error = _root_mean_square(residual / unit)
+        ordinary = float(np.quantile(error, 0.8))
+        kept = error <= ordinary
+    other = np.random.default_rng(0).permutation(steps)
+    unrelated = _root_mean_square(np.abs(observed[1:][other] - observed[:-1] - predicted) / unit)
+    far = error > max(4 * ordinary, 0.5 * float(np.median(unrelated)))
+    far &= (residual > 2 * unit).mean(axis=1) > 1 / 3
+    everywhere = (residual > 20 * unit).mean(axis=1) > 0.5
+    return Motion(error, far | everywhere, float(np.quantile(unrelated, 0.1)))
+
+
+def _root_mean_square(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    result: NDArray[np.float64] = np.sqrt(np.square(values).mean(axis=1))
+    return result

@@ -1,0 +1,201 @@
+"""Tables of rows as transitions: where one episode ends, and what each row's successor is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iql_torchrl.data.readers.arrays import Column
+from iql_torchrl.data.readers.columns import Table, read_table
+from iql_torchrl.data.readers.source import Piece, ReadOptions, Source, first_episodes
+from iql_torchrl.data.readers.table_ends import Ends, table_ends
+from iql_torchrl.data.readers.table_spaces import (
+    check_shapes,
+    guess_action_space,
+    guess_observation_space,
+)
+from iql_torchrl.data.readers.table_warnings import mark_notes, mark_warnings
+from iql_torchrl.data.schema import (
+    ACTION,
+    LOG_PROB,
+    MASK,
+    NEXT_MASK,
+    REWARD,
+    TERMINATED,
+    TRUNCATED,
+    DatasetError,
+)
+
+__all__ = ["table_source"]
+
+CHUNK = 65_536
+
+
+def table_source(name: str, columns: dict[str, Column], options: ReadOptions) -> Source:
+    """A ``Source`` over the columns.
+
+    Trajectories, which are the episodes of every statistic, end at rows marked terminated or
+    truncated and where ``episode`` changes; with neither truncation marks nor episodes, also where
+    ``next_observation`` is not the following row's observation (norm of the difference above
+    1e-6), and after ``max_episode_steps``.
+
+    OGBench's conventions (``ogbench.load_dataset``, version 1.2.2): a column ``masks``
+    (``not_terminated``) is 0 where a row terminates and 1 elsewhere. Beside it, and beside
+    ``valids``, ``terminals`` marks trajectories' last rows only: truncated unless ``masks`` is 0
+    there. A row that terminates inside its trajectory stops bootstrapping, is ``done``, and does
+    not end the episode. Where ``terminals`` is missing, or marks exactly the terminations, a
+    trajectory goes on past a termination only if the next row's observation is this row's
+    ``next_observation``. ``columns={"terminated": "masks"}`` means the same as
+    ``columns={"not_terminated": "masks"}``. A row where ``valids`` (``valid``) is 0 is no
+    transition: it only supplies the next observation of the row before it.
+
+    Terminations inside a trajectory numbered by ``episode`` are read alike where the next row
+    evidently continues it (see ``table_ends.goes_on``), and refused elsewhere.
+
+    Without ``next_observation`` the following row is the successor. At an episode's end there is
+    none: a truncated row is dropped and the row before it becomes the episode's last, truncated
+    (D4RL's ``qlearning_dataset`` drops it too); a terminated row is kept with its own observation
+    as successor, which no value is ever read from. A successor's mask that is unknown allows all
+    actions. With ``reward_offset=1`` the reward and the marks of row t+1 are row t's, and the last
+    row of each episode, whose reward is unknown, is dropped. ``notes`` counts what was dropped,
+    ``warnings`` says which marks look wrong (see ``table_warnings``).
+    """
+    table = read_table(name, columns, options)
+    ends = table_ends(table, options)
+    rows, marks, lengths, notes = _kept_rows(table, ends, options.reward_offset)
+    inside = int(marks[rows, 0].sum() - marks[rows[np.cumsum(lengths) - 1], 0].sum())
+    notes += mark_notes(table, ends, inside)
+    warned = mark_warnings(table, ends, inside)
+    lengths = first_episodes(lengths, options.limit)
+    if not lengths.sum():
+        raise DatasetError(f"{name}: no transition is left of {table.rows} rows; {' '.join(notes)}")
+    if lengths.sum() < len(rows):
+        notes.append(f"limit: kept {lengths.sum()} of {len(rows)} transitions.")
+        rows = rows[: lengths.sum()]
+    observation_space = options.observation_space or guess_observation_space(table)
+    action_space, remarks, guessed = guess_action_space(table, options)
+    check_shapes(table, observation_space, action_space)
+
+    def pieces() -> Iterator[Piece]:
+        for start in range(0, len(rows), CHUNK):
+            chosen = rows[start : start + CHUNK]
+            yield _piece(table, chosen, marks, ends.last, options.reward_offset)
+
+    return Source(
+        name=name,
+        observation_space=observation_space,
+        action_space=action_space,
+        episode_lengths=lengths,
+        pieces=pieces,
+        masked="action_mask" in table.columns,
+        log_prob="action_log_prob" in table.columns,
+        ends_known="truncated" in table.columns and options.limit is None,
+        goes_on=inside > 0,
+        termination=table.paths.get("terminated", table.paths.get("trajectory_end")),
+        notes=(*notes, *remarks),
+        warnings=(*warned, *guessed),
+    )
+
+
+def _kept_rows(
+    table: Table, ends: Ends, reward_offset: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64], list[str]]:
+    """Rows that make transitions, their marks ``(table.rows, 2)``, episode lengths, and notes."""
+    if reward_offset not in (0, 1):
+        raise DatasetError(f"reward_offset: wanted 0 or 1, got {reward_offset}")
+    last, terminated = ends.last, ends.terminated
+    marks = np.stack([terminated, ends.truncated], axis=1)
+    notes: list[str] = []
+    drop = ~ends.valid
+    if drop.any():
+        notes.append(
+            f"dropped {int(drop.sum())} rows of {table.rows} where {table.paths['valid']!r} is 0: "
+            "they only hold the observation after a trajectory's last step."
+        )
+    if reward_offset:
+        drop = drop | last
+        notes.append(
+            f"reward_offset: dropped {int(drop.sum())} last rows, whose reward is unknown."
+        )
+    elif table.next_observation is None:
+        cut = last & ends.valid & ~(terminated & ~ends.truncated)
+        drop = drop | cut
+        if cut.any():
+            notes.append(
+                f"dropped {int(cut.sum())} truncated last rows of {table.rows}: without "
+                "next_observation they have no successor."
+            )
+        kept_own = int((terminated & last & ~drop).sum())
+        if kept_own:
+            notes.append(
+                f"{kept_own} terminated rows have no successor in the file; their own observation "
+                "stands in."
+            )
+    if reward_offset:
+        # Late rewards: a row's marks describe the arrival in it.
+        going_on = np.flatnonzero(~last)
+        marks[going_on] = marks[going_on + 1]
+    else:
+        # Before a dropped row the data stops, unless the value ends there anyway.
+        before = np.flatnonzero(drop) - 1
+        before = before[(before >= 0) & ~last[np.maximum(before, 0)]]
+        marks[before, 1] = ~marks[before, 0]
+    end_rows = np.flatnonzero(last)
+    counts = np.diff(np.concatenate([[0], end_rows + 1])) - drop[end_rows]
+    empty = int((counts == 0).sum())
+    if empty:
+        notes.append(f"{empty} episodes of one row vanished with their only row.")
+    return np.flatnonzero(~drop), marks, counts[counts > 0].astype(np.int64), notes
+
+
+def _piece(
+    table: Table,
+    rows: NDArray[np.int64],
+    marks: NDArray[np.bool_],
+    last: NDArray[np.bool_],
+    reward_offset: int,
+) -> Piece:
+    """The transitions of the given rows, which increase."""
+    start, stop = int(rows[0]), int(rows[-1]) + 1
+    whole = len(rows) == stop - start
+    local: Any = slice(None) if whole else rows - start
+
+    def read(column: Column, shift: int = 0) -> NDArray[Any]:
+        values = np.asarray(column[start + shift : stop + shift])
+        if len(values) < stop - start:  # The very last row has no follower.
+            values = np.concatenate([values, np.asarray(column[table.rows - 1 : table.rows])])
+        picked: NDArray[Any] = values[local]
+        return picked
+
+    following = table.next_observation
+    at_end = last[rows]
+    piece: Piece = {}
+    for key, column in table.observation.items():
+        piece[key] = read(column)
+        if following is not None:
+            piece[("next", *key)] = read(following[key])
+        else:
+            piece[("next", *key)] = _replaced(read(column, 1), at_end, piece[key])
+    piece[ACTION] = read(table.columns["action"])
+    piece[REWARD] = read(table.columns["reward"], reward_offset).reshape(-1)
+    piece[TERMINATED], piece[TRUNCATED] = marks[rows, 0], marks[rows, 1]
+    if (mask := table.columns.get("action_mask")) is not None:
+        piece[MASK] = read(mask)
+        if (next_mask := table.columns.get("next_action_mask")) is not None:
+            piece[NEXT_MASK] = read(next_mask)
+        else:
+            piece[NEXT_MASK] = _replaced(read(mask, 1), at_end, np.ones_like(piece[MASK]))
+    if (log_prob := table.columns.get("action_log_prob")) is not None:
+        piece[LOG_PROB] = read(log_prob).reshape(-1)
+    return piece
+
+
+def _replaced(values: NDArray[Any], where: NDArray[np.bool_], others: NDArray[Any]) -> NDArray[Any]:
+    if not where.any():
+        return values
+    replaced = values.copy()
+    replaced[where] = others[where]
+    return replaced

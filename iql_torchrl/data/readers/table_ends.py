@@ -1,0 +1,143 @@
+"""Where a table's rows terminate, where its trajectories end, and which rows are transitions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iql_torchrl.data.readers.columns import Table
+from iql_torchrl.data.readers.motion import Motion, breaks, motion
+from iql_torchrl.data.readers.source import ReadOptions
+from iql_torchrl.data.schema import DatasetError
+
+__all__ = ["Ends", "goes_on", "table_ends"]
+
+Flags = NDArray[np.bool_]
+#: Share of the marked rows that must lie within motion before they are called misplaced.
+MOST = 0.9
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Marks of a table's rows, each ``(rows,)``.
+
+    Attributes:
+        terminated: nothing after the row has value.
+        truncated: the row is its trajectory's last one for another reason.
+        last: the last row of each trajectory, counting rows that are no transitions.
+        valid: False at rows that are no transitions and only hold the last next observation.
+    """
+
+    terminated: Flags
+    truncated: Flags
+    last: Flags
+    valid: Flags
+
+
+def table_ends(table: Table, options: ReadOptions) -> Ends:
+    """Reads the marks; see ``table_source`` for the rules."""
+    terminated, truncated = table.terminated(), table.flags("truncated")
+    end, valid = table.flags("trajectory_end"), table.flags("valid")
+    # A termination ends its trajectory, unless another column says where trajectories end.
+    may_go_on = "not_terminated" in table.columns
+    marked = np.zeros(table.rows, np.bool_)
+    for flags in (truncated, end):
+        if flags is not None:
+            marked |= flags
+    only_terminations = end is None or np.array_equal(end, terminated)
+    if may_go_on and only_terminations and valid is None:
+        may_go_on = table.next_observation is not None and end is None
+        if may_go_on:
+            marked[:-1] |= terminated[:-1] & breaks(table)
+    last = marked if may_go_on else marked | terminated
+    if valid is not None:
+        next_valid = np.concatenate([valid[1:], [True]])
+        last = (last & valid & next_valid) | ~valid
+    last[-1] = True
+    unmarked = truncated is None and valid is None and only_terminations
+    if "episode" in table.columns:
+        last = _numbered(table, terminated, last, valid)
+    elif unmarked and table.next_observation is not None:
+        last[:-1] |= breaks(table)
+    elif unmarked and end is None:
+        _check_known(table, options)
+    if unmarked and options.max_episode_steps:
+        last = _cut_long(last, options.max_episode_steps)
+    if truncated is None or end is not None or valid is not None:
+        truncated = last & ~terminated
+    elif "not_terminated" in table.columns:
+        truncated = truncated & ~terminated
+    kept = np.ones(table.rows, np.bool_) if valid is None else valid
+    return Ends(terminated, truncated, last, kept)
+
+
+def _numbered(table: Table, terminated: Flags, last: Flags, valid: Flags | None) -> Flags:
+    """Ends of trajectories where the column ``episode`` numbers them."""
+    ids = np.asarray(table.columns["episode"][:]).reshape(-1)
+    if ids.dtype.kind == "f" and (bad := np.flatnonzero(~np.isfinite(ids))).size:
+        raise DatasetError(
+            f"{table.name}: {table.called('episode')} is NaN or infinite in {len(bad)} of "
+            f"{table.rows} rows, first at row {bad[0]}; expected one number per episode."
+        )
+    changes = np.concatenate([ids[1:] != ids[:-1], [True]])
+    wrong = last & ~changes
+    if valid is not None:
+        wrong &= valid
+    goals = wrong & terminated
+    if goals.any() and np.array_equal(goals, wrong) and _successive(table, goals, changes):
+        wrong = wrong & ~goals
+        last = last & ~goals
+    if wrong.any():
+        raise DatasetError(
+            f"{table.name}: {int(wrong.sum())} rows are marked as ends although the episode number "
+            f"goes on, first at row {int(wrong.argmax())}; wanted marks and numbers to agree. A "
+            "termination within an episode is read as such only where the next row evidently "
+            "continues the motion."
+        )
+    return last | changes
+
+
+def _successive(table: Table, rows: Flags, last: Flags) -> bool:
+    """Whether each of the rows is evidently followed by its own successor."""
+    if table.next_observation is not None:
+        return not (breaks(table) & rows[:-1]).any()
+    return bool(goes_on(table, motion(table), rows, ~rows & ~last))
+
+
+def goes_on(table: Table, moved: Motion | None, rows: Flags, ordinary: Flags) -> int:
+    """How many of the marked rows are evidently followed by their own trajectory's next row.
+
+    That is: the step to the next row is as well predicted as 99 % of the steps from ``ordinary``
+    rows (``Motion.inside``), and where ``next_observation`` is known it equals the next row's
+    observation. 0 unless this holds for ``MOST`` of the marked rows among ``moved``'s. Tables whose
+    next observations are the observations shifted by one row, across the ends of episodes too,
+    pass the second test but not the first.
+    """
+    if moved is None:
+        return 0
+    marked = rows[: len(moved.error)].copy()
+    total = int(marked.sum())
+    if table.next_observation is not None:
+        marked &= ~breaks(table, len(marked))
+    smooth = moved.inside(marked, ordinary[: len(marked)])
+    return smooth if smooth is not None and smooth >= MOST * total else 0
+
+
+def _check_known(table: Table, options: ReadOptions) -> None:
+    if not options.max_episode_steps and not table.truncation_ignored:
+        raise DatasetError(
+            f"{table.name}: neither truncated, episode nor next_observation says where episodes "
+            "end besides termination; pass max_episode_steps or env, name one with columns={...}, "
+            "or columns={'truncated': None} if every episode terminates."
+        )
+
+
+def _cut_long(ends: Flags, steps: int) -> Flags:
+    last = np.flatnonzero(ends)
+    first = np.concatenate([[0], last[:-1] + 1])
+    row = np.arange(len(ends))
+    age = row - np.repeat(first, last - first + 1)
+    cut: Flags = ends | ((age + 1) % steps == 0)
+    return cut

@@ -1,0 +1,126 @@
+"""What a table's marks contradict: sentences for ``Source.notes`` and ``Source.warnings``."""
+
+from __future__ import annotations
+
+from iql_torchrl.data.readers.columns import TRAJECTORY_ENDS, Table
+from iql_torchrl.data.readers.motion import ROWS, breaks, motion
+from iql_torchrl.data.readers.table_ends import MOST, Ends, goes_on
+
+__all__ = ["mark_notes", "mark_warnings"]
+
+
+def mark_notes(table: Table, ends: Ends, inside: int) -> list[str]:
+    """How the marks were read where their names leave it open; ``inside``: terminations there."""
+    notes = []
+    if (path := table.paths.get("not_terminated")) is not None:
+        notes.append(
+            f"{path!r} was read as 0 where a row terminates and 1 elsewhere "
+            f"({int((ends.terminated & ends.valid).sum())} terminations)."
+        )
+    if (path := table.paths.get("trajectory_end")) is not None:
+        notes.append(f"{path!r} was read as ends of trajectories, not as terminations.")
+    if inside:
+        notes.append(
+            f"{inside} rows terminate inside a trajectory that goes on: bootstrapping stops there, "
+            "the episode does not end."
+        )
+    return notes
+
+
+def mark_warnings(table: Table, ends: Ends, inside: int) -> list[str]:
+    """Marks that the rows themselves contradict, one sentence each."""
+    texts = [_no_terminations(table), _mostly_terminated(table, ends, inside)]
+    if "episode" not in table.columns and ends.valid.all():
+        texts += [_misplaced(table), _continued(table, ends), _no_ends(table, ends)]
+    return [f"{table.name}: {text}" for text in texts if text is not None]
+
+
+def _looked_at(table: Table) -> str:
+    return f" among the first {ROWS:,} rows" if table.rows > ROWS else ""
+
+
+def _no_terminations(table: Table) -> str | None:
+    """Ends of trajectories, and nothing that says which of them terminate."""
+    known = "terminated" in table.columns or "not_terminated" in table.columns
+    if known or (path := table.paths.get("trajectory_end")) is None:
+        return None
+    return (
+        f"no column says which rows terminate: beside {table.paths['valid']!r}, {path!r} marks ends "
+        "of trajectories, and all of them were read as truncated. Add 'masks' (0 where a row "
+        "terminates), or pass columns={'terminated': None, 'truncated': "
+        f"{path!r}}} if none does."
+    )
+
+
+def _mostly_terminated(table: Table, ends: Ends, inside: int) -> str | None:
+    share = inside / max(1, int((ends.valid & ~ends.last).sum()))
+    if share <= MOST:
+        return None
+    opposite = "not_terminated" in table.columns
+    path = table.paths["not_terminated" if opposite else "terminated"]
+    other = "terminated" if opposite else "not_terminated"
+    return (
+        f"{path!r} says that {inside} rows terminate inside trajectories that go on, {share:.0%} of "
+        f"them: it may mean the opposite. columns={{{other!r}: {path!r}}} reads it so."
+    )
+
+
+def _misplaced(table: Table) -> str | None:
+    """Truncation marks inside smooth motion, where the following row is the successor."""
+    truncated = table.flags("truncated")
+    if truncated is None or table.next_observation is not None or not truncated[:-1].any():
+        return None
+    if (moved := motion(table)) is None:
+        return None
+    marked = truncated[: len(moved.error)]
+    others = ~marked & ~table.terminated()[: len(marked)]
+    smooth = moved.inside(marked, others)
+    if smooth is None or smooth < MOST * marked.sum():
+        return None
+    return (
+        f"{smooth} of {int(marked.sum())} rows marked truncated ({table.paths['truncated']!r})"
+        f"{_looked_at(table)} are followed by an observation that continues their motion as well as "
+        "any within an episode: the marks may be misplaced. columns={'truncated': None} ignores "
+        "them, and episodes then end at terminations only."
+    )
+
+
+def _continued(table: Table, ends: Ends) -> str | None:
+    """Terminations that split a trajectory which evidently goes on."""
+    if (path := table.paths.get("terminated")) is None or "not_terminated" in table.columns:
+        return None
+    rows = ends.terminated & ends.last
+    if not rows[:-1].any() or not (count := goes_on(table, motion(table), rows, ~ends.last)):
+        return None
+    total = int(rows[: min(table.rows, ROWS) - 1].sum())
+    return (
+        f"{count} of the {total} rows marked terminated ({path!r}){_looked_at(table)} are followed "
+        "by a row that continues the same trajectory, yet each was read as the end of an episode. If "
+        f"{path!r} only marks where recording was cut, pass columns={{'terminated': None, "
+        f"'truncated': {path!r}}}; if it is 0 where a row terminates, columns={{'not_terminated': "
+        f"{path!r}}}; if trajectories do go on past a termination, number them in a column and "
+        "name it with columns={'episode': ...}."
+    )
+
+
+def _no_ends(table: Table, ends: Ends) -> str | None:
+    """No mark anywhere, although rows do not follow each other."""
+    if ends.last[:-1].any() or ends.terminated.any() or "truncated" not in table.columns:
+        return None
+    if table.next_observation is not None:
+        count = int(breaks(table).sum())
+        seen = "whose next_observation is not the following row's observation"
+    else:
+        moved = motion(table)
+        count = 0 if moved is None else int(moved.jumps.sum())
+        seen = "from which the observation jumps to the following row's" + _looked_at(table)
+    if not count:
+        return None
+    path, names = table.paths["truncated"], ", ".join(map(repr, TRAJECTORY_ENDS))
+    return (
+        f"no row is marked terminated or truncated ({path!r} is 0 throughout), but there are "
+        f"{count} rows {seen}: the whole table was read as one episode. Pass columns={{'truncated': "
+        "None} with max_episode_steps=, or name the column that marks ends of trajectories "
+        f"(such as {names}) with columns={{'truncated': ...}} or numbers them with "
+        "columns={'episode': ...}."
+    )

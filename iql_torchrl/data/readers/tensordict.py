@@ -1,0 +1,70 @@
+"""TensorDicts, and TorchRL's replay buffers and storages, as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torchrl.data import ReplayBuffer, Storage
+
+from iql_torchrl.data.readers.arrays import Column, array_of
+from iql_torchrl.data.schema import DatasetError
+
+__all__ = ["columns_of_tensordict"]
+
+
+def columns_of_tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> dict[str, Column]:
+    """The leaves by ``/``-joined key, ``(N, ...)``.
+
+    More than one batch dimension is flattened with time last, as collectors deliver it; each row
+    of that batch is then its own episode wherever its trajectory numbers do not say otherwise.
+    ``("next", "truncated")`` is completed from ``done`` and ``terminated`` where only those exist.
+    """
+    table = _table(source)
+    if not table.batch_dims:
+        raise DatasetError(
+            f"{type(source).__name__}: has no batch dimension; wanted one row per step."
+        )
+    names = [
+        (key,) if isinstance(key, str) else tuple(key)
+        for key in table.keys(include_nested=True, leaves_only=True)
+    ]
+    lead = table.batch_dims
+    rows = table.batch_size.numel()
+    columns: dict[str, Column] = {}
+    for key in names:
+        values = table.get(key)
+        if isinstance(values, torch.Tensor):
+            flat = values.reshape(rows, *values.shape[lead:])
+            columns["/".join(key)] = array_of(flat, "/".join(key))
+    if lead > 1 and "collector/traj_ids" not in columns:
+        columns["collector/traj_ids"] = _numbered(columns, rows, table.batch_size[-1])
+    if "next/done" in columns and "next/terminated" in columns and "next/truncated" not in columns:
+        done, terminated = (np.asarray(columns[f"next/{k}"][:]) for k in ("done", "terminated"))
+        columns["next/truncated"] = done.astype(bool) & ~terminated.astype(bool)
+    return columns
+
+
+def _numbered(columns: dict[str, Column], rows: int, steps: int) -> Any:
+    """Episode numbers that also change after each mark."""
+    ends = np.arange(1, rows + 1) % steps == 0
+    for name in ("next/done", "next/terminated", "next/truncated"):
+        if name in columns:
+            ends |= np.asarray(columns[name][:]).reshape(rows).astype(bool)
+    return np.concatenate([[0], np.cumsum(ends)[:-1]])
+
+
+def _table(source: TensorDictBase | ReplayBuffer | Storage) -> TensorDictBase:
+    if isinstance(source, ReplayBuffer):
+        source = source.storage
+    if isinstance(source, Storage):
+        if not len(source):
+            raise DatasetError("the replay buffer is empty; wanted at least one transition.")
+        source = source.get(slice(0, len(source)))
+    if not isinstance(source, TensorDictBase):
+        raise DatasetError(
+            f"the storage holds {type(source).__name__} values; wanted TensorDicts of transitions."
+        )
+    return source

@@ -1,0 +1,13 @@
+"""Policies in environments: rollouts, their results and statistics, background processes, video."""
+
+from iql_torchrl.evaluation.background import BackgroundEvaluation
+from iql_torchrl.evaluation.result import Evaluation
+from iql_torchrl.evaluation.rollout import evaluate
+from iql_torchrl.evaluation.video import record_video
+
+__all__ = [
+    "BackgroundEvaluation",
+    "Evaluation",
+    "evaluate",
+    "record_video",
+]

@@ -1,0 +1,223 @@
+"""One decision outside a rollout: NumPy observations in, NumPy actions out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from iql_torchrl.descriptions import describe_space
+from iql_torchrl.evaluation import gym_interface as interface
+
+__all__ = ["act", "as_in_evaluation", "needs_mask", "whole_limits"]
+
+
+def act(
+    policy: TensorDictModuleBase,
+    observation: Any,
+    observation_space: spaces.Space[Any],
+    action_space: spaces.Space[Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    deterministic: bool = True,
+    action_mask: Any = None,
+    seed: int | None = None,
+) -> Any:
+    """The policy's action as ``env.step`` takes it: the space's dtype and shape, within bounds.
+
+    ``observation``: one, as the environment gives it, or a batch: one more leading dimension on
+    every leaf, and then also on ``action_mask`` (``(n,)`` booleans) and on the result. Runs in
+    evaluation mode without gradients. The caller's torch random numbers are left alone, except
+    that a sample without ``seed`` draws from them.
+
+    Raises:
+        TypeError: ``policy`` is no TensorDict module.
+        ValueError: a missing or unknown key, a wrong shape, a category out of range, numbers that
+            are not finite, a mask that is missing or not read, or an action that is not one the
+            environment accepts.
+    """
+    interface.check_policy(policy)
+    if seed is not None and (
+        isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63
+    ):
+        raise ValueError(f"seed is {seed!r}; wanted a whole number in [0, 2**63), or None.")
+    leaves, count = _checked(observation, observation_space)
+    rows = [leaves] if count is None else [_row(leaves, index) for index in range(count)]
+    masks = None
+    if needs_mask(policy, observation_space):
+        masks = _masks(action_mask, action_space, count)
+    elif action_mask is not None:
+        raise ValueError(
+            f"action_mask was given, but the policy reads only {list(policy.in_keys)}; leave it "
+            "out, or train on data with an action mask."
+        )
+    flat = interface.reads_names_at_top_level(policy.in_keys, observation_space)
+    device = interface.policy_device(policy, None)
+    batch = interface.policy_input(rows, observation_space, flat=flat, masks=masks).to(device)
+    batch = batch.apply(lambda x: x.to(dtype) if x.is_floating_point() else x)
+    with as_in_evaluation(policy, device, deterministic=deterministic, seed=seed):
+        action = policy(batch).get("action", None)
+    if not isinstance(action, Tensor):
+        raise ValueError(
+            f"policy wrote a {type(action).__name__} under 'action'; it must write a tensor."
+        )
+    moments = [(row, 0) for row in range(len(rows))]
+    actions = np.asarray(
+        interface.environment_actions(action, action_space, moments), action_space.dtype
+    )
+    if count is not None:
+        return actions
+    return actions[0] if isinstance(action_space, spaces.Discrete) else np.asarray(actions[0])
+
+
+def needs_mask(policy: TensorDictModuleBase, observation_space: spaces.Space[Any]) -> bool:
+    """Whether ``policy`` reads an ``action_mask`` that is no part of the observation itself."""
+    observed = isinstance(observation_space, spaces.Dict) and (
+        "action_mask" in observation_space.spaces
+    )
+    return "action_mask" in list(policy.in_keys) and not observed
+
+
+@contextmanager
+def as_in_evaluation(
+    policy: nn.Module, device: torch.device, *, deterministic: bool = True, seed: int | None = None
+) -> Iterator[None]:
+    """Evaluation mode, no gradients, the exploration type; training modes are restored.
+
+    Random numbers come from ``seed``; the caller's generators are left as they were unless a
+    sample is wanted without a seed.
+    """
+    modes = [(module, module.training) for module in policy.modules()]
+    kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
+    cuda = [device] if device.type == "cuda" else []
+    private = deterministic or seed is not None
+    try:
+        policy.eval()
+        with (
+            torch.random.fork_rng(devices=cuda, enabled=private),
+            torch.no_grad(),
+            set_exploration_type(kind),
+        ):
+            if seed is not None:
+                # torch.manual_seed would also reseed devices that are not forked here.
+                torch.default_generator.manual_seed(int(seed))
+                for each in cuda:
+                    with torch.cuda.device(each):
+                        torch.cuda.manual_seed(seed)
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _checked(observation: Any, space: spaces.Space[Any]) -> tuple[Any, int | None]:
+    """The observation as arrays that fit ``space``, and its batch size (None for a single one)."""
+    sizes: dict[str, int | None] = {}
+    leaves = _fit(observation, space, "observation", sizes)
+    if len(set(sizes.values())) != 1:
+        found = ", ".join(f"{k}: {'one' if n is None else n}" for k, n in sizes.items())
+        raise ValueError(
+            f"the observation's leaves hold different numbers of observations ({found}); give "
+            "every leaf the same leading dimension, or none."
+        )
+    (count,) = set(sizes.values())
+    if count == 0:
+        raise ValueError("the observation is a batch of none; give at least one.")
+    return leaves, count
+
+
+def _fit(value: Any, space: spaces.Space[Any], path: str, sizes: dict[str, int | None]) -> Any:
+    if isinstance(space, spaces.Dict):
+        wanted = sorted(space.spaces)
+        if not isinstance(value, Mapping) or sorted(value) != wanted:
+            found = sorted(value) if isinstance(value, Mapping) else f"a {type(value).__name__}"
+            raise ValueError(f"{path} must be a dict of {wanted}, found {found}.")
+        return {
+            name: _fit(value[name], inner, f"{path}[{name!r}]", sizes)
+            for name, inner in space.spaces.items()
+        }
+    array = _array(value, path)
+    shape = tuple(space.shape or ())
+    single = array.shape == shape
+    if not single and (array.ndim != len(shape) + 1 or array.shape[1:] != shape):
+        raise ValueError(
+            f"{path} has shape {array.shape}; wanted {shape} for one observation, or "
+            f"{('B', *shape)} for a batch, of {describe_space(space)}."
+        )
+    floating = isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)
+    if array.dtype.kind not in ("fiub" if floating else "iub"):
+        raise ValueError(
+            f"{path} holds {array.dtype}; wanted {space.dtype} for {describe_space(space)}."
+        )
+    _check_values(array, space, path)
+    sizes[path] = None if single else len(array)
+    return array
+
+
+def _array(value: Any, path: str) -> NDArray[Any]:
+    if isinstance(value, Tensor):
+        return value.detach().cpu().numpy()
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        kind = type(value).__name__
+        raise ValueError(
+            f"{path} is a {kind} of which NumPy makes no array; pass the observation alone, as the "
+            "environment gives it (env.reset() and env.step() return it first, with other things)."
+        ) from error
+
+
+def whole_limits(space: spaces.Space[Any]) -> tuple[Any, Any] | None:
+    """The least and the greatest value of a space of whole numbers, inclusive; None for floats.
+
+    Numbers, or arrays of the space's shape.
+    """
+    if isinstance(space, spaces.Discrete):
+        return space.start, space.start + space.n - 1
+    if isinstance(space, spaces.MultiDiscrete):
+        return space.start, space.start + space.nvec - 1
+    if isinstance(space, spaces.MultiBinary):
+        return 0, 1
+    assert isinstance(space, spaces.Box)
+    return None if np.issubdtype(space.dtype, np.floating) else (space.low, space.high)
+
+
+def _check_values(array: NDArray[Any], space: spaces.Space[Any], path: str) -> None:
+    limits = whole_limits(space)
+    # Observed floats may pass their bounds, as in the log.
+    bad = ~np.isfinite(array) if limits is None else (array < limits[0]) | (array > limits[1])
+    if np.any(bad):
+        raise ValueError(
+            f"{path} holds {array[bad].flat[0]}; wanted finite values of {describe_space(space)}."
+        )
+
+
+def _row(leaves: Any, index: int) -> Any:
+    if isinstance(leaves, dict):
+        return {name: _row(leaf, index) for name, leaf in leaves.items()}
+    return leaves[index]
+
+
+def _masks(mask: Any, space: spaces.Space[Any], count: int | None) -> list[Tensor]:
+    wanted = f"({int(space.n)},)" if isinstance(space, spaces.Discrete) else "(n,)"
+    if mask is None:
+        raise ValueError(
+            f"the policy reads an action mask: pass action_mask= with shape {wanted}, True where "
+            "the action is allowed."
+        )
+    array = np.asarray(mask)
+    if array.ndim != (1 if count is None else 2) or (count is not None and len(array) != count):
+        full = wanted if count is None else f"({count}, {wanted[1:-2]})"
+        raise ValueError(f"action_mask has shape {array.shape}; wanted {full}.")
+    return [
+        interface.action_mask({"action_mask": m}, space)
+        for m in ([array] if count is None else array)
+    ]

@@ -1,0 +1,254 @@
+"""The process of a ``BackgroundEvaluation``: what it is sent, what it answers, when it ends."""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import io
+import os
+import pickle
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
+from typing import IO, Any
+
+import cloudpickle
+import gymnasium
+import torch
+from torch import Tensor, nn
+
+from iql_torchrl.evaluation.process_end import GRACE, LEAVE
+from iql_torchrl.evaluation.rollout import Evaluation, evaluate
+
+__all__ = [
+    "BOOTSTRAP",
+    "Arithmetic",
+    "Failure",
+    "Structure",
+    "named_tensors",
+    "send",
+    "serve",
+]
+
+# The pipes are moved away from stdin and stdout, so that an environment may print.
+BOOTSTRAP = """
+import sys
+sys.path[:] = [entry for entry in sys.path if entry]
+import os, pickle, signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, lambda *_: None)
+requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.dup2(2, 1)
+sys.path[:] = pickle.load(requests)
+from iql_torchrl.evaluation.background_worker import serve
+serve(requests, replies)
+"""
+
+LARGE = 100 * 2**20
+PRECISIONS = (
+    "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn", "cuda.matmul", "cudnn.conv", "cudnn.rnn",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What is sent once: pickles of the parts, and the keywords of ``evaluate``."""
+
+    policy: bytes
+    make_env: bytes
+    registrations: tuple[bytes, ...]
+    arguments: dict[str, Any]
+
+    @classmethod
+    def of(cls, policy: nn.Module, make_env: Any, arguments: dict[str, Any]) -> Structure:
+        """Raises ``TypeError`` for what cannot be pickled; warns of a large ``make_env``."""
+        environment = _packed("make_env", make_env)
+        if len(environment) > LARGE:
+            warnings.warn(
+                f"make_env carries {len(environment) / 2**20:.0f} MiB to the evaluation process; "
+                f"a function that mentions a dataset sends all of it: pass dataset.make_env itself",
+                stacklevel=3,
+            )
+        return cls(_packed("policy", policy), environment, _registrations(), arguments)
+
+    def rebuilt(self) -> tuple[Any, Any]:
+        """The policy, on its device, and ``make_env``."""
+        try:
+            for packed in self.registrations:
+                with contextlib.suppress(ImportError, AttributeError):
+                    spec = pickle.loads(packed)
+                    gymnasium.registry.setdefault(spec.id, spec)
+            policy, make_env = (
+                torch.load(io.BytesIO(packed), map_location="cpu", weights_only=False)
+                for packed in (self.policy, self.make_env)
+            )
+        except (ImportError, AttributeError) as error:
+            raise RuntimeError(
+                f"policy or make_env cannot be rebuilt in the evaluation process ({error}); define "
+                f"their parts in the script itself, or in modules that it can import too"
+            ) from error
+        return policy.to(self.arguments["device"]), make_env
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The torch settings on which rounding depends."""
+
+    threads: int
+    dtype: torch.dtype
+    determinism: int
+    precisions: tuple[str, ...]
+
+    @classmethod
+    def current(cls) -> Arithmetic:
+        return cls(
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            torch.get_deterministic_debug_mode(),
+            tuple(attrgetter(name)(torch.backends).fp32_precision for name in PRECISIONS),
+        )
+
+    def adopt(self) -> None:
+        """Make these the settings of this process."""
+        current = Arithmetic.current()
+        if current.threads != self.threads:
+            torch.set_num_threads(self.threads)
+        torch.set_default_dtype(self.dtype)
+        torch.set_deterministic_debug_mode(self.determinism)
+        for name, old, new in zip(PRECISIONS, current.precisions, self.precisions, strict=True):
+            if new != old:
+                attrgetter(name)(torch.backends).fp32_precision = new
+
+
+class ProcessTraceback(Exception):
+    """The cause of an error from the other process: its traceback there."""
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.args[0]}"""'
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception that crosses over: its pickle, its last line and its traceback as text."""
+
+    pickled: bytes
+    summary: str
+    trace: str
+
+    @classmethod
+    def of(cls, error: Exception) -> Failure:
+        summary = f"{type(error).__name__}: {error}"
+        try:
+            pickled = cloudpickle.dumps(error)
+            pickle.loads(pickled)
+        except Exception:  # a class whose arguments pickle does not know
+            pickled = pickle.dumps(RuntimeError(summary))
+        return cls(pickled, summary, "".join(traceback.format_exception(error)))
+
+    def revived(self) -> Exception:
+        """The exception, with the traceback as its cause."""
+        try:
+            error: Exception = pickle.loads(self.pickled)
+        except Exception:  # its class is not to be found here
+            error = RuntimeError(self.summary)
+        error.__cause__ = ProcessTraceback(self.trace)
+        return error
+
+
+def _packed(name: str, thing: Any) -> bytes:
+    file = io.BytesIO()
+    protocol = pickle.DEFAULT_PROTOCOL
+    try:
+        torch.save(thing, file, pickle_module=cloudpickle, pickle_protocol=protocol)
+    except Exception as error:
+        raise TypeError(
+            f"{name} cannot be sent to the evaluation process ({type(error).__name__}: {error}); "
+            f"it must not hold open files, locks, running environments and the like: make them in "
+            f"the function that make_env is"
+        ) from error
+    return file.getvalue()
+
+
+def _registrations() -> tuple[bytes, ...]:
+    """Environments that the program registered, for ``gymnasium.make`` to find them there."""
+    packed = []
+    for spec in gymnasium.registry.values():
+        if not str(spec.entry_point).startswith("gymnasium."):
+            with contextlib.suppress(Exception):  # it will be missed only if make_env wants it
+                packed.append(cloudpickle.dumps(spec))
+    return tuple(packed)
+
+
+def named_tensors(policy: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those that a state dict leaves out too."""
+    return dict(chain(policy.named_parameters(), policy.named_buffers()))
+
+
+def send(message: Any, pipe: IO[bytes]) -> None:
+    pickle.dump(message, pipe)
+    pipe.flush()
+
+
+def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
+    """Answer requests in turn until the parent is gone, or sends ``LEAVE``.
+
+    The pipe brings a ``Structure``, then pairs of a saved snapshot and an ``Arithmetic``; each
+    pair is answered with an ``Evaluation`` or a ``Failure``.
+    """
+    # SystemExit instead of sudden death: evaluate closes its environments.
+    signal.signal(LEAVE, lambda *_: sys.exit(128 + LEAVE))
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(requests, inbox), daemon=True).start()
+    threading.Thread(target=_follow_parent, args=(os.getppid(), inbox), daemon=True).start()
+    structure: Structure | None = inbox.get()
+    built = None
+    while structure is not None and (request := inbox.get()) is not None:
+        try:
+            built = built or structure.rebuilt()
+            reply: Evaluation | Failure = _evaluated(*built, structure.arguments, *request)
+        except Exception as error:
+            reply = Failure.of(error)
+        send(reply, replies)
+
+
+def _evaluated(
+    policy: Any, make_env: Any, arguments: dict[str, Any], saved: bytes, settings: Arithmetic
+) -> Evaluation:
+    settings.adopt()
+    snapshot = torch.load(io.BytesIO(saved), weights_only=True)
+    with torch.no_grad():
+        for name, tensor in named_tensors(policy).items():
+            new = snapshot[name].to(tensor.device)
+            if not torch.equal(tensor, new):  # expanded constants refuse to be written
+                tensor.copy_(new)
+    return evaluate(policy, make_env, **arguments)
+
+
+def _receive(requests: IO[bytes], inbox: queue.SimpleQueue[Any]) -> None:
+    try:
+        while True:
+            inbox.put(pickle.load(requests))
+    except (EOFError, OSError, pickle.UnpicklingError):
+        _leave(inbox)
+
+
+def _follow_parent(parent: int, inbox: queue.SimpleQueue[Any]) -> None:
+    # What the parent forked keeps its end of the pipe open after it: no end of file then.
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    _leave(inbox)
+
+
+def _leave(inbox: queue.SimpleQueue[Any]) -> None:
+    inbox.put(None)
+    _thread.interrupt_main(LEAVE)
+    time.sleep(GRACE)
+    os._exit(1)

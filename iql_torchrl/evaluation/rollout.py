@@ -1,0 +1,196 @@
+"""Rollouts of a policy in freshly made environments.
+
+Every episode that is started is finished and counted, so short episodes are not favoured, and
+episode ``e`` always starts from ``env.reset(seed=seed + e)``, whichever environment runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from tensordict.nn import TensorDictModuleBase
+
+from iql_torchrl.evaluation.act import as_in_evaluation
+from iql_torchrl.evaluation.gym_interface import action_chooser, check_policy, policy_device
+from iql_torchrl.evaluation.result import Evaluation, reference_pair
+
+__all__ = ["Evaluation", "check_arguments", "evaluate"]
+
+SUCCESS_KEYS = ("success", "is_success")
+
+
+@dataclass
+class _Episode:
+    """One running episode and the environment it runs in."""
+
+    env: gymnasium.Env[Any, Any]
+    number: int = -1
+    observation: Any = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+    total: float = 0.0
+    length: int = 0
+    success: bool | None = None
+
+    def start(self, number: int, seed: int) -> None:
+        self.number, self.total, self.length, self.success = number, 0.0, 0, None
+        self.observation, self.info = self.env.reset(seed=seed + number)
+
+    def step(self, action: Any) -> bool:
+        """Apply ``action``; True when the environment says that the episode is over."""
+        self.observation, reward, terminated, truncated, self.info = self.env.step(action)
+        self.total += float(reward)
+        self.length += 1
+        for key in SUCCESS_KEYS:
+            if key in self.info:
+                self.success = bool(self.success) or bool(np.asarray(self.info[key]).item())
+                break
+        return bool(terminated or truncated)
+
+
+def evaluate(
+    policy: TensorDictModuleBase,
+    make_env: Callable[[], gymnasium.Env[Any, Any]],
+    *,
+    episodes: int,
+    num_envs: int = 8,
+    seed: int,
+    reference_scores: Any = None,
+    deterministic: bool = True,
+    max_steps: int | None = None,
+    device: torch.device | str | None = None,
+) -> Evaluation:
+    """Run ``policy`` for exactly ``episodes`` episodes.
+
+    The policy reads ``observation`` and writes ``action``, with one leading batch dimension of
+    1 to ``num_envs``. Observations arrive as in the training data: Boxes of floats as float32,
+    other Boxes in their own dtype, Discrete and MultiDiscrete as int64 counted from zero. A Dict
+    space arrives nested, ``("observation", name)``; if the policy asks for one of its names at
+    the top level, all of them are at the top level (the layout of TorchRL's ``GymEnv``). A policy
+    with ``action_mask`` among its ``in_keys`` gets that boolean mask from
+    ``info["action_mask"]``, or built from the indices in ``info["admissible_actions"]``.
+
+    Discrete actions may be indices counted from zero, ``(B,)`` or ``(B, 1)``, or one value per
+    action, ``(B, n)``, of which the largest is taken (one-hot included). Box actions must be
+    finite and lie within the bounds; an excess up to 1e-6 (relative to bounds beyond 1) is
+    clipped.
+
+    Args:
+        policy: a TensorDict module; its training mode is restored afterwards.
+        make_env: called ``min(num_envs, episodes)`` times; each call must return a new
+            ``gymnasium.Env``. All are closed in the end, also after an error.
+        episodes: how many episodes count, at least 1.
+        num_envs: how many run side by side, in this process. With a deterministic policy it
+            changes results only through rounding in batched arithmetic.
+        seed: episode ``e`` starts from ``env.reset(seed=seed + e)``. Sampled actions are drawn
+            from ``seed`` too; the caller's torch generators are left untouched.
+        reference_scores: None, ``(random, expert)`` mean returns, or an object with both under
+            such names (``random, expert``; ``minimum, maximum``; Minari's ``ref_min_score,
+            ref_max_score``).
+        deterministic: take the distribution's deterministic sample; if False, sample (results
+            then depend on ``num_envs``).
+        max_steps: cut an episode after that many steps and count it as it stands. Without it an
+            environment that never ends keeps this function running for ever.
+        device: where the policy runs; by default where its first parameter or buffer is.
+
+    Raises:
+        TypeError: ``policy`` or ``make_env`` is of the wrong kind.
+        ValueError: an argument is out of range, a key or mask is missing, or an action is not
+            one the environment accepts.
+    """
+    check_arguments(policy, make_env, episodes, num_envs, seed, max_steps)
+    references = reference_pair(reference_scores)
+    where = policy_device(policy, device)
+    with ExitStack() as stack:
+        slots = _make_slots(make_env, min(num_envs, episodes), stack)
+        stack.enter_context(
+            as_in_evaluation(policy, where, deterministic=deterministic, seed=int(seed))
+        )
+        finished = _run(policy, slots, episodes, int(seed), max_steps, where)
+    finished.sort(key=lambda row: row[0])
+    returns = np.array([row[1] for row in finished], dtype=np.float64)
+    successes = [row[3] for row in finished]
+    scores = None
+    if references is not None:
+        scores = 100.0 * (returns - references[0]) / (references[1] - references[0])
+    return Evaluation(
+        returns=returns,
+        lengths=np.array([row[2] for row in finished], dtype=np.int64),
+        successes=None if None in successes else np.array(successes, dtype=np.bool_),
+        scores=scores,
+    )
+
+
+def _run(
+    policy: TensorDictModuleBase,
+    slots: list[_Episode],
+    episodes: int,
+    seed: int,
+    max_steps: int | None,
+    device: torch.device,
+) -> list[tuple[int, float, int, bool | None]]:
+    finished = []
+    choose = action_chooser(policy, slots[0].env, device)
+    for number, slot in enumerate(slots):
+        slot.start(number, seed)
+    active, next_number = list(slots), len(slots)
+    while active:
+        actions = choose(
+            [slot.observation for slot in active],
+            [slot.info for slot in active],
+            [(slot.number, slot.length) for slot in active],
+        )
+        for slot, action in zip(tuple(active), actions, strict=True):
+            over = slot.step(action)
+            if not over and (max_steps is None or slot.length < max_steps):
+                continue
+            finished.append((slot.number, slot.total, slot.length, slot.success))
+            if next_number < episodes:
+                slot.start(next_number, seed)
+                next_number += 1
+            else:
+                active.remove(slot)
+    return finished
+
+
+def check_arguments(
+    policy: Any, make_env: Any, episodes: Any, num_envs: Any, seed: Any, max_steps: Any
+) -> None:
+    """Raise what :func:`evaluate` raises for arguments of the wrong kind or out of range."""
+    check_policy(policy)
+    if not callable(make_env):
+        raise TypeError(
+            f"make_env must be callable and return a new gymnasium.Env, found "
+            f"{type(make_env).__name__}; pass e.g. lambda: gymnasium.make('Pendulum-v1')"
+        )
+    limits = {"episodes": (episodes, 1), "num_envs": (num_envs, 1), "seed": (seed, 0)}
+    if max_steps is not None:
+        limits["max_steps"] = (max_steps, 1)
+    for name, (value, least) in limits.items():
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, found {value!r}")
+
+
+def _make_slots(
+    make_env: Callable[[], gymnasium.Env[Any, Any]], count: int, stack: ExitStack
+) -> list[_Episode]:
+    slots: list[_Episode] = []
+    for _ in range(count):
+        env = make_env()
+        if not isinstance(env, gymnasium.Env):
+            raise TypeError(
+                f"make_env must return a gymnasium.Env, found {type(env).__name__}; evaluate "
+                f"batches single environments itself"
+            )
+        if any(env is slot.env for slot in slots):
+            raise ValueError(
+                "make_env returned the same environment twice; return a new one at each call"
+            )
+        stack.callback(env.close)
+        slots.append(_Episode(env))
+    return slots

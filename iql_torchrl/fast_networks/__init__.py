@@ -1,0 +1,1 @@
+"""Evaluation of known network structures without TensorDict and without vmap."""

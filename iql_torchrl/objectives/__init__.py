@@ -1,0 +1,13 @@
+"""IQL losses as TorchRL LossModules."""
+
+from iql_torchrl.objectives.base import OfflineLoss
+from iql_torchrl.objectives.iql import DIAGNOSTICS, LOSSES, DiscreteIQLLoss, ImplicitQLoss, IQLLoss
+
+__all__ = [
+    "DIAGNOSTICS",
+    "LOSSES",
+    "DiscreteIQLLoss",
+    "IQLLoss",
+    "ImplicitQLoss",
+    "OfflineLoss",
+]

@@ -1,0 +1,413 @@
+"""Implicit Q-Learning as TorchRL loss modules: :class:`IQLLoss` and :class:`DiscreteIQLLoss`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
+from torch import Tensor, distributions, nn
+from torchrl.data.tensor_specs import TensorSpec
+from torchrl.data.utils import _find_action_space
+from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical
+
+from iql_torchrl import functional as F
+from iql_torchrl.objectives.base import OfflineLoss
+from iql_torchrl.objectives.batch import Batch, agree, per_sample
+from iql_torchrl.objectives.ensembles import Critics
+
+__all__ = ["DiscreteIQLLoss", "IQLLoss", "ImplicitQLoss"]
+
+ONE_HOT_DISTRIBUTIONS = (
+    OneHotCategorical,
+    MaskedOneHotCategorical,
+    distributions.OneHotCategorical,
+)
+ActorObjective = str | Callable[[TensorDictModule, TensorDictBase], Tensor]
+VALUE_OBJECTIVES = ("expectile", "quantile", "sarsa_expectile")
+ACTOR_OBJECTIVES = ("log_prob", "mse")
+LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
+DIAGNOSTICS = (
+    "advantage_mean",
+    "weight_mean",
+    "weight_at_ceiling",
+    "effective_sample_size",
+    "qvalue_mean",
+    "value_mean",
+    "td_error_mean",
+)
+
+
+class ImplicitQLoss(OfflineLoss):
+    """What :class:`IQLLoss` and :class:`DiscreteIQLLoss` share; abstract."""
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        qvalue_network: Critics,
+        value_network: TensorDictModule,
+        *,
+        num_qvalue_nets: int = 2,
+        loss_function: str = "l2",
+        temperature: float = 3.0,
+        expectile: float = 0.7,
+        max_weight: float = 100.0,
+        value_objective: str = "expectile",
+        actor_objective: ActorObjective = "log_prob",
+        diagnostics: bool = False,
+        separate_losses: bool = False,
+        reduction: str | None = None,
+        deactivate_vmap: bool = False,
+        scalar_output_mode: str | None = None,
+        priority_key: str | None = None,
+        gamma: float | None = None,
+    ) -> None:
+        _check_ranges(expectile, temperature, max_weight)
+        _check_choice("loss_function", loss_function, tuple(F.REGRESSION_LOSSES))
+        _check_choice("value_objective", value_objective, VALUE_OBJECTIVES)
+        if not callable(actor_objective):
+            _check_choice("actor_objective", actor_objective, ACTOR_OBJECTIVES)
+        if actor_objective == "log_prob" and not hasattr(actor_network, "get_dist"):
+            raise TypeError(
+                f"actor_network is {type(actor_network).__name__}, which has no distribution "
+                "(get_dist); wanted a TorchRL ProbabilisticActor, or actor_objective='mse' for a "
+                "policy that gives the action itself."
+            )
+        super().__init__(
+            actor_network,
+            qvalue_network,
+            value_network,
+            num_qvalue_nets=num_qvalue_nets,
+            separate_losses=separate_losses,
+            reduction=reduction,
+            deactivate_vmap=deactivate_vmap,
+            scalar_output_mode=scalar_output_mode,
+            priority_key=priority_key,
+            gamma=gamma,
+        )
+        self.loss_function = loss_function
+        self.temperature = temperature
+        self.expectile = expectile
+        self.max_weight = max_weight
+        self.value_objective = value_objective
+        self.actor_objective = actor_objective
+        self._diagnostics = diagnostics
+        scalars = ["entropy"] if actor_objective == "log_prob" else []
+        scalars += DIAGNOSTICS if diagnostics else ()
+        if self.reduction == "none" and self.scalar_output_mode == "exclude":
+            scalars = []
+        self._out_keys = self._out_keys_apparent = [*LOSSES, *scalars]
+
+    def logged_action(self, batch: Batch, dist: distributions.Distribution) -> Tensor:
+        """The logged action in the form that ``dist.log_prob`` takes."""
+        return batch.data.get(self.tensor_keys.action)
+
+    @property
+    def diagnostics(self) -> bool:
+        """Whether the outputs hold ``DIAGNOSTICS``; chosen when the loss is built."""
+        return self._diagnostics
+
+    # -- one term per network --------------------------------------------------------------------
+
+    def value_term(
+        self, batch: Batch, target_qvalue: Tensor, td_target: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of V given the quantities it regresses on, and its metadata (eq. 5).
+
+        ``"expectile"``: asymmetric squared error of ``min_k Q_k(s, a) - V(s)``. ``"quantile"``:
+        pinball loss of the same. ``"sarsa_expectile"``: asymmetric squared error of
+        ``r + gamma V(s') - V(s)``, which asks no critic.
+        """
+        value = self.state_value(batch)
+        agree(state_value=value, target_qvalue=target_qvalue)
+        if self.value_objective == "sarsa_expectile":
+            target = self.td_target(batch) if td_target is None else td_target
+            loss = F.expectile_loss(target - value, expectile=self.expectile)
+        elif self.value_objective == "quantile":
+            loss = F.quantile_loss(target_qvalue - value, quantile=self.expectile)
+        else:
+            loss = F.expectile_loss(target_qvalue - value, expectile=self.expectile)
+        return self._reduce(loss, batch), {"value": value.detach()}
+
+    def actor_term(self, batch: Batch, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the policy given the advantages ``(*B,)``, and its metadata (eq. 7).
+
+        ``-w log pi(a|s)`` with ``w = min(exp(temperature * A), max_weight)``; ``"mse"`` takes
+        ``w |pi(s) - a|**2`` summed over action dimensions; a callable gives its own per-sample
+        loss, weighted the same way.
+        """
+        weight = F.exponential_weight(
+            advantage, temperature=self.temperature, max_weight=self.max_weight
+        )
+        metadata = {"advantage": advantage, "weight": weight}
+        error = self._actor_error(batch)
+        agree(policy_error=error, advantage=advantage)
+        if self.actor_objective == "log_prob":
+            metadata["log_prob"] = -error.detach()
+        return self._reduce(weight * error, batch), metadata
+
+    def _actor_error(self, batch: Batch) -> Tensor:
+        data = batch.data
+        if callable(self.actor_objective):
+            with self._live_actor() as actor:
+                error = self.actor_objective(actor, data.copy())
+            return per_sample(error, data.batch_size, "actor_objective's result")
+        inputs = data.select(*self.actor_network.in_keys, strict=False)
+        with self._live_actor() as actor:
+            if self.actor_objective == "mse":
+                error = actor(inputs).get(self.tensor_keys.action)
+                error = (error - data.get(self.tensor_keys.action)).square()
+                return error if error.ndim == data.ndim else error.sum(-1)
+            dist = actor.get_dist(inputs)
+        log_prob = dist.log_prob(self.logged_action(batch, dist))
+        return -per_sample(log_prob, data.batch_size, "log_prob")
+
+    def qvalue_term(self, batch: Batch, td_target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum over critics of their distance to ``td_target``, and its metadata (eq. 6).
+
+        ``metadata["td_error"]`` is the squared error of every critic, ``(K, *B)``, 0 where masked.
+        """
+        qvalue = self.qvalue(batch)
+        agree(qvalue=qvalue[0], td_target=td_target)
+        target = td_target.expand_as(qvalue)
+        loss = F.regression_loss(qvalue, target, loss_function=self.loss_function).sum(0)
+        td_error = (qvalue.detach() - target).square()
+        mask = batch.mask_like(td_target)
+        if mask is not None:
+            td_error = td_error.masked_fill(~mask, 0.0)
+        return self._reduce(loss, batch), {"td_error": td_error, "qvalue": qvalue.detach()}
+
+    def terms(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """All three losses from at most five network evaluations, and their joined metadata."""
+        target_qvalue = self.target_qvalue(batch)
+        td_target = self.td_target(batch)
+        loss_value, about_value = self.value_term(batch, target_qvalue, td_target)
+        loss_actor, about_actor = self.actor_term(batch, target_qvalue - about_value["value"])
+        loss_qvalue, about_qvalue = self.qvalue_term(batch, td_target)
+        losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value}
+        return losses, about_value | about_actor | about_qvalue
+
+    # -- TorchRL's interface -----------------------------------------------------------------------
+
+    def value_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`value_term` of a batch, everything it needs evaluated here."""
+        batch = self.read(tensordict)
+        return self.value_term(batch, self.target_qvalue(batch))
+
+    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`actor_term` of a batch with ``A = min_k Q_k(s, a) - V(s)``.
+
+        Writes the log-probability of the logged actions into ``tensordict``, as TorchRL does.
+        """
+        batch = self.read(tensordict)
+        with torch.no_grad():
+            advantage = self.target_qvalue(batch) - self.state_value(batch)
+        loss, metadata = self.actor_term(batch, advantage)
+        if "log_prob" in metadata:
+            tensordict.set(self.tensor_keys.log_prob, metadata["log_prob"])
+        return loss, metadata
+
+    def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`qvalue_term` of a batch with the targets of :meth:`td_target`."""
+        batch = self.read(tensordict)
+        return self.qvalue_term(batch, self.td_target(batch))
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The three losses of a batch, each reaching its own network and no other.
+
+        Reads :attr:`in_keys`; returns ``loss_actor``, ``loss_qvalue``, ``loss_value``,
+        ``entropy`` (TorchRL's name for minus the mean log-probability of the logged actions), and
+        with ``diagnostics=True`` the keys of ``DIAGNOSTICS``. Writes the priority (largest
+        squared TD error of the critics) and the log-probability into ``tensordict``.
+        """
+        batch = self.read(tensordict)
+        losses, metadata = self.terms(batch)
+        out = self.outputs(tensordict, losses, self.summary(batch, metadata))
+        self._clear_weakrefs(
+            tensordict,
+            out,
+            *(f"{network}_network_params" for network in ("actor", "qvalue", "value")),
+            "target_qvalue_network_params",
+        )
+        return out
+
+    def summary(self, batch: Batch, metadata: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What an update tells besides its losses: per-sample priority, log-probability; scalars."""
+        found = {"priority": metadata["td_error"].amax(0)}
+        if "log_prob" in metadata:
+            found["log_prob"] = metadata["log_prob"]
+            found["entropy"] = self._mean(-metadata["log_prob"], batch)
+        return found | self._diagnose(metadata, batch) if self.diagnostics else found
+
+    def outputs(
+        self, tensordict: TensorDictBase, losses: dict[str, Tensor], summary: dict[str, Tensor]
+    ) -> TensorDictBase:
+        """Write what ``tensordict`` is owed, and gather losses and scalars into a new TensorDict."""
+        scalars = dict(summary)
+        tensordict.set(self.tensor_keys.priority, scalars.pop("priority"))
+        if "log_prob" in scalars:
+            tensordict.set(self.tensor_keys.log_prob, scalars.pop("log_prob"))
+        if self.reduction != "none":
+            return TensorDict(losses | scalars)
+        out = TensorDict(losses, batch_size=tensordict.batch_size)
+        if self.scalar_output_mode == "non_tensor":
+            for key, scalar in scalars.items():
+                out.set_non_tensor(key, scalar)
+        return out
+
+    def _mean(self, value: Tensor, batch: Batch) -> Tensor:
+        return F.weighted_mean(value, mask=batch.mask_like(value), dim=self._samples(value))
+
+    def _diagnose(self, metadata: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        weight = metadata["weight"]
+        mask, dim = batch.mask_like(weight), self._samples(weight)
+        at_ceiling = (weight >= self.max_weight).to(weight.dtype)
+        return {
+            "advantage_mean": self._mean(metadata["advantage"], batch),
+            "weight_mean": self._mean(weight, batch),
+            "weight_at_ceiling": self._mean(at_ceiling, batch),
+            "effective_sample_size": F.effective_sample_size(weight, mask=mask, dim=dim),
+            "qvalue_mean": self._mean(metadata["qvalue"].mean(0), batch),
+            "value_mean": self._mean(metadata["value"], batch),
+            "td_error_mean": self._mean(metadata["td_error"].mean(0), batch),
+        }
+
+
+class IQLLoss(ImplicitQLoss):
+    r"""Implicit Q-Learning for critics of state and action (Kostrikov et al. 2021).
+
+    Learns from logged steps ``(s, a, r, s')`` alone; no action outside the log is ever valued.
+    With target critics ``Q'`` and ``A = min_k Q'_k(s, a) - V(s)``:
+
+    - ``loss_value``: ``|expectile - 1(A < 0)| A**2``, so V becomes an upper expectile of Q over
+      the log's actions (eq. 5);
+    - ``loss_qvalue``: ``sum_k d(Q_k(s, a), r + gamma V(s'))``, nothing past termination (eq. 6);
+    - ``loss_actor``: ``-min(exp(temperature A), max_weight) log pi(a|s)`` (eq. 7).
+
+    Drop-in for ``torchrl.objectives.IQLLoss`` of TorchRL 0.14, with the paper's defaults.
+
+    Args:
+        actor_network: policy with ``get_dist`` (any TensorDictModule for other objectives).
+        qvalue_network: Q(s, a), one output. A module alone is critic 0 with its weights kept and
+            the others are drawn at its scale (:func:`objectives.ensembles.draw_critics`); a list, or
+            a function called once per critic, keeps every initialisation.
+        value_network: V(s), one output. May read other keys than the actor.
+
+    Keyword Args:
+        num_qvalue_nets: number of critics K >= 1.
+        loss_function: distance of the critics: ``"l2"`` (the paper's), ``"l1"``, ``"smooth_l1"``.
+        temperature: inverse temperature beta >= 0. 0 is behaviour cloning; larger is greedier.
+        expectile: tau in (0, 1]. 0.5 values the log's policy; towards 1, its best actions.
+        max_weight: ceiling of a sample's weight, > 0.
+        value_objective: ``"expectile"``, ``"quantile"`` or ``"sarsa_expectile"``
+            (:meth:`value_term`).
+        actor_objective: ``"log_prob"``, ``"mse"`` for deterministic actors, or a callable
+            ``(actor, batch) -> per-sample loss (*B,)``.
+        diagnostics: add the means that tell whether training is healthy (``DIAGNOSTICS``).
+        separate_losses: parameters shared with the actor learn from the actor's loss alone.
+        reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``.
+        deactivate_vmap: evaluate the critics in a loop.
+        scalar_output_mode: with ``reduction="none"``, ``"exclude"`` or ``"non_tensor"`` scalars.
+        priority_key, gamma: refused as in TorchRL; use ``set_keys`` and ``make_value_estimator``.
+
+    Raises:
+        ValueError: a value out of range or an unknown name (the message shows it).
+        TypeError: ``gamma`` given, a number that is none, a network that is no TensorDictModule
+            (``qvalue_network``: nor a list or function of such), or a policy without ``get_dist``
+            for ``actor_objective="log_prob"``.
+    """
+
+    def action_values(self, batch: Batch, params: TensorDictBase) -> Tensor:
+        outputs = self.critic_outputs(batch, params)
+        key = self.tensor_keys.state_action_value
+        return per_sample(outputs, batch.data.batch_size, key, leading=1)
+
+    @staticmethod
+    def loss_value_diff(diff: Tensor, expectile: float = 0.8) -> Tensor:
+        """TorchRL's name for :func:`iql_torchrl.functional.expectile_loss`."""
+        return F.expectile_loss(diff, expectile=expectile)
+
+
+class DiscreteIQLLoss(ImplicitQLoss):
+    """IQL when the critic returns one value per action: ``(*B, N)``, N >= 2.
+
+    The logged action is an index, ``(*B,)`` or ``(*B, 1)``, or one-hot ``(*B, N)``, whatever the
+    policy's distribution takes. All else is :class:`IQLLoss`'s.
+
+    Keyword Args:
+        action_space: ``"categorical"``, ``"one-hot"`` or a TorchRL spec; documents the data, which
+            is recognised by shape in any case. Other spaces are refused with ``ValueError``.
+    """
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        qvalue_network: Critics,
+        value_network: TensorDictModule,
+        *,
+        action_space: str | TensorSpec | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("actor_objective") == "mse":
+            raise ValueError("actor_objective='mse' needs continuous actions; these are discrete.")
+        super().__init__(actor_network, qvalue_network, value_network, **kwargs)
+        if action_space is not None and not isinstance(action_space, str | TensorSpec):
+            raise TypeError(
+                f"action_space is {action_space!r}; choose 'categorical' or 'one-hot', or pass a "
+                "TorchRL spec: dataset.action_spec."
+            )
+        self.action_space = _find_action_space(action_space or "categorical")
+        if self.action_space not in ("categorical", "one_hot"):
+            raise ValueError(
+                f"action_space is {action_space!r}; choose 'categorical' or 'one-hot': one action "
+                "out of N per step."
+            )
+
+    def action_values(self, batch: Batch, params: TensorDictBase) -> Tensor:
+        outputs = self.critic_outputs(batch, params)
+        action = batch.data.get(self.tensor_keys.action)
+        key = self.tensor_keys.state_action_value
+        picked = F.pick_action(outputs, action, leading=1)
+        return per_sample(picked, batch.data.batch_size, key, leading=1)
+
+    def logged_action(self, batch: Batch, dist: distributions.Distribution) -> Tensor:
+        action = batch.data.get(self.tensor_keys.action)
+        dims = len(dist.batch_shape)
+        is_one_hot = action.ndim > dims and action.shape[-1] > 1
+        if isinstance(dist, ONE_HOT_DISTRIBUTIONS):
+            if is_one_hot:
+                return action.long() if action.dtype == torch.bool else action
+            index = action if action.ndim == dims else action.squeeze(-1)
+            return nn.functional.one_hot(index.long(), dist.param_shape[-1])
+        if is_one_hot:
+            return action.long().argmax(-1)
+        return action if action.ndim == dims else action.squeeze(-1)
+
+
+def _check_ranges(expectile: float, temperature: float, max_weight: float) -> None:
+    knobs = {"expectile": expectile, "temperature": temperature, "max_weight": max_weight}
+    for name, value in knobs.items():
+        one = isinstance(value, Tensor) and value.ndim == 0
+        if isinstance(value, bool) or not (one or isinstance(value, Real)):
+            raise TypeError(f"{name} is {value!r}; wanted a number.")
+    if not 0 < expectile <= 1:
+        raise ValueError(
+            f"expectile is {expectile}; it must lie in (0, 1]: 0.5 values the log's policy, 0.7 to "
+            "0.9 its better actions."
+        )
+    if not 0 <= temperature < torch.inf:
+        raise ValueError(
+            f"temperature is {temperature}; it must be >= 0 and finite: 0 is behaviour cloning, and "
+            "a negative one would prefer the log's worst actions."
+        )
+    if not max_weight > 0:
+        raise ValueError(f"max_weight is {max_weight}; it must be > 0 (the paper's is 100).")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")

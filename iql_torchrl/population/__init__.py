@@ -1,0 +1,10 @@
+"""Many runs trained as one."""
+
+from iql_torchrl.population.loss import PopulationLoss
+from iql_torchrl.population.runs import IQLPopulation, PopulationEvent
+
+__all__ = [
+    "IQLPopulation",
+    "PopulationEvent",
+    "PopulationLoss",
+]

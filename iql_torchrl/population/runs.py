@@ -1,0 +1,255 @@
+"""Many runs as one: seeds and knobs trained together over stacked parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch.optim.lr_scheduler import LambdaLR
+from torchrl.objectives import SoftUpdate
+
+from iql_torchrl.agent.build import NETWORKS, Agent, build_agent, rate_factors
+from iql_torchrl.agent.task import Task
+from iql_torchrl.checkpoint import CheckpointError, read_components, write_components
+from iql_torchrl.config import IQLConfig
+from iql_torchrl.data import DeviceSampler, OfflineDataset
+from iql_torchrl.data.replay import MemberSampler
+from iql_torchrl.evaluation.rollout import Evaluation, evaluate
+from iql_torchrl.population.loss import PopulationLoss
+from iql_torchrl.trainers.resume import DataState
+from iql_torchrl.update.adam import StackedAdam
+from iql_torchrl.update.captured import captured
+from iql_torchrl.update.step import IQLStep
+
+__all__ = ["IQLPopulation", "PopulationEvent"]
+
+OWN = (
+    "seed",
+    "discount",
+    "expectile",
+    "temperature",
+    "max_weight",
+    "actor_lr",
+    "critic_lr",
+    "value_lr",
+)
+
+SHARE = 32
+
+
+@dataclass(frozen=True)
+class PopulationEvent:
+    """Where training stands: ``updates`` made, and metrics ``(P,)`` meaned since the last event."""
+
+    updates: int
+    metrics: TensorDictBase
+
+
+class IQLPopulation:
+    """P runs trained as one: every product of the update is one product for all of them.
+
+    A run equals the same run trained alone from the same batches, but for rounding.
+
+    Args:
+        configs: one per run. They may differ in seed, expectile, temperature (0 is behaviour
+            cloning), max_weight, discount and the three learning rates; nothing else.
+        dataset: the log; ``configs[0].reward`` is for ``load_dataset``, as in ``make_agent``.
+        batches: ``"shared"``: every run sees the same batch (a fair comparison of knobs, and the
+            cheapest); ``"own"``: each has its own, ``(P, B)``.
+
+    Attributes: ``loss`` (:class:`PopulationLoss`), ``optimizer``, ``scheduler``, ``step`` (an
+    ``IQLStep``; for ``compiled`` and ``captured`` too), ``sampler``, ``updates``.
+
+    Raises ``ValueError`` on configs that differ elsewhere, network widths included, on unknown
+    ``batches``, and as :class:`PopulationLoss` does.
+    """
+
+    def __init__(
+        self, configs: Sequence[IQLConfig], dataset: OfflineDataset, *, batches: str = "shared"
+    ) -> None:
+        if batches not in ("shared", "own"):
+            raise ValueError(f"batches is {batches!r}; choose 'shared' or 'own'.")
+        _check_configs(configs)
+        if not isinstance(dataset, OfflineDataset):
+            raise TypeError(
+                f"dataset is {type(dataset).__name__}; wanted what load_dataset(...) returns."
+            )
+        self.configs, self.batches = tuple(configs), batches
+        self.task = Task.of(dataset)
+        self._data = DataState(None, dataset)
+        first = self.configs[0]
+        self.loss = PopulationLoss([self._agent(number).loss for number in range(len(configs))])
+        self.loss.to(first.device)
+        self.optimizer = self._make_optimizer()
+        self.scheduler = LambdaLR(self.optimizer, rate_factors(first))
+        self.step = IQLStep(
+            self.loss,
+            self.optimizer,
+            SoftUpdate(self.loss, tau=first.polyak),
+            order=first.order,
+            max_grad_norm=first.max_grad_norm,
+            lr_scheduler=self.scheduler,
+            precision=first.precision,
+        )
+        where: Any = {"device": first.device, "seed": first.seed}
+        self.sampler = (
+            DeviceSampler(dataset.transitions, first.batch_size, **where)
+            if batches == "shared"
+            else MemberSampler(
+                dataset.transitions, first.batch_size, members=len(self.configs), **where
+            )
+        )
+        self.updates = 0
+        self._captured: Any = None
+
+    def __len__(self) -> int:
+        return len(self.configs)
+
+    def _agent(self, number: int) -> Agent:
+        return build_agent(replace(self.configs[number], compile=False), self.task)
+
+    def _make_optimizer(self) -> StackedAdam:
+        first = self.configs[0]
+        named = list(self.loss.named_parameters())
+        groups = []
+        for network, field in zip(NETWORKS, ("actor_lr", "critic_lr", "value_lr"), strict=True):
+            params = [p for name, p in named if name.startswith(f"{network}_network")]
+            rates = torch.tensor([getattr(c, field) for c in self.configs], dtype=torch.float64)
+            groups.append({"params": params, "rates": rates})
+        adamw = first.optimizer == "adamw"
+        return StackedAdam(groups, weight_decay=first.weight_decay, decoupled=adamw)
+
+    def train(self, updates: int | None = None, *, every: int = 1000) -> Iterator[PopulationEvent]:
+        """Make ``updates`` more (by default up to ``configs[0].updates``), yielding at intervals.
+
+        ``for event in population.train(every=1000): ...`` evaluates, logs or saves where it likes;
+        what is not asked for is not trained. With ``compile`` in the configs, updates are
+        :func:`~iql_torchrl.captured`, as many a call as divide ``every``, at most 32.
+
+        Raises ``ValueError`` on ``every < 1`` and on numbers that are not whole.
+        """
+        if int(every) != every or every < 1:
+            raise ValueError(f"every is {every}; wanted at least one update, a whole number.")
+        if updates is not None and (int(updates) != updates or updates < 0):
+            raise ValueError(f"updates is {updates}; wanted a whole number, at least 0.")
+        end = self.configs[0].updates if updates is None else self.updates + updates
+        while self.updates < end:
+            coming = min(every, end - self.updates)
+            metrics = self._advance(coming)
+            yield PopulationEvent(self.updates, metrics)
+
+    def _advance(self, updates: int) -> TensorDictBase:
+        """Means over ``updates`` updates; a rest smaller than a captured call is made eagerly."""
+        calls = 0
+        if self.configs[0].compile:
+            if self._captured is None:
+                share = next(k for k in range(min(updates, SHARE), 0, -1) if updates % k == 0)
+                share = share if 4 * share > SHARE else min(updates, SHARE)
+                self._captured = captured(self.step, self.sampler, updates=share)
+            calls = updates // self._captured.updates
+        total: Any = 0
+        for _ in range(calls):
+            total = self._captured() * self._captured.updates + total
+            self.updates += self._captured.updates
+        for _ in range(updates - calls * self._captured.updates if calls else updates):
+            total = self.step(self.sampler.sample()) + total
+            self.updates += 1
+        means: TensorDictBase = (total / updates).cpu()
+        return means
+
+    def member(self, number: int) -> Agent:
+        """Run ``number`` as an ordinary agent, with its weights and a fresh optimizer.
+
+        Raises ``IndexError`` when there is no such run.
+        """
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"there is no run {number}: the runs are 0 to {len(self) - 1}.")
+        agent = self._agent(number)
+        self.loss.write_member(number, agent.loss)
+        return agent
+
+    def evaluate(
+        self, make_env: Callable[[], Any], *, episodes: int, seed: int, **options: Any
+    ) -> list[Evaluation]:
+        """:func:`iql_torchrl.evaluate` of every run, from the same starts."""
+        return [
+            evaluate(self.member(i).policy, make_env, episodes=episodes, seed=seed, **options)
+            for i in range(len(self))
+        ]
+
+    def save(self, path: str | Path) -> Path:
+        """Write configs, weights, optimizer, schedule and sampler to one file, whole or not at all.
+
+        Of the log only digests are written, the first time at about a second per gigabyte.
+        """
+        states = {
+            "population": {
+                "configs": [config.to_dict() for config in self.configs],
+                "batches": self.batches,
+                "updates": self.updates,
+            },
+            "data": self._data.state_dict(),
+            "loss_module": self.loss.state_dict(),
+            "step": self.step.state_dict(),
+            "sampler": self.sampler.state_dict(),
+        }
+        return write_components(path, states)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        dataset: OfflineDataset,
+        *,
+        device: torch.device | str | None = None,
+    ) -> IQLPopulation:
+        """The population of a file, to go on where it stood.
+
+        ``device``: by default the one it was trained on. On another kind of device batches are
+        drawn anew from the seed, for its generator is another.
+
+        Raises ``CheckpointError`` when it cannot be read, was trained on other data, or is of
+        another version or a device that is not here.
+        """
+        states = read_components(path, ["population", "data", "loss_module", "step", "sampler"])
+        about = states["population"]
+        try:
+            data = DataState(None, dataset)
+            data.load_state_dict(states["data"])
+            saved = [IQLConfig.from_dict(IQLConfig().to_dict() | c) for c in about["configs"]]
+            configs = [
+                replace(c, device=c.device if device is None else str(device)) for c in saved
+            ]
+            population = cls(configs, dataset, batches=about["batches"])
+            population.loss.load_state_dict(states["loss_module"])
+            population.step.load_state_dict(states["step"])
+            if population.sampler.device.type == torch.device(saved[0].device).type:
+                population.sampler.load_state_dict(states["sampler"])
+        except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        population.updates, population._data = about["updates"], data
+        return population
+
+
+def _check_configs(configs: Sequence[IQLConfig]) -> None:
+    if isinstance(configs, IQLConfig):
+        raise TypeError("configs is one IQLConfig; wanted a sequence of them, one per run.")
+    if not isinstance(configs, Sequence) and configs is not None:
+        raise TypeError(f"configs is {type(configs).__name__}; wanted a sequence of IQLConfigs.")
+    if not configs:
+        raise ValueError("configs is empty; a population has at least one run.")
+    for number, config in enumerate(configs):
+        if not isinstance(config, IQLConfig):
+            raise TypeError(f"configs[{number}] is {type(config).__name__}; wanted an IQLConfig.")
+        for field in fields(IQLConfig):
+            mine, theirs = getattr(configs[0], field.name), getattr(config, field.name)
+            if field.name not in OWN and mine != theirs:
+                raise ValueError(
+                    f"{field.name} is {theirs} in configs[{number}] and {mine} in configs[0]; runs "
+                    f"of a population may differ in {', '.join(OWN)}. Train one population for "
+                    "each."
+                )

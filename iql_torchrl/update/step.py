@@ -1,0 +1,316 @@
+"""One gradient update of IQL."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torchrl.envs.utils import set_exploration_type
+from torchrl.modules import set_recurrent_mode
+from torchrl.objectives import SoftUpdate
+from torchrl.objectives.utils import TargetNetUpdater
+
+from iql_torchrl.objectives.batch import Batch
+from iql_torchrl.objectives.iql import ImplicitQLoss
+from iql_torchrl.update.guards import check_update_trains
+
+with warnings.catch_warnings():  # TorchRL warns about its own classes when these are first imported
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from torchrl.trainers import OptimizationStepper, Trainer
+
+__all__ = ["IQLStep", "Terms", "part_of"]
+
+NETWORKS = ("actor_network", "qvalue_network", "value_network")
+Terms = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+class IQLStep(OptimizationStepper):
+    """``step(batch) -> TensorDict`` of detached metrics: one update of every network.
+
+    Also an ``OptimizationStepper``: ``Trainer(..., optimization_stepper=step)`` runs it in
+    TorchRL's own trainers.
+
+    Args:
+        loss: an :class:`~iql_torchrl.IQLLoss` or :class:`~iql_torchrl.DiscreteIQLLoss` with
+            reduction ``"mean"`` or ``"sum"``.
+        optimizer: any torch optimizer that needs no closure, over all of the loss's trainable
+            parameters; give each network its own parameter group, or join optimizers with
+            TorchRL's ``group_optimizers``.
+        target_updater: TorchRL's ``SoftUpdate`` or ``HardUpdate`` of this loss; None where
+            something else moves the targets, as ``TargetNetUpdaterHook`` does in a trainer.
+
+    Keyword Args:
+        order: ``"sequential"`` is the official code's: V; then actor and critics with the new V
+            and the same target critics; then the target. ``"simultaneous"``: one backward pass of
+            all three losses, then the target.
+        max_grad_norm: each network's gradient is scaled down to this L2 norm; ``None`` for never.
+            Networks are clipped apart, so a large critic gradient does not slow the policy.
+        lr_scheduler: one or more torch schedulers, stepped once an update.
+        precision: ``"float32"`` leaves the networks' own dtype; ``"bfloat16"`` runs their products
+            under autocast, with parameters, losses and optimizer as they are. For TF32 on CUDA
+            call ``torch.set_float32_matmul_precision("high")``.
+        independent_ranks: True allows updates in a ``torch.distributed`` process group of more than
+            one rank, where each rank that calls the step trains its own network: gradients are
+            not reduced across ranks. For groups that serve something else, such as TorchRL's
+            distributed collectors.
+
+    The batch receives the priority and the log-probability, as from the loss itself.
+
+    Raises:
+        ValueError: an unknown order or precision, ``max_grad_norm <= 0``, ``reduction="none"``, an
+            updater of another loss, or trainable parameters missing from the optimizer.
+        TypeError: ``optimizer`` is no torch optimizer, or ``loss`` is not a loss of this package,
+            such as a ``DistributedDataParallel`` around one.
+        RuntimeError: when called: under ``torch.no_grad()`` or ``torch.inference_mode()``, where
+            nothing would be trained; or in a process group of more than one rank without
+            ``independent_ranks``.
+    """
+
+    def __init__(
+        self,
+        loss: ImplicitQLoss,
+        optimizer: Optimizer,
+        target_updater: TargetNetUpdater | None,
+        *,
+        order: str = "sequential",
+        max_grad_norm: float | None = None,
+        lr_scheduler: LRScheduler | Sequence[LRScheduler] | None = None,
+        precision: str = "float32",
+        independent_ranks: bool = False,
+    ) -> None:
+        if order not in ("sequential", "simultaneous"):
+            raise ValueError(f"order is {order!r}; choose 'sequential' or 'simultaneous'.")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be > 0, or None.")
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision is {precision!r}; choose 'float32' or 'bfloat16'.")
+        _check_parts(loss, optimizer, target_updater)
+        self.loss = loss
+        self.precision = precision
+        self.independent_ranks = independent_ranks
+        self._device = next(loss.parameters()).device.type
+        self.optimizer = optimizer
+        self.target_updater = target_updater
+        self.order = order
+        self.max_grad_norm = max_grad_norm
+        if lr_scheduler is None:
+            lr_scheduler = ()
+        elif not isinstance(lr_scheduler, Sequence):
+            lr_scheduler = (lr_scheduler,)
+        self.lr_schedulers = tuple(lr_scheduler)
+        for scheduler in self.lr_schedulers:
+            if isinstance(scheduler, ReduceLROnPlateau):
+                raise TypeError(
+                    "lr_scheduler is a ReduceLROnPlateau, which steps on a score: step it yourself "
+                    "after an evaluation."
+                )
+        self.members: int | None = getattr(loss, "members", None)
+        self._trainable = [_trainable(loss, name) for name in NETWORKS]
+        self._pairs = soft_pairs(target_updater)
+        self._target_qvalue = loss.target_qvalue
+        self._value_term = loss.value_term
+        self._policy_terms = self._terms_given_value
+        self._all_terms = loss.terms
+
+    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
+        losses, summary = self.learn(batch)
+        metrics = self.loss.outputs(batch, losses, summary).detach()
+        if self.target_updater is not None and not self._pairs[0]:
+            self.target_updater.step()
+        for scheduler in self.lr_schedulers:
+            scheduler.step()
+        return metrics
+
+    def learn(self, batch: TensorDictBase) -> Terms:
+        """The update but for schedules and targets that move by the host's count.
+
+        Returns losses, and what :meth:`ImplicitQLoss.summary` tells.
+        """
+        check_update_trains(independent_ranks=self.independent_ranks)
+        loss = self.loss
+        with self.setting():
+            read = loss.read(batch)
+            update = self._sequential if self.order == "sequential" else self._simultaneous
+            losses, metadata = update(read)
+            self._move_targets()
+            return losses, loss.summary(read, metadata)
+
+    @contextmanager
+    def setting(self) -> Iterator[None]:
+        """How networks are evaluated during an update."""
+        half = self.precision == "bfloat16"
+        with (
+            set_exploration_type(self.loss.deterministic_sampling_mode),
+            set_recurrent_mode(True),
+            self.loss.bound(),
+            torch.autocast(self._device, torch.bfloat16, cache_enabled=False)
+            if half
+            else nullcontext(),
+        ):
+            yield
+
+    def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
+        """The same update, as TorchRL's trainers ask for it."""
+        return self(sub_batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of optimizer, schedulers and target updater; the networks' is the loss's."""
+        updater = self.target_updater
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "lr_schedulers": [scheduler.state_dict() for scheduler in self.lr_schedulers],
+            "target_updater": None if updater is None else updater.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raises ``ValueError`` when the state holds another number of schedulers."""
+        schedulers = state_dict["lr_schedulers"]
+        if len(schedulers) != len(self.lr_schedulers):
+            raise ValueError(
+                f"the state holds {len(schedulers)} lr_scheduler states and this step has "
+                f"{len(self.lr_schedulers)}; build the step as it was when the state was saved."
+            )
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        for scheduler, state in zip(self.lr_schedulers, schedulers, strict=True):
+            scheduler.load_state_dict(state)
+        if self.target_updater is not None and state_dict["target_updater"] is not None:
+            self.target_updater.load_state_dict(state_dict["target_updater"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IQLStep:
+        raise TypeError(
+            "a copied IQLStep would train nothing: its optimizer's parameters would be nobody's. "
+            "Copy the loss, build optimizer, updater and step from the copy, and load their states."
+        )
+
+    def _sequential(self, batch: Batch) -> Terms:
+        target_qvalue = self._target_qvalue(batch)
+        loss_value, about_value = self._value_term(batch, target_qvalue)
+        self._descend(loss_value)
+        losses, metadata = self._policy_terms(batch, target_qvalue)
+        self._descend(losses["loss_actor"] + losses["loss_qvalue"])
+        return {**losses, "loss_value": loss_value}, about_value | metadata
+
+    def _simultaneous(self, batch: Batch) -> Terms:
+        losses, metadata = self._all_terms(batch)
+        self._descend(losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"])
+        return losses, metadata
+
+    def _terms_given_value(self, batch: Batch, target_qvalue: Tensor) -> Terms:
+        """Losses of actor and critics with V as it stands, reusing the target critics' values."""
+        loss = self.loss
+        value, next_value = loss.state_values(batch)
+        loss_actor, about_actor = loss.actor_term(batch, target_qvalue - value)
+        td_target = loss.td_target(batch, next_value)
+        loss_qvalue, about_qvalue = loss.qvalue_term(batch, td_target)
+        return {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue}, about_actor | about_qvalue
+
+    @property
+    def targets(self) -> list[Tensor]:
+        """Target tensors that a ``SoftUpdate`` moves."""
+        return self._pairs[1]
+
+    def _descend(self, loss: Tensor) -> None:
+        """One optimizer step on ``loss``; parameters it does not reach have no gradient and rest."""
+        if not loss.requires_grad:  # every network it reaches is frozen
+            return
+        loss = loss.sum()  # of a population's runs; one number otherwise
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        loss.backward()
+        if self.max_grad_norm is not None:
+            for parameters in self._trainable:
+                found = [p.grad for p in parameters if p.grad is not None]
+                clipped = clip(found, self.max_grad_norm, self.members)
+                for gradient, value in zip(found, clipped, strict=True):
+                    gradient.copy_(value)
+        self.optimizer.step()
+
+    def _move_targets(self) -> None:
+        """``SoftUpdate``'s step."""
+        if self.target_updater is not None and self._pairs[0]:
+            with torch.no_grad():
+                share = 1 - self.target_updater.eps
+                torch._foreach_lerp_(self._pairs[1], self._pairs[0], share)
+
+
+def clip(gradients: Sequence[Tensor], limit: float, members: int | None) -> list[Tensor]:
+    """Gradients of one network scaled down to the L2 norm ``limit``; each run's own in a population.
+
+    With ``members`` every gradient is ``(members, ...)``.
+    """
+    if not gradients:
+        return []
+    squares = [
+        g.square().sum() if members is None else g.square().flatten(1).sum(1) for g in gradients
+    ]
+    norm = torch.stack(squares).sum(0).sqrt()
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    return [g * scale.view(*scale.shape, *(1,) * (g.ndim - scale.ndim)) for g in gradients]
+
+
+def soft_pairs(updater: TargetNetUpdater | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Live and target tensors that a ``SoftUpdate`` brings together; of anything else, none."""
+    if updater is None or type(updater) is not SoftUpdate:
+        return [], []
+    names = list(updater._sources.keys(True, True))
+    targets = [updater._targets[(f"target_{name[0]}", *name[1:])] for name in names]
+    return [updater._sources[name] for name in names], targets
+
+
+def part_of(step: Any, name: str) -> Any:
+    """What a step consists of; a captured one holds the plain one as ``step.step``."""
+    found = getattr(step, name, None)
+    return found if found is not None else getattr(getattr(step, "step", None), name, None)
+
+
+def _trainable(loss: ImplicitQLoss, network: str) -> list[nn.Parameter]:
+    prefix = f"{network}_params."
+    return [p for name, p in loss.named_parameters() if name.startswith(prefix) and p.requires_grad]
+
+
+def _check_parts(
+    loss: ImplicitQLoss, optimizer: Optimizer, updater: TargetNetUpdater | None
+) -> None:
+    if isinstance(loss, DistributedDataParallel):
+        raise TypeError(
+            f"loss is a DistributedDataParallel around {type(loss.module).__name__}, whose gradients "
+            "this step would not reduce across ranks. Pass the loss itself (its attribute .module), "
+            "and run one process per run: data parallel training is not available yet."
+        )
+    if not isinstance(loss, ImplicitQLoss):
+        raise TypeError(
+            f"loss is {type(loss).__module__}.{type(loss).__name__}; pass an IQLLoss or a "
+            "DiscreteIQLLoss of iql_torchrl."
+        )
+    if loss.reduction == "none":
+        raise ValueError("the loss has reduction='none'; a step needs scalars: 'mean' or 'sum'.")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"optimizer is {type(optimizer).__name__}; wanted a torch.optim.Optimizer. Join several "
+            "with torchrl.objectives.group_optimizers."
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError("optimizer is LBFGS, which evaluates the loss many times a step; use Adam.")
+    if updater is not None and not isinstance(updater, TargetNetUpdater):
+        raise TypeError(
+            f"target_updater is {type(updater).__name__}; wanted SoftUpdate(loss, tau=0.005) or "
+            "HardUpdate(loss) from torchrl.objectives."
+        )
+    if updater is not None and updater.loss_module is not loss:
+        raise ValueError("target_updater follows another loss; build it from the loss given here.")
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [n for n, p in loss.named_parameters() if p.requires_grad and id(p) not in held]
+    if missing:
+        raise ValueError(
+            f"the optimizer lacks {len(missing)} of the loss's parameters, the first {missing[0]!r}; "
+            "build it from loss.parameters(), or freeze them with requires_grad_(False)."
+        )

@@ -1,0 +1,274 @@
+"""make_agent: parts that fit the data, on one device, from one seed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from dataclasses import replace
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from iql_torchrl import DiscreteIQLLoss, IQLConfig, IQLLoss, evaluate, load_dataset, make_agent
+from iql_torchrl.agent.build import Agent
+from iql_torchrl.checkpoint import CheckpointError, write_components
+
+
+def arrays(rows: int = 60, actions=None):
+    generator = np.random.default_rng(0)
+    ends = np.arange(rows) % 10 == 9
+    return {
+        "observation": generator.normal(size=(rows, 3)).astype(np.float32) * [1, 10, 100] + 5,
+        "action": generator.uniform(-1, 1, (rows, 2)).astype(np.float32)
+        if actions is None
+        else actions,
+        "reward": generator.normal(size=rows).astype(np.float32),
+        "next_observation": generator.normal(size=(rows, 3)).astype(np.float32),
+        "terminated": np.zeros(rows, bool),
+        "truncated": ends,
+    }
+
+
+def config(**options) -> IQLConfig:
+    small = {"updates": 10, "hidden": (8,), "batch_size": 16, "reward": "raw"}
+    return IQLConfig(**{**small, **options})
+
+
+def dataset(**options):
+    data = arrays(**options)
+    data["observation"] = data["observation"].astype(np.float32)
+    return load_dataset(data, reward="raw")
+
+
+@pytest.mark.parametrize("policy", ["auto", "gaussian", "tanh_normal", "deterministic", "mixture"])
+def test_every_policy_trains(policy):
+    data = dataset()
+    agent = make_agent(config(policy=policy), data)
+    assert isinstance(agent.loss, IQLLoss)
+    buffer = data.replay_buffer(16, seed=0)
+    for _ in range(3):
+        metrics = agent.step(buffer.sample())
+    assert metrics["loss_actor"].isfinite()
+
+
+def test_discrete_actions_and_categorical_observations():
+    data = arrays(actions=np.arange(60) % 4)
+    data["observation"] = (np.arange(60) % 5).astype(np.int64)
+    data["next_observation"] = (np.arange(1, 61) % 5).astype(np.int64)
+    data = load_dataset(data)
+    agent = make_agent(config(), data)
+    assert isinstance(agent.loss, DiscreteIQLLoss)
+    agent.step(data.replay_buffer(16, seed=0).sample())
+
+    class FiveStates(gymnasium.Env):
+        observation_space = gymnasium.spaces.Discrete(5)
+        action_space = gymnasium.spaces.Discrete(4)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.left = 2 + (seed or 0) % 3
+            return 1, {}
+
+        def step(self, action):
+            self.left -= 1
+            return 2, 1.0, self.left == 0, False, {}
+
+    result = evaluate(agent.policy, FiveStates, episodes=3, num_envs=2, seed=0)
+    assert result.returns.tolist() == [2.0, 3.0, 4.0]
+    assert evaluate(agent.policy, FiveStates, episodes=1, seed=0).returns.tolist() == [2.0]
+
+
+def test_standardisation_is_the_first_layer_of_every_network():
+    data = dataset()
+    agent = make_agent(config(), data)
+    mean = data.statistics["observation"].mean
+    buffers = dict(agent.loss.named_buffers())
+    stored = [b for n, b in buffers.items() if n.endswith("preprocess.mean")]
+    assert stored
+    assert all(torch.equal(b, mean.expand_as(b)) for b in stored)
+    plain = make_agent(config(standardise=False), data)
+    assert not [n for n, _ in plain.loss.named_buffers() if "preprocess" in n]
+
+
+def test_the_seed_decides_and_the_callers_random_state_is_left_alone():
+    data = dataset()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, second = make_agent(config(seed=1), data), make_agent(config(seed=1), data)
+    other = make_agent(config(seed=2), data)
+    assert torch.equal(torch.get_rng_state(), state)
+    key = "actor_network_params.module.0.module.mlp.0.weight"
+    a, b, c = (agent.loss.state_dict()[key] for agent in (first, second, other))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+@pytest.mark.gpu
+def test_policy_and_loss_live_on_the_configured_device():
+    data = dataset()
+    agent = make_agent(config(device="cuda"), data)
+    held = [*agent.policy.parameters(), *agent.policy.buffers(), *agent.loss.parameters()]
+    assert {tensor.device.type for tensor in held} == {"cuda"}
+    agent.step(data.replay_buffer(16, device="cuda", seed=0).sample())
+
+
+def test_the_policys_buffers_are_the_losss():
+    agent = make_agent(config(), dataset())
+    held = {b.data_ptr() for b in agent.policy.buffers()}
+    assert held <= {leaf.data_ptr() for leaf in agent.loss.actor_network_params.values(True, True)}
+
+
+def test_learning_rates_and_schedule():
+    rates = {"actor_lr": 1e-3, "critic_lr": 2e-3, "value_lr": 3e-3}
+    agent = make_agent(config(**rates), dataset())
+    assert [group["lr"] for group in agent.optimizer.param_groups] == [1e-3, 2e-3, 3e-3]
+    buffer = dataset().replay_buffer(16, seed=0)
+    for _ in range(5):
+        agent.step(buffer.sample())
+    after = [group["lr"] for group in agent.optimizer.param_groups]
+    np.testing.assert_allclose(after, [0.5e-3, 2e-3, 3e-3])
+    assert isinstance(agent.scheduler, LRScheduler)
+    pickle.dumps(agent.scheduler.state_dict())
+
+
+def test_a_schedule_in_steps():
+    agent = make_agent(config(schedule="cosine", schedule_steps=2, value_lr=2e-3), dataset())
+    found = []
+    for _ in range(16):
+        found.append([group["lr"] for group in agent.optimizer.param_groups])
+        agent.optimizer.step()
+        agent.scheduler.step()
+    # cos(0), cos(pi / 2) and, past the end, cos(pi): halves of (1 + cos) are 1, 1/2 and 0
+    factor = np.array([1] * 5 + [0.5] * 5 + [0] * 6)
+    np.testing.assert_allclose(found, factor[:, None] * [3e-4, 3e-4, 2e-3], atol=1e-18)
+    third = make_agent(replace(agent.config, updates=7, schedule_steps=3), dataset())
+    rates = [third.scheduler.lr_lambdas[0](u) for u in range(8)]
+    steps = np.array([0, 0, 0, 1, 1, 2, 2, 3])  # floor(3 u / 7)
+    np.testing.assert_allclose(rates, (1 + np.cos(np.pi * steps / 3)) / 2)
+
+
+def test_an_agent_cannot_be_copied_in_silence():
+    with pytest.raises(TypeError, match="train nothing"):
+        copy.deepcopy(make_agent(config(), dataset()))
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="policy is 'categorical'"):
+        make_agent(config(policy="categorical"), dataset())
+    discrete = dataset(actions=np.arange(60) % 4)
+    with pytest.raises(ValueError, match="policy is 'gaussian'"):
+        make_agent(config(policy="gaussian"), discrete)
+
+
+def trained(folder, **options):
+    """An agent after three updates, and its file."""
+    data = dataset()
+    agent = make_agent(config(**options), data)
+    buffer = data.replay_buffer(16, seed=0)
+    for _ in range(3):
+        agent.step(buffer.sample())
+    states = {"agent": agent.description(), "loss_module": agent.state_dict()}
+    return agent, write_components(folder / "checkpoint-000000003.torchrl", states)
+
+
+def same_weights(first, second) -> bool:
+    a, b = first.state_dict(), second.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"policy": "mixture", "num_critics": 1, "max_grad_norm": 2.0},
+        {"hidden": (8, 4), "standardise": False, "optimizer": "adamw", "weight_decay": 1e-3},
+    ],
+)
+def test_an_agent_comes_back_from_its_file(tmp_path, options):
+    agent, path = trained(tmp_path, **options)
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    found = Agent.load(path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert found.config == agent.config
+    settings = agent.description()["config"]
+    assert json.loads(json.dumps(settings)) == settings
+    assert found.task.action_space == agent.task.action_space
+    assert same_weights(found, agent)
+    fresh = make_agent(agent.config, dataset())
+    assert not same_weights(fresh, agent)  # three updates did move the weights
+    observations = dataset().transitions["observation"].numpy()
+    np.testing.assert_array_equal(found.act(observations), agent.act(observations))
+    fresh.load_state_dict(agent.state_dict())
+    assert same_weights(fresh, agent)
+    found.step(dataset().replay_buffer(16, seed=0).sample())
+    assert not same_weights(found, agent)
+
+
+def test_the_best_of_a_run_is_loaded_and_else_the_newest(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    saved = {}
+    for name, seed in (("000000010", 1), ("000000100", 2)):
+        agent = make_agent(config(seed=seed), dataset())
+        states = {"agent": agent.description(), "loss_module": agent.state_dict()}
+        write_components(tmp_path / "checkpoints" / f"checkpoint-{name}.torchrl", states)
+        saved[seed] = agent
+    assert same_weights(Agent.load(tmp_path), saved[2])
+    write_components(
+        tmp_path / "best.torchrl",
+        {"agent": saved[1].description(), "loss_module": saved[1].state_dict()},
+    )
+    assert same_weights(Agent.load(str(tmp_path)), saved[1])
+
+
+def test_float64_survives_a_file(tmp_path):
+    data = load_dataset(arrays(), reward="raw", dtype=torch.float64)
+    agent = make_agent(config(standardise=False), data)
+    agent.step(data.replay_buffer(16, seed=0).sample())
+    assert {p.dtype for p in agent.loss.parameters()} == {torch.float64}
+    states = {"agent": agent.description(), "loss_module": agent.state_dict()}
+    found = Agent.load(write_components(tmp_path / "a.torchrl", states))
+    assert same_weights(found, agent)
+    assert found.act(np.zeros(3)).dtype == data.action_space.dtype
+
+
+def test_a_device_that_is_not_here_becomes_the_cpu(tmp_path):
+    agent, _ = trained(tmp_path)
+    description = agent.description()
+    description["config"]["device"] = "cuda:99"
+    states = {"agent": description, "loss_module": agent.state_dict()}
+    path = write_components(tmp_path / "far.torchrl", states)
+    assert Agent.load(path).config.device == "cpu"
+    assert same_weights(Agent.load(path, device="cpu"), agent)
+
+
+def test_what_cannot_be_loaded_is_said(tmp_path):
+    agent, path = trained(tmp_path)
+    weights, description = agent.state_dict(), agent.description()
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        Agent.load(tmp_path)
+    with pytest.raises(CheckpointError, match="no such file"):
+        Agent.load(tmp_path / "other.torchrl")
+    write_components(path, {"loss_module": weights})
+    with pytest.raises(CheckpointError, match=r"parts made by hand.*through the trainer"):
+        Agent.load(path)
+    for part, name in (("config", "unknown: colour"), ("task", r"with \['colour'\]")):
+        other = {**description, part: {**description[part], "colour": 1}}
+        write_components(path, {"agent": other, "loss_module": weights})
+        with pytest.raises(CheckpointError, match=f"{path}.*{name}.*version"):
+            Agent.load(path)
+    bad = {**description, "config": {**description["config"], "expectile": 3.0}}
+    write_components(path, {"agent": bad, "loss_module": weights})
+    with pytest.raises(CheckpointError, match="expectile is 3"):
+        Agent.load(path)
+    narrow = {**description, "config": {**description["config"], "hidden": [4]}}
+    write_components(path, {"agent": narrow, "loss_module": weights})
+    with pytest.raises(CheckpointError, match="weights do not fit"):
+        Agent.load(path)
+    older = {k: v for k, v in description["config"].items() if k != "schedule_steps"}
+    states = {"agent": {**description, "config": older}, "loss_module": weights}
+    write_components(path, states)
+    assert Agent.load(path).config == agent.config

@@ -1,0 +1,175 @@
+"""Agent.act: what the environment gives goes in, what env.step takes comes out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from small_agents import HIGH, LOW, MEAN, SCALE, box_agent, by_hand, config, discrete_agent, log
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.envs.utils import exploration_type
+
+from iql_torchrl import evaluate, load_dataset, make_agent
+from iql_torchrl.evaluation.act import act
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_one_observation_gives_one_action_and_a_batch_a_batch(dtype):
+    agent = box_agent(dtype)
+    observations = np.random.default_rng(1).normal(size=(5, 3)) * SCALE + MEAN
+    wanted = (HIGH + LOW) / 2 + (HIGH - LOW) / 2 * np.tanh(by_hand(agent, observations))
+    batch = agent.act(observations)
+    assert batch.dtype == dtype
+    np.testing.assert_allclose(batch, wanted, atol=2e-6)
+    for observation, action in zip(observations, wanted, strict=True):
+        single = agent.act(observation.astype(np.float32))
+        assert agent.task.action_space.contains(single)
+        np.testing.assert_allclose(single, action, atol=2e-6)
+    np.testing.assert_allclose(agent.act(list(observations[0])), wanted[0], atol=2e-6)
+
+
+def test_an_episode_by_hand_is_evaluates():
+    table = log(action=np.random.default_rng(0).uniform(-2, 2, (40, 1)).astype(np.float32))
+    data = load_dataset(table, env="Pendulum-v1")
+    agent = make_agent(config(), data)
+    env, total, over = data.make_env(), 0.0, False
+    observation, _ = env.reset(seed=4)
+    while not over:
+        observation, reward, terminated, truncated, _ = env.step(agent.act(observation))
+        total, over = total + float(reward), terminated or truncated
+    wanted = evaluate(agent.policy, data.make_env, episodes=1, seed=4).returns[0]
+    np.testing.assert_allclose(total, wanted, rtol=1e-5)
+
+
+def test_discrete_actions_count_from_the_spaces_start():
+    agent = discrete_agent(start=7)
+    observations = np.random.default_rng(1).normal(size=(20, 3)) * SCALE + MEAN
+    wanted = by_hand(agent, observations).argmax(1) + 7
+    assert len(set(wanted)) > 1
+    batch = agent.act(observations)
+    assert batch.dtype == np.int64
+    assert batch.tolist() == wanted.tolist()
+    single = agent.act(observations[0])
+    assert agent.task.action_space.contains(single)
+    assert np.shape(single) == ()
+    assert single == wanted[0]
+    agent.task.action_space.dtype = np.dtype(np.int32)
+    assert agent.act(observations).dtype == agent.act(observations[0]).dtype == np.int32
+
+
+def test_a_mask_forbids():
+    agent = discrete_agent(masked=True, start=1)
+    observations = np.random.default_rng(1).normal(size=(20, 3)) * SCALE + MEAN
+    logits = by_hand(agent, observations)
+    masks = np.random.default_rng(2).random((20, 4)) < 0.5
+    masks[np.arange(20), np.arange(20) % 4] = True
+    wanted = np.where(masks, logits, -np.inf).argmax(1) + 1
+    assert (wanted != logits.argmax(1) + 1).any()
+    assert agent.act(observations, action_mask=masks).tolist() == wanted.tolist()
+    assert agent.act(observations[3], action_mask=masks[3].astype(np.int8)) == wanted[3]
+    sampled = agent.act(observations, action_mask=masks, deterministic=False, seed=0)
+    assert masks[np.arange(20), sampled - 1].all()
+
+
+def test_dict_observations():
+    generator = np.random.default_rng(0)
+    parts = {k: generator.normal(size=(40, n)).astype(np.float32) for k, n in (("b", 2), ("a", 1))}
+    agent = make_agent(config(), load_dataset(log(observation=parts)))
+    flat = make_agent(config(), load_dataset(log(observation=parts), concatenate=["a", "b"]))
+    flat.load_state_dict(agent.state_dict())
+    joined = np.concatenate([parts["a"], parts["b"]], 1)
+    np.testing.assert_allclose(agent.act(parts), flat.act(joined), atol=1e-6)
+    one = {name: values[3] for name, values in parts.items()}
+    np.testing.assert_allclose(agent.act(one), flat.act(joined[3]), atol=1e-6)
+    for wrong, found in (
+        ({"a": one["a"]}, r"\['a', 'b'\], found \['a'\]"),
+        (joined[3], "found a ndarray"),
+        ({"a": parts["a"], "b": one["b"]}, r"different numbers.*\['a'\]: 40"),
+        ({"a": parts["a"], "b": parts["b"][:7]}, "different numbers"),
+    ):
+        with pytest.raises(ValueError, match=found):
+            agent.act(wrong)
+
+
+def test_categories_in_observations():
+    table = log(observation=np.arange(40) % 5)
+    agent = make_agent(config(), load_dataset(table))
+    assert agent.act(3).shape == (2,)
+    np.testing.assert_allclose(agent.act(np.arange(5))[3], agent.act(np.int64(3)), atol=1e-6)
+    for wrong in (5, -1):
+        with pytest.raises(ValueError, match=rf"holds {wrong}; wanted .* Discrete\(5\)"):
+            agent.act(wrong)
+    with pytest.raises(ValueError, match="holds float64; wanted int64"):
+        agent.act(2.0)
+
+
+def test_what_does_not_fit_is_refused():
+    agent = box_agent()
+    for wrong, found in (
+        (np.zeros(4), r"shape \(4,\); wanted \(3,\) for one observation, or \('B', 3\)"),
+        (np.zeros((2, 2, 3)), r"shape \(2, 2, 3\)"),
+        (np.float32(0), r"shape \(\)"),
+        (np.zeros((0, 3)), "batch of none"),
+        (np.array([0, np.nan, 0]), "observation holds nan"),
+        (np.array(["a", "b", "c"]), "holds <U1; wanted float32"),
+        ({"observation": np.zeros(3)}, "holds object|shape"),
+    ):
+        with pytest.raises(ValueError, match=found):
+            agent.act(wrong)
+    with pytest.raises(ValueError, match="action_mask was given"):
+        agent.act(np.zeros(3), action_mask=np.ones(2))
+    masked = discrete_agent(masked=True)
+    for mask, found in (
+        (None, r"pass action_mask= with shape \(4,\)"),
+        (np.ones((1, 4)), r"shape \(1, 4\); wanted \(4,\)"),
+        (np.ones(3), "4 booleans"),
+        (np.zeros(4), "at least one"),
+    ):
+        with pytest.raises(ValueError, match=found):
+            masked.act(np.zeros(3), action_mask=mask)
+    with pytest.raises(ValueError, match=r"shape \(3, 4\); wanted \(2, 4\)"):
+        masked.act(np.zeros((2, 3)), action_mask=np.ones((3, 4)))
+    with torch.no_grad():
+        agent.actor.get_parameter("module.0.module.mlp.2.bias").fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        agent.act(np.zeros(3))
+
+
+def test_random_numbers_modes_and_gradients():
+    agent = box_agent(dropout=0.5)
+    observation = MEAN.copy()
+    agent.actor.train()
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    first = agent.act(observation)
+    np.testing.assert_array_equal(agent.act(observation), first)  # dropout is off
+    seeded = agent.act(observation, deterministic=False, seed=5)
+    assert torch.equal(torch.get_rng_state(), state)
+    drawn = agent.act(observation, deterministic=False)
+    assert not torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(3)
+    np.testing.assert_array_equal(agent.act(observation, deterministic=False), drawn)
+    np.testing.assert_array_equal(agent.act(observation, deterministic=False, seed=5), seeded)
+    assert not np.array_equal(seeded, drawn)
+    assert not np.array_equal(seeded, first)
+    assert all(module.training for module in agent.actor.modules())
+    assert all(p.requires_grad for p in agent.actor.parameters())
+
+
+def test_an_error_restores_modes():
+    class Fails(nn.Module):
+        def forward(self, observation):
+            assert not torch.is_grad_enabled()
+            assert not self.training
+            raise RuntimeError("no")
+
+    policy = TensorDictModule(Fails(), in_keys=["observation"], out_keys=["action"])
+    space = spaces.Box(-1, 1, (2,))
+    kind = exploration_type()
+    with pytest.raises(RuntimeError, match="no"):
+        act(policy, np.zeros(2), space, space)
+    assert policy.training
+    assert torch.is_grad_enabled()
+    assert exploration_type() == kind

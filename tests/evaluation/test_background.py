@@ -1,0 +1,636 @@
+"""Evaluations in a process of their own: the same numbers, and no process left behind."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import io
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import cloudpickle
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
+
+from iql_torchrl import IQLConfig, evaluate, load_dataset, make_agent
+from iql_torchrl.data import DatasetError
+from iql_torchrl.evaluation import background_worker as background_process
+from iql_torchrl.evaluation.background import BackgroundEvaluation
+from iql_torchrl.evaluation.background_worker import Arithmetic, Failure, Structure
+
+SETTINGS = {
+    "episodes": 5, "num_envs": 3, "seed": 7, "max_steps": 40, "deterministic": False,
+    "reference_scores": (-400.0, 0.0),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def stochastic_actor():
+    network = nn.Sequential(
+        nn.Linear(3, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Linear(32, 2), NormalParamExtractor()
+    )
+    return ProbabilisticActor(
+        TensorDictModule(network, in_keys=["observation"], out_keys=["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        distribution_class=TanhNormal,
+        distribution_kwargs={"low": -2.0, "high": 2.0},
+    )
+
+
+def pendulum_log(**more):
+    """A few made-up steps that pass for a Pendulum log."""
+    observations = np.random.default_rng(0).uniform(-1, 1, (13, 3)).astype(np.float32)
+    data = {
+        "observations": observations[:-1],
+        "next_observations": observations[1:],
+        "actions": observations[:-1, :1],
+        "rewards": observations[:-1, 1],
+        "terminals": np.zeros(12, bool),
+        "timeouts": np.arange(12) % 6 == 5,
+    }
+    return load_dataset(data, **{"env": "Pendulum-v1", **more})
+
+
+def change(actor, seed):
+    """Other weights and other BatchNorm statistics."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for tensor in (*actor.parameters(), *actor.buffers()):
+            if tensor.is_floating_point():
+                tensor.add_(0.1 * torch.rand(tensor.shape, generator=generator))
+
+
+def same(one, other):
+    return all(
+        np.array_equal(getattr(one, name), getattr(other, name))
+        for name in ("returns", "lengths", "scores")
+    )
+
+
+def process_of(background):
+    return background._child._process
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """An actor, the environments of a dataset, and their background process, used by turns."""
+    torch.manual_seed(0)
+    actor, make_env = stochastic_actor(), pendulum_log().make_env
+    with BackgroundEvaluation(actor, make_env, **SETTINGS) as background:
+        assert process_of(background) is None, "it starts when it is needed"
+        yield actor, make_env, background
+    assert background._child._thread is None or not background._child._thread.is_alive()
+
+
+def played(actor, make_env):
+    return evaluate(actor, make_env, **SETTINGS)
+
+
+def started(background):
+    """The process, as soon as there is one."""
+    deadline = time.monotonic() + 60
+    while process_of(background) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return process_of(background)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+def test_a_killed_process_is_named_and_replaced(shared):
+    """First of all, because starting a process takes seconds: it is killed while it starts."""
+    actor, make_env, background = shared
+    background.submit(2)
+    background.submit(3)
+    process = started(background)
+    process.kill()
+    with pytest.raises(RuntimeError, match=r"exit code -9 \(SIGKILL\) while .* number 2"):
+        background.results(wait=True)
+    assert list(background.pending) == [3]
+    assert same(background.results(wait=True)[0][1], played(actor, make_env))
+    assert process_of(background).pid != process.pid
+
+
+def test_the_same_results_as_in_the_foreground(shared):
+    actor, make_env, background = shared
+    wanted = {}
+    for number in (30, 10, 20):
+        background.submit(number)
+        wanted[number] = played(actor, make_env), actor.module[0].module[0].weight.clone()
+        change(actor, seed=number)
+    assert list(background.pending) == [30, 10, 20]
+    for number, snapshot in background.pending.items():
+        weight = snapshot["module.0.module.0.weight"]
+        assert torch.equal(weight, wanted[number][1])
+        assert "module.0.module.1.running_mean" in snapshot
+        assert not weight.requires_grad
+    results = background.results(wait=True)
+    assert [number for number, _ in results] == [30, 10, 20]
+    assert all(same(found, wanted[number][0]) for number, found in results)
+    assert not same(results[0][1], results[1][1]), "the weights matter"
+    assert background.pending == {}
+    assert background.results() == background.results(wait=True) == []
+
+
+def test_without_waiting_it_gives_what_there_is(shared):
+    actor, make_env, background = shared
+    background.submit(1)
+    found = []
+    deadline = time.monotonic() + 60
+    while not found and time.monotonic() < deadline:
+        assert list(background.pending) == [1]
+        found = background.results()
+        time.sleep(0.01)
+    assert same(found[0][1], played(actor, make_env))
+    assert background.pending == {}
+
+
+def test_pending_policies_go_through_a_checkpoint(shared):
+    actor, make_env, background = shared
+    wanted = played(actor, make_env)
+    background.submit(4)
+    file = io.BytesIO()
+    torch.save(background.pending, file)
+    background.results(wait=True)
+    change(actor, seed=4)
+    background.resubmit(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    background.submit(5)
+    (four, first), (five, second) = background.results(wait=True)
+    assert (four, five) == (4, 5)
+    assert same(first, wanted)
+    assert same(second, played(actor, make_env))
+
+
+def test_an_error_comes_with_its_message_and_traceback(shared):
+    actor, make_env, background = shared
+    before = {name: tensor.clone() for name, tensor in actor.state_dict().items()}
+    background.submit(1)
+    with torch.no_grad():
+        actor.module[0].module[3].weight.fill_(torch.nan)
+    background.submit(2)
+    with pytest.raises(ValueError, match="nan") as wanted:
+        played(actor, make_env)
+    actor.load_state_dict(before)
+    background.submit(3)
+    process = process_of(background)
+    with pytest.raises(ValueError, match="nan") as caught:
+        background.results(wait=True)
+    assert str(caught.value) == str(wanted.value)
+    assert "background_process.py" in str(caught.value.__cause__)
+    assert list(background.pending) == [1, 3], "what succeeded is kept for the next call"
+    assert [number for number, _ in background.results(wait=True)] == [1, 3]
+    assert process_of(background) is process, "an error does not end the process"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_schedulers_warning_are_for_the_parent_alone(shared, number):
+    actor, make_env, background = shared
+    background.submit(1)
+    background.results(wait=True)
+    process = process_of(background)
+    process.send_signal(number)
+    background.submit(2)
+    assert same(background.results(wait=True)[0][1], played(actor, make_env))
+    assert process_of(background) is process
+
+
+def test_what_is_forgotten_ends_its_process():
+    background = BackgroundEvaluation(stochastic_actor(), pendulum_log().make_env, **SETTINGS)
+    background.submit(0)
+    child, process = background._child, started(background)
+    assert process.poll() is None
+    del background
+    gc.collect()
+    assert process.poll() is not None
+    assert not child._thread.is_alive()
+
+
+SCRIPT = """
+import os, signal, sys, time
+from pathlib import Path
+import gymnasium, numpy as np, torch
+from gymnasium import spaces
+from tensordict.nn import TensorDictModule
+from iql_torchrl.evaluation.background import BackgroundEvaluation
+
+print("the script runs", flush=True)
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+
+class Mine(gymnasium.Env):
+    observation_space = spaces.Box(-1.0, 1.0, (1,))
+    action_space = spaces.Box(-1.0, 1.0, (2,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.slow = (folder / "slow").exists()
+        if self.slow:
+            (folder / "pid").write_text(str(os.getpid()))
+            (folder / "pid").rename(folder / "started")
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        for _ in range(6000 * self.slow):
+            time.sleep(0.01)
+        if (folder / "leave").exists():
+            sys.exit(3)
+        print("an environment may print")
+        return np.zeros(1, np.float32), float(action @ [1.0, 10.0]), False, False, {}
+
+    def close(self):
+        if self.slow:
+            (folder / "closed").touch()
+
+gymnasium.register("Mine-v0", entry_point=Mine, max_episode_steps=3)
+
+def settings(observation):  # what the process computes with
+    doubles = torch.get_default_dtype() == torch.float64
+    action = torch.tensor([torch.get_num_threads() / 10, float(doubles)])
+    return action.expand(len(observation), 2)
+
+policy = TensorDictModule(settings, ["observation"], ["action"])
+background = BackgroundEvaluation(policy, lambda: gymnasium.make("Mine-v0"), episodes=2, seed=0)
+
+def returns(number):
+    background.submit(number)
+    return background.results(wait=True)[0][1].returns.round(3).tolist()
+
+def wait_for_a_slow_evaluation():
+    (folder / "slow").touch()
+    background.submit(3)
+    while not (folder / "started").exists():
+        time.sleep(0.05)
+"""
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def run(script, folder):
+    """Runs ``SCRIPT + script``; its exit code and output. Its standard output outlives it."""
+    (folder / "script.py").write_text(SCRIPT + script)
+    command = [sys.executable, "-W", "error", str(folder / "script.py"), str(folder)]
+    # Named like a module that the process imports first: it must not be taken for that.
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "signal.py").write_text("raise ImportError('the wrong signal')")
+    with (folder / "output").open("w") as output:
+        ended = subprocess.run(
+            command, cwd=folder / "elsewhere", stdout=output, stderr=output, timeout=100,
+            start_new_session=True,
+        )  # fmt: skip
+    return ended.returncode, (folder / "output").read_text().splitlines()
+
+
+def assert_gone(folder):
+    pid, deadline = int((folder / "started").read_text()), time.monotonic() + 15
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(pid)
+    assert (folder / "closed").exists(), "its environments were closed"
+
+
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/stat").exists(), reason="looks processes up in /proc"
+)
+
+
+@needs_proc
+def test_a_script_without_main_guard_and_its_sudden_death(tmp_path):
+    """It runs once, its own environments are found, its settings kept; -9 leaves no orphan."""
+    code, said = run(
+        """
+print(returns(1))
+torch.set_default_dtype(torch.float64)
+print(returns(2), flush=True)
+wait_for_a_slow_evaluation()
+if os.fork() == 0:  # a copy of the parent that outlives it, and holds its ends of the pipes
+    time.sleep(20)
+    os._exit(0)
+os.kill(os.getpid(), signal.SIGKILL)
+""",
+        tmp_path,
+    )
+    assert code == -signal.SIGKILL, said
+    printed = [line for line in said if line != "an environment may print"]
+    assert printed == ["the script runs", "[0.3, 0.3]", "[30.3, 30.3]"]
+    assert len(said) == 3 + 2 * 2 * 3, "what environments print is not lost"
+    assert_gone(tmp_path)
+
+
+@needs_proc
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [("sys.exit(0)", 0), ("os.killpg(0, signal.SIGINT); time.sleep(60)", -signal.SIGINT)],
+    ids=["exit", "interrupt"],
+)
+def test_a_script_that_ends_without_closing(end, code, tmp_path):
+    began = time.monotonic()
+    found, said = run(f"wait_for_a_slow_evaluation()\n{end}\n", tmp_path)
+    assert found == code
+    assert sum(line.startswith("Traceback") for line in said) == (code != 0), "the parent's alone"
+    assert_gone(tmp_path)
+    assert time.monotonic() - began < 40
+
+
+@pytest.mark.slow
+def test_a_process_that_an_environment_ends_and_one_killed_at_rest(tmp_path):
+    code, said = run(
+        """
+(folder / "leave").touch()
+try:
+    returns(1)
+except RuntimeError as error:
+    print(error)
+(folder / "leave").unlink()
+print(returns(2))
+process = background._child._process
+process.kill()
+process.wait()
+print(returns(3))
+""",
+        tmp_path,
+    )
+    assert code == 0
+    assert "died with exit code 3 while it evaluated number 1" in said[1]
+    printed = [line for line in said if line != "an environment may print"]
+    assert printed[2:] == ["[0.3, 0.3]"] * 2
+
+
+# ---- what can be sent ----------------------------------------------------------------------
+
+
+def sent(thing):
+    """``make_env`` as it arrives, in this process, and the size of what is sent."""
+    structure = Structure.of(stochastic_actor(), thing, {"device": "cpu"})
+    return structure.rebuilt()[1], len(structure.make_env)
+
+
+def same_env(one, other):
+    starts = [env.reset(seed=3)[0] for env in (one, other)]
+    assert one.observation_space == other.observation_space
+    np.testing.assert_array_equal(*starts)
+
+
+@pytest.mark.parametrize(
+    "env",
+    ["Pendulum-v1", gymnasium.spec("Pendulum-v1"), lambda: gymnasium.make("Pendulum-v1"),
+     gymnasium.make("Pendulum-v1", g=5.0)],
+    ids=["id", "spec", "function", "instance"],
+)  # fmt: skip
+def test_the_environments_of_a_dataset_are_sent_without_the_data(env):
+    dataset = pendulum_log(env=env)
+    make, size = sent(dataset.make_env)
+    assert size < 10_000
+    same_env(make(), dataset.make_env())
+    if isinstance(env, gymnasium.Env):
+        assert make().unwrapped.g == 5.0
+    assert make() is not make()
+
+
+class Goals(gymnasium.Env):
+    observation_space = gymnasium.spaces.Dict(
+        {
+            "observation": gymnasium.spaces.Box(-1, 1, (2,), np.float64),
+            "goal": gymnasium.spaces.Box(-1, 1, (1,), np.float64),
+        }
+    )
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        start = self.np_random.random(2)
+        return {"observation": start, "goal": start[:1] / 2}, {}
+
+
+def test_joined_environments_and_those_of_minari_are_sent(tmp_path, monkeypatch):
+    minari = pytest.importorskip("minari")
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    rng, steps = np.random.default_rng(0), 4
+    common = {
+        "id": None, "rewards": rng.random(steps), "terminations": np.zeros(steps, bool),
+        "truncations": np.arange(steps) == steps - 1, "infos": {},
+        "actions": rng.uniform(-1, 1, (steps, 1)).astype(np.float32),
+    }  # fmt: skip
+    rows = rng.uniform(-1, 1, (steps + 1, 3))
+    whole = EpisodeBuffer(observations=rows.astype(np.float32), **common)
+    split = {"observation": rows[:, :2], "goal": rows[:, 2:]}
+    for name, buffer, more in (
+        ("made/pendulum-v0", whole, {"env": "Pendulum-v1"}),
+        ("made/goals-v0", EpisodeBuffer(observations=split, **common),
+         {"observation_space": Goals.observation_space, "action_space": Goals.action_space}),
+    ):  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about an author, a description and the like
+            minari.create_dataset_from_buffers(name, [buffer], **more)
+    for dataset in (
+        load_dataset("made/pendulum-v0"),
+        load_dataset("made/goals-v0", env=Goals, concatenate=["goal", "observation"]),
+    ):
+        make, size = sent(dataset.make_env)
+        assert size < 10_000
+        same_env(make(), dataset.make_env())
+
+
+def test_a_dataset_without_environment_says_so_when_it_is_wanted():
+    dataset = pendulum_log(env=None, action_space=gymnasium.spaces.Box(-2, 2, (1,)))
+    make, _ = sent(dataset.make_env)
+    for each in (make, dataset.make_env):
+        with pytest.raises(DatasetError, match="records no environment; pass env="):
+            each()
+
+
+def test_environments_registered_here_are_found_there():
+    gymnasium.register("Mine-v0", entry_point=Goals)
+    try:
+        structure = Structure.of(stochastic_actor(), lambda: gymnasium.make("Mine-v0"), {})
+    finally:
+        del gymnasium.registry["Mine-v0"]
+    try:
+        _, make = Structure(
+            structure.policy, structure.make_env, structure.registrations, {"device": "cpu"}
+        ).rebuilt()
+        assert make().spec.id == "Mine-v0"
+    finally:
+        gymnasium.registry.pop("Mine-v0", None)
+
+
+def test_a_compiled_policy_and_a_trained_one_are_sent():
+    agent = make_agent(IQLConfig(hidden=(8,), batch_size=4), pendulum_log())
+    for policy in (agent.policy, torch.compile(agent.policy, backend="eager")):
+        structure = Structure.of(policy, Goals, {"device": "cpu"})
+        arrived, _ = structure.rebuilt()
+        batch = pendulum_log().transitions.select("observation")
+        with torch.no_grad():
+            first, second = (p(batch.clone())["loc"] for p in (policy, arrived))
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["policy", "make_env"])
+def test_what_cannot_be_sent_is_named(name):
+    lock = threading.Lock()
+    actor, make_env = stochastic_actor(), lambda: gymnasium.make("Pendulum-v1")
+    if name == "policy":
+        actor.lock = lock
+    else:
+        make_env = lambda: (lock, gymnasium.make("Pendulum-v1"))[1]  # noqa: E731
+    with pytest.raises(TypeError, match=f"{name} cannot be sent .*cannot pickle '_thread.lock'"):
+        BackgroundEvaluation(actor, make_env, episodes=1, seed=0)
+
+
+def test_a_function_that_drags_much_along_is_warned_of(monkeypatch):
+    monkeypatch.setattr(background_process, "LARGE", 2**20)
+    ballast = np.zeros(2**20)
+    with pytest.warns(UserWarning, match="make_env carries 8 MiB"):
+        BackgroundEvaluation(
+            stochastic_actor(), lambda: (ballast, Goals())[1], episodes=1, seed=0
+        )  # fmt: skip
+
+
+def test_parts_that_the_process_cannot_import_are_explained(tmp_path, monkeypatch):
+    (tmp_path / "here_only.py").write_text("def make_env(): ...")
+    with monkeypatch.context() as patch:
+        patch.syspath_prepend(tmp_path)
+        here_only = importlib.import_module("here_only")
+        gymnasium.register("HereOnly-v0", entry_point=here_only.make_env)
+        structure = Structure.of(stochastic_actor(), here_only.make_env, {"device": "cpu"})
+        other = Structure.of(stochastic_actor(), Goals, {"device": "cpu"})
+        del gymnasium.registry["HereOnly-v0"], sys.modules["here_only"]
+    with pytest.raises(RuntimeError, match=r"cannot be rebuilt .*No module named 'here_only'"):
+        structure.rebuilt()
+    assert other.rebuilt()[1] is Goals, "what is only registered is not missed"
+    assert "HereOnly-v0" not in gymnasium.registry
+
+
+# ---- what crosses over ---------------------------------------------------------------------
+
+
+class Awkward(Exception):
+    def __init__(self, code, place):
+        super().__init__(f"{code} at {place}")
+
+
+class Plain(Exception):
+    pass
+
+
+def failure(error):
+    try:
+        raise error
+    except Exception as caught:
+        return pickle.loads(pickle.dumps(Failure.of(caught)))
+
+
+def test_exceptions_keep_their_class_where_pickle_allows():
+    revived = failure(Plain("out of paint")).revived()
+    assert type(revived) is Plain
+    assert str(revived) == "out of paint"
+    assert "raise error" in str(revived.__cause__)
+    revived = failure(Awkward(3, "home")).revived()
+    assert type(revived) is RuntimeError
+    assert str(revived) == "Awkward: 3 at home"
+    unknown = cloudpickle.dumps(Plain("x")).replace(b"test_background", b"no_such_modules")
+    assert str(Failure(unknown, "Plain: x", "").revived()) == "Plain: x"
+
+
+def test_settings_on_which_rounding_depends_are_taken_over():
+    before = Arithmetic.current()
+    try:
+        torch.set_num_threads(2)
+        torch.set_default_dtype(torch.float64)
+        torch.set_float32_matmul_precision("medium")
+        torch.use_deterministic_algorithms(True)
+        wanted = Arithmetic.current()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        before.adopt()
+    assert wanted != before
+    assert Arithmetic.current().dtype == torch.float32
+    try:
+        wanted.adopt()
+        assert Arithmetic.current() == wanted
+        assert torch.get_num_threads() == 2
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        before.adopt()
+    assert Arithmetic.current() == before
+
+
+# ---- what is refused -----------------------------------------------------------------------
+
+
+def test_arguments_are_checked_at_once():
+    actor, make_env = stochastic_actor(), Goals
+    with pytest.raises(TypeError, match="policy must be a TensorDict module"):
+        BackgroundEvaluation(nn.Linear(1, 1), make_env, episodes=1, seed=0)
+    with pytest.raises(ValueError, match="episodes must be an integer"):
+        BackgroundEvaluation(actor, make_env, episodes=0, seed=0)
+    with pytest.raises(ValueError, match="reference_scores must be"):
+        BackgroundEvaluation(actor, make_env, episodes=1, seed=0, reference_scores=(2, 1))
+    with pytest.raises(TypeError, match="max_episodes"):
+        BackgroundEvaluation(actor, make_env, episodes=1, seed=0, max_episodes=2)
+
+
+def test_numbers_and_snapshots_are_checked():
+    actor = stochastic_actor()
+    other = stochastic_actor()
+    other.module[0].module[0] = nn.Linear(3, 32, bias=False)
+    with BackgroundEvaluation(actor, Goals, episodes=1, seed=0) as background:
+        for number in (1.0, True, "a"):
+            with pytest.raises(ValueError, match="number must be an integer"):
+                background.submit(number)
+        snapshot = {n: t.detach() for n, t in background_process.named_tensors(other).items()}
+        with pytest.raises(ValueError, match=r"snapshot 3 lacks 'module.0.module.0.bias'"):
+            background.resubmit({3: snapshot})
+        snapshot["module.0.module.0.bias"] = torch.zeros(31)
+        with pytest.raises(ValueError, match=r"shape \(31,\), wanted torch.float32 of .*\(32,\)"):
+            background.resubmit({3: snapshot})
+        assert background.pending == {}
+        assert background._child._thread is None
+        background.submit(7)
+        with pytest.raises(ValueError, match="number 7 is pending already"):
+            background.submit(7)
+    assert list(background.pending) == [7], "for a last checkpoint"
+    assert background.results(wait=True) == []
+    with pytest.raises(RuntimeError, match="is closed"):
+        background.submit(8)
+    background.close()
+
+
+@pytest.mark.gpu
+def test_a_policy_on_cuda_is_evaluated_on_the_cpu_unless_told_otherwise():
+    agent = make_agent(IQLConfig(hidden=(8,), batch_size=4, device="cuda"), pendulum_log())
+    settings = {**SETTINGS, "deterministic": True}
+    make_env = pendulum_log().make_env
+    for device in (None, "cuda"):
+        with BackgroundEvaluation(agent.policy, make_env, device=device, **settings) as background:
+            background.submit(1)
+            assert all(t.device.type == "cpu" for t in background.pending[1].values())
+            ((_, found),) = background.results(wait=True)
+        policy = agent.policy.to("cpu") if device is None else agent.policy.to("cuda")
+        wanted = evaluate(policy, make_env, **settings)
+        assert same(found, wanted)
+        agent.policy.to("cuda")

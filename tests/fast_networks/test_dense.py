@@ -1,0 +1,316 @@
+"""Dense perceptrons: values and gradients by hand and against the modules they stand for."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torchrl.modules import MLP as TorchRLMLP
+
+from iql_torchrl import networks
+from iql_torchrl.fast_networks.dense import Category, Dense, linear_layers, picked
+from iql_torchrl.fast_networks.detect import _condense
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def perceptron(layers: int, activation=nn.ReLU, inputs: int = 4, outputs: int = 2):
+    hidden = (6,) * (layers - 1)
+    return networks.MLP(inputs, outputs, hidden=hidden, activation=activation).double()
+
+
+def stack(modules):
+    """Dense over K modules' parameters, ``(K, ...)``, and those parameters."""
+    dense = Dense(modules[0])
+    leaves = zip(*(m.parameters() for m in modules), strict=True)
+    dense.leaves = tuple(torch.stack(leaf).detach().requires_grad_() for leaf in leaves)
+    return dense, dense.leaves
+
+
+def gradients(out, wanted):
+    """Of a sum that weighs every output differently."""
+    weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
+    return torch.autograd.grad((weight * out).sum(), wanted)
+
+
+def test_by_hand():
+    """``relu(x @ [[1], [-2]] + 3) * -1 + 0.5`` and its derivatives."""
+    source = nn.Sequential(nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 1))
+    with torch.no_grad():
+        for leaf, value in zip(source.parameters(), ([[1.0, -2.0]], 3.0, -1.0, 0.5), strict=True):
+            leaf.copy_(torch.tensor(value))
+    x = torch.tensor([[1.0, 1.0], [0.0, 2.0]], requires_grad=True)  # before ReLU: 2 and -1
+    out = Dense(source)(x)
+    assert out.tolist() == [[-1.5], [0.5]]
+    found = torch.autograd.grad(out.sum(), [x, *source.parameters()])
+    wanted = ([[-1.0, 2.0], [0.0, 0.0]], [[-1.0, -1.0]], [-1.0], [[2.0]], [2.0])
+    for gradient, value in zip(found, wanted, strict=True):
+        assert gradient.tolist() == value
+
+
+def test_tanh_by_hand():
+    source = nn.Sequential(nn.Linear(1, 1), nn.Tanh(), nn.Linear(1, 1)).double()
+    with torch.no_grad():
+        for leaf, value in zip(source.parameters(), (2.0, 0.0, 3.0, 1.0), strict=True):
+            leaf.fill_(value)
+    x = torch.tensor([[0.25]], dtype=torch.float64, requires_grad=True)
+    out = Dense(source)(x)
+    assert out.item() == pytest.approx(1 + 3 * math.tanh(0.5), rel=1e-14)
+    (slope,) = torch.autograd.grad(out.sum(), x)
+    assert float(slope) == pytest.approx(6 * (1 - math.tanh(0.5) ** 2), rel=1e-14)
+
+
+@pytest.mark.parametrize("way", ["chain", "operations"])
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_lone_perceptron(way, outputs, activation, layers):
+    source = perceptron(layers, activation, outputs=outputs)
+    dense = Dense(source)
+    x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    out = dense(x) if way == "chain" else dense._operations(x)
+    wanted = source(x)
+    torch.testing.assert_close(out, wanted, **EXACT)
+    leaves = [x, *source.parameters()]
+    for a, b in zip(gradients(out, leaves), gradients(wanted, leaves), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+@pytest.mark.parametrize("way", ["chain", "operations"])
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_stacked_perceptrons(way, outputs, activation, count, layers):
+    sources = [perceptron(layers, activation, outputs=outputs) for _ in range(count)]
+    dense, leaves = stack(sources)
+    x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    out = dense(x) if way == "chain" else dense._operations(x)
+    wanted = torch.stack([source(x) for source in sources])
+    torch.testing.assert_close(out, wanted, **EXACT)
+    apart = [p for source in sources for p in source.parameters()]
+    (about_x, *found), (wanted_x, *theirs) = (
+        gradients(out, [x, *leaves]),
+        gradients(wanted, [x, *apart]),
+    )
+    torch.testing.assert_close(about_x, wanted_x, **EXACT)
+    for place, gradient in enumerate(found):
+        torch.testing.assert_close(gradient, torch.stack(theirs[place :: len(leaves)]), **EXACT)
+
+
+@pytest.mark.parametrize("count", [None, 1, 3])
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3), (2, 3, 5), (2, 0)])
+def test_any_batch_dimensions(count, shape):
+    sources = [perceptron(3) for _ in range(count or 1)]
+    dense, leaves = (Dense(sources[0]), None) if count is None else stack(sources)
+    leaves = tuple(sources[0].parameters()) if leaves is None else leaves
+    x = torch.randn(*shape, 4, dtype=torch.float64, requires_grad=True)
+    out = dense(x)
+    outs = [source(x) for source in sources]
+    wanted = outs[0] if count is None else torch.stack(outs)
+    torch.testing.assert_close(out, wanted, **EXACT)
+    apart = [p for source in sources for p in source.parameters()]
+    found, theirs = gradients(out, [x, *leaves]), gradients(wanted, [x, *apart])
+    torch.testing.assert_close(found[0], theirs[0], **EXACT)
+    for place, gradient in enumerate(found[1:]):
+        wanted = torch.stack(theirs[1 + place :: len(leaves)])
+        torch.testing.assert_close(gradient.view_as(wanted), wanted, **EXACT)
+
+
+@pytest.mark.parametrize("way", ["chain", "operations"])
+@pytest.mark.parametrize("count", [None, 1, 3])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(9,), (0,), (1,), (2, 5)])
+def test_categories_are_their_one_hot_form(way, count, layers, shape):
+    sources = [perceptron(layers, inputs=6) for _ in range(count or 1)]
+    dense, leaves = (Dense(sources[0]), None) if count is None else stack(sources)
+    leaves = tuple(sources[0].parameters()) if leaves is None else leaves
+    index = torch.randint(6, shape)  # categories return, and some do not come
+    with pytest.raises(TypeError, match=r"got torch.int64; .*networks\.OneHot"):
+        dense(index)
+    dense.picks = True
+    if way == "chain":
+        out = dense(index)
+    elif len(shape) == 1:
+        out = dense._operations(index)
+    else:
+        return
+    one_hot = nn.functional.one_hot(index, 6).double()
+    outs = [source(one_hot) for source in sources]
+    wanted = outs[0] if count is None else torch.stack(outs)
+    torch.testing.assert_close(out, wanted, **EXACT)
+    apart = [p for source in sources for p in source.parameters()]
+    found, theirs = gradients(out, leaves), gradients(wanted, apart)
+    for place, gradient in enumerate(found):
+        wanted = torch.stack(theirs[place :: len(leaves)])
+        torch.testing.assert_close(gradient.view_as(wanted), wanted, **EXACT)
+
+
+def test_picked_by_hand():
+    weight = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+    assert picked(weight, torch.tensor([2, 0])).tolist() == [[3.0, 1.0], [6.0, 4.0]]
+    runs = torch.stack([weight, 10 * weight])  # each run with its own
+    assert picked(runs, torch.tensor([[2], [1]])).tolist() == [[[3.0], [6.0]], [[20.0], [50.0]]]
+    for index in (3, -1):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            picked(weight, torch.tensor([0, index]))
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (4, 5), (0, 1, 2, 3, 4)])
+@pytest.mark.parametrize("count", [None, 2])
+def test_frozen_leaves(count, frozen):
+    sources = [perceptron(3) for _ in range(count or 1)]
+    dense = Dense(sources[0]) if count is None else stack(sources)[0]
+    for place in frozen:
+        dense.leaves[place].requires_grad_(False)
+    x = torch.randn(7, 4, dtype=torch.float64)
+    out, plain = dense(x), dense._operations(x)
+    live = [leaf for leaf in dense.leaves if leaf.requires_grad]
+    for a, b in zip(gradients(out, live), gradients(plain, live), strict=True):
+        torch.testing.assert_close(a, b, **EXACT)
+    for leaf in dense.leaves:
+        leaf.requires_grad_(False)
+    assert not dense(x).requires_grad
+    x.requires_grad_()
+    torch.testing.assert_close(
+        gradients(dense(x), [x])[0], gradients(dense._operations(x), [x])[0], **EXACT
+    )
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_numerical_derivatives(count):
+    sources = [perceptron(3, nn.Tanh) for _ in range(count or 1)]
+    dense = Dense(sources[0]) if count is None else stack(sources)[0]
+
+    def evaluate(x, *leaves):
+        dense.leaves = leaves
+        return dense(x)
+
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(evaluate, (x, *dense.leaves))
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_under_autocast(count):
+    sources = [perceptron(3).float() for _ in range(count or 1)]
+    dense = Dense(sources[0]) if count is None else stack(sources)[0]
+    x = torch.randn(64, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = dense(x)
+        wanted = [source(x) for source in sources]
+    wanted = wanted[0] if count is None else torch.stack(wanted)
+    exact = torch.stack([source(x) for source in sources]).view_as(out)
+    assert wanted.dtype == torch.bfloat16
+    scale = float(exact.detach().abs().max())
+    assert 0 < (out.float() - exact).abs().max() < 0.03 * scale  # it was in half precision
+    torch.testing.assert_close(out.float(), wanted.float(), rtol=0, atol=0.03 * scale)
+    found = gradients(out.float(), dense.leaves)
+    theirs = gradients(exact, [p for source in sources for p in source.parameters()])
+    for place, gradient in enumerate(found):
+        wanted = torch.stack(theirs[place :: len(found)]).view_as(gradient)
+        assert (gradient - wanted).abs().max() < 0.1 * wanted.abs().max()
+
+
+def test_torchrls_mlp_joins_its_inputs():
+    source = TorchRLMLP(in_features=5, out_features=2, num_cells=[6, 6]).double()
+    assert [layer.out_features for layer in linear_layers(source)] == [6, 6, 2]  # with Tanh
+    a, b = (torch.randn(3, 7, n, dtype=torch.float64) for n in (3, 2))
+    torch.testing.assert_close(Dense(source)(a, b), source(a, b), **EXACT)
+
+
+def test_a_gradient_may_be_asked_for_once_and_leaves_may_be_used_twice():
+    source = perceptron(3)
+    dense = Dense(source)
+    a, b = torch.randn(2, 7, 4, dtype=torch.float64)
+    leaves = list(source.parameters())
+    ours = gradients(dense(a) * dense(b), leaves)
+    for mine, theirs in zip(ours, gradients(source(a) * source(b), leaves), strict=True):
+        torch.testing.assert_close(mine, theirs, **EXACT)
+    with torch.no_grad():
+        leaves[0].add_(1.0)  # the leaves are the module's own
+    torch.testing.assert_close(dense(a), source(a), **EXACT)
+
+
+def layer(*sizes, **options):
+    return nn.Linear(*(sizes or (4, 4)), **options)
+
+
+class Halved(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+LEFT_ALONE = {
+    "layer norm": lambda: networks.MLP(4, 2, layer_norm=True),
+    "dropout": lambda: networks.MLP(4, 2, dropout=0.1),
+    "other activation": lambda: networks.MLP(4, 2, activation=nn.GELU),
+    "mixed activations": lambda: nn.Sequential(layer(), nn.ReLU(), layer(), nn.Tanh(), layer()),
+    "no bias": lambda: nn.Sequential(layer(), nn.ReLU(), layer(bias=False)),
+    "activation last": lambda: nn.Sequential(layer(), nn.ReLU()),
+    "activation first": lambda: nn.Sequential(nn.ReLU(), layer()),
+    "linear only": lambda: nn.Sequential(layer(), layer()),
+    "nothing": nn.Sequential,
+    "subclass of Linear": lambda: nn.Sequential(Halved(4, 4), nn.ReLU(), layer()),
+    "weight norm": lambda: nn.Sequential(
+        nn.utils.parametrizations.weight_norm(layer()), nn.ReLU(), layer()
+    ),
+    "subclass of Sequential": lambda: type("Mine", (nn.Sequential,), {})(layer()),
+    "one of its layers": layer,
+    "torchrl, other shape out": lambda: TorchRLMLP(4, (2, 3), num_cells=[4]),
+    "torchrl, norm": lambda: TorchRLMLP(
+        4, 2, num_cells=[4], norm_class=nn.LayerNorm, norm_kwargs={"normalized_shape": 4}
+    ),
+    "torchrl, last bias alone": lambda: TorchRLMLP(
+        4, 2, num_cells=[4], single_bias_last_layer=True
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LEFT_ALONE)
+def test_what_is_not_recognised_is_left_alone(what):
+    source = LEFT_ALONE[what]()
+    assert linear_layers(source) is None
+    holder = nn.ModuleDict({"body": copy.deepcopy(source)})
+    _condense(holder)
+    assert type(holder["body"]) is type(source)
+
+
+def test_layers_that_appear_twice():
+    """A shared activation is no obstacle; a tied layer is computed as often as it appears."""
+    act, tied = nn.ReLU(), layer().double()
+    sources = [
+        nn.Sequential(layer(), act, layer(), act, layer()).double(),
+        nn.Sequential(tied, nn.ReLU(), layer(), nn.ReLU(), tied).double(),
+    ]
+    for source in sources:
+        assert len(linear_layers(source)) == 3
+        x = torch.randn(7, 4, dtype=torch.float64)
+        dense = Dense(source)
+        torch.testing.assert_close(dense(x), source(x), **EXACT)
+        leaves = list(source.parameters())
+        for a, b in zip(gradients(dense(x), leaves), gradients(source(x), leaves), strict=True):
+            torch.testing.assert_close(a, b, **EXACT)
+
+
+def test_networks_of_categories_pick():
+    for kind in (networks.StateValue, partial(networks.DiscreteCritic, num_actions=3)):
+        network = kind(6, preprocess=networks.OneHot(6), hidden=(4,))
+        clone = copy.deepcopy(network)
+        _condense(clone)
+        assert type(clone.preprocess) is Category
+        index = torch.randint(6, (3, 5))
+        torch.testing.assert_close(clone(index), network(index))
+        torch.testing.assert_close(clone(index.double()), network(index.double()))
+    for left in (
+        networks.StateValue(6, preprocess=networks.OneHot(6), hidden=(4,), layer_norm=True),
+        networks.Critic(6, 2, preprocess=networks.OneHot(6), hidden=(4,)),
+        networks.StateValue(6, preprocess=nn.Sequential(networks.OneHot(6), nn.Linear(6, 6))),
+    ):
+        kinds = {type(module) for module in left.modules()}
+        _condense(left)
+        assert networks.OneHot in kinds
+        assert not any(type(module) is Category for module in left.modules())

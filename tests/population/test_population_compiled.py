@@ -1,0 +1,148 @@
+"""Populations compiled and captured: the same runs, and the same as each alone."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ACT, OBS, make_batch
+from small_populations import CASES, MEMBERS, Beside, assert_close, configs, dataset, double
+from torch import nn
+from torch.optim import Adam
+from torchrl.data import Bounded
+from torchrl.modules import ValueOperator
+from torchrl.objectives import SoftUpdate
+
+from iql_torchrl import (
+    IQLLoss,
+    IQLPopulation,
+    IQLStep,
+    captured,
+    compiled,
+    networks,
+    policies,
+)
+from iql_torchrl.data.replay import MemberSampler
+from iql_torchrl.population.loss import PopulationLoss
+from iql_torchrl.update.adam import StackedAdam
+
+
+class Captured(Beside):
+    """The same, with updates of the population that sample for themselves."""
+
+    def train_captured(self, call, sampler):
+        means = call()
+        told = []
+        for _ in range(call.updates):
+            batch = sampler.sample()
+            own = [batch] * len(self.agents) if batch.ndim == 1 else batch.unbind(0)
+            told.append(torch.stack([a.step(b) for a, b in zip(self.agents, own, strict=True)]))
+        for key, value in torch.stack(told).items():
+            assert_close({key: means[key]}, {key: value.mean(0).double()}, 1e-9)
+
+
+def test_captured_updates_are_the_runs_alone():
+    torch._dynamo.reset()
+    data, settings = dataset(), configs(MEMBERS[1:3], max_grad_norm=0.5, schedule="cosine")
+    beside = Captured(settings, data, "own")
+    population = beside.population
+    sampler = MemberSampler(data.transitions, 16, members=2, seed=settings[0].seed)
+    call = captured(population.step, population.sampler, updates=4)
+    for _ in range(3):
+        beside.train_captured(call, sampler)
+    beside.assert_equal()
+    population.loss.expectile[0] = beside.agents[0].loss.expectile = 0.6
+    population.loss.temperature[1] = beside.agents[1].loss.temperature = 1.5
+    beside.train_captured(call, sampler)
+    beside.assert_equal()
+    program = call._update
+    population.step.load_state_dict(population.step.state_dict())  # new tensors: captured anew
+    beside.train_captured(call, sampler)
+    assert call._update is not program
+    beside.assert_equal()
+
+
+# TorchRL's tanh, seen by Dynamo
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not")
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_updates_are_the_runs_alone(case):
+    torch._dynamo.reset()
+    kind, options, batches, change = CASES[case]
+    with double():
+        beside = Beside(configs(max_grad_norm=1.0, **options), dataset(kind), batches)
+        step = compiled(beside.population.step)
+        beside.assert_equal(beside.train(20, change, step))
+        beside.population.step.load_state_dict(beside.population.step.state_dict())
+        beside.assert_equal(beside.train(5, change, step))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["plain", "compiled"])
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+def test_a_thousand_updates(way, kind):
+    torch._dynamo.reset()
+    settings = configs(updates=1000, hidden=(32, 32), batch_size=64, max_grad_norm=10.0)
+    settings[1] = replace(settings[1], value_lr=1e-3)  # a rate of 1e-2 makes rounding grow
+    beside = Beside(settings, dataset(kind))
+    step = beside.population.step
+    beside.train(1000, step=compiled(step) if way == "compiled" else step)
+    beside.assert_equal(rtol=1e-9)
+
+
+def tanh_loss(**knobs) -> IQLLoss:
+    """Smooth networks. A ReLU at an input near zero may be on in one run and off in another that
+    differs in rounding: in single precision that parts any two such runs within 1000 updates."""
+    options = {"hidden": (32, 32), "activation": nn.Tanh}
+    bounds = Bounded(-torch.ones(ACT), torch.ones(ACT), (ACT,))
+    critics = [networks.Critic(OBS, ACT, **options) for _ in range(2)]
+    return IQLLoss(
+        policies.gaussian(OBS, bounds, **options),
+        [ValueOperator(critic, in_keys=["observation", "action"]) for critic in critics],
+        ValueOperator(networks.StateValue(OBS, **options), in_keys=["observation"]),
+        **knobs,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["plain", "compiled"])
+def test_a_thousand_updates_in_single_precision(way):
+    torch._dynamo.reset()
+    knobs = {}, {"expectile": 0.95, "temperature": 0.0}, {"temperature": 10.0, "max_weight": 2.0}
+    rates = torch.tensor([3e-4, 1e-3, 1e-4])
+    losses = [tanh_loss(**each) for each in knobs]
+    population = PopulationLoss(losses)
+    optimizers = [Adam(x.parameters(), float(r)) for x, r in zip(losses, rates, strict=True)]
+    optimizers.append(StackedAdam(population.parameters(), rates=rates))
+    *alone, together = (
+        IQLStep(x, optimizer, SoftUpdate(x, tau=0.005), max_grad_norm=5.0)
+        for x, optimizer in zip((*losses, population), optimizers, strict=True)
+    )
+    together = compiled(together) if way == "compiled" else together
+    for number in range(1000):
+        torch.manual_seed(number)
+        batch = make_batch(64)
+        for step in (*alone, together):
+            step(batch.clone())
+    for number, loss in enumerate(losses):
+        member = copy.deepcopy(loss)
+        population.write_member(number, member)
+        assert_close(member.state_dict(), loss.state_dict(), 1e-5)
+
+
+@pytest.mark.slow
+def test_training_of_compiled_configs_is_captured():
+    torch._dynamo.reset()
+    data = dataset()
+    settings = configs(compile=True, schedule="cosine")
+    population = IQLPopulation(settings, data)
+    events = list(population.train(20, every=8))
+    assert [event.updates for event in events] == [8, 16, 20]
+    plain = IQLPopulation([replace(c, compile=False) for c in settings], data)
+    for mine, theirs in zip(events, plain.train(20, every=8), strict=True):
+        for key, value in theirs.metrics.items():
+            torch.testing.assert_close(mine.metrics[key], value.double(), rtol=1e-9, atol=1e-11)
+    assert_close(population.loss.state_dict(), plain.loss.state_dict(), 1e-10)
+    assert not population.member(0).config.compile

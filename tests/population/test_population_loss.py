@@ -1,0 +1,267 @@
+"""PopulationLoss: values and gradients of P losses; copies, states and targets."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import ACT, OBS, make_batch, make_networks
+from small_populations import assert_close, extras
+from torchrl.data import Bounded
+from torchrl.objectives import HardUpdate, SoftUpdate
+
+from iql_torchrl import IQLLoss, IQLStep, policies
+from iql_torchrl.population.loss import PopulationLoss
+from iql_torchrl.update.adam import StackedAdam
+
+KNOBS = (
+    {},
+    {"expectile": 0.95, "temperature": 0.0},
+    {"expectile": 0.3, "temperature": 20.0, "max_weight": 1.5},
+)
+RUNS = len(KNOBS)
+
+
+def make_loss(gamma: float = 0.9, critics: int = 2, dtype=torch.float64, **options) -> IQLLoss:
+    actor, _, value = make_networks()
+    loss = IQLLoss(
+        actor,
+        [make_networks()[1] for _ in range(critics)],
+        value,
+        num_qvalue_nets=critics,
+        **{"diagnostics": True, **options},
+    )
+    return loss.make_value_estimator(gamma=gamma).to(dtype)
+
+
+def make_losses(**options) -> list[IQLLoss]:
+    knobs = zip(KNOBS, (0.9, 0.5, 0.0), strict=True)
+    return [make_loss(gamma, **{**options, **own}) for own, gamma in knobs]
+
+
+def moving(loss):
+    """TorchRL warns of targets that nobody moves."""
+    SoftUpdate(loss, tau=0.1)
+    return loss
+
+
+def batches(shape, change=None, dtype=torch.float64):
+    batch = make_batch(*shape, dtype=dtype)
+    batch = batch if change is None else change(batch)
+    return batch, [batch] * RUNS if len(shape) == 1 else list(batch.unbind(0))
+
+
+@pytest.mark.parametrize("shape", [(9,), (RUNS, 9), (RUNS,), (1,), (RUNS, 1), (RUNS, RUNS)])
+@pytest.mark.parametrize("change", [None, extras], ids=["plain", "extras"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_outputs_and_gradients_are_those_of_each_loss(shape, change, reduction):
+    losses = [moving(loss) for loss in make_losses(reduction=reduction)]
+    population = moving(PopulationLoss(losses))
+    batch, each = batches(shape, change)
+    keys = set(batch.keys(True, True))
+    found = population(batch)
+    assert set(batch.keys(True, True)) == keys  # nothing is written into it
+    wanted = torch.stack([loss(b.clone()) for loss, b in zip(losses, each, strict=True)])
+    assert found.batch_size == (RUNS,)
+    assert_close(dict(found.items()), dict(wanted.items()), 1e-12)
+    names = [key for key in population.out_keys if key.startswith("loss")]
+    sum(found[name].sum() for name in names).backward()
+    sum(wanted[name].sum() for name in names).backward()
+    for name, parameter in population.named_parameters():
+        alone = torch.stack([dict(loss.named_parameters())[name].grad for loss in losses])
+        assert_close({name: parameter.grad.view_as(alone)}, {name: alone}, 1e-11)
+    for term in ("actor_loss", "value_loss", "qvalue_loss"):
+        mine = getattr(population, term)(batch)[0]
+        alone = [getattr(loss, term)(b.clone())[0] for loss, b in zip(losses, each, strict=True)]
+        assert_close({term: mine}, {term: torch.stack(alone)}, 1e-12)
+        assert set(batch.keys(True, True)) == keys
+
+
+@pytest.mark.parametrize("policy", ["gaussian", "tanh_normal", "deterministic"])
+def test_squared_distance_to_any_policys_own_action(policy):
+    spec = Bounded(-torch.ones(ACT) / 2, torch.ones(ACT), (ACT,))
+    losses = []
+    for _ in range(RUNS):
+        actor = getattr(policies, policy)(OBS, spec, hidden=(8,))
+        _, critic, value = make_networks()
+        losses.append(IQLLoss(actor, critic, value, actor_objective="mse").double())
+    population = PopulationLoss(losses)
+    batch, _ = batches((7,))
+    for loss in losses:
+        loss.actor_loss(batch)
+    wanted = torch.stack([loss.actor_loss(batch)[0] for loss in losses])
+    assert_close({"": population.actor_loss(batch)[0]}, {"": wanted}, 1e-12)
+    assert "entropy" not in population.out_keys
+
+
+def test_keys_of_the_batch_are_the_losses():
+    losses = make_losses()
+    for loss in losses:
+        loss.set_keys(reward="r", terminated="end", action="a", priority_weight="w")
+        loss.value_estimator.set_keys(steps_to_next_obs="n")
+        loss.loss_mask_key = "real"
+    population = PopulationLoss(losses)
+    batch = extras(make_batch(6, dtype=torch.float64))
+    batch.rename_key_("priority_weight", "w").rename_key_("steps_to_next_obs", "n")
+    batch["a"] = batch["action"] / 2  # the policy's; critics have in_keys of their own
+    batch["real"] = batch.pop("collector")["mask"]
+    batch.rename_key_(("next", "reward"), ("next", "r"))
+    batch.rename_key_(("next", "terminated"), ("next", "end"))
+    for term in ("actor_loss", "value_loss", "qvalue_loss"):
+        wanted = torch.stack([getattr(loss, term)(batch.clone())[0] for loss in losses])
+        assert_close({term: getattr(population, term)(batch)[0]}, {term: wanted}, 1e-12)
+    population.set_keys(reward="other")
+    assert losses[0].tensor_keys.reward == "r"  # a copy
+
+
+def test_priority_weights_may_be_left_out():
+    losses = make_losses()
+    for loss in losses:
+        loss.use_prioritized_weights = False
+    batch = extras(make_batch(6, dtype=torch.float64))
+    wanted = torch.stack([loss.value_loss(batch.clone())[0] for loss in losses])
+    found = PopulationLoss(losses).value_loss(batch)[0]
+    assert_close({"": found}, {"": wanted}, 1e-12)
+
+
+def test_the_losses_are_copied_and_can_be_written_back():
+    losses = make_losses(critics=1)
+    before = [copy.deepcopy(loss.state_dict()) for loss in losses]
+    population = PopulationLoss(losses)
+    state = population.state_dict()
+    assert state.keys() == before[0].keys()
+    with torch.no_grad():
+        for name, parameter in population.named_parameters():
+            parameter.add_(torch.arange(1.0, 4.0).view(-1, *(1,) * (parameter.ndim - 1)))
+            assert name in state
+    for number, loss in enumerate(losses):
+        assert_close(loss.state_dict(), before[number], 0)
+        population.write_member(number, loss)
+        trained = dict(loss.named_parameters())
+        for name, value in loss.state_dict().items():
+            moved = number + 1 if name in trained else 0
+            torch.testing.assert_close(value, before[number][name] + moved)
+
+
+def make_step(population, **options) -> IQLStep:
+    rates = torch.tensor([1e-2, 1e-3, 3e-2])
+    optimizer = StackedAdam(population.parameters(), rates=rates)
+    return IQLStep(population, optimizer, SoftUpdate(population, tau=0.1), **options)
+
+
+def test_targets_move_by_the_share_of_their_own_critics():
+    population = PopulationLoss(make_losses())
+    step = make_step(population)
+    state = copy.deepcopy(population.state_dict())
+    live = {k: v for k, v in state.items() if k.startswith("qvalue")}
+    assert all(torch.equal(v, state[f"target_{k}"]) for k, v in live.items())
+    step(make_batch(dtype=torch.float64))
+    after = population.state_dict()
+    for key in live:
+        wanted = 0.9 * state[f"target_{key}"] + 0.1 * after[key]
+        torch.testing.assert_close(after[f"target_{key}"], wanted, rtol=1e-12, atol=1e-14)
+
+
+def test_targets_may_be_copied_at_intervals():
+    population = PopulationLoss(make_losses())
+    optimizer = StackedAdam(population.parameters(), rates=torch.full((RUNS,), 1e-2))
+    updater = HardUpdate(population, value_network_update_interval=2)
+    step = IQLStep(population, optimizer, updater)
+    key = ("module", "mlp", "0", "weight")
+    live, target = (
+        population._modules[f"{name}qvalue_network_params"].get(key) for name in ("", "target_")
+    )
+    equal = []
+    for _ in range(3):
+        step(make_batch(dtype=torch.float64))
+        equal.append(torch.equal(live, target))
+    assert equal == [False, False, True]
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+def test_a_run_that_diverges_takes_no_other_with_it(own):
+    first, second = (PopulationLoss(make_losses()) for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        next(second.parameters())[1] = torch.nan
+        second.qvalue_network_params["module", "mlp", "0", "weight"][1] = torch.inf
+    steps = [make_step(loss, max_grad_norm=0.5) for loss in (first, second)]
+    for _ in range(5):
+        batch = make_batch(*((RUNS,) if own else ()), 8, dtype=torch.float64)
+        told = [step(batch.clone()) for step in steps]
+    assert told[1]["loss_qvalue"].isfinite().tolist() == [True, False, True]
+    for number in (0, 2):
+        states = [loss.state_dict() for loss in (first, second)]
+        mine, theirs = ({k: v[number] for k, v in state.items() if v.ndim} for state in states)
+        assert_close(mine, theirs, 1e-12)
+
+
+def test_a_frozen_network_rests():
+    losses = make_losses()
+    for loss in losses:
+        loss.value_network_params.requires_grad_(False)
+    population = PopulationLoss(losses)
+    before = copy.deepcopy(population.state_dict())
+    step = make_step(population)
+    step(make_batch(dtype=torch.float64))
+    after = population.state_dict()
+    moved = {k.split("_")[0] for k, v in after.items() if not torch.equal(v, before[k])}
+    assert moved == {"actor", "qvalue", "target"}
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copy_computes_the_same_from_memory_of_its_own(way):
+    population = PopulationLoss(make_losses())
+    step, batch = make_step(population), make_batch(dtype=torch.float64)
+    step(batch)  # networks are bound
+    other = (
+        copy.deepcopy(population) if way == "deepcopy" else pickle.loads(pickle.dumps(population))
+    )
+    wanted = population(batch)
+    assert_close(dict(other(batch).items()), dict(wanted.items()), 0)
+    make_step(other)(batch)
+    assert_close(dict(population(batch).items()), dict(wanted.items()), 0)
+    assert not torch.equal(other(batch)["loss_qvalue"], wanted["loss_qvalue"])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_loaded_state_is_what_is_evaluated(assign):
+    first, second = (moving(PopulationLoss(make_losses())) for _ in range(2))
+    batch = make_batch(dtype=torch.float64)
+    second(batch)
+    with second.bound():
+        pass
+    wanted = first(batch)
+    second.load_state_dict(copy.deepcopy(first.state_dict()), assign=assign)
+    assert_close(dict(second(batch).items()), dict(wanted.items()), 0)
+    with second.bound():
+        assert_close(dict(second(batch).items()), dict(wanted.items()), 1e-12)
+
+
+def test_a_cast_is_what_is_evaluated():
+    losses = make_losses()
+    population = moving(PopulationLoss(losses))
+    batch = make_batch(dtype=torch.float64)
+    wanted = population(batch)
+    found = population.float()(batch.float())
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key].double(), value, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_of_other_shapes_are_refused():
+    population = moving(PopulationLoss(make_losses()))
+    for shape in ((), (2, 9), (RUNS, 3, 3)):
+        batch = make_batch(*(shape or (4,)), dtype=torch.float64)
+        batch = batch if shape else batch[0]
+        with pytest.raises(ValueError, match=r"wanted \(B,\) for all 3 runs or \(3, B\)"):
+            population(batch)
+    with pytest.raises(KeyError, match="'terminated'"):
+        population(make_batch(dtype=torch.float64).exclude(("next", "terminated")))
+    for shape in ((4, 2), (RUNS, RUNS)):
+        batch = make_batch(shape[0], dtype=torch.float64)
+        batch["next", "reward"] = torch.ones(shape)
+        with pytest.raises(ValueError, match=r"reward has shape .*one number per sample"):
+            population(batch)

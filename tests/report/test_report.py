@@ -1,0 +1,474 @@
+"""Tables of metrics come back bit for bit; runs are grouped, averaged and drawn as they should."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+from dataclasses import replace
+
+import matplotlib
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from iql_torchrl import Evaluation, IQLConfig, report
+from iql_torchrl.evaluation.statistics import mean_interval, student_t
+from iql_torchrl.objectives.iql import DIAGNOSTICS, LOSSES
+from iql_torchrl.records import EVALUATION, TRAINING, find_runs, read_csv, read_run, write_csv
+from iql_torchrl.report import draw, group_runs, main, series, table
+from iql_torchrl.report.figures import Series, comparison_figure, run_figure
+
+ROWS = [
+    {"update": 0, "return_mean": -9.0, "return_low": -11.0, "return_high": -6.0, "episodes": 4},
+    {"update": 10, "loss_value": 100.0, "loss_qvalue": 2000.0, "loss_actor": -1.0, "mine": 0.5},
+    {
+        "update": 20,
+        "loss_value": 0.5,
+        "loss_qvalue": 3.0,
+        "loss_actor": 2.0,
+        "return_mean": -3.0,
+        "return_low": -4.0,
+        "return_high": -2.0,
+        "episodes": 4,
+    },
+]
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+NAMES = st.sampled_from([*TRAINING, *EVALUATION]) | st.text(
+    st.characters(codec="utf-8"), min_size=1, max_size=8
+).filter(lambda s: s.isprintable() and s == s.strip() and s != "update")
+VALUES = st.floats() | st.integers(-(2**53), 2**53)
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 2**53), st.dictionaries(NAMES, VALUES, max_size=5)), max_size=5
+    )
+)
+def test_a_table_comes_back_bit_for_bit(tmp_path_factory, rows):
+    path = tmp_path_factory.getbasetemp() / "table.csv"
+    rows = [{"update": update, **values} for update, values in rows]
+    write_csv(path, rows)
+    back = read_csv(path)
+    assert [row.keys() for row in back] == [row.keys() for row in rows]
+    for row, again in zip(rows, back, strict=True):
+        for name, value in row.items():
+            nan = math.isnan(value) and math.isnan(again[name])
+            assert nan or struct.pack("d", again[name]) == struct.pack("d", value)
+
+
+def test_columns_have_one_order_however_late_a_value_comes(tmp_path):
+    path = tmp_path / "metrics.csv"
+    rows = [
+        {"update": 0, "zeta": 1.5},
+        {"update": 5, "alpha": np.float32(0.1), "loss_value": 1, "loss_actor": 0.1},
+    ]
+    rows[0] |= {"score_mean": 7.0, "return_mean": math.nan}
+    write_csv(path, rows)
+    assert path.read_text() == (
+        "update,loss_actor,loss_value,return_mean,score_mean,alpha,zeta\n"
+        "0,,,nan,7.0,,1.5\n"
+        "5,0.1,1,,,0.10000000149011612,\n"
+    )
+    assert os.listdir(tmp_path) == ["metrics.csv"]
+
+
+def test_the_known_columns_are_those_of_loss_and_evaluation():
+    assert set(TRAINING) == {*LOSSES, *DIAGNOSTICS, "entropy"}
+    array = np.ones(3)
+    everything = Evaluation(array, array.astype(int), array.astype(bool), array).summary()
+    assert set(everything) <= set(EVALUATION)
+
+
+def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.csv"
+    write_csv(path, [{"update": 1}])
+
+    def full(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        write_csv(path, [{"update": 2}])
+    assert read_csv(path) == [{"update": 1.0}]
+    assert os.listdir(tmp_path) == ["metrics.csv"]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"loss_value": 1.0}, "row 0 needs an 'update'"),
+        ({"update": -1}, "row 0 needs an 'update'"),
+        ({"update": math.nan}, "row 0 needs an 'update'"),
+        ({"update": 1, "loss": "0.5"}, "row 0, 'loss' is '0.5'; wanted one number"),
+        ({"update": 1, "loss": None}, "wanted one number"),
+        ({"update": 1, "a\nb": 1.0}, "column 'a\\\\nb': a name must be printable"),
+        ({"update": 1, "": 1.0}, "column '': a name"),
+    ],
+)
+def test_what_is_no_row_is_refused(tmp_path, row, words):
+    with pytest.raises(ValueError, match=words):
+        write_csv(tmp_path / "metrics.csv", [row])
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"", "has the header ''"),
+        (b"loss,update\n1,2\n", "header 'loss,update'"),
+        (b"update,a,a\n1,2,3\n", "each once"),
+        (b"update,a\n1,2\n3\n", "line 3: 1 cells under 2 columns"),
+        (b"update,a\n1,x\n", "line 2: a is 'x', no number"),
+        (b"update,a\n,1\n", "line 2: update is ''"),
+        (b"update,a\ninf,1\n", "line 2: update is 'inf'"),
+        (b'update,a\n1,"2\n', "no table of metrics"),
+        (b"update,\xff\n", "no table of metrics"),
+    ],
+)
+def test_a_broken_table_gets_a_sentence(tmp_path, text, words):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=words) as error:
+        read_csv(path)
+    assert str(path) in str(error.value)
+
+
+# -- intervals -------------------------------------------------------------------------------------
+
+
+def test_student_t_by_hand():
+    assert student_t(1) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-13)  # Cauchy's
+    assert student_t(2) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), rel=1e-13)
+
+
+@pytest.mark.parametrize("confidence", [0.01, 0.5, 0.95, 0.999])
+def test_student_t_is_scipys(confidence):
+    for degrees in (*range(1, 40), 99, 1000):
+        expected = stats.t.ppf((1 + confidence) / 2, degrees)
+        assert student_t(degrees, confidence=confidence) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("degrees", "confidence"), [(0, 0.95), (1.5, 0.95), (3, 1.0), (3, 0.0)])
+def test_student_t_refuses(degrees, confidence):
+    with pytest.raises(ValueError, match=f"degrees is {degrees}"):
+        student_t(degrees, confidence=confidence)
+
+
+def test_interval_over_runs():
+    mean, low, high = mean_interval(np.array([[1.0, 5.0], [2.0, 5.0], [3.0, 8.0]]))
+    assert mean == pytest.approx([2.0, 6.0])
+    assert high - mean == pytest.approx(4.302652729911275 / math.sqrt(3) * np.array([1, 3**0.5]))
+    expected = stats.t.interval(0.95, 2, loc=6.0, scale=stats.sem([5.0, 5.0, 8.0]))
+    assert (low[1], high[1]) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="at least two; there are 1"):
+        mean_interval(np.ones((1, 4)))
+
+
+# -- one run's picture -----------------------------------------------------------------------------
+
+
+def panels(figure):
+    return {axes.get_title(loc="left"): axes for axes in figure.axes}
+
+
+def test_only_panels_with_data_and_scales_that_fit():
+    shown = panels(run_figure(ROWS, title="run $1", reference=("the log", -5.0)))
+    assert list(shown) == ["Return", "Losses of critics and V", "Loss of the policy", "mine"]
+    assert [axes.get_yscale() for axes in shown.values()] == ["linear", "log", "linear", "linear"]
+    assert [len(axes.get_lines()) for axes in shown.values()] == [2, 2, 1, 1]  # with the level
+    line, level = shown["Return"].get_lines()
+    assert line.get_xydata().tolist() == [[0.0, -9.0], [20.0, -3.0]]
+    assert set(level.get_ydata()) == {-5.0}
+    assert [text.get_text() for text in shown["Return"].get_legend().get_texts()] == ["the log"]
+    legend = shown["Losses of critics and V"].get_legend().get_texts()
+    assert [text.get_text() for text in legend] == ["critics", "V"]
+    band = shown["Return"].collections[0].get_paths()[0].vertices
+    assert {tuple(v) for v in band.tolist()} >= {(0, -11), (0, -6), (20, -4), (20, -2)}
+
+
+def test_rows_may_come_in_any_order():
+    (axes,) = run_figure([{"update": u, "loss_actor": -u} for u in (3, 1, 2)]).axes
+    assert axes.get_lines()[0].get_xydata().tolist() == [[1, -1], [2, -2], [3, -3]]
+
+
+def test_a_single_point_is_a_mark_with_a_bar():
+    (axes,) = run_figure(ROWS[:1]).axes
+    (line,) = axes.get_lines()
+    assert line.get_marker() == "o"
+    assert axes.collections[0].get_segments()[0].tolist() == [[0, -11], [0, -6]]
+    low, high = axes.get_ylim()
+    assert low < -11 < -6 < high
+
+
+def test_values_that_are_not_finite_are_counted():
+    rows = [{"update": u, "td_error_mean": v} for u, v in enumerate([1.0, math.nan, math.inf])]
+    (axes,) = run_figure(rows).axes
+    assert len(axes.get_lines()[0].get_xdata()) == 1
+    assert "2 of 3 values are not finite" in axes.get_xlabel()
+
+
+def test_nothing_to_draw_is_said():
+    figure = run_figure([{"update": 1}])
+    assert not figure.axes
+    assert "no numbers yet" in [text.get_text() for text in figure.texts]
+
+
+def test_a_wide_band_does_not_squeeze_the_lines():
+    points = np.array([0.0, 1.0])
+    line = Series("a", points, np.array([1.0, 2.0]), np.array([0.9, -90.0]), np.array([1.1, 90.0]))
+    (axes,) = comparison_figure({"score_mean": [line]}).axes
+    assert axes.get_ylim() == pytest.approx((0.0, 3.0))
+
+
+def settings_of_matplotlib():
+    backend = matplotlib.get_backend(auto_select=False)  # asking rcParams would choose one
+    return backend, {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != "backend"}
+
+
+def test_a_picture_is_written_whole_and_touches_no_global_state(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
+    before = settings_of_matplotlib()
+    draw(tmp_path / "curves.png", ROWS, title="a $ and _", reference=("_the $ log", 1.0))
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert os.listdir(tmp_path) == ["curves.png"]
+    assert "matplotlib.pyplot" not in sys.modules
+    assert settings_of_matplotlib() == before
+
+
+# -- several runs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(name, values, config=None, *, every=10, **more):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        if config is not None:
+            settings = {"dataset": "pendulum/mixed-v0", **config.to_dict(), **more}
+            (folder / "config.json").write_text(json.dumps(settings))
+        rows = [
+            {"update": every * i, "score_mean": v, "score_low": v - 1, "score_high": v + 1}
+            for i, v in enumerate(values)
+        ]
+        write_csv(folder / "metrics.csv", rows)
+        return read_run(folder)
+
+    return make
+
+
+def test_runs_that_differ_only_in_seed_are_one_group(make_run):
+    runs = [
+        make_run("a", [1.0], IQLConfig(seed=0)),
+        make_run("b", [2.0], IQLConfig(seed=0, expectile=0.9, hidden=(8, 8))),
+        make_run("c", [3.0], IQLConfig(seed=1)),
+        make_run("d", [4.0]),
+    ]
+    groups = group_runs(runs)
+    assert [[run.name for run in group.runs] for group in groups] == [["a", "c"], ["b"], ["d"]]
+    assert [group.label for group in groups] == [
+        "expectile 0.7, hidden 256x256",
+        "expectile 0.9, hidden 8x8",
+        "d",
+    ]
+    labels = [group.label for group in group_runs(runs, each=True)]
+    assert labels == [
+        "expectile 0.7, hidden 256x256, seed 0",
+        "expectile 0.9, hidden 8x8, seed 0",
+        "expectile 0.7, hidden 256x256, seed 1",
+        "d",
+    ]
+
+
+def test_one_group_is_named_by_its_folders(make_run):
+    runs = [make_run(name, [1.0], IQLConfig(seed=i)) for i, name in enumerate("xyz")]
+    assert [group.label for group in group_runs(runs)] == ["x and 2 more"]
+    assert [group.label for group in group_runs(runs[:1])] == ["x"]
+    again = group_runs([runs[0], make_run("w", [1.0], IQLConfig(seed=0))], each=True)
+    assert [group.label for group in again] == ["x", "w"]
+
+
+def test_the_same_seed_twice_is_no_second_sample(make_run, capsys):
+    short, long, other = (
+        make_run("short", [1.0], IQLConfig()),
+        make_run("long", [1.0, 2.0], IQLConfig()),
+        make_run("other", [1.0, 2.0], IQLConfig(seed=1)),
+    )
+    for order in ([short, long, other], [long, short, other]):
+        (group,) = group_runs(order)
+        assert [run.name for run in group.runs] == ["long", "other"]
+        assert "short is left out" in capsys.readouterr().err
+
+
+def test_a_setting_that_an_older_file_lacks_has_its_default(make_run):
+    old = make_run("old", [1.0], IQLConfig(seed=0))
+    new = make_run("new", [1.0], IQLConfig(seed=1))
+    del old.settings["schedule_steps"]
+    assert len(group_runs([old, new])) == 1
+
+
+def test_mean_over_seeds_where_all_have_a_value(make_run):
+    runs = [
+        make_run("a", [1.0, 2.0, 5.0, 9.0], IQLConfig(seed=0)),
+        make_run("b", [3.0, math.nan, 8.0], IQLConfig(seed=1)),
+        make_run("c", [5.0, 4.0, 8.0], IQLConfig(seed=2)),
+    ]
+    (group,) = group_runs(runs)
+    line = series(group, "score_mean")
+    assert line.label == "a and 2 more (3 seeds)"
+    assert line.updates.tolist() == [0, 20]
+    assert line.values == pytest.approx([3.0, 7.0])
+    for i, values in enumerate([[1.0, 3.0, 5.0], [5.0, 8.0, 8.0]]):
+        expected = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+        assert (line.low[i], line.high[i]) == pytest.approx(expected)
+    (alone,) = group_runs(runs[:1])
+    line = series(alone, "score_mean")
+    assert line.values.tolist() == [1, 2, 5, 9]
+    assert line.low.tolist() == [0, 1, 4, 8]
+    assert series(alone, "return_mean") is None
+
+
+def test_the_closing_table(make_run):
+    groups = group_runs(
+        [
+            make_run("a", [40.0, 30.0], IQLConfig(seed=0)),
+            make_run("b", [60.0, 32.0], IQLConfig(seed=1)),
+            replace(make_run("c", []), rows=[{"update": 2500.0, "loss_value": 1.0}]),
+            make_run("d", [5.0]),
+        ]
+    )
+    lines = [line.split("  ") for line in table(groups).splitlines()]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    # t(1) = 12.706 and the standard error is 1
+    assert cells[1:] == [
+        ["a and 1 more", "2", "10", "10", "-", "31.00 [18.29, 43.71]", "50.00 at 0"],
+        ["c", "1", "2,500", "-", "-", "-", "-"],
+        ["d", "1", "0", "0", "-", "5.000 [4.000, 6.000]", "5.000 at 0"],
+    ]
+
+
+def test_the_comparison_has_a_line_per_group_and_a_panel_per_metric(make_run):
+    groups = group_runs(
+        [
+            make_run(f"r{e}{s}", [e, s], IQLConfig(expectile=e, seed=s))
+            for e in (0.6, 0.8)
+            for s in (0, 1)
+        ]
+    )
+    lines = [series(group, "score_mean") for group in groups]
+    figure = comparison_figure({"score_mean": lines, "loss_value": lines[:1]}, note="bands")
+    assert list(panels(figure)) == ["Score", "Loss of V"]
+    assert [len(axes.get_lines()) for axes in figure.axes] == [2, 1]
+    first, second = (axes.get_lines()[0].get_color() for axes in figure.axes)
+    assert first == second != figure.axes[0].get_lines()[1].get_color()
+    (legend,) = figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ["expectile 0.6 (2 seeds)", "expectile 0.8 (2 seeds)"]
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_a_parent_folder_is_drawn(make_run, tmp_path, capsys):
+    for seed in (0, 1):
+        make_run(f"deep/low-{seed}", [1.0, 2.0 + seed], IQLConfig(seed=seed))
+        make_run(f"high-{seed}", [1.0, 4.0 + seed], IQLConfig(seed=seed, temperature=9))
+    make_run("high-0/checkpoints/inner", [0.0])  # below a run: no run
+    assert len(find_runs([tmp_path, tmp_path / "runs" / "high-1"])) == 4
+    output = tmp_path / "new" / "all.png"
+    assert main([str(tmp_path), "--output", str(output)]) == 0
+    assert output.read_bytes().startswith(b"\x89PNG")
+    out, err = capsys.readouterr()
+    assert "temperature 3  " in out
+    assert "temperature 9  " in out
+    assert f"Picture: {output}" in out
+    assert not err
+
+
+def test_what_is_left_out_is_said(make_run, tmp_path, capsys):
+    make_run("a", [1.0, 2.0], IQLConfig(seed=0))
+    make_run("b", [], IQLConfig(seed=1))
+    make_run("c", [1.0, 2.0], IQLConfig(seed=2), every=7)
+    output = str(tmp_path / "x.png")
+    assert main([str(tmp_path / "runs"), "--output", output]) == 0
+    assert "b has no rows yet and is left out" in capsys.readouterr().err
+    write_csv(tmp_path / "runs" / "a" / "metrics.csv", [{"update": 1, "score_mean": 1.0}])
+    assert main([str(tmp_path / "runs"), "--output", output]) == 2
+    err = capsys.readouterr().err
+    assert "runs share no update at which all have a finite value" in err
+    assert "error: there is nothing to draw" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{}/nowhere"], "nowhere is no folder: give folders with a metrics.csv"),
+        (["{}/empty"], "empty holds no run"),
+        (["{}/runs", "--metrics", "scor_mean"], "did you mean score_mean?"),
+        (["{}/runs", "--output", "x.pdf"], "wanted a name that ends in .png"),
+        (["{}/broken"], "line 2: 1 cells under 2 columns"),
+        (["{}/settings"], "config.json is no JSON"),
+        (["{}/list"], "wanted an object with the run's settings"),
+    ],
+)
+def test_what_cannot_be_drawn_gets_a_sentence(make_run, tmp_path, capsys, arguments, words):
+    make_run("a", [1.0], IQLConfig())
+    for name in ("empty", "broken", "settings", "list"):
+        (tmp_path / name).mkdir()
+        if name != "empty":
+            (tmp_path / name / "metrics.csv").write_text("update,a\n1,1\n")
+    (tmp_path / "broken" / "metrics.csv").write_text("update,a\n1\n")
+    (tmp_path / "settings" / "config.json").write_text("{")
+    (tmp_path / "list" / "config.json").write_text("[1]")
+    given = [text.format(tmp_path) for text in arguments]
+    assert main([*given, *([] if "--output" in given else ["--output", f"{tmp_path}/x.png"])]) == 2
+    out, err = capsys.readouterr()
+    assert words in err
+    assert err.startswith("error: ")
+    assert not out
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_the_module_is_a_command(make_run, tmp_path):
+    make_run("a", [1.0], IQLConfig())
+    # runpy warns if importing the package has already imported the module
+    command = [
+        sys.executable,
+        "-W",
+        "error::RuntimeWarning",
+        "-m",
+        "iql_torchrl.report",
+        "runs",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "comparison.png").exists()
+
+
+def test_compare_draws_the_runs_by_label_and_a_level(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report, "save", lambda figure, path: drawn.append(figure))
+    for name, returns in (("a", [1.0, 2.0]), ("b", [3.0, 4.0])):
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = [{"update": 10 * i, "return_mean": value} for i, value in enumerate(returns)]
+        report.write_csv(folder / "metrics.csv", rows)
+    runs = {"cloning": tmp_path / "a", "IQL": tmp_path / "b"}
+    report.compare(tmp_path / "x.png", runs, reference=("the log", 1.5))
+    (axes,) = drawn[0].axes
+    found = [line.get_ydata().tolist() for line in axes.get_lines()]
+    assert [1.0, 2.0] in found
+    assert [3.0, 4.0] in found
+    assert [1.5, 1.5] in found
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert labels == ["cloning", "IQL", "the log"]
+    with pytest.raises(ValueError, match="has 'loss_value'"):
+        report.compare(tmp_path / "x.png", runs, metric="loss_value")

@@ -1,0 +1,312 @@
+"""Checkpoints: what comes back is what was written, and what must not be loaded is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_batch, make_networks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from torch import optim
+from torchrl.objectives import SoftUpdate
+
+from iql_torchrl import IQLConfig, IQLLoss, IQLStep, OfflineTrainer, load_dataset, make_agent
+from iql_torchrl.checkpoint import CheckpointError, newest, read_components, write_components
+from iql_torchrl.data import replay_buffer
+from iql_torchrl.data.digests import fingerprint
+
+plain = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.floats(allow_nan=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    plain,
+    arrays(
+        np.float32,
+        st.tuples(st.integers(0, 4), st.integers(0, 3)),
+        elements=st.floats(-1e3, 1e3, width=32),
+    ),
+)
+def test_what_is_read_is_what_was_written(tmp_path_factory, value, numbers):
+    path = tmp_path_factory.mktemp("checkpoint") / "state.torchrl"
+    tensor = torch.from_numpy(numbers)
+    write_components(path, {"a": {"value": value, "tensor": tensor}, "b": [tensor.bool(), 1]})
+    found = read_components(path)
+    assert found["a"]["value"] == value
+    assert torch.equal(found["a"]["tensor"], tensor)
+    assert torch.equal(found["b"][0], tensor.bool())
+    assert read_components(path, ["b"]).keys() == {"b"}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "state.torchrl"
+    write_components(path, {"a": {"x": torch.arange(3000.0)}})
+    return path
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_refused(file, share):
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(CheckpointError, match=r"state\.torchrl: truncated or damaged"):
+        read_components(file)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6])
+def test_one_flipped_bit_is_noticed(file, share):
+    content = bytearray(file.read_bytes())
+    content[int(share * len(content))] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        read_components(file)
+
+
+def test_no_file_no_part(file, tmp_path):
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        read_components(tmp_path / "elsewhere.torchrl")
+    with pytest.raises(CheckpointError, match=r"has no part 'b'; it holds \['a'\]"):
+        read_components(file, ["b"])
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        newest(tmp_path / "checkpoints")
+
+
+def rewrite(file, change):
+    """The archive with ``change(name, bytes)`` applied to each of its members."""
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, change(name, content))
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("layout", r"another version of iql_torchrl \(layout 99, this one reads 1\)"),
+        ("format", "another version of TorchRL"),
+        ("adapter", "was written by 'torchrl.state_dict', not by this package"),
+    ],
+)
+def test_another_version_is_refused(file, where, words):
+    def change(name, content):
+        if name != "manifest.json":
+            return content
+        manifest = json.loads(content)
+        record = manifest["components"]["a"]
+        if where == "layout":
+            record["adapter_version"] = 99
+        elif where == "format":
+            manifest["format_version"] = 2
+        else:
+            record["adapter"] = "torchrl.state_dict"
+        return json.dumps(manifest)
+
+    rewrite(file, change)
+    with pytest.raises(CheckpointError, match=words):
+        read_components(file, ["a"])
+
+
+class Malicious:
+    """Unpickled, it would create the file ``ran``."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_a_malicious_pickle_is_not_run(file, tmp_path, form):
+    mark = tmp_path / "ran"
+    content = io.BytesIO()
+    if form == "torch":
+        torch.save({"x": Malicious(mark)}, content)
+    else:
+        pickle.dump(Malicious(mark), content)
+    pickle.loads(pickle.dumps(Malicious(mark))).close()
+    assert mark.exists(), "the pickle does what it says when it is loaded"
+    mark.unlink()
+    rewrite(file, lambda name, old: content.getvalue() if name.endswith("state.pt") else old)
+    with pytest.raises(CheckpointError, match=r"run a program|truncated or damaged"):
+        read_components(file)
+    assert not mark.exists()
+
+
+def test_a_failed_write_leaves_the_old_file(file, monkeypatch):
+    before = file.read_bytes()
+
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        write_components(file, {"a": {}})
+    assert file.read_bytes() == before
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+
+
+def table(seed=0):
+    torch.manual_seed(seed)
+    return make_batch(60)
+
+
+def make_trainer(data=None, *, hidden=(16, 16), critics=2, buffer=None, **options):
+    torch.manual_seed(0)
+    actor, critic, value = make_networks(hidden=hidden)
+    others = [make_networks(hidden=hidden)[1] for _ in range(critics - 1)]
+    loss = IQLLoss(actor, [critic, *others], value, num_qvalue_nets=critics)
+    step = IQLStep(loss, optim.Adam(loss.parameters()), SoftUpdate(loss, tau=0.1))
+    if buffer is None:
+        buffer = replay_buffer(table() if data is None else data, 8, seed=0)
+    return OfflineTrainer(
+        step=step, replay_buffer=buffer, total_updates=6, progress_bar=False, **options
+    )
+
+
+@pytest.fixture
+def saved(tmp_path):
+    trainer = make_trainer(folder=tmp_path / "run")
+    trainer.train()
+    return newest(tmp_path / "run" / "checkpoints")
+
+
+def refuses(trainer, path, words):
+    """``load_from_file`` raises, and nothing of the trainer has changed."""
+    before = {
+        n: t.clone() for n, t in trainer.loss_module.state_dict().items() if torch.is_tensor(t)
+    }
+    generator = torch.get_rng_state()
+    with pytest.raises(CheckpointError, match=words):
+        trainer.load_from_file(path)
+    after = trainer.loss_module.state_dict()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert torch.equal(generator, torch.get_rng_state())
+    assert trainer.updates == 0
+
+
+def test_another_dataset_is_refused(saved):
+    data = table()
+    data["action"][7, 0] += 1e-6
+    refuses(make_trainer(data), saved, r"another dataset .*: action differ\. action was float32")
+
+
+def test_other_shapes_are_refused(saved):
+    refuses(
+        make_trainer(hidden=(16, 8)), saved, r"other shapes: .* was \(16, 16\) and is \(8, 16\)"
+    )
+    refuses(make_trainer(hidden=(16,)), saved, "of other networks: it lacks")
+    refuses(make_trainer(critics=3), saved, r"other shapes: .*qvalue")
+
+
+def test_another_kind_of_buffer_is_refused(saved):
+    growing = replay_buffer(table(), 8, capacity=100)
+    refuses(make_trainer(buffer=growing), saved, "another kind of replay buffer")
+    unseeded = replay_buffer(table(), 8)
+    refuses(make_trainer(buffer=unseeded), saved, "whether they were given a seed")
+
+
+def test_a_growing_buffer_is_saved_whole(tmp_path):
+    trainer = make_trainer(
+        buffer=replay_buffer(table(), 8, seed=0, capacity=100), folder=tmp_path / "run"
+    )
+    trainer.replay_buffer.extend(table(seed=5)[:7])
+    trainer.train()
+    other = make_trainer(
+        buffer=replay_buffer(table(), 8, seed=0, capacity=100), folder=tmp_path / "run"
+    )
+    other.resume()
+    assert len(other.replay_buffer) == 67
+    for trained in (trainer, other):
+        trained.total_frames = 12
+        trained.train()
+    mine, theirs = trainer.loss_module.state_dict(), other.loss_module.state_dict()
+    assert all(torch.equal(mine[n], theirs[n]) for n in mine if torch.is_tensor(mine[n]))
+
+
+def columns():
+    generator = np.random.default_rng(0)
+    observation = generator.normal(size=(60, 3)).astype(np.float32)
+    return {
+        "observations": observation,
+        "next_observations": observation,
+        "actions": generator.uniform(-1, 1, size=(60, 1)).astype(np.float32),
+        "rewards": generator.normal(size=60).astype(np.float32),
+        "terminals": np.zeros(60, bool),
+        "timeouts": np.arange(60) % 10 == 9,
+    }
+
+
+def of_agent(tmp_path, reward="raw", **fields):
+    data = load_dataset(columns(), env="Pendulum-v1", reward=reward, progress=False)
+    config = IQLConfig(updates=4, hidden=(8,), batch_size=8, **fields)
+    return OfflineTrainer(
+        agent=make_agent(config, data),
+        dataset=data,
+        replay_buffer=data.replay_buffer(8, seed=0),
+        total_updates=4,
+        folder=tmp_path,
+        progress_bar=False,
+    )
+
+
+def test_another_reward_map_or_other_settings_are_refused_by_name(tmp_path):
+    of_agent(tmp_path / "run").train()
+    saved = newest(tmp_path / "run" / "checkpoints")
+    other = of_agent(tmp_path / "b", reward=(2.0, 1.0))
+    refuses(
+        other, saved, r"saved with \(scale, shift\) = \(1\.0, 0\.0\) and the dataset has \(2\.0"
+    )
+    other = of_agent(tmp_path / "c", expectile=0.9, temperature=1.0)
+    refuses(other, saved, r"expectile was 0\.7 and is 0\.9; temperature was 3\.0 and is 1\.0")
+    resumed = of_agent(tmp_path / "d", compile=False)
+    assert resumed.load_from_file(saved).updates == 4
+
+
+def test_other_settings_of_hand_made_parts_are_refused_by_name(saved):
+    trainer = make_trainer()
+    trainer.loss_module.expectile = 0.9
+    refuses(trainer, saved, r"expectile was 0\.7.* and is 0\.9")
+    other = make_trainer(buffer=replay_buffer(table(), 16, seed=0))
+    refuses(other, saved, "batch_size was 8 and is 16")
+
+
+def test_random_generators_come_back(saved):
+    trainer = make_trainer()
+    torch.manual_seed(123)
+    np.random.seed(123)
+    trainer.load_from_file(saved)
+    numbers = torch.rand(3), np.random.rand(3), trainer.replay_buffer.sample()["observation"]
+    again = make_trainer()
+    again.load_from_file(saved)
+    assert torch.equal(numbers[0], torch.rand(3))
+    assert np.array_equal(numbers[1], np.random.rand(3))
+    assert torch.equal(numbers[2], again.replay_buffer.sample()["observation"])
+
+
+@given(st.integers(0, 59), st.sampled_from(["action", "observation", ("next", "reward")]))
+@settings(max_examples=20, deadline=None)
+def test_a_fingerprint_notices_any_value(row, key):
+    data = table()
+    whole = fingerprint(data)
+    assert fingerprint(data.clone()) == whole
+    data[key][row, 0] += 1.0
+    changed = fingerprint(data)
+    name = key if isinstance(key, str) else ".".join(key)
+    assert {k for k in whole if whole[k] != changed[k]} == {name}

@@ -1,0 +1,147 @@
+"""Files on a full disk: an ``OSError`` that names the file, and what was saved before stays."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from test_background import pendulum_log
+from test_trainer import make_step, trainer_of, weight
+
+from iql_torchrl import IQLConfig, make_agent
+from iql_torchrl.checkpoint import newest, read_components, replace_by_link, write_components
+from iql_torchrl.records import whole_file, write_csv
+from iql_torchrl.report.figures import draw
+
+FULL = Path("/dev/full")  # every write to it fails as on a full disk
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
+ROWS = [{"update": 1, "loss_value": 0.5}]
+
+
+def fill(path: Path) -> None:
+    """What is written on the way to ``path`` meets a full disk."""
+    path.with_name(f".{path.name}.{os.getpid()}").symlink_to(FULL)
+
+
+def assert_names(caught, path: Path) -> None:
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(path)
+    assert str(caught.value) == f"[Errno 28] No space left on device: '{path}'"
+
+
+@needs_full
+@pytest.mark.parametrize("suffix", [".pt2", ".json"])
+def test_an_export_names_the_file_and_leaves_the_earlier_one(tmp_path, suffix):
+    agent = make_agent(IQLConfig(hidden=(8,)), pendulum_log())
+    path = agent.export(tmp_path / "policy.pt2")
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    with torch.no_grad():
+        next(agent.actor.parameters()).add_(1.0)
+    fill(path.with_suffix(suffix))
+    with pytest.raises(OSError, match="No space left") as caught:
+        agent.export(path)
+    assert_names(caught, path.with_suffix(suffix))
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+    agent.export(path)
+    assert path.read_bytes() != before[path]
+    assert torch.export.load(path).module()(torch.zeros(2, 3)).shape == (2, 1)
+
+
+@needs_full
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("metrics.csv", lambda path: write_csv(path, ROWS)), ("curves.png", lambda p: draw(p, ROWS))],
+)
+def test_tables_and_pictures_too(tmp_path, name, write):
+    path = tmp_path / name
+    path.write_bytes(b"before")
+    fill(path)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write(path)
+    assert_names(caught, path)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Call it, and the disk takes half of what is written next, and no more."""
+    write = Path.write_bytes
+
+    def half(path, content):
+        write(path, bytes(content)[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")  # names no file, as write() does
+
+    return lambda: monkeypatch.setattr(Path, "write_bytes", half)
+
+
+def test_training_names_the_checkpoint_and_the_last_one_survives(tmp_path, full_disk, monkeypatch):
+    step, weights = make_step(), {}
+
+    def evaluation():
+        weights[trainer.updates] = weight(step)
+        if trainer.updates == 10:
+            full_disk()
+        return {"return_mean": float(trainer.updates)}
+
+    settings = {"eval_interval": 5, "log_interval": 5, "folder": tmp_path}
+    trainer = trainer_of(step, 20, evaluation=evaluation, **settings)
+    with pytest.raises(OSError, match="No space left") as caught:
+        trainer.train()
+    folder = tmp_path / "checkpoints"
+    assert_names(caught, folder / "checkpoint-000000000010.torchrl")
+    assert newest(folder).name == "checkpoint-000000000005.torchrl"
+    assert not list(tmp_path.glob("**/.*")), "nothing half written stays"
+    monkeypatch.undo()
+    again = make_step()
+    assert trainer_of(again, 20, **settings).resume().updates == 5
+    assert weight(again) == weights[5]
+
+
+def test_a_trainer_with_one_file_names_it(tmp_path, full_disk):
+    path = tmp_path / "run.torchrl"
+    trainer = trainer_of(make_step(), 4, save_trainer_file=path)
+    full_disk()
+    with pytest.raises(OSError, match="No space left") as caught:
+        trainer.train()
+    assert_names(caught, path)
+
+
+def test_components_and_copies_name_their_file(tmp_path, full_disk, monkeypatch):
+    path = write_components(tmp_path / "a.torchrl", {"part": {"x": 1}})
+
+    def unwritable(*paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", unwritable)
+    monkeypatch.setattr("shutil.copyfile", unwritable)
+    with pytest.raises(OSError, match="No space left") as caught:
+        replace_by_link(path, tmp_path / "best.torchrl")
+    assert_names(caught, tmp_path / "best.torchrl")
+    full_disk()
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_components(path, {"part": {"x": 2}})
+    assert_names(caught, path)
+    assert read_components(path) == {"part": {"x": 1}}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_that_names_another_file_keeps_its_name(tmp_path):
+    missing = tmp_path / "missing"
+    with (
+        pytest.raises(FileNotFoundError) as caught,
+        whole_file(tmp_path / "table") as temporary,
+    ):
+        temporary.write_text(missing.read_text())
+    assert caught.value.filename == str(missing)
+    with (
+        pytest.raises(FileNotFoundError) as caught,
+        whole_file(tmp_path / "no folder" / "table") as temporary,
+    ):
+        temporary.write_text("x")
+    assert caught.value.filename == str(tmp_path / "no folder" / "table"), "not the temporary one"
+    with pytest.raises(OSError, match="without a number"), whole_file(tmp_path / "table"):
+        raise OSError("without a number")

@@ -1,0 +1,537 @@
+"""OfflineTrainer: the same updates as a loop by hand, events on time, stopping, and its checks."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_batch
+from tensordict import TensorDict
+from test_torchrl_trainers import Numbers, make_step, make_trainer
+from torch import optim
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.objectives import SoftUpdate
+
+from iql_torchrl import IQLStep, OfflineTrainer
+from iql_torchrl.checkpoint import CheckpointError, newest
+from iql_torchrl.data import DeviceSampler, replay_buffer
+from iql_torchrl.trainers import run_folder
+
+
+def by_hand(step, updates, seed=0):
+    """The loop that a user would write; returns the metrics of every update."""
+    buffer = replay_buffer(table(), 16, seed=seed)
+    return [step(buffer.sample()).to_dict() for _ in range(updates)]
+
+
+def table():
+    torch.manual_seed(9)
+    return make_batch(100)
+
+
+def trainer_of(step, total, **options):
+    options = {"progress_bar": False} | options
+    buffer = options.pop("replay_buffer", None) or replay_buffer(table(), 16, seed=0)
+    return OfflineTrainer(step=step, replay_buffer=buffer, total_updates=total, **options)
+
+
+def same_weights(a, b):
+    mine, theirs = a.loss.state_dict(), b.loss.state_dict()
+    return all(torch.equal(mine[n], theirs[n]) for n in mine if torch.is_tensor(mine[n]))
+
+
+@pytest.mark.parametrize("order", ["sequential", "simultaneous"])
+def test_trains_as_the_loop_by_hand_and_rows_are_means(order):
+    step, alone = make_step(order=order), make_step(order=order)
+    trainer = trainer_of(step, 25, log_interval=10)
+    trainer.train()
+    metrics = by_hand(alone, 25)
+    assert same_weights(step, alone)
+    assert [row["update"] for row in trainer.progress.rows] == [10, 20, 25]
+    for row, (start, end) in zip(trainer.progress.rows, [(0, 10), (10, 20), (20, 25)], strict=True):
+        for name in ("loss_actor", "loss_qvalue", "loss_value"):
+            mean = np.mean([float(m[name]) for m in metrics[start:end]])
+            assert row[name] == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_device_sampler_in_place_of_a_buffer():
+    step = make_step()
+    trainer = trainer_of(step, 5, replay_buffer=DeviceSampler(table(), 16, seed=0))
+    trainer.train()
+    assert trainer.updates == 5
+
+
+def test_a_device_sampler_goes_on_where_it_was(tmp_path):
+    def make(total):
+        sampler = DeviceSampler(table(), 16, seed=0)
+        return trainer_of(make_step(), total, replay_buffer=sampler, folder=tmp_path)
+
+    alone = make_step()
+    trainer_of(alone, 12, replay_buffer=DeviceSampler(table(), 16, seed=0)).train()
+    make(6).train()
+    again = make(12).resume()
+    again.train()
+    assert same_weights(again.step, alone)
+
+
+def test_parts_in_place_of_a_step():
+    step, alone = make_step(), make_step()
+    OfflineTrainer(
+        loss_module=step.loss,
+        optimizer=optim.Adam(step.loss.parameters(), lr=1e-3),
+        target_net_updater=SoftUpdate(step.loss, tau=0.1),
+        replay_buffer=replay_buffer(table(), 16, seed=0),
+        total_updates=4,
+        progress_bar=False,
+    ).train()
+    by_hand(alone, 4)
+    assert same_weights(step, alone)
+
+
+def test_events_come_on_time_and_every_number_is_logged():
+    seen, logger = [], Numbers()
+
+    def evaluation():
+        seen.append(trainer.updates)
+        return {"return_mean": -float(trainer.updates), "episodes": 3.0}
+
+    trainer = trainer_of(
+        make_step(), 23, log_interval=4, eval_interval=10, evaluation=evaluation, logger=logger
+    )
+    trainer.train()
+    assert seen == [0, 10, 20, 23]
+    assert [r["update"] for r in trainer.progress.rows] == [0, 4, 8, 10, 12, 16, 20, 23]
+    assert logger.of("return_mean") == [(0.0, 0), (-10.0, 10), (-20.0, 20), (-23.0, 23)]
+    assert [step for _, step in logger.of("loss_value")] == [4, 8, 10, 12, 16, 20, 23]
+    assert all(value > 0 for value, _ in logger.of("updates_per_second"))
+    assert trainer.progress.best_update == 0
+
+
+def test_between_events_nothing_but_sampling_and_stepping():
+    """The loop asks for as many batches as updates, and reads no tensor on the host."""
+    calls = {"sample": 0, "step": 0}
+    buffer = replay_buffer(table(), 16, seed=0)
+
+    class Counting:
+        def sample(self):
+            calls["sample"] += 1
+            return buffer.sample()
+
+    def step(batch):
+        calls["step"] += 1
+        return TensorDict({"loss_value": Unreadable(torch.ones(()))})
+
+    class Unreadable(torch.Tensor):
+        def item(self):
+            raise AssertionError("read on the host")
+
+        __float__ = __bool__ = tolist = item
+
+    trainer = OfflineTrainer(
+        step=step, replay_buffer=Counting(), total_updates=50, log_interval=50, progress_bar=False
+    )
+    trainer.progress.means = dict  # the one place that may read
+    trainer.train()
+    assert calls == {"sample": 50, "step": 50}
+
+
+class Captured:
+    """As ``captured`` returns: no arguments, several updates a call, samples for itself."""
+
+    updates = 5
+
+    def __init__(self):
+        self.step, self.calls = make_step(), 0
+        self.buffer = replay_buffer(table(), 16, seed=0)
+
+    def __call__(self):
+        self.calls += 1
+        metrics = [self.step(self.buffer.sample()) for _ in range(self.updates)]
+        return torch.stack(metrics).mean(0)
+
+
+def test_a_step_that_makes_several_updates_a_call():
+    captured, alone = Captured(), make_step()
+    trainer = trainer_of(captured, 20, log_interval=10)
+    trainer.train()
+    metrics = by_hand(alone, 20)
+    assert captured.calls == 4
+    assert same_weights(captured.step, alone)
+    assert trainer.loss_module is captured.step.loss
+    first = np.mean([float(m["loss_value"]) for m in metrics[:10]])
+    assert trainer.progress.rows[0]["loss_value"] == pytest.approx(first, rel=1e-5)
+    with pytest.raises(ValueError, match="log_interval is 7, and the step makes 5 updates a call"):
+        trainer_of(Captured(), 20, log_interval=7)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_interruption_finishes_the_update_saves_and_says_how_to_go_on(
+    tmp_path, capfd, number, error
+):
+    step, alone = make_step(), make_step()
+
+    def interrupted(batch):
+        metrics = step(batch)
+        if trainer.updates == 6:  # in the middle of the seventh update
+            os.kill(os.getpid(), number)
+        return metrics
+
+    interrupted.loss, interrupted.optimizer = step.loss, step.optimizer
+    interrupted.target_updater, interrupted.order = step.target_updater, step.order
+    interrupted.state_dict, interrupted.load_state_dict = step.state_dict, step.load_state_dict
+    before = signal.getsignal(number)
+    trainer = trainer_of(interrupted, 20, log_interval=5, folder=tmp_path / "run")
+    with pytest.raises(error):
+        trainer.train()
+    assert signal.getsignal(number) is before
+    assert trainer.updates == 7
+    err = capfd.readouterr().err
+    assert "Stopped after update 7 of 20" in err
+    assert "Go on with: trainer.resume().train()" in err
+    assert newest(tmp_path / "run" / "checkpoints").name == "checkpoint-000000000007.torchrl"
+    resumed = make_step()
+    again = trainer_of(resumed, 20, log_interval=5, folder=tmp_path / "run")
+    again.resume().train()
+    by_hand(alone, 20)
+    assert same_weights(resumed, alone)
+    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+    assert [row["update"] for row in rows] == ["5", "10", "15", "20"]
+
+
+@pytest.mark.parametrize(
+    ("destination", "words"),
+    [
+        ({}, "Nothing was saved, because the trainer has no folder=. In this process, go on with: "
+             "trainer.train()"),
+        ({"save_trainer_file": "a.torchrl"}, "with: trainer.load_from_file('a.torchrl').train()"),
+        ({"folder": "run", "resume_command": "make again"}, "and saved run. Go on with: make again"),
+    ],
+)  # fmt: skip
+def test_what_an_interruption_says_continues_the_run(
+    tmp_path, capfd, monkeypatch, destination, words
+):
+    monkeypatch.chdir(tmp_path)
+    step, calls = make_step(), []
+
+    class Stopped(IQLStep):
+        def __call__(self, batch):
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__call__(batch)
+
+    step.__class__ = Stopped
+    trainer = trainer_of(step, 6, **destination)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert words in capfd.readouterr().err
+    if "save_trainer_file" in destination:
+        trainer.load_from_file("a.torchrl")
+    trainer.train()
+    assert trainer.updates == len(calls) == 6
+
+
+def test_a_second_interruption_stops_at_once():
+    step = make_step()
+
+    def impatient(batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("not reached")
+
+    impatient.loss = step.loss
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(impatient, 20).train()
+
+
+def test_training_further_is_training_longer(tmp_path):
+    """n updates, then as many again from the file, in fresh objects: the bits of 2n."""
+    for folder, parts in (("once", (40,)), ("twice", (20, 40))):
+        for total in parts:
+            step = make_step()
+            torch.manual_seed(0)
+            trainer = trainer_of(
+                step,
+                total,
+                log_interval=10,
+                eval_interval=20,
+                evaluation=lambda step=step: {"return_mean": weight(step)},
+                folder=tmp_path / folder,
+            )
+            if list((tmp_path / folder).glob("checkpoints/*")):
+                trainer.resume()
+            trainer.train()
+    once, twice = (newest(tmp_path / f / "checkpoints") for f in ("once", "twice"))
+    assert once.name == twice.name
+    tables = [(tmp_path / f / "metrics.csv").read_text() for f in ("once", "twice")]
+    assert tables[0] == tables[1]
+    a, b = make_step(), make_step()
+    trainer_of(a, 40, folder=tmp_path / "once").resume()
+    trainer_of(b, 40, folder=tmp_path / "twice").resume()
+    assert same_weights(a, b)
+
+
+def weight(step) -> float:
+    return float(next(step.loss.parameters()).detach().sum())
+
+
+def test_the_best_checkpoint_is_kept_by_score(tmp_path):
+    scores = iter([1.0, 5.0, math.nan, 2.0, 4.0])
+    weights = {}
+
+    def evaluation():
+        score = next(scores)
+        weights[score] = weight(step)
+        return {"return_mean": score}
+
+    step = make_step()
+    trainer = trainer_of(
+        step,
+        20,
+        eval_interval=5,
+        evaluation=evaluation,
+        folder=tmp_path,
+        keep_last=1,
+    )
+    trainer.train()
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["checkpoint-000000000020.torchrl"]
+    best = make_step()
+    trainer_of(best, 20, folder=tmp_path / "other").load_from_file(tmp_path / "best.torchrl")
+    assert weight(best) == weights[5.0]
+    assert not list(tmp_path.glob("**/.*")), "no temporary file may stay"
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_path):
+    data = table()
+    data["next", "reward"][:] = 1.0
+    step = make_step()
+
+    def spoiling(batch):
+        if trainer.updates == 12:
+            batch["next", "reward"][:] = math.nan
+        return step(batch)
+
+    spoiling.loss = step.loss
+    trainer = trainer_of(
+        spoiling,
+        30,
+        log_interval=5,
+        save_trainer_interval=5,
+        folder=tmp_path,
+        replay_buffer=replay_buffer(data, 16, seed=0),
+    )
+    with pytest.raises(FloatingPointError, match=r"loss_qvalue.* became nan before update 15"):
+        trainer.train()
+    assert newest(tmp_path / "checkpoints").name == "checkpoint-000000000010.torchrl"
+
+
+def test_an_evaluation_that_fails_loses_no_update(tmp_path):
+    def evaluation():
+        raise OSError("the simulator is gone")
+
+    step = make_step()
+    trainer = trainer_of(
+        step, 20, eval_interval=5, evaluate_first=False, evaluation=evaluation, folder=tmp_path
+    )
+    with pytest.raises(OSError, match="simulator"):
+        trainer.train()
+    assert newest(tmp_path / "checkpoints").name == "checkpoint-000000000005.torchrl"
+
+
+def test_quiet_when_not_a_terminal(capfd):
+    trainer_of(make_step(), 10, progress_bar=True).train()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_hook_can_stop_training():
+    trainer = make_trainer(total=50)
+    trainer.register_op("post_steps", lambda: trainer.request_stop("enough"))
+    trainer.train()
+    assert trainer.updates == 5
+
+
+def test_wrong_parts_are_refused(tmp_path):
+    step, buffer = make_step(), replay_buffer(table(), 16)
+    with pytest.raises(ValueError, match="replay_buffer and total_updates are needed"):
+        OfflineTrainer(step=step, total_updates=3)
+    with pytest.raises(ValueError, match="nothing to train"):
+        OfflineTrainer(replay_buffer=buffer, total_updates=3)
+    with pytest.raises(ValueError, match="optimizer is not the step's own"):
+        trainer_of(step, 3, optimizer=optim.Adam(step.loss.parameters()))
+    with pytest.raises(ValueError, match="total_updates is 0"):
+        trainer_of(step, 0)
+    with pytest.raises(ValueError, match=r"eval_interval is 2\.5"):
+        trainer_of(step, 3, eval_interval=2.5, evaluation=dict)
+    with pytest.raises(ValueError, match="has no sample"):
+        trainer_of(step, 3, replay_buffer=[1])
+    with pytest.raises(ValueError, match="leave out save_trainer_file"):
+        trainer_of(step, 3, folder=tmp_path, save_trainer_file=tmp_path / "x")
+    with pytest.raises(ValueError, match="there is none; use load_from_file"):
+        trainer_of(step, 3).resume()
+    with pytest.raises(CheckpointError, match="there is no such folder of checkpoints"):
+        trainer_of(step, 3, folder=tmp_path).resume()
+    trainer = trainer_of(step, 3, evaluation=lambda: {"score": 1.0})
+    with pytest.raises(ValueError, match="monitor is 'return_mean', which the evaluation does not"):
+        trainer.train()
+    assert isinstance(step, IQLStep)
+
+
+def test_a_folder_that_holds_another_run_is_refused(tmp_path):
+    trainer_of(make_step(), 10, folder=tmp_path).train()
+    other = trainer_of(make_step(), 5, folder=tmp_path)
+    with pytest.raises(
+        ValueError, match=r"already holds a run \(\d checkpoints\): call "
+    ) as caught:
+        other.train()
+    assert "call trainer.resume().train() to continue it" in str(caught.value)
+    elsewhere = trainer_of(make_step(), 20, folder=tmp_path)
+    elsewhere.resume().train()
+    assert elsewhere.updates == 20
+    elsewhere.total_frames = 25
+    elsewhere.train()  # its own folder by now
+
+
+def test_resume_loads_returns_the_trainer_and_trains_nothing(tmp_path):
+    trainer_of(make_step(), 10, folder=tmp_path).train()
+    step = make_step()
+    trainer = trainer_of(step, 20, folder=tmp_path)
+    assert trainer.resume() is trainer
+    assert trainer.updates == 10
+    loaded = weight(step)
+    trainer.train()
+    assert trainer.updates == 20
+    assert weight(step) != loaded
+
+
+@pytest.mark.parametrize("load", ["resume", "load_from_file", "load_state_dict"])
+def test_a_total_below_the_updates_made_is_refused_before_anything_is_loaded(tmp_path, load):
+    longer = trainer_of(make_step(), 10, folder=tmp_path)
+    longer.train()
+    step = make_step()
+    shorter, before = trainer_of(step, 9, folder=tmp_path), weight(step)
+    saved = newest(tmp_path / "checkpoints")
+    given = {"load_from_file": [saved], "load_state_dict": [longer.state_dict()]}.get(load, [])
+    with pytest.raises(ValueError, match="total_updates is 9 and the run has made 10 updates"):
+        getattr(shorter, load)(*given)
+    assert shorter.updates == 0
+    assert weight(step) == before
+    longer.total_frames = 9
+    with pytest.raises(ValueError, match="total_updates is 9 and the run has made 10 updates"):
+        longer.train()
+
+
+@pytest.mark.parametrize("number", [np.float64(3), np.int64(3), np.float32(3), torch.tensor([3.0])])
+def test_any_kind_of_number_from_an_evaluation_survives_a_checkpoint(tmp_path, number):
+    step = make_step()
+    trainer_of(step, 4, evaluation=lambda: {"return_mean": number}, folder=tmp_path).train()
+    again = trainer_of(make_step(), 4, folder=tmp_path).resume()
+    assert again.progress.best == 3.0
+    assert {row["return_mean"] for row in again.progress.rows if "return_mean" in row} == {3.0}
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (3.0, "returned 3.0; wanted an Evaluation, or a dict"),
+        (None, "returned None"),
+        ({"return_mean": None}, "gives None for 'return_mean'; wanted one number"),
+        ({"return_mean": "good"}, "gives 'good' for 'return_mean'"),
+        ({"return_mean": 1.0, "update": 7}, "gives 'update', which is the row's own"),
+    ],
+)
+def test_an_evaluation_that_returns_something_else_is_told_so(found, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        trainer_of(make_step(), 4, evaluation=lambda: found).train()
+
+
+def test_an_evaluation_that_failed_is_made_up_after_a_resume(tmp_path):
+    played = []
+
+    def evaluation(fails=()):
+        def play():
+            played.append(trainer.updates)
+            if trainer.updates in fails:
+                raise OSError("gone")
+            return {"return_mean": float(trainer.updates)}
+
+        return play
+
+    settings = {"eval_interval": 10, "folder": tmp_path}
+    trainer = trainer_of(make_step(), 20, evaluation=evaluation(fails=[20]), **settings)
+    with pytest.raises(OSError, match="gone"):
+        trainer.train()
+    trainer = trainer_of(make_step(), 20, evaluation=evaluation(), **settings)
+    trainer.resume().train()
+    assert played == [0, 10, 20, 20]
+    assert trainer.progress.best_update == 20
+    best = trainer_of(make_step(), 20).load_from_file(tmp_path / "best.torchrl")
+    assert best.updates == 20
+
+
+def test_a_long_table_is_written_more_rarely(tmp_path, monkeypatch):
+    written = []
+
+    def slow(path, rows):
+        written.append(len(rows))
+        time.sleep(0.05)
+
+    monkeypatch.setattr(run_folder, "write_csv", slow)
+    trainer_of(make_step(), 60, log_interval=2, folder=tmp_path).train()
+    assert len(written) < 10
+    assert written[-1] == 30, "the last is written in any case"
+
+
+def test_checkpoints_set_aside_for_evaluations_that_never_came_are_dropped(tmp_path):
+    trainer_of(make_step(), 10, folder=tmp_path).train()
+    forgotten = tmp_path / "checkpoints" / ".aside-000000000005.torchrl"
+    forgotten.write_bytes(b"")
+    trainer_of(make_step(), 12, folder=tmp_path).resume().train()
+    assert not forgotten.exists()
+
+
+def test_parts_of_the_wrong_kind_are_refused_before_training():
+    step = make_step()
+    with pytest.raises(ValueError, match="step is a loss, which updates nothing"):
+        trainer_of(step.loss, 3)
+    with pytest.raises(ValueError, match="evaluation is 5; wanted a function"):
+        trainer_of(step, 3, evaluation=5)
+    with pytest.raises(ValueError, match="logger is 'csv'; wanted one of TorchRL's"):
+        trainer_of(step, 3, logger="csv")
+    with pytest.raises(ValueError, match="log_interval is 0"):
+        trainer_of(step, 3, log_interval=0)
+
+
+def test_a_part_that_could_not_be_read_again_is_refused_when_first_saved(tmp_path):
+    class Odd:
+        def state_dict(self):
+            return {"object": np.float64(1.0)}
+
+        def load_state_dict(self, state):
+            raise AssertionError("never read")
+
+    trainer = trainer_of(make_step(), 4, folder=tmp_path)
+    trainer.register_module("odd", Odd())
+    with pytest.raises(CheckpointError, match="Odd holds something other than plain data"):
+        trainer.train()
+
+
+def test_a_buffer_that_draws_ahead_can_be_saved(tmp_path):
+    def make():
+        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100), batch_size=16, prefetch=2)
+        buffer.extend(table())
+        return trainer_of(make_step(), 6, replay_buffer=buffer, folder=tmp_path)
+
+    make().train()
+    again = make().resume()
+    assert again.updates == 6
+    assert len(again.replay_buffer) == 100

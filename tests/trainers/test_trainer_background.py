@@ -1,0 +1,84 @@
+"""Evaluation beside training: the rows, scores and best checkpoint of evaluation in between."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import pytest
+import torch
+from conftest import make_batch
+from test_torchrl_trainers import make_step
+
+from iql_torchrl import OfflineTrainer, evaluate
+from iql_torchrl.checkpoint import read_components
+from iql_torchrl.data import replay_buffer
+from iql_torchrl.evaluation.background import BackgroundEvaluation
+
+SETTINGS = {"episodes": 3, "num_envs": 2, "seed": 5, "max_steps": 12}
+
+
+def make_env():
+    return gym.make("Pendulum-v1")
+
+
+def make_trainer(folder, evaluation_of, total=20):
+    step = make_step(3, 1)
+    torch.manual_seed(3)
+    return OfflineTrainer(
+        step=step,
+        replay_buffer=replay_buffer(make_batch(100, obs=3, act=1), 16, seed=0),
+        total_updates=total,
+        log_interval=5,
+        eval_interval=10,
+        evaluation=evaluation_of(step.loss.actor_network),
+        folder=folder,
+        progress_bar=False,
+    )
+
+
+def foreground(policy):
+    return lambda: evaluate(policy, make_env, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def in_between(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "foreground"
+    make_trainer(folder, foreground).train()
+    return folder
+
+
+def test_rows_and_best_are_those_of_evaluation_in_between(tmp_path, in_between):
+    made = []
+
+    def background(policy):
+        made.append(BackgroundEvaluation(policy, make_env, **SETTINGS))
+        return made[0]
+
+    trainer = make_trainer(tmp_path, background)
+    with trainer.scores.evaluation:
+        trainer.train()
+    assert (tmp_path / "metrics.csv").read_text() == (in_between / "metrics.csv").read_text()
+    mine, theirs = (read_components(f / "best.torchrl") for f in (tmp_path, in_between))
+    assert mine["trainer_state"]["progress"]["updates"] == trainer.progress.best_update
+    assert theirs["trainer_state"]["progress"]["updates"] == trainer.progress.best_update
+    assert not list(tmp_path.glob("**/.*"))
+
+
+def test_an_evaluation_under_way_is_made_again_after_a_resume(tmp_path, in_between):
+    """Stopped with an evaluation under way: its policy is in the checkpoint."""
+    trainer = make_trainer(tmp_path, lambda p: BackgroundEvaluation(p, make_env, **SETTINGS))
+    submitted = trainer.scores.evaluation.submit
+
+    def submit_and_stop(number):
+        submitted(number)
+        if number == 10:
+            raise RuntimeError("as if killed")
+
+    trainer.scores.evaluation.submit = submit_and_stop
+    with pytest.raises(RuntimeError, match="as if killed"), trainer.scores.evaluation:
+        trainer.train()
+    again = make_trainer(tmp_path, lambda p: BackgroundEvaluation(p, make_env, **SETTINGS))
+    with again.scores.evaluation:
+        assert 10 in again.resume().scores.pending
+        again.train()
+    rows = (tmp_path / "metrics.csv").read_text()
+    assert rows == (in_between / "metrics.csv").read_text()

@@ -1,0 +1,747 @@
+"""``captured``: K updates a call equal to the plain step's, whatever happens between calls."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from conftest import ACT, OBS, make_batch
+from tensordict.nn import TensorDictModule
+from torch import optim
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR
+from torchrl.data import (
+    Bounded,
+    Categorical,
+    LazyMemmapStorage,
+    LazyTensorStorage,
+    SamplerWithoutReplacement,
+    TensorDictReplayBuffer,
+)
+from torchrl.envs.transforms import RewardScaling
+from torchrl.modules import ValueOperator
+from torchrl.objectives import HardUpdate, SoftUpdate, ValueEstimators, group_optimizers
+
+from iql_torchrl import (
+    DiscreteIQLLoss,
+    IQLLoss,
+    IQLStep,
+    OfflineTrainer,
+    captured,
+    compiled,
+    networks,
+    policies,
+)
+from iql_torchrl.data import DeviceSampler, replay_buffer
+from iql_torchrl.update import captured as capture
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-11}
+ACTIONS = 4
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Programs run as Dynamo traced them: what is captured, without Inductor's seconds."""
+
+    def keep(self, graph, inputs):
+        self._function = graph
+        return self._keep
+
+    monkeypatch.setattr(capture._Program, "__call__", keep)
+
+
+@pytest.fixture
+def untraced(monkeypatch):
+    """Programs are the update itself, run as it is; counts how often one is made."""
+    made = []
+
+    def record(self, rows, slots):
+        def update():
+            with self._fast.setting():
+                batch = self._fast.loss.read(rows.gather(self._index))
+                self._add(self._fast.update(batch, *slots))
+
+        made.append(update)
+        with self._fast.setting():
+            self._update = update
+
+    monkeypatch.setattr(capture.CapturedStep, "_record", record)
+    return made
+
+
+def make_loss(**options) -> IQLLoss:
+    torch.manual_seed(0)
+    mlp = {"hidden": (8,), "dropout": options.pop("dropout", 0.0)}
+    spec = Bounded(-torch.ones(ACT), torch.ones(ACT), (ACT,))
+    critic = ValueOperator(networks.Critic(OBS, ACT, **mlp), in_keys=["observation", "action"])
+    value = ValueOperator(networks.StateValue(OBS, **mlp), in_keys=["observation"])
+    return IQLLoss(policies.gaussian(OBS, spec, **mlp), critic, value, **options).double()
+
+
+def make_discrete(preprocess=None, **options) -> DiscreteIQLLoss:
+    torch.manual_seed(0)
+    net = {"hidden": (8,), "preprocess": preprocess}
+    critic = networks.DiscreteCritic(OBS, ACTIONS, **net)
+    return DiscreteIQLLoss(
+        policies.categorical(OBS, Categorical(ACTIONS), mask_key="action_mask", **net),
+        TensorDictModule(critic, in_keys=["observation"], out_keys=["state_action_value"]),
+        ValueOperator(networks.StateValue(OBS, **net), in_keys=["observation"]),
+        **options,
+    ).double()
+
+
+def table(rows: int = 100, seed: int = 9):
+    torch.manual_seed(seed)
+    return make_batch(rows, dtype=torch.float64)
+
+
+def chosen():
+    data = table()
+    action = torch.randint(ACTIONS, (100,))
+    data["action"] = action
+    data["action_mask"] = (torch.rand(100, ACTIONS) < 0.5).scatter(-1, action.unsqueeze(-1), True)
+    return data
+
+
+def categories():
+    data = chosen()
+    for key in ("observation", ("next", "observation")):
+        data[key] = torch.randint(OBS, (100,))
+    return data
+
+
+def adam(params):
+    return optim.Adam(params, lr=1e-3)
+
+
+def soft(loss):
+    return SoftUpdate(loss, tau=0.1)
+
+
+def hard(interval):
+    return lambda loss: HardUpdate(loss, value_network_update_interval=interval)
+
+
+def groups(loss, **options):
+    names = ("actor", "qvalue", "value")
+    return [{"params": list(getattr(loss, f"{n}_network_params").parameters())} for n in names]
+
+
+class Pair:
+    """A plain step and a captured one with the same weights, rows and seed."""
+
+    def __init__(
+        self,
+        loss=None,
+        optimizer=adam,
+        updater=soft,
+        schedule=None,
+        data=None,
+        updates=5,
+        **options,
+    ):
+        loss = make_loss() if loss is None else loss
+        self.steps = []
+        for each in (loss, copy.deepcopy(loss)):
+            made = optimizer(groups(each))
+            schedulers = None if schedule is None else schedule(made)
+            self.steps.append(
+                IQLStep(each, made, updater(each), lr_scheduler=schedulers, **options)
+            )
+        data = table() if data is None else data
+        self.sampler, other = (DeviceSampler(data, 16, seed=0) for _ in range(2))
+        self.call = captured(self.steps[1], other, updates=updates)
+
+    def both(self, change):
+        for step in self.steps:
+            change(step)
+
+    def run(self, calls: int = 2) -> None:
+        """The same updates on both sides; then all must be equal, states and metrics too."""
+        plain = self.steps[0]
+        for _ in range(calls):
+            told = self.call()
+            wanted = [plain(self.sampler.sample()) for _ in range(self.call.updates)]
+        wanted = torch.stack(wanted).mean(0)
+        assert set(told.keys()) == set(wanted.keys())
+        for name, value in wanted.items():
+            torch.testing.assert_close(told[name], value, rtol=1e-8, atol=1e-10, msg=name)
+        self.compare()
+
+    def compare(self) -> None:
+        (mine, theirs) = (step.loss.state_dict() for step in self.steps)
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            if torch.is_tensor(value):
+                torch.testing.assert_close(theirs[name], value, **CLOSE, msg=name)
+        mine, theirs = (step.optimizer.state_dict() for step in self.steps)
+        assert mine["param_groups"] == theirs["param_groups"]
+        assert mine["state"].keys() == theirs["state"].keys()
+        for number, state in mine["state"].items():
+            for name, value in state.items():
+                torch.testing.assert_close(theirs["state"][number][name], value, **CLOSE)
+
+
+def by_group(optimizer):
+    return LambdaLR(optimizer, [lambda n: 0.9**n, lambda n: 1.0, lambda n: 1 / (1 + n)])
+
+
+CASES = {
+    "sequential": {"schedule": by_group, "max_grad_norm": 0.1},
+    "simultaneous": {
+        "order": "simultaneous",
+        "optimizer": lambda p: optim.AdamW(p, lr=1e-3, weight_decay=0.1),
+        "schedule": lambda o: (ExponentialLR(o, 0.95), by_group(o)),
+    },
+    "decay inside": {"optimizer": lambda p: optim.Adam(p, lr=1e-3, weight_decay=0.1)},
+    "discrete, masked": {"loss": make_discrete, "data": chosen, "max_grad_norm": 1.0},
+    "discrete, simultaneous": {
+        "loss": lambda: make_discrete(num_qvalue_nets=1, diagnostics=True),
+        "data": chosen,
+        "order": "simultaneous",
+    },
+    "categories": {
+        "loss": lambda: make_discrete(networks.OneHot(OBS)),
+        "data": categories,
+        "max_grad_norm": 1.0,
+    },
+    "hard target every 5": {"updater": hard(4)},
+    "hard target every 4": {"updater": hard(3)},
+    "hard target every 7": {"updater": hard(6), "order": "simultaneous"},
+    "another updater": {"updater": lambda loss: type("Mine", (SoftUpdate,), {})(loss, tau=0.1)},
+    "no updater": {"updater": lambda loss: None},
+    "joined optimizers": {
+        "optimizer": lambda p: group_optimizers(*(optim.Adam([g], lr=1e-3) for g in p))
+    },
+    "rates that are tensors": {
+        "optimizer": lambda p: optim.Adam(p, lr=torch.tensor(1e-3, dtype=torch.float64)),
+        "schedule": lambda o: CosineAnnealingLR(o, 40),
+    },
+    "one update a call": {"updates": 1, "schedule": by_group},
+    "five critics": {"loss": lambda: make_loss(num_qvalue_nets=5, diagnostics=True)},
+    "sum, sarsa": {
+        "loss": lambda: make_loss(reduction="sum", value_objective="sarsa_expectile"),
+    },
+}
+TRACED = ("sequential", "simultaneous", "discrete, masked", "categories", "hard target every 4")
+
+
+def pair_of(case: str) -> Pair:
+    options = dict(CASES[case])
+    for name, make in (("loss", make_loss), ("data", table)):
+        options[name] = options.get(name, make)()
+    return Pair(**options)
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("case", CASES)
+def test_update_schedule_and_sampling_equal_the_plain_steps(case):
+    pair = pair_of(case)
+    pair.run(40 // pair.call.updates)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(
+    "case", [c if c in TRACED else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
+def test_traced_it_equals_the_plain_step(case):
+    pair = pair_of(case)
+    pair.run(40 // pair.call.updates)
+
+
+def test_equals_the_plain_step_when_compiled_by_inductor():
+    Pair(loss=make_loss(diagnostics=True), schedule=by_group, max_grad_norm=0.1).run(8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TRACED[1:])
+def test_more_of_it_compiled_by_inductor(case):
+    pair_of(case).run(8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["sequential", "simultaneous"])
+def test_a_thousand_updates_in_single_precision(order):
+    """Within rounding of where the plain step arrives: training here magnifies no difference."""
+    loss = make_loss().float()
+    pair = Pair(loss=loss, data=table(1000).float(), order=order, updates=50)
+    for _ in range(20):
+        pair.call()
+    for _ in range(1000):
+        pair.steps[0](pair.sampler.sample())
+    mine, theirs = (step.loss.state_dict() for step in pair.steps)
+    for name, value in mine.items():
+        if torch.is_tensor(value):
+            assert (theirs[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
+
+
+@pytest.mark.parametrize("kind", ["sgd", "amsgrad"])
+def test_other_optimizers_step_one_by_one(kind):
+    """Of a step that is compiled already, here for a backend that only checks the graphs."""
+    torch._dynamo.reset()
+    make = {
+        "sgd": lambda p: optim.SGD(p, lr=1e-2, momentum=0.9),
+        "amsgrad": lambda p: optim.Adam(p, lr=1e-3, amsgrad=True),
+    }[kind]
+    pair = Pair(optimizer=make, schedule=by_group)
+    fast = compiled(pair.steps[1], backend="eager")
+    pair.call = captured(fast, pair.call.replay, updates=5)
+    pair.run(8)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_of_a_compiled_step():
+    pair = Pair()
+    pair.call = captured(compiled(pair.steps[1]), pair.call.replay, updates=5)
+    pair.run()
+    assert pair.call.step.loss is pair.steps[1].loss
+
+
+def moment_twice(step):
+    state = copy.deepcopy(step.state_dict())
+    for moments in state["optimizer"]["state"].values():
+        moments["exp_avg"] *= 2
+    step.load_state_dict(state)
+
+
+def another_state(step):
+    state = {
+        k: v * 1.1 if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in step.loss.state_dict().items()
+    }
+    step.loss.load_state_dict(state)
+
+
+def moved(step):
+    for parameter in step.loss.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def set_all(name, value):
+    return lambda step: [group.update({name: value}) for group in step.optimizer.param_groups]
+
+
+def to_loss(name, value):
+    return lambda step: setattr(step.loss, name, value)
+
+
+def absolute(actor, batch):
+    return (actor.get_dist(batch).mean - batch["action"]).abs().sum(-1)
+
+
+CHANGES = {
+    "a loaded optimizer": moment_twice,
+    "loaded weights": another_state,
+    "a group's rate": lambda step: step.optimizer.param_groups[0].update(lr=0.01),
+    "betas": set_all("betas", (0.5, 0.9)),
+    "decay": set_all("weight_decay", 0.5),
+    "temperature": to_loss("temperature", 0.5),
+    "gamma": lambda step: step.loss.make_value_estimator(gamma=0.5),
+    "estimator": lambda step: step.loss.make_value_estimator(ValueEstimators.TDLambda, gamma=0.5),
+    "frozen": lambda step: step.loss.value_network_params.requires_grad_(False),
+    "free again": lambda step: step.loss.value_network_params.requires_grad_(True),
+    "keys": lambda step: step.loss.set_keys(reward="other"),
+    "clipping": lambda step: setattr(step, "max_grad_norm", 0.01),
+    "order": lambda step: setattr(step, "order", "simultaneous"),
+    "targets": lambda step: setattr(step.target_updater, "eps", 0.5),
+    "objective": to_loss("actor_objective", absolute),
+    "objective again": to_loss("actor_objective", "log_prob"),
+    "value objective": to_loss("value_objective", "quantile"),
+    "moved storage": moved,
+    "no gradient in what rests": lambda step: step.loss.actor_network_params.requires_grad_(False),
+}
+
+
+SOME_CHANGES = ("a loaded optimizer", "temperature", "frozen", "keys")
+
+
+def with_other_reward():
+    data = table()
+    data["next", "other"] = 3 * data["next", "reward"]
+    return data
+
+
+def change_after_change(names) -> None:
+    pair = Pair(data=with_other_reward())
+    pair.run(1)
+    for name in names:
+        pair.both(CHANGES[name])
+        try:
+            pair.run(1)
+        except Exception as error:
+            raise AssertionError(f"after a change of {name}") from error
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_the_call_after_a_change_is_right():
+    """One change after another, each done to both."""
+    change_after_change(SOME_CHANGES)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("uncompiled")
+def test_the_call_after_any_change_is_right():
+    change_after_change(CHANGES)
+
+
+def test_every_change_is_noticed(untraced):
+    """What a program has fixed makes another one; rates are read at every call."""
+    pair = Pair(data=with_other_reward())
+    pair.call()
+    for name, change in CHANGES.items():
+        before = len(untraced)
+        change(pair.steps[1])
+        pair.call()
+        assert len(untraced) == before + (name != "a group's rate"), name
+        pair.call()
+        assert len(untraced) == before + (name != "a group's rate"), name
+    pair.call.recapture()
+    pair.call()
+    assert len(untraced) == len(CHANGES) + 1
+
+
+@pytest.mark.parametrize("name", ["actor_network", "qvalue_network", "value_network"])
+def test_modes_are_noticed(untraced, name):
+    pair = Pair(loss=make_loss(dropout=0.5))
+    for number, mode in enumerate((True, False, False, True)):
+        getattr(pair.steps[1].loss, name).train(mode)
+        pair.call()
+        assert len(untraced) == (1, 2, 2, 3)[number]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["dynamo", "inductor"])
+def test_dropout_draws_anew_at_every_update(compiler, request):
+    """With weights that rest, losses differ from update to update and have the plain step's mean."""
+    if compiler == "dynamo":
+        request.getfixturevalue("uncompiled")
+    data = table(16)
+    data["observation"][:] = data["observation"][:1]
+    for key in data["next"].keys(True, True):
+        data["next", key][:] = data["next", key][:1]
+    data["action"][:] = data["action"][:1]
+    pair = Pair(
+        loss=make_loss(dropout=0.5),
+        data=data,
+        updates=1,
+        optimizer=lambda p: optim.Adam(p, lr=0.0),
+        updater=lambda loss: None,
+    )
+    told = torch.stack([pair.call()["loss_value"] for _ in range(400)])
+    plain = torch.stack([pair.steps[0](pair.sampler.sample())["loss_value"] for _ in range(400)])
+    assert len(told.unique()) > 350
+    error = ((told.var() + plain.var()) / 400).sqrt()
+    assert (told.mean() - plain.mean()).abs() < 4 * error
+    for network in ("actor_network", "qvalue_network", "value_network"):
+        getattr(pair.steps[1].loss, network).eval()
+    assert len(torch.stack([pair.call()["loss_value"] for _ in range(3)]).unique()) == 1
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_masks_weights_and_several_steps_in_the_data():
+    data = table()
+    data["collector", "mask"] = torch.rand(100) < 0.7
+    data["observation"][~data["collector", "mask"]] = torch.nan
+    data["priority_weight"] = torch.rand(100, dtype=torch.float64)
+    data["steps_to_next_obs"] = torch.randint(1, 4, (100, 1))
+    Pair(data=data).run(4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("uncompiled")
+def test_half_precision_is_the_steps_own():
+    pair = Pair(loss=make_loss().float(), data=table().float(), precision="bfloat16")
+    pair.call()
+    for _ in range(5):
+        pair.steps[0](pair.sampler.sample())
+    mine, theirs = (dict(step.loss.named_parameters()) for step in pair.steps)
+    for name, value in mine.items():
+        torch.testing.assert_close(theirs[name], value, rtol=0.02, atol=2e-3, msg=name)
+
+
+def buffer_of(data, capacity=None, **options):
+    return replay_buffer(data, 16, capacity=capacity or len(data), **options)
+
+
+def observations(call) -> set[float]:
+    """First columns of the rows that its updates can draw."""
+    return set(call._rows().gather(torch.arange(call._rows().rows))["observation"][:, 0].tolist())
+
+
+@pytest.mark.usefixtures("untraced")
+def test_a_buffer_that_is_written_to():
+    data = table()
+    step = Pair().steps[0]
+    buffer = buffer_of(data, capacity=150)
+    call = captured(step, buffer, updates=2)
+    call()
+    assert call._rows().rows == 100
+    more = table(50, seed=1)
+    buffer.extend(more)
+    call()
+    assert observations(call) == {
+        *data["observation"][:, 0].tolist(),
+        *more["observation"][:, 0].tolist(),
+    }
+    full = table(150, seed=2)
+    buffer.extend(full)  # the cursor is where it was, and every row is another
+    call()
+    assert observations(call) == set(full["observation"][:, 0].tolist())
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("memmap", [False, True])
+def test_a_buffer_that_is_written_to_in_place(memmap, tmp_path):
+    data = table()
+    storage = LazyMemmapStorage(100, scratch_dir=tmp_path) if memmap else LazyTensorStorage(100)
+    buffer = TensorDictReplayBuffer(storage=storage, batch_size=16)
+    buffer.extend(data)
+    call = captured(Pair().steps[0], buffer, updates=2)
+    call()
+    rows, seen = call._rows(), call._seen
+    assert call._rows() is rows
+    call()
+    assert call._seen is seen  # nothing was captured anew
+    relabelled = buffer[:].exclude("index").clone()
+    relabelled["next", "reward"] += 100
+    buffer[torch.arange(100)] = relabelled
+    call()
+    rewards = call._rows().column(("next", "reward"))
+    assert torch.equal(rewards, relabelled["next", "reward"])
+    rows = call._rows()
+    call.recapture()
+    assert call._rows() is not rows
+
+
+@pytest.mark.parametrize("where", ["observation", ("next", "observation")])
+@pytest.mark.parametrize("wrong", [OBS, -1])
+def test_categories_out_of_range_are_said_before_a_program_meets_them(where, wrong):
+    step = IQLStep(loss := make_discrete(networks.OneHot(OBS)), adam(loss.parameters()), soft(loss))
+    data = categories()
+    data[where][7] = wrong
+    name = where if isinstance(where, str) else ".".join(where)
+    said = rf"{name} holds category {wrong}; wanted whole numbers from 0 to {OBS - 1}"
+    before = copy.deepcopy(loss.state_dict())
+    with pytest.raises(ValueError, match=said):
+        captured(step, DeviceSampler(data, 16))()
+    with pytest.raises(ValueError, match=said):
+        compiled(step)(data)
+    after = loss.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items() if torch.is_tensor(v))
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        step(data)
+
+
+@pytest.mark.usefixtures("untraced")
+def test_a_buffers_own_seed_decides_and_its_rows_are_used():
+    results = []
+    for seed in (3, 3, 4):
+        step = Pair().steps[0]
+        call = captured(step, buffer_of(table(), seed=seed), updates=3)
+        call()
+        call()
+        results.append(next(step.loss.parameters()).detach().clone())
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("kind", ["sampler", "buffer"])
+def test_trains_in_a_trainer_and_goes_on_where_it_stopped(tmp_path, kind):
+    def make(total, folder):
+        pair = Pair(schedule=by_group)
+        replay = pair.call.replay if kind == "sampler" else replay_buffer(table(), 16, seed=0)
+        call = captured(pair.steps[1], replay, updates=5)
+        return OfflineTrainer(
+            step=call,
+            replay_buffer=replay,
+            total_updates=total,
+            log_interval=10,
+            folder=tmp_path / folder,
+            progress_bar=False,
+        )
+
+    once = make(40, "once")
+    once.train()
+    make(20, "twice").train()
+    twice = make(40, "twice").resume()
+    assert twice.updates == 20
+    twice.train()
+    mine, theirs = (trainer.loss_module.state_dict() for trainer in (once, twice))
+    for name, value in mine.items():
+        if torch.is_tensor(value):
+            torch.testing.assert_close(theirs[name], value, **CLOSE, msg=name)
+    assert once.progress.rows[-1]["update"] == 40
+    assert once.progress.rows[-1]["loss_value"] == pytest.approx(
+        twice.progress.rows[-1]["loss_value"], rel=1e-6
+    )
+    if kind == "sampler":
+        plain = Pair(schedule=by_group)
+        for _ in range(40):
+            plain.steps[0](plain.sampler.sample())
+        for name, value in plain.steps[0].loss.state_dict().items():
+            if torch.is_tensor(value):
+                torch.testing.assert_close(mine[name], value, **CLOSE, msg=name)
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_many_in_one_process_and_nothing_is_kept_of_them():
+    torch._dynamo.reset()
+    alive, gone = [], []
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=1):
+        for _ in range(3):
+            pair = Pair(updates=1)
+            pair.call()
+            alive.append(pair)
+            call = pair.call
+            gone += [weakref.ref(x) for x in (call, call.step.loss, call.replay.tables[0])]
+    del pair, call
+    alive.clear()
+    gc.collect()
+    assert not [reference() for reference in gone if reference() is not None]
+
+
+def test_errors():
+    step = Pair().steps[0]
+    sampler = DeviceSampler(table(), 16)
+    with pytest.raises(TypeError, match="step is function; wanted an IQLStep"):
+        captured(lambda batch: batch, sampler)
+    with pytest.raises(ValueError, match="updates is 0"):
+        captured(step, sampler, updates=0)
+    with pytest.raises(TypeError, match="replay is TensorDict; wanted a DeviceSampler"):
+        captured(step, table())
+    in_turn = buffer_of(table(), sampler=SamplerWithoutReplacement())
+    with pytest.raises(ValueError, match="SamplerWithoutReplacement; captured updates sample unif"):
+        captured(step, in_turn)
+    with pytest.raises(ValueError, match="replay has transforms"):
+        captured(step, buffer_of(table(), transform=RewardScaling(0.0, 2.0)))
+    unsized = TensorDictReplayBuffer(storage=LazyTensorStorage(10))
+    with pytest.raises(ValueError, match="no batch_size"):
+        captured(step, unsized)
+    sampler.tables = [part.to("meta") for part in sampler.tables]
+    with pytest.raises(ValueError, match="rows are on meta and the parameters on cpu"):
+        captured(step, sampler)
+
+
+@pytest.mark.usefixtures("untraced")
+def test_a_schedule_of_momenta_is_refused():
+    pair = Pair(schedule=lambda o: OneCycleLR(o, 1e-2, total_steps=100))
+    with pytest.raises(ValueError, match="cycle_momentum=False"):
+        pair.call()
+    Pair(schedule=lambda o: OneCycleLR(o, 1e-2, total_steps=100, cycle_momentum=False)).run()
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_what_a_program_cannot_hold_changes_nothing():
+    """A failure to trace leaves weights, schedule and sampling as they were."""
+    pair = Pair(loss=make_loss(actor_objective=lambda *_: 1 / 0), schedule=by_group)
+    before = copy.deepcopy(pair.steps[1].state_dict()["lr_schedulers"])
+    with pytest.raises(Exception, match=r"ZeroDivisionError|division by zero"):
+        pair.call()
+    assert pair.steps[1].state_dict()["lr_schedulers"] == before
+    assert torch.equal(pair.call.replay.indices(), pair.sampler.indices())
+
+
+def on_cuda(updates=5, updater=soft, schedule=None, seed=0, **options) -> Pair:
+    """A pair on the device in single precision; weights, rows and indices are the same."""
+    pair = Pair.__new__(Pair)
+    pair.steps = []
+    for _ in range(2):
+        loss = make_loss().float().cuda()
+        made = optim.Adam(groups(loss), lr=1e-3, capturable=True)
+        scheduler = None if schedule is None else schedule(made)
+        pair.steps.append(IQLStep(loss, made, updater(loss), lr_scheduler=scheduler, **options))
+    data = table().float()
+    pair.sampler, other = (DeviceSampler(data, 16, device="cuda", seed=seed) for _ in range(2))
+    pair.call = captured(pair.steps[1], other, updates=updates)
+    return pair
+
+
+def near_on_cuda(pair, calls, rtol=1e-4, atol=1e-5) -> None:
+    for _ in range(calls):
+        told = pair.call()
+        plain = [pair.steps[0](pair.sampler.sample()) for _ in range(pair.call.updates)]
+    torch.testing.assert_close(
+        told["loss_value"].float(), torch.stack(plain).mean(0)["loss_value"], rtol=1e-3, atol=1e-4
+    )
+    mine, theirs = (step.loss.state_dict() for step in pair.steps)
+    for name, value in mine.items():
+        if torch.is_tensor(value):
+            torch.testing.assert_close(theirs[name], value, rtol=rtol, atol=atol, msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ["sequential", "simultaneous"])
+def test_a_cuda_graph_equals_the_plain_step(order):
+    pair = on_cuda(order=order, schedule=by_group, max_grad_norm=0.1)
+    near_on_cuda(pair, 8)
+    rates = [[group["lr"] for group in step.optimizer.param_groups] for step in pair.steps]
+    assert rates[0] == rates[1]
+
+
+@pytest.mark.gpu
+def test_a_replay_never_waits_for_the_host():
+    pair = on_cuda(schedule=by_group)
+    for _ in range(3):  # uncaptured, captured, replayed
+        pair.call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        told = pair.call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert told["loss_value"].is_cuda
+    for _ in range(20):
+        pair.steps[0](pair.sampler.sample())
+    near_on_cuda(pair, 1)
+
+
+@pytest.mark.gpu
+def test_a_state_loaded_after_a_graph_was_made():
+    pair = on_cuda()
+    near_on_cuda(pair, 3)
+    pair.both(moment_twice)
+    near_on_cuda(pair, 3)
+    pair.both(another_state)
+    near_on_cuda(pair, 3)
+    state = pair.sampler.state_dict()
+    pair.sampler.sample()
+    pair.sampler.load_state_dict(state)
+    pair.call.replay.load_state_dict(state)
+    near_on_cuda(pair, 3)
+    pair.both(lambda step: setattr(step.loss, "temperature", 0.5))
+    near_on_cuda(pair, 3)
+
+
+@pytest.mark.gpu
+def test_hard_updates_on_cuda():
+    near_on_cuda(on_cuda(updater=hard(9)), 6)
+    with pytest.raises(ValueError, match="every 9 updates, next after 9, and a call makes 5"):
+        on_cuda(updater=hard(8))
+    pair = on_cuda(updater=hard(9))
+    pair.steps[1].target_updater.step()
+    with pytest.raises(ValueError, match="every 10 updates, next after 9, and a call makes 5"):
+        pair.call()
+    with pytest.raises(ValueError, match="a Mine moves the targets on the host"):
+        on_cuda(updater=lambda loss: type("Mine", (SoftUpdate,), {})(loss, tau=0.1))
+
+
+@pytest.mark.gpu
+def test_optimizers_on_cuda():
+    loss = make_loss().float().cuda()
+    sampler = DeviceSampler(table().float(), 16, device="cuda", seed=0)
+
+    def step(optimizer):
+        return IQLStep(loss, optimizer, soft(loss))
+
+    with pytest.raises(ValueError, match="counts its updates on the host"):
+        captured(step(optim.Adam(loss.parameters())), sampler)
+    fine, elsewhere = optim.Adam(loss.parameters(), capturable=True), DeviceSampler(table(), 16)
+    with pytest.raises(ValueError, match="rows are on cpu and the parameters on cuda:0"):
+        captured(step(fine), elsewhere)
+    other = captured(step(optim.RAdam(loss.parameters(), capturable=True)), sampler, updates=3)
+    before = next(loss.parameters()).clone()
+    losses = [float(other()["loss_value"]) for _ in range(4)]
+    assert all(torch.isfinite(torch.tensor(losses)))
+    assert not torch.equal(next(loss.parameters()), before)
