@@ -1,13 +1,10 @@
-"""One gradient update, eager, compiled and captured."""
+"""One gradient update, eager, compiled and captured.
 
-from iql_torchrl.update.captured import CapturedStep, captured
-from iql_torchrl.update.compiled import CompiledStep, compiled
+The functions are ``iql_torchrl.compiled`` and ``iql_torchrl.captured``; here these names are modules.
+"""
+
+from iql_torchrl.update.captured import CapturedStep
+from iql_torchrl.update.compiled import CompiledStep
 from iql_torchrl.update.step import IQLStep
 
-__all__ = [
-    "CapturedStep",
-    "CompiledStep",
-    "IQLStep",
-    "captured",
-    "compiled",
-]
+__all__ = ["CapturedStep", "CompiledStep", "IQLStep"]
