@@ -22,7 +22,7 @@ from iql_torchrl.selection.caveats import (
     value_warnings,
 )
 from iql_torchrl.selection.coverage import clone_distance
-from iql_torchrl.selection.episodes import check_logs
+from iql_torchrl.selection.episodes import check_logs, raw_rewards
 from iql_torchrl.selection.fitted_q import FittedQ, fitted_q_evaluation
 from iql_torchrl.selection.importance_sampling import Importance, importance_sampling
 from iql_torchrl.selection.ranking import Ranking
@@ -64,7 +64,8 @@ def rank_members(
     Recommended is the member of greatest value among those whose whole interval of the gain lies
     above zero and that no doubt but ``importance`` and ``td_error`` concerns. Nobody is
     recommended where networks have not converged, where ``train`` and ``held_out`` share episodes,
-    or where for a member that would gain fitted Q evaluation and importance sampling contradict
+    where outcomes depend on more than the observation (for a table, see ``table.table_scores``), or
+    where for a member that would gain fitted Q evaluation and importance sampling contradict
     each other beyond their intervals.
 
     What no log can show: what an action does that the log does not hold in that state, and causes
@@ -117,18 +118,18 @@ def rank_members(
         )
     ]
     episodes = fitted_q.episodes
-    # The equations of a table are solved exactly: its values cannot diverge.
-    diverging = math.isfinite(fitted_q.backups)
     shown: dict[str, Any] = {
         "episodes": len(digests),
         "log_extrapolation": episodes.log_unsupported,
-        "return_range": episodes.return_range if diverging else (-math.inf, math.inf),
+        "possible": _possible_values(fitted_q, train, held_out),
     }
     _rank(rows, shown, max_extrapolation, min_effective_episodes)
     agreement = _agreement(rows)
     log = _log_value(fitted_q, confidence, seed)
     shared = shared_share(sketch_of(fit_digests), digests)
-    blocking = value_warnings(fitted_q.backups, fitted_q.passes, held_out, discount, shared)
+    blocking = value_warnings(
+        fitted_q.backups, fitted_q.passes, held_out, discount, shared, episodes.history
+    )
     general = general_warnings(
         rows, with_importance=importance is not None, agreement=agreement[0],
         clone=imitator.name if imitator else None, log=log, unlogged=episodes.unlogged_ends,
@@ -145,6 +146,23 @@ def rank_members(
 def _seen(member: Member, digests: NDArray[np.int64]) -> float:
     """Share of the episodes ``digests`` that the member was trained on, 0 where unknown."""
     return 0.0 if member.episodes is None else shared_share(member.episodes, digests)
+
+
+def _possible_values(
+    fitted_q: FittedQ, train: OfflineDataset, held_out: OfflineDataset
+) -> tuple[float, float]:
+    """Least and greatest believable value.
+
+    For networks the range of logged returns. A table joins pieces of episodes exactly, so there it
+    is what the least and greatest logged reward at every step would give.
+    """
+    low, high = fitted_q.episodes.return_range
+    if math.isfinite(fitted_q.backups):
+        return low, high
+    rewards = np.concatenate([raw_rewards(train), raw_rewards(held_out)])
+    longest = max(int(log.episode_lengths.max()) for log in (train, held_out))
+    steps = longest if fitted_q.discount == 1 else 1 / (1 - fitted_q.discount)
+    return min(low, steps * float(rewards.min())), max(high, steps * float(rewards.max()))
 
 
 def _check_shares(**shares: float) -> None:
@@ -259,6 +277,7 @@ def _departure(
     return {
         "extrapolation": float(fitted_q.episodes.unsupported[number]),
         "worst_extrapolation": float(fitted_q.episodes.worst_unsupported[number]),
+        "correcting_episodes": float(fitted_q.episodes.effective_episodes[number]),
         "clone_distance": math.nan if clone is None else clone_distance(member, clone, log),
     }
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["EpisodeScores"]
+from iql_torchrl.data import OfflineDataset
+from iql_torchrl.selection.episodes import episode_numbers
+
+__all__ = ["EpisodeScores", "effective_episodes"]
 
 FloatArray = NDArray[np.float64]
 
@@ -32,6 +36,9 @@ class EpisodeScores:
             over the worst twentieth of its steps), ``(P,)``.
         unlogged_ends: discounted weight of truncated ends that no logged state describes.
         return_range: least and greatest return that any logged state was seen to lead to.
+        effective_episodes: on how many held-out episodes the correction rests (Kish), ``(P,)``.
+        history: what earlier than the observation outcomes were tried to depend on, and how
+            strongly they do, as t statistics; empty where it was not tried.
     """
 
     scores: FloatArray
@@ -46,3 +53,12 @@ class EpisodeScores:
     worst_unsupported: FloatArray
     unlogged_ends: float
     return_range: tuple[float, float]
+    effective_episodes: FloatArray
+    history: Mapping[str, float]
+
+
+def effective_episodes(weight: FloatArray, log: OfflineDataset) -> float:
+    """Kish's effective number of ``log``'s episodes from the weights of its steps ``(N,)``."""
+    whole = np.bincount(episode_numbers(log), weight)
+    square = float(np.square(whole).sum())
+    return float(whole.sum()) ** 2 / square if square > 0 else 0.0

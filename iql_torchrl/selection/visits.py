@@ -19,7 +19,7 @@ from iql_torchrl.selection.episodes import (
     states,
 )
 from iql_torchrl.selection.regression import Layers, Regression, Steps, hidden_features
-from iql_torchrl.selection.scores import EpisodeScores
+from iql_torchrl.selection.scores import EpisodeScores, effective_episodes
 
 __all__ = ["network_scores"]
 
@@ -81,6 +81,7 @@ def network_scores(
     return EpisodeScores(
         scores, log_scores, scores_high, log_high, initial[:-1], below, above, share[:-1],
         float(share[-1]), worst[:-1], float((left * stopped).mean()), limits,
+        np.array([effective_episodes(row, held_out) for row in weight[:-1]]), {},
     )  # fmt: skip
 
 
