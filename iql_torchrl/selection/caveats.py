@@ -210,8 +210,8 @@ def general_warnings(
         )
     imitation = next((row for row in rows if row["member"] == clone), None)
     if imitation is None:
-        result.append("no member imitates the log, so distances from it are unknown.")
-    elif imitation["value_low"] > log[2] or imitation["value_high"] < log[1]:
+        return result
+    if imitation["value_low"] > log[2] or imitation["value_high"] < log[1]:
         result.append(
             f"{clone}, which imitates the log, is estimated at {imitation['value']:.4g} "
             f"({imitation['value_low']:.4g} to {imitation['value_high']:.4g}) and the log at "

@@ -22,7 +22,7 @@ from iql_torchrl.selection.caveats import (
     value_warnings,
 )
 from iql_torchrl.selection.coverage import clone_distance
-from iql_torchrl.selection.episodes import check_logs, raw_rewards
+from iql_torchrl.selection.episodes import LOG_PROB, check_logs, raw_rewards
 from iql_torchrl.selection.fitted_q import FittedQ, fitted_q_evaluation
 from iql_torchrl.selection.importance_sampling import Importance, importance_sampling
 from iql_torchrl.selection.ranking import Ranking
@@ -31,7 +31,6 @@ __all__ = ["rank_members"]
 
 FloatArray = NDArray[np.float64]
 
-LOG_PROB = "action_log_prob"
 MIN_COMPARED = 3
 
 
@@ -65,8 +64,13 @@ def rank_members(
     above zero and that no doubt but ``importance`` and ``td_error`` concerns. Nobody is
     recommended where networks have not converged, where ``train`` and ``held_out`` share episodes,
     where outcomes depend on more than the observation (for a table, see ``table.table_scores``), or
-    where for a member that would gain fitted Q evaluation and importance sampling contradict
-    each other beyond their intervals.
+    where for any member fitted Q evaluation and importance sampling contradict each other beyond
+    their intervals.
+
+    Assumed: episodes are independent of each other, no return is worse than the worst one that a
+    logged state was seen to lead to, and members were chosen without ``held_out``. For networks
+    also that the critics' features describe values and visits well enough; a table needs no such
+    assumption.
 
     What no log can show: what an action does that the log does not hold in that state, and causes
     that the observations do not hold and the log's policy acted on. Up to ``max_extrapolation`` the
@@ -232,8 +236,9 @@ def _estimates(fitted_q: FittedQ, confidence: float, seed: int) -> list[dict[str
     # the upper bounds the other way round.
     least = episodes.scores - episodes.log_scores_high
     most = episodes.scores_high - episodes.log_scores
+    surprise = episodes.surprise + episodes.log_surprise
     bounds = mean_bounds(
-        least, least.mean(1) - episodes.below, most.mean(1) + episodes.above,
+        least, least.mean(1) - surprise, most.mean(1) + surprise,
         upper_samples=most, confidence=confidence, seed=seed,
     )  # fmt: skip
     gains = (episodes.scores - episodes.log_scores).mean(1)
@@ -256,8 +261,9 @@ def _estimates(fitted_q: FittedQ, confidence: float, seed: int) -> list[dict[str
 def _log_value(fitted_q: FittedQ, confidence: float, seed: int) -> tuple[float, float, float]:
     scores = fitted_q.episodes.log_scores[None]
     low, high = (np.array([limit]) for limit in fitted_q.episodes.return_range)
+    surprise = fitted_q.episodes.log_surprise
     bounds = mean_bounds(
-        scores, low, high, upper_samples=fitted_q.episodes.log_scores_high[None],
+        scores, low - surprise, high + surprise, upper_samples=fitted_q.episodes.log_scores_high[None],
         confidence=confidence, seed=seed,
     )  # fmt: skip
     return float(scores.mean()), float(bounds[0][0]), float(bounds[1][0])
@@ -318,7 +324,7 @@ def _recommendation(
     """
     better = [row for row in rows if row["gain_low"] > 0]
     sound = [row for row in better if not set(row["doubts"]) & set(BLOCKING)]
-    contradicted = any("contradiction" in row["doubts"] for row in better)
+    contradicted = any("contradiction" in row["doubts"] for row in rows)
     of_all = f"{confidence:.0%} interval for all {len(rows)} members at once"
     if blocked or contradicted or not sound:
         best = rows[0]

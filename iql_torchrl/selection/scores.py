@@ -26,8 +26,9 @@ class EpisodeScores:
         log_scores: the same of the policy that made the log, ``(E,)``.
         scores_high, log_scores_high: the same with the greatest return where nothing is known.
         initial_values: the model's own value of each episode's first state, ``(P, E)``.
-        below, above: how far one more episode's score could lie below or above the mean, ``(P,)``:
-            one step at the place of greatest weight that ends in the least or greatest return.
+        surprise: how far one more episode's score could lie from the mean, ``(P,)``: one step of the
+            greatest weight that leads to the least return instead of the greatest.
+            log_surprise: the same of ``log_scores``, 0 where no episode was truncated.
         unsupported: for finite states the discounted probability that an episode of the member
             comes to an action that the log lacks there; for vectors the share of its steps,
             ``(P,)`` in [0, 1]. log_unsupported: the same of the log.
@@ -46,8 +47,8 @@ class EpisodeScores:
     scores_high: FloatArray
     log_scores_high: FloatArray
     initial_values: FloatArray
-    below: FloatArray
-    above: FloatArray
+    surprise: FloatArray
+    log_surprise: float
     unsupported: FloatArray
     log_unsupported: float
     worst_unsupported: FloatArray
