@@ -72,9 +72,9 @@ def network_scores(
     log_high: FloatArray = (
         returns_to_go(held_out, data.discount)[first] + left * after + correction[-1]
     )
-    log_scores = log_high - left * stopped * (high - low)
-    ended = (train_weight[:-1] * fitted.stopped.cpu().numpy()).sum(1) / len(train.episode_lengths)
-    scores_high: FloatArray = scores + data.discount * ended[:, None] * (high - low)
+    ended = (train_weight * fitted.stopped.cpu().numpy()).sum(1) / len(train.episode_lengths)
+    scores_high: FloatArray = scores + data.discount * ended[:-1, None] * (high - low)
+    log_scores = log_high - (left * stopped + data.discount * ended[-1]) * (high - low)
     surprise = train_weight.max(1) * (high - low)
     share, worst = _unsupported(data, train, fitted, train_weight, coverage)
     return EpisodeScores(

@@ -286,6 +286,37 @@ def test_a_truncated_end_that_no_state_describes():
     assert scores.log_scores_high.mean() == pytest.approx((1 + 2 + DISCOUNT * 20) / 2, abs=1e-5)
 
 
+def cut_chain(episodes=300):
+    """Steps 0 -> 1 -> 2 that pay 1 and 2; cut in 2, which is never described, or already in 1."""
+    steps = []
+    for episode in range(episodes):
+        early = episode % 3 == 0
+        steps.append((0, episode % 2, 1.0, 1, early))
+        if not early:
+            steps.append((1, episode % 2, 2.0, 2, True))
+    names = ("observation", "action", "reward", "next_observation", "truncated")
+    table = dict(zip(names, map(np.array, zip(*steps, strict=True)), strict=True))
+    table["reward"] = table["reward"].astype(np.float32)
+    table["terminated"] = np.zeros(len(steps), bool)
+    return load_dataset(table, observation_space=spaces.Discrete(3))
+
+
+def test_where_nothing_is_known_there_is_the_least_or_the_greatest_return():
+    """Also behind a state in which other episodes went on."""
+    log, who = cut_chain(), {"p": actor(np.full((3, 2), 0.5))}
+    network = evaluated(who, log, log).episodes
+    table = fitted_q_evaluation(who, log, log, discount=DISCOUNT).episodes
+    low, high = table.return_range
+    assert network.return_range == pytest.approx((low, high))
+    known, unknown = 1 + DISCOUNT * 2, DISCOUNT**2
+    assert table.log_scores_high.mean() == pytest.approx(known + unknown * high)
+    assert table.scores.mean() == pytest.approx(known + unknown * low)
+    assert network.log_scores_high.mean() == pytest.approx(known + unknown * high, abs=NEAR)
+    assert network.log_scores.mean() == pytest.approx(known + unknown * low, abs=NEAR)
+    assert network.scores.mean() == pytest.approx(known + unknown * low, abs=NEAR)
+    assert network.scores_high.mean() == pytest.approx(known + unknown * high, abs=NEAR)
+
+
 def test_values_do_not_depend_on_the_reward_map(parts):
     raw = evaluated(members(), *parts, updates=100)
     log = WORLD.log(uniform(), episodes=1200, reward=(-250.0, 3.0))
@@ -297,9 +328,9 @@ def test_values_do_not_depend_on_the_reward_map(parts):
 
 @pytest.mark.parametrize("hidden", [(), (16, 16)])
 def test_members_together_equal_members_alone(parts, hidden):
-    options = {"hidden": hidden, "updates": 60, "lr": 1e-2}
-    together = evaluated(members(), *parts, **options)
-    for number, (name, policy) in enumerate(members().items()):
+    options = {"hidden": hidden, "updates": 40, "lr": 1e-2}
+    together = evaluated(members(POLICIES[:2]), *parts, **options)
+    for number, (name, policy) in enumerate(members(POLICIES[:2]).items()):
         alone = evaluated({name: policy}, *parts, **options)
         assert alone.names == (name,)
         np.testing.assert_allclose(

@@ -180,20 +180,49 @@ def raised(fitted, name, key="scores", by=1e4):
     return values
 
 
-def test_a_value_outside_every_logged_return_is_doubted(again, fitted):
-    """Only where networks may diverge: a table's equations are solved exactly."""
-    shift = {key: raised(fitted, "p0", key) for key in ("scores", "scores_high")}
-    plain = again(shift)
-    assert "range" not in row_of(plain, "p0")["doubts"]
-    networks = {"backups": 1e9, "passes": 1e9}
-    ranking = again(shift, networks)
+@pytest.mark.parametrize("kind", ["table", "network"])
+def test_a_value_that_the_log_cannot_give_is_doubted(again, fitted, parts, kind):
+    """Networks: outside every logged return. Tables: beyond the best reward at every step."""
     low, high = fitted.episodes.return_range
-    assert "range" in row_of(ranking, "p0")["doubts"]
-    sentence = f"p0: values lie outside every return of the log, {low:.4g} to {high:.4g}; the"
-    assert any(warning.startswith(sentence) for warning in ranking.warnings)
-    assert ranking.recommended != "p0"
-    below = again({key: raised(fitted, "p0", key, -1e4) for key in shift}, networks)
-    assert "range" in row_of(below, "p0")["doubts"]
+    fit = {}
+    if kind == "table":
+        rewards = np.concatenate([p.transitions["next", "reward"].reshape(-1) for p in parts])
+        low, high = (10 * float(r) for r in (rewards.min(), rewards.max()))  # 1 / (1 - 0.9)
+    else:
+        fit = {"backups": 1e9, "passes": 1e9}
+    own = fitted.values[fitted.names.index("p0")]
+    for target, doubted in (
+        (high + 0.1, True), (high - 0.1, False), (low + 0.1, False), (low - 0.1, True)
+    ):  # fmt: skip
+        shift = {key: raised(fitted, "p0", key, target - own) for key in ("scores", "scores_high")}
+        ranking = again(shift, fit)
+        assert ("range" in row_of(ranking, "p0")["doubts"]) == doubted
+        sentence = f"p0: values lie outside what the log makes believable, {low:.4g} to {high:.4g};"
+        assert any(warning.startswith(sentence) for warning in ranking.warnings) == doubted
+        assert not doubted or ranking.recommended != "p0"
+
+
+def test_a_correction_by_few_episodes_recommends_nobody(again, fitted):
+    for size, doubted in ((20.0, False), (19.9, True)):
+        sizes = np.full(6, 300.0)
+        sizes[fitted.names.index("greedy")] = size
+        found = again({"effective_episodes": sizes})
+        row = row_of(found, "greedy")
+        assert row["correcting_episodes"] == size
+        assert ("few" in row["doubts"]) == doubted
+        assert (found.recommended != "greedy") == doubted
+        sentence = (
+            f"rests on as few as {size:.1f} effective episodes of 800, at least 20 are needed"
+        )
+        assert any(sentence in warning for warning in found.warnings) == doubted
+
+
+def test_outcomes_that_depend_on_the_past_recommend_nobody(again):
+    for statistic, doubted in ((4.4, False), (-4.6, True), (4.6, True)):
+        found = again({"history": {"the number of the step": statistic, "the step before": 1.0}})
+        assert (found.recommended is None) == doubted
+        sentence = f"on the number of the step (t statistic {statistic:.1f})"
+        assert any(sentence in warning for warning in found.warnings) == doubted
 
 
 @pytest.mark.parametrize("key", ["unsupported", "worst_unsupported"])

@@ -75,7 +75,8 @@ def by_loop(policy, train, held_out, min_count, limit):
         count[s, a] += 1
         total[s, a] += r
         moves[s, a][None if ended else s2] += 1
-    pairs = [pair for pair in count if count[pair] >= min_count]
+    fresh = Counter(step[:2] for episode in episodes_of(held_out) for step in episode)
+    pairs = [pair for pair in count if count[pair] >= min_count and fresh[pair]]
     episodes = len(train.episode_lengths)
     value, q = [0.0] * STATES, {}
     for _ in range(400):
@@ -97,7 +98,8 @@ def by_loop(policy, train, held_out, min_count, limit):
                     if s2 is not None:
                         after[s2] += DISCOUNT * mass * policy[s, a] * n / count[s, a]
         here = after
-    weight = {(s, a): visits[s] * policy[s, a] * episodes / count[s, a] for s, a in pairs}
+    number = len(held_out.episode_lengths)
+    weight = {(s, a): visits[s] * policy[s, a] * number / fresh[s, a] for s, a in pairs}
     initial, scores = [], []
     for episode in episodes_of(held_out):
         initial.append(value[episode[0][0]])
@@ -129,6 +131,12 @@ def test_scores_against_a_loop(small_parts, min_count):
         left = [1 - sum(policy[s, a] for a in range(ACTIONS) if (s, a) in weight) for s in visits]
         outside = sum(mass * miss for mass, miss in zip(visits.values(), left, strict=True))
         assert scores.unsupported[number] == pytest.approx(outside, abs=1e-6)
+        whole = [
+            sum(weight.get(step[:2], 0.0) for step in episode)
+            for episode in episodes_of(small_parts[1])
+        ]
+        effective = sum(whole) ** 2 / sum(w**2 for w in whole)
+        assert scores.effective_episodes[number] == pytest.approx(effective, rel=1e-4)
     assert np.ptp(scores.unsupported) > 0.001
 
 
@@ -478,6 +486,83 @@ def test_few_distinct_vectors_are_a_table_too(parts):
         np.testing.assert_allclose(
             getattr(one.episodes, name), getattr(other.episodes, name), atol=1e-6
         )
+
+
+def test_an_action_that_is_not_held_out_is_unsupported():
+    """Nothing could correct it: the fit may have been lucky."""
+    without = uniform()
+    without[1] = [0.5, 0.5, 0.0]
+    train = WORLD.log(uniform(), episodes=300, seed=1)
+    with np.errstate(divide="ignore"):
+        held_out = WORLD.log(without, episodes=300, seed=2)
+    scores = evaluated({"uses it": actor(np.eye(ACTIONS)[[0, 2, 0, 0, 0]])}, train, held_out)
+    scores = scores.episodes
+    first = first_states(held_out) == 1
+    np.testing.assert_allclose(scores.initial_values[0, first], scores.return_range[0])
+    assert scores.unsupported[0] > 0.2
+    assert 0 < scores.log_unsupported < 0.4
+
+
+def test_correcting_episodes_are_those_that_look_like_the_member(parts):
+    one = evaluated({"log": actor(uniform()), "other": actor(POLICIES[0])}, *parts).episodes
+    episodes = len(parts[1].episode_lengths)
+    assert one.effective_episodes[1] < one.effective_episodes[0] < episodes
+
+
+def clock(seed, depends="nothing", episodes=300):
+    """Three steps in one state, of random rewards on which something earlier may have an effect."""
+    draw = np.random.default_rng(seed)
+    rows = 3 * episodes
+    step, episode = np.arange(rows) % 3, np.arange(rows) // 3
+    noise = draw.normal(size=rows)
+    before = np.where(step > 0, np.roll(noise, 1), 0.0)
+    effects = {
+        "nothing": 0.0,
+        "the number of the step": 0.5 * (step - 1),
+        "the step before": 0.5 * before,
+        "the number of the episode": episode / episodes - 0.5,
+    }
+    return load_dataset(
+        {
+            "observation": np.zeros(rows, int),
+            "action": draw.integers(2, size=rows),
+            "reward": (noise + effects[depends]).astype(np.float32),
+            "next_observation": np.zeros(rows, int),
+            "terminated": step == 2,
+            "truncated": np.zeros(rows, bool),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "depends",
+    ["nothing", "the number of the step", "the step before", "the number of the episode"],
+)
+def test_outcomes_that_depend_on_more_than_the_observation_are_noticed(depends):
+    who = {"p": actor(np.array([[0.5, 0.5]]))}
+    strengths = [
+        evaluated(who, clock(2 * seed, depends), clock(2 * seed + 1, depends)).episodes.history
+        for seed in range(3)
+    ]
+    for history in strengths:
+        assert set(history) == {
+            "the number of the step", "the step before", "the number of the episode"
+        }  # fmt: skip
+        for name, statistic in history.items():
+            if name == depends:
+                assert statistic > 4.5
+            elif depends == "nothing":
+                assert abs(statistic) < 4
+
+
+def test_outcomes_of_a_markov_chain_depend_on_nothing_else():
+    statistics = []
+    for seed in range(10):
+        parts = WORLD.log(uniform(), episodes=300, seed=50 + seed).split(0.5, 0)
+        statistics.append([*evaluated(members(), *parts).episodes.history.values()])
+    assert np.abs(statistics).max() < 4
+    assert np.abs(np.mean(statistics, 0)).max() < 1
+    assert np.std(statistics) == pytest.approx(1, abs=0.4)
 
 
 def test_what_counts_as_few_states(parts):
