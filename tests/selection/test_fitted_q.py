@@ -84,8 +84,7 @@ def test_corrected_values_are_those_of_the_table(parts, fitted):
     for number in range(len(POLICIES)):
         assert np.corrcoef(one.scores[number], other.scores[number])[0, 1] > 0.97
     np.testing.assert_allclose(one.log_scores, other.log_scores, atol=1e-5)
-    np.testing.assert_allclose(one.below, other.below, rtol=0.2)
-    np.testing.assert_allclose(one.above, other.above, rtol=0.2)
+    np.testing.assert_allclose(one.surprise, other.surprise, rtol=0.2)
     np.testing.assert_array_equal(one.scores, one.scores_high)
     assert not one.unsupported.any()
     assert one.return_range == pytest.approx(other.return_range)

@@ -118,16 +118,14 @@ def test_scores_against_a_loop(small_parts, min_count):
     low, high = scores.return_range
     assert low < high
     for number, policy in enumerate(POLICIES):
-        initial, wanted, weight, q, visits = by_loop(policy, *small_parts, min_count, low)
+        initial, wanted, weight, _, visits = by_loop(policy, *small_parts, min_count, low)
         np.testing.assert_allclose(scores.initial_values[number], initial, atol=1e-6)
         np.testing.assert_allclose(scores.scores[number], wanted, atol=1e-5)
         assert estimate.values[number] == pytest.approx(wanted.mean(), abs=1e-5)
-        below = max(w * max(q[pair] - low, 0) for pair, w in weight.items())
-        assert scores.below[number] == pytest.approx(below, rel=1e-5)
-        _, wanted, weight, q, _ = by_loop(policy, *small_parts, min_count, high)
+        surprise = max(weight.values()) * (high - low)
+        assert scores.surprise[number] == pytest.approx(surprise, rel=1e-5)
+        _, wanted, weight, _, _ = by_loop(policy, *small_parts, min_count, high)
         np.testing.assert_allclose(scores.scores_high[number], wanted, atol=1e-5)
-        above = max(w * max(high - q[pair], 0) for pair, w in weight.items())
-        assert scores.above[number] == pytest.approx(above, rel=1e-5)
         left = [1 - sum(policy[s, a] for a in range(ACTIONS) if (s, a) in weight) for s in visits]
         outside = sum(mass * miss for mass, miss in zip(visits.values(), left, strict=True))
         assert scores.unsupported[number] == pytest.approx(outside, abs=1e-6)
@@ -380,7 +378,7 @@ def test_values_do_not_depend_on_the_reward_map(parts):
     raw = evaluated(members(), *parts)
     log = WORLD.log(uniform(), episodes=1000, reward=(-250.0, 3.0))
     mapped = evaluated(members(), *log.split(0.6, 0))
-    for name in ("scores", "initial_values", "log_scores", "below", "above"):
+    for name in ("scores", "initial_values", "log_scores", "surprise"):
         one, other = getattr(raw.episodes, name), getattr(mapped.episodes, name)
         np.testing.assert_allclose(other, one, atol=1e-4)
     assert mapped.episodes.return_range == pytest.approx(raw.episodes.return_range, abs=1e-4)
@@ -482,7 +480,7 @@ def test_few_distinct_vectors_are_a_table_too(parts):
     one = fitted_q_evaluation(who, *vectors, discount=DISCOUNT)
     other = fitted_q_evaluation(members(), *parts, discount=DISCOUNT)
     assert one.backups == np.inf  # chosen without asking
-    for name in ("scores", "initial_values", "log_scores", "below", "above", "unsupported"):
+    for name in ("scores", "initial_values", "log_scores", "surprise", "unsupported"):
         np.testing.assert_allclose(
             getattr(one.episodes, name), getattr(other.episodes, name), atol=1e-6
         )
