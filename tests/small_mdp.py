@@ -97,3 +97,38 @@ def actor(policy: np.ndarray) -> ProbabilisticActor:
 
 def uniform() -> np.ndarray:
     return np.full((STATES, ACTIONS), 1 / ACTIONS)
+
+
+def first_states(log) -> np.ndarray:
+    return log.transitions["observation"].numpy()[np.r_[0, np.cumsum(log.episode_lengths)[:-1]]]
+
+
+def counted_value(log, policy) -> np.ndarray:
+    """V ``(S,)`` by a linear solve of the MDP whose dynamics are the log's frequencies."""
+    rows = log.transitions
+    state, action = rows["observation"].numpy(), rows["action"].numpy()
+    following = rows["next", "observation"].numpy()
+    going = ~rows["next", "terminated"].squeeze(-1).numpy()
+    chain = np.zeros((STATES, ACTIONS, STATES))
+    reward, count = np.zeros((STATES, ACTIONS)), np.zeros((STATES, ACTIONS))
+    np.add.at(count, (state, action), 1)
+    np.add.at(chain, (state, action, following), going)
+    np.add.at(reward, (state, action), rows["next", "reward"].squeeze(-1).numpy())
+    each = np.maximum(count, 1)
+    matrix = (policy[:, :, None] * chain / each[:, :, None]).sum(1)
+    return np.linalg.solve(np.eye(STATES) - DISCOUNT * matrix, (policy * reward / each).sum(1))
+
+
+def plain_returns(log, discount=DISCOUNT) -> np.ndarray:
+    """Discounted sum of each episode's logged rewards, in a loop."""
+    reward, row, returns = log.transitions["next", "reward"].squeeze(-1).double().tolist(), 0, []
+    for length in log.episode_lengths.tolist():
+        returns.append(sum(discount**t * reward[row + t] for t in range(length)))
+        row += length
+    return np.array(returns)
+
+
+def greedy_policy(mdp: MDP) -> np.ndarray:
+    """The policy that is best at each state for the uniform policy's values."""
+    ahead = mdp.reward + DISCOUNT * (1 - mdp.ending) * (mdp.transition @ mdp.values(uniform()))
+    return np.eye(ACTIONS)[ahead.argmax(1)] * 0.94 + 0.02

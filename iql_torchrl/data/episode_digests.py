@@ -55,14 +55,18 @@ def shared_share(sketch: IntArray, digests: IntArray) -> float:
     """Share of the episodes ``digests`` that are in the log of ``sketch``, beyond coincidence.
 
     Where a log repeats itself (few states, few rewards), episodes of independent logs are equal by
-    chance; how often an episode of ``digests`` equals another one of ``digests`` says how often. In
-    [0, 1]; 0 where nothing can be compared.
+    chance: as often as an episode of the sketched log equals another one of it (Good 1953, "The
+    population frequencies of species and the estimation of population parameters"). A share within
+    three standard errors of that is 0. In [0, 1]; 0 where nothing can be compared.
     """
     limit = np.iinfo(np.int64).max if len(sketch) < SKETCH else sketch[-1]
     compared = digests[digests <= limit]
-    if not len(compared):
+    if not len(compared) or not len(sketch):
         return 0.0
-    shared = np.isin(compared, sketch).mean()
-    _, inverse, count = np.unique(compared, return_inverse=True, return_counts=True)
-    coincidence = (count[inverse] > 1).mean()
-    return float(max(shared - coincidence, 0.0) / max(1 - coincidence, 1e-9))
+    shared = float(np.isin(compared, sketch).mean())
+    _, count = np.unique(sketch, return_counts=True)
+    coincidence = 1 - float((count == 1).sum()) / len(sketch)
+    variance = coincidence * (1 - coincidence) * (1 / len(compared) + 1 / len(sketch))
+    if shared - coincidence <= 3 * variance**0.5:
+        return 0.0
+    return (shared - coincidence) / (1 - coincidence)

@@ -15,19 +15,21 @@ Row = Mapping[str, Any]
 ERROR_GROWTH = 2.0
 MIN_EFFECTIVE_SHARE = 0.1
 WORST_STATE = 0.5
+MIN_CORRECTING = 20.0
+HISTORY = 4.5
 SHARED = 0.05
 HORIZONS, PASSES, UNLOGGED = 2.0, 1.0, 0.01
 NAMED = 3
 
 # A member with one of these is not recommended.
-BLOCKING = ("extrapolation", "range", "contradiction", "seen")
+BLOCKING = ("extrapolation", "range", "few", "contradiction", "seen")
 
 
 def doubts_of(
     row: Row,
     *,
     log_extrapolation: float,
-    return_range: tuple[float, float],
+    possible: tuple[float, float],
     episodes: int,
     max_extrapolation: float,
     min_effective_episodes: float,
@@ -39,7 +41,8 @@ def doubts_of(
         "extrapolation": row["extrapolation"] - log_extrapolation > max_extrapolation
         or row["worst_extrapolation"] >= WORST_STATE,
         "td_error": row["td_error"] > ERROR_GROWTH * row["td_error_training"],
-        "range": not return_range[0] <= row["value"] <= return_range[1],
+        "range": not possible[0] <= row["value"] <= possible[1],
+        "few": row["correcting_episodes"] < MIN_CORRECTING,
         "contradiction": row["importance_low"] > row["value_high"]
         or row["importance_high"] < row["value_low"],
         "seen": row["seen"] > SHARED,
@@ -52,10 +55,10 @@ def member_warnings(
     *,
     episodes: int,
     log_extrapolation: float,
-    return_range: tuple[float, float],
+    possible: tuple[float, float],
 ) -> list[str]:
     """One sentence for each doubt that some member raises, naming the members."""
-    low, high = return_range
+    low, high = possible
 
     def importance(doubted: Sequence[Row]) -> str:
         least = min(row["effective_episodes"] for row in doubted)
@@ -82,8 +85,15 @@ def member_warnings(
 
     def outside(_: Sequence[Row]) -> str:
         return (
-            f"values lie outside every return of the log, {low:.4g} to {high:.4g}; the critics may "
-            "have diverged."
+            f"values lie outside what the log makes believable, {low:.4g} to {high:.4g}; the estimate "
+            "has failed."
+        )
+
+    def few(doubted: Sequence[Row]) -> str:
+        least = min(row["correcting_episodes"] for row in doubted)
+        return (
+            f"the correction by held-out steps rests on as few as {least:.1f} effective episodes of "
+            f"{episodes}, at least {MIN_CORRECTING:g} are needed; hold out more."
         )
 
     def contradiction(doubted: Sequence[Row]) -> str:
@@ -107,6 +117,7 @@ def member_warnings(
         "extrapolation": extrapolation,
         "td_error": td_error,
         "range": outside,
+        "few": few,
         "contradiction": contradiction,
         "seen": seen,
     }
@@ -124,12 +135,18 @@ def _named(rows: Sequence[Row]) -> str:
 
 
 def value_warnings(
-    backups: float, passes: float, held_out: OfflineDataset, discount: float, shared: float
+    backups: float,
+    passes: float,
+    held_out: OfflineDataset,
+    discount: float,
+    shared: float,
+    history: Mapping[str, float],
 ) -> list[str]:
     """Why no value may be compared with the log's: one sentence each.
 
     ``backups``: how often the critics' targets were renewed; ``passes``: of their data;
-    ``shared``: share of the held-out episodes that are also in the data of the fit.
+    ``shared``: share of the held-out episodes that are also in the data of the fit; ``history``: t
+    statistics of outcomes against what came before the observation.
     """
     result = []
     ahead = horizon(held_out, discount)
@@ -143,6 +160,13 @@ def value_warnings(
         result.append(
             f"{shared:.0%} of the held-out episodes are also among those fitted on, so they cannot "
             "show the error of the fit; give two parts of one log: dataset.split(fraction, seed)."
+        )
+    if depends := {name: t for name, t in history.items() if abs(t) > HISTORY}:
+        strongest = max(depends, key=lambda name: abs(depends[name]))
+        result.append(
+            f"what follows a step depends on more than observation and action: on {strongest} (t "
+            f"statistic {depends[strongest]:.1f}); values assume that it does not. Add to the "
+            "observations what the outcomes depend on, such as the time or earlier observations."
         )
     return result
 
@@ -186,8 +210,8 @@ def general_warnings(
         )
     imitation = next((row for row in rows if row["member"] == clone), None)
     if imitation is None:
-        result.append("no member imitates the log, so distances from it are unknown.")
-    elif imitation["value_low"] > log[2] or imitation["value_high"] < log[1]:
+        return result
+    if imitation["value_low"] > log[2] or imitation["value_high"] < log[1]:
         result.append(
             f"{clone}, which imitates the log, is estimated at {imitation['value']:.4g} "
             f"({imitation['value_low']:.4g} to {imitation['value_high']:.4g}) and the log at "

@@ -125,8 +125,11 @@ def _gap(nearest: Tensor, action: Tensor) -> Tensor:
 
 
 def _quantile(scores: Tensor) -> Tensor:
-    """The 99 % quantile of the scores, of which some may be infinite; one that was observed."""
-    return scores.sort().values[min(int(USUAL * len(scores)), len(scores) - 1)]
+    """The 99 % quantile of the scores; the greatest finite one (or 0) where that is infinite."""
+    finite = scores[scores.isfinite()].sort().values
+    if not len(finite):
+        return torch.zeros(())
+    return finite[min(int(USUAL * len(scores)), len(finite) - 1)]
 
 
 def _drawn(rows: TensorDictBase, count: int, generator: torch.Generator) -> TensorDictBase:

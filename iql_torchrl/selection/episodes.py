@@ -11,6 +11,7 @@ from iql_torchrl.data import OfflineDataset
 from iql_torchrl.descriptions import describe_space
 
 __all__ = [
+    "LOG_PROB",
     "check_logs",
     "episode_numbers",
     "first_rows",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.float64]
+LOG_PROB = "action_log_prob"
 IntArray = NDArray[np.int64]
 
 

@@ -76,8 +76,8 @@ class FittedQ:
         episodes = self.episodes
         bounds = mean_bounds(
             episodes.scores,
-            self.values - episodes.below,
-            episodes.scores_high.mean(1) + episodes.above,
+            self.values - episodes.surprise,
+            episodes.scores_high.mean(1) + episodes.surprise,
             upper_samples=episodes.scores_high,
             together=False,
             confidence=confidence,

@@ -50,6 +50,8 @@ __all__ = [
 
 FloatArray = NDArray[np.float64]
 
+LARGEST_LOG_WEIGHT = 600.0  # exp of it times a return is a number
+
 
 @dataclass(frozen=True)
 class Importance:
@@ -113,7 +115,7 @@ def importance_sampling(
         ratio = (logged_log_prob(member, log, deterministic=deterministic) - logged).numpy()
         ratios, rewards, alive = padded(ratio, log)
         values.append(pdwis(ratios, rewards, alive, discount))
-        weights.append(np.exp(ratios.sum(axis=1)))
+        weights.append(np.exp(np.minimum(ratios.sum(axis=1), LARGEST_LOG_WEIGHT)))
         sizes.append(_effective_sample_size(ratios.sum(axis=1)))
     low, high = value_bounds(
         np.array(weights), log, discount, limits, confidence=confidence, seed=seed
@@ -139,7 +141,8 @@ def value_bounds(
     (:func:`bounds.mean_bounds`) need no bound of the weights: where the sampled weights miss most
     of a policy's episodes, the interval widens to the limits (compare Thomas, Theocharous,
     Ghavamzadeh 2015, "High-confidence off-policy evaluation", AAAI). What follows a truncation
-    counts as the lowest or the highest return.
+    counts as the lowest or the highest return. Weights too large to have mean 1, because the
+    behaviour probabilities are wrong, give a lower bound above the upper one.
     """
     low, high = limits
     logged = returns_to_go(log, discount)[first_rows(log)]

@@ -22,7 +22,7 @@ from iql_torchrl.selection.caveats import (
     value_warnings,
 )
 from iql_torchrl.selection.coverage import clone_distance
-from iql_torchrl.selection.episodes import check_logs
+from iql_torchrl.selection.episodes import LOG_PROB, check_logs, raw_rewards
 from iql_torchrl.selection.fitted_q import FittedQ, fitted_q_evaluation
 from iql_torchrl.selection.importance_sampling import Importance, importance_sampling
 from iql_torchrl.selection.ranking import Ranking
@@ -31,7 +31,6 @@ __all__ = ["rank_members"]
 
 FloatArray = NDArray[np.float64]
 
-LOG_PROB = "action_log_prob"
 MIN_COMPARED = 3
 
 
@@ -64,8 +63,14 @@ def rank_members(
     Recommended is the member of greatest value among those whose whole interval of the gain lies
     above zero and that no doubt but ``importance`` and ``td_error`` concerns. Nobody is
     recommended where networks have not converged, where ``train`` and ``held_out`` share episodes,
-    or where for a member that would gain fitted Q evaluation and importance sampling contradict
-    each other beyond their intervals.
+    where outcomes depend on more than the observation (for a table, see ``table.table_scores``), or
+    where for any member fitted Q evaluation and importance sampling contradict each other beyond
+    their intervals.
+
+    Assumed: episodes are independent of each other, no return is worse than the worst one that a
+    logged state was seen to lead to, and members were chosen without ``held_out``. For networks
+    also that the critics' features describe values and visits well enough; a table needs no such
+    assumption.
 
     What no log can show: what an action does that the log does not hold in that state, and causes
     that the observations do not hold and the log's policy acted on. Up to ``max_extrapolation`` the
@@ -117,18 +122,18 @@ def rank_members(
         )
     ]
     episodes = fitted_q.episodes
-    # The equations of a table are solved exactly: its values cannot diverge.
-    diverging = math.isfinite(fitted_q.backups)
     shown: dict[str, Any] = {
         "episodes": len(digests),
         "log_extrapolation": episodes.log_unsupported,
-        "return_range": episodes.return_range if diverging else (-math.inf, math.inf),
+        "possible": _possible_values(fitted_q, train, held_out),
     }
     _rank(rows, shown, max_extrapolation, min_effective_episodes)
     agreement = _agreement(rows)
     log = _log_value(fitted_q, confidence, seed)
     shared = shared_share(sketch_of(fit_digests), digests)
-    blocking = value_warnings(fitted_q.backups, fitted_q.passes, held_out, discount, shared)
+    blocking = value_warnings(
+        fitted_q.backups, fitted_q.passes, held_out, discount, shared, episodes.history
+    )
     general = general_warnings(
         rows, with_importance=importance is not None, agreement=agreement[0],
         clone=imitator.name if imitator else None, log=log, unlogged=episodes.unlogged_ends,
@@ -145,6 +150,23 @@ def rank_members(
 def _seen(member: Member, digests: NDArray[np.int64]) -> float:
     """Share of the episodes ``digests`` that the member was trained on, 0 where unknown."""
     return 0.0 if member.episodes is None else shared_share(member.episodes, digests)
+
+
+def _possible_values(
+    fitted_q: FittedQ, train: OfflineDataset, held_out: OfflineDataset
+) -> tuple[float, float]:
+    """Least and greatest believable value.
+
+    For networks the range of logged returns. A table joins pieces of episodes exactly, so there it
+    is what the least and greatest logged reward at every step would give.
+    """
+    low, high = fitted_q.episodes.return_range
+    if math.isfinite(fitted_q.backups):
+        return low, high
+    rewards = np.concatenate([raw_rewards(train), raw_rewards(held_out)])
+    longest = max(int(log.episode_lengths.max()) for log in (train, held_out))
+    steps = longest if fitted_q.discount == 1 else 1 / (1 - fitted_q.discount)
+    return min(low, steps * float(rewards.min())), max(high, steps * float(rewards.max()))
 
 
 def _check_shares(**shares: float) -> None:
@@ -214,8 +236,9 @@ def _estimates(fitted_q: FittedQ, confidence: float, seed: int) -> list[dict[str
     # the upper bounds the other way round.
     least = episodes.scores - episodes.log_scores_high
     most = episodes.scores_high - episodes.log_scores
+    surprise = episodes.surprise + episodes.log_surprise
     bounds = mean_bounds(
-        least, least.mean(1) - episodes.below, most.mean(1) + episodes.above,
+        least, least.mean(1) - surprise, most.mean(1) + surprise,
         upper_samples=most, confidence=confidence, seed=seed,
     )  # fmt: skip
     gains = (episodes.scores - episodes.log_scores).mean(1)
@@ -238,8 +261,9 @@ def _estimates(fitted_q: FittedQ, confidence: float, seed: int) -> list[dict[str
 def _log_value(fitted_q: FittedQ, confidence: float, seed: int) -> tuple[float, float, float]:
     scores = fitted_q.episodes.log_scores[None]
     low, high = (np.array([limit]) for limit in fitted_q.episodes.return_range)
+    surprise = fitted_q.episodes.log_surprise
     bounds = mean_bounds(
-        scores, low, high, upper_samples=fitted_q.episodes.log_scores_high[None],
+        scores, low - surprise, high + surprise, upper_samples=fitted_q.episodes.log_scores_high[None],
         confidence=confidence, seed=seed,
     )  # fmt: skip
     return float(scores.mean()), float(bounds[0][0]), float(bounds[1][0])
@@ -259,6 +283,7 @@ def _departure(
     return {
         "extrapolation": float(fitted_q.episodes.unsupported[number]),
         "worst_extrapolation": float(fitted_q.episodes.worst_unsupported[number]),
+        "correcting_episodes": float(fitted_q.episodes.effective_episodes[number]),
         "clone_distance": math.nan if clone is None else clone_distance(member, clone, log),
     }
 
@@ -299,7 +324,7 @@ def _recommendation(
     """
     better = [row for row in rows if row["gain_low"] > 0]
     sound = [row for row in better if not set(row["doubts"]) & set(BLOCKING)]
-    contradicted = any("contradiction" in row["doubts"] for row in better)
+    contradicted = any("contradiction" in row["doubts"] for row in rows)
     of_all = f"{confidence:.0%} interval for all {len(rows)} members at once"
     if blocked or contradicted or not sound:
         best = rows[0]

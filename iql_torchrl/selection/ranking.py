@@ -38,10 +38,10 @@ class Ranking:
             the bounds of this member by itself; ``gain`` over the log, with bounds that hold for
             all members at once; ``td_error`` and ``td_error_training``; ``importance_value`` and
             bounds, ``effective_episodes``; ``extrapolation`` and ``worst_extrapolation``, see
-            ``EpisodeScores``; ``seen``, the share of the held-out episodes that the member was
-            trained on; ``clone_distance``; ``doubts``, names of the warnings that concern it
-            (``importance``, ``extrapolation``, ``td_error``, ``range``, ``contradiction``,
-            ``seen``). NaN is unknown.
+            ``EpisodeScores``; ``correcting_episodes``, its ``effective_episodes``; ``seen``, the
+            share of the held-out episodes that the member was trained on; ``clone_distance``;
+            ``doubts``, names of the warnings that concern it (``importance``, ``extrapolation``,
+            ``td_error``, ``range``, ``few``, ``contradiction``, ``seen``). NaN is unknown.
         log_value, log_low, log_high: value of the policy that made the log.
         log_extrapolation: what of the log's own actions counts as outside the log.
         spearman, kendall: agreement of the two estimators over the members whose importance weights

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["EpisodeScores"]
+from iql_torchrl.data import OfflineDataset
+from iql_torchrl.selection.episodes import episode_numbers
+
+__all__ = ["EpisodeScores", "effective_episodes"]
 
 FloatArray = NDArray[np.float64]
 
@@ -22,8 +26,9 @@ class EpisodeScores:
         log_scores: the same of the policy that made the log, ``(E,)``.
         scores_high, log_scores_high: the same with the greatest return where nothing is known.
         initial_values: the model's own value of each episode's first state, ``(P, E)``.
-        below, above: how far one more episode's score could lie below or above the mean, ``(P,)``:
-            one step at the place of greatest weight that ends in the least or greatest return.
+        surprise: how far one more episode's score could lie from the mean, ``(P,)``: one step of the
+            greatest weight that leads to the least return instead of the greatest.
+            log_surprise: the same of ``log_scores``, 0 where no episode was truncated.
         unsupported: for finite states the discounted probability that an episode of the member
             comes to an action that the log lacks there; for vectors the share of its steps,
             ``(P,)`` in [0, 1]. log_unsupported: the same of the log.
@@ -32,6 +37,9 @@ class EpisodeScores:
             over the worst twentieth of its steps), ``(P,)``.
         unlogged_ends: discounted weight of truncated ends that no logged state describes.
         return_range: least and greatest return that any logged state was seen to lead to.
+        effective_episodes: on how many held-out episodes the correction rests (Kish), ``(P,)``.
+        history: what earlier than the observation outcomes were tried to depend on, and how
+            strongly they do, as t statistics; empty where it was not tried.
     """
 
     scores: FloatArray
@@ -39,10 +47,19 @@ class EpisodeScores:
     scores_high: FloatArray
     log_scores_high: FloatArray
     initial_values: FloatArray
-    below: FloatArray
-    above: FloatArray
+    surprise: FloatArray
+    log_surprise: float
     unsupported: FloatArray
     log_unsupported: float
     worst_unsupported: FloatArray
     unlogged_ends: float
     return_range: tuple[float, float]
+    effective_episodes: FloatArray
+    history: Mapping[str, float]
+
+
+def effective_episodes(weight: FloatArray, log: OfflineDataset) -> float:
+    """Kish's effective number of ``log``'s episodes from the weights of its steps ``(N,)``."""
+    whole = np.bincount(episode_numbers(log), weight)
+    square = float(np.square(whole).sum())
+    return float(whole.sum()) ** 2 / square if square > 0 else 0.0

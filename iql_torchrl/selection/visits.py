@@ -19,7 +19,7 @@ from iql_torchrl.selection.episodes import (
     states,
 )
 from iql_torchrl.selection.regression import Layers, Regression, Steps, hidden_features
-from iql_torchrl.selection.scores import EpisodeScores
+from iql_torchrl.selection.scores import EpisodeScores, effective_episodes
 
 __all__ = ["network_scores"]
 
@@ -57,7 +57,7 @@ def network_scores(
     initial = _expected(data, layers, states(starts), data.features(starts))
     fitted, fresh = steps
     weights = VisitWeights(data, layers, train, fitted)
-    train_weight, train_value, _ = _read(data, layers, fitted, weights)
+    train_weight, _, _ = _read(data, layers, fitted, weights)
     weight, _, error = _read(data, layers, fresh, weights)
     correction = [np.bincount(number, row, episodes) for row in weight * error]
     scores: FloatArray = initial[:-1] + np.array(correction[:-1])
@@ -72,15 +72,16 @@ def network_scores(
     log_high: FloatArray = (
         returns_to_go(held_out, data.discount)[first] + left * after + correction[-1]
     )
-    log_scores = log_high - left * stopped * (high - low)
-    ended = (train_weight[:-1] * fitted.stopped.cpu().numpy()).sum(1) / len(train.episode_lengths)
-    scores_high: FloatArray = scores + data.discount * ended[:, None] * (high - low)
-    below = (train_weight * np.maximum(train_value - low, 0)).max(1)[:-1]
-    above = (train_weight * np.maximum(high - train_value, 0)).max(1)[:-1]
+    ended = (train_weight * fitted.stopped.cpu().numpy()).sum(1) / len(train.episode_lengths)
+    scores_high: FloatArray = scores + data.discount * ended[:-1, None] * (high - low)
+    log_scores = log_high - (left * stopped + data.discount * ended[-1]) * (high - low)
+    surprise = train_weight.max(1) * (high - low)
     share, worst = _unsupported(data, train, fitted, train_weight, coverage)
     return EpisodeScores(
-        scores, log_scores, scores_high, log_high, initial[:-1], below, above, share[:-1],
+        scores, log_scores, scores_high, log_high, initial[:-1], surprise[:-1],
+        float(surprise[-1]), share[:-1],
         float(share[-1]), worst[:-1], float((left * stopped).mean()), limits,
+        np.array([effective_episodes(row, held_out) for row in weight[:-1]]), {},
     )  # fmt: skip
 
 

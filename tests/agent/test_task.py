@@ -14,6 +14,7 @@ from small_agents import log
 from iql_torchrl import load_dataset
 from iql_torchrl.agent.task import Task, space_from_state, space_state
 from iql_torchrl.data import ObservationStatistics
+from iql_torchrl.data.episode_digests import episode_digests
 
 
 def stored(state):
@@ -75,6 +76,20 @@ def test_a_task_says_what_networks_need_and_comes_back():
         Task.from_state_dict({**state, "colour": 1})
     with pytest.raises(ValueError, match=r"stored without \['masked'\]"):
         Task.from_state_dict({k: v for k, v in state.items() if k != "masked"})
+
+
+def test_a_task_knows_the_episodes_of_its_log():
+    data = load_dataset(log())
+    task = Task.of(data)
+    digests = episode_digests(data)
+    np.testing.assert_array_equal(task.episodes, np.sort(digests))
+    state = task.state_dict()
+    found = Task.from_state_dict(stored(state))
+    np.testing.assert_array_equal(found.episodes, task.episodes)
+    assert found.episodes.dtype == np.int64
+    old = {k: v for k, v in state.items() if k != "episodes"}
+    assert Task.from_state_dict(stored(old)).episodes is None
+    assert Task.from_state_dict(stored(Task(*SPACES[:2]).state_dict())).episodes is None
 
 
 def test_a_statistic_of_a_wide_log_does_not_carry_the_log():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch

@@ -9,13 +9,28 @@ import numpy as np
 import pytest
 import torch
 from iql_torchrl.importance import behaviour_log_prob, importance_sampling, pdwis
-from iql_torchrl.members import returns_to_go
 from scipy import stats
 from small_agents import box_agent
 from small_agents import log as small_log
-from small_mdp import ACTIONS, DISCOUNT, STATES, actor, random_mdp, random_policies, uniform
+from small_mdp import (
+    ACTIONS,
+    DISCOUNT,
+    STATES,
+    actor,
+    plain_returns,
+    random_mdp,
+    random_policies,
+    uniform,
+)
 
 from iql_torchrl import load_dataset
+from iql_torchrl.selection import importance_sampling
+from iql_torchrl.selection.importance_sampling import (
+    behaviour_log_prob,
+    padded,
+    pdwis,
+    value_bounds,
+)
 
 LOGGED = "action_log_prob"
 MDP = random_mdp()
@@ -90,16 +105,16 @@ def test_against_a_loop(horizon):
 
 def test_the_logs_own_policy_has_the_logs_own_return():
     behaviour = random_policies(1)[0]
-    log = MDP.log(behaviour, episodes=200)
-    returns = returns_to_go(log, DISCOUNT)[np.r_[0, np.cumsum(log.episode_lengths)[:-1]]]
+    log = MDP.log(behaviour, episodes=800)
+    returns = plain_returns(log)
     for source in (LOGGED, actor(behaviour)):
         found = importance_sampling(
             {"b": actor(behaviour)}, log, behaviour=source, discount=DISCOUNT
         )
         assert found.values[0] == pytest.approx(returns.mean(), rel=1e-5)
-        assert found.effective_sample_size[0] == pytest.approx(200, rel=1e-5)
-        spread = 1.96 * returns.std() / 200**0.5
-        assert found.high[0] - found.low[0] == pytest.approx(2 * spread, rel=0.1)
+        assert found.effective_sample_size[0] == pytest.approx(800, rel=1e-5)
+        spread = 1.96 * returns.std() / 800**0.5
+        assert found.high[0] - found.low[0] == pytest.approx(2 * spread, rel=0.12)
 
 
 def test_it_is_consistent():
@@ -124,11 +139,107 @@ def test_long_episodes_neither_overflow_nor_vanish():
     assert 1 <= found.effective_sample_size[0] < 50
 
 
-def test_a_policy_that_never_acts_like_the_log_has_no_estimate():
+def test_a_policy_that_never_acts_like_the_log_may_have_any_logged_return():
     policy = actor(np.array([[1.0, 0.0], [1.0, 0.0]]))
     found = importance_sampling({"p": policy}, two_steps(), behaviour=LOGGED, discount=0.5)
-    assert np.isnan([found.values[0], found.low[0], found.high[0]]).all()
+    assert np.isnan(found.values[0])
     assert found.effective_sample_size[0] == 0
+    # returns: 1 + 0.5 * 2, 0 + 0.5 * 4 and 3; returns-to-go 2, 4
+    assert (found.low[0], found.high[0]) == (2, 4)
+    given = importance_sampling(
+        {"p": policy}, two_steps(), behaviour=LOGGED, discount=0.5, return_limits=(-5, 9)
+    )
+    assert (given.low[0], given.high[0]) == (-5, 9)
+
+
+def test_bounds_of_a_policy_far_from_the_log_hold_the_truth():
+    """Short episodes of which few look like the policy's: wide, and right as often as they say."""
+    policy = random_policies(1)[0]
+    exact, wide, missed = MDP.start @ MDP.values(policy), [], 0
+    for seed in range(40):
+        log = MDP.log(uniform(), episodes=30, seed=200 + seed)
+        found = importance_sampling(
+            {"p": actor(policy)}, log, behaviour=LOGGED, discount=DISCOUNT, return_limits=(-15, 15)
+        )
+        missed += not found.low[0] <= exact <= found.high[0]
+        wide.append(found.high[0] - found.low[0])
+    assert missed <= 5  # at a rate of 0.05 more than 5 have a probability of 0.014
+    assert np.median(wide) > 5
+
+
+def test_bounds_by_hand_for_one_episode():
+    """Weight w, return G: low + q w (G - low) and high - q w (high - G) with q the quantile."""
+    log = two_steps().split(0.34, 0)[0]
+    returns = plain_returns(log, 0.5)
+    assert returns.shape == (1,)
+    low, high = value_bounds(np.array([[1.6], [0.1]]), log, 0.5, (-2.0, 6.0))
+    quantile = 0.025  # of the weight of one episode beside another, as bad as can be
+    for number, weight in enumerate((1.6, 0.1)):
+        gain = quantile * weight * (returns[0] + 2)
+        loss = quantile * weight * (6 - returns[0])
+        assert low[number] == pytest.approx(-2 + gain, abs=0.1)
+        assert high[number] == pytest.approx(6 - loss, abs=0.1)
+    assert low[0] > low[1] > -2
+
+
+def test_what_follows_a_truncation_may_be_the_least_or_the_greatest_return():
+    closed, cut = two_steps(), two_steps(truncated=True)
+    ones = np.ones((1, 3))
+    for limits in ((-10.0, 10.0), (0.0, 30.0)):
+        closed_low, closed_high = value_bounds(ones, closed, 0.5, limits)
+        low, high = value_bounds(ones, cut, 0.5, limits)
+        assert (low < closed_low) == (limits[0] < 0)
+        assert (high > closed_high).all()
+
+
+def test_weights_too_large_to_have_mean_one_cross_the_bounds():
+    """Then the behaviour probabilities are wrong; a ranking says that the estimators contradict."""
+    log = MDP.log(uniform(), episodes=50)
+    for factor in (50.0, 1e250):
+        low, high = value_bounds(np.full((1, 50), factor), log, DISCOUNT, (-10.0, 10.0))
+        assert (low[0], high[0]) == (10, -10)
+    low, high = value_bounds(np.ones((1, 50)), log, DISCOUNT, (-10.0, 10.0))
+    assert -10 < low[0] < plain_returns(log).mean() < high[0] < 10
+
+
+def test_long_episodes_whose_weights_overflow_still_have_bounds():
+    """2,000 steps under log-probabilities that are too low by 0.5 each: weights of exp(1000)."""
+    rows = 2000
+    log = load_dataset(
+        {
+            "observation": np.zeros(2 * rows, int),
+            "action": np.arange(2 * rows) % 2,
+            "reward": np.random.default_rng(0).random(2 * rows).astype(np.float32),
+            "next_observation": np.zeros(2 * rows, int),
+            "terminated": np.arange(2 * rows) % rows == rows - 1,
+            "truncated": np.zeros(2 * rows, bool),
+            "action_log_prob": np.full(2 * rows, math.log(0.5) - 0.5, np.float32),
+        }
+    )
+    found = importance_sampling(
+        {"p": actor(np.full((1, 2), 0.5))}, log, behaviour=LOGGED, discount=0.99
+    )
+    assert np.isfinite([found.values[0], found.low[0], found.high[0]]).all()
+
+
+def test_an_episode_that_goes_on_after_a_termination_ends_there():
+    """Episodes of 4, 2 and 1 steps; the first terminates at its second step, the second is cut."""
+    log = load_dataset(
+        {
+            "observation": np.zeros(7, int),
+            "action": np.arange(7) % 2,
+            "reward": np.arange(1, 8, dtype=np.float32),
+            "next_observation": np.zeros(7, int),
+            "terminated": np.array([0, 0, 0, 1, 0, 0, 1], bool),
+            "truncated": np.array([0, 0, 0, 0, 0, 1, 0], bool),
+        }
+    )
+    rows = log.transitions.clone()
+    rows["next", "terminated"][1] = True
+    ratios, rewards, alive = padded(np.arange(0.1, 0.8, 0.1), replace(log, transitions=rows))
+    np.testing.assert_allclose(ratios, [[0.1, 0.2, 0, 0], [0.5, 0.6, 0, 0], [0.7, 0, 0, 0]])
+    np.testing.assert_allclose(rewards, [[1, 2, 0, 0], [5, 6, 0, 0], [7, 0, 0, 0]])
+    assert alive.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]
 
 
 def test_deterministic_takes_the_most_probable_action():
@@ -185,7 +296,7 @@ def test_what_cannot_be_is_refused():
         run("behaviour_log_prob")
     rows = log.transitions.clone()
     rows["wide"] = torch.zeros(5, 2)
-    with pytest.raises(ValueError, match="wanted one number for each of the 5 steps"):
+    with pytest.raises(ValueError, match="expected one number for each of the 5 steps"):
         run("wide", rows)
     for bad in (math.nan, -math.inf, 0.5):
         rows[LOGGED][3] = bad

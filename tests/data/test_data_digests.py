@@ -1,0 +1,136 @@
+"""Episodes of one log are recognised in another, whatever happened to rewards, order and size."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from small_agents import log as small_log
+from small_mdp import random_mdp, uniform
+
+from iql_torchrl import load_dataset
+from iql_torchrl.data.episode_digests import SKETCH, episode_digests, shared_share, sketch_of
+
+
+def steps(episodes, seed, length=3, **columns):
+    """Episodes of continuous observations, as columns."""
+    draw = np.random.default_rng(seed)
+    rows = episodes * length
+    table = {
+        "observation": draw.normal(size=(rows, 2)).astype(np.float32),
+        "action": draw.uniform(-1, 1, (rows, 1)).astype(np.float32),
+        "reward": draw.normal(size=rows).astype(np.float32),
+        "next_observation": draw.normal(size=(rows, 2)).astype(np.float32),
+        "terminated": np.arange(rows) % length == length - 1,
+        "truncated": np.zeros(rows, bool),
+    }
+    return table | columns
+
+
+def joined(one, other):
+    return {name: np.concatenate([one[name], other[name]]) for name in one}
+
+
+def share(one, other):
+    """Of the episodes of ``other`` that are in ``one``."""
+    return shared_share(sketch_of(episode_digests(one)), episode_digests(other))
+
+
+def test_one_number_an_episode_whatever_the_reward_map_and_the_order():
+    table = steps(50, 0)
+    raw = episode_digests(load_dataset(table))
+    assert raw.shape == (50,)
+    assert raw.dtype == np.int64
+    assert len(np.unique(raw)) == 50
+    for reward in ((-250.0, 3.0), "return_range"):
+        np.testing.assert_array_equal(episode_digests(load_dataset(table, reward=reward)), raw)
+    backwards = np.arange(150).reshape(50, 3)[::-1].reshape(-1)
+    moved = {name: column[backwards] for name, column in table.items()}
+    np.testing.assert_array_equal(episode_digests(load_dataset(moved)), raw[::-1])
+    both = load_dataset(table).split(0.4, 1)
+    assert set(raw) == {*episode_digests(both[0]), *episode_digests(both[1])}
+
+
+@pytest.mark.parametrize("column", ["observation", "action", "reward"])
+@pytest.mark.parametrize("row", [0, 2])
+def test_another_first_or_last_step_is_another_episode(column, row):
+    table = steps(4, 0)
+    changed = {**table, column: table[column].copy()}
+    changed[column][6 + row] += 0.125
+    raw, other = (episode_digests(load_dataset(each)) for each in (table, changed))
+    assert (raw == other).tolist() == [True, True, False, True]
+
+
+def test_parts_of_a_dict_observation_and_categories_count():
+    draw = np.random.default_rng(0)
+    observation = {
+        "x": draw.normal(size=(40, 2)).astype(np.float32),
+        "k": draw.integers(3, size=40),
+    }
+    first = load_dataset(small_log(observation=observation))
+    observation["k"] = observation["k"].copy()
+    observation["k"][0] = (observation["k"][0] + 1) % 3
+    second = load_dataset(small_log(observation=observation))
+    equal = episode_digests(first) == episode_digests(second)
+    assert equal.tolist() == [False, True, True, True]
+
+
+def test_parts_of_one_log_share_nothing():
+    one, other = load_dataset(steps(300, 0)).split(0.5, 0)
+    assert share(one, other) == share(other, one) == 0
+    assert share(one, one) == 1
+    discrete = random_mdp().log(uniform(), episodes=1000).split(0.5, 0)
+    digests = episode_digests(discrete[1])
+    assert len(np.unique(digests)) < 0.9 * len(digests)  # many coincidences
+    assert np.isin(digests, episode_digests(discrete[0])).mean() > 0.1
+    assert share(*discrete) < 0.05
+    assert share(discrete[0], discrete[0]) > 0.95
+
+
+@pytest.mark.parametrize("reward", ["raw", "return_range"])
+def test_a_share_of_continuous_episodes(reward):
+    common, own, fresh = (steps(episodes, seed) for episodes, seed in ((90, 0), (300, 1), (210, 2)))
+    one = load_dataset(joined(common, own), reward=reward)
+    assert share(one, load_dataset(joined(fresh, common))) == pytest.approx(0.3)
+
+
+def test_a_share_of_episodes_that_repeat_themselves():
+    log = random_mdp().log(uniform(), episodes=1400, seed=3)
+    fresh, rest = log.split(350 / 1400, 0)
+    common, own = rest.split(150 / 1050, 0)
+    ends = [episode_digests(part) for part in (fresh, common, own)]
+    mixed = np.concatenate(ends[:2])
+    seen = shared_share(sketch_of(np.concatenate(ends[1:])), mixed)
+    assert seen == pytest.approx(0.3, abs=0.05)
+    assert shared_share(sketch_of(ends[2]), mixed) < 0.05
+
+
+@pytest.mark.parametrize(("fraction", "episodes"), [(0.95, 3000), (0.1, 3000), (0.5, 60)])
+def test_coincidences_with_a_log_of_another_size(fraction, episodes):
+    """A large log holds more of the repeated episodes than a small one of itself."""
+    one, other = random_mdp().log(uniform(), episodes=episodes, seed=4).split(fraction, 0)
+    assert share(one, other) < 0.05
+    common = other.split(0.4, 0)[0]
+    both = np.concatenate([episode_digests(one), episode_digests(common)])
+    assert shared_share(sketch_of(both), episode_digests(other)) > 0.15
+
+
+def test_logs_larger_than_the_sketch():
+    episodes = 3 * SKETCH
+    common, own = steps(int(0.3 * episodes), 0, 1), steps(int(0.7 * episodes), 1, 1)
+    fresh = steps(int(0.7 * episodes), 2, 1)
+    one, other = load_dataset(joined(common, own)), load_dataset(joined(common, fresh))
+    sketch = sketch_of(episode_digests(one))
+    assert sketch.shape == (SKETCH,)
+    assert (np.diff(sketch) > 0).all()
+    np.testing.assert_array_equal(sketch, np.sort(episode_digests(one))[:SKETCH])
+    assert shared_share(sketch, episode_digests(other)) == pytest.approx(0.3, abs=0.05)
+    assert shared_share(sketch, episode_digests(load_dataset(fresh))) == 0
+    assert shared_share(sketch, episode_digests(one)) == 1
+
+
+def test_nothing_to_compare_is_nothing_shared():
+    few = np.array([5, 7], np.int64)
+    assert shared_share(few[:0], few) == 0
+    assert shared_share(few, few[:0]) == 0
+    lowest = np.arange(SKETCH, dtype=np.int64) - 2**62
+    assert shared_share(lowest, few) == 0

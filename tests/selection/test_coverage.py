@@ -1,0 +1,201 @@
+"""States and actions outside a log against a k-d tree, distances to the clone by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial import cKDTree
+from small_agents import log as small_log
+from small_mdp import ACTIONS, STATES, actor, random_mdp, random_policies, uniform
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+from iql_torchrl import load_dataset
+from iql_torchrl.selection.candidates import resolve_member
+from iql_torchrl.selection.coverage import Coverage, clone_distance
+
+
+def limit_of(scores):
+    """The smallest score that at least 99 % of ``scores`` do not exceed."""
+    return np.sort(scores)[min(int(0.99 * len(scores)), len(scores) - 1)]
+
+
+def box_parts(rows=400):
+    draw = np.random.default_rng(0)
+    observation = draw.normal(size=(rows, 2)).astype(np.float32) * np.array([1, 20], np.float32)
+    noise = 0.05 * draw.normal(size=(rows, 2))
+    action = (0.3 * np.tanh(observation) + noise).astype(np.float32)
+    return load_dataset(small_log(rows, observation=observation, action=action)).split(0.5, 0)
+
+
+def scaled(log, rows):
+    return rows["observation"].numpy() / log.statistics["observation"].std.numpy()
+
+
+def test_states_against_a_tree():
+    train, held_out = box_parts()
+    coverage = Coverage(train, held_out)
+    tree = cKDTree(scaled(train, train.transitions))
+    limit = limit_of(tree.query(scaled(train, held_out.transitions))[0])
+    probes = held_out.transitions.clone()
+    probes["observation"] = probes["observation"] * torch.linspace(0, 4, len(probes))[:, None]
+    outside = tree.query(scaled(train, probes))[0] > limit
+    assert 0.1 < outside.mean() < 0.9
+    np.testing.assert_array_equal(coverage.unsupported_states(probes).numpy(), outside)
+    probes["next", "observation"] = probes["observation"].clone()
+    probes["observation"] = held_out.transitions["observation"]
+    np.testing.assert_array_equal(
+        coverage.unsupported_states(probes, following=True).numpy(), outside
+    )
+    own = coverage.unsupported_states(held_out.transitions).float().mean()
+    assert own <= 0.01
+
+
+@pytest.mark.parametrize("neighbours", [1, 10])
+def test_continuous_actions_against_a_tree(neighbours):
+    train, held_out = box_parts()
+    coverage = Coverage(train, held_out, neighbours=neighbours)
+    spread = train.transitions["action"].numpy().std(0)
+    tree = cKDTree(scaled(train, train.transitions))
+    _, nearest = tree.query(scaled(train, held_out.transitions), k=[*range(1, neighbours + 1)])
+    logged = train.transitions["action"].numpy()[nearest] / spread
+
+    def gap(chosen):
+        return np.linalg.norm(logged - (chosen / spread)[:, None], axis=-1).min(1)
+
+    limit = limit_of(gap(held_out.transitions["action"].numpy()))
+    state = held_out.transitions["observation"]
+    choices = torch.stack([gain * state.tanh() for gain in (0.3, -0.4, -0.9)])
+    wanted = np.array([gap(choice.numpy()) > limit for choice in choices])
+    shares = coverage.unsupported_choices(held_out.transitions, choices[:, :, None])
+    np.testing.assert_array_equal(shares.numpy(), wanted)
+    assert wanted[0].mean() < 0.05 < wanted[1].mean()
+    assert wanted[2].mean() > 0.5
+    both = torch.stack([choices[0], choices[2]], 1)[None]  # two draws in each state
+    share = coverage.unsupported_choices(held_out.transitions, both)
+    np.testing.assert_allclose(share[0].numpy(), (wanted[0] + 1.0 * wanted[2]) / 2)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_discrete_actions_against_a_tree_for_each_action(count):
+    draw = np.random.default_rng(1)
+    observation = draw.normal(size=(600, 2)).astype(np.float32)
+    # action 2 is taken on the right side only, action 3 hardly ever
+    right = np.where(observation[:, 0] > 0.5, 2, draw.integers(2, size=600))
+    action = np.where(np.arange(600) == 7, 3, right)
+    log = load_dataset(small_log(600, observation=observation, action=action))
+    train, held_out = log.split(0.5, 0)
+    coverage = Coverage(train, held_out, min_count=count)
+    points, taken = scaled(train, train.transitions), train.transitions["action"].numpy()
+    queries = scaled(train, held_out.transitions)
+    distances = np.full((len(queries), 4), np.inf)
+    for number in range(4):
+        if (taken == number).sum() >= count:
+            tree = cKDTree(points[taken == number])
+            distances[:, number] = tree.query(queries, k=[count])[0][:, 0]
+    logged = held_out.transitions["action"].numpy()
+    limit = limit_of(distances[np.arange(len(queries)), logged])
+    rare = distances > limit
+    probabilities = draw.dirichlet(np.ones(4), (2, len(queries)))
+    found = coverage.unsupported_choices(
+        held_out.transitions, torch.as_tensor(probabilities).float()
+    )
+    np.testing.assert_allclose(found.numpy(), (probabilities * rare).sum(-1), atol=1e-5)
+    left = queries[:, 0] < 0
+    assert rare[left, 2].mean() > 0.5
+    assert rare[:, 3].mean() > 0.5
+
+
+def test_an_action_that_the_fit_lacks_is_unsupported_even_if_held_out_steps_took_it():
+    """Then logged steps themselves have infinite scores, which say nothing of what is usual."""
+    draw = np.random.default_rng(2)
+    observation = draw.normal(size=(60, 2)).astype(np.float32)
+    train = load_dataset(small_log(60, observation=observation, action=np.arange(60) % 3))
+    rows = train.transitions.clone()
+    rows["action"] = rows["action"] % 2
+    lacking = type(train)(**{**vars(train), "transitions": rows})
+    never = torch.tensor([0.0, 0.0, 1.0]).expand(1, 60, 3)
+    share = Coverage(lacking, train).unsupported_choices(train.transitions, never)
+    assert share.mean() == 1
+
+
+def test_large_logs_are_sampled():
+    train, held_out = box_parts(4000)
+    coverage = Coverage(train, held_out, logged=300, queries=200, seed=3)
+    assert coverage.features.shape == (300, 2)
+    again = Coverage(train, held_out, logged=300, queries=200, seed=3)
+    assert torch.equal(coverage.features, again.features)
+    assert coverage.state_limit == again.state_limit
+    assert not torch.equal(coverage.features, Coverage(train, held_out, logged=300).features)
+    fresh = coverage.unsupported_states(held_out.transitions).float().mean()
+    assert fresh < 0.03
+
+
+def test_categories_are_known_or_unknown():
+    log = random_mdp().log(uniform(), episodes=200)
+    coverage = Coverage(log, log)
+    assert not coverage.unsupported_states(log.transitions).any()
+    everything = torch.full((1, len(log), ACTIONS), 1 / ACTIONS)
+    assert not coverage.unsupported_choices(log.transitions, everything).any()
+    rows = log.transitions[log.transitions["observation"] != 4]
+    fewer = type(log)(**{**vars(log), "transitions": rows})
+    outside = Coverage(fewer, fewer).unsupported_states(log.transitions)
+    np.testing.assert_array_equal(outside.numpy(), log.transitions["observation"].numpy() == 4)
+    assert STATES == 5
+
+
+class _Fixed(nn.Module):
+    """The same probabilities in every state."""
+
+    def __init__(self, probabilities):
+        super().__init__()
+        self.register_buffer("logits", torch.tensor(probabilities).log())
+
+    def forward(self, observation):
+        return self.logits.expand(len(observation), -1)
+
+    @classmethod
+    def member(cls, name, probabilities):
+        made = actor(np.ones((1, len(probabilities))))
+        made.module[0].module = cls(probabilities)
+        return resolve_member(name, made)
+
+
+def test_distance_to_a_clone_of_discrete_actions():
+    observation = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    log = load_dataset(small_log(observation=observation, action=np.arange(40) % 4))
+    clone = _Fixed.member("clone", [0.5, 0.49, 0.01, 0.0])
+    other = _Fixed.member("other", [0.1, 0.2, 0.3, 0.4])
+    assert clone_distance(other, clone, log) == math.inf
+    wanted = 0.5 * math.log(0.5 / 0.1) + 0.49 * math.log(0.49 / 0.2) + 0.01 * math.log(0.01 / 0.3)
+    assert clone_distance(clone, other, log) == pytest.approx(wanted, rel=1e-4)
+    assert clone_distance(clone, clone, log) == 0
+    log = random_mdp().log(uniform(), episodes=50)
+    tables = random_policies(2)
+    one, two = (resolve_member("p", actor(table)) for table in tables)
+    divergence = (tables[0] * np.log(tables[0] / tables[1])).sum(1)
+    visited = divergence[log.transitions["observation"].numpy()].mean()
+    assert clone_distance(one, two, log) == pytest.approx(visited, rel=1e-4)
+
+
+class _Scaled(nn.Module):
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, observation):
+        return self.gain * observation.tanh()
+
+
+def test_distance_to_a_clone_of_continuous_actions():
+    log = box_parts()[1]
+    near, far = (
+        TensorDictModule(_Scaled(gain), in_keys=["observation"], out_keys=["action"])
+        for gain in (0.3, -0.9)
+    )
+    gaps = (1.2 * np.tanh(log.transitions["observation"].numpy())) ** 2
+    members = [resolve_member("m", policy) for policy in (near, far)]
+    assert clone_distance(*members, log) == pytest.approx(gaps.sum(1).mean(), rel=1e-4)

@@ -1,0 +1,541 @@
+"""The ranking: its order, its doubts, its sentence, and what it writes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from small_agents import box_agent
+from small_agents import log as small_log
+from small_mdp import (
+    ACTIONS,
+    DISCOUNT,
+    STATES,
+    actor,
+    greedy_policy,
+    plain_returns,
+    random_mdp,
+    random_policies,
+    uniform,
+)
+
+from iql_torchrl import IQLConfig, load_dataset, make_agent
+from iql_torchrl.evaluation.correlation import kendall, ranks, spearman
+from iql_torchrl.selection import bounds, fitted_q_evaluation, importance_sampling, rank_members
+from iql_torchrl.selection.bounds import mean_bounds
+
+WORLD = random_mdp()
+POLICIES = [0.5 * uniform() + 0.5 * policy for policy in random_policies(4)]
+NAMES = ("p0", "p1", "p2", "p3")
+GREEDY = greedy_policy(WORLD)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_draws():
+    """A fifth of the draws that bounds are made of: enough for every number here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bounds, "MAX_DRAWS", 2000)
+        yield
+
+
+@pytest.fixture(scope="module")
+def parts(_few_draws):
+    return WORLD.log(uniform(), episodes=1600).split(0.5, 0)
+
+
+@pytest.fixture(scope="module")
+def members():
+    tables = [*POLICIES, uniform(), GREEDY]
+    return {n: actor(t) for n, t in zip((*NAMES, "clone", "greedy"), tables, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def fitted(parts, members):
+    return fitted_q_evaluation(members, *parts, discount=DISCOUNT)
+
+
+@pytest.fixture(scope="module")
+def ranking(parts, members, fitted):
+    return rank_members(members, *parts, discount=DISCOUNT, fitted_q=fitted, clone="clone")
+
+
+@pytest.fixture
+def again(parts, members, fitted):
+    """The ranking after some of its estimates were changed: of scores, or of everything else."""
+
+    def run(scores=None, fit=None, **options):
+        changed = replace(fitted, episodes=replace(fitted.episodes, **scores or {}), **fit or {})
+        given = {"discount": DISCOUNT, "fitted_q": changed, "clone": "clone"} | options
+        return rank_members(members, *parts, **given)
+
+    return run
+
+
+def row_of(ranking, name):
+    return next(row for row in ranking.rows if row["member"] == name)
+
+
+lists = st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=12)
+
+
+@given(lists)
+@settings(max_examples=60, deadline=None)
+def test_rank_correlations_are_scipys(pairs):
+    one, other = np.array(pairs, float).T
+    np.testing.assert_array_equal(ranks(one), stats.rankdata(one))
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        assert math.isnan(spearman(one, other))
+        assert math.isnan(kendall(one, other))
+        return
+    assert spearman(one, other) == pytest.approx(stats.spearmanr(one, other).statistic)
+    assert kendall(one, other) == pytest.approx(stats.kendalltau(one, other).statistic)
+
+
+def test_rank_correlations_need_numbers():
+    assert math.isnan(spearman([1.0, math.nan, 2.0], [1.0, 2.0, 3.0]))
+    assert math.isnan(kendall([1.0], [1.0]))
+    with pytest.raises(ValueError, match=r"shapes \(2,\) and \(3,\)"):
+        kendall([1, 2], [1, 2, 3])
+
+
+def test_members_stand_by_value_and_the_best_is_recommended(ranking, parts):
+    exact = {n: WORLD.start @ WORLD.values(t) for n, t in zip(NAMES, POLICIES, strict=True)}
+    exact |= {"clone": WORLD.start @ WORLD.values(uniform())}
+    exact |= {"greedy": WORLD.start @ WORLD.values(GREEDY)}
+    order = [row["member"] for row in ranking.rows]
+    assert order[0] == max(exact, key=exact.__getitem__)
+    assert order[-1] == min(exact, key=exact.__getitem__)
+    values = {row["member"]: row["value"] for row in ranking.rows}
+    assert list(values.values()) == sorted(values.values(), reverse=True)
+    assert values == pytest.approx(exact, abs=0.3)
+    assert [row["rank"] for row in ranking.rows] == [1, 2, 3, 4, 5, 6]
+    assert ranking.recommended == order[0] == "greedy"
+    assert ranking.recommendation.startswith(
+        "Recommendation: greedy, with an estimated gain over the log of "
+    )
+    best = ranking.rows[0]
+    numbers = (
+        f"{best['gain']:.4g} (95% interval for all 6 members at once {best['gain_low']:.4g} to"
+    )
+    assert numbers in ranking.recommendation
+    assert "doubted" not in ranking.recommendation
+    for row in ranking.rows:
+        gain = exact[row["member"]] - exact["clone"]
+        assert row["gain_low"] < gain < row["gain_high"]
+        assert row["value_low"] < row["value"] < row["value_high"]
+    assert ranking.log_value == pytest.approx(plain_returns(parts[1]).mean())
+    assert ranking.log_low < exact["clone"] < ranking.log_high
+    clone = row_of(ranking, "clone")
+    assert clone["clone_distance"] == 0
+    assert clone["effective_episodes"] == pytest.approx(ranking.episodes, rel=1e-4)
+    assert clone["importance_value"] == pytest.approx(ranking.log_value, rel=1e-4)
+    sound = [row for row in ranking.rows if row["effective_episodes"] >= 100]
+    assert 2 < len(sound) < 6
+    pairs = ([row[key] for row in sound] for key in ("value", "importance_value"))
+    pairs = list(pairs)
+    assert ranking.spearman == pytest.approx(stats.spearmanr(*pairs).statistic)
+    assert ranking.kendall == pytest.approx(stats.kendalltau(*pairs).statistic)
+    assert (ranking.discount, ranking.episodes) == (DISCOUNT, 800)
+
+
+def test_gains_are_paired_and_hold_for_all_members_at_once(parts, fitted, ranking):
+    scores = fitted.episodes
+    gains = scores.scores - plain_returns(parts[1])
+    assert scores.log_surprise == 0  # no episode was truncated
+    limits = gains.mean(1) - scores.surprise, gains.mean(1) + scores.surprise
+    low, high = mean_bounds(gains, *limits)
+    alone = mean_bounds(gains, *limits, together=False)
+    for number, name in enumerate(fitted.names):
+        row = row_of(ranking, name)
+        assert row["gain"] == pytest.approx(gains[number].mean())
+        assert row["gain_low"] == pytest.approx(low[number])
+        assert row["gain_high"] == pytest.approx(high[number])
+        width = row["gain_high"] - row["gain_low"]
+        spread = 2 * stats.norm.ppf(1 - 0.025 / 6) * gains[number].std() / len(gains[0]) ** 0.5
+        assert 0.7 * spread < width < 1.3 * spread
+        assert width > alone[1][number] - alone[0][number]
+    own = fitted.intervals()
+    assert row_of(ranking, "p1")["value_low"] == own[1, 0]
+
+
+def test_no_better_member_no_recommendation(parts):
+    worst = {"worst": actor(np.roll(GREEDY, 1, axis=1)), "log": actor(uniform())}
+    ranking = rank_members(worst, *parts, discount=DISCOUNT, clone="log")
+    assert ranking.recommended is None
+    assert "no member is reliably better than the log (the best, log" in ranking.recommendation
+    assert "doubted" not in ranking.recommendation
+    assert ranking.rows[0]["member"] == "log"
+
+
+def raised(fitted, name, key="scores", by=1e4):
+    """Scores of one member, so much higher."""
+    values = getattr(fitted.episodes, key).copy()
+    values[fitted.names.index(name)] += by
+    return values
+
+
+@pytest.mark.parametrize("kind", ["table", "network"])
+def test_a_value_that_the_log_cannot_give_is_doubted(again, fitted, parts, kind):
+    """Networks: outside every logged return. Tables: beyond the best reward at every step."""
+    low, high = fitted.episodes.return_range
+    fit = {}
+    if kind == "table":
+        rewards = np.concatenate([p.transitions["next", "reward"].reshape(-1) for p in parts])
+        low, high = (10 * float(r) for r in (rewards.min(), rewards.max()))  # 1 / (1 - 0.9)
+    else:
+        fit = {"backups": 1e9, "passes": 1e9}
+    own = fitted.values[fitted.names.index("p0")]
+    for target, doubted in (
+        (high + 0.1, True), (high - 0.1, False), (low + 0.1, False), (low - 0.1, True)
+    ):  # fmt: skip
+        shift = {key: raised(fitted, "p0", key, target - own) for key in ("scores", "scores_high")}
+        ranking = again(shift, fit)
+        assert ("range" in row_of(ranking, "p0")["doubts"]) == doubted
+        sentence = f"p0: values lie outside what the log makes believable, {low:.4g} to {high:.4g};"
+        assert any(warning.startswith(sentence) for warning in ranking.warnings) == doubted
+        assert not doubted or ranking.recommended != "p0"
+
+
+def test_a_correction_by_few_episodes_recommends_nobody(again, fitted):
+    for size, doubted in ((20.0, False), (19.9, True)):
+        sizes = np.full(6, 300.0)
+        sizes[fitted.names.index("greedy")] = size
+        found = again({"effective_episodes": sizes})
+        row = row_of(found, "greedy")
+        assert row["correcting_episodes"] == size
+        assert ("few" in row["doubts"]) == doubted
+        assert (found.recommended != "greedy") == doubted
+        sentence = (
+            f"rests on as few as {size:.1f} effective episodes of 800, at least 20 are needed"
+        )
+        assert any(sentence in warning for warning in found.warnings) == doubted
+
+
+def test_outcomes_that_depend_on_the_past_recommend_nobody(again):
+    for statistic, doubted in ((4.4, False), (-4.6, True), (4.6, True)):
+        found = again({"history": {"the number of the step": statistic, "the step before": 1.0}})
+        assert (found.recommended is None) == doubted
+        sentence = f"on the number of the step (t statistic {statistic:.1f})"
+        assert any(sentence in warning for warning in found.warnings) == doubted
+
+
+@pytest.mark.parametrize("key", ["unsupported", "worst_unsupported"])
+def test_a_member_that_leaves_the_log_is_not_recommended(again, fitted, ranking, key):
+    limit = {"unsupported": 0.05, "worst_unsupported": 0.5}[key]
+    for share, doubted in ((limit - 1e-3, False), (limit + 1e-3, True)):
+        shares = getattr(fitted.episodes, key).copy()
+        shares[fitted.names.index("greedy")] = share
+        found = again({key: shares})
+        row = row_of(found, "greedy")
+        assert ("extrapolation" in row["doubts"]) == doubted
+        assert (found.recommended == "greedy") != doubted
+        text = f"greedy: up to {row['extrapolation']:.0%} of what they come to are actions that the"
+        assert any(text in warning for warning in found.warnings) == doubted
+    worst = f"(the log itself: 0%), in the worst state {row['worst_extrapolation']:.0%}; nothing is"
+    assert any(worst in warning for warning in found.warnings)
+
+
+def test_the_log_s_own_share_outside_itself_is_allowed(again, fitted):
+    shares = np.full(6, 0.08)
+    for own, doubted in ((0.02, True), (0.04, False)):
+        found = again({"unsupported": shares, "log_unsupported": own})
+        assert ("extrapolation" in row_of(found, "greedy")["doubts"]) == doubted
+        assert found.log_extrapolation == own
+    found = again({"unsupported": shares}, max_extrapolation=0.1)
+    assert found.recommended == "greedy"
+
+
+def test_critics_that_err_more_on_held_out_steps_are_named(again):
+    found = again(
+        fit={"td_error": np.array([1.0, 10, 1, 1, 1, 4.1]), "td_error_training": np.ones(6)}
+    )
+    doubted = {row["member"] for row in found.rows if "td_error" in row["doubts"]}
+    assert doubted == {"p1", "greedy"}
+    (warning,) = (w for w in found.warnings if "critics err" in w)
+    assert warning.startswith("greedy, p1: critics err up to 10.0 times as much on held-out steps")
+    assert found.recommended == "greedy"  # their intervals are wider, and hold
+
+
+def test_estimators_that_contradict_each_other_recommend_nobody(again, fitted, ranking):
+    """The clone's scores far above what importance sampling says of it."""
+    assert not any("contradict" in warning for warning in ranking.warnings)
+    found = again({key: raised(fitted, "clone", key, 3.0) for key in ("scores", "scores_high")})
+    row = row_of(found, "clone")
+    assert row["gain_low"] > 0
+    assert row["importance_high"] < row["value_low"]
+    assert row["doubts"] == ("contradiction",)
+    (warning,) = (w for w in found.warnings if "contradict each other" in w)
+    assert f"(clone: {row['value_low']:.4g} to {row['value_high']:.4g} against" in warning
+    assert found.recommended is None
+    assert "what looks better is doubted, see the warnings" in found.recommendation
+
+
+def test_logged_probabilities_that_are_too_low_recommend_nobody(parts, members, fitted):
+    rows = parts[1].transitions.clone()
+    rows["action_log_prob"] = rows["action_log_prob"] - 0.5
+    wrong = replace(parts[1], transitions=rows)
+    found = rank_members(
+        members, parts[0], wrong, discount=DISCOUNT, fitted_q=fitted, clone="clone"
+    )
+    assert "contradiction" in row_of(found, "greedy")["doubts"]
+    assert any("check action_log_prob" in warning for warning in found.warnings)
+    assert found.recommended is None
+
+
+def test_a_contradiction_about_any_member_stops_the_recommendation(again, fitted):
+    """One member's scores far below: importance sampling says otherwise."""
+    low = {key: raised(fitted, "clone", key, -40.0) for key in ("scores", "scores_high")}
+    found = again(low)
+    assert "contradiction" in row_of(found, "clone")["doubts"]
+    assert found.recommended is None
+
+
+def test_importance_intervals_hold_for_all_members_at_once(parts, members, fitted, ranking):
+    alone = importance_sampling(
+        members, parts[1], behaviour="action_log_prob", discount=DISCOUNT,
+        confidence=1 - 0.05 / 6, return_limits=fitted.episodes.return_range,
+    )  # fmt: skip
+    for number, name in enumerate(alone.names):
+        row = row_of(ranking, name)
+        assert row["importance_value"] == alone.values[number]
+        assert row["importance_low"] == alone.low[number]
+        assert row["importance_high"] == alone.high[number]
+
+
+def test_the_best_that_is_not_doubted_is_recommended(again, fitted, ranking):
+    second = next(row for row in ranking.rows[1:] if row["gain_low"] > 0)
+    shares = fitted.episodes.unsupported.copy()
+    for row in ranking.rows[: second["rank"] - 1]:
+        shares[fitted.names.index(row["member"])] = 0.5
+    found = again({"unsupported": shares})
+    assert [row["member"] for row in found.rows] == [row["member"] for row in ranking.rows]
+    assert found.recommended == second["member"]
+    more = f"; {second['rank'] - 1} with higher estimates are doubted or uncertain)."
+    assert found.recommendation.endswith(more)
+
+
+def test_at_most_three_members_are_named(again):
+    found = again({"unsupported": np.full(6, 0.5)})
+    order = [row["member"] for row in found.rows]
+    (warning,) = (w for w in found.warnings if "hardly holds" in w)
+    assert warning.startswith(f"{', '.join(order[:3])} and 3 more: up to 50% of what they come to")
+
+
+def test_critics_that_have_not_converged_recommend_nobody(again):
+    for backups, passes in ((3.0, 9.0), (1e3, 0.5)):
+        found = again(fit={"backups": backups, "passes": passes})
+        assert found.recommended is None
+        (warning,) = (w for w in found.warnings if "has not converged" in w)
+        assert f"renewed its targets {backups:.3g} times, in {passes:.3g} passes" in warning
+    assert again(fit={"backups": 1e3, "passes": 9.0}).recommended == "greedy"
+
+
+def test_a_tenth_of_the_episodes_must_bear_the_weight(again):
+    found = again(min_effective_episodes=0)
+    sizes = {row["member"]: row["effective_episodes"] for row in found.rows}
+    doubted = {row["member"] for row in found.rows if "importance" in row["doubts"]}
+    assert doubted == {n for n, size in sizes.items() if size < 0.1 * found.episodes} != set()
+    (warning,) = (w for w in found.warnings if "importance weights" in w)
+    assert f"rest on as few as {min(sizes.values()):.1f} effective episodes of 800" in warning
+    found = again(min_effective_episodes=sorted(sizes.values())[-2])
+    assert math.isnan(found.spearman)  # two are left, and always in some order
+    assert not any("order the members differently" in warning for warning in found.warnings)
+
+
+def test_estimators_in_another_order_are_a_warning(again, fitted, ranking):
+    assert not any("differently" in warning for warning in ranking.warnings)
+    mirrored = {
+        key: 2 * fitted.values.mean() - getattr(fitted.episodes, key)
+        for key in ("scores", "scores_high")
+    }
+    found = again(mirrored, min_effective_episodes=0)
+    assert found.spearman < 0
+    assert any(f"(Spearman {found.spearman:.2f})" in warning for warning in found.warnings)
+
+
+def test_a_clone_far_from_the_log_is_doubted(again, fitted, ranking):
+    assert not any("imitates the log" in warning for warning in ranking.warnings)
+    found = again({key: getattr(fitted.episodes, key) - 2.0 for key in ("scores", "scores_high")})
+    (warning,) = (w for w in found.warnings if "imitates the log" in w)
+    clone = row_of(found, "clone")
+    assert f"clone, which imitates the log, is estimated at {clone['value']:.4g}" in warning
+    assert f"the log at {found.log_value:.4g} ({found.log_low:.4g} to" in warning
+
+
+def test_the_clone_is_the_first_of_temperature_zero(parts):
+    dataset = load_dataset(small_log(rows=120))
+    train, held_out = dataset.split(0.5, 0)
+    agents = {"iql": box_agent(seed=1), "clone": box_agent(temperature=0.0)}
+    how = {"discount": 0.9, "hidden": (8,), "updates": 20, "batch_size": 16}
+    fitted = fitted_q_evaluation(agents, train, held_out, **how)
+    options = {"discount": 0.9, "fitted_q": fitted, "behaviour": agents["clone"]}
+    found = rank_members(agents, train, held_out, **options)
+    assert row_of(found, "clone")["clone_distance"] == 0 < row_of(found, "iql")["clone_distance"]
+    assert row_of(found, "clone")["effective_episodes"] == pytest.approx(6)
+    assert row_of(found, "clone")["temperature"] == 0
+    assert str(found) == str(rank_members(agents, train, held_out, **options))
+
+
+def test_without_behaviour_and_clone(parts):
+    log = [replace(part, transitions=part.transitions.exclude("action_log_prob")) for part in parts]
+    policies = {"p0": actor(POLICIES[0]), "greedy": actor(GREEDY)}
+    found = rank_members(policies, *log, discount=DISCOUNT)
+    assert math.isnan(found.rows[0]["importance_value"])
+    assert math.isnan(found.rows[0]["clone_distance"])
+    assert math.isnan(found.spearman)
+    text = " ".join(found.warnings)
+    assert "no behaviour model was given" in text
+    assert " - " in str(found)
+    assert found.recommended == "greedy"
+    assert not any(row["doubts"] for row in found.rows)
+
+
+def test_truncated_returns_are_continued_without_a_clone():
+    parts = WORLD.log(uniform(), episodes=1600, horizon=2).split(0.5, 0)
+    policies = {"greedy": actor(GREEDY), "p0": actor(POLICIES[0])}
+    found = rank_members(policies, *parts, discount=DISCOUNT)
+    exact = WORLD.start @ WORLD.values(uniform())
+    assert found.log_value == pytest.approx(exact, abs=0.3)
+    assert abs(plain_returns(parts[1]).mean() - exact) > 0.3
+    assert found.log_low < exact < found.log_high
+    assert found.recommended == "greedy"
+    clone = rank_members(policies | {"c": actor(uniform())}, *parts, discount=DISCOUNT, clone="c")
+    assert clone.log_value == found.log_value
+
+
+def test_ends_that_no_state_describes_are_a_warning(again):
+    for unlogged, warned in ((0.009, False), (0.2, True)):
+        found = again({"unlogged_ends": unlogged})
+        sentence = (
+            f"truncated episodes leave {unlogged:.0%} of the discounted future in states that"
+        )
+        assert any(sentence in warning for warning in found.warnings) == warned
+
+
+def test_what_is_unknown_counts_against_members_and_for_the_log(again, fitted):
+    """The least return in the lower bound of a gain, for the log the greatest, and vice versa."""
+    wide = again(
+        {
+            "scores_high": fitted.episodes.scores + 1.0,
+            "log_scores_high": fitted.episodes.log_scores + 2.0,
+        }
+    )
+    plain = again()
+    for row in plain.rows:
+        other = row_of(wide, row["member"])
+        assert other["gain"] == row["gain"]
+        assert row["gain_low"] - other["gain_low"] == pytest.approx(2.0, abs=0.1)
+        assert other["gain_high"] - row["gain_high"] == pytest.approx(1.0, abs=0.1)
+    assert wide.log_high - plain.log_high == pytest.approx(2.0, abs=0.1)
+
+
+def agent_of(dataset, **options):
+    config = IQLConfig(updates=2, hidden=(8,), batch_size=16, reward="raw", **options)
+    return make_agent(config, dataset)
+
+
+def test_members_trained_on_held_out_episodes_are_not_recommended(parts, members, fitted):
+    own = WORLD.log(uniform(), episodes=300, seed=77)
+    agents = {"held": agent_of(parts[1]), "fit": agent_of(parts[0]), "own": agent_of(own)}
+    found = rank_members(agents | {"greedy": actor(GREEDY)}, *parts, discount=DISCOUNT)
+    seen = {row["member"]: row["seen"] for row in found.rows}
+    assert seen["held"] > 0.9
+    assert [seen[name] for name in ("fit", "own", "greedy")] == [0, 0, 0]
+    doubted = {row["member"] for row in found.rows if "seen" in row["doubts"]}
+    assert doubted == {"held"}
+    (warning,) = (w for w in found.warnings if "say nothing new" in w)
+    assert warning.startswith(f"held: trained on up to {seen['held']:.0%} of the held-out episodes")
+    assert any("members were trained on up to 1" in w for w in found.warnings)  # 100% of the fit
+    clean = rank_members({"own": agents["own"]}, *parts, discount=DISCOUNT)
+    assert not any("trained on" in warning for warning in clean.warnings)
+
+
+def test_a_seen_member_is_passed_over(parts, members, fitted):
+    class Shipped:
+        """What ``rank_members`` reads of an agent: its policy, and its task's episodes."""
+
+        policy = actor(GREEDY)
+        task = agent_of(parts[1]).task
+
+    found = rank_members(
+        {"greedy": Shipped(), "clone": actor(uniform())}, *parts, discount=DISCOUNT
+    )
+    assert row_of(found, "greedy")["gain_low"] > 0
+    assert row_of(found, "greedy")["doubts"] == ("importance", "seen")
+    assert found.recommended is None
+
+
+def test_shared_episodes_recommend_nobody(parts, members):
+    one, other = parts[0].split(0.5, 0)
+    found = rank_members(members, parts[0], other, discount=DISCOUNT)
+    assert found.recommended is None
+    (warning,) = (w for w in found.warnings if "cannot show the error of the fit" in w)
+    assert "of the held-out episodes are also among those fitted on" in warning
+    assert "dataset.split(fraction, seed)" in warning
+    separate = rank_members(members, one, other, discount=DISCOUNT)
+    assert separate.recommended == "greedy"
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.99])
+def test_the_confidence_is_that_of_every_interval(again, ranking, confidence):
+    found = again(confidence=confidence)
+    for row in ranking.rows:
+        other = row_of(found, row["member"])
+        for key in ("value", "gain", "importance"):
+            width, new = (r[f"{key}_high"] - r[f"{key}_low"] for r in (row, other))
+            assert (new < width) == (confidence < 0.95)
+    assert (found.log_high - found.log_low < ranking.log_high - ranking.log_low) == (
+        confidence < 0.95
+    )
+
+
+def test_table_and_files(ranking, tmp_path):
+    lines = str(ranking).splitlines()
+    assert lines[0].split()[:2] == ["member", "value"]
+    assert [line.split()[0] for line in lines[1:7]] == [row["member"] for row in ranking.rows]
+    assert lines[7].startswith("the log")
+    assert lines[-1] == ranking.recommendation
+    assert all(f"Warning: {warning}" in lines for warning in ranking.warnings)
+    ranking.to_json(tmp_path / "ranking.json")
+    read = json.loads((tmp_path / "ranking.json").read_text())
+    assert read["rows"][0]["member"] == "greedy"
+    assert read["rows"][0]["temperature"] is None
+    assert read["rows"][0]["td_error"] is None
+    assert read["rows"][0]["gain_low"] == ranking.rows[0]["gain_low"]
+    assert read["recommended"] == "greedy"
+    ranking.to_csv(tmp_path / "ranking.csv")
+    with (tmp_path / "ranking.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["member"] for row in rows] == [row["member"] for row in ranking.rows]
+    assert float(rows[0]["value"]) == ranking.rows[0]["value"]
+    assert rows[0]["temperature"] == ""
+    assert rows[0]["doubts"] == "importance"
+    assert float(rows[0]["seen"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ranking.csv", "ranking.json"]
+
+
+def test_what_cannot_be_is_refused(parts, members, fitted):
+    with pytest.raises(ValueError, match=r"clone is 'x', which is none of the members \['p0'"):
+        rank_members(members, *parts, discount=DISCOUNT, clone="x")
+    with pytest.raises(ValueError, match="fitted_q has"):
+        rank_members(members, *parts, discount=0.5, fitted_q=fitted)
+    fewer = dict(list(members.items())[:2])
+    with pytest.raises(ValueError, match="fitted_q has"):
+        rank_members(fewer, *parts, discount=DISCOUNT, fitted_q=fitted)
+    with pytest.raises(ValueError, match="fitted_q has"):
+        rank_members(
+            members, parts[0], parts[1].split(0.5, 0)[0], discount=DISCOUNT, fitted_q=fitted
+        )
+    for name, value in (("confidence", 1.0), ("confidence", 0), ("max_extrapolation", -0.1)):
+        with pytest.raises(ValueError, match=f"{name} is {value}"):
+            rank_members(members, *parts, discount=DISCOUNT, fitted_q=fitted, **{name: value})
+    with pytest.raises(ValueError, match=r"discount is -1"):
+        rank_members(members, *parts, discount=-1)
+    assert (STATES, ACTIONS) == (5, 3)

@@ -1,0 +1,590 @@
+"""Values and scores in the empirical model of a log: against linear solves, loops and the truth."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from scipy import stats
+from small_agents import log as small_log
+from small_mdp import (
+    ACTIONS,
+    DISCOUNT,
+    MDP,
+    STATES,
+    Lookup,
+    actor,
+    counted_value,
+    first_states,
+    greedy_policy,
+    plain_returns,
+    random_mdp,
+    random_policies,
+    uniform,
+)
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+from iql_torchrl import load_dataset
+from iql_torchrl.selection import fitted_q_evaluation
+from iql_torchrl.selection.table import finite_states
+
+WORLD = random_mdp()
+POLICIES = random_policies(4)
+SPACE = {"observation_space": spaces.Discrete(STATES), "action_space": spaces.Discrete(ACTIONS)}
+
+
+def members(policies=POLICIES):
+    return {f"p{number}": actor(policy) for number, policy in enumerate(policies)}
+
+
+def evaluated(who, train, held_out, **options):
+    return fitted_q_evaluation(who, train, held_out, model="table", discount=DISCOUNT, **options)
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return WORLD.log(uniform(), episodes=1000).split(0.6, 0)
+
+
+@pytest.fixture(scope="module")
+def small_parts():
+    """Rare pairs of state and action, and truncated episodes, whose last states may be new."""
+    behaviour = random_policies(1, seed=8)[0] * 0.97 + 0.01
+    return WORLD.log(behaviour, episodes=40, horizon=6, seed=4, **SPACE).split(0.5, 0)
+
+
+def episodes_of(log):
+    """Lists of ``(state, action, reward, following, terminated)``."""
+    rows = log.transitions
+    columns = [rows["observation"], rows["action"], rows["next", "reward"].double()]
+    columns += [rows["next", "observation"], rows["next", "terminated"]]
+    steps = list(zip(*(column.reshape(-1).tolist() for column in columns), strict=True))
+    ends = np.cumsum(log.episode_lengths).tolist()
+    return [steps[b:e] for b, e in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def by_loop(policy, train, held_out, min_count, limit):
+    """Initial values, scores, weights, Q and discounted visits of one policy, by iteration."""
+    count, total, moves = Counter(), Counter(), defaultdict(Counter)
+    for s, a, r, s2, ended in (step for episode in episodes_of(train) for step in episode):
+        count[s, a] += 1
+        total[s, a] += r
+        moves[s, a][None if ended else s2] += 1
+    fresh = Counter(step[:2] for episode in episodes_of(held_out) for step in episode)
+    pairs = [pair for pair in count if count[pair] >= min_count and fresh[pair]]
+    episodes = len(train.episode_lengths)
+    value, q = [0.0] * STATES, {}
+    for _ in range(400):
+        for pair in count:
+            ahead = sum(n * value[s] for s, n in moves[pair].items() if s is not None)
+            q[pair] = (total[pair] + DISCOUNT * ahead) / count[pair]
+        for s in range(STATES):
+            known = [(policy[s, a], q[s, a]) for a in range(ACTIONS) if (s, a) in pairs]
+            value[s] = sum(p * v for p, v in known) + (1 - sum(p for p, _ in known)) * limit
+    here, visits = Counter(), Counter()
+    for episode in episodes_of(train):
+        here[episode[0][0]] += 1 / episodes
+    for _ in range(400):
+        after = Counter()
+        for s, mass in here.items():
+            visits[s] += mass
+            for a in range(ACTIONS):
+                for s2, n in moves[s, a].items() if (s, a) in pairs else ():
+                    if s2 is not None:
+                        after[s2] += DISCOUNT * mass * policy[s, a] * n / count[s, a]
+        here = after
+    number = len(held_out.episode_lengths)
+    weight = {(s, a): visits[s] * policy[s, a] * number / fresh[s, a] for s, a in pairs}
+    initial, scores = [], []
+    for episode in episodes_of(held_out):
+        initial.append(value[episode[0][0]])
+        errors = [
+            weight.get((s, a), 0.0) * (r + DISCOUNT * (not ended) * value[s2] - q.get((s, a), 0.0))
+            for s, a, r, s2, ended in episode
+        ]
+        scores.append(initial[-1] + sum(errors))
+    return np.array(initial), np.array(scores), weight, q, visits
+
+
+@pytest.mark.parametrize("min_count", [1, 2, 6])
+def test_scores_against_a_loop(small_parts, min_count):
+    estimate = evaluated(members(), *small_parts, min_count=min_count)
+    scores = estimate.episodes
+    low, high = scores.return_range
+    assert low < high
+    for number, policy in enumerate(POLICIES):
+        initial, wanted, weight, _, visits = by_loop(policy, *small_parts, min_count, low)
+        np.testing.assert_allclose(scores.initial_values[number], initial, atol=1e-6)
+        np.testing.assert_allclose(scores.scores[number], wanted, atol=1e-5)
+        assert estimate.values[number] == pytest.approx(wanted.mean(), abs=1e-5)
+        surprise = max(weight.values()) * (high - low)
+        assert scores.surprise[number] == pytest.approx(surprise, rel=1e-5)
+        _, wanted, weight, _, _ = by_loop(policy, *small_parts, min_count, high)
+        np.testing.assert_allclose(scores.scores_high[number], wanted, atol=1e-5)
+        left = [1 - sum(policy[s, a] for a in range(ACTIONS) if (s, a) in weight) for s in visits]
+        outside = sum(mass * miss for mass, miss in zip(visits.values(), left, strict=True))
+        assert scores.unsupported[number] == pytest.approx(outside, abs=1e-6)
+        whole = [
+            sum(weight.get(step[:2], 0.0) for step in episode)
+            for episode in episodes_of(small_parts[1])
+        ]
+        effective = sum(whole) ** 2 / sum(w**2 for w in whole)
+        assert scores.effective_episodes[number] == pytest.approx(effective, rel=1e-4)
+    assert np.ptp(scores.unsupported) > 0.001
+
+
+def test_values_are_those_of_the_counted_mdp(parts):
+    train, held_out = parts
+    estimate = evaluated(members(), train, held_out)
+    starts = first_states(held_out)
+    for number, policy in enumerate(POLICIES):
+        value = counted_value(train, policy)[starts]
+        np.testing.assert_allclose(estimate.initial_values[number], value, atol=1e-5)
+    np.testing.assert_allclose(estimate.episodes.unsupported, 0, atol=1e-12)
+    np.testing.assert_allclose(estimate.episodes.scores_high, estimate.episodes.scores, atol=1e-9)
+    assert (estimate.backups, estimate.passes) == (np.inf, np.inf)
+    assert np.isnan([estimate.td_error, estimate.td_error_training]).all()
+
+
+def test_values_approach_the_truth_and_rank_it_right():
+    parts = WORLD.log(uniform(), episodes=2000, seed=3).split(0.5, 0)
+    estimate = evaluated(members(), *parts)
+    exact = np.array([WORLD.start @ WORLD.values(policy) for policy in POLICIES])
+    np.testing.assert_allclose(estimate.values, exact, atol=0.15)
+    assert np.array_equal(np.argsort(estimate.values), np.argsort(exact))
+    low, high = estimate.intervals().T
+    assert ((low < exact) & (exact < high)).all()
+    narrow = np.diff(estimate.intervals(confidence=0.5))
+    assert (narrow[:, 0] < 0.5 * (high - low)).all()
+
+
+def test_intervals_hold_as_often_as_they_say():
+    """Forty logs of forty episodes each, with a member that is unlike the log."""
+    policy = 0.5 * greedy_policy(WORLD) + 0.5 * uniform()
+    exact, missed = WORLD.start @ WORLD.values(policy), 0
+    for seed in range(40):
+        parts = WORLD.log(uniform(), episodes=80, seed=100 + seed, **SPACE).split(0.5, 0)
+        low, high = evaluated({"p": actor(policy)}, *parts).intervals()[0]
+        missed += not low <= exact <= high
+    assert missed <= 5  # at a rate of 0.05 more than 5 have a probability of 0.014
+
+
+def with_rewards(log, change):
+    """``log`` as if the step of ``(state, action, reward)`` had paid ``change`` of them."""
+    rows = log.transitions.clone()
+    reward = rows["next", "reward"]
+    new = change(rows["observation"].numpy(), rows["action"].numpy(), reward.squeeze(-1).numpy())
+    rows["next", "reward"] = torch.as_tensor(new, dtype=reward.dtype)[:, None]
+    return replace(log, transitions=rows)
+
+
+def test_held_out_steps_correct_a_wrong_model_where_visits_are_right():
+    train, held_out = WORLD.log(uniform(), episodes=2400, seed=5).split(0.5, 0)
+    wrong = with_rewards(train, lambda s, a, r: r + 0.5 + 0.5 * (a == 0))
+    estimate = evaluated(members(), wrong, held_out)
+    exact = np.array([WORLD.start @ WORLD.values(policy) for policy in POLICIES])
+    model = estimate.initial_values.mean(1)
+    assert np.abs(model - exact).min() > 1.0
+    np.testing.assert_allclose(estimate.values, exact, atol=0.25)
+
+
+def test_a_right_model_is_kept_where_visits_are_wrong():
+    """The held-out episodes come from another policy: no weight fits, but no step errs."""
+    train = WORLD.log(uniform(), episodes=2500, seed=6)
+    held_out = WORLD.log(0.9 * POLICIES[1] + 0.1 / 3, episodes=1000, seed=7)
+    estimate = evaluated(members(), train, held_out)
+    exact = np.array([WORLD.values(policy)[first_states(held_out)].mean() for policy in POLICIES])
+    np.testing.assert_allclose(estimate.values, exact, atol=0.2)
+
+
+def test_actions_that_the_log_lacks_lead_to_the_least_return():
+    never = uniform()
+    never[1] = [0.5, 0.5, 0.0]
+    with np.errstate(divide="ignore"):
+        train, held_out = WORLD.log(never, episodes=600).split(0.5, 0)
+    estimate = evaluated({"uses it": actor(np.eye(ACTIONS)[[0, 2, 0, 0, 0]])}, train, held_out)
+    scores, starts = estimate.episodes, first_states(held_out)
+    low, high = scores.return_range
+    np.testing.assert_allclose(scores.initial_values[0, starts == 1], low)
+    rows = held_out.transitions["observation"].numpy()
+    begins = np.r_[0, np.cumsum(held_out.episode_lengths)[:-1]]
+    lone = (starts == 1) & ~np.logical_or.reduceat(rows != 1, begins)
+    assert lone.any()  # nothing corrects episodes that never leave the state
+    np.testing.assert_allclose(scores.scores[0, lone], low)
+    np.testing.assert_allclose(scores.scores_high[0, lone], high)
+    assert scores.worst_unsupported[0] == pytest.approx(1.0)
+    assert 0.2 < scores.unsupported[0] < 1
+    assert scores.log_unsupported == 0
+    low, high = estimate.intervals()[0]
+    assert high - low > 1
+
+
+def test_a_state_visited_once_in_a_hundred_episodes_counts_as_worst():
+    """State 1 follows in a given number of 400 episodes; its action 1 was never logged."""
+
+    def log(times):
+        rows = {name: [] for name in ("observation", "action", "reward", "next_observation")}
+        ended = []
+        for episode in range(400):
+            branch = episode < times
+            steps = [(0, episode % 2, episode % 2, 1)] + [(1, 0, 0.0, 0)] * branch
+            for number, step in enumerate(steps):
+                for column, entry in zip(rows.values(), step, strict=True):
+                    column.append(entry)
+                ended.append(number == len(steps) - 1)
+        table = {name: np.array(column) for name, column in rows.items()}
+        table["reward"] = table["reward"].astype(np.float32)
+        table["terminated"] = np.array(ended)
+        table["truncated"] = np.zeros(len(ended), bool)
+        two = spaces.Discrete(2)
+        return load_dataset(table, observation_space=two, action_space=two)
+
+    reckless = actor(np.array([[0.5, 0.5], [0.2, 0.8]]))
+    for times in (0, 1, 4, 40):
+        scores = evaluated({"p": reckless}, log(times), log(4), min_count=1).episodes
+        # the upper 95 % bound of the number of visits, given the discounted number seen
+        most = stats.chi2.ppf(0.95, 2 * (DISCOUNT * times + 1)) / 2
+        assert (most >= 4) == (times >= 1)
+        assert scores.worst_unsupported[0] == pytest.approx(0.8 if times >= 1 else 0.0)
+        assert scores.unsupported[0] == pytest.approx(DISCOUNT * times / 400 * 0.8)
+        assert scores.log_unsupported == 0
+
+
+def test_what_the_log_itself_rarely_does_counts_less():
+    """One state: actions 0, 1 and 2 were taken 15, 4 and 1 times; two times at least are enough."""
+    action = np.array([0] * 15 + [1] * 4 + [2])
+    log = load_dataset(
+        {
+            "observation": np.zeros(20, int),
+            "action": action,
+            "reward": action.astype(np.float32),
+            "next_observation": np.zeros(20, int),
+            "terminated": np.ones(20, bool),
+            "truncated": np.zeros(20, bool),
+        }
+    )
+    half = actor(np.array([[0.5, 0.2, 0.3]]))
+    scores = evaluated({"half": half, "clone": actor(np.array([[0.75, 0.2, 0.05]]))}, log, log)
+    scores = scores.episodes
+    np.testing.assert_allclose(scores.unsupported, [0.3, 0.05], atol=1e-6)
+    assert scores.log_unsupported == pytest.approx(0.05)
+    np.testing.assert_allclose(scores.worst_unsupported, [0.25, 0.0], atol=1e-6)
+    np.testing.assert_allclose(scores.initial_values[:, 0], [0.2 + 0.3 * 0, 0.2], atol=1e-6)
+    np.testing.assert_allclose(scores.scores_high.mean(1), [0.2 + 0.3 * 2, 0.3], atol=1e-6)
+
+
+def test_the_log_has_its_own_returns(parts):
+    scores = evaluated(members(), *parts).episodes
+    np.testing.assert_allclose(scores.log_scores, plain_returns(parts[1]), atol=1e-9)
+    np.testing.assert_array_equal(scores.log_scores, scores.log_scores_high)
+    assert scores.unlogged_ends == 0
+
+
+def test_truncated_returns_are_continued_as_the_log_goes_on():
+    behaviour = 0.5 * greedy_policy(WORLD) + 0.5 * uniform()
+    train, held_out = WORLD.log(behaviour, episodes=3000, horizon=3, seed=9).split(0.5, 0)
+    scores = evaluated({"p": actor(uniform())}, train, held_out).episodes
+    exact = WORLD.start @ WORLD.values(behaviour)
+    error = scores.log_scores.std() / len(held_out.episode_lengths) ** 0.5
+    assert abs(scores.log_scores.mean() - exact) < 3 * error < 0.3
+    assert abs(plain_returns(held_out).mean() - exact) > 8 * error
+    value = counted_value(train, frequencies(train))
+    rows, ends = held_out.transitions, np.cumsum(held_out.episode_lengths) - 1
+    cut = ~rows["next", "terminated"].squeeze(-1).numpy()[ends]
+    last = rows["next", "observation"].numpy()[ends]
+    continued = plain_returns(held_out) + DISCOUNT**held_out.episode_lengths * cut * value[last]
+    assert scores.log_scores.mean() == pytest.approx(continued.mean(), abs=0.15)
+    assert np.abs(scores.log_scores - continued).max() > 0.1  # held-out steps correct the value
+
+
+def test_held_out_steps_correct_what_follows_a_truncation():
+    train, held_out = WORLD.log(uniform(), episodes=3000, horizon=3, seed=10).split(0.5, 0)
+    wrong = with_rewards(train, lambda s, a, r: r + 2.0 * (a == 1))
+    scores = evaluated({"p": actor(uniform())}, wrong, held_out).episodes
+    exact = WORLD.start @ WORLD.values(uniform())
+    assert scores.log_scores.mean() == pytest.approx(exact, abs=0.25)
+    tail = counted_value(wrong, frequencies(wrong)) - counted_value(train, frequencies(train))
+    assert tail.min() > 1  # what the wrong rewards would add to each open end
+
+
+def frequencies(log):
+    rows, count = log.transitions, np.zeros((STATES, ACTIONS))
+    np.add.at(count, (rows["observation"].numpy(), rows["action"].numpy()), 1)
+    return count / count.sum(1, keepdims=True)
+
+
+def cut_log(draw, episodes=40):
+    """One step from state 0: action 0 ends with +1, action 1 is cut in state 1, never described."""
+    action = draw.permutation(np.arange(episodes) % 2)
+    two = spaces.Discrete(2)
+    return load_dataset(
+        {
+            "observation": np.zeros(episodes, int),
+            "action": action,
+            "reward": np.where(action == 0, 1.0, 2.0).astype(np.float32),
+            "next_observation": action,
+            "terminated": action == 0,
+            "truncated": action == 1,
+        },
+        observation_space=two,
+        action_space=two,
+    )
+
+
+def test_a_truncated_end_that_no_state_describes():
+    draw = np.random.default_rng(0)
+    train, held_out = cut_log(draw), cut_log(draw)
+    scores = evaluated({"1": actor(np.array([[0.0, 1.0], [0.5, 0.5]]))}, train, held_out).episodes
+    # A truncated episode of one step that paid 2 goes on like that: 2 / (1 - 0.9) = 20.
+    assert scores.return_range == pytest.approx((1, 20))
+    assert scores.unlogged_ends == pytest.approx(0.5 * DISCOUNT)
+    assert scores.scores[0].mean() == pytest.approx(2 + DISCOUNT * 1)
+    assert scores.scores_high[0].mean() == pytest.approx(2 + DISCOUNT * 20)
+    assert scores.log_scores.mean() == pytest.approx((1 + 2 + DISCOUNT * 1) / 2)
+    assert scores.log_scores_high.mean() == pytest.approx((1 + 2 + DISCOUNT * 20) / 2)
+    assert scores.unsupported[0] == pytest.approx(DISCOUNT)
+
+
+def test_a_truncated_episode_goes_on_and_a_terminated_one_does_not():
+    log = WORLD.log(uniform(), episodes=800, horizon=2)
+    shut = log.transitions.clone()
+    shut["next", "terminated"] = log.transitions["next", "done"].clone()
+    closed = replace(log, transitions=shut)
+    starts = first_states(log)
+    for data in (log, closed):
+        estimate = evaluated(members(), data, data)
+        for number, policy in enumerate(POLICIES):
+            value = counted_value(data, policy)[starts]
+            np.testing.assert_allclose(estimate.initial_values[number], value, atol=1e-5)
+
+
+def test_undiscounted_values():
+    train, held_out = WORLD.log(uniform(), episodes=600).split(0.5, 0)
+    estimate = fitted_q_evaluation(members(), train, held_out, discount=1.0, model="table")
+    for number, policy in enumerate(POLICIES):
+        going = (policy * (1 - WORLD.ending))[:, :, None] * WORLD.transition
+        value = np.linalg.solve(np.eye(STATES) - going.sum(1), (policy * WORLD.reward).sum(1))
+        assert estimate.values[number] == pytest.approx(WORLD.start @ value, abs=1.0)
+    returns = plain_returns(held_out, 1.0)
+    np.testing.assert_allclose(estimate.episodes.log_scores, returns, atol=1e-5)
+
+
+def test_values_do_not_depend_on_the_reward_map(parts):
+    raw = evaluated(members(), *parts)
+    log = WORLD.log(uniform(), episodes=1000, reward=(-250.0, 3.0))
+    mapped = evaluated(members(), *log.split(0.6, 0))
+    for name in ("scores", "initial_values", "log_scores", "surprise"):
+        one, other = getattr(raw.episodes, name), getattr(mapped.episodes, name)
+        np.testing.assert_allclose(other, one, atol=1e-4)
+    assert mapped.episodes.return_range == pytest.approx(raw.episodes.return_range, abs=1e-4)
+
+
+def test_masks_close_actions_also_to_policies_that_do_not_read_them():
+    masks = np.random.default_rng(5).random((STATES, ACTIONS)) < 0.6
+    masks[np.arange(STATES), np.arange(STATES) % ACTIONS] = True
+    behaviour = masks / masks.sum(1, keepdims=True)
+    train, held_out = WORLD.log(behaviour, episodes=1000, masks=masks).split(0.6, 0)
+    estimate = evaluated(members(), train, held_out)
+    for number, policy in enumerate(POLICIES):
+        allowed = policy * masks / (policy * masks).sum(1, keepdims=True)
+        value = counted_value(train, allowed)[first_states(held_out)]
+        np.testing.assert_allclose(estimate.initial_values[number], value, atol=1e-5)
+    np.testing.assert_allclose(estimate.episodes.unsupported, 0, atol=1e-12)
+
+
+def test_a_mask_is_part_of_the_state():
+    """One observation, two masks: what is allowed tells how much can be earned."""
+    rows = np.arange(80)
+    allowed = np.array([[True, True], [True, False]])[rows % 2]
+    action = np.where(allowed[:, 1], rows // 2 % 2, 0)
+    table = {
+        "observation": np.zeros(80, int),
+        "action": action,
+        "reward": np.where(allowed[:, 1], 3.0 + action, 1.0).astype(np.float32),
+        "next_observation": np.zeros(80, int),
+        "terminated": np.ones(80, bool),
+        "truncated": np.zeros(80, bool),
+        "action_mask": allowed,
+        "next_action_mask": np.ones((80, 2), bool),
+    }
+    log = load_dataset(table)
+    who = {"0": actor(np.array([[1.0, 0.0]])), "1": actor(np.array([[1e-6, 1.0]]))}
+    estimate = evaluated(who, log, log)
+    np.testing.assert_allclose(estimate.initial_values[0], [3.0, 1.0] * 40)
+    np.testing.assert_allclose(estimate.initial_values[1], [4.0, 1.0] * 40, atol=1e-4)
+
+
+def test_the_deterministic_policy_is_the_most_probable_action(parts):
+    modes = [np.eye(ACTIONS)[policy.argmax(1)] for policy in POLICIES]
+    one = evaluated(members(), *parts, deterministic=True)
+    other = evaluated(members(modes), *parts)
+    np.testing.assert_array_equal(one.episodes.scores, other.episodes.scores)
+    assert np.abs(one.values - evaluated(members(), *parts).values).min() > 0.01
+
+
+class _Plain(nn.Module):
+    """A discrete policy that writes an action and has no distribution."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.register_buffer("table", torch.as_tensor(table.argmax(1)))
+
+    def forward(self, observation):
+        return self.table[observation]
+
+
+def test_a_policy_without_a_distribution_is_its_action(parts):
+    mode = np.eye(ACTIONS)[POLICIES[0].argmax(1)]
+    plain = TensorDictModule(_Plain(POLICIES[0]), in_keys=["observation"], out_keys=["action"])
+    one, other = (evaluated({"a": policy}, *parts) for policy in (plain, actor(mode)))
+    np.testing.assert_array_equal(one.episodes.scores, other.episodes.scores)
+
+
+def test_members_together_equal_members_alone(parts):
+    together = evaluated(members(), *parts).episodes
+    for number, (name, policy) in enumerate(members().items()):
+        alone = evaluated({name: policy}, *parts).episodes
+        np.testing.assert_array_equal(alone.scores[0], together.scores[number])
+
+
+class _Vectors(Lookup):
+    """The same table, read by one-hot vectors."""
+
+    def forward(self, observation):
+        return self.logits[observation.argmax(-1)]
+
+
+def as_vectors(log):
+    rows = log.transitions
+    one_hot = np.eye(STATES, dtype=np.float32)
+    table = {
+        "observation": one_hot[rows["observation"].numpy()],
+        "action": rows["action"].numpy(),
+        "next_observation": one_hot[rows["next", "observation"].numpy()],
+    }
+    for name in ("reward", "terminated", "truncated"):
+        table[name] = rows["next", name].squeeze(-1).numpy()
+    return load_dataset(table)
+
+
+def test_few_distinct_vectors_are_a_table_too(parts):
+    who = members()
+    for number, policy in enumerate(who.values()):
+        policy.module[0].module = _Vectors(np.log(POLICIES[number]))
+    vectors = [as_vectors(part) for part in parts]
+    one = fitted_q_evaluation(who, *vectors, discount=DISCOUNT)
+    other = fitted_q_evaluation(members(), *parts, discount=DISCOUNT)
+    assert one.backups == np.inf  # chosen without asking
+    for name in ("scores", "initial_values", "log_scores", "surprise", "unsupported"):
+        np.testing.assert_allclose(
+            getattr(one.episodes, name), getattr(other.episodes, name), atol=1e-6
+        )
+
+
+def test_an_action_that_is_not_held_out_is_unsupported():
+    """Nothing could correct it: the fit may have been lucky."""
+    without = uniform()
+    without[1] = [0.5, 0.5, 0.0]
+    train = WORLD.log(uniform(), episodes=300, seed=1)
+    with np.errstate(divide="ignore"):
+        held_out = WORLD.log(without, episodes=300, seed=2)
+    scores = evaluated({"uses it": actor(np.eye(ACTIONS)[[0, 2, 0, 0, 0]])}, train, held_out)
+    scores = scores.episodes
+    first = first_states(held_out) == 1
+    np.testing.assert_allclose(scores.initial_values[0, first], scores.return_range[0])
+    assert scores.unsupported[0] > 0.2
+    assert 0 < scores.log_unsupported < 0.4
+
+
+def test_correcting_episodes_are_those_that_look_like_the_member(parts):
+    one = evaluated({"log": actor(uniform()), "other": actor(POLICIES[0])}, *parts).episodes
+    episodes = len(parts[1].episode_lengths)
+    assert one.effective_episodes[1] < one.effective_episodes[0] < episodes
+
+
+def clock(seed, depends="nothing", episodes=300):
+    """Three steps in one state, of random rewards on which something earlier may have an effect."""
+    draw = np.random.default_rng(seed)
+    rows = 3 * episodes
+    step, episode = np.arange(rows) % 3, np.arange(rows) // 3
+    noise = draw.normal(size=rows)
+    before = np.where(step > 0, np.roll(noise, 1), 0.0)
+    effects = {
+        "nothing": 0.0,
+        "the number of the step": 0.5 * (step - 1),
+        "the step before": 0.5 * before,
+        "the number of the episode": episode / episodes - 0.5,
+    }
+    return load_dataset(
+        {
+            "observation": np.zeros(rows, int),
+            "action": draw.integers(2, size=rows),
+            "reward": (noise + effects[depends]).astype(np.float32),
+            "next_observation": np.zeros(rows, int),
+            "terminated": step == 2,
+            "truncated": np.zeros(rows, bool),
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "depends",
+    ["nothing", "the number of the step", "the step before", "the number of the episode"],
+)
+def test_outcomes_that_depend_on_more_than_the_observation_are_noticed(depends):
+    who = {"p": actor(np.array([[0.5, 0.5]]))}
+    strengths = [
+        evaluated(who, clock(2 * seed, depends), clock(2 * seed + 1, depends)).episodes.history
+        for seed in range(3)
+    ]
+    for history in strengths:
+        assert set(history) == {
+            "the number of the step", "the step before", "the number of the episode"
+        }  # fmt: skip
+        for name, statistic in history.items():
+            if name == depends:
+                assert statistic > 4.5
+            elif depends == "nothing":
+                assert abs(statistic) < 4
+
+
+def test_outcomes_of_a_markov_chain_depend_on_nothing_else():
+    statistics = []
+    for seed in range(10):
+        parts = WORLD.log(uniform(), episodes=300, seed=50 + seed).split(0.5, 0)
+        statistics.append([*evaluated(members(), *parts).episodes.history.values()])
+    assert np.abs(statistics).max() < 4
+    assert np.abs(np.mean(statistics, 0)).max() < 1
+    assert np.std(statistics) == pytest.approx(1, abs=0.4)
+
+
+def test_what_counts_as_few_states(parts):
+    found = finite_states(*parts)
+    assert found.representatives["observation"].tolist() == [0, 1, 2, 3, 4]
+    rows = parts[1].transitions
+    np.testing.assert_array_equal(found.held_out, rows["observation"].numpy())
+    np.testing.assert_array_equal(found.held_out_next, rows["next", "observation"].numpy())
+    continuous = load_dataset(small_log())
+    assert finite_states(continuous, continuous) is None
+    distinct = load_dataset(small_log(rows=400, action=np.arange(400) % 2))
+    assert finite_states(distinct, distinct) is None
+    draw = np.random.default_rng(0)
+    several = draw.integers(50, size=(400, 1)).astype(np.float32)  # 16 rows in each state
+    table = small_log(400, observation=several, action=np.arange(400) % 2)
+    assert len(finite_states(*[load_dataset(table)] * 2).representatives) == 50
+    several = draw.integers(200, size=(400, 1)).astype(np.float32)  # 4 rows
+    table = small_log(400, observation=several, action=np.arange(400) % 2)
+    assert finite_states(*[load_dataset(table)] * 2) is None
+    categories = small_log(400, observation=draw.integers(200, size=400), action=np.arange(400) % 2)
+    assert finite_states(*[load_dataset(categories)] * 2) is not None
+
+
+def test_the_oracle_is_a_different_computation():
+    """The loop above solves a world whose values are known in closed form."""
+    world = MDP(np.ones((1, 1, 1)), np.ones((1, 1)), np.full((1, 1), 0.5), np.ones(1))
+    assert world.values(np.ones((1, 1)))[0] == pytest.approx(1 / (1 - 0.5 * DISCOUNT))

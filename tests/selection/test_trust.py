@@ -1,0 +1,104 @@
+"""Whom a ranking recommends in small problems with exact values: nobody harmful, and the right one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import bench_trust
+from trust_families import FAMILIES
+
+from iql_torchrl.selection import rank_members
+
+TABLES = argparse.Namespace(networks=False)
+EASY = ("plain arms", "plain chain", "random MDP")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def trial(family, seed):
+    return bench_trust.trial(FAMILIES[family](seed), seed, TABLES)
+
+
+def value(problem, name):
+    return problem.value(problem.behaviour if name is None else problem.members[name])
+
+
+@pytest.mark.parametrize(
+    ("family", "seed"),
+    [
+        ("rare state", 0), ("rare state", 1), ("censored", 0), ("winner's curse", 0),
+        ("winner's curse", 1), ("poor clone", 0), ("poor clone", 1), ("tiny log", 0),
+    ],
+)  # fmt: skip
+def test_nobody_worse_than_the_log_is_recommended(family, seed):
+    problem = FAMILIES[family](seed)
+    truth = {name: problem.value(policy) for name, policy in problem.members.items()}
+    log = problem.value(problem.behaviour)
+    assert min(truth.values()) < log - 0.05  # there is somebody to be wrong about
+    outcome = trial(family, seed)
+    assert not outcome["harmful"]
+    assert outcome["covered"]
+
+
+@pytest.mark.parametrize("family", ["winner's curse", "plain arms"])
+def test_the_same_episodes_twice_recommend_nobody(family):
+    """The held-out steps then repeat the luck of the fit and cannot show its error."""
+    problem = FAMILIES[family](0)
+    log = problem.log(0)
+    ranking = rank_members(problem.actors(), log, log, discount=problem.discount)
+    assert ranking.recommended is None
+    assert any("100% of the held-out episodes" in warning for warning in ranking.warnings)
+
+
+def test_a_policy_fitted_to_its_own_log_is_not_flattered():
+    """The best arm of a noisy log, by that log: on other episodes it is nobody's recommendation."""
+    problem = FAMILIES["winner's curse"](0)
+    own, seed = problem.log(0), 0
+    arms = own.transitions["action"].reshape(-1)
+    reward = own.transitions["next", "reward"].reshape(-1)
+    means = [float(reward[arms == arm].mean()) for arm in range(4)]
+    while max(means) == means[0] and (seed := seed + 1) < 9:
+        own = problem.log(seed)
+        arms, reward = (own.transitions[k].reshape(-1) for k in ("action", ("next", "reward")))
+        means = [float(reward[arms == arm].mean()) for arm in range(4)]
+    lucky = means.index(max(means))
+    assert lucky != 0
+    assert max(means) > 2  # its true mean is -1
+    actors = {f"arm {lucky}": problem.actors()[f"arm {lucky}"]}
+    fresh = problem.log(101), problem.log(102)
+    ranking = rank_members(actors, *fresh, discount=problem.discount)
+    assert ranking.recommended is None
+    row = ranking.rows[0]
+    assert (
+        row["gain_low"] < value(problem, f"arm {lucky}") - value(problem, None) < row["gain_high"]
+    )
+
+
+@pytest.mark.parametrize("family", EASY)
+def test_the_right_one_is_recommended_where_it_is_easy(family):
+    outcome = trial(family, 0)
+    assert outcome["right"]
+    assert not outcome["harmful"]
+    assert outcome["covered"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ten_logs_of_every_family(family):
+    outcomes = [trial(family, seed) for seed in range(10)]
+    assert sum(outcome["harmful"] for outcome in outcomes) <= 1
+    if family in EASY:
+        assert FAMILIES[family](0).easy
+        assert sum(outcome["right"] for outcome in outcomes) >= 8
