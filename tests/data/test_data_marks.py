@@ -276,6 +276,29 @@ def test_unrelated_rows_are_not_judged() -> None:
     load_dataset(data)
 
 
+def test_rows_marked_both_ways_terminate_and_are_kept_without_successors() -> None:
+    data, ends = drift(VARYING)
+    data["terminated"][ends.nonzero()[0][[0, 2]]] = True
+    data["truncated"] = ends
+    del data["next_observation"]
+    with pytest.warns(DatasetWarning, match="2 steps were marked both"):
+        dataset = load_dataset(data)
+    # Truncated episodes lose their last row, terminated ones keep it.
+    assert dataset.episode_lengths.tolist() == [40, 24, 33, 27, 44, 30, 19, 35]
+    assert flag(dataset, "terminated") == [39, 40 + 24 + 33 - 1]
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_shifted_marks_of_short_episodes_are_reported(shift: int) -> None:
+    # Every tenth row ends an episode, so the true ends are among the 99 % of unmarked rows.
+    data, ends = drift([8, 9, 10, 11, 12] * 20)
+    del data["next_observation"]
+    data["terminated"] = np.roll(ends, shift)
+    data["terminated"][0], data["terminated"][-1] = False, True
+    with pytest.warns(DatasetWarning, match=r"of the (99|100|101) rows marked terminated"):
+        load_dataset(data)
+
+
 @pytest.mark.parametrize("cut", [0, 3])
 def test_terminations_at_one_fixed_length_are_reported(cut: int) -> None:
     data, ends = drift([30, 30, 30, 30])
@@ -356,7 +379,7 @@ def test_real_terminals_at_misplaced_marks_are_reported() -> None:
     with h5py.File(SHARED / "d4rl_door_human_v0.hdf5") as file:
         data = {k: file[k][:] for k in ("observations", "actions", "rewards")}
         data["terminals"] = file["timeouts"][:]
-    with pytest.warns(DatasetWarning, match="25 of the 25 rows marked terminated"):
+    with pytest.warns(DatasetWarning, match="24 of the 25 rows marked terminated"):
         load_dataset(data, columns={"truncated": None})
 
 

@@ -59,9 +59,11 @@ class Motion:
     def inside(self, marked: NDArray[np.bool_], others: NDArray[np.bool_]) -> int | None:
         """How many of the ``marked`` steps are as well predicted as 99 % of the ``others``.
 
-        Both masks have one entry per step. None where nothing can be said: one of them is empty,
-        or unrelated rows cannot be told from successive ones by their error.
+        Both masks have one entry per step. ``jumps`` are left out of the ``others``: where marks
+        are misplaced, the true ends are among them. None where nothing can be said: one of the
+        masks is empty, or unrelated rows cannot be told from successive ones by their error.
         """
+        others = others & ~self.jumps
         if not marked.any() or not others.any():
             return None
         ordinary = float(np.quantile(self.error[others], 0.99))

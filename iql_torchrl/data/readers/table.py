@@ -121,7 +121,7 @@ def _kept_rows(
             f"reward_offset: dropped {int(drop.sum())} last rows, whose reward is unknown."
         )
     elif table.next_observation is None:
-        cut = last & ends.valid & ~(terminated & ~ends.truncated)
+        cut = last & ends.valid & ~terminated  # A terminated row needs no successor.
         drop = drop | cut
         if cut.any():
             notes.append(
