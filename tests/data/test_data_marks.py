@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def test_masks_and_terminated_must_agree() -> None:
     # Masks of another kind are not ours.
     del data["terminated"]
     data.update(
-        masks=np.ones((18, 4)), terminated=np.arange(18) == 7, truncated=np.arange(18) == 17
+        masks=np.ones((18, 4)), terminated=np.arange(18) == 7, truncated=np.arange(18) % 6 == 5
     )
     assert flag(load_dataset(data), "terminated") == [7]
 
@@ -297,6 +298,98 @@ def test_shifted_marks_of_short_episodes_are_reported(shift: int) -> None:
     data["terminated"][0], data["terminated"][-1] = False, True
     with pytest.warns(DatasetWarning, match=r"of the (99|100|101) rows marked terminated"):
         load_dataset(data)
+
+
+def warned(data: Arrays) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_dataset(data)
+    return [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("marks", ["truncated", "episode"])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda d: np.roll(d["next_observation"], 1, 0), "hold the same row's observation"),
+        (lambda d: d["observation"].copy(), "hold the same row's observation"),
+        (lambda d: np.roll(d["next_observation"], -1, 0), "hold the observation two rows later"),
+        (lambda d: d["next_observation"] * 10, "in another scale"),
+    ],
+)
+def test_next_observations_of_other_rows_are_reported(marks: str, spoil: Any, words: str) -> None:
+    data, ends = drift(VARYING)
+    data["truncated"] = ends
+    if marks == "episode":
+        data["episode"] = np.cumsum(ends) - ends
+        del data["truncated"]
+    assert warned(data) == []
+    data["next_observation"] = spoil(data)
+    (text,) = warned(data)
+    assert words in text
+    assert "rows inside episodes" in text
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_shuffled_transitions_are_reported(marked: bool) -> None:
+    data, ends = drift(VARYING)
+    order = np.random.default_rng(1).permutation(len(ends))
+    data["truncated"] = ends
+    data = {key: values[order] for key, values in data.items()}
+    if not marked:
+        del data["truncated"]
+    assert any("not in the order of time" in text for text in warned(data))
+
+
+@pytest.mark.parametrize("name", ["truncated", "terminated"])
+def test_missing_and_shifted_marks_are_reported_where_successors_are_known(name: str) -> None:
+    data, ends = drift(VARYING)
+    rows = ends.nonzero()[0]  # 39, 64, 97, ...
+    data[name] = ends.copy()
+    assert warned(data) == []
+    data[name][rows[::2]] = False
+    (text,) = warned(data)
+    assert "in 4 rows inside episodes, first at row 39" in text
+    assert "marks of ends are missing" in text
+    for shift, words in ((1, "one row after"), (-1, "one row before")):
+        data[name] = np.roll(ends, shift)
+        data[name][-1] = True
+        data[name][0] = False
+        assert any(words in text or "continues the same" in text for text in warned(data)), shift
+
+
+def test_the_seam_of_a_ring_buffer_is_reported() -> None:
+    data, ends = drift([40, 40])
+    data["truncated"] = ends
+    # 70 rows of capacity, 75 steps recorded: steps 70 ... 74 lie where 0 ... 4 were.
+    order = np.concatenate([np.arange(70, 75), np.arange(5, 70)])
+    data = {key: values[order] for key, values in data.items()}
+    data["truncated"][-1] = True
+    (text,) = warned(data)
+    assert "in 1 rows inside episodes, first at row 4" in text
+    assert "a ring buffer overwrote" in text
+    data["truncated"][4] = True
+    assert warned(data) == []
+
+
+def test_truncated_ends_from_which_the_next_row_continues_are_reported() -> None:
+    data, ends = drift([200])
+    data["truncated"] = (np.arange(200) % 20 == 19) & ~ends
+    data["truncated"][-1] = True
+    (text,) = warned(data)
+    assert "9 of the 9 ends that 'truncated' marks as truncated" in text
+    data["terminated"], data["truncated"] = ends, ends & False
+    assert warned(data) == []
+
+
+def test_rounding_and_constant_observations_are_no_breaks() -> None:
+    data, ends = drift(VARYING)
+    data["truncated"] = ends
+    data["observation"] = data["observation"].astype(np.float16)
+    data["next_observation"] = data["next_observation"].astype(np.float32)
+    assert warned(data) == []
+    data["observation"] = data["next_observation"] = np.ones((len(ends), 1))
+    assert not any("next_observation (" in text for text in warned(data))
 
 
 @pytest.mark.parametrize("cut", [0, 3])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from iql_torchrl.data.readers.columns import TRAJECTORY_ENDS, Table
-from iql_torchrl.data.readers.motion import ROWS, breaks, motion
+from iql_torchrl.data.readers.motion import ROWS, motion
 from iql_torchrl.data.readers.table_ends import MOST, Ends, goes_on
+from iql_torchrl.data.readers.table_successors import successor_warning
 
 __all__ = ["mark_notes", "mark_warnings"]
 
@@ -32,6 +33,8 @@ def mark_warnings(table: Table, ends: Ends, inside: int) -> list[str]:
     texts = [_no_terminations(table), _mostly_terminated(table, ends, inside)]
     if "episode" not in table.columns and ends.valid.all():
         texts += [_misplaced(table), _continued(table, ends), _no_ends(table, ends)]
+    if not any(texts):
+        texts.append(successor_warning(table, ends))
     return [f"{table.name}: {text}" for text in texts if text is not None]
 
 
@@ -90,7 +93,7 @@ def _continued(table: Table, ends: Ends) -> str | None:
     if (path := table.paths.get("terminated")) is None or "not_terminated" in table.columns:
         return None
     rows = ends.terminated & ends.last
-    if not rows[:-1].any() or not (count := goes_on(table, motion(table), rows, ~ends.last)):
+    if not rows[:-1].any() or not (count := goes_on(motion(table), rows, ~ends.last, ends.broken)):
         return None
     total = int(rows[: min(table.rows, ROWS) - 1].sum())
     return (
@@ -107,8 +110,10 @@ def _no_ends(table: Table, ends: Ends) -> str | None:
     """No mark anywhere, although rows do not follow each other."""
     if ends.last[:-1].any() or ends.terminated.any() or "truncated" not in table.columns:
         return None
-    if table.next_observation is not None:
-        count = int(breaks(table).sum())
+    if ends.broken is not None:
+        count = int(ends.broken.sum())
+        if count > len(ends.broken) / 2:
+            return None  # Rows that do not follow each other at all: see ``successor_warning``.
         seen = "whose next_observation is not the following row's observation"
     else:
         moved = motion(table)
