@@ -392,6 +392,56 @@ def test_rounding_and_constant_observations_are_no_breaks() -> None:
     assert not any("next_observation (" in text for text in warned(data))
 
 
+@pytest.mark.parametrize("steps", [30, 70])
+def test_a_wrong_step_limit_is_reported_where_observations_jump(steps: int) -> None:
+    data, ends = drift([50] * 12, seed=3)
+    del data["next_observation"], data["truncated"]
+    data["done"] = ends
+    with pytest.warns(DatasetWarning) as caught:
+        load_dataset(data, max_episode_steps=steps)
+    (text,) = (str(w.message) for w in caught)
+    assert "rows inside episodes, first row 49, the observation jumps" in text
+    assert "max_episode_steps" in text
+    assert "columns={'truncated': 'done'}" in text
+    assert load_dataset(data, max_episode_steps=50).episode_lengths.tolist() == [49] * 12
+    data["done"] = ~ends  # Not a column of ends.
+    with pytest.warns(DatasetWarning) as caught:
+        load_dataset(data, max_episode_steps=steps)
+    assert "'done'" not in str(caught[0].message)
+
+
+def test_missing_marks_are_reported_where_observations_jump() -> None:
+    data, ends = drift([40] * 12)
+    del data["next_observation"]
+    starts = data["observation"][::40].repeat(40, 0)
+    data["observation"] += 3 * np.arange(480)[:, None] % 120 - starts  # Episodes begin at 0.
+    data["truncated"] = ends.copy()
+    assert warned(data) == []
+    data["truncated"][39:240:80] = False
+    (text,) = warned(data)
+    assert "in 3 rows inside episodes, first row 39" in text
+    assert "'truncated' may be shifted or incomplete" in text
+
+
+@shared
+def test_the_unused_marks_of_a_real_file_are_named() -> None:
+    with pytest.warns(DatasetWarning, match=r"columns=\{'truncated': 'episode_terminals'\}"):
+        load_dataset(SHARED / "d3rlpy_pendulum_replay.h5", env="Pendulum-v1", limit=1000)
+
+
+def test_few_kept_rows_and_episodes_of_one_row_are_reported() -> None:
+    data, ends = drift([30] * 4)
+    data["truncated"] = ~ends  # Inverted.
+    bandit = {**data, "terminated": np.ones(120, bool), "truncated": ends & False}
+    del data["next_observation"]
+    assert any("of 120 rows make transitions" in text for text in warned(data))
+    data["terminated"], data["truncated"] = np.arange(120) % 4 > 0, ends
+    data["observation"] = np.random.default_rng(0).standard_normal((120, 3))
+    assert any("of 90 episodes have one row" in text for text in warned(data))
+    assert warned(bandit) == []
+    assert warned({k: v for k, v in bandit.items() if k != "next_observation"}) == []
+
+
 @pytest.mark.parametrize("cut", [0, 3])
 def test_terminations_at_one_fixed_length_are_reported(cut: int) -> None:
     data, ends = drift([30, 30, 30, 30])

@@ -71,7 +71,7 @@ def table_source(name: str, columns: dict[str, Column], options: ReadOptions) ->
     rows, marks, lengths, notes = _kept_rows(table, ends, options.reward_offset)
     inside = int(marks[rows, 0].sum() - marks[rows[np.cumsum(lengths) - 1], 0].sum())
     notes += mark_notes(table, ends, inside)
-    warned = mark_warnings(table, ends, inside)
+    warned = mark_warnings(table, ends, inside, lengths)
     lengths = first_episodes(lengths, options.limit)
     if not lengths.sum():
         raise DatasetError(f"{name}: no transition is left of {table.rows} rows; {' '.join(notes)}")
