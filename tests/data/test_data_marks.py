@@ -432,7 +432,9 @@ def test_the_unused_marks_of_a_real_file_are_named() -> None:
 def test_few_kept_rows_and_episodes_of_one_row_are_reported() -> None:
     data, ends = drift([30] * 4)
     data["truncated"] = ~ends  # Inverted.
-    bandit = {**data, "terminated": np.ones(120, bool), "truncated": ends & False}
+    contexts = np.random.default_rng(0).standard_normal((120, 3))
+    bandit = {**data, "observation": contexts, "next_observation": contexts}
+    bandit.update(terminated=np.ones(120, bool), truncated=ends & False)
     del data["next_observation"]
     assert any("of 120 rows make transitions" in text for text in warned(data))
     data["terminated"], data["truncated"] = np.arange(120) % 4 > 0, ends
@@ -440,6 +442,22 @@ def test_few_kept_rows_and_episodes_of_one_row_are_reported() -> None:
     assert any("of 90 episodes have one row" in text for text in warned(data))
     assert warned(bandit) == []
     assert warned({k: v for k, v in bandit.items() if k != "next_observation"}) == []
+
+
+@pytest.mark.parametrize("successors", [True, False])
+def test_inverted_terminations_are_reported(successors: bool) -> None:
+    data, ends = drift([60] * 12)
+    data["terminated"] = ~ends
+    if not successors:
+        del data["next_observation"]
+    text = warned(data)[0]
+    assert "columns={'not_terminated': 'terminated'}" in text
+    # A bandit's log: each row is an episode, and the next context has nothing to do with it.
+    data["terminated"] = ends | True
+    data["observation"] = np.random.default_rng(0).standard_normal((720, 3))
+    if successors:
+        data["next_observation"] = np.roll(data["observation"], -1, 0)
+    assert warned(data) == []
 
 
 @pytest.mark.parametrize("cut", [0, 3])

@@ -327,6 +327,34 @@ def test_equal_rewards_and_constant_columns_are_noted_without_a_warning() -> Non
     assert "observation never changes in 1 of 3 columns (1)" in notes
 
 
+def test_states_that_occur_as_next_observations_only_are_in_the_guessed_space() -> None:
+    data = table()
+    states = np.tile(np.arange(6), (3, 1))  # Episodes end in state 5.
+    data.update(observation=states[:, :-1].reshape(-1), next_observation=states[:, 1:].reshape(-1))
+    assert load_dataset(data).observation_space == gym.spaces.Discrete(6)
+    for key in ("observation", "next_observation"):
+        data[key] = np.stack([data[key], 0 * data[key]], 1)
+    assert load_dataset(data).observation_space == gym.spaces.MultiDiscrete([6, 1])
+
+
+def test_discrete_actions_stored_as_floats_are_reported() -> None:
+    data = table()
+    numbers = np.arange(15) % 4
+    for actions, remedy in (
+        (numbers.astype(np.float32), "astype(int)"),
+        (numbers[:, None].astype(float), "astype(int)"),
+        (np.eye(4, dtype=np.float32)[numbers], "argmax(axis=1)"),
+        (np.eye(4, dtype=int)[numbers], "argmax(axis=1)"),
+    ):
+        with pytest.warns(DatasetWarning, match="actions") as caught:
+            load_dataset({**data, "action": actions})
+        assert remedy in str(caught[0].message)
+        assert len(caught) == 1
+    for ordinary in (np.array([-1.0, 0, 1])[numbers % 3], numbers / 3, np.zeros(15)):
+        load_dataset({**data, "action": ordinary[:, None]})
+    load_dataset({**data, "action": np.stack([numbers, numbers % 2], 1)})
+
+
 def test_columns_that_nobody_reads_may_hold_anything() -> None:
     data = table()
     data.update(infos=[[1], [1, 2]], names=["a"] * 15, seed=3, episode={"seed": [1, 2]})

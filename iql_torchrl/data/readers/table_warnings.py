@@ -44,6 +44,8 @@ def mark_warnings(table: Table, ends: Ends, inside: int, lengths: NDArray[np.int
     if "episode" not in table.columns and ends.valid.all():
         texts += [_misplaced(table), _continued(table, ends), _no_ends(table, ends)]
     if not any(texts):
+        texts.append(_inverted(table, ends))
+    if not any(texts):
         texts += [successor_warning(table, ends), jump_warning(table, ends)]
     texts.append(_little_kept(ends, lengths, any(texts)))
     return [f"{table.name}: {text}" for text in texts if text is not None]
@@ -95,6 +97,27 @@ def _mostly_terminated(table: Table, ends: Ends, inside: int) -> str | None:
     return (
         f"{path!r} says that {inside} rows terminate inside trajectories that go on, {share:.0%} of "
         f"them: it may mean the opposite. columns={{{other!r}: {path!r}}} reads it so."
+    )
+
+
+def _inverted(table: Table, ends: Ends) -> str | None:
+    """Terminations in more than ``MOST`` of the rows, of which most evidently continue.
+
+    In logs of bandits the following row is no successor, and nothing is said.
+    """
+    path = table.paths.get("terminated")
+    if path is None or table.rows <= MANY or "not_terminated" in table.columns:
+        return None
+    share = float(ends.terminated.mean())
+    if share <= MOST or (ends.broken is not None and 2 * ends.broken.sum() > len(ends.broken)):
+        return None
+    moved = motion(table)
+    if moved is None or float(np.quantile(moved.error, 0.9)) >= moved.unrelated:
+        return None
+    return (
+        f"{path!r} marks {share:.0%} of the rows as terminated, although most rows are followed by "
+        f"their own successor: it may mean the opposite. columns={{'not_terminated': {path!r}}} "
+        "reads it so."
     )
 
 
