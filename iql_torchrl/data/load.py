@@ -106,8 +106,13 @@ def load_dataset(
 
     Warns with ``DatasetWarning``, and keeps the sentence in ``notes``, where marks contradict the
     rows: a termination after which the same trajectory goes on; terminations at one fixed length
-    in every episode; truncation marks inside smooth motion; no mark at all in a table that jumps
-    (``data.motion`` says what is measured).
+    in every episode; truncation marks inside smooth motion; no mark at all in a table that jumps;
+    ends of episodes that do not lie where the rows jump (``readers.motion`` and
+    ``readers.table_jumps`` say what is measured); a ``next_observation`` that is not the following
+    row's observation inside an episode, or is at truncated ends (``readers.table_successors``);
+    terminations in nearly every row of a trajectory. Also where most rows are dropped, most
+    episodes have one row, or actions look like encoded categories. A memory-mapped table that is
+    reused gives its warnings again.
 
     Raises:
         DatasetError: naming the key, rows, episode, what was wanted and what to do.
