@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ from iql_torchrl.data.schema import (
     REWARD,
     BlockChecker,
     DatasetError,
-    DatasetWarning,
     EpisodeIndex,
     Key,
     Layout,
@@ -49,7 +47,10 @@ _NUMPY = {
 
 @dataclass
 class Built:
-    """A checked table with what was measured on the way; rewards are mapped."""
+    """A checked table with what was measured on the way; rewards are mapped.
+
+    ``warnings``: the sentences of ``notes`` that the caller issues as ``DatasetWarning``.
+    """
 
     transitions: TensorDict
     episode_returns: NDArray[np.float64]
@@ -57,6 +58,7 @@ class Built:
     statistics: dict[Key, ObservationStatistics]
     map: RewardMap
     notes: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 class _Memory:
@@ -180,10 +182,12 @@ def build(
         raise DatasetError(f"{source.name}: {error}") from None
     sink.map_rewards(change)
     statistics = {key: acc.result() for key, acc in measured.statistics.items()}
-    notes = [*source.notes, *_remarks(source, checker, measured, statistics)]
+    doubts = _doubts(source, checker)
+    notes = (*source.notes, *doubts, *_remarks(source, measured, statistics))
     return Built(
-        sink.finish(), measured.returns, source.episode_lengths, statistics, change, tuple(notes)
-    )
+        sink.finish(), measured.returns, source.episode_lengths, statistics, change,
+        notes, tuple(doubts),
+    )  # fmt: skip
 
 
 class _Measured:
@@ -294,27 +298,27 @@ def _check_dtypes(source: Source, piece: Piece, layout: Layout) -> None:
             )
 
 
+def _doubts(source: Source, checker: BlockChecker) -> list[str]:
+    """What looks wrong or was repaired: one sentence for each ``DatasetWarning``."""
+    texts = [*source.warnings, *checker.findings(source.ends_known, source.termination)]
+    return [text if text.startswith(source.name) else f"{source.name}: {text}" for text in texts]
+
+
 def _remarks(
-    source: Source,
-    checker: BlockChecker,
-    measured: _Measured,
-    statistics: dict[Key, ObservationStatistics],
+    source: Source, measured: _Measured, statistics: dict[Key, ObservationStatistics]
 ) -> list[str]:
-    """Issues one ``DatasetWarning`` for each finding, and returns them all."""
-    found = [*source.warnings, *checker.findings(source.ends_known, source.termination)]
-    found = [text if text.startswith(source.name) else f"{source.name}: {text}" for text in found]
-    if measured.low == measured.high and checker.index.rows > 1:
-        found.append(
+    """What is unusual but ordinary in many environments: notes only."""
+    texts = []
+    if measured.low == measured.high and measured.index.rows > 1:
+        texts.append(
             f"{source.name}: every reward is {measured.low:g}; only the lengths of episodes can tell "
             "good from bad."
         )
     for key, s in statistics.items():
         if s.constant and s.count > 1:
             columns = ", ".join(map(str, s.constant[:8])) + ("..." if len(s.constant) > 8 else "")
-            found.append(
+            texts.append(
                 f"{source.name}: {'.'.join(key)} never changes in {len(s.constant)} of "
                 f"{s.mean.numel()} columns ({columns}); their std is taken as 1."
             )
-    for text in found:
-        warnings.warn(text, DatasetWarning, stacklevel=5)
-    return found
+    return texts

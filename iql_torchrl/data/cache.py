@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from minari.serialization import deserialize_space, serialize_space
 from tensordict import TensorDict
 
 from iql_torchrl.data.build import TABLE, Built, build, table_bytes
+from iql_torchrl.data.locks import folder_lock
 from iql_torchrl.data.readers.source import Source
 from iql_torchrl.data.scaling import ObservationStatistics, RewardMap
 from iql_torchrl.data.schema import DatasetError
 
-__all__ = ["Description", "build_cached", "describe", "fingerprint", "load_built"]
+__all__ = ["Description", "describe", "fingerprint", "load_or_build"]
 
 
 #: A file up to this size is digested whole; of a larger one BLOCKS blocks of BLOCK bytes are. Many
@@ -90,7 +91,8 @@ def load_built(folder: Path, wanted: Mapping[str, Any]) -> tuple[Built, Descript
     """The table in ``folder`` if it was built from the same files with the same options.
 
     With it comes its description, so that the source need not be opened. None where there is
-    nothing, or something stale of ours. Raises ``DatasetError`` where the
+    nothing, something stale of ours, or a table of which a file has another size than when it was
+    built. Raises ``DatasetError`` where the
     folder holds anything else, which is never overwritten.
     """
     if not folder.exists():
@@ -105,6 +107,8 @@ def load_built(folder: Path, wanted: Mapping[str, Any]) -> tuple[Built, Descript
     try:
         saved = json.loads(record.read_text())
         if not wanted.get("files") or saved["fingerprint"] != wanted:
+            return None
+        if saved["sizes"] != _sizes(folder / TABLE):
             return None
         return _loaded(folder, saved)
     except (ValueError, KeyError, TypeError, OSError, RuntimeError):
@@ -125,7 +129,7 @@ def _loaded(folder: Path, saved: Mapping[str, Any]) -> tuple[Built, Description]
     }
     built = Built(
         TensorDict.load_memmap(folder / TABLE), returns, lengths, statistics,
-        RewardMap(*saved["reward_map"]), tuple(saved["notes"]),
+        RewardMap(*saved["reward_map"]), tuple(saved["notes"]), tuple(saved["warnings"]),
     )  # fmt: skip
     if len(built.transitions) != lengths.sum():
         raise ValueError(f"{folder}: {len(built.transitions)} rows in place of {lengths.sum()}")
@@ -143,7 +147,18 @@ def _described(saved: Mapping[str, Any]) -> Description:
     )
 
 
-def _record(built: Built, source: Source, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def _sizes(table: Path) -> dict[str, int]:
+    """Bytes of each file of a memory-mapped table, by its path inside ``table``."""
+    return {
+        path.relative_to(table).as_posix(): path.stat().st_size
+        for path in sorted(table.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _record(
+    built: Built, source: Source, wanted: Mapping[str, Any], sizes: dict[str, int]
+) -> dict[str, Any]:
     return {
         "fingerprint": wanted,
         "description": {
@@ -155,6 +170,8 @@ def _record(built: Built, source: Source, wanted: Mapping[str, Any]) -> dict[str
         },
         "reward_map": [built.map.scale, built.map.shift],
         "notes": list(built.notes),
+        "warnings": list(built.warnings),
+        "sizes": sizes,
         "statistics": [
             {
                 "key": list(key), "shape": list(s.mean.shape), "count": s.count,
@@ -164,6 +181,24 @@ def _record(built: Built, source: Source, wanted: Mapping[str, Any]) -> dict[str
             for key, s in built.statistics.items()
         ],
     }  # fmt: skip
+
+
+def load_or_build(
+    opened: Callable[[], Source], folder: Path, wanted: Mapping[str, Any], **how: Any
+) -> tuple[Built, Description]:
+    """``load_built``, or else ``build_cached`` of the source that ``opened`` returns.
+
+    Other processes and threads that use the folder wait meanwhile (see ``folder_lock``), so the
+    table that is returned is the one that was asked for.
+    """
+    if folder.exists():
+        with folder_lock(folder, shared=True):
+            if (loaded := load_built(folder, wanted)) is not None:
+                return loaded
+    source = opened()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder_lock(folder):
+        return load_built(folder, wanted) or build_cached(source, folder, wanted, **how)
 
 
 def build_cached(
@@ -195,7 +230,6 @@ def _full(folder: Path, needed: int, reason: str) -> DatasetError:
 def _build_cached(
     source: Source, folder: Path, wanted: Mapping[str, Any], needed: int, **how: Any
 ) -> tuple[Built, Description]:
-    folder.parent.mkdir(parents=True, exist_ok=True)
     if needed > shutil.disk_usage(folder.absolute().parent).free:
         raise _full(folder, needed, "nothing was written")
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -204,7 +238,9 @@ def _build_cached(
         np.savez(
             staging / "episodes.npz", returns=built.episode_returns, lengths=built.episode_lengths
         )
-        (staging / "built.json").write_text(json.dumps(_record(built, source, wanted)))
+        (staging / "built.json").write_text(
+            json.dumps(_record(built, source, wanted, _sizes(staging / TABLE)))
+        )
         _swap(staging, folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -218,6 +254,14 @@ def _swap(new: Path, folder: Path) -> None:
     if folder.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
         os.rename(folder, old / "table")
-    os.rename(new, folder)
+    try:
+        os.rename(new, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise DatasetError(
+            f"memmap={folder}: another process put a table there while this one was built, and the "
+            "file system offers no locks to prevent it. Load it again, or use one folder per process."
+        ) from error
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -12,14 +14,13 @@ from typing import Any, TypeAlias
 import gymnasium as gym
 import minari
 import torch
-from gymnasium.envs.registration import EnvSpec
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
 from iql_torchrl.data.build import build
-from iql_torchrl.data.cache import build_cached, describe, fingerprint, load_built
+from iql_torchrl.data.cache import describe, fingerprint, load_or_build
 from iql_torchrl.data.dataset import OfflineDataset
-from iql_torchrl.data.readers.arrays import flatten, open_hdf5, open_npz
+from iql_torchrl.data.readers.arrays import flatten, hdf5_parts, open_hdf5, open_npz
 from iql_torchrl.data.readers.minari import find_minari, minari_files, minari_source
 from iql_torchrl.data.readers.source import (
     EnvLike,
@@ -33,7 +34,7 @@ from iql_torchrl.data.readers.source import (
 from iql_torchrl.data.readers.table import table_source
 from iql_torchrl.data.readers.tensordict import columns_of_tensordict
 from iql_torchrl.data.scaling import REFERENCE_RETURNS
-from iql_torchrl.data.schema import DatasetError, Key
+from iql_torchrl.data.schema import DatasetError, DatasetWarning, Key
 
 __all__ = ["load_dataset"]
 
@@ -89,7 +90,10 @@ def load_dataset(
         limit: at most this many transitions, the leading whole episodes; only an opening episode
             longer than the limit is cut, and truncated there.
         memmap: a folder for a memory-mapped table, built in bounded memory and reused while the
-            files and options stay the same.
+            files and options stay the same. Every process may use the same folder: one builds, the
+            others wait. The table's tensors are views of the files: what is written into
+            them (``transitions["action"].mul_(2)``) changes the files, and the next call returns it;
+            clone the transitions before changing them.
         dtype: of observations, continuous actions and rewards.
         clip_actions: clip continuous actions to their bounds instead of refusing them.
         max_episode_steps: cuts longer episodes of a table without truncation marks; by default
@@ -102,8 +106,13 @@ def load_dataset(
 
     Warns with ``DatasetWarning``, and keeps the sentence in ``notes``, where marks contradict the
     rows: a termination after which the same trajectory goes on; terminations at one fixed length
-    in every episode; truncation marks inside smooth motion; no mark at all in a table that jumps
-    (``data.motion`` says what is measured).
+    in every episode; truncation marks inside smooth motion; no mark at all in a table that jumps;
+    ends of episodes that do not lie where the rows jump (``readers.motion`` and
+    ``readers.table_jumps`` say what is measured); a ``next_observation`` that is not the following
+    row's observation inside an episode, or is at truncated ends (``readers.table_successors``);
+    terminations in nearly every row of a trajectory. Also where most rows are dropped, most
+    episodes have one row, or actions look like encoded categories. A memory-mapped table that is
+    reused gives its warnings again.
 
     Raises:
         DatasetError: naming the key, rows, episode, what was wanted and what to do.
@@ -139,13 +148,14 @@ def load_dataset(
         settings = {
             **how, "progress": None, "columns": options.columns, "reward_offset": reward_offset,
             "concatenate": concatenate, "limit": limit, "max_episode_steps": max_episode_steps,
-            "observation": observation_space, "action": action_space, "env": _env_identity(env),
+            "observation": _space_identity(observation_space),
+            "action": _space_identity(action_space), "env": _env_identity(env),
             "source": source if isinstance(source, str | Path | list | tuple) else None,
         }  # fmt: skip
         wanted = fingerprint(_files(source, options), settings)
-        built, about = load_built(Path(memmap), wanted) or build_cached(
-            opened(), Path(memmap), wanted, **how
-        )
+        built, about = load_or_build(opened, Path(memmap), wanted, **how)
+    for text in built.warnings:
+        warnings.warn(text, DatasetWarning, stacklevel=2)
     if maker is None and about.env_spec is not None:
         maker = env_maker(about.env_spec)
     if maker is not None and concatenate:
@@ -172,7 +182,10 @@ def _files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
         parts = [_files(item, options) for item in source]
         return tuple(path for part in parts for path in part) if all(parts) else ()
     if isinstance(source, str | Path) and Path(source).suffix.lower() in TABLE_FILES:
-        return (Path(source),) if Path(source).is_file() else ()
+        path = Path(source)
+        if not path.is_file():
+            return ()
+        return (path,) if path.suffix.lower() == ".npz" else (path, *hdf5_parts(path))
     if isinstance(source, str):
         source = find_minari(source, download=options.download)
     return minari_files(source) if isinstance(source, minari.MinariDataset) else ()
@@ -180,15 +193,27 @@ def _files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
 
 def _env_identity(env: EnvLike | None) -> str | None:
     """What of an environment decides how a table is read."""
-    if env is None or isinstance(env, str):
-        return env
-    if isinstance(env, EnvSpec):
-        return repr(env)
-    made = env if isinstance(env, gym.Env) else env()
-    identity = f"{made.spec} {made.observation_space} {made.action_space}"
+    if env is None:
+        return None
+    # An id alone does not say which limit and spaces are registered under it.
+    made = env if isinstance(env, gym.Env) else env_maker(env)()
+    spaces = f"{_space_identity(made.observation_space)} {_space_identity(made.action_space)}"
+    identity = f"{made.spec} {spaces}"
     if made is not env:
         made.close()
     return identity
+
+
+def _space_identity(space: gym.Space[Any] | None) -> str | None:
+    """A space's text, with a digest of its bounds, which the text shortens."""
+    if space is None:
+        return None
+    if isinstance(space, gym.spaces.Box):
+        digest = hashlib.blake2b(space.low.tobytes() + space.high.tobytes(), digest_size=16)
+        return f"{space} {digest.hexdigest()}"
+    if isinstance(space, gym.spaces.Dict):
+        return str({key: _space_identity(inner) for key, inner in space.spaces.items()})
+    return str(space)
 
 
 def _check_options(

@@ -159,7 +159,7 @@ def test_late_rewards_are_shifted_and_ends_move_with_them() -> None:
 
 def test_mask_successors_come_from_the_next_row() -> None:
     data, ends = walk((3, 2))
-    data.update(timeouts=ends, next_observations=data["observations"], actions=np.zeros(5, int))
+    data.update(timeouts=ends, next_observations=data["observations"] + 1, actions=np.zeros(5, int))
     mask = np.ones((5, 4), bool)
     mask[1:, 3] = False
     rows = load_dataset({**data, "action_mask": mask}).transitions

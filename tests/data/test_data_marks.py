@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def test_masks_and_terminated_must_agree() -> None:
     # Masks of another kind are not ours.
     del data["terminated"]
     data.update(
-        masks=np.ones((18, 4)), terminated=np.arange(18) == 7, truncated=np.arange(18) == 17
+        masks=np.ones((18, 4)), terminated=np.arange(18) == 7, truncated=np.arange(18) % 6 == 5
     )
     assert flag(load_dataset(data), "terminated") == [7]
 
@@ -276,6 +277,189 @@ def test_unrelated_rows_are_not_judged() -> None:
     load_dataset(data)
 
 
+def test_rows_marked_both_ways_terminate_and_are_kept_without_successors() -> None:
+    data, ends = drift(VARYING)
+    data["terminated"][ends.nonzero()[0][[0, 2]]] = True
+    data["truncated"] = ends
+    del data["next_observation"]
+    with pytest.warns(DatasetWarning, match="2 steps were marked both"):
+        dataset = load_dataset(data)
+    # Truncated episodes lose their last row, terminated ones keep it.
+    assert dataset.episode_lengths.tolist() == [40, 24, 33, 27, 44, 30, 19, 35]
+    assert flag(dataset, "terminated") == [39, 40 + 24 + 33 - 1]
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_shifted_marks_of_short_episodes_are_reported(shift: int) -> None:
+    # Every tenth row ends an episode, so the true ends are among the 99 % of unmarked rows.
+    data, ends = drift([8, 9, 10, 11, 12] * 20)
+    del data["next_observation"]
+    data["terminated"] = np.roll(ends, shift)
+    data["terminated"][0], data["terminated"][-1] = False, True
+    with pytest.warns(DatasetWarning, match=r"of the (99|100|101) rows marked terminated"):
+        load_dataset(data)
+
+
+def warned(data: Arrays) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_dataset(data)
+    return [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("marks", ["truncated", "episode"])
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda d: np.roll(d["next_observation"], 1, 0), "hold the same row's observation"),
+        (lambda d: d["observation"].copy(), "hold the same row's observation"),
+        (lambda d: np.roll(d["next_observation"], -1, 0), "hold the observation two rows later"),
+        (lambda d: d["next_observation"] * 10, "in another scale"),
+    ],
+)
+def test_next_observations_of_other_rows_are_reported(marks: str, spoil: Any, words: str) -> None:
+    data, ends = drift(VARYING)
+    data["truncated"] = ends
+    if marks == "episode":
+        data["episode"] = np.cumsum(ends) - ends
+        del data["truncated"]
+    assert warned(data) == []
+    data["next_observation"] = spoil(data)
+    (text,) = warned(data)
+    assert words in text
+    assert "rows inside episodes" in text
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_shuffled_transitions_are_reported(marked: bool) -> None:
+    data, ends = drift(VARYING)
+    order = np.random.default_rng(1).permutation(len(ends))
+    data["truncated"] = ends
+    data = {key: values[order] for key, values in data.items()}
+    if not marked:
+        del data["truncated"]
+    assert any("not in the order of time" in text for text in warned(data))
+
+
+@pytest.mark.parametrize("name", ["truncated", "terminated"])
+def test_missing_and_shifted_marks_are_reported_where_successors_are_known(name: str) -> None:
+    data, ends = drift(VARYING)
+    rows = ends.nonzero()[0]  # 39, 64, 97, ...
+    data[name] = ends.copy()
+    assert warned(data) == []
+    data[name][rows[::2]] = False
+    (text,) = warned(data)
+    assert "in 4 rows inside episodes, first at row 39" in text
+    assert "marks of ends are missing" in text
+    for shift, words in ((1, "one row after"), (-1, "one row before")):
+        data[name] = np.roll(ends, shift)
+        data[name][-1] = True
+        data[name][0] = False
+        assert any(words in text or "continues the same" in text for text in warned(data)), shift
+
+
+def test_the_seam_of_a_ring_buffer_is_reported() -> None:
+    data, ends = drift([40, 40])
+    data["truncated"] = ends
+    # 70 rows of capacity, 75 steps recorded: steps 70 ... 74 lie where 0 ... 4 were.
+    order = np.concatenate([np.arange(70, 75), np.arange(5, 70)])
+    data = {key: values[order] for key, values in data.items()}
+    data["truncated"][-1] = True
+    (text,) = warned(data)
+    assert "in 1 rows inside episodes, first at row 4" in text
+    assert "a ring buffer overwrote" in text
+    data["truncated"][4] = True
+    assert warned(data) == []
+
+
+def test_truncated_ends_from_which_the_next_row_continues_are_reported() -> None:
+    data, ends = drift([200])
+    data["truncated"] = (np.arange(200) % 20 == 19) & ~ends
+    data["truncated"][-1] = True
+    (text,) = warned(data)
+    assert "9 of the 9 ends that 'truncated' marks as truncated" in text
+    data["terminated"], data["truncated"] = ends, ends & False
+    assert warned(data) == []
+
+
+def test_rounding_and_constant_observations_are_no_breaks() -> None:
+    data, ends = drift(VARYING)
+    data["truncated"] = ends
+    data["observation"] = data["observation"].astype(np.float16)
+    data["next_observation"] = data["next_observation"].astype(np.float32)
+    assert warned(data) == []
+    data["observation"] = data["next_observation"] = np.ones((len(ends), 1))
+    assert not any("next_observation (" in text for text in warned(data))
+
+
+@pytest.mark.parametrize("steps", [30, 70])
+def test_a_wrong_step_limit_is_reported_where_observations_jump(steps: int) -> None:
+    data, ends = drift([50] * 12, seed=3)
+    del data["next_observation"], data["truncated"]
+    data["done"] = ends
+    with pytest.warns(DatasetWarning) as caught:
+        load_dataset(data, max_episode_steps=steps)
+    (text,) = (str(w.message) for w in caught)
+    assert "rows inside episodes, first row 49, the observation jumps" in text
+    assert "max_episode_steps" in text
+    assert "columns={'truncated': 'done'}" in text
+    assert load_dataset(data, max_episode_steps=50).episode_lengths.tolist() == [49] * 12
+    data["done"] = ~ends  # Not a column of ends.
+    with pytest.warns(DatasetWarning) as caught:
+        load_dataset(data, max_episode_steps=steps)
+    assert "'done'" not in str(caught[0].message)
+
+
+def test_missing_marks_are_reported_where_observations_jump() -> None:
+    data, ends = drift([40] * 12)
+    del data["next_observation"]
+    starts = data["observation"][::40].repeat(40, 0)
+    data["observation"] += 3 * np.arange(480)[:, None] % 120 - starts  # Episodes begin at 0.
+    data["truncated"] = ends.copy()
+    assert warned(data) == []
+    data["truncated"][39:240:80] = False
+    (text,) = warned(data)
+    assert "in 3 rows inside episodes, first row 39" in text
+    assert "'truncated' may be shifted or incomplete" in text
+
+
+@shared
+def test_the_unused_marks_of_a_real_file_are_named() -> None:
+    with pytest.warns(DatasetWarning, match=r"columns=\{'truncated': 'episode_terminals'\}"):
+        load_dataset(SHARED / "d3rlpy_pendulum_replay.h5", env="Pendulum-v1", limit=1000)
+
+
+def test_few_kept_rows_and_episodes_of_one_row_are_reported() -> None:
+    data, ends = drift([30] * 4)
+    data["truncated"] = ~ends  # Inverted.
+    contexts = np.random.default_rng(0).standard_normal((120, 3))
+    bandit = {**data, "observation": contexts, "next_observation": contexts}
+    bandit.update(terminated=np.ones(120, bool), truncated=ends & False)
+    del data["next_observation"]
+    assert any("of 120 rows make transitions" in text for text in warned(data))
+    data["terminated"], data["truncated"] = np.arange(120) % 4 > 0, ends
+    data["observation"] = np.random.default_rng(0).standard_normal((120, 3))
+    assert any("of 90 episodes have one row" in text for text in warned(data))
+    assert warned(bandit) == []
+    assert warned({k: v for k, v in bandit.items() if k != "next_observation"}) == []
+
+
+@pytest.mark.parametrize("successors", [True, False])
+def test_inverted_terminations_are_reported(successors: bool) -> None:
+    data, ends = drift([60] * 12)
+    data["terminated"] = ~ends
+    if not successors:
+        del data["next_observation"]
+    text = warned(data)[0]
+    assert "columns={'not_terminated': 'terminated'}" in text
+    # A bandit's log: each row is an episode, and the next context has nothing to do with it.
+    data["terminated"] = ends | True
+    data["observation"] = np.random.default_rng(0).standard_normal((720, 3))
+    if successors:
+        data["next_observation"] = np.roll(data["observation"], -1, 0)
+    assert warned(data) == []
+
+
 @pytest.mark.parametrize("cut", [0, 3])
 def test_terminations_at_one_fixed_length_are_reported(cut: int) -> None:
     data, ends = drift([30, 30, 30, 30])
@@ -356,7 +540,7 @@ def test_real_terminals_at_misplaced_marks_are_reported() -> None:
     with h5py.File(SHARED / "d4rl_door_human_v0.hdf5") as file:
         data = {k: file[k][:] for k in ("observations", "actions", "rewards")}
         data["terminals"] = file["timeouts"][:]
-    with pytest.warns(DatasetWarning, match="25 of the 25 rows marked terminated"):
+    with pytest.warns(DatasetWarning, match="24 of the 25 rows marked terminated"):
         load_dataset(data, columns={"truncated": None})
 
 

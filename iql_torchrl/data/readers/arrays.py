@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from iql_torchrl.data.schema import DatasetError
 
-__all__ = ["Column", "array_of", "check_numbers", "flatten", "open_hdf5", "open_npz"]
+__all__ = ["Column", "array_of", "check_numbers", "flatten", "hdf5_parts", "open_hdf5", "open_npz"]
 
 
 class Column(Protocol):
@@ -31,6 +31,12 @@ class Column(Protocol):
 
 def open_hdf5(path: Path) -> dict[str, Column]:
     """The file's datasets by path, unread. Raises ``DatasetError`` naming a damaged file."""
+    for part in hdf5_parts(path):
+        if not part.is_file():
+            raise DatasetError(
+                f"{path}: takes part of its data from the file {part}, which does not exist; HDF5 "
+                "would read fill values in its place. Put the file there."
+            )
     try:
         file = h5py.File(path, "r")
         columns: dict[str, Column] = {}
@@ -45,6 +51,30 @@ def open_hdf5(path: Path) -> dict[str, Column]:
             f"{path}: not a whole HDF5 file ({_one_line(error)}); fetch it again."
         ) from error
     return columns
+
+
+def hdf5_parts(path: Path) -> tuple[Path, ...]:
+    """Other files from which the file's virtual and external datasets take their data.
+
+    Names with a pattern (``%b``) are left out. Empty for a damaged file.
+    """
+    names: set[str] = set()
+
+    def visit(_: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset):
+            if item.is_virtual:
+                names.update(source.file_name for source in item.virtual_sources())
+            names.update(name for name, _, _ in item.external or ())
+
+    try:
+        with h5py.File(path, "r") as file:
+            file.visititems(visit)
+    except (OSError, RuntimeError, KeyError):
+        return ()
+    others = sorted(name for name in names if name != "." and "%" not in name)
+    # HDF5 looks beside the file first, then in the current folder.
+    beside = [(path.parent / name, Path(name)) for name in others]
+    return tuple(here if not name.is_file() or here.is_file() else name for here, name in beside)
 
 
 def open_npz(path: Path) -> dict[str, Column]:

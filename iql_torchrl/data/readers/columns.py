@@ -46,7 +46,7 @@ class Table:
     """The columns under our names; observations by leaf key.
 
     ``columns`` has ``trajectory_end`` besides the keys of ``NAMES``: see ``TRAJECTORY_ENDS``.
-    ``paths``: what the file calls them.
+    ``paths``: what the file calls them. ``unused``: the file's other columns, by its names.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Table:
     columns: dict[str, Column]
     truncation_ignored: bool
     paths: dict[str, str]
+    unused: dict[str, Column]
 
     def terminated(self) -> NDArray[np.bool_]:
         """Rows after which nothing has value, ``(rows,)``: none where no column says so."""
@@ -147,7 +148,8 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
             )
     ignored = options.columns.get("truncated", "") is None
     paths = {key: path for key, path in found.items() if path is not None}
-    return Table(name, rows, observation, following or None, named, ignored, paths)
+    unused = {path: column for path, column in columns.items() if path not in paths.values()}
+    return Table(name, rows, observation, following or None, named, ignored, paths, unused)
 
 
 def _single(column: Column) -> bool:

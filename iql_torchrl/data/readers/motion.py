@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,8 @@ from iql_torchrl.data.readers.columns import Table
 __all__ = ["ROWS", "Motion", "breaks", "motion"]
 
 CHUNK = 65_536
+#: Numbers of one column that ``breaks`` compares at once.
+VALUES = 2**22
 #: Rows and columns that ``motion`` reads at most: the leading ones.
 ROWS, COLUMNS = 32_768, 128
 #: Fewest steps from which ``motion`` judges.
@@ -19,26 +22,38 @@ STEPS = 20
 _ROUNDS = 4
 
 
-def breaks(table: Table, steps: int | None = None) -> NDArray[np.bool_]:
-    """Where ``next_observation`` is not the following row's observation, ``(rows - 1,)``.
+def breaks(table: Table, steps: int | None = None, ahead: int = 1) -> NDArray[np.bool_]:
+    """Where ``next_observation`` is not the observation ``ahead`` rows later, ``(steps,)``.
 
-    The norm of the difference is above 1e-6. The table must have ``next_observation``. ``steps``:
-    of that many leading rows only.
+    The norm of the difference is above 1e-6; entries that differ by no more than 4 units of
+    rounding, of the coarser of the two columns' types, count as equal. The table must have
+    ``next_observation``. ``steps``: of that many leading rows only; default ``rows - ahead``.
     """
     assert table.next_observation is not None
-    steps = table.rows - 1 if steps is None else steps
-    broken = np.zeros(steps, np.bool_)
-    for start in range(0, steps, CHUNK):
-        stop = min(start + CHUNK, steps)
+    steps = table.rows - ahead if steps is None else min(steps, table.rows - ahead)
+    pairs = [(column, table.next_observation[key]) for key, column in table.observation.items()]
+    width = max(int(np.prod(column.shape[1:])) for column, _ in pairs)
+    chunk = max(1, min(CHUNK, VALUES // max(width, 1)))
+    broken = np.zeros(max(steps, 0), np.bool_)
+    for start in range(0, steps, chunk):
+        stop = min(start + chunk, steps)
         gap = np.zeros(stop - start)
-        for key, column in table.observation.items():
-            ahead = np.asarray(column[start + 1 : stop + 1], np.float64)
-            after = np.asarray(table.next_observation[key][start:stop], np.float64)
+        for column, following in pairs:
+            later = np.asarray(column[start + ahead : stop + ahead])
+            after = np.asarray(following[start:stop])
+            rounding = 4 * max(_rounding(later.dtype), _rounding(after.dtype))
+            later, after = later.astype(np.float64), after.astype(np.float64)
             with np.errstate(invalid="ignore"):  # The validator names infinite numbers.
-                gap += np.square(ahead - after).reshape(stop - start, -1).sum(1)
-        # Not-a-number is the validator's to name, not a border.
+                apart = np.abs(later - after)
+                apart[apart <= rounding * np.abs(later)] = 0
+                gap += np.square(apart).reshape(stop - start, -1).sum(1)
+        # The validator reports NaN; here it is no break.
         broken[start:stop] = np.sqrt(np.nan_to_num(gap)) > 1e-6
     return broken
+
+
+def _rounding(kind: np.dtype[Any]) -> float:
+    return float(np.finfo(kind).eps) if kind.kind == "f" else 0.0
 
 
 @dataclass(frozen=True)
@@ -59,9 +74,11 @@ class Motion:
     def inside(self, marked: NDArray[np.bool_], others: NDArray[np.bool_]) -> int | None:
         """How many of the ``marked`` steps are as well predicted as 99 % of the ``others``.
 
-        Both masks have one entry per step. None where nothing can be said: one of them is empty,
-        or unrelated rows cannot be told from successive ones by their error.
+        Both masks have one entry per step. ``jumps`` are left out of the ``others``: where marks
+        are misplaced, the true ends are among them. None where nothing can be said: one of the
+        masks is empty, or unrelated rows cannot be told from successive ones by their error.
         """
+        others = others & ~self.jumps
         if not marked.any() or not others.any():
             return None
         ordinary = float(np.quantile(self.error[others], 0.99))

@@ -40,7 +40,7 @@ def table_source(name: str, columns: dict[str, Column], options: ReadOptions) ->
     Trajectories, which are the episodes of every statistic, end at rows marked terminated or
     truncated and where ``episode`` changes; with neither truncation marks nor episodes, also where
     ``next_observation`` is not the following row's observation (norm of the difference above
-    1e-6), and after ``max_episode_steps``.
+    1e-6 and above rounding), and after ``max_episode_steps``.
 
     OGBench's conventions (``ogbench.load_dataset``, version 1.2.2): a column ``masks``
     (``not_terminated``) is 0 where a row terminates and 1 elsewhere. Beside it, and beside
@@ -64,20 +64,20 @@ def table_source(name: str, columns: dict[str, Column], options: ReadOptions) ->
     ``warnings`` says which marks look wrong (see ``table_warnings``).
     """
     table = read_table(name, columns, options)
+    observation_space = options.observation_space or guess_observation_space(table)
+    action_space, remarks, guessed = guess_action_space(table, options)
+    check_shapes(table, observation_space, action_space)
     ends = table_ends(table, options)
     rows, marks, lengths, notes = _kept_rows(table, ends, options.reward_offset)
     inside = int(marks[rows, 0].sum() - marks[rows[np.cumsum(lengths) - 1], 0].sum())
     notes += mark_notes(table, ends, inside)
-    warned = mark_warnings(table, ends, inside)
+    warned = mark_warnings(table, ends, inside, lengths)
     lengths = first_episodes(lengths, options.limit)
     if not lengths.sum():
         raise DatasetError(f"{name}: no transition is left of {table.rows} rows; {' '.join(notes)}")
     if lengths.sum() < len(rows):
         notes.append(f"limit: kept {lengths.sum()} of {len(rows)} transitions.")
         rows = rows[: lengths.sum()]
-    observation_space = options.observation_space or guess_observation_space(table)
-    action_space, remarks, guessed = guess_action_space(table, options)
-    check_shapes(table, observation_space, action_space)
 
     def pieces() -> Iterator[Piece]:
         for start in range(0, len(rows), CHUNK):
@@ -121,7 +121,7 @@ def _kept_rows(
             f"reward_offset: dropped {int(drop.sum())} last rows, whose reward is unknown."
         )
     elif table.next_observation is None:
-        cut = last & ends.valid & ~(terminated & ~ends.truncated)
+        cut = last & ends.valid & ~terminated  # A terminated row needs no successor.
         drop = drop | cut
         if cut.any():
             notes.append(

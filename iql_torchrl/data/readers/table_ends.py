@@ -28,18 +28,22 @@ class Ends:
         truncated: the row is its trajectory's last one for another reason.
         last: the last row of each trajectory, counting rows that are no transitions.
         valid: False at rows that are no transitions and only hold the last next observation.
+        broken: the row's ``next_observation`` is not the following row's observation, ``(rows -
+            1,)``; None without ``next_observation``.
     """
 
     terminated: Flags
     truncated: Flags
     last: Flags
     valid: Flags
+    broken: Flags | None
 
 
 def table_ends(table: Table, options: ReadOptions) -> Ends:
     """Reads the marks; see ``table_source`` for the rules."""
     terminated, truncated = table.terminated(), table.flags("truncated")
     end, valid = table.flags("trajectory_end"), table.flags("valid")
+    broken = None if table.next_observation is None else breaks(table)
     # A termination ends its trajectory, unless another column says where trajectories end.
     may_go_on = "not_terminated" in table.columns
     marked = np.zeros(table.rows, np.bool_)
@@ -48,9 +52,9 @@ def table_ends(table: Table, options: ReadOptions) -> Ends:
             marked |= flags
     only_terminations = end is None or np.array_equal(end, terminated)
     if may_go_on and only_terminations and valid is None:
-        may_go_on = table.next_observation is not None and end is None
-        if may_go_on:
-            marked[:-1] |= terminated[:-1] & breaks(table)
+        may_go_on = broken is not None and end is None
+        if may_go_on and broken is not None:
+            marked[:-1] |= terminated[:-1] & broken
     last = marked if may_go_on else marked | terminated
     if valid is not None:
         next_valid = np.concatenate([valid[1:], [True]])
@@ -58,9 +62,9 @@ def table_ends(table: Table, options: ReadOptions) -> Ends:
     last[-1] = True
     unmarked = truncated is None and valid is None and only_terminations
     if "episode" in table.columns:
-        last = _numbered(table, terminated, last, valid)
-    elif unmarked and table.next_observation is not None:
-        last[:-1] |= breaks(table)
+        last = _numbered(table, terminated, last, valid, broken)
+    elif unmarked and broken is not None:
+        last[:-1] |= broken
     elif unmarked and end is None:
         _check_known(table, options)
     if unmarked and options.max_episode_steps:
@@ -70,10 +74,12 @@ def table_ends(table: Table, options: ReadOptions) -> Ends:
     elif "not_terminated" in table.columns:
         truncated = truncated & ~terminated
     kept = np.ones(table.rows, np.bool_) if valid is None else valid
-    return Ends(terminated, truncated, last, kept)
+    return Ends(terminated, truncated, last, kept, broken)
 
 
-def _numbered(table: Table, terminated: Flags, last: Flags, valid: Flags | None) -> Flags:
+def _numbered(
+    table: Table, terminated: Flags, last: Flags, valid: Flags | None, broken: Flags | None
+) -> Flags:
     """Ends of trajectories where the column ``episode`` numbers them."""
     ids = np.asarray(table.columns["episode"][:]).reshape(-1)
     if ids.dtype.kind == "f" and (bad := np.flatnonzero(~np.isfinite(ids))).size:
@@ -86,7 +92,7 @@ def _numbered(table: Table, terminated: Flags, last: Flags, valid: Flags | None)
     if valid is not None:
         wrong &= valid
     goals = wrong & terminated
-    if goals.any() and np.array_equal(goals, wrong) and _successive(table, goals, changes):
+    if goals.any() and np.array_equal(goals, wrong) and _successive(table, goals, changes, broken):
         wrong = wrong & ~goals
         last = last & ~goals
     if wrong.any():
@@ -99,28 +105,28 @@ def _numbered(table: Table, terminated: Flags, last: Flags, valid: Flags | None)
     return last | changes
 
 
-def _successive(table: Table, rows: Flags, last: Flags) -> bool:
+def _successive(table: Table, rows: Flags, last: Flags, broken: Flags | None) -> bool:
     """Whether each of the rows is evidently followed by its own successor."""
-    if table.next_observation is not None:
-        return not (breaks(table) & rows[:-1]).any()
-    return bool(goes_on(table, motion(table), rows, ~rows & ~last))
+    if broken is not None:
+        return not (broken & rows[:-1]).any()
+    return bool(goes_on(motion(table), rows, ~rows & ~last, None))
 
 
-def goes_on(table: Table, moved: Motion | None, rows: Flags, ordinary: Flags) -> int:
+def goes_on(moved: Motion | None, rows: Flags, ordinary: Flags, broken: Flags | None) -> int:
     """How many of the marked rows are evidently followed by their own trajectory's next row.
 
     That is: the step to the next row is as well predicted as 99 % of the steps from ``ordinary``
     rows (``Motion.inside``), and where ``next_observation`` is known it equals the next row's
-    observation. 0 unless this holds for ``MOST`` of the marked rows among ``moved``'s. Tables whose
-    next observations are the observations shifted by one row, across the ends of episodes too,
-    pass the second test but not the first.
+    observation (``broken``, see ``Ends``). 0 unless this holds for ``MOST`` of the marked rows
+    among ``moved``'s. Tables whose next observations are the observations shifted by one row,
+    across the ends of episodes too, pass the second test but not the first.
     """
     if moved is None:
         return 0
     marked = rows[: len(moved.error)].copy()
     total = int(marked.sum())
-    if table.next_observation is not None:
-        marked &= ~breaks(table, len(marked))
+    if broken is not None:
+        marked &= ~broken[: len(marked)]
     smooth = moved.inside(marked, ordinary[: len(marked)])
     return smooth if smooth is not None and smooth >= MOST * total else 0
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import Column
 from iql_torchrl.data.readers.columns import Table
@@ -17,10 +18,17 @@ __all__ = ["check_shapes", "guess_action_space", "guess_observation_space"]
 
 CHUNK = 65_536
 MOST_CATEGORIES = 2**31
+#: Whole float actions up to this number may be categories.
+MOST_FLOAT_CATEGORIES = 1000
 
 
 def guess_observation_space(table: Table) -> gym.Space[Any]:
-    spaces = {key: _space_of(table, key, column) for key, column in table.observation.items()}
+    """A space per leaf; categories count those of ``next_observation`` too."""
+    following = table.next_observation or {}
+    spaces = {
+        key: _space_of(table, key, column, following.get(key))
+        for key, column in table.observation.items()
+    }
     if ("observation",) in spaces:
         return spaces[("observation",)]
     return _nested(spaces)
@@ -34,13 +42,23 @@ def _nested(spaces: dict[Key, gym.Space[Any]]) -> gym.Space[Any]:
     return gym.spaces.Dict(children)
 
 
-def _space_of(table: Table, key: Key, column: Column) -> gym.Space[Any]:
+def _space_of(table: Table, key: Key, column: Column, following: Column | None) -> gym.Space[Any]:
     kind, shape = np.dtype(column.dtype), tuple(column.shape[1:])
     if kind.kind == "f":
         return gym.spaces.Box(-np.inf, np.inf, shape, kind.type)
     if kind == np.uint8 and len(shape) >= 2:
         return gym.spaces.Box(0, 255, shape, np.uint8)
-    return _categorical(table, "/".join(key), column)
+    space = _categorical(table, "/".join(key), column)
+    # A state in which episodes end occurs as a next observation only.
+    known = following is not None and np.dtype(following.dtype).kind in "iu"
+    if not known or following is None or column.shape[1:] != following.shape[1:]:
+        return space
+    later = _categorical(table, "next/" + "/".join(key), following)
+    if isinstance(space, gym.spaces.Discrete) and isinstance(later, gym.spaces.Discrete):
+        return gym.spaces.Discrete(max(int(space.n), int(later.n)))
+    if isinstance(space, gym.spaces.MultiDiscrete) and isinstance(later, gym.spaces.MultiDiscrete):
+        return gym.spaces.MultiDiscrete(np.maximum(space.nvec, later.nvec))
+    return space
 
 
 def _categorical(table: Table, key: str, column: Column) -> gym.Space[Any]:
@@ -77,12 +95,24 @@ def guess_action_space(
         if (mask := table.columns.get("action_mask")) is not None and mask.shape[1:]:
             return gym.spaces.Discrete(int(mask.shape[1])), (), ()
         space = _categorical(table, "action", column)
-        return space, (f"action space taken from the largest logged action: {space}.",), ()
+        note = f"action space taken from the largest logged action: {space}."
+        doubt = None
+        if isinstance(space, gym.spaces.MultiDiscrete):
+            top = np.asarray(space.nvec) - 1
+            doubt = _encoded_categories(table, column, np.zeros_like(top), top)
+        return space, (note,), () if doubt is None else (doubt,)
     shape = tuple(column.shape[1:])
     low, high = np.full(shape, np.inf), np.full(shape, -np.inf)
     for start in range(0, table.rows, CHUNK):
         part = np.asarray(column[start : start + CHUNK])
         low, high = np.fmin(low, part.min(0)), np.fmax(high, part.max(0))
+    if (doubt := _encoded_categories(table, column, low, high)) is not None:
+        low, high = np.nan_to_num(low).astype(kind), np.nan_to_num(high).astype(kind)
+        return (
+            gym.spaces.Box(np.minimum(low, -1), np.maximum(high, 1), shape, kind.type),
+            (),
+            (doubt,),
+        )
     if low.size and low.min() >= -1 and high.max() <= 1:
         note = "action bounds taken as [-1, 1]; pass env= if they are others."
         return gym.spaces.Box(-1, 1, shape, kind.type), (note,), ()
@@ -92,6 +122,38 @@ def guess_action_space(
     )
     low, high = np.nan_to_num(low).astype(kind), np.nan_to_num(high).astype(kind)
     return gym.spaces.Box(low, high, shape, kind.type), (), (warning,)
+
+
+def _encoded_categories(
+    table: Table, column: Column, low: NDArray[Any], high: NDArray[Any]
+) -> str | None:
+    """What to pass where actions look like categories: whole float numbers, or one-hot rows.
+
+    ``low`` and ``high``: least and largest value of each column of ``column``.
+    """
+    single, width = low.size == 1, int(low.size)
+    if not (np.isfinite(low).all() and np.isfinite(high).all()) or low.min() < 0:
+        return None
+    if single and not 1 <= high.max() < MOST_FLOAT_CATEGORIES:
+        return None
+    if not single and (high.max() != 1 or table.rows < 2):
+        return None
+    for start in range(0, table.rows, CHUNK):
+        part = np.asarray(column[start : start + CHUNK]).reshape(-1, width)
+        if (part != np.round(part)).any() or (not single and (part.sum(axis=1) != 1).any()):
+            return None
+    path = table.paths["action"]
+    if single:
+        return (
+            f"{table.name}: all actions ({path!r}) are whole numbers from {int(low.min())} to "
+            f"{int(high.max())} stored as floats, and were read as continuous. If they are discrete, "
+            "convert them to integers of shape (N,): astype(int)."
+        )
+    return (
+        f"{table.name}: each row of the actions ({path!r}) holds a single 1 and otherwise 0 in {width} "
+        "columns, and was read as it stands. If these are discrete actions, pass their "
+        "numbers: argmax(axis=1), integers of shape (N,)."
+    )
 
 
 def check_shapes(

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from iql_torchrl.data.readers.columns import TRAJECTORY_ENDS, Table
-from iql_torchrl.data.readers.motion import ROWS, breaks, motion
+from iql_torchrl.data.readers.motion import ROWS, motion
 from iql_torchrl.data.readers.table_ends import MOST, Ends, goes_on
+from iql_torchrl.data.readers.table_jumps import jump_warning, unused_marks
+from iql_torchrl.data.readers.table_successors import successor_warning
 
 __all__ = ["mark_notes", "mark_warnings"]
+
+#: Most rows, or episodes, of which nothing is said about how many remain or how short they are.
+MANY = 20
 
 
 def mark_notes(table: Table, ends: Ends, inside: int) -> list[str]:
@@ -27,12 +35,39 @@ def mark_notes(table: Table, ends: Ends, inside: int) -> list[str]:
     return notes
 
 
-def mark_warnings(table: Table, ends: Ends, inside: int) -> list[str]:
-    """Marks that the rows themselves contradict, one sentence each."""
+def mark_warnings(table: Table, ends: Ends, inside: int, lengths: NDArray[np.int64]) -> list[str]:
+    """Marks that the rows themselves contradict, one sentence each.
+
+    ``lengths``: rows kept of each episode.
+    """
     texts = [_no_terminations(table), _mostly_terminated(table, ends, inside)]
     if "episode" not in table.columns and ends.valid.all():
         texts += [_misplaced(table), _continued(table, ends), _no_ends(table, ends)]
+    if not any(texts):
+        texts.append(_inverted(table, ends))
+    if not any(texts):
+        texts += [successor_warning(table, ends), jump_warning(table, ends)]
+    texts.append(_little_kept(ends, lengths, any(texts)))
     return [f"{table.name}: {text}" for text in texts if text is not None]
+
+
+def _little_kept(ends: Ends, lengths: NDArray[np.int64], explained: bool) -> str | None:
+    """Most rows dropped, or most episodes of one row, unless each row is a terminated episode.
+
+    ``explained``: another warning tells already why episodes have one row.
+    """
+    remedy = (
+        "check which column marks the ends of episodes and whether it is 1 where an episode ends "
+        "(columns={...} names it)"
+    )
+    rows, kept = int(ends.valid.sum()), int(lengths.sum())
+    if rows > MANY and 2 * kept < rows:
+        return f"only {kept} of {rows} rows make transitions, see the notes: {remedy}."
+    single = int((lengths == 1).sum())
+    bandit = bool(ends.terminated[ends.valid].all())
+    if explained or bandit or len(lengths) <= MANY or 2 * single <= len(lengths):
+        return None
+    return f"{single} of {len(lengths)} episodes have one row: {remedy}."
 
 
 def _looked_at(table: Table) -> str:
@@ -65,6 +100,27 @@ def _mostly_terminated(table: Table, ends: Ends, inside: int) -> str | None:
     )
 
 
+def _inverted(table: Table, ends: Ends) -> str | None:
+    """Terminations in more than ``MOST`` of the rows, of which most evidently continue.
+
+    In logs of bandits the following row is no successor, and nothing is said.
+    """
+    path = table.paths.get("terminated")
+    if path is None or table.rows <= MANY or "not_terminated" in table.columns:
+        return None
+    share = float(ends.terminated.mean())
+    if share <= MOST or (ends.broken is not None and 2 * ends.broken.sum() > len(ends.broken)):
+        return None
+    moved = motion(table)
+    if moved is None or float(np.quantile(moved.error, 0.9)) >= moved.unrelated:
+        return None
+    return (
+        f"{path!r} marks {share:.0%} of the rows as terminated, although most rows are followed by "
+        f"their own successor: it may mean the opposite. columns={{'not_terminated': {path!r}}} "
+        "reads it so."
+    )
+
+
 def _misplaced(table: Table) -> str | None:
     """Truncation marks inside smooth motion, where the following row is the successor."""
     truncated = table.flags("truncated")
@@ -90,7 +146,7 @@ def _continued(table: Table, ends: Ends) -> str | None:
     if (path := table.paths.get("terminated")) is None or "not_terminated" in table.columns:
         return None
     rows = ends.terminated & ends.last
-    if not rows[:-1].any() or not (count := goes_on(table, motion(table), rows, ~ends.last)):
+    if not rows[:-1].any() or not (count := goes_on(motion(table), rows, ~ends.last, ends.broken)):
         return None
     total = int(rows[: min(table.rows, ROWS) - 1].sum())
     return (
@@ -105,10 +161,14 @@ def _continued(table: Table, ends: Ends) -> str | None:
 
 def _no_ends(table: Table, ends: Ends) -> str | None:
     """No mark anywhere, although rows do not follow each other."""
-    if ends.last[:-1].any() or ends.terminated.any() or "truncated" not in table.columns:
+    if ends.last[:-1].any() or ends.terminated.any():
         return None
-    if table.next_observation is not None:
-        count = int(breaks(table).sum())
+    if "truncated" not in table.columns and not table.truncation_ignored:
+        return None
+    if ends.broken is not None:
+        count = int(ends.broken.sum())
+        if count > len(ends.broken) / 2:
+            return None  # Rows that do not follow each other at all: see ``successor_warning``.
         seen = "whose next_observation is not the following row's observation"
     else:
         moved = motion(table)
@@ -116,11 +176,12 @@ def _no_ends(table: Table, ends: Ends) -> str | None:
         seen = "from which the observation jumps to the following row's" + _looked_at(table)
     if not count:
         return None
-    path, names = table.paths["truncated"], ", ".join(map(repr, TRAJECTORY_ENDS))
+    path, names = table.paths.get("truncated"), ", ".join(map(repr, TRAJECTORY_ENDS))
+    zero = "" if path is None else f" ({path!r} is 0 throughout)"
     return (
-        f"no row is marked terminated or truncated ({path!r} is 0 throughout), but there are "
+        f"no row is marked terminated or truncated{zero}, but there are "
         f"{count} rows {seen}: the whole table was read as one episode. Pass columns={{'truncated': "
         "None} with max_episode_steps=, or name the column that marks ends of trajectories "
         f"(such as {names}) with columns={{'truncated': ...}} or numbers them with "
-        "columns={'episode': ...}."
+        f"columns={{'episode': ...}}.{unused_marks(table)}"
     )
