@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from iql_torchrl.ranking import Ranking
 
 from iql_torchrl.report.figures import save
+from iql_torchrl.selection import Ranking
 
 Rows = dict[str, dict[str, Any]]
 Level = tuple[str, float] | None
