@@ -40,7 +40,7 @@ def main(updates: int = 5000, seed: int = 0) -> float:
         seed: seed of the initial weights and of the batches, >= 0.
     """
     if updates < 1 or seed < 0:
-        print("error: --updates must be >= 1 and --seed >= 0.", file=sys.stderr)
+        print("error: --updates is a number of at least 1, --seed of at least 0.", file=sys.stderr)
         raise SystemExit(2)
     torch.manual_seed(seed)
     dataset = load_dataset(ensure_dataset("pendulum/mixed-v0"), reward="return_range")

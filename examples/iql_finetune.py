@@ -61,15 +61,6 @@ class Options:
     output: Path = Path("runs/finetune")
     """folder of the results"""
 
-    def __post_init__(self) -> None:
-        for name, least in LEAST.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name} is {value}; it must be >= {least}.")
-        if self.online_steps % self.frames_per_batch:
-            raise ValueError("--online-steps must be a multiple of --frames-per-batch.")
-        if self.updates < 1:
-            raise ValueError("--offline-updates and --updates-per-step are 0; nothing is learned.")
-
     @property
     def updates(self) -> int:
         """Of both phases."""
@@ -256,6 +247,13 @@ def parse(arguments: list[str] | None) -> tuple[Options, IQLConfig]:
         without=("seed", "updates"),
         description=__doc__.split("\n\n")[0],
     )
+    for name, least in LEAST.items():
+        if (value := getattr(options, name)) is not None and value < least:
+            cli.refuse(f"{name} is {value}; it must be at least {least}.")
+    if options.online_steps % options.frames_per_batch:
+        cli.refuse("--online-steps must be a multiple of --frames-per-batch.")
+    if options.updates < 1:
+        cli.refuse("--offline-updates and --updates-per-step are 0; nothing is learned.")
     every = options.eval_every or max(1, options.updates // 40)
     return replace(options, eval_every=every), replace(config, updates=options.updates)
 

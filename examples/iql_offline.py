@@ -61,13 +61,6 @@ class Options:
     resume: Path | None = None
     """folder of a run that was stopped, to continue it"""
 
-    def __post_init__(self) -> None:
-        for name in ("eval_every", "episodes", "final_episodes"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be >= 1.")
-        if self.logger not in (None, "csv") and find_spec(self.logger) is None:
-            raise ValueError(f"--logger {self.logger}: not installed; pip install {self.logger}")
-
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -234,6 +227,11 @@ def parse(arguments: list[str]) -> tuple[Options, IQLConfig, Path | None]:
     """Options, config and, with ``--resume``, the folder, whose saved command line is read again."""
     how: Any = {"presets": PRESETS, "description": __doc__.split("\n\n")[0]}
     options, config = cli.parse(Options, arguments, **how)
+    for name in ("eval_every", "episodes", "final_episodes"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            cli.refuse(f"{name} is {value}; it must be at least 1.")
+    if options.logger not in (None, "csv") and find_spec(options.logger) is None:
+        cli.refuse(f"--logger {options.logger}: not installed; pip install {options.logger}")
     if options.resume is None:
         return options, config, None
     if len(arguments) > 1 + ("--resume" in arguments):

@@ -9,7 +9,7 @@ truth is the exact probability of survival.
 import csv
 import sys
 import time
-from dataclasses import dataclass, make_dataclass, replace
+from dataclasses import dataclass, field, make_dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,13 +79,7 @@ class Options:
     """part of the episodes that is held out, in (0, 1)"""
     fit_updates: int = 2_000
     """updates of fitted Q evaluation"""
-    grid: Grid = Grid()  # noqa: RUF009
-
-    def __post_init__(self) -> None:
-        if min(self.seeds, self.episodes, self.fit_updates) < 1:
-            raise ValueError("--seeds, --episodes and --fit-updates are numbers of at least 1.")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"--held-out is {self.held_out:g}; it must lie in (0, 1).")
+    grid: Grid = field(default_factory=Grid)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -232,7 +226,11 @@ def parse(arguments: list[str]) -> tuple[Options, dict[str, IQLConfig]]:
         without=GRID,
         description=__doc__.split("\n\n")[0],
     )
-    usual = {field: (getattr(config, field),) for field in GRID}
+    if min(options.seeds, options.episodes, options.fit_updates) < 1:
+        cli.refuse("--seeds, --episodes and --fit-updates are numbers of at least 1.")
+    if not 0 < options.held_out < 1:
+        cli.refuse(f"--held-out is {options.held_out:g}; it must lie in (0, 1).")
+    usual = {name: (getattr(config, name),) for name in GRID}
     usual["temperature"] = (0.0, config.temperature, 3 * config.temperature)
     usual["expectile"] = (0.5, 0.7, 0.9)
     grid = {name: getattr(options.grid, name) or usual[name] for name in GRID}

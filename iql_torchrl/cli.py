@@ -61,9 +61,9 @@ def parse(
         without: settings that are not options; they keep the preset's value.
         description: the first line of ``--help``.
 
-    Exits with code 2 and a message on stderr on an unknown option, on a value that the options or
-    the config refuse, and on a device that this machine lacks. Raises ``ValueError`` without
-    presets.
+    Exits with code 2 and a message on stderr on an unknown option, on a value that the options (by
+    ``ValueError``) or the config refuse, and on a device that this machine lacks. Raises
+    ``ValueError`` without presets.
     """
     if not presets:
         raise ValueError("presets is empty; give at least one named IQLConfig.")
@@ -75,7 +75,7 @@ def parse(
 
 
 def refuse(error: object) -> NoReturn:
-    """Print ``error`` in one line on stderr and exit with code 2, as for a wrong command line."""
+    """Print ``error`` on stderr and exit with code 2, as for any wrong command line."""
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -96,8 +96,11 @@ def _settings(presets: Mapping[str, Config], name: str, without: Collection[str]
     described = {n: each for n, each in knobs(type(preset)).items() if n not in without}
 
     def make_config(self: Any) -> None:
-        self.config = replace(preset, **{each: getattr(self, each) for each in described})
-        check_usable(self.config.device)
+        try:
+            self.config = replace(preset, **{each: getattr(self, each) for each in described})
+            check_usable(self.config.device)
+        except ValueError as error:
+            refuse(error)
 
     kind: Any = Literal[tuple(presets)]
     text = tyro.conf.arg(help="settings to start from; the options below change them")

@@ -171,3 +171,10 @@ def test_a_scripts_own_refusal_is_one_line_and_code_2(capsys):
 def test_importing_the_package_does_not_import_tyro():
     code = "import sys, iql_torchrl; assert 'tyro' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_setting_that_is_refused_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        read("--weight-decay", "0.1")
+    error = capsys.readouterr().err
+    assert error == "error: weight_decay is 0.1 and needs optimizer='adamw'.\n"
