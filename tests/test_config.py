@@ -131,8 +131,8 @@ def test_other_keys_are_named():
         ("max_weight", math.inf, "lie in (0, 3e+38]: the paper's is 100. IQLLoss itself accepts"),
         ("hidden", (3, 0), "hidden is (3, 0); give at least one number, each >= 1."),
         ("order", "random", "order is 'random'; choose one of 'sequential', 'simultaneous'."),
-        ("seed", True, "seed is True; expected a whole number, written without a point."),
-        ("max_grad_norm", "1", "max_grad_norm is '1'; expected a number, or None."),
+        ("seed", True, "seed is True; wanted a whole number, written without a point."),
+        ("max_grad_norm", "1", "max_grad_norm is '1'; wanted a number, or None."),
     ],
 )
 def test_errors_say_what_is_allowed(field, value, words):
