@@ -32,7 +32,7 @@ from iql_torchrl import IQLConfig, OfflineDataset, evaluate, load_dataset, make_
 from iql_torchrl.data.builtin import ensure_dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from iql_finetune import EARLY, EVALUATION_SEED, Row, parse, run
+from iql_finetune import EARLY, EVALUATION_SEED, Options, Row, parse, run
 
 #: name: transitions (None: all) and offline updates
 LOGS = {"300 episodes": (None, 2_000), "2 episodes": (400, 4_000)}
@@ -47,7 +47,7 @@ METHODS = {
 
 def prepare(
     options: argparse.Namespace, log: str, method: str, seed: int
-) -> tuple[OfflineDataset, argparse.Namespace, IQLConfig]:
+) -> tuple[OfflineDataset, Options, IQLConfig]:
     limit, offline = LOGS[log]
     more, pretrained = METHODS[method]
     settings = {
@@ -63,9 +63,7 @@ def prepare(
     return dataset, parsed, replace(config, seed=seed)
 
 
-def stay_offline(
-    dataset: OfflineDataset, config: IQLConfig, options: argparse.Namespace
-) -> Iterator[Row]:
+def stay_offline(dataset: OfflineDataset, config: IQLConfig, options: Options) -> Iterator[Row]:
     """As many updates and the same evaluations, on the log alone."""
     agent = make_agent(config, dataset)
     buffer = dataset.replay_buffer(config.batch_size, seed=config.seed)

@@ -3,11 +3,10 @@
 Nothing of this package is used but the loss and the data: whatever your script has, it keeps.
 """
 
-from __future__ import annotations
-
-import argparse
+import sys
 
 import torch
+import tyro
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.envs import GymEnv, StepCounter, TransformedEnv
@@ -34,6 +33,15 @@ class Residual(nn.Module):
 
 
 def main(updates: int = 5000, seed: int = 0) -> float:
+    """Train and play; the mean return.
+
+    Args:
+        updates: number of gradient updates, >= 1.
+        seed: seed of the initial weights and of the batches, >= 0.
+    """
+    if updates < 1 or seed < 0:
+        print("error: --updates is a number of at least 1, --seed of at least 0.", file=sys.stderr)
+        raise SystemExit(2)
     torch.manual_seed(seed)
     dataset = load_dataset(ensure_dataset("pendulum/mixed-v0"), reward="return_range")
     dataset.print_notes()
@@ -84,10 +92,4 @@ def main(updates: int = 5000, seed: int = 0) -> float:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--updates", type=int, default=5000, help="gradient updates (5000)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (0)")
-    options = parser.parse_args()
-    if options.updates < 1 or options.seed < 0:
-        parser.error("--updates is a number of at least 1, --seed of at least 0.")
-    main(options.updates, options.seed)
+    tyro.cli(main, description=__doc__.split("\n\n")[0])

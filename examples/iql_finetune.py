@@ -7,14 +7,11 @@ optimizer's state and the target critics go on as they are: only the data change
 Without arguments: a Pendulum log, too few updates to master it, and an online phase that does.
 """
 
-from __future__ import annotations
-
-import argparse
 import csv
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +24,47 @@ from torchrl.envs import DoubleToFloat, GymWrapper, TransformedEnv
 from torchrl.envs.utils import ExplorationType
 from tqdm import tqdm
 
-from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
+from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, cli, evaluate, load_dataset, make_agent
 from iql_torchrl.agent.build import Agent
-from iql_torchrl.config import field_help
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.records import whole_file
 
 EVALUATION_SEED = 10_000  # episodes start alike at every point of every run
 EARLY = 0.2  # the part of the online phase in which a collapse would show
-SETTINGS = ("expectile", "temperature", "discount", "batch_size", "polyak", "schedule")
-LEAST = {"offline_updates": 0, "online_steps": 1, "ratio": 0, "frames_per_batch": 1}
+LEAST = {"offline_updates": 0, "online_steps": 1, "updates_per_step": 0, "frames_per_batch": 1}
 LEAST |= {"eval_every": 1, "episodes": 1}
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    dataset: str = "pendulum/mixed-v0"
+    """Minari id or file"""
+    limit: int | None = None
+    """learn from the first transitions of the log, so many"""
+    offline_updates: int = 2_000
+    """updates on the log alone"""
+    online_steps: int = 8_000
+    """steps in the environment"""
+    updates_per_step: float = 1.0
+    """updates per step in the environment"""
+    frames_per_batch: int = 1
+    """steps in the environment between updates"""
+    log_fraction: float | None = None
+    """part of each batch from the log, in (0, 1); by default log and new steps are one pool"""
+    seeds: tuple[int, ...] = (0,)
+    """one run each"""
+    eval_every: int | None = None
+    """updates between evaluations; by default a 40th of all"""
+    episodes: int = 16
+    """episodes of each evaluation"""
+    output: Path = Path("runs/finetune")
+    """folder of the results"""
+
+    @property
+    def updates(self) -> int:
+        """Of both phases."""
+        return self.offline_updates + int(self.online_steps * self.updates_per_step + 1e-9)
 
 
 def as_logged(frames: TensorDictBase, dataset: OfflineDataset) -> TensorDict:
@@ -124,7 +150,7 @@ def learn_online(
         collector.shutdown()
 
 
-def run(dataset: OfflineDataset, config: IQLConfig, options: argparse.Namespace) -> Iterator[Row]:
+def run(dataset: OfflineDataset, config: IQLConfig, options: Options) -> Iterator[Row]:
     """Both phases for ``config.seed``; yields a row for each evaluation."""
     torch.manual_seed(config.seed)  # sampled actions, dropout, and batches with log_fraction
     agent = make_agent(config, dataset)
@@ -146,7 +172,10 @@ def run(dataset: OfflineDataset, config: IQLConfig, options: argparse.Namespace)
         if update % options.eval_every == 0 and update < pretraining:
             yield point("offline", update, 0)
     yield point("offline", pretraining, 0)
-    how = {"frames_per_batch": options.frames_per_batch, "updates_per_step": options.ratio}
+    how = {
+        "frames_per_batch": options.frames_per_batch,
+        "updates_per_step": options.updates_per_step,
+    }
     seen = 0
     for steps, made in learn_online(agent, dataset, buffer, steps=options.online_steps, **how):
         bar.update(pretraining + made - bar.n)
@@ -205,40 +234,28 @@ def write_csv(path: Path, rows: list[Row]) -> None:
         writer.writerows(rows)
 
 
-def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, IQLConfig]:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--dataset", default="pendulum/mixed-v0", help="Minari id or file (%(default)s)")
-    add("--limit", type=int, metavar="N", help="learn from the first N transitions of the log")
-    add("--offline-updates", type=int, default=2_000, help="on the log alone (%(default)s)")
-    add("--online-steps", type=int, default=8_000, help="in the environment (%(default)s)")
-    add("--updates-per-step", dest="ratio", type=float, default=1, help="online (%(default)s)")
-    add("--frames-per-batch", type=int, default=1, help="steps between updates (%(default)s)")
-    text = "share of each batch from the log, in (0, 1); by default log and new steps are one pool"
-    add("--log-fraction", type=float, metavar="X", help=text)
-    add("--seeds", type=int, nargs="+", default=[0], metavar="N", help="one run each (0)")
-    add("--eval-every", type=int, metavar="N", help="updates between evaluations (a 40th of all)")
-    add("--episodes", type=int, default=16, help="of each evaluation (%(default)s)")
-    add("--output", type=Path, default=Path("runs/finetune"), help="folder (%(default)s)")
-    add("--preset", default="quick", choices=list(PRESETS), help="settings to start from (quick)")
-    for name in SETTINGS:
-        kwargs = {"type": type(getattr(PRESETS["quick"], name)), "default": argparse.SUPPRESS}
-        add(f"--{name.replace('_', '-')}", metavar="X", help=field_help()[name], **kwargs)
-    options = parser.parse_args(arguments)
-    updates = options.offline_updates + int(options.online_steps * options.ratio + 1e-9)
-    if options.eval_every is None:
-        options.eval_every = max(1, updates // 40)
-    given = {name: getattr(options, name) for name in SETTINGS if name in options}
-    if options.online_steps % max(1, options.frames_per_batch):
-        parser.error("--online-steps must be a multiple of --frames-per-batch")
+def parse(arguments: list[str] | None) -> tuple[Options, IQLConfig]:
+    """Options and the config of all updates; the policy's rate is constant unless asked otherwise.
+
+    The official code's rate falls to 0 offline, but is constant in fine-tuning.
+    """
+    constant = {"schedule": "constant", "schedule_steps": None}
+    options, config = cli.parse(
+        Options,
+        arguments,
+        presets={name: replace(preset, **constant) for name, preset in PRESETS.items()},
+        without=("seed", "updates"),
+        description=__doc__.split("\n\n")[0],
+    )
     for name, least in LEAST.items():
-        if getattr(options, name) < least:
-            parser.error(f"{name} is {getattr(options, name)}; wanted at least {least}")
-    try:  # the official code's policy rate falls to 0 offline, but is constant in fine-tuning
-        settings = {"schedule": "constant", "updates": updates, **given}
-        return options, replace(PRESETS[options.preset], **settings)
-    except ValueError as error:
-        parser.error(str(error))
+        if (value := getattr(options, name)) is not None and value < least:
+            cli.refuse(f"{name} is {value}; it must be at least {least}.")
+    if options.online_steps % options.frames_per_batch:
+        cli.refuse("--online-steps must be a multiple of --frames-per-batch.")
+    if options.updates < 1:
+        cli.refuse("--offline-updates and --updates-per-step are 0; nothing is learned.")
+    every = options.eval_every or max(1, options.updates // 40)
+    return replace(options, eval_every=every), replace(config, updates=options.updates)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -251,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
         dataset = load_dataset(source, reward=config.reward, limit=options.limit)
         dataset.print_notes()
         options.output.mkdir(parents=True, exist_ok=True)
-        about = json.dumps(vars(options) | asdict(config), indent=2, default=str) + "\n"
+        about = json.dumps(asdict(options) | asdict(config), indent=2, default=str) + "\n"
         with whole_file(options.output / "config.json") as temporary:
             temporary.write_text(about)
         history: list[Row] = []

@@ -4,9 +4,6 @@ Without arguments: makes a small Pendulum log once, trains behaviour cloning and
 both in the real environment and writes tables, pictures, checkpoints and the policy to runs/.
 """
 
-from __future__ import annotations
-
-import argparse
 import inspect
 import os
 import re
@@ -15,31 +12,54 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torchrl.record.loggers import MLFlowLogger, get_logger
 
 from iql_torchrl import (
+    PRESETS,
     Evaluation,
     IQLConfig,
     OfflineDataset,
     OfflineTrainer,
+    cli,
     evaluate,
     load_dataset,
     make_agent,
 )
 from iql_torchrl.checkpoint import CheckpointError
-from iql_torchrl.cli import add_settings, settings
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.report import compare
 from iql_torchrl.trainers.run_folder import new_folder, saved_arguments
 
 EXPECTED = (ImportError, ValueError, OSError, RuntimeError, AssertionError)
 EVALUATION_SEED = 10_000  # episodes start alike for every method and every training seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    dataset: str = "pendulum/mixed-v0"
+    """Minari id, file, or one of the built-in datasets (python -m iql_torchrl.data)"""
+    env: str | None = None
+    """Gymnasium id to play in, for files that record none"""
+    output: Path = Path("runs")
+    """where runs are written"""
+    name: str | None = None
+    """folder of this run below --output; by default from dataset and seed"""
+    eval_every: int | None = None
+    """updates between evaluations; by default a tenth of all"""
+    episodes: int = 16
+    """episodes of each evaluation"""
+    final_episodes: int = 100
+    """episodes of the last evaluation"""
+    logger: Literal["csv", "tensorboard", "wandb", "mlflow", "trackio"] | None = None
+    """logger of TorchRL that also receives the metrics"""
+    resume: Path | None = None
+    """folder of a run that was stopped, to continue it"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,7 +107,7 @@ def train(
     method: str,
     config: IQLConfig,
     dataset: OfflineDataset,
-    options: argparse.Namespace,
+    options: Options,
     folder: Path,
 ) -> Evaluation:
     """Train one method, or go on with it; returns the last policy's evaluation."""
@@ -203,43 +223,24 @@ def print_table(dataset: OfflineDataset, results: dict[str, Evaluation]) -> None
     print()
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, IQLConfig, Path | None]:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--dataset", default="pendulum/mixed-v0", help=f"Minari id, file, or {', '.join(BUILTIN)}")
-    add("--env", help="Gymnasium id to play in, for files that record none")
-    add("--output", type=Path, default=Path("runs"), help="where runs are written")
-    add("--name", help="folder of this run below --output; by default from dataset and seed")
-    add("--eval-every", type=positive, help="updates between evaluations; by default a tenth")
-    add("--episodes", type=positive, default=16, help="episodes of each evaluation")
-    add("--final-episodes", type=positive, default=100, help="episodes of the last one")
-    add("--logger", choices=("csv", "tensorboard", "wandb", "mlflow", "trackio"), help="TorchRL's")
-    add("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped")
-    add_settings(parser)
-    options = parser.parse_args(arguments)
+def parse(arguments: list[str]) -> tuple[Options, IQLConfig, Path | None]:
+    """Options, config and, with ``--resume``, the folder, whose saved command line is read again."""
+    how: Any = {"presets": PRESETS, "description": __doc__.split("\n\n")[0]}
+    options, config = cli.parse(Options, arguments, **how)
+    for name in ("eval_every", "episodes", "final_episodes"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            cli.refuse(f"{name} is {value}; it must be at least 1.")
     if options.logger not in (None, "csv") and find_spec(options.logger) is None:
-        parser.error(f"--logger {options.logger}: not installed; pip install {options.logger}")
+        cli.refuse(f"--logger {options.logger}: not installed; pip install {options.logger}")
     if options.resume is None:
-        return options, settings(options), None
+        return options, config, None
+    if len(arguments) > 1 + ("--resume" in arguments):
+        cli.refuse("--resume goes on with the settings of the run, and takes no others.")
     try:
         again = [*saved_arguments(options.resume), "--resume", str(options.resume)]
     except ValueError as error:
-        parser.error(str(error))
-    only = argparse.ArgumentParser(add_help=False)
-    only.add_argument("--resume")
-    if only.parse_known_args(arguments)[1]:
-        parser.error("--resume goes on with the settings of the run, and takes no others.")
-    options = parser.parse_args(again)
-    return options, settings(options), options.resume
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+        cli.refuse(error)
+    return *cli.parse(Options, again, **how), options.resume
 
 
 if __name__ == "__main__":

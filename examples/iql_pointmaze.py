@@ -12,20 +12,17 @@ target is observed, and drawn anew when reached, so that a return counts the tar
 episode. There the log is nearly expert, and cloning it is hard to beat.
 """
 
-from __future__ import annotations
-
-import argparse
 import csv
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
 from tqdm import tqdm
 
-from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
+from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, cli, evaluate, load_dataset, make_agent
 from iql_torchrl.data.builtin import ensure_dataset
 
 # (start, goal) as (row, column) of the maze's map
@@ -43,6 +40,21 @@ FIXED = replace(
 )
 # The log serves this task well, and advantages are fractions of a target instead of steps.
 RANDOM = replace(FIXED, discount=0.99, expectile=0.7, temperature=10.0, reward="raw")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    maze: Literal["umaze", "medium"] = "umaze"
+    task: Literal["fixed", "random"] = "fixed"
+    """one far goal, or the log's own targets"""
+    updates: int = FIXED.updates
+    """number of gradient updates"""
+    episodes: int = 20
+    """episodes of each evaluation"""
+    seed: int = 0
+    """seed of the initial weights and of the batches"""
+    output: Path = Path("runs")
+    """where the results are written"""
 
 
 class FixedGoal(gymnasium.ObservationWrapper[Any, Any, Any]):
@@ -162,15 +174,7 @@ def draw(path: Path, maze: str, plan: Any, paths: dict[str, list[np.ndarray]]) -
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--maze", choices=list(MAZES), default="umaze")
-    add("--task", choices=["fixed", "random"], default="fixed", help="one far goal, or the log's")
-    add("--updates", type=int, default=FIXED.updates)
-    add("--episodes", type=int, default=20, help="of each evaluation")
-    add("--seed", type=int, default=0)
-    add("--output", type=Path, default=Path("runs"), help="where the results are written")
-    options = parser.parse_args(arguments)
+    options = cli.parse_options(Options, arguments, description=__doc__.split("\n\n")[0])
     folder = options.output / f"pointmaze-{options.maze}-{options.task}-seed{options.seed}"
     try:
         config = FIXED if options.task == "fixed" else RANDOM

@@ -15,12 +15,9 @@ by the counts of the other half. That estimate is 0.783 at temperature 0, 0.810 
 1, 0.817 at 2 and 0.818 beyond; benchmarks/bench_sepsis.py prints it.
 """
 
-from __future__ import annotations
-
-import argparse
 import csv
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +26,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tqdm import tqdm
 
-from iql_torchrl import Agent, IQLConfig, OfflineDataset, load_dataset, make_agent
+from iql_torchrl import Agent, IQLConfig, OfflineDataset, cli, load_dataset, make_agent
 from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
 
@@ -52,6 +49,12 @@ CONFIG = IQLConfig(
     polyak=0.05,
     schedule="cosine",
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    output: Path = Path("runs")
+    """where the results are written"""
 
 
 class Tabular(NamedTuple):
@@ -147,17 +150,11 @@ def draw(path: Path, history: list[dict[str, float]], levels: dict[str, float]) 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--seed", type=int, default=CONFIG.seed)
-    add("--updates", type=int, default=CONFIG.updates)
-    add("--temperature", type=float, default=CONFIG.temperature, help="per point of survival")
-    add("--expectile", type=float, default=CONFIG.expectile)
-    add("--output", type=Path, default=Path("runs"), help="where the results are written")
-    options = vars(parser.parse_args(arguments))
-    folder = options.pop("output") / f"sepsis-seed{options['seed']}"
+    options, config = cli.parse(
+        Options, arguments, presets={"sepsis": CONFIG}, description=__doc__.split("\n\n")[0]
+    )
+    folder = options.output / f"sepsis-seed{config.seed}"
     try:
-        config = replace(CONFIG, **options)
         import gymnasium
         import icu_sepsis  # noqa: F401  (registers the environment)
 

@@ -6,24 +6,30 @@ ship. Playing them says what that advice was worth. With ``--dataset icu-sepsis/
 truth is the exact probability of survival.
 """
 
-from __future__ import annotations
-
-import argparse
 import csv
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, make_dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from iql_sepsis import CONFIG as SEPSIS
 from iql_sepsis import POINTS, probabilities
 from sweep_picture import draw
 from tqdm import tqdm
+from tyro.conf import arg
 
-from iql_torchrl import PRESETS, IQLConfig, IQLPopulation, OfflineDataset, evaluate, load_dataset
-from iql_torchrl.cli import add_settings, settings
+from iql_torchrl import (
+    PRESETS,
+    IQLConfig,
+    IQLPopulation,
+    OfflineDataset,
+    cli,
+    evaluate,
+    load_dataset,
+)
+from iql_torchrl.config import knobs
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
 from iql_torchrl.evaluation.correlation import spearman
@@ -32,10 +38,48 @@ from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
 from iql_torchrl.trainers.run_folder import new_folder
 
 EXPECTED = (ImportError, ValueError, OSError, RuntimeError, AssertionError)
-GRID = ("temperature", "expectile", "discount", "max_weight", "actor_lr", "critic_lr", "value_lr")
+FIRST = {"temperature": "0, the preset's, 3 times that", "expectile": "0.5, 0.7, 0.9"}
+GRID = dict.fromkeys([*FIRST, *(name for name, knob in knobs(IQLConfig).items() if knob.per_run)])
+GRID.pop("seed")
 EVALUATION_SEED = 10_000  # episodes start alike for every policy
 Rows = dict[str, dict[str, Any]]
 Level = tuple[str, float] | None
+# each setting that the runs of a population may have of their own, with several values
+Grid = make_dataclass(
+    "Grid",
+    [
+        (
+            name,
+            Annotated[
+                tuple[float, ...],
+                arg(help=f"values to try; by default {FIRST.get(name, 'that of the preset')}"),
+            ],
+            (),
+        )
+        for name in GRID
+    ],
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    dataset: str = "pendulum/mixed-v0"
+    """Minari id, file, or one of the built-in datasets (python -m iql_torchrl.data)"""
+    env: str | None = None
+    """Gymnasium id to play in, for files that record none"""
+    folder: Path = Path("runs/sweep")
+    """of the results"""
+    seeds: int = 2
+    """runs of each setting"""
+    episodes: int = 20
+    """episodes of each policy's evaluation"""
+    ranking: bool = True
+    """rank the policies from held-out episodes; without, learn from the whole log"""
+    held_out: float = 0.4
+    """part of the episodes that is held out, in (0, 1)"""
+    fit_updates: int = 2_000
+    """updates of fitted Q evaluation"""
+    grid: Grid = field(default_factory=Grid)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,7 +142,7 @@ def can_play(log: OfflineDataset) -> bool:
     return True
 
 
-def play(members: Any, rows: Rows, log: OfflineDataset, options: argparse.Namespace) -> Level:
+def play(members: Any, rows: Rows, log: OfflineDataset, options: Options) -> Level:
     """Put scores into the rows; returns what the log's own policy scores, with its name."""
     if options.dataset == NAME:
         tables = SepsisTables(log.make_env())
@@ -114,9 +158,7 @@ def play(members: Any, rows: Rows, log: OfflineDataset, options: argparse.Namesp
     return "the log", float(log.episode_returns.mean())
 
 
-def rank(
-    members: Any, rest: OfflineDataset, options: argparse.Namespace, config: IQLConfig
-) -> Ranking:
+def rank(members: Any, rest: OfflineDataset, options: Options, config: IQLConfig) -> Ranking:
     """Estimates are fitted on half of the held-out episodes and corrected by the other half."""
     fit, held_out = rest.split(0.5, seed=0)
     print(f"Pricing {len(members)} policies on {len(held_out.episode_lengths)} held-out episodes.")
@@ -158,7 +200,9 @@ def cell(row: dict[str, Any], key: str) -> str:
     return f"{row[key]:.4g}{ends}".rjust(31) if key in row else f"{'-':>31}"
 
 
-def runs_of(config: IQLConfig, grid: dict[str, list[float]], seeds: int) -> dict[str, IQLConfig]:
+def runs_of(
+    config: IQLConfig, grid: dict[str, tuple[float, ...]], seeds: int
+) -> dict[str, IQLConfig]:
     """Every combination and seed by name; cloning, which reads few of the knobs, only once."""
     found: dict[str, IQLConfig] = {}
     for values, seed in product(product(*grid.values()), range(seeds)):
@@ -172,41 +216,28 @@ def runs_of(config: IQLConfig, grid: dict[str, list[float]], seeds: int) -> dict
     return found
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, dict[str, IQLConfig]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], conflict_handler="resolve"
-    )
-    add = parser.add_argument
-    add("--dataset", default="pendulum/mixed-v0", help=f"Minari id, file, or {', '.join(BUILTIN)}")
-    add("--env", help="Gymnasium id to play in, for files that record none")
-    add("--folder", type=Path, default=Path("runs/sweep"), help="of the results (%(default)s)")
-    add("--seeds", type=int, default=2, help="runs of each setting (%(default)s)")
-    add("--episodes", type=int, default=20, help="of each policy's evaluation (%(default)s)")
-    add("--no-ranking", dest="ranking", action="store_false", help="learn from the whole log")
-    add("--held-out", type=float, default=0.4, help="share of the episodes (%(default)s)")
-    add("--fit-updates", type=int, default=2_000, help="of fitted Q evaluation (%(default)s)")
+def parse(arguments: list[str]) -> tuple[Options, dict[str, IQLConfig]]:
     presets = {"sweep": replace(PRESETS["quick"], updates=3_000), "sepsis": SEPSIS}
     first = "sepsis" if any(NAME in word for word in arguments) else "sweep"
-    add_settings(parser, {first: presets[first]} | presets | PRESETS)
-    for name in GRID:  # in place of the one value that add_settings reads
-        text = {"temperature": "0, the preset's, 3 times that", "expectile": "0.5, 0.7, 0.9"}
-        how = {"type": float, "nargs": "+", "metavar": "X", "dest": f"grid_{name}"}
-        text = f"values to try ({text.get(name, 'that of the preset')})"
-        add(f"--{name.replace('_', '-')}", help=text, **how)
-    options = parser.parse_args(arguments)
+    options, config = cli.parse(
+        Options,
+        arguments,
+        presets={first: presets[first]} | presets | dict(PRESETS),
+        without=GRID,
+        description=__doc__.split("\n\n")[0],
+    )
     if min(options.seeds, options.episodes, options.fit_updates) < 1:
-        parser.error("--seeds, --episodes and --fit-updates are numbers of at least 1.")
+        cli.refuse("--seeds, --episodes and --fit-updates are numbers of at least 1.")
     if not 0 < options.held_out < 1:
-        parser.error(f"--held-out is {options.held_out:g}; wanted a share between 0 and 1.")
-    config = settings(options)
-    usual = {field: [getattr(config, field)] for field in GRID}
-    usual["temperature"] = [0.0, config.temperature, 3 * config.temperature]
-    usual["expectile"] = [0.5, 0.7, 0.9]
-    grid = {name: getattr(options, f"grid_{name}") or usual[name] for name in GRID}
+        cli.refuse(f"--held-out is {options.held_out:g}; it must lie in (0, 1).")
+    usual = {name: (getattr(config, name),) for name in GRID}
+    usual["temperature"] = (0.0, config.temperature, 3 * config.temperature)
+    usual["expectile"] = (0.5, 0.7, 0.9)
+    grid = {name: getattr(options.grid, name) or usual[name] for name in GRID}
     try:
         return options, runs_of(config, grid, options.seeds)
     except ValueError as error:
-        parser.error(str(error))
+        cli.refuse(error)
 
 
 if __name__ == "__main__":

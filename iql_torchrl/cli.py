@@ -1,123 +1,151 @@
-"""Every field of IQLConfig as an option of a script's own ``argparse`` parser."""
+"""The command line of a script: its own options and every setting of IQLConfig, read by tyro."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
-from typing import Any, TypeVar
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import make_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-import torch
+import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
-from iql_torchrl.config import CHOICES, PRESETS, IQLConfig, field_help
+from iql_torchrl.config import IQLConfig, Knob, check_usable, knobs
 
-__all__ = ["add_settings", "reach", "settings"]
+__all__ = ["parse", "parse_options", "refuse"]
 
-Value = TypeVar("Value")
-_HIDDEN = "_settings_parser"  # where the namespace keeps what `settings` needs
+Options = TypeVar("Options")
+Config = TypeVar("Config", bound=IQLConfig)
 
 
-def add_settings(
-    parser: argparse.ArgumentParser, presets: Mapping[str, IQLConfig] = PRESETS
-) -> None:
-    """Give ``parser`` the option ``--preset`` and one per field of IQLConfig, for :func:`settings`.
+def parse_options(
+    options: Callable[..., Options],
+    arguments: Sequence[str] | None = None,
+    *,
+    description: str = "",
+) -> Options:
+    """``options``, a dataclass, from the command line: ``tyro.cli`` without prefixes of nested names.
 
-    ``batch_size`` becomes ``--batch-size N``, a bool ``--compile`` and ``--no-compile``, a tuple
-    ``--hidden 64 64``; ``none`` is a value of the numbers that may be None. The first preset is
-    the default; ``--help`` shows its values. Raises ``ValueError`` without presets, and
-    ``argparse.ArgumentError`` if the parser has an option of such a name.
+    ``arguments``: by default those of the process. ``description`` is the first line of ``--help``.
+    Exits with code 2 and a message on stderr where tyro or the class (by ``ValueError``) refuses an
+    argument.
+    """
+    return tyro.cli(
+        options,
+        prog=Path(sys.argv[0]).name,
+        args=None if arguments is None else list(arguments),
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+def parse(
+    options: type[Options],
+    arguments: Sequence[str] | None = None,
+    *,
+    presets: Mapping[str, Config],
+    without: Collection[str] = (),
+    description: str = "",
+) -> tuple[Options, Config]:
+    """A script's own options and a config from the command line.
+
+    ``options`` is a dataclass; the string under a field is its help. Each setting of the config is
+    an option too: ``--batch-size 64``, ``--compile`` or ``--no-compile``, ``--hidden 64 64``, and
+    ``none`` for a number that may be None. ``--preset NAME`` chooses the values that are not given.
+
+    Args:
+        options: the script's own options.
+        arguments: by default those of the process.
+        presets: configs by name, such as ``PRESETS``; the first is the default.
+        without: settings that are not options; they keep the preset's value.
+        description: the first line of ``--help``.
+
+    Exits with code 2 and a message on stderr on an unknown option, on a value that the options (by
+    ``ValueError``) or the config refuse, and on a device that this machine lacks. Raises
+    ``ValueError`` without presets.
     """
     if not presets:
         raise ValueError("presets is empty; give at least one named IQLConfig.")
-    default = next(iter(presets))
-    parser.set_defaults(**{_HIDDEN: (parser, presets)})
-    group = parser.add_argument_group("settings")
-    group.add_argument(
-        "--preset",
-        default=default,
-        choices=list(presets),
-        help=_escape(f"the settings to start from; the options below change them ({default})"),
+    arguments = sys.argv[1:] if arguments is None else arguments
+    settings = _settings(presets, _preset(presets, arguments), without)
+    both: Any = make_dataclass("CommandLine", [("script", options), ("settings", settings)])
+    line = parse_options(both, arguments, description=description)
+    return line.script, line.settings.config
+
+
+def refuse(error: object) -> NoReturn:
+    """Print ``error`` on stderr and exit with code 2, as for any wrong command line."""
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _preset(presets: Mapping[str, Config], arguments: Sequence[str]) -> str:
+    """The name after ``--preset``, or the first one; read before the options that it changes."""
+    kind: Any = Literal[tuple(presets)]
+    only: Any = make_dataclass("Preset", [("preset", kind, next(iter(presets)))])
+    words = [word for word in arguments if word not in ("-h", "--help")]
+    return tyro.cli(
+        only, prog=Path(sys.argv[0]).name, args=words, return_unknown_args=True, add_help=False
+    )[0].preset
+
+
+def _settings(presets: Mapping[str, Config], name: str, without: Collection[str]) -> Any:
+    """A dataclass with ``--preset`` and a field per setting; its ``config`` has these values."""
+    preset = presets[name]
+    described = {n: each for n, each in knobs(type(preset)).items() if n not in without}
+
+    def make_config(self: Any) -> None:
+        try:
+            self.config = replace(preset, **{each: getattr(self, each) for each in described})
+            check_usable(self.config.device)
+        except ValueError as error:
+            refuse(error)
+
+    kind: Any = Literal[tuple(presets)]
+    text = tyro.conf.arg(help="settings to start from; the options below change them")
+    fields: Any = [("preset", Annotated[kind, text], name)]
+    fields += [(each, _type(knob), getattr(preset, each)) for each, knob in described.items()]
+    return make_dataclass("Settings", fields, namespace={"__post_init__": make_config})
+
+
+def _type(knob: Knob) -> Any:
+    """The annotation by which tyro reads ``knob`` and explains it."""
+    text = tyro.conf.arg(help=knob.help_with_range)
+    if knob.choices or knob.plain_kind is bool:
+        return Annotated[knob.kind, text]
+    return Annotated[knob.kind, text, _reader(knob)]
+
+
+def _reader(knob: Knob) -> PrimitiveConstructorSpec[Any]:
+    """How tyro reads ``knob``, with errors in words."""
+    several = knob.plain_kind == tuple[int, ...]
+    read, metavar = _READERS[int if several else knob.plain_kind]
+
+    def from_text(texts: list[str]) -> Any:
+        if several:
+            return tuple(read(text) for text in texts)
+        return None if knob.optional and texts[0].lower() == "none" else read(texts[0])
+
+    def to_text(value: Any) -> list[str]:
+        if several:
+            return [str(entry) for entry in value]
+        return ["none" if value is None else str(value)]
+
+    return PrimitiveConstructorSpec(
+        nargs="*" if several else 1,
+        metavar=f"{metavar} ..." if several else f"{metavar}|none" if knob.optional else metavar,
+        instance_from_str=from_text,
+        is_instance=lambda value: True,  # a config has checked it
+        str_from_instance=to_text,
     )
-    texts = field_help()
-    for field in fields(IQLConfig):
-        value = getattr(presets[default], field.name)
-        text = f"{texts[field.name]} ({default}: {_shown(value)})"
-        group.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            dest=field.name,
-            default=argparse.SUPPRESS,
-            help=_escape(text),
-            **_reading(field.name, str(field.type)),
-        )
-
-
-def settings(options: argparse.Namespace) -> IQLConfig:
-    """The preset with what was given in its place, from a parser with :func:`add_settings`.
-
-    Exits through ``parser.error`` on a config that cannot work and on a device that this machine
-    lacks, so call it before any data are read.
-    """
-    if not hasattr(options, _HIDDEN):
-        raise TypeError("options come from a parser without settings; call add_settings(parser).")
-    parser, presets = getattr(options, _HIDDEN)
-    names = [field.name for field in fields(IQLConfig)]
-    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
-    try:
-        config: IQLConfig = replace(presets[options.preset], **given)
-        reach(config.device)
-    except ValueError as error:
-        parser.error(str(error))
-    return config
-
-
-def reach(device: str) -> None:
-    """Raise ``ValueError`` with torch's reason unless this machine can use ``device``."""
-    try:
-        torch.empty(0, device=device)
-    except (AssertionError, ImportError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device is {device!r}, which this machine cannot use: {reason}"
-        ) from error
-
-
-def _reading(name: str, kind: str) -> dict[str, Any]:
-    """What ``add_argument`` needs to read a field annotated ``kind``."""
-    if kind == "bool":
-        return {"action": argparse.BooleanOptionalAction}
-    if kind.startswith("tuple"):
-        return {"nargs": "+", "type": _whole, "metavar": "N", "action": _AsTuple}
-    if name in CHOICES:
-        return {"choices": CHOICES[name]}
-    convert, metavar = {"int": (_whole, "N"), "float": (_number, "X")}.get(
-        kind.removesuffix(" | None"), (str, "S")
-    )
-    return {"type": _or_none(convert) if kind.endswith(" | None") else convert, "metavar": metavar}
-
-
-class _AsTuple(argparse.Action):
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        setattr(namespace, self.dest, tuple(values))
-
-
-def _or_none(convert: Callable[[str], Value]) -> Callable[[str], Value | None]:
-    def read(text: str) -> Value | None:
-        return None if text.lower() == "none" else convert(text)
-
-    return read
 
 
 def _whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(
+        raise ValueError(
             f"{text!r} is no whole number; write all its digits, as in 100000"
         ) from None
 
@@ -126,16 +154,11 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        raise ValueError(f"{text!r} is no number") from None
 
 
-def _escape(text: str) -> str:
-    return text.replace("%", "%%")
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, tuple):
-        return " ".join(map(str, value))
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None else str(value)
+_READERS: dict[type, tuple[Callable[[str], Any], str]] = {
+    int: (_whole, "INT"),
+    float: (_number, "FLOAT"),
+    str: (str, "STR"),
+}

@@ -23,8 +23,7 @@ from iql_torchrl import policies
 from iql_torchrl.agent.export import export_policy
 from iql_torchrl.agent.task import Task
 from iql_torchrl.checkpoint import CheckpointError, component_names, newest, read_components
-from iql_torchrl.cli import reach
-from iql_torchrl.config import IQLConfig
+from iql_torchrl.config import IQLConfig, check_usable, loss_knobs
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.descriptions import describe_space, faulty_bounds
 from iql_torchrl.evaluation.act import act
@@ -33,9 +32,10 @@ from iql_torchrl.objectives.iql import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
 from iql_torchrl.update.compiled import compiled
 from iql_torchrl.update.step import IQLStep
 
-__all__ = ["Agent", "build_agent", "make_agent", "rate_factors"]
+__all__ = ["LEARNING_RATES", "Agent", "build_agent", "make_agent", "make_step", "rate_factors"]
 
-NETWORKS = ("actor", "qvalue", "value")
+# by network, the field of IQLConfig
+LEARNING_RATES = {"actor": "actor_lr", "qvalue": "critic_lr", "value": "value_lr"}
 
 
 @dataclass(frozen=True)
@@ -163,21 +163,13 @@ def make_agent(config: IQLConfig, dataset: OfflineDataset) -> Agent:
 
 def build_agent(config: IQLConfig, task: Task) -> Agent:
     """:func:`make_agent` where the dataset is known by its description alone."""
-    reach(config.device)
+    check_usable(config.device)
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         actor, critic, value = _networks(config, task)
         loss = _loss(config, task, actor, critic, value)
     optimizer, scheduler = _optimizer(config, loss)
-    step = IQLStep(
-        loss,
-        optimizer,
-        SoftUpdate(loss, tau=config.polyak),
-        order=config.order,
-        max_grad_norm=config.max_grad_norm,
-        lr_scheduler=scheduler,
-        precision=config.precision,
-    )
+    step = make_step(config, loss, optimizer, scheduler)
     return Agent(
         config, task, actor, loss, optimizer, scheduler, compiled(step) if config.compile else step
     )
@@ -313,24 +305,22 @@ def _loss(
         critic,
         value,
         num_qvalue_nets=config.num_critics,
-        loss_function=config.loss_function,
-        temperature=config.temperature,
-        expectile=config.expectile,
-        max_weight=config.max_weight,
-        value_objective=config.value_objective,
         actor_objective="mse" if config.policy == "deterministic" else "log_prob",
         diagnostics=True,
+        **{name: getattr(config, name) for name in loss_knobs(type(config))},
     )
     loss.make_value_estimator(gamma=config.discount)
     return loss
 
 
 def _optimizer(config: IQLConfig, loss: ImplicitQLoss) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    rates = dict(zip(NETWORKS, (config.actor_lr, config.critic_lr, config.value_lr), strict=True))
     named = list(loss.named_parameters())
     groups = [
-        {"params": [p for n, p in named if n.startswith(f"{net}_network")], "lr": rate}
-        for net, rate in rates.items()
+        {
+            "params": [p for n, p in named if n.startswith(f"{network}_network")],
+            "lr": getattr(config, field),
+        }
+        for network, field in LEARNING_RATES.items()
     ]
     if config.optimizer == "adamw":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(
@@ -342,11 +332,31 @@ def _optimizer(config: IQLConfig, loss: ImplicitQLoss) -> tuple[torch.optim.Opti
     return optimizer, LambdaLR(optimizer, rate_factors(config))
 
 
+def make_step(
+    config: IQLConfig,
+    loss: ImplicitQLoss,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LambdaLR,
+) -> IQLStep:
+    """One eager update of ``loss`` as ``config`` says."""
+    return IQLStep(
+        loss,
+        optimizer,
+        SoftUpdate(loss, tau=config.polyak),
+        order=config.order,
+        max_grad_norm=config.max_grad_norm,
+        lr_scheduler=scheduler,
+        precision=config.precision,
+    )
+
+
 def rate_factors(config: IQLConfig) -> list[Callable[[int], float]]:
     """What multiplies the learning rates of policy, critics and V after each update."""
     cosine = partial(_cosine, updates=config.updates, steps=config.schedule_steps)
-    falling = {"constant": (), "cosine_actor": ("actor",), "cosine": NETWORKS}[config.schedule]
-    return [cosine if network in falling else _constant for network in NETWORKS]
+    falling = {"constant": (), "cosine_actor": ("actor",), "cosine": LEARNING_RATES}[
+        config.schedule
+    ]
+    return [cosine if network in falling else _constant for network in LEARNING_RATES]
 
 
 def _cosine(update: int, *, updates: int, steps: int | None) -> float:

@@ -1,11 +1,19 @@
 """IQL losses as TorchRL LossModules."""
 
 from iql_torchrl.objectives.base import OfflineLoss
-from iql_torchrl.objectives.iql import DIAGNOSTICS, LOSSES, DiscreteIQLLoss, ImplicitQLoss, IQLLoss
+from iql_torchrl.objectives.iql import (
+    DIAGNOSTICS,
+    LOSSES,
+    OPTIONS,
+    DiscreteIQLLoss,
+    ImplicitQLoss,
+    IQLLoss,
+)
 
 __all__ = [
     "DIAGNOSTICS",
     "LOSSES",
+    "OPTIONS",
     "DiscreteIQLLoss",
     "IQLLoss",
     "ImplicitQLoss",

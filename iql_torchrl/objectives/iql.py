@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from numbers import Real
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -15,6 +14,7 @@ from torchrl.data.utils import _find_action_space
 from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical
 
 from iql_torchrl import functional as F
+from iql_torchrl.config import IQLConfig, Knob, check_choice, loss_knobs
 from iql_torchrl.objectives.base import OfflineLoss
 from iql_torchrl.objectives.batch import Batch, agree, per_sample
 from iql_torchrl.objectives.ensembles import Critics
@@ -27,9 +27,21 @@ ONE_HOT_DISTRIBUTIONS = (
     distributions.OneHotCategorical,
 )
 ActorObjective = str | Callable[[TensorDictModule, TensorDictBase], Tensor]
-VALUE_OBJECTIVES = ("expectile", "quantile", "sarsa_expectile")
 ACTOR_OBJECTIVES = ("log_prob", "mse")
 LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
+# Attributes that decide, with the knobs, what a loss computes and returns.
+OPTIONS = (
+    "actor_objective",
+    "deactivate_vmap",
+    "delay_qvalue",
+    "deterministic_sampling_mode",
+    "diagnostics",
+    "loss_mask_key",
+    "num_qvalue_nets",
+    "reduction",
+    "scalar_output_mode",
+    "use_prioritized_weights",
+)
 DIAGNOSTICS = (
     "advantage_mean",
     "weight_mean",
@@ -42,7 +54,13 @@ DIAGNOSTICS = (
 
 
 class ImplicitQLoss(OfflineLoss):
-    """What :class:`IQLLoss` and :class:`DiscreteIQLLoss` share; abstract."""
+    """What :class:`IQLLoss` and :class:`DiscreteIQLLoss` share; abstract.
+
+    ``knobs`` describes the arguments that are settings of a run: each is checked by its description
+    and kept in the attribute of the same name, which is read at every evaluation.
+    """
+
+    knobs: ClassVar[Mapping[str, Knob]] = loss_knobs(IQLConfig)
 
     def __init__(
         self,
@@ -51,11 +69,11 @@ class ImplicitQLoss(OfflineLoss):
         value_network: TensorDictModule,
         *,
         num_qvalue_nets: int = 2,
-        loss_function: str = "l2",
-        temperature: float = 3.0,
-        expectile: float = 0.7,
-        max_weight: float = 100.0,
-        value_objective: str = "expectile",
+        loss_function: str = IQLConfig.loss_function,
+        temperature: float = IQLConfig.temperature,
+        expectile: float = IQLConfig.expectile,
+        max_weight: float = IQLConfig.max_weight,
+        value_objective: str = IQLConfig.value_objective,
         actor_objective: ActorObjective = "log_prob",
         diagnostics: bool = False,
         separate_losses: bool = False,
@@ -65,11 +83,17 @@ class ImplicitQLoss(OfflineLoss):
         priority_key: str | None = None,
         gamma: float | None = None,
     ) -> None:
-        _check_ranges(expectile, temperature, max_weight)
-        _check_choice("loss_function", loss_function, tuple(F.REGRESSION_LOSSES))
-        _check_choice("value_objective", value_objective, VALUE_OBJECTIVES)
+        given = {
+            "loss_function": loss_function,
+            "temperature": temperature,
+            "expectile": expectile,
+            "max_weight": max_weight,
+            "value_objective": value_objective,
+        }
+        for name, value in given.items():
+            self.knobs[name].check_in_loss(value)
         if not callable(actor_objective):
-            _check_choice("actor_objective", actor_objective, ACTOR_OBJECTIVES)
+            check_choice("actor_objective", actor_objective, ACTOR_OBJECTIVES)
         if actor_objective == "log_prob" and not hasattr(actor_network, "get_dist"):
             raise TypeError(
                 f"actor_network is {type(actor_network).__name__}, which has no distribution "
@@ -386,28 +410,3 @@ class DiscreteIQLLoss(ImplicitQLoss):
         if is_one_hot:
             return action.long().argmax(-1)
         return action if action.ndim == dims else action.squeeze(-1)
-
-
-def _check_ranges(expectile: float, temperature: float, max_weight: float) -> None:
-    knobs = {"expectile": expectile, "temperature": temperature, "max_weight": max_weight}
-    for name, value in knobs.items():
-        one = isinstance(value, Tensor) and value.ndim == 0
-        if isinstance(value, bool) or not (one or isinstance(value, Real)):
-            raise TypeError(f"{name} is {value!r}; wanted a number.")
-    if not 0 < expectile <= 1:
-        raise ValueError(
-            f"expectile is {expectile}; it must lie in (0, 1]: 0.5 values the log's policy, 0.7 to "
-            "0.9 its better actions."
-        )
-    if not 0 <= temperature < torch.inf:
-        raise ValueError(
-            f"temperature is {temperature}; it must be >= 0 and finite: 0 is behaviour cloning, and "
-            "a negative one would prefer the log's worst actions."
-        )
-    if not max_weight > 0:
-        raise ValueError(f"max_weight is {max_weight}; it must be > 0 (the paper's is 100).")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")

@@ -23,32 +23,19 @@ from iql_torchrl.fast_networks.stacked import (
 )
 from iql_torchrl.objectives.batch import Batch, agree, per_sample
 from iql_torchrl.objectives.ensembles import SharedLeaves
-from iql_torchrl.objectives.iql import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
+from iql_torchrl.objectives.iql import OPTIONS, DiscreteIQLLoss, ImplicitQLoss, IQLLoss
 
 __all__ = ["PopulationLoss"]
 
-SAME = (
-    "actor_objective",
-    "delay_qvalue",
-    "deactivate_vmap",
-    "diagnostics",
-    "deterministic_sampling_mode",
-    "loss_function",
-    "loss_mask_key",
-    "num_qvalue_nets",
-    "reduction",
-    "scalar_output_mode",
-    "use_prioritized_weights",
-    "value_objective",
-)
 NETWORKS = ("actor_network", "qvalue_network", "value_network")
 
 
 class PopulationLoss(ImplicitQLoss):
     """P losses over stacked parameters: every loss and scalar has shape ``(P,)``.
 
-    Batches are ``(B,)``, seen by every run, or ``(P, B)``, one each. ``expectile``, ``temperature``,
-    ``max_weight`` and the discount are each run's own. The sum of the P losses trains each run as
+    Batches are ``(B,)``, seen by every run, or ``(P, B)``, one each. The discount and the knobs that
+    are described as ``per_run`` (``expectile``, ``temperature``, ...) are each run's own, as buffers
+    ``(P, 1)``. The sum of the P losses trains each run as
     if it were alone: no parameter is shared.
 
     Args:
@@ -62,9 +49,6 @@ class PopulationLoss(ImplicitQLoss):
         TypeError: losses of another kind, classes derived from the two included.
     """
 
-    expectile: Any
-    temperature: Any
-    max_weight: Any
     discount: Tensor
 
     def __init__(self, losses: Sequence[ImplicitQLoss]) -> None:
@@ -75,7 +59,7 @@ class PopulationLoss(ImplicitQLoss):
         _check_alike(losses)
         self._in_keys = None
         self.members = len(losses)
-        for name in SAME:
+        for name in _shared(first):
             setattr(self, "_diagnostics" if name == "diagnostics" else name, getattr(first, name))
         self._kind = DiscreteIQLLoss if isinstance(first, DiscreteIQLLoss) else IQLLoss
         self._out_keys = self._out_keys_apparent = list(first.out_keys)
@@ -84,7 +68,7 @@ class PopulationLoss(ImplicitQLoss):
         self._tensor_keys = copy.copy(first.tensor_keys)
         self._stack(losses)
         like = next(first.parameters())
-        for name in ("expectile", "temperature", "max_weight"):
+        for name in (name for name, knob in first.knobs.items() if knob.per_run):
             values = torch.tensor(
                 [float(getattr(loss, name)) for loss in losses], dtype=torch.float64
             )
@@ -265,6 +249,11 @@ def _forget_networks(loss: PopulationLoss, _: Any) -> None:
     loss._kept = None
 
 
+def _shared(loss: ImplicitQLoss) -> tuple[str, ...]:
+    """Attributes that must be equal in all runs."""
+    return *OPTIONS, *(name for name, knob in loss.knobs.items() if not knob.per_run)
+
+
 def _check_alike(losses: Sequence[ImplicitQLoss]) -> None:
     first = losses[0]
     for number, loss in enumerate(losses):
@@ -276,7 +265,7 @@ def _check_alike(losses: Sequence[ImplicitQLoss]) -> None:
             raise ValueError(
                 f"losses[{number}] is a {type(loss).__name__}, the first another kind."
             )
-        for name in (*SAME, "tensor_keys"):
+        for name in (*_shared(first), "tensor_keys"):
             check_same(number, name, getattr(first, name), getattr(loss, name))
         estimators = first.value_estimator, loss.value_estimator
         if type(estimators[1]) is not TD0Estimator or estimators[1].average_rewards:

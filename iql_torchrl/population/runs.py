@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torch.optim.lr_scheduler import LambdaLR
-from torchrl.objectives import SoftUpdate
 
-from iql_torchrl.agent.build import NETWORKS, Agent, build_agent, rate_factors
+from iql_torchrl.agent.build import LEARNING_RATES, Agent, build_agent, make_step, rate_factors
 from iql_torchrl.agent.task import Task
 from iql_torchrl.checkpoint import CheckpointError, read_components, write_components
-from iql_torchrl.config import IQLConfig
+from iql_torchrl.config import IQLConfig, knobs
 from iql_torchrl.data import DeviceSampler, OfflineDataset
 from iql_torchrl.data.replay import MemberSampler
 from iql_torchrl.evaluation.rollout import Evaluation, evaluate
@@ -23,20 +22,8 @@ from iql_torchrl.population.loss import PopulationLoss
 from iql_torchrl.trainers.resume import DataState
 from iql_torchrl.update.adam import StackedAdam
 from iql_torchrl.update.captured import captured
-from iql_torchrl.update.step import IQLStep
 
 __all__ = ["IQLPopulation", "PopulationEvent"]
-
-OWN = (
-    "seed",
-    "discount",
-    "expectile",
-    "temperature",
-    "max_weight",
-    "actor_lr",
-    "critic_lr",
-    "value_lr",
-)
 
 SHARE = 32
 
@@ -55,8 +42,8 @@ class IQLPopulation:
     A run equals the same run trained alone from the same batches, but for rounding.
 
     Args:
-        configs: one per run. They may differ in seed, expectile, temperature (0 is behaviour
-            cloning), max_weight, discount and the three learning rates; nothing else.
+        configs: one per run. They may differ in the settings that are described as ``per_run`` in
+            ``IQLConfig`` (seed, expectile, temperature, learning rates, ...); nothing else.
         dataset: the log; ``configs[0].reward`` is for ``load_dataset``, as in ``make_agent``.
         batches: ``"shared"``: every run sees the same batch (a fair comparison of knobs, and the
             cheapest); ``"own"``: each has its own, ``(P, B)``.
@@ -86,15 +73,7 @@ class IQLPopulation:
         self.loss.to(first.device)
         self.optimizer = self._make_optimizer()
         self.scheduler = LambdaLR(self.optimizer, rate_factors(first))
-        self.step = IQLStep(
-            self.loss,
-            self.optimizer,
-            SoftUpdate(self.loss, tau=first.polyak),
-            order=first.order,
-            max_grad_norm=first.max_grad_norm,
-            lr_scheduler=self.scheduler,
-            precision=first.precision,
-        )
+        self.step = make_step(first, self.loss, self.optimizer, self.scheduler)
         where: Any = {"device": first.device, "seed": first.seed}
         self.sampler = (
             DeviceSampler(dataset.transitions, first.batch_size, **where)
@@ -116,7 +95,7 @@ class IQLPopulation:
         first = self.configs[0]
         named = list(self.loss.named_parameters())
         groups = []
-        for network, field in zip(NETWORKS, ("actor_lr", "critic_lr", "value_lr"), strict=True):
+        for network, field in LEARNING_RATES.items():
             params = [p for name, p in named if name.startswith(f"{network}_network")]
             rates = torch.tensor([getattr(c, field) for c in self.configs], dtype=torch.float64)
             groups.append({"params": params, "rates": rates})
@@ -245,11 +224,18 @@ def _check_configs(configs: Sequence[IQLConfig]) -> None:
     for number, config in enumerate(configs):
         if not isinstance(config, IQLConfig):
             raise TypeError(f"configs[{number}] is {type(config).__name__}; wanted an IQLConfig.")
-        for field in fields(IQLConfig):
-            mine, theirs = getattr(configs[0], field.name), getattr(config, field.name)
-            if field.name not in OWN and mine != theirs:
+        if type(config) is not type(configs[0]):
+            raise TypeError(
+                f"configs[{number}] is {type(config).__name__} and configs[0] is "
+                f"{type(configs[0]).__name__}; the configs of a population have one class."
+            )
+        described = knobs(type(config))
+        for name, knob in described.items():
+            first, other = getattr(configs[0], name), getattr(config, name)
+            if not knob.per_run and first != other:
+                may_differ = [name for name, each in described.items() if each.per_run]
                 raise ValueError(
-                    f"{field.name} is {theirs} in configs[{number}] and {mine} in configs[0]; runs "
-                    f"of a population may differ in {', '.join(OWN)}. Train one population for "
+                    f"{name} is {other} in configs[{number}] and {first} in configs[0]; runs of a "
+                    f"population may differ in {', '.join(may_differ)}. Train one population for "
                     "each."
                 )

@@ -13,14 +13,13 @@ from torchrl.checkpoint import GlobalRNGState
 from torchrl.data import ImmutableDatasetWriter, ReplayBuffer
 
 from iql_torchrl.checkpoint import CheckpointError
+from iql_torchrl.config import knobs
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.data.digests import fingerprint
+from iql_torchrl.objectives.iql import ImplicitQLoss
 from iql_torchrl.update.step import part_of
 
 __all__ = ["DataState", "check_total", "restore", "stateful_parts"]
-
-# these say how a run is carried out, not what it computes; a falling rate depends on `updates` too
-FREE_SETTINGS = frozenset({"compile", "device"})
 
 
 def stateful_parts(trainer: Any) -> dict[str, Any]:
@@ -223,33 +222,27 @@ class Description:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Raises ``CheckpointError`` naming the settings in which the two runs differ."""
-        mine, theirs = dict(self._agent.description()["config"]), dict(saved["config"])
-        free = FREE_SETTINGS | ({"updates"} if mine.get("schedule") == "constant" else set())
-        for name in free:
-            mine.pop(name, None)
-            theirs.pop(name, None)
-        _compare(mine, theirs)
+        config = self._agent.config
+        here = config.to_dict()
+        saved_config = type(config)().to_dict() | saved["config"]  # an older version lacked some
+        for name, knob in knobs(type(config)).items():
+            if knob.may_change(here):
+                del saved_config[name]
+        _compare({name: here[name] for name in here if name in saved_config}, saved_config)
 
 
 class Settings:
     """Numbers by which a run is known when its parts were made by hand."""
 
-    LOSS = (
-        "expectile",
-        "temperature",
-        "max_weight",
-        "value_objective",
-        "loss_function",
-        "reduction",
-    )
-
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
+        # a loss of another kind may have some of the attributes
+        self._knobs = getattr(trainer.loss_module, "knobs", ImplicitQLoss.knobs)
 
     def state_dict(self) -> dict[str, Any]:
         trainer, loss = self._trainer, self._trainer.loss_module
-        found = {name: _simple(getattr(loss, name, None)) for name in self.LOSS}
-        return found | {
+        values = {name: _simple(getattr(loss, name, None)) for name in (*self._knobs, "reduction")}
+        return values | {
             "loss": type(loss).__name__,
             "optimizer": type(trainer.optimizer).__name__,
             "order": part_of(trainer.step, "order"),
@@ -259,7 +252,9 @@ class Settings:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Raises ``CheckpointError`` naming the settings in which the two runs differ."""
-        _compare(self.state_dict(), saved)
+        here = self.state_dict()
+        defaults = {n: knob.default for n, knob in self._knobs.items() if here[n] is not None}
+        _compare(here, defaults | dict(saved))  # an older version lacked some knobs
 
 
 def _compare(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

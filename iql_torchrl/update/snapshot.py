@@ -8,18 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from iql_torchrl.data.replay import DeviceSampler
+from iql_torchrl.objectives.iql import OPTIONS
 from iql_torchrl.update.step import NETWORKS, IQLStep
-
-KNOBS = (
-    "actor_objective",
-    "expectile",
-    "loss_function",
-    "max_weight",
-    "reduction",
-    "temperature",
-    "use_prioritized_weights",
-    "value_objective",
-)
 
 
 def fingerprint(step: IQLStep, rows: DeviceSampler, slots: Any, *, whole: bool) -> list[Any]:
@@ -46,7 +36,7 @@ def fingerprint(step: IQLStep, rows: DeviceSampler, slots: Any, *, whole: bool) 
         None if whole else [group["lr"] for group in groups],
         *((tensor, tensor.data_ptr(), tensor.requires_grad) for tensor in tensors),
         *(options(group) for group in groups),
-        *(getattr(loss, name) for name in KNOBS),
+        *(getattr(loss, name) for name in (*loss.knobs, *OPTIONS)),
         loss.value_estimator,
         loss._kept,
         [dict(vars(x.tensor_keys)) for x in (loss, loss.value_estimator)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import runpy
@@ -25,6 +26,15 @@ TINY = ["--updates", "20", "--hidden", "8", "--batch-size", "16", "--episodes", 
 TINY += ["--final-episodes", "3", "--eval-every", "10"]
 
 
+def load(name: str, monkeypatch):
+    """The example as a module, known to Python by its name as its dataclasses need."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """``run(name, *arguments)`` an example in an empty folder with an empty Minari root."""
@@ -34,7 +44,7 @@ def run(tmp_path, monkeypatch):
 
     def call(name: str, *arguments: str):
         monkeypatch.setattr(sys, "argv", [name, *arguments])
-        return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"]()
+        return load(name, monkeypatch).main()
 
     return call
 
@@ -197,7 +207,7 @@ def test_custom_actor_refuses_numbers_out_of_range(wrong, monkeypatch, capsys):
 
 def test_custom_actor(run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["custom_actor"])
-    main = runpy.run_path(str(EXAMPLES / "custom_actor.py"))["main"]
+    main = load("custom_actor", monkeypatch).main
     assert np.isfinite(main(updates=10))
     assert "mean return of 20 episodes" in capsys.readouterr().out
 

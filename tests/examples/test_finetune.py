@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ EPISODE = ("collector", "traj_ids")
 def example():
     spec = importlib.util.spec_from_file_location("iql_finetune", PATH)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # as its dataclass needs
     spec.loader.exec_module(module)
     return module
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -28,7 +28,11 @@ def sweep(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setattr(sys, "argv", ["iql_sweep"])
-    return runpy.run_path(str(EXAMPLES / "iql_sweep.py"))
+    spec = importlib.util.spec_from_file_location("iql_sweep", EXAMPLES / "iql_sweep.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "iql_sweep", module)  # as its dataclasses need
+    spec.loader.exec_module(module)
+    return vars(module)
 
 
 def table(folder: str) -> list[dict[str, str]]:

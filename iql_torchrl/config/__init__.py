@@ -1,0 +1,18 @@
+"""One description of every setting of a run, IQLConfig made of them, and named presets."""
+
+from iql_torchrl.config.devices import check_device, check_usable
+from iql_torchrl.config.iql_config import IQLConfig
+from iql_torchrl.config.knobs import Knob, check_choice, knob, knobs, loss_knobs
+from iql_torchrl.config.presets import PRESETS
+
+__all__ = [
+    "PRESETS",
+    "IQLConfig",
+    "Knob",
+    "check_choice",
+    "check_device",
+    "check_usable",
+    "knob",
+    "knobs",
+    "loss_knobs",
+]

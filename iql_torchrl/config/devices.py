@@ -1,0 +1,33 @@
+"""Torch devices on which a run can train: by name, and on this machine."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["check_device", "check_usable"]
+
+DEVICES = ("cpu", "cuda", "hpu", "mps", "mtia", "xpu")  # where torch's fused Adam runs
+
+
+def check_device(device: str) -> None:
+    """Raise ``ValueError`` unless ``device`` names a torch device of a type in ``DEVICES``."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in DEVICES:
+        raise ValueError(
+            f"device is {device!r}; give a torch device of type {', '.join(DEVICES)}, "
+            "such as 'cuda' or 'cuda:1'."
+        )
+
+
+def check_usable(device: str) -> None:
+    """Raise ``ValueError`` with torch's reason unless this machine can use ``device``."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device is {device!r}, which this machine cannot use: {reason}"
+        ) from error

@@ -1,0 +1,185 @@
+"""Every setting of a run, described once, in one frozen dataclass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from iql_torchrl.config.devices import check_device
+from iql_torchrl.config.knobs import always, knob, knobs
+
+__all__ = ["IQLConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IQLConfig:
+    """Settings of one IQL run; the defaults are the paper's for locomotion.
+
+    Impossible values and combinations raise ``ValueError`` with the value in the message. Numbers
+    become plain ``int`` and ``float``; a bool is no number, and ``1e4`` is no ``int``. A config may
+    name a ``device`` that this machine lacks, so that it can be read on another machine.
+
+    To add a setting, add a field here with :func:`~iql_torchrl.config.knob` and read it where it
+    takes effect. For a setting of the loss (``in_loss=True``) that is an argument of ``IQLLoss``.
+    """
+
+    seed: int = knob(
+        0,
+        "seed of the initial weights and of the batches",
+        interval="[0, 2147483647]",
+        per_run=True,
+    )
+    updates: int = knob(
+        1_000_000,
+        "number of gradient updates",
+        interval="[1, inf)",
+        may_change=lambda config: config["schedule"] == "constant",  # else it decides the rates
+    )
+    batch_size: int = knob(256, "transitions per update", interval="[1, inf)")
+    discount: float = knob(
+        0.99, "discount factor gamma per environment step", interval="[0, 1)", per_run=True
+    )
+    expectile: float = knob(
+        0.7,
+        "expectile tau of the value loss: 0.5 gives the value of the log's policy, towards 1 that "
+        "of its best actions",
+        interval="[0.5, 1]",
+        loss_interval="(0, 1]",
+        meaning="0.5 gives the value of the log's policy, 0.7 to 0.9 that of its better actions, "
+        "and below 0.5 V follows the worse actions of the log and the policy learns to avoid the "
+        "good ones",
+        per_run=True,
+        in_loss=True,
+    )
+    temperature: float = knob(
+        3.0,
+        "inverse temperature beta of the policy's weights, per unit of advantage; 0 is behaviour "
+        "cloning",
+        interval="[0, inf)",
+        meaning="0 is behaviour cloning, and a negative one would prefer the log's worst actions",
+        per_run=True,
+        in_loss=True,
+    )
+    max_weight: float = knob(
+        100.0,
+        "largest weight of a sample in the policy loss",
+        interval="(0, 3e+38]",  # float32 holds no more
+        loss_interval="(0, inf]",
+        meaning="the paper's is 100",
+        per_run=True,
+        in_loss=True,
+    )
+    polyak: float = knob(
+        0.005,
+        "step of the target critics towards the critics at each update; 1 copies them",
+        interval="(0, 1]",
+    )
+    reward: Literal["raw", "return_range", "minus_one"] = knob(
+        "return_range",
+        "reward map: raw, return_range (1000 / range of episode returns) or minus_one",
+    )
+    standardise: bool = knob(
+        True,
+        "standardise observations in the first layer of each network, with the log's statistics",
+    )
+    policy: Literal[
+        "auto", "gaussian", "tanh_normal", "deterministic", "mixture", "categorical"
+    ] = knob(
+        "auto",
+        "gaussian (the paper's), tanh_normal, deterministic, mixture or categorical; auto chooses "
+        "by the action space",
+    )
+    hidden: tuple[int, ...] = knob(
+        (256, 256), "widths of the hidden layers of every network", interval="[1, inf)"
+    )
+    layer_norm: bool = knob(False, "layer normalisation in the critics and in V")
+    dropout: float = knob(0.0, "dropout probability in the policy", interval="[0, 1)")
+    num_critics: int = knob(2, "number of critics, whose minimum is taken", interval="[1, inf)")
+    value_objective: Literal["expectile", "quantile", "sarsa_expectile"] = knob(
+        "expectile", "loss of V: expectile, quantile or sarsa_expectile", in_loss=True
+    )
+    loss_function: Literal["l2", "l1", "smooth_l1"] = knob(
+        "l2", "distance of the critics to their targets: l2, l1 or smooth_l1", in_loss=True
+    )
+    optimizer: Literal["adam", "adamw"] = knob("adam", "adam or adamw")
+    weight_decay: float = knob(0.0, "decoupled weight decay of adamw", interval="[0, inf)")
+    actor_lr: float = knob(3e-4, "learning rate of the policy", interval="(0, inf)", per_run=True)
+    critic_lr: float = knob(3e-4, "learning rate of the critics", interval="(0, inf)", per_run=True)
+    value_lr: float = knob(3e-4, "learning rate of V", interval="(0, inf)", per_run=True)
+    schedule: Literal["constant", "cosine_actor", "cosine"] = knob(
+        "cosine_actor",
+        "constant, cosine_actor (the learning rate of the policy falls to 0 over the run: the "
+        "official code) or cosine (every learning rate)",
+    )
+    schedule_steps: int | None = knob(
+        None,
+        "the falling learning rates change in this many equal steps over the run; none: at every "
+        "update",
+        interval="[1, inf)",
+    )
+    max_grad_norm: float | None = knob(
+        None, "clip the gradient of each network to this L2 norm; none: never", interval="(0, inf)"
+    )
+    order: Literal["sequential", "simultaneous"] = knob(
+        "sequential",
+        "sequential (V, then policy and critics with the new V: the official code) or simultaneous",
+    )
+    precision: Literal["float32", "bfloat16"] = knob(
+        "float32", "of the networks' products: float32 (the dtype they have) or bfloat16 (autocast)"
+    )
+    compile: bool = knob(
+        False,
+        "run the losses under torch.compile: a start-up of about a minute, then faster updates",
+        may_change=always,
+    )
+    device: str = knob(
+        "cpu", "torch device of networks and data: cpu, cuda, cuda:1, mps, ...", may_change=always
+    )
+
+    def __post_init__(self) -> None:
+        for name, described in knobs(type(self)).items():
+            value = described.plain(getattr(self, name))
+            described.check(value)
+            object.__setattr__(self, name, value)
+        if self.weight_decay and self.optimizer != "adamw":
+            raise ValueError(f"weight_decay is {self.weight_decay} and needs optimizer='adamw'.")
+        if self.schedule_steps is not None and self.schedule == "constant":
+            raise ValueError(
+                f"schedule_steps is {self.schedule_steps} and schedule is 'constant', which never "
+                "changes a rate; choose schedule='cosine' or 'cosine_actor', or schedule_steps=None."
+            )
+        check_device(self.device)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as a plain JSON value (tuples as lists); :meth:`from_dict` reads it back."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> IQLConfig:
+        """The config that :meth:`to_dict` wrote.
+
+        Raises ``ValueError`` naming unknown and missing keys, or as the constructor does.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"settings are {values!r}; wanted a dict of IQLConfig's fields.")
+        names = [field.name for field in fields(cls)]
+        unknown = sorted(str(key) for key in values if key not in names)
+        missing = [name for name in names if name not in values]
+        faults = [
+            f"{kind}: {', '.join(keys)}"
+            for kind, keys in (("unknown", unknown), ("missing", missing))
+            if keys
+        ]
+        if faults:
+            raise ValueError(
+                f"settings have other keys than IQLConfig ({'; '.join(faults)}). Remove what is "
+                "unknown and give what is missing: another version may have written them."
+            )
+        given = dict(values)
+        if isinstance(given["hidden"], list):  # JSON has no tuples
+            given["hidden"] = tuple(given["hidden"])
+        return cls(**given)

@@ -1,0 +1,247 @@
+"""A setting is described once: a new one reaches every check, option and comparison by itself."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pytest
+import torch
+from conftest import make_batch, make_networks
+from small_agents import log
+from torchrl.objectives import SoftUpdate
+
+from iql_torchrl import (
+    IQLConfig,
+    IQLLoss,
+    IQLPopulation,
+    IQLStep,
+    load_dataset,
+    make_agent,
+    policies,
+)
+from iql_torchrl import functional as F
+from iql_torchrl.checkpoint import CheckpointError
+from iql_torchrl.cli import parse
+from iql_torchrl.config import Knob, knob, knobs, loss_knobs
+from iql_torchrl.data import DeviceSampler
+from iql_torchrl.objectives import OPTIONS, ImplicitQLoss
+from iql_torchrl.population import PopulationLoss
+from iql_torchrl.trainers.resume import Description, Settings
+from iql_torchrl.update.snapshot import fingerprint, same
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(IQLConfig):
+    """IQLConfig with four more settings: one of each kind of use."""
+
+    sharpness: float = knob(
+        1.0,
+        "exponent of the weights",
+        interval="(0, 10]",
+        loss_interval="(0, 20]",
+        meaning="1 leaves them",
+        per_run=True,
+        in_loss=True,
+    )
+    rounding: Literal["up", "down"] = knob("up", "how weights are rounded", in_loss=True)
+    width: int = knob(2, "of the extra head", interval="[1, inf)")
+    verbose: bool = knob(False, "print more", may_change=lambda config: True)
+
+
+BASE = Config(updates=4, hidden=(8,), batch_size=8, reward="raw", schedule="constant")
+
+
+@pytest.fixture
+def new_knobs(monkeypatch):
+    """The place that reads the new settings: here a loss that only keeps them."""
+    made = ImplicitQLoss.__init__
+
+    def init(self, *args, sharpness=Config.sharpness, rounding=Config.rounding, **kwargs):
+        made(self, *args, **kwargs)
+        self.sharpness, self.rounding = sharpness, rounding
+
+    monkeypatch.setattr(ImplicitQLoss, "__init__", init)
+    monkeypatch.setattr(ImplicitQLoss, "knobs", loss_knobs(Config))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"sharpness": 0.0},
+            r"sharpness is 0\.0; it must lie in \(0, 10\]: 1 leaves them\. IQLLoss",
+        ),
+        ({"sharpness": "1"}, "sharpness is '1'; wanted a number"),
+        ({"rounding": "away"}, "rounding is 'away'; choose one of 'up', 'down'"),
+        ({"width": 0}, "width is 0; it must be >= 1"),
+        ({"verbose": 1}, "verbose is 1; wanted True or False"),
+    ],
+)
+def test_the_config_checks_it(options, words):
+    with pytest.raises(ValueError, match=words):
+        Config(**options)
+    assert Config(sharpness=2).to_dict()["sharpness"] == 2.0
+
+
+def test_it_is_an_option_with_help(capsys):
+    @dataclass
+    class Own:
+        """None of its own."""
+
+    words = ["--sharpness", "2", "--rounding", "down", "--width", "3", "--verbose"]
+    config = parse(Own, words, presets={"base": BASE})[1]
+    assert config == replace(BASE, sharpness=2.0, rounding="down", width=3, verbose=True)
+    with pytest.raises(SystemExit, match="0"):
+        parse(Own, ["--help"], presets={"base": BASE})
+    text = capsys.readouterr().out
+    assert "exponent of the weights (in (0, 10]) (default: 1.0)" in " ".join(text.split())
+    assert "--rounding {up,down}" in text
+
+
+@pytest.mark.usefixtures("new_knobs")
+def test_make_agent_passes_it_to_the_loss():
+    agent = make_agent(replace(BASE, sharpness=3.0, rounding="down"), load_dataset(log()))
+    assert (agent.loss.sharpness, agent.loss.rounding) == (3.0, "down")
+
+
+@pytest.mark.usefixtures("new_knobs")
+def test_runs_of_a_population_have_their_own_or_must_agree():
+    dataset = load_dataset(log())
+    configs = [replace(BASE, sharpness=value) for value in (1.0, 2.5)]
+    population = IQLPopulation(configs, dataset)
+    assert population.loss.sharpness.tolist() == [[1.0], [2.5]]
+    assert population.loss.rounding == "up"
+    message = r"width is 3 in configs\[1\] and 2 in configs\[0\]; .* may differ in .*sharpness"
+    with pytest.raises(ValueError, match=message):
+        IQLPopulation([BASE, replace(BASE, width=3)], dataset)
+    losses = [make_agent(BASE, dataset).loss for _ in range(2)]
+    losses[1].rounding = "down"
+    with pytest.raises(ValueError, match="rounding"):
+        PopulationLoss(losses)
+
+
+@pytest.mark.usefixtures("new_knobs")
+@pytest.mark.parametrize(
+    ("name", "value"), [("sharpness", 2.0), ("rounding", "down"), ("loss_mask_key", "mask")]
+)
+def test_a_captured_step_notices_a_change(name, value):
+    loss = IQLLoss(*make_networks())
+    loss.make_value_estimator(gamma=0.9)
+    optimizer = torch.optim.Adam(loss.parameters())
+    step = IQLStep(loss, optimizer, SoftUpdate(loss, tau=0.1))
+    rows = DeviceSampler(make_batch(8), 4, seed=0)
+    before = fingerprint(step, rows, [], whole=False)
+    assert same(fingerprint(step, rows, [], whole=False), before)
+    setattr(loss, name, value)
+    assert not same(fingerprint(step, rows, [], whole=False), before)
+
+
+def saved_config(config):
+    class Saved:
+        def __init__(self):
+            self.config = config
+
+        def description(self):
+            return {"config": config.to_dict(), "task": {}}
+
+    return Description(Saved())
+
+
+def test_resume_compares_it():
+    saved = saved_config(BASE).state_dict()
+    for config in (BASE, replace(BASE, verbose=True), replace(BASE, updates=9, compile=True)):
+        saved_config(config).load_state_dict(saved)
+    for name, value in {"sharpness": 2.0, "rounding": "down", "width": 3, "seed": 1}.items():
+        with pytest.raises(CheckpointError, match=f"{name} was .* and is {value!r}"):
+            saved_config(replace(BASE, **{name: value})).load_state_dict(saved)
+    with pytest.raises(CheckpointError, match="updates was 4 and is 9"):
+        saved_config(replace(BASE, schedule="cosine", updates=9)).load_state_dict(
+            saved_config(replace(BASE, schedule="cosine")).state_dict()
+        )
+
+
+def test_a_config_saved_before_the_setting_existed_has_its_default():
+    old = {"config": IQLConfig.to_dict(BASE), "task": {}}
+    for name in ("sharpness", "rounding", "width", "verbose"):
+        del old["config"][name]
+    saved_config(BASE).load_state_dict(old)
+    with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
+        saved_config(replace(BASE, sharpness=2.0)).load_state_dict(old)
+
+
+class Trainer:
+    def __init__(self, loss):
+        self.loss_module, self.replay_buffer = loss, None
+        self.optimizer = torch.optim.Adam(loss.parameters())
+        self.step = IQLStep(loss, self.optimizer, SoftUpdate(loss, tau=0.1))
+
+
+@pytest.mark.usefixtures("new_knobs")
+def test_resume_compares_it_where_the_loss_was_made_by_hand():
+    saved = Settings(Trainer(IQLLoss(*make_networks()))).state_dict()
+    assert (saved["sharpness"], saved["rounding"]) == (1.0, "up")
+    changed = Settings(Trainer(IQLLoss(*make_networks(), sharpness=2.0)))
+    with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
+        changed.load_state_dict(saved)
+    del saved["sharpness"]  # a checkpoint from before the setting existed
+    with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
+        changed.load_state_dict(saved)
+    Settings(Trainer(IQLLoss(*make_networks()))).load_state_dict(saved)
+
+
+# -- the description and the code that reads a setting ---------------------------------------------
+
+
+def test_every_knob_of_the_loss_is_an_argument_with_the_same_default_and_an_attribute():
+    parameters = inspect.signature(IQLLoss).parameters
+    loss = IQLLoss(*make_networks())
+    for name, described in IQLLoss.knobs.items():
+        assert parameters[name].default == described.default == getattr(loss, name), name
+    assert all(hasattr(loss, name) for name in OPTIONS)
+    assert set(IQLLoss.knobs) == {
+        "expectile",
+        "temperature",
+        "max_weight",
+        "value_objective",
+        "loss_function",
+    }
+
+
+def test_every_choice_has_code_that_carries_it_out():
+    described = knobs(IQLConfig)
+    assert set(described["loss_function"].choices) == set(F.REGRESSION_LOSSES)
+    for name in described["policy"].choices:
+        assert name == "auto" or callable(getattr(policies, name))
+    for choice in described["value_objective"].choices:
+        loss = IQLLoss(*make_networks(), value_objective=choice)
+        SoftUpdate(loss, tau=0.1)
+        assert loss(make_batch())["loss_value"].isfinite()
+
+
+@pytest.mark.parametrize(
+    ("interval", "inside", "outside"),
+    [
+        ("[0, 1)", (0, 0.5), (1, -0.1)),
+        ("(0, 1]", (1, 0.5), (0, 1.1)),
+        ("(0, inf)", (1e300,), (0, float("inf"), float("nan"))),
+        ("(0, inf]", (float("inf"),), (0, float("nan"))),
+    ],
+)
+def test_intervals(interval, inside, outside):
+    described = Knob(name="x", kind=float, help="", interval=interval)
+    for value in inside:
+        described.check(value)
+        described.check_in_loss(torch.tensor(value, dtype=torch.float64))
+    for value in outside:
+        with pytest.raises(ValueError, match="x is "):
+            described.check(value)
+
+
+def test_a_loss_accepts_more_than_a_config_and_tensors_of_one_number():
+    loss = IQLLoss(*make_networks(), expectile=torch.tensor(0.2), max_weight=float("inf"))
+    assert loss.expectile == 0.2
+    for value in (True, "3", torch.ones(2), None):
+        with pytest.raises(TypeError, match=r"temperature is .*; wanted a number"):
+            IQLLoss(*make_networks(), temperature=value)
