@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from iql_torchrl.importance import behaviour_log_prob, importance_sampling, pdwis
 from scipy import stats
 from small_agents import box_agent
 from small_agents import log as small_log
