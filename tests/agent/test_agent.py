@@ -11,6 +11,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from small_agents import following
 from torch.optim.lr_scheduler import LRScheduler
 
 from iql_torchrl import DiscreteIQLLoss, IQLConfig, IQLLoss, evaluate, load_dataset, make_agent
@@ -21,13 +22,14 @@ from iql_torchrl.checkpoint import CheckpointError, write_components
 def arrays(rows: int = 60, actions=None):
     generator = np.random.default_rng(0)
     ends = np.arange(rows) % 10 == 9
+    observation = generator.normal(size=(rows, 3)).astype(np.float32) * [1, 10, 100] + 5
     return {
-        "observation": generator.normal(size=(rows, 3)).astype(np.float32) * [1, 10, 100] + 5,
+        "observation": observation,
         "action": generator.uniform(-1, 1, (rows, 2)).astype(np.float32)
         if actions is None
         else actions,
         "reward": generator.normal(size=rows).astype(np.float32),
-        "next_observation": generator.normal(size=(rows, 3)).astype(np.float32),
+        "next_observation": following(observation, ends).astype(np.float32),
         "terminated": np.zeros(rows, bool),
         "truncated": ends,
     }
@@ -58,7 +60,7 @@ def test_every_policy_trains(policy):
 def test_discrete_actions_and_categorical_observations():
     data = arrays(actions=np.arange(60) % 4)
     data["observation"] = (np.arange(60) % 5).astype(np.int64)
-    data["next_observation"] = (np.arange(1, 61) % 5).astype(np.int64)
+    data["next_observation"] = following(data["observation"], data["truncated"])
     data = load_dataset(data)
     agent = make_agent(config(), data)
     assert isinstance(agent.loss, DiscreteIQLLoss)

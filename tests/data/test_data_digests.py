@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from small_agents import following
 from small_agents import log as small_log
 from small_mdp import random_mdp, uniform
 
@@ -15,12 +16,14 @@ def steps(episodes, seed, length=3, **columns):
     """Episodes of continuous observations, as columns."""
     draw = np.random.default_rng(seed)
     rows = episodes * length
+    observation = draw.normal(size=(rows, 2)).astype(np.float32)
+    ends = np.arange(rows) % length == length - 1
     table = {
-        "observation": draw.normal(size=(rows, 2)).astype(np.float32),
+        "observation": observation,
         "action": draw.uniform(-1, 1, (rows, 1)).astype(np.float32),
         "reward": draw.normal(size=rows).astype(np.float32),
-        "next_observation": draw.normal(size=(rows, 2)).astype(np.float32),
-        "terminated": np.arange(rows) % length == length - 1,
+        "next_observation": following(observation, ends),
+        "terminated": ends,
         "truncated": np.zeros(rows, bool),
     }
     return table | columns

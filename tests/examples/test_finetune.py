@@ -13,6 +13,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from small_agents import following
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from iql_torchrl import PRESETS, load_dataset, make_agent
@@ -51,9 +52,10 @@ def pendulum(minari_root, monkeypatch):
 @pytest.fixture
 def cartpole():
     generator = np.random.default_rng(0)
+    observation = generator.normal(size=(20, 4)).astype(np.float32)
     columns = {
-        "observation": generator.normal(size=(20, 4)).astype(np.float32),
-        "next_observation": generator.normal(size=(20, 4)).astype(np.float32),
+        "observation": observation,
+        "next_observation": following(observation, np.arange(20) % 10 == 9),
         "action": generator.integers(2, size=20),
         "reward": generator.normal(size=20),
         "terminated": np.arange(20) % 10 == 9,

@@ -47,12 +47,14 @@ def mark_warnings(table: Table, ends: Ends, inside: int, lengths: NDArray[np.int
         texts.append(_inverted(table, ends))
     if not any(texts):
         texts += [successor_warning(table, ends), jump_warning(table, ends)]
-    texts.append(_little_kept(ends, lengths, any(texts)))
+    texts.append(_little_kept(table, ends, lengths, any(texts)))
     return [f"{table.name}: {text}" for text in texts if text is not None]
 
 
-def _little_kept(ends: Ends, lengths: NDArray[np.int64], explained: bool) -> str | None:
-    """Most rows dropped, or most episodes of one row, unless each row is a terminated episode.
+def _little_kept(
+    table: Table, ends: Ends, lengths: NDArray[np.int64], explained: bool
+) -> str | None:
+    """Most rows dropped, or most episodes of one row without a mark that ends them.
 
     ``explained``: another warning tells already why episodes have one row.
     """
@@ -64,8 +66,11 @@ def _little_kept(ends: Ends, lengths: NDArray[np.int64], explained: bool) -> str
     if rows > MANY and 2 * kept < rows:
         return f"only {kept} of {rows} rows make transitions, see the notes: {remedy}."
     single = int((lengths == 1).sum())
-    bandit = bool(ends.terminated[ends.valid].all())
-    if explained or bandit or len(lengths) <= MANY or 2 * single <= len(lengths):
+    truncated = table.flags("truncated")
+    marked = ends.terminated if truncated is None else ends.terminated | truncated
+    if explained or 2 * int((ends.last & marked).sum()) > int(ends.last.sum()):
+        return None
+    if len(lengths) <= MANY or 2 * single <= len(lengths):
         return None
     return f"{single} of {len(lengths)} episodes have one row: {remedy}."
 
