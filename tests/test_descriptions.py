@@ -109,7 +109,7 @@ def test_actions_that_make_agent_cannot_choose(space, policy):
     assert type(caught.value) is ValueError
     assert message.startswith(f"the actions are {describe_space(space)}; make_agent supports")
     assert "Discrete, and Box of floats of shape (A,)" in message
-    assert "'Your own parts'" in message
+    assert "'Your own modules'" in message
     assert len(message) < LONGEST
 
 
