@@ -60,7 +60,7 @@ class Built:
 
 
 class _Memory:
-    """The whole table in memory; blocks are views of it."""
+    """The complete table in memory; blocks are views of it."""
 
     def __init__(self, layout: Layout, rows: int) -> None:
         self.layout, self.rows, self.block_rows = layout, rows, BLOCK
@@ -273,24 +273,24 @@ def _tensor(values: NDArray[Any]) -> Tensor:
 def _check_dtypes(source: Source, piece: Piece, layout: Layout) -> None:
     """Raises where integers would become floats, or floats integers or marks, and on bad shapes."""
     for key, values in piece.items():
-        wanted = layout[key]
-        kind, allowed = values.dtype.kind, _NUMPY[wanted.dtype]
+        expected = layout[key]
+        kind, allowed = values.dtype.kind, _NUMPY[expected.dtype]
         fits = kind in allowed or (kind == "b" and allowed == "iu")
         if key == REWARD and kind in "iu":  # Whole rewards are numbers all the same.
             fits = True
-        if wanted.dtype == torch.bool and kind in "iuf":
+        if expected.dtype == torch.bool and kind in "iuf":
             fits = bool(((values == 0) | (values == 1)).all())
         name = ".".join(key)
         if not fits:
             raise DatasetError(
-                f"{source.name}: {name} holds {values.dtype} values, wanted {wanted.dtype}"
-                f"{' (0 or 1)' if wanted.dtype == torch.bool else ''}; convert it, or pass the env "
+                f"{source.name}: {name} has {values.dtype} values, expected {expected.dtype}"
+                f"{' (0 or 1)' if expected.dtype == torch.bool else ''}; convert it, or pass the env "
                 "it came from: integers and floats are never cast into each other."
             )
-        if values[0].size != int(np.prod(wanted.shape)):
+        if values[0].size != int(np.prod(expected.shape)):
             raise DatasetError(
-                f"{source.name}: {name} has rows of shape {values.shape[1:]}, wanted "
-                f"{wanted.shape}; pass the env the data came from."
+                f"{source.name}: {name} has rows of shape {values.shape[1:]}, expected "
+                f"{expected.shape}; pass the env the data came from."
             )
 
 
@@ -301,20 +301,22 @@ def _remarks(
     statistics: dict[Key, ObservationStatistics],
 ) -> list[str]:
     """Issues one ``DatasetWarning`` for each finding, and returns them all."""
-    found = [*source.warnings, *checker.findings(source.ends_known, source.termination)]
-    found = [text if text.startswith(source.name) else f"{source.name}: {text}" for text in found]
+    remarks = [*source.warnings, *checker.findings(source.ends_known, source.termination)]
+    remarks = [
+        text if text.startswith(source.name) else f"{source.name}: {text}" for text in remarks
+    ]
     if measured.low == measured.high and checker.index.rows > 1:
-        found.append(
+        remarks.append(
             f"{source.name}: every reward is {measured.low:g}; only the lengths of episodes can tell "
             "good from bad."
         )
     for key, s in statistics.items():
         if s.constant and s.count > 1:
             columns = ", ".join(map(str, s.constant[:8])) + ("..." if len(s.constant) > 8 else "")
-            found.append(
+            remarks.append(
                 f"{source.name}: {'.'.join(key)} never changes in {len(s.constant)} of "
                 f"{s.mean.numel()} columns ({columns}); their std is taken as 1."
             )
-    for text in found:
+    for text in remarks:
         warnings.warn(text, DatasetWarning, stacklevel=5)
-    return found
+    return remarks

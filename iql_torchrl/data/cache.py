@@ -1,4 +1,4 @@
-"""Built tables kept on disk: made beside their place, renamed when whole, reused while fresh."""
+"""Built tables on disk: written beside their place, renamed when complete, reused while valid."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from iql_torchrl.data.schema import DatasetError
 __all__ = ["Description", "build_cached", "describe", "fingerprint", "load_built"]
 
 
-#: A file up to this size is digested whole; of a larger one BLOCKS blocks of BLOCK bytes are. Many
+#: A file up to this size is digested completely; of a larger one BLOCKS blocks of BLOCK bytes are. Many
 #: files share these numbers.
 WHOLE = 16 * 2**20
 BLOCK = 64 * 2**10
@@ -86,12 +86,12 @@ def _digest(path: Path, files: int) -> str:
     return digest.hexdigest()
 
 
-def load_built(folder: Path, wanted: Mapping[str, Any]) -> tuple[Built, Description] | None:
+def load_built(folder: Path, expected: Mapping[str, Any]) -> tuple[Built, Description] | None:
     """The table in ``folder`` if it was built from the same files with the same options.
 
     With it comes its description, so that the source need not be opened. None where there is
     nothing, or something stale of ours. Raises ``DatasetError`` where the
-    folder holds anything else, which is never overwritten.
+    folder contains anything else, which is never overwritten.
     """
     if not folder.exists():
         return None
@@ -104,7 +104,7 @@ def load_built(folder: Path, wanted: Mapping[str, Any]) -> tuple[Built, Descript
         )
     try:
         saved = json.loads(record.read_text())
-        if not wanted.get("files") or saved["fingerprint"] != wanted:
+        if not expected.get("files") or saved["fingerprint"] != expected:
             return None
         return _loaded(folder, saved)
     except (ValueError, KeyError, TypeError, OSError, RuntimeError):
@@ -143,9 +143,9 @@ def _described(saved: Mapping[str, Any]) -> Description:
     )
 
 
-def _record(built: Built, source: Source, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def _record(built: Built, source: Source, expected: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "fingerprint": wanted,
+        "fingerprint": expected,
         "description": {
             "name": source.name,
             "observation_space": serialize_space(source.observation_space),
@@ -167,15 +167,15 @@ def _record(built: Built, source: Source, wanted: Mapping[str, Any]) -> dict[str
 
 
 def build_cached(
-    source: Source, folder: Path, wanted: Mapping[str, Any], **how: Any
+    source: Source, folder: Path, expected: Mapping[str, Any], **how: Any
 ) -> tuple[Built, Description]:
-    """``build`` into ``folder``: made beside it and renamed when whole, so never half there.
+    """``build`` into ``folder``: written beside it and renamed when complete.
 
     Raises ``DatasetError`` with the space needed and free where the disk is, or gets, full.
     """
     needed = table_bytes(source, how["dtype"])
     try:
-        return _build_cached(source, folder, wanted, needed, **how)
+        return _build_cached(source, folder, expected, needed, **how)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -188,12 +188,12 @@ def _full(folder: Path, needed: int, reason: str) -> DatasetError:
     return DatasetError(
         f"memmap={folder}: the table needs {needed:,} bytes and {free:,} are free on the disk of "
         f"{place} ({reason}). Make room, choose a folder on another disk, or read less with "
-        "limit=. A table that is there already stays until the new one is whole."
+        "limit=. A table that exists already stays until the new one is complete."
     )
 
 
 def _build_cached(
-    source: Source, folder: Path, wanted: Mapping[str, Any], needed: int, **how: Any
+    source: Source, folder: Path, expected: Mapping[str, Any], needed: int, **how: Any
 ) -> tuple[Built, Description]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     if needed > shutil.disk_usage(folder.absolute().parent).free:
@@ -204,7 +204,7 @@ def _build_cached(
         np.savez(
             staging / "episodes.npz", returns=built.episode_returns, lengths=built.episode_lengths
         )
-        (staging / "built.json").write_text(json.dumps(_record(built, source, wanted)))
+        (staging / "built.json").write_text(json.dumps(_record(built, source, expected)))
         _swap(staging, folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

@@ -44,7 +44,7 @@ def episode_digests(log: OfflineDataset) -> IntArray:
 def sketch_of(digests: IntArray) -> IntArray:
     """The ``SKETCH`` smallest of ``digests``, ascending; all of them if they fit.
 
-    Enough to estimate the share of another log's episodes that this log holds (Broder 1997, "On
+    Enough to estimate the share of another log's episodes that this log contains (Broder 1997, "On
     the resemblance and containment of documents").
     """
     result: IntArray = np.sort(digests)[:SKETCH]
@@ -55,7 +55,7 @@ def shared_share(sketch: IntArray, digests: IntArray) -> float:
     """Share of the episodes ``digests`` that are in the log of ``sketch``, beyond coincidence.
 
     Where a log repeats itself (few states, few rewards), episodes of independent logs are equal by
-    chance; how often an episode of ``digests`` equals another one of ``digests`` says how often. In
+    chance; the rate at which episodes of ``digests`` equal each other estimates how often. In
     [0, 1]; 0 where nothing can be compared.
     """
     limit = np.iinfo(np.int64).max if len(sketch) < SKETCH else sketch[-1]

@@ -14,9 +14,9 @@ import pytest
 import torch
 from tensordict.nn import TensorDictModule
 
-from iql_torchrl.data import builtin, load_dataset
+from iql_torchrl.data import load_dataset
 from iql_torchrl.data.__main__ import main
-from iql_torchrl.data.builtin import BUILTIN, ensure_dataset, make_dataset
+from iql_torchrl.data.builtin import BUILTIN, catalogue, ensure_dataset, make_dataset
 from iql_torchrl.data.builtin.pendulum import swing_up_torque
 from iql_torchrl.data.builtin.recipe import Recipe, mean_return
 from iql_torchrl.evaluation.rollout import evaluate
@@ -131,7 +131,7 @@ def test_ensure_makes_once(root, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("made again")
 
-    monkeypatch.setattr(builtin, "make_dataset", refuse)
+    monkeypatch.setattr(catalogue, "make_dataset", refuse)
     assert ensure_dataset(PENDULUM) == PENDULUM
     assert minari.load_dataset(PENDULUM).total_episodes == 2
 
@@ -166,7 +166,7 @@ def test_a_dataset_made_meanwhile_is_kept(root, monkeypatch):
     recording = BUILTIN[PENDULUM].record(1, 0, False)
     make_dataset(PENDULUM, episodes=2, progress=False)
     with pytest.raises(ValueError, match="made by another process meanwhile"):
-        builtin._write(PENDULUM, BUILTIN[PENDULUM], recording)
+        catalogue._write(PENDULUM, BUILTIN[PENDULUM], recording)
     assert minari.load_dataset(PENDULUM).total_episodes == 2
 
 
@@ -303,7 +303,7 @@ def test_pointmaze_controller_reaches_goal_after_goal(root, monkeypatch, name, s
 
 
 def test_command_line_lists_makes_and_describes(root, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(builtin, "BUILTIN", {
+    monkeypatch.setattr(catalogue, "BUILTIN", {
         PENDULUM: Recipe(description="short", episodes=4, record=BUILTIN[PENDULUM].record)
     })  # fmt: skip
     assert main(["list"]) == 0

@@ -59,8 +59,8 @@ class Motion:
     def inside(self, marked: NDArray[np.bool_], others: NDArray[np.bool_]) -> int | None:
         """How many of the ``marked`` steps are as well predicted as 99 % of the ``others``.
 
-        Both masks have one entry per step. None where nothing can be said: one of them is empty,
-        or unrelated rows cannot be told from successive ones by their error.
+        Both masks have one entry per step. None where this cannot be decided: one of them is empty,
+        or the errors of unrelated and of successive rows are alike.
         """
         if not marked.any() or not others.any():
             return None
@@ -85,7 +85,7 @@ def motion(table: Table) -> Motion | None:
     of the columns (a collision changes few columns at once); or if it exceeds 20 units in more
     than half of the columns.
 
-    None where nothing can be said: fewer than ``STEPS`` steps, no moving float column, or numbers
+    None where this cannot be decided: fewer than ``STEPS`` steps, no moving float column, or numbers
     that are not finite.
     """
     rows = min(table.rows, ROWS)

@@ -40,7 +40,7 @@ def table_ends(table: Table, options: ReadOptions) -> Ends:
     """Reads the marks; see ``table_source`` for the rules."""
     terminated, truncated = table.terminated(), table.flags("truncated")
     end, valid = table.flags("trajectory_end"), table.flags("valid")
-    # A termination ends its trajectory, unless another column says where trajectories end.
+    # A termination ends its trajectory, unless another column marks the ends of trajectories.
     may_go_on = "not_terminated" in table.columns
     marked = np.zeros(table.rows, np.bool_)
     for flags in (truncated, end):
@@ -92,7 +92,7 @@ def _numbered(table: Table, terminated: Flags, last: Flags, valid: Flags | None)
     if wrong.any():
         raise DatasetError(
             f"{table.name}: {int(wrong.sum())} rows are marked as ends although the episode number "
-            f"goes on, first at row {int(wrong.argmax())}; wanted marks and numbers to agree. A "
+            f"continues, first at row {int(wrong.argmax())}; expected marks and numbers to agree. A "
             "termination within an episode is read as such only where the next row evidently "
             "continues the motion."
         )
@@ -111,7 +111,7 @@ def goes_on(table: Table, moved: Motion | None, rows: Flags, ordinary: Flags) ->
 
     That is: the step to the next row is as well predicted as 99 % of the steps from ``ordinary``
     rows (``Motion.inside``), and where ``next_observation`` is known it equals the next row's
-    observation. 0 unless this holds for ``MOST`` of the marked rows among ``moved``'s. Tables whose
+    observation. 0 unless this is so for ``MOST`` of the marked rows among ``moved``'s. Tables whose
     next observations are the observations shifted by one row, across the ends of episodes too,
     pass the second test but not the first.
     """
@@ -128,7 +128,7 @@ def goes_on(table: Table, moved: Motion | None, rows: Flags, ordinary: Flags) ->
 def _check_known(table: Table, options: ReadOptions) -> None:
     if not options.max_episode_steps and not table.truncation_ignored:
         raise DatasetError(
-            f"{table.name}: neither truncated, episode nor next_observation says where episodes "
+            f"{table.name}: neither truncated, episode nor next_observation shows where episodes "
             "end besides termination; pass max_episode_steps or env, name one with columns={...}, "
             "or columns={'truncated': None} if every episode terminates."
         )
