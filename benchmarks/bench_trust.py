@@ -7,7 +7,8 @@ to fit on and a held-out log; ``rank_members`` gets both, the members and the tr
 logged actions. Counted per family: harmful recommendations (true value below the log's), right
 ones (at least half of what the best member gains), no recommendation, how often the bounds of the
 gains are all correct, and regret. ``--vectors`` gives the states as one-hot vectors (still few
-states: the same table); ``--networks`` fits networks instead of tables. Writes benchmarks/results/trust.json.
+states: the same table); ``--networks`` fits networks instead of tables. Writes
+benchmarks/results/trust.json.
 """
 
 from __future__ import annotations
