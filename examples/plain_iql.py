@@ -1,4 +1,4 @@
-"""Implicit Q-Learning in plain torch: the whole algorithm, to read at one sitting.
+"""Implicit Q-Learning in plain torch: the complete algorithm in one short file.
 
 Equation numbers: Kostrikov et al. 2021, arXiv:2110.06169. The order of the update is that of the
 official code. A test shows that ``IQLStep`` computes the same update. Uses this package only to

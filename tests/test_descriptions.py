@@ -152,7 +152,7 @@ def test_policies_say_which_bound_a_spec_lacks():
         Bounded(-1, 1, (2, 2)),
         Composite(action=Bounded(-1, 1, (2,))),
     ):
-        with pytest.raises(ValueError, match="wanted a TorchRL Bounded spec of floats") as caught:
+        with pytest.raises(ValueError, match="expected a TorchRL Bounded spec of floats") as caught:
             policies.gaussian(5, spec)
         assert "\n" not in str(caught.value)
 

@@ -37,10 +37,10 @@ SPEC = Bounded(-1, 1, (2,))
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"expectile": "0.7"}, TypeError, "expectile is '0.7'; expected a number"),
-        ({"temperature": None}, TypeError, "temperature is None; expected a number"),
+        ({"expectile": "0.7"}, TypeError, "expectile is '0.7'; wanted a number"),
+        ({"temperature": None}, TypeError, "temperature is None; wanted a number"),
         ({"temperature": float("inf")}, ValueError, "temperature is inf; .* finite"),
-        ({"max_weight": True}, TypeError, "max_weight is True; expected a number"),
+        ({"max_weight": True}, TypeError, "max_weight is True; wanted a number"),
         ({"num_qvalue_nets": 2.5}, TypeError, "num_qvalue_nets is 2.5; wanted a whole number"),
         ({"num_qvalue_nets": True}, TypeError, "num_qvalue_nets is True"),
         (
