@@ -1,11 +1,11 @@
-"""Milliseconds of one update where the observation is a category: TorchRL's loop and ourselves.
+"""Milliseconds of one update where the observation is a category: TorchRL and this package.
 
     python benchmarks/bench_categories.py
 
 Sizes of ICU-Sepsis (716 states, 25 treatments) and of examples/iql_sepsis.py (batch 2048, one layer
-of 64) on random rows, sampling included. TorchRL's networks see the one-hot form, as its
-environments' ``OneHot`` specs give it; ``one-hot`` are ours on the same rows. Blocks alternate and
-medians are compared. Writes benchmarks/results/categories_DEVICE.json.
+of 64) on random transitions, sampling included. TorchRL's networks read the one-hot form, as in its
+environments with ``OneHot`` specs; "ours one-hot" reads the same form. Blocks of all competitors
+alternate and their medians are compared. Writes benchmarks/results/categories_DEVICE.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 from bench_learning import RESULTS
-from bench_step import REFERENCE, about, measure, summarise, write
+from bench_step import REFERENCE, machine_of, measure, summarise, write
 from step_rivals import Rival, Sizes, Update, trained_as_torchrl_does
 from tensordict import TensorDict
 from torch import nn
@@ -105,19 +105,19 @@ def main() -> None:
     for form in ("eager", "compiled", "captured"):
         rivals[f"ours {form}"] = partial(ours, form, False)
     sizes = Sizes(batch=BATCH, rows=1)
-    found, _ = measure(rivals, sizes, options.device, options.rounds, options.block, 0)
-    summarise(found)
+    results, _ = measure(rivals, sizes, options.device, options.rounds, options.block, 0)
+    summarise(results)
     print(f"{'':24}{'ms':>9}{'updates/s':>11}{'of TorchRL eager':>18}")
-    for name, mine in found.items():
-        if "failed" in mine:
-            print(f"{name:24} {mine['failed']}")
+    for name, entry in results.items():
+        if "failed" in entry:
+            print(f"{name:24} {entry['failed']}")
             continue
-        print(f"{name:24}{mine['median_ms']:9.2f}{mine['updates_per_second']:11.0f}"
-              f"{mine['of_torchrl']:18.2f}")  # fmt: skip
-    sizes_held = {"states": STATES, "actions": ACTIONS, "width": WIDTH, "batch": BATCH}
-    record = {"command": " ".join(["python", *sys.argv]), "machine": about(options.device)}
+        print(f"{name:24}{entry['median_ms']:9.2f}{entry['updates_per_second']:11.0f}"
+              f"{entry['of_torchrl']:18.2f}")  # fmt: skip
+    sizes_recorded = {"states": STATES, "actions": ACTIONS, "width": WIDTH, "batch": BATCH}
+    record = {"command": " ".join(["python", *sys.argv]), "machine": machine_of(options.device)}
     path = RESULTS / f"categories_{options.device.split(':')[0]}.json"
-    write(path, record | {"sizes": sizes_held, "competitors": found})
+    write(path, record | {"sizes": sizes_recorded, "competitors": results})
 
 
 if __name__ == "__main__":

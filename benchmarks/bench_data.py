@@ -1,11 +1,11 @@
-"""Time and memory of loading and sampling, on HalfCheetah-shaped transitions.
+"""Time and memory of loading and sampling transitions of HalfCheetah's shapes.
 
     python benchmarks/bench_data.py                 # about 5 GB of disk twice, minutes
     python benchmarks/bench_data.py --size-gb 0.5   # the same, with a smaller table on disk
 
-Everything is measured in processes of its own, each started by this one, which imports nothing
-heavy: a child's peak memory would otherwise start at its parent's. Writes
-benchmarks/results/data.json and deletes the data it made.
+Each measurement runs in its own process. This process, which starts them, imports no large packages:
+otherwise the peak memory of a child would begin at that of its parent. Writes
+benchmarks/results/data.json and deletes the data that it made.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BATCH = 256
 
 
 def resident() -> int:
-    """Bytes of memory this process holds now."""
+    """Bytes of memory that this process uses now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
@@ -66,7 +66,7 @@ def write_minari(options: argparse.Namespace) -> dict[str, float]:
         for _ in range(options.rows // EPISODE)
     ]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Minari asks for authors and permalinks.
+        warnings.simplefilter("ignore")  # Minari warns about missing authors and permalinks.
         minari.create_dataset_from_buffers(
             MINARI_ID,
             episodes,
@@ -283,8 +283,8 @@ def main() -> None:
         options.folder = Path(folder)
         result = everything(options)
     rows = report(result)
-    for what, found, wanted in rows:
-        print(f"{what:38} {found:58} {wanted}")
+    for quantity, value, limit in rows:
+        print(f"{quantity:38} {value:58} {limit}")
     from bench_learning import RESULTS, machine
 
     record = {"command": " ".join(["python", *sys.argv]), "machine": machine(), **result}

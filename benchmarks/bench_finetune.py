@@ -1,11 +1,11 @@
-"""Does the policy survive the switch from the log to the environment, and what does acting add?
+"""Returns before and after the switch from the log to the environment, with several methods.
 
     python benchmarks/bench_finetune.py
 
 Runs ``examples/iql_finetune.py`` on two Pendulum logs: all 300 episodes, with too few offline
-updates to master the task, and the first two episodes, from which it cannot be mastered. Beside
-fine-tuning: the same with half of each batch from the log, updates on the log alone to the same
-number, and the online phase from fresh networks. Each run has one thread and its own process.
+updates to learn the task, and the first two episodes, from which it cannot be learned. Methods:
+fine-tuning; the same with half of each batch from the log; the same number of updates on the log
+alone; and the online phase from new networks. Each run has one thread and its own process.
 Writes benchmarks/results/finetune.json and finetune.png.
 """
 
@@ -75,8 +75,8 @@ def stay_offline(dataset: OfflineDataset, config: IQLConfig, options: Options) -
             )
             phase = "offline" if update <= options.offline_updates else "online"
             steps = max(0, update - options.offline_updates)
-            about = {"phase": phase, "updates": update, "online_steps": steps}
-            yield {"seed": config.seed, **about, **played.summary()}
+            identity = {"phase": phase, "updates": update, "online_steps": steps}
+            yield {"seed": config.seed, **identity, **played.summary()}
 
 
 def one_run(job: tuple[argparse.Namespace, str, str, int]) -> dict[str, Any]:
@@ -88,10 +88,10 @@ def one_run(job: tuple[argparse.Namespace, str, str, int]) -> dict[str, Any]:
     learn = stay_offline if method == "log only" else run
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
         curve = list(learn(dataset, config, parsed))
-    about = {"log": log, "method": method, "seed": seed, **around(curve)}
+    identity = {"log": log, "method": method, "seed": seed, **around(curve)}
     kept = ("updates", "online_steps", "return_mean", "return_low", "return_high")
     columns = {name: [round(row[name], 1) for row in curve] for name in kept}
-    return {**about, "seconds": round(time.perf_counter() - began), "curve": columns}
+    return {**identity, "seconds": round(time.perf_counter() - began), "curve": columns}
 
 
 def around(curve: list[Row]) -> dict[str, float | None]:
@@ -112,21 +112,21 @@ def around(curve: list[Row]) -> dict[str, float | None]:
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per log and method: mean over seeds, and the seeds in order; printed as a table."""
-    found = []
+    results = []
     names = ("before", "lowest_early", "mean_early", "lowest_late", "end")
     print(f"{'':36}" + "".join(f"{name:>14}" for name in names))
     for log in LOGS:
         for method in METHODS:
-            mine = [r for r in runs if (r["log"], r["method"]) == (log, method)]
-            if not mine:
+            entry = [r for r in runs if (r["log"], r["method"]) == (log, method)]
+            if not entry:
                 continue
             line: dict[str, Any] = {"log": log, "method": method}
             for name in names:
-                values = [r[name] for r in mine]
+                values = [r[name] for r in entry]
                 line |= {name: float(np.mean(values)), f"{name}_per_seed": values}
-            found.append(line)
+            results.append(line)
             print(f"{log:13}{method:23}" + "".join(f"{line[name]:14.1f}" for name in names))
-    return found
+    return results
 
 
 def draw(path: Path, runs: list[dict[str, Any]], logs: dict[str, float]) -> None:
@@ -177,11 +177,11 @@ def main() -> None:
     ]
     runs = []
     with get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
-        for found in pool.imap_unordered(one_run, jobs):
-            runs.append(found)
-            shown = " ".join(f"{found[key]:.0f}" for key in ("before", "lowest_early", "end"))
-            name = f"{found['log']}, {found['method']}, seed {found['seed']}"
-            print(f"{name}: {shown} ({found['seconds']:.0f} s)", flush=True)
+        for results in pool.imap_unordered(one_run, jobs):
+            runs.append(results)
+            shown = " ".join(f"{results[key]:.0f}" for key in ("before", "lowest_early", "end"))
+            name = f"{results['log']}, {results['method']}, seed {results['seed']}"
+            print(f"{name}: {shown} ({results['seconds']:.0f} s)", flush=True)
     runs.sort(
         key=lambda r: (list(LOGS).index(r["log"]), list(METHODS).index(r["method"]), r["seed"])
     )

@@ -2,9 +2,10 @@
 
     python benchmarks/bench_pointmaze.py
 
-Runs ``examples/iql_pointmaze.py``: one far goal out of pieces of drives (share of episodes that
-reach it, and their steps), and the log's own task of random observed targets (targets reached per
-episode; fewer updates, as it is learnt sooner). Writes benchmarks/results/pointmaze.json.
+Runs ``examples/iql_pointmaze.py``: one distant goal, to be reached by joining parts of drives (share
+of episodes that reach it, and their steps), and the log's own task of random observed targets
+(targets reached per episode; with fewer updates, because it is learned sooner).
+Writes benchmarks/results/pointmaze.json.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ def main() -> None:
             for maze in MAZES:
                 began = time.perf_counter()
                 rows, *_ = compare(maze, task, replace(config, seed=seed), options.episodes)
-                about = {"task": task, "maze": maze, "seed": seed}
-                runs += [about | row for row in rows]
+                identity = {"task": task, "maze": maze, "seed": seed}
+                runs += [identity | row for row in rows]
                 seconds = time.perf_counter() - began
                 shown = "; ".join(
                     " ".join(f"{v:.2f}" if isinstance(v, float) else v for v in row.values())
@@ -68,7 +69,7 @@ def main() -> None:
 
 def summarise(runs: list[dict]) -> list[dict]:
     """Means over seeds and the lowest and highest seed; printed as a table."""
-    found = []
+    results = []
     for task, measures in {"fixed": ("reached", "steps"), "random": ("return",)}.items():
         for maze in MAZES:
             for method in ("log", "cloning", "IQL"):
@@ -84,8 +85,8 @@ def summarise(runs: list[dict]) -> list[dict]:
                     line[f"{measure}_range"] = [float(min(known)), float(max(known))]
                     text = f"{measure} {line[measure]:.2f} ({min(known):.2f} to {max(known):.2f})"
                     print(f"{task:8} {maze:8} {method:8} {text}")
-                found.append(line)
-    return found
+                results.append(line)
+    return results
 
 
 if __name__ == "__main__":

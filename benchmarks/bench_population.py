@@ -1,13 +1,13 @@
-"""What one member's update costs as a population grows, beside as many single runs.
+"""Time of one member's update as a population grows, and of the same number of single runs.
 
     python benchmarks/bench_population.py
     python benchmarks/bench_population.py --device cuda --widths 256 --only shared,single,floor
     python benchmarks/bench_population.py --members 1,8 --widths 64 --only shared,single
 
-HalfCheetah's sizes, sampling included. Blocks of all competitors alternate and last about as long;
-medians are compared. P single runs one after another cost P times one, so one of each form is
-timed, in the same rounds. ``floor`` is the matrix products of P members' updates: one batched
-product for all, or P products, whichever is faster; on CUDA replayed as a graph. Writes
+HalfCheetah's sizes, sampling included. Blocks of all competitors alternate and have about the same
+duration; medians are compared. P single runs one after the other take P times as long as one, so one
+of each form is timed, in the same rounds. ``floor`` is the matrix products of the updates of P
+members: one batched product for all, or P products, whichever is faster; on CUDA as a graph. Writes
 benchmarks/results/population_DEVICE.json and its picture.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from bench_learning import RESULTS
-from bench_step import Found, about, attempt, calls_for, integers, timed, write
+from bench_step import Results, attempt, calls_for, integers, machine_of, timed, write
 from population_rivals import FLOORS, SINGLES, Make, competitors, dataset_of, single
 from step_rivals import Sizes
 
@@ -44,8 +44,8 @@ LOOKS = {
 }
 
 
-def prepare(make: Make, sizes: Sizes, device: str) -> Found:
-    """Built, compiled and warm; ``peak_mib`` on CUDA is what it took beyond what was held."""
+def prepare(make: Make, sizes: Sizes, device: str) -> Results:
+    """Built, compiled and warm; ``peak_mib`` on CUDA is the additional memory that it took."""
     on_cuda = device.startswith("cuda")
     if on_cuda:
         torch.cuda.empty_cache()
@@ -54,68 +54,68 @@ def prepare(make: Make, sizes: Sizes, device: str) -> Found:
     began = time.perf_counter()
     update, per_call = make()
     timed(update, 3, sizes, device)
-    found = {"update": update, "updates_per_call": per_call, "ms": []}
-    found["preparation_s"] = time.perf_counter() - began
+    results = {"update": update, "updates_per_call": per_call, "ms": []}
+    results["preparation_s"] = time.perf_counter() - began
     if on_cuda:
-        found["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return found
+        results["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return results
 
 
-def measure(found: dict[str, Found], sizes: Sizes, o: argparse.Namespace) -> None:
+def measure(results: dict[str, Results], sizes: Sizes, o: argparse.Namespace) -> None:
     """Alternate blocks of ``o.block`` seconds; milliseconds per update of every block."""
-    names = [name for name in found if "update" in found[name]]
+    names = [name for name in results if "update" in results[name]]
     for name in names:
-        mine = found[name]
-        seek = partial(calls_for, o.block, mine["update"], sizes, o.device)
-        mine["calls_per_block"] = attempt(mine, seek)
+        entry = results[name]
+        seek = partial(calls_for, o.block, entry["update"], sizes, o.device)
+        entry["calls_per_block"] = attempt(entry, seek)
     for number in range(o.rounds):
         turn = number % max(1, len(names))
         for name in names[turn:] + names[:turn]:
-            mine = found[name]
-            if "failed" in mine:
+            entry = results[name]
+            if "failed" in entry:
                 continue
-            calls = mine["calls_per_block"]
-            taken = attempt(mine, partial(timed, mine["update"], calls, sizes, o.device))
+            calls = entry["calls_per_block"]
+            taken = attempt(entry, partial(timed, entry["update"], calls, sizes, o.device))
             if taken is not None:
-                mine["ms"].append(1e3 * taken / calls / mine["updates_per_call"])
+                entry["ms"].append(1e3 * taken / calls / entry["updates_per_call"])
 
 
-def summarise(found: dict[str, Found], count: int) -> None:
+def summarise(results: dict[str, Results], count: int) -> None:
     """Medians, per member, and as a share of ``count`` single runs and of the faster floor."""
-    done = {name: mine for name, mine in found.items() if mine.get("ms")}
-    for name, mine in done.items():
+    done = {name: entry for name, entry in results.items() if entry.get("ms")}
+    for name, entry in done.items():
         runs = 1 if name in SINGLES else count
-        mine["median_ms"] = statistics.median(mine["ms"])
-        mine["ms_per_member"] = mine["median_ms"] / runs
-        mine["member_updates_per_second"] = 1e3 / mine["ms_per_member"]
+        entry["median_ms"] = statistics.median(entry["ms"])
+        entry["ms_per_member"] = entry["median_ms"] / runs
+        entry["member_updates_per_second"] = 1e3 / entry["ms_per_member"]
     floors = [done[name]["ms_per_member"] for name in FLOORS if name in done]
-    for mine in done.values():
+    for entry in done.values():
         for name in SINGLES:
             if name in done:
-                mine[f"of_{name.replace(' ', '_')}"] = (
-                    mine["ms_per_member"] / done[name]["median_ms"]
+                entry[f"of_{name.replace(' ', '_')}"] = (
+                    entry["ms_per_member"] / done[name]["median_ms"]
                 )
         if floors:
-            mine["of_floor"] = mine["ms_per_member"] / min(floors)
+            entry["of_floor"] = entry["ms_per_member"] / min(floors)
 
 
-def show(found: dict[str, Found], sizes: Sizes, count: int) -> None:
+def show(results: dict[str, Results], sizes: Sizes, count: int) -> None:
     print(f"\nwidth {sizes.width}, batch {sizes.batch}, {count} members")
     print(f"{'':18}{'ms':>10}{'ms/member':>11}{'of captured':>13}{'of compiled':>13}"
           f"{'of floor':>10}{'member-upd./s':>15}{'peak MiB':>10}")  # fmt: skip
-    for name, mine in found.items():
-        if "median_ms" not in mine:
-            print(f"{name:18} {mine.get('failed', 'not run')}")
+    for name, entry in results.items():
+        if "median_ms" not in entry:
+            print(f"{name:18} {entry.get('failed', 'not run')}")
             continue
         keys = ("of_single_captured", "of_single_compiled", "of_floor")
-        ratios = [mine.get(key, float("nan")) for key in keys]
-        print(f"{name:18}{mine['median_ms']:10.3f}{mine['ms_per_member']:11.4f}"
+        ratios = [entry.get(key, float("nan")) for key in keys]
+        print(f"{name:18}{entry['median_ms']:10.3f}{entry['ms_per_member']:11.4f}"
               f"{ratios[0]:13.3f}{ratios[1]:13.3f}{ratios[2]:10.2f}"
-              f"{mine['member_updates_per_second']:15,.0f}"
-              + (f"{mine['peak_mib']:10.0f}" if "peak_mib" in mine else ""), flush=True)  # fmt: skip
+              f"{entry['member_updates_per_second']:15,.0f}"
+              + (f"{entry['peak_mib']:10.0f}" if "peak_mib" in entry else ""), flush=True)  # fmt: skip
 
 
-def draw(path: Path, points: list[Found], title: str) -> None:
+def draw(path: Path, points: list[Results], title: str) -> None:
     """Cost of a member's update against the members, one panel a width."""
     from matplotlib.figure import Figure
 
@@ -123,14 +123,14 @@ def draw(path: Path, points: list[Found], title: str) -> None:
     figure = Figure(figsize=(5.2 * len(widths), 4.4), layout="constrained")
     figure.suptitle(title, fontsize=10)
     for axes, width in zip(figure.subplots(1, len(widths), squeeze=False)[0], widths, strict=True):
-        mine = [point for point in points if point["sizes"]["width"] == width]
+        entry = [point for point in points if point["sizes"]["width"] == width]
         for name, (colour, marker, dashes) in LOOKS.items():
-            costs = {p["members"]: cost(p["competitors"], name) for p in mine}
+            costs = {p["members"]: cost(p["competitors"], name) for p in entry}
             costs = {count: value for count, value in costs.items() if value is not None}
             if costs:
                 axes.plot(costs.keys(), costs.values(), color=colour, marker=marker,
                           linestyle=dashes, markersize=4, linewidth=1.4, label=name)  # fmt: skip
-        counts = [point["members"] for point in mine]
+        counts = [point["members"] for point in entry]
         axes.set(xscale="log", yscale="log", xlabel="members P")
         axes.set_xticks(counts, [str(count) for count in counts])
         axes.set_xticks([], minor=True)
@@ -138,16 +138,18 @@ def draw(path: Path, points: list[Found], title: str) -> None:
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="y", which="minor", labelsize=7)
         axes.set_ylabel("ms per member's update")
-        axes.set_title(f"width {width}, batch {mine[0]['sizes']['batch']}", fontsize=10)
+        axes.set_title(f"width {width}, batch {entry[0]['sizes']['batch']}", fontsize=10)
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4,
                   fontsize=8, frameon=False)  # fmt: skip
     save(figure, path)
 
 
-def cost(found: dict[str, Found], name: str) -> float | None:
+def cost(results: dict[str, Results], name: str) -> float | None:
     names = FLOORS if name == "floor" else (name,)
-    costs = [found[key]["ms_per_member"] for key in names if "ms_per_member" in found.get(key, {})]
+    costs = [
+        results[key]["ms_per_member"] for key in names if "ms_per_member" in results.get(key, {})
+    ]
     return min(costs, default=None)
 
 
@@ -174,8 +176,8 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 2**16  # every population is a program of its own
     warnings.filterwarnings("ignore", category=FutureWarning)  # tensordict under torch.compile
     path = (o.output or RESULTS) / f"population_{o.device.split(':')[0]}.json"
-    machine = about(o.device)
-    record: Found = {"command": " ".join(["python", *sys.argv]), "machine": machine, "points": []}
+    machine = machine_of(o.device)
+    record: Results = {"command": " ".join(["python", *sys.argv]), "machine": machine, "points": []}
     words = o.only.split(",")
     title = str(machine["name"]) + ("" if "cuda" in o.device else f", {machine['threads']} threads")
     for width in o.widths:
@@ -185,27 +187,27 @@ def main() -> None:
             f"single {form}": partial(single, form, log, sizes, o.device, o.captured_updates)
             for form in ("captured", "compiled")
         }
-        held: dict[str, Found] = {}
+        prepared: dict[str, Results] = {}
         for count in o.members:
             makers = alone | competitors(log, sizes, o.device, o.captured_updates, count)
             makers = {n: m for n, m in makers.items() if any(w in n for w in words)}
-            found: dict[str, Found] = {}
+            results: dict[str, Results] = {}
             for name, make in makers.items():
-                found[name] = dict(held.get(name, {}), ms=[])
-                if "update" not in found[name]:
-                    ready = attempt(found[name], partial(prepare, make, sizes, o.device))
-                    found[name] |= ready or {}
+                results[name] = dict(prepared.get(name, {}), ms=[])
+                if "update" not in results[name]:
+                    ready = attempt(results[name], partial(prepare, make, sizes, o.device))
+                    results[name] |= ready or {}
                 if name in SINGLES:
-                    held[name] = found[name]
-            measure(found, sizes, o)
-            summarise(found, count)
-            show(found, sizes, count)
-            kept = {n: {k: v for k, v in f.items() if k != "update"} for n, f in found.items()}
+                    prepared[name] = results[name]
+            measure(results, sizes, o)
+            summarise(results, count)
+            show(results, sizes, count)
+            kept = {n: {k: v for k, v in f.items() if k != "update"} for n, f in results.items()}
             point = {"sizes": asdict(sizes), "members": count, "competitors": kept}
             record["points"].append(point)
             write(path, record)
             draw(path.with_suffix(".png"), record["points"], title)
-            del found
+            del results
             gc.collect()
 
 

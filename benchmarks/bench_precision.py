@@ -1,9 +1,9 @@
-"""What bfloat16 products do to learning: returns on Pendulum, several seeds of each precision.
+"""The effect of bfloat16 products on learning: returns on Pendulum, several seeds each.
 
     python benchmarks/bench_precision.py
 
-Every precision trains one population, a run a seed, on the same batches, and plays each run's
-policy from the same starts. Writes benchmarks/results/precision.json.
+Each precision trains one population with one run for each seed, on the same batches, and evaluates
+the policy of each run from the same initial states. Writes benchmarks/results/precision.json.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def measure(base: IQLConfig, dataset: Any, seeds: int, episodes: int) -> dict[st
     for _ in population.train(every=1000):
         pass
     seconds = time.perf_counter() - began
-    found = population.evaluate(dataset.make_env, episodes=episodes, seed=0)
-    means = [float(evaluation.returns.mean()) for evaluation in found]
+    results = population.evaluate(dataset.make_env, episodes=episodes, seed=0)
+    means = [float(evaluation.returns.mean()) for evaluation in results]
     error = statistics.stdev(means) / len(means) ** 0.5
     return {"returns": means, "mean": statistics.mean(means), "se": error, "seconds": seconds}
 
@@ -56,13 +56,13 @@ def main() -> None:
         compile=True,
         **RATES,
     )
-    found = {
+    results = {
         name: measure(replace(base, precision=name), dataset, options.seeds, options.episodes)
         for name in ("float32", "bfloat16")
     }
-    for name, row in found.items():
+    for name, row in results.items():
         print(f"{name:9} mean return {row['mean']:8.1f}  std. error over seeds {row['se']:5.1f}")
-    record = {"command": "python " + " ".join(sys.argv), "machine": machine(), "found": found}
+    record = {"command": "python " + " ".join(sys.argv), "machine": machine(), "results": results}
     temporary = RESULT.with_name(f".{RESULT.name}")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(temporary, RESULT)

@@ -1,4 +1,4 @@
-"""Kill training at random moments, resume, and compare with a run that was left alone.
+"""Kill training at random moments, resume, and compare with a run that was not interrupted.
 
     python benchmarks/bench_resume.py --kills 20
 

@@ -1,4 +1,4 @@
-"""How well the ranking from logs alone knows which policy is best.
+"""How well a ranking from logs alone identifies the best policy.
 
     python benchmarks/bench_selection.py
     python benchmarks/bench_selection.py --dataset pendulum/mixed-v0
@@ -6,9 +6,9 @@
         --preset locomotion --updates 3000 --fit-updates 2000 --seeds 1 --episodes 5
 
 Trains behaviour cloning and IQL of several temperatures, expectiles and seeds as one population on
-half of a log, prices them by fitted Q evaluation (and, where the log holds the probabilities of its
-actions, by weighted per-decision importance sampling) on the other half, and compares with the
-truth: exact survival on ICU-Sepsis, discounted returns in the environment elsewhere. Fitted Q
+half of a log, estimates their values by fitted Q evaluation (and, where the log has the probabilities
+of its actions, by weighted per-decision importance sampling) on the other half, and compares with the
+true values: exact survival on ICU-Sepsis, discounted returns in the environment elsewhere. Fitted Q
 evaluation runs twice: on episodes the members never saw, and on the members' own. Writes
 benchmarks/results/selection_NAME.json.
 """
@@ -52,7 +52,7 @@ from iql_sepsis import CONFIG, POINTS
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What one kind of dataset wants where the command line is silent."""
+    """Settings of one kind of dataset for options that the command line does not give."""
 
     config: IQLConfig
     discount: float

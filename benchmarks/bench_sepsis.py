@@ -1,9 +1,10 @@
-"""Exact survival of discrete IQL from 20,000 logged stays, beside IQL on the log's counts.
+"""Exact survival of discrete IQL from 20,000 logged stays, compared with IQL on the log's counts.
 
     python benchmarks/bench_sepsis.py
 
 Trains ``examples/iql_sepsis.py`` from several seeds, and prints how its temperature was chosen:
-by the counts of a held-out half of the stays. Writes benchmarks/results/sepsis.json.
+with the counts of the half of the stays that was not used for training.
+Writes benchmarks/results/sepsis.json.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ TEMPERATURES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
 
 
 def priced(policy: np.ndarray, log: OfflineDataset, admissible: np.ndarray) -> float:
-    """Survival of ``policy`` by the counts of ``log``: its dynamics are the log's frequencies.
+    """Survival of ``policy`` if the dynamics are the frequencies in ``log``.
 
-    Treatments that ``log`` never saw in a state are left out, the rest renormalised; where none
-    remains, the log's own frequencies stand in.
+    Treatments that ``log`` does not contain in a state are left out and the rest is renormalised;
+    where none remains, the log's own frequencies are used.
     """
     rows = log.transitions
     state, action = rows["observation"].numpy(), rows["action"].numpy()
@@ -60,7 +61,7 @@ def priced(policy: np.ndarray, log: OfflineDataset, admissible: np.ndarray) -> f
 
 
 def choose(log: OfflineDataset, tables: SepsisTables) -> list[dict[str, float]]:
-    """Per temperature: survival priced by the half learnt from, by the other half, and the truth."""
+    """Per temperature: survival estimated from the training half, from the other half, and exactly."""
     first, second = log.split(0.5, seed=0)
     whole = log.transitions
     rows = []

@@ -1,11 +1,11 @@
-"""Milliseconds of one IQL update: TorchRL's loop, a plain torch script, JAX, ourselves.
+"""Milliseconds of one IQL update: TorchRL's loop, a plain torch script, JAX, this package.
 
     python benchmarks/bench_step.py
     python benchmarks/bench_step.py --widths 64,256,1024 --critics 2,5,10 --only compiled,floor
 
-Sampling is included. Blocks of all competitors alternate and each lasts about as long; medians are
-compared. ``floor`` is the matrix arithmetic of one update alone, as the products its networks need,
-one after another in torch. Axes with several values are swept one at a time around the default
+Sampling is included. Blocks of all competitors alternate and have about the same duration; medians
+are compared. ``floor`` is the time of the matrix products of one update alone, one after the other
+in torch. Axes with several values are swept one at a time around the default
 point. Writes benchmarks/results/step_DEVICE[_NAME].json; ``report.py`` makes table and picture.
 """
 
@@ -50,7 +50,7 @@ REFERENCE, FLOOR = "TorchRL eager", "floor"
 
 #: option: field of Sizes
 AXES = {"widths": "width", "batches": "batch", "critics": "critics", "rows": "rows"}
-Found = dict[str, Any]
+Results = dict[str, Any]
 
 
 def jax_rival(name: str) -> Rival:
@@ -64,7 +64,7 @@ def jax_rival(name: str) -> Rival:
 
 def competitors(device: str, updates: int = 8, only: str = "") -> dict[str, Rival]:
     """Those whose name holds one of the comma-separated words of ``only``."""
-    found: dict[str, Rival] = {
+    results: dict[str, Rival] = {
         REFERENCE: torchrl_loop,
         "TorchRL compiled": partial(torchrl_loop, compile=True),
         "plain torch eager": plain_torch,
@@ -74,15 +74,17 @@ def competitors(device: str, updates: int = 8, only: str = "") -> dict[str, Riva
     }
     for order in ORDERS:
         for form in FORMS if captured is not None else FORMS[:2]:
-            found[f"ours {order} {form}"] = partial(ours, order=order, form=form, updates=updates)
-    found[FLOOR] = floor
+            results[f"ours {order} {form}"] = partial(ours, order=order, form=form, updates=updates)
+    results[FLOOR] = floor
     if device.startswith("cuda"):
-        found["floor graph"] = partial(floor, graph=True)
+        results["floor graph"] = partial(floor, graph=True)
     words = [word.strip() for word in only.split(",") if word.strip()]
     for word in words:
-        if not any(word in name for name in found):
-            raise SystemExit(f"--only {word}: no competitor is called so; there are {list(found)}.")
-    return {n: rival for n, rival in found.items() if not words or any(w in n for w in words)}
+        if not any(word in name for name in results):
+            raise SystemExit(
+                f"--only {word}: no competitor is called so; there are {list(results)}."
+            )
+    return {n: rival for n, rival in results.items() if not words or any(w in n for w in words)}
 
 
 def timed(update: Update, calls: int, sizes: Sizes, device: str) -> float:
@@ -98,7 +100,7 @@ def timed(update: Update, calls: int, sizes: Sizes, device: str) -> float:
     return time.perf_counter() - began
 
 
-def prepare(rival: Rival, rows: TensorDict, sizes: Sizes, device: str) -> Found:
+def prepare(rival: Rival, rows: TensorDict, sizes: Sizes, device: str) -> Results:
     """The competitor built, compiled and warm; its memory on CUDA includes its sampler's."""
     on_cuda = device.startswith("cuda")
     if on_cuda:
@@ -108,10 +110,10 @@ def prepare(rival: Rival, rows: TensorDict, sizes: Sizes, device: str) -> Found:
     with sizes.autocast(device):
         update, updates_per_call = rival(rows, sizes, device)
     timed(update, 3, sizes, device)
-    found = {"update": update, "updates_per_call": updates_per_call}
+    results = {"update": update, "updates_per_call": updates_per_call}
     if on_cuda and torch.cuda.max_memory_allocated() > before:  # JAX allocates for itself
-        found["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return found
+        results["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return results
 
 
 def calls_for(seconds: float, update: Update, sizes: Sizes, device: str) -> int:
@@ -130,83 +132,83 @@ def why(error: BaseException) -> str:
     return f"{type(error).__name__}: {words[:160]}"
 
 
-def attempt(found: Found, action: Callable[[], Any]) -> Any:
+def attempt(results: Results, action: Callable[[], Any]) -> Any:
     """``action()``, or None where the competitor has failed, now or before."""
-    if "failed" in found:
+    if "failed" in results:
         return None
     try:
         return action()
     except Exception as error:
         if not isinstance(error, ModuleNotFoundError):
             traceback.print_exc()
-        found["failed"] = why(error)
-        found.pop("update", None)
+        results["failed"] = why(error)
+        results.pop("update", None)
         return None
 
 
 def measure(
     rivals: dict[str, Rival], sizes: Sizes, device: str, rounds: int, block: float, updates: int
-) -> tuple[dict[str, Found], float]:
+) -> tuple[dict[str, Results], float]:
     """Milliseconds per update of every block, and a block's seconds.
 
     ``block`` is those seconds; with 0 they are what ``updates`` of the first competitor take.
     """
     rows = transitions(sizes, device)
-    found: dict[str, Found] = {name: {} for name in rivals}
+    results: dict[str, Results] = {name: {} for name in rivals}
     for name, rival in rivals.items():
-        mine = found[name]
-        mine |= attempt(mine, partial(prepare, rival, rows, sizes, device)) or {}
-        if "update" in mine and not block:
-            first = max(1, updates // mine["updates_per_call"])
-            timed(mine["update"], first, sizes, device)
-            block = timed(mine["update"], first, sizes, device)
-        if "update" in mine:
-            seek = partial(calls_for, block, mine["update"], sizes, device)
-            mine |= {"calls_per_block": attempt(mine, seek), "ms": []}
-    names = list(found)
+        entry = results[name]
+        entry |= attempt(entry, partial(prepare, rival, rows, sizes, device)) or {}
+        if "update" in entry and not block:
+            first = max(1, updates // entry["updates_per_call"])
+            timed(entry["update"], first, sizes, device)
+            block = timed(entry["update"], first, sizes, device)
+        if "update" in entry:
+            seek = partial(calls_for, block, entry["update"], sizes, device)
+            entry |= {"calls_per_block": attempt(entry, seek), "ms": []}
+    names = list(results)
     for number in range(rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            mine = found[name]
-            if "update" in mine:
-                calls = mine["calls_per_block"]
-                taken = attempt(mine, partial(timed, mine["update"], calls, sizes, device))
+            entry = results[name]
+            if "update" in entry:
+                calls = entry["calls_per_block"]
+                taken = attempt(entry, partial(timed, entry["update"], calls, sizes, device))
                 if taken is not None:
-                    mine["ms"].append(1e3 * taken / calls / mine["updates_per_call"])
-    return {n: {k: v for k, v in f.items() if k != "update"} for n, f in found.items()}, block
+                    entry["ms"].append(1e3 * taken / calls / entry["updates_per_call"])
+    return {n: {k: v for k, v in f.items() if k != "update"} for n, f in results.items()}, block
 
 
-def summarise(found: dict[str, Found]) -> None:
+def summarise(results: dict[str, Results]) -> None:
     """Medians, and ratios to the reference: of medians, and least and greatest within a round."""
-    reference, ground = ({"ms": [], **found.get(name, {})}["ms"] for name in (REFERENCE, FLOOR))
-    for mine in found.values():
-        if "failed" in mine:
+    reference, ground = ({"ms": [], **results.get(name, {})}["ms"] for name in (REFERENCE, FLOOR))
+    for entry in results.values():
+        if "failed" in entry:
             continue
-        mine["median_ms"] = statistics.median(mine["ms"])
-        mine["updates_per_second"] = 1e3 / mine["median_ms"]
+        entry["median_ms"] = statistics.median(entry["ms"])
+        entry["updates_per_second"] = 1e3 / entry["median_ms"]
         if reference:
-            ratios = [a / b for a, b in zip(mine["ms"], reference, strict=False)]
-            mine["of_torchrl"] = mine["median_ms"] / statistics.median(reference)
-            mine["of_torchrl_range"] = [min(ratios), max(ratios)]
+            ratios = [a / b for a, b in zip(entry["ms"], reference, strict=False)]
+            entry["of_torchrl"] = entry["median_ms"] / statistics.median(reference)
+            entry["of_torchrl_range"] = [min(ratios), max(ratios)]
         if ground:
-            mine["of_floor"] = mine["median_ms"] / statistics.median(ground)
+            entry["of_floor"] = entry["median_ms"] / statistics.median(ground)
 
 
-def show(sizes: Sizes, found: dict[str, Found]) -> None:
+def show(sizes: Sizes, results: dict[str, Results]) -> None:
     names = ("width", "batch", "critics", "rows", "dtype", "matmul_precision")
     print("\n" + ", ".join(f"{name} {getattr(sizes, name)}" for name in names))
-    memory = any("peak_mib" in mine for mine in found.values())
+    memory = any("peak_mib" in entry for entry in results.values())
     head = f"{'':28}{'ms':>9}{'updates/s':>11}{'of TorchRL':>12}{'in a round':>14}{'of floor':>10}"
     print(head + f"{'peak MiB':>10}" * memory)
-    for name, mine in found.items():
-        if "failed" in mine:
-            print(f"{name:28} {mine['failed']}")
+    for name, entry in results.items():
+        if "failed" in entry:
+            print(f"{name:28} {entry['failed']}")
             continue
-        line = f"{name:28}{mine['median_ms']:9.3f}{mine['updates_per_second']:11.0f}"
-        low, high = mine.get("of_torchrl_range", (float("nan"),) * 2)
-        line += f"{mine.get('of_torchrl', float('nan')):12.3f}{f'{low:.2f}..{high:.2f}':>14}"
-        line += f"{mine.get('of_floor', float('nan')):10.2f}"
-        line += f"{mine['peak_mib']:10.0f}" if "peak_mib" in mine else ""
+        line = f"{name:28}{entry['median_ms']:9.3f}{entry['updates_per_second']:11.0f}"
+        low, high = entry.get("of_torchrl_range", (float("nan"),) * 2)
+        line += f"{entry.get('of_torchrl', float('nan')):12.3f}{f'{low:.2f}..{high:.2f}':>14}"
+        line += f"{entry.get('of_floor', float('nan')):10.2f}"
+        line += f"{entry['peak_mib']:10.0f}" if "peak_mib" in entry else ""
         print(line, flush=True)
 
 
@@ -214,17 +216,17 @@ def sweep(options: argparse.Namespace) -> Iterator[tuple[str, Sizes]]:
     """The default point, then every other value of each axis, the other axes as there."""
     base = Sizes(dtype=options.dtype, matmul_precision=options.matmul_precision)
     values = {field: getattr(options, option) for option, field in AXES.items()}
-    for field, found in values.items():
-        if getattr(base, field) not in found:
-            base = replace(base, **{field: found[0]})
+    for field, results in values.items():
+        if getattr(base, field) not in results:
+            base = replace(base, **{field: results[0]})
     yield "default", base
-    for field, found in values.items():
-        for value in found:
+    for field, results in values.items():
+        for value in results:
             if value != getattr(base, field):
                 yield field, replace(base, **{field: value})
 
 
-def about(device: str) -> Found:
+def machine_of(device: str) -> Results:
     """Machine and versions; ``name`` is the processor's or the GPU's."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -243,7 +245,7 @@ def about(device: str) -> Found:
     return machine() | versions | more
 
 
-def write(path: Path, record: Found) -> None:
+def write(path: Path, record: Results) -> None:
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
@@ -278,14 +280,18 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # tensordict under torch.compile
     ending = f"_{options.result}" if options.result else ""
     path = RESULTS / f"step_{device.split(':')[0]}{ending}.json"
-    record = {"command": " ".join(["python", *sys.argv]), "machine": about(device), "points": []}
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine_of(device),
+        "points": [],
+    }
     rivals, block = competitors(device, options.captured_updates, options.only), 0.0
     for axis, sizes in sweep(options):
         torch._dynamo.reset()
-        found, block = measure(rivals, sizes, device, options.rounds, block, options.block)
-        summarise(found)
-        show(sizes, found)
-        record["points"].append({"axis": axis, "sizes": asdict(sizes), "competitors": found})
+        results, block = measure(rivals, sizes, device, options.rounds, block, options.block)
+        summarise(results)
+        show(sizes, results)
+        record["points"].append({"axis": axis, "sizes": asdict(sizes), "competitors": results})
         write(path, record)
         packed.cache_clear()
         gc.collect()

@@ -1,4 +1,4 @@
-"""What OfflineTrainer costs beside the bare loop over the same step.
+"""Time of OfflineTrainer compared with the plain loop over the same step.
 
     python benchmarks/bench_trainer.py
 

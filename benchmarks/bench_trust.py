@@ -1,13 +1,14 @@
-"""How often a recommendation from logs alone is worse than the log, in problems with exact values.
+"""How often a recommendation from logs alone is worse than the log, on problems with exact values.
 
     python benchmarks/bench_trust.py
 
-Twenty families of small problems (``trust_families.py``), twenty seeds each. A seed draws a log to fit
-on and a log held out; ``rank_members`` sees both, the members and the true probabilities of the
+Twenty families of small problems (``trust_families.py``), twenty seeds each. A seed draws a log
+to fit on and a held-out log; ``rank_members`` gets both, the members and the true probabilities of the
 logged actions. Counted per family: harmful recommendations (true value below the log's), right
-ones (at least half of what the best member gains), nobody, how often all bounds of the gains hold
-at once, and regret. ``--vectors`` shows the states as one-hot vectors (still few states: the same
-table); ``--networks`` fits networks instead of tables. Writes benchmarks/results/trust.json.
+ones (at least half of what the best member gains), no recommendation, how often the bounds of the
+gains are all correct, and regret. ``--vectors`` gives the states as one-hot vectors (still few
+states: the same table); ``--networks`` fits networks instead of tables. Writes
+benchmarks/results/trust.json.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CLOSE = 1e-9
 
 
 def trial(problem: Problem, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One ranking and the truth about it."""
+    """One ranking, compared with the true values."""
     fit, held_out = problem.log(2 * seed), problem.log(2 * seed + 1)
     actors, how = problem.actors(), {"discount": problem.discount, "seed": seed}
     fitted = None

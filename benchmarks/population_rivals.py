@@ -104,10 +104,10 @@ def competitors(
     log: OfflineDataset, sizes: Sizes, device: str, updates: int, count: int
 ) -> dict[str, Make]:
     sized = (log, sizes, device, updates, count)
-    found = {
+    results = {
         f"{batches} {form}": partial(population, batches, form, *sized)
         for batches in ("shared", "own")
         for form in ("captured", "eager")
     }
     batched = dict(zip(FLOORS, (True, False), strict=True))
-    return found | {name: partial(floor, sizes, device, count, b) for name, b in batched.items()}
+    return results | {name: partial(floor, sizes, device, count, b) for name, b in batched.items()}

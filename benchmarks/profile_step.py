@@ -1,12 +1,12 @@
-"""Where one update's time goes.
+"""How the time of one update divides into kinds of work.
 
     python benchmarks/profile_step.py --form compiled --order sequential
     python benchmarks/profile_step.py --form captured --device cuda
 
-The wall time and the floor are measured without the profiler. The profiler itself costs time, on a
-CPU within every kernel: its numbers say how time divides, not how much there is, and nothing is
-scaled to the wall time. On a CPU ``host`` is what lies outside kernels: wall minus kernels, where a
-negative number is the profiler's own cost. On CUDA kernels may overlap one another.
+The wall time and the floor are measured without the profiler. The profiler itself takes time, on a
+CPU within every kernel: its numbers show the proportions, not the total, and nothing is scaled to
+the wall time. On a CPU ``host`` is the time outside of kernels: wall minus kernels, where a negative
+number is the profiler's own time. On CUDA kernels may overlap one another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from bench_step import about, timed
+from bench_step import machine_of, timed
 from step_rivals import FORMS, ORDERS, Sizes, Update, floor, make_step, ours, transitions
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -91,12 +91,14 @@ def warm_up(update: Update, sizes: Sizes, device: str) -> int:
     compile_fx.inductor_metrics_log.setLevel(logging.INFO)
     compile_fx.inductor_metrics_log.propagate = False
     config.fx_graph_cache = False  # what is read from a cache is not counted
-    found = 0
+    results = 0
     for _ in range(5):
         metrics.num_bytes_accessed = 0
         timed(update, 1, sizes, device)
-        found = metrics.num_bytes_accessed or found  # a graph may be made twice; the last is in use
-    return found
+        results = (
+            metrics.num_bytes_accessed or results
+        )  # a graph may be made twice; the last is in use
+    return results
 
 
 def bytes_moved(form: str, sizes: Sizes, device: str, order: str, generated: int) -> str:
@@ -126,12 +128,12 @@ def record(update: Update, calls: int, sizes: Sizes, device: str) -> Any:
 
 def show(events: Any, updates: int, wall_ms: float, floor_ms: float, on_cuda: bool) -> None:
     """Tables over ``updates`` profiled updates, everything per update."""
-    wanted = DeviceType.CUDA if on_cuda else DeviceType.CPU
+    device_type = DeviceType.CUDA if on_cuda else DeviceType.CPU
     kernels, counts = defaultdict(float), defaultdict(float)
     calls: dict[str, tuple[float, float, str]] = {}
     for event in events:
         kind = kind_of(event.key, on_cuda)
-        if event.device_type != wanted or kind is None:
+        if event.device_type != device_type or kind is None:
             continue
         spent = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         ms, count = spent / 1e3 / updates, event.count / updates
@@ -155,9 +157,9 @@ def show(events: Any, updates: int, wall_ms: float, floor_ms: float, on_cuda: bo
 def show_host_calls(events: Any, updates: int) -> None:
     """CUDA: launches and waits per update; the profiler's own wait at its end is among them."""
     for title, words in (("launches", LAUNCHES), ("synchronisations", SYNCHRONISATIONS)):
-        found = {e.key: e.count / updates for e in events if any(w in e.key for w in words)}
-        listed = ", ".join(f"{name} {count:.2f}" for name, count in found.items())
-        print(f"{title} an update: {sum(found.values()):.2f} ({listed or 'none'})")
+        results = {e.key: e.count / updates for e in events if any(w in e.key for w in words)}
+        listed = ", ".join(f"{name} {count:.2f}" for name, count in results.items())
+        print(f"{title} an update: {sum(results.values()):.2f} ({listed or 'none'})")
 
 
 def parse() -> argparse.Namespace:
@@ -199,7 +201,7 @@ def main() -> None:
     events = record(update, calls, sizes, device)
     wall_ms = wall(update, calls, sizes, device) / a_call
     floor_ms = wall(floor(transitions(sizes), sizes, device)[0], options.updates, sizes, device)
-    machine = about(device)
+    machine = machine_of(device)
     print(f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}; {sizes}")
     print(f"{options.order} {options.form}, {calls * a_call} updates under the profiler")
     show(events, calls * a_call, wall_ms, floor_ms, on_cuda)

@@ -4,7 +4,7 @@
     python benchmarks/report.py --readme   # also replaces README.md's table
 
 Reads benchmarks/results/step_*.json. Files of one device and setting are runs of one measurement:
-their medians are reduced to a median, and shown with their least and greatest; a ratio is the median
+the table has the median of their medians, and the least and greatest of them; a ratio is the median
 of the ratios within each run.
 """
 
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- step table -->", "<!-- /step table -->"
 #: axis of a sweep: its words
-AXES = {"width": "width", "batch": "batch", "critics": "critics", "rows": "rows held"}
+AXES = {"width": "width", "batch": "batch", "critics": "critics", "rows": "dataset size"}
 #: family of competitors: colour and marker
 LOOKS = {
     "TorchRL": ("#7f7f7f", "o"),
@@ -64,30 +64,30 @@ class Setting:
 
 
 def read(folder: Path) -> list[Setting]:
-    """Every setting that the files of ``folder`` hold, CPUs first."""
-    found: dict[tuple[str, Sizes], Setting] = {}
+    """Every setting in the files of ``folder``, CPUs first."""
+    settings: dict[tuple[str, Sizes], Setting] = {}
     for path in sorted(folder.glob("step_*.json")):
         record = json.loads(path.read_text())
         if "points" not in record or not record["points"]:
-            print(f"{path.name} holds no points of bench_step.py and is left out.")
+            print(f"{path.name} contains no points of bench_step.py and is left out.")
             continue
         machine = record["machine"]
         device = machine["name"]
         if not machine["device"].startswith("cuda"):
             device += f", {machine['threads']} threads"
         point = tuple(record["points"][0]["sizes"].items())
-        setting = found.setdefault((device, point), Setting(device, point))
+        setting = settings.setdefault((device, point), Setting(device, point))
         for entry in record["points"]:
             axis = entry["axis"]
             place = setting.runs.setdefault((axis, entry["sizes"].get(axis)), {})
-            for name, mine in entry["competitors"].items():
-                if "failed" not in mine:
-                    place.setdefault(name, {})[path.stem] = mine["median_ms"]
+            for name, result in entry["competitors"].items():
+                if "failed" not in result:
+                    place.setdefault(name, {})[path.stem] = result["median_ms"]
                 elif axis == "default":
-                    setting.failed[name] = mine["failed"]
-    if not found:
-        raise SystemExit(f"{folder} holds no step_*.json: run benchmarks/bench_step.py first.")
-    return sorted(found.values(), key=lambda setting: "threads" not in setting.device)
+                    setting.failed[name] = result["failed"]
+    if not settings:
+        raise SystemExit(f"{folder} contains no step_*.json: run benchmarks/bench_step.py first.")
+    return sorted(settings.values(), key=lambda setting: "threads" not in setting.device)
 
 
 def middle(runs: Runs) -> float:
@@ -96,8 +96,8 @@ def middle(runs: Runs) -> float:
 
 def ratio(runs: Runs, others: Runs | None) -> float | None:
     """Median over the runs that both were part of; what differs between runs falls out."""
-    found = [ms / others[run] for run, ms in runs.items() if others and run in others]
-    return statistics.median(found) if found else None
+    ratios = [ms / others[run] for run, ms in runs.items() if others and run in others]
+    return statistics.median(ratios) if ratios else None
 
 
 def cell(value: float | None) -> str:
@@ -106,22 +106,22 @@ def cell(value: float | None) -> str:
 
 def table(setting: Setting) -> str:
     """Markdown: the default point of one setting."""
-    found = setting.default
-    counts = [len(values) for values in found.values()]
+    results = setting.default
+    counts = [len(values) for values in results.values()]
     runs = max(counts)
-    told = f"{runs} runs" if min(counts) == runs else f"{min(counts)} to {runs} runs"
+    number_of_runs = f"{runs} runs" if min(counts) == runs else f"{min(counts)} to {runs} runs"
     columns = ["", "ms an update", "updates/s", "of TorchRL eager", "of the floor"]
     columns += ["ms, least to greatest run"] if runs > 1 else []
-    lines = [setting.words + (f"; {told}" if runs > 1 else ""), ""]
+    lines = [setting.words + (f"; {number_of_runs}" if runs > 1 else ""), ""]
     lines += ["| " + " | ".join(columns) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
-    for name, mine in found.items():
-        cells = [name, f"{middle(mine):.3g}", f"{1e3 / middle(mine):,.0f}"]
-        cells += [cell(ratio(mine, found.get(other))) for other in (REFERENCE, FLOOR)]
-        values = mine.values()
+    for name, result in results.items():
+        cells = [name, f"{middle(result):.3g}", f"{1e3 / middle(result):,.0f}"]
+        cells += [cell(ratio(result, results.get(other))) for other in (REFERENCE, FLOOR)]
+        values = result.values()
         cells += [f"{min(values):.3g} to {max(values):.3g}"] if runs > 1 else []
         lines.append("| " + " | ".join(cells) + " |")
     for name, reason in setting.failed.items():
-        if name not in found:
+        if name not in results:
             lines.append("| " + " | ".join([name, reason] + [""] * (len(columns) - 2)) + " |")
     return "\n".join(lines)
 
@@ -147,11 +147,11 @@ def look(name: str) -> dict[str, Any]:
 
 
 def draw_bars(axes: Any, setting: Setting) -> None:
-    found = {name: middle(runs) for name, runs in setting.default.items()}
-    names = sorted(found, key=lambda name: -found[name])
-    bars = axes.barh(names, [found[n] for n in names], color=[look(n)["color"] for n in names])
-    axes.bar_label(bars, [f"{found[n]:.3g}" for n in names], padding=3, fontsize=8)
-    axes.set_xlim(0, 1.15 * max(found.values()))
+    results = {name: middle(runs) for name, runs in setting.default.items()}
+    names = sorted(results, key=lambda name: -results[name])
+    bars = axes.barh(names, [results[n] for n in names], color=[look(n)["color"] for n in names])
+    axes.bar_label(bars, [f"{results[n]:.3g}" for n in names], padding=3, fontsize=8)
+    axes.set_xlim(0, 1.15 * max(results.values()))
     axes.set(xlabel="ms an update, sampling included")
     axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)

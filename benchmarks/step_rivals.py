@@ -1,4 +1,4 @@
-"""The competitors of bench_step.py in torch, and the sizes, rows and networks that all share.
+"""The competitors of bench_step.py in torch, and the sizes, data and networks that all of them use.
 
 A competitor is a function ``(rows, sizes, device) -> (update, updates_per_call)``.
 """
@@ -264,14 +264,14 @@ def products(sizes: Sizes) -> list[tuple[Shape, Shape]]:
     value, actor = (observation, width, width, 1), (observation, width, width, sizes.action)
     critic = (observation + sizes.action, width, width, 1)
     learning = [value, actor] + [critic] * sizes.critics
-    found: list[tuple[Shape, Shape]] = []
+    results: list[tuple[Shape, Shape]] = []
     for net in [*learning, value] + [critic] * sizes.critics:
-        found += [((batch, a), (a, b)) for a, b in pairwise(net)]
+        results += [((batch, a), (a, b)) for a, b in pairwise(net)]
     for net in learning:
         layers = list(pairwise(net))
-        found += [((a, batch), (batch, b)) for a, b in layers]
-        found += [((batch, b), (b, a)) for a, b in layers[1:]]
-    return found
+        results += [((a, batch), (batch, b)) for a, b in layers]
+        results += [((batch, b), (b, a)) for a, b in layers[1:]]
+    return results
 
 
 def floor(rows: TensorDict, sizes: Sizes, device: str, graph: bool = False) -> tuple[Update, int]:

@@ -2,7 +2,8 @@
 
 ``jax_scan``: every loss from the same old parameters, many updates in one ``lax.scan``.
 ``jax_step``: V, then actor and critics with the new V, then the targets, eight updates a call.
-Both sample on the device. JAX is no dependency of the project: import this file where it is used.
+Both sample on the device. JAX is not a dependency of the project, so import this file only where it
+is used.
 """
 
 from __future__ import annotations
@@ -155,8 +156,8 @@ def looped(
     def many(state: Tree, key: jax.Array, table: Batch) -> tuple[Tree, jax.Array, jax.Array]:
         def one(carry: tuple[Tree, jax.Array], _: None) -> tuple[Any, jax.Array]:
             state, key = carry
-            key, mine = jax.random.split(key)
-            index = jax.random.randint(mine, (sizes.batch,), 0, sizes.rows)
+            key, entry = jax.random.split(key)
+            index = jax.random.randint(entry, (sizes.batch,), 0, sizes.rows)
             batch = {name: values[index] for name, values in table.items()}
             state, loss = function(state, batch, dtype=sizes.dtype)
             return (state, key), loss

@@ -1,4 +1,4 @@
-"""Small problems with exact values in which a ranking from logs alone can go wrong, or cannot."""
+"""Small problems with exact values, difficult and easy ones, for rankings from logs alone."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Problem:
 
     ``transition`` ``(S, A, S)``; ``reward`` and ``ending`` (probability that a step terminates)
     ``(S, A)``; ``start`` ``(S,)``; ``behaviour`` and each of ``members`` ``(S, A)``; ``noise`` is
-    added to rewards, ``cut`` says which steps are truncated, both of (state, action) and for
-    ``cut`` the following state. ``easy``: a good ranking recommends somebody here.
+    added to rewards, ``cut`` decides which steps are truncated, both of (state, action) and for
+    ``cut`` the following state. ``easy``: a good ranking recommends a member here.
     """
 
     transition: FloatArray

@@ -1,6 +1,6 @@
-"""The loss by hand: your own actor, critics, optimisers and loop, in plain TorchRL.
+"""The loss in a script of your own: actor, critics, optimizer and loop are plain TorchRL.
 
-Nothing of this package is used but the loss and the data: whatever your script has, it keeps.
+Only the loss and the data come from this package.
 """
 
 import sys
@@ -19,7 +19,7 @@ from iql_torchrl.data.builtin import ensure_dataset
 
 
 class Residual(nn.Module):
-    """A body of your own: two blocks around a skip."""
+    """A network of your own: a block with a skip connection."""
 
     def __init__(self, in_features: int, out_features: int, width: int = 64) -> None:
         super().__init__()

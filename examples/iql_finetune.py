@@ -1,10 +1,10 @@
-"""Learn from a log, then go on learning in the environment: the fine-tuning of the IQL paper.
+"""Learn from a log, then continue in the environment: the fine-tuning of the IQL paper.
 
-First updates on the log alone. Then, over and over, one sampled action in the environment and one
-update from the log and the new steps together (arXiv:2110.06169, section 5.3). The loss, the
-optimizer's state and the target critics go on as they are: only the data changes.
+First updates on the log alone. Then, in turns, one sampled action in the environment and one update
+from the log and the new steps together (arXiv:2110.06169, section 5.3). The loss, the optimizer's
+state and the target critics stay: only the data changes.
 
-Without arguments: a Pendulum log, too few updates to master it, and an online phase that does.
+Without arguments: a Pendulum log, too few updates to learn the task from it, and an online phase.
 """
 
 import csv
@@ -74,19 +74,19 @@ def as_logged(frames: TensorDictBase, dataset: OfflineDataset) -> TensorDict:
     """
     log, rows = dataset.transitions, {}
     for key in log.keys(True, True):
-        found = frames.get(key, None)
-        if found is None:
+        values = frames.get(key, None)
+        if values is None:
             raise ValueError(
-                f"the environment gives no {key!r}, which the log holds: wrap the environment (env= "
+                f"the environment gives no {key!r}, which the log has: wrap the environment (env= "
                 "of load_dataset) so that it does, or leave that column out of the log."
             )
-        if (found.shape[1:], found.dtype) != (log[key].shape[1:], log[key].dtype):
+        if (values.shape[1:], values.dtype) != (log[key].shape[1:], log[key].dtype):
             raise ValueError(
-                f"{key!r} is {found.dtype} of shape {tuple(found.shape[1:])} in the environment and "
+                f"{key!r} is {values.dtype} of shape {tuple(values.shape[1:])} in the environment and "
                 f"{log[key].dtype} of shape {tuple(log[key].shape[1:])} in the log: wrap the "
                 "environment (env= of load_dataset) so that both agree."
             )
-        rows[key] = found
+        rows[key] = values
     rows["next", "reward"] = dataset.reward_map(rows["next", "reward"])
     episodes = ("collector", "traj_ids")
     rows[episodes] = rows[episodes] + len(dataset.episode_lengths)
@@ -162,8 +162,8 @@ def run(dataset: OfflineDataset, config: IQLConfig, options: Options) -> Iterato
             agent.policy, dataset.make_env, episodes=options.episodes, seed=EVALUATION_SEED
         )
         bar.write(f"seed {config.seed}, {phase}, {updates:7,}: {played.returns.mean():8.1f}")
-        about = {"seed": config.seed, "phase": phase, "updates": updates, "online_steps": steps}
-        return {**about, **played.summary()}
+        identity = {"seed": config.seed, "phase": phase, "updates": updates, "online_steps": steps}
+        return {**identity, **played.summary()}
 
     pretraining = options.offline_updates
     for update in range(1, pretraining + 1):
@@ -198,8 +198,8 @@ def around_switch(history: list[Row]) -> Row:
 def print_table(dataset: OfflineDataset, history: list[Row]) -> None:
     print(f"\n{'mean return':12}{'before':>14}{'lowest early':>14}{'end':>14}")
     for seed in dict.fromkeys(row["seed"] for row in history):
-        found = around_switch([row for row in history if row["seed"] == seed])
-        print(f"seed {seed:<7}" + "".join(f"{value:14.1f}" for value in found.values()))
+        returns = around_switch([row for row in history if row["seed"] == seed])
+        print(f"seed {seed:<7}" + "".join(f"{value:14.1f}" for value in returns.values()))
     print(f"the log     {dataset.episode_returns.mean():14.1f}")
     print(f"(before: at the switch; early: the first {EARLY:.0%} of the online steps)\n")
 
@@ -235,7 +235,7 @@ def write_csv(path: Path, rows: list[Row]) -> None:
 
 
 def parse(arguments: list[str] | None) -> tuple[Options, IQLConfig]:
-    """Options and the config of all updates; the policy's rate is constant unless asked otherwise.
+    """Options, and the config of all updates, by default with a constant rate of the policy.
 
     The official code's rate falls to 0 offline, but is constant in fine-tuning.
     """
@@ -262,15 +262,15 @@ def main(arguments: list[str] | None = None) -> int:
     options, config = parse(arguments)
     logger.setLevel("WARNING")  # TorchRL announces every storage that it makes
     try:
-        import matplotlib  # noqa: F401  (asked for before the work, not after it)
+        import matplotlib  # noqa: F401  (a missing package is an error before training)
 
         source = ensure_dataset(options.dataset) if options.dataset in BUILTIN else options.dataset
         dataset = load_dataset(source, reward=config.reward, limit=options.limit)
         dataset.print_notes()
         options.output.mkdir(parents=True, exist_ok=True)
-        about = json.dumps(asdict(options) | asdict(config), indent=2, default=str) + "\n"
+        settings = json.dumps(asdict(options) | asdict(config), indent=2, default=str) + "\n"
         with whole_file(options.output / "config.json") as temporary:
-            temporary.write_text(about)
+            temporary.write_text(settings)
         history: list[Row] = []
         for seed in options.seeds:
             for row in run(dataset, replace(config, seed=seed), options):

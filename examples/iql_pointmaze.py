@@ -1,14 +1,14 @@
-"""Stitching: reach a far corner of a maze, from drives that never went there whole.
+"""Reach a distant corner of a maze by joining parts of drives, none of which goes all the way.
 
-The log is a point that drives to one random target after another. Here the task is one fixed
-goal, far from one fixed start, and the observation is position and velocity alone: the log's own
-targets are forgotten, and every drive that passes within 1 of both start and goal is dropped. What
-remains connects start and goal only in pieces of different drives. Cloning averages over the
-log's targets and turns back; dynamic programming over the pieces finds the way.
+In the log a point drives to one random target after another. Here the task is one fixed goal, far
+from one fixed start, and the observation is position and velocity only: the log's targets are not
+used, and every drive that passes within 1 of both start and goal is dropped. The remaining drives
+connect start and goal only in parts. Cloning averages over the log's targets and turns back; dynamic
+programming joins the parts.
 
 The reward is 1 within 0.45 of the goal, where the episode ends, and 0 elsewhere; learning sees it
 less 1, so that values count the steps that remain. ``--task random`` keeps the log's own task: the
-target is observed, and drawn anew when reached, so that a return counts the targets reached in an
+target is observed, and drawn again when reached, so that a return counts the targets reached in an
 episode. There the log is nearly expert, and cloning it is hard to beat.
 """
 
@@ -27,13 +27,13 @@ from iql_torchrl.data.builtin import ensure_dataset
 
 # (start, goal) as (row, column) of the maze's map
 MAZES = {"umaze": ((1, 1), (3, 1)), "medium": ((1, 1), (6, 6))}
-AT_GOAL, NEAR = 0.45, 1.0  # the environment's own radius, and that of a drive's passing by
+AT_GOAL, NEAR = 0.45, 1.0  # the environment's own radius, and that of passing a point
 FIXED = replace(
     PRESETS["quick"],
     updates=5_000,
     hidden=(128, 128),
-    polyak=0.05,  # the way is hundreds of backups long, each waiting for the target critics
-    discount=0.995,  # 0.99 sees 100 steps ahead; the way through the medium maze takes 300
+    polyak=0.05,  # values pass hundreds of backups, each through the target critics
+    discount=0.995,  # 0.99 has a horizon of 100 steps; the way through the medium maze takes 300
     expectile=0.9,  # few of the log's actions serve this goal: V must follow the best of them
     schedule="cosine",
     reward="minus_one",
@@ -81,8 +81,8 @@ class FixedGoal(gymnasium.ObservationWrapper[Any, Any, Any]):
 def fixed_goal(log: OfflineDataset, maze: str) -> tuple[OfflineDataset, dict[str, float]]:
     """The log relabelled for the fixed goal, without drives that join it to the start.
 
-    And how the whole log fares: of its episodes that pass the start, those that later pass the
-    goal, and after how many steps.
+    Also the results of the complete log: the fraction of its episodes through the start that later
+    reach the goal, and their mean number of steps.
     """
     spec = log.make_env().spec
     spec.kwargs |= {"reset_target": False, "continuing_task": False}
@@ -98,8 +98,8 @@ def fixed_goal(log: OfflineDataset, maze: str) -> tuple[OfflineDataset, dict[str
     at_goal, ends = to_goal <= AT_GOAL, log.transitions["next", "truncated"].flatten().numpy()
     ends = ends | np.r_[np.diff(before["desired_goal"].numpy(), axis=0).any(axis=1), True]
     drive = np.cumsum(ends) - ends
-    whole = np.bincount(drive, to_start <= NEAR) * np.bincount(drive, to_goal <= NEAR) > 0
-    print(f"dropped {whole.sum()} of {len(whole)} drives, which pass both start and goal")
+    complete = np.bincount(drive, to_start <= NEAR) * np.bincount(drive, to_goal <= NEAR) > 0
+    print(f"dropped {complete.sum()} of {len(complete)} drives, which pass both start and goal")
     # Nothing is done from within the goal, where episodes end.
     outside = np.linalg.norm(before["achieved_goal"].numpy() - goal, axis=1) > AT_GOAL
     columns = {
@@ -110,18 +110,21 @@ def fixed_goal(log: OfflineDataset, maze: str) -> tuple[OfflineDataset, dict[str
         "terminated": at_goal,
         "truncated": ends & ~at_goal,
     }
-    kept = {key: column[outside & ~whole[drive]] for key, column in columns.items()}
+    kept = {key: column[outside & ~complete[drive]] for key, column in columns.items()}
     passed, waits = 0, []
     for episode in np.split(np.arange(len(log)), np.cumsum(log.episode_lengths)[:-1]):
         if (passes := to_start[episode] <= NEAR).any():
             passed += 1
             waits += np.flatnonzero(at_goal[episode][passes.argmax() :])[:1].tolist()
-    fared = {"reached": len(waits) / max(1, passed), "steps": np.mean(waits) if waits else np.nan}
-    return load_dataset(kept, env=make_env, reward=FIXED.reward), fared
+    log_results = {
+        "reached": len(waits) / max(1, passed),
+        "steps": np.mean(waits) if waits else np.nan,
+    }
+    return load_dataset(kept, env=make_env, reward=FIXED.reward), log_results
 
 
 def train(config: IQLConfig, data: OfflineDataset, episodes: int) -> tuple[Any, list]:
-    """A trained policy's evaluation, and its paths where the environment keeps them."""
+    """A trained policy's evaluation, and its paths where the environment records them."""
     agent = make_agent(config, data)
     batches = data.device_sampler(config.batch_size, seed=config.seed)
     for _ in tqdm(range(config.updates), unit="update", disable=None):
@@ -139,8 +142,8 @@ def compare(maze: str, task: str, config: IQLConfig, episodes: int) -> tuple[lis
         data = load_dataset(log.name, concatenate=["observation", "desired_goal"])
         rows, paths = [{"method": "log", "return": data.episode_returns.mean()}], {}
     else:
-        data, fared = fixed_goal(log, maze)
-        rows = [{"method": "log", **fared}]
+        data, log_results = fixed_goal(log, maze)
+        rows = [{"method": "log", **log_results}]
         position = data.transitions["observation"][:, :2].numpy()
         paths = {"60 drives of the log": np.split(position, np.cumsum(data.episode_lengths))[:60]}
     data.print_notes()
@@ -148,8 +151,8 @@ def compare(maze: str, task: str, config: IQLConfig, episodes: int) -> tuple[lis
         played, paths[method] = train(replace(config, temperature=temperature), data, episodes)
         there = played.returns > 0
         steps = played.lengths[there].mean() if there.any() else np.nan
-        found = {"return": played.returns.mean(), "reached": there.mean(), "steps": steps}
-        rows.append({key: found.get(key, method) for key in rows[0]})
+        results = {"return": played.returns.mean(), "reached": there.mean(), "steps": steps}
+        rows.append({key: results.get(key, method) for key in rows[0]})
     return rows, paths, log.make_env().unwrapped.maze
 
 

@@ -1,18 +1,18 @@
 """Treatment of sepsis from clinicians' logs: discrete IQL, with survival computed exactly.
 
 The log (``icu-sepsis/clinician-v0``): 20,000 stays of about 9 steps, 716 patient states, 25
-treatments of which about 3 are admissible in a state, reward 1 for survival at the end and 0
-else. The simulator's dynamics are known, so a policy's probability of survival is a linear solve,
-without sampling; training never sees them. The yardstick is IQL without a network: the same
-equations solved on the log's counts.
+treatments of which about 3 are admissible in a state, reward 1 for survival at the end and 0 else.
+The simulator's dynamics are known, so a policy's probability of survival is a linear solve, without
+sampling; training never sees them. For comparison, IQL without a network: the same equations solved
+on the log's counts.
 
-How the reward map and the temperature were chosen. One treatment changes survival little: over
-the log, advantages have a standard deviation of 0.016. The paper's temperature of 3 would weigh
-such a treatment exp(3 * 0.016) = 1.05, which is cloning. Rewards times 100 make values percentage
-points of survival, of a size that Adam's usual rates suit, and advantages 1.6 points. The
-temperature, 2 per point, comes from the log alone: solve on half of the stays, price the policy
-by the counts of the other half. That estimate is 0.783 at temperature 0, 0.810 at 0.5, 0.816 at
-1, 0.817 at 2 and 0.818 beyond; benchmarks/bench_sepsis.py prints it.
+How the reward map and the temperature were chosen. One treatment changes survival little: over the
+log, advantages have a standard deviation of 0.016. The paper's temperature of 3 would give such a
+treatment the weight exp(3 * 0.016) = 1.05, which is cloning. Rewards times 100 make values
+percentage points of survival, of a size that Adam's usual rates suit, and advantages 1.6 points.
+The temperature, 2 per point, comes from the log alone: solve on half of the stays, and estimate the
+policy's survival from the counts of the other half. That estimate is 0.783 at temperature 0, 0.810
+at 0.5, 0.816 at 1, 0.817 at 2 and 0.818 beyond; benchmarks/bench_sepsis.py prints it.
 """
 
 import csv
@@ -34,15 +34,15 @@ POINTS = 100.0  # of survival probability
 COLOURS = {"clinicians": "0.5", "IQL on the log's counts": "tab:orange", "optimum": "tab:green"}
 CONFIG = IQLConfig(
     updates=2_500,
-    # States are of very unequal frequency: large batches keep the rare ones from jumping.
+    # States have very unequal frequencies: large batches reduce the noise of the rare ones.
     batch_size=2048,
-    # Stays are short and end by themselves: as good as none.
+    # Stays are short and end by themselves: almost no discount.
     discount=0.999,
     expectile=0.7,
     temperature=2.0,
-    # A one-hot state has nothing to generalise over; one layer is a table with shared features.
+    # One layer on one-hot states is a table with shared features.
     hidden=(64,),
-    # Values start at 0 and have 80 points to climb: faster rates and targets than usual.
+    # Values start at 0 and must rise to 80 points: higher rates, faster targets than usual.
     actor_lr=1e-2,
     critic_lr=1e-2,
     value_lr=1e-2,
@@ -88,7 +88,7 @@ def tabular_iql(rows: TensorDictBase, admissible: np.ndarray, config: IQLConfig)
         if np.abs(change).max() < 1e-9:
             break
     advantage = np.where(count > 0, qvalue - value[:, None], 0.0)
-    # The ceiling again inside the exponential, which may overflow.
+    # Limit the exponent too: the exponential could overflow.
     exponent = np.minimum(config.temperature * advantage, np.log(config.max_weight))
     policy = np.where(count.any(axis=1, keepdims=True), count * np.exp(exponent), admissible)
     return Tabular(qvalue, value, policy / policy.sum(axis=1, keepdims=True))
@@ -118,7 +118,7 @@ def probabilities(agent: Agent, admissible: np.ndarray) -> np.ndarray:
 
 
 def train(config: IQLConfig, log: OfflineDataset, tables: SepsisTables) -> list[dict[str, float]]:
-    """Exact survival and the step's metrics, twenty times on the way."""
+    """Exact survival and the step's metrics, at twenty points of the training."""
     agent = make_agent(config, log)
     batches = log.device_sampler(config.batch_size, device=config.device, seed=config.seed)
     every = max(1, config.updates // 20)

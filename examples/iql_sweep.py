@@ -1,9 +1,9 @@
 """A grid of settings and seeds trained as one population, scored, and ranked from the log alone.
 
 Without arguments: a Pendulum log and 14 policies (cloning; temperature x expectile; two seeds).
-Part of the log is held out: from it fitted Q evaluation prices every policy and names the one to
-ship. Playing them says what that advice was worth. With ``--dataset icu-sepsis/clinician-v0`` the
-truth is the exact probability of survival.
+Part of the log is held out: from it fitted Q evaluation estimates the value of every policy, and
+the ranking recommends one. Evaluating all of them shows how good the recommendation was. With
+``--dataset icu-sepsis/clinician-v0`` the truth is the exact probability of survival.
 """
 
 import csv
@@ -74,7 +74,7 @@ class Options:
     episodes: int = 20
     """episodes of each policy's evaluation"""
     ranking: bool = True
-    """rank the policies from held-out episodes; without, learn from the whole log"""
+    """rank the policies from held-out episodes; without, learn from the complete log"""
     held_out: float = 0.4
     """part of the episodes that is held out, in (0, 1)"""
     fit_updates: int = 2_000
@@ -110,8 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
     }
     level = play(members, rows, log, options) if playable else None
     ranking = rank(members, rest, options, config) if options.ranking else None
-    for found in ranking.rows if ranking else ():
-        rows[found["member"]] |= {key: found[key] for key in found if key != "doubts"}
+    for row in ranking.rows if ranking else ():
+        rows[row["member"]] |= {key: row[key] for key in row if key != "doubts"}
     report(rows, ranking, level)
     with whole_file(folder / "members.csv") as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(next(iter(rows.values()))))
@@ -152,16 +152,18 @@ def play(members: Any, rows: Rows, log: OfflineDataset, options: Options) -> Lev
         return "the clinicians", tables.value(tables.clinician)
     for name, member in tqdm(members.items(), desc="playing", unit="policy", disable=None):
         how = {"episodes": options.episodes, "seed": EVALUATION_SEED}
-        found = evaluate(member.policy, log.make_env, **how).summary()
+        summary = evaluate(member.policy, log.make_env, **how).summary()
         ends = {"score": "mean", "score_low": "low", "score_high": "high"}
-        rows[name] |= {key: found[f"return_{end}"] for key, end in ends.items()}
+        rows[name] |= {key: summary[f"return_{end}"] for key, end in ends.items()}
     return "the log", float(log.episode_returns.mean())
 
 
 def rank(members: Any, rest: OfflineDataset, options: Options, config: IQLConfig) -> Ranking:
     """Estimates are fitted on half of the held-out episodes and corrected by the other half."""
     fit, held_out = rest.split(0.5, seed=0)
-    print(f"Pricing {len(members)} policies on {len(held_out.episode_lengths)} held-out episodes.")
+    print(
+        f"Estimating {len(members)} policies on {len(held_out.episode_lengths)} held-out episodes."
+    )
     stays = options.dataset == NAME  # they end by themselves: undiscounted, a value is survival
     how = {"discount": 1.0 if stays else config.discount}
     fitted = fitted_q_evaluation(members, fit, held_out, updates=options.fit_updates, **how)
@@ -169,7 +171,7 @@ def rank(members: Any, rest: OfflineDataset, options: Options, config: IQLConfig
 
 
 def report(rows: Rows, ranking: Ranking | None, level: Level) -> None:
-    """The table, best first, what the log alone recommends, and what that is worth."""
+    """The table, best first, the recommendation from the log alone, and its true score."""
     key, width = "score" if level else "value", max(map(len, rows))
     order = sorted(rows, key=lambda name: -rows[name].get(key, 0.0))
     heads = f"{'importance':>12}{'outside the log':>17}" if ranking else ""
@@ -183,15 +185,15 @@ def report(rows: Rows, ranking: Ranking | None, level: Level) -> None:
     if ranking:
         print("", *map("Warning: {}".format, ranking.warnings), ranking.recommendation, sep="\n")
     if ranking and level:
-        found, best = ([rows[name][key] for name in order] for key in ("value", "score"))
+        estimates, scores = ([rows[name][key] for name in order] for key in ("value", "score"))
         advised = rows[ranking.recommended]["score"] if ranking.recommended else level[1]
         top = (
             "the best"
             if ranking.recommended == order[0]
-            else f"the best, {order[0]}, {best[0]:.4g}"
+            else f"the best, {order[0]}, {scores[0]:.4g}"
         )
         print(f"In truth that scores {advised:.4g}, {top}; {level[0]} {level[1]:.4g}. "
-              f"Rank correlation {spearman(found, best):.2f}.")  # fmt: skip
+              f"Rank correlation {spearman(estimates, scores):.2f}.")  # fmt: skip
 
 
 def cell(row: dict[str, Any], key: str) -> str:
@@ -204,7 +206,7 @@ def runs_of(
     config: IQLConfig, grid: dict[str, tuple[float, ...]], seeds: int
 ) -> dict[str, IQLConfig]:
     """Every combination and seed by name; cloning, which reads few of the knobs, only once."""
-    found: dict[str, IQLConfig] = {}
+    runs: dict[str, IQLConfig] = {}
     for values, seed in product(product(*grid.values()), range(seeds)):
         knobs = dict(zip(grid, values, strict=True))
         words = [f"{name} {knobs[name]:g}" for name in grid if len(grid[name]) > 1]
@@ -212,8 +214,8 @@ def runs_of(
             knobs |= {k: grid[k][0] for k in grid if k not in ("temperature", "actor_lr")}
             words = ["cloning"] + [word for word in words if word.startswith("actor_lr")]
         name = f"{', '.join(words) or 'IQL'} #{config.seed + seed}"
-        found.setdefault(name, replace(config, **knobs, seed=config.seed + seed))
-    return found
+        runs.setdefault(name, replace(config, **knobs, seed=config.seed + seed))
+    return runs
 
 
 def parse(arguments: list[str]) -> tuple[Options, dict[str, IQLConfig]]:

@@ -1,7 +1,7 @@
 """The equations of Implicit Q-Learning on plain tensors.
 
-Data are positional, knobs are keyword-only, results are per sample unless the name says
-otherwise. Equation numbers refer to Kostrikov et al. 2021, arXiv:2110.06169.
+Data are positional, settings are keyword-only, results are per sample unless noted.
+Equation numbers refer to Kostrikov et al. 2021, arXiv:2110.06169.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ def td_target(
 ) -> Tensor:
     """One-step bootstrapped return ``reward + gamma * next_value``, all of one shape (eq. 6).
 
-    Where ``terminated`` is true the value of what follows is zero by definition, so
-    ``next_value`` is not read there, whatever it holds. Truncation is no argument: an episode
-    cut short by a clock still has a future. ``gamma`` may be a tensor (``gamma**n`` for n-step
-    rewards).
+    Where ``terminated`` is true the value of the next state is zero by definition, so ``next_value``
+    is not used there and may be anything, ``nan`` included. Truncation is not an argument: an
+    episode that ends at a time limit would have continued. ``gamma`` may be a tensor (``gamma**n``
+    for n-step rewards).
 
     Raises ``ValueError`` where the shapes would broadcast beyond that of ``next_value``.
     """
@@ -92,8 +92,8 @@ def td_target(
     if target.shape != next_value.shape:
         raise ValueError(
             f"reward has shape {tuple(reward.shape)}, next_value {tuple(next_value.shape)} and "
-            f"terminated {tuple(terminated.shape)}; wanted one shape. Squeeze or expand them first, "
-            "so that nothing broadcasts by accident."
+            f"terminated {tuple(terminated.shape)}; expected one shape. Squeeze or expand them "
+            "first, so that nothing broadcasts by accident."
         )
     return target
 
@@ -123,11 +123,11 @@ def exponential_weight(
 
 
 def pick_action(values: Tensor, action: Tensor, *, leading: int | None = None) -> Tensor:
-    """Value of the action taken: ``(*K, *B, N)`` values of N actions -> ``(*K, *B)``.
+    """Value of the chosen action: ``(*K, *B, N)`` values of N actions -> ``(*K, *B)``.
 
     ``action`` is an index ``(*B,)`` or ``(*B, 1)``, or one-hot ``(*B, N)``. ``leading`` is the number
-    of dimensions ``*K`` that the action lacks, which settles every shape; without it they are told
-    apart in the order one-hot, ``(*B, 1)``, ``(*B,)``.
+    of dimensions ``*K`` that the action lacks; with it, every shape has one meaning. Without it the
+    first that fits of one-hot, ``(*B, 1)`` and ``(*B,)`` is taken.
 
     Raises ``ValueError`` when there is a single action, ``action`` fits none of the shapes, or its
     indices are floats.
@@ -159,7 +159,7 @@ def _action_index(values: Tensor, action: Tensor, leading: int | None) -> Tensor
         return action.long().argmax(-1)
     if (trailing or index) and action.is_floating_point():
         raise ValueError(
-            f"action holds {action.dtype} indices of shape {tuple(action.shape)}; wanted whole "
+            f"action has {action.dtype} indices of shape {tuple(action.shape)}; expected whole "
             "numbers, which action.long() gives, or one-hot."
         )
     if trailing:
@@ -168,18 +168,18 @@ def _action_index(values: Tensor, action: Tensor, leading: int | None) -> Tensor
         return action
     raise ValueError(
         f"action has shape {tuple(action.shape)} beside values of shape {tuple(values.shape)}; "
-        f"wanted one-hot (*B, {values.shape[-1]}), or indices of shape (*B, 1) or (*B,)."
+        f"expected one-hot (*B, {values.shape[-1]}), or indices of shape (*B, 1) or (*B,)."
     )
 
 
 def effective_sample_size(
     weight: Tensor, *, mask: Tensor | None = None, dim: Sequence[int] | None = None
 ) -> Tensor:
-    """Kish's ``(sum w)**2 / sum w**2``: how many equal weights say as much. In [1, count].
+    """Kish's ``(sum w)**2 / sum w**2``: the equivalent number of equally weighted samples.
 
-    Over the dimensions ``dim``, by default all. Far below the batch size the policy learns from few
-    samples: lower ``temperature``, or scale the rewards down. Kish 1965, Survey Sampling. Zero
-    when no weight is positive.
+    In [1, count]. Over the dimensions ``dim``, by default all. Far below the batch size the policy
+    learns from few samples: lower ``temperature``, or scale the rewards down. Zero when no weight
+    is positive. Kish 1965, Survey Sampling.
     """
     if mask is not None:
         _check_like(weight, mask=mask)
@@ -219,7 +219,7 @@ def _check_like(value: Tensor, *, mask: Tensor | None = None, weight: Tensor | N
                 "expand it first, so that nothing broadcasts by accident."
             )
     if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"mask holds {mask.dtype}; wanted torch.bool: pass mask.bool().")
+        raise ValueError(f"mask is {mask.dtype}; expected torch.bool: pass mask.bool().")
 
 
 def _sum(value: Tensor, dim: Sequence[int] | None) -> Tensor:

@@ -24,8 +24,9 @@ GAIN = 2.0**0.5
 class Standardise(nn.Module):
     """``(x - mean) / std`` over the last dimension, with the statistics as buffers.
 
-    As a network's first layer it keeps the buffer raw and the exported policy whole. A column
-    that does not vary (``std`` below 1e-6 of its magnitude) is centred and not divided.
+    As the first layer of a network it lets the replay buffer store raw observations, and it is part
+    of an exported policy. A column that does not vary (``std`` below 1e-6 of its magnitude) is
+    centred and not divided.
 
     Raises ``ValueError`` when the statistics differ in shape, are not finite, or a ``std`` is
     negative.
@@ -41,9 +42,11 @@ class Standardise(nn.Module):
         if mean.shape != std.shape:
             raise ValueError(f"mean has shape {tuple(mean.shape)} and std {tuple(std.shape)}.")
         if not bool(torch.isfinite(mean).all() & torch.isfinite(std).all()):
-            raise ValueError("mean and std must be finite; clean the data before measuring them.")
+            raise ValueError("mean and std must be finite; remove such values from the data first.")
         if bool((std < 0).any()):
-            raise ValueError(f"std holds {float(std.min()):g}; standard deviations are >= 0.")
+            raise ValueError(
+                f"std has the entry {float(std.min()):g}; standard deviations are >= 0."
+            )
         constant = std <= 1e-6 * mean.abs().clamp(min=1.0)
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", torch.where(constant, torch.ones_like(std), std))
@@ -89,14 +92,14 @@ class MLP(nn.Sequential):
         _check_whole("in_features", in_features)
         _check_whole("out_features", out_features)
         if not isinstance(hidden, Sequence) or isinstance(hidden, str):
-            raise ValueError(f"hidden is {hidden!r}; wanted a sequence of widths: ({hidden!r},).")
+            raise ValueError(f"hidden is {hidden!r}; expected a sequence of widths: ({hidden!r},).")
         for number, width in enumerate(hidden):
             _check_whole(f"hidden[{number}]", width)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must lie in [0, 1).")
         if isinstance(activation, nn.Module) or not callable(activation):
             raise TypeError(
-                f"activation is {activation!r}; wanted a class or function that makes a module, such "
+                f"activation is {activation!r}; expected a class or function that makes a module, such "
                 "as torch.nn.ReLU, without parentheses."
             )
         layers: list[nn.Module] = []
@@ -113,14 +116,14 @@ class MLP(nn.Sequential):
 
 def _check_whole(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} is {value!r}; wanted a whole number >= 1.")
+        raise ValueError(f"{name} is {value!r}; expected a whole number >= 1.")
 
 
 def first_layer(preprocess: nn.Module | None) -> nn.Module:
     """``preprocess``, or the identity where it is None; ``TypeError`` on anything but a module."""
     if preprocess is not None and not isinstance(preprocess, nn.Module):
         raise TypeError(
-            f"preprocess is {preprocess!r}; wanted a torch module, such as OneHot(5): an object, not "
+            f"preprocess is {preprocess!r}; expected a torch module, such as OneHot(5): an object, not "
             "a class or function."
         )
     return preprocess or nn.Identity()
@@ -136,8 +139,8 @@ def _linear(in_features: int, out_features: int) -> nn.Linear:
 class StateValue(nn.Module):
     """V(s): observations joined on the last dimension -> ``(*B, 1)``.
 
-    ``in_features`` counts what ``preprocess`` (:class:`Standardise`, :class:`OneHot`, your own
-    encoder) gives; further keywords go to :class:`MLP`.
+    ``in_features`` is the number of output features of ``preprocess`` (:class:`Standardise`,
+    :class:`OneHot`, your own encoder); further keywords go to :class:`MLP`.
     """
 
     def __init__(
@@ -175,7 +178,8 @@ class DiscreteCritic(nn.Module):
 class Critic(nn.Module):
     """Q(s, a): observations, then the action as the last argument -> ``(*B, 1)``.
 
-    ``preprocess`` sees the observations alone; ``in_features`` counts what it gives.
+    ``preprocess`` reads the observations, not the action; ``in_features`` is the number of its
+    output features.
     """
 
     def __init__(
@@ -203,11 +207,11 @@ def critic_ensemble(make_critic: Callable[[], nn.Module], num_critics: int) -> l
     """
     if isinstance(make_critic, nn.Module):
         raise TypeError(
-            f"make_critic is a {type(make_critic).__name__}; wanted a function without arguments "
+            f"make_critic is a {type(make_critic).__name__}; expected a function without arguments "
             "that builds a new critic at each call."
         )
     if num_critics < 1:
-        raise ValueError(f"num_critics is {num_critics}; wanted at least one.")
+        raise ValueError(f"num_critics is {num_critics}; expected at least one.")
     return [make_critic() for _ in range(num_critics)]
 
 

@@ -71,7 +71,7 @@ class _Head(nn.Module):
 
 
 class _GaussianHead(_Head):
-    """Mean inside the bounds; log-std a free vector (the paper's) or a second output of the MLP."""
+    """Mean inside the bounds; log-std a parameter vector (the paper's) or an output of the MLP."""
 
     def __init__(
         self, in_features: int, bounds: Bounds, state_dependent_std: bool, *rest: Any
@@ -131,10 +131,10 @@ def gaussian(
     preprocess: nn.Module | None = None,
     **mlp: Any,
 ) -> ProbabilisticActor:
-    """The paper's policy: Gaussian around a tanh mean, log-std a free vector in [-5, 2].
+    """The paper's policy: Gaussian around a tanh mean; its log-std is a parameter vector in [-5, 2].
 
     Mean and standard deviation are in units of half the action range, so the official code's
-    numbers hold for any bounds. Raises ``ValueError`` on a spec without finite bounds.
+    numbers apply to any bounds. Raises ``ValueError`` on a spec without finite bounds.
     """
     bounds = _bounds(action_spec)
     head = _GaussianHead(in_features, bounds, state_dependent_std, preprocess, mlp)
@@ -151,8 +151,8 @@ def tanh_normal(
 ) -> ProbabilisticActor:
     """TorchRL's ``TanhNormal`` with a state-dependent scale.
 
-    A logged action exactly on a bound has a clamped, hugely negative log-probability here; prefer
-    :func:`gaussian` for logs that hold such actions. Raises ``ValueError`` on an unbounded spec.
+    A logged action exactly on a bound has a clamped, very negative log-probability here; use
+    :func:`gaussian` for logs with such actions. Raises ``ValueError`` on an unbounded spec.
     """
     bounds = _bounds(action_spec)
     head = _SquashedHead(in_features, 2 * bounds[0].numel(), bounds, preprocess, mlp)
@@ -185,14 +185,14 @@ def mixture(
     preprocess: nn.Module | None = None,
     **mlp: Any,
 ) -> ProbabilisticActor:
-    """Mixture of Gaussians around tanh means, for logs where one state saw several behaviours.
+    """Mixture of Gaussians around tanh means, for logs in which several policies acted in one state.
 
     Raises ``ValueError`` on an unbounded spec or ``num_components < 1``.
     """
     if isinstance(num_components, bool) or not isinstance(num_components, int):
-        raise ValueError(f"num_components is {num_components!r}; wanted a whole number >= 1.")
+        raise ValueError(f"num_components is {num_components!r}; expected a whole number >= 1.")
     if num_components < 1:
-        raise ValueError(f"num_components is {num_components}; wanted at least one.")
+        raise ValueError(f"num_components is {num_components}; expected at least one.")
     bounds = _bounds(action_spec)
     head = _MixtureHead(in_features, bounds, num_components, preprocess, mlp)
     return _actor(
@@ -209,15 +209,15 @@ def categorical(
     preprocess: nn.Module | None = None,
     **mlp: Any,
 ) -> ProbabilisticActor:
-    """One action out of N; with ``mask_key="action_mask"`` only those the mask ``(*B, N)`` allows.
+    """One of N actions; with ``mask_key="action_mask"`` one that the mask ``(*B, N)`` allows.
 
-    A ``OneHot`` spec gives one-hot actions, a ``Categorical`` one indices. Raises ``TypeError`` on
-    another spec.
+    Actions are one-hot for a ``OneHot`` spec and indices for a ``Categorical`` spec. Raises
+    ``TypeError`` on another spec.
     """
     if not isinstance(action_spec, Categorical | OneHot):
         raise TypeError(
-            f"action_spec is {type(action_spec).__name__}; categorical() wants a TorchRL "
-            "Categorical or OneHot spec. For continuous actions use gaussian()."
+            f"action_spec is {type(action_spec).__name__}; expected a TorchRL Categorical "
+            "or OneHot spec. For continuous actions use gaussian()."
         )
     num_actions = action_spec.space.n
     head = _LogitsHead(in_features, num_actions, None, preprocess, mlp)
@@ -260,11 +260,11 @@ def _bounds(action_spec: TensorSpec) -> Bounds:
     floats = isinstance(action_spec, TensorSpec) and action_spec.dtype.is_floating_point
     if low is None or high is None or not floats or action_spec.ndim != 1:
         raise ValueError(
-            f"action_spec is {describe_spec(action_spec)}; wanted a TorchRL Bounded spec of floats, "
+            f"action_spec is {describe_spec(action_spec)}; expected a TorchRL Bounded spec of floats, "
             "shape (A,). For discrete actions use categorical()."
         )
     low, high = low.detach().clone(), high.detach().clone()
-    # An unbounded spec of TorchRL holds the dtype's largest numbers as its bounds.
+    # TorchRL's unbounded specs have the largest numbers of their dtype as bounds.
     largest = torch.finfo(low.dtype).max / 2
     pair = (bound.double().cpu().numpy() for bound in (low, high))
     if faults := faulty_bounds(*pair, largest=largest):

@@ -109,7 +109,7 @@ def test_actions_that_make_agent_cannot_choose(space, policy):
     assert type(caught.value) is ValueError
     assert message.startswith(f"the actions are {describe_space(space)}; make_agent supports")
     assert "Discrete, and Box of floats of shape (A,)" in message
-    assert "'Your own parts'" in message
+    assert "'Your own modules'" in message
     assert len(message) < LONGEST
 
 
@@ -152,7 +152,7 @@ def test_policies_say_which_bound_a_spec_lacks():
         Bounded(-1, 1, (2, 2)),
         Composite(action=Bounded(-1, 1, (2,))),
     ):
-        with pytest.raises(ValueError, match="wanted a TorchRL Bounded spec of floats") as caught:
+        with pytest.raises(ValueError, match="expected a TorchRL Bounded spec of floats") as caught:
             policies.gaussian(5, spec)
         assert "\n" not in str(caught.value)
 

@@ -96,10 +96,10 @@ def test_methods_of_the_loss():
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"in_features": 0}, ValueError, "in_features is 0; wanted a whole number >= 1"),
+        ({"in_features": 0}, ValueError, "in_features is 0; expected a whole number >= 1"),
         ({"in_features": 3.0}, ValueError, "in_features is 3.0"),
         ({"in_features": "3"}, ValueError, "in_features is '3'"),
-        ({"hidden": 64}, ValueError, r"hidden is 64; wanted a sequence of widths: \(64,\)"),
+        ({"hidden": 64}, ValueError, r"hidden is 64; expected a sequence of widths: \(64,\)"),
         ({"hidden": (8, 0)}, ValueError, r"hidden\[1\] is 0"),
         ({"dropout": -0.1}, ValueError, r"dropout is -0.1; it must lie in \[0, 1\)"),
         ({"dropout": 1}, ValueError, "dropout is 1;"),
@@ -116,10 +116,10 @@ def test_parts_of_a_policy(options, error, text):
 def test_specs_and_keys_of_a_policy():
     for spec in (spaces.Box(-1, 1, (2,)), 2, None):
         with pytest.raises(
-            ValueError, match=f"action_spec is {type(spec).__name__}; wanted a Torch"
+            ValueError, match=f"action_spec is {type(spec).__name__}; expected a Torch"
         ):
             policies.gaussian(3, spec)
-    with pytest.raises(ValueError, match=r"num_components is 1.5; wanted a whole number"):
+    with pytest.raises(ValueError, match=r"num_components is 1.5; expected a whole number"):
         policies.mixture(3, SPEC, num_components=1.5)
     assert policies.gaussian(3, SPEC, in_keys="state").in_keys == [
         "state"
@@ -127,12 +127,12 @@ def test_specs_and_keys_of_a_policy():
 
 
 def test_networks():
-    with pytest.raises(ValueError, match="std holds -1; standard deviations are >= 0"):
+    with pytest.raises(ValueError, match="std has the entry -1; standard deviations are >= 0"):
         networks.Standardise(torch.zeros(2), torch.tensor([1.0, -1.0]))
     for number in (0, 2.5):
-        with pytest.raises(ValueError, match=f"num_classes is {number}; wanted a whole number"):
+        with pytest.raises(ValueError, match=f"num_classes is {number}; expected a whole number"):
             networks.OneHot(number)
-    with pytest.raises(TypeError, match="make_critic is a Critic; wanted a function"):
+    with pytest.raises(TypeError, match="make_critic is a Critic; expected a function"):
         networks.critic_ensemble(networks.Critic(3, 2), 2)
     for kind in (networks.StateValue, networks.Critic, networks.DiscreteCritic):
         sizes = (3,) if kind is networks.StateValue else (3, 2)
@@ -151,7 +151,7 @@ def test_equations():
             ValueError, match=r"mask has shape \(3,\) beside values of shape \(3, 1\)"
         ):
             call(column, mask=row.bool())
-    with pytest.raises(ValueError, match=r"mask holds torch.float32; .*mask.bool\(\)"):
+    with pytest.raises(ValueError, match=r"mask is torch.float32; .*mask.bool\(\)"):
         functional.reduce(row, reduction="sum", mask=row)
     with pytest.raises(ValueError, match=r"weight has shape \(3, 1\)"):
         functional.reduce(row, reduction="mean", weight=column)
@@ -163,7 +163,7 @@ def test_equations():
     for ceiling in (0.0, -1.0):
         with pytest.raises(ValueError, match=r"max_weight is .*must be > 0"):
             functional.exponential_weight(row, temperature=1.0, max_weight=ceiling)
-    with pytest.raises(ValueError, match=r"action holds torch.float32 indices.*action.long\(\)"):
+    with pytest.raises(ValueError, match=r"action has torch.float32 indices.*action.long\(\)"):
         functional.pick_action(torch.ones(3, 4), torch.tensor([0.0, 1.5, 2.0]))
 
 

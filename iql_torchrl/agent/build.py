@@ -252,7 +252,7 @@ def _check_actions(space: spaces.Space[Any]) -> None:
             f"the actions are {describe_space(space)}; make_agent supports Discrete, and Box of "
             "floats of shape (A,). Wrap the environment and record the data with such actions "
             "(combinations of choices can be numbered from 0), or build the networks yourself and "
-            "pass them to IQLLoss: README, 'Your own parts'."
+            "pass them to IQLLoss: README, 'Your own modules'."
         )
     if faults := faulty_bounds(space.low, space.high):
         raise ValueError(
@@ -281,8 +281,9 @@ def _observation(
     leaves = list(task.observation_spec.keys(True, True))
     if set(leaves) != set(statistics) or any(s.mean.ndim != 1 for s in statistics.values()):
         raise ValueError(
-            f"observations are {describe_space(space)}; make_agent wants vectors of numbers, or one "
-            "category. Build the networks yourself and pass them to IQLLoss: README, 'Your own parts'."
+            f"observations are {describe_space(space)}; make_agent supports vectors of numbers, or one "
+            "category. Build the networks yourself and pass them to IQLLoss: README, 'Your own "
+            "modules'."
         )
     keys = sorted(leaves, key=str)
     mean = torch.cat([statistics[key].mean for key in keys])

@@ -19,7 +19,7 @@ NAME_WIDTH = 26
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 1 after an error told on standard error."""
+    """Run the command line; returns the exit status, 1 after an error (printed on stderr)."""
     options = _parser().parse_args(arguments)
     try:
         if options.command == "list":
@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("name", metavar="NAME", help="as listed")
     make.add_argument("--seed", type=int, default=None, help="refuses an existing dataset")
     make.add_argument("--quiet", action="store_true", help="no progress bar")
-    describe = commands.add_parser("describe", help="what a dataset holds")
+    describe = commands.add_parser("describe", help="print what a dataset contains")
     describe.add_argument("source", metavar="SOURCE", help="Minari id, .hdf5 or .npz file")
     describe.add_argument("--env", help="environment id, for files that name none")
     describe.add_argument("--png", type=Path, help="where the histogram of returns goes")

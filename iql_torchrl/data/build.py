@@ -62,7 +62,7 @@ class Built:
 
 
 class _Memory:
-    """The whole table in memory; blocks are views of it."""
+    """The complete table in memory; blocks are views of it."""
 
     def __init__(self, layout: Layout, rows: int) -> None:
         self.layout, self.rows, self.block_rows = layout, rows, BLOCK
@@ -277,24 +277,24 @@ def _tensor(values: NDArray[Any]) -> Tensor:
 def _check_dtypes(source: Source, piece: Piece, layout: Layout) -> None:
     """Raises where integers would become floats, or floats integers or marks, and on bad shapes."""
     for key, values in piece.items():
-        wanted = layout[key]
-        kind, allowed = values.dtype.kind, _NUMPY[wanted.dtype]
+        expected = layout[key]
+        kind, allowed = values.dtype.kind, _NUMPY[expected.dtype]
         fits = kind in allowed or (kind == "b" and allowed == "iu")
         if key == REWARD and kind in "iu":  # Whole rewards are numbers all the same.
             fits = True
-        if wanted.dtype == torch.bool and kind in "iuf":
+        if expected.dtype == torch.bool and kind in "iuf":
             fits = bool(((values == 0) | (values == 1)).all())
         name = ".".join(key)
         if not fits:
             raise DatasetError(
-                f"{source.name}: {name} holds {values.dtype} values, wanted {wanted.dtype}"
-                f"{' (0 or 1)' if wanted.dtype == torch.bool else ''}; convert it, or pass the env "
+                f"{source.name}: {name} has {values.dtype} values, expected {expected.dtype}"
+                f"{' (0 or 1)' if expected.dtype == torch.bool else ''}; convert it, or pass the env "
                 "it came from: integers and floats are never cast into each other."
             )
-        if values[0].size != int(np.prod(wanted.shape)):
+        if values[0].size != int(np.prod(expected.shape)):
             raise DatasetError(
-                f"{source.name}: {name} has rows of shape {values.shape[1:]}, wanted "
-                f"{wanted.shape}; pass the env the data came from."
+                f"{source.name}: {name} has rows of shape {values.shape[1:]}, expected "
+                f"{expected.shape}; pass the env the data came from."
             )
 
 

@@ -1,4 +1,4 @@
-"""Built tables kept on disk: made beside their place, renamed when whole, reused while fresh."""
+"""Built tables on disk: written beside their place, renamed when complete, reused while valid."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from iql_torchrl.data.schema import DatasetError
 __all__ = ["Description", "describe", "fingerprint", "load_or_build"]
 
 
-#: A file up to this size is digested whole; of a larger one BLOCKS blocks of BLOCK bytes are. Many
+#: A file up to this size is digested completely; of a larger one BLOCKS blocks of BLOCK bytes are. Many
 #: files share these numbers.
 WHOLE = 16 * 2**20
 BLOCK = 64 * 2**10
@@ -87,7 +87,7 @@ def _digest(path: Path, files: int) -> str:
     return digest.hexdigest()
 
 
-def load_built(folder: Path, wanted: Mapping[str, Any]) -> tuple[Built, Description] | None:
+def load_built(folder: Path, expected: Mapping[str, Any]) -> tuple[Built, Description] | None:
     """The table in ``folder`` if it was built from the same files with the same options.
 
     With it comes its description, so that the source need not be opened. None where there is
@@ -106,7 +106,7 @@ def load_built(folder: Path, wanted: Mapping[str, Any]) -> tuple[Built, Descript
         )
     try:
         saved = json.loads(record.read_text())
-        if not wanted.get("files") or saved["fingerprint"] != wanted:
+        if not expected.get("files") or saved["fingerprint"] != expected:
             return None
         if saved["sizes"] != _sizes(folder / TABLE):
             return None
@@ -160,7 +160,7 @@ def _record(
     built: Built, source: Source, wanted: Mapping[str, Any], sizes: dict[str, int]
 ) -> dict[str, Any]:
     return {
-        "fingerprint": wanted,
+        "fingerprint": expected,
         "description": {
             "name": source.name,
             "observation_space": serialize_space(source.observation_space),
@@ -202,15 +202,15 @@ def load_or_build(
 
 
 def build_cached(
-    source: Source, folder: Path, wanted: Mapping[str, Any], **how: Any
+    source: Source, folder: Path, expected: Mapping[str, Any], **how: Any
 ) -> tuple[Built, Description]:
-    """``build`` into ``folder``: made beside it and renamed when whole, so never half there.
+    """``build`` into ``folder``: written beside it and renamed when complete.
 
     Raises ``DatasetError`` with the space needed and free where the disk is, or gets, full.
     """
     needed = table_bytes(source, how["dtype"])
     try:
-        return _build_cached(source, folder, wanted, needed, **how)
+        return _build_cached(source, folder, expected, needed, **how)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -223,12 +223,12 @@ def _full(folder: Path, needed: int, reason: str) -> DatasetError:
     return DatasetError(
         f"memmap={folder}: the table needs {needed:,} bytes and {free:,} are free on the disk of "
         f"{place} ({reason}). Make room, choose a folder on another disk, or read less with "
-        "limit=. A table that is there already stays until the new one is whole."
+        "limit=. A table that exists already stays until the new one is complete."
     )
 
 
 def _build_cached(
-    source: Source, folder: Path, wanted: Mapping[str, Any], needed: int, **how: Any
+    source: Source, folder: Path, expected: Mapping[str, Any], needed: int, **how: Any
 ) -> tuple[Built, Description]:
     if needed > shutil.disk_usage(folder.absolute().parent).free:
         raise _full(folder, needed, "nothing was written")

@@ -19,7 +19,7 @@ Limits = Mapping[tuple[str, ...], int]
 
 def category_limits(loss: Any) -> dict[tuple[str, ...], int]:
     """Keys that a loss's networks read as categories, on both sides of ``next``: how many."""
-    found: dict[tuple[str, ...], int] = {}
+    limits: dict[tuple[str, ...], int] = {}
     for name in ("actor_network", "qvalue_network", "value_network"):
         for module in getattr(loss, name).modules():
             if not isinstance(module, TensorDictModule):
@@ -27,10 +27,10 @@ def category_limits(loss: Any) -> dict[tuple[str, ...], int]:
             first = getattr(module.module, "preprocess", None)
             if type(first) is networks.OneHot:
                 keys = [_flat(key) for key in module.in_keys]
-                found[keys[0]] = first.num_classes
+                limits[keys[0]] = first.num_classes
                 if name == "value_network":
-                    found[("next", *keys[0])] = first.num_classes
-    return found
+                    limits[("next", *keys[0])] = first.num_classes
+    return limits
 
 
 def check_categories(data: TensorDictBase, limits: Limits) -> None:
@@ -52,7 +52,7 @@ def _check(key: tuple[str, ...], values: Tensor | None, limit: int) -> None:
     if low < 0 or high >= limit:
         wrong = low if low < 0 else high
         raise ValueError(
-            f"{'.'.join(key)} holds category {wrong}; wanted whole numbers from 0 to {limit - 1}, "
+            f"{'.'.join(key)} has category {wrong}; expected whole numbers from 0 to {limit - 1}, "
             f"which networks.OneHot({limit}) reads. Build the networks for as many categories as "
             "the data hold."
         )

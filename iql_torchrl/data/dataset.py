@@ -35,9 +35,9 @@ class OfflineDataset:
             ``action``, ``("next", "observation")``, ``("next", "reward")`` (mapped, ``(N, 1)``),
             ``("next", "terminated" | "truncated" | "done")`` bool ``(N, 1)`` (done: either of the
             others), and int64 ``("collector", "traj_ids")`` ``(N,)``, which number the episodes: a
-            row may terminate inside one where the source's trajectories go on past a goal.
+            row may terminate inside one where the source's trajectories continue after a goal.
             ``action_mask``, ``("next", "action_mask")`` bool ``(N, n)`` and ``action_log_prob``
-            ``(N,)`` where the source has them. Episodes are whole, consecutive and in the source's
+            ``(N,)`` where the source has them. Episodes are complete, consecutive and in the source's
             order.
         observation_space, action_space: Gymnasium's; the specs are TorchRL's of the same.
         statistics: per observation key (``"observation"``, or a tuple for nested ones) its
@@ -96,7 +96,7 @@ class OfflineDataset:
     def make_env(self) -> Callable[[], gym.Env[Any, Any]]:
         """The function that makes a fresh environment, from ``env=`` or the dataset's record.
 
-        It holds none of the data, so it can be sent to another process. Where
+        It contains none of the data, so it can be sent to another process. Where
         ``load_dataset(concatenate=...)`` joined leaves, its observations are joined alike.
 
         Calling it raises ``DatasetError`` saying what to install, or that none is recorded.
@@ -131,9 +131,9 @@ class OfflineDataset:
         return replay.DeviceSampler(self.transitions, batch_size, device=device, seed=seed)
 
     def split(self, fraction: float, seed: int) -> tuple[OfflineDataset, OfflineDataset]:
-        """Two datasets of whole episodes, the first with ``fraction`` of them, drawn at random.
+        """Two datasets of complete episodes, the first with ``fraction`` of them, drawn at random.
 
-        Both keep the whole's order, episode numbers, statistics and reward map, so that numbers
+        Both keep this dataset's order, episode numbers, statistics and reward map, so that numbers
         from one mean the same in the other. Both are copies in memory. Raises ``DatasetError``
         where one side would be empty.
         """

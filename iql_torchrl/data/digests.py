@@ -18,7 +18,7 @@ def fingerprint(transitions: TensorDictBase) -> dict[str, str]:
     Two tables agree in a leaf exactly when every value is equal bit for bit. Reads every byte
     once, about a second per gigabyte; memory-mapped tables are read in pieces.
     """
-    found = {}
+    digests = {}
     for name in sorted(transitions.keys(include_nested=True, leaves_only=True), key=str):
         values = transitions.get(name)
         digest = hashlib.blake2b(digest_size=16)
@@ -27,5 +27,5 @@ def fingerprint(transitions: TensorDictBase) -> dict[str, str]:
             digest.update(flat.view(torch.uint8).numpy().tobytes())
         key = name if isinstance(name, str) else ".".join(name)
         dtype = str(values.dtype).removeprefix("torch.")
-        found[key] = f"{dtype} {tuple(values.shape)} {digest.hexdigest()}"
-    return found
+        digests[key] = f"{dtype} {tuple(values.shape)} {digest.hexdigest()}"
+    return digests

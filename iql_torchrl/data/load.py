@@ -65,7 +65,7 @@ def load_dataset(
     download: bool = True,
     progress: bool | None = None,
 ) -> OfflineDataset:
-    """Reads offline data, checks it once and loudly, and returns an ``OfflineDataset``.
+    """Read offline data, check it once, and return an ``OfflineDataset``.
 
     Args:
         source: a Minari id (downloaded only when absent), a ``MinariDataset``, a path to
@@ -78,16 +78,16 @@ def load_dataset(
         columns: our key to the file's column: ``observation``, ``action``, ``reward``,
             ``next_observation``, ``terminated``, ``not_terminated`` (its opposite: 0 where a row
             terminates), ``truncated``, ``episode``, ``valid`` (0 where a row is no transition and
-            only holds the observation after the row before), ``action_mask``,
+            only has the observation after the row before), ``action_mask``,
             ``next_action_mask``, ``action_log_prob``; None leaves an optional one out, and
-            ``terminated`` where no row terminates. Common names are recognised unasked, OGBench's
-            among them: ``masks`` is ``not_terminated`` (also where ``columns`` maps
+            ``terminated`` where no row terminates. Common names are recognised by themselves, OGBench's
+            too: ``masks`` is ``not_terminated`` (also where ``columns`` maps
             ``terminated`` to it), and ``terminals`` beside ``masks`` or ``valids`` marks ends of
-            trajectories, which may go on past a termination (see ``table_source``).
+            trajectories, which may continue after a termination (see ``table_source``).
         reward_offset: 1 where a row's reward belongs to the action of the row before.
         concatenate: leaves of a Dict observation to join, in order, into one ``observation``; the
             environments of ``make_env`` give it joined too.
-        limit: at most this many transitions, the leading whole episodes; only an opening episode
+        limit: at most this many transitions: the first complete episodes; only a first episode
             longer than the limit is cut, and truncated there.
         memmap: a folder for a memory-mapped table, built in bounded memory and reused while the
             files and options stay the same. Every process may use the same folder: one builds, the
@@ -95,13 +95,13 @@ def load_dataset(
             them (``transitions["action"].mul_(2)``) changes the files, and the next call returns it;
             clone the transitions before changing them.
         dtype: of observations, continuous actions and rewards.
-        clip_actions: clip continuous actions to their bounds instead of refusing them.
+        clip_actions: clip continuous actions to their bounds; otherwise such actions are an error.
         max_episode_steps: cuts longer episodes of a table without truncation marks; by default
             the environment's own limit.
         reference_scores: (random, expert) raw returns, or a task of ``REFERENCE_RETURNS``.
         observation_space, action_space: for tables, instead of ``env``. Without either, float
             actions within [-1, 1] get those bounds, others the data's range with a warning.
-        download: False never asks the network.
+        download: False never uses the network.
         progress: a progress bar; None shows it on terminals only.
 
     Warns with ``DatasetWarning``, and keeps the sentence in ``notes``, where marks contradict the
@@ -115,7 +115,7 @@ def load_dataset(
     reused gives its warnings again.
 
     Raises:
-        DatasetError: naming the key, rows, episode, what was wanted and what to do.
+        DatasetError: naming the key, rows, episode, what was expected and what to do.
     """
     _check_options(dtype, reward, columns, limit, max_episode_steps)
     for key, space in (("observation_space", observation_space), ("action_space", action_space)):
@@ -137,13 +137,13 @@ def load_dataset(
     }  # fmt: skip
 
     def opened() -> Source:
-        found = _open(source, options, maker)
-        found = concatenated(found, concatenate) if concatenate else found
-        return chain([found], limit)
+        table = _open(source, options, maker)
+        table = concatenated(table, concatenate) if concatenate else table
+        return chain([table], limit)
 
     if memmap is None:
         read = opened()
-        built, about = build(read, **how), describe(read)
+        built, description = build(read, **how), describe(read)
     else:
         settings = {
             **how, "progress": None, "columns": options.columns, "reward_offset": reward_offset,
@@ -162,22 +162,22 @@ def load_dataset(
         maker = joined_env_maker(maker, concatenate)
     return OfflineDataset(
         transitions=built.transitions,
-        observation_space=about.observation_space,
-        action_space=about.action_space,
+        observation_space=description.observation_space,
+        action_space=description.action_space,
         statistics={_public(key): value for key, value in built.statistics.items()},
         episode_returns=built.episode_returns,
         episode_lengths=built.episode_lengths,
         reward_map=built.map,
-        reference_scores=_scores(reference_scores) or about.reference_scores,
+        reference_scores=_scores(reference_scores) or description.reference_scores,
         notes=built.notes,
-        name=about.name,
+        name=description.name,
         dtype=dtype,
         env=maker,
     )
 
 
 def _files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
-    """Every file the source reads; empty when any part of it lives in memory."""
+    """Every file that the source reads; empty if any part of it is in memory."""
     if isinstance(source, list | tuple):
         parts = [_files(item, options) for item in source]
         return tuple(path for part in parts for path in part) if all(parts) else ()
@@ -230,10 +230,10 @@ def _check_options(
                 f"{key}: expected a whole number, at least 1, or None, got {value!r}"
             )
     if dtype not in (torch.float32, torch.float64):
-        raise DatasetError(f"dtype: wanted torch.float32 or torch.float64, got {dtype}")
+        raise DatasetError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
     names = ("raw", "return_range", "minus_one")
     if not (reward in names if isinstance(reward, str) else _pair(reward)):
-        raise DatasetError(f"reward: wanted one of {names} or (scale, shift), got {reward!r}")
+        raise DatasetError(f"reward: expected one of {names} or (scale, shift), got {reward!r}")
 
 
 def _public(key: Key) -> str | Key:
@@ -284,7 +284,9 @@ def _open(
             columns = open_npz(path) if kind == ".npz" else open_hdf5(path)
             return table_source(path.name, columns, _with_env(options, maker))
         if isinstance(source, Path):
-            raise DatasetError(f"{path}: wanted a .hdf5, .h5 or .npz file, or a Minari id as text.")
+            raise DatasetError(
+                f"{path}: expected a .hdf5, .h5 or .npz file, or a Minari id as text."
+            )
         return minari_source(find_minari(source, download=options.download), options)
     if isinstance(source, TensorDictBase | ReplayBuffer | Storage):
         return table_source(
@@ -293,13 +295,13 @@ def _open(
     if isinstance(source, Mapping):
         return table_source("arrays", flatten(source), _with_env(options, maker))
     raise DatasetError(
-        f"source: {type(source).__name__} cannot be read; wanted a Minari id, a path, a dict of "
+        f"source: {type(source).__name__} cannot be read; expected a Minari id, a path, a dict of "
         "arrays, a TensorDict, or a TorchRL replay buffer or storage."
     )
 
 
 def _with_env(options: ReadOptions, maker: Callable[[], gym.Env[Any, Any]] | None) -> ReadOptions:
-    """A table's spaces and step limit from its environment, where the options leave them open."""
+    """A table's spaces and step limit from its environment, where the options do not give them."""
     if maker is None:
         return options
     made = maker()

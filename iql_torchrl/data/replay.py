@@ -1,4 +1,4 @@
-"""Buffers over a table of transitions: TorchRL's, and one that lives on a device."""
+"""Sampling from a table of transitions: TorchRL's replay buffer, and a sampler on a device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def replay_buffer(
 ) -> TensorDictReplayBuffer:
     """A TorchRL buffer over ``transitions`` ``(N,)``, uniform with replacement by default.
 
-    ``device``: where the storage lives; None leaves the table where it is, without a copy.
+    ``device``: of the storage; None leaves the table on its device, without a copy.
     ``seed``: its own generator; None draws from torch's global one. ``capacity=None``: the buffer
     holds the dataset and nothing can be written to it; a number at least N makes a copy with room
     for online data. ``kwargs`` go to ``TensorDictReplayBuffer`` (``sampler``, ``transform``,
@@ -40,7 +40,7 @@ def replay_buffer(
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     if capacity is not None:
         if capacity < rows:
-            raise ValueError(f"capacity: wanted at least the {rows} transitions, got {capacity}")
+            raise ValueError(f"capacity: expected at least the {rows} transitions, got {capacity}")
         storage = LazyTensorStorage(capacity, device=device or "cpu")
         buffer = TensorDictReplayBuffer(
             storage=storage, batch_size=batch_size, generator=generator, **kwargs
@@ -59,7 +59,7 @@ def replay_buffer(
 
 
 class DeviceSampler:
-    """Uniform batches, with replacement, from transitions held whole on one device.
+    """Uniform batches, with replacement, from transitions that are stored on one device.
 
     Indices are drawn and rows gathered on ``device``; nothing waits for the host. Fields of one
     dtype lie in one matrix, so a batch is one gather per dtype and its fields are views of it.
@@ -68,7 +68,7 @@ class DeviceSampler:
         transitions: batch ``(N,)``; copied, so later changes to it are not seen.
         batch_size: rows per ``sample()``.
         device: None keeps the transitions' own (CPU if it has none).
-        seed: of ``generator``, which lives on ``device``; None seeds it from the system.
+        seed: of ``generator``, which is on ``device``; None seeds it from the system.
         exclude: keys left behind, by default the episode numbers, which no loss reads.
     """
 
@@ -82,7 +82,7 @@ class DeviceSampler:
         exclude: tuple[Key, ...] = (("collector", "traj_ids"),),
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
         self.device = torch.device(device or transitions.device or "cpu")
         self.batch_size = batch_size
         self.rows = int(transitions.batch_size[0])
@@ -114,7 +114,7 @@ class DeviceSampler:
         return self.rows
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Where sampling stands; the rows are not part of it."""
+        """The state of the sampling; the transitions are not part of it."""
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -140,11 +140,11 @@ class DeviceSampler:
 
     def column(self, key: Key) -> Tensor | None:
         """All rows of one entry, ``(N, ...)``, as a view; None where there is none."""
-        wanted = (key,) if isinstance(key, str) else tuple(key)
+        name = (key,) if isinstance(key, str) else tuple(key)
         for table, parts in zip(self.tables, self._parts, strict=True):
             columns = torch.split(table, [width for _, _, width in parts], dim=1)
-            for (found, shape, _), values in zip(parts, columns, strict=True):
-                if found == wanted:
+            for (part, shape, _), values in zip(parts, columns, strict=True):
+                if part == name:
                     return values.unflatten(1, shape) if shape else values.squeeze(1)
         return None
 
@@ -163,7 +163,7 @@ class MemberSampler(DeviceSampler):
         self, transitions: TensorDictBase, batch_size: int, *, members: int, **kwargs: Any
     ) -> None:
         if members < 1:
-            raise ValueError(f"members: wanted at least 1, got {members}")
+            raise ValueError(f"members: expected at least 1, got {members}")
         super().__init__(transitions, batch_size * members, **kwargs)
         self.members = members
 

@@ -53,7 +53,7 @@ class RewardMap:
 
 
 def reward_map(reward: str | Sequence[float], episode_returns: NDArray[np.float64]) -> RewardMap:
-    """The map a name or a pair stands for.
+    """The map that a name or a pair ``(scale, shift)`` describes.
 
     ``"raw"``: identity. ``"return_range"``: scale 1000 / (largest - smallest episode return), the
     IQL paper's for locomotion. ``"minus_one"``: shift -1, the paper's for AntMaze.
@@ -63,7 +63,7 @@ def reward_map(reward: str | Sequence[float], episode_returns: NDArray[np.float6
     if not isinstance(reward, str):
         values = tuple(reward)
         if len(values) != 2:
-            raise ValueError(f"reward: wanted (scale, shift), got {reward!r}")
+            raise ValueError(f"reward: expected (scale, shift), got {reward!r}")
         return RewardMap(float(values[0]), float(values[1]))
     if reward == "raw":
         return RewardMap()
@@ -78,7 +78,7 @@ def reward_map(reward: str | Sequence[float], episode_returns: NDArray[np.float6
             )
         return RewardMap(1000.0 / spread, 0.0)
     raise ValueError(
-        f"reward: wanted 'raw', 'return_range', 'minus_one' or (scale, shift), got {reward!r}"
+        f"reward: expected 'raw', 'return_range', 'minus_one' or (scale, shift), got {reward!r}"
     )
 
 
@@ -169,5 +169,5 @@ def normalised_score(
     """
     low, high = reference_scores
     if not (np.isfinite(low) and np.isfinite(high) and high != low):
-        raise ValueError(f"reference_scores: wanted two different returns, got {(low, high)}")
+        raise ValueError(f"reference_scores: expected two different returns, got {(low, high)}")
     return 100.0 * (np.asarray(returns, dtype=np.float64) - low) / (high - low)

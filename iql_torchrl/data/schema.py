@@ -56,7 +56,7 @@ LOG_PROB: Key = ("action_log_prob",)
 
 
 class DatasetError(ValueError):
-    """The data cannot be used as it stands; the message says where and what to do."""
+    """The data cannot be used; the message names the place and what to do."""
 
 
 class DatasetWarning(UserWarning):
@@ -106,7 +106,7 @@ def field_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> Field
             return Field(tuple(space.shape), dtype)
         return Field(tuple(space.shape), torch.from_numpy(np.empty(0, kind)).dtype)
     raise DatasetError(
-        f"{_dotted(key)}: a {type(space).__name__} space has no tensor form; wanted Box, Discrete, "
+        f"{_dotted(key)}: a {type(space).__name__} space has no tensor form; expected Box, Discrete, "
         "MultiDiscrete, MultiBinary, or a Dict of them."
     )
 
@@ -115,7 +115,7 @@ def spec_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> Tensor
     """A leaf's TorchRL spec: categorical, Bounded, or Unbounded where any bound is infinite.
 
     TorchRL cannot sample a spec with one infinite bound, so the finite bounds of such a space are
-    not in its spec; only the space itself holds them.
+    not in its spec; only the space itself has them.
     """
     kept = field_of_space(space, dtype, key)
     if isinstance(space, gym.spaces.Discrete):
@@ -215,7 +215,7 @@ class BlockChecker:
 
     ``check`` reads a block's tensors once. It raises ``DatasetError`` for NaN or infinite
     numbers, actions or categories out of range, masks that forbid the logged action, and
-    episodes that go on after their end. It repairs in place, and counts: a step marked both
+    episodes that continue after their end. It repairs in place, and counts: a step marked both
     terminated and truncated (termination wins), and an episode whose last step has neither mark
     (it was cut there: truncated). With ``clip_actions`` continuous actions are clipped instead
     of refused, and counted. ``goes_on``: rows may terminate before their episode's last row.
@@ -248,15 +248,15 @@ class BlockChecker:
             self._masks(rows, start)
 
     def _fail(
-        self, key: Key, bad: NDArray[np.bool_], start: int, found: str, wanted: str
+        self, key: Key, bad: NDArray[np.bool_], start: int, problem: str, expected: str
     ) -> NoReturn:
         rows = np.flatnonzero(bad.reshape(len(bad), -1).any(1))
         row = start + int(rows[0])
         episode = int(self.index.ids(row, row + 1)[0])
         raise DatasetError(
-            f"{self.name}: {_dotted(key)} {found} in {len(rows)} of the {len(bad)} rows looked at "
+            f"{self.name}: {_dotted(key)} {problem} in {len(rows)} of the {len(bad)} rows looked at "
             f"together, first at row {row} (episode {episode}, step "
-            f"{row - int(self.index.offsets[episode])}) of {self.index.rows}; {wanted}"
+            f"{row - int(self.index.offsets[episode])}) of {self.index.rows}; {expected}"
         )
 
     def _finite(self, key: Key, values: NDArray[Any], start: int) -> None:
@@ -266,7 +266,7 @@ class BlockChecker:
                 return
         if (bad := ~np.isfinite(values)).any():
             self._fail(
-                key, bad, start, "is NaN or infinite", "wanted finite numbers: repair those rows."
+                key, bad, start, "is NaN or infinite", "expected finite numbers: repair those rows."
             )
 
     def _categories(
@@ -283,7 +283,7 @@ class BlockChecker:
         bad = (values < 0) | (values >= count)
         if bad.any():
             self._fail(
-                key, bad, start, "is out of range", f"wanted 0 <= value < n of "
+                key, bad, start, "is out of range", f"expected 0 <= value < n of "
                 f"{describe_space(space)}: give the environment the data came from, or repair those "
                 "rows.",
             )  # fmt: skip
@@ -310,7 +310,7 @@ class BlockChecker:
         largest = float(np.abs(values[bad]).max())
         self._fail(
             ACTION, bad, start, f"is outside its bounds (up to |{largest:.6g}|)",
-            f"wanted {_bounds(space)}: pass clip_actions=True, or the env with the right bounds.",
+            f"expected {_bounds(space)}: pass clip_actions=True, or the env with the right bounds.",
         )  # fmt: skip
 
     def _flags(self, rows: Mapping[Key, NDArray[Any]], start: int) -> None:
@@ -324,7 +324,7 @@ class BlockChecker:
         if (early := (truncated if self.goes_on else done) & ~is_last).any():
             self._fail(
                 DONE, early, start, "is set before the episode's last row",
-                "wanted marks at ends only: split the episode there, or clear the mark.",
+                "expected marks at ends only: split the episode there, or clear the mark.",
             )  # fmt: skip
         if (cut := is_last & ~done).any():
             self.no_mark += int(cut.sum())
@@ -351,18 +351,18 @@ class BlockChecker:
         mask, following = rows[MASK], rows[NEXT_MASK]
         empty = np.asarray(np.logical_not(mask.any(axis=1)))
         if empty.any():
-            self._fail(MASK, empty, start, "allows no action", "wanted at least one allowed.")
+            self._fail(MASK, empty, start, "allows no action", "expected at least one allowed.")
         forbidden = np.logical_not(np.take_along_axis(mask, rows[ACTION][:, None], 1))
         if forbidden.any():
             self._fail(
                 MASK, forbidden, start, "forbids the logged action",
-                "wanted the mask of the same row's state: check for a shift by one.",
+                "expected the mask of the same row's state: check for a shift by one.",
             )  # fmt: skip
         # After a termination no action is taken; environments then often forbid all.
         unusable = ~following.any(axis=1) & ~rows[TERMINATED][:, 0]
         if unusable.any():
             self._fail(
-                NEXT_MASK, unusable, start, "allows no action", "wanted at least one allowed."
+                NEXT_MASK, unusable, start, "allows no action", "expected at least one allowed."
             )
 
     def findings(self, ends_known: bool, termination: str | None = None) -> Iterator[str]:

@@ -161,7 +161,7 @@ def test_failures_are_lines_and_files_make_a_report(tmp_path, capsys, monkeypatc
     assert found["absent"] == {"failed": "not installed (jaxish)"}
     assert found["TorchRL eager"]["of_torchrl"] == 1
     assert len(found["floor"]["ms"]) == 2
-    record = {"machine": bench_step.about("cpu"), "points": points}
+    record = {"machine": bench_step.machine_of("cpu"), "points": points}
     for name in ("step_cpu.json", "step_cpu_again.json"):
         bench_step.write(tmp_path / name, record)
     (tmp_path / "step_cpu_old.json").write_text(json.dumps({"median_ms": {}}))
@@ -177,7 +177,7 @@ def test_failures_are_lines_and_files_make_a_report(tmp_path, capsys, monkeypatc
     assert "2 runs" in text
     assert "no room left" in text
     assert (tmp_path / "step.png").stat().st_size > 10_000
-    assert "step_cpu_old.json holds no points" in capsys.readouterr().out
+    assert "step_cpu_old.json contains no points" in capsys.readouterr().out
     readme.write_text("no markers")
     with pytest.raises(SystemExit, match="lacks the lines"):
         report.main()

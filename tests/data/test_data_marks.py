@@ -187,7 +187,7 @@ def test_masks_that_mean_the_opposite_are_reported() -> None:
 def test_valids_without_masks_are_reported() -> None:
     data = compact()
     del data["masks"]
-    with pytest.warns(DatasetWarning, match="no column says which rows terminate"):
+    with pytest.warns(DatasetWarning, match="no column marks which rows terminate"):
         dataset = load_dataset(data)
     assert flag(dataset, "terminated") == []
     assert flag(dataset, "truncated") == [5, 11, 17]

@@ -382,11 +382,11 @@ def test_npz_files_of_other_things(tmp_path: Path) -> None:
     np.savez(path, **table(), infos=np.array([None] * 15))
     assert len(load_dataset(path)) == 15
     np.savez(path, **{**table(), "reward": np.array([None] * 15)})
-    with pytest.raises(DatasetError, match=r"log\.npz: reward holds Python objects"):
+    with pytest.raises(DatasetError, match=r"log\.npz: reward has Python objects"):
         load_dataset(path)
     with open(path, "wb") as file:
         np.save(file, np.ones(3))
-    with pytest.raises(DatasetError, match=r"log\.npz: holds one array of shape \(3,\)"):
+    with pytest.raises(DatasetError, match=r"log\.npz: contains one array of shape \(3,\)"):
         load_dataset(path)
 
 

@@ -255,7 +255,7 @@ def test_what_is_no_population_is_refused():
     for updates, every in ((2.5, 1), (-1, 1), (1, 1.5)):
         with pytest.raises(ValueError, match=r"is (2\.5|-1|1\.5); wanted .*whole number"):
             next(IQLPopulation([BASE], data).train(updates, every=every))
-    with pytest.raises(ValueError, match="members: wanted at least 1, got 0"):
+    with pytest.raises(ValueError, match="members: expected at least 1, got 0"):
         MemberSampler(data.transitions, 4, members=0)
     population = IQLPopulation(configs(), data)
     for shape in ((3, 4), (4, 4, 1)):

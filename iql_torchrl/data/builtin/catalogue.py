@@ -30,7 +30,7 @@ BUILTIN: Mapping[str, Recipe] = MappingProxyType(
         "icu-sepsis/clinician-v0": ICU_SEPSIS_CLINICIAN,
     }
 )
-"""Name (also the Minari id) to recipe; ``BUILTIN[name].description`` says what it holds."""
+"""Name (also the Minari id) to recipe; ``BUILTIN[name].description`` describes its contents."""
 
 AUTHOR = "iql_torchrl"
 ROOT_VARIABLE = "MINARI_DATASETS_PATH"
@@ -50,7 +50,7 @@ def make_dataset(
         seed: the same seed and number of episodes give the same log.
         progress: show a progress bar on standard error.
         episodes: how many episodes to log, at least 1; by default the recipe's own number. The
-            id does not tell: a dataset of unusual size belongs in a Minari folder of its own.
+            id does not show it: put a dataset of unusual size into a separate Minari folder.
 
     Raises:
         ValueError: the name is unknown, a number is out of range, or the dataset exists.
@@ -59,7 +59,7 @@ def make_dataset(
     recipe = _recipe(name)
     count = recipe.episodes if episodes is None else episodes
     if count < 1 or seed < 0:
-        raise ValueError(f"need episodes >= 1 and seed >= 0, found episodes={count}, seed={seed}")
+        raise ValueError(f"expected episodes >= 1 and seed >= 0, got episodes={count}, seed={seed}")
     if _exists(name):
         raise ValueError(
             f"dataset {name!r} already exists in {_root()}; use ensure_dataset({name!r}), or "

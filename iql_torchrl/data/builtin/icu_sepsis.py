@@ -131,7 +131,7 @@ ICU_SEPSIS_CLINICIAN = Recipe(
         "ICU-Sepsis-v2: 716 patient states, 25 treatments, reward 1 for survival and 0 for "
         "death at the end of an episode of about 9 steps. Treatments are drawn from the "
         "clinicians' estimated policy in the package icu-sepsis, restricted to each state's "
-        "admissible treatments and renormalised. infos/action_mask holds the admissible "
+        "admissible treatments and renormalised. infos/action_mask has the admissible "
         "treatments of each state (T + 1 rows, the last for the final state), "
         "infos/action_log_prob the logging policy's log-probability of each action (T rows). "
         "Reference scores are exact: the uniform choice among admissible treatments, and the "

@@ -69,25 +69,25 @@ def record(episodes: int, seed: int, progress: bool) -> Recording:
         episodes=buffers,
         env_spec=gymnasium.spec(ENVIRONMENT),
         reference_scores=references,
-        algorithm="energy-shaping swing-up with PD balance, disturbed by held random torques",
+        algorithm="energy-shaping swing-up with PD balance, disturbed by random constant torques",
         requirements=("gymnasium>=1.0",),
     )
 
 
 def _episode(env: Any, seed: int, number: int) -> EpisodeRecord:
     generator = np.random.default_rng([seed, number])
-    # Levels take turns, so that any number of episodes holds equal shares of them.
+    # Levels alternate, so that any number of episodes has nearly equal numbers of each.
     competence = COMPETENCES[number % len(COMPETENCES)]
     reset_seed = int(generator.integers(2**31))
     observation, _ = env.reset(seed=reset_seed)
     episode = EpisodeRecord(reset_seed, observation)
-    over, left, held = False, 0, None
+    over, left, disturbance = False, 0, None
     while not over:
         if left == 0:
             left = int(generator.geometric(1.0 / MEAN_SEGMENT))
-            held = None if generator.random() < competence else random_torque(generator)
+            disturbance = None if generator.random() < competence else random_torque(generator)
         left -= 1
-        action = swing_up_torque(observation) if held is None else held
+        action = swing_up_torque(observation) if disturbance is None else disturbance
         observation, reward, terminated, truncated, _ = env.step(action)
         over = episode.add(action, observation, reward, terminated, truncated)
     return episode
@@ -97,8 +97,8 @@ PENDULUM_MIXED = Recipe(
     description=(
         "Pendulum-v1 swing-up, 200-step episodes that end by truncation only. Each episode is "
         "cut into segments of geometrically distributed length (mean 10 steps); a segment is "
-        "driven by an energy-shaping swing-up controller with PD balance, or holds one uniform "
-        "random torque in [-2, 2] N m. The controller's share of segments is 0, 0.25, 0.5 or "
+        "driven by an energy-shaping swing-up controller with PD balance, or applies one constant "
+        "uniform random torque in [-2, 2] N m. The controller's share of segments is 0, 0.25, 0.5 or "
         "0.75 in turn from episode to episode. Reference scores are mean returns over 100 "
         "episodes of the uniform random policy and of the undisturbed controller."
     ),

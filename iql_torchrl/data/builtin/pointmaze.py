@@ -148,7 +148,7 @@ def _recipe(name: str, environment: str, episode_steps: int) -> Recipe:
     return Recipe(
         description=(
             f"{environment} as a continuing task with sparse reward: 1 at each step within 0.45 "
-            f"of the target, which is then drawn anew (the observation that earns the reward "
+            f"of the target, which is then drawn again (the observation that earns the reward "
             f"still shows the reached target, the next one the new); {episode_steps}-step "
             f"episodes that end by truncation only. The log follows D4RL's maze2d controller: "
             f"shortest path over the maze's cells, force 10 (waypoint - position) - velocity "

@@ -29,7 +29,7 @@ REFERENCE_SEED = 1_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """A log with all that its Minari metadata says.
+    """A log, and what its Minari metadata needs.
 
     Attributes:
         episodes: buffers with ``T + 1`` observations and ``T`` of everything else.
@@ -51,7 +51,7 @@ class Recipe:
     """How one built-in dataset is made.
 
     Attributes:
-        description: what the log holds and how it was made; stored with the dataset.
+        description: what the log contains and how it was made; stored with the dataset.
         episodes: how many episodes the standard dataset has.
         record: ``record(episodes, seed, progress) -> Recording``; the same arguments give the
             same recording.
@@ -140,7 +140,7 @@ def import_for_recipe(module: str, dataset: str) -> ModuleType:
     """Import an optional package that registers a recipe's environments.
 
     Raises:
-        ImportError: it is missing; the message says what to install.
+        ImportError: it is missing; the message names what to install.
     """
     try:
         return import_module(module)

@@ -48,7 +48,7 @@ def open_hdf5(path: Path) -> dict[str, Column]:
         file.visititems(visit)
     except (OSError, RuntimeError, KeyError) as error:
         raise DatasetError(
-            f"{path}: not a whole HDF5 file ({_one_line(error)}); fetch it again."
+            f"{path}: not a complete HDF5 file ({_one_line(error)}); download or copy it again."
         ) from error
     return columns
 
@@ -85,7 +85,7 @@ def open_npz(path: Path) -> dict[str, Column]:
             archive = np.load(file, allow_pickle=False)
             if isinstance(archive, np.ndarray):
                 raise DatasetError(
-                    f"{path}: holds one array of shape {archive.shape}; expected an archive of "
+                    f"{path}: contains one array of shape {archive.shape}; expected an archive of "
                     "named columns, as numpy.savez writes it."
                 )
             with archive:
@@ -94,7 +94,7 @@ def open_npz(path: Path) -> dict[str, Column]:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise DatasetError(
-            f"{path}: not a whole npz archive ({_one_line(error)}); fetch it again."
+            f"{path}: not a complete npz archive ({_one_line(error)}); download or copy it again."
         ) from error
     return {name: column for name, column in columns.items() if column.ndim}
 
@@ -163,12 +163,12 @@ def check_numbers(name: str, columns: Mapping[str, Column]) -> None:
             raise DatasetError(f"{name}: {key} is a single value of dtype {kind}; {expected}.")
         if kind.kind == "O":
             raise DatasetError(
-                f"{name}: {key} holds Python objects (dtype object): rows of different lengths, or "
+                f"{name}: {key} has Python objects (dtype object): rows of different lengths, or "
                 f"no numbers; {expected}, all rows of one shape. Join episodes of different lengths "
                 "with numpy.concatenate and mark their ends."
             )
         if kind.kind not in "biuf":
-            raise DatasetError(f"{name}: {key} holds {kind} values of shape {shape}; {expected}.")
+            raise DatasetError(f"{name}: {key} has {kind} values of shape {shape}; {expected}.")
         if 0 in shape[1:]:
             raise DatasetError(
                 f"{name}: {key} has shape {shape}: its rows hold no numbers; {expected}."

@@ -1,4 +1,4 @@
-"""The columns of a table: found under their names, and held to one length."""
+"""The columns of a table: recognised by their names, and checked to have one length."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Table:
     unused: dict[str, Column]
 
     def terminated(self) -> NDArray[np.bool_]:
-        """Rows after which nothing has value, ``(rows,)``: none where no column says so."""
+        """Rows after which nothing has value, ``(rows,)``: none where no column marks them."""
         kept, stated = self.flags("not_terminated"), self.flags("terminated")
         if kept is None:
             return np.zeros(self.rows, np.bool_) if stated is None else stated
@@ -84,9 +84,9 @@ class Table:
         bad = np.flatnonzero((values != 0) & (values != 1))
         if len(bad):
             raise DatasetError(
-                f"{self.name}: {self.called(key)} holds {values[bad[0]]} in {len(bad)} of "
+                f"{self.name}: {self.called(key)} has {values[bad[0]]} in {len(bad)} of "
                 f"{self.rows} rows with other values than 0 and 1, first at row {bad[0]}; "
-                "wanted 0 or 1."
+                "expected 0 or 1."
             )
         return values.astype(np.bool_)
 
@@ -102,11 +102,11 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
         raise DatasetError(
             f"{name}: columns maps {sorted(unknown)}; the keys are {', '.join(NAMES)}."
         )
-    found = _columns_of_keys(name, columns, options)
+    chosen = _columns_of_keys(name, columns, options)
     named: dict[str, Column] = {}
     observation: dict[Key, Column] = {}
     following: dict[Key, Column] = {}
-    for key, path in found.items():
+    for key, path in chosen.items():
         if path is None:
             continue
         inner = {
@@ -126,16 +126,16 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
                 f"{name}: {key} ({path!r}) is a group of {', '.join(inner)}; expected one array."
             )
     if not following:
-        found["next_observation"] = None
+        chosen["next_observation"] = None
     elif set(following) != set(observation):
         raise DatasetError(
             f"{name}: next_observation has the leaves {sorted(following)}, observation has "
-            f"{sorted(observation)}; wanted the same."
+            f"{sorted(observation)}; expected the same."
         )
     check_numbers(name, {**named, **_joined(observation), **_joined(following, "next/")})
     rows = next(iter(observation.values())).shape[0]
     if rows == 0:
-        raise DatasetError(f"{name}: observation has 0 rows; wanted at least one transition.")
+        raise DatasetError(f"{name}: observation has 0 rows; expected at least one transition.")
     _same_rows(name, rows, {**named, **_joined(observation), **_joined(following, "next/")})
     for key in (
         "reward", "terminated", "not_terminated", "truncated", "trajectory_end", "valid",
@@ -143,7 +143,7 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
     ):  # fmt: skip
         if key in named and not _single(named[key]):
             raise DatasetError(
-                f"{name}: {key} has shape {tuple(named[key].shape)}; wanted one number a row, "
+                f"{name}: {key} has shape {tuple(named[key].shape)}; expected one number a row, "
                 f"({rows},) or ({rows}, 1)."
             )
     ignored = options.columns.get("truncated", "") is None
@@ -167,7 +167,7 @@ def _columns_of_keys(
     """The column of each key of ``NAMES``, and of ``trajectory_end``."""
     given = dict(options.columns)
     if given.get("terminated") in NAMES["not_terminated"]:
-        # The name says what its values mean: 0 where a row terminates.
+        # The name gives the meaning of its values: 0 where a row terminates.
         given.setdefault("not_terminated", given.pop("terminated"))
     elif "terminated" in given:
         if given.get("not_terminated") and given["terminated"]:
@@ -193,7 +193,7 @@ def _columns_of_keys(
 def _find(
     name: str, key: str, columns: dict[str, Column], given: Mapping[str, str | None]
 ) -> str | None:
-    """The column (or group of columns) that holds a key."""
+    """The column (or group of columns) of a key."""
 
     def present(path: str) -> bool:
         return path in columns or any(p.startswith(f"{path}/") for p in columns)
@@ -245,6 +245,6 @@ def _same_rows(name: str, rows: int, columns: Mapping[str, Column]) -> None:
     for key, column in columns.items():
         if column.shape[0] != rows:
             raise DatasetError(
-                f"{name}: {key} has {column.shape[0]} rows, observation has {rows}; wanted one row "
+                f"{name}: {key} has {column.shape[0]} rows, observation has {rows}; expected one row "
                 "per step in every column."
             )

@@ -1,4 +1,4 @@
-"""Minari datasets: found by id, read episode by episode."""
+"""Minari datasets: identified by their id, read one episode after the other."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ class _Episodes:
                 yield file
         except (OSError, KeyError) as error:
             raise DatasetError(
-                f"{self.file}: not a whole HDF5 file ({_one_line(error)}); delete it and download "
+                f"{self.file}: not a complete HDF5 file ({_one_line(error)}); delete it and download "
                 "or write the dataset again."
             ) from error
 
@@ -180,24 +180,24 @@ class _Episodes:
                 group = file[f"episode_{self.indices[position]}"]
 
                 def read(path: str) -> NDArray[Any] | None:
-                    found = group.get(path)
-                    return None if found is None else np.asarray(found[()])
+                    entry = group.get(path)
+                    return None if entry is None else np.asarray(entry[()])
 
                 return read
 
             yield reader_of
 
     def _decoded(self, position: int) -> Reader:
-        # One at a time: asked for many, Minari's Arrow reader splits long episodes silently.
+        # One at a time: given many, Minari's Arrow reader splits long episodes silently.
         episode = next(iter(self.storage.get_episodes([self.indices[position]])))
 
         def read(path: str) -> NDArray[Any] | None:
-            found: Any = episode
+            entry: Any = episode
             for part in path.split("/"):
-                if not isinstance(found, dict) or part not in found:
+                if not isinstance(entry, dict) or part not in entry:
                     return None
-                found = found[part]
-            return np.asarray(found)
+                entry = entry[part]
+            return np.asarray(entry)
 
         return read
 
@@ -235,18 +235,18 @@ def _plan(episodes: _Episodes, dataset: minari.MinariDataset, options: ReadOptio
 
 def _extra(read: Reader, name: str, key: str, options: ReadOptions) -> str | None:
     """The path of an optional column in the episodes."""
-    wanted = options.columns.get(key, key)
-    if wanted is None:
+    column = options.columns.get(key, key)
+    if column is None:
         return None
-    candidates = [f"observations/{wanted}", f"infos/{wanted}"]
+    candidates = [f"observations/{column}", f"infos/{column}"]
     if key in options.columns:
-        candidates.insert(0, wanted)
+        candidates.insert(0, column)
     for path in candidates:
         if read(path) is not None:
             return path
     if key in options.columns:
         raise DatasetError(
-            f"{name}: columns maps {key} to {wanted!r}, but the episodes have none of "
+            f"{name}: columns maps {key} to {column!r}, but the episodes have none of "
             f"{', '.join(candidates)}."
         )
     return None
@@ -287,7 +287,7 @@ def _need(read: Reader, path: str, name: str, episode: int) -> NDArray[Any]:
 def _sized(values: NDArray[Any], rows: int, path: str, name: str, episode: int) -> NDArray[Any]:
     if len(values) != rows:
         raise DatasetError(
-            f"{name}: {path} of episode {episode} has {len(values)} rows, wanted {rows} "
+            f"{name}: {path} of episode {episode} has {len(values)} rows, expected {rows} "
             "(observations have one more than actions); the dataset is damaged."
         )
     return values

@@ -102,7 +102,7 @@ def motion(table: Table) -> Motion | None:
     of the columns (a collision changes few columns at once); or if it exceeds 20 units in more
     than half of the columns.
 
-    None where nothing can be said: fewer than ``STEPS`` steps, no moving float column, or numbers
+    None where this cannot be decided: fewer than ``STEPS`` steps, no moving float column, or numbers
     that are not finite.
     """
     rows = min(table.rows, ROWS)

@@ -1,4 +1,4 @@
-"""What every reader of offline data delivers, and the joining of several."""
+"""``Source``, which every reader of offline data returns, and the joining of several."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ class ReadOptions:
 class Source:
     """A readable table of transitions.
 
-    ``pieces()`` starts a fresh pass over all rows in order; each piece holds ``observation``
+    ``pieces()`` starts a new pass over all rows in order; each piece has ``observation``
     leaves, ``action``, their ``next`` side, raw ``("next", "reward")``, ``("next", "terminated")``,
     ``("next", "truncated")`` (all ``(rows,)``), and the masks or log-probabilities announced by
     ``masked`` and ``log_prob``. ``episode_lengths`` adds up to the number of rows.
     ``ends_known``: the source marks truncation itself. ``goes_on``: rows may terminate inside an
-    episode, which goes on. ``termination``: a table's column that marks terminations.
+    episode, which continues. ``termination``: a table's column that marks terminations.
     """
 
     name: str
@@ -80,14 +80,14 @@ class Source:
 
 
 def first_episodes(lengths: NDArray[np.int64], limit: int | None) -> NDArray[np.int64]:
-    """Lengths of the leading episodes that fit whole into ``limit`` rows.
+    """Lengths of the first episodes that fit completely into ``limit`` rows.
 
-    An opening episode longer than the limit is kept cut to ``limit`` rows.
+    A first episode longer than the limit is cut to ``limit`` rows.
     """
     if limit is None:
         return lengths
     if limit < 1:
-        raise DatasetError(f"limit: wanted at least 1 transition, got {limit}")
+        raise DatasetError(f"limit: expected at least 1 transition, got {limit}")
     fitting = int(np.searchsorted(np.cumsum(lengths), limit, side="right"))
     if fitting == 0:
         return np.minimum(lengths[:1], limit)
@@ -182,7 +182,7 @@ def env_maker(env: EnvLike) -> Callable[[], gym.Env[Any, Any]]:
         return _SpecMaker(env)
     if not callable(env):
         raise DatasetError(
-            f"env: wanted an id, an EnvSpec, an environment or a function, got {type(env).__name__}"
+            f"env: expected an id, an EnvSpec, an environment or a function, got {type(env).__name__}"
         )
     return env
 
@@ -265,7 +265,7 @@ def _joined(
             )
         if not isinstance(leaf, gym.spaces.Box) or np.dtype(leaf.dtype).kind != "f":
             raise DatasetError(
-                f"{owner}: concatenate wants Boxes of floats, but {'/'.join(key[1:])!r} is {leaf}."
+                f"{owner}: concatenate joins only Boxes of floats, but {'/'.join(key[1:])!r} is {leaf}."
             )
         boxes.append(leaf)
     joined = gym.spaces.Box(

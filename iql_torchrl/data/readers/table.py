@@ -47,7 +47,7 @@ def table_source(name: str, columns: dict[str, Column], options: ReadOptions) ->
     ``valids``, ``terminals`` marks trajectories' last rows only: truncated unless ``masks`` is 0
     there. A row that terminates inside its trajectory stops bootstrapping, is ``done``, and does
     not end the episode. Where ``terminals`` is missing, or marks exactly the terminations, a
-    trajectory goes on past a termination only if the next row's observation is this row's
+    trajectory continues after a termination only if the next row's observation is this row's
     ``next_observation``. ``columns={"terminated": "masks"}`` means the same as
     ``columns={"not_terminated": "masks"}``. A row where ``valids`` (``valid``) is 0 is no
     transition: it only supplies the next observation of the row before it.
@@ -61,7 +61,7 @@ def table_source(name: str, columns: dict[str, Column], options: ReadOptions) ->
     as successor, which no value is ever read from. A successor's mask that is unknown allows all
     actions. With ``reward_offset=1`` the reward and the marks of row t+1 are row t's, and the last
     row of each episode, whose reward is unknown, is dropped. ``notes`` counts what was dropped,
-    ``warnings`` says which marks look wrong (see ``table_warnings``).
+    ``warnings`` names the marks that look wrong (see ``table_warnings``).
     """
     table = read_table(name, columns, options)
     observation_space = options.observation_space or guess_observation_space(table)
@@ -105,7 +105,7 @@ def _kept_rows(
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.int64], list[str]]:
     """Rows that make transitions, their marks ``(table.rows, 2)``, episode lengths, and notes."""
     if reward_offset not in (0, 1):
-        raise DatasetError(f"reward_offset: wanted 0 or 1, got {reward_offset}")
+        raise DatasetError(f"reward_offset: expected 0 or 1, got {reward_offset}")
     last, terminated = ends.last, ends.terminated
     marks = np.stack([terminated, ends.truncated], axis=1)
     notes: list[str] = []
@@ -160,8 +160,8 @@ def _piece(
 ) -> Piece:
     """The transitions of the given rows, which increase."""
     start, stop = int(rows[0]), int(rows[-1]) + 1
-    whole = len(rows) == stop - start
-    local: Any = slice(None) if whole else rows - start
+    complete = len(rows) == stop - start
+    local: Any = slice(None) if complete else rows - start
 
     def read(column: Column, shift: int = 0) -> NDArray[Any]:
         values = np.asarray(column[start + shift : stop + shift])

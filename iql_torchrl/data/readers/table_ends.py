@@ -98,7 +98,7 @@ def _numbered(
     if wrong.any():
         raise DatasetError(
             f"{table.name}: {int(wrong.sum())} rows are marked as ends although the episode number "
-            f"goes on, first at row {int(wrong.argmax())}; wanted marks and numbers to agree. A "
+            f"continues, first at row {int(wrong.argmax())}; expected marks and numbers to agree. A "
             "termination within an episode is read as such only where the next row evidently "
             "continues the motion."
         )
@@ -134,7 +134,7 @@ def goes_on(moved: Motion | None, rows: Flags, ordinary: Flags, broken: Flags | 
 def _check_known(table: Table, options: ReadOptions) -> None:
     if not options.max_episode_steps and not table.truncation_ignored:
         raise DatasetError(
-            f"{table.name}: neither truncated, episode nor next_observation says where episodes "
+            f"{table.name}: neither truncated, episode nor next_observation shows where episodes "
             "end besides termination; pass max_episode_steps or env, name one with columns={...}, "
             "or columns={'truncated': None} if every episode terminates."
         )

@@ -66,18 +66,18 @@ def _categorical(table: Table, key: str, column: Column) -> gym.Space[Any]:
     kind, shape = np.dtype(column.dtype), tuple(column.shape[1:])
     if kind.kind not in "iu" or len(shape) > 1:
         raise DatasetError(
-            f"{table.name}: {key} holds {kind} values of row shape {shape}; wanted floats, integer "
+            f"{table.name}: {key} has {kind} values of row shape {shape}; expected floats, integer "
             "categories, or uint8 pictures."
         )
     values = np.asarray(column[:]).reshape(table.rows, -1)
     if (low := int(values.min())) < 0:
         raise DatasetError(
-            f"{table.name}: {key} holds {low}, first at row "
+            f"{table.name}: {key} has the value {low}, first at row "
             f"{int(np.flatnonzero((values < 0).any(1))[0])}; categories must be 0 or more."
         )
     if (high := int(values.max())) >= MOST_CATEGORIES:
         raise DatasetError(
-            f"{table.name}: {key} holds {high}, which cannot be a category (the most is "
+            f"{table.name}: {key} has the value {high}, which cannot be a category (the most is "
             f"{MOST_CATEGORIES - 1:,}); number the categories from 0, or store numbers as floats."
         )
     top = values.max(axis=0).astype(np.int64) + 1
@@ -87,7 +87,7 @@ def _categorical(table: Table, key: str, column: Column) -> gym.Space[Any]:
 def guess_action_space(
     table: Table, options: ReadOptions
 ) -> tuple[gym.Space[Any], tuple[str, ...], tuple[str, ...]]:
-    """The given space, or one read off the data; with notes and warnings about the guess."""
+    """The given space, or one derived from the data; with notes and warnings on the assumption."""
     if options.action_space is not None:
         return options.action_space, (), ()
     column = table.columns["action"]
@@ -164,7 +164,7 @@ def check_shapes(
     if set(leaves) != set(table.observation):
         raise DatasetError(
             f"{table.name}: the data's observation has the leaves {sorted(table.observation)}, the "
-            f"environment's {sorted(leaves)}; wanted the same."
+            f"environment's {sorted(leaves)}; expected the same."
         )
     pairs: list[tuple[str, Column, gym.Space[Any]]] = [
         ("/".join(key), table.observation[key], space) for key, space in leaves.items()
@@ -176,17 +176,17 @@ def check_shapes(
         ]
     pairs.append(("action", table.columns["action"], action_space))
     for key, column, space in pairs:
-        wanted = tuple(space.shape or ())
-        single = not wanted and tuple(column.shape[1:]) == (1,)
-        if tuple(column.shape[1:]) != wanted and not single:
+        expected = tuple(space.shape or ())
+        single = not expected and tuple(column.shape[1:]) == (1,)
+        if tuple(column.shape[1:]) != expected and not single:
             raise DatasetError(
                 f"{table.name}: {key} has rows of shape {tuple(column.shape[1:])} in "
-                f"{table.rows} rows; wanted {wanted} for {describe_space(space)}."
+                f"{table.rows} rows; expected {expected} for {describe_space(space)}."
             )
     if (mask := table.columns.get("action_mask")) is not None:
         count = int(action_space.n) if isinstance(action_space, gym.spaces.Discrete) else None
         if count is None or tuple(mask.shape[1:]) != (count,):
             raise DatasetError(
-                f"{table.name}: action_mask has rows of shape {tuple(mask.shape[1:])}; wanted one "
+                f"{table.name}: action_mask has rows of shape {tuple(mask.shape[1:])}; expected one "
                 f"entry per action of {action_space}."
             )

@@ -29,7 +29,7 @@ def mark_notes(table: Table, ends: Ends, inside: int) -> list[str]:
         notes.append(f"{path!r} was read as ends of trajectories, not as terminations.")
     if inside:
         notes.append(
-            f"{inside} rows terminate inside a trajectory that goes on: bootstrapping stops there, "
+            f"{inside} rows terminate inside a trajectory that continues: bootstrapping stops there, "
             "the episode does not end."
         )
     return notes
@@ -80,12 +80,12 @@ def _looked_at(table: Table) -> str:
 
 
 def _no_terminations(table: Table) -> str | None:
-    """Ends of trajectories, and nothing that says which of them terminate."""
+    """Ends of trajectories, and no column that marks which of them terminate."""
     known = "terminated" in table.columns or "not_terminated" in table.columns
     if known or (path := table.paths.get("trajectory_end")) is None:
         return None
     return (
-        f"no column says which rows terminate: beside {table.paths['valid']!r}, {path!r} marks ends "
+        f"no column marks which rows terminate: beside {table.paths['valid']!r}, {path!r} marks ends "
         "of trajectories, and all of them were read as truncated. Add 'masks' (0 where a row "
         "terminates), or pass columns={'terminated': None, 'truncated': "
         f"{path!r}}} if none does."
@@ -100,7 +100,7 @@ def _mostly_terminated(table: Table, ends: Ends, inside: int) -> str | None:
     path = table.paths["not_terminated" if opposite else "terminated"]
     other = "terminated" if opposite else "not_terminated"
     return (
-        f"{path!r} says that {inside} rows terminate inside trajectories that go on, {share:.0%} of "
+        f"{path!r} says that {inside} rows terminate inside trajectories that continue, {share:.0%} of "
         f"them: it may mean the opposite. columns={{{other!r}: {path!r}}} reads it so."
     )
 
@@ -147,7 +147,7 @@ def _misplaced(table: Table) -> str | None:
 
 
 def _continued(table: Table, ends: Ends) -> str | None:
-    """Terminations that split a trajectory which evidently goes on."""
+    """Terminations inside a trajectory that evidently continues."""
     if (path := table.paths.get("terminated")) is None or "not_terminated" in table.columns:
         return None
     rows = ends.terminated & ends.last
@@ -159,7 +159,7 @@ def _continued(table: Table, ends: Ends) -> str | None:
         "by a row that continues the same trajectory, yet each was read as the end of an episode. If "
         f"{path!r} only marks where recording was cut, pass columns={{'terminated': None, "
         f"'truncated': {path!r}}}; if it is 0 where a row terminates, columns={{'not_terminated': "
-        f"{path!r}}}; if trajectories do go on past a termination, number them in a column and "
+        f"{path!r}}}; if trajectories do continue after a termination, number them in a column and "
         "name it with columns={'episode': ...}."
     )
 

@@ -25,7 +25,7 @@ def columns_of_tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> di
     table = _table(source)
     if not table.batch_dims:
         raise DatasetError(
-            f"{type(source).__name__}: has no batch dimension; wanted one row per step."
+            f"{type(source).__name__}: has no batch dimension; expected one row per step."
         )
     names = [
         (key,) if isinstance(key, str) else tuple(key)
@@ -61,10 +61,10 @@ def _table(source: TensorDictBase | ReplayBuffer | Storage) -> TensorDictBase:
         source = source.storage
     if isinstance(source, Storage):
         if not len(source):
-            raise DatasetError("the replay buffer is empty; wanted at least one transition.")
+            raise DatasetError("the replay buffer is empty; expected at least one transition.")
         source = source.get(slice(0, len(source)))
     if not isinstance(source, TensorDictBase):
         raise DatasetError(
-            f"the storage holds {type(source).__name__} values; wanted TensorDicts of transitions."
+            f"the storage has {type(source).__name__} values; expected TensorDicts of transitions."
         )
     return source

@@ -1,0 +1,56 @@
+"""``--resume RUN``: the saved arguments come back, and misuse is one sentence."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from iql_torchrl.trainers.command_line import default_name, resume_command, resumed_arguments
+from iql_torchrl.trainers.run_folder import new_folder
+
+SAVED = ["--updates", "20", "--name", "a b"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return new_folder(tmp_path, "run", SAVED)
+
+
+def test_the_saved_arguments_come_back(folder):
+    assert resumed_arguments(["--resume", str(folder)]) == (SAVED, folder)
+    assert resumed_arguments([f"--resume={folder}"]) == (SAVED, folder)
+    assert resumed_arguments(SAVED) == (SAVED, None)
+    assert resumed_arguments([]) == ([], None)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--resume"],
+        ["--resume="],
+        ["--resume", "run", "--updates", "3"],
+        ["--seed=1", "--resume=run"],
+    ],
+)
+def test_other_arguments_beside_it_exit_with_a_sentence(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        resumed_arguments(arguments)
+    assert capsys.readouterr().err.startswith("error: --resume continues a run with the settings")
+
+
+def test_a_folder_without_a_run_exits_with_a_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        resumed_arguments(["--resume", str(tmp_path)])
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path} holds no readable arguments.json")
+    assert error.count("\n") == 1
+
+
+def test_the_command_and_the_name(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["my script.py", "--updates", "3"])
+    command = resume_command(Path("runs/a b"))
+    assert command == f"{sys.executable} 'my script.py' --resume 'runs/a b'"
+    assert default_name("pendulum/mixed-v0", 3) == "pendulum-mixed-v0-seed3"
+    assert default_name("/data/my log.npz", 0) == "data-my-log.npz-seed0"
