@@ -43,7 +43,7 @@ from iql_torchrl import (
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import NAME
 from iql_torchrl.evaluation.correlation import kendall, spearman
-from iql_torchrl.records import whole_file
+from iql_torchrl.files import whole_file
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

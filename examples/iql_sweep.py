@@ -27,7 +27,7 @@ from iql_torchrl.cli import add_settings, settings
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
 from iql_torchrl.evaluation.correlation import spearman
-from iql_torchrl.records import whole_file
+from iql_torchrl.files import whole_file
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
 from iql_torchrl.trainers.run_folder import new_folder
 

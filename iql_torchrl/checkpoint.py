@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torchrl.checkpoint import Checkpoint, CheckpointAdapter, CheckpointError
 
-from iql_torchrl.records import naming
+from iql_torchrl.files import naming
 
 __all__ = [
     "SUFFIX",

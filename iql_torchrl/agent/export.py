@@ -28,7 +28,7 @@ from iql_torchrl.data.schema import MASK, Key, field_of_space, leaf_spaces
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.evaluation.act import as_in_evaluation, needs_mask
 from iql_torchrl.evaluation.gym_interface import check_policy, reads_names_at_top_level
-from iql_torchrl.records import whole_file
+from iql_torchrl.files import whole_file
 
 __all__ = ["export_policy"]
 

@@ -1,4 +1,4 @@
-"""Runs side by side: ``python -m iql_torchrl.report.compare RUN... [--output FILE.png]``."""
+"""Compare runs: ``python -m iql_torchrl.report RUN... [--output FILE.png]``."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ from numpy.typing import NDArray
 
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.evaluation.statistics import mean_interval
-from iql_torchrl.records import TABLE, Run, find_runs, read_csv, read_run, write_csv
 from iql_torchrl.report.figures import Series, column, comparison_figure, draw, save
+from iql_torchrl.report.runs import TABLE, Run, find_runs, read_run
 
 __all__ = [
     "Group",
     "draw",
     "group_runs",
     "main",
-    "read_csv",
     "series",
     "table",
-    "write_csv",
 ]
 
 FloatArray = NDArray[np.float64]
@@ -95,7 +93,7 @@ def compare(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m iql_torchrl.report.compare",
+        prog="python -m iql_torchrl.report",
         description="Draw runs side by side; those that differ only in their seed are one line.",
     )
     add = parser.add_argument

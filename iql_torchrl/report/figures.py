@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.records import EVALUATION, whole_file
+from iql_torchrl.files import whole_file
+from iql_torchrl.report.runs import EVALUATION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

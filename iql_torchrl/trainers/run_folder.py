@@ -20,8 +20,9 @@ from iql_torchrl.checkpoint import (
     remove_leftovers,
     replace_by_link,
 )
-from iql_torchrl.records import whole_file, write_csv
+from iql_torchrl.files import whole_file
 from iql_torchrl.report.figures import draw
+from iql_torchrl.report.runs import write_csv
 
 __all__ = ["RunFolder", "new_folder", "saved_arguments"]
 

@@ -28,8 +28,8 @@ from iql_torchrl.checkpoint import (
 )
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.evaluation.background import BackgroundEvaluation
+from iql_torchrl.files import naming
 from iql_torchrl.objectives.iql import ImplicitQLoss
-from iql_torchrl.records import naming
 from iql_torchrl.trainers.evaluations import Evaluate, Scores
 from iql_torchrl.trainers.parts import (
     check_intervals,

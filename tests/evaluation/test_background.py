@@ -192,7 +192,7 @@ def test_an_error_comes_with_its_message_and_traceback(shared):
     with pytest.raises(ValueError, match="nan") as caught:
         background.results(wait=True)
     assert str(caught.value) == str(wanted.value)
-    assert "background_process.py" in str(caught.value.__cause__)
+    assert "background_worker.py" in str(caught.value.__cause__)
     assert list(background.pending) == [1, 3], "what succeeded is kept for the next call"
     assert [number for number, _ in background.results(wait=True)] == [1, 3]
     assert process_of(background) is process, "an error does not end the process"

@@ -12,7 +12,7 @@ from torchrl.record import VideoRecorder
 from torchrl.record.loggers import CSVLogger
 
 from iql_torchrl import evaluate
-from iql_torchrl.evaluation.rollout import video
+from iql_torchrl.evaluation import video
 from iql_torchrl.evaluation.video import filmed, record_video
 
 
