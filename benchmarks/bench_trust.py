@@ -25,7 +25,7 @@ from bench_learning import RESULTS, machine
 from trust_families import FAMILIES, Problem
 
 from iql_torchrl import fitted_q_evaluation, rank_members
-from iql_torchrl.evaluation.result import wilson_interval
+from iql_torchrl.evaluation.statistics import wilson_interval
 from iql_torchrl.files import whole_file
 
 CLOSE = 1e-9

@@ -19,6 +19,7 @@ from typing import Any
 
 from iql_sepsis import CONFIG as SEPSIS
 from iql_sepsis import POINTS, probabilities
+from scipy.stats import spearmanr
 from sweep_picture import draw
 from tqdm import tqdm
 
@@ -26,7 +27,6 @@ from iql_torchrl import PRESETS, IQLConfig, IQLPopulation, OfflineDataset, evalu
 from iql_torchrl.cli import add_settings, settings
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
-from iql_torchrl.evaluation.correlation import spearman
 from iql_torchrl.files import whole_file
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
 from iql_torchrl.trainers.run_folder import new_folder
@@ -141,7 +141,8 @@ def report(rows: Rows, ranking: Ranking | None, level: Level) -> None:
     if ranking:
         print("", *map("Warning: {}".format, ranking.warnings), ranking.recommendation, sep="\n")
     if ranking and level:
-        found, best = ([rows[name][key] for name in order] for key in ("value", "score"))
+        values, best = ([rows[name][key] for name in order] for key in ("value", "score"))
+        correlation = spearmanr(values, best).statistic if len(order) > 1 else float("nan")
         advised = rows[ranking.recommended]["score"] if ranking.recommended else level[1]
         top = (
             "the best"
@@ -149,7 +150,7 @@ def report(rows: Rows, ranking: Ranking | None, level: Level) -> None:
             else f"the best, {order[0]}, {best[0]:.4g}"
         )
         print(f"In truth that scores {advised:.4g}, {top}; {level[0]} {level[1]:.4g}. "
-              f"Rank correlation {spearman(found, best):.2f}.")  # fmt: skip
+              f"Rank correlation {correlation:.2f}.")  # fmt: skip
 
 
 def cell(row: dict[str, Any], key: str) -> str:

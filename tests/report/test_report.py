@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from iql_torchrl import Evaluation, IQLConfig, report
-from iql_torchrl.evaluation.statistics import mean_interval, student_t
+from iql_torchrl.evaluation.statistics import mean_interval
 from iql_torchrl.objectives.iql import DIAGNOSTICS, LOSSES
 from iql_torchrl.report import draw, group_runs, main, series, table
 from iql_torchrl.report.figures import Series, comparison_figure, run_figure
@@ -145,22 +145,22 @@ def test_a_broken_table_gets_a_sentence(tmp_path, text, words):
 # -- intervals -------------------------------------------------------------------------------------
 
 
-def test_student_t_by_hand():
-    assert student_t(1) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-13)  # Cauchy's
-    assert student_t(2) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), rel=1e-13)
-
-
-@pytest.mark.parametrize("confidence", [0.01, 0.5, 0.95, 0.999])
-def test_student_t_is_scipys(confidence):
-    for degrees in (*range(1, 40), 99, 1000):
-        expected = stats.t.ppf((1 + confidence) / 2, degrees)
-        assert student_t(degrees, confidence=confidence) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize(("degrees", "confidence"), [(0, 0.95), (1.5, 0.95), (3, 1.0), (3, 0.0)])
-def test_student_t_refuses(degrees, confidence):
-    with pytest.raises(ValueError, match=f"degrees is {degrees}"):
-        student_t(degrees, confidence=confidence)
+@pytest.mark.parametrize(
+    ("runs", "t"),
+    [
+        (2, math.tan(0.475 * math.pi)),  # Cauchy's distribution
+        (3, 0.95 * math.sqrt(2 / (1 - 0.95**2))),
+        (11, 2.228138852),  # tables
+    ],
+)
+def test_half_widths_by_hand(runs, t):
+    values = np.linspace(-1.0, 2.0, runs)[:, None] * [1.0, 3.0]
+    mean, low, high = mean_interval(values)
+    half = t * values.std(0, ddof=1) / math.sqrt(runs)
+    assert high - mean == pytest.approx(half, rel=1e-9)
+    assert mean - low == pytest.approx(half, rel=1e-9)
+    mean, low, high = mean_interval(np.full((runs, 1), 0.1))
+    assert (low, high) == pytest.approx((0.1, 0.1))
 
 
 def test_interval_over_runs():
@@ -169,7 +169,7 @@ def test_interval_over_runs():
     assert high - mean == pytest.approx(4.302652729911275 / math.sqrt(3) * np.array([1, 3**0.5]))
     expected = stats.t.interval(0.95, 2, loc=6.0, scale=stats.sem([5.0, 5.0, 8.0]))
     assert (low[1], high[1]) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="at least two; there are 1"):
+    with pytest.raises(ValueError, match="at least two runs; there are 1"):
         mean_interval(np.ones((1, 4)))
 
 

@@ -9,8 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from iql_torchrl.fqe import fitted_q_evaluation
 from iql_torchrl.members import returns_to_go
 from scipy import stats
@@ -19,7 +17,6 @@ from small_agents import log as small_log
 from small_mdp import ACTIONS, DISCOUNT, actor, random_mdp, random_policies, uniform
 
 from iql_torchrl import load_dataset
-from iql_torchrl.evaluation.correlation import kendall, ranks, spearman
 from iql_torchrl.selection import rank_members
 
 FAST = {"hidden": (), "lr": 0.1, "updates": 600, "batch_size": 512, "polyak": 0.1}
@@ -54,29 +51,6 @@ def fitted(parts, members):
 @pytest.fixture(scope="module")
 def ranking(parts, members, fitted):
     return rank_members(members, *parts, discount=DISCOUNT, fitted_q=fitted, clone="clone")
-
-
-lists = st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=12)
-
-
-@given(lists)
-@settings(max_examples=60, deadline=None)
-def test_rank_correlations_are_scipys(pairs):
-    one, other = np.array(pairs, float).T
-    np.testing.assert_array_equal(ranks(one), stats.rankdata(one))
-    if np.ptp(one) == 0 or np.ptp(other) == 0:
-        assert math.isnan(spearman(one, other))
-        assert math.isnan(kendall(one, other))
-        return
-    assert spearman(one, other) == pytest.approx(stats.spearmanr(one, other).statistic)
-    assert kendall(one, other) == pytest.approx(stats.kendalltau(one, other).statistic)
-
-
-def test_rank_correlations_need_numbers():
-    assert math.isnan(spearman([1.0, math.nan, 2.0], [1.0, 2.0, 3.0]))
-    assert math.isnan(kendall([1.0], [1.0]))
-    with pytest.raises(ValueError, match=r"shapes \(2,\) and \(3,\)"):
-        kendall([1, 2], [1, 2, 3])
 
 
 def test_members_stand_by_value_and_the_best_is_recommended(ranking, parts):
