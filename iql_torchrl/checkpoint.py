@@ -91,7 +91,8 @@ class StateAdapter(CheckpointAdapter):
         kwargs: Any,
     ) -> None:
         state = torch.load(path / self.filename, weights_only=True, map_location=map_location)
-        component.load_state_dict(state)
+        load = getattr(component, "load_state_dict", None) or component.check
+        load(state)
 
 
 class _State:
