@@ -132,8 +132,6 @@ def test_networks():
     for number in (0, 2.5):
         with pytest.raises(ValueError, match=f"num_classes is {number}; wanted a whole number"):
             networks.OneHot(number)
-    with pytest.raises(TypeError, match="make_critic is a Critic; wanted a function"):
-        networks.critic_ensemble(networks.Critic(3, 2), 2)
     for kind in (networks.StateValue, networks.Critic, networks.DiscreteCritic):
         sizes = (3,) if kind is networks.StateValue else (3, 2)
         with pytest.raises(TypeError, match="preprocess is"):
