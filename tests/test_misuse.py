@@ -188,7 +188,7 @@ def test_arguments_of_act():
     agent = box_agent()
     one = np.zeros(3, np.float32)
     for wrong in ((one, {}), [[0.0, 0.0], [0.0]]):
-        with pytest.raises(ValueError, match=f"observation is a {type(wrong).__name__} of which N"):
+        with pytest.raises(ValueError, match=f"observation is a {type(wrong).__name__} that NumPy cannot convert"):
             agent.act(wrong)
     tensor = torch.zeros(3, requires_grad=True)
     np.testing.assert_array_equal(agent.act(tensor), agent.act(one))

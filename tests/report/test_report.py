@@ -413,7 +413,7 @@ def test_what_is_left_out_is_said(make_run, tmp_path, capsys):
         (["{}/nowhere"], "nowhere is not a folder: give folders with a metrics.csv"),
         (["{}/empty"], "empty contains no run"),
         (["{}/runs", "--metrics", "scor_mean"], "did you mean score_mean?"),
-        (["{}/runs", "--output", "x.pdf"], "wanted a name that ends in .png"),
+        (["{}/runs", "--output", "x.pdf"], "expected a name that ends in .png"),
         (["{}/broken"], "line 2: 1 cells under 2 columns"),
         (["{}/settings"], "config.json is not JSON"),
         (["{}/list"], "expected an object with the run's settings"),
