@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_learning import RESULTS, machine
+from scipy.stats import kendalltau, spearmanr
 from selection_truth import Levels, Truths, truths
 
 from iql_torchrl import (
@@ -42,8 +43,7 @@ from iql_torchrl import (
 )
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import NAME
-from iql_torchrl.evaluation.correlation import kendall, spearman
-from iql_torchrl.records import whole_file
+from iql_torchrl.files import whole_file
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -136,8 +136,8 @@ def quality(ranking: Ranking, truth: Levels, log: float, *, returns: bool) -> di
                 "bias": float((found - true).mean()),
             }
             result[estimator] = ({} if returns else error) | {
-                "spearman": spearman(found, true),
-                "kendall": kendall(found, true),
+                "spearman": float(spearmanr(found, true).statistic),
+                "kendall": float(kendalltau(found, true).statistic),
                 "regret_of_best": float(true.max() - true[found.argmax()]),
             }
     return result

@@ -26,8 +26,8 @@ from bench_learning import RESULTS, machine
 from trust_families import FAMILIES, Problem
 
 from iql_torchrl import fitted_q_evaluation, rank_members
-from iql_torchrl.evaluation.result import wilson_interval
-from iql_torchrl.records import whole_file
+from iql_torchrl.evaluation.statistics import wilson_interval
+from iql_torchrl.files import whole_file
 
 CLOSE = 1e-9
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, cli, evaluate, load_dataset, make_agent
 from iql_torchrl.agent.build import Agent
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
-from iql_torchrl.records import whole_file
+from iql_torchrl.files import whole_file
 
 EVALUATION_SEED = 10_000  # episodes start alike at every point of every run
 EARLY = 0.2  # the part of the online phase in which a collapse would show

@@ -1,4 +1,4 @@
-"""One versioned file of named states: TorchRL's checkpoint archive, with payloads that run no code."""
+"""One versioned file of named states: TorchRL's checkpoint archive, read without running code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torchrl.checkpoint import Checkpoint, CheckpointAdapter, CheckpointError
 
-from iql_torchrl.records import naming
+from iql_torchrl.files import naming
 
 __all__ = [
     "SUFFIX",
@@ -48,8 +48,8 @@ UNREADABLE: tuple[type[Exception], ...] = (
 class StateAdapter(CheckpointAdapter):
     """A ``state_dict`` as one file that is only ever read with ``weights_only=True``.
 
-    TorchRL's own adapter would follow whatever form a file has, pickled objects included; this
-    one has a single form. ``format_version`` counts the layouts of this package's states.
+    TorchRL's own adapter reads a file in whatever form it has, pickled objects included; this one
+    has a single form. ``format_version`` counts the layouts of this package's states.
     """
 
     adapter_id = "iql_torchrl.state"
@@ -61,14 +61,14 @@ class StateAdapter(CheckpointAdapter):
 
     def save(self, component: Any, path: Path, *, args: Any, kwargs: Any) -> Any:
         path.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()  # written by Python, which says so when a disk is full
+        content = io.BytesIO()  # Python writes the file: it raises OSError on a full disk
         torch.save(component.state_dict(), content)
         if not self._read_back:
             self._check_readable(content, component)
         (path / self.filename).write_bytes(content.getbuffer())
 
     def _check_readable(self, content: io.BytesIO, component: Any) -> None:
-        """Once per run: what could never be loaded is refused when it is first saved."""
+        """Raise ``CheckpointError`` for a state that could not be loaded; checked once per run."""
         content.seek(0)
         try:
             torch.load(content, weights_only=True)
@@ -91,11 +91,12 @@ class StateAdapter(CheckpointAdapter):
         kwargs: Any,
     ) -> None:
         state = torch.load(path / self.filename, weights_only=True, map_location=map_location)
-        component.load_state_dict(state)
+        load = getattr(component, "load_state_dict", None) or component.check
+        load(state)
 
 
 class _State:
-    """A state in hand, in the clothes of an object that has one."""
+    """Adapter: a state as an object with ``state_dict`` and ``load_state_dict``."""
 
     def __init__(self, state: Any = None) -> None:
         self.state = state
@@ -108,7 +109,7 @@ class _State:
 
 
 def new_checkpoint() -> Checkpoint:
-    """TorchRL's coordinator, set to write one file whose parts carry checksums."""
+    """TorchRL's coordinator, set to write one file in which every part has a checksum."""
     return Checkpoint(format="archive")
 
 
@@ -117,7 +118,7 @@ def write_components(
 ) -> Path:
     """Write named states (numbers, strings, tensors, lists and dicts of them) to one file.
 
-    Written beside ``path`` and then renamed: ``path`` is whole, old or new, at every moment. Raises
+    Written to a temporary file that is then renamed, so ``path`` is never half written. Raises
     ``OSError`` naming ``path`` where it cannot be written.
     """
     checkpoint = new_checkpoint()
@@ -131,34 +132,34 @@ def read_components(path: str | Path, names: Collection[str] | None = None) -> d
     """The states ``names`` of a file (all of this package's if None), on the CPU; runs no code.
 
     Raises ``CheckpointError`` with one sentence: no such file, a truncated or damaged file,
-    another version's, a missing part, or a part that is no plain data.
+    another version's, a missing part, or a part that is not plain data.
     """
     path = Path(path)
-    records = _records(path)
+    parts = _parts_of(path)
     if names is None:
-        names = [n for n, record in records.items() if record["adapter"] == StateAdapter.adapter_id]
+        names = [n for n, record in parts.items() if record["adapter"] == StateAdapter.adapter_id]
     for name in names:
-        _check_record(path, name, records)
+        _check_record(path, name, parts)
     checkpoint = Checkpoint()
-    holders = {name: _State() for name in names}
-    for name, holder in holders.items():
-        checkpoint.register(name, holder, adapter=StateAdapter())
+    states = {name: _State() for name in names}
+    for name, state in states.items():
+        checkpoint.register(name, state, adapter=StateAdapter())
     try:
         checkpoint.load(path, map_location="cpu")
     except UNREADABLE as error:
         if isinstance(error.__cause__, pickle.UnpicklingError):
             raise CheckpointError(
-                f"{path}: holds something other than plain data and was not loaded, because "
+                f"{path}: contains something other than plain data and was not loaded, because "
                 "loading it could run a program. Use a checkpoint that you or someone you trust "
                 f"wrote with this package. ({_first_line(error.__cause__)})"
             ) from error
         raise _damaged(path, error) from error
-    return {name: holder.state for name, holder in holders.items()}
+    return {name: state.state for name, state in states.items()}
 
 
 def component_names(path: str | Path) -> set[str]:
     """The names of the states in a file. Raises ``CheckpointError`` as :func:`read_components`."""
-    return set(_records(Path(path)))
+    return set(_parts_of(Path(path)))
 
 
 def checkpoint_path(folder: Path, update: int) -> Path:
@@ -174,22 +175,21 @@ def newest(folder: str | Path) -> Path:
     folder = Path(folder)
     if not folder.exists():
         raise CheckpointError(f"{folder}: there is no such folder of checkpoints.")
-    found = sorted(folder.glob(f"{PREFIX}*{SUFFIX}")) if folder.is_dir() else []
-    if not found:
-        raise CheckpointError(f"{folder}: holds no {PREFIX}*{SUFFIX} file.")
-    return found[-1]
+    files = sorted(folder.glob(f"{PREFIX}*{SUFFIX}")) if folder.is_dir() else []
+    if not files:
+        raise CheckpointError(f"{folder}: contains no {PREFIX}*{SUFFIX} file.")
+    return files[-1]
 
 
 def remove_leftovers(folder: str | Path) -> None:
-    """Delete what a killed process left half written in a folder of checkpoints."""
+    """Delete the incomplete files of a killed process from a folder of checkpoints."""
     for path in Path(folder).glob(f".{PREFIX}*"):
         if any(mark in path.name for mark in (".stage-", ".archive-", ".delete-", ".backup-")):
             Checkpoint._remove_path(path)
 
 
 def replace_by_link(source: Path, destination: Path) -> None:
-    """Make ``destination`` the file that ``source`` is now, in one step and without its bytes
-    being copied where the file system can link."""
+    """Replace ``destination`` by the file ``source``, by a hard link where possible, else a copy."""
     temporary = destination.with_name(f".{destination.name}")
     temporary.unlink(missing_ok=True)
     try:
@@ -203,7 +203,7 @@ def replace_by_link(source: Path, destination: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _records(path: Path) -> Mapping[str, Any]:
+def _parts_of(path: Path) -> Mapping[str, Any]:
     if not path.exists():
         raise CheckpointError(f"{path}: there is no such file.")
     try:
@@ -212,14 +212,14 @@ def _records(path: Path) -> Mapping[str, Any]:
         if "Unsupported" in str(error):
             raise CheckpointError(f"{path}: from another version of TorchRL. {error}") from error
         raise _damaged(path, error) from error
-    records: Mapping[str, Any] = manifest["components"]
-    return records
+    parts: Mapping[str, Any] = manifest["components"]
+    return parts
 
 
-def _check_record(path: Path, name: str, records: Mapping[str, Any]) -> None:
-    if name not in records:
-        raise CheckpointError(f"{path}: has no part {name!r}; it holds {sorted(records)}.")
-    record = records[name]
+def _check_record(path: Path, name: str, parts: Mapping[str, Any]) -> None:
+    if name not in parts:
+        raise CheckpointError(f"{path}: has no part {name!r}; it holds {sorted(parts)}.")
+    record = parts[name]
     if record["adapter"] != StateAdapter.adapter_id:
         raise CheckpointError(
             f"{path}: part {name!r} was written by {record['adapter']!r}, not by this package."

@@ -15,7 +15,6 @@ __all__ = [
     "OneHot",
     "Standardise",
     "StateValue",
-    "critic_ensemble",
 ]
 
 GAIN = 2.0**0.5
@@ -198,21 +197,6 @@ class Critic(nn.Module):
         *observations, action = inputs
         observation = self.preprocess(join_observations(observations))
         return self.mlp(torch.cat([observation, action], -1))
-
-
-def critic_ensemble(make_critic: Callable[[], nn.Module], num_critics: int) -> list[nn.Module]:
-    """``num_critics`` independent critics, each initialised by its own call of ``make_critic``.
-
-    Raises ``ValueError`` below one critic, ``TypeError`` when ``make_critic`` is itself a module.
-    """
-    if isinstance(make_critic, nn.Module):
-        raise TypeError(
-            f"make_critic is a {type(make_critic).__name__}; expected a function without arguments "
-            "that builds a new critic at each call."
-        )
-    if num_critics < 1:
-        raise ValueError(f"num_critics is {num_critics}; expected at least one.")
-    return [make_critic() for _ in range(num_critics)]
 
 
 def join_observations(observations: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "iql_torchrl"
 # A room is a folder or a top-level file. A file imports only from its own room and from rooms of
 # lower layers.
 LAYERS = (
-    ("config", "descriptions", "distributions", "files", "functional", "networks", "records"),
+    ("config", "descriptions", "distributions", "files", "functional", "networks"),
     ("checkpoint", "cli", "data", "evaluation", "fast_networks", "policies"),
     ("objectives", "report", "selection"),
     ("update",),

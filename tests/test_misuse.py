@@ -132,8 +132,6 @@ def test_networks():
     for number in (0, 2.5):
         with pytest.raises(ValueError, match=f"num_classes is {number}; expected a whole number"):
             networks.OneHot(number)
-    with pytest.raises(TypeError, match="make_critic is a Critic; expected a function"):
-        networks.critic_ensemble(networks.Critic(3, 2), 2)
     for kind in (networks.StateValue, networks.Critic, networks.DiscreteCritic):
         sizes = (3,) if kind is networks.StateValue else (3, 2)
         with pytest.raises(TypeError, match="preprocess is"):
@@ -190,7 +188,9 @@ def test_arguments_of_act():
     agent = box_agent()
     one = np.zeros(3, np.float32)
     for wrong in ((one, {}), [[0.0, 0.0], [0.0]]):
-        with pytest.raises(ValueError, match=f"observation is a {type(wrong).__name__} of which N"):
+        with pytest.raises(
+            ValueError, match=f"observation is a {type(wrong).__name__} that NumPy cannot convert"
+        ):
             agent.act(wrong)
     tensor = torch.zeros(3, requires_grad=True)
     np.testing.assert_array_equal(agent.act(tensor), agent.act(one))

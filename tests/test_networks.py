@@ -64,15 +64,6 @@ def test_one_hot_keeps_the_batch_shape(shape):
     assert value(index).shape == (*shape, 1)
 
 
-def test_ensemble_members_are_drawn_apart():
-    critics = networks.critic_ensemble(lambda: networks.Critic(3, 2, hidden=(4,)), 3)
-    weights = [critic.mlp[0].weight for critic in critics]
-    assert len(critics) == 3
-    assert not torch.equal(weights[0], weights[1])
-    with pytest.raises(ValueError, match="num_critics is 0"):
-        networks.critic_ensemble(lambda: nn.Identity(), 0)
-
-
 def test_a_choice_needs_two_actions():
     with pytest.raises(ValueError, match="num_actions is 1"):
         networks.DiscreteCritic(3, 1)

@@ -1,4 +1,4 @@
-"""A policy as one file that plain torch runs: standardisation and bounds inside, no TorchRL."""
+"""Export of a policy to one file that torch alone runs, with standardisation and bounds inside."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from iql_torchrl.data.schema import MASK, Key, field_of_space, leaf_spaces
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.evaluation.act import as_in_evaluation, needs_mask
 from iql_torchrl.evaluation.gym_interface import check_policy, reads_names_at_top_level
-from iql_torchrl.records import whole_file
+from iql_torchrl.files import whole_file
 
 __all__ = ["export_policy"]
 
@@ -69,8 +69,8 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
     observation without the batch dimension too) or dtype, on floats that are not finite, on whole
     numbers out of their space, and on a mask that allows no action in a row. Shapes are compared by
     torch's loader: ``program.validate_inputs = False`` on what ``module()`` returns leaves that out
-    and saves about a third of the time of a single action. torch's AOTInductor asks for example
-    inputs, which the file does not hold: set ``torch.export.load(path).example_inputs`` yourself.
+    and saves about a third of the time of a single action. torch's AOTInductor needs example
+    inputs, which the file does not contain: set ``torch.export.load(path).example_inputs`` yourself.
     ``policy`` may be any TensorDict module that writes
     ``action``; it and the caller's random numbers are left as they were. Returns ``path``.
 
@@ -109,7 +109,7 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
 
 
 class _Program(nn.Module):
-    """Tensors in, tensor out; the TensorDict between them is gone once this is traced."""
+    """The policy as a function of tensors; tracing removes the TensorDict."""
 
     low: Tensor
     high: Tensor
@@ -123,7 +123,7 @@ class _Program(nn.Module):
             self.register_buffer("high", torch.from_numpy(self.space.high.copy()))
         elif not isinstance(self.space, spaces.Discrete):
             raise ValueError(
-                f"the actions are {describe_space(self.space)}; an export wants Box or Discrete."
+                f"the actions are {describe_space(self.space)}; an export needs Box or Discrete."
             )
 
     def forward(self, *tensors: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def _examples(inputs: list[_Input], task: Task, size: int) -> tuple[Tensor, ...]
             low, high = (torch.as_tensor(getattr(space, b)).to(values) for b in ("low", "high"))
             values = values.clamp(low, high).to(each.dtype)
         else:
-            space = copy.deepcopy(space)  # the task's own random numbers stay where they are
+            space = copy.deepcopy(space)  # sampling must not change the task's own random state
             space.seed(size)
             rows = np.stack([np.asarray(space.sample()) for _ in range(size)])
             values = torch.as_tensor(rows).to(each.dtype)
@@ -218,9 +218,9 @@ def _trace(module: nn.Module, examples: tuple[Tensor, ...], name: str) -> Export
         with _unvalidated_distributions():
             program = torch.export.export(module, examples, dynamic_shapes=shapes)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's about its own classes
+            warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own classes
             program = program.run_decompositions({})  # the same operations, fewer nested graphs
-    except Exception as error:  # whatever the tracer trips over is the policy's own code
+    except Exception as error:  # an error of any kind comes from the policy's code
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RuntimeError(
             f"this {name} cannot be traced by torch.export ({reason}); its forward must be tensor "
@@ -238,7 +238,7 @@ def _trace(module: nn.Module, examples: tuple[Tensor, ...], name: str) -> Export
 
 @contextmanager
 def _unvalidated_distributions() -> Iterator[None]:
-    """torch's argument checks branch on values, which no trace can hold."""
+    """A context without torch's argument checks, which branch on values and cannot be traced."""
     before = Distribution._validate_args
     Distribution.set_default_validate_args(False)
     try:
@@ -250,18 +250,18 @@ def _unvalidated_distributions() -> Iterator[None]:
 def _compare(
     program: ExportedProgram, module: nn.Module, examples: tuple[Tensor, ...], name: str
 ) -> None:
-    found, wanted = program.module()(*examples).double(), module(*examples).double()
-    excess = (found - wanted).abs() - TOLERANCE * wanted.abs().clamp(min=1.0)
+    traced, expected = program.module()(*examples).double(), module(*examples).double()
+    excess = (traced - expected).abs() - TOLERANCE * expected.abs().clamp(min=1.0)
     if not bool((excess <= 0).all()):
         raise RuntimeError(
-            f"this {name} acts differently once traced, by {(found - wanted).abs().max():.3g} in "
+            f"this {name} acts differently once traced, by {(traced - expected).abs().max():.3g} in "
             f"a batch of {len(examples[0])}: it draws random numbers, keeps a state, or branches on "
             "values. Make its deterministic action a function of its inputs alone."
         )
 
 
 def _note(path: Path, task: Task, inputs: list[_Input], example: Tensor) -> dict[str, Any]:
-    """What a reader without this package must know, in plain JSON; null: unbounded."""
+    """The description of inputs and output beside the program, in JSON; null: unbounded."""
     space = task.action_space
     if isinstance(space, spaces.Discrete):
         action: dict[str, Any] = {"kind": "discrete", "n": int(space.n), "start": int(space.start)}

@@ -1,4 +1,4 @@
-"""What an exported program asks of its inputs, as operations of the program itself."""
+"""Checks of an exported program's inputs, as operations of the program itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MASK_VALUES = "at least one True in every row"
 
 
 def values_in_words(space: spaces.Space[Any]) -> str:
-    """What an input from ``space`` must hold, to follow "must hold"."""
+    """The values that ``space`` allows, in words that follow "must hold"."""
     limits = whole_limits(space)
     return "finite numbers" if limits is None else f"whole numbers in {bounds_in_words(*limits)}"
 
@@ -29,7 +29,7 @@ def assert_values(
     """Assert the dtype and the values of the input ``name``; ``space=None`` is an action mask.
 
     Run eagerly or traced by ``torch.export``: then the program raises ``RuntimeError`` with the
-    same message. Shapes are the exported program's own concern.
+    same message. The exported program checks shapes itself.
     """
     torch.ops.aten._assert_tensor_metadata.default(values, dtype=dtype)
     if space is None:
@@ -53,6 +53,6 @@ def _is_whole_dtype(low: Any, high: Any, dtype: torch.dtype) -> bool:
 
 
 def _constant(limit: Any) -> int | Tensor:
-    """A number where one serves all dimensions: the program then holds no tensor for it."""
+    """A number if it is the same in all dimensions, so that the program needs no tensor for it."""
     values = np.unique(limit)
     return int(values[0]) if values.size == 1 else torch.as_tensor(np.asarray(limit))

@@ -157,7 +157,7 @@ def _sizes(table: Path) -> dict[str, int]:
 
 
 def _record(
-    built: Built, source: Source, wanted: Mapping[str, Any], sizes: dict[str, int]
+    built: Built, source: Source, expected: Mapping[str, Any], sizes: dict[str, int]
 ) -> dict[str, Any]:
     return {
         "fingerprint": expected,
@@ -239,7 +239,7 @@ def _build_cached(
             staging / "episodes.npz", returns=built.episode_returns, lengths=built.episode_lengths
         )
         (staging / "built.json").write_text(
-            json.dumps(_record(built, source, wanted, _sizes(staging / TABLE)))
+            json.dumps(_record(built, source, expected, _sizes(staging / TABLE)))
         )
         _swap(staging, folder)
     except BaseException:

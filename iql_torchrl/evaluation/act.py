@@ -1,4 +1,4 @@
-"""One decision outside a rollout: NumPy observations in, NumPy actions out."""
+"""A policy's action outside a rollout: from NumPy observations to NumPy actions."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def act(
 
     ``observation``: one, as the environment gives it, or a batch: one more leading dimension on
     every leaf, and then also on ``action_mask`` (``(n,)`` booleans) and on the result. Runs in
-    evaluation mode without gradients. The caller's torch random numbers are left alone, except
-    that a sample without ``seed`` draws from them.
+    evaluation mode without gradients. The caller's torch random state does not change, except
+    when a sample is drawn without ``seed``.
 
     Raises:
-        TypeError: ``policy`` is no TensorDict module.
+        TypeError: ``policy`` is not a TensorDict module.
         ValueError: a missing or unknown key, a wrong shape, a category out of range, numbers that
-            are not finite, a mask that is missing or not read, or an action that is not one the
-            environment accepts.
+            are not finite, a mask that is missing or not read by the policy, or an action that the
+            environment does not accept.
     """
     interface.check_policy(policy)
     if seed is not None and (
@@ -79,7 +79,7 @@ def act(
 
 
 def needs_mask(policy: TensorDictModuleBase, observation_space: spaces.Space[Any]) -> bool:
-    """Whether ``policy`` reads an ``action_mask`` that is no part of the observation itself."""
+    """Whether ``policy`` reads an ``action_mask`` that is not part of the observation itself."""
     observed = isinstance(observation_space, spaces.Dict) and (
         "action_mask" in observation_space.spaces
     )
@@ -90,10 +90,10 @@ def needs_mask(policy: TensorDictModuleBase, observation_space: spaces.Space[Any
 def as_in_evaluation(
     policy: nn.Module, device: torch.device, *, deterministic: bool = True, seed: int | None = None
 ) -> Iterator[None]:
-    """Evaluation mode, no gradients, the exploration type; training modes are restored.
+    """A context with evaluation mode, no gradients, and the exploration type.
 
-    Random numbers come from ``seed``; the caller's generators are left as they were unless a
-    sample is wanted without a seed.
+    Training modes are restored afterwards, and so are the caller's generators, unless samples are
+    drawn without ``seed``.
     """
     modes = [(module, module.training) for module in policy.modules()]
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
@@ -123,23 +123,23 @@ def _checked(observation: Any, space: spaces.Space[Any]) -> tuple[Any, int | Non
     sizes: dict[str, int | None] = {}
     leaves = _fit(observation, space, "observation", sizes)
     if len(set(sizes.values())) != 1:
-        found = ", ".join(f"{k}: {'one' if n is None else n}" for k, n in sizes.items())
+        numbers = ", ".join(f"{k}: {'one' if n is None else n}" for k, n in sizes.items())
         raise ValueError(
-            f"the observation's leaves hold different numbers of observations ({found}); give "
+            f"the observation's leaves have different numbers of observations ({numbers}); give "
             "every leaf the same leading dimension, or none."
         )
     (count,) = set(sizes.values())
     if count == 0:
-        raise ValueError("the observation is a batch of none; give at least one.")
+        raise ValueError("the observation is a batch of size 0; give at least one.")
     return leaves, count
 
 
 def _fit(value: Any, space: spaces.Space[Any], path: str, sizes: dict[str, int | None]) -> Any:
     if isinstance(space, spaces.Dict):
-        wanted = sorted(space.spaces)
-        if not isinstance(value, Mapping) or sorted(value) != wanted:
-            found = sorted(value) if isinstance(value, Mapping) else f"a {type(value).__name__}"
-            raise ValueError(f"{path} must be a dict of {wanted}, found {found}.")
+        names = sorted(space.spaces)
+        if not isinstance(value, Mapping) or sorted(value) != names:
+            given = sorted(value) if isinstance(value, Mapping) else f"a {type(value).__name__}"
+            raise ValueError(f"{path} must be a dict of {names}, found {given}.")
         return {
             name: _fit(value[name], inner, f"{path}[{name!r}]", sizes)
             for name, inner in space.spaces.items()
@@ -170,8 +170,9 @@ def _array(value: Any, path: str) -> NDArray[Any]:
     except (ValueError, TypeError, RuntimeError) as error:
         kind = type(value).__name__
         raise ValueError(
-            f"{path} is a {kind} of which NumPy makes no array; pass the observation alone, as the "
-            "environment gives it (env.reset() and env.step() return it first, with other things)."
+            f"{path} is a {kind} that NumPy cannot convert to an array; pass the observation alone, "
+            "as the environment gives it (the first of the values that env.reset() and env.step() "
+            "return)."
         ) from error
 
 
@@ -192,7 +193,7 @@ def whole_limits(space: spaces.Space[Any]) -> tuple[Any, Any] | None:
 
 def _check_values(array: NDArray[Any], space: spaces.Space[Any], path: str) -> None:
     limits = whole_limits(space)
-    # Observed floats may pass their bounds, as in the log.
+    # Floats may be outside their bounds, as in the training data.
     bad = ~np.isfinite(array) if limits is None else (array < limits[0]) | (array > limits[1])
     if np.any(bad):
         raise ValueError(
@@ -207,15 +208,15 @@ def _row(leaves: Any, index: int) -> Any:
 
 
 def _masks(mask: Any, space: spaces.Space[Any], count: int | None) -> list[Tensor]:
-    wanted = f"({int(space.n)},)" if isinstance(space, spaces.Discrete) else "(n,)"
+    shape = f"({int(space.n)},)" if isinstance(space, spaces.Discrete) else "(n,)"
     if mask is None:
         raise ValueError(
-            f"the policy reads an action mask: pass action_mask= with shape {wanted}, True where "
+            f"the policy reads an action mask: pass action_mask= with shape {shape}, True where "
             "the action is allowed."
         )
     array = np.asarray(mask)
     if array.ndim != (1 if count is None else 2) or (count is not None and len(array) != count):
-        full = wanted if count is None else f"({count}, {wanted[1:-2]})"
+        full = shape if count is None else f"({count}, {shape[1:-2]})"
         raise ValueError(f"action_mask has shape {array.shape}; wanted {full}.")
     return [
         interface.action_mask({"action_mask": m}, space)

@@ -1,24 +1,19 @@
-"""Evaluations in a process of their own, while training goes on.
+"""Evaluations in another process, while training continues.
 
-The process is started by ``subprocess``, not ``multiprocessing``: nothing imports the main script
-again, so scripts need no ``if __name__ == "__main__"``, and notebooks work.
+The process is started by ``subprocess``, not ``multiprocessing``: the user's script is not imported
+again, so scripts need no ``if __name__ == "__main__"``, and notebooks work. joblib's loky is not
+used, because with it an interpreter that exits waits for a hung evaluation for ever, and workers
+outlive a parent that is killed.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import pickle
 import queue
-import signal
-import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -26,42 +21,31 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
-from iql_torchrl.evaluation.background_worker import (
-    BOOTSTRAP,
-    Arithmetic,
-    Failure,
-    Structure,
-    named_tensors,
-    send,
+from iql_torchrl.evaluation.background_process import (
+    EvaluationProcess,
+    EvaluationTimeout,
+    Request,
+    Snapshot,
 )
-from iql_torchrl.evaluation.process_end import GRACE, TimeLimit, end, exit_code, start
+from iql_torchrl.evaluation.background_worker import Arithmetic, Structure, named_tensors
 from iql_torchrl.evaluation.result import reference_pair
 from iql_torchrl.evaluation.rollout import Evaluation, check_arguments
 
 __all__ = ["BackgroundEvaluation", "EvaluationTimeout"]
 
-Snapshot = dict[str, Tensor]
 TIMEOUT = 600.0  # seconds
-POLL = 0.1  # seconds between two questions whether waiting is to end
-
-
-class EvaluationTimeout(TimeoutError):
-    """An evaluation took longer than ``timeout`` and was ended; ``number`` is its number."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.number = number
+POLL = 0.1  # seconds between two calls of ``stop`` while waiting
 
 
 class BackgroundEvaluation:
     """:func:`~iql_torchrl.evaluate` in another process: the same results, bit for bit.
 
     ``policy`` and ``make_env`` are sent once, as they are now; ``submit`` sends the policy's
-    parameters and buffers. The process computes with the torch threads, default dtype and matrix
-    precision of the moment of ``submit``, so the two share the processor's cores. It starts at
-    the first ``submit``, prints to stderr, leaves Ctrl-C and SIGTERM to this process, and ends
-    with this object, with the interpreter, or when this process dies in whatever way. Not for
-    use from several threads.
+    parameters and buffers. The process uses the number of torch threads, the default dtype and the
+    matrix precision that are set when ``submit`` is called, so both processes share the processor's
+    cores. It starts at the first ``submit``, prints to stderr, ignores Ctrl-C and SIGTERM (this
+    process decides what they mean), and ends with this object, with the interpreter, or when this
+    process is killed. Not for use from several threads.
 
     Args:
         policy: as for :func:`~iql_torchrl.evaluate`; it may live on any device.
@@ -108,8 +92,9 @@ class BackgroundEvaluation:
             "device": "cpu" if device is None else str(torch.device(device)),
         }
         self._policy = policy
-        self._wanted = {name: (t.shape, t.dtype) for name, t in named_tensors(policy).items()}
-        self._child = _Child(Structure.of(policy, make_env, arguments), _name_of(make_env))
+        self._layout = {name: (t.shape, t.dtype) for name, t in named_tensors(policy).items()}
+        structure = Structure.of(policy, make_env, arguments)
+        self._child = EvaluationProcess(structure, _name_of(make_env))
         self._pending: dict[int, Snapshot] = {}
         self._finished: list[tuple[int, Evaluation]] = []
         self._closed = weakref.finalize(self, self._child.stop)
@@ -134,7 +119,7 @@ class BackgroundEvaluation:
         """The submitted policies by number, in order, that ``results`` has not returned yet.
 
         Each maps names of parameters and buffers to CPU tensors; for checkpoints, see
-        :meth:`resubmit`. They stay after ``close()``.
+        :meth:`resubmit`. ``close()`` does not remove them.
         """
         return dict(self._pending)
 
@@ -146,9 +131,9 @@ class BackgroundEvaluation:
         self._queue(number, _copied(named_tensors(self._policy)))
 
     def resubmit(self, pending: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """Queue snapshots that an earlier object's :attr:`pending` gave, in their order.
+        """Queue the snapshots of an earlier object's :attr:`pending`, in their order.
 
-        Raises ``ValueError`` also where they belong to a policy of another structure.
+        Raises as :meth:`submit`, and ``ValueError`` for snapshots of a policy of another structure.
         """
         for number, snapshot in pending.items():
             self._queue(number, _copied(snapshot))
@@ -158,15 +143,15 @@ class BackgroundEvaluation:
     ) -> list[tuple[int, Evaluation]]:
         """``(number, evaluation)`` of those finished since the last call, in order of submission.
 
-        With ``wait`` it blocks until all submitted are done; ``stop`` is called several times a
-        second meanwhile, and once it returns True the waiting ends. After ``close()`` it gives
-        what had finished before.
+        With ``wait`` it blocks until all submitted are finished; ``stop`` is called several times a
+        second meanwhile, and if it returns True, the wait ends. After ``close()`` it returns those
+        that had finished before.
 
         Raises:
             EvaluationTimeout: an evaluation took longer than ``timeout`` and was ended. Its number
-                is no longer pending; the others are given by the next call.
+                is no longer pending; the next call returns the others.
             Exception: what an evaluation raised, with its traceback in the other process as the
-                cause. Its number is no longer pending; the others are given by the next call.
+                cause. Its number is no longer pending; the next call returns the others.
             RuntimeError: the process died, with its exit code. The next evaluation in the queue,
                 or the next ``submit``, starts another.
         """
@@ -191,7 +176,7 @@ class BackgroundEvaluation:
         return finished
 
     def close(self) -> None:
-        """End the process, also in the middle of an evaluation. More calls do nothing."""
+        """End the process, also during an evaluation. Further calls have no effect."""
         self._closed()
 
     def __enter__(self) -> BackgroundEvaluation:
@@ -204,144 +189,29 @@ class BackgroundEvaluation:
         if not self._closed.alive:
             raise RuntimeError("the background evaluation is closed; make a new one")
         if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
-            raise ValueError(f"number must be an integer, found {number!r}")
+            raise ValueError(f"number must be an integer, got {number!r}")
         if number in self._pending:
             raise ValueError(f"number {number} is pending already; each needs its own")
-        found = {name: (t.shape, t.dtype) for name, t in snapshot.items()}
-        for name in sorted(found.keys() ^ self._wanted.keys()):
-            has = "lacks" if name in self._wanted else "holds"
+        self._check_layout(number, snapshot)
+        self._pending[int(number)] = snapshot
+        settings = Arithmetic.current()
+        self._child.put(Request(int(number), snapshot, settings, self._timeout))
+
+    def _check_layout(self, number: int, snapshot: Snapshot) -> None:
+        layout = {name: (t.shape, t.dtype) for name, t in snapshot.items()}
+        for name in sorted(layout.keys() ^ self._layout.keys()):
+            has = "lacks" if name in self._layout else "has"
             raise ValueError(
                 f"snapshot {number} {has} {name!r}, unlike the policy when the evaluation was "
                 f"made; make the BackgroundEvaluation from the policy in its present form"
             )
-        for name, (shape, dtype) in found.items():
-            if (shape, dtype) != self._wanted[name]:
+        for name, (shape, dtype) in layout.items():
+            if (shape, dtype) != self._layout[name]:
                 raise ValueError(
-                    f"{name!r} of snapshot {number} is {dtype} of shape {tuple(shape)}, wanted "
-                    f"{self._wanted[name][1]} of shape {tuple(self._wanted[name][0])}, as it was "
+                    f"{name!r} of snapshot {number} is {dtype} of shape {tuple(shape)}, expected "
+                    f"{self._layout[name][1]} of shape {tuple(self._layout[name][0])}, as it was "
                     f"when the evaluation was made"
                 )
-        self._pending[int(number)] = snapshot
-        settings = Arithmetic.current()
-        self._child.put(_Request(int(number), snapshot, settings, self._timeout))
-
-
-class _Request(NamedTuple):
-    number: int
-    snapshot: Snapshot
-    settings: Arithmetic
-    timeout: float | None
-
-
-class _Child:
-    """The process and the thread that talks to it; they know nothing of the object above.
-
-    Each number put in gives one ``(number, Evaluation | Exception)`` of ``outcomes``, in order;
-    None follows when nothing more will come.
-    """
-
-    def __init__(self, structure: Structure, environment: str) -> None:
-        self.outcomes: queue.SimpleQueue[tuple[int, Evaluation | Exception] | None]
-        self.outcomes = queue.SimpleQueue()
-        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
-        self._structure, self._environment = structure, environment
-        self._thread: threading.Thread | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        # Reentrant: the garbage collector may call stop() in the midst of the thread's work.
-        self._lock, self._stopped, self._owner = threading.RLock(), False, os.getpid()
-
-    def put(self, request: _Request) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._deliver, daemon=True)
-            self._thread.start()
-        self._requests.put(request)
-
-    def stop(self) -> None:
-        """End the process, by force where it takes longer than ``GRACE``, and the thread."""
-        if os.getpid() != self._owner:  # a fork's copy of this object has no say
-            return
-        with self._lock:
-            self._stopped = True
-            process = self._process
-        if process is not None:
-            end(process)
-        self._requests.put(None)
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(GRACE)
-
-    def _deliver(self) -> None:
-        while (request := self._requests.get()) is not None and not self._stopped:
-            try:
-                outcome: Evaluation | Exception = self._answer(request)
-            except Exception as error:
-                outcome = error
-            if not self._stopped:
-                self.outcomes.put((request.number, outcome))
-        self.outcomes.put(None)
-        if self._process is not None:
-            self._let_go(self._process)
-
-    def _answer(self, request: _Request) -> Evaluation:
-        file = io.BytesIO()
-        torch.save(request.snapshot, file)
-        process, fresh = self._running()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        limit = TimeLimit(process, request.timeout)
-        try:
-            with limit:
-                if fresh:
-                    send([os.path.abspath(entry) for entry in sys.path], process.stdin)
-                    send(self._structure, process.stdin)
-                send((file.getvalue(), request.settings), process.stdin)
-                reply = pickle.load(process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            code = self._let_go(process)
-            if limit.passed:
-                raise self._timed_out(request) from None
-            name = f" ({signal.Signals(-code).name})" if code < 0 else ""
-            raise RuntimeError(
-                f"the evaluation process died with exit code {code}{name} while it evaluated "
-                f"number {request.number}; look for its last words on stderr. SIGKILL mostly means "
-                f"that memory ran out: use fewer num_envs. The next submit starts a fresh process"
-            ) from error
-        if isinstance(reply, Failure):
-            raise reply.revived()
-        return reply
-
-    def _timed_out(self, request: _Request) -> EvaluationTimeout:
-        return EvaluationTimeout(
-            f"the background evaluation number {request.number} in {self._environment} took longer "
-            f"than timeout={request.timeout:g} seconds; it was ended and gives no score. If the "
-            "environment does not hang and evaluations take that long, pass a larger "
-            "BackgroundEvaluation(timeout=...), or None for no limit. The next evaluation starts "
-            "a new process.",
-            request.number,
-        )
-
-    def _running(self) -> tuple[subprocess.Popen[bytes], bool]:
-        """The process, and whether it was started just now."""
-        if self._process is not None and self._process.poll() is not None:
-            self._let_go(self._process)  # it died at rest, and nothing is lost
-        with self._lock:
-            fresh = self._process is None
-            if self._process is None and not self._stopped:
-                self._process = start([sys.executable, "-c", BOOTSTRAP])
-            if self._stopped or self._process is None:
-                if self._process is not None:
-                    self._process.kill()
-                raise RuntimeError("the background evaluation is closed")
-            return self._process, fresh
-
-    def _let_go(self, process: subprocess.Popen[bytes]) -> int:
-        """Forget a process that ended or must; its exit code."""
-        code = exit_code(process)
-        self._process = None
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):  # bytes that it did not read any more
-                assert pipe is not None
-                pipe.close()
-        return code
 
 
 def _name_of(make_env: Callable[[], Any]) -> str:

@@ -1,4 +1,4 @@
-"""The process of a ``BackgroundEvaluation``: what it is sent, what it answers, when it ends."""
+"""What runs in the process of a ``BackgroundEvaluation``, and the messages it receives and sends."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ __all__ = [
     "serve",
 ]
 
-# The pipes are moved away from stdin and stdout, so that an environment may print.
-BOOTSTRAP = """
+# The pipes are moved from stdin and stdout to other descriptors, so that an environment may print.
+BOOTSTRAP = f"""
 import sys
 sys.path[:] = [entry for entry in sys.path if entry]
 import os, pickle, signal
@@ -48,7 +48,7 @@ requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 os.dup2(2, 1)
 sys.path[:] = pickle.load(requests)
-from iql_torchrl.evaluation.background_worker import serve
+from {__name__} import serve
 serve(requests, replies)
 """
 
@@ -60,7 +60,7 @@ PRECISIONS = (
 
 @dataclass(frozen=True)
 class Structure:
-    """What is sent once: pickles of the parts, and the keywords of ``evaluate``."""
+    """What is sent once: the pickled policy and ``make_env``, and the keywords of ``evaluate``."""
 
     policy: bytes
     make_env: bytes
@@ -73,8 +73,8 @@ class Structure:
         environment = _packed("make_env", make_env)
         if len(environment) > LARGE:
             warnings.warn(
-                f"make_env carries {len(environment) / 2**20:.0f} MiB to the evaluation process; "
-                f"a function that mentions a dataset sends all of it: pass dataset.make_env itself",
+                f"make_env sends {len(environment) / 2**20:.0f} MiB to the evaluation process; a "
+                f"function that refers to a dataset sends all of it: pass dataset.make_env itself",
                 stacklevel=3,
             )
         return cls(_packed("policy", policy), environment, _registrations(), arguments)
@@ -117,7 +117,7 @@ class Arithmetic:
         )
 
     def adopt(self) -> None:
-        """Make these the settings of this process."""
+        """Set them in this process."""
         current = Arithmetic.current()
         if current.threads != self.threads:
             torch.set_num_threads(self.threads)
@@ -137,7 +137,7 @@ class ProcessTraceback(Exception):
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception that crosses over: its pickle, its last line and its traceback as text."""
+    """An exception to be sent: its pickle, its message and its traceback as text."""
 
     pickled: bytes
     summary: str
@@ -154,10 +154,10 @@ class Failure:
         return cls(pickled, summary, "".join(traceback.format_exception(error)))
 
     def revived(self) -> Exception:
-        """The exception, with the traceback as its cause."""
+        """The exception, with its traceback in the other process as the cause."""
         try:
             error: Exception = pickle.loads(self.pickled)
-        except Exception:  # its class is not to be found here
+        except Exception:  # its class cannot be imported here
             error = RuntimeError(self.summary)
         error.__cause__ = ProcessTraceback(self.trace)
         return error
@@ -178,17 +178,19 @@ def _packed(name: str, thing: Any) -> bytes:
 
 
 def _registrations() -> tuple[bytes, ...]:
-    """Environments that the program registered, for ``gymnasium.make`` to find them there."""
+    """Environments that the program registered, for ``gymnasium.make`` in the other process."""
     packed = []
     for spec in gymnasium.registry.values():
         if not str(spec.entry_point).startswith("gymnasium."):
-            with contextlib.suppress(Exception):  # it will be missed only if make_env wants it
+            with contextlib.suppress(
+                Exception
+            ):  # left out; an error follows only if make_env uses it
                 packed.append(cloudpickle.dumps(spec))
     return tuple(packed)
 
 
 def named_tensors(policy: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, those that a state dict leaves out too."""
+    """Parameters and buffers, including buffers that are not in the state dict."""
     return dict(chain(policy.named_parameters(), policy.named_buffers()))
 
 
@@ -198,12 +200,12 @@ def send(message: Any, pipe: IO[bytes]) -> None:
 
 
 def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
-    """Answer requests in turn until the parent is gone, or sends ``LEAVE``.
+    """Answer requests in turn until the parent process ends, or sends the signal ``LEAVE``.
 
-    The pipe brings a ``Structure``, then pairs of a saved snapshot and an ``Arithmetic``; each
-    pair is answered with an ``Evaluation`` or a ``Failure``.
+    The pipe delivers a ``Structure``, then pairs of a saved snapshot and an ``Arithmetic``; the
+    answer to each pair is an ``Evaluation`` or a ``Failure``.
     """
-    # SystemExit instead of sudden death: evaluate closes its environments.
+    # SystemExit lets evaluate close its environments before the process ends.
     signal.signal(LEAVE, lambda *_: sys.exit(128 + LEAVE))
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(requests, inbox), daemon=True).start()
@@ -227,7 +229,7 @@ def _evaluated(
     with torch.no_grad():
         for name, tensor in named_tensors(policy).items():
             new = snapshot[name].to(tensor.device)
-            if not torch.equal(tensor, new):  # expanded constants refuse to be written
+            if not torch.equal(tensor, new):  # expanded constants cannot be written in place
                 tensor.copy_(new)
     return evaluate(policy, make_env, **arguments)
 
@@ -241,7 +243,7 @@ def _receive(requests: IO[bytes], inbox: queue.SimpleQueue[Any]) -> None:
 
 
 def _follow_parent(parent: int, inbox: queue.SimpleQueue[Any]) -> None:
-    # What the parent forked keeps its end of the pipe open after it: no end of file then.
+    # A process that the parent forked keeps the pipe open after the parent's end: no end of file.
     while os.getppid() == parent:
         time.sleep(1.0)
     _leave(inbox)

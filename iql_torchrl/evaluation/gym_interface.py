@@ -1,4 +1,4 @@
-"""Between a Gymnasium environment and a TensorDict policy: observations in, actions out."""
+"""Conversion between Gymnasium observations and actions and a policy's TensorDicts."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ ACTION_TOLERANCE = 1e-6
 
 
 def check_policy(policy: Any) -> None:
-    """Raise ``TypeError`` for what is no TensorDict module, ``ValueError`` without ``action``."""
-    # Duck-typed: torch.compile hides a TensorDict module's class but passes its keys on.
+    """Raise ``TypeError`` for other than TensorDict modules, ``ValueError`` without ``action``."""
+    # Not by class: torch.compile hides the class of a TensorDict module but not its keys.
     written = getattr(policy, "out_keys", None)
     if not isinstance(policy, nn.Module) or written is None or not hasattr(policy, "in_keys"):
         raise TypeError(
@@ -103,31 +103,31 @@ def action_chooser(
 
 
 def reads_names_at_top_level(in_keys: Sequence[Any], space: spaces.Space[Any]) -> bool:
-    """Whether a policy with ``in_keys`` wants a Dict observation's names at the top level.
+    """Whether a policy with ``in_keys`` reads a Dict observation's names at the top level.
 
     False means the nested layout, ``("observation", name)``, or a space that is not a Dict.
 
     Raises:
-        ValueError: a key is in neither layout, or a whole Dict is wanted as one tensor.
+        ValueError: a key is in neither layout, or a whole Dict is read as one tensor.
     """
     names = set(space.spaces) if isinstance(space, spaces.Dict) else set()
-    wanted = [key for key in in_keys if key != "action_mask" or key in names]
-    flat = any(isinstance(key, str) and key != "observation" and key in names for key in wanted)
-    if names and not flat and "observation" in wanted:
+    observed = [key for key in in_keys if key != "action_mask" or key in names]
+    flat = any(isinstance(key, str) and key != "observation" and key in names for key in observed)
+    if names and not flat and "observation" in observed:
         raise ValueError(
             f"policy reads 'observation' as one tensor, but the environment gives a Dict of "
             f"{sorted(names)}; read its leaves, ('observation', name), or wrap the environment "
             f"so that it joins them as the training data were joined"
         )
-    for key in wanted:
+    for key in observed:
         path = (key,) if isinstance(key, str) else tuple(key)
-        found: Any = space if flat or path[0] == "observation" else None
+        leaf: Any = space if flat or path[0] == "observation" else None
         for name in path if flat else path[1:]:
-            found = found.spaces.get(name) if isinstance(found, spaces.Dict) else None
-        if found is None:
+            leaf = leaf.spaces.get(name) if isinstance(leaf, spaces.Dict) else None
+        if leaf is None:
             raise ValueError(
                 f"policy reads {key!r}, which the environment does not give: it offers "
-                f"'observation' from {describe_space(space)}, and 'action_mask' where info holds "
+                f"'observation' from {describe_space(space)}, and 'action_mask' where info has "
                 f"one; change the policy's in_keys or wrap the environment"
             )
     return flat
@@ -292,7 +292,7 @@ def _box_actions(values: NDArray[Any], space: spaces.Box, moments: Moments) -> l
     below = low - ACTION_TOLERANCE * np.maximum(1.0, np.abs(low))
     above = high + ACTION_TOLERANCE * np.maximum(1.0, np.abs(high))
     bounds = f"the bounds {bounds_in_words(space.low, space.high)}"
-    _refuse(~np.isfinite(values), values, moments, f"is not finite; wanted is {bounds}")
+    _refuse(~np.isfinite(values), values, moments, f"is not finite; it must be within {bounds}")
     _refuse(
         (values < below) | (values > above),
         values,

@@ -1,4 +1,4 @@
-"""How a subprocess is ended: by request, by force, or because a time limit has passed."""
+"""Starting a subprocess, and ending it on request, by force, or at a time limit."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from types import TracebackType
 __all__ = ["GRACE", "LEAVE", "TimeLimit", "end", "exit_code", "start"]
 
 GRACE = 5.0  # seconds in which environments may close before the process is ended by force
-# Ctrl-C and a scheduler's SIGTERM reach every process of a run: the parent decides what they mean.
+# Not SIGINT or SIGTERM: Ctrl-C and a scheduler's SIGTERM reach every process of a run, and the
+# parent decides what they mean.
 LEAVE = getattr(signal, "SIGUSR1", signal.SIGTERM)
 
 
 def start(command: list[str]) -> subprocess.Popen[bytes]:
-    """Start a process with pipes, in a session of its own: what it starts can be ended with it."""
+    """Start a process with pipes, in its own session, so that its child processes can be ended too."""
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Ask a process to end, by force after ``GRACE`` seconds, and kill what it leaves behind."""
-    if process.returncode is not None:  # its number may be another process's by now
+    """Signal a process to end, kill it after ``GRACE`` seconds, and kill its remaining children."""
+    if process.returncode is not None:  # its id may belong to another process now
         return
     process.send_signal(LEAVE)
     exit_code(process)
-    _kill_session(process)  # simulators that an environment started, which may hold the pipes open
+    _kill_session(process)  # simulators that an environment started may hold the pipes open
 
 
 def exit_code(process: subprocess.Popen[bytes]) -> int:
@@ -41,9 +42,9 @@ def exit_code(process: subprocess.Popen[bytes]) -> int:
 
 
 class TimeLimit:
-    """A context that ends ``process`` where it lasts longer than ``seconds``; None: no limit.
+    """A context that ends ``process`` after ``seconds``; None: no limit.
 
-    ``passed`` says afterwards whether that happened.
+    ``passed``: whether the limit was reached.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], seconds: float | None) -> None:
@@ -65,7 +66,7 @@ class TimeLimit:
     ) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer.join()  # where it has begun to end the process, until that is done
+            self._timer.join()  # if it is ending the process, wait until it has ended
 
     def _end(self) -> None:
         self.passed = True

@@ -1,11 +1,10 @@
-"""What the episodes of an evaluation say: returns, scores, and how far to trust their means."""
+"""The results of an evaluation: returns, lengths, successes, scores, and their means with intervals."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -13,18 +12,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = [
-    "Evaluation",
-    "bootstrap_interval",
-    "reference_pair",
-    "standard_error",
-    "wilson_interval",
-]
+from iql_torchrl.evaluation.statistics import (
+    bootstrap_interval,
+    standard_error,
+    wilson_interval,
+)
+
+__all__ = ["Evaluation", "reference_pair"]
 
 FloatArray = NDArray[np.float64]
 
-RESAMPLES = 2000
-DRAWS_AT_ONCE = 2**18  # bounds the memory, and stays within a processor's cache
 REFERENCE_NAMES = (
     ("random", "expert"),
     ("minimum", "maximum"),
@@ -89,20 +86,22 @@ class Evaluation:
     def from_state_dict(cls, state: Mapping[str, Tensor | None]) -> Evaluation:
         """The evaluation whose :meth:`state_dict` is ``state``.
 
-        Raises ``ValueError`` where the keys are others, or the arrays of unequal length.
+        Raises ``ValueError`` for other keys and for arrays of unequal length.
         """
-        wanted = {entry.name for entry in fields(cls)}
-        if set(state) != wanted:
+        names = {entry.name for entry in fields(cls)}
+        if set(state) != names:
             raise ValueError(
-                f"state holds the keys {sorted(state)}, wanted {sorted(wanted)}; pass what "
-                f"Evaluation.state_dict() gave"
+                f"state has the keys {sorted(state)}, expected {sorted(names)}; pass what "
+                f"Evaluation.state_dict() returned"
             )
         arrays: dict[str, Any] = {
             k: None if v is None else v.cpu().numpy().copy() for k, v in state.items()
         }
         if len({array.shape for array in arrays.values() if array is not None}) != 1:
             shapes = {k: v if v is None else v.shape for k, v in arrays.items()}
-            raise ValueError(f"state holds arrays of shapes {shapes}, wanted one entry an episode")
+            raise ValueError(
+                f"state has arrays of shapes {shapes}, expected one entry per episode in each"
+            )
         return cls(**arrays)
 
 
@@ -121,50 +120,12 @@ def reference_pair(reference_scores: Any) -> tuple[float, float] | None:
     if pair is None or len(pair) != 2:
         raise ValueError(
             f"reference_scores must be None, (random, expert) or an object with attributes "
-            f"{' or '.join(map(str, REFERENCE_NAMES))}, found {reference_scores!r}"
+            f"{' or '.join(map(str, REFERENCE_NAMES))}, got {reference_scores!r}"
         )
     random, expert = float(pair[0]), float(pair[1])
     if not (math.isfinite(random) and math.isfinite(expert) and expert > random):
         raise ValueError(
-            f"reference_scores must be finite with expert > random, found random={random}, "
+            f"reference_scores must be finite with expert > random, got random={random}, "
             f"expert={expert}"
         )
     return random, expert
-
-
-def standard_error(values: FloatArray) -> float:
-    """Sample deviation (``ddof=1``) over ``sqrt(n)``; NaN for one value."""
-    if len(values) < 2:
-        return math.nan
-    return float(values.std(ddof=1) / math.sqrt(len(values)))
-
-
-def bootstrap_interval(values: FloatArray, *, seed: int) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of ``values`` ``(n,)``.
-
-    From 2000 resamples of n values each, drawn with replacement from ``seed``; NaN for n = 1.
-    """
-    if len(values) < 2:
-        return float("nan"), float("nan")
-    generator, count = np.random.default_rng(seed), len(values)
-    rows = max(1, DRAWS_AT_ONCE // count)
-    means = [
-        values[generator.integers(count, size=(min(rows, RESAMPLES - done), count))].mean(axis=1)
-        for done in range(0, RESAMPLES, rows)
-    ]
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95 % score interval of a binomial rate (Wilson 1927), within 0..1.
-
-    ``(p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)`` with ``p = successes / trials``:
-    unlike the normal interval it keeps its width when all or none succeed.
-    """
-    z, rate = NormalDist().inv_cdf(0.975), successes / trials
-    centre = rate + z * z / (2 * trials)
-    half = z * math.sqrt(rate * (1 - rate) / trials + (z / (2 * trials)) ** 2)
-    scale = 1 + z * z / trials
-    low, high = (centre - half) / scale, (centre + half) / scale
-    return min(max(low, 0.0), rate), max(min(high, 1.0), rate)  # against rounding at 0 and 1

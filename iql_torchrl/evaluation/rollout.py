@@ -1,4 +1,4 @@
-"""Rollouts of a policy in freshly made environments.
+"""Rollouts of a policy in new environments.
 
 Every episode that is started is finished and counted, so short episodes are not favoured, and
 episode ``e`` always starts from ``env.reset(seed=seed + e)``, whichever environment runs it.
@@ -70,7 +70,7 @@ def evaluate(
     The policy reads ``observation`` and writes ``action``, with one leading batch dimension of
     1 to ``num_envs``. Observations arrive as in the training data: Boxes of floats as float32,
     other Boxes in their own dtype, Discrete and MultiDiscrete as int64 counted from zero. A Dict
-    space arrives nested, ``("observation", name)``; if the policy asks for one of its names at
+    space arrives nested, ``("observation", name)``; if the policy reads one of its names at
     the top level, all of them are at the top level (the layout of TorchRL's ``GymEnv``). A policy
     with ``action_mask`` among its ``in_keys`` gets that boolean mask from
     ``info["action_mask"]``, or built from the indices in ``info["admissible_actions"]``.
@@ -94,8 +94,8 @@ def evaluate(
             ref_max_score``).
         deterministic: take the distribution's deterministic sample; if False, sample (results
             then depend on ``num_envs``).
-        max_steps: cut an episode after that many steps and count it as it stands. Without it an
-            environment that never ends keeps this function running for ever.
+        max_steps: end an episode after that many steps and count its return so far. Without it,
+            this function does not return for an environment whose episodes do not end.
         device: where the policy runs; by default where its first parameter or buffer is.
 
     Raises:

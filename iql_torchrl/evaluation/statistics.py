@@ -1,4 +1,4 @@
-"""Confidence intervals of a mean over a few runs, by Student's t."""
+"""Standard errors and 95 % confidence intervals of means and rates."""
 
 from __future__ import annotations
 
@@ -6,10 +6,50 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
-__all__ = ["mean_interval", "student_t"]
+__all__ = ["bootstrap_interval", "mean_interval", "standard_error", "wilson_interval"]
 
 FloatArray = NDArray[np.float64]
+
+RESAMPLES = 2000
+DRAWS_AT_ONCE = 2**18  # bounds the memory, and stays within a processor's cache
+
+
+def standard_error(values: FloatArray) -> float:
+    """Sample deviation (``ddof=1``) over ``sqrt(n)``; NaN for one value."""
+    return float(stats.sem(values)) if len(values) > 1 else math.nan
+
+
+def bootstrap_interval(values: FloatArray, *, seed: int) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean of ``values`` ``(n,)``.
+
+    From 2000 resamples of n values each, drawn with replacement from ``seed``; NaN for n = 1 and
+    for values that are not finite.
+    """
+    if len(values) < 2 or not np.isfinite(values).all():
+        return math.nan, math.nan
+    low, high = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=max(1, DRAWS_AT_ONCE // len(values)),
+        vectorized=True,
+        confidence_level=0.95,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(low), float(high)
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """95 % score interval of a binomial rate (Wilson 1927), within 0..1.
+
+    ``(p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)`` with ``p = successes / trials``:
+    unlike the normal interval it keeps its width when all or none succeed.
+    """
+    low, high = stats.binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    return float(low), float(high)
 
 
 def mean_interval(
@@ -17,41 +57,12 @@ def mean_interval(
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Mean over the first axis of ``(runs, *B)`` and its Student-t bounds, each ``(*B,)``.
 
-    ``mean -+ t(runs - 1) * s / sqrt(runs)`` with the sample deviation s; wants at least two runs.
+    ``mean -+ t(runs - 1) * s / sqrt(runs)`` with the sample deviation s. Raises ``ValueError`` for
+    fewer than two runs.
     """
     runs = len(values)
     if runs < 2:
-        raise ValueError(f"an interval over runs wants at least two; there are {runs}.")
+        raise ValueError(f"an interval over runs needs at least two runs; there are {runs}.")
     mean = values.mean(0)
-    half = student_t(runs - 1, confidence=confidence) * values.std(0, ddof=1) / math.sqrt(runs)
+    half = stats.t.ppf((1 + confidence) / 2, runs - 1) * stats.sem(values)
     return mean, mean - half, mean + half
-
-
-def student_t(degrees: int, *, confidence: float = 0.95) -> float:
-    """The ``t`` with ``P(|T| <= t) = confidence`` for Student's T with ``degrees`` of freedom.
-
-    By bisection of the finite series in the angle ``atan(t / sqrt(degrees))`` (Abramowitz and
-    Stegun 1964, 26.7.3 and 26.7.4). Raises ``ValueError`` unless ``degrees >= 1`` is whole and
-    ``0 < confidence < 1``.
-    """
-    if degrees != int(degrees) or degrees < 1 or not 0 < confidence < 1:
-        raise ValueError(f"degrees is {degrees} and confidence {confidence}; see the docstring.")
-    low, high = 0.0, math.pi / 2
-    while low < (middle := (low + high) / 2) < high:
-        if _within(middle, int(degrees)) < confidence:
-            low = middle
-        else:
-            high = middle
-    return math.tan(high) * math.sqrt(degrees)
-
-
-def _within(angle: float, degrees: int) -> float:
-    """P(|T| <= sqrt(degrees) tan(angle))."""
-    odd = degrees % 2
-    term = math.cos(angle) if odd else 1.0
-    total = term if degrees > 1 else 0.0
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= (k - 1) / k * math.cos(angle) ** 2
-        total += term
-    total *= math.sin(angle)
-    return (angle + total) * 2 / math.pi if odd else total

@@ -1,4 +1,4 @@
-"""Films of a policy at work, through TorchRL's ``VideoRecorder``."""
+"""Videos of a policy, through TorchRL's ``VideoRecorder``."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def record_video(
     max_steps: int | None = None,
     fps: int | None = None,
 ) -> Path:
-    """Write an H.264 film of ``policy`` and return its path.
+    """Write an H.264 video of ``policy`` and return its path.
 
     It shows the episodes that :func:`~iql_torchrl.evaluate` plays with the same ``seed`` and
     ``max_steps`` (its actions are the deterministic ones), each with one frame at the start and
-    one after each step. The frames of one episode are held in memory. Needs the extra ``video``.
+    one after each step. The frames of one episode are kept in memory. Needs the extra ``video``.
 
     Args:
         policy: as for :func:`~iql_torchrl.evaluate`.
@@ -118,13 +118,13 @@ class _Filmed(gymnasium.Wrapper[Any, Any, Any, Any]):
         if not isinstance(frame, np.ndarray) or frame.ndim != 3 or frame.dtype != np.uint8:
             raise ValueError(
                 f"render() of {self.env} gave {getattr(frame, 'shape', type(frame).__name__)}; "
-                f"wanted a picture (height, width, 3) of uint8"
+                f"expected a picture (height, width, 3) of uint8"
             )
         self._recorder(TensorDict({"pixels": torch.from_numpy(frame.copy())}))
 
 
 class _Film:
-    """What a ``VideoRecorder`` asks of a logger: takes films ``(1, T, C, H, W)``."""
+    """The logger that a ``VideoRecorder`` needs; it receives videos ``(1, T, C, H, W)``."""
 
     # TorchRL's own writer of .mp4, TorchCodec, needs an FFmpeg of the system, and from PyPI on
     # Linux since 0.14 a CUDA build of torch; PyAV's wheels need neither.
@@ -137,7 +137,7 @@ class _Film:
 
 
 def _even(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """H.264 in its common form takes even sizes only: the last row or column once more."""
+    """H.264 in its common form takes even sizes only: repeat the last row or column."""
     height, width = frame.shape[:2]
     if height % 2 or width % 2:
         return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -145,7 +145,7 @@ def _even(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _check_renders(env: gymnasium.Env[Any, Any]) -> None:
-    """Raise ``ValueError``, saying how to make one that does, unless ``env`` gives frames."""
+    """Raise ``ValueError`` with advice unless ``env`` renders frames."""
     if env.render_mode == "rgb_array":
         return
     if env.spec is None:
@@ -153,7 +153,7 @@ def _check_renders(env: gymnasium.Env[Any, Any]) -> None:
     else:
         advice = 'lambda: gymnasium.make(make_env().spec, render_mode="rgb_array")'
     raise ValueError(
-        f"make_env gives an environment with render_mode={env.render_mode!r}; films want one "
+        f"make_env gives an environment with render_mode={env.render_mode!r}; videos need one "
         f"with 'rgb_array': pass {advice}"
     )
 
@@ -170,7 +170,7 @@ def _frames_per_second(make_env: MakeEnv) -> int:
 def _imageio() -> ModuleType:
     if find_spec("imageio") is None or find_spec("av") is None:
         raise ImportError(
-            'a film is written by imageio and PyAV; install them with pip install "iql_torchrl[video]"'
+            'a video is written by imageio and PyAV; install them with pip install "iql_torchrl[video]"'
         )
     import imageio.v3
 

@@ -19,7 +19,7 @@ from iql_torchrl.data import DeviceSampler, OfflineDataset
 from iql_torchrl.data.replay import MemberSampler
 from iql_torchrl.evaluation.rollout import Evaluation, evaluate
 from iql_torchrl.population.loss import PopulationLoss
-from iql_torchrl.trainers.resume import DataState
+from iql_torchrl.trainers.identity import DataState
 from iql_torchrl.update.adam import StackedAdam
 from iql_torchrl.update.captured import captured
 
@@ -198,7 +198,7 @@ class IQLPopulation:
         about = states["population"]
         try:
             data = DataState(None, dataset)
-            data.load_state_dict(states["data"])
+            data.check(states["data"])
             saved = [IQLConfig.from_dict(IQLConfig().to_dict() | c) for c in about["configs"]]
             configs = [
                 replace(c, device=c.device if device is None else str(device)) for c in saved

@@ -1,4 +1,4 @@
-"""Runs side by side: ``python -m iql_torchrl.report.compare RUN... [--output FILE.png]``."""
+"""Compare runs: ``python -m iql_torchrl.report RUN... [--output FILE.png]``."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ from numpy.typing import NDArray
 
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.evaluation.statistics import mean_interval
-from iql_torchrl.records import TABLE, Run, find_runs, read_csv, read_run, write_csv
 from iql_torchrl.report.figures import Series, column, comparison_figure, draw, save
+from iql_torchrl.report.runs import TABLE, Run, find_runs, read_run
 
 __all__ = [
     "Group",
     "draw",
     "group_runs",
     "main",
-    "read_csv",
     "series",
     "table",
-    "write_csv",
 ]
 
 FloatArray = NDArray[np.float64]
@@ -42,23 +40,23 @@ NOTE = "Bands, 95 %: of several seeds over the seeds (Student's t), of one run o
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in their seed, under a label that says how they differ from others."""
+    """Runs that differ only in their seed; the label says how they differ from other groups."""
 
     label: str
     runs: tuple[Run, ...]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw and tabulate runs; 0, or 2 after a sentence about what cannot be read or drawn."""
+    """Draw and tabulate runs. Returns 0, or 2 after an error message."""
     options = _parser().parse_args(arguments)
     try:
         if options.output.suffix.lower() != ".png":
-            raise ValueError(f"--output is {options.output}; wanted a name that ends in .png.")
+            raise ValueError(f"--output is {options.output}; expected a name that ends in .png.")
         runs = [read_run(folder) for folder in find_runs(options.runs)]
-        groups = group_runs(_begun(runs), each=options.each)
+        groups = group_runs(_with_rows(runs), each=options.each)
         metrics = _metrics(options.metrics, groups)
         panels = {name: [series(group, name) for group in groups] for name in metrics}
-        drawn = {name: [s for s in found if s is not None] for name, found in panels.items()}
+        drawn = {name: [s for s in lines if s is not None] for name, lines in panels.items()}
         _note_gaps(groups, dict.fromkeys([*metrics, *EVALUATED]))
         if not any(drawn.values()):
             raise ValueError("there is nothing to draw: no run has a metric, or see the notes.")
@@ -79,7 +77,7 @@ def compare(
     metric: str = "return_mean",
     reference: tuple[str, float] | None = None,
 ) -> None:
-    """Draw one column of several runs, by label, to a PNG; ``reference`` is a level to compare with.
+    """Draw one column of several runs, by label, to a PNG; ``reference``: a level and its label.
 
     Raises ``ValueError`` when none of the runs has the column.
     """
@@ -95,37 +93,47 @@ def compare(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m iql_torchrl.report.compare",
+        prog="python -m iql_torchrl.report",
         description="Draw runs side by side; those that differ only in their seed are one line.",
     )
     add = parser.add_argument
-    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or one that holds runs")
+    add(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="folder of a run, or one that contains runs",
+    )
     add("--output", type=Path, default=Path("comparison.png"), metavar="FILE.png")
     add("--metrics", nargs="+", metavar="NAME", help=f"columns of {TABLE}, one panel each")
-    add("--each", action="store_true", help="one line per run, seeds apart")
+    add(
+        "--each",
+        action="store_true",
+        help="one line per run, also for runs that differ only in their seed",
+    )
     return parser
 
 
-def _begun(runs: Sequence[Run]) -> list[Run]:
+def _with_rows(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         if not run.rows:
             print(f"note: {run.folder} has no rows yet and is left out.", file=sys.stderr)
-    begun = [run for run in runs if run.rows]
-    if not begun:
+    started = [run for run in runs if run.rows]
+    if not started:
         raise ValueError("none of the runs has a row yet; wait for their first evaluation.")
-    return begun
+    return started
 
 
-def _metrics(asked: Sequence[str] | None, groups: Sequence[Group]) -> list[str]:
-    """The columns to draw: those asked for, or evaluations, losses and values that exist."""
+def _metrics(names: Sequence[str] | None, groups: Sequence[Group]) -> list[str]:
+    """The columns to draw: ``names``, or the evaluations, losses and values that exist."""
     rows = [row for group in groups for run in group.runs for row in run.rows]
     present = {name for row in rows for name in row} - {"update"}
-    if asked is None:
+    if names is None:
         scored = all(_column_exists(group, "score_mean") for group in groups)
         first = "score_mean" if scored else "return_mean"
         known = [name for name in (first, *OTHERS) if name in present]
         return known or sorted(present)
-    for name in asked:
+    for name in names:
         if name not in present:
             near = difflib.get_close_matches(name, present, 1)
             hint = f"did you mean {near[0]}? " if near else ""
@@ -133,7 +141,7 @@ def _metrics(asked: Sequence[str] | None, groups: Sequence[Group]) -> list[str]:
                 f"--metrics: no run has a column {name!r}; {hint}There are: "
                 f"{', '.join(sorted(present))}."
             )
-    return list(dict.fromkeys(asked))
+    return list(dict.fromkeys(names))
 
 
 def _column_exists(group: Group, name: str) -> bool:
@@ -141,7 +149,7 @@ def _column_exists(group: Group, name: str) -> bool:
 
 
 def _note_gaps(groups: Sequence[Group], metrics: Iterable[str]) -> None:
-    """Say on stderr what is missing from a group's lines and from its numbers in the table."""
+    """Print to stderr what is missing from a group's lines and from its numbers in the table."""
     for name in metrics:
         for group in groups:
             having = sum(any(name in row for row in run.rows) for run in group.runs)
@@ -160,21 +168,21 @@ def _note_gaps(groups: Sequence[Group], metrics: Iterable[str]) -> None:
 
 
 def group_runs(runs: Sequence[Run], *, each: bool = False) -> list[Group]:
-    """Join runs that differ only in ``seed``, in order of appearance; ``each`` keeps all apart.
+    """Group runs that differ only in ``seed``, in order of appearance; ``each``: one run per group.
 
-    Of runs with the same settings and the same seed, which are not two samples, only the one that
-    went furthest (the last of equals) is kept, with a note on stderr. Runs without settings or
-    without a seed stand alone. Settings that a file lacks have IQLConfig's defaults.
+    Runs with the same settings and the same seed are not independent: only the one with the most
+    updates (the last of equals) is kept, with a note on stderr. A run without settings or without a
+    seed is a group of its own. Settings that a file lacks have IQLConfig's defaults.
     """
     if each:
         return _labelled([[run] for run in runs], with_seed=True)
-    gathered: dict[str, dict[str, Run]] = {}
+    by_settings: dict[str, dict[str, Run]] = {}  # the runs by seed, for each key of settings
     for run in runs:
         settings = _settings(run)
         seed = json.dumps(settings.pop("seed", None))
-        apart = "seed" not in run.settings
-        key = str(run.folder.resolve()) if apart else json.dumps(settings, sort_keys=True)
-        same = gathered.setdefault(key, {})
+        alone = "seed" not in run.settings
+        key = str(run.folder.resolve()) if alone else json.dumps(settings, sort_keys=True)
+        same = by_settings.setdefault(key, {})
         kept, dropped = run, same.get(seed)
         if dropped is not None:
             if kept.updates < dropped.updates:
@@ -184,7 +192,7 @@ def group_runs(runs: Sequence[Run], *, each: bool = False) -> list[Group]:
                 file=sys.stderr,
             )
         same[seed] = kept
-    return _labelled([list(same.values()) for same in gathered.values()], with_seed=False)
+    return _labelled([list(same.values()) for same in by_settings.values()], with_seed=False)
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -194,7 +202,7 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def _labelled(groups: Sequence[Sequence[Run]], *, with_seed: bool) -> list[Group]:
-    """Name what differs between the groups, and their folders where that does not tell them apart."""
+    """Labels: the settings that differ between groups, and folders where labels would be equal."""
     settings = [_settings(runs[0]) for runs in groups]
     known = [each for each in settings if each]
     differing = [
@@ -257,29 +265,29 @@ def series(group: Group, name: str) -> Series | None:
 def table(groups: Sequence[Group]) -> str:
     """One line per group: its runs, its last evaluation with interval, and its best one.
 
-    Values are :func:`series`'s. The best of several evaluations is a hopeful number: prefer the
-    last.
+    Values are those of :func:`series`. The best of several evaluations is biased upwards: use the
+    last for comparisons.
     """
     lines: list[tuple[str, ...]] = [
         ("", "runs", "updates", "evaluated at", "return", "score", "best evaluation")
     ]
     for group in groups:
         shown = {name: series(group, name) for name in EVALUATED}
-        judged = shown["score_mean"] or shown["return_mean"]
+        evaluated = shown["score_mean"] or shown["return_mean"]
         first, last = min(r.updates for r in group.runs), max(r.updates for r in group.runs)
         cells = [
             group.label,
             str(len(group.runs)),
             f"{last:,.0f}" if first == last else f"{first:,.0f} to {last:,.0f}",
-            "-" if judged is None else f"{judged.updates[-1]:,.0f}",
+            "-" if evaluated is None else f"{evaluated.updates[-1]:,.0f}",
             *("-" if line is None else _last(line) for line in shown.values()),
-            "-" if judged is None else _best(judged),
+            "-" if evaluated is None else _best(evaluated),
         ]
         lines.append(tuple(cells))
     if all(line[5] == "-" for line in lines[1:]):
         lines = [line[:5] + line[6:] for line in lines]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    above = widths[0] > WIDEST_LABEL  # a long label stands on its own line
+    above = widths[0] > WIDEST_LABEL  # a long label has its own line
     text = []
     for label, *cells in lines:
         if above and label:

@@ -1,4 +1,4 @@
-"""Pictures of runs: one run's curves on one page, and several runs side by side."""
+"""Figures of runs: the curves of one run on one page, and several runs in comparison."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.records import EVALUATION, whole_file
+from iql_torchrl.files import whole_file
+from iql_torchrl.report.runs import EVALUATION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +53,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Quantity:
-    """How a column is shown. ``logarithmic``: ratios matter, so decades may be drawn as decades."""
+    """How a column is drawn. ``logarithmic``: a logarithmic axis is used for a range of decades."""
 
     title: str
     unit: str
@@ -93,12 +94,12 @@ def draw(
     title: str = "",
     reference: tuple[str, float] | None = None,
 ) -> None:
-    """Write :func:`run_figure` to ``path`` as PNG."""
+    """Write the :func:`run_figure` to ``path`` as PNG."""
     save(run_figure(rows, title=title, reference=reference), path)
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Replace ``path`` by the figure as PNG, at the size at which its text is legible."""
+    """Replace ``path`` by the figure as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
@@ -109,11 +110,11 @@ def save(figure: Figure, path: str | os.PathLike[str]) -> None:
 def run_figure(
     rows: Sequence[Row], *, title: str = "", reference: tuple[str, float] | None = None
 ) -> Figure:
-    """One panel per kind of quantity that the rows of one run hold, in any order of updates.
+    """One panel per kind of quantity in the rows of one run, which may be in any order.
 
     Known columns come in the order evaluation, losses, values, weights, then every other column
     that is none of ``EVALUATION``. ``reference`` is a label and a mean return, drawn as a level
-    line. Values that are not finite are left out, and their number is said in the panel.
+    line. Values that are not finite are left out, and the panel gives their number.
     """
     present = {name for row in rows for name in row if name != "update"}
     names = [name for name in QUANTITIES if name in present and name != "length_mean"]
@@ -126,21 +127,23 @@ def run_figure(
     for axes, (first, columns) in zip(grid, panels.items(), strict=True):
         lines = [column(rows, name, NAMES.get(name, name)) for name in columns]
         handles = [_plot(axes, *look, "-") for look in zip(lines, COLOURS, strict=False)]
-        told = handles if len(handles) > 1 else []
+        labelled = handles if len(handles) > 1 else []
         if reference is not None and first == "return_mean":
-            told = [axes.axhline(reference[1], color="0.35", linestyle="--", linewidth=1)]
-            told[0].set_label(_safe(_short(reference[0], 32)))
+            labelled = [axes.axhline(reference[1], color="0.35", linestyle="--", linewidth=1)]
+            labelled[0].set_label(_safe(_short(reference[0], 32)))
         _dress(axes, JOINT[first] if len(columns) > 1 else _quantity(first), lines, end)
-        if told:  # above the panel, on the right of its title, where it hides no data
+        if labelled:  # the legend is above the panel, right of the title, where it covers no data
             place: dict[str, Any] = {"bbox_to_anchor": (1.0, 0.98), "borderaxespad": 0, "ncols": 2}
-            _plain(axes.legend(handles=told, loc="lower right", fontsize=8, frameon=False, **place))
+            _plain(
+                axes.legend(handles=labelled, loc="lower right", fontsize=8, frameon=False, **place)
+            )
     return figure
 
 
 def comparison_figure(panels: Mapping[str, Sequence[Series]], *, note: str = "") -> Figure:
     """One panel per column name, one line per series; series of one label share a colour.
 
-    The legend stands below the panels under ``note``, which says what the bands are.
+    The legend is below the panels under ``note``, which says what the bands are.
     """
     labels = list(dict.fromkeys(line.label for lines in panels.values() for line in lines))
     looks = {
@@ -166,20 +169,20 @@ def comparison_figure(panels: Mapping[str, Sequence[Series]], *, note: str = "")
 
 
 def _plain(legend: Legend) -> None:
-    """A dollar sign in a label is a dollar sign."""
+    """Dollar signs in the legend's labels are text, not mathematics."""
     for text in legend.get_texts():
         text.set_parse_math(False)
 
 
 def column(rows: Sequence[Row], name: str, label: str = "") -> Series:
-    """The rows that hold ``name``, by update, with its interval where ``INTERVALS`` are recorded."""
-    held = sorted((row for row in rows if name in row), key=lambda row: row["update"])
+    """The rows that have ``name``, by update, with its interval where ``INTERVALS`` are recorded."""
+    having = sorted((row for row in rows if name in row), key=lambda row: row["update"])
 
     def read(key: str) -> FloatArray:
-        return np.array([row.get(key, math.nan) for row in held], dtype=np.float64)
+        return np.array([row.get(key, math.nan) for row in having], dtype=np.float64)
 
     low, high = INTERVALS.get(name, ("", ""))
-    if not any(low in row and high in row for row in held):
+    if not any(low in row and high in row for row in having):
         return Series(label or name, read("update"), read(name))
     return Series(label or name, read("update"), read(name), read(low), read(high))
 
@@ -241,7 +244,7 @@ def _plot(axes: Axes, line: Series, colour: str, style: str) -> Line2D:
 
 
 def _dress(axes: Axes, quantity: Quantity, lines: Sequence[Series], end: float) -> None:
-    """Scales, units and what was left out."""
+    """Set title, unit, scales, and a note on values that are not finite."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axes.set_title(quantity.title, fontsize=10, parse_math=False, loc="left")
@@ -265,7 +268,7 @@ def _dress(axes: Axes, quantity: Quantity, lines: Sequence[Series], end: float) 
 
 
 def _limit(axes: Axes, share: bool) -> None:
-    """Shares start at 0; elsewhere no band, however wide, squeezes the lines below a third."""
+    """Axes of shares start at 0; on others the lines fill at least a third, however wide the bands."""
     if share:
         top = min(max(axes.get_ylim()[1], 0.1), 1.03)
         axes.set_ylim(-0.03 * top, top)

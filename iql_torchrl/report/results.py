@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.evaluation.result import Evaluation, standard_error
+from iql_torchrl.evaluation.result import Evaluation
+from iql_torchrl.evaluation.statistics import standard_error
 
 __all__ = ["results_table"]
 

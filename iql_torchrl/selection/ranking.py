@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl.records import whole_file
+from iql_torchrl.files import whole_file
 
 __all__ = ["Ranking"]
 

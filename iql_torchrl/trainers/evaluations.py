@@ -1,4 +1,4 @@
-"""Evaluations of a run: when they come, where they go, and which checkpoint is the best."""
+"""Evaluations of a run: they are entered into its rows, and the best checkpoint is kept."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Scores:
 
     Args:
         evaluation: a function, called at once; a ``BackgroundEvaluation``, whose results are
-            entered when they come, into the row of the update they belong to; or None.
-        monitor: the number that is to be high.
+            entered when they arrive, into the row of the update they belong to; or None.
+        monitor: the name of the number by which checkpoints are compared, higher is better.
         log: called with (update, name, value) for each number of an evaluation.
-        stop: asked several times a second while waiting for the background; True ends the waiting.
+        stop: called several times a second while waiting for the background; True ends the wait.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Scores:
         """Evaluate the policy as it is; at most one evaluation is under way in the background."""
         if isinstance(self.evaluation, BackgroundEvaluation):
             self.collect(wait=True)
-            if self.pending:  # told to stop while waiting: after a resume this one comes too
+            if self.pending:  # interrupted while waiting: this one is made after a resume
                 return
             self.evaluation.submit(update)
             if self._folder is not None:
@@ -75,9 +75,9 @@ class Scores:
                 self._keep = self._folder.promote
 
     def collect(self, wait: bool = False) -> None:
-        """Enter what has come from the background; ``wait`` for all that is under way.
+        """Enter the results that have arrived from the background; ``wait`` for all under way.
 
-        Of an evaluation that was ended for its time nothing is entered: a ``RuntimeWarning`` says so.
+        Of an evaluation that took too long nothing is entered; a ``RuntimeWarning`` reports it.
         """
         while isinstance(self.evaluation, BackgroundEvaluation):
             try:
@@ -104,11 +104,11 @@ class Scores:
             self._keep(path)
             self._keep = None
 
-    def latest(self) -> float | None:
-        """The monitored number of the last update that was evaluated."""
+    def latest(self) -> tuple[str, int, float] | None:
+        """``monitor``, the last update that was evaluated, and the monitored number there."""
         for row in reversed(self._progress.rows):
             if self.monitor in row:
-                return row[self.monitor]
+                return self.monitor, int(row["update"]), row[self.monitor]
         return None
 
     def _enter(self, update: int, evaluation: Evaluation | Mapping[str, float]) -> bool:
@@ -129,8 +129,8 @@ def _numbers(evaluation: Any) -> dict[str, float]:
         return evaluation.summary()
     if not isinstance(evaluation, Mapping):
         raise TypeError(
-            f"the evaluation returned {evaluation!r}; wanted an Evaluation, or a dict of numbers such "
-            "as {'return_mean': 1.0}."
+            f"the evaluation returned {evaluation!r}; expected an Evaluation, or a dict of numbers "
+            "such as {'return_mean': 1.0}."
         )
     values = {}
     for name, value in evaluation.items():
@@ -138,10 +138,11 @@ def _numbers(evaluation: Any) -> dict[str, float]:
             values[str(name)] = float(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(
-                f"the evaluation gives {value!r} for {name!r}; wanted one number."
+                f"the evaluation gives {value!r} for {name!r}; expected one number."
             ) from error
     if "update" in values:
         raise ValueError(
-            "the evaluation gives 'update', which is the row's own; name it otherwise."
+            "the evaluation gives 'update', which is the number of updates in each row; use "
+            "another name."
         )
     return values

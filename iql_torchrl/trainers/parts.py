@@ -1,22 +1,28 @@
-"""The finished parts that a trainer is given: whether they belong together, and how they divide."""
+"""The parts that a trainer is given: what is used where one is left out, and checks of each."""
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from iql_torchrl.agent.build import Agent
+from iql_torchrl.checkpoint import new_checkpoint
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.objectives.iql import ImplicitQLoss
+from iql_torchrl.trainers.run_folder import RunFolder
 from iql_torchrl.update.step import IQLStep, part_of
 
-__all__ = ["check_intervals", "check_parts", "filled_in", "how_to_continue", "one_step", "share"]
+__all__ = ["check_parts", "filled_in", "folder_of_run", "one_step", "with_checkpoint"]
 
 
 def one_step(
     step: Any, agent: Agent | None, loss: Any, optimizer: Any, target_net_updater: Any
 ) -> Any:
+    """The step to train with: ``step``, or the agent's, or one made of the other parts.
+
+    Raises ``ValueError`` where there is none, or parts are given that are not the step's own.
+    """
     if step is None and agent is not None:
         step = agent.step
     if isinstance(step, ImplicitQLoss):
@@ -60,35 +66,16 @@ def filled_in(
     return replay_buffer, total_updates
 
 
-def share(total: int, parts: int, per_call: int) -> int:
-    """About ``total / parts``, in whole calls of ``per_call`` updates."""
-    return max(1, math.ceil(total / parts / per_call)) * per_call
-
-
-def check_intervals(intervals: Mapping[str, Any], per_call: int) -> None:
-    """Raises ``ValueError`` for what counts no updates, or no whole calls of the step."""
-    for name, value in intervals.items():
-        if name == "save_trainer_interval" and value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; it counts updates: an integer >= 1.")
-        if value % per_call and name != "save_trainer_interval":
-            raise ValueError(
-                f"{name} is {value}, and the step makes {per_call} updates a call; give a multiple "
-                "of that."
-            )
-
-
 def check_parts(replay_buffer: Any, evaluation: Any, logger: Any) -> None:
     """Raises ``ValueError`` for what cannot be sampled, called or logged to."""
     if evaluation is not None and not (callable(evaluation) or hasattr(evaluation, "submit")):
         raise ValueError(
-            f"evaluation is {evaluation!r}; wanted a function without arguments, such as "
+            f"evaluation is {evaluation!r}; expected a function without arguments, such as "
             "partial(evaluate, policy, make_env, episodes=20, seed=0), or a BackgroundEvaluation."
         )
     if logger is not None and not hasattr(logger, "log_scalar"):
         raise ValueError(
-            f"logger is {logger!r}; wanted one of TorchRL's loggers, such as "
+            f"logger is {logger!r}; expected one of TorchRL's loggers, such as "
             "torchrl.record.loggers.get_logger('csv', folder, name)."
         )
     if not callable(getattr(replay_buffer, "sample", None)):
@@ -98,18 +85,29 @@ def check_parts(replay_buffer: Any, evaluation: Any, logger: Any) -> None:
         )
 
 
-def how_to_continue(trainer: Any) -> str:
-    """One or two sentences for the user of a trainer that was interrupted."""
-    command = trainer.resume_command
-    if command is None and trainer.folder is not None:
-        command = "trainer.resume().train()"
-    elif command is None and trainer.save_trainer_file is not None:
-        command = f"trainer.load_from_file({str(trainer.save_trainer_file)!r}).train()"
-    elif command is None and trainer.checkpoint_rotation is not None:
-        command = "trainer.load_from_file(the newest checkpoint).train()"
-    if command is None:
-        return (
-            "Nothing was saved, because the trainer has no folder=. In this process, go on with: "
-            "trainer.train()"
+def folder_of_run(
+    path: str | os.PathLike[str] | None, keep_last: int, torchrl_destinations: Mapping[str, Any]
+) -> RunFolder | None:
+    """The run's folder, if a ``path`` is given.
+
+    Raises ``ValueError`` when one of TorchRL's destinations of checkpoints is given too.
+    """
+    if path is None:
+        return None
+    if any(value is not None for value in torchrl_destinations.values()):
+        first, second, third = torchrl_destinations
+        raise ValueError(
+            f"folder= keeps checkpoints of its own; leave out {first}, {second} and {third}, or "
+            "leave out folder."
         )
-    return f"Go on with: {command}"
+    return RunFolder(path, keep_last)
+
+
+def with_checkpoint(destinations: Mapping[str, Any], folder: RunFolder | None) -> dict[str, Any]:
+    """TorchRL's destinations of checkpoints, or the folder's, with a coordinator to write them."""
+    result = dict(destinations)
+    if folder is not None:
+        result["checkpoint_rotation"] = folder.rotation
+    if result["checkpoint"] is None and any(value is not None for value in result.values()):
+        result["checkpoint"] = new_checkpoint()
+    return result

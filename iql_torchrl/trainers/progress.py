@@ -1,4 +1,4 @@
-"""How far a run has come: updates done, metrics since the last row, rows, the best score."""
+"""The progress of a run: updates, metrics since the last row, rows, best score; interruptions."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-__all__ = ["Interruption", "Progress"]
+__all__ = ["Interruption", "Progress", "check_finite"]
 
 
 @dataclass
 class Progress:
     """The part of a run's state that is neither weights nor random numbers.
 
-    ``rows`` has one entry per event, in order of updates: the means of the metrics since the row
-    before, and what an evaluation found there. ``best`` is the highest monitored value so far.
+    ``rows`` has one entry per event, in order of updates: the means of the metrics since the last
+    row, and the numbers of an evaluation. ``best`` is the highest monitored value so far.
     """
 
     updates: int = 0
@@ -35,7 +35,7 @@ class Progress:
     _counted: int = 0
 
     def tally(self, metrics: TensorDictBase, updates: int = 1) -> None:
-        """Add one update's scalars (or the means over ``updates`` of them); reads no value."""
+        """Add the scalars of one update, or the means over ``updates``, without synchronising."""
         if not self._totals:
             scalars = {k: v for k, v in metrics.items() if isinstance(v, Tensor) and v.ndim == 0}
             self._names = [str(name) for name in scalars]
@@ -45,7 +45,7 @@ class Progress:
         self._counted += updates
 
     def means(self) -> dict[str, float]:
-        """Means of the metrics since the last call, on the host; starts a new count."""
+        """Means of the metrics since the last call, as Python floats."""
         if not self._counted:
             return {}
         values = (torch.stack(self._totals) / self._counted).tolist()
@@ -62,7 +62,7 @@ class Progress:
         self.rows.sort(key=lambda row: row["update"])
 
     def improves(self, update: int, value: float) -> bool:
-        """Whether ``value`` is the highest yet, and if so remember it."""
+        """Whether ``value`` is higher than all before; if so it is stored as the best."""
         if math.isnan(value) or (self.best is not None and value <= self.best):
             return False
         self.best, self.best_update = value, update
@@ -88,10 +88,21 @@ class Progress:
         self._counted = state["counted"]
 
 
-class Interruption:
-    """While entered, the first Ctrl-C (or SIGTERM) only sets ``requested``; the second acts.
+def check_finite(means: Mapping[str, float], updates: int) -> None:
+    """Raises ``FloatingPointError`` naming the losses whose mean is not finite."""
+    bad = [n for n, v in means.items() if n.startswith("loss_") and not math.isfinite(v)]
+    if bad:
+        raise FloatingPointError(
+            f"{', '.join(bad)} became {means[bad[0]]} before update {updates:,}, and nothing was "
+            "saved since the last event. Look for extreme rewards or observations in the data, or "
+            "lower the learning rates, or set max_grad_norm."
+        )
 
-    Does nothing outside the main thread, where Python delivers no signals.
+
+class Interruption:
+    """A context in which the first Ctrl-C or SIGTERM only sets ``requested``; the second raises.
+
+    Has no effect outside the main thread, where Python delivers no signals.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What a run leaves on disk besides its checkpoints' contents: names, table, picture, the best."""
+"""The folder of a run: its table, curves, settings, and which checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ from iql_torchrl.checkpoint import (
     remove_leftovers,
     replace_by_link,
 )
-from iql_torchrl.records import whole_file, write_csv
+from iql_torchrl.files import whole_file
 from iql_torchrl.report.figures import draw
+from iql_torchrl.report.runs import write_csv
 
 __all__ = ["RunFolder", "new_folder", "saved_arguments"]
 
 SECONDS_BETWEEN_PICTURES = 60.0
-TABLE_SHARE = 0.01  # of the time, at most, goes into writing the table
+TABLE_SHARE = 0.01  # at most this share of the time is spent on writing the table
 ARGUMENTS = "arguments.json"
 
 
 def new_folder(parent: Path, name: str, arguments: Sequence[str]) -> Path:
     """Make ``parent/name``, or ``parent/name-2`` and so on: earlier runs are kept.
 
-    ``arguments``, a script's command line, are put into it for :func:`saved_arguments`. Raises
+    ``arguments``, a script's command line, are written there for :func:`saved_arguments`. Raises
     ``ValueError`` when ``name`` is not one folder name, and ``OSError`` as ``mkdir`` does.
     """
     if not name or Path(name).name != name:
@@ -53,20 +54,20 @@ def new_folder(parent: Path, name: str, arguments: Sequence[str]) -> Path:
 
 
 def saved_arguments(folder: Path) -> list[str]:
-    """The command line that started the run in ``folder``; ``ValueError`` if none is there."""
+    """The command line that started the run in ``folder``; ``ValueError`` without a readable one."""
     try:
-        found = json.loads((folder / ARGUMENTS).read_text())
+        arguments = json.loads((folder / ARGUMENTS).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{folder} holds no readable {ARGUMENTS}, so it is no run to go on with ({error})."
+            f"{folder} has no readable {ARGUMENTS}, so there is no run to continue ({error})."
         ) from error
-    return [str(argument) for argument in found]
+    return [str(argument) for argument in arguments]
 
 
 class RunFolder:
     """``metrics.csv``, ``curves.png``, ``config.json``, ``checkpoints/``, ``best.torchrl``.
 
-    Every file is replaced whole, never written in place.
+    Every file is replaced as a whole, never written in place.
     """
 
     def __init__(self, path: str | os.PathLike[str], keep_last: int) -> None:
@@ -81,12 +82,12 @@ class RunFolder:
         taken = list(self.rotation.directory.glob(f"*{SUFFIX}"))
         if taken or self.best.exists():
             raise ValueError(
-                f"{self.path} already holds a run ({len(taken)} checkpoints): call "
+                f"{self.path} already contains a run ({len(taken)} checkpoints): call "
                 "trainer.resume().train() to continue it, choose another folder, or delete this one."
             )
 
     def prepare(self, config: Mapping[str, Any] | None) -> None:
-        """Make the folder, drop what a killed process left half written, note the settings."""
+        """Make the folder, delete incomplete files of a killed process, write the settings."""
         self.rotation.directory.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.rotation.directory)
         if config is not None:
@@ -104,9 +105,9 @@ class RunFolder:
         return checkpoint_path(self.rotation.directory, update)
 
     def write(self, rows: Sequence[Mapping[str, float]], *, now: bool = False) -> None:
-        """The table, at each event while it is short; a long one, whole each time, more rarely.
+        """Write the table, at each event while that is fast, and less often when it is long.
 
-        What it may lack after a crash is in no checkpoint either, or comes back from one.
+        Rows that are missing after a crash are later than the last checkpoint, or restored from it.
         """
         began = time.monotonic()
         if now or began >= self._write_again:
@@ -118,20 +119,24 @@ class RunFolder:
         self,
         rows: Sequence[Mapping[str, float]],
         *,
-        reference: tuple[str, float] | None,
+        log_return: float | None,
         now: bool = False,
     ) -> None:
-        """The picture, at most once a minute unless ``now``: drawing takes about half a second."""
+        """Draw the curves, and the mean return of the log if known as a level line.
+
+        At most once a minute unless ``now``, because drawing takes about half a second.
+        """
         if rows and (now or time.monotonic() - self._drawn > SECONDS_BETWEEN_PICTURES):
-            draw(self.path / "curves.png", rows, title=self.path.name, reference=reference)
+            level = None if log_return is None else (f"the log ({log_return:.0f})", log_return)
+            draw(self.path / "curves.png", rows, title=self.path.name, reference=level)
             self._drawn = time.monotonic()
 
     def set_aside(self, saved: Path, update: int) -> None:
-        """Keep the checkpoint of ``update`` until its evaluation, under way elsewhere, is known."""
+        """Keep the checkpoint of ``update`` until its evaluation in the background is finished."""
         replace_by_link(saved, self._aside(update))
 
     def judge(self, update: int, *, improves: bool) -> None:
-        """The evaluation of a checkpoint that was set aside has come: keep it as best, or drop it."""
+        """Make the checkpoint that was set aside the best one if it ``improves``, or delete it."""
         aside = self._aside(update)
         if improves and aside.exists():
             os.replace(aside, self.best)
@@ -141,7 +146,7 @@ class RunFolder:
         replace_by_link(saved, self.best)
 
     def forget_asides(self, pending: Collection[int]) -> None:
-        """Drop checkpoints set aside for evaluations that are not under way any more."""
+        """Delete checkpoints set aside for evaluations that are not ``pending`` any more."""
         kept = {self._aside(update) for update in pending}
         for path in self.rotation.directory.glob(f".aside-*{SUFFIX}"):
             if path not in kept:

@@ -126,7 +126,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         (nn.Linear(2, 2), Task(box, box), path, TypeError, "TensorDict module .*found Linear"),
         (actor, Task(box, box), path, ValueError, r"rows of shape \(2,\).*found \(3,\)"),
         (actor, Task(box, spaces.Discrete(5)), path, ValueError, "one-hot.*float32.*shape"),
-        (actor, Task(box, spaces.MultiBinary(3)), path, ValueError, "wants Box or Discrete"),
+        (actor, Task(box, spaces.MultiBinary(3)), path, ValueError, "needs Box or Discrete"),
         (actor, Task(spaces.Dict(a=box), box), path, ValueError, "reads 'observation' as one"),
     ):
         with pytest.raises(error, match=found):

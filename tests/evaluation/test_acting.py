@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_refused():
         (np.zeros(4), r"shape \(4,\); wanted \(3,\) for one observation, or \('B', 3\)"),
         (np.zeros((2, 2, 3)), r"shape \(2, 2, 3\)"),
         (np.float32(0), r"shape \(\)"),
-        (np.zeros((0, 3)), "batch of none"),
+        (np.zeros((0, 3)), "batch of size 0"),
         (np.array([0, np.nan, 0]), "observation holds nan"),
         (np.array(["a", "b", "c"]), "holds <U1; wanted float32"),
         ({"observation": np.zeros(3)}, "holds object|shape"),

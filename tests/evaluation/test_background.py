@@ -192,7 +192,7 @@ def test_an_error_comes_with_its_message_and_traceback(shared):
     with pytest.raises(ValueError, match="nan") as caught:
         background.results(wait=True)
     assert str(caught.value) == str(wanted.value)
-    assert "background_process.py" in str(caught.value.__cause__)
+    assert "background_worker.py" in str(caught.value.__cause__)
     assert list(background.pending) == [1, 3], "what succeeded is kept for the next call"
     assert [number for number, _ in background.results(wait=True)] == [1, 3]
     assert process_of(background) is process, "an error does not end the process"
@@ -504,7 +504,7 @@ def test_what_cannot_be_sent_is_named(name):
 def test_a_function_that_drags_much_along_is_warned_of(monkeypatch):
     monkeypatch.setattr(background_process, "LARGE", 2**20)
     ballast = np.zeros(2**20)
-    with pytest.warns(UserWarning, match="make_env carries 8 MiB"):
+    with pytest.warns(UserWarning, match="make_env sends 8 MiB"):
         BackgroundEvaluation(
             stochastic_actor(), lambda: (ballast, Goals())[1], episodes=1, seed=0
         )  # fmt: skip
@@ -606,7 +606,7 @@ def test_numbers_and_snapshots_are_checked():
         with pytest.raises(ValueError, match=r"snapshot 3 lacks 'module.0.module.0.bias'"):
             background.resubmit({3: snapshot})
         snapshot["module.0.module.0.bias"] = torch.zeros(31)
-        with pytest.raises(ValueError, match=r"shape \(31,\), wanted torch.float32 of .*\(32,\)"):
+        with pytest.raises(ValueError, match=r"shape \(31,\), expected torch.float32 of .*\(32,\)"):
             background.resubmit({3: snapshot})
         assert background.pending == {}
         assert background._child._thread is None

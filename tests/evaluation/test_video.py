@@ -149,7 +149,7 @@ def test_how_to_make_an_environment_that_renders(tmp_path):
     assert (made.render_mode, made.spec.id) == ("rgb_array", "Pendulum-v1")
     with pytest.raises(ValueError, match=r"'human'.*pass Shades\(render_mode=\"rgb_array\"\)"):
         record_video(policy(), lambda: Shades("human"), tmp_path / "a.mp4", seed=0)
-    with pytest.raises(ValueError, match=r"wanted a picture \(height, width, 3\)"):
+    with pytest.raises(ValueError, match=r"expected a picture \(height, width, 3\)"):
         record_video(policy(), lambda: Shades(size=(33,)), tmp_path / "a.mp4", seed=2)
     assert list(tmp_path.iterdir()) == []
     assert all(env.closed for env in Shades.opened)

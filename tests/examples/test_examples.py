@@ -103,7 +103,7 @@ def test_a_stopped_run_goes_on_where_it_was(run, capfd, tmp_path, monkeypatch):
         run("iql_offline", "--resume", str(folder), "--updates", "30")
     with pytest.raises(SystemExit, match="2"):
         run("iql_offline", "--resume", str(tmp_path))
-    assert "no run to go on with" in capfd.readouterr().err
+    assert "no run to continue" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("small_pendulum")

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from iql_torchrl import Evaluation, IQLConfig, report
-from iql_torchrl.evaluation.statistics import mean_interval, student_t
+from iql_torchrl.evaluation.statistics import mean_interval
 from iql_torchrl.objectives.iql import DIAGNOSTICS, LOSSES
-from iql_torchrl.records import EVALUATION, TRAINING, find_runs, read_csv, read_run, write_csv
 from iql_torchrl.report import draw, group_runs, main, series, table
 from iql_torchrl.report.figures import Series, comparison_figure, run_figure
+from iql_torchrl.report.runs import EVALUATION, TRAINING, find_runs, read_csv, read_run, write_csv
 
 ROWS = [
     {"update": 0, "return_mean": -9.0, "return_low": -11.0, "return_high": -6.0, "episodes": 4},
@@ -108,8 +108,8 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch
         ({"loss_value": 1.0}, "row 0 needs an 'update'"),
         ({"update": -1}, "row 0 needs an 'update'"),
         ({"update": math.nan}, "row 0 needs an 'update'"),
-        ({"update": 1, "loss": "0.5"}, "row 0, 'loss' is '0.5'; wanted one number"),
-        ({"update": 1, "loss": None}, "wanted one number"),
+        ({"update": 1, "loss": "0.5"}, "row 0, 'loss' is '0.5'; expected one number"),
+        ({"update": 1, "loss": None}, "expected one number"),
         ({"update": 1, "a\nb": 1.0}, "column 'a\\\\nb': a name must be printable"),
         ({"update": 1, "": 1.0}, "column '': a name"),
     ],
@@ -127,11 +127,11 @@ def test_what_is_no_row_is_refused(tmp_path, row, words):
         (b"loss,update\n1,2\n", "header 'loss,update'"),
         (b"update,a,a\n1,2,3\n", "each once"),
         (b"update,a\n1,2\n3\n", "line 3: 1 cells under 2 columns"),
-        (b"update,a\n1,x\n", "line 2: a is 'x', no number"),
+        (b"update,a\n1,x\n", "line 2: a is 'x', not a number"),
         (b"update,a\n,1\n", "line 2: update is ''"),
         (b"update,a\ninf,1\n", "line 2: update is 'inf'"),
-        (b'update,a\n1,"2\n', "no table of metrics"),
-        (b"update,\xff\n", "no table of metrics"),
+        (b'update,a\n1,"2\n', "not a table of metrics"),
+        (b"update,\xff\n", "not a table of metrics"),
     ],
 )
 def test_a_broken_table_gets_a_sentence(tmp_path, text, words):
@@ -145,22 +145,22 @@ def test_a_broken_table_gets_a_sentence(tmp_path, text, words):
 # -- intervals -------------------------------------------------------------------------------------
 
 
-def test_student_t_by_hand():
-    assert student_t(1) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-13)  # Cauchy's
-    assert student_t(2) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), rel=1e-13)
-
-
-@pytest.mark.parametrize("confidence", [0.01, 0.5, 0.95, 0.999])
-def test_student_t_is_scipys(confidence):
-    for degrees in (*range(1, 40), 99, 1000):
-        expected = stats.t.ppf((1 + confidence) / 2, degrees)
-        assert student_t(degrees, confidence=confidence) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize(("degrees", "confidence"), [(0, 0.95), (1.5, 0.95), (3, 1.0), (3, 0.0)])
-def test_student_t_refuses(degrees, confidence):
-    with pytest.raises(ValueError, match=f"degrees is {degrees}"):
-        student_t(degrees, confidence=confidence)
+@pytest.mark.parametrize(
+    ("runs", "t"),
+    [
+        (2, math.tan(0.475 * math.pi)),  # Cauchy's distribution
+        (3, 0.95 * math.sqrt(2 / (1 - 0.95**2))),
+        (11, 2.228138852),  # tables
+    ],
+)
+def test_half_widths_by_hand(runs, t):
+    values = np.linspace(-1.0, 2.0, runs)[:, None] * [1.0, 3.0]
+    mean, low, high = mean_interval(values)
+    half = t * values.std(0, ddof=1) / math.sqrt(runs)
+    assert high - mean == pytest.approx(half, rel=1e-9)
+    assert mean - low == pytest.approx(half, rel=1e-9)
+    mean, low, high = mean_interval(np.full((runs, 1), 0.1))
+    assert (low, high) == pytest.approx((0.1, 0.1))
 
 
 def test_interval_over_runs():
@@ -169,7 +169,7 @@ def test_interval_over_runs():
     assert high - mean == pytest.approx(4.302652729911275 / math.sqrt(3) * np.array([1, 3**0.5]))
     expected = stats.t.interval(0.95, 2, loc=6.0, scale=stats.sem([5.0, 5.0, 8.0]))
     assert (low[1], high[1]) == pytest.approx(expected)
-    with pytest.raises(ValueError, match="at least two; there are 1"):
+    with pytest.raises(ValueError, match="at least two runs; there are 1"):
         mean_interval(np.ones((1, 4)))
 
 
@@ -410,13 +410,13 @@ def test_what_is_left_out_is_said(make_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["{}/nowhere"], "nowhere is no folder: give folders with a metrics.csv"),
-        (["{}/empty"], "empty holds no run"),
+        (["{}/nowhere"], "nowhere is not a folder: give folders with a metrics.csv"),
+        (["{}/empty"], "empty contains no run"),
         (["{}/runs", "--metrics", "scor_mean"], "did you mean score_mean?"),
-        (["{}/runs", "--output", "x.pdf"], "wanted a name that ends in .png"),
+        (["{}/runs", "--output", "x.pdf"], "expected a name that ends in .png"),
         (["{}/broken"], "line 2: 1 cells under 2 columns"),
-        (["{}/settings"], "config.json is no JSON"),
-        (["{}/list"], "wanted an object with the run's settings"),
+        (["{}/settings"], "config.json is not JSON"),
+        (["{}/list"], "expected an object with the run's settings"),
     ],
 )
 def test_what_cannot_be_drawn_gets_a_sentence(make_run, tmp_path, capsys, arguments, words):
@@ -455,7 +455,7 @@ def test_the_module_is_a_command(make_run, tmp_path):
 
 def test_compare_draws_the_runs_by_label_and_a_level(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(report, "save", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(report.comparison, "save", lambda figure, path: drawn.append(figure))
     for name, returns in (("a", [1.0, 2.0]), ("b", [3.0, 4.0])):
         folder = tmp_path / name
         folder.mkdir()

@@ -9,8 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy import stats
 from small_agents import box_agent
 from small_agents import log as small_log
@@ -27,7 +25,6 @@ from small_mdp import (
 )
 
 from iql_torchrl import IQLConfig, load_dataset, make_agent
-from iql_torchrl.evaluation.correlation import kendall, ranks, spearman
 from iql_torchrl.selection import bounds, fitted_q_evaluation, importance_sampling, rank_members
 from iql_torchrl.selection.bounds import mean_bounds
 
@@ -80,29 +77,6 @@ def again(parts, members, fitted):
 
 def row_of(ranking, name):
     return next(row for row in ranking.rows if row["member"] == name)
-
-
-lists = st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=2, max_size=12)
-
-
-@given(lists)
-@settings(max_examples=60, deadline=None)
-def test_rank_correlations_are_scipys(pairs):
-    one, other = np.array(pairs, float).T
-    np.testing.assert_array_equal(ranks(one), stats.rankdata(one))
-    if np.ptp(one) == 0 or np.ptp(other) == 0:
-        assert math.isnan(spearman(one, other))
-        assert math.isnan(kendall(one, other))
-        return
-    assert spearman(one, other) == pytest.approx(stats.spearmanr(one, other).statistic)
-    assert kendall(one, other) == pytest.approx(stats.kendalltau(one, other).statistic)
-
-
-def test_rank_correlations_need_numbers():
-    assert math.isnan(spearman([1.0, math.nan, 2.0], [1.0, 2.0, 3.0]))
-    assert math.isnan(kendall([1.0], [1.0]))
-    with pytest.raises(ValueError, match=r"shapes \(2,\) and \(3,\)"):
-        kendall([1, 2], [1, 2, 3])
 
 
 def test_members_stand_by_value_and_the_best_is_recommended(ranking, parts):

@@ -18,9 +18,16 @@ from torch import optim
 from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import IQLConfig, IQLLoss, IQLStep, OfflineTrainer, load_dataset, make_agent
-from iql_torchrl.checkpoint import CheckpointError, newest, read_components, write_components
+from iql_torchrl.checkpoint import (
+    CheckpointError,
+    new_checkpoint,
+    newest,
+    read_components,
+    write_components,
+)
 from iql_torchrl.data import replay_buffer
 from iql_torchrl.data.digests import fingerprint
+from iql_torchrl.trainers.identity import AgentState, SettingsState
 
 plain = st.recursive(
     st.none()
@@ -277,6 +284,32 @@ def test_another_reward_map_or_other_settings_are_refused_by_name(tmp_path):
     refuses(other, saved, r"expectile was 0\.7 and is 0\.9; temperature was 3\.0 and is 1\.0")
     resumed = of_agent(tmp_path / "d", compile=False)
     assert resumed.load_from_file(saved).updates == 4
+
+
+def test_a_setting_that_an_older_version_did_not_save_has_its_default(tmp_path):
+    saved = of_agent(tmp_path / "a").state_dict()["agent"]
+    del saved["config"]["max_grad_norm"]
+    AgentState(of_agent(tmp_path / "b").agent).check(saved)
+    clipped = of_agent(tmp_path / "c", max_grad_norm=1.0)
+    with pytest.raises(CheckpointError, match=r"max_grad_norm was None and is 1\.0"):
+        AgentState(clipped.agent).check(saved)
+    trainer = make_trainer()
+    settings = trainer.state_dict()["settings"]
+    del settings["max_weight"]
+    SettingsState(trainer).check(settings)
+
+
+def test_torchrls_own_load_checks_the_data_too(saved):
+    def load(trainer):
+        assert trainer.loss_module.value_estimator is not None  # made at its first use
+        trainer._sync_checkpoint_components(new_checkpoint()).load(saved)
+        return trainer
+
+    assert load(make_trainer()).updates == 6
+    data = table()
+    data["action"][7, 0] += 1e-6
+    with pytest.raises(CheckpointError, match="another dataset"):
+        load(make_trainer(data))
 
 
 def test_other_settings_of_hand_made_parts_are_refused_by_name(saved):

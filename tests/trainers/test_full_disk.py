@@ -13,8 +13,9 @@ from test_trainer import make_step, trainer_of, weight
 
 from iql_torchrl import IQLConfig, make_agent
 from iql_torchrl.checkpoint import newest, read_components, replace_by_link, write_components
-from iql_torchrl.records import whole_file, write_csv
+from iql_torchrl.files import whole_file
 from iql_torchrl.report.figures import draw
+from iql_torchrl.report.runs import write_csv
 
 FULL = Path("/dev/full")  # every write to it fails as on a full disk
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")

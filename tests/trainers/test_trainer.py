@@ -348,11 +348,6 @@ def test_an_evaluation_that_fails_loses_no_update(tmp_path):
     assert newest(tmp_path / "checkpoints").name == "checkpoint-000000000005.torchrl"
 
 
-def test_quiet_when_not_a_terminal(capfd):
-    trainer_of(make_step(), 10, progress_bar=True).train()
-    assert capfd.readouterr() == ("", "")
-
-
 def test_a_hook_can_stop_training():
     trainer = make_trainer(total=50)
     trainer.register_op("post_steps", lambda: trainer.request_stop("enough"))
@@ -390,7 +385,7 @@ def test_a_folder_that_holds_another_run_is_refused(tmp_path):
     trainer_of(make_step(), 10, folder=tmp_path).train()
     other = trainer_of(make_step(), 5, folder=tmp_path)
     with pytest.raises(
-        ValueError, match=r"already holds a run \(\d checkpoints\): call "
+        ValueError, match=r"already contains a run \(\d checkpoints\): call "
     ) as caught:
         other.train()
     assert "call trainer.resume().train() to continue it" in str(caught.value)
@@ -442,11 +437,11 @@ def test_any_kind_of_number_from_an_evaluation_survives_a_checkpoint(tmp_path, n
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        (3.0, "returned 3.0; wanted an Evaluation, or a dict"),
+        (3.0, "returned 3.0; expected an Evaluation, or a dict"),
         (None, "returned None"),
-        ({"return_mean": None}, "gives None for 'return_mean'; wanted one number"),
+        ({"return_mean": None}, "gives None for 'return_mean'; expected one number"),
         ({"return_mean": "good"}, "gives 'good' for 'return_mean'"),
-        ({"return_mean": 1.0, "update": 7}, "gives 'update', which is the row's own"),
+        ({"return_mean": 1.0, "update": 7}, "gives 'update', which is the number of updates"),
     ],
 )
 def test_an_evaluation_that_returns_something_else_is_told_so(found, words):
@@ -503,9 +498,9 @@ def test_parts_of_the_wrong_kind_are_refused_before_training():
     step = make_step()
     with pytest.raises(ValueError, match="step is a loss, which updates nothing"):
         trainer_of(step.loss, 3)
-    with pytest.raises(ValueError, match="evaluation is 5; wanted a function"):
+    with pytest.raises(ValueError, match="evaluation is 5; expected a function"):
         trainer_of(step, 3, evaluation=5)
-    with pytest.raises(ValueError, match="logger is 'csv'; wanted one of TorchRL's"):
+    with pytest.raises(ValueError, match="logger is 'csv'; expected one of TorchRL's"):
         trainer_of(step, 3, logger="csv")
     with pytest.raises(ValueError, match="log_interval is 0"):
         trainer_of(step, 3, log_interval=0)

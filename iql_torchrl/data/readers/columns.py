@@ -147,7 +147,7 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
                 f"({rows},) or ({rows}, 1)."
             )
     ignored = options.columns.get("truncated", "") is None
-    paths = {key: path for key, path in found.items() if path is not None}
+    paths = {key: path for key, path in chosen.items() if path is not None}
     unused = {path: column for path, column in columns.items() if path not in paths.values()}
     return Table(name, rows, observation, following or None, named, ignored, paths, unused)
 

@@ -38,7 +38,6 @@ class ReadOptions:
 
     columns: dict[str, str | None] = field(default_factory=dict)
     reward_offset: int = 0
-    concatenate: tuple[str, ...] = ()
     limit: int | None = None
     max_episode_steps: int | None = None
     dtype: torch.dtype = torch.float32

@@ -1,0 +1,44 @@
+"""Writing files whole or not at all, with errors that name the file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["naming", "whole_file"]
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Replace ``path`` by what the block writes to the path that it is given.
+
+    That is a temporary file in the same folder; it is renamed to ``path`` if the block ends without
+    an exception, and deleted otherwise, so that ``path`` never holds half of a file.
+
+    Raises ``OSError`` naming ``path`` where it cannot be written, as on a full disk; the previous
+    content of ``path`` then stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with naming(path, instead_of=temporary):
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path, *, instead_of: Path | None = None) -> Iterator[None]:
+    """Add ``path`` to an ``OSError`` of the block that names no file, or names ``instead_of``.
+
+    Writing to a full disk raises an ``OSError`` without a file name.
+    """
+    try:
+        yield
+    except OSError as error:
+        other_file = error.filename is not None and str(error.filename) != str(instead_of)
+        if error.errno is None or other_file:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error

@@ -1,0 +1,102 @@
+"""Progress of a run on stderr: lines in a file or a pipe, a bar on a terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_trainer import make_step, trainer_of
+
+from iql_torchrl.trainers.display import Display
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = {"log_interval": 5, "eval_interval": 10, "progress_bar": True}
+
+SCRIPT = """
+import sys
+from test_trainer import make_step, trainer_of
+trainer_of(
+    make_step(), 20, log_interval=5, eval_interval=10, folder=sys.argv[1], progress_bar=True,
+    evaluation=lambda: {"return_mean": 0.5},
+).train()
+"""
+
+
+def losses(row):
+    return ", ".join(f"{name} {row[f'loss_{name}']:.4g}" for name in ("actor", "qvalue", "value"))
+
+
+def test_a_run_with_its_output_in_a_pipe_prints_a_line_at_each_event(tmp_path):
+    paths = [ROOT, ROOT / "tests", ROOT / "tests" / "trainers"]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "run")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("update ")]
+    assert [line.partition(":")[0] for line in lines] == [
+        f"update {number} of 20" for number in (0, 5, 10, 15, 20)
+    ]
+    assert all(re.search(r": [\d,.]+ updates/s, actor ", line) for line in lines[1:])
+    assert [line.endswith("saved") for line in lines] == [False, False, True, False, True]
+
+
+def test_what_a_line_says(capfd):
+    step = make_step()
+    scores = iter([-1.5, 3.0, 2.0])
+    trainer = trainer_of(step, 20, evaluation=lambda: {"return_mean": next(scores)}, **SETTINGS)
+    trainer.train()
+    out, err = capfd.readouterr()
+    assert out == ""
+    rows = {row["update"]: row for row in trainer.progress.rows}
+    assert re.sub(r"[\d,.]+ updates/s", "N updates/s", err).splitlines() == [
+        "update 0 of 20: return_mean -1.5",
+        f"update 5 of 20: N updates/s, {losses(rows[5])}, return_mean -1.5 at 0",
+        f"update 10 of 20: N updates/s, {losses(rows[10])}, return_mean 3",
+        f"update 15 of 20: N updates/s, {losses(rows[15])}, return_mean 3 at 10",
+        f"update 20 of 20: N updates/s, {losses(rows[20])}, return_mean 2",
+    ]
+
+
+def test_no_progress_bar_prints_nothing(capfd):
+    trainer_of(make_step(), 10, progress_bar=False, evaluation=lambda: {"return_mean": 1.0}).train()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
+def test_a_terminal_shows_a_bar_and_no_lines(monkeypatch):
+    import fcntl
+    import termios
+
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", buffering=0) as screen:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        trainer_of(make_step(), 20, evaluation=lambda: {"return_mean": 2.5}, **SETTINGS).train()
+        terminal.flush()
+        text = screen.read(100_000).decode()
+    assert "20/20" in text
+    assert "return_mean=2.5" in text
+    assert "of 20:" not in text
+
+
+def test_a_score_that_comes_after_the_last_event_gets_a_line_once(capfd):
+    display = Display(True, 20, 0)
+    display.event(20, {"loss_value": 1234.0}, score=("return_mean", 10, 1.0), speed=0.5)
+    display.last_score(20, ("return_mean", 10, 1.0))
+    display.last_score(20, ("return_mean", 20, 7.0))
+    display.last_score(20, ("return_mean", 20, 7.0))
+    assert capfd.readouterr().err.splitlines() == [
+        "update 20 of 20: 0.50 updates/s, value 1234, return_mean 1 at 10",
+        "update 20 of 20: return_mean 7",
+    ]

@@ -1,0 +1,150 @@
+"""Checkpoints that an earlier version wrote load, and training continues from them.
+
+The files in ``old_checkpoints/`` were written by ``python tests/trainers/test_old_checkpoints.py`` run
+with the package of commit 8952c53. They stay as they are: a change of the package that cannot read
+them must keep a reader for them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_agents import by_hand
+
+from iql_torchrl import Agent, IQLConfig, IQLPopulation, OfflineTrainer, load_dataset, make_agent
+
+FOLDER = Path(__file__).with_name("old_checkpoints")
+CONFIG = {"hidden": (8,), "batch_size": 8, "reward": "raw", "compile": False}
+
+
+def dataset():
+    """60 steps of made-up numbers that fit Pendulum's spaces, the same bits on every machine."""
+
+    def numbers(*shape: int, factor: int) -> np.ndarray:
+        whole = np.arange(np.prod(shape)) * factor % 129 - 64
+        return (whole / 64).astype(np.float32).reshape(shape)
+
+    observation = numbers(61, 3, factor=37)
+    return load_dataset(
+        {
+            "observations": observation[:-1],
+            "next_observations": observation[1:],
+            "actions": numbers(60, 1, factor=53),
+            "rewards": numbers(60, factor=71),
+            "terminals": np.arange(60) % 20 == 19,
+            "timeouts": np.arange(60) % 20 == 9,
+        },
+        env="Pendulum-v1",
+        reward="raw",
+        progress=False,
+    )
+
+
+def trainer(folder: Path) -> OfflineTrainer:
+    data = dataset()
+    agent = make_agent(IQLConfig(updates=20, seed=3, **CONFIG), data)
+    return OfflineTrainer(
+        agent=agent,
+        dataset=data,
+        log_interval=5,
+        eval_interval=10,
+        evaluation=lambda: {"return_mean": float(next(agent.actor.parameters()).detach().sum())},
+        folder=folder,
+        progress_bar=False,
+    )
+
+
+def population() -> IQLPopulation:
+    configs = [
+        IQLConfig(updates=20, seed=seed, expectile=expectile, **CONFIG)
+        for seed, expectile in ((0, 0.7), (1, 0.9))
+    ]
+    return IQLPopulation(configs, dataset())
+
+
+def advance(runs: IQLPopulation, updates: int) -> None:
+    for _ in runs.train(updates):
+        pass
+
+
+def weights(agent: Agent) -> list[float]:
+    return torch.cat([p.detach().flatten() for p in agent.actor.parameters()]).tolist()
+
+
+def write_all(folder: Path) -> None:
+    """Write the files of ``old_checkpoints/``: halfway states, and what training ends with."""
+    folder.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        run = trainer(Path(temporary))
+        run.train()
+        halfway = Path(temporary) / "checkpoints" / "checkpoint-000000000010.torchrl"
+        shutil.copyfile(halfway, folder / "agent.torchrl")
+    runs = population()
+    advance(runs, 4)
+    runs.save(folder / "population.torchrl")
+    advance(runs, 4)
+    expected = {
+        "rows": run.progress.rows,
+        "agent": weights(run.agent),
+        "population": [weights(runs.member(number)) for number in range(2)],
+    }
+    (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return json.loads((FOLDER / "expected.json").read_text())
+
+
+def test_an_old_agent_loads_and_acts():
+    agent = Agent.load(FOLDER / "agent.torchrl")
+    assert agent.config == IQLConfig(updates=20, seed=3, **CONFIG)
+    assert agent.task.action_space.shape == (1,)
+    saved = torch.load(io.BytesIO(member_of("agent.torchrl", "loss_module")), weights_only=True)
+    mine = agent.state_dict()
+    assert set(mine) == set(saved)
+    assert all(torch.equal(mine[n], saved[n]) for n in mine if torch.is_tensor(mine[n]))
+    observation = np.array([[0.5, -0.25, 1.0]], np.float32)
+    action = 2.0 * np.tanh(by_hand(agent, observation))  # Pendulum's bounds are -2 and 2
+    np.testing.assert_allclose(agent.act(observation), action, rtol=1e-5)
+
+
+def member_of(file: str, part: str) -> bytes:
+    with zipfile.ZipFile(FOLDER / file) as archive:
+        (name,) = (n for n in archive.namelist() if part in n and n.endswith("state.pt"))
+        return archive.read(name)
+
+
+def test_training_continues_from_an_old_checkpoint(tmp_path, expected):
+    run = trainer(tmp_path).load_from_file(FOLDER / "agent.torchrl")
+    assert run.updates == 10
+    assert run.progress.rows == [row for row in expected["rows"] if row["update"] <= 10]
+    run.train()
+    assert weights(run.agent) == pytest.approx(expected["agent"], rel=1e-4, abs=1e-6)
+    for row, other in zip(run.progress.rows, expected["rows"], strict=True):
+        assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+def test_an_old_population_loads_and_continues(expected):
+    runs = IQLPopulation.load(FOLDER / "population.torchrl", dataset())
+    assert runs.updates == 4
+    assert [config.expectile for config in runs.configs] == [0.7, 0.9]
+    before = weights(runs.member(0))
+    advance(runs, 4)
+    for number, values in enumerate(expected["population"]):
+        assert weights(runs.member(number)) == pytest.approx(values, rel=1e-4, abs=1e-6)
+    assert before != pytest.approx(expected["population"][0], rel=1e-4, abs=1e-6)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    write_all(Path(sys.argv[1]))
