@@ -152,12 +152,12 @@ def load_dataset(
             "action": _space_identity(action_space), "env": _env_identity(env),
             "source": source if isinstance(source, str | Path | list | tuple) else None,
         }  # fmt: skip
-        wanted = fingerprint(_files(source, options), settings)
-        built, about = load_or_build(opened, Path(memmap), wanted, **how)
+        identity = fingerprint(_files(source, options), settings)
+        built, description = load_or_build(opened, Path(memmap), identity, **how)
     for text in built.warnings:
         warnings.warn(text, DatasetWarning, stacklevel=2)
-    if maker is None and about.env_spec is not None:
-        maker = env_maker(about.env_spec)
+    if maker is None and description.env_spec is not None:
+        maker = env_maker(description.env_spec)
     if maker is not None and concatenate:
         maker = joined_env_maker(maker, concatenate)
     return OfflineDataset(

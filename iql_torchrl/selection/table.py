@@ -281,9 +281,9 @@ def _history_statistics(
     The outcome of a step is ``r + discount V(s')``, V the value of the log's own policy. What is
     left of it after subtracting the mean of its state and action is uncorrelated with anything
     earlier if the states have the Markov property (Shi, Wan, Song, Lu, Leng 2020, "Does the Markov
-    decision process fit the data", arXiv:2002.01751). Three earlier things are tried, each also
-    less its mean: the number of the step, what was left at the step before, the number of the
-    episode, and where it is known the probability with which the action was chosen, which differs
+    decision process fit the data", arXiv:2002.01751). Earlier things are tried, each also
+    less its mean: the number of the step, what was left at the step before, the sum of the numbers
+    of the actions before, the number of the episode, and where it is known the probability with which the action was chosen, which differs
     within a state only if the log's policy acted on something else. Episodes are the independent
     units.
     """
@@ -304,9 +304,12 @@ def _history_statistics(
     first = first_rows(held_out)
     before = np.concatenate([[0.0], left[:-1]])
     before[first] = 0.0
+    action = held_out.transitions["action"].reshape(-1).cpu().numpy()
+    summed = np.concatenate([[0], np.cumsum(action)])[:-1]
     earlier = {
         "the number of the step": np.arange(len(left)) - first[number],
         "the step before": before,
+        "the actions before": summed - summed[first][number],
         "the number of the episode": number,
     }
     if LOG_PROB in held_out.transitions:
