@@ -283,9 +283,10 @@ def _history_statistics(
     earlier if the states have the Markov property (Shi, Wan, Song, Lu, Leng 2020, "Does the Markov
     decision process fit the data", arXiv:2002.01751). Earlier things are tried, each also
     less its mean: the number of the step, what was left at the step before, the sum of the numbers
-    of the actions before, the number of the episode, and where it is known the probability with which the action was chosen, which differs
-    within a state only if the log's policy acted on something else. Episodes are the independent
-    units.
+    of the actions before, the number of the episode, and where it is known the probability with
+    which the action was chosen, which differs within a state only if the log's policy acted on
+    something else. Episodes are the independent units. Each action has a statistic, because
+    dependences of two actions may cancel; the greatest counts.
     """
     visited = model.count.sum(1)
     frequency = model.count / np.maximum(visited[:, None], 1)
@@ -305,21 +306,24 @@ def _history_statistics(
     before = np.concatenate([[0.0], left[:-1]])
     before[first] = 0.0
     action = held_out.transitions["action"].reshape(-1).cpu().numpy()
-    summed = np.concatenate([[0], np.cumsum(action)])[:-1]
+    so_far = np.concatenate([[0], np.cumsum(action)])[:-1]
     earlier = {
         "the number of the step": np.arange(len(left)) - first[number],
         "the step before": before,
-        "the actions before": summed - summed[first][number],
+        "the actions before": so_far - so_far[first][number],
         "the number of the episode": number,
     }
     if LOG_PROB in held_out.transitions:
         logged = held_out.transitions[LOG_PROB].reshape(-1).double().cpu().numpy()
         earlier["the logged probability of the action"] = np.exp(np.minimum(logged, 0))
     result = {}
+    place, size = number * model.num_actions + action, len(first) * model.num_actions
     for name, values in earlier.items():
-        product = np.bincount(number, left * less_mean(np.asarray(values, np.float64)))
-        norm = float(np.sqrt(np.square(product).sum()))
-        result[name] = float(product.sum()) / norm if norm > 1e-9 * np.abs(outcome).max() else 0.0
+        products = left * less_mean(np.asarray(values, np.float64))
+        summed = np.bincount(place, products, size).reshape(len(first), -1)
+        norm = np.sqrt(np.square(summed).sum(0))
+        statistics = summed.sum(0) / np.maximum(norm, 1e-9 * max(np.abs(outcome).max(), 1e-300))
+        result[name] = float(statistics[np.abs(statistics).argmax()])
     return result
 
 
