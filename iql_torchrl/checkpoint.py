@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torchrl.checkpoint import Checkpoint, CheckpointAdapter, CheckpointError
 
+from iql_torchrl.host import remove_path
 from iql_torchrl.records import naming
 
 __all__ = [
@@ -184,7 +185,7 @@ def remove_leftovers(folder: str | Path) -> None:
     """Delete what a killed process left half written in a folder of checkpoints."""
     for path in Path(folder).glob(f".{PREFIX}*"):
         if any(mark in path.name for mark in (".stage-", ".archive-", ".delete-", ".backup-")):
-            Checkpoint._remove_path(path)
+            remove_path(path)
 
 
 def replace_by_link(source: Path, destination: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from numbers import Number
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,18 @@ ACTIVATIONS: dict[type[nn.Module], tuple[Callable[..., Tensor], Callable[..., Te
 }
 
 
+def is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether it runs its parts one after the other and nothing else; TorchRL's MLP may reshape."""
+    if type(module) is TorchRLMLP:
+        return isinstance(module.out_features, Number)
+    return type(module) in (nn.Sequential, MLP)
+
+
 def linear_layers(module: nn.Module) -> list[nn.Linear] | None:
     """The Linear layers of a Sequential that alternates them with one ReLU or Tanh, else None."""
-    if type(module) not in (nn.Sequential, MLP, TorchRLMLP) or getattr(
-        module, "_reshape_out", False
-    ):
+    if not is_sequential(module):
         return None
-    parts = list(module._modules.values())  # children() names a module once, however often it runs
+    parts = list(module)  # children() names a module once, however often it runs
     layers, between = parts[::2], parts[1::2]
     kinds = {type(layer) for layer in between}
     alternates = len(layers) == len(between) + 1 and len(kinds) <= 1 and kinds <= set(ACTIVATIONS)

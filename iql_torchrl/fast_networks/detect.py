@@ -25,6 +25,7 @@ from torchrl.modules import ProbabilisticActor, SafeModule, SafeProbabilisticMod
 
 from iql_torchrl import networks
 from iql_torchrl.fast_networks.dense import Category, Dense, linear_layers
+from iql_torchrl.host import children_of, has_hooks, reads_positions
 
 __all__ = [
     "BoundNetworks",
@@ -49,7 +50,16 @@ WRAPPERS = (
 OURS = (networks.Critic, networks.DiscreteCritic, networks.OneHot, networks.Standardise)
 # What treats every row for itself and draws nothing.
 BY_ROW = (*OURS[2:], networks.StateValue, Category, Dense, nn.Identity)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# What changes its own buffers when it is evaluated in training mode.
+NORMALISING = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
 
 
 class BoundNetworks:
@@ -76,7 +86,7 @@ class BoundNetworks:
         named = writes(critic, loss.tensor_keys.state_action_value)
         if "qvalue_network" not in mixed and named and _leaves_no_trace(critic):
             for name in ("qvalue_network_params", "target_qvalue_network_params"):
-                params = loss._modules[name]
+                params = children_of(loss)[name]
                 clone = self._bind(critic, params, stacked=loss.num_qvalue_nets > 1)
                 if clone is not None:
                     lone = loss.num_qvalue_nets == 1
@@ -162,7 +172,7 @@ class DirectActor:
 
 def is_known(module: nn.Module) -> bool:
     """Whether a copy of the module behaves as the module does, apart from its mode."""
-    if any(getattr(module, hooks) for hooks in HOOKS):
+    if has_hooks(module):
         return False
     kind = type(module)
     home = kind.__module__
@@ -180,7 +190,8 @@ def _is_plain(network: Any) -> bool:
     return (
         type(network) in SINGLE
         and isinstance(network.module, nn.Module)
-        and not (network._kwargs or network.method or network.method_kwargs or network._get_kwargs)
+        and reads_positions(network)
+        and not (network.method or network.method_kwargs)
     )
 
 
@@ -191,7 +202,7 @@ def writes(network: Any, key: NestedKey) -> bool:
 
 def _leaves_no_trace(network: nn.Module) -> bool:
     """Whether evaluating targets with it as well leaves nothing behind."""
-    return not any(isinstance(m, nn.modules.batchnorm._NormBase) for m in network.modules())
+    return not any(isinstance(m, NORMALISING) for m in network.modules())
 
 
 def is_head_and_distribution(actor: Any) -> bool:
@@ -223,17 +234,17 @@ def _unstack_around(clone: Any) -> bool:
         for name, buffer in part.named_buffers(recurse=False):
             if type(part) is not networks.Standardise or not bool((buffer == buffer[:1]).all()):
                 return False
-            part._buffers[name] = buffer[0]
+            setattr(part, name, buffer[0])
     return True
 
 
 def _condense(module: nn.Module, made: dict[nn.Module, Dense] | None = None) -> None:
     """Replace perceptrons within ``module`` by Dense, in place; one used twice stays one."""
     made = {} if made is None else made
-    for name, child in list(module._modules.items()):
+    for name, child in list(children_of(module).items()):
         if isinstance(child, nn.Sequential) and linear_layers(child) is not None:
             made[child] = made.get(child) or Dense(child)
-            module._modules[name] = made[child]
+            setattr(module, name, made[child])
         elif child is not None:
             _condense(child, made)
     pick_first(module, Dense)
@@ -241,7 +252,7 @@ def _condense(module: nn.Module, made: dict[nn.Module, Dense] | None = None) -> 
 
 def pick_first(module: nn.Module, kind: type[Any]) -> None:
     """Let a perceptron of ``kind`` behind a OneHot take the categories themselves."""
-    parts = module._modules
+    parts = children_of(module)
     first, body = parts.get("preprocess"), parts.get("mlp")
     if type(module) is networks.Critic:  # which joins them with the action
         return

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
-from torchrl.modules import MLP as TorchRLMLP
 
 from iql_torchrl import networks
-from iql_torchrl.fast_networks.dense import check_picks, picked
+from iql_torchrl.fast_networks.dense import check_picks, is_sequential, picked
 from iql_torchrl.fast_networks.detect import WRAPPERS, is_known, pick_first
+from iql_torchrl.host import children_of, parameters_of
 
 __all__ = ["StackedNetwork", "check_networks", "check_same", "perceptron_keys"]
 
@@ -99,7 +99,7 @@ def check_same(number: int, name: str, wanted: object, found: object) -> None:
 
 
 def _leaves(loss: Any, name: str) -> dict[str, Tensor]:
-    return {str(key): leaf for key, leaf in loss._modules[f"{name}_params"].items(True, True)}
+    return {str(key): leaf for key, leaf in children_of(loss)[f"{name}_params"].items(True, True)}
 
 
 def _outline(network: nn.Module) -> list[tuple[str, ...]]:
@@ -127,23 +127,24 @@ class StackedNetwork:
                 leaves = [params.get(_key(path, k)) for k, _ in original.named_parameters()]
                 parent, _, child = path.rpartition(".")
                 body = _Perceptron(self.module.get_submodule(path), leaves)
-                self.module.get_submodule(parent)._modules[child] = body
+                setattr(self.module.get_submodule(parent), child, body)
                 if type(body.layers[0]) is nn.Linear:
                     pick_first(self.module.get_submodule(parent), _Perceptron)
         dims = params.batch_dims
         for path, module in self.module.named_modules():
             if "layers" in path.split("."):
                 continue
-            for key in [k for k, p in module._parameters.items() if p is not None]:
-                module._parameters[key] = params.get(_key(path, key))
-            for key in list(module._buffers):
+            table = parameters_of(module)
+            for key in [k for k, p in table.items() if p is not None]:
+                table[key] = params.get(_key(path, key))
+            for key in [k for k, _ in module.named_buffers(recurse=False)]:
                 stacked = params.get(_key(path, key)).flatten(0, dims - 1)
                 if not bool((stacked == stacked[:1]).all()):
                     raise ValueError(
                         f"{name}'s {path}.{key} differs between the runs; a population shares the "
                         "data, so statistics and bounds must be the same."
                     )
-                module._buffers[key] = stacked[0]
+                setattr(module, key, stacked[0])
 
     def follow_modes(self) -> None:
         """Training or evaluation mode as the original has it."""
@@ -163,17 +164,17 @@ class _Perceptron(nn.Module):
     With ``picks``, categories ``(B,)`` or ``(P, B)`` stand for their one-hot form.
     """
 
-    def __init__(self, source: nn.Module, leaves: Sequence[Tensor]) -> None:
+    def __init__(self, source: Any, leaves: Sequence[Tensor]) -> None:
         super().__init__()
         self.picks = False
         self.layers = nn.ModuleList(_layers(source))
         rest = list(leaves)
         self.leaves = []
         for layer in self.layers:
-            count = sum(p is not None for p in layer._parameters.values())
+            count = sum(1 for _ in layer.parameters(recurse=False))
             self.leaves.append(tuple(rest[:count]))
             rest = rest[count:]
-            layer._parameters.clear()
+            parameters_of(layer).clear()
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """On columns, ``(..., n, B)``: gradients of weights then have the weights' own layout."""
@@ -213,14 +214,13 @@ def _widened(x: Tensor, ndim: int) -> Tensor:
     return x.unsqueeze(1) if 2 < x.ndim < ndim else x
 
 
-def _layers(source: nn.Module) -> list[Any]:
+def _layers(source: nn.Sequential) -> list[Any]:
     """In the order they run; ``children()`` names a module once, however often it runs."""
-    return list(source._modules.values())
+    return list(source)
 
 
 def _is_perceptron(module: nn.Module) -> bool:
-    kinds = (nn.Sequential, networks.MLP, TorchRLMLP)
-    if type(module) not in kinds or getattr(module, "_reshape_out", False):
+    if not is_sequential(module):
         return False
     parts = _layers(module)
     linear = any(type(part) is nn.Linear for part in parts)

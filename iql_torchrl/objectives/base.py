@@ -17,16 +17,12 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives.common import LossModule
-from torchrl.objectives.utils import (
-    _GAMMA_LMBDA_DEPREC_ERROR,
-    ValueEstimators,
-    _vmap_func,
-    dispatch_value_estimator,
-)
+from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 from torchrl.objectives.value import TD0Estimator, ValueEstimatorBase
 
 from iql_torchrl import functional as F
 from iql_torchrl.fast_networks.detect import BoundNetworks
+from iql_torchrl.host import children_of
 from iql_torchrl.objectives.batch import Batch, agree, output_of, per_sample, read_batch
 from iql_torchrl.objectives.ensembles import (
     Critics,
@@ -100,7 +96,10 @@ class OfflineLoss(LossModule):
         super().__init__()
         self._set_deprecated_ctor_keys(priority=priority_key)
         if gamma is not None:
-            raise TypeError(_GAMMA_LMBDA_DEPREC_ERROR)
+            raise TypeError(
+                f"gamma is {gamma!r}; the discount belongs to the value estimator: call "
+                f"loss.make_value_estimator(gamma={gamma!r}) after building the loss."
+            )
         if isinstance(num_qvalue_nets, bool) or not isinstance(num_qvalue_nets, int):
             raise TypeError(f"num_qvalue_nets is {num_qvalue_nets!r}; wanted a whole number >= 1.")
         if num_qvalue_nets < 1:
@@ -156,7 +155,9 @@ class OfflineLoss(LossModule):
         )
         if self.num_qvalue_nets > 1 and not isinstance(listed, list):
             initialise_critics(
-                self.qvalue_network_params, self._modules["target_qvalue_network_params"], listed
+                self.qvalue_network_params,
+                children_of(self)["target_qvalue_network_params"],
+                listed,
             )
         shared.install(self, "value_network", [value])
         shared.install(self, "qvalue_network", modules)
@@ -166,11 +167,17 @@ class OfflineLoss(LossModule):
         self.register_load_state_dict_post_hook(_after_load)
 
     def _make_vmap(self) -> None:
-        self._vmap_qvalue_network = _vmap_func(
-            self.qvalue_network,
-            (None, 0),
-            randomness=self.vmap_randomness,
-            pseudo_vmap=self.deactivate_vmap,
+        def evaluate(inputs: TensorDictBase, params: TensorDictBase) -> TensorDictBase:
+            with params.to_module(self.qvalue_network, preserve_module_state=False):
+                return self.qvalue_network(inputs)
+
+        def one_by_one(inputs: TensorDictBase, params: TensorDictBase) -> TensorDictBase:
+            return torch.stack([evaluate(inputs.copy(), critic) for critic in params.unbind(0)])
+
+        self._vmap_qvalue_network: Callable[..., TensorDictBase] = (
+            one_by_one
+            if self.deactivate_vmap
+            else torch.vmap(evaluate, (None, 0), randomness=self.vmap_randomness)
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> OfflineLoss:
@@ -312,7 +319,7 @@ class OfflineLoss(LossModule):
 
     def target_qvalue(self, batch: Batch) -> Tensor:
         """Minimum over the target critics of ``Q(s, a)``, shape ``(*B,)``, without gradient."""
-        params = self._modules["target_qvalue_network_params"]
+        params = children_of(self)["target_qvalue_network_params"]
         with torch.no_grad():
             if self._bound is None or id(params) not in self._bound.critics:
                 params = self._shared.with_spare_buffers("qvalue_network", params)

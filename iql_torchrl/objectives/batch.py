@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
+from tensordict.utils import is_batchedtensor
 from torch import Tensor
 
 __all__ = ["Batch", "agree", "output_of", "per_sample", "read_batch"]
@@ -93,7 +94,7 @@ def read_batch(
 def _check_some_valid(mask: Tensor, keys: list[NestedKey]) -> None:
     if mask.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if not torch._C._functorch.is_batchedtensor(mask) and not bool(mask.any()):
+    if not is_batchedtensor(mask) and not bool(mask.any()):
         raise ValueError(
             f"{' and '.join(map(repr, keys))} mark none of the batch's {mask.numel()} steps as "
             "valid; wanted True at every real step and False at padding. Check that the mask is not "

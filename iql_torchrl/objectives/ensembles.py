@@ -16,6 +16,8 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictParams
 from torch import Tensor, nn
 
+from iql_torchrl.host import children_of, plain_entries
+
 Critics: TypeAlias = TensorDictModule | Sequence[TensorDictModule] | Callable[[], TensorDictModule]
 
 
@@ -112,7 +114,7 @@ def initialise_critics(live: TensorDictParams, target: TensorDictParams, module:
 def unlocked(params: TensorDictBase) -> TensorDictBase:
     """A shallow copy of ``params`` as a plain TensorDict whose entries can be replaced."""
     if isinstance(params, TensorDictParams):
-        params = params._param_td
+        params = plain_entries(params)
     return params.copy()
 
 
@@ -171,7 +173,7 @@ class SharedLeaves:
             mirror = getattr(loss, f"{name}_params").get(key)
             mirror.data = getattr(loss, f"{owner}_params").get(owner_key).data.expand(mirror.shape)
         for name, key in self.buffers:
-            target: TensorDictParams | None = loss._modules.get(f"target_{name}_params")
+            target: TensorDictParams | None = children_of(loss).get(f"target_{name}_params")
             if target is not None:
                 target.get(key).data = getattr(loss, f"{name}_params").get(key).data
 

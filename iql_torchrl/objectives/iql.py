@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
+from tensordict.utils import unravel_key
 from torch import Tensor, distributions, nn
-from torchrl.data.tensor_specs import TensorSpec
-from torchrl.data.utils import _find_action_space
+from torchrl.data.tensor_specs import Composite, TensorSpec
+from torchrl.data.utils import ACTION_SPACE_MAP
 from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical
 
 from iql_torchrl import functional as F
@@ -99,7 +100,7 @@ class ImplicitQLoss(OfflineLoss):
         scalars += DIAGNOSTICS if diagnostics else ()
         if self.reduction == "none" and self.scalar_output_mode == "exclude":
             scalars = []
-        self._out_keys = self._out_keys_apparent = [*LOSSES, *scalars]
+        self.out_keys = [*LOSSES, *scalars]
 
     def logged_action(self, batch: Batch, dist: distributions.Distribution) -> Tensor:
         """The logged action in the form that ``dist.log_prob`` takes."""
@@ -360,7 +361,7 @@ class DiscreteIQLLoss(ImplicitQLoss):
                 f"action_space is {action_space!r}; choose 'categorical' or 'one-hot', or pass a "
                 "TorchRL spec: dataset.action_spec."
             )
-        self.action_space = _find_action_space(action_space or "categorical")
+        self.action_space = _name_of(action_space or "categorical")
         if self.action_space not in ("categorical", "one_hot"):
             raise ValueError(
                 f"action_space is {action_space!r}; choose 'categorical' or 'one-hot': one action "
@@ -406,6 +407,16 @@ def _check_ranges(expectile: float, temperature: float, max_weight: float) -> No
         )
     if not max_weight > 0:
         raise ValueError(f"max_weight is {max_weight}; it must be > 0 (the paper's is 100).")
+
+
+def _name_of(action_space: str | TensorSpec) -> str | None:
+    """TorchRL's name of an action space, None where it has none."""
+    if isinstance(action_space, Composite):
+        leaves = {unravel_key(key): spec for key, spec in action_space.items(True, True)}
+        action_space = leaves.get("action", action_space)
+    space = type(action_space) if isinstance(action_space, TensorSpec) else action_space
+    name: str | None = ACTION_SPACE_MAP.get(space)
+    return name
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -21,6 +21,7 @@ from iql_torchrl.fast_networks.stacked import (
     check_same,
     perceptron_keys,
 )
+from iql_torchrl.host import children_of
 from iql_torchrl.objectives.batch import Batch, agree, per_sample
 from iql_torchrl.objectives.ensembles import SharedLeaves
 from iql_torchrl.objectives.iql import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
@@ -78,7 +79,7 @@ class PopulationLoss(ImplicitQLoss):
         for name in SAME:
             setattr(self, "_diagnostics" if name == "diagnostics" else name, getattr(first, name))
         self._kind = DiscreteIQLLoss if isinstance(first, DiscreteIQLLoss) else IQLLoss
-        self._out_keys = self._out_keys_apparent = list(first.out_keys)
+        self.out_keys = list(first.out_keys)
         self._optional_keys = set(first._optional_keys)
         self._shared = SharedLeaves(detach=False)
         self._tensor_keys = copy.copy(first.tensor_keys)
@@ -104,7 +105,9 @@ class PopulationLoss(ImplicitQLoss):
             inside = perceptron_keys(name, network)
             self._has_update_associated[name] = False
             for prefix in ("", "target_"):
-                stacks = [loss._modules.get(f"{prefix}{name}_params") for loss in losses]
+                stacks: list[Any] = [
+                    children_of(loss).get(f"{prefix}{name}_params") for loss in losses
+                ]
                 if stacks[0] is None:
                     continue
                 stacked: Any = torch.stack([params.data for params in stacks]).contiguous()
@@ -119,9 +122,9 @@ class PopulationLoss(ImplicitQLoss):
     def write_member(self, number: int, loss: ImplicitQLoss) -> None:
         """Copy run ``number``'s weights, targets too, into an ordinary loss of the same shapes."""
         with torch.no_grad():
-            for name, stacked in self._modules.items():
+            for name, stacked in children_of(self).items():
                 if isinstance(stacked, TensorDictParams):
-                    for key, leaf in loss._modules[name].items(True, True):
+                    for key, leaf in children_of(loss)[name].items(True, True):
                         leaf.data.copy_(stacked.get(key)[number].reshape(leaf.shape))
 
     # -- networks --------------------------------------------------------------------------------
@@ -181,7 +184,9 @@ class PopulationLoss(ImplicitQLoss):
 
     def target_qvalue(self, batch: Batch) -> Tensor:
         with torch.no_grad():
-            return self.action_values(batch, self._modules["target_qvalue_network_params"]).amin(0)
+            return self.action_values(
+                batch, children_of(self)["target_qvalue_network_params"]
+            ).amin(0)
 
     def td_target(self, batch: Batch, next_value: Tensor | None = None) -> Tensor:
         data, keys = batch.data, self.value_estimator.tensor_keys
@@ -239,7 +244,7 @@ class _Networks:
     """A population's networks over its stacked parameters."""
 
     def __init__(self, loss: PopulationLoss) -> None:
-        params: Any = loss._modules
+        params: Any = children_of(loss)
         self.value = StackedNetwork(
             "value_network", loss.value_network, params["value_network_params"]
         )

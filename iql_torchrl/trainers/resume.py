@@ -8,13 +8,19 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import nn
-from torchrl._utils import logger as torchrl_logger
+from torchrl import logger as torchrl_logger
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.data import ImmutableDatasetWriter, ReplayBuffer
 
 from iql_torchrl.checkpoint import CheckpointError
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.data.digests import fingerprint
+from iql_torchrl.host import (
+    generator_of,
+    logged_values,
+    registered_modules,
+    without_prefetched,
+)
 from iql_torchrl.update.step import part_of
 
 __all__ = ["DataState", "check_total", "restore", "stateful_parts"]
@@ -40,7 +46,7 @@ def stateful_parts(trainer: Any) -> dict[str, Any]:
         "trainer_state": ProgressState(trainer),
         "random": GlobalRNGState(),
     }
-    parts |= {f"trainer_module.{name}": part for name, part in trainer._modules.items()}
+    parts |= {f"trainer_module.{name}": part for name, part in registered_modules(trainer).items()}
     return {n: part for n, part in parts.items() if callable(getattr(part, "state_dict", None))}
 
 
@@ -97,7 +103,9 @@ class ProgressState:
         return {
             "progress": trainer.progress.state_dict(),
             "last_save": trainer._last_save,
-            "logged": {k: float(v[-1]) for k, v in trainer._log_dict.items() if _is_number(v[-1])},
+            "logged": {
+                k: float(v[-1]) for k, v in logged_values(trainer).items() if _is_number(v[-1])
+            },
             "pending": trainer.scores.pending,
         }
 
@@ -107,7 +115,7 @@ class ProgressState:
         trainer.progress.load_state_dict(state["progress"], device)
         trainer._last_save = state["last_save"]
         for name, value in state["logged"].items():
-            trainer._log_dict[name].append(value)
+            logged_values(trainer)[name].append(value)
         trainer.scores.resubmit(state["pending"])
 
 
@@ -178,15 +186,14 @@ class ReplayState:
     def state_dict(self) -> dict[str, Any]:
         buffer = self.replay_buffer
         if _is_fixed(buffer):
-            generator = buffer._rng
+            generator = generator_of(buffer)
             return {
                 "sampler": buffer.sampler.state_dict(),
                 "generator": None if generator is None else generator.get_state(),
             }
         if not hasattr(buffer, "state_dict"):
             return {}
-        # batches drawn ahead are no plain data; they are drawn anew
-        return {"whole": {k: v for k, v in buffer.state_dict().items() if k != "_prefetch_state"}}
+        return {"whole": without_prefetched(buffer.state_dict())}
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raises ``CheckpointError`` when ``state`` is of another kind of buffer."""
@@ -196,7 +203,9 @@ class ReplayState:
                 "the checkpoint was saved with another kind of replay buffer (fixed, or one that "
                 f"grows) than this {type(buffer).__name__}; build it as it was."
             )
-        if "sampler" in state and (state["generator"] is None) is not (buffer._rng is None):
+        if "sampler" in state and (state["generator"] is None) is not (
+            generator_of(buffer) is None
+        ):
             raise CheckpointError(
                 "the checkpoint's replay buffer and this one differ in whether they were given a "
                 "seed; build the buffer with seed= as it was."
@@ -208,8 +217,9 @@ class ReplayState:
             buffer.load_state_dict(state["whole"])
         elif "sampler" in state:
             buffer.sampler.load_state_dict(state["sampler"])
-            if buffer._rng is not None:
-                buffer._rng.set_state(state["generator"].cpu())
+            generator = generator_of(buffer)
+            if generator is not None:
+                generator.set_state(state["generator"].cpu())
 
 
 class Description:

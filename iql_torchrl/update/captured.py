@@ -13,9 +13,17 @@ from torchrl.objectives import HardUpdate
 
 from iql_torchrl.data.categories import category_limits, check_rows
 from iql_torchrl.data.replay import DeviceSampler
+from iql_torchrl.host import (
+    compile_program,
+    generator_of,
+    mark_stepped,
+    stored_rows,
+    tracing_gradients,
+    version_of,
+)
 from iql_torchrl.objectives.iql import DIAGNOSTICS, LOSSES, ImplicitQLoss
 from iql_torchrl.update.checks import check_alignment, check_cuda, check_replay
-from iql_torchrl.update.compiled import TRACING, CompiledStep, compiled
+from iql_torchrl.update.compiled import CompiledStep, compiled
 from iql_torchrl.update.guards import check_update_trains
 from iql_torchrl.update.snapshot import fingerprint, options, same
 from iql_torchrl.update.step import IQLStep, Terms
@@ -112,8 +120,7 @@ class CapturedStep:
                 self._seen = self._look(rows, slots)
         else:
             self._run(rows, slots, rates)
-        # schedulers ask whether the optimizer came before them
-        setattr(self.step.optimizer, "_opt_called", True)  # noqa: B010
+        mark_stepped(self.step.optimizer)
         means = (self._sums / self.updates).unbind()
         return TensorDict(
             dict(zip(self._names, means, strict=True)), batch_size=self._sums.shape[1:]
@@ -165,7 +172,7 @@ class CapturedStep:
             self._add(fast.update(loss.read(batch), *slots))
 
         traced = torch.compile(update, fullgraph=True, dynamic=False, backend=program)
-        with fast.setting(), torch._dynamo.config.patch(TRACING):
+        with fast.setting(), tracing_gradients():
             traced()
         self._update = program.release()
 
@@ -226,7 +233,7 @@ class CapturedStep:
         replay = self.replay
         if isinstance(replay, DeviceSampler):
             return replay
-        state = (len(replay), getattr(replay.writer, "_write_count", None), _versions(replay))
+        state = (len(replay), getattr(replay, "write_count", None), _versions(replay))
         if self._copy is None or self._copy[0] != state:
             if self._generator is None:
                 self._generator = torch.Generator(self._device).manual_seed(_seed_from(replay))
@@ -246,7 +253,7 @@ class CapturedStep:
             return None
         with_optimizer = self.step.optimizer
         groups = with_optimizer.param_groups
-        setattr(with_optimizer, "_opt_called", True)  # noqa: B010
+        mark_stepped(with_optimizer)
         before = [options(group) for group in groups]
         rates = [[float(group["lr"]) for group in groups]]
         for _ in range(self.updates):
@@ -270,13 +277,6 @@ class CapturedStep:
         return means
 
 
-def compile_fx(graph: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-    """Inductor, imported when it is used: importing it takes time and warns of itself."""
-    from torch._inductor import compile_fx as inductor
-
-    return inductor.compile_fx(graph, inputs, **options)
-
-
 class _Program:
     """A backend of ``torch.compile`` that keeps the program and its arguments, and runs nothing."""
 
@@ -284,7 +284,7 @@ class _Program:
         self._options = {"cpp_wrapper": True} if on_cpu else {}
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        self._function: Any = compile_fx(graph, inputs, config_patches=self._options)
+        self._function: Any = compile_program(graph, inputs, self._options)
         return self._keep
 
     def _keep(self, *arguments: Any) -> tuple[()]:
@@ -300,11 +300,11 @@ class _Program:
 
 def _versions(replay: ReplayBuffer) -> tuple[int, ...]:
     """How often each of a buffer's tensors was written to in place, by this process."""
-    held = getattr(replay.storage, "_storage", None)
+    held = stored_rows(replay)
     if not isinstance(held, TensorDictBase):
         return ()
     leaves = held.values(include_nested=True, leaves_only=True)
-    return tuple(leaf._version for leaf in leaves if not leaf.is_inference())
+    return tuple(version_of(leaf) for leaf in leaves if not leaf.is_inference())
 
 
 def _told(loss: ImplicitQLoss) -> list[str]:
@@ -315,6 +315,6 @@ def _told(loss: ImplicitQLoss) -> list[str]:
 
 def _seed_from(replay: ReplayBuffer) -> int:
     """A seed drawn from the buffer's generator, or torch's own."""
-    generator = getattr(replay, "_rng", None)
+    generator = generator_of(replay)
     where = "cpu" if generator is None else generator.device
     return int(torch.randint(2**62, (), generator=generator, device=where))

@@ -24,7 +24,7 @@ def check_replay(replay: DeviceSampler | ReplayBuffer) -> None:
             f"replay samples with {type(replay.sampler).__name__}; captured updates sample "
             "uniformly on the device. Use RandomSampler, or the step or compiled(step) in a loop."
         )
-    if len(replay._transform):
+    if len(replay.transform):
         raise ValueError(
             "replay has transforms, which would run on the host at every update. Apply them to "
             "the data once, or use the step or compiled(step) in a loop."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +10,10 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
-from torchrl._utils import logger as torchrl_logger
+from torchrl import logger as torchrl_logger
 
 from iql_torchrl.data.categories import category_limits, check_categories
+from iql_torchrl.host import mark_stepped, tracing_gradients
 from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.update.adam import StackedAdam, along
 from iql_torchrl.update.guards import check_update_trains
@@ -22,12 +22,6 @@ from iql_torchrl.update.step import IQLStep, Terms, clip
 __all__ = ["CompiledStep", "compiled"]
 
 Gradients = Sequence["Tensor | None"]
-# Steps share code and each is a program of its own, so there is no limit to their number.
-TRACING = {
-    "trace_autograd_ops": True,
-    "recompile_limit": 2**31,
-    "accumulated_recompile_limit": 2**31,
-}
 KEPT_GUARDS = (
     "AUTOGRAD_SAVED_TENSORS_HOOKS",
     "CONSTANT_MATCH",
@@ -53,8 +47,7 @@ def compiled(step: IQLStep, **torch_compile_kwargs: Any) -> IQLStep:
     gradients, clipping, optimizer and ``SoftUpdate`` are one graph; the optimizer's own state is
     read and written, and its learning rates are tensors, so schedules do not compile again. With
     any other optimizer the graphs end at the gradients, and ``optimizer.step()`` runs as it is; a
-    note says so. ``HardUpdate`` and schedulers run outside in any case. On a torch without
-    ``torch._dynamo.config.trace_autograd_ops`` only the losses are compiled.
+    note says so. ``HardUpdate`` and schedulers run outside in any case.
 
     Keyword arguments go to ``torch.compile``: ``fullgraph=True`` unless you say otherwise, and on
     a CPU Inductor's C++ wrapper unless ``mode`` or ``options`` is given. The first call compiles,
@@ -65,9 +58,6 @@ def compiled(step: IQLStep, **torch_compile_kwargs: Any) -> IQLStep:
     if not isinstance(step, IQLStep):
         raise TypeError(f"step is {type(step).__name__}; wanted an IQLStep, such as agent.step.")
     options = {"fullgraph": True} | torch_compile_kwargs
-    if not _traces_gradients():
-        torchrl_logger.warning("this torch cannot compile gradients: only the losses are compiled.")
-        return _with_compiled_losses(step, options)
     on_cpu = all(p.device.type == "cpu" for p in step.loss.parameters())
     if not {"mode", "options", "backend"} & set(options):
         options["options"] = {"guard_filter_fn": _worth_checking}
@@ -95,18 +85,6 @@ def _worth_checking(guards: Sequence[Any]) -> list[bool]:
     ]
 
 
-def _traces_gradients() -> bool:
-    return hasattr(torch._dynamo.config, "trace_autograd_ops")
-
-
-def _with_compiled_losses(step: IQLStep, options: dict[str, Any]) -> IQLStep:
-    fast = copy.copy(step)
-    for name in ("_target_qvalue", "_value_term", "_all_terms"):
-        setattr(fast, name, torch.compile(getattr(step, name), **options))
-    fast._policy_terms = torch.compile(fast._terms_given_value, **options)
-    return fast
-
-
 class CompiledStep(IQLStep):
     """The update as graphs over the parts of another step; ``written_out``: as a single one."""
 
@@ -131,9 +109,9 @@ class CompiledStep(IQLStep):
         """What the optimizer moves; what was frozen since the step was made rests."""
         groups = self.optimizer.param_groups
         self._trained = [p.requires_grad for group in groups for p in group["params"]]
-        self._parameters = [p for group in groups for p in group["params"] if p.requires_grad]
+        self.parameters = [p for group in groups for p in group["params"] if p.requires_grad]
         self._group_of = [i for i, g in enumerate(groups) for p in g["params"] if p.requires_grad]
-        place = {id(p): i for i, p in enumerate(self._parameters)}
+        place = {id(p): i for i, p in enumerate(self.parameters)}
         self._networks = [
             [place[id(p)] for p in network if id(p) in place] for network in self._trainable
         ]
@@ -148,14 +126,13 @@ class CompiledStep(IQLStep):
         check_update_trains(independent_ranks=self.independent_ranks)
         self._follow_freezing()
         loss = self.loss
-        with self.setting(), torch._dynamo.config.patch(TRACING):
+        with self.setting(), tracing_gradients():
             read = loss.read(batch)
             if self.limits and self._device == "cpu":  # elsewhere it would wait for the device
                 check_categories(read.data, self.limits)
             if self.written_out:
                 losses, summary = self._whole(read, *self.slots())
-                # schedulers ask whether the optimizer came before them
-                setattr(self.optimizer, "_opt_called", True)  # noqa: B010
+                mark_stepped(self.optimizer)
                 return losses, summary
             losses, metadata = self._in_parts(read)
             super()._move_targets()
@@ -201,8 +178,8 @@ class CompiledStep(IQLStep):
     def _gradients(self, loss: Tensor) -> list[Tensor | None]:
         """Of every parameter the optimizer holds; None where the loss does not reach it."""
         if self.generation < 0 or not loss.requires_grad:  # a guard on what is frozen
-            return [None] * len(self._parameters)
-        found = torch.autograd.grad(loss.sum(), self._parameters, allow_unused=True)
+            return [None] * len(self.parameters)
+        found = torch.autograd.grad(loss.sum(), self.parameters, allow_unused=True)
         gradients: list[Tensor | None] = list(found)
         if self.max_grad_norm is not None:
             for network in self._networks:
@@ -236,7 +213,7 @@ class CompiledStep(IQLStep):
                 assert gradient is not None
                 group = self.optimizer.param_groups[self._group_of[i]]
                 (beta1, beta2), decay = group["betas"], group["weight_decay"]
-                parameter, rate = self._parameters[i].data, rates[self._group_of[i]]
+                parameter, rate = self.parameters[i].data, rates[self._group_of[i]]
                 if "rates" in group:  # one a run
                     size = along(size * group["rates"], parameter)
                     rate = along(rate * group["rates"], parameter)
@@ -290,15 +267,15 @@ class CompiledStep(IQLStep):
         return losses, metadata
 
     def _step_optimizer(self, gradients: Gradients) -> None:
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def slots(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
         """The optimizer's state, made as the optimizer would, and its rates as tensors."""
-        states = [self.optimizer.state[p] for p in self._parameters]
-        for parameter, state in zip(self._parameters, states, strict=True):
+        states = [self.optimizer.state[p] for p in self.parameters]
+        for parameter, state in zip(self.parameters, states, strict=True):
             if not state:
                 on_device = bool({"fused", "capturable"} & _switched_on(self.optimizer))
                 where = parameter.device if on_device else torch.device("cpu")
@@ -308,7 +285,7 @@ class CompiledStep(IQLStep):
         groups = self.optimizer.param_groups
         if len(self._rates) != len(groups):
             # double, as the numbers of Python that torch's optimizers reckon with
-            device = self._parameters[0].device
+            device = self.parameters[0].device
             dtype = torch.float32 if device.type == "mps" else torch.float64
             self._rates = [torch.zeros((), dtype=dtype, device=device) for _ in groups]
             self._filled = [float("nan")] * len(groups)

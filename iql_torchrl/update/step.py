@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchrl.envs.utils import set_exploration_type
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
+from iql_torchrl.host import children_of
 from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.objectives.iql import ImplicitQLoss
 from iql_torchrl.update.guards import check_update_trains
@@ -115,10 +117,6 @@ class IQLStep(OptimizationStepper):
         self.members: int | None = getattr(loss, "members", None)
         self._trainable = [_trainable(loss, name) for name in NETWORKS]
         self._pairs = soft_pairs(target_updater)
-        self._target_qvalue = loss.target_qvalue
-        self._value_term = loss.value_term
-        self._policy_terms = self._terms_given_value
-        self._all_terms = loss.terms
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
         losses, summary = self.learn(batch)
@@ -191,15 +189,15 @@ class IQLStep(OptimizationStepper):
         )
 
     def _sequential(self, batch: Batch) -> Terms:
-        target_qvalue = self._target_qvalue(batch)
-        loss_value, about_value = self._value_term(batch, target_qvalue)
+        target_qvalue = self.loss.target_qvalue(batch)
+        loss_value, about_value = self.loss.value_term(batch, target_qvalue)
         self._descend(loss_value)
-        losses, metadata = self._policy_terms(batch, target_qvalue)
+        losses, metadata = self._terms_given_value(batch, target_qvalue)
         self._descend(losses["loss_actor"] + losses["loss_qvalue"])
         return {**losses, "loss_value": loss_value}, about_value | metadata
 
     def _simultaneous(self, batch: Batch) -> Terms:
-        losses, metadata = self._all_terms(batch)
+        losses, metadata = self.loss.terms(batch)
         self._descend(losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"])
         return losses, metadata
 
@@ -237,9 +235,8 @@ class IQLStep(OptimizationStepper):
     def _move_targets(self) -> None:
         """``SoftUpdate``'s step."""
         if self.target_updater is not None and self._pairs[0]:
-            with torch.no_grad():
-                share = 1 - self.target_updater.eps
-                torch._foreach_lerp_(self._pairs[1], self._pairs[0], share)
+            move = get_ema_multi_avg_fn(self.target_updater.eps)
+            move(self._pairs[1], self._pairs[0], None)
 
 
 def clip(gradients: Sequence[Tensor], limit: float, members: int | None) -> list[Tensor]:
@@ -261,9 +258,17 @@ def soft_pairs(updater: TargetNetUpdater | None) -> tuple[list[Tensor], list[Ten
     """Live and target tensors that a ``SoftUpdate`` brings together; of anything else, none."""
     if updater is None or type(updater) is not SoftUpdate:
         return [], []
-    names = list(updater._sources.keys(True, True))
-    targets = [updater._targets[(f"target_{name[0]}", *name[1:])] for name in names]
-    return [updater._sources[name] for name in names], targets
+    loss = updater.loss_module
+    live: list[Tensor] = []
+    targets: list[Tensor] = []
+    for name in NETWORKS:
+        followed = children_of(loss).get(f"target_{name}_params")
+        if followed is not None:
+            for key, parameter in getattr(loss, f"{name}_params").items(True, True):
+                if isinstance(parameter, nn.Parameter):
+                    live.append(parameter)
+                    targets.append(followed.get(key))
+    return live, targets
 
 
 def part_of(step: Any, name: str) -> Any:

@@ -113,16 +113,6 @@ def test_a_frozen_network_rests():
     assert moved == {"actor", "qvalue", "target"}
 
 
-@pytest.mark.slow
-def test_where_gradients_cannot_be_traced_the_losses_are_compiled(monkeypatch):
-    monkeypatch.setattr(compilation, "_traces_gradients", lambda: False)
-    make_optimizer, make_updater, schedule, options = CASES["one graph"]
-    plain, fast = pair(torch.float64, make_optimizer, make_updater, schedule, **options)
-    train(plain, fast, 4, torch.float64)
-    for name, value in snapshot(plain.loss).items():
-        torch.testing.assert_close(snapshot(fast.loss)[name], value, rtol=1e-10, atol=1e-12)
-
-
 def traced(step):
     """``compiled``, guards and all, but for Inductor: what was traced is run as it is."""
     options = {"guard_filter_fn": compilation._worth_checking}
