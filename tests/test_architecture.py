@@ -15,9 +15,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "iql_torchrl"
 # lower layers.
 LAYERS = (
     ("config", "descriptions", "distributions", "functional", "host", "networks", "records"),
-    ("checkpoint", "cli", "data", "evaluation", "fast_networks", "policies"),
-    ("objectives", "report", "selection"),
-    ("update",),
+    ("checkpoint", "cli", "data", "evaluation", "policies"),
+    ("fast_networks", "objectives", "report"),
+    ("selection", "update"),
     ("agent",),
     ("trainers",),
     ("population",),

@@ -29,13 +29,12 @@ from iql_torchrl.data import OfflineDataset
 from iql_torchrl.descriptions import describe_space, faulty_bounds
 from iql_torchrl.evaluation.act import act
 from iql_torchrl.networks import Critic, DiscreteCritic, OneHot, Standardise, StateValue
-from iql_torchrl.objectives.iql import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
+from iql_torchrl.objectives import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
+from iql_torchrl.objectives.conversion import NETWORKS
 from iql_torchrl.update.compiled import compiled
 from iql_torchrl.update.step import IQLStep
 
 __all__ = ["Agent", "build_agent", "make_agent", "rate_factors"]
-
-NETWORKS = ("actor", "qvalue", "value")
 
 
 @dataclass(frozen=True)
@@ -329,7 +328,7 @@ def _optimizer(config: IQLConfig, loss: ImplicitQLoss) -> tuple[torch.optim.Opti
     rates = dict(zip(NETWORKS, (config.actor_lr, config.critic_lr, config.value_lr), strict=True))
     named = list(loss.named_parameters())
     groups = [
-        {"params": [p for n, p in named if n.startswith(f"{net}_network")], "lr": rate}
+        {"params": [p for n, p in named if n.startswith(net)], "lr": rate}
         for net, rate in rates.items()
     ]
     if config.optimizer == "adamw":
@@ -345,7 +344,7 @@ def _optimizer(config: IQLConfig, loss: ImplicitQLoss) -> tuple[torch.optim.Opti
 def rate_factors(config: IQLConfig) -> list[Callable[[int], float]]:
     """What multiplies the learning rates of policy, critics and V after each update."""
     cosine = partial(_cosine, updates=config.updates, steps=config.schedule_steps)
-    falling = {"constant": (), "cosine_actor": ("actor",), "cosine": NETWORKS}[config.schedule]
+    falling = {"constant": (), "cosine_actor": NETWORKS[:1], "cosine": NETWORKS}[config.schedule]
     return [cosine if network in falling else _constant for network in NETWORKS]
 
 
