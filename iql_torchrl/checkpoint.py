@@ -15,6 +15,7 @@ import torch
 from torchrl.checkpoint import Checkpoint, CheckpointAdapter, CheckpointError
 
 from iql_torchrl.files import naming
+from iql_torchrl.host import remove_path
 
 __all__ = [
     "SUFFIX",
@@ -185,7 +186,7 @@ def remove_leftovers(folder: str | Path) -> None:
     """Delete the incomplete files of a killed process from a folder of checkpoints."""
     for path in Path(folder).glob(f".{PREFIX}*"):
         if any(mark in path.name for mark in (".stage-", ".archive-", ".delete-", ".backup-")):
-            Checkpoint._remove_path(path)
+            remove_path(path)
 
 
 def replace_by_link(source: Path, destination: Path) -> None:

@@ -119,6 +119,7 @@ class _LogitsHead(_Head):
         return self.body(observations)
 
 
+HEADS = (_GaussianHead, _SquashedHead, _DeterministicHead, _MixtureHead, _LogitsHead)
 Bounds = tuple[Tensor, Tensor]
 
 

@@ -14,10 +14,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "iql_torchrl"
 # A room is a folder or a top-level file. A file imports only from its own room and from rooms of
 # lower layers.
 LAYERS = (
-    ("config", "descriptions", "distributions", "files", "functional", "networks"),
-    ("checkpoint", "cli", "data", "evaluation", "fast_networks", "policies"),
-    ("objectives", "report", "selection"),
-    ("update",),
+    ("config", "descriptions", "distributions", "files", "functional", "host", "networks"),
+    ("checkpoint", "cli", "data", "evaluation", "policies"),
+    ("fast_networks", "objectives", "report"),
+    ("selection", "update"),
     ("agent",),
     ("trainers",),
     ("population",),
@@ -73,6 +73,56 @@ def test_examples_and_benchmarks_use_public_names_only():
                 ):
                     private = [a.name for a in node.names if a.name.startswith("_")]
                     assert not private, f"{path.name} imports {private}"
+
+
+def private_attributes(tree: ast.AST) -> set[str]:
+    """Names ``x`` of every ``....x`` in the code, ``getattr(..., "x")`` included, that are private."""
+    names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr"):
+            names |= {a.value for a in node.args[1:2] if isinstance(a, ast.Constant)}
+    return {name for name in names if name.startswith("_") and not name.endswith("__")}
+
+
+def defined_here(tree: ast.AST) -> set[str]:
+    """Names that the code gives to functions, classes and attributes."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names |= {node.attr} if ast.unparse(node.value) in ("self", "cls") else set()
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return names
+
+
+def is_private_import(node: ast.AST) -> bool:
+    if isinstance(node, ast.ImportFrom):
+        parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+    elif isinstance(node, ast.Import):
+        parts = [part for alias in node.names for part in alias.name.split(".")]
+    else:
+        return False
+    libraries = ("torch", "torchrl", "tensordict")
+    return parts[0] in libraries and any(part.startswith("_") for part in parts)
+
+
+def test_private_names_of_the_libraries_are_in_host():
+    from iql_torchrl.host import INHERITED
+
+    inherited = {name for names in INHERITED.values() for name in names}
+    trees = {path: ast.parse(path.read_text()) for path in FILES}
+    host = trees.pop(PACKAGE / "host.py")
+    ours = set().union(*map(defined_here, trees.values()))
+    theirs = private_attributes(host) - inherited
+    other = {"_exit"}  # os._exit, and no others
+    for path, tree in trees.items():
+        imports = [ast.unparse(n) for n in ast.walk(tree) if is_private_import(n)]
+        assert not imports, f"{path.name}: {imports}; use or add a function in host.py"
+        names = private_attributes(tree)
+        wrong = (names & theirs) | (names - ours - inherited - other)
+        assert not wrong, f"{path.name} uses {sorted(wrong)}; use or add a function in host.py"
 
 
 def test_importing_writes_nothing_and_touches_no_device(tmp_path):

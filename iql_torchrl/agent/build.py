@@ -28,7 +28,7 @@ from iql_torchrl.data import OfflineDataset
 from iql_torchrl.descriptions import describe_space, faulty_bounds
 from iql_torchrl.evaluation.act import act
 from iql_torchrl.networks import Critic, DiscreteCritic, OneHot, Standardise, StateValue
-from iql_torchrl.objectives.iql import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
+from iql_torchrl.objectives import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
 from iql_torchrl.update.compiled import compiled
 from iql_torchrl.update.step import IQLStep
 

@@ -29,6 +29,7 @@ from iql_torchrl.descriptions import describe_space
 from iql_torchrl.evaluation.act import as_in_evaluation, needs_mask
 from iql_torchrl.evaluation.gym_interface import check_policy, reads_names_at_top_level
 from iql_torchrl.files import whole_file
+from iql_torchrl.host import validates_distributions
 
 __all__ = ["export_policy"]
 
@@ -239,7 +240,7 @@ def _trace(module: nn.Module, examples: tuple[Tensor, ...], name: str) -> Export
 @contextmanager
 def _unvalidated_distributions() -> Iterator[None]:
     """A context without torch's argument checks, which branch on values and cannot be traced."""
-    before = Distribution._validate_args
+    before = validates_distributions()
     Distribution.set_default_validate_args(False)
     try:
         yield

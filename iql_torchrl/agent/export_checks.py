@@ -11,6 +11,7 @@ from torch import Tensor
 
 from iql_torchrl.descriptions import bounds_in_words
 from iql_torchrl.evaluation.act import whole_limits
+from iql_torchrl.host import assert_dtype, assert_later
 
 __all__ = ["MASK_VALUES", "assert_values", "values_in_words"]
 
@@ -31,17 +32,17 @@ def assert_values(
     Run eagerly or traced by ``torch.export``: then the program raises ``RuntimeError`` with the
     same message. The exported program checks shapes itself.
     """
-    torch.ops.aten._assert_tensor_metadata.default(values, dtype=dtype)
+    assert_dtype(values, dtype)
     if space is None:
-        torch._assert_async(values.any(-1).all(), f"{name} must hold {MASK_VALUES}.")
+        assert_later(values.any(-1).all(), f"{name} must hold {MASK_VALUES}.")
         return
     message = f"{name} must hold {values_in_words(space)}."
     limits = whole_limits(space)
     if limits is None:
-        torch._assert_async(values.isfinite().all(), message)
+        assert_later(values.isfinite().all(), message)
     elif not _is_whole_dtype(*limits, dtype):
         low, high = (_constant(limit) for limit in limits)
-        torch._assert_async(((values >= low) & (values <= high)).all(), message)
+        assert_later(((values >= low) & (values <= high)).all(), message)
 
 
 def _is_whole_dtype(low: Any, high: Any, dtype: torch.dtype) -> bool:

@@ -7,31 +7,17 @@ from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any
 
-import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
-from torchrl.modules import MLP as TorchRLMLP
 
 from iql_torchrl import networks
-from iql_torchrl.fast_networks.dense import check_picks, picked
-from iql_torchrl.fast_networks.detect import WRAPPERS, is_known, pick_first
+from iql_torchrl.fast_networks.detect import OWN, WRAPPERS, is_known, pick_first
+from iql_torchrl.fast_networks.evaluator import follow_modes
+from iql_torchrl.fast_networks.perceptron import ELEMENTWISE, Perceptron, is_stackable
+from iql_torchrl.host import children_of, parameters_of
 
 __all__ = ["StackedNetwork", "check_networks", "check_same", "perceptron_keys"]
 
-# Modules that act on every number for itself.
-ELEMENTWISE = (
-    nn.ReLU,
-    nn.Tanh,
-    nn.SiLU,
-    nn.GELU,
-    nn.ELU,
-    nn.LeakyReLU,
-    nn.Mish,
-    nn.Softplus,
-    nn.Sigmoid,
-    nn.Identity,
-    nn.Dropout,
-)
 CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
@@ -41,11 +27,10 @@ def perceptron_keys(name: str, network: nn.Module) -> set[NestedKey]:
     Raises ``ValueError`` on what cannot be stacked: anything but this package's networks and
     policies, and plain Sequentials of Linear, LayerNorm, Dropout and element-wise activations.
     """
-    perceptrons = {p: m for p, m in network.named_modules() if _is_perceptron(m)}
+    perceptrons = {p: m for p, m in network.named_modules() if is_stackable(m)}
     inside = {part for module in perceptrons.values() for part in module.modules()}
-    for path, module in _culprits_first(network):
-        ours = type(module).__module__ in ("iql_torchrl.networks", "iql_torchrl.policies")
-        plain = ours or type(module) in (*WRAPPERS, *CONTAINERS, *ELEMENTWISE)
+    for path, module in _causes_first(network):
+        plain = type(module) in (*OWN, *WRAPPERS, *CONTAINERS, *ELEMENTWISE)
         if not is_known(module) or not (plain or module in inside):
             raise ValueError(
                 f"{name} holds {path!r}, a {type(module).__name__}, which cannot be stacked; train "
@@ -69,9 +54,9 @@ def check_networks(number: int, first: Any, loss: Any, names: Sequence[str]) -> 
 
     They may differ in weights alone, and none may share parameters with another.
     """
-    held = [leaf for name in names for leaf in _leaves(loss, name).values()]
-    trained = [id(leaf) for leaf in held if isinstance(leaf, nn.Parameter)]
-    if loss._shared.trunk or len(set(trained)) < len(trained):
+    leaves = [leaf for name in names for leaf in _leaves(loss, name).values()]
+    trained = [id(leaf) for leaf in leaves if isinstance(leaf, nn.Parameter)]
+    if loss.shared.trunk or len(set(trained)) < len(trained):
         raise ValueError(
             f"losses[{number}]'s networks share parameters, a trunk or tied layers; in a population "
             "every network has its own."
@@ -86,27 +71,28 @@ def check_networks(number: int, first: Any, loss: Any, names: Sequence[str]) -> 
                     "the first: networks of different shapes are not stacked. Train one population "
                     "for each shape."
                 )
-            what = "frozen parameter" if isinstance(mine[key], nn.Parameter) else "buffer"
-            told = ["trained" if x[key].requires_grad else what for x in (mine, theirs)]
-            check_same(number, f"{name}'s {key}", *told)
-        for one, other in zip_longest(*(_outline(getattr(x, name)) for x in (first, loss))):
-            check_same(number, f"a module of {name}", one, other)
+            other = "frozen parameter" if isinstance(mine[key], nn.Parameter) else "buffer"
+            roles = ["trained" if x[key].requires_grad else other for x in (mine, theirs)]
+            check_same(number, f"{name}'s {key}", *roles)
+        for one, another in zip_longest(*(_outline(getattr(x, name)) for x in (first, loss))):
+            check_same(number, f"a module of {name}", one, another)
 
 
-def check_same(number: int, name: str, wanted: object, found: object) -> None:
-    if wanted != found:
-        raise ValueError(f"{name} is {found!r} in losses[{number}] and {wanted!r} in the first.")
+def check_same(number: int, name: str, first: object, other: object) -> None:
+    """Raise ``ValueError`` where ``name`` of ``losses[number]`` differs from the first loss's."""
+    if first != other:
+        raise ValueError(f"{name} is {other!r} in losses[{number}] and {first!r} in the first.")
 
 
 def _leaves(loss: Any, name: str) -> dict[str, Tensor]:
-    return {str(key): leaf for key, leaf in loss._modules[f"{name}_params"].items(True, True)}
+    return {str(key): leaf for key, leaf in children_of(loss)[f"{name}_params"].items(True, True)}
 
 
 def _outline(network: nn.Module) -> list[tuple[str, ...]]:
-    """What a network is but for its weights: places, kinds, settings and keys of its modules."""
-    about = ("in_keys", "out_keys", "distribution_class")
+    """Paths, classes, settings and keys of a network's modules: all of it except the weights."""
+    names = ("in_keys", "out_keys", "distribution_class")
     return [
-        (path, f"{type(m).__name__}({m.extra_repr()})", *(str(getattr(m, a, "")) for a in about))
+        (path, f"{type(m).__name__}({m.extra_repr()})", *(str(getattr(m, n, "")) for n in names))
         for path, m in network.named_modules()
     ]
 
@@ -123,116 +109,44 @@ class StackedNetwork:
         self.module: Any = copy.deepcopy(network)
         self._modes = list(zip(network.modules(), self.module.modules(), strict=True))
         for path, original in network.named_modules():
-            if _is_perceptron(original):
-                leaves = [params.get(_key(path, k)) for k, _ in original.named_parameters()]
-                parent, _, child = path.rpartition(".")
-                body = _Perceptron(self.module.get_submodule(path), leaves)
-                self.module.get_submodule(parent)._modules[child] = body
-                if type(body.layers[0]) is nn.Linear:
-                    pick_first(self.module.get_submodule(parent), _Perceptron)
+            if is_stackable(original):
+                self._replace(path, original, params)
         dims = params.batch_dims
         for path, module in self.module.named_modules():
-            if "layers" in path.split("."):
-                continue
-            for key in [k for k, p in module._parameters.items() if p is not None]:
-                module._parameters[key] = params.get(_key(path, key))
-            for key in list(module._buffers):
+            table = parameters_of(module)
+            for key in [k for k, p in table.items() if p is not None]:
+                table[key] = params.get(_key(path, key))
+            for key in [k for k, _ in module.named_buffers(recurse=False)]:
                 stacked = params.get(_key(path, key)).flatten(0, dims - 1)
                 if not bool((stacked == stacked[:1]).all()):
                     raise ValueError(
                         f"{name}'s {path}.{key} differs between the runs; a population shares the "
                         "data, so statistics and bounds must be the same."
                     )
-                module._buffers[key] = stacked[0]
+                setattr(module, key, stacked[0])
+
+    def _replace(self, path: str, original: nn.Module, params: TensorDictBase) -> None:
+        """Put a perceptron over the stacked parameters in the place of the one at ``path``."""
+        leaves = [params.get(_key(path, key)) for key, _ in original.named_parameters()]
+        parent_path, _, child = path.rpartition(".")
+        parent, source = (self.module.get_submodule(p) for p in (parent_path, path))
+        body = Perceptron(source, leaves, per_run=True)
+        setattr(parent, child, body)
+        if type(body.layers[0]) is nn.Linear:
+            pick_first(parent)
 
     def follow_modes(self) -> None:
-        """Training or evaluation mode as the original has it."""
-        for original, clone in self._modes:
-            if clone.training is not original.training:
-                clone.training = original.training
+        """Set training or evaluation mode as the original network has it."""
+        follow_modes(self._modes)
 
     def __call__(self, data: TensorDictBase) -> Tensor:
         """Output of a TensorDictModule with one plain module and one out-key."""
         out: Tensor = self.module.module(*[data.get(key) for key in self.module.in_keys])
-        return out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
+        return out
 
 
-class _Perceptron(nn.Module):
-    """A Sequential over stacked parameters: ``(B, in)`` or ``(P, B, in)`` to ``(P, [K,] B, out)``.
-
-    With ``picks``, categories ``(B,)`` or ``(P, B)`` stand for their one-hot form.
-    """
-
-    def __init__(self, source: nn.Module, leaves: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.picks = False
-        self.layers = nn.ModuleList(_layers(source))
-        rest = list(leaves)
-        self.leaves = []
-        for layer in self.layers:
-            count = sum(p is not None for p in layer._parameters.values())
-            self.leaves.append(tuple(rest[:count]))
-            rest = rest[count:]
-            layer._parameters.clear()
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """On columns, ``(..., n, B)``: gradients of weights then have the weights' own layout."""
-        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
-        check_picks(x, self.picks)
-        x = x.mT if x.is_floating_point() else x
-        for layer, leaves in zip(self.layers, self.leaves, strict=True):
-            if isinstance(layer, nn.Linear):
-                x = _linear(x, *leaves)
-            elif isinstance(layer, nn.LayerNorm):
-                x = nn.functional.layer_norm(x.mT, layer.normalized_shape, eps=layer.eps).mT
-                if leaves:
-                    x = _widened(x, leaves[0].ndim + 1) * leaves[0].unsqueeze(-1)
-                if len(leaves) > 1:
-                    x = x + leaves[1].unsqueeze(-1)
-            else:
-                x = layer(x)
-        return x.mT
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not x.is_floating_point():
-        x = picked(weight, x)
-    elif x.ndim == 2:  # one input for all: one product
-        x = (weight.flatten(0, -2) @ x).unflatten(0, weight.shape[:-1])
-    else:
-        x = _widened(x, weight.ndim)
-        if weight.shape[-2] == 1 and torch.compiler.is_compiling():
-            x = (weight.mT * x).sum(-2, keepdim=True)
-        else:
-            x = weight @ x
-    return x if bias is None else x + bias.unsqueeze(-1)
-
-
-def _widened(x: Tensor, ndim: int) -> Tensor:
-    """``(P, n, B)`` with a dimension for the K critics of a run; ``(n, B)``, for all, as it is."""
-    return x.unsqueeze(1) if 2 < x.ndim < ndim else x
-
-
-def _layers(source: nn.Module) -> list[Any]:
-    """In the order they run; ``children()`` names a module once, however often it runs."""
-    return list(source._modules.values())
-
-
-def _is_perceptron(module: nn.Module) -> bool:
-    kinds = (nn.Sequential, networks.MLP, TorchRLMLP)
-    if type(module) not in kinds or getattr(module, "_reshape_out", False):
-        return False
-    parts = _layers(module)
-    linear = any(type(part) is nn.Linear for part in parts)
-    return linear and all(
-        type(p) in (nn.Linear, *ELEMENTWISE)
-        or (type(p) is nn.LayerNorm and len(p.normalized_shape) == 1)
-        for p in parts
-    )
-
-
-def _culprits_first(network: nn.Module) -> list[tuple[str, nn.Module]]:
-    """A Linear is no culprit: it stands beside what keeps its Sequential from being stacked."""
+def _causes_first(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules with Linear and LayerNorm last: another part keeps their Sequential from stacking."""
     kinds = (nn.LayerNorm, nn.Linear)
     return sorted(
         network.named_modules(),

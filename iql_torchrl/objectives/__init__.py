@@ -1,14 +1,8 @@
 """IQL losses as TorchRL LossModules."""
 
 from iql_torchrl.objectives.base import OfflineLoss
-from iql_torchrl.objectives.iql import (
-    DIAGNOSTICS,
-    LOSSES,
-    OPTIONS,
-    DiscreteIQLLoss,
-    ImplicitQLoss,
-    IQLLoss,
-)
+from iql_torchrl.objectives.discrete import DiscreteIQLLoss
+from iql_torchrl.objectives.iql import DIAGNOSTICS, LOSSES, OPTIONS, ImplicitQLoss, IQLLoss
 
 __all__ = [
     "DIAGNOSTICS",

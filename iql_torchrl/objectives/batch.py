@@ -1,4 +1,4 @@
-"""What a loss reads from a TensorDict: checked once, per sample, padding out of the way."""
+"""What a loss reads from a TensorDict: checked once, per sample, padding replaced."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
+from tensordict.utils import is_batchedtensor
 from torch import Tensor
 
 __all__ = ["Batch", "agree", "output_of", "per_sample", "read_batch"]
@@ -29,7 +30,7 @@ class Batch:
         return Batch(self.data.get("next"), self.mask, self.weight)
 
     def mask_like(self, value: Tensor) -> Tensor | None:
-        """``mask`` in the shape of per-sample ``value``: a step's entry holds for all in it."""
+        """``mask`` in the shape of per-sample ``value``: a step's entry applies to all of it."""
         return None if self.mask is None else _like(self.mask, value)
 
     def weight_like(self, value: Tensor) -> Tensor | None:
@@ -57,8 +58,8 @@ def read_batch(
 
     Raises ``KeyError`` naming a missing key, ``ValueError`` on an empty batch, on a mask or weight
     of a wrong shape and, on a CPU outside ``torch.compile`` and ``vmap``, on a mask without any
-    valid step. Elsewhere asking would wait for the device or break the graph: there such a batch
-    has losses and gradients of zero.
+    valid step. Elsewhere that check would wait for the device or break the graph: there such a
+    batch has losses and gradients of zero.
     """
     if 0 in tensordict.batch_size:
         raise ValueError(
@@ -93,7 +94,7 @@ def read_batch(
 def _check_some_valid(mask: Tensor, keys: list[NestedKey]) -> None:
     if mask.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if not torch._C._functorch.is_batchedtensor(mask) and not bool(mask.any()):
+    if not is_batchedtensor(mask) and not bool(mask.any()):
         raise ValueError(
             f"{' and '.join(map(repr, keys))} mark none of the batch's {mask.numel()} steps as "
             "valid; wanted True at every real step and False at padding. Check that the mask is not "
@@ -130,13 +131,13 @@ def per_sample(value: Tensor, shape: torch.Size, key: NestedKey, *, leading: int
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
-def output_of(found: TensorDictBase, key: NestedKey, name: str) -> Tensor:
+def output_of(written: TensorDictBase, key: NestedKey, name: str) -> Tensor:
     """What a network wrote under ``key``; raises ``KeyError`` when it wrote elsewhere."""
-    value = found.get(key, None)
+    value = written.get(key, None)
     if value is None:
-        held = sorted(map(str, found.keys(include_nested=True, leaves_only=True)))
+        keys = sorted(map(str, written.keys(include_nested=True, leaves_only=True)))
         raise KeyError(
-            f"{name} writes no {key!r}; it gives {held}. Build it with out_keys=[{key!r}], or name "
+            f"{name} writes no {key!r}; it writes {keys}. Build it with out_keys=[{key!r}], or name "
             "its key with loss.set_keys(...)."
         )
     return value
@@ -162,8 +163,8 @@ def _missing(key: NestedKey, tensordict: TensorDictBase) -> str:
             "so the one is not taken for the other. If no episode was cut short, "
             "loss.set_keys(terminated='done')"
         )
-    found = sorted(map(str, tensordict.keys(include_nested=True, leaves_only=True)))
-    return f"{key!r} is not in the batch, which holds {', '.join(found)}; {advice}."
+    keys = sorted(map(str, tensordict.keys(include_nested=True, leaves_only=True)))
+    return f"{key!r} is not in the batch, which holds {', '.join(keys)}; {advice}."
 
 
 def _neutralise(tensordict: TensorDictBase, mask: Tensor, done_key: NestedKey) -> TensorDictBase:

@@ -1,20 +1,22 @@
 """From one module, a list or a factory to K critics, and the bookkeeping their targets need.
 
-TorchRL's ``LossModule.convert_to_functional`` does the conversion. What it gets wrong for
-critics is put right here: it redraws weights uniformly, and it leaves shared trunks and buffers
-of the target critics behind.
+TorchRL's ``LossModule.convert_to_functional`` does the conversion. This module corrects two of its
+results for critics: weights that it draws again uniformly, and shared trunks and buffers that its
+target critics do not follow.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictParams
 from torch import Tensor, nn
+
+from iql_torchrl.host import children_of, plain_entries
 
 Critics: TypeAlias = TensorDictModule | Sequence[TensorDictModule] | Callable[[], TensorDictModule]
 
@@ -23,7 +25,7 @@ def list_critics(critics: Critics, num_critics: int) -> TensorDictModule | list[
     """The module alone, or a list of exactly ``num_critics`` modules (a factory is called K times).
 
     Raises ``ValueError`` when a list has another length, ``TypeError`` on anything else, and
-    ``ValueError`` when a lone module that must become K critics has uninitialised (lazy) weights.
+    ``ValueError`` when a single module that must become K critics has uninitialised (lazy) weights.
     """
     if isinstance(critics, nn.Module):
         if num_critics > 1:
@@ -60,8 +62,8 @@ def draw_critics(tensor: Tensor, num_critics: int) -> Tensor:
 
     - a frozen tensor (``requires_grad=False``) or one whose entries are all equal (zero biases,
       unit norm scales) is copied;
-    - a matrix or kernel whose rows or columns are orthogonal with one common norm is drawn
-      afresh as an orthogonal matrix with that norm (Saxe et al. 2014);
+    - for a matrix or kernel whose rows or columns are orthogonal with one common norm, another
+      orthogonal matrix with that norm is drawn (Saxe et al. 2014);
     - any other tensor is drawn entry by entry, with replacement, from its own entries.
     """
     source = tensor.detach()
@@ -85,7 +87,7 @@ def _orthogonal_gain(weight: Tensor) -> float | None:
     matrix = weight.flatten(1).double()
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
-    if matrix.shape[0] < 2:  # one row is orthogonal to nothing: no evidence of a scheme
+    if matrix.shape[0] < 2:  # a single row does not show how it was drawn
         return None
     gram = matrix @ matrix.T
     square = gram.diagonal().mean()
@@ -112,8 +114,17 @@ def initialise_critics(live: TensorDictParams, target: TensorDictParams, module:
 def unlocked(params: TensorDictBase) -> TensorDictBase:
     """A shallow copy of ``params`` as a plain TensorDict whose entries can be replaced."""
     if isinstance(params, TensorDictParams):
-        params = params._param_td
+        params = plain_entries(params)
     return params.copy()
+
+
+class TrunkEntry(NamedTuple):
+    """Entry ``key`` of ``network``'s parameters is entry ``owner_key`` of ``owner``'s."""
+
+    network: str
+    key: NestedKey
+    owner: str
+    owner_key: NestedKey
 
 
 class SharedLeaves:
@@ -131,7 +142,7 @@ class SharedLeaves:
 
     def __init__(self, detach: bool) -> None:
         self.detach = detach
-        self.trunk: list[tuple[str, NestedKey, str, NestedKey]] = []
+        self.trunk: list[TrunkEntry] = []
         self.buffers: list[tuple[str, NestedKey]] = []
 
     def find_trunk(
@@ -146,7 +157,7 @@ class SharedLeaves:
         for key, parameter in tables[0].items():
             same = all(table.get(key) is parameter for table in tables)
             if isinstance(parameter, nn.Parameter) and same and id(parameter) in owned:
-                self.trunk.append((name, key, *owned[id(parameter)]))
+                self.trunk.append(TrunkEntry(name, key, *owned[id(parameter)]))
 
     def install(self, loss: nn.Module, name: str, modules: Sequence[nn.Module]) -> None:
         """Put mirrors in place, give critics' entries storage of their own, and tie targets."""
@@ -171,7 +182,7 @@ class SharedLeaves:
             mirror = getattr(loss, f"{name}_params").get(key)
             mirror.data = getattr(loss, f"{owner}_params").get(owner_key).data.expand(mirror.shape)
         for name, key in self.buffers:
-            target: TensorDictParams | None = loss._modules.get(f"target_{name}_params")
+            target: TensorDictParams | None = children_of(loss).get(f"target_{name}_params")
             if target is not None:
                 target.get(key).data = getattr(loss, f"{name}_params").get(key).data
 
@@ -188,13 +199,14 @@ class SharedLeaves:
     def live(self, loss: nn.Module, name: str) -> TensorDictBase:
         """Parameters of the network ``name`` for a forward pass: mirrors replaced by their owners."""
         params: TensorDictBase = getattr(loss, f"{name}_params")
-        entries = [entry[1:] for entry in self.trunk if entry[0] == name]
+        entries = [entry for entry in self.trunk if entry.network == name]
         if not entries:
             return params
         params = unlocked(params)
-        for key, owner, owner_key in entries:
-            leaf = getattr(loss, f"{owner}_params").get(owner_key).expand(params.get(key).shape)
-            params.set(key, leaf.detach() if self.detach else leaf)
+        for entry in entries:
+            leaf = getattr(loss, f"{entry.owner}_params").get(entry.owner_key)
+            leaf = leaf.expand(params.get(entry.key).shape)
+            params.set(entry.key, leaf.detach() if self.detach else leaf)
         return params
 
     def with_spare_buffers(self, name: str, params: TensorDictBase) -> TensorDictBase:

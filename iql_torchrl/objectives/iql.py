@@ -1,17 +1,14 @@
-"""Implicit Q-Learning as TorchRL loss modules: :class:`IQLLoss` and :class:`DiscreteIQLLoss`."""
+"""Implicit Q-Learning as a TorchRL loss module: the common part, and :class:`IQLLoss`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
-from torch import Tensor, distributions, nn
-from torchrl.data.tensor_specs import TensorSpec
-from torchrl.data.utils import _find_action_space
-from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical
+from torch import Tensor, distributions
 
 from iql_torchrl import functional as F
 from iql_torchrl.config import IQLConfig, Knob, check_choice, loss_knobs
@@ -19,19 +16,18 @@ from iql_torchrl.objectives.base import OfflineLoss
 from iql_torchrl.objectives.batch import Batch, agree, per_sample
 from iql_torchrl.objectives.ensembles import Critics
 
-__all__ = ["DiscreteIQLLoss", "IQLLoss", "ImplicitQLoss"]
+__all__ = ["IQLLoss", "ImplicitQLoss"]
 
-ONE_HOT_DISTRIBUTIONS = (
-    OneHotCategorical,
-    MaskedOneHotCategorical,
-    distributions.OneHotCategorical,
-)
 ActorObjective = str | Callable[[TensorDictModule, TensorDictBase], Tensor]
+ValueObjective = str | Callable[[Tensor, Tensor], Tensor]
+AdvantageWeight = str | Callable[[Tensor], Tensor]
+ADVANTAGE_WEIGHTS = ("exponential",)
 ACTOR_OBJECTIVES = ("log_prob", "mse")
 LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
 # Attributes that decide, with the knobs, what a loss computes and returns.
 OPTIONS = (
     "actor_objective",
+    "advantage_weight",
     "deactivate_vmap",
     "delay_qvalue",
     "deterministic_sampling_mode",
@@ -73,8 +69,9 @@ class ImplicitQLoss(OfflineLoss):
         temperature: float = IQLConfig.temperature,
         expectile: float = IQLConfig.expectile,
         max_weight: float = IQLConfig.max_weight,
-        value_objective: str = IQLConfig.value_objective,
+        value_objective: ValueObjective = IQLConfig.value_objective,
         actor_objective: ActorObjective = "log_prob",
+        advantage_weight: AdvantageWeight = "exponential",
         diagnostics: bool = False,
         separate_losses: bool = False,
         reduction: str | None = None,
@@ -83,17 +80,22 @@ class ImplicitQLoss(OfflineLoss):
         priority_key: str | None = None,
         gamma: float | None = None,
     ) -> None:
-        given = {
+        settings = {
             "loss_function": loss_function,
             "temperature": temperature,
             "expectile": expectile,
             "max_weight": max_weight,
-            "value_objective": value_objective,
         }
-        for name, value in given.items():
+        if not callable(value_objective):
+            settings["value_objective"] = value_objective
+        for name, value in settings.items():
             self.knobs[name].check_in_loss(value)
-        if not callable(actor_objective):
-            check_choice("actor_objective", actor_objective, ACTOR_OBJECTIVES)
+        for name, choice, names in (
+            ("actor_objective", actor_objective, ACTOR_OBJECTIVES),
+            ("advantage_weight", advantage_weight, ADVANTAGE_WEIGHTS),
+        ):
+            if not callable(choice):
+                check_choice(name, choice, names)
         if actor_objective == "log_prob" and not hasattr(actor_network, "get_dist"):
             raise TypeError(
                 f"actor_network is {type(actor_network).__name__}, which has no distribution "
@@ -118,12 +120,13 @@ class ImplicitQLoss(OfflineLoss):
         self.max_weight = max_weight
         self.value_objective = value_objective
         self.actor_objective = actor_objective
+        self.advantage_weight = advantage_weight
         self._diagnostics = diagnostics
         scalars = ["entropy"] if actor_objective == "log_prob" else []
         scalars += DIAGNOSTICS if diagnostics else ()
         if self.reduction == "none" and self.scalar_output_mode == "exclude":
             scalars = []
-        self._out_keys = self._out_keys_apparent = [*LOSSES, *scalars]
+        self.out_keys = [*LOSSES, *scalars]
 
     def logged_action(self, batch: Batch, dist: distributions.Distribution) -> Tensor:
         """The logged action in the form that ``dist.log_prob`` takes."""
@@ -143,11 +146,16 @@ class ImplicitQLoss(OfflineLoss):
 
         ``"expectile"``: asymmetric squared error of ``min_k Q_k(s, a) - V(s)``. ``"quantile"``:
         pinball loss of the same. ``"sarsa_expectile"``: asymmetric squared error of
-        ``r + gamma V(s') - V(s)``, which asks no critic.
+        ``r + gamma V(s') - V(s)``, for which the loss does not use the critics. A callable
+        ``(min_k Q_k(s, a), V(s)) -> loss`` gives its own per-sample loss, all of shape ``(*B,)``.
         """
         value = self.state_value(batch)
         agree(state_value=value, target_qvalue=target_qvalue)
-        if self.value_objective == "sarsa_expectile":
+        if callable(self.value_objective):
+            loss = self._per_sample(
+                self.value_objective(target_qvalue, value), batch, "value_objective"
+            )
+        elif self.value_objective == "sarsa_expectile":
             target = self.td_target(batch) if td_target is None else td_target
             loss = F.expectile_loss(target - value, expectile=self.expectile)
         elif self.value_objective == "quantile":
@@ -161,11 +169,9 @@ class ImplicitQLoss(OfflineLoss):
 
         ``-w log pi(a|s)`` with ``w = min(exp(temperature * A), max_weight)``; ``"mse"`` takes
         ``w |pi(s) - a|**2`` summed over action dimensions; a callable gives its own per-sample
-        loss, weighted the same way.
+        loss, weighted the same way. A callable ``advantage_weight`` gives ``w`` from ``A``.
         """
-        weight = F.exponential_weight(
-            advantage, temperature=self.temperature, max_weight=self.max_weight
-        )
+        weight = self.weight_of(advantage, batch)
         metadata = {"advantage": advantage, "weight": weight}
         error = self._actor_error(batch)
         agree(policy_error=error, advantage=advantage)
@@ -173,14 +179,28 @@ class ImplicitQLoss(OfflineLoss):
             metadata["log_prob"] = -error.detach()
         return self._reduce(weight * error, batch), metadata
 
+    def weight_of(self, advantage: Tensor, batch: Batch) -> Tensor:
+        """Weights ``(*B,)`` of the samples in the policy's loss, without gradient."""
+        if callable(self.advantage_weight):
+            weight = self.advantage_weight(advantage).detach()
+            return self._per_sample(weight, batch, "advantage_weight")
+        return F.exponential_weight(
+            advantage, temperature=self.temperature, max_weight=self.max_weight
+        )
+
+    @staticmethod
+    def _per_sample(result: Tensor, batch: Batch, name: str) -> Tensor:
+        """The result of a function that the user gave as ``name``; ``ValueError`` on its shape."""
+        return per_sample(result, batch.data.batch_size, f"{name}'s result")
+
     def _actor_error(self, batch: Batch) -> Tensor:
         data = batch.data
         if callable(self.actor_objective):
-            with self._live_actor() as actor:
+            with self.evaluator.policy(self) as actor:
                 error = self.actor_objective(actor, data.copy())
-            return per_sample(error, data.batch_size, "actor_objective's result")
+            return self._per_sample(error, batch, "actor_objective")
         inputs = data.select(*self.actor_network.in_keys, strict=False)
-        with self._live_actor() as actor:
+        with self.evaluator.policy(self) as actor:
             if self.actor_objective == "mse":
                 error = actor(inputs).get(self.tensor_keys.action)
                 error = (error - data.get(self.tensor_keys.action)).square()
@@ -208,11 +228,11 @@ class ImplicitQLoss(OfflineLoss):
         """All three losses from at most five network evaluations, and their joined metadata."""
         target_qvalue = self.target_qvalue(batch)
         td_target = self.td_target(batch)
-        loss_value, about_value = self.value_term(batch, target_qvalue, td_target)
-        loss_actor, about_actor = self.actor_term(batch, target_qvalue - about_value["value"])
-        loss_qvalue, about_qvalue = self.qvalue_term(batch, td_target)
+        loss_value, of_value = self.value_term(batch, target_qvalue, td_target)
+        loss_actor, of_actor = self.actor_term(batch, target_qvalue - of_value["value"])
+        loss_qvalue, of_qvalue = self.qvalue_term(batch, td_target)
         losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value}
-        return losses, about_value | about_actor | about_qvalue
+        return losses, of_value | of_actor | of_qvalue
 
     # -- TorchRL's interface -----------------------------------------------------------------------
 
@@ -260,17 +280,20 @@ class ImplicitQLoss(OfflineLoss):
         return out
 
     def summary(self, batch: Batch, metadata: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What an update tells besides its losses: per-sample priority, log-probability; scalars."""
-        found = {"priority": metadata["td_error"].amax(0)}
+        """Outputs of an update besides its losses.
+
+        ``priority`` and ``log_prob`` per sample; scalars ``entropy`` and those of ``DIAGNOSTICS``.
+        """
+        summary = {"priority": metadata["td_error"].amax(0)}
         if "log_prob" in metadata:
-            found["log_prob"] = metadata["log_prob"]
-            found["entropy"] = self._mean(-metadata["log_prob"], batch)
-        return found | self._diagnose(metadata, batch) if self.diagnostics else found
+            summary["log_prob"] = metadata["log_prob"]
+            summary["entropy"] = self._mean(-metadata["log_prob"], batch)
+        return summary | self._diagnose(metadata, batch) if self.diagnostics else summary
 
     def outputs(
         self, tensordict: TensorDictBase, losses: dict[str, Tensor], summary: dict[str, Tensor]
     ) -> TensorDictBase:
-        """Write what ``tensordict`` is owed, and gather losses and scalars into a new TensorDict."""
+        """A new TensorDict of losses and scalars; priority and log-probability go into the input."""
         scalars = dict(summary)
         tensordict.set(self.tensor_keys.priority, scalars.pop("priority"))
         if "log_prob" in scalars:
@@ -328,10 +351,13 @@ class IQLLoss(ImplicitQLoss):
         expectile: tau in (0, 1]. 0.5 values the log's policy; towards 1, its best actions.
         max_weight: ceiling of a sample's weight, > 0.
         value_objective: ``"expectile"``, ``"quantile"`` or ``"sarsa_expectile"``
-            (:meth:`value_term`).
+            (:meth:`value_term`), or a callable ``(target_qvalue (*B,), value (*B,)) -> per-sample
+            loss (*B,)``.
         actor_objective: ``"log_prob"``, ``"mse"`` for deterministic actors, or a callable
             ``(actor, batch) -> per-sample loss (*B,)``.
-        diagnostics: add the means that tell whether training is healthy (``DIAGNOSTICS``).
+        advantage_weight: ``"exponential"``, ``min(exp(temperature * A), max_weight)``, or a callable
+            ``(advantage (*B,)) -> weight (*B,)``, which leaves temperature and max_weight unused.
+        diagnostics: add means that show how training goes (``DIAGNOSTICS``).
         separate_losses: parameters shared with the actor learn from the actor's loss alone.
         reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``.
         deactivate_vmap: evaluate the critics in a loop.
@@ -345,68 +371,12 @@ class IQLLoss(ImplicitQLoss):
             for ``actor_objective="log_prob"``.
     """
 
-    def action_values(self, batch: Batch, params: TensorDictBase) -> Tensor:
-        outputs = self.critic_outputs(batch, params)
+    def action_values(self, batch: Batch, name: str) -> Tensor:
+        outputs = self.evaluator.critic_outputs(self, batch.data, name)
         key = self.tensor_keys.state_action_value
-        return per_sample(outputs, batch.data.batch_size, key, leading=1)
+        return per_sample(outputs, batch.data.batch_size, key, leading=1 + self.run_dims(batch))
 
     @staticmethod
     def loss_value_diff(diff: Tensor, expectile: float = 0.8) -> Tensor:
         """TorchRL's name for :func:`iql_torchrl.functional.expectile_loss`."""
         return F.expectile_loss(diff, expectile=expectile)
-
-
-class DiscreteIQLLoss(ImplicitQLoss):
-    """IQL when the critic returns one value per action: ``(*B, N)``, N >= 2.
-
-    The logged action is an index, ``(*B,)`` or ``(*B, 1)``, or one-hot ``(*B, N)``, whatever the
-    policy's distribution takes. All else is :class:`IQLLoss`'s.
-
-    Keyword Args:
-        action_space: ``"categorical"``, ``"one-hot"`` or a TorchRL spec; documents the data, which
-            is recognised by shape in any case. Other spaces are refused with ``ValueError``.
-    """
-
-    def __init__(
-        self,
-        actor_network: ProbabilisticTensorDictSequential,
-        qvalue_network: Critics,
-        value_network: TensorDictModule,
-        *,
-        action_space: str | TensorSpec | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if kwargs.get("actor_objective") == "mse":
-            raise ValueError("actor_objective='mse' needs continuous actions; these are discrete.")
-        super().__init__(actor_network, qvalue_network, value_network, **kwargs)
-        if action_space is not None and not isinstance(action_space, str | TensorSpec):
-            raise TypeError(
-                f"action_space is {action_space!r}; choose 'categorical' or 'one-hot', or pass a "
-                "TorchRL spec: dataset.action_spec."
-            )
-        self.action_space = _find_action_space(action_space or "categorical")
-        if self.action_space not in ("categorical", "one_hot"):
-            raise ValueError(
-                f"action_space is {action_space!r}; choose 'categorical' or 'one-hot': one action "
-                "out of N per step."
-            )
-
-    def action_values(self, batch: Batch, params: TensorDictBase) -> Tensor:
-        outputs = self.critic_outputs(batch, params)
-        action = batch.data.get(self.tensor_keys.action)
-        key = self.tensor_keys.state_action_value
-        picked = F.pick_action(outputs, action, leading=1)
-        return per_sample(picked, batch.data.batch_size, key, leading=1)
-
-    def logged_action(self, batch: Batch, dist: distributions.Distribution) -> Tensor:
-        action = batch.data.get(self.tensor_keys.action)
-        dims = len(dist.batch_shape)
-        is_one_hot = action.ndim > dims and action.shape[-1] > 1
-        if isinstance(dist, ONE_HOT_DISTRIBUTIONS):
-            if is_one_hot:
-                return action.long() if action.dtype == torch.bool else action
-            index = action if action.ndim == dims else action.squeeze(-1)
-            return nn.functional.one_hot(index.long(), dist.param_shape[-1])
-        if is_one_hot:
-            return action.long().argmax(-1)
-        return action if action.ndim == dims else action.squeeze(-1)

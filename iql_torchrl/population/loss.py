@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
-from torchrl.objectives.common import LossModule
 from torchrl.objectives.value import TD0Estimator
 
-from iql_torchrl import functional as F
-from iql_torchrl.fast_networks.detect import DirectActor, is_head_and_distribution, writes
+from iql_torchrl.fast_networks.detect import is_head_and_distribution, writes
+from iql_torchrl.fast_networks.evaluator import DirectActor
 from iql_torchrl.fast_networks.stacked import (
     StackedNetwork,
     check_networks,
     check_same,
     perceptron_keys,
 )
-from iql_torchrl.objectives.batch import Batch, agree, per_sample
+from iql_torchrl.host import children_of
+from iql_torchrl.objectives.batch import Batch
+from iql_torchrl.objectives.conversion import NETWORKS
+from iql_torchrl.objectives.discrete import DiscreteIQLLoss
 from iql_torchrl.objectives.ensembles import SharedLeaves
-from iql_torchrl.objectives.iql import OPTIONS, DiscreteIQLLoss, ImplicitQLoss, IQLLoss
+from iql_torchrl.objectives.evaluator import Evaluator
+from iql_torchrl.objectives.iql import OPTIONS, ImplicitQLoss, IQLLoss
 
 __all__ = ["PopulationLoss"]
 
-NETWORKS = ("actor_network", "qvalue_network", "value_network")
+PARAMETERS = frozenset(inspect.signature(ImplicitQLoss.__init__).parameters)
 
 
 class PopulationLoss(ImplicitQLoss):
@@ -54,72 +59,92 @@ class PopulationLoss(ImplicitQLoss):
     def __init__(self, losses: Sequence[ImplicitQLoss]) -> None:
         if not losses:
             raise ValueError("losses is empty; a population has at least one run.")
-        LossModule.__init__(self)  # the networks are converted already
-        first = losses[0]
         _check_alike(losses)
-        self._in_keys = None
+        first = losses[0]
         self.members = len(losses)
-        for name in _shared(first):
-            setattr(self, "_diagnostics" if name == "diagnostics" else name, getattr(first, name))
         self._kind = DiscreteIQLLoss if isinstance(first, DiscreteIQLLoss) else IQLLoss
-        self._out_keys = self._out_keys_apparent = list(first.out_keys)
-        self._optional_keys = set(first._optional_keys)
-        self._shared = SharedLeaves(detach=False)
+        self._losses: Sequence[ImplicitQLoss] = losses  # only while they are stacked
+        shared = _shared(first)
+        first_run: dict[str, Any] = {n: getattr(first, n) for n in shared if n in PARAMETERS}
+        first_run |= {name: float(getattr(first, name)) for name in _per_run(first)}
+        super().__init__(
+            first.actor_network,
+            first.qvalue_network,
+            first.value_network,
+            **first_run,
+        )
+        del self._losses
+        for name in shared:
+            if name not in PARAMETERS:
+                setattr(self, name, getattr(first, name))
+        self.out_keys = list(first.out_keys)
         self._tensor_keys = copy.copy(first.tensor_keys)
-        self._stack(losses)
         like = next(first.parameters())
-        for name in (name for name, knob in first.knobs.items() if knob.per_run):
-            values = torch.tensor(
-                [float(getattr(loss, name)) for loss in losses], dtype=torch.float64
-            )
+        for name in _per_run(first):
+            delattr(self, name)  # the first run's number, in place of which comes every run's
+            values = torch.tensor([float(getattr(x, name)) for x in losses], dtype=torch.float64)
             self.register_buffer(name, values.to(like).unsqueeze(-1), persistent=False)
         discount = torch.stack([loss.value_estimator.gamma.reshape(()) for loss in losses])
         discount = discount.to(like.device).unsqueeze(-1)
         self.register_buffer("discount", discount, persistent=False)
         self.make_value_estimator(gamma=float(discount[0]))
         self.value_estimator.set_keys(**vars(first.value_estimator.tensor_keys))
-        self.register_load_state_dict_post_hook(_forget_networks)
 
-    def _stack(self, losses: Sequence[ImplicitQLoss]) -> None:
-        first = losses[0]
-        for name in NETWORKS:
-            network = getattr(first, name)
-            self.__dict__[name] = copy.deepcopy(network)  # as LossModule holds them
+    def _convert(
+        self, actor: nn.Module, critics: Any, value: nn.Module, separate_losses: bool
+    ) -> SharedLeaves:
+        """Stack the parameters of the losses, which TorchRL has converted already."""
+        first = self._losses[0]
+        for name, network in zip(NETWORKS, (actor, critics, value), strict=True):
+            self.__dict__[name] = copy.deepcopy(network)  # not a submodule, as in LossModule
             inside = perceptron_keys(name, network)
             self._has_update_associated[name] = False
-            for prefix in ("", "target_"):
-                stacks = [loss._modules.get(f"{prefix}{name}_params") for loss in losses]
-                if stacks[0] is None:
-                    continue
-                stacked: Any = torch.stack([params.data for params in stacks]).contiguous()
-                for key in list(stacked.keys(True, True)):
-                    leaf = stacked.get(key)
-                    buffer = not prefix and not stacks[0].get(key).requires_grad
-                    if key not in inside and not _is_buffer(network, key):
-                        leaf = leaf.unsqueeze(1)
-                    stacked.set(key, leaf if prefix or buffer else nn.Parameter(leaf))
-                setattr(self, f"{prefix}{name}_params", TensorDictParams(stacked, no_convert=True))
+            for attribute in (f"{name}_params", f"target_{name}_params"):
+                if attribute in children_of(first):
+                    setattr(self, attribute, self._stacked(attribute, network, inside))
+        self.optional_keys = set(first.optional_keys)
+        self.register_load_state_dict_post_hook(_forget_evaluator)
+        return SharedLeaves(detach=False)
+
+    def _stacked(self, attribute: str, network: Any, inside: set[NestedKey]) -> TensorDictParams:
+        """The losses' parameters ``attribute``, ``(P, ...)`` in each entry.
+
+        Entries outside of perceptrons get a dimension of size 1 for the batch, ``(P, 1, ...)``.
+        """
+        stacks: list[Any] = [children_of(loss)[attribute] for loss in self._losses]
+        stacked: Any = torch.stack([params.data for params in stacks]).contiguous()
+        is_target = attribute.startswith("target_")
+        for key in list(stacked.keys(True, True)):
+            leaf = stacked.get(key)
+            if key not in inside and not _is_buffer(network, key):
+                leaf = leaf.unsqueeze(1)
+            trained = not is_target and stacks[0].get(key).requires_grad
+            stacked.set(key, nn.Parameter(leaf) if trained else leaf)
+        return TensorDictParams(stacked, no_convert=True)
 
     def write_member(self, number: int, loss: ImplicitQLoss) -> None:
         """Copy run ``number``'s weights, targets too, into an ordinary loss of the same shapes."""
         with torch.no_grad():
-            for name, stacked in self._modules.items():
+            for name, stacked in children_of(self).items():
                 if isinstance(stacked, TensorDictParams):
-                    for key, leaf in loss._modules[name].items(True, True):
+                    for key, leaf in children_of(loss)[name].items(True, True):
                         leaf.data.copy_(stacked.get(key)[number].reshape(leaf.shape))
 
     # -- networks --------------------------------------------------------------------------------
 
-    def _bind(self) -> Any:
-        return _Networks(self)
+    @property
+    def evaluator(self) -> Evaluator:
+        """:class:`StackedEvaluator`: no other evaluator can use a population's parameters."""
+        if self._current is not None:
+            return self._current
+        if self.kept_evaluator is None:
+            self.kept_evaluator = StackedEvaluator(self)
+        self.kept_evaluator.follow_modes()
+        return self.kept_evaluator
 
-    def _networks(self) -> _Networks:
-        if self._kept is None:
-            self._kept = self._bind()
-        kept: Any = self._kept
-        if self._bound is None:
-            kept.follow_modes()
-        return kept
+    def evaluated_by(self, make: Any) -> Any:
+        """:class:`StackedEvaluator` inside the context too, whatever ``make`` is."""
+        return super().evaluated_by(StackedEvaluator)
 
     def reset_parameters_recursive(self) -> None:
         raise NotImplementedError(
@@ -143,50 +168,24 @@ class PopulationLoss(ImplicitQLoss):
         )
         return Batch(batch.data, mask, weight)
 
-    def state_value(self, batch: Batch) -> Tensor:
-        return self._networks().value(batch.data).squeeze(-1)
+    def run_dims(self, batch: Batch) -> int:
+        return 2 - batch.data.ndim
 
-    def state_values(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        with torch.no_grad():
-            return self.state_value(batch), None
+    def action_values(self, batch: Batch, name: str) -> Tensor:
+        """``(K, P, B)``."""
+        return self._kind.action_values(self, batch, name)
 
-    def critic_outputs(self, batch: Batch, params: TensorDictBase) -> Tensor:
-        """``(K, P, B, n)``."""
-        out = self._networks().critics[id(params)](batch.data)
-        return out.unsqueeze(0) if self.num_qvalue_nets == 1 else out.transpose(0, 1)
+    def _of_step(self, batch: Batch, key: NestedKey) -> Tensor:
+        value = super()._of_step(batch, key)
+        return value if batch.data.ndim == 2 else value.expand(self.members, *value.shape)
 
-    def action_values(self, batch: Batch, params: TensorDictBase) -> Tensor:
-        outputs = self.critic_outputs(batch, params)
-        if self._kind is IQLLoss:
-            return outputs.squeeze(-1)
-        leading = outputs.ndim - 1 - batch.data.ndim
-        action = batch.data.get(self.tensor_keys.action)
-        return F.pick_action(outputs, action, leading=leading)
-
-    def target_qvalue(self, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            return self.action_values(batch, self._modules["target_qvalue_network_params"]).amin(0)
-
-    def td_target(self, batch: Batch, next_value: Tensor | None = None) -> Tensor:
-        data, keys = batch.data, self.value_estimator.tensor_keys
-        with torch.no_grad():
-            reward, terminated = (
-                per_sample(data.get(("next", key)), data.batch_size, ("next", key))
-                for key in (keys.reward, keys.terminated)
-            )
-            gamma = self.discount
-            steps = data.get(keys.steps_to_next_obs, None)
-            if steps is not None:
-                gamma = gamma ** per_sample(steps, data.batch_size, keys.steps_to_next_obs)
-            following = self.state_value(batch.next)
-            one = following if data.ndim == 2 else following[0]
-            agree(reward=reward, terminated=terminated, next_state_value=one)
-            return F.td_target(reward, following, terminated, gamma=gamma)
+    def _discount(self, batch: Batch) -> Tensor:
+        return self.discount
 
     def _actor_error(self, batch: Batch) -> Tensor:
-        actor = self._networks().actor
         action = self._action(batch)
-        dist = actor.get_dist(batch.data)
+        with self.evaluator.policy(self) as actor:
+            dist = actor.get_dist(batch.data)
         if self.actor_objective == "mse":
             distance: Tensor = (dist.deterministic_sample - action).square().sum(-1)
             return distance
@@ -219,25 +218,43 @@ class PopulationLoss(ImplicitQLoss):
         return TensorDict(losses | scalars, batch_size=[self.members])
 
 
-class _Networks:
-    """A population's networks over its stacked parameters."""
+class StackedEvaluator:
+    """Evaluates a population's networks over its stacked parameters; outputs are per run."""
 
-    def __init__(self, loss: PopulationLoss) -> None:
-        params: Any = loss._modules
-        self.value = StackedNetwork(
+    def __init__(self, loss: Any, general: object = None) -> None:
+        params = children_of(loss)
+        self._value = StackedNetwork(
             "value_network", loss.value_network, params["value_network_params"]
         )
-        self.critics = {
-            id(params[name]): StackedNetwork("qvalue_network", loss.qvalue_network, params[name])
+        self._critics = {
+            name: StackedNetwork("qvalue_network", loss.qvalue_network, params[name])
             for name in ("qvalue_network_params", "target_qvalue_network_params")
         }
         policy = StackedNetwork("actor_network", loss.actor_network, params["actor_network_params"])
-        self.actor = DirectActor(policy.module)
-        self._all = [self.value, *self.critics.values(), policy]
+        self._actor = DirectActor(policy.module)
+        self._all = [self._value, *self._critics.values(), policy]
 
     def follow_modes(self) -> None:
+        """Set training or evaluation mode as the population's networks have it."""
         for network in self._all:
             network.follow_modes()
+
+    def state_value(self, loss: Any, data: TensorDictBase) -> Tensor:
+        """``(P, B, 1)``."""
+        return self._value(data)
+
+    def state_values(self, loss: Any, first: TensorDictBase, second: TensorDictBase) -> None:
+        """Two batches are evaluated one after the other."""
+        return
+
+    def critic_outputs(self, loss: Any, data: TensorDictBase, name: str) -> Tensor:
+        """``(K, P, B, n)``."""
+        out = self._critics[name](data)
+        return out.unsqueeze(0) if loss.num_qvalue_nets == 1 else out.transpose(0, 1)
+
+    @contextmanager
+    def policy(self, loss: Any) -> Iterator[Any]:
+        yield self._actor
 
 
 def _is_buffer(network: nn.Module, key: NestedKey) -> bool:
@@ -245,8 +262,13 @@ def _is_buffer(network: nn.Module, key: NestedKey) -> bool:
     return name in {name for name, _ in network.named_buffers()}
 
 
-def _forget_networks(loss: PopulationLoss, _: Any) -> None:
-    loss._kept = None
+def _forget_evaluator(loss: PopulationLoss, _: Any) -> None:
+    loss.forget_evaluator()
+
+
+def _per_run(loss: ImplicitQLoss) -> tuple[str, ...]:
+    """Attributes in which the runs may differ."""
+    return tuple(name for name, knob in loss.knobs.items() if knob.per_run)
 
 
 def _shared(loss: ImplicitQLoss) -> tuple[str, ...]:
@@ -276,8 +298,13 @@ def _check_alike(losses: Sequence[ImplicitQLoss]) -> None:
             )
         check_same(number, "value_estimator's keys", *(e.tensor_keys for e in estimators))
         check_networks(number, first, loss, NETWORKS)
-    if callable(first.actor_objective):
-        raise ValueError("actor_objective is a function, which sees one run; use 'log_prob'.")
+    for name, choice in (
+        ("actor_objective", "log_prob"),
+        ("value_objective", "expectile"),
+        ("advantage_weight", "exponential"),
+    ):
+        if callable(getattr(first, name)):
+            raise ValueError(f"{name} is a function, which sees one run; use {choice!r}.")
     if not is_head_and_distribution(first.actor_network):
         raise ValueError(
             "actor_network must be one module and one distribution, ProbabilisticActor."

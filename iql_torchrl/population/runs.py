@@ -25,12 +25,12 @@ from iql_torchrl.update.captured import captured
 
 __all__ = ["IQLPopulation", "PopulationEvent"]
 
-SHARE = 32
+MOST_UPDATES_PER_CALL = 32
 
 
 @dataclass(frozen=True)
 class PopulationEvent:
-    """Where training stands: ``updates`` made, and metrics ``(P,)`` meaned since the last event."""
+    """``updates`` made so far, and means ``(P,)`` of the metrics since the last event."""
 
     updates: int
     metrics: TensorDictBase
@@ -122,13 +122,13 @@ class IQLPopulation:
             yield PopulationEvent(self.updates, metrics)
 
     def _advance(self, updates: int) -> TensorDictBase:
-        """Means over ``updates`` updates; a rest smaller than a captured call is made eagerly."""
+        """Means over ``updates`` updates; a remainder smaller than a captured call is eager."""
         calls = 0
         if self.configs[0].compile:
             if self._captured is None:
-                share = next(k for k in range(min(updates, SHARE), 0, -1) if updates % k == 0)
-                share = share if 4 * share > SHARE else min(updates, SHARE)
-                self._captured = captured(self.step, self.sampler, updates=share)
+                self._captured = captured(
+                    self.step, self.sampler, updates=_updates_per_call(updates)
+                )
             calls = updates // self._captured.updates
         total: Any = 0
         for _ in range(calls):
@@ -163,7 +163,7 @@ class IQLPopulation:
     def save(self, path: str | Path) -> Path:
         """Write configs, weights, optimizer, schedule and sampler to one file, whole or not at all.
 
-        Of the log only digests are written, the first time at about a second per gigabyte.
+        Only digests of the dataset are written; the first save takes about 1 s per gigabyte.
         """
         states = {
             "population": {
@@ -186,32 +186,39 @@ class IQLPopulation:
         *,
         device: torch.device | str | None = None,
     ) -> IQLPopulation:
-        """The population of a file, to go on where it stood.
+        """The population of a file, which continues training from there.
 
         ``device``: by default the one it was trained on. On another kind of device batches are
-        drawn anew from the seed, for its generator is another.
+        drawn from the seed again, since each kind has its own generator.
 
         Raises ``CheckpointError`` when it cannot be read, was trained on other data, or is of
         another version or a device that is not here.
         """
         states = read_components(path, ["population", "data", "loss_module", "step", "sampler"])
-        about = states["population"]
+        record = states["population"]
         try:
             data = DataState(None, dataset)
             data.check(states["data"])
-            saved = [IQLConfig.from_dict(IQLConfig().to_dict() | c) for c in about["configs"]]
+            saved = [IQLConfig.from_dict(IQLConfig().to_dict() | c) for c in record["configs"]]
             configs = [
                 replace(c, device=c.device if device is None else str(device)) for c in saved
             ]
-            population = cls(configs, dataset, batches=about["batches"])
+            population = cls(configs, dataset, batches=record["batches"])
             population.loss.load_state_dict(states["loss_module"])
             population.step.load_state_dict(states["step"])
             if population.sampler.device.type == torch.device(saved[0].device).type:
                 population.sampler.load_state_dict(states["sampler"])
         except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
             raise CheckpointError(f"{path}: {error}") from error
-        population.updates, population._data = about["updates"], data
+        population.updates, population._data = record["updates"], data
         return population
+
+
+def _updates_per_call(updates: int) -> int:
+    """The largest divisor of ``updates`` up to the limit; the limit itself where that is small."""
+    most = min(updates, MOST_UPDATES_PER_CALL)
+    divisor = next(k for k in range(most, 0, -1) if updates % k == 0)
+    return divisor if 4 * divisor > MOST_UPDATES_PER_CALL else most
 
 
 def _check_configs(configs: Sequence[IQLConfig]) -> None:

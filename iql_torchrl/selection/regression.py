@@ -16,6 +16,7 @@ from iql_torchrl import functional as F
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.data.schema import leaf_spaces
 from iql_torchrl.descriptions import describe_space
+from iql_torchrl.fast_networks.perceptron import chain
 from iql_torchrl.networks import Standardise
 from iql_torchrl.selection.candidates import Member, actions, log_probabilities
 from iql_torchrl.selection.episodes import returns_to_go, states
@@ -220,13 +221,11 @@ def stacked_critics(data: Regression, hidden: Sequence[int], seed: int) -> Layer
 
 def forward(layers: Layers, inputs: Tensor) -> Tensor:
     """``(B, D)`` or ``(P, B, D)`` to ``(P, B, outputs)``."""
-    weight, bias = layers[-1]
-    return torch.baddbmm(bias, hidden_features(layers, inputs), weight)
+    return chain(inputs, [leaf for w, b in layers for leaf in (w.mT, b.squeeze(-2))])
 
 
 def hidden_features(layers: Layers, inputs: Tensor) -> Tensor:
     """What the last layer reads: ``(B, D)`` or ``(P, B, D)`` to ``(P, B, width)``."""
-    x = inputs.expand(len(layers[0][0]), -1, -1)
-    for weight, bias in layers[:-1]:
-        x = torch.baddbmm(bias, x, weight).relu()
-    return x
+    if len(layers) == 1:
+        return inputs.expand(len(layers[0][0]), -1, -1)
+    return forward(layers[:-1], inputs).relu()

@@ -15,6 +15,8 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from iql_torchrl.host import add_to_all
+
 __all__ = ["Interruption", "Progress", "check_finite"]
 
 
@@ -41,7 +43,7 @@ class Progress:
             self._names = [str(name) for name in scalars]
             self._totals = [torch.zeros_like(v) for v in scalars.values()]
         values = [metrics.get(name) for name in self._names]
-        torch._foreach_add_(self._totals, values, alpha=updates)
+        add_to_all(self._totals, values, updates)
         self._counted += updates
 
     def means(self) -> dict[str, float]:

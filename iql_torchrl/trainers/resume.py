@@ -11,6 +11,12 @@ from torchrl import logger as torchrl_logger
 from torchrl.checkpoint import GlobalRNGState
 
 from iql_torchrl.checkpoint import CheckpointError
+from iql_torchrl.host import (
+    generator_of,
+    logged_values,
+    registered_modules,
+    without_prefetched,
+)
 from iql_torchrl.trainers.identity import (
     AgentState,
     SettingsState,
@@ -39,7 +45,7 @@ def stateful_parts(trainer: Any) -> dict[str, Any]:
         "trainer_state": ProgressState(trainer),
         "random": GlobalRNGState(),
     }
-    parts |= {f"trainer_module.{name}": part for name, part in trainer._modules.items()}
+    parts |= {f"trainer_module.{name}": part for name, part in registered_modules(trainer).items()}
     return {n: part for n, part in parts.items() if callable(getattr(part, "state_dict", None))}
 
 
@@ -87,7 +93,9 @@ class ProgressState:
         return {
             "progress": trainer.progress.state_dict(),
             "last_save": trainer._last_save,
-            "logged": {k: float(v[-1]) for k, v in trainer._log_dict.items() if _is_number(v[-1])},
+            "logged": {
+                k: float(v[-1]) for k, v in logged_values(trainer).items() if _is_number(v[-1])
+            },
             "pending": trainer.scores.pending,
         }
 
@@ -97,7 +105,7 @@ class ProgressState:
         trainer.progress.load_state_dict(state["progress"], device)
         trainer._last_save = state["last_save"]
         for name, value in state["logged"].items():
-            trainer._log_dict[name].append(value)
+            logged_values(trainer)[name].append(value)
         trainer.scores.resubmit(state["pending"])
 
 
@@ -110,15 +118,14 @@ class ReplayState:
     def state_dict(self) -> dict[str, Any]:
         buffer = self.replay_buffer
         if is_fixed(buffer):
-            generator = buffer._rng
+            generator = generator_of(buffer)
             return {
                 "sampler": buffer.sampler.state_dict(),
                 "generator": None if generator is None else generator.get_state(),
             }
         if not hasattr(buffer, "state_dict"):
             return {}
-        # Prefetched batches are not plain data; they are drawn again.
-        return {"whole": {k: v for k, v in buffer.state_dict().items() if k != "_prefetch_state"}}
+        return {"whole": without_prefetched(buffer.state_dict())}
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Raises ``CheckpointError`` when ``state`` is of another kind of buffer."""
@@ -128,7 +135,9 @@ class ReplayState:
                 "the checkpoint was saved with another kind of replay buffer (fixed, or one that "
                 f"grows) than this {type(buffer).__name__}; build it as it was."
             )
-        if "sampler" in state and (state["generator"] is None) is not (buffer._rng is None):
+        if "sampler" in state and (state["generator"] is None) is not (
+            generator_of(buffer) is None
+        ):
             raise CheckpointError(
                 "the checkpoint's replay buffer and this one differ in whether they were given a "
                 "seed; build the buffer with seed= as it was."
@@ -140,8 +149,9 @@ class ReplayState:
             buffer.load_state_dict(state["whole"])
         elif "sampler" in state:
             buffer.sampler.load_state_dict(state["sampler"])
-            if buffer._rng is not None:
-                buffer._rng.set_state(state["generator"].cpu())
+            generator = generator_of(buffer)
+            if generator is not None:
+                generator.set_state(state["generator"].cpu())
 
 
 def _is_number(value: Any) -> bool:

@@ -1,22 +1,23 @@
-"""Adam for parameters that hold many runs: one learning rate a run."""
+"""Adam written out, for the compiled update and for parameters that hold many runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["StackedAdam", "along"]
+__all__ = ["Moments", "StackedAdam", "adam_step", "log_betas", "start"]
 
 
 class StackedAdam(Optimizer):
     """Adam, or AdamW with ``decoupled=True``, on parameters ``(P, ...)`` of P runs.
 
     Adam is element-wise, so this is P optimizers (Kingma & Ba 2015; Loshchilov & Hutter 2019).
-    Run ``i`` learns at ``lr * rates[i]``: schedulers move ``lr``, a factor common to all.
+    The learning rate of run ``i`` is ``lr * rates[i]``: schedulers change ``lr``, a common factor.
 
     Args:
         params: parameters or groups of them; a group may have its own ``rates``.
@@ -63,34 +64,119 @@ class StackedAdam(Optimizer):
         """One update of every parameter that has a gradient."""
         if closure is not None:
             raise TypeError("StackedAdam takes no closure.")
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            rates = group["lr"] * group["rates"]
-            for parameter in group["params"]:
-                gradient, state = parameter.grad, self.state[parameter]
-                if gradient is None:
-                    continue
-                if not state:
-                    state["step"] = torch.zeros((), device=parameter.device)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
-                state["step"] += 1
-                count = state["step"].to(rates.dtype)
-                decay = group["weight_decay"]
-                if decay and group["decoupled"]:
-                    parameter.mul_(1 - along(rates * decay, parameter))
-                elif decay:
-                    gradient = gradient + decay * parameter
-                average, square = state["exp_avg"], state["exp_avg_sq"]
-                average.lerp_(gradient, 1 - beta1)
-                square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                root = (1 - beta2**count).sqrt()
-                size = along(rates / (1 - beta1**count), parameter)
-                parameter.sub_(size * average / (square.sqrt() / root + group["eps"]))
+        group_of = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        reached = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
+        states = [self.state[parameters[i]] for i in reached]
+        for i, state in zip(reached, states, strict=True):
+            start(state, parameters[i], parameters[i].device)
+        moments = Moments(
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"] for state in states],
+            [group["lr"] for group in self.param_groups],
+            [log_betas(group, group["rates"]) for group in self.param_groups],
+        )
+        adam_step(
+            [parameters[i] for i in reached],
+            [parameters[i].grad for i in reached],
+            moments,
+            self.param_groups,
+            [group_of[i] for i in reached],
+        )
+
+
+class Moments(NamedTuple):
+    """What Adam keeps: three tensors per parameter, and two per group of parameters.
+
+    ``averages`` and ``squares``: running means of the gradient and of its square; ``steps``: updates
+    made; ``rates``: learning rates, numbers or tensors; ``logs``: :func:`log_betas`.
+    """
+
+    averages: list[Tensor]
+    squares: list[Tensor]
+    steps: list[Tensor]
+    rates: list[Any]
+    logs: list[Tensor]
+
+
+def start(state: dict[str, Any], parameter: Tensor, counted_on: torch.device) -> None:
+    """Fill the empty ``state`` of a parameter, as torch's Adam does before the first update."""
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=counted_on)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+def log_betas(group: Mapping[str, Any], like: Tensor) -> Tensor:
+    """Logarithms of a group's two betas, ``(2,)``; minus infinity for 0."""
+    logs = [math.log(beta) if beta else -math.inf for beta in group["betas"]]
+    return torch.tensor(logs, dtype=like.dtype, device=like.device)
+
+
+def adam_step(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    moments: Moments,
+    groups: Sequence[Mapping[str, Any]],
+    group_of: Sequence[int],
+) -> None:
+    """One step of Adam or AdamW in place, as torch's, on the parameters that have a gradient.
+
+    Kingma & Ba 2015; Loshchilov & Hutter 2019 for decoupled weight decay. Parameter ``i`` belongs to
+    ``groups[group_of[i]]``, which holds ``betas``, ``eps``, ``weight_decay`` and, for
+    :class:`StackedAdam`, one factor of the learning rate per run in ``rates``. Called without
+    gradients enabled, eagerly or inside a graph.
+    """
+    reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    if not reached:
+        return
+    for i in reached:
+        moments.steps[i].add_(1)
+    rates = [
+        rate * group["rates"] if "rates" in group else rate
+        for rate, group in zip(moments.rates, groups, strict=True)
+    ]
+    sizes, roots = _corrections(
+        torch.stack([rates[group_of[i]] for i in reached]),
+        torch.stack([moments.steps[i] for i in reached]),
+        torch.stack([moments.logs[group_of[i]] for i in reached]),
+    )
+    for i, size, root in zip(reached, sizes, roots, strict=True):
+        parameter, gradient, group = parameters[i], gradients[i], groups[group_of[i]]
+        assert gradient is not None
+        (beta1, beta2), decay = group["betas"], group["weight_decay"]
+        if decay and (group.get("decoupled") or group.get("decoupled_weight_decay")):
+            parameter.mul_(1 - along(rates[group_of[i]] * decay, parameter))
+        elif decay:
+            gradient = gradient + decay * parameter
+        average, square = moments.averages[i], moments.squares[i]
+        average.lerp_(gradient, 1 - beta1)
+        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        size = along(size, parameter)
+        parameter.sub_(size * average / (square.sqrt() / root + group["eps"]))
+
+
+def _corrections(rate: Tensor, count: Tensor, logs: Tensor) -> tuple[Sequence[Tensor], ...]:
+    """Step sizes, and roots of the second bias correction, of N parameters.
+
+    ``rate`` is ``(N,)`` or ``(N, P)``, ``count`` ``(N,)``, ``logs`` ``(N, 2)``. Powers are written as
+    exponentials of one tensor: Inductor stores that once, and would compute ``beta**count`` again
+    for every element of every parameter.
+    """
+    remaining = 1 - (count.to(logs).unsqueeze(-1) * logs).exp()
+    first, second = remaining.unbind(-1)
+    sizes = rate / (first if rate.ndim == 1 else first.unsqueeze(-1))
+    return sizes.unbind(), second.sqrt().unbind()
 
 
 def along(values: Tensor, parameter: Tensor) -> Tensor:
-    """``values`` ``(P,)`` in the parameter's dtype, to multiply a ``(P, ...)`` tensor with."""
+    """``values`` ``(P,)`` in the parameter's dtype, to multiply a ``(P, ...)`` tensor with.
+
+    One value for all runs, ``()``, stays as it is.
+    """
+    if values.ndim == 0:
+        return values
     return values.to(parameter.dtype).view(-1, *(1,) * (parameter.ndim - 1))
 
 
@@ -102,7 +188,7 @@ def _check(group: dict[str, Any]) -> None:
         if parameter.ndim == 0 or parameter.shape[0] != len(rates):
             raise ValueError(
                 f"a parameter has shape {tuple(parameter.shape)} and there are {len(rates)} rates; "
-                "wanted one per leading entry."
+                "give one per entry of the first dimension."
             )
     where = next((parameter.device for parameter in group["params"]), rates.device)
     group["rates"] = rates.to(where, torch.float32 if where.type == "mps" else torch.float64)

@@ -1,4 +1,4 @@
-"""``captured``: K updates a call, sampling included, with nothing decided between them."""
+"""``captured``: K updates per call, sampling included, without Python work between them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,28 @@ from torchrl.objectives import HardUpdate
 
 from iql_torchrl.data.categories import category_limits, check_rows
 from iql_torchrl.data.replay import DeviceSampler
+from iql_torchrl.host import (
+    compile_program,
+    generator_of,
+    mark_stepped,
+    stored_rows,
+    tracing_gradients,
+    version_of,
+)
 from iql_torchrl.objectives.iql import DIAGNOSTICS, LOSSES, ImplicitQLoss
+from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.checks import check_alignment, check_cuda, check_replay
-from iql_torchrl.update.compiled import TRACING, CompiledStep, compiled
+from iql_torchrl.update.compiled import log_eager
+from iql_torchrl.update.graph import GraphUpdate, fits_a_graph
 from iql_torchrl.update.guards import check_update_trains
-from iql_torchrl.update.snapshot import fingerprint, options, same
-from iql_torchrl.update.step import IQLStep, Terms
+from iql_torchrl.update.snapshot import Snapshot, options, take_snapshot
+from iql_torchrl.update.step import IQLStep, Step, Terms
 
 __all__ = ["CapturedStep", "captured"]
 
 
 def captured(
-    step: IQLStep, replay: DeviceSampler | ReplayBuffer, *, updates: int = 32
+    step: Step, replay: DeviceSampler | ReplayBuffer, *, updates: int = 32
 ) -> CapturedStep:
     """A function without arguments: ``updates`` updates, each of a batch that it samples itself.
 
@@ -34,93 +44,97 @@ def captured(
     Returns the means of the step's metrics over the updates, as tensors on the device: reading them
     is the only wait.
 
-    On CUDA the updates are one CUDA graph, replayed; the first call runs them uncaptured. Elsewhere
-    the compiled update is called without checks between. Either way a loaded state, a moved
-    parameter, other knobs of the loss or the optimizer, other modes or rows capture anew before the
-    next update; learning rates are tensors, so schedules do not. What is not watched: code and
-    attributes of your own modules; call ``recapture()`` after changing those.
+    With Adam or AdamW an update is one compiled program. On CUDA the updates of a call are one CUDA
+    graph, which is replayed; the first call runs them without a graph. Elsewhere the program is
+    called ``updates`` times without checks between. A loaded state, a moved parameter, other knobs
+    of the loss or the optimizer, other modes or rows make another program before the next update;
+    learning rates are tensors, so schedules do not. Not watched: code and attributes of your own
+    modules; call ``recapture()`` after changing those.
 
-    An optimizer other than Adam and AdamW: off CUDA its updates run one by one, compiled; on CUDA
-    the plain step is captured, which wants ``capturable=True`` and takes no schedule.
+    With any other optimizer a call makes ``updates`` eager updates, on every device, and a log line
+    says so.
 
     Raises ``ValueError`` on ``updates < 1``; a buffer that samples otherwise; rows on another
-    device; categories that the networks' ``OneHot`` does not know; a schedule that moves more than
-    learning rates; on CUDA, states of the optimizer on the host, and targets that would move in the
-    midst of a call. ``TypeError`` on a step or a replay of another kind. A call raises
+    device; categories that the networks' ``OneHot`` does not know; a schedule that changes more than
+    learning rates; on CUDA, states of the optimizer on the CPU, and targets that would move in the
+    middle of a call. ``TypeError`` on a step or a replay of another kind. A call raises
     ``RuntimeError`` where the step's own call does (``torch.no_grad()``, several ranks).
     """
     return CapturedStep(step, replay, updates)
 
 
 class CapturedStep:
-    """What :func:`captured` returns: ``updates``, ``step``, ``replay``, and a call."""
+    """What :func:`captured` returns: ``updates``, ``step`` (the plain one), ``replay``, a call."""
 
-    def __init__(self, step: IQLStep, replay: DeviceSampler | ReplayBuffer, updates: int) -> None:
-        if not isinstance(step, IQLStep):
+    def __init__(self, step: Step, replay: DeviceSampler | ReplayBuffer, updates: int) -> None:
+        if not isinstance(step, Step):
             raise TypeError(f"step is {type(step).__name__}; wanted an IQLStep.")
         if isinstance(updates, bool) or not isinstance(updates, int):
             raise TypeError(f"updates is {updates!r}; wanted a whole number >= 1.")
         if updates < 1:
             raise ValueError(f"updates is {updates}; wanted at least 1 a call.")
         check_replay(replay)
-        self.step, self.replay, self.updates = step, replay, updates
-        fast = step if isinstance(step, CompiledStep) else compiled(step)
-        self._fast = fast
-        self._device = next(step.loss.parameters()).device
+        self.step, self.replay, self.updates = step.plain, replay, updates
+        self._device = self.step.device
         if isinstance(replay, DeviceSampler) and replay.tables[0].device != self._device:
             raise ValueError(
                 f"replay's rows are on {replay.tables[0].device} and the parameters on "
                 f"{self._device}; build the sampler with device={str(self._device)!r}."
             )
         self._on_cuda = self._device.type == "cuda"
-        self._whole = isinstance(fast, CompiledStep) and fast.written_out
-        if self._on_cuda:
-            check_cuda(step, updates, self._whole)
+        self._in_graph = fits_a_graph(self.step.optimizer)
+        if not self._in_graph:
+            log_eager(self.step)
+        elif self._on_cuda:
+            check_cuda(self.step, updates)
         self._copy: tuple[object, DeviceSampler] | None
         self._generator: torch.Generator | None = None  # of a buffer's copied rows
         self.recapture()
 
+    @property
+    def plain(self) -> IQLStep:
+        """The step with the loss, the optimizer and all settings."""
+        return self.step
+
     def recapture(self) -> None:
-        """Capture anew at the next call, from a buffer's rows as they are then."""
+        """Capture again at the next call, from a buffer's rows as they are then."""
         self._copy = None
         self._forget()
 
     def _forget(self) -> None:
-        if self._whole:  # what the step has become
-            self._fast = compiled(self.step)
-        self._seen: Sequence[Any] | None = None
-        self._update: Callable[[], object] | None = None
+        self._snapshot: Snapshot | None = None
+        self._program: Callable[[], object] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        if self._in_graph:
+            self._update = GraphUpdate(self.step)
 
     def __call__(self) -> TensorDictBase:
         check_update_trains(independent_ranks=self.step.independent_ranks)
         rows = self._rows()
-        if not (self._whole or self._on_cuda):
-            return self._one_by_one(rows)
-        slots = self._fast.slots() if self._whole else ()
-        seen = self._look(rows, slots)
-        if self._seen is None or not same(seen, self._seen):
+        if not self._in_graph:
+            metrics = torch.stack([self.step(rows.sample()) for _ in range(self.updates)])
+            return metrics.mean(0)
+        moments = self._update.moments()
+        seen = take_snapshot(self.step, rows, moments)
+        if self._snapshot is None or not seen.same(self._snapshot):
             self._forget()
             self._prepare(rows)
-            slots = self._fast.slots() if self._whole else ()
-            self._record(rows, slots)
-            self._seen = self._look(rows, slots)
+            moments = self._update.moments()
+            self._record(rows, moments)
+            self._snapshot = take_snapshot(self.step, rows, moments)
         rates = self._coming_rates()
         if self._on_cuda:
-            self._on_graph(rows, slots, rates)
-            if self._graph is None:  # the optimizer has made its state
-                self._seen = self._look(rows, slots)
+            self._on_graph(rows, moments, rates)
         else:
-            self._run(rows, slots, rates)
-        # schedulers ask whether the optimizer came before them
-        setattr(self.step.optimizer, "_opt_called", True)  # noqa: B010
+            self._run(rows, moments, rates)
+        mark_stepped(self.step.optimizer)
         means = (self._sums / self.updates).unbind()
         return TensorDict(
             dict(zip(self._names, means, strict=True)), batch_size=self._sums.shape[1:]
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The step's state, and where sampling from a buffer's rows stands."""
+        """The step's state, and the state of sampling from a buffer's rows."""
         generator = None if self._generator is None else self._generator.get_state()
         return self.step.state_dict() | {"generator": generator}
 
@@ -139,7 +153,7 @@ class CapturedStep:
     def _prepare(self, rows: DeviceSampler) -> None:
         """What a capture reads and writes besides the step's own tensors."""
         check_rows(rows, category_limits(self.step.loss))
-        self._names = _told(self.step.loss)
+        self._names = _metric_names(self.step.loss)
         self._index = torch.zeros(rows.batch_size, dtype=torch.int64, device=self._device)
         runs = () if self.step.members is None else (self.step.members,)
         self._sums = torch.zeros(
@@ -151,50 +165,46 @@ class CapturedStep:
             (self.updates + 1, groups), dtype=torch.float64, device=self._device
         )
 
-    def _record(self, rows: DeviceSampler, slots: Any) -> None:
+    def _record(self, rows: DeviceSampler, moments: Moments) -> None:
         """Compile one update and keep the program with its arguments; nothing is updated yet."""
-        if not self._whole:
-            with self.step.setting():  # binds the networks, if they are not yet
-                self._update = lambda: self._add(self.step.learn(rows.gather(self._index)))
-            return
-        fast, loss = self._fast, self.step.loss
-        program = _Program(on_cpu=not self._on_cuda)
+        update, loss = self._update, self.step.loss
+        recorder = Recorder(on_cpu=not self._on_cuda)
 
-        def update() -> None:
+        def one_update() -> None:
             batch = rows.gather(self._index)
-            self._add(fast.update(loss.read(batch), *slots))
+            self._add(update(loss.read(batch), moments))
 
-        traced = torch.compile(update, fullgraph=True, dynamic=False, backend=program)
-        with fast.setting(), torch._dynamo.config.patch(TRACING):
+        traced = torch.compile(one_update, fullgraph=True, dynamic=False, backend=recorder)
+        with self.step.setting(), tracing_gradients():
             traced()
-        self._update = program.release()
+        self._program = recorder.release()
 
-    def _add(self, told: Terms) -> None:
-        found = told[0] | told[1]
-        self._sums.add_(torch.stack([found[name].detach().double() for name in self._names]))
+    def _add(self, terms: Terms) -> None:
+        metrics = terms[0] | terms[1]
+        self._sums.add_(torch.stack([metrics[name].detach().double() for name in self._names]))
 
-    def _run(self, rows: DeviceSampler, slots: Any, rates: Tensor | None) -> None:
-        update = self._update
-        assert update is not None
+    def _run(self, rows: DeviceSampler, moments: Moments, rates: Tensor | None) -> None:
+        program = self._program
+        assert program is not None
         self._sums.zero_()
         updater = self.step.target_updater
-        by_host = not self.step.targets and not self._on_cuda
+        in_python = not self.step.followed.targets and not self._on_cuda
         for number in range(self.updates):
             torch.randint(rows.rows, self._index.shape, generator=rows.generator, out=self._index)
             if rates is not None:
-                self._set_rates(slots, rates[number])
-            update()
-            if by_host and updater is not None:
+                self._set_rates(moments, rates[number])
+            program()
+            if in_python and updater is not None:
                 updater.step()
         if rates is not None:
-            self._set_rates(slots, rates[self.updates])
+            self._set_rates(moments, rates[self.updates])
 
-    def _set_rates(self, slots: Any, values: Tensor) -> None:
-        for rate, value in zip(slots[3], values.unbind(), strict=True):
+    def _set_rates(self, moments: Moments, values: Tensor) -> None:
+        for rate, value in zip(moments.rates, values.unbind(), strict=True):
             rate.copy_(value)
-        self._fast.forget_rates()
+        self._update.forget_rates()
 
-    def _on_graph(self, rows: DeviceSampler, slots: Any, rates: Tensor | None) -> None:
+    def _on_graph(self, rows: DeviceSampler, moments: Moments, rates: Tensor | None) -> None:
         if rates is not None:
             self._table.copy_(rates, non_blocking=True)
         table = None if rates is None else self._table
@@ -203,7 +213,7 @@ class CapturedStep:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                self._run(rows, slots, table)
+                self._run(rows, moments, table)
             torch.cuda.current_stream().wait_stream(stream)
             self._warm = True
         else:
@@ -211,7 +221,7 @@ class CapturedStep:
                 graph = torch.cuda.CUDAGraph()
                 graph.register_generator_state(rows.generator)
                 with torch.cuda.graph(graph):
-                    self._run(rows, slots, table)
+                    self._run(rows, moments, table)
                 self._graph = graph
             self._graph.replay()
         updater = self.step.target_updater
@@ -226,7 +236,7 @@ class CapturedStep:
         replay = self.replay
         if isinstance(replay, DeviceSampler):
             return replay
-        state = (len(replay), getattr(replay.writer, "_write_count", None), _versions(replay))
+        state = (len(replay), getattr(replay, "write_count", None), _versions(replay))
         if self._copy is None or self._copy[0] != state:
             if self._generator is None:
                 self._generator = torch.Generator(self._device).manual_seed(_seed_from(replay))
@@ -244,9 +254,8 @@ class CapturedStep:
         """
         if not self.step.lr_schedulers:
             return None
-        with_optimizer = self.step.optimizer
-        groups = with_optimizer.param_groups
-        setattr(with_optimizer, "_opt_called", True)  # noqa: B010
+        groups = self.step.optimizer.param_groups
+        mark_stepped(self.step.optimizer)
         before = [options(group) for group in groups]
         rates = [[float(group["lr"]) for group in groups]]
         for _ in range(self.updates):
@@ -260,31 +269,15 @@ class CapturedStep:
             )
         return torch.tensor(rates, dtype=torch.float64)
 
-    def _look(self, rows: DeviceSampler, slots: Any) -> list[Any]:
-        return fingerprint(self.step, rows, slots, whole=self._whole)
 
-    def _one_by_one(self, rows: DeviceSampler) -> TensorDictBase:
-        """The compiled step, where an optimizer allows no more."""
-        told = [self._fast(rows.sample()) for _ in range(self.updates)]
-        means: TensorDictBase = torch.stack(told).mean(0)
-        return means
-
-
-def compile_fx(graph: torch.fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
-    """Inductor, imported when it is used: importing it takes time and warns of itself."""
-    from torch._inductor import compile_fx as inductor
-
-    return inductor.compile_fx(graph, inputs, **options)
-
-
-class _Program:
+class Recorder:
     """A backend of ``torch.compile`` that keeps the program and its arguments, and runs nothing."""
 
     def __init__(self, on_cpu: bool) -> None:
         self._options = {"cpp_wrapper": True} if on_cpu else {}
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        self._function: Any = compile_fx(graph, inputs, config_patches=self._options)
+        self._function: Any = compile_program(graph, inputs, self._options)
         return self._keep
 
     def _keep(self, *arguments: Any) -> tuple[()]:
@@ -292,7 +285,7 @@ class _Program:
         return ()
 
     def release(self) -> Callable[[], object]:
-        """The program as a function; Dynamo holds on to its backends, which shall hold no data."""
+        """The program as a function. Dynamo keeps its backends alive, so this one drops its data."""
         function, arguments = self._function, self._arguments
         del self._function, self._arguments
         return lambda: function(*arguments)
@@ -300,14 +293,14 @@ class _Program:
 
 def _versions(replay: ReplayBuffer) -> tuple[int, ...]:
     """How often each of a buffer's tensors was written to in place, by this process."""
-    held = getattr(replay.storage, "_storage", None)
-    if not isinstance(held, TensorDictBase):
+    rows = stored_rows(replay)
+    if not isinstance(rows, TensorDictBase):
         return ()
-    leaves = held.values(include_nested=True, leaves_only=True)
-    return tuple(leaf._version for leaf in leaves if not leaf.is_inference())
+    leaves = rows.values(include_nested=True, leaves_only=True)
+    return tuple(version_of(leaf) for leaf in leaves if not leaf.is_inference())
 
 
-def _told(loss: ImplicitQLoss) -> list[str]:
+def _metric_names(loss: ImplicitQLoss) -> list[str]:
     """Names of the step's metrics."""
     entropy = ["entropy"] if loss.actor_objective == "log_prob" else []
     return [*LOSSES, *entropy, *(DIAGNOSTICS if loss.diagnostics else ())]
@@ -315,6 +308,6 @@ def _told(loss: ImplicitQLoss) -> list[str]:
 
 def _seed_from(replay: ReplayBuffer) -> int:
     """A seed drawn from the buffer's generator, or torch's own."""
-    generator = getattr(replay, "_rng", None)
+    generator = generator_of(replay)
     where = "cpu" if generator is None else generator.device
     return int(torch.randint(2**62, (), generator=generator, device=where))

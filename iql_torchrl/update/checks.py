@@ -1,4 +1,4 @@
-"""What ``captured`` cannot hold, said before anything is captured."""
+"""What ``captured`` refuses before anything is captured."""
 
 from __future__ import annotations
 
@@ -24,32 +24,27 @@ def check_replay(replay: DeviceSampler | ReplayBuffer) -> None:
             f"replay samples with {type(replay.sampler).__name__}; captured updates sample "
             "uniformly on the device. Use RandomSampler, or the step or compiled(step) in a loop."
         )
-    if len(replay._transform):
+    if len(replay.transform):
         raise ValueError(
-            "replay has transforms, which would run on the host at every update. Apply them to "
+            "replay has transforms, which would run in Python at every update. Apply them to "
             "the data once, or use the step or compiled(step) in a loop."
         )
     if replay.batch_size is None:
         raise ValueError("replay has no batch_size; give it one when you build it.")
 
 
-def check_cuda(step: IQLStep, updates: int, whole: bool) -> None:
+def check_cuda(step: IQLStep, updates: int) -> None:
+    """Raise ``ValueError`` on an optimizer or updater that a CUDA graph cannot hold."""
     optimizer, updater = step.optimizer, step.target_updater
-    words = ("capturable", "fused") if whole else ("capturable",)
-    if not all(any(group.get(word) for word in words) for group in optimizer.param_groups):
+    options = ("capturable", "fused")
+    if not all(any(group.get(name) for name in options) for group in optimizer.param_groups):
         raise ValueError(
-            f"optimizer is a {type(optimizer).__name__} that counts its updates on the host; build "
-            f"it with {' or '.join(f'{word}=True' for word in words)}, or use compiled(step)."
+            f"optimizer is a {type(optimizer).__name__} that counts its updates on the CPU; build it "
+            f"with {' or '.join(f'{name}=True' for name in options)}, or use compiled(step)."
         )
-    if step.lr_schedulers and not whole:
+    if updater is not None and not step.followed.targets and not isinstance(updater, HardUpdate):
         raise ValueError(
-            f"the learning rates of {type(optimizer).__name__} would be fixed in a CUDA graph (or "
-            "this torch cannot trace gradients; torch 2.13 can). Use Adam or AdamW, or "
-            "compiled(step)."
-        )
-    if updater is not None and not step.targets and not isinstance(updater, HardUpdate):
-        raise ValueError(
-            f"a {type(updater).__name__} moves the targets on the host, after every update; use "
+            f"a {type(updater).__name__} moves the targets in Python, after every update; use "
             "SoftUpdate or HardUpdate, or compiled(step)."
         )
     check_alignment(updater, updates)

@@ -1,4 +1,4 @@
-"""Conditions under which an update would train nothing, or train ranks apart, checked at each call."""
+"""Checks at each call for an update that would train nothing, or each rank on its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def check_update_trains(*, independent_ranks: bool) -> None:
     unless ``independent_ranks``, in a ``torch.distributed`` process group of several ranks, because
     gradients are not reduced across ranks. It costs less than a microsecond.
     """
-    tracing = torch.compiler.is_compiling()  # Dynamo cannot trace a question about inference mode
+    tracing = torch.compiler.is_compiling()  # Dynamo cannot trace is_inference_mode_enabled
     if not tracing and torch.is_inference_mode_enabled():
         raise RuntimeError(_NO_GRADIENTS.format(mode="torch.inference_mode()"))
     if not torch.is_grad_enabled():
@@ -29,8 +29,8 @@ def check_update_trains(*, independent_ranks: bool) -> None:
             "reduce gradients across ranks: each rank would train a network of its own. Data "
             "parallel training is not available yet: run one process per run, or call "
             "torch.distributed.destroy_process_group() before training. If the group serves "
-            "something else, such as a distributed collector, and each rank that trains shall "
-            "train its own network, build IQLStep(..., independent_ranks=True) or set "
+            "something else, such as a distributed collector, and each rank is to train its own "
+            "network, build IQLStep(..., independent_ranks=True) or set "
             "step.independent_ranks = True."
         )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,24 +16,72 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchrl.envs.utils import set_exploration_type
 from torchrl.modules import set_recurrent_mode
-from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
+from iql_torchrl.fast_networks.evaluator import FastEvaluator
 from iql_torchrl.objectives.batch import Batch
+from iql_torchrl.objectives.conversion import NETWORKS
 from iql_torchrl.objectives.iql import ImplicitQLoss
 from iql_torchrl.update.guards import check_update_trains
+from iql_torchrl.update.targets import followed_tensors, polyak_step
 
 with warnings.catch_warnings():  # TorchRL warns about its own classes when these are first imported
     warnings.simplefilter("ignore", DeprecationWarning)
     from torchrl.trainers import OptimizationStepper, Trainer
 
-__all__ = ["IQLStep", "Terms", "part_of"]
+__all__ = ["IQLStep", "Step", "Terms", "clip", "part_of"]
 
-NETWORKS = ("actor_network", "qvalue_network", "value_network")
+
 Terms = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
-class IQLStep(OptimizationStepper):
+class Step(OptimizationStepper):
+    """What :class:`IQLStep` and the step that ``compiled`` returns have in common; abstract."""
+
+    loss: ImplicitQLoss
+    optimizer: Optimizer
+    target_updater: TargetNetUpdater | None
+    lr_schedulers: tuple[LRScheduler, ...]
+    order: str
+    max_grad_norm: float | None
+    precision: str
+    independent_ranks: bool
+    members: int | None
+
+    @property
+    @abstractmethod
+    def plain(self) -> IQLStep:
+        """The step with the loss, the optimizer and all settings."""
+
+    @abstractmethod
+    def learn(self, batch: TensorDictBase) -> Terms:
+        """The update without schedulers, and without targets that ``SoftUpdate`` does not move.
+
+        Returns losses, and the result of :meth:`ImplicitQLoss.summary`.
+        """
+
+    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
+        losses, summary = self.learn(batch)
+        plain = self.plain
+        metrics = plain.loss.outputs(batch, losses, summary).detach()
+        if plain.target_updater is not None and not plain.followed.targets:
+            plain.target_updater.step()
+        for scheduler in plain.lr_schedulers:
+            scheduler.step()
+        return metrics
+
+    def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
+        """The same update, in the form in which TorchRL's trainers call it."""
+        return self(sub_batch)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Step:
+        raise TypeError(
+            "a copied IQLStep would train nothing: its optimizer would hold other parameters. "
+            "Copy the loss, build optimizer, updater and step from the copy, and load their states."
+        )
+
+
+class IQLStep(Step):
     """``step(batch) -> TensorDict`` of detached metrics: one update of every network.
 
     Also an ``OptimizationStepper``: ``Trainer(..., optimization_stepper=step)`` runs it in
@@ -69,7 +118,7 @@ class IQLStep(OptimizationStepper):
             updater of another loss, or trainable parameters missing from the optimizer.
         TypeError: ``optimizer`` is no torch optimizer, or ``loss`` is not a loss of this package,
             such as a ``DistributedDataParallel`` around one.
-        RuntimeError: when called: under ``torch.no_grad()`` or ``torch.inference_mode()``, where
+        RuntimeError: from a call: under ``torch.no_grad()`` or ``torch.inference_mode()``, where
             nothing would be trained; or in a process group of more than one rank without
             ``independent_ranks``.
     """
@@ -96,7 +145,7 @@ class IQLStep(OptimizationStepper):
         self.loss = loss
         self.precision = precision
         self.independent_ranks = independent_ranks
-        self._device = next(loss.parameters()).device.type
+        self.device = next(loss.parameters()).device
         self.optimizer = optimizer
         self.target_updater = target_updater
         self.order = order
@@ -112,36 +161,43 @@ class IQLStep(OptimizationStepper):
                     "lr_scheduler is a ReduceLROnPlateau, which steps on a score: step it yourself "
                     "after an evaluation."
                 )
-        self.members: int | None = getattr(loss, "members", None)
-        self._trainable = [_trainable(loss, name) for name in NETWORKS]
-        self._pairs = soft_pairs(target_updater)
-        self._target_qvalue = loss.target_qvalue
-        self._value_term = loss.value_term
-        self._policy_terms = self._terms_given_value
-        self._all_terms = loss.terms
+        self.members = getattr(loss, "members", None)
+        self.trainable = [_trainable(loss, name) for name in NETWORKS]
+        self.followed = followed_tensors(target_updater)
 
-    def __call__(self, batch: TensorDictBase) -> TensorDictBase:
-        losses, summary = self.learn(batch)
-        metrics = self.loss.outputs(batch, losses, summary).detach()
-        if self.target_updater is not None and not self._pairs[0]:
-            self.target_updater.step()
-        for scheduler in self.lr_schedulers:
-            scheduler.step()
-        return metrics
+    @property
+    def plain(self) -> IQLStep:
+        return self
 
     def learn(self, batch: TensorDictBase) -> Terms:
-        """The update but for schedules and targets that move by the host's count.
-
-        Returns losses, and what :meth:`ImplicitQLoss.summary` tells.
-        """
         check_update_trains(independent_ranks=self.independent_ranks)
-        loss = self.loss
         with self.setting():
-            read = loss.read(batch)
-            update = self._sequential if self.order == "sequential" else self._simultaneous
-            losses, metadata = update(read)
-            self._move_targets()
-            return losses, loss.summary(read, metadata)
+            terms = self.update(self.loss.read(batch), self._descend)
+            self.move_targets()
+            return terms
+
+    def update(self, batch: Batch, descend: Callable[[Tensor], None]) -> Terms:
+        """Losses and summary of one update, in which ``descend`` makes the optimizer's steps."""
+        loss = self.loss
+        if self.order == "simultaneous":
+            losses, metadata = loss.terms(batch)
+            descend(losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"])
+            return losses, loss.summary(batch, metadata)
+        target_qvalue = loss.target_qvalue(batch)
+        loss_value, of_value = loss.value_term(batch, target_qvalue)
+        descend(loss_value)
+        value, next_value = loss.state_values(batch)  # V as it is now
+        loss_actor, of_actor = loss.actor_term(batch, target_qvalue - value)
+        td_target = loss.td_target(batch, next_value)
+        loss_qvalue, of_qvalue = loss.qvalue_term(batch, td_target)
+        descend(loss_actor + loss_qvalue)
+        losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value}
+        return losses, loss.summary(batch, of_value | of_actor | of_qvalue)
+
+    def move_targets(self) -> None:
+        """The step of a ``SoftUpdate``; nothing for any other updater."""
+        if self.target_updater is not None and self.followed.targets:
+            polyak_step(self.followed.targets, self.followed.live, self.target_updater.eps)
 
     @contextmanager
     def setting(self) -> Iterator[None]:
@@ -150,16 +206,12 @@ class IQLStep(OptimizationStepper):
         with (
             set_exploration_type(self.loss.deterministic_sampling_mode),
             set_recurrent_mode(True),
-            self.loss.bound(),
-            torch.autocast(self._device, torch.bfloat16, cache_enabled=False)
+            self.loss.evaluated_by(FastEvaluator),
+            torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
             if half
             else nullcontext(),
         ):
             yield
-
-    def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
-        """The same update, as TorchRL's trainers ask for it."""
-        return self(sub_batch)
 
     def state_dict(self) -> dict[str, Any]:
         """States of optimizer, schedulers and target updater; the networks' is the loss's."""
@@ -184,41 +236,8 @@ class IQLStep(OptimizationStepper):
         if self.target_updater is not None and state_dict["target_updater"] is not None:
             self.target_updater.load_state_dict(state_dict["target_updater"])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> IQLStep:
-        raise TypeError(
-            "a copied IQLStep would train nothing: its optimizer's parameters would be nobody's. "
-            "Copy the loss, build optimizer, updater and step from the copy, and load their states."
-        )
-
-    def _sequential(self, batch: Batch) -> Terms:
-        target_qvalue = self._target_qvalue(batch)
-        loss_value, about_value = self._value_term(batch, target_qvalue)
-        self._descend(loss_value)
-        losses, metadata = self._policy_terms(batch, target_qvalue)
-        self._descend(losses["loss_actor"] + losses["loss_qvalue"])
-        return {**losses, "loss_value": loss_value}, about_value | metadata
-
-    def _simultaneous(self, batch: Batch) -> Terms:
-        losses, metadata = self._all_terms(batch)
-        self._descend(losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"])
-        return losses, metadata
-
-    def _terms_given_value(self, batch: Batch, target_qvalue: Tensor) -> Terms:
-        """Losses of actor and critics with V as it stands, reusing the target critics' values."""
-        loss = self.loss
-        value, next_value = loss.state_values(batch)
-        loss_actor, about_actor = loss.actor_term(batch, target_qvalue - value)
-        td_target = loss.td_target(batch, next_value)
-        loss_qvalue, about_qvalue = loss.qvalue_term(batch, td_target)
-        return {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue}, about_actor | about_qvalue
-
-    @property
-    def targets(self) -> list[Tensor]:
-        """Target tensors that a ``SoftUpdate`` moves."""
-        return self._pairs[1]
-
     def _descend(self, loss: Tensor) -> None:
-        """One optimizer step on ``loss``; parameters it does not reach have no gradient and rest."""
+        """One optimizer step on ``loss``; parameters without a gradient are not changed."""
         if not loss.requires_grad:  # every network it reaches is frozen
             return
         loss = loss.sum()  # of a population's runs; one number otherwise
@@ -227,19 +246,12 @@ class IQLStep(OptimizationStepper):
                 parameter.grad = None
         loss.backward()
         if self.max_grad_norm is not None:
-            for parameters in self._trainable:
-                found = [p.grad for p in parameters if p.grad is not None]
-                clipped = clip(found, self.max_grad_norm, self.members)
-                for gradient, value in zip(found, clipped, strict=True):
+            for parameters in self.trainable:
+                gradients = [p.grad for p in parameters if p.grad is not None]
+                clipped = clip(gradients, self.max_grad_norm, self.members)
+                for gradient, value in zip(gradients, clipped, strict=True):
                     gradient.copy_(value)
         self.optimizer.step()
-
-    def _move_targets(self) -> None:
-        """``SoftUpdate``'s step."""
-        if self.target_updater is not None and self._pairs[0]:
-            with torch.no_grad():
-                share = 1 - self.target_updater.eps
-                torch._foreach_lerp_(self._pairs[1], self._pairs[0], share)
 
 
 def clip(gradients: Sequence[Tensor], limit: float, members: int | None) -> list[Tensor]:
@@ -257,19 +269,10 @@ def clip(gradients: Sequence[Tensor], limit: float, members: int | None) -> list
     return [g * scale.view(*scale.shape, *(1,) * (g.ndim - scale.ndim)) for g in gradients]
 
 
-def soft_pairs(updater: TargetNetUpdater | None) -> tuple[list[Tensor], list[Tensor]]:
-    """Live and target tensors that a ``SoftUpdate`` brings together; of anything else, none."""
-    if updater is None or type(updater) is not SoftUpdate:
-        return [], []
-    names = list(updater._sources.keys(True, True))
-    targets = [updater._targets[(f"target_{name[0]}", *name[1:])] for name in names]
-    return [updater._sources[name] for name in names], targets
-
-
 def part_of(step: Any, name: str) -> Any:
-    """What a step consists of; a captured one holds the plain one as ``step.step``."""
-    found = getattr(step, name, None)
-    return found if found is not None else getattr(getattr(step, "step", None), name, None)
+    """The attribute ``name`` of a step; a compiled or captured one holds the plain one."""
+    part = getattr(step, name, None)
+    return part if part is not None else getattr(getattr(step, "plain", None), name, None)
 
 
 def _trainable(loss: ImplicitQLoss, network: str) -> list[nn.Parameter]:
@@ -307,8 +310,8 @@ def _check_parts(
         )
     if updater is not None and updater.loss_module is not loss:
         raise ValueError("target_updater follows another loss; build it from the loss given here.")
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [n for n, p in loss.named_parameters() if p.requires_grad and id(p) not in held]
+    given = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [n for n, p in loss.named_parameters() if p.requires_grad and id(p) not in given]
     if missing:
         raise ValueError(
             f"the optimizer lacks {len(missing)} of the loss's parameters, the first {missing[0]!r}; "

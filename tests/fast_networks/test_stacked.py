@@ -14,7 +14,7 @@ from torchrl.modules import MLP as TorchRLMLP
 from torchrl.modules import ValueOperator
 
 from iql_torchrl import networks, policies
-from iql_torchrl.fast_networks.dense import Category
+from iql_torchrl.fast_networks.perceptron import Category
 from iql_torchrl.fast_networks.stacked import StackedNetwork, perceptron_keys
 
 RUNS, CRITICS, ROWS, OBS, ACT = 3, 2, 6, 4, 2

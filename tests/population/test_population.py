@@ -22,10 +22,11 @@ from small_populations import (
 )
 
 from iql_torchrl import IQLPopulation, evaluate, make_agent
-from iql_torchrl import population as population_module
 from iql_torchrl.checkpoint import CheckpointError, read_components, write_components
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.data.replay import MemberSampler
+from iql_torchrl.fast_networks.evaluator import FastEvaluator
+from iql_torchrl.population import runs as population_module
 
 KNOBS = (
     {"seed": 5},
@@ -123,7 +124,7 @@ def test_members_with_dropout_differ_and_agree_without_it():
         loss.actor_network.eval()
     wanted = alone.loss.actor_loss(batch.clone())[0]
     assert_close({"loss": population.loss.actor_loss(batch)[0]}, {"loss": wanted.expand(3)}, 1e-12)
-    with population.loss.bound():
+    with population.loss.evaluated_by(FastEvaluator):
         found = population.loss.actor_loss(batch)[0]
     assert_close({"loss": found}, {"loss": wanted.expand(3)}, 1e-12)
     population.loss.actor_network.train()

@@ -57,10 +57,10 @@ def test_captured_updates_are_the_runs_alone():
     population.loss.temperature[1] = beside.agents[1].loss.temperature = 1.5
     beside.train_captured(call, sampler)
     beside.assert_equal()
-    program = call._update
+    program = call._program
     population.step.load_state_dict(population.step.state_dict())  # new tensors: captured anew
     beside.train_captured(call, sampler)
-    assert call._update is not program
+    assert call._program is not program
     beside.assert_equal()
 
 

@@ -117,6 +117,16 @@ REFUSED = {
         ValueError,
         "actor_objective is a function",
     ),
+    "own value objective": (
+        lambda: [with_networks(value_objective=lambda target_qvalue, value: target_qvalue - value)],
+        ValueError,
+        "value_objective is a function, which sees one run; use 'expectile'",
+    ),
+    "own weight": (
+        lambda: [with_networks(advantage_weight=torch.sigmoid)],
+        ValueError,
+        "advantage_weight is a function, which sees one run; use 'exponential'",
+    ),
     "activation": (
         lambda: [relu_value(), tanh_value()],
         ValueError,

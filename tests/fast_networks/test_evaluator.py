@@ -1,4 +1,4 @@
-"""Inside ``loss.bound()``: the same losses, gradients and statistics, and never a stale copy."""
+"""With the fast evaluator: the same losses, gradients and statistics, and never a stale copy."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 from torchrl.objectives import ValueEstimators
 
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, networks, policies
+from iql_torchrl.fast_networks.evaluator import FastEvaluator
+from iql_torchrl.objectives.evaluator import GENERAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
 SPEC = Bounded(-torch.ones(ACT), torch.ones(ACT), (ACT,))
@@ -268,10 +270,12 @@ def perturb_targets(loss) -> None:
             target.data.add_(0.1 * torch.randn(target.shape))
 
 
-def bound_parts(loss) -> set[str]:
-    with loss.bound():
-        kept = loss._bound
+def fast_parts(loss) -> set[str]:
+    with loss.evaluated_by(FastEvaluator):
+        kept = loss.evaluator
     names = {name for name in ("actor", "value") if getattr(kept, name) is not None}
+    own = callable(loss.actor_objective)  # its function gets the loss's own actor
+    names -= {"actor"} if own else set()
     return names | ({"critics"} if len(kept.critics) == 2 else set())
 
 
@@ -304,13 +308,13 @@ def assert_same(found, wanted):
 
 
 def check(loss, batch) -> None:
-    """Inside ``bound()`` all is as it is outside, for a loss that was used so before or not."""
+    """Inside ``evaluated_by`` all is as it is outside, for a loss that was used so before or not."""
     _ = loss.value_estimator  # holds a buffer
     buffers = [buffer.clone() for buffer in loss.buffers()]
     wanted = everything(loss, batch.clone())
     for buffer, before in zip(loss.buffers(), buffers, strict=True):
         buffer.data.copy_(before)
-    with loss.bound():
+    with loss.evaluated_by(FastEvaluator):
         found = everything(loss, batch.clone())
     assert_same(found, wanted)
 
@@ -320,7 +324,7 @@ def test_equals_the_general_path(case):
     make_loss, make, parts = CASES[case]
     loss = make_loss().double()
     perturb_targets(loss)
-    assert bound_parts(loss) == set(parts)
+    assert fast_parts(loss) == set(parts)
     check(loss, make())
     for network in (loss.actor_network, loss.qvalue_network, loss.value_network):
         network.eval()
@@ -476,12 +480,15 @@ def test_outputs_under_other_names_are_refused_on_every_way(activation):
         loss = IQLLoss(policies.gaussian(OBS, SPEC, hidden=(8,)), critics, state).double()
         for short in (False, True):
             with (
-                loss.bound() if short else nullcontext(),
+                loss.evaluated_by(FastEvaluator) if short else nullcontext(),
                 pytest.raises(KeyError, match=r"'state_(action_)?value'"),
             ):
                 loss(batch.clone())
     loss = IQLLoss(policies.gaussian(OBS, SPEC, hidden=(8,)), other, value).double()
-    with pytest.raises(KeyError, match="qvalue_network writes no"), loss.bound():
+    with (
+        pytest.raises(KeyError, match="qvalue_network writes no"),
+        loss.evaluated_by(FastEvaluator),
+    ):
         loss(batch.clone())
     loss.set_keys(state_action_value="q")
     check(loss, batch)
@@ -490,18 +497,18 @@ def test_outputs_under_other_names_are_refused_on_every_way(activation):
 def test_two_statistics_are_told_apart():
     """Two critics with statistics of their own cannot share a first layer."""
     loss = continuous(preprocess=one_mean).double()
-    assert "critics" in bound_parts(loss)
+    assert "critics" in fast_parts(loss)
     critics_drift_apart(loss)
-    assert "critics" not in bound_parts(loss)
+    assert "critics" not in fast_parts(loss)
     check(loss, logged())
 
 
-def test_the_short_way_is_taken():
+def test_the_fast_evaluation_is_used():
     loss = continuous().double()
-    loss._vmap_qvalue_network = None
-    with loss.bound():
+    loss.map_critics = None
+    with loss.evaluated_by(FastEvaluator):
         everything(loss, logged())
-    assert loss._bound is None
+    assert loss.evaluator is GENERAL
     with pytest.raises(TypeError):
         everything(loss, logged())
 
@@ -511,7 +518,7 @@ def test_modes_are_followed():
     batch = logged()
 
     def value():
-        with loss.bound():
+        with loss.evaluated_by(FastEvaluator):
             return loss.state_value(loss.read(batch))
 
     assert not torch.equal(value(), value())
@@ -525,16 +532,16 @@ def test_hooks_put_on_before_are_called():
     loss = continuous().double()
     seen = []
     loss.value_network.module.mlp[0].register_forward_hook(lambda *_: seen.append(1))
-    assert bound_parts(loss) == {"actor", "critics"}
+    assert fast_parts(loss) == {"actor", "critics"}
     check(loss, logged())
     assert seen
 
 
-def test_an_error_inside_leaves_nothing_bound():
+def test_an_error_inside_restores_the_general_evaluator():
     loss = continuous().double()
-    with pytest.raises(KeyError, match="reward"), loss.bound():
+    with pytest.raises(KeyError, match="reward"), loss.evaluated_by(FastEvaluator):
         loss.read(logged().exclude(("next", "reward")))
-    assert loss._bound is None
+    assert loss.evaluator is GENERAL
 
 
 def test_gradients_can_be_differentiated_again_outside():
@@ -547,11 +554,11 @@ def test_gradients_can_be_differentiated_again_outside():
         return sum(g.square().sum() for g in found)
 
     assert any(bool(g.any()) for g in torch.autograd.grad(penalty(), parameters))
-    with loss.bound(), pytest.raises(RuntimeError, match="once_differentiable"):
+    with loss.evaluated_by(FastEvaluator), pytest.raises(RuntimeError, match="once_differentiable"):
         penalty().backward()
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (0,)])
-def test_batches_of_one_none_and_without_a_dimension(shape):
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_batches_of_one_and_without_a_dimension(shape):
     loss = continuous().double()
     check(loss, logged(32)[0] if shape == () else logged(32)[: shape[0]])

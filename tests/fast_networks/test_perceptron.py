@@ -1,4 +1,4 @@
-"""Dense perceptrons: values and gradients by hand and against the modules they stand for."""
+"""Perceptrons: values and gradients by hand and against the modules they stand for."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 from torchrl.modules import MLP as TorchRLMLP
 
 from iql_torchrl import networks
-from iql_torchrl.fast_networks.dense import Category, Dense, linear_layers, picked
-from iql_torchrl.fast_networks.detect import _condense
+from iql_torchrl.fast_networks.evaluator import _condense
+from iql_torchrl.fast_networks.perceptron import Category, Perceptron, linear_layers, picked
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -24,8 +24,8 @@ def perceptron(layers: int, activation=nn.ReLU, inputs: int = 4, outputs: int = 
 
 
 def stack(modules):
-    """Dense over K modules' parameters, ``(K, ...)``, and those parameters."""
-    dense = Dense(modules[0])
+    """Perceptron over K modules' parameters, ``(K, ...)``, and those parameters."""
+    dense = Perceptron(modules[0])
     leaves = zip(*(m.parameters() for m in modules), strict=True)
     dense.leaves = tuple(torch.stack(leaf).detach().requires_grad_() for leaf in leaves)
     return dense, dense.leaves
@@ -44,7 +44,7 @@ def test_by_hand():
         for leaf, value in zip(source.parameters(), ([[1.0, -2.0]], 3.0, -1.0, 0.5), strict=True):
             leaf.copy_(torch.tensor(value))
     x = torch.tensor([[1.0, 1.0], [0.0, 2.0]], requires_grad=True)  # before ReLU: 2 and -1
-    out = Dense(source)(x)
+    out = Perceptron(source)(x)
     assert out.tolist() == [[-1.5], [0.5]]
     found = torch.autograd.grad(out.sum(), [x, *source.parameters()])
     wanted = ([[-1.0, 2.0], [0.0, 0.0]], [[-1.0, -1.0]], [-1.0], [[2.0]], [2.0])
@@ -58,7 +58,7 @@ def test_tanh_by_hand():
         for leaf, value in zip(source.parameters(), (2.0, 0.0, 3.0, 1.0), strict=True):
             leaf.fill_(value)
     x = torch.tensor([[0.25]], dtype=torch.float64, requires_grad=True)
-    out = Dense(source)(x)
+    out = Perceptron(source)(x)
     assert out.item() == pytest.approx(1 + 3 * math.tanh(0.5), rel=1e-14)
     (slope,) = torch.autograd.grad(out.sum(), x)
     assert float(slope) == pytest.approx(6 * (1 - math.tanh(0.5) ** 2), rel=1e-14)
@@ -70,9 +70,9 @@ def test_tanh_by_hand():
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_a_lone_perceptron(way, outputs, activation, layers):
     source = perceptron(layers, activation, outputs=outputs)
-    dense = Dense(source)
+    dense = Perceptron(source)
     x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    out = dense(x) if way == "chain" else dense._operations(x)
+    out = dense(x) if way == "chain" else dense.operations(x)
     wanted = source(x)
     torch.testing.assert_close(out, wanted, **EXACT)
     leaves = [x, *source.parameters()]
@@ -89,7 +89,7 @@ def test_stacked_perceptrons(way, outputs, activation, count, layers):
     sources = [perceptron(layers, activation, outputs=outputs) for _ in range(count)]
     dense, leaves = stack(sources)
     x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    out = dense(x) if way == "chain" else dense._operations(x)
+    out = dense(x) if way == "chain" else dense.operations(x)
     wanted = torch.stack([source(x) for source in sources])
     torch.testing.assert_close(out, wanted, **EXACT)
     apart = [p for source in sources for p in source.parameters()]
@@ -106,7 +106,7 @@ def test_stacked_perceptrons(way, outputs, activation, count, layers):
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3), (2, 3, 5), (2, 0)])
 def test_any_batch_dimensions(count, shape):
     sources = [perceptron(3) for _ in range(count or 1)]
-    dense, leaves = (Dense(sources[0]), None) if count is None else stack(sources)
+    dense, leaves = (Perceptron(sources[0]), None) if count is None else stack(sources)
     leaves = tuple(sources[0].parameters()) if leaves is None else leaves
     x = torch.randn(*shape, 4, dtype=torch.float64, requires_grad=True)
     out = dense(x)
@@ -127,7 +127,7 @@ def test_any_batch_dimensions(count, shape):
 @pytest.mark.parametrize("shape", [(9,), (0,), (1,), (2, 5)])
 def test_categories_are_their_one_hot_form(way, count, layers, shape):
     sources = [perceptron(layers, inputs=6) for _ in range(count or 1)]
-    dense, leaves = (Dense(sources[0]), None) if count is None else stack(sources)
+    dense, leaves = (Perceptron(sources[0]), None) if count is None else stack(sources)
     leaves = tuple(sources[0].parameters()) if leaves is None else leaves
     index = torch.randint(6, shape)  # categories return, and some do not come
     with pytest.raises(TypeError, match=r"got torch.int64; .*networks\.OneHot"):
@@ -136,7 +136,7 @@ def test_categories_are_their_one_hot_form(way, count, layers, shape):
     if way == "chain":
         out = dense(index)
     elif len(shape) == 1:
-        out = dense._operations(index)
+        out = dense.operations(index)
     else:
         return
     one_hot = nn.functional.one_hot(index, 6).double()
@@ -164,11 +164,11 @@ def test_picked_by_hand():
 @pytest.mark.parametrize("count", [None, 2])
 def test_frozen_leaves(count, frozen):
     sources = [perceptron(3) for _ in range(count or 1)]
-    dense = Dense(sources[0]) if count is None else stack(sources)[0]
+    dense = Perceptron(sources[0]) if count is None else stack(sources)[0]
     for place in frozen:
         dense.leaves[place].requires_grad_(False)
     x = torch.randn(7, 4, dtype=torch.float64)
-    out, plain = dense(x), dense._operations(x)
+    out, plain = dense(x), dense.operations(x)
     live = [leaf for leaf in dense.leaves if leaf.requires_grad]
     for a, b in zip(gradients(out, live), gradients(plain, live), strict=True):
         torch.testing.assert_close(a, b, **EXACT)
@@ -177,14 +177,14 @@ def test_frozen_leaves(count, frozen):
     assert not dense(x).requires_grad
     x.requires_grad_()
     torch.testing.assert_close(
-        gradients(dense(x), [x])[0], gradients(dense._operations(x), [x])[0], **EXACT
+        gradients(dense(x), [x])[0], gradients(dense.operations(x), [x])[0], **EXACT
     )
 
 
 @pytest.mark.parametrize("count", [None, 2])
 def test_numerical_derivatives(count):
     sources = [perceptron(3, nn.Tanh) for _ in range(count or 1)]
-    dense = Dense(sources[0]) if count is None else stack(sources)[0]
+    dense = Perceptron(sources[0]) if count is None else stack(sources)[0]
 
     def evaluate(x, *leaves):
         dense.leaves = leaves
@@ -197,7 +197,7 @@ def test_numerical_derivatives(count):
 @pytest.mark.parametrize("count", [None, 2])
 def test_under_autocast(count):
     sources = [perceptron(3).float() for _ in range(count or 1)]
-    dense = Dense(sources[0]) if count is None else stack(sources)[0]
+    dense = Perceptron(sources[0]) if count is None else stack(sources)[0]
     x = torch.randn(64, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = dense(x)
@@ -219,12 +219,12 @@ def test_torchrls_mlp_joins_its_inputs():
     source = TorchRLMLP(in_features=5, out_features=2, num_cells=[6, 6]).double()
     assert [layer.out_features for layer in linear_layers(source)] == [6, 6, 2]  # with Tanh
     a, b = (torch.randn(3, 7, n, dtype=torch.float64) for n in (3, 2))
-    torch.testing.assert_close(Dense(source)(a, b), source(a, b), **EXACT)
+    torch.testing.assert_close(Perceptron(source)(a, b), source(a, b), **EXACT)
 
 
 def test_a_gradient_may_be_asked_for_once_and_leaves_may_be_used_twice():
     source = perceptron(3)
-    dense = Dense(source)
+    dense = Perceptron(source)
     a, b = torch.randn(2, 7, 4, dtype=torch.float64)
     leaves = list(source.parameters())
     ours = gradients(dense(a) * dense(b), leaves)
@@ -289,7 +289,7 @@ def test_layers_that_appear_twice():
     for source in sources:
         assert len(linear_layers(source)) == 3
         x = torch.randn(7, 4, dtype=torch.float64)
-        dense = Dense(source)
+        dense = Perceptron(source)
         torch.testing.assert_close(dense(x), source(x), **EXACT)
         leaves = list(source.parameters())
         for a, b in zip(gradients(dense(x), leaves), gradients(source(x), leaves), strict=True):
@@ -314,3 +314,26 @@ def test_networks_of_categories_pick():
         _condense(left)
         assert networks.OneHot in kinds
         assert not any(type(module) is Category for module in left.modules())
+
+
+@pytest.mark.parametrize("categories", [False, True])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_batch_per_run(own, categories):
+    """Runs that read one batch, and runs that read one each; 3 runs, 3 layers, 3 outputs."""
+    sources = [perceptron(3, inputs=6, outputs=3) for _ in range(3)]
+    leaves = zip(*(m.parameters() for m in sources), strict=True)
+    leaves = tuple(torch.stack(leaf).detach().requires_grad_() for leaf in leaves)
+    body = Perceptron(sources[0], leaves, per_run=True)
+    body.picks = categories
+    shape = (3, 7) if own else (7,)
+    x = torch.randint(6, shape) if categories else torch.randn(*shape, 6, dtype=torch.float64)
+    rows = nn.functional.one_hot(x, 6).double() if categories else x
+    rows = rows if own else rows.expand(3, *rows.shape)
+    wanted = torch.stack([m(row) for m, row in zip(sources, rows, strict=True)])
+    apart = [p for source in sources for p in source.parameters()]
+    theirs = gradients(wanted, apart)
+    for out in (body(x), body.operations(x)):
+        torch.testing.assert_close(out, wanted, **EXACT)
+        for place, gradient in enumerate(gradients(out, leaves)):
+            expected = torch.stack(theirs[place :: len(leaves)])
+            torch.testing.assert_close(gradient, expected, **EXACT)

@@ -1,0 +1,229 @@
+"""The private names of torch, tensordict and TorchRL do what this package relies on."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictParams
+from torch import nn
+from torch.distributions import Distribution
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.objectives import LossModule
+from torchrl.trainers import LogScalar, Trainer
+
+from iql_torchrl import host
+
+
+def test_a_missing_name_is_an_import_error_that_names_it():
+    with pytest.raises(ImportError, match=r"torch\._absent is missing in torch \d.*TorchRL 0\.14"):
+        host._require(torch, "_dynamo", "_absent")
+    with pytest.raises(ImportError, match=r"Identity\._absent is missing .* tested with torch 2"):
+        host._require(nn.Identity(), "_absent")
+    host._require(torch, "_dynamo")
+
+
+def test_every_inherited_method_exists():
+    for base, names in host.INHERITED.items():
+        methods = set(names) - host.OF_INSTANCES
+        assert methods
+        assert all(callable(getattr(base, name)) for name in methods)
+
+
+def test_every_inherited_attribute_exists():
+    class Loss(LossModule):
+        def forward(self, tensordict):
+            return tensordict
+
+    trainer = Trainer(
+        collector=None,
+        total_frames=1,
+        frame_skip=1,
+        optim_steps_per_batch=1,
+        loss_module=Loss(),
+        optimizer=None,
+        progress_bar=False,
+    )
+    instances = {LossModule: Loss(), Trainer: trainer}
+    for base, names in host.INHERITED.items():
+        for name in host.OF_INSTANCES.intersection(names):
+            assert hasattr(instances[base], name), name
+    trainer._log_dict["loss"].append(1.0)
+    assert host.logged_values(trainer)["loss"] == [1.0]
+    part = LogScalar("reward")
+    trainer.register_module("part", part)
+    assert host.registered_modules(trainer)["part"] is part
+
+
+def test_an_optimizer_marked_as_stepped_lets_its_scheduler_go_first():
+    def scheduler():
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+
+    _, plain = scheduler()
+    with pytest.warns(UserWarning, match=r"lr_scheduler\.step\(\)` before"):
+        plain.step()
+    optimizer, marked = scheduler()
+    host.mark_stepped(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        marked.step()
+
+
+def test_versions_count_writes_in_place():
+    tensor = torch.zeros(3)
+    before = host.version_of(tensor)
+    assert host.version_of(tensor) == before
+    tensor.add_(1)
+    assert host.version_of(tensor) == before + 1
+
+
+def test_sums_of_many_tensors():
+    totals = [torch.tensor([1.0]), torch.tensor([2.0, 3.0])]
+    host.add_to_all(totals, [torch.tensor([10.0]), torch.tensor([20.0, 30.0])], 2)
+    assert [t.tolist() for t in totals] == [[21.0], [42.0, 63.0]]
+
+
+def test_assertions_stay_in_an_exported_program():
+    class Checked(nn.Module):
+        def forward(self, x):
+            host.assert_dtype(x, torch.float32)
+            host.assert_later((x > 0).all(), "x must be positive.")
+            return x + 1
+
+    program = torch.export.export(Checked(), (torch.ones(2),)).module()
+    assert program(torch.tensor([2.0, 3.0])).tolist() == [3.0, 4.0]
+    with pytest.raises(RuntimeError, match="x must be positive"):
+        program(torch.tensor([2.0, -3.0]))
+    with pytest.raises(RuntimeError):
+        Checked()(torch.ones(2, dtype=torch.float64))
+
+
+def test_the_default_of_validate_args_is_read():
+    before = host.validates_distributions()
+    try:
+        for value in (False, True):
+            Distribution.set_default_validate_args(value)
+            assert host.validates_distributions() is value
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
+def test_tables_of_a_module_are_its_own_and_name_a_module_each_time():
+    shared = nn.Linear(1, 1)
+    module = nn.Module()
+    module.first, module.second = shared, shared
+    assert list(host.children_of(module)) == ["first", "second"]
+    assert dict(module.named_children()) == {"first": shared}
+    host.parameters_of(shared)["weight"] = torch.full((1, 1), 5.0)
+    assert float(shared.weight) == 5.0
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda m: m.register_forward_hook(lambda *_: None),
+        lambda m: m.register_forward_pre_hook(lambda *_: None),
+        lambda m: m.register_full_backward_hook(lambda *_: None),
+        lambda m: m.register_full_backward_pre_hook(lambda *_: None),
+    ],
+)
+def test_hooks_are_seen(register):
+    module = nn.Linear(1, 1)
+    assert not host.has_hooks(module)
+    register(module)
+    assert host.has_hooks(module)
+
+
+def test_plain_entries_are_the_parameters_themselves():
+    weight = nn.Parameter(torch.ones(2))
+    params = TensorDictParams(TensorDict({"net": {"weight": weight}}))
+    entries = host.plain_entries(params)
+    assert not isinstance(entries, TensorDictParams)
+    assert entries.get(("net", "weight")) is weight
+
+
+def test_modules_that_read_by_keyword_or_with_options_are_told_apart():
+    def net(a, b=None):
+        return a
+
+    assert host.reads_positions(TensorDictModule(net, ["a", "b"], ["c"]))
+    assert not host.reads_positions(TensorDictModule(net, {"a": "x", "b": "y"}, ["c"]))
+    options = {"as_padded_tensor": True}
+    assert not host.reads_positions(TensorDictModule(net, ["a"], ["c"], get_kwargs=options))
+
+
+def test_a_buffers_generator_rows_and_state():
+    replay = ReplayBuffer(storage=LazyTensorStorage(4), batch_size=2)
+    assert host.generator_of(replay) is None
+    generator = torch.Generator()
+    replay.set_rng(generator)
+    assert host.generator_of(replay) is generator
+    data = TensorDict({"x": torch.arange(4.0)}, batch_size=[4])
+    replay.extend(data)
+    rows = host.stored_rows(replay)
+    rows["x"][0] = 7.0
+    assert float(replay[:]["x"][0]) == 7.0  # the storage itself, not a copy
+    state = replay.state_dict()
+    assert "_prefetch_state" in state
+    assert set(state) - set(host.without_prefetched(state)) == {"_prefetch_state"}
+
+
+def test_files_and_folders_are_deleted(tmp_path):
+    file, folder = tmp_path / "file", tmp_path / "folder"
+    file.write_text("x")
+    folder.mkdir()
+    (folder / "inside").write_text("y")
+    for path in (file, folder):
+        host.remove_path(path)
+        assert not path.exists()
+
+
+def test_a_gradient_inside_a_graph_is_traced():
+    def slope(x):
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad((x**3).sum(), x)[0]
+
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    weight = nn.Parameter(torch.tensor([2.0]))
+
+    def update():
+        gradient = torch.autograd.grad((weight**3).sum(), [weight])[0]
+        return gradient.detach()
+
+    with host.tracing_gradients():
+        assert torch.compile(update, fullgraph=True, backend=backend)().tolist() == [12.0]
+    assert len(graphs) == 1
+    assert not torch._dynamo.config.trace_autograd_ops  # restored
+
+
+def test_a_program_is_the_graph_without_guards():
+    graph = torch.fx.symbolic_trace(lambda x: (x * 2 + 1,))
+    program = host.compile_program(graph, [torch.ones(3)], {})
+    (out,) = program(torch.tensor([1.0, 2.0, 3.0]))
+    assert out.tolist() == [3.0, 5.0, 7.0]
+
+
+def test_the_loss_asks_for_its_keys_through_the_names_listed():
+    seen = []
+
+    class Loss(LossModule):
+        def _make_vmap(self):
+            seen.append("_make_vmap")
+
+        def forward(self, tensordict):
+            return tensordict
+
+    loss = Loss()
+    loss.set_vmap_randomness("different")
+    assert seen == ["_make_vmap"]
+    assert loss._loss_mask_keys() == (("collector", "mask"), "shifted_valid")
+    with pytest.raises(RuntimeError, match="priority"):
+        loss._set_deprecated_ctor_keys(priority="x")
