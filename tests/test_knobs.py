@@ -28,8 +28,9 @@ from iql_torchrl.config import Knob, knob, knobs, loss_knobs
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.objectives import OPTIONS, ImplicitQLoss
 from iql_torchrl.population import PopulationLoss
-from iql_torchrl.trainers.resume import Description, Settings
-from iql_torchrl.update.snapshot import fingerprint, same
+from iql_torchrl.trainers.identity import AgentState, SettingsState
+from iql_torchrl.update.adam import Moments
+from iql_torchrl.update.snapshot import take_snapshot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +133,11 @@ def test_a_captured_step_notices_a_change(name, value):
     optimizer = torch.optim.Adam(loss.parameters())
     step = IQLStep(loss, optimizer, SoftUpdate(loss, tau=0.1))
     rows = DeviceSampler(make_batch(8), 4, seed=0)
-    before = fingerprint(step, rows, [], whole=False)
-    assert same(fingerprint(step, rows, [], whole=False), before)
+    moments = Moments([], [], [], [], [])
+    before = take_snapshot(step, rows, moments)
+    assert take_snapshot(step, rows, moments).same(before)
     setattr(loss, name, value)
-    assert not same(fingerprint(step, rows, [], whole=False), before)
+    assert not take_snapshot(step, rows, moments).same(before)
 
 
 def saved_config(config):
@@ -146,18 +148,18 @@ def saved_config(config):
         def description(self):
             return {"config": config.to_dict(), "task": {}}
 
-    return Description(Saved())
+    return AgentState(Saved())
 
 
 def test_resume_compares_it():
     saved = saved_config(BASE).state_dict()
     for config in (BASE, replace(BASE, verbose=True), replace(BASE, updates=9, compile=True)):
-        saved_config(config).load_state_dict(saved)
+        saved_config(config).check(saved)
     for name, value in {"sharpness": 2.0, "rounding": "down", "width": 3, "seed": 1}.items():
         with pytest.raises(CheckpointError, match=f"{name} was .* and is {value!r}"):
-            saved_config(replace(BASE, **{name: value})).load_state_dict(saved)
+            saved_config(replace(BASE, **{name: value})).check(saved)
     with pytest.raises(CheckpointError, match="updates was 4 and is 9"):
-        saved_config(replace(BASE, schedule="cosine", updates=9)).load_state_dict(
+        saved_config(replace(BASE, schedule="cosine", updates=9)).check(
             saved_config(replace(BASE, schedule="cosine")).state_dict()
         )
 
@@ -166,9 +168,9 @@ def test_a_config_saved_before_the_setting_existed_has_its_default():
     old = {"config": IQLConfig.to_dict(BASE), "task": {}}
     for name in ("sharpness", "rounding", "width", "verbose"):
         del old["config"][name]
-    saved_config(BASE).load_state_dict(old)
+    saved_config(BASE).check(old)
     with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
-        saved_config(replace(BASE, sharpness=2.0)).load_state_dict(old)
+        saved_config(replace(BASE, sharpness=2.0)).check(old)
 
 
 class Trainer:
@@ -180,15 +182,15 @@ class Trainer:
 
 @pytest.mark.usefixtures("new_knobs")
 def test_resume_compares_it_where_the_loss_was_made_by_hand():
-    saved = Settings(Trainer(IQLLoss(*make_networks()))).state_dict()
+    saved = SettingsState(Trainer(IQLLoss(*make_networks()))).state_dict()
     assert (saved["sharpness"], saved["rounding"]) == (1.0, "up")
-    changed = Settings(Trainer(IQLLoss(*make_networks(), sharpness=2.0)))
+    changed = SettingsState(Trainer(IQLLoss(*make_networks(), sharpness=2.0)))
     with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
-        changed.load_state_dict(saved)
+        changed.check(saved)
     del saved["sharpness"]  # a checkpoint from before the setting existed
     with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
-        changed.load_state_dict(saved)
-    Settings(Trainer(IQLLoss(*make_networks()))).load_state_dict(saved)
+        changed.check(saved)
+    SettingsState(Trainer(IQLLoss(*make_networks()))).check(saved)
 
 
 # -- the description and the code that reads a setting ---------------------------------------------
