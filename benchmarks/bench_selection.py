@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 from bench_learning import RESULTS, machine
-from scipy.stats import kendalltau, spearmanr
 from selection_truth import Levels, Truths, truths
 
 from iql_torchrl import (
@@ -43,6 +42,7 @@ from iql_torchrl import (
 )
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import NAME
+from iql_torchrl.evaluation.statistics import rank_correlations
 from iql_torchrl.files import whole_file
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
 
@@ -135,9 +135,10 @@ def quality(ranking: Ranking, truth: Levels, log: float, *, returns: bool) -> di
                 "mean_absolute_error": float(np.abs(found - true).mean()),
                 "bias": float((found - true).mean()),
             }
+            spearman, kendall = rank_correlations(found, true)
             result[estimator] = ({} if returns else error) | {
-                "spearman": float(spearmanr(found, true).statistic),
-                "kendall": float(kendalltau(found, true).statistic),
+                "spearman": spearman,
+                "kendall": kendall,
                 "regret_of_best": float(true.max() - true[found.argmax()]),
             }
     return result

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 
 from iql_sepsis import CONFIG as SEPSIS
 from iql_sepsis import POINTS, probabilities
-from scipy.stats import spearmanr
 from sweep_picture import draw
 from tqdm import tqdm
 from tyro.conf import arg
@@ -33,6 +32,7 @@ from iql_torchrl import (
 from iql_torchrl.config import knobs
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
+from iql_torchrl.evaluation.statistics import rank_correlations
 from iql_torchrl.files import whole_file
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
 from iql_torchrl.trainers.run_folder import new_folder
@@ -186,7 +186,7 @@ def report(rows: Rows, ranking: Ranking | None, level: Level) -> None:
         print("", *map("Warning: {}".format, ranking.warnings), ranking.recommendation, sep="\n")
     if ranking and level:
         estimates, scores = ([rows[name][key] for name in order] for key in ("value", "score"))
-        correlation = spearmanr(estimates, scores).statistic if len(order) > 1 else float("nan")
+        correlation, _ = rank_correlations(estimates, scores)
         advised = rows[ranking.recommended]["score"] if ranking.recommended else level[1]
         top = (
             "the best"

@@ -1,14 +1,20 @@
-"""Standard errors and 95 % confidence intervals of means and rates."""
+"""Standard errors and confidence intervals of means and rates; rank correlations."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-__all__ = ["bootstrap_interval", "mean_interval", "standard_error", "wilson_interval"]
+__all__ = [
+    "bootstrap_interval",
+    "mean_interval",
+    "rank_correlations",
+    "standard_error",
+    "wilson_interval",
+]
 
 FloatArray = NDArray[np.float64]
 
@@ -66,3 +72,15 @@ def mean_interval(
     mean = values.mean(0)
     half = stats.t.ppf((1 + confidence) / 2, runs - 1) * stats.sem(values)
     return mean, mean - half, mean + half
+
+
+def rank_correlations(one: ArrayLike, other: ArrayLike) -> tuple[float, float]:
+    """Spearman's rank correlation and Kendall's tau-b of two sequences ``(n,)``, in [-1, 1].
+
+    NaN where they are not defined: n < 2, an entry is NaN, or all entries of one side are equal.
+    """
+    first, second = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    if len(first) < 2 or not (np.ptp(first) > 0 and np.ptp(second) > 0):
+        return math.nan, math.nan
+    spearman, kendall = stats.spearmanr(first, second), stats.kendalltau(first, second)
+    return float(spearman.statistic), float(kendall.statistic)

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.data.episode_digests import episode_digests, shared_share, sketch_of
+from iql_torchrl.evaluation.statistics import rank_correlations
 from iql_torchrl.selection.bounds import mean_bounds
 from iql_torchrl.selection.candidates import Member, resolve_members
 from iql_torchrl.selection.caveats import (
@@ -315,10 +315,7 @@ def _agreement(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     if len(sound) < MIN_COMPARED:
         return math.nan, math.nan
     values, checks = ([row[key] for row in sound] for key in ("value", "importance_value"))
-    if not (np.ptp(values) > 0 and np.ptp(checks) > 0):
-        return math.nan, math.nan
-    rank_correlation = stats.spearmanr(values, checks).statistic
-    return float(rank_correlation), float(stats.kendalltau(values, checks).statistic)
+    return rank_correlations(values, checks)
 
 
 def _recommendation(

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from iql_torchrl.evaluation.statistics import rank_correlations
 from iql_torchrl.selection.rank import _agreement
 
 
@@ -35,6 +36,11 @@ def test_rank_correlations_by_hand():
 )
 def test_rank_correlations_that_are_not_defined_are_nan(values, checks):
     assert np.isnan(agreement(values, checks)).all()
+
+
+@pytest.mark.parametrize("values", [([1.0], [2.0]), ([], []), ([1.0, 1.0], [1.0, 2.0])])
+def test_too_few_or_equal_values_have_no_rank_correlation(values):
+    assert np.isnan(rank_correlations(*values)).all()
 
 
 def test_doubted_importance_weights_do_not_enter_the_rank_correlations():

@@ -249,10 +249,10 @@ def test_a_growing_buffer_is_saved_whole(tmp_path):
 
 def columns():
     generator = np.random.default_rng(0)
-    observation = generator.normal(size=(60, 3)).astype(np.float32)
+    observation = generator.normal(size=(6, 11, 3)).astype(np.float32)  # episodes of ten steps
     return {
-        "observations": observation,
-        "next_observations": observation,
+        "observations": observation[:, :-1].reshape(60, 3),
+        "next_observations": observation[:, 1:].reshape(60, 3),
         "actions": generator.uniform(-1, 1, size=(60, 1)).astype(np.float32),
         "rewards": generator.normal(size=60).astype(np.float32),
         "terminals": np.zeros(60, bool),

@@ -33,11 +33,11 @@ def dataset():
         whole = np.arange(np.prod(shape)) * factor % 129 - 64
         return (whole / 64).astype(np.float32).reshape(shape)
 
-    observation = numbers(61, 3, factor=37)
+    observation = numbers(6, 11, 3, factor=37)  # six episodes of ten steps
     return load_dataset(
         {
-            "observations": observation[:-1],
-            "next_observations": observation[1:],
+            "observations": observation[:, :-1].reshape(60, 3),
+            "next_observations": observation[:, 1:].reshape(60, 3),
             "actions": numbers(60, 1, factor=53),
             "rewards": numbers(60, factor=71),
             "terminals": np.arange(60) % 20 == 19,
