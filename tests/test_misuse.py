@@ -41,7 +41,7 @@ SPEC = Bounded(-1, 1, (2,))
         ({"temperature": None}, TypeError, "temperature is None; wanted a number"),
         ({"temperature": float("inf")}, ValueError, "temperature is inf; .* finite"),
         ({"max_weight": True}, TypeError, "max_weight is True; wanted a number"),
-        ({"num_qvalue_nets": 2.5}, TypeError, "num_qvalue_nets is 2.5; wanted a whole number"),
+        ({"num_qvalue_nets": 2.5}, TypeError, "num_qvalue_nets is 2.5; it must be a whole number"),
         ({"num_qvalue_nets": True}, TypeError, "num_qvalue_nets is True"),
         (
             {"reduction": "none", "scalar_output_mode": "drop"},

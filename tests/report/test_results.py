@@ -13,7 +13,6 @@ def make_log():
     rng = np.random.default_rng(0)
     columns = {
         "observation": rng.normal(size=(4, 3)).astype(np.float32),
-        "next_observation": rng.normal(size=(4, 3)).astype(np.float32),
         "action": rng.uniform(-1, 1, size=(4, 1)).astype(np.float32),
         "reward": np.array([1.0, 0.0, 2.0, 3.0]),
         "terminated": np.array([False, True, False, True]),
