@@ -270,9 +270,12 @@ def clip(gradients: Sequence[Tensor], limit: float, members: int | None) -> list
 
 
 def part_of(step: Any, name: str) -> Any:
-    """The attribute ``name`` of a step; a compiled or captured one holds the plain one."""
-    part = getattr(step, name, None)
-    return part if part is not None else getattr(getattr(step, "plain", None), name, None)
+    """The attribute ``name`` of a step; a compiled one has it as ``plain``, a captured as ``step``."""
+    for holder in (step, getattr(step, "plain", None), getattr(step, "step", None)):
+        part = getattr(holder, name, None)
+        if part is not None:
+            return part
+    return None
 
 
 def _trainable(loss: ImplicitQLoss, network: str) -> list[nn.Parameter]:

@@ -53,6 +53,7 @@ def test_one_number_an_episode_whatever_the_reward_map_and_the_order():
     assert set(raw) == {*episode_digests(both[0]), *episode_digests(both[1])}
 
 
+@pytest.mark.filterwarnings("ignore:.*next_observation:iql_torchrl.data.DatasetWarning")
 @pytest.mark.parametrize("column", ["observation", "action", "reward"])
 @pytest.mark.parametrize("row", [0, 2])
 def test_another_first_or_last_step_is_another_episode(column, row):

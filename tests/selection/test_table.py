@@ -544,7 +544,8 @@ def test_outcomes_that_depend_on_more_than_the_observation_are_noticed(depends):
     ]
     for history in strengths:
         assert set(history) == {
-            "the number of the step", "the step before", "the number of the episode"
+            "the number of the step", "the step before", "the actions before",
+            "the number of the episode",
         }  # fmt: skip
         for name, statistic in history.items():
             if name == depends:

@@ -72,6 +72,7 @@ def test_wandb_offline_writes_a_run_with_the_metrics(tmp_path, monkeypatch):
 
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # settings of earlier tests in this process
     logger = get_logger("wandb", str(tmp_path), "run", wandb_kwargs={"offline": True})
     rows = train(logger)
     logger.experiment.finish()
