@@ -44,7 +44,7 @@ def test_a_folder_without_a_run_exits_with_a_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         resumed_arguments(["--resume", str(tmp_path)])
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {tmp_path} holds no readable arguments.json")
+    assert error.startswith(f"error: {tmp_path} has no readable arguments.json")
     assert error.count("\n") == 1
 
 
