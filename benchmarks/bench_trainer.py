@@ -72,14 +72,10 @@ def make_step(width: int) -> IQLStep:
 def measure(step: IQLStep, block: int, rounds: int, folder: Path) -> dict[str, list[float]]:
     """Seconds of each block of ``block`` updates, by kind."""
     buffer = replay_buffer(table(), BATCH, seed=0)
-    plain = OfflineTrainer(step=step, replay_buffer=buffer, total_updates=block, log_interval=block)
+    shared = {"replay_buffer": buffer, "total_updates": block, "progress_bar": False}
+    plain = OfflineTrainer(step=step, log_interval=block, **shared)
     writing = OfflineTrainer(
-        step=step,
-        replay_buffer=buffer,
-        total_updates=block,
-        folder=folder,
-        log_interval=block,
-        save_trainer_interval=block,
+        step=step, folder=folder, log_interval=block, save_trainer_interval=block, **shared
     )
     writing.data_state.state_dict()  # the digest of the data is made once a run
     seconds: dict[str, list[float]] = {"bare": [], "loop": [], "folder": [], "picture": []}

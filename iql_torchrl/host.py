@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.optim import Optimizer
 from torchrl.checkpoint import Checkpoint
-from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.data import ImmutableDatasetWriter, LazyTensorStorage, ReplayBuffer
 from torchrl.objectives import LossModule
 
 with warnings.catch_warnings():  # TorchRL warns about its own classes when these are first imported
@@ -266,8 +266,9 @@ _require(torch.empty(0), "_version")
 _require(nn.Identity(), "_modules", "_parameters", *_HOOKS)
 _require(TensorDictParams(TensorDict({})), "_param_td")
 _require(TensorDictModule(nn.Identity(), ["a"], ["b"]), "_kwargs", "_get_kwargs")
-_require(ReplayBuffer(storage=LazyTensorStorage(1)), "_rng")
-_require(LazyTensorStorage(1), "_storage")
+_storage = LazyTensorStorage(1, compilable=True)  # otherwise multiprocessing starts a process
+_require(ReplayBuffer(storage=_storage, writer=ImmutableDatasetWriter()), "_rng")
+_require(_storage, "_storage")
 _require(Checkpoint, "_remove_path")
 for _base, _names in INHERITED.items():
     _require(_base, *(name for name in _names if name not in OF_INSTANCES))

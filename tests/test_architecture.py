@@ -125,10 +125,12 @@ def test_private_names_of_the_libraries_are_in_host():
         assert not wrong, f"{path.name} uses {sorted(wrong)}; use or add a function in host.py"
 
 
-def test_importing_writes_nothing_and_touches_no_device(tmp_path):
+def test_importing_writes_nothing_starts_no_process_and_touches_no_device(tmp_path):
     code = (
         "import os, torch, iql_torchrl; assert not torch.cuda.is_initialized(); "
-        "assert not os.listdir('.'), os.listdir('.')"
+        "assert not os.listdir('.'), os.listdir('.'); "
+        "from multiprocessing.resource_tracker import _resource_tracker; "
+        "assert _resource_tracker._pid is None, 'a process was started'"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
 
