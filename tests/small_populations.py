@@ -83,11 +83,11 @@ class Beside:
 
 def assert_close(mine, theirs, rtol: float) -> None:
     assert mine.keys() == theirs.keys()
-    for name, wanted in theirs.items():
-        if isinstance(wanted, torch.Tensor):
-            assert mine[name].shape == wanted.shape, name
-            scale = wanted.abs().max().clamp(min=1e-3)
-            assert (mine[name] - wanted).abs().max() <= rtol * scale, name
+    for name, expected in theirs.items():
+        if isinstance(expected, torch.Tensor):
+            assert mine[name].shape == expected.shape, name
+            scale = expected.abs().max().clamp(min=1e-3)
+            assert (mine[name] - expected).abs().max() <= rtol * scale, name
 
 
 def extras(batch):

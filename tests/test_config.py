@@ -115,7 +115,7 @@ def test_other_keys_are_named():
     del values["seed"], values["polyak"]
     with pytest.raises(ValueError, match=r"unknown: dataset, tau; missing: seed, polyak"):
         IQLConfig.from_dict(values | {"tau": 1, "dataset": "x"})
-    with pytest.raises(ValueError, match=r"settings are \[1\]; wanted a dict"):
+    with pytest.raises(ValueError, match=r"settings are \[1\]; expected a dict"):
         IQLConfig.from_dict([1])
     with pytest.raises(ValueError, match=r"expectile is '0\.7'"):
         IQLConfig.from_dict(IQLConfig().to_dict() | {"expectile": "0.7"})
@@ -131,8 +131,8 @@ def test_other_keys_are_named():
         ("max_weight", math.inf, "lie in (0, 3e+38]: the paper's is 100. IQLLoss itself accepts"),
         ("hidden", (3, 0), "hidden is (3, 0); give at least one number, each >= 1."),
         ("order", "random", "order is 'random'; choose one of 'sequential', 'simultaneous'."),
-        ("seed", True, "seed is True; wanted a whole number, written without a point."),
-        ("max_grad_norm", "1", "max_grad_norm is '1'; wanted a number, or None."),
+        ("seed", True, "seed is True; expected a whole number, written without a point."),
+        ("max_grad_norm", "1", "max_grad_norm is '1'; expected a number, or None."),
     ],
 )
 def test_errors_say_what_is_allowed(field, value, words):

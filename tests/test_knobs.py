@@ -74,10 +74,10 @@ def new_knobs(monkeypatch):
             {"sharpness": 0.0},
             r"sharpness is 0\.0; it must lie in \(0, 10\]: 1 leaves them\. IQLLoss",
         ),
-        ({"sharpness": "1"}, "sharpness is '1'; wanted a number"),
+        ({"sharpness": "1"}, "sharpness is '1'; expected a number"),
         ({"rounding": "away"}, "rounding is 'away'; choose one of 'up', 'down'"),
         ({"width": 0}, "width is 0; it must be >= 1"),
-        ({"verbose": 1}, "verbose is 1; wanted True or False"),
+        ({"verbose": 1}, "verbose is 1; expected True or False"),
     ],
 )
 def test_the_config_checks_it(options, words):
@@ -245,5 +245,5 @@ def test_a_loss_accepts_more_than_a_config_and_tensors_of_one_number():
     loss = IQLLoss(*make_networks(), expectile=torch.tensor(0.2), max_weight=float("inf"))
     assert loss.expectile == 0.2
     for value in (True, "3", torch.ones(2), None):
-        with pytest.raises(TypeError, match=r"temperature is .*; wanted a number"):
+        with pytest.raises(TypeError, match=r"temperature is .*; expected a number"):
             IQLLoss(*make_networks(), temperature=value)

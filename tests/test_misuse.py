@@ -37,10 +37,10 @@ SPEC = Bounded(-1, 1, (2,))
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"expectile": "0.7"}, TypeError, "expectile is '0.7'; wanted a number"),
-        ({"temperature": None}, TypeError, "temperature is None; wanted a number"),
+        ({"expectile": "0.7"}, TypeError, "expectile is '0.7'; expected a number"),
+        ({"temperature": None}, TypeError, "temperature is None; expected a number"),
         ({"temperature": float("inf")}, ValueError, "temperature is inf; .* finite"),
-        ({"max_weight": True}, TypeError, "max_weight is True; wanted a number"),
+        ({"max_weight": True}, TypeError, "max_weight is True; expected a number"),
         ({"num_qvalue_nets": 2.5}, TypeError, "num_qvalue_nets is 2.5; it must be a whole number"),
         ({"num_qvalue_nets": True}, TypeError, "num_qvalue_nets is True"),
         (
@@ -171,14 +171,14 @@ def test_arguments_of_make_agent_and_population():
         with pytest.raises(TypeError, match=f"config is {type(wrong).__name__}; .*PRESETS"):
             make_agent(wrong, dataset)
     for wrong in ("data.hdf5", None, dataset.transitions):
-        text = f"dataset is {type(wrong).__name__}; wanted what load_dataset"
+        text = f"dataset is {type(wrong).__name__}; expected what load_dataset"
         with pytest.raises(TypeError, match=text):
             make_agent(config(), wrong)
         with pytest.raises(TypeError, match=text):
             IQLPopulation([config()], wrong)
-    with pytest.raises(TypeError, match=r"configs\[1\] is str; wanted an IQLConfig"):
+    with pytest.raises(TypeError, match=r"configs\[1\] is str; expected an IQLConfig"):
         IQLPopulation([config(), "quick"], dataset)
-    with pytest.raises(TypeError, match="configs is OfflineDataset; wanted a sequence"):
+    with pytest.raises(TypeError, match="configs is OfflineDataset; expected a sequence"):
         IQLPopulation(dataset, [config()])
     with pytest.raises(ValueError, match="device is 'mtia', which this machine cannot use"):
         make_agent(replace(PRESETS["quick"], device="mtia"), dataset)
@@ -195,7 +195,7 @@ def test_arguments_of_act():
     tensor = torch.zeros(3, requires_grad=True)
     np.testing.assert_array_equal(agent.act(tensor), agent.act(one))
     for seed in ("a", 1.5, -1, 2**70, True):
-        with pytest.raises(ValueError, match=f"seed is {seed!r}; wanted a whole number"):
+        with pytest.raises(ValueError, match=f"seed is {seed!r}; expected a whole number"):
             agent.act(one, seed=seed, deterministic=False)
     masked = discrete_agent(masked=True)
     for mask in ([0, 1, 2, 3], [0, np.nan, 1, 0]):  # indices of actions, say
@@ -232,8 +232,8 @@ def test_an_environment_with_other_observations():
 def test_what_is_compiled_or_captured():
     agent = box_agent()
     for wrong in (agent, agent.loss, None):
-        with pytest.raises(TypeError, match=f"step is {type(wrong).__name__}; wanted an IQLStep"):
+        with pytest.raises(TypeError, match=f"step is {type(wrong).__name__}; expected an IQLStep"):
             compiled(wrong)
     buffer = load_dataset(log()).replay_buffer(8, seed=0)
-    with pytest.raises(TypeError, match=r"updates is 2.5; wanted a whole number"):
+    with pytest.raises(TypeError, match=r"updates is 2.5; expected a whole number"):
         captured(agent.step, buffer, updates=2.5)

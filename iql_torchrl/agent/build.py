@@ -68,7 +68,7 @@ class Agent:
     ) -> Any:
         """An action for ``env.step`` from an observation as ``env`` gives it; or a batch of both.
 
-        Where the data had action masks, ``action_mask`` ``(n,)`` is wanted. Samples are drawn from
+        Where the data had action masks, ``action_mask`` ``(n,)`` is expected. Samples are drawn from
         ``seed``, or from torch's global generator. See :func:`iql_torchrl.evaluation.act.act`.
         """
         return act(
@@ -151,12 +151,12 @@ def make_agent(config: IQLConfig, dataset: OfflineDataset) -> Agent:
     """
     if not isinstance(config, IQLConfig):
         raise TypeError(
-            f"config is {type(config).__name__}; wanted an IQLConfig, such as IQLConfig(seed=1) or "
+            f"config is {type(config).__name__}; expected an IQLConfig, such as IQLConfig(seed=1) or "
             "PRESETS['quick']."
         )
     if not isinstance(dataset, OfflineDataset):
         raise TypeError(
-            f"dataset is {type(dataset).__name__}; wanted what load_dataset(...) returns."
+            f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns."
         )
     return build_agent(config, Task.of(dataset))
 
@@ -178,7 +178,7 @@ def build_agent(config: IQLConfig, task: Task) -> Agent:
 def _check_state(state: Any, own: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` unless the entries are ``own``'s: TorchRL prints whole TensorDicts."""
     if not isinstance(state, Mapping):
-        raise ValueError(f"state is {type(state).__name__}; wanted what state_dict() returned.")
+        raise ValueError(f"state is {type(state).__name__}; expected what state_dict() returned.")
     faults = [f"it lacks {key}" for key in own if key not in state]
     faults += [f"it has {key}, which is unknown here" for key in state if key not in own]
     shapes = {

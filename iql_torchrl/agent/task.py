@@ -112,7 +112,9 @@ class Task:
             mean, std, constant, count = (entry[name] for name in STATISTICS)
             statistics[key] = ObservationStatistics(_own(mean), _own(std), tuple(constant), count)
         if state["dtype"] not in DTYPES:
-            raise ValueError(f"a task's dtype is {state['dtype']!r}; wanted one of {list(DTYPES)}.")
+            raise ValueError(
+                f"a task's dtype is {state['dtype']!r}; expected one of {list(DTYPES)}."
+            )
         scores = state["reference_scores"]
         return cls(
             space_from_state(state["observation_space"]),
@@ -151,7 +153,7 @@ def space_state(space: gym.Space[Any]) -> dict[str, Any]:
         count = list(space.n) if isinstance(space.n, Sequence) else int(space.n)
         return {"type": "MultiBinary", "n": count}
     raise ValueError(
-        f"a {type(space).__name__} space cannot be stored; wanted Box, Discrete, MultiDiscrete, "
+        f"a {type(space).__name__} space cannot be stored; expected Box, Discrete, MultiDiscrete, "
         "MultiBinary, or a Dict of them."
     )
 
@@ -188,10 +190,10 @@ def _own(values: torch.Tensor) -> torch.Tensor:
     return values.detach().cpu().clone()
 
 
-def _check_names(what: str, state: Mapping[str, Any], wanted: set[str]) -> None:
-    if missing := sorted(wanted - set(state)):
+def _check_names(what: str, state: Mapping[str, Any], expected: set[str]) -> None:
+    if missing := sorted(expected - set(state)):
         raise ValueError(f"{what} was stored without {missing}; it holds {sorted(state)}.")
-    if unknown := sorted(set(state) - wanted):
+    if unknown := sorted(set(state) - expected):
         raise ValueError(
             f"{what} was stored with {unknown}, which this version of iql_torchrl does not know; "
             "use the version that wrote it."

@@ -165,7 +165,7 @@ class IQLConfig:
         Raises ``ValueError`` naming unknown and missing keys, or as the constructor does.
         """
         if not isinstance(values, Mapping):
-            raise ValueError(f"settings are {values!r}; wanted a dict of IQLConfig's fields.")
+            raise ValueError(f"settings are {values!r}; expected a dict of IQLConfig's fields.")
         names = [field.name for field in fields(cls)]
         unknown = sorted(str(key) for key in values if key not in names)
         missing = [name for name in names if name not in values]

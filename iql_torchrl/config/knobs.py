@@ -94,7 +94,7 @@ class Knob:
             return convert(value)
         except (TypeError, OverflowError):
             or_none = ", or None" if self.optional else ""
-            raise ValueError(f"{self.name} is {value!r}; wanted {expected}{or_none}.") from None
+            raise ValueError(f"{self.name} is {value!r}; expected {expected}{or_none}.") from None
 
     def check(self, value: Any) -> None:
         """Raise ``ValueError`` for a plain value that is not one of the choices or in the interval."""
@@ -114,7 +114,7 @@ class Knob:
             return
         one = isinstance(value, Tensor) and value.ndim == 0
         if isinstance(value, bool) or not (one or isinstance(value, numbers.Real)):
-            raise TypeError(f"{self.name} is {value!r}; wanted a number.")
+            raise TypeError(f"{self.name} is {value!r}; expected a number.")
         self._check_interval(value, self.loss_interval or self.interval)
 
     def _check_interval(self, value: Any, interval: str, note: str = "") -> None:

@@ -184,7 +184,7 @@ def _record(
 
 
 def load_or_build(
-    opened: Callable[[], Source], folder: Path, wanted: Mapping[str, Any], **how: Any
+    opened: Callable[[], Source], folder: Path, expected: Mapping[str, Any], **how: Any
 ) -> tuple[Built, Description]:
     """``load_built``, or else ``build_cached`` of the source that ``opened`` returns.
 
@@ -193,12 +193,12 @@ def load_or_build(
     """
     if folder.exists():
         with folder_lock(folder, shared=True):
-            if (loaded := load_built(folder, wanted)) is not None:
+            if (loaded := load_built(folder, expected)) is not None:
                 return loaded
     source = opened()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder):
-        return load_built(folder, wanted) or build_cached(source, folder, wanted, **how)
+        return load_built(folder, expected) or build_cached(source, folder, expected, **how)
 
 
 def build_cached(

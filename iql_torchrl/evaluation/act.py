@@ -48,7 +48,7 @@ def act(
     if seed is not None and (
         isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63
     ):
-        raise ValueError(f"seed is {seed!r}; wanted a whole number in [0, 2**63), or None.")
+        raise ValueError(f"seed is {seed!r}; expected a whole number in [0, 2**63), or None.")
     leaves, count = _checked(observation, observation_space)
     rows = [leaves] if count is None else [_row(leaves, index) for index in range(count)]
     masks = None
@@ -149,13 +149,13 @@ def _fit(value: Any, space: spaces.Space[Any], path: str, sizes: dict[str, int |
     single = array.shape == shape
     if not single and (array.ndim != len(shape) + 1 or array.shape[1:] != shape):
         raise ValueError(
-            f"{path} has shape {array.shape}; wanted {shape} for one observation, or "
+            f"{path} has shape {array.shape}; expected {shape} for one observation, or "
             f"{('B', *shape)} for a batch, of {describe_space(space)}."
         )
     floating = isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)
     if array.dtype.kind not in ("fiub" if floating else "iub"):
         raise ValueError(
-            f"{path} holds {array.dtype}; wanted {space.dtype} for {describe_space(space)}."
+            f"{path} holds {array.dtype}; expected {space.dtype} for {describe_space(space)}."
         )
     _check_values(array, space, path)
     sizes[path] = None if single else len(array)
@@ -197,7 +197,7 @@ def _check_values(array: NDArray[Any], space: spaces.Space[Any], path: str) -> N
     bad = ~np.isfinite(array) if limits is None else (array < limits[0]) | (array > limits[1])
     if np.any(bad):
         raise ValueError(
-            f"{path} holds {array[bad].flat[0]}; wanted finite values of {describe_space(space)}."
+            f"{path} holds {array[bad].flat[0]}; expected finite values of {describe_space(space)}."
         )
 
 
@@ -217,7 +217,7 @@ def _masks(mask: Any, space: spaces.Space[Any], count: int | None) -> list[Tenso
     array = np.asarray(mask)
     if array.ndim != (1 if count is None else 2) or (count is not None and len(array) != count):
         full = shape if count is None else f"({count}, {shape[1:-2]})"
-        raise ValueError(f"action_mask has shape {array.shape}; wanted {full}.")
+        raise ValueError(f"action_mask has shape {array.shape}; expected {full}.")
     return [
         interface.action_mask({"action_mask": m}, space)
         for m in ([array] if count is None else array)

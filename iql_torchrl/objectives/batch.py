@@ -97,7 +97,7 @@ def _check_some_valid(mask: Tensor, keys: list[NestedKey]) -> None:
     if not is_batchedtensor(mask) and not bool(mask.any()):
         raise ValueError(
             f"{' and '.join(map(repr, keys))} mark none of the batch's {mask.numel()} steps as "
-            "valid; wanted True at every real step and False at padding. Check that the mask is not "
+            "valid; expected True at every real step and False at padding. Check that the mask is not "
             "inverted, or leave such batches out."
         )
 
@@ -106,7 +106,7 @@ def _one_a_step(value: Tensor, shape: torch.Size, key: NestedKey) -> Tensor:
     value = per_sample(value, shape, key)
     if value.shape != shape:
         raise ValueError(
-            f"{key!r} has shape {tuple(value.shape)} in a batch of shape {tuple(shape)}; wanted one "
+            f"{key!r} has shape {tuple(value.shape)} in a batch of shape {tuple(shape)}; expected one "
             "entry per step."
         )
     return value
@@ -125,7 +125,7 @@ def per_sample(value: Tensor, shape: torch.Size, key: NestedKey, *, leading: int
         value = value.squeeze(-1)
     if value.shape[leading:dims] != shape:
         raise ValueError(
-            f"{key!r} has shape {tuple(value.shape)} in a batch of shape {tuple(shape)}; wanted "
+            f"{key!r} has shape {tuple(value.shape)} in a batch of shape {tuple(shape)}; expected "
             f"one number per step, shape {(*shape, 1)} or {tuple(shape)}."
         )
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
@@ -148,7 +148,7 @@ def agree(**quantities: Tensor) -> None:
     shapes = {name: tuple(value.shape) for name, value in quantities.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(
-            f"{', '.join(f'{name} has shape {shape}' for name, shape in shapes.items())}; wanted "
+            f"{', '.join(f'{name} has shape {shape}' for name, shape in shapes.items())}; expected "
             "one number per sample in each. Check the networks' last layers, and sum a "
             "log-probability over action dimensions (torch.distributions.Independent)."
         )

@@ -35,7 +35,7 @@ def list_critics(critics: Critics, num_critics: int) -> TensorDictModule | list[
         critics = [critics() for _ in range(num_critics)]
     if not isinstance(critics, Sequence) or not all(isinstance(c, nn.Module) for c in critics):
         raise TypeError(
-            f"qvalue_network is {type(critics).__name__}; wanted a TensorDictModule, a list of "
+            f"qvalue_network is {type(critics).__name__}; expected a TensorDictModule, a list of "
             "them, or a function without arguments that returns one."
         )
     if len(critics) != num_critics:

@@ -99,7 +99,7 @@ class ImplicitQLoss(OfflineLoss):
         if actor_objective == "log_prob" and not hasattr(actor_network, "get_dist"):
             raise TypeError(
                 f"actor_network is {type(actor_network).__name__}, which has no distribution "
-                "(get_dist); wanted a TorchRL ProbabilisticActor, or actor_objective='mse' for a "
+                "(get_dist); expected a TorchRL ProbabilisticActor, or actor_objective='mse' for a "
                 "policy that gives the action itself."
             )
         super().__init__(

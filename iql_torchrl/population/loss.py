@@ -157,7 +157,7 @@ class PopulationLoss(ImplicitQLoss):
         shape = batch.data.batch_size
         if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != self.members):
             raise ValueError(
-                f"the batch has shape {tuple(shape)}; wanted (B,) for all {self.members} runs or "
+                f"the batch has shape {tuple(shape)}; expected (B,) for all {self.members} runs or "
                 f"({self.members}, B)."
             )
         if len(shape) == 2:
@@ -281,7 +281,7 @@ def _check_alike(losses: Sequence[ImplicitQLoss]) -> None:
     for number, loss in enumerate(losses):
         if type(loss) not in (IQLLoss, DiscreteIQLLoss):
             raise TypeError(
-                f"losses[{number}] is a {type(loss).__name__}; wanted IQLLoss or DiscreteIQLLoss."
+                f"losses[{number}] is a {type(loss).__name__}; expected IQLLoss or DiscreteIQLLoss."
             )
         if type(loss) is not type(first):
             raise ValueError(

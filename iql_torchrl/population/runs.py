@@ -63,7 +63,7 @@ class IQLPopulation:
         _check_configs(configs)
         if not isinstance(dataset, OfflineDataset):
             raise TypeError(
-                f"dataset is {type(dataset).__name__}; wanted what load_dataset(...) returns."
+                f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns."
             )
         self.configs, self.batches = tuple(configs), batches
         self.task = Task.of(dataset)
@@ -112,9 +112,9 @@ class IQLPopulation:
         Raises ``ValueError`` on ``every < 1`` and on numbers that are not whole.
         """
         if int(every) != every or every < 1:
-            raise ValueError(f"every is {every}; wanted at least one update, a whole number.")
+            raise ValueError(f"every is {every}; expected at least one update, a whole number.")
         if updates is not None and (int(updates) != updates or updates < 0):
-            raise ValueError(f"updates is {updates}; wanted a whole number, at least 0.")
+            raise ValueError(f"updates is {updates}; expected a whole number, at least 0.")
         end = self.configs[0].updates if updates is None else self.updates + updates
         while self.updates < end:
             coming = min(every, end - self.updates)
@@ -223,14 +223,14 @@ def _updates_per_call(updates: int) -> int:
 
 def _check_configs(configs: Sequence[IQLConfig]) -> None:
     if isinstance(configs, IQLConfig):
-        raise TypeError("configs is one IQLConfig; wanted a sequence of them, one per run.")
+        raise TypeError("configs is one IQLConfig; expected a sequence of them, one per run.")
     if not isinstance(configs, Sequence) and configs is not None:
-        raise TypeError(f"configs is {type(configs).__name__}; wanted a sequence of IQLConfigs.")
+        raise TypeError(f"configs is {type(configs).__name__}; expected a sequence of IQLConfigs.")
     if not configs:
         raise ValueError("configs is empty; a population has at least one run.")
     for number, config in enumerate(configs):
         if not isinstance(config, IQLConfig):
-            raise TypeError(f"configs[{number}] is {type(config).__name__}; wanted an IQLConfig.")
+            raise TypeError(f"configs[{number}] is {type(config).__name__}; expected an IQLConfig.")
         if type(config) is not type(configs[0]):
             raise TypeError(
                 f"configs[{number}] is {type(config).__name__} and configs[0] is "

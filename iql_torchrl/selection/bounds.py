@@ -37,7 +37,7 @@ def mean_bounds(
     The upper bound does the same with ``highest``.
 
     For P > 1 the quantile is chosen, from the same draws for every quantity, such that all P
-    bounds of one side hold together: the smallest rank over the quantities has the wanted
+    bounds of one side hold together: the smallest rank over the quantities has the expected
     quantile (Mandel and Betensky 2008, "Simultaneous confidence intervals based on the percentile
     bootstrap approach", section 2). Correlated quantities cost less than independent ones.
 

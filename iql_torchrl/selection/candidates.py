@@ -56,7 +56,7 @@ def resolve_members(members: Mapping[str, Any]) -> tuple[Member, ...]:
     """
     if not isinstance(members, Mapping) or not members:
         raise ValueError(
-            f"members is {members!r}; wanted at least one in a dict of name to Agent or actor."
+            f"members is {members!r}; expected at least one in a dict of name to Agent or actor."
         )
     return tuple(resolve_member(name, policy) for name, policy in members.items())
 
@@ -119,7 +119,7 @@ def _logits(member: Member, chunk: TensorDictBase, num_actions: int) -> Tensor:
     if logits.shape != (len(chunk), num_actions):
         raise ValueError(
             f"member {member.name!r} gives logits of shape {tuple(logits.shape)} for {len(chunk)} "
-            f"states; wanted one for each of the {num_actions} actions."
+            f"states; expected one for each of the {num_actions} actions."
         )
     return logits
 
@@ -139,7 +139,7 @@ def actions(member: Member, table: TensorDictBase, *, samples: int = 0, seed: in
     if result.ndim != 3 or not bool(result.isfinite().all()):
         raise ValueError(
             f"member {member.name!r} acts with shape {tuple(result.shape)} (states, draws, ...) "
-            "or not with finite numbers; wanted finite vectors: look at its parameters."
+            "or not with finite numbers; expected finite vectors: look at its parameters."
         )
     return result
 
@@ -166,7 +166,7 @@ def log_densities(member: Member, rows: TensorDictBase) -> Tensor:
     if result.ndim != 1 or bool((result.isnan() | (result == torch.inf)).any()):
         raise ValueError(
             f"member {member.name!r} gives logged actions log-densities of shape "
-            f"{tuple(result.shape)} that are NaN or infinite; wanted one finite number a step."
+            f"{tuple(result.shape)} that are NaN or infinite; expected one finite number a step."
         )
     return result
 

@@ -183,7 +183,7 @@ def along(values: Tensor, parameter: Tensor) -> Tensor:
 def _check(group: dict[str, Any]) -> None:
     rates = group["rates"]
     if not isinstance(rates, Tensor) or rates.ndim != 1 or not bool((rates > 0).all()):
-        raise ValueError(f"rates is {rates}; wanted a tensor of positive numbers, one per run.")
+        raise ValueError(f"rates is {rates}; expected a tensor of positive numbers, one per run.")
     for parameter in group["params"]:
         if parameter.ndim == 0 or parameter.shape[0] != len(rates):
             raise ValueError(

@@ -68,11 +68,11 @@ class CapturedStep:
 
     def __init__(self, step: Step, replay: DeviceSampler | ReplayBuffer, updates: int) -> None:
         if not isinstance(step, Step):
-            raise TypeError(f"step is {type(step).__name__}; wanted an IQLStep.")
+            raise TypeError(f"step is {type(step).__name__}; expected an IQLStep.")
         if isinstance(updates, bool) or not isinstance(updates, int):
-            raise TypeError(f"updates is {updates!r}; wanted a whole number >= 1.")
+            raise TypeError(f"updates is {updates!r}; expected a whole number >= 1.")
         if updates < 1:
-            raise ValueError(f"updates is {updates}; wanted at least 1 a call.")
+            raise ValueError(f"updates is {updates}; expected at least 1 a call.")
         check_replay(replay)
         self.step, self.replay, self.updates = step.plain, replay, updates
         self._device = self.step.device

@@ -17,7 +17,7 @@ def check_replay(replay: DeviceSampler | ReplayBuffer) -> None:
         return
     if not isinstance(replay, ReplayBuffer):
         raise TypeError(
-            f"replay is {type(replay).__name__}; wanted a DeviceSampler or a TorchRL replay buffer."
+            f"replay is {type(replay).__name__}; expected a DeviceSampler or a TorchRL replay buffer."
         )
     if type(replay.sampler) is not RandomSampler:
         raise ValueError(

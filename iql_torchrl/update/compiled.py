@@ -53,7 +53,7 @@ def compiled(step: Step, **torch_compile_kwargs: Any) -> Step:
     would wait for the device.
     """
     if not isinstance(step, Step):
-        raise TypeError(f"step is {type(step).__name__}; wanted an IQLStep, such as agent.step.")
+        raise TypeError(f"step is {type(step).__name__}; expected an IQLStep, such as agent.step.")
     plain = step.plain
     if not fits_a_graph(plain.optimizer):
         log_eager(plain)

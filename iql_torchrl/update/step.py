@@ -301,14 +301,14 @@ def _check_parts(
         raise ValueError("the loss has reduction='none'; a step needs scalars: 'mean' or 'sum'.")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
-            f"optimizer is {type(optimizer).__name__}; wanted a torch.optim.Optimizer. Join several "
+            f"optimizer is {type(optimizer).__name__}; expected a torch.optim.Optimizer. Join several "
             "with torchrl.objectives.group_optimizers."
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError("optimizer is LBFGS, which evaluates the loss many times a step; use Adam.")
     if updater is not None and not isinstance(updater, TargetNetUpdater):
         raise TypeError(
-            f"target_updater is {type(updater).__name__}; wanted SoftUpdate(loss, tau=0.005) or "
+            f"target_updater is {type(updater).__name__}; expected SoftUpdate(loss, tau=0.005) or "
             "HardUpdate(loss) from torchrl.objectives."
         )
     if updater is not None and updater.loss_module is not loss:

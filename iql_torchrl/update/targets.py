@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchrl.objectives import SoftUpdate
@@ -44,5 +45,8 @@ def followed_tensors(updater: TargetNetUpdater | None) -> Followed:
 
 def polyak_step(targets: Sequence[Tensor], live: Sequence[Tensor], eps: float) -> None:
     """``target = eps * target + (1 - eps) * live``, in place, as TorchRL's ``SoftUpdate``."""
-    if targets:
+    if torch.compiler.is_compiling():  # Inductor does not fuse the foreach form with Adam's kernels
+        for target, parameter in zip(targets, live, strict=True):
+            target.lerp_(parameter, 1 - eps)
+    elif targets:
         get_ema_multi_avg_fn(eps)(list(targets), list(live), 0)

@@ -80,13 +80,13 @@ warnings.simplefilter("error")
 import torch
 torch.set_num_threads(1)
 cases = torch.load("cases.pt", weights_only=True)
-for name, (arguments, wanted) in cases.items():
+for name, (arguments, expected) in cases.items():
     policy = torch.export.load(f"{name}.pt2").module()
-    for rows in (1, 2, len(wanted)):
+    for rows in (1, 2, len(expected)):
         found = policy(*(a[:rows] for a in arguments))
         assert not found.requires_grad
-        assert found.dtype == wanted.dtype and found.shape == wanted[:rows].shape, name
-        assert (found - wanted[:rows]).abs().max() <= 1e-6, (name, found, wanted)
+        assert found.dtype == expected.dtype and found.shape == expected[:rows].shape, name
+        assert (found - expected[:rows]).abs().max() <= 1e-6, (name, found, expected)
 try:
     import tensordict
 except ImportError:
@@ -115,8 +115,8 @@ def test_the_program_is_the_network_by_hand(tmp_path):
     loaded = torch.export.load(agent.export(tmp_path / "policy.pt2"))
     assert [r.lower for r in loaded.range_constraints.values()] == [1]
     program = loaded.module()
-    wanted = (HIGH + LOW) / 2 + (HIGH - LOW) / 2 * np.tanh(by_hand(agent, observations()))
-    np.testing.assert_allclose(program(torch.tensor(observations())), wanted, atol=2e-6)
+    expected = (HIGH + LOW) / 2 + (HIGH - LOW) / 2 * np.tanh(by_hand(agent, observations()))
+    np.testing.assert_allclose(program(torch.tensor(observations())), expected, atol=2e-6)
     discrete = discrete_agent(start=5, masked=True)
     program = torch.export.load(discrete.export(tmp_path / "discrete.pt2")).module()
     logits = np.where(masks(), by_hand(discrete, observations()), -np.inf)
@@ -263,11 +263,11 @@ def test_the_agent_and_the_callers_state_are_left_alone(tmp_path):
     assert all(p.requires_grad for p in agent.actor.parameters())
     assert all(torch.equal(v, weights[k]) for k, v in agent.state_dict().items())
     # The file is of this moment: training on changes the agent and not the program.
-    wanted = agent.act(observations())
+    expected = agent.act(observations())
     agent.step(load_dataset(log()).replay_buffer(16, seed=0).sample())
     program = torch.export.load(tmp_path / "policy.pt2").module()
-    np.testing.assert_allclose(program(torch.tensor(observations())), wanted, atol=1e-6)
-    assert np.abs(agent.act(observations()) - wanted).max() > 1e-6
+    np.testing.assert_allclose(program(torch.tensor(observations())), expected, atol=1e-6)
+    assert np.abs(agent.act(observations()) - expected).max() > 1e-6
 
 
 def test_where_the_user_has_torch_check_distributions(tmp_path):
@@ -308,8 +308,8 @@ def test_an_agent_on_a_gpu_acts_and_exports_for_the_cpu(tmp_path):
     for make in (box_agent, lambda **o: box_agent(policy="tanh_normal", **o), discrete_agent):
         agent = make(device="cuda")
         program = torch.export.load(agent.export(tmp_path / "policy.pt2")).module()
-        wanted = agent.act(observations())
-        np.testing.assert_allclose(program(torch.tensor(observations())), wanted, atol=1e-5)
+        expected = agent.act(observations())
+        np.testing.assert_allclose(program(torch.tensor(observations())), expected, atol=1e-5)
         state = torch.cuda.get_rng_state()
         agent.act(observations(), deterministic=False, seed=1)
         assert torch.equal(torch.cuda.get_rng_state(), state)

@@ -47,10 +47,10 @@ def test_an_actor_of_the_users_own(tmp_path):
     program = torch.export.load(export_policy(actor, task, tmp_path / "own.pt2")).module()
     picture = torch.randint(0, 256, (6, 2, 2, 3), dtype=torch.uint8)
     kind = torch.tensor([1, 2, 3, 1, 2, 3])
-    wanted = own(picture, kind - 1).detach().float()
-    wanted[:, 0].clamp_(-1, 1)
-    assert (wanted[:, 0].abs() == 1).any()
-    torch.testing.assert_close(program(picture, kind), wanted)
+    expected = own(picture, kind - 1).detach().float()
+    expected[:, 0].clamp_(-1, 1)
+    assert (expected[:, 0].abs() == 1).any()
+    torch.testing.assert_close(program(picture, kind), expected)
     for wrong in ((picture, kind - 1), (picture, kind + 1)):
         with pytest.raises(RuntimeError, match=r"kind must hold whole numbers in \[1, 3\]"):
             program(*wrong)

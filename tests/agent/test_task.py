@@ -67,10 +67,10 @@ def test_a_task_says_what_networks_need_and_comes_back():
     assert found.observation_spec == data.observation_spec
     assert found.action_spec == data.action_spec
     (key,) = found.statistics
-    wanted = data.statistics[key]
-    assert torch.equal(found.statistics[key].mean, wanted.mean)
-    assert torch.equal(found.statistics[key].std, wanted.std)
-    assert (found.statistics[key].constant, found.statistics[key].count) == (wanted.constant, 40)
+    expected = data.statistics[key]
+    assert torch.equal(found.statistics[key].mean, expected.mean)
+    assert torch.equal(found.statistics[key].std, expected.std)
+    assert (found.statistics[key].constant, found.statistics[key].count) == (expected.constant, 40)
     state = task.state_dict()
     with pytest.raises(ValueError, match=r"stored with \['colour'\]"):
         Task.from_state_dict({**state, "colour": 1})
@@ -109,7 +109,7 @@ def test_specs_count_from_zero():
 
 
 def test_a_space_without_a_stored_form_is_refused():
-    with pytest.raises(ValueError, match="Text space cannot be stored; wanted Box"):
+    with pytest.raises(ValueError, match="Text space cannot be stored; expected Box"):
         space_state(spaces.Text(3))
     with pytest.raises(ValueError, match="type 'Blob'"):
         space_from_state({"type": "Blob"})

@@ -86,8 +86,8 @@ def test_multi_step_returns_stop_at_episode_ends(dataset: OfflineDataset) -> Non
     raw = torch.as_tensor(arrays()["reward"])
     for row, t in zip(rows, step.tolist(), strict=True):
         ahead = min(3, 10 - t % 10)
-        wanted = sum(0.5**k * float(raw[t + k]) for k in range(ahead))
-        assert float(row["next", "reward"]) == pytest.approx(wanted)
+        expected = sum(0.5**k * float(raw[t + k]) for k in range(ahead))
+        assert float(row["next", "reward"]) == pytest.approx(expected)
         assert float(row["next", "observation"][0]) == t + ahead
 
 

@@ -19,15 +19,15 @@ from iql_torchrl.evaluation.act import act
 def test_one_observation_gives_one_action_and_a_batch_a_batch(dtype):
     agent = box_agent(dtype)
     observations = np.random.default_rng(1).normal(size=(5, 3)) * SCALE + MEAN
-    wanted = (HIGH + LOW) / 2 + (HIGH - LOW) / 2 * np.tanh(by_hand(agent, observations))
+    expected = (HIGH + LOW) / 2 + (HIGH - LOW) / 2 * np.tanh(by_hand(agent, observations))
     batch = agent.act(observations)
     assert batch.dtype == dtype
-    np.testing.assert_allclose(batch, wanted, atol=2e-6)
-    for observation, action in zip(observations, wanted, strict=True):
+    np.testing.assert_allclose(batch, expected, atol=2e-6)
+    for observation, action in zip(observations, expected, strict=True):
         single = agent.act(observation.astype(np.float32))
         assert agent.task.action_space.contains(single)
         np.testing.assert_allclose(single, action, atol=2e-6)
-    np.testing.assert_allclose(agent.act(list(observations[0])), wanted[0], atol=2e-6)
+    np.testing.assert_allclose(agent.act(list(observations[0])), expected[0], atol=2e-6)
 
 
 def test_an_episode_by_hand_is_evaluates():
@@ -39,22 +39,22 @@ def test_an_episode_by_hand_is_evaluates():
     while not over:
         observation, reward, terminated, truncated, _ = env.step(agent.act(observation))
         total, over = total + float(reward), terminated or truncated
-    wanted = evaluate(agent.policy, data.make_env, episodes=1, seed=4).returns[0]
-    np.testing.assert_allclose(total, wanted, rtol=1e-5)
+    expected = evaluate(agent.policy, data.make_env, episodes=1, seed=4).returns[0]
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
 
 
 def test_discrete_actions_count_from_the_spaces_start():
     agent = discrete_agent(start=7)
     observations = np.random.default_rng(1).normal(size=(20, 3)) * SCALE + MEAN
-    wanted = by_hand(agent, observations).argmax(1) + 7
-    assert len(set(wanted)) > 1
+    expected = by_hand(agent, observations).argmax(1) + 7
+    assert len(set(expected)) > 1
     batch = agent.act(observations)
     assert batch.dtype == np.int64
-    assert batch.tolist() == wanted.tolist()
+    assert batch.tolist() == expected.tolist()
     single = agent.act(observations[0])
     assert agent.task.action_space.contains(single)
     assert np.shape(single) == ()
-    assert single == wanted[0]
+    assert single == expected[0]
     agent.task.action_space.dtype = np.dtype(np.int32)
     assert agent.act(observations).dtype == agent.act(observations[0]).dtype == np.int32
 
@@ -65,10 +65,10 @@ def test_a_mask_forbids():
     logits = by_hand(agent, observations)
     masks = np.random.default_rng(2).random((20, 4)) < 0.5
     masks[np.arange(20), np.arange(20) % 4] = True
-    wanted = np.where(masks, logits, -np.inf).argmax(1) + 1
-    assert (wanted != logits.argmax(1) + 1).any()
-    assert agent.act(observations, action_mask=masks).tolist() == wanted.tolist()
-    assert agent.act(observations[3], action_mask=masks[3].astype(np.int8)) == wanted[3]
+    expected = np.where(masks, logits, -np.inf).argmax(1) + 1
+    assert (expected != logits.argmax(1) + 1).any()
+    assert agent.act(observations, action_mask=masks).tolist() == expected.tolist()
+    assert agent.act(observations[3], action_mask=masks[3].astype(np.int8)) == expected[3]
     sampled = agent.act(observations, action_mask=masks, deterministic=False, seed=0)
     assert masks[np.arange(20), sampled - 1].all()
 
@@ -99,21 +99,21 @@ def test_categories_in_observations():
     assert agent.act(3).shape == (2,)
     np.testing.assert_allclose(agent.act(np.arange(5))[3], agent.act(np.int64(3)), atol=1e-6)
     for wrong in (5, -1):
-        with pytest.raises(ValueError, match=rf"holds {wrong}; wanted .* Discrete\(5\)"):
+        with pytest.raises(ValueError, match=rf"holds {wrong}; expected .* Discrete\(5\)"):
             agent.act(wrong)
-    with pytest.raises(ValueError, match="holds float64; wanted int64"):
+    with pytest.raises(ValueError, match="holds float64; expected int64"):
         agent.act(2.0)
 
 
 def test_what_does_not_fit_is_refused():
     agent = box_agent()
     for wrong, found in (
-        (np.zeros(4), r"shape \(4,\); wanted \(3,\) for one observation, or \('B', 3\)"),
+        (np.zeros(4), r"shape \(4,\); expected \(3,\) for one observation, or \('B', 3\)"),
         (np.zeros((2, 2, 3)), r"shape \(2, 2, 3\)"),
         (np.float32(0), r"shape \(\)"),
         (np.zeros((0, 3)), "batch of size 0"),
         (np.array([0, np.nan, 0]), "observation holds nan"),
-        (np.array(["a", "b", "c"]), "holds <U1; wanted float32"),
+        (np.array(["a", "b", "c"]), "holds <U1; expected float32"),
         ({"observation": np.zeros(3)}, "holds object|shape"),
     ):
         with pytest.raises(ValueError, match=found):
@@ -123,13 +123,13 @@ def test_what_does_not_fit_is_refused():
     masked = discrete_agent(masked=True)
     for mask, found in (
         (None, r"pass action_mask= with shape \(4,\)"),
-        (np.ones((1, 4)), r"shape \(1, 4\); wanted \(4,\)"),
+        (np.ones((1, 4)), r"shape \(1, 4\); expected \(4,\)"),
         (np.ones(3), "4 booleans"),
         (np.zeros(4), "at least one"),
     ):
         with pytest.raises(ValueError, match=found):
             masked.act(np.zeros(3), action_mask=mask)
-    with pytest.raises(ValueError, match=r"shape \(3, 4\); wanted \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"shape \(3, 4\); expected \(2, 4\)"):
         masked.act(np.zeros((2, 3)), action_mask=np.ones((3, 4)))
     with torch.no_grad():
         agent.actor.get_parameter("module.0.module.mlp.2.bias").fill_(torch.nan)

@@ -129,20 +129,20 @@ def test_a_killed_process_is_named_and_replaced(shared):
 
 def test_the_same_results_as_in_the_foreground(shared):
     actor, make_env, background = shared
-    wanted = {}
+    expected = {}
     for number in (30, 10, 20):
         background.submit(number)
-        wanted[number] = played(actor, make_env), actor.module[0].module[0].weight.clone()
+        expected[number] = played(actor, make_env), actor.module[0].module[0].weight.clone()
         change(actor, seed=number)
     assert list(background.pending) == [30, 10, 20]
     for number, snapshot in background.pending.items():
         weight = snapshot["module.0.module.0.weight"]
-        assert torch.equal(weight, wanted[number][1])
+        assert torch.equal(weight, expected[number][1])
         assert "module.0.module.1.running_mean" in snapshot
         assert not weight.requires_grad
     results = background.results(wait=True)
     assert [number for number, _ in results] == [30, 10, 20]
-    assert all(same(found, wanted[number][0]) for number, found in results)
+    assert all(same(found, expected[number][0]) for number, found in results)
     assert not same(results[0][1], results[1][1]), "the weights matter"
     assert background.pending == {}
     assert background.results() == background.results(wait=True) == []
@@ -163,7 +163,7 @@ def test_without_waiting_it_gives_what_there_is(shared):
 
 def test_pending_policies_go_through_a_checkpoint(shared):
     actor, make_env, background = shared
-    wanted = played(actor, make_env)
+    expected = played(actor, make_env)
     background.submit(4)
     file = io.BytesIO()
     torch.save(background.pending, file)
@@ -173,7 +173,7 @@ def test_pending_policies_go_through_a_checkpoint(shared):
     background.submit(5)
     (four, first), (five, second) = background.results(wait=True)
     assert (four, five) == (4, 5)
-    assert same(first, wanted)
+    assert same(first, expected)
     assert same(second, played(actor, make_env))
 
 
@@ -184,14 +184,14 @@ def test_an_error_comes_with_its_message_and_traceback(shared):
     with torch.no_grad():
         actor.module[0].module[3].weight.fill_(torch.nan)
     background.submit(2)
-    with pytest.raises(ValueError, match="nan") as wanted:
+    with pytest.raises(ValueError, match="nan") as expected:
         played(actor, make_env)
     actor.load_state_dict(before)
     background.submit(3)
     process = process_of(background)
     with pytest.raises(ValueError, match="nan") as caught:
         background.results(wait=True)
-    assert str(caught.value) == str(wanted.value)
+    assert str(caught.value) == str(expected.value)
     assert "background_worker.py" in str(caught.value.__cause__)
     assert list(background.pending) == [1, 3], "what succeeded is kept for the next call"
     assert [number for number, _ in background.results(wait=True)] == [1, 3]
@@ -563,15 +563,15 @@ def test_settings_on_which_rounding_depends_are_taken_over():
         torch.set_default_dtype(torch.float64)
         torch.set_float32_matmul_precision("medium")
         torch.use_deterministic_algorithms(True)
-        wanted = Arithmetic.current()
+        expected = Arithmetic.current()
     finally:
         torch.set_float32_matmul_precision("highest")
         before.adopt()
-    assert wanted != before
+    assert expected != before
     assert Arithmetic.current().dtype == torch.float32
     try:
-        wanted.adopt()
-        assert Arithmetic.current() == wanted
+        expected.adopt()
+        assert Arithmetic.current() == expected
         assert torch.get_num_threads() == 2
         assert torch.are_deterministic_algorithms_enabled()
     finally:
@@ -631,6 +631,6 @@ def test_a_policy_on_cuda_is_evaluated_on_the_cpu_unless_told_otherwise():
             assert all(t.device.type == "cpu" for t in background.pending[1].values())
             ((_, found),) = background.results(wait=True)
         policy = agent.policy.to("cpu") if device is None else agent.policy.to("cuda")
-        wanted = evaluate(policy, make_env, **settings)
-        assert same(found, wanted)
+        expected = evaluate(policy, make_env, **settings)
+        assert same(found, expected)
         agent.policy.to("cuda")

@@ -94,7 +94,7 @@ def test_every_episode_counts_once_whatever_the_number_of_environments(num_envs)
     assert result.returns.dtype == np.float64
     assert len(Seeded.opened) == min(num_envs, 20)
     seeds = sorted(seed for env in Seeded.opened for seed in env.seeds)
-    assert seeds == list(range(11, 31)), "exactly the wanted episodes are started"
+    assert seeds == list(range(11, 31)), "exactly the expected episodes are started"
     assert all(env.closed for env in Seeded.opened)
 
 
@@ -199,7 +199,7 @@ def test_dict_observations_nested_or_at_the_top_level(keys):
 
 
 @pytest.mark.parametrize(
-    ("space", "value", "wanted", "dtype"),
+    ("space", "value", "expected", "dtype"),
     [
         (spaces.Discrete(5, start=2), 4, 2, torch.int64),
         (spaces.MultiDiscrete([3, 4]), np.array([2, 1]), [2, 1], torch.int64),
@@ -207,7 +207,7 @@ def test_dict_observations_nested_or_at_the_top_level(keys):
         (spaces.Box(0, 255, (2,), np.uint8), np.array([7, 255], np.uint8), [7, 255], torch.uint8),
     ],
 )
-def test_observations_keep_the_dtypes_of_the_training_data(space, value, wanted, dtype):
+def test_observations_keep_the_dtypes_of_the_training_data(space, value, expected, dtype):
     seen = []
 
     def read(observation):
@@ -218,7 +218,7 @@ def test_observations_keep_the_dtypes_of_the_training_data(space, value, wanted,
     make = lambda: Seeded(space=space, observe=lambda env: value)  # noqa: E731
     evaluate(policy, make, episodes=1, seed=0)
     assert seen[0].dtype == dtype
-    assert seen[0].tolist() == [wanted]
+    assert seen[0].tolist() == [expected]
 
 
 @pytest.mark.parametrize(

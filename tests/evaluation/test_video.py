@@ -111,17 +111,17 @@ def test_a_pendulum_on_film_is_where_the_environment_says(tmp_path):
     frames, fps = read(record_video(push, make, tmp_path / "p.mp4", seed=3, max_steps=15))
     env = make()
     observation, _ = env.reset(seed=3)
-    wanted = [env.render()]
+    expected = [env.render()]
     for _ in range(15):
         observation, *_ = env.step(np.float32(1.5) * observation[:1])
-        wanted.append(env.render())
+        expected.append(env.render())
     env.close()
-    wanted = np.stack(wanted).astype(float)
+    expected = np.stack(expected).astype(float)
     assert frames.shape == (16, 500, 500, 3)
     assert fps == 30
     assert frames.std((1, 2, 3)).min() > 10, "no frame is of one colour"
-    loss = np.abs(wanted - frames).mean((1, 2, 3)).max()
-    moved = np.abs(wanted[:-5] - frames[5:]).mean((1, 2, 3)).min()
+    loss = np.abs(expected - frames).mean((1, 2, 3)).max()
+    moved = np.abs(expected[:-5] - frames[5:]).mean((1, 2, 3)).min()
     assert loss < 1 < moved, (loss, moved)
 
 

@@ -296,9 +296,9 @@ def everything(loss, batch) -> dict[str, torch.Tensor]:
     return found | {f"buffer {n}": b.clone() for n, b in loss.named_buffers()}
 
 
-def assert_same(found, wanted):
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
         if value is None:
             assert found[name] is None, name
         else:
@@ -311,12 +311,12 @@ def check(loss, batch) -> None:
     """Inside ``evaluated_by`` all is as it is outside, for a loss that was used so before or not."""
     _ = loss.value_estimator  # holds a buffer
     buffers = [buffer.clone() for buffer in loss.buffers()]
-    wanted = everything(loss, batch.clone())
+    expected = everything(loss, batch.clone())
     for buffer, before in zip(loss.buffers(), buffers, strict=True):
         buffer.data.copy_(before)
     with loss.evaluated_by(FastEvaluator):
         found = everything(loss, batch.clone())
-    assert_same(found, wanted)
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -31,10 +31,10 @@ def stack(modules):
     return dense, dense.leaves
 
 
-def gradients(out, wanted):
+def gradients(out, expected):
     """Of a sum that weighs every output differently."""
     weight = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view(out.shape)
-    return torch.autograd.grad((weight * out).sum(), wanted)
+    return torch.autograd.grad((weight * out).sum(), expected)
 
 
 def test_by_hand():
@@ -47,8 +47,8 @@ def test_by_hand():
     out = Perceptron(source)(x)
     assert out.tolist() == [[-1.5], [0.5]]
     found = torch.autograd.grad(out.sum(), [x, *source.parameters()])
-    wanted = ([[-1.0, 2.0], [0.0, 0.0]], [[-1.0, -1.0]], [-1.0], [[2.0]], [2.0])
-    for gradient, value in zip(found, wanted, strict=True):
+    expected = ([[-1.0, 2.0], [0.0, 0.0]], [[-1.0, -1.0]], [-1.0], [[2.0]], [2.0])
+    for gradient, value in zip(found, expected, strict=True):
         assert gradient.tolist() == value
 
 
@@ -73,10 +73,10 @@ def test_a_lone_perceptron(way, outputs, activation, layers):
     dense = Perceptron(source)
     x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     out = dense(x) if way == "chain" else dense.operations(x)
-    wanted = source(x)
-    torch.testing.assert_close(out, wanted, **EXACT)
+    expected = source(x)
+    torch.testing.assert_close(out, expected, **EXACT)
     leaves = [x, *source.parameters()]
-    for a, b in zip(gradients(out, leaves), gradients(wanted, leaves), strict=True):
+    for a, b in zip(gradients(out, leaves), gradients(expected, leaves), strict=True):
         torch.testing.assert_close(a, b, **EXACT)
 
 
@@ -90,12 +90,12 @@ def test_stacked_perceptrons(way, outputs, activation, count, layers):
     dense, leaves = stack(sources)
     x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     out = dense(x) if way == "chain" else dense.operations(x)
-    wanted = torch.stack([source(x) for source in sources])
-    torch.testing.assert_close(out, wanted, **EXACT)
+    expected = torch.stack([source(x) for source in sources])
+    torch.testing.assert_close(out, expected, **EXACT)
     apart = [p for source in sources for p in source.parameters()]
     (about_x, *found), (wanted_x, *theirs) = (
         gradients(out, [x, *leaves]),
-        gradients(wanted, [x, *apart]),
+        gradients(expected, [x, *apart]),
     )
     torch.testing.assert_close(about_x, wanted_x, **EXACT)
     for place, gradient in enumerate(found):
@@ -111,14 +111,14 @@ def test_any_batch_dimensions(count, shape):
     x = torch.randn(*shape, 4, dtype=torch.float64, requires_grad=True)
     out = dense(x)
     outs = [source(x) for source in sources]
-    wanted = outs[0] if count is None else torch.stack(outs)
-    torch.testing.assert_close(out, wanted, **EXACT)
+    expected = outs[0] if count is None else torch.stack(outs)
+    torch.testing.assert_close(out, expected, **EXACT)
     apart = [p for source in sources for p in source.parameters()]
-    found, theirs = gradients(out, [x, *leaves]), gradients(wanted, [x, *apart])
+    found, theirs = gradients(out, [x, *leaves]), gradients(expected, [x, *apart])
     torch.testing.assert_close(found[0], theirs[0], **EXACT)
     for place, gradient in enumerate(found[1:]):
-        wanted = torch.stack(theirs[1 + place :: len(leaves)])
-        torch.testing.assert_close(gradient.view_as(wanted), wanted, **EXACT)
+        expected = torch.stack(theirs[1 + place :: len(leaves)])
+        torch.testing.assert_close(gradient.view_as(expected), expected, **EXACT)
 
 
 @pytest.mark.parametrize("way", ["chain", "operations"])
@@ -141,13 +141,13 @@ def test_categories_are_their_one_hot_form(way, count, layers, shape):
         return
     one_hot = nn.functional.one_hot(index, 6).double()
     outs = [source(one_hot) for source in sources]
-    wanted = outs[0] if count is None else torch.stack(outs)
-    torch.testing.assert_close(out, wanted, **EXACT)
+    expected = outs[0] if count is None else torch.stack(outs)
+    torch.testing.assert_close(out, expected, **EXACT)
     apart = [p for source in sources for p in source.parameters()]
-    found, theirs = gradients(out, leaves), gradients(wanted, apart)
+    found, theirs = gradients(out, leaves), gradients(expected, apart)
     for place, gradient in enumerate(found):
-        wanted = torch.stack(theirs[place :: len(leaves)])
-        torch.testing.assert_close(gradient.view_as(wanted), wanted, **EXACT)
+        expected = torch.stack(theirs[place :: len(leaves)])
+        torch.testing.assert_close(gradient.view_as(expected), expected, **EXACT)
 
 
 def test_picked_by_hand():
@@ -201,18 +201,18 @@ def test_under_autocast(count):
     x = torch.randn(64, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = dense(x)
-        wanted = [source(x) for source in sources]
-    wanted = wanted[0] if count is None else torch.stack(wanted)
+        expected = [source(x) for source in sources]
+    expected = expected[0] if count is None else torch.stack(expected)
     exact = torch.stack([source(x) for source in sources]).view_as(out)
-    assert wanted.dtype == torch.bfloat16
+    assert expected.dtype == torch.bfloat16
     scale = float(exact.detach().abs().max())
     assert 0 < (out.float() - exact).abs().max() < 0.03 * scale  # it was in half precision
-    torch.testing.assert_close(out.float(), wanted.float(), rtol=0, atol=0.03 * scale)
+    torch.testing.assert_close(out.float(), expected.float(), rtol=0, atol=0.03 * scale)
     found = gradients(out.float(), dense.leaves)
     theirs = gradients(exact, [p for source in sources for p in source.parameters()])
     for place, gradient in enumerate(found):
-        wanted = torch.stack(theirs[place :: len(found)]).view_as(gradient)
-        assert (gradient - wanted).abs().max() < 0.1 * wanted.abs().max()
+        expected = torch.stack(theirs[place :: len(found)]).view_as(gradient)
+        assert (gradient - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 def test_torchrls_mlp_joins_its_inputs():
@@ -329,11 +329,11 @@ def test_a_batch_per_run(own, categories):
     x = torch.randint(6, shape) if categories else torch.randn(*shape, 6, dtype=torch.float64)
     rows = nn.functional.one_hot(x, 6).double() if categories else x
     rows = rows if own else rows.expand(3, *rows.shape)
-    wanted = torch.stack([m(row) for m, row in zip(sources, rows, strict=True)])
+    expected = torch.stack([m(row) for m, row in zip(sources, rows, strict=True)])
     apart = [p for source in sources for p in source.parameters()]
-    theirs = gradients(wanted, apart)
+    theirs = gradients(expected, apart)
     for out in (body(x), body.operations(x)):
-        torch.testing.assert_close(out, wanted, **EXACT)
+        torch.testing.assert_close(out, expected, **EXACT)
         for place, gradient in enumerate(gradients(out, leaves)):
-            expected = torch.stack(theirs[place :: len(leaves)])
-            torch.testing.assert_close(gradient, expected, **EXACT)
+            expected_gradient = torch.stack(theirs[place :: len(leaves)])
+            torch.testing.assert_close(gradient, expected_gradient, **EXACT)

@@ -122,11 +122,13 @@ def test_members_with_dropout_differ_and_agree_without_it():
     population.loss.load_state_dict(IQLPopulation(population.configs, data).loss.state_dict())
     for loss in (population.loss, alone.loss):
         loss.actor_network.eval()
-    wanted = alone.loss.actor_loss(batch.clone())[0]
-    assert_close({"loss": population.loss.actor_loss(batch)[0]}, {"loss": wanted.expand(3)}, 1e-12)
+    expected = alone.loss.actor_loss(batch.clone())[0]
+    assert_close(
+        {"loss": population.loss.actor_loss(batch)[0]}, {"loss": expected.expand(3)}, 1e-12
+    )
     with population.loss.evaluated_by(FastEvaluator):
         found = population.loss.actor_loss(batch)[0]
-    assert_close({"loss": found}, {"loss": wanted.expand(3)}, 1e-12)
+    assert_close({"loss": found}, {"loss": expected.expand(3)}, 1e-12)
     population.loss.actor_network.train()
     drawn = torch.stack([population.loss.actor_loss(batch)[0] for _ in range(200)])
     assert drawn.std(0).min() > 0
@@ -222,9 +224,9 @@ def test_evaluation_is_each_members_own():
     found = population.evaluate(Line, episodes=3, seed=7, reference_scores=(0.0, 2.0))
     assert len(found) == len(population) == len(MEMBERS)
     for number, result in enumerate(found):
-        wanted = evaluate(population.member(number).policy, Line, episodes=3, seed=7)
-        np.testing.assert_array_equal(result.returns, wanted.returns)
-        np.testing.assert_allclose(result.scores, 50 * wanted.returns)
+        expected = evaluate(population.member(number).policy, Line, episodes=3, seed=7)
+        np.testing.assert_array_equal(result.returns, expected.returns)
+        np.testing.assert_allclose(result.scores, 50 * expected.returns)
     assert len({tuple(result.returns) for result in found}) == len(MEMBERS)
 
 
@@ -249,12 +251,12 @@ def test_what_is_no_population_is_refused():
         IQLPopulation([BASE], data, batches="each")
     with pytest.raises(ValueError, match="configs is empty"):
         IQLPopulation([], data)
-    with pytest.raises(TypeError, match="configs is one IQLConfig; wanted a sequence"):
+    with pytest.raises(TypeError, match="configs is one IQLConfig; expected a sequence"):
         IQLPopulation(BASE, data)
     with pytest.raises(IndexError, match="there is no run 4: the runs are 0 to 3"):
         IQLPopulation(configs(), data).member(4)
     for updates, every in ((2.5, 1), (-1, 1), (1, 1.5)):
-        with pytest.raises(ValueError, match=r"is (2\.5|-1|1\.5); wanted .*whole number"):
+        with pytest.raises(ValueError, match=r"is (2\.5|-1|1\.5); expected .*whole number"):
             next(IQLPopulation([BASE], data).train(updates, every=every))
     with pytest.raises(ValueError, match="members: expected at least 1, got 0"):
         MemberSampler(data.transitions, 4, members=0)
@@ -263,7 +265,7 @@ def test_what_is_no_population_is_refused():
         batch = data.transitions[:12].view(3, 4) if shape == (3, 4) else None
         batch = data.transitions[:16].view(shape) if batch is None else batch
         with pytest.raises(
-            ValueError, match=rf"shape \({shape[0]}, .*wanted \(B,\) for all 4 runs"
+            ValueError, match=rf"shape \({shape[0]}, .*expected \(B,\) for all 4 runs"
         ):
             population.step(batch.exclude("collector"))
 

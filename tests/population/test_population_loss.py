@@ -64,12 +64,12 @@ def test_outputs_and_gradients_are_those_of_each_loss(shape, change, reduction):
     keys = set(batch.keys(True, True))
     found = population(batch)
     assert set(batch.keys(True, True)) == keys  # nothing is written into it
-    wanted = torch.stack([loss(b.clone()) for loss, b in zip(losses, each, strict=True)])
+    expected = torch.stack([loss(b.clone()) for loss, b in zip(losses, each, strict=True)])
     assert found.batch_size == (RUNS,)
-    assert_close(dict(found.items()), dict(wanted.items()), 1e-12)
+    assert_close(dict(found.items()), dict(expected.items()), 1e-12)
     names = [key for key in population.out_keys if key.startswith("loss")]
     sum(found[name].sum() for name in names).backward()
-    sum(wanted[name].sum() for name in names).backward()
+    sum(expected[name].sum() for name in names).backward()
     for name, parameter in population.named_parameters():
         alone = torch.stack([dict(loss.named_parameters())[name].grad for loss in losses])
         assert_close({name: parameter.grad.view_as(alone)}, {name: alone}, 1e-11)
@@ -92,8 +92,8 @@ def test_squared_distance_to_any_policys_own_action(policy):
     batch, _ = batches((7,))
     for loss in losses:
         loss.actor_loss(batch)
-    wanted = torch.stack([loss.actor_loss(batch)[0] for loss in losses])
-    assert_close({"": population.actor_loss(batch)[0]}, {"": wanted}, 1e-12)
+    expected = torch.stack([loss.actor_loss(batch)[0] for loss in losses])
+    assert_close({"": population.actor_loss(batch)[0]}, {"": expected}, 1e-12)
     assert "entropy" not in population.out_keys
 
 
@@ -111,8 +111,8 @@ def test_keys_of_the_batch_are_the_losses():
     batch.rename_key_(("next", "reward"), ("next", "r"))
     batch.rename_key_(("next", "terminated"), ("next", "end"))
     for term in ("actor_loss", "value_loss", "qvalue_loss"):
-        wanted = torch.stack([getattr(loss, term)(batch.clone())[0] for loss in losses])
-        assert_close({term: getattr(population, term)(batch)[0]}, {term: wanted}, 1e-12)
+        expected = torch.stack([getattr(loss, term)(batch.clone())[0] for loss in losses])
+        assert_close({term: getattr(population, term)(batch)[0]}, {term: expected}, 1e-12)
     population.set_keys(reward="other")
     assert losses[0].tensor_keys.reward == "r"  # a copy
 
@@ -122,9 +122,9 @@ def test_priority_weights_may_be_left_out():
     for loss in losses:
         loss.use_prioritized_weights = False
     batch = extras(make_batch(6, dtype=torch.float64))
-    wanted = torch.stack([loss.value_loss(batch.clone())[0] for loss in losses])
+    expected = torch.stack([loss.value_loss(batch.clone())[0] for loss in losses])
     found = PopulationLoss(losses).value_loss(batch)[0]
-    assert_close({"": found}, {"": wanted}, 1e-12)
+    assert_close({"": found}, {"": expected}, 1e-12)
 
 
 def test_the_losses_are_copied_and_can_be_written_back():
@@ -161,8 +161,8 @@ def test_targets_move_by_the_share_of_their_own_critics():
     step(make_batch(dtype=torch.float64))
     after = population.state_dict()
     for key in live:
-        wanted = 0.9 * state[f"target_{key}"] + 0.1 * after[key]
-        torch.testing.assert_close(after[f"target_{key}"], wanted, rtol=1e-12, atol=1e-14)
+        expected = 0.9 * state[f"target_{key}"] + 0.1 * after[key]
+        torch.testing.assert_close(after[f"target_{key}"], expected, rtol=1e-12, atol=1e-14)
 
 
 def test_targets_may_be_copied_at_intervals():
@@ -220,11 +220,11 @@ def test_a_copy_computes_the_same_from_memory_of_its_own(way):
     other = (
         copy.deepcopy(population) if way == "deepcopy" else pickle.loads(pickle.dumps(population))
     )
-    wanted = population(batch)
-    assert_close(dict(other(batch).items()), dict(wanted.items()), 0)
+    expected = population(batch)
+    assert_close(dict(other(batch).items()), dict(expected.items()), 0)
     make_step(other)(batch)
-    assert_close(dict(population(batch).items()), dict(wanted.items()), 0)
-    assert not torch.equal(other(batch)["loss_qvalue"], wanted["loss_qvalue"])
+    assert_close(dict(population(batch).items()), dict(expected.items()), 0)
+    assert not torch.equal(other(batch)["loss_qvalue"], expected["loss_qvalue"])
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -234,21 +234,21 @@ def test_a_loaded_state_is_what_is_evaluated(assign):
     second(batch)
     with second.evaluated_by(FastEvaluator):
         pass
-    wanted = first(batch)
+    expected = first(batch)
     second.load_state_dict(copy.deepcopy(first.state_dict()), assign=assign)
-    assert_close(dict(second(batch).items()), dict(wanted.items()), 0)
+    assert_close(dict(second(batch).items()), dict(expected.items()), 0)
     with second.evaluated_by(FastEvaluator):
-        assert_close(dict(second(batch).items()), dict(wanted.items()), 1e-12)
+        assert_close(dict(second(batch).items()), dict(expected.items()), 1e-12)
 
 
 def test_a_cast_is_what_is_evaluated():
     losses = make_losses()
     population = moving(PopulationLoss(losses))
     batch = make_batch(dtype=torch.float64)
-    wanted = population(batch)
+    expected = population(batch)
     found = population.float()(batch.float())
     assert {value.dtype for value in found.values()} == {torch.float32}
-    for key, value in wanted.items():
+    for key, value in expected.items():
         torch.testing.assert_close(found[key].double(), value, rtol=1e-4, atol=1e-5)
 
 
@@ -257,7 +257,7 @@ def test_batches_of_other_shapes_are_refused():
     for shape in ((), (2, 9), (RUNS, 3, 3)):
         batch = make_batch(*(shape or (4,)), dtype=torch.float64)
         batch = batch if shape else batch[0]
-        with pytest.raises(ValueError, match=r"wanted \(B,\) for all 3 runs or \(3, B\)"):
+        with pytest.raises(ValueError, match=r"expected \(B,\) for all 3 runs or \(3, B\)"):
             population(batch)
     with pytest.raises(KeyError, match="'terminated'"):
         population(make_batch(dtype=torch.float64).exclude(("next", "terminated")))

@@ -69,14 +69,14 @@ def test_continuous_actions_against_a_tree(neighbours):
     limit = limit_of(gap(held_out.transitions["action"].numpy()))
     state = held_out.transitions["observation"]
     choices = torch.stack([gain * state.tanh() for gain in (0.3, -0.4, -0.9)])
-    wanted = np.array([gap(choice.numpy()) > limit for choice in choices])
+    expected = np.array([gap(choice.numpy()) > limit for choice in choices])
     shares = coverage.unsupported_choices(held_out.transitions, choices[:, :, None])
-    np.testing.assert_array_equal(shares.numpy(), wanted)
-    assert wanted[0].mean() < 0.05 < wanted[1].mean()
-    assert wanted[2].mean() > 0.5
+    np.testing.assert_array_equal(shares.numpy(), expected)
+    assert expected[0].mean() < 0.05 < expected[1].mean()
+    assert expected[2].mean() > 0.5
     both = torch.stack([choices[0], choices[2]], 1)[None]  # two draws in each state
     share = coverage.unsupported_choices(held_out.transitions, both)
-    np.testing.assert_allclose(share[0].numpy(), (wanted[0] + 1.0 * wanted[2]) / 2)
+    np.testing.assert_allclose(share[0].numpy(), (expected[0] + 1.0 * expected[2]) / 2)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -170,8 +170,8 @@ def test_distance_to_a_clone_of_discrete_actions():
     clone = _Fixed.member("clone", [0.5, 0.49, 0.01, 0.0])
     other = _Fixed.member("other", [0.1, 0.2, 0.3, 0.4])
     assert clone_distance(other, clone, log) == math.inf
-    wanted = 0.5 * math.log(0.5 / 0.1) + 0.49 * math.log(0.49 / 0.2) + 0.01 * math.log(0.01 / 0.3)
-    assert clone_distance(clone, other, log) == pytest.approx(wanted, rel=1e-4)
+    expected = 0.5 * math.log(0.5 / 0.1) + 0.49 * math.log(0.49 / 0.2) + 0.01 * math.log(0.01 / 0.3)
+    assert clone_distance(clone, other, log) == pytest.approx(expected, rel=1e-4)
     assert clone_distance(clone, clone, log) == 0
     log = random_mdp().log(uniform(), episodes=50)
     tables = random_policies(2)

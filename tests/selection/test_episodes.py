@@ -76,8 +76,8 @@ def test_returns_to_go_against_a_loop():
     for length in log.episode_lengths:
         for step in range(length):
             ahead = reward[row + step : row + length]
-            wanted = (DISCOUNT ** np.arange(len(ahead)) * ahead).sum()
-            assert returns[row + step] == pytest.approx(wanted)
+            expected = (DISCOUNT ** np.arange(len(ahead)) * ahead).sum()
+            assert returns[row + step] == pytest.approx(expected)
         row += length
 
 

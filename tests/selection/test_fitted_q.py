@@ -148,9 +148,9 @@ def test_visit_weights_of_categories_are_those_of_a_table(parts):
     rows = log.transitions
     pair = rows["observation"].numpy(), rows["action"].numpy()
     for number, policy in enumerate(POLICIES):
-        wanted = visits_over_log(log, policy)[pair]
-        np.testing.assert_allclose(each[number], wanted, atol=0.02 * wanted.max())
-        assert each[number].sum() == pytest.approx(wanted.sum(), rel=0.01)
+        expected = visits_over_log(log, policy)[pair]
+        np.testing.assert_allclose(each[number], expected, atol=0.02 * expected.max())
+        assert each[number].sum() == pytest.approx(expected.sum(), rel=0.01)
     assert not each[-1].any()  # no episode was truncated, so nothing follows an end
 
 
@@ -452,12 +452,12 @@ def test_continuous_samples_and_means():
 def test_the_caller_s_random_numbers_are_left_alone():
     dataset = load_dataset(small_log(rows=80))
     torch.manual_seed(3)
-    wanted = torch.rand(2)
+    expected = torch.rand(2)
     torch.manual_seed(3)
     agent = box_agent()
     agent.actor.train()
     fitted_q_evaluation({"a": agent}, dataset, dataset, discount=0.9, deterministic=False, **BRIEF)
-    assert torch.equal(torch.rand(2), wanted)
+    assert torch.equal(torch.rand(2), expected)
     assert agent.actor.training
 
 

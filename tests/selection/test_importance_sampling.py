@@ -266,8 +266,8 @@ def test_continuous_densities():
     ratio = (density[1] - density[0]).reshape(4, 10)
     reward = log.transitions["next", "reward"].double().numpy().reshape(4, 10)
     weight = np.exp(ratio.cumsum(1))
-    wanted = (0.9 ** np.arange(10) * (weight * reward).sum(0) / weight.sum(0)).sum()
-    assert found.values[1] == pytest.approx(wanted, rel=1e-3)
+    expected = (0.9 ** np.arange(10) * (weight * reward).sum(0) / weight.sum(0)).sum()
+    assert found.values[1] == pytest.approx(expected, rel=1e-3)
     assert found.effective_sample_size[0] == pytest.approx(4)
     whole = weight[:, -1]
     assert found.effective_sample_size[1] == pytest.approx(

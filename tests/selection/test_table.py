@@ -118,14 +118,14 @@ def test_scores_against_a_loop(small_parts, min_count):
     low, high = scores.return_range
     assert low < high
     for number, policy in enumerate(POLICIES):
-        initial, wanted, weight, _, visits = by_loop(policy, *small_parts, min_count, low)
+        initial, expected, weight, _, visits = by_loop(policy, *small_parts, min_count, low)
         np.testing.assert_allclose(scores.initial_values[number], initial, atol=1e-6)
-        np.testing.assert_allclose(scores.scores[number], wanted, atol=1e-5)
-        assert estimate.values[number] == pytest.approx(wanted.mean(), abs=1e-5)
+        np.testing.assert_allclose(scores.scores[number], expected, atol=1e-5)
+        assert estimate.values[number] == pytest.approx(expected.mean(), abs=1e-5)
         surprise = max(weight.values()) * (high - low)
         assert scores.surprise[number] == pytest.approx(surprise, rel=1e-5)
-        _, wanted, weight, _, _ = by_loop(policy, *small_parts, min_count, high)
-        np.testing.assert_allclose(scores.scores_high[number], wanted, atol=1e-5)
+        _, expected, weight, _, _ = by_loop(policy, *small_parts, min_count, high)
+        np.testing.assert_allclose(scores.scores_high[number], expected, atol=1e-5)
         left = [1 - sum(policy[s, a] for a in range(ACTIONS) if (s, a) in weight) for s in visits]
         outside = sum(mass * miss for mass, miss in zip(visits.values(), left, strict=True))
         assert scores.unsupported[number] == pytest.approx(outside, abs=1e-6)

@@ -165,10 +165,10 @@ class Pair:
         plain = self.steps[0]
         for _ in range(calls):
             told = self.call()
-            wanted = [plain(self.sampler.sample()) for _ in range(self.call.updates)]
-        wanted = torch.stack(wanted).mean(0)
-        assert set(told.keys()) == set(wanted.keys())
-        for name, value in wanted.items():
+            expected = [plain(self.sampler.sample()) for _ in range(self.call.updates)]
+        expected = torch.stack(expected).mean(0)
+        assert set(told.keys()) == set(expected.keys())
+        for name, value in expected.items():
             torch.testing.assert_close(told[name], value, rtol=1e-8, atol=1e-10, msg=name)
         self.compare()
 
@@ -604,11 +604,11 @@ def test_many_in_one_process_and_nothing_is_kept_of_them():
 def test_errors():
     step = Pair().steps[0]
     sampler = DeviceSampler(table(), 16)
-    with pytest.raises(TypeError, match="step is function; wanted an IQLStep"):
+    with pytest.raises(TypeError, match="step is function; expected an IQLStep"):
         captured(lambda batch: batch, sampler)
     with pytest.raises(ValueError, match="updates is 0"):
         captured(step, sampler, updates=0)
-    with pytest.raises(TypeError, match="replay is TensorDict; wanted a DeviceSampler"):
+    with pytest.raises(TypeError, match="replay is TensorDict; expected a DeviceSampler"):
         captured(step, table())
     in_turn = buffer_of(table(), sampler=SamplerWithoutReplacement())
     with pytest.raises(ValueError, match="SamplerWithoutReplacement; captured updates sample unif"):

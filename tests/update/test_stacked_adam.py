@@ -61,10 +61,10 @@ def test_each_slice_is_an_optimizer_of_its_own(kind, decay, options):
     for number, parameter in enumerate(stacked):
         for i in range(3):
             torch.testing.assert_close(parameter[i], alone[i][number], **EXACT)
-            state, wanted = optimizer.state[parameter], others[i].state[alone[i][number]]
-            assert state["step"] == wanted["step"]
+            state, expected = optimizer.state[parameter], others[i].state[alone[i][number]]
+            assert state["step"] == expected["step"]
             for name in ("exp_avg", "exp_avg_sq"):
-                torch.testing.assert_close(state[name][i], wanted[name], **EXACT)
+                torch.testing.assert_close(state[name][i], expected[name], **EXACT)
 
 
 def test_the_first_step_by_hand():
@@ -74,8 +74,10 @@ def test_the_first_step_by_hand():
     optimizer = StackedAdam([parameter], rates=rates, weight_decay=0.2, decoupled=True, eps=1.0)
     parameter.grad = torch.tensor([[3.0], [-1.0]], dtype=torch.float64)
     optimizer.step()
-    wanted = [[1 * (1 - 0.02) - 0.1 * 3 / 4], [2 * (1 - 0.1) + 0.5 * 1 / 2]]
-    torch.testing.assert_close(parameter.detach(), torch.tensor(wanted).double(), rtol=1e-7, atol=0)
+    expected = [[1 * (1 - 0.02) - 0.1 * 3 / 4], [2 * (1 - 0.1) + 0.5 * 1 / 2]]
+    torch.testing.assert_close(
+        parameter.detach(), torch.tensor(expected).double(), rtol=1e-7, atol=0
+    )
 
 
 def test_single_precision_is_torchs_but_for_rounding():
@@ -146,15 +148,15 @@ def test_groups_have_rates_and_factors_of_their_own():
     give(held, [torch.ones_like(p) for p in held])
     optimizer.step()
     for parameter, old, factor in zip(held, before, (1, 2, 2, 0.5), strict=True):
-        wanted = along(RATES * factor, parameter).expand_as(parameter)
-        torch.testing.assert_close(old - parameter.detach(), wanted, rtol=1e-6, atol=1e-12)
+        expected = along(RATES * factor, parameter).expand_as(parameter)
+        torch.testing.assert_close(old - parameter.detach(), expected, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize(
     ("rates", "message"),
     [
-        (None, "rates is None; wanted a tensor of positive numbers"),
-        ([0.1, 0.1, 0.1], "wanted a tensor"),
+        (None, "rates is None; expected a tensor of positive numbers"),
+        ([0.1, 0.1, 0.1], "expected a tensor"),
         (torch.tensor([0.1, 0.0, 0.1]), "positive"),
         (torch.tensor([0.1, float("nan"), 0.1]), "positive"),
         (torch.tensor(0.1), "one per run"),
