@@ -53,7 +53,8 @@ class Worker:
 
     def seconds(self, order: str, form: str, updates: int) -> float:
         """How long ``updates`` updates take; the first call also builds and compiles."""
-        assert self.process.stdin is not None and self.process.stdout is not None
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write(json.dumps([order, form, updates]) + "\n")
         self.process.stdin.flush()
         for line in self.process.stdout:

@@ -47,6 +47,6 @@ def polyak_step(targets: Sequence[Tensor], live: Sequence[Tensor], eps: float) -
     """``target = eps * target + (1 - eps) * live``, in place, as TorchRL's ``SoftUpdate``."""
     if torch.compiler.is_compiling():  # Inductor does not fuse the foreach form with Adam's kernels
         for target, parameter in zip(targets, live, strict=True):
-            target.lerp_(parameter, 1 - eps)
+            target.data.lerp_(parameter.data, 1 - eps)
     elif targets:
         get_ema_multi_avg_fn(eps)(list(targets), list(live), 0)
