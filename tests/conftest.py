@@ -13,6 +13,7 @@ from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 
 from iql_torchrl import networks, policies
+from iql_torchrl.update.captured import Recorder
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
     torch.set_num_threads(1)
@@ -23,6 +24,17 @@ OBS, ACT = 5, 3
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Captured programs run as Dynamo traced them, without the seconds that Inductor takes."""
+
+    def keep(self, graph, inputs):
+        self._function = graph
+        return self._keep
+
+    monkeypatch.setattr(Recorder, "__call__", keep)
 
 
 def make_batch(*shape: int, obs: int = OBS, act: int = ACT, dtype=torch.float32) -> TensorDict:

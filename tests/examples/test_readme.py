@@ -20,6 +20,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("block", BLOCKS)
 def test_python_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))

@@ -516,12 +516,13 @@ def test_dispatch_with_keywords():
         torch.testing.assert_close(value, expected[name])
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 class TestCompile:
-    def test_one_graph_and_no_recompilation(self):
+    def test_one_graph_and_no_recompilation(self, backend):
         torch._dynamo.reset()
         loss = IQLLoss(*make_networks(), diagnostics=True)
         SoftUpdate(loss, tau=0.5)
-        fast = torch.compile(loss, fullgraph=True)
+        fast = torch.compile(loss, fullgraph=True, backend=backend)
         for i in range(5):
             batch = make_batch()
             expected = loss(batch.clone())
@@ -530,7 +531,7 @@ class TestCompile:
             for name in LOSSES:
                 torch.testing.assert_close(out[name], expected[name], rtol=1e-5, atol=1e-6)
 
-    def test_discrete_with_mask(self):
+    def test_discrete_with_mask(self, backend):
         torch._dynamo.reset()
         actor = policies.categorical(OBS, Categorical(4), mask_key="action_mask", hidden=(8,))
         critic = Mod(
@@ -547,7 +548,7 @@ class TestCompile:
         batch["action_mask"][torch.arange(32), batch["action"]] = True
         batch["collector", "mask"] = torch.rand(32) < 0.7
         expected = loss(batch.clone())
-        out = torch.compile(loss, fullgraph=True)(batch)
+        out = torch.compile(loss, fullgraph=True, backend=backend)(batch)
         for name in LOSSES:
             torch.testing.assert_close(out[name], expected[name], rtol=1e-5, atol=1e-6)
 

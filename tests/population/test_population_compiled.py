@@ -43,8 +43,13 @@ class Captured(Beside):
             assert_close({key: means[key]}, {key: value.mean(0).double()}, 1e-9)
 
 
-def test_captured_updates_are_the_runs_alone():
+@pytest.mark.parametrize(
+    "compiler", ["uncompiled", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_captured_updates_are_the_runs_alone(compiler, request):
     torch._dynamo.reset()
+    if compiler == "uncompiled":
+        request.getfixturevalue(compiler)
     data, settings = dataset(), configs(MEMBERS[1:3], max_grad_norm=0.5, schedule="cosine")
     beside = Captured(settings, data, "own")
     population = beside.population

@@ -35,21 +35,10 @@ from iql_torchrl import (
     policies,
 )
 from iql_torchrl.data import DeviceSampler, replay_buffer
-from iql_torchrl.update.captured import CapturedStep, Recorder
+from iql_torchrl.update.captured import CapturedStep
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}
 ACTIONS = 4
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """Programs run as Dynamo traced them: what is captured, without Inductor's seconds."""
-
-    def keep(self, graph, inputs):
-        self._function = graph
-        return self._keep
-
-    monkeypatch.setattr(Recorder, "__call__", keep)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from iql_torchrl import IQLLoss, IQLStep, compiled, networks
 from iql_torchrl.update.compiled import CompiledStep, worth_checking
 
 
-def pair(dtype, make_optimizer, make_updater, schedule, **options):
+def pair(dtype, make_optimizer, make_updater, schedule, backend="inductor", **options):
     """A plain and a compiled step of the same weights."""
     torch._dynamo.reset()
     loss = make_loss().to(dtype)
@@ -27,7 +27,8 @@ def pair(dtype, make_optimizer, make_updater, schedule, **options):
         scheduler = LambdaLR(optimizer, lambda n: 0.9**n) if schedule else None
         updater = make_updater(each)
         steps.append(IQLStep(each, optimizer, updater, lr_scheduler=scheduler, **options))
-    return steps[0], compiled(steps[1])
+    traced = {} if backend == "inductor" else {"backend": backend}
+    return steps[0], compiled(steps[1], **traced)
 
 
 def soft(loss):
@@ -59,10 +60,19 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_plain_steps_bits_but_for_rounding(case):
+@pytest.mark.parametrize(
+    ("case", "backend"),
+    [
+        ("one graph", "inductor"),
+        ("hard target", "aot_eager"),
+        pytest.param("hard target", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_equals_the_plain_step_but_for_rounding(case, backend):
     make_optimizer, make_updater, schedule, options = CASES[case]
-    plain, fast = pair(torch.float64, make_optimizer, make_updater, schedule, **options)
+    plain, fast = pair(
+        torch.float64, make_optimizer, make_updater, schedule, backend=backend, **options
+    )
     a, b = train(plain, fast, 12, torch.float64)
     mine, theirs = snapshot(plain.loss), snapshot(fast.loss)
     for name, value in mine.items():
@@ -103,7 +113,8 @@ def test_a_frozen_network_rests():
     loss.value_network_params.requires_grad_(False)
     before = snapshot(loss)
     trainable = [p for p in loss.parameters() if p.requires_grad]
-    fast = compiled(IQLStep(loss, optim.Adam(trainable), SoftUpdate(loss, tau=0.1)))
+    step = IQLStep(loss, optim.Adam(trainable), SoftUpdate(loss, tau=0.1))
+    fast = compiled(step, backend="aot_eager")
     fast(make_batch())
     after = snapshot(loss)
     moved = {name.split("_")[0] for name in before if not torch.equal(before[name], after[name])}

@@ -103,17 +103,20 @@ def captured_in_order(step, batches, monkeypatch):
     return lambda batch: call()
 
 
-FORMS = [
+FORMS = ("eager", "compiled, traced", "captured, traced", "compiled", "captured")
+CASES = [
     (file, form)
-    if (file, form) != (FILES[1], "captured")
+    if form == "eager"
+    or ("traced" in form and file == FILES[form.startswith("compiled")])
+    or (form == "compiled" and file == FILES[0])
     else pytest.param(file, form, marks=pytest.mark.slow)
-    for form in ("eager", "compiled", "captured")
+    for form in FORMS
     for file in FILES
 ]
 
 
-@pytest.mark.parametrize(("file", "form"), FORMS)
-def test_replays_the_official_updates(file, form, monkeypatch):
+@pytest.mark.parametrize(("file", "form"), CASES)
+def test_replays_the_official_updates(file, form, monkeypatch, request):
     data = np.load(file)
     config = ast.literal_eval(str(data["config"]))
     loss = build(data, config)
@@ -131,9 +134,11 @@ def test_replays_the_official_updates(file, form, monkeypatch):
         scheduler = LambdaLR(optimizer, [cosine, lambda _: 1.0, lambda _: 1.0])
     step = IQLStep(loss, optimizer, SoftUpdate(loss, tau=config["tau"]), lr_scheduler=scheduler)
     batches = [recorded_batch(data, i) for i in range(config["steps"])]
-    if form == "compiled":
-        step = compiled(step)
-    elif form == "captured":
+    if "traced" in form:  # the program as Dynamo made it, without Inductor
+        request.getfixturevalue("uncompiled")
+    if form.startswith("compiled"):
+        step = compiled(step, backend="aot_eager") if "traced" in form else compiled(step)
+    elif form.startswith("captured"):
         step = captured_in_order(step, batches, monkeypatch)
 
     depth = len(config["hidden"]) + 1

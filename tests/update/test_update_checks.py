@@ -152,7 +152,8 @@ def test_several_ranks_are_refused_by_a_population(ranks):
         next(population.train(2, every=2))
 
 
-def test_a_group_of_one_rank_and_ranks_said_to_be_independent_are_allowed(ranks):
+@pytest.mark.usefixtures("uncompiled")
+def test_a_group_of_one_rank_and_independent_ranks_are_allowed(ranks):
     step = make_step()
     ranks(1)
     step(make_batch())
