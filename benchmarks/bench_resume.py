@@ -36,11 +36,11 @@ RESULTS = Path(__file__).parent / "results"
 def dataset():
     """400 transitions in episodes of 20, drawn at random."""
     generator = np.random.default_rng(0)
-    observation = generator.normal(size=(400, 3)).astype(np.float32)
+    states = generator.normal(size=(20, 21, 3)).astype(np.float32)
     ends = np.arange(400) % 20 == 19
     columns = {
-        "observations": observation,
-        "next_observations": observation + 0.1,
+        "observations": states[:, :-1].reshape(400, 3),
+        "next_observations": states[:, 1:].reshape(400, 3),
         "actions": generator.uniform(-1, 1, size=(400, 1)).astype(np.float32),
         "rewards": generator.normal(size=400).astype(np.float32),
         "terminals": np.zeros(400, bool),
