@@ -111,7 +111,7 @@ def test_a_failed_capture_leaves_everything_and_may_be_tried_again(cuda, where):
 
     if where == "end":
         cuda.end_fails = RuntimeError("operation failed due to a previous error during capture")
-    with pytest.raises(RuntimeError, match="capture|capturing"):
+    with pytest.raises(RuntimeError, match=r"capture|capturing"):
         graph.record(wrong, work.generator)
     assert torch.equal(work.total, total)
     assert torch.equal(work.generator.get_state(), state)
@@ -324,7 +324,8 @@ def test_a_refused_schedule_has_not_advanced(tensors):
     assert all(float(s["step"]) == 0 for s in after["step"]["optimizer"]["state"].values())
 
 
-def test_one_captured_step_outlives_another(cuda, untraced):
+def test_one_captured_step_outlives_another(cuda, request):
+    programs = request.getfixturevalue("untraced")
     pairs = [pair_of(), pair_of()]
     for pair in pairs:
         pair.run(3)
@@ -333,7 +334,7 @@ def test_one_captured_step_outlives_another(cuda, untraced):
     before = cuda.allocated()
     del pairs[0], pair, streams
     cuda.events.clear()
-    untraced.clear()
+    programs.clear()
     gc.collect()
     assert cuda.names() == ["reset"]
     assert cuda.allocated() < before
