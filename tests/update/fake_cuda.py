@@ -60,8 +60,10 @@ class FakeCuda:
             "synchronize": lambda device=None: None,
             "empty_cache": lambda: None,
             "memory_allocated": lambda device=None: self.allocated(),
+            "set_sync_debug_mode": lambda mode: None,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.nn.functional, "one_hot", one_hot)
         monkeypatch.setattr(torch, "Generator", type("G", (FakeGenerator,), dict(belongs)))
         monkeypatch.setattr(CudaGraph, "supports", staticmethod(lambda device: True))
 
@@ -214,6 +216,12 @@ class Recorder(TorchDispatchMode):
         in_place = schema.is_mutable or any(r.alias_info is not None for r in schema.returns)
         self.graph.operations.append(Operation(function, arguments, options, results, in_place))
         return results
+
+
+def one_hot(categories: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """As on CUDA, where torch does not read the categories to check them."""
+    places = torch.arange(num_classes, device=categories.device)
+    return (categories.unsqueeze(-1) == places).long()
 
 
 def without_drawing(function: Any, arguments: Any, options: Any) -> Any:
