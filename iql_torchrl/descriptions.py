@@ -1,4 +1,4 @@
-"""Spaces, specs and arrays in a few words, for messages: never a page of bounds."""
+"""Short descriptions of spaces, specs and arrays for messages; long bounds are shortened."""
 
 from __future__ import annotations
 

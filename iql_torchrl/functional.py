@@ -198,8 +198,8 @@ def weighted_mean(
     """``sum(weight * value) / sum(weight)`` over the samples where ``mask`` is true.
 
     Over the dimensions ``dim``, by default all. ``mask`` (bool) and ``weight`` have the shape of
-    ``value``. What is masked is not read, so it may be ``nan``. With nothing left the mean is 0 and
-    carries a zero gradient. Raises ``ValueError`` on another shape, or a mask that is not bool.
+    ``value``. Masked samples are not read, so they may be ``nan``. If all are masked, the mean is 0
+    and its gradient is zero. Raises ``ValueError`` on another shape, or a mask that is not bool.
     """
     _check_like(value, mask=mask, weight=weight)
     if mask is not None:

@@ -126,7 +126,7 @@ def test_a_disk_that_gets_full_is_named_with_its_space(
     def full(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("iql_torchrl.data.build._Disk.commit", full)
+    monkeypatch.setattr("iql_torchrl.data.table_storage.DiskTable.commit", full)
     monkeypatch.setattr(
         "iql_torchrl.data.cache.shutil.disk_usage", lambda _: SimpleNamespace(free=123_456)
     )

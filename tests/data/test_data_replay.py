@@ -170,7 +170,7 @@ def archive(tmp_path: Path) -> Path:
 def test_memmap_equals_memory_and_reopens(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reward: str
 ) -> None:
-    monkeypatch.setattr("iql_torchrl.data.build.BLOCK_BYTES", 2000)  # Many small blocks.
+    monkeypatch.setattr("iql_torchrl.data.table_storage.BLOCK_BYTES", 2000)  # Many small blocks.
     memory = load_dataset(archive, reward=reward)
     built = load_dataset(archive, reward=reward, memmap=tmp_path / "table")
     monkeypatch.setattr("iql_torchrl.data.load.open_npz", None)  # Reopening must not read it.

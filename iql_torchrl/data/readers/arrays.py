@@ -14,7 +14,19 @@ from numpy.typing import NDArray
 
 from iql_torchrl.data.schema import DatasetError
 
-__all__ = ["Column", "array_of", "check_numbers", "flatten", "hdf5_parts", "open_hdf5", "open_npz"]
+__all__ = [
+    "TABLE_FILES",
+    "Column",
+    "array_of",
+    "check_numbers",
+    "flatten",
+    "hdf5_parts",
+    "open_hdf5",
+    "open_npz",
+]
+
+#: Suffixes of the files that contain a table.
+TABLE_FILES = (".hdf5", ".h5", ".npz")
 
 
 class Column(Protocol):

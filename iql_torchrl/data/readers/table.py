@@ -53,7 +53,7 @@ def table_source(name: str, columns: dict[str, Column], options: ReadOptions) ->
     transition: it only supplies the next observation of the row before it.
 
     Terminations inside a trajectory numbered by ``episode`` are read alike where the next row
-    evidently continues it (see ``table_ends.goes_on``), and refused elsewhere.
+    evidently continues it (see ``table_ends.continued_rows``), and refused elsewhere.
 
     Without ``next_observation`` the following row is the successor. At an episode's end there is
     none: a truncated row is dropped and the row before it becomes the episode's last, truncated
@@ -93,7 +93,7 @@ def table_source(name: str, columns: dict[str, Column], options: ReadOptions) ->
         masked="action_mask" in table.columns,
         log_prob="action_log_prob" in table.columns,
         ends_known="truncated" in table.columns and options.limit is None,
-        goes_on=inside > 0,
+        terminates_inside=inside > 0,
         termination=table.paths.get("terminated", table.paths.get("trajectory_end")),
         notes=(*notes, *remarks),
         warnings=(*warned, *guessed),

@@ -12,7 +12,7 @@ from iql_torchrl.data.readers.motion import Motion, breaks, motion
 from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 
-__all__ = ["Ends", "goes_on", "table_ends"]
+__all__ = ["Ends", "continued_rows", "table_ends"]
 
 Flags = NDArray[np.bool_]
 #: Share of the marked rows that must lie within motion before they are called misplaced.
@@ -109,10 +109,10 @@ def _successive(table: Table, rows: Flags, last: Flags, broken: Flags | None) ->
     """Whether each of the rows is evidently followed by its own successor."""
     if broken is not None:
         return not (broken & rows[:-1]).any()
-    return bool(goes_on(motion(table), rows, ~rows & ~last, None))
+    return bool(continued_rows(motion(table), rows, ~rows & ~last, None))
 
 
-def goes_on(moved: Motion | None, rows: Flags, ordinary: Flags, broken: Flags | None) -> int:
+def continued_rows(moved: Motion | None, rows: Flags, ordinary: Flags, broken: Flags | None) -> int:
     """How many of the marked rows are evidently followed by their own trajectory's next row.
 
     That is: the step to the next row is as well predicted as 99 % of the steps from ``ordinary``

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.columns import TRAJECTORY_ENDS, Table
 from iql_torchrl.data.readers.motion import ROWS, motion
-from iql_torchrl.data.readers.table_ends import MOST, Ends, goes_on
+from iql_torchrl.data.readers.table_ends import MOST, Ends, continued_rows
 from iql_torchrl.data.readers.table_jumps import jump_warning, unused_marks
 from iql_torchrl.data.readers.table_successors import successor_warning
 
@@ -151,7 +151,9 @@ def _continued(table: Table, ends: Ends) -> str | None:
     if (path := table.paths.get("terminated")) is None or "not_terminated" in table.columns:
         return None
     rows = ends.terminated & ends.last
-    if not rows[:-1].any() or not (count := goes_on(motion(table), rows, ~ends.last, ends.broken)):
+    if not rows[:-1].any() or not (
+        count := continued_rows(motion(table), rows, ~ends.last, ends.broken)
+    ):
         return None
     total = int(rows[: min(table.rows, ROWS) - 1].sum())
     return (
