@@ -69,13 +69,13 @@ class BlockChecker:
             self._masks(rows, start)
 
     def _fail(
-        self, key: Key, bad: NDArray[np.bool_], start: int, problem: str, expected: str
+        self, key: Key, wrong: NDArray[np.bool_], start: int, problem: str, expected: str
     ) -> NoReturn:
-        rows = np.flatnonzero(bad.reshape(len(bad), -1).any(1))
+        rows = np.flatnonzero(wrong.reshape(len(wrong), -1).any(1))
         row = start + int(rows[0])
         episode = int(self.index.ids(row, row + 1)[0])
         raise DatasetError(
-            f"{self.name}: {dotted(key)} {problem} in {len(rows)} of the {len(bad)} rows looked at "
+            f"{self.name}: {dotted(key)} {problem} in {len(rows)} of the {len(wrong)} rows looked at "
             f"together, first at row {row} (episode {episode}, step "
             f"{row - int(self.index.offsets[episode])}) of {self.index.rows}; {expected}"
         )
@@ -85,9 +85,13 @@ class BlockChecker:
         with np.errstate(all="ignore"):
             if np.isfinite(values.sum()):
                 return
-        if (bad := ~np.isfinite(values)).any():
+        if (wrong := ~np.isfinite(values)).any():
             self._fail(
-                key, bad, start, "is NaN or infinite", "expected finite numbers: repair those rows."
+                key,
+                wrong,
+                start,
+                "is NaN or infinite",
+                "expected finite numbers: repair those rows.",
             )
 
     def _categories(
@@ -101,10 +105,10 @@ class BlockChecker:
             count = 2
         else:
             return
-        bad = (values < 0) | (values >= count)
-        if bad.any():
+        wrong = (values < 0) | (values >= count)
+        if wrong.any():
             self._fail(
-                key, bad, start, "is out of range", f"expected 0 <= value < n of "
+                key, wrong, start, "is out of range", f"expected 0 <= value < n of "
                 f"{describe_space(space)}: give the environment the data came from, or repair those "
                 "rows.",
             )  # fmt: skip
@@ -121,16 +125,16 @@ class BlockChecker:
             with np.errstate(all="ignore"):
                 width = high - low
             slack = 1e-6 * np.where(np.isfinite(width), width, 1.0)
-        bad = (values < low - slack) | (values > high + slack)
-        if not bad.any():
+        wrong = (values < low - slack) | (values > high + slack)
+        if not wrong.any():
             return
         if self.clip_actions:
-            self.clipped += int(bad.reshape(len(bad), -1).any(1).sum())
+            self.clipped += int(wrong.reshape(len(wrong), -1).any(1).sum())
             np.clip(values, low, high, out=values)
             return
-        largest = float(np.abs(values[bad]).max())
+        largest = float(np.abs(values[wrong]).max())
         self._fail(
-            ACTION, bad, start, f"is outside its bounds (up to |{largest:.6g}|)",
+            ACTION, wrong, start, f"is outside its bounds (up to |{largest:.6g}|)",
             f"expected {_bounds(space)}: pass clip_actions=True, or the env with the right bounds.",
         )  # fmt: skip
 

@@ -66,8 +66,8 @@ class DiskTable:
         table.memmap_(folder)
         self.paths = {}
         for key, f in layout.items():
-            made = table.make_memmap(key, torch.Size((rows, *f.shape)), dtype=f.dtype)
-            self.paths[key] = Path(str(made.filename))
+            memmap = table.make_memmap(key, torch.Size((rows, *f.shape)), dtype=f.dtype)
+            self.paths[key] = Path(str(memmap.filename))
         self.scratch = {
             k: torch.empty((self.block_rows, *f.shape), dtype=f.dtype) for k, f in layout.items()
         }
@@ -85,13 +85,13 @@ class DiskTable:
     def map_rewards(self, change: RewardMap) -> None:
         if change == RewardMap():
             return
-        kept = self.scratch[REWARD].numpy().dtype
+        dtype = self.scratch[REWARD].numpy().dtype
         with open(self.paths[REWARD], "r+b") as file:
             for start in range(0, self.rows, BLOCK):
-                file.seek(start * kept.itemsize)
-                values = np.fromfile(file, kept, min(BLOCK, self.rows - start))
-                file.seek(start * kept.itemsize)
-                file.write(change.forward(values.astype(np.float64)).astype(kept).data)
+                file.seek(start * dtype.itemsize)
+                values = np.fromfile(file, dtype, min(BLOCK, self.rows - start))
+                file.seek(start * dtype.itemsize)
+                file.write(change.forward(values.astype(np.float64)).astype(dtype).data)
 
     def finish(self) -> TensorDict:
         self.scratch = {}

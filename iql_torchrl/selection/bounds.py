@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
+
+from iql_torchrl.selection.episodes import FloatArray
 
 __all__ = ["mean_bounds"]
 
-FloatArray = NDArray[np.float64]
 
 MAX_DRAWS, MIN_DRAWS = 10_000, 2_000
 WEIGHTS_AT_ONCE = 2**22

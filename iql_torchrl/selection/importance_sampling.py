@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from numpy.typing import NDArray
 from torch import Tensor
 
 from iql_torchrl import functional as F
@@ -28,6 +27,7 @@ from iql_torchrl.selection.candidates import (
     resolve_members,
 )
 from iql_torchrl.selection.episodes import (
+    FloatArray,
     check_logs,
     first_rows,
     open_ended,
@@ -48,7 +48,6 @@ __all__ = [
     "value_bounds",
 ]
 
-FloatArray = NDArray[np.float64]
 
 LARGEST_LOG_WEIGHT = 600.0  # exp of it times a return is a number
 

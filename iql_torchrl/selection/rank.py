@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.data.episode_digests import episode_digests, shared_share, sketch_of
 from iql_torchrl.evaluation.statistics import rank_correlations
-from iql_torchrl.selection.bounds import mean_bounds
 from iql_torchrl.selection.candidates import Member, resolve_members
 from iql_torchrl.selection.caveats import (
     BLOCKING,
@@ -21,15 +19,18 @@ from iql_torchrl.selection.caveats import (
     member_warnings,
     value_warnings,
 )
-from iql_torchrl.selection.coverage import clone_distance
 from iql_torchrl.selection.episodes import LOG_PROB, check_logs, raw_rewards
 from iql_torchrl.selection.fitted_q import FittedQ, fitted_q_evaluation
 from iql_torchrl.selection.importance_sampling import Importance, importance_sampling
+from iql_torchrl.selection.member_rows import (
+    log_value,
+    member_rows,
+    trained_share,
+)
 from iql_torchrl.selection.ranking import Ranking
 
 __all__ = ["rank_members"]
 
-FloatArray = NDArray[np.float64]
 
 MIN_COMPARED = 3
 
@@ -111,16 +112,10 @@ def rank_members(
     _check_fitted(fitted_q, resolved, held_out, discount)
     importance = _importance(members, held_out, behaviour, fitted_q, confidence, seed)
     digests, fit_digests = episode_digests(held_out), episode_digests(train)
-    rows = [
-        _identity(member)
-        | estimate
-        | _weighted(importance, number)
-        | _departure(member, imitator, fitted_q, number, held_out)
-        | {"seen": _seen(member, digests)}
-        for number, (member, estimate) in enumerate(
-            zip(resolved, _estimates(fitted_q, confidence, seed), strict=True)
-        )
-    ]
+    rows = member_rows(
+        resolved, held_out, digests, fitted_q, importance,
+        clone=imitator, confidence=confidence, seed=seed,
+    )  # fmt: skip
     episodes = fitted_q.episodes
     shown: dict[str, Any] = {
         "episodes": len(digests),
@@ -129,7 +124,7 @@ def rank_members(
     }
     _rank(rows, shown, max_extrapolation, min_effective_episodes)
     agreement = _agreement(rows)
-    log = _log_value(fitted_q, confidence, seed)
+    log = log_value(fitted_q, confidence, seed)
     shared = shared_share(sketch_of(fit_digests), digests)
     blocking = value_warnings(
         fitted_q.backups, fitted_q.passes, held_out, discount, shared, episodes.history
@@ -137,7 +132,7 @@ def rank_members(
     general = general_warnings(
         rows, with_importance=importance is not None, agreement=agreement[0],
         clone=imitator.name if imitator else None, log=log, unlogged=episodes.unlogged_ends,
-        fit_seen=max(_seen(member, fit_digests) for member in resolved),
+        fit_seen=max(trained_share(member, fit_digests) for member in resolved),
     )  # fmt: skip
     recommended, sentence = _recommendation(rows, bool(blocking), confidence)
     warnings = (*member_warnings(rows, **shown), *blocking, *general)
@@ -145,11 +140,6 @@ def rank_members(
         tuple(rows), *log, episodes.log_unsupported, *agreement, recommended, sentence, warnings,
         discount, len(digests),
     )  # fmt: skip
-
-
-def _seen(member: Member, digests: NDArray[np.int64]) -> float:
-    """Share of the episodes ``digests`` that the member was trained on, 0 where unknown."""
-    return 0.0 if member.episodes is None else shared_share(member.episodes, digests)
 
 
 def _possible_values(
@@ -223,69 +213,6 @@ def _importance(
         return_limits=fitted_q.episodes.return_range,
         seed=seed,
     )
-
-
-def _identity(member: Member) -> dict[str, Any]:
-    temperature = math.nan if member.temperature is None else member.temperature
-    return {"rank": 0, "member": member.name, "temperature": temperature}
-
-
-def _estimates(fitted_q: FittedQ, confidence: float, seed: int) -> list[dict[str, float]]:
-    episodes = fitted_q.episodes
-    # Where nothing is known the members get the least return and the log the greatest, and for
-    # the upper bounds the other way round.
-    least = episodes.scores - episodes.log_scores_high
-    most = episodes.scores_high - episodes.log_scores
-    surprise = episodes.surprise + episodes.log_surprise
-    bounds = mean_bounds(
-        least, least.mean(1) - surprise, most.mean(1) + surprise,
-        upper_samples=most, confidence=confidence, seed=seed,
-    )  # fmt: skip
-    gains = (episodes.scores - episodes.log_scores).mean(1)
-    values = fitted_q.intervals(confidence=confidence, seed=seed)
-    return [
-        {
-            "value": float(fitted_q.values[number]),
-            "value_low": float(values[number, 0]),
-            "value_high": float(values[number, 1]),
-            "gain": float(gains[number]),
-            "gain_low": float(bounds[0][number]),
-            "gain_high": float(bounds[1][number]),
-            "td_error": float(fitted_q.td_error[number]),
-            "td_error_training": float(fitted_q.td_error_training[number]),
-        }
-        for number in range(len(gains))
-    ]
-
-
-def _log_value(fitted_q: FittedQ, confidence: float, seed: int) -> tuple[float, float, float]:
-    scores = fitted_q.episodes.log_scores[None]
-    low, high = (np.array([limit]) for limit in fitted_q.episodes.return_range)
-    surprise = fitted_q.episodes.log_surprise
-    bounds = mean_bounds(
-        scores, low - surprise, high + surprise, upper_samples=fitted_q.episodes.log_scores_high[None],
-        confidence=confidence, seed=seed,
-    )  # fmt: skip
-    return float(scores.mean()), float(bounds[0][0]), float(bounds[1][0])
-
-
-def _weighted(importance: Importance | None, number: int) -> dict[str, float]:
-    keys = ("importance_value", "importance_low", "importance_high", "effective_episodes")
-    if importance is None:
-        return dict.fromkeys(keys, math.nan)
-    columns = (importance.values, importance.low, importance.high, importance.effective_sample_size)
-    return {key: float(column[number]) for key, column in zip(keys, columns, strict=True)}
-
-
-def _departure(
-    member: Member, clone: Member | None, fitted_q: FittedQ, number: int, log: OfflineDataset
-) -> dict[str, float]:
-    return {
-        "extrapolation": float(fitted_q.episodes.unsupported[number]),
-        "worst_extrapolation": float(fitted_q.episodes.worst_unsupported[number]),
-        "correcting_episodes": float(fitted_q.episodes.effective_episodes[number]),
-        "clone_distance": math.nan if clone is None else clone_distance(member, clone, log),
-    }
 
 
 def _rank(

@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.selection.episodes import episode_numbers
+from iql_torchrl.selection.episodes import FloatArray, episode_numbers
 
 __all__ = ["EpisodeScores", "effective_episodes"]
-
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

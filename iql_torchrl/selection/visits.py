@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.selection.coverage import Coverage
 from iql_torchrl.selection.episodes import (
+    FloatArray,
     episode_numbers,
     first_rows,
     last_rows,
@@ -23,7 +23,6 @@ from iql_torchrl.selection.scores import EpisodeScores, effective_episodes
 
 __all__ = ["network_scores"]
 
-FloatArray = NDArray[np.float64]
 
 ROWS_AT_ONCE = 4096
 MAX_FEATURES = 2048

@@ -311,9 +311,9 @@ def warned(data: Arrays) -> list[str]:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda d: np.roll(d["next_observation"], 1, 0), "hold the same row's observation"),
-        (lambda d: d["observation"].copy(), "hold the same row's observation"),
-        (lambda d: np.roll(d["next_observation"], -1, 0), "hold the observation two rows later"),
+        (lambda d: np.roll(d["next_observation"], 1, 0), "contain the same row's observation"),
+        (lambda d: d["observation"].copy(), "contain the same row's observation"),
+        (lambda d: np.roll(d["next_observation"], -1, 0), "contain the observation two rows later"),
         (lambda d: d["next_observation"] * 10, "in another scale"),
     ],
 )

@@ -155,7 +155,7 @@ def test_training_goes_on_without_the_score(tmp_path):
         submit(number)
 
     evaluation.submit = submit_with_a_hang_at_10
-    with evaluation, pytest.warns(RuntimeWarning, match=r"Training goes on:.*timeout=1 seconds"):
+    with evaluation, pytest.warns(RuntimeWarning, match=r"Training continues:.*timeout=1 seconds"):
         trainer.train()
     assert trainer.updates == 20
     assert scores(tmp_path) == {"10": "", "20": "1.0"}

@@ -195,7 +195,7 @@ def test_interruption_finishes_the_update_saves_and_says_how_to_go_on(
     assert trainer.updates == 7
     err = capfd.readouterr().err
     assert "Stopped after update 7 of 20" in err
-    assert "Go on with: trainer.resume().train()" in err
+    assert "Continue with: trainer.resume().train()" in err
     assert newest(tmp_path / "run" / "checkpoints").name == "checkpoint-000000000007.torchrl"
     resumed = make_step()
     again = trainer_of(resumed, 20, log_interval=5, folder=tmp_path / "run")
@@ -209,10 +209,10 @@ def test_interruption_finishes_the_update_saves_and_says_how_to_go_on(
 @pytest.mark.parametrize(
     ("destination", "words"),
     [
-        ({}, "Nothing was saved, because the trainer has no folder=. In this process, go on with: "
+        ({}, "Nothing was saved, because the trainer has no folder=. In this process, continue with: "
              "trainer.train()"),
         ({"save_trainer_file": "a.torchrl"}, "with: trainer.load_from_file('a.torchrl').train()"),
-        ({"folder": "run", "resume_command": "make again"}, "and saved run. Go on with: make again"),
+        ({"folder": "run", "resume_command": "make again"}, "and saved run. Continue with: make again"),
     ],
 )  # fmt: skip
 def test_what_an_interruption_says_continues_the_run(

@@ -1,4 +1,4 @@
-"""Arrays of files, dicts and tensors, as columns that slice along their rows."""
+"""Columns of a table: arrays of files, dicts and tensors, sliced by rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TABLE_FILES = (".hdf5", ".h5", ".npz")
 
 
 class Column(Protocol):
-    """An array, or something on disk that slices like one along its rows."""
+    """An array, or an object on disk that can be sliced by rows like an array."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -42,7 +42,7 @@ class Column(Protocol):
 
 
 def open_hdf5(path: Path) -> dict[str, Column]:
-    """The file's datasets by path, unread. Raises ``DatasetError`` naming a damaged file."""
+    """The file's datasets by path, not yet read. Raises ``DatasetError`` naming a damaged file."""
     for part in hdf5_parts(path):
         if not part.is_file():
             raise DatasetError(
@@ -83,10 +83,12 @@ def hdf5_parts(path: Path) -> tuple[Path, ...]:
             file.visititems(visit)
     except (OSError, RuntimeError, KeyError):
         return ()
-    others = sorted(name for name in names if name != "." and "%" not in name)
-    # HDF5 looks beside the file first, then in the current folder.
-    beside = [(path.parent / name, Path(name)) for name in others]
-    return tuple(here if not name.is_file() or here.is_file() else name for here, name in beside)
+    file_names = sorted(name for name in names if name != "." and "%" not in name)
+    # HDF5 looks candidates the file first, then in the current folder.
+    candidates = [(path.parent / name, Path(name)) for name in file_names]
+    return tuple(
+        here if not name.is_file() or here.is_file() else name for here, name in candidates
+    )
 
 
 def open_npz(path: Path) -> dict[str, Column]:

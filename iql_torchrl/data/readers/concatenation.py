@@ -24,10 +24,10 @@ def concatenated(source: Source, names: Sequence[str]) -> Source:
     unknown name, or leaves that are not Boxes of floats.
     """
     keys, joined = _joined(source.observation_space, names, source.name)
-    read = source.pieces
+    read_pieces = source.pieces
 
     def pieces() -> Iterator[Piece]:
-        for piece in read():
+        for piece in read_pieces():
             out = {k: v for k, v in piece.items() if "observation" not in k}
             for side in ((), ("next",)):
                 parts = [piece[(*side, *key)] for key in keys]
@@ -94,7 +94,7 @@ class _JoinedMaker:
 
     def __call__(self) -> gym.Env[Any, Any]:
         env = self.maker()
-        # An env= that the caller joined already gives a plain observation: nothing is left to do.
+        # If the caller's env= joins the leaves itself, its observation is already plain.
         nested = isinstance(env.observation_space, gym.spaces.Dict)
         return _JoinLeaves(env, self.names) if nested else env
 

@@ -85,24 +85,24 @@ def _limited(source: Source, limit: int | None) -> Source:
     lengths = first_episodes(source.episode_lengths, limit)
     if int(lengths.sum()) == source.rows:
         return source
-    rows, read = int(lengths.sum()), source.pieces
+    rows, read_pieces = int(lengths.sum()), source.pieces
 
     def pieces() -> Iterator[Piece]:
-        left = rows
-        for piece in read():
+        remaining = rows
+        for piece in read_pieces():
             size = len(piece[("action",)])
-            yield piece if size <= left else {k: v[:left] for k, v in piece.items()}
-            left -= size
-            if left <= 0:
+            yield piece if size <= remaining else {k: v[:remaining] for k, v in piece.items()}
+            remaining -= size
+            if remaining <= 0:
                 return
 
-    kept = f"limit: kept {rows} of {source.rows} transitions, {len(lengths)} episodes."
+    note = f"limit: kept {rows} of {source.rows} transitions, {len(lengths)} episodes."
     cut = len(lengths) == 1 and lengths[0] < source.episode_lengths[0]
     return replace(
         source,
         episode_lengths=lengths,
         pieces=pieces,
-        notes=(*source.notes, kept),
+        notes=(*source.notes, note),
         ends_known=source.ends_known and not cut,
     )
 
@@ -117,12 +117,12 @@ def chain(sources: Sequence[Source], limit: int | None = None) -> Source:
     first = sources[0]
     if len(sources) == 1:
         return _limited(first, limit)
-    for other in sources[1:]:
+    for source in sources[1:]:
         for part in ("observation_space", "action_space", "masked", "log_prob"):
-            ours, theirs = getattr(first, part), getattr(other, part)
-            if ours != theirs:
+            expected, actual = getattr(first, part), getattr(source, part)
+            if expected != actual:
                 raise DatasetError(
-                    f"{other.name}: {part} is {theirs}, but {first.name} has {ours}; "
+                    f"{source.name}: {part} is {actual}, but {first.name} has {expected}; "
                     "only datasets of the same spaces can be joined."
                 )
 
@@ -134,7 +134,7 @@ def chain(sources: Sequence[Source], limit: int | None = None) -> Source:
     same_env = all(s.env_spec == first.env_spec for s in sources)
     same_scores = all(s.reference_scores == first.reference_scores for s in sources)
     if not same_env:
-        notes.append("the joined datasets name different environments; none was kept.")
+        notes.append("the joined datasets name different environments; none is used.")
     joined = Source(
         name=" + ".join(s.name for s in sources),
         observation_space=first.observation_space,
