@@ -100,11 +100,11 @@ def main() -> None:
     )
     for family in options.families:
         trials = [trial(FAMILIES[family](s), s, options) for s in range(options.seeds)]
-        found = results[family] = summary(trials) | {"easy": FAMILIES[family](0).easy}
+        result = results[family] = summary(trials) | {"easy": FAMILIES[family](0).easy}
         print(
-            f"{family:24}{found['harmful']:9}{found['right']:7}{found['nobody']:8}"
-            f"{found['covered']:9}{found['regret']:9.3g}{found['possible_gain']:9.3g}"
-            + ("  easy" if found["easy"] else ""),
+            f"{family:24}{result['harmful']:9}{result['right']:7}{result['nobody']:8}"
+            f"{result['covered']:9}{result['regret']:9.3g}{result['possible_gain']:9.3g}"
+            + ("  easy" if result["easy"] else ""),
             flush=True,
         )
     record = {

@@ -27,8 +27,8 @@ def minimiser(loss, targets: torch.Tensor) -> float:
         return float(loss(targets - v).mean())
 
     bounds = (float(targets.min()) - 1, float(targets.max()) + 1)
-    found = optimize.minimize_scalar(objective, bounds=bounds, options={"xatol": 1e-10})
-    return float(found.x)
+    result = optimize.minimize_scalar(objective, bounds=bounds, options={"xatol": 1e-10})
+    return float(result.x)
 
 
 def test_worked_example_of_the_expectile():

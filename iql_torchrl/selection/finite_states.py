@@ -25,10 +25,10 @@ PROBED_ROWS = 2_000
 
 @dataclass(frozen=True)
 class FiniteStates:
-    """The distinct states of two logs, S of them, and which one each row is in.
+    """The S distinct states of two logs, and the state of each row.
 
     Attributes:
-        representatives: one row of each state as policies read it, batch ``(S,)``.
+        representatives: one row of each state with the policies' inputs, batch ``(S,)``.
         train, train_next, held_out, held_out_next: state of each row before and after its step.
         num_actions: of the discrete action space.
     """
@@ -42,10 +42,10 @@ class FiniteStates:
 
 
 def finite_states(train: OfflineDataset, held_out: OfflineDataset) -> FiniteStates | None:
-    """The logs' states where they are few, and actions discrete; None where they are not.
+    """The states of the logs if they are few and actions are discrete; otherwise None.
 
     Few means at most 5,000, each with 10 rows on average, or at most 20,000 categories. States
-    are told apart by every observation key and, where there is one, the action mask.
+    differ if any observation key or the action mask differs.
     """
     if not isinstance(train.action_space, spaces.Discrete):
         return None
@@ -70,12 +70,12 @@ def finite_states(train: OfflineDataset, held_out: OfflineDataset) -> FiniteStat
     index = index.reshape(-1)
     first = np.full(len(every), -1)
     first[index[::-1]] = np.arange(len(index))[::-1]
-    before, after, held, held_after = np.split(
+    before, after, held_out_before, held_out_after = np.split(
         index, np.cumsum([len(table) for table in tables])[:-1]
     )
     representatives = joined[torch.from_numpy(first)]
     actions = int(train.action_space.n)
-    return FiniteStates(representatives, before, after, held, held_after, actions)
+    return FiniteStates(representatives, before, after, held_out_before, held_out_after, actions)
 
 
 def _columns(table: TensorDictBase) -> FloatArray:

@@ -56,8 +56,8 @@ def _identity(member: Member) -> dict[str, Any]:
 
 def _estimates(fitted_q: FittedQ, confidence: float, seed: int) -> list[dict[str, float]]:
     episodes = fitted_q.episodes
-    # Where nothing is known the members get the least return and the log the greatest, and for
-    # the upper bounds the other way round.
+    # For the lower bounds, unknown returns count as the smallest for the members and the largest
+    # for the log; for the upper bounds the reverse.
     least = episodes.scores - episodes.log_scores_high
     most = episodes.scores_high - episodes.log_scores
     surprise = episodes.surprise + episodes.log_surprise

@@ -1,4 +1,4 @@
-"""Which of several trained policies to ship when none may be tried: a ranking from logs alone."""
+"""A ranking of trained policies from logs alone, and a recommendation."""
 
 from __future__ import annotations
 
@@ -50,56 +50,55 @@ def rank_members(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Ranking:
-    """Members by estimated value, with what speaks against each estimate, and whom to ship.
+    """Members by estimated value, with doubts about each estimate, and a recommendation.
 
     A member's ``value`` is the mean of its doubly robust scores over the held-out episodes: fitted
     Q evaluation on ``train``, corrected by held-out steps
     (:class:`~iql_torchrl.selection.scores.EpisodeScores`). The log's value is that of the policy
     that made it, from the same episodes; it needs no clone. ``gain`` is the mean over episodes of
     their difference. Its bounds hold for all members at once with probability ``confidence``, so
-    choosing the best of many is allowed for; they contain the error of the estimate, as far as
-    held-out episodes show it, and one more episode as bad as any return in the log
+    they remain valid for the best of many. They include the error of the estimate, as far as
+    held-out episodes show it, and one more episode with the worst return in the log
     (:func:`bounds.mean_bounds`).
 
-    Recommended is the member of greatest value among those whose whole interval of the gain lies
-    above zero and that no doubt but ``importance`` and ``td_error`` concerns. Nobody is
-    recommended where networks have not converged, where ``train`` and ``held_out`` share episodes,
-    where outcomes depend on more than the observation (for a table, see ``table.table_scores``), or
-    where for any member fitted Q evaluation and importance sampling contradict each other beyond
-    their intervals.
+    The recommended member has the largest value among those whose interval of the gain is above
+    zero and that have no doubts except ``importance`` and ``td_error``. No member is recommended
+    where networks have not converged, where ``train`` and ``held_out`` share episodes, where
+    outcomes depend on more than the observation (for a table, see ``table.table_scores``), or where
+    for any member fitted Q evaluation and importance sampling contradict each other beyond their
+    intervals.
 
-    Assumed: episodes are independent of each other, no return is worse than the worst one that a
-    logged state was seen to lead to, and members were chosen without ``held_out``. For networks
-    also that the critics' features describe values and visits well enough; a table needs no such
-    assumption.
+    Assumptions: episodes are independent of each other, no return is worse than the worst one from
+    any logged state, and members were chosen without ``held_out``. With networks also: the critics'
+    features describe values and visits well enough.
 
-    What no log can show: what an action does that the log does not hold in that state, and causes
-    that the observations do not hold and the log's policy acted on. Up to ``max_extrapolation`` the
-    former is counted with the least logged return; beyond, the member is not recommended.
+    A log cannot show the effect of an action that it lacks in a state, nor the effect of causes that
+    the log's policy used but the observations do not contain. Up to ``max_extrapolation``, missing
+    actions count with the smallest logged return; above it, the member is not recommended.
 
     Args:
         members: name to ``Agent`` or TorchRL actor.
-        train, held_out: see :func:`fitted_q_evaluation`; neither should hold the members' own data.
+        train, held_out: see :func:`fitted_q_evaluation`; without episodes that members trained on.
         discount: in [0, 1].
         fitted_q: an evaluation of the same members on ``held_out``; by default made here with
             ``fitted_q_evaluation``'s defaults.
         behaviour: for importance sampling; a key of the data or a model, see
-            :func:`importance_sampling`. None: ``"action_log_prob"`` where the data have it, else
-            importance sampling is left out.
+            :func:`importance_sampling`. None: ``"action_log_prob"`` where the data have it,
+            otherwise no importance sampling.
         clone: the member that imitates the log; by default the first of temperature 0. Distances
             are measured from it; nothing else depends on it.
         min_count: see :func:`fitted_q_evaluation`; not used with ``fitted_q``.
-        max_extrapolation: how much more a member may leave the log than the log itself does, see
-            ``EpisodeScores.unsupported``; in [0, 1].
+        max_extrapolation: the largest share of unsupported actions, minus that of the log itself,
+            see ``EpisodeScores.unsupported``; in [0, 1].
         min_effective_episodes: effective sample size below which importance sampling is doubted;
-            so it is below a tenth of the held-out episodes.
+            it is also doubted below a tenth of the held-out episodes.
         confidence: of the intervals, in (0, 1).
         seed: of every random choice.
 
     Raises:
         TypeError, ValueError: as ``fitted_q_evaluation`` and ``importance_sampling``; ``clone`` is
-            no member; ``fitted_q`` is of other members, episodes or another discount; a number out
-            of range.
+            not a member; ``fitted_q`` is of other members, episodes or another discount; a number
+            out of range.
     """
     resolved = resolve_members(members)
     check_logs(train, held_out, discount)
@@ -145,10 +144,10 @@ def rank_members(
 def _possible_values(
     fitted_q: FittedQ, train: OfflineDataset, held_out: OfflineDataset
 ) -> tuple[float, float]:
-    """Least and greatest believable value.
+    """Smallest and largest possible value.
 
-    For networks the range of logged returns. A table joins pieces of episodes exactly, so there it
-    is what the least and greatest logged reward at every step would give.
+    For networks the range of logged returns. A table may combine parts of different episodes, so
+    there the range is that of the smallest and the largest logged reward at every step.
     """
     low, high = fitted_q.episodes.return_range
     if math.isfinite(fitted_q.backups):
@@ -182,12 +181,12 @@ def _check_fitted(
     fitted_q: FittedQ, members: Sequence[Member], held_out: OfflineDataset, discount: float
 ) -> None:
     names, episodes = tuple(member.name for member in members), len(held_out.episode_lengths)
-    given = (fitted_q.names, fitted_q.episodes.scores.shape[1], fitted_q.discount)
+    actual = (fitted_q.names, fitted_q.episodes.scores.shape[1], fitted_q.discount)
     expected = (names, episodes, discount)
-    if given != expected:
+    if actual != expected:
         raise ValueError(
-            f"fitted_q has (members, episodes, discount) {given}, expected {expected}: "
-            "pass what fitted_q_evaluation gave for the same arguments."
+            f"fitted_q has (members, episodes, discount) {actual}, expected {expected}: "
+            "pass what fitted_q_evaluation returned for the same arguments."
         )
 
 
@@ -221,7 +220,7 @@ def _rank(
     max_extrapolation: float,
     min_effective_episodes: float,
 ) -> None:
-    """Order by value, and note ranks and doubts."""
+    """Sort by value, and add ranks and doubts."""
     rows.sort(key=lambda row: float(-row["value"]))
     for rank, row in enumerate(rows, 1):
         row["rank"] = rank
@@ -248,7 +247,7 @@ def _agreement(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 def _recommendation(
     rows: Sequence[Mapping[str, Any]], blocked: bool, confidence: float
 ) -> tuple[str | None, str]:
-    """Whom to ship of ``rows``, best first, and the sentence that says so.
+    """The recommended member of ``rows``, best first, and a sentence about it.
 
     ``blocked``: no value may be compared with the log's.
     """
@@ -258,7 +257,7 @@ def _recommendation(
     of_all = f"{confidence:.0%} interval for all {len(rows)} members at once"
     if blocked or contradicted or not sound:
         best = rows[0]
-        doubted = "; what looks better is doubted, see the warnings" if better else ""
+        doubted = "; better estimates are doubted, see the warnings" if better else ""
         return None, (
             "Recommendation: no member is reliably better than the log (the best, "
             f"{best['member']}, gains {best['gain']:.4g}, {of_all} {best['gain_low']:.4g} to "

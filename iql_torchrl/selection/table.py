@@ -32,7 +32,7 @@ __all__ = ["FiniteStates", "finite_states", "table_scores"]
 
 
 OFTEN_VISITED, VISITS_CONFIDENCE = 0.01, 0.95
-LARGEST_DISCOUNT = 1 - 1e-9  # a policy that never ends in the model has values all the same
+LARGEST_DISCOUNT = 1 - 1e-9  # finite values also of a policy that never terminates in the model
 
 
 def table_scores(
@@ -48,9 +48,9 @@ def table_scores(
     """Doubly robust scores of ``held_out``'s episodes by the empirical model of ``train``.
 
     The model's values are the fixed point of fitted Q evaluation with one number per state and
-    action, so nothing needs to converge. Where a member would take an action that ``train`` holds
-    fewer than ``min_count`` times in that state, or ``held_out`` never, its episode stops with the
-    least return that either log was seen to lead to (the filter of Liu, Swaminathan, Agarwal,
+    action, solved exactly. Where a member would take an action that ``train`` contains fewer than
+    ``min_count`` times in that state, or ``held_out`` never, its episode stops with the smallest
+    return from any state of either log (the filter of Liu, Swaminathan, Agarwal,
     Brunskill 2020, "Provably good batch reinforcement learning without great exploration",
     arXiv:2007.08202).
 
@@ -63,13 +63,13 @@ def table_scores(
     discount = min(discount, LARGEST_DISCOUNT)
     limits = return_range(discount, train, held_out)
     model = TableModel(train, finite.train, finite.train_next, len(finite.representatives))
-    known = model.count.sum(1) >= max(min_count, 1)
+    well_known = model.count.sum(1) >= max(min_count, 1)
     logged = [
-        _log_scores(model, train, held_out, finite, known, discount, limit) for limit in limits
+        _log_scores(model, train, held_out, finite, well_known, discount, limit) for limit in limits
     ]
     fresh = _counts(held_out, finite.held_out, model.count.shape)
-    # A pair that is not held out cannot be corrected; weights by held-out frequencies are not
-    # biased by members that were fitted to the noise of ``train``.
+    # Held-out steps cannot correct a pair that they lack. Weights from held-out frequencies are not
+    # biased by members that overfit ``train``.
     supported = (model.count >= max(min_count, 1)) & (fresh > 0)
     frequency = model.count / np.maximum(model.count.sum(1, keepdims=True), 1)
     usual = 1 - (frequency * supported).sum(1)
@@ -87,8 +87,8 @@ def table_scores(
     solution = model.solve(frequency * supported, discount, usual, usual)
     log_share = float(np.clip(solution.visits(model.start) @ usual, 0, 1))
     ends = finite.held_out_next[last_rows(held_out)]
-    left = discount**held_out.episode_lengths * open_ended(held_out)
-    unlogged = float((left * ~known[ends]).mean())
+    remaining = discount**held_out.episode_lengths * open_ended(held_out)
+    unlogged = float((remaining * ~well_known[ends]).mean())
     return EpisodeScores(
         scores, logged[0][0], scores_high, logged[1][0], initial, surprise,
         logged[0][1] * (limits[1] - limits[0]), np.clip(share, 0, 1),
@@ -108,13 +108,13 @@ def _member_scores(
     model: TableModel,
     held_out: OfflineDataset,
     finite: FiniteStates,
-    kept: FloatArray,
+    supported_policy: FloatArray,
     fresh: FloatArray,
     usual: FloatArray,
     discount: float,
     limits: tuple[float, float],
 ) -> tuple[FloatArray, FloatArray, FloatArray, float, float, float, float]:
-    """The columns of ``EpisodeScores`` of one policy, whose supported part is ``kept`` ``(S, A)``.
+    """The columns of ``EpisodeScores`` of one policy, given its supported part ``(S, A)``.
 
     ``fresh`` ``(S, A)``: counts of ``held_out``; ``usual`` ``(S,)``: how probable an unsupported
     action is for the log itself.
@@ -122,12 +122,12 @@ def _member_scores(
     low, high = limits
     first, action = first_rows(held_out), held_out.transitions["action"].reshape(-1).cpu().numpy()
     going = discount * ~terminations(held_out)
-    left = 1 - kept.sum(1)
+    stop = 1 - supported_policy.sum(1)
     scores, solutions = [], []
     for limit in limits:
-        solution = model.solve(kept, discount, left, np.full(len(left), limit))
+        solution = model.solve(supported_policy, discount, stop, np.full(len(stop), limit))
         visits = solution.visits(model.start)
-        weight = visits[:, None] * kept * len(first) / np.maximum(fresh, 1)
+        weight = visits[:, None] * supported_policy * len(first) / np.maximum(fresh, 1)
         error = raw_rewards(held_out) + going * solution.value[finite.held_out_next]
         error -= solution.action_value[finite.held_out, action]
         correction = weight[finite.held_out, action] * error
@@ -135,13 +135,13 @@ def _member_scores(
         scores.append(solution.value[finite.held_out[first]] + summed)
         solutions.append(solution)
     surprise = float(weight.max()) * (high - low)
-    # as often as the state may be visited, given how rarely a rare one is seen in a finite log
+    # upper confidence bound of the number of visits, because a finite log has few of rare states
     most = scipy.stats.chi2.ppf(VISITS_CONFIDENCE, 2 * (visits * model.episodes + 1)) / 2
     often = (visits > 0) & (most >= OFTEN_VISITED * model.episodes)
-    worst = float(((left - usual) * often).max())
+    worst = float(((stop - usual) * often).max())
     initial = solutions[0].value[finite.held_out[first]]
     share, effective = (
-        float(visits @ left),
+        float(visits @ stop),
         effective_episodes(weight[finite.held_out, action], held_out),
     )
     return scores[0], scores[1], initial, surprise, share, worst, effective
@@ -159,30 +159,32 @@ def _log_scores(
     train: OfflineDataset,
     held_out: OfflineDataset,
     finite: FiniteStates,
-    known: NDArray[np.bool_],
+    well_known: NDArray[np.bool_],
     discount: float,
     limit: float,
 ) -> tuple[FloatArray, float]:
     """Scores of the log's own policy, ``(E,)``, and the greatest weight of a correcting step.
 
     An episode's return, and where it was truncated the value of its last state under the log's
-    own frequencies of actions, corrected by held-out steps like the members' values. A state that
-    is not ``known`` ``(S,)``, because ``train`` hardly describes it, counts as ``limit``.
+    own frequencies of actions, corrected by held-out steps like the members' values. A state with
+    too few rows in ``train``, not ``well_known`` ``(S,)``, has the value ``limit``.
     """
     visited = model.count.sum(1)
-    frequency = model.count * known[:, None] / np.maximum(visited[:, None], 1)
-    unknown = np.asarray(~known, np.float64)
+    frequency = model.count * well_known[:, None] / np.maximum(visited[:, None], 1)
+    unknown = np.asarray(~well_known, np.float64)
     solution = model.solve(frequency, discount, unknown, np.full(len(visited), limit))
     value = solution.value
     first, last = first_rows(held_out), last_rows(held_out)
-    left = discount**held_out.episode_lengths * open_ended(held_out)
-    own = discount**train.episode_lengths * open_ended(train)
-    tail = np.bincount(finite.train_next[last_rows(train)], own, len(visited)) / model.episodes
+    remaining = discount**held_out.episode_lengths * open_ended(held_out)
+    in_train = discount**train.episode_lengths * open_ended(train)
+    tail = np.bincount(finite.train_next[last_rows(train)], in_train, len(visited)) / model.episodes
     fresh = np.bincount(finite.held_out, minlength=len(visited))
-    weight = solution.visits(tail) * len(first) / np.maximum(fresh, 1) * known
+    weight = solution.visits(tail) * len(first) / np.maximum(fresh, 1) * well_known
     error = raw_rewards(held_out) - value[finite.held_out]
     error += discount * ~terminations(held_out) * value[finite.held_out_next]
     correction = weight[finite.held_out] * error
-    scores = returns_to_go(held_out, discount)[first] + left * value[finite.held_out_next[last]]
+    scores = (
+        returns_to_go(held_out, discount)[first] + remaining * value[finite.held_out_next[last]]
+    )
     scores = scores + np.bincount(episode_numbers(held_out), correction, len(first))
     return np.asarray(scores), float(weight.max())

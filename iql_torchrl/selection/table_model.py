@@ -41,11 +41,12 @@ class TableModel:
         self.start = np.bincount(before[first_rows(log)], minlength=size) / self.episodes
 
     def solve(
-        self, policy: FloatArray, discount: float, left: FloatArray, left_value: FloatArray
+        self, policy: FloatArray, discount: float, stop: FloatArray, stop_value: FloatArray
     ) -> TableSolution:
-        """Values of ``policy`` ``(S, A)``, whose rows sum to ``1 - left``.
+        """Values of ``policy`` ``(S, A)``, whose rows sum to ``1 - stop``.
 
-        With probability ``left`` ``(S,)`` the episode stops in a state with ``left_value``.
+        With probability ``stop`` ``(S,)`` the episode stops in a state with the return
+        ``stop_value``.
         """
         size, pairs = self.following.shape[1], self.following.shape[0]
         row = np.repeat(np.arange(size), self.num_actions)
@@ -54,7 +55,7 @@ class TableModel:
         )
         steps = scipy.sparse.identity(size) - discount * (choose @ self.following)
         factors = scipy.sparse.linalg.splu(steps.tocsc())
-        value = factors.solve(choose @ self.reward + left * left_value)
+        value = factors.solve(choose @ self.reward + stop * stop_value)
         action_value = self.reward + discount * (self.following @ value)
         return TableSolution(factors, value, action_value.reshape(size, -1))
 
@@ -66,6 +67,6 @@ class TableSolution:
     action_value: FloatArray  # (S, A)
 
     def visits(self, start: FloatArray) -> FloatArray:
-        """Discounted visits of each state per episode that starts as ``start`` ``(S,)`` says."""
+        """Discounted visits of each state per episode; ``start`` ``(S,)``: first-state distribution."""
         result: FloatArray = self.factors.solve(start, trans="T")
         return result

@@ -464,10 +464,10 @@ def test_compare_draws_the_runs_by_label_and_a_level(tmp_path, monkeypatch):
     runs = {"cloning": tmp_path / "a", "IQL": tmp_path / "b"}
     report.compare(tmp_path / "x.png", runs, reference=("the log", 1.5))
     (axes,) = drawn[0].axes
-    found = [line.get_ydata().tolist() for line in axes.get_lines()]
-    assert [1.0, 2.0] in found
-    assert [3.0, 4.0] in found
-    assert [1.5, 1.5] in found
+    result = [line.get_ydata().tolist() for line in axes.get_lines()]
+    assert [1.0, 2.0] in result
+    assert [3.0, 4.0] in result
+    assert [1.5, 1.5] in result
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert labels == ["cloning", "IQL", "the log"]
     with pytest.raises(ValueError, match="has 'loss_value'"):

@@ -341,9 +341,9 @@ def test_members_together_equal_members_alone(parts, hidden):
 
 def test_choices_asked_for_at_each_batch_give_the_same(parts):
     kept = evaluated(members(), *parts, updates=30)
-    asked = evaluated(members(), *parts, updates=30, table_bytes=0)
-    np.testing.assert_array_equal(kept.initial_values, asked.initial_values)
-    np.testing.assert_array_equal(kept.episodes.scores, asked.episodes.scores)
+    computed = evaluated(members(), *parts, updates=30, table_bytes=0)
+    np.testing.assert_array_equal(kept.initial_values, computed.initial_values)
+    np.testing.assert_array_equal(kept.episodes.scores, computed.episodes.scores)
 
 
 def test_masks_close_actions_also_to_policies_that_do_not_read_them():
@@ -544,7 +544,7 @@ def test_what_cannot_be_is_refused(parts):
         run({"x": TensorDictModule(nn.Identity(), in_keys=["elsewhere"], out_keys=["action"])})
     with pytest.raises(ValueError, match="each of the 3 actions"):
         run({"x": actor(np.full((STATES, 4), 0.25))})
-    with pytest.raises(ValueError, match="no allowed action any probability"):
+    with pytest.raises(ValueError, match="probability 0 to every allowed action"):
         run({"x": actor(np.full((STATES, ACTIONS), np.nan))})
     for model in ("network", "auto"):
         pictures = np.random.default_rng(0).integers(9, size=(40, 4, 4), dtype=np.uint8)

@@ -565,11 +565,11 @@ def test_outcomes_of_a_markov_chain_depend_on_nothing_else():
 
 
 def test_what_counts_as_few_states(parts):
-    found = finite_states(*parts)
-    assert found.representatives["observation"].tolist() == [0, 1, 2, 3, 4]
+    result = finite_states(*parts)
+    assert result.representatives["observation"].tolist() == [0, 1, 2, 3, 4]
     rows = parts[1].transitions
-    np.testing.assert_array_equal(found.held_out, rows["observation"].numpy())
-    np.testing.assert_array_equal(found.held_out_next, rows["next", "observation"].numpy())
+    np.testing.assert_array_equal(result.held_out, rows["observation"].numpy())
+    np.testing.assert_array_equal(result.held_out_next, rows["next", "observation"].numpy())
     continuous = load_dataset(small_log())
     assert finite_states(continuous, continuous) is None
     distinct = load_dataset(small_log(rows=400, action=np.arange(400) % 2))

@@ -42,8 +42,8 @@ def trainer_of(step, total, **options):
 
 
 def same_weights(a, b):
-    mine, theirs = a.loss.state_dict(), b.loss.state_dict()
-    return all(torch.equal(mine[n], theirs[n]) for n in mine if torch.is_tensor(mine[n]))
+    actual, expected = a.loss.state_dict(), b.loss.state_dict()
+    return all(torch.equal(actual[n], expected[n]) for n in actual if torch.is_tensor(actual[n]))
 
 
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
@@ -444,9 +444,9 @@ def test_any_kind_of_number_from_an_evaluation_survives_a_checkpoint(tmp_path, n
         ({"return_mean": 1.0, "update": 7}, "gives 'update', which is the number of updates"),
     ],
 )
-def test_an_evaluation_that_returns_something_else_is_told_so(found, words):
+def test_an_evaluation_that_returns_something_else_is_told_so(result, words):
     with pytest.raises((TypeError, ValueError), match=words):
-        trainer_of(make_step(), 4, evaluation=lambda: found).train()
+        trainer_of(make_step(), 4, evaluation=lambda: result).train()
 
 
 def test_an_evaluation_that_failed_is_made_up_after_a_resume(tmp_path):
