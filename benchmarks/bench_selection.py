@@ -9,7 +9,7 @@ Trains behaviour cloning and IQL of several temperatures, expectiles and seeds a
 half of a log, estimates their values by fitted Q evaluation (and, where the log has the probabilities
 of its actions, by weighted per-decision importance sampling) on the other half, and compares with the
 true values: exact survival on ICU-Sepsis, discounted returns in the environment elsewhere. Fitted Q
-evaluation runs twice: on episodes the members never saw, and on the members' own. Writes
+evaluation runs twice: on episodes that no member was trained on, and on those of the training. Writes
 benchmarks/results/selection_NAME.json.
 """
 
@@ -64,7 +64,7 @@ class Case:
 
 def case_of(options: argparse.Namespace) -> Case:
     if options.dataset == NAME:
-        # every stay ends: undiscounted, a value is the probability of survival
+        # every stay ends, so the undiscounted value is the probability of survival
         return Case(
             config=replace(CONFIG, updates=2_000, batch_size=1024),
             discount=1.0,
@@ -87,7 +87,7 @@ def case_of(options: argparse.Namespace) -> Case:
 def configs_of(options: argparse.Namespace, case: Case) -> dict[str, IQLConfig]:
     """The members by name; expectiles make no difference to behaviour cloning."""
     chosen = {"updates": options.updates, "batch_size": options.batch_size}
-    base = replace(case.config, **{name: value for name, value in given.items() if value})
+    base = replace(case.config, **{name: value for name, value in chosen.items() if value})
     policies = {}
     for temperature in options.temperatures or case.temperatures:
         for expectile in (options.expectiles or case.expectiles) if temperature else [0.7]:
@@ -113,8 +113,8 @@ def train(
 def quality(ranking: Ranking, truth: Levels, log: float, *, returns: bool) -> dict[str, Any]:
     """Errors, rank correlations and regret of both estimators, and of what is recommended.
 
-    ``truth`` of each member; ``log`` is that of the policy that made the log. Errors are those of
-    values: undiscounted returns (``returns``) have an order in common with them and no scale.
+    ``truth``: true value of each member; ``log``: that of the policy that made the log. Errors are
+    not computed for undiscounted returns (``returns``), which have another scale than values.
     """
     names = [row["member"] for row in ranking.rows]
     true = np.array([truth[name] for name in names])
@@ -242,7 +242,9 @@ def main() -> None:
         "episodes": {"own": len(own.episode_lengths), "fresh": len(fit.episode_lengths),
                      "held_out": len(held_out.episode_lengths)},
         "truth": more,
-        "mean_of_members": {k: float(np.mean(list(t.values()))) for k, (t, _) in truths_by_kind.items()},
+        "mean_of_members": {
+            kind: float(np.mean(list(truth.values()))) for kind, (truth, _) in truths_by_kind.items()
+        },
         "results": results,
         "rankings": {name: ranking.to_dict() for name, ranking in rankings.items()},
         "seconds": seconds,

@@ -1,4 +1,4 @@
-"""What bench_selection.py's members are really worth: exactly on ICU-Sepsis, else as played."""
+"""True values of bench_selection.py's members: exact on ICU-Sepsis, else means of episodes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from iql_sepsis import probabilities
 
-EVALUATION_SEED = 10_000  # episodes start alike for every member
+EVALUATION_SEED = 10_000  # every member has the same initial states
 LEFT = 0.01  # weight of the discounted rewards after the last step
 Levels = dict[str, float]
 Truths = dict[str, tuple[Levels, float | None]]

@@ -435,7 +435,7 @@ def test_any_kind_of_number_from_an_evaluation_survives_a_checkpoint(tmp_path, n
 
 
 @pytest.mark.parametrize(
-    ("found", "words"),
+    ("result", "words"),
     [
         (3.0, "returned 3.0; expected an Evaluation, or a dict"),
         (None, "returned None"),
@@ -444,7 +444,7 @@ def test_any_kind_of_number_from_an_evaluation_survives_a_checkpoint(tmp_path, n
         ({"return_mean": 1.0, "update": 7}, "gives 'update', which is the number of updates"),
     ],
 )
-def test_an_evaluation_that_returns_something_else_is_told_so(result, words):
+def test_a_wrong_result_of_an_evaluation_is_an_error(result, words):
     with pytest.raises((TypeError, ValueError), match=words):
         trainer_of(make_step(), 4, evaluation=lambda: result).train()
 
