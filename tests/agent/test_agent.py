@@ -96,7 +96,7 @@ def test_standardisation_is_the_first_layer_of_every_network():
     assert not [n for n, _ in plain.loss.named_buffers() if "preprocess" in n]
 
 
-def test_the_seed_decides_and_the_callers_random_state_is_left_alone():
+def test_the_seed_decides_and_the_callers_random_state_does_not_change():
     data = dataset()
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -110,7 +110,7 @@ def test_the_seed_decides_and_the_callers_random_state_is_left_alone():
 
 
 @pytest.mark.gpu
-def test_policy_and_loss_live_on_the_configured_device():
+def test_policy_and_loss_are_on_the_configured_device():
     data = dataset()
     agent = make_agent(config(device="cuda"), data)
     held = [*agent.policy.parameters(), *agent.policy.buffers(), *agent.loss.parameters()]
@@ -247,7 +247,7 @@ def test_a_device_that_is_not_here_becomes_the_cpu(tmp_path):
     assert same_weights(Agent.load(path, device="cpu"), agent)
 
 
-def test_what_cannot_be_loaded_is_said(tmp_path):
+def test_the_error_names_what_cannot_be_loaded(tmp_path):
     agent, path = trained(tmp_path)
     weights, description = agent.state_dict(), agent.description()
     with pytest.raises(CheckpointError, match="there is no such folder"):

@@ -110,7 +110,7 @@ class FixedBatch(nn.Module):
         (Draws(), "TensorDictModule acts differently once traced, by .* in a batch of 1"),
     ],
 )
-def test_what_cannot_be_exported_is_said(tmp_path, net, reason):
+def test_the_error_names_what_cannot_be_exported(tmp_path, net, reason):
     task = Task(spaces.Box(-9, 9, (2,)), spaces.Box(-9, 9, (2,)))
     actor = TensorDictModule(net, in_keys=["observation"], out_keys=["action"])
     with pytest.raises(RuntimeError, match=reason):

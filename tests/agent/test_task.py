@@ -56,7 +56,7 @@ def test_spaces_come_back_exactly(space):
         assert list(result.spaces) == list(space.spaces)
 
 
-def test_a_task_says_what_networks_need_and_comes_back():
+def test_a_task_has_what_networks_need_and_is_restored_from_its_state():
     data = replace(load_dataset(log()), name="log", reference_scores=(-1.5, 1 / 3))
     task = Task.of(data)
     result = Task.from_state_dict(stored(task.state_dict()))
@@ -81,7 +81,7 @@ def test_a_task_says_what_networks_need_and_comes_back():
         Task.from_state_dict({k: v for k, v in state.items() if k != "masked"})
 
 
-def test_a_task_knows_the_episodes_of_its_log():
+def test_a_task_has_digests_of_the_episodes_of_its_log():
     data = load_dataset(log())
     task = Task.of(data)
     digests = episode_digests(data)

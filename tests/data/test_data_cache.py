@@ -188,7 +188,7 @@ def test_a_table_with_a_cut_file_is_built_again(archive: Path, tmp_path: Path) -
     assert (load_dataset(archive, memmap=table).transitions == whole).all()
 
 
-def test_warnings_are_given_again_with_a_table_that_is_reused(tmp_path: Path) -> None:
+def test_a_reused_table_repeats_its_warnings(tmp_path: Path) -> None:
     data = arrays()
     data["terminated"] = data["truncated"].copy()
     np.savez(tmp_path / "data.npz", **data)

@@ -200,7 +200,7 @@ def test_an_error_comes_with_its_message_and_traceback(shared):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_a_schedulers_warning_are_for_the_parent_alone(shared, number):
+def test_ctrl_c_and_sigterm_are_handled_by_the_parent_only(shared, number):
     actor, make_env, background = shared
     background.submit(1)
     background.results(wait=True)
@@ -455,7 +455,7 @@ def test_joined_environments_and_those_of_minari_are_sent(tmp_path, monkeypatch)
         same_env(make(), dataset.make_env())
 
 
-def test_a_dataset_without_environment_says_so_when_it_is_wanted():
+def test_making_the_environment_of_a_dataset_without_one_is_an_error():
     dataset = pendulum_log(env=None, action_space=gymnasium.spaces.Box(-2, 2, (1,)))
     make, _ = sent(dataset.make_env)
     for each in (make, dataset.make_env):
@@ -621,7 +621,7 @@ def test_numbers_and_snapshots_are_checked():
 
 
 @pytest.mark.gpu
-def test_a_policy_on_cuda_is_evaluated_on_the_cpu_unless_told_otherwise():
+def test_a_policy_on_cuda_is_evaluated_on_the_cpu_by_default():
     agent = make_agent(IQLConfig(hidden=(8,), batch_size=4, device="cuda"), pendulum_log())
     settings = {**SETTINGS, "deterministic": True}
     make_env = pendulum_log().make_env

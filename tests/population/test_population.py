@@ -41,7 +41,7 @@ KNOBS = (
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_member_is_the_run_alone(case):
+def test_a_member_equals_the_run_trained_alone(case):
     kind, options, batches, change = CASES[case]
     with double():
         beside = Beside(configs(**options), dataset(kind), batches)
@@ -141,7 +141,7 @@ def test_members_with_dropout_differ_and_agree_without_it():
 
 
 @pytest.mark.parametrize("batches", ["shared", "own"])
-def test_training_goes_on_from_a_file_with_the_same_bits(tmp_path, batches):
+def test_training_continues_from_a_file_with_the_same_bits(tmp_path, batches):
     data = dataset(dtype=torch.float32)
     settings = configs(max_grad_norm=1.0, schedule="cosine", **ADAMW)
     population = IQLPopulation(settings, data, batches=batches)
@@ -161,7 +161,7 @@ def test_training_goes_on_from_a_file_with_the_same_bits(tmp_path, batches):
         assert same(state, optimizers[1]["state"][number])
 
 
-def test_training_left_in_the_middle_stands_where_it_stopped():
+def test_training_that_stops_between_events_can_continue():
     data = dataset()
     population, other = (IQLPopulation(configs(), data) for _ in range(2))
     for event in population.train(every=3):
@@ -318,7 +318,7 @@ def test_own_batches_are_one_stream_of_indices():
     assert torch.equal(batch["observation"].flatten(0, 1), plain.sample()["observation"])
 
 
-def test_what_cannot_be_loaded_is_said(tmp_path):
+def test_the_error_names_what_cannot_be_loaded(tmp_path):
     data = dataset()
     population = IQLPopulation(configs(), data)
     path = population.save(tmp_path / "p.torchrl")

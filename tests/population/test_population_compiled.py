@@ -45,7 +45,7 @@ class Captured(Beside):
             assert_close({key: means[key]}, {key: value.mean(0).double()}, 1e-9)
 
 
-def test_captured_updates_are_the_runs_alone():
+def test_captured_updates_equal_the_runs_alone():
     torch._dynamo.reset()
     data, settings = dataset(), configs(MEMBERS[1:3], max_grad_norm=0.5, schedule="cosine")
     beside = Captured(settings, data, "own")
@@ -70,7 +70,7 @@ def test_captured_updates_are_the_runs_alone():
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not")
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_compiled_updates_are_the_runs_alone(case):
+def test_compiled_updates_equal_the_runs_alone(case):
     torch._dynamo.reset()
     kind, options, batches, change = CASES[case]
     with double():

@@ -182,7 +182,7 @@ def test_targets_may_be_copied_at_intervals():
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
-def test_a_run_that_diverges_takes_no_other_with_it(own):
+def test_a_run_that_diverges_does_not_change_the_others(own):
     first, second = (PopulationLoss(make_losses()) for _ in range(2))
     second.load_state_dict(first.state_dict())
     with torch.no_grad():

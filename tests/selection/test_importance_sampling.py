@@ -221,7 +221,7 @@ def test_long_episodes_whose_weights_overflow_still_have_bounds():
     assert np.isfinite([result.values[0], result.low[0], result.high[0]]).all()
 
 
-def test_an_episode_that_goes_on_after_a_termination_ends_there():
+def test_an_episode_with_rows_after_a_termination_ends_at_the_termination():
     """Episodes of 4, 2 and 1 steps; the first terminates at its second step, the second is cut."""
     log = load_dataset(
         {

@@ -79,7 +79,7 @@ def row_of(ranking, name):
     return next(row for row in ranking.rows if row["member"] == name)
 
 
-def test_members_stand_by_value_and_the_best_is_recommended(ranking, parts):
+def test_members_are_sorted_by_value_and_the_best_is_recommended(ranking, parts):
     exact = {n: WORLD.start @ WORLD.values(t) for n, t in zip(NAMES, POLICIES, strict=True)}
     exact |= {"clone": WORLD.start @ WORLD.values(uniform())}
     exact |= {"greedy": WORLD.start @ WORLD.values(GREEDY)}
@@ -177,7 +177,7 @@ def test_a_value_that_the_log_cannot_give_is_doubted(again, fitted, parts, kind)
         assert not doubted or ranking.recommended != "p0"
 
 
-def test_a_correction_by_few_episodes_recommends_nobody(again, fitted):
+def test_no_recommendation_where_few_episodes_correct_the_estimate(again, fitted):
     for size, doubted in ((20.0, False), (19.9, True)):
         sizes = np.full(6, 300.0)
         sizes[fitted.names.index("greedy")] = size
@@ -190,7 +190,7 @@ def test_a_correction_by_few_episodes_recommends_nobody(again, fitted):
         assert any(sentence in warning for warning in result.warnings) == doubted
 
 
-def test_outcomes_that_depend_on_the_past_recommend_nobody(again):
+def test_no_recommendation_where_outcomes_depend_on_the_past(again):
     for statistic, doubted in ((4.4, False), (-4.6, True), (4.6, True)):
         result = again({"history": {"the number of the step": statistic, "the step before": 1.0}})
         assert (result.recommended is None) == doubted
@@ -237,7 +237,7 @@ def test_critics_that_err_more_on_held_out_steps_are_named(again):
     assert result.recommended == "greedy"  # their intervals are wider, and hold
 
 
-def test_estimators_that_contradict_each_other_recommend_nobody(again, fitted, ranking):
+def test_no_recommendation_where_the_estimators_contradict_each_other(again, fitted, ranking):
     """The clone's scores far above what importance sampling says of it."""
     assert not any("contradict" in warning for warning in ranking.warnings)
     result = again({key: raised(fitted, "clone", key, 3.0) for key in ("scores", "scores_high")})
@@ -251,7 +251,7 @@ def test_estimators_that_contradict_each_other_recommend_nobody(again, fitted, r
     assert "better estimates are doubted, see the warnings" in result.recommendation
 
 
-def test_logged_probabilities_that_are_too_low_recommend_nobody(parts, members, fitted):
+def test_no_recommendation_where_logged_probabilities_are_too_low(parts, members, fitted):
     rows = parts[1].transitions.clone()
     rows["action_log_prob"] = rows["action_log_prob"] - 0.5
     wrong = replace(parts[1], transitions=rows)
@@ -302,7 +302,7 @@ def test_at_most_three_members_are_named(again):
     assert warning.startswith(f"{', '.join(order[:3])} and 3 more: up to 50% of their actions")
 
 
-def test_critics_that_have_not_converged_recommend_nobody(again):
+def test_no_recommendation_before_the_critics_converge(again):
     for backups, passes in ((3.0, 9.0), (1e3, 0.5)):
         result = again(fit={"backups": backups, "passes": passes})
         assert result.recommended is None
@@ -431,7 +431,7 @@ def test_members_trained_on_held_out_episodes_are_not_recommended(parts, members
     assert not any("trained on" in warning for warning in clean.warnings)
 
 
-def test_a_seen_member_is_passed_over(parts, members, fitted):
+def test_a_member_trained_on_the_held_out_episodes_is_not_recommended(parts, members, fitted):
     class Shipped:
         """What ``rank_members`` reads of an agent: its policy, and its task's episodes."""
 
@@ -446,7 +446,7 @@ def test_a_seen_member_is_passed_over(parts, members, fitted):
     assert result.recommended is None
 
 
-def test_shared_episodes_recommend_nobody(parts, members):
+def test_no_recommendation_where_fit_and_held_out_share_episodes(parts, members):
     one, other = parts[0].split(0.5, 0)
     result = rank_members(members, parts[0], other, discount=DISCOUNT)
     assert result.recommended is None

@@ -229,7 +229,7 @@ def test_another_kind_of_buffer_is_refused(saved):
     refuses(make_trainer(buffer=unseeded), saved, "whether they were given a seed")
 
 
-def test_a_growing_buffer_is_saved_whole(tmp_path):
+def test_a_growing_buffer_is_saved_with_its_data(tmp_path):
     trainer = make_trainer(
         buffer=replay_buffer(table(), 8, seed=0, capacity=100), folder=tmp_path / "run"
     )

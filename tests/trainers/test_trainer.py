@@ -67,7 +67,7 @@ def test_a_device_sampler_in_place_of_a_buffer():
     assert trainer.updates == 5
 
 
-def test_a_device_sampler_goes_on_where_it_was(tmp_path):
+def test_a_device_sampler_continues_from_its_state(tmp_path):
     def make(total):
         sampler = DeviceSampler(table(), 16, seed=0)
         return trainer_of(make_step(), total, replay_buffer=sampler, folder=tmp_path)
@@ -173,7 +173,7 @@ def test_a_step_that_makes_several_updates_a_call():
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
-def test_interruption_finishes_the_update_saves_and_says_how_to_go_on(
+def test_interruption_finishes_the_update_saves_and_prints_how_to_continue(
     tmp_path, capfd, number, error
 ):
     step, alone = make_step(), make_step()
@@ -215,7 +215,7 @@ def test_interruption_finishes_the_update_saves_and_says_how_to_go_on(
         ({"folder": "run", "resume_command": "make again"}, "and saved run. Continue with: make again"),
     ],
 )  # fmt: skip
-def test_what_an_interruption_says_continues_the_run(
+def test_the_command_printed_after_an_interruption_continues_the_run(
     tmp_path, capfd, monkeypatch, destination, words
 ):
     monkeypatch.chdir(tmp_path)
@@ -486,7 +486,7 @@ def test_a_long_table_is_written_more_rarely(tmp_path, monkeypatch):
     assert written[-1] == 30, "the last is written in any case"
 
 
-def test_checkpoints_set_aside_for_evaluations_that_never_came_are_dropped(tmp_path):
+def test_checkpoints_kept_for_evaluations_that_did_not_finish_are_deleted(tmp_path):
     trainer_of(make_step(), 10, folder=tmp_path).train()
     forgotten = tmp_path / "checkpoints" / ".aside-000000000005.torchrl"
     forgotten.write_bytes(b"")
