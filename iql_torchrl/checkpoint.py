@@ -234,8 +234,8 @@ def _check_record(path: Path, name: str, parts: Mapping[str, Any]) -> None:
 
 def _damaged(path: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
-        f"{path}: truncated or damaged ({_first_line(error)}). If an older checkpoint is beside "
-        "it, delete this one to go on from there."
+        f"{path}: truncated or damaged ({_first_line(error)}). If the folder has an older "
+        "checkpoint, delete this one to continue from the older one."
     )
 
 

@@ -167,7 +167,7 @@ def _action_index(values: Tensor, action: Tensor, leading: int | None) -> Tensor
     if index:
         return action
     raise ValueError(
-        f"action has shape {tuple(action.shape)} beside values of shape {tuple(values.shape)}; "
+        f"action has shape {tuple(action.shape)} but the values have shape {tuple(values.shape)}; "
         f"expected one-hot (*B, {values.shape[-1]}), or indices of shape (*B, 1) or (*B,)."
     )
 
@@ -215,8 +215,8 @@ def _check_like(value: Tensor, *, mask: Tensor | None = None, weight: Tensor | N
     for name, entry in (("mask", mask), ("weight", weight)):
         if entry is not None and entry.shape != value.shape:
             raise ValueError(
-                f"{name} has shape {tuple(entry.shape)} beside values of shape {tuple(value.shape)}; "
-                "expand it first, so that nothing broadcasts by accident."
+                f"{name} has shape {tuple(entry.shape)} but the values have shape "
+                f"{tuple(value.shape)}; expand it first, so that nothing broadcasts by accident."
             )
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask is {mask.dtype}; expected torch.bool: pass mask.bool().")

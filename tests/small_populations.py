@@ -1,4 +1,4 @@
-"""Small populations beside the same runs alone: the oracle of every population test."""
+"""Small populations and the same runs trained alone, with which population tests compare them."""
 
 from __future__ import annotations
 

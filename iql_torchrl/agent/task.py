@@ -168,7 +168,7 @@ def space_from_state(state: Mapping[str, Any]) -> gym.Space[Any]:
         low, high = state["low"].numpy(), state["high"].numpy()
         return spaces.Box(low, high, low.shape, np.dtype(state["dtype"]).type)
     if kind == "Discrete":
-        # Gymnasium 1.0 knows int64 only, and no argument for it.
+        # Gymnasium 1.0 supports only int64 and has no argument for the dtype.
         options = {} if state["dtype"] == "int64" else {"dtype": np.dtype(state["dtype"]).type}
         return spaces.Discrete(state["n"], start=state["start"], **options)
     if kind == "MultiDiscrete":

@@ -65,7 +65,7 @@ class IQLConfig:
     max_weight: float = knob(
         100.0,
         "largest weight of a sample in the policy loss",
-        interval="(0, 3e+38]",  # float32 holds no more
+        interval="(0, 3e+38]",  # the largest numbers of float32
         loss_interval="(0, inf]",
         meaning="the paper's is 100",
         per_run=True,

@@ -105,7 +105,7 @@ def reads_names_at_top_level(in_keys: Sequence[Any], space: spaces.Space[Any]) -
     False means the nested layout, ``("observation", name)``, or a space that is not a Dict.
 
     Raises:
-        ValueError: a key is in neither layout, or a whole Dict is read as one tensor.
+        ValueError: a key is in neither layout, or a complete Dict is read as one tensor.
     """
     names = set(space.spaces) if isinstance(space, spaces.Dict) else set()
     observed = [key for key in in_keys if key != "action_mask" or key in names]

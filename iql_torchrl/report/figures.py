@@ -157,7 +157,7 @@ def comparison_figure(panels: Mapping[str, Sequence[Series]], *, note: str = "")
         for line in lines:
             handles[line.label] = _plot(axes, line, *looks[line.label])
         _dress(axes, _quantity(name), lines, end)
-    across = int(figure.get_figwidth() * 13)  # characters beside one another
+    across = int(figure.get_figwidth() * 13)  # characters in one line
     texts = [textwrap.fill(_safe(label), across - 8) for label in labels]
     ncols = min(4, max(1, across // (max(map(len, texts), default=1) + 8)))
     height = 0.19 * sum(text.count("\n") + 1 for text in texts) / ncols

@@ -21,7 +21,7 @@ __all__ = ["Group", "group_runs", "series"]
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in their seed; the label says how they differ from other groups."""
+    """Runs that differ only in their seed; the label names the differences to other groups."""
 
     label: str
     runs: tuple[Run, ...]

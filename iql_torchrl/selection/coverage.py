@@ -98,7 +98,7 @@ class Coverage:
         return _gap(self._nearest_actions(features), self.scale(action.float())[:, None]).squeeze(1)
 
     def _distances_by_action(self, features: Tensor) -> Tensor:
-        """Score of every discrete action, ``(N, n)``; infinite where it was hardly ever taken."""
+        """Score of every discrete action, ``(N, n)``; infinite for fewer than ``min_count`` rows."""
         result = torch.full((len(features), self.num_actions), torch.inf)
         for action in range(self.num_actions):
             taken = self.features[self.action.reshape(-1) == action]

@@ -73,8 +73,8 @@ class Ranking:
             lines.append(
                 f"{row['member']:{width}}" + "".join(f" {_short(row[key])}" for key, _ in COLUMNS)
             )
-        nothing = dict.fromkeys([key for key, _ in COLUMNS], math.nan)
-        log = nothing | {
+        empty = dict.fromkeys([key for key, _ in COLUMNS], math.nan)
+        log = empty | {
             "value": self.log_value,
             "value_low": self.log_low,
             "value_high": self.log_high,

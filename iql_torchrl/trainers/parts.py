@@ -52,7 +52,7 @@ def one_step(
 def filled_in(
     replay_buffer: Any, total_updates: Any, agent: Agent | None, dataset: OfflineDataset | None
 ) -> tuple[Any, Any]:
-    """Buffer and number of updates: as given, or as the agent's config says."""
+    """Buffer and number of updates; those that are None follow from the agent's config."""
     if replay_buffer is None and agent is not None and dataset is not None:
         config = agent.config
         replay_buffer = dataset.replay_buffer(config.batch_size, config.device, config.seed)

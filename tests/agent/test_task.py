@@ -1,4 +1,4 @@
-"""Task: what networks need to know of the data, exact after a trip through a file."""
+"""Task: the description of the data for networks, and that a file restores it exactly."""
 
 from __future__ import annotations
 

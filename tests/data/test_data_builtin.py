@@ -1,4 +1,4 @@
-"""Built-in datasets: real Minari data, the same each time, whole or absent."""
+"""Built-in datasets: real Minari data, the same each time, complete or not written at all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Minari datasets come through whole: every transition once, none across a border."""
+"""Minari datasets are read completely: every transition once, none across two episodes."""
 
 from __future__ import annotations
 

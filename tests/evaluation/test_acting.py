@@ -1,4 +1,4 @@
-"""Agent.act: what the environment gives goes in, what env.step takes comes out."""
+"""Agent.act: from an observation of the environment to an action for env.step."""
 
 from __future__ import annotations
 

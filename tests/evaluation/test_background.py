@@ -288,7 +288,7 @@ def alive(pid):
 
 
 def run(script, folder):
-    """Runs ``SCRIPT + script``; its exit code and output. Its standard output outlives it."""
+    """Runs ``SCRIPT + script``; its exit code and output. Its pipes may stay open."""
     (folder / "script.py").write_text(SCRIPT + script)
     command = [sys.executable, "-W", "error", str(folder / "script.py"), str(folder)]
     # Named like a module that the process imports first: it must not be taken for that.

@@ -1,4 +1,4 @@
-"""Films: every frame of the episodes that evaluate plays, in a file that can be read back."""
+"""Videos: every frame of the episodes that evaluate runs, in a file that can be read again."""
 
 from __future__ import annotations
 

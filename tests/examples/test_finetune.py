@@ -1,4 +1,4 @@
-"""Offline, then online: what the collector adds to the log, and that learning goes on as it was."""
+"""Offline, then online: the rows that the collector adds to the log, and that learning continues."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_nothing_is_reset_at_the_switch(example, pendulum):
 
 
 def test_both_phases_equal_a_loop_by_hand(example, pendulum):
-    """The same steps fed one by one to a fresh agent that knows no phases: equal to the last bit."""
+    """A new agent that gets the same steps one by one, without phases, is equal bit for bit."""
     agent = make_agent(CONFIG, pendulum)
     buffer = example.make_buffer(pendulum, CONFIG, 6, None)
     for _ in range(5):

@@ -487,7 +487,7 @@ def test_few_distinct_vectors_are_a_table_too(parts):
 
 
 def test_an_action_that_is_not_held_out_is_unsupported():
-    """Nothing could correct it: the fit may have been lucky."""
+    """Without held-out steps of a pair, errors of its fit cannot be corrected."""
     without = uniform()
     without[1] = [0.5, 0.5, 0.0]
     train = WORLD.log(uniform(), episodes=300, seed=1)

@@ -1,4 +1,4 @@
-"""Whom a ranking recommends in small problems with exact values: nobody harmful, and the right one."""
+"""Recommendations in small problems with exact values: never a harmful one, often the right one."""
 
 from __future__ import annotations
 

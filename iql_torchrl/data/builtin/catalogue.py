@@ -42,8 +42,8 @@ def make_dataset(
 ) -> str:
     """Make the dataset ``name`` and return its Minari id, which is ``name``.
 
-    It is written to a hidden folder beside the others and renamed once complete, so that an
-    interrupted run leaves nothing under the id.
+    It is written to a hidden folder in the same place and renamed when complete, so that an
+    interrupted run leaves no incomplete dataset.
 
     Args:
         name: one of ``BUILTIN``.

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from iql_torchrl.data.schema import DatasetError
+from iql_torchrl.descriptions import one_line
 
 __all__ = [
     "TABLE_FILES",
@@ -60,7 +61,7 @@ def open_hdf5(path: Path) -> dict[str, Column]:
         file.visititems(visit)
     except (OSError, RuntimeError, KeyError) as error:
         raise DatasetError(
-            f"{path}: not a complete HDF5 file ({_one_line(error)}); download or copy it again."
+            f"{path}: not a complete HDF5 file ({one_line(error)}); download or copy it again."
         ) from error
     return columns
 
@@ -108,7 +109,7 @@ def open_npz(path: Path) -> dict[str, Column]:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise DatasetError(
-            f"{path}: not a complete npz archive ({_one_line(error)}); download or copy it again."
+            f"{path}: not a complete npz archive ({one_line(error)}); download or copy it again."
         ) from error
     return {name: column for name, column in columns.items() if column.ndim}
 
@@ -163,7 +164,7 @@ def array_of(values: torch.Tensor, name: str) -> NDArray[Any]:
     except (TypeError, RuntimeError) as error:
         raise DatasetError(
             f"{name}: a tensor of dtype {values.dtype} and layout {values.layout} has no array "
-            f"({_one_line(error)}); expected a dense tensor of real numbers or booleans."
+            f"({one_line(error)}); expected a dense tensor of real numbers or booleans."
         ) from error
     return array
 
@@ -187,7 +188,3 @@ def check_numbers(name: str, columns: Mapping[str, Column]) -> None:
             raise DatasetError(
                 f"{name}: {key} has shape {shape}: its rows hold no numbers; {expected}."
             )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

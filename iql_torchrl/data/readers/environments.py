@@ -10,6 +10,7 @@ import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 
 from iql_torchrl.data.schema import DatasetError
+from iql_torchrl.descriptions import one_line
 
 __all__ = ["EnvLike", "env_maker"]
 
@@ -47,12 +48,8 @@ class _SpecMaker:
         except (gym.error.Error, ImportError, AttributeError) as error:
             name = self.spec if isinstance(self.spec, str) else self.spec.id
             raise DatasetError(
-                f"environment {name!r} cannot be made ({_one_line(error)}); {_advice(name)}"
+                f"environment {name!r} cannot be made ({one_line(error)}); {_advice(name)}"
             ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _advice(name: str) -> str:

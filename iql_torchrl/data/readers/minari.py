@@ -31,6 +31,7 @@ from iql_torchrl.data.schema import (
     Key,
     leaf_spaces,
 )
+from iql_torchrl.descriptions import one_line
 
 __all__ = ["find_minari", "minari_files", "minari_source"]
 
@@ -56,7 +57,7 @@ def find_minari(dataset_id: str, *, download: bool) -> minari.MinariDataset:
         pass
     except Exception as error:
         raise DatasetError(
-            f"{dataset_id}: the local copy cannot be read ({_one_line(error)}); delete and "
+            f"{dataset_id}: the local copy cannot be read ({_reason(error)}); delete and "
             "download it again."
         ) from error
     if not download:
@@ -66,7 +67,7 @@ def find_minari(dataset_id: str, *, download: bool) -> minari.MinariDataset:
     except Exception as error:
         raise DatasetError(
             f"{dataset_id}: not among the local Minari datasets and not downloaded "
-            f"({_one_line(error)}){_closest(dataset_id)}."
+            f"({_reason(error)}){_closest(dataset_id)}."
         ) from error
 
 
@@ -83,8 +84,8 @@ def _closest(dataset_id: str) -> str:
     return f"; local ids: {', '.join(local[:5])}" if local else "; there are no local datasets"
 
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(". ")
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}".rstrip(". ")
 
 
 def minari_source(dataset: minari.MinariDataset, options: ReadOptions) -> Source:
@@ -164,7 +165,7 @@ class _Episodes:
                 yield file
         except (OSError, KeyError) as error:
             raise DatasetError(
-                f"{self.file}: not a complete HDF5 file ({_one_line(error)}); delete it and download "
+                f"{self.file}: not a complete HDF5 file ({_reason(error)}); delete it and download "
                 "or write the dataset again."
             ) from error
 
