@@ -82,7 +82,7 @@ def minari_file() -> Path:
 
 
 def read_raw(_: argparse.Namespace) -> dict[str, float]:
-    """Every array of the Minari file into memory, nothing else done to it."""
+    """Only reads every array of the Minari file into memory."""
     import h5py
 
     began = time.perf_counter()
@@ -166,7 +166,7 @@ def table(rows: int) -> Any:
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, Any]:
-    """Median microseconds of each call, the calls taking turns."""
+    """Median microseconds of each call; the calls alternate."""
     import torch
 
     def waited(call: Callable[[], object]) -> float:
@@ -231,7 +231,7 @@ def measured(step: str, options: argparse.Namespace) -> dict[str, float]:
 
 def everything(options: argparse.Namespace) -> dict[str, Any]:
     measured("write_minari", options)
-    # Taking turns, so that a busy moment of the machine does not fall on one side alone.
+    # Alternating, so that another load on the machine affects both.
     pairs = [(measured("read_raw", options), measured("load", options)) for _ in range(3)]
     result: dict[str, Any] = {
         "raw": min((raw for raw, _ in pairs), key=lambda r: r["seconds"]),

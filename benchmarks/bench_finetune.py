@@ -64,7 +64,7 @@ def prepare(
 
 
 def stay_offline(dataset: OfflineDataset, config: IQLConfig, options: Options) -> Iterator[Row]:
-    """As many updates and the same evaluations, on the log alone."""
+    """The same number of updates and the same evaluations, on the log alone."""
     agent = make_agent(config, dataset)
     buffer = dataset.replay_buffer(config.batch_size, seed=config.seed)
     for update in range(1, config.updates + 1):

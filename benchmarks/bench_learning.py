@@ -49,7 +49,7 @@ def load(options: argparse.Namespace, config: IQLConfig) -> OfflineDataset:
 
 
 def run(options: argparse.Namespace, method: str, seed: int) -> dict[str, object]:
-    """One training run, evaluated ``options.points`` times on the way."""
+    """One training run, evaluated ``options.points`` times."""
     torch.set_num_threads(1)
     config = configure(options, seed)
     if method == "behaviour cloning":

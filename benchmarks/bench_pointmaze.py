@@ -62,7 +62,7 @@ def main() -> None:
         "runs": runs,
     }
     RESULTS.mkdir(exist_ok=True)
-    # JSON has no NaN: the steps of a policy that never arrives are null.
+    # JSON has no NaN: the steps of a policy that never reaches the goal are null.
     text = json.dumps(record, indent=1, default=float).replace("NaN", "null")
     (RESULTS / "pointmaze.json").write_text(text + "\n")
 

@@ -45,7 +45,7 @@ LOOKS = {
 
 
 def prepare(make: Make, sizes: Sizes, device: str) -> Results:
-    """Built, compiled and warm; ``peak_mib`` on CUDA is the additional memory that it took."""
+    """Built, compiled and called once; ``peak_mib`` on CUDA is the additional memory."""
     on_cuda = device.startswith("cuda")
     if on_cuda:
         torch.cuda.empty_cache()
@@ -116,7 +116,7 @@ def show(results: dict[str, Results], sizes: Sizes, count: int) -> None:
 
 
 def draw(path: Path, points: list[Results], title: str) -> None:
-    """Cost of a member's update against the members, one panel a width."""
+    """Time of a member's update against the number of members, one panel per width."""
     from matplotlib.figure import Figure
 
     widths = list(dict.fromkeys(point["sizes"]["width"] for point in points))

@@ -134,7 +134,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     draw = random.Random(options.seed)
-    resource_tracker.ensure_running()  # one for all forks, so that killed ones do not complain
+    resource_tracker.ensure_running()  # one for all forks, so that killed ones print no warnings
     with tempfile.TemporaryDirectory() as root:
         finish(Path(root) / "warm-up", options.updates)
         began = time.time()

@@ -9,7 +9,7 @@ Trains behaviour cloning and IQL of several temperatures, expectiles and seeds a
 half of a log, estimates their values by fitted Q evaluation (and, where the log has the probabilities
 of its actions, by weighted per-decision importance sampling) on the other half, and compares with the
 true values: exact survival on ICU-Sepsis, discounted returns in the environment elsewhere. Fitted Q
-evaluation runs twice: on episodes the members never saw, and on the members' own. Writes
+evaluation runs twice: on episodes that no member was trained on, and on those of the training. Writes
 benchmarks/results/selection_NAME.json.
 """
 
@@ -64,7 +64,7 @@ class Case:
 
 def case_of(options: argparse.Namespace) -> Case:
     if options.dataset == NAME:
-        # every stay ends: undiscounted, a value is the probability of survival
+        # every stay ends, so the undiscounted value is the probability of survival
         return Case(
             config=replace(CONFIG, updates=2_000, batch_size=1024),
             discount=1.0,
@@ -86,17 +86,17 @@ def case_of(options: argparse.Namespace) -> Case:
 
 def configs_of(options: argparse.Namespace, case: Case) -> dict[str, IQLConfig]:
     """The members by name; expectiles make no difference to behaviour cloning."""
-    given = {"updates": options.updates, "batch_size": options.batch_size}
-    base = replace(case.config, **{name: value for name, value in given.items() if value})
-    found = {}
+    chosen = {"updates": options.updates, "batch_size": options.batch_size}
+    base = replace(case.config, **{name: value for name, value in chosen.items() if value})
+    policies = {}
     for temperature in options.temperatures or case.temperatures:
         for expectile in (options.expectiles or case.expectiles) if temperature else [0.7]:
             for seed in range(options.seeds):
                 name = f"IQL {temperature:g} {expectile:g}" if temperature else "cloning"
-                found[f"{name} #{seed}"] = replace(
+                policies[f"{name} #{seed}"] = replace(
                     base, seed=seed, temperature=temperature, expectile=expectile
                 )
-    return found
+    return policies
 
 
 def train(
@@ -113,8 +113,8 @@ def train(
 def quality(ranking: Ranking, truth: Levels, log: float, *, returns: bool) -> dict[str, Any]:
     """Errors, rank correlations and regret of both estimators, and of what is recommended.
 
-    ``truth`` of each member; ``log`` is that of the policy that made the log. Errors are those of
-    values: undiscounted returns (``returns``) have an order in common with them and no scale.
+    ``truth``: true value of each member; ``log``: that of the policy that made the log. Errors are
+    not computed for undiscounted returns (``returns``), which have another scale than values.
     """
     names = [row["member"] for row in ranking.rows]
     true = np.array([truth[name] for name in names])
@@ -129,27 +129,27 @@ def quality(ranking: Ranking, truth: Levels, log: float, *, returns: bool) -> di
         "warnings": len(ranking.warnings),
     }
     for estimator in ("value", "importance_value"):
-        found = np.array([row[estimator] for row in ranking.rows])
-        if np.isfinite(found).all():
+        estimates = np.array([row[estimator] for row in ranking.rows])
+        if np.isfinite(estimates).all():
             error = {
-                "mean_absolute_error": float(np.abs(found - true).mean()),
-                "bias": float((found - true).mean()),
+                "mean_absolute_error": float(np.abs(estimates - true).mean()),
+                "bias": float((estimates - true).mean()),
             }
-            spearman, kendall = rank_correlations(found, true)
+            spearman, kendall = rank_correlations(estimates, true)
             result[estimator] = ({} if returns else error) | {
                 "spearman": spearman,
                 "kendall": kendall,
-                "regret_of_best": float(true.max() - true[found.argmax()]),
+                "regret_of_best": float(true.max() - true[estimates.argmax()]),
             }
     return result
 
 
-def show(rankings: dict[str, Ranking], found: Truths) -> None:
-    print(f"{'member':18}" + "".join(f"{k:>11}" for k in (*found, *rankings, "import.")))
+def show(rankings: dict[str, Ranking], truths: Truths) -> None:
+    print(f"{'member':18}" + "".join(f"{k:>11}" for k in (*truths, *rankings, "import.")))
     fits = [{row["member"]: row for row in ranking.rows} for ranking in rankings.values()]
-    first = next(iter(found.values()))[0]
+    first = next(iter(truths.values()))[0]
     for name in sorted(first, key=first.__getitem__, reverse=True):
-        numbers = [level[name] for level, _ in found.values()]
+        numbers = [level[name] for level, _ in truths.values()]
         numbers += [fit[name]["value"] for fit in fits] + [fits[0][name]["importance_value"]]
         print(f"{name:18}" + "".join(f"{number:11.4g}" for number in numbers))
 
@@ -194,8 +194,8 @@ def main() -> None:
     torch.set_num_threads(1)
     case = case_of(options)
     configs = configs_of(options, case)
-    given = {"updates": options.fit_updates, "hidden": options.hidden, "lr": options.lr}
-    fit_options = case.fit | {name: value for name, value in given.items() if value is not None}
+    chosen = {"updates": options.fit_updates, "hidden": options.hidden, "lr": options.lr}
+    fit_options = case.fit | {name: value for name, value in chosen.items() if value is not None}
     source = ensure_dataset(options.dataset) if options.dataset in BUILTIN else options.dataset
     log = load_dataset(source, env=options.env, reward=case.reward, progress=False)
     if options.limit:
@@ -204,15 +204,15 @@ def main() -> None:
     fit, held_out = fresh.split(0.5, seed=0)
     seconds: Levels = {}
     members = clocked(seconds, "training", lambda: train(configs, own, options))
-    found, more = clocked(
+    truths_by_kind, more = clocked(
         seconds, "truth", lambda: truths(members, log, case.discount, options.episodes)
     )
     results: dict[str, Any] = {}
     rankings: dict[str, Ranking] = {}
     for name, episodes in (("fresh", fit), ("own", own)):
         logs = (members, episodes, held_out)
-        price = partial(fitted_q_evaluation, *logs, discount=case.discount, **fit_options)
-        fitted = clocked(seconds, f"fitting on {name} episodes", price)
+        fit_members = partial(fitted_q_evaluation, *logs, discount=case.discount, **fit_options)
+        fitted = clocked(seconds, f"fitting on {name} episodes", fit_members)
         rank = partial(rank_members, *logs, discount=case.discount, fitted_q=fitted)
         ranking = clocked(seconds, f"ranking with {name} episodes", rank)
         rankings[name] = ranking
@@ -223,26 +223,28 @@ def main() -> None:
                 ranking.log_value if level is None else level,
                 returns=kind == "return",
             )
-            for kind, (truth, level) in found.items()
+            for kind, (truth, level) in truths_by_kind.items()
         }
         print(f"\nFitted on {name} episodes\n\n{ranking}\n", flush=True)
-    show(rankings, found)
+    show(rankings, truths_by_kind)
     for name, result in results.items():
         print(f"\nfitted on {name} episodes: {json.dumps(result)}")
     levels = {key: more[key] for key in ("clinicians", "optimum") if key in more}
     print(f"\n{levels or ''} seconds {seconds}")
-    about = {"numpy": np.__version__, "threads": torch.get_num_threads()}
-    about |= {"icu-sepsis": version("icu-sepsis")} if options.dataset == NAME else {}
+    versions = {"numpy": np.__version__, "threads": torch.get_num_threads()}
+    versions |= {"icu-sepsis": version("icu-sepsis")} if options.dataset == NAME else {}
     record = {
         "command": " ".join(["python", *sys.argv]),
-        "machine": machine() | about,
+        "machine": machine() | versions,
         "config": asdict(next(iter(configs.values()))),
         "batches": options.batches,
         "fitted_q": fit_options | {"discount": case.discount},
         "episodes": {"own": len(own.episode_lengths), "fresh": len(fit.episode_lengths),
                      "held_out": len(held_out.episode_lengths)},
         "truth": more,
-        "mean_of_members": {k: float(np.mean(list(t.values()))) for k, (t, _) in found.items()},
+        "mean_of_members": {
+            kind: float(np.mean(list(truth.values()))) for kind, (truth, _) in truths_by_kind.items()
+        },
         "results": results,
         "rankings": {name: ranking.to_dict() for name, ranking in rankings.items()},
         "seconds": seconds,

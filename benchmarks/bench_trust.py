@@ -5,9 +5,9 @@
 Twenty families of small problems (``trust_families.py``), twenty seeds each. A seed draws a log
 to fit on and a held-out log; ``rank_members`` gets both, the members and the true probabilities of the
 logged actions. Counted per family: harmful recommendations (true value below the log's), right
-ones (at least half of what the best member gains), no recommendation, how often the bounds of the
-gains are all correct, and regret. ``--vectors`` gives the states as one-hot vectors (still few
-states: the same table); ``--networks`` fits networks instead of tables. Writes
+ones (at least half of the best member's gain), no recommendation, how often the bounds of all
+gains are correct, and regret. ``--vectors`` gives the states as one-hot vectors (still few
+states, so a table is used); ``--networks`` fits networks instead of tables. Writes
 benchmarks/results/trust.json.
 """
 
@@ -46,8 +46,8 @@ def trial(problem: Problem, seed: int, options: argparse.Namespace) -> dict[str,
     log = problem.value(problem.behaviour)
     truth = {name: problem.value(table) for name, table in problem.members.items()}
     best = max(log, *truth.values())
-    shipped = log if ranking.recommended is None else truth[ranking.recommended]
-    held = [
+    value = log if ranking.recommended is None else truth[ranking.recommended]
+    covered = [
         row["gain_low"] <= truth[row["member"]] - log + CLOSE
         and truth[row["member"]] - log <= row["gain_high"] + CLOSE
         for row in ranking.rows
@@ -55,10 +55,10 @@ def trial(problem: Problem, seed: int, options: argparse.Namespace) -> dict[str,
     ]
     return {
         "recommended": ranking.recommended,
-        "harmful": shipped < log - CLOSE,
-        "right": ranking.recommended is not None and shipped - log >= (best - log) / 2,
-        "covered": all(held),
-        "regret": best - shipped,
+        "harmful": value < log - CLOSE,
+        "right": ranking.recommended is not None and value - log >= (best - log) / 2,
+        "covered": all(covered),
+        "regret": best - value,
         "possible": best - log,
     }
 
@@ -100,11 +100,11 @@ def main() -> None:
     )
     for family in options.families:
         trials = [trial(FAMILIES[family](s), s, options) for s in range(options.seeds)]
-        found = results[family] = summary(trials) | {"easy": FAMILIES[family](0).easy}
+        result = results[family] = summary(trials) | {"easy": FAMILIES[family](0).easy}
         print(
-            f"{family:24}{found['harmful']:9}{found['right']:7}{found['nobody']:8}"
-            f"{found['covered']:9}{found['regret']:9.3g}{found['possible_gain']:9.3g}"
-            + ("  easy" if found["easy"] else ""),
+            f"{family:24}{result['harmful']:9}{result['right']:7}{result['nobody']:8}"
+            f"{result['covered']:9}{result['regret']:9.3g}{result['possible_gain']:9.3g}"
+            + ("  easy" if result["easy"] else ""),
             flush=True,
         )
     record = {

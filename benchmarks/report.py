@@ -95,7 +95,7 @@ def middle(runs: Runs) -> float:
 
 
 def ratio(runs: Runs, others: Runs | None) -> float | None:
-    """Median over the runs that both were part of; what differs between runs falls out."""
+    """Median of the ratios within the runs that contain both, so that runs may differ in speed."""
     ratios = [ms / others[run] for run, ms in runs.items() if others and run in others]
     return statistics.median(ratios) if ratios else None
 
@@ -158,11 +158,11 @@ def draw_bars(axes: Any, setting: Setting) -> None:
 
 
 def draw_axis(axes: Any, setting: Setting, axis: str) -> None:
-    """Lines over one swept axis, the default point among them: ratios where TorchRL was run."""
+    """Lines over one swept axis with the default point: ratios where TorchRL was run."""
     default = dict(setting.point)[axis]
     points = {value: runs for (name, value), runs in setting.runs.items() if name == axis}
     points = dict(sorted({**points, default: setting.default}.items()))
-    flat = axis == "rows"  # where nothing should change, times say more than ratios
+    flat = axis == "rows"  # times should be constant here, so times are drawn and not ratios
     relative = not flat and all(REFERENCE in runs for runs in points.values())
     for name in setting.default:
         there = {value: runs for value, runs in points.items() if name in runs}

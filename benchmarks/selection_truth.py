@@ -1,4 +1,4 @@
-"""What bench_selection.py's members are really worth: exactly on ICU-Sepsis, else as played."""
+"""True values of bench_selection.py's members: exact on ICU-Sepsis, else means of episodes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from iql_sepsis import probabilities
 
-EVALUATION_SEED = 10_000  # episodes start alike for every member
-LEFT = 0.01  # of the discounted future is beyond the last step played
+EVALUATION_SEED = 10_000  # every member has the same initial states
+LEFT = 0.01  # weight of the discounted rewards after the last step
 Levels = dict[str, float]
 Truths = dict[str, tuple[Levels, float | None]]
 
 
 class Counted(gymnasium.Wrapper):  # type: ignore[type-arg]
-    """Appends to ``found`` each episode's return up to its own limit, and its discounted return."""
+    """Appends to ``results`` each episode's return up to its own limit, and its discounted return."""
 
-    def __init__(self, env: Any, discount: float, limit: int, found: list[Any]) -> None:
+    def __init__(self, env: Any, discount: float, limit: int, results: list[Any]) -> None:
         super().__init__(env)
-        self.discount, self.limit, self.found = discount, limit, found
+        self.discount, self.limit, self.results = discount, limit, results
 
-    def reset(self, **how: Any) -> Any:
+    def reset(self, **options: Any) -> Any:
         self.steps, self.total, self.value = 0, 0.0, 0.0
-        return super().reset(**how)
+        return super().reset(**options)
 
     def step(self, action: Any) -> Any:
         result = super().step(action)
@@ -40,7 +40,7 @@ class Counted(gymnasium.Wrapper):  # type: ignore[type-arg]
         self.value += float(result[1]) * self.discount**self.steps
         self.steps += 1
         if result[2] or result[3]:
-            self.found.append((self.total, self.value))
+            self.results.append((self.total, self.value))
         return result
 
 
@@ -48,21 +48,21 @@ def played(members: dict[str, Agent], make_env: Callable[[], Any], discount: flo
            episodes: int) -> dict[str, dict[str, Any]]:  # fmt: skip
     """Per member: mean discounted return, its standard error, and mean return.
 
-    Episodes go on past their time limit until the future counts for ``LEFT``, as values do.
+    Episodes continue after their time limit, until the weight of later rewards is below ``LEFT``.
     """
     truth = {}
     for name, agent in members.items():
-        found: list[tuple[float, float]] = []
+        results: list[tuple[float, float]] = []
 
-        def make(found: list[Any] = found) -> Any:
+        def make(results: list[Any] = results) -> Any:
             env = make_env()
             limit = env.spec.max_episode_steps
             horizon = max(limit, math.ceil(math.log(LEFT) / math.log(discount)))
             longer = gymnasium.wrappers.TimeLimit(env.unwrapped, horizon)
-            return Counted(longer, discount, limit, found)
+            return Counted(longer, discount, limit, results)
 
         evaluate(agent.policy, make, episodes=episodes, seed=EVALUATION_SEED)
-        returns, values = np.array(found).T
+        returns, values = np.array(results).T
         error = float(values.std(ddof=1) / math.sqrt(episodes)) if episodes > 1 else None
         truth[name] = {"value": values.mean(), "standard_error": error, "return": returns.mean()}
     return truth
@@ -78,9 +78,9 @@ def truths(
         clinicians = tables.value(tables.clinician)
         more = {"clinicians": clinicians, "optimum": tables.optimal_value(), "exact": exact}
         return {"survival": (exact, clinicians)}, more
-    found = played(members, log.make_env, discount, episodes)
+    results = played(members, log.make_env, discount, episodes)
     values, returns = (
-        {n: float(row[key]) for n, row in found.items()} for key in ("value", "return")
+        {n: float(row[key]) for n, row in results.items()} for key in ("value", "return")
     )
-    more = {"played": found, "episodes": episodes}
+    more = {"played": results, "episodes": episodes}
     return {"value": (values, None), "return": (returns, float(log.episode_returns.mean()))}, more

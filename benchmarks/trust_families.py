@@ -216,7 +216,7 @@ def trained(problem: Problem, seed: int) -> dict[str, FloatArray]:
 
 
 def rare_state(_: int) -> Problem:
-    """The state behind a rarely taken action holds an unlogged action that pays -30."""
+    """A rare action leads to a state in which an unlogged action has reward -30."""
     transition = np.zeros((2, 2, 2))
     transition[:, :, 1] = 1
     behaviour = np.array([[0.85, 0.15], [1.0, 0.0]])
@@ -230,7 +230,7 @@ def rare_state(_: int) -> Problem:
 
 
 def rarer_state(_: int) -> Problem:
-    """A state that 3 % of the episodes come to; an unlogged action there pays -200."""
+    """A state that 3 % of the episodes reach; an unlogged action there has reward -200."""
     transition = np.zeros((2, 2, 2))
     transition[:, :, 1] = 1
     behaviour = np.array([[0.5, 0.5], [1.0, 0.0]])
@@ -244,7 +244,7 @@ def rarer_state(_: int) -> Problem:
 
 
 def censored(_: int) -> Problem:
-    """Episodes are cut where an action leads to a bad state that the log never describes."""
+    """Episodes are truncated where an action leads to a bad state that the log lacks."""
     transition = np.zeros((3, 2, 3))
     transition[0, 0, 2] = transition[0, 1, 1] = 1
     transition[1, :, 1] = transition[2, :, 2] = 1
@@ -280,7 +280,7 @@ def heavy_tails(_: int) -> Problem:
 
 
 def skewed_losses(_: int) -> Problem:
-    """Arms that mostly pay a little and sometimes lose much (lognormal)."""
+    """Arms with mostly small rewards and sometimes large losses (lognormal)."""
 
     def noise(state: NDArray, action: NDArray, draw: np.random.Generator) -> FloatArray:
         loss = np.exp(1.5 * draw.standard_normal(len(state))) - np.exp(1.125)
@@ -290,7 +290,7 @@ def skewed_losses(_: int) -> Problem:
 
 
 def lottery(_: int) -> Problem:
-    """Arms that pay 2 and lose 100 once in 25 times; the safe one pays 1."""
+    """Arms with reward 2, and a loss of 100 once in 25 times; the safe arm has reward 1."""
 
     def noise(state: NDArray, action: NDArray, draw: np.random.Generator) -> FloatArray:
         lost = np.where(draw.random(len(state)) < 0.04, -100.0, 0.0)
@@ -300,7 +300,7 @@ def lottery(_: int) -> Problem:
 
 
 def poor_clone(_: int) -> Problem:
-    """The log lives long; its clone is a poor one, and episodes are truncated."""
+    """The log's episodes are long; its clone is poor, and episodes are truncated."""
     transition = np.zeros((2, 2, 2))
     transition[0, 1, 0] = transition[0, 0, 1] = 1
     transition[1, :, 1] = 1
@@ -338,7 +338,7 @@ def wrong_way(_: int) -> Problem:
 
 
 def deterministic_log(_: int) -> Problem:
-    """The chain, logged by always going right: nothing else is known."""
+    """The chain, logged by a policy that always goes right, so other actions are unknown."""
     return replace(chain(right=1.0), easy=False)
 
 

@@ -1,4 +1,4 @@
-"""The loss in a script of your own: actor, critics, optimizer and loop are plain TorchRL.
+"""The loss in your own script: actor, critics, optimizer and loop are plain TorchRL.
 
 Only the loss and the data come from this package.
 """
@@ -19,7 +19,7 @@ from iql_torchrl.data.builtin import ensure_dataset
 
 
 class Residual(nn.Module):
-    """A network of your own: a block with a skip connection."""
+    """Your own network: a block with a skip connection."""
 
     def __init__(self, in_features: int, out_features: int, width: int = 64) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Residual(nn.Module):
 
 
 def main(updates: int = 5000, seed: int = 0) -> float:
-    """Train and play; the mean return.
+    """Train, evaluate, and return the mean return.
 
     Args:
         updates: number of gradient updates, >= 1.

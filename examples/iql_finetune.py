@@ -1,8 +1,8 @@
 """Learn from a log, then continue in the environment: the fine-tuning of the IQL paper.
 
-First updates on the log alone. Then, in turns, one sampled action in the environment and one update
-from the log and the new steps together (arXiv:2110.06169, section 5.3). The loss, the optimizer's
-state and the target critics stay: only the data changes.
+First come updates on the log alone. Then a sampled action in the environment and an update on the
+log and the new steps alternate (arXiv:2110.06169, section 5.3). The loss, the optimizer's state and
+the target critics continue: only the data changes.
 
 Without arguments: a Pendulum log, too few updates to learn the task from it, and an online phase.
 """
@@ -102,9 +102,11 @@ def make_buffer(
     from the log (0.5: RLPD, arXiv:2302.02948).
     """
     if log_fraction is None:
-        where = {"device": config.device, "capacity": len(dataset) + room}
-        return dataset.replay_buffer(config.batch_size, seed=config.seed, **where)
-    # Not a TensorDictReplayBuffer: the "index" it adds to its half would keep the halves apart.
+        capacity = len(dataset) + room
+        return dataset.replay_buffer(
+            config.batch_size, seed=config.seed, device=config.device, capacity=capacity
+        )
+    # Not a TensorDictReplayBuffer, whose additional key "index" only one half of a batch would have.
     log = ReplayBuffer(storage=TensorStorage(dataset.transitions))
     return OfflineToOnlineReplayBuffer(
         log, online_capacity=room, offline_fraction=log_fraction, batch_size=config.batch_size
@@ -122,7 +124,7 @@ def learn_online(
 ) -> Iterator[tuple[int, int]]:
     """Act with sampled actions and update; yields (steps, updates) so far after each batch."""
     env = GymWrapper(dataset.make_env(), categorical_action_encoding=True)
-    # Not collector.set_seed: that resets the environment behind the first observation's back.
+    # Not collector.set_seed: it resets the environment after the collector has its observation.
     env.set_seed(agent.config.seed)
     collector = Collector(
         TransformedEnv(env, DoubleToFloat()),
@@ -172,16 +174,20 @@ def run(dataset: OfflineDataset, config: IQLConfig, options: Options) -> Iterato
         if update % options.eval_every == 0 and update < pretraining:
             yield point("offline", update, 0)
     yield point("offline", pretraining, 0)
-    how = {
-        "frames_per_batch": options.frames_per_batch,
-        "updates_per_step": options.updates_per_step,
-    }
-    seen = 0
-    for steps, made in learn_online(agent, dataset, buffer, steps=options.online_steps, **how):
-        bar.update(pretraining + made - bar.n)
-        if made // options.eval_every > seen or steps == options.online_steps:
-            seen = made // options.eval_every
-            yield point("online", pretraining + made, steps)
+    online = learn_online(
+        agent,
+        dataset,
+        buffer,
+        steps=options.online_steps,
+        frames_per_batch=options.frames_per_batch,
+        updates_per_step=options.updates_per_step,
+    )
+    evaluations = 0
+    for steps, updates in online:
+        bar.update(pretraining + updates - bar.n)
+        if updates // options.eval_every > evaluations or steps == options.online_steps:
+            evaluations = updates // options.eval_every
+            yield point("online", pretraining + updates, steps)
     bar.close()
 
 

@@ -21,7 +21,7 @@ from iql_torchrl.trainers.command_line import default_name, resume_command, resu
 from iql_torchrl.trainers.loggers import LoggerError, LoggerName, check_logger, open_logger
 from iql_torchrl.trainers.run_folder import new_folder
 
-EVALUATION_SEED = 10_000  # every method and every training seed meets the same initial states
+EVALUATION_SEED = 10_000  # every method and every training seed has the same initial states
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Reach a distant corner of a maze by joining parts of drives, none of which goes all the way.
+"""Reach a distant corner of a maze by joining parts of drives that each cover only a part of the way.
 
 In the log a point drives to one random target after another. Here the task is one fixed goal, far
 from one fixed start, and the observation is position and velocity only: the log's targets are not
@@ -6,10 +6,10 @@ used, and every drive that passes within 1 of both start and goal is dropped. Th
 connect start and goal only in parts. Cloning averages over the log's targets and turns back; dynamic
 programming joins the parts.
 
-The reward is 1 within 0.45 of the goal, where the episode ends, and 0 elsewhere; learning sees it
-less 1, so that values count the steps that remain. ``--task random`` keeps the log's own task: the
+The reward is 1 within 0.45 of the goal, where the episode ends, and 0 elsewhere. For training, 1 is
+subtracted, so that values count the remaining steps. ``--task random`` keeps the log's own task: the
 target is observed, and drawn again when reached, so that a return counts the targets reached in an
-episode. There the log is nearly expert, and cloning it is hard to beat.
+episode. For that task the log is nearly expert, and IQL gains little over cloning.
 """
 
 import csv
@@ -32,13 +32,13 @@ FIXED = replace(
     PRESETS["quick"],
     updates=5_000,
     hidden=(128, 128),
-    polyak=0.05,  # values pass hundreds of backups, each through the target critics
+    polyak=0.05,  # values propagate through hundreds of backups, each with the target critics
     discount=0.995,  # 0.99 has a horizon of 100 steps; the way through the medium maze takes 300
-    expectile=0.9,  # few of the log's actions serve this goal: V must follow the best of them
+    expectile=0.9,  # few of the log's actions lead to this goal: V must follow the best of them
     schedule="cosine",
     reward="minus_one",
 )
-# The log serves this task well, and advantages are fractions of a target instead of steps.
+# The log is good at this task, and advantages are fractions of a target instead of steps.
 RANDOM = replace(FIXED, discount=0.99, expectile=0.7, temperature=10.0, reward="raw")
 
 
@@ -69,7 +69,7 @@ class FixedGoal(gymnasium.ObservationWrapper[Any, Any, Any]):
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         self.paths.append([])
         first = super().reset(seed=seed, options=self.cells)
-        # The environment moves the goal at random too; the rewards were relabelled for its centre.
+        # The environment adds noise to the goal; the rewards were relabelled for the cell's centre.
         self.unwrapped.goal = self.unwrapped.maze.cell_rowcol_to_xy(self.cells["goal_cell"])
         return first
 
@@ -100,7 +100,7 @@ def fixed_goal(log: OfflineDataset, maze: str) -> tuple[OfflineDataset, dict[str
     drive = np.cumsum(ends) - ends
     complete = np.bincount(drive, to_start <= NEAR) * np.bincount(drive, to_goal <= NEAR) > 0
     print(f"dropped {complete.sum()} of {len(complete)} drives, which pass both start and goal")
-    # Nothing is done from within the goal, where episodes end.
+    # Steps that begin inside the goal are dropped, because the episode ends there.
     outside = np.linalg.norm(before["achieved_goal"].numpy() - goal, axis=1) > AT_GOAL
     columns = {
         "observation": before["observation"].numpy(),
@@ -149,15 +149,15 @@ def compare(maze: str, task: str, config: IQLConfig, episodes: int) -> tuple[lis
     data.print_notes()
     for method, temperature in (("cloning", 0.0), ("IQL", config.temperature)):
         played, paths[method] = train(replace(config, temperature=temperature), data, episodes)
-        there = played.returns > 0
-        steps = played.lengths[there].mean() if there.any() else np.nan
-        results = {"return": played.returns.mean(), "reached": there.mean(), "steps": steps}
+        reached = played.returns > 0
+        steps = played.lengths[reached].mean() if reached.any() else np.nan
+        results = {"return": played.returns.mean(), "reached": reached.mean(), "steps": steps}
         rows.append({key: results.get(key, method) for key in rows[0]})
     return rows, paths, log.make_env().unwrapped.maze
 
 
 def draw(path: Path, maze: str, plan: Any, paths: dict[str, list[np.ndarray]]) -> None:
-    """Paths through the maze: pieces of the log, then what each policy drives from the start."""
+    """Paths through the maze: parts of the log, then the paths of each policy from the start."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Circle
 

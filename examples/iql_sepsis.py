@@ -36,7 +36,7 @@ CONFIG = IQLConfig(
     updates=2_500,
     # States have very unequal frequencies: large batches reduce the noise of the rare ones.
     batch_size=2048,
-    # Stays are short and end by themselves: almost no discount.
+    # Stays are short and always terminate, so almost no discount is needed.
     discount=0.999,
     expectile=0.7,
     temperature=2.0,

@@ -41,10 +41,10 @@ EXPECTED = (ImportError, ValueError, OSError, RuntimeError, AssertionError)
 FIRST = {"temperature": "0, the preset's, 3 times that", "expectile": "0.5, 0.7, 0.9"}
 GRID = dict.fromkeys([*FIRST, *(name for name, knob in knobs(IQLConfig).items() if knob.per_run)])
 GRID.pop("seed")
-EVALUATION_SEED = 10_000  # episodes start alike for every policy
+EVALUATION_SEED = 10_000  # every policy has the same initial states
 Rows = dict[str, dict[str, Any]]
 Level = tuple[str, float] | None
-# each setting that the runs of a population may have of their own, with several values
+# each setting in which the runs of a population may differ, with several values
 Grid = make_dataclass(
     "Grid",
     [
@@ -143,7 +143,7 @@ def can_play(log: OfflineDataset) -> bool:
 
 
 def play(members: Any, rows: Rows, log: OfflineDataset, options: Options) -> Level:
-    """Put scores into the rows; returns what the log's own policy scores, with its name."""
+    """Write scores into the rows; returns the name and the score of the log's own policy."""
     if options.dataset == NAME:
         tables = SepsisTables(log.make_env())
         for name, member in members.items():
@@ -151,8 +151,10 @@ def play(members: Any, rows: Rows, log: OfflineDataset, options: Options) -> Lev
             rows[name] |= {"score": exact, "score_low": exact, "score_high": exact}
         return "the clinicians", tables.value(tables.clinician)
     for name, member in tqdm(members.items(), desc="playing", unit="policy", disable=None):
-        how = {"episodes": options.episodes, "seed": EVALUATION_SEED}
-        summary = evaluate(member.policy, log.make_env, **how).summary()
+        evaluation = evaluate(
+            member.policy, log.make_env, episodes=options.episodes, seed=EVALUATION_SEED
+        )
+        summary = evaluation.summary()
         ends = {"score": "mean", "score_low": "low", "score_high": "high"}
         rows[name] |= {key: summary[f"return_{end}"] for key, end in ends.items()}
     return "the log", float(log.episode_returns.mean())
@@ -164,10 +166,12 @@ def rank(members: Any, rest: OfflineDataset, options: Options, config: IQLConfig
     print(
         f"Estimating {len(members)} policies on {len(held_out.episode_lengths)} held-out episodes."
     )
-    stays = options.dataset == NAME  # they end by themselves: undiscounted, a value is survival
-    how = {"discount": 1.0 if stays else config.discount}
-    fitted = fitted_q_evaluation(members, fit, held_out, updates=options.fit_updates, **how)
-    return rank_members(members, fit, held_out, fitted_q=fitted, **how)
+    # every stay in hospital terminates, so the undiscounted value is the probability of survival
+    discount = 1.0 if options.dataset == NAME else config.discount
+    fitted = fitted_q_evaluation(
+        members, fit, held_out, discount=discount, updates=options.fit_updates
+    )
+    return rank_members(members, fit, held_out, discount=discount, fitted_q=fitted)
 
 
 def report(rows: Rows, ranking: Ranking | None, level: Level) -> None:
@@ -206,7 +210,7 @@ def cell(row: dict[str, Any], key: str) -> str:
 def runs_of(
     config: IQLConfig, grid: dict[str, tuple[float, ...]], seeds: int
 ) -> dict[str, IQLConfig]:
-    """Every combination and seed by name; cloning, which reads few of the knobs, only once."""
+    """Every combination and seed by name; cloning, on which few knobs have an effect, only once."""
     runs: dict[str, IQLConfig] = {}
     for values, seed in product(product(*grid.values()), range(seeds)):
         knobs = dict(zip(grid, values, strict=True))

@@ -37,7 +37,7 @@ class IQL:
         self.other_optimizer = torch.optim.Adam(others, lr)
 
     def policy(self, state):
-        """A Gaussian with its mean inside the bounds and a standard deviation free of the state."""
+        """A Gaussian: mean inside the bounds, standard deviation independent of the state."""
         std = self.log_std.clamp(-5, 2).exp()
         return torch.distributions.Normal(self.bound * self.mean(state).tanh(), self.bound * std)
 

@@ -18,11 +18,11 @@ Level = tuple[str, float] | None
 def draw(
     path: Path, rows: Rows, ranking: Ranking | None, level: Level, *, title: str, words: str
 ) -> None:
-    """Every policy's score and estimate, seeds side by side; means over the grid.
+    """Score and estimate of every policy, its seeds next to each other; means over the grid.
 
     ``rows``: per policy its ``settings``, ``seed``, ``temperature``, ``expectile``; ``score`` and
-    ``value``, each with ``_low`` and ``_high``, where they are known. ``level``: what the log's own
-    policy scores, with its name. ``words`` say what a score is.
+    ``value``, each with ``_low`` and ``_high``, where they are known. ``level``: name and score of
+    the log's own policy. ``words`` describe the score.
     """
     from matplotlib.figure import Figure
 

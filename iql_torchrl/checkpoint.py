@@ -1,4 +1,4 @@
-"""One versioned file of named states: TorchRL's checkpoint archive, read without running code."""
+"""Named states in one file with a version: TorchRL's checkpoint archive, read without running code."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ UNREADABLE: tuple[type[Exception], ...] = (
 
 
 class StateAdapter(CheckpointAdapter):
-    """A ``state_dict`` as one file that is only ever read with ``weights_only=True``.
+    """A ``state_dict`` as one file that is always read with ``weights_only=True``.
 
-    TorchRL's own adapter reads a file in whatever form it has, pickled objects included; this one
-    has a single form. ``format_version`` counts the layouts of this package's states.
+    TorchRL's own adapter reads several formats, also pickled objects; this one reads a single
+    format. ``format_version`` counts the layouts of this package's states.
     """
 
     adapter_id = "iql_torchrl.state"
@@ -110,7 +110,7 @@ class _State:
 
 
 def new_checkpoint() -> Checkpoint:
-    """TorchRL's coordinator, set to write one file in which every part has a checksum."""
+    """TorchRL's ``Checkpoint``, set to write one file in which every part has a checksum."""
     return Checkpoint(format="archive")
 
 
@@ -119,7 +119,7 @@ def write_components(
 ) -> Path:
     """Write named states (numbers, strings, tensors, lists and dicts of them) to one file.
 
-    Written to a temporary file that is then renamed, so ``path`` is never half written. Raises
+    Written to a temporary file that is then renamed, so ``path`` is never incomplete. Raises
     ``OSError`` naming ``path`` where it cannot be written.
     """
     checkpoint = new_checkpoint()
@@ -132,8 +132,8 @@ def write_components(
 def read_components(path: str | Path, names: Collection[str] | None = None) -> dict[str, Any]:
     """The states ``names`` of a file (all of this package's if None), on the CPU; runs no code.
 
-    Raises ``CheckpointError`` with one sentence: no such file, a truncated or damaged file,
-    another version's, a missing part, or a part that is not plain data.
+    Raises ``CheckpointError`` with one sentence: no such file, a truncated or damaged file, a file
+    of another version, a missing part, or a part that is not plain data.
     """
     path = Path(path)
     parts = _parts_of(path)
@@ -234,8 +234,8 @@ def _check_record(path: Path, name: str, parts: Mapping[str, Any]) -> None:
 
 def _damaged(path: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
-        f"{path}: truncated or damaged ({_first_line(error)}). If an older checkpoint is beside "
-        "it, delete this one to go on from there."
+        f"{path}: truncated or damaged ({_first_line(error)}). If the folder has an older "
+        "checkpoint, delete this one to continue from the older one."
     )
 
 

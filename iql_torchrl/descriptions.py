@@ -1,4 +1,4 @@
-"""Spaces, specs and arrays in a few words, for messages: never a page of bounds."""
+"""Short descriptions of spaces, specs and arrays for messages; long bounds are shortened."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from gymnasium import spaces
 from numpy.typing import ArrayLike
 from torchrl.data import Composite, TensorSpec
 
-__all__ = ["bounds_in_words", "describe_space", "describe_spec", "describe_values", "faulty_bounds"]
+__all__ = [
+    "bounds_in_words",
+    "describe_space",
+    "describe_spec",
+    "describe_values",
+    "faulty_bounds",
+    "one_line",
+]
 
 ENTRIES = 6
 
@@ -63,8 +70,13 @@ def describe_values(values: ArrayLike) -> str:
     return f"[{shown}{f', ... ({flat.size} in all)' if flat.size > ENTRIES else ''}]"
 
 
+def one_line(error: BaseException) -> str:
+    """The message of ``error`` without line breaks."""
+    return " ".join(str(error).split())
+
+
 def faulty_bounds(low: ArrayLike, high: ArrayLike, *, largest: float = np.inf) -> str:
-    """What is wrong with the bounds of an action, by dimension; empty where nothing is.
+    """The faults of the bounds of an action, by dimension; empty for valid bounds.
 
     Both must be finite, which here means of a magnitude below ``largest``, and low below high.
     """

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, with errors that name the file."""
+"""Writing files completely or not at all, with errors that name the file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["naming", "whole_file"]
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Replace ``path`` by what the block writes to the path that it is given.
+    """Yield the path of a temporary file that replaces ``path`` when the block ends.
 
-    That is a temporary file in the same folder; it is renamed to ``path`` if the block ends without
-    an exception, and deleted otherwise, so that ``path`` never holds half of a file.
+    The temporary file is in the same folder. It is renamed to ``path`` if the block ends without
+    an exception, and deleted otherwise, so that ``path`` is never incomplete.
 
     Raises ``OSError`` naming ``path`` where it cannot be written, as on a full disk; the previous
     content of ``path`` then stays.

@@ -167,7 +167,7 @@ def _action_index(values: Tensor, action: Tensor, leading: int | None) -> Tensor
     if index:
         return action
     raise ValueError(
-        f"action has shape {tuple(action.shape)} beside values of shape {tuple(values.shape)}; "
+        f"action has shape {tuple(action.shape)} but the values have shape {tuple(values.shape)}; "
         f"expected one-hot (*B, {values.shape[-1]}), or indices of shape (*B, 1) or (*B,)."
     )
 
@@ -198,8 +198,8 @@ def weighted_mean(
     """``sum(weight * value) / sum(weight)`` over the samples where ``mask`` is true.
 
     Over the dimensions ``dim``, by default all. ``mask`` (bool) and ``weight`` have the shape of
-    ``value``. What is masked is not read, so it may be ``nan``. With nothing left the mean is 0 and
-    carries a zero gradient. Raises ``ValueError`` on another shape, or a mask that is not bool.
+    ``value``. Masked samples are not read, so they may be ``nan``. If all are masked, the mean is 0
+    and its gradient is zero. Raises ``ValueError`` on another shape, or a mask that is not bool.
     """
     _check_like(value, mask=mask, weight=weight)
     if mask is not None:
@@ -215,8 +215,8 @@ def _check_like(value: Tensor, *, mask: Tensor | None = None, weight: Tensor | N
     for name, entry in (("mask", mask), ("weight", weight)):
         if entry is not None and entry.shape != value.shape:
             raise ValueError(
-                f"{name} has shape {tuple(entry.shape)} beside values of shape {tuple(value.shape)}; "
-                "expand it first, so that nothing broadcasts by accident."
+                f"{name} has shape {tuple(entry.shape)} but the values have shape "
+                f"{tuple(value.shape)}; expand it first, so that nothing broadcasts by accident."
             )
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask is {mask.dtype}; expected torch.bool: pass mask.bool().")

@@ -42,7 +42,7 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 
 
 class _Head(nn.Module):
-    """Body shared by the policies: preprocess, MLP, and the affine map of [-1, 1] onto the spec."""
+    """Base of the policies' networks: preprocess, MLP, affine map of [-1, 1] to the spec's bounds."""
 
     centre: Tensor
     half_range: Tensor
@@ -88,7 +88,7 @@ class _GaussianHead(_Head):
 
 
 class _SquashedHead(_Head):
-    """Location before the squashing and a state-dependent scale."""
+    """Location before the tanh, and a state-dependent scale."""
 
     def forward(self, *observations: Tensor) -> tuple[Tensor, Tensor]:
         loc, log_std = self.body(observations).chunk(2, -1)

@@ -1,4 +1,4 @@
-"""Small populations beside the same runs alone: the oracle of every population test."""
+"""Small populations and the same runs trained alone, with which population tests compare them."""
 
 from __future__ import annotations
 
@@ -63,31 +63,31 @@ class Beside:
 
     def train(self, updates: int, change=None, step=None):
         """Metrics of each update, ``(population's, those of the runs alone)``."""
-        told = []
+        metrics = []
         for _ in range(updates):
             batch = self.population.sampler.sample()
             batch = batch if change is None else change(batch)
             own = [batch] * len(self.agents) if batch.ndim == 1 else batch.unbind(0)
             alone = [a.step(b.clone()) for a, b in zip(self.agents, own, strict=True)]
-            told.append(((step or self.population.step)(batch.clone()), torch.stack(alone)))
-        return told
+            metrics.append(((step or self.population.step)(batch.clone()), torch.stack(alone)))
+        return metrics
 
-    def assert_equal(self, told=(), rtol: float = 1e-10) -> None:
+    def assert_equal(self, metrics=(), rtol: float = 1e-10) -> None:
         """Weights, targets and metrics, relative to each tensor's largest value."""
         for number, agent in enumerate(self.agents):
-            mine = self.population.member(number).loss.state_dict()
-            assert_close(mine, agent.loss.state_dict(), rtol)
-        for mine, theirs in told:
-            assert_close(dict(mine.items()), dict(theirs.items()), 10 * rtol)
+            actual = self.population.member(number).loss.state_dict()
+            assert_close(actual, agent.loss.state_dict(), rtol)
+        for actual, reference in metrics:
+            assert_close(dict(actual.items()), dict(reference.items()), 10 * rtol)
 
 
-def assert_close(mine, theirs, rtol: float) -> None:
-    assert mine.keys() == theirs.keys()
-    for name, expected in theirs.items():
+def assert_close(actual, reference, rtol: float) -> None:
+    assert actual.keys() == reference.keys()
+    for name, expected in reference.items():
         if isinstance(expected, torch.Tensor):
-            assert mine[name].shape == expected.shape, name
+            assert actual[name].shape == expected.shape, name
             scale = expected.abs().max().clamp(min=1e-3)
-            assert (mine[name] - expected).abs().max() <= rtol * scale, name
+            assert (actual[name] - expected).abs().max() <= rtol * scale, name
 
 
 def extras(batch):

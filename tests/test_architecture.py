@@ -32,16 +32,16 @@ def room(module: str) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("iql_torchrl"):
             if node.module == "iql_torchrl":
-                found |= {f"iql_torchrl.{alias.name}" for alias in node.names}
+                modules |= {f"iql_torchrl.{alias.name}" for alias in node.names}
             else:
-                found.add(node.module)
+                modules.add(node.module)
         elif isinstance(node, ast.Import):
-            found |= {a.name for a in node.names if a.name.startswith("iql_torchrl")}
-    return found
+            modules |= {a.name for a in node.names if a.name.startswith("iql_torchrl")}
+    return modules
 
 
 FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
@@ -115,13 +115,13 @@ def test_private_names_of_the_libraries_are_in_host():
     trees = {path: ast.parse(path.read_text()) for path in FILES}
     host = trees.pop(PACKAGE / "host.py")
     ours = set().union(*map(defined_here, trees.values()))
-    theirs = private_attributes(host) - inherited
+    private = private_attributes(host) - inherited
     other = {"_exit"}  # os._exit, and no others
     for path, tree in trees.items():
         imports = [ast.unparse(n) for n in ast.walk(tree) if is_private_import(n)]
         assert not imports, f"{path.name}: {imports}; use or add a function in host.py"
         names = private_attributes(tree)
-        wrong = (names & theirs) | (names - ours - inherited - other)
+        wrong = (names & private) | (names - ours - inherited - other)
         assert not wrong, f"{path.name} uses {sorted(wrong)}; use or add a function in host.py"
 
 

@@ -92,9 +92,9 @@ def test_every_field_is_an_option(preset):
 
 
 def test_the_first_preset_is_the_default_and_none_is_a_value():
-    mine = {"mine": IQLConfig(max_grad_norm=1.0, compile=True), "other": IQLConfig()}
-    assert read(presets=mine) == mine["mine"]
-    given = read("--max-grad-norm", "none", "--no-compile", presets=mine)
+    own_presets = {"mine": IQLConfig(max_grad_norm=1.0, compile=True), "other": IQLConfig()}
+    assert read(presets=own_presets) == own_presets["mine"]
+    given = read("--max-grad-norm", "none", "--no-compile", presets=own_presets)
     assert given == IQLConfig()
     with pytest.raises(ValueError, match="presets is empty"):
         read(presets={})
@@ -155,10 +155,12 @@ def test_own_options_and_settings_are_apart(monkeypatch):
 
 
 def test_settings_may_be_left_out(capsys):
-    mine = {"mine": IQLConfig(seed=9)}
-    assert read("--updates", "3", presets=mine, without=("seed",)) == IQLConfig(seed=9, updates=3)
+    own_presets = {"mine": IQLConfig(seed=9)}
+    assert read("--updates", "3", presets=own_presets, without=("seed",)) == IQLConfig(
+        seed=9, updates=3
+    )
     with pytest.raises(SystemExit, match="2"):
-        read("--seed", "1", presets=mine, without=("seed",))
+        read("--seed", "1", presets=own_presets, without=("seed",))
     assert "Unrecognized options: --seed" in plain(capsys.readouterr().err)
 
 

@@ -18,7 +18,8 @@ from iql_torchrl.agent.export import export_policy
 from iql_torchrl.agent.task import Task
 from iql_torchrl.descriptions import describe_space, describe_spec, describe_values, faulty_bounds
 from iql_torchrl.evaluation.act import act
-from iql_torchrl.evaluation.gym_interface import action_mask, environment_actions, policy_input
+from iql_torchrl.evaluation.environment_actions import environment_actions
+from iql_torchrl.evaluation.gym_interface import action_mask, policy_input
 
 LONGEST = 700  # characters of any message here
 WIDE = spaces.Box(-np.inf, np.arange(376.0), (376,), np.float64)

@@ -27,8 +27,8 @@ def minimiser(loss, targets: torch.Tensor) -> float:
         return float(loss(targets - v).mean())
 
     bounds = (float(targets.min()) - 1, float(targets.max()) + 1)
-    found = optimize.minimize_scalar(objective, bounds=bounds, options={"xatol": 1e-10})
-    return float(found.x)
+    result = optimize.minimize_scalar(objective, bounds=bounds, options={"xatol": 1e-10})
+    return float(result.x)
 
 
 def test_worked_example_of_the_expectile():
@@ -96,7 +96,7 @@ def test_weight_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("max_weight", [100.0, 7.3, 0.5])
-def test_huge_advantages_neither_overflow_nor_hide(dtype, max_weight):
+def test_huge_advantages_do_not_overflow_and_nan_stays_nan(dtype, max_weight):
     advantage = torch.tensor([1e30, -1e30, float("nan"), 50.0], dtype=dtype, requires_grad=True)
     weight = F.exponential_weight(advantage, temperature=3.0, max_weight=max_weight)
     assert weight[0] == torch.tensor(max_weight, dtype=dtype)

@@ -146,7 +146,7 @@ def test_equations():
         functional.td_target(row, row, column, gamma=0.9)
     for call in (functional.weighted_mean, functional.effective_sample_size):
         with pytest.raises(
-            ValueError, match=r"mask has shape \(3,\) beside values of shape \(3, 1\)"
+            ValueError, match=r"mask has shape \(3,\) but the values have shape \(3, 1\)"
         ):
             call(column, mask=row.bool())
     with pytest.raises(ValueError, match=r"mask is torch.float32; .*mask.bool\(\)"):

@@ -1,4 +1,4 @@
-"""Export of a policy to one file that torch alone runs, with standardisation and bounds inside."""
+"""Export of a policy to one file that needs only torch and includes standardisation and bounds."""
 
 from __future__ import annotations
 
@@ -8,26 +8,20 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import spaces
-from tensordict import NestedKey, TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.export import Dim, ExportedProgram
 
-from iql_torchrl.agent.export_checks import MASK_VALUES, assert_values, values_in_words
-from iql_torchrl.agent.task import Task, counted_from_zero
-from iql_torchrl.data.schema import MASK, Key, field_of_space, leaf_spaces
-from iql_torchrl.descriptions import describe_space
-from iql_torchrl.evaluation.act import as_in_evaluation, needs_mask
-from iql_torchrl.evaluation.gym_interface import check_policy, reads_names_at_top_level
+from iql_torchrl.agent.export_note import export_note
+from iql_torchrl.agent.exported_program import PolicyProgram, ProgramInput, program_inputs
+from iql_torchrl.agent.task import Task
+from iql_torchrl.data.schema import MASK
+from iql_torchrl.evaluation.act import as_in_evaluation
 from iql_torchrl.files import whole_file
 from iql_torchrl.host import validates_distributions
 
@@ -37,58 +31,43 @@ SUFFIX = ".pt2"
 TOLERANCE = 1e-6
 TRACED_BATCH = 3
 CHECKED_BATCHES = (1, 2, 7)
-PACKAGES = ("iql_torchrl", "torch", "torchrl", "tensordict")
-
-
-@dataclass(frozen=True)
-class _Input:
-    """One tensor of the program: ``leaf`` of the data, which the policy reads at ``key``."""
-
-    leaf: Key
-    key: NestedKey
-    space: spaces.Space[Any]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def name(self) -> str:
-        return ".".join(self.leaf[1:] or self.leaf)
 
 
 def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) -> Path:
-    """Write the deterministic ``policy`` as a ``torch.export`` program, and a note beside it.
+    """Write the deterministic ``policy`` as a ``torch.export`` program, and a description of it.
 
     The program's positional inputs are the observation's leaves that the policy reads, in the order
     of its ``in_keys``, then ``action_mask`` ``(B, n)`` bool where it reads one: values as the
     environment gives them, B >= 1 of each; Boxes of floats in ``task.dtype``, other Boxes in their
-    own dtype, categories as int64. Its output is the action as the environment takes it: clipped to
+    own dtype, categories as int64. Its output is the action that the environment accepts: clipped to
     the bounds, ``(B, *shape)`` in the space's dtype, or int64 ``(B,)`` counted from the space's
-    start. ``<stem>.json`` beside it says this in numbers, with a usage example.
+    start. ``<stem>.json`` in the same folder describes inputs and output, with an example of use.
 
-    ``torch.export.load(path).module()`` runs it on the CPU, where neither this package nor TorchRL
-    nor tensordict need be installed. It raises ``RuntimeError`` on an input of another shape (an
-    observation without the batch dimension too) or dtype, on floats that are not finite, on whole
-    numbers out of their space, and on a mask that allows no action in a row. Shapes are compared by
-    torch's loader: ``program.validate_inputs = False`` on what ``module()`` returns leaves that out
-    and saves about a third of the time of a single action. torch's AOTInductor needs example
-    inputs, which the file does not contain: set ``torch.export.load(path).example_inputs`` yourself.
-    ``policy`` may be any TensorDict module that writes
-    ``action``; it and the caller's random numbers are left as they were. Returns ``path``.
+    ``torch.export.load(path).module()`` runs it on the CPU; this package, TorchRL and tensordict
+    need not be installed. It raises ``RuntimeError`` on an input of another shape (also on an
+    observation without the batch dimension) or dtype, on floats that are not finite, on whole
+    numbers outside their space, and on a mask that allows no action in a row. torch's loader
+    compares the shapes: ``validate_inputs = False`` on the module switches that off and saves about
+    a third of the time of a single action. torch's AOTInductor needs example inputs, which the file
+    does not contain: set ``torch.export.load(path).example_inputs`` yourself.
+
+    ``policy`` may be any TensorDict module that writes ``action``; it and the caller's random
+    generators do not change. Returns ``path``.
 
     Raises:
-        TypeError: ``policy`` is no TensorDict module.
+        TypeError: ``policy`` is not a TensorDict module.
         ValueError: ``path`` does not end in ``.pt2``, the policy writes no ``action`` or reads what
-            the task does not give, or its actions do not fit the task's or are not finite.
+            the task does not have, or its actions do not fit the task's or are not finite.
         RuntimeError: the policy cannot be traced, or acts differently once traced.
-        OSError: a file cannot be written, as on a full disk; it is named, and files of an earlier
-            export stay as they were.
+        OSError: a file cannot be written, as on a full disk; the message names it, and files of an
+            earlier export do not change.
     """
     path = Path(path)
     if path.suffix != SUFFIX:
         raise ValueError(f"path is {str(path)!r}; the name of an exported program ends in .pt2.")
-    inputs = _inputs(policy, task)
+    inputs = program_inputs(policy, task)
     with as_in_evaluation(policy, torch.device("cpu")):
-        module = _Program(policy, task, inputs)
+        module = PolicyProgram(policy, task, inputs)
         example = module(*_examples(inputs, task, 1))
         if not bool(example.isfinite().all()):
             raise ValueError(
@@ -99,95 +78,17 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
         for size in CHECKED_BATCHES:
             _compare(program, module, _examples(inputs, task, size), type(policy).__name__)
     path.parent.mkdir(parents=True, exist_ok=True)
-    note = json.dumps(_note(path, task, inputs, example), indent=2, allow_nan=False) + "\n"
-    content = io.BytesIO()  # torch's own writer ends the process where a disk is full
+    note = json.dumps(export_note(path, task, inputs, example), indent=2, allow_nan=False) + "\n"
+    content = io.BytesIO()  # torch's own writer ends the process when the disk is full
     torch.export.save(program, content)
     with whole_file(path) as temporary:
         temporary.write_bytes(content.getbuffer())
-        with whole_file(path.with_suffix(".json")) as beside:
-            beside.write_text(note)
+        with whole_file(path.with_suffix(".json")) as description:
+            description.write_text(note)
     return path
 
 
-class _Program(nn.Module):
-    """The policy as a function of tensors; tracing removes the TensorDict."""
-
-    low: Tensor
-    high: Tensor
-
-    def __init__(self, policy: nn.Module, task: Task, inputs: list[_Input]) -> None:
-        super().__init__()
-        self.inputs, self.space = inputs, task.action_space
-        self.policy = copy.deepcopy(policy).cpu().requires_grad_(False)
-        if isinstance(self.space, spaces.Box):
-            self.register_buffer("low", torch.from_numpy(self.space.low.copy()))
-            self.register_buffer("high", torch.from_numpy(self.space.high.copy()))
-        elif not isinstance(self.space, spaces.Discrete):
-            raise ValueError(
-                f"the actions are {describe_space(self.space)}; an export needs Box or Discrete."
-            )
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        batch = TensorDict({}, batch_size=tensors[0].shape[:1])
-        for each, values in zip(self.inputs, tensors, strict=True):
-            assert_values(each.name, values, None if each.leaf == MASK else each.space, each.dtype)
-            start = getattr(each.space, "start", 0)
-            batch[each.key] = values - torch.as_tensor(start) if np.any(start) else values
-        action = self.policy(batch).get("action")
-        choose = self.index if isinstance(self.space, spaces.Discrete) else self.clipped
-        return choose(action, tuple(action.shape[1:]))
-
-    def index(self, action: Tensor, shape: tuple[int, ...]) -> Tensor:
-        assert isinstance(self.space, spaces.Discrete)
-        count = int(self.space.n)
-        if shape == (count,) and count > 1:
-            action = (action.long() if action.dtype == torch.bool else action).argmax(-1)
-        elif shape not in ((), (1,)) or action.is_floating_point():
-            raise ValueError(
-                f"policy output 'action' must be integer indices (B,) or (B, 1), or (B, {count}) "
-                f"one-hot, for {self.space}; found {action.dtype} with rows of shape {shape}."
-            )
-        return action.reshape(-1).long() + int(self.space.start)
-
-    def clipped(self, action: Tensor, shape: tuple[int, ...]) -> Tensor:
-        if shape != self.space.shape:
-            raise ValueError(
-                f"policy output 'action' must have rows of shape {self.space.shape} for "
-                f"{describe_space(self.space)}, found {shape}."
-            )
-        exact = torch.promote_types(action.dtype, self.low.dtype)
-        action = action.to(exact).clamp(self.low.to(exact), self.high.to(exact))
-        return action.to(self.low.dtype)
-
-
-def _inputs(policy: TensorDictModuleBase, task: Task) -> list[_Input]:
-    check_policy(policy)
-    flat = reads_names_at_top_level(policy.in_keys, task.observation_space)
-    masked = needs_mask(policy, task.observation_space)
-    leaves = leaf_spaces(task.observation_space)
-    inputs = []
-    for key in policy.in_keys:
-        path = (key,) if isinstance(key, str) else tuple(key)
-        if masked and path == MASK:
-            continue
-        path = ("observation", *path) if flat else path
-        for leaf, space in leaves.items():
-            if leaf[: len(path)] == path:  # a key may name a whole Dict
-                field = field_of_space(counted_from_zero(space), task.dtype, leaf)
-                inputs.append(_Input(leaf, leaf[1:] if flat else leaf, space, *field))
-    if not inputs:
-        raise ValueError(f"the policy reads {list(policy.in_keys)}: nothing of the observation.")
-    if masked:
-        if not isinstance(task.action_space, spaces.Discrete):
-            raise ValueError(
-                f"action_mask needs Discrete actions, found {describe_space(task.action_space)}."
-            )
-        size = int(task.action_space.n)
-        inputs.append(_Input(MASK, MASK, spaces.MultiBinary(size), (size,), torch.bool))
-    return inputs
-
-
-def _examples(inputs: list[_Input], task: Task, size: int) -> tuple[Tensor, ...]:
+def _examples(inputs: list[ProgramInput], task: Task, size: int) -> tuple[Tensor, ...]:
     """``size`` plausible observations: near the log's statistics, or near zero, inside bounds."""
     generator = torch.Generator().manual_seed(size)
     statistics = {(k,) if isinstance(k, str) else k: s for k, s in task.statistics.items()}
@@ -199,8 +100,8 @@ def _examples(inputs: list[_Input], task: Task, size: int) -> tuple[Tensor, ...]
             values[torch.arange(size), torch.randint(shape[1], (size,), generator=generator)] = True
         elif each.dtype.is_floating_point:
             values = torch.randn(shape, generator=generator, dtype=each.dtype)
-            if (known := statistics.get(each.leaf)) is not None:
-                values = known.mean + known.std * values
+            if (logged := statistics.get(each.leaf)) is not None:
+                values = logged.mean + logged.std * values
             low, high = (torch.as_tensor(getattr(space, b)).to(values) for b in ("low", "high"))
             values = values.clamp(low, high).to(each.dtype)
         else:
@@ -259,53 +160,3 @@ def _compare(
             f"a batch of {len(examples[0])}: it draws random numbers, keeps a state, or branches on "
             "values. Make its deterministic action a function of its inputs alone."
         )
-
-
-def _note(path: Path, task: Task, inputs: list[_Input], example: Tensor) -> dict[str, Any]:
-    """The description of inputs and output beside the program, in JSON; null: unbounded."""
-    space = task.action_space
-    if isinstance(space, spaces.Discrete):
-        action: dict[str, Any] = {"kind": "discrete", "n": int(space.n), "start": int(space.start)}
-    else:
-        assert isinstance(space, spaces.Box)
-        low, high = (b.astype(object) for b in (space.low, space.high))
-        low[~np.isfinite(space.low)] = high[~np.isfinite(space.high)] = None
-        action = {"kind": "box", "low": low.tolist(), "high": high.tolist()}
-    arguments = []
-    for each in inputs:
-        size = ", ".join(map(str, (1, *each.shape)))
-        make = "ones" if each.dtype == torch.bool else "zeros"
-        arguments.append(f"torch.{make}({size}, dtype={each.dtype})")
-    return {
-        "task": task.name,
-        "inputs": [
-            {
-                "name": i.name,
-                "key": list(i.leaf),
-                **_form(i.shape, i.dtype),
-                "values": MASK_VALUES if i.leaf == MASK else values_in_words(i.space),
-            }
-            for i in inputs
-        ],
-        "output": {"name": "action", **_form(tuple(example.shape[1:]), example.dtype), **action},
-        "device": "cpu",
-        "checks": "an input of another shape, dtype or values raises RuntimeError; "
-        "policy.validate_inputs = False leaves out the comparison of shapes",
-        "usage": [
-            "import torch",
-            f"policy = torch.export.load({path.name!r}).module()",
-            f"action = policy({', '.join(arguments)})",
-        ],
-        "versions": {name: _version(name) for name in PACKAGES},
-    }
-
-
-def _form(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
-    return {"shape": ["B", *shape], "dtype": str(dtype).removeprefix("torch.")}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from a source tree
-        return "unknown"

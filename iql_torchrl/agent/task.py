@@ -1,4 +1,4 @@
-"""What networks need to know of the data and no more; small enough to travel with the weights."""
+"""The description of the data that networks need; small enough to be saved with the weights."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ class Task:
     Attributes:
         observation_space, action_space: Gymnasium's.
         statistics: per observation key, as ``OfflineDataset`` has them; categories have none.
-        masked: whether a bool ``action_mask`` ``(n,)`` comes with each observation.
+        masked: whether each observation has a bool ``action_mask`` ``(n,)``.
         dtype: torch.float32 or torch.float64, of observations and continuous actions.
-        name: of the data, for people.
+        name: of the data, for display.
         reference_scores: raw returns (random, expert), or None.
-        episodes: digests of some of the log's episodes (``data.episode_digests``), by which an estimate
-            of this agent's value recognises episodes that it was trained on; None where unknown.
+        episodes: digests of some of the log's episodes (``data.episode_digests``). With them an
+            estimate of this agent's value recognises episodes that it was trained on. None where
+            unknown.
     """
 
     observation_space: gym.Space[Any]
@@ -74,7 +75,7 @@ class Task:
         return spec_of_space(counted_from_zero(self.action_space), self.dtype, ACTION)
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers, strings, lists, dicts and tensors only: ``weights_only=True`` reads it back."""
+        """Only numbers, strings, lists, dicts and tensors: readable with ``weights_only=True``."""
         statistics = [
             {
                 "key": key if isinstance(key, str) else list(key),
@@ -132,7 +133,7 @@ STATISTICS = tuple(f.name for f in fields(ObservationStatistics))
 
 
 def space_state(space: gym.Space[Any]) -> dict[str, Any]:
-    """A Gymnasium space as plain data; bounds are tensors, so every bit of them survives.
+    """A Gymnasium space as plain data; bounds are tensors, so that no bit of them changes.
 
     Raises ``ValueError`` for another space than Box, Discrete, MultiDiscrete, MultiBinary or a
     Dict of these.
@@ -167,7 +168,7 @@ def space_from_state(state: Mapping[str, Any]) -> gym.Space[Any]:
         low, high = state["low"].numpy(), state["high"].numpy()
         return spaces.Box(low, high, low.shape, np.dtype(state["dtype"]).type)
     if kind == "Discrete":
-        # Gymnasium 1.0 knows int64 only, and no argument for it.
+        # Gymnasium 1.0 supports only int64 and has no argument for the dtype.
         options = {} if state["dtype"] == "int64" else {"dtype": np.dtype(state["dtype"]).type}
         return spaces.Discrete(state["n"], start=state["start"], **options)
     if kind == "MultiDiscrete":
@@ -179,14 +180,14 @@ def space_from_state(state: Mapping[str, Any]) -> gym.Space[Any]:
 
 
 def counted_from_zero(space: gym.Space[Any]) -> gym.Space[Any]:
-    """A Discrete space as policies and logs see it; any other space itself."""
+    """A Discrete space counted from zero, as in policies and logs; any other space itself."""
     if isinstance(space, spaces.Discrete) and space.start != 0:
         return spaces.Discrete(int(space.n))
     return space
 
 
 def _own(values: torch.Tensor) -> torch.Tensor:
-    """A copy with its own memory: a saved view would take its whole base along."""
+    """A copy with its own memory, because saving a view would save the tensor it is a part of."""
     return values.detach().cpu().clone()
 
 

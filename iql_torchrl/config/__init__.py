@@ -1,4 +1,4 @@
-"""One description of every setting of a run, IQLConfig made of them, and named presets."""
+"""Settings of a run: one description for each, ``IQLConfig`` and named presets."""
 
 from iql_torchrl.config.devices import check_device, check_usable
 from iql_torchrl.config.iql_config import IQLConfig

@@ -17,8 +17,9 @@ class IQLConfig:
     """Settings of one IQL run; the defaults are the paper's for locomotion.
 
     Impossible values and combinations raise ``ValueError`` with the value in the message. Numbers
-    become plain ``int`` and ``float``; a bool is no number, and ``1e4`` is no ``int``. A config may
-    name a ``device`` that this machine lacks, so that it can be read on another machine.
+    become plain ``int`` and ``float``; a bool is not accepted as a number, nor ``1e4`` as an
+    ``int``. A config may name a ``device`` that this machine lacks, so that it can be read on
+    another machine.
 
     To add a setting, add a field here with :func:`~iql_torchrl.config.knob` and read it where it
     takes effect. For a setting of the loss (``in_loss=True``) that is an argument of ``IQLLoss``.
@@ -64,7 +65,7 @@ class IQLConfig:
     max_weight: float = knob(
         100.0,
         "largest weight of a sample in the policy loss",
-        interval="(0, 3e+38]",  # float32 holds no more
+        interval="(0, 3e+38]",  # the largest numbers of float32
         loss_interval="(0, inf]",
         meaning="the paper's is 100",
         per_run=True,

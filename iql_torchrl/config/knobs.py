@@ -1,4 +1,4 @@
-"""The description of one setting: its type, what values it may have, and what reads it.
+"""The description of one setting: its type, its allowed values, and which parts read it.
 
 A setting is described once, where its field is declared (:func:`knob`). The checks of a config and
 of a loss, ``--help``, ``make_agent``, ``IQLPopulation``, ``captured`` and the comparison with a
@@ -29,7 +29,7 @@ def always(_: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Knob:
-    """All that is known about one setting of a run.
+    """The complete description of one setting of a run.
 
     Attributes:
         name: of the field.
@@ -85,7 +85,8 @@ class Knob:
     def plain(self, value: Any) -> Any:
         """``value`` as plain Python: int, float, bool, str, tuple of int, or None.
 
-        Raises ``ValueError`` for a value of another type: a bool is no number, ``1e4`` no int.
+        Raises ``ValueError`` for a value of another type, such as a bool for a number or ``1e4``
+        for an int.
         """
         if value is None and self.optional:
             return None
@@ -105,9 +106,9 @@ class Knob:
             self._check_interval(value, self.interval, wider)
 
     def check_in_loss(self, value: Any) -> None:
-        """:meth:`check` for an argument of a loss, where a tensor of one number is a number too.
+        """:meth:`check` for an argument of a loss, which may also be a tensor with one number.
 
-        Raises ``TypeError`` for what is no number.
+        Raises ``TypeError`` for anything else.
         """
         if self.choices:
             check_choice(self.name, value, self.choices)

@@ -8,8 +8,8 @@ from iql_torchrl.config.iql_config import IQLConfig
 
 __all__ = ["PRESETS"]
 
-#: ``quick`` learns small tasks in about a minute on two cores. ``adamw_cosine`` is nobody's
-#: published setting: AdamW without decay, and all rates on one cosine of a hundred steps (torch's
+#: ``quick`` learns small tasks in about a minute on two cores. ``adamw_cosine`` is not from a
+#: publication: AdamW without decay, and all rates on one cosine of a hundred steps (torch's
 #: ``CosineAnnealingLR`` with ``T_max=100``, stepped a hundred times over the run).
 #:
 #: The others are the official code's for D4RL's tasks, read in

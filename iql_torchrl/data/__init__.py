@@ -1,4 +1,4 @@
-"""Offline data made right: readers, one checked schema, explicit scaling, TorchRL buffers."""
+"""Offline data: readers, checks of every row, scaling of rewards, TorchRL buffers."""
 
 from iql_torchrl.data.dataset import OfflineDataset as OfflineDataset
 from iql_torchrl.data.load import load_dataset as load_dataset

@@ -113,7 +113,7 @@ def _range(values: Any) -> str:
 def _draw(dataset: OfflineDataset, title: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    # A bare Figure needs no display and leaves pyplot's state alone.
+    # A Figure without pyplot needs no display and does not change pyplot's state.
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
     axes.hist(dataset.episode_returns, bins=40, color="0.6")

@@ -14,6 +14,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from tqdm import tqdm
 
+from iql_torchrl.data.block_checker import BlockChecker
 from iql_torchrl.data.readers.source import Piece, Source
 from iql_torchrl.data.scaling import (
     ObservationStatistics,
@@ -24,7 +25,6 @@ from iql_torchrl.data.scaling import (
 from iql_torchrl.data.schema import (
     EPISODE,
     REWARD,
-    BlockChecker,
     DatasetError,
     EpisodeIndex,
     Key,
@@ -32,12 +32,10 @@ from iql_torchrl.data.schema import (
     leaf_spaces,
     transition_layout,
 )
+from iql_torchrl.data.table_storage import DiskTable, MemoryTable, row_bytes
 
 __all__ = ["Built", "build", "table_bytes"]
 
-BLOCK = 65_536
-#: Bytes of one block while writing to disk: the bound on memory.
-BLOCK_BYTES = 64 * 2**20
 TABLE = "transitions"
 _NUMPY = {
     torch.float32: "f", torch.float64: "f", torch.float16: "f", torch.bool: "b",
@@ -47,7 +45,7 @@ _NUMPY = {
 
 @dataclass
 class Built:
-    """A checked table with what was measured on the way; rewards are mapped.
+    """A checked table with what was measured while it was read; rewards are mapped.
 
     ``warnings``: the sentences of ``notes`` that the caller issues as ``DatasetWarning``.
     """
@@ -61,85 +59,9 @@ class Built:
     warnings: tuple[str, ...] = ()
 
 
-class _Memory:
-    """The complete table in memory; blocks are views of it."""
-
-    def __init__(self, layout: Layout, rows: int) -> None:
-        self.layout, self.rows, self.block_rows = layout, rows, BLOCK
-        self.table = {k: torch.empty((rows, *f.shape), dtype=f.dtype) for k, f in layout.items()}
-
-    def block(self, start: int, size: int) -> dict[Key, Tensor]:
-        return {key: values[start : start + size] for key, values in self.table.items()}
-
-    def commit(self, block: Mapping[Key, Tensor], start: int) -> None:
-        pass
-
-    def map_rewards(self, change: RewardMap) -> None:
-        if change != RewardMap():
-            rewards = self.table[REWARD]
-            for start in range(0, self.rows, BLOCK):
-                part = rewards[start : start + BLOCK]
-                part.copy_(change.forward(part.double()))
-
-    def finish(self) -> TensorDict:
-        table = TensorDict({}, batch_size=[self.rows])
-        for key, values in self.table.items():
-            table.set(key, values)
-        return table
-
-
-class _Disk:
-    """The table as memory-mapped files; one block at a time is in memory.
-
-    Files are written, not mapped, so the process never counts their pages as its own.
-    """
-
-    def __init__(self, layout: Layout, rows: int, folder: Path) -> None:
-        self.layout, self.rows, self.folder = layout, rows, folder
-        self.block_rows = int(max(1, min(rows, BLOCK_BYTES // max(_row_bytes(layout), 1))))
-        table = TensorDict({}, batch_size=[rows])
-        table.memmap_(folder)
-        self.paths = {}
-        for key, f in layout.items():
-            made = table.make_memmap(key, torch.Size((rows, *f.shape)), dtype=f.dtype)
-            self.paths[key] = Path(str(made.filename))
-        self.scratch = {
-            k: torch.empty((self.block_rows, *f.shape), dtype=f.dtype) for k, f in layout.items()
-        }
-
-    def block(self, start: int, size: int) -> dict[Key, Tensor]:
-        return {key: values[:size] for key, values in self.scratch.items()}
-
-    def commit(self, block: Mapping[Key, Tensor], start: int) -> None:
-        for key, values in block.items():
-            with open(self.paths[key], "r+b") as file:
-                file.seek(start * (values.nbytes // len(values)))
-                # Not tofile, whose error on a full disk has no error number.
-                file.write(values.numpy().data)
-
-    def map_rewards(self, change: RewardMap) -> None:
-        if change == RewardMap():
-            return
-        kept = self.scratch[REWARD].numpy().dtype
-        with open(self.paths[REWARD], "r+b") as file:
-            for start in range(0, self.rows, BLOCK):
-                file.seek(start * kept.itemsize)
-                values = np.fromfile(file, kept, min(BLOCK, self.rows - start))
-                file.seek(start * kept.itemsize)
-                file.write(change.forward(values.astype(np.float64)).astype(kept).data)
-
-    def finish(self) -> TensorDict:
-        self.scratch = {}
-        return TensorDict.load_memmap(self.folder)
-
-
 def table_bytes(source: Source, dtype: torch.dtype) -> int:
     """Bytes of the table that ``build`` makes of ``source``."""
-    return source.rows * _row_bytes(_layout(source, dtype))
-
-
-def _row_bytes(layout: Layout) -> int:
-    return sum(int(np.prod(f.shape)) * f.dtype.itemsize for f in layout.values())
+    return source.rows * row_bytes(_layout(source, dtype))
 
 
 def _layout(source: Source, dtype: torch.dtype) -> Layout:
@@ -165,10 +87,12 @@ def build(
     """
     layout = _layout(source, dtype)
     index = EpisodeIndex(source.episode_lengths)
-    sink = _Memory(layout, index.rows) if folder is None else _Disk(layout, index.rows, folder)
+    sink = (
+        MemoryTable(layout, index.rows) if folder is None else DiskTable(layout, index.rows, folder)
+    )
     checker = BlockChecker(
         source.name, index, source.observation_space, source.action_space, clip_actions,
-        source.goes_on,
+        source.terminates_inside,
     )  # fmt: skip
     measured = _Measured(source, layout, index)
     with tqdm(
@@ -182,11 +106,11 @@ def build(
         raise DatasetError(f"{source.name}: {error}") from None
     sink.map_rewards(change)
     statistics = {key: acc.result() for key, acc in measured.statistics.items()}
-    doubts = _doubts(source, checker)
-    notes = (*source.notes, *doubts, *_remarks(source, measured, statistics))
+    warnings = _warnings(source, checker)
+    notes = (*source.notes, *warnings, *_notes(source, measured, statistics))
     return Built(
         sink.finish(), measured.returns, source.episode_lengths, statistics, change,
-        notes, tuple(doubts),
+        notes, tuple(warnings),
     )  # fmt: skip
 
 
@@ -222,7 +146,7 @@ class _Measured:
 
 def _fill(
     source: Source,
-    sink: _Memory | _Disk,
+    sink: MemoryTable | DiskTable,
     checker: BlockChecker,
     measured: _Measured,
     bar: Any,
@@ -280,7 +204,7 @@ def _check_dtypes(source: Source, piece: Piece, layout: Layout) -> None:
         expected = layout[key]
         kind, allowed = values.dtype.kind, _NUMPY[expected.dtype]
         fits = kind in allowed or (kind == "b" and allowed == "iu")
-        if key == REWARD and kind in "iu":  # Whole rewards are numbers all the same.
+        if key == REWARD and kind in "iu":  # Rewards may be stored as integers.
             fits = True
         if expected.dtype == torch.bool and kind in "iuf":
             fits = bool(((values == 0) | (values == 1)).all())
@@ -298,21 +222,20 @@ def _check_dtypes(source: Source, piece: Piece, layout: Layout) -> None:
             )
 
 
-def _doubts(source: Source, checker: BlockChecker) -> list[str]:
+def _warnings(source: Source, checker: BlockChecker) -> list[str]:
     """What looks wrong or was repaired: one sentence for each ``DatasetWarning``."""
-    texts = [*source.warnings, *checker.findings(source.ends_known, source.termination)]
+    texts = [*source.warnings, *checker.warnings(source.ends_known, source.termination)]
     return [text if text.startswith(source.name) else f"{source.name}: {text}" for text in texts]
 
 
-def _remarks(
+def _notes(
     source: Source, measured: _Measured, statistics: dict[Key, ObservationStatistics]
 ) -> list[str]:
-    """What is unusual but ordinary in many environments: notes only."""
+    """What is unusual, but correct in many environments: notes without a warning."""
     texts = []
     if measured.low == measured.high and measured.index.rows > 1:
         texts.append(
-            f"{source.name}: every reward is {measured.low:g}; only the lengths of episodes can tell "
-            "good from bad."
+            f"{source.name}: every reward is {measured.low:g}; episodes differ in their lengths only."
         )
     for key, s in statistics.items():
         if s.constant and s.count > 1:

@@ -1,4 +1,4 @@
-"""Built tables on disk: written beside their place, renamed when complete, reused while valid."""
+"""Built tables on disk: written to a temporary folder, renamed when complete, reused while valid."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @dataclass(frozen=True)
 class Description:
-    """What a dataset knows besides its rows."""
+    """Everything about a dataset except its rows."""
 
     name: str
     observation_space: gym.Space[Any]
@@ -57,7 +57,7 @@ def describe(source: Source) -> Description:
 
 
 def fingerprint(files: Sequence[Path], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a built table depends on: each file's size, time and content, and the options.
+    """Everything that a built table depends on: size, time and content of each file, and the options.
 
     The content is a 128-bit BLAKE2b digest. A file larger than 16 MiB is sampled: 64 blocks of
     64 KiB, the first and the last of them at its ends and the others evenly between, so that a
@@ -65,13 +65,13 @@ def fingerprint(files: Sequence[Path], options: Mapping[str, Any]) -> dict[str, 
     noticed by size and time only. Where there are n files, each gets an n-th of both numbers, but
     at least one block and 3 blocks.
 
-    Without ``files`` (data in memory) nothing built is ever taken for fresh.
+    Without ``files`` (data in memory) a built table is never reused.
     """
-    seen = [
+    records = [
         [str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns, _digest(p, len(files))]
         for p in files
     ]
-    return {"format": 2, "files": seen, "options": {k: repr(v) for k, v in options.items()}}
+    return {"format": 2, "files": records, "options": {k: repr(v) for k, v in options.items()}}
 
 
 def _digest(path: Path, files: int) -> str:
@@ -90,10 +90,10 @@ def _digest(path: Path, files: int) -> str:
 def load_built(folder: Path, expected: Mapping[str, Any]) -> tuple[Built, Description] | None:
     """The table in ``folder`` if it was built from the same files with the same options.
 
-    With it comes its description, so that the source need not be opened. None where there is
-    nothing, something stale of ours, or a table of which a file has another size than when it was
-    built. Raises ``DatasetError`` where the
-    folder holds anything else, which is never overwritten.
+    Its description is returned too, so that the source need not be opened. None where there is
+    nothing, a table of this package that no longer matches, or a table of which a file has another
+    size than when it was built. Raises ``DatasetError`` where the folder contains anything else,
+    which is never overwritten.
     """
     if not folder.exists():
         return None
@@ -112,7 +112,7 @@ def load_built(folder: Path, expected: Mapping[str, Any]) -> tuple[Built, Descri
             return None
         return _loaded(folder, saved)
     except (ValueError, KeyError, TypeError, OSError, RuntimeError):
-        return None  # Of another version, or damaged: it is built again.
+        return None  # Written by another version, or damaged: it is built again.
 
 
 def _loaded(folder: Path, saved: Mapping[str, Any]) -> tuple[Built, Description]:
@@ -184,33 +184,33 @@ def _record(
 
 
 def load_or_build(
-    opened: Callable[[], Source], folder: Path, expected: Mapping[str, Any], **how: Any
+    open_source: Callable[[], Source], folder: Path, expected: Mapping[str, Any], **options: Any
 ) -> tuple[Built, Description]:
-    """``load_built``, or else ``build_cached`` of the source that ``opened`` returns.
+    """``load_built``, or else ``build_cached`` of the source that ``open_source`` returns.
 
-    Other processes and threads that use the folder wait meanwhile (see ``folder_lock``), so the
-    table that is returned is the one that was asked for.
+    ``options`` go to ``build``. Other processes and threads that use the folder wait meanwhile (see
+    ``folder_lock``), so that they cannot replace the table before it is returned.
     """
     if folder.exists():
         with folder_lock(folder, shared=True):
             if (loaded := load_built(folder, expected)) is not None:
                 return loaded
-    source = opened()
+    source = open_source()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder):
-        return load_built(folder, expected) or build_cached(source, folder, expected, **how)
+        return load_built(folder, expected) or build_cached(source, folder, expected, **options)
 
 
 def build_cached(
-    source: Source, folder: Path, expected: Mapping[str, Any], **how: Any
+    source: Source, folder: Path, expected: Mapping[str, Any], **options: Any
 ) -> tuple[Built, Description]:
-    """``build`` into ``folder``: written beside it and renamed when complete.
+    """``build`` into a temporary folder beside ``folder``, renamed to it when complete.
 
-    Raises ``DatasetError`` with the space needed and free where the disk is, or gets, full.
+    Raises ``DatasetError`` with the needed and the free space where the disk is or becomes full.
     """
-    needed = table_bytes(source, how["dtype"])
+    needed = table_bytes(source, options["dtype"])
     try:
-        return _build_cached(source, folder, expected, needed, **how)
+        return _build_cached(source, folder, expected, needed, **options)
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -228,13 +228,13 @@ def _full(folder: Path, needed: int, reason: str) -> DatasetError:
 
 
 def _build_cached(
-    source: Source, folder: Path, expected: Mapping[str, Any], needed: int, **how: Any
+    source: Source, folder: Path, expected: Mapping[str, Any], needed: int, **options: Any
 ) -> tuple[Built, Description]:
     if needed > shutil.disk_usage(folder.absolute().parent).free:
         raise _full(folder, needed, "nothing was written")
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        built = build(source, folder=staging / TABLE, **how)
+        built = build(source, folder=staging / TABLE, **options)
         np.savez(
             staging / "episodes.npz", returns=built.episode_returns, lengths=built.episode_lengths
         )

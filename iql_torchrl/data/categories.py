@@ -1,4 +1,4 @@
-"""Ranges of observed categories, which a compiled program cannot refuse without ending the process."""
+"""Checks of the range of observed categories, which compiled code cannot make without a crash."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_categories(data: TensorDictBase, limits: Limits) -> None:
 
 
 def check_rows(rows: DeviceSampler, limits: Limits) -> None:
-    """The same for everything that a sampler may draw."""
+    """:func:`check_categories` for all rows of a sampler."""
     for key, limit in limits.items():
         _check(key, rows.column(key), limit)
 

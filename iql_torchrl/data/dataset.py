@@ -1,4 +1,4 @@
-"""A loaded dataset: checked transitions with what learning and evaluation need to know."""
+"""A loaded dataset: checked transitions, their spaces, statistics and environment."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ __all__ = ["OfflineDataset"]
 
 @dataclass(frozen=True)
 class OfflineDataset:
-    """Transitions that passed every check, with what learning and evaluation need to know.
+    """Transitions that passed every check, with their spaces, statistics and environment.
 
     Attributes:
         transitions: batch ``(N,)`` in TorchRL's layout: ``observation`` (nested for Dict spaces),
             ``action``, ``("next", "observation")``, ``("next", "reward")`` (mapped, ``(N, 1)``),
-            ``("next", "terminated" | "truncated" | "done")`` bool ``(N, 1)`` (done: either of the
-            others), and int64 ``("collector", "traj_ids")`` ``(N,)``, which number the episodes: a
-            row may terminate inside one where the source's trajectories continue after a goal.
+            ``("next", "terminated" | "truncated" | "done")`` bool ``(N, 1)`` (done: terminated or
+            truncated), and int64 ``("collector", "traj_ids")`` ``(N,)``, which number the episodes.
+            A row may terminate inside an episode if trajectories continue after a goal.
             ``action_mask``, ``("next", "action_mask")`` bool ``(N, n)`` and ``action_log_prob``
             ``(N,)`` where the source has them. Episodes are complete, consecutive and in the source's
             order.
-        observation_space, action_space: Gymnasium's; the specs are TorchRL's of the same.
+        observation_space, action_space: Gymnasium's spaces; the specs are TorchRL's form of them.
         statistics: per observation key (``"observation"``, or a tuple for nested ones) its
             ``ObservationStatistics``; categories have none.
         episode_returns: raw rewards summed over the kept rows of each episode, float64 ``(E,)``.
         episode_lengths: kept rows of each episode, int64 ``(E,)``.
-        reward_map: the affine map the rewards went through; apply it to online rewards too.
+        reward_map: the affine map that was applied to the rewards; apply it to online rewards too.
         reference_scores: raw returns (random, expert), or None.
         notes: what was dropped, guessed or repaired, one sentence each.
     """
@@ -81,7 +81,7 @@ class OfflineDataset:
         return spec_of_space(self.action_space, self.dtype, ACTION)
 
     def normalised_score(self, returns: ArrayLike) -> NDArray[np.float64]:
-        """Raw returns on the 0 (random) .. 100 (expert) scale.
+        """Raw returns on the scale from 0 (random) to 100 (expert).
 
         Raises ``DatasetError`` without ``reference_scores``.
         """
@@ -97,7 +97,7 @@ class OfflineDataset:
         """The function that makes a fresh environment, from ``env=`` or the dataset's record.
 
         It contains none of the data, so it can be sent to another process. Where
-        ``load_dataset(concatenate=...)`` joined leaves, its observations are joined alike.
+        ``load_dataset(concatenate=...)`` joined leaves, its observations are joined in the same way.
 
         Calling it raises ``DatasetError`` saying what to install, or that none is recorded.
         """
@@ -119,7 +119,7 @@ class OfflineDataset:
         capacity: int | None = None,
         **kwargs: Any,
     ) -> TensorDictReplayBuffer:
-        """A TorchRL buffer over the transitions; see ``replay.replay_buffer``."""
+        """A TorchRL buffer of the transitions; see ``data.replay_buffer``."""
         return replay.replay_buffer(
             self.transitions, batch_size, device=device, seed=seed, capacity=capacity, **kwargs
         )
@@ -127,7 +127,7 @@ class OfflineDataset:
     def device_sampler(
         self, batch_size: int, device: torch.device | str | None = None, seed: int | None = None
     ) -> replay.DeviceSampler:
-        """A ``DeviceSampler`` over the transitions."""
+        """A ``DeviceSampler`` of the transitions."""
         return replay.DeviceSampler(self.transitions, batch_size, device=device, seed=seed)
 
     def split(self, fraction: float, seed: int) -> tuple[OfflineDataset, OfflineDataset]:

@@ -15,8 +15,8 @@ ROWS_AT_ONCE = 65_536
 def fingerprint(transitions: TensorDictBase) -> dict[str, str]:
     """Per leaf, by name: dtype, shape and a 128-bit BLAKE2b digest of its bytes.
 
-    Two tables agree in a leaf exactly when every value is equal bit for bit. Reads every byte
-    once, about a second per gigabyte; memory-mapped tables are read in pieces.
+    Digests are equal exactly if all values are equal bit for bit. Reads every byte once, about a
+    second per gigabyte; memory-mapped tables are read in pieces.
     """
     digests = {}
     for name in sorted(transitions.keys(include_nested=True, leaves_only=True), key=str):

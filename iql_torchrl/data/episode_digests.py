@@ -42,7 +42,7 @@ def episode_digests(log: OfflineDataset) -> IntArray:
 
 
 def sketch_of(digests: IntArray) -> IntArray:
-    """The ``SKETCH`` smallest of ``digests``, ascending; all of them if they fit.
+    """The ``SKETCH`` smallest of ``digests``, ascending; all of them if there are fewer.
 
     Enough to estimate the share of another log's episodes that this log contains (Broder 1997, "On
     the resemblance and containment of documents").

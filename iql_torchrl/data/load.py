@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,28 +16,22 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
-from iql_torchrl.data.build import build
-from iql_torchrl.data.cache import describe, fingerprint, load_or_build
+from iql_torchrl.data.build import Built, build
+from iql_torchrl.data.cache import Description, describe, fingerprint, load_or_build
 from iql_torchrl.data.dataset import OfflineDataset
-from iql_torchrl.data.readers.arrays import flatten, hdf5_parts, open_hdf5, open_npz
-from iql_torchrl.data.readers.minari import find_minari, minari_files, minari_source
-from iql_torchrl.data.readers.source import (
-    EnvLike,
-    ReadOptions,
-    Source,
-    chain,
-    concatenated,
-    env_maker,
-    joined_env_maker,
-)
+from iql_torchrl.data.readers.arrays import TABLE_FILES, flatten, open_hdf5, open_npz
+from iql_torchrl.data.readers.concatenation import concatenated, joined_env_maker
+from iql_torchrl.data.readers.environments import EnvLike, env_maker
+from iql_torchrl.data.readers.minari import find_minari, minari_source
+from iql_torchrl.data.readers.source import ReadOptions, Source, chain
 from iql_torchrl.data.readers.table import table_source
 from iql_torchrl.data.readers.tensordict import columns_of_tensordict
 from iql_torchrl.data.scaling import REFERENCE_RETURNS
 from iql_torchrl.data.schema import DatasetError, DatasetWarning, Key
+from iql_torchrl.data.source_identity import env_identity, read_settings, source_files
 
 __all__ = ["load_dataset"]
 
-TABLE_FILES = (".hdf5", ".h5", ".npz")
 
 SourceLike: TypeAlias = (
     "str | Path | minari.MinariDataset | Mapping[str, Any] | TensorDictBase | ReplayBuffer"
@@ -75,25 +68,25 @@ def load_dataset(
             ``make_env`` makes it. Minari's own record is used where this is None.
         reward: ``"raw"``, ``"return_range"`` (1000 / (max - min episode return): the paper's
             locomotion), ``"minus_one"`` (AntMaze), or ``(scale, shift)``: r' = scale * r + shift.
-        columns: our key to the file's column: ``observation``, ``action``, ``reward``,
+        columns: maps our keys to the file's columns: ``observation``, ``action``, ``reward``,
             ``next_observation``, ``terminated``, ``not_terminated`` (its opposite: 0 where a row
             terminates), ``truncated``, ``episode``, ``valid`` (0 where a row is no transition and
             only has the observation after the row before), ``action_mask``,
             ``next_action_mask``, ``action_log_prob``; None leaves an optional one out, and
-            ``terminated`` where no row terminates. Common names are recognised by themselves, OGBench's
-            too: ``masks`` is ``not_terminated`` (also where ``columns`` maps
-            ``terminated`` to it), and ``terminals`` beside ``masks`` or ``valids`` marks ends of
-            trajectories, which may continue after a termination (see ``table_source``).
+            ``terminated`` where no row terminates. Common names are recognised, also OGBench's:
+            ``masks`` is ``not_terminated`` (also where ``columns`` maps ``terminated`` to it), and
+            ``terminals`` in a file with ``masks`` or ``valids`` marks ends of trajectories, which may
+            continue after a termination (see ``table_source``).
         reward_offset: 1 where a row's reward belongs to the action of the row before.
         concatenate: leaves of a Dict observation to join, in order, into one ``observation``; the
-            environments of ``make_env`` give it joined too.
-        limit: at most this many transitions: the first complete episodes; only a first episode
+            environments of ``make_env`` join it too.
+        limit: at most this many transitions: the first complete episodes. A first episode that is
             longer than the limit is cut, and truncated there.
         memmap: a folder for a memory-mapped table, built in bounded memory and reused while the
-            files and options stay the same. Every process may use the same folder: one builds, the
-            others wait. The table's tensors are views of the files: what is written into
-            them (``transitions["action"].mul_(2)``) changes the files, and the next call returns it;
-            clone the transitions before changing them.
+            files and options stay the same. Several processes may use the same folder: one builds,
+            the others wait. The table's tensors are views of the files: changing them
+            (``transitions["action"].mul_(2)``) changes the files, also for the next call; clone the
+            transitions before you change them.
         dtype: of observations, continuous actions and rewards.
         clip_actions: clip continuous actions to their bounds; otherwise such actions are an error.
         max_episode_steps: cuts longer episodes of a table without truncation marks; by default
@@ -104,23 +97,21 @@ def load_dataset(
         download: False never uses the network.
         progress: a progress bar; None shows it on terminals only.
 
-    Warns with ``DatasetWarning``, and keeps the sentence in ``notes``, where marks contradict the
-    rows: a termination after which the same trajectory goes on; terminations at one fixed length
+    Warns with ``DatasetWarning``, and adds the sentence to ``notes``, where marks contradict the
+    rows: a termination after which the same trajectory continues; terminations at one fixed length
     in every episode; truncation marks inside smooth motion; no mark at all in a table that jumps;
     ends of episodes that do not lie where the rows jump (``readers.motion`` and
     ``readers.table_jumps`` say what is measured); a ``next_observation`` that is not the following
     row's observation inside an episode, or is at truncated ends (``readers.table_successors``);
     terminations in nearly every row of a trajectory. Also where most rows are dropped, most
     episodes have one row, or actions look like encoded categories. A memory-mapped table that is
-    reused gives its warnings again.
+    reused repeats its warnings.
 
     Raises:
         DatasetError: naming the key, rows, episode, what was expected and what to do.
     """
     _check_options(dtype, reward, columns, limit, max_episode_steps)
-    for key, space in (("observation_space", observation_space), ("action_space", action_space)):
-        if space is not None and not isinstance(space, gym.Space):
-            raise DatasetError(f"{key}: expected a gymnasium.Space, got {type(space).__name__}.")
+    _check_spaces(observation_space, action_space)
     maker = None if env is None else env_maker(env)
     options = ReadOptions(
         columns=dict(columns or {}),
@@ -132,34 +123,42 @@ def load_dataset(
         observation_space=observation_space,
         action_space=action_space,
     )
-    how: dict[str, Any] = {
+    build_options: dict[str, Any] = {
         "reward": reward, "dtype": dtype, "clip_actions": clip_actions, "progress": progress,
     }  # fmt: skip
 
-    def opened() -> Source:
+    def open_source() -> Source:
         table = _open(source, options, maker)
         table = concatenated(table, concatenate) if concatenate else table
         return chain([table], limit)
 
     if memmap is None:
-        read = opened()
-        built, description = build(read, **how), describe(read)
+        table = open_source()
+        built, description = build(table, **build_options), describe(table)
     else:
         settings = {
-            **how, "progress": None, "columns": options.columns, "reward_offset": reward_offset,
-            "concatenate": concatenate, "limit": limit, "max_episode_steps": max_episode_steps,
-            "observation": _space_identity(observation_space),
-            "action": _space_identity(action_space), "env": _env_identity(env),
-            "source": source if isinstance(source, str | Path | list | tuple) else None,
+            **build_options, "progress": None, "concatenate": concatenate, "limit": limit,
+            "env": env_identity(env), **read_settings(source, options),
         }  # fmt: skip
-        identity = fingerprint(_files(source, options), settings)
-        built, description = load_or_build(opened, Path(memmap), identity, **how)
+        expected = fingerprint(source_files(source, options), settings)
+        built, description = load_or_build(open_source, Path(memmap), expected, **build_options)
     for text in built.warnings:
         warnings.warn(text, DatasetWarning, stacklevel=2)
     if maker is None and description.env_spec is not None:
         maker = env_maker(description.env_spec)
     if maker is not None and concatenate:
         maker = joined_env_maker(maker, concatenate)
+    scores = _scores(reference_scores) or description.reference_scores
+    return _dataset(built, description, maker, scores, dtype)
+
+
+def _dataset(
+    built: Built,
+    description: Description,
+    maker: Callable[[], gym.Env[Any, Any]] | None,
+    scores: tuple[float, float] | None,
+    dtype: torch.dtype,
+) -> OfflineDataset:
     return OfflineDataset(
         transitions=built.transitions,
         observation_space=description.observation_space,
@@ -168,7 +167,7 @@ def load_dataset(
         episode_returns=built.episode_returns,
         episode_lengths=built.episode_lengths,
         reward_map=built.map,
-        reference_scores=_scores(reference_scores) or description.reference_scores,
+        reference_scores=scores,
         notes=built.notes,
         name=description.name,
         dtype=dtype,
@@ -176,44 +175,10 @@ def load_dataset(
     )
 
 
-def _files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
-    """Every file that the source reads; empty if any part of it is in memory."""
-    if isinstance(source, list | tuple):
-        parts = [_files(item, options) for item in source]
-        return tuple(path for part in parts for path in part) if all(parts) else ()
-    if isinstance(source, str | Path) and Path(source).suffix.lower() in TABLE_FILES:
-        path = Path(source)
-        if not path.is_file():
-            return ()
-        return (path,) if path.suffix.lower() == ".npz" else (path, *hdf5_parts(path))
-    if isinstance(source, str):
-        source = find_minari(source, download=options.download)
-    return minari_files(source) if isinstance(source, minari.MinariDataset) else ()
-
-
-def _env_identity(env: EnvLike | None) -> str | None:
-    """What of an environment decides how a table is read."""
-    if env is None:
-        return None
-    # An id alone does not say which limit and spaces are registered under it.
-    made = env if isinstance(env, gym.Env) else env_maker(env)()
-    spaces = f"{_space_identity(made.observation_space)} {_space_identity(made.action_space)}"
-    identity = f"{made.spec} {spaces}"
-    if made is not env:
-        made.close()
-    return identity
-
-
-def _space_identity(space: gym.Space[Any] | None) -> str | None:
-    """A space's text, with a digest of its bounds, which the text shortens."""
-    if space is None:
-        return None
-    if isinstance(space, gym.spaces.Box):
-        digest = hashlib.blake2b(space.low.tobytes() + space.high.tobytes(), digest_size=16)
-        return f"{space} {digest.hexdigest()}"
-    if isinstance(space, gym.spaces.Dict):
-        return str({key: _space_identity(inner) for key, inner in space.spaces.items()})
-    return str(space)
+def _check_spaces(observation_space: Any, action_space: Any) -> None:
+    for key, space in (("observation_space", observation_space), ("action_space", action_space)):
+        if space is not None and not isinstance(space, gym.Space):
+            raise DatasetError(f"{key}: expected a gymnasium.Space, got {type(space).__name__}.")
 
 
 def _check_options(
@@ -240,21 +205,21 @@ def _public(key: Key) -> str | Key:
     return key[0] if len(key) == 1 else key
 
 
-def _scores(given: tuple[float, float] | str | None) -> tuple[float, float] | None:
-    if given is None:
+def _scores(scores: tuple[float, float] | str | None) -> tuple[float, float] | None:
+    if scores is None:
         return None
-    if isinstance(given, str):
-        if given not in REFERENCE_RETURNS:
+    if isinstance(scores, str):
+        if scores not in REFERENCE_RETURNS:
             raise DatasetError(
-                f"reference_scores: {given!r} is not among {', '.join(REFERENCE_RETURNS)}."
+                f"reference_scores: {scores!r} is not among {', '.join(REFERENCE_RETURNS)}."
             )
-        return REFERENCE_RETURNS[given]
-    if not _pair(given) or given[0] == given[1]:
+        return REFERENCE_RETURNS[scores]
+    if not _pair(scores) or scores[0] == scores[1]:
         raise DatasetError(
             "reference_scores: expected two different returns (random, expert), or a task's name, "
-            f"got {given!r}."
+            f"got {scores!r}."
         )
-    return float(given[0]), float(given[1])
+    return float(scores[0]), float(scores[1])
 
 
 def _pair(values: Any) -> bool:
@@ -301,16 +266,16 @@ def _open(
 
 
 def _with_env(options: ReadOptions, maker: Callable[[], gym.Env[Any, Any]] | None) -> ReadOptions:
-    """A table's spaces and step limit from its environment, where the options do not give them."""
+    """``options`` with the environment's spaces and step limit where they are not set."""
     if maker is None:
         return options
-    made = maker()
-    steps = made.spec.max_episode_steps if made.spec is not None else None
+    env = maker()
+    steps = env.spec.max_episode_steps if env.spec is not None else None
     described = replace(
         options,
-        observation_space=options.observation_space or made.observation_space,
-        action_space=options.action_space or made.action_space,
+        observation_space=options.observation_space or env.observation_space,
+        action_space=options.action_space or env.action_space,
         max_episode_steps=options.max_episode_steps or steps,
     )
-    made.close()
+    env.close()
     return described

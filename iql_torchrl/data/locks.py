@@ -17,11 +17,11 @@ __all__ = ["folder_lock"]
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Holds the lock ``.<name>.lock`` beside ``folder`` (``fcntl.flock``); waits for it.
+    """Holds the lock ``.<name>.lock`` next to ``folder`` (``fcntl.flock``); waits for it.
 
-    ``shared``: other shared locks may be held at the same time, but no exclusive one. The lock file
-    is deleted by the last one that holds it. Nothing is locked where ``fcntl`` is missing, where the
-    place beside the folder is read-only, and on file systems without locks.
+    ``shared``: other shared locks may be held at the same time, but no exclusive one. The last
+    holder deletes the lock file. Nothing is locked where ``fcntl`` is missing, where the parent of
+    the folder is read-only, and on file systems without locks.
     """
     file = _acquire(folder.absolute().parent / f".{folder.name}.lock", shared)
     try:
@@ -44,7 +44,7 @@ def _acquire(path: Path, shared: bool) -> int | None:
         except OSError:
             os.close(file)
             return None
-        # The file may have been deleted, and another one made, while this waited.
+        # During the wait the file may have been deleted, and another one created.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), os.stat(path)):
                 return file
@@ -53,7 +53,7 @@ def _acquire(path: Path, shared: bool) -> int | None:
 
 def _release(path: Path, file: int) -> None:
     try:
-        with contextlib.suppress(OSError):  # Others hold it, or wait with a shared lock.
+        with contextlib.suppress(OSError):  # Others hold the lock, or wait with a shared one.
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.unlink(path)
     finally:

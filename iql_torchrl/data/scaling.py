@@ -1,7 +1,7 @@
-"""Reward maps, observation statistics and reference returns: numbers that rescale, kept explicit.
+"""Reward maps, observation statistics and reference returns.
 
-Nothing here changes observations: standardisation is the networks' first layer, fed by
-``ObservationStatistics``.
+Nothing here changes observations: the first layer of each network standardises them, with the
+numbers of ``ObservationStatistics``.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ def reward_map(reward: str | Sequence[float], episode_returns: NDArray[np.float6
 class ObservationStatistics:
     """Mean and standard deviation of one observation key over all rows, shape of one row.
 
-    float32, accumulated in float64; the deviation is the population's. ``constant``: flat indices
-    of columns that never change; their ``std`` is 1, so dividing is always safe. ``count``: rows.
+    float32, accumulated in float64; the deviation is that of the rows (divided by N). ``constant``:
+    flat indices of columns that never change; their ``std`` is 1, to avoid a division by zero.
+    ``count``: rows.
     """
 
     mean: Tensor
@@ -129,7 +130,7 @@ class StatisticsAccumulator:
     def result(self) -> ObservationStatistics:
         still = self.low == self.high
         std = np.sqrt(self.squares / max(self.count, 1)).astype(np.float32)
-        # A column that moves by less than float32 resolves would otherwise divide by zero.
+        # The deviation of a column that changes by less than float32's resolution may be zero.
         std[still | (std == 0)] = 1.0
         mean = np.where(still, self.low, self.mean).astype(np.float32)
         return ObservationStatistics(
@@ -141,7 +142,7 @@ class StatisticsAccumulator:
 
 
 #: Mean return of a random policy and of an expert for D4RL's tasks, raw rewards (Fu et al. 2020,
-#: arXiv:2004.07219; numbers of ``d4rl/infos.py``). Ant's maze pays 1 for reaching the goal.
+#: arXiv:2004.07219; numbers of ``d4rl/infos.py``). In AntMaze the goal gives reward 1.
 REFERENCE_RETURNS: dict[str, tuple[float, float]] = {
     "halfcheetah": (-280.178953, 12135.0),
     "hopper": (-20.272305, 3234.3),
@@ -163,7 +164,7 @@ REFERENCE_RETURNS: dict[str, tuple[float, float]] = {
 def normalised_score(
     returns: ArrayLike, reference_scores: tuple[float, float]
 ) -> NDArray[np.float64]:
-    """``100 * (return - random) / (expert - random)``, elementwise; the field's 0..100 scale.
+    """``100 * (return - random) / (expert - random)``, elementwise: D4RL's scale from 0 to 100.
 
     ``returns``: raw episode returns. ``reference_scores``: (random, expert).
     """

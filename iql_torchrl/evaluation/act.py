@@ -16,6 +16,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.evaluation import gym_interface as interface
+from iql_torchrl.evaluation.environment_actions import environment_actions
 
 __all__ = ["act", "as_in_evaluation", "needs_mask", "whole_limits"]
 
@@ -31,12 +32,12 @@ def act(
     action_mask: Any = None,
     seed: int | None = None,
 ) -> Any:
-    """The policy's action as ``env.step`` takes it: the space's dtype and shape, within bounds.
+    """The policy's action for ``env.step``: with the space's dtype and shape, within bounds.
 
-    ``observation``: one, as the environment gives it, or a batch: one more leading dimension on
-    every leaf, and then also on ``action_mask`` (``(n,)`` booleans) and on the result. Runs in
-    evaluation mode without gradients. The caller's torch random state does not change, except
-    when a sample is drawn without ``seed``.
+    ``observation``: one, as the environment gives it, or a batch, with a leading dimension on every
+    leaf. In a batch, ``action_mask`` (``(n,)`` booleans) and the result have that dimension too.
+    Runs in evaluation mode without gradients. The caller's torch random state does not change,
+    except when a sample is drawn without ``seed``.
 
     Raises:
         TypeError: ``policy`` is not a TensorDict module.
@@ -70,9 +71,7 @@ def act(
             f"policy wrote a {type(action).__name__} under 'action'; it must write a tensor."
         )
     moments = [(row, 0) for row in range(len(rows))]
-    actions = np.asarray(
-        interface.environment_actions(action, action_space, moments), action_space.dtype
-    )
+    actions = np.asarray(environment_actions(action, action_space, moments), action_space.dtype)
     if count is not None:
         return actions
     return actions[0] if isinstance(action_space, spaces.Discrete) else np.asarray(actions[0])
@@ -177,7 +176,7 @@ def _array(value: Any, path: str) -> NDArray[Any]:
 
 
 def whole_limits(space: spaces.Space[Any]) -> tuple[Any, Any] | None:
-    """The least and the greatest value of a space of whole numbers, inclusive; None for floats.
+    """The smallest and the largest value of a space of whole numbers, inclusive; None for floats.
 
     Numbers, or arrays of the space's shape.
     """

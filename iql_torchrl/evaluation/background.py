@@ -2,8 +2,8 @@
 
 The process is started by ``subprocess``, not ``multiprocessing``: the user's script is not imported
 again, so scripts need no ``if __name__ == "__main__"``, and notebooks work. joblib's loky is not
-used, because with it an interpreter that exits waits for a hung evaluation for ever, and workers
-outlive a parent that is killed.
+used: with it an interpreter that exits would wait without end for an evaluation that hangs, and
+workers continue to run after the parent is killed.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ class BackgroundEvaluation:
     ``policy`` and ``make_env`` are sent once, as they are now; ``submit`` sends the policy's
     parameters and buffers. The process uses the number of torch threads, the default dtype and the
     matrix precision that are set when ``submit`` is called, so both processes share the processor's
-    cores. It starts at the first ``submit``, prints to stderr, ignores Ctrl-C and SIGTERM (this
-    process decides what they mean), and ends with this object, with the interpreter, or when this
-    process is killed. Not for use from several threads.
+    cores. It starts at the first ``submit``, prints to stderr, and ignores Ctrl-C and SIGTERM, which
+    this process handles. It ends when this object is deleted, when the interpreter exits, or when
+    this process is killed. Not for use from several threads.
 
     Args:
-        policy: as for :func:`~iql_torchrl.evaluate`; it may live on any device.
-        make_env: likewise; lambdas, closures and what a script or notebook defines are sent by
-            value, with the globals they read.
+        policy: as for :func:`~iql_torchrl.evaluate`; it may be on any device.
+        make_env: as for :func:`~iql_torchrl.evaluate`; lambdas, closures and functions that are
+            defined in a script or notebook are sent by value, with the globals they read.
 
     Keyword Args:
         device: where the policy is evaluated, by default the CPU.
-        timeout: seconds > 0 that one evaluation may take, the start of its process (some seconds)
-            included; None for no limit. After that the process is killed with all it has started,
+        timeout: seconds > 0 that one evaluation may take, including the start of its process (some
+            seconds); None for no limit. After that the process and its child processes are killed,
             ``results`` raises :class:`EvaluationTimeout`, and the next evaluation starts a new
-            process. An ``OfflineTrainer`` warns and trains on; that row has no score. The attribute
-            ``timeout`` may be changed, and holds for what is submitted afterwards.
+            process. An ``OfflineTrainer`` warns and continues; that row has no score. The attribute
+            ``timeout`` may be changed; the new value is used for later calls of ``submit``.
 
     The other keywords are those of :func:`~iql_torchrl.evaluate`.
 
     Raises:
-        TypeError, ValueError: as from :func:`~iql_torchrl.evaluate`, or a thing cannot be sent.
+        TypeError, ValueError: as from :func:`~iql_torchrl.evaluate`, or an argument cannot be sent.
     """
 
     def __init__(
@@ -143,9 +143,9 @@ class BackgroundEvaluation:
     ) -> list[tuple[int, Evaluation]]:
         """``(number, evaluation)`` of those finished since the last call, in order of submission.
 
-        With ``wait`` it blocks until all submitted are finished; ``stop`` is called several times a
-        second meanwhile, and if it returns True, the wait ends. After ``close()`` it returns those
-        that had finished before.
+        With ``wait`` it blocks until all submitted evaluations are finished. During the wait,
+        ``stop`` is called several times a second; if it returns True, the wait ends. After
+        ``close()`` it returns those that finished before.
 
         Raises:
             EvaluationTimeout: an evaluation took longer than ``timeout`` and was ended. Its number

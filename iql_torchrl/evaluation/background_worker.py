@@ -1,4 +1,4 @@
-"""What runs in the process of a ``BackgroundEvaluation``, and the messages it receives and sends."""
+"""The code in the process of a ``BackgroundEvaluation``, and the messages it receives and sends."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ PRECISIONS = (
 
 @dataclass(frozen=True)
 class Structure:
-    """What is sent once: the pickled policy and ``make_env``, and the keywords of ``evaluate``."""
+    """The first message: the pickled policy and ``make_env``, and the keywords of ``evaluate``."""
 
     policy: bytes
     make_env: bytes
@@ -69,7 +69,7 @@ class Structure:
 
     @classmethod
     def of(cls, policy: nn.Module, make_env: Any, arguments: dict[str, Any]) -> Structure:
-        """Raises ``TypeError`` for what cannot be pickled; warns of a large ``make_env``."""
+        """Raises ``TypeError`` for objects that cannot be pickled; warns of a large ``make_env``."""
         environment = _packed("make_env", make_env)
         if len(environment) > LARGE:
             warnings.warn(
@@ -171,7 +171,7 @@ def _packed(name: str, thing: Any) -> bytes:
     except Exception as error:
         raise TypeError(
             f"{name} cannot be sent to the evaluation process ({type(error).__name__}: {error}); "
-            f"it must not hold open files, locks, running environments and the like: make them in "
+            f"it must not contain open files, locks or running environments: make them in "
             f"the function that make_env is"
         ) from error
     return file.getvalue()
@@ -200,10 +200,10 @@ def send(message: Any, pipe: IO[bytes]) -> None:
 
 
 def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
-    """Answer requests in turn until the parent process ends, or sends the signal ``LEAVE``.
+    """Answer requests in order until the parent process ends, or sends the signal ``LEAVE``.
 
-    The pipe delivers a ``Structure``, then pairs of a saved snapshot and an ``Arithmetic``; the
-    answer to each pair is an ``Evaluation`` or a ``Failure``.
+    The pipe delivers a ``Structure``, then pairs of a snapshot and an ``Arithmetic``; the answer to
+    each pair is an ``Evaluation`` or a ``Failure``.
     """
     # SystemExit lets evaluate close its environments before the process ends.
     signal.signal(LEAVE, lambda *_: sys.exit(128 + LEAVE))

@@ -1,4 +1,4 @@
-"""Conversion between Gymnasium observations and actions and a policy's TensorDicts."""
+"""Conversion of Gymnasium's observations and masks into a policy's TensorDict."""
 
 from __future__ import annotations
 
@@ -14,27 +14,24 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from iql_torchrl.descriptions import bounds_in_words, describe_space, describe_values
+from iql_torchrl.descriptions import describe_space, describe_values
+from iql_torchrl.evaluation.environment_actions import Moments, environment_actions
 
 __all__ = [
     "action_chooser",
     "action_mask",
     "check_policy",
-    "environment_actions",
     "policy_device",
     "policy_input",
     "reads_names_at_top_level",
 ]
 
-Moments = Sequence[tuple[int, int]]
 Chooser = Callable[[Sequence[Any], Sequence[Mapping[str, Any]], Moments], list[Any]]
-
-ACTION_TOLERANCE = 1e-6
 
 
 def check_policy(policy: Any) -> None:
     """Raise ``TypeError`` for other than TensorDict modules, ``ValueError`` without ``action``."""
-    # Not by class: torch.compile hides the class of a TensorDict module but not its keys.
+    # The class is not compared: a compiled TensorDict module has another class but the same keys.
     written = getattr(policy, "out_keys", None)
     if not isinstance(policy, nn.Module) or written is None or not hasattr(policy, "in_keys"):
         raise TypeError(
@@ -108,7 +105,7 @@ def reads_names_at_top_level(in_keys: Sequence[Any], space: spaces.Space[Any]) -
     False means the nested layout, ``("observation", name)``, or a space that is not a Dict.
 
     Raises:
-        ValueError: a key is in neither layout, or a whole Dict is read as one tensor.
+        ValueError: a key is in neither layout, or a complete Dict is read as one tensor.
     """
     names = set(space.spaces) if isinstance(space, spaces.Dict) else set()
     observed = [key for key in in_keys if key != "action_mask" or key in names]
@@ -117,7 +114,7 @@ def reads_names_at_top_level(in_keys: Sequence[Any], space: spaces.Space[Any]) -
         raise ValueError(
             f"policy reads 'observation' as one tensor, but the environment gives a Dict of "
             f"{sorted(names)}; read its leaves, ('observation', name), or wrap the environment "
-            f"so that it joins them as the training data were joined"
+            f"so that it joins them in the same way as the training data"
         )
     for key in observed:
         path = (key,) if isinstance(key, str) else tuple(key)
@@ -216,88 +213,3 @@ def _boolean(mask: NDArray[Any]) -> Tensor:
             else f"an action mask must hold booleans (0 or 1), found {mask.dtype}"
         )
     return torch.as_tensor(mask, dtype=torch.bool)
-
-
-def environment_actions(actions: Tensor, space: spaces.Space[Any], moments: Moments) -> list[Any]:
-    """The policy's actions ``(B, ...)``, checked, each as the environment takes it.
-
-    ``moments`` are the ``(episode, step)`` of each row, for messages. For Discrete: Python
-    integers, from indices counted from zero or the largest of n values. For Box: arrays in the
-    space's dtype, clipped where they exceed a bound by at most 1e-6 (relative beyond 1).
-
-    Raises:
-        ValueError: an action is NaN, infinite, out of bounds or of the wrong shape.
-    """
-    actions = actions.detach().cpu()
-    values = (actions.double() if actions.is_floating_point() else actions).numpy()
-    if values.shape[:1] != (len(moments),):
-        raise ValueError(
-            f"policy output 'action' must have a leading batch of {len(moments)}, found shape "
-            f"{values.shape}"
-        )
-    if isinstance(space, spaces.Discrete):
-        _refuse(np.isnan(values), values, moments, "is NaN; look for NaN in its parameters")
-        return _discrete_actions(values, space)
-    if isinstance(space, spaces.Box):
-        return _box_actions(values, space, moments)
-    raise ValueError(
-        f"the action space must be Box or Discrete, found {describe_space(space)}; wrap the "
-        f"environment"
-    )
-
-
-def _refuse(
-    wrong: NDArray[np.bool_],
-    values: NDArray[Any],
-    moments: Moments,
-    message: str,
-) -> None:
-    if wrong.any():
-        row = int(wrong.reshape(len(moments), -1).any(axis=1).argmax())
-        episode, step = moments[row]
-        dimension = int(wrong.reshape(len(moments), -1)[row].argmax())
-        place = f" in dimension {dimension}," if values[row].size > 1 else ""
-        raise ValueError(
-            f"policy output 'action' {describe_values(values[row])}{place} at step {step} of "
-            f"episode {episode} {message}"
-        )
-
-
-def _discrete_actions(values: NDArray[Any], space: spaces.Discrete) -> list[Any]:
-    count = int(space.n)
-    if values.ndim == 2 and values.shape[1] == count and count > 1:
-        indices = values.argmax(axis=1)
-    elif values.shape[1:] in ((), (1,)) and np.issubdtype(values.dtype, np.integer):
-        indices = values.reshape(-1)
-    else:
-        raise ValueError(
-            f"policy output 'action' must be integer indices (B,) or (B, 1), or (B, {count}) "
-            f"one-hot, for {space}; found {values.dtype} of shape {values.shape}"
-        )
-    if indices.min() < 0 or indices.max() >= count:
-        raise ValueError(
-            f"policy output 'action' must be indices in 0..{count - 1} for {space}, found "
-            f"{indices.min()}..{indices.max()}"
-        )
-    return [int(index) + int(space.start) for index in indices]
-
-
-def _box_actions(values: NDArray[Any], space: spaces.Box, moments: Moments) -> list[Any]:
-    if values.shape[1:] != space.shape:
-        raise ValueError(
-            f"policy output 'action' must have shape {(len(moments), *space.shape)} for "
-            f"{describe_space(space)}, found {values.shape}"
-        )
-    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    below = low - ACTION_TOLERANCE * np.maximum(1.0, np.abs(low))
-    above = high + ACTION_TOLERANCE * np.maximum(1.0, np.abs(high))
-    bounds = f"the bounds {bounds_in_words(space.low, space.high)}"
-    _refuse(~np.isfinite(values), values, moments, f"is not finite; it must be within {bounds}")
-    _refuse(
-        (values < below) | (values > above),
-        values,
-        moments,
-        f"is outside {bounds}; bound the policy, or wrap the environment in "
-        f"gymnasium.wrappers.ClipAction or RescaleAction if that is how the data was recorded",
-    )
-    return list(np.clip(values, low, high).astype(space.dtype))

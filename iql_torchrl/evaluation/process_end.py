@@ -1,4 +1,4 @@
-"""Starting a subprocess, and ending it on request, by force, or at a time limit."""
+"""Start a subprocess; end it by a signal, by killing it, or at a time limit."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from types import TracebackType
 __all__ = ["GRACE", "LEAVE", "TimeLimit", "end", "exit_code", "start"]
 
 GRACE = 5.0  # seconds in which environments may close before the process is ended by force
-# Not SIGINT or SIGTERM: Ctrl-C and a scheduler's SIGTERM reach every process of a run, and the
-# parent decides what they mean.
+# SIGINT and SIGTERM are not used, because Ctrl-C and a scheduler send them to every process of a
+# run, and only the parent handles them.
 LEAVE = getattr(signal, "SIGUSR1", signal.SIGTERM)
 
 

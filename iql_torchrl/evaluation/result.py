@@ -47,13 +47,13 @@ class Evaluation:
     scores: FloatArray | None = None
 
     def summary(self, *, seed: int = 0) -> dict[str, float]:
-        """Plain floats, ready for a logger.
+        """The results as plain floats, for a logger.
 
         Standard errors are the sample deviation (``ddof=1``) over ``sqrt(episodes)``: NaN for
         one episode. ``_low`` and ``_high`` bound the mean return, the mean score and the success
         rate with 95 % confidence: percentile bootstrap over episodes, resampled from ``seed``,
-        and Wilson's interval for the rate; the first two are NaN for one episode. The spread is
-        that of episodes under one trained policy; it says nothing about other training seeds.
+        and Wilson's interval for the rate; the first two are NaN for one episode. The intervals
+        describe episodes of one trained policy; they do not include the effect of training seeds.
         """
         low, high = bootstrap_interval(self.returns, seed=seed)
         result = {

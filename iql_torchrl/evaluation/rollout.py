@@ -1,7 +1,7 @@
 """Rollouts of a policy in new environments.
 
-Every episode that is started is finished and counted, so short episodes are not favoured, and
-episode ``e`` always starts from ``env.reset(seed=seed + e)``, whichever environment runs it.
+Every episode that is started is finished and counted, so that the mean is not biased towards short
+episodes. Episode ``e`` always starts with ``env.reset(seed=seed + e)``, in any of the environments.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Episode:
         self.observation, self.info = self.env.reset(seed=seed + number)
 
     def step(self, action: Any) -> bool:
-        """Apply ``action``; True when the environment says that the episode is over."""
+        """Apply ``action``; True when the episode has ended."""
         self.observation, reward, terminated, truncated, self.info = self.env.step(action)
         self.total += float(reward)
         self.length += 1
@@ -83,12 +83,12 @@ def evaluate(
     Args:
         policy: a TensorDict module; its training mode is restored afterwards.
         make_env: called ``min(num_envs, episodes)`` times; each call must return a new
-            ``gymnasium.Env``. All are closed in the end, also after an error.
-        episodes: how many episodes count, at least 1.
-        num_envs: how many run side by side, in this process. With a deterministic policy it
-            changes results only through rounding in batched arithmetic.
-        seed: episode ``e`` starts from ``env.reset(seed=seed + e)``. Sampled actions are drawn
-            from ``seed`` too; the caller's torch generators are left untouched.
+            ``gymnasium.Env``. All are closed at the end, also after an error.
+        episodes: number of episodes, at least 1.
+        num_envs: how many episodes run at the same time, in this process. With a deterministic
+            policy it changes results only by the rounding of batched arithmetic.
+        seed: episode ``e`` starts with ``env.reset(seed=seed + e)``. Sampled actions are drawn
+            from ``seed`` too; the caller's torch generators do not change.
         reference_scores: None, ``(random, expert)`` mean returns, or an object with both under
             such names (``random, expert``; ``minimum, maximum``; Minari's ``ref_min_score,
             ref_max_score``).

@@ -19,7 +19,7 @@ __all__ = [
 FloatArray = NDArray[np.float64]
 
 RESAMPLES = 2000
-DRAWS_AT_ONCE = 2**18  # bounds the memory, and stays within a processor's cache
+DRAWS_AT_ONCE = 2**18  # limits the memory, and fits into a processor's cache
 
 
 def standard_error(values: FloatArray) -> float:
@@ -52,7 +52,7 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     """95 % score interval of a binomial rate (Wilson 1927), within 0..1.
 
     ``(p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)`` with ``p = successes / trials``:
-    unlike the normal interval it keeps its width when all or none succeed.
+    unlike the normal interval its width is not 0 when all or none succeed.
     """
     low, high = stats.binomtest(successes, trials).proportion_ci(0.95, method="wilson")
     return float(low), float(high)
@@ -77,7 +77,7 @@ def mean_interval(
 def rank_correlations(one: ArrayLike, other: ArrayLike) -> tuple[float, float]:
     """Spearman's rank correlation and Kendall's tau-b of two sequences ``(n,)``, in [-1, 1].
 
-    NaN where they are not defined: n < 2, an entry is NaN, or all entries of one side are equal.
+    NaN where they are not defined: n < 2, an entry is NaN, or a sequence is constant.
     """
     first, second = np.asarray(one, np.float64), np.asarray(other, np.float64)
     if len(first) < 2 or not (np.ptp(first) > 0 and np.ptp(second) > 0):

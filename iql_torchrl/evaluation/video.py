@@ -37,16 +37,16 @@ def record_video(
 ) -> Path:
     """Write an H.264 video of ``policy`` and return its path.
 
-    It shows the episodes that :func:`~iql_torchrl.evaluate` plays with the same ``seed`` and
-    ``max_steps`` (its actions are the deterministic ones), each with one frame at the start and
+    It shows the episodes that :func:`~iql_torchrl.evaluate` runs with the same ``seed`` and
+    ``max_steps`` (with deterministic actions), each with one frame at the start and
     one after each step. The frames of one episode are kept in memory. Needs the extra ``video``.
 
     Args:
         policy: as for :func:`~iql_torchrl.evaluate`.
         make_env: called once for each episode, and once before; its environments must have
             ``render_mode="rgb_array"``.
-        path: ends in ``.mp4``; a missing folder is made, an existing file is replaced when all
-            episodes are over.
+        path: ends in ``.mp4``; a missing folder is created, an existing file is replaced after the
+            last episode.
         fps: frames per second, by default the environment's ``metadata["render_fps"]``, or 30.
 
     Raises:
@@ -85,7 +85,7 @@ def record_video(
 
 
 def filmed(make_env: MakeEnv, recorder: VideoRecorder) -> MakeEnv:
-    """``make_env`` whose environments show ``recorder`` a frame at each reset and step.
+    """``make_env`` whose environments send a frame to ``recorder`` at each reset and step.
 
     For :func:`~iql_torchrl.evaluate` with ``num_envs=1``, and any logger of TorchRL's:
     ``recorder = VideoRecorder(logger, tag="film", skip=1)``, then ``recorder.dump()``.
@@ -137,7 +137,7 @@ class _Film:
 
 
 def _even(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """H.264 in its common form takes even sizes only: repeat the last row or column."""
+    """Common H.264 needs even sizes: repeat the last row or column of an odd one."""
     height, width = frame.shape[:2]
     if height % 2 or width % 2:
         return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")

@@ -12,14 +12,10 @@ import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
-from torchrl.objectives.value import TD0Estimator
 
-from iql_torchrl.fast_networks.detect import is_head_and_distribution, writes
 from iql_torchrl.fast_networks.evaluator import DirectActor
 from iql_torchrl.fast_networks.stacked import (
     StackedNetwork,
-    check_networks,
-    check_same,
     perceptron_keys,
 )
 from iql_torchrl.host import children_of
@@ -28,7 +24,8 @@ from iql_torchrl.objectives.conversion import NETWORKS
 from iql_torchrl.objectives.discrete import DiscreteIQLLoss
 from iql_torchrl.objectives.ensembles import SharedLeaves
 from iql_torchrl.objectives.evaluator import Evaluator
-from iql_torchrl.objectives.iql import OPTIONS, ImplicitQLoss, IQLLoss
+from iql_torchrl.objectives.iql import ImplicitQLoss, IQLLoss
+from iql_torchrl.population.alike import check_alike, per_run_names, shared_names
 
 __all__ = ["PopulationLoss"]
 
@@ -38,13 +35,13 @@ PARAMETERS = frozenset(inspect.signature(ImplicitQLoss.__init__).parameters)
 class PopulationLoss(ImplicitQLoss):
     """P losses over stacked parameters: every loss and scalar has shape ``(P,)``.
 
-    Batches are ``(B,)``, seen by every run, or ``(P, B)``, one each. The discount and the knobs that
-    are described as ``per_run`` (``expectile``, ``temperature``, ...) are each run's own, as buffers
-    ``(P, 1)``. The sum of the P losses trains each run as
-    if it were alone: no parameter is shared.
+    Batches are ``(B,)``, the same for every run, or ``(P, B)``, one per run. The discount and the
+    knobs with ``per_run`` (``expectile``, ``temperature``, ...) differ between runs; they are
+    buffers ``(P, 1)``. No parameter is shared, so the sum of the P losses trains each run as if it
+    were alone.
 
     Args:
-        losses: one :class:`IQLLoss` or :class:`DiscreteIQLLoss` a run, alike in everything but
+        losses: one :class:`IQLLoss` or :class:`DiscreteIQLLoss` per run, equal in everything except
             knobs and weights; copied.
 
     Raises:
@@ -59,14 +56,14 @@ class PopulationLoss(ImplicitQLoss):
     def __init__(self, losses: Sequence[ImplicitQLoss]) -> None:
         if not losses:
             raise ValueError("losses is empty; a population has at least one run.")
-        _check_alike(losses)
+        check_alike(losses)
         first = losses[0]
         self.members = len(losses)
         self._kind = DiscreteIQLLoss if isinstance(first, DiscreteIQLLoss) else IQLLoss
         self._losses: Sequence[ImplicitQLoss] = losses  # only while they are stacked
-        shared = _shared(first)
+        shared = shared_names(first)
         first_run: dict[str, Any] = {n: getattr(first, n) for n in shared if n in PARAMETERS}
-        first_run |= {name: float(getattr(first, name)) for name in _per_run(first)}
+        first_run |= {name: float(getattr(first, name)) for name in per_run_names(first)}
         super().__init__(
             first.actor_network,
             first.qvalue_network,
@@ -80,8 +77,8 @@ class PopulationLoss(ImplicitQLoss):
         self.out_keys = list(first.out_keys)
         self._tensor_keys = copy.copy(first.tensor_keys)
         like = next(first.parameters())
-        for name in _per_run(first):
-            delattr(self, name)  # the first run's number, in place of which comes every run's
+        for name in per_run_names(first):
+            delattr(self, name)  # the first run's number; the buffer has the numbers of all runs
             values = torch.tensor([float(getattr(x, name)) for x in losses], dtype=torch.float64)
             self.register_buffer(name, values.to(like).unsqueeze(-1), persistent=False)
         discount = torch.stack([loss.value_estimator.gamma.reshape(()) for loss in losses])
@@ -205,7 +202,7 @@ class PopulationLoss(ImplicitQLoss):
             advantage = self.target_qvalue(batch) - self.state_value(batch)
         return self.actor_term(batch, advantage)
 
-    # -- one mean a run --------------------------------------------------------------------------
+    # -- one mean per run ------------------------------------------------------------------------
 
     def _samples(self, value: Tensor) -> Sequence[int]:
         return tuple(range(1, value.ndim))
@@ -264,55 +261,3 @@ def _is_buffer(network: nn.Module, key: NestedKey) -> bool:
 
 def _forget_evaluator(loss: PopulationLoss, _: Any) -> None:
     loss.forget_evaluator()
-
-
-def _per_run(loss: ImplicitQLoss) -> tuple[str, ...]:
-    """Attributes in which the runs may differ."""
-    return tuple(name for name, knob in loss.knobs.items() if knob.per_run)
-
-
-def _shared(loss: ImplicitQLoss) -> tuple[str, ...]:
-    """Attributes that must be equal in all runs."""
-    return *OPTIONS, *(name for name, knob in loss.knobs.items() if not knob.per_run)
-
-
-def _check_alike(losses: Sequence[ImplicitQLoss]) -> None:
-    first = losses[0]
-    for number, loss in enumerate(losses):
-        if type(loss) not in (IQLLoss, DiscreteIQLLoss):
-            raise TypeError(
-                f"losses[{number}] is a {type(loss).__name__}; expected IQLLoss or DiscreteIQLLoss."
-            )
-        if type(loss) is not type(first):
-            raise ValueError(
-                f"losses[{number}] is a {type(loss).__name__}, the first another kind."
-            )
-        for name in (*_shared(first), "tensor_keys"):
-            check_same(number, name, getattr(first, name), getattr(loss, name))
-        estimators = first.value_estimator, loss.value_estimator
-        if type(estimators[1]) is not TD0Estimator or estimators[1].average_rewards:
-            raise ValueError(f"losses[{number}] does not use TD(0); a population does.")
-        if estimators[1].gamma.numel() != 1:
-            raise ValueError(
-                f"losses[{number}] has several discounts; a run of a population has one."
-            )
-        check_same(number, "value_estimator's keys", *(e.tensor_keys for e in estimators))
-        check_networks(number, first, loss, NETWORKS)
-    for name, choice in (
-        ("actor_objective", "log_prob"),
-        ("value_objective", "expectile"),
-        ("advantage_weight", "exponential"),
-    ):
-        if callable(getattr(first, name)):
-            raise ValueError(f"{name} is a function, which sees one run; use {choice!r}.")
-    if not is_head_and_distribution(first.actor_network):
-        raise ValueError(
-            "actor_network must be one module and one distribution, ProbabilisticActor."
-        )
-    keys = first.tensor_keys.state_action_value, first.tensor_keys.value
-    for name, key in zip(NETWORKS[1:], keys, strict=True):
-        if not writes(getattr(first, name), key):
-            raise ValueError(
-                f"{name} must be one plain module whose one out-key is {key!r}, ValueOperator; its "
-                f"out_keys are {getattr(first, name).out_keys}."
-            )

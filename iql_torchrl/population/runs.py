@@ -37,16 +37,16 @@ class PopulationEvent:
 
 
 class IQLPopulation:
-    """P runs trained as one: every product of the update is one product for all of them.
+    """P runs trained as one: every matrix product of an update is one product for all runs.
 
-    A run equals the same run trained alone from the same batches, but for rounding.
+    Each run equals the same run trained alone on the same batches, except for rounding.
 
     Args:
         configs: one per run. They may differ in the settings that are described as ``per_run`` in
             ``IQLConfig`` (seed, expectile, temperature, learning rates, ...); nothing else.
         dataset: the log; ``configs[0].reward`` is for ``load_dataset``, as in ``make_agent``.
-        batches: ``"shared"``: every run sees the same batch (a fair comparison of knobs, and the
-            cheapest); ``"own"``: each has its own, ``(P, B)``.
+        batches: ``"shared"``: every run gets the same batch (a fair comparison of knobs, and the
+            fastest); ``"own"``: each run gets its own, ``(P, B)``.
 
     Attributes: ``loss`` (:class:`PopulationLoss`), ``optimizer``, ``scheduler``, ``step`` (an
     ``IQLStep``; for ``compiled`` and ``captured`` too), ``sampler``, ``updates``.
@@ -105,9 +105,9 @@ class IQLPopulation:
     def train(self, updates: int | None = None, *, every: int = 1000) -> Iterator[PopulationEvent]:
         """Make ``updates`` more (by default up to ``configs[0].updates``), yielding at intervals.
 
-        ``for event in population.train(every=1000): ...`` evaluates, logs or saves where it likes;
-        what is not asked for is not trained. With ``compile`` in the configs, updates are
-        :func:`~iql_torchrl.captured`, as many a call as divide ``every``, at most 32.
+        ``for event in population.train(every=1000): ...`` may evaluate, log or save at each event.
+        Updates are made when the next event is requested. With ``compile`` in the configs, updates
+        are :func:`~iql_torchrl.captured`; the number per call divides ``every`` and is at most 32.
 
         Raises ``ValueError`` on ``every < 1`` and on numbers that are not whole.
         """
@@ -122,7 +122,7 @@ class IQLPopulation:
             yield PopulationEvent(self.updates, metrics)
 
     def _advance(self, updates: int) -> TensorDictBase:
-        """Means over ``updates`` updates; a remainder smaller than a captured call is eager."""
+        """Means over ``updates`` updates; those that do not fill a captured call are made eagerly."""
         calls = 0
         if self.configs[0].compile:
             if self._captured is None:
@@ -154,14 +154,14 @@ class IQLPopulation:
     def evaluate(
         self, make_env: Callable[[], Any], *, episodes: int, seed: int, **options: Any
     ) -> list[Evaluation]:
-        """:func:`iql_torchrl.evaluate` of every run, from the same starts."""
+        """:func:`iql_torchrl.evaluate` of every run, with the same seeds."""
         return [
             evaluate(self.member(i).policy, make_env, episodes=episodes, seed=seed, **options)
             for i in range(len(self))
         ]
 
     def save(self, path: str | Path) -> Path:
-        """Write configs, weights, optimizer, schedule and sampler to one file, whole or not at all.
+        """Write configs, weights, optimizer, schedule and sampler to one file, or nothing on error.
 
         Only digests of the dataset are written; the first save takes about 1 s per gigabyte.
         """
@@ -188,11 +188,11 @@ class IQLPopulation:
     ) -> IQLPopulation:
         """The population of a file, which continues training from there.
 
-        ``device``: by default the one it was trained on. On another kind of device batches are
-        drawn from the seed again, since each kind has its own generator.
+        ``device``: by default the one it was trained on. On another type of device the sampler
+        starts again from the seed, because each type has its own generator.
 
-        Raises ``CheckpointError`` when it cannot be read, was trained on other data, or is of
-        another version or a device that is not here.
+        Raises ``CheckpointError`` when the file cannot be read, the data differ, or the version or
+        device is not available here.
         """
         states = read_components(path, ["population", "data", "loss_module", "step", "sampler"])
         record = states["population"]

@@ -4,46 +4,26 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
-import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.config import IQLConfig
-from iql_torchrl.evaluation.statistics import mean_interval
-from iql_torchrl.report.figures import Series, column, comparison_figure, draw, save
+from iql_torchrl.report.figures import Series, comparison_figure, draw, save
+from iql_torchrl.report.groups import Group, group_runs, series
 from iql_torchrl.report.runs import TABLE, Run, find_runs, read_run
 
-__all__ = [
-    "Group",
-    "draw",
-    "group_runs",
-    "main",
-    "series",
-    "table",
-]
+__all__ = ["draw", "main", "table"]
 
 FloatArray = NDArray[np.float64]
 
 EVALUATED = ("return_mean", "score_mean")
-OTHERS = ("success_rate", "loss_actor", "loss_qvalue", "loss_value", "value_mean")
+TRAINING_COLUMNS = ("success_rate", "loss_actor", "loss_qvalue", "loss_value", "value_mean")
 WIDEST_LABEL = 48
 NOTE = "Bands, 95 %: of several seeds over the seeds (Student's t), of one run over its episodes"
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ only in their seed; the label says how they differ from other groups."""
-
-    label: str
-    runs: tuple[Run, ...]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -131,8 +111,8 @@ def _metrics(names: Sequence[str] | None, groups: Sequence[Group]) -> list[str]:
     if names is None:
         scored = all(_column_exists(group, "score_mean") for group in groups)
         first = "score_mean" if scored else "return_mean"
-        known = [name for name in (first, *OTHERS) if name in present]
-        return known or sorted(present)
+        usual = [name for name in (first, *TRAINING_COLUMNS) if name in present]
+        return usual or sorted(present)
     for name in names:
         if name not in present:
             near = difflib.get_close_matches(name, present, 1)
@@ -149,7 +129,7 @@ def _column_exists(group: Group, name: str) -> bool:
 
 
 def _note_gaps(groups: Sequence[Group], metrics: Iterable[str]) -> None:
-    """Print to stderr what is missing from a group's lines and from its numbers in the table."""
+    """Print to stderr which numbers are missing in a group's lines and in the table."""
     for name in metrics:
         for group in groups:
             having = sum(any(name in row for row in run.rows) for run in group.runs)
@@ -165,101 +145,6 @@ def _note_gaps(groups: Sequence[Group], metrics: Iterable[str]) -> None:
                     "all have a finite value. See them with --each.",
                     file=sys.stderr,
                 )
-
-
-def group_runs(runs: Sequence[Run], *, each: bool = False) -> list[Group]:
-    """Group runs that differ only in ``seed``, in order of appearance; ``each``: one run per group.
-
-    Runs with the same settings and the same seed are not independent: only the one with the most
-    updates (the last of equals) is kept, with a note on stderr. A run without settings or without a
-    seed is a group of its own. Settings that a file lacks have IQLConfig's defaults.
-    """
-    if each:
-        return _labelled([[run] for run in runs], with_seed=True)
-    by_settings: dict[str, dict[str, Run]] = {}  # the runs by seed, for each key of settings
-    for run in runs:
-        settings = _settings(run)
-        seed = json.dumps(settings.pop("seed", None))
-        alone = "seed" not in run.settings
-        key = str(run.folder.resolve()) if alone else json.dumps(settings, sort_keys=True)
-        same = by_settings.setdefault(key, {})
-        kept, dropped = run, same.get(seed)
-        if dropped is not None:
-            if kept.updates < dropped.updates:
-                kept, dropped = dropped, kept
-            print(
-                f"note: {dropped.folder} is left out: {kept.folder} has its settings and its seed.",
-                file=sys.stderr,
-            )
-        same[seed] = kept
-    return _labelled([list(same.values()) for same in by_settings.values()], with_seed=False)
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """The run's settings, ``dataset`` first, and defaults for fields that its version lacked."""
-    missing = {k: v for k, v in IQLConfig().to_dict().items() if k not in run.settings}
-    return run.settings | missing if run.settings else {}
-
-
-def _labelled(groups: Sequence[Sequence[Run]], *, with_seed: bool) -> list[Group]:
-    """Labels: the settings that differ between groups, and folders where labels would be equal."""
-    settings = [_settings(runs[0]) for runs in groups]
-    known = [each for each in settings if each]
-    differing = [
-        key
-        for key in dict.fromkeys(key for each in known for key in each if key != "seed")
-        if len({json.dumps(each.get(key)) for each in known}) > 1
-    ]
-    if with_seed and len({json.dumps(each.get("seed")) for each in known}) > 1:
-        differing.append("seed")
-    labels = []
-    for runs, each in zip(groups, settings, strict=True):
-        named = [f"{key.replace('_', ' ')} {_shown(each[key])}" for key in differing if key in each]
-        labels.append(", ".join(named) or _folders(runs))
-    return [
-        Group(label if labels.count(label) == 1 else f"{label}, {_folders(runs)}", tuple(runs))
-        for label, runs in zip(labels, groups, strict=True)
-    ]
-
-
-def _folders(runs: Sequence[Run]) -> str:
-    others = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
-    return runs[0].name + others
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, list):
-        return "x".join(map(_shown, value))
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def series(group: Group, name: str) -> Series | None:
-    """The group's line for a column; None where there is nothing to draw.
-
-    One run: its values and recorded interval. Several: the mean over runs and its 95 % t-interval,
-    at the updates where every run that has the column has a finite value; no interval where only
-    one of them has it.
-    """
-    lines = [column(run.rows, name) for run in group.runs]
-    lines = [line for line in lines if len(line.values)]
-    if not lines:
-        return None
-    if len(group.runs) == 1:
-        return replace(lines[0], label=group.label)
-    label = f"{group.label} ({len(group.runs)} seeds)"
-    if len(lines) == 1:
-        return Series(label, lines[0].updates, lines[0].values)
-    tables = [
-        {u: v for u, v in zip(line.updates, line.values, strict=True) if math.isfinite(v)}
-        for line in lines
-    ]
-    updates = sorted(set.intersection(*(set(table) for table in tables)))
-    if not updates:
-        return None
-    values = np.array([[table[u] for u in updates] for table in tables], dtype=np.float64)
-    return Series(label, np.array(updates), *mean_interval(values))
 
 
 def table(groups: Sequence[Group]) -> str:

@@ -27,13 +27,13 @@ __all__ = ["INTERVALS", "Series", "comparison_figure", "draw", "run_figure", "sa
 FloatArray = NDArray[np.float64]
 Row = Mapping[str, float | int]
 
-#: Columns that bound a column's mean with 95 % confidence.
+#: For a column, the columns with the bounds of its 95 % confidence interval.
 INTERVALS = {
     "return_mean": ("return_low", "return_high"),
     "score_mean": ("score_low", "score_high"),
     "success_rate": ("success_low", "success_high"),
 }
-MAX_MARKED = 40  # more points than that are a line without marks
+MAX_MARKED = 40  # a line with more points has no marks
 COLUMNS, WIDTH, HEIGHT, DPI = 3, 4.4, 2.9, 110
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -75,10 +75,10 @@ QUANTITIES = {
     "weight_mean": Quantity("Weights of the policy", "mean weight", logarithmic=True),
     "weight_at_ceiling": Quantity("Weights at the ceiling", "share of the batch", share=True),
     "effective_sample_size": Quantity("Effective sample size", "transitions of the batch"),
-    "entropy": Quantity("Surprise of logged actions", "mean of -log pi(a|s), nats"),
+    "entropy": Quantity("Negative log-likelihood of logged actions", "mean of -log pi(a|s), nats"),
     "length_mean": Quantity("Episode length", "mean steps per episode"),
 }
-#: Columns drawn in another's panel where a run has both, and what such a panel is then.
+#: Columns that share a panel if a run has both, and the title and unit of that panel.
 WITH = {"loss_value": "loss_qvalue", "value_mean": "qvalue_mean"}
 JOINT = {
     "loss_qvalue": Quantity("Losses of critics and V", "loss", logarithmic=True),
@@ -157,7 +157,7 @@ def comparison_figure(panels: Mapping[str, Sequence[Series]], *, note: str = "")
         for line in lines:
             handles[line.label] = _plot(axes, line, *looks[line.label])
         _dress(axes, _quantity(name), lines, end)
-    across = int(figure.get_figwidth() * 13)  # characters beside one another
+    across = int(figure.get_figwidth() * 13)  # characters in one line
     texts = [textwrap.fill(_safe(label), across - 8) for label in labels]
     ncols = min(4, max(1, across // (max(map(len, texts), default=1) + 8)))
     height = 0.19 * sum(text.count("\n") + 1 for text in texts) / ncols
@@ -268,7 +268,7 @@ def _dress(axes: Axes, quantity: Quantity, lines: Sequence[Series], end: float) 
 
 
 def _limit(axes: Axes, share: bool) -> None:
-    """Axes of shares start at 0; on others the lines fill at least a third, however wide the bands."""
+    """Axes of shares start at 0; others are limited so that lines fill at least a third of them."""
     if share:
         top = min(max(axes.get_ylim()[1], 0.1), 1.03)
         axes.set_ylim(-0.03 * top, top)

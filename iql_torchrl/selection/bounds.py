@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
+
+from iql_torchrl.selection.episodes import FloatArray
 
 __all__ = ["mean_bounds"]
 
-FloatArray = NDArray[np.float64]
 
 MAX_DRAWS, MIN_DRAWS = 10_000, 2_000
 WEIGHTS_AT_ONCE = 2**22
@@ -30,23 +30,23 @@ def mean_bounds(
 
     The lower bound of one quantity is the ``(1 - confidence) / 2`` quantile of
     ``sum_e w_e x_e + w_0 lowest``, where the weights ``w`` of the E sampled episodes and of one
-    more, as bad as can be, are uniform on the simplex (spacings of ordered uniform numbers). This
+    worst possible episode are uniform on the simplex (spacings of ordered uniform numbers). This
     is the bound of Phan, Thomas, Learned-Miller 2021, "Towards practical mean bounds for small
     samples" (arXiv:2106.03163), for the order of sample means; it approaches the interval of the
-    central limit theorem for many episodes, and assumes only that nothing lies below ``lowest``.
-    The upper bound does the same with ``highest``.
+    central limit theorem for many episodes, and assumes only that no value is below ``lowest``.
+    The upper bound uses ``highest`` in the same way.
 
     For P > 1 the quantile is chosen, from the same draws for every quantity, such that all P
     bounds of one side hold together: the smallest rank over the quantities has the expected
     quantile (Mandel and Betensky 2008, "Simultaneous confidence intervals based on the percentile
-    bootstrap approach", section 2). Correlated quantities cost less than independent ones.
+    bootstrap approach", section 2). The bounds are narrower for correlated quantities.
 
     Args:
         samples: one row per quantity, one column per episode; E >= 1.
-        lowest, highest: ``(P,)``, bounds of what one more episode could give.
-        upper_samples: what the upper bounds are of, where the quantities are only known to lie
-            between two others; None: ``samples``.
-        together: False: each interval by itself has the confidence.
+        lowest, highest: ``(P,)``, bounds of the value of one more episode.
+        upper_samples: samples for the upper bounds, if only bounds of the samples are known
+            (``samples`` below, these above); None: ``samples``.
+        together: False: each interval alone has the confidence.
         confidence: of the P intervals together, or of each, in (0, 1).
         seed: of the weights.
     """
@@ -78,7 +78,7 @@ def _weights(episodes: int, seed: int) -> Iterator[FloatArray]:
 
 
 def _quantile(draws: FloatArray, level: float, *, together: bool) -> FloatArray:
-    """Per column the value below which draws of it, or of any column, fall with ``level``."""
+    """Per column the quantile of its draws; the share ``level`` is of it alone, or of any column."""
     order = np.sort(draws, axis=0)
     place = int(level * len(draws))
     if together and draws.shape[1] > 1:

@@ -1,4 +1,4 @@
-"""Policies as offline evaluation reads them: what a member would do at logged states.
+"""Policies in offline evaluation: the actions of a member in logged states.
 
 A member is an ``Agent`` or any TensorDict module that writes ``action``, with a name.
 """
@@ -36,10 +36,10 @@ ROWS_AT_ONCE = 16_384
 
 @dataclass(frozen=True)
 class Member:
-    """A policy that might be shipped.
+    """A policy that is compared with others.
 
-    ``temperature`` is its config's and ``episodes`` its task's (digests of episodes that it was
-    trained on); both None for a bare actor.
+    ``temperature`` is from its config and ``episodes`` from its task (digests of episodes that it
+    was trained on); both are None for an actor without an agent.
     """
 
     name: str
@@ -51,8 +51,8 @@ class Member:
 def resolve_members(members: Mapping[str, Any]) -> tuple[Member, ...]:
     """The members of ``{name: Agent or actor}``, in its order.
 
-    Raises ``ValueError`` for an empty mapping, ``TypeError`` for anything that is no TensorDict
-    module and holds none under ``policy``.
+    Raises ``ValueError`` for an empty mapping, ``TypeError`` for an object that is not a TensorDict
+    module and has none as its ``policy``.
     """
     if not isinstance(members, Mapping) or not members:
         raise ValueError(
@@ -83,10 +83,10 @@ def log_probabilities(
     distribution: 0 for its action and -inf for the others.
 
     Raises ``ValueError`` when the policy reads what the data lack, chooses among another number
-    of actions, or gives no allowed action any probability.
+    of actions, or gives probability 0 to every allowed action.
     """
 
-    def ask(chunk: TensorDictBase) -> Tensor:
+    def compute(chunk: TensorDictBase) -> Tensor:
         mask = chunk.get("action_mask", None)
         logits = _logits(member, chunk, num_actions).double()
         if mask is not None:
@@ -96,11 +96,11 @@ def log_probabilities(
             logits = torch.zeros_like(logits).masked_fill(chosen == 0, -torch.inf)
         return logits.log_softmax(-1)
 
-    result = _ask(member, table, ask)
-    if bool((bad := result.isnan().any(-1)).any()):
+    result = _in_chunks(member, table, compute)
+    if bool((undefined := result.isnan().any(-1)).any()):
         raise ValueError(
-            f"member {member.name!r} gives no allowed action any probability in {int(bad.sum())} "
-            "states, or NaN; look at its parameters and at action_mask."
+            f"member {member.name!r} gives probability 0 to every allowed action, or NaN, in "
+            f"{int(undefined.sum())} states; look at its parameters and at action_mask."
         )
     return result
 
@@ -131,11 +131,11 @@ def actions(member: Member, table: TensorDictBase, *, samples: int = 0, seed: in
     ``ValueError`` when the policy reads what the data lack, or an action is not finite.
     """
 
-    def ask(chunk: TensorDictBase) -> Tensor:
+    def compute(chunk: TensorDictBase) -> Tensor:
         drawn = [member.policy(chunk.copy())["action"] for _ in range(max(samples, 1))]
         return torch.stack(drawn, 1).float()
 
-    result = _ask(member, table, ask, deterministic=samples == 0, seed=seed)
+    result = _in_chunks(member, table, compute, deterministic=samples == 0, seed=seed)
     if result.ndim != 3 or not bool(result.isfinite().all()):
         raise ValueError(
             f"member {member.name!r} acts with shape {tuple(result.shape)} (states, draws, ...) "
@@ -150,7 +150,7 @@ def log_densities(member: Member, rows: TensorDictBase) -> Tensor:
     Raises ``ValueError`` for a policy without a density (a deterministic one), or when one is NaN.
     """
 
-    def ask(chunk: TensorDictBase) -> Tensor:
+    def compute(chunk: TensorDictBase) -> Tensor:
         distribution = _distribution(member, chunk)
         if distribution is None or isinstance(distribution, Delta):
             raise ValueError(
@@ -162,7 +162,7 @@ def log_densities(member: Member, rows: TensorDictBase) -> Tensor:
 
     table = states(rows).copy()
     table["action"] = rows["action"]
-    result = _ask(member, table, ask)
+    result = _in_chunks(member, table, compute)
     if result.ndim != 1 or bool((result.isnan() | (result == torch.inf)).any()):
         raise ValueError(
             f"member {member.name!r} gives logged actions log-densities of shape "
@@ -172,26 +172,26 @@ def log_densities(member: Member, rows: TensorDictBase) -> Tensor:
 
 
 def _distribution(member: Member, chunk: TensorDictBase) -> Any:
-    ask = getattr(member.policy, "get_dist", None)
-    return None if ask is None else ask(chunk.copy())
+    get_dist = getattr(member.policy, "get_dist", None)
+    return None if get_dist is None else get_dist(chunk.copy())
 
 
-def _ask(
+def _in_chunks(
     member: Member,
     table: TensorDictBase,
-    ask: Callable[[TensorDictBase], Tensor],
+    compute: Callable[[TensorDictBase], Tensor],
     *,
     deterministic: bool = True,
     seed: int = 0,
 ) -> Tensor:
-    held = {unravel_key(key) for key in table.keys(include_nested=True)}
-    missing = [key for key in member.policy.in_keys if unravel_key(key) not in held]
+    keys = {unravel_key(key) for key in table.keys(include_nested=True)}
+    missing = [key for key in member.policy.in_keys if unravel_key(key) not in keys]
     if missing:
         raise ValueError(
-            f"member {member.name!r} reads {missing}, which the log lacks; it holds "
-            f"{sorted(map(str, held))}. Load the data as it was trained on."
+            f"member {member.name!r} reads {missing}, which the log lacks; it has "
+            f"{sorted(map(str, keys))}. Load the data in the form that the member was trained on."
         )
     device = interface.policy_device(member.policy, None)
     with as_in_evaluation(member.policy, device, deterministic=deterministic, seed=seed):
-        chunks = [ask(chunk.to(device)).cpu() for chunk in table.split(ROWS_AT_ONCE)]
+        chunks = [compute(chunk.to(device)).cpu() for chunk in table.split(ROWS_AT_ONCE)]
     return torch.cat(chunks)

@@ -1,4 +1,4 @@
-"""What speaks against the estimates of a ranking, in names and in sentences."""
+"""Reasons not to trust the estimates of a ranking: a name and a sentence for each."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def member_warnings(
     log_extrapolation: float,
     possible: tuple[float, float],
 ) -> list[str]:
-    """One sentence for each doubt that some member raises, naming the members."""
+    """One sentence for each doubt, with the names of the members that it concerns."""
     low, high = possible
 
     def importance(doubted: Sequence[Row]) -> str:
         least = min(row["effective_episodes"] for row in doubted)
         return (
-            f"importance weights rest on as few as {least:.1f} effective episodes of {episodes}; "
+            f"importance weights have only {least:.1f} effective episodes of {episodes}; "
             "ignore importance_value."
         )
 
@@ -71,28 +71,28 @@ def member_warnings(
         most = max(row["extrapolation"] for row in doubted)
         worst = max(row["worst_extrapolation"] for row in doubted)
         return (
-            f"up to {most:.0%} of what they come to are actions that the log hardly holds (the "
-            f"log itself: {log_extrapolation:.0%}), in the worst state {worst:.0%}; nothing is known "
-            "of what follows there."
+            f"up to {most:.0%} of their actions are rare or missing in the log in that state (of the "
+            f"log's own actions: {log_extrapolation:.0%}), in the worst state {worst:.0%}; the log "
+            "does not show what follows."
         )
 
     def td_error(doubted: Sequence[Row]) -> str:
         most = max(row["td_error"] / row["td_error_training"] for row in doubted)
         return (
-            f"critics err up to {most:.1f} times as much on held-out steps as on their own, so "
-            "intervals are wide; use more data or smaller critics."
+            f"errors of the critics are up to {most:.1f} times as large on held-out steps as on "
+            "training steps, so intervals are wide; use more data or smaller critics."
         )
 
     def outside(_: Sequence[Row]) -> str:
         return (
-            f"values lie outside what the log makes believable, {low:.4g} to {high:.4g}; the estimate "
-            "has failed."
+            f"values are outside the range that the log allows, {low:.4g} to {high:.4g}; the "
+            "estimate has failed."
         )
 
     def few(doubted: Sequence[Row]) -> str:
         least = min(row["correcting_episodes"] for row in doubted)
         return (
-            f"the correction by held-out steps rests on as few as {least:.1f} effective episodes of "
+            f"the correction by held-out steps has only {least:.1f} effective episodes of "
             f"{episodes}, at least {MIN_CORRECTING:g} are needed; hold out more."
         )
 
@@ -102,13 +102,13 @@ def member_warnings(
             "fitted Q evaluation and importance sampling contradict each other beyond their "
             f"intervals ({row['member']}: {row['value_low']:.4g} to {row['value_high']:.4g} against "
             f"{row['importance_low']:.4g} to {row['importance_high']:.4g}); check action_log_prob, "
-            "and whether the observations hold all that the log's policy saw."
+            "and whether the observations contain everything that the log's policy used."
         )
 
     def seen(doubted: Sequence[Row]) -> str:
         most = max(row["seen"] for row in doubted)
         return (
-            f"trained on up to {most:.0%} of the held-out episodes, which then say nothing new; "
+            f"trained on up to {most:.0%} of the held-out episodes, so these cannot test them; "
             "rank on episodes that no member was trained on."
         )
 
@@ -142,11 +142,11 @@ def value_warnings(
     shared: float,
     history: Mapping[str, float],
 ) -> list[str]:
-    """Why no value may be compared with the log's: one sentence each.
+    """Reasons why no value may be compared with the log's: one sentence each.
 
-    ``backups``: how often the critics' targets were renewed; ``passes``: of their data;
+    ``backups``: how often the critics' targets were updated; ``passes``: over the data;
     ``shared``: share of the held-out episodes that are also in the data of the fit; ``history``: t
-    statistics of outcomes against what came before the observation.
+    statistics of outcomes against earlier steps.
     """
     result = []
     ahead = horizon(held_out, discount)

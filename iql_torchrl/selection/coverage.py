@@ -1,4 +1,4 @@
-"""How far policies leave what a log of vectors has seen, where no estimate can follow them."""
+"""Whether policies visit states or take actions that are far from a log of vectors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Coverage:
 
     A conformal test (Bates, Candès, Lei, Romano, Sesia 2023, "Testing for outliers with conformal
     p-values", arXiv:2104.08279): a score measures how far a step lies from ``train``, and a step is
-    unsupported when its score exceeds that of 99 % of the steps of ``held_out``, so one step in a
-    hundred of the log's own policy is. Scores, with states and actions standardised:
+    unsupported when its score exceeds that of 99 % of the steps of ``held_out``. So 1 % of the steps
+    of the log's own policy are unsupported. Scores, with states and actions standardised:
 
     - of a state: distance to the nearest logged state;
     - of a continuous action in a state: distance to the nearest of the actions logged in the
@@ -35,8 +35,8 @@ class Coverage:
 
     Args:
         train, held_out: two parts of one log.
-        queries, logged: at most so many rows of ``held_out`` and of ``train`` are compared, drawn
-            from ``seed``.
+        queries, logged: the largest numbers of rows of ``held_out`` and of ``train`` that are
+            compared, drawn from ``seed``.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Coverage:
         return _gap(self._nearest_actions(features), self.scale(action.float())[:, None]).squeeze(1)
 
     def _distances_by_action(self, features: Tensor) -> Tensor:
-        """Score of every discrete action, ``(N, n)``; infinite where it was hardly ever taken."""
+        """Score of every discrete action, ``(N, n)``; infinite for fewer than ``min_count`` rows."""
         result = torch.full((len(features), self.num_actions), torch.inf)
         for action in range(self.num_actions):
             taken = self.features[self.action.reshape(-1) == action]
@@ -141,8 +141,9 @@ def _drawn(rows: TensorDictBase, count: int, generator: torch.Generator) -> Tens
 def clone_distance(member: Member, clone: Member, log: OfflineDataset) -> float:
     """How far ``member`` is from ``clone`` at the log's states; 0 for the clone itself.
 
-    Discrete actions: mean ``KL(pi || clone)`` in nats, infinite where the clone excludes what the
-    policy does. Continuous: mean squared Euclidean distance of the deterministic actions.
+    Discrete actions: mean ``KL(pi || clone)`` in nats, infinite where the clone gives probability 0
+    to an action of the policy. Continuous: mean squared Euclidean distance of the deterministic
+    actions.
     """
     table = states(log.transitions)
     if not isinstance(log.action_space, spaces.Discrete):

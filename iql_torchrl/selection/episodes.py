@@ -1,4 +1,4 @@
-"""Logged episodes as offline evaluation reads them: first rows, returns, discounts, open ends."""
+"""Episodes of a log in offline evaluation: first and last rows, returns, discounts, truncations."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def check_logs(train: OfflineDataset, held_out: OfflineDataset, discount: float)
 
 
 def states(rows: TensorDictBase, *, following: bool = False) -> TensorDictBase:
-    """What a policy reads of ``rows`` ``(N,)``: observations, and masks where the data have them.
+    """The inputs of a policy in ``rows`` ``(N,)``: observations, and masks where the data have them.
 
-    ``following``: those after the step. Masks that forbid everything, as they may after a
-    termination, become all true: no action is taken there.
+    ``following``: those after the step. Masks that forbid every action, as they may after a
+    termination, become all true, because no action is taken there.
     """
     table = rows["next"] if following else rows
     table = table.select("observation", "action_mask", strict=False).copy()
@@ -94,7 +94,7 @@ def horizon(log: OfflineDataset, discount: float) -> float:
 
 
 def terminations(log: OfflineDataset) -> NDArray[np.bool_]:
-    """Which steps terminated, ``(N,)``; some logs go on with the same episode afterwards."""
+    """Which steps terminated, ``(N,)``; in some logs the episode continues afterwards."""
     return np.asarray(log.transitions["next", "terminated"].reshape(-1).cpu().numpy(), np.bool_)
 
 
@@ -112,8 +112,7 @@ def raw_rewards(log: OfflineDataset) -> FloatArray:
 def returns_to_go(log: OfflineDataset, discount: float) -> FloatArray:
     """``sum_k discount**k r_{t+k}`` of raw rewards to the next termination, ``(N,)``.
 
-    Without one, to the episode's last logged step: what would have followed a truncation is left
-    out.
+    Without one, to the episode's last logged step; rewards after a truncation are not estimated.
     """
     result, starts, lengths = raw_rewards(log), first_rows(log), log.episode_lengths
     going = discount * ~terminations(log)
@@ -124,10 +123,11 @@ def returns_to_go(log: OfflineDataset, discount: float) -> FloatArray:
 
 
 def return_range(discount: float, *logs: OfflineDataset) -> tuple[float, float]:
-    """Least and greatest return that any state of the logs was seen to lead to.
+    """Smallest and largest return from any logged state.
 
-    Over returns-to-go of episodes that terminated and over whole episodes that were truncated,
-    which are continued as they went: their return is divided by ``1 - discount**T``.
+    The minimum and maximum over returns-to-go of episodes that terminated, and over the returns of
+    truncated episodes. The latter are divided by ``1 - discount**T``, as if they were repeated
+    without end.
     """
     lows, highs = [], []
     for log in logs:

@@ -1,8 +1,8 @@
 """Weighted per-decision importance sampling: the log's rewards reweighted to another policy.
 
 Precup, Sutton, Singh 2000, "Eligibility traces for off-policy policy evaluation", section 2; the
-weighted per-decision form. No model is fitted, so no state needs to be generalised to; in exchange
-few episodes may carry all the weight.
+weighted per-decision form. No model is fitted, so the estimate does not depend on generalisation;
+but a few episodes may have nearly all the weight.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from numpy.typing import NDArray
 from torch import Tensor
 
 from iql_torchrl import functional as F
@@ -28,6 +27,7 @@ from iql_torchrl.selection.candidates import (
     resolve_members,
 )
 from iql_torchrl.selection.episodes import (
+    FloatArray,
     check_logs,
     first_rows,
     open_ended,
@@ -48,22 +48,22 @@ __all__ = [
     "value_bounds",
 ]
 
-FloatArray = NDArray[np.float64]
 
 LARGEST_LOG_WEIGHT = 600.0  # exp of it times a return is a number
 
 
 @dataclass(frozen=True)
 class Importance:
-    """What :func:`importance_sampling` gives; P members, raw reward units.
+    """The result of :func:`importance_sampling` for P members, in raw reward units.
 
     Attributes:
         names: of the members, ``(P,)``.
         discount: of the values.
         values: estimates, ``(P,)``; NaN where at some step no episode has weight.
-        low, high: bounds of each value by itself, ``(P,)``: :func:`value_bounds`.
-        effective_sample_size: Kish's, of the episodes' whole weights, ``(P,)``, in [0, episodes].
-        episodes: how many there are.
+        low, high: bounds of each single value, ``(P,)``: :func:`value_bounds`.
+        effective_sample_size: Kish's, of the weights of complete episodes, ``(P,)``, in
+            [0, episodes].
+        episodes: number of episodes.
     """
 
     names: tuple[str, ...]
@@ -91,20 +91,21 @@ def importance_sampling(
     Args:
         members: name to ``Agent`` or TorchRL actor; continuous ones need a density.
         log: episodes that the members were not trained on.
-        behaviour: what chose the logged actions. A key of the log-probabilities in the data
-            (``"action_log_prob"``; exact where it is true), or a model of them: an ``Agent`` or
-            actor, such as behaviour cloning trained on other episodes.
+        behaviour: the policy that chose the logged actions: a key of its log-probabilities in the
+            data (``"action_log_prob"``; exact if these are correct), or a model of it: an ``Agent``
+            or actor, such as behaviour cloning trained on other episodes.
         discount: in [0, 1].
-        deterministic: price the most probable of discrete actions instead of the policy as it
-            samples. Continuous policies are always priced as they sample.
+        deterministic: evaluate the policy that takes the most probable discrete action, instead of
+            the policy that samples. Continuous policies always sample.
         confidence: of each member's interval, in (0, 1).
-        return_limits: least and greatest possible return; None: those that the log saw,
+        return_limits: smallest and largest possible return; None: those in the log,
             :func:`episodes.return_range`.
         seed: of the bounds' draws.
 
     Raises:
-        TypeError, ValueError: a member that is no policy, has no density or does not fit the
-            data, a key that the data lack, or a logged action that ``behaviour`` calls impossible.
+        TypeError, ValueError: a member that is not a policy, has no density or does not fit the
+            data, a key that the data lack, or a logged action with probability 0 under
+            ``behaviour``.
     """
     resolved = resolve_members(members)
     check_logs(log, log, discount)
@@ -134,15 +135,15 @@ def value_bounds(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[FloatArray, FloatArray]:
-    """Bounds of each policy's value from the whole weights ``(P, E)`` of the log's episodes.
+    """Bounds of each policy's value from the weights ``(P, E)`` of the log's complete episodes.
 
     With returns within ``limits`` and weights of mean 1, a value is ``low + mean(w (G - low))`` and
     ``high - mean(w (high - G))``. Both means are of quantities of at least 0, so their lower bounds
-    (:func:`bounds.mean_bounds`) need no bound of the weights: where the sampled weights miss most
-    of a policy's episodes, the interval widens to the limits (compare Thomas, Theocharous,
-    Ghavamzadeh 2015, "High-confidence off-policy evaluation", AAAI). What follows a truncation
-    counts as the lowest or the highest return. Weights too large to have mean 1, because the
-    behaviour probabilities are wrong, give a lower bound above the upper one.
+    (:func:`bounds.mean_bounds`) need no bound of the weights: where the log has few of a policy's
+    episodes, the interval widens to the limits (compare Thomas, Theocharous, Ghavamzadeh 2015,
+    "High-confidence off-policy evaluation", AAAI). The return after a truncation is taken as the
+    lowest or the highest. If the behaviour probabilities are wrong and the mean weight is much
+    larger than 1, the lower bound may be above the upper one.
     """
     low, high = limits
     logged = returns_to_go(log, discount)[first_rows(log)]
@@ -162,8 +163,8 @@ def pdwis(log_ratio: FloatArray, reward: FloatArray, alive: FloatArray, discount
     """``sum_t discount**t * sum_e w_et r_et / sum_e w_et``, ``w_et = prod_{k<=t} pi/b(a_ek|s_ek)``.
 
     All ``(E, T)``: logarithms of the ratios per step, rewards, and which steps count (1 or 0).
-    After a termination an episode counts on, with ratio 1 and reward 0, as if it stayed in an
-    absorbing state; after a truncation it no longer counts. Consistent, biased for few episodes,
+    After a termination an episode continues with ratio 1 and reward 0, as in an absorbing state;
+    after a truncation it no longer counts. Consistent, biased for few episodes,
     and within the range of the log's returns per step. Weights are formed as differences of
     logarithms, so long episodes do not overflow. NaN when at some step no weight is left.
     """
@@ -191,32 +192,32 @@ def behaviour_log_prob(behaviour: Any, log: OfflineDataset) -> Tensor:
     or infinite numbers, and log-probabilities of discrete actions above 0.
     """
     if isinstance(behaviour, (str, tuple)):
-        where = f"{behaviour!r} of {log.name}"
+        source = f"{behaviour!r} of {log.name}"
         values = log.transitions.get(behaviour, None)
         if not isinstance(values, Tensor):
-            held = sorted(map(str, log.transitions.keys(include_nested=True, leaves_only=True)))
+            keys = sorted(map(str, log.transitions.keys(include_nested=True, leaves_only=True)))
             raise ValueError(
-                f"the data hold no {behaviour!r}; they hold {held}. Give the key of the logged "
+                f"the data have no {behaviour!r}; they have {keys}. Give the key of the logged "
                 "actions' log-probabilities, or a behaviour model: an agent of temperature 0."
             )
         if values.numel() != len(log):
             raise ValueError(
-                f"{where} has shape {tuple(values.shape)}; expected one number for each of the "
+                f"{source} has shape {tuple(values.shape)}; expected one number for each of the "
                 f"{len(log)} steps."
             )
         result = values.reshape(-1).double()
     else:
-        where = "the behaviour model"
+        source = "the behaviour model"
         result = logged_log_prob(resolve_member("behaviour", behaviour), log)
-    bad = ~result.isfinite()
+    impossible = ~result.isfinite()
     if isinstance(log.action_space, spaces.Discrete):
-        bad |= result > 1e-6
-    if bool(bad.any()):
-        row = int(bad.nonzero()[0])
+        impossible |= result > 1e-6
+    if bool(impossible.any()):
+        row = int(impossible.nonzero()[0])
         raise ValueError(
-            f"{where} gives log-probability {float(result[row]):g} to the logged action in row "
-            f"{row}, and {int(bad.sum())} such in all; expected finite logarithms, at most 0 for "
-            "discrete actions: what was logged cannot have been impossible."
+            f"{source} gives log-probability {float(result[row]):g} to the logged action in row "
+            f"{row}, and there are {int(impossible.sum())} such rows; expected finite logarithms, at "
+            "most 0 for discrete actions, because a logged action has a probability above 0."
         )
     return result
 

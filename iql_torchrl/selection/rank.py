@@ -1,4 +1,4 @@
-"""Which of several trained policies to ship when none may be tried: a ranking from logs alone."""
+"""A ranking of trained policies from logs alone, and a recommendation."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.data.episode_digests import episode_digests, shared_share, sketch_of
 from iql_torchrl.evaluation.statistics import rank_correlations
-from iql_torchrl.selection.bounds import mean_bounds
 from iql_torchrl.selection.candidates import Member, resolve_members
 from iql_torchrl.selection.caveats import (
     BLOCKING,
@@ -21,15 +19,18 @@ from iql_torchrl.selection.caveats import (
     member_warnings,
     value_warnings,
 )
-from iql_torchrl.selection.coverage import clone_distance
 from iql_torchrl.selection.episodes import LOG_PROB, check_logs, raw_rewards
 from iql_torchrl.selection.fitted_q import FittedQ, fitted_q_evaluation
 from iql_torchrl.selection.importance_sampling import Importance, importance_sampling
+from iql_torchrl.selection.member_rows import (
+    log_value,
+    member_rows,
+    trained_share,
+)
 from iql_torchrl.selection.ranking import Ranking
 
 __all__ = ["rank_members"]
 
-FloatArray = NDArray[np.float64]
 
 MIN_COMPARED = 3
 
@@ -49,56 +50,55 @@ def rank_members(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Ranking:
-    """Members by estimated value, with what speaks against each estimate, and whom to ship.
+    """Members by estimated value, with doubts about each estimate, and a recommendation.
 
     A member's ``value`` is the mean of its doubly robust scores over the held-out episodes: fitted
     Q evaluation on ``train``, corrected by held-out steps
     (:class:`~iql_torchrl.selection.scores.EpisodeScores`). The log's value is that of the policy
     that made it, from the same episodes; it needs no clone. ``gain`` is the mean over episodes of
     their difference. Its bounds hold for all members at once with probability ``confidence``, so
-    choosing the best of many is allowed for; they contain the error of the estimate, as far as
-    held-out episodes show it, and one more episode as bad as any return in the log
+    they remain valid for the best of many. They include the error of the estimate, as far as
+    held-out episodes show it, and one more episode with the worst return in the log
     (:func:`bounds.mean_bounds`).
 
-    Recommended is the member of greatest value among those whose whole interval of the gain lies
-    above zero and that no doubt but ``importance`` and ``td_error`` concerns. Nobody is
-    recommended where networks have not converged, where ``train`` and ``held_out`` share episodes,
-    where outcomes depend on more than the observation (for a table, see ``table.table_scores``), or
-    where for any member fitted Q evaluation and importance sampling contradict each other beyond
-    their intervals.
+    The recommended member has the largest value among those whose interval of the gain is above
+    zero and that have no doubts except ``importance`` and ``td_error``. No member is recommended
+    where networks have not converged, where ``train`` and ``held_out`` share episodes, where
+    outcomes depend on more than the observation (for a table, see ``table.table_scores``), or where
+    for any member fitted Q evaluation and importance sampling contradict each other beyond their
+    intervals.
 
-    Assumed: episodes are independent of each other, no return is worse than the worst one that a
-    logged state was seen to lead to, and members were chosen without ``held_out``. For networks
-    also that the critics' features describe values and visits well enough; a table needs no such
-    assumption.
+    Assumptions: episodes are independent of each other, no return is worse than the worst one from
+    any logged state, and members were chosen without ``held_out``. With networks also: the critics'
+    features describe values and visits well enough.
 
-    What no log can show: what an action does that the log does not hold in that state, and causes
-    that the observations do not hold and the log's policy acted on. Up to ``max_extrapolation`` the
-    former is counted with the least logged return; beyond, the member is not recommended.
+    A log cannot show the effect of an action that it lacks in a state, nor the effect of causes that
+    the log's policy used but the observations do not contain. Up to ``max_extrapolation``, missing
+    actions count with the smallest logged return; above it, the member is not recommended.
 
     Args:
         members: name to ``Agent`` or TorchRL actor.
-        train, held_out: see :func:`fitted_q_evaluation`; neither should hold the members' own data.
+        train, held_out: see :func:`fitted_q_evaluation`; without episodes that members trained on.
         discount: in [0, 1].
         fitted_q: an evaluation of the same members on ``held_out``; by default made here with
             ``fitted_q_evaluation``'s defaults.
         behaviour: for importance sampling; a key of the data or a model, see
-            :func:`importance_sampling`. None: ``"action_log_prob"`` where the data have it, else
-            importance sampling is left out.
+            :func:`importance_sampling`. None: ``"action_log_prob"`` where the data have it,
+            otherwise no importance sampling.
         clone: the member that imitates the log; by default the first of temperature 0. Distances
             are measured from it; nothing else depends on it.
         min_count: see :func:`fitted_q_evaluation`; not used with ``fitted_q``.
-        max_extrapolation: how much more a member may leave the log than the log itself does, see
-            ``EpisodeScores.unsupported``; in [0, 1].
+        max_extrapolation: the largest share of unsupported actions, minus that of the log itself,
+            see ``EpisodeScores.unsupported``; in [0, 1].
         min_effective_episodes: effective sample size below which importance sampling is doubted;
-            so it is below a tenth of the held-out episodes.
+            it is also doubted below a tenth of the held-out episodes.
         confidence: of the intervals, in (0, 1).
         seed: of every random choice.
 
     Raises:
         TypeError, ValueError: as ``fitted_q_evaluation`` and ``importance_sampling``; ``clone`` is
-            no member; ``fitted_q`` is of other members, episodes or another discount; a number out
-            of range.
+            not a member; ``fitted_q`` is of other members, episodes or another discount; a number
+            out of range.
     """
     resolved = resolve_members(members)
     check_logs(train, held_out, discount)
@@ -111,16 +111,10 @@ def rank_members(
     _check_fitted(fitted_q, resolved, held_out, discount)
     importance = _importance(members, held_out, behaviour, fitted_q, confidence, seed)
     digests, fit_digests = episode_digests(held_out), episode_digests(train)
-    rows = [
-        _identity(member)
-        | estimate
-        | _weighted(importance, number)
-        | _departure(member, imitator, fitted_q, number, held_out)
-        | {"seen": _seen(member, digests)}
-        for number, (member, estimate) in enumerate(
-            zip(resolved, _estimates(fitted_q, confidence, seed), strict=True)
-        )
-    ]
+    rows = member_rows(
+        resolved, held_out, digests, fitted_q, importance,
+        clone=imitator, confidence=confidence, seed=seed,
+    )  # fmt: skip
     episodes = fitted_q.episodes
     shown: dict[str, Any] = {
         "episodes": len(digests),
@@ -129,7 +123,7 @@ def rank_members(
     }
     _rank(rows, shown, max_extrapolation, min_effective_episodes)
     agreement = _agreement(rows)
-    log = _log_value(fitted_q, confidence, seed)
+    log = log_value(fitted_q, confidence, seed)
     shared = shared_share(sketch_of(fit_digests), digests)
     blocking = value_warnings(
         fitted_q.backups, fitted_q.passes, held_out, discount, shared, episodes.history
@@ -137,7 +131,7 @@ def rank_members(
     general = general_warnings(
         rows, with_importance=importance is not None, agreement=agreement[0],
         clone=imitator.name if imitator else None, log=log, unlogged=episodes.unlogged_ends,
-        fit_seen=max(_seen(member, fit_digests) for member in resolved),
+        fit_seen=max(trained_share(member, fit_digests) for member in resolved),
     )  # fmt: skip
     recommended, sentence = _recommendation(rows, bool(blocking), confidence)
     warnings = (*member_warnings(rows, **shown), *blocking, *general)
@@ -147,18 +141,13 @@ def rank_members(
     )  # fmt: skip
 
 
-def _seen(member: Member, digests: NDArray[np.int64]) -> float:
-    """Share of the episodes ``digests`` that the member was trained on, 0 where unknown."""
-    return 0.0 if member.episodes is None else shared_share(member.episodes, digests)
-
-
 def _possible_values(
     fitted_q: FittedQ, train: OfflineDataset, held_out: OfflineDataset
 ) -> tuple[float, float]:
-    """Least and greatest believable value.
+    """Smallest and largest possible value.
 
-    For networks the range of logged returns. A table joins pieces of episodes exactly, so there it
-    is what the least and greatest logged reward at every step would give.
+    For networks the range of logged returns. A table may combine parts of different episodes, so
+    there the range is that of the smallest and the largest logged reward at every step.
     """
     low, high = fitted_q.episodes.return_range
     if math.isfinite(fitted_q.backups):
@@ -192,12 +181,12 @@ def _check_fitted(
     fitted_q: FittedQ, members: Sequence[Member], held_out: OfflineDataset, discount: float
 ) -> None:
     names, episodes = tuple(member.name for member in members), len(held_out.episode_lengths)
-    given = (fitted_q.names, fitted_q.episodes.scores.shape[1], fitted_q.discount)
+    actual = (fitted_q.names, fitted_q.episodes.scores.shape[1], fitted_q.discount)
     expected = (names, episodes, discount)
-    if given != expected:
+    if actual != expected:
         raise ValueError(
-            f"fitted_q has (members, episodes, discount) {given}, expected {expected}: "
-            "pass what fitted_q_evaluation gave for the same arguments."
+            f"fitted_q has (members, episodes, discount) {actual}, expected {expected}: "
+            "pass what fitted_q_evaluation returned for the same arguments."
         )
 
 
@@ -225,76 +214,13 @@ def _importance(
     )
 
 
-def _identity(member: Member) -> dict[str, Any]:
-    temperature = math.nan if member.temperature is None else member.temperature
-    return {"rank": 0, "member": member.name, "temperature": temperature}
-
-
-def _estimates(fitted_q: FittedQ, confidence: float, seed: int) -> list[dict[str, float]]:
-    episodes = fitted_q.episodes
-    # Where nothing is known the members get the least return and the log the greatest, and for
-    # the upper bounds the other way round.
-    least = episodes.scores - episodes.log_scores_high
-    most = episodes.scores_high - episodes.log_scores
-    surprise = episodes.surprise + episodes.log_surprise
-    bounds = mean_bounds(
-        least, least.mean(1) - surprise, most.mean(1) + surprise,
-        upper_samples=most, confidence=confidence, seed=seed,
-    )  # fmt: skip
-    gains = (episodes.scores - episodes.log_scores).mean(1)
-    values = fitted_q.intervals(confidence=confidence, seed=seed)
-    return [
-        {
-            "value": float(fitted_q.values[number]),
-            "value_low": float(values[number, 0]),
-            "value_high": float(values[number, 1]),
-            "gain": float(gains[number]),
-            "gain_low": float(bounds[0][number]),
-            "gain_high": float(bounds[1][number]),
-            "td_error": float(fitted_q.td_error[number]),
-            "td_error_training": float(fitted_q.td_error_training[number]),
-        }
-        for number in range(len(gains))
-    ]
-
-
-def _log_value(fitted_q: FittedQ, confidence: float, seed: int) -> tuple[float, float, float]:
-    scores = fitted_q.episodes.log_scores[None]
-    low, high = (np.array([limit]) for limit in fitted_q.episodes.return_range)
-    surprise = fitted_q.episodes.log_surprise
-    bounds = mean_bounds(
-        scores, low - surprise, high + surprise, upper_samples=fitted_q.episodes.log_scores_high[None],
-        confidence=confidence, seed=seed,
-    )  # fmt: skip
-    return float(scores.mean()), float(bounds[0][0]), float(bounds[1][0])
-
-
-def _weighted(importance: Importance | None, number: int) -> dict[str, float]:
-    keys = ("importance_value", "importance_low", "importance_high", "effective_episodes")
-    if importance is None:
-        return dict.fromkeys(keys, math.nan)
-    columns = (importance.values, importance.low, importance.high, importance.effective_sample_size)
-    return {key: float(column[number]) for key, column in zip(keys, columns, strict=True)}
-
-
-def _departure(
-    member: Member, clone: Member | None, fitted_q: FittedQ, number: int, log: OfflineDataset
-) -> dict[str, float]:
-    return {
-        "extrapolation": float(fitted_q.episodes.unsupported[number]),
-        "worst_extrapolation": float(fitted_q.episodes.worst_unsupported[number]),
-        "correcting_episodes": float(fitted_q.episodes.effective_episodes[number]),
-        "clone_distance": math.nan if clone is None else clone_distance(member, clone, log),
-    }
-
-
 def _rank(
     rows: list[dict[str, Any]],
     shown: Mapping[str, Any],
     max_extrapolation: float,
     min_effective_episodes: float,
 ) -> None:
-    """Order by value, and note ranks and doubts."""
+    """Sort by value, and add ranks and doubts."""
     rows.sort(key=lambda row: float(-row["value"]))
     for rank, row in enumerate(rows, 1):
         row["rank"] = rank
@@ -321,7 +247,7 @@ def _agreement(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
 def _recommendation(
     rows: Sequence[Mapping[str, Any]], blocked: bool, confidence: float
 ) -> tuple[str | None, str]:
-    """Whom to ship of ``rows``, best first, and the sentence that says so.
+    """The recommended member of ``rows``, best first, and a sentence about it.
 
     ``blocked``: no value may be compared with the log's.
     """
@@ -331,7 +257,7 @@ def _recommendation(
     of_all = f"{confidence:.0%} interval for all {len(rows)} members at once"
     if blocked or contradicted or not sound:
         best = rows[0]
-        doubted = "; what looks better is doubted, see the warnings" if better else ""
+        doubted = "; better estimates are doubted, see the warnings" if better else ""
         return None, (
             "Recommendation: no member is reliably better than the log (the best, "
             f"{best['member']}, gains {best['gain']:.4g}, {of_all} {best['gain_low']:.4g} to "

@@ -1,4 +1,4 @@
-"""The table in which trained policies stand by estimated value, and how it is written down."""
+"""The ranking of trained policies by estimated value: its rows, text, JSON and CSV."""
 
 from __future__ import annotations
 
@@ -30,26 +30,27 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Ranking:
-    """What ``selection.rank_members`` gives; ``str`` makes a table. Values in raw reward units.
+    """The result of ``selection.rank_members``; ``str`` makes a table. Values in raw reward units.
 
     Attributes:
         rows: one dict per member, best estimated value first: ``rank`` (from 1), ``member``,
             ``temperature``; ``value`` by fitted Q evaluation corrected on held-out episodes, with
-            the bounds of this member by itself; ``gain`` over the log, with bounds that hold for
+            bounds for this member alone; ``gain`` over the log, with bounds that hold for
             all members at once; ``td_error`` and ``td_error_training``; ``importance_value`` and
             bounds, ``effective_episodes``; ``extrapolation`` and ``worst_extrapolation``, see
             ``EpisodeScores``; ``correcting_episodes``, its ``effective_episodes``; ``seen``, the
             share of the held-out episodes that the member was trained on; ``clone_distance``;
             ``doubts``, names of the warnings that concern it (``importance``, ``extrapolation``,
             ``td_error``, ``range``, ``few``, ``contradiction``, ``seen``). NaN is unknown.
-        log_value, log_low, log_high: value of the policy that made the log.
-        log_extrapolation: what of the log's own actions counts as outside the log.
+        log_value, log_low, log_high: value of the policy that made the log, and its bounds.
+        log_extrapolation: share of the log's own actions that count as outside the log.
         spearman, kendall: agreement of the two estimators over the members whose importance weights
             are not doubted; NaN for fewer than three.
-        recommended: the member to ship, or None for none.
-        recommendation: the same in one sentence.
-        warnings: why not to trust this, one sentence each.
-        discount, episodes: of the values, and held out.
+        recommended: name of the recommended member, or None.
+        recommendation: the recommendation in one sentence.
+        warnings: reasons not to trust the ranking, one sentence each.
+        discount: of the values.
+        episodes: number of held-out episodes.
     """
 
     rows: tuple[dict[str, Any], ...]
@@ -72,8 +73,8 @@ class Ranking:
             lines.append(
                 f"{row['member']:{width}}" + "".join(f" {_short(row[key])}" for key, _ in COLUMNS)
             )
-        nothing = dict.fromkeys([key for key, _ in COLUMNS], math.nan)
-        log = nothing | {
+        empty = dict.fromkeys([key for key, _ in COLUMNS], math.nan)
+        log = empty | {
             "value": self.log_value,
             "value_low": self.log_low,
             "value_high": self.log_high,
@@ -89,11 +90,11 @@ class Ranking:
         return "\n".join([*lines, self.recommendation])
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field as a plain JSON value; what is not finite as None."""
+        """Every field as a plain JSON value; None for numbers that are not finite."""
         return {field.name: _json(getattr(self, field.name)) for field in fields(self)}
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Replace ``path`` by :meth:`to_dict`, whole or not at all."""
+        """Replace ``path`` by :meth:`to_dict`; on an error ``path`` does not change."""
         with whole_file(Path(path)) as temporary:
             text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
             temporary.write_text(text + "\n", encoding="utf-8")

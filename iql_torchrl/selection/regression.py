@@ -1,4 +1,4 @@
-"""What fitted Q evaluation regresses on: rows of a log, policies' choices, stacked critics."""
+"""Inputs of fitted Q evaluation: rows of a log, choices of the policies, stacked critics."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ Choose = Callable[[Member, TensorDictBase], Tensor]
 
 
 class Regression:
-    """What critics of P ``members`` and of the log's own policy need of the log ``train``.
+    """Data of the log ``train`` for the critics of P ``members`` and of the log's own policy.
 
-    There are P + 1 critics. The last one is of the policy that made the log: its value of a state
-    regresses on what the log did next, so it reads no action (its action input is the log's mean
-    action, or it averages over the outputs of discrete actions).
+    There are P + 1 critics. The last one is of the policy that made the log. It estimates the value
+    of a state from the logged steps, so it does not depend on an action: its action input is always
+    the log's mean action, or it averages over the outputs of discrete actions.
 
     Values are in units of the deviation of the log's returns, ``unit``; ``centre`` is their mean.
     """
@@ -59,7 +59,7 @@ class Regression:
         self.choose = choose
         self.discrete = isinstance(train.action_space, spaces.Discrete)
         returns = returns_to_go(train, discount)
-        # A log of one return only has no deviation to measure by.
+        # If all returns are equal, their deviation is 0 and cannot be the unit.
         self.unit = float(returns.std()) or max(float(np.abs(returns).mean()), 1.0)
         self.centre = float(returns.mean()) / self.unit
         self.features = partial(features_of, train)
@@ -73,7 +73,7 @@ class Regression:
             self.inputs += logged.shape[-1]
 
     def choices(self, table: TensorDictBase) -> Tensor:
-        """Of every member, then the log's stand-in: ``(P + 1, N, n)`` or ``(P + 1, N, K, A)``."""
+        """Of every member, then of the log's policy: ``(P + 1, N, n)`` or ``(P + 1, N, K, A)``."""
         chosen = torch.stack([self.choose(m, table) for m in self.members]).to(self.device)
         if self.discrete:
             own = torch.full_like(chosen[:1], 1 / self.outputs)
@@ -111,9 +111,9 @@ class Regression:
 class Steps:
     """Rows of a log as the regression reads them.
 
-    ``stopped`` ``(N,)``: rows whose following state the log never describes. What follows them
-    counts as ``lowest`` for the members and ``highest`` for the log's own policy, in units of
-    ``data.unit``.
+    ``stopped`` ``(N,)``: rows whose following state does not occur in the log. The value of that
+    state counts as ``lowest`` for the members and ``highest`` for the log's own policy, in units
+    of ``data.unit``.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Steps:
 
 
 class Choices:
-    """Every policy's choices at a table of states: kept where they fit, else asked for again."""
+    """Every policy's choices at a table of states: stored if memory allows, else computed again."""
 
     def __init__(self, data: Regression, table: TensorDictBase, table_bytes: int) -> None:
         self.data, self.states = data, table
@@ -225,7 +225,7 @@ def forward(layers: Layers, inputs: Tensor) -> Tensor:
 
 
 def hidden_features(layers: Layers, inputs: Tensor) -> Tensor:
-    """What the last layer reads: ``(B, D)`` or ``(P, B, D)`` to ``(P, B, width)``."""
+    """Inputs of the last layer: ``(B, D)`` or ``(P, B, D)`` to ``(P, B, width)``."""
     if len(layers) == 1:
         return inputs.expand(len(layers[0][0]), -1, -1)
     return forward(layers[:-1], inputs).relu()

@@ -1,4 +1,4 @@
-"""What an estimator says of each held-out episode, whichever estimator it was."""
+"""The scores of held-out episodes, the common result of all estimators."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.selection.episodes import episode_numbers
+from iql_torchrl.selection.episodes import FloatArray, episode_numbers
 
 __all__ = ["EpisodeScores", "effective_episodes"]
-
-FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -22,24 +19,24 @@ class EpisodeScores:
 
     Attributes:
         scores: ``(P, E)``; their mean estimates the member's value, their spread shows the error.
-            Where the log says nothing of what follows, the least return in ``return_range`` does.
-        log_scores: the same of the policy that made the log, ``(E,)``.
-        scores_high, log_scores_high: the same with the greatest return where nothing is known.
-        initial_values: the model's own value of each episode's first state, ``(P, E)``.
-        surprise: how far one more episode's score could lie from the mean, ``(P,)``: one step of the
-            greatest weight that leads to the least return instead of the greatest.
-            log_surprise: the same of ``log_scores``, 0 where no episode was truncated.
+            Unknown returns, where the log has no data, count as the smallest of ``return_range``.
+        log_scores: scores of the policy that made the log, ``(E,)``.
+        scores_high, log_scores_high: scores with the largest return in place of unknown ones.
+        initial_values: the model's value of each episode's first state, ``(P, E)``.
+        surprise: largest distance of one more episode's score from the mean, ``(P,)``: the largest
+            weight of a step times the range of returns. log_surprise: that of ``log_scores``, 0
+            where no episode was truncated.
         unsupported: for finite states the discounted probability that an episode of the member
-            comes to an action that the log lacks there; for vectors the share of its steps,
-            ``(P,)`` in [0, 1]. log_unsupported: the same of the log.
-        worst_unsupported: the greatest probability of such an action, less the log's own, in one
+            reaches an action that the log lacks in that state; for vectors the share of its steps,
+            ``(P,)`` in [0, 1]. log_unsupported: that of the log.
+        worst_unsupported: the largest probability of such an action, minus the log's own, in one
             state that the member visits at least once in a hundred episodes (for vectors: the mean
-            over the worst twentieth of its steps), ``(P,)``.
-        unlogged_ends: discounted weight of truncated ends that no logged state describes.
-        return_range: least and greatest return that any logged state was seen to lead to.
-        effective_episodes: on how many held-out episodes the correction rests (Kish), ``(P,)``.
-        history: what earlier than the observation outcomes were tried to depend on, and how
-            strongly they do, as t statistics; empty where it was not tried.
+            over the worst 5 % of its steps), ``(P,)``.
+        unlogged_ends: discounted weight of truncated ends in states that the log lacks.
+        return_range: smallest and largest return from any logged state.
+        effective_episodes: effective number of held-out episodes in the correction (Kish), ``(P,)``.
+        history: t statistics of the dependence of outcomes on earlier steps, by the name of what
+            was tested; empty without a test.
     """
 
     scores: FloatArray

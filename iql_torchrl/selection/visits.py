@@ -1,16 +1,16 @@
-"""How often policies visit what a log holds, from the features of fitted critics."""
+"""How often policies visit the steps of a log, estimated with features of fitted critics."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.selection.coverage import Coverage
 from iql_torchrl.selection.episodes import (
+    FloatArray,
     episode_numbers,
     first_rows,
     last_rows,
@@ -23,7 +23,6 @@ from iql_torchrl.selection.scores import EpisodeScores, effective_episodes
 
 __all__ = ["network_scores"]
 
-FloatArray = NDArray[np.float64]
 
 ROWS_AT_ONCE = 4096
 MAX_FEATURES = 2048
@@ -88,8 +87,8 @@ def network_scores(
 class VisitWeights:
     """Each policy's discounted visits of a step, relative to the log's: linear in features.
 
-    The last policy is the log's own; its weights are of the visits that would have followed the
-    truncated ends of episodes.
+    The last policy is the log's own; its weights are those of the visits after truncated ends of
+    episodes.
     """
 
     def __init__(self, data: Regression, layers: Layers, log: OfflineDataset, steps: Steps) -> None:
@@ -146,7 +145,7 @@ class VisitWeights:
         return self._hidden(policy, pairs[policy])
 
     def _expected(self, policy: int, features: Tensor, choices: Tensor) -> Tensor:
-        """Features of states, averaged over what the policy would do there, ``(B, F)``."""
+        """Features of states, averaged over the policy's actions there, ``(B, F)``."""
         data = self.data
         if data.discrete:
             hidden = self._hidden(policy, features)
@@ -201,8 +200,8 @@ def _unsupported(
 ) -> tuple[FloatArray, FloatArray]:
     """Share of each policy's steps outside the log, and the mean over the worst of them.
 
-    The policy's steps are the first states and what followed ``train``'s steps, weighted.
-    For the log's own policy, the last one, it is the share of logged steps by construction.
+    The policy's steps are the first states and the states after ``train``'s steps, weighted. For
+    the log's own policy, the last one, it is the share of logged steps.
     """
     starts = train.transitions[torch.from_numpy(first_rows(train))]
     rows = torch.linspace(0, len(train) - 1, min(len(train), VISITS_COMPARED)).long()

@@ -1,4 +1,4 @@
-"""The offline trainer on TorchRL's Trainer, and what a run leaves on disk."""
+"""The offline trainer, a TorchRL ``Trainer``, and the files of its runs."""
 
 from iql_torchrl.trainers.trainer import OfflineTrainer
 

@@ -24,7 +24,7 @@ def resumed_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]
     without ``--resume`` are returned as they are.
 
     Exits with status 2 and a sentence on standard error if ``--resume`` lacks its
-    folder or stands beside other arguments, or if the folder has no saved arguments.
+    folder or is given with other arguments, or if the folder has no saved arguments.
     """
     if not any(word.partition("=")[0] == OPTION for word in arguments):
         return list(arguments), None

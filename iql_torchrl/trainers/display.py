@@ -1,4 +1,4 @@
-"""Progress on stderr, and what a user reads when a run is interrupted."""
+"""Progress on stderr, and the message after an interruption."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Display:
 
     Args:
         enabled: False shows nothing.
-        total, updates: where the run ends, and where it stands, in updates.
+        total, updates: the number of updates at the end of the run, and now.
     """
 
     def __init__(self, enabled: bool, total: int, updates: int) -> None:
@@ -81,7 +81,7 @@ class Display:
 
 
 def print_how_to_continue(trainer: Any) -> None:
-    """Say on stderr where a trainer was interrupted, what it saved, and how to continue."""
+    """Print on stderr at which update training stopped, what it saved, and how to continue."""
     saved = "" if trainer.folder is None else f" and saved {trainer.folder.path}"
     print(
         f"Stopped after update {trainer.updates:,} of {trainer.total_updates:,}{saved}. "
@@ -100,7 +100,7 @@ def _how_to_continue(trainer: Any) -> str:
         command = "trainer.load_from_file(the newest checkpoint).train()"
     if command is None:
         return (
-            "Nothing was saved, because the trainer has no folder=. In this process, go on with: "
+            "Nothing was saved, because the trainer has no folder=. In this process, continue with: "
             "trainer.train()"
         )
-    return f"Go on with: {command}"
+    return f"Continue with: {command}"

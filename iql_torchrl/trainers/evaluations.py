@@ -1,4 +1,4 @@
-"""Evaluations of a run: they are entered into its rows, and the best checkpoint is kept."""
+"""Evaluations of a run: results are written into its rows, and the best checkpoint is kept."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Evaluate = Callable[[], "Evaluation | Mapping[str, float]"]
 
 
 class Scores:
-    """Enters evaluations into the rows of a run, and keeps the checkpoint with the best.
+    """Writes evaluations into the rows of a run, and keeps the checkpoint with the best result.
 
     Args:
         evaluation: a function, called at once; a ``BackgroundEvaluation``, whose results are
-            entered when they arrive, into the row of the update they belong to; or None.
+            written later into the row of the update that was evaluated; or None.
         monitor: the name of the number by which checkpoints are compared, higher is better.
         log: called with (update, name, value) for each number of an evaluation.
         stop: called several times a second while waiting for the background; True ends the wait.
@@ -44,26 +44,26 @@ class Scores:
 
     @property
     def pending(self) -> dict[int, dict[str, Any]]:
-        """Policies whose evaluation is under way, by update."""
+        """Policies whose evaluation is not finished, by update."""
         if isinstance(self.evaluation, BackgroundEvaluation):
             return dict(self.evaluation.pending)
         return {}
 
     def resubmit(self, pending: Mapping[int, Any]) -> None:
-        """Go on with evaluations that were under way when the run was saved."""
+        """Repeat the evaluations that were not finished when the run was saved."""
         if pending and isinstance(self.evaluation, BackgroundEvaluation):
             self.evaluation.resubmit(pending)
 
-    def owed(self, update: int) -> bool:
+    def is_missing(self, update: int) -> bool:
         """Whether the policy of ``update`` has been neither evaluated nor submitted."""
         done = any(r["update"] == update and self.monitor in r for r in self._progress.rows)
         return self.evaluation is not None and not done and update not in self.pending
 
     def evaluate(self, update: int) -> None:
-        """Evaluate the policy as it is; at most one evaluation is under way in the background."""
+        """Evaluate the present policy; at most one evaluation runs in the background."""
         if isinstance(self.evaluation, BackgroundEvaluation):
             self.collect(wait=True)
-            if self.pending:  # interrupted while waiting: this one is made after a resume
+            if self.pending:  # interrupted during the wait: this evaluation follows after a resume
                 return
             self.evaluation.submit(update)
             if self._folder is not None:
@@ -75,9 +75,9 @@ class Scores:
                 self._keep = self._folder.promote
 
     def collect(self, wait: bool = False) -> None:
-        """Enter the results that have arrived from the background; ``wait`` for all under way.
+        """Write the results of finished background evaluations; ``wait``: until all are finished.
 
-        Of an evaluation that took too long nothing is entered; a ``RuntimeWarning`` reports it.
+        An evaluation that took too long gives no result, but a ``RuntimeWarning``.
         """
         while isinstance(self.evaluation, BackgroundEvaluation):
             try:
@@ -85,7 +85,7 @@ class Scores:
             except EvaluationTimeout as error:
                 if self._folder is not None:
                     self._folder.judge(error.number, improves=False)
-                warnings.warn(f"Training goes on: {error}", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"Training continues: {error}", RuntimeWarning, stacklevel=2)
                 continue
             for update, evaluation in results:
                 improves = self._enter(update, evaluation)

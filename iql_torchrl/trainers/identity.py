@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of the run that it is loaded into: same data, settings and shapes."""
+"""Checks that a checkpoint belongs to the run that loads it: same data, settings and shapes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["AgentState", "DataState", "SettingsState", "check_shapes", "check_to
 
 
 def check_total(updates: int, total_updates: int) -> None:
-    """Raise ``ValueError`` when more updates have been made than there are to be in all."""
+    """Raise ``ValueError`` when the run has made more than ``total_updates`` updates."""
     if updates > total_updates:
         raise ValueError(
             f"total_updates is {total_updates} and the run has made {updates} updates already. It "
@@ -62,25 +62,25 @@ class DataState:
 
     def check(self, saved: Mapping[str, Any]) -> None:
         """Raises ``CheckpointError`` when ``saved`` is of other data, naming what differs."""
-        mine = self.state_dict()
-        old, new = saved["fingerprint"], mine["fingerprint"]
+        current = self.state_dict()
+        old, new = saved["fingerprint"], current["fingerprint"]
         if old is None or new is None:
             return
         differing = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-        maps = saved["reward_map"], mine["reward_map"]
+        maps = saved["reward_map"], current["reward_map"]
         only_rewards = all("reward" in key for key in differing)
         if None not in maps and maps[0] != maps[1] and only_rewards:
             raise CheckpointError(
-                "the checkpoint is of the same run only with its own reward map: it was saved with "
+                "the checkpoint is of a run with another reward map: it was saved with "
                 f"(scale, shift) = {tuple(saved['reward_map'])} and the dataset has "
-                f"{tuple(mine['reward_map'])}; pass reward={tuple(saved['reward_map'])} to "
+                f"{tuple(current['reward_map'])}; pass reward={tuple(saved['reward_map'])} to "
                 "load_dataset."
             )
         if differing:
             key = differing[0]
             raise CheckpointError(
                 f"the checkpoint is of another dataset ({saved['name'] or 'unnamed'}, here "
-                f"{mine['name'] or 'unnamed'}): {', '.join(differing)} differ. {key} was "
+                f"{current['name'] or 'unnamed'}): {', '.join(differing)} differ. {key} was "
                 f"{old.get(key)} and is {new.get(key)}. Resume with the data it was trained on, or "
                 "start a new run."
             )
@@ -101,10 +101,10 @@ class AgentState:
         A setting that an older version did not save has its default.
         """
         config = self._agent.config
-        mine = config.to_dict()
+        current = config.to_dict()
         old = type(config)().to_dict() | dict(saved["config"])
-        free = {name for name, knob in knobs(type(config)).items() if knob.may_change(mine)}
-        _compare(mine, old, {*mine, *old} - free)
+        free = {name for name, knob in knobs(type(config)).items() if knob.may_change(current)}
+        _compare(current, old, {*current, *old} - free)
 
 
 class SettingsState:
@@ -132,17 +132,17 @@ class SettingsState:
         A setting of the loss that another version did not save has its default; others that it
         did not save are not compared.
         """
-        mine = self.state_dict()
-        defaults = {n: knob.default for n, knob in self._knobs.items() if mine[n] is not None}
+        current = self.state_dict()
+        defaults = {n: knob.default for n, knob in self._knobs.items() if current[n] is not None}
         old = defaults | dict(saved)
-        _compare(mine, old, mine.keys() & old.keys())
+        _compare(current, old, current.keys() & old.keys())
 
 
-def _compare(mine: Mapping[str, Any], saved: Mapping[str, Any], names: Collection[str]) -> None:
+def _compare(current: Mapping[str, Any], saved: Mapping[str, Any], names: Collection[str]) -> None:
     differing = [
-        f"{name} was {saved.get(name)!r} and is {mine.get(name)!r}"
+        f"{name} was {saved.get(name)!r} and is {current.get(name)!r}"
         for name in sorted(names)
-        if _plain(saved.get(name)) != _plain(mine.get(name))
+        if _plain(saved.get(name)) != _plain(current.get(name))
     ]
     if differing:
         raise CheckpointError(
@@ -159,15 +159,15 @@ def _simple(value: Any) -> Any:
 
 def check_shapes(module: nn.Module, saved: Mapping[str, Any]) -> None:
     """Raises ``CheckpointError`` naming the first tensor that is missing or of another shape."""
-    mine = module.state_dict()
-    missing = [name for name in mine if name not in saved]
-    extra = [name for name in saved if name not in mine]
+    current = module.state_dict()
+    missing = [name for name in current if name not in saved]
+    extra = [name for name in saved if name not in current]
     if missing or extra:
         raise CheckpointError(
             f"the checkpoint is of other networks: it lacks {missing[:3]} and has {extra[:3]} "
             f"({len(missing)} and {len(extra)} in all); build the loss as it was."
         )
-    for name, tensor in mine.items():
+    for name, tensor in current.items():
         old = saved[name]
         if isinstance(tensor, torch.Tensor) and tensor.shape != old.shape:
             raise CheckpointError(

@@ -85,15 +85,15 @@ def check_stage(stage: str) -> None:
     """Raises ``ValueError`` for a stage of ``register_op`` that the step carries out itself."""
     if stage in OWNED_BY_STEP:
         raise ValueError(
-            f"stage {stage!r} changes losses or gradients, which the step owns here; write a "
-            "loss or a step that does it, and pass that."
+            f"stage {stage!r} changes losses or gradients, which only the step may do here; write "
+            "a loss or a step that does it, and pass that."
         )
 
 
 def moved_by_step(step: Any, op: Callable[..., Any]) -> bool:
-    """Whether the hook ``op`` would move a target updater or scheduler that ``step`` moves.
+    """Whether the hook ``op`` would call a target updater or scheduler that ``step`` calls.
 
-    Such a hook is not to be called; a warning says so.
+    Such a hook must not be called; a warning reports it.
     """
     hook = getattr(op, "__self__", op)
     moved = None
@@ -105,7 +105,7 @@ def moved_by_step(step: Any, op: Callable[..., Any]) -> bool:
         moved = "scheduler" if any(hook.scheduler is each for each in schedulers) else None
     if moved is not None:
         torchrl_logger.warning(
-            f"{type(hook).__name__}: the step already moves this {moved}, so the hook is not "
+            f"{type(hook).__name__}: the step already calls this {moved}, so the hook is not "
             "called; build the step without it to let the hook decide."
         )
     return moved is not None

@@ -1,4 +1,4 @@
-"""The parts that a trainer is given: what is used where one is left out, and checks of each."""
+"""The parts of a trainer: defaults for those that are left out, and checks of each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["check_parts", "filled_in", "folder_of_run", "one_step", "with_checkp
 def one_step(
     step: Any, agent: Agent | None, loss: Any, optimizer: Any, target_net_updater: Any
 ) -> Any:
-    """The step to train with: ``step``, or the agent's, or one made of the other parts.
+    """The step to train with: ``step``, the agent's step, or one made of the other parts.
 
     Raises ``ValueError`` where there is none, or parts are given that are not the step's own.
     """
@@ -52,7 +52,7 @@ def one_step(
 def filled_in(
     replay_buffer: Any, total_updates: Any, agent: Agent | None, dataset: OfflineDataset | None
 ) -> tuple[Any, Any]:
-    """Buffer and number of updates: as given, or as the agent's config says."""
+    """Buffer and number of updates; those that are None follow from the agent's config."""
     if replay_buffer is None and agent is not None and dataset is not None:
         config = agent.config
         replay_buffer = dataset.replay_buffer(config.batch_size, config.device, config.seed)

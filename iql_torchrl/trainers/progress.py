@@ -22,7 +22,7 @@ __all__ = ["Interruption", "Progress", "check_finite"]
 
 @dataclass
 class Progress:
-    """The part of a run's state that is neither weights nor random numbers.
+    """The state of a run without weights and random generators.
 
     ``rows`` has one entry per event, in order of updates: the means of the metrics since the last
     row, and the numbers of an evaluation. ``best`` is the highest monitored value so far.

@@ -1,4 +1,4 @@
-"""The parts of a trainer's checkpoint, and how they are put back."""
+"""The parts of a trainer's checkpoint, and loading them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["restore", "stateful_parts"]
 
 
 def stateful_parts(trainer: Any) -> dict[str, Any]:
-    """What a checkpoint of an ``OfflineTrainer`` holds: parts that have a ``state_dict``, by name.
+    """The parts in a checkpoint of an ``OfflineTrainer``, by name; each has a ``state_dict``.
 
     Networks and targets; the step (optimizer, schedulers, target updater); the state of sampling
     and of the global random generators; what identifies the data; how to rebuild an agent;
@@ -68,14 +68,13 @@ def restore(trainer: Any, states: Mapping[str, Any]) -> None:
         _ = trainer.loss_module.value_estimator  # made at its first use; its state is saved too
         check_shapes(trainer.loss_module, states["loss_module"])
     for name in _modules(parts) ^ _modules(states):
-        where = "registered here" if name in parts else "in the checkpoint"
-        torchrl_logger.warning(f"{name} is only {where}; it is left as it is.")
+        place = "registered here" if name in parts else "in the checkpoint"
+        torchrl_logger.warning(f"{name} is only {place}; it is not loaded.")
     for name, part in parts.items():
         if name in states and name not in ("agent", "data", "settings", "random"):
             part.load_state_dict(states[name])
-    parts["random"].load_state_dict(
-        states["random"]
-    )  # last, because loading may draw random numbers
+    # last, because loading the other parts may draw random numbers
+    parts["random"].load_state_dict(states["random"])
 
 
 def _modules(names: Iterable[str]) -> set[str]:
@@ -83,7 +82,7 @@ def _modules(names: Iterable[str]) -> set[str]:
 
 
 class ProgressState:
-    """The part of a checkpoint with progress, last logged values and evaluations under way."""
+    """The part of a checkpoint with progress, last logged values and unfinished evaluations."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer

@@ -105,9 +105,9 @@ class RunFolder:
         return checkpoint_path(self.rotation.directory, update)
 
     def write(self, rows: Sequence[Mapping[str, float]], *, now: bool = False) -> None:
-        """Write the table, at each event while that is fast, and less often when it is long.
+        """Write the table: at each event while that is fast, and less often when it is long.
 
-        Rows that are missing after a crash are later than the last checkpoint, or restored from it.
+        After a crash, missing rows are later than the last checkpoint, or the checkpoint has them.
         """
         began = time.monotonic()
         if now or began >= self._write_again:
@@ -122,7 +122,7 @@ class RunFolder:
         log_return: float | None,
         now: bool = False,
     ) -> None:
-        """Draw the curves, and the mean return of the log if known as a level line.
+        """Draw the curves, and a horizontal line at the mean return of the log if known.
 
         At most once a minute unless ``now``, because drawing takes about half a second.
         """

@@ -1,4 +1,4 @@
-"""What any of this package's trainers has: one counter of updates, and checkpoints to resume from."""
+"""The base of this package's trainers: one counter of updates, and checkpoints to resume from."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ResumableTrainer(Trainer):
     scores: Scores
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        # Trainer's would replace the properties below by counters on the class
+        # ``Trainer.__new__`` would replace the properties below by attributes of the class
         return object.__new__(cls)
 
     def __init__(
@@ -67,7 +67,7 @@ class ResumableTrainer(Trainer):
         )
         self.optimizer = part_of(step, "optimizer")
 
-    # The counters of TorchRL's Trainer, which hooks read, are this one.
+    # TorchRL's counters, which hooks read, return this one.
 
     @property
     def updates(self) -> int:
@@ -129,16 +129,16 @@ class ResumableTrainer(Trainer):
         return {name: part.state_dict() for name, part in stateful_parts(self).items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Raises ``CheckpointError`` for a run that is not this one, with nothing changed.
+        """Raises ``CheckpointError`` for the state of another run, and then changes nothing.
 
-        Likewise ``ValueError`` for a run of more updates than ``total_updates``.
+        Raises ``ValueError`` for a run with more updates than ``total_updates``.
         """
         restore(self, state_dict)
 
     def load_from_file(self: Self, file: str | os.PathLike[str], **kwargs: Any) -> Self:
         """Load a checkpoint and return this trainer; ``load_from_file(file).train()`` continues.
 
-        Runs none of the file's contents, whatever ``kwargs`` say.
+        Never runs code from the file; ``kwargs`` are not used.
 
         Raises ``CheckpointError`` with a sentence, and changes nothing, if the file is truncated,
         damaged or from another version, or of another dataset, reward map, settings or shapes; and

@@ -37,12 +37,12 @@ class Schedule:
         evaluate_first: bool,
         updates_per_call: int,
     ) -> Schedule:
-        """The intervals as given, or by default a hundredth and a tenth of the total.
+        """The intervals; those that are None become a hundredth or a tenth of the total.
 
         Raises ``ValueError`` for what is not a positive number of updates, or not a multiple of
         ``updates_per_call``.
         """
-        given = {
+        intervals = {
             "total_updates": total_updates,
             "eval_interval": eval_interval,
             "log_interval": log_interval,
@@ -51,7 +51,7 @@ class Schedule:
         whole_calls = {"total_updates", "log_interval"} | (
             {"eval_interval"} if evaluates else set()
         )
-        for name, value in given.items():
+        for name, value in intervals.items():
             if value is not None:
                 _check(name, value, updates_per_call if name in whole_calls else 1)
         if eval_interval is None:

@@ -48,8 +48,8 @@ class OfflineTrainer(ResumableTrainer):
     after each event; hooks that change one (``batch_process``, ``pre_epoch``,
     ``process_optim_batch``), and those that follow an update (``post_loss``, ``post_optim``,
     ``post_optim_log``), are called at every update. A ``TargetNetUpdaterHook`` or
-    ``LRSchedulerHook`` of an updater or scheduler that the step itself moves is not called: it
-    would move twice.
+    ``LRSchedulerHook`` of an updater or scheduler that the step itself calls is not called, because
+    there would be two calls per update.
 
     Args, what is trained:
         step: an ``IQLStep``, plain or compiled; or a callable without arguments that performs
@@ -58,17 +58,17 @@ class OfflineTrainer(ResumableTrainer):
         loss_module, optimizer, target_net_updater: in place of ``step``: TorchRL's, for a plain
             step.
         replay_buffer: has ``sample()``; see also ``OfflineDataset.replay_buffer``. With ``agent``
-            and ``dataset``, by default a buffer as the agent's config says.
-        dataset: of the buffer, if it has one: its digest, reward map and returns are recorded.
-        seed: TorchRL's; of torch's and NumPy's global generators, set at once.
+            and ``dataset``, by default a buffer with the settings of the agent's config.
+        dataset: the data of the buffer; its digest, reward map and returns are recorded.
+        seed: as TorchRL's; seeds torch's and NumPy's global generators in the constructor.
 
     Args, for how long and how often, in updates:
-        total_updates: where training ends, counted from the first update of the run, however often
-            it was stopped; by default the agent's config's.
-        log_interval: between two rows; by default a hundredth of the total.
-        eval_interval: between two evaluations; by default a tenth of the total.
-        save_trainer_interval: TorchRL's; between two checkpoints, taken at events; by default
-            ``eval_interval``. A new best is always saved.
+        total_updates: where training ends, counted from the first update of the run, also after
+            interruptions; by default ``config.updates`` of the agent.
+        log_interval: updates between two rows; by default a hundredth of the total.
+        eval_interval: updates between two evaluations; by default a tenth of the total.
+        save_trainer_interval: as TorchRL's; updates between two checkpoints, which are saved at
+            events; by default ``eval_interval``. A new best policy is always saved.
 
     Args, evaluation:
         evaluation: a function without arguments returning an ``Evaluation`` (or a mapping of
@@ -86,20 +86,20 @@ class OfflineTrainer(ResumableTrainer):
         logger: any TorchRL logger; receives every number of every row.
         progress_bar: on stderr: a bar on a terminal; in a file or a pipe, one line at each event.
             False shows nothing.
-        resume_command: what Ctrl-C tells the user to type; by default the call that continues from
-            what was saved, ``trainer.resume().train()`` with ``folder``.
+        resume_command: the command that is printed after Ctrl-C; by default the call that loads
+            the last checkpoint and continues, ``trainer.resume().train()`` with ``folder``.
         log_timings, auto_log_optim_steps: TorchRL's.
 
-    Training again from a checkpoint gives the same bits on a CPU as never having stopped, if the
-    buffer does not prefetch.
+    On a CPU a resumed run gives the same bits as a run without interruption, if the buffer does not
+    prefetch.
 
     Raises:
-        ValueError: parts missing, given twice or not belonging together; an interval below 1, or
+        ValueError: parts missing, given twice or of different agents; an interval below 1, or
             not a multiple of a captured step's updates; ``register_op`` of a stage that would
-            change losses or the optimizer's step, which belong to the step here.
-        FloatingPointError: while training, a loss that is no longer finite; what was saved stays.
-        OSError: while training, a file of ``folder`` that cannot be written, as on a full disk; it
-            is named, and what was saved stays.
+            change losses or the optimizer's step, which only the step may do here.
+        FloatingPointError: while training, a loss that is no longer finite. Saved files stay.
+        OSError: while training, a file of ``folder`` that cannot be written, as on a full disk; the
+            message names it. Saved files stay.
     """
 
     def __init__(
@@ -188,9 +188,9 @@ class OfflineTrainer(ResumableTrainer):
         """Train up to ``total_updates``.
 
         Ctrl-C or SIGTERM finishes the update, saves, prints how to continue, and raises
-        ``KeyboardInterrupt`` or ``SystemExit(143)``; a ``BackgroundEvaluation`` under way is not
-        waited for, but made again after a resume. One that exceeds its ``timeout`` gives a
-        ``RuntimeWarning`` and no score, and training goes on.
+        ``KeyboardInterrupt`` or ``SystemExit(143)``. It does not wait for an unfinished
+        ``BackgroundEvaluation``, which is repeated after a resume. An evaluation that exceeds its
+        ``timeout`` gives a ``RuntimeWarning`` and no score, and training continues.
         """
         self._stop_training, self._stop_reason = False, None
         check_total(self.updates, self.total_updates)
@@ -204,7 +204,7 @@ class OfflineTrainer(ResumableTrainer):
                     self._train_to_next_event()
                     if self._interrupted:
                         break
-                if not self._interrupted:  # otherwise they stay in the checkpoint
+                if not self._interrupted:  # otherwise the checkpoint contains them
                     self.scores.collect(wait=True)
                 self._leave()
             finally:
@@ -227,7 +227,7 @@ class OfflineTrainer(ResumableTrainer):
     def _evaluate_at_start(self) -> None:
         """The evaluation before the first update, or one that a stopped run did not finish."""
         due = self.schedule.evaluation_due(self.updates, self.total_updates)
-        if due and self.scores.owed(self.updates):
+        if due and self.scores.is_missing(self.updates):
             self.scores.evaluate(self.updates)
             self.save_trainer(force_save=self.scores.wants_checkpoint)
             self.display.last_score(self.updates, self.scores.latest())
@@ -260,7 +260,7 @@ class OfflineTrainer(ResumableTrainer):
             self._post_steps_hook()
             self._post_steps_log_hook(sampled)
         except BaseException:
-            self.save_trainer(force_save=True)  # the updates were whole; what failed came after
+            self.save_trainer(force_save=True)  # all updates before the error are complete
             raise
         self.save_trainer(force_save=self.scores.wants_checkpoint)
         self._write()
@@ -274,7 +274,7 @@ class OfflineTrainer(ResumableTrainer):
         )
 
     def _leave(self) -> None:
-        """Save once more if anything happened since; on an interruption, say how to continue."""
+        """Save updates that are not saved yet; after an interruption print how to continue."""
         if self._has_checkpoint_destination() and self._last_save != self.updates:
             self._save_now()
         self._write(now=True)
@@ -290,7 +290,7 @@ class OfflineTrainer(ResumableTrainer):
         return name | dict(self.agent.description()["config"])
 
     def _log(self, log_pbar: bool = False, **kwargs: Any) -> None:
-        """TorchRL's, with numbers in place of scalar tensors, which not every logger can write."""
+        """As TorchRL's, but scalar tensors become numbers, because some loggers need numbers."""
         if self.logger is not None:
             for name, value in kwargs.items():
                 if isinstance(value, torch.Tensor) and value.ndim == 0:

@@ -96,7 +96,7 @@ def test_standardisation_is_the_first_layer_of_every_network():
     assert not [n for n, _ in plain.loss.named_buffers() if "preprocess" in n]
 
 
-def test_the_seed_decides_and_the_callers_random_state_is_left_alone():
+def test_the_seed_decides_and_the_callers_random_state_does_not_change():
     data = dataset()
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -110,7 +110,7 @@ def test_the_seed_decides_and_the_callers_random_state_is_left_alone():
 
 
 @pytest.mark.gpu
-def test_policy_and_loss_live_on_the_configured_device():
+def test_policy_and_loss_are_on_the_configured_device():
     data = dataset()
     agent = make_agent(config(device="cuda"), data)
     held = [*agent.policy.parameters(), *agent.policy.buffers(), *agent.loss.parameters()]
@@ -139,14 +139,14 @@ def test_learning_rates_and_schedule():
 
 def test_a_schedule_in_steps():
     agent = make_agent(config(schedule="cosine", schedule_steps=2, value_lr=2e-3), dataset())
-    found = []
+    outcome = []
     for _ in range(16):
-        found.append([group["lr"] for group in agent.optimizer.param_groups])
+        outcome.append([group["lr"] for group in agent.optimizer.param_groups])
         agent.optimizer.step()
         agent.scheduler.step()
     # cos(0), cos(pi / 2) and, past the end, cos(pi): halves of (1 + cos) are 1, 1/2 and 0
     factor = np.array([1] * 5 + [0.5] * 5 + [0] * 6)
-    np.testing.assert_allclose(found, factor[:, None] * [3e-4, 3e-4, 2e-3], atol=1e-18)
+    np.testing.assert_allclose(outcome, factor[:, None] * [3e-4, 3e-4, 2e-3], atol=1e-18)
     third = make_agent(replace(agent.config, updates=7, schedule_steps=3), dataset())
     rates = [third.scheduler.lr_lambdas[0](u) for u in range(8)]
     steps = np.array([0, 0, 0, 1, 1, 2, 2, 3])  # floor(3 u / 7)
@@ -193,21 +193,21 @@ def test_an_agent_comes_back_from_its_file(tmp_path, options):
     agent, path = trained(tmp_path, **options)
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    found = Agent.load(path)
+    outcome = Agent.load(path)
     assert torch.equal(torch.get_rng_state(), state)
-    assert found.config == agent.config
+    assert outcome.config == agent.config
     settings = agent.description()["config"]
     assert json.loads(json.dumps(settings)) == settings
-    assert found.task.action_space == agent.task.action_space
-    assert same_weights(found, agent)
+    assert outcome.task.action_space == agent.task.action_space
+    assert same_weights(outcome, agent)
     fresh = make_agent(agent.config, dataset())
     assert not same_weights(fresh, agent)  # three updates did move the weights
     observations = dataset().transitions["observation"].numpy()
-    np.testing.assert_array_equal(found.act(observations), agent.act(observations))
+    np.testing.assert_array_equal(outcome.act(observations), agent.act(observations))
     fresh.load_state_dict(agent.state_dict())
     assert same_weights(fresh, agent)
-    found.step(dataset().replay_buffer(16, seed=0).sample())
-    assert not same_weights(found, agent)
+    outcome.step(dataset().replay_buffer(16, seed=0).sample())
+    assert not same_weights(outcome, agent)
 
 
 def test_the_best_of_a_run_is_loaded_and_else_the_newest(tmp_path):
@@ -232,9 +232,9 @@ def test_float64_survives_a_file(tmp_path):
     agent.step(data.replay_buffer(16, seed=0).sample())
     assert {p.dtype for p in agent.loss.parameters()} == {torch.float64}
     states = {"agent": agent.description(), "loss_module": agent.state_dict()}
-    found = Agent.load(write_components(tmp_path / "a.torchrl", states))
-    assert same_weights(found, agent)
-    assert found.act(np.zeros(3)).dtype == data.action_space.dtype
+    outcome = Agent.load(write_components(tmp_path / "a.torchrl", states))
+    assert same_weights(outcome, agent)
+    assert outcome.act(np.zeros(3)).dtype == data.action_space.dtype
 
 
 def test_a_device_that_is_not_here_becomes_the_cpu(tmp_path):
@@ -247,7 +247,7 @@ def test_a_device_that_is_not_here_becomes_the_cpu(tmp_path):
     assert same_weights(Agent.load(path, device="cpu"), agent)
 
 
-def test_what_cannot_be_loaded_is_said(tmp_path):
+def test_the_error_names_what_cannot_be_loaded(tmp_path):
     agent, path = trained(tmp_path)
     weights, description = agent.state_dict(), agent.description()
     with pytest.raises(CheckpointError, match="there is no such folder"):

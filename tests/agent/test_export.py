@@ -200,7 +200,7 @@ def test_weights_that_are_not_numbers_are_not_exported(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_note_says_all_that_a_caller_needs(tmp_path, monkeypatch):
+def test_the_note_describes_all_inputs_and_the_output(tmp_path, monkeypatch):
     agent = discrete_agent(start=5, masked=True)
     agent.export(tmp_path / "masked.pt2")
     note = json.loads((tmp_path / "masked.json").read_text())
@@ -251,7 +251,7 @@ def test_the_note_says_all_that_a_caller_needs(tmp_path, monkeypatch):
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json"] * 4 + [".pt2"] * 4
 
 
-def test_the_agent_and_the_callers_state_are_left_alone(tmp_path):
+def test_the_agent_and_the_callers_state_do_not_change(tmp_path):
     agent = box_agent(policy="mixture", dropout=0.5)
     agent.actor.train()
     torch.manual_seed(3)

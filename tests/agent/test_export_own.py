@@ -76,10 +76,10 @@ def test_every_form_of_discrete_action(tmp_path, shape):
     x, more = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32), {}
     if shape == "one_hot":
         more["action_mask"] = masks()
-    found = program.module()(torch.tensor(x), *(torch.tensor(m) for m in more.values()))
-    assert found.dtype == torch.int64
-    assert found.tolist() == act(actor, x, box, choice, **more).tolist()
-    assert len(set(found.tolist())) > 1
+    result = program.module()(torch.tensor(x), *(torch.tensor(m) for m in more.values()))
+    assert result.dtype == torch.int64
+    assert result.tolist() == act(actor, x, box, choice, **more).tolist()
+    assert len(set(result.tolist())) > 1
 
 
 class Column(nn.Module):
@@ -110,7 +110,7 @@ class FixedBatch(nn.Module):
         (Draws(), "TensorDictModule acts differently once traced, by .* in a batch of 1"),
     ],
 )
-def test_what_cannot_be_exported_is_said(tmp_path, net, reason):
+def test_the_error_names_what_cannot_be_exported(tmp_path, net, reason):
     task = Task(spaces.Box(-9, 9, (2,)), spaces.Box(-9, 9, (2,)))
     actor = TensorDictModule(net, in_keys=["observation"], out_keys=["action"])
     with pytest.raises(RuntimeError, match=reason):
@@ -121,7 +121,7 @@ def test_what_cannot_be_exported_is_said(tmp_path, net, reason):
 def test_what_does_not_fit_is_refused(tmp_path):
     box, path = spaces.Box(-1, 1, (2,)), tmp_path / "p.pt2"
     actor = TensorDictModule(nn.Linear(2, 3), in_keys=["observation"], out_keys=["action"])
-    for policy, task, place, error, found in (
+    for policy, task, place, error, result in (
         (actor, Task(box, box), tmp_path / "p.pt", ValueError, r"'.*p.pt'; .* ends in .pt2"),
         (nn.Linear(2, 2), Task(box, box), path, TypeError, "TensorDict module .*found Linear"),
         (actor, Task(box, box), path, ValueError, r"rows of shape \(2,\).*found \(3,\)"),
@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         (actor, Task(box, spaces.MultiBinary(3)), path, ValueError, "needs Box or Discrete"),
         (actor, Task(spaces.Dict(a=box), box), path, ValueError, "reads 'observation' as one"),
     ):
-        with pytest.raises(error, match=found):
+        with pytest.raises(error, match=result):
             export_policy(policy, task, place)
     masked = policies.categorical(2, OneHot(4), mask_key="action_mask")
     with pytest.raises(ValueError, match="action_mask needs Discrete"):

@@ -1,4 +1,4 @@
-"""Task: what networks need to know of the data, exact after a trip through a file."""
+"""Task: the description of the data for networks, and that a file restores it exactly."""
 
 from __future__ import annotations
 
@@ -44,33 +44,36 @@ SPACES = [
 
 @pytest.mark.parametrize("space", SPACES, ids=str)
 def test_spaces_come_back_exactly(space):
-    found = space_from_state(stored(space_state(space)))
-    assert found == space
-    assert found.dtype == space.dtype
+    result = space_from_state(stored(space_state(space)))
+    assert result == space
+    assert result.dtype == space.dtype
     if isinstance(space, spaces.Box):
-        assert (found.low.tobytes(), found.high.tobytes()) == (
+        assert (result.low.tobytes(), result.high.tobytes()) == (
             space.low.tobytes(),
             space.high.tobytes(),
         )
     if isinstance(space, spaces.Dict):
-        assert list(found.spaces) == list(space.spaces)
+        assert list(result.spaces) == list(space.spaces)
 
 
-def test_a_task_says_what_networks_need_and_comes_back():
+def test_a_task_has_what_networks_need_and_is_restored_from_its_state():
     data = replace(load_dataset(log()), name="log", reference_scores=(-1.5, 1 / 3))
     task = Task.of(data)
-    found = Task.from_state_dict(stored(task.state_dict()))
-    assert found.observation_space == data.observation_space
-    assert found.action_space == data.action_space
-    assert (found.masked, found.dtype, found.name) == (False, torch.float32, "log")
-    assert found.reference_scores == (-1.5, 1 / 3)
-    assert found.observation_spec == data.observation_spec
-    assert found.action_spec == data.action_spec
-    (key,) = found.statistics
+    result = Task.from_state_dict(stored(task.state_dict()))
+    assert result.observation_space == data.observation_space
+    assert result.action_space == data.action_space
+    assert (result.masked, result.dtype, result.name) == (False, torch.float32, "log")
+    assert result.reference_scores == (-1.5, 1 / 3)
+    assert result.observation_spec == data.observation_spec
+    assert result.action_spec == data.action_spec
+    (key,) = result.statistics
     expected = data.statistics[key]
-    assert torch.equal(found.statistics[key].mean, expected.mean)
-    assert torch.equal(found.statistics[key].std, expected.std)
-    assert (found.statistics[key].constant, found.statistics[key].count) == (expected.constant, 40)
+    assert torch.equal(result.statistics[key].mean, expected.mean)
+    assert torch.equal(result.statistics[key].std, expected.std)
+    assert (result.statistics[key].constant, result.statistics[key].count) == (
+        expected.constant,
+        40,
+    )
     state = task.state_dict()
     with pytest.raises(ValueError, match=r"stored with \['colour'\]"):
         Task.from_state_dict({**state, "colour": 1})
@@ -78,15 +81,15 @@ def test_a_task_says_what_networks_need_and_comes_back():
         Task.from_state_dict({k: v for k, v in state.items() if k != "masked"})
 
 
-def test_a_task_knows_the_episodes_of_its_log():
+def test_a_task_has_digests_of_the_episodes_of_its_log():
     data = load_dataset(log())
     task = Task.of(data)
     digests = episode_digests(data)
     np.testing.assert_array_equal(task.episodes, np.sort(digests))
     state = task.state_dict()
-    found = Task.from_state_dict(stored(state))
-    np.testing.assert_array_equal(found.episodes, task.episodes)
-    assert found.episodes.dtype == np.int64
+    result = Task.from_state_dict(stored(state))
+    np.testing.assert_array_equal(result.episodes, task.episodes)
+    assert result.episodes.dtype == np.int64
     old = {k: v for k, v in state.items() if k != "episodes"}
     assert Task.from_state_dict(stored(old)).episodes is None
     assert Task.from_state_dict(stored(Task(*SPACES[:2]).state_dict())).episodes is None

@@ -1,4 +1,4 @@
-"""Built-in datasets: real Minari data, the same each time, whole or absent."""
+"""Built-in datasets: real Minari data, the same each time, complete or not written at all."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def same(left, right):
 def assert_same_log(first, second):
     for left, right in zip(first, second, strict=True):
         for part in ("observations", "actions", "rewards", "terminations", "truncations", "infos"):
-            mine, theirs = getattr(left, part), getattr(right, part)
-            assert (mine is None and theirs is None) or same(mine, theirs), part
+            actual, expected = getattr(left, part), getattr(right, part)
+            assert (actual is None and expected is None) or same(actual, expected), part
 
 
 # ---- pendulum ------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def test_a_disk_that_gets_full_is_named_with_its_space(
     def full(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("iql_torchrl.data.build._Disk.commit", full)
+    monkeypatch.setattr("iql_torchrl.data.table_storage.DiskTable.commit", full)
     monkeypatch.setattr(
         "iql_torchrl.data.cache.shutil.disk_usage", lambda _: SimpleNamespace(free=123_456)
     )
@@ -188,7 +188,7 @@ def test_a_table_with_a_cut_file_is_built_again(archive: Path, tmp_path: Path) -
     assert (load_dataset(archive, memmap=table).transitions == whole).all()
 
 
-def test_warnings_are_given_again_with_a_table_that_is_reused(tmp_path: Path) -> None:
+def test_a_reused_table_repeats_its_warnings(tmp_path: Path) -> None:
     data = arrays()
     data["terminated"] = data["truncated"].copy()
     np.savez(tmp_path / "data.npz", **data)

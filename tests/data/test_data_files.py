@@ -48,7 +48,7 @@ def test_door_follows_d4rl_but_for_the_last_row() -> None:
 
 
 @shared
-def test_door_without_its_timeouts_is_25_whole_demonstrations() -> None:
+def test_door_without_its_timeouts_is_25_complete_demonstrations() -> None:
     dataset = load_dataset(SHARED / "d4rl_door_human_v0.hdf5", columns={"truncated": None})
     assert len(dataset) == 6729
     assert len(dataset.episode_lengths) == 25

@@ -195,7 +195,7 @@ def test_valids_without_masks_are_reported() -> None:
     assert (named.transitions == dataset.transitions).all()
 
 
-def test_data_without_rewards_says_how_to_get_them(tmp_path: Path) -> None:
+def test_the_error_about_missing_rewards_tells_how_to_get_them(tmp_path: Path) -> None:
     data = {**recorded(), "qpos": np.zeros((21, 4)), "qvel": np.zeros((21, 4))}
     del data["rewards"], data["masks"]
     np.savez(tmp_path / "cube.npz", **data)
@@ -231,7 +231,7 @@ VARYING = [40, 25, 33, 28, 45, 31, 20, 36]
 
 
 @pytest.mark.parametrize("successors", [True, False])
-def test_terminations_inside_a_trajectory_that_goes_on_are_reported(successors: bool) -> None:
+def test_terminations_inside_a_trajectory_that_continues_are_reported(successors: bool) -> None:
     data, ends = drift(VARYING)
     data["truncated"] = ends
     data["terminated"][[7, 50, 120, 180]] = True
@@ -266,7 +266,7 @@ def test_true_terminations_are_not_reported(successors: str) -> None:
     assert len(load_dataset(one)) == 50
 
 
-def test_unrelated_rows_are_not_judged() -> None:
+def test_unrelated_rows_give_no_warning() -> None:
     rng = np.random.default_rng(0)
     data, ends = drift(VARYING)
     data["observation"] = rng.standard_normal((len(ends), 3))
@@ -311,9 +311,9 @@ def warned(data: Arrays) -> list[str]:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda d: np.roll(d["next_observation"], 1, 0), "hold the same row's observation"),
-        (lambda d: d["observation"].copy(), "hold the same row's observation"),
-        (lambda d: np.roll(d["next_observation"], -1, 0), "hold the observation two rows later"),
+        (lambda d: np.roll(d["next_observation"], 1, 0), "contain the same row's observation"),
+        (lambda d: d["observation"].copy(), "contain the same row's observation"),
+        (lambda d: np.roll(d["next_observation"], -1, 0), "contain the observation two rows later"),
         (lambda d: d["next_observation"] * 10, "in another scale"),
     ],
 )
@@ -543,7 +543,7 @@ def test_real_terminals_at_misplaced_marks_are_reported() -> None:
         load_dataset(data, columns={"truncated": None})
 
 
-def test_a_termination_that_no_column_marks_is_allowed_when_said() -> None:
+def test_columns_may_state_that_no_row_terminates() -> None:
     data, ends = drift(VARYING)
     del data["terminated"]
     data["truncated"] = ends

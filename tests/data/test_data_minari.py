@@ -1,4 +1,4 @@
-"""Minari datasets come through whole: every transition once, none across a border."""
+"""Minari datasets are read completely: every transition once, none across two episodes."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_the_environment_joins_leaves_as_the_rows_do(root: Path, names: list[str
     assert made.observation_space.contains(joined)
 
 
-def test_evaluate_plays_a_joined_dataset(root: Path) -> None:
+def test_evaluate_works_with_a_joined_dataset(root: Path) -> None:
     write("made/goals-v0", [episode(GOALS, ACTION, 5)], GOALS)
     for env in (GoalEnv, lambda: load_dataset(
         "made/goals-v0", env=GoalEnv, concatenate=["goal", "observation"]
@@ -254,7 +254,7 @@ def test_several_are_joined_and_differences_named(root: Path) -> None:
         load_dataset(["made/a-v0", "made/c-v0"])
 
 
-def test_limit_keeps_whole_episodes(root: Path) -> None:
+def test_limit_keeps_complete_episodes(root: Path) -> None:
     write("made/a-v0", [episode(BOX, ACTION, n) for n in (4, 5, 6)])
     assert load_dataset("made/a-v0", limit=14).episode_lengths.tolist() == [4, 5]
     cut = load_dataset("made/a-v0", limit=3)

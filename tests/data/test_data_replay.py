@@ -91,7 +91,7 @@ def test_multi_step_returns_stop_at_episode_ends(dataset: OfflineDataset) -> Non
         assert float(row["next", "observation"][0]) == t + ahead
 
 
-def test_device_sampler_draws_whole_rows_uniformly(dataset: OfflineDataset) -> None:
+def test_device_sampler_draws_complete_rows_uniformly(dataset: OfflineDataset) -> None:
     sampler = DeviceSampler(dataset.transitions, 64, seed=0)
     again = dataset.device_sampler(64, seed=0)
     batch = sampler.sample()
@@ -106,7 +106,7 @@ def test_device_sampler_draws_whole_rows_uniformly(dataset: OfflineDataset) -> N
 
 
 @pytest.mark.gpu
-def test_device_sampler_never_waits_for_the_host(dataset: OfflineDataset) -> None:
+def test_device_sampler_does_not_synchronise_with_the_host(dataset: OfflineDataset) -> None:
     sampler = DeviceSampler(dataset.transitions, 64, device="cuda", seed=0)
     sampler.sample()
     torch.cuda.set_sync_debug_mode("error")
@@ -170,7 +170,7 @@ def archive(tmp_path: Path) -> Path:
 def test_memmap_equals_memory_and_reopens(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reward: str
 ) -> None:
-    monkeypatch.setattr("iql_torchrl.data.build.BLOCK_BYTES", 2000)  # Many small blocks.
+    monkeypatch.setattr("iql_torchrl.data.table_storage.BLOCK_BYTES", 2000)  # Many small blocks.
     memory = load_dataset(archive, reward=reward)
     built = load_dataset(archive, reward=reward, memmap=tmp_path / "table")
     monkeypatch.setattr("iql_torchrl.data.load.open_npz", None)  # Reopening must not read it.

@@ -47,10 +47,10 @@ def test_round_trip(name, tmp_path, monkeypatch):
 def leaves(observations, path=()) -> dict[tuple[str, ...], np.ndarray]:
     if not isinstance(observations, dict):
         return {path: observations}
-    found = {}
+    result = {}
     for name, values in observations.items():
-        found |= leaves(values, (*path, name))
-    return found
+        result |= leaves(values, (*path, name))
+    return result
 
 
 def equal(ours: torch.Tensor, logged: np.ndarray) -> None:

@@ -355,7 +355,7 @@ def test_discrete_actions_stored_as_floats_are_reported() -> None:
     load_dataset({**data, "action": np.stack([numbers, numbers % 2], 1)})
 
 
-def test_columns_that_nobody_reads_may_hold_anything() -> None:
+def test_unused_columns_may_contain_anything() -> None:
     data = table()
     data.update(infos=[[1], [1, 2]], names=["a"] * 15, seed=3, episode={"seed": [1, 2]})
     assert len(load_dataset(data)) == 15

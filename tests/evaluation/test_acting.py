@@ -1,4 +1,4 @@
-"""Agent.act: what the environment gives goes in, what env.step takes comes out."""
+"""Agent.act: from an observation of the environment to an action for env.step."""
 
 from __future__ import annotations
 
@@ -83,13 +83,13 @@ def test_dict_observations():
     np.testing.assert_allclose(agent.act(parts), flat.act(joined), atol=1e-6)
     one = {name: values[3] for name, values in parts.items()}
     np.testing.assert_allclose(agent.act(one), flat.act(joined[3]), atol=1e-6)
-    for wrong, found in (
+    for wrong, result in (
         ({"a": one["a"]}, r"\['a', 'b'\], found \['a'\]"),
         (joined[3], "found a ndarray"),
         ({"a": parts["a"], "b": one["b"]}, r"different numbers.*\['a'\]: 40"),
         ({"a": parts["a"], "b": parts["b"][:7]}, "different numbers"),
     ):
-        with pytest.raises(ValueError, match=found):
+        with pytest.raises(ValueError, match=result):
             agent.act(wrong)
 
 
@@ -107,7 +107,7 @@ def test_categories_in_observations():
 
 def test_what_does_not_fit_is_refused():
     agent = box_agent()
-    for wrong, found in (
+    for wrong, result in (
         (np.zeros(4), r"shape \(4,\); expected \(3,\) for one observation, or \('B', 3\)"),
         (np.zeros((2, 2, 3)), r"shape \(2, 2, 3\)"),
         (np.float32(0), r"shape \(\)"),
@@ -116,18 +116,18 @@ def test_what_does_not_fit_is_refused():
         (np.array(["a", "b", "c"]), "holds <U1; expected float32"),
         ({"observation": np.zeros(3)}, "holds object|shape"),
     ):
-        with pytest.raises(ValueError, match=found):
+        with pytest.raises(ValueError, match=result):
             agent.act(wrong)
     with pytest.raises(ValueError, match="action_mask was given"):
         agent.act(np.zeros(3), action_mask=np.ones(2))
     masked = discrete_agent(masked=True)
-    for mask, found in (
+    for mask, result in (
         (None, r"pass action_mask= with shape \(4,\)"),
         (np.ones((1, 4)), r"shape \(1, 4\); expected \(4,\)"),
         (np.ones(3), "4 booleans"),
         (np.zeros(4), "at least one"),
     ):
-        with pytest.raises(ValueError, match=found):
+        with pytest.raises(ValueError, match=result):
             masked.act(np.zeros(3), action_mask=mask)
     with pytest.raises(ValueError, match=r"shape \(3, 4\); expected \(2, 4\)"):
         masked.act(np.zeros((2, 3)), action_mask=np.ones((3, 4)))

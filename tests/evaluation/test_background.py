@@ -142,7 +142,7 @@ def test_the_same_results_as_in_the_foreground(shared):
         assert not weight.requires_grad
     results = background.results(wait=True)
     assert [number for number, _ in results] == [30, 10, 20]
-    assert all(same(found, expected[number][0]) for number, found in results)
+    assert all(same(result, expected[number][0]) for number, result in results)
     assert not same(results[0][1], results[1][1]), "the weights matter"
     assert background.pending == {}
     assert background.results() == background.results(wait=True) == []
@@ -151,13 +151,13 @@ def test_the_same_results_as_in_the_foreground(shared):
 def test_without_waiting_it_gives_what_there_is(shared):
     actor, make_env, background = shared
     background.submit(1)
-    found = []
+    result = []
     deadline = time.monotonic() + 60
-    while not found and time.monotonic() < deadline:
+    while not result and time.monotonic() < deadline:
         assert list(background.pending) == [1]
-        found = background.results()
+        result = background.results()
         time.sleep(0.01)
-    assert same(found[0][1], played(actor, make_env))
+    assert same(result[0][1], played(actor, make_env))
     assert background.pending == {}
 
 
@@ -200,7 +200,7 @@ def test_an_error_comes_with_its_message_and_traceback(shared):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_a_schedulers_warning_are_for_the_parent_alone(shared, number):
+def test_ctrl_c_and_sigterm_are_handled_by_the_parent_only(shared, number):
     actor, make_env, background = shared
     background.submit(1)
     background.results(wait=True)
@@ -288,7 +288,7 @@ def alive(pid):
 
 
 def run(script, folder):
-    """Runs ``SCRIPT + script``; its exit code and output. Its standard output outlives it."""
+    """Runs ``SCRIPT + script``; its exit code and output. Its pipes may stay open."""
     (folder / "script.py").write_text(SCRIPT + script)
     command = [sys.executable, "-W", "error", str(folder / "script.py"), str(folder)]
     # Named like a module that the process imports first: it must not be taken for that.
@@ -318,7 +318,7 @@ needs_proc = pytest.mark.skipif(
 @needs_proc
 def test_a_script_without_main_guard_and_its_sudden_death(tmp_path):
     """It runs once, its own environments are found, its settings kept; -9 leaves no orphan."""
-    code, said = run(
+    code, lines = run(
         """
 print(returns(1))
 torch.set_default_dtype(torch.float64)
@@ -331,10 +331,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 """,
         tmp_path,
     )
-    assert code == -signal.SIGKILL, said
-    printed = [line for line in said if line != "an environment may print"]
+    assert code == -signal.SIGKILL, lines
+    printed = [line for line in lines if line != "an environment may print"]
     assert printed == ["the script runs", "[0.3, 0.3]", "[30.3, 30.3]"]
-    assert len(said) == 3 + 2 * 2 * 3, "what environments print is not lost"
+    assert len(lines) == 3 + 2 * 2 * 3, "what environments print is not lost"
     assert_gone(tmp_path)
 
 
@@ -347,16 +347,16 @@ os.kill(os.getpid(), signal.SIGKILL)
 )
 def test_a_script_that_ends_without_closing(end, code, tmp_path):
     began = time.monotonic()
-    found, said = run(f"wait_for_a_slow_evaluation()\n{end}\n", tmp_path)
-    assert found == code
-    assert sum(line.startswith("Traceback") for line in said) == (code != 0), "the parent's alone"
+    result, lines = run(f"wait_for_a_slow_evaluation()\n{end}\n", tmp_path)
+    assert result == code
+    assert sum(line.startswith("Traceback") for line in lines) == (code != 0), "the parent's alone"
     assert_gone(tmp_path)
     assert time.monotonic() - began < 40
 
 
 @pytest.mark.slow
 def test_a_process_that_an_environment_ends_and_one_killed_at_rest(tmp_path):
-    code, said = run(
+    code, lines = run(
         """
 (folder / "leave").touch()
 try:
@@ -373,8 +373,8 @@ print(returns(3))
         tmp_path,
     )
     assert code == 0
-    assert "died with exit code 3 while it evaluated number 1" in said[1]
-    printed = [line for line in said if line != "an environment may print"]
+    assert "died with exit code 3 while it evaluated number 1" in lines[1]
+    printed = [line for line in lines if line != "an environment may print"]
     assert printed[2:] == ["[0.3, 0.3]"] * 2
 
 
@@ -455,7 +455,7 @@ def test_joined_environments_and_those_of_minari_are_sent(tmp_path, monkeypatch)
         same_env(make(), dataset.make_env())
 
 
-def test_a_dataset_without_environment_says_so_when_it_is_wanted():
+def test_making_the_environment_of_a_dataset_without_one_is_an_error():
     dataset = pendulum_log(env=None, action_space=gymnasium.spaces.Box(-2, 2, (1,)))
     make, _ = sent(dataset.make_env)
     for each in (make, dataset.make_env):
@@ -621,7 +621,7 @@ def test_numbers_and_snapshots_are_checked():
 
 
 @pytest.mark.gpu
-def test_a_policy_on_cuda_is_evaluated_on_the_cpu_unless_told_otherwise():
+def test_a_policy_on_cuda_is_evaluated_on_the_cpu_by_default():
     agent = make_agent(IQLConfig(hidden=(8,), batch_size=4, device="cuda"), pendulum_log())
     settings = {**SETTINGS, "deterministic": True}
     make_env = pendulum_log().make_env
@@ -629,8 +629,8 @@ def test_a_policy_on_cuda_is_evaluated_on_the_cpu_unless_told_otherwise():
         with BackgroundEvaluation(agent.policy, make_env, device=device, **settings) as background:
             background.submit(1)
             assert all(t.device.type == "cpu" for t in background.pending[1].values())
-            ((_, found),) = background.results(wait=True)
+            ((_, result),) = background.results(wait=True)
         policy = agent.policy.to("cpu") if device is None else agent.policy.to("cuda")
         expected = evaluate(policy, make_env, **settings)
-        assert same(found, expected)
+        assert same(result, expected)
         agent.policy.to("cuda")

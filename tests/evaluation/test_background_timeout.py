@@ -83,7 +83,7 @@ def warmed_up(policy, folder: Path) -> BackgroundEvaluation:
 
 
 @pytest.mark.parametrize("deaf", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_hung_evaluation_is_ended_named_and_followed_by_another(tmp_path, deaf):
+def test_a_hung_evaluation_is_ended_and_reported_and_the_next_one_runs(tmp_path, deaf):
     with warmed_up(make_step(3, 1).loss.actor_network, tmp_path) as evaluation:
         first = evaluation._child._process.pid
         (tmp_path / "hang").touch()
@@ -143,7 +143,7 @@ def scores(folder: Path) -> dict[str, str]:
     return {row["update"]: row["return_mean"] for row in csv.DictReader(text.splitlines())}
 
 
-def test_training_goes_on_without_the_score(tmp_path):
+def test_training_continues_without_the_score(tmp_path):
     trainer = make_trainer(tmp_path, lambda policy: warmed_up(policy, tmp_path))
     evaluation = trainer.scores.evaluation
     submit = evaluation.submit
@@ -155,7 +155,7 @@ def test_training_goes_on_without_the_score(tmp_path):
         submit(number)
 
     evaluation.submit = submit_with_a_hang_at_10
-    with evaluation, pytest.warns(RuntimeWarning, match=r"Training goes on:.*timeout=1 seconds"):
+    with evaluation, pytest.warns(RuntimeWarning, match=r"Training continues:.*timeout=1 seconds"):
         trainer.train()
     assert trainer.updates == 20
     assert scores(tmp_path) == {"10": "", "20": "1.0"}

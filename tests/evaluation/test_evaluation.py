@@ -104,7 +104,7 @@ def test_short_episodes_are_not_favoured():
     assert sorted(result.lengths) == [1, 1, 2, 3, 4, 5, 6, 7]
 
 
-def test_policy_sees_float32_and_environment_its_own_type():
+def test_policy_gets_float32_and_environment_its_own_dtype():
     seen = []
 
     class Spy(nn.Module):
@@ -329,7 +329,7 @@ def stochastic_actor():
     )
 
 
-def test_sampling_is_reproducible_and_leaves_the_callers_generator_alone():
+def test_sampling_is_reproducible_and_does_not_change_the_callers_generator():
     actor = stochastic_actor()
     arguments = {"episodes": 5, "num_envs": 2, "deterministic": False}
     before = torch.get_rng_state()
@@ -399,7 +399,7 @@ def test_environments_are_closed_and_modes_restored_when_a_step_fails():
 # ---- what is said --------------------------------------------------------------------------
 
 
-def test_summary_holds_the_textbook_numbers():
+def test_summary_has_the_textbook_numbers():
     result = evaluate(constant(HALF), Seeded, episodes=14, seed=0, reference_scores=(2.0, 12.0))
     summary, returns = result.summary(), expected(0, 14)[1]
     assert summary["episodes"] == 14
@@ -561,7 +561,7 @@ def test_wrong_kinds_of_argument_are_named():
 
 
 @pytest.mark.gpu
-def test_policy_on_cuda_leaves_both_generators_alone():
+def test_policy_on_cuda_changes_neither_generator():
     actor = stochastic_actor().cuda()
     before = torch.get_rng_state(), torch.cuda.get_rng_state()
     results = [evaluate(actor, Seeded, episodes=4, seed=0, deterministic=False) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Films: every frame of the episodes that evaluate plays, in a file that can be read back."""
+"""Videos: every frame of the episodes that evaluate runs, in a file that can be read again."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_max_steps_and_fps(tmp_path):
 
 
 @needs_extra
-def test_a_pendulum_on_film_is_where_the_environment_says(tmp_path):
+def test_a_video_shows_the_pendulum_at_the_angle_of_the_environment(tmp_path):
     pytest.importorskip("pygame")
 
     def make():

@@ -80,7 +80,7 @@ def test_the_main_example_writes_everything(run, capsys, tmp_path):
 
 
 @pytest.mark.usefixtures("small_pendulum")
-def test_a_stopped_run_goes_on_where_it_was(run, capfd, tmp_path, monkeypatch):
+def test_a_stopped_run_continues_from_its_last_update(run, capfd, tmp_path, monkeypatch):
     run("iql_offline", *TINY, "--name", "whole")
     step, calls = IQLStep.__call__, []
 

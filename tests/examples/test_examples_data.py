@@ -75,15 +75,15 @@ CONFIG = IQLConfig(expectile=0.75, discount=0.5, temperature=2.0)
 
 
 def test_tabular_iql_by_hand():
-    found = example("iql_sepsis").tabular_iql(LOG, ADMISSIBLE, CONFIG)
+    result = example("iql_sepsis").tabular_iql(LOG, ADMISSIBLE, CONFIG)
     # V(1): 0.75 * 2 (2 - V) = 0.25 * 2 (V - 0), so 1.5; then Q(0, 0) = 0.5 * 1.5.
     # V(0): 0.75 * 3 (1 - V) = 0.25 * 1 (V - 0.75), so 0.975.
-    np.testing.assert_allclose(found.value, [0.975, 1.5, 0.0], atol=1e-9)
-    np.testing.assert_allclose(found.qvalue, [[0.75, 1.0], [2.0, 0.0], [0.0, 0.0]], atol=1e-9)
+    np.testing.assert_allclose(result.value, [0.975, 1.5, 0.0], atol=1e-9)
+    np.testing.assert_allclose(result.qvalue, [[0.75, 1.0], [2.0, 0.0], [0.0, 0.0]], atol=1e-9)
     first = [math.exp(2 * (0.75 - 0.975)), 3 * math.exp(2 * (1 - 0.975))]
     second = [math.exp(2 * 0.5), math.exp(2 * -1.5)]
     expected = [np.divide(w, sum(w)) for w in (first, second)]
-    np.testing.assert_allclose(found.policy, [*expected, [1.0, 0.0]], atol=1e-9)
+    np.testing.assert_allclose(result.policy, [*expected, [1.0, 0.0]], atol=1e-9)
 
 
 def test_tabular_iql_at_its_extremes():
@@ -129,9 +129,9 @@ def test_sepsis_example(root, tmp_path, capsys):
 def test_a_missing_package_is_one_sentence(monkeypatch, capsys, name, module):
     monkeypatch.setitem(sys.modules, module, None)
     assert example(name).main([]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert 'pip install "iql_torchrl[datasets]"' in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert 'pip install "iql_torchrl[datasets]"' in printed
 
 
 # ---- the maze ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Offline, then online: what the collector adds to the log, and that learning goes on as it was."""
+"""Offline, then online: the rows that the collector adds to the log, and that learning continues."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def cartpole():
     return load_dataset(columns, env="CartPole-v1")
 
 
-def collect(example, dataset, steps, *, config=CONFIG, fraction=None, agent=None, **how):
+def collect(example, dataset, steps, *, config=CONFIG, fraction=None, agent=None, **options):
     """Agent, buffer and what ``learn_online`` yielded."""
     torch.manual_seed(0)
     agent = agent or make_agent(config, dataset)
     buffer = example.make_buffer(dataset, config, steps, fraction)
-    counts = list(example.learn_online(agent, dataset, buffer, steps=steps, **how))
+    counts = list(example.learn_online(agent, dataset, buffer, steps=steps, **options))
     return agent, buffer, counts
 
 
@@ -80,10 +80,10 @@ def updates_made(agent) -> set[int]:
 
 def weights(agent) -> dict[str, torch.Tensor]:
     """Networks, target critics and Adam's moments, copied."""
-    found = {name: tensor.clone() for name, tensor in agent.loss.state_dict().items()}
+    result = {name: tensor.clone() for name, tensor in agent.loss.state_dict().items()}
     for number, state in enumerate(agent.optimizer.state.values()):
-        found |= {f"adam.{number}.{name}": tensor.clone() for name, tensor in state.items()}
-    return found
+        result |= {f"adam.{number}.{name}": tensor.clone() for name, tensor in state.items()}
+    return result
 
 
 def assert_same(first, second):
@@ -170,7 +170,7 @@ def test_nothing_is_reset_at_the_switch(example, pendulum):
 
 
 def test_both_phases_equal_a_loop_by_hand(example, pendulum):
-    """The same steps fed one by one to a fresh agent that knows no phases: equal to the last bit."""
+    """A new agent that gets the same steps one by one, without phases, is equal bit for bit."""
     agent = make_agent(CONFIG, pendulum)
     buffer = example.make_buffer(pendulum, CONFIG, 6, None)
     for _ in range(5):
@@ -312,8 +312,8 @@ def test_the_closing_table_by_hand(example):
     history = [row("offline", 0, -9.0), row("offline", 0, -5.0)]
     online = [(100, -6.0), (200, -7.0), (300, -8.0), (1000, -1.0)]
     history += [row("online", *point) for point in online]
-    found = example.around_switch(history)
-    assert found == {"before": -5.0, "lowest early": -7.0, "end": -1.0}
+    result = example.around_switch(history)
+    assert result == {"before": -5.0, "lowest early": -7.0, "end": -1.0}
 
 
 TINY = ["--offline-updates", "4", "--online-steps", "8", "--eval-every", "4", "--episodes", "2"]

@@ -41,7 +41,7 @@ KNOBS = (
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_member_is_the_run_alone(case):
+def test_a_member_equals_the_run_trained_alone(case):
     kind, options, batches, change = CASES[case]
     with double():
         beside = Beside(configs(**options), dataset(kind), batches)
@@ -60,11 +60,11 @@ def test_each_knob_reaches_its_member_and_no_other():
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
 def test_clipping_bites_where_a_members_own_gradient_is_large(order):
     settings, data = configs(), dataset()
-    found = Beside(settings, data)
-    found.population.step(found.population.sampler.sample())
+    outcome = Beside(settings, data)
+    outcome.population.step(outcome.population.sampler.sample())
     stacked = [
         p.grad.flatten(1)
-        for n, p in found.population.loss.named_parameters()
+        for n, p in outcome.population.loss.named_parameters()
         if n.startswith("qvalue") and p.grad is not None
     ]
     norms = torch.cat(stacked, 1).norm(dim=1)
@@ -82,10 +82,12 @@ def test_one_member_is_a_single_run_with_its_own_batches():
     population, agent = IQLPopulation([config], data), make_agent(config, data)
     sampler = DeviceSampler(data.transitions, config.batch_size, seed=config.seed)
     (event,) = population.train(5)
-    told = torch.stack([agent.step(sampler.sample()) for _ in range(5)])
+    step_metrics = torch.stack([agent.step(sampler.sample()) for _ in range(5)])
     assert_close(population.member(0).loss.state_dict(), agent.loss.state_dict(), 1e-5)
     assert_close(
-        {k: v[0] for k, v in event.metrics.items()}, {k: v.mean() for k, v in told.items()}, 1e-5
+        {k: v[0] for k, v in event.metrics.items()},
+        {k: v.mean() for k, v in step_metrics.items()},
+        1e-5,
     )
 
 
@@ -127,8 +129,8 @@ def test_members_with_dropout_differ_and_agree_without_it():
         {"loss": population.loss.actor_loss(batch)[0]}, {"loss": expected.expand(3)}, 1e-12
     )
     with population.loss.evaluated_by(FastEvaluator):
-        found = population.loss.actor_loss(batch)[0]
-    assert_close({"loss": found}, {"loss": expected.expand(3)}, 1e-12)
+        outcome = population.loss.actor_loss(batch)[0]
+    assert_close({"loss": outcome}, {"loss": expected.expand(3)}, 1e-12)
     population.loss.actor_network.train()
     drawn = torch.stack([population.loss.actor_loss(batch)[0] for _ in range(200)])
     assert drawn.std(0).min() > 0
@@ -139,7 +141,7 @@ def test_members_with_dropout_differ_and_agree_without_it():
 
 
 @pytest.mark.parametrize("batches", ["shared", "own"])
-def test_training_goes_on_from_a_file_with_the_same_bits(tmp_path, batches):
+def test_training_continues_from_a_file_with_the_same_bits(tmp_path, batches):
     data = dataset(dtype=torch.float32)
     settings = configs(max_grad_norm=1.0, schedule="cosine", **ADAMW)
     population = IQLPopulation(settings, data, batches=batches)
@@ -147,19 +149,19 @@ def test_training_goes_on_from_a_file_with_the_same_bits(tmp_path, batches):
         last = event.updates
     assert (last, population.updates) == (7, 7)
     path = population.save(tmp_path / "p.torchrl")
-    found = IQLPopulation.load(path, data)
-    assert (found.updates, found.configs, found.batches) == (7, population.configs, batches)
-    events = [list(p.train(5, every=2)) for p in (population, found)]
-    for mine, theirs in zip(*events, strict=True):
-        assert mine.updates == theirs.updates
-        assert same(dict(mine.metrics.items()), dict(theirs.metrics.items()))
-    assert same(population.loss.state_dict(), found.loss.state_dict())
-    optimizers = [p.optimizer.state_dict() for p in (population, found)]
+    outcome = IQLPopulation.load(path, data)
+    assert (outcome.updates, outcome.configs, outcome.batches) == (7, population.configs, batches)
+    events = [list(p.train(5, every=2)) for p in (population, outcome)]
+    for actual, reference in zip(*events, strict=True):
+        assert actual.updates == reference.updates
+        assert same(dict(actual.metrics.items()), dict(reference.metrics.items()))
+    assert same(population.loss.state_dict(), outcome.loss.state_dict())
+    optimizers = [p.optimizer.state_dict() for p in (population, outcome)]
     for number, state in optimizers[0]["state"].items():
         assert same(state, optimizers[1]["state"][number])
 
 
-def test_training_left_in_the_middle_stands_where_it_stopped():
+def test_training_that_stops_between_events_can_continue():
     data = dataset()
     population, other = (IQLPopulation(configs(), data) for _ in range(2))
     for event in population.train(every=3):
@@ -193,9 +195,9 @@ def test_events_tell_the_mean_of_each_members_metrics():
     data = dataset()
     population, other = (IQLPopulation(configs(), data) for _ in range(2))
     events = list(population.train(5, every=3))
-    told = torch.stack([other.step(other.sampler.sample()) for _ in range(5)])
+    step_metrics = torch.stack([other.step(other.sampler.sample()) for _ in range(5)])
     assert [event.updates for event in events] == [3, 5]
-    for event, part in zip(events, (told[:3], told[3:]), strict=True):
+    for event, part in zip(events, (step_metrics[:3], step_metrics[3:]), strict=True):
         assert event.metrics.batch_size == (len(MEMBERS),)
         for key, value in part.items():
             torch.testing.assert_close(event.metrics[key], value.mean(0))
@@ -221,13 +223,13 @@ def test_evaluation_is_each_members_own():
     data = replace(dataset(), action_space=Line.action_space)
     population = IQLPopulation(configs(), data)
     list(population.train(3))
-    found = population.evaluate(Line, episodes=3, seed=7, reference_scores=(0.0, 2.0))
-    assert len(found) == len(population) == len(MEMBERS)
-    for number, result in enumerate(found):
+    outcome = population.evaluate(Line, episodes=3, seed=7, reference_scores=(0.0, 2.0))
+    assert len(outcome) == len(population) == len(MEMBERS)
+    for number, result in enumerate(outcome):
         expected = evaluate(population.member(number).policy, Line, episodes=3, seed=7)
         np.testing.assert_array_equal(result.returns, expected.returns)
         np.testing.assert_allclose(result.scores, 50 * expected.returns)
-    assert len({tuple(result.returns) for result in found}) == len(MEMBERS)
+    assert len({tuple(result.returns) for result in outcome}) == len(MEMBERS)
 
 
 @pytest.mark.parametrize(
@@ -279,8 +281,8 @@ def test_what_no_captured_call_divides_is_made_by_plain_updates(monkeypatch):
 
         def __call__(self):
             made.append(self.updates)
-            told = [self.step(self.sampler.sample()) for _ in range(self.updates)]
-            return torch.stack(told).double().mean(0)
+            step_metrics = [self.step(self.sampler.sample()) for _ in range(self.updates)]
+            return torch.stack(step_metrics).double().mean(0)
 
     monkeypatch.setattr(population_module, "captured", Call)
     data = dataset()
@@ -295,9 +297,11 @@ def test_what_no_captured_call_divides_is_made_by_plain_updates(monkeypatch):
         events = zip(
             fast.train(updates, every=every), plain.train(updates, every=every), strict=True
         )
-        for mine, theirs in events:
-            assert mine.updates == theirs.updates
-            torch.testing.assert_close(mine.metrics["loss_value"], theirs.metrics["loss_value"])
+        for actual, reference in events:
+            assert actual.updates == reference.updates
+            torch.testing.assert_close(
+                actual.metrics["loss_value"], reference.metrics["loss_value"]
+            )
         assert made == calls
     assert same(fast.loss.state_dict(), plain.loss.state_dict())
     prime = IQLPopulation(configs(compile=True), data)
@@ -314,7 +318,7 @@ def test_own_batches_are_one_stream_of_indices():
     assert torch.equal(batch["observation"].flatten(0, 1), plain.sample()["observation"])
 
 
-def test_what_cannot_be_loaded_is_said(tmp_path):
+def test_the_error_names_what_cannot_be_loaded(tmp_path):
     data = dataset()
     population = IQLPopulation(configs(), data)
     path = population.save(tmp_path / "p.torchrl")

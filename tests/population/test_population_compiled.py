@@ -34,19 +34,21 @@ class Captured(Beside):
 
     def train_captured(self, call, sampler):
         means = call()
-        told = []
+        step_metrics = []
         for _ in range(call.updates):
             batch = sampler.sample()
             own = [batch] * len(self.agents) if batch.ndim == 1 else batch.unbind(0)
-            told.append(torch.stack([a.step(b) for a, b in zip(self.agents, own, strict=True)]))
-        for key, value in torch.stack(told).items():
+            step_metrics.append(
+                torch.stack([a.step(b) for a, b in zip(self.agents, own, strict=True)])
+            )
+        for key, value in torch.stack(step_metrics).items():
             assert_close({key: means[key]}, {key: value.mean(0).double()}, 1e-9)
 
 
 @pytest.mark.parametrize(
     "compiler", ["uncompiled", pytest.param("inductor", marks=pytest.mark.slow)]
 )
-def test_captured_updates_are_the_runs_alone(compiler, request):
+def test_captured_updates_equal_the_runs_alone(compiler, request):
     torch._dynamo.reset()
     if compiler == "uncompiled":
         request.getfixturevalue(compiler)
@@ -73,7 +75,7 @@ def test_captured_updates_are_the_runs_alone(compiler, request):
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not")
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_compiled_updates_are_the_runs_alone(case):
+def test_compiled_updates_equal_the_runs_alone(case):
     torch._dynamo.reset()
     kind, options, batches, change = CASES[case]
     with double():
@@ -146,8 +148,8 @@ def test_training_of_compiled_configs_is_captured():
     events = list(population.train(20, every=8))
     assert [event.updates for event in events] == [8, 16, 20]
     plain = IQLPopulation([replace(c, compile=False) for c in settings], data)
-    for mine, theirs in zip(events, plain.train(20, every=8), strict=True):
-        for key, value in theirs.metrics.items():
-            torch.testing.assert_close(mine.metrics[key], value.double(), rtol=1e-9, atol=1e-11)
+    for actual, expected in zip(events, plain.train(20, every=8), strict=True):
+        for key, value in expected.metrics.items():
+            torch.testing.assert_close(actual.metrics[key], value.double(), rtol=1e-9, atol=1e-11)
     assert_close(population.loss.state_dict(), plain.loss.state_dict(), 1e-10)
     assert not population.member(0).config.compile

@@ -62,21 +62,21 @@ def test_outputs_and_gradients_are_those_of_each_loss(shape, change, reduction):
     population = moving(PopulationLoss(losses))
     batch, each = batches(shape, change)
     keys = set(batch.keys(True, True))
-    found = population(batch)
+    result = population(batch)
     assert set(batch.keys(True, True)) == keys  # nothing is written into it
     expected = torch.stack([loss(b.clone()) for loss, b in zip(losses, each, strict=True)])
-    assert found.batch_size == (RUNS,)
-    assert_close(dict(found.items()), dict(expected.items()), 1e-12)
+    assert result.batch_size == (RUNS,)
+    assert_close(dict(result.items()), dict(expected.items()), 1e-12)
     names = [key for key in population.out_keys if key.startswith("loss")]
-    sum(found[name].sum() for name in names).backward()
+    sum(result[name].sum() for name in names).backward()
     sum(expected[name].sum() for name in names).backward()
     for name, parameter in population.named_parameters():
         alone = torch.stack([dict(loss.named_parameters())[name].grad for loss in losses])
         assert_close({name: parameter.grad.view_as(alone)}, {name: alone}, 1e-11)
     for term in ("actor_loss", "value_loss", "qvalue_loss"):
-        mine = getattr(population, term)(batch)[0]
+        actual = getattr(population, term)(batch)[0]
         alone = [getattr(loss, term)(b.clone())[0] for loss, b in zip(losses, each, strict=True)]
-        assert_close({term: mine}, {term: torch.stack(alone)}, 1e-12)
+        assert_close({term: actual}, {term: torch.stack(alone)}, 1e-12)
         assert set(batch.keys(True, True)) == keys
 
 
@@ -123,8 +123,8 @@ def test_priority_weights_may_be_left_out():
         loss.use_prioritized_weights = False
     batch = extras(make_batch(6, dtype=torch.float64))
     expected = torch.stack([loss.value_loss(batch.clone())[0] for loss in losses])
-    found = PopulationLoss(losses).value_loss(batch)[0]
-    assert_close({"": found}, {"": expected}, 1e-12)
+    result = PopulationLoss(losses).value_loss(batch)[0]
+    assert_close({"": result}, {"": expected}, 1e-12)
 
 
 def test_the_losses_are_copied_and_can_be_written_back():
@@ -182,7 +182,7 @@ def test_targets_may_be_copied_at_intervals():
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
-def test_a_run_that_diverges_takes_no_other_with_it(own):
+def test_a_run_that_diverges_does_not_change_the_others(own):
     first, second = (PopulationLoss(make_losses()) for _ in range(2))
     second.load_state_dict(first.state_dict())
     with torch.no_grad():
@@ -191,12 +191,12 @@ def test_a_run_that_diverges_takes_no_other_with_it(own):
     steps = [make_step(loss, max_grad_norm=0.5) for loss in (first, second)]
     for _ in range(5):
         batch = make_batch(*((RUNS,) if own else ()), 8, dtype=torch.float64)
-        told = [step(batch.clone()) for step in steps]
-    assert told[1]["loss_qvalue"].isfinite().tolist() == [True, False, True]
+        metrics = [step(batch.clone()) for step in steps]
+    assert metrics[1]["loss_qvalue"].isfinite().tolist() == [True, False, True]
     for number in (0, 2):
         states = [loss.state_dict() for loss in (first, second)]
-        mine, theirs = ({k: v[number] for k, v in state.items() if v.ndim} for state in states)
-        assert_close(mine, theirs, 1e-12)
+        actual, reference = ({k: v[number] for k, v in state.items() if v.ndim} for state in states)
+        assert_close(actual, reference, 1e-12)
 
 
 def test_a_frozen_network_rests():
@@ -246,10 +246,10 @@ def test_a_cast_is_what_is_evaluated():
     population = moving(PopulationLoss(losses))
     batch = make_batch(dtype=torch.float64)
     expected = population(batch)
-    found = population.float()(batch.float())
-    assert {value.dtype for value in found.values()} == {torch.float32}
+    result = population.float()(batch.float())
+    assert {value.dtype for value in result.values()} == {torch.float32}
     for key, value in expected.items():
-        torch.testing.assert_close(found[key].double(), value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result[key].double(), value, rtol=1e-4, atol=1e-5)
 
 
 def test_batches_of_other_shapes_are_refused():

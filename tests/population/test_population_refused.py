@@ -50,7 +50,7 @@ class _Mine(IQLLoss):
     pass
 
 
-def mine() -> IQLLoss:
+def derived_loss() -> IQLLoss:
     return _Mine(*make_networks())
 
 
@@ -91,7 +91,7 @@ def relu_value(end: bool = False) -> IQLLoss:
 
 REFUSED = {
     "empty": (list, ValueError, "losses is empty"),
-    "subclass": (lambda: [mine()], TypeError, r"losses\[0\] is a _Mine; expected IQLLoss"),
+    "subclass": (lambda: [derived_loss()], TypeError, r"losses\[0\] is a _Mine; expected IQLLoss"),
     "population": (
         lambda: [with_networks(), PopulationLoss([with_networks()])],
         TypeError,

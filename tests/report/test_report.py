@@ -65,7 +65,7 @@ def test_a_table_comes_back_bit_for_bit(tmp_path_factory, rows):
             assert nan or struct.pack("d", again[name]) == struct.pack("d", value)
 
 
-def test_columns_have_one_order_however_late_a_value_comes(tmp_path):
+def test_the_order_of_columns_does_not_depend_on_when_a_value_comes(tmp_path):
     path = tmp_path / "metrics.csv"
     rows = [
         {"update": 0, "zeta": 1.5},
@@ -216,7 +216,7 @@ def test_values_that_are_not_finite_are_counted():
     assert "2 of 3 values are not finite" in axes.get_xlabel()
 
 
-def test_nothing_to_draw_is_said():
+def test_nothing_to_draw_is_an_error():
     figure = run_figure([{"update": 1}])
     assert not figure.axes
     assert "no numbers yet" in [text.get_text() for text in figure.texts]
@@ -234,7 +234,7 @@ def settings_of_matplotlib():
     return backend, {k: matplotlib.rcParams[k] for k in matplotlib.rcParams if k != "backend"}
 
 
-def test_a_picture_is_written_whole_and_touches_no_global_state(tmp_path, monkeypatch):
+def test_a_picture_is_written_completely_and_changes_no_global_state(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     before = settings_of_matplotlib()
     draw(tmp_path / "curves.png", ROWS, title="a $ and _", reference=("_the $ log", 1.0))
@@ -393,7 +393,7 @@ def test_a_parent_folder_is_drawn(make_run, tmp_path, capsys):
     assert not err
 
 
-def test_what_is_left_out_is_said(make_run, tmp_path, capsys):
+def test_the_message_names_what_is_left_out(make_run, tmp_path, capsys):
     make_run("a", [1.0, 2.0], IQLConfig(seed=0))
     make_run("b", [], IQLConfig(seed=1))
     make_run("c", [1.0, 2.0], IQLConfig(seed=2), every=7)
@@ -464,10 +464,10 @@ def test_compare_draws_the_runs_by_label_and_a_level(tmp_path, monkeypatch):
     runs = {"cloning": tmp_path / "a", "IQL": tmp_path / "b"}
     report.compare(tmp_path / "x.png", runs, reference=("the log", 1.5))
     (axes,) = drawn[0].axes
-    found = [line.get_ydata().tolist() for line in axes.get_lines()]
-    assert [1.0, 2.0] in found
-    assert [3.0, 4.0] in found
-    assert [1.5, 1.5] in found
+    result = [line.get_ydata().tolist() for line in axes.get_lines()]
+    assert [1.0, 2.0] in result
+    assert [3.0, 4.0] in result
+    assert [1.5, 1.5] in result
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert labels == ["cloning", "IQL", "the log"]
     with pytest.raises(ValueError, match="has 'loss_value'"):

@@ -100,10 +100,10 @@ def test_discrete_actions_against_a_tree_for_each_action(count):
     limit = limit_of(distances[np.arange(len(queries)), logged])
     rare = distances > limit
     probabilities = draw.dirichlet(np.ones(4), (2, len(queries)))
-    found = coverage.unsupported_choices(
+    result = coverage.unsupported_choices(
         held_out.transitions, torch.as_tensor(probabilities).float()
     )
-    np.testing.assert_allclose(found.numpy(), (probabilities * rare).sum(-1), atol=1e-5)
+    np.testing.assert_allclose(result.numpy(), (probabilities * rare).sum(-1), atol=1e-5)
     left = queries[:, 0] < 0
     assert rare[left, 2].mean() > 0.5
     assert rare[:, 3].mean() > 0.5

@@ -103,7 +103,7 @@ def test_the_range_of_returns_continues_truncated_episodes_as_they_went():
     assert return_range(1.0, closed) == (-1, 3)
 
 
-def test_masks_that_forbid_everything_after_a_termination_are_opened():
+def test_masks_that_forbid_everything_after_a_termination_become_all_true():
     allowed = np.array([[1, 0], [0, 1], [1, 1]], bool)
     after = np.array([[0, 1], [1, 1], [0, 0]], bool)
     log = load_dataset(

@@ -70,7 +70,7 @@ def test_values_are_those_of_the_counted_mdp(parts, fitted):
         assert fitted.initial_values[number].mean() == pytest.approx(value.mean(), abs=NEAR)
 
 
-def test_hidden_layers_find_the_same_values(parts):
+def test_networks_with_hidden_layers_give_the_same_values(parts):
     estimate = evaluated(members(), *parts, hidden=(32,), lr=5e-3)
     for number, policy in enumerate(POLICIES):
         value = counted_value(parts[0], policy)[first_states(parts[1])].mean()
@@ -202,7 +202,7 @@ def test_convergence_is_counted(parts, fitted):
     assert fitted.passes == pytest.approx(600 * 512 / len(parts[0]))
 
 
-def test_truncated_returns_are_continued_as_the_log_goes_on():
+def test_truncated_returns_are_continued_with_the_value_of_the_log():
     behaviour = 0.5 * greedy_policy(WORLD) + 0.5 * uniform()
     train, held_out = WORLD.log(behaviour, episodes=2000, horizon=3, seed=9).split(0.5, 0)
     network = evaluated({"p": actor(uniform())}, train, held_out)
@@ -229,7 +229,7 @@ def test_held_out_steps_correct_what_follows_a_truncation():
     assert left * raised.min() > 2  # what it would be too high by
 
 
-def test_a_truncated_episode_goes_on_and_a_terminated_one_does_not():
+def test_a_truncated_episode_is_continued_and_a_terminated_one_is_not():
     log = WORLD.log(uniform(), episodes=1000, horizon=2)
     shut = log.transitions.clone()
     shut["next", "terminated"] = log.transitions["next", "done"].clone()
@@ -339,14 +339,14 @@ def test_members_together_equal_members_alone(parts, hidden):
         assert alone.td_error[0] == pytest.approx(together.td_error[number], abs=1e-5)
 
 
-def test_choices_asked_for_at_each_batch_give_the_same(parts):
+def test_choices_computed_for_each_batch_give_the_same_result(parts):
     kept = evaluated(members(), *parts, updates=30)
-    asked = evaluated(members(), *parts, updates=30, table_bytes=0)
-    np.testing.assert_array_equal(kept.initial_values, asked.initial_values)
-    np.testing.assert_array_equal(kept.episodes.scores, asked.episodes.scores)
+    computed = evaluated(members(), *parts, updates=30, table_bytes=0)
+    np.testing.assert_array_equal(kept.initial_values, computed.initial_values)
+    np.testing.assert_array_equal(kept.episodes.scores, computed.episodes.scores)
 
 
-def test_masks_close_actions_also_to_policies_that_do_not_read_them():
+def test_masks_exclude_actions_also_for_policies_that_do_not_read_them():
     masks = np.random.default_rng(5).random((STATES, ACTIONS)) < 0.6
     masks[np.arange(STATES), np.arange(STATES) % ACTIONS] = True
     behaviour = masks / masks.sum(1, keepdims=True)
@@ -449,7 +449,7 @@ def test_continuous_samples_and_means():
     assert np.isfinite(sampled[0].td_error).all()
 
 
-def test_the_caller_s_random_numbers_are_left_alone():
+def test_the_caller_s_random_state_does_not_change():
     dataset = load_dataset(small_log(rows=80))
     torch.manual_seed(3)
     expected = torch.rand(2)
@@ -544,7 +544,7 @@ def test_what_cannot_be_is_refused(parts):
         run({"x": TensorDictModule(nn.Identity(), in_keys=["elsewhere"], out_keys=["action"])})
     with pytest.raises(ValueError, match="each of the 3 actions"):
         run({"x": actor(np.full((STATES, 4), 0.25))})
-    with pytest.raises(ValueError, match="no allowed action any probability"):
+    with pytest.raises(ValueError, match="probability 0 to every allowed action"):
         run({"x": actor(np.full((STATES, ACTIONS), np.nan))})
     for model in ("network", "auto"):
         pictures = np.random.default_rng(0).integers(9, size=(40, 4, 4), dtype=np.uint8)

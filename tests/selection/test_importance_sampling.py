@@ -79,13 +79,13 @@ def by_loop(policy, log, discount):
 
 def test_two_steps_by_hand():
     policy = actor(np.array([[0.2, 0.8], [0.2, 0.8]]))
-    found = importance_sampling({"p": policy}, two_steps(), behaviour=LOGGED, discount=0.5)
+    result = importance_sampling({"p": policy}, two_steps(), behaviour=LOGGED, discount=0.5)
     # weights 1.6, 0.4, 1.6 at the first step; 2.56, 0.64, 1.6 at the second
-    assert found.values[0] == pytest.approx(6.4 / 3.6 + 0.5 * 7.68 / 4.8, rel=1e-6)
-    assert found.effective_sample_size[0] == pytest.approx(4.8**2 / 9.5232, rel=1e-6)
+    assert result.values[0] == pytest.approx(6.4 / 3.6 + 0.5 * 7.68 / 4.8, rel=1e-6)
+    assert result.effective_sample_size[0] == pytest.approx(4.8**2 / 9.5232, rel=1e-6)
     cut = importance_sampling({"p": policy}, two_steps(True), behaviour=LOGGED, discount=0.5)
     assert cut.values[0] == pytest.approx(6.4 / 3.6 + 0.5 * 7.68 / 3.2, rel=1e-6)
-    assert found.episodes == 3
+    assert result.episodes == 3
 
 
 @pytest.mark.parametrize("horizon", [4, 1000])
@@ -93,13 +93,13 @@ def test_against_a_loop(horizon):
     log = MDP.log(uniform(), episodes=60, horizon=horizon, reward=(3.0, -1.0))
     raw = MDP.log(uniform(), episodes=60, horizon=horizon)
     policies = random_policies(3)
-    found = importance_sampling(
+    result = importance_sampling(
         {str(n): actor(p) for n, p in enumerate(policies)}, log, behaviour=LOGGED, discount=DISCOUNT
     )
     for number, policy in enumerate(policies):
         value, size = by_loop(policy, raw, DISCOUNT)
-        assert found.values[number] == pytest.approx(value, rel=1e-4)
-        assert found.effective_sample_size[number] == pytest.approx(size, rel=1e-4)
+        assert result.values[number] == pytest.approx(value, rel=1e-4)
+        assert result.effective_sample_size[number] == pytest.approx(size, rel=1e-4)
 
 
 def test_the_logs_own_policy_has_the_logs_own_return():
@@ -107,22 +107,22 @@ def test_the_logs_own_policy_has_the_logs_own_return():
     log = MDP.log(behaviour, episodes=800)
     returns = plain_returns(log)
     for source in (LOGGED, actor(behaviour)):
-        found = importance_sampling(
+        result = importance_sampling(
             {"b": actor(behaviour)}, log, behaviour=source, discount=DISCOUNT
         )
-        assert found.values[0] == pytest.approx(returns.mean(), rel=1e-5)
-        assert found.effective_sample_size[0] == pytest.approx(800, rel=1e-5)
+        assert result.values[0] == pytest.approx(returns.mean(), rel=1e-5)
+        assert result.effective_sample_size[0] == pytest.approx(800, rel=1e-5)
         spread = 1.96 * returns.std() / 800**0.5
-        assert found.high[0] - found.low[0] == pytest.approx(2 * spread, rel=0.12)
+        assert result.high[0] - result.low[0] == pytest.approx(2 * spread, rel=0.12)
 
 
 def test_it_is_consistent():
     policy = 0.7 * uniform() + 0.3 * random_policies(1)[0]
     log = MDP.log(uniform(), episodes=4000, seed=7)
-    found = importance_sampling({"p": actor(policy)}, log, behaviour=LOGGED, discount=DISCOUNT)
+    result = importance_sampling({"p": actor(policy)}, log, behaviour=LOGGED, discount=DISCOUNT)
     exact = MDP.start @ MDP.values(policy)
-    assert found.low[0] < exact < found.high[0]
-    assert found.values[0] == pytest.approx(exact, abs=0.1)
+    assert result.low[0] < exact < result.high[0]
+    assert result.values[0] == pytest.approx(exact, abs=0.1)
 
 
 def test_long_episodes_neither_overflow_nor_vanish():
@@ -133,18 +133,18 @@ def test_long_episodes_neither_overflow_nor_vanish():
     log = MDP.log(uniform(), episodes=50)
     peaked = np.full((STATES, ACTIONS), 1e-30)
     peaked[:, 0] = 1
-    found = importance_sampling({"p": actor(peaked)}, log, behaviour=LOGGED, discount=1.0)
-    assert np.isfinite(found.values[0])
-    assert 1 <= found.effective_sample_size[0] < 50
+    result = importance_sampling({"p": actor(peaked)}, log, behaviour=LOGGED, discount=1.0)
+    assert np.isfinite(result.values[0])
+    assert 1 <= result.effective_sample_size[0] < 50
 
 
 def test_a_policy_that_never_acts_like_the_log_may_have_any_logged_return():
     policy = actor(np.array([[1.0, 0.0], [1.0, 0.0]]))
-    found = importance_sampling({"p": policy}, two_steps(), behaviour=LOGGED, discount=0.5)
-    assert np.isnan(found.values[0])
-    assert found.effective_sample_size[0] == 0
+    result = importance_sampling({"p": policy}, two_steps(), behaviour=LOGGED, discount=0.5)
+    assert np.isnan(result.values[0])
+    assert result.effective_sample_size[0] == 0
     # returns: 1 + 0.5 * 2, 0 + 0.5 * 4 and 3; returns-to-go 2, 4
-    assert (found.low[0], found.high[0]) == (2, 4)
+    assert (result.low[0], result.high[0]) == (2, 4)
     given = importance_sampling(
         {"p": policy}, two_steps(), behaviour=LOGGED, discount=0.5, return_limits=(-5, 9)
     )
@@ -157,11 +157,11 @@ def test_bounds_of_a_policy_far_from_the_log_hold_the_truth():
     exact, wide, missed = MDP.start @ MDP.values(policy), [], 0
     for seed in range(40):
         log = MDP.log(uniform(), episodes=30, seed=200 + seed)
-        found = importance_sampling(
+        result = importance_sampling(
             {"p": actor(policy)}, log, behaviour=LOGGED, discount=DISCOUNT, return_limits=(-15, 15)
         )
-        missed += not found.low[0] <= exact <= found.high[0]
-        wide.append(found.high[0] - found.low[0])
+        missed += not result.low[0] <= exact <= result.high[0]
+        wide.append(result.high[0] - result.low[0])
     assert missed <= 5  # at a rate of 0.05 more than 5 have a probability of 0.014
     assert np.median(wide) > 5
 
@@ -215,13 +215,13 @@ def test_long_episodes_whose_weights_overflow_still_have_bounds():
             "action_log_prob": np.full(2 * rows, math.log(0.5) - 0.5, np.float32),
         }
     )
-    found = importance_sampling(
+    result = importance_sampling(
         {"p": actor(np.full((1, 2), 0.5))}, log, behaviour=LOGGED, discount=0.99
     )
-    assert np.isfinite([found.values[0], found.low[0], found.high[0]]).all()
+    assert np.isfinite([result.values[0], result.low[0], result.high[0]]).all()
 
 
-def test_an_episode_that_goes_on_after_a_termination_ends_there():
+def test_an_episode_with_rows_after_a_termination_ends_at_the_termination():
     """Episodes of 4, 2 and 1 steps; the first terminates at its second step, the second is cut."""
     log = load_dataset(
         {
@@ -262,15 +262,15 @@ def test_continuous_densities():
         ]
     action = log.transitions["action"].numpy()
     density = [stats.norm(g.loc.numpy(), g.scale.numpy()).logpdf(action).sum(-1) for g in gaussian]
-    found = importance_sampling(agents, log, behaviour=agents["one"], discount=0.9)
+    result = importance_sampling(agents, log, behaviour=agents["one"], discount=0.9)
     ratio = (density[1] - density[0]).reshape(4, 10)
     reward = log.transitions["next", "reward"].double().numpy().reshape(4, 10)
     weight = np.exp(ratio.cumsum(1))
     expected = (0.9 ** np.arange(10) * (weight * reward).sum(0) / weight.sum(0)).sum()
-    assert found.values[1] == pytest.approx(expected, rel=1e-3)
-    assert found.effective_sample_size[0] == pytest.approx(4)
+    assert result.values[1] == pytest.approx(expected, rel=1e-3)
+    assert result.effective_sample_size[0] == pytest.approx(4)
     whole = weight[:, -1]
-    assert found.effective_sample_size[1] == pytest.approx(
+    assert result.effective_sample_size[1] == pytest.approx(
         whole.sum() ** 2 / (whole**2).sum(), rel=1e-3
     )
 
@@ -279,8 +279,8 @@ def test_a_key_of_the_data_may_be_nested_and_have_a_last_dimension():
     log = two_steps()
     rows = log.transitions.clone()
     rows["behaviour", "log_prob"] = rows[LOGGED].unsqueeze(-1)
-    found = behaviour_log_prob(("behaviour", "log_prob"), replace(log, transitions=rows))
-    assert torch.equal(found, rows[LOGGED].double())
+    result = behaviour_log_prob(("behaviour", "log_prob"), replace(log, transitions=rows))
+    assert torch.equal(result, rows[LOGGED].double())
 
 
 def test_what_cannot_be_is_refused():

@@ -111,7 +111,7 @@ def test_bounds_of_many_rows_hold_at_once(monkeypatch):
     assert missed[False] / times > 0.05 + 5 * error
 
 
-def test_correlated_rows_cost_less_than_independent_ones():
+def test_bounds_of_correlated_rows_are_narrower():
     draw = np.random.default_rng(4)
     base = draw.normal(size=(1, 60))
     limit = np.full(10, 8.0)

@@ -79,7 +79,7 @@ def row_of(ranking, name):
     return next(row for row in ranking.rows if row["member"] == name)
 
 
-def test_members_stand_by_value_and_the_best_is_recommended(ranking, parts):
+def test_members_are_sorted_by_value_and_the_best_is_recommended(ranking, parts):
     exact = {n: WORLD.start @ WORLD.values(t) for n, t in zip(NAMES, POLICIES, strict=True)}
     exact |= {"clone": WORLD.start @ WORLD.values(uniform())}
     exact |= {"greedy": WORLD.start @ WORLD.values(GREEDY)}
@@ -172,32 +172,30 @@ def test_a_value_that_the_log_cannot_give_is_doubted(again, fitted, parts, kind)
         shift = {key: raised(fitted, "p0", key, target - own) for key in ("scores", "scores_high")}
         ranking = again(shift, fit)
         assert ("range" in row_of(ranking, "p0")["doubts"]) == doubted
-        sentence = f"p0: values lie outside what the log makes believable, {low:.4g} to {high:.4g};"
+        sentence = f"p0: values are outside the range that the log allows, {low:.4g} to {high:.4g};"
         assert any(warning.startswith(sentence) for warning in ranking.warnings) == doubted
         assert not doubted or ranking.recommended != "p0"
 
 
-def test_a_correction_by_few_episodes_recommends_nobody(again, fitted):
+def test_no_recommendation_where_few_episodes_correct_the_estimate(again, fitted):
     for size, doubted in ((20.0, False), (19.9, True)):
         sizes = np.full(6, 300.0)
         sizes[fitted.names.index("greedy")] = size
-        found = again({"effective_episodes": sizes})
-        row = row_of(found, "greedy")
+        result = again({"effective_episodes": sizes})
+        row = row_of(result, "greedy")
         assert row["correcting_episodes"] == size
         assert ("few" in row["doubts"]) == doubted
-        assert (found.recommended != "greedy") == doubted
-        sentence = (
-            f"rests on as few as {size:.1f} effective episodes of 800, at least 20 are needed"
-        )
-        assert any(sentence in warning for warning in found.warnings) == doubted
+        assert (result.recommended != "greedy") == doubted
+        sentence = f"has only {size:.1f} effective episodes of 800, at least 20 are needed"
+        assert any(sentence in warning for warning in result.warnings) == doubted
 
 
-def test_outcomes_that_depend_on_the_past_recommend_nobody(again):
+def test_no_recommendation_where_outcomes_depend_on_the_past(again):
     for statistic, doubted in ((4.4, False), (-4.6, True), (4.6, True)):
-        found = again({"history": {"the number of the step": statistic, "the step before": 1.0}})
-        assert (found.recommended is None) == doubted
+        result = again({"history": {"the number of the step": statistic, "the step before": 1.0}})
+        assert (result.recommended is None) == doubted
         sentence = f"on the number of the step (t statistic {statistic:.1f})"
-        assert any(sentence in warning for warning in found.warnings) == doubted
+        assert any(sentence in warning for warning in result.warnings) == doubted
 
 
 @pytest.mark.parametrize("key", ["unsupported", "worst_unsupported"])
@@ -206,69 +204,71 @@ def test_a_member_that_leaves_the_log_is_not_recommended(again, fitted, ranking,
     for share, doubted in ((limit - 1e-3, False), (limit + 1e-3, True)):
         shares = getattr(fitted.episodes, key).copy()
         shares[fitted.names.index("greedy")] = share
-        found = again({key: shares})
-        row = row_of(found, "greedy")
+        result = again({key: shares})
+        row = row_of(result, "greedy")
         assert ("extrapolation" in row["doubts"]) == doubted
-        assert (found.recommended == "greedy") != doubted
-        text = f"greedy: up to {row['extrapolation']:.0%} of what they come to are actions that the"
-        assert any(text in warning for warning in found.warnings) == doubted
-    worst = f"(the log itself: 0%), in the worst state {row['worst_extrapolation']:.0%}; nothing is"
-    assert any(worst in warning for warning in found.warnings)
+        assert (result.recommended == "greedy") != doubted
+        text = f"greedy: up to {row['extrapolation']:.0%} of their actions are rare or missing in"
+        assert any(text in warning for warning in result.warnings) == doubted
+    worst = (
+        f"own actions: 0%), in the worst state {row['worst_extrapolation']:.0%}; the log does not"
+    )
+    assert any(worst in warning for warning in result.warnings)
 
 
 def test_the_log_s_own_share_outside_itself_is_allowed(again, fitted):
     shares = np.full(6, 0.08)
     for own, doubted in ((0.02, True), (0.04, False)):
-        found = again({"unsupported": shares, "log_unsupported": own})
-        assert ("extrapolation" in row_of(found, "greedy")["doubts"]) == doubted
-        assert found.log_extrapolation == own
-    found = again({"unsupported": shares}, max_extrapolation=0.1)
-    assert found.recommended == "greedy"
+        result = again({"unsupported": shares, "log_unsupported": own})
+        assert ("extrapolation" in row_of(result, "greedy")["doubts"]) == doubted
+        assert result.log_extrapolation == own
+    result = again({"unsupported": shares}, max_extrapolation=0.1)
+    assert result.recommended == "greedy"
 
 
 def test_critics_that_err_more_on_held_out_steps_are_named(again):
-    found = again(
+    result = again(
         fit={"td_error": np.array([1.0, 10, 1, 1, 1, 4.1]), "td_error_training": np.ones(6)}
     )
-    doubted = {row["member"] for row in found.rows if "td_error" in row["doubts"]}
+    doubted = {row["member"] for row in result.rows if "td_error" in row["doubts"]}
     assert doubted == {"p1", "greedy"}
-    (warning,) = (w for w in found.warnings if "critics err" in w)
-    assert warning.startswith("greedy, p1: critics err up to 10.0 times as much on held-out steps")
-    assert found.recommended == "greedy"  # their intervals are wider, and hold
+    (warning,) = (w for w in result.warnings if "errors of the critics" in w)
+    assert warning.startswith("greedy, p1: errors of the critics are up to 10.0 times as large on")
+    assert result.recommended == "greedy"  # their intervals are wider, and hold
 
 
-def test_estimators_that_contradict_each_other_recommend_nobody(again, fitted, ranking):
+def test_no_recommendation_where_the_estimators_contradict_each_other(again, fitted, ranking):
     """The clone's scores far above what importance sampling says of it."""
     assert not any("contradict" in warning for warning in ranking.warnings)
-    found = again({key: raised(fitted, "clone", key, 3.0) for key in ("scores", "scores_high")})
-    row = row_of(found, "clone")
+    result = again({key: raised(fitted, "clone", key, 3.0) for key in ("scores", "scores_high")})
+    row = row_of(result, "clone")
     assert row["gain_low"] > 0
     assert row["importance_high"] < row["value_low"]
     assert row["doubts"] == ("contradiction",)
-    (warning,) = (w for w in found.warnings if "contradict each other" in w)
+    (warning,) = (w for w in result.warnings if "contradict each other" in w)
     assert f"(clone: {row['value_low']:.4g} to {row['value_high']:.4g} against" in warning
-    assert found.recommended is None
-    assert "what looks better is doubted, see the warnings" in found.recommendation
+    assert result.recommended is None
+    assert "better estimates are doubted, see the warnings" in result.recommendation
 
 
-def test_logged_probabilities_that_are_too_low_recommend_nobody(parts, members, fitted):
+def test_no_recommendation_where_logged_probabilities_are_too_low(parts, members, fitted):
     rows = parts[1].transitions.clone()
     rows["action_log_prob"] = rows["action_log_prob"] - 0.5
     wrong = replace(parts[1], transitions=rows)
-    found = rank_members(
+    result = rank_members(
         members, parts[0], wrong, discount=DISCOUNT, fitted_q=fitted, clone="clone"
     )
-    assert "contradiction" in row_of(found, "greedy")["doubts"]
-    assert any("check action_log_prob" in warning for warning in found.warnings)
-    assert found.recommended is None
+    assert "contradiction" in row_of(result, "greedy")["doubts"]
+    assert any("check action_log_prob" in warning for warning in result.warnings)
+    assert result.recommended is None
 
 
 def test_a_contradiction_about_any_member_stops_the_recommendation(again, fitted):
     """One member's scores far below: importance sampling says otherwise."""
     low = {key: raised(fitted, "clone", key, -40.0) for key in ("scores", "scores_high")}
-    found = again(low)
-    assert "contradiction" in row_of(found, "clone")["doubts"]
-    assert found.recommended is None
+    result = again(low)
+    assert "contradiction" in row_of(result, "clone")["doubts"]
+    assert result.recommended is None
 
 
 def test_importance_intervals_hold_for_all_members_at_once(parts, members, fitted, ranking):
@@ -288,39 +288,39 @@ def test_the_best_that_is_not_doubted_is_recommended(again, fitted, ranking):
     shares = fitted.episodes.unsupported.copy()
     for row in ranking.rows[: second["rank"] - 1]:
         shares[fitted.names.index(row["member"])] = 0.5
-    found = again({"unsupported": shares})
-    assert [row["member"] for row in found.rows] == [row["member"] for row in ranking.rows]
-    assert found.recommended == second["member"]
+    result = again({"unsupported": shares})
+    assert [row["member"] for row in result.rows] == [row["member"] for row in ranking.rows]
+    assert result.recommended == second["member"]
     more = f"; {second['rank'] - 1} with higher estimates are doubted or uncertain)."
-    assert found.recommendation.endswith(more)
+    assert result.recommendation.endswith(more)
 
 
 def test_at_most_three_members_are_named(again):
-    found = again({"unsupported": np.full(6, 0.5)})
-    order = [row["member"] for row in found.rows]
-    (warning,) = (w for w in found.warnings if "hardly holds" in w)
-    assert warning.startswith(f"{', '.join(order[:3])} and 3 more: up to 50% of what they come to")
+    result = again({"unsupported": np.full(6, 0.5)})
+    order = [row["member"] for row in result.rows]
+    (warning,) = (w for w in result.warnings if "rare or missing" in w)
+    assert warning.startswith(f"{', '.join(order[:3])} and 3 more: up to 50% of their actions")
 
 
-def test_critics_that_have_not_converged_recommend_nobody(again):
+def test_no_recommendation_before_the_critics_converge(again):
     for backups, passes in ((3.0, 9.0), (1e3, 0.5)):
-        found = again(fit={"backups": backups, "passes": passes})
-        assert found.recommended is None
-        (warning,) = (w for w in found.warnings if "has not converged" in w)
+        result = again(fit={"backups": backups, "passes": passes})
+        assert result.recommended is None
+        (warning,) = (w for w in result.warnings if "has not converged" in w)
         assert f"renewed its targets {backups:.3g} times, in {passes:.3g} passes" in warning
     assert again(fit={"backups": 1e3, "passes": 9.0}).recommended == "greedy"
 
 
 def test_a_tenth_of_the_episodes_must_bear_the_weight(again):
-    found = again(min_effective_episodes=0)
-    sizes = {row["member"]: row["effective_episodes"] for row in found.rows}
-    doubted = {row["member"] for row in found.rows if "importance" in row["doubts"]}
-    assert doubted == {n for n, size in sizes.items() if size < 0.1 * found.episodes} != set()
-    (warning,) = (w for w in found.warnings if "importance weights" in w)
-    assert f"rest on as few as {min(sizes.values()):.1f} effective episodes of 800" in warning
-    found = again(min_effective_episodes=sorted(sizes.values())[-2])
-    assert math.isnan(found.spearman)  # two are left, and always in some order
-    assert not any("order the members differently" in warning for warning in found.warnings)
+    result = again(min_effective_episodes=0)
+    sizes = {row["member"]: row["effective_episodes"] for row in result.rows}
+    doubted = {row["member"] for row in result.rows if "importance" in row["doubts"]}
+    assert doubted == {n for n, size in sizes.items() if size < 0.1 * result.episodes} != set()
+    (warning,) = (w for w in result.warnings if "importance weights" in w)
+    assert f"have only {min(sizes.values()):.1f} effective episodes of 800" in warning
+    result = again(min_effective_episodes=sorted(sizes.values())[-2])
+    assert math.isnan(result.spearman)  # two are left, and always in some order
+    assert not any("order the members differently" in warning for warning in result.warnings)
 
 
 def test_estimators_in_another_order_are_a_warning(again, fitted, ranking):
@@ -329,18 +329,18 @@ def test_estimators_in_another_order_are_a_warning(again, fitted, ranking):
         key: 2 * fitted.values.mean() - getattr(fitted.episodes, key)
         for key in ("scores", "scores_high")
     }
-    found = again(mirrored, min_effective_episodes=0)
-    assert found.spearman < 0
-    assert any(f"(Spearman {found.spearman:.2f})" in warning for warning in found.warnings)
+    result = again(mirrored, min_effective_episodes=0)
+    assert result.spearman < 0
+    assert any(f"(Spearman {result.spearman:.2f})" in warning for warning in result.warnings)
 
 
 def test_a_clone_far_from_the_log_is_doubted(again, fitted, ranking):
     assert not any("imitates the log" in warning for warning in ranking.warnings)
-    found = again({key: getattr(fitted.episodes, key) - 2.0 for key in ("scores", "scores_high")})
-    (warning,) = (w for w in found.warnings if "imitates the log" in w)
-    clone = row_of(found, "clone")
+    result = again({key: getattr(fitted.episodes, key) - 2.0 for key in ("scores", "scores_high")})
+    (warning,) = (w for w in result.warnings if "imitates the log" in w)
+    clone = row_of(result, "clone")
     assert f"clone, which imitates the log, is estimated at {clone['value']:.4g}" in warning
-    assert f"the log at {found.log_value:.4g} ({found.log_low:.4g} to" in warning
+    assert f"the log at {result.log_value:.4g} ({result.log_low:.4g} to" in warning
 
 
 def test_the_clone_is_the_first_of_temperature_zero(parts):
@@ -350,47 +350,47 @@ def test_the_clone_is_the_first_of_temperature_zero(parts):
     how = {"discount": 0.9, "hidden": (8,), "updates": 20, "batch_size": 16}
     fitted = fitted_q_evaluation(agents, train, held_out, **how)
     options = {"discount": 0.9, "fitted_q": fitted, "behaviour": agents["clone"]}
-    found = rank_members(agents, train, held_out, **options)
-    assert row_of(found, "clone")["clone_distance"] == 0 < row_of(found, "iql")["clone_distance"]
-    assert row_of(found, "clone")["effective_episodes"] == pytest.approx(6)
-    assert row_of(found, "clone")["temperature"] == 0
-    assert str(found) == str(rank_members(agents, train, held_out, **options))
+    result = rank_members(agents, train, held_out, **options)
+    assert row_of(result, "clone")["clone_distance"] == 0 < row_of(result, "iql")["clone_distance"]
+    assert row_of(result, "clone")["effective_episodes"] == pytest.approx(6)
+    assert row_of(result, "clone")["temperature"] == 0
+    assert str(result) == str(rank_members(agents, train, held_out, **options))
 
 
 def test_without_behaviour_and_clone(parts):
     log = [replace(part, transitions=part.transitions.exclude("action_log_prob")) for part in parts]
     policies = {"p0": actor(POLICIES[0]), "greedy": actor(GREEDY)}
-    found = rank_members(policies, *log, discount=DISCOUNT)
-    assert math.isnan(found.rows[0]["importance_value"])
-    assert math.isnan(found.rows[0]["clone_distance"])
-    assert math.isnan(found.spearman)
-    text = " ".join(found.warnings)
+    result = rank_members(policies, *log, discount=DISCOUNT)
+    assert math.isnan(result.rows[0]["importance_value"])
+    assert math.isnan(result.rows[0]["clone_distance"])
+    assert math.isnan(result.spearman)
+    text = " ".join(result.warnings)
     assert "no behaviour model was given" in text
-    assert " - " in str(found)
-    assert found.recommended == "greedy"
-    assert not any(row["doubts"] for row in found.rows)
+    assert " - " in str(result)
+    assert result.recommended == "greedy"
+    assert not any(row["doubts"] for row in result.rows)
 
 
 def test_truncated_returns_are_continued_without_a_clone():
     parts = WORLD.log(uniform(), episodes=1600, horizon=2).split(0.5, 0)
     policies = {"greedy": actor(GREEDY), "p0": actor(POLICIES[0])}
-    found = rank_members(policies, *parts, discount=DISCOUNT)
+    result = rank_members(policies, *parts, discount=DISCOUNT)
     exact = WORLD.start @ WORLD.values(uniform())
-    assert found.log_value == pytest.approx(exact, abs=0.3)
+    assert result.log_value == pytest.approx(exact, abs=0.3)
     assert abs(plain_returns(parts[1]).mean() - exact) > 0.3
-    assert found.log_low < exact < found.log_high
-    assert found.recommended == "greedy"
+    assert result.log_low < exact < result.log_high
+    assert result.recommended == "greedy"
     clone = rank_members(policies | {"c": actor(uniform())}, *parts, discount=DISCOUNT, clone="c")
-    assert clone.log_value == found.log_value
+    assert clone.log_value == result.log_value
 
 
 def test_ends_that_no_state_describes_are_a_warning(again):
     for unlogged, warned in ((0.009, False), (0.2, True)):
-        found = again({"unlogged_ends": unlogged})
+        result = again({"unlogged_ends": unlogged})
         sentence = (
             f"truncated episodes leave {unlogged:.0%} of the discounted future in states that"
         )
-        assert any(sentence in warning for warning in found.warnings) == warned
+        assert any(sentence in warning for warning in result.warnings) == warned
 
 
 def test_what_is_unknown_counts_against_members_and_for_the_log(again, fitted):
@@ -418,39 +418,39 @@ def agent_of(dataset, **options):
 def test_members_trained_on_held_out_episodes_are_not_recommended(parts, members, fitted):
     own = WORLD.log(uniform(), episodes=300, seed=77)
     agents = {"held": agent_of(parts[1]), "fit": agent_of(parts[0]), "own": agent_of(own)}
-    found = rank_members(agents | {"greedy": actor(GREEDY)}, *parts, discount=DISCOUNT)
-    seen = {row["member"]: row["seen"] for row in found.rows}
+    result = rank_members(agents | {"greedy": actor(GREEDY)}, *parts, discount=DISCOUNT)
+    seen = {row["member"]: row["seen"] for row in result.rows}
     assert seen["held"] > 0.9
     assert [seen[name] for name in ("fit", "own", "greedy")] == [0, 0, 0]
-    doubted = {row["member"] for row in found.rows if "seen" in row["doubts"]}
+    doubted = {row["member"] for row in result.rows if "seen" in row["doubts"]}
     assert doubted == {"held"}
-    (warning,) = (w for w in found.warnings if "say nothing new" in w)
+    (warning,) = (w for w in result.warnings if "cannot test them" in w)
     assert warning.startswith(f"held: trained on up to {seen['held']:.0%} of the held-out episodes")
-    assert any("members were trained on up to 1" in w for w in found.warnings)  # 100% of the fit
+    assert any("members were trained on up to 1" in w for w in result.warnings)  # 100% of the fit
     clean = rank_members({"own": agents["own"]}, *parts, discount=DISCOUNT)
     assert not any("trained on" in warning for warning in clean.warnings)
 
 
-def test_a_seen_member_is_passed_over(parts, members, fitted):
+def test_a_member_trained_on_the_held_out_episodes_is_not_recommended(parts, members, fitted):
     class Shipped:
         """What ``rank_members`` reads of an agent: its policy, and its task's episodes."""
 
         policy = actor(GREEDY)
         task = agent_of(parts[1]).task
 
-    found = rank_members(
+    result = rank_members(
         {"greedy": Shipped(), "clone": actor(uniform())}, *parts, discount=DISCOUNT
     )
-    assert row_of(found, "greedy")["gain_low"] > 0
-    assert row_of(found, "greedy")["doubts"] == ("importance", "seen")
-    assert found.recommended is None
+    assert row_of(result, "greedy")["gain_low"] > 0
+    assert row_of(result, "greedy")["doubts"] == ("importance", "seen")
+    assert result.recommended is None
 
 
-def test_shared_episodes_recommend_nobody(parts, members):
+def test_no_recommendation_where_fit_and_held_out_share_episodes(parts, members):
     one, other = parts[0].split(0.5, 0)
-    found = rank_members(members, parts[0], other, discount=DISCOUNT)
-    assert found.recommended is None
-    (warning,) = (w for w in found.warnings if "cannot show the error of the fit" in w)
+    result = rank_members(members, parts[0], other, discount=DISCOUNT)
+    assert result.recommended is None
+    (warning,) = (w for w in result.warnings if "cannot show the error of the fit" in w)
     assert "of the held-out episodes are also among those fitted on" in warning
     assert "dataset.split(fraction, seed)" in warning
     separate = rank_members(members, one, other, discount=DISCOUNT)
@@ -459,13 +459,13 @@ def test_shared_episodes_recommend_nobody(parts, members):
 
 @pytest.mark.parametrize("confidence", [0.5, 0.99])
 def test_the_confidence_is_that_of_every_interval(again, ranking, confidence):
-    found = again(confidence=confidence)
+    result = again(confidence=confidence)
     for row in ranking.rows:
-        other = row_of(found, row["member"])
+        other = row_of(result, row["member"])
         for key in ("value", "gain", "importance"):
             width, new = (r[f"{key}_high"] - r[f"{key}_low"] for r in (row, other))
             assert (new < width) == (confidence < 0.95)
-    assert (found.log_high - found.log_low < ranking.log_high - ranking.log_low) == (
+    assert (result.log_high - result.log_low < ranking.log_high - ranking.log_low) == (
         confidence < 0.95
     )
 

@@ -163,7 +163,7 @@ def test_values_approach_the_truth_and_rank_it_right():
     assert (narrow[:, 0] < 0.5 * (high - low)).all()
 
 
-def test_intervals_hold_as_often_as_they_say():
+def test_intervals_contain_the_truth_as_often_as_their_confidence():
     """Forty logs of forty episodes each, with a member that is unlike the log."""
     policy = 0.5 * greedy_policy(WORLD) + 0.5 * uniform()
     exact, missed = WORLD.start @ WORLD.values(policy), 0
@@ -285,7 +285,7 @@ def test_the_log_has_its_own_returns(parts):
     assert scores.unlogged_ends == 0
 
 
-def test_truncated_returns_are_continued_as_the_log_goes_on():
+def test_truncated_returns_are_continued_with_the_value_of_the_log():
     behaviour = 0.5 * greedy_policy(WORLD) + 0.5 * uniform()
     train, held_out = WORLD.log(behaviour, episodes=3000, horizon=3, seed=9).split(0.5, 0)
     scores = evaluated({"p": actor(uniform())}, train, held_out).episodes
@@ -350,7 +350,7 @@ def test_a_truncated_end_that_no_state_describes():
     assert scores.unsupported[0] == pytest.approx(DISCOUNT)
 
 
-def test_a_truncated_episode_goes_on_and_a_terminated_one_does_not():
+def test_a_truncated_episode_is_continued_and_a_terminated_one_is_not():
     log = WORLD.log(uniform(), episodes=800, horizon=2)
     shut = log.transitions.clone()
     shut["next", "terminated"] = log.transitions["next", "done"].clone()
@@ -384,7 +384,7 @@ def test_values_do_not_depend_on_the_reward_map(parts):
     assert mapped.episodes.return_range == pytest.approx(raw.episodes.return_range, abs=1e-4)
 
 
-def test_masks_close_actions_also_to_policies_that_do_not_read_them():
+def test_masks_exclude_actions_also_for_policies_that_do_not_read_them():
     masks = np.random.default_rng(5).random((STATES, ACTIONS)) < 0.6
     masks[np.arange(STATES), np.arange(STATES) % ACTIONS] = True
     behaviour = masks / masks.sum(1, keepdims=True)
@@ -487,7 +487,7 @@ def test_few_distinct_vectors_are_a_table_too(parts):
 
 
 def test_an_action_that_is_not_held_out_is_unsupported():
-    """Nothing could correct it: the fit may have been lucky."""
+    """Without held-out steps of a pair, errors of its fit cannot be corrected."""
     without = uniform()
     without[1] = [0.5, 0.5, 0.0]
     train = WORLD.log(uniform(), episodes=300, seed=1)
@@ -565,11 +565,11 @@ def test_outcomes_of_a_markov_chain_depend_on_nothing_else():
 
 
 def test_what_counts_as_few_states(parts):
-    found = finite_states(*parts)
-    assert found.representatives["observation"].tolist() == [0, 1, 2, 3, 4]
+    result = finite_states(*parts)
+    assert result.representatives["observation"].tolist() == [0, 1, 2, 3, 4]
     rows = parts[1].transitions
-    np.testing.assert_array_equal(found.held_out, rows["observation"].numpy())
-    np.testing.assert_array_equal(found.held_out_next, rows["next", "observation"].numpy())
+    np.testing.assert_array_equal(result.held_out, rows["observation"].numpy())
+    np.testing.assert_array_equal(result.held_out_next, rows["next", "observation"].numpy())
     continuous = load_dataset(small_log())
     assert finite_states(continuous, continuous) is None
     distinct = load_dataset(small_log(rows=400, action=np.arange(400) % 2))

@@ -1,4 +1,4 @@
-"""Whom a ranking recommends in small problems with exact values: nobody harmful, and the right one."""
+"""Recommendations in small problems with exact values: never a harmful one, often the right one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def value(problem, name):
         ("winner's curse", 1), ("poor clone", 0), ("poor clone", 1), ("tiny log", 0),
     ],
 )  # fmt: skip
-def test_nobody_worse_than_the_log_is_recommended(family, seed):
+def test_no_member_worse_than_the_log_is_recommended(family, seed):
     problem = FAMILIES[family](seed)
     truth = {name: problem.value(policy) for name, policy in problem.members.items()}
     log = problem.value(problem.behaviour)
@@ -53,8 +53,8 @@ def test_nobody_worse_than_the_log_is_recommended(family, seed):
 
 
 @pytest.mark.parametrize("family", ["winner's curse", "plain arms"])
-def test_the_same_episodes_twice_recommend_nobody(family):
-    """The held-out steps then repeat the luck of the fit and cannot show its error."""
+def test_no_recommendation_where_episodes_are_used_twice(family):
+    """The held-out steps then have the same random errors as the fit and cannot show them."""
     problem = FAMILIES[family](0)
     log = problem.log(0)
     ranking = rank_members(problem.actors(), log, log, discount=problem.discount)

@@ -53,10 +53,10 @@ def test_what_is_read_is_what_was_written(tmp_path_factory, value, numbers):
     path = tmp_path_factory.mktemp("checkpoint") / "state.torchrl"
     tensor = torch.from_numpy(numbers)
     write_components(path, {"a": {"value": value, "tensor": tensor}, "b": [tensor.bool(), 1]})
-    found = read_components(path)
-    assert found["a"]["value"] == value
-    assert torch.equal(found["a"]["tensor"], tensor)
-    assert torch.equal(found["b"][0], tensor.bool())
+    result = read_components(path)
+    assert result["a"]["value"] == value
+    assert torch.equal(result["a"]["tensor"], tensor)
+    assert torch.equal(result["b"][0], tensor.bool())
     assert read_components(path, ["b"]).keys() == {"b"}
 
 
@@ -229,7 +229,7 @@ def test_another_kind_of_buffer_is_refused(saved):
     refuses(make_trainer(buffer=unseeded), saved, "whether they were given a seed")
 
 
-def test_a_growing_buffer_is_saved_whole(tmp_path):
+def test_a_growing_buffer_is_saved_with_its_data(tmp_path):
     trainer = make_trainer(
         buffer=replay_buffer(table(), 8, seed=0, capacity=100), folder=tmp_path / "run"
     )
@@ -243,8 +243,8 @@ def test_a_growing_buffer_is_saved_whole(tmp_path):
     for trained in (trainer, other):
         trained.total_frames = 12
         trained.train()
-    mine, theirs = trainer.loss_module.state_dict(), other.loss_module.state_dict()
-    assert all(torch.equal(mine[n], theirs[n]) for n in mine if torch.is_tensor(mine[n]))
+    actual, expected = trainer.loss_module.state_dict(), other.loss_module.state_dict()
+    assert all(torch.equal(actual[n], expected[n]) for n in actual if torch.is_tensor(actual[n]))
 
 
 def columns():

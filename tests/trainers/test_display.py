@@ -51,7 +51,7 @@ def test_a_run_with_its_output_in_a_pipe_prints_a_line_at_each_event(tmp_path):
     assert [line.endswith("saved") for line in lines] == [False, False, True, False, True]
 
 
-def test_what_a_line_says(capfd):
+def test_the_text_of_a_line(capfd):
     step = make_step()
     scores = iter([-1.5, 3.0, 2.0])
     trainer = trainer_of(step, 20, evaluation=lambda: {"return_mean": next(scores)}, **SETTINGS)

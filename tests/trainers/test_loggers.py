@@ -32,8 +32,8 @@ def test_tensorboard_event_files(tmp_path):
     logger.experiment.close()
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
-    found = {e.step: e.value for e in events.Scalars("return_mean")}
-    assert found == {0: -3.0, 10: -2.0, 20: -1.0}
+    result = {e.step: e.value for e in events.Scalars("return_mean")}
+    assert result == {0: -3.0, 10: -2.0, 20: -1.0}
     for name in ("loss_actor", "loss_qvalue", "loss_value"):
         logged = {e.step: e.value for e in events.Scalars(name)}
         assert logged == pytest.approx({u: rows[u][name] for u in (5, 10, 15, 20)}, rel=1e-6)
@@ -43,8 +43,8 @@ def test_csv_files(tmp_path):
     rows = train(get_logger("csv", str(tmp_path), "run"))
     files = {path.stem: path for path in tmp_path.rglob("*.csv")}
     with files["loss_value"].open() as file:
-        found = {int(step): float(value) for step, value in csv.reader(file)}
-    assert found == pytest.approx({u: rows[u]["loss_value"] for u in (5, 10, 15, 20)}, rel=1e-6)
+        result = {int(step): float(value) for step, value in csv.reader(file)}
+    assert result == pytest.approx({u: rows[u]["loss_value"] for u in (5, 10, 15, 20)}, rel=1e-6)
 
 
 def wandb_records(path):

@@ -110,9 +110,9 @@ def test_an_old_agent_loads_and_acts():
     assert agent.config == IQLConfig(updates=20, seed=3, **CONFIG)
     assert agent.task.action_space.shape == (1,)
     saved = torch.load(io.BytesIO(member_of("agent.torchrl", "loss_module")), weights_only=True)
-    mine = agent.state_dict()
-    assert set(mine) == set(saved)
-    assert all(torch.equal(mine[n], saved[n]) for n in mine if torch.is_tensor(mine[n]))
+    actual = agent.state_dict()
+    assert set(actual) == set(saved)
+    assert all(torch.equal(actual[n], saved[n]) for n in actual if torch.is_tensor(actual[n]))
     observation = np.array([[0.5, -0.25, 1.0]], np.float32)
     action = 2.0 * np.tanh(by_hand(agent, observation))  # Pendulum's bounds are -2 and 2
     np.testing.assert_allclose(agent.act(observation), action, rtol=1e-5)

@@ -155,9 +155,9 @@ def test_log_validation_reward():
         environment=environment,
     ).register(trainer)
     trainer.train()
-    found = logger.of("r_evaluation")
-    assert [step for _, step in found] == [1, 3]
-    assert all(-20 < value < 0 for value, _ in found)
+    result = logger.of("r_evaluation")
+    assert [step for _, step in result] == [1, 3]
+    assert all(-20 < value < 0 for value, _ in result)
 
 
 def test_target_hook_of_a_step_that_leaves_the_targets_alone():

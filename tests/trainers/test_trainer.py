@@ -42,8 +42,8 @@ def trainer_of(step, total, **options):
 
 
 def same_weights(a, b):
-    mine, theirs = a.loss.state_dict(), b.loss.state_dict()
-    return all(torch.equal(mine[n], theirs[n]) for n in mine if torch.is_tensor(mine[n]))
+    actual, expected = a.loss.state_dict(), b.loss.state_dict()
+    return all(torch.equal(actual[n], expected[n]) for n in actual if torch.is_tensor(actual[n]))
 
 
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
@@ -67,7 +67,7 @@ def test_a_device_sampler_in_place_of_a_buffer():
     assert trainer.updates == 5
 
 
-def test_a_device_sampler_goes_on_where_it_was(tmp_path):
+def test_a_device_sampler_continues_from_its_state(tmp_path):
     def make(total):
         sampler = DeviceSampler(table(), 16, seed=0)
         return trainer_of(make_step(), total, replay_buffer=sampler, folder=tmp_path)
@@ -173,7 +173,7 @@ def test_a_step_that_makes_several_updates_a_call():
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
-def test_interruption_finishes_the_update_saves_and_says_how_to_go_on(
+def test_interruption_finishes_the_update_saves_and_prints_how_to_continue(
     tmp_path, capfd, number, error
 ):
     step, alone = make_step(), make_step()
@@ -195,7 +195,7 @@ def test_interruption_finishes_the_update_saves_and_says_how_to_go_on(
     assert trainer.updates == 7
     err = capfd.readouterr().err
     assert "Stopped after update 7 of 20" in err
-    assert "Go on with: trainer.resume().train()" in err
+    assert "Continue with: trainer.resume().train()" in err
     assert newest(tmp_path / "run" / "checkpoints").name == "checkpoint-000000000007.torchrl"
     resumed = make_step()
     again = trainer_of(resumed, 20, log_interval=5, folder=tmp_path / "run")
@@ -209,13 +209,13 @@ def test_interruption_finishes_the_update_saves_and_says_how_to_go_on(
 @pytest.mark.parametrize(
     ("destination", "words"),
     [
-        ({}, "Nothing was saved, because the trainer has no folder=. In this process, go on with: "
+        ({}, "Nothing was saved, because the trainer has no folder=. In this process, continue with: "
              "trainer.train()"),
         ({"save_trainer_file": "a.torchrl"}, "with: trainer.load_from_file('a.torchrl').train()"),
-        ({"folder": "run", "resume_command": "make again"}, "and saved run. Go on with: make again"),
+        ({"folder": "run", "resume_command": "make again"}, "and saved run. Continue with: make again"),
     ],
 )  # fmt: skip
-def test_what_an_interruption_says_continues_the_run(
+def test_the_command_printed_after_an_interruption_continues_the_run(
     tmp_path, capfd, monkeypatch, destination, words
 ):
     monkeypatch.chdir(tmp_path)
@@ -435,7 +435,7 @@ def test_any_kind_of_number_from_an_evaluation_survives_a_checkpoint(tmp_path, n
 
 
 @pytest.mark.parametrize(
-    ("found", "words"),
+    ("result", "words"),
     [
         (3.0, "returned 3.0; expected an Evaluation, or a dict"),
         (None, "returned None"),
@@ -444,9 +444,9 @@ def test_any_kind_of_number_from_an_evaluation_survives_a_checkpoint(tmp_path, n
         ({"return_mean": 1.0, "update": 7}, "gives 'update', which is the number of updates"),
     ],
 )
-def test_an_evaluation_that_returns_something_else_is_told_so(found, words):
+def test_a_wrong_result_of_an_evaluation_is_an_error(result, words):
     with pytest.raises((TypeError, ValueError), match=words):
-        trainer_of(make_step(), 4, evaluation=lambda: found).train()
+        trainer_of(make_step(), 4, evaluation=lambda: result).train()
 
 
 def test_an_evaluation_that_failed_is_made_up_after_a_resume(tmp_path):
@@ -486,7 +486,7 @@ def test_a_long_table_is_written_more_rarely(tmp_path, monkeypatch):
     assert written[-1] == 30, "the last is written in any case"
 
 
-def test_checkpoints_set_aside_for_evaluations_that_never_came_are_dropped(tmp_path):
+def test_checkpoints_kept_for_evaluations_that_did_not_finish_are_deleted(tmp_path):
     trainer_of(make_step(), 10, folder=tmp_path).train()
     forgotten = tmp_path / "checkpoints" / ".aside-000000000005.torchrl"
     forgotten.write_bytes(b"")

@@ -57,9 +57,9 @@ def test_rows_and_best_are_those_of_evaluation_in_between(tmp_path, in_between):
     with trainer.scores.evaluation:
         trainer.train()
     assert (tmp_path / "metrics.csv").read_text() == (in_between / "metrics.csv").read_text()
-    mine, theirs = (read_components(f / "best.torchrl") for f in (tmp_path, in_between))
-    assert mine["trainer_state"]["progress"]["updates"] == trainer.progress.best_update
-    assert theirs["trainer_state"]["progress"]["updates"] == trainer.progress.best_update
+    actual, expected = (read_components(f / "best.torchrl") for f in (tmp_path, in_between))
+    assert actual["trainer_state"]["progress"]["updates"] == trainer.progress.best_update
+    assert expected["trainer_state"]["progress"]["updates"] == trainer.progress.best_update
     assert not list(tmp_path.glob("**/.*"))
 
 

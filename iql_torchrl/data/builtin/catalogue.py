@@ -42,8 +42,8 @@ def make_dataset(
 ) -> str:
     """Make the dataset ``name`` and return its Minari id, which is ``name``.
 
-    It is written to a hidden folder beside the others and renamed once complete, so that an
-    interrupted run leaves nothing under the id.
+    It is written to a hidden folder in the same place and renamed when complete, so that an
+    interrupted run leaves no incomplete dataset.
 
     Args:
         name: one of ``BUILTIN``.
@@ -103,7 +103,7 @@ def _write(name: str, recipe: Recipe, recording: Recording) -> None:
     low, high = recording.reference_scores or (None, None)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=root) as scratch:
         with _minari_root(Path(scratch)), warnings.catch_warnings():
-            # There is no e-mail address or permalink to give for a log made by the user.
+            # A log made by the user has no e-mail address or permalink.
             warnings.filterwarnings("ignore", "`(code_permalink|author_email)` is set to None")
             minari.create_dataset_from_buffers(
                 dataset_id=name,
@@ -133,7 +133,7 @@ def _write(name: str, recipe: Recipe, recording: Recording) -> None:
 
 @contextmanager
 def _minari_root(path: Path) -> Iterator[None]:
-    """Minari takes its folder from the environment alone; point it at ``path`` for a moment."""
+    """Let Minari use the folder ``path`` inside the block, by its environment variable."""
     with _root_lock:
         before = os.environ.get(ROOT_VARIABLE)
         os.environ[ROOT_VARIABLE] = str(path)

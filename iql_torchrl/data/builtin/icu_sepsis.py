@@ -72,7 +72,7 @@ class SepsisTables:
         while True:
             values = self._state_values(policy)
             action_values = np.where(self.admissible[LIVE], reward + transition @ values, -np.inf)
-            # Ties keep the old choice: a treatment as good as another may never end the episode.
+            # On ties the old choice stays: switching between equal treatments might never end.
             better = np.flatnonzero(action_values.max(axis=1) > values + TIE)
             if len(better) == 0:
                 return float(self._start[LIVE] @ values)
@@ -89,7 +89,7 @@ def record(episodes: int, seed: int, progress: bool) -> Recording:
     """Log ``episodes`` treatments; see ``ICU_SEPSIS_CLINICIAN.description``."""
     import_for_recipe("icu_sepsis", NAME)
     spec = copy(gymnasium.spec(ENVIRONMENT))
-    # The checker warns that the package hands out the same lists in successive infos.
+    # Gymnasium's checker warns that the package returns the same lists in successive infos.
     spec.disable_env_checker = True
     env = gymnasium.make(spec)
     try:

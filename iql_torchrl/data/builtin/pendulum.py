@@ -24,7 +24,7 @@ ENVIRONMENT = "Pendulum-v1"
 MAX_TORQUE = 2.0
 UPRIGHT_ENERGY = 5.0
 BALANCE_COSINE = 0.9
-# The share of segments that the controller drives, drawn per episode; 0 is a random episode.
+# The share of segments in which the controller acts, per episode; 0 is a random episode.
 COMPETENCES = (0.0, 0.25, 0.5, 0.75)
 MEAN_SEGMENT = 10
 EPISODES = 300
@@ -40,7 +40,7 @@ def swing_up_torque(observation: NDArray[Any]) -> NDArray[np.float32]:
     if cosine > BALANCE_COSINE:
         torque = -(12.0 * math.atan2(sine, cosine) + 3.0 * velocity)
     else:
-        # Rod of mass 1 and length 1 under g = 10: kinetic w^2 / 6, potential 5 cos.
+        # Rod of mass 1 and length 1, with g = 10: kinetic energy w^2 / 6, potential energy 5 cos.
         missing = UPRIGHT_ENERGY - (velocity**2 / 6.0 + 5.0 * cosine)
         torque = 5.0 * missing * (1.0 if velocity >= 0 else -1.0)
     return np.clip([torque], -MAX_TORQUE, MAX_TORQUE).astype(np.float32)

@@ -1,4 +1,4 @@
-"""``pointmaze/umaze-v0`` and ``pointmaze/medium-v0``: goal after goal through a maze.
+"""``pointmaze/umaze-v0`` and ``pointmaze/medium-v0``: a point that reaches many goals in a maze.
 
 The logging controller follows the one that made D4RL's maze2d data (Fu et al. 2020,
 arXiv:2004.07219): shortest path over the maze's cells, and between cells a force
@@ -37,12 +37,12 @@ STEPS = 150_000
 
 
 class MazeController:
-    """Drives the point to its desired goal; one instance per episode.
+    """Moves the point to its desired goal; one instance per episode.
 
     Args:
         maze: the environment's ``unwrapped.maze``.
         noise: deviation of the Gaussian noise on the force, before clipping to [-1, 1].
-        generator: where the noise comes from.
+        generator: of the noise.
     """
 
     def __init__(self, maze: Any, *, noise: float, generator: np.random.Generator) -> None:

@@ -1,4 +1,4 @@
-"""What a built-in dataset is made of, before it is written to disk."""
+"""The parts of a built-in dataset before it is written to disk."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ def mean_return(
 ) -> float:
     """Mean return over 100 episodes of ``controller(generator)``, a new one for each episode.
 
-    Episode ``e`` starts from ``env.reset(seed=1_000_000 + e)``, and its action noise from the
-    same number, whatever seed the dataset has: reference scores are the task's, not the log's.
+    Episode ``e`` starts with ``env.reset(seed=1_000_000 + e)``, and its action noise has the same
+    seed. Reference scores describe the task, so they do not depend on the seed of the dataset.
     """
     returns = []
     for episode in range(REFERENCE_EPISODES):

@@ -1,4 +1,4 @@
-"""Arrays of files, dicts and tensors, as columns that slice along their rows."""
+"""Columns of a table: arrays of files, dicts and tensors, sliced by rows."""
 
 from __future__ import annotations
 
@@ -13,12 +13,25 @@ import torch
 from numpy.typing import NDArray
 
 from iql_torchrl.data.schema import DatasetError
+from iql_torchrl.descriptions import one_line
 
-__all__ = ["Column", "array_of", "check_numbers", "flatten", "hdf5_parts", "open_hdf5", "open_npz"]
+__all__ = [
+    "TABLE_FILES",
+    "Column",
+    "array_of",
+    "check_numbers",
+    "flatten",
+    "hdf5_parts",
+    "open_hdf5",
+    "open_npz",
+]
+
+#: Suffixes of the files that contain a table.
+TABLE_FILES = (".hdf5", ".h5", ".npz")
 
 
 class Column(Protocol):
-    """An array, or something on disk that slices like one along its rows."""
+    """An array, or an object on disk that can be sliced by rows like an array."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -30,7 +43,7 @@ class Column(Protocol):
 
 
 def open_hdf5(path: Path) -> dict[str, Column]:
-    """The file's datasets by path, unread. Raises ``DatasetError`` naming a damaged file."""
+    """The file's datasets by path, not yet read. Raises ``DatasetError`` naming a damaged file."""
     for part in hdf5_parts(path):
         if not part.is_file():
             raise DatasetError(
@@ -48,7 +61,7 @@ def open_hdf5(path: Path) -> dict[str, Column]:
         file.visititems(visit)
     except (OSError, RuntimeError, KeyError) as error:
         raise DatasetError(
-            f"{path}: not a complete HDF5 file ({_one_line(error)}); download or copy it again."
+            f"{path}: not a complete HDF5 file ({one_line(error)}); download or copy it again."
         ) from error
     return columns
 
@@ -71,10 +84,12 @@ def hdf5_parts(path: Path) -> tuple[Path, ...]:
             file.visititems(visit)
     except (OSError, RuntimeError, KeyError):
         return ()
-    others = sorted(name for name in names if name != "." and "%" not in name)
-    # HDF5 looks beside the file first, then in the current folder.
-    beside = [(path.parent / name, Path(name)) for name in others]
-    return tuple(here if not name.is_file() or here.is_file() else name for here, name in beside)
+    file_names = sorted(name for name in names if name != "." and "%" not in name)
+    # HDF5 looks candidates the file first, then in the current folder.
+    candidates = [(path.parent / name, Path(name)) for name in file_names]
+    return tuple(
+        here if not name.is_file() or here.is_file() else name for here, name in candidates
+    )
 
 
 def open_npz(path: Path) -> dict[str, Column]:
@@ -94,7 +109,7 @@ def open_npz(path: Path) -> dict[str, Column]:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise DatasetError(
-            f"{path}: not a complete npz archive ({_one_line(error)}); download or copy it again."
+            f"{path}: not a complete npz archive ({one_line(error)}); download or copy it again."
         ) from error
     return {name: column for name, column in columns.items() if column.ndim}
 
@@ -149,7 +164,7 @@ def array_of(values: torch.Tensor, name: str) -> NDArray[Any]:
     except (TypeError, RuntimeError) as error:
         raise DatasetError(
             f"{name}: a tensor of dtype {values.dtype} and layout {values.layout} has no array "
-            f"({_one_line(error)}); expected a dense tensor of real numbers or booleans."
+            f"({one_line(error)}); expected a dense tensor of real numbers or booleans."
         ) from error
     return array
 
@@ -173,7 +188,3 @@ def check_numbers(name: str, columns: Mapping[str, Column]) -> None:
             raise DatasetError(
                 f"{name}: {key} has shape {shape}: its rows hold no numbers; {expected}."
             )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -14,13 +14,13 @@ from iql_torchrl.data.schema import DatasetError, Key
 
 __all__ = ["TRAJECTORY_ENDS", "Table", "read_table"]
 
-#: Names of columns of which some authors mean ends of trajectories, others terminations. Beside
-#: ``not_terminated`` or ``valid`` they are ends of trajectories.
+#: Names of columns that mark ends of trajectories in some files, terminations in others. In a file
+#: that has ``not_terminated`` or ``valid`` they mark ends of trajectories.
 TRAJECTORY_ENDS = ("terminals", "dones_float")
 #: Keys without which there are no transitions.
 REQUIRED = ("observation", "action", "reward", "terminated")
 
-#: Names a file may use for our keys, exact; ``columns`` overrides.
+#: Names that a file may use for our keys, compared exactly; ``columns`` overrides them.
 NAMES: dict[str, tuple[str, ...]] = {
     "observation": ("observation", "observations", "obs"),
     "action": ("action", "actions"),
@@ -46,7 +46,7 @@ class Table:
     """The columns under our names; observations by leaf key.
 
     ``columns`` has ``trajectory_end`` besides the keys of ``NAMES``: see ``TRAJECTORY_ENDS``.
-    ``paths``: what the file calls them. ``unused``: the file's other columns, by its names.
+    ``paths``: their names in the file. ``unused``: the file's other columns, by their names.
     """
 
     name: str
@@ -59,19 +59,22 @@ class Table:
     unused: dict[str, Column]
 
     def terminated(self) -> NDArray[np.bool_]:
-        """Rows after which nothing has value, ``(rows,)``: none where no column marks them."""
-        kept, stated = self.flags("not_terminated"), self.flags("terminated")
-        if kept is None:
-            return np.zeros(self.rows, np.bool_) if stated is None else stated
-        if stated is not None and (differ := np.flatnonzero(stated == kept)).size:
-            ours, theirs = self.paths["not_terminated"], self.paths["terminated"]
+        """Rows that terminate, ``(rows,)``: none where no column marks them."""
+        not_terminated, terminated = self.flags("not_terminated"), self.flags("terminated")
+        if not_terminated is None:
+            return np.zeros(self.rows, np.bool_) if terminated is None else terminated
+        if terminated is None:
+            return ~not_terminated
+        differ = np.flatnonzero(terminated == not_terminated)
+        if len(differ):
+            first, second = self.paths["not_terminated"], self.paths["terminated"]
             raise DatasetError(
-                f"{self.name}: {ours!r} (0 where a row terminates) and {theirs!r} (1 there) "
+                f"{self.name}: {first!r} (0 where a row terminates) and {second!r} (1 there) "
                 f"disagree in {len(differ)} of {self.rows} rows, first at row {differ[0]}; choose "
-                f"one with columns={{'terminated': {theirs!r}}} or "
-                f"columns={{'not_terminated': {ours!r}, 'terminated': None}}."
+                f"one with columns={{'terminated': {second!r}}} or "
+                f"columns={{'not_terminated': {first!r}, 'terminated': None}}."
             )
-        return ~kept
+        return terminated
 
     def flags(self, key: str) -> NDArray[np.bool_] | None:
         """A column of 0 and 1 as booleans, ``(rows,)``."""
@@ -81,17 +84,17 @@ class Table:
         values = np.asarray(column[:]).reshape(self.rows)
         if values.dtype == np.bool_:
             return values
-        bad = np.flatnonzero((values != 0) & (values != 1))
-        if len(bad):
+        wrong = np.flatnonzero((values != 0) & (values != 1))
+        if len(wrong):
             raise DatasetError(
-                f"{self.name}: {self.called(key)} has {values[bad[0]]} in {len(bad)} of "
-                f"{self.rows} rows with other values than 0 and 1, first at row {bad[0]}; "
+                f"{self.name}: {self.named(key)} has {values[wrong[0]]} in {len(wrong)} of "
+                f"{self.rows} rows with other values than 0 and 1, first at row {wrong[0]}; "
                 "expected 0 or 1."
             )
         return values.astype(np.bool_)
 
-    def called(self, key: str) -> str:
-        """The key, and the file's name of it where that differs."""
+    def named(self, key: str) -> str:
+        """The key, and its name in the file if that differs."""
         path = self.paths.get(key, key)
         return key if path == key else f"{key} ({path!r})"
 
@@ -103,28 +106,7 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
             f"{name}: columns maps {sorted(unknown)}; the keys are {', '.join(NAMES)}."
         )
     chosen = _columns_of_keys(name, columns, options)
-    named: dict[str, Column] = {}
-    observation: dict[Key, Column] = {}
-    following: dict[Key, Column] = {}
-    for key, path in chosen.items():
-        if path is None:
-            continue
-        inner = {
-            p[len(path) + 1 :]: c
-            for p, c in columns.items()
-            if p.startswith(f"{path}/") and c.shape
-        }
-        if key in ("observation", "next_observation"):
-            leaves = observation if key == "observation" else following
-            if path in columns:
-                leaves[("observation",)] = columns[path]
-            leaves.update({("observation", *p.split("/")): c for p, c in inner.items()})
-        elif path in columns:
-            named[key] = columns[path]
-        else:
-            raise DatasetError(
-                f"{name}: {key} ({path!r}) is a group of {', '.join(inner)}; expected one array."
-            )
+    named, observation, following = _selected(name, columns, chosen)
     if not following:
         chosen["next_observation"] = None
     elif set(following) != set(observation):
@@ -152,6 +134,35 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
     return Table(name, rows, observation, following or None, named, ignored, paths, unused)
 
 
+def _selected(
+    name: str, columns: dict[str, Column], chosen: Mapping[str, str | None]
+) -> tuple[dict[str, Column], dict[Key, Column], dict[Key, Column]]:
+    """Columns by key, and the leaves of ``observation`` and of ``next_observation``."""
+    named: dict[str, Column] = {}
+    observation: dict[Key, Column] = {}
+    following: dict[Key, Column] = {}
+    for key, path in chosen.items():
+        if path is None:
+            continue
+        inner = {
+            p[len(path) + 1 :]: c
+            for p, c in columns.items()
+            if p.startswith(f"{path}/") and c.shape
+        }
+        if key in ("observation", "next_observation"):
+            leaves = observation if key == "observation" else following
+            if path in columns:
+                leaves[("observation",)] = columns[path]
+            leaves.update({("observation", *p.split("/")): c for p, c in inner.items()})
+        elif path in columns:
+            named[key] = columns[path]
+        else:
+            raise DatasetError(
+                f"{name}: {key} ({path!r}) is a group of {', '.join(inner)}; expected one array."
+            )
+    return named, observation, following
+
+
 def _single(column: Column) -> bool:
     """One number a row."""
     return int(np.prod(column.shape[1:])) == 1
@@ -165,33 +176,33 @@ def _columns_of_keys(
     name: str, columns: dict[str, Column], options: ReadOptions
 ) -> dict[str, str | None]:
     """The column of each key of ``NAMES``, and of ``trajectory_end``."""
-    given = dict(options.columns)
-    if given.get("terminated") in NAMES["not_terminated"]:
+    mapping = dict(options.columns)
+    if mapping.get("terminated") in NAMES["not_terminated"]:
         # The name gives the meaning of its values: 0 where a row terminates.
-        given.setdefault("not_terminated", given.pop("terminated"))
-    elif "terminated" in given:
-        if given.get("not_terminated") and given["terminated"]:
+        mapping.setdefault("not_terminated", mapping.pop("terminated"))
+    elif "terminated" in mapping:
+        if mapping.get("not_terminated") and mapping["terminated"]:
             raise DatasetError(
-                f"{name}: columns maps terminated to {given['terminated']!r} and not_terminated to "
-                f"{given['not_terminated']!r}; one is the opposite of the other: name one of them."
+                f"{name}: columns maps terminated to {mapping['terminated']!r} and not_terminated to "
+                f"{mapping['not_terminated']!r}; one is the opposite of the other: name one of them."
             )
-        given.setdefault("not_terminated", None)
-    chosen = {key: _find(name, key, columns, given) for key in NAMES if key != "terminated"}
+        mapping.setdefault("not_terminated", None)
+    chosen = {key: _find(name, key, columns, mapping) for key in NAMES if key != "terminated"}
     chosen["trajectory_end"] = None
-    if not (chosen["not_terminated"] or (chosen["valid"] and "terminated" not in given)):
-        chosen["terminated"] = _find(name, "terminated", columns, given)
+    if not (chosen["not_terminated"] or (chosen["valid"] and "terminated" not in mapping)):
+        chosen["terminated"] = _find(name, "terminated", columns, mapping)
         return chosen
-    if given.get("truncated") in TRAJECTORY_ENDS:
+    if mapping.get("truncated") in TRAJECTORY_ENDS:
         chosen["trajectory_end"], chosen["truncated"] = chosen["truncated"], None
     else:
         chosen["trajectory_end"] = next((p for p in TRAJECTORY_ENDS if p in columns), None)
-    stated = [p for p in NAMES["terminated"] if p in columns and p not in TRAJECTORY_ENDS]
-    chosen["terminated"] = stated[0] if stated and "terminated" not in given else None
+    marks = [p for p in NAMES["terminated"] if p in columns and p not in TRAJECTORY_ENDS]
+    chosen["terminated"] = marks[0] if marks and "terminated" not in mapping else None
     return chosen
 
 
 def _find(
-    name: str, key: str, columns: dict[str, Column], given: Mapping[str, str | None]
+    name: str, key: str, columns: dict[str, Column], mapping: Mapping[str, str | None]
 ) -> str | None:
     """The column (or group of columns) of a key."""
 
@@ -199,17 +210,17 @@ def _find(
         return path in columns or any(p.startswith(f"{path}/") for p in columns)
 
     listing = ", ".join(sorted(columns)) or "nothing"
-    if key in given:
-        path = given[key]
+    if key in mapping:
+        path = mapping[key]
         if path is not None and not present(path):
             raise DatasetError(f"{name}: columns maps {key} to {path!r}; the data has {listing}.")
         if path is None and key in REQUIRED and key != "terminated":
             raise DatasetError(f"{name}: {key} cannot be left out.")
         return path
     matches = [path for path in NAMES[key] if present(path)]
-    if key not in (*REQUIRED, "next_observation"):  # Single numbers and groups are no columns.
+    if key not in (*REQUIRED, "next_observation"):  # neither single numbers nor groups
         matches = [p for p in matches if p in columns and columns[p].shape]
-    if key in ("not_terminated", "valid"):  # Columns of other kinds bear these names too.
+    if key in ("not_terminated", "valid"):  # other kinds of columns may have these names
         matches = [path for path in matches if path in columns and _single(columns[path])]
     if len(matches) > 1:
         raise DatasetError(
@@ -228,8 +239,8 @@ def _hint(key: str, columns: Mapping[str, Column]) -> str:
     merged = [p for p in ("done", "dones", "next/done") if p in columns]
     if key == "terminated" and merged:
         return (
-            f" {merged[0]!r} may merge termination with truncation: if it means termination alone,"
-            " say so."
+            f" {merged[0]!r} may merge termination with truncation: if it means termination "
+            "alone, name it in columns."
         )
     if key == "reward":
         return (

@@ -31,6 +31,7 @@ from iql_torchrl.data.schema import (
     Key,
     leaf_spaces,
 )
+from iql_torchrl.descriptions import one_line
 
 __all__ = ["find_minari", "minari_files", "minari_source"]
 
@@ -56,7 +57,7 @@ def find_minari(dataset_id: str, *, download: bool) -> minari.MinariDataset:
         pass
     except Exception as error:
         raise DatasetError(
-            f"{dataset_id}: the local copy cannot be read ({_one_line(error)}); delete and "
+            f"{dataset_id}: the local copy cannot be read ({_reason(error)}); delete and "
             "download it again."
         ) from error
     if not download:
@@ -66,16 +67,16 @@ def find_minari(dataset_id: str, *, download: bool) -> minari.MinariDataset:
     except Exception as error:
         raise DatasetError(
             f"{dataset_id}: not among the local Minari datasets and not downloaded "
-            f"({_one_line(error)}){_closest(dataset_id)}."
+            f"({_reason(error)}){_closest(dataset_id)}."
         ) from error
 
 
 def _closest(dataset_id: str) -> str:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Misconfigured neighbours are not this call's business.
+        warnings.simplefilter("ignore")  # of other datasets
         try:
             local = list(minari.list_local_datasets())
-        except Exception:  # A broken local folder must not hide the error being reported.
+        except Exception:  # the error that is being reported is more important
             local = []
     near = difflib.get_close_matches(dataset_id, local, n=3, cutoff=0.4)
     if near:
@@ -83,16 +84,16 @@ def _closest(dataset_id: str) -> str:
     return f"; local ids: {', '.join(local[:5])}" if local else "; there are no local datasets"
 
 
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(". ")
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(error)}".rstrip(". ")
 
 
 def minari_source(dataset: minari.MinariDataset, options: ReadOptions) -> Source:
-    """A ``Source`` over a Minari dataset of any storage format, its episode selection respected.
+    """A ``Source`` of a Minari dataset of any storage format, with its selection of episodes.
 
-    The observation after the last step is kept as that row's successor: every step is a row. A
-    mask of allowed actions is taken from an observation leaf or an info called ``action_mask``
-    (or what ``columns`` names), and then leaves the observation.
+    Every step is a row; the last row's successor is the observation after the last step. A mask of
+    allowed actions is taken from an observation leaf or an info called ``action_mask`` (or what
+    ``columns`` names), and is removed from the observation.
     """
     name = str(dataset.spec.dataset_id)
     if options.reward_offset:
@@ -145,7 +146,7 @@ class _Episodes:
         self.storage, self.name = dataset.storage, name
         self.indices = [int(i) for i in dataset.episode_indices]
         spaces = [*leaf_spaces(dataset.observation_space).values(), dataset.action_space]
-        # Minari's own decoding is needed for pictures; plain arrays are read straight.
+        # Pictures need Minari's own decoding; plain arrays are read from the file.
         plain = not any(is_image_space(s) for s in spaces)
         self.file = Path(self.storage.data_path) / "main_data.hdf5"
         self.direct = plain and self.storage.FORMAT == "hdf5"
@@ -164,13 +165,13 @@ class _Episodes:
                 yield file
         except (OSError, KeyError) as error:
             raise DatasetError(
-                f"{self.file}: not a complete HDF5 file ({_one_line(error)}); delete it and download "
+                f"{self.file}: not a complete HDF5 file ({_reason(error)}); delete it and download "
                 "or write the dataset again."
             ) from error
 
     @contextmanager
     def opened(self) -> Iterator[Callable[[int], Reader]]:
-        """Within the block, a function from position to that episode's ``Reader``."""
+        """Yield a function from the position of an episode to its ``Reader``."""
         if not self.direct:
             yield self._decoded
             return
@@ -220,12 +221,12 @@ def _plan(episodes: _Episodes, dataset: minari.MinariDataset, options: ReadOptio
             mask = None
         log_prob = _extra(read, episodes.name, "action_log_prob", options)
     if mask and mask.startswith("observations/") and isinstance(space, gym.spaces.Dict):
-        taken = mask.removeprefix("observations/")
-        left = {k: v for k, v in space.spaces.items() if k != taken}
-        # One leaf remaining is a plain observation: nothing is left to nest.
-        space = gym.spaces.Dict(left) if len(left) != 1 else next(iter(left.values()))
+        mask_name = mask.removeprefix("observations/")
+        leaves = {k: v for k, v in space.spaces.items() if k != mask_name}
+        # A single remaining leaf becomes a plain observation without nesting.
+        space = gym.spaces.Dict(leaves) if len(leaves) != 1 else next(iter(leaves.values()))
         paths = {
-            key: "/".join(("observations", *((*key[1:],) if len(left) != 1 else tuple(left))))
+            key: "/".join(("observations", *((*key[1:],) if len(leaves) != 1 else tuple(leaves))))
             for key in leaf_spaces(space)
         }
     else:

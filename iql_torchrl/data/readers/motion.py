@@ -1,4 +1,4 @@
-"""How a table's observations move from row to row: which rows follow each other, which do not."""
+"""How observations change from row to row: which rows follow each other, and which do not."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.columns import Table
 
-__all__ = ["ROWS", "Motion", "breaks", "motion"]
+__all__ = ["ROWS", "Motion", "breaks", "looked_at", "motion"]
 
 CHUNK = 65_536
-#: Numbers of one column that ``breaks`` compares at once.
+#: How many numbers of one column ``breaks`` compares at once.
 VALUES = 2**22
 #: Rows and columns that ``motion`` reads at most: the leading ones.
 ROWS, COLUMNS = 32_768, 128
-#: Fewest steps from which ``motion`` judges.
+#: Smallest number of steps for which ``motion`` gives a result.
 STEPS = 20
 _ROUNDS = 4
 
@@ -26,8 +26,8 @@ def breaks(table: Table, steps: int | None = None, ahead: int = 1) -> NDArray[np
     """Where ``next_observation`` is not the observation ``ahead`` rows later, ``(steps,)``.
 
     The norm of the difference is above 1e-6; entries that differ by no more than 4 units of
-    rounding, of the coarser of the two columns' types, count as equal. The table must have
-    ``next_observation``. ``steps``: of that many leading rows only; default ``rows - ahead``.
+    rounding, of the less precise of the two columns' types, count as equal. The table must have
+    ``next_observation``. ``steps``: only the first ``steps`` rows; default ``rows - ahead``.
     """
     assert table.next_observation is not None
     steps = table.rows - ahead if steps is None else min(steps, table.rows - ahead)
@@ -43,11 +43,11 @@ def breaks(table: Table, steps: int | None = None, ahead: int = 1) -> NDArray[np
             after = np.asarray(following[start:stop])
             rounding = 4 * max(_rounding(later.dtype), _rounding(after.dtype))
             later, after = later.astype(np.float64), after.astype(np.float64)
-            with np.errstate(invalid="ignore"):  # The validator names infinite numbers.
-                apart = np.abs(later - after)
-                apart[apart <= rounding * np.abs(later)] = 0
-                gap += np.square(apart).reshape(stop - start, -1).sum(1)
-        # The validator reports NaN; here it is no break.
+            with np.errstate(invalid="ignore"):  # ``BlockChecker`` reports infinite numbers.
+                difference = np.abs(later - after)
+                difference[difference <= rounding * np.abs(later)] = 0
+                gap += np.square(difference).reshape(stop - start, -1).sum(1)
+        # ``BlockChecker`` reports NaN; here it does not count as a break.
         broken[start:stop] = np.sqrt(np.nan_to_num(gap)) > 1e-6
     return broken
 
@@ -61,9 +61,9 @@ class Motion:
     """How well a linear model predicts each row's observation from the row before it.
 
     Attributes:
-        error: prediction error of the step from row t to row t + 1, ``(rows - 1,)``; 1 is a step
-            of which 90 % of the well predicted steps are better, in each column.
-        jumps: steps that no motion explains, ``(rows - 1,)``.
+        error: prediction error of the step from row t to row t + 1, ``(rows - 1,)``. Its unit is
+            the error, in each column, that 90 % of the well predicted steps do not exceed.
+        jumps: steps that are no continued motion, ``(rows - 1,)``.
         unrelated: error that 90 % of pairs of unrelated rows exceed.
     """
 
@@ -71,20 +71,25 @@ class Motion:
     jumps: NDArray[np.bool_]
     unrelated: float
 
-    def inside(self, marked: NDArray[np.bool_], others: NDArray[np.bool_]) -> int | None:
-        """How many of the ``marked`` steps are as well predicted as 99 % of the ``others``.
+    def inside(self, marked: NDArray[np.bool_], unmarked: NDArray[np.bool_]) -> int | None:
+        """How many of the ``marked`` steps are as well predicted as 99 % of the ``unmarked``.
 
-        Both masks have one entry per step. ``jumps`` are left out of the ``others``: where marks
-        are misplaced, the true ends are among them. None where nothing can be said: one of the
-        masks is empty, or unrelated rows cannot be told from successive ones by their error.
+        Both masks have one entry per step. ``jumps`` are left out of the ``unmarked``: where marks
+        are misplaced, the true ends are among them. None where this cannot be decided: one of the
+        masks is empty, or the errors of unrelated and of successive rows do not differ.
         """
-        others = others & ~self.jumps
-        if not marked.any() or not others.any():
+        unmarked = unmarked & ~self.jumps
+        if not marked.any() or not unmarked.any():
             return None
-        ordinary = float(np.quantile(self.error[others], 0.99))
+        ordinary = float(np.quantile(self.error[unmarked], 0.99))
         if not self.unrelated > ordinary:
             return None
         return int((self.error[marked] <= ordinary).sum())
+
+
+def looked_at(table: Table) -> str:
+    """For messages: which rows ``motion`` looked at; empty if all."""
+    return f" among the first {ROWS:,} rows" if table.rows > ROWS else ""
 
 
 def motion(table: Table) -> Motion | None:
@@ -93,9 +98,9 @@ def motion(table: Table) -> Motion | None:
     Measured: each float column of the observation, divided by its standard deviation, is predicted
     one row ahead by least squares from the observation and the action of the row before (from a
     constant alone where there are fewer than 10 steps per input). The fit is repeated on the 80 %
-    best predicted steps, so that jumps do not bend it. The error of a step is the root mean square
+    best predicted steps, so that jumps do not affect it. The error of a step is the root mean square
     over columns of its residual, each column's in units of the 90 % quantile of its own residuals.
-    Columns that rest in half of the steps or more are left out.
+    Columns that stay equal in half of the steps or more are left out.
 
     A step is a jump if its error exceeds both 4 times the 80 % quantile of all errors and half the
     median error of pairs of unrelated rows, and the residual exceeds 2 units in more than a third
@@ -134,20 +139,20 @@ def _measured(observed: NDArray[np.float64], actions: NDArray[np.float64]) -> Mo
     inputs = np.concatenate([observed[:-1], actions[:-1], np.ones((steps, 1))], axis=1)
     if steps < 10 * inputs.shape[1]:
         inputs = inputs[:, -1:]
-    change, kept = np.diff(observed, axis=0), np.ones(steps, np.bool_)
+    change, well_predicted = np.diff(observed, axis=0), np.ones(steps, np.bool_)
     for _ in range(_ROUNDS):
-        best = inputs[kept]
+        best = inputs[well_predicted]
         square = best.T @ best
         square[np.diag_indices_from(square)] += 1e-8 * len(best)
-        predicted = inputs @ np.linalg.solve(square, best.T @ change[kept])
+        predicted = inputs @ np.linalg.solve(square, best.T @ change[well_predicted])
         residual = np.abs(change - predicted)
-        # A ten thousandth of a standard deviation: rounding is no motion.
-        unit = np.maximum(np.quantile(residual[kept], 0.9, axis=0), 1e-4)
+        # Changes below 1e-4 standard deviations may be rounding; they do not count as motion.
+        unit = np.maximum(np.quantile(residual[well_predicted], 0.9, axis=0), 1e-4)
         error = _root_mean_square(residual / unit)
         ordinary = float(np.quantile(error, 0.8))
-        kept = error <= ordinary
-    other = np.random.default_rng(0).permutation(steps)
-    unrelated = _root_mean_square(np.abs(observed[1:][other] - observed[:-1] - predicted) / unit)
+        well_predicted = error <= ordinary
+    shuffled = np.random.default_rng(0).permutation(steps)
+    unrelated = _root_mean_square(np.abs(observed[1:][shuffled] - observed[:-1] - predicted) / unit)
     far = error > max(4 * ordinary, 0.5 * float(np.median(unrelated)))
     far &= (residual > 2 * unit).mean(axis=1) > 1 / 3
     everywhere = (residual > 20 * unit).mean(axis=1) > 0.5

@@ -12,24 +12,12 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
-from iql_torchrl.data.schema import DatasetError, Key, leaf_spaces
-from iql_torchrl.descriptions import describe_space
+from iql_torchrl.data.schema import DatasetError, Key
 
-__all__ = [
-    "EnvLike",
-    "Piece",
-    "ReadOptions",
-    "Source",
-    "chain",
-    "concatenated",
-    "env_maker",
-    "first_episodes",
-    "joined_env_maker",
-]
+__all__ = ["Piece", "ReadOptions", "Source", "chain", "first_episodes"]
 
 #: Consecutive rows, one array per key; any number of rows, at least 1.
 Piece: TypeAlias = dict[Key, NDArray[Any]]
-EnvLike: TypeAlias = "str | EnvSpec | gym.Env[Any, Any] | Callable[[], gym.Env[Any, Any]]"
 
 
 @dataclass(frozen=True)
@@ -54,8 +42,8 @@ class Source:
     leaves, ``action``, their ``next`` side, raw ``("next", "reward")``, ``("next", "terminated")``,
     ``("next", "truncated")`` (all ``(rows,)``), and the masks or log-probabilities announced by
     ``masked`` and ``log_prob``. ``episode_lengths`` adds up to the number of rows.
-    ``ends_known``: the source marks truncation itself. ``goes_on``: rows may terminate inside an
-    episode, which continues. ``termination``: a table's column that marks terminations.
+    ``ends_known``: the source marks truncation itself. ``terminates_inside``: rows may terminate
+    inside an episode, which continues. ``termination``: a table's column that marks terminations.
     """
 
     name: str
@@ -66,7 +54,7 @@ class Source:
     masked: bool = False
     log_prob: bool = False
     ends_known: bool = True
-    goes_on: bool = False
+    terminates_inside: bool = False
     termination: str | None = None
     env_spec: EnvSpec | None = None
     reference_scores: tuple[float, float] | None = None
@@ -97,24 +85,24 @@ def _limited(source: Source, limit: int | None) -> Source:
     lengths = first_episodes(source.episode_lengths, limit)
     if int(lengths.sum()) == source.rows:
         return source
-    rows, read = int(lengths.sum()), source.pieces
+    rows, read_pieces = int(lengths.sum()), source.pieces
 
     def pieces() -> Iterator[Piece]:
-        left = rows
-        for piece in read():
+        remaining = rows
+        for piece in read_pieces():
             size = len(piece[("action",)])
-            yield piece if size <= left else {k: v[:left] for k, v in piece.items()}
-            left -= size
-            if left <= 0:
+            yield piece if size <= remaining else {k: v[:remaining] for k, v in piece.items()}
+            remaining -= size
+            if remaining <= 0:
                 return
 
-    kept = f"limit: kept {rows} of {source.rows} transitions, {len(lengths)} episodes."
+    note = f"limit: kept {rows} of {source.rows} transitions, {len(lengths)} episodes."
     cut = len(lengths) == 1 and lengths[0] < source.episode_lengths[0]
     return replace(
         source,
         episode_lengths=lengths,
         pieces=pieces,
-        notes=(*source.notes, kept),
+        notes=(*source.notes, note),
         ends_known=source.ends_known and not cut,
     )
 
@@ -129,12 +117,12 @@ def chain(sources: Sequence[Source], limit: int | None = None) -> Source:
     first = sources[0]
     if len(sources) == 1:
         return _limited(first, limit)
-    for other in sources[1:]:
+    for source in sources[1:]:
         for part in ("observation_space", "action_space", "masked", "log_prob"):
-            ours, theirs = getattr(first, part), getattr(other, part)
-            if ours != theirs:
+            expected, actual = getattr(first, part), getattr(source, part)
+            if expected != actual:
                 raise DatasetError(
-                    f"{other.name}: {part} is {theirs}, but {first.name} has {ours}; "
+                    f"{source.name}: {part} is {actual}, but {first.name} has {expected}; "
                     "only datasets of the same spaces can be joined."
                 )
 
@@ -146,7 +134,7 @@ def chain(sources: Sequence[Source], limit: int | None = None) -> Source:
     same_env = all(s.env_spec == first.env_spec for s in sources)
     same_scores = all(s.reference_scores == first.reference_scores for s in sources)
     if not same_env:
-        notes.append("the joined datasets name different environments; none was kept.")
+        notes.append("the joined datasets name different environments; none is used.")
     joined = Source(
         name=" + ".join(s.name for s in sources),
         observation_space=first.observation_space,
@@ -156,7 +144,7 @@ def chain(sources: Sequence[Source], limit: int | None = None) -> Source:
         masked=first.masked,
         log_prob=first.log_prob,
         ends_known=all(s.ends_known for s in sources),
-        goes_on=any(s.goes_on for s in sources),
+        terminates_inside=any(s.terminates_inside for s in sources),
         termination=first.termination,
         env_spec=first.env_spec if same_env else None,
         reference_scores=first.reference_scores if same_scores else None,
@@ -164,148 +152,3 @@ def chain(sources: Sequence[Source], limit: int | None = None) -> Source:
         warnings=tuple(f"{s.name}: {w}" for s in sources for w in s.warnings),
     )
     return _limited(joined, limit)
-
-
-def env_maker(env: EnvLike) -> Callable[[], gym.Env[Any, Any]]:
-    """A function that makes a fresh environment from an id, a spec, an instance or a function.
-
-    The function raises ``DatasetError`` saying what to install where the environment is missing.
-    """
-    if isinstance(env, gym.Env):
-        if env.spec is None:
-            raise DatasetError(
-                f"env: {type(env).__name__} has no spec to make a fresh one from; pass a function."
-            )
-        env = env.spec
-    if isinstance(env, str | EnvSpec):
-        return _SpecMaker(env)
-    if not callable(env):
-        raise DatasetError(
-            f"env: expected an id, an EnvSpec, an environment or a function, got {type(env).__name__}"
-        )
-    return env
-
-
-@dataclass(frozen=True)
-class _SpecMaker:
-    spec: str | EnvSpec
-
-    def __call__(self) -> gym.Env[Any, Any]:
-        try:
-            return gym.make(self.spec)
-        except (gym.error.Error, ImportError, AttributeError) as error:
-            name = self.spec if isinstance(self.spec, str) else self.spec.id
-            raise DatasetError(
-                f"environment {name!r} cannot be made ({_one_line(error)}); {_advice(name)}"
-            ) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def _advice(name: str) -> str:
-    """What to install, from the environment's own registration where it has one."""
-    spec = gym.registry.get(name)
-    entry = str(spec.entry_point) if spec is not None else ""
-    for folder, extra in (
-        ("mujoco", "mujoco"),
-        ("box2d", "box2d"),
-        ("toy_text", "toy-text"),
-        ("classic_control", "classic-control"),
-    ):
-        if f"envs.{folder}" in entry:
-            return f'install it with: pip install "gymnasium[{extra}]"'
-    return (
-        "install the package that registers it and import it first (AntMaze, Adroit and Kitchen: "
-        'pip install "gymnasium-robotics"), or pass env=.'
-    )
-
-
-def concatenated(source: Source, names: Sequence[str]) -> Source:
-    """The named leaves of a Dict observation joined, in that order, into one flat observation.
-
-    A nested leaf is named ``"outer/inner"``. Raises ``DatasetError`` for a plain observation, an
-    unknown name, or leaves that are not Boxes of floats.
-    """
-    keys, joined = _joined(source.observation_space, names, source.name)
-    read = source.pieces
-
-    def pieces() -> Iterator[Piece]:
-        for piece in read():
-            out = {k: v for k, v in piece.items() if "observation" not in k}
-            for side in ((), ("next",)):
-                parts = [piece[(*side, *key)] for key in keys]
-                flat = [part.reshape(len(part), -1) for part in parts]
-                out[(*side, "observation")] = np.concatenate(flat, axis=1)
-            yield out
-
-    return replace(source, observation_space=joined, pieces=pieces)
-
-
-def _joined(
-    space: gym.Space[Any], names: Sequence[str], owner: str
-) -> tuple[list[Key], gym.spaces.Box]:
-    """Keys of the leaves ``names`` of a Dict space, and the flat Box they make together."""
-    if not isinstance(space, gym.spaces.Dict):
-        raise DatasetError(
-            f"{owner}: concatenate={list(names)}, but the observation is {describe_space(space)}, "
-            "not a Dict; leave concatenate out."
-        )
-    leaves = leaf_spaces(space)
-    keys = [("observation", *name.split("/")) for name in names]
-    boxes = []
-    for key in keys:
-        leaf = leaves.get(key)
-        if leaf is None:
-            known = ", ".join("/".join(k[1:]) for k in leaves)
-            raise DatasetError(
-                f"{owner}: concatenate names {'/'.join(key[1:])!r}; the leaves are {known}."
-            )
-        if not isinstance(leaf, gym.spaces.Box) or np.dtype(leaf.dtype).kind != "f":
-            raise DatasetError(
-                f"{owner}: concatenate joins only Boxes of floats, but {'/'.join(key[1:])!r} is {leaf}."
-            )
-        boxes.append(leaf)
-    joined = gym.spaces.Box(
-        np.concatenate([b.low.ravel() for b in boxes]),
-        np.concatenate([b.high.ravel() for b in boxes]),
-        dtype=np.result_type(*(b.dtype for b in boxes)).type,
-    )
-    return keys, joined
-
-
-class _JoinLeaves(gym.ObservationWrapper[Any, Any, Any], gym.utils.RecordConstructorArgs):
-    def __init__(self, env: gym.Env[Any, Any], names: Sequence[str]) -> None:
-        gym.utils.RecordConstructorArgs.__init__(self, names=names)
-        super().__init__(env)
-        owner = type(env.unwrapped).__name__ if env.spec is None else env.spec.id
-        self._keys, self.observation_space = _joined(env.observation_space, names, owner)
-
-    def observation(self, observation: Any) -> NDArray[Any]:
-        parts = []
-        for key in self._keys:
-            leaf = observation
-            for name in key[1:]:
-                leaf = leaf[name]
-            parts.append(np.ravel(leaf))
-        return np.concatenate(parts, dtype=self.observation_space.dtype)
-
-
-@dataclass(frozen=True)
-class _JoinedMaker:
-    maker: Callable[[], gym.Env[Any, Any]]
-    names: tuple[str, ...]
-
-    def __call__(self) -> gym.Env[Any, Any]:
-        env = self.maker()
-        # An env= that the caller joined already gives a plain observation: nothing is left to do.
-        nested = isinstance(env.observation_space, gym.spaces.Dict)
-        return _JoinLeaves(env, self.names) if nested else env
-
-
-def joined_env_maker(
-    maker: Callable[[], gym.Env[Any, Any]], names: Sequence[str]
-) -> Callable[[], gym.Env[Any, Any]]:
-    """``maker`` with the observations of its environments joined as ``concatenated`` joins rows."""
-    return _JoinedMaker(maker, tuple(names))

@@ -1,4 +1,4 @@
-"""Tables of rows as transitions: where one episode ends, and what each row's successor is."""
+"""Tables of rows as transitions: the ends of episodes, and the successor of each row."""
 
 from __future__ import annotations
 
@@ -35,43 +35,43 @@ CHUNK = 65_536
 
 
 def table_source(name: str, columns: dict[str, Column], options: ReadOptions) -> Source:
-    """A ``Source`` over the columns.
+    """A ``Source`` of the columns.
 
-    Trajectories, which are the episodes of every statistic, end at rows marked terminated or
-    truncated and where ``episode`` changes; with neither truncation marks nor episodes, also where
-    ``next_observation`` is not the following row's observation (norm of the difference above
-    1e-6 and above rounding), and after ``max_episode_steps``.
+    Trajectories, which all statistics count as episodes, end at rows marked terminated or
+    truncated and where ``episode`` changes. Without truncation marks and episode numbers they also
+    end where ``next_observation`` is not the following row's observation (norm of the difference
+    above 1e-6 and above rounding), and after ``max_episode_steps``.
 
     OGBench's conventions (``ogbench.load_dataset``, version 1.2.2): a column ``masks``
-    (``not_terminated``) is 0 where a row terminates and 1 elsewhere. Beside it, and beside
-    ``valids``, ``terminals`` marks trajectories' last rows only: truncated unless ``masks`` is 0
-    there. A row that terminates inside its trajectory stops bootstrapping, is ``done``, and does
-    not end the episode. Where ``terminals`` is missing, or marks exactly the terminations, a
+    (``not_terminated``) is 0 where a row terminates and 1 elsewhere. In a file that has it, or has
+    ``valids``, ``terminals`` marks only the last rows of trajectories: truncated unless ``masks``
+    is 0 there. A row that terminates inside its trajectory is ``done`` and is not bootstrapped, but
+    the episode continues. Where ``terminals`` is missing, or marks exactly the terminations, a
     trajectory continues after a termination only if the next row's observation is this row's
     ``next_observation``. ``columns={"terminated": "masks"}`` means the same as
     ``columns={"not_terminated": "masks"}``. A row where ``valids`` (``valid``) is 0 is no
     transition: it only supplies the next observation of the row before it.
 
-    Terminations inside a trajectory numbered by ``episode`` are read alike where the next row
-    evidently continues it (see ``table_ends.goes_on``), and refused elsewhere.
+    Terminations inside a trajectory numbered by ``episode`` are read in the same way where the next
+    row evidently continues it (see ``table_ends.continued_rows``), and are an error elsewhere.
 
-    Without ``next_observation`` the following row is the successor. At an episode's end there is
-    none: a truncated row is dropped and the row before it becomes the episode's last, truncated
+    Without ``next_observation`` the following row is the successor. At the end of an episode there
+    is none: a truncated row is dropped and the row before it becomes the episode's last, truncated
     (D4RL's ``qlearning_dataset`` drops it too); a terminated row is kept with its own observation
-    as successor, which no value is ever read from. A successor's mask that is unknown allows all
-    actions. With ``reward_offset=1`` the reward and the marks of row t+1 are row t's, and the last
-    row of each episode, whose reward is unknown, is dropped. ``notes`` counts what was dropped,
-    ``warnings`` names the marks that look wrong (see ``table_warnings``).
+    as successor, whose value is never used. An unknown mask of a successor allows all actions. With
+    ``reward_offset=1`` row t gets the reward and the marks of row t+1, and the last row of each
+    episode, whose reward is unknown, is dropped. ``notes`` counts what was dropped, ``warnings``
+    names the marks that look wrong (see ``table_warnings``).
     """
     table = read_table(name, columns, options)
     observation_space = options.observation_space or guess_observation_space(table)
-    action_space, remarks, guessed = guess_action_space(table, options)
+    action_space, space_notes, space_warnings = guess_action_space(table, options)
     check_shapes(table, observation_space, action_space)
     ends = table_ends(table, options)
     rows, marks, lengths, notes = _kept_rows(table, ends, options.reward_offset)
     inside = int(marks[rows, 0].sum() - marks[rows[np.cumsum(lengths) - 1], 0].sum())
     notes += mark_notes(table, ends, inside)
-    warned = mark_warnings(table, ends, inside, lengths)
+    warnings = mark_warnings(table, ends, inside, lengths)
     lengths = first_episodes(lengths, options.limit)
     if not lengths.sum():
         raise DatasetError(f"{name}: no transition is left of {table.rows} rows; {' '.join(notes)}")
@@ -93,10 +93,10 @@ def table_source(name: str, columns: dict[str, Column], options: ReadOptions) ->
         masked="action_mask" in table.columns,
         log_prob="action_log_prob" in table.columns,
         ends_known="truncated" in table.columns and options.limit is None,
-        goes_on=inside > 0,
+        terminates_inside=inside > 0,
         termination=table.paths.get("terminated", table.paths.get("trajectory_end")),
-        notes=(*notes, *remarks),
-        warnings=(*warned, *guessed),
+        notes=(*notes, *space_notes),
+        warnings=(*warnings, *space_warnings),
     )
 
 
@@ -106,14 +106,36 @@ def _kept_rows(
     """Rows that make transitions, their marks ``(table.rows, 2)``, episode lengths, and notes."""
     if reward_offset not in (0, 1):
         raise DatasetError(f"reward_offset: expected 0 or 1, got {reward_offset}")
+    drop, notes = _dropped_rows(table, ends, reward_offset)
+    marks = np.stack([ends.terminated, ends.truncated], axis=1)
+    if reward_offset:
+        # With a reward offset, the marks of a row belong to the transition into it.
+        continuing = np.flatnonzero(~ends.last)
+        marks[continuing] = marks[continuing + 1]
+    else:
+        # A row before a dropped row is truncated, unless it terminates.
+        before = np.flatnonzero(drop) - 1
+        before = before[(before >= 0) & ~ends.last[np.maximum(before, 0)]]
+        marks[before, 1] = ~marks[before, 0]
+    end_rows = np.flatnonzero(ends.last)
+    counts = np.diff(np.concatenate([[0], end_rows + 1])) - drop[end_rows]
+    empty = int((counts == 0).sum())
+    if empty:
+        notes.append(f"{empty} episodes of one row were dropped with that row.")
+    return np.flatnonzero(~drop), marks, counts[counts > 0].astype(np.int64), notes
+
+
+def _dropped_rows(
+    table: Table, ends: Ends, reward_offset: int
+) -> tuple[NDArray[np.bool_], list[str]]:
+    """Rows that make no transition, ``(table.rows,)``, and notes on them."""
     last, terminated = ends.last, ends.terminated
-    marks = np.stack([terminated, ends.truncated], axis=1)
     notes: list[str] = []
     drop = ~ends.valid
     if drop.any():
         notes.append(
             f"dropped {int(drop.sum())} rows of {table.rows} where {table.paths['valid']!r} is 0: "
-            "they only hold the observation after a trajectory's last step."
+            "they only contain the observation after a trajectory's last step."
         )
     if reward_offset:
         drop = drop | last
@@ -128,27 +150,13 @@ def _kept_rows(
                 f"dropped {int(cut.sum())} truncated last rows of {table.rows}: without "
                 "next_observation they have no successor."
             )
-        kept_own = int((terminated & last & ~drop).sum())
-        if kept_own:
+        own_successor = int((terminated & last & ~drop).sum())
+        if own_successor:
             notes.append(
-                f"{kept_own} terminated rows have no successor in the file; their own observation "
-                "stands in."
+                f"{own_successor} terminated rows have no successor in the file; their own "
+                "observation is used."
             )
-    if reward_offset:
-        # Late rewards: a row's marks describe the arrival in it.
-        going_on = np.flatnonzero(~last)
-        marks[going_on] = marks[going_on + 1]
-    else:
-        # Before a dropped row the data stops, unless the value ends there anyway.
-        before = np.flatnonzero(drop) - 1
-        before = before[(before >= 0) & ~last[np.maximum(before, 0)]]
-        marks[before, 1] = ~marks[before, 0]
-    end_rows = np.flatnonzero(last)
-    counts = np.diff(np.concatenate([[0], end_rows + 1])) - drop[end_rows]
-    empty = int((counts == 0).sum())
-    if empty:
-        notes.append(f"{empty} episodes of one row vanished with their only row.")
-    return np.flatnonzero(~drop), marks, counts[counts > 0].astype(np.int64), notes
+    return drop, notes
 
 
 def _piece(
@@ -165,7 +173,7 @@ def _piece(
 
     def read(column: Column, shift: int = 0) -> NDArray[Any]:
         values = np.asarray(column[start + shift : stop + shift])
-        if len(values) < stop - start:  # The very last row has no follower.
+        if len(values) < stop - start:  # no row follows the last one
             values = np.concatenate([values, np.asarray(column[table.rows - 1 : table.rows])])
         picked: NDArray[Any] = values[local]
         return picked
@@ -193,9 +201,11 @@ def _piece(
     return piece
 
 
-def _replaced(values: NDArray[Any], where: NDArray[np.bool_], others: NDArray[Any]) -> NDArray[Any]:
-    if not where.any():
+def _replaced(
+    values: NDArray[Any], selected: NDArray[np.bool_], replacements: NDArray[Any]
+) -> NDArray[Any]:
+    if not selected.any():
         return values
     replaced = values.copy()
-    replaced[where] = others[where]
+    replaced[selected] = replacements[selected]
     return replaced

@@ -12,10 +12,10 @@ from iql_torchrl.data.readers.motion import Motion, breaks, motion
 from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 
-__all__ = ["Ends", "goes_on", "table_ends"]
+__all__ = ["Ends", "continued_rows", "table_ends"]
 
 Flags = NDArray[np.bool_]
-#: Share of the marked rows that must lie within motion before they are called misplaced.
+#: Share of the marked rows that must lie inside continued motion to be reported as misplaced.
 MOST = 0.9
 
 
@@ -24,10 +24,10 @@ class Ends:
     """Marks of a table's rows, each ``(rows,)``.
 
     Attributes:
-        terminated: nothing after the row has value.
-        truncated: the row is its trajectory's last one for another reason.
-        last: the last row of each trajectory, counting rows that are no transitions.
-        valid: False at rows that are no transitions and only hold the last next observation.
+        terminated: the row terminates: the value of its successor is 0.
+        truncated: the row is the last of its trajectory for another reason.
+        last: the last row of each trajectory, including rows that are not transitions.
+        valid: False at rows that are not transitions and only contain the last next observation.
         broken: the row's ``next_observation`` is not the following row's observation, ``(rows -
             1,)``; None without ``next_observation``.
     """
@@ -73,8 +73,8 @@ def table_ends(table: Table, options: ReadOptions) -> Ends:
         truncated = last & ~terminated
     elif "not_terminated" in table.columns:
         truncated = truncated & ~terminated
-    kept = np.ones(table.rows, np.bool_) if valid is None else valid
-    return Ends(terminated, truncated, last, kept, broken)
+    used = np.ones(table.rows, np.bool_) if valid is None else valid
+    return Ends(terminated, truncated, last, used, broken)
 
 
 def _numbered(
@@ -82,10 +82,10 @@ def _numbered(
 ) -> Flags:
     """Ends of trajectories where the column ``episode`` numbers them."""
     ids = np.asarray(table.columns["episode"][:]).reshape(-1)
-    if ids.dtype.kind == "f" and (bad := np.flatnonzero(~np.isfinite(ids))).size:
+    if ids.dtype.kind == "f" and (wrong := np.flatnonzero(~np.isfinite(ids))).size:
         raise DatasetError(
-            f"{table.name}: {table.called('episode')} is NaN or infinite in {len(bad)} of "
-            f"{table.rows} rows, first at row {bad[0]}; expected one number per episode."
+            f"{table.name}: {table.named('episode')} is NaN or infinite in {len(wrong)} of "
+            f"{table.rows} rows, first at row {wrong[0]}; expected one number per episode."
         )
     changes = np.concatenate([ids[1:] != ids[:-1], [True]])
     wrong = last & ~changes
@@ -109,17 +109,17 @@ def _successive(table: Table, rows: Flags, last: Flags, broken: Flags | None) ->
     """Whether each of the rows is evidently followed by its own successor."""
     if broken is not None:
         return not (broken & rows[:-1]).any()
-    return bool(goes_on(motion(table), rows, ~rows & ~last, None))
+    return bool(continued_rows(motion(table), rows, ~rows & ~last, None))
 
 
-def goes_on(moved: Motion | None, rows: Flags, ordinary: Flags, broken: Flags | None) -> int:
+def continued_rows(moved: Motion | None, rows: Flags, ordinary: Flags, broken: Flags | None) -> int:
     """How many of the marked rows are evidently followed by their own trajectory's next row.
 
     That is: the step to the next row is as well predicted as 99 % of the steps from ``ordinary``
     rows (``Motion.inside``), and where ``next_observation`` is known it equals the next row's
-    observation (``broken``, see ``Ends``). 0 unless this holds for ``MOST`` of the marked rows
-    among ``moved``'s. Tables whose next observations are the observations shifted by one row,
-    across the ends of episodes too, pass the second test but not the first.
+    observation (``broken``, see ``Ends``). 0 unless this is true for the share ``MOST`` of the
+    marked rows that ``moved`` covers. If next observations are merely the observations shifted by
+    one row, also at the ends of episodes, the second condition is true but not the first.
     """
     if moved is None:
         return 0

@@ -6,13 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.columns import Table
-from iql_torchrl.data.readers.motion import ROWS, motion
+from iql_torchrl.data.readers.motion import looked_at, motion
 from iql_torchrl.data.readers.table_ends import Ends
 
 __all__ = ["jump_warning", "unused_marks"]
 
 Flags = NDArray[np.bool_]
-#: Fewest jumps inside episodes that are reported.
+#: Smallest number of jumps inside episodes that is reported.
 FEWEST = 3
 #: Names of columns that often mark ends, in files that have no column of our names for them.
 POSSIBLE_MARKS = (
@@ -24,10 +24,10 @@ POSSIBLE_MARKS = (
 def jump_warning(table: Table, ends: Ends) -> str | None:
     """Jumps of the observation inside episodes, where the following row is taken as successor.
 
-    Motion that is not smooth, such as a collision, jumps too (see ``motion.Motion.jumps``), so at
-    least ``FEWEST`` jumps are reported, and only in one of two cases: more rows jump inside
-    episodes than at their ends, and less than half of the ends jump; or more than half of the
-    jumps inside episodes lead to an observation like those that episodes begin with (see
+    Motion that is not smooth, such as a collision, jumps too (see ``motion.Motion.jumps``). So
+    fewer than ``FEWEST`` jumps are not reported, and more only in one of two cases: more rows jump
+    inside episodes than at their ends, and less than half of the ends jump; or more than half of
+    the jumps inside episodes lead to an observation like the first ones of episodes (see
     ``_start_like``).
     """
     if table.next_observation is not None or not ends.valid.all():
@@ -42,23 +42,22 @@ def jump_warning(table: Table, ends: Ends) -> str | None:
     misplaced = 2 * matching < at_end.sum() and count > matching
     if not misplaced and not _restarts(table, at_end, inside):
         return None
-    where = f" among the first {ROWS:,} rows" if table.rows > ROWS else ""
     marks = [repr(table.paths[k]) for k in ("truncated", "episode") if k in table.columns]
-    source = (
+    cause = (
         f"the marks {', '.join(marks)} may be shifted or incomplete"
         if marks
         else "max_episode_steps (by default the environment's limit) may not be the one that the "
         "data was recorded with"
     )
     return (
-        f"in {count} rows inside episodes{where}, first row {int(inside.argmax())}, the observation "
-        f"jumps to the following row's, while {matching} of {int(at_end.sum())} ends of episodes "
-        f"jump: {source}, and then wrong successors are learned from.{unused_marks(table)}"
+        f"in {count} rows inside episodes{looked_at(table)}, first row {int(inside.argmax())}, the "
+        f"observation jumps to the following row's, while {matching} of {int(at_end.sum())} ends of "
+        f"episodes jump: {cause}. Then some successors are wrong.{unused_marks(table)}"
     )
 
 
 def unused_marks(table: Table) -> str:
-    """A sentence that names columns nothing was read from although they look like marks."""
+    """A sentence that names unused columns that look like marks of ends."""
     names = []
     for name in POSSIBLE_MARKS:
         column = table.unused.get(name)

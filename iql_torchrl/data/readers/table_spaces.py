@@ -1,4 +1,4 @@
-"""Spaces for tables that come without an environment, and the shapes they must agree on."""
+"""Spaces of tables without an environment, and checks of the shapes of columns against spaces."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["check_shapes", "guess_action_space", "guess_observation_space"]
 
 CHUNK = 65_536
 MOST_CATEGORIES = 2**31
-#: Whole float actions up to this number may be categories.
+#: Float actions that are whole numbers up to this one may be categories.
 MOST_FLOAT_CATEGORIES = 1000
 
 
 def guess_observation_space(table: Table) -> gym.Space[Any]:
-    """A space per leaf; categories count those of ``next_observation`` too."""
+    """A space per leaf; the number of categories includes those of ``next_observation``."""
     following = table.next_observation or {}
     spaces = {
         key: _space_of(table, key, column, following.get(key))
@@ -49,15 +49,17 @@ def _space_of(table: Table, key: Key, column: Column, following: Column | None) 
     if kind == np.uint8 and len(shape) >= 2:
         return gym.spaces.Box(0, 255, shape, np.uint8)
     space = _categorical(table, "/".join(key), column)
-    # A state in which episodes end occurs as a next observation only.
-    known = following is not None and np.dtype(following.dtype).kind in "iu"
-    if not known or following is None or column.shape[1:] != following.shape[1:]:
+    # Terminal states occur as next observations only.
+    categorical = following is not None and np.dtype(following.dtype).kind in "iu"
+    if not categorical or following is None or column.shape[1:] != following.shape[1:]:
         return space
-    later = _categorical(table, "next/" + "/".join(key), following)
-    if isinstance(space, gym.spaces.Discrete) and isinstance(later, gym.spaces.Discrete):
-        return gym.spaces.Discrete(max(int(space.n), int(later.n)))
-    if isinstance(space, gym.spaces.MultiDiscrete) and isinstance(later, gym.spaces.MultiDiscrete):
-        return gym.spaces.MultiDiscrete(np.maximum(space.nvec, later.nvec))
+    next_space = _categorical(table, "next/" + "/".join(key), following)
+    if isinstance(space, gym.spaces.Discrete) and isinstance(next_space, gym.spaces.Discrete):
+        return gym.spaces.Discrete(max(int(space.n), int(next_space.n)))
+    if isinstance(space, gym.spaces.MultiDiscrete) and isinstance(
+        next_space, gym.spaces.MultiDiscrete
+    ):
+        return gym.spaces.MultiDiscrete(np.maximum(space.nvec, next_space.nvec))
     return space
 
 

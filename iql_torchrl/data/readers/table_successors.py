@@ -1,4 +1,4 @@
-"""Whether a table's next observations agree with its rows and its marks."""
+"""Checks of the next observations of a table against its rows and marks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from iql_torchrl.data.readers.table_ends import MOST, Ends
 __all__ = ["successor_warning"]
 
 Flags = NDArray[np.bool_]
-#: Columns that say where trajectories end other than by termination.
+#: Columns that mark ends of trajectories other than terminations.
 MARKS = ("truncated", "trajectory_end", "valid", "episode")
 
 
 def successor_warning(table: Table, ends: Ends) -> str | None:
-    """What ``next_observation`` contradicts, in one sentence; None where all agrees.
+    """One sentence if ``next_observation`` contradicts the rows or marks, otherwise None.
 
     A row *breaks* where its ``next_observation`` is not the following row's observation (see
     ``motion.breaks``). Rows inside an episode must not break, and a truncated row must, because the
-    following row begins another episode. A terminated row may do either: some authors store the
-    following row's observation there, which no value is read from.
+    following row begins another episode. A terminated row may do either: some files contain the
+    following row's observation there, and its value is never used.
     """
     if ends.broken is None or not len(ends.broken):
         return None
@@ -38,7 +38,7 @@ def successor_warning(table: Table, ends: Ends) -> str | None:
 
 
 def _unrelated(table: Table, inside: Flags, count: int, total: int) -> str:
-    """Most rows break: what the next observations are instead."""
+    """Most rows break: the sentence says what the next observations seem to be."""
     path = table.paths["next_observation"]
     reason = (
         "the next observations may be shifted, in another scale, or of other rows, or the rows are "
@@ -49,11 +49,11 @@ def _unrelated(table: Table, inside: Flags, count: int, total: int) -> str:
         (0, "the same row's observation: they are copies, or shifted by one row to the end"),
         (2, "the observation two rows later: they are shifted by one row to the beginning"),
     ):
-        others = breaks(table, len(looked_at), ahead)
-        rows = looked_at[: len(others)]
-        equal = int((~others & rows).sum())
+        differs = breaks(table, len(looked_at), ahead)
+        rows = looked_at[: len(differs)]
+        equal = int((~differs & rows).sum())
         if 2 * equal > rows.sum():
-            reason = f"{equal} of {int(rows.sum())} rows looked at hold {meaning}"
+            reason = f"{equal} of {int(rows.sum())} rows looked at contain {meaning}"
     return (
         f"next_observation ({path!r}) is not the following row's observation in {count} of {total} "
         f"rows inside episodes: {reason}. Repair the column, or pass columns={{'next_observation': "
@@ -83,19 +83,19 @@ def _breaks_inside(table: Table, ends: Ends, inside: Flags, count: int) -> str:
 
 
 def _shifted(table: Table, ends: Ends, broken: Flags) -> str | None:
-    """Whether the breaks lie one row beside the marks."""
+    """Whether the breaks lie one row before or after the marks."""
     marks = (ends.last | ends.terminated)[:-1] & ~(ends.broken if ends.broken is not None else True)
     for shift, place in ((1, "before"), (-1, "after")):
-        beside = np.roll(marks, shift)
-        if int((beside & broken).sum()) >= MOST * int(broken.sum()):
+        shifted = np.roll(marks, shift)
+        if int((shifted & broken).sum()) >= MOST * int(broken.sum()):
             return f"the marks of ends are shifted: each lies one row {place} such a row"
     return None
 
 
 def _unbroken(table: Table, ends: Ends) -> str | None:
-    """Nearly all marks of ends lie where the following row continues the episode.
+    """A warning if at nearly all marked ends the following row continues the episode.
 
-    Some do in logs from which whole stretches were taken out.
+    Single ones may be correct, in logs from which parts were removed.
     """
     assert ends.broken is not None
     keys = [key for key in ("truncated", "trajectory_end", "episode") if key in table.columns]
@@ -108,14 +108,14 @@ def _unbroken(table: Table, ends: Ends) -> str | None:
     names = ", ".join(repr(table.paths[key]) for key in keys)
     return (
         f"{count} of the {total} ends that {names} marks as truncated are followed by the row that "
-        "their next_observation holds: those episodes go on there, and the marks may be shifted, or "
+        "their next_observation holds: those episodes continue there, and the marks may be shifted, or "
         "next_observation holds the next episode's first observation, from which a wrong value is "
         "bootstrapped. If recording was cut there on purpose, ignore this warning."
     )
 
 
 def _moves(table: Table) -> bool:
-    """Whether observations differ from row to row, so that equal ones are no coincidence."""
+    """Whether successive observations usually differ, so that equal ones have a cause."""
     steps = min(table.rows, ROWS) - 1
     changed = np.zeros(steps, np.bool_)
     for column in table.observation.values():

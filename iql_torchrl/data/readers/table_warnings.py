@@ -1,4 +1,4 @@
-"""What a table's marks contradict: sentences for ``Source.notes`` and ``Source.warnings``."""
+"""Sentences about the end marks of a table, for ``Source.notes`` and ``Source.warnings``."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.columns import TRAJECTORY_ENDS, Table
-from iql_torchrl.data.readers.motion import ROWS, motion
-from iql_torchrl.data.readers.table_ends import MOST, Ends, goes_on
+from iql_torchrl.data.readers.motion import ROWS, looked_at, motion
+from iql_torchrl.data.readers.table_ends import MOST, Ends, continued_rows
 from iql_torchrl.data.readers.table_jumps import jump_warning, unused_marks
 from iql_torchrl.data.readers.table_successors import successor_warning
 
 __all__ = ["mark_notes", "mark_warnings"]
 
-#: Most rows, or episodes, of which nothing is said about how many remain or how short they are.
+#: Up to this many rows or episodes there is no warning about dropped rows or short episodes.
 MANY = 20
 
 
 def mark_notes(table: Table, ends: Ends, inside: int) -> list[str]:
-    """How the marks were read where their names leave it open; ``inside``: terminations there."""
+    """How marks with ambiguous names were read; ``inside``: terminations inside trajectories."""
     notes = []
     if (path := table.paths.get("not_terminated")) is not None:
         notes.append(
@@ -36,9 +36,9 @@ def mark_notes(table: Table, ends: Ends, inside: int) -> list[str]:
 
 
 def mark_warnings(table: Table, ends: Ends, inside: int, lengths: NDArray[np.int64]) -> list[str]:
-    """Marks that the rows themselves contradict, one sentence each.
+    """Marks that the rows contradict, one sentence each.
 
-    ``lengths``: rows kept of each episode.
+    ``lengths``: number of kept rows of each episode.
     """
     texts = [_no_terminations(table), _mostly_terminated(table, ends, inside)]
     if "episode" not in table.columns and ends.valid.all():
@@ -56,15 +56,15 @@ def _little_kept(
 ) -> str | None:
     """Most rows dropped, or most episodes of one row without a mark that ends them.
 
-    ``explained``: another warning tells already why episodes have one row.
+    ``explained``: another warning already gives the reason why episodes have one row.
     """
     remedy = (
         "check which column marks the ends of episodes and whether it is 1 where an episode ends "
         "(columns={...} names it)"
     )
-    rows, kept = int(ends.valid.sum()), int(lengths.sum())
-    if rows > MANY and 2 * kept < rows:
-        return f"only {kept} of {rows} rows make transitions, see the notes: {remedy}."
+    rows, remaining = int(ends.valid.sum()), int(lengths.sum())
+    if rows > MANY and 2 * remaining < rows:
+        return f"only {remaining} of {rows} rows make transitions, see the notes: {remedy}."
     single = int((lengths == 1).sum())
     truncated = table.flags("truncated")
     marked = ends.terminated if truncated is None else ends.terminated | truncated
@@ -75,19 +75,15 @@ def _little_kept(
     return f"{single} of {len(lengths)} episodes have one row: {remedy}."
 
 
-def _looked_at(table: Table) -> str:
-    return f" among the first {ROWS:,} rows" if table.rows > ROWS else ""
-
-
 def _no_terminations(table: Table) -> str | None:
-    """Ends of trajectories, and no column that marks which of them terminate."""
-    known = "terminated" in table.columns or "not_terminated" in table.columns
-    if known or (path := table.paths.get("trajectory_end")) is None:
+    """A warning if ends are marked, but no column marks which of them terminate."""
+    marked = "terminated" in table.columns or "not_terminated" in table.columns
+    if marked or (path := table.paths.get("trajectory_end")) is None:
         return None
     return (
-        f"no column marks which rows terminate: beside {table.paths['valid']!r}, {path!r} marks ends "
-        "of trajectories, and all of them were read as truncated. Add 'masks' (0 where a row "
-        "terminates), or pass columns={'terminated': None, 'truncated': "
+        f"no column marks which rows terminate: together with {table.paths['valid']!r}, {path!r} "
+        "marks ends of trajectories, and all of them were read as truncated. Add 'masks' (0 where a "
+        "row terminates), or pass columns={'terminated': None, 'truncated': "
         f"{path!r}}} if none does."
     )
 
@@ -98,17 +94,17 @@ def _mostly_terminated(table: Table, ends: Ends, inside: int) -> str | None:
         return None
     opposite = "not_terminated" in table.columns
     path = table.paths["not_terminated" if opposite else "terminated"]
-    other = "terminated" if opposite else "not_terminated"
+    opposite_key = "terminated" if opposite else "not_terminated"
     return (
         f"{path!r} says that {inside} rows terminate inside trajectories that continue, {share:.0%} of "
-        f"them: it may mean the opposite. columns={{{other!r}: {path!r}}} reads it so."
+        f"them: it may mean the opposite. columns={{{opposite_key!r}: {path!r}}} reads it in this way."
     )
 
 
 def _inverted(table: Table, ends: Ends) -> str | None:
-    """Terminations in more than ``MOST`` of the rows, of which most evidently continue.
+    """A warning if more than ``MOST`` of the rows terminate and most evidently continue.
 
-    In logs of bandits the following row is no successor, and nothing is said.
+    In logs of bandits the following row is not the successor, and there is no warning.
     """
     path = table.paths.get("terminated")
     if path is None or table.rows <= MANY or "not_terminated" in table.columns:
@@ -122,40 +118,42 @@ def _inverted(table: Table, ends: Ends) -> str | None:
     return (
         f"{path!r} marks {share:.0%} of the rows as terminated, although most rows are followed by "
         f"their own successor: it may mean the opposite. columns={{'not_terminated': {path!r}}} "
-        "reads it so."
+        "reads it in this way."
     )
 
 
 def _misplaced(table: Table) -> str | None:
-    """Truncation marks inside smooth motion, where the following row is the successor."""
+    """A warning about truncation marks where the following row continues a smooth motion."""
     truncated = table.flags("truncated")
     if truncated is None or table.next_observation is not None or not truncated[:-1].any():
         return None
     if (moved := motion(table)) is None:
         return None
     marked = truncated[: len(moved.error)]
-    others = ~marked & ~table.terminated()[: len(marked)]
-    smooth = moved.inside(marked, others)
+    unmarked = ~marked & ~table.terminated()[: len(marked)]
+    smooth = moved.inside(marked, unmarked)
     if smooth is None or smooth < MOST * marked.sum():
         return None
     return (
         f"{smooth} of {int(marked.sum())} rows marked truncated ({table.paths['truncated']!r})"
-        f"{_looked_at(table)} are followed by an observation that continues their motion as well as "
+        f"{looked_at(table)} are followed by an observation that continues their motion as well as "
         "any within an episode: the marks may be misplaced. columns={'truncated': None} ignores "
         "them, and episodes then end at terminations only."
     )
 
 
 def _continued(table: Table, ends: Ends) -> str | None:
-    """Terminations inside a trajectory that evidently continues."""
+    """A warning about terminations after which the trajectory evidently continues."""
     if (path := table.paths.get("terminated")) is None or "not_terminated" in table.columns:
         return None
     rows = ends.terminated & ends.last
-    if not rows[:-1].any() or not (count := goes_on(motion(table), rows, ~ends.last, ends.broken)):
+    if not rows[:-1].any() or not (
+        count := continued_rows(motion(table), rows, ~ends.last, ends.broken)
+    ):
         return None
     total = int(rows[: min(table.rows, ROWS) - 1].sum())
     return (
-        f"{count} of the {total} rows marked terminated ({path!r}){_looked_at(table)} are followed "
+        f"{count} of the {total} rows marked terminated ({path!r}){looked_at(table)} are followed "
         "by a row that continues the same trajectory, yet each was read as the end of an episode. If "
         f"{path!r} only marks where recording was cut, pass columns={{'terminated': None, "
         f"'truncated': {path!r}}}; if it is 0 where a row terminates, columns={{'not_terminated': "
@@ -165,7 +163,7 @@ def _continued(table: Table, ends: Ends) -> str | None:
 
 
 def _no_ends(table: Table, ends: Ends) -> str | None:
-    """No mark anywhere, although rows do not follow each other."""
+    """A warning if no row is marked although rows do not follow each other."""
     if ends.last[:-1].any() or ends.terminated.any():
         return None
     if "truncated" not in table.columns and not table.truncation_ignored:
@@ -174,18 +172,18 @@ def _no_ends(table: Table, ends: Ends) -> str | None:
         count = int(ends.broken.sum())
         if count > len(ends.broken) / 2:
             return None  # Rows that do not follow each other at all: see ``successor_warning``.
-        seen = "whose next_observation is not the following row's observation"
+        reason = "whose next_observation is not the following row's observation"
     else:
         moved = motion(table)
         count = 0 if moved is None else int(moved.jumps.sum())
-        seen = "from which the observation jumps to the following row's" + _looked_at(table)
+        reason = "from which the observation jumps to the following row's" + looked_at(table)
     if not count:
         return None
     path, names = table.paths.get("truncated"), ", ".join(map(repr, TRAJECTORY_ENDS))
     zero = "" if path is None else f" ({path!r} is 0 throughout)"
     return (
         f"no row is marked terminated or truncated{zero}, but there are "
-        f"{count} rows {seen}: the whole table was read as one episode. Pass columns={{'truncated': "
+        f"{count} rows {reason}: the whole table was read as one episode. Pass columns={{'truncated': "
         "None} with max_episode_steps=, or name the column that marks ends of trajectories "
         f"(such as {names}) with columns={{'truncated': ...}} or numbers them with "
         f"columns={{'episode': ...}}.{unused_marks(table)}"

@@ -18,9 +18,9 @@ __all__ = ["columns_of_tensordict"]
 def columns_of_tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> dict[str, Column]:
     """The leaves by ``/``-joined key, ``(N, ...)``.
 
-    More than one batch dimension is flattened with time last, as collectors deliver it; each row
-    of that batch is then its own episode wherever its trajectory numbers do not say otherwise.
-    ``("next", "truncated")`` is completed from ``done`` and ``terminated`` where only those exist.
+    Several batch dimensions, the last one time, as collectors deliver them, are flattened. Each row
+    of the leading dimensions is then one episode, unless trajectory numbers divide it further.
+    ``("next", "truncated")`` is computed from ``done`` and ``terminated`` where it is missing.
     """
     table = _table(source)
     if not table.batch_dims:

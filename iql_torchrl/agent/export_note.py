@@ -1,0 +1,73 @@
+"""The JSON file beside an exported program: its inputs, its output and an example of use."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from iql_torchrl.agent.export_checks import MASK_VALUES, values_in_words
+from iql_torchrl.agent.exported_program import ProgramInput
+from iql_torchrl.agent.task import Task
+from iql_torchrl.data.schema import MASK
+
+__all__ = ["export_note"]
+
+PACKAGES = ("iql_torchrl", "torch", "torchrl", "tensordict")
+
+
+def export_note(
+    path: Path, task: Task, inputs: list[ProgramInput], example: Tensor
+) -> dict[str, Any]:
+    """The description of inputs and output, for JSON; null means unbounded."""
+    space = task.action_space
+    if isinstance(space, spaces.Discrete):
+        action: dict[str, Any] = {"kind": "discrete", "n": int(space.n), "start": int(space.start)}
+    else:
+        assert isinstance(space, spaces.Box)
+        low, high = (b.astype(object) for b in (space.low, space.high))
+        low[~np.isfinite(space.low)] = high[~np.isfinite(space.high)] = None
+        action = {"kind": "box", "low": low.tolist(), "high": high.tolist()}
+    arguments = []
+    for each in inputs:
+        size = ", ".join(map(str, (1, *each.shape)))
+        make = "ones" if each.dtype == torch.bool else "zeros"
+        arguments.append(f"torch.{make}({size}, dtype={each.dtype})")
+    return {
+        "task": task.name,
+        "inputs": [
+            {
+                "name": i.name,
+                "key": list(i.leaf),
+                **_form(i.shape, i.dtype),
+                "values": MASK_VALUES if i.leaf == MASK else values_in_words(i.space),
+            }
+            for i in inputs
+        ],
+        "output": {"name": "action", **_form(tuple(example.shape[1:]), example.dtype), **action},
+        "device": "cpu",
+        "checks": "an input of another shape, dtype or values raises RuntimeError; "
+        "policy.validate_inputs = False leaves out the comparison of shapes",
+        "usage": [
+            "import torch",
+            f"policy = torch.export.load({path.name!r}).module()",
+            f"action = policy({', '.join(arguments)})",
+        ],
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _form(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    return {"shape": ["B", *shape], "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # run from a source tree
+        return "unknown"

@@ -1,0 +1,70 @@
+"""Checks that the losses of a population differ only in weights and per-run settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torchrl.objectives.value import TD0Estimator
+
+from iql_torchrl.fast_networks.detect import is_head_and_distribution, writes
+from iql_torchrl.fast_networks.stacked import (
+    check_networks,
+    check_same,
+)
+from iql_torchrl.objectives.conversion import NETWORKS
+from iql_torchrl.objectives.discrete import DiscreteIQLLoss
+from iql_torchrl.objectives.iql import OPTIONS, ImplicitQLoss, IQLLoss
+
+__all__ = ["check_alike", "per_run_names", "shared_names"]
+
+
+def per_run_names(loss: ImplicitQLoss) -> tuple[str, ...]:
+    """Attributes in which the runs may differ."""
+    return tuple(name for name, knob in loss.knobs.items() if knob.per_run)
+
+
+def shared_names(loss: ImplicitQLoss) -> tuple[str, ...]:
+    """Attributes that must be equal in all runs."""
+    return *OPTIONS, *(name for name, knob in loss.knobs.items() if not knob.per_run)
+
+
+def check_alike(losses: Sequence[ImplicitQLoss]) -> None:
+    first = losses[0]
+    for number, loss in enumerate(losses):
+        if type(loss) not in (IQLLoss, DiscreteIQLLoss):
+            raise TypeError(
+                f"losses[{number}] is a {type(loss).__name__}; expected IQLLoss or DiscreteIQLLoss."
+            )
+        if type(loss) is not type(first):
+            raise ValueError(
+                f"losses[{number}] is a {type(loss).__name__}, the first another kind."
+            )
+        for name in (*shared_names(first), "tensor_keys"):
+            check_same(number, name, getattr(first, name), getattr(loss, name))
+        estimators = first.value_estimator, loss.value_estimator
+        if type(estimators[1]) is not TD0Estimator or estimators[1].average_rewards:
+            raise ValueError(f"losses[{number}] does not use TD(0); a population does.")
+        if estimators[1].gamma.numel() != 1:
+            raise ValueError(
+                f"losses[{number}] has several discounts; a run of a population has one."
+            )
+        check_same(number, "value_estimator's keys", *(e.tensor_keys for e in estimators))
+        check_networks(number, first, loss, NETWORKS)
+    for name, choice in (
+        ("actor_objective", "log_prob"),
+        ("value_objective", "expectile"),
+        ("advantage_weight", "exponential"),
+    ):
+        if callable(getattr(first, name)):
+            raise ValueError(f"{name} is a function, which sees one run; use {choice!r}.")
+    if not is_head_and_distribution(first.actor_network):
+        raise ValueError(
+            "actor_network must be one module and one distribution, ProbabilisticActor."
+        )
+    keys = first.tensor_keys.state_action_value, first.tensor_keys.value
+    for name, key in zip(NETWORKS[1:], keys, strict=True):
+        if not writes(getattr(first, name), key):
+            raise ValueError(
+                f"{name} must be one plain module whose one out-key is {key!r}, ValueOperator; its "
+                f"out_keys are {getattr(first, name).out_keys}."
+            )
