@@ -291,7 +291,7 @@ def test_what_cannot_be_is_refused():
         data = data if rows is None else replace(data, transitions=rows)
         importance_sampling(who, data, behaviour=behaviour, discount=0.5)
 
-    with pytest.raises(ValueError, match=r"no 'behaviour_log_prob'; they hold .*action_log_prob"):
+    with pytest.raises(ValueError, match=r"no 'behaviour_log_prob'; they have .*action_log_prob"):
         run("behaviour_log_prob")
     rows = log.transitions.clone()
     rows["wide"] = torch.zeros(5, 2)

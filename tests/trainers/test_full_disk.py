@@ -23,7 +23,7 @@ ROWS = [{"update": 1, "loss_value": 0.5}]
 
 
 def fill(path: Path) -> None:
-    """What is written on the way to ``path`` meets a full disk."""
+    """Writing to ``path`` fails because the disk is full."""
     path.with_name(f".{path.name}.{os.getpid()}").symlink_to(FULL)
 
 
@@ -69,7 +69,7 @@ def test_tables_and_pictures_too(tmp_path, name, write):
 
 @pytest.fixture
 def full_disk(monkeypatch):
-    """Call it, and the disk takes half of what is written next, and no more."""
+    """After a call the disk has space for only half of the next write."""
     write = Path.write_bytes
 
     def half(path, content):
