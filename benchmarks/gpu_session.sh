@@ -47,9 +47,9 @@ bench() { stage "$1" "$2" "$python" "benchmarks/$3" --device "$device" --output 
 # files without gpu tests may import what this machine lacks
 files=$(grep -rlE 'mark\.gpu' tests --include='test_*.py')
 pytest=("$python" -m pytest -o addopts= -p no:cacheprovider -q --durations=15)
-rivals="TorchRL eager,ours sequential,JAX scan,floor"
+rivals="TorchRL eager,ours sequential,JAX scan,floor" again=$rivals
 if [ -n "$dry" ]; then
-    small=(--rounds 2)
+    small=(--rounds 2) again="ours sequential captured,floor"
     step=(--widths 16 --batches 32 --block 4 --captured-updates 2 --limit 400 "${small[@]}")
     sizes=(--width 16 --batch 32 --rows 1000 --updates 8 --captured-updates 2)
     people=(--members 1,2 --widths 16 --batch 32 --rows 1000 --block 0.02 --captured-updates 2
@@ -70,9 +70,9 @@ fi
 stage tests $((170 * slow)) "${pytest[@]}"
 bench float32 $((65 * slow)) bench_step.py --rows $few --only "$rivals" --result "${card}_float32" \
     "${step[@]}"
-bench tf32 $((65 * slow)) bench_step.py --rows $few --only "$rivals" --result "${card}_tf32" \
+bench tf32 $((65 * slow)) bench_step.py --rows $few --only "$again" --result "${card}_tf32" \
     --matmul-precision high "${step[@]}"
-bench bfloat16 $((65 * slow)) bench_step.py --rows $few --only "$rivals" \
+bench bfloat16 $((65 * slow)) bench_step.py --rows $few --only "$again" \
     --result "${card}_bfloat16" --dtype bfloat16 "${step[@]}"
 bench population $((90 * slow)) bench_population.py --result "$card" \
     --only "shared captured,single captured,floor batched" "${people[@]}"

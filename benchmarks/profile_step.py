@@ -6,10 +6,9 @@
 The wall time and the floor are measured without the profiler. The profiler itself takes time, on a
 CPU within every kernel: its numbers show the proportions, not the total, and nothing is scaled to
 the wall time. With ``--output`` the numbers are also written to
-FOLDER/profile_DEVICE_ORDER_FORM[_NAME].json.
-
-On a CPU ``host`` is the time outside of kernels: wall minus kernels, where a negative
-number is the profiler's own time. On CUDA kernels may overlap one another.
+FOLDER/profile_DEVICE_ORDER_FORM[_NAME].json. On a CPU ``host`` is the time outside of kernels: wall
+minus kernels, where a negative number is the profiler's own time. On CUDA kernels may overlap one
+another.
 """
 
 from __future__ import annotations
