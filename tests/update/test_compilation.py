@@ -96,6 +96,19 @@ def test_a_thousand_updates_in_single_precision(order):
         assert (theirs[name] - value).abs().max() <= 1e-4 * scale, name
 
 
+def test_the_default_estimator_is_made_before_the_update_is_traced(monkeypatch):
+    torch._dynamo.reset()
+    loss = make_loss()
+    fast = traced(IQLStep(loss, optim.Adam(loss.parameters()), soft(loss)))
+
+    def too_late(self):
+        raise AssertionError("made inside of the update, where torch 2.11 cannot trace it")
+
+    monkeypatch.setattr(IQLLoss, "_default_value_estimator", too_late)
+    metrics = fast(make_batch())
+    assert metrics["loss_qvalue"].isfinite()
+
+
 def test_a_frozen_network_rests():
     torch._dynamo.reset()
     actor, critic, value = make_networks()
