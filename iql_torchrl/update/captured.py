@@ -25,7 +25,7 @@ from iql_torchrl.objectives.iql import DIAGNOSTICS, LOSSES, ImplicitQLoss
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.checks import check_alignment, check_cuda, check_replay
 from iql_torchrl.update.compiled import log_eager
-from iql_torchrl.update.graph import GraphUpdate, fits_a_graph
+from iql_torchrl.update.graph import GraphUpdate, current_rates, fits_a_graph, rate_table
 from iql_torchrl.update.guards import check_update_trains
 from iql_torchrl.update.snapshot import Snapshot, options, take_snapshot
 from iql_torchrl.update.step import IQLStep, Step, Terms
@@ -254,20 +254,20 @@ class CapturedStep:
         """
         if not self.step.lr_schedulers:
             return None
-        groups = self.step.optimizer.param_groups
-        mark_stepped(self.step.optimizer)
+        optimizer, groups = self.step.optimizer, self.step.optimizer.param_groups
+        mark_stepped(optimizer)
         before = [options(group) for group in groups]
-        rates = [[float(group["lr"]) for group in groups]]
+        rates = [current_rates(optimizer, self._device)]
         for _ in range(self.updates):
             for scheduler in self.step.lr_schedulers:
                 scheduler.step()
-            rates.append([float(group["lr"]) for group in groups])
+            rates.append(current_rates(optimizer, self._device))
         if before != [options(group) for group in groups]:
             raise ValueError(
                 "a schedule changes more than learning rates, which a captured update has fixed; "
                 "pass cycle_momentum=False to OneCycleLR or CyclicLR, or use the plain step."
             )
-        return torch.tensor(rates, dtype=torch.float64)
+        return rate_table(rates, self._device)
 
 
 class Recorder:
