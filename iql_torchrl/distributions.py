@@ -1,4 +1,7 @@
-"""Action distributions that stay inside a spec: clipped Gaussians and mixtures, one-hot choices."""
+"""Action distributions that stay inside a spec: clipped and squashed Gaussians, mixtures, choices.
+
+None of them checks its arguments: such a check reads a tensor, which on a GPU waits for the device.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributions as D
 
-__all__ = ["ClippedGaussian", "ClippedMixture", "OneHotChoice"]
+__all__ = ["Choice", "ClippedGaussian", "ClippedMixture", "OneHotChoice", "SquashedGaussian"]
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -49,6 +52,54 @@ class ClippedGaussian(D.Independent):  # type: ignore[type-arg]
             return self.rsample(sample_shape)
 
 
+class SquashedGaussian(D.Independent):  # type: ignore[type-arg]
+    """``centre + half_range * tanh(x)`` with x a diagonal Gaussian: TorchRL's ``TanhNormal``.
+
+    ``loc``, ``scale`` of x: ``(*B, A)``; centre and half range are of ``[low, high]``. Density and
+    samples are those of ``TanhNormal``: the logarithm of the density at an action ``a`` is that of
+    the Gaussian at ``x = atanh((a - centre) / half_range)`` less the sum of
+    ``log(half_range * (1 - tanh(x)**2))``. The tanh is clamped to ``1 - resolution`` of its dtype,
+    so an action on a bound has a finite, very negative log-probability.
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, *, low: Tensor, high: Tensor) -> None:
+        self.low, self.high = low.to(loc.device), high.to(loc.device)
+        self.centre, self.half_range = (self.high + self.low) / 2, (self.high - self.low) / 2
+        super().__init__(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> SquashedGaussian:
+        shape = (*batch_shape, *self.event_shape)
+        loc, scale = self.base_dist.loc.expand(shape), self.base_dist.scale.expand(shape)
+        return SquashedGaussian(loc, scale, low=self.low, high=self.high)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        y = (value - self.centre) / self.half_range
+        limit = 1 - torch.finfo(y.dtype).resolution
+        x = y.clamp(-limit, limit).atanh()
+        normal = self.base_dist
+        error = (x - normal.loc) / normal.scale
+        gaussian = -(0.5 * error.square() + normal.scale.log() + HALF_LOG_2PI)
+        slope = 2 * (math.log(2) - x - nn.functional.softplus(-2 * x))
+        density: Tensor = (gaussian - slope - self.half_range.log()).sum(-1)
+        return density
+
+    def squash(self, x: Tensor) -> Tensor:
+        """The action of a value of the Gaussian, strictly between the bounds."""
+        limit = 1 - torch.finfo(x.dtype).resolution
+        return self.centre + self.half_range * x.tanh().clamp(-limit, limit)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        return self.squash(self.base_dist.loc)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return self.squash(super().rsample(torch.Size(sample_shape)))
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+
 class ClippedMixture(D.MixtureSameFamily):
     """Mixture of M diagonal Gaussians, samples clipped to ``[low, high]``.
 
@@ -79,6 +130,26 @@ class ClippedMixture(D.MixtureSameFamily):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return _clip(super().sample(torch.Size(sample_shape)), self.low, self.high)
+
+
+class Choice(D.Categorical):
+    """Choice among N by ``logits`` ``(*B, N)``, where ``mask`` (bool, ``(*B, N)``) allows.
+
+    Samples are indices, int64 ``(*B,)``. Ties of the deterministic sample go to the first action.
+    """
+
+    def __init__(self, logits: Tensor, mask: Tensor | None = None) -> None:
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf)
+        super().__init__(logits=logits, validate_args=False)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        return self.logits.argmax(-1)
+
+    @property
+    def mode(self) -> Tensor:
+        return self.deterministic_sample
 
 
 class OneHotChoice(D.OneHotCategorical):

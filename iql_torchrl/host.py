@@ -60,6 +60,7 @@ TESTED = "torch 2.13, TorchRL 0.14.1 and tensordict 0.14.3"
 
 # Private names of base classes that derived classes call, override or read.
 INHERITED: Mapping[type, tuple[str, ...]] = {
+    nn.Module: ("_apply",),  # device and dtype moves, of tensors that are no buffers too
     LossModule: (
         "_AcceptedKeys",  # the dataclass of keys that set_keys renames
         "_apply",  # device and dtype moves, after which shared tensors are tied again

@@ -7,30 +7,32 @@ Deterministic and random interaction types both work.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
-from torch import distributions as D
 from torchrl.data import Categorical, OneHot, TensorSpec
-from torchrl.modules import (
-    Delta,
-    MaskedCategorical,
-    ProbabilisticActor,
-    TanhNormal,
-)
+from torchrl.modules import Delta, ProbabilisticActor
 
 from iql_torchrl.descriptions import describe_spec, faulty_bounds
-from iql_torchrl.distributions import ClippedGaussian, ClippedMixture, OneHotChoice
+from iql_torchrl.distributions import (
+    Choice,
+    ClippedGaussian,
+    ClippedMixture,
+    OneHotChoice,
+    SquashedGaussian,
+)
 from iql_torchrl.networks import MLP, first_layer, join_observations
 
 __all__ = [
+    "Choice",
     "ClippedGaussian",
     "ClippedMixture",
     "OneHotChoice",
+    "SquashedGaussian",
     "categorical",
     "deterministic",
     "gaussian",
@@ -42,7 +44,11 @@ LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 
 
 class _Head(nn.Module):
-    """Base of the policies' networks: preprocess, MLP, affine map of [-1, 1] to the spec's bounds."""
+    """Base of the policies' networks: preprocess, MLP, affine map of [-1, 1] to the spec's bounds.
+
+    ``limits``: the bounds, also the keyword arguments of the policy's distribution, which move with
+    this module. They are no buffers: the state has centre and half range already.
+    """
 
     centre: Tensor
     half_range: Tensor
@@ -58,10 +64,18 @@ class _Head(nn.Module):
         super().__init__()
         self.preprocess = first_layer(preprocess)
         self.mlp = MLP(in_features, out_features, **mlp)
+        self.limits: dict[str, Tensor] = {}
         if bounds is not None:
             low, high = bounds
+            self.limits = {"low": low, "high": high}
             self.register_buffer("centre", (high + low) / 2)
             self.register_buffer("half_range", (high - low) / 2)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> _Head:
+        super()._apply(fn, *args, **kwargs)
+        for name, bound in self.limits.items():
+            self.limits[name] = fn(bound)
+        return self
 
     def body(self, observations: Sequence[Tensor]) -> Tensor:
         return self.mlp(self.preprocess(join_observations(observations)))
@@ -139,7 +153,7 @@ def gaussian(
     """
     bounds = _bounds(action_spec)
     head = _GaussianHead(in_features, bounds, state_dependent_std, preprocess, mlp)
-    return _actor(head, in_keys, ["loc", "scale"], action_spec, ClippedGaussian, _limits(bounds))
+    return _actor(head, in_keys, ["loc", "scale"], action_spec, ClippedGaussian, head.limits)
 
 
 def tanh_normal(
@@ -150,14 +164,14 @@ def tanh_normal(
     preprocess: nn.Module | None = None,
     **mlp: Any,
 ) -> ProbabilisticActor:
-    """TorchRL's ``TanhNormal`` with a state-dependent scale.
+    """A squashed Gaussian, as TorchRL's ``TanhNormal``, with a state-dependent scale.
 
     A logged action exactly on a bound has a clamped, very negative log-probability here; use
     :func:`gaussian` for logs with such actions. Raises ``ValueError`` on an unbounded spec.
     """
     bounds = _bounds(action_spec)
     head = _SquashedHead(in_features, 2 * bounds[0].numel(), bounds, preprocess, mlp)
-    return _actor(head, in_keys, ["loc", "scale"], action_spec, TanhNormal, _limits(bounds))
+    return _actor(head, in_keys, ["loc", "scale"], action_spec, SquashedGaussian, head.limits)
 
 
 def deterministic(
@@ -197,7 +211,7 @@ def mixture(
     bounds = _bounds(action_spec)
     head = _MixtureHead(in_features, bounds, num_components, preprocess, mlp)
     return _actor(
-        head, in_keys, ["logits", "loc", "scale"], action_spec, ClippedMixture, _limits(bounds)
+        head, in_keys, ["logits", "loc", "scale"], action_spec, ClippedMixture, head.limits
     )
 
 
@@ -227,8 +241,7 @@ def categorical(
         distribution: type = OneHotChoice
         options = {"dtype": action_spec.dtype}
     else:
-        distribution = D.Categorical if mask_key is None else MaskedCategorical
-        options = {}
+        distribution, options = Choice, {}
     return _actor(head, in_keys, ["logits"], action_spec, distribution, options, parameters)
 
 
@@ -249,10 +262,6 @@ def _actor(
         distribution_class=distribution,
         distribution_kwargs=options,
     )
-
-
-def _limits(bounds: Bounds) -> dict[str, Tensor]:
-    return {"low": bounds[0], "high": bounds[1]}
 
 
 def _bounds(action_spec: TensorSpec) -> Bounds:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from conftest import make_networks
+from one_device import OneDevice
 from scipy import stats
 from scipy.special import logsumexp
 from tensordict import TensorDict
 from torchrl.data import Bounded, Categorical, OneHot, Unbounded
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import TanhNormal
 
-from iql_torchrl import policies
+from iql_torchrl import IQLLoss, policies
+from iql_torchrl.distributions import SquashedGaussian
 
 LOW, HIGH = torch.tensor([-2.0, 0.0, -1.0]), torch.tensor([2.0, 0.5, 5.0])
 SPEC = Bounded(LOW, HIGH, (3,))
@@ -86,6 +92,82 @@ def test_mixture_density_and_mode():
     at_own_mean = log_weights - np.log(std).sum(-1)
     expected_mode = loc[torch.arange(16), torch.as_tensor(at_own_mean.argmax(-1))]
     torch.testing.assert_close(dist.mode.detach(), expected_mode)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_squashed_gaussian_is_torchrls_tanh_normal(dtype):
+    torch.manual_seed(0)
+    low, high = LOW.to(dtype), HIGH.to(dtype)
+    loc = (3 * torch.randn(50, 3, dtype=dtype)).requires_grad_()
+    scale = torch.rand(50, 3, dtype=dtype).add(0.1).requires_grad_()
+    action = low + (high - low) * torch.rand(50, 3, dtype=dtype)
+    action[0], action[1] = low, high
+    ours = SquashedGaussian(loc, scale, low=low, high=high)
+    theirs = TanhNormal(loc, scale, low=low, high=high)
+    gradients = []
+    for dist in (ours, theirs):
+        density = dist.log_prob(action)
+        gradients.append(torch.autograd.grad(density.sum(), (loc, scale)))
+    torch.testing.assert_close(ours.log_prob(action), theirs.log_prob(action))
+    for mine, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, other)
+    torch.testing.assert_close(ours.deterministic_sample, theirs.deterministic_sample)
+    samples = []
+    for dist in (ours, theirs):
+        torch.manual_seed(1)
+        samples.append(dist.sample((7,)))
+    torch.testing.assert_close(*samples)
+    wide = ours.expand((2, 50))
+    assert wide.log_prob(action).shape == (2, 50)
+
+
+@pytest.mark.parametrize("name", CONTINUOUS)
+def test_bounds_move_with_the_policy(name):
+    actor = CONTINUOUS[name]()
+    assert not any("low" in key or "high" in key for key in actor.state_dict())
+    moved = copy.deepcopy(actor).to("meta")
+    data = observations(8).to("meta")
+    action = torch.rand(8, 3, device="meta")
+    with OneDevice("meta"), torch.no_grad():
+        dist = moved.get_dist(data)
+        dist.log_prob(action)
+        assert dist.deterministic_sample.is_meta
+        if name != "deterministic":  # whose distribution, TorchRL's Delta, draws nothing
+            assert dist.sample().is_meta
+    for module in actor.modules():
+        for bound in getattr(module, "distribution_kwargs", {}).values():
+            assert bound.device.type == "cpu"  # the one that was copied stays
+    cast = actor.double()
+    kinds = {b.dtype for m in cast.modules() for b in getattr(m, "limits", {}).values()}
+    assert kinds == {torch.float64}
+
+
+@pytest.mark.parametrize("name", ["gaussian", "tanh_normal", "mixture"])
+def test_bounds_move_with_the_loss(name):
+    _, critic, value = make_networks()
+    loss = IQLLoss(CONTINUOUS[name](), critic, value)
+    bounds = loss.actor_network[-1].distribution_kwargs
+    moved = []
+    loss._apply(lambda tensor: moved.append(id(tensor)) or tensor)
+    assert {id(bounds["low"]), id(bounds["high"])} <= set(moved)
+    loss.double()
+    assert {bounds[key].dtype for key in ("low", "high")} == {torch.float64}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("spec", [Categorical(4), OneHot(4)], ids=["index", "one_hot"])
+def test_a_choice_waits_for_no_device(spec, masked):
+    key = "action_mask" if masked else None
+    actor = policies.categorical(5, spec, mask_key=key, hidden=(8,)).to("meta")
+    data = observations(8)
+    data["action_mask"] = torch.ones(8, 4, dtype=torch.bool)
+    data = data.to("meta")
+    action = spec.rand((8,)).to("meta")
+    with OneDevice("meta"), torch.no_grad():
+        dist = actor.get_dist(data)
+        assert dist.log_prob(action).is_meta
+        assert dist.deterministic_sample.is_meta
+        assert dist.sample().is_meta
 
 
 @pytest.mark.parametrize("spec", [Categorical(4), OneHot(4)], ids=["index", "one_hot"])

@@ -31,24 +31,25 @@ def replay_buffer(
     """A TorchRL buffer over ``transitions`` ``(N,)``, uniform with replacement by default.
 
     ``device``: of the storage; None leaves the table on its device, without a copy.
-    ``seed``: its own generator; None draws from torch's global one. ``capacity=None``: the buffer
+    ``seed``: of its own generator, which is on the storage's device, where TorchRL draws indices;
+    None draws from torch's global one. ``capacity=None``: the buffer
     holds the dataset and nothing can be written to it; a number at least N makes a copy with room
     for online data. ``kwargs`` go to ``TensorDictReplayBuffer`` (``sampler``, ``transform``,
     ``prefetch``, ``pin_memory``, ...).
     """
     rows = transitions.batch_size[0]
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    where = _device_of(transitions) if device is None else torch.device(device)
+    generator = None if seed is None else _generator(where, seed)
     if capacity is not None:
         if capacity < rows:
             raise ValueError(f"capacity: expected at least the {rows} transitions, got {capacity}")
-        storage = LazyTensorStorage(capacity, device=device or "cpu")
+        storage = LazyTensorStorage(capacity, device=where)
         buffer = TensorDictReplayBuffer(
             storage=storage, batch_size=batch_size, generator=generator, **kwargs
         )
         buffer.extend(transitions.clone())
         return buffer
-    table = transitions if device is None else transitions.to(device)
-    where = table.device if table.device is not None else torch.device("cpu")
+    table = transitions if device is None else transitions.to(where)
     return TensorDictReplayBuffer(
         storage=TensorStorage(table, device=where),
         writer=ImmutableDatasetWriter(),
@@ -56,6 +57,24 @@ def replay_buffer(
         generator=generator,
         **kwargs,
     )
+
+
+def _device_of(transitions: TensorDictBase) -> torch.device:
+    """The device of the rows; a TensorDict that names none may hold tensors of any."""
+    if transitions.device is not None:
+        return transitions.device
+    leaves = transitions.values(include_nested=True, leaves_only=True)
+    return next((leaf.device for leaf in leaves), torch.device("cpu"))
+
+
+def _generator(device: torch.device, seed: int | None) -> torch.Generator:
+    """A generator on ``device``; torch draws there from no other."""
+    generator = torch.Generator(device=device)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
 
 
 class DeviceSampler:
@@ -70,6 +89,7 @@ class DeviceSampler:
         device: None keeps the transitions' own (CPU if it has none).
         seed: of ``generator``, which is on ``device``; None seeds it from the system.
         exclude: keys left behind, by default the episode numbers, which no loss reads.
+        generator: on ``device``, in place of one made from ``seed``.
     """
 
     def __init__(
@@ -80,17 +100,14 @@ class DeviceSampler:
         device: torch.device | str | None = None,
         seed: int | None = None,
         exclude: tuple[Key, ...] = (("collector", "traj_ids"),),
+        generator: torch.Generator | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        self.device = torch.device(device or transitions.device or "cpu")
+        self.device = _device_of(transitions) if device is None else torch.device(device)
         self.batch_size = batch_size
         self.rows = int(transitions.batch_size[0])
-        self.generator = torch.Generator(device=self.device)
-        if seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
+        self.generator = _generator(self.device, seed) if generator is None else generator
         fields: dict[torch.dtype, list[tuple[Key, Tensor]]] = {}
         for name in transitions.keys(include_nested=True, leaves_only=True):
             key = (name,) if isinstance(name, str) else tuple(name)

@@ -39,7 +39,9 @@ class OfflineLoss(NetworkLoss):
     ) -> OfflineLoss:
         """Choose how the critics' targets are made: TD(0) (default), TD(1), TD(lambda), or your own.
 
-        ``loss.make_value_estimator(gamma=0.97)`` sets the discount (TorchRL's default is 0.99).
+        ``loss.make_value_estimator(gamma=0.97)`` sets the discount (TorchRL's default is 0.99). Its
+        numbers become tensors on the device of the loss's parameters, unless ``device`` is given,
+        and move with ``loss.to(device)``.
         Raises ``NotImplementedError`` on an estimator that needs an on-policy log, ``TypeError`` on
         another kind of ``value_type``, ``ValueError`` on a number ``gamma`` outside [0, 1].
         """
@@ -54,6 +56,8 @@ class OfflineLoss(NetworkLoss):
                 f"value_type is {value_type!r}; pass one of torchrl.objectives.ValueEstimators, "
                 "such as ValueEstimators.TD0, or a value estimator."
             )
+        if hyperparams.get("device") is None:
+            hyperparams["device"] = next(self.parameters()).device
         keys = self.tensor_keys
         names = ("value", "reward", "done", "terminated")
         dispatch_value_estimator(
@@ -135,7 +139,7 @@ class OfflineLoss(NetworkLoss):
             reward, terminated = (
                 self._of_step(batch, ("next", key)) for key in (keys.reward, keys.terminated)
             )
-            gamma = self._discount(batch).to(reward.device)
+            gamma = self._discount(batch)
             if batch.data.get(keys.steps_to_next_obs, None) is not None:
                 gamma = gamma ** self._of_step(batch, keys.steps_to_next_obs)
             if next_value is None:

@@ -110,6 +110,7 @@ class NetworkLoss(LossModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> NetworkLoss:
         super()._apply(fn, *args, **kwargs)
+        _move_constants(self.actor_network, fn)
         self.shared.tie(self)
         self.forget_evaluator()
         return self
@@ -199,3 +200,15 @@ class NetworkLoss(LossModule):
     @in_keys.setter
     def in_keys(self, values: list[NestedKey]) -> None:
         self._in_keys = values
+
+
+def _move_constants(actor: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """Move or cast tensors that distributions get as keyword arguments, such as bounds.
+
+    They are no parameters or buffers, and the actor is no submodule of the loss.
+    """
+    for module in actor.modules():
+        keywords = getattr(module, "distribution_kwargs", None)
+        if isinstance(keywords, dict):
+            moved = {k: fn(v) for k, v in keywords.items() if isinstance(v, Tensor)}
+            keywords.update(moved)

@@ -13,7 +13,7 @@ from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.update.adam import Moments, StackedAdam, adam_step, log_betas, start
 from iql_torchrl.update.step import IQLStep, Terms, clip
 
-__all__ = ["GraphUpdate", "fits_a_graph"]
+__all__ = ["GraphUpdate", "fits_a_graph", "is_on"]
 
 Gradients = Sequence["Tensor | None"]
 
@@ -97,9 +97,10 @@ class GraphUpdate:
         """The optimizer's state, made where there is none, and its current rates as tensors."""
         optimizer = self.step.optimizer
         states = [optimizer.state[p] for p in self.parameters]
-        for parameter, state in zip(self.parameters, states, strict=True):
+        for parameter, state, number in zip(self.parameters, states, self.group_of, strict=True):
             if not state:
-                on_device = any(optimizer.defaults.get(k) is True for k in ("fused", "capturable"))
+                group = optimizer.param_groups[number]
+                on_device = any(group.get(name) for name in ("fused", "capturable"))
                 start(state, parameter, parameter.device if on_device else torch.device("cpu"))
         self._follow_groups()
         groups = zip(optimizer.param_groups, self.rates, strict=True)
@@ -107,7 +108,7 @@ class GraphUpdate:
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["step"] for state in states],
-            [g["lr"] if isinstance(g["lr"], Tensor) else rate for g, rate in groups],
+            [group["lr"] if is_on(group["lr"], rate.device) else rate for group, rate in groups],
             self.logs,
         )
 
@@ -124,9 +125,9 @@ class GraphUpdate:
             self._betas: list[Any] = [None] * len(groups)
         for i, group in enumerate(groups):
             rate = group["lr"]
-            if not isinstance(rate, Tensor) and rate != self._written[i]:
-                self.rates[i].fill_(rate)
-                self._written[i] = rate
+            if not is_on(rate, self.rates[i].device) and float(rate) != self._written[i]:
+                self.rates[i].fill_(float(rate))
+                self._written[i] = float(rate)
             if group["betas"] != self._betas[i]:
                 self._betas[i] = group["betas"]
                 self.logs[i].copy_(log_betas(group, self.logs[i]))
@@ -134,6 +135,11 @@ class GraphUpdate:
     def forget_rates(self) -> None:
         """Write the learning rates again at the next :meth:`moments`: the tensors hold others."""
         self._written = [None] * len(self.rates)
+
+
+def is_on(rate: Any, device: torch.device) -> bool:
+    """Whether a learning rate is a tensor that a program on ``device`` can read by itself."""
+    return isinstance(rate, Tensor) and rate.device == device
 
 
 def _detached(terms: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from iql_torchrl.host import mark_stepped
+from iql_torchrl.update.graph import is_on
 from iql_torchrl.update.snapshot import options
 from iql_torchrl.update.step import IQLStep
 
@@ -34,18 +35,18 @@ def coming_rates(step: IQLStep, updates: int) -> Tensor | None:
     mark_stepped(step.optimizer)
     states = copy.deepcopy([scheduler.state_dict() for scheduler in schedulers])
     before = [options(group) for group in groups]
-    rates = [_rates_of(groups)]
+    rates = [_rates_of(groups, step.device)]
     for _ in range(updates):
         for scheduler in schedulers:
             scheduler.step()
-        rates.append(_rates_of(groups))
+        rates.append(_rates_of(groups, step.device))
     if before != [options(group) for group in groups]:
         for scheduler, state in zip(schedulers, states, strict=True):
             scheduler.load_state_dict(state)
         for group, settings, rate in zip(groups, before, rates[0], strict=True):
             group.update(settings)
-            if isinstance(rate, Tensor):
-                group["lr"].copy_(rate)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(torch.as_tensor(rate))
             else:
                 group["lr"] = rate
         raise ValueError(
@@ -57,9 +58,10 @@ def coming_rates(step: IQLStep, updates: int) -> Tensor | None:
     return torch.tensor(rates, dtype=torch.float64)
 
 
-def _rates_of(groups: Sequence[dict[str, Any]]) -> Rates:
+def _rates_of(groups: Sequence[dict[str, Any]], device: torch.device) -> Rates:
+    """Numbers; copies of the tensors that are on ``device``, where reading a number would wait."""
     rates = [group["lr"] for group in groups]
-    return [rate.clone() if isinstance(rate, Tensor) else float(rate) for rate in rates]
+    return [rate.clone() if is_on(rate, device) else float(rate) for rate in rates]
 
 
 def _row(rates: Rates, device: torch.device) -> Tensor:

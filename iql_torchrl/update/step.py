@@ -143,6 +143,7 @@ class IQLStep(Step):
             raise ValueError(f"precision is {precision!r}; choose 'float32' or 'bfloat16'.")
         _check_parts(loss, optimizer, target_updater)
         self.loss = loss
+        _ = loss.value_estimator  # TorchRL makes the default one here, and not in a traced update
         self.precision = precision
         self.independent_ranks = independent_ranks
         self.device = next(loss.parameters()).device

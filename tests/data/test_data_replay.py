@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from one_device import RecordedGenerator
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 from torchrl.envs.transforms import MultiStepTransform
 
@@ -20,7 +21,9 @@ from iql_torchrl.data import (
     RewardMap,
     load_dataset,
     normalised_score,
+    replay_buffer,
 )
+from iql_torchrl.host import generator_of
 
 
 def arrays(episodes: int = 20, length: int = 10) -> dict[str, Any]:
@@ -103,6 +106,60 @@ def test_device_sampler_draws_complete_rows_uniformly(dataset: OfflineDataset) -
     assert float(((drawn - 200.0) ** 2 / 200).sum()) < 300  # chi-squared, 199 degrees
     with pytest.raises(ValueError, match="batch_size"):
         DeviceSampler(dataset.transitions, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "capacity"),
+    [
+        ("device", None),
+        ("device", 210),
+        (
+            "rows",
+            None,
+        ),  # with a capacity TorchRL's writer reads a number of rows that name a device
+        ("rows that name no device", None),
+        ("rows that name no device", 210),
+    ],
+)
+def test_the_generator_is_on_the_storages_device(
+    dataset: OfflineDataset, monkeypatch: pytest.MonkeyPatch, given: str, capacity: int | None
+) -> None:
+    monkeypatch.setattr(torch, "Generator", RecordedGenerator)
+    rows, device = dataset.transitions, "meta" if given == "device" else None
+    if given != "device":
+        rows = rows.to("meta")
+    if given == "rows that name no device":
+        rows = rows.clone(recurse=False).clear_device_()
+    buffer = replay_buffer(rows, 8, device=device, seed=3, capacity=capacity)
+    generator = generator_of(buffer)
+    assert generator is not None
+    assert buffer.storage.device == generator.device == torch.device("meta")
+    assert generator.given == 3
+    sampler = DeviceSampler(rows, 8, device=device, seed=3)
+    assert (
+        sampler.device == sampler.generator.device == sampler.tables[0].device == generator.device
+    )
+
+
+def test_a_sampler_draws_from_the_generator_given(dataset: OfflineDataset) -> None:
+    generator = torch.Generator().manual_seed(5)
+    sampler = DeviceSampler(dataset.transitions, 8, generator=generator)
+    expected = DeviceSampler(dataset.transitions, 8, seed=5).indices()
+    assert sampler.generator is generator
+    assert torch.equal(sampler.indices(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capacity", [None, 210])
+def test_a_seeded_buffer_on_a_gpu_repeats(dataset: OfflineDataset, capacity: int | None) -> None:
+    for given in (dataset.transitions, dataset.transitions.to("cuda")):
+        device = None if given.device is not None and given.device.type == "cuda" else "cuda"
+        one, two = (
+            replay_buffer(given, 8, device=device, seed=0, capacity=capacity) for _ in range(2)
+        )
+        batch = one.sample()
+        assert batch["observation"].is_cuda
+        assert torch.equal(batch["observation"], two.sample()["observation"])
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ACT, OBS, make_batch, make_networks
+from one_device import OneDevice
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule as Mod
 from tensordict.nn import TensorDictSequential
@@ -337,6 +338,33 @@ def test_td0_by_hand_equals_torchrls_estimator():
     torch.testing.assert_close(ours, theirs)
     loss.make_value_estimator(estimator)
     torch.testing.assert_close(loss.td_target(loss.read(batch)), theirs)
+
+
+@pytest.mark.parametrize("estimator", [None, "TD0", "TD1", "TDLambda"])
+def test_the_estimators_numbers_are_on_the_losss_device_and_move_with_it(estimator):
+    parts = [[net.to("meta") for net in make_networks()] for _ in range(2)]
+    loss = IQLLoss(parts[0][0], [parts[0][1], parts[1][1]], parts[0][2])
+    if estimator is not None:
+        loss.make_value_estimator(getattr(ValueEstimators, estimator), gamma=0.9)
+    numbers = dict(loss.value_estimator.named_buffers())
+    assert "gamma" in numbers
+    assert {number.device.type for number in numbers.values()} == {"meta"}
+    loss = IQLLoss(*make_networks())
+    loss.make_value_estimator(None if estimator is None else getattr(ValueEstimators, estimator))
+    moved = []
+    loss._apply(lambda tensor: moved.append(id(tensor)) or tensor)
+    assert {id(number) for number in loss.value_estimator.buffers()} <= set(moved)
+
+
+def test_a_td_target_copies_nothing_between_devices():
+    parts = [[net.to("meta") for net in make_networks()] for _ in range(2)]
+    loss = IQLLoss(parts[0][0], [parts[0][1], parts[1][1]], parts[0][2])
+    loss.make_value_estimator(gamma=0.9)
+    batch = make_batch().to("meta")
+    with OneDevice("meta") as mode:
+        target = loss.td_target(loss.read(batch))
+    assert target.is_meta
+    assert mode.operations > 0
 
 
 def test_sarsa_expectile_regresses_v_on_the_td_target():
