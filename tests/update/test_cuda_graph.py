@@ -18,7 +18,6 @@ from test_capture import (  # noqa: F401 (fixtures)
     make_loss,
     set_all,
     table,
-    uncompiled,
     untraced,
     with_other_reward,
 )
