@@ -634,6 +634,7 @@ class TestOddBatches:
         batch["observation"][:] = float("nan")
         mask = torch.zeros(4, 5, 1, dtype=torch.bool)
         batch["collector", "mask"] = mask
+        torch._dynamo.reset()  # torch 2.11 maps no Linear over shapes that vary
         whole = torch.compile(loss, fullgraph=True, backend="aot_eager")
         assert all((grad == 0).all() for grad in gradients_of(whole(batch), loss).values())
 
