@@ -28,13 +28,18 @@ def _seeded() -> None:
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """Captured programs run as Dynamo traced them, without the seconds that Inductor takes."""
+    """Programs run as Dynamo traced them, without the seconds that Inductor takes."""
+    compile = torch.compile
 
     def keep(self, graph, inputs):
         self._function = graph
         return self._keep
 
+    def traced(function, *, backend="eager", options=None, **kwargs):
+        return compile(function, backend=backend, **kwargs)
+
     monkeypatch.setattr(Recorder, "__call__", keep)
+    monkeypatch.setattr(torch, "compile", traced)
 
 
 def make_batch(*shape: int, obs: int = OBS, act: int = ACT, dtype=torch.float32) -> TensorDict:
