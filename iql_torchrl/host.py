@@ -148,11 +148,14 @@ def compile_program(
 ) -> Callable[..., Any]:
     """Inductor's program of ``graph``; ``torch.compile`` gives one only behind its guards.
 
+    Inductor makes no CUDA graphs of its own, whatever the user's global setting: the program is
+    called inside of another capture.
     Inductor is imported here, when it is used: importing it takes seconds and emits warnings.
     """
     from torch._inductor import compile_fx
 
-    program: Any = compile_fx.compile_fx(graph, inputs, config_patches=dict(options))
+    patches = {"triton.cudagraphs": False, **options}
+    program: Any = compile_fx.compile_fx(graph, inputs, config_patches=patches)
     return program
 
 

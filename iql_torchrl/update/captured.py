@@ -25,9 +25,11 @@ from iql_torchrl.objectives.iql import DIAGNOSTICS, LOSSES, ImplicitQLoss
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.checks import check_alignment, check_cuda, check_replay
 from iql_torchrl.update.compiled import log_eager
+from iql_torchrl.update.cuda_graph import CudaGraph
 from iql_torchrl.update.graph import GraphUpdate, fits_a_graph
 from iql_torchrl.update.guards import check_update_trains
-from iql_torchrl.update.snapshot import Snapshot, options, take_snapshot
+from iql_torchrl.update.schedules import coming_rates
+from iql_torchrl.update.snapshot import Snapshot, take_snapshot
 from iql_torchrl.update.step import IQLStep, Step, Terms
 
 __all__ = ["CapturedStep", "captured"]
@@ -81,12 +83,13 @@ class CapturedStep:
                 f"replay's rows are on {replay.tables[0].device} and the parameters on "
                 f"{self._device}; build the sampler with device={str(self._device)!r}."
             )
-        self._on_cuda = self._device.type == "cuda"
         self._in_graph = fits_a_graph(self.step.optimizer)
+        self._graph: CudaGraph | None = None
         if not self._in_graph:
             log_eager(self.step)
-        elif self._on_cuda:
+        elif CudaGraph.supports(self._device):
             check_cuda(self.step, updates)
+            self._graph = CudaGraph(self._device)
         self._copy: tuple[object, DeviceSampler] | None
         self._generator: torch.Generator | None = None  # of a buffer's copied rows
         self.recapture()
@@ -104,7 +107,8 @@ class CapturedStep:
     def _forget(self) -> None:
         self._snapshot: Snapshot | None = None
         self._program: Callable[[], object] | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        if self._graph is not None:
+            self._graph.forget()
         if self._in_graph:
             self._update = GraphUpdate(self.step)
 
@@ -122,11 +126,7 @@ class CapturedStep:
             moments = self._update.moments()
             self._record(rows, moments)
             self._snapshot = take_snapshot(self.step, rows, moments)
-        rates = self._coming_rates()
-        if self._on_cuda:
-            self._on_graph(rows, moments, rates)
-        else:
-            self._run(rows, moments, rates)
+        self._train(lambda: self._run(rows, moments), rows.generator)
         mark_stepped(self.step.optimizer)
         means = (self._sums / self.updates).unbind()
         return TensorDict(
@@ -159,16 +159,15 @@ class CapturedStep:
         self._sums = torch.zeros(
             (len(self._names), *runs), dtype=torch.float64, device=self._device
         )
-        self._warm = False
         groups = len(self.step.optimizer.param_groups)
-        self._table = torch.zeros(
+        self._rates = torch.zeros(  # of the coming updates, and the one after them
             (self.updates + 1, groups), dtype=torch.float64, device=self._device
         )
 
     def _record(self, rows: DeviceSampler, moments: Moments) -> None:
         """Compile one update and keep the program with its arguments; nothing is updated yet."""
         update, loss = self._update, self.step.loss
-        recorder = Recorder(on_cpu=not self._on_cuda)
+        recorder = Recorder(on_cpu=self._device.type == "cpu")
 
         def one_update() -> None:
             batch = rows.gather(self._index)
@@ -183,51 +182,44 @@ class CapturedStep:
         metrics = terms[0] | terms[1]
         self._sums.add_(torch.stack([metrics[name].detach().double() for name in self._names]))
 
-    def _run(self, rows: DeviceSampler, moments: Moments, rates: Tensor | None) -> None:
+    def _train(self, work: Callable[[], None], generator: torch.Generator) -> None:
+        """All updates of a call. Nothing advances where a capture or a check before it raises."""
+        updater, graph = self.step.target_updater, self._graph
+        if graph is not None:
+            check_alignment(updater, self.updates)
+            graph.record(work, generator)
+        rates = coming_rates(self.step, self.updates)
+        if rates is not None:
+            self._rates.copy_(rates, non_blocking=True)
+        if graph is None:
+            work()
+            return
+        graph.run(work)
+        if isinstance(updater, HardUpdate):
+            for _ in range(self.updates):
+                updater.step()
+
+    def _run(self, rows: DeviceSampler, moments: Moments) -> None:
         program = self._program
         assert program is not None
         self._sums.zero_()
         updater = self.step.target_updater
-        in_python = not self.step.followed.targets and not self._on_cuda
+        in_python = not self.step.followed.targets and self._graph is None
+        scheduled = bool(self.step.lr_schedulers)
         for number in range(self.updates):
             torch.randint(rows.rows, self._index.shape, generator=rows.generator, out=self._index)
-            if rates is not None:
-                self._set_rates(moments, rates[number])
+            if scheduled:
+                self._set_rates(moments, self._rates[number])
             program()
             if in_python and updater is not None:
                 updater.step()
-        if rates is not None:
-            self._set_rates(moments, rates[self.updates])
+        if scheduled:
+            self._set_rates(moments, self._rates[self.updates])
 
     def _set_rates(self, moments: Moments, values: Tensor) -> None:
         for rate, value in zip(moments.rates, values.unbind(), strict=True):
             rate.copy_(value)
         self._update.forget_rates()
-
-    def _on_graph(self, rows: DeviceSampler, moments: Moments, rates: Tensor | None) -> None:
-        if rates is not None:
-            self._table.copy_(rates, non_blocking=True)
-        table = None if rates is None else self._table
-        check_alignment(self.step.target_updater, self.updates)
-        if self._graph is None and not self._warm:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                self._run(rows, moments, table)
-            torch.cuda.current_stream().wait_stream(stream)
-            self._warm = True
-        else:
-            if self._graph is None:
-                graph = torch.cuda.CUDAGraph()
-                graph.register_generator_state(rows.generator)
-                with torch.cuda.graph(graph):
-                    self._run(rows, moments, table)
-                self._graph = graph
-            self._graph.replay()
-        updater = self.step.target_updater
-        if isinstance(updater, HardUpdate):
-            for _ in range(self.updates):
-                updater.step()
 
     # -- what may change between calls -----------------------------------------------------------
 
@@ -246,28 +238,6 @@ class CapturedStep:
             rows.generator = self._generator
             self._copy = (state, rows)
         return self._copy[1]
-
-    def _coming_rates(self) -> Tensor | None:
-        """Learning rates of the coming updates and the one after them, ``(updates + 1, groups)``.
-
-        None where no schedule is.
-        """
-        if not self.step.lr_schedulers:
-            return None
-        groups = self.step.optimizer.param_groups
-        mark_stepped(self.step.optimizer)
-        before = [options(group) for group in groups]
-        rates = [[float(group["lr"]) for group in groups]]
-        for _ in range(self.updates):
-            for scheduler in self.step.lr_schedulers:
-                scheduler.step()
-            rates.append([float(group["lr"]) for group in groups])
-        if before != [options(group) for group in groups]:
-            raise ValueError(
-                "a schedule changes more than learning rates, which a captured update has fixed; "
-                "pass cycle_momentum=False to OneCycleLR or CyclicLR, or use the plain step."
-            )
-        return torch.tensor(rates, dtype=torch.float64)
 
 
 class Recorder:

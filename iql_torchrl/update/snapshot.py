@@ -62,6 +62,7 @@ def take_snapshot(step: IQLStep, rows: DeviceSampler, moments: Moments) -> Snaps
         loss.kept_evaluator,
         [dict(vars(x.tensor_keys)) for x in (loss, loss.value_estimator)],
         [m.training for name in NETWORKS for m in getattr(loss, name).modules()],
+        bool(step.lr_schedulers),  # whether updates read learning rates of their own
         (step.order, step.precision, step.max_grad_norm),
         (type(updater), getattr(updater, "eps", None)),
         (rows, rows.rows, rows.batch_size, rows.generator),
