@@ -114,7 +114,7 @@ class CompiledStep(Step):
     def __init__(self, plain: IQLStep, options: dict[str, Any]) -> None:
         self._plain = plain
         self._limits = category_limits(plain.loss)
-        self._update = GraphUpdate(plain)
+        self._update = GraphUpdate(plain, flat=False)
         self._program = torch.compile(self._graph, **options)
 
     @property
