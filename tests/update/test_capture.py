@@ -46,7 +46,7 @@ def uncompiled(monkeypatch):
     """Programs run as Dynamo traced them: what is captured, without Inductor's seconds."""
 
     def keep(self, graph, inputs):
-        self._function = graph
+        self._function, self._kept = graph, range(len(inputs))
         return self._keep
 
     monkeypatch.setattr(Recorder, "__call__", keep)
