@@ -42,6 +42,7 @@ __all__ = [
     "compile_program",
     "generator_of",
     "has_hooks",
+    "inductor_with",
     "logged_values",
     "mark_stepped",
     "parameters_of",
@@ -159,6 +160,14 @@ def compile_program(
     return program
 
 
+def inductor_with(
+    mode: str | None, options: Mapping[str, Any], dynamic: bool | None
+) -> Callable[..., Any]:
+    """The backend that ``torch.compile`` makes of these settings; it gives one to no other backend."""
+    backend: Callable[..., Any] = torch._TorchCompileInductorWrapper(mode, dict(options), dynamic)
+    return backend
+
+
 def add_to_all(totals: Sequence[Tensor], values: Sequence[Tensor], factor: float) -> None:
     """``total += factor * value`` in one call; the public optimizers offer no such sum."""
     torch._foreach_add_(list(totals), list(values), alpha=factor)
@@ -262,7 +271,7 @@ def logged_values(trainer: Trainer) -> dict[str, list[Any]]:
     return values
 
 
-_require(torch, "_assert_async", "_dynamo", "_foreach_add_")
+_require(torch, "_TorchCompileInductorWrapper", "_assert_async", "_dynamo", "_foreach_add_")
 _require(torch._dynamo.config, "trace_autograd_ops", "recompile_limit")
 _require(torch.ops.aten, "_assert_tensor_metadata")
 _require(Distribution, "_validate_args")

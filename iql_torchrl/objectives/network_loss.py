@@ -145,6 +145,9 @@ class NetworkLoss(LossModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for leaf in (*self.parameters(), *self.buffers()):
+            if leaf.untyped_storage().nbytes() > leaf.nbytes:  # a view of the original's storage
+                leaf.data = leaf.data.clone()
         self.shared.tie(self)
         self._make_vmap()
 

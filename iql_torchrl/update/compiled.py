@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +11,13 @@ from tensordict import TensorDictBase
 from torchrl import logger as torchrl_logger
 
 from iql_torchrl.data.categories import category_limits, check_categories
-from iql_torchrl.host import mark_stepped, tracing_gradients
+from iql_torchrl.host import inductor_with, mark_stepped, tracing_gradients
 from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.graph import GraphUpdate, fits_a_graph
 from iql_torchrl.update.guards import check_update_trains
 from iql_torchrl.update.step import IQLStep, Step, Terms
+from iql_torchrl.update.views import through_ranges
 
 __all__ = ["CompiledStep", "compiled", "log_eager"]
 
@@ -94,6 +96,27 @@ def worth_checking(guards: Sequence[Any]) -> list[bool]:
     ]
 
 
+def through_ranges_of(update: GraphUpdate, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of ``torch.compile``: Inductor, on graphs that read the update's ranges.
+
+    Dynamo keeps backends alive, so this one does not keep the update.
+    """
+    settings = dict(options.get("options") or {})
+    own = {name: settings.pop(name) for name in ("guard_filter_fn",) if name in settings}
+    inductor = inductor_with(options.get("mode"), settings, options.get("dynamic"))
+    reference = weakref.ref(update)
+
+    def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        traced = reference()
+        ranges = [] if traced is None else traced.flat_tensors()
+        graph, kept = through_ranges(graph, inputs, ranges)
+        program = inductor(graph, [inputs[i] for i in kept])
+        return lambda *arguments: program(*[arguments[i] for i in kept])
+
+    rest = {k: v for k, v in options.items() if k not in ("mode", "options", "backend")}
+    return {**rest, "backend": backend, **({"options": own} if own else {})}
+
+
 def _of_plain(name: str) -> Any:
     """An attribute that is read from the plain step and written to it."""
     return property(
@@ -114,7 +137,10 @@ class CompiledStep(Step):
     def __init__(self, plain: IQLStep, options: dict[str, Any]) -> None:
         self._plain = plain
         self._limits = category_limits(plain.loss)
-        self._update = GraphUpdate(plain, flat=False)
+        inductor = options.get("backend", "inductor") == "inductor"
+        self._update = GraphUpdate(plain, flat=inductor)
+        if inductor:
+            options = through_ranges_of(self._update, options)
         self._program = torch.compile(self._graph, **options)
 
     @property
@@ -128,13 +154,15 @@ class CompiledStep(Step):
         plain = self._plain
         check_update_trains(independent_ranks=plain.independent_ranks)
         self._update.follow_freezing()
+        moments = self._update.moments()  # which may move what the networks read
         with plain.setting(), tracing_gradients():
             read = plain.loss.read(batch)
             if (
                 self._limits and plain.device.type == "cpu"
             ):  # elsewhere it would wait for the device
                 check_categories(read.data, self._limits)
-            terms: Terms = self._program(read, self._update.moments())
+            terms: Terms = self._program(read, moments)
+            self._update.counted()
             mark_stepped(plain.optimizer)
             return terms
 

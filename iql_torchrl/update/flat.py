@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from iql_torchrl.host import version_of
 from iql_torchrl.objectives.conversion import NETWORKS
+from iql_torchrl.objectives.network_loss import NetworkLoss
 
 __all__ = ["Flat", "FlatStorage", "Piece", "Range"]
 
 ALIGNMENT = 64  # bytes; every piece starts at a multiple, as tensors of their own do
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# Several optimizers may train one loss: each may lay out again what another has laid out.
+_STORAGES: WeakKeyDictionary[NetworkLoss, WeakSet[FlatStorage]] = WeakKeyDictionary()
 
 
 class Piece(NamedTuple):
@@ -78,13 +82,13 @@ class FlatStorage:
 
     Args:
         loss: its networks' parameters are laid out; those that share a trunk are not.
-        optimizer: every parameter that is trained has its Adam state.
+        optimizer: its Adam states are laid out, where there are some already.
         followers: pairs of a live tensor and the target that follows it.
     """
 
     def __init__(
         self,
-        loss: nn.Module,
+        loss: NetworkLoss,
         optimizer: Optimizer,
         followers: Sequence[tuple[Tensor, Tensor]],
     ) -> None:
@@ -96,13 +100,14 @@ class FlatStorage:
         self._states: list[tuple[Tensor, bool, dict[str, Any], tuple[Tensor, ...]]] = []
         self._versions: list[int] = []
         self._listed: list[Tensor] = []
+        _STORAGES.setdefault(loss, WeakSet()).add(self)
 
     def current(self) -> Flat | None:
         """The ranges, laid out again where a tensor was replaced; None where some do not fit.
 
-        They do not fit where a tensor is sparse, not contiguous, no plain tensor, in shared memory,
-        or part of a storage that holds something else. New ranges are new tensors: whoever kept an
-        old view keeps its values.
+        They do not fit where a tensor is sparse, not contiguous, no plain tensor, already in shared
+        memory, or part of a storage that may hold something else. New ranges are new tensors: whoever
+        kept an old view keeps its values.
         """
         if not self._addresses or not self._in_place():
             with torch.no_grad():
@@ -112,7 +117,7 @@ class FlatStorage:
     def counted(self) -> None:
         """Note that an update of this storage was made, in which all pieces of a range counted."""
         if self.flat is not None:
-            self._versions = [version_of(steps) for steps in self.flat.steps]
+            self._versions = self._counts_written()
 
     def follows(self, live: Tensor) -> bool:
         """Whether the tensor lies in a range that has targets."""
@@ -149,12 +154,16 @@ class FlatStorage:
                 return False
         if self.flat is None:
             return True
-        versions = [version_of(steps) for steps in self.flat.steps]
+        versions = self._counts_written()
         if versions != self._versions:  # another update counted: all parameters alike?
             self._versions = versions
             pairs = zip(self.ranges, self.flat.steps, strict=True)
             return all(_alike(steps) for r, steps in pairs if r.whole)
         return True
+
+    def _counts_written(self) -> list[int]:
+        """How often each parameter's count was written to."""
+        return [version_of(parts[-1]) for *_, parts in self._states if parts]
 
     # -- laying out ------------------------------------------------------------------------------
 
@@ -163,7 +172,11 @@ class FlatStorage:
         listed = [p for group in groups for p in group["params"]]
         group_of = [i for i, group in enumerate(groups) for _ in group["params"]]
         ranges = tuple(self._form(listed, group_of))
-        self.flat = self._fill(listed, ranges) if self._fits(listed, ranges) else None
+        if self._fits(listed, ranges):
+            self.flat = self._fill(listed, ranges)
+        elif self.flat is not None:
+            self._release()
+            self.flat = None
         self.ranges = () if self.flat is None else ranges
         self._listed = listed
         leaves = [*listed, *self._follower.values()]
@@ -196,51 +209,63 @@ class FlatStorage:
                 end = -(-(end + size) // unit) * unit
             states = [self.optimizer.state.get(listed[i], {}) for i in members]
             trained = all(listed[i].requires_grad for i in members)
-            whole = trained and len({float(s["step"]) for s in states}) == 1
+            whole = trained and all(states) and len({float(s["step"]) for s in states}) == 1
             followed = all(id(listed[i]) in self._follower for i in members)
             yield Range(group, network, tuple(pieces), end, whole, followed)
 
     def _fits(self, listed: Sequence[Tensor], ranges: Sequence[Range]) -> bool:
-        places = [piece.parameter for r in ranges for piece in r.pieces]
-        trained = [i for i, p in enumerate(listed) if p.requires_grad]
-        if len(set(places)) != len(places) or not set(trained) <= set(places):
+        """Whether every trained parameter has one place, and everything laid out may be moved."""
+        places = [piece.parameter for form in ranges for piece in form.pieces]
+        trained = {i for i, p in enumerate(listed) if p.requires_grad}
+        if len(set(places)) != len(places) or not trained <= set(places):
             return False
-        if not ranges or any(entry for entry in getattr(self.loss, "shared").trunk):
+        if not ranges or self.loss.shared.trunk:
             return False
-        states = self.optimizer.state
-        for r in ranges:
-            own = [[listed[p.parameter] for p in r.pieces]]
-            if r.followed:
-                own.append([self._follower[id(p)] for p in own[0]])
-            laid = [states[p] for p in own[0] if p in states]
-            if not all(_is_plain(t) for tensors in own for t in tensors):
-                return False
-            if not all(self._may_move(tensors, r) for tensors in own):
-                return False
-            for state, p in [(states[p], p) for p in own[0] if p in states]:
-                moments = [state.get(name) for name in MOMENTS]
-                if not all(_is_plain(m) and m.shape == p.shape and m.dtype == p.dtype
-                           and m.device == p.device for m in moments):
+        for form in ranges:
+            live = [listed[piece.parameter] for piece in form.pieces]
+            targets = [self._follower[id(p)] for p in live] if form.followed else []
+            for tensors in (live, targets):
+                if not all(map(_is_plain, tensors)) or not self._may_move(tensors, form):
                     return False
-            if len({(s["step"].dtype, s["step"].device) for s in laid}) > 1:
+            if not _moments_fit([(p, self.optimizer.state.get(p)) for p in live]):
                 return False
         return True
 
     def _may_move(self, tensors: Sequence[Tensor], form: Range) -> bool:
         """Whether nothing else can lie in the storage of these tensors."""
-        if _joined(tensors, form) is not None:
+        if not tensors or _joined(tensors, form) is not None:
             return True
-        known = {(id(tensor), address) for tensor, address in self._addresses}
+        known = {
+            (id(tensor), address)
+            for storage in _STORAGES[self.loss]
+            if storage.flat is not None
+            for tensor, address in storage._addresses
+        }
         return all(
-            t.untyped_storage().nbytes() == t.numel() * t.element_size()
-            or (self.flat is not None and (id(t), t.data_ptr()) in known)
+            (t.untyped_storage().nbytes() == t.nbytes or (id(t), t.data_ptr()) in known)
+            and (t.device.type == "cuda" or not t.is_shared())
             for t in tensors
         )
+
+    def _release(self) -> None:
+        """Give every tensor that still is where it was laid out storage of its own.
+
+        Inductor does not compile updates of several tensors in one storage.
+        """
+        for tensor, address in self._addresses:
+            if tensor.data_ptr() == address:
+                tensor.data = tensor.data.clone()
+        for *_, state, parts in self._states:
+            for name, part in zip((*MOMENTS, "step"), parts, strict=False):
+                if state.get(name) is part:
+                    state[name] = part.clone()
+        self.loss.forget_evaluator()
 
     def _fill(self, listed: Sequence[Tensor], ranges: Sequence[Range]) -> Flat:
         """Tensors of the ranges with the present values, and every leaf as a view into them."""
         flat = Flat([], [], [], [], [])
         states = self.optimizer.state
+        before = [leaf.data_ptr() for leaf in (*listed, *self._follower.values())]
         for r in ranges:
             parameters = [listed[piece.parameter] for piece in r.pieces]
             flat.parameters.append(_moved(parameters, r))
@@ -250,6 +275,8 @@ class FlatStorage:
             for name, tensors in zip(MOMENTS, (flat.averages, flat.squares), strict=True):
                 tensors.append(_gathered(held, name, r, parameters[0]))
             flat.steps.append(_gathered_steps(held))
+        if before != [leaf.data_ptr() for leaf in (*listed, *self._follower.values())]:
+            self.loss.forget_evaluator()  # its copies of the networks hold other views of targets
         return flat
 
 
@@ -262,7 +289,7 @@ def _alike(values: Tensor) -> bool:
 
 
 def _is_plain(tensor: Any) -> bool:
-    """Whether it is dense and contiguous, and of this process alone."""
+    """Whether it is a dense and contiguous tensor of torch's own class."""
     return (
         isinstance(tensor, Tensor)
         and type(tensor.data) is Tensor
@@ -271,27 +298,49 @@ def _is_plain(tensor: Any) -> bool:
         and tensor.is_floating_point()
         and not tensor.is_inference()
         and tensor.numel() > 0
-        and (tensor.device.type == "cuda" or not tensor.is_shared())
     )
+
+
+def _moments_fit(pairs: Sequence[tuple[Tensor, dict[str, Any] | None]]) -> bool:
+    """Whether the Adam states of parameters have the parameters' form, and one kind of counts."""
+    kinds = set()
+    for parameter, state in pairs:
+        if not state:
+            continue
+        for moment in [state[name] for name in MOMENTS]:
+            if not _is_plain(moment) or moment.shape != parameter.shape:
+                return False
+            if (moment.dtype, moment.device) != (parameter.dtype, parameter.device):
+                return False
+        kinds.add((state["step"].dtype, state["step"].device))
+    return len(kinds) <= 1
 
 
 def _joined(tensors: Sequence[Tensor], form: Range) -> Tensor | None:
     """The range's tensor where the tensors lie in one already, and nothing else does."""
     first = tensors[0]
     storage, size = first.untyped_storage(), first.element_size()
-    if storage.nbytes() != form.length * size or first.data_ptr() % ALIGNMENT:
+    if storage.nbytes() != form.length * size:
         return None
     for piece, tensor in zip(form.pieces, tensors, strict=True):
         if tensor.data_ptr() != storage.data_ptr() + piece.start * size:
             return None
         if tensor.dtype != first.dtype or tuple(tensor.shape) != piece.shape:
             return None
-    return first.detach().as_strided((form.length,), (1,), 0)
+    return _all_of(first)
+
+
+def _all_of(part: Tensor) -> Tensor:
+    """The whole storage of a tensor as one dimension; for autograd no view of anything."""
+    whole = torch.empty(0, dtype=part.dtype, device=part.device)
+    storage = part.untyped_storage()
+    whole.set_(storage, 0, (storage.nbytes() // part.element_size(),), (1,))
+    return whole
 
 
 def _moved(tensors: Sequence[Tensor], form: Range) -> Tensor:
     flat = _joined(tensors, form)
-    if flat is None:
+    if flat is None or flat.data_ptr() % ALIGNMENT:
         flat = form.join([tensor.detach() for tensor in tensors])
         for piece, tensor in zip(form.pieces, tensors, strict=True):
             tensor.data = piece.of(flat)
@@ -313,11 +362,14 @@ def _gathered(states: Sequence[dict[str, Any]], name: str, form: Range, like: Te
 
 
 def _gathered_steps(states: Sequence[dict[str, Any]]) -> Tensor:
+    """Counts ``(len(states),)``, of which the states' own are views."""
     counts = [state["step"] for state in states if state]
-    if len(counts) == len(states) and counts[0].untyped_storage().nbytes() == len(counts) * counts[0].element_size():
-        size, start = counts[0].element_size(), counts[0].untyped_storage().data_ptr()
-        if [count.data_ptr() for count in counts] == [start + i * size for i in range(len(counts))]:
-            return counts[0].detach().as_strided((len(counts),), (1,), 0)
+    if len(counts) == len(states):
+        storage, size = counts[0].untyped_storage(), counts[0].element_size()
+        places = [storage.data_ptr() + i * size for i in range(len(counts))]
+        whole = storage.nbytes() == len(counts) * size
+        if whole and [count.data_ptr() for count in counts] == places:
+            return _all_of(counts[0])
     first = next((state["step"] for state in states if state), torch.zeros(()))
     steps = torch.zeros(len(states), dtype=first.dtype, device=first.device)
     for place, state in zip(steps.unbind(), states, strict=True):

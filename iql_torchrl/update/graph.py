@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from iql_torchrl.update.targets import polyak_step
 
 __all__ = ["GraphUpdate", "fits_a_graph"]
 
-Gradients = list["Tensor | None"]
+Gradients = Sequence["Tensor | None"]
 
 
 def fits_a_graph(optimizer: Optimizer) -> bool:
@@ -55,6 +56,8 @@ class GraphUpdate:
         self.rates: list[Tensor] = []
         self.logs: list[Tensor] = []
         self._list_parameters()
+        if self.storage is not None:  # before anyone takes views of the parameters' data
+            self.storage.current()
 
     def _list_parameters(self) -> None:
         """The trainable parameters of the optimizer; frozen ones are left out."""
@@ -91,22 +94,22 @@ class GraphUpdate:
         # a change of ``generation`` compiles again, since other parameters are trained then
         if self.generation < 0 or not loss.requires_grad:
             return
-        found = torch.autograd.grad(loss.sum(), self.parameters, allow_unused=True)
+        gradients = list(torch.autograd.grad(loss.sum(), self.parameters, allow_unused=True))
         with torch.no_grad():
             split = self._in_ranges if self.ranges else self._one_by_one
-            parts = split(list(found), moments)
+            parts = split(gradients, moments)
             limit = self.step.max_grad_norm
-            gradients = [part.gradient for part in parts]
+            reached = [part.gradient for part in parts]
             for network in range(len(self.networks)):
                 if limit is None:
                     break
                 places = [i for i, part in enumerate(parts) if part.network == network]
-                clipped = clip([gradients[i] for i in places], limit, self.step.members)
+                clipped = clip([reached[i] for i in places], limit, self.step.members)
                 for i, gradient in zip(places, clipped, strict=True):
-                    gradients[i] = gradient
+                    reached[i] = gradient
             adam_step(
                 [part.parameter for part in parts],
-                gradients,
+                reached,
                 moments._replace(
                     averages=[part.average for part in parts],
                     squares=[part.square for part in parts],
@@ -136,19 +139,20 @@ class GraphUpdate:
     def _in_ranges(self, gradients: Gradients, moments: Moments) -> list[Part]:
         """What the loss reaches: ranges, and pieces of ranges of which it reaches only some."""
         parts: list[Part] = []
-        for number, form in enumerate(self.ranges):
+        tensors = (moments.parameters, moments.averages, moments.squares, moments.steps)
+        for form, parameter, average, square, steps in zip(self.ranges, *tensors, strict=True):
             places = [self._place_of[piece.parameter] for piece in form.pieces]
             reached = [None if place is None else gradients[place] for place in places]
-            tensors = [moments.parameters[number], moments.averages[number], moments.squares[number]]
-            steps = moments.steps[number]
-            if form.whole and all(gradient is not None for gradient in reached):
-                joined = form.join(reached)
-                parts.append(Part(tensors[0], joined, *tensors[1:], steps, form.group, form.network))
+            found = [gradient for gradient in reached if gradient is not None]
+            group, network = form.group, form.network
+            if form.whole and len(found) == len(reached):
+                joined = form.join(found)
+                parts.append(Part(parameter, joined, average, square, steps, group, network))
                 continue
             for i, (piece, gradient) in enumerate(zip(form.pieces, reached, strict=True)):
                 if gradient is not None:
-                    of = [piece.of(tensor) for tensor in tensors]
-                    parts.append(Part(of[0], gradient, *of[1:], steps[i], form.group, form.network))
+                    of = [piece.of(flat) for flat in (parameter, average, square)]
+                    parts.append(Part(of[0], gradient, of[1], of[2], steps[i], group, network))
         return parts
 
     def _move_targets(self, moments: Moments) -> None:
@@ -181,7 +185,13 @@ class GraphUpdate:
         flat = None if self.storage is None else self._follow_storage(self.storage)
         if flat is not None:
             return Moments(
-                flat.averages, flat.squares, flat.steps, rates, self.logs, flat.parameters, flat.targets
+                flat.averages,
+                flat.squares,
+                flat.steps,
+                rates,
+                self.logs,
+                flat.parameters,
+                flat.targets,
             )
         return Moments(
             [state["exp_avg"] for state in states],
@@ -219,6 +229,11 @@ class GraphUpdate:
             if group["betas"] != self._betas[i]:
                 self._betas[i] = group["betas"]
                 self.logs[i].copy_(log_betas(group, self.logs[i]))
+
+    def flat_tensors(self) -> list[Tensor]:
+        """The ranges that the graph reads and writes, of parameters and of targets."""
+        flat = None if self.storage is None else self.storage.flat
+        return [] if flat is None else [*flat.parameters, *flat.targets]
 
     def counted(self) -> None:
         """Say that the graph was called, which counts every parameter of a whole range once."""
