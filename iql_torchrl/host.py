@@ -54,6 +54,7 @@ __all__ = [
     "tracing_gradients",
     "validates_distributions",
     "version_of",
+    "versions_of",
     "without_prefetched",
 ]
 
@@ -195,6 +196,11 @@ def mark_stepped(optimizer: Optimizer) -> None:
 def version_of(tensor: Tensor) -> int:
     """How often the tensor was written to in place; only this counter says so without a read."""
     return tensor._version
+
+
+def versions_of(tensors: Sequence[Tensor]) -> list[int]:
+    """:func:`version_of` of each, in the time of one call: it is asked at every update."""
+    return [tensor._version for tensor in tensors]
 
 
 def validates_distributions() -> bool:

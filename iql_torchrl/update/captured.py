@@ -54,6 +54,8 @@ def captured(
     learning rates are tensors, so schedules do not. Not watched: code and attributes of your own
     modules; call ``recapture()`` after changing those.
 
+    Parameters, their Adam state and targets become views of a few tensors, as for ``compiled``.
+
     With any other optimizer a call makes ``updates`` eager updates, on every device, and a log line
     says so.
 

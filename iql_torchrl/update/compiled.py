@@ -48,6 +48,11 @@ def compiled(step: Step, **torch_compile_kwargs: Any) -> Step:
     ``HardUpdate`` and schedulers run outside. Any other optimizer is not compiled: ``step`` itself is
     returned, and a log line says so.
 
+    Parameters, their Adam state and the targets of ``SoftUpdate`` are moved into a few tensors
+    (:class:`iql_torchrl.update.flat.FlatStorage`), where an update needs fewer operations. The
+    parameters stay the same objects, as views; a ``parameter.data`` taken before is another tensor.
+    It is done when the step is built, and again after one of them was replaced, moved or cast.
+
     Keyword arguments go to ``torch.compile``: ``fullgraph=True`` unless you say otherwise, and on
     a CPU Inductor's C++ wrapper unless ``mode`` or ``options`` is given. The first call compiles,
     for tens of seconds; batches of another shape compile again. On a CPU the step raises

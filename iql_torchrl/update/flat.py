@@ -6,7 +6,7 @@ parameters, the optimizer's state and the target critics are views into the rang
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from iql_torchrl.host import version_of
+from iql_torchrl.host import versions_of
 from iql_torchrl.objectives.conversion import NETWORKS
 from iql_torchrl.objectives.network_loss import NetworkLoss
 
@@ -96,20 +96,26 @@ class FlatStorage:
         self._follower = {id(live): target for live, target in followers}
         self.ranges: tuple[Range, ...] = ()
         self.flat: Flat | None = None
-        self._addresses: list[tuple[Tensor, int]] = []
+        self._leaves: list[Tensor] = []
+        self._addresses: list[int] = []
+        self._counts: list[Tensor] = []
+        self._complete = False  # whether every trained parameter has a state
         self._states: list[tuple[Tensor, bool, dict[str, Any], tuple[Tensor, ...]]] = []
         self._versions: list[int] = []
         self._listed: list[Tensor] = []
         _STORAGES.setdefault(loss, WeakSet()).add(self)
 
-    def current(self) -> Flat | None:
+    def current(self, start: Callable[[], None] | None = None) -> Flat | None:
         """The ranges, laid out again where a tensor was replaced; None where some do not fit.
 
+        ``start`` fills empty states of the optimizer; without it they stay empty.
         They do not fit where a tensor is sparse, not contiguous, no plain tensor, already in shared
         memory, or part of a storage that may hold something else. New ranges are new tensors: whoever
         kept an old view keeps its values.
         """
-        if not self._addresses or not self._in_place():
+        if not self._leaves or (start and not self._complete) or not self._in_place():
+            if start:
+                start()
             with torch.no_grad():
                 self._lay_out()
         return self.flat
@@ -131,9 +137,8 @@ class FlatStorage:
     # -- what was laid out is where it was -------------------------------------------------------
 
     def _in_place(self) -> bool:
-        for tensor, address in self._addresses:
-            if tensor.data_ptr() != address:
-                return False
+        if [leaf.data_ptr() for leaf in self._leaves] != self._addresses:
+            return False
         listed = [p for group in self.optimizer.param_groups for p in group["params"]]
         if len(listed) != len(self._states):
             return False
@@ -163,7 +168,7 @@ class FlatStorage:
 
     def _counts_written(self) -> list[int]:
         """How often each parameter's count was written to."""
-        return [version_of(parts[-1]) for *_, parts in self._states if parts]
+        return versions_of(self._counts)
 
     # -- laying out ------------------------------------------------------------------------------
 
@@ -180,11 +185,14 @@ class FlatStorage:
         self.ranges = () if self.flat is None else ranges
         self._listed = listed
         leaves = [*listed, *self._follower.values()]
-        self._addresses = [(leaf, leaf.data_ptr()) for leaf in leaves]
+        self._leaves = leaves
+        self._addresses = [leaf.data_ptr() for leaf in leaves]
         states = self.optimizer.state
         self._states = [
             (p, p.requires_grad, states.get(p, {}), _parts(states.get(p, {}))) for p in listed
         ]
+        self._counts = [parts[-1] for *_, parts in self._states if parts]
+        self._complete = all(parts for _, trained, _, parts in self._states if trained)
         self.counted()
 
     def _form(self, listed: Sequence[Tensor], group_of: Sequence[int]) -> Iterator[Range]:
@@ -239,7 +247,7 @@ class FlatStorage:
             (id(tensor), address)
             for storage in _STORAGES[self.loss]
             if storage.flat is not None
-            for tensor, address in storage._addresses
+            for tensor, address in zip(storage._leaves, storage._addresses, strict=True)
         }
         return all(
             (t.untyped_storage().nbytes() == t.nbytes or (id(t), t.data_ptr()) in known)
@@ -252,7 +260,7 @@ class FlatStorage:
 
         Inductor does not compile updates of several tensors in one storage.
         """
-        for tensor, address in self._addresses:
+        for tensor, address in zip(self._leaves, self._addresses, strict=True):
             if tensor.data_ptr() == address:
                 tensor.data = tensor.data.clone()
         for *_, state, parts in self._states:

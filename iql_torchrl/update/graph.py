@@ -174,25 +174,16 @@ class GraphUpdate:
     def moments(self) -> Moments:
         """The optimizer's state, made where there is none, and its current rates as tensors."""
         optimizer = self.step.optimizer
-        states = [optimizer.state[p] for p in self.parameters]
-        for parameter, state in zip(self.parameters, states, strict=True):
-            if not state:
-                on_device = any(optimizer.defaults.get(k) is True for k in ("fused", "capturable"))
-                start(state, parameter, parameter.device if on_device else torch.device("cpu"))
         self._follow_groups()
         groups = zip(optimizer.param_groups, self.rates, strict=True)
         rates = [g["lr"] if isinstance(g["lr"], Tensor) else rate for g, rate in groups]
-        flat = None if self.storage is None else self._follow_storage(self.storage)
-        if flat is not None:
-            return Moments(
-                flat.averages,
-                flat.squares,
-                flat.steps,
-                rates,
-                self.logs,
-                flat.parameters,
-                flat.targets,
-            )
+        if self.storage is not None:
+            flat = self._follow_storage(self.storage)
+            if flat is not None:
+                tensors = (flat.averages, flat.squares, flat.steps)
+                return Moments(*tensors, rates, self.logs, flat.parameters, flat.targets)
+        self._start()
+        states = [optimizer.state[p] for p in self.parameters]
         return Moments(
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
@@ -201,8 +192,16 @@ class GraphUpdate:
             self.logs,
         )
 
+    def _start(self) -> None:
+        """Make the states that the optimizer does not have yet."""
+        optimizer = self.step.optimizer
+        on_device = any(optimizer.defaults.get(k) is True for k in ("fused", "capturable"))
+        for parameter in self.parameters:
+            where = parameter.device if on_device else torch.device("cpu")
+            start(optimizer.state[parameter], parameter, where)
+
     def _follow_storage(self, storage: FlatStorage) -> Flat | None:
-        flat = storage.current()
+        flat = storage.current(self._start)
         if self.ranges is not storage.ranges:
             if self.ranges != storage.ranges:
                 self.generation += 1
