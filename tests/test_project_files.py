@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,23 @@ def test_the_hooks_run_what_ci_runs():
     in_ci = re.findall(r"^\.venv/bin/(.*)", script, flags=re.M)
     in_ci += re.findall(r"\.venv/bin/(python -m pytest.*)", command[1])
     assert sorted(entries) == sorted(in_ci)
+
+
+TF32 = "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled. "
+WAITS = (
+    "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing "
+    "operations (Triggered internally at torch/csrc/cuda/Module.cpp:1.)"
+)
+
+
+@pytest.mark.parametrize("message", [TF32, WAITS])
+def test_hints_that_torch_gives_on_a_gpu_do_not_fail_a_test(message):
+    warnings.warn(message, UserWarning, stacklevel=1)
+    with pytest.raises(UserWarning, match="another"):
+        warnings.warn(f"another hint: {message}", UserWarning, stacklevel=1)
+
+
+def test_inductors_hint_is_written_as_it_is_ignored():
+    from torch._inductor import compile_fx
+
+    assert f'"{TF32}"' in inspect.getsource(compile_fx)

@@ -26,7 +26,7 @@ from iql_torchrl.checkpoint import CheckpointError, component_names, newest, rea
 from iql_torchrl.config import IQLConfig, check_usable, loss_knobs
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.descriptions import describe_space, faulty_bounds
-from iql_torchrl.evaluation.act import act
+from iql_torchrl.evaluation.act import act, private_random_numbers
 from iql_torchrl.networks import Critic, DiscreteCritic, OneHot, Standardise, StateValue
 from iql_torchrl.objectives import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
 from iql_torchrl.update.compiled import compiled
@@ -164,8 +164,8 @@ def make_agent(config: IQLConfig, dataset: OfflineDataset) -> Agent:
 def build_agent(config: IQLConfig, task: Task) -> Agent:
     """:func:`make_agent` where the dataset is known by its description alone."""
     check_usable(config.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
+    # where weights are drawn: torch's default device, and the config's for copies of critics
+    with private_random_numbers(config.seed, torch.get_default_device(), config.device):
         actor, critic, value = _networks(config, task)
         loss = _loss(config, task, actor, critic, value)
     optimizer, scheduler = _optimizer(config, loss)

@@ -1,5 +1,6 @@
 """One description of every setting of a run, IQLConfig made of them, and named presets."""
 
+from iql_torchrl.config.arithmetic import Arithmetic
 from iql_torchrl.config.devices import check_device, check_usable
 from iql_torchrl.config.iql_config import IQLConfig
 from iql_torchrl.config.knobs import Knob, check_choice, knob, knobs, loss_knobs
@@ -7,6 +8,7 @@ from iql_torchrl.config.presets import PRESETS
 
 __all__ = [
     "PRESETS",
+    "Arithmetic",
     "IQLConfig",
     "Knob",
     "check_choice",

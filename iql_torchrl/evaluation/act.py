@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.evaluation import gym_interface as interface
 
-__all__ = ["act", "as_in_evaluation", "needs_mask", "whole_limits"]
+__all__ = ["act", "as_in_evaluation", "needs_mask", "private_random_numbers", "whole_limits"]
 
 
 def act(
@@ -97,25 +97,37 @@ def as_in_evaluation(
     """
     modes = [(module, module.training) for module in policy.modules()]
     kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
-    cuda = [device] if device.type == "cuda" else []
     private = deterministic or seed is not None
     try:
         policy.eval()
         with (
-            torch.random.fork_rng(devices=cuda, enabled=private),
+            private_random_numbers(seed, device) if private else nullcontext(),
             torch.no_grad(),
             set_exploration_type(kind),
         ):
-            if seed is not None:
-                # torch.manual_seed would also reseed devices that are not forked here.
-                torch.default_generator.manual_seed(int(seed))
-                for each in cuda:
-                    with torch.cuda.device(each):
-                        torch.cuda.manual_seed(seed)
             yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def private_random_numbers(seed: int | None, *devices: torch.device | str) -> Iterator[None]:
+    """A context after which torch's generators, the CPU's and those of ``devices``, are as before.
+
+    Inside they start from ``seed``; with None, from where they were. No other device is touched, so
+    that CUDA is not initialised for work on the CPU.
+    """
+    given = {torch.device(device) for device in devices}
+    cuda = sorted((device for device in given if device.type == "cuda"), key=str)
+    with torch.random.fork_rng(devices=cuda):
+        if seed is not None:
+            # torch.manual_seed would also reseed devices that are not forked here
+            torch.default_generator.manual_seed(int(seed))
+            for device in cuda:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(int(seed))
+        yield
 
 
 def _checked(observation: Any, space: spaces.Space[Any]) -> tuple[Any, int | None]:

@@ -21,13 +21,14 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 
+from iql_torchrl.config import Arithmetic
 from iql_torchrl.evaluation.background_process import (
     EvaluationProcess,
     EvaluationTimeout,
     Request,
     Snapshot,
 )
-from iql_torchrl.evaluation.background_worker import Arithmetic, Structure, named_tensors
+from iql_torchrl.evaluation.background_worker import Structure, named_tensors
 from iql_torchrl.evaluation.result import reference_pair
 from iql_torchrl.evaluation.rollout import Evaluation, check_arguments
 

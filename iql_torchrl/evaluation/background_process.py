@@ -16,13 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from iql_torchrl.evaluation.background_worker import (
-    BOOTSTRAP,
-    Arithmetic,
-    Failure,
-    Structure,
-    send,
-)
+from iql_torchrl.config import Arithmetic
+from iql_torchrl.evaluation.background_worker import BOOTSTRAP, Failure, Structure, send
 from iql_torchrl.evaluation.process_end import GRACE, TimeLimit, end, exit_code, start
 from iql_torchrl.evaluation.rollout import Evaluation
 

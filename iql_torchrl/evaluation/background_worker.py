@@ -16,7 +16,6 @@ import traceback
 import warnings
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter
 from typing import IO, Any
 
 import cloudpickle
@@ -24,12 +23,12 @@ import gymnasium
 import torch
 from torch import Tensor, nn
 
+from iql_torchrl.config import Arithmetic
 from iql_torchrl.evaluation.process_end import GRACE, LEAVE
 from iql_torchrl.evaluation.rollout import Evaluation, evaluate
 
 __all__ = [
     "BOOTSTRAP",
-    "Arithmetic",
     "Failure",
     "Structure",
     "named_tensors",
@@ -53,9 +52,6 @@ serve(requests, replies)
 """
 
 LARGE = 100 * 2**20
-PRECISIONS = (
-    "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn", "cuda.matmul", "cudnn.conv", "cudnn.rnn",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,36 +92,6 @@ class Structure:
                 f"their parts in the script itself, or in modules that it can import too"
             ) from error
         return policy.to(self.arguments["device"]), make_env
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """The torch settings on which rounding depends."""
-
-    threads: int
-    dtype: torch.dtype
-    determinism: int
-    precisions: tuple[str, ...]
-
-    @classmethod
-    def current(cls) -> Arithmetic:
-        return cls(
-            torch.get_num_threads(),
-            torch.get_default_dtype(),
-            torch.get_deterministic_debug_mode(),
-            tuple(attrgetter(name)(torch.backends).fp32_precision for name in PRECISIONS),
-        )
-
-    def adopt(self) -> None:
-        """Set them in this process."""
-        current = Arithmetic.current()
-        if current.threads != self.threads:
-            torch.set_num_threads(self.threads)
-        torch.set_default_dtype(self.dtype)
-        torch.set_deterministic_debug_mode(self.determinism)
-        for name, old, new in zip(PRECISIONS, current.precisions, self.precisions, strict=True):
-            if new != old:
-                attrgetter(name)(torch.backends).fp32_precision = new
 
 
 class ProcessTraceback(Exception):

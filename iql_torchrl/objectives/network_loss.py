@@ -214,6 +214,6 @@ def _move_constants(actor: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
     """
     for module in actor.modules():
         keywords = getattr(module, "distribution_kwargs", None)
-        for name, value in keywords.items() if isinstance(keywords, dict) else ():
-            if isinstance(value, Tensor):
-                keywords[name] = fn(value)
+        if isinstance(keywords, dict):
+            moved = {k: fn(v) for k, v in keywords.items() if isinstance(v, Tensor)}
+            keywords.update(moved)

@@ -30,6 +30,7 @@ FloatArray = NDArray[np.float64]
 
 TABLE_BYTES = 2**31
 ERROR_ROWS = 20_000
+DRAWN_TOGETHER = 256
 MODELS = ("auto", "table", "network")
 
 
@@ -184,12 +185,16 @@ def _trained(
     target = [(weight.detach().clone(), bias.detach().clone()) for weight, bias in live]
     leaves = [leaf for layer in live for leaf in layer]
     optimizer = torch.optim.Adam(leaves, lr=lr)
-    batches = torch.Generator().manual_seed(seed)
+    batches = torch.Generator().manual_seed(seed)  # the same batches on every device
     for update in range(updates):
-        index = torch.randint(steps.rows, (batch_size,), generator=batches).to(data.device)
+        place = update % DRAWN_TOGETHER
+        if place == 0:  # one copy to the device for many updates: each would wait for it
+            coming = (min(DRAWN_TOGETHER, updates - update), batch_size)
+            drawn = torch.randint(steps.rows, coming, generator=batches)
+            indices = drawn.to(data.device)
         with torch.no_grad():
-            regressed = steps.target(target, index)
-        loss = (steps.value(live, index) - regressed).square().mean(-1).sum()
+            regressed = steps.target(target, indices[place], drawn[place])
+        loss = (steps.value(live, indices[place]) - regressed).square().mean(-1).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = lr * (1 - update / updates)
@@ -213,10 +218,11 @@ def _stopped(log: OfflineDataset, coverage: Coverage) -> torch.Tensor:
 @torch.no_grad()
 def _td_error(data: Regression, layers: Layers, steps: Steps) -> FloatArray:
     """Mean square over at most ERROR_ROWS evenly spaced steps, ``(P,)``, raw units squared."""
-    rows = torch.linspace(0, steps.rows - 1, min(steps.rows, ERROR_ROWS)).long().to(data.device)
+    rows = torch.linspace(0, steps.rows - 1, min(steps.rows, ERROR_ROWS)).long()
     total = torch.zeros(len(data.members) + 1, dtype=torch.float64)
-    for index in rows.split(4096):
-        error = steps.target(layers, index) - steps.value(layers, index)
+    for drawn in rows.split(4096):
+        index = drawn.to(data.device)
+        error = steps.target(layers, index, drawn) - steps.value(layers, index)
         total += error.double().square().sum(-1).cpu()
     return np.asarray((total / len(rows)).numpy()[:-1] * data.unit**2)
 

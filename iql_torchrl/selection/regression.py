@@ -140,9 +140,13 @@ class Steps:
         self.end_values = ends.to(data.device)
         self.choices = Choices(data, states(table, following=True), table_bytes)
 
-    def target(self, layers: Layers, index: Tensor) -> Tensor:
-        """``r + discount * E Q'(s', .)``, ``(P + 1, B)``."""
-        following = self.data.expected(layers, self.following[index], self.choices(index))
+    def target(self, layers: Layers, index: Tensor, rows: Tensor | None = None) -> Tensor:
+        """``r + discount * E Q'(s', .)``, ``(P + 1, B)``.
+
+        ``index``: row numbers ``(B,)`` on the device. ``rows``: the same on the CPU, where they are
+        known there, so that reading them does not wait for the device.
+        """
+        following = self.data.expected(layers, self.following[index], self.choices(index, rows))
         following = torch.where(self.stopped[index], self.end_values, following)
         terminated = self.terminated[index].expand_as(following)
         return F.td_target(self.reward[index], following, terminated, gamma=self.data.discount)
@@ -161,10 +165,11 @@ class Choices:
         if one.numel() * one.element_size() * len(table) <= table_bytes:
             self.kept = data.choices(table)
 
-    def __call__(self, index: Tensor) -> Tensor:
+    def __call__(self, index: Tensor, rows: Tensor | None = None) -> Tensor:
         if self.kept is not None:
             return self.kept.index_select(1, index)
-        return self.data.choices(self.states[index.to(self.states.device or "cpu")])
+        rows = index if rows is None else rows
+        return self.data.choices(self.states[rows.to(self.states.device or "cpu")])
 
 
 def chooser(log: OfflineDataset, deterministic: bool | None, samples: int, seed: int) -> Choose:

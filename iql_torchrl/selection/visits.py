@@ -96,7 +96,8 @@ class VisitWeights:
         self.data, self.layers = data, layers
         self.episodes = len(log.episode_lengths)
         starts = log.transitions[torch.from_numpy(first_rows(log))]
-        ends = torch.from_numpy(last_rows(log))
+        last = torch.from_numpy(last_rows(log))
+        ends = last.to(data.device)
         cut = torch.from_numpy(data.discount**log.episode_lengths * open_ended(log))
         left = cut.float().to(data.device) * ~steps.stopped[ends]
         self.coefficients = []
@@ -106,7 +107,7 @@ class VisitWeights:
             if policy < len(data.members):
                 begun = self._expected(policy, features, chosen).mean(0)
             else:
-                after = self._expected(policy, steps.following[ends], steps.choices(ends))
+                after = self._expected(policy, steps.following[ends], steps.choices(ends, last))
                 begun = (left[:, None] * after).mean(0)
             self.coefficients.append(self._solve(policy, steps, begun.double()))
 
@@ -122,10 +123,11 @@ class VisitWeights:
         size = len(begun)
         change = torch.zeros(size, size, dtype=torch.float64, device=begun.device)
         squares = torch.zeros(size, dtype=torch.float64, device=begun.device)
-        for index in torch.arange(steps.rows, device=begun.device).split(ROWS_AT_ONCE):
+        for rows in torch.arange(steps.rows).split(ROWS_AT_ONCE):
+            index = rows.to(begun.device)
             logged = self._logged(policy, steps, index)
             going = ~(steps.terminated[index] | steps.stopped[index])
-            after = self._expected(policy, steps.following[index], steps.choices(index))
+            after = self._expected(policy, steps.following[index], steps.choices(index, rows))
             step = logged - self.data.discount * going[:, None] * after
             change += (step.T @ logged).double()
             squares += logged.double().square().sum(0)
@@ -188,9 +190,10 @@ def _read(
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Weights, values and one-step errors of every step, each ``(P + 1, N)``, raw units."""
     parts = []
-    for index in torch.arange(steps.rows, device=data.device).split(ROWS_AT_ONCE):
+    for rows in torch.arange(steps.rows).split(ROWS_AT_ONCE):
+        index = rows.to(data.device)
         value = steps.value(layers, index)
-        error = steps.target(layers, index) - value
+        error = steps.target(layers, index, rows) - value
         parts.append(torch.stack([weights(steps, index), value.double(), error.double()]).cpu())
     weight, value, error = torch.cat(parts, 2).numpy()
     return weight, value * data.unit, error * data.unit

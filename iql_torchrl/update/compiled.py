@@ -35,6 +35,8 @@ KEPT_GUARDS = (
     "TENSOR_MATCH",
     "TORCH_FUNCTION_STATE",
 )
+GRAPH_MODES = ("reduce-overhead", "max-autotune")
+CUDA_GRAPHS = "triton.cudagraphs"  # Inductor's option, off even where it was switched on globally
 NOISE = ("EMPTY_NN_MODULE_HOOKS_DICT", "HASATTR", "NOT_PRESENT_IN_GENERIC_DICT")
 INNER = ("G[", "type(", "dict(", "list(")  # of modules, classes, imports
 
@@ -57,7 +59,12 @@ def compiled(step: Step, **torch_compile_kwargs: Any) -> Step:
     a CPU Inductor's C++ wrapper unless ``mode`` or ``options`` is given. The first call compiles,
     for tens of seconds; batches of another shape compile again. On a CPU the step raises
     ``ValueError`` on categories that the networks' ``OneHot`` does not know; elsewhere that check
-    would wait for the device.
+    would wait for the device. On a GPU give Adam ``capturable=True`` or ``fused=True``: otherwise
+    it counts its updates on the CPU, and every update copies these counts.
+
+    Raises ``ValueError`` on a mode or option of ``torch.compile`` that records CUDA graphs by itself
+    (``mode="reduce-overhead"`` and ``"max-autotune"``): what one update returned would be overwritten
+    by the next. :func:`captured` records CUDA graphs.
     """
     if not isinstance(step, Step):
         raise TypeError(f"step is {type(step).__name__}; expected an IQLStep, such as agent.step.")
@@ -65,13 +72,29 @@ def compiled(step: Step, **torch_compile_kwargs: Any) -> Step:
     if not fits_a_graph(plain.optimizer):
         log_eager(plain)
         return plain
-    options = {"fullgraph": True} | torch_compile_kwargs
-    on_cpu = all(p.device.type == "cpu" for p in plain.loss.parameters())
-    if not {"mode", "options", "backend"} & set(options):
-        options["options"] = {"guard_filter_fn": worth_checking}
-        if on_cpu:
-            options["options"]["cpp_wrapper"] = True
-    return CompiledStep(plain, options)
+    return CompiledStep(plain, _compile_options(plain, torch_compile_kwargs))
+
+
+def _compile_options(plain: IQLStep, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of ``torch.compile``, in dicts of their own: it takes entries out of them."""
+    options = {"fullgraph": True, **given}
+    inner = options.get("options") or {}
+    if options.get("mode") in GRAPH_MODES or inner.get(CUDA_GRAPHS):
+        setting = f"mode is {options['mode']!r}" if "mode" in given else f"{CUDA_GRAPHS!r} is True"
+        raise ValueError(
+            f"{setting}, with which torch.compile records CUDA graphs of its own: they would overwrite "
+            "the metrics of one update at the next. Use captured(step, replay, updates=K), which "
+            "records K updates as one CUDA graph, or mode='max-autotune-no-cudagraphs'."
+        )
+    if "mode" in options:  # torch.compile accepts no options beside a mode
+        return options
+    if "options" in given:
+        inner = {"guard_filter_fn": worth_checking, **inner}
+    elif "backend" not in options:
+        inner = {"guard_filter_fn": worth_checking, CUDA_GRAPHS: False}
+        if all(p.device.type == "cpu" for p in plain.loss.parameters()):
+            inner["cpp_wrapper"] = True
+    return options | ({"options": inner} if inner else {})
 
 
 def log_eager(step: IQLStep) -> None:

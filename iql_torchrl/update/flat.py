@@ -305,6 +305,7 @@ def _is_plain(tensor: Any) -> bool:
         and tensor.is_contiguous()
         and tensor.is_floating_point()
         and not tensor.is_inference()
+        and not tensor.is_meta
         and tensor.numel() > 0
     )
 

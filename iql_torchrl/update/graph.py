@@ -15,7 +15,7 @@ from iql_torchrl.update.flat import Flat, FlatStorage, Range
 from iql_torchrl.update.step import IQLStep, Terms, clip
 from iql_torchrl.update.targets import polyak_step
 
-__all__ = ["GraphUpdate", "fits_a_graph"]
+__all__ = ["GraphUpdate", "current_rates", "fits_a_graph", "rate_table"]
 
 Gradients = Sequence["Tensor | None"]
 
@@ -48,7 +48,7 @@ class GraphUpdate:
     the graph must then read parameters through :func:`update.views.through_ranges`.
     """
 
-    def __init__(self, step: IQLStep, *, flat: bool) -> None:
+    def __init__(self, step: IQLStep, *, flat: bool = False) -> None:
         self.step = step
         self.generation = 0
         self.storage = _storage_of(step) if flat and step.members is None else None
@@ -176,7 +176,7 @@ class GraphUpdate:
         optimizer = self.step.optimizer
         self._follow_groups()
         groups = zip(optimizer.param_groups, self.rates, strict=True)
-        rates = [g["lr"] if isinstance(g["lr"], Tensor) else rate for g, rate in groups]
+        rates = [g["lr"] if _is_on(g["lr"], rate.device) else rate for g, rate in groups]
         if self.storage is not None:
             flat = self._follow_storage(self.storage)
             if flat is not None:
@@ -195,8 +195,9 @@ class GraphUpdate:
     def _start(self) -> None:
         """Make the states that the optimizer does not have yet."""
         optimizer = self.step.optimizer
-        on_device = any(optimizer.defaults.get(k) is True for k in ("fused", "capturable"))
-        for parameter in self.parameters:
+        for parameter, number in zip(self.parameters, self.group_of, strict=True):
+            group = optimizer.param_groups[number]
+            on_device = any(group.get(name) for name in ("fused", "capturable"))
             where = parameter.device if on_device else torch.device("cpu")
             start(optimizer.state[parameter], parameter, where)
 
@@ -222,9 +223,9 @@ class GraphUpdate:
             self._betas: list[Any] = [None] * len(groups)
         for i, group in enumerate(groups):
             rate = group["lr"]
-            if not isinstance(rate, Tensor) and rate != self._written[i]:
-                self.rates[i].fill_(rate)
-                self._written[i] = rate
+            if not _is_on(rate, self.rates[i].device) and float(rate) != self._written[i]:
+                self.rates[i].fill_(float(rate))
+                self._written[i] = float(rate)
             if group["betas"] != self._betas[i]:
                 self._betas[i] = group["betas"]
                 self.logs[i].copy_(log_betas(group, self.logs[i]))
@@ -242,6 +243,35 @@ class GraphUpdate:
     def forget_rates(self) -> None:
         """Write the learning rates again at the next :meth:`moments`: the tensors hold others."""
         self._written = [None] * len(self.rates)
+
+
+def current_rates(optimizer: Optimizer, device: torch.device) -> list[float | Tensor]:
+    """The learning rate of every group: a copy of a tensor on ``device``, a number of anything else.
+
+    Reading a number from a tensor on ``device`` would wait for it.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return [rate.clone() if _is_on(rate, device) else float(rate) for rate in rates]
+
+
+def rate_table(rates: Sequence[Sequence[float | Tensor]], device: torch.device) -> Tensor:
+    """:func:`current_rates` of several updates, double ``(updates, groups)``.
+
+    On ``device`` where any rate is a tensor there, else on the CPU.
+    """
+    numbers = [[0.0 if isinstance(rate, Tensor) else rate for rate in row] for row in rates]
+    table = torch.tensor(numbers, dtype=torch.float64)
+    columns = [i for i, rate in enumerate(rates[0]) if isinstance(rate, Tensor)]
+    if columns:
+        table = table.to(device, non_blocking=True)
+    for i in columns:
+        table[:, i] = torch.stack([torch.as_tensor(row[i]).reshape(()) for row in rates])
+    return table
+
+
+def _is_on(rate: Any, device: torch.device) -> bool:
+    """Whether a learning rate is a tensor that a program on ``device`` can read by itself."""
+    return isinstance(rate, Tensor) and rate.device == device
 
 
 def _detached(terms: dict[str, Any]) -> dict[str, Any]:

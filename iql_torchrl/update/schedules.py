@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from iql_torchrl.host import mark_stepped
+from iql_torchrl.update.graph import current_rates, rate_table
 from iql_torchrl.update.snapshot import options
 from iql_torchrl.update.step import IQLStep
 
 __all__ = ["coming_rates"]
-
-Rates = list["float | Tensor"]
 
 
 def coming_rates(step: IQLStep, updates: int) -> Tensor | None:
@@ -34,39 +31,22 @@ def coming_rates(step: IQLStep, updates: int) -> Tensor | None:
     mark_stepped(step.optimizer)
     states = copy.deepcopy([scheduler.state_dict() for scheduler in schedulers])
     before = [options(group) for group in groups]
-    rates = [_rates_of(groups)]
+    rates = [current_rates(step.optimizer, step.device)]
     for _ in range(updates):
         for scheduler in schedulers:
             scheduler.step()
-        rates.append(_rates_of(groups))
+        rates.append(current_rates(step.optimizer, step.device))
     if before != [options(group) for group in groups]:
         for scheduler, state in zip(schedulers, states, strict=True):
             scheduler.load_state_dict(state)
         for group, settings, rate in zip(groups, before, rates[0], strict=True):
             group.update(settings)
-            if isinstance(rate, Tensor):
-                group["lr"].copy_(rate)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(torch.as_tensor(rate))
             else:
                 group["lr"] = rate
         raise ValueError(
             "a schedule changes more than learning rates, which a captured update has fixed; "
             "pass cycle_momentum=False to OneCycleLR or CyclicLR, or use the plain step."
         )
-    if any(isinstance(rate, Tensor) for rate in rates[0]):
-        return torch.stack([_row(row, step.device) for row in rates])
-    return torch.tensor(rates, dtype=torch.float64)
-
-
-def _rates_of(groups: Sequence[dict[str, Any]]) -> Rates:
-    rates = [group["lr"] for group in groups]
-    return [rate.clone() if isinstance(rate, Tensor) else float(rate) for rate in rates]
-
-
-def _row(rates: Rates, device: torch.device) -> Tensor:
-    row = torch.empty(len(rates), dtype=torch.float64, device=device)
-    for place, rate in zip(row.unbind(), rates, strict=True):
-        if isinstance(rate, Tensor):
-            place.copy_(rate)
-        else:
-            place.fill_(rate)
-    return row
+    return rate_table(rates, step.device)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from iql_torchrl.config import Arithmetic
 from iql_torchrl.data.replay import DeviceSampler
 from iql_torchrl.objectives.conversion import NETWORKS
 from iql_torchrl.objectives.iql import OPTIONS
@@ -68,8 +70,27 @@ def take_snapshot(step: IQLStep, rows: DeviceSampler, moments: Moments) -> Snaps
         (step.order, step.precision, step.max_grad_norm),
         (type(updater), getattr(updater, "eps", None)),
         (rows, rows.rows, rows.batch_size, rows.generator),
+        _kernel_choice(step.device.type),
     ]
     return Snapshot(tuple((t, t.data_ptr(), t.requires_grad) for t in tensors), tuple(settings))
+
+
+def _kernel_choice(device_type: str) -> tuple[Any, ...]:
+    """torch's settings that decide which kernels a program holds: precision, determinism, autocast."""
+    arithmetic, matmul, cudnn = (
+        Arithmetic.current(),
+        torch.backends.cuda.matmul,
+        torch.backends.cudnn,
+    )
+    autocast: tuple[Any, ...] = ()
+    if torch.amp.is_autocast_available(device_type):
+        autocast = (torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+    return (
+        (arithmetic.dtype, arithmetic.determinism, arithmetic.precisions),
+        (matmul.allow_bf16_reduced_precision_reduction, cudnn.deterministic, cudnn.benchmark),
+        (matmul.allow_fp16_reduced_precision_reduction, torch.is_autocast_cache_enabled()),
+        autocast,
+    )
 
 
 def options(group: dict[str, Any]) -> dict[str, Any]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from contextlib import nullcontext
 from dataclasses import replace
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from small_agents import following
+from small_agents import box_agent, following
 from torch.optim.lr_scheduler import LRScheduler
 
 from iql_torchrl import DiscreteIQLLoss, IQLConfig, IQLLoss, evaluate, load_dataset, make_agent
 from iql_torchrl.agent.build import Agent
 from iql_torchrl.checkpoint import CheckpointError, write_components
+from iql_torchrl.evaluation.act import private_random_numbers
 
 
 def arrays(rows: int = 60, actions=None):
@@ -274,3 +276,35 @@ def test_what_cannot_be_loaded_is_said(tmp_path):
     states = {"agent": {**description, "config": older}, "loss_module": weights}
     write_components(path, states)
     assert Agent.load(path).config == agent.config
+
+
+def refused(*_, **__):
+    raise AssertionError("a GPU was touched for an agent on the CPU")
+
+
+def test_an_agent_on_the_cpu_touches_no_gpu(monkeypatch):
+    forked, fork = [], torch.random.fork_rng
+    monkeypatch.setattr(
+        torch.random,
+        "fork_rng",
+        lambda devices=None, **more: forked.append(devices) or fork(devices=devices, **more),
+    )
+    for name in ("manual_seed", "manual_seed_all", "get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch.cuda, name, refused)
+    box_agent()
+    assert forked
+    assert all(devices == [] for devices in forked)
+
+
+def test_generators_of_the_devices_that_are_used_are_kept(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        torch.random, "fork_rng", lambda devices: calls.append(devices) or nullcontext()
+    )
+    monkeypatch.setattr(torch.cuda, "device", lambda each: calls.append(each) or nullcontext())
+    monkeypatch.setattr(torch.cuda, "manual_seed", calls.append)
+    state = torch.get_rng_state()
+    with private_random_numbers(7, torch.device("cpu"), "cuda:1"):
+        assert torch.initial_seed() == 7
+    torch.set_rng_state(state)
+    assert calls == [[torch.device("cuda:1")], torch.device("cuda:1"), 7]

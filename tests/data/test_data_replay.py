@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from one_device import RecordedGenerator
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 from torchrl.envs.transforms import MultiStepTransform
 
@@ -105,20 +106,6 @@ def test_device_sampler_draws_whole_rows_uniformly(dataset: OfflineDataset) -> N
     assert float(((drawn - 200.0) ** 2 / 200).sum()) < 300  # chi-squared, 199 degrees
     with pytest.raises(ValueError, match="batch_size"):
         DeviceSampler(dataset.transitions, 0)
-
-
-class RecordedGenerator:
-    """Stands in for ``torch.Generator``, which cannot be made on ``meta``."""
-
-    def __init__(self, device: Any = "cpu") -> None:
-        self.device = torch.device(device)
-
-    def manual_seed(self, seed: int) -> RecordedGenerator:
-        self.given = seed
-        return self
-
-    def seed(self) -> int:
-        return 0
 
 
 @pytest.mark.parametrize(

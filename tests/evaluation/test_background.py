@@ -24,10 +24,11 @@ from torch import nn
 from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 
 from iql_torchrl import IQLConfig, evaluate, load_dataset, make_agent
+from iql_torchrl.config import Arithmetic
 from iql_torchrl.data import DatasetError
 from iql_torchrl.evaluation import background_worker as background_process
 from iql_torchrl.evaluation.background import BackgroundEvaluation
-from iql_torchrl.evaluation.background_worker import Arithmetic, Failure, Structure
+from iql_torchrl.evaluation.background_worker import Failure, Structure
 
 SETTINGS = {
     "episodes": 5, "num_envs": 3, "seed": 7, "max_steps": 40, "deterministic": False,

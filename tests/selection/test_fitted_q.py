@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from one_device import Copies
 from small_agents import box_agent, discrete_agent
 from small_agents import log as small_log
 from small_mdp import (
@@ -28,7 +29,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from iql_torchrl import load_dataset
-from iql_torchrl.selection import fitted_q_evaluation
+from iql_torchrl.selection import fitted_q, fitted_q_evaluation
 from iql_torchrl.selection.candidates import resolve_members
 from iql_torchrl.selection.coverage import Coverage
 from iql_torchrl.selection.episodes import open_ended, return_range
@@ -501,6 +502,30 @@ def test_agents_are_members_with_their_temperature_and_episodes():
     np.testing.assert_array_equal(member.episodes, agent.task.episodes)
     bare = resolve_members({"bare": agent.actor})[0]
     assert (bare.temperature, bare.episodes) == (None, None)
+
+
+@pytest.mark.parametrize("make", [box_agent, discrete_agent])
+@pytest.mark.parametrize("table_bytes", [2**20, 0], ids=["choices kept", "choices asked for"])
+def test_training_on_a_device_waits_for_nothing(make, table_bytes, monkeypatch):
+    """On ``meta`` in place of a GPU; row numbers are copied there once for many updates."""
+    monkeypatch.setattr(fitted_q, "DRAWN_TOGETHER", 4)
+    more = {} if make is box_agent else {"action": np.arange(40) % 4}
+    log = load_dataset(small_log(**more))
+    if more:
+        log = replace(log, action_space=spaces.Discrete(4))
+    who = resolve_members({"one": make()})
+    data = Regression(log, who, torch.device("meta"), DISCOUNT, chooser(log, None, 1, 0))
+    steps = Steps(data, log, table_bytes, torch.zeros(len(log), dtype=torch.bool), (0.0, 1.0))
+    counts = {}
+    for updates in (1, 4, 5):
+        with Copies() as mode:
+            layers = fitted_q._trained(data, steps, updates, 4, (4,), 1e-3, 0.05, 0)
+        counts[updates] = mode.count
+    if table_bytes:
+        assert counts[4] == counts[1]
+        assert counts[5] == counts[1] + 1
+    with Copies():
+        VisitWeights(data, layers, log, steps)
 
 
 def test_what_cannot_be_is_refused(parts):

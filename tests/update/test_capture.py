@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -398,6 +399,56 @@ def test_every_change_is_noticed(untraced):
     pair.call.recapture()
     pair.call()
     assert len(untraced) == len(CHANGES) + 1
+
+
+@contextmanager
+def changed(get, put, value):
+    before = get()
+    put(value)
+    try:
+        yield
+    finally:
+        put(before)
+
+
+def attribute(owner, name, value):
+    return lambda: changed(
+        lambda: getattr(owner, name), lambda new: setattr(owner, name, new), value
+    )
+
+
+SURROUNDINGS = {
+    "precision of products": lambda: changed(
+        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "high"
+    ),
+    "precision on CUDA alone": attribute(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "reduced sums": attribute(
+        torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False
+    ),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
+    "determinism": lambda: changed(
+        torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, "error"
+    ),
+    "cudnn.deterministic": attribute(torch.backends.cudnn, "deterministic", True),
+    "cudnn.benchmark": attribute(torch.backends.cudnn, "benchmark", True),
+    "default dtype": lambda: changed(
+        torch.get_default_dtype, torch.set_default_dtype, torch.float64
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_torchs_own_settings_are_noticed(untraced, name):
+    pair = Pair()
+    pair.call()
+    pair.call()
+    assert len(untraced) == 1
+    with SURROUNDINGS[name]():
+        pair.call()
+        pair.call()
+    assert len(untraced) == 2
+    pair.call()
+    assert len(untraced) == 3
 
 
 @pytest.mark.parametrize("name", ["actor_network", "qvalue_network", "value_network"])

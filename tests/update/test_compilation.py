@@ -173,6 +173,64 @@ def traced(step):
     )
 
 
+def test_programs_that_share_options_are_each_filtered():
+    """torch.compile takes ``guard_filter_fn`` out of the dict that it is given."""
+    torch._dynamo.reset()
+    filtered = []
+
+    def counting(guards):
+        filtered.append(len(guards))
+        return worth_checking(guards)
+
+    options = {"guard_filter_fn": counting}
+    for number in range(2):
+        loss = make_loss()
+        step = IQLStep(loss, optim.Adam(loss.parameters()), soft(loss))
+        backend = lambda graph, _, **__: graph.forward  # noqa: E731
+        compiled(step, backend=backend, options=options)(make_batch())
+        assert len(filtered) == number + 1
+        assert options == {"guard_filter_fn": counting}
+
+
+def test_guards_are_filtered_beside_the_users_options(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch, "compile", lambda program, **options: given.append(options))
+    loss = make_loss()
+    step = IQLStep(loss, optim.Adam(loss.parameters()), soft(loss))
+    own = {"max_autotune": True}
+    for options in ({}, {"options": own}, {"mode": "default"}, {"backend": "eager"}):
+        compiled(step, **options)
+    plain, with_options, with_mode, with_backend = given
+    assert plain["options"] == {
+        "guard_filter_fn": worth_checking,
+        "triton.cudagraphs": False,
+        "cpp_wrapper": True,
+    }
+    assert with_options["options"] == {"guard_filter_fn": worth_checking, "max_autotune": True}
+    assert own == {"max_autotune": True}
+    assert with_mode == {"fullgraph": True, "mode": "default"}
+    assert with_backend == {"fullgraph": True, "backend": "eager"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"mode": "reduce-overhead"},
+            "mode is 'reduce-overhead', with which torch.compile records",
+        ),
+        ({"mode": "max-autotune"}, "mode is 'max-autotune'"),
+        ({"options": {"triton.cudagraphs": True}}, "'triton.cudagraphs' is True"),
+    ],
+)
+def test_cuda_graphs_of_torch_compile_are_refused(options, message):
+    loss = make_loss()
+    step = IQLStep(loss, optim.Adam(loss.parameters()), soft(loss))
+    with pytest.raises(ValueError, match=message) as caught:
+        compiled(step, **options)
+    assert "captured(step, replay, updates=K)" in str(caught.value)
+
+
 def squared(actor, batch):
     return (actor.get_dist(batch).mean - batch["action"]).square().sum(-1)
 
