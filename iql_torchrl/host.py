@@ -38,11 +38,11 @@ __all__ = [
     "add_to_all",
     "assert_dtype",
     "assert_later",
+    "backend_of",
     "children_of",
     "compile_program",
     "generator_of",
     "has_hooks",
-    "inductor_with",
     "logged_values",
     "mark_stepped",
     "parameters_of",
@@ -161,12 +161,22 @@ def compile_program(
     return program
 
 
-def inductor_with(
-    mode: str | None, options: Mapping[str, Any], dynamic: bool | None
+def backend_of(
+    name: Any, mode: str | None, options: Mapping[str, Any], dynamic: bool | None
 ) -> Callable[..., Any]:
-    """The backend that ``torch.compile`` makes of these settings; it gives one to no other backend."""
-    backend: Callable[..., Any] = torch._TorchCompileInductorWrapper(mode, dict(options), dynamic)
-    return backend
+    """The function that ``torch.compile`` calls for a backend, which it gives to no other backend.
+
+    ``mode`` and ``options`` are Inductor's; others get them from ``torch.compile`` at their call.
+    """
+    if name == "inductor":
+        inductor: Callable[..., Any] = torch._TorchCompileInductorWrapper(
+            mode, dict(options), dynamic
+        )
+        return inductor
+    other: Callable[..., Any] = (
+        torch._dynamo.lookup_backend(name) if isinstance(name, str) else name
+    )
+    return other
 
 
 def add_to_all(totals: Sequence[Tensor], values: Sequence[Tensor], factor: float) -> None:
@@ -278,6 +288,7 @@ def logged_values(trainer: Trainer) -> dict[str, list[Any]]:
 
 
 _require(torch, "_TorchCompileInductorWrapper", "_assert_async", "_dynamo", "_foreach_add_")
+_require(torch._dynamo, "lookup_backend")
 _require(torch._dynamo.config, "trace_autograd_ops", "recompile_limit")
 _require(torch.ops.aten, "_assert_tensor_metadata")
 _require(Distribution, "_validate_args")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from torchrl import logger as torchrl_logger
 
 from iql_torchrl.data.categories import category_limits, check_categories
-from iql_torchrl.host import inductor_with, mark_stepped, tracing_gradients
+from iql_torchrl.host import backend_of, mark_stepped, tracing_gradients
 from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.graph import GraphUpdate, fits_a_graph
@@ -125,23 +125,25 @@ def worth_checking(guards: Sequence[Any]) -> list[bool]:
 
 
 def through_ranges_of(update: GraphUpdate, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of ``torch.compile``: Inductor, on graphs that read the update's ranges.
+    """Keyword arguments of ``torch.compile`` whose backend gets graphs that read the update's ranges.
 
     Dynamo keeps backends alive, so this one does not keep the update.
     """
-    settings = dict(options.get("options") or {})
-    own = {name: settings.pop(name) for name in ("guard_filter_fn",) if name in settings}
-    inductor = inductor_with(options.get("mode"), settings, options.get("dynamic"))
+    name, settings = options.get("backend", "inductor"), dict(options.get("options") or {})
+    own = {key: settings.pop(key) for key in ("guard_filter_fn",) if key in settings}
+    compiler = backend_of(name, options.get("mode"), settings, options.get("dynamic"))
     reference = weakref.ref(update)
 
-    def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         traced = reference()
         ranges = [] if traced is None else traced.flat_tensors()
         graph, kept = through_ranges(graph, inputs, ranges)
-        program = inductor(graph, [inputs[i] for i in kept])
+        program = compiler(graph, [inputs[i] for i in kept], **kwargs)
         return lambda *arguments: program(*[arguments[i] for i in kept])
 
-    rest = {k: v for k, v in options.items() if k not in ("mode", "options", "backend")}
+    if name != "inductor":
+        return {**options, "backend": backend}
+    rest = {k: v for k, v in options.items() if k not in ("mode", "options")}
     return {**rest, "backend": backend, **({"options": own} if own else {})}
 
 
@@ -165,11 +167,8 @@ class CompiledStep(Step):
     def __init__(self, plain: IQLStep, options: dict[str, Any]) -> None:
         self._plain = plain
         self._limits = category_limits(plain.loss)
-        inductor = options.get("backend", "inductor") == "inductor"
-        self._update = GraphUpdate(plain, flat=inductor)
-        if inductor:
-            options = through_ranges_of(self._update, options)
-        self._program = torch.compile(self._graph, **options)
+        self._update = GraphUpdate(plain, flat=True)
+        self._program = torch.compile(self._graph, **through_ranges_of(self._update, options))
 
     @property
     def plain(self) -> IQLStep:

@@ -20,6 +20,8 @@ def through_ranges(
     written to, are no program that Inductor compiles well. A range that is no input of the graph is
     not written to, and what lies in it stays as it is.
     """
+    if not ranges:
+        return graph, list(range(len(inputs)))
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph.graph, {}))
     places = [node for node in copied.nodes if node.op == "placeholder"]
