@@ -249,6 +249,7 @@ class Recorder:
 
     def __init__(self, moments: Moments, on_cpu: bool) -> None:
         self._flat = [*moments.parameters, *moments.targets]
+        self._kept: Sequence[int] | None = None  # which inputs the program takes
         self._options = {"cpp_wrapper": True} if on_cpu else {}
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -258,7 +259,8 @@ class Recorder:
         return self._keep
 
     def _keep(self, *arguments: Any) -> tuple[()]:
-        self._arguments = [arguments[i] for i in self._kept]
+        kept = range(len(arguments)) if self._kept is None else self._kept
+        self._arguments = [arguments[i] for i in kept]
         return ()
 
     def release(self) -> Callable[[], object]:

@@ -205,7 +205,7 @@ class FlatStorage:
         }
         sets: dict[Any, list[int]] = {}
         for i, p in enumerate(listed):
-            if id(p) in network_of:
+            if id(p) in network_of and not p.is_meta:
                 key = (group_of[i], network_of[id(p)], p.dtype, p.device)
                 sets.setdefault(key, []).append(i)
         for (group, network, _, _), members in sets.items():
@@ -305,7 +305,6 @@ def _is_plain(tensor: Any) -> bool:
         and tensor.is_contiguous()
         and tensor.is_floating_point()
         and not tensor.is_inference()
-        and not tensor.is_meta
         and tensor.numel() > 0
     )
 

@@ -14,7 +14,7 @@ from torch import optim
 from torch.nn.utils import parameters_to_vector
 from torchrl.objectives import HardUpdate, SoftUpdate
 
-from iql_torchrl import IQLStep
+from iql_torchrl import IQLStep, compiled
 from iql_torchrl.update.graph import GraphUpdate
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
@@ -351,3 +351,26 @@ def test_decoupled_and_coupled_weight_decay_leave_gaps_at_zero():
             for piece in range_.pieces:
                 piece.of(outside).zero_()
             assert not outside.any()
+
+
+@pytest.mark.parametrize("order", ["sequential", "simultaneous"])
+def test_a_traced_program_before_and_after_the_tensors_no_longer_fit(order):
+    """Programs cannot write to several tensors of one storage, so none may be left in one."""
+    torch._dynamo.reset()
+    loss = make_loss().double()
+    plain = make_step(copy.deepcopy(loss), order=order)
+    step = make_step(loss, order=order)
+    fast = compiled(step, backend="aot_eager")
+    for change in (None, replace_data, transposed_step):
+        if change is not None:
+            change(plain)
+            change(step)
+        for number in range(2):
+            plain(batch_of(number))
+            fast(batch_of(number))
+        assert_same(snapshot(plain.loss), snapshot(loss), **CLOSE)
+        assert (step.storage.flat is None) == (change is transposed_step)
+
+
+def transposed_step(step):
+    transposed(step.loss)
