@@ -8,7 +8,7 @@ HalfCheetah's sizes, sampling included. Blocks of all competitors alternate and 
 duration; medians are compared. P single runs one after the other take P times as long as one, so one
 of each form is timed, in the same rounds. ``floor`` is the matrix products of the updates of P
 members: one batched product for all, or P products, whichever is faster; on CUDA as a graph. Writes
-benchmarks/results/population_DEVICE.json and its picture.
+benchmarks/results/population_DEVICE[_NAME].json and its picture.
 """
 
 from __future__ import annotations
@@ -165,6 +165,7 @@ def parse() -> argparse.Namespace:
     add("--block", type=float, default=0.25, help="seconds")
     add("--captured-updates", type=int, default=8, help="updates a call of the captured form")
     add("--only", default="", metavar="NAME,...", help="competitors whose names hold these words")
+    add("--result", default="", metavar="NAME", help="ending of the result file's name")
     add("--output", type=Path, help="folder of the results (benchmarks/results)")
     options = parser.parse_args()
     options.members = options.members or MEMBERS[options.device.split(":")[0]]
@@ -175,7 +176,8 @@ def main() -> None:
     o = parse()
     torch._dynamo.config.recompile_limit = 2**16  # every population is a program of its own
     warnings.filterwarnings("ignore", category=FutureWarning)  # tensordict under torch.compile
-    path = (o.output or RESULTS) / f"population_{o.device.split(':')[0]}.json"
+    ending = f"_{o.result}" if o.result else ""
+    path = (o.output or RESULTS) / f"population_{o.device.split(':')[0]}{ending}.json"
     machine = machine_of(o.device)
     record: Results = {"command": " ".join(["python", *sys.argv]), "machine": machine, "points": []}
     words = o.only.split(",")

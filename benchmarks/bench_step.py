@@ -4,9 +4,11 @@
     python benchmarks/bench_step.py --widths 64,256,1024 --critics 2,5,10 --only compiled,floor
 
 Sampling is included. Blocks of all competitors alternate and have about the same duration; medians
-are compared. ``floor`` is the time of the matrix products of one update alone, one after the other
-in torch. Axes with several values are swept one at a time around the default
-point. Writes benchmarks/results/step_DEVICE[_NAME].json; ``report.py`` makes table and picture.
+are compared. ``floor`` is the time of the matrix products of one update alone, each network by
+itself; ``floor of ours`` is that of the products that our update has. A computed time of bytes and
+kernels is shown besides (``step_floors.py``). Axes with several values are swept one at a time around
+the default point. Writes benchmarks/results/step_DEVICE[_NAME].json; ``report.py`` makes table and
+picture.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from typing import Any
 
 import torch
 from bench_learning import RESULTS, machine
+from step_floors import floor, floor_of_ours, limit_of_bytes
 from step_rivals import (
     FORMS,
     ORDERS,
@@ -37,7 +40,6 @@ from step_rivals import (
     Sizes,
     Update,
     captured,
-    floor,
     ours,
     packed,
     plain_torch,
@@ -75,9 +77,10 @@ def competitors(device: str, updates: int = 8, only: str = "") -> dict[str, Riva
     for order in ORDERS:
         for form in FORMS if captured is not None else FORMS[:2]:
             results[f"ours {order} {form}"] = partial(ours, order=order, form=form, updates=updates)
-    results[FLOOR] = floor
+    results |= {FLOOR: floor, "floor of ours": floor_of_ours}
     if device.startswith("cuda"):
         results["floor graph"] = partial(floor, graph=True)
+        results["floor of ours graph"] = partial(floor_of_ours, graph=True)
     words = [word.strip() for word in only.split(",") if word.strip()]
     for word in words:
         if not any(word in name for name in results):
@@ -147,16 +150,27 @@ def attempt(results: Results, action: Callable[[], Any]) -> Any:
 
 
 def measure(
-    rivals: dict[str, Rival], sizes: Sizes, device: str, rounds: int, block: float, updates: int
+    rivals: dict[str, Rival],
+    sizes: Sizes,
+    device: str,
+    rounds: int,
+    block: float,
+    updates: int,
+    limit: float = float("inf"),
 ) -> tuple[dict[str, Results], float]:
     """Milliseconds per update of every block, and a block's seconds.
 
     ``block`` is those seconds; with 0 they are what ``updates`` of the first competitor take.
+    After 0.7 of ``limit`` seconds no other competitor is prepared, and after all of them no other
+    round begins except the first.
     """
-    rows = transitions(sizes, device)
+    rows, began = transitions(sizes, device), time.perf_counter()
     results: dict[str, Results] = {name: {} for name in rivals}
     for name, rival in rivals.items():
         entry = results[name]
+        if time.perf_counter() - began > 0.7 * limit:
+            entry["failed"] = f"not prepared: most of the {limit:g} seconds had passed"
+            continue
         entry |= attempt(entry, partial(prepare, rival, rows, sizes, device)) or {}
         if "update" in entry and not block:
             first = max(1, updates // entry["updates_per_call"])
@@ -167,6 +181,8 @@ def measure(
             entry |= {"calls_per_block": attempt(entry, seek), "ms": []}
     names = list(results)
     for number in range(rounds):
+        if number and time.perf_counter() - began > limit:
+            break
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             entry = results[name]
@@ -212,6 +228,16 @@ def show(sizes: Sizes, results: dict[str, Results]) -> None:
         print(line, flush=True)
 
 
+def show_limit(limit: Results) -> None:
+    speeds = ", ".join(f"{speed:.0f}" for speed in limit["bandwidth_gb_per_s"].values())
+    print(
+        f"bytes and kernels: {limit['ms']:.4f} ms = {limit['bytes']['all'] / 1e6:.2f} MB / "
+        f"{max(limit['bandwidth_gb_per_s'].values()):.0f} GB/s (measured {speeds}) + "
+        f"{limit['kernels']} kernels * {limit['launch_us']:.2f} us",
+        flush=True,
+    )
+
+
 def sweep(options: argparse.Namespace) -> Iterator[tuple[str, Sizes]]:
     """The default point, then every other value of each axis, the other axes as there."""
     base = Sizes(dtype=options.dtype, matmul_precision=options.matmul_precision)
@@ -246,7 +272,7 @@ def machine_of(device: str) -> Results:
 
 
 def write(path: Path, record: Results) -> None:
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(temporary, path)
@@ -269,6 +295,8 @@ def parse() -> argparse.Namespace:
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products")
     add("--matmul-precision", default="highest", choices=("highest", "high", "medium"))
     add("--result", default="", metavar="NAME", help="ending of the result file's name")
+    add("--output", type=Path, default=RESULTS, help="folder of the result file")
+    add("--limit", type=float, default=float("inf"), help="about how many seconds a point may take")
     return parser.parse_args()
 
 
@@ -279,7 +307,7 @@ def main() -> None:
     torch._dynamo.config.recompile_limit = 64  # several steps share one code object
     warnings.filterwarnings("ignore", category=FutureWarning)  # tensordict under torch.compile
     ending = f"_{options.result}" if options.result else ""
-    path = RESULTS / f"step_{device.split(':')[0]}{ending}.json"
+    path = options.output / f"step_{device.split(':')[0]}{ending}.json"
     record = {
         "command": " ".join(["python", *sys.argv]),
         "machine": machine_of(device),
@@ -288,10 +316,16 @@ def main() -> None:
     rivals, block = competitors(device, options.captured_updates, options.only), 0.0
     for axis, sizes in sweep(options):
         torch._dynamo.reset()
-        results, block = measure(rivals, sizes, device, options.rounds, block, options.block)
+        results, block = measure(
+            rivals, sizes, device, options.rounds, block, options.block, options.limit
+        )
         summarise(results)
         show(sizes, results)
-        record["points"].append({"axis": axis, "sizes": asdict(sizes), "competitors": results})
+        point = {"axis": axis, "sizes": asdict(sizes), "competitors": results}
+        record["points"].append(point)
+        write(path, record)
+        point["limit_of_bytes"] = limit_of_bytes(sizes, device)
+        show_limit(point["limit_of_bytes"])
         write(path, record)
         packed.cache_clear()
         gc.collect()

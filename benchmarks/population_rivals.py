@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from step_rivals import Sizes, Update, products, replayed
+from step_floors import products, replayed
+from step_rivals import Sizes, Update
 
 from iql_torchrl import (
     IQLConfig,

@@ -5,8 +5,10 @@
 
 The wall time and the floor are measured without the profiler. The profiler itself takes time, on a
 CPU within every kernel: its numbers show the proportions, not the total, and nothing is scaled to
-the wall time. On a CPU ``host`` is the time outside of kernels: wall minus kernels, where a negative
-number is the profiler's own time. On CUDA kernels may overlap one another.
+the wall time. With ``--output`` the numbers are also written to
+FOLDER/profile_DEVICE_ORDER_FORM[_NAME].json. On a CPU ``host`` is the time outside of kernels: wall
+minus kernels, where a negative number is the profiler's own time. On CUDA kernels may overlap one
+another.
 """
 
 from __future__ import annotations
@@ -14,13 +16,17 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
+import sys
 import warnings
 from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
-from bench_step import machine_of, timed
-from step_rivals import FORMS, ORDERS, Sizes, Update, floor, make_step, ours, transitions
+from bench_step import machine_of, timed, write
+from step_floors import floor
+from step_rivals import FORMS, ORDERS, Sizes, Update, make_step, ours, transitions
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -126,8 +132,10 @@ def record(update: Update, calls: int, sizes: Sizes, device: str) -> Any:
     return profiler.key_averages()
 
 
-def show(events: Any, updates: int, wall_ms: float, floor_ms: float, on_cuda: bool) -> None:
-    """Tables over ``updates`` profiled updates, everything per update."""
+def show(
+    events: Any, updates: int, wall_ms: float, floor_ms: float, on_cuda: bool
+) -> dict[str, Any]:
+    """Tables over ``updates`` profiled updates, everything per update; returns their numbers."""
     device_type = DeviceType.CUDA if on_cuda else DeviceType.CPU
     kernels, counts = defaultdict(float), defaultdict(float)
     calls: dict[str, tuple[float, float, str]] = {}
@@ -152,14 +160,24 @@ def show(events: Any, updates: int, wall_ms: float, floor_ms: float, on_cuda: bo
     for name in sorted(calls, key=lambda name: -calls[name][0])[:15]:
         ms, count, kind = calls[name]
         print(f"{ms:9.4f}{count:8.1f}  {name[:96]} ({kind})")
+    return {
+        "wall_ms": wall_ms,
+        "floor_ms": floor_ms,
+        "kernels_per_update": sum(counts.values()),
+        "kinds": {kind: {"ms": kernels[kind], "times": counts[kind]} for kind in kernels},
+        "kernels": {name: {"ms": ms, "times": count} for name, (ms, count, _) in calls.items()},
+    }
 
 
-def show_host_calls(events: Any, updates: int) -> None:
+def show_host_calls(events: Any, updates: int) -> dict[str, float]:
     """CUDA: launches and waits per update; the profiler's own wait at its end is among them."""
+    sums = {}
     for title, words in (("launches", LAUNCHES), ("synchronisations", SYNCHRONISATIONS)):
         results = {e.key: e.count / updates for e in events if any(w in e.key for w in words)}
         listed = ", ".join(f"{name} {count:.2f}" for name, count in results.items())
-        print(f"{title} an update: {sum(results.values()):.2f} ({listed or 'none'})")
+        sums[title] = sum(results.values())
+        print(f"{title} an update: {sums[title]:.2f} ({listed or 'none'})")
+    return sums
 
 
 def parse() -> argparse.Namespace:
@@ -173,6 +191,8 @@ def parse() -> argparse.Namespace:
     add("--threads", type=int, help="threads of torch")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products")
     add("--matmul-precision", default="highest", choices=("highest", "high", "medium"))
+    add("--output", type=Path, help="folder of a result file; none is written otherwise")
+    add("--result", default="", metavar="NAME", help="ending of the result file's name")
     for name in ("width", "batch", "critics", "rows"):
         add(f"--{name}", type=int, default=getattr(Sizes(), name))
     return parser.parse_args()
@@ -204,10 +224,17 @@ def main() -> None:
     machine = machine_of(device)
     print(f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}; {sizes}")
     print(f"{options.order} {options.form}, {calls * a_call} updates under the profiler")
-    show(events, calls * a_call, wall_ms, floor_ms, on_cuda)
-    print("\nmoved:", bytes_moved(options.form, sizes, device, options.order, generated))
+    results = show(events, calls * a_call, wall_ms, floor_ms, on_cuda)
+    results["moved"] = bytes_moved(options.form, sizes, device, options.order, generated)
+    print("\nmoved:", results["moved"])
     if on_cuda:
-        show_host_calls(events, calls * a_call)
+        results |= show_host_calls(events, calls * a_call)
+    if options.output is not None:
+        words = ["profile", device.split(":")[0], options.order, options.form, options.result]
+        result = {
+            "command": " ".join(["python", *sys.argv]), "machine": machine, "sizes": asdict(sizes)
+        }  # fmt: skip
+        write(options.output / ("_".join(filter(None, words)) + ".json"), result | results)
 
 
 if __name__ == "__main__":

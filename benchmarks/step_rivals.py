@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from itertools import pairwise
 
 import torch
 from tensordict import TensorDict
@@ -249,51 +248,3 @@ def ours(
         return lambda: fast(sampler.sample()), 1
     buffer = replay_buffer(rows, sizes.batch, seed=0, device=device)
     return lambda: step(buffer.sample()), 1
-
-
-Shape = tuple[int, int]
-
-
-def products(sizes: Sizes) -> list[tuple[Shape, Shape]]:
-    """Shapes of one update's matrix products.
-
-    Forward: V at s and s', actor, critics, targets (V at s once more in sequential order is left
-    out). Backward: both products of what learns; first layers need none towards the data.
-    """
-    batch, width, observation = sizes.batch, sizes.width, sizes.observation
-    value, actor = (observation, width, width, 1), (observation, width, width, sizes.action)
-    critic = (observation + sizes.action, width, width, 1)
-    learning = [value, actor] + [critic] * sizes.critics
-    results: list[tuple[Shape, Shape]] = []
-    for net in [*learning, value] + [critic] * sizes.critics:
-        results += [((batch, a), (a, b)) for a, b in pairwise(net)]
-    for net in learning:
-        layers = list(pairwise(net))
-        results += [((a, batch), (batch, b)) for a, b in layers]
-        results += [((batch, b), (b, a)) for a, b in layers[1:]]
-    return results
-
-
-def floor(rows: TensorDict, sizes: Sizes, device: str, graph: bool = False) -> tuple[Update, int]:
-    """The matrix products of one update and nothing else; ``graph``: replayed as a CUDA graph."""
-    make = {"device": device, "dtype": getattr(torch, sizes.dtype)}
-    work = [
-        (torch.randn(a, **make), torch.randn(b, **make), torch.empty(a[0], b[1], **make))
-        for a, b in products(sizes)
-    ]
-
-    def update() -> None:
-        for a, b, out in work:
-            torch.mm(a, b, out=out)
-
-    return (replayed(update, work) if graph else update), 1
-
-
-def replayed(update: Update, kept: object) -> Update:
-    """``update`` as a CUDA graph; ``kept`` are the tensors in it, which must live on."""
-    update()
-    torch.cuda.synchronize()
-    recorded = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(recorded):
-        update()
-    return lambda: (recorded.replay(), kept)[0]

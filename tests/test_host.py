@@ -227,3 +227,23 @@ def test_the_loss_asks_for_its_keys_through_the_names_listed():
     assert loss._loss_mask_keys() == (("collector", "mask"), "shifted_valid")
     with pytest.raises(RuntimeError, match="priority"):
         loss._set_deprecated_ctor_keys(priority="x")
+
+
+def test_programs_hold_no_cuda_graphs_of_inductor(monkeypatch):
+    """A user's global setting would capture a graph inside of the one that ``captured`` makes."""
+    from torch._inductor import compile_fx, config
+
+    seen, original = [], compile_fx.compile_fx
+
+    def spy(*arguments, **options):
+        seen.append((config.triton.cudagraphs, config.cpp_wrapper))
+        return original(*arguments, **options)
+
+    def backend(graph, inputs):
+        return host.compile_program(graph, inputs, {"cpp_wrapper": True})
+
+    monkeypatch.setattr(compile_fx, "compile_fx", spy)
+    with config.patch({"triton.cudagraphs": True}):
+        double = torch.compile(lambda x: 2 * x, backend=backend)
+        assert double(torch.ones(3)).tolist() == [2, 2, 2]
+    assert seen == [(True, False), (False, True)]  # before and with the program's own settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from iql_torchrl import IQLStep
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import bench_step
 import report
+import step_floors
 import step_rivals
 from step_rivals import Sizes
 
@@ -137,8 +139,40 @@ def test_products_count_what_a_sequential_update_multiplies():
     step, rows = step_rivals.make_step(SIZES, "cpu", "simultaneous"), step_rivals.transitions(SIZES)
     with FlopCounterMode(display=False) as counter:
         step(rows[: SIZES.batch].clone())
-    counted = sum(2 * a[0] * a[1] * b[1] for a, b in step_rivals.products(SIZES))
+    counted = sum(2 * a[0] * a[1] * b[1] for a, b in step_floors.products(SIZES))
     assert counted == counter.get_total_flops()
+
+
+def test_our_update_has_fewer_products():
+    """Critics, and V at s and s', are evaluated together; layers of width 1 are sums."""
+    for order in ("sequential", "simultaneous"):
+        operands = step_floors.our_products(SIZES, order)
+        assert len(operands) == 22
+        sizes = [(*a, b[-1]) for (a, _), (b, _) in operands]
+        wide = [(*a, b[1]) for a, b in step_floors.products(SIZES) if 1 not in (*a, *b)]
+        again = SIZES.batch * SIZES.width * (SIZES.observation + SIZES.width)  # V(s) once more
+        expected = sum(map(math.prod, wide)) + (again if order == "sequential" else 0)
+        assert sum(map(math.prod, sizes)) == expected
+
+
+def test_bytes_and_kernels_by_hand():
+    """One critic, layers 2-3-3-1 and so on: every number of parameters written out."""
+    sizes = Sizes(width=3, batch=5, critics=1, rows=100, observation=2, action=1)
+    value = (2 * 3 + 3) + (3 * 3 + 3) + (3 + 1)
+    critic = (3 * 3 + 3) + (3 * 3 + 3) + (3 + 1)
+    actor = (2 * 3 + 3) + (3 * 3 + 3) + (3 + 1) + 1
+    live = value + critic + actor
+    assert step_floors.update_bytes(sizes) == {
+        "parameters": 8 * live,
+        "moments": 16 * live,
+        "gradients": 8 * live,
+        "targets": 8 * critic,
+        "batch": 5 * (4 * (2 + 2 + 1 + 1) + 2),
+    }
+    limit = step_floors.limit_of_bytes(sizes, "cpu")
+    speed = 1e9 * max(limit["bandwidth_gb_per_s"].values())
+    seconds = limit["bytes"]["all"] / speed + limit["kernels"] * limit["launch_us"] / 1e6
+    assert limit["ms"] == pytest.approx(1e3 * seconds)
 
 
 def test_failures_are_lines_and_files_make_a_report(tmp_path, capsys, monkeypatch):

@@ -1,0 +1,214 @@
+"""Lower limits of the time of one update: its matrix products; its bytes and kernels.
+
+``floor``: the products of every network by itself, one after the other. ``floor_of_ours``: the
+products that our update has, which evaluates networks of one shape together. ``limit_of_bytes``: a
+computed time in which every byte is moved once and every kernel is launched.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from step_rivals import Sizes, Update, make_step, transitions
+from tensordict import TensorDict
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Shape = tuple[int, ...]
+Layout = tuple[Shape, Shape]  # sizes and strides
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+
+
+def products(sizes: Sizes) -> list[tuple[Shape, Shape]]:
+    """Shapes of one update's matrix products where no network is evaluated together with another.
+
+    Forward: V at s and s', actor, critics, targets (V at s once more in sequential order is left
+    out). Backward: both products of what learns; first layers need none towards the data.
+    """
+    batch, width, observation = sizes.batch, sizes.width, sizes.observation
+    value, actor = (observation, width, width, 1), (observation, width, width, sizes.action)
+    critic = (observation + sizes.action, width, width, 1)
+    learning = [value, actor] + [critic] * sizes.critics
+    results: list[tuple[Shape, Shape]] = []
+    for net in [*learning, value] + [critic] * sizes.critics:
+        results += [((batch, a), (a, b)) for a, b in pairwise(net)]
+    for net in learning:
+        layers = list(pairwise(net))
+        results += [((a, batch), (batch, b)) for a, b in layers]
+        results += [((batch, b), (b, a)) for a, b in layers[1:]]
+    return results
+
+
+class Products(TorchDispatchMode):
+    """Layouts of the operands of every matrix product; one batched product counts once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operands: list[tuple[Layout, Layout]] = []
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if operator.overloadpacket.__name__ in PRODUCTS:
+            a, b = [x for x in args if isinstance(x, Tensor)][-2:]
+            self.operands.append(((tuple(a.shape), a.stride()), (tuple(b.shape), b.stride())))
+        return operator(*args, **(kwargs or {}))
+
+
+def our_products(sizes: Sizes, order: str = "sequential") -> list[tuple[Layout, Layout]]:
+    """Layouts of the products of our update that are kernels of their own.
+
+    A product in which a dimension is 1 (V's and the critics' last layers) is a sum, which Inductor
+    writes into the kernels around it; these are left out.
+    """
+    step, batch = make_step(sizes, "cpu", order), transitions(replace(sizes, rows=sizes.batch))
+    with Products() as recorded:
+        step(batch)
+    return [(a, b) for a, b in recorded.operands if 1 not in (*a[0][-2:], *b[0][-2:])]
+
+
+def floor(rows: TensorDict, sizes: Sizes, device: str, graph: bool = False) -> tuple[Update, int]:
+    """The products of one update and nothing else; ``graph``: replayed as a CUDA graph."""
+    work = [(randoms(sizes, device, a), randoms(sizes, device, b)) for a, b in products(sizes)]
+    return timed_products(work, graph)
+
+
+def floor_of_ours(
+    rows: TensorDict, sizes: Sizes, device: str, graph: bool = False
+) -> tuple[Update, int]:
+    """As :func:`floor`, of the products that our sequential update has."""
+    work = []
+    for pair in our_products(sizes):
+        operands = [randoms(sizes, device, extent(*layout)).as_strided(*layout) for layout in pair]
+        work.append((operands[0], operands[1]))
+    return timed_products(work, graph)
+
+
+def extent(shape: Shape, strides: Shape) -> Shape:
+    return (1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)),)
+
+
+def randoms(sizes: Sizes, device: str, shape: Shape) -> Tensor:
+    return torch.randn(shape, device=device, dtype=getattr(torch, sizes.dtype))
+
+
+def timed_products(work: list[tuple[Tensor, Tensor]], graph: bool) -> tuple[Update, int]:
+    results = [torch.matmul(a, b) for a, b in work]
+
+    def update() -> None:
+        for (a, b), out in zip(work, results, strict=True):
+            (torch.bmm if a.ndim == 3 else torch.mm)(a, b, out=out)
+
+    return (replayed(update, (work, results)) if graph else update), 1
+
+
+def replayed(update: Update, kept: object) -> Update:
+    """``update`` as a CUDA graph; ``kept`` are the tensors in it, which must live on."""
+    update()
+    torch.cuda.synchronize()
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        update()
+    return lambda: (recorded.replay(), kept)[0]
+
+
+# -- bytes and kernels -------------------------------------------------------------------------------
+
+
+def update_bytes(sizes: Sizes) -> dict[str, int]:
+    """Bytes that one update moves at least once, in float32; activations are left out.
+
+    Parameters and both moments are read and written; a gradient is written and read; targets are
+    read and written; a row of the batch is read.
+    """
+    step = make_step(sizes, "cpu", "sequential")
+    live = sum(p.numel() for p in step.loss.parameters() if p.requires_grad)
+    targets = sum(target.numel() for target in step.followed.targets)
+    row = 2 * sizes.observation + sizes.action + 1  # floats; and two flags of one byte
+    return {
+        "parameters": 4 * 2 * live,
+        "moments": 4 * 4 * live,
+        "gradients": 4 * 2 * live,
+        "targets": 4 * 2 * targets,
+        "batch": sizes.batch * (4 * row + 2),
+    }
+
+
+def least_kernels(sizes: Sizes) -> int:
+    """Kernels that an update needs at least: its products, drawing the indices, gathering floats
+    and flags, and two optimizer steps (V's, then actor's and critics')."""
+    return len(our_products(sizes)) + 1 + 2 + 2
+
+
+def median_seconds(update: Update, device: str, calls: int, rounds: int = 7) -> float:
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    update()
+    results = []
+    for _ in range(rounds):
+        wait()
+        began = time.perf_counter()
+        for _ in range(calls):
+            update()
+        wait()
+        results.append((time.perf_counter() - began) / calls)
+    return statistics.median(results)
+
+
+def launch_seconds(device: str, kernels: int = 100) -> float:
+    """Time of a kernel that does almost nothing, one of ``kernels`` that wait for one another.
+
+    On CUDA within a graph, as in a captured update.
+    """
+    number = torch.zeros(1, device=device)
+
+    def update() -> None:
+        for _ in range(kernels):
+            number.add_(1)
+
+    once = replayed(update, number) if device.startswith("cuda") else update
+    return median_seconds(once, device, 20) / kernels
+
+
+def bandwidth(device: str, count: int, kernels: int = 20) -> float:
+    """Bytes per second, read and written, of copies of ``count`` bytes."""
+    source = torch.zeros(max(1, count // 8), device=device)  # 4 bytes read, 4 written
+    target = torch.empty_like(source)
+
+    def update() -> None:
+        for _ in range(kernels):
+            target.copy_(source)
+
+    once = replayed(update, (source, target)) if device.startswith("cuda") else update
+    moved = 2 * source.numel() * source.element_size()
+    return moved * kernels / median_seconds(once, device, 2)
+
+
+def limit_of_bytes(sizes: Sizes, device: str) -> dict[str, Any]:
+    """``ms = bytes / bandwidth + kernels * launch``, with what the device does now.
+
+    The bandwidth is the larger of two: copies of 256 MiB (32 on a CPU), and copies that move as many
+    bytes as the update, which stay in a cache where they fit.
+    """
+    parts = update_bytes(sizes)
+    count, kernels = sum(parts.values()), least_kernels(sizes)
+    large = (256 if device.startswith("cuda") else 32) * 2**20
+    measure = partial(bandwidth, device)
+    speeds = {"of_memory": measure(2 * large), "of_the_updates_bytes": measure(count)}
+    launch = launch_seconds(device)
+    moving = count / max(speeds.values())
+    return {
+        "formula": "ms = bytes / bandwidth + kernels * launch",
+        "bytes": parts | {"all": count},
+        "bandwidth_gb_per_s": {name: speed / 1e9 for name, speed in speeds.items()},
+        "kernels": kernels,
+        "launch_us": 1e6 * launch,
+        "moving_ms": 1e3 * moving,
+        "launching_ms": 1e3 * kernels * launch,
+        "ms": 1e3 * (moving + kernels * launch),
+    }
