@@ -51,6 +51,7 @@ H100 = types.SimpleNamespace(
     shared_memory_per_block=49152,
     shared_memory_per_block_optin=232448,
     L2_cache_size=50 * 2**20,
+    gcnArchName="",
 )
 LAUNCH = re.compile(r"^ +(?:(extern_kernels)\.(\w+)\(|(\w+)\.run\()", re.MULTILINE)
 #: how Inductor begins the names of its kernels
@@ -73,6 +74,7 @@ def imagined_gpu() -> Iterator[None]:
     import torch._inductor.graph
     import torch._inductor.scheduler
     import torch.utils._triton
+    from torch._inductor.codecache import CacheBase
     from torch._inductor.fx_passes import reinplace
 
     cuda = {
@@ -104,6 +106,8 @@ def imagined_gpu() -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, replacement))
         settings = {"fx_graph_cache": False, "compile_threads": 1}
         stack.enter_context(inductor.config.patch(settings))
+        # what Inductor notes about the system is not kept beyond this context
+        stack.callback(CacheBase.get_system.cache_clear)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Inductor recommends TF32
             yield

@@ -103,6 +103,7 @@ class FlatStorage:
         self._states: list[tuple[Tensor, bool, dict[str, Any], tuple[Tensor, ...]]] = []
         self._versions: list[int] = []
         self._listed: list[Tensor] = []
+        self._objective: Any = None
         _STORAGES.setdefault(loss, WeakSet()).add(self)
 
     def current(self, start: Callable[[], None] | None = None) -> Flat | None:
@@ -113,7 +114,8 @@ class FlatStorage:
         memory, or part of a storage that may hold something else. New ranges are new tensors: whoever
         kept an old view keeps its values.
         """
-        if not self._leaves or (start and not self._complete) or not self._in_place():
+        unfinished = not self._leaves or (start and not self._complete)
+        if unfinished or not self._in_place() or self._reaches_others():
             if start:
                 start()
             with torch.no_grad():
@@ -135,6 +137,10 @@ class FlatStorage:
         )
 
     # -- what was laid out is where it was -------------------------------------------------------
+
+    def _reaches_others(self) -> bool:
+        """Whether the policy's loss may reach other parameters than those that were counted so far."""
+        return getattr(self.loss, "actor_objective", None) != self._objective
 
     def _in_place(self) -> bool:
         if [leaf.data_ptr() for leaf in self._leaves] != self._addresses:
@@ -184,6 +190,7 @@ class FlatStorage:
             self.flat = None
         self.ranges = () if self.flat is None else ranges
         self._listed = listed
+        self._objective = getattr(self.loss, "actor_objective", None)
         leaves = [*listed, *self._follower.values()]
         self._leaves = leaves
         self._addresses = [leaf.data_ptr() for leaf in leaves]
