@@ -38,7 +38,6 @@ __all__ = [
     "add_to_all",
     "assert_dtype",
     "assert_later",
-    "backend_of",
     "children_of",
     "compile_program",
     "generator_of",
@@ -54,7 +53,6 @@ __all__ = [
     "tracing_gradients",
     "validates_distributions",
     "version_of",
-    "versions_of",
     "without_prefetched",
 ]
 
@@ -161,24 +159,6 @@ def compile_program(
     return program
 
 
-def backend_of(
-    name: Any, mode: str | None, options: Mapping[str, Any], dynamic: bool | None
-) -> Callable[..., Any]:
-    """The function that ``torch.compile`` calls for a backend, which it gives to no other backend.
-
-    ``mode`` and ``options`` are Inductor's; others get them from ``torch.compile`` at their call.
-    """
-    if name == "inductor":
-        inductor: Callable[..., Any] = torch._TorchCompileInductorWrapper(
-            mode, dict(options), dynamic
-        )
-        return inductor
-    other: Callable[..., Any] = (
-        torch._dynamo.lookup_backend(name) if isinstance(name, str) else name
-    )
-    return other
-
-
 def add_to_all(totals: Sequence[Tensor], values: Sequence[Tensor], factor: float) -> None:
     """``total += factor * value`` in one call; the public optimizers offer no such sum."""
     torch._foreach_add_(list(totals), list(values), alpha=factor)
@@ -206,11 +186,6 @@ def mark_stepped(optimizer: Optimizer) -> None:
 def version_of(tensor: Tensor) -> int:
     """How often the tensor was written to in place; only this counter says so without a read."""
     return tensor._version
-
-
-def versions_of(tensors: Sequence[Tensor]) -> list[int]:
-    """:func:`version_of` of each, in the time of one call: it is asked at every update."""
-    return [tensor._version for tensor in tensors]
 
 
 def validates_distributions() -> bool:
@@ -287,8 +262,7 @@ def logged_values(trainer: Trainer) -> dict[str, list[Any]]:
     return values
 
 
-_require(torch, "_TorchCompileInductorWrapper", "_assert_async", "_dynamo", "_foreach_add_")
-_require(torch._dynamo, "lookup_backend")
+_require(torch, "_assert_async", "_dynamo", "_foreach_add_")
 _require(torch._dynamo.config, "trace_autograd_ops", "recompile_limit")
 _require(torch.ops.aten, "_assert_tensor_metadata")
 _require(Distribution, "_validate_args")

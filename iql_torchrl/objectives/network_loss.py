@@ -12,7 +12,6 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictParams
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torchrl.objectives.common import LossModule
 
 from iql_torchrl.objectives.conversion import check_form, convert_networks, scalar_mode
@@ -146,10 +145,6 @@ class NetworkLoss(LossModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for leaf in (*self.parameters(), *self.buffers()):
-            plain = leaf.layout is torch.strided and not is_lazy(leaf)
-            if plain and leaf.untyped_storage().nbytes() > leaf.nbytes:  # as the original, a view
-                leaf.data = leaf.data.clone()
         self.shared.tie(self)
         self._make_vmap()
 

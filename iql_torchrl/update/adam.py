@@ -91,10 +91,6 @@ class Moments(NamedTuple):
 
     ``averages`` and ``squares``: running means of the gradient and of its square; ``steps``: updates
     made; ``rates``: learning rates, numbers or tensors; ``logs``: :func:`log_betas`.
-
-    Where parameters lie in flat storage (:class:`update.flat.Flat`) there are three tensors per range
-    of parameters instead, counts are ``(pieces,)``, all equal or each its own, and ``parameters`` and
-    ``targets`` are the ranges themselves.
     """
 
     averages: list[Tensor]
@@ -102,8 +98,6 @@ class Moments(NamedTuple):
     steps: list[Tensor]
     rates: list[Any]
     logs: list[Tensor]
-    parameters: Sequence[Tensor] = ()
-    targets: Sequence[Tensor] = ()
 
 
 def start(state: dict[str, Any], parameter: Tensor, counted_on: torch.device) -> None:
@@ -130,8 +124,7 @@ def adam_step(
     """One step of Adam or AdamW in place, as torch's, on the parameters that have a gradient.
 
     Kingma & Ba 2015; Loshchilov & Hutter 2019 for decoupled weight decay. Parameter ``i`` belongs to
-    ``groups[group_of[i]]``; its count is ``()``, or several equal ones. A group holds
-    ``betas``, ``eps``, ``weight_decay`` and, for
+    ``groups[group_of[i]]``, which holds ``betas``, ``eps``, ``weight_decay`` and, for
     :class:`StackedAdam`, one factor of the learning rate per run in ``rates``. Called without
     gradients enabled, eagerly or inside a graph.
     """
@@ -146,7 +139,7 @@ def adam_step(
     ]
     sizes, roots = _corrections(
         torch.stack([rates[group_of[i]] for i in reached]),
-        torch.stack([moments.steps[i].view(-1)[0] for i in reached]),
+        torch.stack([moments.steps[i] for i in reached]),
         torch.stack([moments.logs[group_of[i]] for i in reached]),
     )
     for i, size, root in zip(reached, sizes, roots, strict=True):

@@ -31,7 +31,6 @@ from iql_torchrl.update.guards import check_update_trains
 from iql_torchrl.update.schedules import coming_rates
 from iql_torchrl.update.snapshot import Snapshot, take_snapshot
 from iql_torchrl.update.step import IQLStep, Step, Terms
-from iql_torchrl.update.views import through_ranges
 
 __all__ = ["CapturedStep", "captured"]
 
@@ -53,8 +52,6 @@ def captured(
     of the loss or the optimizer, other modes or rows make another program before the next update;
     learning rates are tensors, so schedules do not. Not watched: code and attributes of your own
     modules; call ``recapture()`` after changing those.
-
-    Parameters, their Adam state and targets become views of a few tensors, as for ``compiled``.
 
     With any other optimizer a call makes ``updates`` eager updates, on every device, and a log line
     says so.
@@ -113,7 +110,7 @@ class CapturedStep:
         if self._graph is not None:
             self._graph.forget()
         if self._in_graph:
-            self._update = GraphUpdate(self.step, flat=True)
+            self._update = GraphUpdate(self.step)
 
     def __call__(self) -> TensorDictBase:
         check_update_trains(independent_ranks=self.step.independent_ranks)
@@ -130,7 +127,6 @@ class CapturedStep:
             self._record(rows, moments)
             self._snapshot = take_snapshot(self.step, rows, moments)
         self._train(lambda: self._run(rows, moments), rows.generator)
-        self._update.counted()
         mark_stepped(self.step.optimizer)
         means = (self._sums / self.updates).unbind()
         return TensorDict(
@@ -171,7 +167,7 @@ class CapturedStep:
     def _record(self, rows: DeviceSampler, moments: Moments) -> None:
         """Compile one update and keep the program with its arguments; nothing is updated yet."""
         update, loss = self._update, self.step.loss
-        recorder = Recorder(moments, on_cpu=self._device.type == "cpu")
+        recorder = Recorder(on_cpu=self._device.type == "cpu")
 
         def one_update() -> None:
             batch = rows.gather(self._index)
@@ -247,26 +243,21 @@ class CapturedStep:
 class Recorder:
     """A backend of ``torch.compile`` that keeps the program and its arguments, and runs nothing."""
 
-    def __init__(self, moments: Moments, on_cpu: bool) -> None:
-        self._flat = [*moments.parameters, *moments.targets]
-        self._kept: Sequence[int] | None = None  # which inputs the program takes
+    def __init__(self, on_cpu: bool) -> None:
         self._options = {"cpp_wrapper": True} if on_cpu else {}
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        graph, self._kept = through_ranges(graph, inputs, self._flat)
-        inputs = [inputs[i] for i in self._kept]
         self._function: Any = compile_program(graph, inputs, self._options)
         return self._keep
 
     def _keep(self, *arguments: Any) -> tuple[()]:
-        kept = range(len(arguments)) if self._kept is None else self._kept
-        self._arguments = [arguments[i] for i in kept]
+        self._arguments = arguments
         return ()
 
     def release(self) -> Callable[[], object]:
         """The program as a function. Dynamo keeps its backends alive, so this one drops its data."""
         function, arguments = self._function, self._arguments
-        del self._function, self._arguments, self._flat
+        del self._function, self._arguments
         return lambda: function(*arguments)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,13 +10,12 @@ from tensordict import TensorDictBase
 from torchrl import logger as torchrl_logger
 
 from iql_torchrl.data.categories import category_limits, check_categories
-from iql_torchrl.host import backend_of, mark_stepped, tracing_gradients
+from iql_torchrl.host import mark_stepped, tracing_gradients
 from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.graph import GraphUpdate, fits_a_graph
 from iql_torchrl.update.guards import check_update_trains
 from iql_torchrl.update.step import IQLStep, Step, Terms
-from iql_torchrl.update.views import through_ranges
 
 __all__ = ["CompiledStep", "compiled", "log_eager"]
 
@@ -49,11 +47,6 @@ def compiled(step: Step, **torch_compile_kwargs: Any) -> Step:
     read and written, and its learning rates are tensors, so schedules do not compile again.
     ``HardUpdate`` and schedulers run outside. Any other optimizer is not compiled: ``step`` itself is
     returned, and a log line says so.
-
-    Parameters, their Adam state and the targets of ``SoftUpdate`` are moved into a few tensors
-    (:class:`iql_torchrl.update.flat.FlatStorage`), where an update needs fewer operations. The
-    parameters stay the same objects, as views; a ``parameter.data`` taken before is another tensor.
-    It is done when the step is built, and again after one of them was replaced, moved or cast.
 
     Keyword arguments go to ``torch.compile``: ``fullgraph=True`` unless you say otherwise, and on
     a CPU Inductor's C++ wrapper unless ``mode`` or ``options`` is given. The first call compiles,
@@ -124,29 +117,6 @@ def worth_checking(guards: Sequence[Any]) -> list[bool]:
     ]
 
 
-def through_ranges_of(update: GraphUpdate, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of ``torch.compile`` whose backend gets graphs that read the update's ranges.
-
-    Dynamo keeps backends alive, so this one does not keep the update.
-    """
-    name, settings = options.get("backend", "inductor"), dict(options.get("options") or {})
-    own = {key: settings.pop(key) for key in ("guard_filter_fn",) if key in settings}
-    compiler = backend_of(name, options.get("mode"), settings, options.get("dynamic"))
-    reference = weakref.ref(update)
-
-    def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
-        traced = reference()
-        ranges = [] if traced is None else traced.flat_tensors()
-        graph, kept = through_ranges(graph, inputs, ranges)
-        program = compiler(graph, [inputs[i] for i in kept], **kwargs)
-        return lambda *arguments: program(*[arguments[i] for i in kept])
-
-    if name != "inductor":
-        return {**options, "backend": backend}
-    rest = {k: v for k, v in options.items() if k not in ("mode", "options")}
-    return {**rest, "backend": backend, **({"options": own} if own else {})}
-
-
 def _of_plain(name: str) -> Any:
     """An attribute that is read from the plain step and written to it."""
     return property(
@@ -167,8 +137,8 @@ class CompiledStep(Step):
     def __init__(self, plain: IQLStep, options: dict[str, Any]) -> None:
         self._plain = plain
         self._limits = category_limits(plain.loss)
-        self._update = GraphUpdate(plain, flat=True)
-        self._program = torch.compile(self._graph, **through_ranges_of(self._update, options))
+        self._update = GraphUpdate(plain)
+        self._program = torch.compile(self._graph, **options)
 
     @property
     def plain(self) -> IQLStep:
@@ -181,15 +151,13 @@ class CompiledStep(Step):
         plain = self._plain
         check_update_trains(independent_ranks=plain.independent_ranks)
         self._update.follow_freezing()
-        moments = self._update.moments()  # which may move what the networks read
         with plain.setting(), tracing_gradients():
             read = plain.loss.read(batch)
             if (
                 self._limits and plain.device.type == "cpu"
             ):  # elsewhere it would wait for the device
                 check_categories(read.data, self._limits)
-            terms: Terms = self._program(read, moments)
-            self._update.counted()
+            terms: Terms = self._program(read, self._update.moments())
             mark_stepped(plain.optimizer)
             return terms
 

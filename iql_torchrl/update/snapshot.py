@@ -50,8 +50,6 @@ def take_snapshot(step: IQLStep, rows: DeviceSampler, moments: Moments) -> Snaps
         *moments.steps,
         *moments.rates,
         *moments.logs,
-        *moments.parameters,
-        *moments.targets,
         *loss.parameters(),
         *loss.buffers(),
         *rows.tables,

@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from count_kernels import CASES, count, launches
 
 LIMITS = {
-    "sequential": 71,
-    "simultaneous": 67,
+    "sequential": 94,
+    "simultaneous": 88,
     "all diagnostics": 128,
     "discrete": 54,
     "8 members": 96,
