@@ -629,6 +629,7 @@ class TestOddBatches:
     @pytest.mark.filterwarnings("ignore::UserWarning:torch._dynamo")
     def test_where_values_cannot_be_asked_everything_masked_gives_zero_gradients(self):
         loss = IQLLoss(*make_networks())
+        loss.make_value_estimator()  # torch 2.11 cannot trace that it is made
         SoftUpdate(loss, tau=0.5)
         batch = make_batch(4, 5)
         batch["observation"][:] = float("nan")
