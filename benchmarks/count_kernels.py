@@ -132,6 +132,11 @@ def on_cuda(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> tuple[Any, li
     return graph, moved
 
 
+def _not_compiled(arguments: object) -> None:
+    """In place of the program, which is text only."""
+    raise RuntimeError("the program was generated and not compiled")
+
+
 def program_of(step: IQLStep, sampler: DeviceSampler) -> str:
     """The text of the program of one captured update of ``step`` on CUDA."""
     texts: list[str] = []
@@ -151,7 +156,7 @@ def program_of(step: IQLStep, sampler: DeviceSampler) -> str:
                     if text is None:
                         raise
                     texts.append(text)
-            return lambda arguments: (_ for _ in ()).throw(RuntimeError("never called"))
+            return _not_compiled
 
         compile_fx.compile_fx(graph, inputs, inner_compile=generate)
         return lambda *arguments: ()

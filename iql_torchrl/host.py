@@ -148,8 +148,8 @@ def compile_program(
 ) -> Callable[..., Any]:
     """Inductor's program of ``graph``; ``torch.compile`` gives one only behind its guards.
 
-    Inductor makes no CUDA graphs of its own, whatever the user's global setting: the program is
-    called inside of another capture.
+    A global setting that lets Inductor record CUDA graphs is overridden: the program is called
+    while another CUDA graph is recorded.
     Inductor is imported here, when it is used: importing it takes seconds and emits warnings.
     """
     from torch._inductor import compile_fx

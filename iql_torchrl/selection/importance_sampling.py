@@ -98,7 +98,7 @@ def importance_sampling(
         deterministic: evaluate the policy that takes the most probable discrete action, instead of
             the policy that samples. Continuous policies always sample.
         confidence: of each member's interval, in (0, 1).
-        return_limits: smallest and largest possible return; None: those in the log,
+        return_limits: smallest and largest possible return; None takes both from the log,
             :func:`episodes.return_range`.
         seed: of the bounds' draws.
 
