@@ -37,6 +37,8 @@ from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, IQLPopulation, IQLStep, captured
 from iql_torchrl.data import DeviceSampler
+from iql_torchrl.fast_networks import perceptron
+from iql_torchrl.update.inductor import program_options
 
 H100 = types.SimpleNamespace(
     name="NVIDIA H100",
@@ -104,7 +106,13 @@ def imagined_gpu() -> Iterator[None]:
             (reinplace, "_inplace_generalized_scatter", lambda tensor, source, views: tensor),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
-        settings = {"fx_graph_cache": False, "compile_threads": 1}
+        settings = {
+            "fx_graph_cache": False,
+            "compile_threads": 1,
+            "combo_kernels": True,
+            "combo_kernels_autotune": 0,
+            "combo_kernel_max_num_nodes": 32,
+        }
         stack.enter_context(inductor.config.patch(settings))
         # what Inductor notes about the system is not kept beyond this context
         stack.callback(CacheBase.get_system.cache_clear)
@@ -141,14 +149,16 @@ def program_of(step: IQLStep, sampler: DeviceSampler) -> str:
     """The text of the program of one captured update of ``step`` on CUDA."""
     texts: list[str] = []
 
-    def compile_program(graph: Any, inputs: Sequence[Any], options: object) -> Callable[..., Any]:
+    def compile_program(
+        graph: Any, inputs: Sequence[Any], options: dict[str, Any]
+    ) -> Callable[..., Any]:
         from torch._inductor import compile_fx
 
         inner = compile_fx.compile_fx_inner
 
         def generate(graph: Any, inputs: Sequence[Any], **settings: Any) -> Callable[..., Any]:
             graph, moved = on_cuda(graph, inputs)
-            with imagined_gpu():
+            with imagined_gpu(), torch._inductor.config.patch(options):
                 try:
                     inner(graph, moved, **settings)
                 except Exception as error:
@@ -161,7 +171,15 @@ def program_of(step: IQLStep, sampler: DeviceSampler) -> str:
         compile_fx.compile_fx(graph, inputs, inner_compile=generate)
         return lambda *arguments: ()
 
-    with mock.patch("iql_torchrl.update.captured.compile_program", compile_program):
+    with (
+        mock.patch("iql_torchrl.update.captured.compile_program", compile_program),
+        # as if traced on CUDA
+        mock.patch.object(perceptron, "LAUNCHING", ("cpu",)),
+        mock.patch(
+            "iql_torchrl.update.captured.program_options",
+            lambda device, parameters: program_options(torch.device("cuda"), parameters),
+        ),
+    ):
         call = captured(step, sampler, updates=1)
         call()
     (text,) = texts

@@ -42,6 +42,7 @@ __all__ = [
     "compile_program",
     "generator_of",
     "has_hooks",
+    "inductor_settings",
     "logged_values",
     "mark_stepped",
     "parameters_of",
@@ -148,15 +149,19 @@ def compile_program(
 ) -> Callable[..., Any]:
     """Inductor's program of ``graph``; ``torch.compile`` gives one only behind its guards.
 
-    A global setting that lets Inductor record CUDA graphs is overridden: the program is called
-    while another CUDA graph is recorded.
     Inductor is imported here, when it is used: importing it takes seconds and emits warnings.
     """
     from torch._inductor import compile_fx
 
-    patches = {"triton.cudagraphs": False, **options}
-    program: Any = compile_fx.compile_fx(graph, inputs, config_patches=patches)
+    program: Any = compile_fx.compile_fx(graph, inputs, config_patches=dict(options))
     return program
+
+
+def inductor_settings() -> set[str]:
+    """Names of Inductor's settings in this version of torch, which refuses others."""
+    import torch._inductor  # here, as in compile_program
+
+    return set(torch._inductor.list_options())
 
 
 def add_to_all(totals: Sequence[Tensor], values: Sequence[Tensor], factor: float) -> None:

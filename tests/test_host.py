@@ -15,6 +15,7 @@ from torchrl.objectives import LossModule
 from torchrl.trainers import LogScalar, Trainer
 
 from iql_torchrl import host
+from iql_torchrl.update.inductor import program_options
 
 
 def test_a_missing_name_is_an_import_error_that_names_it():
@@ -207,6 +208,7 @@ def test_a_gradient_inside_a_graph_is_traced():
 def test_a_program_is_the_graph_without_guards():
     graph = torch.fx.symbolic_trace(lambda x: (x * 2 + 1,))
     program = host.compile_program(graph, [torch.ones(3)], {})
+    assert {"triton.cudagraphs", "cpp_wrapper", "combo_kernels"} <= host.inductor_settings()
     (out,) = program(torch.tensor([1.0, 2.0, 3.0]))
     assert out.tolist() == [3.0, 5.0, 7.0]
 
@@ -240,7 +242,8 @@ def test_programs_hold_no_cuda_graphs_of_inductor(monkeypatch):
         return original(*arguments, **options)
 
     def backend(graph, inputs):
-        return host.compile_program(graph, inputs, {"cpp_wrapper": True})
+        options = program_options(torch.device("cpu"), inputs)
+        return host.compile_program(graph, inputs, options)
 
     monkeypatch.setattr(compile_fx, "compile_fx", spy)
     with config.patch({"triton.cudagraphs": True}):

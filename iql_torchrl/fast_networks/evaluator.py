@@ -27,7 +27,7 @@ from iql_torchrl.fast_networks.detect import (
     writes,
 )
 from iql_torchrl.fast_networks.perceptron import Category, Perceptron, linear_layers
-from iql_torchrl.host import children_of
+from iql_torchrl.host import children_of, parameters_of
 
 __all__ = ["DirectActor", "FastEvaluator", "follow_modes"]
 
@@ -111,6 +111,7 @@ class FastEvaluator:
             return None
         clone = copy.deepcopy(network)
         params.to_module(clone)
+        _hold(clone, params)
         if stacked and not _unstack_around(clone):
             return None
         originals = dict(network.named_modules())
@@ -178,6 +179,18 @@ class DirectActor:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._actor, name)
+
+
+def _hold(clone: nn.Module, params: TensorDictBase) -> None:
+    """Let the network hold the very tensors of ``params``.
+
+    ``to_module`` makes parameters of target tensors: other objects on the same memory. A compiled
+    update that reads the one and writes the other copies both at every call.
+    """
+    for path, module in clone.named_modules():
+        table = parameters_of(module)
+        for name in [name for name, tensor in table.items() if tensor is not None]:
+            table[name] = params.get(tuple(f"{path}.{name}".removeprefix(".").split(".")))
 
 
 def _unstack_around(clone: Any) -> bool:

@@ -18,6 +18,7 @@ __all__ = [
     "Perceptron",
     "chain",
     "check_picks",
+    "is_better_summed",
     "is_sequential",
     "is_stackable",
     "linear_layers",
@@ -30,6 +31,8 @@ ACTIVATIONS: dict[type[nn.Module], tuple[Callable[..., Tensor], Callable[..., Te
     nn.ReLU: (torch.relu_, lambda gradient, out: aten.threshold_backward(gradient, out, 0)),
     nn.Tanh: (torch.tanh_, aten.tanh_backward),
 }
+LAUNCHING = ("cuda",)  # devices on which each kernel is launched
+FEW, SMALL = 32, 2**22
 # Modules that act on every number for itself.
 ELEMENTWISE = (
     nn.ReLU,
@@ -185,15 +188,32 @@ def _layer(layer: nn.Module, x: Tensor, leaves: Sequence[Tensor]) -> Tensor:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not x.is_floating_point():
         x = picked(weight, x)
+    elif torch.compiler.is_compiling() and is_better_summed(weight, x):
+        x = _widened(x, weight.ndim)
+        if weight.shape[-2] == 1:
+            x = (weight.mT * x).sum(-2, keepdim=True)
+        else:
+            x = (weight.unsqueeze(-1) * x.unsqueeze(-3)).sum(-2)
     elif x.ndim == 2 < weight.ndim:  # one input for all: one product
         x = (weight.flatten(0, -2) @ x).unflatten(0, weight.shape[:-1])
     else:
-        x = _widened(x, weight.ndim)
-        if weight.shape[-2] == 1 and torch.compiler.is_compiling():  # a sum, fused with the rest
-            x = (weight.mT * x).sum(-2, keepdim=True)
-        else:
-            x = weight @ x
+        x = weight @ _widened(x, weight.ndim)
     return x if bias is None else x + bias.unsqueeze(-1)
+
+
+def is_better_summed(weight: Tensor, x: Tensor) -> bool:
+    """Whether a program computes ``weight @ x`` as a sum of products, fused with what surrounds it.
+
+    So with one output and many inputs; and on a GPU, where a launch takes longer than a small product,
+    with at most ``FEW`` inputs or outputs and at most ``SMALL`` multiplications. The same holds for the
+    gradients.
+    """
+    outputs, inputs = weight.shape[-2:]
+    if outputs == 1 and not x.ndim == 2 < weight.ndim:
+        return True
+    if x.device.type not in LAUNCHING or min(inputs, outputs) > FEW:
+        return False
+    return weight.numel() * x.shape[-1] <= SMALL
 
 
 def _widened(x: Tensor, ndim: int) -> Tensor:

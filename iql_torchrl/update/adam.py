@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Moments", "StackedAdam", "adam_step", "log_betas", "start"]
+__all__ = [
+    "JoinedCounts",
+    "Moments",
+    "StackedAdam",
+    "adam_step",
+    "add_update",
+    "log_betas",
+    "start",
+]
 
 
 class StackedAdam(Optimizer):
@@ -90,14 +98,41 @@ class Moments(NamedTuple):
     """What Adam keeps: three tensors per parameter, and two per group of parameters.
 
     ``averages`` and ``squares``: running means of the gradient and of its square; ``steps``: updates
-    made; ``rates``: learning rates, numbers or tensors; ``logs``: :func:`log_betas`.
+    made, a tensor each or one of shape ``(N,)`` for all N parameters; ``rates``: learning rates,
+    numbers or tensors; ``logs``: :func:`log_betas`.
     """
 
     averages: list[Tensor]
     squares: list[Tensor]
-    steps: list[Tensor]
+    steps: Tensor | list[Tensor]
     rates: list[Any]
     logs: list[Tensor]
+
+
+class JoinedCounts:
+    """Counts of updates in one tensor, of which the ``"step"`` of each parameter's state is a view.
+
+    Adding to all counts is then one operation, and one kernel on a GPU.
+    """
+
+    def __init__(self) -> None:
+        self._joined = torch.zeros(0)
+        self._views: list[Tensor] = []
+
+    def of(self, states: Sequence[dict[str, Any]]) -> Tensor:
+        """Counts ``(len(states),)``; joined again where a state has another tensor than before.
+
+        They are on a GPU where the count of any of the states is.
+        """
+        counts = [state["step"] for state in states]
+        views = self._views
+        if len(counts) != len(views) or any(a is not b for a, b in zip(counts, views, strict=True)):
+            where = next((c for c in counts if c.device.type != "cpu"), counts[0])
+            self._joined = torch.stack([count.to(where) for count in counts])
+            self._views = list(self._joined.unbind())
+            for state, view in zip(states, self._views, strict=True):
+                state["step"] = view
+        return self._joined
 
 
 def start(state: dict[str, Any], parameter: Tensor, counted_on: torch.device) -> None:
@@ -126,20 +161,20 @@ def adam_step(
     Kingma & Ba 2015; Loshchilov & Hutter 2019 for decoupled weight decay. Parameter ``i`` belongs to
     ``groups[group_of[i]]``, which holds ``betas``, ``eps``, ``weight_decay`` and, for
     :class:`StackedAdam`, one factor of the learning rate per run in ``rates``. Called without
-    gradients enabled, eagerly or inside a graph.
+    gradients enabled, eagerly or inside a graph. Counts in one tensor stay as they are, for
+    :func:`add_update`.
     """
     reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
     if not reached:
         return
-    for i in reached:
-        moments.steps[i].add_(1)
+    counts = _count(moments.steps, reached)
     rates = [
         rate * group["rates"] if "rates" in group else rate
         for rate, group in zip(moments.rates, groups, strict=True)
     ]
     sizes, roots = _corrections(
         torch.stack([rates[group_of[i]] for i in reached]),
-        torch.stack([moments.steps[i] for i in reached]),
+        counts,
         torch.stack([moments.logs[group_of[i]] for i in reached]),
     )
     for i, size, root in zip(reached, sizes, roots, strict=True):
@@ -155,6 +190,34 @@ def adam_step(
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         size = along(size, parameter)
         parameter.sub_(size * average / (square.sqrt() / root + group["eps"]))
+
+
+def _count(steps: Tensor | list[Tensor], reached: Sequence[int]) -> Tensor:
+    """Counts of the parameters ``reached`` after one more update, ``(len(reached),)``.
+
+    A list is written to; a tensor is not: :func:`add_update` does that once for several calls.
+    """
+    if isinstance(steps, list):
+        return torch.stack([steps[i].add_(1) for i in reached])
+    parts = [steps[first:end] for first, end in _consecutive(reached)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)) + 1
+
+
+def add_update(steps: Tensor, reached: Sequence[int]) -> None:
+    """Add 1 to the counts of the parameters ``reached``, in place."""
+    for first, end in _consecutive(sorted(reached)):
+        steps[first:end].add_(1)
+
+
+def _consecutive(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Ranges ``(first, end)`` of increasing numbers, ``end`` excluded."""
+    ranges: list[tuple[int, int]] = []
+    for number in numbers:
+        if ranges and ranges[-1][1] == number:
+            ranges[-1] = (ranges[-1][0], number + 1)
+        else:
+            ranges.append((number, number + 1))
+    return ranges
 
 
 def _corrections(rate: Tensor, count: Tensor, logs: Tensor) -> tuple[Sequence[Tensor], ...]:

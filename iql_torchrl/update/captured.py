@@ -28,6 +28,7 @@ from iql_torchrl.update.compiled import log_eager
 from iql_torchrl.update.cuda_graph import CudaGraph
 from iql_torchrl.update.graph import GraphUpdate, fits_a_graph
 from iql_torchrl.update.guards import check_update_trains
+from iql_torchrl.update.inductor import program_options
 from iql_torchrl.update.schedules import coming_rates
 from iql_torchrl.update.snapshot import Snapshot, take_snapshot
 from iql_torchrl.update.step import IQLStep, Step, Terms
@@ -167,7 +168,7 @@ class CapturedStep:
     def _record(self, rows: DeviceSampler, moments: Moments) -> None:
         """Compile one update and keep the program with its arguments; nothing is updated yet."""
         update, loss = self._update, self.step.loss
-        recorder = Recorder(on_cpu=self._device.type == "cpu")
+        recorder = Recorder(program_options(self._device, loss.parameters()))
 
         def one_update() -> None:
             batch = rows.gather(self._index)
@@ -243,8 +244,8 @@ class CapturedStep:
 class Recorder:
     """A backend of ``torch.compile`` that keeps the program and its arguments, and runs nothing."""
 
-    def __init__(self, on_cpu: bool) -> None:
-        self._options = {"cpp_wrapper": True} if on_cpu else {}
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = options
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self._function: Any = compile_program(graph, inputs, self._options)

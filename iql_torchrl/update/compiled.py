@@ -15,6 +15,7 @@ from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.graph import GraphUpdate, fits_a_graph
 from iql_torchrl.update.guards import check_update_trains
+from iql_torchrl.update.inductor import CUDA_GRAPHS, program_options
 from iql_torchrl.update.step import IQLStep, Step, Terms
 
 __all__ = ["CompiledStep", "compiled", "log_eager"]
@@ -34,7 +35,6 @@ KEPT_GUARDS = (
     "TORCH_FUNCTION_STATE",
 )
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
-CUDA_GRAPHS = "triton.cudagraphs"  # Inductor's option, off even where it was switched on globally
 NOISE = ("EMPTY_NN_MODULE_HOOKS_DICT", "HASATTR", "NOT_PRESENT_IN_GENERIC_DICT")
 INNER = ("G[", "type(", "dict(", "list(")  # of modules, classes, imports
 
@@ -84,9 +84,8 @@ def _compile_options(plain: IQLStep, given: Mapping[str, Any]) -> dict[str, Any]
     if "options" in given:
         inner = {"guard_filter_fn": worth_checking, **inner}
     elif "backend" not in options:
-        inner = {"guard_filter_fn": worth_checking, CUDA_GRAPHS: False}
-        if all(p.device.type == "cpu" for p in plain.loss.parameters()):
-            inner["cpp_wrapper"] = True
+        own = program_options(plain.device, plain.loss.parameters())
+        inner = {"guard_filter_fn": worth_checking, **own}
     return options | ({"options": inner} if inner else {})
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
 from iql_torchrl.objectives.batch import Batch
-from iql_torchrl.update.adam import Moments, StackedAdam, adam_step, log_betas, start
+from iql_torchrl.update.adam import Moments, StackedAdam, adam_step, add_update, log_betas, start
 from iql_torchrl.update.step import IQLStep, Terms, clip
 
 __all__ = ["GraphUpdate", "fits_a_graph", "is_on"]
@@ -64,16 +64,23 @@ class GraphUpdate:
 
     def __call__(self, batch: Batch, moments: Moments) -> Terms:
         """Losses and summary, detached: nothing may carry a gradient out of a graph."""
-        losses, summary = self.step.update(batch, lambda loss: self._descend(loss, moments))
+        reached: list[int] = []
+        losses, summary = self.step.update(
+            batch, lambda loss: reached.extend(self._descend(loss, moments))
+        )
+        assert isinstance(moments.steps, Tensor)
+        add_update(moments.steps, reached)
         self.step.move_targets()
         return _detached(losses), _detached(summary)
 
-    def _descend(self, loss: Tensor, moments: Moments) -> None:
+    def _descend(self, loss: Tensor, moments: Moments) -> list[int]:
+        """One step of Adam on ``loss``; the places of the parameters that it reached."""
         gradients = self._gradients(loss)
         with torch.no_grad():
             groups = self.step.optimizer.param_groups
             parameters = [p.data for p in self.parameters]
             adam_step(parameters, gradients, moments, groups, self.group_of)
+        return [i for i, gradient in enumerate(gradients) if gradient is not None]
 
     def _gradients(self, loss: Tensor) -> Gradients:
         """Clipped gradients of :attr:`parameters`; None where the loss does not reach one."""
@@ -107,7 +114,7 @@ class GraphUpdate:
         return Moments(
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
-            [state["step"] for state in states],
+            self.step.counts.of(states),
             [group["lr"] if is_on(group["lr"], rate.device) else rate for group, rate in groups],
             self.logs,
         )

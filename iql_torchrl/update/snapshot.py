@@ -47,7 +47,7 @@ def take_snapshot(step: IQLStep, rows: DeviceSampler, moments: Moments) -> Snaps
     tensors = [
         *moments.averages,
         *moments.squares,
-        *moments.steps,
+        *([moments.steps] if isinstance(moments.steps, Tensor) else moments.steps),
         *moments.rates,
         *moments.logs,
         *loss.parameters(),

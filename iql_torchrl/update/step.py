@@ -22,6 +22,7 @@ from iql_torchrl.fast_networks.evaluator import FastEvaluator
 from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.objectives.conversion import NETWORKS
 from iql_torchrl.objectives.iql import ImplicitQLoss
+from iql_torchrl.update.adam import JoinedCounts
 from iql_torchrl.update.guards import check_update_trains
 from iql_torchrl.update.targets import followed_tensors, polyak_step
 
@@ -165,6 +166,7 @@ class IQLStep(Step):
         self.members = getattr(loss, "members", None)
         self.trainable = [_trainable(loss, name) for name in NETWORKS]
         self.followed = followed_tensors(target_updater)
+        self.counts = JoinedCounts()  # which all graphs of this step share
 
     @property
     def plain(self) -> IQLStep:
