@@ -79,7 +79,7 @@ def advice_for_raw_rows(file_name: str) -> str:
         f"Name the task, as in load_dataset('{PREFIX}cube-single-play-singletask-task2-v0')."
     )
     return (
-        "These are OGBench's rows without a task, and rewards depend on the task. "
+        "OGBench's rows have no rewards, because these belong to a single task. "
         f"{advice} The environment variable {FOLDER_VARIABLE} names the folder of the file."
     )
 
