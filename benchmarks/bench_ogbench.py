@@ -46,7 +46,8 @@ PUBLISHED_UPDATES, PUBLISHED_HIDDEN, PUBLISHED_ROWS = 1_000_000, (512,) * 4, 1_0
 EVALUATION_SEED = 10_000
 
 #: The settings of the published IQL: ``agents/iql.py`` of github.com/seohongpark/fql at commit
-#: 719d044, which has the rest of these as defaults. One backward pass for all networks, no schedule, no standardisation.
+#: 719d044, which has the rest of these as defaults. One backward pass for all networks, no schedule,
+#: no standardisation.
 BASE = IQLConfig(
     hidden=PUBLISHED_HIDDEN,
     layer_norm=True,
