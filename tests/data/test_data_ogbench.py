@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 
@@ -169,6 +171,17 @@ def test_a_cube_that_is_moved_to_its_goal_is_a_success(folder):
     _, reward, terminated, _, info = env.step(np.zeros(5))
     assert (reward, terminated, bool(info["success"])) == (0, True, True)
     env.close()
+
+
+def test_the_environment_can_be_made_in_another_process_and_from_its_spec(folder):
+    write(folder, CUBE, cube_rows())
+    env = pickle.loads(pickle.dumps(load_dataset(CUBE).make_env))()
+    again = gymnasium.make(env.spec)
+    assert again.spec.id == env.spec.id
+    assert again.spec.additional_wrappers == env.spec.additional_wrappers
+    np.testing.assert_array_equal(again.reset(seed=3)[0], env.reset(seed=3)[0])
+    env.close()
+    again.close()
 
 
 def test_a_changed_file_is_read_again(folder):
