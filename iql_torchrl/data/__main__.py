@@ -10,10 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iql_torchrl.data.builtin.catalogue import BUILTIN, ensure_dataset, make_dataset
+from iql_torchrl.data.builtin.catalogue import (
+    BUILTIN,
+    OGBENCH_LOCAL,
+    ensure_dataset,
+    make_dataset,
+)
 
 if TYPE_CHECKING:
     from iql_torchrl.data import OfflineDataset
+    from iql_torchrl.data.builtin.ogbench import OGBenchRecipe
+    from iql_torchrl.data.builtin.recipe import Recipe
 
 NAME_WIDTH = 26
 
@@ -40,26 +47,36 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("list", help="the datasets that can be made on this machine")
     make = commands.add_parser("make", help="make one of them, unless it exists")
     make.add_argument("name", metavar="NAME", help="as listed")
-    make.add_argument("--seed", type=int, default=None, help="refuses an existing dataset")
+    make.add_argument("--seed", type=int, help="of the episodes; refuses an existing dataset")
+    make.add_argument("--episodes", type=int, help="how many; refuses an existing dataset")
     make.add_argument("--quiet", action="store_true", help="no progress bar")
     describe = commands.add_parser("describe", help="print what a dataset contains")
-    describe.add_argument("source", metavar="SOURCE", help="Minari id, .hdf5 or .npz file")
+    describe.add_argument(
+        "source", metavar="SOURCE", help="Minari or OGBench id, .hdf5 or .npz file"
+    )
     describe.add_argument("--env", help="environment id, for files that name none")
     describe.add_argument("--png", type=Path, help="where the histogram of returns goes")
     return parser
 
 
 def _list() -> None:
-    for name, recipe in BUILTIN.items():
+    recipes: dict[str, Recipe | OGBenchRecipe] = {**BUILTIN, **OGBENCH_LOCAL}
+    for name, recipe in recipes.items():
         print(f"{name} ({recipe.episodes} episodes)")
         print(textwrap.indent(textwrap.fill(recipe.description, 92), "    "))
 
 
 def _make(options: argparse.Namespace) -> None:
-    if options.seed is None:
+    if options.seed is None and options.episodes is None:
         print(ensure_dataset(options.name, progress=not options.quiet))
-    else:
-        print(make_dataset(options.name, seed=options.seed, progress=not options.quiet))
+        return
+    made = make_dataset(
+        options.name,
+        seed=options.seed or 0,
+        episodes=options.episodes,
+        progress=not options.quiet,
+    )
+    print(made)
 
 
 def _describe(options: argparse.Namespace) -> None:

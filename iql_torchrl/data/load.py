@@ -23,6 +23,7 @@ from iql_torchrl.data.readers.arrays import TABLE_FILES, flatten, open_hdf5, ope
 from iql_torchrl.data.readers.concatenation import concatenated, joined_env_maker
 from iql_torchrl.data.readers.environments import EnvLike, env_maker
 from iql_torchrl.data.readers.minari import find_minari, minari_source
+from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_source
 from iql_torchrl.data.readers.source import ReadOptions, Source, chain
 from iql_torchrl.data.readers.table import table_source
 from iql_torchrl.data.readers.tensordict import columns_of_tensordict
@@ -64,6 +65,9 @@ def load_dataset(
         source: a Minari id (downloaded only when absent), a ``MinariDataset``, a path to
             ``.hdf5``/``.h5`` (D4RL's layout) or ``.npz``, a dict of arrays, a TensorDict, a
             TorchRL replay buffer or storage; or a list of these, joined if their spaces agree.
+            ``"ogbench/cube-single-play-singletask-task2-v0"`` is OGBench's data for one task, from
+            npz files in the folder ``OGBENCH_DATASETS_PATH`` (else ``~/.ogbench/data``): see
+            ``readers.ogbench``. They are never downloaded here; the error says how.
         env: id, spec, instance or function; its spaces describe a table's columns, and
             ``make_env`` makes it. Minari's own record is used where this is None.
         reward: ``"raw"``, ``"return_range"`` (1000 / (max - min episode return): the paper's
@@ -252,6 +256,8 @@ def _open(
             raise DatasetError(
                 f"{path}: expected a .hdf5, .h5 or .npz file, or a Minari id as text."
             )
+        if is_ogbench(source):
+            return ogbench_source(source, options)
         return minari_source(find_minari(source, download=options.download), options)
     if isinstance(source, TensorDictBase | ReplayBuffer | Storage):
         return table_source(
@@ -260,8 +266,8 @@ def _open(
     if isinstance(source, Mapping):
         return table_source("arrays", flatten(source), _with_env(options, maker))
     raise DatasetError(
-        f"source: {type(source).__name__} cannot be read; expected a Minari id, a path, a dict of "
-        "arrays, a TensorDict, or a TorchRL replay buffer or storage."
+        f"source: {type(source).__name__} cannot be read; expected a Minari or OGBench id, a path, a "
+        "dict of arrays, a TensorDict, or a TorchRL replay buffer or storage."
     )
 
 

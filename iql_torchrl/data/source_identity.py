@@ -12,6 +12,7 @@ import minari
 from iql_torchrl.data.readers.arrays import TABLE_FILES, hdf5_parts
 from iql_torchrl.data.readers.environments import EnvLike, env_maker
 from iql_torchrl.data.readers.minari import find_minari, minari_files
+from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_files
 from iql_torchrl.data.readers.source import ReadOptions
 
 __all__ = ["env_identity", "read_settings", "source_files"]
@@ -27,6 +28,8 @@ def source_files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
         if not path.is_file():
             return ()
         return (path,) if path.suffix.lower() == ".npz" else (path, *hdf5_parts(path))
+    if is_ogbench(source):
+        return ogbench_files(source)
     if isinstance(source, str):
         source = find_minari(source, download=options.download)
     return minari_files(source) if isinstance(source, minari.MinariDataset) else ()

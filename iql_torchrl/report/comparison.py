@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from iql_torchrl.report.aggregates import aggregate_table, method_scores
 from iql_torchrl.report.figures import Series, comparison_figure, draw, save
 from iql_torchrl.report.groups import Group, group_runs, series
 from iql_torchrl.report.runs import TABLE, Run, find_runs, read_run
@@ -46,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(groups))
+    name, scores = ("", {}) if options.each else method_scores(groups)
+    if scores:
+        print(f"\n{aggregate_table(scores, name=name)}")
     print(f"\nPicture: {options.output}")
     return 0
 

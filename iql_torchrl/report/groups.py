@@ -10,13 +10,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.evaluation.statistics import mean_interval
 from iql_torchrl.report.figures import Series, column
 from iql_torchrl.report.runs import Run
 
-__all__ = ["Group", "group_runs", "series"]
+__all__ = ["Group", "common_values", "group_runs", "labelled", "series"]
+
+FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def group_runs(runs: Sequence[Run], *, each: bool = False) -> list[Group]:
     seed is a group of its own. Settings that a file lacks have IQLConfig's defaults.
     """
     if each:
-        return _labelled([[run] for run in runs], with_seed=True)
+        return labelled([[run] for run in runs], apart_from=())
     by_settings: dict[str, dict[str, Run]] = {}  # the runs by seed, for each key of settings
     for run in runs:
         settings = _settings(run)
@@ -52,7 +55,7 @@ def group_runs(runs: Sequence[Run], *, each: bool = False) -> list[Group]:
                 file=sys.stderr,
             )
         by_seed[seed] = used
-    return _labelled([list(runs.values()) for runs in by_settings.values()], with_seed=False)
+    return labelled([list(runs.values()) for runs in by_settings.values()], apart_from=("seed",))
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -61,17 +64,19 @@ def _settings(run: Run) -> dict[str, Any]:
     return run.settings | missing if run.settings else {}
 
 
-def _labelled(groups: Sequence[Sequence[Run]], *, with_seed: bool) -> list[Group]:
-    """Labels: the settings that differ between groups, and folders where labels would be equal."""
+def labelled(groups: Sequence[Sequence[Run]], *, apart_from: Sequence[str]) -> list[Group]:
+    """Labels: the settings that differ between groups, and folders where labels would be equal.
+
+    The settings ``apart_from`` are not named: runs of one group may differ in them.
+    """
     settings = [_settings(runs[0]) for runs in groups]
     saved = [each for each in settings if each]
     differing = [
         key
-        for key in dict.fromkeys(key for each in saved for key in each if key != "seed")
-        if len({json.dumps(each.get(key)) for each in saved}) > 1
+        for key in dict.fromkeys(key for each in saved for key in each)
+        if key not in apart_from and len({json.dumps(each.get(key)) for each in saved}) > 1
     ]
-    if with_seed and len({json.dumps(each.get("seed")) for each in saved}) > 1:
-        differing.append("seed")
+    differing.sort(key="seed".__eq__)  # the seed is named last
     labels = []
     for runs, each in zip(groups, settings, strict=True):
         named = [f"{key.replace('_', ' ')} {_shown(each[key])}" for key in differing if key in each]
@@ -102,8 +107,7 @@ def series(group: Group, name: str) -> Series | None:
     at the updates where every run that has the column has a finite value; no interval where only
     one of them has it.
     """
-    lines = [column(run.rows, name) for run in group.runs]
-    lines = [line for line in lines if len(line.values)]
+    lines = _columns(group, name)
     if not lines:
         return None
     if len(group.runs) == 1:
@@ -111,12 +115,23 @@ def series(group: Group, name: str) -> Series | None:
     label = f"{group.label} ({len(group.runs)} seeds)"
     if len(lines) == 1:
         return Series(label, lines[0].updates, lines[0].values)
+    updates, values = common_values(group, name)
+    return Series(label, updates, *mean_interval(values)) if len(updates) else None
+
+
+def common_values(group: Group, name: str) -> tuple[FloatArray, FloatArray]:
+    """Updates ``(points,)`` at which every run that has the column has a finite value, and these
+    values ``(runs, points)``; no points where there is no such update."""
     tables = [
         {u: v for u, v in zip(line.updates, line.values, strict=True) if math.isfinite(v)}
-        for line in lines
+        for line in _columns(group, name)
     ]
-    updates = sorted(set.intersection(*(set(table) for table in tables)))
-    if not updates:
-        return None
+    updates = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
     values = np.array([[table[u] for u in updates] for table in tables], dtype=np.float64)
-    return Series(label, np.array(updates), *mean_interval(values))
+    return np.array(updates, dtype=np.float64), values
+
+
+def _columns(group: Group, name: str) -> list[Series]:
+    """The column of each run that has it."""
+    lines = [column(run.rows, name) for run in group.runs]
+    return [line for line in lines if len(line.values)]

@@ -1,9 +1,15 @@
 """Datasets that this package makes itself."""
 
-from iql_torchrl.data.builtin.catalogue import BUILTIN, ensure_dataset, make_dataset
+from iql_torchrl.data.builtin.catalogue import (
+    BUILTIN,
+    OGBENCH_LOCAL,
+    ensure_dataset,
+    make_dataset,
+)
 
 __all__ = [
     "BUILTIN",
+    "OGBENCH_LOCAL",
     "ensure_dataset",
     "make_dataset",
 ]

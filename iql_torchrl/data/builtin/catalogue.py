@@ -1,7 +1,8 @@
-"""Datasets made on this machine, as real Minari datasets in the user's Minari folder.
+"""Datasets made on this machine, as real Minari datasets in the user's Minari folder, and OGBench's.
 
 They need no download, and are the same for the same seed (up to the platform's floating-point
-arithmetic). Minari's own tools list, load and delete them.
+arithmetic). Minari's own tools list, load and delete those of ``BUILTIN``; those of
+``OGBENCH_LOCAL`` are npz files in OGBench's folder.
 """
 
 from __future__ import annotations
@@ -16,11 +17,18 @@ from pathlib import Path
 from types import MappingProxyType
 
 from iql_torchrl.data.builtin.icu_sepsis import ICU_SEPSIS_CLINICIAN
+from iql_torchrl.data.builtin.ogbench import (
+    OGBENCH_LOCAL,
+    OGBenchRecipe,
+    make_ogbench,
+    ogbench_id,
+    ogbench_path,
+)
 from iql_torchrl.data.builtin.pendulum import PENDULUM_MIXED
 from iql_torchrl.data.builtin.pointmaze import POINTMAZE_MEDIUM, POINTMAZE_UMAZE
 from iql_torchrl.data.builtin.recipe import Recipe, Recording
 
-__all__ = ["BUILTIN", "ensure_dataset", "make_dataset"]
+__all__ = ["BUILTIN", "OGBENCH_LOCAL", "ensure_dataset", "make_dataset"]
 
 BUILTIN: Mapping[str, Recipe] = MappingProxyType(
     {
@@ -40,13 +48,17 @@ _root_lock = threading.Lock()
 def make_dataset(
     name: str, *, seed: int = 0, progress: bool = True, episodes: int | None = None
 ) -> str:
-    """Make the dataset ``name`` and return its Minari id, which is ``name``.
+    """Make the dataset ``name`` and return an id for ``load_dataset``.
+
+    For ``BUILTIN`` that is ``name``, the Minari id. For ``OGBENCH_LOCAL`` it is the id with OGBench's
+    default task; ``-singletask-taskN`` in place of its ``-singletask`` names another task.
 
     It is written to a hidden folder in the same place and renamed when complete, so that an
-    interrupted run leaves no incomplete dataset.
+    interrupted run leaves no incomplete dataset. One of ``OGBENCH_LOCAL``, which takes about an hour,
+    continues with the episodes that an interrupted call has made.
 
     Args:
-        name: one of ``BUILTIN``.
+        name: one of ``BUILTIN`` or ``OGBENCH_LOCAL``.
         seed: the same seed and number of episodes give the same log.
         progress: show a progress bar on standard error.
         episodes: how many episodes to log, at least 1; by default the recipe's own number. The
@@ -60,6 +72,14 @@ def make_dataset(
     count = recipe.episodes if episodes is None else episodes
     if count < 1 or seed < 0:
         raise ValueError(f"expected episodes >= 1 and seed >= 0, got episodes={count}, seed={seed}")
+    if isinstance(recipe, OGBenchRecipe):
+        if _exists(name):
+            raise ValueError(
+                f"dataset {name!r} already exists: {ogbench_path(name)}; use ensure_dataset({name!r}), "
+                "or remove the file first"
+            )
+        make_ogbench(name, episodes=count, seed=seed, progress=progress)
+        return ogbench_id(name)
     if _exists(name):
         raise ValueError(
             f"dataset {name!r} already exists in {_root()}; use ensure_dataset({name!r}), or "
@@ -70,19 +90,23 @@ def make_dataset(
 
 
 def ensure_dataset(name: str, *, progress: bool = True) -> str:
-    """Return the Minari id of the dataset ``name``, making it with seed 0 if it is absent.
+    """Return the id of the dataset ``name``, making it with seed 0 if it is absent.
 
-    Raises as :func:`make_dataset`, except that an existing dataset is used as it is.
+    The id is that of :func:`make_dataset`, which also has the errors; but an existing dataset is
+    used as it is.
     """
-    _recipe(name)
+    recipe = _recipe(name)
     if not _exists(name):
-        make_dataset(name, progress=progress)
-    return name
+        return make_dataset(name, progress=progress)
+    return ogbench_id(name) if isinstance(recipe, OGBenchRecipe) else name
 
 
-def _recipe(name: str) -> Recipe:
+def _recipe(name: str) -> Recipe | OGBenchRecipe:
+    if name in OGBENCH_LOCAL:
+        return OGBENCH_LOCAL[name]
     if name not in BUILTIN:
-        raise ValueError(f"no built-in dataset {name!r}; there are {', '.join(sorted(BUILTIN))}")
+        names = ", ".join(sorted([*BUILTIN, *OGBENCH_LOCAL]))
+        raise ValueError(f"no built-in dataset {name!r}; there are {names}")
     return BUILTIN[name]
 
 
@@ -93,6 +117,8 @@ def _root() -> Path:
 
 
 def _exists(name: str) -> bool:
+    if name in OGBENCH_LOCAL:
+        return ogbench_path(name).exists()
     return (_root() / name / "data" / "metadata.json").exists()
 
 

@@ -136,8 +136,8 @@ def mean_return(
     return float(np.mean(returns))
 
 
-def import_for_recipe(module: str, dataset: str) -> ModuleType:
-    """Import an optional package that registers a recipe's environments.
+def import_for_recipe(module: str, dataset: str, *, extra: str = "datasets") -> ModuleType:
+    """Import an optional package of ``extra`` that registers a recipe's environments.
 
     Raises:
         ImportError: it is missing; the message names what to install.
@@ -147,7 +147,7 @@ def import_for_recipe(module: str, dataset: str) -> ModuleType:
     except ImportError as error:
         raise ImportError(
             f"making {dataset!r} needs the package {module!r} ({error}): "
-            f'pip install "iql_torchrl[datasets]"'
+            f'pip install "iql_torchrl[{extra}]"'
         ) from error
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import Column, check_numbers
+from iql_torchrl.data.readers.ogbench_names import advice_for_raw_rows
 from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.schema import DatasetError, Key
 
@@ -230,24 +231,25 @@ def _find(
     if not matches and key in REQUIRED:
         raise DatasetError(
             f"{name}: no column for {key} among {listing}; name it with "
-            f"columns={{{key!r}: ...}}.{_hint(key, columns)}"
+            f"columns={{{key!r}: ...}}.{_hint(name, key, columns)}"
         )
     return matches[0] if matches else None
 
 
-def _hint(key: str, columns: Mapping[str, Column]) -> str:
+def _hint(name: str, key: str, columns: Mapping[str, Column]) -> str:
     merged = [p for p in ("done", "dones", "next/done") if p in columns]
     if key == "terminated" and merged:
         return (
             f" {merged[0]!r} may merge termination with truncation: if it means termination "
             "alone, name it in columns."
         )
+    if key == "reward" and {"terminals", "qpos"} <= set(columns):
+        return f" {advice_for_raw_rows(name)}"
     if key == "reward":
         return (
-            " Data recorded without a task has no rewards: load it for one single task with its own "
-            "package where that offers it (OGBench: make_env_and_datasets of a name with "
-            "'-singletask-'), or compute the task's rewards, and which rows terminate, and pass a "
-            "dict of arrays with both."
+            " Data recorded without a task has no rewards: load it for one single task (OGBench: "
+            "load_dataset('ogbench/ENVIRONMENT-KIND-singletask-taskN-v0')), or compute the task's "
+            "rewards, and which rows terminate, and pass a dict of arrays with both."
         )
     return ""
 

@@ -1,0 +1,359 @@
+"""Success rates on four tasks of OGBench, next to the published ones.
+
+    python benchmarks/bench_ogbench.py --device cuda --compile --points 10
+    python benchmarks/bench_ogbench.py --updates 100000 --width 256 --layers 2 --tasks cube-single
+
+Each task and method is trained with several seeds, as one population where the package allows it,
+and evaluated on ``--episodes`` episodes a seed. The rows are made on this machine first where they
+are missing (about an hour a task); ``--draw v0`` takes the published files in OGBench's folder.
+Nothing is tuned here: settings and temperatures are those of the published baselines (see ``BASE``
+and ``TASKS``). Writes benchmarks/results/NAME.json after each task and method; ``--resume``
+continues a file. The table ends with what differs from the published protocol.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from bench_learning import RESULTS, machine
+
+from iql_torchrl import (
+    Evaluation,
+    IQLConfig,
+    IQLPopulation,
+    OfflineDataset,
+    OfflineTrainer,
+    evaluate,
+    load_dataset,
+    make_agent,
+)
+from iql_torchrl.data.builtin import make_dataset
+from iql_torchrl.data.builtin.ogbench import ogbench_path
+from iql_torchrl.evaluation.statistics import mean_interval, wilson_interval
+from iql_torchrl.files import whole_file
+from iql_torchrl.report.aggregates import aggregate_table
+
+PAPER = 'Park, Li, Levine 2025, "Flow Q-Learning", table 3'
+PUBLISHED_UPDATES, PUBLISHED_HIDDEN, PUBLISHED_ROWS = 1_000_000, (512,) * 4, 1_000_000
+EVALUATION_SEED = 10_000
+
+#: The settings of the published IQL: ``agents/iql.py`` of github.com/seohongpark/fql at commit
+#: 719d044, which has the rest of these as defaults. One backward pass for all networks, no schedule,
+#: no standardisation.
+BASE = IQLConfig(
+    hidden=PUBLISHED_HIDDEN,
+    layer_norm=True,
+    expectile=0.9,
+    discount=0.99,
+    batch_size=256,
+    polyak=0.005,
+    actor_lr=3e-4,
+    critic_lr=3e-4,
+    value_lr=3e-4,
+    schedule="constant",
+    order="simultaneous",
+    reward="raw",
+    standardise=False,
+    policy="gaussian",
+)
+#: What differs from the published IQL whatever the arguments are.
+ALWAYS_DIFFERENT = (
+    "the policy's deviation is learned and its mean passes through tanh (published: deviation 1)",
+    "ReLU after layer normalisation (published: GELU before it)",
+    "advantages of the target critics (published: of the critics)",
+    "orthogonal initial weights (published: variance scaling, uniform)",
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: its rows and number, the temperature of IQL, and the published success in %."""
+
+    rows: str
+    number: int
+    temperature: float
+    published: Mapping[str, int]
+
+    def source(self, draw: str) -> str:
+        return f"ogbench/{self.rows}-singletask-task{self.number}-{draw}"
+
+    def made(self) -> str:
+        return f"ogbench/{self.rows}-local"
+
+
+def _published(iql: int, idql: int, ifql: int, fql: int) -> dict[str, int]:
+    return {"IQL": iql, "IDQL": idql, "IFQL": ifql, "FQL": fql}
+
+
+#: Temperatures: cube-single 1 (README.md of github.com/chongyi-zheng/infom), scene and puzzle-3x3 10
+#: (README.md of github.com/chongyi-zheng/value-flows, for their image versions); puzzle-4x4 10, the
+#: default of the published code.
+TASKS = {
+    "cube-single": Task("cube-single-play", 2, 1.0, _published(85, 96, 73, 97)),
+    "puzzle-3x3": Task("puzzle-3x3-play", 1, 10.0, _published(33, 52, 94, 90)),
+    "puzzle-4x4": Task("puzzle-4x4-play", 3, 10.0, _published(9, 34, 50, 18)),
+    "scene": Task("scene-play", 3, 10.0, _published(32, 94, 54, 98)),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """Settings on top of ``BASE`` and the task's temperature.
+
+    ``published``: the entry of ``Task.published`` that this method is compared with.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    published: str | None = None
+
+
+#: A further method is one more line, with any settings of ``IQLConfig``.
+METHODS = {
+    "cloning": Method({"temperature": 0.0}),
+    "IQL": Method(published="IQL"),
+}
+
+
+def configure(o: argparse.Namespace, task: Task, method: Method) -> IQLConfig:
+    """The settings of one method on one task, with seed 0."""
+    general = {
+        "updates": o.updates,
+        "hidden": (o.width,) * o.layers,
+        "device": o.device,
+        "compile": o.compile,
+        "temperature": task.temperature,
+    }
+    return replace(BASE, **{**general, **method.settings})
+
+
+def load(o: argparse.Namespace, task: Task) -> OfflineDataset:
+    """The rows of ``task``, which are made first where ``o.draw`` is local and they are missing."""
+    if o.draw == "local" and not ogbench_path(task.made()).exists():
+        make_dataset(task.made(), episodes=o.made_episodes)
+    return load_dataset(task.source(o.draw), reward=BASE.reward)
+
+
+def train(
+    o: argparse.Namespace, config: IQLConfig, dataset: OfflineDataset
+) -> Iterator[tuple[int, str, list[Evaluation]]]:
+    """Updates, how the seeds are trained, and their evaluations, ``o.points`` times."""
+    configs = [replace(config, seed=seed) for seed in range(o.seeds)]
+    every = config.updates // o.points
+    options: dict[str, Any] = {
+        "episodes": o.episodes, "num_envs": o.envs, "seed": EVALUATION_SEED,
+    }  # fmt: skip
+    if o.seeds > 1 and not o.alone:
+        try:
+            population = IQLPopulation(configs, dataset, batches="own")
+        except ValueError as error:
+            print(f"note: one seed after the other, because: {error}", flush=True)
+        else:
+            for event in population.train(every * o.points, every=every):
+                yield event.updates, "population", population.evaluate(dataset.make_env, **options)
+            return
+    curves = [_train_alone(each, dataset, every, o.points, options) for each in configs]
+    for number in range(o.points):
+        yield every * (number + 1), "alone", [curve[number] for curve in curves]
+
+
+def _train_alone(
+    config: IQLConfig, dataset: OfflineDataset, every: int, points: int, options: Mapping[str, Any]
+) -> list[Evaluation]:
+    agent = make_agent(config, dataset)
+    curve: list[Evaluation] = []
+
+    def play() -> Evaluation:
+        curve.append(evaluate(agent.policy, dataset.make_env, **options))
+        return curve[-1]
+
+    OfflineTrainer(
+        agent=agent,
+        dataset=dataset,
+        total_updates=every * points,
+        evaluation=play,
+        eval_interval=every,
+        evaluate_first=False,
+        progress_bar=False,
+    ).train()
+    return curve
+
+
+def of_the_log(dataset: OfflineDataset) -> float:
+    """Share of the log's trajectories that complete the task at some step, in %."""
+    rows = dataset.transitions
+    done = rows["next", "terminated"].flatten().numpy()
+    number = rows["collector", "traj_ids"].numpy()
+    return 100 * len(np.unique(number[done])) / len(dataset.episode_lengths)
+
+
+def run(o: argparse.Namespace, name: str, method: str, dataset: OfflineDataset) -> dict[str, Any]:
+    """One method on one task: the curve of success rates in %, one of each seed."""
+    config = configure(o, TASKS[name], METHODS[method])
+    began, curve, trained = time.perf_counter(), [], ""
+    for updates, how, evaluations in train(o, config, dataset):
+        trained = how
+        successes = [100 * float(each.successes.mean()) for each in evaluations]
+        curve.append({"updates": updates, "success": successes})
+        shown = ", ".join(f"{each:.0f}" for each in successes)
+        print(f"{name}, {method}, {updates:,} updates: success {shown} %", flush=True)
+    return {
+        "task": name,
+        "method": method,
+        "trained": trained,
+        "seconds": time.perf_counter() - began,
+        "rows": len(dataset),
+        "log": of_the_log(dataset),
+        "config": config.to_dict(),
+        "curve": curve,
+    }
+
+
+def summarise(runs: Sequence[Mapping[str, Any]], episodes: int) -> list[dict[str, Any]]:
+    """One line a task and method: mean over seeds of the last success rate, with its interval.
+
+    95 %: Student's t over seeds; of one seed Wilson's over its episodes.
+    """
+    lines = []
+    for each in runs:
+        seeds = np.array(each["curve"][-1]["success"])
+        if len(seeds) > 1:
+            _, low, high = (float(v) for v in mean_interval(seeds))
+        else:
+            rate = wilson_interval(round(float(seeds[0]) / 100 * episodes), episodes)
+            low, high = (100 * bound for bound in rate)
+        published = TASKS[each["task"]].published
+        name = METHODS[each["method"]].published
+        lines.append(
+            {
+                "task": each["task"],
+                "method": each["method"],
+                "success": float(seeds.mean()),
+                "interval": [max(0.0, low), min(100.0, high)],
+                "seeds": seeds.tolist(),
+                "log": each["log"],
+                "published": None if name is None else published[name],
+                "published_others": {k: v for k, v in published.items() if k != name},
+            }
+        )
+    return lines
+
+
+def table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The summary as text."""
+    text = [f"{'success in %':26} {'here':>6} {'95 %':>14} {'published':>10}  published, others"]
+    for task in dict.fromkeys(line["task"] for line in lines):
+        of_task = [line for line in lines if line["task"] == task]
+        name = f"{task} task {TASKS[task].number}"
+        text.append(f"{name + ', the log':26} {of_task[0]['log']:6.0f}   (trajectories of its own)")
+        for line in of_task:
+            low, high = line["interval"]
+            other = ", ".join(f"{k} {v}" for k, v in line["published_others"].items())
+            published = "-" if line["published"] is None else line["published"]
+            text.append(
+                f"{name + ', ' + line['method']:26} {line['success']:6.0f} "
+                f"{f'{low:.0f} to {high:.0f}':>14} {published:>10}  {other}"
+            )
+    return "\n".join(text)
+
+
+def differences(o: argparse.Namespace, runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What differs from the protocol of the published figures."""
+    found = []
+    if o.draw == "local":
+        found.append(f"rows made on this machine with MuJoCo {version('mujoco')}: another draw")
+    rows = {each["rows"] for each in runs}
+    if rows != {PUBLISHED_ROWS}:
+        found.append(f"{', '.join(f'{r:,}' for r in sorted(rows))} transitions, not 1,000,000")
+    if o.updates != PUBLISHED_UPDATES:
+        found.append(f"{o.updates:,} updates, not {PUBLISHED_UPDATES:,}")
+    if (o.width,) * o.layers != PUBLISHED_HIDDEN:
+        found.append(f"{o.layers} hidden layers of width {o.width}, not 4 of 512")
+    if o.episodes != 50:
+        found.append(f"{o.episodes} episodes of evaluation, not 50")
+    return [*found, *ALWAYS_DIFFERENT]
+
+
+def compare(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Interquartile mean and probability of improvement, over the tasks that all methods have."""
+    methods = dict.fromkeys(line["method"] for line in lines)
+    seeds = {(line["method"], line["task"]): np.array(line["seeds"]) for line in lines}
+    tasks = [t for t in TASKS if all(len(seeds.get((m, t), ())) > 1 for m in methods)]
+    scores = {m: {t: seeds[m, t] for t in tasks} for m in methods}
+    return aggregate_table(scores, name="success in %") if tasks else ""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    o = _options(arguments)
+    path = RESULTS / f"{o.result}.json"
+    # what decides a figure besides its task and method
+    settings = {
+        name: getattr(o, name)
+        for name in ("draw", "updates", "width", "layers", "episodes", "seeds", "points")
+    }
+    runs: list[dict[str, Any]] = []
+    if o.resume and path.exists():
+        before = json.loads(path.read_text())
+        if before["settings"] != settings:
+            sys.exit(f"error: {path} has {before['settings']}; expected {settings}: give the same.")
+        runs = before["runs"]
+    finished = {(each["task"], each["method"]) for each in runs}
+    for name in o.tasks:
+        missing = [method for method in o.methods if (name, method) not in finished]
+        dataset = load(o, TASKS[name]) if missing else None
+        for method in missing:
+            assert dataset is not None
+            runs.append(run(o, name, method, dataset))
+            record = {
+                "command": " ".join(["python", *sys.argv]),
+                "machine": machine() | {p: version(p) for p in ("ogbench", "mujoco")},
+                "paper": PAPER,
+                "settings": settings,
+                "differences": differences(o, runs),
+                "summary": summarise(runs, o.episodes),
+                "runs": runs,
+            }
+            RESULTS.mkdir(exist_ok=True)
+            with whole_file(path) as temporary:
+                temporary.write_text(json.dumps(record, indent=1) + "\n")
+    lines = summarise(runs, o.episodes)
+    print(f"\n{table(lines)}\n\nPublished: {PAPER}. What differs:")
+    print("\n".join(f"- {text}" for text in differences(o, runs)))
+    if compared := compare(lines):
+        print(f"\n{compared}")
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--seeds", type=int, default=3)
+    add("--updates", type=int, default=PUBLISHED_UPDATES)
+    add("--width", type=int, default=512)
+    add("--layers", type=int, default=4)
+    add("--episodes", type=int, default=50, help="of each evaluation of a seed")
+    add("--points", type=int, default=1, help="evaluations during training; the last one counts")
+    add("--envs", type=int, default=10, help="episodes at the same time")
+    add("--draw", default="local", help="local, or v0: the published files")
+    add("--made-episodes", type=int, default=1000, help="of rows that are made here")
+    add("--device", default="cpu")
+    add("--compile", action="store_true")
+    add("--alone", action="store_true", help="train one seed after the other")
+    add("--result", default="ogbench", help="name of the result file")
+    add("--resume", action="store_true", help="keep the runs that the result file has")
+    o = parser.parse_args(arguments)
+    if o.updates % o.points or o.seeds < 1:
+        parser.error("--updates must be a multiple of --points, and --seeds at least 1")
+    return o
+
+
+if __name__ == "__main__":
+    main()

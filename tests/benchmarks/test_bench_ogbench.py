@@ -1,0 +1,94 @@
+"""``benchmarks/bench_ogbench.py``: its table by hand, and a small run of every path."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from iql_torchrl.data.builtin import OGBENCH_LOCAL, ogbench
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import bench_ogbench
+
+
+def finished(task, method, *seeds):
+    return {"task": task, "method": method, "log": 7.0, "rows": 1_000_000,
+            "curve": [{"updates": 5, "success": [100.0] * len(seeds)},
+                      {"updates": 10, "success": list(seeds)}]}  # fmt: skip
+
+
+def test_the_published_figures_stand_next_to_those_measured():
+    runs = [
+        finished("cube-single", "cloning", 10.0, 20.0, 60.0),
+        finished("cube-single", "IQL", 80.0, 90.0, 100.0),
+        finished("scene", "IQL", 50.0),
+    ]
+    lines = bench_ogbench.summarise(runs, episodes=50)
+    low, high = stats.t.interval(0.95, 2, loc=30, scale=stats.sem([10, 20, 60]))
+    assert low < 0
+    assert lines[0]["interval"] == pytest.approx([0, high])
+    assert (lines[0]["success"], lines[0]["published"]) == (30, None)
+    assert (lines[1]["success"], lines[1]["published"]) == (90, 85)
+    assert lines[1]["published_others"] == {"IDQL": 96, "IFQL": 73, "FQL": 97}
+    wilson = stats.binomtest(25, 50).proportion_ci(0.95, method="wilson")
+    assert lines[2]["interval"] == pytest.approx([100 * wilson.low, 100 * wilson.high])
+    text = bench_ogbench.table(lines)
+    assert "cube-single task 2, the log      7" in text
+    assert "scene task 3, IQL" in text
+    # the tasks that both methods have with two seeds or more: cube-single alone
+    compared = bench_ogbench.compare(lines[:2])
+    assert "on 1 task," in compared
+    assert "Probability that a run of IQL is better than one of\ncloning" in compared
+    assert "1 [1, 1]" in compared
+    assert bench_ogbench.compare(lines) == compared
+    assert bench_ogbench.compare(lines[2:]) == ""
+
+
+def test_every_task_can_be_made_and_every_method_is_a_config():
+    options = bench_ogbench._options([])
+    for task in bench_ogbench.TASKS.values():
+        assert task.made() in OGBENCH_LOCAL
+        for method in bench_ogbench.METHODS.values():
+            config = bench_ogbench.configure(options, task, method)
+            assert (config.updates, config.hidden) == (1_000_000, (512, 512, 512, 512))
+    config = bench_ogbench.configure(
+        options, bench_ogbench.TASKS["scene"], bench_ogbench.METHODS["cloning"]
+    )
+    assert config.temperature == 0
+    assert bench_ogbench.differences(options, [finished("scene", "IQL", 1.0)])[1:] == list(
+        bench_ogbench.ALWAYS_DIFFERENT
+    )
+
+
+@pytest.mark.parametrize("how", ["population", "alone"])
+def test_a_small_run(tmp_path, monkeypatch, capsys, how):
+    pytest.importorskip("ogbench")
+    monkeypatch.setenv("OGBENCH_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr(ogbench, "ROWS", 21)
+    monkeypatch.setattr(bench_ogbench, "RESULTS", tmp_path)
+    numbers = {"seeds": 2, "updates": 4, "points": 2, "width": 8, "layers": 1, "episodes": 1,
+               "envs": 1, "made-episodes": 2}  # fmt: skip
+    options = ["--tasks", "cube-single", "--result", "trial", "--resume"]
+    options += [f"--{name}={number}" for name, number in numbers.items()]
+    options += ["--alone"] if how == "alone" else []
+    bench_ogbench.main([*options, "--methods", "cloning"])
+    path = tmp_path / "trial.json"
+    before = json.loads(path.read_text())["runs"]
+    bench_ogbench.main(options)
+    record = json.loads(path.read_text())
+    assert record["runs"][0] == before[0]
+    assert [(r["method"], r["trained"]) for r in record["runs"]] == [("cloning", how), ("IQL", how)]
+    for each in record["runs"]:
+        assert each["rows"] == 40
+        assert [(p["updates"], len(p["success"])) for p in each["curve"]] == [(2, 2), (4, 2)]
+    assert [r["config"]["temperature"] for r in record["runs"]] == [0, 1]
+    assert "4 updates, not 1,000,000" in record["differences"]
+    out = capsys.readouterr().out
+    assert out.count("cube-single, cloning, 4 updates") == 1  # the second call kept it
+    assert "Interquartile" in out or "interquartile mean" in out
+    with pytest.raises(SystemExit, match="give the same"):
+        bench_ogbench.main([*options, "--width", "9"])

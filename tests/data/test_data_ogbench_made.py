@@ -1,0 +1,148 @@
+"""OGBench's data made here: its columns, its seeds, and continuing after an interruption."""
+
+from __future__ import annotations
+
+import json
+
+import gymnasium
+import numpy as np
+import pytest
+
+from iql_torchrl import load_dataset
+from iql_torchrl.data.__main__ import main
+from iql_torchrl.data.builtin import OGBENCH_LOCAL, ensure_dataset, make_dataset, ogbench
+from iql_torchrl.data.builtin.ogbench_episodes import _cube_is_visible, _is_corridor
+
+pytest.importorskip("ogbench")
+CUBE = "ogbench/cube-single-play-local"
+MAZE = "ogbench/pointmaze-medium-navigate-local"
+ROWS = 41
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("OGBENCH_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr(ogbench, "ROWS", ROWS)
+    return tmp_path
+
+
+def columns(folder, name):
+    with np.load(folder / f"{name.removeprefix('ogbench/')}.npz") as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize("name", list(OGBENCH_LOCAL))
+def test_two_episodes_have_ogbenchs_columns_and_load(folder, name):
+    source = make_dataset(name, episodes=2, progress=False)
+    assert [path.name for path in folder.iterdir()] == [f"{name.removeprefix('ogbench/')}.npz"]
+    rows = columns(folder, name)
+    assert rows["terminals"].nonzero()[0].tolist() == [ROWS - 1, 2 * ROWS - 1]
+    assert {rows[key].dtype for key in ("observations", "actions", "qpos")} == {np.dtype("f4")}
+    assert ("button_states" in rows) == ("scene" in name or "puzzle" in name)
+    made = json.loads(str(rows["made_with"]))
+    assert (made["seed"], made["episodes"], made["name"]) == (0, 2, name)
+    dataset = load_dataset(source)
+    assert dataset.episode_lengths.tolist() == [ROWS - 1, ROWS - 1]
+    assert dataset.make_env().observation_space.shape == rows["observations"].shape[1:]
+    assert float(dataset.transitions["action"].std()) > 0.1
+    assert ensure_dataset(name, progress=False) == source
+    with pytest.raises(ValueError, match="already exists"):
+        make_dataset(name, progress=False)
+
+
+def test_recorded_states_and_actions_replay_the_log(folder):
+    make_dataset(CUBE, episodes=1, progress=False)
+    rows = columns(folder, CUBE)
+    recipe = OGBENCH_LOCAL[CUBE]
+    env = gymnasium.make(recipe.environment, disable_env_checker=True, **recipe.options)
+    env.reset(seed=0)
+    # from each recorded state the recorded action leads near the next one (rows are float32, and
+    # the solver's warm start is not recorded)
+    for row in range(0, ROWS - 1, 8):
+        env.unwrapped.set_state(rows["qpos"][row].astype(float), rows["qvel"][row].astype(float))
+        observation, *_ = env.step(rows["actions"][row])
+        np.testing.assert_allclose(observation[:6], rows["observations"][row + 1, :6], atol=0.02)
+    env.close()
+
+
+def test_an_episode_depends_on_seed_and_number_only(folder):
+    recipe = OGBENCH_LOCAL[CUBE]
+
+    def fresh():
+        return gymnasium.make(
+            recipe.environment, max_episode_steps=20, disable_env_checker=True, **recipe.options
+        )
+
+    before = np.random.get_state()[1].copy()
+    first, second = fresh(), fresh()
+    recipe.episode(first, 0, 0)
+    after_another, alone = recipe.episode(first, 0, 1), recipe.episode(second, 0, 1)
+    other = recipe.episode(second, 1, 1)
+    np.testing.assert_array_equal(np.random.get_state()[1], before)
+    for key in alone:
+        np.testing.assert_array_equal(after_another[key], alone[key])
+    assert not np.array_equal(alone["qpos"], other["qpos"])
+    first.close()
+    second.close()
+
+
+def test_an_interrupted_call_continues_with_the_next_episode(folder, monkeypatch, tmp_path_factory):
+    make_dataset(MAZE, episodes=3, progress=False)
+    whole = columns(folder, MAZE)
+    monkeypatch.setenv("OGBENCH_DATASETS_PATH", str(other := tmp_path_factory.mktemp("other")))
+    made, record = [], OGBENCH_LOCAL[MAZE].episode
+
+    def interrupted(env, seed, number):
+        if number == 2 and 2 not in made:
+            made.append(number)
+            raise KeyboardInterrupt
+        made.append(number)
+        return record(env, seed, number)
+
+    recipes = {MAZE: ogbench.OGBenchRecipe(
+        environment="pointmaze-medium-v0", description="", episode=interrupted
+    )}  # fmt: skip
+    monkeypatch.setattr(ogbench, "OGBENCH_LOCAL", recipes)
+    with pytest.raises(KeyboardInterrupt):
+        make_dataset(MAZE, episodes=3, progress=False)
+    (parts,) = (path for path in other.iterdir() if path.is_dir())
+    names = sorted(path.name for path in parts.iterdir())
+    assert names == ["episode-00000.npz", "episode-00001.npz", "made_with.json"]
+    make_dataset(MAZE, episodes=3, progress=False)
+    assert made == [0, 1, 2, 2]
+    again = columns(other, MAZE)
+    assert again.keys() == whole.keys()
+    for key in whole:
+        np.testing.assert_array_equal(again[key], whole[key])
+
+
+def test_episodes_of_other_versions_are_not_continued(folder):
+    parts = folder / ".making-pointmaze-medium-navigate-local-seed0"
+    parts.mkdir()
+    (parts / "made_with.json").write_text('{"mujoco": "1.0"}')
+    with pytest.raises(ValueError, match=r"made with .*'1\.0'.* or remove the folder"):
+        make_dataset(MAZE, episodes=1, progress=False)
+
+
+def test_the_command(folder, capsys):
+    assert main(["make", MAZE, "--episodes", "2", "--seed", "3", "--quiet"]) == 0
+    assert capsys.readouterr().out == "ogbench/pointmaze-medium-navigate-singletask-local\n"
+    assert json.loads(str(columns(folder, MAZE)["made_with"]))["seed"] == 3
+    assert main(["list"]) == 0
+    assert all(name in capsys.readouterr().out for name in [MAZE])
+
+
+def test_what_is_no_corridor():
+    maze = np.array([[1, 1, 1, 1, 1], [1, 0, 0, 0, 1], [1, 1, 1, 0, 1], [1, 1, 1, 1, 1]])
+    corridors = [cell for cell in map(tuple, np.argwhere(maze == 0)) if _is_corridor(maze, cell)]
+    assert corridors == [(1, 2)]  # a dead end and a corner are none
+
+
+@pytest.mark.parametrize(
+    ("y", "z", "visible"),
+    [(0.0, 0.02, True), (0.3, 0.02, False), (-0.31, 0.02, False), (-0.31, 0.07, True)],
+)
+def test_where_a_scenes_cube_is_visible(y, z, visible):
+    states = np.zeros((3, 25))
+    states[1, 15:17] = y, z
+    assert _cube_is_visible(states) is visible

@@ -1,0 +1,131 @@
+"""Interquartile mean and probability of improvement over tasks, and their stratified intervals."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from iql_torchrl.evaluation.statistics import (
+    interquartile_mean,
+    probability_of_improvement,
+    stratified_interval,
+)
+
+FIRST = [np.array([0.0, 1.0, 2.0, 9.0]), np.array([5.0, 6.0, 7.0, 8.0])]
+SECOND = [np.array([1.0, 1.0, 3.0, 3.0]), np.array([0.0, 9.0, 6.5, 9.0])]
+
+
+def random_tasks(seed: int, runs: int = 5, tasks: int = 3) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return [task + generator.normal(size=runs) for task in range(tasks)]
+
+
+def test_by_hand():
+    # of 0 1 2 5 6 7 8 9 the middle four
+    assert interquartile_mean(*FIRST) == pytest.approx((2 + 5 + 6 + 7) / 4)
+    # task 1: 0 beats none; 1 equals two: 1; 2 beats two: 2; 9 beats four: 4. Task 2: 5 and 6 beat
+    # one, 7 and 8 beat two.
+    assert probability_of_improvement(*FIRST, *SECOND) == pytest.approx((7 / 16 + 6 / 16) / 2)
+    assert probability_of_improvement(*SECOND, *FIRST) == pytest.approx(1 - 6.5 / 16)
+    assert probability_of_improvement(*FIRST, *FIRST) == 0.5
+
+
+def test_other_axes_are_kept():
+    both = [np.stack(pair) for pair in zip(FIRST, SECOND, strict=True)]
+    expected = [interquartile_mean(*FIRST), interquartile_mean(*SECOND)]
+    assert interquartile_mean(*both, axis=-1).tolist() == pytest.approx(expected)
+    assert interquartile_mean(*(b.T for b in both), axis=0).tolist() == pytest.approx(expected)
+    stacked = probability_of_improvement(both[0], both[0][::-1])
+    alone = [
+        probability_of_improvement(FIRST[0], SECOND[0]),
+        probability_of_improvement(SECOND[0], FIRST[0]),
+    ]
+    assert stacked.tolist() == pytest.approx(alone)
+
+
+def test_against_scipy():
+    one, other = random_tasks(0), random_tasks(1, runs=4)
+    pooled = np.concatenate(one)
+    assert interquartile_mean(*one) == pytest.approx(stats.trim_mean(pooled, 0.25))
+    shares = [
+        stats.mannwhitneyu(x, y).statistic / (len(x) * len(y))
+        for x, y in zip(one, other, strict=True)
+    ]
+    assert probability_of_improvement(*one, *other) == pytest.approx(np.mean(shares))
+
+
+def resampled(samples, statistic, draws=20_000):
+    """The percentile bootstrap written as a loop, one draw of runs for each sample."""
+    generator = np.random.default_rng(7)
+    values = [
+        statistic(*(s[generator.integers(len(s), size=len(s))] for s in samples))
+        for _ in range(draws)
+    ]
+    return np.percentile(values, [2.5, 97.5])
+
+
+@pytest.mark.parametrize(
+    ("statistic", "samples"),
+    [
+        (interquartile_mean, random_tasks(0)),
+        (probability_of_improvement, [*random_tasks(0), *(t - 0.5 for t in random_tasks(1))]),
+    ],
+)
+def test_the_interval_is_that_of_a_loop_over_draws(statistic, samples):
+    low, high = stratified_interval(statistic, samples, seed=0)
+    expected = resampled(samples, statistic)
+    # the ends of 20,000 draws vary by about a hundredth of the width
+    assert (low, high) == pytest.approx(expected, abs=0.03 * (expected[1] - expected[0]))
+    assert low < statistic(*samples) < high
+    assert stratified_interval(statistic, samples, seed=0) == (low, high)
+
+
+def test_tasks_are_resampled_separately():
+    """Runs that are equal within a task leave nothing to vary, however different the tasks are."""
+    constant = [np.full(3, 1.0), np.full(3, 50.0)]
+    assert stratified_interval(interquartile_mean, constant, seed=0) == (25.5, 25.5)
+
+
+def test_what_has_no_interval():
+    assert all(map(math.isnan, stratified_interval(interquartile_mean, [np.ones(1)], seed=0)))
+    bad = [np.array([1.0, math.nan]), np.ones(2)]
+    assert all(map(math.isnan, stratified_interval(interquartile_mean, bad, seed=0)))
+    with pytest.raises(ValueError, match="3 arrays; expected as many"):
+        probability_of_improvement(*FIRST, SECOND[0])
+
+
+def test_points_equal_those_of_rliable():
+    metrics = pytest.importorskip("rliable.metrics")
+    one, other = np.stack(random_tasks(0), 1), np.stack(random_tasks(1, runs=7), 1)
+    assert interquartile_mean(*one.T) == pytest.approx(metrics.aggregate_iqm(one))
+    expected = metrics.probability_of_improvement(one, other)
+    assert probability_of_improvement(*one.T, *other.T) == pytest.approx(expected)
+    ties = np.round(one), np.round(other)
+    expected = metrics.probability_of_improvement(*ties)
+    assert probability_of_improvement(*ties[0].T, *ties[1].T) == pytest.approx(expected)
+
+
+def test_intervals_agree_with_those_of_rliable():
+    try:
+        from rliable import library, metrics
+    except Exception as error:  # its requirement arch 7.2 fails with pandas 3: a TypeError
+        pytest.skip(f"rliable.library cannot be imported: {error}")
+    one, other = np.stack(random_tasks(0), 1), np.stack(random_tasks(1), 1)
+    scores = {"iqm": one, "improvement": (one, other)}
+    state = np.random.RandomState(0)
+    for name, metric, samples in (
+        ("iqm", metrics.aggregate_iqm, [*one.T]),
+        ("improvement", metrics.probability_of_improvement, [*one.T, *other.T]),
+    ):
+        ours = interquartile_mean if name == "iqm" else probability_of_improvement
+        _, intervals = library.get_interval_estimates(
+            {name: scores[name]}, metric, reps=10_000, random_state=state
+        )
+        expected = intervals[name].ravel()
+        width = expected[1] - expected[0]
+        assert stratified_interval(ours, samples, seed=0) == pytest.approx(
+            expected, abs=0.05 * width
+        )
