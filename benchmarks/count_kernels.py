@@ -36,8 +36,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, IQLPopulation, IQLStep, captured
+from iql_torchrl.config import devices
 from iql_torchrl.data import DeviceSampler
-from iql_torchrl.fast_networks import perceptron
 from iql_torchrl.update.inductor import program_options
 
 H100 = types.SimpleNamespace(
@@ -106,13 +106,7 @@ def imagined_gpu() -> Iterator[None]:
             (reinplace, "_inplace_generalized_scatter", lambda tensor, source, views: tensor),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
-        settings = {
-            "fx_graph_cache": False,
-            "compile_threads": 1,
-            "combo_kernels": True,
-            "combo_kernels_autotune": 0,
-            "combo_kernel_max_num_nodes": 32,
-        }
+        settings = {"fx_graph_cache": False, "compile_threads": 1}
         stack.enter_context(inductor.config.patch(settings))
         # what Inductor notes about the system is not kept beyond this context
         stack.callback(CacheBase.get_system.cache_clear)
@@ -174,7 +168,7 @@ def program_of(step: IQLStep, sampler: DeviceSampler) -> str:
     with (
         mock.patch("iql_torchrl.update.captured.compile_program", compile_program),
         # as if traced on CUDA
-        mock.patch.object(perceptron, "LAUNCHING", ("cpu",)),
+        mock.patch.object(devices, "LAUNCHING", ("cpu", "cuda")),
         mock.patch(
             "iql_torchrl.update.captured.program_options",
             lambda device, parameters: program_options(torch.device("cuda"), parameters),

@@ -1,7 +1,7 @@
 """Settings of a run: one description for each, ``IQLConfig`` and named presets."""
 
 from iql_torchrl.config.arithmetic import Arithmetic
-from iql_torchrl.config.devices import check_device, check_usable
+from iql_torchrl.config.devices import check_device, check_usable, launches_kernels
 from iql_torchrl.config.iql_config import IQLConfig
 from iql_torchrl.config.knobs import Knob, check_choice, knob, knobs, loss_knobs
 from iql_torchrl.config.presets import PRESETS
@@ -16,5 +16,6 @@ __all__ = [
     "check_usable",
     "knob",
     "knobs",
+    "launches_kernels",
     "loss_knobs",
 ]

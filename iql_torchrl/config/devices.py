@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["check_device", "check_usable"]
+__all__ = ["check_device", "check_usable", "launches_kernels"]
 
 DEVICES = ("cpu", "cuda", "hpu", "mps", "mtia", "xpu")  # where torch's fused Adam runs
+LAUNCHING = ("cuda",)
 
 
 def check_device(device: str) -> None:
@@ -31,3 +32,8 @@ def check_usable(device: str) -> None:
         raise ValueError(
             f"device is {device!r}, which this machine cannot use: {reason}"
         ) from error
+
+
+def launches_kernels(device: torch.device) -> bool:
+    """Whether every operation is a kernel that is launched: a program should have few of them there."""
+    return device.type in LAUNCHING

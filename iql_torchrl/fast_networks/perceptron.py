@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torchrl.modules import MLP as TorchRLMLP
 
+from iql_torchrl.config import launches_kernels
 from iql_torchrl.networks import MLP
 
 __all__ = [
@@ -31,7 +32,6 @@ ACTIVATIONS: dict[type[nn.Module], tuple[Callable[..., Tensor], Callable[..., Te
     nn.ReLU: (torch.relu_, lambda gradient, out: aten.threshold_backward(gradient, out, 0)),
     nn.Tanh: (torch.tanh_, aten.tanh_backward),
 }
-LAUNCHING = ("cuda",)  # devices on which each kernel is launched
 FEW, SMALL = 32, 2**22
 # Modules that act on every number for itself.
 ELEMENTWISE = (
@@ -211,7 +211,7 @@ def is_better_summed(weight: Tensor, x: Tensor) -> bool:
     outputs, inputs = weight.shape[-2:]
     if outputs == 1 and not x.ndim == 2 < weight.ndim:
         return True
-    if x.device.type not in LAUNCHING or min(inputs, outputs) > FEW:
+    if not launches_kernels(x.device) or min(inputs, outputs) > FEW:
         return False
     return weight.numel() * x.shape[-1] <= SMALL
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -172,11 +173,8 @@ def adam_step(
         rate * group["rates"] if "rates" in group else rate
         for rate, group in zip(moments.rates, groups, strict=True)
     ]
-    sizes, roots = _corrections(
-        torch.stack([rates[group_of[i]] for i in reached]),
-        counts,
-        torch.stack([moments.logs[group_of[i]] for i in reached]),
-    )
+    numbers = [group_of[i] for i in reached]
+    sizes, roots = _corrections(_of_each(rates, numbers), counts, _of_each(moments.logs, numbers))
     for i, size, root in zip(reached, sizes, roots, strict=True):
         parameter, gradient, group = parameters[i], gradients[i], groups[group_of[i]]
         assert gradient is not None
@@ -218,6 +216,15 @@ def _consecutive(numbers: Sequence[int]) -> list[tuple[int, int]]:
         else:
             ranges.append((number, number + 1))
     return ranges
+
+
+def _of_each(values: Sequence[Any], numbers: Sequence[int]) -> Tensor:
+    """``values[number]`` for each of the numbers, stacked; a repeated value is not copied."""
+    parts = [
+        torch.as_tensor(values[number]).expand(len(list(same)), *values[number].shape)
+        for number, same in groupby(numbers)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _corrections(rate: Tensor, count: Tensor, logs: Tensor) -> tuple[Sequence[Tensor], ...]:

@@ -18,6 +18,7 @@ from torchrl.envs.utils import set_exploration_type
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives.utils import TargetNetUpdater
 
+from iql_torchrl.config import launches_kernels
 from iql_torchrl.fast_networks.evaluator import FastEvaluator
 from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.objectives.conversion import NETWORKS
@@ -264,10 +265,12 @@ def clip(gradients: Sequence[Tensor], limit: float, members: int | None) -> list
     """
     if not gradients:
         return []
-    squares = [
-        g.square().sum() if members is None else g.square().flatten(1).sum(1) for g in gradients
-    ]
-    norm = torch.stack(squares).sum(0).sqrt()
+    rows = [g.reshape(-1) if members is None else g.flatten(1) for g in gradients]
+    if torch.compiler.is_compiling() and launches_kernels(rows[0].device):
+        square = torch.cat(rows, -1).square().sum(-1)  # two kernels, and not one for each gradient
+    else:
+        square = torch.stack([row.square().sum(-1) for row in rows]).sum(0)
+    norm = square.sqrt()
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
     return [g * scale.view(*scale.shape, *(1,) * (g.ndim - scale.ndim)) for g in gradients]
 

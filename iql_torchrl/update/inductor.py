@@ -1,0 +1,42 @@
+"""Inductor's options for programs of updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from iql_torchrl.config import launches_kernels
+from iql_torchrl.host import inductor_settings
+
+__all__ = ["CUDA_GRAPHS", "program_options"]
+
+CUDA_GRAPHS = "triton.cudagraphs"  # off even where it was switched on globally
+# On a GPU the launches take the time of an update of small networks. Independent kernels are then
+# joined into one, without timing which ones; and a reduction of at most UNSPLIT numbers is one kernel
+# and not two.
+JOINED = {
+    "combo_kernels": True,
+    "combo_kernels_autotune": 0,
+    "combo_kernels_pointwise_only": True,
+    "combo_kernel_max_num_nodes": 32,  # torch 2.13; earlier versions have no limit of their own
+}
+UNSPLIT = 2**17
+
+
+def program_options(device: torch.device, parameters: Iterable[Tensor]) -> dict[str, Any]:
+    """Options of Inductor for an update of these parameters, of those that this torch knows.
+
+    On a CPU the C++ wrapper; on a GPU joined kernels.
+    """
+    options: dict[str, Any] = {CUDA_GRAPHS: False}
+    if device.type == "cpu":
+        options["cpp_wrapper"] = True
+    elif launches_kernels(device):
+        options |= JOINED
+        if max(parameter.numel() for parameter in parameters) <= UNSPLIT:
+            options["split_reductions"] = False
+    known = inductor_settings()
+    return {name: value for name, value in options.items() if name in known}
