@@ -206,6 +206,7 @@ def test_every_knob_of_the_loss_is_an_argument_with_the_same_default_and_an_attr
         "expectile",
         "temperature",
         "max_weight",
+        "bc_weight",
         "value_objective",
         "loss_function",
     }

@@ -34,6 +34,8 @@ from iql_torchrl.update.step import IQLStep
 
 __all__ = ["LEARNING_RATES", "Agent", "build_agent", "make_agent", "make_step", "rate_factors"]
 
+# by policy, the loss that regresses it on the logged actions, where that is not log_prob
+REGRESSIONS = {"deterministic": "mse"}
 # by network, the field of IQLConfig
 LEARNING_RATES = {"actor": "actor_lr", "qvalue": "critic_lr", "value": "value_lr"}
 
@@ -306,12 +308,18 @@ def _loss(
         critic,
         value,
         num_qvalue_nets=config.num_critics,
-        actor_objective="mse" if config.policy == "deterministic" else "log_prob",
+        actor_objective=_actor_objective(config),
         diagnostics=True,
         **{name: getattr(config, name) for name in loss_knobs(type(config))},
     )
     loss.make_value_estimator(gamma=config.discount)
     return loss
+
+
+def _actor_objective(config: IQLConfig) -> str:
+    if config.actor_objective != "auto":
+        return config.actor_objective
+    return REGRESSIONS.get(config.policy, "log_prob")
 
 
 def _optimizer(config: IQLConfig, loss: ImplicitQLoss) -> tuple[torch.optim.Optimizer, LambdaLR]:

@@ -71,6 +71,14 @@ class IQLConfig:
         per_run=True,
         in_loss=True,
     )
+    bc_weight: float = knob(
+        0.3,
+        "weight of the cloning error where the policy maximises Q (actor_objective ddpg_bc)",
+        interval="[0, 3e+38]",
+        meaning="0 only maximises the critics' values; OGBench has 0.003 to 3",
+        per_run=True,
+        in_loss=True,
+    )
     polyak: float = knob(
         0.005,
         "step of the target critics towards the critics at each update; 1 copies them",
@@ -90,6 +98,11 @@ class IQLConfig:
         "auto",
         "gaussian (the paper's), tanh_normal, deterministic, mixture or categorical; auto chooses "
         "by the action space",
+    )
+    actor_objective: Literal["auto", "log_prob", "mse", "ddpg_bc"] = knob(
+        "auto",
+        "loss of the policy: log_prob or mse (weighted regression), or ddpg_bc (maximises Q, with "
+        "cloning); auto is the weighted regression that fits the policy",
     )
     hidden: tuple[int, ...] = knob(
         (256, 256), "widths of the hidden layers of every network", interval="[1, inf)"

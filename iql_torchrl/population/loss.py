@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams
-from torch import Tensor, nn
+from torch import Tensor, distributions, nn
 
-from iql_torchrl.fast_networks.evaluator import DirectActor
+from iql_torchrl.fast_networks.evaluator import DirectActor, detach_all
 from iql_torchrl.fast_networks.stacked import (
     StackedNetwork,
     perceptron_keys,
@@ -23,8 +23,9 @@ from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.objectives.conversion import NETWORKS
 from iql_torchrl.objectives.discrete import DiscreteIQLLoss
 from iql_torchrl.objectives.ensembles import SharedLeaves
-from iql_torchrl.objectives.evaluator import Evaluator
+from iql_torchrl.objectives.evaluator import DETACHED, LIVE, TARGET, Evaluator
 from iql_torchrl.objectives.iql import ImplicitQLoss, IQLLoss
+from iql_torchrl.objectives.policy_objectives import policy_action
 from iql_torchrl.population.alike import check_alike, per_run_names, shared_names
 
 __all__ = ["PopulationLoss"]
@@ -179,8 +180,19 @@ class PopulationLoss(ImplicitQLoss):
     def _discount(self, batch: Batch) -> Tensor:
         return self.discount
 
+    def each_run(self, batch: Batch) -> Batch:
+        if batch.data.ndim == 2:
+            return batch
+        data = batch.data.expand(self.members, *batch.data.batch_size)
+        return Batch(data, batch.mask, batch.weight)
+
+    def policy_output(self, batch: Batch) -> tuple[Tensor, distributions.Distribution | None]:
+        with self.evaluator.policy(self) as actor:
+            dist = actor.get_dist(batch.data)
+        return policy_action(dist), dist
+
     def _actor_error(self, batch: Batch) -> Tensor:
-        action = self._action(batch)
+        action = self.logged(batch)
         with self.evaluator.policy(self) as actor:
             dist = actor.get_dist(batch.data)
         if self.actor_objective == "mse":
@@ -191,7 +203,7 @@ class PopulationLoss(ImplicitQLoss):
         error: Tensor = -dist.log_prob(logged)
         return error
 
-    def _action(self, batch: Batch) -> Tensor:
+    def logged(self, batch: Batch) -> Tensor:
         action = batch.data.get(self.tensor_keys.action)
         return action if batch.data.ndim == 2 else action.expand(self.members, *action.shape)
 
@@ -225,8 +237,12 @@ class StackedEvaluator:
         )
         self._critics = {
             name: StackedNetwork("qvalue_network", loss.qvalue_network, params[name])
-            for name in ("qvalue_network_params", "target_qvalue_network_params")
+            for name in (LIVE, TARGET)
         }
+        self._critics[DETACHED] = StackedNetwork(
+            "qvalue_network", loss.qvalue_network, params[LIVE]
+        )
+        detach_all(self._critics[DETACHED].module)  # a stacked critic is perceptrons alone
         policy = StackedNetwork("actor_network", loss.actor_network, params["actor_network_params"])
         self._actor = DirectActor(policy.module)
         self._all = [self._value, *self._critics.values(), policy]
