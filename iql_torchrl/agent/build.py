@@ -35,7 +35,7 @@ from iql_torchrl.update.step import IQLStep
 __all__ = ["LEARNING_RATES", "Agent", "build_agent", "make_agent", "make_step", "rate_factors"]
 
 # by policy, the loss that regresses it on the logged actions, where that is not log_prob
-REGRESSIONS = {"deterministic": "mse"}
+REGRESSIONS = {"deterministic": "mse", "flow": "flow"}
 # by network, the field of IQLConfig
 LEARNING_RATES = {"actor": "actor_lr", "qvalue": "critic_lr", "value": "value_lr"}
 
@@ -226,6 +226,8 @@ def _networks(
     options = {**widths, "dropout": config.dropout, "preprocess": preprocess()}
     if discrete and task.masked:
         options["mask_key"] = "action_mask"
+    if name == "flow":
+        options["num_steps"] = config.flow_steps
     actor = getattr(policies, name)(features, action_spec, in_keys=keys, **options)
 
     def critic() -> TensorDictModule:

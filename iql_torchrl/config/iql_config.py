@@ -93,16 +93,19 @@ class IQLConfig:
         "standardise observations in the first layer of each network, with the log's statistics",
     )
     policy: Literal[
-        "auto", "gaussian", "tanh_normal", "deterministic", "mixture", "categorical"
+        "auto", "gaussian", "tanh_normal", "deterministic", "mixture", "flow", "categorical"
     ] = knob(
         "auto",
-        "gaussian (the paper's), tanh_normal, deterministic, mixture or categorical; auto chooses "
-        "by the action space",
+        "gaussian (the paper's), tanh_normal, deterministic, mixture, flow or categorical; auto "
+        "chooses by the action space",
     )
-    actor_objective: Literal["auto", "log_prob", "mse", "ddpg_bc"] = knob(
+    actor_objective: Literal["auto", "log_prob", "mse", "ddpg_bc", "flow"] = knob(
         "auto",
-        "loss of the policy: log_prob or mse (weighted regression), or ddpg_bc (maximises Q, with "
-        "cloning); auto is the weighted regression that fits the policy",
+        "loss of the policy: log_prob, mse or flow (weighted regression), or ddpg_bc (maximises Q, "
+        "with cloning); auto is the weighted regression that fits the policy",
+    )
+    flow_steps: int = knob(
+        10, "Euler steps from noise to an action of a flow policy", interval="[1, inf)"
     )
     hidden: tuple[int, ...] = knob(
         (256, 256), "widths of the hidden layers of every network", interval="[1, inf)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -14,11 +14,14 @@ from iql_torchrl import functional as F
 from iql_torchrl.config import IQLConfig, Knob, check_choice, loss_knobs
 from iql_torchrl.objectives.base import OfflineLoss
 from iql_torchrl.objectives.batch import Batch, agree, per_sample
+from iql_torchrl.objectives.draws import Draw, with_draws
 from iql_torchrl.objectives.ensembles import Critics
 from iql_torchrl.objectives.policy_objectives import (
     Q_REDUCTIONS,
     Q_SOURCES,
     ddpg_bc,
+    flow_inputs,
+    flow_matching,
     policy_action,
 )
 
@@ -28,7 +31,7 @@ ActorObjective = str | Callable[[TensorDictModule, TensorDictBase], Tensor]
 ValueObjective = str | Callable[[Tensor, Tensor], Tensor]
 AdvantageWeight = str | Callable[[Tensor], Tensor]
 ADVANTAGE_WEIGHTS = ("exponential",)
-CONTINUOUS_OBJECTIVES = ("mse", "ddpg_bc")
+CONTINUOUS_OBJECTIVES = ("mse", "ddpg_bc", "flow")
 ACTOR_OBJECTIVES = ("log_prob", *CONTINUOUS_OBJECTIVES)
 LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
 # Attributes that decide, with the knobs, what a loss computes and returns.
@@ -111,6 +114,8 @@ class ImplicitQLoss(OfflineLoss):
         ):
             if not callable(choice):
                 check_choice(name, choice, names)
+        if (actor_objective == "flow") is not hasattr(actor_network, "velocity"):
+            _refuse_flow(actor_network, actor_objective)
         if actor_objective == "log_prob" and not hasattr(actor_network, "get_dist"):
             raise TypeError(
                 f"actor_network is {type(actor_network).__name__}, which has no distribution "
@@ -155,6 +160,25 @@ class ImplicitQLoss(OfflineLoss):
         """Whether the outputs hold ``DIAGNOSTICS``; chosen when the loss is built."""
         return self._diagnostics
 
+    def read(self, tensordict: TensorDictBase, draws: Mapping[str, Tensor] | None = None) -> Batch:
+        """The batch as the update reads it, with the random tensors of :meth:`random_inputs`.
+
+        Those that neither ``tensordict`` nor ``draws`` has are drawn here, from torch's default
+        generator: so an update reads its batch outside of the compiled program.
+        """
+        return with_draws(self, super().read(tensordict), draws)
+
+    def random_inputs(self, batch_size: torch.Size) -> Mapping[str, Draw]:
+        """Random tensors that the losses of a batch need, by the key of the batch that replaces them.
+
+        For ``actor_objective="flow"``: ``"flow_noise"`` ``(*B, A)``, standard normal, and
+        ``"flow_time"`` ``(*B,)``, uniform on [0, 1); in a population ``(P, B, A)`` and ``(P, B)``. For
+        all other objectives none.
+        """
+        if self.actor_objective != "flow":
+            return {}
+        return flow_inputs(self.actor_network, self.sample_shape(batch_size))
+
     # -- one term per network --------------------------------------------------------------------
 
     def value_term(
@@ -188,6 +212,7 @@ class ImplicitQLoss(OfflineLoss):
         ``-w log pi(a|s)`` with ``w = min(exp(temperature * A), max_weight)``; ``"mse"`` takes
         ``w |pi(s) - a|**2`` summed over action dimensions; a callable gives its own per-sample
         loss, weighted the same way. A callable ``advantage_weight`` gives ``w`` from ``A``.
+        ``"flow"`` takes ``w`` times the error of the velocity, :func:`policy_objectives.flow_matching`.
         ``"ddpg_bc"`` has no weights (all are 1): :func:`policy_objectives.ddpg_bc`.
         """
         if self.actor_objective == "ddpg_bc":
@@ -195,7 +220,8 @@ class ImplicitQLoss(OfflineLoss):
             return self._reduce(ddpg_bc(self, batch), batch), metadata
         weight = self.weight_of(advantage, batch)
         metadata = {"advantage": advantage, "weight": weight}
-        error = self._actor_error(batch)
+        flow = self.actor_objective == "flow"
+        error = flow_matching(self, batch) if flow else self._actor_error(batch)
         agree(policy_error=error, advantage=advantage)
         if self.actor_objective == "log_prob":
             metadata["log_prob"] = -error.detach()
@@ -395,8 +421,8 @@ class IQLLoss(ImplicitQLoss):
         value_objective: ``"expectile"``, ``"quantile"`` or ``"sarsa_expectile"``
             (:meth:`value_term`), or a callable ``(target_qvalue (*B,), value (*B,)) -> per-sample
             loss (*B,)``.
-        actor_objective: ``"log_prob"``; ``"mse"`` for deterministic actors; ``"ddpg_bc"``, see
-            below; or a callable ``(actor, batch) -> per-sample loss (*B,)``.
+        actor_objective: ``"log_prob"``; ``"mse"`` for deterministic actors; ``"flow"`` for
+            ``policies.flow``; ``"ddpg_bc"``; or a callable ``(actor, batch) -> per-sample loss (*B,)``.
         advantage_weight: ``"exponential"``, ``min(exp(temperature * A), max_weight)``, or a callable
             ``(advantage (*B,)) -> weight (*B,)``, which leaves temperature and max_weight unused.
         q_reduction, q_source: of ``"ddpg_bc"``: ``"min"`` or ``"mean"`` over the critics; ``"live"``
@@ -407,6 +433,13 @@ class IQLLoss(ImplicitQLoss):
         deactivate_vmap: evaluate the critics in a loop.
         scalar_output_mode: with ``reduction="none"``, ``"exclude"`` or ``"non_tensor"`` scalars.
         priority_key, gamma: refused as in TorchRL; use ``set_keys`` and ``make_value_estimator``.
+
+    ``actor_objective="flow"`` is conditional flow matching, weighted as the other regressions: ``w``
+    times the mean over action dimensions of ``(v(s, x_t, t) - (a - noise))**2`` with ``x_t = (1 - t)
+    noise + t a`` (Lipman et al. 2023, arXiv:2210.02747). Noise and time are drawn when the batch is
+    read, or are its entries ``"flow_noise"`` ``(*B, A)`` and ``"flow_time"`` ``(*B,)``.
+    ``temperature=0`` is the plain clone; with ``policies.best_of`` that is IFQL (Park, Li, Levine
+    2025, "Flow Q-Learning", arXiv:2502.02538).
 
     ``actor_objective="ddpg_bc"`` maximises the critics' value of the policy's own action:
     ``-Q(s, pi(s)) / mean|Q(s, pi(s))|`` plus ``bc_weight`` times the cloning error, minus the
@@ -424,7 +457,7 @@ class IQLLoss(ImplicitQLoss):
         ValueError: a value out of range or an unknown name (the message shows it).
         TypeError: ``gamma`` given, a number that is none, a network that is no TensorDictModule
             (``qvalue_network``: nor a list or function of such), or a policy without ``get_dist``
-            for ``actor_objective="log_prob"``.
+            for ``actor_objective="log_prob"``, or a flow policy with another objective than "flow".
     """
 
     def action_values(self, batch: Batch, name: str) -> Tensor:
@@ -436,3 +469,21 @@ class IQLLoss(ImplicitQLoss):
     def loss_value_diff(diff: Tensor, expectile: float = 0.8) -> Tensor:
         """TorchRL's name for :func:`iql_torchrl.functional.expectile_loss`."""
         return F.expectile_loss(diff, expectile=expectile)
+
+
+def _refuse_flow(actor: Any, objective: ActorObjective) -> None:
+    """Raise ``TypeError`` where the objective "flow" and a flow policy do not come together.
+
+    A function as the objective may do with a flow policy what it wants.
+    """
+    if callable(objective):
+        return
+    if objective == "flow":
+        raise TypeError(
+            f"actor_network is {type(actor).__name__}, which has no velocity; actor_objective='flow' "
+            "needs policies.flow(...)."
+        )
+    raise TypeError(
+        f"actor_objective is {objective!r} and actor_network is a {type(actor).__name__}, which has "
+        "no density; train it with actor_objective='flow'."
+    )

@@ -9,10 +9,21 @@ from tensordict import TensorDictBase
 from torch import Tensor, distributions
 from torchrl.modules import Delta
 
+from iql_torchrl import functional as F
+from iql_torchrl.networks import join_observations
 from iql_torchrl.objectives.batch import Batch, agree, per_sample
+from iql_torchrl.objectives.draws import FLOW_NOISE, FLOW_TIME, Draw
 from iql_torchrl.objectives.evaluator import DETACHED, TARGET
 
-__all__ = ["Q_REDUCTIONS", "Q_SOURCES", "cloning_error", "ddpg_bc", "policy_action"]
+__all__ = [
+    "Q_REDUCTIONS",
+    "Q_SOURCES",
+    "cloning_error",
+    "ddpg_bc",
+    "flow_inputs",
+    "flow_matching",
+    "policy_action",
+]
 
 Q_REDUCTIONS = ("min", "mean")
 Q_SOURCES = {"live": DETACHED, "target": TARGET}
@@ -53,6 +64,30 @@ def cloning_error(
     shape = action.shape[:-1]
     log_prob = dist.log_prob(loss.logged(batch))
     return -per_sample(log_prob, shape, "log_prob")
+
+
+def flow_inputs(actor: Any, shape: tuple[int, ...]) -> dict[str, Draw]:
+    """What :func:`flow_matching` draws for samples of shape ``shape``."""
+    return {
+        FLOW_NOISE: Draw((*shape, actor.action_features), normal=True),
+        FLOW_TIME: Draw(shape, normal=False),
+    }
+
+
+def flow_matching(loss: Any, batch: Batch) -> Tensor:
+    """Mean over action dimensions of ``(v(s, x_t, t) - (a - noise))**2``, per sample ``(*B,)``.
+
+    ``x_t = (1 - t) * noise + t * a``, with the logged action a in the policy's units, standard normal
+    noise and uniform t from ``batch.draws``: :func:`iql_torchrl.functional.flow_path`.
+    """
+    keys = loss.actor_network.in_keys
+    observation = join_observations([batch.data.get(key) for key in keys])
+    time = batch.draws[FLOW_TIME]
+    with loss.evaluator.policy(loss) as actor:
+        action = actor.normalise(loss.logged(batch))
+        point, target = F.flow_path(batch.draws[FLOW_NOISE], action, time=time)
+        velocity = actor.velocity(observation, point, time)
+    return (velocity.to(target.dtype) - target).square().mean(-1)
 
 
 def policy_action(dist: distributions.Distribution) -> Tensor:

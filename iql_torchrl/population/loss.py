@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from iql_torchrl.objectives.ensembles import SharedLeaves
 from iql_torchrl.objectives.evaluator import DETACHED, LIVE, TARGET, Evaluator
 from iql_torchrl.objectives.iql import ImplicitQLoss, IQLLoss
 from iql_torchrl.objectives.policy_objectives import policy_action
+from iql_torchrl.policies import FlowPolicy
 from iql_torchrl.population.alike import check_alike, per_run_names, shared_names
 
 __all__ = ["PopulationLoss"]
@@ -36,10 +38,11 @@ PARAMETERS = frozenset(inspect.signature(ImplicitQLoss.__init__).parameters)
 class PopulationLoss(ImplicitQLoss):
     """P losses over stacked parameters: every loss and scalar has shape ``(P,)``.
 
-    Batches are ``(B,)``, the same for every run, or ``(P, B)``, one per run. The discount and the
-    knobs with ``per_run`` (``expectile``, ``temperature``, ...) differ between runs; they are
-    buffers ``(P, 1)``. No parameter is shared, so the sum of the P losses trains each run as if it
-    were alone.
+    Batches are ``(B,)``, the same for every run, or ``(P, B)``, one per run. Random tensors
+    (:meth:`random_inputs`) are drawn for each run, all from one stream: not those that a run would
+    draw alone. The discount and the knobs with ``per_run`` (``expectile``, ``temperature``, ...)
+    differ between runs; they are buffers ``(P, 1)``. No parameter is shared, so the sum of the P
+    losses trains each run as if it were alone.
 
     Args:
         losses: one :class:`IQLLoss` or :class:`DiscreteIQLLoss` per run, equal in everything except
@@ -150,8 +153,8 @@ class PopulationLoss(ImplicitQLoss):
             "build it again."
         )
 
-    def read(self, tensordict: TensorDictBase) -> Batch:
-        batch = super().read(tensordict)
+    def read(self, tensordict: TensorDictBase, draws: Mapping[str, Tensor] | None = None) -> Batch:
+        batch = super().read(tensordict, draws)
         shape = batch.data.batch_size
         if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != self.members):
             raise ValueError(
@@ -164,7 +167,10 @@ class PopulationLoss(ImplicitQLoss):
             None if entry is None else entry.expand(self.members, *shape)
             for entry in (batch.mask, batch.weight)
         )
-        return Batch(batch.data, mask, weight)
+        return replace(batch, mask=mask, weight=weight)
+
+    def sample_shape(self, batch_size: torch.Size) -> tuple[int, ...]:
+        return tuple(batch_size) if len(batch_size) == 2 else (self.members, *batch_size)
 
     def run_dims(self, batch: Batch) -> int:
         return 2 - batch.data.ndim
@@ -244,7 +250,8 @@ class StackedEvaluator:
         )
         detach_all(self._critics[DETACHED].module)  # a stacked critic is perceptrons alone
         policy = StackedNetwork("actor_network", loss.actor_network, params["actor_network_params"])
-        self._actor = DirectActor(policy.module)
+        flow = isinstance(policy.module, FlowPolicy)
+        self._actor: Any = policy.module if flow else DirectActor(policy.module)
         self._all = [self._value, *self._critics.values(), policy]
 
     def follow_modes(self) -> None:

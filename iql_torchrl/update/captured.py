@@ -159,6 +159,14 @@ class CapturedStep:
         self._sums = torch.zeros(
             (len(self._names), *runs), dtype=torch.float64, device=self._device
         )
+        inputs = self.step.loss.random_inputs(rows.gather(self._index).batch_size)
+        like = next(self.step.loss.parameters())
+        # by name, the draw and the tensor that the program reads
+        self._draws = {
+            name: (draw, draw.empty(like))
+            for name, draw in inputs.items()
+            if rows.column((name,)) is None
+        }
         groups = len(self.step.optimizer.param_groups)
         self._rates = torch.zeros(  # of the coming updates, and the one after them
             (self.updates + 1, groups), dtype=torch.float64, device=self._device
@@ -167,11 +175,12 @@ class CapturedStep:
     def _record(self, rows: DeviceSampler, moments: Moments) -> None:
         """Compile one update and keep the program with its arguments; nothing is updated yet."""
         update, loss = self._update, self.step.loss
+        draws = {name: out for name, (_, out) in self._draws.items()}
         recorder = Recorder(on_cpu=self._device.type == "cpu")
 
         def one_update() -> None:
             batch = rows.gather(self._index)
-            self._add(update(loss.read(batch), moments))
+            self._add(update(loss.read(batch, draws), moments))
 
         traced = torch.compile(one_update, fullgraph=True, dynamic=False, backend=recorder)
         with self.step.setting(), tracing_gradients():
@@ -208,6 +217,8 @@ class CapturedStep:
         scheduled = bool(self.step.lr_schedulers)
         for number in range(self.updates):
             torch.randint(rows.rows, self._index.shape, generator=rows.generator, out=self._index)
+            for draw, out in self._draws.values():
+                draw.fill(out, rows.generator)
             if scheduled:
                 self._set_rates(moments, self._rates[number])
             program()
