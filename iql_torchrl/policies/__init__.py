@@ -20,10 +20,12 @@ from iql_torchrl.policies.actors import (
     mixture,
     tanh_normal,
 )
+from iql_torchrl.policies.best_of import BestOf, best_of
 from iql_torchrl.policies.flow import FlowHead, FlowPolicy, flow
 
 __all__ = [
     "HEADS",
+    "BestOf",
     "Choice",
     "ClippedGaussian",
     "ClippedMixture",
@@ -31,6 +33,7 @@ __all__ = [
     "FlowPolicy",
     "OneHotChoice",
     "SquashedGaussian",
+    "best_of",
     "categorical",
     "deterministic",
     "flow",
