@@ -54,13 +54,24 @@ class LossCritics(TensorDictModuleBase):
         return found
 
     def _follow(self) -> None:
-        """Let the critics use the storage of the loss's parameters and buffers."""
+        """Use the storage of the loss's parameters, and take over the values of its buffers.
+
+        Buffers are no views: a view would be copied and exported with the tensor that it is part of.
+        """
         if self._source is None:
             return
         for module, name, leaf in self._leaves():
             parameter = parameters_of(module).get(name)
             if parameter is None:
-                setattr(module, name, leaf)
+                buffer = getattr(module, name)
+                if (buffer.shape, buffer.dtype, buffer.device) == (
+                    leaf.shape,
+                    leaf.dtype,
+                    leaf.device,
+                ):
+                    buffer.copy_(leaf)
+                else:
+                    setattr(module, name, leaf.clone())
             elif parameter.data_ptr() != leaf.data_ptr() or parameter.dtype != leaf.dtype:
                 parameter.data = leaf
 
