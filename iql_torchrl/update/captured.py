@@ -43,6 +43,8 @@ def captured(
     ``replay`` is a :class:`~iql_torchrl.data.DeviceSampler`, or a TorchRL buffer with uniform
     sampling and no transform, whose rows are then copied to the parameters' device, and again when
     the buffer has been written to (by this process: call ``recapture()`` where another writes).
+    Random tensors that the loss reads (``random_inputs``) are drawn after the row numbers, from the
+    same generator, unless the rows have such keys.
     Returns the means of the step's metrics over the updates, as tensors on the device: reading them
     is the only wait.
 
@@ -54,7 +56,7 @@ def captured(
     modules; call ``recapture()`` after changing those.
 
     With any other optimizer a call makes ``updates`` eager updates, on every device, and a log line
-    says so.
+    says so; these draw a loss's random tensors from torch's default generator.
 
     Raises ``ValueError`` on ``updates < 1``; a buffer that samples otherwise; rows on another
     device; categories that the networks' ``OneHot`` does not know; a schedule that changes more than
