@@ -163,6 +163,7 @@ def draw(path: Path, samples: dict[str, Array]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     options = cli.parse_options(Options, arguments, description=__doc__.split("\n\n")[0])
+    torch.set_num_threads(1)  # the networks are small: a second thread costs more than it gives
     folder = options.output / f"multimodal-seed{options.seed}"
     log = make_log(options.seed)
     print(f"Training, {options.updates:,} updates of each policy:")

@@ -123,8 +123,9 @@ def flow(
     The entry ``noise_key`` of the TensorDict, ``(*B, A)``, is used as the noise where it exists.
     Otherwise noise is drawn from torch's default generator; with the interaction type
     ``DETERMINISTIC`` it is one fixed vector, the same in every state and every flow policy of A
-    dimensions, so that the action is one possible sample. The policy has no log-probability:
-    importance sampling refuses it.
+    dimensions: the action is one possible sample, not the most probable one, so evaluate a flow by
+    itself with ``deterministic=False``. Few Euler steps make modes narrower and leave some samples
+    between them. The policy has no log-probability: importance sampling refuses it.
 
     Raises ``ValueError`` on an unbounded spec or ``num_steps < 1``.
     """
