@@ -38,8 +38,7 @@ class Draw:
 
         Runs of a population that share a batch share it. Raises ``ValueError`` on another shape.
         """
-        rows = len(batch_size)
-        ends = self.shape[len(self.shape) - 1 :] if self.normal else ()
+        ends = self.shape[-1:] if self.normal else ()
         if not self.normal:
             given = per_sample(given, batch_size, key)
         if given.shape != (*batch_size, *ends):
@@ -48,7 +47,6 @@ class Draw:
                 f"expected {(*batch_size, *ends)}: it replaces the "
                 f"{'standard normal' if self.normal else 'uniform'} numbers of actor_objective='flow'."
             )
-        assert given.ndim == rows + len(ends)
         return given.to(like.dtype).expand(self.shape)
 
 
