@@ -44,6 +44,16 @@ class ClippedGaussian(D.Independent):  # type: ignore[type-arg]
     def deterministic_sample(self) -> Tensor:
         return _clip(self.mean, self.low, self.high)
 
+    @staticmethod
+    def noise_features(size: int) -> int:
+        """Standard normal numbers that one sample of A = ``size`` dimensions is made from: A."""
+        return size
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Samples ``(*N, *B, A)`` from standard normal ``noise`` ``(*N, *B, A)``."""
+        normal = self.base_dist
+        return _clip(normal.loc + normal.scale * noise, self.low, self.high)
+
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return _clip(super().rsample(torch.Size(sample_shape)), self.low, self.high)
 
@@ -92,6 +102,15 @@ class SquashedGaussian(D.Independent):  # type: ignore[type-arg]
     def deterministic_sample(self) -> Tensor:
         return self.squash(self.base_dist.loc)
 
+    @staticmethod
+    def noise_features(size: int) -> int:
+        """Standard normal numbers that one sample of A = ``size`` dimensions is made from: A."""
+        return size
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Samples ``(*N, *B, A)`` from standard normal ``noise`` ``(*N, *B, A)``."""
+        return self.squash(self.base_dist.loc + self.base_dist.scale * noise)
+
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return self.squash(super().rsample(torch.Size(sample_shape)))
 
@@ -127,6 +146,27 @@ class ClippedMixture(D.MixtureSameFamily):
     @property
     def deterministic_sample(self) -> Tensor:
         return self.mode
+
+    @staticmethod
+    def noise_features(size: int) -> int:
+        """Standard normal numbers that one sample of A = ``size`` dimensions is made from: A + 1."""
+        return size + 1
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Samples ``(*N, *B, A)`` from standard normal ``noise`` ``(*N, *B, A + 1)``.
+
+        The last number chooses the component, by its quantile; the others are its sample.
+        """
+        normal: Any = self.component_distribution.base_dist  # type: ignore[attr-defined]
+        quantile = torch.special.ndtr(noise[..., -1:])
+        ends = self.mixture_distribution.probs.cumsum(-1)[..., :-1]
+        chosen = (quantile >= ends).sum(-1)[..., None, None]
+        shape = (*noise.shape[:-1], *normal.loc.shape[-2:])
+        index = chosen.expand(*noise.shape[:-1], 1, shape[-1])
+        loc, scale = (
+            x.expand(shape).gather(-2, index).squeeze(-2) for x in (normal.loc, normal.scale)
+        )
+        return _clip(loc + scale * noise[..., :-1], self.low, self.high)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return _clip(super().sample(torch.Size(sample_shape)), self.low, self.high)

@@ -17,6 +17,7 @@ __all__ = [
     "effective_sample_size",
     "expectile_loss",
     "exponential_weight",
+    "flow_path",
     "pick_action",
     "quantile_loss",
     "reduce",
@@ -120,6 +121,17 @@ def exponential_weight(
         highest = torch.full_like(exponent, max_weight)
     weight = exponent.clamp(max=ceiling).exp()
     return torch.where(exponent >= ceiling, highest, weight)
+
+
+def flow_path(noise: Tensor, action: Tensor, *, time: Tensor) -> tuple[Tensor, Tensor]:
+    """A point on the straight line from ``noise`` to ``action``, and its velocity there.
+
+    ``(1 - time) * noise + time * action`` and ``action - noise``, both ``(*B, A)``; ``time`` is
+    ``(*B,)`` in [0, 1]. The regression of the velocity on the point is conditional flow matching
+    (Lipman et al. 2023, arXiv:2210.02747, eq. 22 and 23 with sigma_min = 0).
+    """
+    velocity = action - noise
+    return noise + time.unsqueeze(-1) * velocity, velocity
 
 
 def pick_action(values: Tensor, action: Tensor, *, leading: int | None = None) -> Tensor:

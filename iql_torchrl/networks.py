@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "ACTIVATIONS",
     "MLP",
     "Critic",
     "DiscreteCritic",
@@ -18,6 +20,13 @@ __all__ = [
 ]
 
 GAIN = 2.0**0.5
+#: Makers of the activations that a config names. GELU is the approximation by tanh, as in JAX.
+ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "gelu": partial(nn.GELU, "tanh"),
+    "mish": nn.Mish,
+}
 
 
 class Standardise(nn.Module):
@@ -72,7 +81,8 @@ class MLP(nn.Sequential):
 
     Weights are orthogonal with gain sqrt(2) and biases zero in every layer, as in the official
     IQL code. ``dropout`` is a probability in [0, 1); ``layer_norm`` normalises before the
-    activation. ``activation`` is a class or function that makes the module, such as ``nn.ReLU``.
+    activation, or with ``norm_after_activation`` after it. ``activation`` is a class or function
+    that makes the module, such as ``nn.ReLU``.
 
     Raises ``ValueError`` on numbers of features or widths that are not whole and >= 1, and on a
     ``dropout`` out of range; ``TypeError`` on an ``activation`` of another kind.
@@ -86,6 +96,7 @@ class MLP(nn.Sequential):
         hidden: Sequence[int] = (256, 256),
         activation: Callable[[], nn.Module] = nn.ReLU,
         layer_norm: bool = False,
+        norm_after_activation: bool = False,
         dropout: float = 0.0,
     ) -> None:
         _check_whole("in_features", in_features)
@@ -104,9 +115,11 @@ class MLP(nn.Sequential):
         layers: list[nn.Module] = []
         for width in hidden:
             layers.append(_linear(in_features, width))
-            if layer_norm:
+            if layer_norm and not norm_after_activation:
                 layers.append(nn.LayerNorm(width))
             layers.append(activation())
+            if layer_norm and norm_after_activation:
+                layers.append(nn.LayerNorm(width))
             if dropout > 0:
                 layers.append(nn.Dropout(dropout))
             in_features = width

@@ -34,6 +34,12 @@ from iql_torchrl.config import knobs
         ("max_grad_norm", 0.0),
         ("seed", -1),
         ("policy", "diffusion"),
+        ("actor_objective", "ddpg"),
+        ("bc_weight", -0.1),
+        ("flow_steps", 0),
+        ("num_samples", 0),
+        ("activation", "swish"),
+        ("norm_after_activation", True),
         ("order", "random"),
         ("optimizer", "sgd"),
         ("reward", "log"),
@@ -84,6 +90,45 @@ def test_a_schedule_in_steps_needs_a_schedule():
     with pytest.raises(ValueError, match="schedule_steps is 10 and schedule is 'constant'"):
         IQLConfig(schedule="constant", schedule_steps=10)
     assert IQLConfig(schedule="cosine", schedule_steps=10).schedule_steps == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"policy": "flow", "actor_objective": "ddpg_bc"}, "a flow is trained with 'flow'"),
+        ({"policy": "mixture", "actor_objective": "flow"}, "a flow is trained with 'flow'"),
+        ({"policy": "deterministic", "actor_objective": "log_prob"}, "no density; choose 'mse'"),
+        ({"policy": "deterministic", "num_samples": 2}, "num_samples is 2 and policy is 'determ"),
+    ],
+)
+def test_policies_and_their_losses_fit_together(options, words):
+    with pytest.raises(ValueError, match=words):
+        IQLConfig(**options)
+    IQLConfig(policy="flow", actor_objective="flow", num_samples=4)
+    IQLConfig(policy="deterministic", actor_objective="ddpg_bc")
+
+
+@pytest.mark.parametrize("name", ["ogbench", "ifql"])
+def test_presets_of_fql(name):
+    # github.com/seohongpark/fql, 719d044: agents/iql.py, agents/ifql.py, main.py
+    preset = PRESETS[name]
+    assert (preset.updates, preset.batch_size, preset.hidden) == (1_000_000, 256, (512,) * 4)
+    assert (preset.actor_lr, preset.critic_lr, preset.value_lr) == (3e-4, 3e-4, 3e-4)
+    assert (preset.activation, preset.layer_norm, preset.norm_after_activation) == (
+        "gelu", True, True,
+    )  # fmt: skip
+    assert (preset.discount, preset.polyak, preset.expectile) == (0.99, 0.005, 0.9)
+    assert (preset.optimizer, preset.schedule, preset.order) == ("adam", "constant", "simultaneous")
+    assert (preset.num_critics, preset.dropout, preset.max_weight) == (2, 0.0, 100.0)
+    assert (preset.standardise, preset.reward) == (False, "raw")
+    assert PRESETS["ogbench"].temperature == 10.0
+    ifql = PRESETS["ifql"]
+    assert (ifql.policy, ifql.temperature, ifql.flow_steps, ifql.num_samples) == (
+        "flow",
+        0.0,
+        10,
+        32,
+    )
 
 
 def test_numbers_become_plain():

@@ -19,6 +19,7 @@ from iql_torchrl import (
     IQLStep,
     load_dataset,
     make_agent,
+    networks,
     policies,
 )
 from iql_torchrl import functional as F
@@ -27,6 +28,7 @@ from iql_torchrl.cli import parse
 from iql_torchrl.config import Knob, knob, knobs, loss_knobs
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.objectives import OPTIONS, ImplicitQLoss
+from iql_torchrl.objectives.iql import ACTOR_OBJECTIVES
 from iql_torchrl.population import PopulationLoss
 from iql_torchrl.trainers.identity import AgentState, SettingsState
 from iql_torchrl.update.adam import Moments
@@ -206,6 +208,7 @@ def test_every_knob_of_the_loss_is_an_argument_with_the_same_default_and_an_attr
         "expectile",
         "temperature",
         "max_weight",
+        "bc_weight",
         "value_objective",
         "loss_function",
     }
@@ -216,6 +219,8 @@ def test_every_choice_has_code_that_carries_it_out():
     assert set(described["loss_function"].choices) == set(F.REGRESSION_LOSSES)
     for name in described["policy"].choices:
         assert name == "auto" or callable(getattr(policies, name))
+    assert set(described["activation"].choices) == set(networks.ACTIVATIONS)
+    assert set(described["actor_objective"].choices) == {"auto", *ACTOR_OBJECTIVES}
     for choice in described["value_objective"].choices:
         loss = IQLLoss(*make_networks(), value_objective=choice)
         SoftUpdate(loss, tau=0.1)

@@ -67,3 +67,28 @@ def test_one_hot_keeps_the_batch_shape(shape):
 def test_a_choice_needs_two_actions():
     with pytest.raises(ValueError, match="num_actions is 1"):
         networks.DiscreteCritic(3, 1)
+
+
+def test_layer_norm_before_or_after_the_activation():
+    def kinds(**options):
+        mlp = networks.MLP(3, 1, hidden=(8, 8), layer_norm=True, activation=nn.GELU, **options)
+        return [type(layer) for layer in mlp]
+
+    hidden = [nn.Linear, nn.LayerNorm, nn.GELU]
+    assert kinds() == [*hidden, *hidden, nn.Linear]
+    after = [nn.Linear, nn.GELU, nn.LayerNorm]
+    assert kinds(norm_after_activation=True) == [*after, *after, nn.Linear]
+
+
+def test_named_activations():
+    x = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    tanh = torch.tanh
+    by_hand = {
+        "relu": x.clamp(min=0),
+        "tanh": tanh(x),
+        "gelu": 0.5 * x * (1 + tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),
+        "mish": x * tanh(torch.log1p(x.exp())),
+    }
+    assert set(by_hand) == set(networks.ACTIVATIONS)
+    for name, expected in by_hand.items():
+        torch.testing.assert_close(networks.ACTIVATIONS[name]()(x), expected)

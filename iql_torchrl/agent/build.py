@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from tensordict import NestedKey
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl.modules import ProbabilisticActor, ValueOperator
@@ -27,13 +27,22 @@ from iql_torchrl.config import IQLConfig, check_usable, loss_knobs
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.descriptions import describe_space, faulty_bounds
 from iql_torchrl.evaluation.act import act, private_random_numbers
-from iql_torchrl.networks import Critic, DiscreteCritic, OneHot, Standardise, StateValue
-from iql_torchrl.objectives import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
+from iql_torchrl.networks import (
+    ACTIVATIONS,
+    Critic,
+    DiscreteCritic,
+    OneHot,
+    Standardise,
+    StateValue,
+)
+from iql_torchrl.objectives import DiscreteIQLLoss, ImplicitQLoss, IQLLoss, LossCritics
 from iql_torchrl.update.compiled import compiled
 from iql_torchrl.update.step import IQLStep
 
 __all__ = ["LEARNING_RATES", "Agent", "build_agent", "make_agent", "make_step", "rate_factors"]
 
+# by policy, the loss that regresses it on the logged actions, where that is not log_prob
+REGRESSIONS = {"deterministic": "mse", "flow": "flow"}
 # by network, the field of IQLConfig
 LEARNING_RATES = {"actor": "actor_lr", "qvalue": "critic_lr", "value": "value_lr"}
 
@@ -42,21 +51,19 @@ LEARNING_RATES = {"actor": "actor_lr", "qvalue": "critic_lr", "value": "value_lr
 class Agent:
     """What a run consists of: each part is an ordinary torch or TorchRL object.
 
-    ``policy`` is the actor, for ``evaluate`` and for TorchRL environments; ``act`` is for NumPy;
-    ``step(batch)`` makes one update.
+    ``policy`` acts, for ``evaluate`` and for TorchRL environments: the actor itself, or with
+    ``num_samples`` in the config the best of its actions (``policies.best_of``), by the critics as
+    they are at every call. ``act`` is for NumPy; ``step(batch)`` makes one update.
     """
 
     config: IQLConfig
     task: Task
-    actor: ProbabilisticActor
+    actor: ProbabilisticActor | policies.FlowPolicy
     loss: ImplicitQLoss
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
     step: IQLStep
-
-    @property
-    def policy(self) -> ProbabilisticActor:
-        return self.actor
+    policy: TensorDictModuleBase
 
     def act(
         self,
@@ -72,7 +79,7 @@ class Agent:
         ``seed``, or from torch's global generator. See :func:`iql_torchrl.evaluation.act.act`.
         """
         return act(
-            self.actor,
+            self.policy,
             observation,
             self.task.observation_space,
             self.task.action_space,
@@ -84,7 +91,7 @@ class Agent:
 
     def export(self, path: str | Path) -> Path:
         """Write the policy as a program for plain torch: :func:`agent.export.export_policy`."""
-        return export_policy(self.actor, self.task, path)
+        return export_policy(self.policy, self.task, path)
 
     def description(self) -> dict[str, Any]:
         """All that rebuilds the agent before its weights: ``config`` and ``task``, plain data."""
@@ -170,9 +177,11 @@ def build_agent(config: IQLConfig, task: Task) -> Agent:
         loss = _loss(config, task, actor, critic, value)
     optimizer, scheduler = _optimizer(config, loss)
     step = make_step(config, loss, optimizer, scheduler)
-    return Agent(
-        config, task, actor, loss, optimizer, scheduler, compiled(step) if config.compile else step
-    )
+    policy = actor
+    if config.num_samples > 1:
+        policy = policies.best_of(actor, LossCritics(loss), config.num_samples)
+    update = compiled(step) if config.compile else step
+    return Agent(config, task, actor, loss, optimizer, scheduler, update, policy)
 
 
 def _check_state(state: Any, own: Mapping[str, Any]) -> None:
@@ -212,8 +221,15 @@ def _networks(
     keys, features, preprocess = _observation(config, task)
     place = partial(_place, config, task)
     action_spec = task.action_spec
-    widths: dict[str, Any] = {"hidden": config.hidden}
-    normed = {**widths, "layer_norm": config.layer_norm}
+    widths: dict[str, Any] = {
+        "hidden": config.hidden,
+        "activation": ACTIVATIONS[config.activation],
+    }
+    normed = {
+        **widths,
+        "layer_norm": config.layer_norm,
+        "norm_after_activation": config.norm_after_activation,
+    }
     discrete = isinstance(task.action_space, spaces.Discrete)
     name = ("categorical" if discrete else "gaussian") if config.policy == "auto" else config.policy
     if (name == "categorical") is not discrete:
@@ -221,9 +237,17 @@ def _networks(
             f"policy is {name!r} and the actions are {describe_space(task.action_space)}: "
             "'categorical' is for Discrete actions, the others are for a Box. Choose policy='auto'."
         )
+    if discrete and config.num_samples > 1:
+        raise ValueError(
+            f"num_samples is {config.num_samples} and the actions are "
+            f"{describe_space(task.action_space)}; the best of several actions is for continuous "
+            "ones. Choose num_samples=1."
+        )
     options = {**widths, "dropout": config.dropout, "preprocess": preprocess()}
     if discrete and task.masked:
         options["mask_key"] = "action_mask"
+    if name == "flow":
+        options["num_steps"] = config.flow_steps
     actor = getattr(policies, name)(features, action_spec, in_keys=keys, **options)
 
     def critic() -> TensorDictModule:
@@ -306,12 +330,18 @@ def _loss(
         critic,
         value,
         num_qvalue_nets=config.num_critics,
-        actor_objective="mse" if config.policy == "deterministic" else "log_prob",
+        actor_objective=_actor_objective(config),
         diagnostics=True,
         **{name: getattr(config, name) for name in loss_knobs(type(config))},
     )
     loss.make_value_estimator(gamma=config.discount)
     return loss
+
+
+def _actor_objective(config: IQLConfig) -> str:
+    if config.actor_objective != "auto":
+        return config.actor_objective
+    return REGRESSIONS.get(config.policy, "log_prob")
 
 
 def _optimizer(config: IQLConfig, loss: ImplicitQLoss) -> tuple[torch.optim.Optimizer, LambdaLR]:

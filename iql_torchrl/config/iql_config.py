@@ -71,6 +71,14 @@ class IQLConfig:
         per_run=True,
         in_loss=True,
     )
+    bc_weight: float = knob(
+        0.3,
+        "weight of the cloning error where the policy maximises Q (actor_objective ddpg_bc)",
+        interval="[0, 3e+38]",
+        meaning="0 only maximises the critics' values; OGBench has 0.003 to 3",
+        per_run=True,
+        in_loss=True,
+    )
     polyak: float = knob(
         0.005,
         "step of the target critics towards the critics at each update; 1 copies them",
@@ -85,17 +93,37 @@ class IQLConfig:
         "standardise observations in the first layer of each network, with the log's statistics",
     )
     policy: Literal[
-        "auto", "gaussian", "tanh_normal", "deterministic", "mixture", "categorical"
+        "auto", "gaussian", "tanh_normal", "deterministic", "mixture", "flow", "categorical"
     ] = knob(
         "auto",
-        "gaussian (the paper's), tanh_normal, deterministic, mixture or categorical; auto chooses "
-        "by the action space",
+        "gaussian (the paper's), tanh_normal, deterministic, mixture, flow or categorical; auto "
+        "chooses by the action space",
+    )
+    actor_objective: Literal["auto", "log_prob", "mse", "ddpg_bc", "flow"] = knob(
+        "auto",
+        "loss of the policy: log_prob, mse or flow (weighted regression), or ddpg_bc (maximises Q, "
+        "with cloning); auto is the weighted regression that fits the policy",
+    )
+    flow_steps: int = knob(
+        10, "Euler steps from noise to an action of a flow policy", interval="[1, inf)"
     )
     hidden: tuple[int, ...] = knob(
         (256, 256), "widths of the hidden layers of every network", interval="[1, inf)"
     )
+    activation: Literal["relu", "tanh", "gelu", "mish"] = knob(
+        "relu", "activation of every network: relu, tanh, gelu (approximated by tanh) or mish"
+    )
     layer_norm: bool = knob(False, "layer normalisation in the critics and in V")
+    norm_after_activation: bool = knob(
+        False, "layer normalisation follows the activation instead of preceding it"
+    )
     dropout: float = knob(0.0, "dropout probability in the policy", interval="[0, 1)")
+    num_samples: int = knob(
+        1,
+        "actions that the policy draws when it acts, of which the critics choose the best; 1: it "
+        "acts without the critics",
+        interval="[1, inf)",
+    )
     num_critics: int = knob(2, "number of critics, whose minimum is taken", interval="[1, inf)")
     value_objective: Literal["expectile", "quantile", "sarsa_expectile"] = knob(
         "expectile", "loss of V: expectile, quantile or sarsa_expectile", in_loss=True
@@ -150,7 +178,29 @@ class IQLConfig:
                 f"schedule_steps is {self.schedule_steps} and schedule is 'constant', which never "
                 "changes a rate; choose schedule='cosine' or 'cosine_actor', or schedule_steps=None."
             )
+        if self.norm_after_activation and not self.layer_norm:
+            raise ValueError("norm_after_activation is True and needs layer_norm=True.")
+        self._check_policy()
         check_device(self.device)
+
+    def _check_policy(self) -> None:
+        """Raise ``ValueError`` where policy, its loss and its way to act do not fit together."""
+        policy, objective = self.policy, self.actor_objective
+        if (policy == "flow") is not (objective == "flow") and objective != "auto":
+            raise ValueError(
+                f"actor_objective is {objective!r} and policy is {policy!r}; a flow is trained with "
+                "'flow', and no other policy is. Choose actor_objective='auto'."
+            )
+        if policy == "deterministic" and objective == "log_prob":
+            raise ValueError(
+                "actor_objective is 'log_prob' and policy is 'deterministic', which has no density; "
+                "choose 'mse' or 'ddpg_bc'."
+            )
+        if self.num_samples > 1 and policy in ("deterministic", "categorical"):
+            raise ValueError(
+                f"num_samples is {self.num_samples} and policy is {policy!r}; the best of several "
+                "actions needs a policy that draws continuous actions, such as 'flow'."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as a plain JSON value (tuples as lists); :meth:`from_dict` reads it back."""

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from types import MappingProxyType
+from typing import Any
 
 from iql_torchrl.config.iql_config import IQLConfig
 
 __all__ = ["PRESETS"]
+
+# Settings that FQL's paper and code share among their methods.
+FQL: dict[str, Any] = {
+    "expectile": 0.9,
+    "reward": "raw",
+    "standardise": False,
+    "hidden": (512, 512, 512, 512),
+    "activation": "gelu",
+    "layer_norm": True,
+    "norm_after_activation": True,
+    "schedule": "constant",
+    "order": "simultaneous",
+}
 
 #: ``quick`` learns small tasks in about a minute on two cores. ``adamw_cosine`` is not from a
 #: publication: AdamW without decay, and all rates on one cosine of a hundred steps (torch's
@@ -18,6 +32,16 @@ __all__ = ["PRESETS"]
 #: README, Adroit); ``train_offline.py`` (batch size, updates, and the reward maps it applies to
 #: locomotion and AntMaze); ``learner.py`` (Adam, cosine for the policy alone, order of the update);
 #: ``actor.py`` (ceiling 100). It standardises nothing. Its default seed is 42.
+#:
+#: ``ogbench`` and ``ifql`` are IQL and IFQL for the single-task data of OGBench, with states as
+#: observations: Park, Li, Levine 2025, "Flow Q-Learning" (arXiv:2502.02538), appendix E, and
+#: https://github.com/seohongpark/fql at commit 719d044: ``agents/iql.py``, ``agents/ifql.py`` (Adam
+#: with 3e-4, batches of 256, four layers of 512 with GELU, layer normalisation after the activation
+#: in the critics and in V, polyak 0.005, expectile 0.9, one gradient of all losses; 10 Euler steps,
+#: 32 candidates), ``main.py`` (1,000,000 updates). The temperature of IQL, 10, is its default; the
+#: paper tunes it for each task, and takes a discount of 0.995 for some. Not taken over: its initial
+#: weights (uniform, by the mean of fan-in and fan-out), its constant standard deviation, and the live
+#: critics in the weights of IQL.
 PRESETS = MappingProxyType(
     {
         "quick": IQLConfig(
@@ -40,5 +64,7 @@ PRESETS = MappingProxyType(
         ),
         "kitchen": IQLConfig(temperature=0.5, dropout=0.1, reward="raw", standardise=False),
         "adroit": IQLConfig(temperature=0.5, dropout=0.1, reward="raw", standardise=False),
+        "ogbench": IQLConfig(temperature=10.0, **FQL),
+        "ifql": IQLConfig(temperature=0.0, policy="flow", flow_steps=10, num_samples=32, **FQL),
     }
 )

@@ -39,6 +39,7 @@ WRAPPERS = (
     ProbabilisticTensorDictSequential,
     SafeProbabilisticModule,
     TensorDictSequential,
+    policies.FlowPolicy,
 )
 BODIES = (networks.Critic, networks.DiscreteCritic)
 """Networks that may do something between their input and their perceptron."""
@@ -49,6 +50,7 @@ OWN = (
     networks.Standardise,
     networks.StateValue,
     *policies.HEADS,
+    policies.FlowHead,
 )
 """Classes of this package: what their code does is known."""
 OF_TORCH = {c for c in vars(nn).values() if isinstance(c, type) and issubclass(c, nn.Module)}
@@ -109,11 +111,11 @@ def is_head_and_distribution(actor: Any) -> bool:
 def pick_first(module: nn.Module) -> None:
     """Let a :class:`Perceptron` behind a OneHot read the categories themselves.
 
-    Not in a ``Critic``, which joins the one-hot vector with the action.
+    Not in a ``Critic`` or a ``FlowHead``, which join the one-hot vector with the action.
     """
     parts = children_of(module)
     first, body = parts.get("preprocess"), parts.get("mlp")
-    if type(module) is networks.Critic:
+    if type(module) in (networks.Critic, policies.FlowHead):
         return
     if type(first) is networks.OneHot and isinstance(body, Perceptron):
         parts["preprocess"], body.picks = Category(), True

@@ -29,8 +29,10 @@ from iql_torchrl.fast_networks.detect import (
 from iql_torchrl.fast_networks.perceptron import Category, Perceptron, linear_layers
 from iql_torchrl.host import children_of, parameters_of
 
-__all__ = ["DirectActor", "FastEvaluator", "follow_modes"]
+__all__ = ["DirectActor", "FastEvaluator", "detach_all", "follow_modes"]
 
+LIVE, TARGET = "qvalue_network_params", "target_qvalue_network_params"
+DETACHED = "detached_qvalue_network_params"  # the live ones, which get no gradient
 Modes = list[tuple[nn.Module, nn.Module]]
 # Modules that treat every row for itself and draw no random numbers.
 BY_ROW = (
@@ -67,11 +69,11 @@ class FastEvaluator:
         critic = loss.qvalue_network
         named = writes(critic, loss.tensor_keys.state_action_value)
         if "qvalue_network" not in trunks and named and keeps_buffers(critic):
-            for name in ("qvalue_network_params", "target_qvalue_network_params"):
-                params = children_of(loss)[name]
-                clone = self._bind(critic, params, stacked=loss.num_qvalue_nets > 1)
-                if clone is not None:
-                    alone = loss.num_qvalue_nets == 1
+            alone = loss.num_qvalue_nets == 1
+            for name in (LIVE, TARGET, DETACHED):
+                params = children_of(loss)[TARGET if name == TARGET else LIVE]
+                clone = self._bind(critic, params, stacked=not alone)
+                if clone is not None and (name != DETACHED or detach_all(clone)):
                     self.critics[name] = _Alone(clone) if alone else _Direct(clone)
 
     def follow_modes(self) -> None:
@@ -125,6 +127,14 @@ def follow_modes(modes: Modes) -> None:
     for original, clone in modes:
         if clone.training is not original.training:
             clone.training = original.training
+
+
+def detach_all(network: nn.Module) -> bool:
+    """Let no gradient reach the parameters; False where some are outside of perceptrons."""
+    for module in network.modules():
+        if isinstance(module, Perceptron):
+            module.detached = True
+    return not any(True for _ in network.parameters())
 
 
 class _Direct:

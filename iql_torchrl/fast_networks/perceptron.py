@@ -120,7 +120,8 @@ class Perceptron(nn.Module):
     - ``(*B, in)`` gives ``(*K, *B, out)``: every network reads the same batch;
     - with ``per_run``, ``(B, in)`` or ``(P, B, in)`` gives ``(P, ..., B, out)``: each of P runs, the
       first dimension of ``leaves``, may have a batch of its own;
-    - with ``picks``, categories without the last dimension are read in place of one-hot vectors.
+    - with ``picks``, categories without the last dimension are read in place of one-hot vectors;
+    - with ``detached``, no gradient reaches ``leaves``.
 
     Outside of ``torch.compile`` and autocast, layers that :func:`linear_layers` lists have a
     written-out gradient, which cannot be differentiated again.
@@ -134,7 +135,7 @@ class Perceptron(nn.Module):
         per_run: bool = False,
     ) -> None:
         super().__init__()
-        self.picks, self.per_run = False, per_run
+        self.picks, self.per_run, self.detached = False, per_run, False
         self.layers = tuple(source)  # a tuple: they are not submodules, and hold no parameters here
         self.counts = tuple(len(list(layer.parameters(recurse=False))) for layer in self.layers)
         listed = [leaf for layer in self.layers for leaf in layer.parameters(recurse=False)]
@@ -158,7 +159,10 @@ class Perceptron(nn.Module):
         traced = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
         if self.activation is None or traced or self.leaves[0].ndim > 3:
             return self.operations(x)
-        return chain(x, self.leaves, self.activation)
+        return chain(x, self._current(), self.activation)
+
+    def _current(self) -> Sequence[Tensor]:
+        return [leaf.detach() for leaf in self.leaves] if self.detached else self.leaves
 
     def operations(self, x: Tensor) -> Tensor:
         """The layers as operations for autograd and Inductor: ``(B, in)`` -> ``(*K, B, out)``.
@@ -167,7 +171,7 @@ class Perceptron(nn.Module):
         the weights.
         """
         x = x.mT if x.is_floating_point() else x
-        rest = iter(self.leaves)
+        rest = iter(self._current())
         for layer, count in zip(self.layers, self.counts, strict=True):
             x = _layer(layer, x, [next(rest) for _ in range(count)])
         return x.mT

@@ -3,6 +3,7 @@
 from iql_torchrl.objectives.base import OfflineLoss
 from iql_torchrl.objectives.discrete import DiscreteIQLLoss
 from iql_torchrl.objectives.iql import DIAGNOSTICS, LOSSES, OPTIONS, ImplicitQLoss, IQLLoss
+from iql_torchrl.objectives.loss_critics import LossCritics
 
 __all__ = [
     "DIAGNOSTICS",
@@ -11,5 +12,6 @@ __all__ = [
     "DiscreteIQLLoss",
     "IQLLoss",
     "ImplicitQLoss",
+    "LossCritics",
     "OfflineLoss",
 ]

@@ -85,6 +85,14 @@ class OfflineLoss(NetworkLoss):
         """Number of dimensions that outputs have before the batch's: 1 for runs of a population."""
         return 0
 
+    def sample_shape(self, batch_size: torch.Size) -> tuple[int, ...]:
+        """Shape of per-sample results: the batch's, or ``(P, B)`` for P runs."""
+        return tuple(batch_size)
+
+    def each_run(self, batch: Batch) -> Batch:
+        """The batch in the shape of per-sample results, ``(P, B)`` for P runs; else itself."""
+        return batch
+
     def target_qvalue(self, batch: Batch) -> Tensor:
         """Minimum over the target critics of ``Q(s, a)``, shape ``(*B,)``, without gradient."""
         with torch.no_grad():

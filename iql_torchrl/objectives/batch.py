@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
@@ -19,11 +19,13 @@ class Batch:
 
     ``data`` holds the entries, ``mask`` (bool, ``(*B,)``) says which steps are real (``None``: all),
     ``weight`` (``(*B,)``) holds the importance weights of a prioritised buffer (``None``: equal).
+    ``draws`` are the random tensors that the loss asks for (``objectives.draws``), by name.
     """
 
     data: TensorDictBase
     mask: Tensor | None
     weight: Tensor | None
+    draws: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def next(self) -> Batch:

@@ -15,7 +15,7 @@ from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical
 from iql_torchrl import functional as F
 from iql_torchrl.objectives.batch import Batch, per_sample
 from iql_torchrl.objectives.ensembles import Critics
-from iql_torchrl.objectives.iql import ImplicitQLoss
+from iql_torchrl.objectives.iql import CONTINUOUS_OBJECTIVES, ImplicitQLoss
 
 __all__ = ["DiscreteIQLLoss"]
 
@@ -46,8 +46,10 @@ class DiscreteIQLLoss(ImplicitQLoss):
         action_space: str | TensorSpec | None = None,
         **kwargs: Any,
     ) -> None:
-        if kwargs.get("actor_objective") == "mse":
-            raise ValueError("actor_objective='mse' needs continuous actions; these are discrete.")
+        if (objective := kwargs.get("actor_objective")) in CONTINUOUS_OBJECTIVES:
+            raise ValueError(
+                f"actor_objective={objective!r} needs continuous actions; these are discrete."
+            )
         super().__init__(actor_network, qvalue_network, value_network, **kwargs)
         if action_space is not None and not isinstance(action_space, str | TensorSpec):
             raise TypeError(

@@ -14,7 +14,12 @@ from iql_torchrl.host import children_of
 from iql_torchrl.objectives.batch import output_of
 from iql_torchrl.objectives.ensembles import unlocked
 
-__all__ = ["GENERAL", "Evaluator", "GeneralEvaluator"]
+__all__ = ["DETACHED", "GENERAL", "LIVE", "TARGET", "Evaluator", "GeneralEvaluator"]
+
+# Parameters with which an evaluator evaluates the critics.
+LIVE = "qvalue_network_params"
+TARGET = "target_qvalue_network_params"
+DETACHED = "detached_qvalue_network_params"
 
 
 class Evaluator(Protocol):
@@ -29,9 +34,10 @@ class Evaluator(Protocol):
         """V of two batches of one shape from one evaluation; None where that is not possible."""
 
     def critic_outputs(self, loss: Any, data: TensorDictBase, name: str) -> Tensor:
-        """K critics with the parameters ``loss.<name>``, ``(K, *B, n)``.
+        """K critics, ``(K, *B, n)``.
 
-        ``name`` is ``"qvalue_network_params"`` or ``"target_qvalue_network_params"``.
+        ``name``: ``LIVE`` and ``TARGET`` are names of parameters of ``loss``. ``DETACHED`` are the
+        live ones, through which a gradient reaches the inputs and no parameter.
         """
 
     def policy(self, loss: Any) -> AbstractContextManager[Any]:
@@ -57,10 +63,12 @@ class GeneralEvaluator:
 
     def critic_outputs(self, loss: Any, data: TensorDictBase, name: str) -> Tensor:
         network, key = loss.qvalue_network, loss.tensor_keys.state_action_value
-        if name == "qvalue_network_params":
-            params = loss.shared.live(loss, "qvalue_network")
-        else:
-            params = loss.shared.with_spare_buffers("qvalue_network", children_of(loss)[name])
+        live = loss.shared.live(loss, "qvalue_network")
+        params = children_of(loss)[name] if name == TARGET else live
+        if name != LIVE:
+            params = loss.shared.with_spare_buffers("qvalue_network", params)
+        if name == DETACHED:
+            params = unlocked(params).detach()
         inputs = data.select(*network.in_keys, strict=False)
         if loss.num_qvalue_nets > 1:
             if torch.compiler.is_compiling():  # vmap would lock it again, which warns in a graph

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -14,7 +14,16 @@ from iql_torchrl import functional as F
 from iql_torchrl.config import IQLConfig, Knob, check_choice, loss_knobs
 from iql_torchrl.objectives.base import OfflineLoss
 from iql_torchrl.objectives.batch import Batch, agree, per_sample
+from iql_torchrl.objectives.draws import Draw, with_draws
 from iql_torchrl.objectives.ensembles import Critics
+from iql_torchrl.objectives.policy_objectives import (
+    Q_REDUCTIONS,
+    Q_SOURCES,
+    ddpg_bc,
+    flow_inputs,
+    flow_matching,
+    policy_action,
+)
 
 __all__ = ["IQLLoss", "ImplicitQLoss"]
 
@@ -22,7 +31,8 @@ ActorObjective = str | Callable[[TensorDictModule, TensorDictBase], Tensor]
 ValueObjective = str | Callable[[Tensor, Tensor], Tensor]
 AdvantageWeight = str | Callable[[Tensor], Tensor]
 ADVANTAGE_WEIGHTS = ("exponential",)
-ACTOR_OBJECTIVES = ("log_prob", "mse")
+CONTINUOUS_OBJECTIVES = ("mse", "ddpg_bc", "flow")
+ACTOR_OBJECTIVES = ("log_prob", *CONTINUOUS_OBJECTIVES)
 LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
 # Attributes that decide, with the knobs, what a loss computes and returns.
 OPTIONS = (
@@ -34,6 +44,8 @@ OPTIONS = (
     "diagnostics",
     "loss_mask_key",
     "num_qvalue_nets",
+    "q_reduction",
+    "q_source",
     "reduction",
     "scalar_output_mode",
     "use_prioritized_weights",
@@ -69,9 +81,12 @@ class ImplicitQLoss(OfflineLoss):
         temperature: float = IQLConfig.temperature,
         expectile: float = IQLConfig.expectile,
         max_weight: float = IQLConfig.max_weight,
+        bc_weight: float = IQLConfig.bc_weight,
         value_objective: ValueObjective = IQLConfig.value_objective,
         actor_objective: ActorObjective = "log_prob",
         advantage_weight: AdvantageWeight = "exponential",
+        q_reduction: str = "min",
+        q_source: str = "live",
         diagnostics: bool = False,
         separate_losses: bool = False,
         reduction: str | None = None,
@@ -85,6 +100,7 @@ class ImplicitQLoss(OfflineLoss):
             "temperature": temperature,
             "expectile": expectile,
             "max_weight": max_weight,
+            "bc_weight": bc_weight,
         }
         if not callable(value_objective):
             settings["value_objective"] = value_objective
@@ -93,9 +109,13 @@ class ImplicitQLoss(OfflineLoss):
         for name, choice, names in (
             ("actor_objective", actor_objective, ACTOR_OBJECTIVES),
             ("advantage_weight", advantage_weight, ADVANTAGE_WEIGHTS),
+            ("q_reduction", q_reduction, Q_REDUCTIONS),
+            ("q_source", q_source, tuple(Q_SOURCES)),
         ):
             if not callable(choice):
                 check_choice(name, choice, names)
+        if (actor_objective == "flow") is not hasattr(actor_network, "velocity"):
+            _refuse_flow(actor_network, actor_objective)
         if actor_objective == "log_prob" and not hasattr(actor_network, "get_dist"):
             raise TypeError(
                 f"actor_network is {type(actor_network).__name__}, which has no distribution "
@@ -118,9 +138,12 @@ class ImplicitQLoss(OfflineLoss):
         self.temperature = temperature
         self.expectile = expectile
         self.max_weight = max_weight
+        self.bc_weight = bc_weight
         self.value_objective = value_objective
         self.actor_objective = actor_objective
         self.advantage_weight = advantage_weight
+        self.q_reduction = q_reduction
+        self.q_source = q_source
         self._diagnostics = diagnostics
         scalars = ["entropy"] if actor_objective == "log_prob" else []
         scalars += DIAGNOSTICS if diagnostics else ()
@@ -136,6 +159,25 @@ class ImplicitQLoss(OfflineLoss):
     def diagnostics(self) -> bool:
         """Whether the outputs hold ``DIAGNOSTICS``; chosen when the loss is built."""
         return self._diagnostics
+
+    def read(self, tensordict: TensorDictBase, draws: Mapping[str, Tensor] | None = None) -> Batch:
+        """The batch as the update reads it, with the random tensors of :meth:`random_inputs`.
+
+        Those that neither ``tensordict`` nor ``draws`` has are drawn here, from torch's default
+        generator: so an update reads its batch outside of the compiled program.
+        """
+        return with_draws(self, super().read(tensordict), draws)
+
+    def random_inputs(self, batch_size: torch.Size) -> Mapping[str, Draw]:
+        """Random tensors that the losses of a batch need, by the key of the batch that replaces them.
+
+        For ``actor_objective="flow"``: ``"flow_noise"`` ``(*B, A)``, standard normal, and
+        ``"flow_time"`` ``(*B,)``, uniform on [0, 1); in a population ``(P, B, A)`` and ``(P, B)``. For
+        all other objectives none.
+        """
+        if self.actor_objective != "flow":
+            return {}
+        return flow_inputs(self.actor_network, self.sample_shape(batch_size))
 
     # -- one term per network --------------------------------------------------------------------
 
@@ -170,10 +212,16 @@ class ImplicitQLoss(OfflineLoss):
         ``-w log pi(a|s)`` with ``w = min(exp(temperature * A), max_weight)``; ``"mse"`` takes
         ``w |pi(s) - a|**2`` summed over action dimensions; a callable gives its own per-sample
         loss, weighted the same way. A callable ``advantage_weight`` gives ``w`` from ``A``.
+        ``"flow"`` takes ``w`` times the error of the velocity, :func:`policy_objectives.flow_matching`.
+        ``"ddpg_bc"`` has no weights (all are 1): :func:`policy_objectives.ddpg_bc`.
         """
+        if self.actor_objective == "ddpg_bc":
+            metadata = {"advantage": advantage, "weight": torch.ones_like(advantage)}
+            return self._reduce(ddpg_bc(self, batch), batch), metadata
         weight = self.weight_of(advantage, batch)
         metadata = {"advantage": advantage, "weight": weight}
-        error = self._actor_error(batch)
+        flow = self.actor_objective == "flow"
+        error = flow_matching(self, batch) if flow else self._actor_error(batch)
         agree(policy_error=error, advantage=advantage)
         if self.actor_objective == "log_prob":
             metadata["log_prob"] = -error.detach()
@@ -208,6 +256,20 @@ class ImplicitQLoss(OfflineLoss):
             dist = actor.get_dist(inputs)
         log_prob = dist.log_prob(self.logged_action(batch, dist))
         return -per_sample(log_prob, data.batch_size, "log_prob")
+
+    def policy_output(self, batch: Batch) -> tuple[Tensor, distributions.Distribution | None]:
+        """The policy's action without randomness, ``(*B, A)``, and its distribution if it has one."""
+        inputs = batch.data.select(*self.actor_network.in_keys, strict=False)
+        with self.evaluator.policy(self) as actor:
+            if hasattr(self.actor_network, "get_dist"):
+                dist = actor.get_dist(inputs)
+                return policy_action(dist), dist
+            return actor(inputs).get(self.tensor_keys.action), None
+
+    def logged(self, batch: Batch) -> Tensor:
+        """The logged actions in the shape of the policy's, ``(*B, A)``."""
+        action: Tensor = batch.data.get(self.tensor_keys.action)
+        return action
 
     def qvalue_term(self, batch: Batch, td_target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum over critics of their distance to ``td_target``, and its metadata (eq. 6).
@@ -309,6 +371,11 @@ class ImplicitQLoss(OfflineLoss):
     def _mean(self, value: Tensor, batch: Batch) -> Tensor:
         return F.weighted_mean(value, mask=batch.mask_like(value), dim=self._samples(value))
 
+    def mean_of_run(self, value: Tensor, batch: Batch) -> Tensor:
+        """Mean of per-sample ``value`` over the valid steps of each run, to divide it by."""
+        mean = self._mean(value, batch)
+        return mean.view(*mean.shape, *(1,) * (value.ndim - mean.ndim)) if mean.ndim else mean
+
     def _diagnose(self, metadata: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         weight = metadata["weight"]
         mask, dim = batch.mask_like(weight), self._samples(weight)
@@ -350,13 +417,16 @@ class IQLLoss(ImplicitQLoss):
         temperature: inverse temperature beta >= 0. 0 is behaviour cloning; larger is greedier.
         expectile: tau in (0, 1]. 0.5 values the log's policy; towards 1, its best actions.
         max_weight: ceiling of a sample's weight, > 0.
+        bc_weight: of the cloning error in ``actor_objective="ddpg_bc"``, >= 0.
         value_objective: ``"expectile"``, ``"quantile"`` or ``"sarsa_expectile"``
             (:meth:`value_term`), or a callable ``(target_qvalue (*B,), value (*B,)) -> per-sample
             loss (*B,)``.
-        actor_objective: ``"log_prob"``, ``"mse"`` for deterministic actors, or a callable
-            ``(actor, batch) -> per-sample loss (*B,)``.
+        actor_objective: ``"log_prob"``; ``"mse"`` for deterministic actors; ``"flow"`` for
+            ``policies.flow``; ``"ddpg_bc"``; or a callable ``(actor, batch) -> per-sample loss (*B,)``.
         advantage_weight: ``"exponential"``, ``min(exp(temperature * A), max_weight)``, or a callable
             ``(advantage (*B,)) -> weight (*B,)``, which leaves temperature and max_weight unused.
+        q_reduction, q_source: of ``"ddpg_bc"``: ``"min"`` or ``"mean"`` over the critics; ``"live"``
+            or ``"target"`` critics. Defaults as in OGBench.
         diagnostics: add means that show how training goes (``DIAGNOSTICS``).
         separate_losses: parameters shared with the actor learn from the actor's loss alone.
         reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``.
@@ -364,11 +434,30 @@ class IQLLoss(ImplicitQLoss):
         scalar_output_mode: with ``reduction="none"``, ``"exclude"`` or ``"non_tensor"`` scalars.
         priority_key, gamma: refused as in TorchRL; use ``set_keys`` and ``make_value_estimator``.
 
+    ``actor_objective="flow"`` is conditional flow matching, weighted as the other regressions: ``w``
+    times the mean over action dimensions of ``(v(s, x_t, t) - (a - noise))**2`` with ``x_t = (1 - t)
+    noise + t a`` (Lipman et al. 2023, arXiv:2210.02747). Noise and time are drawn when the batch is
+    read, or are its entries ``"flow_noise"`` ``(*B, A)`` and ``"flow_time"`` ``(*B,)``.
+    ``temperature=0`` is the plain clone; with ``policies.best_of`` that is IFQL (Park, Li, Levine
+    2025, "Flow Q-Learning", arXiv:2502.02538).
+
+    ``actor_objective="ddpg_bc"`` maximises the critics' value of the policy's own action:
+    ``-Q(s, pi(s)) / mean|Q(s, pi(s))|`` plus ``bc_weight`` times the cloning error, minus the
+    log-probability of the logged action, or ``|pi(s) - a|**2`` (a sum) where the policy has no
+    density. Fujimoto and Gu 2021, "A Minimalist Approach to Offline RL" (arXiv:2106.06860), eq. 3 to 5
+    (its ``alpha`` is the reciprocal of the weight of a mean over action dimensions); extraction
+    after IQL: Park, Frans, Levine, Kumar 2024 (arXiv:2406.09329). ``pi(s)`` is the mode (deterministic
+    sample) of the distribution, which OGBench's code uses for policies with a constant scale: no
+    random numbers. ``temperature``, ``max_weight`` and ``advantage_weight`` are unused. No gradient
+    reaches the critics. It is known to exploit errors of the critics at actions outside of the
+    log; on small logs weighted regression (``"log_prob"``) can be better. A learned scale lets the
+    log-probability outweigh Q as it shrinks: compare several ``bc_weight``.
+
     Raises:
         ValueError: a value out of range or an unknown name (the message shows it).
         TypeError: ``gamma`` given, a number that is none, a network that is no TensorDictModule
             (``qvalue_network``: nor a list or function of such), or a policy without ``get_dist``
-            for ``actor_objective="log_prob"``.
+            for ``actor_objective="log_prob"``, or a flow policy with another objective than "flow".
     """
 
     def action_values(self, batch: Batch, name: str) -> Tensor:
@@ -380,3 +469,21 @@ class IQLLoss(ImplicitQLoss):
     def loss_value_diff(diff: Tensor, expectile: float = 0.8) -> Tensor:
         """TorchRL's name for :func:`iql_torchrl.functional.expectile_loss`."""
         return F.expectile_loss(diff, expectile=expectile)
+
+
+def _refuse_flow(actor: Any, objective: ActorObjective) -> None:
+    """Raise ``TypeError`` where the objective "flow" and a flow policy do not come together.
+
+    A function as the objective may do with a flow policy what it wants.
+    """
+    if callable(objective):
+        return
+    if objective == "flow":
+        raise TypeError(
+            f"actor_network is {type(actor).__name__}, which has no velocity; actor_objective='flow' "
+            "needs policies.flow(...)."
+        )
+    raise TypeError(
+        f"actor_objective is {objective!r} and actor_network is a {type(actor).__name__}, which has "
+        "no density; train it with actor_objective='flow'."
+    )

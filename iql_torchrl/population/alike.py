@@ -14,6 +14,7 @@ from iql_torchrl.fast_networks.stacked import (
 from iql_torchrl.objectives.conversion import NETWORKS
 from iql_torchrl.objectives.discrete import DiscreteIQLLoss
 from iql_torchrl.objectives.iql import OPTIONS, ImplicitQLoss, IQLLoss
+from iql_torchrl.policies import FlowPolicy
 
 __all__ = ["check_alike", "per_run_names", "shared_names"]
 
@@ -57,9 +58,11 @@ def check_alike(losses: Sequence[ImplicitQLoss]) -> None:
     ):
         if callable(getattr(first, name)):
             raise ValueError(f"{name} is a function, which sees one run; use {choice!r}.")
-    if not is_head_and_distribution(first.actor_network):
+    flow = type(first.actor_network) is FlowPolicy
+    if not flow and not is_head_and_distribution(first.actor_network):
         raise ValueError(
-            "actor_network must be one module and one distribution, ProbabilisticActor."
+            "actor_network must be one module and one distribution (ProbabilisticActor), or a flow "
+            "policy."
         )
     keys = first.tensor_keys.state_action_value, first.tensor_keys.value
     for name, key in zip(NETWORKS[1:], keys, strict=True):

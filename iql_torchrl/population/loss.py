@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams
-from torch import Tensor, nn
+from torch import Tensor, distributions, nn
 
-from iql_torchrl.fast_networks.evaluator import DirectActor
+from iql_torchrl.fast_networks.evaluator import DirectActor, detach_all
 from iql_torchrl.fast_networks.stacked import (
     StackedNetwork,
     perceptron_keys,
@@ -23,8 +24,10 @@ from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.objectives.conversion import NETWORKS
 from iql_torchrl.objectives.discrete import DiscreteIQLLoss
 from iql_torchrl.objectives.ensembles import SharedLeaves
-from iql_torchrl.objectives.evaluator import Evaluator
+from iql_torchrl.objectives.evaluator import DETACHED, LIVE, TARGET, Evaluator
 from iql_torchrl.objectives.iql import ImplicitQLoss, IQLLoss
+from iql_torchrl.objectives.policy_objectives import policy_action
+from iql_torchrl.policies import FlowPolicy
 from iql_torchrl.population.alike import check_alike, per_run_names, shared_names
 
 __all__ = ["PopulationLoss"]
@@ -35,10 +38,11 @@ PARAMETERS = frozenset(inspect.signature(ImplicitQLoss.__init__).parameters)
 class PopulationLoss(ImplicitQLoss):
     """P losses over stacked parameters: every loss and scalar has shape ``(P,)``.
 
-    Batches are ``(B,)``, the same for every run, or ``(P, B)``, one per run. The discount and the
-    knobs with ``per_run`` (``expectile``, ``temperature``, ...) differ between runs; they are
-    buffers ``(P, 1)``. No parameter is shared, so the sum of the P losses trains each run as if it
-    were alone.
+    Batches are ``(B,)``, the same for every run, or ``(P, B)``, one per run. Random tensors
+    (:meth:`random_inputs`) are drawn for each run, all from one stream: not those that a run would
+    draw alone. The discount and the knobs with ``per_run`` (``expectile``, ``temperature``, ...)
+    differ between runs; they are buffers ``(P, 1)``. No parameter is shared, so the sum of the P
+    losses trains each run as if it were alone.
 
     Args:
         losses: one :class:`IQLLoss` or :class:`DiscreteIQLLoss` per run, equal in everything except
@@ -149,8 +153,8 @@ class PopulationLoss(ImplicitQLoss):
             "build it again."
         )
 
-    def read(self, tensordict: TensorDictBase) -> Batch:
-        batch = super().read(tensordict)
+    def read(self, tensordict: TensorDictBase, draws: Mapping[str, Tensor] | None = None) -> Batch:
+        batch = super().read(tensordict, draws)
         shape = batch.data.batch_size
         if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != self.members):
             raise ValueError(
@@ -163,7 +167,10 @@ class PopulationLoss(ImplicitQLoss):
             None if entry is None else entry.expand(self.members, *shape)
             for entry in (batch.mask, batch.weight)
         )
-        return Batch(batch.data, mask, weight)
+        return replace(batch, mask=mask, weight=weight)
+
+    def sample_shape(self, batch_size: torch.Size) -> tuple[int, ...]:
+        return tuple(batch_size) if len(batch_size) == 2 else (self.members, *batch_size)
 
     def run_dims(self, batch: Batch) -> int:
         return 2 - batch.data.ndim
@@ -179,8 +186,19 @@ class PopulationLoss(ImplicitQLoss):
     def _discount(self, batch: Batch) -> Tensor:
         return self.discount
 
+    def each_run(self, batch: Batch) -> Batch:
+        if batch.data.ndim == 2:
+            return batch
+        data = batch.data.expand(self.members, *batch.data.batch_size)
+        return Batch(data, batch.mask, batch.weight)
+
+    def policy_output(self, batch: Batch) -> tuple[Tensor, distributions.Distribution | None]:
+        with self.evaluator.policy(self) as actor:
+            dist = actor.get_dist(batch.data)
+        return policy_action(dist), dist
+
     def _actor_error(self, batch: Batch) -> Tensor:
-        action = self._action(batch)
+        action = self.logged(batch)
         with self.evaluator.policy(self) as actor:
             dist = actor.get_dist(batch.data)
         if self.actor_objective == "mse":
@@ -191,7 +209,7 @@ class PopulationLoss(ImplicitQLoss):
         error: Tensor = -dist.log_prob(logged)
         return error
 
-    def _action(self, batch: Batch) -> Tensor:
+    def logged(self, batch: Batch) -> Tensor:
         action = batch.data.get(self.tensor_keys.action)
         return action if batch.data.ndim == 2 else action.expand(self.members, *action.shape)
 
@@ -225,10 +243,15 @@ class StackedEvaluator:
         )
         self._critics = {
             name: StackedNetwork("qvalue_network", loss.qvalue_network, params[name])
-            for name in ("qvalue_network_params", "target_qvalue_network_params")
+            for name in (LIVE, TARGET)
         }
+        self._critics[DETACHED] = StackedNetwork(
+            "qvalue_network", loss.qvalue_network, params[LIVE]
+        )
+        detach_all(self._critics[DETACHED].module)  # a stacked critic is perceptrons alone
         policy = StackedNetwork("actor_network", loss.actor_network, params["actor_network_params"])
-        self._actor = DirectActor(policy.module)
+        flow = isinstance(policy.module, FlowPolicy)
+        self._actor: Any = policy.module if flow else DirectActor(policy.module)
         self._all = [self._value, *self._critics.values(), policy]
 
     def follow_modes(self) -> None:

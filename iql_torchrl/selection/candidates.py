@@ -147,15 +147,17 @@ def actions(member: Member, table: TensorDictBase, *, samples: int = 0, seed: in
 def log_densities(member: Member, rows: TensorDictBase) -> Tensor:
     """log pi(a|s) of the logged continuous actions, float64 ``(N,)``.
 
-    Raises ``ValueError`` for a policy without a density (a deterministic one), or when one is NaN.
+    Raises ``ValueError`` for a policy without a density (a deterministic one, a flow, the best of
+    several actions), or when one is NaN.
     """
 
     def compute(chunk: TensorDictBase) -> Tensor:
         distribution = _distribution(member, chunk)
         if distribution is None or isinstance(distribution, Delta):
             raise ValueError(
-                f"member {member.name!r} has no density: importance sampling needs a policy that "
-                "draws its actions, such as policies.gaussian."
+                f"member {member.name!r}, a {type(member.policy).__name__}, has no density: importance "
+                "sampling needs the log-probability of logged actions, which policies.gaussian, "
+                "tanh_normal and mixture have. Fitted Q evaluation needs none."
             )
         density: Tensor = distribution.log_prob(chunk["action"]).double()
         return density

@@ -44,6 +44,8 @@ def captured(
     ``replay`` is a :class:`~iql_torchrl.data.DeviceSampler`, or a TorchRL buffer with uniform
     sampling and no transform, whose rows are then copied to the parameters' device, and again when
     the buffer has been written to (by this process: call ``recapture()`` where another writes).
+    Random tensors that the loss reads (``random_inputs``) are drawn after the row numbers, from the
+    same generator, unless the rows have such keys.
     Returns the means of the step's metrics over the updates, as tensors on the device: reading them
     is the only wait.
 
@@ -55,7 +57,7 @@ def captured(
     modules; call ``recapture()`` after changing those.
 
     With any other optimizer a call makes ``updates`` eager updates, on every device, and a log line
-    says so.
+    says so; these draw a loss's random tensors from torch's default generator.
 
     Raises ``ValueError`` on ``updates < 1``; a buffer that samples otherwise; rows on another
     device; categories that the networks' ``OneHot`` does not know; a schedule that changes more than
@@ -160,6 +162,14 @@ class CapturedStep:
         self._sums = torch.zeros(
             (len(self._names), *runs), dtype=torch.float64, device=self._device
         )
+        inputs = self.step.loss.random_inputs(rows.gather(self._index).batch_size)
+        like = next(self.step.loss.parameters())
+        # by name, the draw and the tensor that the program reads
+        self._draws = {
+            name: (draw, draw.empty(like))
+            for name, draw in inputs.items()
+            if rows.column((name,)) is None
+        }
         groups = len(self.step.optimizer.param_groups)
         self._rates = torch.zeros(  # of the coming updates, and the one after them
             (self.updates + 1, groups), dtype=torch.float64, device=self._device
@@ -168,11 +178,12 @@ class CapturedStep:
     def _record(self, rows: DeviceSampler, moments: Moments) -> None:
         """Compile one update and keep the program with its arguments; nothing is updated yet."""
         update, loss = self._update, self.step.loss
+        draws = {name: out for name, (_, out) in self._draws.items()}
         recorder = Recorder(program_options(self._device, loss.parameters()))
 
         def one_update() -> None:
             batch = rows.gather(self._index)
-            self._add(update(loss.read(batch), moments))
+            self._add(update(loss.read(batch, draws), moments))
 
         traced = torch.compile(one_update, fullgraph=True, dynamic=False, backend=recorder)
         with self.step.setting(), tracing_gradients():
@@ -209,6 +220,8 @@ class CapturedStep:
         scheduled = bool(self.step.lr_schedulers)
         for number in range(self.updates):
             torch.randint(rows.rows, self._index.shape, generator=rows.generator, out=self._index)
+            for draw, out in self._draws.values():
+                draw.fill(out, rows.generator)
             if scheduled:
                 self._set_rates(moments, self._rates[number])
             program()

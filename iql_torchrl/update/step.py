@@ -113,7 +113,8 @@ class IQLStep(Step):
             not reduced across ranks. For groups that serve something else, such as TorchRL's
             distributed collectors.
 
-    The batch receives the priority and the log-probability, as from the loss itself.
+    The batch receives the priority and the log-probability, as from the loss itself. Random tensors
+    that the loss reads are drawn when the batch is read: :meth:`ImplicitQLoss.random_inputs`.
 
     Raises:
         ValueError: an unknown order or precision, ``max_grad_norm <= 0``, ``reduction="none"``, an

@@ -276,7 +276,7 @@ def fast_parts(loss) -> set[str]:
     names = {name for name in ("actor", "value") if getattr(kept, name) is not None}
     own = callable(loss.actor_objective)  # its function gets the loss's own actor
     names -= {"actor"} if own else set()
-    return names | ({"critics"} if len(kept.critics) == 2 else set())
+    return names | ({"critics"} if len(kept.critics) == 3 else set())
 
 
 def everything(loss, batch) -> dict[str, torch.Tensor]:

@@ -306,5 +306,5 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(TypeError, match="member 'behaviour'"):
         run(3)
     exact = box_agent(policy="deterministic")
-    with pytest.raises(ValueError, match="'exact' has no density"):
+    with pytest.raises(ValueError, match="'exact', a ProbabilisticActor, has no density"):
         run(box_agent(), who={"exact": exact}, data=load_dataset(small_log()))

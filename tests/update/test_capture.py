@@ -52,7 +52,8 @@ def untraced(monkeypatch):
 
         def program():
             with self.step.setting():
-                batch = self.step.loss.read(rows.gather(self._index))
+                draws = {name: out for name, (_, out) in self._draws.items()}
+                batch = self.step.loss.read(rows.gather(self._index), draws)
                 self._add(update(batch, moments))
 
         made.append(program)

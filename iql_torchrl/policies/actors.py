@@ -1,9 +1,4 @@
-"""Policies pi(a|s) as TorchRL ``ProbabilisticActor`` modules that stay inside the action spec.
-
-Every builder takes the number of features its network reads and the action spec, and returns an
-actor that reads ``in_keys`` (one name, or a sequence of keys) and writes ``"action"``.
-Deterministic and random interaction types both work.
-"""
+"""Policies with a distribution: TorchRL ``ProbabilisticActor`` modules."""
 
 from __future__ import annotations
 
@@ -28,11 +23,8 @@ from iql_torchrl.distributions import (
 from iql_torchrl.networks import MLP, first_layer, join_observations
 
 __all__ = [
-    "Choice",
-    "ClippedGaussian",
-    "ClippedMixture",
-    "OneHotChoice",
-    "SquashedGaussian",
+    "HEADS",
+    "Bounds",
     "categorical",
     "deterministic",
     "gaussian",

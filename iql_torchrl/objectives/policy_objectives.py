@@ -1,0 +1,96 @@
+"""Losses of the policy by name, other than weighted regression on the logged actions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, distributions
+from torchrl.modules import Delta
+
+from iql_torchrl import functional as F
+from iql_torchrl.networks import join_observations
+from iql_torchrl.objectives.batch import Batch, agree, per_sample
+from iql_torchrl.objectives.draws import FLOW_NOISE, FLOW_TIME, Draw
+from iql_torchrl.objectives.evaluator import DETACHED, TARGET
+
+__all__ = [
+    "Q_REDUCTIONS",
+    "Q_SOURCES",
+    "cloning_error",
+    "ddpg_bc",
+    "flow_inputs",
+    "flow_matching",
+    "policy_action",
+]
+
+Q_REDUCTIONS = ("min", "mean")
+Q_SOURCES = {"live": DETACHED, "target": TARGET}
+SMALLEST_SCALE = 1e-6
+
+
+def ddpg_bc(loss: Any, batch: Batch) -> Tensor:
+    """``-Q(s, pi(s)) / mean|Q| + bc_weight * cloning error``, per sample ``(*B,)``.
+
+    See ``actor_objective="ddpg_bc"`` of :class:`~iql_torchrl.IQLLoss`. The mean goes over the valid
+    steps of a run; it and the critics' parameters get no gradient.
+    """
+    action, dist = loss.policy_output(batch)
+    q = _value_of(loss, batch, action)
+    scale = loss.mean_of_run(q.detach().abs(), batch) + SMALLEST_SCALE
+    error = cloning_error(loss, batch, action, dist)
+    agree(value_of_policy=q, cloning_error=error)
+    return loss.bc_weight * error - q / scale
+
+
+def _value_of(loss: Any, batch: Batch, action: Tensor) -> Tensor:
+    """Q of the policy's actions ``(*B, A)``: minimum or mean over critics, ``(*B,)``."""
+    wide = loss.each_run(batch)
+    key = loss.tensor_keys.action
+    data: TensorDictBase = wide.data.select(*loss.qvalue_network.in_keys, strict=False)
+    data = data.copy().set(key, action)
+    chosen = Batch(data, wide.mask, wide.weight)
+    values: Tensor = loss.action_values(chosen, Q_SOURCES[loss.q_source])
+    return values.amin(0) if loss.q_reduction == "min" else values.mean(0)
+
+
+def cloning_error(
+    loss: Any, batch: Batch, action: Tensor, dist: distributions.Distribution | None
+) -> Tensor:
+    """Minus log-probability of the logged action; without density, the squared error, ``(*B,)``."""
+    if dist is None or isinstance(dist, Delta):
+        return (action - loss.logged(batch)).square().sum(-1)
+    shape = action.shape[:-1]
+    log_prob = dist.log_prob(loss.logged(batch))
+    return -per_sample(log_prob, shape, "log_prob")
+
+
+def flow_inputs(actor: Any, shape: tuple[int, ...]) -> dict[str, Draw]:
+    """What :func:`flow_matching` draws for samples of shape ``shape``."""
+    return {
+        FLOW_NOISE: Draw((*shape, actor.action_features), normal=True),
+        FLOW_TIME: Draw(shape, normal=False),
+    }
+
+
+def flow_matching(loss: Any, batch: Batch) -> Tensor:
+    """Mean over action dimensions of ``(v(s, x_t, t) - (a - noise))**2``, per sample ``(*B,)``.
+
+    ``x_t = (1 - t) * noise + t * a``, with the logged action a in the policy's units, standard normal
+    noise and uniform t from ``batch.draws``: :func:`iql_torchrl.functional.flow_path`.
+    """
+    keys = loss.actor_network.in_keys
+    observation = join_observations([batch.data.get(key) for key in keys])
+    time = batch.draws[FLOW_TIME]
+    with loss.evaluator.policy(loss) as actor:
+        action = actor.normalise(loss.logged(batch))
+        point, target = F.flow_path(batch.draws[FLOW_NOISE], action, time=time)
+        velocity = actor.velocity(observation, point, time)
+    return (velocity.to(target.dtype) - target).square().mean(-1)
+
+
+def policy_action(dist: distributions.Distribution) -> Tensor:
+    """The action of a distribution without its randomness: its deterministic sample, else its mean."""
+    action: Tensor | None = getattr(dist, "deterministic_sample", None)
+    return dist.mean if action is None else torch.as_tensor(action)
