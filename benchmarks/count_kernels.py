@@ -134,14 +134,15 @@ def on_cuda(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> tuple[Any, li
     return graph, moved
 
 
-def _not_compiled(arguments: object) -> None:
-    """In place of the program, which is text only."""
-    raise RuntimeError("the program was generated and not compiled")
+Make = Callable[[str], Callable[..., Any]]
 
 
-def program_of(step: IQLStep, sampler: DeviceSampler) -> str:
-    """The text of the program of one captured update of ``step`` on CUDA."""
-    texts: list[str] = []
+@contextmanager
+def programs_for_cuda(make: Make) -> Iterator[None]:
+    """Inside, the program of a captured step is ``make(text)``, with the text that is meant for CUDA.
+
+    The step itself is on the CPU.
+    """
 
     def compile_program(
         graph: Any, inputs: Sequence[Any], options: dict[str, Any]
@@ -159,11 +160,11 @@ def program_of(step: IQLStep, sampler: DeviceSampler) -> str:
                     text = _text_of(error)
                     if text is None:
                         raise
-                    texts.append(text)
-            return _not_compiled
+                    return make(text)
+            raise RuntimeError("Inductor generated no program")
 
-        compile_fx.compile_fx(graph, inputs, inner_compile=generate)
-        return lambda *arguments: ()
+        program: Callable[..., Any] = compile_fx.compile_fx(graph, inputs, inner_compile=generate)
+        return program
 
     with (
         mock.patch("iql_torchrl.update.captured.compile_program", compile_program),
@@ -174,8 +175,19 @@ def program_of(step: IQLStep, sampler: DeviceSampler) -> str:
             lambda device, parameters: program_options(torch.device("cuda"), parameters),
         ),
     ):
-        call = captured(step, sampler, updates=1)
-        call()
+        yield
+
+
+def program_of(step: IQLStep, sampler: DeviceSampler) -> str:
+    """The text of the program of one captured update of ``step`` on CUDA; nothing is updated."""
+    texts: list[str] = []
+
+    def keep(text: str) -> Callable[..., Any]:
+        texts.append(text)
+        return lambda *arguments: ()
+
+    with programs_for_cuda(keep):
+        captured(step, sampler, updates=1)()
     (text,) = texts
     return text
 
