@@ -11,11 +11,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from count_kernels import CASES, count, launches
 
 LIMITS = {
-    "sequential": 94,
-    "simultaneous": 88,
-    "all diagnostics": 128,
-    "discrete": 54,
-    "8 members": 96,
+    "sequential": 45,
+    "simultaneous": 38,
+    "all diagnostics": 53,
+    "discrete": 26,
+    "8 members": 62,
 }
 
 

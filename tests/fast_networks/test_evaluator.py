@@ -513,6 +513,20 @@ def test_the_fast_evaluation_is_used():
         everything(loss, logged())
 
 
+def test_the_copies_hold_the_tensors_of_the_loss():
+    """Two tensors on one memory, one read and one written, are copied by a compiled update."""
+    loss = continuous()
+    targets = {id(leaf) for leaf in loss.target_qvalue_network_params.values(True, True)}
+    trained = {id(leaf) for leaf in loss.parameters()}
+    evaluator = FastEvaluator(loss, GENERAL)
+    for name, among in (
+        ("target_qvalue_network_params", targets),
+        ("qvalue_network_params", trained),
+    ):
+        body = evaluator.critics[name].module.mlp
+        assert {id(leaf) for leaf in body.leaves} <= among
+
+
 def test_modes_are_followed():
     loss = continuous(mlp={"dropout": 0.5}).double()
     batch = logged()

@@ -10,7 +10,7 @@ import torch
 from torch import nn, optim
 from torch.optim.lr_scheduler import LambdaLR
 
-from iql_torchrl.update.adam import StackedAdam, along
+from iql_torchrl.update.adam import JoinedCounts, StackedAdam, add_update, along
 
 RATES = torch.tensor([1e-3, 0.1, 3e-2], dtype=torch.float64)
 SHAPES = ((4, 2), (5,), (), (2, 1, 3))
@@ -176,3 +176,38 @@ def test_what_is_no_stack_is_refused():
         optimizer.step(lambda: 0.0)
     with pytest.raises(ValueError, match=r"has shape \(4,\) and there are 3 rates"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4))]})
+
+
+def test_counts_in_one_tensor_are_those_of_the_states():
+    states = [{"step": torch.tensor(float(n))} for n in (3, 5, 8)]
+    joined = JoinedCounts()
+    counts = joined.of(states)
+    assert counts.tolist() == [3, 5, 8]
+    add_update(counts, [2, 0])
+    assert [state["step"].item() for state in states] == [4, 5, 9]
+    assert joined.of(states) is counts
+    states[1]["step"] = torch.tensor(100.0)  # a loaded state
+    again = joined.of(states)
+    assert again.tolist() == [4, 100, 9]
+    add_update(again, range(3))
+    assert [state["step"].item() for state in states] == [5, 101, 10]
+    assert counts.tolist() == [4, 5, 9]
+    assert joined.of(states[:2]).tolist() == [5, 101]
+
+
+def test_an_optimizer_goes_on_by_itself_from_joined_counts():
+    """torch's own Adam, plain and fused, reads and writes counts that are views of one tensor."""
+    results = []
+    for join in (False, True):
+        for fused in (False, True):
+            held = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.full((2,), 2.0))]
+            optimizer = optim.Adam(held, lr=0.1, fused=fused)
+            for number in range(4):
+                if join and number == 2:
+                    JoinedCounts().of([optimizer.state[p] for p in held])
+                for parameter in held:
+                    parameter.grad = torch.full_like(parameter, number - 1.5)
+                optimizer.step()
+            results.append([p.detach() for p in held])
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])
