@@ -104,7 +104,9 @@ def make_log(seed: int) -> OfflineDataset:
         "truncated": np.zeros(ROWS, bool),
     }
     space = Box(-1.0, 1.0, (2,), np.float32)
-    return replace(load_dataset(columns), action_space=space)
+    dataset = replace(load_dataset(columns), action_space=space)
+    dataset.print_notes()
+    return dataset
 
 
 def act(policy: Any, wind: Array, *, random: bool) -> Array:

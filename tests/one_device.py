@@ -123,6 +123,13 @@ def meta(monkeypatch: pytest.MonkeyPatch) -> None:
         torch, "is_autocast_enabled", lambda kind: kind != "meta" and autocast(kind)
     )
     monkeypatch.setattr(torch, "Generator", RecordedGenerator)
+    randn = torch.randn
+
+    def any_randn(*shape: Any, generator: Any = None, **options: Any) -> Tensor:
+        real = {} if isinstance(generator, RecordedGenerator) else {"generator": generator}
+        return randn(*shape, **options, **real)
+
+    monkeypatch.setattr(torch, "randn", any_randn)
 
 
 def _is_set_to(one: Tensor, other: Tensor) -> bool:

@@ -72,8 +72,12 @@ class LossCritics(TensorDictModuleBase):
                     buffer.copy_(leaf)
                 else:
                     setattr(module, name, leaf.clone())
-            elif parameter.data_ptr() != leaf.data_ptr() or parameter.dtype != leaf.dtype:
-                parameter.data = leaf
+            elif (parameter.data_ptr(), parameter.dtype, parameter.device) != (
+                leaf.data_ptr(),
+                leaf.dtype,
+                leaf.device,
+            ):
+                parameters_of(module)[name] = nn.Parameter(leaf, requires_grad=False)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         self._follow()
