@@ -286,6 +286,7 @@ def test_the_loss_compiles_alone():
     torch._dynamo.reset()
     loss, data = make_loss(), batch()
     SoftUpdate(loss, tau=0.1)
+    loss.make_value_estimator()  # torch 2.11 cannot trace the making of the default one
     program = torch.compile(loss, fullgraph=True, backend="eager")
     torch.testing.assert_close(program(data.clone())["loss_actor"], loss(data)["loss_actor"])
 

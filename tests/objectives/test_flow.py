@@ -330,6 +330,7 @@ def test_drawn_noise_is_the_same_in_every_form():
 def test_the_loss_compiles_alone():
     torch._dynamo.reset()
     loss, data = make_loss(), given()
+    loss.make_value_estimator()  # torch 2.11 cannot trace the making of the default one
     program = torch.compile(loss, fullgraph=True, backend="eager")
     torch.testing.assert_close(program(data.clone())["loss_actor"], loss(data)["loss_actor"])
     assert program(data.exclude("flow_noise", "flow_time"))["loss_actor"].isfinite()
