@@ -60,7 +60,8 @@ def with_draws(loss: Any, batch: Batch, given: Mapping[str, Tensor] | None) -> B
     needed: Mapping[str, Draw] = loss.random_inputs(size)
     if not needed:
         return batch
-    like = next(loss.parameters())
+    # not loss.parameters(), which torch 2.11 cannot trace
+    like = next(iter(loss.actor_network_params.values(True, True)))
     draws = {}
     for key, draw in needed.items():
         own = batch.data.get(key, None)
