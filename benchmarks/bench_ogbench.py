@@ -64,7 +64,7 @@ BASE = IQLConfig(
     standardise=False,
     policy="gaussian",
 )
-#: What differs from the published IQL whatever the arguments are.
+#: What differs from the published IQL with all arguments.
 ALWAYS_DIFFERENT = (
     "the policy's deviation is learned and its mean passes through tanh (published: deviation 1)",
     "ReLU after layer normalisation (published: GELU before it)",
@@ -266,19 +266,19 @@ def table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 def differences(o: argparse.Namespace, runs: Sequence[Mapping[str, Any]]) -> list[str]:
     """What differs from the protocol of the published figures."""
-    found = []
+    lines = []
     if o.draw == "local":
-        found.append(f"rows made on this machine with MuJoCo {version('mujoco')}: another draw")
+        lines.append(f"rows made on this machine with MuJoCo {version('mujoco')}: another draw")
     rows = {each["rows"] for each in runs}
     if rows != {PUBLISHED_ROWS}:
-        found.append(f"{', '.join(f'{r:,}' for r in sorted(rows))} transitions, not 1,000,000")
+        lines.append(f"{', '.join(f'{r:,}' for r in sorted(rows))} transitions, not 1,000,000")
     if o.updates != PUBLISHED_UPDATES:
-        found.append(f"{o.updates:,} updates, not {PUBLISHED_UPDATES:,}")
+        lines.append(f"{o.updates:,} updates, not {PUBLISHED_UPDATES:,}")
     if (o.width,) * o.layers != PUBLISHED_HIDDEN:
-        found.append(f"{o.layers} hidden layers of width {o.width}, not 4 of 512")
+        lines.append(f"{o.layers} hidden layers of width {o.width}, not 4 of 512")
     if o.episodes != 50:
-        found.append(f"{o.episodes} episodes of evaluation, not 50")
-    return [*found, *ALWAYS_DIFFERENT]
+        lines.append(f"{o.episodes} episodes of evaluation, not 50")
+    return [*lines, *ALWAYS_DIFFERENT]
 
 
 def compare(lines: Sequence[Mapping[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 An action is a point in the plane through which one goes from the left to the right. Each observation
 is a wind in [-1, 1], which makes one of the sides better. The log passes above and below equally
-often, whatever the wind. A policy with one mode that imitates it goes through the middle, where the
+often in every wind. A policy with one mode that imitates it goes through the middle, where the
 obstacle is. Compared are the log; cloning and IQL with a Gaussian; IQL with a mixture; DDPG+BC; a flow
 that clones the log; the same flow with IQL's weights; and the clone with the best of 32 actions by the
 critics (IFQL). Each is scored exactly, as it draws its actions and without randomness.

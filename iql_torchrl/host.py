@@ -34,7 +34,10 @@ with warnings.catch_warnings():  # TorchRL warns about its own classes when thes
     from torchrl.trainers import Trainer
 
 __all__ = [
+    "DETACHED_CRITICS",
     "INHERITED",
+    "LIVE_CRITICS",
+    "TARGET_CRITICS",
     "add_to_all",
     "assert_dtype",
     "assert_later",
@@ -56,6 +59,11 @@ __all__ = [
     "version_of",
     "without_prefetched",
 ]
+
+# What a TorchRL loss calls the parameters of its critics; the last are this package's: the live
+# ones, of which an evaluation differentiates the inputs alone.
+LIVE_CRITICS, TARGET_CRITICS = "qvalue_network_params", "target_qvalue_network_params"
+DETACHED_CRITICS = "detached_qvalue_network_params"
 
 TESTED = "torch 2.13, TorchRL 0.14.1 and tensordict 0.14.3"
 

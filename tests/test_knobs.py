@@ -28,7 +28,7 @@ from iql_torchrl.cli import parse
 from iql_torchrl.config import Knob, knob, knobs, loss_knobs
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.objectives import OPTIONS, ImplicitQLoss
-from iql_torchrl.objectives.iql import ACTOR_OBJECTIVES
+from iql_torchrl.objectives.implicit import ACTOR_OBJECTIVES
 from iql_torchrl.population import PopulationLoss
 from iql_torchrl.trainers.identity import AgentState, SettingsState
 from iql_torchrl.update.adam import Moments
@@ -135,7 +135,7 @@ def test_a_captured_step_notices_a_change(name, value):
     optimizer = torch.optim.Adam(loss.parameters())
     step = IQLStep(loss, optimizer, SoftUpdate(loss, tau=0.1))
     rows = DeviceSampler(make_batch(8), 4, seed=0)
-    moments = Moments([], [], [], [], [])
+    moments = Moments([], [], torch.zeros(0), [], [])
     before = take_snapshot(step, rows, moments)
     assert take_snapshot(step, rows, moments).same(before)
     setattr(loss, name, value)

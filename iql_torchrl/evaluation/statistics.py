@@ -41,17 +41,7 @@ def bootstrap_interval(values: FloatArray, *, seed: int) -> tuple[float, float]:
     """
     if len(values) < 2 or not np.isfinite(values).all():
         return math.nan, math.nan
-    low, high = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        batch=max(1, DRAWS_AT_ONCE // len(values)),
-        vectorized=True,
-        confidence_level=0.95,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(low), float(high)
+    return _percentiles(np.mean, (values,), RESAMPLES, seed)
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -135,10 +125,17 @@ def stratified_interval(
     """
     if any(len(sample) < 2 or not np.isfinite(sample).all() for sample in samples):
         return math.nan, math.nan
+    return _percentiles(statistic, samples, STRATIFIED_RESAMPLES, seed)
+
+
+def _percentiles(
+    statistic: Callable[..., Any], samples: Sequence[FloatArray], resamples: int, seed: int
+) -> tuple[float, float]:
+    """95 % percentile interval of ``statistic(*samples, axis=-1)``; each sample is drawn by itself."""
     low, high = stats.bootstrap(
         samples,
         statistic,
-        n_resamples=STRATIFIED_RESAMPLES,
+        n_resamples=resamples,
         batch=max(1, DRAWS_AT_ONCE // sum(len(sample) for sample in samples)),
         vectorized=True,
         confidence_level=0.95,

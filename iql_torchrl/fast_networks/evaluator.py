@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 
 from iql_torchrl import networks
@@ -27,12 +27,23 @@ from iql_torchrl.fast_networks.detect import (
     writes,
 )
 from iql_torchrl.fast_networks.perceptron import Category, Perceptron, linear_layers
-from iql_torchrl.host import children_of, parameters_of
+from iql_torchrl.host import (
+    DETACHED_CRITICS,
+    LIVE_CRITICS,
+    TARGET_CRITICS,
+    children_of,
+    parameters_of,
+)
 
-__all__ = ["DirectActor", "FastEvaluator", "detach_all", "follow_modes"]
+__all__ = [
+    "DirectActor",
+    "FastEvaluator",
+    "detach_all",
+    "entry_key",
+    "follow_modes",
+    "hold_parameters",
+]
 
-LIVE, TARGET = "qvalue_network_params", "target_qvalue_network_params"
-DETACHED = "detached_qvalue_network_params"  # the live ones, which get no gradient
 Modes = list[tuple[nn.Module, nn.Module]]
 # Modules that treat every row for itself and draw no random numbers.
 BY_ROW = (
@@ -70,10 +81,12 @@ class FastEvaluator:
         named = writes(critic, loss.tensor_keys.state_action_value)
         if "qvalue_network" not in trunks and named and keeps_buffers(critic):
             alone = loss.num_qvalue_nets == 1
-            for name in (LIVE, TARGET, DETACHED):
-                params = children_of(loss)[TARGET if name == TARGET else LIVE]
+            for name in (LIVE_CRITICS, TARGET_CRITICS, DETACHED_CRITICS):
+                params = children_of(loss)[
+                    TARGET_CRITICS if name == TARGET_CRITICS else LIVE_CRITICS
+                ]
                 clone = self._bind(critic, params, stacked=not alone)
-                if clone is not None and (name != DETACHED or detach_all(clone)):
+                if clone is not None and (name != DETACHED_CRITICS or detach_all(clone)):
                     self.critics[name] = _Alone(clone) if alone else _Direct(clone)
 
     def follow_modes(self) -> None:
@@ -113,7 +126,7 @@ class FastEvaluator:
             return None
         clone = copy.deepcopy(network)
         params.to_module(clone)
-        _hold(clone, params)
+        hold_parameters(clone, params)
         if stacked and not _unstack_around(clone):
             return None
         originals = dict(network.named_modules())
@@ -191,8 +204,8 @@ class DirectActor:
         return getattr(self._actor, name)
 
 
-def _hold(clone: nn.Module, params: TensorDictBase) -> None:
-    """Let the network hold the very tensors of ``params``.
+def hold_parameters(clone: nn.Module, params: TensorDictBase) -> None:
+    """Let the network hold the very tensors of ``params``, whatever their class is.
 
     ``to_module`` makes parameters of target tensors: other objects on the same memory. A compiled
     update that reads the one and writes the other copies both at every call.
@@ -200,7 +213,12 @@ def _hold(clone: nn.Module, params: TensorDictBase) -> None:
     for path, module in clone.named_modules():
         table = parameters_of(module)
         for name in [name for name, tensor in table.items() if tensor is not None]:
-            table[name] = params.get(tuple(f"{path}.{name}".removeprefix(".").split(".")))
+            table[name] = params.get(entry_key(path, name))
+
+
+def entry_key(path: str, name: str) -> NestedKey:
+    """Key in a loss's parameters of the tensor ``name`` of the module at ``path``."""
+    return tuple(f"{path}.{name}".removeprefix(".").split("."))
 
 
 def _unstack_around(clone: Any) -> bool:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from iql_torchrl import networks
 from iql_torchrl.fast_networks.detect import OWN, WRAPPERS, is_known, pick_first
-from iql_torchrl.fast_networks.evaluator import follow_modes
+from iql_torchrl.fast_networks.evaluator import entry_key, follow_modes, hold_parameters
 from iql_torchrl.fast_networks.perceptron import ELEMENTWISE, Perceptron, is_stackable
-from iql_torchrl.host import children_of, parameters_of
+from iql_torchrl.host import children_of
 
 __all__ = ["StackedNetwork", "check_networks", "check_same", "perceptron_keys"]
 
@@ -43,7 +43,7 @@ def perceptron_keys(name: str, network: nn.Module) -> set[NestedKey]:
                 "the action, which has none; let the critic see the observations as they are."
             )
     return {
-        _key(path, key)
+        entry_key(path, key)
         for path, module in perceptrons.items()
         for key, _ in module.named_parameters()
     }
@@ -111,13 +111,11 @@ class StackedNetwork:
         for path, original in network.named_modules():
             if is_stackable(original):
                 self._replace(path, original, params)
+        hold_parameters(self.module, params)
         dims = params.batch_dims
         for path, module in self.module.named_modules():
-            table = parameters_of(module)
-            for key in [k for k, p in table.items() if p is not None]:
-                table[key] = params.get(_key(path, key))
             for key in [k for k, _ in module.named_buffers(recurse=False)]:
-                stacked = params.get(_key(path, key)).flatten(0, dims - 1)
+                stacked = params.get(entry_key(path, key)).flatten(0, dims - 1)
                 if not bool((stacked == stacked[:1]).all()):
                     raise ValueError(
                         f"{name}'s {path}.{key} differs between the runs; a population shares the "
@@ -127,7 +125,7 @@ class StackedNetwork:
 
     def _replace(self, path: str, original: nn.Module, params: TensorDictBase) -> None:
         """Put a perceptron over the stacked parameters in the place of the one at ``path``."""
-        leaves = [params.get(_key(path, key)) for key, _ in original.named_parameters()]
+        leaves = [params.get(entry_key(path, key)) for key, _ in original.named_parameters()]
         parent_path, _, child = path.rpartition(".")
         parent, source = (self.module.get_submodule(p) for p in (parent_path, path))
         body = Perceptron(source, leaves, per_run=True)
@@ -152,7 +150,3 @@ def _causes_first(network: nn.Module) -> list[tuple[str, nn.Module]]:
         network.named_modules(),
         key=lambda item: kinds.index(type(item[1])) if type(item[1]) in kinds else -1,
     )
-
-
-def _key(path: str, name: str) -> NestedKey:
-    return tuple(f"{path}.{name}".removeprefix(".").split("."))

@@ -2,7 +2,8 @@
 
 from iql_torchrl.objectives.base import OfflineLoss
 from iql_torchrl.objectives.discrete import DiscreteIQLLoss
-from iql_torchrl.objectives.iql import DIAGNOSTICS, LOSSES, OPTIONS, ImplicitQLoss, IQLLoss
+from iql_torchrl.objectives.implicit import DIAGNOSTICS, LOSSES, OPTIONS, ImplicitQLoss
+from iql_torchrl.objectives.iql import IQLLoss
 from iql_torchrl.objectives.loss_critics import LossCritics
 
 __all__ = [

@@ -15,6 +15,7 @@ from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 from torchrl.objectives.value import TD0Estimator, ValueEstimatorBase
 
 from iql_torchrl import functional as F
+from iql_torchrl.host import LIVE_CRITICS, TARGET_CRITICS
 from iql_torchrl.objectives.batch import Batch, agree, per_sample, read_batch
 from iql_torchrl.objectives.network_loss import NetworkLoss
 
@@ -96,11 +97,11 @@ class OfflineLoss(NetworkLoss):
     def target_qvalue(self, batch: Batch) -> Tensor:
         """Minimum over the target critics of ``Q(s, a)``, shape ``(*B,)``, without gradient."""
         with torch.no_grad():
-            return self.action_values(batch, "target_qvalue_network_params").amin(0)
+            return self.action_values(batch, TARGET_CRITICS).amin(0)
 
     def qvalue(self, batch: Batch) -> Tensor:
         """``Q_k(s, a)`` of every critic, shape ``(K, *B)``, with gradient."""
-        return self.action_values(batch, "qvalue_network_params")
+        return self.action_values(batch, LIVE_CRITICS)
 
     @abstractmethod
     def action_values(self, batch: Batch, name: str) -> Tensor:

@@ -10,7 +10,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 from torchrl.modules import GRUModule, LSTMModule
 
-from iql_torchrl.host import children_of
+from iql_torchrl.host import TARGET_CRITICS, children_of
 from iql_torchrl.objectives.ensembles import (
     Critics,
     SharedLeaves,
@@ -54,7 +54,7 @@ def convert_networks(
         compare_against=[*of_actor, *value.parameters()] if separate_losses else None,
     )
     if loss.num_qvalue_nets > 1 and not isinstance(listed, list):
-        target = children_of(loss)["target_qvalue_network_params"]
+        target = children_of(loss)[TARGET_CRITICS]
         initialise_critics(loss.qvalue_network_params, target, listed)
     shared.install(loss, "value_network", [value])
     shared.install(loss, "qvalue_network", modules)

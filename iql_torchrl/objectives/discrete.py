@@ -15,7 +15,7 @@ from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical
 from iql_torchrl import functional as F
 from iql_torchrl.objectives.batch import Batch, per_sample
 from iql_torchrl.objectives.ensembles import Critics
-from iql_torchrl.objectives.iql import CONTINUOUS_OBJECTIVES, ImplicitQLoss
+from iql_torchrl.objectives.implicit import CONTINUOUS_OBJECTIVES, ImplicitQLoss
 
 __all__ = ["DiscreteIQLLoss"]
 

@@ -10,16 +10,11 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from iql_torchrl.host import children_of
+from iql_torchrl.host import DETACHED_CRITICS, LIVE_CRITICS, TARGET_CRITICS, children_of
 from iql_torchrl.objectives.batch import output_of
 from iql_torchrl.objectives.ensembles import unlocked
 
-__all__ = ["DETACHED", "GENERAL", "LIVE", "TARGET", "Evaluator", "GeneralEvaluator"]
-
-# Parameters with which an evaluator evaluates the critics.
-LIVE = "qvalue_network_params"
-TARGET = "target_qvalue_network_params"
-DETACHED = "detached_qvalue_network_params"
+__all__ = ["GENERAL", "Evaluator", "GeneralEvaluator"]
 
 
 class Evaluator(Protocol):
@@ -36,8 +31,8 @@ class Evaluator(Protocol):
     def critic_outputs(self, loss: Any, data: TensorDictBase, name: str) -> Tensor:
         """K critics, ``(K, *B, n)``.
 
-        ``name``: ``LIVE`` and ``TARGET`` are names of parameters of ``loss``. ``DETACHED`` are the
-        live ones, through which a gradient reaches the inputs and no parameter.
+        ``name``: ``LIVE_CRITICS``, ``TARGET_CRITICS`` or ``DETACHED_CRITICS``, the live ones, through
+        which a gradient reaches the inputs and no parameter.
         """
 
     def policy(self, loss: Any) -> AbstractContextManager[Any]:
@@ -64,10 +59,10 @@ class GeneralEvaluator:
     def critic_outputs(self, loss: Any, data: TensorDictBase, name: str) -> Tensor:
         network, key = loss.qvalue_network, loss.tensor_keys.state_action_value
         live = loss.shared.live(loss, "qvalue_network")
-        params = children_of(loss)[name] if name == TARGET else live
-        if name != LIVE:
+        params = children_of(loss)[name] if name == TARGET_CRITICS else live
+        if name != LIVE_CRITICS:
             params = loss.shared.with_spare_buffers("qvalue_network", params)
-        if name == DETACHED:
+        if name == DETACHED_CRITICS:
             params = unlocked(params).detach()
         inputs = data.select(*network.in_keys, strict=False)
         if loss.num_qvalue_nets > 1:

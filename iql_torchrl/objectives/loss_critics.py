@@ -45,13 +45,13 @@ class LossCritics(TensorDictModuleBase):
         (loss,) = self._source
         stacked = loss.qvalue_network_params
         tables = [stacked] if loss.num_qvalue_nets == 1 else stacked.data.unbind(0)
-        found = []
+        leaves = []
         for critic, table in zip(self.networks, tables, strict=True):
             for key, leaf in table.items(True, True):
                 path = key if isinstance(key, tuple) else (key,)
                 module = critic.get_submodule(".".join(path[:-1]))
-                found.append((module, path[-1], leaf.data))
-        return found
+                leaves.append((module, path[-1], leaf.data))
+        return leaves
 
     def _follow(self) -> None:
         """Use the storage of the loss's parameters, and take over the values of its buffers.

@@ -10,10 +10,10 @@ from torch import Tensor, distributions
 from torchrl.modules import Delta
 
 from iql_torchrl import functional as F
+from iql_torchrl.host import DETACHED_CRITICS, TARGET_CRITICS
 from iql_torchrl.networks import join_observations
 from iql_torchrl.objectives.batch import Batch, agree, per_sample
 from iql_torchrl.objectives.draws import FLOW_NOISE, FLOW_TIME, Draw
-from iql_torchrl.objectives.evaluator import DETACHED, TARGET
 
 __all__ = [
     "Q_REDUCTIONS",
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 Q_REDUCTIONS = ("min", "mean")
-Q_SOURCES = {"live": DETACHED, "target": TARGET}
+Q_SOURCES = {"live": DETACHED_CRITICS, "target": TARGET_CRITICS}
 SMALLEST_SCALE = 1e-6
 
 

@@ -100,8 +100,8 @@ class BestOf(TensorDictModuleBase):
         data = TensorDict(batch_size=actions.shape[:-1])
         for key, entry in (*entries.items(), ("action", actions)):
             data.set(key, entry)
-        found = [critic(data.copy()).get(self.value_key) for critic in self.critics]
-        return torch.stack([v.squeeze(-1) for v in found]).amin(0)
+        values = [critic(data.copy()).get(self.value_key) for critic in self.critics]
+        return torch.stack([v.squeeze(-1) for v in values]).amin(0)
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -13,7 +13,8 @@ from iql_torchrl.fast_networks.stacked import (
 )
 from iql_torchrl.objectives.conversion import NETWORKS
 from iql_torchrl.objectives.discrete import DiscreteIQLLoss
-from iql_torchrl.objectives.iql import OPTIONS, ImplicitQLoss, IQLLoss
+from iql_torchrl.objectives.implicit import OPTIONS, ImplicitQLoss
+from iql_torchrl.objectives.iql import IQLLoss
 from iql_torchrl.policies import FlowPolicy
 
 __all__ = ["check_alike", "per_run_names", "shared_names"]

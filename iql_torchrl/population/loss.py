@@ -19,13 +19,14 @@ from iql_torchrl.fast_networks.stacked import (
     StackedNetwork,
     perceptron_keys,
 )
-from iql_torchrl.host import children_of
+from iql_torchrl.host import DETACHED_CRITICS, LIVE_CRITICS, TARGET_CRITICS, children_of
 from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.objectives.conversion import NETWORKS
 from iql_torchrl.objectives.discrete import DiscreteIQLLoss
 from iql_torchrl.objectives.ensembles import SharedLeaves
-from iql_torchrl.objectives.evaluator import DETACHED, LIVE, TARGET, Evaluator
-from iql_torchrl.objectives.iql import ImplicitQLoss, IQLLoss
+from iql_torchrl.objectives.evaluator import Evaluator
+from iql_torchrl.objectives.implicit import ImplicitQLoss
+from iql_torchrl.objectives.iql import IQLLoss
 from iql_torchrl.objectives.policy_objectives import policy_action
 from iql_torchrl.policies import FlowPolicy
 from iql_torchrl.population.alike import check_alike, per_run_names, shared_names
@@ -38,8 +39,8 @@ PARAMETERS = frozenset(inspect.signature(ImplicitQLoss.__init__).parameters)
 class PopulationLoss(ImplicitQLoss):
     """P losses over stacked parameters: every loss and scalar has shape ``(P,)``.
 
-    Batches are ``(B,)``, the same for every run, or ``(P, B)``, one per run. Random tensors
-    (:meth:`random_inputs`) are drawn for each run, all from one stream: not those that a run would
+    Batches are ``(B,)``, the same for every run, or ``(P, B)``, one per run. Random numbers
+    (:meth:`random_inputs`) are drawn for each run, all from one generator: not those that a run would
     draw alone. The discount and the knobs with ``per_run`` (``expectile``, ``temperature``, ...)
     differ between runs; they are buffers ``(P, 1)``. No parameter is shared, so the sum of the P
     losses trains each run as if it were alone.
@@ -243,12 +244,12 @@ class StackedEvaluator:
         )
         self._critics = {
             name: StackedNetwork("qvalue_network", loss.qvalue_network, params[name])
-            for name in (LIVE, TARGET)
+            for name in (LIVE_CRITICS, TARGET_CRITICS)
         }
-        self._critics[DETACHED] = StackedNetwork(
-            "qvalue_network", loss.qvalue_network, params[LIVE]
+        self._critics[DETACHED_CRITICS] = StackedNetwork(
+            "qvalue_network", loss.qvalue_network, params[LIVE_CRITICS]
         )
-        detach_all(self._critics[DETACHED].module)  # a stacked critic is perceptrons alone
+        detach_all(self._critics[DETACHED_CRITICS].module)  # a stacked critic is perceptrons alone
         policy = StackedNetwork("actor_network", loss.actor_network, params["actor_network_params"])
         flow = isinstance(policy.module, FlowPolicy)
         self._actor: Any = policy.module if flow else DirectActor(policy.module)

@@ -9,7 +9,7 @@ from typing import Any
 from iql_torchrl.agent.build import Agent
 from iql_torchrl.checkpoint import new_checkpoint
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.objectives.iql import ImplicitQLoss
+from iql_torchrl.objectives.implicit import ImplicitQLoss
 from iql_torchrl.trainers.run_folder import RunFolder
 from iql_torchrl.update.step import IQLStep, part_of
 

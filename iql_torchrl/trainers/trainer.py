@@ -17,7 +17,7 @@ from torchrl.trainers import Trainer
 from iql_torchrl.agent.build import Agent
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.evaluation.background import BackgroundEvaluation
-from iql_torchrl.objectives.iql import ImplicitQLoss
+from iql_torchrl.objectives.implicit import ImplicitQLoss
 from iql_torchrl.trainers.display import Display, print_how_to_continue
 from iql_torchrl.trainers.evaluations import Evaluate, Scores
 from iql_torchrl.trainers.identity import DataState, check_total

@@ -82,7 +82,7 @@ class StackedAdam(Optimizer):
         moments = Moments(
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
-            [state["step"] for state in states],
+            torch.stack([state["step"] for state in states]),
             [group["lr"] for group in self.param_groups],
             [log_betas(group, group["rates"]) for group in self.param_groups],
         )
@@ -93,19 +93,21 @@ class StackedAdam(Optimizer):
             self.param_groups,
             [group_of[i] for i in reached],
         )
+        for state in states:
+            state["step"].add_(1)
 
 
 class Moments(NamedTuple):
     """What Adam keeps: three tensors per parameter, and two per group of parameters.
 
     ``averages`` and ``squares``: running means of the gradient and of its square; ``steps``: updates
-    made, a tensor each or one of shape ``(N,)`` for all N parameters; ``rates``: learning rates,
+    made, ``(N,)`` for N parameters; ``rates``: learning rates,
     numbers or tensors; ``logs``: :func:`log_betas`.
     """
 
     averages: list[Tensor]
     squares: list[Tensor]
-    steps: Tensor | list[Tensor]
+    steps: Tensor
     rates: list[Any]
     logs: list[Tensor]
 
@@ -162,13 +164,12 @@ def adam_step(
     Kingma & Ba 2015; Loshchilov & Hutter 2019 for decoupled weight decay. Parameter ``i`` belongs to
     ``groups[group_of[i]]``, which holds ``betas``, ``eps``, ``weight_decay`` and, for
     :class:`StackedAdam`, one factor of the learning rate per run in ``rates``. Called without
-    gradients enabled, eagerly or inside a graph. Counts in one tensor stay as they are, for
-    :func:`add_update`.
+    gradients enabled, eagerly or inside a graph. Counts stay as they are, for :func:`add_update`.
     """
     reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
     if not reached:
         return
-    counts = _count(moments.steps, reached)
+    counts = _counts_after(moments.steps, reached)
     rates = [
         rate * group["rates"] if "rates" in group else rate
         for rate, group in zip(moments.rates, groups, strict=True)
@@ -190,13 +191,8 @@ def adam_step(
         parameter.sub_(size * average / (square.sqrt() / root + group["eps"]))
 
 
-def _count(steps: Tensor | list[Tensor], reached: Sequence[int]) -> Tensor:
-    """Counts of the parameters ``reached`` after one more update, ``(len(reached),)``.
-
-    A list is written to; a tensor is not: :func:`add_update` does that once for several calls.
-    """
-    if isinstance(steps, list):
-        return torch.stack([steps[i].add_(1) for i in reached])
+def _counts_after(steps: Tensor, reached: Sequence[int]) -> Tensor:
+    """Counts of the parameters ``reached`` after one more update, ``(len(reached),)``."""
     parts = [steps[first:end] for first, end in _consecutive(reached)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)) + 1
 

@@ -21,7 +21,7 @@ from iql_torchrl.host import (
     tracing_gradients,
     version_of,
 )
-from iql_torchrl.objectives.iql import DIAGNOSTICS, LOSSES, ImplicitQLoss
+from iql_torchrl.objectives.implicit import DIAGNOSTICS, LOSSES, ImplicitQLoss
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.checks import check_alignment, check_cuda, check_replay
 from iql_torchrl.update.compiled import log_eager

@@ -68,7 +68,6 @@ class GraphUpdate:
         losses, summary = self.step.update(
             batch, lambda loss: reached.extend(self._descend(loss, moments))
         )
-        assert isinstance(moments.steps, Tensor)
         add_update(moments.steps, reached)
         self.step.move_targets()
         return _detached(losses), _detached(summary)

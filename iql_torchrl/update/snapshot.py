@@ -11,7 +11,7 @@ from torch import Tensor
 from iql_torchrl.config import Arithmetic
 from iql_torchrl.data.replay import DeviceSampler
 from iql_torchrl.objectives.conversion import NETWORKS
-from iql_torchrl.objectives.iql import OPTIONS
+from iql_torchrl.objectives.implicit import OPTIONS
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.step import IQLStep
 
@@ -47,7 +47,7 @@ def take_snapshot(step: IQLStep, rows: DeviceSampler, moments: Moments) -> Snaps
     tensors = [
         *moments.averages,
         *moments.squares,
-        *([moments.steps] if isinstance(moments.steps, Tensor) else moments.steps),
+        moments.steps,
         *moments.rates,
         *moments.logs,
         *loss.parameters(),

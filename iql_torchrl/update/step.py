@@ -22,7 +22,7 @@ from iql_torchrl.config import launches_kernels
 from iql_torchrl.fast_networks.evaluator import FastEvaluator
 from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.objectives.conversion import NETWORKS
-from iql_torchrl.objectives.iql import ImplicitQLoss
+from iql_torchrl.objectives.implicit import ImplicitQLoss
 from iql_torchrl.update.adam import JoinedCounts
 from iql_torchrl.update.guards import check_update_trains
 from iql_torchrl.update.targets import followed_tensors, polyak_step

@@ -10,6 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from only_torch import run_with_only_torch
 from small_agents import (
     HIGH,
     LOW,
@@ -66,20 +67,7 @@ def inputs_of(kind: str):
     return np.arange(9) % 5 if kind == "category" else observations()
 
 
-BLOCKED = """
-import sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("iql_torchrl", "torchrl", "tensordict", "gymnasium"):
-            raise ImportError(f"{name} is blocked")
-
-sys.meta_path.insert(0, Blocked())
-import warnings
-warnings.simplefilter("error")
-warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch 2.11's own reader
-import torch
-torch.set_num_threads(1)
+COMPARE = """
 cases = torch.load("cases.pt", weights_only=True)
 for name, (arguments, expected) in cases.items():
     policy = torch.export.load(f"{name}.pt2").module()
@@ -104,11 +92,7 @@ def test_programs_run_where_only_torch_is_installed(tmp_path):
         arguments = [torch.as_tensor(leaf) for leaf in (*leaves, *more.values())]
         cases[name] = (arguments, torch.as_tensor(agent.act(observation, **more)))
     torch.save(cases, tmp_path / "cases.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKED], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["ran", *KINDS]
+    assert run_with_only_torch(COMPARE, tmp_path).split() == ["ran", *KINDS]
 
 
 def test_the_program_is_the_network_by_hand(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -11,6 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from only_torch import run_with_only_torch
 from small_agents import HIGH, LOW, MEAN, SCALE, box_agent, config, discrete_agent, log
 from torch import nn
 
@@ -173,25 +172,12 @@ def test_evaluation_checkpoints_and_loading(kind, tmp_path):
     np.testing.assert_allclose(result.returns, after, rtol=1e-5)
 
 
-ALONE = """
-import sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("iql_torchrl", "torchrl", "tensordict", "gymnasium"):
-            raise ImportError(f"{name} is blocked")
-
-sys.meta_path.insert(0, Blocked())
-import warnings
-warnings.simplefilter("error")
-warnings.filterwarnings("ignore", "The given buffer is not writable")
-import torch
-torch.set_num_threads(1)
+COMPARE = """
 for name, (states, expected) in torch.load("cases.pt", weights_only=True).items():
     policy = torch.export.load(f"{name}.pt2").module()
     for rows in (1, len(expected)):
-        found = policy(states[:rows])
-        assert (found - expected[:rows]).abs().max() <= 1e-5, (name, found, expected)
+        result = policy(states[:rows])
+        assert (result - expected[:rows]).abs().max() <= 1e-5, (name, result, expected)
     print("ran", name)
 """
 
@@ -204,11 +190,7 @@ def test_plain_torch_runs_an_export_with_critics_and_noise(tmp_path):
         states = torch.from_numpy(observations())
         cases[name] = (states, torch.as_tensor(agent.act(observations())))
     torch.save(cases, tmp_path / "cases.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [f"ran {name}" for name in cases]
+    assert run_with_only_torch(COMPARE, tmp_path).splitlines() == [f"ran {name}" for name in cases]
 
 
 def test_an_older_checkpoint_lacks_the_new_settings():

@@ -30,6 +30,6 @@ def test_interpreted_programs_make_the_plain_steps_updates():
         check=False,
     )
     assert ran.returncode == 0, ran.stderr[-2000:]
-    found = dict(re.findall(r"^(\w+) +(\S+) of the movement$", ran.stdout, re.MULTILINE))
-    assert set(found) == set(CASES)
-    assert all(float(value) < 1e-3 for value in found.values()), found
+    differences = dict(re.findall(r"^(\w+) +(\S+) of the movement$", ran.stdout, re.MULTILINE))
+    assert set(differences) == set(CASES)
+    assert all(float(value) < 1e-3 for value in differences.values()), differences

@@ -18,9 +18,9 @@ def test_ways_around_the_obstacle(example):
     points = np.array([[0.0, 0.0], [0.0, 0.5], [0.0, -0.5], [0.0, 0.41], [1.0, 1.0], [0.0, 0.42]])
     # through (0, y) a segment passes the origin at 1.5 y / sqrt(1.5**2 + y**2)
     assert example.hits(points).tolist() == [True, False, False, True, False, False]
-    found = example.returns(np.array([0.4, 0.4, 0.4]), points[:3])
+    result = example.returns(np.array([0.4, 0.4, 0.4]), points[:3])
     way = 2 * np.sqrt(1.5**2 + 0.5**2)
-    np.testing.assert_allclose(found, [-2.0, 4 - way + 0.2, 4 - way - 0.2])
+    np.testing.assert_allclose(result, [-2.0, 4 - way + 0.2, 4 - way - 0.2])
 
 
 def test_the_log_passes_on_both_sides_and_its_mean_hits(example):

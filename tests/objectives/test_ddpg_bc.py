@@ -94,10 +94,10 @@ def test_by_hand(reduction, value, slope):
     clone = (0.16 + 1.0) / 2  # mean over the batch of sums over action dimensions
     assert float(term.detach()) == pytest.approx(-value / scale + 0.1 * clone, rel=1e-7)
     term.backward()
-    found = loss.actor_network_params["module", "action"].grad
+    gradient = loss.actor_network_params["module", "action"].grad
     # d clone / d a = mean of 2 (pi - a)
     expected = [-slope[0] / scale + 0.1 * 1.0, -slope[1] / scale + 0.1 * -0.4]
-    assert found.tolist() == pytest.approx(expected, rel=1e-7)  # actions are made in float32
+    assert gradient.tolist() == pytest.approx(expected, rel=1e-7)  # actions are made in float32
     assert metadata["weight"].tolist() == [1.0, 1.0]
 
 
@@ -126,7 +126,7 @@ def cloning(loss, data):
 
 def numeric(loss, data, leaf, entries: int = 4, h: float = 1e-6):
     flat = leaf.data.view(-1)
-    found = []
+    slopes = []
     for i in range(min(entries, flat.numel())):
         sides = []
         for sign in (1, -1):
@@ -134,8 +134,8 @@ def numeric(loss, data, leaf, entries: int = 4, h: float = 1e-6):
             flat[i] += sign * h
             sides.append(float(unnormalised(loss, data).detach()))
             flat[i] = before
-        found.append((sides[0] - sides[1]) / (2 * h))
-    return torch.tensor(found, dtype=torch.float64)
+        slopes.append((sides[0] - sides[1]) / (2 * h))
+    return torch.tensor(slopes, dtype=torch.float64)
 
 
 SCALES: dict[int, float] = {}

@@ -131,8 +131,8 @@ def test_training_finds_the_known_velocity_and_moments():
     for t in (0.0, 0.3, 0.7):
         width = np.sqrt((1 - t) ** 2 + t**2 * 0.06)  # points where x_t is likely to be
         x = t * torch.from_numpy(MEAN) + width * points
-        found = policy.velocity(torch.zeros(200, 1).double(), x, torch.full((200,), t).double())
-        error = found.detach().numpy() - exact_velocity(x.numpy(), t)
+        velocity = policy.velocity(torch.zeros(200, 1).double(), x, torch.full((200,), t).double())
+        error = velocity.detach().numpy() - exact_velocity(x.numpy(), t)
         assert np.sqrt((error**2).mean()) < 0.25  # of velocities around 1
     with set_exploration_type(ExplorationType.RANDOM), torch.no_grad():
         drawn = policy(TensorDict({"observation": torch.zeros(20_000, 1).double()}, [20_000]))
@@ -212,8 +212,8 @@ def by_hand(loss, data):
     t = data["flow_time"]
     x = (1 - t) * data["flow_noise"] + t * action
     with params["head"].to_module(head, preserve_module_state=False):
-        found = head.mlp(torch.cat([data["observation"], x, t], -1))
-    return (found - (action - data["flow_noise"])).square().mean(-1)
+        velocity = head.mlp(torch.cat([data["observation"], x, t], -1))
+    return (velocity - (action - data["flow_noise"])).square().mean(-1)
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -339,15 +339,15 @@ def test_the_loss_compiles_alone():
 def test_bfloat16():
     loss = make_loss().float()
     data = given(64).apply(lambda x: x.float() if x.is_floating_point() else x)
-    found = []
+    losses = []
     for precision in ("float32", "bfloat16"):
         each = copy.deepcopy(loss)
         updater = SoftUpdate(each, tau=0.1)
         step = IQLStep(each, optim.Adam(each.parameters()), updater, precision=precision)
-        found.append(step(data.clone())["loss_actor"])
-    assert found[1].dtype == torch.float32
-    torch.testing.assert_close(*found, rtol=0.05, atol=0.05)
-    assert not torch.equal(*found)
+        losses.append(step(data.clone())["loss_actor"])
+    assert losses[1].dtype == torch.float32
+    torch.testing.assert_close(*losses, rtol=0.05, atol=0.05)
+    assert not torch.equal(*losses)
 
 
 # -- populations -----------------------------------------------------------------------------------

@@ -68,9 +68,9 @@ def _plan_attempt(env: Any, entropy: list[int]) -> Arrays:
             following, _, terminated, truncated, info = env.step(action)
             over = terminated or truncated
             if controller.done:
-                told = env.unwrapped.set_new_target(p_stack=stacking)
-                controller = controllers[told[1]["privileged/target_task"]]
-                controller.reset(*told)
+                observed, details = env.unwrapped.set_new_target(p_stack=stacking)
+                controller = controllers[details["privileged/target_task"]]
+                controller.reset(observed, details)
             _add(rows, observation, action, over, info)
             observation = following
     return _arrays(rows)
