@@ -18,8 +18,7 @@ from torchrl.objectives import SoftUpdate
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, IQLStep, captured, compiled, networks, policies
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.fast_networks.evaluator import FastEvaluator
-from iql_torchrl.host import children_of
-from iql_torchrl.objectives.evaluator import TARGET
+from iql_torchrl.host import TARGET_CRITICS, children_of
 
 SPEC = Bounded(-torch.ones(ACT), torch.ones(ACT), (ACT,))
 BOTH = ["observation", "action"]
@@ -39,7 +38,7 @@ def make_loss(policy=policies.gaussian, critic=None, activation=nn.Tanh, **optio
     options = {"actor_objective": "ddpg_bc", "bc_weight": 0.7} | options
     loss = IQLLoss(actor, critic, value, **options).double()
     for key, live in loss.qvalue_network_params.items(True, True):
-        target = children_of(loss)[TARGET].get(key).data
+        target = children_of(loss)[TARGET_CRITICS].get(key).data
         target.add_(0.3 * torch.randn_like(live))
     return loss
 
@@ -104,7 +103,7 @@ def test_by_hand(reduction, value, slope):
 def test_the_targets_may_judge():
     live, target = on_paper(), on_paper(q_source="target")
     for loss in (live, target):
-        for leaf in children_of(loss)[TARGET].values(True, True):
+        for leaf in children_of(loss)[TARGET_CRITICS].values(True, True):
             leaf.data.mul_(10.0)
     data = make_batch(2, act=2, dtype=torch.float64)
     gradients = []
@@ -113,7 +112,7 @@ def test_the_targets_may_judge():
         term.backward()
         gradients.append(loss.actor_network_params["module", "action"].grad)
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)  # Q / mean|Q| has no scale
-    params = children_of(target)[TARGET]
+    params = children_of(target)[TARGET_CRITICS]
     params["module", "slope"].data.zero_()
     term, _ = target.actor_loss(data)
     assert float(term.detach()) == pytest.approx(1.0 + 0.1 * float(cloning(target, data)), rel=1e-6)
