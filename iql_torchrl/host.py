@@ -12,6 +12,7 @@ of those base classes, because a subclass has no other way to take part in what 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ __all__ = [
     "remove_path",
     "stored_rows",
     "tracing_gradients",
+    "untiled_loops_only",
     "validates_distributions",
     "version_of",
     "without_prefetched",
@@ -163,6 +165,42 @@ def compile_program(
 
     program: Any = compile_fx.compile_fx(graph, inputs, config_patches=dict(options))
     return program
+
+
+@functools.cache
+def untiled_loops_only() -> Any:
+    """A pass for Inductor's ``_post_fusion_custom_pass`` without which CPU programs can be wrong.
+
+    Inductor may compute several tensors in one loop over rows and keep what one loop hands to the
+    next in a buffer of one row. Where that loop is vectorised over rows, the rows overwrite each
+    other's values and the program silently returns wrong numbers (pytorch/pytorch issue 185702;
+    seen with torch 2.13 in populations with one thread). With this pass such loops stay separate.
+    """
+    from torch._inductor import custom_graph_pass
+
+    base: Any = getattr(custom_graph_pass, "CustomSchedulerPass", custom_graph_pass.CustomGraphPass)
+
+    class UntiledLoopsOnly(base):
+        def __call__(self, nodes: list[Any]) -> list[Any]:
+            for node in nodes:
+                if hasattr(node, "check_outer_fusion_loop_level_attr"):
+                    accepts = node.check_outer_fusion_loop_level_attr
+                    node.check_outer_fusion_loop_level_attr = functools.partial(_untiled, accepts)
+            return nodes
+
+        def uuid(self) -> str:  # part of the keys of Inductor's cache of programs
+            return "iql_torchrl.untiled_loops_only.1"
+
+        def __reduce__(self) -> Any:
+            return untiled_loops_only, ()
+
+    return UntiledLoopsOnly()
+
+
+def _untiled(accepts: Callable[..., bool], proxies: Sequence[Any], depth: int) -> bool:
+    """Whether Inductor ``accepts`` one loop for all and steps through it row by row."""
+    loops = [loop for proxy in proxies for loop in proxy.loop_nest.loops[:depth]]
+    return all(loop.steps == 1 for loop in loops) and accepts(proxies, depth)
 
 
 def inductor_settings() -> set[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -229,6 +231,25 @@ def test_the_loss_asks_for_its_keys_through_the_names_listed():
     assert loss._loss_mask_keys() == (("collector", "mask"), "shifted_valid")
     with pytest.raises(RuntimeError, match="priority"):
         loss._set_deprecated_ctor_keys(priority="x")
+
+
+@pytest.mark.parametrize(
+    ("steps", "accepted"), [([1, 1], True), ([1, 16], False), ([16, 1], False)]
+)
+def test_loops_that_step_over_rows_are_not_joined(steps, accepted):
+    """The second loop level is not joined, so its steps do not matter."""
+    node, asked = SimpleNamespace(), []
+    node.check_outer_fusion_loop_level_attr = lambda *given: not asked.append(given)
+    other = SimpleNamespace()
+    assert host.untiled_loops_only()([node, other]) == [node, other]
+    proxies = [
+        SimpleNamespace(loop_nest=SimpleNamespace(loops=[SimpleNamespace(steps=n) for n in (s, 8)]))
+        for s in steps
+    ]
+    assert node.check_outer_fusion_loop_level_attr(proxies, 1) is accepted
+    assert asked == ([(proxies, 1)] if accepted else [])
+    assert vars(other) == {}
+    assert pickle.loads(pickle.dumps(host.untiled_loops_only())) is host.untiled_loops_only()
 
 
 def test_programs_hold_no_cuda_graphs_of_inductor(monkeypatch):

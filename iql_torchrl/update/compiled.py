@@ -15,7 +15,7 @@ from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.graph import GraphUpdate, fits_a_graph
 from iql_torchrl.update.guards import check_update_trains
-from iql_torchrl.update.inductor import CUDA_GRAPHS, program_options
+from iql_torchrl.update.inductor import CUDA_GRAPHS, correct_programs, program_options
 from iql_torchrl.update.step import IQLStep, Step, Terms
 
 __all__ = ["CompiledStep", "compiled", "log_eager"]
@@ -82,7 +82,9 @@ def _compile_options(plain: IQLStep, given: Mapping[str, Any]) -> dict[str, Any]
     if "mode" in options:  # torch.compile accepts no options beside a mode
         return options
     if "options" in given:
-        inner = {"guard_filter_fn": worth_checking, **inner}
+        inductor = options.get("backend", "inductor") == "inductor"
+        own = correct_programs(plain.device) if inductor else {}
+        inner = {"guard_filter_fn": worth_checking, **own, **inner}
     elif "backend" not in options:
         own = program_options(plain.device, plain.loss.parameters())
         inner = {"guard_filter_fn": worth_checking, **own}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from iql_torchrl.config import launches_kernels
-from iql_torchrl.host import inductor_settings
+from iql_torchrl.host import inductor_settings, untiled_loops_only
 
-__all__ = ["CUDA_GRAPHS", "program_options"]
+__all__ = ["CUDA_GRAPHS", "correct_programs", "program_options"]
 
 CUDA_GRAPHS = "triton.cudagraphs"  # off even where it was switched on globally
 # On a GPU the launches take the time of an update of small networks. Independent kernels are then
@@ -31,12 +31,23 @@ def program_options(device: torch.device, parameters: Iterable[Tensor]) -> dict[
 
     On a CPU the C++ wrapper; on a GPU joined kernels.
     """
-    options: dict[str, Any] = {CUDA_GRAPHS: False}
+    options: dict[str, Any] = {CUDA_GRAPHS: False, **correct_programs(device)}
     if device.type == "cpu":
         options["cpp_wrapper"] = True
     elif launches_kernels(device):
         options |= JOINED
         if max(parameter.numel() for parameter in parameters) <= UNSPLIT:
             options["split_reductions"] = False
+    return _known(options)
+
+
+def correct_programs(device: torch.device) -> dict[str, Any]:
+    """Options without which Inductor's programs may be wrong, whatever else is chosen."""
+    if device.type != "cpu":
+        return {}
+    return _known({"_post_fusion_custom_pass": untiled_loops_only()})
+
+
+def _known(options: Mapping[str, Any]) -> dict[str, Any]:
     known = inductor_settings()
     return {name: value for name, value in options.items() if name in known}

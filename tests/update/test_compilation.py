@@ -14,6 +14,7 @@ from torchrl import logger
 from torchrl.objectives import HardUpdate, SoftUpdate, ValueEstimators
 
 from iql_torchrl import IQLLoss, IQLStep, compiled, networks
+from iql_torchrl.host import untiled_loops_only
 from iql_torchrl.update.compiled import CompiledStep, worth_checking
 
 
@@ -97,13 +98,24 @@ def test_equals_the_plain_step_but_for_rounding(case, backend):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
-def test_a_thousand_updates_in_single_precision(order):
-    plain, fast = pair(torch.float32, lambda p: optim.Adam(p, lr=1e-3), soft, False, order=order)
-    train(plain, fast, 1000, torch.float32)
+def test_a_thousand_updates(order):
+    """In float64: a ReLU whose input is near zero may differ between two roundings, and in float32
+    that grows to 1e-2 of a parameter within 1,000 updates, on some processors."""
+    plain, fast = pair(torch.float64, lambda p: optim.Adam(p, lr=1e-3), soft, False, order=order)
+    train(plain, fast, 1000, torch.float64)
     mine, theirs = snapshot(plain.loss), snapshot(fast.loss)
-    for name, value in mine.items():  # rounding adds up: 1e-5 to 3e-4 on different processors
-        scale = value.abs().max()
-        assert (theirs[name] - value).abs().max() <= 1e-3 * scale, name
+    for name, value in mine.items():
+        assert (theirs[name] - value).abs().max() <= 1e-10 * value.abs().max(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["sequential", "simultaneous"])
+def test_updates_in_single_precision(order):
+    plain, fast = pair(torch.float32, lambda p: optim.Adam(p, lr=1e-3), soft, False, order=order)
+    train(plain, fast, 10, torch.float32)
+    mine, theirs = snapshot(plain.loss), snapshot(fast.loss)
+    for name, value in mine.items():
+        assert (theirs[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
 
 
 def test_the_default_estimator_is_made_before_the_update_is_traced(monkeypatch):
@@ -208,7 +220,7 @@ def test_guards_are_filtered_beside_the_users_options(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda program, **options: given.append(options))
     loss = make_loss()
     step = IQLStep(loss, optim.Adam(loss.parameters()), soft(loss))
-    own = {"max_autotune": True}
+    own, right = {"max_autotune": True}, {"_post_fusion_custom_pass": untiled_loops_only()}
     for options in ({}, {"options": own}, {"mode": "default"}, {"backend": "eager"}):
         compiled(step, **options)
     plain, with_options, with_mode, with_backend = given
@@ -216,8 +228,9 @@ def test_guards_are_filtered_beside_the_users_options(monkeypatch):
         "guard_filter_fn": worth_checking,
         "triton.cudagraphs": False,
         "cpp_wrapper": True,
+        **right,
     }
-    assert with_options["options"] == {"guard_filter_fn": worth_checking, "max_autotune": True}
+    assert with_options["options"] == {"guard_filter_fn": worth_checking, **right, **own}
     assert own == {"max_autotune": True}
     assert with_mode == {"fullgraph": True, "mode": "default"}
     assert with_backend == {"fullgraph": True, "backend": "eager"}

@@ -13,6 +13,7 @@ from torch import optim
 
 from iql_torchrl import IQLStep, compiled
 from iql_torchrl.config import devices
+from iql_torchrl.host import untiled_loops_only
 from iql_torchrl.update import inductor
 from iql_torchrl.update.inductor import UNSPLIT, program_options
 
@@ -56,6 +57,7 @@ def test_options_by_device():
     assert program_options(torch.device("cpu"), large) == {
         "triton.cudagraphs": False,
         "cpp_wrapper": True,
+        "_post_fusion_custom_pass": untiled_loops_only(),
     }
     for_cuda = program_options(torch.device("cuda"), large)
     assert for_cuda["combo_kernels"]
