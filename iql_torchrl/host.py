@@ -13,6 +13,7 @@ of those base classes, because a subclass has no other way to take part in what 
 from __future__ import annotations
 
 import functools
+import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,11 +50,13 @@ __all__ = [
     "inductor_settings",
     "logged_values",
     "mark_stepped",
+    "onednn_linear",
     "parameters_of",
     "plain_entries",
     "reads_positions",
     "registered_modules",
     "remove_path",
+    "slow_mkl",
     "stored_rows",
     "tracing_gradients",
     "untiled_loops_only",
@@ -208,6 +211,25 @@ def inductor_settings() -> set[str]:
     import torch._inductor  # here, as in compile_program
 
     return set(torch._inductor.list_options())
+
+
+def slow_mkl() -> bool:
+    """Whether torch's products of float32 are MKL's on a processor of another maker, AMD.
+
+    :func:`onednn_linear` then takes half their time; no public function of torch computes float32 by
+    oneDNN outside of compiled inference.
+    """
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    information = Path("/proc/cpuinfo")
+    maker = information.read_text() if information.is_file() else platform.processor()
+    return "AuthenticAMD" in maker and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` by oneDNN, without autograd; matrices of any strides."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
 
 
 def add_to_all(totals: Sequence[Tensor], values: Sequence[Tensor], factor: float) -> None:

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from torchrl.modules import MLP as TorchRLMLP
 
 from iql_torchrl.config import launches_kernels
+from iql_torchrl.fast_networks.products import affine, matmul, product
 from iql_torchrl.networks import MLP
 
 __all__ = [
@@ -199,9 +200,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         else:
             x = (weight.unsqueeze(-1) * x.unsqueeze(-3)).sum(-2)
     elif x.ndim == 2 < weight.ndim:  # one input for all: one product
-        x = (weight.flatten(0, -2) @ x).unflatten(0, weight.shape[:-1])
+        x = matmul(weight.flatten(0, -2), x).unflatten(0, weight.shape[:-1])
     else:
-        x = weight @ _widened(x, weight.ndim)
+        x = matmul(weight, _widened(x, weight.ndim))
     return x if bias is None else x + bias.unsqueeze(-1)
 
 
@@ -273,10 +274,10 @@ class _Chain(torch.autograd.Function):
             if needed[4 + 2 * i]:
                 of_leaves[2 * i + 1] = gradient.sum(-2)
             if i > 0:
-                gradient = ctx.derivative(gradient @ weights[i], inputs[i])
+                gradient = ctx.derivative(product(gradient, weights[i]), inputs[i])
         of_input = None
         if needed[0]:
-            of_input = gradient @ weights[0]
+            of_input = product(gradient, weights[0])
             of_input = of_input if of_input.ndim == inputs[0].ndim else of_input.sum(0)
         return of_input, None, None, *of_leaves
 
@@ -287,7 +288,7 @@ def _pairs(leaves: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if x.is_floating_point():
-        return gradient.mT @ x
+        return product(gradient.mT, x)
     return torch.zeros_like(weight).scatter_add_(
         -1, x.unsqueeze(-2).expand_as(gradient.mT), gradient.mT
     )
@@ -296,6 +297,4 @@ def _weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if not x.is_floating_point():
         return picked(weight, x).mT + bias.unsqueeze(-2)
-    if weight.ndim == 2:
-        return torch.addmm(bias, x, weight.mT)
-    return torch.baddbmm(bias.unsqueeze(-2), x.expand(len(weight), *x.shape[-2:]), weight.mT)
+    return affine(x, weight, bias)
