@@ -214,12 +214,14 @@ def inductor_settings() -> set[str]:
 
 
 def slow_mkl() -> bool:
-    """Whether torch's products of float32 are MKL's on a processor of another maker, AMD.
+    """Whether torch's products of float32 are MKL's on a processor of AMD with AVX-512.
 
-    :func:`onednn_linear` then takes half their time; no public function of torch computes float32 by
-    oneDNN outside of compiled inference.
+    MKL does not use AVX-512 there, and :func:`onednn_linear` takes half the time; no public function
+    of torch computes float32 by oneDNN outside of compiled inference.
     """
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return False
     information = Path("/proc/cpuinfo")
     maker = information.read_text() if information.is_file() else platform.processor()
