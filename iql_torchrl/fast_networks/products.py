@@ -11,8 +11,8 @@ from iql_torchrl.host import onednn_linear, slow_mkl
 
 __all__ = ["affine", "matmul", "product"]
 
-# On AMD's processors with AVX-512 MKL takes twice the time of oneDNN from these sizes on, and less below
-# (benchmarks/bench_products.py): rows and columns, multiplications, and networks one after the other.
+# On AMD's processors with AVX-512 MKL takes longer than oneDNN from these sizes on
+# (benchmarks/bench_products.py): rows and columns, multiplications; and networks one after the other.
 SHORTEST, LARGE, FEW = 64, 2**22, 8
 BY_ONEDNN = slow_mkl()
 
