@@ -20,9 +20,12 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from iql_torchrl.fast_networks.products import product
+
 Shape = tuple[int, ...]
 Layout = tuple[Shape, Shape]  # sizes and strides
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+LINEAR = "_linear_pointwise"  # oneDNN's product, of the transposed second operand
 
 
 def products(sizes: Sizes) -> list[tuple[Shape, Shape]]:
@@ -55,8 +58,11 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if operator.overloadpacket.__name__ in PRODUCTS:
+        name = operator.overloadpacket.__name__
+        if name in PRODUCTS or name == LINEAR:
             a, b = [x for x in args if isinstance(x, Tensor)][-2:]
+            if name == LINEAR:
+                a, b = args[0], args[1].mT
             self.operands.append(((tuple(a.shape), a.stride()), (tuple(b.shape), b.stride())))
         return operator(*args, **(kwargs or {}))
 
@@ -82,12 +88,12 @@ def floor(rows: TensorDict, sizes: Sizes, device: str, graph: bool = False) -> t
 def floor_of_ours(
     rows: TensorDict, sizes: Sizes, device: str, graph: bool = False
 ) -> tuple[Update, int]:
-    """As :func:`floor`, of the products that our sequential update has."""
+    """As :func:`floor`, of the products that our sequential update has, by the same libraries."""
     work = []
     for pair in our_products(sizes):
         operands = [randoms(sizes, device, extent(*layout)).as_strided(*layout) for layout in pair]
         work.append((operands[0], operands[1]))
-    return timed_products(work, graph)
+    return timed_products(work, graph, by_library=not graph)
 
 
 def extent(shape: Shape, strides: Shape) -> Shape:
@@ -98,12 +104,17 @@ def randoms(sizes: Sizes, device: str, shape: Shape) -> Tensor:
     return torch.randn(shape, device=device, dtype=getattr(torch, sizes.dtype))
 
 
-def timed_products(work: list[tuple[Tensor, Tensor]], graph: bool) -> tuple[Update, int]:
+def timed_products(
+    work: list[tuple[Tensor, Tensor]], graph: bool, by_library: bool = False
+) -> tuple[Update, int]:
     results = [torch.matmul(a, b) for a, b in work]
 
     def update() -> None:
         for (a, b), out in zip(work, results, strict=True):
-            (torch.bmm if a.ndim == 3 else torch.mm)(a, b, out=out)
+            if by_library:
+                product(a, b)
+            else:
+                (torch.bmm if a.ndim == 3 else torch.mm)(a, b, out=out)
 
     return (replayed(update, (work, results)) if graph else update), 1
 

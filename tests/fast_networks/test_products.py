@@ -19,6 +19,8 @@ SHAPES = [
     ((2, 256, 128), (2, 128, 256)),
     ((3, 256, 128), (128, 256)),
     ((256, 128), (2, 128, 256)),
+    ((9, 256, 128), (9, 128, 256)),  # more than FEW
+    ((2, 2, 256, 128), (2, 1, 128, 256)),  # a population of 2, with 2 critics each
 ]
 
 pytestmark = pytest.mark.skipif(
@@ -53,7 +55,7 @@ def test_products_and_their_gradients(shapes, make, calls):
     expected, actual = a @ b, matmul(first, second)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(product(first, second).double(), expected, rtol=1e-4, atol=1e-4)
-    one = max(shape[0] if len(shape) == 3 else 1 for shape in shapes)
+    one = torch.broadcast_shapes(*(shape[:-2] for shape in shapes)).numel()
     assert calls == [(256, 128, 256)] * (2 * one)
     actual.sin().sum().backward()
     expected.sin().sum().backward()
@@ -77,8 +79,6 @@ def test_affine(networks, calls):
         (torch.randn(256, 63), torch.randn(63, 1024)),  # a short side
         (torch.randn(64, 256), torch.randn(256, 255)),  # fewer than 2 ** 22 multiplications
         (torch.randn(256, 256).double(), torch.randn(256, 256).double()),
-        (torch.randn(9, 256, 256), torch.randn(9, 256, 256)),  # more than FEW networks
-        (torch.randn(2, 2, 256, 256), torch.randn(2, 2, 256, 256)),
         (torch.zeros(256, 256, device="meta"), torch.zeros(256, 256, device="meta")),
     ],
 )
@@ -100,7 +100,10 @@ def test_products_under_autocast_are_torchs(calls):
 
 def test_the_operation_follows_torchs_rules():
     x, y = torch.randn(256, 128, requires_grad=True), transposed(128, 256).requires_grad_()
-    torch.library.opcheck(torch.ops.iql_torchrl.product.default, (x, y))
+    op = torch.ops.iql_torchrl.product.default
+    torch.library.opcheck(op, (x, y))
+    stack = torch.randn(3, 128, 256, requires_grad=True)
+    torch.library.opcheck(op, (x, stack))
 
 
 def snapshot(loss):
