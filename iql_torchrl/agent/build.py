@@ -65,6 +65,11 @@ class Agent:
     step: IQLStep
     policy: TensorDictModuleBase
 
+    @property
+    def chooses(self) -> bool:
+        """Whether ``policy`` takes the best of several actions by the critics."""
+        return self.policy is not self.actor
+
     def act(
         self,
         observation: Any,

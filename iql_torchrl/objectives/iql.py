@@ -47,7 +47,12 @@ class IQLLoss(ImplicitQLoss):
             ``(advantage (*B,)) -> weight (*B,)``, which leaves temperature and max_weight unused.
         q_reduction, q_source: of ``"ddpg_bc"``: ``"min"`` or ``"mean"`` over the critics; ``"live"``
             or ``"target"`` critics. Defaults as in OGBench.
-        diagnostics: add means that show how training goes (``DIAGNOSTICS``).
+        diagnostics: add means that show how training goes (``DIAGNOSTICS``); for ``"ddpg_bc"`` also
+            ``policy_value_gap``, the mean of ``min_k Q_k(s, pi(s)) - min_k Q_k(s, a)``: by how much the
+            critics (those of ``q_source``) value the policy's actions above the logged ones. It
+            grows where the policy exploits errors of the critics. The best of N candidates is not
+            known to the loss, and its N evaluations per step would cost more than the update:
+            :func:`iql_torchrl.evaluation.value_gap` measures it.
         separate_losses: parameters shared with the actor learn from the actor's loss alone.
         reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``.
         deactivate_vmap: evaluate the critics in a loop.
