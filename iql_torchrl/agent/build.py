@@ -51,9 +51,10 @@ LEARNING_RATES = {"actor": "actor_lr", "qvalue": "critic_lr", "value": "value_lr
 class Agent:
     """What a run consists of: each part is an ordinary torch or TorchRL object.
 
-    ``policy`` acts, for ``evaluate`` and for TorchRL environments: the actor itself, or with
-    ``num_samples`` in the config the best of its actions (``policies.best_of``), by the critics as
-    they are at every call. ``act`` is for NumPy; ``step(batch)`` makes one update.
+    ``policy`` acts, for ``evaluate`` and for TorchRL environments: the actor itself; with
+    ``actor_ema`` in the config a copy with the average of its weights (``loss.averaged_actor``);
+    with ``num_samples`` the best of that one's actions (``policies.best_of``), by the critics as they
+    are at every call. ``act`` is for NumPy; ``step(batch)`` makes one update.
     """
 
     config: IQLConfig
@@ -68,7 +69,7 @@ class Agent:
     @property
     def chooses(self) -> bool:
         """Whether ``policy`` takes the best of several actions by the critics."""
-        return self.policy is not self.actor
+        return isinstance(self.policy, policies.BestOf)
 
     def act(
         self,
@@ -182,9 +183,9 @@ def build_agent(config: IQLConfig, task: Task) -> Agent:
         loss = _loss(config, task, actor, critic, value)
     optimizer, scheduler = _optimizer(config, loss)
     step = make_step(config, loss, optimizer, scheduler)
-    policy = actor
+    policy = loss.averaged_actor if config.actor_ema else actor
     if config.num_samples > 1:
-        policy = policies.best_of(actor, LossCritics(loss), config.num_samples)
+        policy = policies.best_of(policy, LossCritics(loss), config.num_samples)
     update = compiled(step) if config.compile else step
     return Agent(config, task, actor, loss, optimizer, scheduler, update, policy)
 

@@ -104,6 +104,14 @@ class IQLConfig:
         "loss of the policy: log_prob, mse or flow (weighted regression), or ddpg_bc (maximises Q, "
         "with cloning); auto is the weighted regression that fits the policy",
     )
+    actor_ema: float = knob(
+        0.0,
+        "decay per update of the moving average of the policy's weights, with which it acts; 0: it "
+        "acts with the weights themselves",
+        interval="[0, 1)",
+        meaning="0.999 averages over about the last 1,000 updates",
+        in_loss=True,
+    )
     flow_steps: int = knob(
         10, "Euler steps from noise to an action of a flow policy", interval="[1, inf)"
     )

@@ -93,6 +93,7 @@ class ImplicitQLoss(OfflineLoss):
         expectile: float = IQLConfig.expectile,
         max_weight: float = IQLConfig.max_weight,
         bc_weight: float = IQLConfig.bc_weight,
+        actor_ema: float = IQLConfig.actor_ema,
         value_objective: ValueObjective = IQLConfig.value_objective,
         actor_objective: ActorObjective = "log_prob",
         advantage_weight: AdvantageWeight = "exponential",
@@ -112,6 +113,7 @@ class ImplicitQLoss(OfflineLoss):
             "expectile": expectile,
             "max_weight": max_weight,
             "bc_weight": bc_weight,
+            "actor_ema": actor_ema,
         }
         if not callable(value_objective):
             settings["value_objective"] = value_objective
@@ -137,6 +139,7 @@ class ImplicitQLoss(OfflineLoss):
             scalar_output_mode=scalar_output_mode,
             priority_key=priority_key,
             gamma=gamma,
+            actor_ema=actor_ema,
         )
         self.loss_function = loss_function
         self.temperature = temperature

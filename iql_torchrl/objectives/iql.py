@@ -38,6 +38,10 @@ class IQLLoss(ImplicitQLoss):
         expectile: tau in (0, 1]. 0.5 values the log's policy; towards 1, its best actions.
         max_weight: ceiling of a sample's weight, > 0.
         bc_weight: of the cloning error in ``actor_objective="ddpg_bc"``, >= 0.
+        actor_ema: decay d in [0, 1) of an average of the policy's parameters: ``IQLStep`` sets
+            ``average = d average + (1 - d) parameters`` after every update, starting at the initial
+            parameters. ``loss.averaged_actor`` is a copy of the policy that acts with the average;
+            buffers are the live ones. 0: no average, and ``averaged_actor`` is None.
         value_objective: ``"expectile"``, ``"quantile"`` or ``"sarsa_expectile"``
             (:meth:`value_term`), or a callable ``(target_qvalue (*B,), value (*B,)) -> per-sample
             loss (*B,)``.
