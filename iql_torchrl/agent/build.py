@@ -231,11 +231,14 @@ def _networks(
         "hidden": config.hidden,
         "activation": ACTIVATIONS[config.activation],
     }
-    normed = {
-        **widths,
-        "layer_norm": config.layer_norm,
-        "norm_after_activation": config.norm_after_activation,
-    }
+    if config.residual == "all":
+        normed = {**widths, "residual": True}
+    else:
+        normed = {
+            **widths,
+            "layer_norm": config.layer_norm,
+            "norm_after_activation": config.norm_after_activation,
+        }
     discrete = isinstance(task.action_space, spaces.Discrete)
     name = ("categorical" if discrete else "gaussian") if config.policy == "auto" else config.policy
     if (name == "categorical") is not discrete:
@@ -250,6 +253,7 @@ def _networks(
             "ones. Choose num_samples=1."
         )
     options = {**widths, "dropout": config.dropout, "preprocess": preprocess()}
+    options["residual"] = config.residual != "none"
     if discrete and task.masked:
         options["mask_key"] = "action_mask"
     if name == "flow":

@@ -125,6 +125,11 @@ class IQLConfig:
     norm_after_activation: bool = knob(
         False, "layer normalisation follows the activation instead of preceding it"
     )
+    residual: Literal["none", "policy", "all"] = knob(
+        "none",
+        "networks of residual blocks, one for each of the hidden widths, which must be equal: none, "
+        "policy or all; blocks have layer normalisation, and in the policy dropout",
+    )
     dropout: float = knob(0.0, "dropout probability in the policy", interval="[0, 1)")
     num_samples: int = knob(
         1,
@@ -188,8 +193,22 @@ class IQLConfig:
             )
         if self.norm_after_activation and not self.layer_norm:
             raise ValueError("norm_after_activation is True and needs layer_norm=True.")
+        self._check_residual()
         self._check_policy()
         check_device(self.device)
+
+    def _check_residual(self) -> None:
+        """Raise ``ValueError`` where the networks' settings do not fit residual blocks."""
+        if self.residual != "none" and len(set(self.hidden)) != 1:
+            raise ValueError(
+                f"residual is {self.residual!r} and hidden is {self.hidden}; residual blocks need "
+                "equal widths, one for each block, such as (256, 256, 256)."
+            )
+        if self.residual == "all" and self.layer_norm:
+            raise ValueError(
+                "residual is 'all' and layer_norm is True; residual blocks always have layer "
+                "normalisation. Choose layer_norm=False."
+            )
 
     def _check_policy(self) -> None:
         """Raise ``ValueError`` where policy, its loss and its way to act do not fit together."""
