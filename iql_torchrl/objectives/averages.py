@@ -33,9 +33,10 @@ def add_average(loss: Any) -> None:
 def average_pairs(loss: Any) -> tuple[list[Tensor], list[Tensor]]:
     """The actor's parameters, and in the same order their averages; empty without averages."""
     average = children_of(loss).get(AVERAGE)
-    keys = [] if average is None else list(average.keys(True, True))
-    live = loss.actor_network_params
-    return [live.get(key) for key in keys], [average.get(key) for key in keys]
+    if average is None:
+        return [], []
+    pairs = [(loss.actor_network_params.get(key), leaf) for key, leaf in average.items(True, True)]
+    return [live for live, _ in pairs], [leaf for _, leaf in pairs]
 
 
 def start_average(loss: Any) -> None:

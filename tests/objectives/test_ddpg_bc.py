@@ -103,6 +103,7 @@ def test_by_hand(reduction, value, slope):
 @pytest.mark.parametrize(("source", "gap"), [("live", -0.3), ("target", -3.0)])
 def test_the_gap_by_hand(source, gap):
     loss = on_paper(q_source=source, q_reduction="mean", diagnostics=True)
+    SoftUpdate(loss, tau=0.1)
     for leaf in children_of(loss)[TARGET_CRITICS].values(True, True):
         leaf.data.mul_(10.0)
     data = make_batch(3, act=2, dtype=torch.float64)
