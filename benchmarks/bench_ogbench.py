@@ -6,9 +6,11 @@
 Each task and method is trained with several seeds, as one population where the package allows it,
 and evaluated on ``--episodes`` episodes a seed. The rows are made on this machine first where they
 are missing (about an hour a task); ``--draw v0`` takes the published files in OGBench's folder.
-Nothing is tuned here: settings and temperatures are those of the published baselines (see ``BASE``
-and ``TASKS``). Writes benchmarks/results/NAME.json after each task and method; ``--resume``
-continues a file. The table ends with what differs from the published protocol.
+Compared are the log, cloning, IQL, IQL whose policy maximises Q with cloning (DDPG+BC), and the
+best of 32 actions of a flow that clones the log (IFQL). Nothing is tuned here: settings and
+temperatures are those of the published baselines (see ``BASE``, ``METHODS`` and ``TASKS``). Writes
+benchmarks/results/NAME.json after each task and method; ``--resume`` continues a file. The table
+ends with what differs from the published protocol.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import numpy as np
 from bench_learning import RESULTS, machine
 
 from iql_torchrl import (
+    PRESETS,
     Evaluation,
     IQLConfig,
     IQLPopulation,
@@ -45,30 +48,19 @@ PAPER = 'Park, Li, Levine 2025, "Flow Q-Learning", table 3'
 PUBLISHED_UPDATES, PUBLISHED_HIDDEN, PUBLISHED_ROWS = 1_000_000, (512,) * 4, 1_000_000
 EVALUATION_SEED = 10_000
 
-#: The settings of the published IQL: ``agents/iql.py`` of github.com/seohongpark/fql at commit
-#: 719d044, which has the rest of these as defaults. One backward pass for all networks, no schedule,
-#: no standardisation.
-BASE = IQLConfig(
-    hidden=PUBLISHED_HIDDEN,
-    layer_norm=True,
-    expectile=0.9,
-    discount=0.99,
-    batch_size=256,
-    polyak=0.005,
-    actor_lr=3e-4,
-    critic_lr=3e-4,
-    value_lr=3e-4,
-    schedule="constant",
-    order="simultaneous",
-    reward="raw",
-    standardise=False,
-    policy="gaussian",
-)
-#: What differs from the published IQL with all arguments.
+#: The settings of the published IQL; ``config/presets.py`` has their sources.
+BASE = PRESETS["ogbench"]
+#: The same of the published IFQL, where they differ from those of IQL.
+IFQL = {
+    name: getattr(PRESETS["ifql"], name)
+    for name, value in BASE.to_dict().items()
+    if PRESETS["ifql"].to_dict()[name] != value
+}
+#: What differs from the published agents with all arguments.
 ALWAYS_DIFFERENT = (
-    "the policy's deviation is learned and its mean passes through tanh (published: deviation 1)",
-    "ReLU after layer normalisation (published: GELU before it)",
-    "advantages of the target critics (published: of the critics)",
+    "cloning, IQL: the policy's deviation is learned (published: 1)",
+    "cloning, IQL, IQL+DDPG+BC: the policy's mean passes through tanh (published: clipped)",
+    "IQL: advantages of the target critics (published: of the critics)",
     "orthogonal initial weights (published: variance scaling, uniform)",
 )
 
@@ -109,16 +101,27 @@ class Method:
     """Settings on top of ``BASE`` and the task's temperature.
 
     ``published``: the entry of ``Task.published`` that this method is compared with.
+    ``deterministic``: whether it is evaluated without random numbers.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     published: str | None = None
+    deterministic: bool = True
 
 
+#: ``bc_weight``: OGBench trains its goal-conditioned IQL with DDPG+BC and alpha = 1 on all four
+#: environments (``impls/hyperparameters.sh`` of github.com/seohongpark/ogbench at commit 1d41409,
+#: ``agents/gciql.py``). There alpha multiplies minus the log-density of a Gaussian of deviation 1,
+#: half the squared error; ``bc_weight`` multiplies the squared error, so it is alpha / 2. No DDPG+BC
+#: was published for the single tasks. IFQL draws its noise in evaluation too, as published.
 #: A further method is one more line, with any settings of ``IQLConfig``.
 METHODS = {
     "cloning": Method({"temperature": 0.0}),
     "IQL": Method(published="IQL"),
+    "IQL+DDPG+BC": Method(
+        {"policy": "deterministic", "actor_objective": "ddpg_bc", "bc_weight": 0.5}
+    ),
+    "IFQL": Method(IFQL, published="IFQL", deterministic=False),
 }
 
 
@@ -142,13 +145,14 @@ def load(o: argparse.Namespace, task: Task) -> OfflineDataset:
 
 
 def train(
-    o: argparse.Namespace, config: IQLConfig, dataset: OfflineDataset
+    o: argparse.Namespace, config: IQLConfig, dataset: OfflineDataset, deterministic: bool
 ) -> Iterator[tuple[int, str, list[Evaluation]]]:
     """Updates, how the seeds are trained, and their evaluations, ``o.points`` times."""
     configs = [replace(config, seed=seed) for seed in range(o.seeds)]
     every = config.updates // o.points
     options: dict[str, Any] = {
         "episodes": o.episodes, "num_envs": o.envs, "seed": EVALUATION_SEED,
+        "deterministic": deterministic,
     }  # fmt: skip
     if o.seeds > 1 and not o.alone:
         try:
@@ -198,7 +202,7 @@ def run(o: argparse.Namespace, name: str, method: str, dataset: OfflineDataset) 
     """One method on one task: the curve of success rates in %, one of each seed."""
     config = configure(o, TASKS[name], METHODS[method])
     began, curve, trained = time.perf_counter(), [], ""
-    for updates, how, evaluations in train(o, config, dataset):
+    for updates, how, evaluations in train(o, config, dataset, METHODS[method].deterministic):
         trained = how
         successes = [100 * float(each.successes.mean()) for each in evaluations]
         curve.append({"updates": updates, "success": successes})
@@ -248,17 +252,17 @@ def summarise(runs: Sequence[Mapping[str, Any]], episodes: int) -> list[dict[str
 
 def table(lines: Sequence[Mapping[str, Any]]) -> str:
     """The summary as text."""
-    text = [f"{'success in %':26} {'here':>6} {'95 %':>14} {'published':>10}  published, others"]
+    text = [f"{'success in %':31} {'here':>6} {'95 %':>14} {'published':>10}  published, others"]
     for task in dict.fromkeys(line["task"] for line in lines):
         of_task = [line for line in lines if line["task"] == task]
         name = f"{task} task {TASKS[task].number}"
-        text.append(f"{name + ', the log':26} {of_task[0]['log']:6.0f}   (trajectories of its own)")
+        text.append(f"{name + ', the log':31} {of_task[0]['log']:6.0f}   (trajectories of its own)")
         for line in of_task:
             low, high = line["interval"]
             other = ", ".join(f"{k} {v}" for k, v in line["published_others"].items())
             published = "-" if line["published"] is None else line["published"]
             text.append(
-                f"{name + ', ' + line['method']:26} {line['success']:6.0f} "
+                f"{name + ', ' + line['method']:31} {line['success']:6.0f} "
                 f"{f'{low:.0f} to {high:.0f}':>14} {published:>10}  {other}"
             )
     return "\n".join(text)

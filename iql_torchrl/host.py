@@ -43,6 +43,7 @@ __all__ = [
     "add_to_all",
     "assert_dtype",
     "assert_later",
+    "buffers_of",
     "children_of",
     "compile_program",
     "generator_of",
@@ -280,6 +281,11 @@ def children_of(module: nn.Module) -> dict[str, Any]:
 def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own table of parameters; ``setattr`` accepts only ``nn.Parameter``."""
     return module._parameters  # type: ignore[return-value]
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The module's own table of buffers."""
+    return module._buffers
 
 
 def has_hooks(module: nn.Module) -> bool:

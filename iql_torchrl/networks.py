@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,10 @@ __all__ = [
     "Critic",
     "DiscreteCritic",
     "OneHot",
+    "ResidualMLP",
     "Standardise",
     "StateValue",
+    "perceptron",
 ]
 
 GAIN = 2.0**0.5
@@ -99,19 +102,7 @@ class MLP(nn.Sequential):
         norm_after_activation: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        _check_whole("in_features", in_features)
-        _check_whole("out_features", out_features)
-        if not isinstance(hidden, Sequence) or isinstance(hidden, str):
-            raise ValueError(f"hidden is {hidden!r}; expected a sequence of widths: ({hidden!r},).")
-        for number, width in enumerate(hidden):
-            _check_whole(f"hidden[{number}]", width)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}; it must lie in [0, 1).")
-        if isinstance(activation, nn.Module) or not callable(activation):
-            raise TypeError(
-                f"activation is {activation!r}; expected a class or function that makes a module, such "
-                "as torch.nn.ReLU, without parentheses."
-            )
+        _check_layers(in_features, out_features, hidden, activation, dropout)
         layers: list[nn.Module] = []
         for width in hidden:
             layers.append(_linear(in_features, width))
@@ -124,6 +115,82 @@ class MLP(nn.Sequential):
                 layers.append(nn.Dropout(dropout))
             in_features = width
         super().__init__(*layers, _linear(in_features, out_features))
+
+
+class ResidualMLP(nn.Module):
+    """A linear layer, residual blocks of one width h, activation, and a linear layer.
+
+    Each block is ``x + Dense_h(activation(Dense_4h(LayerNorm(Dropout(x)))))``: the network of IDQL's
+    policy (Hansen-Estruch et al. 2023, arXiv:2304.10573, appendix G), which has three blocks of width
+    256 and dropout 0.1. ``hidden`` has the width once for each block. Initial weights as in
+    :class:`MLP`. Perceptrons are evaluated together and stacked in populations; this network is
+    evaluated as any other, and a population refuses it.
+
+    Raises ``ValueError`` and ``TypeError`` as :class:`MLP`, and ``ValueError`` on widths that differ.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        hidden: Sequence[int] = (256, 256, 256),
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
+    ) -> None:
+        _check_layers(in_features, out_features, hidden, activation, dropout)
+        if len(set(hidden)) != 1:
+            raise ValueError(
+                f"hidden is {tuple(hidden)}; residual blocks add their output to their input, so all "
+                "widths must be equal, one for each block, such as (256, 256, 256)."
+            )
+        super().__init__()
+        width = hidden[0]
+        self.first = _linear(in_features, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                *([nn.Dropout(dropout)] if dropout > 0 else []),
+                nn.LayerNorm(width),
+                _linear(width, 4 * width),
+                activation(),
+                _linear(4 * width, width),
+            )
+            for _ in hidden
+        )
+        self.last = nn.Sequential(activation(), _linear(width, out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x)
+        out: Tensor = self.last(x)
+        return out
+
+
+def perceptron(
+    in_features: int, out_features: int, *, residual: bool = False, **options: Any
+) -> nn.Module:
+    """:class:`MLP`, or with ``residual`` a :class:`ResidualMLP`, from the further keywords."""
+    kind = ResidualMLP if residual else MLP
+    return kind(in_features, out_features, **options)
+
+
+def _check_layers(
+    in_features: int, out_features: int, hidden: object, activation: object, dropout: float
+) -> None:
+    _check_whole("in_features", in_features)
+    _check_whole("out_features", out_features)
+    if not isinstance(hidden, Sequence) or isinstance(hidden, str):
+        raise ValueError(f"hidden is {hidden!r}; expected a sequence of widths: ({hidden!r},).")
+    for number, width in enumerate(hidden):
+        _check_whole(f"hidden[{number}]", width)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}; it must lie in [0, 1).")
+    if isinstance(activation, nn.Module) or not callable(activation):
+        raise TypeError(
+            f"activation is {activation!r}; expected a class or function that makes a module, such "
+            "as torch.nn.ReLU, without parentheses."
+        )
 
 
 def _check_whole(name: str, value: object) -> None:
@@ -152,15 +219,16 @@ class StateValue(nn.Module):
     """V(s): observations joined on the last dimension -> ``(*B, 1)``.
 
     ``in_features`` is the number of output features of ``preprocess`` (:class:`Standardise`,
-    :class:`OneHot`, your own encoder); further keywords go to :class:`MLP`.
+    :class:`OneHot`, your own encoder); further keywords go to :class:`MLP`, or with
+    ``residual=True`` to :class:`ResidualMLP`, as in all networks and policies here.
     """
 
     def __init__(
-        self, in_features: int, *, preprocess: nn.Module | None = None, **mlp: object
+        self, in_features: int, *, preprocess: nn.Module | None = None, **mlp: Any
     ) -> None:
         super().__init__()
         self.preprocess = first_layer(preprocess)
-        self.mlp = MLP(in_features, 1, **mlp)  # type: ignore[arg-type]
+        self.mlp = perceptron(in_features, 1, **mlp)
 
     def forward(self, *observations: Tensor) -> Tensor:
         return self.mlp(self.preprocess(join_observations(observations)))
@@ -175,13 +243,13 @@ class DiscreteCritic(nn.Module):
         num_actions: int,
         *,
         preprocess: nn.Module | None = None,
-        **mlp: object,
+        **mlp: Any,
     ) -> None:
         super().__init__()
         if num_actions < 2:
             raise ValueError(f"num_actions is {num_actions}; a choice needs at least two.")
         self.preprocess = first_layer(preprocess)
-        self.mlp = MLP(in_features, num_actions, **mlp)  # type: ignore[arg-type]
+        self.mlp = perceptron(in_features, num_actions, **mlp)
 
     def forward(self, *observations: Tensor) -> Tensor:
         return self.mlp(self.preprocess(join_observations(observations)))
@@ -200,11 +268,11 @@ class Critic(nn.Module):
         action_features: int,
         *,
         preprocess: nn.Module | None = None,
-        **mlp: object,
+        **mlp: Any,
     ) -> None:
         super().__init__()
         self.preprocess = first_layer(preprocess)
-        self.mlp = MLP(in_features + action_features, 1, **mlp)  # type: ignore[arg-type]
+        self.mlp = perceptron(in_features + action_features, 1, **mlp)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         *observations, action = inputs

@@ -209,6 +209,7 @@ def test_every_knob_of_the_loss_is_an_argument_with_the_same_default_and_an_attr
         "temperature",
         "max_weight",
         "bc_weight",
+        "actor_ema",
         "value_objective",
         "loss_function",
     }

@@ -92,3 +92,58 @@ def test_named_activations():
     assert set(by_hand) == set(networks.ACTIVATIONS)
     for name, expected in by_hand.items():
         torch.testing.assert_close(networks.ACTIVATIONS[name]()(x), expected)
+
+
+def test_residual_blocks_by_hand():
+    net = networks.ResidualMLP(1, 1, hidden=(2,), activation=nn.ReLU, dropout=0.5).eval()
+    dropout, norm, wide, activation, narrow = net.blocks[0]
+    assert (dropout.p, type(activation)) == (0.5, nn.ReLU)
+    with torch.no_grad():
+        net.first.weight.copy_(torch.tensor([[1.0], [-3.0]]))
+        net.first.bias.copy_(torch.tensor([1.0, 2.0]))
+        norm.weight.copy_(torch.tensor([2.0, 1.0]))
+        norm.bias.copy_(torch.tensor([0.5, 0.0]))
+        wide.weight.zero_()
+        wide.weight[0] = torch.tensor([1.0, 0.0])
+        wide.weight[7] = torch.tensor([0.0, 1.0])
+        wide.bias.fill_(-1.0)
+        narrow.weight.zero_()
+        narrow.weight[0, 0], narrow.weight[1, 7] = 2.0, 5.0
+        narrow.bias.copy_(torch.tensor([0.0, -9.0]))
+        net.last[1].weight.copy_(torch.tensor([[1.0, 10.0]]))
+        net.last[1].bias.fill_(0.25)
+    # x = 2: first (3, -4); mean -0.5, deviation 3.5: normalised (1, -1), scaled (2.5, -1);
+    # wide 1.5 and -2 at the two units that are read, after ReLU 1.5 and 0; narrow (3, -9);
+    # sum (6, -13); after ReLU (6, 0); out 6 + 0.25
+    x = torch.tensor([[2.0]])
+    torch.testing.assert_close(net(x), torch.tensor([[6.25]]), rtol=1e-5, atol=1e-5)
+
+
+def test_residual_blocks_shapes_dropout_and_initialisation():
+    net = networks.ResidualMLP(5, 3, hidden=(8, 8, 8), dropout=0.3, activation=nn.Mish)
+    assert [type(m).__name__ for m in net.blocks[1]] == [
+        "Dropout", "LayerNorm", "Linear", "Mish", "Linear",
+    ]  # fmt: skip
+    assert len(net.blocks) == 3
+    x = torch.randn(4, 6, 5)
+    assert net(x).shape == (4, 6, 3)
+    assert not torch.equal(net(x), net(x))
+    net.eval()
+    assert torch.equal(net(x), net(x))
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear):
+            weight = layer.weight if layer.out_features <= layer.in_features else layer.weight.T
+            product = weight @ weight.T
+            torch.testing.assert_close(product, 2 * torch.eye(len(weight)), atol=1e-5, rtol=0)
+            assert (layer.bias == 0).all()
+
+
+def test_residual_blocks_refuse_what_they_cannot_be():
+    with pytest.raises(ValueError, match=r"hidden is \(8, 4\); residual blocks add"):
+        networks.ResidualMLP(5, 3, hidden=(8, 4))
+    with pytest.raises(ValueError, match=r"hidden is \(\); residual blocks add"):
+        networks.ResidualMLP(5, 3, hidden=())
+    with pytest.raises(ValueError, match="dropout is 1"):
+        networks.ResidualMLP(5, 3, dropout=1)
+    with pytest.raises(TypeError, match="layer_norm"):
+        networks.StateValue(5, residual=True, layer_norm=False)

@@ -104,6 +104,14 @@ class IQLConfig:
         "loss of the policy: log_prob, mse or flow (weighted regression), or ddpg_bc (maximises Q, "
         "with cloning); auto is the weighted regression that fits the policy",
     )
+    actor_ema: float = knob(
+        0.0,
+        "decay per update of the moving average of the policy's weights, with which it acts; 0: it "
+        "acts with the weights themselves",
+        interval="[0, 1)",
+        meaning="0.999 averages over about the last 1,000 updates",
+        in_loss=True,
+    )
     flow_steps: int = knob(
         10, "Euler steps from noise to an action of a flow policy", interval="[1, inf)"
     )
@@ -116,6 +124,11 @@ class IQLConfig:
     layer_norm: bool = knob(False, "layer normalisation in the critics and in V")
     norm_after_activation: bool = knob(
         False, "layer normalisation follows the activation instead of preceding it"
+    )
+    residual: Literal["none", "policy", "all"] = knob(
+        "none",
+        "networks of residual blocks, one for each of the hidden widths, which must be equal: none, "
+        "policy or all; blocks have layer normalisation, and in the policy dropout",
     )
     dropout: float = knob(0.0, "dropout probability in the policy", interval="[0, 1)")
     num_samples: int = knob(
@@ -180,8 +193,22 @@ class IQLConfig:
             )
         if self.norm_after_activation and not self.layer_norm:
             raise ValueError("norm_after_activation is True and needs layer_norm=True.")
+        self._check_residual()
         self._check_policy()
         check_device(self.device)
+
+    def _check_residual(self) -> None:
+        """Raise ``ValueError`` where the networks' settings do not fit residual blocks."""
+        if self.residual != "none" and len(set(self.hidden)) != 1:
+            raise ValueError(
+                f"residual is {self.residual!r} and hidden is {self.hidden}; residual blocks need "
+                "equal widths, one for each block, such as (256, 256, 256)."
+            )
+        if self.residual == "all" and self.layer_norm:
+            raise ValueError(
+                "residual is 'all' and layer_norm is True; residual blocks always have layer "
+                "normalisation. Choose layer_norm=False."
+            )
 
     def _check_policy(self) -> None:
         """Raise ``ValueError`` where policy, its loss and its way to act do not fit together."""

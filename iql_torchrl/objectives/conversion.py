@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchrl.modules import GRUModule, LSTMModule
 
 from iql_torchrl.host import TARGET_CRITICS, children_of
+from iql_torchrl.objectives.averages import add_average, tie_average
 from iql_torchrl.objectives.ensembles import (
     Critics,
     SharedLeaves,
@@ -43,6 +44,8 @@ def convert_networks(
         shared.find_trunk("qvalue_network", modules, owners)
     of_actor = list(actor.parameters())
     loss.convert_to_functional(actor, "actor_network")
+    if loss.actor_ema:
+        add_average(loss)
     loss.convert_to_functional(
         value, "value_network", compare_against=of_actor if separate_losses else None
     )
@@ -128,6 +131,7 @@ def _before_load(loss: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any)
 
 def _after_load(loss: Any, _: Any) -> None:
     loss.shared.tie(loss)
+    tie_average(loss)
     loss.forget_evaluator()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -18,12 +18,16 @@ from iql_torchrl.objectives.batch import Batch, agree, per_sample
 from iql_torchrl.objectives.draws import Draw, with_draws
 from iql_torchrl.objectives.ensembles import Critics
 from iql_torchrl.objectives.policy_objectives import (
+    POLICY_VALUE_GAP,
     Q_REDUCTIONS,
     Q_SOURCES,
+    ActorObjective,
+    check_actor,
     ddpg_bc,
     flow_inputs,
     flow_matching,
     policy_action,
+    policy_value_gap,
 )
 
 __all__ = [
@@ -35,7 +39,6 @@ __all__ = [
     "ImplicitQLoss",
 ]
 
-ActorObjective = str | Callable[[TensorDictModule, TensorDictBase], Tensor]
 ValueObjective = str | Callable[[Tensor, Tensor], Tensor]
 AdvantageWeight = str | Callable[[Tensor], Tensor]
 ADVANTAGE_WEIGHTS = ("exponential",)
@@ -90,6 +93,7 @@ class ImplicitQLoss(OfflineLoss):
         expectile: float = IQLConfig.expectile,
         max_weight: float = IQLConfig.max_weight,
         bc_weight: float = IQLConfig.bc_weight,
+        actor_ema: float = IQLConfig.actor_ema,
         value_objective: ValueObjective = IQLConfig.value_objective,
         actor_objective: ActorObjective = "log_prob",
         advantage_weight: AdvantageWeight = "exponential",
@@ -109,6 +113,7 @@ class ImplicitQLoss(OfflineLoss):
             "expectile": expectile,
             "max_weight": max_weight,
             "bc_weight": bc_weight,
+            "actor_ema": actor_ema,
         }
         if not callable(value_objective):
             settings["value_objective"] = value_objective
@@ -122,14 +127,7 @@ class ImplicitQLoss(OfflineLoss):
         ):
             if not callable(choice):
                 check_choice(name, choice, names)
-        if (actor_objective == "flow") is not hasattr(actor_network, "velocity"):
-            _refuse_flow(actor_network, actor_objective)
-        if actor_objective == "log_prob" and not hasattr(actor_network, "get_dist"):
-            raise TypeError(
-                f"actor_network is {type(actor_network).__name__}, which has no distribution "
-                "(get_dist); expected a TorchRL ProbabilisticActor, or actor_objective='mse' for a "
-                "policy that gives the action itself."
-            )
+        check_actor(actor_network, actor_objective)
         super().__init__(
             actor_network,
             qvalue_network,
@@ -141,6 +139,7 @@ class ImplicitQLoss(OfflineLoss):
             scalar_output_mode=scalar_output_mode,
             priority_key=priority_key,
             gamma=gamma,
+            actor_ema=actor_ema,
         )
         self.loss_function = loss_function
         self.temperature = temperature
@@ -153,11 +152,8 @@ class ImplicitQLoss(OfflineLoss):
         self.q_reduction = q_reduction
         self.q_source = q_source
         self._diagnostics = diagnostics
-        scalars = ["entropy"] if actor_objective == "log_prob" else []
-        scalars += DIAGNOSTICS if diagnostics else ()
-        if self.reduction == "none" and self.scalar_output_mode == "exclude":
-            scalars = []
-        self.out_keys = [*LOSSES, *scalars]
+        excluded = self.reduction == "none" and self.scalar_output_mode == "exclude"
+        self.out_keys = [*LOSSES, *(() if excluded else self.scalar_names)]
 
     def logged_action(self, batch: Batch, dist: distributions.Distribution) -> Tensor:
         """The logged action in the form that ``dist.log_prob`` takes."""
@@ -167,6 +163,15 @@ class ImplicitQLoss(OfflineLoss):
     def diagnostics(self) -> bool:
         """Whether the outputs hold ``DIAGNOSTICS``; chosen when the loss is built."""
         return self._diagnostics
+
+    @property
+    def scalar_names(self) -> list[str]:
+        """Names of the scalars that an update computes besides its losses."""
+        names = ["entropy"] if self.actor_objective == "log_prob" else []
+        if self.diagnostics:
+            names += DIAGNOSTICS
+            names += [POLICY_VALUE_GAP] if self.actor_objective == "ddpg_bc" else []
+        return names
 
     def read(self, tensordict: TensorDictBase, draws: Mapping[str, Tensor] | None = None) -> Batch:
         """The batch as the update reads it, with the random tensors of :meth:`random_inputs`.
@@ -224,8 +229,9 @@ class ImplicitQLoss(OfflineLoss):
         ``"ddpg_bc"`` has no weights (all are 1): :func:`policy_objectives.ddpg_bc`.
         """
         if self.actor_objective == "ddpg_bc":
+            error, value = ddpg_bc(self, batch)
             metadata = {"advantage": advantage, "weight": torch.ones_like(advantage)}
-            return self._reduce(ddpg_bc(self, batch), batch), metadata
+            return self._reduce(error, batch), metadata | {"policy_value": value}
         weight = self.weight_of(advantage, batch)
         metadata = {"advantage": advantage, "weight": weight}
         flow = self.actor_objective == "flow"
@@ -335,7 +341,8 @@ class ImplicitQLoss(OfflineLoss):
 
         Reads :attr:`in_keys`; returns ``loss_actor``, ``loss_qvalue``, ``loss_value``,
         ``entropy`` (TorchRL's name for minus the mean log-probability of the logged actions), and
-        with ``diagnostics=True`` the keys of ``DIAGNOSTICS``. Writes the priority (largest
+        with ``diagnostics=True`` the keys of ``DIAGNOSTICS`` (for ``"ddpg_bc"`` also
+        ``policy_value_gap``). Writes the priority (largest
         squared TD error of the critics) and the log-probability into ``tensordict``.
         """
         batch = self.read(tensordict)
@@ -388,7 +395,11 @@ class ImplicitQLoss(OfflineLoss):
         weight = metadata["weight"]
         mask, dim = batch.mask_like(weight), self._samples(weight)
         at_ceiling = (weight >= self.max_weight).to(weight.dtype)
-        return {
+        gap = {}
+        if "policy_value" in metadata:
+            each = policy_value_gap(self, batch, metadata["policy_value"], metadata["qvalue"])
+            gap = {POLICY_VALUE_GAP: self._mean(each, batch)}
+        return gap | {
             "advantage_mean": self._mean(metadata["advantage"], batch),
             "weight_mean": self._mean(weight, batch),
             "weight_at_ceiling": self._mean(at_ceiling, batch),
@@ -397,21 +408,3 @@ class ImplicitQLoss(OfflineLoss):
             "value_mean": self._mean(metadata["value"], batch),
             "td_error_mean": self._mean(metadata["td_error"].mean(0), batch),
         }
-
-
-def _refuse_flow(actor: Any, objective: ActorObjective) -> None:
-    """Raise ``TypeError`` where the objective "flow" and a flow policy do not come together.
-
-    A function as the objective may do with a flow policy what it wants.
-    """
-    if callable(objective):
-        return
-    if objective == "flow":
-        raise TypeError(
-            f"actor_network is {type(actor).__name__}, which has no velocity; actor_objective='flow' "
-            "needs policies.flow(...)."
-        )
-    raise TypeError(
-        f"actor_objective is {objective!r} and actor_network is a {type(actor).__name__}, which has "
-        "no density; train it with actor_objective='flow'."
-    )

@@ -38,6 +38,10 @@ class IQLLoss(ImplicitQLoss):
         expectile: tau in (0, 1]. 0.5 values the log's policy; towards 1, its best actions.
         max_weight: ceiling of a sample's weight, > 0.
         bc_weight: of the cloning error in ``actor_objective="ddpg_bc"``, >= 0.
+        actor_ema: decay d in [0, 1) of an average of the policy's parameters: ``IQLStep`` sets
+            ``average = d average + (1 - d) parameters`` after every update, starting at the initial
+            parameters. ``loss.averaged_actor`` is a copy of the policy that acts with the average;
+            buffers are the live ones. 0: no average, and ``averaged_actor`` is None.
         value_objective: ``"expectile"``, ``"quantile"`` or ``"sarsa_expectile"``
             (:meth:`value_term`), or a callable ``(target_qvalue (*B,), value (*B,)) -> per-sample
             loss (*B,)``.
@@ -47,7 +51,12 @@ class IQLLoss(ImplicitQLoss):
             ``(advantage (*B,)) -> weight (*B,)``, which leaves temperature and max_weight unused.
         q_reduction, q_source: of ``"ddpg_bc"``: ``"min"`` or ``"mean"`` over the critics; ``"live"``
             or ``"target"`` critics. Defaults as in OGBench.
-        diagnostics: add means that show how training goes (``DIAGNOSTICS``).
+        diagnostics: add means that show how training goes (``DIAGNOSTICS``); for ``"ddpg_bc"`` also
+            ``policy_value_gap``, the mean of ``min_k Q_k(s, pi(s)) - min_k Q_k(s, a)``: by how much the
+            critics (those of ``q_source``) value the policy's actions above the logged ones. It
+            grows where the policy exploits errors of the critics. The best of N candidates is not
+            known to the loss, and its N evaluations per step would cost more than the update:
+            :func:`iql_torchrl.evaluation.value_gap` measures it.
         separate_losses: parameters shared with the actor learn from the actor's loss alone.
         reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``.
         deactivate_vmap: evaluate the critics in a loop.

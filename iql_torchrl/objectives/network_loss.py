@@ -14,6 +14,7 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 from torchrl.objectives.common import LossModule
 
+from iql_torchrl.objectives.averages import start_average, tie_average
 from iql_torchrl.objectives.conversion import check_form, convert_networks, scalar_mode
 from iql_torchrl.objectives.ensembles import Critics, SharedLeaves
 from iql_torchrl.objectives.evaluator import GENERAL, Evaluator
@@ -71,11 +72,14 @@ class NetworkLoss(LossModule):
         scalar_output_mode: str | None,
         priority_key: str | None,
         gamma: float | None,
+        actor_ema: float = 0.0,
     ) -> None:
         self._in_keys: list[NestedKey] | None = None
         super().__init__()
         self._set_deprecated_ctor_keys(priority=priority_key)
         check_form(num_qvalue_nets, value_network, reduction, gamma)
+        self._actor_ema = actor_ema
+        self.averaged_actor: Any = None
         self.num_qvalue_nets = num_qvalue_nets
         self.delay_qvalue = True
         self.deactivate_vmap = deactivate_vmap
@@ -85,6 +89,11 @@ class NetworkLoss(LossModule):
         self._make_vmap()
 
     # -- networks ------------------------------------------------------------------------------
+
+    @property
+    def actor_ema(self) -> float:
+        """Decay of the policy's averaged weights; chosen when the loss is built."""
+        return self._actor_ema
 
     def _convert(
         self, actor: nn.Module, critics: Critics, value: nn.Module, separate_losses: bool
@@ -111,7 +120,11 @@ class NetworkLoss(LossModule):
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> NetworkLoss:
         super()._apply(fn, *args, **kwargs)
         _move_constants(self.actor_network, fn)
+        if self.averaged_actor is not None:
+            _move_constants(self.averaged_actor, fn)
+            self.averaged_actor._apply(fn)  # tensors that are neither parameters nor buffers
         self.shared.tie(self)
+        tie_average(self)
         self.forget_evaluator()
         return self
 
@@ -146,6 +159,7 @@ class NetworkLoss(LossModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.shared.tie(self)
+        tie_average(self)
         self._make_vmap()
 
     def reset_parameters_recursive(self) -> None:
@@ -153,6 +167,7 @@ class NetworkLoss(LossModule):
         self.shared.untie(self)
         super().reset_parameters_recursive()
         self.shared.tie(self)
+        start_average(self)
         self.forget_evaluator()
 
     def named_parameters(

@@ -20,7 +20,7 @@ from iql_torchrl.distributions import (
     OneHotChoice,
     SquashedGaussian,
 )
-from iql_torchrl.networks import MLP, first_layer, join_observations
+from iql_torchrl.networks import first_layer, join_observations, perceptron
 
 __all__ = [
     "HEADS",
@@ -55,7 +55,7 @@ class _Head(nn.Module):
     ) -> None:
         super().__init__()
         self.preprocess = first_layer(preprocess)
-        self.mlp = MLP(in_features, out_features, **mlp)
+        self.mlp = perceptron(in_features, out_features, **mlp)
         self.limits: dict[str, Tensor] = {}
         if bounds is not None:
             low, high = bounds

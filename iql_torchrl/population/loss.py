@@ -101,7 +101,7 @@ class PopulationLoss(ImplicitQLoss):
             self.__dict__[name] = copy.deepcopy(network)  # not a submodule, as in LossModule
             inside = perceptron_keys(name, network)
             self._has_update_associated[name] = False
-            for attribute in (f"{name}_params", f"target_{name}_params"):
+            for attribute in (f"{name}_params", f"target_{name}_params", f"average_{name}_params"):
                 if attribute in children_of(first):
                     setattr(self, attribute, self._stacked(attribute, network, inside))
         self.optional_keys = set(first.optional_keys)
@@ -115,12 +115,12 @@ class PopulationLoss(ImplicitQLoss):
         """
         stacks: list[Any] = [children_of(loss)[attribute] for loss in self._losses]
         stacked: Any = torch.stack([params.data for params in stacks]).contiguous()
-        is_target = attribute.startswith("target_")
+        is_live = not attribute.startswith(("target_", "average_"))
         for key in list(stacked.keys(True, True)):
             leaf = stacked.get(key)
             if key not in inside and not _is_buffer(network, key):
                 leaf = leaf.unsqueeze(1)
-            trained = not is_target and stacks[0].get(key).requires_grad
+            trained = is_live and stacks[0].get(key).requires_grad
             stacked.set(key, nn.Parameter(leaf) if trained else leaf)
         return TensorDictParams(stacked, no_convert=True)
 

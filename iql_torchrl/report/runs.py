@@ -39,6 +39,7 @@ TRAINING = (
     "qvalue_mean",
     "value_mean",
     "td_error_mean",
+    "policy_value_gap",
 )
 EVALUATION = (
     "episodes",
@@ -56,6 +57,7 @@ EVALUATION = (
     "success_rate",
     "success_low",
     "success_high",
+    "chosen_value_gap",
 )
 
 

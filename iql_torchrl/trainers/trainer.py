@@ -17,6 +17,7 @@ from torchrl.trainers import Trainer
 from iql_torchrl.agent.build import Agent
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.evaluation.background import BackgroundEvaluation
+from iql_torchrl.evaluation.value_gap import value_gap
 from iql_torchrl.objectives.implicit import ImplicitQLoss
 from iql_torchrl.trainers.display import Display, print_how_to_continue
 from iql_torchrl.trainers.evaluations import Evaluate, Scores
@@ -73,7 +74,8 @@ class OfflineTrainer(ResumableTrainer):
     Args, evaluation:
         evaluation: a function without arguments returning an ``Evaluation`` (or a mapping of
             numbers), or a ``BackgroundEvaluation``; called every ``eval_interval`` updates and at
-            the end.
+            the end. Where the agent's policy takes the best of several actions, its
+            :func:`~iql_torchrl.evaluation.value_gap` is recorded too, as ``chosen_value_gap``.
         evaluate_first: whether to evaluate before the first update too.
         monitor: the evaluation's number by which the best checkpoint is kept, higher is better.
 
@@ -228,9 +230,17 @@ class OfflineTrainer(ResumableTrainer):
         """The evaluation before the first update, or one that a stopped run did not finish."""
         due = self.schedule.evaluation_due(self.updates, self.total_updates)
         if due and self.scores.is_missing(self.updates):
-            self.scores.evaluate(self.updates)
+            self._evaluate()
             self.save_trainer(force_save=self.scores.wants_checkpoint)
             self.display.last_score(self.updates, self.scores.latest())
+
+    def _evaluate(self) -> None:
+        """The evaluation; and the value gap of a policy that takes the best of several actions."""
+        self.scores.evaluate(self.updates)
+        if self.agent is not None and self.dataset is not None and self.agent.chooses:
+            gap = value_gap(self.agent.policy, self.dataset.transitions).mean
+            self.progress.record(self.updates, {"chosen_value_gap": gap})
+            self._log_at(self.updates, "chosen_value_gap", gap)
 
     def shutdown(self) -> None:
         """There is no collector to close."""
@@ -256,7 +266,7 @@ class OfflineTrainer(ResumableTrainer):
         try:
             self.scores.collect()
             if self.schedule.evaluation_due(self.updates, self.total_updates):
-                self.scores.evaluate(self.updates)
+                self._evaluate()
             self._post_steps_hook()
             self._post_steps_log_hook(sampled)
         except BaseException:

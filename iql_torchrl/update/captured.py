@@ -21,7 +21,7 @@ from iql_torchrl.host import (
     tracing_gradients,
     version_of,
 )
-from iql_torchrl.objectives.implicit import DIAGNOSTICS, LOSSES, ImplicitQLoss
+from iql_torchrl.objectives.implicit import LOSSES, ImplicitQLoss
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.checks import check_alignment, check_cuda, check_replay
 from iql_torchrl.update.compiled import log_eager
@@ -286,8 +286,7 @@ def _versions(replay: ReplayBuffer) -> tuple[int, ...]:
 
 def _metric_names(loss: ImplicitQLoss) -> list[str]:
     """Names of the step's metrics."""
-    entropy = ["entropy"] if loss.actor_objective == "log_prob" else []
-    return [*LOSSES, *entropy, *(DIAGNOSTICS if loss.diagnostics else ())]
+    return [*LOSSES, *loss.scalar_names]
 
 
 def _seed_from(replay: ReplayBuffer) -> int:

@@ -54,6 +54,7 @@ def take_snapshot(step: IQLStep, rows: DeviceSampler, moments: Moments) -> Snaps
         *loss.buffers(),
         *rows.tables,
         *step.followed.targets,
+        *step.averaged.targets,
         *(p for group in groups for p in group["params"]),
         *(group["rates"] for group in groups if "rates" in group),
     ]

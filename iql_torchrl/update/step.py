@@ -20,12 +20,13 @@ from torchrl.objectives.utils import TargetNetUpdater
 
 from iql_torchrl.config import launches_kernels
 from iql_torchrl.fast_networks.evaluator import FastEvaluator
+from iql_torchrl.objectives.averages import average_pairs
 from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.objectives.conversion import NETWORKS
 from iql_torchrl.objectives.implicit import ImplicitQLoss
 from iql_torchrl.update.adam import JoinedCounts
 from iql_torchrl.update.guards import check_update_trains
-from iql_torchrl.update.targets import followed_tensors, polyak_step
+from iql_torchrl.update.targets import Followed, followed_tensors, polyak_step
 
 with warnings.catch_warnings():  # TorchRL warns about its own classes when these are first imported
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -168,6 +169,7 @@ class IQLStep(Step):
         self.members = getattr(loss, "members", None)
         self.trainable = [_trainable(loss, name) for name in NETWORKS]
         self.followed = followed_tensors(target_updater)
+        self.averaged = Followed(*average_pairs(loss))
         self.counts = JoinedCounts()  # which all graphs of this step share
 
     @property
@@ -200,7 +202,8 @@ class IQLStep(Step):
         return losses, loss.summary(batch, of_value | of_actor | of_qvalue)
 
     def move_targets(self) -> None:
-        """The step of a ``SoftUpdate``; nothing for any other updater."""
+        """The step of a ``SoftUpdate`` (of no other updater), and that of the averaged policy."""
+        polyak_step(self.averaged.targets, self.averaged.live, self.loss.actor_ema)
         if self.target_updater is not None and self.followed.targets:
             polyak_step(self.followed.targets, self.followed.live, self.target_updater.eps)
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from gymnasium.wrappers import TimeLimit
 from scipy import stats
 
+from iql_torchrl import PRESETS, OfflineDataset
 from iql_torchrl.data.builtin import OGBENCH_LOCAL, ogbench
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -37,7 +41,7 @@ def test_the_published_figures_stand_next_to_those_measured():
     wilson = stats.binomtest(25, 50).proportion_ci(0.95, method="wilson")
     assert lines[2]["interval"] == pytest.approx([100 * wilson.low, 100 * wilson.high])
     text = bench_ogbench.table(lines)
-    assert "cube-single task 2, the log      7" in text
+    assert "cube-single task 2, the log" + " " * 10 + "7" in text
     assert "scene task 3, IQL" in text
     # the tasks that both methods have with two seeds or more: cube-single alone
     compared = bench_ogbench.compare(lines[:2])
@@ -64,8 +68,39 @@ def test_every_task_can_be_made_and_every_method_is_a_config():
     )
 
 
+def test_methods_differ_from_the_published_agents_in_nothing_that_a_config_can_say():
+    options, task = bench_ogbench._options([]), bench_ogbench.TASKS["cube-single"]
+    of = {
+        name: bench_ogbench.configure(options, task, method)
+        for name, method in bench_ogbench.METHODS.items()
+    }
+    assert of["IQL"] == replace(PRESETS["ogbench"], temperature=1.0)
+    assert of["IFQL"] == PRESETS["ifql"]
+    assert bench_ogbench.METHODS["IFQL"].deterministic is False
+    assert set(bench_ogbench.IFQL) == {"temperature", "policy", "num_samples"}
+    for config in of.values():
+        assert (config.activation, config.norm_after_activation) == ("gelu", True)
+
+
+def test_bc_weight_of_a_deterministic_policy_is_half_of_the_published_alpha():
+    settings = bench_ogbench.METHODS["IQL+DDPG+BC"].settings
+    assert settings["policy"] == "deterministic"
+    mean, action = torch.tensor([0.3, -0.2]), torch.tensor([[0.9, 0.4], [-1.0, 0.0]])
+    published = -torch.distributions.Normal(mean, 1.0).log_prob(action).sum(-1)  # alpha = 1
+    ours = settings["bc_weight"] * (mean - action).square().sum(-1)
+    torch.testing.assert_close(ours[0] - ours[1], published[0] - published[1])
+
+
+@pytest.fixture
+def short_episodes(monkeypatch):
+    """Episodes of evaluation end after three steps."""
+    make_env = OfflineDataset.make_env.fget
+    made = property(lambda dataset: lambda: TimeLimit(make_env(dataset)(), 3))
+    monkeypatch.setattr(OfflineDataset, "make_env", made)
+
+
 @pytest.mark.parametrize("how", ["population", "alone"])
-def test_a_small_run(tmp_path, monkeypatch, capsys, how):
+def test_a_small_run(tmp_path, monkeypatch, capsys, short_episodes, how):
     pytest.importorskip("ogbench")
     monkeypatch.setenv("OGBENCH_DATASETS_PATH", str(tmp_path))
     monkeypatch.setattr(ogbench, "ROWS", 21)
@@ -81,11 +116,14 @@ def test_a_small_run(tmp_path, monkeypatch, capsys, how):
     bench_ogbench.main(options)
     record = json.loads(path.read_text())
     assert record["runs"][0] == before[0]
-    assert [(r["method"], r["trained"]) for r in record["runs"]] == [("cloning", how), ("IQL", how)]
+    methods = list(bench_ogbench.METHODS)
+    assert methods == ["cloning", "IQL", "IQL+DDPG+BC", "IFQL"]
+    assert [(r["method"], r["trained"]) for r in record["runs"]] == [(m, how) for m in methods]
     for each in record["runs"]:
         assert each["rows"] == 40
         assert [(p["updates"], len(p["success"])) for p in each["curve"]] == [(2, 2), (4, 2)]
-    assert [r["config"]["temperature"] for r in record["runs"]] == [0, 1]
+    assert [r["config"]["temperature"] for r in record["runs"]] == [0, 1, 1, 0]
+    assert [line["published"] for line in record["summary"]] == [None, 85, None, 73]
     assert "4 updates, not 1,000,000" in record["differences"]
     out = capsys.readouterr().out
     assert out.count("cube-single, cloning, 4 updates") == 1  # the second call kept it

@@ -100,6 +100,28 @@ def test_by_hand(reduction, value, slope):
     assert metadata["weight"].tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize(("source", "gap"), [("live", -0.3), ("target", -3.0)])
+def test_the_gap_by_hand(source, gap):
+    loss = on_paper(q_source=source, q_reduction="mean", diagnostics=True)
+    SoftUpdate(loss, tau=0.1)
+    for leaf in children_of(loss)[TARGET_CRITICS].values(True, True):
+        leaf.data.mul_(10.0)
+    data = make_batch(3, act=2, dtype=torch.float64)
+    # minimum over critics of the logged actions: -0.9 and -3.5; of the policy's action -2.5
+    data["action"] = torch.tensor([[0.5, 0.4], [-0.5, 0.0], [9.0, 9.0]], dtype=torch.float64)
+    data["collector", "mask"] = torch.tensor([True, True, False])
+    out = loss(data)
+    assert float(out["policy_value_gap"]) == pytest.approx(gap, rel=1e-6)
+    assert set(out.keys()) == set(loss.out_keys)
+    assert not out["policy_value_gap"].requires_grad
+
+
+def test_only_ddpg_bc_has_the_gap():
+    loss = make_loss(actor_objective="log_prob", diagnostics=True)
+    assert "policy_value_gap" not in loss.out_keys
+    assert "policy_value_gap" not in make_loss().out_keys
+
+
 def test_the_targets_may_judge():
     live, target = on_paper(), on_paper(q_source="target")
     for loss in (live, target):

@@ -20,6 +20,7 @@ from scipy import stats
 from iql_torchrl import Evaluation, IQLConfig, report
 from iql_torchrl.evaluation.statistics import mean_interval
 from iql_torchrl.objectives.implicit import DIAGNOSTICS, LOSSES
+from iql_torchrl.objectives.policy_objectives import POLICY_VALUE_GAP
 from iql_torchrl.report import draw, group_runs, main, series, table
 from iql_torchrl.report.figures import Series, comparison_figure, run_figure
 from iql_torchrl.report.runs import EVALUATION, TRAINING, find_runs, read_csv, read_run, write_csv
@@ -82,7 +83,7 @@ def test_the_order_of_columns_does_not_depend_on_when_a_value_comes(tmp_path):
 
 
 def test_the_known_columns_are_those_of_loss_and_evaluation():
-    assert set(TRAINING) == {*LOSSES, *DIAGNOSTICS, "entropy"}
+    assert set(TRAINING) == {*LOSSES, *DIAGNOSTICS, "entropy", POLICY_VALUE_GAP}
     array = np.ones(3)
     everything = Evaluation(array, array.astype(int), array.astype(bool), array).summary()
     assert set(everything) <= set(EVALUATION)

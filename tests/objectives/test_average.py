@@ -1,0 +1,276 @@
+"""``actor_ema``: the averaged policy by hand, in every form of the update, saved and moved."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ACT, OBS, make_batch
+from small_agents import box_agent, config, discrete_agent, log
+from small_populations import Beside, configs, dataset
+from tensordict.nn import TensorDictModule
+from torch import nn, optim
+from torchrl.data import Bounded
+from torchrl.modules import ValueOperator
+from torchrl.objectives import HardUpdate, SoftUpdate
+
+from iql_torchrl import (
+    Agent,
+    IQLLoss,
+    IQLPopulation,
+    IQLStep,
+    OfflineTrainer,
+    captured,
+    compiled,
+    load_dataset,
+    make_agent,
+    networks,
+    policies,
+)
+from iql_torchrl.data import DeviceSampler
+from iql_torchrl.objectives.averages import AVERAGE, average_pairs
+from iql_torchrl.policies import BestOf
+
+SPEC = Bounded(-torch.ones(ACT), torch.ones(ACT), (ACT,))
+DECAY = 0.75
+
+
+def make_loss(policy=policies.gaussian, **options) -> IQLLoss:
+    actor = policy if isinstance(policy, nn.Module) else policy(OBS, SPEC, hidden=(8,))
+    value = ValueOperator(networks.StateValue(OBS, hidden=(8,)), in_keys=["observation"])
+    critic = ValueOperator(networks.Critic(OBS, ACT, hidden=(8,)), ["observation", "action"])
+    return IQLLoss(actor, critic, value, **{"actor_ema": DECAY} | options).double()
+
+
+def make_step(loss, order="sequential", updater=SoftUpdate, lr=0.05):
+    options = {"tau": 0.1} if updater is SoftUpdate else {"value_network_update_interval": 2}
+    optimizer = optim.Adam(loss.parameters(), lr=lr)
+    return IQLStep(loss, optimizer, updater(loss, **options), order=order)
+
+
+def weights(loss, average: bool):
+    return [t.detach().clone() for t in average_pairs(loss)[int(average)]]
+
+
+class Averages:
+    """The same average from the weights after each update, as numbers."""
+
+    def __init__(self, loss):
+        self.loss, self.expected = loss, weights(loss, average=False)
+
+    def follow(self):
+        live = weights(self.loss, average=False)
+        self.expected = [
+            DECAY * a + (1 - DECAY) * w for a, w in zip(self.expected, live, strict=True)
+        ]
+
+    def check(self):
+        pairs = zip(weights(self.loss, True), self.expected, weights(self.loss, False), strict=True)
+        for average, expected, live in pairs:
+            torch.testing.assert_close(average, expected, rtol=1e-12, atol=1e-12)
+            assert not torch.equal(average, live)
+
+
+def test_three_numbers_by_hand():
+    actor = TensorDictModule(nn.Linear(OBS, ACT, bias=False), ["observation"], ["action"])
+    loss = make_loss(actor, actor_objective="mse", actor_ema=0.5)
+    step = make_step(loss)
+    (live,), (average,) = average_pairs(loss)
+    average.zero_()
+    for number, expected in ((1.0, 0.5), (2.0, 1.25), (3.0, 2.125)):
+        live.data.fill_(number)
+        step.move_targets()
+        assert set(average.flatten().tolist()) == {expected}
+    action = loss.averaged_actor(make_batch(1, dtype=torch.float64).fill_("observation", 1.0))
+    assert action["action"].flatten().tolist() == [2.125 * OBS] * ACT
+
+
+@pytest.mark.parametrize("order", ["sequential", "simultaneous"])
+@pytest.mark.parametrize("updater", [SoftUpdate, HardUpdate])
+def test_eager(order, updater):
+    loss = make_loss()
+    step, averages = make_step(loss, order, updater), Averages(loss)
+    for _ in range(3):
+        step(make_batch(dtype=torch.float64))
+        averages.follow()
+    averages.check()
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("updates", [1, 3])
+def test_compiled_and_captured(updates):
+    compare_forms(updates)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor():
+    compare_forms(3)
+
+
+def compare_forms(updates):
+    torch._dynamo.reset()
+    losses = [make_loss()]
+    losses += [copy.deepcopy(losses[0]) for _ in range(2)]
+    table = make_batch(50, dtype=torch.float64)
+    sampler, other = (DeviceSampler(table, 8, seed=3) for _ in range(2))
+    eager, fast = make_step(losses[0]), compiled(make_step(losses[1]))
+    call = captured(make_step(losses[2]), other, updates=updates)
+    averages = [Averages(loss) for loss in losses]
+    for number in range(3):
+        rows = sampler.sample()
+        for step in (eager, fast):
+            step(rows.clone())
+        if (number + 1) % updates == 0:
+            call()
+        for each in averages:
+            each.follow()
+    for each in averages if updates == 1 else averages[:2]:
+        each.check()
+    for loss in losses[1:]:
+        for mine, reference in zip(weights(loss, True), weights(losses[0], True), strict=True):
+            torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("policy", ["gaussian", "flow"])
+def test_populations(policy):
+    members = ({}, {"seed": 1, "actor_lr": 1e-2})
+    settings = configs(members, policy=policy, actor_ema=DECAY)
+    if policy == "flow":  # random numbers of runs alone are others
+        population = IQLPopulation(settings, dataset())
+        averages = Averages(population.loss)
+        for _ in range(3):
+            population.step(population.sampler.sample())
+            averages.follow()
+        averages.check()
+        member = population.member(1)
+        for stacked, alone in zip(
+            weights(population.loss, True), weights(member.loss, True), strict=True
+        ):
+            assert torch.equal(stacked[1].reshape(alone.shape), alone)
+        return
+    beside = Beside(settings, dataset())
+    beside.assert_equal(beside.train(3))  # the average is in the states that it compares
+    assert any(AVERAGE in key for key in beside.agents[0].state_dict())
+
+
+def test_populations_are_loaded_with_it(tmp_path):
+    settings, data = configs(({}, {"seed": 1}), actor_ema=DECAY), dataset()
+    population = IQLPopulation(settings, data)
+    list(population.train(3))
+    again = IQLPopulation.load(population.save(tmp_path / "p.torchrl"), data)
+    for each in (population, again):
+        list(each.train(2))
+    for mine, theirs in zip(weights(population.loss, True), weights(again.loss, True), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def observations(rows: int = 9):
+    return np.random.default_rng(1).normal(size=(rows, 3)).astype(np.float32)
+
+
+def trained(**options):
+    agent = box_agent(**{"actor_ema": DECAY, "actor_lr": 0.1, "hidden": (8, 8)} | options)
+    buffer = load_dataset(log()).replay_buffer(16, seed=0)
+    for _ in range(3):
+        agent.step(buffer.sample())
+    return agent
+
+
+def by_copying(agent):
+    """An agent without averages whose weights are this one's averages."""
+    plain = box_agent(**agent.config.to_dict() | {"actor_ema": 0.0, "hidden": agent.config.hidden})
+    state = {k: v for k, v in agent.state_dict().items() if AVERAGE not in k}
+    plain.load_state_dict(state)
+    for parameter, average in zip(
+        average_pairs(agent.loss)[0], average_pairs(agent.loss)[1], strict=True
+    ):
+        (name,) = [n for n, p in agent.loss.named_parameters() if p is parameter]
+        dict(plain.loss.named_parameters())[name].data.copy_(average)
+    return plain
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"policy": "flow", "num_samples": 4}, {"policy": "mixture"}], ids=str
+)
+def test_an_agent_acts_with_the_average(options, tmp_path):
+    agent = trained(**options)
+    plain = by_copying(agent)
+    assert isinstance(agent.policy, BestOf) is ("num_samples" in options)
+    actions = agent.act(observations())
+    np.testing.assert_array_equal(actions, plain.act(observations()))
+    live = box_agent(**plain.config.to_dict() | {"hidden": plain.config.hidden})
+    live.load_state_dict({k: v for k, v in agent.state_dict().items() if AVERAGE not in k})
+    assert (actions != live.act(observations())).any()
+    # a copy, and a policy that is sent to another process
+    for policy in (copy.deepcopy(agent.policy), pickle.loads(pickle.dumps(agent.policy))):
+        other = replace(agent, policy=policy)
+        np.testing.assert_array_equal(actions, other.act(observations()))
+    # the same bits after loading, into an agent whose average was another
+    fresh = box_agent(**agent.config.to_dict() | {"seed": 5, "hidden": agent.config.hidden})
+    fresh.load_state_dict(agent.state_dict())
+    np.testing.assert_array_equal(actions, fresh.act(observations()))
+
+
+def test_export_has_the_average(tmp_path):
+    agent = trained()
+    path = agent.export(tmp_path / "policy.pt2")
+    program = torch.export.load(path).module()
+    exported = program(torch.from_numpy(observations())).numpy()
+    np.testing.assert_allclose(exported, by_copying(agent).act(observations()), atol=1e-6)
+
+
+def test_discrete():
+    agent = discrete_agent(actor_ema=DECAY)
+    assert agent.act(observations()).shape == (9,)
+
+
+def test_copies_moves_and_resets_stay_together():
+    loss = make_loss()
+    make_step(loss)(make_batch(dtype=torch.float64))
+    for each in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), loss.float()):
+        averages = average_pairs(each)[1]
+        for average in averages:
+            average.data.add_(1.0)
+        held = {p.data_ptr() for p in each.averaged_actor.parameters()}
+        assert held == {t.data_ptr() for t in averages}
+        assert {p.dtype for p in each.averaged_actor.parameters()} == {averages[0].dtype}
+    loss.reset_parameters_recursive()
+    for live, average in zip(*average_pairs(loss), strict=True):
+        assert torch.equal(live, average)
+
+
+def test_a_resumed_run_has_the_same_bits(tmp_path):
+    data = load_dataset(log())
+
+    def run(folder, updates):
+        agent = make_agent(config(actor_ema=0.9, updates=6, schedule="constant"), data)
+        return OfflineTrainer(
+            agent=agent, dataset=data, folder=folder, total_updates=updates, progress_bar=False
+        )
+
+    whole = run(tmp_path / "a", 6)
+    whole.train()
+    run(tmp_path / "b", 3).train()
+    second = run(tmp_path / "b", 6).resume()
+    second.train()
+    states = [t.agent.state_dict() for t in (whole, second)]
+    assert any(AVERAGE in key for key in states[0])
+    for key, value in states[0].items():
+        assert torch.equal(states[1][key], value), key
+    loaded = Agent.load(tmp_path / "b")
+    np.testing.assert_array_equal(loaded.act(observations()), whole.agent.act(observations()))
+
+
+def test_without_it_nothing_changes():
+    loss = make_loss(actor_ema=0.0)
+    assert loss.averaged_actor is None
+    assert not any(AVERAGE in key for key in loss.state_dict())
+    assert average_pairs(loss) == ([], [])
+    with pytest.raises(AttributeError):
+        loss.actor_ema = 0.5
+    with pytest.raises(ValueError, match=r"actor_ema is 1.*must lie in \[0, 1\)"):
+        make_loss(actor_ema=1.0)
