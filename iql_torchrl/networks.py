@@ -29,6 +29,20 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
 }
 
 
+def _orthogonal_linear(in_features: int, out_features: int) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features)
+    nn.init.orthogonal_(layer.weight, GAIN)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+#: Makers of the linear layers that a config names by how their weights are drawn.
+INITIALISATIONS: Mapping[str, Callable[[int, int], nn.Linear]] = {
+    "orthogonal": _orthogonal_linear,
+    "torch": nn.Linear,
+}
+
+
 class Standardise(nn.Module):
     """``(x - mean) / std`` over the last dimension, with the statistics as buffers.
 
@@ -79,13 +93,15 @@ class OneHot(nn.Module):
 class MLP(nn.Sequential):
     """Fully connected layers: ``hidden`` widths, each followed by norm, activation and dropout.
 
-    Weights are orthogonal with gain sqrt(2) and biases zero in every layer, as in the official
-    IQL code. ``dropout`` is a probability in [0, 1); ``layer_norm`` normalises before the
-    activation, or with ``norm_after_activation`` after it. ``activation`` is a class or function
-    that makes the module, such as ``nn.ReLU``.
+    ``initialisation="orthogonal"``: weights orthogonal with gain sqrt(2) and biases zero in every
+    layer, as in the official IQL code. ``"torch"``: weights and biases as ``nn.Linear`` draws them,
+    uniform on +-1/sqrt(number of inputs). ``dropout`` is a probability in [0, 1); ``layer_norm``
+    normalises before the activation, or with ``norm_after_activation`` after it. ``activation`` is
+    a class or function that makes the module, such as ``nn.ReLU``.
 
-    Raises ``ValueError`` on numbers of features or widths that are not whole and >= 1, and on a
-    ``dropout`` out of range; ``TypeError`` on an ``activation`` of another kind.
+    Raises ``ValueError`` on numbers of features or widths that are not whole and >= 1, on a
+    ``dropout`` out of range and on another ``initialisation``; ``TypeError`` on an ``activation``
+    of another kind.
     """
 
     def __init__(
@@ -98,6 +114,7 @@ class MLP(nn.Sequential):
         layer_norm: bool = False,
         norm_after_activation: bool = False,
         dropout: float = 0.0,
+        initialisation: str = "orthogonal",
     ) -> None:
         _check_whole("in_features", in_features)
         _check_whole("out_features", out_features)
@@ -112,9 +129,14 @@ class MLP(nn.Sequential):
                 f"activation is {activation!r}; expected a class or function that makes a module, such "
                 "as torch.nn.ReLU, without parentheses."
             )
+        if initialisation not in list(INITIALISATIONS):
+            raise ValueError(
+                f"initialisation is {initialisation!r}; expected {' or '.join(INITIALISATIONS)}."
+            )
+        linear = INITIALISATIONS[initialisation]
         layers: list[nn.Module] = []
         for width in hidden:
-            layers.append(_linear(in_features, width))
+            layers.append(linear(in_features, width))
             if layer_norm and not norm_after_activation:
                 layers.append(nn.LayerNorm(width))
             layers.append(activation())
@@ -123,7 +145,7 @@ class MLP(nn.Sequential):
             if dropout > 0:
                 layers.append(nn.Dropout(dropout))
             in_features = width
-        super().__init__(*layers, _linear(in_features, out_features))
+        super().__init__(*layers, linear(in_features, out_features))
 
 
 def _check_whole(name: str, value: object) -> None:
@@ -139,13 +161,6 @@ def first_layer(preprocess: nn.Module | None) -> nn.Module:
             "a class or function."
         )
     return preprocess or nn.Identity()
-
-
-def _linear(in_features: int, out_features: int) -> nn.Linear:
-    layer = nn.Linear(in_features, out_features)
-    nn.init.orthogonal_(layer.weight, GAIN)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class StateValue(nn.Module):

@@ -224,6 +224,7 @@ def _networks(
     widths: dict[str, Any] = {
         "hidden": config.hidden,
         "activation": ACTIVATIONS[config.activation],
+        "initialisation": config.initialisation,
     }
     normed = {
         **widths,
