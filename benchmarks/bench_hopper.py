@@ -7,7 +7,8 @@ Every variant changes ``BASE``, the defaults of ``IQLConfig``, in the settings t
 ``VARIANTS`` names. Its seeds are trained as one population, each with its own batches, and evaluated
 after each of ``--updates``; falling rates reach 0 at the last of them. ``plain`` is another
 implementation (``plain_population.py``: CORL's) with the same seeds. Writes
-benchmarks/results/NAME.json after each variant; ``--resume`` keeps those that the file has.
+benchmarks/results/NAME.json after each variant; ``--resume`` keeps those that the file has. Variants
+may be divided among processes with a ``--result`` each, which one more call joins (``--take``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,11 +116,12 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ``mean``: with Student's t interval. ``better``: the probability that a run of the variant has a
     higher return than one of the first variant, with the interval of the stratified bootstrap.
     """
-    first = {p["updates"]: np.array(p["returns"]) for p in runs[0]["curve"]}
+    compared = [p for each in runs if each["variant"] == FIRST for p in each["curve"]]
+    first = {p["updates"]: np.array(p["returns"]) for p in compared}
     lines = []
     for each in runs:
         for point in each["curve"]:
-            seeds, others = np.array(point["returns"]), first[point["updates"]]
+            seeds = np.array(point["returns"])
             mean, low, high = (float(v) for v in mean_interval(seeds))
             line = {
                 "variant": each["variant"],
@@ -126,8 +129,8 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "mean": mean,
                 "interval": [low, high],
             }
-            if each is not runs[0]:
-                both = [seeds, others]
+            if first and each["variant"] != FIRST:
+                both = [seeds, first[point["updates"]]]
                 line["better"] = float(probability_of_improvement(*both))
                 line["better_interval"] = list(
                     stratified_interval(probability_of_improvement, both, seed=0)
@@ -164,6 +167,30 @@ def of_the_log(dataset: OfflineDataset) -> dict[str, Any]:
     }
 
 
+def write(
+    o: argparse.Namespace,
+    path: Path,
+    settings: Mapping[str, Any],
+    log: Mapping[str, Any],
+    runs: list[dict[str, Any]],
+) -> None:
+    """The result file, with ``runs`` in the order of ``VARIANTS``."""
+    order = list(VARIANTS)
+    runs.sort(key=lambda each: order.index(each["variant"]))
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine() | {p: version(p) for p in ("gymnasium", "mujoco")},
+        "settings": settings,
+        "base": replace(BASE, updates=o.updates[-1], hidden=(o.width, o.width)).to_dict(),
+        "log": log,
+        "summary": summarise(runs) if o.seeds > 1 else [],
+        "runs": runs,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     o = _options(arguments)
     torch.set_num_threads(o.threads)
@@ -173,32 +200,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dataset = load_dataset(o.dataset, env=ENVIRONMENT, reward=BASE.reward, progress=False)
     log = of_the_log(dataset)
     runs: list[dict[str, Any]] = []
-    if o.resume and path.exists():
-        before = json.loads(path.read_text())
+    for other in [path] * (o.resume and path.exists()) + [RESULTS / f"{n}.json" for n in o.take]:
+        before = json.loads(other.read_text())
         if (before["settings"], before["log"]) != (settings, log):
             sys.exit(
-                f"error: {path} has {before['settings']} and the log {before['log']}; expected "
+                f"error: {other} has {before['settings']} and the log {before['log']}; expected "
                 f"{settings} and {log}: give the same, or another --result."
             )
-        runs = before["runs"]
+        finished = [each["variant"] for each in runs]
+        runs += [each for each in before["runs"] if each["variant"] not in finished]
     for name in o.variants:
-        if any(each["variant"] == name for each in runs):
-            continue
-        runs.append(run(o, name, dataset))
-        order = list(VARIANTS)
-        runs.sort(key=lambda each: order.index(each["variant"]))
-        record = {
-            "command": " ".join(["python", *sys.argv]),
-            "machine": machine() | {p: version(p) for p in ("gymnasium", "mujoco")},
-            "settings": settings,
-            "base": replace(BASE, updates=o.updates[-1], hidden=(o.width, o.width)).to_dict(),
-            "log": log,
-            "summary": summarise(runs) if o.seeds > 1 else [],
-            "runs": runs,
-        }
-        RESULTS.mkdir(exist_ok=True)
-        with whole_file(path) as temporary:
-            temporary.write_text(json.dumps(record, indent=1) + "\n")
+        if all(each["variant"] != name for each in runs):
+            runs.append(run(o, name, dataset))
+            write(o, path, settings, log, runs)
+    if o.take:
+        write(o, path, settings, log, runs)
     if o.seeds > 1:
         print(f"\n{table(summarise(runs), log)}")
 
@@ -218,6 +234,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true")
     add("--result", default="hopper", help="name of the result file")
     add("--resume", action="store_true", help="keep the runs that the result file has")
+    add("--take", nargs="+", default=[], help="result files of other processes, to join them")
     o = parser.parse_args(arguments)
     if o.seeds < 1 or o.updates != sorted(set(o.updates)) or o.updates[0] < 1:
         parser.error("--updates must be whole numbers in rising order, and --seeds at least 1")
