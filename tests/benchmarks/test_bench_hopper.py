@@ -167,6 +167,14 @@ def test_a_small_run(log, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.count("default, 5 updates") == 1  # the second call kept it
     assert "| plain |" in out
+    variants = ["--variants", "default", "constant"]
+    bench_hopper.main([*options[:4], "--result=other", *options[6:], *variants[:1], "constant"])
+    alone = json.loads((tmp_path / "other.json").read_text())
+    assert "better" not in alone["summary"][0]  # there is nothing to compare with
+    bench_hopper.main([*options, *variants, "--take", "other"])
+    joined = json.loads(path.read_text())["runs"]
+    assert [each["variant"] for each in joined] == ["default", "torch", "plain", "constant"]
+    assert joined[3] == alone["runs"][0]
     with pytest.raises(SystemExit, match="give the same"):
         bench_hopper.main([*options, "--width=9"])
     with pytest.raises(SystemExit):
