@@ -32,6 +32,20 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
 }
 
 
+def _orthogonal_linear(in_features: int, out_features: int) -> nn.Linear:
+    layer = nn.Linear(in_features, out_features)
+    nn.init.orthogonal_(layer.weight, GAIN)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+#: Makers of the linear layers that a config names by how their weights are drawn.
+INITIALISATIONS: Mapping[str, Callable[[int, int], nn.Linear]] = {
+    "orthogonal": _orthogonal_linear,
+    "torch": nn.Linear,
+}
+
+
 class Standardise(nn.Module):
     """``(x - mean) / std`` over the last dimension, with the statistics as buffers.
 
@@ -82,13 +96,15 @@ class OneHot(nn.Module):
 class MLP(nn.Sequential):
     """Fully connected layers: ``hidden`` widths, each followed by norm, activation and dropout.
 
-    Weights are orthogonal with gain sqrt(2) and biases zero in every layer, as in the official
-    IQL code. ``dropout`` is a probability in [0, 1); ``layer_norm`` normalises before the
-    activation, or with ``norm_after_activation`` after it. ``activation`` is a class or function
-    that makes the module, such as ``nn.ReLU``.
+    ``initialisation="orthogonal"``: weights orthogonal with gain sqrt(2) and biases zero in every
+    layer, as in the official IQL code. ``"torch"``: weights and biases as ``nn.Linear`` draws them,
+    uniform on +-1/sqrt(number of inputs). ``dropout`` is a probability in [0, 1); ``layer_norm``
+    normalises before the activation, or with ``norm_after_activation`` after it. ``activation`` is
+    a class or function that makes the module, such as ``nn.ReLU``.
 
-    Raises ``ValueError`` on numbers of features or widths that are not whole and >= 1, and on a
-    ``dropout`` out of range; ``TypeError`` on an ``activation`` of another kind.
+    Raises ``ValueError`` on numbers of features or widths that are not whole and >= 1, on a
+    ``dropout`` out of range and on another ``initialisation``; ``TypeError`` on an ``activation``
+    of another kind.
     """
 
     def __init__(
@@ -101,11 +117,14 @@ class MLP(nn.Sequential):
         layer_norm: bool = False,
         norm_after_activation: bool = False,
         dropout: float = 0.0,
+        initialisation: str = "orthogonal",
     ) -> None:
-        _check_layers(in_features, out_features, hidden, activation, dropout)
+        linear = _check_layers(
+            in_features, out_features, hidden, activation, dropout, initialisation
+        )
         layers: list[nn.Module] = []
         for width in hidden:
-            layers.append(_linear(in_features, width))
+            layers.append(linear(in_features, width))
             if layer_norm and not norm_after_activation:
                 layers.append(nn.LayerNorm(width))
             layers.append(activation())
@@ -114,7 +133,7 @@ class MLP(nn.Sequential):
             if dropout > 0:
                 layers.append(nn.Dropout(dropout))
             in_features = width
-        super().__init__(*layers, _linear(in_features, out_features))
+        super().__init__(*layers, linear(in_features, out_features))
 
 
 class ResidualMLP(nn.Module):
@@ -137,8 +156,11 @@ class ResidualMLP(nn.Module):
         hidden: Sequence[int] = (256, 256, 256),
         activation: Callable[[], nn.Module] = nn.ReLU,
         dropout: float = 0.0,
+        initialisation: str = "orthogonal",
     ) -> None:
-        _check_layers(in_features, out_features, hidden, activation, dropout)
+        linear = _check_layers(
+            in_features, out_features, hidden, activation, dropout, initialisation
+        )
         if len(set(hidden)) != 1:
             raise ValueError(
                 f"hidden is {tuple(hidden)}; residual blocks add their output to their input, so all "
@@ -146,18 +168,18 @@ class ResidualMLP(nn.Module):
             )
         super().__init__()
         width = hidden[0]
-        self.first = _linear(in_features, width)
+        self.first = linear(in_features, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 *([nn.Dropout(dropout)] if dropout > 0 else []),
                 nn.LayerNorm(width),
-                _linear(width, 4 * width),
+                linear(width, 4 * width),
                 activation(),
-                _linear(4 * width, width),
+                linear(4 * width, width),
             )
             for _ in hidden
         )
-        self.last = nn.Sequential(activation(), _linear(width, out_features))
+        self.last = nn.Sequential(activation(), linear(width, out_features))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -176,8 +198,14 @@ def perceptron(
 
 
 def _check_layers(
-    in_features: int, out_features: int, hidden: object, activation: object, dropout: float
-) -> None:
+    in_features: int,
+    out_features: int,
+    hidden: object,
+    activation: object,
+    dropout: float,
+    initialisation: str,
+) -> Callable[[int, int], nn.Linear]:
+    """Raise on wrong arguments; what makes a linear layer of this initialisation."""
     _check_whole("in_features", in_features)
     _check_whole("out_features", out_features)
     if not isinstance(hidden, Sequence) or isinstance(hidden, str):
@@ -191,6 +219,11 @@ def _check_layers(
             f"activation is {activation!r}; expected a class or function that makes a module, such "
             "as torch.nn.ReLU, without parentheses."
         )
+    if initialisation not in list(INITIALISATIONS):
+        raise ValueError(
+            f"initialisation is {initialisation!r}; expected {' or '.join(INITIALISATIONS)}."
+        )
+    return INITIALISATIONS[initialisation]
 
 
 def _check_whole(name: str, value: object) -> None:
@@ -206,13 +239,6 @@ def first_layer(preprocess: nn.Module | None) -> nn.Module:
             "a class or function."
         )
     return preprocess or nn.Identity()
-
-
-def _linear(in_features: int, out_features: int) -> nn.Linear:
-    layer = nn.Linear(in_features, out_features)
-    nn.init.orthogonal_(layer.weight, GAIN)
-    nn.init.zeros_(layer.bias)
-    return layer
 
 
 class StateValue(nn.Module):

@@ -69,6 +69,7 @@ def test_every_field_is_an_option(preset):
         num_samples=6,
         hidden=(9,),
         activation="mish",
+        initialisation="torch",
         layer_norm=True,
         norm_after_activation=True,
         residual="policy",

@@ -39,6 +39,7 @@ from iql_torchrl.config import knobs
         ("flow_steps", 0),
         ("num_samples", 0),
         ("activation", "swish"),
+        ("initialisation", "zeros"),
         ("norm_after_activation", True),
         ("order", "random"),
         ("optimizer", "sgd"),
@@ -212,6 +213,7 @@ def test_presets_are_the_official_configs():
         assert (preset.max_weight, preset.num_critics, preset.loss_function) == (100.0, 2, "l2")
         assert (preset.policy, preset.value_objective) == ("auto", "expectile")
         assert (preset.standardise, preset.layer_norm, preset.max_grad_norm) == (False, False, None)
+        assert preset.initialisation == "orthogonal"  # common.py
 
 
 def test_adamw_cosine():

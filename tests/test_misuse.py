@@ -105,6 +105,8 @@ def test_methods_of_the_loss():
         ({"dropout": 1}, ValueError, "dropout is 1;"),
         ({"activation": "relu"}, TypeError, "activation is 'relu'; .*without parentheses"),
         ({"activation": nn.ReLU()}, TypeError, r"activation is ReLU\(\)"),
+        ({"initialisation": "xavier"}, ValueError, "'xavier'; expected orthogonal or torch"),
+        ({"initialisation": nn.Linear}, ValueError, "initialisation is .*; expected orthogonal"),
         ({"preprocess": nn.Identity}, TypeError, "preprocess is .*an object, not a class"),
     ],
 )

@@ -37,6 +37,21 @@ def test_mlp_layers_and_orthogonal_initialisation():
             assert (layer.bias == 0).all()
 
 
+def test_initialisation_of_torch_draws_what_linear_layers_draw():
+    torch.manual_seed(0)
+    mlp = networks.MLP(6, 2, hidden=(400, 400), initialisation="torch")
+    layers = [layer for layer in mlp if isinstance(layer, nn.Linear)]
+    torch.manual_seed(0)
+    for layer, sizes in zip(layers, [(6, 400), (400, 400), (400, 2)], strict=True):
+        expected = nn.Linear(*sizes)
+        assert torch.equal(layer.weight, expected.weight)
+        assert torch.equal(layer.bias, expected.bias)
+    # uniform on +-b with b = 1 / sqrt(400) = 0.05: mean square b**2 / 3; orthogonal rows have
+    # 2 / 400 = 0.005 instead
+    assert layers[1].weight.abs().max() <= 0.05
+    assert layers[1].weight.square().mean().item() == pytest.approx(0.05**2 / 3, rel=0.02)
+
+
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4)])
 def test_shapes(shape):
     observation, goal, action = (torch.randn(*shape, n) for n in (5, 2, 3))

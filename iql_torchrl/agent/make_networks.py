@@ -44,6 +44,7 @@ def make_networks(
     widths: dict[str, Any] = {
         "hidden": config.hidden,
         "activation": ACTIVATIONS[config.activation],
+        "initialisation": config.initialisation,
     }
     if config.residual == "all":
         normed = {**widths, "residual": True}

@@ -121,6 +121,12 @@ class IQLConfig:
     activation: Literal["relu", "tanh", "gelu", "mish"] = knob(
         "relu", "activation of every network: relu, tanh, gelu (approximated by tanh) or mish"
     )
+    initialisation: Literal["orthogonal", "torch"] = knob(
+        "orthogonal",
+        "initial weights of every network: orthogonal with gain sqrt(2) and biases of 0 (the "
+        "official code) or torch (as torch.nn.Linear draws them)",
+        per_run=True,
+    )
     layer_norm: bool = knob(False, "layer normalisation in the critics and in V")
     norm_after_activation: bool = knob(
         False, "layer normalisation follows the activation instead of preceding it"

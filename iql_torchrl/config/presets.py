@@ -9,11 +9,15 @@ from iql_torchrl.config.iql_config import IQLConfig
 
 __all__ = ["PRESETS"]
 
+# The official code of IQL standardises nothing and draws orthogonal weights.
+OFFICIAL: dict[str, Any] = {"standardise": False, "initialisation": "orthogonal"}
+
 # Settings that FQL's paper and code share among their methods.
 FQL: dict[str, Any] = {
     "expectile": 0.9,
     "reward": "raw",
     "standardise": False,
+    "initialisation": "orthogonal",
     "hidden": (512, 512, 512, 512),
     "activation": "gelu",
     "layer_norm": True,
@@ -31,7 +35,8 @@ FQL: dict[str, Any] = {
 #: (locomotion), ``configs/antmaze_config.py``, ``configs/kitchen_config.py`` (kitchen and, by its
 #: README, Adroit); ``train_offline.py`` (batch size, updates, and the reward maps it applies to
 #: locomotion and AntMaze); ``learner.py`` (Adam, cosine for the policy alone, order of the update);
-#: ``actor.py`` (ceiling 100). It standardises nothing. Its default seed is 42.
+#: ``actor.py`` (ceiling 100); ``common.py`` (orthogonal weights). It standardises nothing. Its
+#: default seed is 42.
 #:
 #: ``ogbench`` and ``ifql`` are IQL and IFQL for the single-task data of OGBench, with states as
 #: observations: Park, Li, Levine 2025, "Flow Q-Learning" (arXiv:2502.02538), appendix E, and
@@ -58,12 +63,10 @@ PRESETS = MappingProxyType(
             schedule="cosine",
             schedule_steps=100,
         ),
-        "locomotion": IQLConfig(standardise=False),
-        "antmaze": IQLConfig(
-            expectile=0.9, temperature=10.0, reward="minus_one", standardise=False
-        ),
-        "kitchen": IQLConfig(temperature=0.5, dropout=0.1, reward="raw", standardise=False),
-        "adroit": IQLConfig(temperature=0.5, dropout=0.1, reward="raw", standardise=False),
+        "locomotion": IQLConfig(**OFFICIAL),
+        "antmaze": IQLConfig(expectile=0.9, temperature=10.0, reward="minus_one", **OFFICIAL),
+        "kitchen": IQLConfig(temperature=0.5, dropout=0.1, reward="raw", **OFFICIAL),
+        "adroit": IQLConfig(temperature=0.5, dropout=0.1, reward="raw", **OFFICIAL),
         "ogbench": IQLConfig(temperature=10.0, **FQL),
         "ifql": IQLConfig(temperature=0.0, policy="flow", flow_steps=10, num_samples=32, **FQL),
     }

@@ -98,6 +98,27 @@ def test_standardisation_is_the_first_layer_of_every_network():
     assert not [n for n, _ in plain.loss.named_buffers() if "preprocess" in n]
 
 
+@pytest.mark.parametrize("policy", ["gaussian", "flow"])
+def test_initial_weights_of_torch_in_every_network(policy):
+    loss = make_agent(
+        config(policy=policy, hidden=(64, 64), initialisation="torch"), dataset()
+    ).loss
+    matrices = [
+        matrix
+        for name, p in loss.named_parameters()
+        if name.endswith("weight") and "target" not in name
+        for matrix in (p if p.ndim == 3 else [p])
+    ]
+    assert len(matrices) == 3 * (1 + 2 + 1)  # layers of the policy, both critics and V
+    for matrix in matrices:
+        bound = matrix.shape[1] ** -0.5  # of nn.Linear, by its number of inputs
+        assert 0.9 * bound < matrix.abs().max() <= bound
+    biases = [p for name, p in loss.named_parameters() if name.endswith("bias")]
+    assert all((p != 0).any() for p in biases)
+    first, second = loss.qvalue_network_params["module", "mlp", "2", "weight"]
+    assert not torch.equal(first, second)
+
+
 def test_the_seed_decides_and_the_callers_random_state_does_not_change():
     data = dataset()
     torch.manual_seed(5)

@@ -195,6 +195,7 @@ def test_plain_torch_runs_an_export_with_critics_and_noise(tmp_path):
 
 def test_an_older_checkpoint_lacks_the_new_settings():
     old = IQLConfig().to_dict()
-    for name in ("actor_objective", "bc_weight", "flow_steps", "num_samples", "activation"):
+    settings = ("actor_objective", "bc_weight", "flow_steps", "num_samples", "activation")
+    for name in (*settings, "initialisation"):
         del old[name]
     assert IQLConfig.from_dict(IQLConfig().to_dict() | old) == IQLConfig()

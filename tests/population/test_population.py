@@ -91,6 +91,15 @@ def test_one_member_is_a_single_run_with_its_own_batches():
     )
 
 
+def test_runs_may_differ_in_their_initial_weights():
+    members = [{}, {"initialisation": "torch"}]
+    beside = Beside(configs(members), dataset())
+    beside.assert_equal(beside.train(3))
+    one, other = (beside.agents[i].loss.value_network_params["module", "mlp", "2"] for i in (0, 1))
+    assert one["weight"].abs().max() > 0.5
+    assert other["weight"].abs().max() < 0.5
+
+
 def same(first, second) -> bool:
     assert first.keys() == second.keys()
     return all(torch.equal(v, second[k]) for k, v in first.items() if torch.is_tensor(v))
