@@ -44,7 +44,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from iql_pointmaze import FIXED, fixed_goal
 
 EVALUATION_SEED, CANDIDATES = 10_000, 32
-BC_WEIGHTS = (0.5, 2.0)
 #: (q_reduction, q_source) of DDPG+BC
 VALUES = [("min", "live"), ("mean", "live"), ("min", "target"), ("mean", "target")]
 Task = tuple[OfflineDataset, IQLConfig]
@@ -120,6 +119,14 @@ def returns(o: argparse.Namespace, data: OfflineDataset, policy: Any, determinis
     return float(played.returns.mean())
 
 
+def add_regressions(
+    o: argparse.Namespace, data: OfflineDataset, config: IQLConfig, add: Callable[[str, Any], None]
+) -> None:
+    """Cloning and IQL: weighted regression with two temperatures, as one population."""
+    for number, agent in enumerate(train(o, data, [replace(config, temperature=0.0), config])):
+        add(("cloning", "IQL")[number // o.seeds], agent.policy)
+
+
 def run(o: argparse.Namespace, name: str) -> dict[str, Any]:
     """All policies of one task: method -> mean return of each seed."""
     data, config = TASKS[name](o)
@@ -137,21 +144,20 @@ def run(o: argparse.Namespace, name: str) -> dict[str, Any]:
             print(f"{name}: {method}: {np.mean(scores[method]):.1f} ({values}), {seconds:.0f} s")
         sys.stdout.flush()
 
-    both = [replace(config, temperature=0.0), config]
-    for number, agent in enumerate(train(o, data, both)):
-        add(("cloning", "IQL")[number // o.seeds], agent.policy)
-    show(["cloning", "IQL"])
+    if not o.only_weights:
+        add_regressions(o, data, config, add)
+        show(["cloning", "IQL"])
     ddpg = replace(config, policy="deterministic", actor_objective="ddpg_bc")
-    for reduction, source in VALUES:
-        each = [replace(ddpg, bc_weight=weight) for weight in BC_WEIGHTS]
-        methods = [f"DDPG+BC, {reduction} of {source}, weight {weight}" for weight in BC_WEIGHTS]
+    for reduction, source in VALUES[: 1 if o.only_weights else None]:
+        each = [replace(ddpg, bc_weight=weight) for weight in o.bc_weights]
+        methods = [f"DDPG+BC, {reduction} of {source}, weight {weight}" for weight in o.bc_weights]
         agents = train(o, data, each, q_reduction=reduction, q_source=source)
         for number, agent in enumerate(agents):
             add(methods[number // o.seeds], agent.policy)
         show(methods)
     flow = replace(config, policy="flow", temperature=0.0)
     known = list(scores)
-    for agent in train(o, data, [flow]):
+    for agent in () if o.only_weights else train(o, data, [flow]):
         for method, (policy, deterministic) in flow_policies(agent).items():
             add(method, policy, deterministic)
     show([method for method in scores if method not in known])
@@ -187,6 +193,8 @@ def main() -> None:
     add("--updates", type=int, default=10_000)
     add("--seeds", type=int, default=4)
     add("--episodes", type=int, default=20)
+    add("--bc-weights", type=float, nargs="+", default=[0.5, 2.0], help="weights of DDPG+BC")
+    add("--only-weights", action="store_true", help="DDPG+BC by the least live critic alone")
     add("--compile", action="store_true")
     add("--result", default="policies")
     o = parser.parse_args()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from iql_torchrl.config import launches_kernels
 from iql_torchrl.host import onednn_linear, slow_mkl
 
 __all__ = ["affine", "matmul", "product"]
@@ -51,7 +52,7 @@ def matmul(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _by_onednn(first: Tensor, second: Tensor) -> bool:
-    if not BY_ONEDNN or first.device.type != "cpu":
+    if not BY_ONEDNN or first.device.type != "cpu" or launches_kernels(first.device):
         return False
     if first.dtype != torch.float32 or second.dtype != torch.float32:
         return False
