@@ -17,7 +17,7 @@ __all__ = ["affine", "matmul", "product"]
 # (benchmarks/bench_products.py): rows and columns, and multiplications.
 SHORTEST, LARGE = 64, 2**22
 # Up to so many networks, a program has one product for each: it joins what is done with the results.
-FEW = 8
+FEW = 2
 BY_ONEDNN = slow_mkl()
 
 
