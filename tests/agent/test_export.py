@@ -123,6 +123,7 @@ for name, arguments in torch.load("refused.pt", weights_only=True):
 """
 
 
+@pytest.mark.slow
 def test_programs_refuse_what_the_agent_refuses(tmp_path):
     """Each case was answered, or ended in an error of torch's own kernels."""
     x, mask = torch.tensor(observations()), torch.tensor(masks())

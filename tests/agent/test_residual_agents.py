@@ -42,6 +42,7 @@ def test_which_networks_have_blocks():
     assert "Dropout" not in [type(m).__name__ for m in critic.modules()]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", CASES)
 def test_every_form_of_the_update_and_export(name, tmp_path):

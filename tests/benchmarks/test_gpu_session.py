@@ -55,6 +55,7 @@ def test_time_limits_fit_into_ten_minutes():
     assert sum(limits) <= 600
 
 
+@pytest.mark.slow
 def test_a_failed_stage_is_recorded_and_ends_no_other(tmp_path):
     """An interpreter that fails in pytest and runs everything else."""
     python = tmp_path / "python"

@@ -143,6 +143,7 @@ def scores(folder: Path) -> dict[str, str]:
     return {row["update"]: row["return_mean"] for row in csv.DictReader(text.splitlines())}
 
 
+@pytest.mark.slow
 def test_training_continues_without_the_score(tmp_path):
     trainer = make_trainer(tmp_path, lambda policy: warmed_up(policy, tmp_path))
     evaluation = trainer.scores.evaluation

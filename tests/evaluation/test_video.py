@@ -92,6 +92,7 @@ def test_every_frame_of_every_episode_in_order(tmp_path):
     assert all(env.closed for env in Shades.opened)
 
 
+@pytest.mark.slow
 @needs_extra
 def test_max_steps_and_fps(tmp_path):
     path = record_video(policy(), Shades, tmp_path / "a.mp4", seed=6, max_steps=3, fps=25)
@@ -125,6 +126,7 @@ def test_a_video_shows_the_pendulum_at_the_angle_of_the_environment(tmp_path):
     assert loss < 1 < moved, (loss, moved)
 
 
+@pytest.mark.slow
 @needs_extra
 def test_an_error_leaves_the_old_film_and_no_half_of_a_new_one(tmp_path):
     path = record_video(policy(), Shades, tmp_path / "film.mp4", seed=1)

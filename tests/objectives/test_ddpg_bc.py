@@ -303,6 +303,7 @@ def compare_forms(options, order):
             torch.testing.assert_close(other, mine, rtol=1e-8, atol=1e-9, msg=name)
 
 
+@pytest.mark.slow
 def test_the_loss_compiles_alone():
     torch._dynamo.reset()
     loss, data = make_loss(), batch()

@@ -327,6 +327,7 @@ def test_drawn_noise_is_the_same_in_every_form():
     assert_same_parameters(plain.loss, steps[1].loss)
 
 
+@pytest.mark.slow
 def test_the_loss_compiles_alone():
     torch._dynamo.reset()
     loss, data = make_loss(), given()

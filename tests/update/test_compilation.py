@@ -335,6 +335,7 @@ def test_a_change_is_seen_despite_the_fewer_guards(names):
                 )
 
 
+@pytest.mark.slow
 def test_batches_of_other_shapes_and_with_a_mask():
     torch._dynamo.reset()
     plain, fast = plain_and_traced()

@@ -156,6 +156,7 @@ def test_of_two_captured_steps_one_is_deleted(device, graph_alone):
     pairs[0].run(3)
 
 
+@pytest.mark.slow
 def test_memory_is_constant_over_twenty_recaptures(device, graph_alone):
     pair = Pair(device, updates=1)
     allocated = []
