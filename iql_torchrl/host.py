@@ -175,8 +175,8 @@ def compile_program(
 def untiled_loops_only() -> Any:
     """A pass for Inductor's ``_post_fusion_custom_pass`` without which CPU programs can be wrong.
 
-    Inductor may compute several tensors in one loop over rows and keep what one loop hands to the
-    next in a buffer of one row. Where that loop is vectorised over rows, the rows overwrite each
+    Inductor may compute several tensors in one loop over rows and keep an intermediate result in a
+    buffer of one row. Where that loop is vectorised over rows, the rows overwrite each
     other's values and the program silently returns wrong numbers (pytorch/pytorch issue 185702;
     seen with torch 2.13 in populations with one thread). With this pass such loops stay separate.
     """

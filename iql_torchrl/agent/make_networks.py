@@ -55,18 +55,7 @@ def make_networks(
             "norm_after_activation": config.norm_after_activation,
         }
     discrete = isinstance(task.action_space, spaces.Discrete)
-    name = ("categorical" if discrete else "gaussian") if config.policy == "auto" else config.policy
-    if (name == "categorical") is not discrete:
-        raise ValueError(
-            f"policy is {name!r} and the actions are {describe_space(task.action_space)}: "
-            "'categorical' is for Discrete actions, the others are for a Box. Choose policy='auto'."
-        )
-    if discrete and config.num_samples > 1:
-        raise ValueError(
-            f"num_samples is {config.num_samples} and the actions are "
-            f"{describe_space(task.action_space)}; the best of several actions is for continuous "
-            "ones. Choose num_samples=1."
-        )
+    name = _policy_name(config, task.action_space)
     options = {**widths, "dropout": config.dropout, "preprocess": preprocess()}
     options["residual"] = config.residual != "none"
     if discrete and task.masked:
@@ -85,6 +74,24 @@ def make_networks(
 
     value = ValueOperator(StateValue(features, preprocess=preprocess(), **normed), in_keys=keys)
     return place(actor), critic, place(value)
+
+
+def _policy_name(config: IQLConfig, space: spaces.Space[Any]) -> str:
+    """Name in :mod:`iql_torchrl.policies`; ``ValueError`` where it does not fit the actions."""
+    discrete = isinstance(space, spaces.Discrete)
+    name = ("categorical" if discrete else "gaussian") if config.policy == "auto" else config.policy
+    if (name == "categorical") is not discrete:
+        raise ValueError(
+            f"policy is {name!r} and the actions are {describe_space(space)}: "
+            "'categorical' is for Discrete actions, the others are for a Box. Choose policy='auto'."
+        )
+    if discrete and config.num_samples > 1:
+        raise ValueError(
+            f"num_samples is {config.num_samples} and the actions are "
+            f"{describe_space(space)}; the best of several actions is for continuous "
+            "ones. Choose num_samples=1."
+        )
+    return name
 
 
 def _check_actions(space: spaces.Space[Any]) -> None:

@@ -57,9 +57,9 @@ def value_gap(
     it grows with N, and a gap that is large compared with the values' own range says that the policy
     acts where the critics were never corrected by data. It cannot say which part of the gap is real.
 
-    It is a function, and not a diagnostic of each update, because N candidates of a flow cost N
-    times its Euler steps in evaluations of the policy for every row: at width 256, 256 rows, 10
-    steps and 32 candidates one measurement took 25 times as long as an eager update on a CPU.
+    It is a function, and not a diagnostic of each update, because it takes much longer than an
+    update: a flow with S Euler steps evaluates its network N * S times for every row, 320 times with
+    32 candidates and 10 steps.
     ``OfflineTrainer`` calls it at every evaluation for agents with ``num_samples > 1`` and writes
     ``chosen_value_gap``. For ``actor_objective="ddpg_bc"`` the same number costs nothing more and
     is a diagnostic of the loss, ``policy_value_gap``.

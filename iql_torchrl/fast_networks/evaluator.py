@@ -205,7 +205,7 @@ class DirectActor:
 
 
 def hold_parameters(clone: nn.Module, params: TensorDictBase) -> None:
-    """Let the network hold the very tensors of ``params``, whatever their class is.
+    """Replace the network's parameters by the tensor objects in ``params``, of any tensor class.
 
     ``to_module`` makes parameters of target tensors: other objects on the same memory. A compiled
     update that reads the one and writes the other copies both at every call.

@@ -16,7 +16,8 @@ __all__ = ["affine", "matmul", "product"]
 # On AMD's processors with AVX-512 MKL takes longer than oneDNN from these sizes on
 # (benchmarks/bench_products.py): rows and columns, and multiplications.
 SHORTEST, LARGE = 64, 2**22
-# Up to so many networks, a program has one product for each: it joins what is done with the results.
+# For at most FEW networks a program has one product each: Inductor then fuses what follows them. For
+# more, one operation computes all products.
 FEW = 2
 BY_ONEDNN = slow_mkl()
 
@@ -44,14 +45,15 @@ def matmul(first: Tensor, second: Tensor) -> Tensor:
     op = torch.ops.iql_torchrl.product.default
     first = first.contiguous()  # as oneDNN needs it: here Inductor joins the copy with other work
     networks = _networks(first, second)
-    if not networks or len(networks) > 1 or networks[0] > FEW:
-        out: Tensor = op(first, second)
-        return out
-    a, b = (x.unbind() if x.ndim == 3 else (x,) * networks[0] for x in (first, second))
-    return torch.stack([op(*pair) for pair in zip(a, b, strict=True)])
+    if len(networks) == 1 and networks[0] <= FEW:
+        a, b = (x.expand(*networks, *x.shape[-2:]) for x in (first, second))
+        return torch.stack([op(*pair) for pair in zip(a, b, strict=True)])
+    out: Tensor = op(first, second)
+    return out
 
 
 def _by_onednn(first: Tensor, second: Tensor) -> bool:
+    # launches_kernels is true of the CPU where count_kernels.py traces a program for a GPU there
     if not BY_ONEDNN or first.device.type != "cpu" or launches_kernels(first.device):
         return False
     if first.dtype != torch.float32 or second.dtype != torch.float32:

@@ -39,11 +39,11 @@ PARAMETERS = frozenset(inspect.signature(ImplicitQLoss.__init__).parameters)
 class PopulationLoss(ImplicitQLoss):
     """P losses over stacked parameters: every loss and scalar has shape ``(P,)``.
 
-    Batches are ``(B,)``, the same for every run, or ``(P, B)``, one per run. Random numbers
-    (:meth:`random_inputs`) are drawn for each run, all from one generator: not those that a run would
-    draw alone. The discount and the knobs with ``per_run`` (``expectile``, ``temperature``, ...)
-    differ between runs; they are buffers ``(P, 1)``. No parameter is shared, so the sum of the P
-    losses trains each run as if it were alone.
+    Batches are ``(B,)``, the same for every run, or ``(P, B)``, one for each. The random tensors of
+    :meth:`random_inputs` are drawn for each run, all from one generator, so a run gets other numbers
+    than if it were trained alone. The discount and the knobs with ``per_run`` (``expectile``,
+    ``temperature``, ...) differ between runs; they are buffers ``(P, 1)``. No parameter is shared, so
+    the sum of the P losses trains each run as if it were alone.
 
     Args:
         losses: one :class:`IQLLoss` or :class:`DiscreteIQLLoss` per run, equal in everything except

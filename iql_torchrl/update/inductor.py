@@ -42,7 +42,7 @@ def program_options(device: torch.device, parameters: Iterable[Tensor]) -> dict[
 
 
 def correct_programs(device: torch.device) -> dict[str, Any]:
-    """Options without which Inductor's programs may be wrong, whatever else is chosen."""
+    """Options that every program needs to compute the right numbers: on a CPU, a pass of Inductor."""
     if device.type != "cpu":
         return {}
     return _known({"_post_fusion_custom_pass": untiled_loops_only()})
