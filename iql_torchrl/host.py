@@ -39,7 +39,9 @@ __all__ = [
     "DETACHED_CRITICS",
     "INHERITED",
     "LIVE_CRITICS",
+    "LIVE_ENCODER",
     "TARGET_CRITICS",
+    "TARGET_ENCODER",
     "add_to_all",
     "assert_dtype",
     "assert_later",
@@ -70,6 +72,7 @@ __all__ = [
 # ones, of which an evaluation differentiates the inputs alone.
 LIVE_CRITICS, TARGET_CRITICS = "qvalue_network_params", "target_qvalue_network_params"
 DETACHED_CRITICS = "detached_qvalue_network_params"
+LIVE_ENCODER, TARGET_ENCODER = "encoder_network_params", "target_encoder_network_params"
 
 TESTED = "torch 2.13, TorchRL 0.14.1 and tensordict 0.14.3"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from gymnasium import spaces
-from tensordict.nn import TensorDictModule, TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl.modules import ProbabilisticActor
@@ -19,7 +19,8 @@ from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import policies
 from iql_torchrl.agent.export import export_policy
-from iql_torchrl.agent.make_networks import make_networks
+from iql_torchrl.agent.make_encoder import Encoders, check_images
+from iql_torchrl.agent.make_networks import Networks, make_networks
 from iql_torchrl.agent.task import Task
 from iql_torchrl.checkpoint import CheckpointError, component_names, newest, read_components
 from iql_torchrl.config import IQLConfig, check_usable, loss_knobs
@@ -34,7 +35,12 @@ __all__ = ["LEARNING_RATES", "Agent", "build_agent", "make_agent", "make_step", 
 # by policy, the loss that regresses it on the logged actions, where that is not log_prob
 REGRESSIONS = {"deterministic": "mse", "flow": "flow"}
 # by network, the field of IQLConfig
-LEARNING_RATES = {"actor": "actor_lr", "qvalue": "critic_lr", "value": "value_lr"}
+LEARNING_RATES = {
+    "actor": "actor_lr",
+    "qvalue": "critic_lr",
+    "value": "value_lr",
+    "encoder": "critic_lr",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class Agent:
     ``actor_ema`` in the config a copy with the average of its weights (``loss.averaged_actor``);
     with ``num_samples`` the best of that one's actions (``policies.best_of``), by the critics as they
     are at every call. ``act`` is for NumPy; ``step(batch)`` makes one update.
+
+    Where observations are more than vectors or one category, ``loss.encoder_network`` turns them
+    into ``"features"``, which actor, critics and V read; ``policy`` begins with it. ``encoders``: the
+    leaves whose encoders the user gave.
     """
 
     config: IQLConfig
@@ -55,11 +65,12 @@ class Agent:
     scheduler: LambdaLR
     step: IQLStep
     policy: TensorDictModuleBase
+    encoders: tuple[str, ...] = ()
 
     @property
     def chooses(self) -> bool:
         """Whether ``policy`` takes the best of several actions by the critics."""
-        return isinstance(self.policy, policies.BestOf)
+        return any(isinstance(module, policies.BestOf) for module in self.policy.modules())
 
     def act(
         self,
@@ -90,8 +101,12 @@ class Agent:
         return export_policy(self.policy, self.task, path)
 
     def description(self) -> dict[str, Any]:
-        """All that rebuilds the agent before its weights: ``config`` and ``task``, plain data."""
-        return {"config": self.config.to_dict(), "task": self.task.state_dict()}
+        """All that rebuilds the agent before its weights, as plain data.
+
+        ``config`` and ``task``; ``encoders``, names of leaves, where the user gave modules for them.
+        """
+        own = {"encoders": list(self.encoders)} if self.encoders else {}
+        return {"config": self.config.to_dict(), "task": self.task.state_dict(), **own}
 
     def state_dict(self) -> dict[str, Any]:
         """Parameters and buffers of every network, targets too; not the optimizer's state."""
@@ -106,12 +121,18 @@ class Agent:
         self.loss.load_state_dict(state)
 
     @staticmethod
-    def load(path: str | Path, device: torch.device | str | None = None) -> Agent:
+    def load(
+        path: str | Path,
+        device: torch.device | str | None = None,
+        *,
+        encoders: Encoders | None = None,
+    ) -> Agent:
         """The agent of a checkpoint, with its weights and a fresh optimizer; needs no data.
 
         ``path``: a ``.torchrl`` file, or a run's folder: its ``best.torchrl`` if there is one,
         else the newest of its ``checkpoints``. ``device``: by default the config's, or the CPU
-        where this machine lacks it. To go on training, resume with the trainer instead.
+        where this machine lacks it. ``encoders``: modules of the kind given to ``make_agent``, whose
+        weights are loaded. To go on training, resume with the trainer instead.
 
         Raises ``CheckpointError`` with one sentence: nothing to load, a damaged file, parts that
         were made by hand, or fields that only another version knows.
@@ -127,12 +148,18 @@ class Agent:
                 "them; rebuild them as the training script did and load through the trainer."
             )
         description = read_components(path, ["agent"])["agent"]
+        given = dict(encoders or {})
+        if missing := [name for name in description.get("encoders", ()) if name not in given]:
+            raise CheckpointError(
+                f"{path}: was trained with an encoder of yours for {missing[0]!r}, which the file does "
+                f"not contain; pass encoders={{{missing[0]!r}: module}}."
+            )
         try:
             # settings that an older file lacks have their defaults
             saved = IQLConfig().to_dict() | description["config"]
             config = IQLConfig.from_dict(saved)
             config = replace(config, device=_usable(device, config.device))
-            agent = build_agent(config, Task.from_state_dict(description["task"]))
+            agent = build_agent(config, Task.from_state_dict(description["task"]), given)
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path}: {error}") from error
         try:
@@ -142,15 +169,29 @@ class Agent:
         return agent
 
 
-def make_agent(config: IQLConfig, dataset: OfflineDataset) -> Agent:
+def make_agent(
+    config: IQLConfig, dataset: OfflineDataset, *, encoders: Encoders | None = None
+) -> Agent:
     """Networks, loss, optimizer and step for ``dataset``'s observations and actions.
+
+    Vectors of numbers are standardised and one category is one-hot, in each network. All other
+    observations (a Dict with other leaves than vectors, images, MultiDiscrete, shaped and scalar
+    Boxes) are encoded once for all networks, each leaf by itself:
+
+    - Box: flattened and standardised; MultiBinary: 0 and 1; Discrete, MultiDiscrete: one-hot;
+    - images (Box ``(H, W, C)`` or ``(C, H, W)``, at least 8 x 8, of uint8 or of floats in [0, 1]):
+      ``networks.ImageEncoder``, trained as ``config.encoder_gradient`` says.
+
+    ``encoders`` replaces these by leaf: ``{"camera": module}``, ``"arm.speed"`` for a nested leaf,
+    ``"observation"`` where there is no Dict. A module turns a batch of the leaf as it is stored,
+    ``(B, *shape)``, into features ``(B, F)``, is trained with the others, and is not copied.
 
     Draws the initial weights from ``config.seed`` without touching the caller's random state.
 
-    Raises ``ValueError`` when the observations are no flat numbers or single category (use
-    ``load_dataset(concatenate=...)``, or write your own networks), the actions are neither Discrete
-    nor a Box of floats ``(A,)`` with finite bounds, the policy does not fit the actions, or this
-    machine lacks the config's device; ``TypeError`` on arguments of another kind.
+    Raises ``ValueError`` when an encoder names no leaf or gives no vector, float images lie outside
+    [0, 1], the actions are neither Discrete nor a Box of floats ``(A,)`` with finite bounds, the policy
+    does not fit the actions, or this machine lacks the config's device; ``TypeError`` on arguments of
+    another kind.
     """
     if not isinstance(config, IQLConfig):
         raise TypeError(
@@ -161,23 +202,28 @@ def make_agent(config: IQLConfig, dataset: OfflineDataset) -> Agent:
         raise TypeError(
             f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns."
         )
-    return build_agent(config, Task.of(dataset))
+    encoders = encoders or {}
+    check_images(dataset, encoders)
+    return build_agent(config, Task.of(dataset), encoders)
 
 
-def build_agent(config: IQLConfig, task: Task) -> Agent:
+def build_agent(config: IQLConfig, task: Task, encoders: Encoders | None = None) -> Agent:
     """:func:`make_agent` where the dataset is known by its description alone."""
     check_usable(config.device)
     # where weights are drawn: torch's default device, and the config's for copies of critics
     with private_random_numbers(config.seed, torch.get_default_device(), config.device):
-        actor, critic, value = make_networks(config, task)
-        loss = _loss(config, task, actor, critic, value)
+        networks = make_networks(config, task, encoders or {})
+        loss = _loss(config, task, networks)
     optimizer, scheduler = _optimizer(config, loss)
     step = make_step(config, loss, optimizer, scheduler)
-    policy = loss.averaged_actor if config.actor_ema else actor
+    policy = loss.averaged_actor if config.actor_ema else networks.actor
     if config.num_samples > 1:
         policy = policies.best_of(policy, LossCritics(loss), config.num_samples)
+    if networks.encoder is not None:
+        policy = policies.encoded(networks.encoder, policy)
     update = compiled(step) if config.compile else step
-    return Agent(config, task, actor, loss, optimizer, scheduler, update, policy)
+    names = tuple(encoders or ())
+    return Agent(config, task, networks.actor, loss, optimizer, scheduler, update, policy, names)
 
 
 def _check_state(state: Any, own: Mapping[str, Any]) -> None:
@@ -210,20 +256,15 @@ def _usable(device: torch.device | str | None, configured: str) -> str:
     return configured
 
 
-def _loss(
-    config: IQLConfig,
-    task: Task,
-    actor: ProbabilisticActor,
-    critic: Callable[[], TensorDictModule],
-    value: TensorDictModule,
-) -> ImplicitQLoss:
+def _loss(config: IQLConfig, task: Task, networks: Networks) -> ImplicitQLoss:
     discrete = isinstance(task.action_space, spaces.Discrete)
     kind: type[ImplicitQLoss] = DiscreteIQLLoss if discrete else IQLLoss
     loss = kind(
-        actor,
-        critic,
-        value,
+        networks.actor,
+        networks.critic,
+        networks.value,
         num_qvalue_nets=config.num_critics,
+        encoder_network=networks.encoder,
         actor_objective=_actor_objective(config),
         diagnostics=True,
         **{name: getattr(config, name) for name in loss_knobs(type(config))},
@@ -247,6 +288,7 @@ def _optimizer(config: IQLConfig, loss: ImplicitQLoss) -> tuple[torch.optim.Opti
         }
         for network, field in LEARNING_RATES.items()
     ]
+    groups = [group for group in groups if group["params"]]
     if config.optimizer == "adamw":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             groups, weight_decay=config.weight_decay, fused=True
@@ -254,7 +296,7 @@ def _optimizer(config: IQLConfig, loss: ImplicitQLoss) -> tuple[torch.optim.Opti
     else:
         optimizer = torch.optim.Adam(groups, fused=True)
 
-    return optimizer, LambdaLR(optimizer, rate_factors(config))
+    return optimizer, LambdaLR(optimizer, rate_factors(config, len(groups)))
 
 
 def make_step(
@@ -275,13 +317,17 @@ def make_step(
     )
 
 
-def rate_factors(config: IQLConfig) -> list[Callable[[int], float]]:
-    """What multiplies the learning rates of policy, critics and V after each update."""
+def rate_factors(config: IQLConfig, groups: int = 3) -> list[Callable[[int], float]]:
+    """What multiplies the learning rates of policy, critics, V and encoder after each update.
+
+    ``groups``: 3, or 4 with an encoder that has parameters.
+    """
     cosine = partial(_cosine, updates=config.updates, steps=config.schedule_steps)
     falling = {"constant": (), "cosine_actor": ("actor",), "cosine": LEARNING_RATES}[
         config.schedule
     ]
-    return [cosine if network in falling else _constant for network in LEARNING_RATES]
+    names = list(LEARNING_RATES)[:groups]
+    return [cosine if network in falling else _constant for network in names]
 
 
 def _cosine(update: int, *, updates: int, steps: int | None) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from torchrl.modules import ProbabilisticActor, ValueOperator
 
 from iql_torchrl import policies
+from iql_torchrl.agent.make_encoder import FEATURES, Encoders, make_encoder
 from iql_torchrl.agent.task import Task
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.descriptions import describe_space, faulty_bounds
@@ -27,19 +28,32 @@ from iql_torchrl.networks import (
     StateValue,
 )
 
-__all__ = ["make_networks"]
+__all__ = ["Networks", "make_networks"]
 
 
-def make_networks(
-    config: IQLConfig, task: Task
-) -> tuple[ProbabilisticActor, Callable[[], TensorDictModule], TensorDictModule]:
-    """The policy, a function that makes a critic, and V, as ``config`` says.
+class Networks(NamedTuple):
+    """The policy, a function that makes a critic, V, and the encoder that they share, or None."""
 
-    Raises ``ValueError`` as :func:`iql_torchrl.make_agent` does.
+    actor: ProbabilisticActor
+    critic: Callable[[], TensorDictModule]
+    value: TensorDictModule
+    encoder: TensorDictModule | None
+
+
+def make_networks(config: IQLConfig, task: Task, encoders: Encoders) -> Networks:
+    """The networks of a run as ``config`` says.
+
+    Raises ``ValueError`` and ``TypeError`` as :func:`iql_torchrl.make_agent` does.
     """
     _check_actions(task.action_space)
-    keys, features, preprocess = _observation(config, task)
     place = partial(_place, config, task)
+    shared = make_encoder(config, task, encoders)
+    if shared is None:
+        encoder = None
+        keys, features, preprocess = _observation(config, task)
+    else:
+        encoder, features = place(shared[0]), shared[1]
+        keys, preprocess = [FEATURES], nn.Identity
     action_spec = task.action_spec
     widths: dict[str, Any] = {
         "hidden": config.hidden,
@@ -73,7 +87,7 @@ def make_networks(
         return ValueOperator(place(net), in_keys=[*keys, "action"])
 
     value = ValueOperator(StateValue(features, preprocess=preprocess(), **normed), in_keys=keys)
-    return place(actor), critic, place(value)
+    return Networks(place(actor), critic, place(value), encoder)
 
 
 def _policy_name(config: IQLConfig, space: spaces.Space[Any]) -> str:
@@ -129,19 +143,12 @@ def _place(config: IQLConfig, task: Task, module: Any) -> Any:
 def _observation(
     config: IQLConfig, task: Task
 ) -> tuple[list[NestedKey], int, Callable[[], nn.Module]]:
-    """Keys to read, features they give, and a maker of the first layer."""
+    """Of vectors, or one category: keys to read, features they give, and a maker of the first layer."""
     space = task.observation_space
     if isinstance(space, spaces.Discrete):
         return ["observation"], int(space.n), partial(OneHot, int(space.n))
     statistics = task.statistics
-    leaves = list(task.observation_spec.keys(True, True))
-    if set(leaves) != set(statistics) or any(s.mean.ndim != 1 for s in statistics.values()):
-        raise ValueError(
-            f"observations are {describe_space(space)}; make_agent supports vectors of numbers, or one "
-            "category. Build the networks yourself and pass them to IQLLoss: README, 'Your own "
-            "modules'."
-        )
-    keys = sorted(leaves, key=str)
+    keys = sorted(task.observation_spec.keys(True, True), key=str)
     mean = torch.cat([statistics[key].mean for key in keys])
     std = torch.cat([statistics[key].std for key in keys])
     first = partial(Standardise, mean, std) if config.standardise else nn.Identity

@@ -28,7 +28,7 @@ class Task:
 
     Attributes:
         observation_space, action_space: Gymnasium's.
-        statistics: per observation key, as ``OfflineDataset`` has them; categories have none.
+        statistics: per observation key, as ``OfflineDataset`` has them; not of categories and images.
         masked: whether each observation has a bool ``action_mask`` ``(n,)``.
         dtype: torch.float32 or torch.float64, of observations and continuous actions.
         name: of the data, for display.

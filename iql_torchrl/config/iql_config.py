@@ -137,6 +137,25 @@ class IQLConfig:
         "policy or all; blocks have layer normalisation, and in the policy dropout",
     )
     dropout: float = knob(0.0, "dropout probability in the policy", interval="[0, 1)")
+    image_encoder: Literal["small", "residual"] = knob(
+        "small",
+        "convolutional network of images: small (three convolutions) or residual (Espeholt et al. "
+        "2018)",
+    )
+    image_features: int = knob(
+        64, "number of features that each image becomes", interval="[1, inf)"
+    )
+    encoder_gradient: Literal["critics", "all"] = knob(
+        "critics",
+        "whose losses train the encoder that policy, critics and V share: critics, or all",
+        in_loss=True,
+    )
+    random_shift: int = knob(
+        0,
+        "move the images of a batch at random by up to that many pixels; DrQ has 4 for 84 x 84",
+        interval="[0, 64]",
+        in_loss=True,
+    )
     num_samples: int = knob(
         1,
         "actions that the policy draws when it acts, of which the critics choose the best; 1: it "

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 from tqdm import tqdm
 
 from iql_torchrl.data.block_checker import BlockChecker
+from iql_torchrl.data.encodings import is_image
 from iql_torchrl.data.readers.source import Piece, Source
 from iql_torchrl.data.scaling import (
     ObservationStatistics,
@@ -119,15 +121,15 @@ class _Measured:
         self.index = index
         self.returns = np.zeros(len(index.lengths), np.float64)
         self.low, self.high = np.inf, -np.inf
-        categories = {
+        without = {
             key
             for key, space in leaf_spaces(source.observation_space).items()
-            if type(space).__name__ in ("Discrete", "MultiDiscrete")
+            if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) or is_image(space)
         }
         self.statistics = {
             key: StatisticsAccumulator(f.shape)
             for key, f in layout.items()
-            if key[0] == "observation" and key not in categories
+            if key[0] == "observation" and key not in without
         }
 
     def add_rewards(self, rewards: NDArray[Any], start: int) -> None:

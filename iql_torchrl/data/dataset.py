@@ -41,7 +41,7 @@ class OfflineDataset:
             order.
         observation_space, action_space: Gymnasium's spaces; the specs are TorchRL's form of them.
         statistics: per observation key (``"observation"``, or a tuple for nested ones) its
-            ``ObservationStatistics``; categories have none.
+            ``ObservationStatistics``; categories and images have none.
         episode_returns: raw rewards summed over the kept rows of each episode, float64 ``(E,)``.
         episode_lengths: kept rows of each episode, int64 ``(E,)``.
         reward_map: the affine map that was applied to the rewards; apply it to online rewards too.

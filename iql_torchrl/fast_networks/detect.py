@@ -45,8 +45,12 @@ BODIES = (networks.Critic, networks.DiscreteCritic)
 """Networks that may do something between their input and their perceptron."""
 OWN = (
     *BODIES,
+    networks.Flatten,
+    networks.ImageEncoder,
+    networks.JoinedEncoders,
     networks.MLP,
     networks.OneHot,
+    networks.OneHots,
     networks.Standardise,
     networks.StateValue,
     *policies.HEADS,

@@ -30,7 +30,9 @@ from iql_torchrl.fast_networks.perceptron import Category, Perceptron, linear_la
 from iql_torchrl.host import (
     DETACHED_CRITICS,
     LIVE_CRITICS,
+    LIVE_ENCODER,
     TARGET_CRITICS,
+    TARGET_ENCODER,
     children_of,
     parameters_of,
 )
@@ -77,6 +79,13 @@ class FastEvaluator:
         self.actor: Any = self._bind(loss.actor_network, loss.actor_network_params)
         if self.actor is not None and is_head_and_distribution(self.actor):
             self.actor = DirectActor(self.actor)
+        self.encoders: dict[bool, Any] = {}
+        if loss.encoder_network is not None:
+            for target in (False, True):
+                name = TARGET_ENCODER if target else LIVE_ENCODER
+                clone = self._bind(loss.encoder_network, children_of(loss)[name])
+                if clone is not None:
+                    self.encoders[target] = clone
         critic = loss.qvalue_network
         named = writes(critic, loss.tensor_keys.state_action_value)
         if "qvalue_network" not in trunks and named and keeps_buffers(critic):
@@ -111,6 +120,14 @@ class FastEvaluator:
             return self.critics[name](data)
         outputs: Tensor = self.general.critic_outputs(loss, data, name)
         return outputs
+
+    def features(self, loss: Any, data: TensorDictBase, target: bool) -> TensorDictBase:
+        encoder = self.encoders.get(target)
+        if encoder is None:
+            features: TensorDictBase = self.general.features(loss, data, target)
+            return features
+        written: TensorDictBase = encoder(data).select(*encoder.out_keys)
+        return written
 
     @contextmanager
     def policy(self, loss: Any) -> Iterator[Any]:

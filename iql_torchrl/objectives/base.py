@@ -17,6 +17,7 @@ from torchrl.objectives.value import TD0Estimator, ValueEstimatorBase
 from iql_torchrl import functional as F
 from iql_torchrl.host import LIVE_CRITICS, TARGET_CRITICS
 from iql_torchrl.objectives.batch import Batch, agree, per_sample, read_batch
+from iql_torchrl.objectives.encoding import inputs_of
 from iql_torchrl.objectives.network_loss import NetworkLoss
 
 __all__ = ["OfflineLoss"]
@@ -94,6 +95,10 @@ class OfflineLoss(NetworkLoss):
         """The batch in the shape of per-sample results, ``(P, B)`` for P runs; else itself."""
         return batch
 
+    def inputs(self, batch: Batch, critics: str | None = None) -> TensorDictBase:
+        """What networks read: :func:`iql_torchrl.objectives.encoding.inputs_of`."""
+        return inputs_of(self, batch, critics)
+
     def target_qvalue(self, batch: Batch) -> Tensor:
         """Minimum over the target critics of ``Q(s, a)``, shape ``(*B,)``, without gradient."""
         with torch.no_grad():
@@ -109,13 +114,14 @@ class OfflineLoss(NetworkLoss):
 
     def state_value(self, batch: Batch) -> Tensor:
         """``V(s)``, shape ``(*B,)``, with gradient."""
-        return self._as_values(self.evaluator.state_value(self, batch.data), batch)
+        return self._as_values(self.evaluator.state_value(self, self.inputs(batch)), batch)
 
     def state_values(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """``V(s)`` and, where one evaluation gives both, ``V(s')``; without gradient."""
         with torch.no_grad():
             if self._bootstraps_once():
-                pair = self.evaluator.state_values(self, batch.data, batch.next.data)
+                both = self.inputs(batch), self.inputs(batch.next)
+                pair = self.evaluator.state_values(self, *both)
                 if pair is not None:
                     here, there = pair
                     return self._as_values(here, batch), self._as_values(there, batch)
@@ -140,8 +146,9 @@ class OfflineLoss(NetworkLoss):
         estimator = self.value_estimator
         with torch.no_grad():
             if not self._bootstraps_once():
+                data = self.inputs(batch).copy().set("next", self.inputs(batch.next))
                 target = estimator.value_estimate(
-                    batch.data.copy(), target_params=self.target_value_network_params
+                    data, target_params=self.target_value_network_params
                 )
                 return per_sample(target, batch.data.batch_size, "value_target")
             keys = estimator.tensor_keys

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
@@ -20,16 +21,24 @@ class Batch:
     ``data`` holds the entries, ``mask`` (bool, ``(*B,)``) says which steps are real (``None``: all),
     ``weight`` (``(*B,)``) holds the importance weights of a prioritised buffer (``None``: equal).
     ``draws`` are the random tensors that the loss asks for (``objectives.draws``), by name.
+    ``features`` keeps what an encoder gave for these steps (``objectives.encoding``).
     """
 
     data: TensorDictBase
     mask: Tensor | None
     weight: Tensor | None
     draws: Mapping[str, Tensor] = field(default_factory=dict)
+    features: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def next(self) -> Batch:
-        return Batch(self.data.get("next"), self.mask, self.weight)
+        draws = {k.removeprefix("next_"): v for k, v in self.draws.items() if k.startswith("next_")}
+        kept = self.features.setdefault("next", {})
+        return Batch(self.data.get("next"), self.mask, self.weight, draws, kept)
+
+    def without_features(self) -> Batch:
+        """The same batch, for which the encoder is evaluated again."""
+        return replace(self, features={})
 
     def mask_like(self, value: Tensor) -> Tensor | None:
         """``mask`` in the shape of per-sample ``value``: a step's entry applies to all of it."""

@@ -12,6 +12,7 @@ from torchrl.modules import GRUModule, LSTMModule
 
 from iql_torchrl.host import TARGET_CRITICS, children_of
 from iql_torchrl.objectives.averages import add_average, tie_average
+from iql_torchrl.objectives.encoding import ENCODER, add_encoder, check_encoder
 from iql_torchrl.objectives.ensembles import (
     Critics,
     SharedLeaves,
@@ -19,10 +20,15 @@ from iql_torchrl.objectives.ensembles import (
     list_critics,
 )
 
-__all__ = ["NETWORKS", "check_form", "convert_networks", "scalar_mode"]
+__all__ = ["NETWORKS", "check_form", "convert_networks", "network_names", "scalar_mode"]
 
 NETWORKS = ("actor_network", "qvalue_network", "value_network")
 """Attributes of a loss; their parameters are ``<name>_params`` and ``target_<name>_params``."""
+
+
+def network_names(loss: Any) -> tuple[str, ...]:
+    """:data:`NETWORKS`, and the encoder's name where the loss has one."""
+    return NETWORKS if loss.encoder_network is None else (*NETWORKS, ENCODER)
 
 
 def convert_networks(
@@ -36,6 +42,9 @@ def convert_networks(
     listed = list_critics(critics, loss.num_qvalue_nets)
     modules = listed if isinstance(listed, list) else [listed]
     _check_networks(actor_network=[actor], qvalue_network=modules, value_network=[value])
+    others = {"actor_network": [actor], "qvalue_network": modules, "value_network": [value]}
+    check_encoder(loss, others)
+    add_encoder(loss)
     shared = SharedLeaves(detach=separate_losses)
     owners: dict[str, nn.Module] = {"actor_network": actor, "value_network": value}
     if separate_losses:

@@ -64,7 +64,7 @@ class DiscreteIQLLoss(ImplicitQLoss):
             )
 
     def action_values(self, batch: Batch, name: str) -> Tensor:
-        outputs = self.evaluator.critic_outputs(self, batch.data, name)
+        outputs = self.evaluator.critic_outputs(self, self.inputs(batch, name), name)
         action = batch.data.get(self.tensor_keys.action)
         key, leading = self.tensor_keys.state_action_value, 1 + self.run_dims(batch)
         picked = F.pick_action(outputs, action, leading=leading)

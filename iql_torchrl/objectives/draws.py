@@ -11,18 +11,23 @@ from torch import Tensor
 
 from iql_torchrl.objectives.batch import Batch, per_sample
 
-__all__ = ["FLOW_NOISE", "FLOW_TIME", "Draw", "with_draws"]
+__all__ = ["FLOW_NOISE", "FLOW_TIME", "IMAGE_SHIFT", "NEXT_IMAGE_SHIFT", "Draw", "with_draws"]
 
 # Keys of a batch that replace draws.
 FLOW_NOISE, FLOW_TIME = "flow_noise", "flow_time"
+IMAGE_SHIFT, NEXT_IMAGE_SHIFT = "image_shift", "next_image_shift"
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A random tensor of shape ``shape``: standard normal, or uniform on [0, 1)."""
+    """A random tensor of shape ``shape``: standard normal, or uniform on [0, 1).
+
+    ``entries``: how many numbers a sample has, in the last dimension; None: one, without a dimension.
+    """
 
     shape: tuple[int, ...]
     normal: bool
+    entries: int | None = None
 
     def fill(self, out: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw into ``out``; by default from the generator of torch on its device."""
@@ -38,14 +43,14 @@ class Draw:
 
         Runs of a population that share a batch share it. Raises ``ValueError`` on another shape.
         """
-        ends = self.shape[-1:] if self.normal else ()
-        if not self.normal:
+        ends = () if self.entries is None else (self.entries,)
+        if self.entries is None:
             given = per_sample(given, batch_size, key)
         if given.shape != (*batch_size, *ends):
             raise ValueError(
                 f"{key!r} has shape {tuple(given.shape)} in a batch of shape {tuple(batch_size)}; "
-                f"expected {(*batch_size, *ends)}: it replaces the "
-                f"{'standard normal' if self.normal else 'uniform'} numbers of actor_objective='flow'."
+                f"expected {(*batch_size, *ends)}: it replaces "
+                f"{'standard normal' if self.normal else 'uniform'} numbers that the loss draws."
             )
         return given.to(like.dtype).expand(self.shape)
 

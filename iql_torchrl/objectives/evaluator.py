@@ -10,7 +10,14 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from iql_torchrl.host import DETACHED_CRITICS, LIVE_CRITICS, TARGET_CRITICS, children_of
+from iql_torchrl.host import (
+    DETACHED_CRITICS,
+    LIVE_CRITICS,
+    LIVE_ENCODER,
+    TARGET_CRITICS,
+    TARGET_ENCODER,
+    children_of,
+)
 from iql_torchrl.objectives.batch import output_of
 from iql_torchrl.objectives.ensembles import unlocked
 
@@ -34,6 +41,9 @@ class Evaluator(Protocol):
         ``name``: ``LIVE_CRITICS``, ``TARGET_CRITICS`` or ``DETACHED_CRITICS``, the live ones, through
         which a gradient reaches the inputs and no parameter.
         """
+
+    def features(self, loss: Any, data: TensorDictBase, target: bool) -> TensorDictBase:
+        """What the encoder writes for ``data``, with its own or the target's parameters."""
 
     def policy(self, loss: Any) -> AbstractContextManager[Any]:
         """The actor with its parameters in it, inside the context."""
@@ -71,6 +81,13 @@ class GeneralEvaluator:
             return output_of(loss.map_critics(inputs, params), key, "qvalue_network")
         with params.to_module(network, preserve_module_state=False):
             return output_of(network(inputs), key, "qvalue_network").unsqueeze(0)
+
+    def features(self, loss: Any, data: TensorDictBase, target: bool) -> TensorDictBase:
+        encoder = loss.encoder_network
+        params = children_of(loss)[TARGET_ENCODER if target else LIVE_ENCODER]
+        with params.to_module(encoder, preserve_module_state=False):
+            written: TensorDictBase = encoder(data).select(*encoder.out_keys)
+        return written
 
     @contextmanager
     def policy(self, loss: Any) -> Iterator[Any]:

@@ -16,6 +16,7 @@ from iql_torchrl.host import TARGET_CRITICS
 from iql_torchrl.objectives.base import OfflineLoss
 from iql_torchrl.objectives.batch import Batch, agree, per_sample
 from iql_torchrl.objectives.draws import Draw, with_draws
+from iql_torchrl.objectives.encoding import shift_draws
 from iql_torchrl.objectives.ensembles import Critics
 from iql_torchrl.objectives.policy_objectives import (
     POLICY_VALUE_GAP,
@@ -100,6 +101,9 @@ class ImplicitQLoss(OfflineLoss):
         q_reduction: str = "min",
         q_source: str = "live",
         diagnostics: bool = False,
+        encoder_network: TensorDictModule | None = None,
+        encoder_gradient: str = IQLConfig.encoder_gradient,
+        random_shift: int = IQLConfig.random_shift,
         separate_losses: bool = False,
         reduction: str | None = None,
         deactivate_vmap: bool = False,
@@ -114,6 +118,8 @@ class ImplicitQLoss(OfflineLoss):
             "max_weight": max_weight,
             "bc_weight": bc_weight,
             "actor_ema": actor_ema,
+            "encoder_gradient": encoder_gradient,
+            "random_shift": random_shift,
         }
         if not callable(value_objective):
             settings["value_objective"] = value_objective
@@ -140,7 +146,10 @@ class ImplicitQLoss(OfflineLoss):
             priority_key=priority_key,
             gamma=gamma,
             actor_ema=actor_ema,
+            encoder_network=encoder_network,
+            random_shift=random_shift,
         )
+        self.encoder_gradient = encoder_gradient
         self.loss_function = loss_function
         self.temperature = temperature
         self.expectile = expectile
@@ -185,12 +194,14 @@ class ImplicitQLoss(OfflineLoss):
         """Random tensors that the losses of a batch need, by the key of the batch that replaces them.
 
         For ``actor_objective="flow"``: ``"flow_noise"`` ``(*B, A)``, standard normal, and
-        ``"flow_time"`` ``(*B,)``, uniform on [0, 1); in a population ``(P, B, A)`` and ``(P, B)``. For
-        all other objectives none.
+        ``"flow_time"`` ``(*B,)``, uniform on [0, 1); in a population ``(P, B, A)`` and ``(P, B)``. With
+        ``random_shift``: ``"image_shift"`` and ``"next_image_shift"`` ``(*B, 2)``, uniform on [0, 1).
+        Else none.
         """
-        if self.actor_objective != "flow":
-            return {}
-        return flow_inputs(self.actor_network, self.sample_shape(batch_size))
+        shape = self.sample_shape(batch_size)
+        flow = self.actor_objective == "flow"
+        needed = flow_inputs(self.actor_network, shape) if flow else {}
+        return needed | shift_draws(self, shape)
 
     # -- one term per network --------------------------------------------------------------------
 
@@ -256,7 +267,7 @@ class ImplicitQLoss(OfflineLoss):
         return per_sample(result, batch.data.batch_size, f"{name}'s result")
 
     def _actor_error(self, batch: Batch) -> Tensor:
-        data = batch.data
+        data = self.inputs(batch)
         if callable(self.actor_objective):
             with self.evaluator.policy(self) as actor:
                 error = self.actor_objective(actor, data.copy())
@@ -273,7 +284,7 @@ class ImplicitQLoss(OfflineLoss):
 
     def policy_output(self, batch: Batch) -> tuple[Tensor, distributions.Distribution | None]:
         """The policy's action without randomness, ``(*B, A)``, and its distribution if it has one."""
-        inputs = batch.data.select(*self.actor_network.in_keys, strict=False)
+        inputs = self.inputs(batch).select(*self.actor_network.in_keys, strict=False)
         with self.evaluator.policy(self) as actor:
             if hasattr(self.actor_network, "get_dist"):
                 dist = actor.get_dist(inputs)

@@ -90,7 +90,7 @@ class IQLLoss(ImplicitQLoss):
     """
 
     def action_values(self, batch: Batch, name: str) -> Tensor:
-        outputs = self.evaluator.critic_outputs(self, batch.data, name)
+        outputs = self.evaluator.critic_outputs(self, self.inputs(batch, name), name)
         key = self.tensor_keys.state_action_value
         return per_sample(outputs, batch.data.batch_size, key, leading=1 + self.run_dims(batch))
 

@@ -21,7 +21,9 @@ class LossCritics(TensorDictModuleBase):
 
     The live critics, as they are at every call: training changes them. Their parameters here
     require no gradient. A copy (``copy.deepcopy``, ``pickle``) has weights of its own and no longer
-    follows the loss. For losses of one run whose critics read a continuous action.
+    follows the loss. For losses of one run whose critics read a continuous action. Where the loss has
+    an encoder, these critics read its features: ``policies.encoded(encoder, LossCritics(loss))`` reads
+    the observations.
     """
 
     def __init__(self, loss: Any) -> None:

@@ -16,6 +16,7 @@ from torchrl.objectives.common import LossModule
 
 from iql_torchrl.objectives.averages import start_average, tie_average
 from iql_torchrl.objectives.conversion import check_form, convert_networks, scalar_mode
+from iql_torchrl.objectives.encoding import observed_keys
 from iql_torchrl.objectives.ensembles import Critics, SharedLeaves
 from iql_torchrl.objectives.evaluator import GENERAL, Evaluator
 
@@ -54,6 +55,10 @@ class NetworkLoss(LossModule):
     value_network_params: TensorDictParams
     target_value_network_params: TensorDictParams
 
+    encoder_network: TensorDictModule | None
+    encoder_network_params: TensorDictParams
+    target_encoder_network_params: TensorDictParams
+
     shared: SharedLeaves
     optional_keys: set[NestedKey]
     _current: Evaluator | None = None
@@ -73,6 +78,8 @@ class NetworkLoss(LossModule):
         priority_key: str | None,
         gamma: float | None,
         actor_ema: float = 0.0,
+        encoder_network: TensorDictModule | None = None,
+        random_shift: int = 0,
     ) -> None:
         self._in_keys: list[NestedKey] | None = None
         super().__init__()
@@ -80,6 +87,8 @@ class NetworkLoss(LossModule):
         check_form(num_qvalue_nets, value_network, reduction, gamma)
         self._actor_ema = actor_ema
         self.averaged_actor: Any = None
+        self.encoder_network = encoder_network
+        self.random_shift = random_shift
         self.num_qvalue_nets = num_qvalue_nets
         self.delay_qvalue = True
         self.deactivate_vmap = deactivate_vmap
@@ -183,13 +192,14 @@ class NetworkLoss(LossModule):
 
     def _set_in_keys(self) -> None:
         keys = self.tensor_keys
+        of_value = observed_keys(self, self.value_network.in_keys)
         names = [
             keys.action,
             *(("next", key) for key in (keys.reward, keys.done, keys.terminated)),
-            *self.actor_network.in_keys,
-            *self.qvalue_network.in_keys,
-            *self.value_network.in_keys,
-            *(("next", key) for key in self.value_network.in_keys),
+            *observed_keys(self, self.actor_network.in_keys),
+            *observed_keys(self, self.qvalue_network.in_keys),
+            *of_value,
+            *(("next", key) for key in of_value),
         ]
         self._in_keys = list(dict.fromkeys(unravel_key(name) for name in names))
 

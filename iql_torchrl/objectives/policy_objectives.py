@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from iql_torchrl.host import DETACHED_CRITICS, TARGET_CRITICS
 from iql_torchrl.networks import join_observations
 from iql_torchrl.objectives.batch import Batch, agree, per_sample
 from iql_torchrl.objectives.draws import FLOW_NOISE, FLOW_TIME, Draw
+from iql_torchrl.objectives.encoding import observed_keys
 
 __all__ = [
     "POLICY_VALUE_GAP",
@@ -66,10 +68,10 @@ def policy_value_gap(loss: Any, batch: Batch, policy_value: Tensor, qvalue: Tens
 def _values_of(loss: Any, batch: Batch, action: Tensor) -> Tensor:
     """``Q_k`` of the policy's actions ``(*B, A)``: ``(K, *B)``."""
     wide = loss.each_run(batch)
-    key = loss.tensor_keys.action
-    data: TensorDictBase = wide.data.select(*loss.qvalue_network.in_keys, strict=False)
-    data = data.copy().set(key, action)
-    chosen = Batch(data, wide.mask, wide.weight)
+    read = observed_keys(loss, loss.qvalue_network.in_keys)
+    data: TensorDictBase = wide.data.select(*read, strict=False)
+    data = data.copy().set(loss.tensor_keys.action, action)
+    chosen = replace(wide, data=data)
     values: Tensor = loss.action_values(chosen, Q_SOURCES[loss.q_source])
     return values
 
@@ -88,7 +90,9 @@ def cloning_error(
 def flow_inputs(actor: Any, shape: tuple[int, ...]) -> dict[str, Draw]:
     """What :func:`flow_matching` draws for samples of shape ``shape``."""
     return {
-        FLOW_NOISE: Draw((*shape, actor.action_features), normal=True),
+        FLOW_NOISE: Draw(
+            (*shape, actor.action_features), normal=True, entries=actor.action_features
+        ),
         FLOW_TIME: Draw(shape, normal=False),
     }
 
@@ -99,8 +103,8 @@ def flow_matching(loss: Any, batch: Batch) -> Tensor:
     ``x_t = (1 - t) * noise + t * a``, with the logged action a in the policy's units, standard normal
     noise and uniform t from ``batch.draws``: :func:`iql_torchrl.functional.flow_path`.
     """
-    keys = loss.actor_network.in_keys
-    observation = join_observations([batch.data.get(key) for key in keys])
+    inputs, keys = loss.inputs(batch), loss.actor_network.in_keys
+    observation = join_observations([inputs.get(key) for key in keys])
     time = batch.draws[FLOW_TIME]
     with loss.evaluator.policy(loss) as actor:
         action = actor.normalise(loss.logged(batch))

@@ -21,6 +21,7 @@ from iql_torchrl.policies.actors import (
     tanh_normal,
 )
 from iql_torchrl.policies.best_of import BestOf, best_of
+from iql_torchrl.policies.encoded import EncodedPolicy, encoded
 from iql_torchrl.policies.flow import FlowHead, FlowPolicy, flow
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Choice",
     "ClippedGaussian",
     "ClippedMixture",
+    "EncodedPolicy",
     "FlowHead",
     "FlowPolicy",
     "OneHotChoice",
@@ -36,6 +38,7 @@ __all__ = [
     "best_of",
     "categorical",
     "deterministic",
+    "encoded",
     "flow",
     "gaussian",
     "mixture",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torchrl.objectives.value import TD0Estimator
 
 from iql_torchrl.fast_networks.detect import is_head_and_distribution, writes
@@ -13,6 +14,7 @@ from iql_torchrl.fast_networks.stacked import (
 )
 from iql_torchrl.objectives.conversion import NETWORKS
 from iql_torchrl.objectives.discrete import DiscreteIQLLoss
+from iql_torchrl.objectives.encoding import ENCODER
 from iql_torchrl.objectives.implicit import OPTIONS, ImplicitQLoss
 from iql_torchrl.objectives.iql import IQLLoss
 from iql_torchrl.policies import FlowPolicy
@@ -52,6 +54,7 @@ def check_alike(losses: Sequence[ImplicitQLoss]) -> None:
             )
         check_same(number, "value_estimator's keys", *(e.tensor_keys for e in estimators))
         check_networks(number, first, loss, NETWORKS)
+        _check_encoders(number, first, loss)
     for name, choice in (
         ("actor_objective", "log_prob"),
         ("value_objective", "expectile"),
@@ -71,4 +74,29 @@ def check_alike(losses: Sequence[ImplicitQLoss]) -> None:
             raise ValueError(
                 f"{name} must be one plain module whose one out-key is {key!r}, ValueOperator; its "
                 f"out_keys are {getattr(first, name).out_keys}."
+            )
+
+
+def _check_encoders(number: int, first: ImplicitQLoss, loss: ImplicitQLoss) -> None:
+    """Raise ``ValueError`` unless all runs have one encoder, which nothing trains, or none has one."""
+    check_same(
+        number, "encoder_network", *(type(x.encoder_network).__name__ for x in (first, loss))
+    )
+    if loss.encoder_network is None:
+        return
+    names = [name for name, _ in loss.named_parameters() if name.startswith(ENCODER)]
+    if names:
+        raise ValueError(
+            f"losses[{number}]'s encoder_network has parameters ({names[0]}); the runs of a population "
+            "share the encoder, so it must have none, as those of vectors and categories. Train runs "
+            "with images one by one."
+        )
+    mine, theirs = (dict(x.encoder_network_params.items(True, True)) for x in (first, loss))
+    check_same(number, "encoder_network's entries", list(mine), list(theirs))
+    check_same(number, "encoder_network", str(first.encoder_network), str(loss.encoder_network))
+    for key, leaf in mine.items():
+        if not torch.equal(leaf, theirs[key]):
+            raise ValueError(
+                f"encoder_network's {key} differs in losses[{number}] and the first; a population "
+                "shares the data, so statistics must be the same."
             )

@@ -23,8 +23,9 @@ from iql_torchrl.host import DETACHED_CRITICS, LIVE_CRITICS, TARGET_CRITICS, chi
 from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.objectives.conversion import NETWORKS
 from iql_torchrl.objectives.discrete import DiscreteIQLLoss
+from iql_torchrl.objectives.encoding import ENCODER, add_encoder
 from iql_torchrl.objectives.ensembles import SharedLeaves
-from iql_torchrl.objectives.evaluator import Evaluator
+from iql_torchrl.objectives.evaluator import GENERAL, Evaluator
 from iql_torchrl.objectives.implicit import ImplicitQLoss
 from iql_torchrl.objectives.iql import IQLLoss
 from iql_torchrl.objectives.policy_objectives import policy_action
@@ -73,6 +74,7 @@ class PopulationLoss(ImplicitQLoss):
             first.actor_network,
             first.qvalue_network,
             first.value_network,
+            encoder_network=copy.deepcopy(first.encoder_network),
             **first_run,
         )
         del self._losses
@@ -104,6 +106,9 @@ class PopulationLoss(ImplicitQLoss):
             for attribute in (f"{name}_params", f"target_{name}_params", f"average_{name}_params"):
                 if attribute in children_of(first):
                     setattr(self, attribute, self._stacked(attribute, network, inside))
+        if self.encoder_network is not None:
+            first.encoder_network_params.data.clone().to_module(self.encoder_network)
+        add_encoder(self)
         self.optional_keys = set(first.optional_keys)
         self.register_load_state_dict_post_hook(_forget_evaluator)
         return SharedLeaves(detach=False)
@@ -128,7 +133,8 @@ class PopulationLoss(ImplicitQLoss):
         """Copy run ``number``'s weights, targets too, into an ordinary loss of the same shapes."""
         with torch.no_grad():
             for name, stacked in children_of(self).items():
-                if isinstance(stacked, TensorDictParams):
+                of_encoder = name.removeprefix("target_").startswith(ENCODER)
+                if isinstance(stacked, TensorDictParams) and not of_encoder:
                     for key, leaf in children_of(loss)[name].items(True, True):
                         leaf.data.copy_(stacked.get(key)[number].reshape(leaf.shape))
 
@@ -195,13 +201,13 @@ class PopulationLoss(ImplicitQLoss):
 
     def policy_output(self, batch: Batch) -> tuple[Tensor, distributions.Distribution | None]:
         with self.evaluator.policy(self) as actor:
-            dist = actor.get_dist(batch.data)
+            dist = actor.get_dist(self.inputs(batch))
         return policy_action(dist), dist
 
     def _actor_error(self, batch: Batch) -> Tensor:
         action = self.logged(batch)
         with self.evaluator.policy(self) as actor:
-            dist = actor.get_dist(batch.data)
+            dist = actor.get_dist(self.inputs(batch))
         if self.actor_objective == "mse":
             distance: Tensor = (dist.deterministic_sample - action).square().sum(-1)
             return distance
@@ -272,6 +278,10 @@ class StackedEvaluator:
         """``(K, P, B, n)``."""
         out = self._critics[name](data)
         return out.unsqueeze(0) if loss.num_qvalue_nets == 1 else out.transpose(0, 1)
+
+    def features(self, loss: Any, data: TensorDictBase, target: bool) -> TensorDictBase:
+        """Without the dimension of runs where these share the batch: they share the encoder too."""
+        return GENERAL.features(loss, data, target)
 
     @contextmanager
     def policy(self, loss: Any) -> Iterator[Any]:

@@ -97,6 +97,8 @@ class IQLPopulation:
         groups = []
         for network, field in LEARNING_RATES.items():
             params = [p for name, p in named if name.startswith(f"{network}_network")]
+            if not params:
+                continue
             rates = torch.tensor([getattr(c, field) for c in self.configs], dtype=torch.float64)
             groups.append({"params": params, "rates": rates})
         adamw = first.optimizer == "adamw"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from iql_torchrl import functional as F
 from iql_torchrl.data import OfflineDataset
+from iql_torchrl.data.encodings import is_image, usual_encoder
 from iql_torchrl.data.schema import leaf_spaces
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.fast_networks.perceptron import chain
@@ -191,18 +192,15 @@ def features_of(train: OfflineDataset, rows: TensorDictBase, *, following: bool 
     leaves = leaf_spaces(train.observation_space)
     parts = []
     for key in sorted(leaves):
-        values, space = table[key], leaves[key]
-        name = key[0] if len(key) == 1 else key
-        if isinstance(space, spaces.Discrete):
-            parts.append(nn.functional.one_hot(values, int(space.n)).float())
-        elif name in train.statistics and values.ndim == 2:
-            statistics = train.statistics[name]
-            parts.append(Standardise(statistics.mean, statistics.std)(values.float()).float())
-        else:
+        space = leaves[key]
+        if is_image(space):
             raise ValueError(
-                f"{'.'.join(key)} is {describe_space(space)}; fitted Q evaluation reads vectors of "
-                "numbers and categories. Load the data with features of a network of your own instead."
+                f"{'.'.join(key)} is {describe_space(space)}; fitted Q evaluation reads numbers and "
+                "categories, no images. Load the data with features of a network of your own instead."
             )
+        statistics = train.statistics.get(key[0] if len(key) == 1 else key)
+        encoder, _ = usual_encoder(space, statistics)
+        parts.append(encoder(table[key]).float())
     return torch.cat(parts, -1)
 
 

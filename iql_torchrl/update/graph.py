@@ -64,22 +64,30 @@ class GraphUpdate:
 
     def __call__(self, batch: Batch, moments: Moments) -> Terms:
         """Losses and summary, detached: nothing may carry a gradient out of a graph."""
-        reached: list[int] = []
+        uncounted: list[int] = []
         losses, summary = self.step.update(
-            batch, lambda loss: reached.extend(self._descend(loss, moments))
+            batch, lambda loss: self._descend(loss, moments, uncounted)
         )
-        add_update(moments.steps, reached)
+        add_update(moments.steps, uncounted)
         self.step.move_targets()
         return _detached(losses), _detached(summary)
 
-    def _descend(self, loss: Tensor, moments: Moments) -> list[int]:
-        """One step of Adam on ``loss``; the places of the parameters that it reached."""
+    def _descend(self, loss: Tensor, moments: Moments, uncounted: list[int]) -> None:
+        """One step of Adam on ``loss``.
+
+        ``uncounted``: places of parameters whose latest step ``moments.steps`` does not count yet, so
+        that usually all steps of an update are counted at once. Those that ``loss`` reaches are added.
+        """
         gradients = self._gradients(loss)
+        reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
         with torch.no_grad():
+            if set(uncounted) & set(reached):  # shared with a network of the descent before
+                add_update(moments.steps, uncounted)
+                uncounted.clear()
             groups = self.step.optimizer.param_groups
             parameters = [p.data for p in self.parameters]
             adam_step(parameters, gradients, moments, groups, self.group_of)
-        return [i for i, gradient in enumerate(gradients) if gradient is not None]
+        uncounted += reached
 
     def _gradients(self, loss: Tensor) -> Gradients:
         """Clipped gradients of :attr:`parameters`; None where the loss does not reach one."""

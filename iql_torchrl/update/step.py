@@ -22,7 +22,8 @@ from iql_torchrl.config import launches_kernels
 from iql_torchrl.fast_networks.evaluator import FastEvaluator
 from iql_torchrl.objectives.averages import average_pairs
 from iql_torchrl.objectives.batch import Batch
-from iql_torchrl.objectives.conversion import NETWORKS
+from iql_torchrl.objectives.conversion import network_names
+from iql_torchrl.objectives.encoding import trains_encoder_alone
 from iql_torchrl.objectives.implicit import ImplicitQLoss
 from iql_torchrl.update.adam import JoinedCounts
 from iql_torchrl.update.guards import check_update_trains
@@ -167,7 +168,7 @@ class IQLStep(Step):
                     "after an evaluation."
                 )
         self.members = getattr(loss, "members", None)
-        self.trainable = [_trainable(loss, name) for name in NETWORKS]
+        self.trainable = [_trainable(loss, name) for name in network_names(loss)]
         self.followed = followed_tensors(target_updater)
         self.averaged = Followed(*average_pairs(loss))
         self.counts = JoinedCounts()  # which all graphs of this step share
@@ -186,6 +187,7 @@ class IQLStep(Step):
     def update(self, batch: Batch, descend: Callable[[Tensor], None]) -> Terms:
         """Losses and summary of one update, in which ``descend`` makes the optimizer's steps."""
         loss = self.loss
+        batch = batch.without_features()
         if self.order == "simultaneous":
             losses, metadata = loss.terms(batch)
             descend(losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"])
@@ -193,6 +195,8 @@ class IQLStep(Step):
         target_qvalue = loss.target_qvalue(batch)
         loss_value, of_value = loss.value_term(batch, target_qvalue)
         descend(loss_value)
+        if not trains_encoder_alone(loss):  # the encoder has moved too
+            batch = batch.without_features()
         value, next_value = loss.state_values(batch)  # V as it is now
         loss_actor, of_actor = loss.actor_term(batch, target_qvalue - value)
         td_target = loss.td_target(batch, next_value)

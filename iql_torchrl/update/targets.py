@@ -12,7 +12,7 @@ from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
 from iql_torchrl.host import children_of
-from iql_torchrl.objectives.conversion import NETWORKS
+from iql_torchrl.objectives.conversion import network_names
 
 __all__ = ["Followed", "followed_tensors", "polyak_step"]
 
@@ -33,7 +33,7 @@ def followed_tensors(updater: TargetNetUpdater | None) -> Followed:
     if updater is None or type(updater) is not SoftUpdate:
         return followed
     loss = updater.loss_module
-    for name in NETWORKS:
+    for name in network_names(loss):
         targets = children_of(loss).get(f"target_{name}_params")
         if targets is not None:
             for key, parameter in getattr(loss, f"{name}_params").items(True, True):

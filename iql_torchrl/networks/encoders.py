@@ -1,0 +1,236 @@
+"""Modules that turn one observation into a vector of features, and their join."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from iql_torchrl.networks.perceptrons import check_whole
+
+__all__ = ["Flatten", "ImageEncoder", "JoinedEncoders", "OneHots"]
+
+KINDS = ("small", "residual")
+LAYOUTS = ("last", "first")
+DEEP_ENOUGH = 36  # shortest side of an image for the layers of Mnih et al. 2015
+MNIH = ((32, 8, 4, 0), (64, 4, 2, 0), (64, 3, 1, 0))  # channels, kernel, stride, padding
+HALVING = ((32, 3, 2, 1), (64, 3, 2, 1), (64, 3, 2, 1))
+STAGES = (16, 32, 32)
+
+
+class Flatten(nn.Module):
+    """``(*B, *shape)`` to ``(*B, F)`` floats, F the product of ``shape``; a scalar gives F = 1."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}"
+
+    def forward(self, observation: Tensor) -> Tensor:
+        rows = batch_shape(observation, self.shape)
+        flat = observation.reshape(*rows, -1)
+        return flat if flat.is_floating_point() else flat.to(torch.get_default_dtype())
+
+
+class OneHots(nn.Module):
+    """Several categories to ones and zeros: ``(*B, *shape)`` to ``(*B, sum(counts))``.
+
+    ``counts``: number of categories of each entry, in the order of the flattened ``shape`` (by
+    default one dimension). Values are integers in ``[0, count)``.
+    """
+
+    def __init__(self, counts: Sequence[int], shape: Sequence[int] | None = None) -> None:
+        super().__init__()
+        for number, count in enumerate(counts):
+            check_whole(f"counts[{number}]", count)
+        self.counts = tuple(int(count) for count in counts)
+        self.shape = (len(self.counts),) if shape is None else tuple(shape)
+
+    def extra_repr(self) -> str:
+        return f"counts={self.counts}"
+
+    def forward(self, observation: Tensor) -> Tensor:
+        rows = batch_shape(observation, self.shape)
+        columns = observation.long().reshape(*rows, -1).unbind(-1)
+        parts = [
+            nn.functional.one_hot(column, count)
+            for column, count in zip(columns, self.counts, strict=True)
+        ]
+        return torch.cat(parts, -1).to(torch.get_default_dtype())
+
+
+class ImageEncoder(nn.Module):
+    """A convolutional network: images ``(*B, *shape)`` to ``(*B, features)`` in (-1, 1).
+
+    Images are uint8 in [0, 255], which are divided by 255 here, so that buffers hold bytes; or floats
+    in [0, 1]. After the convolutions: a linear layer, layer normalisation and tanh, as in DrQ
+    (Yarats, Kostrikov, Fergus 2021, arXiv:2004.13649).
+
+    Args:
+        shape: of one image, ``(H, W, C)`` or ``(C, H, W)``.
+        features: width of the output.
+        kind: ``"small"``: three convolutions, those of Mnih et al. 2015 ("Human-level control
+            through deep reinforcement learning") for sides of at least 36, else of 3 x 3 with
+            stride 2. ``"residual"``: three stages of 16, 32 and 32 channels, each a convolution, a
+            maximum over 3 x 3 with stride 2, and two residual blocks (Espeholt et al. 2018,
+            arXiv:1802.01561).
+        channels: ``"last"`` or ``"first"``; by default the shorter of the two outer dimensions is
+            the channels, and the last where they are equal.
+
+    Raises ``ValueError`` on a shape that is not of three dimensions, images smaller than 8 x 8,
+    and unknown names; a call raises it on images of another size.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        features: int = 64,
+        *,
+        kind: str = "small",
+        channels: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape = tuple(int(size) for size in shape)
+        check_whole("features", features)
+        if len(self.shape) != 3:
+            raise ValueError(
+                f"shape is {self.shape}; expected that of one image, (height, width, channels) or "
+                "(channels, height, width)."
+            )
+        if kind not in KINDS:
+            raise ValueError(f"kind is {kind!r}; choose one of {', '.join(KINDS)}.")
+        if channels not in (None, *LAYOUTS):
+            raise ValueError(f"channels is {channels!r}; choose 'last', 'first' or None.")
+        first = channels == "first" or (channels is None and self.shape[0] < self.shape[2])
+        self.channels = "first" if first else "last"
+        depth = self.shape[0] if first else self.shape[2]
+        height, width = self.shape[1:] if first else self.shape[:2]
+        if min(height, width) < 8:
+            raise ValueError(
+                f"shape is {self.shape}, with channels {self.channels} an image of {height} x "
+                f"{width}; expected at least 8 x 8. Use Flatten and an MLP for smaller ones."
+            )
+        self.kind = kind
+        small = MNIH if min(height, width) >= DEEP_ENOUGH else HALVING
+        self.convolutions = _small(depth, small) if kind == "small" else _residual(depth)
+        with torch.no_grad():
+            size = self.convolutions(torch.zeros(1, depth, height, width)).numel()
+        self.head = nn.Sequential(nn.Linear(size, features), nn.LayerNorm(features), nn.Tanh())
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.orthogonal_(module.weight, 2.0**0.5)
+                nn.init.zeros_(module.bias)
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}, kind={self.kind!r}, channels={self.channels!r}"
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = batch_shape(images, self.shape)
+        weight = self.head[0].weight
+        x = images.reshape(-1, *self.shape)
+        x = x if self.channels == "first" else x.permute(0, 3, 1, 2)
+        x = x.to(weight.dtype) if images.is_floating_point() else x.to(weight.dtype) / 255
+        out: Tensor = self.head(self.convolutions(x).flatten(1))
+        return out.reshape(*rows, -1)
+
+    def shifted(self, images: Tensor, offset: Tensor, pixels: int) -> Tensor:
+        """Images ``(*B, *shape)``, each moved by up to ``pixels`` in both directions.
+
+        ``offset``: uniform numbers on [0, 1), ``(*B, 2)``: vertical and horizontal. The image is
+        continued by its outermost pixels, and the window of its size that starts
+        ``floor(offset * (2 * pixels + 1))`` into it is taken: the random shift of DrQ.
+        """
+        rows = batch_shape(images, self.shape)
+        x = images.reshape(-1, *self.shape)
+        height, width = self.shape[1:] if self.channels == "first" else self.shape[:2]
+        start = (offset.reshape(-1, 2) * (2 * pixels + 1)).long().clamp(max=2 * pixels) - pixels
+        down, right = (
+            (torch.arange(size, device=x.device) + start[:, i : i + 1]).clamp(0, size - 1)
+            for i, size in enumerate((height, width))
+        )
+        number = torch.arange(len(x), device=x.device)[:, None, None]
+        where = (number, down[:, :, None], right[:, None, :])
+        if self.channels == "last":
+            return x[where].reshape(*rows, *self.shape)
+        return x.permute(0, 2, 3, 1)[where].permute(0, 3, 1, 2).reshape(*rows, *self.shape)
+
+
+class JoinedEncoders(nn.Module):
+    """One encoder for each observation; their features are joined: ``(*B, F_1 + F_2 + ...)``."""
+
+    def __init__(self, encoders: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.encoders = nn.ModuleList(encoders)
+
+    def forward(self, *observations: Tensor) -> Tensor:
+        parts = [
+            encoder(observation)
+            for encoder, observation in zip(self.encoders, observations, strict=True)
+        ]
+        return torch.cat(parts, -1)
+
+    @property
+    def shifts(self) -> bool:
+        """Whether any encoder can move its images (:meth:`ImageEncoder.shifted`)."""
+        return any(hasattr(encoder, "shifted") for encoder in self.encoders)
+
+    def shifted(
+        self, observations: Sequence[Tensor], offset: Tensor, pixels: int
+    ) -> Sequence[Tensor]:
+        """The observations with images moved, all of a step by the same ``offset`` ``(*B, 2)``."""
+        return [
+            encoder.shifted(observation, offset, pixels)
+            if hasattr(encoder, "shifted")
+            else observation
+            for encoder, observation in zip(self.encoders, observations, strict=True)
+        ]
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.layers(x)
+        return out
+
+
+def _small(depth: int, layers: Sequence[tuple[int, int, int, int]]) -> nn.Sequential:
+    parts: list[nn.Module] = []
+    for channels, kernel, stride, padding in layers:
+        parts += [nn.Conv2d(depth, channels, kernel, stride, padding), nn.ReLU()]
+        depth = channels
+    return nn.Sequential(*parts)
+
+
+def _residual(depth: int) -> nn.Sequential:
+    parts: list[nn.Module] = []
+    for channels in STAGES:
+        parts += [
+            nn.Conv2d(depth, channels, 3, padding=1),
+            nn.MaxPool2d(3, stride=2, padding=1),
+            _ResidualBlock(channels),
+            _ResidualBlock(channels),
+        ]
+        depth = channels
+    return nn.Sequential(*parts, nn.ReLU())
+
+
+def batch_shape(observation: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The dimensions before those of one observation; ``ValueError`` where these are not ``shape``."""
+    dims = observation.ndim - len(shape)
+    if dims < 0 or tuple(observation.shape[dims:]) != shape:
+        raise ValueError(
+            f"the observation has shape {tuple(observation.shape)}; expected the batch's dimensions, "
+            f"then {shape}, as this encoder was made for. Make it for the size that the data have."
+        )
+    return tuple(observation.shape[:dims])

@@ -1,0 +1,268 @@
+"""Agents for observations that are more than one vector: nested, mixed, images."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from tensordict import TensorDict
+from torch import nn
+
+from iql_torchrl import IQLConfig, captured, evaluate, load_dataset, make_agent
+from iql_torchrl.agent import Agent
+from iql_torchrl.data import DeviceSampler
+from iql_torchrl.population import IQLPopulation
+from iql_torchrl.selection import fitted_q_evaluation
+from iql_torchrl.trainers import OfflineTrainer
+
+CAMERA = spaces.Box(0, 255, (12, 10, 3), np.uint8)
+MIXED = {
+    "arm": spaces.Dict(
+        {"grip": spaces.Discrete(3), "speed": spaces.Box(-np.inf, np.inf, (2,), np.float32)}
+    ),
+    "flags": spaces.MultiBinary(4),
+    "grid": spaces.Box(-1, 1, (2, 3), np.float32),
+    "level": spaces.Box(0, 9, (), np.float32),
+    "mode": spaces.MultiDiscrete([2, 3]),
+}
+
+
+class Mixed(gym.Env):
+    """The reward is the first action, in a world of ten steps that is otherwise random."""
+
+    def __init__(self, camera: bool = False, discrete: bool = False) -> None:
+        leaves = {"camera": CAMERA, **MIXED} if camera else MIXED
+        self.observation_space = spaces.Dict(leaves)
+        self.action_space = spaces.Discrete(3) if discrete else spaces.Box(-1, 1, (2,), np.float32)
+        self.clock = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.clock = 0
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.clock += 1
+        reward = float(np.asarray(action, np.float64).reshape(-1)[0])
+        return self.observation_space.sample(), reward, False, self.clock == 10, {}
+
+
+def stacked(observations, space):
+    if isinstance(space, spaces.Dict):
+        return {k: stacked([o[k] for o in observations], s) for k, s in space.spaces.items()}
+    values = torch.from_numpy(np.stack([np.asarray(o) for o in observations]))
+    return values.long() if isinstance(space, spaces.MultiBinary) else values
+
+
+def dataset_of(rows: int = 60, **kind):
+    env = Mixed(**kind)
+    env.action_space.seed(0)
+    table = {"observation": [], "action": [], "reward": [], "truncated": []}
+    following = []
+    while len(following) < rows:
+        observation, _ = env.reset(seed=len(following))
+        over = False
+        while not over:
+            action = env.action_space.sample()
+            later, reward, _, over, _ = env.step(action)
+            for name, value in zip(table, (observation, action, reward, over), strict=True):
+                table[name].append(value)
+            following.append(later)
+            observation = later
+    space = env.observation_space
+    column = lambda values: torch.tensor(values).unsqueeze(-1)  # noqa: E731
+    actions = torch.from_numpy(np.stack([np.asarray(a) for a in table["action"]]))
+    return load_dataset(
+        TensorDict(
+            {
+                "observation": stacked(table["observation"], space),
+                "action": actions,
+                "next": {
+                    "observation": stacked(following, space),
+                    "reward": column(table["reward"]).float(),
+                    "terminated": torch.zeros(len(following), 1, dtype=torch.bool),
+                    "truncated": column(table["truncated"]),
+                    "done": column(table["truncated"]),
+                },
+            },
+            batch_size=[len(following)],
+        ),
+        env=lambda: Mixed(**kind),
+    )
+
+
+def config(**options) -> IQLConfig:
+    small = {"updates": 4, "hidden": (8,), "batch_size": 16, "reward": "raw", "image_features": 5}
+    return IQLConfig(**small | options)
+
+
+def by_hand(dataset, row):
+    """Features of one row in NumPy, leaf by leaf in the space's order."""
+    o, statistics = dataset.transitions["observation"][row], dataset.statistics
+
+    def standard(*path):
+        logged = statistics[("observation", *path)]
+        value = o[path].numpy().astype(np.float64).ravel()
+        return (value - logged.mean.numpy().ravel()) / logged.std.numpy().ravel()
+
+    return np.concatenate(
+        [
+            np.eye(3)[int(o["arm", "grip"])],
+            standard("arm", "speed"),
+            o["flags"].numpy(),
+            standard("grid"),
+            standard("level"),
+            np.eye(2)[int(o["mode"][0])],
+            np.eye(3)[int(o["mode"][1])],
+        ]
+    )
+
+
+def test_mixed_leaves_are_encoded_as_documented():
+    dataset = dataset_of()
+    agent = make_agent(config(), dataset)
+    features = agent.loss.encoder_network(dataset.transitions[7:9].copy())["features"]
+    assert features.shape == (2, 3 + 2 + 4 + 6 + 1 + 5)
+    np.testing.assert_allclose(features[0].numpy(), by_hand(dataset, 7), rtol=1e-4, atol=1e-5)
+    assert len(agent.optimizer.param_groups) == 3  # the encoder has no parameters
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ({}, {}),
+        ({"discrete": True}, {"num_critics": 3}),
+        ({"camera": True}, {"random_shift": 2}),
+        pytest.param(
+            {"camera": True},
+            {"encoder_gradient": "all", "image_encoder": "residual"},
+            marks=pytest.mark.slow,
+        ),
+        ({"camera": True}, {"policy": "flow", "num_samples": 4, "actor_ema": 0.9}),
+        pytest.param(
+            {"camera": True},
+            {"actor_objective": "ddpg_bc", "order": "simultaneous"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"camera": True}, {"policy": "mixture", "num_samples": 3}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_an_agent_trains_acts_is_saved_and_exported(kind, options, tmp_path):
+    dataset = dataset_of(**kind)
+    agent = make_agent(config(**options), dataset)
+    before = {name: p.detach().clone() for name, p in agent.loss.named_parameters()}
+    trainer = OfflineTrainer(
+        agent=agent, dataset=dataset, total_updates=4, folder=tmp_path / "run", progress_bar=False
+    )
+    trainer.train()
+    moved = [name for name, p in agent.loss.named_parameters() if not torch.equal(p, before[name])]
+    for network in ("actor", "qvalue", "value", *(["encoder"] if "camera" in kind else [])):
+        assert any(name.startswith(f"{network}_network") for name in moved), network
+    result = evaluate(agent.policy, dataset.make_env, episodes=2, seed=0, num_envs=2)
+    assert len(result.returns) == 2
+    observation, _ = Mixed(**kind).reset(seed=5)
+    action = agent.act(observation)
+    again = Agent.load(tmp_path / "run")
+    np.testing.assert_array_equal(action, again.act(observation))
+    program = torch.export.load(agent.export(tmp_path / "policy.pt2")).module()
+    inputs = TensorDict(stacked([observation], dataset.observation_space), batch_size=[1])
+    keys = [key[1:] for key in agent.policy.in_keys]
+    found = program(*(inputs[key] for key in keys))
+    np.testing.assert_allclose(found[0].numpy(), action, atol=1e-5)
+
+
+def test_categories_out_of_range_are_named():
+    dataset = dataset_of()
+    agent = make_agent(config(), dataset)
+    sampler = DeviceSampler(dataset.transitions, 8)
+    sampler.column(("observation", "mode"))[3, 1] = 7
+    with pytest.raises(ValueError, match=r"observation\.mode has category 7; .* from 0 to 2"):
+        captured(agent.step, sampler)()
+
+
+def test_an_encoder_of_the_user_is_trained_and_loaded(tmp_path):
+    dataset = dataset_of()
+    own = nn.Sequential(nn.Linear(2, 7), nn.Tanh())
+    agent = make_agent(config(), dataset, encoders={"arm.speed": own})
+    before = own[0].weight.detach().clone()
+    trainer = OfflineTrainer(
+        agent=agent, dataset=dataset, total_updates=4, folder=tmp_path, progress_bar=False
+    )
+    trainer.train()
+    assert not torch.equal(before, own[0].weight)
+    with pytest.raises(Exception, match=r"encoder of yours for 'arm\.speed'"):
+        Agent.load(tmp_path)
+    fresh = nn.Sequential(nn.Linear(2, 7), nn.Tanh())
+    again = Agent.load(tmp_path, encoders={"arm.speed": fresh})
+    torch.testing.assert_close(fresh[0].weight, own[0].weight)
+    observation, _ = Mixed().reset(seed=5)
+    np.testing.assert_array_equal(agent.act(observation), again.act(observation))
+
+
+def test_what_does_not_fit_is_refused():
+    dataset = dataset_of(camera=True)
+    for encoders, message in (
+        ({"lidar": nn.Identity()}, r"'lidar', which is no part .*arm\.grip.*camera"),
+        ({"camera": nn.Conv2d(3, 4, 3)}, r"encoders\['camera'\], a Conv2d, fails on"),
+        (
+            {"arm.speed": nn.Unflatten(1, (2, 1))},
+            r"gives \(2, 2, 1\) .* expected features \(2, F\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_agent(config(), dataset, encoders=encoders)
+    with pytest.raises(TypeError, match="is int; expected a torch module"):
+        make_agent(config(), dataset, encoders={"camera": 3})
+    agent = make_agent(config(), dataset)
+    smaller = dataset.transitions[:4].copy()
+    smaller["observation", "camera"] = smaller["observation", "camera"][:, :8]
+    with pytest.raises(ValueError, match=r"shape \(4, 8, 10, 3\); expected .* \(12, 10, 3\)"):
+        agent.step(smaller)
+    lacking = dataset.transitions[:4].exclude(("observation", "flags"))
+    with pytest.raises(KeyError, match=r"'flags'\) is not in the batch"):
+        agent.step(lacking)
+    with pytest.raises(ValueError, match="random_shift is 2 and encoder_network has no images"):
+        make_agent(config(random_shift=2), dataset_of())
+
+
+def test_float_images_outside_their_range_are_refused():
+    dataset = dataset_of(camera=True)
+    floats = spaces.Box(0, 1, CAMERA.shape, np.float32)
+    space = spaces.Dict({**dataset.observation_space.spaces, "camera": floats})
+    transitions = dataset.transitions.clone()
+    for side in (("observation", "camera"), ("next", "observation", "camera")):
+        transitions[side] = transitions[side].float()
+    wrong = replace(dataset, observation_space=space, transitions=transitions)
+    with pytest.raises(ValueError, match=r"observation\.camera are images of floats between 0 and"):
+        make_agent(config(), wrong)
+
+
+def test_runs_of_a_population_share_an_encoder_without_parameters():
+    dataset = dataset_of()
+    configs = [config(seed=seed, temperature=seed) for seed in (0, 1)]
+    population = IQLPopulation(configs, dataset)
+    for _ in population.train(4):
+        pass
+    agent = make_agent(configs[1], dataset)
+    sampler = DeviceSampler(dataset.transitions, 16, seed=configs[0].seed)
+    for _ in range(4):
+        agent.step(sampler.sample())
+    member = population.member(1)
+    rows = dataset.transitions[:5].copy()
+    torch.testing.assert_close(
+        member.policy(rows.copy())["action"], agent.policy(rows)["action"], rtol=0, atol=1e-5
+    )
+    scores = fitted_q_evaluation(
+        {"one": member}, *dataset.split(0.5, 0), discount=0.9, updates=20, hidden=(8,)
+    )
+    assert np.isfinite(scores.initial_values).all()
+    with pytest.raises(ValueError, match=r"encoder_network has parameters .* images one by one"):
+        IQLPopulation(configs, dataset_of(camera=True))
