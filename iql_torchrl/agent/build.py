@@ -18,6 +18,7 @@ from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import policies
+from iql_torchrl.agent import hub
 from iql_torchrl.agent.export import export_policy
 from iql_torchrl.agent.make_encoder import Encoders, check_images
 from iql_torchrl.agent.make_networks import Networks, make_networks
@@ -97,7 +98,7 @@ class Agent:
         )
 
     def export(self, path: str | Path) -> Path:
-        """Write the policy as a program for plain torch: :func:`agent.export.export_policy`."""
+        """Write the policy as a program for torch or ONNX: :func:`agent.export.export_policy`."""
         return export_policy(self.policy, self.task, path)
 
     def description(self) -> dict[str, Any]:
@@ -167,6 +168,9 @@ class Agent:
         except (RuntimeError, ValueError) as error:  # TensorDict's own message is pages long
             raise CheckpointError(f"{path}: its weights do not fit its description.") from error
         return agent
+
+    push_to_hub = hub.push_to_hub
+    from_hub = classmethod(hub.from_hub)
 
 
 def make_agent(

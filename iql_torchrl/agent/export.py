@@ -1,4 +1,4 @@
-"""Export of a policy to one file that needs only torch and includes standardisation and bounds."""
+"""Export of a policy to one file, for torch or ONNX, that includes standardisation and bounds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import io
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,29 +19,39 @@ from torch.export import Dim, ExportedProgram
 
 from iql_torchrl.agent.export_note import export_note
 from iql_torchrl.agent.exported_program import PolicyProgram, ProgramInput, program_inputs
+from iql_torchrl.agent.onnx_export import (
+    ONNX_SUFFIX,
+    ONNX_TOLERANCE,
+    check_onnx_packages,
+    onnx_function,
+    to_onnx,
+)
 from iql_torchrl.agent.task import Task
 from iql_torchrl.data.schema import MASK
 from iql_torchrl.evaluation.act import as_in_evaluation
 from iql_torchrl.files import whole_file
 from iql_torchrl.host import validates_distributions
 
-__all__ = ["export_policy"]
+__all__ = ["description_path", "export_policy"]
 
-SUFFIX = ".pt2"
+TORCH_SUFFIX = ".pt2"
 TOLERANCE = 1e-6
 TRACED_BATCH = 3
 CHECKED_BATCHES = (1, 2, 7)
 
 
 def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) -> Path:
-    """Write the deterministic ``policy`` as a ``torch.export`` program, and a description of it.
+    """Write the deterministic ``policy`` as a program, and a description of it.
+
+    A ``path`` that ends in ``.pt2`` becomes a ``torch.export`` program, ``.onnx`` an ONNX program.
 
     The program's positional inputs are the observation's leaves that the policy reads, in the order
     of its ``in_keys``, then ``action_mask`` ``(B, n)`` bool where it reads one: values as the
     environment gives them, B >= 1 of each; Boxes of floats in ``task.dtype``, other Boxes in their
     own dtype, categories as int64. Its output is the action that the environment accepts: clipped to
     the bounds, ``(B, *shape)`` in the space's dtype, or int64 ``(B,)`` counted from the space's
-    start. ``<stem>.json`` in the same folder describes inputs and output, with an example of use.
+    start. ``<stem>.json`` (``<stem>.onnx.json``) in the same folder describes inputs and output, with
+    an example of use.
 
     ``torch.export.load(path).module()`` runs it on the CPU; this package, TorchRL and tensordict
     need not be installed. It raises ``RuntimeError`` on an input of another shape (also on an
@@ -51,20 +61,32 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
     a third of the time of a single action. torch's AOTInductor needs example inputs, which the file
     does not contain: set ``torch.export.load(path).example_inputs`` yourself.
 
+    An ONNX program (extra ``onnx``) has the same inputs, by name, and the same output; onnxruntime
+    runs it without torch. ONNX has no assertions: onnxruntime compares dtypes and all dimensions but
+    the first, and nothing compares values, so check them before the call (the description says
+    which). Before the file is written its actions are compared with the policy's, to 1e-5 times the
+    greater of 1 and the action, in batches of 1, 2 and 7.
+
     ``policy`` may be any TensorDict module that writes ``action``; it and the caller's random
     generators do not change. Returns ``path``.
 
     Raises:
         TypeError: ``policy`` is not a TensorDict module.
-        ValueError: ``path`` does not end in ``.pt2``, the policy writes no ``action`` or reads what
-            the task does not have, or its actions do not fit the task's or are not finite.
-        RuntimeError: the policy cannot be traced, or acts differently once traced.
+        ValueError: ``path`` ends in neither ``.pt2`` nor ``.onnx``, the policy writes no ``action``
+            or reads what the task does not have, or its actions do not fit the task's or are not
+            finite.
+        RuntimeError: the policy cannot be traced or translated, or acts differently once it is.
+        ImportError: ``path`` ends in ``.onnx`` and the packages of the extra ``onnx`` are missing.
         OSError: a file cannot be written, as on a full disk; the message names it, and files of an
             earlier export do not change.
     """
     path = Path(path)
-    if path.suffix != SUFFIX:
-        raise ValueError(f"path is {str(path)!r}; the name of an exported program ends in .pt2.")
+    if path.suffix not in (TORCH_SUFFIX, ONNX_SUFFIX):
+        raise ValueError(
+            f"path is {str(path)!r}; the name of an exported program ends in .pt2 (torch) or .onnx."
+        )
+    if path.suffix == ONNX_SUFFIX:
+        check_onnx_packages()
     inputs = program_inputs(policy, task)
     with as_in_evaluation(policy, torch.device("cpu")):
         module = PolicyProgram(policy, task, inputs)
@@ -74,18 +96,37 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
                 f"this {type(policy).__name__} gives an action that is not finite for a plausible "
                 "observation; look for NaN in its parameters."
             )
-        program = _trace(module, _examples(inputs, task, TRACED_BATCH), type(policy).__name__)
-        for size in CHECKED_BATCHES:
-            _compare(program, module, _examples(inputs, task, size), type(policy).__name__)
+        content = _checked_content(path.suffix, module, task, type(policy).__name__)
     path.parent.mkdir(parents=True, exist_ok=True)
     note = json.dumps(export_note(path, task, inputs, example), indent=2, allow_nan=False) + "\n"
-    content = io.BytesIO()  # torch's own writer ends the process when the disk is full
-    torch.export.save(program, content)
     with whole_file(path) as temporary:
-        temporary.write_bytes(content.getbuffer())
-        with whole_file(path.with_suffix(".json")) as description:
+        temporary.write_bytes(content)
+        with whole_file(description_path(path)) as description:
             description.write_text(note)
     return path
+
+
+def description_path(path: Path) -> Path:
+    """Where the description of the program ``path`` is: two programs of one stem have one each."""
+    return path.with_suffix(".json" if path.suffix == TORCH_SUFFIX else f"{path.suffix}.json")
+
+
+def _checked_content(suffix: str, module: PolicyProgram, task: Task, name: str) -> bytes:
+    """The program's file in the format ``suffix``, which acts as ``module`` does."""
+    examples = [_examples(module.inputs, task, size) for size in CHECKED_BATCHES]
+    program = _trace(module, _examples(module.inputs, task, TRACED_BATCH), name)
+    traced = program.module()
+    for batch in examples:
+        _compare(traced, module, batch, name, TOLERANCE)
+    if suffix == ONNX_SUFFIX:
+        translated = to_onnx(program, [each.name for each in module.inputs], name)
+        run = onnx_function(translated, name)
+        for batch in examples:
+            _compare(run, module, batch, name, ONNX_TOLERANCE)
+        return translated
+    content = io.BytesIO()  # torch's own writer ends the process when the disk is full
+    torch.export.save(program, content)
+    return content.getvalue()
 
 
 def _examples(inputs: list[ProgramInput], task: Task, size: int) -> tuple[Tensor, ...]:
@@ -150,13 +191,18 @@ def _unvalidated_distributions() -> Iterator[None]:
 
 
 def _compare(
-    program: ExportedProgram, module: nn.Module, examples: tuple[Tensor, ...], name: str
+    program: Callable[..., Tensor],
+    module: nn.Module,
+    examples: tuple[Tensor, ...],
+    name: str,
+    tolerance: float,
 ) -> None:
-    traced, expected = program.module()(*examples).double(), module(*examples).double()
-    excess = (traced - expected).abs() - TOLERANCE * expected.abs().clamp(min=1.0)
+    traced, expected = program(*examples).double(), module(*examples).double()
+    excess = (traced - expected).abs() - tolerance * expected.abs().clamp(min=1.0)
     if not bool((excess <= 0).all()):
+        once = "traced" if tolerance == TOLERANCE else "translated to ONNX"
         raise RuntimeError(
-            f"this {name} acts differently once traced, by {(traced - expected).abs().max():.3g} in "
+            f"this {name} acts differently once {once}, by {(traced - expected).abs().max():.3g} in "
             f"a batch of {len(examples[0])}: it draws random numbers, keeps a state, or branches on "
             "values. Make its deterministic action a function of its inputs alone."
         )

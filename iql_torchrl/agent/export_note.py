@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from iql_torchrl.agent.export_checks import MASK_VALUES, values_in_words
 from iql_torchrl.agent.exported_program import ProgramInput
+from iql_torchrl.agent.onnx_export import ONNX_PACKAGES, ONNX_SUFFIX
 from iql_torchrl.agent.task import Task
 from iql_torchrl.data.schema import MASK
 
-__all__ = ["export_note"]
+__all__ = ["export_note", "versions"]
 
 PACKAGES = ("iql_torchrl", "torch", "torchrl", "tensordict")
 
@@ -33,11 +35,6 @@ def export_note(
         low, high = (b.astype(object) for b in (space.low, space.high))
         low[~np.isfinite(space.low)] = high[~np.isfinite(space.high)] = None
         action = {"kind": "box", "low": low.tolist(), "high": high.tolist()}
-    arguments = []
-    for each in inputs:
-        size = ", ".join(map(str, (1, *each.shape)))
-        make = "ones" if each.dtype == torch.bool else "zeros"
-        arguments.append(f"torch.{make}({size}, dtype={each.dtype})")
     return {
         "task": task.name,
         "inputs": [
@@ -51,19 +48,56 @@ def export_note(
         ],
         "output": {"name": "action", **_form(tuple(example.shape[1:]), example.dtype), **action},
         "device": "cpu",
+        **(_onnx_use if path.suffix == ONNX_SUFFIX else _torch_use)(path.name, inputs),
+    }
+
+
+def _torch_use(name: str, inputs: list[ProgramInput]) -> dict[str, Any]:
+    arguments = [f"torch.{_make(i)}({(1, *i.shape)}, dtype={i.dtype})" for i in inputs]
+    return {
         "checks": "an input of another shape, dtype or values raises RuntimeError; "
         "policy.validate_inputs = False leaves out the comparison of shapes",
         "usage": [
             "import torch",
-            f"policy = torch.export.load({path.name!r}).module()",
+            f"policy = torch.export.load({name!r}).module()",
             f"action = policy({', '.join(arguments)})",
         ],
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions(PACKAGES),
     }
 
 
+def _onnx_use(name: str, inputs: list[ProgramInput]) -> dict[str, Any]:
+    arguments = [
+        f"{i.name!r}: np.{_make(i)}({(1, *i.shape)}, dtype={_dtype(i.dtype)!r})" for i in inputs
+    ]
+    return {
+        "checks": "an input of another shape or dtype raises an error of onnxruntime; values are not "
+        "checked, and wrong ones give wrong actions",
+        "usage": [
+            "import numpy as np",
+            "import onnxruntime",
+            f"policy = onnxruntime.InferenceSession({name!r})",
+            f"(action,) = policy.run(None, {{{', '.join(arguments)}}})",
+        ],
+        "versions": versions((*PACKAGES, *ONNX_PACKAGES)),
+    }
+
+
+def _make(each: ProgramInput) -> str:
+    return "ones" if each.dtype == torch.bool else "zeros"
+
+
 def _form(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
-    return {"shape": ["B", *shape], "dtype": str(dtype).removeprefix("torch.")}
+    return {"shape": ["B", *shape], "dtype": _dtype(dtype)}
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """The installed version of each package."""
+    return {name: _version(name) for name in packages}
 
 
 def _version(package: str) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from iql_torchrl.data.dataset import OfflineDataset
 
-__all__ = ["SKETCH", "episode_digests", "shared_share", "sketch_of"]
+__all__ = ["SKETCH", "digest_of_sketch", "episode_digests", "shared_share", "sketch_of"]
 
 IntArray = NDArray[np.int64]
 
@@ -49,6 +49,11 @@ def sketch_of(digests: IntArray) -> IntArray:
     """
     result: IntArray = np.sort(digests)[:SKETCH]
     return result
+
+
+def digest_of_sketch(sketch: IntArray) -> str:
+    """128-bit BLAKE2b of a sketch, as hexadecimal digits: equal for logs of equal episodes."""
+    return hashlib.blake2b(sketch.astype("<i8").tobytes(), digest_size=16).hexdigest()
 
 
 def shared_share(sketch: IntArray, digests: IntArray) -> float:
