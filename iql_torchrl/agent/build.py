@@ -2,46 +2,33 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from gymnasium import spaces
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl.modules import ProbabilisticActor
-from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import policies
 from iql_torchrl.agent import hub
 from iql_torchrl.agent.export import export_policy
 from iql_torchrl.agent.make_encoder import Encoders, check_images
-from iql_torchrl.agent.make_networks import Networks, make_networks
+from iql_torchrl.agent.make_networks import make_networks
+from iql_torchrl.agent.make_update import make_loss, make_optimizer, make_step
 from iql_torchrl.agent.task import Task
 from iql_torchrl.checkpoint import CheckpointError, component_names, newest, read_components
-from iql_torchrl.config import IQLConfig, check_usable, loss_knobs
+from iql_torchrl.config import IQLConfig, check_usable
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.evaluation.act import act, private_random_numbers
-from iql_torchrl.objectives import DiscreteIQLLoss, ImplicitQLoss, IQLLoss, LossCritics
+from iql_torchrl.objectives import ImplicitQLoss, LossCritics
 from iql_torchrl.update.compiled import compiled
 from iql_torchrl.update.step import IQLStep
 
-__all__ = ["LEARNING_RATES", "Agent", "build_agent", "make_agent", "make_step", "rate_factors"]
-
-# by policy, the loss that regresses it on the logged actions, where that is not log_prob
-REGRESSIONS = {"deterministic": "mse", "flow": "flow"}
-# by network, the field of IQLConfig
-LEARNING_RATES = {
-    "actor": "actor_lr",
-    "qvalue": "critic_lr",
-    "value": "value_lr",
-    "encoder": "critic_lr",
-}
+__all__ = ["Agent", "build_agent", "make_agent"]
 
 
 @dataclass(frozen=True)
@@ -217,8 +204,8 @@ def build_agent(config: IQLConfig, task: Task, encoders: Encoders | None = None)
     # where weights are drawn: torch's default device, and the config's for copies of critics
     with private_random_numbers(config.seed, torch.get_default_device(), config.device):
         networks = make_networks(config, task, encoders or {})
-        loss = _loss(config, task, networks)
-    optimizer, scheduler = _optimizer(config, loss)
+        loss = make_loss(config, task, networks)
+    optimizer, scheduler = make_optimizer(config, loss)
     step = make_step(config, loss, optimizer, scheduler)
     policy = loss.averaged_actor if config.actor_ema else networks.actor
     if config.num_samples > 1:
@@ -258,88 +245,3 @@ def _usable(device: torch.device | str | None, configured: str) -> str:
     except (RuntimeError, AssertionError):  # torch built without it, or no such device
         return "cpu"
     return configured
-
-
-def _loss(config: IQLConfig, task: Task, networks: Networks) -> ImplicitQLoss:
-    discrete = isinstance(task.action_space, spaces.Discrete)
-    kind: type[ImplicitQLoss] = DiscreteIQLLoss if discrete else IQLLoss
-    loss = kind(
-        networks.actor,
-        networks.critic,
-        networks.value,
-        num_qvalue_nets=config.num_critics,
-        encoder_network=networks.encoder,
-        actor_objective=_actor_objective(config),
-        diagnostics=True,
-        **{name: getattr(config, name) for name in loss_knobs(type(config))},
-    )
-    loss.make_value_estimator(gamma=config.discount)
-    return loss
-
-
-def _actor_objective(config: IQLConfig) -> str:
-    if config.actor_objective != "auto":
-        return config.actor_objective
-    return REGRESSIONS.get(config.policy, "log_prob")
-
-
-def _optimizer(config: IQLConfig, loss: ImplicitQLoss) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    named = list(loss.named_parameters())
-    groups = [
-        {
-            "params": [p for n, p in named if n.startswith(f"{network}_network")],
-            "lr": getattr(config, field),
-        }
-        for network, field in LEARNING_RATES.items()
-    ]
-    groups = [group for group in groups if group["params"]]
-    if config.optimizer == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            groups, weight_decay=config.weight_decay, fused=True
-        )
-    else:
-        optimizer = torch.optim.Adam(groups, fused=True)
-
-    return optimizer, LambdaLR(optimizer, rate_factors(config, len(groups)))
-
-
-def make_step(
-    config: IQLConfig,
-    loss: ImplicitQLoss,
-    optimizer: torch.optim.Optimizer,
-    scheduler: LambdaLR,
-) -> IQLStep:
-    """One eager update of ``loss`` as ``config`` says."""
-    return IQLStep(
-        loss,
-        optimizer,
-        SoftUpdate(loss, tau=config.polyak),
-        order=config.order,
-        max_grad_norm=config.max_grad_norm,
-        lr_scheduler=scheduler,
-        precision=config.precision,
-    )
-
-
-def rate_factors(config: IQLConfig, groups: int = 3) -> list[Callable[[int], float]]:
-    """What multiplies the learning rates of policy, critics, V and encoder after each update.
-
-    ``groups``: 3, or 4 with an encoder that has parameters.
-    """
-    cosine = partial(_cosine, updates=config.updates, steps=config.schedule_steps)
-    falling = {"constant": (), "cosine_actor": ("actor",), "cosine": LEARNING_RATES}[
-        config.schedule
-    ]
-    names = list(LEARNING_RATES)[:groups]
-    return [cosine if network in falling else _constant for network in names]
-
-
-def _cosine(update: int, *, updates: int, steps: int | None) -> float:
-    """From 1 to 0 over ``updates``, in ``steps`` equal intervals of constant value if given."""
-    done = min(update, updates)
-    fraction = done / updates if steps is None else done * steps // updates / steps
-    return 0.5 * (1 + math.cos(math.pi * fraction))
-
-
-def _constant(_: int) -> float:
-    return 1.0

@@ -20,6 +20,7 @@ from iql_torchrl.evaluation.result import Evaluation
 
 if TYPE_CHECKING:
     from iql_torchrl.agent.build import Agent
+    from iql_torchrl.agent.make_encoder import Encoders
 
 __all__ = ["HubError", "from_hub", "push_to_hub"]
 
@@ -123,13 +124,14 @@ def from_hub(
     revision: str | None = None,
     device: torch.device | str | None = None,
     token: str | None = None,
+    encoders: Encoders | None = None,
 ) -> Agent:
     """The agent that :meth:`push_to_hub` uploaded, with its weights and a fresh optimizer.
 
     ``repo``: ``"user/name"``, or a folder with such files, which takes precedence. ``revision``: a
-    branch, a tag or a commit's hash. ``device``: as in :meth:`load`. ``token``: for private
-    repositories; by default ``HF_TOKEN`` or the login of this machine. Without a connection the copy
-    in the Hub's cache is used, if there is one.
+    branch, a tag or a commit's hash. ``device`` and ``encoders``: as in :meth:`load`. ``token``: for
+    private repositories; by default ``HF_TOKEN`` or the login of this machine. Without a connection
+    the copy in the Hub's cache is used, if there is one.
 
     All files are compared with ``manifest.json`` first, and loading executes none of their contents.
     The manifest comes from the same repository: it reveals damage, not an author with bad
@@ -150,7 +152,7 @@ def from_hub(
             f"revision is {revision!r} and {str(repo)!r} is a folder, which has none; leave it out, or "
             "start Python elsewhere to mean the repository of that name."
         )
-    return cls.load(checked_agent(folder, str(repo)), device)
+    return cls.load(checked_agent(folder, str(repo)), device, encoders=encoders)
 
 
 def _downloaded(repo: str, revision: str | None, token: str | None) -> Path:

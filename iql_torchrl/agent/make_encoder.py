@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import torch
 from gymnasium import spaces
 from tensordict.nn import TensorDictModule
@@ -65,7 +66,7 @@ def make_encoder(
 def check_images(dataset: OfflineDataset, encoders: Encoders) -> None:
     """Raise ``ValueError`` on float images outside [0, 1]."""
     for key, space in leaf_spaces(dataset.observation_space).items():
-        if leaf_name(key) in encoders or not is_image(space) or space.dtype.kind != "f":
+        if leaf_name(key) in encoders or not is_image(space) or space.dtype == np.uint8:
             continue
         for side in (key, ("next", *key)):
             low, high = (float(x) for x in dataset.transitions[side].aminmax())
@@ -91,8 +92,8 @@ def _check_names(encoders: Encoders, leaves: Mapping[Key, gym.Space[Any]]) -> No
             )
 
 
-def _image_encoder(config: IQLConfig, space: spaces.Box) -> ImageEncoder:
-    return ImageEncoder(space.shape, config.image_features, kind=config.image_encoder)
+def _image_encoder(config: IQLConfig, space: gym.Space[Any]) -> ImageEncoder:
+    return ImageEncoder(space.shape or (), config.image_features, kind=config.image_encoder)
 
 
 def _features_of(name: str, module: nn.Module, task: Task, key: Key, space: gym.Space[Any]) -> int:

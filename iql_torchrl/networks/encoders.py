@@ -118,23 +118,27 @@ class ImageEncoder(nn.Module):
         self.convolutions = _small(depth, small) if kind == "small" else _residual(depth)
         with torch.no_grad():
             size = self.convolutions(torch.zeros(1, depth, height, width)).numel()
-        self.head = nn.Sequential(nn.Linear(size, features), nn.LayerNorm(features), nn.Tanh())
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.orthogonal_(module.weight, 2.0**0.5)
-                nn.init.zeros_(module.bias)
+        self.linear = nn.Linear(size, features)
+        self.norm = nn.LayerNorm(features)
+        for name, parameter in self.named_parameters():
+            if name.startswith("norm."):
+                continue
+            if parameter.ndim > 1:
+                nn.init.orthogonal_(parameter, 2.0**0.5)
+            else:
+                nn.init.zeros_(parameter)
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}, kind={self.kind!r}, channels={self.channels!r}"
 
     def forward(self, images: Tensor) -> Tensor:
         rows = batch_shape(images, self.shape)
-        weight = self.head[0].weight
+        dtype = self.linear.weight.dtype
         x = images.reshape(-1, *self.shape)
         x = x if self.channels == "first" else x.permute(0, 3, 1, 2)
-        x = x.to(weight.dtype) if images.is_floating_point() else x.to(weight.dtype) / 255
-        out: Tensor = self.head(self.convolutions(x).flatten(1))
-        return out.reshape(*rows, -1)
+        x = x.to(dtype) if images.is_floating_point() else x.to(dtype) / 255
+        out: Tensor = self.norm(self.linear(self.convolutions(x).flatten(1)))
+        return out.tanh().reshape(*rows, -1)
 
     def shifted(self, images: Tensor, offset: Tensor, pixels: int) -> Tensor:
         """Images ``(*B, *shape)``, each moved by up to ``pixels`` in both directions.
@@ -175,7 +179,7 @@ class JoinedEncoders(nn.Module):
     @property
     def shifts(self) -> bool:
         """Whether any encoder can move its images (:meth:`ImageEncoder.shifted`)."""
-        return any(hasattr(encoder, "shifted") for encoder in self.encoders)
+        return any(isinstance(encoder, ImageEncoder) for encoder in self.encoders)
 
     def shifted(
         self, observations: Sequence[Tensor], offset: Tensor, pixels: int
@@ -183,7 +187,7 @@ class JoinedEncoders(nn.Module):
         """The observations with images moved, all of a step by the same ``offset`` ``(*B, 2)``."""
         return [
             encoder.shifted(observation, offset, pixels)
-            if hasattr(encoder, "shifted")
+            if isinstance(encoder, ImageEncoder)
             else observation
             for encoder, observation in zip(self.encoders, observations, strict=True)
         ]

@@ -29,9 +29,10 @@ ENCODER = "encoder_network"
 REFUSED = (nn.modules.batchnorm._NormBase,)
 
 
-def check_encoder(loss: Any, networks: Mapping[str, Sequence[nn.Module]]) -> None:
+def check_encoder(loss: Any, networks: Mapping[str, Sequence[Any]]) -> None:
     """Raise ``TypeError`` or ``ValueError`` where the encoder does not fit the other networks."""
-    encoder, pixels = loss.encoder_network, loss.random_shift
+    encoder: Any = loss.encoder_network
+    pixels = loss.random_shift
     if encoder is None:
         if pixels:
             raise ValueError(
@@ -39,7 +40,8 @@ def check_encoder(loss: Any, networks: Mapping[str, Sequence[nn.Module]]) -> Non
                 "an encoder reads. Pass encoder_network=, or random_shift=0."
             )
         return
-    if not isinstance(encoder, nn.Module) or not hasattr(encoder, "in_keys"):
+    is_module = isinstance(encoder, nn.Module)
+    if not is_module or not hasattr(encoder, "in_keys"):
         raise TypeError(
             f"encoder_network is {type(encoder).__name__}; it must be a TensorDictModule: "
             "TensorDictModule(network, in_keys=[...], out_keys=['features'])."

@@ -108,7 +108,7 @@ class Plain:
         image, speed = observation["camera"], observation["speed"]
         images = module.encoders[0]
         x = image.permute(0, 3, 1, 2).to(speed.dtype) / 255
-        features = images.head(images.convolutions(x).flatten(1))
+        features = images.norm(images.linear(images.convolutions(x).flatten(1))).tanh()
         return torch.cat([features, speed - 1.0], -1)
 
     def losses(self, batch, gradient, value=None):
