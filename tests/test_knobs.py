@@ -212,6 +212,8 @@ def test_every_knob_of_the_loss_is_an_argument_with_the_same_default_and_an_attr
         "actor_ema",
         "value_objective",
         "loss_function",
+        "encoder_gradient",
+        "random_shift",
     }
 
 
@@ -221,7 +223,7 @@ def test_every_choice_has_code_that_carries_it_out():
     for name in described["policy"].choices:
         assert name == "auto" or callable(getattr(policies, name))
     assert set(described["activation"].choices) == set(networks.ACTIVATIONS)
-    assert set(described["initialisation"].choices) == set(networks.INITIALISATIONS)
+    assert set(described["initialisation"].choices) == set(INITIALISATIONS)
     assert set(described["actor_objective"].choices) == {"auto", *ACTOR_OBJECTIVES}
     for choice in described["value_objective"].choices:
         loss = IQLLoss(*make_networks(), value_objective=choice)

@@ -25,8 +25,6 @@ __all__ = [
 ]
 
 ENCODER = "encoder_network"
-# They keep statistics of the batches, which the copy with the target's weights would change too.
-REFUSED = (nn.modules.batchnorm._NormBase,)
 
 
 def check_encoder(loss: Any, networks: Mapping[str, Sequence[Any]]) -> None:
@@ -47,7 +45,7 @@ def check_encoder(loss: Any, networks: Mapping[str, Sequence[Any]]) -> None:
             "TensorDictModule(network, in_keys=[...], out_keys=['features'])."
         )
     for module in encoder.modules():
-        if isinstance(module, REFUSED) and module.track_running_stats:
+        if getattr(module, "track_running_stats", False):  # the target's would change too
             raise ValueError(
                 f"encoder_network holds a {type(module).__name__}, which keeps statistics of the "
                 "batches, and is evaluated with the weights of the target too. Use LayerNorm or "

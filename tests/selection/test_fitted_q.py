@@ -572,8 +572,8 @@ def test_what_cannot_be_is_refused(parts):
     with pytest.raises(ValueError, match="probability 0 to every allowed action"):
         run({"x": actor(np.full((STATES, ACTIONS), np.nan))})
     for model in ("network", "auto"):
-        pictures = np.random.default_rng(0).integers(9, size=(40, 4, 4), dtype=np.uint8)
+        pictures = np.random.default_rng(0).integers(9, size=(40, 9, 9, 3), dtype=np.uint8)
         dataset = load_dataset(small_log(observation=pictures))
         plain = TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["action"])
-        with pytest.raises(ValueError, match="reads vectors of numbers"):
+        with pytest.raises(ValueError, match="reads numbers and categories, no images"):
             run({"x": plain}, dataset, dataset, model=model)
