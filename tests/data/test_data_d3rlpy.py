@@ -13,6 +13,7 @@ import torch
 
 from iql_torchrl.data import DatasetError, DatasetWarning, load_dataset
 
+SHARED = Path(__file__).parents[3] / "shared" / "data" / "d3rlpy_pendulum_replay.h5"
 Episodes = list[dict[str, Any]]
 
 
@@ -190,6 +191,20 @@ def test_files_before_d3rlpy_1_1_have_late_rewards(tmp_path: Path) -> None:
     # d3rlpy 0.91: transition i has rewards[i + 1], and the last one of an episode its terminal.
     assert table(dataset, ("next", "reward"))[:, 0].tolist() == [1, 2, 3, 101, 102, 201, 202]
     assert np.flatnonzero(table(dataset, ("next", "terminated"))).tolist() == [2]
+
+
+@pytest.mark.skipif(not SHARED.is_file(), reason="needs the shared data folder")
+def test_a_published_file_of_d3rlpy_0() -> None:
+    """Its rewards are those of the actions of the rows before; no ``columns`` are needed."""
+    dataset = load_dataset(SHARED, env="Pendulum-v1", reward_offset=1)
+    assert len(dataset) == 100_000 - 498
+    rows = dataset.transitions
+    cos, sin, speed = rows["observation"].double().unbind(-1)
+    torque = rows["action"][:, 0].double().clamp(-2, 2)
+    formula = -(torch.atan2(sin, cos) ** 2 + 0.1 * speed**2 + 0.001 * torque**2)
+    assert torch.allclose(rows["next", "reward"][:, 0].double(), formula, atol=1e-4)
+    with pytest.warns(DatasetWarning, match="reward_offset=1"):
+        load_dataset(SHARED, env="Pendulum-v1")
 
 
 @pytest.fixture(scope="module")

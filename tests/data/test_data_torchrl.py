@@ -70,10 +70,11 @@ def test_marks_before_a_step_are_not_those_after_it() -> None:
     assert ends(dataset) == ([3], [6])
 
 
-def test_padded_steps_are_left_out() -> None:
+@pytest.mark.parametrize("key", [("collector", "mask"), "mask"])
+def test_padded_steps_are_left_out(key: Any) -> None:
     table = collected().exclude("done", "terminated", "truncated")
     padded = torch.stack([table[:4], torch.cat([table[4:], torch.zeros_like(table[:1])])])
-    padded["collector", "mask"] = torch.tensor([[True] * 4, [True] * 3 + [False]])
+    padded[key] = torch.tensor([[True] * 4, [True] * 3 + [False]])
     dataset = load_dataset(padded.contiguous())
     assert column(dataset, "observation") == [1, 2, 3, 4, 11, 12, 13]
     assert ends(dataset) == ([3], [6])
@@ -157,7 +158,26 @@ def test_d4rls_zeroed_successors_at_timeouts(
     assert ends(dataset) == ([3], [6, 9])
 
 
-def test_rosets_merged_marks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_split_trajectories_of_d4rl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, steps = tmp_path / "d4rl.hdf5", np.arange(1, 13, dtype=np.float32)
+    with h5py.File(path, "w") as file:
+        file["observations"], file["rewards"] = steps[:, None], steps
+        file["actions"] = np.full((12, 1), 0.5, np.float32)
+        file["terminals"], file["timeouts"] = steps == 4, steps == 9
+    monkeypatch.setattr(d4rl, "_download_dataset_from_url", lambda *_: str(path))
+    buffer = datasets.D4RLExperienceReplay(
+        "hopper-medium-v2", 2, root=tmp_path / "out", direct_download=True, split_trajs=True
+    )
+    assert buffer.storage[:].shape == (3, 5)  # trajectories of 4, 5 and 2 steps
+    with pytest.warns(DatasetWarning) as caught:
+        dataset = load_dataset(buffer)
+    assert "1 rows hold zeros" in str(caught[0].message)
+    assert column(dataset, "observation") == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11]
+    assert column(dataset, ("next", "observation"))[4:] == [6, 7, 8, 9, 11, 12]
+    assert ends(dataset) == ([3], [7, 9])
+
+
+def test_robosets_merged_marks_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "trials.h5"
     with h5py.File(path, "w") as file:
         for trial in range(2):

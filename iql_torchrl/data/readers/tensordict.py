@@ -29,9 +29,10 @@ def columns_of_tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> di
 
     Several batch dimensions, the last one time, as collectors deliver them, are flattened. Each row
     of the leading dimensions is then one episode, unless trajectory numbers divide it further.
-    Steps where ``("collector", "mask")`` is False only pad trajectories to one length and are left
-    out. ``("next", "truncated")`` is computed from ``done`` and ``terminated`` where it is missing.
-    Rewards and marks of the state before the action are left out where ``next`` has those after it.
+    Steps where ``("collector", "mask")`` (``"mask"`` after ``split_trajectories`` of a table without
+    ``collector``) is False only pad trajectories to one length and are left out.
+    ``("next", "truncated")`` is computed from ``done`` and ``terminated`` where it is missing. Rewards
+    and marks of the state before the action are left out where ``next`` has those after it.
     """
     table = _table(source)
     if not table.batch_dims:
@@ -62,8 +63,9 @@ def columns_of_tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> di
     for result in AFTER_THE_STEP:
         if f"next/{result}" in columns:
             columns.pop(result, None)
-    if "collector/mask" in columns:
-        keep = np.asarray(columns.pop("collector/mask")[:]).reshape(rows).astype(bool)
+    mask = columns.get("collector/mask", columns.get("mask") if lead > 1 else None)
+    if mask is not None and mask.dtype == np.bool_ and int(np.prod(mask.shape)) == rows:
+        keep = np.asarray(mask[:]).reshape(rows)
         columns = columns if keep.all() else chosen_rows(columns, keep)
     return columns
 
