@@ -27,6 +27,7 @@ from iql_torchrl.checkpoint import CheckpointError
 from iql_torchrl.cli import parse
 from iql_torchrl.config import Knob, knob, knobs, loss_knobs
 from iql_torchrl.data import DeviceSampler
+from iql_torchrl.networks.perceptrons import INITIALISATIONS
 from iql_torchrl.objectives import OPTIONS, ImplicitQLoss
 from iql_torchrl.objectives.implicit import ACTOR_OBJECTIVES
 from iql_torchrl.population import PopulationLoss

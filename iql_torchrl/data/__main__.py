@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument("--quiet", action="store_true", help="no progress bar")
     describe = commands.add_parser("describe", help="print what a dataset contains")
     describe.add_argument(
-        "source", metavar="SOURCE", help="Minari or OGBench id, .hdf5 or .npz file"
+        "source", metavar="SOURCE", help="Minari or OGBench id, file or folder of load_dataset"
     )
     describe.add_argument("--env", help="environment id, for files that name none")
     describe.add_argument("--png", type=Path, help="where the histogram of returns goes")

@@ -19,14 +19,20 @@ from torchrl.data import ReplayBuffer, Storage
 from iql_torchrl.data.build import Built, build
 from iql_torchrl.data.cache import Description, describe, fingerprint, load_or_build
 from iql_torchrl.data.dataset import OfflineDataset
-from iql_torchrl.data.readers.arrays import TABLE_FILES, flatten, open_hdf5, open_npz
+from iql_torchrl.data.readers.arrays import TABLE_FILES
 from iql_torchrl.data.readers.concatenation import concatenated, joined_env_maker
+from iql_torchrl.data.readers.d3rlpy import D3rlpyBuffer
 from iql_torchrl.data.readers.environments import EnvLike, env_maker
+from iql_torchrl.data.readers.huggingface import HuggingFaceTable
 from iql_torchrl.data.readers.minari import find_minari, minari_source
 from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_source
+from iql_torchrl.data.readers.opening import (
+    is_table_path,
+    open_object,
+    open_path,
+    opened_source,
+)
 from iql_torchrl.data.readers.source import ReadOptions, Source, chain
-from iql_torchrl.data.readers.table import table_source
-from iql_torchrl.data.readers.tensordict import columns_of_tensordict
 from iql_torchrl.data.scaling import REFERENCE_RETURNS
 from iql_torchrl.data.schema import DatasetError, DatasetWarning, Key
 from iql_torchrl.data.source_identity import env_identity, read_settings, source_files
@@ -36,7 +42,7 @@ __all__ = ["load_dataset"]
 
 SourceLike: TypeAlias = (
     "str | Path | minari.MinariDataset | Mapping[str, Any] | TensorDictBase | ReplayBuffer"
-    " | Storage | Sequence[Any]"
+    " | Storage | D3rlpyBuffer | HuggingFaceTable | Sequence[Any]"
 )
 
 
@@ -63,8 +69,12 @@ def load_dataset(
 
     Args:
         source: a Minari id (downloaded only when absent), a ``MinariDataset``, a path to
-            ``.hdf5``/``.h5`` (D4RL's layout) or ``.npz``, a dict of arrays, a TensorDict, a
-            TorchRL replay buffer or storage; or a list of these, joined if their spaces agree.
+            ``.hdf5``/``.h5`` (D4RL's layout, or written by d3rlpy), ``.npz`` or ``.parquet``, or to a
+            folder (LeRobot's, one that ``datasets.save_to_disk`` wrote, or of Parquet files), a dict of
+            arrays, a TensorDict, a TorchRL replay buffer, dataset or storage, a d3rlpy buffer, a
+            ``datasets.Dataset``; or a list of these, joined if their spaces agree. A row of a
+            ``Dataset`` or Parquet file is a step, or an episode if its reward is a list. The readers
+            ``d3rlpy``, ``arrow_columns``, ``lerobot`` and ``torchrl_datasets`` say what they do.
             ``"ogbench/cube-single-play-singletask-task2-v0"`` is OGBench's data for one task, from
             npz files in the folder ``OGBENCH_DATASETS_PATH`` (else ``~/.ogbench/data``): see
             ``readers.ogbench``. They are never downloaded here; the error says how.
@@ -77,7 +87,9 @@ def load_dataset(
             terminates), ``truncated``, ``episode``, ``valid`` (0 where a row is no transition and
             only has the observation after the row before), ``action_mask``,
             ``next_action_mask``, ``action_log_prob``; None leaves an optional one out, and
-            ``terminated`` where no row terminates. Common names are recognised, also OGBench's:
+            ``terminated`` where no row terminates. ``a.b`` and ``a/b`` name the leaf b of a group a.
+            A column of booleans is a reward only if it is named here. Common names are recognised,
+            also OGBench's:
             ``masks`` is ``not_terminated`` (also where ``columns`` maps ``terminated`` to it), and
             ``terminals`` in a file with ``masks`` or ``valids`` marks ends of trajectories, which may
             continue after a termination (see ``table_source``).
@@ -108,8 +120,9 @@ def load_dataset(
     ``readers.table_jumps`` say what is measured); a ``next_observation`` that is not the following
     row's observation inside an episode, or is at truncated ends (``readers.table_successors``);
     terminations in nearly every row of a trajectory. Also where most rows are dropped, most
-    episodes have one row, or actions look like encoded categories. A memory-mapped table that is
-    reused repeats its warnings.
+    episodes have one row, or actions look like encoded categories; and where a dataset class of
+    TorchRL has lost values (``readers.torchrl_datasets``), or part of a d3rlpy source is not read. A
+    memory-mapped table that is reused repeats its warnings.
 
     Raises:
         DatasetError: naming the key, rows, episode, what was expected and what to do.
@@ -245,29 +258,23 @@ def _open(
     if isinstance(source, minari.MinariDataset):
         return minari_source(source, options)
     if isinstance(source, str | Path):
-        path = Path(source)
-        kind = path.suffix.lower()
-        if kind in TABLE_FILES:
-            if not path.is_file():
-                raise DatasetError(f"{path}: no such file.")
-            columns = open_npz(path) if kind == ".npz" else open_hdf5(path)
-            return table_source(path.name, columns, _with_env(options, maker))
+        if is_table_path(source):
+            described = _with_env(options, maker)
+            return opened_source(open_path(Path(source), described), described)
         if isinstance(source, Path):
             raise DatasetError(
-                f"{path}: expected a .hdf5, .h5 or .npz file, or a Minari id as text."
+                f"{source}: expected a file of one of the kinds {', '.join(TABLE_FILES)}, a folder of "
+                "Parquet files, of LeRobot or of datasets.save_to_disk, or a Minari id as text."
             )
         if is_ogbench(source):
             return ogbench_source(source, options)
         return minari_source(find_minari(source, download=options.download), options)
-    if isinstance(source, TensorDictBase | ReplayBuffer | Storage):
-        return table_source(
-            type(source).__name__, columns_of_tensordict(source), _with_env(options, maker)
-        )
-    if isinstance(source, Mapping):
-        return table_source("arrays", flatten(source), _with_env(options, maker))
+    described = _with_env(options, maker)
+    if (opened := open_object(source, described)) is not None:
+        return opened_source(opened, described)
     raise DatasetError(
         f"source: {type(source).__name__} cannot be read; expected a Minari or OGBench id, a path, a "
-        "dict of arrays, a TensorDict, or a TorchRL replay buffer or storage."
+        "dict of arrays, a TensorDict, a TorchRL or d3rlpy buffer, or a datasets.Dataset."
     )
 
 

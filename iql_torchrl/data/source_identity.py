@@ -9,10 +9,10 @@ from typing import Any
 import gymnasium as gym
 import minari
 
-from iql_torchrl.data.readers.arrays import TABLE_FILES, hdf5_parts
 from iql_torchrl.data.readers.environments import EnvLike, env_maker
 from iql_torchrl.data.readers.minari import find_minari, minari_files
 from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_files
+from iql_torchrl.data.readers.opening import is_table_path, table_path_files
 from iql_torchrl.data.readers.source import ReadOptions
 
 __all__ = ["env_identity", "read_settings", "source_files"]
@@ -23,11 +23,8 @@ def source_files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
     if isinstance(source, list | tuple):
         parts = [source_files(item, options) for item in source]
         return tuple(path for part in parts for path in part) if all(parts) else ()
-    if isinstance(source, str | Path) and Path(source).suffix.lower() in TABLE_FILES:
-        path = Path(source)
-        if not path.is_file():
-            return ()
-        return (path,) if path.suffix.lower() == ".npz" else (path, *hdf5_parts(path))
+    if isinstance(source, str | Path) and is_table_path(source):
+        return table_path_files(Path(source))
     if is_ogbench(source):
         return ogbench_files(source)
     if isinstance(source, str):

@@ -229,7 +229,9 @@ def test_memmap_equals_memory_and_reopens(
     monkeypatch.setattr("iql_torchrl.data.table_storage.BLOCK_BYTES", 2000)  # Many small blocks.
     memory = load_dataset(archive, reward=reward)
     built = load_dataset(archive, reward=reward, memmap=tmp_path / "table")
-    monkeypatch.setattr("iql_torchrl.data.load.open_npz", None)  # Reopening must not read it.
+    monkeypatch.setattr(
+        "iql_torchrl.data.readers.opening.open_npz", None
+    )  # Reopening must not read it.
     start = time.perf_counter()
     reopened = load_dataset(archive, reward=reward, memmap=tmp_path / "table")
     assert time.perf_counter() - start < 1

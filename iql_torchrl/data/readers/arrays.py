@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import gymnasium as gym
 import h5py
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from iql_torchrl.descriptions import one_line
 __all__ = [
     "TABLE_FILES",
     "Column",
+    "Opened",
     "array_of",
     "check_numbers",
     "flatten",
@@ -27,7 +30,7 @@ __all__ = [
 ]
 
 #: Suffixes of the files that contain a table.
-TABLE_FILES = (".hdf5", ".h5", ".npz")
+TABLE_FILES = (".hdf5", ".h5", ".npz", ".parquet")
 
 
 class Column(Protocol):
@@ -40,6 +43,20 @@ class Column(Protocol):
     def dtype(self) -> Any: ...
 
     def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The columns of a table by their names in the source, and what its reader says about them.
+
+    ``action_space``: the one that the source records, if any. ``warnings`` become ``DatasetWarning``.
+    """
+
+    name: str
+    columns: dict[str, Column]
+    action_space: gym.Space[Any] | None = None
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def open_hdf5(path: Path) -> dict[str, Column]:

@@ -35,7 +35,9 @@ NAMES: dict[str, tuple[str, ...]] = {
     "not_terminated": ("masks",),
     "truncated": ("truncated", "truncateds", "timeouts", "truncations", "next/truncated"),
     "valid": ("valids",),
-    "episode": ("episode", "episodes", "episode_id", "episode_ids", "collector/traj_ids"),
+    "episode": (
+        "episode", "episodes", "episode_id", "episode_ids", "episode_index", "collector/traj_ids",
+    ),
     "action_mask": ("action_mask", "action_masks"),
     "next_action_mask": ("next_action_mask", "next_action_masks", "next/action_mask"),
     "action_log_prob": ("action_log_prob", "action_log_probs"),
@@ -115,6 +117,8 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
             f"{name}: next_observation has the leaves {sorted(following)}, observation has "
             f"{sorted(observation)}; expected the same."
         )
+    if options.columns.get("reward") and named["reward"].dtype == np.bool_:
+        named["reward"] = np.asarray(named["reward"][:], np.float32)  # such as LeRobot's success
     check_numbers(name, {**named, **_joined(observation), **_joined(following, "next/")})
     rows = next(iter(observation.values())).shape[0]
     if rows == 0:
@@ -213,6 +217,8 @@ def _find(
     listing = ", ".join(sorted(columns)) or "nothing"
     if key in mapping:
         path = mapping[key]
+        if path is not None and not present(path) and present(path.replace(".", "/")):
+            path = path.replace(".", "/")  # LeRobot's names, such as next.reward
         if path is not None and not present(path):
             raise DatasetError(f"{name}: columns maps {key} to {path!r}; the data has {listing}.")
         if path is None and key in REQUIRED and key != "terminated":
@@ -238,11 +244,17 @@ def _find(
 
 def _hint(name: str, key: str, columns: Mapping[str, Column]) -> str:
     merged = [p for p in ("done", "dones", "next/done") if p in columns]
+    solved = "next/success" in columns
     if key == "terminated" and merged:
+        more = (
+            "; if rows terminate where 'next/success' is 1, name that, and None if none terminates"
+        )
         return (
             f" {merged[0]!r} may merge termination with truncation: if it means termination "
-            "alone, name it in columns."
+            f"alone, name it in columns{more if solved else ''}."
         )
+    if key == "reward" and solved:
+        return " 'next/success' is 1 where the task is solved; it can be named as the reward."
     if key == "reward" and {"terminals", "qpos"} <= set(columns):
         return f" {advice_for_raw_rows(name)}"
     if key == "reward":

@@ -31,7 +31,9 @@ from iql_torchrl.data.schema import (
 
 __all__ = ["table_source"]
 
+#: Most rows, and about the most bytes of observations, of one piece.
 CHUNK = 65_536
+CHUNK_BYTES = 16 * 2**20
 
 
 def table_source(name: str, columns: dict[str, Column], options: ReadOptions) -> Source:
@@ -79,9 +81,11 @@ def table_source(name: str, columns: dict[str, Column], options: ReadOptions) ->
         notes.append(f"limit: kept {lengths.sum()} of {len(rows)} transitions.")
         rows = rows[: lengths.sum()]
 
+    size = _rows_of_piece(table)
+
     def pieces() -> Iterator[Piece]:
-        for start in range(0, len(rows), CHUNK):
-            chosen = rows[start : start + CHUNK]
+        for start in range(0, len(rows), size):
+            chosen = rows[start : start + size]
             yield _piece(table, chosen, marks, ends.last, options.reward_offset)
 
     return Source(
@@ -98,6 +102,15 @@ def table_source(name: str, columns: dict[str, Column], options: ReadOptions) ->
         notes=(*notes, *space_notes),
         warnings=(*warnings, *space_warnings),
     )
+
+
+def _rows_of_piece(table: Table) -> int:
+    """Rows of one piece: fewer than ``CHUNK`` of large observations, such as pictures."""
+    row_bytes = sum(
+        int(np.prod(column.shape[1:])) * np.dtype(column.dtype).itemsize
+        for column in table.observation.values()
+    )
+    return max(1, min(CHUNK, CHUNK_BYTES // max(row_bytes, 1)))
 
 
 def _kept_rows(
@@ -182,11 +195,16 @@ def _piece(
     at_end = last[rows]
     piece: Piece = {}
     for key, column in table.observation.items():
-        piece[key] = read(column)
         if following is not None:
-            piece[("next", *key)] = read(following[key])
-        else:
-            piece[("next", *key)] = _replaced(read(column, 1), at_end, piece[key])
+            piece[key], piece[("next", *key)] = read(column), read(following[key])
+            continue
+        # One pass over the rows and the one after them: decoding pictures takes long.
+        values = np.asarray(column[start : stop + 1])
+        successors = (
+            values[1:] if len(values) > stop - start else np.concatenate([values[1:], values[-1:]])
+        )
+        piece[key] = values[: stop - start][local]
+        piece[("next", *key)] = _replaced(successors[local], at_end, piece[key])
     piece[ACTION] = read(table.columns["action"])
     piece[REWARD] = read(table.columns["reward"], reward_offset).reshape(-1)
     piece[TERMINATED], piece[TRUNCATED] = marks[rows, 0], marks[rows, 1]

@@ -7,12 +7,21 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDictBase
-from torchrl.data import ReplayBuffer, Storage
+from torchrl.data import ReplayBuffer, Storage, VideoClipRef
 
 from iql_torchrl.data.readers.arrays import Column, array_of
+from iql_torchrl.data.readers.parts import UnreadableColumn, chosen_rows
 from iql_torchrl.data.schema import DatasetError
+from iql_torchrl.descriptions import one_line
 
 __all__ = ["columns_of_tensordict"]
+
+NO_FRAMES = (
+    "its frames are in video files and not in the table; load the folder of LeRobot's files itself, or "
+    "name another leaf, such as columns={'observation': 'observation/state'}."
+)
+#: Results of a step, which TorchRL's collectors also store for the step before it, at the root.
+AFTER_THE_STEP = ("reward", "done", "terminated", "truncated")
 
 
 def columns_of_tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> dict[str, Column]:
@@ -20,7 +29,10 @@ def columns_of_tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> di
 
     Several batch dimensions, the last one time, as collectors deliver them, are flattened. Each row
     of the leading dimensions is then one episode, unless trajectory numbers divide it further.
-    ``("next", "truncated")`` is computed from ``done`` and ``terminated`` where it is missing.
+    Steps where ``("collector", "mask")`` (``"mask"`` after ``split_trajectories`` of a table without
+    ``collector``) is False only pad trajectories to one length and are left out.
+    ``("next", "truncated")`` is computed from ``done`` and ``terminated`` where it is missing. Rewards
+    and marks of the state before the action are left out where ``next`` has those after it.
     """
     table = _table(source)
     if not table.batch_dims:
@@ -35,6 +47,10 @@ def columns_of_tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> di
     rows = table.batch_size.numel()
     columns: dict[str, Column] = {}
     for key in names:
+        if len(key) > 1 and isinstance(table.get(key[:-1]), VideoClipRef):
+            name = "/".join(key[:-1])
+            columns[name] = UnreadableColumn(f"{name}: {NO_FRAMES}")
+            continue
         values = table.get(key)
         if isinstance(values, torch.Tensor):
             flat = values.reshape(rows, *values.shape[lead:])
@@ -44,6 +60,13 @@ def columns_of_tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> di
     if "next/done" in columns and "next/terminated" in columns and "next/truncated" not in columns:
         done, terminated = (np.asarray(columns[f"next/{k}"][:]) for k in ("done", "terminated"))
         columns["next/truncated"] = done.astype(bool) & ~terminated.astype(bool)
+    for result in AFTER_THE_STEP:
+        if f"next/{result}" in columns:
+            columns.pop(result, None)
+    mask = columns.get("collector/mask", columns.get("mask") if lead > 1 else None)
+    if mask is not None and mask.dtype == np.bool_ and int(np.prod(mask.shape)) == rows:
+        keep = np.asarray(mask[:]).reshape(rows)
+        columns = columns if keep.all() else chosen_rows(columns, keep)
     return columns
 
 
@@ -60,11 +83,21 @@ def _table(source: TensorDictBase | ReplayBuffer | Storage) -> TensorDictBase:
     if isinstance(source, ReplayBuffer):
         source = source.storage
     if isinstance(source, Storage):
-        if not len(source):
+        if not _length(source):
             raise DatasetError("the replay buffer is empty; expected at least one transition.")
-        source = source.get(slice(0, len(source)))
+        source = source.get(slice(0, _length(source)))
     if not isinstance(source, TensorDictBase):
         raise DatasetError(
             f"the storage has {type(source).__name__} values; expected TensorDicts of transitions."
         )
     return source
+
+
+def _length(storage: Storage) -> int:
+    try:
+        return len(storage)
+    except RuntimeError as error:
+        raise DatasetError(
+            f"{type(storage).__name__}: has no length ({one_line(error)}); expected a storage of a "
+            "known number of rows: download a streamed dataset first (download=True)."
+        ) from error
