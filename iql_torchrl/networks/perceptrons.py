@@ -1,4 +1,4 @@
-"""Plain networks for IQL, to wrap with TorchRL's ``ValueOperator``."""
+"""Fully connected networks, their first layers, and V and the critics made of them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ __all__ = [
     "ResidualMLP",
     "Standardise",
     "StateValue",
+    "check_whole",
+    "first_layer",
+    "join_observations",
     "perceptron",
 ]
 
@@ -85,7 +88,7 @@ class OneHot(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        _check_whole("num_classes", num_classes)
+        check_whole("num_classes", num_classes)
         self.num_classes = num_classes
 
     def forward(self, observation: Tensor) -> Tensor:
@@ -206,12 +209,12 @@ def _check_layers(
     initialisation: str,
 ) -> Callable[[int, int], nn.Linear]:
     """Raise on wrong arguments; what makes a linear layer of this initialisation."""
-    _check_whole("in_features", in_features)
-    _check_whole("out_features", out_features)
+    check_whole("in_features", in_features)
+    check_whole("out_features", out_features)
     if not isinstance(hidden, Sequence) or isinstance(hidden, str):
         raise ValueError(f"hidden is {hidden!r}; expected a sequence of widths: ({hidden!r},).")
     for number, width in enumerate(hidden):
-        _check_whole(f"hidden[{number}]", width)
+        check_whole(f"hidden[{number}]", width)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; it must lie in [0, 1).")
     if isinstance(activation, nn.Module) or not callable(activation):
@@ -226,7 +229,7 @@ def _check_layers(
     return INITIALISATIONS[initialisation]
 
 
-def _check_whole(name: str, value: object) -> None:
+def check_whole(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} is {value!r}; expected a whole number >= 1.")
 
