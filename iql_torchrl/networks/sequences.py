@@ -67,8 +67,8 @@ class LSTMEncoder(nn.Module):
         """``inputs``: windows, one for each observation that ``preprocess`` reads, then the mask."""
         *windows, mask = inputs
         states = _steps_of(self.preprocess, windows, mask)
-        for inputs, recurrent in zip(self.inputs, self.recurrent, strict=True):
-            states = self._layer(inputs(states), mask, recurrent)
+        for from_input, recurrent in zip(self.inputs, self.recurrent, strict=True):
+            states = self._layer(from_input(states), mask, recurrent)
         return states[..., -1, :]
 
     def _layer(self, gates: Tensor, mask: Tensor, recurrent: nn.Module) -> Tensor:
