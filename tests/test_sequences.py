@@ -254,6 +254,6 @@ def test_captured_updates_are_the_eager_ones(uncompiled):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", ["lstm", "transformer"])
 def test_compiled_updates_are_the_eager_ones(name):
     trained_as_eager(dict.fromkeys(("actor", "critic", "value"), ENCODERS[name]), T)

@@ -123,9 +123,13 @@ class FrameTable:
         """``(B, length + 1, *shape)``: both windows of a row have all frames but one in common."""
         shape = frames.shape[1:]
         window = frames.index_select(0, place.reshape(-1)).view(*place.shape, *shape)
-        missing = (own_place >= 0).view(-1, *(1,) * len(shape))
-        last = own.index_select(0, own_place.clamp(min=0))
-        window[:, -1] = torch.where(missing, last, window[:, -1])
+        if torch.compiler.is_compiling() or window.device.type != "cpu":
+            last = own.index_select(0, own_place.clamp(min=0))
+            ends = (own_place >= 0).view(-1, *(1,) * len(shape))
+            window[:, -1] = torch.where(ends, last, window[:, -1])
+        else:  # few rows are ends; elsewhere finding them would wait for the device or break the graph
+            (ends,) = (own_place >= 0).nonzero(as_tuple=True)
+            window[ends, -1] = own.index_select(0, own_place[ends])
         return window
 
 

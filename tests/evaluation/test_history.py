@@ -13,7 +13,8 @@ from torch import nn
 from iql_torchrl import evaluate, load_dataset
 from iql_torchrl.evaluation import Acting
 from iql_torchrl.evaluation.act import act
-from iql_torchrl.networks import LSTMEncoder, with_history
+from iql_torchrl.evaluation.background_worker import Structure
+from iql_torchrl.networks import History, LSTMEncoder, history_of, with_history
 
 LENGTHS = (1, 3, 7, 2)  # steps of the episodes that start with seeds 0, 1, ...
 
@@ -250,3 +251,9 @@ def test_what_does_not_fit_a_history_is_refused():
     bare.history = 3
     with pytest.raises(ValueError, match=r"history is 3; set it by networks.with_history"):
         evaluate(bare, Counter, episodes=1, seed=0)
+
+
+def test_the_history_goes_to_another_process_with_the_policy():
+    policy = small_policy(3)
+    sent, _ = Structure.of(policy, Counter, {"device": "cpu"}).rebuilt()
+    assert history_of(sent) == History(3)
