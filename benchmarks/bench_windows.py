@@ -227,10 +227,12 @@ def main() -> None:
     from bench_learning import RESULTS, machine
 
     path = RESULTS / "windows.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    record = {"command": " ".join(["python", *sys.argv]), "machine": machine(), **result}
+    record = json.loads(path.read_text()) if path.exists() else {}
+    command = " ".join(["python", *sys.argv])
+    for name, values in result.items():
+        record[name] = {"command": command, "machine": machine(), **values}
     RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps({**before, **record}, indent=1) + "\n")
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def everything(options: argparse.Namespace, parts: list[str]) -> dict[str, Any]:

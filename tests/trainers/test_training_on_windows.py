@@ -6,8 +6,9 @@ import pytest
 import torch
 from test_sequences import ENCODERS, Last, log, step_of
 
-from iql_torchrl import OfflineTrainer, captured
+from iql_torchrl import IQLConfig, OfflineDataset, OfflineTrainer, captured, make_agent
 from iql_torchrl.data.windows import WindowStorage
+from iql_torchrl.networks import with_history
 from iql_torchrl.trainers.identity import DataState
 
 NAMES = {"actor": Last, "critic": Last, "value": ENCODERS["lstm"]}
@@ -61,3 +62,22 @@ def test_captured_updates_of_a_buffer_hold_the_frames(monkeypatch):
         alone(sampler.sample())
     pairs = zip(step.loss.parameters(), alone.loss.parameters(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_the_trainer_makes_the_windows_of_the_agents_policy(monkeypatch):
+    def trained(history):
+        torch.manual_seed(0)
+        dataset = log()
+        agent = make_agent(IQLConfig(updates=4, hidden=(8,), batch_size=8, seed=1), dataset)
+        if history:
+            with_history(agent.policy, 1, stack=True)  # as plain rows, each frame once
+            monkeypatch.setattr(OfflineDataset, "replay_buffer", None)
+        trainer = OfflineTrainer(agent=agent, dataset=dataset, progress_bar=False)
+        trainer.train()
+        return trainer, list(agent.loss.parameters())
+
+    plain, expected = trained(history=False)
+    trainer, found = trained(history=True)
+    assert not isinstance(plain.replay_buffer.storage, WindowStorage)
+    assert isinstance(trainer.replay_buffer.storage, WindowStorage)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
