@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
@@ -15,6 +16,7 @@ from torchrl.data import SamplerWithoutReplacement
 
 from iql_torchrl import load_dataset
 from iql_torchrl.data import DatasetError, DatasetWarning, OfflineDataset, Windows, WindowSampler
+from iql_torchrl.data.stacked import stacked_space, stacked_statistics
 from iql_torchrl.networks import stack_frames
 
 
@@ -224,6 +226,19 @@ def test_a_buffer_yields_the_batches_of_the_same_rows() -> None:
     assert whole["index"].sort().values.tolist() == list(range(11))
 
 
+@pytest.mark.gpu
+def test_a_sampler_on_a_gpu_does_not_wait_for_it() -> None:
+    windows = load_dataset(table([6, 4, 1], mixed)).windows(3)
+    sampler = windows.device_sampler(8, "cuda", seed=0)
+    rows = sampler.indices()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = sampler.gather(rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (batch.cpu() == windows[rows.cpu()].exclude("collector")).all()
+
+
 def test_sampling_goes_on_from_its_state() -> None:
     windows = load_dataset(table([6, 4, 1])).windows(3)
     sampler = windows.device_sampler(8, seed=1)
@@ -278,3 +293,37 @@ def test_a_part_of_a_split_has_the_windows_of_its_episodes() -> None:
         lengths = [int(n) for n in part.episode_lengths]
         expected = reference(part.transitions, lengths, 2)
         np.testing.assert_array_equal(part.windows(2)[:]["observation"].numpy(), expected["o"])
+
+
+def test_stacks_lie_in_the_stacked_space_and_have_its_statistics() -> None:
+    data = load_dataset(table([6, 4, 1], mixed))
+    space = stacked_space(data.observation_space, 3)
+    shapes = {name: leaf.shape for name, leaf in space.spaces.items()}
+    assert shapes == {"camera": (4, 2, 9), "category": (3,), "matrix": (2, 2, 3), "vector": (6,)}
+    stacks = data.frame_stack(3)[:]["observation"]
+    for row in range(len(data)):
+        frame = {name: values[row].numpy() for name, values in stacks.items()}
+        assert space.contains(frame)
+    frame["category"][0] = 5  # the camera's bounds and the number of categories are kept
+    assert not space.contains(frame)
+    low, high = np.array([[0, 1], [2, 3]]), np.array([[10, 11], [12, 13]])
+    box = stacked_space(spaces.Box(low, high, dtype=np.int64), 2)
+    assert np.array_equal(box.low, [[[0, 0], [1, 1]], [[2, 2], [3, 3]]])
+    assert np.array_equal(box.high[..., 1], high)
+    assert stacked_space(spaces.MultiDiscrete([2, 3]), 2).nvec.tolist() == [2, 3, 2, 3]
+    assert stacked_space(spaces.MultiBinary(2), 2).shape == (4,)
+    assert stacked_space(box, 1) is box
+    with pytest.raises(ValueError, match="cannot be stacked"):
+        stacked_space(spaces.Text(3), 2)
+
+
+def test_stacked_statistics_are_those_of_each_frame() -> None:
+    observe = lambda t: np.stack([t, 0 * t + 7, t % 3], 1).astype(np.float32)  # noqa: E731
+    data = load_dataset(table([6, 4], observe))
+    one = data.statistics["observation"]
+    two = stacked_statistics(data.statistics, 2)["observation"]
+    assert one.constant == (1,)
+    assert two.constant == (1, 4)
+    assert torch.equal(two.mean, torch.cat([one.mean, one.mean]))
+    assert torch.equal(two.std, torch.cat([one.std, one.std]))
+    assert two.count == one.count
