@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,12 @@ from torch.distributions import Distribution
 from torch.export import Dim, ExportedProgram
 
 from iql_torchrl.agent.export_note import export_note
-from iql_torchrl.agent.exported_program import PolicyProgram, ProgramInput, program_inputs
+from iql_torchrl.agent.exported_program import (
+    HISTORY,
+    PolicyProgram,
+    ProgramInput,
+    program_inputs,
+)
 from iql_torchrl.agent.onnx_export import (
     ONNX_SUFFIX,
     ONNX_TOLERANCE,
@@ -48,10 +54,12 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
     The program's positional inputs are the observation's leaves that the policy reads, in the order
     of its ``in_keys``, then ``action_mask`` ``(B, n)`` bool where it reads one: values as the
     environment gives them, B >= 1 of each; Boxes of floats in ``task.dtype``, other Boxes in their
-    own dtype, categories as int64. Its output is the action that the environment accepts: clipped to
-    the bounds, ``(B, *shape)`` in the space's dtype, or int64 ``(B,)`` counted from the space's
-    start. ``<stem>.json`` (``<stem>.onnx.json``) in the same folder describes inputs and output, with
-    an example of use.
+    own dtype, categories as int64. For a policy with a history each leaf is a window ``(B, T, *shape)``
+    of the last T observations of the episode, oldest first, and ``history_mask`` ``(B, T)`` bool
+    follows the leaves: False at padding, whose values are ignored. The output is the action that the
+    environment accepts: clipped to the bounds, ``(B, *shape)`` in the space's dtype, or int64 ``(B,)``
+    counted from the space's start. ``<stem>.json`` (``<stem>.onnx.json``) in the same folder describes
+    inputs and output, with an example of use.
 
     ``torch.export.load(path).module()`` runs it on the CPU; this package, TorchRL and tensordict
     need not be installed. It raises ``RuntimeError`` on an input of another shape (also on an
@@ -139,6 +147,9 @@ def _examples(inputs: list[ProgramInput], task: Task, size: int) -> tuple[Tensor
         if each.leaf == MASK:
             values = torch.rand(shape, generator=generator) < 0.5
             values[torch.arange(size), torch.randint(shape[1], (size,), generator=generator)] = True
+        elif each.leaf == HISTORY:
+            real = torch.randint(1, shape[1] + 1, (size, 1), generator=generator)
+            values = torch.arange(shape[1]) >= shape[1] - real
         elif each.dtype.is_floating_point:
             values = torch.randn(shape, generator=generator, dtype=each.dtype)
             if (logged := statistics.get(each.leaf)) is not None:
@@ -148,8 +159,9 @@ def _examples(inputs: list[ProgramInput], task: Task, size: int) -> tuple[Tensor
         else:
             space = copy.deepcopy(space)  # sampling must not change the task's own random state
             space.seed(size)
-            rows = np.stack([np.asarray(space.sample()) for _ in range(size)])
-            values = torch.as_tensor(rows).to(each.dtype)
+            count = math.prod(shape) // math.prod(space.shape or ())
+            rows = np.stack([np.asarray(space.sample()) for _ in range(count)])
+            values = torch.as_tensor(rows).to(each.dtype).reshape(shape)
         examples.append(values)
     return tuple(examples)
 

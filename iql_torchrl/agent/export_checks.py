@@ -13,9 +13,12 @@ from iql_torchrl.descriptions import bounds_in_words
 from iql_torchrl.evaluation.act import whole_limits
 from iql_torchrl.host import assert_dtype, assert_later
 
-__all__ = ["MASK_VALUES", "assert_values", "values_in_words"]
+__all__ = ["HISTORY_VALUES", "MASK_VALUES", "assert_history", "assert_values", "values_in_words"]
 
 MASK_VALUES = "at least one True in every row"
+HISTORY_VALUES = (
+    "in every row False at padding and then True at the real steps, the last one included"
+)
 
 
 def values_in_words(space: spaces.Space[Any]) -> str:
@@ -43,6 +46,13 @@ def assert_values(
     elif not _is_whole_dtype(*limits, dtype):
         low, high = (_constant(limit) for limit in limits)
         assert_later(((values >= low) & (values <= high)).all(), message)
+
+
+def assert_history(name: str, mask: Tensor) -> None:
+    """As :func:`assert_values`, of the mask ``(B, T)`` of windows."""
+    assert_dtype(mask, torch.bool)
+    rising = (mask[:, 1:] | ~mask[:, :-1]).all() & mask[:, -1].all()
+    assert_later(rising, f"{name} must hold {HISTORY_VALUES}.")
 
 
 def _is_whole_dtype(low: Any, high: Any, dtype: torch.dtype) -> bool:

@@ -12,8 +12,8 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from iql_torchrl.agent.export_checks import MASK_VALUES, values_in_words
-from iql_torchrl.agent.exported_program import ProgramInput
+from iql_torchrl.agent.export_checks import HISTORY_VALUES, MASK_VALUES, values_in_words
+from iql_torchrl.agent.exported_program import HISTORY, ProgramInput
 from iql_torchrl.agent.onnx_export import ONNX_PACKAGES, ONNX_SUFFIX
 from iql_torchrl.agent.task import Task
 from iql_torchrl.data.schema import MASK
@@ -42,11 +42,12 @@ def export_note(
                 "name": i.name,
                 "key": list(i.leaf),
                 **_form(i.shape, i.dtype),
-                "values": MASK_VALUES if i.leaf == MASK else values_in_words(i.space),
+                "values": _values(i),
             }
             for i in inputs
         ],
         "output": {"name": "action", **_form(tuple(example.shape[1:]), example.dtype), **action},
+        **_history(inputs),
         "device": "cpu",
         **(_onnx_use if path.suffix == ONNX_SUFFIX else _torch_use)(path.name, inputs),
     }
@@ -63,6 +64,25 @@ def _torch_use(name: str, inputs: list[ProgramInput]) -> dict[str, Any]:
             f"action = policy({', '.join(arguments)})",
         ],
         "versions": versions(PACKAGES),
+    }
+
+
+def _values(each: ProgramInput) -> str:
+    masks = {MASK: MASK_VALUES, HISTORY: HISTORY_VALUES}
+    return masks.get(each.leaf) or values_in_words(each.space)
+
+
+def _history(inputs: list[ProgramInput]) -> dict[str, Any]:
+    """How to fill the windows of a policy with a history; nothing for others."""
+    lengths = [each.shape[0] for each in inputs if each.leaf == HISTORY]
+    if not lengths:
+        return {}
+    return {
+        "history": {
+            "length": lengths[0],
+            "order": "dimension 1 of each observation is time: the current step is last",
+            "padding": "before the first step of an episode; its values are ignored",
+        }
     }
 
 

@@ -13,14 +13,17 @@ from tensordict import NestedKey, TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from iql_torchrl.agent.export_checks import assert_values
+from iql_torchrl.agent.export_checks import assert_history, assert_values
 from iql_torchrl.agent.task import Task, counted_from_zero
 from iql_torchrl.data.schema import MASK, Key, field_of_space, leaf_spaces
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.evaluation.act import needs_mask
 from iql_torchrl.evaluation.gym_interface import check_policy, reads_names_at_top_level
+from iql_torchrl.networks import HISTORY_MASK, history_of, repeat_first, stack_frames
 
-__all__ = ["PolicyProgram", "ProgramInput", "program_inputs"]
+__all__ = ["HISTORY", "PolicyProgram", "ProgramInput", "program_inputs"]
+
+HISTORY: Key = (HISTORY_MASK,)
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class PolicyProgram(nn.Module):
     def __init__(self, policy: nn.Module, task: Task, inputs: list[ProgramInput]) -> None:
         super().__init__()
         self.inputs, self.space = inputs, task.action_space
+        self.history = history_of(policy)
         self.policy = copy.deepcopy(policy).cpu().requires_grad_(False)
         if isinstance(self.space, spaces.Box):
             self.register_buffer("low", torch.from_numpy(self.space.low.copy()))
@@ -58,10 +62,23 @@ class PolicyProgram(nn.Module):
 
     def forward(self, *tensors: Tensor) -> Tensor:
         batch = TensorDict({}, batch_size=tensors[0].shape[:1])
-        for each, values in zip(self.inputs, tensors, strict=True):
+        given = {each.leaf: values for each, values in zip(self.inputs, tensors, strict=True)}
+        real = given.get(HISTORY)
+        if real is not None:
+            assert_history(HISTORY_MASK, real)
+        for each in self.inputs:
+            values = given[each.leaf]
+            if each.leaf == HISTORY:
+                batch[HISTORY_MASK] = values
+                continue
+            if real is not None and each.leaf != MASK:
+                values = repeat_first(values, real)
             assert_values(each.name, values, None if each.leaf == MASK else each.space, each.dtype)
             start = getattr(each.space, "start", 0)
-            batch[each.key] = values - torch.as_tensor(start) if np.any(start) else values
+            values = values - torch.as_tensor(start) if np.any(start) else values
+            if self.history is not None and self.history.stack and each.leaf != MASK:
+                values = stack_frames(values, values.ndim - 2)
+            batch[each.key] = values
         action = self.policy(batch).get("action")
         choose = self.index if isinstance(self.space, spaces.Discrete) else self.clipped
         return choose(action, tuple(action.shape[1:]))
@@ -90,22 +107,32 @@ class PolicyProgram(nn.Module):
 
 
 def program_inputs(policy: TensorDictModuleBase, task: Task) -> list[ProgramInput]:
+    """The program's inputs in their order: leaves of the observation, then the masks.
+
+    With a history every leaf is a window ``(T, *shape)``, and the mask of its steps follows.
+    """
     check_policy(policy)
+    history = history_of(policy)
+    steps = () if history is None else (history.length,)
     flat = reads_names_at_top_level(policy.in_keys, task.observation_space)
     masked = needs_mask(policy, task.observation_space)
     leaves = leaf_spaces(task.observation_space)
     inputs = []
     for key in policy.in_keys:
         path = (key,) if isinstance(key, str) else tuple(key)
-        if masked and path == MASK:
+        if (masked and path == MASK) or path == HISTORY:
             continue
         path = ("observation", *path) if flat else path
         for leaf, space in leaves.items():
             if leaf[: len(path)] == path:  # a key may name a whole Dict
-                field = field_of_space(counted_from_zero(space), task.dtype, leaf)
-                inputs.append(ProgramInput(leaf, leaf[1:] if flat else leaf, space, *field))
+                shape, dtype = field_of_space(counted_from_zero(space), task.dtype, leaf)
+                read_at = leaf[1:] if flat else leaf
+                inputs.append(ProgramInput(leaf, read_at, space, (*steps, *shape), dtype))
     if not inputs:
         raise ValueError(f"the policy reads {list(policy.in_keys)}: nothing of the observation.")
+    if history is not None:
+        bits = spaces.MultiBinary(history.length)
+        inputs.append(ProgramInput(HISTORY, HISTORY, bits, steps, torch.bool))
     if masked:
         if not isinstance(task.action_space, spaces.Discrete):
             raise ValueError(

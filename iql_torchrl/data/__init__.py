@@ -11,3 +11,7 @@ from iql_torchrl.data.scaling import RewardMap as RewardMap
 from iql_torchrl.data.scaling import normalised_score as normalised_score
 from iql_torchrl.data.schema import DatasetError as DatasetError
 from iql_torchrl.data.schema import DatasetWarning as DatasetWarning
+from iql_torchrl.data.stacked import stacked_space as stacked_space
+from iql_torchrl.data.stacked import stacked_statistics as stacked_statistics
+from iql_torchrl.data.windows import Windows as Windows
+from iql_torchrl.data.windows import WindowSampler as WindowSampler

@@ -22,6 +22,7 @@ from iql_torchrl.data.schema import (
     observation_spec_of,
     spec_of_space,
 )
+from iql_torchrl.data.windows import Windows
 
 __all__ = ["OfflineDataset"]
 
@@ -129,6 +130,27 @@ class OfflineDataset:
     ) -> replay.DeviceSampler:
         """A ``DeviceSampler`` of the transitions."""
         return replay.DeviceSampler(self.transitions, batch_size, device=device, seed=seed)
+
+    def windows(self, length: int, *, stack: bool = False, jumps: str = "error") -> Windows:
+        """The transitions with the last ``length`` observations in place of one.
+
+        See ``data.Windows``: padding, masks, memory, ``stack`` and ``jumps``.
+        """
+        return Windows(
+            self.transitions,
+            self.episode_lengths,
+            length,
+            stack=stack,
+            jumps=jumps,
+            name=self.name,
+        )
+
+    def frame_stack(self, length: int, *, jumps: str = "error") -> Windows:
+        """:meth:`windows` whose frames are stacked into one observation, without masks.
+
+        ``frame_stack(1)`` has the entries of plain rows and holds every observation once.
+        """
+        return self.windows(length, stack=True, jumps=jumps)
 
     def split(self, fraction: float, seed: int) -> tuple[OfflineDataset, OfflineDataset]:
         """Two datasets of complete episodes, the first with ``fraction`` of them, drawn at random.

@@ -16,7 +16,16 @@ from torchrl.data import (
 
 from iql_torchrl.data.schema import Key
 
-__all__ = ["DeviceSampler", "MemberSampler", "replay_buffer"]
+__all__ = [
+    "DeviceSampler",
+    "MemberSampler",
+    "device_of",
+    "generator_on",
+    "nested_entry",
+    "replay_buffer",
+]
+
+Part = tuple[Key, torch.Size, int]  # key, shape of one row, its number of elements
 
 
 def replay_buffer(
@@ -38,8 +47,8 @@ def replay_buffer(
     ``prefetch``, ``pin_memory``, ...).
     """
     rows = transitions.batch_size[0]
-    where = _device_of(transitions) if device is None else torch.device(device)
-    generator = None if seed is None else _generator(where, seed)
+    where = device_of(transitions) if device is None else torch.device(device)
+    generator = None if seed is None else generator_on(where, seed)
     if capacity is not None:
         if capacity < rows:
             raise ValueError(f"capacity: expected at least the {rows} transitions, got {capacity}")
@@ -59,7 +68,7 @@ def replay_buffer(
     )
 
 
-def _device_of(transitions: TensorDictBase) -> torch.device:
+def device_of(transitions: TensorDictBase) -> torch.device:
     """The device of the rows; a TensorDict that names none may hold tensors of any."""
     if transitions.device is not None:
         return transitions.device
@@ -67,7 +76,7 @@ def _device_of(transitions: TensorDictBase) -> torch.device:
     return next((leaf.device for leaf in leaves), torch.device("cpu"))
 
 
-def _generator(device: torch.device, seed: int | None) -> torch.Generator:
+def generator_on(device: torch.device, seed: int | None) -> torch.Generator:
     """A generator on ``device``; torch draws there from no other."""
     generator = torch.Generator(device=device)
     if seed is None:
@@ -75,6 +84,13 @@ def _generator(device: torch.device, seed: int | None) -> torch.Generator:
     else:
         generator.manual_seed(seed)
     return generator
+
+
+def nested_entry(nested: dict[str, Any], key: Key, values: Tensor) -> None:
+    """Put ``values`` into nested dicts under ``key``."""
+    for name in key[:-1]:
+        nested = nested.setdefault(name, {})
+    nested[key[-1]] = values
 
 
 class DeviceSampler:
@@ -104,10 +120,10 @@ class DeviceSampler:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        self.device = _device_of(transitions) if device is None else torch.device(device)
+        self.device = device_of(transitions) if device is None else torch.device(device)
         self.batch_size = batch_size
         self.rows = int(transitions.batch_size[0])
-        self.generator = _generator(self.device, seed) if generator is None else generator
+        self.generator = generator_on(self.device, seed) if generator is None else generator
         fields: dict[torch.dtype, list[tuple[Key, Tensor]]] = {}
         for name in transitions.keys(include_nested=True, leaves_only=True):
             key = (name,) if isinstance(name, str) else tuple(name)
@@ -144,21 +160,26 @@ class DeviceSampler:
 
     def gather(self, indices: Tensor) -> TensorDict:
         """The rows numbered by ``indices`` ``(B,)``."""
+        return TensorDict(self.entries(indices), batch_size=[len(indices)], device=self.device)
+
+    def entries(self, indices: Tensor) -> dict[str, Any]:
+        """The entries of the rows numbered by ``indices`` ``(B,)``, as nested dicts."""
         nested: dict[str, Any] = {}
-        for table, parts in zip(self.tables, self._parts, strict=True):
+        for table, parts in self._groups():
             rows = table.index_select(0, indices)
             columns = torch.split(rows, [width for _, _, width in parts], dim=1)
             for (key, shape, _), values in zip(parts, columns, strict=True):
-                level = nested
-                for name in key[:-1]:
-                    level = level.setdefault(name, {})
-                level[key[-1]] = values.reshape(len(indices), *shape)
-        return TensorDict(nested, batch_size=[len(indices)], device=self.device)
+                nested_entry(nested, key, values.reshape(len(indices), *shape))
+        return nested
+
+    def _groups(self) -> list[tuple[Tensor, list[Part]]]:
+        """Tables of packed fields with these fields; a subclass may have further tables."""
+        return list(zip(self.tables, self._parts, strict=False))
 
     def column(self, key: Key) -> Tensor | None:
         """All rows of one entry, ``(N, ...)``, as a view; None where there is none."""
         name = (key,) if isinstance(key, str) else tuple(key)
-        for table, parts in zip(self.tables, self._parts, strict=True):
+        for table, parts in self._groups():
             columns = torch.split(table, [width for _, _, width in parts], dim=1)
             for (part, shape, _), values in zip(parts, columns, strict=True):
                 if part == name:

@@ -17,8 +17,16 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.evaluation import gym_interface as interface
 from iql_torchrl.evaluation.environment_actions import environment_actions
+from iql_torchrl.networks import History, history_of
 
-__all__ = ["act", "as_in_evaluation", "needs_mask", "private_random_numbers", "whole_limits"]
+__all__ = [
+    "act",
+    "as_in_evaluation",
+    "needs_mask",
+    "one_observation",
+    "private_random_numbers",
+    "whole_limits",
+]
 
 
 def act(
@@ -36,6 +44,10 @@ def act(
 
     ``observation``: one, as the environment gives it, or a batch, with a leading dimension on every
     leaf. In a batch, ``action_mask`` (``(n,)`` booleans) and the result have that dimension too.
+    A policy with a history (``networks.with_history``) takes ``(T, *shape)``: the last T observations
+    of an episode, oldest first, the current one included, with T at most the history's length, and
+    all of the episode where it had fewer; ``(B, T, *shape)`` is a batch of them, and a single
+    observation is the first of an episode. :class:`~iql_torchrl.evaluation.Acting` collects them.
     Runs in evaluation mode without gradients. The caller's torch random state does not change,
     except when a sample is drawn without ``seed``.
 
@@ -50,8 +62,9 @@ def act(
         isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63
     ):
         raise ValueError(f"seed is {seed!r}; expected a whole number in [0, 2**63), or None.")
-    leaves, count = _checked(observation, observation_space)
-    rows = [leaves] if count is None else [_row(leaves, index) for index in range(count)]
+    history = history_of(policy)
+    leaves, leading = _checked(observation, observation_space, history)
+    rows, count = _rows(leaves, leading, history)
     masks = None
     if needs_mask(policy, observation_space):
         masks = _masks(action_mask, action_space, count)
@@ -62,7 +75,9 @@ def act(
         )
     flat = interface.reads_names_at_top_level(policy.in_keys, observation_space)
     device = interface.policy_device(policy, None)
-    batch = interface.policy_input(rows, observation_space, flat=flat, masks=masks).to(device)
+    batch = interface.policy_input(
+        rows, observation_space, flat=flat, masks=masks, history=history
+    ).to(device)
     batch = batch.apply(lambda x: x.to(dtype) if x.is_floating_point() else x)
     with as_in_evaluation(policy, device, deterministic=deterministic, seed=seed):
         action = policy(batch).get("action", None)
@@ -129,39 +144,84 @@ def private_random_numbers(seed: int | None, *devices: torch.device | str) -> It
         yield
 
 
-def _checked(observation: Any, space: spaces.Space[Any]) -> tuple[Any, int | None]:
-    """The observation as arrays that fit ``space``, and its batch size (None for a single one)."""
-    sizes: dict[str, int | None] = {}
-    leaves = _fit(observation, space, "observation", sizes)
-    if len(set(sizes.values())) != 1:
-        numbers = ", ".join(f"{k}: {'one' if n is None else n}" for k, n in sizes.items())
+def _checked(
+    observation: Any, space: spaces.Space[Any], history: History | None
+) -> tuple[Any, tuple[int, ...]]:
+    """The observation as arrays that fit ``space``, and the dimensions before those of one."""
+    found: dict[str, tuple[int, ...]] = {}
+    leaves = _fit(observation, space, "observation", found, history)
+    if len(set(found.values())) != 1:
+        numbers = ", ".join(
+            f"{k}: {' x '.join(map(str, n)) if n else 'one'}" for k, n in found.items()
+        )
         raise ValueError(
             f"the observation's leaves have different numbers of observations ({numbers}); give "
-            "every leaf the same leading dimension, or none."
+            "every leaf the same leading dimensions, or none."
         )
-    (count,) = set(sizes.values())
-    if count == 0:
+    (leading,) = set(found.values())
+    if 0 in leading:
         raise ValueError("the observation is a batch of size 0; give at least one.")
-    return leaves, count
+    if history is not None and leading and leading[-1] > history.length:
+        raise ValueError(
+            f"the observation has {leading[-1]} steps and the policy reads the last "
+            f"{history.length}; give at most {history.length}, the newest one last."
+        )
+    return leaves, leading
 
 
-def _fit(value: Any, space: spaces.Space[Any], path: str, sizes: dict[str, int | None]) -> Any:
+def one_observation(observation: Any, space: spaces.Space[Any]) -> Any:
+    """A single observation as arrays, nested as ``space`` is.
+
+    Raises ``ValueError`` as :func:`act`, and on a batch.
+    """
+    leaves, leading = _checked(observation, space, None)
+    if leading:
+        raise ValueError(
+            f"the observation is a batch of {leading[0]}; expected one, of {describe_space(space)}."
+        )
+    return leaves
+
+
+def _rows(
+    leaves: Any, leading: tuple[int, ...], history: History | None
+) -> tuple[list[Any], int | None]:
+    """What ``policy_input`` takes for each action, and the batch size (None for a single one)."""
+    if history is None:
+        single = not leading
+        return ([leaves], None) if single else (_unbound(leaves, leading[0]), leading[0])
+    if len(leading) < 2:
+        return [_unbound(leaves, leading[0]) if leading else [leaves]], None
+    return [_unbound(row, leading[1]) for row in _unbound(leaves, leading[0])], leading[0]
+
+
+def _fit(
+    value: Any,
+    space: spaces.Space[Any],
+    path: str,
+    found: dict[str, tuple[int, ...]],
+    history: History | None,
+) -> Any:
     if isinstance(space, spaces.Dict):
         names = sorted(space.spaces)
         if not isinstance(value, Mapping) or sorted(value) != names:
             given = sorted(value) if isinstance(value, Mapping) else f"a {type(value).__name__}"
             raise ValueError(f"{path} must be a dict of {names}, found {given}.")
         return {
-            name: _fit(value[name], inner, f"{path}[{name!r}]", sizes)
+            name: _fit(value[name], inner, f"{path}[{name!r}]", found, history)
             for name, inner in space.spaces.items()
         }
     array = _array(value, path)
     shape = tuple(space.shape or ())
-    single = array.shape == shape
-    if not single and (array.ndim != len(shape) + 1 or array.shape[1:] != shape):
+    dims = array.ndim - len(shape)
+    if not 0 <= dims <= (1 if history is None else 2) or array.shape[dims:] != shape:
+        batch = f"{('B', *shape)} for a batch"
+        if history is not None:
+            batch = (
+                f"{('T', *shape)} for the last T of an episode, {('B', 'T', *shape)} for a batch"
+            )
         raise ValueError(
-            f"{path} has shape {array.shape}; expected {shape} for one observation, or "
-            f"{('B', *shape)} for a batch, of {describe_space(space)}."
+            f"{path} has shape {array.shape}; expected {shape} for one observation, or {batch}, of "
+            f"{describe_space(space)}."
         )
     floating = isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)
     if array.dtype.kind not in ("fiub" if floating else "iub"):
@@ -169,7 +229,7 @@ def _fit(value: Any, space: spaces.Space[Any], path: str, sizes: dict[str, int |
             f"{path} holds {array.dtype}; expected {space.dtype} for {describe_space(space)}."
         )
     _check_values(array, space, path)
-    sizes[path] = None if single else len(array)
+    found[path] = array.shape[:dims]
     return array
 
 
@@ -212,10 +272,12 @@ def _check_values(array: NDArray[Any], space: spaces.Space[Any], path: str) -> N
         )
 
 
-def _row(leaves: Any, index: int) -> Any:
+def _unbound(leaves: Any, count: int) -> list[Any]:
+    """The ``count`` observations along the first dimension."""
     if isinstance(leaves, dict):
-        return {name: _row(leaf, index) for name, leaf in leaves.items()}
-    return leaves[index]
+        parts = {name: _unbound(leaf, count) for name, leaf in leaves.items()}
+        return [{name: part[index] for name, part in parts.items()} for index in range(count)]
+    return [leaves[index] for index in range(count)]
 
 
 def _masks(mask: Any, space: spaces.Space[Any], count: int | None) -> list[Tensor]:

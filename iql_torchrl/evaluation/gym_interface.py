@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from iql_torchrl.descriptions import describe_space, describe_values
 from iql_torchrl.evaluation.environment_actions import Moments, environment_actions
+from iql_torchrl.networks import HISTORY_MASK, History, history_of, stack_frames
 
 __all__ = [
     "action_chooser",
@@ -60,11 +61,14 @@ def action_chooser(
 ) -> Chooser:
     """``choose(observations, infos, moments) -> actions`` for environments like ``env``.
 
-    Raises ``ValueError`` as :func:`reads_names_at_top_level` and, when called, as
-    :func:`policy_input`, :func:`action_mask` and :func:`environment_actions` do.
+    ``observations``: of each episode; for a policy with a history those so far, oldest first, at
+    most as many as it reads.
+
+    Raises ``ValueError`` as :func:`reads_names_at_top_level` and ``networks.history_of``, and, when
+    called, as :func:`policy_input`, :func:`action_mask` and :func:`environment_actions` do.
     """
     observation_space, action_space = env.observation_space, env.action_space
-    in_keys = list(policy.in_keys)
+    in_keys, history = list(policy.in_keys), history_of(policy)
     flat = reads_names_at_top_level(in_keys, observation_space)
     observes_mask = isinstance(observation_space, spaces.Dict) and (
         "action_mask" in observation_space.spaces
@@ -79,6 +83,7 @@ def action_chooser(
             observation_space,
             flat=flat,
             masks=[action_mask(info, action_space) for info in infos] if masked else None,
+            history=history,
         )
         try:
             action = policy(batch.to(device)).get("action", None)
@@ -108,7 +113,8 @@ def reads_names_at_top_level(in_keys: Sequence[Any], space: spaces.Space[Any]) -
         ValueError: a key is in neither layout, or a complete Dict is read as one tensor.
     """
     names = set(space.spaces) if isinstance(space, spaces.Dict) else set()
-    observed = [key for key in in_keys if key != "action_mask" or key in names]
+    given = {"action_mask", HISTORY_MASK} - names  # from elsewhere than the observation
+    observed = [key for key in in_keys if key not in given]
     flat = any(isinstance(key, str) and key != "observation" and key in names for key in observed)
     if names and not flat and "observation" in observed:
         raise ValueError(
@@ -136,23 +142,49 @@ def policy_input(
     *,
     flat: bool,
     masks: Sequence[Tensor] | None = None,
+    history: History | None = None,
 ) -> TensorDict:
     """B observations as one TensorDict of batch size ``(B,)`` on the CPU.
+
+    With ``history`` each is a sequence of at most ``history.length`` observations, and the result has
+    the windows and masks of ``data.Windows``.
 
     As in the training data: Boxes of floats become float32, other Boxes keep their dtype, and
     Discrete, MultiDiscrete and MultiBinary become int64, counted from zero. With ``flat`` a
     Dict's names are at the top level, otherwise below ``observation``. ``masks``, if given, are
     stacked under ``action_mask``.
     """
-    encoded = _encode(observations, observation_space)
+    if history is None:
+        encoded = _encode(observations, observation_space)
+    else:
+        encoded = _encode_windows(observations, observation_space, history)
     batch = encoded
     if not flat:
         batch = TensorDict({"observation": encoded}, batch_size=len(observations))
+    if history is not None and not history.stack:
+        batch[HISTORY_MASK] = torch.stack([history.mask(len(seen)) for seen in observations])
     if masks is not None:
         batch["action_mask"] = torch.stack(list(masks))
     elif flat and "action_mask" in batch:
         batch["action_mask"] = batch["action_mask"].bool()
     return batch
+
+
+def _encode_windows(
+    observations: Sequence[Sequence[Any]], space: spaces.Space[Any], history: History
+) -> Any:
+    """Of every leaf the windows ``(B, T, *shape)``, or the frames of each as one observation."""
+    padded = [frame for seen in observations for frame in history.padded(seen)]
+    batch = (len(observations), history.length)
+
+    def window(values: Tensor) -> Tensor:
+        frames = values.unflatten(0, batch)
+        return stack_frames(frames, values.ndim - 1) if history.stack else frames
+
+    encoded = _encode(padded, space)
+    if isinstance(encoded, Tensor):
+        return window(encoded)
+    return encoded.apply(window, batch_size=batch[:1])
 
 
 def _encode(observations: Sequence[Any], space: spaces.Space[Any]) -> Any:

@@ -19,6 +19,8 @@ from tensordict.nn import TensorDictModuleBase
 from iql_torchrl.evaluation.act import as_in_evaluation
 from iql_torchrl.evaluation.gym_interface import action_chooser, check_policy, policy_device
 from iql_torchrl.evaluation.result import Evaluation, reference_pair
+from iql_torchrl.evaluation.seen import Seen
+from iql_torchrl.networks import History, history_of
 
 __all__ = ["Evaluation", "check_arguments", "evaluate"]
 
@@ -30,8 +32,8 @@ class _Episode:
     """One running episode and the environment it runs in."""
 
     env: gymnasium.Env[Any, Any]
+    seen: Seen
     number: int = -1
-    observation: Any = None
     info: Mapping[str, Any] = field(default_factory=dict)
     total: float = 0.0
     length: int = 0
@@ -39,11 +41,13 @@ class _Episode:
 
     def start(self, number: int, seed: int) -> None:
         self.number, self.total, self.length, self.success = number, 0.0, 0, None
-        self.observation, self.info = self.env.reset(seed=seed + number)
+        observation, self.info = self.env.reset(seed=seed + number)
+        self.seen.start(observation)
 
     def step(self, action: Any) -> bool:
         """Apply ``action``; True when the episode has ended."""
-        self.observation, reward, terminated, truncated, self.info = self.env.step(action)
+        observation, reward, terminated, truncated, self.info = self.env.step(action)
+        self.seen.add(observation)
         self.total += float(reward)
         self.length += 1
         for key in SUCCESS_KEYS:
@@ -73,7 +77,9 @@ def evaluate(
     space arrives nested, ``("observation", name)``; if the policy reads one of its names at
     the top level, all of them are at the top level (the layout of TorchRL's ``GymEnv``). A policy
     with ``action_mask`` among its ``in_keys`` gets that boolean mask from
-    ``info["action_mask"]``, or built from the indices in ``info["admissible_actions"]``.
+    ``info["action_mask"]``, or built from the indices in ``info["admissible_actions"]``. A policy
+    with a history (``networks.with_history``) gets windows of the last observations of each episode,
+    padded and masked as those of ``dataset.windows``.
 
     Discrete actions may be indices counted from zero, ``(B,)`` or ``(B, 1)``, or one value per
     action, ``(B, n)``, of which the largest is taken (one-hot included). Box actions must be
@@ -107,7 +113,7 @@ def evaluate(
     references = reference_pair(reference_scores)
     where = policy_device(policy, device)
     with ExitStack() as stack:
-        slots = _make_slots(make_env, min(num_envs, episodes), stack)
+        slots = _make_slots(make_env, min(num_envs, episodes), stack, history_of(policy))
         stack.enter_context(
             as_in_evaluation(policy, where, deterministic=deterministic, seed=int(seed))
         )
@@ -141,7 +147,7 @@ def _run(
     active, next_number = list(slots), len(slots)
     while active:
         actions = choose(
-            [slot.observation for slot in active],
+            [slot.seen.read() for slot in active],
             [slot.info for slot in active],
             [(slot.number, slot.length) for slot in active],
         )
@@ -177,7 +183,10 @@ def check_arguments(
 
 
 def _make_slots(
-    make_env: Callable[[], gymnasium.Env[Any, Any]], count: int, stack: ExitStack
+    make_env: Callable[[], gymnasium.Env[Any, Any]],
+    count: int,
+    stack: ExitStack,
+    history: History | None,
 ) -> list[_Episode]:
     slots: list[_Episode] = []
     for _ in range(count):
@@ -192,5 +201,5 @@ def _make_slots(
                 "make_env returned the same environment twice; return a new one at each call"
             )
         stack.callback(env.close)
-        slots.append(_Episode(env))
+        slots.append(_Episode(env, Seen(history)))
     return slots

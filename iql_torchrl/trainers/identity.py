@@ -14,6 +14,7 @@ from iql_torchrl.checkpoint import CheckpointError
 from iql_torchrl.config import knobs
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.data.digests import fingerprint
+from iql_torchrl.data.windows import WindowStorage
 from iql_torchrl.objectives.implicit import ImplicitQLoss
 from iql_torchrl.update.step import part_of
 
@@ -45,7 +46,10 @@ class DataState:
         if self._dataset is not None:
             return self._dataset.transitions
         if is_fixed(self._replay_buffer):
-            table: TensorDictBase = self._replay_buffer.storage.get(slice(None))
+            storage = self._replay_buffer.storage
+            if isinstance(storage, WindowStorage):
+                return storage.windows.table()
+            table: TensorDictBase = storage.get(slice(None))
             return table
         return None
 

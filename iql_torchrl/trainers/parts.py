@@ -8,7 +8,8 @@ from typing import Any
 
 from iql_torchrl.agent.build import Agent
 from iql_torchrl.checkpoint import new_checkpoint
-from iql_torchrl.data import OfflineDataset
+from iql_torchrl.data import OfflineDataset, Windows
+from iql_torchrl.networks import history_of
 from iql_torchrl.objectives.implicit import ImplicitQLoss
 from iql_torchrl.trainers.run_folder import RunFolder
 from iql_torchrl.update.step import IQLStep, part_of
@@ -52,10 +53,16 @@ def one_step(
 def filled_in(
     replay_buffer: Any, total_updates: Any, agent: Agent | None, dataset: OfflineDataset | None
 ) -> tuple[Any, Any]:
-    """Buffer and number of updates; those that are None follow from the agent's config."""
+    """Buffer and number of updates; those that are None follow from the agent's config.
+
+    For a policy with a history the buffer is one of windows.
+    """
     if replay_buffer is None and agent is not None and dataset is not None:
-        config = agent.config
-        replay_buffer = dataset.replay_buffer(config.batch_size, config.device, config.seed)
+        config, history = agent.config, history_of(agent.policy)
+        source: OfflineDataset | Windows = dataset
+        if history is not None:
+            source = dataset.windows(history.length, stack=history.stack)
+        replay_buffer = source.replay_buffer(config.batch_size, config.device, config.seed)
     if total_updates is None and agent is not None:
         total_updates = agent.config.updates
     if replay_buffer is None or total_updates is None:

@@ -13,6 +13,7 @@ from torchrl.objectives import HardUpdate
 
 from iql_torchrl.data.categories import category_limits, check_rows
 from iql_torchrl.data.replay import DeviceSampler
+from iql_torchrl.data.windows import WindowStorage
 from iql_torchrl.host import (
     compile_program,
     generator_of,
@@ -246,12 +247,17 @@ class CapturedStep:
         if self._copy is None or self._copy[0] != state:
             if self._generator is None:
                 self._generator = torch.Generator(self._device).manual_seed(_seed_from(replay))
-            rows = DeviceSampler(
-                replay[:].exclude("index"), replay.batch_size, device=self._device, seed=0
-            )
+            rows = self._sampler_of(replay)
             rows.generator = self._generator
             self._copy = (state, rows)
         return self._copy[1]
+
+    def _sampler_of(self, replay: ReplayBuffer) -> DeviceSampler:
+        """A sampler over all rows of a buffer; of windows it holds the frames, once."""
+        size, where = replay.batch_size, self._device
+        if isinstance(replay.storage, WindowStorage):
+            return replay.storage.windows.device_sampler(size, where, seed=0)
+        return DeviceSampler(replay[:].exclude("index"), size, device=where, seed=0)
 
 
 class Recorder:

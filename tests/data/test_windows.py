@@ -1,0 +1,329 @@
+"""Windows of observations: contents, masks, memory, sampling and stacks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from torchrl.data import SamplerWithoutReplacement
+
+from iql_torchrl import load_dataset
+from iql_torchrl.data import DatasetError, DatasetWarning, OfflineDataset, Windows, WindowSampler
+from iql_torchrl.data.stacked import stacked_space, stacked_statistics
+from iql_torchrl.networks import stack_frames
+
+
+def table(lengths: list[int], observe: Any = None) -> dict[str, Any]:
+    """Episodes whose step t of episode e is observed as 100 * e + t, the last one at the end too."""
+    steps = [np.arange(length + 1) + 100.0 * e for e, length in enumerate(lengths)]
+    now, following = (np.concatenate([s[part] for s in steps]) for part in (np.s_[:-1], np.s_[1:]))
+    observe = observe or (lambda t: np.stack([t, -t], 1).astype(np.float32))
+    rows = sum(lengths)
+    ends = np.zeros(rows, bool)
+    ends[np.cumsum(lengths) - 1] = True
+    terminated = ends & (np.repeat(np.arange(len(lengths)), lengths) % 2 == 0)
+    return {
+        "observation": observe(now),
+        "next_observation": observe(following),
+        "action": np.linspace(-1, 1, rows, dtype=np.float32)[:, None],
+        "reward": np.arange(rows, dtype=np.float32),
+        "terminated": terminated,
+        "truncated": ends & ~terminated,
+    }
+
+
+def frames_of(windows: Windows, row: int) -> tuple[list[float], ...]:
+    batch = windows[[row]]
+    entries = (
+        batch["observation"][0, :, 0],
+        batch["history_mask"][0],
+        batch["next", "observation"][0, :, 0],
+        batch["next", "history_mask"][0],
+    )
+    return tuple(entry.tolist() for entry in entries)
+
+
+def test_windows_by_hand() -> None:
+    """Episodes 0, 1, 2 | 100, 101 with a last next observation of 3 and 102."""
+    data = load_dataset(table([3, 2]))
+    assert data.transitions["next", "truncated"].squeeze(1).tolist() == [0, 0, 0, 0, 1]
+    assert data.transitions["next", "terminated"].squeeze(1).tolist() == [0, 0, 1, 0, 0]
+    windows = data.windows(3)
+    no, yes = False, True
+    assert [frames_of(windows, row) for row in range(5)] == [
+        ([0, 0, 0], [no, no, yes], [0, 0, 1], [no, yes, yes]),
+        ([0, 0, 1], [no, yes, yes], [0, 1, 2], [yes, yes, yes]),
+        ([0, 1, 2], [yes, yes, yes], [1, 2, 3], [yes, yes, yes]),
+        ([100, 100, 100], [no, no, yes], [100, 100, 101], [no, yes, yes]),
+        ([100, 100, 101], [no, yes, yes], [100, 101, 102], [yes, yes, yes]),
+    ]
+    batch = windows[:]
+    assert batch.shape == (5,)
+    plain = data.transitions
+    for key in (
+        "action", ("next", "reward"), ("next", "terminated"), ("next", "truncated"),
+        ("next", "done"), ("collector", "traj_ids"),
+    ):  # fmt: skip
+        assert torch.equal(batch[key], plain[key])
+    assert {*batch.keys(True, True)} == {
+        *plain.keys(True, True), "history_mask", ("next", "history_mask")
+    }  # fmt: skip
+
+
+def reference(transitions: TensorDict, lengths: list[int], length: int) -> dict[Any, np.ndarray]:
+    """The windows by loops over episodes, from the plain rows."""
+    now = transitions["observation"].numpy()
+    following = transitions["next", "observation"].numpy()
+    windows: dict[Any, list[Any]] = {"o": [], "m": [], "next_o": [], "next_m": []}
+    start = 0
+    for count in lengths:
+        episode = [*now[start : start + count], following[start + count - 1]]
+        for step in range(count):
+            for name, last in (("", step), ("next_", step + 1)):
+                real = episode[max(0, last - length + 1) : last + 1]
+                missing = length - len(real)
+                windows[f"{name}o"].append([episode[0]] * missing + real)
+                windows[f"{name}m"].append([False] * missing + [True] * len(real))
+        start += count
+    return {name: np.array(rows) for name, rows in windows.items()}
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 7), min_size=1, max_size=8),
+    st.integers(1, 7),
+    st.integers(0, 2**16),
+)
+def test_windows_equal_a_loop_over_episodes(lengths: list[int], length: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    values = generator.normal(size=1000).astype(np.float32)
+    data = load_dataset(
+        table(lengths, lambda t: values[t.astype(int), None] * [1, 2]), clip_actions=True
+    )
+    length = min(length, max(lengths))
+    expected = reference(data.transitions, lengths, length)
+    windows = data.windows(length)
+    rows = torch.as_tensor(generator.integers(0, len(data), 20))
+    gathered = windows.device_sampler(4, seed=0).gather(rows)
+    for batch in (windows[rows], gathered):
+        for key, name in (
+            ("observation", "o"), ("history_mask", "m"),
+            (("next", "observation"), "next_o"), (("next", "history_mask"), "next_m"),
+        ):  # fmt: skip
+            np.testing.assert_array_equal(batch[key].numpy(), expected[name][rows.numpy()])
+    stacked = data.frame_stack(length)[rows]
+    for key, name in (("observation", "o"), (("next", "observation"), "next_o")):
+        flat = expected[name][rows.numpy()].reshape(len(rows), -1)
+        np.testing.assert_array_equal(stacked[key].numpy(), flat)
+
+
+def mixed(rows: np.ndarray) -> dict[str, np.ndarray]:
+    """A camera, a category, a scalar and a matrix, all of them functions of the step."""
+    images = rows[:, None, None, None] + np.arange(24).reshape(4, 2, 3)
+    return {
+        "camera": (images % 256).astype(np.uint8),
+        "category": rows.astype(np.int64) % 5,
+        "matrix": rows[:, None, None] * np.ones((2, 2), np.float32),
+        "vector": np.stack([rows, -rows], 1).astype(np.float32),
+    }
+
+
+def test_every_leaf_of_a_dict_has_windows_and_its_own_dtype() -> None:
+    data = load_dataset(table([6, 4, 1], mixed))
+    batch, plain = data.windows(4)[:], data.transitions
+    for name in ("camera", "category", "matrix", "vector"):
+        key = ("observation", name)
+        assert batch[key].dtype == plain[key].dtype
+        assert batch[key].shape == (11, 4, *plain[key].shape[1:])
+        assert torch.equal(batch[key][:, -1], plain[key])
+        assert torch.equal(batch["next"][key][:, -1], plain["next"][key])
+        assert torch.equal(batch[key][:, 1:], batch["next"][key][:, :-1])
+    stacked = data.frame_stack(4)
+    assert "history_mask" not in stacked[:2]
+    shapes = {name: tuple(values.shape) for name, values in stacked[:]["observation"].items()}
+    assert shapes == {
+        "camera": (11, 4, 2, 12), "category": (11, 4), "matrix": (11, 2, 2, 4), "vector": (11, 8),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "stacked", "channel"),
+    [((), (3,), 0), ((2,), (6,), 0), ((5, 4), (5, 4, 3), 2), ((5, 4, 2), (5, 4, 6), 2),
+     ((2, 5, 4), (6, 5, 4), 0), ((3, 3, 3), (3, 3, 9), 2), ((2, 2, 2, 2), (2, 2, 2, 6), 3)],
+)  # fmt: skip
+def test_frames_are_stacked_on_their_channels(shape, stacked, channel) -> None:
+    window = torch.randn(7, 3, *shape)
+    out = stack_frames(window, len(shape))
+    assert out.shape == (7, *stacked)
+    for number, part in enumerate(out.chunk(3, channel + 1)):
+        assert torch.equal(part.reshape(7, *shape), window[:, number])
+
+
+def test_a_stack_of_one_frame_is_the_plain_row() -> None:
+    data = load_dataset(table([6, 4, 1], mixed))
+    one = data.frame_stack(1).device_sampler(16, seed=3)
+    plain = data.device_sampler(16, seed=3)
+    for _ in range(3):
+        first, second = one.sample(), plain.sample()
+        assert {*first.keys(True, True)} == {*second.keys(True, True)}
+        assert (first == second).all()
+
+
+def test_every_frame_is_held_once_and_nothing_is_copied() -> None:
+    data = load_dataset(table([6, 4, 1], mixed))
+    windows = data.windows(2)
+    sampler = windows.device_sampler(4)
+    images = data.transitions["observation", "camera"]
+    assert sampler.column(("observation", "camera")).data_ptr() == images.data_ptr()
+    own = sampler.column(("next", "observation", "camera"))
+    assert torch.equal(own, data.transitions["next", "observation", "camera"][[5, 9, 10]])
+    frames = sum(t.nbytes for t in sampler.tables if t.dtype == torch.uint8)
+    assert frames == (11 + 3) * 24
+    stored = {t.data_ptr() for t in windows.table().values(True, True)}
+    assert data.transitions["next", "observation", "camera"].data_ptr() not in stored
+
+
+def test_memory_mapped_tables_have_the_same_windows(tmp_path: Path) -> None:
+    source = table([6, 4, 1], mixed)
+    np.savez(
+        tmp_path / "data.npz",
+        **{k: v for k, v in source.items() if "observation" not in k},
+        observation=source["observation"]["camera"],
+        next_observation=source["next_observation"]["camera"],
+    )
+    memory = load_dataset(tmp_path / "data.npz")
+    mapped = load_dataset(tmp_path / "data.npz", memmap=tmp_path / "table")
+    for length, stack in ((3, False), (2, True)):
+        one, two = (d.windows(length, stack=stack) for d in (memory, mapped))
+        assert (one[:] == two[:]).all()
+        first, second = (w.device_sampler(8, seed=0).sample() for w in (one, two))
+        assert (first == second).all()
+        tensors = two.device_sampler(8).tables
+        assert all(type(t) is torch.Tensor for t in tensors)
+
+
+def test_a_buffer_yields_the_batches_of_the_same_rows() -> None:
+    data = load_dataset(table([6, 4, 1], mixed))
+    windows = data.windows(3)
+    buffer, again = (windows.replay_buffer(8, seed=5) for _ in range(2))
+    plain = data.replay_buffer(8, seed=5)
+    for _ in range(3):
+        batch = buffer.sample()
+        assert (batch == again.sample()).all()
+        rows = batch["index"]
+        assert torch.equal(rows, plain.sample()["index"])
+        assert (batch.exclude("index") == windows[rows]).all()
+    with pytest.raises(RuntimeError, match="doesn't allow writing"):
+        buffer.extend(data.transitions[:1])
+    whole = windows.replay_buffer(11, sampler=SamplerWithoutReplacement(), seed=0).sample()
+    assert whole["index"].sort().values.tolist() == list(range(11))
+
+
+@pytest.mark.gpu
+def test_a_sampler_on_a_gpu_does_not_wait_for_it() -> None:
+    windows = load_dataset(table([6, 4, 1], mixed)).windows(3)
+    sampler = windows.device_sampler(8, "cuda", seed=0)
+    rows = sampler.indices()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = sampler.gather(rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (batch.cpu() == windows[rows.cpu()].exclude("collector")).all()
+
+
+def test_sampling_goes_on_from_its_state() -> None:
+    windows = load_dataset(table([6, 4, 1])).windows(3)
+    sampler = windows.device_sampler(8, seed=1)
+    assert isinstance(sampler, WindowSampler)
+    sampler.sample()
+    state = sampler.state_dict()
+    expected = sampler.sample()
+    fresh = windows.device_sampler(8, seed=2)
+    fresh.load_state_dict(state)
+    assert (fresh.sample() == expected).all()
+
+
+def test_wrong_windows_are_refused() -> None:
+    data = load_dataset(table([3, 2]))
+    with pytest.raises(DatasetError, match=r"windows of 4 steps .* the longest has 3;"):
+        data.windows(4)
+    assert len(data.windows(3)) == 5
+    for wrong in (0, -1, 2.0, True, None):
+        with pytest.raises(ValueError, match=r"length is .*expected a whole number >= 1"):
+            data.windows(wrong)
+    with pytest.raises(ValueError, match="jumps is 'skip'; choose one of error, restart"):
+        data.windows(2, jumps="skip")
+
+
+def jumping() -> OfflineDataset:
+    """Row 2 of the first episode, of 5 rows, is followed by another state than its successor."""
+    source = table([5, 2])
+    source["next_observation"][2] = [7, -7]
+    with pytest.warns(DatasetWarning, match="not the following row's observation in 1 rows"):
+        return load_dataset(source)
+
+
+def test_jumps_are_refused_or_begin_a_history() -> None:
+    data = jumping()
+    with pytest.raises(DatasetError, match=r"in 1 rows inside episodes, first row 2, .*'restart'"):
+        data.windows(2)
+    windows = data.windows(2, jumps="restart")
+    no, yes = False, True
+    assert [frames_of(windows, row) for row in (1, 2, 3, 4)] == [
+        ([0, 1], [yes, yes], [1, 2], [yes, yes]),
+        ([1, 2], [yes, yes], [2, 7], [yes, yes]),
+        ([3, 3], [no, yes], [3, 4], [yes, yes]),
+        ([3, 4], [yes, yes], [4, 5], [yes, yes]),
+    ]
+    with pytest.raises(DatasetError, match="the longest has 3 between jumps"):
+        data.windows(4, jumps="restart")
+
+
+def test_a_part_of_a_split_has_the_windows_of_its_episodes() -> None:
+    data = load_dataset(table([3, 2, 4, 5]))
+    for part in data.split(0.5, seed=0):
+        lengths = [int(n) for n in part.episode_lengths]
+        expected = reference(part.transitions, lengths, 2)
+        np.testing.assert_array_equal(part.windows(2)[:]["observation"].numpy(), expected["o"])
+
+
+def test_stacks_lie_in_the_stacked_space_and_have_its_statistics() -> None:
+    data = load_dataset(table([6, 4, 1], mixed))
+    space = stacked_space(data.observation_space, 3)
+    shapes = {name: leaf.shape for name, leaf in space.spaces.items()}
+    assert shapes == {"camera": (4, 2, 9), "category": (3,), "matrix": (2, 2, 3), "vector": (6,)}
+    stacks = data.frame_stack(3)[:]["observation"]
+    for row in range(len(data)):
+        frame = {name: values[row].numpy() for name, values in stacks.items()}
+        assert space.contains(frame)
+    frame["category"][0] = 5  # the camera's bounds and the number of categories are kept
+    assert not space.contains(frame)
+    low, high = np.array([[0, 1], [2, 3]]), np.array([[10, 11], [12, 13]])
+    box = stacked_space(spaces.Box(low, high, dtype=np.int64), 2)
+    assert np.array_equal(box.low, [[[0, 0], [1, 1]], [[2, 2], [3, 3]]])
+    assert np.array_equal(box.high[..., 1], high)
+    assert stacked_space(spaces.MultiDiscrete([2, 3]), 2).nvec.tolist() == [2, 3, 2, 3]
+    assert stacked_space(spaces.MultiBinary(2), 2).shape == (4,)
+    assert stacked_space(box, 1) is box
+    with pytest.raises(ValueError, match="cannot be stacked"):
+        stacked_space(spaces.Text(3), 2)
+
+
+def test_stacked_statistics_are_those_of_each_frame() -> None:
+    observe = lambda t: np.stack([t, 0 * t + 7, t % 3], 1).astype(np.float32)  # noqa: E731
+    data = load_dataset(table([6, 4], observe))
+    one = data.statistics["observation"]
+    two = stacked_statistics(data.statistics, 2)["observation"]
+    assert one.constant == (1,)
+    assert two.constant == (1, 4)
+    assert torch.equal(two.mean, torch.cat([one.mean, one.mean]))
+    assert torch.equal(two.std, torch.cat([one.std, one.std]))
+    assert two.count == one.count
