@@ -24,6 +24,7 @@ from iql_torchrl.checkpoint import CheckpointError, component_names, newest, rea
 from iql_torchrl.config import IQLConfig, check_usable
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.evaluation.act import act, private_random_numbers
+from iql_torchrl.networks import with_history
 from iql_torchrl.objectives import ImplicitQLoss, LossCritics
 from iql_torchrl.update.compiled import compiled
 from iql_torchrl.update.step import IQLStep
@@ -173,6 +174,11 @@ def make_agent(
     - images (Box ``(H, W, C)`` or ``(C, H, W)``, at least 8 x 8, of uint8 or of floats in [0, 1]):
       ``networks.ImageEncoder``, trained as ``config.encoder_gradient`` says.
 
+    With ``history`` in the config the networks read the last observations of the episode, and batches
+    are those of ``dataset.windows(history)`` (``stack=True`` for ``history_encoder="stack"``), which
+    ``OfflineTrainer`` makes itself: each observation is encoded as above, and an LSTM or a causal
+    transformer, trained as the encoder is, reads the sequence.
+
     ``encoders`` replaces these by leaf: ``{"camera": module}``, ``"arm.speed"`` for a nested leaf,
     ``"observation"`` where there is no Dict. A module turns a batch of the leaf as it is stored,
     ``(B, *shape)``, into features ``(B, F)``, is trained with the others, and is not copied.
@@ -212,6 +218,9 @@ def build_agent(config: IQLConfig, task: Task, encoders: Encoders | None = None)
         policy = policies.best_of(policy, LossCritics(loss), config.num_samples)
     if networks.encoder is not None:
         policy = policies.encoded(networks.encoder, policy)
+    if config.history > 1:
+        stack = config.history_encoder == "stack"
+        policy = with_history(policy, config.history, stack=stack)
     update = compiled(step) if config.compile else step
     names = tuple(encoders or ())
     return Agent(config, task, networks.actor, loss, optimizer, scheduler, update, policy, names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -17,10 +18,17 @@ from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.data.encodings import is_image, is_vector, usual_encoder
 from iql_torchrl.data.schema import Key, dotted, field_of_space, leaf_spaces
+from iql_torchrl.data.stacked import stacked_space, stacked_statistics
 from iql_torchrl.descriptions import describe_space
-from iql_torchrl.networks import ImageEncoder, JoinedEncoders
+from iql_torchrl.networks import (
+    HISTORY_MASK,
+    CausalTransformer,
+    ImageEncoder,
+    JoinedEncoders,
+    LSTMEncoder,
+)
 
-__all__ = ["FEATURES", "Encoders", "check_images", "leaf_name", "make_encoder"]
+__all__ = ["FEATURES", "Encoders", "check_images", "leaf_name", "make_encoder", "observed_task"]
 
 Encoders = Mapping[str, nn.Module]
 FEATURES = "features"  # what the encoder writes
@@ -44,8 +52,13 @@ def make_encoder(
     """
     leaves = leaf_spaces(task.observation_space)
     _check_names(encoders, leaves)
+    windows = reads_windows(config)
     alone = isinstance(task.observation_space, spaces.Discrete)
-    if not encoders and (alone or all(is_vector(space) for space in leaves.values())):
+    if (
+        not encoders
+        and not windows
+        and (alone or all(is_vector(space) for space in leaves.values()))
+    ):
         return None
     parts, total = [], 0
     for key, space in leaves.items():
@@ -60,7 +73,35 @@ def make_encoder(
         parts.append(module)
         total += size
     keys = [key[0] if len(key) == 1 else key for key in leaves]
-    return TensorDictModule(JoinedEncoders(parts), in_keys=keys, out_keys=[FEATURES]), total
+    joined: nn.Module = JoinedEncoders(parts)
+    if windows:
+        joined = _sequence(config, joined, total)
+        keys, total = [*keys, HISTORY_MASK], config.history_features
+    return TensorDictModule(joined, in_keys=keys, out_keys=[FEATURES]), total
+
+
+def reads_windows(config: IQLConfig) -> bool:
+    """Whether the encoder reads windows of observations and their masks."""
+    return config.history > 1 and config.history_encoder != "stack"
+
+
+def observed_task(config: IQLConfig, task: Task) -> Task:
+    """The task as the networks see it: with stacked frames where the config says so."""
+    if config.history == 1 or reads_windows(config):
+        return task
+    return replace(
+        task,
+        observation_space=stacked_space(task.observation_space, config.history),
+        statistics=stacked_statistics(task.statistics, config.history),
+    )
+
+
+def _sequence(config: IQLConfig, each: nn.Module, features: int) -> nn.Module:
+    if config.history_encoder == "lstm":
+        return LSTMEncoder(features, config.history_features, preprocess=each)
+    return CausalTransformer(
+        features, config.history_features, length=config.history, preprocess=each
+    )
 
 
 def check_images(dataset: OfflineDataset, encoders: Encoders) -> None:

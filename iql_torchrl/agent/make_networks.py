@@ -15,7 +15,7 @@ from torch import nn
 from torchrl.modules import ProbabilisticActor, ValueOperator
 
 from iql_torchrl import policies
-from iql_torchrl.agent.make_encoder import FEATURES, Encoders, make_encoder
+from iql_torchrl.agent.make_encoder import FEATURES, Encoders, make_encoder, observed_task
 from iql_torchrl.agent.task import Task
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.descriptions import describe_space, faulty_bounds
@@ -46,6 +46,7 @@ def make_networks(config: IQLConfig, task: Task, encoders: Encoders) -> Networks
     Raises ``ValueError`` and ``TypeError`` as :func:`iql_torchrl.make_agent` does.
     """
     _check_actions(task.action_space)
+    task = observed_task(config, task)
     place = partial(_place, config, task)
     shared = make_encoder(config, task, encoders)
     if shared is None:

@@ -145,6 +145,18 @@ class IQLConfig:
     image_features: int = knob(
         64, "number of features that each image becomes", interval="[1, inf)"
     )
+    history: int = knob(
+        1,
+        "observations that the networks read: that many last ones of the episode, the current one "
+        "included",
+        interval="[1, inf)",
+    )
+    history_encoder: Literal["lstm", "transformer", "stack"] = knob(
+        "lstm",
+        "what reads several observations: lstm, transformer, or stack (joined into one vector, or "
+        "images on their channels)",
+    )
+    history_features: int = knob(64, "width of the lstm or transformer", interval="[1, inf)")
     encoder_gradient: Literal["critics", "all"] = knob(
         "critics",
         "whose losses train the encoder that policy, critics and V share: critics, or all",

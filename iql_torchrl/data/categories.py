@@ -25,8 +25,9 @@ def category_limits(loss: Any) -> dict[tuple[str, ...], int | tuple[int, ...]]:
     limits: dict[tuple[str, ...], int | tuple[int, ...]] = {}
     encoder = loss.encoder_network
     joined = getattr(encoder, "module", None)
+    joined = getattr(joined, "preprocess", joined)  # of a network over windows
     if type(joined) is networks.JoinedEncoders:
-        for name, each in zip(encoder.in_keys, joined.encoders, strict=True):
+        for name, each in zip(encoder.in_keys, joined.encoders, strict=False):
             key, count = _flat(name), _categories_of(each)
             limits |= {} if count is None else {key: count, ("next", *key): count}
     for name in ("actor_network", "qvalue_network", "value_network"):

@@ -66,6 +66,11 @@ class IQLPopulation:
             raise TypeError(
                 f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns."
             )
+        if configs[0].history > 1:
+            raise ValueError(
+                f"history is {configs[0].history}; the runs of a population read single observations. "
+                "Train runs with a history one by one."
+            )
         self.configs, self.batches = tuple(configs), batches
         self.task = Task.of(dataset)
         self._data = DataState(None, dataset)

@@ -20,6 +20,7 @@ from torchrl.modules import Delta
 
 from iql_torchrl.evaluation import gym_interface as interface
 from iql_torchrl.evaluation.act import as_in_evaluation
+from iql_torchrl.networks import history_of
 from iql_torchrl.selection.episodes import states
 
 __all__ = [
@@ -52,7 +53,7 @@ def resolve_members(members: Mapping[str, Any]) -> tuple[Member, ...]:
     """The members of ``{name: Agent or actor}``, in its order.
 
     Raises ``ValueError`` for an empty mapping, ``TypeError`` for an object that is not a TensorDict
-    module and has none as its ``policy``.
+    module and has none as its ``policy``. ``ValueError`` for a policy with a history.
     """
     if not isinstance(members, Mapping) or not members:
         raise ValueError(
@@ -68,6 +69,11 @@ def resolve_member(name: str, policy: Any) -> Member:
         interface.check_policy(actor)
     except (TypeError, ValueError) as error:
         raise type(error)(f"member {name!r}: {error}") from error
+    if (history := history_of(actor)) is not None:
+        raise ValueError(
+            f"member {name!r} reads the last {history.length} observations, and estimates from logs "
+            "here are for policies that read one. Rank such policies in an environment."
+        )
     temperature = getattr(getattr(policy, "config", None), "temperature", None)
     episodes = getattr(getattr(policy, "task", None), "episodes", None)
     return Member(str(name), actor, None if temperature is None else float(temperature), episodes)

@@ -18,6 +18,7 @@ from iql_torchrl.agent.build import Agent
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.evaluation.background import BackgroundEvaluation
 from iql_torchrl.evaluation.value_gap import value_gap
+from iql_torchrl.networks import history_of
 from iql_torchrl.objectives.implicit import ImplicitQLoss
 from iql_torchrl.trainers.display import Display, print_how_to_continue
 from iql_torchrl.trainers.evaluations import Evaluate, Scores
@@ -237,8 +238,11 @@ class OfflineTrainer(ResumableTrainer):
     def _evaluate(self) -> None:
         """The evaluation; and the value gap of a policy that takes the best of several actions."""
         self.scores.evaluate(self.updates)
-        if self.agent is not None and self.dataset is not None and self.agent.chooses:
-            gap = value_gap(self.agent.policy, self.dataset.transitions).mean
+        agent = self.agent
+        # the rows of a dataset are no windows
+        plain = agent is not None and history_of(agent.policy) is None
+        if agent is not None and plain and self.dataset is not None and agent.chooses:
+            gap = value_gap(agent.policy, self.dataset.transitions).mean
             self.progress.record(self.updates, {"chosen_value_gap": gap})
             self._log_at(self.updates, "chosen_value_gap", gap)
 
