@@ -121,9 +121,10 @@ def _check_actions(space: spaces.Space[Any]) -> None:
     ):
         raise ValueError(
             f"the actions are {describe_space(space)}; make_agent supports Discrete, and Box of "
-            "floats of shape (A,). Wrap the environment and record the data with such actions "
-            "(combinations of choices can be numbered from 0), or build the networks yourself and "
-            "pass them to IQLLoss: README, 'Your own modules'."
+            "floats of shape (A,). For a Box of another shape pass dataset.flatten_actions(). "
+            "Else wrap the environment and record the data with such actions (combinations of choices "
+            "can be numbered from 0), or build the networks yourself and pass them to IQLLoss: README, "
+            "'Your own modules'."
         )
     if faults := faulty_bounds(space.low, space.high):
         raise ValueError(

@@ -14,6 +14,7 @@ from tensordict import TensorDict
 from torchrl.data import Composite, TensorDictReplayBuffer, TensorSpec
 
 from iql_torchrl.data import replay
+from iql_torchrl.data.flat_actions import FlatActions, flat_space
 from iql_torchrl.data.scaling import ObservationStatistics, RewardMap, normalised_score
 from iql_torchrl.data.schema import (
     ACTION,
@@ -151,6 +152,17 @@ class OfflineDataset:
         ``frame_stack(1)`` has the entries of plain rows and holds every observation once.
         """
         return self.windows(length, stack=True, jumps=jumps)
+
+    def flatten_actions(self) -> OfflineDataset:
+        """The same data with actions ``(A,)`` in place of a Box of another shape.
+
+        ``make_env`` then takes such actions too. Raises ``DatasetError`` where actions are no Box.
+        """
+        space = flat_space(self.action_space, self.name)
+        transitions = self.transitions.copy()
+        transitions["action"] = self.transitions["action"].reshape(len(self), -1)
+        env = FlatActions(self.make_env, self.name)
+        return replace(self, transitions=transitions, action_space=space, env=env)
 
     def split(self, fraction: float, seed: int) -> tuple[OfflineDataset, OfflineDataset]:
         """Two datasets of complete episodes, the first with ``fraction`` of them, drawn at random.

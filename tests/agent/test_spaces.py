@@ -266,3 +266,58 @@ def test_runs_of_a_population_share_an_encoder_without_parameters():
     assert np.isfinite(scores.initial_values).all()
     with pytest.raises(ValueError, match=r"encoder_network has parameters .* images one by one"):
         IQLPopulation(configs, dataset_of(camera=True))
+
+
+class Grid(gym.Env):
+    """Actions of shape (2, 2); the reward is the entry in the second row and first column."""
+
+    observation_space = spaces.Box(-1, 1, (3,), np.float32)
+
+    def __init__(self) -> None:
+        high = np.array([[1, 2], [3, 4]], np.float32)
+        self.action_space = spaces.Box(-np.ones((2, 2), np.float32), high, dtype=np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        assert action.shape == (2, 2)
+        return np.zeros(3, np.float32), float(action[1, 0]), False, True, {}
+
+
+def test_shaped_actions_are_flattened_in_data_and_environment():
+    generator = np.random.default_rng(0)
+    actions = generator.uniform(-1, 1, (40, 2, 2)).astype(np.float32)
+    columns = {
+        "observation": generator.normal(size=(40, 3)).astype(np.float32),
+        "next_observation": generator.normal(size=(40, 3)).astype(np.float32),
+        "action": actions,
+        "reward": actions[:, 1, 0],
+        "terminated": np.zeros(40, bool),
+        "truncated": np.ones(40, bool),
+    }
+    shaped = load_dataset(columns, env=Grid)
+    with pytest.raises(ValueError, match=r"pass dataset\.flatten_actions\(\)"):
+        make_agent(config(), shaped)
+    flat = shaped.flatten_actions()
+    np.testing.assert_array_equal(flat.transitions["action"][:, 2].numpy(), actions[:, 1, 0])
+    np.testing.assert_array_equal(flat.action_space.high, [1, 2, 3, 4])
+    agent = make_agent(config(), flat)
+    agent.step(flat.replay_buffer(8, seed=0).sample())
+    action = agent.act(np.zeros(3, np.float32))
+    result = evaluate(agent.policy, flat.make_env, episodes=1, seed=0)
+    np.testing.assert_allclose(result.returns[0], action[2], rtol=1e-6)
+    with pytest.raises(ValueError, match="flatten_actions is for a Box"):
+        dataset_of(discrete=True).flatten_actions()
+
+
+def test_images_under_bfloat16():
+    dataset = dataset_of(camera=True)
+    one, half = (make_agent(config(precision=p), dataset) for p in ("float32", "bfloat16"))
+    batch = dataset.replay_buffer(16, seed=0).sample()
+    exact, rounded = one.step(batch.copy()), half.step(batch.copy())
+    for name in ("loss_value", "loss_qvalue", "loss_actor"):
+        torch.testing.assert_close(rounded[name], exact[name], rtol=0.05, atol=0.05)
+    encoder = half.loss.encoder_network_params
+    assert all(leaf.dtype == torch.float32 for leaf in encoder.parameters())
