@@ -142,7 +142,7 @@ def test_a_shorter_window_is_a_longer_one_with_padding():
         torch.testing.assert_close(encoder(window[:, 2:], mask[:, 2:]), encoder(window, mask))
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", ["lstm", "one block"])
 def test_export_takes_any_batch(name):
     encoder = ENCODERS[name]()
     batch = torch.export.Dim("batch", min=1)

@@ -16,7 +16,7 @@ from torch import nn
 from iql_torchrl.agent.export import export_policy
 from iql_torchrl.agent.task import Task
 from iql_torchrl.evaluation.act import act
-from iql_torchrl.networks import CausalTransformer, LSTMEncoder, OneHot, with_history
+from iql_torchrl.networks import LSTMEncoder, OneHot, with_history
 
 T = 3
 VECTOR = spaces.Box(-np.inf, np.inf, (3,))
@@ -42,10 +42,6 @@ class Parts(nn.Module):
 
 
 KINDS = {
-    "transformer": (
-        VECTOR, lambda: CausalTransformer(3, 8, heads=2, layers=1, length=T),
-        ["observation", "history_mask"], False,
-    ),
     "nested": (
         NESTED, lambda: LSTMEncoder(8, 8, preprocess=Parts()),
         [("observation", "at"), ("observation", "kind"), "history_mask"], False,
@@ -122,7 +118,7 @@ def test_the_description_says_what_a_window_is(nested):
     assert (mask["name"], mask["shape"], mask["dtype"]) == ("history_mask", ["B", T], "bool")
     assert "False at padding" in mask["values"]
     assert note["history"]["length"] == T
-    assert "torch.ones(1, 3, dtype=torch.bool)" in note["usage"][-1]
+    assert note["usage"][-1].endswith("dtype=torch.bool))")  # an example of the mask too
 
 
 def test_wrong_inputs_are_refused(nested):
