@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from iql_torchrl import IQLConfig, OfflineDataset, cli, evaluate, load_dataset, make_agent
 from iql_torchrl.evaluation import Evaluation
 
-SIDE, STEPS, SPEED, REACHED = 24, 20, 0.15, 0.15
+SIDE, STEPS, SPEED, REACHED, NOISE = 24, 20, 0.15, 0.15, 0.3
 EVALUATION_SEED = 10_000
 CONFIG = IQLConfig(
     batch_size=128,
@@ -74,7 +74,7 @@ def picture(coordinates: NDArray[np.float32]) -> NDArray[np.uint8]:
     for channel, first in ((1, 0), (0, 2)):
         across, down = (coordinates[:, first + i, None] - line for i in (0, 1))
         square = across[:, None, :] ** 2 + down[:, :, None] ** 2
-        image[..., channel] = 255 * np.exp(-square / (2 * 0.08**2))
+        image[..., channel] = 255 * np.exp(-square / (2 * 0.12**2))
     return image
 
 
@@ -110,7 +110,7 @@ def make_logs(episodes: int, seed: int) -> tuple[OfflineDataset, OfflineDataset]
         while not over:
             way = env.mark - env.point
             wanted = skill * way / max(SPEED, float(np.linalg.norm(way)))
-            action = np.clip(wanted + 0.5 * generator.normal(size=2), -1, 1).astype(np.float32)
+            action = np.clip(wanted + NOISE * generator.normal(size=2), -1, 1).astype(np.float32)
             later, reward, _, over, _ = env.step(action)
             for name, value in zip(rows, (observation, action, reward, later, over), strict=True):
                 rows[name].append(value)

@@ -104,7 +104,7 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"kind is {kind!r}; choose one of {', '.join(KINDS)}.")
         if channels not in (None, *LAYOUTS):
             raise ValueError(f"channels is {channels!r}; choose 'last', 'first' or None.")
-        first = channels == "first" or (channels is None and self.shape[0] < self.shape[2])
+        first = channels == "first" or (channels is None and channels_come_first(self.shape))
         self.channels = "first" if first else "last"
         depth = self.shape[0] if first else self.shape[2]
         height, width = self.shape[1:] if first else self.shape[:2]
@@ -227,6 +227,14 @@ def _residual(depth: int) -> nn.Sequential:
         ]
         depth = channels
     return nn.Sequential(*parts, nn.ReLU())
+
+
+def channels_come_first(shape: Sequence[int]) -> bool:
+    """Whether the channels of an image are the first of its three dimensions.
+
+    The shorter of the two outer ones, and the last one where they are equal.
+    """
+    return shape[0] < shape[2]
 
 
 def batch_shape(observation: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from iql_torchrl.networks.encoders import channels_come_first
 from iql_torchrl.networks.perceptrons import check_whole
 
 __all__ = [
@@ -93,7 +94,7 @@ def stack_frames(window: Tensor, dims: int) -> Tensor:
         return window
     if dims == 2:
         return window.movedim(1, -1)
-    first = dims == 3 and window.shape[2] < window.shape[-1]
+    first = dims == 3 and channels_come_first(window.shape[2:])
     return torch.cat(window.unbind(1), 1 if first else -1)
 
 
