@@ -88,6 +88,7 @@ def test_every_field_is_an_option(preset):
         weight_decay=0.5,
         actor_lr=0.1,
         critic_lr=0.2,
+        encoder_lr=0.4,
         value_lr=0.3,
         schedule="cosine",
         schedule_steps=None if PRESETS[preset].schedule_steps else 4,

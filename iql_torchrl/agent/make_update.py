@@ -26,7 +26,7 @@ LEARNING_RATES = {
     "actor": "actor_lr",
     "qvalue": "critic_lr",
     "value": "value_lr",
-    "encoder": "critic_lr",
+    "encoder": "encoder_lr",
 }
 
 

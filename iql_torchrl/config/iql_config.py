@@ -186,6 +186,11 @@ class IQLConfig:
     actor_lr: float = knob(3e-4, "learning rate of the policy", interval="(0, inf)", per_run=True)
     critic_lr: float = knob(3e-4, "learning rate of the critics", interval="(0, inf)", per_run=True)
     value_lr: float = knob(3e-4, "learning rate of V", interval="(0, inf)", per_run=True)
+    encoder_lr: float = knob(
+        1e-4,
+        "learning rate of an encoder that policy, critics and V share; 1e-4 is that of DrQ-v2",
+        interval="(0, inf)",
+    )
     schedule: Literal["constant", "cosine_actor", "cosine"] = knob(
         "cosine_actor",
         "constant, cosine_actor (the learning rate of the policy falls to 0 over the run: the "

@@ -14,11 +14,11 @@ from iql_torchrl.data.builtin import make_dataset
 def test_a_picture_shows_where_point_and_mark_are(monkeypatch):
     example = load("iql_pixels", monkeypatch)
     (image,) = example.picture(np.array([[1.0, -1.0, -1.0, 0.0]], np.float32))
-    assert image.shape == (24, 24, 3)
+    assert image.shape == (16, 16, 3)
     green, red = image[..., 1], image[..., 0]
-    assert np.unravel_index(green.argmax(), green.shape) == (0, 23)  # row: y, column: x
+    assert np.unravel_index(green.argmax(), green.shape) == (0, 15)  # row: y, column: x
     row, column = np.unravel_index(red.argmax(), red.shape)
-    assert (row in (11, 12), column) == (True, 0)
+    assert (row in (7, 8), column) == (True, 0)
     assert green.max() == 255
     assert not image[..., 2].any()
 
@@ -36,7 +36,7 @@ def test_a_driver_moves_and_is_rewarded_by_the_distance(monkeypatch):
 
 def test_pixels_prints_a_table(monkeypatch, tmp_path, capsys):
     example = load("iql_pixels", monkeypatch)
-    assert example.main(["--updates", "2", "--episodes", "4", "--output", str(tmp_path)]) == 0
+    assert example.main(["--updates", "1", "--episodes", "4", "--output", str(tmp_path)]) == 0
     with open(tmp_path / "pixels-seed0" / "metrics.csv") as file:
         rows = list(csv.DictReader(file))
     names = ["log", "cloning, pictures", "IQL, pictures", "IQL, coordinates"]
