@@ -44,8 +44,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from iql_pointmaze import FIXED, fixed_goal
 
 EVALUATION_SEED, CANDIDATES = 10_000, 32
-#: (q_reduction, q_source) of DDPG+BC
-VALUES = [("min", "live"), ("mean", "live"), ("min", "target"), ("mean", "target")]
+#: name on the command line: (q_reduction, q_source) of DDPG+BC
+VALUES = {
+    f"{reduction}-{source}": (reduction, source)
+    for source in ("live", "target")
+    for reduction in ("min", "mean")
+}
 Task = tuple[OfflineDataset, IQLConfig]
 
 
@@ -148,7 +152,7 @@ def run(o: argparse.Namespace, name: str) -> dict[str, Any]:
         add_regressions(o, data, config, add)
         show(["cloning", "IQL"])
     ddpg = replace(config, policy="deterministic", actor_objective="ddpg_bc")
-    for reduction, source in VALUES[: 1 if o.only_weights else None]:
+    for reduction, source in (VALUES[critics] for critics in o.critics):
         each = [replace(ddpg, bc_weight=weight) for weight in o.bc_weights]
         methods = [f"DDPG+BC, {reduction} of {source}, weight {weight}" for weight in o.bc_weights]
         agents = train(o, data, each, q_reduction=reduction, q_source=source)
@@ -194,14 +198,19 @@ def main() -> None:
     add("--seeds", type=int, default=4)
     add("--episodes", type=int, default=20)
     add("--bc-weights", type=float, nargs="+", default=[0.5, 2.0], help="weights of DDPG+BC")
-    add("--only-weights", action="store_true", help="DDPG+BC by the least live critic alone")
+    add(
+        "--critics", nargs="+", choices=VALUES, help="of DDPG+BC; all, with --only-weights min-live"
+    )
+    add("--only-weights", action="store_true", help="DDPG+BC alone")
     add("--compile", action="store_true")
+    add("--threads", type=int, default=1)
     add("--result", default="policies")
     o = parser.parse_args()
     o.tasks = o.tasks.split(",")
     if unknown := set(o.tasks) - set(TASKS):
         parser.error(f"--tasks has {sorted(unknown)}; there are {list(TASKS)}.")
-    torch.set_num_threads(1)
+    o.critics = o.critics or list(VALUES)[: 1 if o.only_weights else None]
+    torch.set_num_threads(o.threads)
     tasks = []
     for name in o.tasks:
         tasks.append(run(o, name))

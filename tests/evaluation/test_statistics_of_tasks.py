@@ -108,10 +108,16 @@ def test_points_equal_those_of_rliable():
     assert probability_of_improvement(*ties[0].T, *ties[1].T) == pytest.approx(expected)
 
 
+@pytest.mark.filterwarnings("ignore:random_state is deprecated:FutureWarning")  # by arch
 def test_intervals_agree_with_those_of_rliable():
+    """Needs ``rliable==1.2.0``, ``arch<8`` and ``pandas<3``.
+
+    arch 7.2 cannot be imported with pandas 3 (a TypeError), and rliable 1.2 passes an argument that
+    arch 8 does not have.
+    """
     try:
         from rliable import library, metrics
-    except Exception as error:  # its requirement arch 7.2 fails with pandas 3: a TypeError
+    except Exception as error:
         pytest.skip(f"rliable.library cannot be imported: {error}")
     one, other = np.stack(random_tasks(0), 1), np.stack(random_tasks(1), 1)
     scores = {"iqm": one, "improvement": (one, other)}
