@@ -2,8 +2,8 @@
 
 The log holds the pictures and the actions of drivers who take turns at every step: each heads for
 the mark with a skill between -0.5 (away from it) and 1 (straight to it), with noise. Compared are the
-log; behaviour cloning and IQL from pictures, which share one convolutional encoder between policy, critics
-and V; and IQL from the coordinates that the pictures show, with the same actions, as a reference.
+log; behaviour cloning and IQL from pictures, with one convolutional encoder for policy, critics and V;
+and IQL from the coordinates that the pictures show, with the same actions, as a reference.
 """
 
 import csv
