@@ -57,6 +57,16 @@ class IQLLoss(ImplicitQLoss):
             grows where the policy exploits errors of the critics. The best of N candidates is not
             known to the loss, and its N evaluations per step would cost more than the update:
             :func:`iql_torchrl.evaluation.value_gap` measures it.
+        encoder_network: a TensorDictModule that the other networks share: it reads entries of the batch,
+            and they read what it writes. An update evaluates it once for s, once for s' and once for
+            s with the weights of its target, which the target critics read; ``SoftUpdate`` moves that
+            target too. The other networks hold none of its parameters.
+        encoder_gradient: ``"critics"``: ``loss_qvalue`` alone trains the encoder. ``"all"``: all
+            losses do; in the sequential order V's descent moves it too.
+        random_shift: move the images of a batch by up to that many pixels, by other numbers before
+            and after the step; for an encoder that is ``networks.JoinedEncoders`` with a
+            ``networks.ImageEncoder`` (Yarats, Kostrikov, Fergus 2021, arXiv:2004.13649). The entries
+            ``"image_shift"`` and ``"next_image_shift"`` ``(*B, 2)`` replace the uniform numbers.
         separate_losses: parameters shared with the actor learn from the actor's loss alone.
         reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``.
         deactivate_vmap: evaluate the critics in a loop.
@@ -83,7 +93,8 @@ class IQLLoss(ImplicitQLoss):
     log-probability outweigh Q as it shrinks: compare several ``bc_weight``.
 
     Raises:
-        ValueError: a value out of range or an unknown name (the message shows it).
+        ValueError: a value out of range or an unknown name (the message shows it), or an encoder that
+            does not fit the other networks or keeps statistics of batches (BatchNorm).
         TypeError: ``gamma`` given, a number that is none, a network that is no TensorDictModule
             (``qvalue_network``: nor a list or function of such), or a policy without ``get_dist``
             for ``actor_objective="log_prob"``, or a flow policy with another objective than "flow".
