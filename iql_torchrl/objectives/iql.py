@@ -57,7 +57,7 @@ class IQLLoss(ImplicitQLoss):
             grows where the policy exploits errors of the critics. The best of N candidates is not
             known to the loss, and its N evaluations per step would cost more than the update:
             :func:`iql_torchrl.evaluation.value_gap` measures it.
-        encoder_network: a TensorDictModule that the other networks share: it reads entries of the batch,
+        encoder_network: a TensorDictModule that the others share: it reads entries of the batch,
             and they read what it writes. An update evaluates it once for s, once for s' and once for
             s with the weights of its target, which the target critics read; ``SoftUpdate`` moves that
             target too. The other networks hold none of its parameters.
