@@ -18,7 +18,7 @@ LAYERS = (
     ("checkpoint", "cli", "data", "evaluation", "policies"),
     ("fast_networks", "objectives", "report"),
     ("selection", "update"),
-    ("agent",),
+    ("agent", "distributed"),
     ("trainers",),
     ("population",),
 )
