@@ -262,7 +262,8 @@ def summed_in_graph(values: Tensor) -> Tensor:
     """
     from torch.distributed import _functional_collectives, group
 
-    total: Tensor = _functional_collectives.all_reduce(values, "sum", group.WORLD)
+    everyone: Any = group.WORLD
+    total: Tensor = _functional_collectives.all_reduce(values, "sum", everyone)
     return total
 
 

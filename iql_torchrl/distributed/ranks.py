@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -87,6 +88,16 @@ class Ranks:
         if self.size > 1 and _has_group():
             torch.distributed.destroy_process_group()
 
+    @contextlib.contextmanager
+    def only_main_prints(self) -> Iterator[None]:
+        """Inside, what the other ranks print is dropped; exceptions that leave it are shown."""
+        with contextlib.ExitStack() as stack:
+            if not self.is_main:
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield
+
     # -- what is exchanged -----------------------------------------------------------------------
 
     def sum(self, values: Tensor) -> Tensor:
@@ -135,6 +146,15 @@ class Ranks:
             raise sent[1]
         result: T = sent[0]
         return result
+
+    def main_first(self, function: Callable[[], T]) -> T:
+        """The result of ``function``, called by rank 0 and then, when it has returned, by the others.
+
+        For a function that builds files where there are none, and else opens them.
+        """
+        results: list[T] = []
+        self.from_main(lambda: results.append(function()))
+        return results[0] if results else function()
 
     def together(self, function: Callable[[], T]) -> T:
         """The result of ``function`` on this rank; where it raises on any rank, all ranks raise.
