@@ -95,7 +95,9 @@ class GraphUpdate:
         # a change of ``generation`` compiles again, since other parameters are trained then
         if self.generation < 0 or not loss.requires_grad:
             return [None] * len(self.parameters)
-        gradients: list[Any] = list(torch.autograd.grad(loss.sum(), self.parameters, allow_unused=True))
+        gradients: list[Any] = list(
+            torch.autograd.grad(loss.sum(), self.parameters, allow_unused=True)
+        )
         if self.step.ranks is not None:
             gradients = summed_gradients(gradients, self.step.ranks)
         limit = self.step.max_grad_norm

@@ -104,6 +104,11 @@ def make_step(case):
     )
 
 
+def tensors_of(loss):
+    state = loss.state_dict()
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
 def make_batches(case, count=UPDATES):
     torch.manual_seed(4)
     batches = [make_batch(ROWS, dtype=torch.float64) for _ in range(count)]
@@ -123,13 +128,8 @@ def trained(case, ranks, form=lambda step: step):
     batches = make_batches(case)
     torch.manual_seed(5)
     metrics = torch.stack([step(batch) for batch in batches])
-    state = {
-        name: value
-        for name, value in step.loss.state_dict().items()
-        if isinstance(value, torch.Tensor)
-    }
     return {
-        "state": state,
+        "state": tensors_of(step.loss),
         "metrics": dict(metrics.items()),
         "written": {k: batches[-1][k] for k in ("td_error", "sample_log_prob") if k in batches[-1]},
     }
