@@ -2,6 +2,7 @@
 
 Without arguments: makes a small Pendulum log once, trains behaviour cloning and IQL on it, runs
 both in the environment, and writes tables, pictures, checkpoints and the policies to runs/.
+Under torchrun, all its processes train each run together (torchrun --nproc-per-node 2 ...).
 """
 
 import sys
@@ -14,6 +15,7 @@ from iql_torchrl import OfflineDataset, OfflineTrainer, cli, evaluate, load_data
 from iql_torchrl.checkpoint import CheckpointError
 from iql_torchrl.config import PRESETS, IQLConfig
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
+from iql_torchrl.distributed import Ranks, data_parallel
 from iql_torchrl.evaluation import Evaluation
 from iql_torchrl.report import compare
 from iql_torchrl.report.results import results_table
@@ -47,6 +49,15 @@ class Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    ranks = Ranks.from_environment()
+    try:
+        with ranks.only_main_prints():
+            return run(arguments, ranks)
+    finally:
+        ranks.close()
+
+
+def run(arguments: list[str] | None, ranks: Ranks) -> int:
     arguments, folder = resumed_arguments(sys.argv[1:] if arguments is None else arguments)
     description = __doc__.split("\n\n")[0]
     options, config = cli.parse(Options, arguments, presets=PRESETS, description=description)
@@ -56,15 +67,14 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.monotonic()
     try:
         check_logger(options.logger)
-        source = ensure_dataset(options.dataset) if options.dataset in BUILTIN else options.dataset
-        dataset = load_dataset(source, env=options.env, reward=config.reward)
+        dataset = ranks.main_first(lambda: load(options, config))
         dataset.print_notes()
         # Build and run one step now: a failure here must leave no folder behind.
         policy = make_agent(config, dataset).policy
-        evaluate(policy, dataset.make_env, episodes=1, seed=0, max_steps=1)
+        ranks.together(lambda: evaluate(policy, dataset.make_env, episodes=1, seed=0, max_steps=1))
         if folder is None:
             name = options.name or default_name(options.dataset, config.seed)
-            folder = new_folder(options.output, name, arguments)
+            folder = ranks.from_main(lambda: new_folder(options.output, name, arguments))
     except (ImportError, ValueError, OSError, RuntimeError, AssertionError) as error:
         print(f"error: {error}".splitlines()[0], file=sys.stderr)
         return 2
@@ -74,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     configs = {"behaviour cloning": replace(config, temperature=0.0), "IQL": config}
     runs = {method: folder / method.replace(" ", "-") for method in configs}
     try:
-        results = {m: train(m, configs[m], dataset, options, runs[m]) for m in configs}
+        results = {m: train(m, configs[m], dataset, options, runs[m], ranks) for m in configs}
     except KeyboardInterrupt:
         print(f"Stopped. Continue with: {resume_command(folder)}", file=sys.stderr)
         return 130
@@ -82,31 +92,43 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}".splitlines()[0], file=sys.stderr)
         return 2
     picture = folder / "learning_curve.png"
-    compare(picture, runs, reference=(f"the log ({mean:.0f})", mean))
+    if ranks.is_main:
+        compare(picture, runs, reference=(f"the log ({mean:.0f})", mean))
     print(f"\n{results_table(dataset, results)}\n")
     print(f"{time.monotonic() - began:.0f} s. Picture: {picture}")
     return 0
 
 
+def load(options: Options, config: IQLConfig) -> OfflineDataset:
+    source = ensure_dataset(options.dataset) if options.dataset in BUILTIN else options.dataset
+    return load_dataset(source, env=options.env, reward=config.reward)
+
+
 def train(
-    method: str, config: IQLConfig, dataset: OfflineDataset, options: Options, run: Path
+    method: str,
+    config: IQLConfig,
+    dataset: OfflineDataset,
+    options: Options,
+    run: Path,
+    ranks: Ranks,
 ) -> Evaluation:
     """Train one method, or continue it, in the folder ``run``; returns the last evaluation."""
     agent = make_agent(config, dataset)
     score = partial(evaluate, agent.policy, dataset.make_env, seed=EVALUATION_SEED)
     score = partial(score, reference_scores=dataset.reference_scores)
-    with open_logger(options.logger, run) as logger:
+    step = data_parallel(agent.step, ranks)
+    with open_logger(options.logger if ranks.is_main else None, run) as logger:
         trainer = OfflineTrainer(
-            agent=agent, dataset=dataset, folder=run, logger=logger, seed=config.seed,
-            evaluation=partial(score, episodes=options.episodes), eval_interval=options.eval_every,
-            resume_command=resume_command(run.parent),
+            agent=agent, step=step, ranks=ranks, dataset=dataset, folder=run, logger=logger,
+            seed=config.seed, evaluation=partial(score, episodes=options.episodes),
+            eval_interval=options.eval_every, resume_command=resume_command(run.parent),
         )  # fmt: skip
-        if list(run.glob("checkpoints/*")):
+        if ranks.from_main(lambda: list(run.glob("checkpoints/*"))):
             trainer.resume()
         print(f"{method}: updates {trainer.updates:,} to {config.updates:,}", flush=True)
         trainer.train()
-    agent.export(run / "policy.pt2")
-    return score(episodes=options.final_episodes)
+    ranks.from_main(lambda: agent.export(run / "policy.pt2"))
+    return ranks.from_main(lambda: score(episodes=options.final_episodes))
 
 
 if __name__ == "__main__":

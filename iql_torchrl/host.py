@@ -51,6 +51,7 @@ __all__ = [
     "generator_of",
     "has_hooks",
     "inductor_settings",
+    "keeps_batch_statistics",
     "logged_values",
     "mark_stepped",
     "onednn_linear",
@@ -61,6 +62,7 @@ __all__ = [
     "remove_path",
     "slow_mkl",
     "stored_rows",
+    "summed_in_graph",
     "tracing_gradients",
     "untiled_loops_only",
     "validates_distributions",
@@ -236,6 +238,33 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` by oneDNN, without autograd; matrices of any strides."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
+
+
+def keeps_batch_statistics(module: nn.Module) -> bool:
+    """Whether the layer normalises with statistics of a batch, or averages them over batches.
+
+    That is every BatchNorm, SyncBatchNorm too, and InstanceNorm with running averages. Their common
+    base class has no public name. TorchRL's BatchRenorm is a class of its own.
+    """
+    from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+    from torchrl.modules import BatchRenorm1d
+
+    if isinstance(module, _NormBase) and not isinstance(module, _BatchNorm):
+        return bool(module.track_running_stats)
+    return isinstance(module, _BatchNorm | BatchRenorm1d)
+
+
+def summed_in_graph(values: Tensor) -> Tensor:
+    """The sum over all ranks of the default group, as one node of a graph under ``torch.compile``.
+
+    ``torch.distributed.all_reduce`` writes in place; this form, of which ``torch.distributed`` has no
+    public one, returns a new tensor.
+    """
+    from torch.distributed import _functional_collectives, group
+
+    everyone: Any = group.WORLD
+    total: Tensor = _functional_collectives.all_reduce(values, "sum", everyone)
+    return total
 
 
 def add_to_all(totals: Sequence[Tensor], values: Sequence[Tensor], factor: float) -> None:

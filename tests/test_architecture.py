@@ -14,11 +14,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "iql_torchrl"
 # A room is a folder or a top-level file. A file imports only from its own room and from rooms of
 # lower layers.
 LAYERS = (
-    ("config", "descriptions", "distributions", "files", "functional", "host", "networks"),
+    ("config", "descriptions", "files", "functional", "host", "networks"),
     ("checkpoint", "cli", "data", "evaluation", "policies"),
     ("fast_networks", "objectives", "report"),
     ("selection", "update"),
-    ("agent",),
+    ("agent", "distributed"),
     ("trainers",),
     ("population",),
 )

@@ -182,6 +182,21 @@ class OfflineLoss(NetworkLoss):
             dim=self._samples(loss),
         )
 
+    def divisors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What means over a batch are divided by, ``()`` or ``(P,)`` for P runs, in float64.
+
+        The first is that of losses, the sum of the valid steps' weights; the second that of scalars,
+        the number of valid steps.
+        """
+        shape = self.sample_shape(batch.data.batch_size)
+        steps = torch.ones(shape, dtype=torch.float64, device=next(self.parameters()).device)
+        if batch.mask is not None:
+            steps = steps.masked_fill(~batch.mask, 0.0)
+        weights = steps if batch.weight is None else steps * batch.weight
+        dim = self._samples(steps)
+        dims = tuple(range(steps.ndim)) if dim is None else tuple(dim)
+        return weights.sum(dims), steps.sum(dims)
+
     def _samples(self, value: Tensor) -> Sequence[int] | None:
         """Dimensions of per-sample ``value`` that the mean of one run goes over; None for all."""
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,8 @@ class Batch:
     ``data`` holds the entries, ``mask`` (bool, ``(*B,)``) says which steps are real (``None``: all),
     ``weight`` (``(*B,)``) holds the importance weights of a prioritised buffer (``None``: equal).
     ``draws`` are the random tensors that the loss asks for (``objectives.draws``), by name.
-    ``features`` keeps what an encoder gave for these steps (``objectives.encoding``).
+    ``features`` keeps what an encoder gave for these steps (``objectives.encoding``). In a part of a
+    batch that several ranks share, ``mean_of_all`` turns a mean over the part into that of the batch.
     """
 
     data: TensorDictBase
@@ -29,12 +30,28 @@ class Batch:
     weight: Tensor | None
     draws: Mapping[str, Tensor] = field(default_factory=dict)
     features: dict[Any, Any] = field(default_factory=dict)
+    mean_of_all: Callable[[Tensor], Tensor] | None = None
 
     @property
     def next(self) -> Batch:
         draws = {k.removeprefix("next_"): v for k, v in self.draws.items() if k.startswith("next_")}
         kept = self.features.setdefault("next", {})
-        return Batch(self.data.get("next"), self.mask, self.weight, draws, kept)
+        return Batch(self.data.get("next"), self.mask, self.weight, draws, kept, self.mean_of_all)
+
+    def rows(self, first: int, end: int, *, runs: bool) -> Batch:
+        """Rows ``first`` to ``end`` (excluded) of the dimension of samples, as views.
+
+        That is the first dimension; with ``runs``, the last dimension of ``data`` and the second of
+        mask, weight and draws, which are ``(P, B, ...)`` for P runs.
+        """
+
+        def part(entry: Tensor) -> Tensor:
+            return entry[:, first:end] if runs else entry[first:end]
+
+        data = self.data[:, first:end] if runs and self.data.ndim == 2 else self.data[first:end]
+        mask = None if self.mask is None else part(self.mask)
+        weight = None if self.weight is None else part(self.weight)
+        return Batch(data, mask, weight, {name: part(draw) for name, draw in self.draws.items()})
 
     def without_features(self) -> Batch:
         """The same batch, for which the encoder is evaluated again."""

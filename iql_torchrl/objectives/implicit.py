@@ -400,6 +400,8 @@ class ImplicitQLoss(OfflineLoss):
     def mean_of_run(self, value: Tensor, batch: Batch) -> Tensor:
         """Mean of per-sample ``value`` over the valid steps of each run, to divide it by."""
         mean = self._mean(value, batch)
+        if batch.mean_of_all is not None:
+            mean = batch.mean_of_all(mean)
         return mean.view(*mean.shape, *(1,) * (value.ndim - mean.ndim)) if mean.ndim else mean
 
     def _diagnose(self, metadata: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:

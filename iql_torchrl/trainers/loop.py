@@ -45,12 +45,12 @@ def make_updates(trainer: Any, until: int) -> TensorDictBase | None:
 
 def _updates(trainer: Any, batch: TensorDictBase | None, until: int) -> None:
     step, sample, progress = trainer.step, trainer.replay_buffer.sample, trainer.progress
-    advance, interruption = trainer.display.advance, trainer.interruption
+    advance, stops = trainer.display.advance, trainer.interruption.stops
     while True:
         progress.tally(step(batch))
         progress.updates += 1
         advance()
-        if progress.updates >= until or interruption.requested is not None:
+        if progress.updates >= until or stops():
             return
         batch = sample()
 
@@ -68,14 +68,14 @@ def _updates_with_hooks(trainer: Any, batch: TensorDictBase | None, until: int) 
         trainer._post_optim_hook()
         trainer._post_optim_log(batch)
         trainer.display.advance()
-        if trainer.updates >= until or trainer.interruption.requested is not None:
+        if trainer.updates >= until or trainer.interruption.stops():
             return
         batch = trainer.replay_buffer.sample()
 
 
 def _calls(trainer: Any, until: int) -> None:
     """A captured step samples for itself and makes several updates a call."""
-    while trainer.updates < until and trainer.interruption.requested is None:
+    while trainer.updates < until and not trainer.interruption.stops():
         trainer.progress.tally(trainer.step(), trainer.updates_per_call)
         trainer.progress.updates += trainer.updates_per_call
         trainer.display.advance(trainer.updates_per_call)

@@ -6,15 +6,28 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from torchrl.data import ReplayBuffer
+
 from iql_torchrl.agent.build import Agent
 from iql_torchrl.checkpoint import new_checkpoint
 from iql_torchrl.data import OfflineDataset, Windows
+from iql_torchrl.distributed import Ranks
+from iql_torchrl.host import generator_of
 from iql_torchrl.networks import history_of
 from iql_torchrl.objectives.implicit import ImplicitQLoss
+from iql_torchrl.trainers.identity import DataState
 from iql_torchrl.trainers.run_folder import RunFolder
 from iql_torchrl.update.step import IQLStep, part_of
 
-__all__ = ["check_parts", "filled_in", "folder_of_run", "one_step", "with_checkpoint"]
+__all__ = [
+    "check_parts",
+    "check_ranks",
+    "check_same_data",
+    "filled_in",
+    "folder_of_run",
+    "one_step",
+    "with_checkpoint",
+]
 
 
 def one_step(
@@ -90,6 +103,37 @@ def check_parts(replay_buffer: Any, evaluation: Any, logger: Any) -> None:
             f"replay_buffer is {type(replay_buffer).__name__}, which has no sample(); pass "
             "dataset.replay_buffer(batch_size) or a TorchRL replay buffer."
         )
+
+
+def check_ranks(ranks: Ranks, step: Any) -> None:
+    """Raises ``ValueError`` unless the step was made data parallel for these ranks, or for none."""
+    of_step = part_of(step, "ranks")
+    if (of_step is None) is not (ranks.size == 1) or (of_step is not None and of_step is not ranks):
+        raise ValueError(
+            f"the trainer has {ranks.size} ranks and the step "
+            f"{'one process' if of_step is None else f'{of_step.size} ranks'}; write "
+            "step = data_parallel(agent.step, ranks), and give both, step= and ranks=."
+        )
+
+
+def check_same_data(ranks: Ranks, data: DataState, replay_buffer: Any) -> None:
+    """Raises ``ValueError`` on all ranks unless they have the same data and draw the same rows."""
+    if ranks.size == 1:
+        return
+    ranks.check_same(
+        data.state_dict(),
+        "the ranks have different data: their datasets' digests differ. Load the same files with the "
+        "same arguments on every rank.",
+    )
+    generator = getattr(replay_buffer, "generator", None)
+    if generator is None and isinstance(replay_buffer, ReplayBuffer):
+        generator = generator_of(replay_buffer)
+    state = None if generator is None else generator.get_state().tolist()
+    ranks.check_same(
+        state,
+        "the ranks' replay buffers would draw different rows, and each rank must draw the whole "
+        "batch: build the buffer with the same seed= on every rank.",
+    )
 
 
 def folder_of_run(

@@ -15,9 +15,12 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from iql_torchrl.distributed import Ranks
 from iql_torchrl.host import add_to_all
 
 __all__ = ["Interruption", "Progress", "check_finite"]
+
+CALLS_PER_AGREEMENT = 16  # an exchange between ranks takes about as long as a small layer
 
 
 @dataclass
@@ -102,15 +105,20 @@ def check_finite(means: Mapping[str, float], updates: int) -> None:
 
 
 class Interruption:
-    """A context in which the first Ctrl-C or SIGTERM only sets ``requested``; the second raises.
+    """A context in which the first Ctrl-C or SIGTERM only sets ``asked``; the second raises.
 
-    Has no effect outside the main thread, where Python delivers no signals.
+    ``requested`` is what all ranks have agreed on: with one rank it is ``asked``; with several a
+    signal to any of them, from the next :meth:`agree` on. Has no effect outside the main thread,
+    where Python delivers no signals.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
-        self.requested: int | None = None
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks or Ranks()
+        self.asked: int | None = None
+        self._agreed: int | None = None
+        self._calls = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -131,17 +139,39 @@ class Interruption:
             signal.signal(number, handler)
         self._previous = {}
 
+    @property
+    def requested(self) -> int | None:
+        return self.asked if self._ranks.size == 1 else self._agreed
+
+    def agree(self) -> None:
+        """Exchange with the other ranks whether one was asked to stop; every rank must call it."""
+        if self._ranks.size > 1:
+            self._agreed = self._ranks.largest(self.asked or 0) or None
+
+    def stops(self) -> bool:
+        """Whether to stop now. Ranks agree at every ``CALLS_PER_AGREEMENT``-th call."""
+        if self._ranks.size > 1:
+            self._calls += 1
+            if self._calls % CALLS_PER_AGREEMENT == 0:
+                self.agree()
+        return self.requested is not None
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None:
+        if self.asked is not None:
             self._restore()
-            self.finish()
-        self.requested = number
+            _raise(self.asked)
+        self.asked = number
         # os.write, because print may be interrupted in the middle of itself
-        os.write(2, b"\nStopping after this update; press Ctrl-C again to stop at once.\n")
+        when = b"within 16 updates" if self._ranks.size > 1 else b"after this update"
+        os.write(2, b"\nStopping " + when + b"; press Ctrl-C again to stop at once.\n")
 
     def finish(self) -> None:
         """Raise what the signal would have raised: KeyboardInterrupt, or SystemExit(143)."""
-        if self.requested == signal.SIGTERM:
-            raise SystemExit(128 + signal.SIGTERM)
         if self.requested is not None:
-            raise KeyboardInterrupt
+            _raise(self.requested)
+
+
+def _raise(number: int) -> None:
+    if number == signal.SIGTERM:
+        raise SystemExit(128 + signal.SIGTERM)
+    raise KeyboardInterrupt

@@ -16,6 +16,7 @@ from iql_torchrl.checkpoint import (
     new_checkpoint,
     read_components,
 )
+from iql_torchrl.distributed import Ranks
 from iql_torchrl.files import naming
 from iql_torchrl.trainers.evaluations import Scores
 from iql_torchrl.trainers.parts import with_checkpoint
@@ -36,6 +37,7 @@ class ResumableTrainer(Trainer):
     """
 
     scores: Scores
+    ranks: Ranks = Ranks()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # ``Trainer.__new__`` would replace the properties below by attributes of the class
@@ -144,7 +146,7 @@ class ResumableTrainer(Trainer):
         damaged or from another version, or of another dataset, reward map, settings or shapes; and
         ``ValueError`` if the run has made more updates than this trainer's ``total_updates``.
         """
-        self.load_state_dict(read_components(Path(file)))
+        self.load_state_dict(self.ranks.from_main(lambda: read_components(Path(file))))
         self._in_folder = self.folder is not None and self.folder.holds(Path(file))
         return self
 
@@ -154,6 +156,9 @@ class ResumableTrainer(Trainer):
         ``trainer.resume().train()`` continues the run. Raises as :meth:`load_from_file`, and
         ``ValueError`` without ``folder``.
         """
+        return self.load_from_file(self.ranks.from_main(self._newest))
+
+    def _newest(self) -> Path:
         if self.folder is None:
             raise ValueError("resume() looks into folder=, and there is none; use load_from_file.")
-        return self.load_from_file(self.folder.newest())
+        return self.folder.newest()

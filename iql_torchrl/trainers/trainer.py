@@ -16,6 +16,7 @@ from torchrl.trainers import Trainer
 
 from iql_torchrl.agent.build import Agent
 from iql_torchrl.data import OfflineDataset
+from iql_torchrl.distributed import Ranks
 from iql_torchrl.evaluation.background import BackgroundEvaluation
 from iql_torchrl.evaluation.value_gap import value_gap
 from iql_torchrl.networks import history_of
@@ -26,6 +27,8 @@ from iql_torchrl.trainers.identity import DataState, check_total
 from iql_torchrl.trainers.loop import check_stage, make_updates, moved_by_step
 from iql_torchrl.trainers.parts import (
     check_parts,
+    check_ranks,
+    check_same_data,
     filled_in,
     folder_of_run,
     one_step,
@@ -63,6 +66,12 @@ class OfflineTrainer(ResumableTrainer):
             and ``dataset``, by default a buffer with the settings of the agent's config.
         dataset: the data of the buffer; its digest, reward map and returns are recorded.
         seed: as TorchRL's; seeds torch's and NumPy's global generators in the constructor.
+        ranks: the processes that train this run together, with a step that ``data_parallel`` made for
+            them; build the trainer on each with the same arguments, and a buffer with the same seed.
+            The batch is divided over them. Rank 0 alone evaluates, shows, logs and writes files, and
+            loads checkpoints for all, which do not depend on the number of ranks. An error on one rank
+            at an event, a loss that is not finite, Ctrl-C and SIGTERM stop all at the same update (a
+            signal within 16 updates).
 
     Args, for how long and how often, in updates:
         total_updates: where training ends, counted from the first update of the run, also after
@@ -132,12 +141,15 @@ class OfflineTrainer(ResumableTrainer):
         progress_bar: bool = True,
         seed: int | None = None,
         resume_command: str | None = None,
+        ranks: Ranks | None = None,
         log_timings: bool = False,
         auto_log_optim_steps: bool = True,
     ) -> None:
         step = one_step(step, agent, loss_module, optimizer, target_net_updater)
         replay_buffer, total_updates = filled_in(replay_buffer, total_updates, agent, dataset)
         check_parts(replay_buffer, evaluation, logger)
+        self.ranks = Ranks() if ranks is None else ranks
+        check_ranks(self.ranks, step)
         self.agent, self.dataset = agent, dataset
         self.data_state = DataState(replay_buffer, dataset)
         self.samples_itself = hasattr(step, "updates")
@@ -156,10 +168,14 @@ class OfflineTrainer(ResumableTrainer):
             "checkpoint": checkpoint,
             "checkpoint_rotation": checkpoint_rotation,
         }
+        run_folder = folder_of_run(folder, keep_last, destinations)
+        if not self.ranks.is_main:
+            run_folder, logger, evaluation, progress_bar = None, None, None, False
+            destinations = dict.fromkeys(destinations)
         super().__init__(
             step,
             total_updates,
-            folder_of_run(folder, keep_last, destinations),
+            run_folder,
             destinations,
             replay_buffer=replay_buffer,
             logger=logger,
@@ -170,7 +186,7 @@ class OfflineTrainer(ResumableTrainer):
             auto_log_optim_steps=auto_log_optim_steps,
         )
         self.scores = Scores(
-            evaluation, monitor, self.progress, self.folder, self._log_at, lambda: self._interrupted
+            evaluation, monitor, self.progress, self.folder, self._log_at, self._asked_to_stop
         )
         self.resume_command, self.updates_per_second = resume_command, math.nan
         self.interruption, self.display = Interruption(), Display(False, total_updates, 0)
@@ -197,19 +213,22 @@ class OfflineTrainer(ResumableTrainer):
         """
         self._stop_training, self._stop_reason = False, None
         check_total(self.updates, self.total_updates)
-        self._enter_folder()
+        check_same_data(self.ranks, self.data_state, self.replay_buffer)
+        self.ranks.together(self._enter_folder)
         shown = Display(self.progress_bar, self.total_updates, self.updates)
-        with Interruption() as self.interruption, shown as self.display:
+        with Interruption(self.ranks) as self.interruption, shown as self.display:
             try:
                 self._setup_hook()
-                self._evaluate_at_start()
+                self.ranks.together(self._evaluate_at_start)
                 while self.updates < self.total_updates and not self._stop_training:
                     self._train_to_next_event()
+                    self.interruption.agree()
                     if self._interrupted:
                         break
                 if not self._interrupted:  # otherwise the checkpoint contains them
-                    self.scores.collect(wait=True)
-                self._leave()
+                    self.ranks.together(lambda: self.scores.collect(wait=True))
+                    self.interruption.agree()
+                self.ranks.together(self._leave)
             finally:
                 self._shutdown_hook()
         self.interruption.finish()
@@ -217,6 +236,9 @@ class OfflineTrainer(ResumableTrainer):
     @property
     def _interrupted(self) -> bool:
         return self.interruption.requested is not None
+
+    def _asked_to_stop(self) -> bool:
+        return self.interruption.asked is not None
 
     def _enter_folder(self) -> None:
         if self.folder is None:
@@ -238,7 +260,7 @@ class OfflineTrainer(ResumableTrainer):
     def _evaluate(self) -> None:
         """The evaluation; and the value gap of a policy that takes the best of several actions."""
         self.scores.evaluate(self.updates)
-        agent = self.agent
+        agent = self.agent if self.ranks.is_main else None
         # the rows of a dataset are no windows
         plain = agent is not None and history_of(agent.policy) is None
         if agent is not None and plain and self.dataset is not None and agent.chooses:
@@ -255,7 +277,7 @@ class OfflineTrainer(ResumableTrainer):
         sampled = make_updates(self, until)
         self.updates_per_second = (self.updates - first) / (time.perf_counter() - began)
         if self.updates == until:
-            self._event(sampled)
+            self.ranks.together(lambda: self._event(sampled))
 
     def _event(self, sampled: TensorDictBase | None) -> None:
         """Record a row, evaluate, call hooks, save and show."""
@@ -294,7 +316,7 @@ class OfflineTrainer(ResumableTrainer):
         self._write(now=True)
         self.display.last_score(self.updates, self.scores.latest())
         self.display.close()
-        if self._interrupted:
+        if self._interrupted and self.ranks.is_main:
             print_how_to_continue(self)
 
     def _settings(self) -> dict[str, Any] | None:

@@ -117,7 +117,10 @@ class CapturedStep:
             self._update = GraphUpdate(self.step)
 
     def __call__(self) -> TensorDictBase:
-        check_update_trains(independent_ranks=self.step.independent_ranks)
+        check_update_trains(
+            independent_ranks=self.step.independent_ranks,
+            data_parallel=self.step.ranks is not None,
+        )
         rows = self._rows()
         if not self._in_graph:
             metrics = torch.stack([self.step(rows.sample()) for _ in range(self.updates)])

@@ -36,6 +36,11 @@ def check_replay(replay: DeviceSampler | ReplayBuffer) -> None:
 def check_cuda(step: IQLStep, updates: int) -> None:
     """Raise ``ValueError`` on an optimizer or updater that a CUDA graph cannot hold."""
     optimizer, updater = step.optimizer, step.target_updater
+    if step.ranks is not None:
+        raise ValueError(
+            "a data parallel step cannot be recorded as a CUDA graph here; use compiled(step), or "
+            "captured on one GPU without data_parallel."
+        )
     options = ("capturable", "fused")
     if not all(any(group.get(name) for name in options) for group in optimizer.param_groups):
         raise ValueError(

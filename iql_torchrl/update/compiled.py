@@ -133,7 +133,7 @@ class CompiledStep(Step):
     target_updater, lr_schedulers = _of_plain("target_updater"), _of_plain("lr_schedulers")
     order, max_grad_norm = _of_plain("order"), _of_plain("max_grad_norm")
     precision, independent_ranks = _of_plain("precision"), _of_plain("independent_ranks")
-    members = _of_plain("members")
+    members, ranks = _of_plain("members"), _of_plain("ranks")
 
     def __init__(self, plain: IQLStep, options: dict[str, Any]) -> None:
         self._plain = plain
@@ -150,7 +150,9 @@ class CompiledStep(Step):
 
     def learn(self, batch: TensorDictBase) -> Terms:
         plain = self._plain
-        check_update_trains(independent_ranks=plain.independent_ranks)
+        check_update_trains(
+            independent_ranks=plain.independent_ranks, data_parallel=plain.ranks is not None
+        )
         self._update.follow_freezing()
         with plain.setting(), tracing_gradients():
             read = plain.loss.read(batch)

@@ -11,6 +11,7 @@ from torch.optim import Adam, AdamW, Optimizer
 
 from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.update.adam import Moments, StackedAdam, adam_step, add_update, log_betas, start
+from iql_torchrl.update.joined import summed_gradients
 from iql_torchrl.update.step import IQLStep, Terms, clip
 
 __all__ = ["GraphUpdate", "fits_a_graph", "is_on"]
@@ -94,7 +95,11 @@ class GraphUpdate:
         # a change of ``generation`` compiles again, since other parameters are trained then
         if self.generation < 0 or not loss.requires_grad:
             return [None] * len(self.parameters)
-        gradients = list(torch.autograd.grad(loss.sum(), self.parameters, allow_unused=True))
+        gradients: list[Any] = list(
+            torch.autograd.grad(loss.sum(), self.parameters, allow_unused=True)
+        )
+        if self.step.ranks is not None:
+            gradients = summed_gradients(gradients, self.step.ranks)
         limit = self.step.max_grad_norm
         for network in self.networks:
             if limit is None:

@@ -66,7 +66,7 @@ def take_snapshot(step: IQLStep, rows: DeviceSampler, moments: Moments) -> Snaps
         [dict(vars(x.tensor_keys)) for x in (loss, loss.value_estimator)],
         [m.training for name in network_names(loss) for m in getattr(loss, name).modules()],
         bool(step.lr_schedulers),  # whether updates read learning rates of their own
-        (step.order, step.precision, step.max_grad_norm),
+        (step.order, step.precision, step.max_grad_norm, step.ranks),
         (type(updater), getattr(updater, "eps", None)),
         (rows, rows.rows, rows.batch_size, rows.generator),
         _kernel_choice(step.device.type),

@@ -27,6 +27,7 @@ from iql_torchrl.objectives.encoding import trains_encoder_alone
 from iql_torchrl.objectives.implicit import ImplicitQLoss
 from iql_torchrl.update.adam import JoinedCounts
 from iql_torchrl.update.guards import check_update_trains
+from iql_torchrl.update.joined import Exchange, Part, summed_gradients
 from iql_torchrl.update.targets import Followed, followed_tensors, polyak_step
 
 with warnings.catch_warnings():  # TorchRL warns about its own classes when these are first imported
@@ -50,6 +51,7 @@ class Step(OptimizationStepper):
     max_grad_norm: float | None
     precision: str
     independent_ranks: bool
+    ranks: Exchange | None
     members: int | None
 
     @property
@@ -115,6 +117,9 @@ class IQLStep(Step):
             not reduced across ranks. For groups that serve something else, such as TorchRL's
             distributed collectors.
 
+    ``ranks`` is None, or what ``iql_torchrl.distributed.data_parallel`` sets: an update then computes
+    the losses of this rank's rows of the batch, and sums gradients over all ranks.
+
     The batch receives the priority and the log-probability, as from the loss itself. Random tensors
     that the loss reads are drawn when the batch is read: :meth:`ImplicitQLoss.random_inputs`.
 
@@ -125,7 +130,7 @@ class IQLStep(Step):
             such as a ``DistributedDataParallel`` around one.
         RuntimeError: from a call: under ``torch.no_grad()`` or ``torch.inference_mode()``, where
             nothing would be trained; or in a process group of more than one rank without
-            ``independent_ranks``.
+            ``data_parallel`` or ``independent_ranks``.
     """
 
     def __init__(
@@ -151,6 +156,7 @@ class IQLStep(Step):
         _ = loss.value_estimator  # TorchRL makes the default one here, and not in a traced update
         self.precision = precision
         self.independent_ranks = independent_ranks
+        self.ranks: Exchange | None = None
         self.device = next(loss.parameters()).device
         self.optimizer = optimizer
         self.target_updater = target_updater
@@ -178,7 +184,9 @@ class IQLStep(Step):
         return self
 
     def learn(self, batch: TensorDictBase) -> Terms:
-        check_update_trains(independent_ranks=self.independent_ranks)
+        check_update_trains(
+            independent_ranks=self.independent_ranks, data_parallel=self.ranks is not None
+        )
         with self.setting():
             terms = self.update(self.loss.read(batch), self._descend)
             self.move_targets()
@@ -186,12 +194,23 @@ class IQLStep(Step):
 
     def update(self, batch: Batch, descend: Callable[[Tensor], None]) -> Terms:
         """Losses and summary of one update, in which ``descend`` makes the optimizer's steps."""
-        loss = self.loss
         batch = batch.without_features()
+        if self.ranks is None:
+            losses, metadata, batch = self._terms(batch, descend)
+            return losses, self.loss.summary(batch, metadata)
+        part = Part(self.loss, batch, self.ranks)
+        losses, metadata, _ = self._terms(part.batch, lambda loss: descend(part.share_of(loss)))
+        return part.joined(losses, metadata)
+
+    def _terms(
+        self, batch: Batch, descend: Callable[[Tensor], None]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Batch]:
+        """Losses, the joined metadata of all terms, and the batch with the last features."""
+        loss = self.loss
         if self.order == "simultaneous":
             losses, metadata = loss.terms(batch)
             descend(losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"])
-            return losses, loss.summary(batch, metadata)
+            return losses, metadata, batch
         target_qvalue = loss.target_qvalue(batch)
         loss_value, of_value = loss.value_term(batch, target_qvalue)
         descend(loss_value)
@@ -203,7 +222,7 @@ class IQLStep(Step):
         loss_qvalue, of_qvalue = loss.qvalue_term(batch, td_target)
         descend(loss_actor + loss_qvalue)
         losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value}
-        return losses, loss.summary(batch, of_value | of_actor | of_qvalue)
+        return losses, of_value | of_actor | of_qvalue, batch
 
     def move_targets(self) -> None:
         """The step of a ``SoftUpdate`` (of no other updater), and that of the averaged policy."""
@@ -257,6 +276,8 @@ class IQLStep(Step):
             for parameter in group["params"]:
                 parameter.grad = None
         loss.backward()
+        if self.ranks is not None:
+            _sum_over_ranks(self.optimizer, self.ranks)
         if self.max_grad_norm is not None:
             for parameters in self.trainable:
                 gradients = [p.grad for p in parameters if p.grad is not None]
@@ -264,6 +285,13 @@ class IQLStep(Step):
                 for gradient, value in zip(gradients, clipped, strict=True):
                     gradient.copy_(value)
         self.optimizer.step()
+
+
+def _sum_over_ranks(optimizer: Optimizer, ranks: Exchange) -> None:
+    listed = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    for gradient, total in zip(listed, summed_gradients(listed, ranks), strict=True):
+        if gradient is not None:
+            gradient.copy_(total)
 
 
 def clip(gradients: Sequence[Tensor], limit: float, members: int | None) -> list[Tensor]:
@@ -304,7 +332,7 @@ def _check_parts(
         raise TypeError(
             f"loss is a DistributedDataParallel around {type(loss.module).__name__}, whose gradients "
             "this step would not reduce across ranks. Pass the loss itself (its attribute .module), "
-            "and run one process per run: data parallel training is not available yet."
+            "and make the step data parallel with iql_torchrl.distributed.data_parallel(step, ranks)."
         )
     if not isinstance(loss, ImplicitQLoss):
         raise TypeError(

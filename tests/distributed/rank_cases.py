@@ -1,0 +1,135 @@
+"""Updates that one process and several ranks make in the same way."""
+
+from __future__ import annotations
+
+import torch
+from conftest import make_batch, make_networks
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+)
+from torch import nn, optim
+from torch.optim.lr_scheduler import LambdaLR
+from torchrl.objectives import SoftUpdate
+
+from iql_torchrl import DiscreteIQLLoss, IQLLoss, IQLStep, policies
+from iql_torchrl.distributed import data_parallel
+
+UPDATES, ROWS = 20, 13  # 13 rows: two ranks have 6 and 7
+
+
+def masked(batch):
+    """Padding: all of rank 0's rows but one, and two of rank 1's; nan where there is padding."""
+    mask = torch.ones(ROWS, dtype=torch.bool)
+    mask[1:6] = False
+    mask[[8, 12]] = False
+    batch["collector", "mask"] = mask
+    batch["observation"][~mask] = torch.nan
+    return batch
+
+
+def one_rank_masked(batch):
+    mask = torch.ones(ROWS, dtype=torch.bool)
+    mask[:6] = False
+    batch["collector", "mask"] = mask
+    return batch
+
+
+def weighted(batch):
+    batch["priority_weight"] = torch.linspace(0.05, 3.0, ROWS, dtype=torch.float64)
+    return batch
+
+
+def both(batch):
+    return weighted(masked(batch))
+
+
+# SGD by default: the updates of Adam do not change where all gradients have a wrong common factor
+CASES = {
+    "sequential": {},
+    "simultaneous": {"order": "simultaneous"},
+    "clipped": {"max_grad_norm": 0.05},
+    "clipped at once": {"max_grad_norm": 0.05, "order": "simultaneous"},
+    "masked": {"change": masked},
+    "masked at once": {"change": masked, "order": "simultaneous"},
+    "a rank without valid rows": {"change": one_rank_masked},
+    "weighted": {"change": weighted},
+    "weighted and masked": {"change": both, "max_grad_norm": 0.1},
+    "sums": {"loss": {"reduction": "sum"}, "rate": 2e-3},
+    "adam": {"optimizer": optim.Adam, "change": masked, "rate": 3e-3},
+    "adamw and a schedule": {"optimizer": optim.AdamW, "scheduled": True, "rate": 3e-3},
+    "ddpg_bc": {"loss": {"actor_objective": "ddpg_bc"}, "change": masked},
+    "flow": {"flow": True},
+    "discrete": {"discrete": True},
+}
+
+
+def layers():
+    return nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def make_step(case):
+    """A step in double precision, with the same weights in every process."""
+    options = {"diagnostics": True, **case.get("loss", {})}
+    torch.manual_seed(3)
+    actor, critic, value = make_networks()
+    if case.get("discrete"):
+        actor = ProbabilisticTensorDictSequential(
+            TensorDictModule(layers(), ["observation"], ["logits"]),
+            ProbabilisticTensorDictModule(
+                ["logits"], ["action"], distribution_class=torch.distributions.Categorical
+            ),
+        )
+        critics = [
+            TensorDictModule(layers(), ["observation"], ["state_action_value"]) for _ in range(2)
+        ]
+        loss = DiscreteIQLLoss(actor, critics, value, **options)
+    else:
+        if case.get("flow"):
+            actor = policies.flow(5, actor.spec["action"], hidden=(16,))
+            options["actor_objective"] = "flow"
+        loss = IQLLoss(actor, [critic, make_networks()[1]], value, **options)
+    loss = loss.double()
+    _ = loss.value_estimator
+    optimizer = case.get("optimizer", optim.SGD)(loss.parameters(), lr=case.get("rate", 0.02))
+    scheduler = LambdaLR(optimizer, lambda n: 1 / (1 + n)) if case.get("scheduled") else None
+    return IQLStep(
+        loss,
+        optimizer,
+        SoftUpdate(loss, tau=0.05),
+        order=case.get("order", "sequential"),
+        max_grad_norm=case.get("max_grad_norm"),
+        lr_scheduler=scheduler,
+    )
+
+
+def tensors_of(loss):
+    state = loss.state_dict()
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def make_batches(case, count=UPDATES):
+    torch.manual_seed(4)
+    batches = [make_batch(ROWS, dtype=torch.float64) for _ in range(count)]
+    if case.get("discrete"):
+        for batch in batches:
+            batch["action"] = torch.randint(4, (ROWS, 1))
+    return [case.get("change", lambda batch: batch)(batch) for batch in batches]
+
+
+def trained(case, ranks, form=lambda step: step):
+    """Weights and targets, metrics of every update, and what was written into the last batch."""
+    step = make_step(case)
+    if ranks.rank:
+        for parameter in step.loss.parameters():  # what data_parallel broadcasts
+            parameter.data.add_(1.0)
+    step = form(data_parallel(step, ranks))
+    batches = make_batches(case)
+    torch.manual_seed(5)
+    metrics = torch.stack([step(batch) for batch in batches])
+    return {
+        "state": tensors_of(step.loss),
+        "metrics": dict(metrics.items()),
+        "written": {k: batches[-1][k] for k in ("td_error", "sample_log_prob") if k in batches[-1]},
+    }

@@ -1,0 +1,133 @@
+"""Two ranks make the updates of one process; their trainer writes, resumes and stops as one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rank_cases import CASES, make_step, trained
+from torch.utils._pytree import tree_leaves
+from trainer_cases import HALF, WHOLE, state, trainer
+from two_ranks import run_ranks
+
+from iql_torchrl.distributed import Ranks, data_parallel
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of all runs, and what each of two ranks ended with."""
+    folder = tmp_path_factory.mktemp("runs")
+    trainer(Ranks(), folder / "alone", HALF).train()
+    return folder, run_ranks("trainer_cases.py", folder)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """A run of one process without interruption."""
+    run = trainer(Ranks(), None)
+    run.train()
+    return state(run)
+
+
+def close(a, b, tolerance):
+    a, b = tree_leaves(a), tree_leaves(b)
+    assert len(a) == len(b) > 10
+    for one, other in zip(a, b, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_make_the_updates_of_one_process(runs, name):
+    alone = trained(CASES[name], Ranks())
+    first, second = (result["updates"][name] for result in runs[1])
+    for part, values in alone.items():
+        assert values.keys() == first[part].keys()
+        for key, value in values.items():
+            assert torch.equal(first[part][key], second[part][key]), (part, key)
+            torch.testing.assert_close(
+                first[part][key], value, rtol=1e-6, atol=1e-6, msg=f"{part} {key}"
+            )
+
+
+def test_the_cases_train_and_differ():
+    """Weights, masks and clipping of the cases change the result, so that ignoring one is seen."""
+    moved = {name: trained(case, Ranks())["state"] for name, case in CASES.items()}
+    key = next(name for name in moved["sequential"] if name.startswith("value_network_params"))
+    values = [moved[name][key] for name in ("sequential", "clipped", "masked", "weighted", "sums")]
+    for i, one in enumerate(values):
+        assert all((one - other).abs().max() > 1e-4 for other in values[i + 1 :])
+
+
+def test_one_process_changes_nothing():
+    step = make_step({})
+    before = {name: value.clone() for name, value in step.loss.named_parameters()}
+    assert data_parallel(step, Ranks()) is step
+    assert step.ranks is None
+    assert all(torch.equal(value, before[name]) for name, value in step.loss.named_parameters())
+
+
+def test_only_steps_are_made_parallel():
+    with pytest.raises(TypeError, match="step is SGD; expected an IQLStep"):
+        data_parallel(make_step({}).optimizer, Ranks())
+
+
+@pytest.mark.parametrize("name", ["whole", "again", "other"])
+def test_ranks_have_equal_bits_and_those_of_one_process_up_to_rounding(runs, alone, name):
+    first, second = (result[name] for result in runs[1])
+    close(first, second, 0.0)
+    close(first, alone, 2e-5)
+    assert torch.equal(first["replay"], alone["replay"])
+    assert torch.equal(first["random"], alone["random"])  # although rank 0 alone evaluates
+    assert first["updates"] == WHOLE
+
+
+def test_a_run_of_two_ranks_that_is_resumed_has_the_bits_of_one_without_interruption(runs):
+    close(runs[1][0]["again"], runs[1][0]["whole"], 0.0)
+
+
+def test_a_run_of_two_ranks_is_resumed_by_one_process(runs, alone):
+    run = trainer(Ranks(), runs[0] / "kept").resume()
+    assert run.updates == HALF
+    run.train()
+    close(state(run), alone, 2e-5)
+
+
+def test_only_rank_0_writes(runs):
+    _, (first, second) = runs
+    assert {"whole/metrics.csv", "half/metrics.csv", "whole/best.torchrl"} <= set(first["written"])
+    assert second["written"] == []
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_update(runs):
+    assert [result["signal"] for result in runs[1]] == [("SystemExit: 143", 16)] * 2
+
+
+def test_nan_on_one_rank_stops_all_at_the_same_update(runs):
+    for result in runs[1]:
+        message, updates = result["nan"]
+        assert message.startswith("FloatingPointError: ")
+        assert "became nan before update 4" in message
+        assert updates == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("evaluation", "OSError: the environment is gone",
+         "RuntimeError: rank 0 failed, so all ranks stop: the environment is gone"),
+        ("resume", "CheckpointError: ", "CheckpointError: "),
+        ("unseeded", "ValueError: the ranks' replay buffers", "ValueError: the ranks' replay buffers"),
+        ("data", "ValueError: the ranks have different data", "ValueError: the ranks have different"),
+        ("not given", "ValueError: the trainer has 1 ranks and the step 2 ranks", "ValueError: the tr"),
+        ("not parallel", "ValueError: the trainer has 2 ranks and the step one process", "ValueError"),
+        ("batch norm", "ValueError: qvalue_network has a BatchNorm1d at", "ValueError: qvalue_network"),
+        ("plain", "RuntimeError: the torch.distributed process group has 2 ranks", "RuntimeError"),
+        ("few rows", "ValueError: the batch has 1 rows and there are 2 ranks", "ValueError"),
+    ],
+)  # fmt: skip
+def test_errors_are_raised_on_all_ranks(runs, name, first, second):
+    for result, start in zip(runs[1], (first, second), strict=True):
+        assert result[name].startswith(start), result[name]
+
+
+def test_the_error_of_a_plain_step_says_what_to_write(runs):
+    assert "step = data_parallel(step, Ranks.from_environment())" in runs[1][0]["plain"]

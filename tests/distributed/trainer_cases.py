@@ -1,0 +1,151 @@
+"""Runs of the trainer on one process or on several ranks; started as one rank of two.
+
+The rank makes the updates of ``rank_cases`` too.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from conftest import NormedCritic, make_batch, make_networks
+from rank_cases import CASES, trained
+from small_agents import config, log
+from torch import distributed, optim
+from torchrl.modules import ValueOperator
+
+from iql_torchrl import IQLLoss, IQLStep, OfflineTrainer, load_dataset, make_agent
+from iql_torchrl.distributed import Ranks, data_parallel
+
+HALF, WHOLE = 12, 24
+
+
+def trainer(group: Ranks, folder: Path | None, total: int = WHOLE, **options) -> OfflineTrainer:
+    dataset = load_dataset(log())
+    agent = make_agent(config(optimizer="adamw", schedule="cosine", batch_size=15), dataset)
+    step = data_parallel(agent.step, group)
+    return OfflineTrainer(
+        **{
+            "agent": agent,
+            "step": step,
+            "dataset": dataset,
+            "ranks": group,
+            "folder": folder,
+            "total_updates": total,
+            "log_interval": 4,
+            "eval_interval": 6,
+            "progress_bar": False,
+            "seed": 0,
+            "evaluation": lambda: {
+                "return_mean": float(torch.rand(()))
+            },  # moves rank 0's generator
+            **options,
+        }
+    )
+
+
+def state(run: OfflineTrainer) -> dict:
+    """What a checkpoint holds of weights, optimizer and sampling, and the losses of the rows."""
+    parts = run.state_dict()
+    return {
+        "loss": parts["loss_module"],
+        "optimizer": parts["step"]["optimizer"]["state"],
+        "replay": parts["replay_buffer"]["generator"],
+        "random": torch.get_rng_state(),
+        "updates": run.updates,
+        "losses": [row["loss_value"] for row in run.progress.rows if "loss_value" in row],
+    }
+
+
+def error_of(function) -> str:
+    try:
+        function()
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def stopped_by_a_signal(ranks: Ranks) -> tuple[str, int]:
+    run = trainer(ranks, None, 40, log_interval=40, evaluation=None)
+    if ranks.rank == 1:
+        run.register_op(
+            "post_optim",
+            lambda: os.kill(os.getpid(), signal.SIGTERM) if run.updates == 5 else None,
+        )
+    else:
+        run.register_op("post_optim", lambda: None)
+    return error_of(run.train), run.updates
+
+
+def stopped_by_nan(ranks: Ranks) -> tuple[str, int]:
+    run = trainer(ranks, None, evaluation=None)
+    if ranks.rank == 1:
+        next(run.loss_module.parameters()).data.fill_(torch.nan)
+    return error_of(run.train), run.updates
+
+
+def failed_evaluation() -> dict[str, float]:
+    raise OSError("the environment is gone")
+
+
+def normed_step() -> IQLStep:
+    actor, _, value = make_networks()
+    critic = ValueOperator(NormedCritic(), in_keys=["observation", "action"])
+    loss = IQLLoss(actor, critic, value)
+    return IQLStep(loss, optim.Adam(loss.parameters()), None)
+
+
+def plain_step() -> IQLStep:
+    loss = IQLLoss(*make_networks())
+    return IQLStep(loss, optim.Adam(loss.parameters()), None)
+
+
+def main(rank: int, folder: Path) -> None:
+    store = distributed.FileStore(str(folder / "store"), 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    ranks = Ranks.from_environment()
+    own = folder / f"rank{rank}"
+    whole = trainer(ranks, own / "whole")
+    whole.train()
+    results = {"whole": state(whole)}
+    half = trainer(ranks, own / "half", HALF)
+    half.train()
+    if rank == 0:
+        shutil.copytree(own / "half", folder / "kept")
+    again = trainer(ranks, own / "half").resume()
+    again.train()
+    results["again"] = state(again)
+    # the folder of a run of one process; only rank 0 is given it
+    other = trainer(ranks, folder / "alone" if rank == 0 else own / "nowhere").resume()
+    other.train()
+    results["other"] = state(other)
+    results |= {
+        "updates": {name: trained(case, ranks) for name, case in CASES.items()},
+        "signal": stopped_by_a_signal(ranks),
+        "nan": stopped_by_nan(ranks),
+        "evaluation": error_of(trainer(ranks, None, evaluation=failed_evaluation).train),
+        "resume": error_of(trainer(ranks, own / "empty").resume),
+        "unseeded": error_of(
+            trainer(ranks, None, replay_buffer=load_dataset(log()).device_sampler(15)).train
+        ),
+        "data": error_of(trainer(ranks, None, dataset=load_dataset(log(40 + 10 * rank))).train),
+        "not given": error_of(lambda: trainer(ranks, None, ranks=None)),
+        "not parallel": error_of(lambda: trainer(ranks, None, step=plain_step())),
+        "batch norm": error_of(lambda: data_parallel(normed_step(), ranks)),
+        "plain": error_of(lambda: plain_step()(make_batch())),
+        "few rows": error_of(lambda: data_parallel(plain_step(), ranks)(make_batch(1))),
+        "written": sorted(str(p.relative_to(own)) for p in own.rglob("*.*"))
+        if own.exists()
+        else [],
+    }
+    torch.save(results, folder / f"rank{rank}.pt")
+    ranks.close()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(int(sys.argv[1]), Path(sys.argv[2]))
