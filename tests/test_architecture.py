@@ -14,13 +14,14 @@ PACKAGE = Path(__file__).resolve().parents[1] / "iql_torchrl"
 # A room is a folder or a top-level file. A file imports only from its own room and from rooms of
 # lower layers.
 LAYERS = (
-    ("config", "descriptions", "distributions", "files", "functional", "host", "networks"),
+    ("config", "descriptions", "files", "functional", "host", "networks"),
     ("checkpoint", "cli", "data", "evaluation", "policies"),
     ("fast_networks", "objectives", "report"),
     ("selection", "update"),
     ("agent",),
     ("trainers",),
     ("population",),
+    ("sweep",),
 )
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 MOST_ROOMS, MOST_LAYERS = 20, 8

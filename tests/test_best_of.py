@@ -28,8 +28,8 @@ from iql_torchrl import (
     networks,
     policies,
 )
-from iql_torchrl.distributions import ClippedGaussian, ClippedMixture, SquashedGaussian
 from iql_torchrl.objectives import LossCritics
+from iql_torchrl.policies.distributions import ClippedGaussian, ClippedMixture, SquashedGaussian
 
 LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 0.5])
 SPEC = Bounded(LOW, HIGH, (2,))

@@ -5,13 +5,6 @@ actor that reads ``in_keys`` (one name, or a sequence of keys) and writes ``"act
 Deterministic and random interaction types both work.
 """
 
-from iql_torchrl.distributions import (
-    Choice,
-    ClippedGaussian,
-    ClippedMixture,
-    OneHotChoice,
-    SquashedGaussian,
-)
 from iql_torchrl.policies.actors import (
     HEADS,
     categorical,
@@ -21,6 +14,13 @@ from iql_torchrl.policies.actors import (
     tanh_normal,
 )
 from iql_torchrl.policies.best_of import BestOf, best_of
+from iql_torchrl.policies.distributions import (
+    Choice,
+    ClippedGaussian,
+    ClippedMixture,
+    OneHotChoice,
+    SquashedGaussian,
+)
 from iql_torchrl.policies.encoded import EncodedPolicy, encoded
 from iql_torchrl.policies.flow import FlowHead, FlowPolicy, flow
 

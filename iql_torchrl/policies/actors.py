@@ -13,14 +13,14 @@ from torchrl.data import Categorical, OneHot, TensorSpec
 from torchrl.modules import Delta, ProbabilisticActor
 
 from iql_torchrl.descriptions import describe_spec, faulty_bounds
-from iql_torchrl.distributions import (
+from iql_torchrl.networks import first_layer, join_observations, perceptron
+from iql_torchrl.policies.distributions import (
     Choice,
     ClippedGaussian,
     ClippedMixture,
     OneHotChoice,
     SquashedGaussian,
 )
-from iql_torchrl.networks import first_layer, join_observations, perceptron
 
 __all__ = [
     "HEADS",
