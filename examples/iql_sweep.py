@@ -1,48 +1,37 @@
-"""A grid of settings and seeds trained as one population, scored, and ranked from the log alone.
+"""A grid of settings and seeds trained as populations, scored, and ranked from the log alone.
 
-Without arguments: a Pendulum log and 14 policies (cloning; temperature x expectile; two seeds).
-Part of the log is held out: from it fitted Q evaluation estimates the value of every policy, and
+The command line of ``iql_torchrl.sweep``: started again with the same arguments, it continues, or
+reads the results. Without arguments: a Pendulum log and 14 policies (cloning; temperature x
+expectile; two seeds). Part of the log is held out: from it fitted Q evaluation estimates the value of every policy, and
 the ranking recommends one. Evaluating all of them shows how good the recommendation was. With
 ``--dataset icu-sepsis/clinician-v0`` the truth is the exact probability of survival.
 """
 
-import csv
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, make_dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from iql_sepsis import CONFIG as SEPSIS
 from iql_sepsis import POINTS, probabilities
-from sweep_picture import draw
-from tqdm import tqdm
 from tyro.conf import arg
 
-from iql_torchrl import (
-    PRESETS,
-    IQLConfig,
-    IQLPopulation,
-    OfflineDataset,
-    cli,
-    evaluate,
-    load_dataset,
-)
+from iql_torchrl import PRESETS, Agent, IQLConfig, OfflineDataset, cli
 from iql_torchrl.config import knobs
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
-from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
+from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
 from iql_torchrl.evaluation.statistics import rank_correlations
-from iql_torchrl.files import whole_file
-from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
-from iql_torchrl.trainers.run_folder import new_folder
+from iql_torchrl.selection import Ranking
+from iql_torchrl.sweep import Sweep
 
 EXPECTED = (ImportError, ValueError, OSError, RuntimeError, AssertionError)
 FIRST = {"temperature": "0, the preset's, 3 times that", "expectile": "0.5, 0.7, 0.9"}
 GRID = dict.fromkeys([*FIRST, *(name for name, knob in knobs(IQLConfig).items() if knob.per_run)])
 GRID.pop("seed")
-EVALUATION_SEED = 10_000  # every policy has the same initial states
-Rows = dict[str, dict[str, Any]]
+Rows = Mapping[str, dict[str, Any]]
 Level = tuple[str, float] | None
 # each setting in which the runs of a population may differ, with several values
 Grid = make_dataclass(
@@ -68,7 +57,15 @@ class Options:
     env: str | None = None
     """Gymnasium id to play in, for files that record none"""
     folder: Path = Path("runs/sweep")
-    """of the results"""
+    """of the results; a sweep that is there is continued"""
+    engine: Literal["local", "ray", "slurm"] = "local"
+    """what performs the tasks: processes here, Ray, or Slurm by submitit"""
+    workers: int = 1
+    """tasks at once"""
+    members_per_task: int = 16
+    """policies that are trained together"""
+    address: str | None = None
+    """of a Ray cluster"""
     seeds: int = 2
     """runs of each setting"""
     episodes: int = 20
@@ -85,93 +82,51 @@ class Options:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options, runs = parse(arguments)
-    config, began = next(iter(runs.values())), time.monotonic()
-    exact = options.dataset == NAME
+    began, exact = time.monotonic(), options.dataset == NAME
+    words = "probability of survival" if exact else "mean return, 95 % interval"
+    print(f"{options.dataset}: {len(runs)} policies.")
     try:
-        source = ensure_dataset(options.dataset) if options.dataset in BUILTIN else options.dataset
-        reward: Any = (POINTS, 0.0) if exact else config.reward
-        log = load_dataset(source, env=options.env, reward=reward)
-        log.print_notes()
-        own, rest = log.split(1 - options.held_out, seed=0) if options.ranking else (log, log)
-        population = IQLPopulation(list(runs.values()), own)
-        folder = new_folder(options.folder.parent, options.folder.name, arguments)
+        result = Sweep(
+            runs,
+            ensure_dataset(options.dataset) if options.dataset in BUILTIN else options.dataset,
+            options.folder,
+            members_per_task=options.members_per_task,
+            env=options.env,
+            reward=(POINTS, 0.0) if exact else None,
+            score=survival if exact else "environment",
+            episodes=options.episodes,
+            score_words=words,
+            log_score=clinicians() if exact else None,
+            held_out=options.held_out if options.ranking else None,
+            fit_updates=options.fit_updates,
+            # every stay in hospital terminates, so the undiscounted value is the probability
+            discount=1.0 if exact else None,
+        ).run(options.engine, workers=options.workers, address=options.address)
     except EXPECTED as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
-    print(f"{options.dataset}: {len(runs)} policies from {len(own):,} of {len(log):,} transitions.")
-    playable = can_play(log)
-    train(population, config.updates)
-    population.save(folder / "population.torchrl")
-    members = {name: population.member(number) for number, name in enumerate(runs)}
-    rows: Rows = {
-        name: {"member": name, "settings": name.rpartition(" #")[0], "seed": run.seed}
-        | {field: getattr(run, field) for field in GRID}
-        for name, run in runs.items()
-    }
-    level = play(members, rows, log, options) if playable else None
-    ranking = rank(members, rest, options, config) if options.ranking else None
-    for row in ranking.rows if ranking else ():
-        rows[row["member"]] |= {key: row[key] for key in row if key != "doubts"}
-    report(rows, ranking, level)
-    with whole_file(folder / "members.csv") as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(next(iter(rows.values()))))
-        writer.writeheader()
-        writer.writerows(rows.values())
-    if level or ranking:
-        words = "probability of survival" if exact else "mean return, 95 % interval"
-        draw(folder / "sweep.png", rows, ranking, level, title=options.dataset, words=words)
-    print(f"{time.monotonic() - began:.0f} s. Written to {folder}/")
-    return 0
+    print(*result.notes, sep="\n")
+    for name, sentence in result.failures.items():
+        print(f"{name} failed: {sentence}")
+    rows = {name: row for name, row in result.rows.items() if name not in result.failures}
+    if rows:
+        report(rows, result.ranking, result.log_score)
+    print(f"{time.monotonic() - began:.0f} s. Written to {options.folder}/")
+    return 1 if result.failures else 0
 
 
-def train(population: IQLPopulation, updates: int) -> None:
-    with tqdm(total=updates, unit="update", desc="training", disable=None) as bar:
-        for event in population.train(every=min(100, updates)):
-            losses = {name: event.metrics[f"loss_{name}"] for name in ("value", "qvalue", "actor")}
-            spread = [f"{k} {float(v.min()):.3g}..{float(v.max()):.3g}" for k, v in losses.items()]
-            bar.set_postfix_str("loss of " + ", ".join(spread), refresh=False)
-            bar.update(event.updates - bar.n)
+def survival(agent: Agent, log: OfflineDataset) -> dict[str, float]:
+    """The exact probability of survival."""
+    tables = SepsisTables(log.make_env())
+    return {"score": tables.value(probabilities(agent, tables.admissible))}
 
 
-def can_play(log: OfflineDataset) -> bool:
-    try:
-        log.make_env().close()
-    except EXPECTED as error:
-        print(f"There will be no scores: {error}")
-        return False
-    return True
+def clinicians() -> tuple[str, float]:
+    import gymnasium
+    import icu_sepsis  # noqa: F401  (registers the environment)
 
-
-def play(members: Any, rows: Rows, log: OfflineDataset, options: Options) -> Level:
-    """Write scores into the rows; returns the name and the score of the log's own policy."""
-    if options.dataset == NAME:
-        tables = SepsisTables(log.make_env())
-        for name, member in members.items():
-            exact = tables.value(probabilities(member, tables.admissible))
-            rows[name] |= {"score": exact, "score_low": exact, "score_high": exact}
-        return "the clinicians", tables.value(tables.clinician)
-    for name, member in tqdm(members.items(), desc="playing", unit="policy", disable=None):
-        evaluation = evaluate(
-            member.policy, log.make_env, episodes=options.episodes, seed=EVALUATION_SEED
-        )
-        summary = evaluation.summary()
-        ends = {"score": "mean", "score_low": "low", "score_high": "high"}
-        rows[name] |= {key: summary[f"return_{end}"] for key, end in ends.items()}
-    return "the log", float(log.episode_returns.mean())
-
-
-def rank(members: Any, rest: OfflineDataset, options: Options, config: IQLConfig) -> Ranking:
-    """Estimates are fitted on half of the held-out episodes and corrected by the other half."""
-    fit, held_out = rest.split(0.5, seed=0)
-    print(
-        f"Estimating {len(members)} policies on {len(held_out.episode_lengths)} held-out episodes."
-    )
-    # every stay in hospital terminates, so the undiscounted value is the probability of survival
-    discount = 1.0 if options.dataset == NAME else config.discount
-    fitted = fitted_q_evaluation(
-        members, fit, held_out, discount=discount, updates=options.fit_updates
-    )
-    return rank_members(members, fit, held_out, discount=discount, fitted_q=fitted)
+    tables = SepsisTables(gymnasium.make(ENVIRONMENT, disable_env_checker=True))
+    return "the clinicians", tables.value(tables.clinician)
 
 
 def report(rows: Rows, ranking: Ranking | None, level: Level) -> None:
@@ -233,8 +188,8 @@ def parse(arguments: list[str]) -> tuple[Options, dict[str, IQLConfig]]:
         without=GRID,
         description=__doc__.split("\n\n")[0],
     )
-    if min(options.seeds, options.episodes, options.fit_updates) < 1:
-        cli.refuse("--seeds, --episodes and --fit-updates are numbers of at least 1.")
+    if min(options.seeds, options.episodes, options.fit_updates, options.workers) < 1:
+        cli.refuse("--seeds, --episodes, --fit-updates and --workers are numbers of at least 1.")
     if not 0 < options.held_out < 1:
         cli.refuse(f"--held-out is {options.held_out:g}; it must lie in (0, 1).")
     usual = {name: (getattr(config, name),) for name in GRID}

@@ -21,6 +21,7 @@ LAYERS = (
     ("agent", "distributed"),
     ("trainers",),
     ("population",),
+    ("sweep",),
 )
 LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 MOST_ROOMS, MOST_LAYERS = 20, 8

@@ -1,4 +1,4 @@
-"""``python -m iql_torchrl.data list | make NAME | describe SOURCE``."""
+"""``python -m iql_torchrl.data list | make | describe | build | verify``: see ``--help``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from iql_torchrl.data.built_folder import verify_built
 from iql_torchrl.data.builtin.catalogue import (
     BUILTIN,
     OGBENCH_LOCAL,
@@ -33,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _list()
         elif options.command == "make":
             _make(options)
+        elif options.command == "build":
+            _build(options)
+        elif options.command == "verify":
+            size = verify_built(options.folder)
+            print(f"{options.folder}: {size:,} bytes have the content that was built.")
         else:
             _describe(options)
     except (ValueError, ImportError, OSError) as error:
@@ -56,7 +62,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     describe.add_argument("--env", help="environment id, for files that name none")
     describe.add_argument("--png", type=Path, help="where the histogram of returns goes")
+    build = commands.add_parser(
+        "build", help="build a memory-mapped table, which load_dataset(FOLDER) opens on any machine"
+    )
+    build.add_argument("source", metavar="SOURCE", help="as of describe, or a built-in name")
+    build.add_argument("folder", metavar="FOLDER", type=Path, help="of the table")
+    build.add_argument("--env", help="environment id, for files that name none")
+    build.add_argument("--limit", type=int, help="at most this many transitions")
+    build.add_argument("--concatenate", nargs="+", help="leaves of a Dict observation to join")
+    verify = commands.add_parser("verify", help="compare a built table with its checksums")
+    verify.add_argument("folder", metavar="FOLDER", type=Path, help="of the table")
     return parser
+
+
+def _build(options: argparse.Namespace) -> None:
+    from iql_torchrl.data import load_dataset
+
+    name = options.source
+    dataset = load_dataset(
+        ensure_dataset(name) if name in BUILTIN else name,
+        env=options.env,
+        limit=options.limit,
+        concatenate=options.concatenate,
+        memmap=options.folder,
+    )
+    dataset.print_notes()
+    print(f"{options.folder}: {len(dataset):,} transitions; open it with load_dataset(FOLDER).")
 
 
 def _list() -> None:

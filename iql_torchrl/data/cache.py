@@ -9,24 +9,29 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
-import torch
-from gymnasium.envs.registration import EnvSpec
-from minari.serialization import deserialize_space, serialize_space
+from minari.serialization import serialize_space
 from tensordict import TensorDict
 
 from iql_torchrl.data.build import TABLE, Built, build, table_bytes
+from iql_torchrl.data.built_folder import (
+    EPISODES,
+    RECORD,
+    Description,
+    checksums,
+    describe,
+    described,
+    file_sizes,
+    read_table,
+)
 from iql_torchrl.data.locks import folder_lock
 from iql_torchrl.data.readers.source import Source
-from iql_torchrl.data.scaling import ObservationStatistics, RewardMap
 from iql_torchrl.data.schema import DatasetError
 
-__all__ = ["Description", "describe", "fingerprint", "load_or_build"]
+__all__ = ["fingerprint", "load_or_build"]
 
 
 #: A file up to this size is digested completely; of a larger one BLOCKS blocks of BLOCK bytes are. Many
@@ -36,24 +41,6 @@ BLOCK = 64 * 2**10
 BLOCKS = 64
 #: Errors of a full disk, or of a full quota.
 FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-@dataclass(frozen=True)
-class Description:
-    """Everything about a dataset except its rows."""
-
-    name: str
-    observation_space: gym.Space[Any]
-    action_space: gym.Space[Any]
-    env_spec: EnvSpec | None
-    reference_scores: tuple[float, float] | None
-
-
-def describe(source: Source) -> Description:
-    return Description(
-        source.name, source.observation_space, source.action_space, source.env_spec,
-        source.reference_scores,
-    )  # fmt: skip
 
 
 def fingerprint(files: Sequence[Path], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +84,7 @@ def load_built(folder: Path, expected: Mapping[str, Any]) -> tuple[Built, Descri
     """
     if not folder.exists():
         return None
-    record = folder / "built.json"
+    record = folder / RECORD
     if not record.is_file():
         if folder.is_dir() and not any(folder.iterdir()):
             return None
@@ -108,56 +95,15 @@ def load_built(folder: Path, expected: Mapping[str, Any]) -> tuple[Built, Descri
         saved = json.loads(record.read_text())
         if not expected.get("files") or saved["fingerprint"] != expected:
             return None
-        if saved["sizes"] != _sizes(folder / TABLE):
+        if saved["sizes"] != file_sizes(folder / TABLE):
             return None
-        return _loaded(folder, saved)
+        return read_table(folder, saved), described(saved)
     except (ValueError, KeyError, TypeError, OSError, RuntimeError):
         return None  # Written by another version, or damaged: it is built again.
 
 
-def _loaded(folder: Path, saved: Mapping[str, Any]) -> tuple[Built, Description]:
-    with np.load(folder / "episodes.npz") as episodes:
-        returns, lengths = episodes["returns"], episodes["lengths"]
-    statistics = {
-        tuple(item["key"]): ObservationStatistics(
-            torch.tensor(item["mean"], dtype=torch.float32).reshape(item["shape"]),
-            torch.tensor(item["std"], dtype=torch.float32).reshape(item["shape"]),
-            tuple(item["constant"]),
-            item["count"],
-        )
-        for item in saved["statistics"]
-    }
-    built = Built(
-        TensorDict.load_memmap(folder / TABLE), returns, lengths, statistics,
-        RewardMap(*saved["reward_map"]), tuple(saved["notes"]), tuple(saved["warnings"]),
-    )  # fmt: skip
-    if len(built.transitions) != lengths.sum():
-        raise ValueError(f"{folder}: {len(built.transitions)} rows in place of {lengths.sum()}")
-    return built, _described(saved["description"])
-
-
-def _described(saved: Mapping[str, Any]) -> Description:
-    scores, spec = saved["reference_scores"], saved["env_spec"]
-    return Description(
-        name=saved["name"],
-        observation_space=deserialize_space(saved["observation_space"]),
-        action_space=deserialize_space(saved["action_space"]),
-        env_spec=None if spec is None else EnvSpec.from_json(spec),
-        reference_scores=None if scores is None else (scores[0], scores[1]),
-    )
-
-
-def _sizes(table: Path) -> dict[str, int]:
-    """Bytes of each file of a memory-mapped table, by its path inside ``table``."""
-    return {
-        path.relative_to(table).as_posix(): path.stat().st_size
-        for path in sorted(table.rglob("*"))
-        if path.is_file()
-    }
-
-
 def _record(
-    built: Built, source: Source, expected: Mapping[str, Any], sizes: dict[str, int]
+    built: Built, source: Source, expected: Mapping[str, Any], folder: Path
 ) -> dict[str, Any]:
     return {
         "fingerprint": expected,
@@ -171,7 +117,8 @@ def _record(
         "reward_map": [built.map.scale, built.map.shift],
         "notes": list(built.notes),
         "warnings": list(built.warnings),
-        "sizes": sizes,
+        "sizes": file_sizes(folder / TABLE),
+        "checksums": checksums(folder),
         "statistics": [
             {
                 "key": list(key), "shape": list(s.mean.shape), "count": s.count,
@@ -235,12 +182,8 @@ def _build_cached(
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         built = build(source, folder=staging / TABLE, **options)
-        np.savez(
-            staging / "episodes.npz", returns=built.episode_returns, lengths=built.episode_lengths
-        )
-        (staging / "built.json").write_text(
-            json.dumps(_record(built, source, expected, _sizes(staging / TABLE)))
-        )
+        np.savez(staging / EPISODES, returns=built.episode_returns, lengths=built.episode_lengths)
+        (staging / RECORD).write_text(json.dumps(_record(built, source, expected, staging)))
         _swap(staging, folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,8 +15,10 @@ from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
 from iql_torchrl.data.build import Built, build
-from iql_torchrl.data.cache import Description, describe, fingerprint, load_or_build
+from iql_torchrl.data.built_folder import Description, describe, is_built, open_built
+from iql_torchrl.data.cache import fingerprint, load_or_build
 from iql_torchrl.data.dataset import OfflineDataset
+from iql_torchrl.data.load_options import check_options, check_spaces, known_scores
 from iql_torchrl.data.readers.arrays import TABLE_FILES
 from iql_torchrl.data.readers.concatenation import concatenated, joined_env_maker
 from iql_torchrl.data.readers.d3rlpy import D3rlpyBuffer
@@ -33,7 +33,6 @@ from iql_torchrl.data.readers.opening import (
     opened_source,
 )
 from iql_torchrl.data.readers.source import ReadOptions, Source, chain
-from iql_torchrl.data.scaling import REFERENCE_RETURNS
 from iql_torchrl.data.schema import DatasetError, DatasetWarning, Key
 from iql_torchrl.data.source_identity import env_identity, read_settings, source_files
 
@@ -78,6 +77,9 @@ def load_dataset(
             ``"ogbench/cube-single-play-singletask-task2-v0"`` is OGBench's data for one task, from
             npz files in the folder ``OGBENCH_DATASETS_PATH`` (else ``~/.ogbench/data``): see
             ``readers.ogbench``. They are never downloaded here; the error says how.
+            Or the path of a folder that ``memmap=`` or ``python -m iql_torchrl.data build`` made,
+            copied to any machine: it is opened without its source. Of the options, ``env``,
+            ``reward`` (where it was built raw), ``dtype`` (the same) and ``reference_scores`` apply.
         env: id, spec, instance or function; its spaces describe a table's columns, and
             ``make_env`` makes it. Minari's own record is used where this is None.
         reward: ``"raw"``, ``"return_range"`` (1000 / (max - min episode return): the paper's
@@ -127,8 +129,8 @@ def load_dataset(
     Raises:
         DatasetError: naming the key, rows, episode, what was expected and what to do.
     """
-    _check_options(dtype, reward, columns, limit, max_episode_steps)
-    _check_spaces(observation_space, action_space)
+    check_options(dtype, reward, columns, limit, max_episode_steps)
+    check_spaces(observation_space, action_space)
     maker = None if env is None else env_maker(env)
     options = ReadOptions(
         columns=dict(columns or {}),
@@ -149,7 +151,18 @@ def load_dataset(
         table = concatenated(table, concatenate) if concatenate else table
         return chain([table], limit)
 
-    if memmap is None:
+    joined = tuple(concatenate or ())
+    if is_built(source):
+        fixed = {
+            "memmap": memmap, "concatenate": concatenate, "limit": limit, "columns": columns,
+            "clip_actions": clip_actions, "max_episode_steps": max_episode_steps,
+            "reward_offset": reward_offset, "observation_space": observation_space,
+            "action_space": action_space,
+        }  # fmt: skip
+        built, description, joined = open_built(
+            Path(source), reward=reward, dtype=dtype, fixed=fixed
+        )
+    elif memmap is None:
         table = open_source()
         built, description = build(table, **build_options), describe(table)
     else:
@@ -163,9 +176,9 @@ def load_dataset(
         warnings.warn(text, DatasetWarning, stacklevel=2)
     if maker is None and description.env_spec is not None:
         maker = env_maker(description.env_spec)
-    if maker is not None and concatenate:
-        maker = joined_env_maker(maker, concatenate)
-    scores = _scores(reference_scores) or description.reference_scores
+    if maker is not None and joined:
+        maker = joined_env_maker(maker, joined)
+    scores = known_scores(reference_scores) or description.reference_scores
     return _dataset(built, description, maker, scores, dtype)
 
 
@@ -192,60 +205,8 @@ def _dataset(
     )
 
 
-def _check_spaces(observation_space: Any, action_space: Any) -> None:
-    for key, space in (("observation_space", observation_space), ("action_space", action_space)):
-        if space is not None and not isinstance(space, gym.Space):
-            raise DatasetError(f"{key}: expected a gymnasium.Space, got {type(space).__name__}.")
-
-
-def _check_options(
-    dtype: torch.dtype, reward: Any, columns: Any, limit: Any, max_episode_steps: Any
-) -> None:
-    if columns is not None and not isinstance(columns, Mapping):
-        raise DatasetError(
-            "columns: expected a dict from our keys to the file's columns, such as "
-            f"{{'reward': 'r'}}, got {columns!r}."
-        )
-    for key, value in (("limit", limit), ("max_episode_steps", max_episode_steps)):
-        if value is not None and (not isinstance(value, Integral) or value < 1):
-            raise DatasetError(
-                f"{key}: expected a whole number, at least 1, or None, got {value!r}"
-            )
-    if dtype not in (torch.float32, torch.float64):
-        raise DatasetError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
-    names = ("raw", "return_range", "minus_one")
-    if not (reward in names if isinstance(reward, str) else _pair(reward)):
-        raise DatasetError(f"reward: expected one of {names} or (scale, shift), got {reward!r}")
-
-
 def _public(key: Key) -> str | Key:
     return key[0] if len(key) == 1 else key
-
-
-def _scores(scores: tuple[float, float] | str | None) -> tuple[float, float] | None:
-    if scores is None:
-        return None
-    if isinstance(scores, str):
-        if scores not in REFERENCE_RETURNS:
-            raise DatasetError(
-                f"reference_scores: {scores!r} is not among {', '.join(REFERENCE_RETURNS)}."
-            )
-        return REFERENCE_RETURNS[scores]
-    if not _pair(scores) or scores[0] == scores[1]:
-        raise DatasetError(
-            "reference_scores: expected two different returns (random, expert), or a task's name, "
-            f"got {scores!r}."
-        )
-    return float(scores[0]), float(scores[1])
-
-
-def _pair(values: Any) -> bool:
-    """Two finite numbers."""
-    try:
-        first, second = values
-        return math.isfinite(first) and math.isfinite(second)
-    except (TypeError, ValueError):
-        return False
 
 
 def _open(
@@ -257,6 +218,8 @@ def _open(
         return chain([_open(item, options, maker) for item in source])
     if isinstance(source, minari.MinariDataset):
         return minari_source(source, options)
+    if is_built(source):
+        raise DatasetError(f"{source}: a built table is loaded alone, not in a list of sources.")
     if isinstance(source, str | Path):
         if is_table_path(source):
             described = _with_env(options, maker)

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import IO, Any
@@ -31,13 +32,23 @@ __all__ = [
     "BOOTSTRAP",
     "Failure",
     "Structure",
+    "bootstrap",
     "named_tensors",
+    "received",
+    "register",
+    "registrations",
     "send",
     "serve",
 ]
 
-# The pipes are moved from stdin and stdout to other descriptors, so that an environment may print.
-BOOTSTRAP = f"""
+
+def bootstrap(module: str) -> str:
+    """The program of a process that calls ``module.serve(requests, replies)``; see ``start``.
+
+    It receives ``sys.path`` first. The pipes are moved from stdin and stdout to other descriptors,
+    so that an environment may print.
+    """
+    return f"""
 import sys
 sys.path[:] = [entry for entry in sys.path if entry]
 import os, pickle, signal
@@ -47,9 +58,12 @@ requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 os.dup2(2, 1)
 sys.path[:] = pickle.load(requests)
-from {__name__} import serve
+from {module} import serve
 serve(requests, replies)
 """
+
+
+BOOTSTRAP = bootstrap(__name__)
 
 LARGE = 100 * 2**20
 
@@ -73,15 +87,12 @@ class Structure:
                 f"function that refers to a dataset sends all of it: pass dataset.make_env itself",
                 stacklevel=3,
             )
-        return cls(_packed("policy", policy), environment, _registrations(), arguments)
+        return cls(_packed("policy", policy), environment, registrations(), arguments)
 
     def rebuilt(self) -> tuple[Any, Any]:
         """The policy, on its device, and ``make_env``."""
         try:
-            for packed in self.registrations:
-                with contextlib.suppress(ImportError, AttributeError):
-                    spec = pickle.loads(packed)
-                    gymnasium.registry.setdefault(spec.id, spec)
+            register(self.registrations)
             policy, make_env = (
                 torch.load(io.BytesIO(packed), map_location="cpu", weights_only=False)
                 for packed in (self.policy, self.make_env)
@@ -143,7 +154,7 @@ def _packed(name: str, thing: Any) -> bytes:
     return file.getvalue()
 
 
-def _registrations() -> tuple[bytes, ...]:
+def registrations() -> tuple[bytes, ...]:
     """Environments that the program registered, for ``gymnasium.make`` in the other process."""
     packed = []
     for spec in gymnasium.registry.values():
@@ -153,6 +164,14 @@ def _registrations() -> tuple[bytes, ...]:
             ):  # left out; an error follows only if make_env uses it
                 packed.append(cloudpickle.dumps(spec))
     return tuple(packed)
+
+
+def register(packed: Iterable[bytes]) -> None:
+    """Register what :func:`registrations` returned in another process."""
+    for spec_bytes in packed:
+        with contextlib.suppress(ImportError, AttributeError):
+            spec = pickle.loads(spec_bytes)
+            gymnasium.registry.setdefault(spec.id, spec)
 
 
 def named_tensors(policy: nn.Module) -> dict[str, Tensor]:
@@ -171,11 +190,7 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
     The pipe delivers a ``Structure``, then pairs of a snapshot and an ``Arithmetic``; the answer to
     each pair is an ``Evaluation`` or a ``Failure``.
     """
-    # SystemExit lets evaluate close its environments before the process ends.
-    signal.signal(LEAVE, lambda *_: sys.exit(128 + LEAVE))
-    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(requests, inbox), daemon=True).start()
-    threading.Thread(target=_follow_parent, args=(os.getppid(), inbox), daemon=True).start()
+    inbox = received(requests)
     structure: Structure | None = inbox.get()
     built = None
     while structure is not None and (request := inbox.get()) is not None:
@@ -185,6 +200,19 @@ def serve(requests: IO[bytes], replies: IO[bytes]) -> None:
         except Exception as error:
             reply = Failure.of(error)
         send(reply, replies)
+
+
+def received(requests: IO[bytes]) -> queue.SimpleQueue[Any]:
+    """The messages of the parent process as they arrive, then None.
+
+    From then on this process ends when the parent does, or on the signal ``LEAVE``: ``SystemExit``
+    is raised in the main thread, and lets ``evaluate`` close its environments.
+    """
+    signal.signal(LEAVE, lambda *_: sys.exit(128 + LEAVE))
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(requests, inbox), daemon=True).start()
+    threading.Thread(target=_follow_parent, args=(os.getppid(), inbox), daemon=True).start()
+    return inbox
 
 
 def _evaluated(

@@ -99,6 +99,18 @@ class Ranking:
             text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
             temporary.write_text(text + "\n", encoding="utf-8")
 
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> Ranking:
+        """The ranking that :meth:`to_json` wrote; numbers that were not finite are NaN."""
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = [
+            {k: tuple(v) if k == "doubts" else _number(v) for k, v in row.items()}
+            for row in saved["rows"]
+        ]
+        own = {"rows": tuple(rows), "warnings": tuple(saved["warnings"])}
+        keep = {"recommended": saved["recommended"]}
+        return cls(**{key: _number(value) for key, value in saved.items()} | own | keep)
+
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Replace ``path`` by one line per member, best first; unknown numbers stay empty."""
         with (
@@ -112,6 +124,10 @@ class Ranking:
 
 def _short(value: float) -> str:
     return f"{'-' if math.isnan(value) else format(value, '.4g'):>13}"
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value
 
 
 def _json(value: Any) -> Any:

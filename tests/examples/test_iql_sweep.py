@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -32,7 +31,15 @@ def sweep(tmp_path, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "iql_sweep", module)  # as its dataclasses need
     spec.loader.exec_module(module)
+    # the engines have tests of their own, in tests/sweep
+    monkeypatch.setattr("iql_torchrl.sweep.sweep.perform_locally", perform_here)
     return vars(module)
+
+
+def perform_here(jobs, watch, *, workers, threads):
+    for job in jobs:
+        job.perform()
+    return {}
 
 
 def table(folder: str) -> list[dict[str, str]]:
@@ -61,12 +68,17 @@ def test_a_grid_is_trained_scored_ranked_and_kept(sweep, capsys):
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     dataset = load_dataset(PENDULUM, reward="return_range", progress=False)
     own = dataset.split(0.6, seed=0)[0]
-    population = IQLPopulation.load(folder / "population.torchrl", own)
+    population = IQLPopulation.load(folder / "tasks" / "from-00000" / "population.torchrl", own)
     assert population.updates == 8
     assert [config.expectile for config in population.configs] == [0.6] * 4 + [0.9] * 2
-    assert json.loads((folder / "arguments.json").read_text()) == [*TINY, *grid]
-    assert not list(folder.glob(".*")), "no temporary file may stay"
-    assert sweep["main"]([*TINY, "--temperature", "3", "--expectile", "0.7", "--no-ranking"]) == 0
+    assert not list(folder.rglob(".*")), "no temporary file may stay"
+    written = (folder / "members.csv").read_bytes()
+    assert sweep["main"]([*TINY, *grid]) == 0
+    assert (folder / "members.csv").read_bytes() == written
+    other = [*TINY, "--temperature", "3", "--expectile", "0.7", "--no-ranking"]
+    assert sweep["main"](other) == 2
+    assert "results has another sweep: configs differs; choose another" in capsys.readouterr().err
+    assert sweep["main"]([*other, "--folder", "results-2"]) == 0
     assert [row["member"] for row in table("results-2")] == ["IQL #0", "IQL #1"]
     assert "value" not in table("results-2")[0]
 
@@ -96,7 +108,7 @@ def test_without_an_environment_there_are_estimates(sweep, capsys):
     with pytest.warns(UserWarning, match="no environment says what their bounds are"):
         assert sweep["main"]([*TINY, *arguments]) == 0
     assert "score" not in table("results")[0]
-    assert "There will be no scores: " in capsys.readouterr().out
+    assert "There are no scores: " in capsys.readouterr().out
     assert (Path("results") / "sweep.png").exists()
 
 

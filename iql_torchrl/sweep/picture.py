@@ -1,4 +1,4 @@
-"""The picture of iql_sweep.py."""
+"""The picture of a sweep: scores and estimates of all members, and their means over the grid."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def draw(
         panels["value"] = ("estimate from the log, 95 % interval", "the log", ranking.log_value)
     groups, seeds = ([*dict.fromkeys(r[k] for r in rows.values())] for k in ("settings", "seed"))
     size = 3.4 * len(panels) + 5.6, min(2.4 + 0.2 * len(groups) + 0.08 * len(rows), 14)
-    figure, shown = Figure(size, layout="constrained"), {}
+    figure = Figure(size, layout="constrained")
+    shown: dict[str, Any] = {}
     figure.suptitle(f"{title}: {len(rows)} policies", parse_math=False)
     *columns, right = figure.subplots(1, len(panels) + 1, squeeze=False)[0]
     for axes, (key, (label, name, at)) in zip(columns, panels.items(), strict=True):
@@ -39,8 +40,8 @@ def draw(
             at, color="0.4", linestyle="--" if name in shown or not shown else ":"
         )
         for row in rows.values():
-            best = bool(ranking) and row["member"] == ranking.recommended
-            place = groups.index(row["settings"])
+            best = ranking is not None and row["member"] == ranking.recommended
+            place: float = groups.index(row["settings"])
             place += 0.6 * ((seeds.index(row["seed"]) + 0.5) / len(seeds) - 0.5)
             ends = [[row[key] - row[f"{key}_low"]], [row[f"{key}_high"] - row[key]]]
             look = {"color": "C1" if best else "C0", "markersize": 7 if best else 4}
@@ -61,10 +62,13 @@ def draw_map(axes: Any, rows: list[dict[str, Any]], key: str) -> None:
     mean = np.full((len(up), len(across)), np.nan)
     for (i, expectile), (j, temperature) in product(enumerate(up), enumerate(across)):
         near = [row for row in rows if row["temperature"] == temperature]
-        near = [row[key] for row in near if temperature == 0 or row["expectile"] == expectile]
-        mean[i, j] = np.mean(near)
+        numbers = [row[key] for row in near if temperature == 0 or row["expectile"] == expectile]
+        if numbers:  # a grid may be incomplete
+            mean[i, j] = np.mean(numbers)
     picture = axes.imshow(mean, origin="lower", aspect="auto", cmap="cividis")
     for (i, j), value in np.ndenumerate(mean):
+        if np.isnan(value):
+            continue
         dark = picture.norm(value) < 0.5
         axes.text(j, i, f"{value:.4g}", ha="center", va="center", color="w" if dark else "k")
     axes.set_xticks(range(len(across)), [f"{v:g}" + " (cloning)" * (v == 0) for v in across])

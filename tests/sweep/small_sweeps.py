@@ -1,0 +1,88 @@
+"""Small sweeps on a log in a file, and what tests do to their workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from small_agents import log
+from small_populations import BASE
+
+from iql_torchrl import IQLConfig
+
+ROWS = 200
+
+
+def write_log(folder: Path) -> Path:
+    """20 episodes of ten steps, every other one terminal."""
+    rows = np.arange(ROWS)
+    ends = {"terminated": rows % 20 == 9, "truncated": rows % 20 == 19}
+    path = folder / "log.npz"
+    np.savez(path, **log(ROWS, **ends))
+    return path
+
+
+def grid(seeds: int = 2, **options) -> list[IQLConfig]:
+    """Two expectiles, each with ``seeds`` seeds."""
+    base = replace(BASE, **options)
+    return [replace(base, expectile=e, seed=s) for e in (0.6, 0.9) for s in range(seeds)]
+
+
+def first_weight(agent, dataset) -> dict[str, float]:
+    """A score that any difference of the weights changes."""
+    return {"score": float(sum(p.double().abs().sum() for p in agent.actor.parameters()))}
+
+
+def perform_here(jobs, watch, *, workers=1, threads=1):
+    """An engine without processes and without interruptions: the reference."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for job in jobs:
+            job.perform()
+    finally:
+        torch.set_num_threads(before)
+    return {}
+
+
+def updates_of(folder: Path) -> int:
+    """Updates of a task that is being trained, 0 before its first event."""
+    try:
+        return int((folder / "progress.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+class Killing(threading.Thread):
+    """Kills a process (``SIGKILL``) when the task in ``folder`` has made ``updates`` updates.
+
+    ``process()`` is asked for its number then. ``at``: the updates at that moment.
+    """
+
+    def __init__(self, folder: Path, updates: int, process, number=signal.SIGKILL) -> None:
+        super().__init__(daemon=True)
+        self.folder, self.updates, self.process, self.number = folder, updates, process, number
+        self.at: int | None = None
+
+    def run(self) -> None:
+        limit = time.monotonic() + 120
+        while updates_of(self.folder) < self.updates and time.monotonic() < limit:
+            time.sleep(0.005)
+        self.at = updates_of(self.folder)
+        os.kill(self.process(), self.number)
+
+
+def holder_of(folder: Path) -> int:
+    """The process that has the lock of a task's folder, from /proc/locks."""
+    inode = (folder.parent / f".{folder.name}.lock").stat().st_ino
+    for line in Path("/proc/locks").read_text().splitlines():
+        words = line.split()
+        if words[1] == "FLOCK" and words[5].endswith(f":{inode}"):
+            return int(words[4])
+    raise AssertionError(f"nobody holds the lock of {folder}")
