@@ -2,9 +2,10 @@
 
 The command line of ``iql_torchrl.sweep``: started again with the same arguments, it continues, or
 reads the results. Without arguments: a Pendulum log and 14 policies (cloning; temperature x
-expectile; two seeds). Part of the log is held out: from it fitted Q evaluation estimates the value of every policy, and
-the ranking recommends one. Evaluating all of them shows how good the recommendation was. With
-``--dataset icu-sepsis/clinician-v0`` the truth is the exact probability of survival.
+expectile; two seeds). Part of the log is held out: from it fitted Q evaluation estimates the value
+of every policy, and the ranking recommends one. Evaluating all of them shows how good the
+recommendation was. With ``--dataset icu-sepsis/clinician-v0`` the truth is the exact probability of
+survival.
 """
 
 import sys

@@ -27,7 +27,9 @@ def data_parallel(step: S, ranks: Ranks) -> S:
     Means are those of the whole batch, also with masks and priority weights; the metrics, and the
     priority and log-probability written into the batch, are those of the whole batch on every rank.
 
-    ``compiled`` and, on a CPU, ``captured`` accept the step. Dropout draws on each rank for its own
+    ``compiled`` and, on a CPU, ``captured`` accept the step: its sums are nodes of the one graph
+    (``torch.ops._c10d_functional.all_reduce`` and ``wait_tensor``). On a GPU ``captured`` refuses it.
+    Dropout draws on each rank for its own
     rows, so it does not give the numbers of one process. With one rank nothing is changed.
 
     Raises:

@@ -189,7 +189,9 @@ class OfflineLoss(NetworkLoss):
         the number of valid steps.
         """
         shape = self.sample_shape(batch.data.batch_size)
-        steps = torch.ones(shape, dtype=torch.float64, device=next(self.parameters()).device)
+        # not self.parameters(), which torch 2.11 cannot trace
+        like = next(iter(self.actor_network_params.values(True, True)))
+        steps = torch.ones(shape, dtype=torch.float64, device=like.device)
         if batch.mask is not None:
             steps = steps.masked_fill(~batch.mask, 0.0)
         weights = steps if batch.weight is None else steps * batch.weight

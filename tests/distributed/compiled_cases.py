@@ -1,4 +1,4 @@
-"""Compiled and captured updates with Adam, on one process or as one rank of two."""
+"""Compiled and captured updates with Adam as one rank of two; eager ones to compare with."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
-from rank_cases import CASES, make_batches, make_step, tensors_of, trained
+from rank_cases import CASES, ROWS, make_batches, make_step, tensors_of, trained
 from torch import distributed
 
 from iql_torchrl import captured, compiled
@@ -16,24 +16,32 @@ from iql_torchrl.distributed import Ranks, data_parallel
 CASE = CASES["adam"]  # with masks
 
 
+def sampler() -> DeviceSampler:
+    return DeviceSampler(torch.cat(make_batches(CASE, 3)), ROWS, seed=1)
+
+
 def calls(ranks: Ranks) -> dict:
     """Five calls of four captured updates each."""
     step = data_parallel(make_step(CASE), ranks)
-    rows = DeviceSampler(torch.cat(make_batches(CASE, 3)), 13, seed=1)
-    call = captured(step, rows, updates=4)
+    call = captured(step, sampler(), updates=4)
     metrics = torch.stack([call() for _ in range(5)])
     return {"state": tensors_of(step.loss), "metrics": dict(metrics.items())}
 
 
-def results(ranks: Ranks) -> dict:
-    return {"compiled": trained(CASE, ranks, compiled), "captured": calls(ranks)}
+def calls_by_hand() -> dict:
+    """The same updates, eagerly in one process."""
+    step, rows = make_step(CASE), sampler()
+    metrics = torch.stack([step(rows.sample()) for _ in range(20)])
+    means = {name: values.view(5, 4).mean(1) for name, values in metrics.items()}
+    return {"state": tensors_of(step.loss), "metrics": means}
 
 
 def main(rank: int, folder: Path) -> None:
     store = distributed.FileStore(str(folder / "store"), 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     ranks = Ranks.from_environment()
-    torch.save(results(ranks), folder / f"rank{rank}.pt")
+    results = {"compiled": trained(CASE, ranks, compiled), "captured": calls(ranks)}
+    torch.save(results, folder / f"rank{rank}.pt")
     ranks.close()
 
 

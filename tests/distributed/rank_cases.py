@@ -15,6 +15,7 @@ from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, IQLStep, policies
 from iql_torchrl.distributed import data_parallel
+from iql_torchrl.population import PopulationLoss
 
 UPDATES, ROWS = 20, 13  # 13 rows: two ranks have 6 and 7
 
@@ -62,6 +63,7 @@ CASES = {
     "ddpg_bc": {"loss": {"actor_objective": "ddpg_bc"}, "change": masked},
     "flow": {"flow": True},
     "discrete": {"discrete": True},
+    "population": {"members": 3, "change": both},
 }
 
 
@@ -71,8 +73,27 @@ def layers():
 
 def make_step(case):
     """A step in double precision, with the same weights in every process."""
-    options = {"diagnostics": True, **case.get("loss", {})}
     torch.manual_seed(3)
+    if "members" in case:
+        loss = PopulationLoss(
+            [make_loss(case, temperature=1.0 + n) for n in range(case["members"])]
+        )
+    else:
+        loss = make_loss(case)
+    optimizer = case.get("optimizer", optim.SGD)(loss.parameters(), lr=case.get("rate", 0.02))
+    scheduler = LambdaLR(optimizer, lambda n: 1 / (1 + n)) if case.get("scheduled") else None
+    return IQLStep(
+        loss,
+        optimizer,
+        SoftUpdate(loss, tau=0.05),
+        order=case.get("order", "sequential"),
+        max_grad_norm=case.get("max_grad_norm"),
+        lr_scheduler=scheduler,
+    )
+
+
+def make_loss(case, **options):
+    options = {"diagnostics": True, **case.get("loss", {}), **options}
     actor, critic, value = make_networks()
     if case.get("discrete"):
         actor = ProbabilisticTensorDictSequential(
@@ -92,16 +113,7 @@ def make_step(case):
         loss = IQLLoss(actor, [critic, make_networks()[1]], value, **options)
     loss = loss.double()
     _ = loss.value_estimator
-    optimizer = case.get("optimizer", optim.SGD)(loss.parameters(), lr=case.get("rate", 0.02))
-    scheduler = LambdaLR(optimizer, lambda n: 1 / (1 + n)) if case.get("scheduled") else None
-    return IQLStep(
-        loss,
-        optimizer,
-        SoftUpdate(loss, tau=0.05),
-        order=case.get("order", "sequential"),
-        max_grad_norm=case.get("max_grad_norm"),
-        lr_scheduler=scheduler,
-    )
+    return loss
 
 
 def tensors_of(loss):

@@ -24,6 +24,6 @@ def run_ranks(script: str, folder: Path) -> list[dict]:
         )
         for rank in range(2)
     ]
-    said = [process.communicate(timeout=300)[0] for process in started]
+    said = [process.communicate(timeout=600)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said[0][-3000:] + said[1][-3000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
