@@ -24,8 +24,9 @@ from torchrl.envs import DoubleToFloat, GymWrapper, TransformedEnv
 from torchrl.envs.utils import ExplorationType
 from tqdm import tqdm
 
-from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, cli, evaluate, load_dataset, make_agent
+from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
 from iql_torchrl.agent.build import Agent
+from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.files import whole_file
 

@@ -22,11 +22,11 @@ from iql_torchrl import (
     IQLConfig,
     OfflineDataset,
     OfflineTrainer,
-    cli,
     evaluate,
     load_dataset,
     make_agent,
 )
+from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_dataset
 
 EVALUATION_SEED = 10_000
@@ -100,6 +100,7 @@ def draw(path: Path, results: dict[str, list[float]], log: float) -> None:
 def main(arguments: list[str] | None = None) -> int:
     options = cli.parse_options(Options, arguments, description=__doc__.split("\n\n")[0])
     full = load_dataset(ensure_dataset("pendulum/mixed-v0"), reward="return_range")
+    full.print_notes()
     angles = without_velocity(full)
     base = replace(PRESETS["quick"], updates=options.updates)
     results: dict[str, list[float]] = {name: [] for name in METHODS}

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from iql_torchrl import IQLConfig, IQLPopulation, OfflineDataset, cli, load_dataset, policies
+from iql_torchrl import IQLConfig, IQLPopulation, OfflineDataset, load_dataset, policies
+from iql_torchrl.config import cli
 from iql_torchrl.objectives import LossCritics
 
 Array = NDArray[np.float64]

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from iql_torchrl import OfflineDataset, OfflineTrainer, cli, evaluate, load_dataset, make_agent
+from iql_torchrl import OfflineDataset, OfflineTrainer, evaluate, load_dataset, make_agent
 from iql_torchrl.checkpoint import CheckpointError
-from iql_torchrl.config import PRESETS, IQLConfig
+from iql_torchrl.config import PRESETS, IQLConfig, cli
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.distributed import Ranks, data_parallel
 from iql_torchrl.evaluation import Evaluation

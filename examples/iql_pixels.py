@@ -19,7 +19,8 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from iql_torchrl import IQLConfig, OfflineDataset, cli, evaluate, load_dataset, make_agent
+from iql_torchrl import IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
+from iql_torchrl.config import cli
 from iql_torchrl.evaluation import Evaluation
 
 SIDE, STEPS, SPEED, REACHED, NOISE = 16, 20, 0.15, 0.15, 0.3
@@ -160,6 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = cli.parse_options(Options, arguments, description=__doc__.split("\n\n")[0])
     folder = options.output / f"pixels-seed{options.seed}"
     pictures, coordinates = make_logs(options.episodes, options.seed)
+    pictures.print_notes()
     megabytes = pictures.transitions.bytes() / 2**20
     print(f"The log: {options.episodes:,} episodes, {len(pictures):,} steps, {megabytes:.0f} MiB.")
     config = replace(CONFIG, updates=options.updates, seed=options.seed)

@@ -22,7 +22,8 @@ import gymnasium
 import numpy as np
 from tqdm import tqdm
 
-from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, cli, evaluate, load_dataset, make_agent
+from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
+from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_dataset
 
 # (start, goal) as (row, column) of the maze's map

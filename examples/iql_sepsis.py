@@ -26,7 +26,8 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from tqdm import tqdm
 
-from iql_torchrl import Agent, IQLConfig, OfflineDataset, cli, load_dataset, make_agent
+from iql_torchrl import Agent, IQLConfig, OfflineDataset, load_dataset, make_agent
+from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
 

@@ -20,8 +20,8 @@ from iql_sepsis import CONFIG as SEPSIS
 from iql_sepsis import POINTS, probabilities
 from tyro.conf import arg
 
-from iql_torchrl import PRESETS, Agent, IQLConfig, OfflineDataset, cli
-from iql_torchrl.config import knobs
+from iql_torchrl import PRESETS, Agent, IQLConfig, OfflineDataset
+from iql_torchrl.config import cli, knobs
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
 from iql_torchrl.evaluation.statistics import rank_correlations

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "iql_torchrl"
 # lower layers.
 LAYERS = (
     ("config", "descriptions", "files", "functional", "host", "networks"),
-    ("checkpoint", "cli", "data", "evaluation", "policies"),
+    ("checkpoint", "data", "evaluation", "policies"),
     ("fast_networks", "objectives", "report"),
     ("selection", "update"),
     ("agent", "distributed"),

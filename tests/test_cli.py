@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields, replace
 import pytest
 
 from iql_torchrl import PRESETS, IQLConfig
-from iql_torchrl.cli import parse, parse_options, refuse
 from iql_torchrl.config import knobs
+from iql_torchrl.config.cli import parse, parse_options, refuse
 
 
 @dataclass

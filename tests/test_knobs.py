@@ -24,8 +24,8 @@ from iql_torchrl import (
 )
 from iql_torchrl import functional as F
 from iql_torchrl.checkpoint import CheckpointError
-from iql_torchrl.cli import parse
 from iql_torchrl.config import Knob, knob, knobs, loss_knobs
+from iql_torchrl.config.cli import parse
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.networks.perceptrons import INITIALISATIONS
 from iql_torchrl.objectives import OPTIONS, ImplicitQLoss

@@ -10,7 +10,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.utils import unravel_key
 from torch import nn
 
-from iql_torchrl.host import LIVE_CRITICS, TARGET_CRITICS
+from iql_torchrl.host import LIVE_CRITICS, TARGET_CRITICS, keeps_batch_statistics
 from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.objectives.draws import IMAGE_SHIFT, NEXT_IMAGE_SHIFT, Draw
 
@@ -45,7 +45,7 @@ def check_encoder(loss: Any, networks: Mapping[str, Sequence[Any]]) -> None:
             "TensorDictModule(network, in_keys=[...], out_keys=['features'])."
         )
     for module in encoder.modules():
-        if getattr(module, "track_running_stats", False):  # the target's would change too
+        if keeps_batch_statistics(module):  # the target's would change too
             raise ValueError(
                 f"encoder_network holds a {type(module).__name__}, which keeps statistics of the "
                 "batches, and is evaluated with the weights of the target too. Use LayerNorm or "

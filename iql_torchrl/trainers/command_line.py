@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from iql_torchrl.cli import refuse
+from iql_torchrl.config.cli import refuse
 from iql_torchrl.trainers.run_folder import saved_arguments
 
 __all__ = ["default_name", "resume_command", "resumed_arguments"]

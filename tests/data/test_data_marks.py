@@ -423,12 +423,6 @@ def test_missing_marks_are_reported_where_observations_jump() -> None:
     assert "'truncated' may be shifted or incomplete" in text
 
 
-@shared
-def test_the_unused_marks_of_a_real_file_are_named() -> None:
-    with pytest.warns(DatasetWarning, match=r"columns=\{'truncated': 'episode_terminals'\}"):
-        load_dataset(SHARED / "d3rlpy_pendulum_replay.h5", env="Pendulum-v1", limit=1000)
-
-
 def test_few_kept_rows_are_reported_and_marked_short_episodes_are_not() -> None:
     data, ends = drift([30] * 4)
     data["truncated"] = ~ends  # Inverted.

@@ -226,19 +226,6 @@ def test_a_buffer_yields_the_batches_of_the_same_rows() -> None:
     assert whole["index"].sort().values.tolist() == list(range(11))
 
 
-@pytest.mark.gpu
-def test_a_sampler_on_a_gpu_does_not_wait_for_it() -> None:
-    windows = load_dataset(table([6, 4, 1], mixed)).windows(3)
-    sampler = windows.device_sampler(8, "cuda", seed=0)
-    rows = sampler.indices()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        batch = sampler.gather(rows)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert (batch.cpu() == windows[rows.cpu()].exclude("collector")).all()
-
-
 def test_sampling_goes_on_from_its_state() -> None:
     windows = load_dataset(table([6, 4, 1])).windows(3)
     sampler = windows.device_sampler(8, seed=1)

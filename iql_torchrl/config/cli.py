@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from iql_torchrl.config import IQLConfig, Knob, check_usable, knobs
+from iql_torchrl.config.devices import check_usable
+from iql_torchrl.config.iql_config import IQLConfig
+from iql_torchrl.config.knobs import Knob, knobs
 
 __all__ = ["parse", "parse_options", "refuse"]
 
