@@ -144,7 +144,11 @@ def test_mixed_leaves_are_encoded_as_documented():
             {"encoder_gradient": "all", "image_encoder": "residual"},
             marks=pytest.mark.slow,
         ),
-        ({"camera": True}, {"policy": "flow", "num_samples": 4, "actor_ema": 0.9}),
+        pytest.param(
+            {"camera": True},
+            {"policy": "flow", "num_samples": 4, "actor_ema": 0.9},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             {"camera": True},
             {"actor_objective": "ddpg_bc", "order": "simultaneous"},

@@ -113,7 +113,9 @@ def partly_done(source: str, rows: dict) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*precision lowered by casting:UserWarning")
-@pytest.mark.parametrize("source", IDS)
+@pytest.mark.parametrize(
+    "source", [IDS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in IDS[1:])]
+)
 def test_transitions_are_those_of_ogbenchs_own_loader(folder, source):
     env = env_of(source)
     sizes = env.observation_space.shape[0], env.action_space.shape[0]

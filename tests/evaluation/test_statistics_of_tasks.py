@@ -70,7 +70,7 @@ def resampled(samples, statistic, draws=20_000):
 @pytest.mark.parametrize(
     ("statistic", "samples"),
     [
-        (interquartile_mean, random_tasks(0)),
+        pytest.param(interquartile_mean, random_tasks(0), marks=pytest.mark.slow),
         (probability_of_improvement, [*random_tasks(0), *(t - 0.5 for t in random_tasks(1))]),
     ],
 )

@@ -308,7 +308,7 @@ def plain_and_traced():
     return plain, traced(fast)
 
 
-SOME_CHANGES = ("temperature", "estimator", "a function", "another function", "frozen")
+SOME_CHANGES = ("temperature", "another function", "frozen")
 
 
 @pytest.mark.parametrize(
