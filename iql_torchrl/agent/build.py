@@ -71,6 +71,7 @@ class Agent:
     ) -> Any:
         """An action for ``env.step`` from an observation as ``env`` gives it; or a batch of both.
 
+        A policy with a history takes the last observations of the episode, ``(T, ...)``.
         Where the data had action masks, ``action_mask`` ``(n,)`` is expected. Samples are drawn from
         ``seed``, or from torch's global generator. See :func:`iql_torchrl.evaluation.act.act`.
         """

@@ -46,8 +46,8 @@ def act(
     leaf. In a batch, ``action_mask`` (``(n,)`` booleans) and the result have that dimension too.
     A policy with a history (``networks.with_history``) takes ``(T, *shape)``: the last T observations
     of an episode, oldest first, the current one included, with T at most the history's length, and
-    all of the episode where it had fewer; ``(B, T, *shape)`` is a batch of them, and a single
-    observation is the first of an episode. :class:`~iql_torchrl.evaluation.Acting` collects them.
+    all of the episode where it had fewer; ``(B, T, *shape)`` is a batch of them.
+    :class:`~iql_torchrl.evaluation.Acting` collects them. A single observation is refused.
     Runs in evaluation mode without gradients. The caller's torch random state does not change,
     except when a sample is drawn without ``seed``.
 
@@ -161,7 +161,13 @@ def _checked(
     (leading,) = set(found.values())
     if 0 in leading:
         raise ValueError("the observation is a batch of size 0; give at least one.")
-    if history is not None and leading and leading[-1] > history.length:
+    if history is not None and not leading:
+        raise ValueError(
+            f"the observation is a single one and the policy reads the last {history.length}; give "
+            "the observations of the episode so far, the newest one last, (T, ...), or use "
+            "evaluation.Acting(policy, observation_space, action_space), which collects them."
+        )
+    if history is not None and leading[-1] > history.length:
         raise ValueError(
             f"the observation has {leading[-1]} steps and the policy reads the last "
             f"{history.length}; give at most {history.length}, the newest one last."
@@ -190,7 +196,7 @@ def _rows(
         single = not leading
         return ([leaves], None) if single else (_unbound(leaves, leading[0]), leading[0])
     if len(leading) < 2:
-        return [_unbound(leaves, leading[0]) if leading else [leaves]], None
+        return [_unbound(leaves, leading[0])], None
     return [_unbound(row, leading[1]) for row in _unbound(leaves, leading[0])], leading[0]
 
 
@@ -214,14 +220,14 @@ def _fit(
     shape = tuple(space.shape or ())
     dims = array.ndim - len(shape)
     if not 0 <= dims <= (1 if history is None else 2) or array.shape[dims:] != shape:
-        batch = f"{('B', *shape)} for a batch"
+        one, batch = f"{shape} for one observation, or ", f"{('B', *shape)} for a batch"
         if history is not None:
+            one = ""
             batch = (
                 f"{('T', *shape)} for the last T of an episode, {('B', 'T', *shape)} for a batch"
             )
         raise ValueError(
-            f"{path} has shape {array.shape}; expected {shape} for one observation, or {batch}, of "
-            f"{describe_space(space)}."
+            f"{path} has shape {array.shape}; expected {one}{batch}, of {describe_space(space)}."
         )
     floating = isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating)
     if array.dtype.kind not in ("fiub" if floating else "iub"):

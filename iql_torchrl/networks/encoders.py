@@ -177,9 +177,14 @@ class JoinedEncoders(nn.Module):
         return torch.cat(parts, -1)
 
     @property
-    def shifts(self) -> bool:
-        """Whether any encoder can move its images (:meth:`ImageEncoder.shifted`)."""
-        return any(isinstance(encoder, ImageEncoder) for encoder in self.encoders)
+    def shortest_side(self) -> int | None:
+        """Of the images that it can move (:meth:`ImageEncoder.shifted`), in pixels; None without."""
+        sides = [
+            min(encoder.shape[1:] if encoder.channels == "first" else encoder.shape[:2])
+            for encoder in self.encoders
+            if isinstance(encoder, ImageEncoder)
+        ]
+        return min(sides, default=None)
 
     def shifted(
         self, observations: Sequence[Tensor], offset: Tensor, pixels: int

@@ -51,10 +51,16 @@ def check_encoder(loss: Any, networks: Mapping[str, Sequence[Any]]) -> None:
                 "batches, and is evaluated with the weights of the target too. Use LayerNorm or "
                 "GroupNorm."
             )
-    if pixels and not getattr(getattr(encoder, "module", None), "shifts", False):
+    side = getattr(getattr(encoder, "module", None), "shortest_side", None)
+    if pixels and side is None:
         raise ValueError(
             f"random_shift is {pixels} and encoder_network has no images to move; it must be a "
             "TensorDictModule of networks.JoinedEncoders with a networks.ImageEncoder in it."
+        )
+    if pixels and pixels >= side:
+        raise ValueError(
+            f"random_shift is {pixels} pixels and an image has a side of {side}, so it could be "
+            "moved out of sight; DrQ uses 4 for 84 x 84."
         )
     own = {id(parameter) for parameter in encoder.parameters()}
     written = {unravel_key(key) for key in encoder.out_keys}

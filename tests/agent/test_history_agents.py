@@ -49,6 +49,8 @@ def test_from_a_config_to_an_exported_program(kind, encoder, tmp_path):
     window = stack_of(last)
     np.testing.assert_array_equal(agent.act(window), action)
     np.testing.assert_array_equal(again.act(window), action)
+    with pytest.raises(ValueError, match="is a single one and the policy reads the last 3;"):
+        agent.act(seen[-1])
     program = torch.export.load(agent.export(tmp_path / "policy.pt2")).module()
     leaves = TensorDict(stacked(last, env.observation_space), batch_size=[3]).unsqueeze(0)
     keys = [key[1:] for key in agent.policy.in_keys if key != "history_mask"]

@@ -276,11 +276,21 @@ def test_encoders_that_do_not_fit_are_refused():
 
     linear = TensorDictModule(nn.Linear(3, 4), in_keys=["observation"], out_keys=["features"])
     normed = TensorDictModule(nn.BatchNorm1d(4), in_keys=["observation"], out_keys=["features"])
+    images = TensorDictModule(
+        networks.JoinedEncoders([networks.ImageEncoder((8, 9, 3), features=4)]),
+        in_keys=["observation"],
+        out_keys=["features"],
+    )
     for arguments, error, message in (
         ({"encoder": nn.Linear(3, 4)}, TypeError, "encoder_network is Linear; it must be"),
         ({"encoder": normed}, ValueError, "BatchNorm1d, which keeps statistics"),
         ({"encoder": linear, "keys": ("observation",)}, ValueError, "which no other network reads"),
         ({"encoder": linear, "random_shift": 2}, ValueError, "has no images to move"),
+        (
+            {"encoder": images, "random_shift": 8},
+            ValueError,
+            "8 pixels and an image has a side of 8",
+        ),
         ({"encoder": None, "random_shift": 2}, ValueError, "there is no encoder_network"),
         ({"encoder": linear, "encoder_gradient": "none"}, ValueError, "encoder_gradient is 'none'"),
     ):
