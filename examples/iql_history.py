@@ -90,7 +90,8 @@ def draw(path: Path, results: dict[str, list[float]], log: float) -> None:
     for place, (name, returns) in enumerate(results.items()):
         axes.plot(returns, [place] * len(returns), "o", alpha=0.7, label=name)
     axes.axvline(log, color="0.5", linestyle=":")
-    axes.annotate("the log", (log, -0.4), color="0.4")
+    axes.text(log, 0.5, " the log", transform=axes.get_xaxis_transform(), color="0.4")
+    axes.margins(y=0.2)
     axes.set_yticks(range(len(results)), list(results))
     axes.invert_yaxis()
     axes.set(xlabel="mean return of an episode, one dot for each seed")
