@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
 from rank_cases import CASES, ROWS, make_batches, make_step, tensors_of, trained
-from torch import distributed
+from two_ranks import as_two_ranks
 
 from iql_torchrl import captured, compiled
 from iql_torchrl.data import DeviceSampler
@@ -36,15 +35,9 @@ def calls_by_hand() -> dict:
     return {"state": tensors_of(step.loss), "metrics": means}
 
 
-def main(rank: int, folder: Path) -> None:
-    store = distributed.FileStore(str(folder / "store"), 2)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    ranks = Ranks.from_environment()
-    results = {"compiled": trained(CASE, ranks, compiled), "captured": calls(ranks)}
-    torch.save(results, folder / f"rank{rank}.pt")
-    ranks.close()
+def main(ranks: Ranks, folder: Path) -> dict:
+    return {"compiled": trained(CASE, ranks, compiled), "captured": calls(ranks)}
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    as_two_ranks(main)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 from conftest import make_batch, make_networks
+from objectives.test_encoder import build as build_encoded
+from objectives.test_encoder import steps as encoded_steps
+from small_agents import config, log
 from tensordict.nn import (
     ProbabilisticTensorDictModule,
     ProbabilisticTensorDictSequential,
@@ -13,7 +16,7 @@ from torch import nn, optim
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl.objectives import SoftUpdate
 
-from iql_torchrl import DiscreteIQLLoss, IQLLoss, IQLStep, policies
+from iql_torchrl import DiscreteIQLLoss, IQLLoss, IQLStep, load_dataset, make_agent, policies
 from iql_torchrl.distributed import data_parallel
 from iql_torchrl.population import PopulationLoss
 
@@ -64,7 +67,16 @@ CASES = {
     "flow": {"flow": True},
     "discrete": {"discrete": True},
     "population": {"members": 3, "change": both},
+    "population, own batches": {"members": 3, "own": True},
+    "encoder": {"encoder": "all"},
+    "encoder of the critics": {"encoder": "critics", "order": "simultaneous", "max_grad_norm": 0.1},
+    "history": {"history": "lstm", "rate": 0.2},
+    "history, attention": {"history": "transformer", "rate": 0.05, "order": "simultaneous"},
 }
+DEFAULT = (
+    "sequential", "clipped at once", "a rank without valid rows", "weighted and masked",
+    "adamw and a schedule", "discrete", "population", "encoder", "history",
+)  # fmt: skip
 
 
 def layers():
@@ -92,8 +104,20 @@ def make_step(case):
     )
 
 
+def recurrent(case):
+    """A dataset, and an agent for it whose policy reads the last three observations."""
+    dataset = load_dataset(log())
+    kind = {"history_encoder": case["history"], "history_features": 8}
+    return dataset, make_agent(config(history=3, **kind), dataset)
+
+
 def make_loss(case, **options):
+    if "history" in case:
+        return recurrent(case)[1].loss.double()
     options = {"diagnostics": True, **case.get("loss", {}), **options}
+    if "encoder" in case:
+        loss = build_encoded(encoder_gradient=case["encoder"], random_shift=2, **options)
+        return loss.double()
     actor, critic, value = make_networks()
     if case.get("discrete"):
         actor = ProbabilisticTensorDictSequential(
@@ -123,11 +147,22 @@ def tensors_of(loss):
 
 def make_batches(case, count=UPDATES):
     torch.manual_seed(4)
+    if "encoder" in case:
+        return list(doubled(encoded_steps(ROWS * count)).split(ROWS))
+    if "history" in case:
+        buffer = recurrent(case)[0].windows(3).replay_buffer(ROWS, seed=6)
+        return [doubled(buffer.sample()) for _ in range(count)]
+    if "own" in case:
+        return [make_batch(case["members"], ROWS, dtype=torch.float64) for _ in range(count)]
     batches = [make_batch(ROWS, dtype=torch.float64) for _ in range(count)]
     if case.get("discrete"):
         for batch in batches:
             batch["action"] = torch.randint(4, (ROWS, 1))
     return [case.get("change", lambda batch: batch)(batch) for batch in batches]
+
+
+def doubled(batch):
+    return batch.apply(lambda x: x.double() if x.is_floating_point() else x)
 
 
 def trained(case, ranks, form=lambda step: step):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rank_cases import CASES, make_step, trained
+from rank_cases import CASES, DEFAULT, make_step, trained
 from torch.utils._pytree import tree_leaves
 from trainer_cases import HALF, WHOLE, state, trainer
 from two_ranks import run_ranks
@@ -17,7 +17,13 @@ def runs(tmp_path_factory):
     """The folder of all runs, and what each of two ranks ended with."""
     folder = tmp_path_factory.mktemp("runs")
     trainer(Ranks(), folder / "alone", HALF).train()
-    return folder, run_ranks("trainer_cases.py", folder)
+    return folder, run_ranks("trainer_cases.py", folder, "default")
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory):
+    """What two ranks ended with in the slow cases."""
+    return run_ranks("trainer_cases.py", tmp_path_factory.mktemp("rest"), "slow")
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +41,9 @@ def close(a, b, tolerance):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_ranks_make_the_updates_of_one_process(runs, name):
+def check_updates(name, ranks):
     alone = trained(CASES[name], Ranks())
-    first, second = (result["updates"][name] for result in runs[1])
+    first, second = (result["updates"][name] for result in ranks)
     for part, values in alone.items():
         assert values.keys() == first[part].keys()
         for key, value in values.items():
@@ -48,11 +53,23 @@ def test_two_ranks_make_the_updates_of_one_process(runs, name):
             )
 
 
+@pytest.mark.parametrize("name", DEFAULT)
+def test_two_ranks_make_the_updates_of_one_process(runs, name):
+    check_updates(name, runs[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(CASES.keys() - set(DEFAULT)))
+def test_two_ranks_make_the_updates_of_one_process_in_the_other_cases(rest, name):
+    check_updates(name, rest)
+
+
 def test_the_cases_train_and_differ():
     """Weights, masks and clipping of the cases change the result, so that ignoring one is seen."""
-    moved = {name: trained(case, Ranks())["state"] for name, case in CASES.items()}
-    key = next(name for name in moved["sequential"] if name.startswith("value_network_params"))
-    values = [moved[name][key] for name in ("sequential", "clipped", "masked", "weighted", "sums")]
+    names = ("sequential", "clipped", "masked", "weighted", "sums")
+    moved = [trained(CASES[name], Ranks())["state"] for name in names]
+    key = next(name for name in moved[0] if name.startswith("value_network_params"))
+    values = [state[key] for state in moved]
     for i, one in enumerate(values):
         assert all((one - other).abs().max() > 1e-4 for other in values[i + 1 :])
 
@@ -93,7 +110,7 @@ def test_a_run_of_two_ranks_is_resumed_by_one_process(runs, alone):
 
 def test_only_rank_0_writes(runs):
     _, (first, second) = runs
-    assert {"whole/metrics.csv", "half/metrics.csv", "whole/best.torchrl"} <= set(first["written"])
+    assert {"half/metrics.csv", "half/best.torchrl", "half/config.json"} <= set(first["written"])
     assert second["written"] == []
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from conftest import NormedCritic, make_batch, make_networks
-from rank_cases import CASES, trained
+from rank_cases import CASES, DEFAULT, trained
 from small_agents import config, log
-from torch import distributed, optim
+from torch import optim
 from torchrl.modules import ValueOperator
+from two_ranks import as_two_ranks
 
 from iql_torchrl import IQLLoss, IQLStep, OfflineTrainer, load_dataset, make_agent
 from iql_torchrl.distributed import Ranks, data_parallel
@@ -104,48 +105,57 @@ def plain_step() -> IQLStep:
     return IQLStep(loss, optim.Adam(loss.parameters()), None)
 
 
-def main(rank: int, folder: Path) -> None:
-    store = distributed.FileStore(str(folder / "store"), 2)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    ranks = Ranks.from_environment()
-    own = folder / f"rank{rank}"
-    whole = trainer(ranks, own / "whole")
+def updates(ranks: Ranks, names: Iterable[str]) -> dict:
+    return {"updates": {name: trained(CASES[name], ranks) for name in names}}
+
+
+def runs(ranks: Ranks, folder: Path) -> dict:
+    """Runs without interruption, resumed on as many ranks, and begun by one process."""
+    own = folder / f"rank{ranks.rank}"
+    whole = trainer(ranks, None)
     whole.train()
-    results = {"whole": state(whole)}
     half = trainer(ranks, own / "half", HALF)
     half.train()
-    if rank == 0:
+    if ranks.is_main:
         shutil.copytree(own / "half", folder / "kept")
     again = trainer(ranks, own / "half").resume()
     again.train()
-    results["again"] = state(again)
     # the folder of a run of one process; only rank 0 is given it
-    other = trainer(ranks, folder / "alone" if rank == 0 else own / "nowhere").resume()
+    other = trainer(ranks, folder / "alone" if ranks.is_main else own / "nowhere").resume()
     other.train()
-    results["other"] = state(other)
-    results |= {
-        "updates": {name: trained(case, ranks) for name, case in CASES.items()},
+    written = [str(path.relative_to(own)) for path in own.rglob("*.*")] if own.exists() else []
+    return {
+        "whole": state(whole),
+        "again": state(again),
+        "other": state(other),
+        "written": sorted(written),
+    }
+
+
+def refusals(ranks: Ranks, folder: Path) -> dict:
+    """How runs are stopped, and what is refused."""
+    return {
         "signal": stopped_by_a_signal(ranks),
         "nan": stopped_by_nan(ranks),
         "evaluation": error_of(trainer(ranks, None, evaluation=failed_evaluation).train),
-        "resume": error_of(trainer(ranks, own / "empty").resume),
+        "resume": error_of(trainer(ranks, folder / f"empty{ranks.rank}").resume),
         "unseeded": error_of(
             trainer(ranks, None, replay_buffer=load_dataset(log()).device_sampler(15)).train
         ),
-        "data": error_of(trainer(ranks, None, dataset=load_dataset(log(40 + 10 * rank))).train),
+        "data": error_of(trainer(ranks, None, dataset=load_dataset(log(40 + 10 * ranks.rank))).train),
         "not given": error_of(lambda: trainer(ranks, None, ranks=None)),
         "not parallel": error_of(lambda: trainer(ranks, None, step=plain_step())),
         "batch norm": error_of(lambda: data_parallel(normed_step(), ranks)),
         "plain": error_of(lambda: plain_step()(make_batch())),
         "few rows": error_of(lambda: data_parallel(plain_step(), ranks)(make_batch(1))),
-        "written": sorted(str(p.relative_to(own)) for p in own.rglob("*.*"))
-        if own.exists()
-        else [],
     }
-    torch.save(results, folder / f"rank{rank}.pt")
-    ranks.close()
+
+
+def main(ranks: Ranks, folder: Path, part: str) -> dict:
+    if part == "slow":
+        return updates(ranks, sorted(CASES.keys() - set(DEFAULT)))
+    return runs(ranks, folder) | updates(ranks, DEFAULT) | refusals(ranks, folder)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    as_two_ranks(main)
