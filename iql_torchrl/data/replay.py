@@ -194,17 +194,25 @@ class DeviceSampler:
 class MemberSampler(DeviceSampler):
     """A batch of its own for every run of a population: ``(members, batch_size)``.
 
-    One stream of indices serves all; a run's batches are not those it would draw alone.
+    One stream of indices serves all; a run's batches are not those it would draw alone. ``part``: the
+    runs whose batches are gathered, by default all; indices are drawn for all ``members``.
     """
 
     def __init__(
-        self, transitions: TensorDictBase, batch_size: int, *, members: int, **kwargs: Any
+        self,
+        transitions: TensorDictBase,
+        batch_size: int,
+        *,
+        members: int,
+        part: range | None = None,
+        **kwargs: Any,
     ) -> None:
         if members < 1:
             raise ValueError(f"members: expected at least 1, got {members}")
         super().__init__(transitions, batch_size * members, **kwargs)
-        self.members = members
+        self.members, self.part = members, range(members) if part is None else part
 
     def gather(self, indices: Tensor) -> TensorDict:
-        rows: TensorDict = super().gather(indices).view(self.members, -1)
+        own = indices.view(self.members, -1)[self.part.start : self.part.stop]
+        rows: TensorDict = super().gather(own.reshape(-1)).view(len(self.part), -1)
         return rows

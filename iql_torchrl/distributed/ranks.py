@@ -14,6 +14,7 @@ from torch import Tensor
 from torchrl.checkpoint import GlobalRNGState
 
 from iql_torchrl.host import summed_in_graph
+from iql_torchrl.update.joined import part_of_rank
 
 __all__ = ["Ranks"]
 
@@ -83,6 +84,10 @@ class Ranks:
         """Whether this is rank 0, which alone writes files, logs, evaluates and shows progress."""
         return self.rank == 0
 
+    def part(self, count: int) -> range:
+        """Which of ``count`` things, numbered from 0, belong to this rank: consecutive ones."""
+        return part_of_rank(count, self.rank, self.size)
+
     def close(self) -> None:
         """Leave the process group, at the end of the program."""
         if self.size > 1 and _has_group():
@@ -146,6 +151,14 @@ class Ranks:
             raise sent[1]
         result: T = sent[0]
         return result
+
+    def gather(self, value: T) -> list[T] | None:
+        """The ranks' values in order, on rank 0; None on the others. Values are pickled."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] | None = [None] * self.size if self.is_main else None
+        torch.distributed.gather_object(value, found, 0)
+        return found
 
     def main_first(self, function: Callable[[], T]) -> T:
         """The result of ``function``, called by rank 0 and then, when it has returned, by the others.

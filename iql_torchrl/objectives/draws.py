@@ -23,14 +23,22 @@ class Draw:
     """A random tensor of shape ``shape``: standard normal, or uniform on [0, 1).
 
     ``entries``: how many numbers a sample has, in the last dimension; None: one, without a dimension.
+    ``among``: (first, count) for a part of a population of ``count`` runs, the first dimension being
+    this part's: numbers are drawn for all runs, so that each run gets those that it gets in the whole.
     """
 
     shape: tuple[int, ...]
     normal: bool
     entries: int | None = None
+    among: tuple[int, int] | None = None
 
     def fill(self, out: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw into ``out``; by default from the generator of torch on its device."""
+        if self.among is not None:
+            first, count = self.among
+            every = out.new_empty((count, *out.shape[1:]))
+            replace(self, among=None).fill(every, generator)
+            return out.copy_(every[first : first + len(out)])
         if self.normal:
             return out.normal_(generator=generator)
         return out.uniform_(generator=generator)

@@ -1,4 +1,4 @@
-"""Checks that the losses of a population differ only in weights and per-run settings."""
+"""Checks that the configs and losses of a population differ only in weights and per-run settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torchrl.objectives.value import TD0Estimator
 
+from iql_torchrl.config import IQLConfig, knobs
 from iql_torchrl.fast_networks.detect import is_head_and_distribution, writes
 from iql_torchrl.fast_networks.stacked import (
     check_networks,
@@ -19,7 +20,7 @@ from iql_torchrl.objectives.implicit import OPTIONS, ImplicitQLoss
 from iql_torchrl.objectives.iql import IQLLoss
 from iql_torchrl.policies import FlowPolicy
 
-__all__ = ["check_alike", "per_run_names", "shared_names"]
+__all__ = ["check_alike", "check_configs", "per_run_names", "shared_names"]
 
 
 def per_run_names(loss: ImplicitQLoss) -> tuple[str, ...]:
@@ -100,3 +101,31 @@ def _check_encoders(number: int, first: ImplicitQLoss, loss: ImplicitQLoss) -> N
                 f"encoder_network's {key} differs in losses[{number}] and the first; a population "
                 "shares the data, so statistics must be the same."
             )
+
+
+def check_configs(configs: Sequence[IQLConfig]) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``configs`` are those of one population."""
+    if isinstance(configs, IQLConfig):
+        raise TypeError("configs is one IQLConfig; expected a sequence of them, one per run.")
+    if not isinstance(configs, Sequence) and configs is not None:
+        raise TypeError(f"configs is {type(configs).__name__}; expected a sequence of IQLConfigs.")
+    if not configs:
+        raise ValueError("configs is empty; a population has at least one run.")
+    for number, config in enumerate(configs):
+        if not isinstance(config, IQLConfig):
+            raise TypeError(f"configs[{number}] is {type(config).__name__}; expected an IQLConfig.")
+        if type(config) is not type(configs[0]):
+            raise TypeError(
+                f"configs[{number}] is {type(config).__name__} and configs[0] is "
+                f"{type(configs[0]).__name__}; the configs of a population have one class."
+            )
+        described = knobs(type(config))
+        for name, knob in described.items():
+            first, other = getattr(configs[0], name), getattr(config, name)
+            if not knob.per_run and first != other:
+                may_differ = [name for name, each in described.items() if each.per_run]
+                raise ValueError(
+                    f"{name} is {other} in configs[{number}] and {first} in configs[0]; runs of a "
+                    f"population may differ in {', '.join(may_differ)}. Train one population for "
+                    "each."
+                )

@@ -23,6 +23,7 @@ from iql_torchrl.host import DETACHED_CRITICS, LIVE_CRITICS, TARGET_CRITICS, chi
 from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.objectives.conversion import NETWORKS
 from iql_torchrl.objectives.discrete import DiscreteIQLLoss
+from iql_torchrl.objectives.draws import Draw
 from iql_torchrl.objectives.encoding import ENCODER, add_encoder
 from iql_torchrl.objectives.ensembles import SharedLeaves
 from iql_torchrl.objectives.evaluator import GENERAL, Evaluator
@@ -58,6 +59,7 @@ class PopulationLoss(ImplicitQLoss):
     """
 
     discount: Tensor
+    among: tuple[int, int] | None = None  # (first, count) where this is a part of a population
 
     def __init__(self, losses: Sequence[ImplicitQLoss]) -> None:
         if not losses:
@@ -178,6 +180,10 @@ class PopulationLoss(ImplicitQLoss):
 
     def sample_shape(self, batch_size: torch.Size) -> tuple[int, ...]:
         return tuple(batch_size) if len(batch_size) == 2 else (self.members, *batch_size)
+
+    def random_inputs(self, batch_size: torch.Size) -> Mapping[str, Draw]:
+        needed = super().random_inputs(batch_size)
+        return {key: replace(draw, among=self.among) for key, draw in needed.items()}
 
     def run_dims(self, batch: Batch) -> int:
         return 2 - batch.data.ndim

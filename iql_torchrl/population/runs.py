@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,16 @@ from iql_torchrl.agent.build import Agent, build_agent
 from iql_torchrl.agent.make_update import LEARNING_RATES, make_step, rate_factors
 from iql_torchrl.agent.task import Task
 from iql_torchrl.checkpoint import CheckpointError, read_components, write_components
-from iql_torchrl.config import IQLConfig, knobs
+from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import DeviceSampler, OfflineDataset
 from iql_torchrl.data.replay import MemberSampler
+from iql_torchrl.distributed import Ranks
 from iql_torchrl.evaluation.rollout import Evaluation, evaluate
+from iql_torchrl.population.alike import check_configs
+from iql_torchrl.population.division import joined_states, part_of_states, to_cpu
 from iql_torchrl.population.loss import PopulationLoss
 from iql_torchrl.trainers.identity import DataState
+from iql_torchrl.trainers.parts import check_same_data
 from iql_torchrl.update.adam import StackedAdam
 from iql_torchrl.update.captured import captured
 
@@ -48,20 +52,35 @@ class IQLPopulation:
         dataset: the log; ``configs[0].reward`` is for ``load_dataset``, as in ``make_agent``.
         batches: ``"shared"``: every run gets the same batch (a fair comparison of knobs, and the
             fastest); ``"own"``: each run gets its own, ``(P, B)``.
+        ranks: the processes that divide the runs among them; build the population on each with the
+            same arguments. A rank trains its consecutive part of the runs, with the batches and
+            random tensors that these have in one process, and exchanges nothing meanwhile.
+
+    ``configs`` are those of this rank's runs, which ``member``, ``evaluate`` and events count from 0;
+    ``all_configs`` are all. ``ranks.gather(population.evaluate(...))`` and :meth:`joined` give rank 0
+    everything. A run's weights equal those of one process up to the rounding of matrix products for
+    other numbers of runs. Random tensors of eager updates come from torch's default generator, which
+    is the same on all ranks after the population was built.
 
     Attributes: ``loss`` (:class:`PopulationLoss`), ``optimizer``, ``scheduler``, ``step`` (an
     ``IQLStep``; for ``compiled`` and ``captured`` too), ``sampler``, ``updates``.
 
     Raises ``ValueError`` on configs that differ elsewhere, network widths included, on unknown
-    ``batches``, and as :class:`PopulationLoss` does.
+    ``batches``, on fewer configs than ranks or ranks with other configs or data, and as
+    :class:`PopulationLoss` does.
     """
 
     def __init__(
-        self, configs: Sequence[IQLConfig], dataset: OfflineDataset, *, batches: str = "shared"
+        self,
+        configs: Sequence[IQLConfig],
+        dataset: OfflineDataset,
+        *,
+        batches: str = "shared",
+        ranks: Ranks | None = None,
     ) -> None:
         if batches not in ("shared", "own"):
             raise ValueError(f"batches is {batches!r}; choose 'shared' or 'own'.")
-        _check_configs(configs)
+        check_configs(configs)
         if not isinstance(dataset, OfflineDataset):
             raise TypeError(
                 f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns."
@@ -71,21 +90,32 @@ class IQLPopulation:
                 f"history is {configs[0].history}; the runs of a population read single observations. "
                 "Train runs with a history one by one."
             )
-        self.configs, self.batches = tuple(configs), batches
+        self.ranks = Ranks() if ranks is None else ranks
+        self.all_configs, self.batches = tuple(configs), batches
+        self._dataset, self._data = dataset, DataState(None, dataset)
+        self._agree_with_other_ranks()
+        self.runs = self.ranks.part(len(configs))
+        self.configs = self.all_configs[self.runs.start : self.runs.stop]
         self.task = Task.of(dataset)
-        self._data = DataState(None, dataset)
-        first = self.configs[0]
-        self.loss = PopulationLoss([self._agent(number).loss for number in range(len(configs))])
+        first = self.all_configs[0]
+        self.loss = PopulationLoss([self._agent(number).loss for number in range(len(self))])
+        if self.ranks.size > 1:
+            self.loss.among = self.runs.start, len(configs)
         self.loss.to(first.device)
         self.optimizer = self._make_optimizer()
         self.scheduler = LambdaLR(self.optimizer, rate_factors(first))
         self.step = make_step(first, self.loss, self.optimizer, self.scheduler)
+        self.step.independent_ranks = self.ranks.size > 1
         where: Any = {"device": first.device, "seed": first.seed}
         self.sampler = (
             DeviceSampler(dataset.transitions, first.batch_size, **where)
             if batches == "shared"
             else MemberSampler(
-                dataset.transitions, first.batch_size, members=len(self.configs), **where
+                dataset.transitions,
+                first.batch_size,
+                members=len(configs),
+                part=self.runs,
+                **where,
             )
         )
         self.updates = 0
@@ -93,6 +123,20 @@ class IQLPopulation:
 
     def __len__(self) -> int:
         return len(self.configs)
+
+    def _agree_with_other_ranks(self) -> None:
+        ranks, count = self.ranks, len(self.all_configs)
+        if count < ranks.size:
+            raise ValueError(
+                f"there are {count} configs and {ranks.size} ranks; start as many processes as there "
+                "are configs, or fewer."
+            )
+        ranks.check_same(
+            [config.to_dict() for config in self.all_configs],
+            "the ranks have different configs; give each rank the whole list, in the same order.",
+        )
+        check_same_data(ranks, self._data, None)
+        ranks.share_random_state()
 
     def _agent(self, number: int) -> Agent:
         return build_agent(replace(self.configs[number], compile=False), self.task)
@@ -168,12 +212,41 @@ class IQLPopulation:
             for i in range(len(self))
         ]
 
+    def joined(self) -> IQLPopulation | None:
+        """On rank 0 the population of all ranks' runs, in the order of ``all_configs``; else None.
+
+        Every rank must call it. It has the weights, optimizer and sampler of all runs, so that
+        ``member``, ``rank_members`` and further training work as with a population of one process,
+        and a sampler with a copy of the rows. With one rank it is this population.
+        """
+        if self.ranks.size == 1:
+            return self
+        own = {"loss_module": self.loss.state_dict(), "step": self.step.state_dict()}
+        parts = self.ranks.gather(to_cpu(own))
+        if parts is None:
+            return None
+        whole = IQLPopulation(self.all_configs, self._dataset, batches=self.batches)
+        whole.step.independent_ranks = True
+        whole._take(joined_states(parts, whole.loss.state_dict()))
+        whole.sampler.load_state_dict(self.sampler.state_dict())
+        whole.updates, whole._data = self.updates, self._data
+        return whole
+
+    def _take(self, states: Mapping[str, Any]) -> None:
+        self.loss.load_state_dict(states["loss_module"])
+        self.step.load_state_dict(states["step"])
+
     def save(self, path: str | Path) -> Path:
         """Write configs, weights, optimizer, schedule and sampler to one file, or nothing on error.
 
-        Only digests of the dataset are written; the first save takes about 1 s per gigabyte.
+        Only digests of the dataset are written; the first save takes about 1 s per gigabyte. Every rank
+        must call it; rank 0 writes all runs. The file can be loaded on any number of ranks.
         """
-        states = {
+        whole = self.joined()
+        return self.ranks.from_main(lambda: write_components(path, (whole or self)._states()))
+
+    def _states(self) -> dict[str, dict[str, Any]]:
+        return {
             "population": {
                 "configs": [config.to_dict() for config in self.configs],
                 "batches": self.batches,
@@ -184,7 +257,6 @@ class IQLPopulation:
             "step": self.step.state_dict(),
             "sampler": self.sampler.state_dict(),
         }
-        return write_components(path, states)
 
     @classmethod
     def load(
@@ -193,8 +265,9 @@ class IQLPopulation:
         dataset: OfflineDataset,
         *,
         device: torch.device | str | None = None,
+        ranks: Ranks | None = None,
     ) -> IQLPopulation:
-        """The population of a file, which continues training from there.
+        """The population of a file, which continues training from there; ``ranks`` as for a new one.
 
         ``device``: by default the one it was trained on. On another type of device the sampler
         starts again from the seed, because each type has its own generator.
@@ -202,7 +275,9 @@ class IQLPopulation:
         Raises ``CheckpointError`` when the file cannot be read, the data differ, or the version or
         device is not available here.
         """
-        states = read_components(path, ["population", "data", "loss_module", "step", "sampler"])
+        ranks = Ranks() if ranks is None else ranks
+        names = ["population", "data", "loss_module", "step", "sampler"]
+        states = ranks.from_main(lambda: read_components(path, names))
         record = states["population"]
         try:
             data = DataState(None, dataset)
@@ -211,9 +286,9 @@ class IQLPopulation:
             configs = [
                 replace(c, device=c.device if device is None else str(device)) for c in saved
             ]
-            population = cls(configs, dataset, batches=record["batches"])
-            population.loss.load_state_dict(states["loss_module"])
-            population.step.load_state_dict(states["step"])
+            population = cls(configs, dataset, batches=record["batches"], ranks=ranks)
+            own = population.loss.state_dict()
+            population._take(part_of_states(states, own, population.runs))
             if population.sampler.device.type == torch.device(saved[0].device).type:
                 population.sampler.load_state_dict(states["sampler"])
         except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
@@ -227,30 +302,3 @@ def _updates_per_call(updates: int) -> int:
     most = min(updates, MOST_UPDATES_PER_CALL)
     divisor = next(k for k in range(most, 0, -1) if updates % k == 0)
     return divisor if 4 * divisor > MOST_UPDATES_PER_CALL else most
-
-
-def _check_configs(configs: Sequence[IQLConfig]) -> None:
-    if isinstance(configs, IQLConfig):
-        raise TypeError("configs is one IQLConfig; expected a sequence of them, one per run.")
-    if not isinstance(configs, Sequence) and configs is not None:
-        raise TypeError(f"configs is {type(configs).__name__}; expected a sequence of IQLConfigs.")
-    if not configs:
-        raise ValueError("configs is empty; a population has at least one run.")
-    for number, config in enumerate(configs):
-        if not isinstance(config, IQLConfig):
-            raise TypeError(f"configs[{number}] is {type(config).__name__}; expected an IQLConfig.")
-        if type(config) is not type(configs[0]):
-            raise TypeError(
-                f"configs[{number}] is {type(config).__name__} and configs[0] is "
-                f"{type(configs[0]).__name__}; the configs of a population have one class."
-            )
-        described = knobs(type(config))
-        for name, knob in described.items():
-            first, other = getattr(configs[0], name), getattr(config, name)
-            if not knob.per_run and first != other:
-                may_differ = [name for name, each in described.items() if each.per_run]
-                raise ValueError(
-                    f"{name} is {other} in configs[{number}] and {first} in configs[0]; runs of a "
-                    f"population may differ in {', '.join(may_differ)}. Train one population for "
-                    "each."
-                )

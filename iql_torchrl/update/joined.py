@@ -10,7 +10,7 @@ from torch import Tensor
 
 from iql_torchrl.objectives.batch import Batch
 
-__all__ = ["Exchange", "Part", "summed_gradients"]
+__all__ = ["Exchange", "Part", "part_of_rank", "summed_gradients"]
 
 OF_CRITICS = ("td_error", "qvalue")  # metadata (K, *B)
 ALWAYS_READ = ("td_error", "log_prob")  # what a summary without diagnostics reads
@@ -25,6 +25,11 @@ class Exchange(Protocol):
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks, the same bits on each; inside a graph too."""
         ...
+
+
+def part_of_rank(count: int, rank: int, size: int) -> range:
+    """Which of ``count`` things, numbered from 0, belong to ``rank``: consecutive, and all once."""
+    return range(count * rank // size, count * (rank + 1) // size)
 
 
 class Part:
@@ -47,9 +52,8 @@ class Part:
                 f"the batch has {self._rows} rows and there are {ranks.size} ranks; give a "
                 "batch_size of at least one row for each rank."
             )
-        self._first, self._end = (
-            self._rows * number // ranks.size for number in (ranks.rank, ranks.rank + 1)
-        )
+        own = part_of_rank(self._rows, ranks.rank, ranks.size)
+        self._first, self._end = own.start, own.stop
         part = batch.rows(self._first, self._end, runs=bool(self._runs))
         all_weights, all_steps = loss.divisors(batch)
         weights, steps = loss.divisors(part)

@@ -10,6 +10,15 @@ from trainer_cases import HALF, WHOLE, state, trainer
 from two_ranks import run_ranks
 
 from iql_torchrl.distributed import Ranks, data_parallel
+from iql_torchrl.trainers import run_folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_pictures():
+    """A picture takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder, "draw", lambda *args, **kwargs: None)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from two_ranks import as_two_ranks
 
 from iql_torchrl import IQLLoss, IQLStep, OfflineTrainer, load_dataset, make_agent
 from iql_torchrl.distributed import Ranks, data_parallel
+from iql_torchrl.trainers import run_folder
 
 HALF, WHOLE = 12, 24
 
@@ -152,6 +153,7 @@ def refusals(ranks: Ranks, folder: Path) -> dict:
 
 
 def main(ranks: Ranks, folder: Path, part: str) -> dict:
+    run_folder.draw = lambda *args, **kwargs: None  # a picture takes a second
     if part == "slow":
         return updates(ranks, sorted(CASES.keys() - set(DEFAULT)))
     return runs(ranks, folder) | updates(ranks, DEFAULT) | refusals(ranks, folder)
