@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import population_cases
 import torch
 from rank_cases import CASES, ROWS, make_batches, make_step, tensors_of, trained
 from two_ranks import as_two_ranks
@@ -36,7 +37,11 @@ def calls_by_hand() -> dict:
 
 
 def main(ranks: Ranks, folder: Path) -> dict:
-    return {"compiled": trained(CASE, ranks, compiled), "captured": calls(ranks)}
+    return {
+        "compiled": trained(CASE, ranks, compiled),
+        "captured": calls(ranks),
+        "population": population_cases.captured(ranks),
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Populations whose runs one process or two ranks train; started as two ranks."""
+"""Populations whose runs one process trains, or two ranks divide."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from rank_cases import tensors_of
 from small_populations import MEMBERS, configs, dataset, double
-from trainer_cases import error_of
-from two_ranks import as_two_ranks
+from two_ranks import error_of
 
 from iql_torchrl import IQLPopulation
 from iql_torchrl.distributed import Ranks
 
-UPDATES = 20
+UPDATES, BEFORE = 20, 8
 # options of all configs, batches; three runs, so that the ranks have one and two
 CASES = {
     "shared": ({"schedule": "cosine", "max_grad_norm": 0.5}, "shared"),
@@ -46,13 +45,13 @@ def trained(made: IQLPopulation, ranks: Ranks, updates: int = UPDATES) -> dict[s
 def saved_and_continued(ranks: Ranks, folder: Path) -> dict[str, Any]:
     """A file of two ranks and one of one process, continued by two ranks; all in 20 updates."""
     first = population("own batches, adamw", ranks)
-    list(first.train(8, every=8))
+    list(first.train(BEFORE, every=BEFORE))
     first.save(folder / "of_two_ranks.torchrl")
     data = dataset()
     results = {}
     for name in ("of_two_ranks", "of_one_process"):
         again = IQLPopulation.load(folder / f"{name}.torchrl", data, ranks=ranks)
-        results[name] = (again.updates, trained(again, ranks, UPDATES - 8))
+        results[name] = (again.updates, trained(again, ranks, UPDATES - BEFORE))
     return results
 
 
@@ -67,18 +66,39 @@ def refused(ranks: Ranks) -> dict[str, str]:
     }
 
 
-def main(ranks: Ranks, folder: Path, part: str) -> dict[str, Any]:
+def results(ranks: Ranks, folder: Path) -> dict[str, Any]:
     with double():
-        if part == "slow":
-            with_graph = population("own batches, adamw", ranks, compile=True)
-            return {"captured": trained(with_graph, ranks)}
-        results = {case: trained(population(case, ranks), ranks) for case in CASES}
-        made = population("shared", ranks)
-        results["runs"] = [config.seed for config in made.configs]
-        results["files"] = saved_and_continued(ranks, folder)
-        results["refused"] = refused(ranks)
-    return results
+        found = {case: trained(population(case, ranks), ranks) for case in CASES}
+        runs = [config.seed for config in population("shared", ranks).configs]
+        return found | {
+            "runs": runs,
+            "files": saved_and_continued(ranks, folder),
+            "refused": refused(ranks),
+        }
 
 
-if __name__ == "__main__":
-    as_two_ranks(main)
+def captured(ranks: Ranks) -> dict[str, Any]:
+    with double():
+        return trained(population("own batches, adamw", ranks, compile=True), ranks)
+
+
+def of_one_process(case: str) -> dict[str, Any]:
+    with double():
+        return trained(population(case, Ranks()), Ranks())
+
+
+def write_file_of_one_process(folder: Path) -> None:
+    with double():
+        first = population("own batches, adamw", Ranks())
+        list(first.train(BEFORE, every=BEFORE))
+        first.save(folder / "of_one_process.torchrl")
+
+
+def check(found: dict, alone: dict, tolerance: float, parts=("state", "metrics")) -> None:
+    """Compare what :func:`trained` returned, relative and absolute."""
+    for part in parts:
+        assert found[part].keys() == alone[part].keys()
+        for key, value in alone[part].items():
+            torch.testing.assert_close(
+                found[part][key], value, rtol=tolerance, atol=tolerance, msg=f"{part} {key}"
+            )

@@ -74,7 +74,7 @@ CASES = {
     "history, attention": {"history": "transformer", "rate": 0.05, "order": "simultaneous"},
 }
 DEFAULT = (
-    "sequential", "clipped at once", "a rank without valid rows", "weighted and masked",
+    "clipped at once", "a rank without valid rows", "weighted and masked",
     "adamw and a schedule", "discrete", "population", "encoder", "history",
 )  # fmt: skip
 

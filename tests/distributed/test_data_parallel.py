@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import population_cases
 import pytest
 import torch
 from rank_cases import CASES, DEFAULT, make_step, trained
+from small_populations import dataset, double
 from torch.utils._pytree import tree_leaves
 from trainer_cases import HALF, WHOLE, state, trainer
 from two_ranks import run_ranks
 
+from iql_torchrl import IQLPopulation
 from iql_torchrl.distributed import Ranks, data_parallel
 from iql_torchrl.trainers import run_folder
 
@@ -26,6 +29,7 @@ def runs(tmp_path_factory):
     """The folder of all runs, and what each of two ranks ended with."""
     folder = tmp_path_factory.mktemp("runs")
     trainer(Ranks(), folder / "alone", HALF).train()
+    population_cases.write_file_of_one_process(folder)
     return folder, run_ranks("trainer_cases.py", folder, "default")
 
 
@@ -157,3 +161,45 @@ def test_errors_are_raised_on_all_ranks(runs, name, first, second):
 
 def test_the_error_of_a_plain_step_says_what_to_write(runs):
     assert "step = data_parallel(step, Ranks.from_environment())" in runs[1][0]["plain"]
+
+
+@pytest.mark.parametrize("case", population_cases.CASES)
+def test_divided_runs_are_those_of_one_process_up_to_rounding(runs, case):
+    first, second = (result["populations"][case] for result in runs[1])
+    alone = population_cases.of_one_process(case)
+    assert first["configs"] == alone["configs"]
+    population_cases.check(first, alone, 1e-12)
+    assert second == {}  # rank 0 alone gets the results
+
+
+def test_each_rank_has_its_own_part_of_a_population(runs):
+    assert [result["populations"]["runs"] for result in runs[1]] == [[1], [2, 3]]  # by seed
+
+
+def test_files_hold_all_runs_and_are_continued_by_any_number_of_ranks(runs):
+    folder, (first, _) = runs
+    alone = population_cases.of_one_process("own batches, adamw")
+    with double():
+        again = IQLPopulation.load(folder / "of_two_ranks.torchrl", dataset())
+        assert (again.updates, len(again)) == (population_cases.BEFORE, 3)
+        left = population_cases.UPDATES - population_cases.BEFORE
+        by_one = population_cases.trained(again, Ranks(), left)
+    population_cases.check(by_one, alone, 1e-12, ["state"])
+    for name in ("of_two_ranks", "of_one_process"):
+        updates, result = first["populations"]["files"][name]
+        assert updates == population_cases.BEFORE
+        population_cases.check(result, alone, 1e-12, ["state"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fewer", "ValueError: there are 1 configs and 2 ranks; start as many processes"),
+        ("configs", "ValueError: the ranks have different configs; give each rank the whole list"),
+        ("data", "ValueError: the ranks have different data: their datasets' digests differ"),
+    ],
+)
+def test_what_populations_refuse_is_raised_on_all_ranks(runs, name, message):
+    for result in runs[1]:
+        found = result["populations"]["refused"][name]
+        assert found.startswith(message), found

@@ -1,6 +1,6 @@
 """Runs of the trainer on one process or on several ranks; started as one rank of two.
 
-The rank makes the updates of ``rank_cases`` too.
+The ranks make the updates of ``rank_cases`` and train the populations of ``population_cases`` too.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import signal
 from collections.abc import Iterable
 from pathlib import Path
 
+import population_cases
 import torch
 from conftest import NormedCritic, make_batch, make_networks
 from rank_cases import CASES, DEFAULT, trained
 from small_agents import config, log
 from torch import optim
 from torchrl.modules import ValueOperator
-from two_ranks import as_two_ranks
+from two_ranks import as_two_ranks, error_of
 
 from iql_torchrl import IQLLoss, IQLStep, OfflineTrainer, load_dataset, make_agent
 from iql_torchrl.distributed import Ranks, data_parallel
@@ -61,14 +62,6 @@ def state(run: OfflineTrainer) -> dict:
         "updates": run.updates,
         "losses": [row["loss_value"] for row in run.progress.rows if "loss_value" in row],
     }
-
-
-def error_of(function) -> str:
-    try:
-        function()
-    except BaseException as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
 
 
 def stopped_by_a_signal(ranks: Ranks) -> tuple[str, int]:
@@ -156,7 +149,12 @@ def main(ranks: Ranks, folder: Path, part: str) -> dict:
     run_folder.draw = lambda *args, **kwargs: None  # a picture takes a second
     if part == "slow":
         return updates(ranks, sorted(CASES.keys() - set(DEFAULT)))
-    return runs(ranks, folder) | updates(ranks, DEFAULT) | refusals(ranks, folder)
+    return {
+        **runs(ranks, folder),
+        **updates(ranks, DEFAULT),
+        **refusals(ranks, folder),
+        "populations": population_cases.results(ranks, folder),
+    }
 
 
 if __name__ == "__main__":

@@ -48,3 +48,11 @@ def as_two_ranks(main: Callable[..., dict[str, Any]]) -> None:
     ranks.close()
     if child:
         sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def error_of(function: Callable[[], Any]) -> str:
+    try:
+        function()
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
