@@ -2,7 +2,8 @@
 
 Without arguments: makes a small Pendulum log once, trains behaviour cloning and IQL on it, runs
 both in the environment, and writes tables, pictures, checkpoints and the policies to runs/.
-Under torchrun, all its processes train each run together (torchrun --nproc-per-node 2 ...).
+Under torchrun, all its processes train each run together (torchrun --nproc-per-node 2 ...); with
+--max-restarts, processes that were started again continue the run.
 """
 
 import sys
@@ -21,7 +22,7 @@ from iql_torchrl.report import compare
 from iql_torchrl.report.results import results_table
 from iql_torchrl.trainers.command_line import default_name, resume_command, resumed_arguments
 from iql_torchrl.trainers.loggers import LoggerError, LoggerName, check_logger, open_logger
-from iql_torchrl.trainers.run_folder import new_folder
+from iql_torchrl.trainers.run_folder import new_folder, started_folder
 
 EVALUATION_SEED = 10_000  # every method and every training seed has the same initial states
 
@@ -74,7 +75,9 @@ def run(arguments: list[str] | None, ranks: Ranks) -> int:
         ranks.together(lambda: evaluate(policy, dataset.make_env, episodes=1, seed=0, max_steps=1))
         if folder is None:
             name = options.name or default_name(options.dataset, config.seed)
-            folder = ranks.from_main(lambda: new_folder(options.output, name, arguments))
+            started = started_folder if ranks.restarts else lambda *_: None  # by this torchrun
+            place = (options.output, name, arguments)
+            folder = ranks.from_main(lambda: started(*place) or new_folder(*place))
     except (ImportError, ValueError, OSError, RuntimeError, AssertionError) as error:
         print(f"error: {error}".splitlines()[0], file=sys.stderr)
         return 2

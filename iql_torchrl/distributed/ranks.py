@@ -84,6 +84,11 @@ class Ranks:
         """Whether this is rank 0, which alone writes files, logs, evaluates and shows progress."""
         return self.rank == 0
 
+    @property
+    def restarts(self) -> int:
+        """How often torchrun has started its processes again (``--max-restarts``); else 0."""
+        return _number("TORCHELASTIC_RESTART_COUNT", 0)
+
     def part(self, count: int) -> range:
         """Which of ``count`` things, numbered from 0, belong to this rank: consecutive ones."""
         return part_of_rank(count, self.rank, self.size)

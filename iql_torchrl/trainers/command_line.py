@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -42,8 +43,14 @@ def resumed_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]
 
 
 def resume_command(folder: Path) -> str:
-    """The shell command that continues the run in ``folder`` with the script that runs now."""
-    return shlex.join([sys.executable, sys.argv[0], OPTION, str(folder)])
+    """The shell command that continues the run in ``folder`` with the script that runs now.
+
+    Under torchrun on one machine it starts as many processes; on several machines, one process.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    several = size != "1" and os.environ.get("LOCAL_WORLD_SIZE") == size
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", size] if several else []
+    return shlex.join([sys.executable, *torchrun, sys.argv[0], OPTION, str(folder)])
 
 
 def default_name(dataset: str, seed: int) -> str:

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import FrameType, TracebackType
@@ -20,6 +21,8 @@ from iql_torchrl.host import add_to_all
 
 __all__ = ["Interruption", "Progress", "check_finite"]
 
+# torchrun sends its processes a Ctrl-C that the terminal has sent them already
+SECONDS_OF_ONE_SIGNAL = 5.0
 CALLS_PER_AGREEMENT = 16  # an exchange between ranks takes about as long as a small layer
 
 
@@ -107,6 +110,7 @@ def check_finite(means: Mapping[str, float], updates: int) -> None:
 class Interruption:
     """A context in which the first Ctrl-C or SIGTERM only sets ``asked``; the second raises.
 
+    With several ranks a signal within ``SECONDS_OF_ONE_SIGNAL`` of the first is taken for the same one.
     ``requested`` is what all ranks have agreed on: with one rank it is ``asked``; with several a
     signal to any of them, from the next :meth:`agree` on. Has no effect outside the main thread,
     where Python delivers no signals.
@@ -117,6 +121,7 @@ class Interruption:
     def __init__(self, ranks: Ranks | None = None) -> None:
         self._ranks = ranks or Ranks()
         self.asked: int | None = None
+        self._asked_at = 0.0
         self._agreed: int | None = None
         self._calls = 0
         self._previous: dict[int, Any] = {}
@@ -157,13 +162,19 @@ class Interruption:
         return self.requested is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        alone = self._ranks.size == 1
         if self.asked is not None:
+            if not alone and time.monotonic() - self._asked_at < SECONDS_OF_ONE_SIGNAL:
+                return
             self._restore()
             _raise(self.asked)
-        self.asked = number
-        # os.write, because print may be interrupted in the middle of itself
-        when = b"within 16 updates" if self._ranks.size > 1 else b"after this update"
-        os.write(2, b"\nStopping " + when + b"; press Ctrl-C again to stop at once.\n")
+        self.asked, self._asked_at = number, time.monotonic()
+        if self._ranks.is_main:
+            # os.write, because print may be interrupted in the middle of itself
+            when = b"after this update" if alone else b"within 16 updates"
+            after = b"" if alone else b" after five seconds"
+            text = b"\nStopping %b; press Ctrl-C again%b to stop at once.\n" % (when, after)
+            os.write(2, text)
 
     def finish(self) -> None:
         """Raise what the signal would have raised: KeyboardInterrupt, or SystemExit(143)."""

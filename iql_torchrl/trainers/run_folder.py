@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -24,7 +25,7 @@ from iql_torchrl.files import whole_file
 from iql_torchrl.report.figures import draw
 from iql_torchrl.report.runs import write_csv
 
-__all__ = ["RunFolder", "new_folder", "saved_arguments"]
+__all__ = ["RunFolder", "new_folder", "saved_arguments", "started_folder"]
 
 SECONDS_BETWEEN_PICTURES = 60.0
 TABLE_SHARE = 0.01  # at most this share of the time is spent on writing the table
@@ -50,6 +51,21 @@ def new_folder(parent: Path, name: str, arguments: Sequence[str]) -> Path:
         with whole_file(folder / ARGUMENTS) as temporary:
             temporary.write_text(json.dumps(list(arguments)) + "\n")
         return folder
+    raise AssertionError
+
+
+def started_folder(parent: Path, name: str, arguments: Sequence[str]) -> Path | None:
+    """The newest folder that :func:`new_folder` made of the same values; None where there is none.
+
+    torchrun starts a script that failed again with the same arguments: see ``Ranks.restarts``.
+    """
+    found = None
+    for number in itertools.count(1):
+        folder = parent / (name if number == 1 else f"{name}-{number}")
+        if not folder.exists():
+            return found
+        with contextlib.suppress(ValueError):  # a folder of something else
+            found = folder if saved_arguments(folder) == list(arguments) else found
     raise AssertionError
 
 
