@@ -19,6 +19,7 @@ from iql_torchrl.update.joined import part_of_rank
 __all__ = ["Ranks"]
 
 T = TypeVar("T")
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # An evaluation of rank 0, for which the others wait, may take this long.
 TIMEOUT = timedelta(hours=12)
@@ -70,8 +71,19 @@ class Ranks:
         if torch.cuda.is_available():
             torch.cuda.set_device(local)
             backend = "cpu:gloo,cuda:nccl"
-        torch.distributed.init_process_group(backend, timeout=timeout)
-        return cls(_number("RANK", 0), size, local)
+        rank = _number("RANK", 0)
+        store, _, _ = next(iter(torch.distributed.rendezvous("env://", rank, size, timeout=timeout)))
+        # After a restart torchrun's store has the addresses of the processes that have ended; gloo
+        # would try to connect to them, and fail or wait (seen with torch 2.13).
+        restart = _number(RESTARTS, 0)
+        torch.distributed.init_process_group(
+            backend,
+            store=torch.distributed.PrefixStore(f"restart {restart}", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+        )
+        return cls(rank, size, local)
 
     @property
     def device(self) -> torch.device:
@@ -87,7 +99,7 @@ class Ranks:
     @property
     def restarts(self) -> int:
         """How often torchrun has started its processes again (``--max-restarts``); else 0."""
-        return _number("TORCHELASTIC_RESTART_COUNT", 0)
+        return _number(RESTARTS, 0)
 
     def part(self, count: int) -> range:
         """Which of ``count`` things, numbered from 0, belong to this rank: consecutive ones."""
