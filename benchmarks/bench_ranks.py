@@ -6,7 +6,8 @@ Starts itself as two gloo ranks of one thread each. For each width and batch: th
 joined batch in one process while the other rank waits, the update on two ranks, and the part of it
 that the exchanges take (waiting for the slower rank included), in alternation. Also the time of the
 exchange with which the trainer agrees on stopping, and of gathering the joined batch, which every
-rank does. Writes benchmarks/results/ranks.json.
+rank does. Prints these times, and what estimate_ranks.py makes of them for GPUs, as tables of
+Markdown. Writes benchmarks/results/ranks.json.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from bench_learning import machine
+from estimate_ranks import estimate, table
 from gymnasium import spaces
 from torch import Tensor, distributed
 
@@ -108,12 +110,16 @@ def rank_main(options: argparse.Namespace) -> None:
         for batch in options.batches
     ]
     agreement = 1e6 * seconds_of(lambda: group.largest(0), 200)
+    matrix = torch.randn(1024, 1024)
     if group.is_main:
-        Path(options.folder, "rows.json").write_text(json.dumps([rows, agreement]))
+        fastest = min(seconds_of(lambda: matrix @ matrix, 1) for _ in range(20))
+        measured = [rows, agreement, 2 * 1024**3 / fastest]
+        Path(options.folder, "rows.json").write_text(json.dumps(measured))
+    distributed.barrier()
     group.close()
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--widths", type=int, nargs="+", default=[64, 256, 1024])
@@ -121,22 +127,26 @@ def main() -> None:
     add("--updates", type=int, default=5, help="of each of the five repetitions")
     add("--rank", type=int, help=argparse.SUPPRESS)
     add("--folder", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args(given)
     if options.rank is not None:
         rank_main(options)
         return
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, *sys.argv[1:], "--folder", folder, "--rank"]
+        command = [sys.executable, __file__, *given, "--folder", folder, "--rank"]
         ranks = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
         codes = [rank.wait() for rank in ranks]
         if any(codes):
             sys.exit(1)
-        rows, agreement = json.loads(Path(folder, "rows.json").read_text())
-    for row in rows:
-        print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
-    print(f"agreeing on a stop: {agreement:.0f} us")
+        rows, agreement, processor = json.loads(Path(folder, "rows.json").read_text())
+    print(table(rows))
+    print(f"\nagreeing on a stop: {agreement:.0f} us; products: {processor / 1e9:.0f} GFLOP/s")
+    if len(options.batches) > 1:
+        print("\nEstimate for GPUs, which were not measured:\n")
+        print(table(estimate(rows, processor)))
     record = {
-        "command": "python " + " ".join(sys.argv),
+        "command": "python benchmarks/bench_ranks.py " + " ".join(given),
+        "processor": processor,
         "machine": machine(),
         "load": os.getloadavg(),
         "agreement_us": agreement,
