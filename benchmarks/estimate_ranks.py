@@ -46,8 +46,9 @@ class Link:
 
 
 LINKS = (
-    # one machine of H100: 370 GB/s of the 450 GB/s of NVLink (NVIDIA/nccl-tests issue 212, by an author of
-    # NCCL); small sums took 6 us with 2 GPUs (NVIDIA/nccl issue 1259) and, with 8 A100, 10 us (issue 583)
+    # one machine of H100: 370 GB/s of the 450 GB/s of NVLink (NVIDIA/nccl-tests issue 212, by an
+    # author of NCCL); small sums took 6 us with 2 of them (NVIDIA/nccl issue 1259), and 10 us with 8
+    # A100 (issue 583)
     Link(2, 6e-6, 370e9),
     Link(8, 10e-6, 370e9),
     # eight machines, one link of 400 Gb/s a GPU: its line rate; 25 us is NCCL's own prediction for two

@@ -56,8 +56,8 @@ class Ranks:
         """
         local = _number("LOCAL_RANK", 0)
         if _has_group():
-            group = torch.distributed
-            return cls(group.get_rank(), group.get_world_size(), local)
+            there = torch.distributed
+            return cls(there.get_rank(), there.get_world_size(), local)
         size = _number("WORLD_SIZE", 1)
         if size == 1:
             return cls()
@@ -72,13 +72,14 @@ class Ranks:
             torch.cuda.set_device(local)
             backend = "cpu:gloo,cuda:nccl"
         rank = _number("RANK", 0)
-        store, _, _ = next(iter(torch.distributed.rendezvous("env://", rank, size, timeout=timeout)))
+        group: Any = torch.distributed  # whose types lack two public names
+        store, _, _ = next(iter(group.rendezvous("env://", rank, size, timeout=timeout)))
         # After a restart torchrun's store has the addresses of the processes that have ended; gloo
         # would try to connect to them, and fail or wait (seen with torch 2.13).
         restart = _number(RESTARTS, 0)
-        torch.distributed.init_process_group(
+        group.init_process_group(
             backend,
-            store=torch.distributed.PrefixStore(f"restart {restart}", store),
+            store=group.PrefixStore(f"restart {restart}", store),
             rank=rank,
             world_size=size,
             timeout=timeout,

@@ -19,7 +19,12 @@ def row(width, batch, ms, numbers=250_000, sums=3):
 
 def test_the_estimate_equals_one_made_by_hand():
     # width 64: 1 ms + 0.001 ms a row; width 1024: 3 ms + 1 ms a row
-    rows = [row(64, 1000, 2.0), row(64, 2000, 3.0), row(1024, 1000, 1003.0), row(1024, 2000, 2003.0)]
+    rows = [
+        row(64, 1000, 2.0),
+        row(64, 2000, 3.0),
+        row(1024, 1000, 1003.0),
+        row(1024, 2000, 2003.0),
+    ]
     processor = estimate_ranks.RATE * estimate_ranks.REACHED / 100  # a GPU is 100 times faster
     links = [estimate_ranks.Link(2, 10e-6, 1e9), estimate_ranks.Link(4, 20e-6, 1e12)]
     narrow, _, wide, _ = estimate_ranks.estimate(rows, processor, links)
@@ -36,7 +41,9 @@ def test_the_estimate_equals_one_made_by_hand():
 
 
 def test_one_batch_is_not_enough_for_an_estimate():
-    with pytest.raises(ValueError, match="width 64 was measured at 1 batch; the estimate needs two"):
+    with pytest.raises(
+        ValueError, match="width 64 was measured at 1 batch; the estimate needs two"
+    ):
         estimate_ranks.estimate([row(64, 256, 1.0)], 1e11)
 
 

@@ -8,7 +8,7 @@ import torch
 from rank_cases import CASES, DEFAULT, make_step, trained
 from small_populations import dataset, double
 from torch.utils._pytree import tree_leaves
-from trainer_cases import HALF, WHOLE, state, trainer
+from trainer_cases import HALF, WHOLE, prioritised, state, trainer
 from two_ranks import run_ranks
 
 from iql_torchrl import IQLPopulation
@@ -98,6 +98,35 @@ def test_one_process_changes_nothing():
 def test_only_steps_are_made_parallel():
     with pytest.raises(TypeError, match="step is SGD; expected an IQLStep"):
         data_parallel(make_step({}).optimizer, Ranks())
+
+
+def test_priorities_are_written_to_the_rows_that_one_process_draws(runs):
+    first, second = (result["prioritised"] for result in runs[1])
+    alone = prioritised(Ranks())
+    assert torch.equal(first["priorities"], second["priorities"])
+    torch.testing.assert_close(first["priorities"], alone["priorities"], rtol=1e-6, atol=1e-6)
+    assert len(alone["priorities"].unique()) > 30
+    for key, value in alone["state"].items():
+        assert torch.equal(first["state"][key], second["state"][key])
+        torch.testing.assert_close(first["state"][key], value, rtol=1e-6, atol=1e-6)
+
+
+def test_a_table_is_built_once(runs):
+    """By two processes that open it at the same time, and by rank 0 where the others wait."""
+    first, second = (result["memmaps"] for result in runs[1])
+    assert first["built"][0] + second["built"][0] == 1
+    assert [first["built"][1], second["built"][1]] == [1, 0]
+    assert len({*first["sums"], *second["sums"]}) == 1
+
+
+@pytest.mark.slow
+def test_rank_0_evaluates_in_the_background(rest):
+    first, second = rest
+    assert len(first["background"]) == 5  # before the first update and at 6, 12, 18 and 24
+    assert first["background"] == first["foreground"]
+    assert len(set(first["background"])) > 1
+    assert first["best"]
+    assert second["background"] == []
 
 
 @pytest.mark.parametrize("name", ["whole", "again", "other"])

@@ -146,14 +146,16 @@ def test_ctrl_c_stops_all_ranks_and_the_printed_command_continues_them(whole, fo
     checkpoints = folder / "runs" / "stopped" / "IQL" / "checkpoints"
     with started(folder, torchrun("stopped")) as process:
         until(lambda: list(checkpoints.glob("*100.torchrl")), process, folder)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to torchrun and to its processes
+        # as a terminal does: to torchrun and to its processes
+        os.killpg(process.pid, signal.SIGINT)
         code, printed = finish(process, folder)
     assert code != 0
     assert printed.count("Stopping within 16 updates") == 1
     saved = re.search(r"Stopped after update ([0-9]+) of 600", printed)
     assert saved, printed[-3000:]
     assert 100 <= int(saved[1]) < 600
-    assert read_components(newest(checkpoints))["trainer_state"]["progress"]["updates"] == int(saved[1])
+    last = read_components(newest(checkpoints))["trainer_state"]["progress"]
+    assert last["updates"] == int(saved[1])
     command = re.search(r"Stopped\. Continue with: (.*)", printed)[1]
     assert "--nproc-per-node 2" in command
     with started(folder, shlex.split(command)) as process:

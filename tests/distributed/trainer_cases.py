@@ -8,20 +8,27 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import gymnasium
+import numpy as np
 import population_cases
 import torch
 from conftest import NormedCritic, make_batch, make_networks
-from rank_cases import CASES, DEFAULT, trained
+from rank_cases import CASES, DEFAULT, make_step, tensors_of, trained
 from small_agents import config, log
 from torch import optim
 from torchrl.modules import ValueOperator
 from two_ranks import as_two_ranks, error_of
 
-from iql_torchrl import IQLLoss, IQLStep, OfflineTrainer, load_dataset, make_agent
+from iql_torchrl import IQLLoss, IQLStep, OfflineTrainer, evaluate, load_dataset, make_agent
+from iql_torchrl.data import cache
 from iql_torchrl.distributed import Ranks, data_parallel
+from iql_torchrl.evaluation import BackgroundEvaluation
 from iql_torchrl.trainers import run_folder
 
 HALF, WHOLE = 12, 24
@@ -62,6 +69,77 @@ def state(run: OfflineTrainer) -> dict:
         "updates": run.updates,
         "losses": [row["loss_value"] for row in run.progress.rows if "loss_value" in row],
     }
+
+
+def prioritised(ranks: Ranks) -> dict[str, Any]:
+    """Twenty updates of rows that are drawn by priority; weights, and the priorities of all rows."""
+    step = data_parallel(make_step({}), ranks)
+    torch.manual_seed(1)
+    rows, priorities = make_batch(40, dtype=torch.float64), torch.ones(40, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(20):
+        drawn = torch.multinomial(priorities, 15, replacement=False, generator=generator)
+        batch = rows[drawn]
+        batch["priority_weight"] = (priorities[drawn] / priorities.sum() * 40) ** -0.6
+        step(batch)
+        priorities[drawn] = batch["td_error"].clamp(min=1e-6) ** 0.9
+    return {"state": tensors_of(step.loss), "priorities": priorities}
+
+
+def memmaps(ranks: Ranks, folder: Path) -> dict[str, list[int]]:
+    """How many tables each rank builds: of one folder at the same time, and after rank 0."""
+    np.savez(folder / f"log{ranks.rank}.npz", **log())
+    original, built = cache.build_cached, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.2)  # so that the other rank comes meanwhile
+        built.append(1)
+        return original(*args, **kwargs)
+
+    def load(name: str) -> float:
+        dataset = load_dataset(folder / "log0.npz", memmap=folder / name)
+        return float(dataset.transitions["next", "reward"].sum())
+
+    cache.build_cached = counted
+    ranks.check_same(0, "wait for the file")
+    sums, counts = [load("at_once")], [len(built)]
+    sums.append(ranks.main_first(lambda: load("in_turn")))
+    cache.build_cached = original
+    return {"built": [*counts, len(built) - counts[0]], "sums": sums}
+
+
+class Walk(gymnasium.Env):
+    """Ten steps; the reward is the first action."""
+
+    observation_space = gymnasium.spaces.Box(-1e3, 1e3, (3,))
+    action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,))
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
+        super().reset(seed=seed)
+        self.left = 10
+        return self.observation_space.sample() * 0 + self.np_random.random(3, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
+        self.left -= 1
+        observation = self.np_random.random(3, np.float32)
+        return observation, float(action[0]), False, self.left == 0, {}
+
+
+def evaluated(ranks: Ranks, folder: Path | None, background: bool) -> list[float]:
+    """Returns of a run, evaluated by rank 0 in this process or in another."""
+    dataset = load_dataset(log())
+    agent = make_agent(config(batch_size=15), dataset)
+    arguments: Any = {"episodes": 4, "seed": 0}
+    evaluation: Any = partial(evaluate, agent.policy, Walk, **arguments)
+    if background and ranks.is_main:
+        evaluation = BackgroundEvaluation(agent.policy, Walk, **arguments)
+    run = OfflineTrainer(
+        agent=agent, step=data_parallel(agent.step, ranks), ranks=ranks, dataset=dataset, seed=0,
+        folder=folder, total_updates=WHOLE, log_interval=4, eval_interval=6, progress_bar=False,
+        evaluation=evaluation,
+    )  # fmt: skip
+    run.train()
+    return [row["return_mean"] for row in run.progress.rows if "return_mean" in row]
 
 
 def stopped_by_a_signal(ranks: Ranks) -> tuple[str, int]:
@@ -136,7 +214,9 @@ def refusals(ranks: Ranks, folder: Path) -> dict:
         "unseeded": error_of(
             trainer(ranks, None, replay_buffer=load_dataset(log()).device_sampler(15)).train
         ),
-        "data": error_of(trainer(ranks, None, dataset=load_dataset(log(40 + 10 * ranks.rank))).train),
+        "data": error_of(
+            trainer(ranks, None, dataset=load_dataset(log(40 + 10 * ranks.rank))).train
+        ),
         "not given": error_of(lambda: trainer(ranks, None, ranks=None)),
         "not parallel": error_of(lambda: trainer(ranks, None, step=plain_step())),
         "batch norm": error_of(lambda: data_parallel(normed_step(), ranks)),
@@ -148,11 +228,19 @@ def refusals(ranks: Ranks, folder: Path) -> dict:
 def main(ranks: Ranks, folder: Path, part: str) -> dict:
     run_folder.draw = lambda *args, **kwargs: None  # a picture takes a second
     if part == "slow":
-        return updates(ranks, sorted(CASES.keys() - set(DEFAULT)))
+        own = folder / f"rank{ranks.rank}"
+        return {
+            **updates(ranks, sorted(CASES.keys() - set(DEFAULT))),
+            "foreground": evaluated(ranks, own / "foreground", background=False),
+            "background": evaluated(ranks, own / "background", background=True),
+            "best": (own / "background" / "best.torchrl").exists(),
+        }
     return {
         **runs(ranks, folder),
         **updates(ranks, DEFAULT),
         **refusals(ranks, folder),
+        "prioritised": prioritised(ranks),
+        "memmaps": memmaps(ranks, folder),
         "populations": population_cases.results(ranks, folder),
     }
 

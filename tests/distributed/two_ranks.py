@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,12 +41,18 @@ def as_two_ranks(main: Callable[..., dict[str, Any]]) -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     child = os.fork()
-    rank = 0 if child else 1
-    store = distributed.FileStore(str(folder / "store"), 2)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    ranks = Ranks.from_environment()
-    torch.save(main(ranks, folder, *sys.argv[2:]), folder / f"rank{rank}.pt")
-    ranks.close()
+    try:
+        rank = 0 if child else 1
+        store = distributed.FileStore(str(folder / "store"), 2)
+        distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        ranks = Ranks.from_environment()
+        torch.save(main(ranks, folder, *sys.argv[2:]), folder / f"rank{rank}.pt")
+        ranks.close()
+    except BaseException:
+        if child:  # it would wait for this rank
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        raise
     if child:
         sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from iql_torchrl.trainers.command_line import default_name, resume_command, resumed_arguments
-from iql_torchrl.trainers.run_folder import new_folder
+from iql_torchrl.trainers.run_folder import new_folder, started_folder
 
 SAVED = ["--updates", "20", "--name", "a b"]
 
@@ -46,6 +46,28 @@ def test_a_folder_without_a_run_exits_with_a_sentence(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path} has no readable arguments.json")
     assert error.count("\n") == 1
+
+
+def test_under_torchrun_on_one_machine_the_command_starts_as_many_processes(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    launch = f"{sys.executable} -m torch.distributed.run --nproc-per-node 4"
+    assert resume_command(Path("runs/a")) == f"{launch} train.py --resume runs/a"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert resume_command(Path("runs/a")) == f"{sys.executable} train.py --resume runs/a"
+
+
+def test_a_script_that_was_started_again_finds_its_newest_folder(tmp_path):
+    assert started_folder(tmp_path, "run", SAVED) is None
+    first = new_folder(tmp_path, "run", SAVED)
+    other = new_folder(tmp_path, "run", [*SAVED, "--other"])
+    assert started_folder(tmp_path, "run", SAVED) == first
+    second = new_folder(tmp_path, "run", SAVED)
+    (tmp_path / "run-4").mkdir()  # of something else
+    assert started_folder(tmp_path, "run", SAVED) == second
+    assert started_folder(tmp_path, "run", [*SAVED, "--other"]) == other
+    assert started_folder(tmp_path, "runs", SAVED) is None
 
 
 def test_the_command_and_the_name(monkeypatch):
