@@ -126,7 +126,7 @@ def train(
             seed=config.seed, evaluation=partial(score, episodes=options.episodes),
             eval_interval=options.eval_every, resume_command=resume_command(run.parent),
         )  # fmt: skip
-        if ranks.from_main(lambda: list(run.glob("checkpoints/*"))):
+        if trainer.has_checkpoint():
             trainer.resume()
         print(f"{method}: updates {trainer.updates:,} to {config.updates:,}", flush=True)
         trainer.train()

@@ -15,6 +15,7 @@ from typing import Any
 from torchrl.checkpoint import CheckpointRotation
 
 from iql_torchrl.checkpoint import (
+    PREFIX,
     SUFFIX,
     checkpoint_path,
     newest,
@@ -109,6 +110,9 @@ class RunFolder:
         if config is not None:
             with whole_file(self.path / "config.json") as temporary:
                 temporary.write_text(json.dumps(config, indent=2) + "\n")
+
+    def has_checkpoint(self) -> bool:
+        return any(self.rotation.directory.glob(f"{PREFIX}*{SUFFIX}"))
 
     def newest(self) -> Path:
         return newest(self.rotation.directory)

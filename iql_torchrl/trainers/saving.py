@@ -158,6 +158,11 @@ class ResumableTrainer(Trainer):
         """
         return self.load_from_file(self.ranks.from_main(self._newest))
 
+    def has_checkpoint(self) -> bool:
+        """Whether ``folder`` has a checkpoint from which :meth:`resume` would continue."""
+        folder = self.folder
+        return self.ranks.from_main(lambda: folder is not None and folder.has_checkpoint())
+
     def _newest(self) -> Path:
         if self.folder is None:
             raise ValueError("resume() looks into folder=, and there is none; use load_from_file.")

@@ -38,8 +38,9 @@ def check_cuda(step: IQLStep, updates: int) -> None:
     optimizer, updater = step.optimizer, step.target_updater
     if step.ranks is not None:
         raise ValueError(
-            "a data parallel step cannot be recorded as a CUDA graph here; use compiled(step), or "
-            "captured on one GPU without data_parallel."
+            f"the step is data parallel over {step.ranks.size} ranks, and sums over GPUs inside a CUDA "
+            "graph are not tested yet, so they are refused; use compiled(step), or captured with a "
+            "step on one GPU without data_parallel."
         )
     options = ("capturable", "fused")
     if not all(any(group.get(name) for name in options) for group in optimizer.param_groups):

@@ -154,6 +154,7 @@ def test_only_rank_0_writes(runs):
     _, (first, second) = runs
     assert {"half/metrics.csv", "half/best.torchrl", "half/config.json"} <= set(first["written"])
     assert second["written"] == []
+    assert first["known"] == second["known"] == [True, False]  # although rank 1 has no folder
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_update(runs):

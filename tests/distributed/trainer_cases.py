@@ -190,7 +190,9 @@ def runs(ranks: Ranks, folder: Path) -> dict:
     half.train()
     if ranks.is_main:
         shutil.copytree(own / "half", folder / "kept")
-    again = trainer(ranks, own / "half").resume()
+    again = trainer(ranks, own / "half")
+    known = [again.has_checkpoint(), trainer(ranks, own / "empty").has_checkpoint()]
+    again.resume()
     again.train()
     # the folder of a run of one process; only rank 0 is given it
     other = trainer(ranks, folder / "alone" if ranks.is_main else own / "nowhere").resume()
@@ -201,6 +203,7 @@ def runs(ranks: Ranks, folder: Path) -> dict:
         "again": state(again),
         "other": state(other),
         "written": sorted(written),
+        "known": known,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import IQLStep, captured
+from iql_torchrl.data import DeviceSampler
 from iql_torchrl.update.cuda_graph import CudaGraph
 
 WARM_UP = ["own waits", "current waits"]
@@ -270,6 +272,16 @@ def assert_same(before, after) -> None:
         assert torch.equal(before, after)
     elif type(before).__module__ == "builtins":
         assert before == after
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_data_parallel_step_is_refused_with_what_to_use():
+    loss = make_loss()
+    step = IQLStep(loss, fused(loss.parameters()), SoftUpdate(loss, tau=0.005))
+    step.ranks = SimpleNamespace(rank=0, size=4)
+    match = r"data parallel over 4 ranks, and sums over GPUs .* use compiled\(step\)"
+    with pytest.raises(ValueError, match=match):
+        captured(step, DeviceSampler(table(), 8, seed=0))
 
 
 @pytest.mark.usefixtures("untraced")
