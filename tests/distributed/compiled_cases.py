@@ -36,11 +36,25 @@ def calls_by_hand() -> dict:
     return {"state": tensors_of(step.loss), "metrics": means}
 
 
+def sums_in_the_graph(ranks: Ranks) -> list[int]:
+    """How many sums over ranks each graph has that ``torch.compile`` makes of an update."""
+    found = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        found.append(sum("all_reduce" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    step = compiled(data_parallel(make_step(CASE), ranks), backend=backend)
+    step(make_batches(CASE, 1)[0])
+    return found
+
+
 def main(ranks: Ranks, folder: Path) -> dict:
     return {
         "compiled": trained(CASE, ranks, compiled),
         "captured": calls(ranks),
         "population": population_cases.captured(ranks),
+        "sums": sums_in_the_graph(ranks),
     }
 
 

@@ -22,5 +22,6 @@ def test_compiled_and_captured_updates_of_two_ranks_are_eager_ones_of_one_proces
             found = first[form][part][key]
             assert torch.equal(found, second[form][part][key]), (form, key)
             torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-9, msg=f"{form} {key}")
+    assert first["sums"] == second["sums"] == [3]  # one graph: V; actor and critics; metrics
     population = population_cases.of_one_process("own batches, adamw")
     population_cases.check(first["population"], population, 1e-9)
