@@ -74,8 +74,7 @@ CASES = {
     "history, attention": {"history": "transformer", "rate": 0.05, "order": "simultaneous"},
 }
 DEFAULT = (
-    "clipped at once", "a rank without valid rows", "weighted and masked",
-    "adamw and a schedule", "discrete", "population", "encoder", "history",
+    "clipped at once", "weighted and masked", "adamw and a schedule", "discrete", "encoder", "history",
 )  # fmt: skip
 
 
