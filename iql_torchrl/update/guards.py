@@ -33,8 +33,8 @@ def check_update_trains(*, independent_ranks: bool, data_parallel: bool = False)
             "reduce gradients across ranks: each rank would train a network of its own. To train one "
             "network on all ranks, write step = data_parallel(step, Ranks.from_environment()) with "
             "both names from iql_torchrl.distributed; to divide the runs of a population, give "
-            "IQLPopulation ranks=Ranks.from_environment(). If the group serves something else, such as a "
-            "distributed collector, and each rank is to train its own network, build "
+            "IQLPopulation ranks=Ranks.from_environment(). If the group serves something else, such as "
+            "a distributed collector, and each rank is to train its own network, build "
             "IQLStep(..., independent_ranks=True) or set step.independent_ranks = True."
         )
 
