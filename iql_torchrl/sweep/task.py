@@ -79,8 +79,9 @@ class Task:
     """Configs that are trained as one population, or one config that populations refuse.
 
     The folder has the newest checkpoint, ``losses.json``, ``progress.json`` (updates, while it
-    trains), ``scores.json`` (of the members evaluated so far) and, at the end, ``rows.json``. Every
-    file is replaced as a whole. ``scored``: whether the members are evaluated.
+    trains), ``scores.json`` (of the members evaluated so far) and, at the end, ``rows.json``, or
+    ``rows_without_scores.json``. Every file is replaced as a whole. ``scored``: whether the members
+    are evaluated.
     """
 
     folder: Path
@@ -91,7 +92,11 @@ class Task:
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "rows.json").exists()
+        return self._result.exists()
+
+    @property
+    def _result(self) -> Path:
+        return self.folder / ("rows.json" if self.scored else "rows_without_scores.json")
 
     @property
     def name(self) -> str:
@@ -115,7 +120,7 @@ class Task:
 
     def rows(self) -> list[Row]:
         """One row for each member: losses, scores, or ``error``. Needs ``finished``."""
-        rows: list[Row] = read_json(self.folder / "rows.json")
+        rows: list[Row] = read_json(self._result)
         return rows
 
     def perform(self) -> None:
@@ -128,7 +133,7 @@ class Task:
             agents = self._trained(own) if self.stacked else [self._trained_alone(own)]
             losses = read_json(self.folder / "losses.json")
             rows = self._evaluated(agents, own, losses)
-            write_json(self.folder / "rows.json", rows)
+            write_json(self._result, rows)
 
     def _trained(self, dataset: OfflineDataset) -> list[Agent]:
         saved, every = self.folder / POPULATION, self.common.save_every
@@ -201,6 +206,11 @@ class Task:
             return self.common.scores(agent, dataset)
         except Exception as error:
             return {"error": f"its evaluation failed: {first_line(error)}"}
+
+    def agent(self, name: str) -> Agent:
+        """The trained agent of that name, from the checkpoint."""
+        own, _ = self.common.datasets(self.first)
+        return next(agent for other, agent in self.agents(own) if other == name)
 
     def agents(self, dataset: OfflineDataset) -> Iterator[tuple[str, Agent]]:
         """The trained agents by name, from the checkpoints. ``dataset``: what they learnt from."""
