@@ -43,7 +43,7 @@ def check_folder(sweep: Any) -> None:
 def _identity(sweep: Any) -> dict[str, Any]:
     common = sweep.common
     numbers = (
-        "held_out", "episodes", "evaluation_seed", "fit_updates", "discount", "save_every",
+        "held_out", "reserved", "episodes", "evaluation_seed", "fit_updates", "discount", "save_every",
     )  # fmt: skip
     return {
         "configs": {name: config.to_dict() for name, config in sweep.configs.items()},

@@ -20,7 +20,7 @@ from iql_torchrl.sweep.rank_task import RankTask
 from iql_torchrl.sweep.ray_tasks import perform_on_ray
 from iql_torchrl.sweep.result import SweepResult, joined, write_table
 from iql_torchrl.sweep.slurm_jobs import perform_on_slurm
-from iql_torchrl.sweep.task import Common, Score, Task, first_line, read_json, write_json
+from iql_torchrl.sweep.task import Common, Parts, Score, Task, first_line, read_json, write_json
 from iql_torchrl.sweep.worker import Job
 
 __all__ = ["Sweep"]
@@ -59,6 +59,10 @@ class Sweep:
         log_score: name and score of the policy that made the log; None: the log's mean return.
         held_out: share of the episodes that no run learns from, in (0, 1): from them
             ``rank_members`` estimates the value of each run. None: no ranking.
+        reserved: share of the episodes that the sweep does not read at all, in (0, 1), taken before
+            ``held_out``. Where the results of one sweep decide which configs the next one has, its
+            estimates are too high for the best; an estimate from :meth:`parts`' ``reserved`` is
+            not. None: none.
         fit_updates: updates of ``fitted_q_evaluation``. discount: of the estimates; None: that of
             the first config.
         save_every: updates between two checkpoints of a task.
@@ -84,6 +88,7 @@ class Sweep:
         score_words: str = "mean return, 95 % interval",
         log_score: tuple[str, float] | None = None,
         held_out: float | None = None,
+        reserved: float | None = None,
         fit_updates: int = 10_000,
         discount: float | None = None,
         save_every: int = 5_000,
@@ -102,8 +107,9 @@ class Sweep:
         ).items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a whole number, at least 1.")
-        if held_out is not None and not 0 < held_out < 1:
-            raise ValueError(f"held_out is {held_out!r}; it must lie in (0, 1), or be None.")
+        for name, share in (("held_out", held_out), ("reserved", reserved)):
+            if share is not None and not 0 < share < 1:
+                raise ValueError(f"{name} is {share!r}; it must lie in (0, 1), or be None.")
         for each in source if isinstance(source, list | tuple) else [source]:
             if not isinstance(each, str | Path):
                 raise TypeError(
@@ -118,6 +124,7 @@ class Sweep:
             env=env,
             reward=reward,
             held_out=held_out,
+            reserved=reserved,
             score=score if callable(score) else None,
             episodes=episodes,
             evaluation_seed=evaluation_seed,
@@ -194,6 +201,10 @@ class Sweep:
         failures |= {name: row["error"] for name, row in rows.items() if "error" in row}
         level = plan["log_score"]
         return self._written(rows, ranking, failures, notes, level, done)
+
+    def parts(self) -> Parts:
+        """The episodes of each part, as the first config reads them; after :meth:`run`."""
+        return self.common.parts(next(iter(self.configs.values())))
 
     def _perform(
         self, jobs: Sequence[Job], perform: Perform, progress: bool | None, words: str

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,12 +22,24 @@ from iql_torchrl.files import whole_file
 from iql_torchrl.population.runs import IQLPopulation
 from iql_torchrl.trainers.trainer import OfflineTrainer
 
-__all__ = ["Common", "Score", "Task", "first_line", "read_json", "write_json"]
+__all__ = ["Common", "Parts", "Score", "Task", "first_line", "read_json", "write_json"]
 
 Row = dict[str, Any]
 Score = Callable[[Agent, OfflineDataset], Mapping[str, float]]
 POPULATION = f"population{SUFFIX}"
 EVENTS = 20  # how often progress is written between two checkpoints
+
+
+class Parts(NamedTuple):
+    """Which episodes are for what; None: no such part.
+
+    ``train``: runs learn from them. ``held_out``: the ranking reads them. ``reserved``: the sweep
+    does not read them.
+    """
+
+    train: OfflineDataset
+    held_out: OfflineDataset | None
+    reserved: OfflineDataset | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +54,7 @@ class Common:
     env: Any
     reward: Any
     held_out: float | None
+    reserved: float | None
     score: Score | None
     episodes: int
     evaluation_seed: int
@@ -49,13 +62,18 @@ class Common:
     discount: float | None
     save_every: int
 
-    def datasets(self, config: IQLConfig) -> tuple[OfflineDataset, OfflineDataset]:
-        """Episodes to learn from, and those that are held out: none without a ranking."""
+    def parts(self, config: IQLConfig) -> Parts:
+        """The episodes of the log, with the reward map of a config. Raises as ``split``."""
         with warnings.catch_warnings():  # the sweep has shown them once
             warnings.simplefilter("ignore", DatasetWarning)
             reward = config.reward if self.reward is None else self.reward
             log = load_dataset(self.data, env=self.env, reward=reward, **self.opening)
-        return (log, log) if self.held_out is None else log.split(1 - self.held_out, seed=0)
+        reserved = held_out = None
+        if self.reserved is not None:
+            log, reserved = log.split(1 - self.reserved, seed=1)
+        if self.held_out is not None:
+            log, held_out = log.split(1 - self.held_out, seed=0)
+        return Parts(log, held_out, reserved)
 
     def scores(self, agent: Agent, dataset: OfflineDataset) -> Row:
         """``score`` and its bounds; those of one number are the number."""
@@ -129,7 +147,7 @@ class Task:
         with folder_lock(self.folder):
             if self.finished:
                 return
-            own, _ = self.common.datasets(self.first)
+            own = self.common.parts(self.first).train
             agents = self._trained(own) if self.stacked else [self._trained_alone(own)]
             losses = read_json(self.folder / "losses.json")
             rows = self._evaluated(agents, own, losses)
@@ -209,7 +227,7 @@ class Task:
 
     def agent(self, name: str) -> Agent:
         """The trained agent of that name, from the checkpoint."""
-        own, _ = self.common.datasets(self.first)
+        own = self.common.parts(self.first).train
         return next(agent for other, agent in self.agents(own) if other == name)
 
     def agents(self, dataset: OfflineDataset) -> Iterator[tuple[str, Agent]]:
