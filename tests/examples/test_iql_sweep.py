@@ -127,6 +127,7 @@ def test_cloning_is_there_once(sweep):
         (["--temperature", "1", "-1"], "temperature is -1"),
         (["--expectile", "0.3"], "expectile is 0.3"),
         (["--seeds", "0"], "at least 1"),
+        (["--slurm", "partition"], "--slurm has 'partition'; expected NAME=VALUE"),
         (["--device", "nonsense"], "device is 'nonsense'"),
     ],
 )
@@ -135,6 +136,20 @@ def test_impossible_settings_end_before_any_data_is_read(sweep, capsys, argument
         sweep["main"](arguments)
     assert words in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_options_of_slurm_are_text_or_whole_numbers(sweep, monkeypatch):
+    given = {}
+
+    def run(self, engine, **options):
+        given.update(options, engine=engine)
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr("iql_torchrl.sweep.Sweep.run", run)
+    slurm = ["--slurm", "slurm_partition=gpu", "timeout_min=60"]
+    assert sweep["main"](["--dataset", "log.npz", "--engine", "slurm", *slurm]) == 2
+    assert given["slurm"] == {"slurm_partition": "gpu", "timeout_min": 60}
+    assert given["engine"] == "slurm"
 
 
 def test_mistakes_get_one_sentence(sweep, capsys):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from small_populations import BASE
 from small_sweeps import first_weight, grid, perform_here, reference, table, write_log
 
 from iql_torchrl import IQLPopulation, OfflineTrainer, load_dataset
+from iql_torchrl.checkpoint import CheckpointError
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.sweep import Sweep, plan
 from iql_torchrl.sweep.task import Common
@@ -206,3 +208,23 @@ def test_runs_are_evaluated_when_the_environment_can_be_made(source, tmp_path, h
     assert [row["loss_actor"] for row in second.rows.values()] == [
         row["loss_actor"] for row in first.rows.values()
     ]
+
+
+def test_parts_are_disjoint_and_complete(source, tmp_path, here):
+    """Episodes have different first observations; the sweep trains on its own part only."""
+    options = {"score": None, "held_out": 0.5, "reserved": 0.4, "fit_updates": 5}
+    sweep = Sweep(grid(updates=2), source, tmp_path / "sweep", **options)
+    result = sweep.run()
+
+    def starts(log):
+        first = np.cumsum([0, *log.episode_lengths[:-1]])
+        return {tuple(row.tolist()) for row in log.transitions["observation"][first]}
+
+    train, held_out, reserved = (starts(part) for part in sweep.parts())
+    assert [len(part) for part in (train, held_out, reserved)] == [6, 6, 8]
+    assert train | held_out | reserved == starts(load_dataset(source))
+    assert result.ranking.episodes == 3, "half of those that are held out"
+    (path,) = (tmp_path / "sweep").rglob("population.torchrl")
+    IQLPopulation.load(path, sweep.parts().train)
+    with pytest.raises(CheckpointError):
+        IQLPopulation.load(path, load_dataset(source))
