@@ -77,7 +77,7 @@ def test_a_grid_is_trained_scored_ranked_and_kept(sweep, capsys):
     assert (folder / "members.csv").read_bytes() == written
     other = [*TINY, "--temperature", "3", "--expectile", "0.7", "--no-ranking"]
     assert sweep["main"](other) == 2
-    assert "results has another sweep: configs differs; choose another" in capsys.readouterr().err
+    assert "results has another sweep: configs differs (" in capsys.readouterr().err
     assert sweep["main"]([*other, "--folder", "results-2"]) == 0
     assert [row["member"] for row in table("results-2")] == ["IQL #0", "IQL #1"]
     assert "value" not in table("results-2")[0]
