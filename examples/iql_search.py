@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from iql_torchrl import PRESETS, Agent, IQLConfig, cli, evaluate, load_dataset
+from iql_torchrl import PRESETS, Agent, IQLConfig, evaluate, load_dataset
+from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.report.figures import save
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members

@@ -21,14 +21,14 @@ def submitit():
     return pytest.importorskip("submitit")
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR2], ids=["preempted"])
-def test_a_preempted_job_is_queued_again_and_continues(tmp_path, number):
+def test_a_preempted_job_is_queued_again_and_continues(tmp_path):
+    """``SIGUSR2`` is submitit's signal of preemption, and of the end of a job's time."""
     source = write_log(tmp_path)
     configs = [*grid(updates=UPDATES), replace(BASE, updates=UPDATES, policy="categorical")]
     options = {"members_per_task": 2, "score": first_weight, "save_every": EVERY}
     expected = reference(configs, source, tmp_path / "reference", **options)
     folder = tmp_path / "sweep"
-    with Killing(folder / "tasks" / "from-00000", 120, number) as preempting:
+    with Killing(folder / "tasks" / "from-00000", 120, signal.SIGUSR2) as preempting:
         result = Sweep(configs, source, folder, **options).run("slurm", slurm=LOCAL)
     assert preempting.at is not None
     assert 120 <= preempting.at < UPDATES, "the job was preempted in the middle"
@@ -43,15 +43,16 @@ def test_a_job_that_fails_is_named_and_the_next_call_repeats_it(tmp_path):
     configs = grid(seeds=1, updates=20)
     options = {"members_per_task": 1, "score": first_weight}
     expected = reference(configs, source, tmp_path / "reference", **options)
-    obstacle = folder / "tasks" / "from-00001"
-    obstacle.parent.mkdir(parents=True)
-    obstacle.write_text("a file where a folder is to be")
+    damaged = folder / "tasks" / "from-00001" / "population.torchrl"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("not a checkpoint")
     result = Sweep(configs, source, folder, **options).run("slurm", slurm=LOCAL)
     names = list(result.rows)
     assert list(result.failures) == [names[1]]
-    assert result.failures[names[1]].startswith("FileExistsError: ")
+    assert "CheckpointError: " in result.failures[names[1]]
+    assert str(damaged) in result.failures[names[1]]
     assert table(folder)[0]["score"]
-    obstacle.unlink()
+    damaged.unlink()
     result = Sweep(configs, source, folder, **options).run("slurm", slurm=LOCAL)
     assert not result.failures
     assert (folder / "members.csv").read_bytes() == expected
