@@ -94,7 +94,7 @@ class Killing(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 600
         while updates_of(self.folder) < self.updates and time.monotonic() < limit:
             time.sleep(0.005)
         self.at = updates_of(self.folder)
