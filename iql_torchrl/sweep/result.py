@@ -48,14 +48,16 @@ class SweepResult:
     folder: Path
     tasks: tuple[Task, ...] = field(default=(), repr=False)
 
-    def agent(self, name: str) -> Agent:
+    def agent(self, name: str, device: str | None = None) -> Agent:
         """The trained agent of a run, from its checkpoint; ``ranking.recommended``, for example.
+
+        ``device``: by default the one that it was trained on.
 
         Raises ``KeyError`` for a name that is no run, or that was not trained.
         """
         for task in self.tasks:
             if name in task.configs:
-                return task.agent(name)
+                return task.agent(name, device)
         why = self.failures.get(name, "it is none of the runs")
         raise KeyError(f"there is no agent {name!r}: {why}")
 

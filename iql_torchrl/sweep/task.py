@@ -225,17 +225,19 @@ class Task:
         except Exception as error:
             return {"error": f"its evaluation failed: {first_line(error)}"}
 
-    def agent(self, name: str) -> Agent:
+    def agent(self, name: str, device: str | None = None) -> Agent:
         """The trained agent of that name, from the checkpoint."""
         own = self.common.parts(self.first).train
-        return next(agent for other, agent in self.agents(own) if other == name)
+        return next(agent for other, agent in self.agents(own, device) if other == name)
 
-    def agents(self, dataset: OfflineDataset) -> Iterator[tuple[str, Agent]]:
+    def agents(
+        self, dataset: OfflineDataset, device: str | None = None
+    ) -> Iterator[tuple[str, Agent]]:
         """The trained agents by name, from the checkpoints. ``dataset``: what they learnt from."""
         if not self.stacked:
-            yield next(iter(self.configs)), Agent.load(self.folder / "run")
+            yield next(iter(self.configs)), Agent.load(self.folder / "run", device)
             return
-        population = IQLPopulation.load(self.folder / POPULATION, dataset)
+        population = IQLPopulation.load(self.folder / POPULATION, dataset, device=device)
         for number, name in enumerate(self.configs):
             yield name, population.member(number)
 

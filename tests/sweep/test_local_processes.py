@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +168,35 @@ def test_after_a_killed_worker_the_table_is_that_of_an_uninterrupted_run(
     for number, row in enumerate(list(rows.values())[2:4]):
         score = first_weight(population.member(number), own)["score"]
         assert float(row["score"]) == pytest.approx(score, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_leaves_no_process_and_is_continued(tmp_path):
+    source, folder = write_log(tmp_path), tmp_path / "sweep"
+    options = {"members_per_task": 2, "score": first_weight, "save_every": EVERY}
+    expected = reference(grid(updates=UPDATES), source, tmp_path / "reference", **options)
+    program = f"""
+import sys
+sys.path[:] = {sys.path!r}
+from small_sweeps import first_weight, grid
+from iql_torchrl.sweep import Sweep
+options = {{"members_per_task": 2, "score": first_weight, "save_every": {EVERY}}}
+Sweep(grid(updates={UPDATES}), {str(source)!r}, {str(folder)!r}, **options).run(workers=2)
+"""
+    workers = []
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+
+        def kill(worker: int) -> None:
+            workers.append(worker)
+            process.kill()
+
+        with Killing(folder / "tasks" / "from-00000", 120, then=kill):
+            assert process.wait() == -signal.SIGKILL
+    assert ends(workers[0])
+    assert not (folder / "members.csv").exists()
+    result = Sweep(grid(updates=UPDATES), source, folder, **options).run(workers=1)
+    assert not result.failures
+    assert (folder / "members.csv").read_bytes() == expected
 
 
 @pytest.mark.slow

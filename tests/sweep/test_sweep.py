@@ -174,6 +174,7 @@ def test_the_agent_of_a_run_is_read_from_its_checkpoint(source, tmp_path, here):
         config = result.rows[name]
         assert (agent.config.expectile, agent.config.seed) == (config["expectile"], config["seed"])
         assert first_weight(agent, None)["score"] == config["score"]
+    assert str(result.agent(trained[0], "cpu").config.device) == "cpu"
     with pytest.raises(KeyError, match=r"no agent 'expectile 0\.7.*cannot be built"):
         result.agent(failed)
     with pytest.raises(KeyError, match="no agent 'x': it is none of the runs"):
