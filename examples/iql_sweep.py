@@ -65,8 +65,12 @@ class Options:
     """tasks at once"""
     members_per_task: int = 16
     """policies that are trained together"""
+    threads: int = 1
+    """of each task"""
     address: str | None = None
-    """of a Ray cluster"""
+    """of a Ray cluster: HOST:PORT or auto"""
+    slurm: tuple[str, ...] = ()
+    """NAME=VALUE: options of submitit, such as slurm_partition=cpu timeout_min=60"""
     seeds: int = 2
     """runs of each setting"""
     episodes: int = 20
@@ -102,7 +106,13 @@ def main(arguments: list[str] | None = None) -> int:
             fit_updates=options.fit_updates,
             # every stay in hospital terminates, so the undiscounted value is the probability
             discount=1.0 if exact else None,
-        ).run(options.engine, workers=options.workers, address=options.address)
+        ).run(
+            options.engine,
+            workers=options.workers,
+            threads=options.threads,
+            address=options.address,
+            slurm=dict(map(slurm_option, options.slurm)),
+        )
     except EXPECTED as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
@@ -114,6 +124,11 @@ def main(arguments: list[str] | None = None) -> int:
         report(rows, result.ranking, result.log_score)
     print(f"{time.monotonic() - began:.0f} s. Written to {options.folder}/")
     return 1 if result.failures else 0
+
+
+def slurm_option(text: str) -> tuple[str, int | str]:
+    name, _, value = text.partition("=")
+    return name, int(value) if value.isdecimal() else value
 
 
 def survival(agent: Agent, log: OfflineDataset) -> dict[str, float]:
@@ -189,8 +204,12 @@ def parse(arguments: list[str]) -> tuple[Options, dict[str, IQLConfig]]:
         without=GRID,
         description=__doc__.split("\n\n")[0],
     )
-    if min(options.seeds, options.episodes, options.fit_updates, options.workers) < 1:
-        cli.refuse("--seeds, --episodes, --fit-updates and --workers are numbers of at least 1.")
+    counts = ("seeds", "episodes", "fit_updates", "members_per_task", "workers", "threads")
+    if min(getattr(options, name) for name in counts) < 1:
+        cli.refuse(f"--{', --'.join(counts).replace('_', '-')} are numbers of at least 1.")
+    for option in options.slurm:
+        if "=" not in option:
+            cli.refuse(f"--slurm has {option!r}; expected NAME=VALUE.")
     if not 0 < options.held_out < 1:
         cli.refuse(f"--held-out is {options.held_out:g}; it must lie in (0, 1).")
     usual = {name: (getattr(config, name),) for name in GRID}

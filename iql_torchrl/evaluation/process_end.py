@@ -9,7 +9,7 @@ import subprocess
 import threading
 from types import TracebackType
 
-__all__ = ["GRACE", "LEAVE", "TimeLimit", "end", "exit_code", "start"]
+__all__ = ["GRACE", "LEAVE", "TimeLimit", "end", "exit_code", "kill_session", "start"]
 
 GRACE = 5.0  # seconds in which environments may close before the process is ended by force
 # SIGINT and SIGTERM are not used, because Ctrl-C and a scheduler send them to every process of a
@@ -29,7 +29,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
         return
     process.send_signal(LEAVE)
     exit_code(process)
-    _kill_session(process)  # simulators that an environment started may hold the pipes open
+    kill_session(process)  # simulators that an environment started may hold the pipes open
 
 
 def exit_code(process: subprocess.Popen[bytes]) -> int:
@@ -73,7 +73,8 @@ class TimeLimit:
         end(self._process)
 
 
-def _kill_session(process: subprocess.Popen[bytes]) -> None:
+def kill_session(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of the session of a process from :func:`start`: its child processes."""
     if hasattr(os, "killpg"):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import IO
 
 from iql_torchrl.evaluation.background_worker import Failure, bootstrap, send
-from iql_torchrl.evaluation.process_end import end, exit_code, start
+from iql_torchrl.evaluation.process_end import end, exit_code, kill_session, start
 from iql_torchrl.sweep.worker import Job, packed
 
 __all__ = ["perform_locally"]
@@ -116,6 +116,7 @@ class Crew:
             with contextlib.suppress(OSError):  # bytes that the process did not read
                 pipe.close()
         code = exit_code(process)
+        kill_session(process)  # simulators that its environments started
         with self._lock:
             self._processes.discard(process)
         return code

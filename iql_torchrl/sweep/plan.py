@@ -35,6 +35,8 @@ def named(configs: Mapping[str, IQLConfig] | Sequence[IQLConfig]) -> dict[str, I
     if not values:
         raise ValueError("configs is empty; a sweep has at least one run.")
     if isinstance(configs, Mapping):
+        if len({str(name) for name in configs}) < len(configs):
+            raise ValueError("configs has two names of the same text; each run needs its own name.")
         return {str(name): config for name, config in configs.items()}
     names: dict[str, IQLConfig] = {}
     different = [name for name in differing(values) if name != "seed"]

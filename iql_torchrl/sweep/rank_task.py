@@ -55,10 +55,11 @@ class RankTask:
             if self.finished:
                 return
             first, names = self.tasks[0].first, set(self._names())
-            _, rest = self.common.datasets(first)
+            rest = self.common.parts(first).held_out
+            assert rest is not None
             members, skipped = {}, {}
             for task in self.tasks:
-                own, _ = self.common.datasets(task.first)
+                own = self.common.parts(task.first).train
                 for name, agent in task.agents(own):
                     if name not in names:
                         continue

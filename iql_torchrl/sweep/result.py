@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from iql_torchrl.agent.build import Agent
 from iql_torchrl.config import IQLConfig, knobs
 from iql_torchrl.files import whole_file
 from iql_torchrl.selection import Ranking
 from iql_torchrl.sweep.picture import draw
 from iql_torchrl.sweep.plan import differing, settings_of
+from iql_torchrl.sweep.task import Task
 
 __all__ = ["SweepResult", "joined", "write_table"]
 
@@ -34,6 +36,7 @@ class SweepResult:
         log_score: name and mean score of the policy that made the log; None without scores.
         failures: a sentence for each run that failed, by name.
         notes: what was left out, and why.
+        tasks: the finished units of work, with the checkpoints of the runs.
         folder: has ``members.csv`` and ``sweep.png``.
     """
 
@@ -43,6 +46,20 @@ class SweepResult:
     failures: Mapping[str, str]
     notes: tuple[str, ...]
     folder: Path
+    tasks: tuple[Task, ...] = field(default=(), repr=False)
+
+    def agent(self, name: str, device: str | None = None) -> Agent:
+        """The trained agent of a run, from its checkpoint; ``ranking.recommended``, for example.
+
+        ``device``: by default the one that it was trained on.
+
+        Raises ``KeyError`` for a name that is no run, or that was not trained.
+        """
+        for task in self.tasks:
+            if name in task.configs:
+                return task.agent(name, device)
+        why = self.failures.get(name, "it is none of the runs")
+        raise KeyError(f"there is no agent {name!r}: {why}")
 
     def draw(self, *, title: str, words: str) -> None:
         """Write ``sweep.png`` of the runs that did not fail; nothing where there is no number."""

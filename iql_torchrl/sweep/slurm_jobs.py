@@ -1,4 +1,4 @@
-"""Engine ``slurm``: one Slurm job for each task, by submitit."""
+"""Engine ``slurm``: an array of Slurm jobs, one for each task, by submitit."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def perform_on_slurm(
             "sbatch works, or use engine='local'."
         ) from error
     executor.update_parameters(**{"cpus_per_task": threads, **parameters})
-    submitted = {job.name: executor.submit(Requeued(packed(job, threads))) for job in jobs}
+    with executor.batch():  # one array of jobs
+        submitted = {job.name: executor.submit(Requeued(packed(job, threads))) for job in jobs}
     try:
         while not all(each.done() for each in submitted.values()):
             watch()

@@ -13,14 +13,14 @@ from tqdm import tqdm
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import OfflineDataset, load_dataset
 from iql_torchrl.data.built_folder import is_built
-from iql_torchrl.sweep.identity import claim
+from iql_torchrl.sweep.identity import check_folder, claim
 from iql_torchrl.sweep.local_processes import perform_locally
 from iql_torchrl.sweep.plan import make_plan, named
 from iql_torchrl.sweep.rank_task import RankTask
 from iql_torchrl.sweep.ray_tasks import perform_on_ray
 from iql_torchrl.sweep.result import SweepResult, joined, write_table
 from iql_torchrl.sweep.slurm_jobs import perform_on_slurm
-from iql_torchrl.sweep.task import Common, Score, Task, first_line, read_json, write_json
+from iql_torchrl.sweep.task import Common, Parts, Score, Task, first_line, read_json, write_json
 from iql_torchrl.sweep.worker import Job
 
 __all__ = ["Sweep"]
@@ -59,6 +59,10 @@ class Sweep:
         log_score: name and score of the policy that made the log; None: the log's mean return.
         held_out: share of the episodes that no run learns from, in (0, 1): from them
             ``rank_members`` estimates the value of each run. None: no ranking.
+        reserved: share of the episodes that the sweep does not read at all, in (0, 1), taken before
+            ``held_out``. Where the results of one sweep decide which configs the next one has, its
+            estimates are too high for the best; an estimate from :meth:`parts`' ``reserved`` is
+            not. None: none.
         fit_updates: updates of ``fitted_q_evaluation``. discount: of the estimates; None: that of
             the first config.
         save_every: updates between two checkpoints of a task.
@@ -84,6 +88,7 @@ class Sweep:
         score_words: str = "mean return, 95 % interval",
         log_score: tuple[str, float] | None = None,
         held_out: float | None = None,
+        reserved: float | None = None,
         fit_updates: int = 10_000,
         discount: float | None = None,
         save_every: int = 5_000,
@@ -102,8 +107,9 @@ class Sweep:
         ).items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a whole number, at least 1.")
-        if held_out is not None and not 0 < held_out < 1:
-            raise ValueError(f"held_out is {held_out!r}; it must lie in (0, 1), or be None.")
+        for name, share in (("held_out", held_out), ("reserved", reserved)):
+            if share is not None and not 0 < share < 1:
+                raise ValueError(f"{name} is {share!r}; it must lie in (0, 1), or be None.")
         for each in source if isinstance(source, list | tuple) else [source]:
             if not isinstance(each, str | Path):
                 raise TypeError(
@@ -118,6 +124,7 @@ class Sweep:
             env=env,
             reward=reward,
             held_out=held_out,
+            reserved=reserved,
             score=score if callable(score) else None,
             episodes=episodes,
             evaluation_seed=evaluation_seed,
@@ -133,6 +140,7 @@ class Sweep:
         workers: int = 2,
         threads: int = 1,
         address: str | None = None,
+        ray: Mapping[str, Any] | None = None,
         slurm: Mapping[str, Any] | None = None,
         progress: bool | None = None,
     ) -> SweepResult:
@@ -144,8 +152,11 @@ class Sweep:
         Args:
             engine: ``"local"``: processes on this machine. ``"ray"``: tasks on the cluster at
                 ``address``, or on this machine. ``"slurm"``: one job for each task.
-            workers: how many tasks are performed at once; Slurm decides that by itself.
+            workers: how many tasks are performed at once; on a Ray cluster and by Slurm, as many as
+                there are free processors.
             threads: of torch in each worker. The bits of the results may depend on it.
+            address: of a Ray cluster, ``HOST:PORT`` or ``auto``; None: Ray is started here.
+            ray: options of a Ray task, such as ``{"num_gpus": 0.5}``.
             slurm: options of ``submitit.AutoExecutor.update_parameters``, and ``cluster``.
             progress: one bar for all tasks; None shows it on terminals only.
 
@@ -161,7 +172,9 @@ class Sweep:
                 raise ValueError(f"{name} is {value!r}; expected a whole number, at least 1.")
         perform: Perform = {
             "local": partial(perform_locally, workers=workers, threads=threads),
-            "ray": partial(perform_on_ray, workers=workers, threads=threads, address=address),
+            "ray": partial(
+                perform_on_ray, workers=workers, threads=threads, address=address, options=ray
+            ),
             "slurm": partial(
                 perform_on_slurm,
                 threads=threads,
@@ -169,7 +182,7 @@ class Sweep:
                 options=slurm or {},
             ),
         }[engine]
-        claim(self)
+        check_folder(self)
         plan = self._plan()
         tasks = self._tasks(plan)
         failed = self._perform(tasks, perform, progress, "training")
@@ -186,7 +199,12 @@ class Sweep:
                 notes += [f"{name} is not ranked: {why}" for name, why in skipped.items()]
         rows = {row["member"]: row | {"task": t.name} for t in done for row in t.rows()}
         failures |= {name: row["error"] for name, row in rows.items() if "error" in row}
-        return self._written(rows, ranking, failures, notes, plan["log_score"])
+        level = plan["log_score"]
+        return self._written(rows, ranking, failures, notes, level, done)
+
+    def parts(self) -> Parts:
+        """The episodes of each part, as the first config reads them; after :meth:`run`."""
+        return self.common.parts(next(iter(self.configs.values())))
 
     def _perform(
         self, jobs: Sequence[Job], perform: Perform, progress: bool | None, words: str
@@ -215,12 +233,15 @@ class Sweep:
         return failed
 
     def _plan(self) -> dict[str, Any]:
-        """Groups of names, notes and the log's score; read again unless a config cannot be built."""
+        """Groups of names, notes and the log's score.
+
+        Made again where a config could not be built, or no environment could be made.
+        """
         path = self.folder / "plan.json"
         saved: dict[str, Any] = read_json(path, {})
-        if saved:
+        if saved and not saved["notes"]:
             return saved
-        log = self._log()
+        log = self._log(self.common.data if saved else self.source)
         log.print_notes()
         plan = make_plan(self.configs, log, self.members_per_task)
         notes, scored = [], self._scored
@@ -239,16 +260,19 @@ class Sweep:
         }
         for name, sentence in plan.failed.items():
             print(f"{name} {sentence}", file=sys.stderr)
+        if plan.groups:  # a sweep of which nothing can be trained leaves the folder to others
+            claim(self)
         if not plan.failed:
             write_json(path, new)
         return new
 
-    def _log(self) -> OfflineDataset:
-        """The log with raw rewards, to which each task applies its own map."""
-        if is_built(self.source):
+    def _log(self, source: Any) -> OfflineDataset:
+        """The log of ``source``, which is built in ``common.data`` unless it is a built table."""
+        if is_built(source):
             reward = self.common.reward or next(iter(self.configs.values())).reward
-            return load_dataset(self.source, env=self.env, reward=reward, **self.load)
-        return load_dataset(self.source, env=self.env, memmap=self.common.data, **self.load)
+            options = self.load if source == self.source else self.common.opening
+            return load_dataset(source, env=self.env, reward=reward, **options)
+        return load_dataset(source, env=self.env, memmap=self.common.data, **self.load)
 
     def _tasks(self, plan: Mapping[str, Any]) -> list[Task]:
         place = {name: number for number, name in enumerate(self.configs)}
@@ -270,10 +294,13 @@ class Sweep:
         failures: Mapping[str, str],
         notes: Sequence[str],
         log_score: Sequence[Any] | None,
+        done: Sequence[Task],
     ) -> SweepResult:
         whole = joined(self.configs, rows, ranking, failures)
         write_table(self.folder / "members.csv", whole)
         level = None if log_score is None else (str(log_score[0]), float(log_score[1]))
-        result = SweepResult(whole, ranking, level, dict(failures), tuple(notes), self.folder)
+        result = SweepResult(
+            whole, ranking, level, dict(failures), tuple(notes), self.folder, tuple(done)
+        )
         result.draw(title=self.folder.name, words=self.score_words)
         return result

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,12 +22,24 @@ from iql_torchrl.files import whole_file
 from iql_torchrl.population.runs import IQLPopulation
 from iql_torchrl.trainers.trainer import OfflineTrainer
 
-__all__ = ["Common", "Score", "Task", "first_line", "read_json", "write_json"]
+__all__ = ["Common", "Parts", "Score", "Task", "first_line", "read_json", "write_json"]
 
 Row = dict[str, Any]
 Score = Callable[[Agent, OfflineDataset], Mapping[str, float]]
 POPULATION = f"population{SUFFIX}"
 EVENTS = 20  # how often progress is written between two checkpoints
+
+
+class Parts(NamedTuple):
+    """Which episodes are for what; None: no such part.
+
+    ``train``: runs learn from them. ``held_out``: the ranking reads them. ``reserved``: the sweep
+    does not read them.
+    """
+
+    train: OfflineDataset
+    held_out: OfflineDataset | None
+    reserved: OfflineDataset | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +54,7 @@ class Common:
     env: Any
     reward: Any
     held_out: float | None
+    reserved: float | None
     score: Score | None
     episodes: int
     evaluation_seed: int
@@ -49,13 +62,18 @@ class Common:
     discount: float | None
     save_every: int
 
-    def datasets(self, config: IQLConfig) -> tuple[OfflineDataset, OfflineDataset]:
-        """Episodes to learn from, and those that are held out: none without a ranking."""
+    def parts(self, config: IQLConfig) -> Parts:
+        """The episodes of the log, with the reward map of a config. Raises as ``split``."""
         with warnings.catch_warnings():  # the sweep has shown them once
             warnings.simplefilter("ignore", DatasetWarning)
             reward = config.reward if self.reward is None else self.reward
             log = load_dataset(self.data, env=self.env, reward=reward, **self.opening)
-        return (log, log) if self.held_out is None else log.split(1 - self.held_out, seed=0)
+        reserved = held_out = None
+        if self.reserved is not None:
+            log, reserved = log.split(1 - self.reserved, seed=1)
+        if self.held_out is not None:
+            log, held_out = log.split(1 - self.held_out, seed=0)
+        return Parts(log, held_out, reserved)
 
     def scores(self, agent: Agent, dataset: OfflineDataset) -> Row:
         """``score`` and its bounds; those of one number are the number."""
@@ -79,8 +97,9 @@ class Task:
     """Configs that are trained as one population, or one config that populations refuse.
 
     The folder has the newest checkpoint, ``losses.json``, ``progress.json`` (updates, while it
-    trains), ``scores.json`` (of the members evaluated so far) and, at the end, ``rows.json``. Every
-    file is replaced as a whole. ``scored``: whether the members are evaluated.
+    trains), ``scores.json`` (of the members evaluated so far) and, at the end, ``rows.json``, or
+    ``rows_without_scores.json``. Every file is replaced as a whole. ``scored``: whether the members
+    are evaluated.
     """
 
     folder: Path
@@ -91,7 +110,11 @@ class Task:
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "rows.json").exists()
+        return self._result.exists()
+
+    @property
+    def _result(self) -> Path:
+        return self.folder / ("rows.json" if self.scored else "rows_without_scores.json")
 
     @property
     def name(self) -> str:
@@ -115,7 +138,7 @@ class Task:
 
     def rows(self) -> list[Row]:
         """One row for each member: losses, scores, or ``error``. Needs ``finished``."""
-        rows: list[Row] = read_json(self.folder / "rows.json")
+        rows: list[Row] = read_json(self._result)
         return rows
 
     def perform(self) -> None:
@@ -124,11 +147,11 @@ class Task:
         with folder_lock(self.folder):
             if self.finished:
                 return
-            own, _ = self.common.datasets(self.first)
+            own = self.common.parts(self.first).train
             agents = self._trained(own) if self.stacked else [self._trained_alone(own)]
             losses = read_json(self.folder / "losses.json")
             rows = self._evaluated(agents, own, losses)
-            write_json(self.folder / "rows.json", rows)
+            write_json(self._result, rows)
 
     def _trained(self, dataset: OfflineDataset) -> list[Agent]:
         saved, every = self.folder / POPULATION, self.common.save_every
@@ -202,12 +225,19 @@ class Task:
         except Exception as error:
             return {"error": f"its evaluation failed: {first_line(error)}"}
 
-    def agents(self, dataset: OfflineDataset) -> Iterator[tuple[str, Agent]]:
+    def agent(self, name: str, device: str | None = None) -> Agent:
+        """The trained agent of that name, from the checkpoint."""
+        own = self.common.parts(self.first).train
+        return next(agent for other, agent in self.agents(own, device) if other == name)
+
+    def agents(
+        self, dataset: OfflineDataset, device: str | None = None
+    ) -> Iterator[tuple[str, Agent]]:
         """The trained agents by name, from the checkpoints. ``dataset``: what they learnt from."""
         if not self.stacked:
-            yield next(iter(self.configs)), Agent.load(self.folder / "run")
+            yield next(iter(self.configs)), Agent.load(self.folder / "run", device)
             return
-        population = IQLPopulation.load(self.folder / POPULATION, dataset)
+        population = IQLPopulation.load(self.folder / POPULATION, dataset, device=device)
         for number, name in enumerate(self.configs):
             yield name, population.member(number)
 

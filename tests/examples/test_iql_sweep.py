@@ -77,7 +77,7 @@ def test_a_grid_is_trained_scored_ranked_and_kept(sweep, capsys):
     assert (folder / "members.csv").read_bytes() == written
     other = [*TINY, "--temperature", "3", "--expectile", "0.7", "--no-ranking"]
     assert sweep["main"](other) == 2
-    assert "results has another sweep: configs differs; choose another" in capsys.readouterr().err
+    assert "results has another sweep: configs differs (" in capsys.readouterr().err
     assert sweep["main"]([*other, "--folder", "results-2"]) == 0
     assert [row["member"] for row in table("results-2")] == ["IQL #0", "IQL #1"]
     assert "value" not in table("results-2")[0]
@@ -127,6 +127,7 @@ def test_cloning_is_there_once(sweep):
         (["--temperature", "1", "-1"], "temperature is -1"),
         (["--expectile", "0.3"], "expectile is 0.3"),
         (["--seeds", "0"], "at least 1"),
+        (["--slurm", "partition"], "--slurm has 'partition'; expected NAME=VALUE"),
         (["--device", "nonsense"], "device is 'nonsense'"),
     ],
 )
@@ -135,6 +136,20 @@ def test_impossible_settings_end_before_any_data_is_read(sweep, capsys, argument
         sweep["main"](arguments)
     assert words in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_options_of_slurm_are_text_or_whole_numbers(sweep, monkeypatch):
+    given = {}
+
+    def run(self, engine, **options):
+        given.update(options, engine=engine)
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr("iql_torchrl.sweep.Sweep.run", run)
+    slurm = ["--slurm", "slurm_partition=gpu", "timeout_min=60"]
+    assert sweep["main"](["--dataset", "log.npz", "--engine", "slurm", *slurm]) == 2
+    assert given["slurm"] == {"slurm_partition": "gpu", "timeout_min": 60}
+    assert given["engine"] == "slurm"
 
 
 def test_mistakes_get_one_sentence(sweep, capsys):

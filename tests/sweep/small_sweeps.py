@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from small_agents import log
 from small_populations import BASE
 
 from iql_torchrl import IQLConfig
+from iql_torchrl.sweep import Sweep
 
 ROWS = 200
 
@@ -36,7 +39,7 @@ def grid(seeds: int = 2, **options) -> list[IQLConfig]:
 
 def first_weight(agent, dataset) -> dict[str, float]:
     """A score that any difference of the weights changes."""
-    return {"score": float(sum(p.double().abs().sum() for p in agent.actor.parameters()))}
+    return {"score": float(sum(p.detach().double().abs().sum() for p in agent.actor.parameters()))}
 
 
 def perform_here(jobs, watch, *, workers=1, threads=1):
@@ -51,6 +54,18 @@ def perform_here(jobs, watch, *, workers=1, threads=1):
     return {}
 
 
+def reference(configs, source, folder: Path, **options) -> bytes:
+    """The table of an uninterrupted run in this process."""
+    with patch("iql_torchrl.sweep.sweep.perform_locally", perform_here):
+        Sweep(configs, source, folder, **options).run()
+    return (folder / "members.csv").read_bytes()
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "members.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
 def updates_of(folder: Path) -> int:
     """Updates of a task that is being trained, 0 before its first event."""
     try:
@@ -60,22 +75,30 @@ def updates_of(folder: Path) -> int:
 
 
 class Killing(threading.Thread):
-    """Kills a process (``SIGKILL``) when the task in ``folder`` has made ``updates`` updates.
+    """Signals the process of the task in ``folder`` when it has made ``updates`` updates.
 
-    ``process()`` is asked for its number then. ``at``: the updates at that moment.
+    ``then(process)`` in place of the signal. ``at``: the updates at that moment.
     """
 
-    def __init__(self, folder: Path, updates: int, process, number=signal.SIGKILL) -> None:
+    def __init__(self, folder: Path, updates: int, number=signal.SIGKILL, then=None) -> None:
         super().__init__(daemon=True)
-        self.folder, self.updates, self.process, self.number = folder, updates, process, number
+        self.folder, self.updates = folder, updates
+        self.then = then or (lambda process: os.kill(process, number))
         self.at: int | None = None
 
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.join()
+
     def run(self) -> None:
-        limit = time.monotonic() + 120
+        limit = time.monotonic() + 600
         while updates_of(self.folder) < self.updates and time.monotonic() < limit:
             time.sleep(0.005)
         self.at = updates_of(self.folder)
-        os.kill(self.process(), self.number)
+        self.then(holder_of(self.folder))
 
 
 def holder_of(folder: Path) -> int:

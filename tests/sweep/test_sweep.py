@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from small_populations import BASE
-from small_sweeps import Killing, first_weight, grid, holder_of, perform_here, write_log
+from small_sweeps import first_weight, grid, perform_here, reference, table, write_log
 
 from iql_torchrl import IQLPopulation, OfflineTrainer, load_dataset
+from iql_torchrl.checkpoint import CheckpointError
+from iql_torchrl.data import OfflineDataset
 from iql_torchrl.sweep import Sweep, plan
-from iql_torchrl.sweep.local_processes import perform_locally
-
-UPDATES, EVERY = 400, 50
+from iql_torchrl.sweep.task import Common
+from iql_torchrl.trainers.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -26,53 +27,6 @@ def source(tmp_path):
 @pytest.fixture
 def here(monkeypatch):
     monkeypatch.setattr("iql_torchrl.sweep.sweep.perform_locally", perform_here)
-
-
-def table(folder) -> list[dict[str, str]]:
-    with (folder / "members.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def reference(monkeypatch, configs, source, folder, **options):
-    """The table of an uninterrupted run in this process."""
-    with monkeypatch.context() as patch:
-        patch.setattr("iql_torchrl.sweep.sweep.perform_locally", perform_here)
-        Sweep(configs, source, folder, **options).run()
-    return (folder / "members.csv").read_bytes()
-
-
-def test_after_a_killed_worker_the_table_is_that_of_an_uninterrupted_run(
-    source, tmp_path, monkeypatch, capsys
-):
-    configs = [*grid(updates=UPDATES), replace(BASE, updates=UPDATES, policy="categorical")]
-    options = {"members_per_task": 2, "score": first_weight, "save_every": EVERY}
-    expected = reference(monkeypatch, configs, source, tmp_path / "reference", **options)
-
-    folder = tmp_path / "sweep"
-    task = folder / "tasks" / "from-00000"
-    killing = Killing(task, 120, lambda: holder_of(task))
-    killing.start()
-    result = Sweep(configs, source, folder, **options).run(workers=2)
-    killing.join()
-    assert killing.at is not None
-    assert 120 <= killing.at < UPDATES, "the worker was killed in the middle"
-    assert (folder / "members.csv").read_bytes() == expected
-
-    (failed,) = result.failures
-    assert "categorical" in failed
-    assert "cannot be built: policy is 'categorical'" in result.failures[failed]
-    rows = {row["member"]: row for row in table(folder)}
-    assert [bool(row["score"]) for row in rows.values()] == [True] * 4 + [False]
-    assert rows[failed]["error"] == result.failures[failed]
-    assert failed in capsys.readouterr().err
-    # the table is that of populations which are trained without a sweep
-    own = load_dataset(source, reward=configs[0].reward)
-    population = IQLPopulation(configs[2:4], own)
-    for _ in population.train():
-        pass
-    for number, row in enumerate(list(rows.values())[2:4]):
-        score = first_weight(population.member(number), own)["score"]
-        assert float(row["score"]) == pytest.approx(score, rel=1e-6)
 
 
 def test_a_second_run_only_reads(source, tmp_path, here, monkeypatch):
@@ -99,15 +53,21 @@ class Stop(BaseException):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"policy": "flow"}, {"history": 2}], ids=["gaussian", "flow", "history"]
+    "options",
+    [
+        pytest.param({}, id="gaussian"),
+        pytest.param({"policy": "flow"}, id="flow", marks=pytest.mark.slow),
+        pytest.param({"history": 2}, id="history"),
+    ],
 )
 def test_interrupted_at_every_checkpoint_the_scores_have_the_same_bits(
     source, tmp_path, monkeypatch, options
 ):
     """A flow policy draws noise from torch's generator; a history is trained by OfflineTrainer."""
+    monkeypatch.setattr(RunFolder, "draw", lambda *_, **__: None)  # pictures take seconds
     configs = grid(seeds=1, updates=30, **options)
     given = {"score": first_weight, "save_every": 10}
-    expected = reference(monkeypatch, configs, source, tmp_path / "reference", **given)
+    expected = reference(configs, source, tmp_path / "reference", **given)
     stops = []
 
     def interrupted(save):
@@ -203,95 +163,69 @@ def test_a_built_table_is_read_where_it_is(source, tmp_path, here):
     assert (tmp_path / "b" / "data").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"members_per_task": 0}, "members_per_task is 0"),
-        ({"held_out": 1.0}, r"held_out is 1.0; it must lie in \(0, 1\)"),
-        ({"score": "reward"}, "score is 'reward'"),
-        ({"source": {"observation": []}}, "source is a dict; a sweep reads a name or a path"),
-        ({"configs": []}, "configs is empty"),
-        ({"configs": BASE}, "configs is IQLConfig"),
-        ({"configs": [BASE, 3]}, r"configs\[1\] is int"),
-    ],
-)
-def test_bad_arguments_get_one_sentence(tmp_path, options, words):
-    given = {"configs": [BASE], "source": "log.npz", "folder": tmp_path / "sweep"} | options
-    with pytest.raises((ValueError, TypeError), match=words):
-        Sweep(**given)
+def test_the_agent_of_a_run_is_read_from_its_checkpoint(source, tmp_path, here):
+    configs = [*grid(updates=10), replace(BASE, updates=10, history=2)]
+    configs += [replace(BASE, updates=10, policy="categorical")]
+    options = {"members_per_task": 3, "score": first_weight, "held_out": 0.4, "fit_updates": 5}
+    result = Sweep(configs, source, tmp_path / "sweep", **options).run()
+    *trained, failed = result.rows
+    for name in trained:
+        agent = result.agent(name)
+        config = result.rows[name]
+        assert (agent.config.expectile, agent.config.seed) == (config["expectile"], config["seed"])
+        assert first_weight(agent, None)["score"] == config["score"]
+    assert str(result.agent(trained[0], "cpu").config.device) == "cpu"
+    with pytest.raises(KeyError, match=r"no agent 'expectile 0\.7.*cannot be built"):
+        result.agent(failed)
+    with pytest.raises(KeyError, match="no agent 'x': it is none of the runs"):
+        result.agent("x")
 
 
-def test_other_folders_and_engines_are_refused(source, tmp_path, here):
-    Sweep(grid(updates=1), source, tmp_path / "sweep", score=None).run()
-    with pytest.raises(
-        ValueError, match=r"another sweep: save_every differs \(it was 5000, now 7\)"
-    ):
-        Sweep(grid(updates=1), source, tmp_path / "sweep", score=None, save_every=7).run()
-    with pytest.raises(ValueError, match="another sweep: configs differs"):
-        Sweep(grid(updates=2), source, tmp_path / "sweep", score=None).run()
-    with pytest.raises(ValueError, match="engine is 'dask'; choose one of local, ray, slurm"):
-        Sweep(grid(), source, tmp_path / "other").run("dask")
-    with pytest.raises(ValueError, match="workers is 0"):
-        Sweep(grid(), source, tmp_path / "other").run(workers=0)
-    assert not (tmp_path / "other").exists()
-    (tmp_path / "sweep" / "sweep.json").write_text("{")
-    with pytest.raises(ValueError, match=r"sweep\.json is not JSON"):
-        Sweep(grid(updates=1), source, tmp_path / "sweep", score=None).run()
+def test_runs_are_evaluated_when_the_environment_can_be_made(source, tmp_path, here, monkeypatch):
+    """The first call finds no environment; the next evaluates what that has trained."""
+    made = []
+
+    def environment(dataset):
+        if not made:
+            raise ModuleNotFoundError("No module named 'simulator'")
+        return SimpleNamespace(close=lambda: None)
+
+    def scores(self, agent, dataset):
+        return {"score": 1.0, "score_low": 0.5, "score_high": 1.5}
+
+    monkeypatch.setattr(OfflineDataset, "make_env", environment)
+    monkeypatch.setattr(Common, "scores", scores)
+    sweep = Sweep(grid(updates=5), source, tmp_path / "sweep")
+    first = sweep.run()
+    assert first.notes == ("There are no scores: No module named 'simulator'",)
+    assert not any("score" in row for row in first.rows.values())
+    assert first.log_score is None
+    made.append(1)
+    source.unlink()
+    monkeypatch.setattr(IQLPopulation, "train", None)  # nothing is trained again
+    second = sweep.run()
+    assert second.notes == ()
+    assert [row["score"] for row in second.rows.values()] == [1.0] * 4
+    assert [row["loss_actor"] for row in second.rows.values()] == [
+        row["loss_actor"] for row in first.rows.values()
+    ]
 
 
-class Deadly:
-    """A job that kills its process."""
+def test_parts_are_disjoint_and_complete(source, tmp_path, here):
+    """Episodes have different first observations; the sweep trains on its own part only."""
+    options = {"score": None, "held_out": 0.5, "reserved": 0.4, "fit_updates": 5}
+    sweep = Sweep(grid(updates=2), source, tmp_path / "sweep", **options)
+    result = sweep.run()
 
-    name, finished, total, done = "deadly", False, 1, 0
+    def starts(log):
+        first = np.cumsum([0, *log.episode_lengths[:-1]])
+        return {tuple(row.tolist()) for row in log.transitions["observation"][first]}
 
-    def perform(self):
-        import os
-        import signal
-
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-class Raising(Deadly):
-    name = "raising"
-
-    def perform(self):
-        raise ValueError("first line\nsecond line")
-
-
-class Writing(Deadly):
-    name = "writing"
-
-    def __init__(self, path):
-        self.path = path
-
-    def perform(self):
-        self.path.write_text(json.dumps(torch.get_num_threads()))
-
-
-@pytest.mark.slow
-def test_a_job_that_always_kills_its_process_is_given_up_and_the_others_finish(tmp_path):
-    jobs = [Deadly(), Raising(), Writing(tmp_path / "done")]
-    failures = perform_locally(jobs, lambda: None, workers=2, threads=1)
-    assert failures["raising"] == "ValueError: first line"
-    assert failures["deadly"].startswith("its process ended 3 times (SIGKILL)")
-    assert len(failures) == 2
-    assert (tmp_path / "done").read_text() == "1"
-
-
-@pytest.mark.slow
-def test_200_members_over_two_workers_one_of_which_is_killed(source, tmp_path, monkeypatch):
-    configs = grid(seeds=100, updates=60)
-    options = {"score": first_weight, "save_every": 20, "held_out": 0.4, "fit_updates": 20}
-    expected = reference(monkeypatch, configs, source, tmp_path / "reference", **options)
-    folder = tmp_path / "sweep"
-    task = folder / "tasks" / "from-00080"
-    killing = Killing(task, 25, lambda: holder_of(task))
-    killing.start()
-    result = Sweep(configs, source, folder, **options).run(workers=2)
-    killing.join()
-    assert killing.at is not None
-    assert 25 <= killing.at < 60
-    assert not result.failures
-    assert len(table(folder)) == 200
-    assert len(list((folder / "tasks").iterdir())) == 25
-    assert (folder / "members.csv").read_bytes() == expected
+    train, held_out, reserved = (starts(part) for part in sweep.parts())
+    assert [len(part) for part in (train, held_out, reserved)] == [6, 6, 8]
+    assert train | held_out | reserved == starts(load_dataset(source))
+    assert result.ranking.episodes == 3, "half of those that are held out"
+    (path,) = (tmp_path / "sweep").rglob("population.torchrl")
+    IQLPopulation.load(path, sweep.parts().train)
+    with pytest.raises(CheckpointError):
+        IQLPopulation.load(path, load_dataset(source))

@@ -1,0 +1,215 @@
+"""Engine ``local``: workers that are killed, jobs that fail, and one display of progress."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from small_populations import BASE
+from small_sweeps import Killing, first_weight, grid, reference, table, write_log
+
+from iql_torchrl import IQLPopulation, load_dataset
+from iql_torchrl.evaluation.background_worker import Failure, bootstrap
+from iql_torchrl.sweep import Sweep, local_processes
+from iql_torchrl.sweep.local_processes import perform_locally
+
+UPDATES, EVERY = 400, 50
+
+
+class Job:
+    name, finished, total, done = "job", False, 1, 0
+
+    def __init__(self, path=None):
+        self.path = path
+
+
+class Deadly(Job):
+    """Kills its process."""
+
+    name = "deadly"
+
+    def perform(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DeadlyOnce(Job):
+    """Kills its process, but not where it has been before; writes who performed it."""
+
+    name = "deadly once"
+
+    def perform(self):
+        with self.path.open("a") as file:
+            file.write(f"{os.getpid()} {torch.get_num_threads()}\n")
+        if len(self.path.read_text().splitlines()) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Raising(Job):
+    name = "raising"
+
+    def perform(self):
+        raise ValueError("first line\nsecond line")
+
+
+class Writing(Job):
+    name = "writing"
+
+    def perform(self):
+        self.path.write_text(json.dumps(torch.get_num_threads()))
+
+
+@pytest.mark.slow
+def test_a_job_whose_process_dies_is_performed_by_another(tmp_path):
+    jobs, watched = [DeadlyOnce(tmp_path / "pids"), Raising()], []
+    failures = perform_locally(jobs, lambda: watched.append(1), workers=1, threads=1)
+    assert failures == {"raising": "ValueError: first line"}
+    lines = [line.split() for line in (tmp_path / "pids").read_text().splitlines()]
+    assert len({process for process, _ in lines} - {str(os.getpid())}) == len(lines) == 2
+    assert [threads for _, threads in lines] == ["1", "1"]
+    assert watched
+
+
+def test_processes_that_die_are_replaced_twice_and_failures_are_named(tmp_path, monkeypatch):
+    """Real processes and signals; ``light_worker`` starts faster than torch."""
+    none = pickle.dumps(None)
+    failure = pickle.dumps(Failure.of(ValueError("first line\nsecond line")))
+    orders = {"fine": (0, none), "twice": (2, none), "always": (9, none), "raising": (0, failure)}
+    monkeypatch.setattr(local_processes, "PROGRAM", bootstrap("light_worker"))
+    monkeypatch.setattr(
+        local_processes,
+        "packed",
+        lambda job, threads: pickle.dumps((str(tmp_path / job.name), *orders[job.name])),
+    )
+    jobs = [SimpleNamespace(name=name) for name in orders]
+    failures = perform_locally(jobs, lambda: None, workers=2, threads=1)
+    assert sorted(failures) == ["always", "raising"]
+    assert failures["raising"] == "ValueError: first line"
+    assert failures["always"].startswith("its process ended 3 times (SIGKILL); SIGKILL mostly")
+    performed = {name: (tmp_path / name).read_text().split() for name in orders}
+    assert [len(set(processes)) for processes in performed.values()] == [1, 3, 3, 1]
+    for name in ("twice", "always"):
+        child = int((tmp_path / f"{name}.child").read_text())
+        assert ends(child), "what the process started is ended too"
+
+
+def ends(process: int) -> bool:
+    """Within 20 of the 60 seconds that it sleeps. A process that nobody waited for has no text."""
+    limit = time.monotonic() + 20
+    while time.monotonic() < limit:
+        try:
+            if not Path(f"/proc/{process}/cmdline").read_text():
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.01)
+    return False
+
+
+@pytest.mark.slow
+def test_a_job_that_always_kills_its_process_is_given_up_and_the_others_finish(tmp_path):
+    jobs = [Deadly(), Raising(), Writing(tmp_path / "done")]
+    failures = perform_locally(jobs, lambda: None, workers=2, threads=1)
+    assert failures["raising"] == "ValueError: first line"
+    assert failures["deadly"].startswith("its process ended 3 times (SIGKILL)")
+    assert len(failures) == 2
+    assert (tmp_path / "done").read_text() == "1"
+
+
+def test_what_cannot_be_sent_is_refused_before_a_process_starts(tmp_path):
+    with (tmp_path / "open").open("w") as file, pytest.raises(TypeError, match="env or score"):
+        perform_locally([Writing(file)], lambda: None, workers=1, threads=1)
+
+
+@pytest.mark.slow
+def test_after_a_killed_worker_the_table_is_that_of_an_uninterrupted_run(
+    tmp_path, monkeypatch, capsys
+):
+    source = write_log(tmp_path)
+    configs = [*grid(updates=UPDATES), replace(BASE, updates=UPDATES, policy="categorical")]
+    options = {"members_per_task": 2, "score": first_weight, "save_every": EVERY}
+    expected = reference(configs, source, tmp_path / "reference", **options)
+
+    folder = tmp_path / "sweep"
+    capsys.readouterr()
+    with Killing(folder / "tasks" / "from-00000", 120) as killing:
+        result = Sweep(configs, source, folder, **options).run(workers=2, progress=True)
+    assert killing.at is not None
+    assert 120 <= killing.at < UPDATES, "the worker was killed in the middle"
+    assert (folder / "members.csv").read_bytes() == expected
+
+    (failed,) = result.failures
+    assert "categorical" in failed
+    assert "cannot be built: policy is 'categorical'" in result.failures[failed]
+    rows = {row["member"]: row for row in table(folder)}
+    assert [bool(row["score"]) for row in rows.values()] == [True] * 4 + [False]
+    assert rows[failed]["error"] == result.failures[failed]
+    shown = capsys.readouterr().err
+    assert failed in shown
+    bars = [line for line in io.StringIO(shown) if "training:" in line]
+    assert bars, "one bar, over the updates of all members of all tasks"
+    assert "1.60k/1.60k" in bars[-1]
+    assert "2 of 2 tasks" in bars[-1]
+    # the table is that of populations which are trained without a sweep
+    own = load_dataset(source, reward=configs[0].reward)
+    population = IQLPopulation(configs[2:4], own)
+    for _ in population.train():
+        pass
+    for number, row in enumerate(list(rows.values())[2:4]):
+        score = first_weight(population.member(number), own)["score"]
+        assert float(row["score"]) == pytest.approx(score, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_leaves_no_process_and_is_continued(tmp_path):
+    source, folder = write_log(tmp_path), tmp_path / "sweep"
+    options = {"members_per_task": 2, "score": first_weight, "save_every": EVERY}
+    expected = reference(grid(updates=UPDATES), source, tmp_path / "reference", **options)
+    program = f"""
+import sys
+sys.path[:] = {sys.path!r}
+from small_sweeps import first_weight, grid
+from iql_torchrl.sweep import Sweep
+options = {{"members_per_task": 2, "score": first_weight, "save_every": {EVERY}}}
+Sweep(grid(updates={UPDATES}), {str(source)!r}, {str(folder)!r}, **options).run(workers=2)
+"""
+    workers = []
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+
+        def kill(worker: int) -> None:
+            workers.append(worker)
+            process.kill()
+
+        with Killing(folder / "tasks" / "from-00000", 120, then=kill):
+            assert process.wait() == -signal.SIGKILL
+    assert ends(workers[0])
+    assert not (folder / "members.csv").exists()
+    result = Sweep(grid(updates=UPDATES), source, folder, **options).run(workers=1)
+    assert not result.failures
+    assert (folder / "members.csv").read_bytes() == expected
+
+
+@pytest.mark.slow
+def test_200_members_over_two_workers_one_of_which_is_killed(tmp_path):
+    source, configs = write_log(tmp_path), grid(seeds=100, updates=60)
+    options = {"score": first_weight, "save_every": 20, "held_out": 0.4, "fit_updates": 20}
+    expected = reference(configs, source, tmp_path / "reference", **options)
+    folder = tmp_path / "sweep"
+    with Killing(folder / "tasks" / "from-00080", 25) as killing:
+        result = Sweep(configs, source, folder, **options).run(workers=2)
+    assert killing.at is not None
+    assert 25 <= killing.at < 60
+    assert not result.failures
+    assert len(table(folder)) == 200
+    assert len(list((folder / "tasks").iterdir())) == 25
+    assert (folder / "members.csv").read_bytes() == expected

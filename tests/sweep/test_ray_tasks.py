@@ -1,0 +1,146 @@
+"""Engine ``ray``: workers and nodes that end during a run, and failures of single runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small_populations import BASE
+from small_sweeps import Killing, first_weight, grid, reference, table, updates_of, write_log
+
+from iql_torchrl.sweep import Sweep
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),  # Ray's own, which differ between its versions
+]
+UPDATES, EVERY = 400, 50
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture
+def nodes(ray):
+    """A cluster of two nodes with one processor each, and a head without processors."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def parent_of(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def removal(cluster):
+    """What removes the node whose worker is given."""
+
+    def remove(worker: int) -> None:
+        (node,) = (
+            node
+            for node in cluster.worker_nodes
+            for each in node.all_processes["raylet"]
+            if each.process.pid == parent_of(worker)
+        )
+        cluster.remove_node(node, allow_graceful=False)
+
+    return remove
+
+
+def test_a_killed_worker_and_a_run_that_fails(ray, tmp_path):
+    source = write_log(tmp_path)
+    configs = [*grid(updates=UPDATES), replace(BASE, updates=UPDATES, policy="categorical")]
+    options = {"members_per_task": 2, "score": first_weight, "save_every": EVERY}
+    expected = reference(configs, source, tmp_path / "reference", **options)
+    folder = tmp_path / "sweep"
+    ray.init(num_cpus=2, include_dashboard=False)
+    with Killing(folder / "tasks" / "from-00000", 120) as killing:
+        result = Sweep(configs, source, folder, **options).run("ray")
+    assert killing.at is not None
+    assert 120 <= killing.at < UPDATES, "the worker was killed in the middle"
+    assert ray.is_initialized(), "the connection of the caller stays"
+    assert (folder / "members.csv").read_bytes() == expected
+    assert list(result.failures) == [list(result.rows)[-1]]
+
+
+def test_a_removed_node(ray, nodes, tmp_path):
+    source, configs = write_log(tmp_path), grid(updates=UPDATES)
+    options = {"members_per_task": 2, "score": first_weight, "save_every": EVERY}
+    expected = reference(configs, source, tmp_path / "reference", **options)
+    folder = tmp_path / "sweep"
+    with Killing(folder / "tasks" / "from-00002", 120, then=removal(nodes)) as killing:
+        result = Sweep(configs, source, folder, **options).run("ray", address=nodes.address)
+    assert killing.at is not None
+    assert 120 <= killing.at < UPDATES, "the node was removed in the middle"
+    assert len(nodes.worker_nodes) == 1
+    assert not ray.is_initialized(), "what the sweep has connected, it disconnects"
+    assert not result.failures
+    assert (folder / "members.csv").read_bytes() == expected
+
+
+def test_200_members_over_two_nodes_with_a_killed_worker_and_a_removed_node(ray, nodes, tmp_path):
+    source, configs = write_log(tmp_path), grid(seeds=100, updates=60)
+    options = {"score": first_weight, "save_every": 20, "held_out": 0.4, "fit_updates": 20}
+    expected = reference(configs, source, tmp_path / "reference", **options)
+    folder = tmp_path / "sweep"
+    with (
+        Killing(folder / "tasks" / "from-00040", 25) as killing,
+        Killing(folder / "tasks" / "from-00120", 25, then=removal(nodes)) as removing,
+    ):
+        result = Sweep(configs, source, folder, **options).run("ray", address=nodes.address)
+    for each in (killing, removing):
+        assert each.at is not None
+        assert 25 <= each.at < 60
+    assert len(nodes.worker_nodes) == 1
+    assert not result.failures
+    assert len(table(folder)) == 200
+    assert (folder / "members.csv").read_bytes() == expected
+
+
+def test_an_interrupted_sweep_cancels_its_tasks(ray, tmp_path, monkeypatch):
+    source, folder = write_log(tmp_path), tmp_path / "sweep"
+    ray.init(num_cpus=1, include_dashboard=False)
+    task = folder / "tasks" / "from-00000"
+
+    def interrupted(self, *args, **kwargs):
+        if updates_of(task) > 100:
+            raise KeyboardInterrupt
+
+    sweep = Sweep(grid(updates=100_000), source, folder, score=None)
+    monkeypatch.setattr("iql_torchrl.sweep.sweep.tqdm.set_postfix_str", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sweep.run("ray", progress=True)
+    time.sleep(5)
+    at = updates_of(task)
+    time.sleep(2)
+    assert updates_of(task) == at < 100_000
+
+
+def test_options_of_tasks_reach_ray(ray, tmp_path):
+    """Two tasks of one whole (logical) GPU each are not performed at once on a node with one."""
+    source, folder = write_log(tmp_path), tmp_path / "sweep"
+    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False)
+
+    def gpu(agent, dataset):
+        return {"score": float(os.environ["CUDA_VISIBLE_DEVICES"])}
+
+    configs = grid(seeds=1, updates=5, device="cpu")
+    options = {"members_per_task": 1, "score": gpu}
+    result = Sweep(configs, source, folder, **options).run("ray", ray={"num_gpus": 1})
+    assert [row["score"] for row in result.rows.values()] == [0.0, 0.0]
+    with pytest.raises(ValueError, match="num_wheels"):
+        Sweep(configs, source, tmp_path / "b", **options).run("ray", ray={"num_wheels": 1})
