@@ -22,7 +22,7 @@ from iql_torchrl.agent.make_update import make_loss, make_optimizer, make_step
 from iql_torchrl.agent.task import Task
 from iql_torchrl.checkpoint import CheckpointError, component_names, newest, read_components
 from iql_torchrl.config import IQLConfig, check_usable
-from iql_torchrl.data import OfflineDataset
+from iql_torchrl.data import DatasetSummary
 from iql_torchrl.evaluation.act import act, private_random_numbers
 from iql_torchrl.networks import with_history
 from iql_torchrl.objectives import ImplicitQLoss, LossCritics
@@ -163,7 +163,7 @@ class Agent:
 
 
 def make_agent(
-    config: IQLConfig, dataset: OfflineDataset, *, encoders: Encoders | None = None
+    config: IQLConfig, dataset: DatasetSummary, *, encoders: Encoders | None = None
 ) -> Agent:
     """Networks, loss, optimizer and step for ``dataset``'s observations and actions.
 
@@ -196,7 +196,7 @@ def make_agent(
             f"config is {type(config).__name__}; expected an IQLConfig, such as IQLConfig(seed=1) or "
             "PRESETS['quick']."
         )
-    if not isinstance(dataset, OfflineDataset):
+    if not isinstance(dataset, DatasetSummary):
         raise TypeError(
             f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns."
         )

@@ -14,7 +14,7 @@ import torch
 from iql_torchrl.agent.export_note import versions
 from iql_torchrl.agent.model_card import check_dataset, model_card, scores_of
 from iql_torchrl.agent.shared_folder import FILES, checked_agent, write_folder
-from iql_torchrl.data import OfflineDataset
+from iql_torchrl.data import DatasetSummary
 from iql_torchrl.descriptions import one_line
 from iql_torchrl.evaluation.result import Evaluation
 
@@ -45,7 +45,7 @@ def push_to_hub(
     repo: str,
     *,
     evaluation: Evaluation | Mapping[str, float] | None = None,
-    dataset: OfflineDataset | None = None,
+    dataset: DatasetSummary | None = None,
     folder: str | Path | None = None,
     private: bool = True,
     revision: str | None = None,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from iql_torchrl.agent.task import Task, counted_from_zero
 from iql_torchrl.config import IQLConfig
-from iql_torchrl.data import OfflineDataset
+from iql_torchrl.data import DatasetSummary
 from iql_torchrl.data.encodings import is_image, is_vector, usual_encoder
 from iql_torchrl.data.schema import Key, dotted, field_of_space, leaf_spaces
 from iql_torchrl.data.stacked import stacked_space, stacked_statistics
@@ -104,13 +104,13 @@ def _sequence(config: IQLConfig, each: nn.Module, features: int) -> nn.Module:
     )
 
 
-def check_images(dataset: OfflineDataset, encoders: Encoders) -> None:
+def check_images(dataset: DatasetSummary, encoders: Encoders) -> None:
     """Raise ``ValueError`` on float images outside [0, 1]."""
     for key, space in leaf_spaces(dataset.observation_space).items():
         if leaf_name(key) in encoders or not is_image(space) or space.dtype == np.uint8:
             continue
         for side in (key, ("next", *key)):
-            low, high = (float(x) for x in dataset.transitions[side].aminmax())
+            low, high = dataset.range_of(side)
             if low < 0 or high > 1:
                 raise ValueError(
                     f"{dotted(side)} are images of floats between {low:g} and {high:g}; expected "

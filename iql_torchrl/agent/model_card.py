@@ -11,8 +11,8 @@ import numpy as np
 
 from iql_torchrl.agent.export_note import versions
 from iql_torchrl.agent.task import Task
-from iql_torchrl.data import OfflineDataset
-from iql_torchrl.data.episode_digests import digest_of_sketch, episode_digests, sketch_of
+from iql_torchrl.data import DatasetSummary
+from iql_torchrl.data.episode_digests import digest_of_sketch
 from iql_torchrl.data.schema import leaf_spaces
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.evaluation.result import Evaluation
@@ -29,7 +29,7 @@ def model_card(
     agent: Agent,
     repo: str,
     scores: Mapping[str, float] | None,
-    dataset: OfflineDataset | None,
+    dataset: DatasetSummary | None,
     license: str | None,
     tags: Sequence[str],
 ) -> str:
@@ -82,14 +82,13 @@ def scores_of(evaluation: Evaluation | Mapping[str, float] | None) -> dict[str, 
     return {str(name): float(value) for name, value in evaluation.items()}
 
 
-def check_dataset(dataset: OfflineDataset, task: Task) -> None:
+def check_dataset(dataset: DatasetSummary, task: Task) -> None:
     """Raise ``ValueError`` where ``task`` is known to be of other episodes than ``dataset``."""
-    if not isinstance(dataset, OfflineDataset):
+    if not isinstance(dataset, DatasetSummary):
         raise TypeError(
             f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns."
         )
-    sketch = sketch_of(episode_digests(dataset))
-    if task.episodes is not None and not np.array_equal(sketch, task.episodes):
+    if task.episodes is not None and not np.array_equal(dataset.sketch(), task.episodes):
         raise ValueError(
             f"dataset is {dataset.name!r}, whose episodes are not those that the agent was made for "
             f"({task.name!r}); pass the dataset that make_agent was given."
@@ -125,7 +124,7 @@ def _task_rows(task: Task) -> dict[str, str]:
     return rows
 
 
-def _data_rows(task: Task, dataset: OfflineDataset | None) -> dict[str, str]:
+def _data_rows(task: Task, dataset: DatasetSummary | None) -> dict[str, str]:
     rows = {"name": task.name}
     if task.episodes is not None:
         rows["digest of its episodes"] = digest_of_sketch(task.episodes)

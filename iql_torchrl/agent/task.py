@@ -13,8 +13,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from torchrl.data import Composite, TensorSpec
 
-from iql_torchrl.data import ObservationStatistics, OfflineDataset
-from iql_torchrl.data.episode_digests import episode_digests, sketch_of
+from iql_torchrl.data import DatasetSummary, ObservationStatistics
 from iql_torchrl.data.schema import ACTION, Key, leaf_spaces, spec_of_space
 
 __all__ = ["Task", "counted_from_zero", "space_from_state", "space_state"]
@@ -48,17 +47,17 @@ class Task:
     episodes: NDArray[np.int64] | None = None
 
     @classmethod
-    def of(cls, dataset: OfflineDataset) -> Task:
+    def of(cls, dataset: DatasetSummary) -> Task:
         """The task that ``dataset`` is a log of."""
         return cls(
             dataset.observation_space,
             dataset.action_space,
             dict(dataset.statistics),
-            "action_mask" in dataset.transitions,
+            dataset.masked,
             dataset.dtype,
             dataset.name,
             dataset.reference_scores,
-            sketch_of(episode_digests(dataset)),
+            dataset.sketch(),
         )
 
     @property

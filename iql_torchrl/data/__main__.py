@@ -17,6 +17,7 @@ from iql_torchrl.data.builtin.catalogue import (
     ensure_dataset,
     make_dataset,
 )
+from iql_torchrl.data.shards.index import is_sharded, verify_shards
 
 if TYPE_CHECKING:
     from iql_torchrl.data import OfflineDataset
@@ -37,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "build":
             _build(options)
         elif options.command == "verify":
-            size = verify_built(options.folder)
+            verify = verify_shards if is_sharded(options.folder) else verify_built
+            size = verify(options.folder)
             print(f"{options.folder}: {size:,} bytes have the content that was built.")
         else:
             _describe(options)
@@ -70,24 +72,32 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--env", help="environment id, for files that name none")
     build.add_argument("--limit", type=int, help="at most this many transitions")
     build.add_argument("--concatenate", nargs="+", help="leaves of a Dict observation to join")
-    verify = commands.add_parser("verify", help="compare a built table with its checksums")
-    verify.add_argument("folder", metavar="FOLDER", type=Path, help="of the table")
+    build.add_argument(
+        "--shards", type=int, help="write so many tables of whole episodes, for load_shards(FOLDER)"
+    )
+    verify = commands.add_parser("verify", help="compare a built table or shards with checksums")
+    verify.add_argument("folder", metavar="FOLDER", type=Path, help="of the table or the shards")
     return parser
 
 
 def _build(options: argparse.Namespace) -> None:
-    from iql_torchrl.data import load_dataset
+    from iql_torchrl.data import build_shards, load_dataset
 
-    name = options.source
-    dataset = load_dataset(
-        ensure_dataset(name) if name in BUILTIN else name,
-        env=options.env,
-        limit=options.limit,
-        concatenate=options.concatenate,
-        memmap=options.folder,
+    name = ensure_dataset(options.source) if options.source in BUILTIN else options.source
+    read: dict[str, Any] = {
+        "env": options.env, "limit": options.limit, "concatenate": options.concatenate,
+    }  # fmt: skip
+    if options.shards is None:
+        dataset = load_dataset(name, memmap=options.folder, **read)
+        dataset.print_notes()
+        print(f"{options.folder}: {len(dataset):,} transitions; open it with load_dataset(FOLDER).")
+        return
+    log = build_shards(name, options.folder, options.shards, **read)
+    log.print_notes()
+    print(
+        f"{options.folder}: {len(log):,} transitions in {len(log.shards)} shards; open it with "
+        "load_shards(FOLDER)."
     )
-    dataset.print_notes()
-    print(f"{options.folder}: {len(dataset):,} transitions; open it with load_dataset(FOLDER).")
 
 
 def _list() -> None:

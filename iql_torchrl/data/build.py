@@ -34,9 +34,9 @@ from iql_torchrl.data.schema import (
     leaf_spaces,
     transition_layout,
 )
-from iql_torchrl.data.table_storage import DiskTable, MemoryTable, row_bytes
+from iql_torchrl.data.table_storage import DiskTable, MemoryTable, TableFiller, row_bytes
 
-__all__ = ["Built", "build", "table_bytes"]
+__all__ = ["Built", "Measured", "build", "fill", "layout_of", "table_bytes"]
 
 TABLE = "transitions"
 _NUMPY = {
@@ -45,14 +45,13 @@ _NUMPY = {
 }  # fmt: skip
 
 
-@dataclass
-class Built:
-    """A checked table with what was measured while it was read; rewards are mapped.
+@dataclass(kw_only=True)
+class Measured:
+    """What was measured while a table was read.
 
     ``warnings``: the sentences of ``notes`` that the caller issues as ``DatasetWarning``.
     """
 
-    transitions: TensorDict
     episode_returns: NDArray[np.float64]
     episode_lengths: NDArray[np.int64]
     statistics: dict[Key, ObservationStatistics]
@@ -61,12 +60,20 @@ class Built:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(kw_only=True)
+class Built(Measured):
+    """A checked table with what was measured while it was read; rewards are mapped."""
+
+    transitions: TensorDict
+
+
 def table_bytes(source: Source, dtype: torch.dtype) -> int:
     """Bytes of the table that ``build`` makes of ``source``."""
-    return source.rows * row_bytes(_layout(source, dtype))
+    return source.rows * row_bytes(layout_of(source, dtype))
 
 
-def _layout(source: Source, dtype: torch.dtype) -> Layout:
+def layout_of(source: Source, dtype: torch.dtype) -> Layout:
+    """The layout of the table that ``build`` makes of ``source``."""
     return transition_layout(
         source.observation_space, source.action_space,
         dtype=dtype, masked=source.masked, log_prob=source.log_prob,
@@ -87,36 +94,47 @@ def build(
     ``folder``: where to put a memory-mapped table; None keeps it in memory. ``progress``: None
     shows a bar on terminals only. Raises ``DatasetError`` at the first row that is wrong.
     """
-    layout = _layout(source, dtype)
+    layout, rows = layout_of(source, dtype), source.rows
+    table = MemoryTable(layout, rows) if folder is None else DiskTable(layout, rows, folder)
+    measured = fill(source, reward, table, clip_actions=clip_actions, progress=progress)
+    return Built(transitions=table.finish(), **vars(measured))
+
+
+def fill(
+    source: Source,
+    reward: str | tuple[float, float],
+    table: TableFiller,
+    *,
+    clip_actions: bool,
+    progress: bool | None,
+) -> Measured:
+    """What ``build`` does, for rows that go to ``table``."""
     index = EpisodeIndex(source.episode_lengths)
-    sink = (
-        MemoryTable(layout, index.rows) if folder is None else DiskTable(layout, index.rows, folder)
-    )
     checker = BlockChecker(
         source.name, index, source.observation_space, source.action_space, clip_actions,
         source.terminates_inside,
     )  # fmt: skip
-    measured = _Measured(source, layout, index)
+    running = _Running(source, table.layout, index)
     with tqdm(
         total=index.rows, desc=source.name, unit="row", unit_scale=True, leave=False,
         disable=None if progress is None else not progress,
     ) as bar:  # fmt: skip
-        _fill(source, sink, checker, measured, bar)
+        _read(source, table, checker, running, bar)
     try:
-        change = reward_map(reward, measured.returns)
+        change = reward_map(reward, running.returns)
     except ValueError as error:
         raise DatasetError(f"{source.name}: {error}") from None
-    sink.map_rewards(change)
-    statistics = {key: acc.result() for key, acc in measured.statistics.items()}
+    table.map_rewards(change)
+    statistics = {key: acc.result() for key, acc in running.statistics.items()}
     warnings = _warnings(source, checker)
-    notes = (*source.notes, *warnings, *_notes(source, measured, statistics))
-    return Built(
-        sink.finish(), measured.returns, source.episode_lengths, statistics, change,
-        notes, tuple(warnings),
+    notes = (*source.notes, *warnings, *_notes(source, running, statistics))
+    return Measured(
+        episode_returns=running.returns, episode_lengths=source.episode_lengths,
+        statistics=statistics, map=change, notes=notes, warnings=tuple(warnings),
     )  # fmt: skip
 
 
-class _Measured:
+class _Running:
     def __init__(self, source: Source, layout: Layout, index: EpisodeIndex) -> None:
         self.index = index
         self.returns = np.zeros(len(index.lengths), np.float64)
@@ -146,11 +164,11 @@ class _Measured:
             accumulator.update(block[key])
 
 
-def _fill(
+def _read(
     source: Source,
-    sink: MemoryTable | DiskTable,
+    sink: TableFiller,
     checker: BlockChecker,
-    measured: _Measured,
+    measured: _Running,
     bar: Any,
 ) -> None:
     start, filled, total = 0, 0, sink.rows
@@ -231,7 +249,7 @@ def _warnings(source: Source, checker: BlockChecker) -> list[str]:
 
 
 def _notes(
-    source: Source, measured: _Measured, statistics: dict[Key, ObservationStatistics]
+    source: Source, measured: _Running, statistics: dict[Key, ObservationStatistics]
 ) -> list[str]:
     """What is unusual, but correct in many environments: notes without a warning."""
     texts = []

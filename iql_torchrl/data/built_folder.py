@@ -7,38 +7,44 @@ and lengths) and ``TABLE`` (one memory-mapped file per leaf). ``load_dataset(mem
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.envs.registration import EnvSpec
-from minari.serialization import deserialize_space
 from tensordict import TensorDict
 
-from iql_torchrl.data.build import TABLE, Built
+from iql_torchrl.data.build import TABLE, Built, Measured
 from iql_torchrl.data.readers.source import Source
-from iql_torchrl.data.scaling import ObservationStatistics, RewardMap, reward_map
+from iql_torchrl.data.scaling import RewardMap, reward_map
 from iql_torchrl.data.schema import REWARD, DatasetError
+from iql_torchrl.data.table_record import (
+    Description,
+    described,
+    joined_leaves,
+    read_measured,
+    record,
+)
 
 __all__ = [
     "EPISODES",
     "RECORD",
-    "Description",
+    "asked_map",
+    "checked_record",
     "checksums",
-    "describe",
-    "described",
+    "damaged",
+    "file_digest",
     "file_sizes",
     "is_built",
     "open_built",
     "read_table",
     "verify_built",
+    "with_rewards",
+    "write_record",
 ]
 
 RECORD = "built.json"
@@ -47,57 +53,29 @@ READ_AT_ONCE = 16 * 2**20
 AGAIN = "copy the folder again, or build it again"
 
 
-@dataclass(frozen=True)
-class Description:
-    """Everything about a dataset except its rows."""
-
-    name: str
-    observation_space: gym.Space[Any]
-    action_space: gym.Space[Any]
-    env_spec: EnvSpec | None
-    reference_scores: tuple[float, float] | None
-
-
-def describe(source: Source) -> Description:
-    return Description(
-        source.name, source.observation_space, source.action_space, source.env_spec,
-        source.reference_scores,
-    )  # fmt: skip
-
-
 def read_table(folder: Path, saved: Mapping[str, Any]) -> Built:
     """The table of a complete folder; ``saved`` is what its ``RECORD`` contains."""
     # np.load leaves a file open that it was given by name and cannot read
     with (folder / EPISODES).open("rb") as file, np.load(file) as episodes:
         returns, lengths = episodes["returns"], episodes["lengths"]
-    statistics = {
-        tuple(item["key"]): ObservationStatistics(
-            torch.tensor(item["mean"], dtype=torch.float32).reshape(item["shape"]),
-            torch.tensor(item["std"], dtype=torch.float32).reshape(item["shape"]),
-            tuple(item["constant"]),
-            item["count"],
-        )
-        for item in saved["statistics"]
-    }
-    built = Built(
-        TensorDict.load_memmap(folder / TABLE), returns, lengths, statistics,
-        RewardMap(*saved["reward_map"]), tuple(saved["notes"]), tuple(saved["warnings"]),
-    )  # fmt: skip
+    measured = read_measured(saved, returns, lengths)
+    built = Built(transitions=TensorDict.load_memmap(folder / TABLE), **vars(measured))
     if len(built.transitions) != lengths.sum():
         raise ValueError(f"{folder}: {len(built.transitions)} rows in place of {lengths.sum()}")
     return built
 
 
-def described(record: Mapping[str, Any]) -> Description:
-    saved = record["description"]
-    scores, spec = saved["reference_scores"], saved["env_spec"]
-    return Description(
-        name=saved["name"],
-        observation_space=deserialize_space(saved["observation_space"]),
-        action_space=deserialize_space(saved["action_space"]),
-        env_spec=None if spec is None else EnvSpec.from_json(spec),
-        reference_scores=None if scores is None else (scores[0], scores[1]),
-    )
+def write_record(
+    folder: Path, measured: Measured, source: Source, expected: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Complete the folder of a table with ``EPISODES`` and ``RECORD``; what the latter contains."""
+    np.savez(folder / EPISODES, returns=measured.episode_returns, lengths=measured.episode_lengths)
+    saved = record(measured, source, expected) | {
+        "sizes": file_sizes(folder / TABLE),
+        "checksums": checksums(folder),
+    }
+    (folder / RECORD).write_text(json.dumps(saved))
+    return saved
 
 
 def file_sizes(table: Path) -> dict[str, int]:
@@ -112,10 +90,10 @@ def file_sizes(table: Path) -> dict[str, int]:
 def checksums(folder: Path) -> dict[str, str]:
     """128-bit BLAKE2b digest of every file of the table and of ``EPISODES``, by path in ``folder``."""
     files = [folder / EPISODES, *(folder / TABLE / name for name in file_sizes(folder / TABLE))]
-    return {path.relative_to(folder).as_posix(): _digest(path) for path in files}
+    return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while part := file.read(READ_AT_ONCE):
@@ -152,19 +130,21 @@ def open_built(
             f"{folder}: {given[0]}={fixed[given[0]]!r} cannot be applied to a table that is built "
             f"already; leave {given[0]} out, or load the source with it."
         )
-    saved = _checked_record(folder)
+    saved = checked_record(folder)
     try:
         built, description = read_table(folder, saved), described(saved)
-        joined = ast.literal_eval(saved["fingerprint"]["options"]["concatenate"])
+        joined = joined_leaves(saved)
     except Exception as error:  # damaged in a way that the sizes of files do not show
-        raise _damaged(folder, f"{type(error).__name__}: {error}") from error
+        raise damaged(folder, f"{type(error).__name__}: {error}") from error
     found = built.transitions[REWARD].dtype
     if found != dtype:
         raise DatasetError(
             f"{folder}: was built with dtype={found} and dtype={dtype} is asked for; pass "
             f"dtype={found}, or build it again."
         )
-    return _with_reward(built, reward, folder), description, tuple(joined or ())
+    change = asked_map(reward, built, str(folder))
+    table = with_rewards(built.transitions, built.map, change)
+    return replace(built, transitions=table, map=change), description, joined
 
 
 def verify_built(folder: str | Path) -> int:
@@ -174,7 +154,7 @@ def verify_built(folder: str | Path) -> int:
     where the folder was built by a version that wrote no checksums.
     """
     folder = Path(folder)
-    saved = _checked_record(folder)
+    saved = checked_record(folder)
     expected = saved.get("checksums")
     if not isinstance(expected, dict):
         raise DatasetError(
@@ -184,14 +164,14 @@ def verify_built(folder: str | Path) -> int:
     for name, digest in expected.items():
         path = folder / name
         if not path.is_file():
-            raise _damaged(folder, f"{name} is missing")
-        if _digest(path) != digest:
-            raise _damaged(folder, f"{name} has another content than when it was built")
+            raise damaged(folder, f"{name} is missing")
+        if file_digest(path) != digest:
+            raise damaged(folder, f"{name} has another content than when it was built")
         total += path.stat().st_size
     return total
 
 
-def _checked_record(folder: Path) -> dict[str, Any]:
+def checked_record(folder: Path) -> dict[str, Any]:
     """What ``RECORD`` contains, if every file of the table has the size that it had when built."""
     path = folder / RECORD
     if not path.is_file():
@@ -200,41 +180,51 @@ def _checked_record(folder: Path) -> dict[str, Any]:
                 f"{folder}: not a built table, which has a {RECORD}; make one with "
                 f"python -m iql_torchrl.data build SOURCE {folder}"
             )
-        raise _damaged(folder, f"{RECORD} is missing")
+        raise damaged(folder, f"{RECORD} is missing")
     try:
         saved: dict[str, Any] = json.loads(path.read_text())
         expected: dict[str, int] = dict(saved["sizes"])
     except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, f"{RECORD} cannot be read ({error})") from error
+        raise damaged(folder, f"{RECORD} cannot be read ({error})") from error
     if not (folder / EPISODES).is_file():
-        raise _damaged(folder, f"{EPISODES} is missing")
+        raise damaged(folder, f"{EPISODES} is missing")
     sizes = file_sizes(folder / TABLE)
     for name, size in expected.items():
         if name not in sizes:
-            raise _damaged(folder, f"{TABLE}/{name} is missing")
+            raise damaged(folder, f"{TABLE}/{name} is missing")
         if sizes[name] != size:
-            raise _damaged(folder, f"{TABLE}/{name} has {sizes[name]:,} bytes, built with {size:,}")
+            raise damaged(folder, f"{TABLE}/{name} has {sizes[name]:,} bytes, built with {size:,}")
     return saved
 
 
-def _damaged(folder: Path, reason: str) -> DatasetError:
+def damaged(folder: str | Path, reason: str) -> DatasetError:
     return DatasetError(f"{folder}: incomplete or damaged ({reason}); {AGAIN}.")
 
 
-def _with_reward(built: Built, reward: Any, folder: Path) -> Built:
+def asked_map(reward: Any, measured: Measured, name: str) -> RewardMap:
+    """The map that ``reward`` asks for, of a table whose rewards have the map of ``measured``.
+
+    Raises ``DatasetError`` where that is another map and the rewards are not raw.
+    """
     try:
-        change = reward_map(reward, built.episode_returns)
+        change = reward_map(reward, measured.episode_returns)
     except ValueError as error:
-        raise DatasetError(f"{folder}: {error}") from None
-    if change == built.map:
-        return built
-    if built.map != RewardMap():
+        raise DatasetError(f"{name}: {error}") from None
+    if change != measured.map and measured.map != RewardMap():
         raise DatasetError(
-            f"{folder}: its rewards were mapped with reward={built.map.scale, built.map.shift} when "
+            f"{name}: its rewards were mapped with "
+            f"reward={measured.map.scale, measured.map.shift} when "
             f"it was built, and reward={reward!r} is another map; pass the first, or build it with "
             "raw rewards, to which any map can be applied."
         )
-    table = built.transitions.clone(recurse=False)
+    return change
+
+
+def with_rewards(table: TensorDict, stored: RewardMap, change: RewardMap) -> TensorDict:
+    """The table with rewards mapped by ``change``, in memory; itself where they are so stored."""
+    if change == stored:
+        return table
+    table = table.clone(recurse=False)
     raw = table[REWARD]
     table[REWARD] = change.forward(raw.double()).to(raw.dtype)
-    return replace(built, transitions=table, map=change)
+    return table

@@ -8,30 +8,26 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from minari.serialization import serialize_space
 from tensordict import TensorDict
 
 from iql_torchrl.data.build import TABLE, Built, build, table_bytes
 from iql_torchrl.data.built_folder import (
-    EPISODES,
     RECORD,
-    Description,
-    checksums,
-    describe,
-    described,
     file_sizes,
     read_table,
+    write_record,
 )
 from iql_torchrl.data.locks import folder_lock
 from iql_torchrl.data.readers.source import Source
 from iql_torchrl.data.schema import DatasetError
+from iql_torchrl.data.table_record import Description, describe, described
 
-__all__ = ["fingerprint", "load_or_build"]
+__all__ = ["fingerprint", "load_or_build", "staged_folder"]
 
 
 #: A file up to this size is digested completely; of a larger one BLOCKS blocks of BLOCK bytes are. Many
@@ -102,34 +98,6 @@ def load_built(folder: Path, expected: Mapping[str, Any]) -> tuple[Built, Descri
         return None  # Written by another version, or damaged: it is built again.
 
 
-def _record(
-    built: Built, source: Source, expected: Mapping[str, Any], folder: Path
-) -> dict[str, Any]:
-    return {
-        "fingerprint": expected,
-        "description": {
-            "name": source.name,
-            "observation_space": serialize_space(source.observation_space),
-            "action_space": serialize_space(source.action_space),
-            "env_spec": None if source.env_spec is None else source.env_spec.to_json(),
-            "reference_scores": source.reference_scores,
-        },
-        "reward_map": [built.map.scale, built.map.shift],
-        "notes": list(built.notes),
-        "warnings": list(built.warnings),
-        "sizes": file_sizes(folder / TABLE),
-        "checksums": checksums(folder),
-        "statistics": [
-            {
-                "key": list(key), "shape": list(s.mean.shape), "count": s.count,
-                "mean": s.mean.flatten().tolist(), "std": s.std.flatten().tolist(),
-                "constant": list(s.constant),
-            }
-            for key, s in built.statistics.items()
-        ],
-    }  # fmt: skip
-
-
 def load_or_build(
     open_source: Callable[[], Source], folder: Path, expected: Mapping[str, Any], **options: Any
 ) -> tuple[Built, Description]:
@@ -155,41 +123,45 @@ def build_cached(
 
     Raises ``DatasetError`` with the needed and the free space where the disk is or becomes full.
     """
-    needed = table_bytes(source, options["dtype"])
+    with staged_folder(folder, table_bytes(source, options["dtype"])) as staging:
+        built = build(source, folder=staging / TABLE, **options)
+        write_record(staging, built, source, expected)
+    built.transitions = TensorDict.load_memmap(folder / TABLE)
+    return built, describe(source)
+
+
+@contextmanager
+def staged_folder(folder: Path, needed: int, option: str = "memmap") -> Iterator[Path]:
+    """A temporary folder beside ``folder``, renamed to it when the block ends without an error.
+
+    Raises ``DatasetError`` with the needed and the free space where the disk is or becomes full;
+    ``option`` is the name of the argument that named the folder.
+    """
     try:
-        return _build_cached(source, folder, expected, needed, **options)
+        if needed > shutil.disk_usage(folder.absolute().parent).free:
+            raise _full(folder, needed, "nothing was written", option)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            yield staging
+            _swap(staging, folder)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise _full(folder, needed, f"{error.strerror} while writing it") from error
+        reason = f"{error.strerror} while writing it"
+        raise _full(folder, needed, reason, option) from error
 
 
-def _full(folder: Path, needed: int, reason: str) -> DatasetError:
+def _full(folder: Path, needed: int, reason: str, option: str) -> DatasetError:
     place = next(p for p in folder.absolute().parents if p.exists())
     free = shutil.disk_usage(place).free
     return DatasetError(
-        f"memmap={folder}: the table needs {needed:,} bytes and {free:,} are free on the disk of "
+        f"{option}={folder}: the table needs {needed:,} bytes and {free:,} are free on the disk of "
         f"{place} ({reason}). Make room, choose a folder on another disk, or read less with "
         "limit=. A table that exists already stays until the new one is complete."
     )
-
-
-def _build_cached(
-    source: Source, folder: Path, expected: Mapping[str, Any], needed: int, **options: Any
-) -> tuple[Built, Description]:
-    if needed > shutil.disk_usage(folder.absolute().parent).free:
-        raise _full(folder, needed, "nothing was written")
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        built = build(source, folder=staging / TABLE, **options)
-        np.savez(staging / EPISODES, returns=built.episode_returns, lengths=built.episode_lengths)
-        (staging / RECORD).write_text(json.dumps(_record(built, source, expected, staging)))
-        _swap(staging, folder)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    built.transitions = TensorDict.load_memmap(folder / TABLE)
-    return built, describe(source)
 
 
 def _swap(new: Path, folder: Path) -> None:

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, TextIO
+from dataclasses import dataclass, replace
+from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from tensordict import TensorDict
-from torchrl.data import Composite, TensorDictReplayBuffer, TensorSpec
+from torchrl.data import TensorDictReplayBuffer
 
 from iql_torchrl.data import replay
+from iql_torchrl.data.digests import fingerprint
+from iql_torchrl.data.episode_digests import episode_digests, sketch_of
 from iql_torchrl.data.flat_actions import FlatActions, flat_space
-from iql_torchrl.data.scaling import ObservationStatistics, RewardMap, normalised_score
-from iql_torchrl.data.schema import (
-    ACTION,
-    DatasetError,
-    Key,
-    observation_spec_of,
-    spec_of_space,
-)
+from iql_torchrl.data.schema import DatasetError, Key
+from iql_torchrl.data.summary import DatasetSummary
 from iql_torchrl.data.windows import Windows
 
 __all__ = ["OfflineDataset"]
 
 
 @dataclass(frozen=True)
-class OfflineDataset:
+class OfflineDataset(DatasetSummary):
     """Transitions that passed every check, with their spaces, statistics and environment.
+
+    The other attributes are those of ``DatasetSummary``.
 
     Attributes:
         transitions: batch ``(N,)`` in TorchRL's layout: ``observation`` (nested for Dict spaces),
@@ -41,76 +37,26 @@ class OfflineDataset:
             ``action_mask``, ``("next", "action_mask")`` bool ``(N, n)`` and ``action_log_prob``
             ``(N,)`` where the source has them. Episodes are complete, consecutive and in the source's
             order.
-        observation_space, action_space: Gymnasium's spaces; the specs are TorchRL's form of them.
-        statistics: per observation key (``"observation"``, or a tuple for nested ones) its
-            ``ObservationStatistics``; categories and images have none.
-        episode_returns: raw rewards summed over the kept rows of each episode, float64 ``(E,)``.
-        episode_lengths: kept rows of each episode, int64 ``(E,)``.
-        reward_map: the affine map that was applied to the rewards; apply it to online rewards too.
-        reference_scores: raw returns (random, expert), or None.
-        notes: what was dropped, guessed or repaired, one sentence each.
     """
 
     transitions: TensorDict
-    observation_space: gym.Space[Any]
-    action_space: gym.Space[Any]
-    statistics: dict[str | Key, ObservationStatistics]
-    episode_returns: NDArray[np.float64]
-    episode_lengths: NDArray[np.int64]
-    reward_map: RewardMap
-    reference_scores: tuple[float, float] | None = None
-    notes: tuple[str, ...] = ()
-    name: str = "dataset"
-    dtype: torch.dtype = torch.float32
-    env: Callable[[], gym.Env[Any, Any]] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return int(self.transitions.batch_size[0])
 
-    def print_notes(self, file: TextIO | None = None) -> None:
-        """One line ``note: ...`` for each of ``notes``, on standard output or ``file``."""
-        for note in self.notes:
-            print(f"note: {note}", file=file)
-
     @property
-    def observation_spec(self) -> Composite:
-        """``Composite`` with the key ``observation``, nested below it for Dict spaces."""
-        return observation_spec_of(self.observation_space, self.dtype)
+    def masked(self) -> bool:
+        return "action_mask" in self.transitions
 
-    @property
-    def action_spec(self) -> TensorSpec:
-        """Bounded for Box, Categorical for Discrete, MultiCategorical for MultiDiscrete."""
-        return spec_of_space(self.action_space, self.dtype, ACTION)
+    def range_of(self, key: Key) -> tuple[float, float]:
+        low, high = self.transitions[key].aminmax()
+        return float(low), float(high)
 
-    def normalised_score(self, returns: ArrayLike) -> NDArray[np.float64]:
-        """Raw returns on the scale from 0 (random) to 100 (expert).
+    def sketch(self) -> NDArray[np.int64]:
+        return sketch_of(episode_digests(self))
 
-        Raises ``DatasetError`` without ``reference_scores``.
-        """
-        if self.reference_scores is None:
-            raise DatasetError(
-                f"{self.name}: no reference scores are known; pass reference_scores=(random, "
-                "expert) to load_dataset."
-            )
-        return normalised_score(returns, self.reference_scores)
-
-    @property
-    def make_env(self) -> Callable[[], gym.Env[Any, Any]]:
-        """The function that makes a fresh environment, from ``env=`` or the dataset's record.
-
-        It contains none of the data, so it can be sent to another process. Where
-        ``load_dataset(concatenate=...)`` joined leaves, its observations are joined in the same way.
-
-        Calling it raises ``DatasetError`` saying what to install, or that none is recorded.
-        """
-        if self.env is not None:
-            return self.env
-        message = f"{self.name}: the data records no environment; pass env= to load_dataset."
-
-        def missing() -> gym.Env[Any, Any]:
-            raise DatasetError(message)
-
-        return missing
+    def fingerprint(self) -> dict[str, str]:
+        return fingerprint(self.transitions)
 
     def replay_buffer(
         self,

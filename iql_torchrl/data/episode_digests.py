@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from iql_torchrl.data.build import Built
     from iql_torchrl.data.dataset import OfflineDataset
 
 __all__ = ["SKETCH", "digest_of_sketch", "episode_digests", "shared_share", "sketch_of"]
@@ -18,7 +19,7 @@ IntArray = NDArray[np.int64]
 SKETCH = 2048
 
 
-def episode_digests(log: OfflineDataset) -> IntArray:
+def episode_digests(log: OfflineDataset | Built) -> IntArray:
     """One 64-bit number per episode, ``(E,)``: equal for equal episodes of any two logs.
 
     BLAKE2b of the length, of the first and last row's observations and actions, and of the raw

@@ -15,7 +15,7 @@ from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
 from iql_torchrl.data.build import Built, build
-from iql_torchrl.data.built_folder import Description, describe, is_built, open_built
+from iql_torchrl.data.built_folder import is_built, open_built
 from iql_torchrl.data.cache import fingerprint, load_or_build
 from iql_torchrl.data.dataset import OfflineDataset
 from iql_torchrl.data.load_options import check_options, check_spaces, known_scores
@@ -33,10 +33,13 @@ from iql_torchrl.data.readers.opening import (
     opened_source,
 )
 from iql_torchrl.data.readers.source import ReadOptions, Source, chain
-from iql_torchrl.data.schema import DatasetError, DatasetWarning, Key
+from iql_torchrl.data.scaling import public_statistics
+from iql_torchrl.data.schema import DatasetError, DatasetWarning
+from iql_torchrl.data.shards.index import is_sharded
 from iql_torchrl.data.source_identity import env_identity, read_settings, source_files
+from iql_torchrl.data.table_record import Description, describe
 
-__all__ = ["load_dataset"]
+__all__ = ["SourceLike", "load_dataset", "open_source"]
 
 
 SourceLike: TypeAlias = (
@@ -146,12 +149,15 @@ def load_dataset(
         "reward": reward, "dtype": dtype, "clip_actions": clip_actions, "progress": progress,
     }  # fmt: skip
 
-    def open_source() -> Source:
-        table = _open(source, options, maker)
-        table = concatenated(table, concatenate) if concatenate else table
-        return chain([table], limit)
+    def open_it() -> Source:
+        return open_source(source, options, maker, concatenate, limit)
 
     joined = tuple(concatenate or ())
+    if is_sharded(source):
+        raise DatasetError(
+            f"{source}: a folder of shards, whose rows are not loaded at once; open it with "
+            f"iql_torchrl.data.load_shards({str(source)!r})."
+        )
     if is_built(source):
         fixed = {
             "memmap": memmap, "concatenate": concatenate, "limit": limit, "columns": columns,
@@ -163,7 +169,7 @@ def load_dataset(
             Path(source), reward=reward, dtype=dtype, fixed=fixed
         )
     elif memmap is None:
-        table = open_source()
+        table = open_it()
         built, description = build(table, **build_options), describe(table)
     else:
         settings = {
@@ -171,7 +177,7 @@ def load_dataset(
             "env": env_identity(env), **read_settings(source, options),
         }  # fmt: skip
         expected = fingerprint(source_files(source, options), settings)
-        built, description = load_or_build(open_source, Path(memmap), expected, **build_options)
+        built, description = load_or_build(open_it, Path(memmap), expected, **build_options)
     for text in built.warnings:
         warnings.warn(text, DatasetWarning, stacklevel=2)
     if maker is None and description.env_spec is not None:
@@ -193,7 +199,7 @@ def _dataset(
         transitions=built.transitions,
         observation_space=description.observation_space,
         action_space=description.action_space,
-        statistics={_public(key): value for key, value in built.statistics.items()},
+        statistics=public_statistics(built.statistics),
         episode_returns=built.episode_returns,
         episode_lengths=built.episode_lengths,
         reward_map=built.map,
@@ -205,8 +211,17 @@ def _dataset(
     )
 
 
-def _public(key: Key) -> str | Key:
-    return key[0] if len(key) == 1 else key
+def open_source(
+    source: SourceLike,
+    options: ReadOptions,
+    maker: Callable[[], gym.Env[Any, Any]] | None,
+    concatenate: Sequence[str] | None,
+    limit: int | None,
+) -> Source:
+    """The source that ``load_dataset`` reads, before it is read."""
+    table = _open(source, options, maker)
+    table = concatenated(table, concatenate) if concatenate else table
+    return chain([table], limit)
 
 
 def _open(

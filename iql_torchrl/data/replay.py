@@ -130,18 +130,24 @@ class DeviceSampler:
             if key not in exclude:
                 values = transitions.get(key)
                 fields.setdefault(values.dtype, []).append((key, values))
-        self.tables = [self._pack(group) for group in fields.values()]
-        self._parts = [
+        self._parts: list[list[Part]] = [
             [(key, values.shape[1:], values[0].numel()) for key, values in group]
             for group in fields.values()
         ]
+        self.tables = [
+            torch.empty((self.rows, sum(w for *_, w in parts)), dtype=dtype, device=self.device)
+            for dtype, parts in zip(fields, self._parts, strict=True)
+        ]
+        self.write(transitions, 0)
 
-    def _pack(self, group: list[tuple[Key, Tensor]]) -> Tensor:
-        widths = [values[0].numel() for _, values in group]
-        packed = torch.empty((self.rows, sum(widths)), dtype=group[0][1].dtype, device=self.device)
-        for part, (_, values) in zip(torch.split(packed, widths, dim=1), group, strict=True):
-            part.copy_(values.reshape(self.rows, -1))
-        return packed
+    def write(self, transitions: TensorDictBase, start: int) -> None:
+        """Copy ``transitions`` ``(M,)`` over the rows ``start`` to ``start + M``."""
+        count = int(transitions.batch_size[0])
+        for table, parts in zip(self.tables, self._parts, strict=False):
+            rows = table[start : start + count]
+            columns = torch.split(rows, [width for *_, width in parts], dim=1)
+            for (key, _, _), column in zip(parts, columns, strict=True):
+                column.copy_(transitions.get(key).reshape(count, -1))
 
     def __len__(self) -> int:
         return self.rows

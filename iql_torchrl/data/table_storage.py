@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,11 +20,28 @@ from iql_torchrl.data.schema import (
     Layout,
 )
 
-__all__ = ["DiskTable", "MemoryTable", "row_bytes"]
+__all__ = ["DiskTable", "MemoryTable", "TableFiller", "block_rows", "empty_block", "row_bytes"]
 
 BLOCK = 65_536
 #: Bytes of one block while writing to disk: the bound on memory.
 BLOCK_BYTES = 64 * 2**20
+
+
+class TableFiller(Protocol):
+    """Where the rows of a table go: a block is filled, then committed; blocks are consecutive."""
+
+    layout: Layout
+    rows: int
+    block_rows: int
+
+    def block(self, start: int, size: int) -> dict[Key, Tensor]:
+        """Where rows ``start`` to ``start + size`` are written, by key."""
+
+    def commit(self, block: Mapping[Key, Tensor], start: int) -> None:
+        """Keep the rows of a block, which starts at row ``start``."""
+
+    def map_rewards(self, change: RewardMap) -> None:
+        """Map the rewards of all rows, after the last block."""
 
 
 class MemoryTable:
@@ -61,18 +79,17 @@ class DiskTable:
 
     def __init__(self, layout: Layout, rows: int, folder: Path) -> None:
         self.layout, self.rows, self.folder = layout, rows, folder
-        self.block_rows = int(max(1, min(rows, BLOCK_BYTES // max(row_bytes(layout), 1))))
+        self.block_rows = block_rows(layout, rows)
         table = TensorDict({}, batch_size=[rows])
         table.memmap_(folder)
         self.paths = {}
         for key, f in layout.items():
             memmap = table.make_memmap(key, torch.Size((rows, *f.shape)), dtype=f.dtype)
             self.paths[key] = Path(str(memmap.filename))
-        self.scratch = {
-            k: torch.empty((self.block_rows, *f.shape), dtype=f.dtype) for k, f in layout.items()
-        }
+        self.scratch: dict[Key, Tensor] = {}
 
     def block(self, start: int, size: int) -> dict[Key, Tensor]:
+        self.scratch = self.scratch or empty_block(self.layout, self.block_rows)
         return {key: values[:size] for key, values in self.scratch.items()}
 
     def commit(self, block: Mapping[Key, Tensor], start: int) -> None:
@@ -85,7 +102,7 @@ class DiskTable:
     def map_rewards(self, change: RewardMap) -> None:
         if change == RewardMap():
             return
-        dtype = self.scratch[REWARD].numpy().dtype
+        dtype = torch.empty(0, dtype=self.layout[REWARD].dtype).numpy().dtype
         with open(self.paths[REWARD], "r+b") as file:
             for start in range(0, self.rows, BLOCK):
                 file.seek(start * dtype.itemsize)
@@ -96,6 +113,15 @@ class DiskTable:
     def finish(self) -> TensorDict:
         self.scratch = {}
         return TensorDict.load_memmap(self.folder)
+
+
+def block_rows(layout: Layout, rows: int) -> int:
+    """Rows of one block while writing ``rows`` rows to disk."""
+    return int(max(1, min(rows, BLOCK_BYTES // max(row_bytes(layout), 1))))
+
+
+def empty_block(layout: Layout, rows: int) -> dict[Key, Tensor]:
+    return {key: torch.empty((rows, *f.shape), dtype=f.dtype) for key, f in layout.items()}
 
 
 def row_bytes(layout: Layout) -> int:

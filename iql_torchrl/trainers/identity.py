@@ -6,13 +6,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
 from torch import nn
 from torchrl.data import ImmutableDatasetWriter, ReplayBuffer
 
 from iql_torchrl.checkpoint import CheckpointError
 from iql_torchrl.config import knobs
-from iql_torchrl.data import OfflineDataset
+from iql_torchrl.data import DatasetSummary, ShardedReplay
 from iql_torchrl.data.digests import fingerprint
 from iql_torchrl.data.windows import WindowStorage
 from iql_torchrl.objectives.implicit import ImplicitQLoss
@@ -34,31 +33,30 @@ def check_total(updates: int, total_updates: int) -> None:
 class DataState:
     """The part of a checkpoint that identifies the data: digests, reward map, name.
 
-    Digests are of ``dataset``, or of a TorchRL buffer that is fixed; None for other buffers.
+    Digests are of ``dataset``, or of a buffer that is fixed; None for other buffers.
     """
 
-    def __init__(self, replay_buffer: Any, dataset: OfflineDataset | None) -> None:
+    def __init__(self, replay_buffer: Any, dataset: DatasetSummary | None) -> None:
+        if dataset is None and isinstance(replay_buffer, ShardedReplay):
+            dataset = replay_buffer.dataset
         self._dataset = dataset
         self._replay_buffer = replay_buffer
         self._state: dict[str, Any] | None = None
 
-    def _transitions(self) -> TensorDictBase | None:
+    def _fingerprint(self) -> dict[str, str] | None:
         if self._dataset is not None:
-            return self._dataset.transitions
+            return self._dataset.fingerprint()
         if is_fixed(self._replay_buffer):
             storage = self._replay_buffer.storage
-            if isinstance(storage, WindowStorage):
-                return storage.windows.table()
-            table: TensorDictBase = storage.get(slice(None))
-            return table
+            windows = isinstance(storage, WindowStorage)
+            return fingerprint(storage.windows.table() if windows else storage.get(slice(None)))
         return None
 
     def state_dict(self) -> dict[str, Any]:
         if self._state is None:
-            transitions = self._transitions()
             mapped = None if self._dataset is None else self._dataset.reward_map
             self._state = {
-                "fingerprint": None if transitions is None else fingerprint(transitions),
+                "fingerprint": self._fingerprint(),
                 "reward_map": None if mapped is None else [mapped.scale, mapped.shift],
                 "name": None if self._dataset is None else self._dataset.name,
             }

@@ -10,7 +10,7 @@ from torchrl.data import ReplayBuffer
 
 from iql_torchrl.agent.build import Agent
 from iql_torchrl.checkpoint import new_checkpoint
-from iql_torchrl.data import OfflineDataset, Windows
+from iql_torchrl.data import DatasetSummary, OfflineDataset, ShardedDataset, ShardedReplay
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.host import generator_of
 from iql_torchrl.networks import history_of
@@ -64,7 +64,7 @@ def one_step(
 
 
 def filled_in(
-    replay_buffer: Any, total_updates: Any, agent: Agent | None, dataset: OfflineDataset | None
+    replay_buffer: Any, total_updates: Any, agent: Agent | None, dataset: DatasetSummary | None
 ) -> tuple[Any, Any]:
     """Buffer and number of updates; those that are None follow from the agent's config.
 
@@ -72,8 +72,14 @@ def filled_in(
     """
     if replay_buffer is None and agent is not None and dataset is not None:
         config, history = agent.config, history_of(agent.policy)
-        source: OfflineDataset | Windows = dataset
-        if history is not None:
+        source: Any = dataset
+        if history is not None and isinstance(dataset, ShardedDataset):
+            raise ValueError(
+                f"the agent has history={history.length} and {dataset.name} is in shards, from which "
+                "windows of observations cannot be sampled; use history=1, or load_dataset where the "
+                "log fits into memory."
+            )
+        if history is not None and isinstance(dataset, OfflineDataset):
             source = dataset.windows(history.length, stack=history.stack)
         replay_buffer = source.replay_buffer(config.batch_size, config.device, config.seed)
     if total_updates is None and agent is not None:
@@ -128,11 +134,14 @@ def check_same_data(ranks: Ranks, data: DataState, replay_buffer: Any) -> None:
     generator = getattr(replay_buffer, "generator", None)
     if generator is None and isinstance(replay_buffer, ReplayBuffer):
         generator = generator_of(replay_buffer)
-    state = None if generator is None else generator.get_state().tolist()
+    state: Any = None if generator is None else generator.get_state().tolist()
+    if isinstance(replay_buffer, ShardedReplay):
+        whole = replay_buffer.state_dict()
+        state = [state, *(whole[name] for name in ("rotation", "since", "replace_every"))]
     ranks.check_same(
         state,
         "the ranks' replay buffers would draw different rows, and each rank must draw the whole "
-        "batch: build the buffer with the same seed= on every rank.",
+        "batch: build the buffer with the same seed= and other arguments on every rank.",
     )
 
 

@@ -11,6 +11,7 @@ from torchrl import logger as torchrl_logger
 from torchrl.checkpoint import GlobalRNGState
 
 from iql_torchrl.checkpoint import CheckpointError
+from iql_torchrl.data import ShardedReplay
 from iql_torchrl.host import (
     generator_of,
     logged_values,
@@ -134,6 +135,13 @@ class ReplayState:
                 "the checkpoint was saved with another kind of replay buffer (fixed, or one that "
                 f"grows) than this {type(buffer).__name__}; build it as it was."
             )
+        if isinstance(buffer, ShardedReplay):
+            if "rotation" not in state.get("whole", {}):
+                raise CheckpointError(
+                    "the checkpoint was saved with another kind of replay buffer than this "
+                    "ShardedReplay; build it as it was."
+                )
+            buffer.check_state(state["whole"])
         if "sampler" in state and (state["generator"] is None) is not (
             generator_of(buffer) is None
         ):

@@ -15,7 +15,7 @@ from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.trainers import Trainer
 
 from iql_torchrl.agent.build import Agent
-from iql_torchrl.data import OfflineDataset
+from iql_torchrl.data import DatasetSummary, OfflineDataset
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.evaluation.background import BackgroundEvaluation
 from iql_torchrl.evaluation.value_gap import value_gap
@@ -64,7 +64,8 @@ class OfflineTrainer(ResumableTrainer):
             step.
         replay_buffer: has ``sample()``; see also ``OfflineDataset.replay_buffer``. With ``agent``
             and ``dataset``, by default a buffer with the settings of the agent's config.
-        dataset: the data of the buffer; its digest, reward map and returns are recorded.
+        dataset: the data of the buffer, whole or in shards; its digest, reward map and returns are
+            recorded.
         seed: as TorchRL's; seeds torch's and NumPy's global generators in the constructor.
         ranks: the processes that train this run together, with a step that ``data_parallel`` made for
             them; build the trainer on each with the same arguments, and a buffer with the same seed.
@@ -85,7 +86,8 @@ class OfflineTrainer(ResumableTrainer):
         evaluation: a function without arguments returning an ``Evaluation`` (or a mapping of
             numbers), or a ``BackgroundEvaluation``; called every ``eval_interval`` updates and at
             the end. Where the agent's policy takes the best of several actions, its
-            :func:`~iql_torchrl.evaluation.value_gap` is recorded too, as ``chosen_value_gap``.
+            :func:`~iql_torchrl.evaluation.value_gap` is recorded too, as ``chosen_value_gap``,
+            unless the dataset is in shards.
         evaluate_first: whether to evaluate before the first update too.
         monitor: the evaluation's number by which the best checkpoint is kept, higher is better.
 
@@ -124,7 +126,7 @@ class OfflineTrainer(ResumableTrainer):
         loss_module: ImplicitQLoss | None = None,
         optimizer: torch.optim.Optimizer | None = None,
         target_net_updater: Any = None,
-        dataset: OfflineDataset | None = None,
+        dataset: DatasetSummary | None = None,
         evaluation: Evaluate | BackgroundEvaluation | None = None,
         eval_interval: int | None = None,
         evaluate_first: bool = True,
@@ -263,8 +265,9 @@ class OfflineTrainer(ResumableTrainer):
         agent = self.agent if self.ranks.is_main else None
         # the rows of a dataset are no windows
         plain = agent is not None and history_of(agent.policy) is None
-        if agent is not None and plain and self.dataset is not None and agent.chooses:
-            gap = value_gap(agent.policy, self.dataset.transitions).mean
+        log = self.dataset if isinstance(self.dataset, OfflineDataset) else None
+        if agent is not None and plain and log is not None and agent.chooses:
+            gap = value_gap(agent.policy, log.transitions).mean
             self.progress.record(self.updates, {"chosen_value_gap": gap})
             self._log_at(self.updates, "chosen_value_gap", gap)
 

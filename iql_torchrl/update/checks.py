@@ -9,12 +9,19 @@ from torchrl.data.replay_buffers.samplers import RandomSampler
 from torchrl.objectives import HardUpdate
 
 from iql_torchrl.data.replay import DeviceSampler
+from iql_torchrl.data.shards.replay import ShardedReplay
 from iql_torchrl.update.step import IQLStep
 
 
 def check_replay(replay: DeviceSampler | ReplayBuffer) -> None:
     if isinstance(replay, DeviceSampler):
         return
+    if isinstance(replay, ShardedReplay):
+        raise TypeError(
+            "replay is a ShardedReplay, whose shards are replaced while training; captured updates "
+            "read rows that stay. Use compiled(step) or the step itself with OfflineTrainer, or a "
+            "DeviceSampler where the log fits into memory."
+        )
     if not isinstance(replay, ReplayBuffer):
         raise TypeError(
             f"replay is {type(replay).__name__}; expected a DeviceSampler or a TorchRL replay buffer."
