@@ -1,0 +1,300 @@
+"""Logs in shards: equal to the whole log, whole episodes, verified, and refused where damaged."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from shard_logs import SPACES, arrays, written
+from small_agents import config
+
+from iql_torchrl import IQLPopulation, OfflineDataset, load_dataset, make_agent
+from iql_torchrl.data import DatasetError, ShardedDataset, build_shards, load_shards
+from iql_torchrl.data.__main__ import main
+from iql_torchrl.data.digests import fingerprint
+from iql_torchrl.data.shards.index import verify_shards
+from iql_torchrl.data.shards.write import episodes_of_shards
+
+LENGTHS = [7, 3, 12, 5, 5, 9, 2, 8, 6, 11]
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory) -> ShardedDataset:
+    """In three shards; no test changes its files."""
+    return written(tmp_path_factory.mktemp("three"), LENGTHS, 3)
+
+
+@pytest.fixture
+def copied(three, tmp_path) -> Path:
+    """A copy of its folder, to be damaged."""
+    return Path(shutil.copytree(three.files.location, tmp_path / "shards"))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch) -> None:
+    """Blocks of 10 rows of 47 bytes, so that blocks cross the borders of shards."""
+    monkeypatch.setattr("iql_torchrl.data.table_storage.BLOCK_BYTES", 470)
+
+
+@pytest.mark.parametrize("shards", [1, 3, 10])
+def test_the_shards_hold_the_rows_and_numbers_of_the_whole_log(tmp_path, small_blocks, shards):
+    log = written(tmp_path, LENGTHS, shards)
+    source = arrays(LENGTHS)
+    whole = load_dataset(source, **SPACES)
+    parts = []
+    for number in range(shards):
+        with log.shard(number) as rows:
+            parts.append(rows.clone())
+    assert fingerprint(torch.cat(parts)) == fingerprint(whole.transitions)
+    assert (len(log), log.name, log.dtype) == (sum(LENGTHS), "log.npz", torch.float32)
+    np.testing.assert_array_equal(log.episode_lengths, LENGTHS)
+    np.testing.assert_array_equal(log.episode_returns, whole.episode_returns)
+    np.testing.assert_array_equal(log.sketch(), whole.sketch())
+    found = log.statistics["observation"]
+    # NumPy's own, over all rows at once
+    rows = source["observation"].astype(np.float64)
+    np.testing.assert_allclose(found.mean.numpy(), rows.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found.std.numpy(), rows.std(0), rtol=1e-6)
+    assert (found.count, found.constant) == (sum(LENGTHS), ())
+    assert log.range_of(("action",)) == (source["action"].min(), source["action"].max())
+    assert log.range_of(("next", "truncated")) == (0, 1)
+    assert (log.masked, whole.masked) == (False, False)
+
+
+def test_statistics_stay_exact_for_numbers_far_from_zero(tmp_path, small_blocks):
+    """A sum of squares in float64 would lose all digits of the deviation."""
+    log_arrays = arrays(LENGTHS)
+    for name in ("observation", "next_observation"):
+        log_arrays[name] = log_arrays[name].astype(np.float64) + 1e9
+    columns = log_arrays["observation"]
+    space = {"observation_space": gym.spaces.Box(-np.inf, np.inf, (3,), np.float64)}
+    np.savez(tmp_path / "log.npz", **log_arrays)
+    log = build_shards(
+        tmp_path / "log.npz", tmp_path / "shards", 3, **{**SPACES, **space}, dtype=torch.float64
+    )
+    np.testing.assert_allclose(log.statistics["observation"].std.numpy(), columns.std(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("reward", ["return_range", "minus_one", (0.5, 2.0)])
+@pytest.mark.parametrize("when", ["build", "load"])
+def test_rewards_have_the_map_of_the_whole_log(tmp_path, reward, when):
+    options = {"reward": reward} if when == "build" else {}
+    log = written(tmp_path, LENGTHS, 4, **options)
+    if when == "load":
+        log = load_shards(tmp_path / "shards", reward=reward)
+    raw = arrays(LENGTHS)["reward"].astype(np.float64)
+    returns = [part.sum() for part in np.split(raw, np.cumsum(LENGTHS)[:-1])]
+    scale, shift = {
+        "return_range": (1000 / (max(returns) - min(returns)), 0), "minus_one": (1, -1),
+    }.get(reward, reward)  # fmt: skip
+    assert log.reward_map.scale == pytest.approx(scale, rel=1e-12)
+    assert log.reward_map.shift == shift
+    found = []
+    for number in range(4):
+        with log.shard(number) as rows:
+            found.append(rows["next", "reward"].squeeze(-1).clone())
+    np.testing.assert_allclose(torch.cat(found).numpy(), scale * raw + shift, rtol=1e-6)
+
+
+def test_another_map_of_rewards_that_were_mapped_by_the_build_is_refused(tmp_path):
+    written(tmp_path, LENGTHS, 2, reward="minus_one")
+    with pytest.raises(DatasetError, match="reward='raw' is another map; pass the first"):
+        load_shards(tmp_path / "shards")
+
+
+@pytest.mark.parametrize(
+    ("lengths", "shards", "rows"),
+    [
+        ([3, 3, 3, 3, 3, 3], 3, [6, 6, 6]),
+        ([5, 1, 1, 1, 8], 2, [8, 8]),  # the third episode ends at 7, the fourth at 8 of 16
+        ([10, 2, 2], 2, [10, 4]),  # 7 is nearer to 10 than to 0
+        ([1, 1, 1, 97], 4, [1, 1, 1, 97]),  # every shard has an episode
+        ([97, 1, 1, 1], 4, [97, 1, 1, 1]),
+        ([4], 1, [4]),
+    ],
+)
+def test_shards_are_cut_at_the_ends_of_episodes_nearest_to_equal_parts(lengths, shards, rows):
+    edges = episodes_of_shards(np.array(lengths), shards, "log")
+    assert [sum(lengths[a:b]) for a, b in itertools.pairwise(edges)] == rows
+
+
+def test_shards_differ_from_equal_parts_by_at_most_the_longest_episode():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        lengths = rng.integers(1, rng.integers(2, 60), rng.integers(1, 80))
+        shards = int(rng.integers(1, len(lengths) + 1))
+        edges = episodes_of_shards(lengths, shards, "log")
+        rows = [lengths[a:b].sum() for a, b in itertools.pairwise(edges)]
+        assert (np.diff(edges) > 0).all()
+        assert np.abs(np.array(rows) - lengths.sum() / shards).max() <= lengths.max()
+
+
+def test_episodes_are_whole_and_keep_their_numbers(three):
+    seen = []
+    for number in range(3):
+        with three.shard(number) as rows:
+            ids = rows["collector", "traj_ids"]
+            ends = rows["next", "done"].squeeze(-1)
+            assert bool(ends[-1])
+            seen += ids[ends].tolist()
+            own = ids.unique()
+            assert ids.bincount()[own].tolist() == [LENGTHS[episode] for episode in own]
+    assert seen == list(range(10))
+
+
+def test_a_shard_alone_is_a_built_table_with_the_statistics_of_the_whole_log(three):
+    alone = load_dataset(Path(three.files.location) / "shard-00001")
+    assert isinstance(alone, OfflineDataset)
+    assert len(alone) == three.shards[1].rows
+    assert alone.statistics["observation"].count == sum(LENGTHS)
+    assert len(alone.episode_returns) == len(alone.episode_lengths) < 10
+
+
+def test_an_agent_is_made_from_the_index_alone(copied):
+    for shard in copied.glob("shard-*"):
+        shutil.rmtree(shard)
+    agent = make_agent(config(), load_shards(copied))
+    other = make_agent(config(), load_dataset(arrays(LENGTHS), **SPACES))
+    mine, theirs = agent.loss.state_dict(), other.loss.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
+    np.testing.assert_array_equal(agent.task.episodes, other.task.episodes)
+
+
+def test_the_command_builds_and_verifies(tmp_path, capsys):
+    np.savez(tmp_path / "log.npz", **arrays(LENGTHS))
+    command = ["build", str(tmp_path / "log.npz"), str(tmp_path / "shards"), "--shards", "4"]
+    assert main(command) == 0
+    assert (
+        "68 transitions in 4 shards; open it with load_shards(FOLDER)." in capsys.readouterr().out
+    )
+    assert main(["verify", str(tmp_path / "shards")]) == 0
+    total = sum(
+        p.stat().st_size for p in (tmp_path / "shards").rglob("*")
+        if p.is_file() and p.name not in ("shards.json", "built.json")
+    )  # fmt: skip
+    assert f"{total:,} bytes have the content that was built" in capsys.readouterr().out
+    assert main(command) == 1
+    assert "exists already; choose another path" in capsys.readouterr().err
+
+
+def test_verify_reads_every_shard(copied, capsys):
+    flip(copied / "shard-00002" / "transitions" / "action.memmap")
+    with pytest.raises(DatasetError, match=r"shard-00002: .*action.memmap has another content"):
+        verify_shards(copied)
+    assert main(["verify", str(copied)]) == 1
+    assert "another content" in capsys.readouterr().err
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def missing(folder: Path) -> None:
+    shutil.rmtree(folder / "shard-00001")
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "shard-00001" / "transitions" / "action.memmap"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def flipped(folder: Path) -> None:
+    flip(folder / "shard-00001" / "transitions" / "action.memmap")
+
+
+def exchanged(folder: Path) -> None:
+    """With a shard of another log, that is complete in itself."""
+    (folder.parent / "other").mkdir()
+    written(folder.parent / "other", LENGTHS, 3, seed=1)
+    shutil.rmtree(folder / "shard-00001")
+    shutil.move(folder.parent / "other" / "shards" / "shard-00001", folder)
+
+
+def without_record(folder: Path) -> None:
+    (folder / "shard-00001" / "built.json").unlink()
+
+
+FAULTS = {
+    missing: "shard-00001: incomplete or damaged (this shard is missing); copy the folder again",
+    truncated: "action.memmap has 160 bytes, built with 168",
+    flipped: "action.memmap has another content than when it was built",
+    exchanged: "its digest in built.json is another one than in shards.json: a shard of other data",
+    without_record: "built.json is missing",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_damaged_shard_is_refused_with_one_sentence(copied, fault):
+    fault(copied)
+    log = load_shards(copied)
+    with pytest.raises(DatasetError) as caught, log.shard(1):
+        pass
+    assert FAULTS[fault] in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with log.shard(0) as rows:  # the others stay usable
+        assert len(rows) == log.shards[0].rows
+
+
+def test_a_damaged_index_is_refused(copied):
+    folder = copied
+    text = (folder / "shards.json").read_text()
+    (folder / "shards.json").write_text(text[:-100])
+    with pytest.raises(DatasetError, match=r"incomplete or damaged \(shards.json cannot be read"):
+        load_shards(folder)
+    index = json.loads(text)
+    (folder / "shards.json").write_text(json.dumps(index | {"format": 9}))
+    with pytest.raises(DatasetError, match="has format 9, and this version reads 1"):
+        load_shards(folder)
+    (folder / "shards.json").write_text(json.dumps(index | {"rows": 9}))
+    with pytest.raises(DatasetError, match="its shards have 68 rows in place of 9"):
+        load_shards(folder)
+    (folder / "shards.json").write_text(text)
+    (folder / "episodes.npz").unlink()
+    with pytest.raises(DatasetError, match=r"episodes.npz is missing"):
+        load_shards(folder)
+
+
+@pytest.mark.parametrize(
+    ("shards", "text"),
+    [(0, "expected a whole number, at least 1, got 0"), (True, "got True"),
+     (11, "10 episodes do not fill 11 shards of whole episodes; choose at most 10")],
+)  # fmt: skip
+def test_numbers_of_shards_that_cannot_be(tmp_path, shards, text):
+    with pytest.raises(DatasetError, match=text):
+        build_shards(arrays(LENGTHS), tmp_path / "shards", shards, **SPACES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path):
+    faulty = arrays(LENGTHS)
+    faulty["reward"][40] = np.nan
+    with pytest.raises(DatasetError, match=r"next.reward is NaN or infinite"):
+        build_shards(faulty, tmp_path / "shards", 3, **SPACES)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_needs_all_rows_refuses_shards(three, tmp_path):
+    log, folder = three, Path(three.files.location)
+    with pytest.raises(DatasetError, match=r"a folder of shards, .*data.load_shards\("):
+        load_dataset(folder)
+    with pytest.raises(
+        DatasetError, match="a log in 3 shards, and this needs all rows in one table"
+    ):
+        _ = log.transitions
+    with pytest.raises(TypeError, match="dataset is ShardedDataset"):
+        IQLPopulation([config()], log)
+    with pytest.raises(
+        DatasetError, match="is a built table already; build shards from the source"
+    ):
+        build_shards(folder / "shard-00000", tmp_path / "again", 2)
+    with pytest.raises(DatasetError, match=r"has no shards.json, so it is no folder of shards"):
+        load_shards(tmp_path)

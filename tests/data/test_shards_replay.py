@@ -1,0 +1,354 @@
+"""Batches from shards: which rows, in which proportion, in which order, resumed, and from addresses."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from shard_logs import written
+from test_shards import FAULTS, flip, missing, truncated
+
+from iql_torchrl.data import DatasetError, ShardedDataset, ShardedReplay, load_shards
+from iql_torchrl.data.shards.rotation import Rotation
+
+EQUAL = [5] * 12  # six shards of two episodes of five rows
+
+
+UNEQUAL = [7, 3, 12, 5, 5, 9, 2, 8, 6, 11]
+
+
+@pytest.fixture(scope="module")
+def equal(tmp_path_factory) -> ShardedDataset:
+    """Of ``EQUAL`` in six shards; no test changes its files."""
+    return written(tmp_path_factory.mktemp("equal"), EQUAL, 6)
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory) -> ShardedDataset:
+    """Of ``UNEQUAL`` in five shards; no test changes its files."""
+    return written(tmp_path_factory.mktemp("unequal"), UNEQUAL, 5)
+
+
+def rows_of(batch) -> np.ndarray:
+    """The numbers of a batch's rows in the log."""
+    return batch["observation"][:, 0].numpy().astype(int)
+
+
+def sequence(replay: ShardedReplay, batches: int) -> list[torch.Tensor]:
+    leaves = [replay.sample() for _ in range(batches)]
+    return [torch.cat([v.double().flatten() for v in b.values(True, True)]) for b in leaves]
+
+
+def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# -- the order of the shards -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shards", "loaded"), [(1, 1), (2, 1), (5, 2), (5, 4), (6, 3), (9, 8)])
+@pytest.mark.parametrize("seed", range(5))
+def test_each_pass_loads_every_shard_once_and_none_that_is_loaded(shards, loaded, seed):
+    rotation = Rotation(shards, loaded, seed)
+    stream = list(rotation.loaded)
+    while len(stream) < 8 * shards:
+        stays = [s for place, s in enumerate(rotation.loaded) if place != rotation.oldest]
+        assert rotation.coming not in stays
+        stream.append(rotation.coming)
+        place = rotation.advance()
+        assert rotation.loaded[place] == stream[-1]
+        # the oldest was replaced: the last ones of the stream are loaded
+        assert sorted(rotation.loaded) == sorted(stream[-loaded:])
+    for start in range(0, len(stream), shards):
+        assert sorted(stream[start : start + shards]) == list(range(shards))
+
+
+def test_the_orders_of_two_passes_and_of_two_seeds_differ():
+    def stream(seed: int) -> list[int]:
+        rotation = Rotation(10, 2, seed)
+        first = list(rotation.loaded)
+        for _ in range(18):
+            first.append(rotation.coming)
+            rotation.advance()
+        return first
+
+    assert stream(0) == stream(0) != stream(1)
+    assert stream(0)[:10] != stream(0)[10:]
+
+
+def test_every_first_order_is_equally_likely():
+    """Of three shards, one loaded: six orders of the first pass over 1,200 seeds."""
+    counts = Counter()
+    for seed in range(1200):
+        rotation, order = Rotation(3, 1, seed), []
+        for _ in range(3):
+            order.append(rotation.loaded[0])
+            rotation.advance()
+        counts[tuple(order)] += 1
+    assert len(counts) == 6
+    assert chisquare(list(counts.values())).pvalue > 1e-3
+
+
+# -- which rows --------------------------------------------------------------------------------------
+
+
+def test_a_loaded_shard_is_drawn_from_in_proportion_to_its_rows(tmp_path):
+    """Shards of 2, 4 and 6 rows, all loaded: row r of the places together is drawn by number r."""
+    log = written(tmp_path, [2, 4, 6], 3)
+    assert [shard.rows for shard in log.shards] == [2, 4, 6]
+    replay = log.replay_buffer(4096, seed=5, loaded=3)
+    rows = {0: [0, 1], 1: [2, 3, 4, 5], 2: [6, 7, 8, 9, 10, 11]}
+    placed = np.concatenate([rows[number] for number in replay.loaded_shards()])
+    numbers = torch.randint(12, (4096,), generator=torch.Generator().manual_seed(5))
+    found = rows_of(replay.sample())
+    np.testing.assert_array_equal(found, placed[numbers.numpy()])
+    shares = [np.isin(found, rows[number]).mean() for number in range(3)]
+    np.testing.assert_allclose(shares, [2 / 12, 4 / 12, 6 / 12], atol=0.03)
+
+
+def test_every_entry_of_a_row_is_that_of_the_log(unequal):
+    log, parts = unequal, []
+    for number in range(5):
+        with log.shard(number) as rows:
+            parts.append(rows.clone())
+    whole = torch.cat(parts).exclude("collector")
+    replay = log.replay_buffer(32, seed=0, loaded=2, replace_every=2)
+    for _ in range(12):
+        batch = replay.sample()
+        assert set(batch.keys(True, True)) == set(whole.keys(True, True))
+        assert bool((batch == whole[rows_of(batch)]).all())
+    assert rows_of(replay.sample(7)).shape == (7,)
+
+
+def test_batches_are_uniform_within_the_loaded_shards_and_over_many_passes_in_all(equal):
+    """Counts of rows, each shard's number of batches while it was loaded, and their chi-squared."""
+    replay = equal.replay_buffer(256, seed=0, loaded=2, replace_every=3)
+    counts, batches = np.zeros(60), np.zeros(6)
+    for number in range(6 * 3 * 12):
+        rows = np.bincount(rows_of(replay.sample()), minlength=60)
+        loaded = replay.loaded_shards()
+        assert len(replay) == 20
+        assert rows.reshape(6, 10)[loaded].sum() == 256  # and no row of the other shards
+        counts, batches = counts + rows, batches + np.bincount(loaded, minlength=6)
+        if number < 3:
+            assert chisquare(rows.reshape(6, 10)[loaded].flatten()).pvalue > 1e-3
+    # 12 passes of 18 batches, each shard loaded for 6 batches of each; at the ends of the run less
+    assert batches.sum() == 2 * 216
+    assert np.abs(batches - 72).max() <= 6
+    assert chisquare(counts, np.repeat(batches * 256 / 20, 10)).pvalue > 1e-3
+    assert np.abs(counts / counts.mean() - 1).max() < 0.15
+
+
+def test_all_shards_loaded_is_the_whole_log_and_nothing_is_replaced(equal):
+    replay = equal.replay_buffer(64, seed=0, loaded=6, replace_every=1)
+    before = replay.loaded_shards()
+    counts = sum(np.bincount(rows_of(replay.sample()), minlength=60) for _ in range(50))
+    assert replay.loaded_shards() == before
+    assert chisquare(counts).pvalue > 1e-3
+
+
+def test_rewards_are_mapped_in_batches(equal):
+    raw = equal.replay_buffer(32, seed=0, loaded=2).sample()
+    mapped = load_shards(equal.files.location, reward=(2.0, -1.0))
+    batch = mapped.replay_buffer(32, seed=0, loaded=2).sample()
+    assert torch.equal(batch["next", "reward"], raw["next", "reward"] * 2 - 1)
+
+
+def test_the_next_shard_is_read_by_a_thread_before_it_is_needed(equal, monkeypatch):
+    load, read, done = ShardedReplay._load, [], threading.Event()
+
+    def noted(self, number: int, slot: int) -> None:
+        load(self, number, slot)
+        read.append((number, threading.current_thread() is threading.main_thread()))
+        if len(read) == 3:
+            done.set()
+
+    monkeypatch.setattr(ShardedReplay, "_load", noted)
+    replay = equal.replay_buffer(8, seed=0, loaded=2, replace_every=5)
+    assert done.wait(60)  # no batch was drawn yet
+    first = replay.loaded_shards()
+    assert [main for _, main in read] == [True, True, False]
+    assert [number for number, _ in read[:2]] == first
+    for _ in range(6):
+        replay.sample()
+    assert replay.loaded_shards() == [read[2][0], first[1]]
+
+
+# -- state -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batches", [0, 3, 5, 11, 35, 62])
+def test_a_loaded_state_continues_with_the_same_bits(unequal, batches):
+    """In the middle of a replacement's turn, at its end, and in later passes."""
+    settings = {"loaded": 2, "replace_every": 5}
+    replay = unequal.replay_buffer(16, seed=3, **settings)
+    sequence(replay, batches)
+    state = replay.state_dict()
+    expected = sequence(replay, 60)
+    other = load_shards(unequal.files.location).replay_buffer(16, seed=9, **settings)
+    sequence(other, 8)
+    other.load_state_dict(state)
+    assert same(sequence(other, 60), expected)
+    replay.load_state_dict(state)  # also back in the same replay
+    assert same(sequence(replay, 60), expected)
+
+
+def test_equal_seeds_draw_equal_batches_and_others_do_not(equal):
+    first, second, other = (
+        sequence(equal.replay_buffer(16, seed=seed, loaded=2, replace_every=4), 30)
+        for seed in (0, 0, 1)
+    )
+    assert same(first, second)
+    assert not same(first, other)
+
+
+def test_a_state_of_other_settings_is_refused(equal):
+    state = equal.replay_buffer(8, seed=0, loaded=2, replace_every=5).state_dict()
+    for options, text in (
+        ({"loaded": 3, "replace_every": 5}, "loaded = 2, and this one has 3"),
+        ({"loaded": 2, "replace_every": 4}, "replace_every = 5, and this one has 4"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            equal.replay_buffer(8, seed=0, **options).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"loaded": 7}, "loaded is 7 and log.npz has 6 shards; choose at most 6"),
+        ({"loaded": 0}, "loaded is 0; expected a whole number, at least 1"),
+        ({"replace_every": 0}, "replace_every is 0; expected"),
+        ({"batch_size": 2.5}, "batch_size is 2.5; expected"),
+    ],
+)
+def test_settings_that_cannot_be(equal, options, text):
+    with pytest.raises(ValueError, match=text):
+        equal.replay_buffer(**{"batch_size": 8, **options})
+
+
+def test_a_shard_that_is_lost_while_training_is_named_at_its_batch(tmp_path):
+    log = written(tmp_path, EQUAL, 3)
+    replay = log.replay_buffer(8, seed=0, loaded=1, replace_every=2)
+    replay._coming.result()
+    (last,) = {0, 1, 2} - {replay.loaded_shards()[0], replay.rotation.coming}
+    shutil.rmtree(tmp_path / "shards" / f"shard-{last:05d}")
+    sequence(replay, 4)  # of the first two shards
+    with pytest.raises(DatasetError, match=rf"shard-{last:05d}: .*this shard is missing"):
+        replay.sample()
+
+
+# -- addresses ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory(tmp_path, equal):
+    """A log in shards on fsspec's file system in memory; the folder, the file system, the address."""
+    fsspec = pytest.importorskip("fsspec")
+    system = fsspec.filesystem("memory")
+    system.put(equal.files.location, "/logs/shards", recursive=True)
+    yield tmp_path, system, "memory://logs/shards"
+    system.rm("/logs", recursive=True)
+
+
+def test_an_address_gives_the_batches_of_the_folder(memory, equal):
+    *_, address = memory
+    settings = {"seed": 0, "loaded": 2, "replace_every": 3}
+    expected = sequence(equal.replay_buffer(8, **settings), 30)
+    assert same(sequence(load_shards(address).replay_buffer(8, **settings), 30), expected)
+    on_disk = load_shards(Path(equal.files.location).as_uri())  # file:///...
+    assert not on_disk.files.is_local
+    assert same(sequence(on_disk.replay_buffer(8, **settings), 30), expected)
+
+
+def test_copies_stay_in_the_cache_and_nowhere_else(memory, monkeypatch):
+    folder, system, address = memory
+    settings = {"seed": 0, "loaded": 2, "replace_every": 1}
+    (folder / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder / "temporary"))
+    expected = sequence(load_shards(address).replay_buffer(8, **settings), 12)
+    log = load_shards(address, cache=folder / "cache")
+    replay = log.replay_buffer(8, **settings)
+    assert same(sequence(replay, 12), expected)
+    replay._coming.result()
+    assert list((folder / "temporary").iterdir()) == []
+    copies = sorted((folder / "cache").iterdir())
+    assert [c.name for c in copies] == [f"{s.folder}-{s.digest}" for s in log.shards]
+    for number in range(6):
+        system.rm(f"/logs/shards/shard-{number:05d}", recursive=True)
+    again = load_shards(address, cache=folder / "cache").replay_buffer(8, **settings)
+    assert same(sequence(again, 12), expected)
+    flip(copies[0] / "transitions" / "action.memmap")
+    with pytest.raises(DatasetError, match="another content"):
+        sequence(load_shards(address, cache=folder / "cache").replay_buffer(8, loaded=6), 1)
+
+
+def absent(path: str, system) -> None:
+    system.rm(path, recursive=True)
+
+
+def shortened(path: str, system) -> None:
+    file = f"{path}/transitions/action.memmap"
+    system.pipe(file, system.cat(file)[:-8])
+
+
+def without_a_file(path: str, system) -> None:
+    system.rm(f"{path}/transitions/action.memmap")
+
+
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        (
+            absent,
+            "memory://logs/shards/shard-00001: this shard is missing; upload the folder again",
+        ),
+        (
+            shortened,
+            "shard-00001: its copy on this machine is damaged: .*action.memmap has 72 bytes",
+        ),
+        (without_a_file, r"shard-00001: incomplete \(transitions/action.memmap is missing\)"),
+    ],
+)
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_damaged_shard_at_an_address_is_named(memory, fault, text, cached):
+    folder, system, address = memory
+    fault("/logs/shards/shard-00001", system)
+    log = load_shards(address, cache=folder / "cache" if cached else None)
+    with pytest.raises(DatasetError, match=text), log.shard(1):
+        pass
+    assert list(folder.glob("cache/*")) == []
+
+
+def test_an_address_that_cannot_be_reached_is_named(monkeypatch, memory):
+    *_, address = memory
+    with pytest.raises(DatasetError, match=r"memory://logs: has no shards.json"):
+        load_shards("memory://logs")
+    with pytest.raises(DatasetError, match=r"nosuch://log: cannot be read .*Protocol not known"):
+        load_shards("nosuch://log")
+    log = load_shards(address)
+
+    def refused(*_: object) -> bytes:
+        raise ConnectionError("no route to host")
+
+    system = pytest.importorskip("fsspec").filesystem("memory")
+    monkeypatch.setattr(type(system), "cat_file", refused)
+    sentence = r"memory://logs/shards: cannot be read \(ConnectionError: no route to host\); check"
+    with pytest.raises(DatasetError, match=sentence):
+        load_shards(address)
+    with pytest.raises(DatasetError, match=sentence):
+        log.replay_buffer(8)
+
+
+@pytest.mark.parametrize("fault", [missing, truncated], ids=lambda fault: fault.__name__)
+def test_a_replay_names_a_damaged_shard(tmp_path: Path, fault):
+    log = written(tmp_path, UNEQUAL, 3)
+    fault(tmp_path / "shards")
+    with pytest.raises(DatasetError) as caught:
+        log.replay_buffer(8, loaded=3)
+    assert FAULTS[fault] in str(caught.value)
