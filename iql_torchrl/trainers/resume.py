@@ -135,12 +135,13 @@ class ReplayState:
                 "the checkpoint was saved with another kind of replay buffer (fixed, or one that "
                 f"grows) than this {type(buffer).__name__}; build it as it was."
             )
-        if isinstance(buffer, ShardedReplay):
-            if "rotation" not in state.get("whole", {}):
-                raise CheckpointError(
-                    "the checkpoint was saved with another kind of replay buffer than this "
-                    "ShardedReplay; build it as it was."
-                )
+        sharded = isinstance(buffer, ShardedReplay)
+        if ("rotation" in state.get("whole", {})) is not sharded:
+            raise CheckpointError(
+                "the checkpoint was saved with another kind of replay buffer (of shards, or of rows in "
+                f"memory) than this {type(buffer).__name__}; build it as it was."
+            )
+        if sharded:
             buffer.check_state(state["whole"])
         if "sampler" in state and (state["generator"] is None) is not (
             generator_of(buffer) is None
