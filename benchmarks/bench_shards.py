@@ -260,6 +260,7 @@ def main() -> None:
     add("--sample-block", type=int, default=10_000, help="batches of a block, and between two too")
     add("--updates", type=int, default=600, help="of the training")
     add("--rounds", type=int, default=7)
+    add("--name", default="shards", help="of the file in benchmarks/results")
     add("--folder", type=Path, help="where the data is made; by default the system's")
     add("--step", choices=list(STEPS), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -283,7 +284,7 @@ def main() -> None:
         **result,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "shards.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / f"{options.name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

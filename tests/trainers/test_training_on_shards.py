@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,16 +45,28 @@ def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("stop", [4, 6, 17])
-def test_a_resumed_run_has_the_bits_of_one_without_interruption(log, tmp_path, stop):
+def test_a_loaded_run_has_the_bits_of_one_without_interruption(log, stop):
     """Stopped in the middle between two replacements, where one is due, and in a later pass."""
-    alone = trainer(log, 24)
+    alone, stopped = trainer(log, 24), trainer(log, stop)
     alone.train()
-    trainer(log, stop, tmp_path / "run").train()
-    again = trainer(load_shards(log.files.location), 24, tmp_path / "run").resume()
+    stopped.train()
+    again = trainer(load_shards(log.files.location), 24)
+    again.load_state_dict(deepcopy(stopped.state_dict()))
     assert again.updates == stop
     again.train()
     assert same(weights(alone), weights(again))
     assert alone.replay_buffer.loaded_shards() == again.replay_buffer.loaded_shards()
+
+
+def test_a_run_is_resumed_from_its_folder(log, tmp_path):
+    alone = trainer(log, 12)
+    alone.train()
+    trainer(log, 7, tmp_path / "run").train()
+    again = trainer(load_shards(log.files.location), 12, tmp_path / "run").resume()
+    assert again.updates == 7
+    again.folder = None  # no second picture
+    again.train()
+    assert same(weights(alone), weights(again))
 
 
 def test_the_trainer_makes_the_replay_of_its_agent(log, tmp_path):
@@ -84,7 +97,8 @@ def _rows(log: ShardedDataset, number: int) -> torch.Tensor:
     return torch.arange(start, start + log.shards[number].rows)
 
 
-def test_a_compiled_step_trains_from_shards(log, uncompiled):
+@pytest.mark.slow
+def test_a_compiled_step_trains_from_shards(log):
     run, eager = trainer(log, 8, form=compiled), trainer(log, 8)
     run.train()
     eager.train()
