@@ -83,6 +83,7 @@ def load_dataset(
             Or the path of a folder that ``memmap=`` or ``python -m iql_torchrl.data build`` made,
             copied to any machine: it is opened without its source. Of the options, ``env``,
             ``reward`` (where it was built raw), ``dtype`` (the same) and ``reference_scores`` apply.
+            A log that is larger than the memory: ``build_shards`` and ``load_shards``.
         env: id, spec, instance or function; its spaces describe a table's columns, and
             ``make_env`` makes it. Minari's own record is used where this is None.
         reward: ``"raw"``, ``"return_range"`` (1000 / (max - min episode return): the paper's

@@ -150,7 +150,7 @@ class ShardTables:
         return {key: values[:size] for key, values in self._scratch.items()}
 
     def commit(self, block: Mapping[Key, Tensor], start: int) -> None:
-        for key, values in block.items():
+        for key, values in ((k, v) for k, v in block.items() if v.numel()):
             low, high = (float(value) for value in values.aminmax())
             self.ranges[key] = min(low, self.ranges[key][0]), max(high, self.ranges[key][1])
         stop = start + len(next(iter(block.values())))
