@@ -267,6 +267,7 @@ def main() -> None:
     if options.step:
         print(json.dumps(STEPS[options.step](options)))
         return
+    place = str(options.folder)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         options.folder = Path(folder)
         result: dict[str, Any] = {name: measured(name, options) for name in STEPS}
