@@ -277,9 +277,10 @@ def main() -> None:
         print(f"{quantity:42} {value:64} {limit}")
     from bench_learning import RESULTS, machine
 
+    words = [word for word in sys.argv if word not in ("--folder", place)]
     settings = {name: getattr(options, name) for name in PASSED}
     record = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *words]),
         "machine": machine(),
         **settings,
         **result,
