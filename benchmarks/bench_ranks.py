@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from bench_learning import machine
-from estimate_ranks import estimate, table
+from estimate_ranks import estimates, table
 from gymnasium import spaces
 from torch import Tensor, distributed
 
@@ -60,7 +60,6 @@ def transitions() -> Any:
             "observation": torch.randn(ROWS, OBSERVATION).numpy(),
             "action": (torch.rand(ROWS, ACTION) * 2 - 1).numpy(),
             "reward": torch.randn(ROWS).numpy(),
-            "next_observation": torch.randn(ROWS, OBSERVATION).numpy(),
             "terminated": (ends & False).numpy(),
             "truncated": ends.numpy(),
         },
@@ -142,8 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(rows))
     print(f"\nagreeing on a stop: {agreement:.0f} us; products: {processor / 1e9:.0f} GFLOP/s")
     if len(options.batches) > 1:
-        print("\nEstimate for GPUs, which were not measured:\n")
-        print(table(estimate(rows, processor)))
+        print("\n" + estimates(rows, processor))
     record = {
         "command": "python benchmarks/bench_ranks.py " + " ".join(given),
         "processor": processor,

@@ -14,7 +14,9 @@ measured processor. With n GPUs
     device   = (fixed - host) / speed + each * batch / n / speed + exchange
     time     = max(host, device)
 
-because a GPU works while the host prepares its next calls.
+because a GPU works while the host prepares its next calls. A second table leaves the host out
+(``time = device``), as if all calls were in one CUDA graph, which ``captured`` does not offer for
+several GPUs so far.
 """
 
 from __future__ import annotations
@@ -58,12 +60,17 @@ LINKS = (
 
 
 def estimate(
-    rows: Sequence[Mapping[str, float]], processor: float, links: Sequence[Link] = LINKS
+    rows: Sequence[Mapping[str, float]],
+    processor: float,
+    links: Sequence[Link] = LINKS,
+    *,
+    with_host: bool = True,
 ) -> list[dict[str, float]]:
     """Milliseconds of one GPU, and the factor by which each link's GPUs are faster, for each row.
 
     ``rows``: ``width``, ``batch``, ``alone ms``, ``sums`` and ``numbers`` (float32) of an update; at
     least two batches for each width. ``processor``: operations a second of the measured processor.
+    ``with_host``: whether an update takes at least as long as the work of the host.
     """
     speed = RATE * REACHED / processor
     fits = {width: _fit([r for r in rows if r["width"] == width]) for width in _widths(rows)}
@@ -74,7 +81,7 @@ def estimate(
         own = max(0.0, fixed - host) / speed
 
         def time(gpus: int, exchange: float, own=own, work=each * row["batch"] / speed) -> float:
-            return max(host, own + work / gpus + exchange)
+            return max(host if with_host else 0.0, own + work / gpus + exchange)
 
         alone = time(1, 0.0)
         line = {"width": row["width"], "batch": row["batch"], "one GPU ms": 1e3 * alone}
@@ -82,8 +89,21 @@ def estimate(
             sent = 4 * row["numbers"] * 2 * (link.gpus - 1) / link.gpus
             exchange = row["sums"] * link.latency + sent / link.bandwidth
             line[f"{link.gpus} GPUs"] = alone / time(link.gpus, exchange)
-        found.append(line | {"device needs batch": (host - own) * speed / each})
+        more = {"device needs batch": (host - own) * speed / each} if with_host else {}
+        found.append(line | more)
     return found
+
+
+def estimates(rows: Sequence[Mapping[str, float]], processor: float) -> str:
+    """Both tables, with their headings."""
+    return "\n\n".join(
+        (
+            "An estimate for GPUs, which were not measured:",
+            table(estimate(rows, processor)),
+            "The same without the work of the host:",
+            table(estimate(rows, processor, with_host=False)),
+        )
+    )
 
 
 def _widths(rows: Sequence[Mapping[str, float]]) -> list[float]:
@@ -105,17 +125,20 @@ def _fit(rows: Sequence[Mapping[str, float]]) -> tuple[float, float]:
 
 
 def table(rows: Sequence[Mapping[str, float]]) -> str:
-    """The rows as a table of Markdown, three digits a number."""
+    """The rows as a table of Markdown, three digits a number, whole numbers in full."""
     names = list(rows[0])
     lines = ["| " + " | ".join(names) + " |", "|" + "---:|" * len(names)]
-    lines += ["| " + " | ".join(f"{row[name]:,.3g}" for name in names) + " |" for row in rows]
+    lines += ["| " + " | ".join(_digits(row[name]) for name in names) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def _digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 or number == int(number) else f"{number:.3g}"
 
 
 def main() -> None:
     record = json.loads(RESULT.read_text())
-    print("An estimate, not a measurement:\n")
-    print(table(estimate(record["rows"], record["processor"])))
+    print(estimates(record["rows"], record["processor"]))
 
 
 if __name__ == "__main__":

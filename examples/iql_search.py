@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         name = options.dataset
         load_dataset(
             ensure_dataset(name) if name in BUILTIN else name, env=options.env, memmap=data
-        )
+        ).print_notes()
         rows, results, last = search(options, config)
         write_table(options.folder / "trials.csv", rows)
         ranking, agents = final(options, config, rows, results, last)

@@ -38,6 +38,9 @@ def test_the_estimate_equals_one_made_by_hand():
     assert wide["2 GPUs"] == pytest.approx(10.02 / (0.02 + 5 + 0.03 + 1.0))
     assert wide["4 GPUs"] == pytest.approx(10.02 / (0.02 + 2.5 + 0.06 + 0.0015))
     assert wide["device needs batch"] == pytest.approx(98)
+    alone = estimate_ranks.estimate(rows, processor, links, with_host=False)[0]
+    assert alone["one GPU ms"] == pytest.approx(0.01)
+    assert alone["4 GPUs"] == pytest.approx(0.01 / (0.0025 + 0.06 + 0.0015))
 
 
 def test_one_batch_is_not_enough_for_an_estimate():
@@ -57,5 +60,5 @@ def test_a_small_run_measures_and_prints_both_tables(tmp_path, monkeypatch, caps
         assert measured["sums"] == 3
         assert measured["two ranks ms"] > measured["exchanges ms"] > 0
     printed = capsys.readouterr().out
-    assert printed.count("| width | batch |") == 2
-    assert "Estimate for GPUs, which were not measured" in printed
+    assert printed.count("| width | batch |") == 3
+    assert "An estimate for GPUs, which were not measured:" in printed

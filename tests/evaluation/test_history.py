@@ -180,8 +180,7 @@ def test_a_call_takes_the_last_observations_of_an_episode():
     env = Counter()
     episode = np.stack([np.full(7, 2.0), np.arange(7.0)], 1)
     spaces_ = env.observation_space, env.action_space
-    assert act(policy, episode[0], *spaces_).shape == (1,)
-    for step in range(1, 7):
+    for step in range(7):
         assert act(policy, episode[max(0, step - 2) : step + 1], *spaces_).shape == (1,)
     log = logged(False)
     rows = log.transitions["observation"][:, 0] == 2
@@ -191,6 +190,8 @@ def test_a_call_takes_the_last_observations_of_an_episode():
     batch = np.stack([episode[i : i + 3] for i in range(5)])
     assert act(policy, batch, *spaces_).shape == (5, 1)
     same(module.read, expected[2:])
+    with pytest.raises(ValueError, match="is a single one and the policy reads the last 3;"):
+        act(policy, episode[0], *spaces_)
 
 
 def small_policy(length: int):
