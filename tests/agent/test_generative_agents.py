@@ -147,7 +147,13 @@ class Line(gymnasium.Env):
         return self.state, reward, False, self.left == 0, {}
 
 
-@pytest.mark.parametrize("kind", ["flow", "best of flow", "best of mixture"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "best of flow",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("flow", "best of mixture")),
+    ],
+)
 def test_evaluation_checkpoints_and_loading(kind, tmp_path):
     dataset = load_dataset(log())
     space = gymnasium.spaces.Box(LOW.astype(np.float32), HIGH.astype(np.float32), dtype=np.float32)
@@ -182,6 +188,7 @@ for name, (states, expected) in torch.load("cases.pt", weights_only=True).items(
 """
 
 
+@pytest.mark.slow
 def test_plain_torch_runs_an_export_with_critics_and_noise(tmp_path):
     cases = {}
     for name in ("flow", "best of flow", "best of mixture", "ifql, small"):

@@ -99,7 +99,8 @@ def short_episodes(monkeypatch):
     monkeypatch.setattr(OfflineDataset, "make_env", made)
 
 
-@pytest.mark.parametrize("how", ["population", pytest.param("alone", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["population", "alone"])
 def test_a_small_run(tmp_path, monkeypatch, capsys, short_episodes, how):
     pytest.importorskip("ogbench")
     monkeypatch.setenv("OGBENCH_DATASETS_PATH", str(tmp_path))

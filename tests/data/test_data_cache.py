@@ -166,6 +166,7 @@ for _ in range(40):
 """
 
 
+@pytest.mark.slow
 def test_processes_with_other_options_share_a_folder(archive: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", LOADER, str(archive), str(tmp_path / "table")]
     workers = [

@@ -316,6 +316,7 @@ needs_proc = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_proc
 def test_a_script_without_main_guard_and_its_sudden_death(tmp_path):
     """It runs once, its own environments are found, its settings kept; -9 leaves no orphan."""

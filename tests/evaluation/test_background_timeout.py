@@ -82,7 +82,8 @@ def warmed_up(policy, folder: Path) -> BackgroundEvaluation:
     return evaluation
 
 
-@pytest.mark.parametrize("deaf", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("deaf", [False, True])
 def test_a_hung_evaluation_is_ended_and_reported_and_the_next_one_runs(tmp_path, deaf):
     with warmed_up(make_step(3, 1).loss.actor_network, tmp_path) as evaluation:
         first = evaluation._child._process.pid

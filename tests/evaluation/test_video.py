@@ -79,6 +79,7 @@ def shades(seed, episodes, longest=10**9):
     ]
 
 
+@pytest.mark.slow
 @needs_extra
 def test_every_frame_of_every_episode_in_order(tmp_path):
     path = record_video(policy(), Shades, tmp_path / "new" / "film.mp4", episodes=3, seed=2)

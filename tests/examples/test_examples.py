@@ -106,6 +106,7 @@ def test_a_stopped_run_continues_from_its_last_update(run, capfd, tmp_path, monk
     assert "no run to continue" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_pendulum")
 def test_same_seed_same_numbers(run, tmp_path):
     for name in ("a", "b"):

@@ -39,6 +39,7 @@ def test_csv(run):  # noqa: F811
     check(logged)
 
 
+@pytest.mark.slow
 def test_tensorboard(run):  # noqa: F811
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -63,6 +63,7 @@ def test_rows_and_best_are_those_of_evaluation_in_between(tmp_path, in_between):
     assert not list(tmp_path.glob("**/.*"))
 
 
+@pytest.mark.slow
 def test_an_evaluation_under_way_is_made_again_after_a_resume(tmp_path, in_between):
     """Stopped with an evaluation under way: its policy is in the checkpoint."""
     trainer = make_trainer(tmp_path, lambda p: BackgroundEvaluation(p, make_env, **SETTINGS))

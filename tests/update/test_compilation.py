@@ -354,6 +354,7 @@ def test_batches_of_other_shapes_and_with_a_mask():
         torch.testing.assert_close(snapshot(fast.loss)[key], value, rtol=1e-10, atol=1e-12, msg=key)
 
 
+@pytest.mark.slow
 def test_many_compiled_steps_in_one_process():
     torch._dynamo.reset()
     alive = []
