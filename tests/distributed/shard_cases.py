@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import torch
 from small_agents import config
-from torch import distributed
+from two_ranks import as_two_ranks, error_of
 
 from iql_torchrl import OfflineTrainer, make_agent
 from iql_torchrl.data import load_shards
@@ -31,27 +29,13 @@ def trained(ranks: Ranks, folder: Path) -> dict:
     return {"weights": weights, "loaded": trainer.replay_buffer.loaded_shards()}
 
 
-def error_of(function) -> str:
-    try:
-        function()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing was raised"
-
-
-def main(rank: int, folder: Path) -> None:
-    store = distributed.FileStore(str(folder / "store"), 2)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    ranks = Ranks.from_environment()
-    results = trained(ranks, folder / "0" / "shards")
-    results["data"] = error_of(run(ranks, folder / str(rank) / "shards").train)
-    results["rotation"] = error_of(
-        run(ranks, folder / "0" / "shards", replace_every=3 + rank).train
-    )
-    torch.save(results, folder / f"rank{rank}.pt")
-    ranks.close()
+def main(ranks: Ranks, folder: Path) -> dict:
+    own, first = folder / str(ranks.rank) / "shards", folder / "0" / "shards"
+    return trained(ranks, first) | {
+        "data": error_of(run(ranks, own).train),
+        "rotation": error_of(run(ranks, first, replace_every=3 + ranks.rank).train),
+    }
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    as_two_ranks(main)
