@@ -78,6 +78,9 @@ def run(arguments: list[str] | None, ranks: Ranks) -> int:
             started = started_folder if ranks.restarts else lambda *_: None  # by this torchrun
             place = (options.output, name, arguments)
             folder = ranks.from_main(lambda: started(*place) or new_folder(*place))
+    except KeyboardInterrupt:
+        print("Stopped before training; nothing was saved.", file=sys.stderr)
+        return 130
     except (ImportError, ValueError, OSError, RuntimeError, AssertionError) as error:
         print(f"error: {error}".splitlines()[0], file=sys.stderr)
         return 2

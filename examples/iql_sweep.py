@@ -116,7 +116,11 @@ def main(arguments: list[str] | None = None) -> int:
     except EXPECTED as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
-    print(*result.notes, sep="\n")
+    except KeyboardInterrupt:
+        print("\nStopped. The same command continues.", file=sys.stderr)
+        return 130
+    for note in result.notes:
+        print(note)
     for name, sentence in result.failures.items():
         print(f"{name} failed: {sentence}")
     rows = {name: row for name, row in result.rows.items() if name not in result.failures}
@@ -168,7 +172,8 @@ def report(rows: Rows, ranking: Ranking | None, level: Level) -> None:
             if ranking.recommended == order[0]
             else f"the best, {order[0]}, {scores[0]:.4g}"
         )
-        print(f"In truth that scores {advised:.4g}, {top}; {level[0]} {level[1]:.4g}. "
+        chosen = ranking.recommended or f"{level[0]} (none is recommended)"
+        print(f"In truth {chosen} scores {advised:.4g}, {top}; {level[0]} {level[1]:.4g}. "
               f"Rank correlation {correlation:.2f}.")  # fmt: skip
 
 

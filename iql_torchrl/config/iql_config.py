@@ -86,7 +86,8 @@ class IQLConfig:
     )
     reward: Literal["raw", "return_range", "minus_one"] = knob(
         "return_range",
-        "reward map: raw, return_range (1000 / range of episode returns) or minus_one",
+        "reward map that scripts and sweeps ask load_dataset for: raw, return_range (1000 / range of "
+        "episode returns) or minus_one",
     )
     standardise: bool = knob(
         True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
@@ -28,6 +29,13 @@ __all__ = [
 Part = tuple[Key, torch.Size, int]  # key, shape of one row, its number of elements
 
 
+def check_batch_size(batch_size: Any) -> None:
+    """Raises ``ValueError`` unless it is a whole number, at least 1."""
+    whole = isinstance(batch_size, int | np.integer) and not isinstance(batch_size, bool)
+    if not whole or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; expected a whole number, at least 1.")
+
+
 def replay_buffer(
     transitions: TensorDictBase,
     batch_size: int,
@@ -46,6 +54,7 @@ def replay_buffer(
     for online data. ``kwargs`` go to ``TensorDictReplayBuffer`` (``sampler``, ``transform``,
     ``prefetch``, ``pin_memory``, ...).
     """
+    check_batch_size(batch_size)
     rows = transitions.batch_size[0]
     where = device_of(transitions) if device is None else torch.device(device)
     generator = None if seed is None else generator_on(where, seed)
@@ -118,8 +127,7 @@ class DeviceSampler:
         exclude: tuple[Key, ...] = (("collector", "traj_ids"),),
         generator: torch.Generator | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        check_batch_size(batch_size)
         self.device = device_of(transitions) if device is None else torch.device(device)
         self.batch_size = batch_size
         self.rows = int(transitions.batch_size[0])

@@ -35,10 +35,14 @@ def check_policy(policy: Any) -> None:
     # The class is not compared: a compiled TensorDict module has another class but the same keys.
     written = getattr(policy, "out_keys", None)
     if not isinstance(policy, nn.Module) or written is None or not hasattr(policy, "in_keys"):
+        advice = (
+            'wrap a plain network as TensorDictModule(network, in_keys=["observation"], '
+            'out_keys=["action"])'
+        )
         raise TypeError(
             f"policy must be a TensorDict module (TensorDictModule, ProbabilisticActor, ...), "
-            f"found {type(policy).__name__}; wrap a plain network as TensorDictModule(network, "
-            f'in_keys=["observation"], out_keys=["action"])'
+            f"found {type(policy).__name__}; "
+            f"{'pass its .policy' if hasattr(policy, 'policy') else advice}"
         )
     if "action" not in list(written):
         raise ValueError(

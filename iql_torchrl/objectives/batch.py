@@ -11,6 +11,8 @@ from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
 from tensordict.utils import is_batchedtensor
 from torch import Tensor
 
+from iql_torchrl.networks import HISTORY_MASK
+
 __all__ = ["Batch", "agree", "output_of", "per_sample", "read_batch"]
 
 
@@ -190,6 +192,11 @@ def _missing(key: NestedKey, tensordict: TensorDictBase) -> str:
             "'terminated' is where the future is worth nothing and 'done' may be a mere time limit, "
             "so the one is not taken for the other. If no episode was cut short, "
             "loss.set_keys(terminated='done')"
+        )
+    if name == HISTORY_MASK:
+        advice = (
+            "take batches from dataset.windows(length).replay_buffer(batch_size), or train with "
+            "OfflineTrainer"
         )
     keys = sorted(map(str, tensordict.keys(include_nested=True, leaves_only=True)))
     return f"{key!r} is not in the batch, which holds {', '.join(keys)}; {advice}."

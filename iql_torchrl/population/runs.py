@@ -83,7 +83,8 @@ class IQLPopulation:
         check_configs(configs)
         if not isinstance(dataset, OfflineDataset):
             raise TypeError(
-                f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns."
+                f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns. "
+                "A population needs all rows in one table, so shards are not possible."
             )
         if configs[0].history > 1:
             raise ValueError(

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import OfflineDataset, load_dataset
 from iql_torchrl.data.built_folder import is_built
+from iql_torchrl.data.shards.index import is_sharded
 from iql_torchrl.sweep.identity import check_folder, claim
 from iql_torchrl.sweep.local_processes import perform_locally
 from iql_torchrl.sweep.plan import make_plan, named
@@ -116,6 +117,11 @@ class Sweep:
                     f"source is a {type(each).__name__}; a sweep reads a name or a path, which the "
                     "workers can open: write the data with load_dataset(..., memmap=FOLDER), and "
                     "give FOLDER."
+                )
+            if is_sharded(each):
+                raise ValueError(
+                    f"source is {each}, a folder of shards, and a sweep needs all rows in one table; "
+                    "give the log itself, or a part of it written with load_dataset(..., limit=)."
                 )
         own_table = isinstance(source, str | Path) and is_built(source)
         self.common = Common(

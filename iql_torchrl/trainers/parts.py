@@ -6,11 +6,18 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from torchrl import torchrl_logger
 from torchrl.data import ReplayBuffer
 
 from iql_torchrl.agent.build import Agent
 from iql_torchrl.checkpoint import new_checkpoint
-from iql_torchrl.data import DatasetSummary, OfflineDataset, ShardedDataset, ShardedReplay
+from iql_torchrl.data import (
+    DatasetSummary,
+    OfflineDataset,
+    RewardMap,
+    ShardedDataset,
+    ShardedReplay,
+)
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.host import generator_of
 from iql_torchrl.networks import history_of
@@ -22,6 +29,7 @@ from iql_torchrl.update.step import IQLStep, part_of
 __all__ = [
     "check_parts",
     "check_ranks",
+    "check_reward",
     "check_same_data",
     "filled_in",
     "folder_of_run",
@@ -108,6 +116,19 @@ def check_parts(replay_buffer: Any, evaluation: Any, logger: Any) -> None:
         raise ValueError(
             f"replay_buffer is {type(replay_buffer).__name__}, which has no sample(); pass "
             "dataset.replay_buffer(batch_size) or a TorchRL replay buffer."
+        )
+
+
+def check_reward(agent: Agent | None, dataset: DatasetSummary | None) -> None:
+    """Logs a warning where the config names a reward map and the data have raw rewards, or reverse."""
+    if agent is None or dataset is None:
+        return
+    asked = agent.config.reward
+    if (asked == "raw") is not (dataset.reward_map == RewardMap()):
+        torchrl_logger.warning(
+            f"config.reward is {asked!r} and the rewards of {dataset.name} have the map "
+            f"{(dataset.reward_map.scale, dataset.reward_map.shift)} (1, 0 is raw). Training uses "
+            f"them as they are; if that is not wanted, load_dataset(..., reward={asked!r})."
         )
 
 

@@ -75,6 +75,8 @@ def saved_arguments(folder: Path) -> list[str]:
     try:
         arguments = json.loads((folder / ARGUMENTS).read_text())
     except (OSError, ValueError) as error:
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: there is no such folder, so no run to continue.") from None
         raise ValueError(
             f"{folder} has no readable {ARGUMENTS}, so there is no run to continue ({error})."
         ) from error
@@ -89,6 +91,8 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str], keep_last: int) -> None:
         self.path = Path(path)
+        if self.path.is_file():
+            raise ValueError(f"folder is {path}, which is a file; give the name of a folder.")
         self.rotation = CheckpointRotation(self.path / "checkpoints", keep_last=keep_last)
         self.best = self.path / f"best{SUFFIX}"
         self._drawn = time.monotonic()

@@ -28,6 +28,7 @@ from iql_torchrl.trainers.loop import check_stage, make_updates, moved_by_step
 from iql_torchrl.trainers.parts import (
     check_parts,
     check_ranks,
+    check_reward,
     check_same_data,
     filled_in,
     folder_of_run,
@@ -152,6 +153,8 @@ class OfflineTrainer(ResumableTrainer):
         check_parts(replay_buffer, evaluation, logger)
         self.ranks = Ranks() if ranks is None else ranks
         check_ranks(self.ranks, step)
+        if self.ranks.is_main:
+            check_reward(agent, dataset)
         self.agent, self.dataset = agent, dataset
         self.data_state = DataState(replay_buffer, dataset)
         self.samples_itself = hasattr(step, "updates")

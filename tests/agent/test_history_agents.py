@@ -73,7 +73,9 @@ def test_what_reads_single_observations_refuses_a_history():
     agent = make_agent(settings, dataset)
     with pytest.raises(ValueError, match=r"member 'a' reads the last 3 observations"):
         fitted_q_evaluation({"a": agent}, *dataset.split(0.5, 0), discount=0.9)
-    with pytest.raises(KeyError, match="'history_mask' is not in the batch"):
+    with pytest.raises(KeyError, match=r"'history_mask' is not in the batch.*dataset\.windows\("):
         agent.step(dataset.transitions[:4])
+    with pytest.raises(TypeError, match=r"found Agent; pass its \.policy"):
+        evaluate(agent, dataset.make_env, episodes=1, seed=0)
     with pytest.raises(ValueError, match="windows of 30 steps are longer than every episode"):
         OfflineTrainer(agent=make_agent(config(history=30), dataset), dataset=dataset)

@@ -275,3 +275,13 @@ def test_other_folders_are_never_overwritten(archive: Path, tmp_path: Path) -> N
     with pytest.raises(DatasetError, match="not made by load_dataset"):
         load_dataset(archive, memmap=tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.5, "a", True, None])
+def test_a_batch_size_that_is_no_whole_number_is_refused(size):
+    dataset = load_dataset(arrays())
+    for make in (dataset.replay_buffer, dataset.device_sampler):
+        with pytest.raises(
+            ValueError, match=r"batch_size is .*; expected a whole number, at least 1"
+        ):
+            make(size)

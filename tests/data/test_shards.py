@@ -21,6 +21,7 @@ from iql_torchrl.data.__main__ import main
 from iql_torchrl.data.digests import fingerprint
 from iql_torchrl.data.shards.index import verify_shards
 from iql_torchrl.data.shards.write import episodes_of_shards
+from iql_torchrl.sweep import Sweep
 
 LENGTHS = [7, 3, 12, 5, 5, 9, 2, 8, 6, 11]
 
@@ -294,8 +295,15 @@ def test_what_needs_all_rows_refuses_shards(three, tmp_path):
         DatasetError, match="a log in 3 shards, and this needs all rows in one table"
     ):
         _ = log.transitions
-    with pytest.raises(TypeError, match="dataset is ShardedDataset"):
+    for name in ("windows", "split", "device_sampler"):
+        with pytest.raises(AttributeError, match=f"and {name} needs all rows in one table"):
+            getattr(log, name)
+    with pytest.raises(AttributeError, match="no attribute 'window'"):
+        _ = log.window
+    with pytest.raises(TypeError, match=r"dataset is ShardedDataset.*shards are not possible"):
         IQLPopulation([config()], log)
+    with pytest.raises(ValueError, match=r"a folder of shards, and a sweep needs all rows"):
+        Sweep([config()], folder, tmp_path / "sweep")
     with pytest.raises(
         DatasetError, match="is a built table already; build shards from the source"
     ):

@@ -47,6 +47,17 @@ def table(folder: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def test_ctrl_c_says_that_the_command_continues(sweep, monkeypatch, capsys):
+    make_dataset(PENDULUM, episodes=12, progress=False)
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("iql_torchrl.sweep.sweep.perform_locally", interrupted)
+    assert sweep["main"](TINY) == 130
+    assert "Stopped. The same command continues." in capsys.readouterr().err
+
+
 def test_a_grid_is_trained_scored_ranked_and_kept(sweep, capsys):
     make_dataset(PENDULUM, episodes=12, progress=False)
     grid = ["--temperature", "0", "3", "--expectile", "0.6", "0.9"]

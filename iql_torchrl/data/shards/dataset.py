@@ -16,6 +16,7 @@ from tensordict import TensorDict
 
 from iql_torchrl.data.build import TABLE
 from iql_torchrl.data.built_folder import RECORD, with_rewards
+from iql_torchrl.data.dataset import OfflineDataset
 from iql_torchrl.data.scaling import RewardMap
 from iql_torchrl.data.schema import MASK, DatasetError, Key, Layout
 from iql_torchrl.data.shards.files import ShardFiles
@@ -71,8 +72,16 @@ class ShardedDataset(DatasetSummary):
     @property
     def transitions(self) -> NoReturn:
         """Always raises ``DatasetError``: the rows are never all in one table."""
-        raise DatasetError(
-            f"{self.name}: is a log in {len(self.shards)} shards, and this needs all rows in one "
+        raise DatasetError(self._in_shards("this"))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_") or not hasattr(OfflineDataset, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise AttributeError(self._in_shards(name))
+
+    def _in_shards(self, what: str) -> str:
+        return (
+            f"{self.name}: is a log in {len(self.shards)} shards, and {what} needs all rows in one "
             "table; use replay_buffer(batch_size) for batches, or load_dataset of the log itself or "
             "of one shard's folder where that fits into memory."
         )
