@@ -237,3 +237,11 @@ def test_every_field_is_explained():
     assert list(described) == [field.name for field in fields(IQLConfig)]
     texts = [knob.help_with_range for knob in described.values()]
     assert all(len(text) > 10 and "\n" not in text for text in texts)
+
+
+def test_an_unknown_preset_is_refused_with_the_names():
+    with pytest.raises(
+        KeyError, match=r"no preset 'locomotive'; the presets are quick, .*locomotion"
+    ):
+        PRESETS["locomotive"]
+    assert "locomotive" not in PRESETS

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from iql_torchrl.config.iql_config import IQLConfig
 
 __all__ = ["PRESETS"]
+
+
+class _Named(dict[str, IQLConfig]):
+    """Presets by name; an unknown name is a ``KeyError`` that lists them."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise KeyError(f"there is no preset {name!r}; the presets are {', '.join(self)}.")
+
 
 # The official code of IQL standardises nothing and draws orthogonal weights.
 OFFICIAL: dict[str, Any] = {"standardise": False, "initialisation": "orthogonal"}
@@ -48,26 +56,28 @@ FQL: dict[str, Any] = {
 #: weights (uniform, by the mean of fan-in and fan-out), its constant standard deviation, and the live
 #: critics in the weights of IQL.
 PRESETS = MappingProxyType(
-    {
-        "quick": IQLConfig(
-            updates=10_000, hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3
-        ),
-        "adamw_cosine": IQLConfig(
-            discount=0.97,
-            temperature=2.0,
-            reward="raw",
-            optimizer="adamw",
-            actor_lr=1e-4,
-            critic_lr=1e-3,
-            value_lr=1e-3,
-            schedule="cosine",
-            schedule_steps=100,
-        ),
-        "locomotion": IQLConfig(**OFFICIAL),
-        "antmaze": IQLConfig(expectile=0.9, temperature=10.0, reward="minus_one", **OFFICIAL),
-        "kitchen": IQLConfig(temperature=0.5, dropout=0.1, reward="raw", **OFFICIAL),
-        "adroit": IQLConfig(temperature=0.5, dropout=0.1, reward="raw", **OFFICIAL),
-        "ogbench": IQLConfig(temperature=10.0, **FQL),
-        "ifql": IQLConfig(temperature=0.0, policy="flow", flow_steps=10, num_samples=32, **FQL),
-    }
+    _Named(
+        {
+            "quick": IQLConfig(
+                updates=10_000, hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3
+            ),
+            "adamw_cosine": IQLConfig(
+                discount=0.97,
+                temperature=2.0,
+                reward="raw",
+                optimizer="adamw",
+                actor_lr=1e-4,
+                critic_lr=1e-3,
+                value_lr=1e-3,
+                schedule="cosine",
+                schedule_steps=100,
+            ),
+            "locomotion": IQLConfig(**OFFICIAL),
+            "antmaze": IQLConfig(expectile=0.9, temperature=10.0, reward="minus_one", **OFFICIAL),
+            "kitchen": IQLConfig(temperature=0.5, dropout=0.1, reward="raw", **OFFICIAL),
+            "adroit": IQLConfig(temperature=0.5, dropout=0.1, reward="raw", **OFFICIAL),
+            "ogbench": IQLConfig(temperature=10.0, **FQL),
+            "ifql": IQLConfig(temperature=0.0, policy="flow", flow_steps=10, num_samples=32, **FQL),
+        }
+    )
 )
