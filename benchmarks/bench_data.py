@@ -105,20 +105,19 @@ def load(_: argparse.Namespace) -> dict[str, float]:
     return {"seconds": seconds, "bytes": bytes_, "peak": peak() - before, "rows": len(dataset)}
 
 
-def write_table(options: argparse.Namespace) -> dict[str, float]:
-    """A file in D4RL's layout whose table, once built, has ``--size-gb``."""
+def write_d4rl(
+    path: Path, rows: int, observation: int, action: int, *, episodes: int = 100, rise: float = 0.0
+) -> None:
+    """A file in D4RL's layout: ``episodes`` random ones, repeated; rewards rise by ``rise`` in all."""
     import h5py
     import numpy as np
 
-    # Two observations, action, reward, three flags, the episode's number.
-    row = 4 * (2 * OBSERVATION + ACTION + 1) + 3 + 8
-    rows = int(options.size_gb * 1e9 / row) // EPISODE * EPISODE
-    chunk = np.random.default_rng(0).standard_normal((100 * EPISODE, OBSERVATION), np.float32)
+    chunk = np.random.default_rng(0).standard_normal((episodes * EPISODE, observation), np.float32)
     columns = {
-        "observations": (OBSERVATION,), "actions": (ACTION,), "rewards": (), "terminals": (),
+        "observations": (observation,), "actions": (action,), "rewards": (), "terminals": (),
         "timeouts": (),
     }  # fmt: skip
-    with h5py.File(options.folder / "table.hdf5", "w") as file:
+    with h5py.File(path, "w") as file:
         for name, shape in columns.items():
             kind = "?" if shape == () and name != "rewards" else "f4"
             file.create_dataset(name, (rows, *shape), kind)
@@ -126,9 +125,17 @@ def write_table(options: argparse.Namespace) -> dict[str, float]:
             part = slice(start, min(start + len(chunk), rows))
             count = part.stop - start
             file["observations"][part] = chunk[:count]
-            file["actions"][part] = np.tanh(chunk[:count, :ACTION])
-            file["rewards"][part] = chunk[:count, 0]
+            file["actions"][part] = np.tanh(chunk[:count, :action])
+            file["rewards"][part] = chunk[:count, 0] + rise * start / rows
             file["timeouts"][part] = np.arange(start, part.stop) % EPISODE == EPISODE - 1
+
+
+def write_table(options: argparse.Namespace) -> dict[str, float]:
+    """A file in D4RL's layout whose table, once built, has ``--size-gb``."""
+    # Two observations, action, reward, three flags, the episode's number.
+    row = 4 * (2 * OBSERVATION + ACTION + 1) + 3 + 8
+    rows = int(options.size_gb * 1e9 / row) // EPISODE * EPISODE
+    write_d4rl(options.folder / "table.hdf5", rows, OBSERVATION, ACTION)
     return {}
 
 

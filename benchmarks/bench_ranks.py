@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from bench_learning import machine
+from bench_step import write
 from estimate_ranks import estimates, table
 from gymnasium import spaces
 from torch import Tensor, distributed
@@ -150,9 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
         "agreement_us": agreement,
         "rows": rows,
     }
-    temporary = RESULT.with_name(f".{RESULT.name}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, RESULT)
+    write(RESULT, record)
 
 
 if __name__ == "__main__":

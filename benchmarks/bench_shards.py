@@ -30,7 +30,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-OBSERVATION, ACTION, EPISODE, BATCH = 111, 8, 1000, 256
+from bench_data import EPISODE, write_d4rl
+
+OBSERVATION, ACTION, BATCH = 111, 8, 256
 #: Two observations, action, reward, three flags, the episode's number.
 ROW = 4 * (2 * OBSERVATION + ACTION + 1) + 3 + 8
 
@@ -63,26 +65,8 @@ def watched() -> Iterator[dict[str, int]]:
 
 def write_log(options: argparse.Namespace) -> dict[str, Any]:
     """A file in D4RL's layout whose shards will have ``--size-gb``."""
-    import h5py
-    import numpy as np
-
     rows = int(options.size_gb * 1e9 / ROW) // EPISODE * EPISODE
-    chunk = np.random.default_rng(0).standard_normal((50 * EPISODE, OBSERVATION), np.float32)
-    columns = {
-        "observations": (OBSERVATION,), "actions": (ACTION,), "rewards": (), "terminals": (),
-        "timeouts": (),
-    }  # fmt: skip
-    with h5py.File(options.folder / "log.hdf5", "w") as file:
-        for name, shape in columns.items():
-            kind = "?" if shape == () and name != "rewards" else "f4"
-            file.create_dataset(name, (rows, *shape), kind)
-        for start in range(0, rows, len(chunk)):
-            part = slice(start, min(start + len(chunk), rows))
-            count = part.stop - start
-            file["observations"][part] = chunk[:count]
-            file["actions"][part] = np.tanh(chunk[:count, :ACTION])
-            file["rewards"][part] = chunk[:count, 0] + start / rows
-            file["timeouts"][part] = np.arange(start, part.stop) % EPISODE == EPISODE - 1
+    write_d4rl(options.folder / "log.hdf5", rows, OBSERVATION, ACTION, episodes=50, rise=1.0)
     return {"rows": rows}
 
 

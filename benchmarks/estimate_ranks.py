@@ -75,7 +75,7 @@ def estimate(
     speed = RATE * REACHED / processor
     fits = {width: _fit([r for r in rows if r["width"] == width]) for width in _widths(rows)}
     host = fits[min(fits)][0]
-    found = []
+    lines = []
     for row in rows:
         fixed, each = fits[row["width"]]
         own = max(0.0, fixed - host) / speed
@@ -90,8 +90,8 @@ def estimate(
             exchange = row["sums"] * link.latency + sent / link.bandwidth
             line[f"{link.gpus} GPUs"] = alone / time(link.gpus, exchange)
         more = {"device needs batch": (host - own) * speed / each} if with_host else {}
-        found.append(line | more)
-    return found
+        lines.append(line | more)
+    return lines
 
 
 def estimates(rows: Sequence[Mapping[str, float]], processor: float) -> str:

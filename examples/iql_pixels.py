@@ -115,9 +115,9 @@ def make_logs(episodes: int, seed: int) -> tuple[OfflineDataset, OfflineDataset]
         over = False
         while not over:
             skill = generator.uniform(-0.5, 1)
-            way = env.mark - env.point
-            wanted = skill * way / max(SPEED, float(np.linalg.norm(way)))
-            action = np.clip(wanted + NOISE * generator.normal(size=2), -1, 1).astype(np.float32)
+            offset = env.mark - env.point
+            mean = skill * offset / max(SPEED, float(np.linalg.norm(offset)))
+            action = np.clip(mean + NOISE * generator.normal(size=2), -1, 1).astype(np.float32)
             later, reward, _, over, _ = env.step(action)
             for name, value in zip(rows, (observation, action, reward, later, over), strict=True):
                 rows[name].append(value)

@@ -165,7 +165,7 @@ def sweep_of(
         held_out=options.held_out,
         reserved=options.reserved,
         fit_updates=options.fit_updates,
-        discount=config.discount,  # one measure for all, whatever discount they learn with
+        discount=config.discount,  # all are estimated with this one, also those that learn with another
     )
 
 

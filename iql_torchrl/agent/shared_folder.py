@@ -70,11 +70,11 @@ def checked_agent(folder: Path, source: str) -> Path:
                 f"{source}: incomplete: {MANIFEST} lists {name}, which is not in {folder}; download "
                 "all of its files again."
             )
-        found = _record(path)
-        if found != expected:
-            key = next(key for key in found if found[key] != expected.get(key))
+        record = _record(path)
+        if record != expected:
+            key = next(key for key in record if record[key] != expected.get(key))
             raise CheckpointError(
-                f"{source}: {name} is not the file that was pushed: its {key} is {found[key]} and "
+                f"{source}: {name} is not the file that was pushed: its {key} is {record[key]} and "
                 f"{MANIFEST} says {expected.get(key)}. Nothing was loaded; delete {folder} and "
                 "download it again, or ask the author to push the agent again."
             )

@@ -136,11 +136,11 @@ def open_built(
         joined = joined_leaves(saved)
     except Exception as error:  # damaged in a way that the sizes of files do not show
         raise damaged(folder, f"{type(error).__name__}: {error}") from error
-    found = built.transitions[REWARD].dtype
-    if found != dtype:
+    stored = built.transitions[REWARD].dtype
+    if stored != dtype:
         raise DatasetError(
-            f"{folder}: was built with dtype={found} and dtype={dtype} is asked for; pass "
-            f"dtype={found}, or build it again."
+            f"{folder}: was built with dtype={stored} and dtype={dtype} is asked for; pass "
+            f"dtype={stored}, or build it again."
         )
     change = asked_map(reward, built, str(folder))
     table = with_rewards(built.transitions, built.map, change)

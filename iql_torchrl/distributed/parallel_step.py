@@ -28,7 +28,7 @@ def data_parallel(step: S, ranks: Ranks) -> S:
     priority and log-probability written into the batch, are those of the whole batch on every rank.
 
     ``compiled`` and, on a CPU, ``captured`` accept the step: its sums are nodes of the one graph
-    (``torch.ops._c10d_functional.all_reduce``, each with a ``wait_tensor``), in the sequential order
+    (functional all-reduces, each with a wait; ``host.summed_in_graph``), in the sequential order
     three: V's gradients, those of actor and critics, and the metrics. On a GPU ``captured`` refuses it.
 
     Dropout draws on each rank for its own rows, so it does not give the numbers of one process. With

@@ -92,8 +92,7 @@ class CausalTransformer(nn.Module):
     normalisation before each (Xiong et al. 2020, arXiv:2002.04745); a step attends to itself and to
     real steps before it. The output is the last step's, after a final normalisation. Positions are
     learned vectors, counted from the window's end, so that a shorter window is one whose earlier
-    steps are padding. Steps where the mask is False have no influence on values and gradients,
-    whatever they hold.
+    steps are padding. Steps where the mask is False have no influence on values and gradients.
 
     Args:
         in_features: F, or the features that ``preprocess`` makes of them.

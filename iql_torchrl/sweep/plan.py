@@ -91,7 +91,7 @@ def make_plan(configs: Configs, dataset: OfflineDataset, members_per_task: int) 
     for names in _alike(configs):
         try:
             stacked = _stacks(configs[names[0]], dataset)
-        except Exception as error:  # whatever prevents it, the other configs are trained
+        except Exception as error:  # the other configs are trained
             failed |= {name: f"cannot be built: {first_line(error)}" for name in names}
             continue
         size = members_per_task if stacked else 1

@@ -60,13 +60,13 @@ def started_folder(parent: Path, name: str, arguments: Sequence[str]) -> Path | 
 
     torchrun starts a script that failed again with the same arguments: see ``Ranks.restarts``.
     """
-    found = None
+    newest_match = None
     for number in itertools.count(1):
         folder = parent / (name if number == 1 else f"{name}-{number}")
         if not folder.exists():
-            return found
+            return newest_match
         with contextlib.suppress(ValueError):  # a folder of something else
-            found = folder if saved_arguments(folder) == list(arguments) else found
+            newest_match = folder if saved_arguments(folder) == list(arguments) else newest_match
     raise AssertionError
 
 

@@ -38,7 +38,7 @@ def lerobot_columns(folder: Path, mapping: Mapping[str, str | None]) -> dict[str
     ``observation.state`` and ``observation.images.top`` are the leaves ``state`` and ``images/top``
     of the observation, ``next.reward`` is the reward, and ``episode_index`` numbers the episodes. A
     picture is uint8 ``(height, width, channels)`` as stored, a frame of a video is decoded by PyAV.
-    ``next.done`` marks the last step of an episode, whatever its cause, so that it is not read as a
+    ``next.done`` marks the last step of an episode for any cause, so that it is not read as a
     termination unless ``columns`` says so.
 
     Raises ``DatasetError`` naming what is missing or damaged: the description, Parquet files with as

@@ -1,4 +1,4 @@
-"""TorchRL's own dataset classes: faults of their tables, found in the values, repaired or named.
+"""TorchRL's own dataset classes: checks their values; corrects faults or reports them.
 
 Seen by running the classes of TorchRL 0.14.1 on small files; ``tests/data/test_data_torchrl.py`` runs
 them again.
@@ -68,7 +68,7 @@ def _check_filled(source: Any, name: str, columns: Mapping[str, Column]) -> None
         advice = f"load the dataset by its id: load_dataset({source.dataset_id!r})"
     raise DatasetError(
         f"{name}: every value is zero. TorchRL 0.14.1 fills MinariExperienceReplay's table and then "
-        f"allocates the memory-mapped one anew (memmap_like), so that the values are lost; {advice}."
+        f"allocates another, memory-mapped one (memmap_like), so that the values are lost; {advice}."
     )
 
 

@@ -76,14 +76,14 @@ def read_index(files: ShardFiles) -> dict[str, Any]:
         ) from None
     try:
         saved: dict[str, Any] = json.loads(content)
-        found = saved["format"]
+        written = saved["format"]
         rows = sum(shard.rows for shard in shards_of(saved))
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(files.location, f"{INDEX} cannot be read ({error})") from error
-    if found != FORMAT:
+    if written != FORMAT:
         raise DatasetError(
-            f"{files.location}: {INDEX} has format {found}, and this version reads {FORMAT}; build it "
-            "again, or use the version that built it."
+            f"{files.location}: {INDEX} has format {written}, and this version reads {FORMAT}; build "
+            "it again, or use the version that built it."
         )
     if rows != saved["rows"]:
         raise damaged(files.location, f"its shards have {rows} rows in place of {saved['rows']}")

@@ -118,8 +118,8 @@ def episodes_of_shards(lengths: NDArray[np.int64], shards: int, name: str) -> ND
     ends = np.concatenate([[0], np.cumsum(lengths)])
     edges = [0]
     for number in range(1, shards):
-        wanted = ends[-1] * number / shards
-        nearest = int(np.abs(ends - wanted).argmin())
+        equal_share = ends[-1] * number / shards
+        nearest = int(np.abs(ends - equal_share).argmin())
         edges.append(min(max(nearest, edges[-1] + 1), len(lengths) - (shards - number)))
     return np.array([*edges, len(lengths)], np.int64)
 
