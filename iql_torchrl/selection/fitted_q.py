@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.selection.bounds import mean_bounds
@@ -105,6 +106,7 @@ def fitted_q_evaluation(
     seed: int = 0,
     device: torch.device | str = "cpu",
     table_bytes: int = TABLE_BYTES,
+    progress: bool | None = None,
 ) -> FittedQ:
     """Value of each member's policy, fitted on ``train`` and corrected by ``held_out``.
 
@@ -137,6 +139,7 @@ def fitted_q_evaluation(
             ``action_samples`` draws per state, drawn once.
         table_bytes: members' choices at all next states are kept if they fit in so many bytes,
             else computed again for each batch.
+        progress: a progress bar of the critics' updates; None shows it on terminals only.
 
     Raises:
         TypeError, ValueError: a member that is no policy or does not fit the data, two logs of
@@ -170,7 +173,7 @@ def fitted_q_evaluation(
     fitted, fresh = (
         Steps(data, log, table_bytes, _stopped(log, coverage), limits) for log in (train, held_out)
     )
-    layers = _trained(data, fitted, updates, batch_size, hidden, lr, polyak, seed)
+    layers = _trained(data, fitted, updates, batch_size, hidden, lr, polyak, seed, progress)
     scores = network_scores(data, layers, train, held_out, (fitted, fresh), coverage, limits)
     error, error_training = (_td_error(data, layers, steps) for steps in (fresh, fitted))
     passes = updates * batch_size / len(train)
@@ -179,14 +182,17 @@ def fitted_q_evaluation(
 
 def _trained(
     data: Regression, steps: Steps, updates: int, batch_size: int, hidden: Sequence[int],
-    lr: float, polyak: float, seed: int,
+    lr: float, polyak: float, seed: int, progress: bool | None,
 ) -> Layers:  # fmt: skip
     live = stacked_critics(data, hidden, seed)
     target = [(weight.detach().clone(), bias.detach().clone()) for weight, bias in live]
     leaves = [leaf for layer in live for leaf in layer]
     optimizer = torch.optim.Adam(leaves, lr=lr)
     batches = torch.Generator().manual_seed(seed)  # the same batches on every device
-    for update in range(updates):
+    for update in tqdm(
+        range(updates), "fitted Q evaluation", unit="update", leave=False,
+        disable=None if progress is None else not progress,
+    ):  # fmt: skip
         place = update % DRAWN_TOGETHER
         if place == 0:  # one copy to the device for many updates: each would wait for it
             coming = (min(DRAWN_TOGETHER, updates - update), batch_size)

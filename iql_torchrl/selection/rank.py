@@ -49,6 +49,7 @@ def rank_members(
     min_effective_episodes: float = 100.0,
     confidence: float = 0.95,
     seed: int = 0,
+    progress: bool | None = None,
 ) -> Ranking:
     """Members by estimated value, with doubts about each estimate, and a recommendation.
 
@@ -94,6 +95,7 @@ def rank_members(
             it is also doubted below a tenth of the held-out episodes.
         confidence: of the intervals, in (0, 1).
         seed: of every random choice.
+        progress: see :func:`fitted_q_evaluation`; not used with ``fitted_q``.
 
     Raises:
         TypeError, ValueError: as ``fitted_q_evaluation`` and ``importance_sampling``; ``clone`` is
@@ -106,8 +108,9 @@ def rank_members(
     imitator = _clone(resolved, clone)
     if fitted_q is None:
         fitted_q = fitted_q_evaluation(
-            members, train, held_out, discount=discount, min_count=min_count, seed=seed
-        )
+            members, train, held_out, discount=discount, min_count=min_count, seed=seed,
+            progress=progress,
+        )  # fmt: skip
     _check_fitted(fitted_q, resolved, held_out, discount)
     importance = _importance(members, held_out, behaviour, fitted_q, confidence, seed)
     digests, fit_digests = episode_digests(held_out), episode_digests(train)

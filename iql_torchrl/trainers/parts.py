@@ -6,10 +6,12 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torchrl import torchrl_logger
-from torchrl.data import ReplayBuffer
+from torchrl.data import Composite, ReplayBuffer, TensorSpec
 
 from iql_torchrl.agent.build import Agent
+from iql_torchrl.agent.task import Task
 from iql_torchrl.checkpoint import new_checkpoint
 from iql_torchrl.data import (
     DatasetSummary,
@@ -18,6 +20,7 @@ from iql_torchrl.data import (
     ShardedDataset,
     ShardedReplay,
 )
+from iql_torchrl.descriptions import describe_space
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.host import generator_of
 from iql_torchrl.networks import history_of
@@ -31,6 +34,7 @@ __all__ = [
     "check_ranks",
     "check_reward",
     "check_same_data",
+    "check_task",
     "filled_in",
     "folder_of_run",
     "one_step",
@@ -117,6 +121,31 @@ def check_parts(replay_buffer: Any, evaluation: Any, logger: Any) -> None:
             f"replay_buffer is {type(replay_buffer).__name__}, which has no sample(); pass "
             "dataset.replay_buffer(batch_size) or a TorchRL replay buffer."
         )
+
+
+def check_task(agent: Agent | None, dataset: DatasetSummary | None) -> None:
+    """Raises ``ValueError`` where observations or actions of agent and data differ in keys or shapes.
+
+    Bounds may differ.
+    """
+    if agent is None or dataset is None:
+        return
+    other = Task.of(dataset)
+    for name in ("observation", "action"):
+        spaces = [getattr(task, f"{name}_space") for task in (agent.task, other)]
+        shapes = [_shapes(getattr(task, f"{name}_spec")) for task in (agent.task, other)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{name}: the agent was made for {describe_space(spaces[0])} and the dataset "
+                f"{dataset.name!r} has {describe_space(spaces[1])}; make_agent(config, dataset) "
+                "with this dataset makes one that fits."
+            )
+
+
+def _shapes(spec: TensorSpec) -> dict[Any, tuple[torch.Size, int | None]]:
+    """Shape of each leaf, and the number of categories where it is one."""
+    leaves = spec.items(True, True) if isinstance(spec, Composite) else [("", spec)]
+    return {key: (leaf.shape, getattr(leaf.space, "n", None)) for key, leaf in leaves}
 
 
 def check_reward(agent: Agent | None, dataset: DatasetSummary | None) -> None:

@@ -30,6 +30,7 @@ from iql_torchrl.trainers.parts import (
     check_ranks,
     check_reward,
     check_same_data,
+    check_task,
     filled_in,
     folder_of_run,
     one_step,
@@ -151,6 +152,7 @@ class OfflineTrainer(ResumableTrainer):
         step = one_step(step, agent, loss_module, optimizer, target_net_updater)
         replay_buffer, total_updates = filled_in(replay_buffer, total_updates, agent, dataset)
         check_parts(replay_buffer, evaluation, logger)
+        check_task(agent, dataset)
         self.ranks = Ranks() if ranks is None else ranks
         check_ranks(self.ranks, step)
         if self.ranks.is_main:

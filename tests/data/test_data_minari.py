@@ -279,6 +279,19 @@ def test_a_mistyped_id_lists_neighbours(root: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("wrong", ["pendulum/mixed-v0", "pendulum/mixd-v0", "pendulum/mixed-v1"])
+def test_a_built_in_name_is_not_asked_for_on_the_network(
+    wrong: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("minari.storage.hosting.download_dataset", asked)
+    with pytest.raises(DatasetError, match=r"ensure_dataset\('pendulum/mixed-v0'\)") as caught:
+        load_dataset(wrong)
+    assert "python -m iql_torchrl.data make pendulum/mixed-v0" in str(caught.value)
+
+
 def test_a_failed_download_is_one_sentence(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: Any, **__: Any) -> None:
         raise ConnectionError("no route\nto host")

@@ -424,6 +424,14 @@ def test_continuous_actions():
     assert (estimate.episodes.unsupported < 0.1).all()
 
 
+@pytest.mark.parametrize(("progress", "shown"), [(True, True), (None, False), (False, False)])
+def test_progress_is_shown_where_it_is_asked_for(progress, shown, capsys):
+    train, held_out = line_log(400, spread=0.1).split(0.5, 0)
+    members = {"near": line(1.0)}
+    fitted_q_evaluation(members, train, held_out, discount=0.5, progress=progress, **BRIEF)
+    assert ("fitted Q evaluation" in capsys.readouterr().err) is shown
+
+
 def test_continuous_actions_far_from_the_log_are_unsupported():
     train, held_out = line_log(400, spread=0.1).split(0.5, 0)
     scores = fitted_q_evaluation(
@@ -519,7 +527,7 @@ def test_training_on_a_device_waits_for_nothing(make, table_bytes, monkeypatch):
     counts = {}
     for updates in (1, 4, 5):
         with Copies() as mode:
-            layers = fitted_q._trained(data, steps, updates, 4, (4,), 1e-3, 0.05, 0)
+            layers = fitted_q._trained(data, steps, updates, 4, (4,), 1e-3, 0.05, 0, False)
         counts[updates] = mode.count
     if table_bytes:
         assert counts[4] == counts[1]

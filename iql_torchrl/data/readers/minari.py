@@ -18,6 +18,7 @@ import numpy as np
 from minari.dataset.minari_storage import is_image_space
 from numpy.typing import NDArray
 
+from iql_torchrl.data.builtin.catalogue import BUILTIN
 from iql_torchrl.data.readers.source import Piece, ReadOptions, Source, first_episodes
 from iql_torchrl.data.schema import (
     ACTION,
@@ -44,7 +45,8 @@ def find_minari(dataset_id: str, *, download: bool) -> minari.MinariDataset:
     """The dataset of that id, local or, where absent and ``download``, fetched by Minari.
 
     Raises ``DatasetError`` in one sentence: for a malformed or unknown id it lists the local ids
-    that come closest.
+    that come closest. The id of a built-in dataset, or one letter or so beside it, is never asked
+    for on the network: the error says how to make the dataset.
     """
     if not _ID.fullmatch(dataset_id):
         raise DatasetError(
@@ -62,6 +64,13 @@ def find_minari(dataset_id: str, *, download: bool) -> minari.MinariDataset:
         ) from error
     if not download:
         raise DatasetError(f"{dataset_id}: no such local Minari dataset{_closest(dataset_id)}.")
+    if meant := difflib.get_close_matches(dataset_id, BUILTIN, n=1, cutoff=0.9):
+        raise DatasetError(
+            f"{dataset_id}: no such local Minari dataset; this package makes {meant[0]!r}: run "
+            f"python -m iql_torchrl.data make {meant[0]}, or call "
+            f"iql_torchrl.data.builtin.ensure_dataset({meant[0]!r}). python -m iql_torchrl.data list "
+            "shows all."
+        )
     try:
         return minari.load_dataset(dataset_id, download=True)
     except Exception as error:
