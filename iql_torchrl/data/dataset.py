@@ -22,7 +22,7 @@ from iql_torchrl.data.windows import Windows
 __all__ = ["OfflineDataset"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OfflineDataset(DatasetSummary):
     """Transitions that passed every check, with their spaces, statistics and environment.
 

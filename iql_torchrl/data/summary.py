@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 import gymnasium as gym
@@ -21,11 +21,12 @@ from iql_torchrl.data.schema import (
     observation_spec_of,
     spec_of_space,
 )
+from iql_torchrl.descriptions import describe_space
 
 __all__ = ["DatasetSummary"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DatasetSummary(ABC):
     """A dataset's spaces, statistics, episodes, reward map and environment, without its rows.
 
@@ -52,11 +53,24 @@ class DatasetSummary(ABC):
     notes: tuple[str, ...] = ()
     name: str = "dataset"
     dtype: torch.dtype = torch.float32
-    env: Callable[[], gym.Env[Any, Any]] | None = field(default=None, repr=False)
+    env: Callable[[], gym.Env[Any, Any]] | None = None
 
     @abstractmethod
     def __len__(self) -> int:
         """The number of rows."""
+
+    def __repr__(self) -> str:
+        returns, change = self.episode_returns, self.reward_map
+        rewards = f", rewards mapped by {change}" if change != RewardMap() else ""
+        notes = f"\n  notes: {len(self.notes)}, see print_notes()" if self.notes else ""
+        return (
+            f"{type(self).__name__} {self.name!r}: {len(self):,} transitions in {len(returns):,} "
+            f"episodes\n"
+            f"  observation: {describe_space(self.observation_space)}\n"
+            f"  action: {describe_space(self.action_space)}\n"
+            f"  raw return: mean {returns.mean():.6g}, {returns.min():.6g} to {returns.max():.6g}"
+            f"{rewards}{notes}"
+        )
 
     @property
     @abstractmethod

@@ -27,7 +27,7 @@ from iql_torchrl.data.summary import DatasetSummary
 __all__ = ["ShardedDataset"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ShardedDataset(DatasetSummary):
     """A log in shards, of which only the index is read until rows are sampled.
 
@@ -47,10 +47,10 @@ class ShardedDataset(DatasetSummary):
     shards: tuple[Shard, ...]
     files: ShardFiles
     layout: Layout
-    ranges: dict[Key, tuple[float, float]] = field(repr=False)
+    ranges: dict[Key, tuple[float, float]]
     stored_map: RewardMap
-    episode_sketch: NDArray[np.int64] = field(repr=False)
-    _verified: set[int] = field(default_factory=set, init=False, repr=False, compare=False)
+    episode_sketch: NDArray[np.int64]
+    _verified: set[int] = field(default_factory=set, init=False, compare=False)
 
     def __len__(self) -> int:
         return sum(shard.rows for shard in self.shards)
