@@ -9,8 +9,9 @@ are missing (about an hour a task); ``--draw v0`` takes the published files in O
 Compared are the log, cloning, IQL, IQL whose policy maximises Q with cloning (DDPG+BC), and the
 best of 32 actions of a flow that clones the log (IFQL). Nothing is tuned here: settings and
 temperatures are those of the published baselines (see ``BASE``, ``METHODS`` and ``TASKS``). Writes
-benchmarks/results/NAME.json after each task and method; ``--resume`` continues a file. The table
-ends with what differs from the published protocol.
+benchmarks/results/NAME.json after each task and method; ``--resume`` continues a file. Tasks may be
+divided among processes with a ``--result`` each, which one more call joins (``--take``). The table ends
+with what differs from the published protocol.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -294,6 +296,38 @@ def compare(lines: Sequence[Mapping[str, Any]]) -> str:
     return aggregate_table(scores, name="success in %") if tasks else ""
 
 
+def before(paths: Sequence[Path], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The runs of result files with the same settings, each task and method once."""
+    runs: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in paths:
+        record = json.loads(path.read_text())
+        if record["settings"] != settings:
+            sys.exit(f"error: {path} has {record['settings']}; expected {settings}: give the same.")
+        for each in record["runs"]:
+            runs.setdefault((each["task"], each["method"]), each)
+    return list(runs.values())
+
+
+def write(
+    o: argparse.Namespace, path: Path, settings: Mapping[str, Any], runs: list[dict[str, Any]]
+) -> None:
+    """The result file, with ``runs`` in the order of ``TASKS`` and ``METHODS``."""
+    tasks, methods = list(TASKS), list(METHODS)
+    runs.sort(key=lambda each: (tasks.index(each["task"]), methods.index(each["method"])))
+    record = {
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine() | {p: version(p) for p in ("ogbench", "mujoco")},
+        "paper": PAPER,
+        "settings": settings,
+        "differences": differences(o, runs),
+        "summary": summarise(runs, o.episodes),
+        "runs": runs,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     o = _options(arguments)
     path = RESULTS / f"{o.result}.json"
@@ -302,12 +336,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name: getattr(o, name)
         for name in ("draw", "updates", "width", "layers", "episodes", "seeds", "points")
     }
-    runs: list[dict[str, Any]] = []
-    if o.resume and path.exists():
-        before = json.loads(path.read_text())
-        if before["settings"] != settings:
-            sys.exit(f"error: {path} has {before['settings']}; expected {settings}: give the same.")
-        runs = before["runs"]
+    others = [path] * (o.resume and path.exists()) + [RESULTS / f"{n}.json" for n in o.take]
+    runs = before(others, settings)
     finished = {(each["task"], each["method"]) for each in runs}
     for name in o.tasks:
         missing = [method for method in o.methods if (name, method) not in finished]
@@ -315,18 +345,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for method in missing:
             assert dataset is not None
             runs.append(run(o, name, method, dataset))
-            record = {
-                "command": " ".join(["python", *sys.argv]),
-                "machine": machine() | {p: version(p) for p in ("ogbench", "mujoco")},
-                "paper": PAPER,
-                "settings": settings,
-                "differences": differences(o, runs),
-                "summary": summarise(runs, o.episodes),
-                "runs": runs,
-            }
-            RESULTS.mkdir(exist_ok=True)
-            with whole_file(path) as temporary:
-                temporary.write_text(json.dumps(record, indent=1) + "\n")
+            write(o, path, settings, runs)
+    if o.take:
+        write(o, path, settings, runs)
     lines = summarise(runs, o.episodes)
     print(f"\n{table(lines)}\n\nPublished: {PAPER}. What differs:")
     print("\n".join(f"- {text}" for text in differences(o, runs)))
@@ -353,6 +374,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--alone", action="store_true", help="train one seed after the other")
     add("--result", default="ogbench", help="name of the result file")
     add("--resume", action="store_true", help="keep the runs that the result file has")
+    add("--take", nargs="+", default=[], help="result files of other processes, to join them")
     o = parser.parse_args(arguments)
     if o.updates % o.points or o.seeds < 1:
         parser.error("--updates must be a multiple of --points, and --seeds at least 1")

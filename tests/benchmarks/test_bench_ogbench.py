@@ -52,6 +52,29 @@ def test_the_published_figures_stand_next_to_those_measured():
     assert bench_ogbench.compare(lines[2:]) == ""
 
 
+def test_files_of_several_processes_are_joined_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench_ogbench, "RESULTS", tmp_path)
+    monkeypatch.setattr(
+        bench_ogbench, "version", lambda name: "1.0"
+    )  # of packages that may be absent
+    o = bench_ogbench._options([])
+    names = ("draw", "updates", "width", "layers", "episodes", "seeds", "points")
+    settings = {name: getattr(o, name) for name in names}
+    first = [finished("cube-single", method, 10.0, 20.0) for method in ("IQL", "cloning")]
+    second = [finished("scene", "IQL", 3.0, 5.0), finished("cube-single", "IQL", 90.0, 90.0)]
+    for name, runs in (("second", second), ("first", first)):
+        record = {"settings": settings, "runs": runs}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    call = ["--tasks", "scene", "--methods", "IQL", "--result", "both", "--take", "first", "second"]
+    bench_ogbench.main(call)
+    joined = json.loads((tmp_path / "both.json").read_text())
+    assert joined["runs"] == [first[1], first[0], second[0]]  # a repeated run: the first file's
+    assert [line["success"] for line in joined["summary"]] == [15, 15, 4]
+    assert "scene task 3, IQL" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"second.json has .*give the same"):
+        bench_ogbench.main([*call[:-2], "second", "--width", "9"])
+
+
 def test_every_task_can_be_made_and_every_method_is_a_config():
     options = bench_ogbench._options([])
     for task in bench_ogbench.TASKS.values():
