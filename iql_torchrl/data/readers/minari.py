@@ -45,8 +45,8 @@ def find_minari(dataset_id: str, *, download: bool) -> minari.MinariDataset:
     """The dataset of that id, local or, where absent and ``download``, fetched by Minari.
 
     Raises ``DatasetError`` in one sentence: for a malformed or unknown id it lists the local ids
-    that come closest. The id of a built-in dataset, or one letter or so beside it, is never asked
-    for on the network: the error says how to make the dataset.
+    that come closest. The id of a built-in dataset, or one that differs from it in a letter or two,
+    is never looked for on the network: the error says how to make the dataset.
     """
     if not _ID.fullmatch(dataset_id):
         raise DatasetError(
