@@ -1,5 +1,13 @@
 """Implicit Q-Learning (Kostrikov et al. 2021, arXiv:2110.06169) for TorchRL."""
 
+import os
+
+# Threads of libgomp that wait for each other spin; where another process has the core, an update of
+# small networks is up to 100 times slower (benchmarks/bench_contention.py). libgomp reads this
+# variable when torch is imported. Processes that this one starts inherit it.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+    os.environ["GOMP_SPINCOUNT"] = "2000"
+
 from iql_torchrl import functional, networks, policies
 from iql_torchrl.agent.build import Agent, make_agent
 from iql_torchrl.config import PRESETS, IQLConfig

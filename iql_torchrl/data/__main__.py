@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -63,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         "source", metavar="SOURCE", help="Minari or OGBench id, file or folder of load_dataset"
     )
     describe.add_argument("--env", help="environment id, for files that name none")
-    describe.add_argument("--png", type=Path, help="where the histogram of returns goes")
+    describe.add_argument(
+        "--output", type=Path, metavar="FILE", help="draw a histogram of the returns into this file"
+    )
     build = commands.add_parser(
         "build", help="build a memory-mapped table, which load_dataset(FOLDER) opens on any machine"
     )
@@ -127,10 +128,9 @@ def _describe(options: argparse.Namespace) -> None:
     for name, text in _rows(dataset):
         print(f"{name:<{NAME_WIDTH}}{text}")
     dataset.print_notes()
-    stem = re.sub(r"[^\w.-]+", "-", options.source).strip("-.")
-    path = options.png or Path(f"{stem}-returns.png")
-    _draw(dataset, options.source, path)
-    print(f"histogram of returns: {path}")
+    if options.output is not None:
+        _draw(dataset, options.source, options.output)
+        print(f"histogram of returns: {options.output}")
 
 
 def _rows(dataset: OfflineDataset) -> list[tuple[str, str]]:

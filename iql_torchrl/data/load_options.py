@@ -51,9 +51,9 @@ def known_scores(scores: tuple[float, float] | str | None) -> tuple[float, float
                 f"reference_scores: {scores!r} is not among {', '.join(REFERENCE_RETURNS)}."
             )
         return REFERENCE_RETURNS[scores]
-    if not _pair(scores) or scores[0] == scores[1]:
+    if not _pair(scores) or not scores[0] < scores[1]:
         raise DatasetError(
-            "reference_scores: expected two different returns (random, expert), or a task's name, "
+            "reference_scores: expected two returns (random, expert), the second greater, or a task's name, "
             f"got {scores!r}."
         )
     return float(scores[0]), float(scores[1])

@@ -61,7 +61,13 @@ def _space_identity(space: gym.Space[Any] | None) -> str | None:
 
 def read_settings(source: Any, options: ReadOptions) -> dict[str, Any]:
     """The settings in ``options`` that change the table, and the names of its sources."""
-    return {
+    selected = [
+        hashlib.blake2b(str(list(map(int, part.episode_indices))).encode()).hexdigest()
+        for part in (source if isinstance(source, list | tuple) else [source])
+        if isinstance(part, minari.MinariDataset) and len(part) != part.storage.total_episodes
+    ]
+    selection = {"episodes": selected} if selected else {}
+    return selection | {
         "columns": options.columns,
         "reward_offset": options.reward_offset,
         "max_episode_steps": options.max_episode_steps,

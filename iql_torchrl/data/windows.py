@@ -74,11 +74,22 @@ class Windows:
         return int(self.rest.batch_size[0])
 
     def __getitem__(self, rows: Any) -> TensorDict:
-        """The transitions numbered by ``rows``: int64 ``(B,)``, a slice or a list."""
+        """The transitions numbered by ``rows``: int64 ``(B,)``, a slice, a list, or a bool mask ``(N,)``.
+
+        Raises ``IndexError`` on a mask of another length.
+        """
         device = self.frame_table.first.device
         if isinstance(rows, slice):
             rows = torch.arange(*rows.indices(len(self)), device=device)
-        rows = torch.as_tensor(rows, device=device).long()
+        rows = torch.as_tensor(rows, device=device)
+        if rows.dtype == torch.bool:
+            if rows.shape != (len(self),):
+                raise IndexError(
+                    f"the mask has shape {tuple(rows.shape)}; expected one entry for each of the "
+                    f"{len(self)} rows."
+                )
+            rows = rows.nonzero().squeeze(-1)
+        rows = rows.long()
         batch = self.rest[rows]
         for key, values in self.frame_table.entries(rows).items():
             batch.set(key, values)

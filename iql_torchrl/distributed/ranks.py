@@ -159,7 +159,7 @@ class Ranks:
         sent: list[Any] = [None, None]
         if self.is_main:
             try:
-                sent[0] = function()
+                sent[0] = _picklable(function())
             except Exception as error:
                 sent[1] = _sendable(error)
                 torch.distributed.broadcast_object_list(sent, 0)
@@ -174,9 +174,21 @@ class Ranks:
         """The ranks' values in order, on rank 0; None on the others. Values are pickled."""
         if self.size == 1:
             return [value]
-        found: list[Any] | None = [None] * self.size if self.is_main else None
-        torch.distributed.gather_object(value, found, 0)
-        return found
+        values = self._from_all(value)
+        return values if self.is_main else None
+
+    def _from_all(self, value: Any) -> list[Any]:
+        """The ranks' values in order, on every rank; all raise where one cannot be pickled."""
+        try:
+            sent = (None, _picklable(value))
+        except Exception as error:
+            sent = (_sendable(error), None)
+        received: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(received, sent)
+        for number, (error, _) in enumerate(received):
+            if error is not None:
+                raise RuntimeError(f"rank {number} sent nothing: {error}") from error
+        return [each for _, each in received]
 
     def main_first(self, function: Callable[[], T]) -> T:
         """The result of ``function``, called by rank 0 and then, when it has returned, by the others.
@@ -221,9 +233,8 @@ class Ranks:
         """Raise ``ValueError`` with ``message`` on all ranks unless all have an equal ``value``."""
         if self.size == 1:
             return
-        found: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(found, value)
-        if any(other != found[0] for other in found):
+        values = self._from_all(value)
+        if any(other != values[0] for other in values):
             raise ValueError(message)
 
 
@@ -236,6 +247,18 @@ def _number(name: str, default: int) -> int:
     if not text.isdigit():
         raise ValueError(f"{name} is {text!r}; torchrun sets it to a whole number.")
     return int(text)
+
+
+def _picklable(value: T) -> T:
+    """``value``; raises ``TypeError`` where it cannot be sent, before other ranks wait for it."""
+    try:
+        pickle.dumps(value)
+    except Exception as error:
+        raise TypeError(
+            f"a {type(value).__name__} cannot be sent to the other ranks, because it cannot be pickled "
+            f"({error}); return plain data, arrays or tensors."
+        ) from error
+    return value
 
 
 def _sendable(error: Exception) -> Exception:

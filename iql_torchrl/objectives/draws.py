@@ -73,8 +73,8 @@ def with_draws(loss: Any, batch: Batch, given: Mapping[str, Tensor] | None) -> B
     needed: Mapping[str, Draw] = loss.random_inputs(size)
     if not needed:
         return batch
-    # not loss.parameters(), which torch 2.11 cannot trace
-    like = next(iter(loss.actor_network_params.values(True, True)))
+    # not loss.parameters(), which torch 2.11 cannot trace, nor next(iter(...)), as torch 2.15
+    like = list(loss.actor_network_params.values(True, True))[0]
     draws = {}
     for key, draw in needed.items():
         own = batch.data.get(key, None)

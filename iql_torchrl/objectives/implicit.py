@@ -407,7 +407,10 @@ class ImplicitQLoss(OfflineLoss):
     def _diagnose(self, metadata: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         weight = metadata["weight"]
         mask, dim = batch.mask_like(weight), self._samples(weight)
-        at_ceiling = (weight >= self.max_weight).to(weight.dtype)
+        limited = self.actor_objective != "ddpg_bc" and not callable(self.advantage_weight)
+        at_ceiling = (weight >= self.max_weight).to(
+            weight.dtype
+        ) * limited  # others have no ceiling
         gap = {}
         if "policy_value" in metadata:
             each = policy_value_gap(self, batch, metadata["policy_value"], metadata["qvalue"])

@@ -15,7 +15,7 @@ from iql_torchrl.evaluation.statistics import (
     probability_of_improvement,
     stratified_interval,
 )
-from iql_torchrl.report.groups import Group, common_values, labelled
+from iql_torchrl.report.groups import Group, common_values, labelled, settings_of
 from iql_torchrl.report.runs import Run
 
 __all__ = ["aggregate_table", "method_scores"]
@@ -42,7 +42,7 @@ def method_scores(groups: Sequence[Group]) -> tuple[str, dict[str, dict[str, Flo
     """
     by_method: dict[str, dict[str, Group]] = {}
     for group in groups:
-        settings = dict(group.runs[0].settings)
+        settings = settings_of(group.runs[0])
         task = str(settings.pop("dataset", ""))
         settings.pop("seed", None)
         key = json.dumps(settings, sort_keys=True) if settings else group.label

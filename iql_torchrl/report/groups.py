@@ -17,7 +17,7 @@ from iql_torchrl.evaluation.statistics import mean_interval
 from iql_torchrl.report.figures import Series, column
 from iql_torchrl.report.runs import Run
 
-__all__ = ["Group", "common_values", "group_runs", "labelled", "series"]
+__all__ = ["Group", "common_values", "group_runs", "labelled", "series", "settings_of"]
 
 FloatArray = NDArray[np.float64]
 
@@ -41,7 +41,7 @@ def group_runs(runs: Sequence[Run], *, each: bool = False) -> list[Group]:
         return labelled([[run] for run in runs], apart_from=())
     by_settings: dict[str, dict[str, Run]] = {}  # the runs by seed, for each key of settings
     for run in runs:
-        settings = _settings(run)
+        settings = settings_of(run)
         seed = json.dumps(settings.pop("seed", None))
         alone = "seed" not in run.settings
         key = str(run.folder.resolve()) if alone else json.dumps(settings, sort_keys=True)
@@ -58,7 +58,7 @@ def group_runs(runs: Sequence[Run], *, each: bool = False) -> list[Group]:
     return labelled([list(runs.values()) for runs in by_settings.values()], apart_from=("seed",))
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def settings_of(run: Run) -> dict[str, Any]:
     """The run's settings, ``dataset`` first, and defaults for fields that its version lacked."""
     missing = {k: v for k, v in IQLConfig().to_dict().items() if k not in run.settings}
     return run.settings | missing if run.settings else {}
@@ -69,7 +69,7 @@ def labelled(groups: Sequence[Sequence[Run]], *, apart_from: Sequence[str]) -> l
 
     The settings ``apart_from`` are not named: runs of one group may differ in them.
     """
-    settings = [_settings(runs[0]) for runs in groups]
+    settings = [settings_of(runs[0]) for runs in groups]
     saved = [each for each in settings if each]
     differing = [
         key

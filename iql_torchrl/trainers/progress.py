@@ -141,7 +141,8 @@ class Interruption:
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            if handler is not None:  # one that was not set from Python cannot be set from there
+                signal.signal(number, handler)
         self._previous = {}
 
     @property

@@ -157,7 +157,6 @@ class IQLStep(Step):
         self.precision = precision
         self.independent_ranks = independent_ranks
         self.ranks: Exchange | None = None
-        self.device = next(loss.parameters()).device
         self.optimizer = optimizer
         self.target_updater = target_updater
         self.order = order
@@ -182,6 +181,12 @@ class IQLStep(Step):
     @property
     def plain(self) -> IQLStep:
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are now."""
+        where: torch.device = self.optimizer.param_groups[0]["params"][0].device
+        return where
 
     def learn(self, batch: TensorDictBase) -> Terms:
         check_update_trains(

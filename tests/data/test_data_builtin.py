@@ -316,7 +316,7 @@ def test_command_line_lists_makes_and_describes(root, tmp_path, monkeypatch, cap
     assert "already exists" in capsys.readouterr().err
     pytest.importorskip("matplotlib")
     picture = tmp_path / "returns.png"
-    assert main(["describe", PENDULUM, "--png", str(picture)]) == 0
+    assert main(["describe", PENDULUM, "--output", str(picture)]) == 0
     out = capsys.readouterr().out
     for text in (
         "episodes                  4\n",

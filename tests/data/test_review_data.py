@@ -1,0 +1,63 @@
+"""Windows by masks, reference scores, categories that do not start at 0, selections of episodes."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+
+from iql_torchrl.data.load_options import known_scores
+from iql_torchrl.data.readers.source import ReadOptions
+from iql_torchrl.data.schema import DatasetError, field_of_space
+from iql_torchrl.data.source_identity import read_settings
+from iql_torchrl.data.windows import Windows
+
+
+def windows_of(rows: int) -> Windows:
+    steps = torch.arange(float(rows)).unsqueeze(-1)
+    table = TensorDict(
+        {"observation": steps, "next": {"observation": steps + 1, "reward": steps}}, [rows]
+    )
+    return Windows(table, np.array([rows]), 2)
+
+
+def test_a_mask_selects_rows():
+    windows = windows_of(4)
+    mask = torch.tensor([False, True, False, True])
+    assert windows[mask]["next", "reward"].flatten().tolist() == [1, 3]
+    assert windows[mask.tolist()]["next", "reward"].flatten().tolist() == [1, 3]
+    with pytest.raises(IndexError, match=r"shape \(3,\).*4 rows"):
+        windows[mask[:3]]
+
+
+@pytest.mark.parametrize("scores", [(10, 0), (1, 1)])
+def test_reference_scores_are_random_then_expert(scores):
+    with pytest.raises(DatasetError, match="the second greater"):
+        known_scores(scores)
+
+
+@pytest.mark.parametrize(
+    "space", [gym.spaces.Discrete(3, start=1), gym.spaces.MultiDiscrete([3, 2], start=[1, 0])]
+)
+def test_categories_start_at_0(space):
+    with pytest.raises(DatasetError, match="categories must start at 0"):
+        field_of_space(space, torch.float32, ("observation",))
+
+
+def test_a_selection_of_episodes_is_part_of_the_identity(tmp_path, monkeypatch):
+    import minari
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    env = minari.DataCollector(gym.make("CartPole-v1"))
+    for seed in range(3):
+        env.reset(seed=seed)
+        for _ in range(3):
+            env.step(0)
+    dataset = env.create_dataset("cartpole/test-v0", description="for this test")
+    first, second = dataset.filter_episodes([0, 1]), dataset.filter_episodes([1, 2])
+    identities = [read_settings(d, ReadOptions()) for d in (dataset, first, second, [first])]
+    assert "episodes" not in identities[0]
+    assert identities[1]["episodes"] != identities[2]["episodes"]
+    assert identities[1]["episodes"] == identities[3]["episodes"]
