@@ -13,7 +13,6 @@ of those base classes, because a subclass has no other way to take part in what 
 from __future__ import annotations
 
 import functools
-import platform
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +49,8 @@ __all__ = [
     "compile_program",
     "generator_of",
     "has_hooks",
+    "has_onednn_linear",
+    "hook_tables",
     "inductor_settings",
     "keeps_batch_statistics",
     "logged_values",
@@ -60,7 +61,6 @@ __all__ = [
     "reads_positions",
     "registered_modules",
     "remove_path",
-    "slow_mkl",
     "stored_rows",
     "summed_in_graph",
     "tracing_gradients",
@@ -219,23 +219,20 @@ def inductor_settings() -> set[str]:
     return set(torch._inductor.list_options())
 
 
-def slow_mkl() -> bool:
-    """Whether torch's products of float32 are MKL's on a processor of AMD with AVX-512.
-
-    MKL does not use AVX-512 there, and :func:`onednn_linear` takes half the time; no public function
-    of torch computes float32 by oneDNN outside of compiled inference.
-    """
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
-        return False
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
-    information = Path("/proc/cpuinfo")
-    maker = information.read_text() if information.is_file() else platform.processor()
-    return "AuthenticAMD" in maker and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def has_onednn_linear() -> bool:
+    """Whether float32 products may be MKL's or oneDNN's; see :func:`onednn_linear`."""
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x @ weight.T + bias`` by oneDNN, without autograd; matrices of any strides."""
+    """``x @ weight.T + bias`` by oneDNN, without autograd; matrices of any strides.
+
+    No public function of torch computes float32 by oneDNN outside of compiled inference.
+    """
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out
 
@@ -322,7 +319,12 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything is registered that runs with the module's forward or backward."""
-    return any(getattr(module, name) for name in _HOOKS)
+    return any(hook_tables(module))
+
+
+def hook_tables(module: nn.Module) -> list[Any]:
+    """What is registered to run with the module's forward or backward: the module's own tables."""
+    return [getattr(module, name) for name in _HOOKS]
 
 
 # -- tensordict ------------------------------------------------------------------------------------

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):  # before torch is imported
+    os.environ["GOMP_SPINCOUNT"] = "2000"
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -13,6 +16,7 @@ from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 
 from iql_torchrl import networks, policies
+from iql_torchrl.config import choose_products
 from iql_torchrl.update.captured import Recorder
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
@@ -24,6 +28,7 @@ OBS, ACT = 5, 3
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+    choose_products("mkl")  # not what this machine measures
 
 
 @pytest.fixture

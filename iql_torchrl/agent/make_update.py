@@ -17,7 +17,14 @@ from iql_torchrl.config import IQLConfig, loss_knobs
 from iql_torchrl.objectives import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
 from iql_torchrl.update.step import IQLStep
 
-__all__ = ["LEARNING_RATES", "make_loss", "make_optimizer", "make_step", "rate_factors"]
+__all__ = [
+    "LEARNING_RATES",
+    "ends_before",
+    "make_loss",
+    "make_optimizer",
+    "make_step",
+    "rate_factors",
+]
 
 # by policy, the loss that regresses it on the logged actions, where that is not log_prob
 REGRESSIONS = {"deterministic": "mse", "flow": "flow"}
@@ -104,6 +111,17 @@ def rate_factors(config: IQLConfig, groups: int = 3) -> list[Callable[[int], flo
     ]
     names = list(LEARNING_RATES)[:groups]
     return [cosine if network in falling else _constant for network in names]
+
+
+def ends_before(config: IQLConfig, updates: int) -> str | None:
+    """A sentence where the schedule of ``config`` ends before ``updates``; else None."""
+    if config.schedule == "constant" or updates <= config.updates:
+        return None
+    return (
+        f"schedule is {config.schedule!r} over updates={config.updates} of the config, and the run "
+        f"makes {updates} updates: the scheduled learning rates are 0 after update {config.updates}. "
+        f"Give the config updates={updates}, or schedule='constant'."
+    )
 
 
 def _cosine(update: int, *, updates: int, steps: int | None) -> float:

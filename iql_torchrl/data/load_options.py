@@ -53,8 +53,8 @@ def known_scores(scores: tuple[float, float] | str | None) -> tuple[float, float
         return REFERENCE_RETURNS[scores]
     if not _pair(scores) or not scores[0] < scores[1]:
         raise DatasetError(
-            "reference_scores: expected two returns (random, expert), the second greater, or a task's name, "
-            f"got {scores!r}."
+            "reference_scores: expected two returns (random, expert), the second greater, or a "
+            f"task's name, got {scores!r}."
         )
     return float(scores[0]), float(scores[1])
 

@@ -74,7 +74,9 @@ class Windows:
         return int(self.rest.batch_size[0])
 
     def __getitem__(self, rows: Any) -> TensorDict:
-        """The transitions numbered by ``rows``: int64 ``(B,)``, a slice, a list, or a bool mask ``(N,)``.
+        """The transitions numbered by ``rows``: int64 ``(B,)``, a slice, a list or a mask.
+
+        A mask is bool, with an entry for each row.
 
         Raises ``IndexError`` on a mask of another length.
         """

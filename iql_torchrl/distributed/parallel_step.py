@@ -55,6 +55,8 @@ def data_parallel(step: S, ranks: Ranks) -> S:
     _check_normalisation(plain)
     for tensor in (*plain.loss.parameters(), *plain.loss.buffers()):
         ranks.broadcast(tensor)
+    if ranks.is_main:  # whose choice of the library of products all take with the state
+        plain.settle()
     plain.load_state_dict(ranks.from_main(plain.state_dict))
     ranks.share_random_state()
     plain.ranks = ranks

@@ -34,12 +34,14 @@ from iql_torchrl.host import (
     TARGET_CRITICS,
     TARGET_ENCODER,
     children_of,
+    hook_tables,
     parameters_of,
 )
 
 __all__ = [
     "DirectActor",
     "FastEvaluator",
+    "Watched",
     "detach_all",
     "entry_key",
     "follow_modes",
@@ -58,17 +60,43 @@ BY_ROW = (
 )
 
 
+class Watched:
+    """Numbers, parts and hooks of networks, to notice that one of them is another now."""
+
+    def __init__(self, *networks: nn.Module) -> None:
+        modules = list(dict.fromkeys(m for network in networks for m in network.modules()))
+        self._values = [
+            (vars(m), name, value)
+            for m in modules
+            for name, value in vars(m).items()
+            if isinstance(value, (bool, int, float, str)) and name != "training"
+        ]
+        self._parts = [(children_of(m), dict(children_of(m))) for m in modules]
+        self._hooks = [(table, len(table)) for m in modules for table in hook_tables(m)]
+
+    def changed(self) -> bool:
+        """Takes some microseconds for each network."""
+        return (
+            any(table.get(name) is not value for table, name, value in self._values)
+            or any(table != before for table, before in self._parts)
+            or any(len(table) != count for table, count in self._hooks)
+        )
+
+
 class FastEvaluator:
     """An evaluator (``objectives.evaluator.Evaluator``) that is fast on known networks.
 
     ``value``, ``actor`` and ``critics`` hold the copies; those are None, and ``critics`` lacks a
     name, where ``general`` evaluates the network. Values are the same but for rounding; gradients
-    cannot be differentiated again, and hooks put on a network later are not called.
+    cannot be differentiated again. :meth:`is_outdated` says that a network was changed.
     """
 
     def __init__(self, loss: Any, general: Any) -> None:
         self.general = general
         self.modes: Modes = []
+        names = ("actor_network", "qvalue_network", "value_network", "encoder_network")
+        networks = [getattr(loss, name) for name in names]
+        self._watched = Watched(*(network for network in networks if network is not None))
         trunks = {entry.network for entry in loss.shared.trunk}
         self.value: _Direct | None = None
         self.critics: dict[str, _Direct] = {}
@@ -97,6 +125,10 @@ class FastEvaluator:
                 clone = self._bind(critic, params, stacked=not alone)
                 if clone is not None and (name != DETACHED_CRITICS or detach_all(clone)):
                     self.critics[name] = _Alone(clone) if alone else _Direct(clone)
+
+    def is_outdated(self) -> bool:
+        """Whether an attribute, a part or the hooks of a network have changed since the copies."""
+        return self._watched.changed()
 
     def follow_modes(self) -> None:
         """Set training or evaluation mode as the loss's own networks have it."""

@@ -3,23 +3,71 @@
 from __future__ import annotations
 
 import itertools
+import math
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from iql_torchrl.config import launches_kernels
-from iql_torchrl.host import onednn_linear, slow_mkl
+from iql_torchrl.config import choose_products, chosen_products, launches_kernels
+from iql_torchrl.host import has_onednn_linear, onednn_linear
 
-__all__ = ["affine", "matmul", "product"]
+__all__ = ["affine", "is_wide", "matmul", "product", "settle_products"]
 
-# On AMD's processors with AVX-512 MKL takes longer than oneDNN from these sizes on
-# (benchmarks/bench_products.py): rows and columns, and multiplications.
+# Where oneDNN is faster than MKL, it is so from these sizes on (benchmarks/bench_products.py): rows and
+# columns, and multiplications.
 SHORTEST, LARGE = 64, 2**22
 # For at most FEW networks a program has one product each: Inductor then fuses what follows them. For
 # more, one operation computes all products.
 FEW = 2
-BY_ONEDNN = slow_mkl()
+# oneDNN is used where it takes at most this share of MKL's time: an update has other costs with it.
+WORTHWHILE = 0.75
+ROUNDS = 6
+
+
+def is_wide(parameters: Iterable[Tensor]) -> bool:
+    """Whether an update of these parameters has products that oneDNN may compute."""
+    return any(
+        p.ndim > 1
+        and min(p.shape[-2:]) >= SHORTEST
+        and p.dtype == torch.float32
+        and p.device.type == "cpu"
+        for p in parameters
+    )
+
+
+def settle_products() -> None:
+    """Choose the faster library by a measurement, unless one is chosen; takes about 10 ms once.
+
+    Every process decides alone: ranks that must agree take rank 0's choice.
+    """
+    if chosen_products() is None:
+        choose_products("onednn" if _share_of_time() <= WORTHWHILE else "mkl")
+
+
+def _share_of_time() -> float:
+    """oneDNN's time of a layer's products, forwards and backwards, as a share of MKL's."""
+    if not has_onednn_linear():
+        return math.inf
+    x, weight, bias = (torch.full(shape, 0.5) for shape in ((256, 256), (256, 256), (256,)))
+
+    def by_mkl() -> None:
+        torch.addmm(bias, x, weight.mT)
+        _ = x.mT @ weight
+
+    def by_onednn() -> None:
+        onednn_linear(x, weight, bias)
+        onednn_linear(x.mT, weight.mT, None)
+
+    times: dict[Callable[[], None], list[float]] = {by_mkl: [], by_onednn: []}
+    for _ in range(ROUNDS):
+        for function, seconds in times.items():
+            began = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - began)
+    return min(times[by_onednn]) / min(times[by_mkl])
 
 
 def product(first: Tensor, second: Tensor) -> Tensor:
@@ -54,7 +102,11 @@ def matmul(first: Tensor, second: Tensor) -> Tensor:
 
 def _by_onednn(first: Tensor, second: Tensor) -> bool:
     # launches_kernels is true of the CPU where count_kernels.py traces a program for a GPU there
-    if not BY_ONEDNN or first.device.type != "cpu" or launches_kernels(first.device):
+    if (
+        chosen_products() != "onednn"
+        or first.device.type != "cpu"
+        or launches_kernels(first.device)
+    ):
         return False
     if first.dtype != torch.float32 or second.dtype != torch.float32:
         return False
@@ -81,16 +133,10 @@ def _by_pairs(first: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-# An operation of its own, because Inductor accepts torch's only for weights that never change.
-torch.library.define("iql_torchrl::product", "(Tensor first, Tensor second) -> Tensor")
-
-
-@torch.library.impl("iql_torchrl::product", "CPU")
 def _product(first: Tensor, second: Tensor) -> Tensor:
     return _by_pairs(first, second.mT, None)
 
 
-@torch.library.register_fake("iql_torchrl::product")
 def _product_shape(first: Tensor, second: Tensor) -> Tensor:
     return first.new_empty(*_networks(first, second), first.shape[-2], second.shape[-1])
 
@@ -109,4 +155,10 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return of_first, of_second
 
 
-torch.library.register_autograd("iql_torchrl::product", _gradients, setup_context=_keep)
+# An operation of its own, because Inductor accepts torch's only for weights that never change. torch
+# keeps it when this module is imported again (importlib.reload, autoreload of a notebook).
+if not hasattr(torch.ops.iql_torchrl, "product"):
+    torch.library.define("iql_torchrl::product", "(Tensor first, Tensor second) -> Tensor")
+    torch.library.impl("iql_torchrl::product", "CPU")(_product)
+    torch.library.register_fake("iql_torchrl::product")(_product_shape)
+    torch.library.register_autograd("iql_torchrl::product", _gradients, setup_context=_keep)

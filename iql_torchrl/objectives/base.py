@@ -190,7 +190,7 @@ class OfflineLoss(NetworkLoss):
         """
         shape = self.sample_shape(batch.data.batch_size)
         # not self.parameters(), which torch 2.11 cannot trace, nor next(iter(...)), as torch 2.15
-        like = list(self.actor_network_params.values(True, True))[0]
+        like, *_ = self.actor_network_params.values(True, True)
         steps = torch.ones(shape, dtype=torch.float64, device=like.device)
         if batch.mask is not None:
             steps = steps.masked_fill(~batch.mask, 0.0)

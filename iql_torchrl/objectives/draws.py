@@ -74,7 +74,7 @@ def with_draws(loss: Any, batch: Batch, given: Mapping[str, Tensor] | None) -> B
     if not needed:
         return batch
     # not loss.parameters(), which torch 2.11 cannot trace, nor next(iter(...)), as torch 2.15
-    like = list(loss.actor_network_params.values(True, True))[0]
+    like, *_ = loss.actor_network_params.values(True, True)
     draws = {}
     for key, draw in needed.items():
         own = batch.data.get(key, None)

@@ -48,6 +48,9 @@ class Evaluator(Protocol):
     def policy(self, loss: Any) -> AbstractContextManager[Any]:
         """The actor with its parameters in it, inside the context."""
 
+    def is_outdated(self) -> bool:
+        """Whether a network was changed so that another evaluator is needed."""
+
     def follow_modes(self) -> None:
         """Take over training or evaluation mode from the networks; called before an update."""
 
@@ -94,6 +97,9 @@ class GeneralEvaluator:
         params = loss.actor_network_params
         with params.to_module(loss.actor_network, preserve_module_state=False):
             yield loss.actor_network
+
+    def is_outdated(self) -> bool:
+        return False
 
     def follow_modes(self) -> None:
         """Nothing to do: the networks are the loss's own."""

@@ -147,9 +147,10 @@ class NetworkLoss(LossModule):
         """Evaluate the networks with ``make(self, general evaluator)`` inside the context.
 
         The result of ``make`` is kept until the loss is moved, cast, loaded, reset or given other
-        keys. An update passes ``iql_torchrl.fast_networks.evaluator.FastEvaluator``.
+        keys, or an attribute, a part or the hooks of a network change. An update passes
+        ``iql_torchrl.fast_networks.evaluator.FastEvaluator``.
         """
-        if self.kept_evaluator is None:
+        if self.kept_evaluator is None or self.kept_evaluator.is_outdated():
             self.kept_evaluator = make(self, GENERAL)
         self.kept_evaluator.follow_modes()
         self._current = self.kept_evaluator

@@ -14,7 +14,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, distributions, nn
 
-from iql_torchrl.fast_networks.evaluator import DirectActor, detach_all
+from iql_torchrl.fast_networks.evaluator import DirectActor, Watched, detach_all
 from iql_torchrl.fast_networks.stacked import (
     StackedNetwork,
     perceptron_keys,
@@ -147,7 +147,7 @@ class PopulationLoss(ImplicitQLoss):
         """:class:`StackedEvaluator`: no other evaluator can use a population's parameters."""
         if self._current is not None:
             return self._current
-        if self.kept_evaluator is None:
+        if self.kept_evaluator is None or self.kept_evaluator.is_outdated():
             self.kept_evaluator = StackedEvaluator(self)
         self.kept_evaluator.follow_modes()
         return self.kept_evaluator
@@ -266,6 +266,11 @@ class StackedEvaluator:
         flow = isinstance(policy.module, FlowPolicy)
         self._actor: Any = policy.module if flow else DirectActor(policy.module)
         self._all = [self._value, *self._critics.values(), policy]
+        self._watched = Watched(loss.actor_network, loss.qvalue_network, loss.value_network)
+
+    def is_outdated(self) -> bool:
+        """Whether an attribute, a part or the hooks of a network have changed."""
+        return self._watched.changed()
 
     def follow_modes(self) -> None:
         """Set training or evaluation mode as the population's networks have it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch.optim.lr_scheduler import LambdaLR
+from torchrl import logger as torchrl_logger
 
 from iql_torchrl.agent.build import Agent, build_agent
-from iql_torchrl.agent.make_update import LEARNING_RATES, make_step, rate_factors
+from iql_torchrl.agent.make_update import LEARNING_RATES, ends_before, make_step, rate_factors
 from iql_torchrl.agent.task import Task
 from iql_torchrl.checkpoint import CheckpointError, read_components, write_components
 from iql_torchrl.config import IQLConfig
@@ -25,6 +27,7 @@ from iql_torchrl.population.division import joined_states, part_of_states, to_cp
 from iql_torchrl.population.loss import PopulationLoss
 from iql_torchrl.trainers.identity import DataState
 from iql_torchrl.trainers.parts import check_same_data
+from iql_torchrl.trainers.schedule import whole_updates
 from iql_torchrl.update.adam import StackedAdam
 from iql_torchrl.update.captured import captured
 
@@ -159,16 +162,28 @@ class IQLPopulation:
         """Make ``updates`` more (by default up to ``configs[0].updates``), yielding at intervals.
 
         ``for event in population.train(every=1000): ...`` may evaluate, log or save at each event.
-        Updates are made when the next event is requested. With ``compile`` in the configs, updates
+        Updates are made when the next event is requested, so a call without a loop trains nothing and
+        warns; :meth:`train_now` needs no loop. With ``compile`` in the configs, updates
         are :func:`~iql_torchrl.captured`; the number per call divides ``every`` and is at most 32.
 
         Raises ``ValueError`` on ``every < 1`` and on numbers that are not whole.
         """
-        if int(every) != every or every < 1:
-            raise ValueError(f"every is {every}; expected at least one update, a whole number.")
-        if updates is not None and (int(updates) != updates or updates < 0):
-            raise ValueError(f"updates is {updates}; expected a whole number, at least 0.")
-        end = self.configs[0].updates if updates is None else self.updates + updates
+        every = whole_updates("every", every)
+        end = self.configs[0].updates
+        if updates is not None:
+            end = self.updates + whole_updates("updates", updates, least=0)
+        if self.ranks.is_main and (after := ends_before(self.configs[0], end)):
+            torchrl_logger.warning(after)
+        return _Events(self._events(end, every))
+
+    def train_now(self, updates: int | None = None) -> PopulationEvent | None:
+        """Make the updates of :meth:`train` at once; the last event, None without updates."""
+        last = None
+        for event in self.train(updates):
+            last = event
+        return last
+
+    def _events(self, end: int, every: int) -> Iterator[PopulationEvent]:
         while self.updates < end:
             coming = min(every, end - self.updates)
             metrics = self._advance(coming)
@@ -178,10 +193,9 @@ class IQLPopulation:
         """Means over ``updates`` updates; those that do not fill a captured call are made eagerly."""
         calls = 0
         if self.configs[0].compile:
-            if self._captured is None:
-                self._captured = captured(
-                    self.step, self.sampler, updates=_updates_per_call(updates)
-                )
+            per_call = _updates_per_call(updates)
+            if self._captured is None or self._captured.updates < per_call:
+                self._captured = captured(self.step, self.sampler, updates=per_call)
             calls = updates // self._captured.updates
         total: Any = 0
         for _ in range(calls):
@@ -296,6 +310,29 @@ class IQLPopulation:
             raise CheckpointError(f"{path}: {error}") from error
         population.updates, population._data = record["updates"], data
         return population
+
+
+class _Events:
+    """The events of a training, which warns where nothing reads them."""
+
+    def __init__(self, events: Iterator[PopulationEvent]) -> None:
+        self._events, self._read = events, False
+
+    def __iter__(self) -> Iterator[PopulationEvent]:
+        return self
+
+    def __next__(self) -> PopulationEvent:
+        self._read = True
+        return next(self._events)
+
+    def __del__(self) -> None:
+        if not self._read:
+            warnings.warn(
+                "population.train(...) was called without a loop over its events, so nothing was "
+                "trained; write for event in population.train(...): ..., or population.train_now(...).",
+                UserWarning,
+                stacklevel=2,
+            )
 
 
 def _updates_per_call(updates: int) -> int:

@@ -8,7 +8,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.selection.coverage import Coverage
+from iql_torchrl.selection.coverage import USUAL, Coverage
 from iql_torchrl.selection.episodes import (
     FloatArray,
     episode_numbers,
@@ -224,5 +224,5 @@ def _unsupported(
         tail = np.diff(np.minimum(reached, WORST_SHARE), prepend=0.0)
         share.append(float(own @ mass / mass.sum()))
         worst.append(float(tail @ own[order] / WORST_SHARE))
-    share[-1], worst[-1] = 1 - 0.99, 0.0
+    share[-1], worst[-1] = 1 - USUAL, 0.0
     return np.clip(share, 0, 1), np.clip(worst, 0, 1)

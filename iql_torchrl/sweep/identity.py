@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from iql_torchrl.sweep.task import read_json, write_json
@@ -28,7 +30,8 @@ def check_folder(sweep: Any) -> None:
         raise ValueError(f"{sweep.folder} is a file; a sweep needs a folder.")
     own, saved = _identity(sweep), read_json(sweep.folder / FILE, {})
     for name, value in own.items() if saved else ():
-        if saved.get(name) != value:
+        known = name in saved or name != "log_score"  # which older versions did not write
+        if known and saved.get(name) != value:
             now = (
                 _differing(saved["configs"], value)
                 if name == "configs"
@@ -53,6 +56,7 @@ def _identity(sweep: Any) -> dict[str, Any]:
         "env": None if sweep.env is None else _word(sweep.env),
         "reward": None if common.reward is None else _word(common.reward),
         "score": _word(common.score) if common.score else "environment" * sweep.plays,
+        "log_score": None if sweep.log_score is None else _word(sweep.log_score),
         **{name: getattr(common, name) for name in numbers},
     }
 
@@ -61,7 +65,22 @@ def _word(value: Any) -> str:
     """The same text in each process: without addresses in memory, and for a path or its text."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_word, value))}]"
-    return str(getattr(value, "__qualname__", type(value).__name__ if callable(value) else value))
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_word(each)}' for key, each in value.items())}}}"
+    if isinstance(value, partial):
+        return f"{_word(value.func)}({_word(value.args)}, {_word(value.keywords)})"
+    if not callable(value):
+        return str(value)
+    name = getattr(value, "__qualname__", None)
+    if name is None:  # a callable object
+        return f"{type(value).__qualname__}({_word(getattr(value, '__dict__', {}))})"
+    code = getattr(value, "__code__", None)
+    if "<lambda>" not in name or code is None:
+        return str(name)
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(code.co_code + repr((code.co_names, code.co_varnames)).encode())
+    digest.update("".join(map(_word, code.co_consts)).encode())
+    return f"{name} {digest.hexdigest()}"
 
 
 def _differing(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:

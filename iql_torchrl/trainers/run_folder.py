@@ -7,11 +7,14 @@ import itertools
 import json
 import math
 import os
+import platform
 import time
-from collections.abc import Collection, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from torchrl.checkpoint import CheckpointRotation
 
 from iql_torchrl.checkpoint import (
@@ -107,13 +110,60 @@ class RunFolder:
                 "trainer.resume().train() to continue it, choose another folder, or delete this one."
             )
 
+    def make(self) -> None:
+        """Make the folder; ``ValueError`` where that is not possible."""
+        try:
+            self.rotation.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"folder is {self.path}, which cannot be created ({error}); give a folder below one "
+                "that exists and that you may write to."
+            ) from error
+
     def prepare(self, config: Mapping[str, Any] | None) -> None:
-        """Make the folder, delete incomplete files of a killed process, write the settings."""
-        self.rotation.directory.mkdir(parents=True, exist_ok=True)
+        """Delete incomplete files of a killed process, write the settings."""
         remove_leftovers(self.rotation.directory)
         if config is not None:
             with whole_file(self.path / "config.json") as temporary:
                 temporary.write_text(json.dumps(config, indent=2) + "\n")
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other training may use the folder; the lock ends with the process too.
+
+        Raises ``ValueError`` with the process that holds it. Where the file system has no locks, a
+        warning says that nothing is locked.
+        """
+        holder = self.path / "training.json"
+        lock = FileLock(self.path / ".training.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            try:
+                own = json.loads(holder.read_text())
+                who = f"process {own['process']} on {own['host']}"
+            except (OSError, ValueError, KeyError):
+                who = "another process"
+            raise ValueError(
+                f"{self.path}: {who} trains in this folder now; wait for its end, or choose another "
+                "folder."
+            ) from None
+        except (OSError, NotImplementedError) as error:
+            warnings.warn(
+                f"{self.path}: cannot be locked ({error}); start no second training in this folder.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            yield
+            return
+        try:
+            with whole_file(holder) as temporary:
+                temporary.write_text(json.dumps({"process": os.getpid(), "host": platform.node()}))
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
 
     def has_checkpoint(self) -> bool:
         return any(self.rotation.directory.glob(f"{PREFIX}*{SUFFIX}"))

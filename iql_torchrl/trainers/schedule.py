@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
-__all__ = ["Schedule"]
+__all__ = ["Schedule", "whole_updates"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ class Schedule:
         whole_calls = {"total_updates", "log_interval"} | (
             {"eval_interval"} if evaluates else set()
         )
+        intervals = {
+            name: None if value is None else whole_updates(name, value)
+            for name, value in intervals.items()
+        }
+        total_updates, eval_interval, log_interval, save_trainer_interval = intervals.values()
         for name, value in intervals.items():
             if value is not None:
                 _check(name, value, updates_per_call if name in whole_calls else 1)
@@ -84,9 +90,15 @@ def _part(total: int, parts: int, updates_per_call: int) -> int:
     return max(1, math.ceil(total / parts / updates_per_call)) * updates_per_call
 
 
-def _check(name: str, value: Any, multiple_of: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}; it counts updates: an integer >= 1.")
+def whole_updates(name: str, value: Any, least: int = 1) -> int:
+    """``value`` as an integer, also where it is a whole float such as ``1e3``; else ``ValueError``."""
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or int(value) != value or value < least:
+        raise ValueError(f"{name} is {value!r}; it counts updates: a whole number >= {least}.")
+    return int(value)
+
+
+def _check(name: str, value: int, multiple_of: int) -> None:
     if value % multiple_of:
         raise ValueError(
             f"{name} is {value}, and the step makes {multiple_of} updates a call; give a multiple "

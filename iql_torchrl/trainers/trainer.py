@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -11,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torchrl import logger as torchrl_logger
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.trainers import Trainer
 
 from iql_torchrl.agent.build import Agent
+from iql_torchrl.agent.make_update import ends_before
 from iql_torchrl.data import DatasetSummary, OfflineDataset
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.evaluation.background import BackgroundEvaluation
@@ -37,9 +40,12 @@ from iql_torchrl.trainers.parts import (
 )
 from iql_torchrl.trainers.progress import Interruption, check_finite
 from iql_torchrl.trainers.saving import ResumableTrainer
-from iql_torchrl.trainers.schedule import Schedule
+from iql_torchrl.trainers.schedule import Schedule, whole_updates
 
 __all__ = ["OfflineTrainer"]
+
+
+MUCH_SLOWER = 10  # times the fastest interval of the run
 
 
 class OfflineTrainer(ResumableTrainer):
@@ -151,6 +157,7 @@ class OfflineTrainer(ResumableTrainer):
     ) -> None:
         step = one_step(step, agent, loss_module, optimizer, target_net_updater)
         replay_buffer, total_updates = filled_in(replay_buffer, total_updates, agent, dataset)
+        total_updates = whole_updates("total_updates", total_updates)
         check_parts(replay_buffer, evaluation, logger)
         check_task(agent, dataset)
         self.ranks = Ranks() if ranks is None else ranks
@@ -175,6 +182,7 @@ class OfflineTrainer(ResumableTrainer):
             "checkpoint": checkpoint,
             "checkpoint_rotation": checkpoint_rotation,
         }
+        self._check_schedule(total_updates)
         run_folder = folder_of_run(folder, keep_last, destinations)
         if not self.ranks.is_main:
             run_folder, logger, evaluation, progress_bar = None, None, None, False
@@ -196,11 +204,22 @@ class OfflineTrainer(ResumableTrainer):
             evaluation, monitor, self.progress, self.folder, self._log_at, self._asked_to_stop
         )
         self.resume_command, self.updates_per_second = resume_command, math.nan
+        self._fastest, self._told_slowness = 0.0, False
         self.interruption, self.display = Interruption(), Display(False, total_updates, 0)
         self._pbar_str: dict[str, Any] = {}
         if seed is not None:
             torch.manual_seed(seed)
             np.random.seed(seed)
+
+    def _check_schedule(self, total_updates: int) -> None:
+        """Say where scheduled learning rates reach 0 before the end."""
+        config = None if self.agent is None else self.agent.config
+        if (
+            config is not None
+            and self.ranks.is_main
+            and (after := ends_before(config, total_updates))
+        ):
+            torchrl_logger.warning(after)
 
     def register_op(self, dest: str, op: Callable[..., Any], **kwargs: Any) -> None:
         """As TorchRL's; see the class for when each stage runs."""
@@ -221,7 +240,11 @@ class OfflineTrainer(ResumableTrainer):
         self._stop_training, self._stop_reason = False, None
         check_total(self.updates, self.total_updates)
         check_same_data(self.ranks, self.data_state, self.replay_buffer)
-        self.ranks.together(self._enter_folder)
+        with contextlib.ExitStack() as stack:
+            self.ranks.together(lambda: self._enter_folder(stack))
+            self._train_in_folder()
+
+    def _train_in_folder(self) -> None:
         shown = Display(self.progress_bar, self.total_updates, self.updates)
         with Interruption(self.ranks) as self.interruption, shown as self.display:
             try:
@@ -247,9 +270,12 @@ class OfflineTrainer(ResumableTrainer):
     def _asked_to_stop(self) -> bool:
         return self.interruption.asked is not None
 
-    def _enter_folder(self) -> None:
+    def _enter_folder(self, stack: contextlib.ExitStack) -> None:
+        """Prepare the folder, which stays locked until the end of ``stack``."""
         if self.folder is None:
             return
+        self.folder.make()
+        stack.enter_context(self.folder.locked())
         if not self._in_folder:
             self.folder.refuse_if_taken()
         self.folder.prepare(self._settings())
@@ -284,8 +310,21 @@ class OfflineTrainer(ResumableTrainer):
         began, first = time.perf_counter(), self.updates
         sampled = make_updates(self, until)
         self.updates_per_second = (self.updates - first) / (time.perf_counter() - began)
+        self._notice_slowness()
         if self.updates == until:
             self.ranks.together(lambda: self._event(sampled))
+
+    def _notice_slowness(self) -> None:
+        """Say once that updates have become much slower, and what mostly causes it."""
+        self._fastest = max(self._fastest, self.updates_per_second)
+        if self.updates_per_second * MUCH_SLOWER < self._fastest and not self._told_slowness:
+            self._told_slowness = True
+            torchrl_logger.warning(
+                f"updates have become slow: {self.updates_per_second:.3g} a second, and "
+                f"{self._fastest:.3g} before. Mostly another process uses the cores. Start each of "
+                "several trainings with OMP_NUM_THREADS=1, or with GOMP_SPINCOUNT=2000 where torch is "
+                "imported before iql_torchrl."
+            )
 
     def _event(self, sampled: TensorDictBase | None) -> None:
         """Record a row, evaluate, call hooks, save and show."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ KEPT_GUARDS = (
     "TENSOR_MATCH",
     "TORCH_FUNCTION_STATE",
 )
+MANY_COMPILATIONS = 10
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
 NOISE = ("EMPTY_NN_MODULE_HOOKS_DICT", "HASATTR", "NOT_PRESENT_IN_GENERIC_DICT")
 INNER = ("G[", "type(", "dict(", "list(")  # of modules, classes, imports
@@ -84,11 +85,29 @@ def _compile_options(plain: IQLStep, given: Mapping[str, Any]) -> dict[str, Any]
     if "options" in given:
         inductor = options.get("backend", "inductor") == "inductor"
         own = correct_programs(plain.device) if inductor else {}
-        inner = {"guard_filter_fn": worth_checking, **own, **inner}
+        inner = {"guard_filter_fn": counted(worth_checking), **own, **inner}
     elif "backend" not in options:
         own = program_options(plain.device, plain.loss.parameters())
-        inner = {"guard_filter_fn": worth_checking, **own}
+        inner = {"guard_filter_fn": counted(worth_checking), **own}
     return options | ({"options": inner} if inner else {})
+
+
+def counted(keep: Callable[[Sequence[Any]], Sequence[bool]]) -> Callable[..., Sequence[bool]]:
+    """``keep``, a filter of guards, which torch calls at each compilation; many are logged."""
+    compilations = 0
+
+    def filtered(guards: Sequence[Any]) -> Sequence[bool]:
+        nonlocal compilations
+        compilations += 1
+        if compilations >= MANY_COMPILATIONS:
+            torchrl_logger.warning(
+                f"a compiled step is compiled for the {compilations}th time, which takes far longer "
+                "than its updates: something that it reads differs from call to call, such as the "
+                "batch's shape or a number of the loss. TORCH_LOGS=recompiles shows what."
+            )
+        return keep(guards)
+
+    return filtered
 
 
 def log_eager(step: IQLStep) -> None:

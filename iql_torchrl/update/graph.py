@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
+from iql_torchrl.config import chosen_products
 from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.update.adam import Moments, StackedAdam, adam_step, add_update, log_betas, start
 from iql_torchrl.update.joined import summed_gradients
@@ -36,6 +37,7 @@ class GraphUpdate:
     def __init__(self, step: IQLStep) -> None:
         self.step = step
         self.generation = 0
+        self._products = chosen_products()
         self.rates: list[Tensor] = []
         self.logs: list[Tensor] = []
         self._list_parameters()
@@ -56,7 +58,10 @@ class GraphUpdate:
         return [p.requires_grad for group in groups for p in group["params"]]
 
     def follow_freezing(self) -> None:
-        """List the parameters again where one was frozen or unfrozen."""
+        """List the parameters again where one was frozen or unfrozen; notice other products."""
+        if self._products != chosen_products():
+            self._products = chosen_products()
+            self.generation += 1
         if self._trained != self._trainable():
             self._list_parameters()
             self.generation += 1

@@ -18,8 +18,9 @@ from torchrl.envs.utils import set_exploration_type
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives.utils import TargetNetUpdater
 
-from iql_torchrl.config import launches_kernels
+from iql_torchrl.config import choose_products, chosen_products, launches_kernels
 from iql_torchrl.fast_networks.evaluator import FastEvaluator
+from iql_torchrl.fast_networks.products import is_wide, settle_products
 from iql_torchrl.objectives.averages import average_pairs
 from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.objectives.conversion import network_names
@@ -176,6 +177,7 @@ class IQLStep(Step):
         self.trainable = [_trainable(loss, name) for name in network_names(loss)]
         self.followed = followed_tensors(target_updater)
         self.averaged = Followed(*average_pairs(loss))
+        self._is_wide = is_wide(loss.parameters())
         self.counts = JoinedCounts()  # which all graphs of this step share
 
     @property
@@ -239,6 +241,7 @@ class IQLStep(Step):
     def setting(self) -> Iterator[None]:
         """How networks are evaluated during an update."""
         half = self.precision == "bfloat16"
+        self.settle()
         with (
             set_exploration_type(self.loss.deterministic_sampling_mode),
             set_recurrent_mode(True),
@@ -249,13 +252,22 @@ class IQLStep(Step):
         ):
             yield
 
+    def settle(self) -> None:
+        """Choose the library of products, which the first update needs; other updates do nothing."""
+        if self._is_wide and chosen_products() is None:
+            settle_products()
+
     def state_dict(self) -> dict[str, Any]:
-        """States of optimizer, schedulers and target updater; the networks' is the loss's."""
+        """States of optimizer, schedulers and target updater, and the library of products.
+
+        The networks' state is the loss's.
+        """
         updater = self.target_updater
         return {
             "optimizer": self.optimizer.state_dict(),
             "lr_schedulers": [scheduler.state_dict() for scheduler in self.lr_schedulers],
             "target_updater": None if updater is None else updater.state_dict(),
+            "products": chosen_products(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -266,6 +278,8 @@ class IQLStep(Step):
                 f"the state holds {len(schedulers)} lr_scheduler states and this step has "
                 f"{len(self.lr_schedulers)}; build the step as it was when the state was saved."
             )
+        if state_dict.get("products") is not None:  # unknown to older states
+            choose_products(state_dict["products"])
         self.optimizer.load_state_dict(state_dict["optimizer"])
         for scheduler, state in zip(self.lr_schedulers, schedulers, strict=True):
             scheduler.load_state_dict(state)

@@ -8,6 +8,7 @@ import json
 import pickle
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -332,7 +333,7 @@ def test_the_card_says_what_the_agent_is(server, tmp_path):
     assert sections["Scores"]["episodes"] == "3"
     assert json.loads(sections["Settings"]["discount"]) == 0.9
     assert set(sections["Settings"]) == set(agent.config.to_dict())
-    assert sections["Versions"]["torch"] == torch.__version__
+    assert sections["Versions"]["torch"] == metadata.version("torch")
     assert "| `name` | `x \\| y 'z'` |" in text
 
 

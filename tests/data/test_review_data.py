@@ -50,12 +50,20 @@ def test_a_selection_of_episodes_is_part_of_the_identity(tmp_path, monkeypatch):
     import minari
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    env = minari.DataCollector(gym.make("CartPole-v1"))
-    for seed in range(3):
-        env.reset(seed=seed)
-        for _ in range(3):
-            env.step(0)
-    dataset = env.create_dataset("cartpole/test-v0", description="for this test")
+    episodes = [
+        minari.data_collector.EpisodeBuffer(
+            observations=np.full((4, 2), number, np.float32),
+            actions=np.zeros((3, 1), np.float32),
+            rewards=np.ones(3),
+            terminations=np.array([False, False, True]),
+            truncations=np.zeros(3, bool),
+        )
+        for number in range(3)
+    ]
+    box = gym.spaces.Box(-9, 9, (2,)), gym.spaces.Box(-1, 1, (1,))
+    dataset = minari.create_dataset_from_buffers(
+        "made/test-v0", episodes, observation_space=box[0], action_space=box[1]
+    )
     first, second = dataset.filter_episodes([0, 1]), dataset.filter_episodes([1, 2])
     identities = [read_settings(d, ReadOptions()) for d in (dataset, first, second, [first])]
     assert "episodes" not in identities[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import optim
 from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import IQLLoss, IQLStep, compiled
+from iql_torchrl.config import Arithmetic, choose_products, chosen_products
 from iql_torchrl.fast_networks import products
 from iql_torchrl.fast_networks.products import affine, matmul, product
 
@@ -39,7 +41,7 @@ def calls(monkeypatch):
         seen.append((*x.shape, weight.shape[0]))
         return original(x, weight, bias)
 
-    monkeypatch.setattr(products, "BY_ONEDNN", True)
+    choose_products("onednn")
     monkeypatch.setattr(products, "onednn_linear", counted)
     return seen
 
@@ -129,7 +131,7 @@ def test_updates_of_wide_networks(form, calls, monkeypatch):
         torch.manual_seed(number)
         batch = make_batch(256)
         with monkeypatch.context() as patch:
-            patch.setattr(products, "BY_ONEDNN", False)
+            patch.setattr(products, "LARGE", 2**60)
             expected = plain(batch.clone())
         before = len(calls)
         actual = fast(batch.clone())
@@ -140,3 +142,46 @@ def test_updates_of_wide_networks(form, calls, monkeypatch):
     assert calls
     for name, mine in snapshot(fast.loss).items():
         torch.testing.assert_close(mine, snapshot(plain.loss)[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.5, "onednn"), (0.97, "mkl")])
+def test_the_faster_library_is_chosen_once_and_kept_in_states(share, expected, monkeypatch):
+    choose_products("auto")
+    measured = []
+    monkeypatch.setattr(products, "_share_of_time", lambda: measured.append(1) or share)
+    step = wide_step()
+    step(make_batch(256))
+    step(make_batch(256))
+    assert (chosen_products(), measured) == (expected, [1])
+    state, settings = step.state_dict(), Arithmetic.current()
+    choose_products("auto")
+    step.load_state_dict(state)
+    assert chosen_products() == expected
+    choose_products("auto")
+    settings.adopt()
+    assert chosen_products() == expected
+
+
+def test_narrow_networks_measure_nothing(monkeypatch):
+    choose_products("auto")
+    monkeypatch.setattr(products, "_share_of_time", lambda: pytest.fail("measured"))
+    wide_step(hidden=(16, 16))(make_batch(32))
+    assert chosen_products() is None
+
+
+def test_a_measurement_gives_a_share():
+    assert 0 < products._share_of_time() < 100
+
+
+def test_unknown_products_are_refused():
+    with pytest.raises(ValueError, match="products is 'eigen'; choose"):
+        choose_products("eigen")
+
+
+def test_the_module_can_be_imported_again():
+    importlib.reload(products)
+
+
+def wide_step(hidden=(256, 256)):
+    loss = IQLLoss(*make_networks(hidden=hidden))
+    return IQLStep(loss, optim.Adam(loss.parameters()), SoftUpdate(loss, tau=0.005))
