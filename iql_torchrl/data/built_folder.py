@@ -40,6 +40,7 @@ __all__ = [
     "file_digest",
     "file_sizes",
     "is_built",
+    "load_rows",
     "open_built",
     "read_table",
     "verify_built",
@@ -59,10 +60,25 @@ def read_table(folder: Path, saved: Mapping[str, Any]) -> Built:
     with (folder / EPISODES).open("rb") as file, np.load(file) as episodes:
         returns, lengths = episodes["returns"], episodes["lengths"]
     measured = read_measured(saved, returns, lengths)
-    built = Built(transitions=TensorDict.load_memmap(folder / TABLE), **vars(measured))
+    built = Built(transitions=load_rows(folder / TABLE), **vars(measured))
     if len(built.transitions) != lengths.sum():
         raise ValueError(f"{folder}: {len(built.transitions)} rows in place of {lengths.sum()}")
     return built
+
+
+def load_rows(table: Path) -> TensorDict:
+    """The rows of a memory-mapped table.
+
+    Raises ``DatasetError`` on files that are neither numbers nor their description: tensordict would
+    load a pickle, which runs code.
+    """
+    for path in sorted(table.rglob("*")):
+        if path.is_file() and path.suffix not in (".memmap", ".json"):
+            raise DatasetError(
+                f"{path}: a table has .memmap and .json files only, and a pickle would run code when "
+                "it is read; delete this file if you know where it is from, or build the table again."
+            )
+    return TensorDict.load_memmap(table)
 
 
 def write_record(

@@ -15,6 +15,7 @@ from minari.serialization import deserialize_space, serialize_space
 from numpy.typing import NDArray
 
 from iql_torchrl.data.build import Measured
+from iql_torchrl.data.load_options import known_scores
 from iql_torchrl.data.readers.source import Source
 from iql_torchrl.data.scaling import ObservationStatistics, RewardMap
 
@@ -95,7 +96,7 @@ def described(record: Mapping[str, Any]) -> Description:
         observation_space=deserialize_space(saved["observation_space"]),
         action_space=deserialize_space(saved["action_space"]),
         env_spec=None if spec is None else EnvSpec.from_json(spec),
-        reference_scores=None if scores is None else (scores[0], scores[1]),
+        reference_scores=known_scores(None if scores is None else (scores[0], scores[1])),
     )
 
 

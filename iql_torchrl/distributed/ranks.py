@@ -179,10 +179,11 @@ class Ranks:
 
     def _from_all(self, value: Any) -> list[Any]:
         """The ranks' values in order, on every rank; all raise where one cannot be pickled."""
+        sent: tuple[Exception | None, Any]
         try:
             sent = (None, _picklable(value))
-        except Exception as error:
-            sent = (_sendable(error), None)
+        except Exception as failure:
+            sent = (_sendable(failure), None)
         received: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(received, sent)
         for number, (error, _) in enumerate(received):

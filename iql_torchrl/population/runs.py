@@ -194,7 +194,7 @@ class IQLPopulation:
         calls = 0
         if self.configs[0].compile:
             per_call = _updates_per_call(updates)
-            if self._captured is None or self._captured.updates < per_call:
+            if self._captured is None or 4 * self._captured.updates < per_call:
                 self._captured = captured(self.step, self.sampler, updates=per_call)
             calls = updates // self._captured.updates
         total: Any = 0

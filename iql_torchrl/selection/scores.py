@@ -13,7 +13,7 @@ from iql_torchrl.selection.episodes import FloatArray, episode_numbers
 __all__ = ["EpisodeScores", "effective_episodes"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EpisodeScores:
     """Doubly robust scores of E held-out episodes for P members, in raw reward units.
 
@@ -53,6 +53,10 @@ class EpisodeScores:
     return_range: tuple[float, float]
     effective_episodes: FloatArray
     history: Mapping[str, float]
+
+    def __repr__(self) -> str:
+        members, episodes = self.scores.shape
+        return f"EpisodeScores({members} members, {episodes} episodes)"
 
 
 def effective_episodes(weight: FloatArray, log: OfflineDataset) -> float:

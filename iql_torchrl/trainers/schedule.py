@@ -44,19 +44,16 @@ class Schedule:
         ``updates_per_call``.
         """
         intervals = {
-            "total_updates": total_updates,
-            "eval_interval": eval_interval,
-            "log_interval": log_interval,
-            "save_trainer_interval": save_trainer_interval,
+            "total_updates": (total_updates := whole_updates("total_updates", total_updates)),
+            "eval_interval": (eval_interval := _whole("eval_interval", eval_interval)),
+            "log_interval": (log_interval := _whole("log_interval", log_interval)),
+            "save_trainer_interval": (
+                save_trainer_interval := _whole("save_trainer_interval", save_trainer_interval)
+            ),
         }
         whole_calls = {"total_updates", "log_interval"} | (
             {"eval_interval"} if evaluates else set()
         )
-        intervals = {
-            name: None if value is None else whole_updates(name, value)
-            for name, value in intervals.items()
-        }
-        total_updates, eval_interval, log_interval, save_trainer_interval = intervals.values()
         for name, value in intervals.items():
             if value is not None:
                 _check(name, value, updates_per_call if name in whole_calls else 1)
@@ -96,6 +93,10 @@ def whole_updates(name: str, value: Any, least: int = 1) -> int:
     if not number or int(value) != value or value < least:
         raise ValueError(f"{name} is {value!r}; it counts updates: a whole number >= {least}.")
     return int(value)
+
+
+def _whole(name: str, value: Any) -> int | None:
+    return None if value is None else whole_updates(name, value)
 
 
 def _check(name: str, value: int, multiple_of: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -96,6 +97,7 @@ def counted(keep: Callable[[Sequence[Any]], Sequence[bool]]) -> Callable[..., Se
     """``keep``, a filter of guards, which torch calls at each compilation; many are logged."""
     compilations = 0
 
+    @functools.wraps(keep)
     def filtered(guards: Sequence[Any]) -> Sequence[bool]:
         nonlocal compilations
         compilations += 1

@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from minari.serialization import serialize_space
 from tensordict import TensorDict
 
 from iql_torchrl.data.load_options import known_scores
@@ -46,6 +47,7 @@ def test_categories_start_at_0(space):
         field_of_space(space, torch.float32, ("observation",))
 
 
+@pytest.mark.filterwarnings("ignore:`.*` is set to None")
 def test_a_selection_of_episodes_is_part_of_the_identity(tmp_path, monkeypatch):
     import minari
 
@@ -62,10 +64,34 @@ def test_a_selection_of_episodes_is_part_of_the_identity(tmp_path, monkeypatch):
     ]
     box = gym.spaces.Box(-9, 9, (2,)), gym.spaces.Box(-1, 1, (1,))
     dataset = minari.create_dataset_from_buffers(
-        "made/test-v0", episodes, observation_space=box[0], action_space=box[1]
+        "made/test-v0",
+        episodes,
+        observation_space=box[0],
+        action_space=box[1],
+        code_permalink="none",
+        author="none",
+        author_email="none",
+        algorithm_name="none",
+        description="none",
+        requirements=[],
     )
     first, second = dataset.filter_episodes([0, 1]), dataset.filter_episodes([1, 2])
     identities = [read_settings(d, ReadOptions()) for d in (dataset, first, second, [first])]
     assert "episodes" not in identities[0]
     assert identities[1]["episodes"] != identities[2]["episodes"]
     assert identities[1]["episodes"] == identities[3]["episodes"]
+
+
+def test_equal_scores_of_a_record_are_refused():
+    from iql_torchrl.data.table_record import described
+
+    space = serialize_space(gym.spaces.Discrete(2))
+    saved = {
+        "name": "x",
+        "observation_space": space,
+        "action_space": space,
+        "env_spec": None,
+        "reference_scores": [1.0, 1.0],
+    }
+    with pytest.raises(DatasetError, match="the second greater"):
+        described({"description": saved})

@@ -91,24 +91,6 @@ def test_the_report_prints_it_below_the_table(make_run, tmp_path, capsys):
     assert "of all runs on" not in capsys.readouterr().out
 
 
-def test_settings_that_one_version_did_not_write_have_their_defaults(make_run):
-    runs = runs_of(make_run)
-    for run in runs[: len(runs) // 2]:
-        config = json.loads((run.folder / "config.json").read_text())
-        del config["bc_weight"]
-        (run.folder / "config.json").write_text(json.dumps(config))
-    again = [read_run(run.folder) for run in runs]
-    assert method_scores(group_runs(again)) == method_scores(group_runs(runs)) or {
-        method: {task: values.tolist() for task, values in tasks.items()}
-        for method, tasks in method_scores(group_runs(again))[1].items()
-    } == {
-        f"temperature {t:g}": {"hop": SCORES["hop", t], "walk": SCORES["walk", t]}
-        for t in (3.0, 0.0)
-    }
-    alone = [runs[0], *again[1:3]]  # one group whose runs were written by two versions
-    assert len(group_runs(alone)) == 1
-
-
 def test_one_method_of_two_versions_over_two_tasks(make_run):
     runs = runs_of(make_run)
     for run in runs:

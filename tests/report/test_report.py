@@ -473,3 +473,8 @@ def test_compare_draws_the_runs_by_label_and_a_level(tmp_path, monkeypatch):
     assert labels == ["cloning", "IQL", "the log"]
     with pytest.raises(ValueError, match="has 'loss_value'"):
         report.compare(tmp_path / "x.png", runs, metric="loss_value")
+
+
+def test_letters_that_the_font_lacks_are_no_warning(tmp_path):
+    draw(tmp_path / "x.png", [{"update": 1, "loss_value": 1.0}], title="\u8bad\u7ec3")
+    assert (tmp_path / "x.png").stat().st_size > 1000

@@ -129,6 +129,8 @@ def minari_source(dataset: minari.MinariDataset, options: ReadOptions) -> Source
 
     metadata = dataset.storage.metadata
     scores = (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
+    known = None not in scores and float(scores[0]) < float(scores[1])
+    notes = () if known or None in scores else (f"Minari's reference scores {scores} are unusable",)
     return Source(
         name=name,
         observation_space=plan.observation_space,
@@ -139,7 +141,8 @@ def minari_source(dataset: minari.MinariDataset, options: ReadOptions) -> Source
         log_prob=plan.log_prob is not None,
         ends_known=options.limit is None,
         env_spec=dataset.env_spec,
-        reference_scores=None if None in scores else (float(scores[0]), float(scores[1])),
+        reference_scores=(float(scores[0]), float(scores[1])) if known else None,
+        notes=notes,
     )
 
 

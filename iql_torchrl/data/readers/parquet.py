@@ -32,13 +32,33 @@ def need_pyarrow(path: Path) -> None:
 
 
 def parquet_files(folder: Path) -> list[Path]:
-    """All Parquet files below ``folder``, in the order of the numbers in their paths."""
+    """All Parquet files below ``folder``, in the order of the numbers in their paths.
+
+    Raises ``DatasetError`` where their names tell several splits, such as ``train-00000-of-00002``.
+    """
 
     def order(path: Path) -> tuple[list[int], str]:
         name = path.relative_to(folder).as_posix()
         return [int(digits) for digits in re.findall(r"\d+", name)], name
 
-    return sorted((p for p in folder.rglob("*.parquet") if p.is_file()), key=order)
+    files = sorted((p for p in folder.rglob("*.parquet") if p.is_file()), key=order)
+    splits = sorted({split for path in files if (split := _split_of(path))})
+    if len(splits) > 1:
+        raise DatasetError(
+            f"{folder}: holds the splits {', '.join(splits)}; pass the files of one of them, in a "
+            "folder of their own."
+        )
+    return files
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a file's name tells: ``test.parquet``, ``train-00000-of-00002.parquet``."""
+    found = re.fullmatch(r"(.+?)-\d+-of-\d+.*", path.stem)
+    if found:
+        return found[1]
+    return (
+        path.stem if path.stem in ("train", "test", "validation", "valid", "val", "dev") else None
+    )
 
 
 class ParquetRows:

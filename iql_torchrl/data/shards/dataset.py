@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tensordict import TensorDict
 
 from iql_torchrl.data.build import TABLE
-from iql_torchrl.data.built_folder import RECORD, with_rewards
+from iql_torchrl.data.built_folder import RECORD, load_rows, with_rewards
 from iql_torchrl.data.dataset import OfflineDataset
 from iql_torchrl.data.scaling import RewardMap
 from iql_torchrl.data.schema import MASK, DatasetError, Key, Layout
@@ -100,7 +100,7 @@ class ShardedDataset(DatasetSummary):
 
         with self.files.folder(shard.folder, lambda: self._files(shard), shard.digest, check) as at:
             self._verified.add(number)
-            table = TensorDict.load_memmap(at / TABLE)
+            table = load_rows(at / TABLE)
             yield with_rewards(table, self.stored_map, self.reward_map)
 
     def _files(self, shard: Shard) -> list[str]:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from iql_torchrl.data.schema import DatasetError
@@ -45,6 +45,7 @@ class ShardFiles:
 
         Raises ``FileNotFoundError``, and ``DatasetError`` where the address cannot be reached.
         """
+        self._check(name)
         if self.is_local:
             return (Path(self.location) / name).read_bytes()
         with self._reaching():
@@ -62,6 +63,12 @@ class ShardFiles:
         text that no other content has: of the copy in ``cache``. ``check`` raises ``DatasetError``
         where a folder has not the expected content.
         """
+        self._check(name)
+        if not key.isalnum():
+            raise DatasetError(
+                f"{self.location}: {name!r} has the digest {key!r}; expected letters and digits. The "
+                "index is damaged or not from this package: build the shards again."
+            )
         if self.is_local:
             folder = Path(self.location) / name
             check(folder)
@@ -97,6 +104,7 @@ class ShardFiles:
     ) -> None:
         system, path = self._opened()
         for file in files:
+            self._check(file)
             (to / file).parent.mkdir(parents=True, exist_ok=True)
             try:
                 with self._reaching():
@@ -112,6 +120,22 @@ class ShardFiles:
             raise DatasetError(
                 f"{self.location}/{name}: its copy on this machine is damaged: {error}"
             ) from error
+
+    def _check(self, name: str) -> None:
+        """Raise ``DatasetError`` unless the path leads to a place below the folder."""
+        path = PurePosixPath(name)
+        parts = PureWindowsPath(name)
+        if (
+            path.is_absolute()
+            or parts.drive
+            or "\\" in name
+            or ".." in path.parts
+            or not path.parts
+        ):
+            raise DatasetError(
+                f"{self.location}: it names the file or folder {name!r}; expected a path below its own "
+                "folder. The index is damaged or not from this package: build the shards again."
+            )
 
     def _opened(self) -> tuple[Any, str]:
         try:
