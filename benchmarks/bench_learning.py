@@ -93,12 +93,23 @@ def configure(options: argparse.Namespace, seed: int) -> IQLConfig:
     return replace(config, updates=options.updates) if options.updates else config
 
 
+def processor() -> str:
+    """The processor with its family and model: one name covers several generations."""
+    information = Path("/proc/cpuinfo")
+    if not information.is_file():
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in information.read_text().splitlines())
+    entries = {name.strip(): value.strip() for name, _, value in lines}
+    family, model = (entries.get(name, "unknown") for name in ("cpu family", "model"))
+    return f"{entries.get('model name', platform.machine())}, family {family}, model {model}"
+
+
 def machine() -> dict[str, object]:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,0 +1,150 @@
+"""Updates of small networks while another training uses the same cores.
+
+    python benchmarks/bench_contention.py
+
+Each form is timed in one process alone, and in two processes at once, each with as many threads as
+there are cores: with ``GOMP_SPINCOUNT=2000``, which importing the package sets, and with libgomp's own
+default. Writes benchmarks/results/contention.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_learning import machine
+from tensordict import TensorDict
+from torch import optim
+from torchrl.data import Bounded
+from torchrl.modules import ValueOperator
+from torchrl.objectives import IQLLoss as TorchRLLoss
+from torchrl.objectives import SoftUpdate
+
+from iql_torchrl import IQLLoss, IQLStep, captured, compiled, networks, policies
+from iql_torchrl.data import DeviceSampler
+
+RESULT = Path(__file__).parent / "results" / "contention.json"
+FORMS = ("eager", "compiled", "captured", "torchrl")
+SPINS = {"2000": "2000", "default": None}
+OBS, ACT, ROWS, BATCH, CALLED = 3, 1, 10_000, 256, 8
+
+
+def make_update(form: str, width: int) -> Any:
+    """A function that makes ``CALLED`` updates."""
+    torch.manual_seed(0)
+    widths = {"hidden": (width, width)}
+    actor = policies.gaussian(OBS, Bounded(-torch.ones(ACT), torch.ones(ACT), (ACT,)), **widths)
+    critic = ValueOperator(networks.Critic(OBS, ACT, **widths), in_keys=["observation", "action"])
+    value = ValueOperator(networks.StateValue(OBS, **widths), in_keys=["observation"])
+    rows = TensorDict(
+        {
+            "observation": torch.randn(ROWS, OBS),
+            "action": torch.rand(ROWS, ACT) * 1.8 - 0.9,
+            "next": {
+                "observation": torch.randn(ROWS, OBS),
+                "reward": torch.randn(ROWS, 1),
+                "terminated": torch.zeros(ROWS, 1, dtype=torch.bool),
+                "done": torch.zeros(ROWS, 1, dtype=torch.bool),
+            },
+        },
+        [ROWS],
+    )
+    sampler = DeviceSampler(rows, BATCH, seed=0)
+    kind = TorchRLLoss if form == "torchrl" else IQLLoss
+    loss = kind(actor, critic, value, loss_function="l2")
+    loss.make_value_estimator(gamma=0.99)
+    updater = SoftUpdate(loss, tau=0.005)
+    optimizer = optim.Adam(loss.parameters(), lr=3e-4, fused=form != "torchrl")
+    if form == "torchrl":
+
+        def one() -> None:
+            out = loss(sampler.sample())
+            (out["loss_actor"] + out["loss_qvalue"] + out["loss_value"]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            updater.step()
+
+        return lambda: [one() for _ in range(CALLED)]
+    step = IQLStep(loss, optimizer, updater)
+    if form == "captured":
+        return captured(step, sampler, updates=CALLED)
+    step = compiled(step) if form == "compiled" else step
+    return lambda: [step(sampler.sample()) for _ in range(CALLED)]
+
+
+def child(form: str, width: int, seconds: float) -> None:
+    """Print the median time of an update in ms, timed from the line that the parent sends."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    update = make_update(form, width)
+    for _ in range(3):
+        update()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        update()
+        times.append((time.perf_counter() - began) / CALLED * 1e3)
+    print(statistics.median(times), flush=True)
+
+
+def measured(form: str, width: int, seconds: float, count: int, spin: str | None) -> float:
+    """Median ms of an update in the slowest of ``count`` processes that run at the same time."""
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
+    environment = {k: v for k, v in os.environ.items() if k not in names}
+    if spin is not None:
+        environment["GOMP_SPINCOUNT"] = spin
+    command = [sys.executable, __file__, "--child", form, "--width", str(width)]
+    command += ["--seconds", str(seconds)]
+    processes = [
+        subprocess.Popen(
+            command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for _ in range(count)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    return max(float(process.communicate("go\n")[0]) for process in processes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--width", type=int, default=64)
+    add("--seconds", type=float, default=4.0, help="of each measurement")
+    add("--rounds", type=int, default=3)
+    add("--child", choices=FORMS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child is not None:
+        child(options.child, options.width, options.seconds)
+        return
+    rows = []
+    for form in FORMS:
+        for name, spin in SPINS.items():
+            pairs = [
+                [measured(form, options.width, options.seconds, n, spin) for n in (1, 2)]
+                for _ in range(options.rounds)
+            ]
+            alone, beside = (statistics.median(each) for each in zip(*pairs, strict=True))
+            ratio = statistics.median(two / one for one, two in pairs)
+            rows.append(
+                {"form": form, "spin": name, "alone": alone, "beside": beside, "ratio": ratio}
+            )
+            print(f"{form:9} spin {name:8} {alone:7.2f} {beside:8.2f} ms  {ratio:6.1f}", flush=True)
+    record = {"command": "python " + " ".join(sys.argv), "machine": machine(), "results": rows}
+    temporary = RESULT.with_name(f".{RESULT.name}")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, RESULT)
+
+
+if __name__ == "__main__":
+    main()
