@@ -85,7 +85,7 @@ def field_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> Field
     """How values of a space are stored: floats as ``dtype``, categories as int64.
 
     A Box of integers keeps its own dtype (images stay uint8). Raises ``DatasetError`` for a space
-    without a tensor form, and for a Discrete or MultiDiscrete space that does not start at 0.
+    without a tensor form, and for a Discrete space that does not start at 0.
     """
     if isinstance(space, gym.spaces.Discrete):
         if space.start != 0:
@@ -95,11 +95,6 @@ def field_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> Field
             )
         return Field((), torch.int64)
     if isinstance(space, gym.spaces.MultiDiscrete):
-        if np.any(space.start):
-            raise DatasetError(
-                f"{dotted(key)}: {space} starts at {space.start.tolist()}; categories must start at 0: "
-                "subtract the start from the data and from the environment's space."
-            )
         return Field(tuple(space.shape), torch.int64)
     if isinstance(space, gym.spaces.MultiBinary):
         return Field(tuple(space.shape), torch.int64)

@@ -11,7 +11,7 @@ from tensordict import TensorDict
 
 from iql_torchrl.data.load_options import known_scores
 from iql_torchrl.data.readers.source import ReadOptions
-from iql_torchrl.data.schema import DatasetError, field_of_space
+from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.data.source_identity import read_settings
 from iql_torchrl.data.windows import Windows
 
@@ -39,15 +39,7 @@ def test_reference_scores_are_random_then_expert(scores):
         known_scores(scores)
 
 
-@pytest.mark.parametrize(
-    "space", [gym.spaces.Discrete(3, start=1), gym.spaces.MultiDiscrete([3, 2], start=[1, 0])]
-)
-def test_categories_start_at_0(space):
-    with pytest.raises(DatasetError, match="categories must start at 0"):
-        field_of_space(space, torch.float32, ("observation",))
-
-
-@pytest.mark.filterwarnings("ignore:`.*` is set to None")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_selection_of_episodes_is_part_of_the_identity(tmp_path, monkeypatch):
     import minari
 
