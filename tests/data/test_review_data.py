@@ -67,7 +67,7 @@ def test_a_selection_of_episodes_is_part_of_the_identity(tmp_path, monkeypatch):
         description="none",
         requirements=[],
     )
-    first, second = dataset.filter_episodes([0, 1]), dataset.filter_episodes([1, 2])
+    first, second = (dataset.filter_episodes(lambda e, a=a: e.id != a) for a in (2, 0))
     identities = [read_settings(d, ReadOptions()) for d in (dataset, first, second, [first])]
     assert "episodes" not in identities[0]
     assert identities[1]["episodes"] != identities[2]["episodes"]
