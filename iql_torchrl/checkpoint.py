@@ -15,7 +15,6 @@ import torch
 from torchrl.checkpoint import Checkpoint, CheckpointAdapter, CheckpointError
 
 from iql_torchrl.files import naming
-from iql_torchrl.host import remove_path
 
 __all__ = [
     "SUFFIX",
@@ -186,7 +185,10 @@ def remove_leftovers(folder: str | Path) -> None:
     """Delete the incomplete files of a killed process from a folder of checkpoints."""
     for path in Path(folder).glob(f".{PREFIX}*"):
         if any(mark in path.name for mark in (".stage-", ".archive-", ".delete-", ".backup-")):
-            remove_path(path)
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def replace_by_link(source: Path, destination: Path) -> None:

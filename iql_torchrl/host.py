@@ -1,9 +1,10 @@
 """Every private name of torch, tensordict and TorchRL that this package uses.
 
 A private name may change in any release, so each one is used here and nowhere else, behind a
-function or name of our own whose docstring says why no public one serves. ``tests/test_host.py``
-holds the behaviour that is relied on, and importing this module raises ``ImportError`` naming what
-is missing.
+function of our own whose docstring says why no public one serves. It is looked up when it is used
+(:func:`find`), never at import. Where a release lacks it, the function takes a slower public way, or
+raises ``NotImplementedError`` with the feature, the versions and another way to the same result.
+``tests/test_host.py`` holds the behaviour that is relied on, and hides each name in turn.
 
 Classes derived from TorchRL's ``LossModule`` and ``Trainer`` also call and override private methods
 of those base classes, because a subclass has no other way to take part in what the base class does.
@@ -12,10 +13,11 @@ of those base classes, because a subclass has no other way to take part in what 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import tensordict
@@ -24,10 +26,9 @@ import torchrl
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictParams
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Normal
 from torch.optim import Optimizer
-from torchrl.checkpoint import Checkpoint
-from torchrl.data import ImmutableDatasetWriter, LazyTensorStorage, ReplayBuffer
+from torchrl.data import ReplayBuffer
 from torchrl.objectives import LossModule
 
 with warnings.catch_warnings():  # TorchRL warns about its own classes when these are first imported
@@ -44,12 +45,13 @@ __all__ = [
     "add_to_all",
     "assert_dtype",
     "assert_later",
-    "buffers_of",
     "children_of",
     "compile_program",
+    "find",
     "generator_of",
     "has_hooks",
     "has_onednn_linear",
+    "has_private_tables",
     "hook_tables",
     "inductor_settings",
     "keeps_batch_statistics",
@@ -60,7 +62,6 @@ __all__ = [
     "plain_entries",
     "reads_positions",
     "registered_modules",
-    "remove_path",
     "stored_rows",
     "summed_in_graph",
     "tracing_gradients",
@@ -124,27 +125,34 @@ INHERITED: Mapping[type, tuple[str, ...]] = {
         "_process_optim_batch_ops",
     ),
 }
-# Of these, attributes that only instances have, so that the check at import leaves them out.
+# Of these, attributes that only instances have.
 OF_INSTANCES = {
     "_has_update_associated",
     "_tensor_keys",
     "_log_dict",
     *(name for name in INHERITED[Trainer] if name.endswith("_ops")),
 }
+_NO_EXPORT = "Save the agent instead: agent.save(folder) and Agent.load(folder)."
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _require(owner: Any, *names: str) -> None:
-    """Raise ``ImportError`` where ``owner`` lacks one of the private ``names``."""
-    for name in names:
-        if not hasattr(owner, name):
-            kind = owner if isinstance(owner, type) else type(owner)
-            where = getattr(owner, "__name__", None) or kind.__qualname__
-            raise ImportError(
-                f"{where}.{name} is missing in torch {torch.__version__}, TorchRL "
-                f"{torchrl.__version__}, tensordict {tensordict.__version__}. iql_torchrl uses this "
-                f"private name and was tested with {TESTED}: install those versions."
-            )
+def find(owner: Any, name: str, default: Any = None) -> Any:
+    """``owner``'s private ``name``, or ``default`` where this release lacks it."""
+    return getattr(owner, name, default)
+
+
+def _needed(owner: Any, name: str, feature: str, way_round: str) -> Any:
+    """As :func:`find`; ``NotImplementedError`` where it is missing, which says what to do."""
+    found = find(owner, name)
+    if found is None:
+        kind = owner if isinstance(owner, type) else type(owner)
+        where = getattr(owner, "__name__", None) or kind.__qualname__
+        raise NotImplementedError(
+            f"{feature} needs {where}.{name}, which is missing in torch {torch.__version__}, TorchRL "
+            f"{torchrl.__version__}, tensordict {tensordict.__version__} (tested: {TESTED}). "
+            f"{way_round}"
+        )
+    return found
 
 
 # -- torch -----------------------------------------------------------------------------------------
@@ -154,13 +162,18 @@ def tracing_gradients() -> Any:
     """A context in which ``torch.compile`` traces ``torch.autograd.grad``; no public setting exists.
 
     Every step is a program of its own although steps share code, so the number of compilations per
-    function is not limited.
+    function is not limited. Settings that this torch lacks are left out: ``trace_autograd_ops`` is
+    meant to disappear once tracing is what torch always does. A torch that has neither the setting
+    nor the tracing stops in ``torch.compile`` and names ``autograd.grad``.
     """
-    return torch._dynamo.config.patch(
-        trace_autograd_ops=True,
-        recompile_limit=2**31,
-        accumulated_recompile_limit=2**31,
-    )
+    wanted = {
+        "trace_autograd_ops": True,
+        "recompile_limit": 2**31,
+        "accumulated_recompile_limit": 2**31,
+    }
+    settings = find(find(torch, "_dynamo"), "config")
+    known = {name: value for name, value in wanted.items() if find(settings, name) is not None}
+    return settings.patch(**known) if known else contextlib.nullcontext()
 
 
 def compile_program(
@@ -168,12 +181,23 @@ def compile_program(
 ) -> Callable[..., Any]:
     """Inductor's program of ``graph``; ``torch.compile`` gives one only behind its guards.
 
-    Inductor is imported here, when it is used: importing it takes seconds and emits warnings.
+    Inductor is imported here, when it is used: importing it takes seconds and emits warnings. Without
+    it, ``torch.compile``, whose guards cost some time at every call.
     """
-    from torch._inductor import compile_fx
-
-    program: Any = compile_fx.compile_fx(graph, inputs, config_patches=dict(options))
+    compile_fx = find(_module("torch._inductor.compile_fx"), "compile_fx")
+    if compile_fx is None:
+        guarded: Any = torch.compile(graph, fullgraph=True, options=dict(options))
+        return guarded
+    program: Any = compile_fx(graph, inputs, config_patches=dict(options))
     return program
+
+
+def _module(name: str) -> Any:
+    """A private module, or None."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None
 
 
 @functools.cache
@@ -183,11 +207,13 @@ def untiled_loops_only() -> Any:
     Inductor may compute several tensors in one loop over rows and keep an intermediate result in a
     buffer of one row. Where that loop is vectorised over rows, the rows overwrite each
     other's values and the program silently returns wrong numbers (pytorch/pytorch issue 185702;
-    seen with torch 2.13 in populations with one thread). With this pass such loops stay separate.
+    seen with torch 2.13 in populations with one thread, repaired in torch 2.15 by pull request
+    185855). With this pass such loops stay separate. None where this torch has no such passes.
     """
-    from torch._inductor import custom_graph_pass
-
-    base: Any = getattr(custom_graph_pass, "CustomSchedulerPass", custom_graph_pass.CustomGraphPass)
+    passes = _module("torch._inductor.custom_graph_pass")
+    base: Any = find(passes, "CustomSchedulerPass") or find(passes, "CustomGraphPass")
+    if base is None:
+        return None
 
     class UntiledLoopsOnly(base):
         def __call__(self, nodes: list[Any]) -> list[Any]:
@@ -214,9 +240,10 @@ def _untiled(accepts: Callable[..., bool], proxies: Sequence[Any], depth: int) -
 
 def inductor_settings() -> set[str]:
     """Names of Inductor's settings in this version of torch, which refuses others."""
-    import torch._inductor  # here, as in compile_program
-
-    return set(torch._inductor.list_options())
+    options = find(
+        _module("torch._inductor"), "list_options"
+    )  # imported here, as in compile_program
+    return set() if options is None else set(options())
 
 
 def has_onednn_linear() -> bool:
@@ -224,7 +251,7 @@ def has_onednn_linear() -> bool:
     return (
         torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and find(torch.ops.mkldnn, "_linear_pointwise") is not None
     )
 
 
@@ -233,7 +260,11 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
     No public function of torch computes float32 by oneDNN outside of compiled inference.
     """
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    product = _needed(
+        torch.ops.mkldnn, "_linear_pointwise", "products by oneDNN",
+        "Choose iql_torchrl.config.choose_products('mkl').",
+    )  # fmt: skip
+    out: Tensor = product(x, weight, bias, "none", [], "")
     return out
 
 
@@ -241,14 +272,17 @@ def keeps_batch_statistics(module: nn.Module) -> bool:
     """Whether the layer normalises with statistics of a batch, or averages them over batches.
 
     That is every BatchNorm, SyncBatchNorm too, and InstanceNorm with running averages. Their common
-    base class has no public name. TorchRL's BatchRenorm is a class of its own.
+    base class has no public name, so these are torch's public classes and those derived from them.
+    TorchRL's BatchRenorm is a class of its own.
     """
-    from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
     from torchrl.modules import BatchRenorm1d
 
-    if isinstance(module, _NormBase) and not isinstance(module, _BatchNorm):
+    if isinstance(module, nn.InstanceNorm1d | nn.InstanceNorm2d | nn.InstanceNorm3d):
         return bool(module.track_running_stats)
-    return isinstance(module, _BatchNorm | BatchRenorm1d)
+    return isinstance(
+        module,
+        nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm | BatchRenorm1d,
+    )
 
 
 def summed_in_graph(values: Tensor) -> Tensor:
@@ -257,26 +291,34 @@ def summed_in_graph(values: Tensor) -> Tensor:
     ``torch.distributed.all_reduce`` writes in place; this form, of which ``torch.distributed`` has no
     public one, returns a new tensor.
     """
-    from torch.distributed import _functional_collectives, group
-
-    everyone: Any = group.WORLD
-    total: Tensor = _functional_collectives.all_reduce(values, "sum", everyone)
+    all_reduce = _needed(
+        _module("torch.distributed._functional_collectives"), "all_reduce",
+        "a compiled update on several ranks", "Train with the eager step.",
+    )  # fmt: skip
+    total: Tensor = all_reduce(values, "sum", torch.distributed.group.WORLD)
     return total
 
 
 def add_to_all(totals: Sequence[Tensor], values: Sequence[Tensor], factor: float) -> None:
-    """``total += factor * value`` in one call; the public optimizers offer no such sum."""
-    torch._foreach_add_(list(totals), list(values), alpha=factor)
+    """``total += factor * value`` in one call; without torch's private one, in a loop."""
+    foreach = find(torch, "_foreach_add_")
+    if foreach is None:
+        for total, value in zip(totals, values, strict=True):
+            total.add_(value, alpha=factor)
+    else:
+        foreach(list(totals), list(values), alpha=factor)
 
 
 def assert_later(condition: Tensor, message: str) -> None:
     """An assertion that ``torch.export`` keeps in the program; Python's is evaluated once."""
-    torch._assert_async(condition, message)
+    later = _needed(torch, "_assert_async", "exporting a policy", _NO_EXPORT)
+    later(condition, message)
 
 
 def assert_dtype(values: Tensor, dtype: torch.dtype) -> None:
     """As :func:`assert_later`, for the dtype of an input."""
-    torch.ops.aten._assert_tensor_metadata.default(values, dtype=dtype)
+    check = _needed(torch.ops.aten, "_assert_tensor_metadata", "exporting a policy", _NO_EXPORT)
+    check.default(values, dtype=dtype)
 
 
 def mark_stepped(optimizer: Optimizer) -> None:
@@ -290,31 +332,47 @@ def mark_stepped(optimizer: Optimizer) -> None:
 
 def version_of(tensor: Tensor) -> int:
     """How often the tensor was written to in place; only this counter says so without a read."""
-    return tensor._version
+    version: int = _needed(
+        tensor, "_version", "captured(step, replay)",
+        "Use compiled(step): it reads every batch and need not know what was written.",
+    )  # fmt: skip
+    return version
 
 
 def validates_distributions() -> bool:
-    """torch's default for ``validate_args``; a setter is public, the value is not."""
-    return bool(Distribution._validate_args)
+    """torch's default for ``validate_args``: whether a negative deviation is refused."""
+    try:
+        Normal(torch.zeros(()), -torch.ones(()))
+    except ValueError:
+        return True
+    return False
 
 
 def children_of(module: nn.Module) -> dict[str, Any]:
     """Submodules by name, the module's own table.
 
     ``named_children()`` names a module once, however often it is used, and ``getattr`` of a TorchRL
-    loss warns about targets.
+    loss warns about targets. Without that table a dict of its own, which changes nothing.
     """
-    return module._modules
+    table: dict[str, Any] | None = find(module, "_modules")
+    if table is None:
+        named = module.named_modules(remove_duplicate=False)
+        return {name: child for name, child in named if name and "." not in name}
+    return table
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own table of parameters; ``setattr`` accepts only ``nn.Parameter``."""
-    return module._parameters  # type: ignore[return-value]
+    table: dict[str, Tensor | None] = _needed(
+        module, "_parameters", "evaluation of networks without a TensorDict", "This is a fault: "
+        "has_private_tables() should have chosen the general evaluation; please report it.",
+    )  # fmt: skip
+    return table
 
 
-def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """The module's own table of buffers."""
-    return module._buffers
+def has_private_tables(module: nn.Module) -> bool:
+    """Whether this torch has every table of modules that a direct evaluation reads."""
+    return all(find(module, name) is not None for name in ("_modules", "_parameters", *_HOOKS))
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -324,7 +382,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 def hook_tables(module: nn.Module) -> list[Any]:
     """What is registered to run with the module's forward or backward: the module's own tables."""
-    return [getattr(module, name) for name in _HOOKS]
+    return [table for name in _HOOKS if (table := find(module, name)) is not None]
 
 
 # -- tensordict ------------------------------------------------------------------------------------
@@ -332,27 +390,32 @@ def hook_tables(module: nn.Module) -> list[Any]:
 
 def plain_entries(params: TensorDictParams) -> TensorDictBase:
     """The parameters as a plain TensorDict; ``TensorDictParams.copy`` gives parameters again."""
-    entries: TensorDictBase = params._param_td
+    entries: TensorDictBase | None = find(params, "_param_td")
+    if entries is None:
+        entries = TensorDict(dict(params.items(True, True)), batch_size=params.batch_size)
     return entries
 
 
 def reads_positions(module: TensorDictModule) -> bool:
     """Whether it passes the entries of its in_keys by position, and reads them with no options."""
-    return not (module._kwargs or module._get_kwargs)
+    return not (find(module, "_kwargs", True) or find(module, "_get_kwargs", True))
 
 
 # -- TorchRL ---------------------------------------------------------------------------------------
 
 
 def generator_of(replay: ReplayBuffer) -> torch.Generator | None:
-    """The generator given with ``set_rng``, which has no public reader."""
-    generator: torch.Generator | None = getattr(replay, "_rng", None)
+    """The generator given with ``set_rng``, which has no public reader.
+
+    Without it a seeded buffer looks unseeded: a checkpoint lacks the state of its draws.
+    """
+    generator: torch.Generator | None = find(replay, "_rng")
     return generator
 
 
 def stored_rows(replay: ReplayBuffer) -> Any:
-    """What a buffer's storage holds, without the copy that reading rows makes."""
-    return getattr(replay.storage, "_storage", None)
+    """What a buffer's storage holds, without the copy that reading rows makes; None if unknown."""
+    return find(replay.storage, "_storage")
 
 
 def without_prefetched(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -362,32 +425,17 @@ def without_prefetched(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def registered_modules(trainer: Trainer) -> Mapping[str, Any]:
     """What ``Trainer.register_module`` was given, by name; there is no public reader."""
-    modules: Mapping[str, Any] = trainer._modules
+    modules: Mapping[str, Any] = _needed(
+        trainer, "_modules", "a checkpoint of OfflineTrainer",
+        "Save agent.state_dict() and agent.step.state_dict() yourself.",
+    )  # fmt: skip
     return modules
-
-
-def remove_path(path: Path) -> None:
-    """Delete a file or folder of a checkpoint as ``Checkpoint`` does."""
-    Checkpoint._remove_path(path)
 
 
 def logged_values(trainer: Trainer) -> dict[str, list[Any]]:
     """Everything the trainer has logged so far, by name."""
-    values: dict[str, list[Any]] = trainer._log_dict
+    values: dict[str, list[Any]] = _needed(
+        trainer, "_log_dict", "the last logged values in a checkpoint",
+        "Save agent.state_dict() and agent.step.state_dict() yourself.",
+    )  # fmt: skip
     return values
-
-
-_require(torch, "_assert_async", "_dynamo", "_foreach_add_")
-_require(torch._dynamo.config, "trace_autograd_ops", "recompile_limit")
-_require(torch.ops.aten, "_assert_tensor_metadata")
-_require(Distribution, "_validate_args")
-_require(torch.empty(0), "_version")
-_require(nn.Identity(), "_modules", "_parameters", *_HOOKS)
-_require(TensorDictParams(TensorDict({})), "_param_td")
-_require(TensorDictModule(nn.Identity(), ["a"], ["b"]), "_kwargs", "_get_kwargs")
-_storage = LazyTensorStorage(1, compilable=True)  # otherwise multiprocessing starts a process
-_require(ReplayBuffer(storage=_storage, writer=ImmutableDatasetWriter()), "_rng")
-_require(_storage, "_storage")
-_require(Checkpoint, "_remove_path")
-for _base, _names in INHERITED.items():
-    _require(_base, *(name for name in _names if name not in OF_INSTANCES))

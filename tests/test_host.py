@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,12 +24,106 @@ from iql_torchrl import host
 from iql_torchrl.update.inductor import program_options
 
 
-def test_a_missing_name_is_an_import_error_that_names_it():
-    with pytest.raises(ImportError, match=r"torch\._absent is missing in torch \d.*TorchRL 0\.14"):
-        host._require(torch, "_dynamo", "_absent")
-    with pytest.raises(ImportError, match=r"Identity\._absent is missing .* tested with torch 2"):
-        host._require(nn.Identity(), "_absent")
-    host._require(torch, "_dynamo")
+def test_a_missing_name_is_an_error_that_names_feature_version_and_another_way(monkeypatch):
+    monkeypatch.setattr(host, "find", lambda owner, name, default=None: default)
+    with pytest.raises(
+        NotImplementedError,
+        match=r"captured\(step, replay\) needs Tensor\._version, which is missing in torch \d.*"
+        r"TorchRL 0\.14.*Use compiled",
+    ):
+        host.version_of(torch.zeros(1))
+    with pytest.raises(NotImplementedError, match=r"exporting a policy .* agent\.save"):
+        host.assert_dtype(torch.zeros(1), torch.float32)
+
+
+HIDING = """
+import importlib.util, sys
+import torch
+
+spec = importlib.util.find_spec("iql_torchrl.host")  # imports the package, whose modules are dropped
+source = spec.origin
+for name in [name for name in sys.modules if name.split(".")[0] == "iql_torchrl"]:
+    del sys.modules[name]
+spec = importlib.util.spec_from_file_location("iql_torchrl.host", source)
+host = importlib.util.module_from_spec(spec)
+sys.modules["iql_torchrl.host"] = host
+spec.loader.exec_module(host)
+find, asked, hidden = host.find, set(), {None}
+
+def watched(owner, name, default=None):
+    asked.add(name)
+    return default if name in hidden or None in hidden else find(owner, name, default)
+
+host.find = watched
+import iql_torchrl  # every private name is missing
+assert sys.modules["iql_torchrl.host"] is host and not asked, asked
+hidden.clear()
+
+from test_step import make_batch, make_loss, snapshot
+from torch import optim
+from torchrl.objectives import SoftUpdate
+
+def train(**options):
+    torch.manual_seed(0)
+    loss = make_loss(**options)
+    step = iql_torchrl.IQLStep(loss, optim.Adam(loss.parameters(), lr=1e-2), SoftUpdate(loss, tau=0.1))
+    for _ in range(20):
+        step(make_batch())
+    return snapshot(loss)
+
+options = {"actor_ema": 0.9}
+expected = train(**options)
+names = sorted(asked)
+for name in (*names, None):
+    hidden.clear()
+    hidden.add(name)
+    found = train(**options)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
+print(*names)
+"""
+
+
+def test_a_hidden_private_name_stops_neither_import_nor_eager_updates():
+    """Each name that training asks for is hidden in turn, then all; the weights are the same."""
+    here = Path(__file__).parent
+    paths = [str(here), str(here / "update"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", HIDING],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        cwd=here.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert not done.returncode, done.stderr[-3000:]
+    assert {"_modules", "_parameters", "_forward_hooks", "_get_kwargs"} <= set(done.stdout.split())
+
+
+def test_what_takes_the_place_of_a_hidden_name(monkeypatch):
+    """The slower public ways give the same as the private names."""
+    module = nn.Module()
+    module.first = module.second = nn.Linear(2, 1)
+    params = TensorDictParams(TensorDict({"net": {"weight": nn.Parameter(torch.ones(2))}}))
+    wrapped = TensorDictModule(module.first, ["a"], ["c"])
+    before = host.children_of(module), host.plain_entries(params), host.validates_distributions()
+    monkeypatch.setattr(host, "find", lambda owner, name, default=None: default)
+    assert host.children_of(module) == before[0]
+    entries = host.plain_entries(params)
+    assert type(entries) is TensorDict
+    assert entries["net", "weight"] is before[1]["net", "weight"]
+    assert host.validates_distributions() is before[2]
+    assert not host.reads_positions(wrapped)  # evaluated through its TensorDict
+    assert not host.has_private_tables(module)
+    totals = [torch.tensor([1.0])]
+    host.add_to_all(totals, [torch.tensor([10.0])], 2)
+    assert totals[0].tolist() == [21.0]
+    with host.tracing_gradients():
+        assert host.inductor_settings() == set()
+    assert host.untiled_loops_only.__wrapped__() is None
+    graph = torch.fx.symbolic_trace(lambda x: (x * 2 + 1,))
+    monkeypatch.setattr(torch, "compile", lambda graph, **options: (graph, options))
+    assert host.compile_program(graph, [], {"a": 1}) == (
+        graph, {"fullgraph": True, "options": {"a": 1}},
+    )  # fmt: skip
 
 
 def test_every_inherited_method_exists():
@@ -172,16 +270,6 @@ def test_a_buffers_generator_rows_and_state():
     state = replay.state_dict()
     assert "_prefetch_state" in state
     assert set(state) - set(host.without_prefetched(state)) == {"_prefetch_state"}
-
-
-def test_files_and_folders_are_deleted(tmp_path):
-    file, folder = tmp_path / "file", tmp_path / "folder"
-    file.write_text("x")
-    folder.mkdir()
-    (folder / "inside").write_text("y")
-    for path in (file, folder):
-        host.remove_path(path)
-        assert not path.exists()
 
 
 def test_a_gradient_inside_a_graph_is_traced():

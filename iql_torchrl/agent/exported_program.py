@@ -14,7 +14,7 @@ from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
 from iql_torchrl.agent.export_checks import assert_history, assert_values
-from iql_torchrl.agent.task import Task, counted_from_zero
+from iql_torchrl.agent.task import Task
 from iql_torchrl.data.schema import MASK, Key, field_of_space, leaf_spaces
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.evaluation.act import needs_mask
@@ -125,7 +125,7 @@ def program_inputs(policy: TensorDictModuleBase, task: Task) -> list[ProgramInpu
         path = ("observation", *path) if flat else path
         for leaf, space in leaves.items():
             if leaf[: len(path)] == path:  # a key may name a whole Dict
-                shape, dtype = field_of_space(counted_from_zero(space), task.dtype, leaf)
+                shape, dtype = field_of_space(space, task.dtype, leaf)
                 read_at = leaf[1:] if flat else leaf
                 inputs.append(ProgramInput(leaf, read_at, space, (*steps, *shape), dtype))
     if not inputs:

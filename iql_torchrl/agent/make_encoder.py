@@ -13,7 +13,7 @@ from gymnasium import spaces
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from iql_torchrl.agent.task import Task, counted_from_zero
+from iql_torchrl.agent.task import Task
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import DatasetSummary
 from iql_torchrl.data.encodings import is_image, is_vector, usual_encoder
@@ -139,7 +139,7 @@ def _image_encoder(config: IQLConfig, space: gym.Space[Any]) -> ImageEncoder:
 
 def _features_of(name: str, module: nn.Module, task: Task, key: Key, space: gym.Space[Any]) -> int:
     """Width of a user's encoder, from its output for two observations of zeros."""
-    field = field_of_space(counted_from_zero(space), task.dtype, key)
+    field = field_of_space(space, task.dtype, key)
     like = next(module.parameters(), None)
     zeros = torch.zeros(
         2, *field.shape, dtype=field.dtype, device=None if like is None else like.device

@@ -18,11 +18,13 @@ from iql_torchrl import policies
 from iql_torchrl.agent.make_encoder import FEATURES, Encoders, make_encoder, observed_task
 from iql_torchrl.agent.task import Task
 from iql_torchrl.config import IQLConfig
+from iql_torchrl.data.schema import field_of_space, leaf_spaces
 from iql_torchrl.descriptions import describe_space, faulty_bounds
 from iql_torchrl.networks import (
     ACTIVATIONS,
     Critic,
     DiscreteCritic,
+    Flatten,
     OneHot,
     Standardise,
     StateValue,
@@ -137,8 +139,6 @@ def _check_actions(space: spaces.Space[Any]) -> None:
 def _place(config: IQLConfig, task: Task, module: Any) -> Any:
     """On the device and in the data's dtype, before the loss takes it: buffers stay afterwards."""
     module = module.to(torch.device(config.device))
-    if isinstance(task.observation_space, spaces.Discrete):
-        return module  # categories become torch's default dtype in OneHot
     return module.double() if task.dtype is torch.float64 else module.float()
 
 
@@ -153,5 +153,17 @@ def _observation(
     keys = sorted(task.observation_spec.keys(True, True), key=str)
     mean = torch.cat([statistics[key].mean for key in keys])
     std = torch.cat([statistics[key].std for key in keys])
-    first = partial(Standardise, mean, std) if config.standardise else nn.Identity
+    first: Callable[[], nn.Module]
+    if config.standardise:
+        first = partial(Standardise, mean, std)
+    elif any(dtype.is_floating_point for dtype in _dtypes(task)):
+        first = nn.Identity  # joined with floats, whole numbers become floats
+    else:
+        first = partial(Flatten, (len(mean),))
     return keys, len(mean), first
+
+
+def _dtypes(task: Task) -> list[torch.dtype]:
+    """In which the leaves of an observation are stored."""
+    leaves = leaf_spaces(task.observation_space).items()
+    return [field_of_space(space, task.dtype, key).dtype for key, space in leaves]

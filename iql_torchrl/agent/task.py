@@ -16,7 +16,7 @@ from torchrl.data import Composite, TensorSpec
 from iql_torchrl.data import DatasetSummary, ObservationStatistics
 from iql_torchrl.data.schema import ACTION, Key, leaf_spaces, spec_of_space
 
-__all__ = ["Task", "counted_from_zero", "space_from_state", "space_state"]
+__all__ = ["Task", "space_from_state", "space_state"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -65,13 +65,13 @@ class Task:
         """``Composite`` with the key ``observation``, nested below it for Dict spaces."""
         spec = Composite()
         for key, leaf in leaf_spaces(self.observation_space).items():
-            spec[key] = spec_of_space(counted_from_zero(leaf), self.dtype, key)
+            spec[key] = spec_of_space(leaf, self.dtype, key)
         return spec
 
     @property
     def action_spec(self) -> TensorSpec:
         """Bounded for Box, Categorical for Discrete: the policy's indices count from zero."""
-        return spec_of_space(counted_from_zero(self.action_space), self.dtype, ACTION)
+        return spec_of_space(self.action_space, self.dtype, ACTION)
 
     def state_dict(self) -> dict[str, Any]:
         """Only numbers, strings, lists, dicts and tensors: readable with ``weights_only=True``."""
@@ -176,13 +176,6 @@ def space_from_state(state: Mapping[str, Any]) -> gym.Space[Any]:
     if kind == "MultiBinary":
         return spaces.MultiBinary(state["n"])
     raise ValueError(f"a stored space has the type {kind!r}, which this version does not know.")
-
-
-def counted_from_zero(space: gym.Space[Any]) -> gym.Space[Any]:
-    """A Discrete space counted from zero, as in policies and logs; any other space itself."""
-    if isinstance(space, spaces.Discrete) and space.start != 0:
-        return spaces.Discrete(int(space.n))
-    return space
 
 
 def _own(values: torch.Tensor) -> torch.Tensor:

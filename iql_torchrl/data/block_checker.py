@@ -108,7 +108,7 @@ class BlockChecker:
         wrong = (values < 0) | (values >= count)
         if wrong.any():
             self._fail(
-                key, wrong, start, "is out of range", f"expected 0 <= value < n of "
+                key, wrong, start, "is out of range", f"expected {_range_of(space)} of "
                 f"{describe_space(space)}: give the environment the data came from, or repair those "
                 "rows.",
             )  # fmt: skip
@@ -219,6 +219,12 @@ class BlockChecker:
             )
         if self.clipped:
             yield f"{self.clipped} rows had actions outside {_bounds(self.action_space)}; clipped."
+
+
+def _range_of(space: gym.Space[Any]) -> str:
+    if np.any(getattr(space, "start", 0)):
+        return "start <= value < start + n"
+    return "0 <= value < n"
 
 
 def _bounds(space: gym.Space[Any]) -> str:

@@ -22,7 +22,7 @@ from iql_torchrl.data.load_options import check_options, check_spaces, known_sco
 from iql_torchrl.data.readers.arrays import TABLE_FILES
 from iql_torchrl.data.readers.concatenation import concatenated, joined_env_maker
 from iql_torchrl.data.readers.d3rlpy import D3rlpyBuffer
-from iql_torchrl.data.readers.environments import EnvLike, env_maker
+from iql_torchrl.data.readers.environments import EnvLike, env_maker, recorded_env_maker
 from iql_torchrl.data.readers.huggingface import HuggingFaceTable
 from iql_torchrl.data.readers.minari import find_minari, minari_source
 from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_source
@@ -182,7 +182,7 @@ def load_dataset(
     for text in built.warnings:
         warnings.warn(text, DatasetWarning, stacklevel=2)
     if maker is None and description.env_spec is not None:
-        maker = env_maker(description.env_spec)
+        maker = recorded_env_maker(description.env_spec)
     if maker is not None and joined:
         maker = joined_env_maker(maker, joined)
     scores = known_scores(reference_scores) or description.reference_scores

@@ -34,6 +34,7 @@ __all__ = [
     "Layout",
     "dotted",
     "field_of_space",
+    "first_categories",
     "leaf_spaces",
     "observation_spec_of",
     "spec_of_space",
@@ -84,15 +85,11 @@ def leaf_spaces(space: gym.Space[Any], prefix: Key = ("observation",)) -> dict[K
 def field_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> Field:
     """How values of a space are stored: floats as ``dtype``, categories as int64.
 
-    A Box of integers keeps its own dtype (images stay uint8). Raises ``DatasetError`` for a space
-    without a tensor form, and for a Discrete space that does not start at 0.
+    A Box of integers keeps its own dtype (images stay uint8). Categories are stored counted from 0,
+    whatever the space's ``start`` is (:func:`first_categories`). Raises ``DatasetError`` for a space
+    without a tensor form.
     """
     if isinstance(space, gym.spaces.Discrete):
-        if space.start != 0:
-            raise DatasetError(
-                f"{dotted(key)}: {space} starts at {space.start}; categories must start at 0: "
-                "subtract the start from the data and from the environment's space."
-            )
         return Field((), torch.int64)
     if isinstance(space, gym.spaces.MultiDiscrete):
         return Field(tuple(space.shape), torch.int64)
@@ -107,6 +104,22 @@ def field_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> Field
         f"{dotted(key)}: a {type(space).__name__} space has no tensor form; expected Box, Discrete, "
         "MultiDiscrete, MultiBinary, or a Dict of them."
     )
+
+
+def first_categories(
+    observation_space: gym.Space[Any], action_space: gym.Space[Any]
+) -> dict[Key, NDArray[np.int64]]:
+    """The ``start`` of every leaf whose categories do not start at 0, by key, on both sides of a row.
+
+    A table's categories are the source's values without it.
+    """
+    starts = {}
+    for key, space in {**leaf_spaces(observation_space), ACTION: action_space}.items():
+        if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete) and np.any(
+            space.start
+        ):
+            starts[key] = np.asarray(space.start, np.int64)
+    return starts | {("next", *key): start for key, start in starts.items() if key != ACTION}
 
 
 def spec_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> TensorSpec:

@@ -76,9 +76,8 @@ def act(
     flat = interface.reads_names_at_top_level(policy.in_keys, observation_space)
     device = interface.policy_device(policy, None)
     batch = interface.policy_input(
-        rows, observation_space, flat=flat, masks=masks, history=history
+        rows, observation_space, flat=flat, masks=masks, history=history, dtype=dtype
     ).to(device)
-    batch = batch.apply(lambda x: x.to(dtype) if x.is_floating_point() else x)
     with as_in_evaluation(policy, device, deterministic=deterministic, seed=seed):
         action = policy(batch).get("action", None)
     if not isinstance(action, Tensor):

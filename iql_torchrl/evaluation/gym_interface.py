@@ -23,6 +23,7 @@ __all__ = [
     "action_mask",
     "check_policy",
     "policy_device",
+    "policy_dtype",
     "policy_input",
     "reads_names_at_top_level",
 ]
@@ -60,6 +61,12 @@ def policy_device(policy: nn.Module, device: torch.device | str | None) -> torch
     return torch.device("cpu")
 
 
+def policy_dtype(policy: nn.Module) -> torch.dtype:
+    """Of the floats that the policy reads: float64 where it has any float64, else float32."""
+    tensors = (*policy.parameters(), *policy.buffers())
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
 def action_chooser(
     policy: TensorDictModuleBase, env: gymnasium.Env[Any, Any], device: torch.device
 ) -> Chooser:
@@ -73,6 +80,7 @@ def action_chooser(
     """
     observation_space, action_space = env.observation_space, env.action_space
     in_keys, history = list(policy.in_keys), history_of(policy)
+    dtype = policy_dtype(policy)
     flat = reads_names_at_top_level(in_keys, observation_space)
     observes_mask = isinstance(observation_space, spaces.Dict) and (
         "action_mask" in observation_space.spaces
@@ -88,6 +96,7 @@ def action_chooser(
             flat=flat,
             masks=[action_mask(info, action_space) for info in infos] if masked else None,
             history=history,
+            dtype=dtype,
         )
         try:
             action = policy(batch.to(device)).get("action", None)
@@ -147,21 +156,22 @@ def policy_input(
     flat: bool,
     masks: Sequence[Tensor] | None = None,
     history: History | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> TensorDict:
     """B observations as one TensorDict of batch size ``(B,)`` on the CPU.
 
     With ``history`` each is a sequence of at most ``history.length`` observations, and the result has
     the windows and masks of ``data.Windows``.
 
-    As in the training data: Boxes of floats become float32, other Boxes keep their dtype, and
+    As in the training data: Boxes of floats become ``dtype``, other Boxes keep their dtype, and
     Discrete, MultiDiscrete and MultiBinary become int64, counted from zero. With ``flat`` a
     Dict's names are at the top level, otherwise below ``observation``. ``masks``, if given, are
     stacked under ``action_mask``.
     """
     if history is None:
-        encoded = _encode(observations, observation_space)
+        encoded = _encode(observations, observation_space, dtype)
     else:
-        encoded = _encode_windows(observations, observation_space, history)
+        encoded = _encode_windows(observations, observation_space, history, dtype)
     batch = encoded
     if not flat:
         batch = TensorDict({"observation": encoded}, batch_size=len(observations))
@@ -175,7 +185,10 @@ def policy_input(
 
 
 def _encode_windows(
-    observations: Sequence[Sequence[Any]], space: spaces.Space[Any], history: History
+    observations: Sequence[Sequence[Any]],
+    space: spaces.Space[Any],
+    history: History,
+    dtype: torch.dtype,
 ) -> Any:
     """Of every leaf the windows ``(B, T, *shape)``, or the frames of each as one observation."""
     padded = [frame for seen in observations for frame in history.padded(seen)]
@@ -185,16 +198,16 @@ def _encode_windows(
         frames = values.unflatten(0, batch)
         return stack_frames(frames, values.ndim - 1) if history.stack else frames
 
-    encoded = _encode(padded, space)
+    encoded = _encode(padded, space, dtype)
     if isinstance(encoded, Tensor):
         return window(encoded)
     return encoded.apply(window, batch_size=batch[:1])
 
 
-def _encode(observations: Sequence[Any], space: spaces.Space[Any]) -> Any:
+def _encode(observations: Sequence[Any], space: spaces.Space[Any], dtype: torch.dtype) -> Any:
     if isinstance(space, spaces.Dict):
         encoded = {
-            name: _encode([observation[name] for observation in observations], inner)
+            name: _encode([observation[name] for observation in observations], inner, dtype)
             for name, inner in space.spaces.items()
         }
         return TensorDict(encoded, batch_size=len(observations))
@@ -204,8 +217,9 @@ def _encode(observations: Sequence[Any], space: spaces.Space[Any]) -> Any:
     if isinstance(space, spaces.MultiBinary):
         return torch.as_tensor(values, dtype=torch.int64)
     if isinstance(space, spaces.Box):
-        floating = np.issubdtype(space.dtype, np.floating)
-        return torch.as_tensor(values.astype(np.float32 if floating else space.dtype))
+        if np.issubdtype(space.dtype, np.floating):
+            return torch.as_tensor(values).to(dtype)
+        return torch.as_tensor(values.astype(space.dtype))
     raise ValueError(
         f"observations must come from Box, Discrete, MultiDiscrete, MultiBinary or a Dict of "
         f"these, found {describe_space(space)}; wrap the environment"

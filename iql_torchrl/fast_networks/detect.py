@@ -17,7 +17,7 @@ from torchrl.modules import ProbabilisticActor, SafeModule, SafeProbabilisticMod
 
 from iql_torchrl import networks, policies
 from iql_torchrl.fast_networks.perceptron import Category, Perceptron
-from iql_torchrl.host import children_of, has_hooks, reads_positions
+from iql_torchrl.host import children_of, has_hooks, has_private_tables, reads_positions
 
 __all__ = [
     "BODIES",
@@ -73,7 +73,7 @@ NORMALISING = (
 
 def is_known(module: nn.Module) -> bool:
     """Whether a copy of the module behaves as the module does, apart from its mode."""
-    return type(module) in KNOWN and not has_hooks(module)
+    return type(module) in KNOWN and has_private_tables(module) and not has_hooks(module)
 
 
 def is_single(network: Any) -> bool:

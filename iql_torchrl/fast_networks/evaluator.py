@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor, nn
 
 from iql_torchrl import networks
@@ -111,7 +111,8 @@ class FastEvaluator:
         if loss.encoder_network is not None:
             for target in (False, True):
                 name = TARGET_ENCODER if target else LIVE_ENCODER
-                clone = self._bind(loss.encoder_network, children_of(loss)[name])
+                params = children_of(loss).get(name, TensorDict())  # TorchRL keeps no empty one
+                clone = self._bind(loss.encoder_network, params)
                 if clone is not None:
                     self.encoders[target] = clone
         critic = loss.qvalue_network

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from iql_torchrl.networks.perceptrons import check_whole
+from iql_torchrl.networks.perceptrons import Numbers, check_whole
 
 __all__ = ["Flatten", "ImageEncoder", "JoinedEncoders", "OneHots"]
 
@@ -19,7 +19,7 @@ HALVING = ((32, 3, 2, 1), (64, 3, 2, 1), (64, 3, 2, 1))
 STAGES = (16, 32, 32)
 
 
-class Flatten(nn.Module):
+class Flatten(Numbers):
     """``(*B, *shape)`` to ``(*B, F)`` floats, F the product of ``shape``; a scalar gives F = 1."""
 
     def __init__(self, shape: Sequence[int]) -> None:
@@ -32,10 +32,10 @@ class Flatten(nn.Module):
     def forward(self, observation: Tensor) -> Tensor:
         rows = batch_shape(observation, self.shape)
         flat = observation.reshape(*rows, -1)
-        return flat if flat.is_floating_point() else flat.to(torch.get_default_dtype())
+        return flat if flat.is_floating_point() else flat.to(self.dtype)
 
 
-class OneHots(nn.Module):
+class OneHots(Numbers):
     """Several categories to ones and zeros: ``(*B, *shape)`` to ``(*B, sum(counts))``.
 
     ``counts``: number of categories of each entry, in the order of the flattened ``shape`` (by
@@ -59,7 +59,7 @@ class OneHots(nn.Module):
             nn.functional.one_hot(column, count)
             for column, count in zip(columns, self.counts, strict=True)
         ]
-        return torch.cat(parts, -1).to(torch.get_default_dtype())
+        return torch.cat(parts, -1).to(self.dtype)
 
 
 class ImageEncoder(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 
-from iql_torchrl.host import buffers_of, children_of, parameters_of
+from iql_torchrl.host import children_of
 
 __all__ = ["AVERAGE", "add_average", "average_pairs", "start_average", "tie_average"]
 
@@ -57,6 +57,6 @@ def tie_average(loss: Any) -> None:
         module = actor.get_submodule(".".join(path))
         if isinstance(live, nn.Parameter):
             shared = nn.Parameter(average.get(key).data, requires_grad=False)
-            parameters_of(module)[name] = shared
+            setattr(module, name, shared)
         else:
-            buffers_of(module)[name] = live.data
+            setattr(module, name, live.data)

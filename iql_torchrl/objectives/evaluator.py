@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -87,8 +87,10 @@ class GeneralEvaluator:
 
     def features(self, loss: Any, data: TensorDictBase, target: bool) -> TensorDictBase:
         encoder = loss.encoder_network
-        params = children_of(loss)[TARGET_ENCODER if target else LIVE_ENCODER]
-        with params.to_module(encoder, preserve_module_state=False):
+        params = children_of(loss).get(TARGET_ENCODER if target else LIVE_ENCODER)
+        # TorchRL keeps no parameters of an encoder without any, such as OneHots
+        empty = params is None
+        with nullcontext() if empty else params.to_module(encoder, preserve_module_state=False):
             written: TensorDictBase = encoder(data).select(*encoder.out_keys)
         return written
 

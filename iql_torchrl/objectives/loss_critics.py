@@ -10,7 +10,6 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from iql_torchrl.host import parameters_of
 from iql_torchrl.objectives.batch import output_of
 
 __all__ = ["LossCritics"]
@@ -36,9 +35,8 @@ class LossCritics(TensorDictModuleBase):
         self.networks = nn.ModuleList(copy.deepcopy(network) for _ in range(count))
         for critic in self.networks:
             for module in critic.modules():
-                table = parameters_of(module)
-                for name in [name for name, leaf in table.items() if leaf is not None]:
-                    table[name] = nn.Parameter(torch.empty(0), requires_grad=False)
+                for name in _parameters_of(module):
+                    setattr(module, name, nn.Parameter(torch.empty(0), requires_grad=False))
         self._follow()
         self.train(False)
 
@@ -63,7 +61,7 @@ class LossCritics(TensorDictModuleBase):
         if self._source is None:
             return
         for module, name, leaf in self._leaves():
-            parameter = parameters_of(module).get(name)
+            parameter = _parameters_of(module).get(name)
             if parameter is None:
                 buffer = getattr(module, name)
                 if (buffer.shape, buffer.dtype, buffer.device) == (
@@ -79,7 +77,7 @@ class LossCritics(TensorDictModuleBase):
                 leaf.dtype,
                 leaf.device,
             ):
-                parameters_of(module)[name] = nn.Parameter(leaf, requires_grad=False)
+                setattr(module, name, nn.Parameter(leaf, requires_grad=False))
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         self._follow()
@@ -94,3 +92,8 @@ class LossCritics(TensorDictModuleBase):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_source": None}
+
+
+def _parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's own parameters by name, each as often as it is named."""
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))

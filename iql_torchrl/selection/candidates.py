@@ -26,6 +26,7 @@ from iql_torchrl.selection.episodes import states
 __all__ = [
     "Member",
     "actions",
+    "has_density",
     "log_densities",
     "log_probabilities",
     "resolve_member",
@@ -148,6 +149,16 @@ def actions(member: Member, table: TensorDictBase, *, samples: int = 0, seed: in
             "or not with finite numbers; expected finite vectors: look at its parameters."
         )
     return result
+
+
+def has_density(member: Member, rows: TensorDictBase) -> bool:
+    """Whether :func:`log_densities` gives numbers for the member's continuous actions."""
+
+    def compute(chunk: TensorDictBase) -> Tensor:
+        distribution = _distribution(member, chunk)
+        return torch.tensor(distribution is not None and not isinstance(distribution, Delta))[None]
+
+    return bool(_in_chunks(member, states(rows[:1]), compute))
 
 
 def log_densities(member: Member, rows: TensorDictBase) -> Tensor:

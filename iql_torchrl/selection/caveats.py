@@ -174,7 +174,8 @@ def value_warnings(
 def general_warnings(
     rows: Sequence[Row],
     *,
-    with_importance: bool,
+    unchecked: str,
+    sampled: bool,
     agreement: float,
     clone: str | None,
     log: tuple[float, float, float],
@@ -184,7 +185,9 @@ def general_warnings(
     """Sentences about the whole ranking.
 
     ``agreement``: Spearman of the estimators; ``clone``: the member that imitates the log; ``log``:
-    value and bounds; ``unlogged``: discounted weight of ends that no logged state describes;
+    value and bounds; ``unchecked``: why there is no importance sampling, or empty; ``sampled``: whether
+    the values are of continuous actions as the members draw them; ``unlogged``: discounted
+    weight of ends that no logged state describes;
     ``fit_seen``: greatest share of the fit's episodes that one member was trained on.
     """
     result = []
@@ -199,11 +202,13 @@ def general_warnings(
             "log never describes; intervals assume any logged return there, the estimates the "
             "least."
         )
-    if not with_importance:
+    if sampled:
         result.append(
-            "the data hold no behaviour log-probabilities and no behaviour model was given, so "
-            "nothing independent checks the values."
+            "values are of actions as the members draw them, because importance sampling needs "
+            "densities: act so too (deterministic=False), or rank with deterministic=True."
         )
+    if unchecked:
+        result.append(f"{unchecked}, so nothing independent checks the values.")
     elif agreement < 0.3:
         result.append(
             f"the two estimators order the members differently (Spearman {agreement:.2f})."

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -50,6 +51,7 @@ class FittedQ:
         backups: how often targets were renewed, ``updates`` times ``polyak``; rewards travel one
             step back each time. passes: how often every step of the data was seen. Both are
             infinite for a table, whose equations are solved exactly.
+        deterministic: whether the members take their deterministic or most probable action, or sample.
     """
 
     names: tuple[str, ...]
@@ -59,6 +61,7 @@ class FittedQ:
     td_error_training: FloatArray
     backups: float
     passes: float
+    deterministic: bool
 
     @property
     def initial_values(self) -> FloatArray:
@@ -153,6 +156,8 @@ def fitted_q_evaluation(
     if model not in MODELS:
         raise ValueError(f"model is {model!r}; choose one of {', '.join(MODELS)}.")
     names = tuple(member.name for member in resolved)
+    continuous = not isinstance(train.action_space, spaces.Discrete)
+    deterministic = continuous if deterministic is None else bool(deterministic)
     finite = None if model == "network" else finite_states(train, held_out)
     if model == "table" and finite is None:
         raise ValueError(
@@ -162,10 +167,10 @@ def fitted_q_evaluation(
     if finite is not None:
         episodes = table_scores(
             resolved, train, held_out, finite, discount=discount, min_count=min_count,
-            deterministic=bool(deterministic),
+            deterministic=deterministic,
         )  # fmt: skip
         unknown = np.full(len(names), np.nan)
-        return FittedQ(names, discount, episodes, unknown, unknown, np.inf, np.inf)
+        return FittedQ(names, discount, episodes, unknown, unknown, np.inf, np.inf, deterministic)
     choose = chooser(train, deterministic, action_samples, seed)
     data = Regression(train, resolved, _device(device), discount, choose)
     coverage = Coverage(train, held_out, min_count=min_count, seed=seed)
@@ -177,7 +182,8 @@ def fitted_q_evaluation(
     scores = network_scores(data, layers, train, held_out, (fitted, fresh), coverage, limits)
     error, error_training = (_td_error(data, layers, steps) for steps in (fresh, fitted))
     passes = updates * batch_size / len(train)
-    return FittedQ(names, discount, scores, error, error_training, updates * polyak, passes)
+    backups = updates * polyak
+    return FittedQ(names, discount, scores, error, error_training, backups, passes, deterministic)
 
 
 def _trained(

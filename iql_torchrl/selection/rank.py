@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from gymnasium import spaces
 
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.data.episode_digests import episode_digests, shared_share, sketch_of
 from iql_torchrl.evaluation.statistics import rank_correlations
-from iql_torchrl.selection.candidates import Member, resolve_members
+from iql_torchrl.selection.candidates import Member, has_density, resolve_members
 from iql_torchrl.selection.caveats import (
     BLOCKING,
     doubts_of,
@@ -44,6 +45,7 @@ def rank_members(
     fitted_q: FittedQ | None = None,
     behaviour: Any = None,
     clone: str | None = None,
+    deterministic: bool | None = None,
     min_count: int = 2,
     max_extrapolation: float = 0.05,
     min_effective_episodes: float = 100.0,
@@ -88,6 +90,12 @@ def rank_members(
             otherwise no importance sampling.
         clone: the member that imitates the log; by default the first of temperature 0. Distances
             are measured from it; nothing else depends on it.
+        deterministic: whether both estimators evaluate the most probable or deterministic action, or
+            the policy as it samples; not used with ``fitted_q``, which has its own. None: as it
+            samples for discrete actions, and for continuous ones where there is importance sampling,
+            because a deterministic continuous action has no density. Where some member has none, or
+            ``deterministic`` is True for continuous actions, there is no importance sampling, and a
+            warning says so.
         min_count: see :func:`fitted_q_evaluation`; not used with ``fitted_q``.
         max_extrapolation: the largest share of unsupported actions, minus that of the log itself,
             see ``EpisodeScores.unsupported``; in [0, 1].
@@ -106,13 +114,22 @@ def rank_members(
     check_logs(train, held_out, discount)
     _check_shares(max_extrapolation=max_extrapolation, confidence=confidence)
     imitator = _clone(resolved, clone)
+    if behaviour is None and LOG_PROB in held_out.transitions:
+        behaviour = LOG_PROB
+    continuous = not isinstance(held_out.action_space, spaces.Discrete)
+    chosen = deterministic if fitted_q is None else fitted_q.deterministic
+    unchecked = _unchecked(resolved, held_out, behaviour, continuous and bool(chosen))
     if fitted_q is None:
+        if chosen is None and continuous:
+            chosen = bool(unchecked)
         fitted_q = fitted_q_evaluation(
             members, train, held_out, discount=discount, min_count=min_count, seed=seed,
-            progress=progress,
+            deterministic=chosen, progress=progress,
         )  # fmt: skip
     _check_fitted(fitted_q, resolved, held_out, discount)
-    importance = _importance(members, held_out, behaviour, fitted_q, confidence, seed)
+    importance = None
+    if not unchecked:
+        importance = _importance(members, held_out, behaviour, fitted_q, confidence, seed)
     digests, fit_digests = episode_digests(held_out), episode_digests(train)
     rows = member_rows(
         resolved, held_out, digests, fitted_q, importance,
@@ -132,7 +149,8 @@ def rank_members(
         fitted_q.backups, fitted_q.passes, held_out, discount, shared, episodes.history
     )
     general = general_warnings(
-        rows, with_importance=importance is not None, agreement=agreement[0],
+        rows, unchecked=unchecked, sampled=continuous and not fitted_q.deterministic,
+        agreement=agreement[0],
         clone=imitator.name if imitator else None, log=log, unlogged=episodes.unlogged_ends,
         fit_seen=max(trained_share(member, fit_digests) for member in resolved),
     )  # fmt: skip
@@ -193,6 +211,31 @@ def _check_fitted(
         )
 
 
+def _unchecked(
+    members: Sequence[Member], log: OfflineDataset, behaviour: Any, deterministic: bool
+) -> str:
+    """Why the same policies cannot be evaluated by importance sampling; empty where they can.
+
+    ``deterministic``: whether fitted Q evaluation takes deterministic continuous actions.
+    """
+    if behaviour is None:
+        return "the data hold no behaviour log-probabilities and no behaviour model was given"
+    if deterministic:
+        return (
+            "importance sampling is left out, because values are of deterministic continuous actions, "
+            "which have no density (deterministic=False evaluates the policies as they sample)"
+        )
+    if isinstance(log.action_space, spaces.Discrete):
+        return ""
+    without = [member.name for member in members if not has_density(member, log.transitions)]
+    if without:
+        return (
+            f"importance sampling is left out, because {', '.join(without)} "
+            f"{'have' if len(without) > 1 else 'has'} no density of actions"
+        )
+    return ""
+
+
 def _importance(
     members: Mapping[str, Any],
     log: OfflineDataset,
@@ -200,17 +243,14 @@ def _importance(
     fitted_q: FittedQ,
     confidence: float,
     seed: int,
-) -> Importance | None:
+) -> Importance:
     """Intervals that hold for all members at once (Bonferroni), in the range of logged returns."""
-    if behaviour is None and LOG_PROB in log.transitions:
-        behaviour = LOG_PROB
-    if behaviour is None:
-        return None
     return importance_sampling(
         members,
         log,
         behaviour=behaviour,
         discount=fitted_q.discount,
+        deterministic=fitted_q.deterministic,
         confidence=1 - (1 - confidence) / len(members),
         return_limits=fitted_q.episodes.return_range,
         seed=seed,

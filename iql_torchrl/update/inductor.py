@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchrl import logger as torchrl_logger
 
 from iql_torchrl.config import launches_kernels
 from iql_torchrl.host import inductor_settings, untiled_loops_only
@@ -42,10 +44,27 @@ def program_options(device: torch.device, parameters: Iterable[Tensor]) -> dict[
 
 
 def correct_programs(device: torch.device) -> dict[str, Any]:
-    """Options that every program needs to compute the right numbers: on a CPU, a pass of Inductor."""
+    """Options that every program needs to compute the right numbers: on a CPU, a pass of Inductor.
+
+    A torch without such passes is believed to have the repair (torch 2.15 has it); a log line says so,
+    and ``tests/population/test_population_compiled.py`` compares such programs with eager updates.
+    """
     if device.type != "cpu":
         return {}
-    return _known({"_post_fusion_custom_pass": untiled_loops_only()})
+    options = _known({"_post_fusion_custom_pass": untiled_loops_only()})
+    if not any(options.values()):
+        _say_once(
+            f"torch {torch.__version__} lacks the Inductor pass that keeps tiled loops apart; programs "
+            "are right only if it has the repair of pytorch issue 185702. Compare some compiled "
+            "updates with eager ones, or train eagerly."
+        )
+        return {}
+    return options
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    torchrl_logger.warning(message)
 
 
 def _known(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import nn
 from iql_torchrl import IQLConfig, captured, evaluate, load_dataset, make_agent
 from iql_torchrl.agent import Agent
 from iql_torchrl.data import DeviceSampler
+from iql_torchrl.evaluation.gym_interface import policy_dtype, policy_input
 from iql_torchrl.population import IQLPopulation
 from iql_torchrl.selection import fitted_q_evaluation
 from iql_torchrl.trainers import OfflineTrainer
@@ -325,3 +326,54 @@ def test_images_under_bfloat16():
         torch.testing.assert_close(rounded[name], exact[name], rtol=0.05, atol=0.05)
     encoder = half.loss.encoder_network_params
     assert all(leaf.dtype == torch.float32 for leaf in encoder.parameters())
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Discrete(3),
+        spaces.MultiDiscrete([3, 2], start=[1, 0]),
+        spaces.MultiBinary(2),
+        spaces.Box(-3, 3, (2,), np.int64),
+        spaces.Box(-3, 3, (2,), np.float64),
+        spaces.Dict(a=spaces.MultiBinary(2), b=spaces.Box(-3, 3, (2,), np.float64)),
+    ],
+    ids=["category", "categories", "bits", "whole", "float64", "mixed"],
+)
+def test_every_kind_of_numbers_trains_and_acts(space, dtype, standardise):
+    """In both dtypes of the data: an update, and the same action for a row and its raw observation."""
+    space.seed(0)
+    raw = [space.sample() for _ in range(12)]
+    ends = np.arange(12) % 4 == 3
+    dataset = load_dataset(
+        {
+            "observation": stacked(raw, space), "next_observation": stacked(raw[1:] + raw[:1], space),
+            "action": np.linspace(-0.9, 0.9, 24).reshape(12, 2).astype(np.float32),
+            "reward": np.arange(12, dtype=np.float32),
+            "terminated": np.zeros(12, bool), "truncated": ends,
+        },
+        observation_space=space, action_space=spaces.Box(-1, 1, (2,), np.float32),
+        dtype=dtype, reward="raw",
+    )  # fmt: skip
+    config = IQLConfig(hidden=(8,), batch_size=12, standardise=standardise, reward="raw")
+    agent = make_agent(config, dataset)
+    agent.step(dataset.transitions.copy())
+    floating = {p.dtype for p in agent.loss.parameters()}
+    assert floating == {dtype}
+    with torch.no_grad():
+        agent.policy.eval()
+        expected = agent.policy(dataset.transitions.copy())["action"]
+    for row in range(4):
+        found = agent.act(raw[row])
+        np.testing.assert_allclose(found, expected[row], rtol=1e-6, atol=1e-6)
+        if dtype is torch.float64:  # not rounded to float32 on the way
+            seen = policy_input([raw[row]], space, flat=False, dtype=policy_dtype(agent.policy))[
+                "observation"
+            ]
+            kept = dataset.transitions[row : row + 1]["observation"]
+            for name in space.spaces if isinstance(space, spaces.Dict) else [None]:
+                one, other = (seen, kept) if name is None else (seen[name], kept[name])
+                assert one.dtype == other.dtype
+                assert one.tolist() == other.tolist()

@@ -118,9 +118,9 @@ BAD: dict[str, tuple[Callable[[], Arrays], Callable[[Arrays], Any], Arrays, list
         lambda: {k: v for k, v in discrete().items() if k != "action_mask"},
         put("action", 9, -1), {}, ["action", "-1", "row 9"],
     ),
-    "Discrete from 1": (
-        discrete, without("action_mask"), {"action_space": gym.spaces.Discrete(4, start=1)},
-        ["starts at 1"],
+    "Discrete from 2": (
+        discrete, without("action_mask"), {"action_space": gym.spaces.Discrete(4, start=2)},
+        ["action", "start <= value < start + n", "Discrete(4, start=2)"],
     ),
     "MultiDiscrete too large": (
         table, to("action", lambda a: np.full((15, 2), 3)),

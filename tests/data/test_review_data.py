@@ -8,7 +8,9 @@ import pytest
 import torch
 from minari.serialization import serialize_space
 from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 
+from iql_torchrl import evaluate, load_dataset
 from iql_torchrl.data.load_options import known_scores
 from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.schema import DatasetError
@@ -87,3 +89,62 @@ def test_equal_scores_of_a_record_are_refused():
     }
     with pytest.raises(DatasetError, match="the second greater"):
         described({"description": saved})
+
+
+CHOICES = gym.spaces.MultiDiscrete([3, 2], start=[1, -1])
+
+
+class Counting(gym.Env):
+    """Observes (1, -1), (2, 0), (3, -1), ...; ends after three steps; actions 5 and 6."""
+
+    observation_space = CHOICES
+    action_space = gym.spaces.Discrete(2, start=5)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.step_number = 0
+        return np.array([1, -1]), {}
+
+    def step(self, action):
+        assert action in (5, 6)
+        self.step_number += 1
+        number = self.step_number
+        return np.array([1 + number % 3, number % 2 - 1]), float(action), number == 3, False, {}
+
+
+def test_categories_of_tables_count_from_0_whatever_their_space_starts_with(tmp_path):
+    """Both sides of observations, actions, in memory and in a memory map; as policies read them."""
+    raw = np.array([[1, -1], [2, 0], [3, -1]])
+    table = {
+        "observation": raw, "next_observation": np.array([[2, 0], [3, -1], [1, 0]]),
+        "action": np.array([5, 6, 5]), "reward": np.array([5.0, 6.0, 5.0], np.float32),
+        "terminated": np.array([False, False, True]), "truncated": np.zeros(3, bool),
+    }  # fmt: skip
+    for place in (None, tmp_path / "map", tmp_path / "map"):  # the last one is read from the map
+        dataset = load_dataset(table, env=Counting, memmap=place)
+        rows = dataset.transitions
+        assert rows["observation"].tolist() == [[0, 0], [1, 1], [2, 0]]
+        assert rows["next", "observation"].tolist() == [[1, 1], [2, 0], [0, 1]]
+        assert rows["action"].tolist() == [0, 1, 0]
+        assert dataset.observation_space == CHOICES
+        assert dataset.action_spec.is_in(rows["action"])
+    seen = []
+
+    def choose(observation):
+        seen.append(observation.tolist())
+        return observation[:, 1]
+
+    policy = TensorDictModule(choose, ["observation"], ["action"])
+    result = evaluate(policy, dataset.make_env, episodes=1, seed=0)
+    assert [row for (row,) in seen] == rows["observation"].tolist()
+    assert result.returns.tolist() == [16.0]  # actions 5, 6, 5
+
+
+def test_a_category_below_the_start_is_refused():
+    table = {
+        "observation": np.array([[1, -1], [0, 0]]), "next_observation": np.array([[1, 0], [1, 0]]),
+        "action": np.zeros((2, 1), np.float32), "reward": np.zeros(2, np.float32),
+        "terminated": np.array([False, True]), "truncated": np.zeros(2, bool),
+    }  # fmt: skip
+    with pytest.raises(DatasetError, match=r"observation is out of range.*row 1.*start <= value"):
+        load_dataset(table, observation_space=CHOICES)

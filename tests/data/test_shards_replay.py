@@ -234,13 +234,19 @@ def test_settings_that_cannot_be(equal, options, text):
 
 def test_a_shard_that_is_lost_while_training_is_named_at_its_batch(tmp_path):
     log = written(tmp_path, EQUAL, 3)
+    expected = sequence(log.replay_buffer(8, seed=0, loaded=1, replace_every=2), 8)
     replay = log.replay_buffer(8, seed=0, loaded=1, replace_every=2)
     replay._coming.result()
     (last,) = {0, 1, 2} - {replay.loaded_shards()[0], replay.rotation.coming}
-    shutil.rmtree(tmp_path / "shards" / f"shard-{last:05d}")
-    sequence(replay, 4)  # of the first two shards
-    with pytest.raises(DatasetError, match=rf"shard-{last:05d}: .*this shard is missing"):
-        replay.sample()
+    place = tmp_path / "shards" / f"shard-{last:05d}"
+    shutil.move(place, tmp_path / "away")
+    assert same(sequence(replay, 4), expected[:4])  # of the first two shards
+    said = rf"shard {last} could not be read, nor a second time .*shard-{last:05d}: .*is missing"
+    for _ in range(2):  # tried again at every batch
+        with pytest.raises(DatasetError, match=said):
+            replay.sample()
+    shutil.move(tmp_path / "away", place)
+    assert same(sequence(replay, 4), expected[4:])  # as if it had always been there
 
 
 # -- addresses ---------------------------------------------------------------------------------------

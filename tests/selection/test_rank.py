@@ -347,7 +347,7 @@ def test_the_clone_is_the_first_of_temperature_zero(parts):
     dataset = load_dataset(small_log(rows=120))
     train, held_out = dataset.split(0.5, 0)
     agents = {"iql": box_agent(seed=1), "clone": box_agent(temperature=0.0)}
-    how = {"discount": 0.9, "hidden": (8,), "updates": 20, "batch_size": 16}
+    how = {"discount": 0.9, "hidden": (8,), "updates": 20, "batch_size": 16, "deterministic": False}
     fitted = fitted_q_evaluation(agents, train, held_out, **how)
     options = {"discount": 0.9, "fitted_q": fitted, "behaviour": agents["clone"]}
     result = rank_members(agents, train, held_out, **options)

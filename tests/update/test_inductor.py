@@ -71,6 +71,18 @@ def test_options_by_device():
     assert program_options(torch.device("meta"), small) == {"triton.cudagraphs": False}
 
 
+def test_a_torch_without_the_pass_for_right_numbers_is_said_in_the_log(monkeypatch):
+    said = []
+    monkeypatch.setattr(inductor.torchrl_logger, "warning", said.append)
+    inductor._say_once.cache_clear()
+    monkeypatch.setattr(inductor, "inductor_settings", set)
+    assert program_options(torch.device("cpu"), [torch.ones(1)]) == {}
+    assert program_options(torch.device("cpu"), [torch.ones(1)]) == {}
+    assert len(said) == 1
+    assert "lacks the Inductor pass" in said[0]
+    assert "185702" in said[0]
+
+
 def test_an_option_that_this_torch_lacks_is_left_out(monkeypatch):
     monkeypatch.setitem(inductor.JOINED, "an_option_of_another_version", 1)
     assert "an_option_of_another_version" not in program_options(

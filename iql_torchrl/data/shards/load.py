@@ -14,7 +14,7 @@ import torch
 from iql_torchrl.data.built_folder import EPISODES, asked_map, damaged
 from iql_torchrl.data.load_options import known_scores
 from iql_torchrl.data.readers.concatenation import joined_env_maker
-from iql_torchrl.data.readers.environments import EnvLike, env_maker
+from iql_torchrl.data.readers.environments import EnvLike, env_maker, recorded_env_maker
 from iql_torchrl.data.scaling import public_statistics
 from iql_torchrl.data.schema import REWARD, DatasetWarning, Field
 from iql_torchrl.data.shards.dataset import ShardedDataset
@@ -77,7 +77,7 @@ def load_shards(
         warnings.warn(text, DatasetWarning, stacklevel=2)
     maker = env_maker(env) if env is not None else None
     if maker is None and description.env_spec is not None:
-        maker = env_maker(description.env_spec)
+        maker = recorded_env_maker(description.env_spec)
     if maker is not None and joined:
         maker = joined_env_maker(maker, joined)
     return ShardedDataset(

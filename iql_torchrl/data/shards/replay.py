@@ -14,6 +14,7 @@ from torch import Tensor
 from iql_torchrl.data.replay import DeviceSampler, generator_on
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.data.shards.rotation import Rotation
+from iql_torchrl.descriptions import one_line
 
 if TYPE_CHECKING:
     from iql_torchrl.data.shards.dataset import ShardedDataset
@@ -138,11 +139,26 @@ class ShardedReplay:
 
     def _replace(self) -> None:
         if self._coming is not None:
-            self._coming.result()
+            self._wait(self._coming)
             self._slots[self.rotation.advance()] = self._free
             self._count()
             self._begin_coming()
         self._since = 0
+
+    def _wait(self, coming: Future[None]) -> None:
+        """Wait for the next shard; one that could not be read is read again, at every batch."""
+        try:
+            coming.result()
+        except Exception:
+            number = self.rotation.coming
+            try:
+                self._load(number, self._free)
+            except Exception as error:
+                raise DatasetError(
+                    f"{self.dataset.files.location}: shard {number} could not be read, nor a second "
+                    f"time ({type(error).__name__}: {one_line(error)}). The next batch tries again; "
+                    "nothing of the loaded shards is lost."
+                ) from error
 
     def _count(self) -> None:
         """From numbers of rows of the loaded shards together to rows of the table."""
