@@ -61,6 +61,7 @@ __all__ = [
     "parameters_of",
     "plain_entries",
     "reads_positions",
+    "recompilation_reason",
     "registered_modules",
     "stored_rows",
     "summed_in_graph",
@@ -174,6 +175,17 @@ def tracing_gradients() -> Any:
     settings = find(find(torch, "_dynamo"), "config")
     known = {name: value for name, value in wanted.items() if find(settings, name) is not None}
     return settings.patch(**known) if known else contextlib.nullcontext()
+
+
+def recompilation_reason() -> str:
+    """What differed when torch last compiled a program again, as torch says it; empty if unknown.
+
+    It is in torch's records of compilations; its log has it only with ``TORCH_LOGS=recompiles``.
+    """
+    records = find(_module("torch._dynamo.utils"), "get_compilation_metrics", list)()
+    reasons = [find(record, "recompile_reason") for record in records[-1:]]
+    guard = str(reasons[0]).splitlines()[0] if reasons and reasons[0] else ""
+    return guard.partition(":")[2].partition("#")[0].strip()
 
 
 def compile_program(

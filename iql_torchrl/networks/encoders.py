@@ -135,7 +135,11 @@ class ImageEncoder(nn.Module):
         rows = batch_shape(images, self.shape)
         dtype = self.linear.weight.dtype
         x = images.reshape(-1, *self.shape)
-        x = x if self.channels == "first" else x.permute(0, 3, 1, 2)
+        if self.channels == "last":
+            # One channel is moved without a permutation: after one, its strides would be those of both
+            # memory formats, and a traced program and torch choose different ones.
+            one = self.shape[2] == 1
+            x = x.reshape(-1, 1, *self.shape[:2]) if one else x.permute(0, 3, 1, 2)
         x = x.to(dtype) if images.is_floating_point() else x.to(dtype) / 255
         out: Tensor = self.norm(self.linear(self.convolutions(x).flatten(1)))
         return out.tanh().reshape(*rows, -1)

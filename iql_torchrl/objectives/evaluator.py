@@ -89,8 +89,11 @@ class GeneralEvaluator:
         encoder = loss.encoder_network
         params = children_of(loss).get(TARGET_ENCODER if target else LIVE_ENCODER)
         # TorchRL keeps no parameters of an encoder without any, such as OneHots
-        empty = params is None
-        with nullcontext() if empty else params.to_module(encoder, preserve_module_state=False):
+        with (
+            nullcontext()
+            if params is None
+            else params.to_module(encoder, preserve_module_state=False)
+        ):
             written: TensorDictBase = encoder(data).select(*encoder.out_keys)
         return written
 

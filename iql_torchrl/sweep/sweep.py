@@ -145,6 +145,7 @@ class Sweep:
         *,
         workers: int = 2,
         threads: int = 1,
+        attempts: int = 2,
         address: str | None = None,
         ray: Mapping[str, Any] | None = None,
         slurm: Mapping[str, Any] | None = None,
@@ -161,6 +162,7 @@ class Sweep:
             workers: how many tasks are performed at once; on a Ray cluster and by Slurm, as many as
                 there are free processors.
             threads: of torch in each worker. The bits of the results may depend on it.
+            attempts: how often a member is evaluated, at most, where its evaluation raises.
             address: of a Ray cluster, ``HOST:PORT`` or ``auto``; None: Ray is started here.
             ray: options of a Ray task, such as ``{"num_gpus": 0.5}``.
             slurm: options of ``submitit.AutoExecutor.update_parameters``, and ``cluster``.
@@ -173,7 +175,8 @@ class Sweep:
         """
         if engine not in ENGINES:
             raise ValueError(f"engine is {engine!r}; choose one of {', '.join(ENGINES)}.")
-        for name, value in (("workers", workers), ("threads", threads)):
+        counts = {"workers": workers, "threads": threads, "attempts": attempts}
+        for name, value in counts.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected a whole number, at least 1.")
         perform: Perform = {
@@ -190,7 +193,9 @@ class Sweep:
         }[engine]
         check_folder(self)
         plan = self._plan()
-        tasks = self._tasks(plan)
+        tasks = self._tasks(plan, attempts)
+        for task in tasks:
+            task.forget_failed_evaluations()
         failed = self._perform(tasks, perform, progress, "training")
         failures = dict(plan["failed"])
         failures |= {name: failed[t.name] for t in tasks if t.name in failed for name in t.configs}
@@ -280,7 +285,7 @@ class Sweep:
             return load_dataset(source, env=self.env, reward=reward, **options)
         return load_dataset(source, env=self.env, memmap=self.common.data, **self.load)
 
-    def _tasks(self, plan: Mapping[str, Any]) -> list[Task]:
+    def _tasks(self, plan: Mapping[str, Any], attempts: int) -> list[Task]:
         place = {name: number for number, name in enumerate(self.configs)}
         return [
             Task(
@@ -289,6 +294,7 @@ class Sweep:
                 stacked,
                 plan["log_score"] is not None,
                 self.common,
+                attempts,
             )
             for names, stacked in plan["groups"]
         ]

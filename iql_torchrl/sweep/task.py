@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ class Parts(NamedTuple):
     train: OfflineDataset
     held_out: OfflineDataset | None
     reserved: OfflineDataset | None
+
+
+_FAILED = "its evaluation failed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +103,7 @@ class Task:
     The folder has the newest checkpoint, ``losses.json``, ``progress.json`` (updates, while it
     trains), ``scores.json`` (of the members evaluated so far) and, at the end, ``rows.json``, or
     ``rows_without_scores.json``. Every file is replaced as a whole. ``scored``: whether the members
-    are evaluated.
+    are evaluated. ``attempts``: how often a member is evaluated, at most, where that raises.
     """
 
     folder: Path
@@ -107,6 +111,7 @@ class Task:
     stacked: bool
     scored: bool
     common: Common
+    attempts: int = 1
 
     @property
     def finished(self) -> bool:
@@ -140,6 +145,11 @@ class Task:
         """One row for each member: losses, scores, or ``error``. Needs ``finished``."""
         rows: list[Row] = read_json(self._result)
         return rows
+
+    def forget_failed_evaluations(self) -> None:
+        """Evaluate members again whose evaluation failed in an earlier call."""
+        if self.finished and any(_FAILED in str(row.get("error")) for row in self.rows()):
+            self._result.unlink()
 
     def perform(self) -> None:
         """Do what is not done yet. Another process that has the task waits, then finds it done."""
@@ -213,17 +223,26 @@ class Task:
                 rows.append({"member": name, **own, "error": f"{bad[0]} is not finite"})
                 continue
             if self.scored and name not in scores:
-                scores[name] = self._score(agent, dataset)
+                score = self._score(agent, dataset)
+                if "error" in score:
+                    rows.append({"member": name, **own, **score})
+                    continue
+                scores[name] = score
                 write_json(path, scores)
             rows.append({"member": name, **own, **scores.get(name, {})})
         return rows
 
     def _score(self, agent: Agent, dataset: OfflineDataset) -> Row:
         """The scores, or the ``error`` of this member: the others are evaluated."""
-        try:
-            return self.common.scores(agent, dataset)
-        except Exception as error:
-            return {"error": f"its evaluation failed: {first_line(error)}"}
+        for attempt in range(self.attempts):
+            try:
+                return self.common.scores(agent, dataset)
+            except Exception as error:
+                reason = first_line(error)
+                print(
+                    f"evaluation {attempt + 1} of {self.attempts} failed: {reason}", file=sys.stderr
+                )
+        return {"error": f"{_FAILED}: {reason}"}
 
     def agent(self, name: str, device: str | None = None) -> Agent:
         """The trained agent of that name, from the checkpoint."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from tensordict import TensorDictBase
 from torchrl import logger as torchrl_logger
 
 from iql_torchrl.data.categories import category_limits, check_categories
-from iql_torchrl.host import mark_stepped, tracing_gradients
+from iql_torchrl.host import mark_stepped, recompilation_reason, tracing_gradients
 from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.graph import GraphUpdate, fits_a_graph
@@ -38,7 +39,12 @@ KEPT_GUARDS = (
 MANY_COMPILATIONS = 10
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
 NOISE = ("EMPTY_NN_MODULE_HOOKS_DICT", "HASATTR", "NOT_PRESENT_IN_GENERIC_DICT")
-INNER = ("G[", "type(", "dict(", "list(")  # of modules, classes, imports
+INNER = ("type(", "dict(", "list(")
+# Globals of libraries, as Dynamo names them: MODULE.NAME is G['__import_MODULE'].NAME.
+OF_LIBRARIES = re.compile(
+    r"G\['(__import_(torch|tensordict|torchrl|iql_torchrl|numpy|contextlib|dataclasses)(_dot_|')"
+    r"|__builtins_dict__|_\d+_c\d+)"
+)
 
 
 def compiled(step: Step, **torch_compile_kwargs: Any) -> Step:
@@ -102,10 +108,12 @@ def counted(keep: Callable[[Sequence[Any]], Sequence[bool]]) -> Callable[..., Se
         nonlocal compilations
         compilations += 1
         if compilations >= MANY_COMPILATIONS:
+            reason = recompilation_reason()
+            before = f" The time before, this was no longer so: {reason}." if reason else ""
             torchrl_logger.warning(
                 f"a compiled step is compiled for the {compilations}th time, which takes far longer "
                 "than its updates: something that it reads differs from call to call, such as the "
-                "batch's shape or a number of the loss. TORCH_LOGS=recompiles shows what."
+                f"batch's shape or a number of the loss.{before} TORCH_LOGS=recompiles shows each."
             )
         return keep(guards)
 
@@ -124,12 +132,14 @@ def worth_checking(guards: Sequence[Any]) -> list[bool]:
     """Which of Dynamo's guards to keep: thousands watch classes, hooks and module internals.
 
     Kept: all about the batch; tensors; numbers and flags (knobs, modes); what step, loss, estimator
-    and updater are; global state of torch. Of networks' internals only tensors, numbers and flags.
+    and updater are; global state of torch; what functions of the user read of their own modules. Of
+    networks' internals only tensors, numbers and flags.
     """
     return [
         guard.name.startswith("batch")
         or (
             not guard.name.startswith(INNER)
+            and not OF_LIBRARIES.match(guard.name)
             and (
                 guard.guard_type in KEPT_GUARDS
                 or ("network" not in guard.name and guard.guard_type not in NOISE)

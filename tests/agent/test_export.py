@@ -10,6 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from only_torch import run_with_only_torch
 from small_agents import (
     HIGH,
@@ -36,6 +37,18 @@ def parts(rows: int = 40):
     generator = np.random.default_rng(0)
     sizes = (("goal", 2), ("at", 1))
     return {k: generator.normal(size=(rows, n)).astype(np.float32) for k, n in sizes}
+
+
+def camera_agent(channels: int):
+    """An agent with ``make_agent``'s encoder of a camera, and what it observed."""
+    camera = spaces.Box(0, 255, (12, 12, channels), np.uint8)
+    space = spaces.Dict(at=spaces.Box(-1, 1, (1,), np.float32), camera=camera)
+    generator = np.random.default_rng(0)
+    seen = {
+        "at": generator.normal(size=(40, 1)).astype(np.float32),
+        "camera": generator.integers(0, 256, (40, 12, 12, channels), dtype=np.uint8),
+    }
+    return make_agent(config(), load_dataset(log(observation=seen), observation_space=space)), seen
 
 
 def dict_agent():
@@ -299,3 +312,13 @@ def test_an_agent_on_a_gpu_acts_and_exports_for_the_cpu(tmp_path):
         state = torch.cuda.get_rng_state()
         agent.act(observations(), deterministic=False, seed=1)
         assert torch.equal(torch.cuda.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_cameras_act_as_their_agent(tmp_path, channels):
+    """One observation alone, and several."""
+    agent, seen = camera_agent(channels)
+    program = torch.export.load(agent.export(tmp_path / "p.pt2")).module()
+    for rows in (1, 2, 40):
+        found = program(*(torch.tensor(each[:rows]) for each in seen.values()))
+        np.testing.assert_allclose(found, agent.act(seen)[:rows], atol=1e-5)

@@ -12,7 +12,7 @@ import torch
 from gymnasium import spaces
 from small_agents import HIGH, LOW, box_agent, by_hand, config, discrete_agent, log, masks
 from tensordict.nn import TensorDictModule
-from test_export import KINDS, dict_agent, inputs_of, observations
+from test_export import KINDS, camera_agent, dict_agent, inputs_of, observations
 from torch import nn
 
 from iql_torchrl import load_dataset, make_agent
@@ -111,6 +111,15 @@ def test_every_policy_acts_as_its_agent(tmp_path, kind):
         assert found.dtype == expected.dtype
         np.testing.assert_allclose(found, expected[:rows], atol=1e-5)
     assert b".py" not in path.read_bytes()  # no path of this machine
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_cameras_act_as_their_agent(tmp_path, channels):
+    agent, seen = camera_agent(channels)
+    loaded = session(agent.export(tmp_path / "p.onnx"))
+    for rows in (1, 2, 40):
+        (found,) = loaded.run(None, {name: each[:rows] for name, each in seen.items()})
+        np.testing.assert_allclose(found, agent.act(seen)[:rows], atol=1e-5)
 
 
 def training_data(kind: str):

@@ -140,6 +140,35 @@ def test_a_member_that_fails_is_named_and_the_others_finish(source, tmp_path, he
     assert [result.rows[name].get("score") for name in names] == [1.0, None, 1.0, 1.0, None]
 
 
+def test_a_failed_evaluation_is_tried_again_in_the_call_and_in_the_next(
+    source, tmp_path, here, capsys
+):
+    calls = []
+
+    def sometimes(agent, dataset):
+        calls.append(agent.config.seed)
+        if agent.config.seed == 0 and calls.count(0) in fails:
+            raise RuntimeError("the simulator is busy")
+        return {"score": float(len(calls))}
+
+    configs = [replace(BASE, updates=2, seed=seed) for seed in range(2)]
+    fails = [1]
+    result = Sweep(configs, source, tmp_path / "one", score=sometimes).run()
+    assert calls == [0, 0, 1]
+    assert not result.failures
+    assert "evaluation 1 of 2 failed: the simulator is busy" in capsys.readouterr().err
+    calls.clear()
+    fails = [1, 2, 3]
+    sweep = Sweep(configs, source, tmp_path / "two", score=sometimes)
+    assert len(sweep.run(attempts=3).failures) == 1
+    assert calls == [0, 0, 0, 1]
+    assert not sweep.run(attempts=1).failures  # the next call evaluates that member alone
+    assert calls == [0, 0, 0, 1, 0]
+    assert [row["score"] for row in sweep.run().rows.values()] == [5.0, 4.0]
+    with pytest.raises(ValueError, match="attempts is 0"):
+        sweep.run(attempts=0)
+
+
 def test_each_run_has_its_own_reward_map(source, tmp_path, here):
     configs = [replace(BASE, updates=2, reward=r) for r in ("raw", "return_range", "minus_one")]
 

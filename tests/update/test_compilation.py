@@ -196,6 +196,42 @@ def traced(step):
     )
 
 
+SHARPNESS = 1.0
+
+
+def sharp(advantage):
+    return (SHARPNESS * advantage).exp().clamp(max=100.0)
+
+
+def twice_as_sharp(advantage):
+    return (2 * advantage).exp().clamp(max=100.0)
+
+
+CHOSEN = sharp
+
+
+def chosen(advantage):
+    return CHOSEN(advantage)
+
+
+@pytest.mark.parametrize("function", [sharp, chosen])
+def test_a_changed_global_of_a_users_function_is_noticed(function, monkeypatch):
+    """A number, and another function; without guards the first value would stay in the program."""
+    torch._dynamo.reset()
+    loss = make_loss(advantage_weight=function)
+    plain, fast = (
+        IQLStep(each, optim.Adam(each.parameters(), lr=1e-2), soft(each))
+        for each in (loss, copy.deepcopy(loss))
+    )
+    fast = traced(fast)
+    batch = make_batch()
+    for change in ({}, {"SHARPNESS": 3.0} if function is sharp else {"CHOSEN": twice_as_sharp}):
+        for name, value in change.items():
+            monkeypatch.setitem(globals(), name, value)
+        expected, found = plain(batch.clone())["loss_actor"], fast(batch.clone())["loss_actor"]
+        torch.testing.assert_close(found, expected)
+
+
 def test_programs_that_share_options_are_each_filtered():
     """torch.compile takes ``guard_filter_fn`` out of the dict that it is given."""
     torch._dynamo.reset()
