@@ -21,18 +21,18 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
 from bench_learning import RESULTS
 from bench_step import machine_of, measure, write
-from gymnasium import spaces
-from step_rivals import Rival, Sizes, Update
-from tensordict import TensorDict
-from torchrl.envs.utils import ExplorationType, set_exploration_type
-
 from iql_torchrl import Agent, IQLConfig, captured, load_dataset, make_agent, policies
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.objectives import LossCritics
+from step_rivals import Rival, Sizes, Update
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from tensordict import TensorDict
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 REFERENCE = "Gaussian"
 #: Settings of ``IQLConfig``; ``bc_weight`` decides no time.

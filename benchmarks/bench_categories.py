@@ -15,19 +15,19 @@ import sys
 import warnings
 from functools import partial
 
-import torch
 from bench_learning import RESULTS
 from bench_step import REFERENCE, machine_of, measure, summarise, write
+from iql_torchrl import DiscreteIQLLoss, IQLStep, captured, compiled, networks, policies
+from iql_torchrl.data import DeviceSampler, replay_buffer
 from step_rivals import Rival, Sizes, Update, trained_as_torchrl_does
+
+import torch
 from tensordict import TensorDict
 from torch import nn
 from torchrl.data import Categorical
 from torchrl.modules import ValueOperator
 from torchrl.objectives import DiscreteIQLLoss as TorchRLLoss
 from torchrl.objectives import SoftUpdate
-
-from iql_torchrl import DiscreteIQLLoss, IQLStep, captured, compiled, networks, policies
-from iql_torchrl.data import DeviceSampler, replay_buffer
 
 STATES, ACTIONS, WIDTH, BATCH, ROWS = 716, 25, 64, 2048, 100_000
 

@@ -113,7 +113,11 @@ def measured(form: str, width: int, seconds: float, count: int, spin: str | None
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-    return max(float(process.communicate("go\n")[0]) for process in processes)
+    for process in processes:  # all at once, before any answer is waited for
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    return max(float(process.communicate()[0]) for process in processes)
 
 
 def main() -> None:
@@ -122,13 +126,14 @@ def main() -> None:
     add("--width", type=int, default=64)
     add("--seconds", type=float, default=4.0, help="of each measurement")
     add("--rounds", type=int, default=3)
+    add("--forms", default=",".join(FORMS), help="which, with commas between them")
     add("--child", choices=FORMS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
         child(options.child, options.width, options.seconds)
         return
     rows = []
-    for form in FORMS:
+    for form in options.forms.split(","):
         for name, spin in SPINS.items():
             pairs = [
                 [measured(form, options.width, options.seconds, n, spin) for n in (1, 2)]

@@ -194,10 +194,10 @@ def interleaved(calls: dict[str, Callable[[], object]], rounds: int, device: str
 
 
 def sample_buffers(options: argparse.Namespace) -> dict[str, float]:
+    from iql_torchrl.data import replay_buffer
+
     import torch
     from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-
-    from iql_torchrl.data import replay_buffer
 
     torch.set_num_threads(1)
     rows = table(options.rows)
@@ -208,9 +208,9 @@ def sample_buffers(options: argparse.Namespace) -> dict[str, float]:
 
 
 def sample_device(options: argparse.Namespace) -> dict[str, float]:
-    import torch
-
     from iql_torchrl.data import DeviceSampler
+
+    import torch
 
     torch.set_num_threads(1)
     samplers = {

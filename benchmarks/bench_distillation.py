@@ -25,18 +25,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from bench_learning import RESULTS, machine
 from bench_policies import CANDIDATES, TASKS, returns, train
-from tensordict import TensorDict, TensorDictBase
-from torchrl.envs.utils import ExplorationType, set_exploration_type
-
 from iql_torchrl import policies
 from iql_torchrl.evaluation.statistics import mean_interval
 from iql_torchrl.files import whole_file
 from iql_torchrl.networks import join_observations
 from iql_torchrl.objectives import LossCritics
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 ONE, FLOW = "one step, distilled", "flow"
 BATCH = 256  # of the distillation

@@ -23,13 +23,13 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from bench_learning import RESULTS, machine
-from torchrl import logger
-
 from iql_torchrl import IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
 from iql_torchrl.data.builtin import ensure_dataset
+
+import numpy as np
+import torch
+from torchrl import logger
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from iql_finetune import EARLY, EVALUATION_SEED, Options, Row, parse, run

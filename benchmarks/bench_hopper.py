@@ -23,12 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from bench_learning import RESULTS, machine
-from plain_population import PlainPopulation
-from tqdm import tqdm
-
 from iql_torchrl import Evaluation, IQLConfig, IQLPopulation, OfflineDataset, evaluate, load_dataset
 from iql_torchrl.evaluation.statistics import (
     mean_interval,
@@ -36,6 +31,11 @@ from iql_torchrl.evaluation.statistics import (
     stratified_interval,
 )
 from iql_torchrl.files import whole_file
+from plain_population import PlainPopulation
+
+import numpy as np
+import torch
+from tqdm import tqdm
 
 ENVIRONMENT = "Hopper-v5"
 EVALUATION_SEED = 10_000

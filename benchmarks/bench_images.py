@@ -20,10 +20,13 @@ import sys
 import warnings
 from typing import Any
 
-import torch
 from bench_learning import RESULTS
 from bench_step import calls_for, machine_of, timed, write
+from iql_torchrl import IQLLoss, IQLStep, captured, compiled, networks, policies
+from iql_torchrl.data import DeviceSampler, replay_buffer
 from step_rivals import Sizes, Update, trained_as_torchrl_does
+
+import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
@@ -31,9 +34,6 @@ from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 from torchrl.objectives import IQLLoss as TorchRLLoss
 from torchrl.objectives import SoftUpdate
-
-from iql_torchrl import IQLLoss, IQLStep, captured, compiled, networks, policies
-from iql_torchrl.data import DeviceSampler, replay_buffer
 
 ACTIONS, UPDATES, REFERENCE = 2, 8, "TorchRL eager"
 FORMS = ("eager", "compiled", "captured")

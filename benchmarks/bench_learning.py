@@ -20,11 +20,6 @@ from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np
-import tensordict
-import torch
-import torchrl
-
 from iql_torchrl import (
     PRESETS,
     Evaluation,
@@ -36,6 +31,11 @@ from iql_torchrl import (
     make_agent,
 )
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
+
+import numpy as np
+import tensordict
+import torch
+import torchrl
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("behaviour cloning", "IQL")

@@ -26,9 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from bench_learning import RESULTS, machine
-
 from iql_torchrl import (
     PRESETS,
     Evaluation,
@@ -45,6 +43,8 @@ from iql_torchrl.data.builtin.ogbench import ogbench_path
 from iql_torchrl.evaluation.statistics import mean_interval, wilson_interval
 from iql_torchrl.files import whole_file
 from iql_torchrl.report.aggregates import aggregate_table
+
+import numpy as np
 
 PAPER = 'Park, Li, Levine 2025, "Flow Q-Learning", table 3'
 PUBLISHED_UPDATES, PUBLISHED_HIDDEN, PUBLISHED_ROWS = 1_000_000, (512,) * 4, 1_000_000

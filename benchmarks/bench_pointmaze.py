@@ -18,9 +18,10 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from bench_learning import RESULTS, machine
+
 import numpy as np
 import torch
-from bench_learning import RESULTS, machine
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from iql_pointmaze import FIXED, MAZES, RANDOM, compare

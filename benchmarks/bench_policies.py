@@ -22,10 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from bench_learning import RESULTS, machine
-
 from iql_torchrl import (
     PRESETS,
     IQLConfig,
@@ -39,6 +36,9 @@ from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.evaluation.statistics import mean_interval
 from iql_torchrl.files import whole_file
 from iql_torchrl.objectives import LossCritics
+
+import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from iql_pointmaze import FIXED, fixed_goal

@@ -23,13 +23,13 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import torch
 from bench_learning import RESULTS
 from bench_step import Results, attempt, calls_for, integers, machine_of, timed, write
+from iql_torchrl.report.figures import save
 from population_rivals import FLOORS, SINGLES, Make, competitors, dataset_of, single
 from step_rivals import Sizes
 
-from iql_torchrl.report.figures import save
+import torch
 
 MEMBERS = {"cpu": [1, 2, 4, 8, 16, 32], "cuda": [1, 4, 16, 64, 256, 512]}
 #: competitor: colour, marker and dashes of its line

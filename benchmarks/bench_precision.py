@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from bench_learning import machine
-
 from iql_torchrl import IQLConfig, IQLPopulation, load_dataset
 from iql_torchrl.data.builtin import ensure_dataset
 

@@ -24,16 +24,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from bench_learning import machine
 from bench_step import write
 from estimate_ranks import estimates, table
-from gymnasium import spaces
-from torch import Tensor, distributed
-
 from iql_torchrl import IQLConfig, load_dataset, make_agent
 from iql_torchrl.data import replay_buffer
 from iql_torchrl.distributed import Ranks, data_parallel
+
+import torch
+from gymnasium import spaces
+from torch import Tensor, distributed
 
 RESULT = Path(__file__).parent / "results" / "ranks.json"
 OBSERVATION, ACTION, ROWS = 17, 6, 20_000  # the sizes of HalfCheetah

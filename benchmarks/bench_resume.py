@@ -23,12 +23,12 @@ import time
 from multiprocessing import resource_tracker
 from pathlib import Path
 
+from iql_torchrl import IQLConfig, OfflineTrainer, load_dataset, make_agent
+from iql_torchrl.checkpoint import CheckpointError, newest
+
 import gymnasium as gym
 import numpy as np
 import torch
-
-from iql_torchrl import IQLConfig, OfflineTrainer, load_dataset, make_agent
-from iql_torchrl.checkpoint import CheckpointError, newest
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -71,11 +71,11 @@ class Worker:
 def work(tree: str, width: str, batch: str, device: str, updates_per_call: str) -> None:
     """The loop of a worker process: one request per line, one answer per line."""
     sys.path[:0] = [tree, str(Path(tree) / "benchmarks")]
-    import torch
+    import iql_torchrl
     from bench_step import timed
     from step_rivals import Sizes, ours, transitions
 
-    import iql_torchrl
+    import torch
 
     assert Path(iql_torchrl.__file__).is_relative_to(tree), iql_torchrl.__file__
     torch._dynamo.config.recompile_limit = 64

@@ -27,11 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from bench_learning import RESULTS, machine
-from selection_truth import Levels, Truths, truths
-
 from iql_torchrl import (
     PRESETS,
     Agent,
@@ -45,6 +41,10 @@ from iql_torchrl.data.builtin.icu_sepsis import NAME
 from iql_torchrl.evaluation.statistics import rank_correlations
 from iql_torchrl.files import whole_file
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
+from selection_truth import Levels, Truths, truths
+
+import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from iql_sepsis import CONFIG, POINTS

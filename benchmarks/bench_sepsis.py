@@ -17,15 +17,15 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from bench_learning import RESULTS, machine
+from iql_torchrl import OfflineDataset, load_dataset
+from iql_torchrl.data.builtin import ensure_dataset
+from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
+
 import gymnasium
 import icu_sepsis  # noqa: F401  (registers the environment)
 import numpy as np
 import torch
-from bench_learning import RESULTS, machine
-
-from iql_torchrl import OfflineDataset, load_dataset
-from iql_torchrl.data.builtin import ensure_dataset
-from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from iql_sepsis import CONFIG, POINTS, Tabular, tabular_iql, train

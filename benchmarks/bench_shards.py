@@ -95,9 +95,9 @@ def drop_cache(folder: Path) -> None:
 
 
 def opened(options: argparse.Namespace) -> Any:
-    import torch
-
     from iql_torchrl.data import DatasetWarning, load_shards
+
+    import torch
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", DatasetWarning)
@@ -155,9 +155,9 @@ def interleaved(
 
 def buffers(log: Any, options: argparse.Namespace, every: int) -> dict[str, Any]:
     """The replay over shards, and buffers in memory of as many rows as it has loaded."""
-    import torch
-
     from iql_torchrl.data import DeviceSampler, replay_buffer
+
+    import torch
 
     parts = []
     for number in range(options.loaded):

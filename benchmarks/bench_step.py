@@ -30,7 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from bench_learning import RESULTS, machine
 from step_floors import floor, floor_of_ours, limit_of_bytes
 from step_rivals import (
@@ -46,6 +45,8 @@ from step_rivals import (
     torchrl_loop,
     transitions,
 )
+
+import torch
 from tensordict import TensorDict
 
 REFERENCE, FLOOR = "TorchRL eager", "floor"

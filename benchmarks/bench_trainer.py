@@ -22,15 +22,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from iql_torchrl import IQLLoss, IQLStep, OfflineTrainer, compiled, networks, policies
+from iql_torchrl.data import replay_buffer
+
 import torch
 import torchrl
 from tensordict import TensorDict
 from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
-
-from iql_torchrl import IQLLoss, IQLStep, OfflineTrainer, compiled, networks, policies
-from iql_torchrl.data import replay_buffer
 
 RESULTS = Path(__file__).parent / "results"
 OBSERVATION, ACTION, ROWS, BATCH = 17, 6, 100_000, 256

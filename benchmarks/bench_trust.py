@@ -20,14 +20,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from bench_learning import RESULTS, machine
-from trust_families import FAMILIES, Problem
-
 from iql_torchrl import fitted_q_evaluation, rank_members
 from iql_torchrl.evaluation.statistics import wilson_interval
 from iql_torchrl.files import whole_file
+from trust_families import FAMILIES, Problem
+
+import numpy as np
+import torch
 
 CLOSE = 1e-9
 

@@ -28,9 +28,9 @@ WIDTH = 128  # of the networks
 
 def trajectories(rows: int) -> Any:
     """A dataset of HalfCheetah's shapes in episodes of 1000 steps, each frame the next one's past."""
-    import numpy as np
-
     from iql_torchrl import load_dataset
+
+    import numpy as np
 
     generator = np.random.default_rng(0)
     frames = generator.standard_normal((rows // EPISODE, EPISODE + 1, OBSERVATION), np.float32)
@@ -96,10 +96,10 @@ def memory() -> dict[str, float]:
 
 
 def images_dataset(options: argparse.Namespace, **more: Any) -> Any:
+    from iql_torchrl import load_dataset
+
     import gymnasium as gym
     import numpy as np
-
-    from iql_torchrl import load_dataset
 
     return load_dataset(
         options.folder / "images.hdf5",
@@ -155,10 +155,10 @@ def sample_images(options: argparse.Namespace) -> dict[str, float]:
 
 def encoders(options: argparse.Namespace) -> dict[str, float]:
     """Microseconds of forward and backward passes over windows of 16 steps, in batches of 256."""
+    from iql_torchrl.networks import CausalTransformer, LSTMEncoder
+
     import torch
     from torch import nn
-
-    from iql_torchrl.networks import CausalTransformer, LSTMEncoder
 
     torch.set_num_threads(options.threads)
     window = torch.randn(BATCH, 16, OBSERVATION)

@@ -27,18 +27,18 @@ from typing import Any
 from unittest import mock
 
 import bench_categories
-import torch
-from population_rivals import config_of, dataset_of
-from step_rivals import Sizes, make_step, parts, transitions
-from torch._guards import detect_fake_mode
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.optim.lr_scheduler import CosineAnnealingLR
-from torchrl.objectives import SoftUpdate
-
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, IQLPopulation, IQLStep, captured
 from iql_torchrl.config import devices
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.update.inductor import program_options
+from population_rivals import config_of, dataset_of
+from step_rivals import Sizes, make_step, parts, transitions
+
+import torch
+from torch._guards import detect_fake_mode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torchrl.objectives import SoftUpdate
 
 H100 = types.SimpleNamespace(
     name="NVIDIA H100",

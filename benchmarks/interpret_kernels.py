@@ -31,14 +31,14 @@ from unittest import mock
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
-import torch
 from count_kernels import programs_for_cuda
-from step_rivals import Sizes, parts, transitions
-from torch.optim.lr_scheduler import CosineAnnealingLR
-from torchrl.objectives import SoftUpdate
-
 from iql_torchrl import IQLLoss, IQLStep, captured
 from iql_torchrl.data import DeviceSampler
+from step_rivals import Sizes, parts, transitions
+
+import torch
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from torchrl.objectives import SoftUpdate
 
 SMALL = Sizes(width=16, batch=32, rows=100)
 UPDATES = 3

@@ -14,6 +14,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from iql_torchrl import networks
+from iql_torchrl.files import whole_file
+
 import gymnasium
 import numpy as np
 import torch
@@ -26,9 +29,6 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SACLoss, SoftUpdate
 from tqdm import tqdm
-
-from iql_torchrl import networks
-from iql_torchrl.files import whole_file
 
 ENVIRONMENT = "Hopper-v5"
 BATCH, GAMMA, POLYAK, RATE = 256, 0.99, 0.005, 3e-4  # Haarnoja et al. 2018, table 1

@@ -6,12 +6,6 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
-import numpy as np
-import torch
-from gymnasium import spaces
-from step_floors import products, replayed
-from step_rivals import Sizes, Update
-
 from iql_torchrl import (
     IQLConfig,
     IQLPopulation,
@@ -20,6 +14,12 @@ from iql_torchrl import (
     load_dataset,
     make_agent,
 )
+from step_floors import products, replayed
+from step_rivals import Sizes, Update
+
+import numpy as np
+import torch
+from gymnasium import spaces
 
 SINGLES = ("single captured", "single compiled")
 FLOORS = ("floor batched", "floor one by one")

@@ -23,10 +23,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from bench_step import machine_of, timed, write
 from step_floors import floor
 from step_rivals import FORMS, ORDERS, Sizes, Update, make_step, ours, transitions
+
+import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gymnasium
-import numpy as np
-
 from iql_torchrl import Agent, OfflineDataset, evaluate
 from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
+
+import gymnasium
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from iql_sepsis import probabilities

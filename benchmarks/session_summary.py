@@ -24,8 +24,9 @@ TIMED_OUT = (124, 137)
 def hardware(device: str) -> dict[str, Any]:
     """Machine and versions; what could not be asked is under ``failed``."""
     try:
-        import torch
         from bench_step import machine_of
+
+        import torch
 
         result = machine_of(device)
         if device.startswith("cuda"):

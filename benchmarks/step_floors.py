@@ -14,13 +14,13 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import torch
+from iql_torchrl.fast_networks.products import product
 from step_rivals import Sizes, Update, make_step, transitions
+
+import torch
 from tensordict import TensorDict
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from iql_torchrl.fast_networks.products import product
 
 Shape = tuple[int, ...]
 Layout = tuple[Shape, Shape]  # sizes and strides

@@ -11,6 +11,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 
+from iql_torchrl import IQLLoss, IQLStep, compiled, networks, policies
+from iql_torchrl.data import DeviceSampler, replay_buffer
+
 import torch
 from tensordict import TensorDict
 from torch import Tensor, nn
@@ -18,9 +21,6 @@ from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 from torchrl.objectives import IQLLoss as TorchRLLoss
 from torchrl.objectives import LossModule, SoftUpdate
-
-from iql_torchrl import IQLLoss, IQLStep, compiled, networks, policies
-from iql_torchrl.data import DeviceSampler, replay_buffer
 
 try:
     from iql_torchrl import captured

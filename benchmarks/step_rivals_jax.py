@@ -14,11 +14,12 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+from step_rivals import Sizes, Update
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from step_rivals import Sizes, Update
 from tensordict import TensorDict
 
 GAMMA, POLYAK, EXPECTILE, TEMPERATURE, MAX_WEIGHT = 0.99, 0.005, 0.7, 3.0, 100.0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from iql_torchrl import OfflineDataset, load_dataset
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,8 +14,6 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import Categorical
 from torchrl.modules import ProbabilisticActor
-
-from iql_torchrl import OfflineDataset, load_dataset
 
 FloatArray = NDArray[np.float64]
 Noise = Callable[[NDArray[np.int64], NDArray[np.int64], np.random.Generator], FloatArray]

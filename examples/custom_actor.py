@@ -5,6 +5,9 @@ Only the loss and the data come from this package.
 
 import sys
 
+from iql_torchrl import IQLLoss, load_dataset
+from iql_torchrl.data.builtin import ensure_dataset
+
 import torch
 import tyro
 from tensordict.nn import NormalParamExtractor, TensorDictModule
@@ -13,9 +16,6 @@ from torchrl.envs import GymEnv, StepCounter, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SoftUpdate
-
-from iql_torchrl import IQLLoss, load_dataset
-from iql_torchrl.data.builtin import ensure_dataset
 
 
 class Residual(nn.Module):

@@ -15,6 +15,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
+from iql_torchrl.agent.build import Agent
+from iql_torchrl.config import cli
+from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
+from iql_torchrl.files import whole_file
+
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl import logger
@@ -23,12 +29,6 @@ from torchrl.data import OfflineToOnlineReplayBuffer, ReplayBuffer, TensorStorag
 from torchrl.envs import DoubleToFloat, GymWrapper, TransformedEnv
 from torchrl.envs.utils import ExplorationType
 from tqdm import tqdm
-
-from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
-from iql_torchrl.agent.build import Agent
-from iql_torchrl.config import cli
-from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
-from iql_torchrl.files import whole_file
 
 EVALUATION_SEED = 10_000  # episodes start alike at every point of every run
 EARLY = 0.2  # the part of the online phase in which a collapse would show

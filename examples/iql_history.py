@@ -12,11 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
-import numpy as np
-from gymnasium.spaces import Box
-from numpy.typing import NDArray
-
 from iql_torchrl import (
     PRESETS,
     IQLConfig,
@@ -28,6 +23,11 @@ from iql_torchrl import (
 )
 from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_dataset
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box
+from numpy.typing import NDArray
 
 EVALUATION_SEED = 10_000
 METHODS: dict[str, dict[str, Any]] = {

@@ -19,16 +19,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from iql_torchrl import IQLConfig, IQLPopulation, OfflineDataset, load_dataset, policies
+from iql_torchrl.config import cli
+from iql_torchrl.objectives import LossCritics
+
 import numpy as np
 import torch
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-
-from iql_torchrl import IQLConfig, IQLPopulation, OfflineDataset, load_dataset, policies
-from iql_torchrl.config import cli
-from iql_torchrl.objectives import LossCritics
 
 Array = NDArray[np.float64]
 START, GOAL, RADIUS = np.array([-1.5, 0.0]), np.array([1.5, 0.0]), 0.4

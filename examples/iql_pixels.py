@@ -14,14 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from iql_torchrl import IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
+from iql_torchrl.config import cli
+from iql_torchrl.evaluation import Evaluation
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
-
-from iql_torchrl import IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
-from iql_torchrl.config import cli
-from iql_torchrl.evaluation import Evaluation
 
 SIDE, STEPS, SPEED, REACHED, NOISE = 16, 20, 0.15, 0.15, 0.3
 EVALUATION_SEED = 10_000

@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import gymnasium
-import numpy as np
-from tqdm import tqdm
-
 from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
 from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_dataset
+
+import gymnasium
+import numpy as np
+from tqdm import tqdm
 
 # (start, goal) as (row, column) of the maze's map
 MAZES = {"umaze": ((1, 1), (3, 1)), "medium": ((1, 1), (6, 6))}

@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from iql_torchrl import PRESETS, Agent, IQLConfig, evaluate, load_dataset
 from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
@@ -25,6 +23,8 @@ from iql_torchrl.report.figures import save
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
 from iql_torchrl.sweep import Sweep, SweepResult
 from iql_torchrl.sweep.result import write_table
+
+import numpy as np
 
 EXPECTED = (ImportError, ValueError, OSError, RuntimeError)
 # smallest and largest value, and whether the logarithm is searched; all may differ in a population

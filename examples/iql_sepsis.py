@@ -21,15 +21,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from tensordict import TensorDict, TensorDictBase
-from tqdm import tqdm
-
 from iql_torchrl import Agent, IQLConfig, OfflineDataset, load_dataset, make_agent
 from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tqdm import tqdm
 
 POINTS = 100.0  # of survival probability
 COLOURS = {"clinicians": "0.5", "IQL on the log's counts": "tab:orange", "optimum": "tab:green"}

@@ -18,8 +18,6 @@ from typing import Annotated, Any, Literal
 
 from iql_sepsis import CONFIG as SEPSIS
 from iql_sepsis import POINTS, probabilities
-from tyro.conf import arg
-
 from iql_torchrl import PRESETS, Agent, IQLConfig, OfflineDataset
 from iql_torchrl.config import cli, knobs
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
@@ -27,6 +25,8 @@ from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
 from iql_torchrl.evaluation.statistics import rank_correlations
 from iql_torchrl.selection import Ranking
 from iql_torchrl.sweep import Sweep
+
+from tyro.conf import arg
 
 EXPECTED = (ImportError, ValueError, OSError, RuntimeError, AssertionError)
 FIRST = {"temperature": "0, the preset's, 3 times that", "expectile": "0.5, 0.7, 0.9"}

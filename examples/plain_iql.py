@@ -7,12 +7,12 @@ load the data.
 
 import copy
 
+from iql_torchrl import load_dataset
+from iql_torchrl.data.builtin import ensure_dataset
+
 import gymnasium
 import torch
 from torch import nn
-
-from iql_torchrl import load_dataset
-from iql_torchrl.data.builtin import ensure_dataset
 
 EXPECTILE, TEMPERATURE, DISCOUNT, POLYAK, MAX_WEIGHT = 0.7, 3.0, 0.99, 0.005, 100.0
 

@@ -109,7 +109,10 @@ class _State:
 
 
 def new_checkpoint() -> Checkpoint:
-    """TorchRL's ``Checkpoint``, set to write one file in which every part has a checksum."""
+    """TorchRL's ``Checkpoint``, set to write one file in which every part has a checksum.
+
+    The format and the adapters are ours to choose, so TorchRL's defaults may change.
+    """
     return Checkpoint(format="archive")
 
 
@@ -140,7 +143,7 @@ def read_components(path: str | Path, names: Collection[str] | None = None) -> d
         names = [n for n, record in parts.items() if record["adapter"] == StateAdapter.adapter_id]
     for name in names:
         _check_record(path, name, parts)
-    checkpoint = Checkpoint()
+    checkpoint = new_checkpoint()
     states = {name: _State() for name in names}
     for name, state in states.items():
         checkpoint.register(name, state, adapter=StateAdapter())

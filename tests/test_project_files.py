@@ -32,6 +32,15 @@ def test_the_citation_names_this_version_and_the_paper():
     assert f'Paper = "{PAPER}"' in pyproject
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_import_the_package_before_torch(path):
+    """It sets GOMP_SPINCOUNT, which torch's threads read when torch is loaded."""
+    names = re.findall(
+        r"^(?:from|import) (torch|tensordict|torchrl|iql_\w+)\b", path.read_text(), re.M
+    )
+    assert names[0].startswith("iql_")
+
+
 def test_the_hooks_run_what_ci_runs():
     (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     entries = [hook["entry"] for hook in local["hooks"]]

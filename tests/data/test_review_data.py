@@ -13,6 +13,7 @@ from tensordict.nn import TensorDictModule
 from iql_torchrl import evaluate, load_dataset
 from iql_torchrl.data.load_options import known_scores
 from iql_torchrl.data.readers.source import ReadOptions
+from iql_torchrl.data.scaling import StatisticsAccumulator
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.data.source_identity import read_settings
 from iql_torchrl.data.windows import Windows
@@ -148,3 +149,20 @@ def test_a_category_below_the_start_is_refused():
     }  # fmt: skip
     with pytest.raises(DatasetError, match=r"observation is out of range.*row 1.*start <= value"):
         load_dataset(table, observation_space=CHOICES)
+
+
+@pytest.mark.parametrize("last", [[5.0, 5.0], [7.0, 7.0], [5.0, 6.0]])
+def test_a_column_is_constant_only_over_all_blocks(last):
+    """Two columns in blocks; the second one never changes. NumPy's numbers over all rows."""
+    blocks = [np.array([[5.0, 1.0], [8.0, 1.0]]), np.array([[x, 1.0] for x in last])]
+    running = StatisticsAccumulator((2,))
+    for block in blocks:
+        running.update(torch.tensor(block))
+    found, rows = running.result(), np.concatenate(blocks)
+    assert found.constant == (1,)
+    assert found.count == 4
+    assert (running.low.tolist(), running.high.tolist()) == (
+        rows.min(0).tolist(), rows.max(0).tolist(),
+    )  # fmt: skip
+    np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found.std, [rows[:, 0].std(), 1.0], rtol=1e-6)

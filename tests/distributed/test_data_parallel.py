@@ -189,6 +189,16 @@ def test_errors_are_raised_on_all_ranks(runs, name, first, second):
         assert result[name].startswith(start), result[name]
 
 
+def test_what_cannot_be_sent_raises_on_every_rank(runs):
+    for rank, result in enumerate(runs[1]):
+        value, error, gathered = result["unsendable"]
+        assert value.startswith("TypeError: a function cannot be sent to the other ranks")
+        assert error == (
+            "Unsendable: of rank 0" if rank == 0 else "RuntimeError: Unsendable: of rank 0"
+        )
+        assert "rank 1 sent nothing: a function cannot be sent" in gathered
+
+
 def test_the_error_of_a_plain_step_says_what_to_write(runs):
     assert "step = data_parallel(step, Ranks.from_environment())" in runs[1][0]["plain"]
 

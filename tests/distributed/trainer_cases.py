@@ -228,6 +228,28 @@ def refusals(ranks: Ranks, folder: Path) -> dict:
     }
 
 
+class Unsendable(Exception):
+    """An error that cannot be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__("of rank 0")
+        self.function = lambda: None
+
+
+def unsendable(ranks: Ranks) -> list[str]:
+    """What each rank raises where a value or an error of another cannot be sent; none may wait."""
+
+    def fail() -> None:
+        raise Unsendable
+
+    value = (lambda: None) if ranks.rank == 1 else 1
+    return [
+        error_of(lambda: ranks.from_main(lambda: lambda: None)),
+        error_of(lambda: ranks.from_main(fail)),
+        error_of(lambda: ranks.gather(value)),
+    ]
+
+
 def main(ranks: Ranks, folder: Path, part: str) -> dict:
     run_folder.draw = lambda *args, **kwargs: None  # a picture takes a second
     if part == "slow":
@@ -244,6 +266,7 @@ def main(ranks: Ranks, folder: Path, part: str) -> dict:
         **refusals(ranks, folder),
         "prioritised": prioritised(ranks),
         "memmaps": memmaps(ranks, folder),
+        "unsendable": unsendable(ranks),
         "populations": population_cases.results(ranks, folder),
     }
 

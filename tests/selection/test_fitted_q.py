@@ -29,7 +29,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from iql_torchrl import load_dataset
-from iql_torchrl.selection import fitted_q, fitted_q_evaluation
+from iql_torchrl.selection import fitted_q, fitted_q_evaluation, visits
 from iql_torchrl.selection.candidates import resolve_members
 from iql_torchrl.selection.coverage import Coverage
 from iql_torchrl.selection.episodes import open_ended, return_range
@@ -585,3 +585,18 @@ def test_what_cannot_be_is_refused(parts):
         plain = TensorDictModule(nn.Identity(), in_keys=["observation"], out_keys=["action"])
         with pytest.raises(ValueError, match="reads numbers and categories, no images"):
             run({"x": plain}, dataset, dataset, model=model)
+
+
+def test_printing_an_evaluation_shows_no_arrays(parts):
+    """One line, however many episodes there are."""
+    result = fitted_q_evaluation({"only": actor(uniform())}, *parts, discount=0.9)
+    text = repr(result)
+    assert len(text) < 400
+    assert "EpisodeScores(1 members, " in text
+
+
+def test_the_logs_own_unsupported_share_is_that_of_coverage(parts, monkeypatch):
+    """One constant says which share of logged actions counts as usual."""
+    monkeypatch.setattr(visits, "USUAL", 0.9)
+    result = evaluated({"only": actor(uniform())}, *parts, **BRIEF)
+    assert result.episodes.log_unsupported == pytest.approx(0.1)

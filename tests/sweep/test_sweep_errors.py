@@ -49,6 +49,10 @@ def test_other_folders_and_engines_are_refused(source, tmp_path, here):
         ValueError, match=r"another sweep: save_every differs \(it was 5000, now 7\)"
     ):
         Sweep(grid(updates=1), source, tmp_path / "sweep", score=None, save_every=7).run()
+    with pytest.raises(ValueError, match=r"log_score differs \(it was None, now .*0\.5"):
+        Sweep(
+            grid(updates=1), source, tmp_path / "sweep", score=None, log_score=("doctor", 0.5)
+        ).run()
     with pytest.raises(
         ValueError, match=r"configs differs \(updates of 'expectile 0.6 #0' was 1, now 2\)"
     ):
