@@ -2,6 +2,7 @@
 
     python benchmarks/bench_revisions.py 8952c53
     python benchmarks/bench_revisions.py 8952c53 HEAD --widths 64,256 --rounds 15
+    python benchmarks/bench_revisions.py . . --products mkl,onednn --result products
 
 Each revision is unpacked from git into a temporary folder and runs in its own process; the working
 tree itself is revision ``.``. Only one process works at a time: for each form of the step, a block
@@ -31,6 +32,8 @@ def unpack(revision: str, folder: Path) -> Path:
     if revision == ".":
         return HERE.parent
     target = folder / revision.replace("/", "_")
+    if target.exists():
+        return target
     target.mkdir()
     archive = subprocess.run(
         ["git", "-C", str(HERE.parent), "archive", revision], check=True, capture_output=True
@@ -42,8 +45,8 @@ def unpack(revision: str, folder: Path) -> Path:
 class Worker:
     """A process that runs the updates of one revision when it is asked to."""
 
-    def __init__(self, tree: Path, width: int, options: argparse.Namespace) -> None:
-        arguments = [str(tree), str(width), str(options.batch), options.device]
+    def __init__(self, tree: Path, products: str, width: int, options: argparse.Namespace) -> None:
+        arguments = [str(tree), products, str(width), str(options.batch), options.device]
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", *arguments, str(options.captured_updates)],
             stdin=subprocess.PIPE,
@@ -68,7 +71,9 @@ class Worker:
         self.process.wait()
 
 
-def work(tree: str, width: str, batch: str, device: str, updates_per_call: str) -> None:
+def work(
+    tree: str, products: str, width: str, batch: str, device: str, updates_per_call: str
+) -> None:
     """The loop of a worker process: one request per line, one answer per line."""
     sys.path[:0] = [tree, str(Path(tree) / "benchmarks")]
     import iql_torchrl
@@ -79,6 +84,10 @@ def work(tree: str, width: str, batch: str, device: str, updates_per_call: str) 
 
     assert Path(iql_torchrl.__file__).is_relative_to(tree), iql_torchrl.__file__
     torch._dynamo.config.recompile_limit = 64
+    if products != "own":
+        from iql_torchrl.config import choose_products
+
+        choose_products(products)
     sizes = Sizes(width=int(width), batch=int(batch))
     rows = transitions(sizes, device)
     built: dict[tuple[str, str], Any] = {}
@@ -97,7 +106,11 @@ def compare(revisions: list[str], width: int, options: argparse.Namespace) -> di
     """Times of both revisions and their ratios, for each order and form."""
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        workers = [Worker(unpack(r, Path(folder)), width, options) for r in revisions]
+        products = options.products.split(",")
+        workers = [
+            Worker(unpack(revision, Path(folder)), library, width, options)
+            for revision, library in zip(revisions, products, strict=True)
+        ]
         cases = [(order, form) for order in ORDERS for form in options.forms.split(",")]
         for case in cases:
             results[" ".join(case)] = {"ms": [[], []], "ratios": []}
@@ -134,6 +147,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--captured-updates", type=int, default=8, help="updates in a captured call"
     )
+    parser.add_argument(
+        "--products", default="own,own", metavar="OLD,NEW",
+        help="mkl, onednn or auto for each revision; own: as it chooses by itself",
+    )  # fmt: skip
     parser.add_argument("--result", default="", metavar="NAME", help="ending of the file's name")
     return parser.parse_args()
 
@@ -147,6 +164,7 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "machine": machine_of(options.device),
         "revisions": revisions,
+        "products": options.products,
         "widths": {},
     }
     ending = f"_{options.result}" if options.result else ""

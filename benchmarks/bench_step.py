@@ -18,7 +18,6 @@ import gc
 import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -30,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench_learning import RESULTS, machine
+from bench_learning import RESULTS, machine, processor
 from step_floors import floor, floor_of_ours, limit_of_bytes
 from step_rivals import (
     FORMS,
@@ -255,13 +254,7 @@ def sweep(options: argparse.Namespace) -> Iterator[tuple[str, Sizes]]:
 
 def machine_of(device: str) -> Results:
     """Machine and versions; ``name`` is the processor's or the GPU's."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if device.startswith("cuda"):
-        name = torch.cuda.get_device_name(device)
-    elif info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else processor()
     versions = {}
     for package in ("jax", "optax"):
         try:

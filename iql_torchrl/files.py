@@ -5,9 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
-__all__ = ["naming", "whole_file"]
+__all__ = ["leads_below", "naming", "whole_file"]
+
+
+def leads_below(name: str) -> bool:
+    """Whether ``name``, which a file gives, is a path below the folder that it is joined to.
+
+    Not where it is absolute, empty, or contains ``..`` or a backslash. Links are not followed.
+    """
+    path = PurePosixPath(name)
+    outside = path.is_absolute() or PureWindowsPath(name).drive or "\\" in name
+    return not outside and ".." not in path.parts and bool(path.parts)
 
 
 @contextmanager

@@ -128,7 +128,8 @@ def test_private_names_of_the_libraries_are_in_host():
 
 def test_importing_writes_nothing_starts_no_process_and_touches_no_device(tmp_path):
     code = (
-        "import os, torch, iql_torchrl; assert not torch.cuda.is_initialized(); "
+        "import os, sys, torch, iql_torchrl; assert not torch.cuda.is_initialized(); "
+        "assert 'tyro' not in sys.modules; "
         "assert not os.listdir('.'), os.listdir('.'); "
         "from multiprocessing.resource_tracker import _resource_tracker; "
         "assert _resource_tracker._pid is None, 'a process was started'"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
 
@@ -185,11 +184,6 @@ def test_a_scripts_own_refusal_is_one_line_and_code_2(capsys):
     with pytest.raises(SystemExit, match="2"):
         refuse(ValueError("rows is 0."))
     assert capsys.readouterr().err == "error: rows is 0.\n"
-
-
-def test_importing_the_package_does_not_import_tyro():
-    code = "import sys, iql_torchrl; assert 'tyro' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_a_setting_that_is_refused_is_one_line(capsys):

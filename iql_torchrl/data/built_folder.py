@@ -29,6 +29,7 @@ from iql_torchrl.data.table_record import (
     read_measured,
     record,
 )
+from iql_torchrl.files import leads_below
 
 __all__ = [
     "EPISODES",
@@ -70,9 +71,14 @@ def load_rows(table: Path) -> TensorDict:
     """The rows of a memory-mapped table.
 
     Raises ``DatasetError`` on files that are neither numbers nor their description: tensordict would
-    load a pickle, which runs code.
+    load a pickle, which runs code; and on descriptions of files outside of the table.
     """
     for path in sorted(table.rglob("*")):
+        described = json.loads(path.read_text()) if path.name == "meta.json" else ()
+        if not all(map(leads_below, described)):
+            raise DatasetError(
+                f"{path}: names a file outside of its folder; build the table again."
+            )
         if path.is_file() and path.suffix not in (".memmap", ".json"):
             raise DatasetError(
                 f"{path}: a table has .memmap and .json files only, and a pickle would run code when "

@@ -41,10 +41,8 @@ def call(args):
     }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [c if c == "sequential" else pytest.param(c, marks=pytest.mark.slow) for c in CASES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
 def test_an_update_has_at_most_so_many(case):
     counts, text = count(case)
     assert "extern_kernels.mm(" in text or "extern_kernels.bmm(" in text

@@ -259,6 +259,10 @@ BAD: dict[str, tuple[Any, list[str]]] = {
         edited(lambda f: (f / "meta" / "episodes.jsonl").unlink(), videos=True, version=2),
         ["episode 0", "of no episode"],
     ),
+    "a video elsewhere": (
+        edited(info(video_path="../{video_key}.mp4"), videos=True),
+        ["leads to the video '../", "below the dataset's own folder"],
+    ),
     "no template of paths": (edited(info(video_path=None), videos=True), ["video_path", TOP]),
     "an unknown template": (
         edited(info(video_path="{camera}.mp4"), videos=True), ["{camera}", "'camera'", "video_key"],

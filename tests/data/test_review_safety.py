@@ -55,6 +55,16 @@ def test_a_pickle_in_a_table_is_not_loaded(tmp_path):
         load_rows(table)
 
 
+def test_a_table_reads_no_file_outside_of_its_folder(tmp_path):
+    table = tmp_path / "table"
+    TensorDict({"a": torch.arange(3)}, [3]).memmap_(table)
+    (table / "a.memmap").rename(tmp_path / "a.memmap")
+    description = table / "meta.json"
+    description.write_text(description.read_text().replace('"a"', '"../a"'))
+    with pytest.raises(DatasetError, match=r"meta\.json: names a file outside of its folder"):
+        load_rows(table)
+
+
 @pytest.mark.parametrize(
     ("names", "splits"),
     [

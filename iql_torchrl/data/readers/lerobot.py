@@ -21,6 +21,7 @@ from iql_torchrl.data.readers.parts import UnreadableColumn
 from iql_torchrl.data.readers.video import Clip, VideoColumn
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
+from iql_torchrl.files import leads_below
 
 __all__ = ["is_lerobot", "lerobot_columns"]
 
@@ -137,12 +138,18 @@ def _clip(folder: Path, info: Mapping[str, Any], name: str, row: Mapping[str, An
     else:
         fields["episode_chunk"] = episode // int(info.get("chunks_size", 1000))
     try:
-        path = folder / info["video_path"].format(**fields)
+        place = info["video_path"].format(**fields)
     except (KeyError, IndexError, ValueError) as error:
         raise DatasetError(
             f"{folder}: meta/info.json has the video_path {info['video_path']!r}, which names the "
             f"unknown field {error}; expected one of {', '.join(fields)}."
         ) from error
+    if not leads_below(place):
+        raise DatasetError(
+            f"{folder}: meta/info.json leads to the video {place!r}; expected a path below the "
+            "dataset's own folder. Get the dataset from its author again."
+        )
+    path = folder / place
     if not path.is_file():
         raise DatasetError(
             f"{folder}: the video {path.relative_to(folder)} of {name}, episode {episode}, is missing; "

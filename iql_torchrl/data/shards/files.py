@@ -8,10 +8,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from iql_torchrl.data.schema import DatasetError
+from iql_torchrl.files import leads_below
 
 __all__ = ["ShardFiles", "is_address"]
 
@@ -123,15 +124,7 @@ class ShardFiles:
 
     def _check(self, name: str) -> None:
         """Raise ``DatasetError`` unless the path leads to a place below the folder."""
-        path = PurePosixPath(name)
-        parts = PureWindowsPath(name)
-        if (
-            path.is_absolute()
-            or parts.drive
-            or "\\" in name
-            or ".." in path.parts
-            or not path.parts
-        ):
+        if not leads_below(name):
             raise DatasetError(
                 f"{self.location}: it names the file or folder {name!r}; expected a path below its own "
                 "folder. The index is damaged or not from this package: build the shards again."
