@@ -2,9 +2,9 @@
 
     python benchmarks/bench_contention.py
 
-Each form is timed in one process alone, and in two processes at once, each with as many threads as
-there are cores: with ``GOMP_SPINCOUNT=2000``, which importing the package sets, and with libgomp's own
-default. Writes benchmarks/results/contention.json.
+Each form is timed in one process alone, and in two at once: with as many threads as there are cores and
+``GOMP_SPINCOUNT=2000``, which importing the package sets, or libgomp's own default; and with one
+thread each. Writes benchmarks/results/contention.json.
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ from iql_torchrl.data import DeviceSampler
 
 RESULT = Path(__file__).parent / "results" / "contention.json"
 FORMS = ("eager", "compiled", "captured", "torchrl")
-SPINS = {"2000": "2000", "default": None}
+# GOMP_SPINCOUNT, and OMP_NUM_THREADS: what importing the package sets, what torch does without it, and
+# what the documentation asks for.
+SETTINGS: dict[str, dict[str, str]] = {
+    "2000": {"GOMP_SPINCOUNT": "2000"},
+    "default": {},
+    "1 thread": {"OMP_NUM_THREADS": "1"},
+}
 OBS, ACT, ROWS, BATCH, CALLED = 3, 1, 10_000, 256, 8
 
 
@@ -82,7 +88,8 @@ def make_update(form: str, width: int) -> Any:
 
 def child(form: str, width: int, seconds: float) -> None:
     """Print the median time of an update in ms, timed from the line that the parent sends."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(os.cpu_count() or 1)
     update = make_update(form, width)
     for _ in range(3):
         update()
@@ -96,12 +103,10 @@ def child(form: str, width: int, seconds: float) -> None:
     print(statistics.median(times), flush=True)
 
 
-def measured(form: str, width: int, seconds: float, count: int, spin: str | None) -> float:
+def measured(form: str, width: int, seconds: float, count: int, setting: str) -> float:
     """Median ms of an update in the slowest of ``count`` processes that run at the same time."""
     names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
-    environment = {k: v for k, v in os.environ.items() if k not in names}
-    if spin is not None:
-        environment["GOMP_SPINCOUNT"] = spin
+    environment = {k: v for k, v in os.environ.items() if k not in names} | SETTINGS[setting]
     command = [sys.executable, __file__, "--child", form, "--width", str(width)]
     command += ["--seconds", str(seconds)]
     processes = [
@@ -134,17 +139,17 @@ def main() -> None:
         return
     rows = []
     for form in options.forms.split(","):
-        for name, spin in SPINS.items():
+        for name in SETTINGS:
             pairs = [
-                [measured(form, options.width, options.seconds, n, spin) for n in (1, 2)]
+                [measured(form, options.width, options.seconds, n, name) for n in (1, 2)]
                 for _ in range(options.rounds)
             ]
             alone, beside = (statistics.median(each) for each in zip(*pairs, strict=True))
             ratio = statistics.median(two / one for one, two in pairs)
             rows.append(
-                {"form": form, "spin": name, "alone": alone, "beside": beside, "ratio": ratio}
+                {"form": form, "setting": name, "alone": alone, "beside": beside, "ratio": ratio}
             )
-            print(f"{form:9} spin {name:8} {alone:7.2f} {beside:8.2f} ms  {ratio:6.1f}", flush=True)
+            print(f"{form:9} {name:8} {alone:7.2f} {beside:8.2f} ms  {ratio:6.1f}", flush=True)
     record = {"command": "python " + " ".join(sys.argv), "machine": machine(), "results": rows}
     temporary = RESULT.with_name(f".{RESULT.name}")
     temporary.write_text(json.dumps(record, indent=1) + "\n")

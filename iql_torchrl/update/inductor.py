@@ -26,11 +26,6 @@ JOINED = {
     "combo_kernel_max_num_nodes": 32,  # torch 2.13; earlier versions have no limit of their own
 }
 UNSPLIT = 2**17
-# On a CPU a loop is divided among threads only from so many numbers for each thread on. Beside another
-# process every division waits for a thread that may not be running: a compiled update of width 64 took
-# 4.0 times as long as alone with few divisions, and 8.1 times with Inductor's 512
-# (benchmarks/bench_contention.py). Alone, such short loops take the same time.
-SERIAL = 2**15
 
 
 def program_options(device: torch.device, parameters: Iterable[Tensor]) -> dict[str, Any]:
@@ -41,7 +36,6 @@ def program_options(device: torch.device, parameters: Iterable[Tensor]) -> dict[
     options: dict[str, Any] = {CUDA_GRAPHS: False, **correct_programs(device)}
     if device.type == "cpu":
         options["cpp_wrapper"] = True
-        options["cpp.min_chunk_size"] = SERIAL
     elif launches_kernels(device):
         options |= JOINED
         if max(parameter.numel() for parameter in parameters) <= UNSPLIT:

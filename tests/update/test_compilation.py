@@ -16,7 +16,6 @@ from torchrl.objectives import HardUpdate, SoftUpdate, ValueEstimators
 from iql_torchrl import IQLLoss, IQLStep, compiled, networks
 from iql_torchrl.host import untiled_loops_only
 from iql_torchrl.update.compiled import CompiledStep, worth_checking
-from iql_torchrl.update.inductor import SERIAL
 
 
 def pair(dtype, make_optimizer, make_updater, schedule, backend="inductor", **options):
@@ -267,7 +266,6 @@ def test_guards_are_filtered_beside_the_users_options(monkeypatch):
     assert plain["options"] == {
         "triton.cudagraphs": False,
         "cpp_wrapper": True,
-        "cpp.min_chunk_size": SERIAL,
         **right,
     }
     assert with_options["options"] == {**right, **own}

@@ -15,7 +15,7 @@ from iql_torchrl import IQLStep, compiled
 from iql_torchrl.config import devices
 from iql_torchrl.host import untiled_loops_only
 from iql_torchrl.update import inductor
-from iql_torchrl.update.inductor import SERIAL, UNSPLIT, program_options
+from iql_torchrl.update.inductor import UNSPLIT, program_options
 
 
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
@@ -57,7 +57,6 @@ def test_options_by_device():
     assert program_options(torch.device("cpu"), large) == {
         "triton.cudagraphs": False,
         "cpp_wrapper": True,
-        "cpp.min_chunk_size": SERIAL,
         "_post_fusion_custom_pass": untiled_loops_only(),
     }
     for_cuda = program_options(torch.device("cuda"), large)
