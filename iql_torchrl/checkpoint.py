@@ -65,7 +65,8 @@ class StateAdapter(CheckpointAdapter):
         torch.save(component.state_dict(), content)
         if not self._read_back:
             self._check_readable(content, component)
-        (path / self.filename).write_bytes(content.getbuffer())
+        with content.getbuffer() as written:
+            (path / self.filename).write_bytes(written)
 
     def _check_readable(self, content: io.BytesIO, component: Any) -> None:
         """Raise ``CheckpointError`` for a state that could not be loaded; checked once per run."""

@@ -31,7 +31,13 @@ def columns(folder, name):
         return dict(file)
 
 
-@pytest.mark.parametrize("name", list(OGBENCH_LOCAL))
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if "cube" in name or "3x3" in name else pytest.param(name, marks=pytest.mark.slow)
+        for name in OGBENCH_LOCAL
+    ],
+)
 def test_two_episodes_have_ogbenchs_columns_and_load(folder, name):
     source = make_dataset(name, episodes=2, progress=False)
     assert [path.name for path in folder.iterdir()] == [f"{name.removeprefix('ogbench/')}.npz"]

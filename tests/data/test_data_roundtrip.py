@@ -15,7 +15,10 @@ EPISODES = {"pointmaze/umaze-v0": 2, "pointmaze/medium-v0": 2}
 
 
 @pytest.mark.filterwarnings("default")  # what an optional package says on import is its own affair
-@pytest.mark.parametrize("name", BUILTIN)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n == "pointmaze/medium-v0" else n for n in BUILTIN],
+)
 def test_round_trip(name, tmp_path, monkeypatch):
     package = NEEDS.get(name.split("/")[0])
     if package:

@@ -79,6 +79,7 @@ def test_the_main_example_writes_everything(run, capsys, tmp_path):
     assert not list(folder.glob("**/.*")), "no temporary file may stay"
 
 
+@pytest.mark.slow  # tests/trainers has the same of a run of one method
 @pytest.mark.usefixtures("small_pendulum")
 def test_a_stopped_run_continues_from_its_last_update(run, capfd, tmp_path, monkeypatch):
     run("iql_offline", *TINY, "--name", "whole")

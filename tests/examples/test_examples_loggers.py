@@ -29,6 +29,7 @@ def check(logged: dict[str, dict[int, float]]) -> None:
     assert table("IQL") != table("behaviour-cloning")
 
 
+@pytest.mark.slow
 def test_csv(run):  # noqa: F811
     assert run("iql_offline", *TINY, "--logger", "csv", "--name", "both") == 0
     logged = {}

@@ -101,7 +101,7 @@ def test_eager(order, updater):
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("updates", [1, 3])
+@pytest.mark.parametrize("updates", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_compiled_and_captured(updates):
     compare_forms(updates)
 

@@ -200,8 +200,8 @@ def test_eager_updates_equal_plain_torch(order, gradient):
     ("order", "gradient", "form"),
     [
         ("sequential", "all", "compiled"),
-        ("sequential", "critics", "captured"),
         ("simultaneous", "all", "captured"),
+        pytest.param("sequential", "critics", "captured", marks=pytest.mark.slow),
     ],
 )
 def test_traced_updates_equal_plain_torch(order, gradient, form, uncompiled):

@@ -271,7 +271,9 @@ def assert_same_parameters(*losses):
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.parametrize("order", ["sequential", "simultaneous"])
+@pytest.mark.parametrize(
+    "order", [pytest.param("sequential", marks=pytest.mark.slow), "simultaneous"]
+)
 def test_compiled_and_captured_equal_eager_given_the_noise(order):
     compare_forms(order)
 

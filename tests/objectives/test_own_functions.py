@@ -100,6 +100,7 @@ def test_a_compiled_step_calls_them_and_notices_others():
         rows.assert_equal()
 
 
+@pytest.mark.slow  # captured updates of other settings are compared in test_capture.py
 def test_a_captured_step_calls_them_and_notices_others(monkeypatch):
     def keep(self, graph, inputs):  # what was traced, without Inductor's seconds
         self._function = graph
