@@ -200,7 +200,7 @@ def test_resume_compares_it_where_the_loss_was_made_by_hand():
 
 
 def test_every_knob_of_the_loss_is_an_argument_with_the_same_default_and_an_attribute():
-    parameters = inspect.signature(IQLLoss).parameters
+    parameters = inspect.signature(IQLLoss.__init__).parameters
     loss = IQLLoss(*make_networks())
     for name, described in IQLLoss.knobs.items():
         assert parameters[name].default == described.default == getattr(loss, name), name
