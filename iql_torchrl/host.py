@@ -144,8 +144,8 @@ def find(owner: Any, name: str, default: Any = None) -> Any:
 
 def _needed(owner: Any, name: str, feature: str, way_round: str) -> Any:
     """As :func:`find`; ``NotImplementedError`` where it is missing, which says what to do."""
-    found = find(owner, name)
-    if found is None:
+    attribute = find(owner, name)
+    if attribute is None:
         kind = owner if isinstance(owner, type) else type(owner)
         where = getattr(owner, "__name__", None) or kind.__qualname__
         raise NotImplementedError(
@@ -153,7 +153,7 @@ def _needed(owner: Any, name: str, feature: str, way_round: str) -> Any:
             f"{torchrl.__version__}, tensordict {tensordict.__version__} (tested: {TESTED}). "
             f"{way_round}"
         )
-    return found
+    return attribute
 
 
 # -- torch -----------------------------------------------------------------------------------------
@@ -167,13 +167,13 @@ def tracing_gradients() -> Any:
     meant to disappear once tracing is what torch always does. A torch that has neither the setting
     nor the tracing stops in ``torch.compile`` and names ``autograd.grad``.
     """
-    wanted = {
+    values = {
         "trace_autograd_ops": True,
         "recompile_limit": 2**31,
         "accumulated_recompile_limit": 2**31,
     }
     settings = find(find(torch, "_dynamo"), "config")
-    known = {name: value for name, value in wanted.items() if find(settings, name) is not None}
+    known = {name: value for name, value in values.items() if find(settings, name) is not None}
     return settings.patch(**known) if known else contextlib.nullcontext()
 
 

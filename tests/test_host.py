@@ -77,10 +77,10 @@ names = sorted(asked)
 for name in (*names, None):
     hidden.clear()
     hidden.add(name)
-    found = train(**options)
-    assert found.keys() == expected.keys()
+    weights = train(**options)
+    assert weights.keys() == expected.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
+        torch.testing.assert_close(weights[key], value, rtol=1e-4, atol=1e-5, msg=f"{name}: {key}")
 print(*names)
 """
 

@@ -31,7 +31,7 @@ from iql_torchrl.data.schema import (
     EpisodeIndex,
     Key,
     Layout,
-    first_categories,
+    category_starts,
     leaf_spaces,
     transition_layout,
 )
@@ -173,7 +173,7 @@ def _read(
     bar: Any,
 ) -> None:
     start, filled, total = 0, 0, sink.rows
-    first = first_categories(source.observation_space, source.action_space)
+    starts = category_starts(source.observation_space, source.action_space)
     block = sink.block(0, min(sink.block_rows, total))
     for piece in source.pieces():
         _check_dtypes(source, piece, sink.layout)
@@ -192,8 +192,10 @@ def _read(
                 part = values[done : done + take]
                 if part.dtype.kind in "iuf" and target.dtype == torch.bool:
                     part = part != 0
-                if key in first:
-                    part = part.astype(np.int64).reshape(len(part), *first[key].shape) - first[key]
+                if key in starts:
+                    part = (
+                        part.astype(np.int64).reshape(len(part), *starts[key].shape) - starts[key]
+                    )
                 target.copy_(_tensor(part).reshape(target.shape))
             filled, done = filled + take, done + take
             if filled == room:

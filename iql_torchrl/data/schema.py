@@ -32,9 +32,9 @@ __all__ = [
     "Field",
     "Key",
     "Layout",
+    "category_starts",
     "dotted",
     "field_of_space",
-    "first_categories",
     "leaf_spaces",
     "observation_spec_of",
     "spec_of_space",
@@ -85,8 +85,8 @@ def leaf_spaces(space: gym.Space[Any], prefix: Key = ("observation",)) -> dict[K
 def field_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> Field:
     """How values of a space are stored: floats as ``dtype``, categories as int64.
 
-    A Box of integers keeps its own dtype (images stay uint8). Categories are stored counted from 0,
-    whatever the space's ``start`` is (:func:`first_categories`). Raises ``DatasetError`` for a space
+    A Box of integers keeps its own dtype (images stay uint8). Categories are stored without
+    the space's ``start``, counted from 0 (:func:`category_starts`). Raises ``DatasetError`` for a space
     without a tensor form.
     """
     if isinstance(space, gym.spaces.Discrete):
@@ -106,7 +106,7 @@ def field_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> Field
     )
 
 
-def first_categories(
+def category_starts(
     observation_space: gym.Space[Any], action_space: gym.Space[Any]
 ) -> dict[Key, NDArray[np.int64]]:
     """The ``start`` of every leaf whose categories do not start at 0, by key, on both sides of a row.

@@ -320,5 +320,5 @@ def test_cameras_act_as_their_agent(tmp_path, channels):
     agent, seen = camera_agent(channels)
     program = torch.export.load(agent.export(tmp_path / "p.pt2")).module()
     for rows in (1, 2, 40):
-        found = program(*(torch.tensor(each[:rows]) for each in seen.values()))
-        np.testing.assert_allclose(found, agent.act(seen)[:rows], atol=1e-5)
+        actions = program(*(torch.tensor(each[:rows]) for each in seen.values()))
+        np.testing.assert_allclose(actions, agent.act(seen)[:rows], atol=1e-5)

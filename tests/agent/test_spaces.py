@@ -366,8 +366,8 @@ def test_every_kind_of_numbers_trains_and_acts(space, dtype, standardise):
         agent.policy.eval()
         expected = agent.policy(dataset.transitions.copy())["action"]
     for row in range(4):
-        found = agent.act(raw[row])
-        np.testing.assert_allclose(found, expected[row], rtol=1e-6, atol=1e-6)
+        action = agent.act(raw[row])
+        np.testing.assert_allclose(action, expected[row], rtol=1e-6, atol=1e-6)
         if dtype is torch.float64:  # not rounded to float32 on the way
             seen = policy_input([raw[row]], space, flat=False, dtype=policy_dtype(agent.policy))[
                 "observation"
