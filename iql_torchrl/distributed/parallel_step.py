@@ -8,7 +8,6 @@ from torch import nn
 
 from iql_torchrl.distributed.ranks import Ranks
 from iql_torchrl.host import keeps_batch_statistics
-from iql_torchrl.objectives.conversion import network_names
 from iql_torchrl.update.step import IQLStep, Step, part_of
 
 __all__ = ["data_parallel"]
@@ -64,7 +63,7 @@ def data_parallel(step: S, ranks: Ranks) -> S:
 
 
 def _check_normalisation(step: IQLStep) -> None:
-    for name in network_names(step.loss):
+    for name in step.loss.network_names:
         network: nn.Module = getattr(step.loss, name)
         for path, module in network.named_modules():
             if keeps_batch_statistics(module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from numbers import Number
 from typing import Any, TypeGuard
 
@@ -15,17 +15,7 @@ from iql_torchrl.config import launches_kernels
 from iql_torchrl.fast_networks.products import affine, matmul, product
 from iql_torchrl.networks import MLP
 
-__all__ = [
-    "Category",
-    "Perceptron",
-    "chain",
-    "check_picks",
-    "is_better_summed",
-    "is_sequential",
-    "is_stackable",
-    "linear_layers",
-    "picked",
-]
+__all__ = ["Perceptron", "StackedPerceptron", "chain", "is_stackable", "linear_layers"]
 
 aten = torch.ops.aten
 # In place on the layer's output, and the gradient from that output alone.
@@ -50,11 +40,11 @@ ELEMENTWISE = (
 )
 
 
-def is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
+def _is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
     """Whether it runs its parts one after the other and nothing else; TorchRL's MLP may reshape."""
     if type(module) is TorchRLMLP:
         return isinstance(module.out_features, Number)
-    return type(module) in (nn.Sequential, MLP)
+    return type(module) in (nn.Sequential, MLP, StackedPerceptron)
 
 
 def is_stackable(module: nn.Module) -> TypeGuard[nn.Sequential]:
@@ -63,7 +53,7 @@ def is_stackable(module: nn.Module) -> TypeGuard[nn.Sequential]:
     True for Sequentials of Linear, LayerNorm over the last dimension and element-wise modules, with
     at least one Linear.
     """
-    if not is_sequential(module):
+    if not _is_sequential(module):
         return False
     parts = list(module)
     return any(type(part) is nn.Linear for part in parts) and all(
@@ -75,7 +65,7 @@ def is_stackable(module: nn.Module) -> TypeGuard[nn.Sequential]:
 
 def linear_layers(module: nn.Module) -> list[nn.Linear] | None:
     """The Linear layers of a Sequential that alternates them with one ReLU or Tanh, else None."""
-    if not is_sequential(module):
+    if not _is_sequential(module):
         return None
     parts: list[Any] = list(module)  # children() names a module once, however often it runs
     layers, between = parts[::2], parts[1::2]
@@ -86,14 +76,7 @@ def linear_layers(module: nn.Module) -> list[nn.Linear] | None:
     return layers
 
 
-class Category(nn.Module):
-    """Takes the place of :class:`~iql_torchrl.networks.OneHot` before a first layer that picks."""
-
-    def forward(self, observation: Tensor) -> Tensor:
-        return observation.long()
-
-
-def picked(weight: Tensor, index: Tensor) -> Tensor:
+def _picked(weight: Tensor, index: Tensor) -> Tensor:
     """``weight @ one_hot(index).mT`` without the product: ``(*K, out, in)`` -> ``(*K, out, B)``.
 
     ``index`` is ``(B,)``, or ``(P, B)`` for weights ``(P, ..., out, in)``. Raises on indices
@@ -103,20 +86,11 @@ def picked(weight: Tensor, index: Tensor) -> Tensor:
     return weight.gather(-1, index.view(shape).expand(*weight.shape[:-1], -1))
 
 
-def check_picks(x: Tensor, picks: bool) -> None:
-    """Raise ``TypeError`` on whole numbers where the network has no categories."""
-    if not (picks or x.is_floating_point()):
-        raise TypeError(
-            f"a network's first layer got {x.dtype}; it needs floating-point observations. Give a "
-            "network of categories preprocess=networks.OneHot(...), and cast other whole numbers."
-        )
-
-
-class Perceptron(nn.Module):
+class Perceptron:
     """What the Sequential ``source`` computes, over parameters ``leaves`` that may be stacked.
 
-    ``leaves`` are the parameters in the order of the layers, by default the source's own: weights
-    ``(*K, out, in)``, biases ``(*K, out)``. Inputs are joined on the last dimension:
+    ``leaves`` are the parameters in the order of the layers: weights ``(*K, out, in)``, biases
+    ``(*K, out)``. Inputs are joined on the last dimension:
 
     - ``(*B, in)`` gives ``(*K, *B, out)``: every network reads the same batch;
     - with ``per_run``, ``(B, in)`` or ``(P, B, in)`` gives ``(P, ..., B, out)``: each of P runs, the
@@ -131,51 +105,60 @@ class Perceptron(nn.Module):
     def __init__(
         self,
         source: nn.Sequential,
-        leaves: Sequence[Tensor] | None = None,
+        leaves: Sequence[Tensor],
         *,
         per_run: bool = False,
+        picks: bool = False,
+        detached: bool = False,
     ) -> None:
-        super().__init__()
-        self.picks, self.per_run, self.detached = False, per_run, False
-        self.layers = tuple(source)  # a tuple: they are not submodules, and hold no parameters here
+        self.layers = tuple(source)
         self.counts = tuple(len(list(layer.parameters(recurse=False))) for layer in self.layers)
-        listed = [leaf for layer in self.layers for leaf in layer.parameters(recurse=False)]
-        self.leaves = tuple(listed if leaves is None else leaves)
-        kind = type(source[1]) if len(source) > 1 else nn.ReLU
-        plain = linear_layers(source) is not None
-        self.activation = ACTIVATIONS[kind] if plain else None
+        self.leaves = tuple(leaves)
+        self.per_run, self.picks, self.detached = per_run, picks, detached
+        kind = type(self.layers[1]) if len(self.layers) > 1 else nn.ReLU
+        self.activation = None if linear_layers(source) is None else ACTIVATIONS[kind]
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Tensor) -> Tensor:
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
-        check_picks(x, self.picks)
-        if self.per_run:
-            return self._evaluate(x)
+        if not (self.picks or x.is_floating_point()):
+            raise TypeError(
+                f"a network's first layer got {x.dtype}; it needs floating-point observations. Give "
+                "a network of categories preprocess=networks.OneHot(...), and cast other whole "
+                "numbers."
+            )
         batch = x.shape[:-1] if x.is_floating_point() else x.shape
-        if len(batch) == 1:
+        if self.per_run or len(batch) == 1:
             return self._evaluate(x)
         out = self._evaluate(x.reshape(-1, *x.shape[len(batch) :]))
         return out.view(*out.shape[:-2], *batch, out.shape[-1])
 
     def _evaluate(self, x: Tensor) -> Tensor:
+        leaves = [leaf.detach() for leaf in self.leaves] if self.detached else self.leaves
         traced = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-        if self.activation is None or traced or self.leaves[0].ndim > 3:
-            return self.operations(x)
-        return chain(x, self._current(), self.activation)
+        if self.activation is None or traced or leaves[0].ndim > 3:
+            return self.operations(x, leaves)
+        return chain(x, leaves, self.activation)
 
-    def _current(self) -> Sequence[Tensor]:
-        return [leaf.detach() for leaf in self.leaves] if self.detached else self.leaves
-
-    def operations(self, x: Tensor) -> Tensor:
+    def operations(self, x: Tensor, leaves: Sequence[Tensor]) -> Tensor:
         """The layers as operations for autograd and Inductor: ``(B, in)`` -> ``(*K, B, out)``.
 
         On columns, ``(*K, n, B)``, so that gradients of stacked weights come out in the layout of
         the weights.
         """
         x = x.mT if x.is_floating_point() else x
-        rest = iter(self._current())
+        rest = iter(leaves)
         for layer, count in zip(self.layers, self.counts, strict=True):
             x = _layer(layer, x, [next(rest) for _ in range(count)])
         return x.mT
+
+
+class StackedPerceptron(nn.Sequential):
+    """A perceptron of many runs: layers of one of them, evaluated over the parameters of all."""
+
+    over: Perceptron
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.over(*inputs)
 
 
 def _layer(layer: nn.Module, x: Tensor, leaves: Sequence[Tensor]) -> Tensor:
@@ -192,8 +175,8 @@ def _layer(layer: nn.Module, x: Tensor, leaves: Sequence[Tensor]) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not x.is_floating_point():
-        x = picked(weight, x)
-    elif torch.compiler.is_compiling() and is_better_summed(weight, x):
+        x = _picked(weight, x)
+    elif torch.compiler.is_compiling() and _is_better_summed(weight, x):
         x = _widened(x, weight.ndim)
         if weight.shape[-2] == 1:
             x = (weight.mT * x).sum(-2, keepdim=True)
@@ -206,7 +189,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x if bias is None else x + bias.unsqueeze(-1)
 
 
-def is_better_summed(weight: Tensor, x: Tensor) -> bool:
+def _is_better_summed(weight: Tensor, x: Tensor) -> bool:
     """Whether a program computes ``weight @ x`` as a sum of products, fused with what surrounds it.
 
     So with one output and many inputs; and on a GPU, where a launch takes longer than a small product,
@@ -251,10 +234,12 @@ class _Chain(torch.autograd.Function):
         *leaves: Tensor,
     ) -> Tensor:
         inputs = [x]
-        pairs = list(_pairs(leaves))
-        for number, (weight, bias) in enumerate(pairs):
-            x = _affine(x, weight, bias)
-            if number < len(pairs) - 1:
+        for weight, bias in zip(leaves[::2], leaves[1::2], strict=True):
+            if not x.is_floating_point():
+                x = _picked(weight, x).mT + bias.unsqueeze(-2)
+            else:
+                x = affine(x, weight, bias)
+            if len(inputs) < len(leaves) // 2:
                 inputs.append(activation(x))
         ctx.derivative = derivative
         ctx.save_for_backward(*inputs, *leaves[::2])
@@ -282,19 +267,9 @@ class _Chain(torch.autograd.Function):
         return of_input, None, None, *of_leaves
 
 
-def _pairs(leaves: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(leaves[::2], leaves[1::2], strict=True)
-
-
 def _weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if x.is_floating_point():
         return product(gradient.mT, x)
     return torch.zeros_like(weight).scatter_add_(
         -1, x.unsqueeze(-2).expand_as(gradient.mT), gradient.mT
     )
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    if not x.is_floating_point():
-        return picked(weight, x).mT + bias.unsqueeze(-2)
-    return affine(x, weight, bias)

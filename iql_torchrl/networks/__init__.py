@@ -12,6 +12,7 @@ from iql_torchrl.networks.history import (
 from iql_torchrl.networks.perceptrons import (
     ACTIVATIONS,
     MLP,
+    AroundPerceptron,
     Critic,
     DiscreteCritic,
     OneHot,
@@ -28,6 +29,7 @@ __all__ = [
     "ACTIVATIONS",
     "HISTORY_MASK",
     "MLP",
+    "AroundPerceptron",
     "CausalTransformer",
     "Critic",
     "DiscreteCritic",

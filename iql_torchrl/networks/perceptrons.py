@@ -13,6 +13,7 @@ from torch import Tensor, nn
 __all__ = [
     "ACTIVATIONS",
     "MLP",
+    "AroundPerceptron",
     "Critic",
     "DiscreteCritic",
     "OneHot",
@@ -260,7 +261,30 @@ def first_layer(preprocess: nn.Module | None) -> nn.Module:
     return preprocess or nn.Identity()
 
 
-class StateValue(nn.Module):
+class AroundPerceptron(nn.Module):
+    """Base of networks of a first layer, ``preprocess``, one perceptron, ``mlp``, and what is around.
+
+    ``around(first, mlp, *inputs)`` is the network with these two in their place: an update calls it
+    with what evaluates the perceptron over parameters of its choice. ``mlp_reads_first``: whether the
+    perceptron reads the output of the first layer and nothing else.
+    """
+
+    mlp_reads_first = True
+
+    def __init__(self, preprocess: nn.Module | None, mlp: nn.Module) -> None:
+        super().__init__()
+        self.preprocess, self.mlp = first_layer(preprocess), mlp
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.around(self.preprocess, self.mlp, *inputs)
+
+    def around(
+        self, first: Callable[..., Tensor], mlp: Callable[..., Tensor], *inputs: Tensor
+    ) -> Any:
+        return mlp(first(join_observations(inputs)))
+
+
+class StateValue(AroundPerceptron):
     """V(s): observations joined on the last dimension -> ``(*B, 1)``.
 
     ``in_features`` is the number of output features of ``preprocess`` (:class:`Standardise`,
@@ -271,15 +295,10 @@ class StateValue(nn.Module):
     def __init__(
         self, in_features: int, *, preprocess: nn.Module | None = None, **mlp: Any
     ) -> None:
-        super().__init__()
-        self.preprocess = first_layer(preprocess)
-        self.mlp = perceptron(in_features, 1, **mlp)
-
-    def forward(self, *observations: Tensor) -> Tensor:
-        return self.mlp(self.preprocess(join_observations(observations)))
+        super().__init__(preprocess, perceptron(in_features, 1, **mlp))
 
 
-class DiscreteCritic(nn.Module):
+class DiscreteCritic(AroundPerceptron):
     """Q(s, .): observations joined on the last dimension -> one value per action, ``(*B, N)``."""
 
     def __init__(
@@ -290,22 +309,19 @@ class DiscreteCritic(nn.Module):
         preprocess: nn.Module | None = None,
         **mlp: Any,
     ) -> None:
-        super().__init__()
         if num_actions < 2:
             raise ValueError(f"num_actions is {num_actions}; a choice needs at least two.")
-        self.preprocess = first_layer(preprocess)
-        self.mlp = perceptron(in_features, num_actions, **mlp)
-
-    def forward(self, *observations: Tensor) -> Tensor:
-        return self.mlp(self.preprocess(join_observations(observations)))
+        super().__init__(preprocess, perceptron(in_features, num_actions, **mlp))
 
 
-class Critic(nn.Module):
+class Critic(AroundPerceptron):
     """Q(s, a): observations, then the action as the last argument -> ``(*B, 1)``.
 
     ``preprocess`` reads the observations, not the action; ``in_features`` is the number of its
     output features.
     """
+
+    mlp_reads_first = False
 
     def __init__(
         self,
@@ -315,14 +331,13 @@ class Critic(nn.Module):
         preprocess: nn.Module | None = None,
         **mlp: Any,
     ) -> None:
-        super().__init__()
-        self.preprocess = first_layer(preprocess)
-        self.mlp = perceptron(in_features + action_features, 1, **mlp)
+        super().__init__(preprocess, perceptron(in_features + action_features, 1, **mlp))
 
-    def forward(self, *inputs: Tensor) -> Tensor:
+    def around(
+        self, first: Callable[..., Tensor], mlp: Callable[..., Tensor], *inputs: Tensor
+    ) -> Any:
         *observations, action = inputs
-        observation = self.preprocess(join_observations(observations))
-        return self.mlp(torch.cat([observation, action], -1))
+        return mlp(torch.cat([first(join_observations(observations)), action], -1))
 
 
 def join_observations(observations: Sequence[Tensor]) -> Tensor:

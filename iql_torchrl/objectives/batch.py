@@ -13,47 +13,77 @@ from torch import Tensor
 
 from iql_torchrl.networks import HISTORY_MASK
 
-__all__ = ["Batch", "agree", "output_of", "per_sample", "read_batch"]
+__all__ = [
+    "FLOW_NOISE",
+    "FLOW_TIME",
+    "IMAGE_SHIFT",
+    "NEXT_IMAGE_SHIFT",
+    "Batch",
+    "Draw",
+    "agree",
+    "output_of",
+    "per_sample",
+    "read_batch",
+    "with_draws",
+]
+
+
+# Keys of a batch that replace draws.
+FLOW_NOISE, FLOW_TIME = "flow_noise", "flow_time"
+IMAGE_SHIFT, NEXT_IMAGE_SHIFT = "image_shift", "next_image_shift"
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of logged steps of shape ``(*B,)``.
+    """A batch of logged steps of shape ``(*B,)``; of a population ``(P, B)``.
 
     ``data`` holds the entries, ``mask`` (bool, ``(*B,)``) says which steps are real (``None``: all),
     ``weight`` (``(*B,)``) holds the importance weights of a prioritised buffer (``None``: equal).
-    ``draws`` are the random tensors that the loss asks for (``objectives.draws``), by name.
-    ``features`` keeps what an encoder gave for these steps (``objectives.encoding``). In a part of a
-    batch that several ranks share, ``mean_of_all`` turns a mean over the part into that of the batch.
+    ``shared``: the entries ``(B,)`` where all runs of a population have the same batch.
+    ``draws`` are the random tensors that the loss asks for, by name. ``features`` keeps what an
+    encoder gave for these steps. In a part of a batch that several ranks share, ``mean_of_all`` turns
+    a mean over the part into that of the batch.
     """
 
     data: TensorDictBase
     mask: Tensor | None
     weight: Tensor | None
+    shared: TensorDictBase | None = None
     draws: Mapping[str, Tensor] = field(default_factory=dict)
     features: dict[Any, Any] = field(default_factory=dict)
     mean_of_all: Callable[[Tensor], Tensor] | None = None
 
     @property
+    def observed(self) -> TensorDictBase:
+        """The entries as networks read them."""
+        return self.data if self.shared is None else self.shared
+
+    @property
     def next(self) -> Batch:
-        draws = {k.removeprefix("next_"): v for k, v in self.draws.items() if k.startswith("next_")}
-        kept = self.features.setdefault("next", {})
-        return Batch(self.data.get("next"), self.mask, self.weight, draws, kept, self.mean_of_all)
+        return replace(
+            self,
+            data=self.data.get("next"),
+            shared=None if self.shared is None else self.shared.get("next"),
+            draws={
+                k.removeprefix("next_"): v for k, v in self.draws.items() if k.startswith("next_")
+            },
+            features=self.features.setdefault("next", {}),
+        )
 
     def rows(self, first: int, end: int, *, runs: bool) -> Batch:
         """Rows ``first`` to ``end`` (excluded) of the dimension of samples, as views.
 
-        That is the first dimension; with ``runs``, the last dimension of ``data`` and the second of
-        mask, weight and draws, which are ``(P, B, ...)`` for P runs.
+        That is the first dimension; of a population, with ``runs``, the second.
         """
 
-        def part(entry: Tensor) -> Tensor:
-            return entry[:, first:end] if runs else entry[first:end]
+        def part(entry: Any) -> Any:
+            return None if entry is None else entry[:, first:end] if runs else entry[first:end]
 
-        data = self.data[:, first:end] if runs and self.data.ndim == 2 else self.data[first:end]
-        mask = None if self.mask is None else part(self.mask)
-        weight = None if self.weight is None else part(self.weight)
-        return Batch(data, mask, weight, {name: part(draw) for name, draw in self.draws.items()})
+        return Batch(
+            *map(part, (self.data, self.mask, self.weight)),
+            shared=None if self.shared is None else self.shared[first:end],
+            draws={name: part(draw) for name, draw in self.draws.items()},
+        )
 
     def without_features(self) -> Batch:
         """The same batch, for which the encoder is evaluated again."""
@@ -70,6 +100,67 @@ class Batch:
 
 def _like(entry: Tensor, value: Tensor) -> Tensor:
     return entry.view(*entry.shape, *(1,) * (value.ndim - entry.ndim)).expand_as(value)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A random tensor of shape ``shape``: standard normal, or uniform on [0, 1).
+
+    ``entries``: how many numbers a sample has, in the last dimension; None: one, without a dimension.
+    ``among``: (first, count) for a part of a population of ``count`` runs, the first dimension being
+    this part's: numbers are drawn for all runs, so that each run gets those that it gets in the whole.
+    """
+
+    shape: tuple[int, ...]
+    normal: bool
+    entries: int | None = None
+    among: tuple[int, int] | None = None
+
+    def fill(self, out: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw into ``out``; by default from the generator of torch on its device."""
+        if self.among is not None:
+            first, count = self.among
+            every = out.new_empty((count, *out.shape[1:]))
+            replace(self, among=None).fill(every, generator)
+            return out.copy_(every[first : first + len(out)])
+        fill = out.normal_ if self.normal else out.uniform_
+        return fill(generator=generator)
+
+    def empty(self, like: Tensor) -> Tensor:
+        return torch.zeros(self.shape, dtype=like.dtype, device=like.device)
+
+    def fit(self, given: Tensor, size: torch.Size, key: str, like: Tensor) -> Tensor:
+        """The entry ``key`` of a batch of shape ``size`` in place of the draw.
+
+        Runs of a population that share a batch share it. Raises ``ValueError`` on another shape.
+        """
+        ends = () if self.entries is None else (self.entries,)
+        if self.entries is None:
+            given = per_sample(given, size, key)
+        if given.shape != (*size, *ends):
+            raise ValueError(
+                f"{key!r} has shape {tuple(given.shape)} in a batch of shape {tuple(size)}; "
+                f"expected {(*size, *ends)}: it replaces "
+                f"{'standard normal' if self.normal else 'uniform'} numbers that the loss draws."
+            )
+        return given.to(like.dtype).expand(self.shape)
+
+
+def with_draws(
+    batch: Batch, needed: Mapping[str, Draw], given: Mapping[str, Tensor], like: Tensor
+) -> Batch:
+    """``batch`` with the random tensors ``needed``: its own entries, else from ``given``, else drawn.
+
+    Drawn from torch's default generator, in the dtype and on the device of ``like``.
+    """
+    draws = {}
+    for key, draw in needed.items():
+        own = batch.observed.get(key, None)
+        if own is not None:
+            draws[key] = draw.fit(own, batch.observed.batch_size, key, like)
+        else:
+            draws[key] = given[key] if key in given else draw.fill(draw.empty(like))
+    return replace(batch, draws=draws)
 
 
 def read_batch(

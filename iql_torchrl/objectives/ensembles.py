@@ -1,22 +1,21 @@
-"""From one module, a list or a factory to K critics, and the bookkeeping their targets need.
+"""From one module, a list or a factory to K critics; whether an encoder fits the other networks.
 
-TorchRL's ``LossModule.convert_to_functional`` does the conversion. This module corrects two of its
-results for critics: weights that it draws again uniformly, and shared trunks and buffers that its
-target critics do not follow.
+TorchRL's ``LossModule.convert_to_functional`` draws the weights of critics again, uniformly; here they
+keep the scale of the module's.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict
 from tensordict.nn import TensorDictModule, TensorDictParams
+from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
-from iql_torchrl.host import children_of, plain_entries
+from iql_torchrl.host import keeps_batch_statistics
 
 Critics: TypeAlias = TensorDictModule | Sequence[TensorDictModule] | Callable[[], TensorDictModule]
 
@@ -111,119 +110,54 @@ def initialise_critics(live: TensorDictParams, target: TensorDictParams, module:
                 leaf.requires_grad_(parameter.requires_grad)
 
 
-def unlocked(params: TensorDictBase) -> TensorDictBase:
-    """A shallow copy of ``params`` as a plain TensorDict whose entries can be replaced."""
-    if isinstance(params, TensorDictParams):
-        params = plain_entries(params)
-    return params.copy()
+def check_encoder(encoder: Any, networks: Mapping[str, Sequence[Any]], pixels: int) -> None:
+    """Raise ``TypeError`` or ``ValueError`` where the encoder does not fit the other networks.
 
-
-class TrunkEntry(NamedTuple):
-    """Entry ``key`` of ``network``'s parameters is entry ``owner_key`` of ``owner``'s."""
-
-    network: str
-    key: NestedKey
-    owner: str
-    owner_key: NestedKey
-
-
-class SharedLeaves:
-    """Entries of a network's parameters that belong to another network of the same loss.
-
-    A trunk used by the actor and by the critics has one owner. Critics hold a mirror of it: a
-    parameter with the owner's storage that belongs to no optimiser, but that TorchRL's updaters
-    follow, as they follow any source that requires a gradient; so the targets average the trunk.
-    In a forward pass the critics read the owner itself, detached with ``separate_losses=True``
-    (the owner's loss alone trains it).
-
-    Buffers (statistics of normalisation layers) of target critics are tied to the live ones.
-    ``tie`` restores shared storage after a copy, a cast or a load.
+    ``pixels``: by how many images are moved before the encoder reads them.
     """
-
-    def __init__(self, detach: bool) -> None:
-        self.detach = detach
-        self.trunk: list[TrunkEntry] = []
-        self.buffers: list[tuple[str, NestedKey]] = []
-
-    def find_trunk(
-        self, name: str, modules: Sequence[nn.Module], owners: dict[str, nn.Module]
-    ) -> None:
-        """Record the entries that every one of ``modules`` shares with an owner, first owner wins."""
-        owned: dict[int, tuple[str, NestedKey]] = {}
-        for owner, module in owners.items():
-            for key, parameter in TensorDict.from_module(module).items(True, True):
-                owned.setdefault(id(parameter), (owner, key))
-        tables = [dict(TensorDict.from_module(module).items(True, True)) for module in modules]
-        for key, parameter in tables[0].items():
-            same = all(table.get(key) is parameter for table in tables)
-            if isinstance(parameter, nn.Parameter) and same and id(parameter) in owned:
-                self.trunk.append(TrunkEntry(name, key, *owned[id(parameter)]))
-
-    def install(self, loss: nn.Module, name: str, modules: Sequence[nn.Module]) -> None:
-        """Put mirrors in place, give critics' entries storage of their own, and tie targets."""
-        buffers = {tuple(key.split(".")) for m in modules for key, _ in m.named_buffers()}
-        params: TensorDictParams = getattr(loss, f"{name}_params")
-        mirrored = {key for network, key, _, _ in self.trunk if network == name}
-        with params.unlock_():
-            for key, leaf in list(params.items(True, True)):
-                if (key if isinstance(key, tuple) else (key,)) in buffers:
-                    leaf.data = leaf.data.contiguous()
-                    self.buffers.append((name, key))
-                elif key in mirrored:
-                    params.set(key, nn.Parameter(leaf.detach()))
-                elif not isinstance(leaf, nn.Parameter):
-                    _warn_unshared(name, key)
-                    params.set(key, nn.Parameter(leaf.detach().clone()))
-        self.tie(loss)
-
-    def tie(self, loss: nn.Module) -> None:
-        """Let every mirror use its owner's storage, and target buffers the live ones'."""
-        for name, key, owner, owner_key in self.trunk:
-            mirror = getattr(loss, f"{name}_params").get(key)
-            mirror.data = getattr(loss, f"{owner}_params").get(owner_key).data.expand(mirror.shape)
-        for name, key in self.buffers:
-            target: TensorDictParams | None = children_of(loss).get(f"target_{name}_params")
-            if target is not None:
-                target.get(key).data = getattr(loss, f"{name}_params").get(key).data
-
-    def untie(self, loss: nn.Module) -> None:
-        """Give mirrors storage of their own, so that every entry can be written to."""
-        for name, key, _, _ in self.trunk:
-            mirror = getattr(loss, f"{name}_params").get(key)
-            mirror.data = mirror.data.clone(memory_format=torch.contiguous_format)
-
-    def mirrors(self, loss: nn.Module) -> set[int]:
-        """Identities of the mirrors, which belong in no optimiser."""
-        return {id(getattr(loss, f"{name}_params").get(key)) for name, key, _, _ in self.trunk}
-
-    def live(self, loss: nn.Module, name: str) -> TensorDictBase:
-        """Parameters of the network ``name`` for a forward pass: mirrors replaced by their owners."""
-        params: TensorDictBase = getattr(loss, f"{name}_params")
-        entries = [entry for entry in self.trunk if entry.network == name]
-        if not entries:
-            return params
-        params = unlocked(params)
-        for entry in entries:
-            leaf = getattr(loss, f"{entry.owner}_params").get(entry.owner_key)
-            leaf = leaf.expand(params.get(entry.key).shape)
-            params.set(entry.key, leaf.detach() if self.detach else leaf)
-        return params
-
-    def with_spare_buffers(self, name: str, params: TensorDictBase) -> TensorDictBase:
-        """Target ``params`` whose buffers are copies: a forward pass in training mode may write."""
-        keys = [key for network, key in self.buffers if network == name]
-        if not keys:
-            return params
-        params = unlocked(params)
-        for key in keys:
-            params.set(key, params.get(key).clone())
-        return params
-
-
-def _warn_unshared(name: str, key: NestedKey) -> None:
-    warnings.warn(
-        f"the listed critics share {key!r} of {name} with each other and with no other network; "
-        "each now trains a copy of its own.",
-        UserWarning,
-        stacklevel=7,
-    )
+    if encoder is None:
+        if pixels:
+            raise ValueError(
+                f"random_shift is {pixels} and there is no encoder_network; it moves the images that "
+                "an encoder reads. Pass encoder_network=, or random_shift=0."
+            )
+        return
+    if not isinstance(encoder, nn.Module) or not hasattr(encoder, "in_keys"):
+        raise TypeError(
+            f"encoder_network is {type(encoder).__name__}; it must be a TensorDictModule: "
+            "TensorDictModule(network, in_keys=[...], out_keys=['features'])."
+        )
+    for module in encoder.modules():
+        if keeps_batch_statistics(module):  # the target's would change too
+            raise ValueError(
+                f"encoder_network holds a {type(module).__name__}, which keeps statistics of the "
+                "batches, and is evaluated with the weights of the target too. Use LayerNorm or "
+                "GroupNorm."
+            )
+    side = getattr(getattr(encoder, "module", None), "shortest_side", None)
+    if pixels and side is None:
+        raise ValueError(
+            f"random_shift is {pixels} and encoder_network has no images to move; it must be a "
+            "TensorDictModule of networks.JoinedEncoders with a networks.ImageEncoder in it."
+        )
+    if pixels and pixels >= side:
+        raise ValueError(
+            f"random_shift is {pixels} pixels and an image has a side of {side}, so it could be "
+            "moved out of sight; DrQ uses 4 for 84 x 84."
+        )
+    own = {id(parameter) for parameter in encoder.parameters()}
+    written = {unravel_key(key) for key in encoder.out_keys}
+    read: set[NestedKey] = set()
+    for name, modules in networks.items():
+        for module in modules:
+            read |= {unravel_key(key) for key in module.in_keys}
+            if any(id(parameter) in own for parameter in module.parameters()):
+                raise ValueError(
+                    f"{name} holds parameters of encoder_network; let it read the encoder's output "
+                    f"{list(encoder.out_keys)} instead: the loss evaluates the encoder itself."
+                )
+    if not written & read:
+        raise ValueError(
+            f"encoder_network writes {list(encoder.out_keys)}, which no other network reads; they "
+            f"read {sorted(map(str, read))}. Give them in_keys={list(encoder.out_keys)}."
+        )

@@ -6,7 +6,6 @@ Deterministic and random interaction types both work.
 """
 
 from iql_torchrl.policies.actors import (
-    HEADS,
     categorical,
     deterministic,
     gaussian,
@@ -25,7 +24,6 @@ from iql_torchrl.policies.encoded import EncodedPolicy, encoded
 from iql_torchrl.policies.flow import FlowHead, FlowPolicy, flow
 
 __all__ = [
-    "HEADS",
     "BestOf",
     "Choice",
     "ClippedGaussian",

@@ -13,7 +13,7 @@ from torchrl.data import Categorical, OneHot, TensorSpec
 from torchrl.modules import Delta, ProbabilisticActor
 
 from iql_torchrl.descriptions import describe_spec, faulty_bounds
-from iql_torchrl.networks import first_layer, join_observations, perceptron
+from iql_torchrl.networks import AroundPerceptron, perceptron
 from iql_torchrl.policies.distributions import (
     Choice,
     ClippedGaussian,
@@ -23,7 +23,6 @@ from iql_torchrl.policies.distributions import (
 )
 
 __all__ = [
-    "HEADS",
     "Bounds",
     "categorical",
     "deterministic",
@@ -35,7 +34,7 @@ __all__ = [
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 
 
-class _Head(nn.Module):
+class _Head(AroundPerceptron):
     """Base of the policies' networks: preprocess, MLP, affine map of [-1, 1] to the spec's bounds.
 
     ``limits``: the bounds, also the keyword arguments of the policy's distribution, which move with
@@ -53,9 +52,7 @@ class _Head(nn.Module):
         preprocess: nn.Module | None,
         mlp: dict[str, Any],
     ) -> None:
-        super().__init__()
-        self.preprocess = first_layer(preprocess)
-        self.mlp = perceptron(in_features, out_features, **mlp)
+        super().__init__(preprocess, perceptron(in_features, out_features, **mlp))
         self.limits: dict[str, Tensor] = {}
         if bounds is not None:
             low, high = bounds
@@ -68,9 +65,6 @@ class _Head(nn.Module):
         for name, bound in self.limits.items():
             self.limits[name] = fn(bound)
         return self
-
-    def body(self, observations: Sequence[Tensor]) -> Tensor:
-        return self.mlp(self.preprocess(join_observations(observations)))
 
     def inside(self, x: Tensor) -> Tensor:
         return self.centre + self.half_range * x.tanh()
@@ -86,8 +80,8 @@ class _GaussianHead(_Head):
         super().__init__(in_features, (1 + state_dependent_std) * size, bounds, *rest)
         self.log_std = None if state_dependent_std else nn.Parameter(torch.zeros(size))
 
-    def forward(self, *observations: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.body(observations)
+    def around(self, *parts: Any) -> tuple[Tensor, Tensor]:
+        out = super().around(*parts)
         out, log_std = out.chunk(2, -1) if self.log_std is None else (out, self.log_std)
         std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp() * self.half_range
         return self.inside(out), std.expand_as(out)
@@ -96,14 +90,14 @@ class _GaussianHead(_Head):
 class _SquashedHead(_Head):
     """Location before the tanh, and a state-dependent scale."""
 
-    def forward(self, *observations: Tensor) -> tuple[Tensor, Tensor]:
-        loc, log_std = self.body(observations).chunk(2, -1)
+    def around(self, *parts: Any) -> tuple[Tensor, Tensor]:
+        loc, log_std = super().around(*parts).chunk(2, -1)
         return loc, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
 
 
 class _DeterministicHead(_Head):
-    def forward(self, *observations: Tensor) -> Tensor:
-        return self.inside(self.body(observations))
+    def around(self, *parts: Any) -> Tensor:
+        return self.inside(super().around(*parts))
 
 
 class _MixtureHead(_Head):
@@ -113,19 +107,13 @@ class _MixtureHead(_Head):
         self.shape = (num_components, size)
         self.log_std = nn.Parameter(torch.zeros(self.shape))
 
-    def forward(self, *observations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        out = self.body(observations)
+    def around(self, *parts: Any) -> tuple[Tensor, Tensor, Tensor]:
+        out = super().around(*parts)
         logits, loc = out[..., : self.shape[0]], out[..., self.shape[0] :].unflatten(-1, self.shape)
         std = self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp() * self.half_range
         return logits, self.inside(loc), std.expand_as(loc)
 
 
-class _LogitsHead(_Head):
-    def forward(self, *observations: Tensor) -> Tensor:
-        return self.body(observations)
-
-
-HEADS = (_GaussianHead, _SquashedHead, _DeterministicHead, _MixtureHead, _LogitsHead)
 Bounds = tuple[Tensor, Tensor]
 
 
@@ -227,7 +215,7 @@ def categorical(
             "or OneHot spec. For continuous actions use gaussian()."
         )
     num_actions = action_spec.space.n
-    head = _LogitsHead(in_features, num_actions, None, preprocess, mlp)
+    head = _Head(in_features, num_actions, None, preprocess, mlp)
     parameters = {"logits": "logits"} | ({} if mask_key is None else {"mask": mask_key})
     if isinstance(action_spec, OneHot):
         distribution: type = OneHotChoice

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,20 +21,25 @@ __all__ = ["FlowHead", "FlowPolicy", "fixed_noise", "flow", "is_deterministic"]
 class FlowHead(_Head):
     """The velocity ``v(s, x, t)``, in units in which the action's bounds are -1 and 1."""
 
+    mlp_reads_first = False
+
     def __init__(self, in_features: int, bounds: Bounds, *rest: Any) -> None:
         size = bounds[0].numel()
         super().__init__(in_features + size + 1, size, bounds, *rest)
 
-    def forward(self, observation: Tensor, action: Tensor, time: Tensor) -> Tensor:
-        return self.step(self.preprocess(observation), action, time)
+    def around(
+        self, first: Callable[..., Tensor], mlp: Callable[..., Tensor], *inputs: Tensor
+    ) -> Tensor:
+        observation, action, time = inputs
+        return self.step(mlp, first(observation), action, time)
 
-    def step(self, features: Tensor, action: Tensor, time: Tensor) -> Tensor:
-        """The same from the output of the first layer; leading dimensions are broadcast."""
+    @staticmethod
+    def step(mlp: Callable[..., Tensor], features: Tensor, action: Tensor, time: Tensor) -> Tensor:
+        """The velocity from the output of the first layer; leading dimensions are broadcast."""
         time = time.unsqueeze(-1) if time.ndim < action.ndim else time
         parts = (features, action, time.to(action.dtype))
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
-        velocity: Tensor = self.mlp(torch.cat([x.expand(*shape, x.shape[-1]) for x in parts], -1))
-        return velocity
+        return mlp(torch.cat([x.expand(*shape, x.shape[-1]) for x in parts], -1))
 
 
 class FlowPolicy(TensorDictModuleBase):
@@ -86,7 +91,7 @@ class FlowPolicy(TensorDictModuleBase):
         x = noise
         for number in range(self.num_steps):
             time = torch.full_like(x[..., :1], number / self.num_steps)
-            x = x + self.head.step(features, x, time).to(x.dtype) / self.num_steps
+            x = x + self.head.step(self.head.mlp, features, x, time).to(x.dtype) / self.num_steps
         return self.head.centre + self.head.half_range * x.clamp(-1, 1)
 
     @dispatch(auto_batch_size=False)

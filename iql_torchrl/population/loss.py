@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,24 +13,15 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, distributions, nn
 
-from iql_torchrl.fast_networks.evaluator import DirectActor, Watched, detach_all
-from iql_torchrl.fast_networks.stacked import (
-    StackedNetwork,
-    perceptron_keys,
-)
+from iql_torchrl.fast_networks.direct import Direct, DirectNetworks, leaves_of
+from iql_torchrl.fast_networks.perceptron import Perceptron, StackedPerceptron, is_stackable
 from iql_torchrl.host import DETACHED_CRITICS, LIVE_CRITICS, TARGET_CRITICS, children_of
-from iql_torchrl.objectives.batch import Batch
-from iql_torchrl.objectives.conversion import NETWORKS
-from iql_torchrl.objectives.discrete import DiscreteIQLLoss
-from iql_torchrl.objectives.draws import Draw
-from iql_torchrl.objectives.encoding import ENCODER, add_encoder
-from iql_torchrl.objectives.ensembles import SharedLeaves
-from iql_torchrl.objectives.evaluator import GENERAL, Evaluator
-from iql_torchrl.objectives.implicit import ImplicitQLoss
-from iql_torchrl.objectives.iql import IQLLoss
-from iql_torchrl.objectives.policy_objectives import policy_action
+from iql_torchrl.networks import AroundPerceptron
+from iql_torchrl.objectives import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
+from iql_torchrl.objectives.batch import Batch, Draw
+from iql_torchrl.objectives.parameters import ENCODER, NETWORKS
 from iql_torchrl.policies import FlowPolicy
-from iql_torchrl.population.alike import check_alike, per_run_names, shared_names
+from iql_torchrl.population.alike import check_alike, per_run_names, perceptron_keys, shared_names
 
 __all__ = ["PopulationLoss"]
 
@@ -96,9 +86,7 @@ class PopulationLoss(ImplicitQLoss):
         self.make_value_estimator(gamma=float(discount[0]))
         self.value_estimator.set_keys(**vars(first.value_estimator.tensor_keys))
 
-    def _convert(
-        self, actor: nn.Module, critics: Any, value: nn.Module, separate_losses: bool
-    ) -> SharedLeaves:
+    def _convert(self, actor: nn.Module, critics: Any, value: nn.Module) -> None:
         """Stack the parameters of the losses, which TorchRL has converted already."""
         first = self._losses[0]
         for name, network in zip(NETWORKS, (actor, critics, value), strict=True):
@@ -110,10 +98,8 @@ class PopulationLoss(ImplicitQLoss):
                     setattr(self, attribute, self._stacked(attribute, network, inside))
         if self.encoder_network is not None:
             first.encoder_network_params.data.clone().to_module(self.encoder_network)
-        add_encoder(self)
+        self._add_encoder()
         self.optional_keys = set(first.optional_keys)
-        self.register_load_state_dict_post_hook(_forget_evaluator)
-        return SharedLeaves(detach=False)
 
     def _stacked(self, attribute: str, network: Any, inside: set[NestedKey]) -> TensorDictParams:
         """The losses' parameters ``attribute``, ``(P, ...)`` in each entry.
@@ -142,19 +128,42 @@ class PopulationLoss(ImplicitQLoss):
 
     # -- networks --------------------------------------------------------------------------------
 
-    @property
-    def evaluator(self) -> Evaluator:
-        """:class:`StackedEvaluator`: no other evaluator can use a population's parameters."""
-        if self._current is not None:
-            return self._current
-        if self.kept_evaluator is None or self.kept_evaluator.is_outdated():
-            self.kept_evaluator = StackedEvaluator(self)
-        self.kept_evaluator.follow_modes()
-        return self.kept_evaluator
+    def _hold(self) -> None:
+        self.forget_networks()
 
-    def evaluated_by(self, make: Any) -> Any:
-        """:class:`StackedEvaluator` inside the context too, whatever ``make`` is."""
-        return super().evaluated_by(StackedEvaluator)
+    @property
+    def direct(self) -> DirectNetworks:  # type: ignore[override]
+        """How networks are evaluated over stacked parameters, inside and outside of updates."""
+        if self.kept_networks is None or self.kept_networks.watched.changed():
+            self.kept_networks = self._make_direct()
+        return self.kept_networks
+
+    @direct.setter
+    def direct(self, _: object) -> None:
+        """Nothing to set: there is no other way to evaluate them."""
+
+    def _make_direct(self) -> DirectNetworks:
+        actor, params = self.actor_network, children_of(self)
+        for name in NETWORKS:
+            _hold_shared(name, getattr(self, name), params[f"{name}_params"])
+
+        def over(name: str, network: Any, path: tuple[str, ...], **options: bool) -> Direct:
+            return _stacked_network(network, params[name].get(path), **options)
+
+        critics = {
+            name: over(
+                params_name, self.qvalue_network, ("module",), detached=name == DETACHED_CRITICS
+            )
+            for name, params_name in (
+                (LIVE_CRITICS, LIVE_CRITICS),
+                (TARGET_CRITICS, TARGET_CRITICS),
+                (DETACHED_CRITICS, LIVE_CRITICS),
+            )
+        }
+        value = over("value_network_params", self.value_network, ("module",))
+        of_head = ("head",) if type(actor) is FlowPolicy else ("module", "0", "module")
+        head = over("actor_network_params", actor if len(of_head) == 1 else actor[0], of_head)
+        return DirectNetworks([getattr(self, name) for name in NETWORKS], value, critics, head)
 
     def reset_parameters_recursive(self) -> None:
         raise NotImplementedError(
@@ -162,8 +171,7 @@ class PopulationLoss(ImplicitQLoss):
             "build it again."
         )
 
-    def read(self, tensordict: TensorDictBase, draws: Mapping[str, Tensor] | None = None) -> Batch:
-        batch = super().read(tensordict, draws)
+    def each_run(self, batch: Batch) -> Batch:
         shape = batch.data.batch_size
         if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != self.members):
             raise ValueError(
@@ -172,71 +180,36 @@ class PopulationLoss(ImplicitQLoss):
             )
         if len(shape) == 2:
             return batch
+        runs = (self.members, *shape)
         mask, weight = (
-            None if entry is None else entry.expand(self.members, *shape)
-            for entry in (batch.mask, batch.weight)
+            None if entry is None else entry.expand(runs) for entry in (batch.mask, batch.weight)
         )
-        return replace(batch, mask=mask, weight=weight)
-
-    def sample_shape(self, batch_size: torch.Size) -> tuple[int, ...]:
-        return tuple(batch_size) if len(batch_size) == 2 else (self.members, *batch_size)
+        return replace(
+            batch, data=batch.data.expand(runs), mask=mask, weight=weight, shared=batch.data
+        )
 
     def random_inputs(self, batch_size: torch.Size) -> Mapping[str, Draw]:
-        needed = super().random_inputs(batch_size)
+        runs = batch_size if len(batch_size) == 2 else torch.Size((self.members, *batch_size))
+        needed = super().random_inputs(runs)
         return {key: replace(draw, among=self.among) for key, draw in needed.items()}
 
-    def run_dims(self, batch: Batch) -> int:
-        return 2 - batch.data.ndim
+    def critic_outputs(self, data: TensorDictBase, name: str) -> Tensor:
+        """``(K, P, B, n)``."""
+        out: Tensor = self.direct.critics[name](data)
+        return out.unsqueeze(0) if self.num_qvalue_nets == 1 else out.transpose(0, 1)
 
-    def action_values(self, batch: Batch, name: str) -> Tensor:
-        """``(K, P, B)``."""
-        return self._kind.action_values(self, batch, name)
+    def pick(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return self._kind.pick(self, outputs, batch)
 
-    def _of_step(self, batch: Batch, key: NestedKey) -> Tensor:
-        value = super()._of_step(batch, key)
-        return value if batch.data.ndim == 2 else value.expand(self.members, *value.shape)
+    def logged_action(self, batch: Batch, dist: distributions.Distribution) -> Tensor:
+        return self._kind.logged_action(self, batch, dist)
 
     def _discount(self, batch: Batch) -> Tensor:
         return self.discount
 
-    def each_run(self, batch: Batch) -> Batch:
-        if batch.data.ndim == 2:
-            return batch
-        data = batch.data.expand(self.members, *batch.data.batch_size)
-        return Batch(data, batch.mask, batch.weight)
-
-    def policy_output(self, batch: Batch) -> tuple[Tensor, distributions.Distribution | None]:
-        with self.evaluator.policy(self) as actor:
-            dist = actor.get_dist(self.inputs(batch))
-        return policy_action(dist), dist
-
-    def _actor_error(self, batch: Batch) -> Tensor:
-        action = self.logged(batch)
-        with self.evaluator.policy(self) as actor:
-            dist = actor.get_dist(self.inputs(batch))
-        if self.actor_objective == "mse":
-            distance: Tensor = (dist.deterministic_sample - action).square().sum(-1)
-            return distance
-        data = TensorDict({self.tensor_keys.action: action})
-        logged = self._kind.logged_action(self, Batch(data, None, None), dist)
-        error: Tensor = -dist.log_prob(logged)
-        return error
-
-    def logged(self, batch: Batch) -> Tensor:
-        action = batch.data.get(self.tensor_keys.action)
-        return action if batch.data.ndim == 2 else action.expand(self.members, *action.shape)
-
-    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """:meth:`actor_term` of a batch, to which nothing is written."""
-        batch = self.read(tensordict)
-        with torch.no_grad():
-            advantage = self.target_qvalue(batch) - self.state_value(batch)
-        return self.actor_term(batch, advantage)
-
-    # -- one mean per run ------------------------------------------------------------------------
-
-    def _samples(self, value: Tensor) -> Sequence[int]:
-        return tuple(range(1, value.ndim))
+    def _policy_action(self, batch: Batch) -> Tensor:
+        action: Tensor = self.policy_distribution(self.inputs(batch)).deterministic_sample
+        return action
 
     def outputs(
         self, tensordict: TensorDictBase, losses: dict[str, Tensor], summary: dict[str, Tensor]
@@ -246,63 +219,44 @@ class PopulationLoss(ImplicitQLoss):
         return TensorDict(losses | scalars, batch_size=[self.members])
 
 
-class StackedEvaluator:
-    """Evaluates a population's networks over its stacked parameters; outputs are per run."""
+def _hold_shared(name: str, network: nn.Module, params: TensorDictBase) -> None:
+    """Put the runs' parameters outside of perceptrons into ``network``, and what they share.
 
-    def __init__(self, loss: Any, general: object = None) -> None:
-        params = children_of(loss)
-        self._value = StackedNetwork(
-            "value_network", loss.value_network, params["value_network_params"]
-        )
-        self._critics = {
-            name: StackedNetwork("qvalue_network", loss.qvalue_network, params[name])
-            for name in (LIVE_CRITICS, TARGET_CRITICS)
-        }
-        self._critics[DETACHED_CRITICS] = StackedNetwork(
-            "qvalue_network", loss.qvalue_network, params[LIVE_CRITICS]
-        )
-        detach_all(self._critics[DETACHED_CRITICS].module)  # a stacked critic is perceptrons alone
-        policy = StackedNetwork("actor_network", loss.actor_network, params["actor_network_params"])
-        flow = isinstance(policy.module, FlowPolicy)
-        self._actor: Any = policy.module if flow else DirectActor(policy.module)
-        self._all = [self._value, *self._critics.values(), policy]
-        self._watched = Watched(loss.actor_network, loss.qvalue_network, loss.value_network)
+    Raises ``ValueError`` where statistics or bounds differ between the runs.
+    """
+    for path, module in network.named_modules():
+        place = tuple(filter(None, path.split(".")))
+        for key, _ in list(module.named_buffers(recurse=False)):
+            stacked = params.get((*place, key)).flatten(0, params.batch_dims - 1)
+            if not bool((stacked == stacked[:1]).all()):
+                raise ValueError(
+                    f"{name}'s {path}.{key} differs between the runs; a population shares the "
+                    "data, so statistics and bounds must be the same."
+                )
+            setattr(module, key, stacked[0])
+        if type(module) not in (nn.Linear, nn.LayerNorm):
+            for key, _ in list(module.named_parameters(recurse=False)):
+                leaf = params.get((*place, key))
+                trained = isinstance(leaf, nn.Parameter)
+                setattr(module, key, leaf if trained else nn.Parameter(leaf, requires_grad=False))
 
-    def is_outdated(self) -> bool:
-        """Whether an attribute, a part or the hooks of a network have changed."""
-        return self._watched.changed()
 
-    def follow_modes(self) -> None:
-        """Set training or evaluation mode as the population's networks have it."""
-        for network in self._all:
-            network.follow_modes()
-
-    def state_value(self, loss: Any, data: TensorDictBase) -> Tensor:
-        """``(P, B, 1)``."""
-        return self._value(data)
-
-    def state_values(self, loss: Any, first: TensorDictBase, second: TensorDictBase) -> None:
-        """Two batches are evaluated one after the other."""
-        return
-
-    def critic_outputs(self, loss: Any, data: TensorDictBase, name: str) -> Tensor:
-        """``(K, P, B, n)``."""
-        out = self._critics[name](data)
-        return out.unsqueeze(0) if loss.num_qvalue_nets == 1 else out.transpose(0, 1)
-
-    def features(self, loss: Any, data: TensorDictBase, target: bool) -> TensorDictBase:
-        """Without the dimension of runs where these share the batch: they share the encoder too."""
-        return GENERAL.features(loss, data, target)
-
-    @contextmanager
-    def policy(self, loss: Any) -> Iterator[Any]:
-        yield self._actor
+def _stacked_network(network: Any, params: TensorDictBase, *, detached: bool = False) -> Direct:
+    """A plain network, or the head of a flow, over stacked parameters of its module."""
+    module = network.head if isinstance(network, FlowPolicy) else network.module
+    body = module.mlp if isinstance(module, AroundPerceptron) else module
+    for path, part in module.named_modules():
+        if part is not body and (is_stackable(part) or isinstance(part, StackedPerceptron)):
+            part.__class__ = StackedPerceptron
+            leaves = leaves_of(part, params.get(tuple(path.split("."))))
+            part.over = Perceptron(part, leaves, per_run=True)
+    perceptron = None
+    if is_stackable(body):
+        of_body = params if body is module else params.get("mlp")
+        perceptron = Perceptron(body, leaves_of(body, of_body), per_run=True, detached=detached)
+    return Direct(module, network.in_keys, perceptron)
 
 
 def _is_buffer(network: nn.Module, key: NestedKey) -> bool:
     name = key if isinstance(key, str) else ".".join(key)
     return name in {name for name, _ in network.named_buffers()}
-
-
-def _forget_evaluator(loss: PopulationLoss, _: Any) -> None:
-    loss.forget_evaluator()

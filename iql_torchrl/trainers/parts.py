@@ -24,7 +24,7 @@ from iql_torchrl.descriptions import describe_space
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.host import generator_of
 from iql_torchrl.networks import history_of
-from iql_torchrl.objectives.implicit import ImplicitQLoss
+from iql_torchrl.objectives import ImplicitQLoss
 from iql_torchrl.trainers.identity import DataState
 from iql_torchrl.trainers.run_folder import RunFolder
 from iql_torchrl.update.step import IQLStep, part_of

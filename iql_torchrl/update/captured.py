@@ -22,17 +22,16 @@ from iql_torchrl.host import (
     tracing_gradients,
     version_of,
 )
-from iql_torchrl.objectives.implicit import LOSSES, ImplicitQLoss
+from iql_torchrl.objectives import LOSSES, ImplicitQLoss
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.checks import check_alignment, check_cuda, check_replay
 from iql_torchrl.update.compiled import log_eager
 from iql_torchrl.update.cuda_graph import CudaGraph
 from iql_torchrl.update.graph import GraphUpdate, fits_a_graph
-from iql_torchrl.update.guards import check_update_trains
 from iql_torchrl.update.inductor import program_options
 from iql_torchrl.update.schedules import coming_rates
 from iql_torchrl.update.snapshot import Snapshot, take_snapshot
-from iql_torchrl.update.step import IQLStep, Step, Terms
+from iql_torchrl.update.step import IQLStep, Step, Terms, check_update_trains
 
 __all__ = ["CapturedStep", "captured"]
 

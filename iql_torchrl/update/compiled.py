@@ -16,9 +16,8 @@ from iql_torchrl.host import mark_stepped, recompilation_reason, tracing_gradien
 from iql_torchrl.objectives.batch import Batch
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.graph import GraphUpdate, fits_a_graph
-from iql_torchrl.update.guards import check_update_trains
 from iql_torchrl.update.inductor import CUDA_GRAPHS, correct_programs, program_options
-from iql_torchrl.update.step import IQLStep, Step, Terms
+from iql_torchrl.update.step import IQLStep, Step, Terms, check_update_trains
 
 __all__ = ["CompiledStep", "compiled", "log_eager"]
 

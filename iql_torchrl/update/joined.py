@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -44,9 +45,8 @@ class Part:
 
     def __init__(self, loss: Any, batch: Batch, ranks: Exchange) -> None:
         self._loss, self._whole, self._ranks = loss, batch, ranks
-        self._runs = 0 if getattr(loss, "members", None) is None else 1
-        shape = loss.sample_shape(batch.data.batch_size)
-        self._rows = shape[self._runs]
+        self._runs = 0 if loss.members is None else 1
+        self._rows = batch.data.batch_size[self._runs]
         if self._rows < ranks.size:
             raise ValueError(
                 f"the batch has {self._rows} rows and there are {ranks.size} ranks; give a "
@@ -59,9 +59,7 @@ class Part:
         weights, steps = loss.divisors(part)
         self._of_weights = _ratio(weights, all_weights)
         self._of_steps = _ratio(steps, all_steps)
-        self.batch = Batch(
-            part.data, part.mask, part.weight, part.draws, mean_of_all=self._mean_of_all
-        )
+        self.batch = replace(part, mean_of_all=self._mean_of_all)
 
     def share_of(self, loss: Tensor) -> Tensor:
         """What the loss of this rank's rows adds to that of the batch; ``()`` or ``(P,)``."""

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from iql_torchrl.config import Arithmetic
 from iql_torchrl.data.replay import DeviceSampler
-from iql_torchrl.objectives.conversion import network_names
-from iql_torchrl.objectives.implicit import OPTIONS
+from iql_torchrl.objectives import OPTIONS
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.step import IQLStep
 
@@ -62,9 +61,9 @@ def take_snapshot(step: IQLStep, rows: DeviceSampler, moments: Moments) -> Snaps
         *(options(group) for group in groups),
         *(getattr(loss, name) for name in (*loss.knobs, *OPTIONS)),
         loss.value_estimator,
-        loss.kept_evaluator,
+        loss.kept_networks,
         [dict(vars(x.tensor_keys)) for x in (loss, loss.value_estimator)],
-        [m.training for name in network_names(loss) for m in getattr(loss, name).modules()],
+        [m.training for name in loss.network_names for m in getattr(loss, name).modules()],
         bool(step.lr_schedulers),  # whether updates read learning rates of their own
         (step.order, step.precision, step.max_grad_norm, step.ranks),
         (type(updater), getattr(updater, "eps", None)),

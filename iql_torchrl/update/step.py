@@ -6,7 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
@@ -14,31 +14,35 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchrl.envs.utils import set_exploration_type
 from torchrl.modules import set_recurrent_mode
+from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
 from iql_torchrl.config import choose_products, chosen_products, launches_kernels
-from iql_torchrl.fast_networks.evaluator import FastEvaluator
 from iql_torchrl.fast_networks.products import is_wide, settle_products
-from iql_torchrl.objectives.averages import average_pairs
+from iql_torchrl.host import children_of
+from iql_torchrl.objectives import ImplicitQLoss
 from iql_torchrl.objectives.batch import Batch
-from iql_torchrl.objectives.conversion import network_names
-from iql_torchrl.objectives.encoding import trains_encoder_alone
-from iql_torchrl.objectives.implicit import ImplicitQLoss
 from iql_torchrl.update.adam import JoinedCounts
-from iql_torchrl.update.guards import check_update_trains
 from iql_torchrl.update.joined import Exchange, Part, summed_gradients
-from iql_torchrl.update.targets import Followed, followed_tensors, polyak_step
 
 with warnings.catch_warnings():  # TorchRL warns about its own classes when these are first imported
     warnings.simplefilter("ignore", DeprecationWarning)
     from torchrl.trainers import OptimizationStepper, Trainer
 
-__all__ = ["IQLStep", "Step", "Terms", "clip", "part_of"]
+__all__ = ["IQLStep", "Step", "Terms", "check_update_trains", "clip", "part_of"]
 
 
 Terms = tuple[dict[str, Tensor], dict[str, Tensor]]
+
+
+class Followed(NamedTuple):
+    """Live tensors and, in the same order, the target tensors that follow them."""
+
+    live: list[Tensor]
+    targets: list[Tensor]
 
 
 class Step(OptimizationStepper):
@@ -173,10 +177,10 @@ class IQLStep(Step):
                     "lr_scheduler is a ReduceLROnPlateau, which steps on a score: step it yourself "
                     "after an evaluation."
                 )
-        self.members = getattr(loss, "members", None)
-        self.trainable = [_trainable(loss, name) for name in network_names(loss)]
-        self.followed = followed_tensors(target_updater)
-        self.averaged = Followed(*average_pairs(loss))
+        self.members = loss.members
+        self.trainable = [_trainable(loss, name) for name in loss.network_names]
+        self.followed = _followed_tensors(target_updater)
+        self.averaged = Followed(*loss.average_pairs())
         self._is_wide = is_wide(loss.parameters())
         self.counts = JoinedCounts()  # which all graphs of this step share
 
@@ -221,7 +225,7 @@ class IQLStep(Step):
         target_qvalue = loss.target_qvalue(batch)
         loss_value, of_value = loss.value_term(batch, target_qvalue)
         descend(loss_value)
-        if not trains_encoder_alone(loss):  # the encoder has moved too
+        if not loss.trains_encoder_alone:  # the encoder has moved too
             batch = batch.without_features()
         value, next_value = loss.state_values(batch)  # V as it is now
         loss_actor, of_actor = loss.actor_term(batch, target_qvalue - value)
@@ -233,9 +237,9 @@ class IQLStep(Step):
 
     def move_targets(self) -> None:
         """The step of a ``SoftUpdate`` (of no other updater), and that of the averaged policy."""
-        polyak_step(self.averaged.targets, self.averaged.live, self.loss.actor_ema)
+        _polyak_step(self.averaged.targets, self.averaged.live, self.loss.actor_ema)
         if self.target_updater is not None and self.followed.targets:
-            polyak_step(self.followed.targets, self.followed.live, self.target_updater.eps)
+            _polyak_step(self.followed.targets, self.followed.live, self.target_updater.eps)
 
     @contextmanager
     def setting(self) -> Iterator[None]:
@@ -245,7 +249,7 @@ class IQLStep(Step):
         with (
             set_exploration_type(self.loss.deterministic_sampling_mode),
             set_recurrent_mode(True),
-            self.loss.evaluated_by(FastEvaluator),
+            self.loss.evaluated_directly(),
             torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
             if half
             else nullcontext(),
@@ -381,3 +385,69 @@ def _check_parts(
             f"the optimizer lacks {len(missing)} of the loss's parameters, the first {missing[0]!r}; "
             "build it from loss.parameters(), or freeze them with requires_grad_(False)."
         )
+
+
+def _followed_tensors(updater: TargetNetUpdater | None) -> Followed:
+    """The tensors that a ``SoftUpdate`` moves; none for any other updater.
+
+    Buffers are left out: those of the target critics are the live ones.
+    """
+    followed = Followed([], [])
+    if updater is None or type(updater) is not SoftUpdate:
+        return followed
+    loss = updater.loss_module
+    for name in loss.network_names:
+        targets = children_of(loss).get(f"target_{name}_params")
+        if targets is not None:
+            for key, parameter in getattr(loss, f"{name}_params").items(True, True):
+                if isinstance(parameter, nn.Parameter):
+                    followed.live.append(parameter)
+                    followed.targets.append(targets.get(key))
+    return followed
+
+
+def _polyak_step(targets: Sequence[Tensor], live: Sequence[Tensor], eps: float) -> None:
+    """``target = eps * target + (1 - eps) * live``, in place, as TorchRL's ``SoftUpdate``."""
+    if torch.compiler.is_compiling():  # on CUDA one kernel fewer than the foreach form
+        for target, parameter in zip(targets, live, strict=True):
+            target.data.lerp_(parameter.data, 1 - eps)
+    elif targets:
+        get_ema_multi_avg_fn(eps)(list(targets), list(live), 0)
+
+
+def check_update_trains(*, independent_ranks: bool, data_parallel: bool = False) -> None:
+    """Raise ``RuntimeError`` where an update would compute losses and not train what was asked.
+
+    That is: in ``torch.inference_mode()`` or ``torch.no_grad()``, where no gradient exists; and,
+    unless ``independent_ranks`` or ``data_parallel``, in a ``torch.distributed`` process group of
+    several ranks, because gradients are not reduced across ranks. It costs less than a microsecond.
+    """
+    tracing = torch.compiler.is_compiling()  # Dynamo cannot trace is_inference_mode_enabled
+    if not tracing and torch.is_inference_mode_enabled():
+        raise RuntimeError(_NO_GRADIENTS.format(mode="torch.inference_mode()"))
+    if not torch.is_grad_enabled():
+        raise RuntimeError(_NO_GRADIENTS.format(mode="torch.no_grad()"))
+    distributed = torch.distributed
+    if (
+        independent_ranks
+        or data_parallel
+        or not (distributed.is_available() and distributed.is_initialized())
+    ):
+        return
+    ranks = distributed.get_world_size()
+    if ranks > 1:
+        raise RuntimeError(
+            f"the torch.distributed process group has {ranks} ranks, and this update does not "
+            "reduce gradients across ranks: each rank would train a network of its own. To train one "
+            "network on all ranks, write step = data_parallel(step, Ranks.from_environment()) with "
+            "both names from iql_torchrl.distributed; to divide the runs of a population, give "
+            "IQLPopulation ranks=Ranks.from_environment(). If the group serves something else, such as "
+            "a distributed collector, and each rank is to train its own network, build "
+            "IQLStep(..., independent_ranks=True) or set step.independent_ranks = True."
+        )
+
+
+_NO_GRADIENTS = (
+    "the update was called under {mode}, where no gradients exist, so it would return losses and "
+    "train nothing. Call it outside of that block or decorator; evaluation alone belongs inside."
+)

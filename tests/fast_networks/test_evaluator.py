@@ -18,7 +18,6 @@ from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 from torchrl.objectives import ValueEstimators
 
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, networks, policies
-from iql_torchrl.fast_networks.evaluator import FastEvaluator
 from iql_torchrl.objectives.evaluator import GENERAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
@@ -271,7 +270,7 @@ def perturb_targets(loss) -> None:
 
 
 def fast_parts(loss) -> set[str]:
-    with loss.evaluated_by(FastEvaluator):
+    with loss.evaluated_directly():
         kept = loss.evaluator
     names = {name for name in ("actor", "value") if getattr(kept, name) is not None}
     own = callable(loss.actor_objective)  # its function gets the loss's own actor
@@ -314,7 +313,7 @@ def check(loss, batch) -> None:
     expected = everything(loss, batch.clone())
     for buffer, before in zip(loss.buffers(), buffers, strict=True):
         buffer.data.copy_(before)
-    with loss.evaluated_by(FastEvaluator):
+    with loss.evaluated_directly():
         found = everything(loss, batch.clone())
     assert_same(found, expected)
 
@@ -480,14 +479,14 @@ def test_outputs_under_other_names_are_refused_on_every_way(activation):
         loss = IQLLoss(policies.gaussian(OBS, SPEC, hidden=(8,)), critics, state).double()
         for short in (False, True):
             with (
-                loss.evaluated_by(FastEvaluator) if short else nullcontext(),
+                loss.evaluated_directly() if short else nullcontext(),
                 pytest.raises(KeyError, match=r"'state_(action_)?value'"),
             ):
                 loss(batch.clone())
     loss = IQLLoss(policies.gaussian(OBS, SPEC, hidden=(8,)), other, value).double()
     with (
         pytest.raises(KeyError, match="qvalue_network writes no"),
-        loss.evaluated_by(FastEvaluator),
+        loss.evaluated_directly(),
     ):
         loss(batch.clone())
     loss.set_keys(state_action_value="q")
@@ -506,7 +505,7 @@ def test_two_statistics_are_told_apart():
 def test_the_fast_evaluation_is_used():
     loss = continuous().double()
     loss.map_critics = None
-    with loss.evaluated_by(FastEvaluator):
+    with loss.evaluated_directly():
         everything(loss, logged())
     assert loss.evaluator is GENERAL
     with pytest.raises(TypeError):
@@ -532,7 +531,7 @@ def test_modes_are_followed():
     batch = logged()
 
     def value():
-        with loss.evaluated_by(FastEvaluator):
+        with loss.evaluated_directly():
             return loss.state_value(loss.read(batch))
 
     assert not torch.equal(value(), value())
@@ -553,7 +552,7 @@ def test_hooks_put_on_before_are_called():
 
 def test_an_error_inside_restores_the_general_evaluator():
     loss = continuous().double()
-    with pytest.raises(KeyError, match="reward"), loss.evaluated_by(FastEvaluator):
+    with pytest.raises(KeyError, match="reward"), loss.evaluated_directly():
         loss.read(logged().exclude(("next", "reward")))
     assert loss.evaluator is GENERAL
 
@@ -568,7 +567,7 @@ def test_gradients_can_be_differentiated_again_outside():
         return sum(g.square().sum() for g in found)
 
     assert any(bool(g.any()) for g in torch.autograd.grad(penalty(), parameters))
-    with loss.evaluated_by(FastEvaluator), pytest.raises(RuntimeError, match="once_differentiable"):
+    with loss.evaluated_directly(), pytest.raises(RuntimeError, match="once_differentiable"):
         penalty().backward()
 
 

@@ -32,7 +32,7 @@ from iql_torchrl import (
     policies,
 )
 from iql_torchrl.data import DeviceSampler
-from iql_torchrl.objectives.averages import AVERAGE, average_pairs
+from iql_torchrl.objectives.parameters import AVERAGE
 from iql_torchrl.policies import BestOf
 
 SPEC = Bounded(-torch.ones(ACT), torch.ones(ACT), (ACT,))
@@ -53,7 +53,7 @@ def make_step(loss, order="sequential", updater=SoftUpdate, lr=0.05):
 
 
 def weights(loss, average: bool):
-    return [t.detach().clone() for t in average_pairs(loss)[int(average)]]
+    return [t.detach().clone() for t in loss.average_pairs()[int(average)]]
 
 
 class Averages:
@@ -79,7 +79,7 @@ def test_three_numbers_by_hand():
     actor = TensorDictModule(nn.Linear(OBS, ACT, bias=False), ["observation"], ["action"])
     loss = make_loss(actor, actor_objective="mse", actor_ema=0.5)
     step = make_step(loss)
-    (live,), (average,) = average_pairs(loss)
+    (live,), (average,) = loss.average_pairs()
     average.zero_()
     for number, expected in ((1.0, 0.5), (2.0, 1.25), (3.0, 2.125)):
         live.data.fill_(number)
@@ -186,7 +186,7 @@ def by_copying(agent):
     state = {k: v for k, v in agent.state_dict().items() if AVERAGE not in k}
     plain.load_state_dict(state)
     for parameter, average in zip(
-        average_pairs(agent.loss)[0], average_pairs(agent.loss)[1], strict=True
+        agent.loss.average_pairs()[0], agent.loss.average_pairs()[1], strict=True
     ):
         (name,) = [n for n, p in agent.loss.named_parameters() if p is parameter]
         dict(plain.loss.named_parameters())[name].data.copy_(average)
@@ -232,14 +232,14 @@ def test_copies_moves_and_resets_stay_together():
     loss = make_loss()
     make_step(loss)(make_batch(dtype=torch.float64))
     for each in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), loss.float()):
-        averages = average_pairs(each)[1]
+        averages = each.average_pairs()[1]
         for average in averages:
             average.data.add_(1.0)
         held = {p.data_ptr() for p in each.averaged_actor.parameters()}
         assert held == {t.data_ptr() for t in averages}
         assert {p.dtype for p in each.averaged_actor.parameters()} == {averages[0].dtype}
     loss.reset_parameters_recursive()
-    for live, average in zip(*average_pairs(loss), strict=True):
+    for live, average in zip(*loss.average_pairs(), strict=True):
         assert torch.equal(live, average)
 
 
@@ -269,7 +269,7 @@ def test_without_it_nothing_changes():
     loss = make_loss(actor_ema=0.0)
     assert loss.averaged_actor is None
     assert not any(AVERAGE in key for key in loss.state_dict())
-    assert average_pairs(loss) == ([], [])
+    assert loss.average_pairs() == ([], [])
     with pytest.raises(AttributeError):
         loss.actor_ema = 0.5
     with pytest.raises(ValueError, match=r"actor_ema is 1.*must lie in \[0, 1\)"):

@@ -45,12 +45,12 @@ def test_an_eager_update_follows(change):
     for step in (late, early):
         if change is change_slope:
             step.loss.value_network.module.mlp[1] = nn.LeakyReLU(0.01)
-    early.loss.forget_evaluator()
+    early.loss.forget_networks()
     torch.manual_seed(1)
     batches = [make_batch() for _ in range(3)]
     late(batches[0])
     early(batches[0])
-    early.loss.forget_evaluator()
+    early.loss.forget_networks()
     change(early.loss)
     change(late.loss)
     for batch in batches[1:]:
@@ -64,10 +64,10 @@ def test_an_eager_update_follows(change):
 def test_an_unchanged_network_keeps_its_evaluator():
     step = make_step()
     step(make_batch())
-    kept = step.loss.kept_evaluator
+    kept = step.loss.kept_networks
     step.loss.eval()
     step(make_batch())
-    assert step.loss.kept_evaluator is kept
+    assert step.loss.kept_networks is kept
 
 
 def test_the_tenth_compilation_is_logged(monkeypatch):

@@ -21,7 +21,7 @@ from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import IQLPopulation, IQLStep, captured, compiled
 from iql_torchrl.data import DeviceSampler
-from iql_torchrl.update.guards import check_update_trains
+from iql_torchrl.update.step import check_update_trains
 
 MODES = {"torch.no_grad()": torch.no_grad, "torch.inference_mode()": torch.inference_mode}
 

@@ -1,0 +1,756 @@
+"""Implicit Q-Learning as a TorchRL loss module: the quantities of an update, and its three losses."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from numbers import Real
+from typing import Any, ClassVar
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
+from tensordict.utils import unravel_key
+from torch import Tensor, distributions
+from torchrl.modules import Delta
+from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
+from torchrl.objectives.value import TD0Estimator, ValueEstimatorBase
+
+from iql_torchrl import functional as F
+from iql_torchrl.config import IQLConfig, Knob, check_choice, loss_knobs
+from iql_torchrl.host import DETACHED_CRITICS, LIVE_CRITICS, TARGET_CRITICS
+from iql_torchrl.networks import join_observations
+from iql_torchrl.objectives.batch import (
+    FLOW_NOISE,
+    FLOW_TIME,
+    IMAGE_SHIFT,
+    NEXT_IMAGE_SHIFT,
+    Batch,
+    Draw,
+    agree,
+    per_sample,
+    read_batch,
+    with_draws,
+)
+from iql_torchrl.objectives.ensembles import Critics
+from iql_torchrl.objectives.parameters import NetworkLoss
+
+__all__ = [
+    "ACTOR_OBJECTIVES",
+    "DIAGNOSTICS",
+    "LOSSES",
+    "OPTIONS",
+    "POLICY_VALUE_GAP",
+    "ImplicitQLoss",
+]
+
+ValueObjective = str | Callable[[Tensor, Tensor], Tensor]
+ActorObjective = str | Callable[[TensorDictModule, TensorDictBase], Tensor]
+AdvantageWeight = str | Callable[[Tensor], Tensor]
+ADVANTAGE_WEIGHTS = ("exponential",)
+ACTOR_OBJECTIVES = ("log_prob", "mse", "ddpg_bc", "flow")
+Q_REDUCTIONS = ("min", "mean")
+Q_SOURCES = {"live": DETACHED_CRITICS, "target": TARGET_CRITICS}
+SMALLEST_SCALE = 1e-6
+POLICY_VALUE_GAP = "policy_value_gap"  # the diagnostic that ddpg_bc has and other objectives do not
+LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
+# Attributes that decide, with the knobs, what a loss computes and returns.
+OPTIONS = (
+    "actor_objective",
+    "advantage_weight",
+    "deactivate_vmap",
+    "delay_qvalue",
+    "deterministic_sampling_mode",
+    "diagnostics",
+    "loss_mask_key",
+    "num_qvalue_nets",
+    "q_reduction",
+    "q_source",
+    "reduction",
+    "scalar_output_mode",
+    "use_prioritized_weights",
+)
+DIAGNOSTICS = (
+    "advantage_mean",
+    "weight_mean",
+    "weight_at_ceiling",
+    "effective_sample_size",
+    "qvalue_mean",
+    "value_mean",
+    "td_error_mean",
+)
+
+
+class ImplicitQLoss(NetworkLoss):
+    """What :class:`IQLLoss` and :class:`DiscreteIQLLoss` share; abstract.
+
+    ``knobs`` describes the arguments that are settings of a run: each is checked by its description
+    and kept in the attribute of the same name, which is read at every evaluation.
+    """
+
+    knobs: ClassVar[Mapping[str, Knob]] = loss_knobs(IQLConfig)
+    default_value_estimator = ValueEstimators.TD0
+    SUPPORTED_VALUE_ESTIMATORS = (
+        ValueEstimators.TD0,
+        ValueEstimators.TD1,
+        ValueEstimators.TDLambda,
+    )
+    members: int | None = None  # number of runs of a population
+
+    def __init__(
+        self,
+        actor_network: ProbabilisticTensorDictSequential,
+        qvalue_network: Critics,
+        value_network: TensorDictModule,
+        *,
+        num_qvalue_nets: int = 2,
+        loss_function: str = IQLConfig.loss_function,
+        temperature: float = IQLConfig.temperature,
+        expectile: float = IQLConfig.expectile,
+        max_weight: float = IQLConfig.max_weight,
+        bc_weight: float = IQLConfig.bc_weight,
+        actor_ema: float = IQLConfig.actor_ema,
+        value_objective: ValueObjective = IQLConfig.value_objective,
+        actor_objective: ActorObjective = "log_prob",
+        advantage_weight: AdvantageWeight = "exponential",
+        q_reduction: str = "min",
+        q_source: str = "live",
+        diagnostics: bool = False,
+        encoder_network: TensorDictModule | None = None,
+        encoder_gradient: str = IQLConfig.encoder_gradient,
+        random_shift: int = IQLConfig.random_shift,
+        separate_losses: bool = False,
+        reduction: str | None = None,
+        deactivate_vmap: bool = False,
+        scalar_output_mode: str | None = None,
+        priority_key: str | None = None,
+        gamma: float | None = None,
+    ) -> None:
+        settings = {
+            "loss_function": loss_function,
+            "temperature": temperature,
+            "expectile": expectile,
+            "max_weight": max_weight,
+            "bc_weight": bc_weight,
+            "actor_ema": actor_ema,
+            "encoder_gradient": encoder_gradient,
+            "random_shift": random_shift,
+            "value_objective": value_objective,
+        }
+        for name, value in settings.items():
+            if not callable(value):
+                self.knobs[name].check_in_loss(value)
+        choices = {
+            "actor_objective": (actor_objective, ACTOR_OBJECTIVES),
+            "advantage_weight": (advantage_weight, ADVANTAGE_WEIGHTS),
+            "q_reduction": (q_reduction, Q_REDUCTIONS),
+            "q_source": (q_source, tuple(Q_SOURCES)),
+        }
+        for name, (choice, names) in choices.items():
+            if not callable(choice):
+                check_choice(name, choice, names)
+        _check_actor(actor_network, actor_objective)
+        _check_form(num_qvalue_nets, value_network, reduction, scalar_output_mode, gamma)
+        super().__init__(
+            actor_network,
+            qvalue_network,
+            value_network,
+            num_qvalue_nets=num_qvalue_nets,
+            separate_losses=separate_losses,
+            deactivate_vmap=deactivate_vmap,
+            priority_key=priority_key,
+            actor_ema=actor_ema,
+            encoder_network=encoder_network,
+            random_shift=random_shift,
+        )
+        for name in settings.keys() - {"actor_ema", "random_shift"}:
+            setattr(self, name, settings[name])
+        for name, (choice, _) in choices.items():
+            setattr(self, name, choice)
+        self.reduction = reduction or "mean"
+        self.scalar_output_mode = scalar_output_mode
+        self._diagnostics = diagnostics
+        if self.reduction == "none" and scalar_output_mode is None:
+            self.scalar_output_mode = "exclude"
+            warnings.warn(
+                f"{type(self).__name__} with reduction='none' returns losses of the batch's shape, "
+                "beside which a scalar (entropy, diagnostics) has no place: they are left out. Pass "
+                "scalar_output_mode='exclude' to say so, or 'non_tensor' to keep them as non-tensor "
+                "data.",
+                UserWarning,
+                stacklevel=3,
+            )
+        excluded = self.reduction == "none" and self.scalar_output_mode == "exclude"
+        self.out_keys = [*LOSSES, *(() if excluded else self.scalar_names)]
+
+    def make_value_estimator(
+        self, value_type: ValueEstimators | ValueEstimatorBase | None = None, **hyperparams: Any
+    ) -> ImplicitQLoss:
+        """Choose how the critics' targets are made: TD(0) (default), TD(1), TD(lambda), or your own.
+
+        ``loss.make_value_estimator(gamma=0.97)`` sets the discount (TorchRL's default is 0.99). Its
+        numbers become tensors on the device of the loss's parameters, unless ``device`` is given,
+        and move with ``loss.to(device)``.
+        Raises ``NotImplementedError`` on an estimator that needs an on-policy log, ``TypeError`` on
+        another kind of ``value_type``, ``ValueError`` on a number ``gamma`` outside [0, 1].
+        """
+        gamma = hyperparams.get("gamma")
+        if isinstance(gamma, str) or (isinstance(gamma, Real) and not 0 <= float(gamma) <= 1):
+            raise ValueError(f"gamma is {gamma!r}; a discount per step lies in [0, 1].")
+        value_type = value_type or self.default_value_estimator
+        if isinstance(value_type, ValueEstimatorBase | type):
+            return super().make_value_estimator(value_type, **hyperparams)
+        if not isinstance(value_type, ValueEstimators):
+            raise TypeError(
+                f"value_type is {value_type!r}; pass one of torchrl.objectives.ValueEstimators, "
+                "such as ValueEstimators.TD0, or a value estimator."
+            )
+        if hyperparams.get("device") is None:
+            hyperparams["device"] = next(self.parameters()).device
+        keys = self.tensor_keys
+        names = ("value", "reward", "done", "terminated")
+        dispatch_value_estimator(
+            self,
+            value_type,
+            supported=self.SUPPORTED_VALUE_ESTIMATORS,
+            tensor_keys={"value_target": "value_target"} | {n: getattr(keys, n) for n in names},
+            **hyperparams,
+        )
+        return self
+
+    @property
+    def diagnostics(self) -> bool:
+        """Whether the outputs hold ``DIAGNOSTICS``; chosen when the loss is built."""
+        return self._diagnostics
+
+    @property
+    def scalar_names(self) -> list[str]:
+        """Names of the scalars that an update computes besides its losses."""
+        names = ["entropy"] if self.actor_objective == "log_prob" else []
+        if self.diagnostics:
+            names += DIAGNOSTICS
+            names += [POLICY_VALUE_GAP] if self.actor_objective == "ddpg_bc" else []
+        return names
+
+    # -- what is read from a batch -----------------------------------------------------------------
+
+    def read(self, tensordict: TensorDictBase, draws: Mapping[str, Tensor] | None = None) -> Batch:
+        """The batch as the update reads it: :func:`read_batch`, and :meth:`random_inputs`.
+
+        Random tensors that neither ``tensordict`` nor ``draws`` has are drawn here, from torch's
+        default generator: so an update reads its batch outside of the compiled program.
+        """
+        weigh = self.use_prioritized_weights in (True, "auto")
+        done = unravel_key(("next", self.tensor_keys.done))
+        batch = read_batch(
+            tensordict,
+            required=[key for key in self.in_keys if key not in self.optional_keys | {done}],
+            mask_keys=self._loss_mask_keys(),
+            weight_key=self.tensor_keys.priority_weight if weigh else None,
+            done_key=done,
+        )
+        return self.drawn(self.each_run(batch), draws or {})
+
+    def each_run(self, batch: Batch) -> Batch:
+        """The batch itself; for P runs of a population ``(P, B)``."""
+        return batch
+
+    def drawn(self, batch: Batch, draws: Mapping[str, Tensor]) -> Batch:
+        """``batch`` with the random tensors that the losses need."""
+        needed = self.random_inputs(batch.data.batch_size)
+        return with_draws(batch, needed, draws, self._like) if needed else batch
+
+    @property
+    def _like(self) -> Tensor:
+        # not self.parameters(), which torch 2.11 cannot trace, nor next(iter(...)), as torch 2.15
+        like, *_ = self.actor_network_params.values(True, True)
+        return like
+
+    def random_inputs(self, batch_size: torch.Size) -> Mapping[str, Draw]:
+        """Random tensors that the losses of a batch need, by the key of the batch that replaces them.
+
+        For ``actor_objective="flow"``: ``"flow_noise"`` ``(*B, A)``, standard normal, and
+        ``"flow_time"`` ``(*B,)``, uniform on [0, 1); in a population ``(P, B, A)`` and ``(P, B)``. With
+        ``random_shift``: ``"image_shift"`` and ``"next_image_shift"`` ``(*B, 2)``, uniform on [0, 1).
+        Else none.
+        """
+        shape, needed = tuple(batch_size), {}
+        if self.actor_objective == "flow":
+            size = self.actor_network.action_features
+            needed[FLOW_NOISE] = Draw((*shape, size), normal=True, entries=size)
+            needed[FLOW_TIME] = Draw(shape, normal=False)
+        if self.random_shift:
+            shift = Draw((*shape, 2), normal=False, entries=2)
+            needed |= {IMAGE_SHIFT: shift, NEXT_IMAGE_SHIFT: shift}
+        return needed
+
+    @property
+    def trains_encoder_alone(self) -> bool:
+        """Whether only the critics' loss trains the encoder."""
+        return bool(self.encoder_gradient == "critics")
+
+    def inputs(self, batch: Batch, critics: str | None = None) -> TensorDictBase:
+        """What networks read: the batch's entries, with the encoder's features where there is one.
+
+        ``critics``: the parameters of the critics that read them; None for the policy and V. Target
+        critics get features of the target encoder. A gradient reaches the encoder through the live
+        critics, and with ``encoder_gradient="all"`` through the policy and V. Features are evaluated
+        once for a batch and kept in it.
+        """
+        if self.encoder_network is None:
+            return batch.observed
+        features = self._features(batch, target=critics == TARGET_CRITICS)
+        learns = critics == LIVE_CRITICS or (critics is None and not self.trains_encoder_alone)
+        if critics != TARGET_CRITICS and not learns:
+            features = features.detach()
+        return batch.observed.copy().update(features)
+
+    def _features(self, batch: Batch, *, target: bool) -> TensorDictBase:
+        encoder: Any = self.encoder_network
+        kept = batch.features
+        gradient = torch.is_grad_enabled() and not target
+        for key in ((target, True), (target, False)):
+            if key in kept and (key[1] or not gradient):
+                return kept[key]
+        data = batch.observed.select(*encoder.in_keys, strict=False)
+        if self.random_shift:
+            images = [data.get(key) for key in encoder.in_keys]
+            moved = encoder.module.shifted(images, batch.draws[IMAGE_SHIFT], self.random_shift)
+            for key, observation in zip(encoder.in_keys, moved, strict=True):
+                data.set(key, observation)
+        with torch.set_grad_enabled(gradient):
+            kept[(target, gradient)] = self.encoder_output(data, target=target)
+        return kept[(target, gradient)]
+
+    # -- each quantity of an update, evaluated once --------------------------------------------------
+
+    def target_qvalue(self, batch: Batch) -> Tensor:
+        """Minimum over the target critics of ``Q(s, a)``, shape ``(*B,)``, without gradient."""
+        with torch.no_grad():
+            return self.action_values(batch, TARGET_CRITICS).amin(0)
+
+    def qvalue(self, batch: Batch) -> Tensor:
+        """``Q_k(s, a)`` of every critic, shape ``(K, *B)``, with gradient."""
+        return self.action_values(batch, LIVE_CRITICS)
+
+    def action_values(self, batch: Batch, name: str) -> Tensor:
+        """``Q_k(s, a)`` of the logged action from K critics with parameters ``name``, ``(K, *B)``."""
+        outputs = self.critic_outputs(self.inputs(batch, name), name)
+        key = self.tensor_keys.state_action_value
+        return per_sample(self.pick(outputs, batch), batch.data.batch_size, key, leading=1)
+
+    def pick(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Of the critics' outputs that of the logged action."""
+        return outputs
+
+    def state_value(self, batch: Batch) -> Tensor:
+        """``V(s)``, shape ``(*B,)``, with gradient."""
+        return self._as_values(self.value_output(self.inputs(batch)), batch)
+
+    def state_values(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """``V(s)`` and, where one evaluation gives both, ``V(s')``; without gradient."""
+        with torch.no_grad():
+            value = None if self.direct is None else self.direct.value
+            if value is None or not value.by_row or not self._bootstraps_once():
+                return self.state_value(batch), None
+            here, there = value.twice(self.inputs(batch), self.inputs(batch.next))
+            return self._as_values(here, batch), self._as_values(there, batch)
+
+    def _as_values(self, output: Tensor, batch: Batch) -> Tensor:
+        return per_sample(output, batch.data.batch_size, self.tensor_keys.value)
+
+    def _bootstraps_once(self) -> bool:
+        """Whether targets take ``V(s')`` of the batch and nothing else from V."""
+        estimator = self.value_estimator
+        return type(estimator) is TD0Estimator and not estimator.average_rewards
+
+    def td_target(self, batch: Batch, next_value: Tensor | None = None) -> Tensor:
+        """Regression target of the critics, shape ``(*B,)``, without gradient.
+
+        ``r + gamma V(s')``, bootstrapped past truncation and not past termination; with
+        ``steps_to_next_obs`` in the batch (n-step rewards) the discount is ``gamma**n``.
+        ``next_value``, ``V(s')``, is evaluated where it is not given.
+        """
+        estimator = self.value_estimator
+        with torch.no_grad():
+            if not self._bootstraps_once():
+                data = self.inputs(batch).copy().set("next", self.inputs(batch.next))
+                target = estimator.value_estimate(
+                    data, target_params=self.target_value_network_params
+                )
+                return per_sample(target, batch.data.batch_size, "value_target")
+            keys = estimator.tensor_keys
+            shape = batch.data.batch_size
+            reward, terminated = (
+                per_sample(batch.data.get(("next", key)), shape, key)
+                for key in (keys.reward, keys.terminated)
+            )
+            gamma = self._discount(batch)
+            steps = batch.data.get(keys.steps_to_next_obs, None)
+            if steps is not None:
+                gamma = gamma ** per_sample(steps, shape, keys.steps_to_next_obs)
+            if next_value is None:
+                next_value = self.state_value(batch.next)
+            agree(reward=reward, terminated=terminated, next_state_value=next_value)
+            return F.td_target(reward, next_value, terminated, gamma=gamma)
+
+    def _discount(self, batch: Batch) -> Tensor:
+        """The discount, one number or one per sample."""
+        gamma: Tensor = self.value_estimator.gamma
+        return per_sample(gamma, batch.data.batch_size, "gamma") if gamma.ndim else gamma
+
+    def _reduce(self, loss: Tensor, batch: Batch) -> Tensor:
+        """Reduce per-sample losses; a mask or weight of a step applies to all that it holds."""
+        return F.reduce(
+            loss,
+            reduction=self.reduction,
+            mask=batch.mask_like(loss),
+            weight=batch.weight_like(loss),
+            dim=self._samples(loss),
+        )
+
+    def divisors(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What means over a batch are divided by, ``()`` or ``(P,)`` for P runs, in float64.
+
+        The first is that of losses, the sum of the valid steps' weights; the second that of scalars,
+        the number of valid steps.
+        """
+        steps = torch.ones(batch.data.batch_size, dtype=torch.float64, device=self._like.device)
+        if batch.mask is not None:
+            steps = steps.masked_fill(~batch.mask, 0.0)
+        weights = steps if batch.weight is None else steps * batch.weight
+        dim = self._samples(steps)
+        dims = tuple(range(steps.ndim)) if dim is None else tuple(dim)
+        return weights.sum(dims), steps.sum(dims)
+
+    def _samples(self, value: Tensor) -> Sequence[int] | None:
+        """Dimensions of per-sample ``value`` that the mean of one run goes over; None for all."""
+        return None if self.members is None else tuple(range(1, value.ndim))
+
+    def _mean(self, value: Tensor, batch: Batch) -> Tensor:
+        return F.weighted_mean(value, mask=batch.mask_like(value), dim=self._samples(value))
+
+    def mean_of_run(self, value: Tensor, batch: Batch) -> Tensor:
+        """Mean of per-sample ``value`` over the valid steps of each run, to divide it by."""
+        mean = self._mean(value, batch)
+        if batch.mean_of_all is not None:
+            mean = batch.mean_of_all(mean)
+        return mean.view(*mean.shape, *(1,) * (value.ndim - mean.ndim)) if mean.ndim else mean
+
+    # -- one term per network --------------------------------------------------------------------
+
+    def value_term(
+        self, batch: Batch, target_qvalue: Tensor, td_target: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of V given the quantities it regresses on, and its metadata (eq. 5).
+
+        ``"expectile"``: asymmetric squared error of ``min_k Q_k(s, a) - V(s)``. ``"quantile"``:
+        pinball loss of the same. ``"sarsa_expectile"``: asymmetric squared error of
+        ``r + gamma V(s') - V(s)``, for which the loss does not use the critics. A callable
+        ``(min_k Q_k(s, a), V(s)) -> loss`` gives its own per-sample loss, all of shape ``(*B,)``.
+        """
+        value = self.state_value(batch)
+        agree(state_value=value, target_qvalue=target_qvalue)
+        if callable(self.value_objective):
+            loss = self._per_sample(
+                self.value_objective(target_qvalue, value), batch, "value_objective"
+            )
+        elif self.value_objective == "sarsa_expectile":
+            target = self.td_target(batch) if td_target is None else td_target
+            loss = F.expectile_loss(target - value, expectile=self.expectile)
+        elif self.value_objective == "quantile":
+            loss = F.quantile_loss(target_qvalue - value, quantile=self.expectile)
+        else:
+            loss = F.expectile_loss(target_qvalue - value, expectile=self.expectile)
+        return self._reduce(loss, batch), {"value": value.detach()}
+
+    def actor_term(self, batch: Batch, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of the policy given the advantages ``(*B,)``, and its metadata (eq. 7).
+
+        ``-w log pi(a|s)`` with ``w = min(exp(temperature * A), max_weight)``; ``"mse"`` takes
+        ``w |pi(s) - a|**2`` summed over action dimensions; a callable gives its own per-sample
+        loss, weighted the same way. A callable ``advantage_weight`` gives ``w`` from ``A``.
+        ``"flow"`` takes ``w`` times the error of the velocity, :meth:`_flow_matching`.
+        ``"ddpg_bc"`` has no weights (all are 1): :meth:`_ddpg_bc`.
+        """
+        if self.actor_objective == "ddpg_bc":
+            error, value = self._ddpg_bc(batch)
+            metadata = {"advantage": advantage, "weight": torch.ones_like(advantage)}
+            return self._reduce(error, batch), metadata | {"policy_value": value}
+        weight = self.weight_of(advantage, batch)
+        metadata = {"advantage": advantage, "weight": weight}
+        error = self._actor_error(batch)
+        agree(policy_error=error, advantage=advantage)
+        if self.actor_objective == "log_prob":
+            metadata["log_prob"] = -error.detach()
+        return self._reduce(weight * error, batch), metadata
+
+    def weight_of(self, advantage: Tensor, batch: Batch) -> Tensor:
+        """Weights ``(*B,)`` of the samples in the policy's loss, without gradient."""
+        if callable(self.advantage_weight):
+            weight = self.advantage_weight(advantage).detach()
+            return self._per_sample(weight, batch, "advantage_weight")
+        return F.exponential_weight(
+            advantage, temperature=self.temperature, max_weight=self.max_weight
+        )
+
+    @staticmethod
+    def _per_sample(result: Tensor, batch: Batch, name: str) -> Tensor:
+        """The result of a function that the user gave as ``name``; ``ValueError`` on its shape."""
+        return per_sample(result, batch.data.batch_size, f"{name}'s result")
+
+    def qvalue_term(self, batch: Batch, td_target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sum over critics of their distance to ``td_target``, and its metadata (eq. 6).
+
+        ``metadata["td_error"]`` is the squared error of every critic, ``(K, *B)``, 0 where masked.
+        """
+        qvalue = self.qvalue(batch)
+        agree(qvalue=qvalue[0], td_target=td_target)
+        target = td_target.expand_as(qvalue)
+        loss = F.regression_loss(qvalue, target, loss_function=self.loss_function).sum(0)
+        td_error = (qvalue.detach() - target).square()
+        mask = batch.mask_like(td_target)
+        if mask is not None:
+            td_error = td_error.masked_fill(~mask, 0.0)
+        return self._reduce(loss, batch), {"td_error": td_error, "qvalue": qvalue.detach()}
+
+    def terms(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """All three losses from at most five network evaluations, and their joined metadata."""
+        target_qvalue = self.target_qvalue(batch)
+        td_target = self.td_target(batch)
+        loss_value, of_value = self.value_term(batch, target_qvalue, td_target)
+        loss_actor, of_actor = self.actor_term(batch, target_qvalue - of_value["value"])
+        loss_qvalue, of_qvalue = self.qvalue_term(batch, td_target)
+        losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value}
+        return losses, of_value | of_actor | of_qvalue
+
+    # -- errors of the policy by the name of their objective ------------------------------------------
+
+    def _actor_error(self, batch: Batch) -> Tensor:
+        """Per-sample error of the policy on the logged actions, ``(*B,)``, to be weighted."""
+        if self.actor_objective == "flow":
+            return self._flow_matching(batch)
+        if callable(self.actor_objective):
+            with self.policy() as actor:
+                error = self.actor_objective(actor, self.inputs(batch).copy())
+            return self._per_sample(error, batch, "actor_objective")
+        if self.actor_objective == "mse":
+            error = (self._policy_action(batch) - batch.data.get(self.tensor_keys.action)).square()
+            return error if error.ndim == batch.data.ndim else error.sum(-1)
+        dist = self.policy_distribution(self.inputs(batch))
+        log_prob = dist.log_prob(self.logged_action(batch, dist))
+        return -per_sample(log_prob, batch.data.batch_size, "log_prob")
+
+    def logged_action(self, batch: Batch, dist: distributions.Distribution) -> Tensor:
+        """The logged action in the form that ``dist.log_prob`` takes."""
+        return batch.data.get(self.tensor_keys.action)
+
+    def _policy_action(self, batch: Batch) -> Tensor:
+        """The action that the policy writes, ``(*B, A)``."""
+        with self.policy() as actor:
+            inputs = self.inputs(batch).select(*actor.in_keys, strict=False)
+            return actor(inputs).get(self.tensor_keys.action)
+
+    def policy_output(self, batch: Batch) -> tuple[Tensor, distributions.Distribution | None]:
+        """The policy's action without randomness, ``(*B, A)``, and its distribution if it has one."""
+        if not hasattr(self.actor_network, "get_dist"):
+            return self._policy_action(batch), None
+        dist = self.policy_distribution(self.inputs(batch))
+        action = getattr(dist, "deterministic_sample", None)
+        return dist.mean if action is None else torch.as_tensor(action), dist
+
+    def _flow_matching(self, batch: Batch) -> Tensor:
+        """Mean over action dimensions of ``(v(s, x_t, t) - (a - noise))**2``, per sample ``(*B,)``.
+
+        ``x_t = (1 - t) * noise + t * a``, with the logged action a in the policy's units, standard
+        normal noise and uniform t from ``batch.draws``: :func:`iql_torchrl.functional.flow_path`.
+        """
+        inputs, time = self.inputs(batch), batch.draws[FLOW_TIME]
+        logged = batch.data.get(self.tensor_keys.action)
+        with self.policy() if self.direct is None else nullcontext(self.actor_network) as actor:
+            observation = join_observations([inputs.get(key) for key in actor.in_keys])
+            point, target = F.flow_path(batch.draws[FLOW_NOISE], actor.normalise(logged), time=time)
+            head = None if self.direct is None else self.direct.head
+            velocity = (actor.velocity if head is None else head.run)(observation, point, time)
+        return (velocity.to(target.dtype) - target).square().mean(-1)
+
+    def _ddpg_bc(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``-Q(s, pi(s)) / mean|Q| + bc_weight * cloning error``, ``min_k Q_k(s, pi(s))``, ``(*B,)``.
+
+        The mean goes over the valid steps of a run; it, the critics' parameters and the second result
+        get no gradient. The cloning error is minus the log-probability of the logged action; without
+        density, the squared error.
+        """
+        action, dist = self.policy_output(batch)
+        logged = batch.data.get(self.tensor_keys.action)
+        read = self.observed_keys(self.qvalue_network.in_keys)
+        data: TensorDictBase = batch.data.select(*read, strict=False)
+        chosen = replace(
+            batch,
+            data=data.copy().set(self.tensor_keys.action, action),
+            shared=None,
+            features=batch.features if batch.shared is None else {},
+        )
+        values = self.action_values(chosen, Q_SOURCES[self.q_source])
+        q = values.amin(0) if self.q_reduction == "min" else values.mean(0)
+        scale = self.mean_of_run(q.detach().abs(), batch) + SMALLEST_SCALE
+        if dist is None or isinstance(dist, Delta):
+            error = (action - logged).square().sum(-1)
+        else:
+            error = -per_sample(dist.log_prob(logged), action.shape[:-1], "log_prob")
+        agree(value_of_policy=q, cloning_error=error)
+        return self.bc_weight * error - q / scale, values.detach().amin(0)
+
+    # -- TorchRL's interface -----------------------------------------------------------------------
+
+    def value_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`value_term` of a batch, everything it needs evaluated here."""
+        batch = self.read(tensordict)
+        return self.value_term(batch, self.target_qvalue(batch))
+
+    def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`actor_term` of a batch with ``A = min_k Q_k(s, a) - V(s)``.
+
+        Writes the log-probability of the logged actions into ``tensordict``, as TorchRL does (not for
+        a population, whose runs may share the batch).
+        """
+        batch = self.read(tensordict)
+        with torch.no_grad():
+            advantage = self.target_qvalue(batch) - self.state_value(batch)
+        loss, metadata = self.actor_term(batch, advantage)
+        if "log_prob" in metadata and self.members is None:
+            tensordict.set(self.tensor_keys.log_prob, metadata["log_prob"])
+        return loss, metadata
+
+    def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
+        """:meth:`qvalue_term` of a batch with the targets of :meth:`td_target`."""
+        batch = self.read(tensordict)
+        return self.qvalue_term(batch, self.td_target(batch))
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """The three losses of a batch, each reaching its own network and no other.
+
+        Reads :attr:`in_keys`; returns ``loss_actor``, ``loss_qvalue``, ``loss_value``,
+        ``entropy`` (TorchRL's name for minus the mean log-probability of the logged actions), and
+        with ``diagnostics=True`` the keys of ``DIAGNOSTICS`` (for ``"ddpg_bc"`` also
+        ``policy_value_gap``). Writes the priority (largest
+        squared TD error of the critics) and the log-probability into ``tensordict``.
+        """
+        batch = self.read(tensordict)
+        losses, metadata = self.terms(batch)
+        out = self.outputs(tensordict, losses, self.summary(batch, metadata))
+        self._clear_weakrefs(
+            tensordict,
+            out,
+            *(f"{network}_network_params" for network in ("actor", "qvalue", "value")),
+            TARGET_CRITICS,
+        )
+        return out
+
+    def summary(self, batch: Batch, metadata: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Outputs of an update besides its losses.
+
+        ``priority`` and ``log_prob`` per sample; scalars ``entropy`` and those of ``DIAGNOSTICS``.
+        """
+        summary = {"priority": metadata["td_error"].amax(0)}
+        if "log_prob" in metadata:
+            summary["log_prob"] = metadata["log_prob"]
+            summary["entropy"] = self._mean(-metadata["log_prob"], batch)
+        return summary | self._diagnose(metadata, batch) if self.diagnostics else summary
+
+    def outputs(
+        self, tensordict: TensorDictBase, losses: dict[str, Tensor], summary: dict[str, Tensor]
+    ) -> TensorDictBase:
+        """A new TensorDict of losses and scalars; priority and log-probability go into the input."""
+        scalars = dict(summary)
+        tensordict.set(self.tensor_keys.priority, scalars.pop("priority"))
+        if "log_prob" in scalars:
+            tensordict.set(self.tensor_keys.log_prob, scalars.pop("log_prob"))
+        if self.reduction != "none":
+            return TensorDict(losses | scalars)
+        out = TensorDict(losses, batch_size=tensordict.batch_size)
+        if self.scalar_output_mode == "non_tensor":
+            for key, scalar in scalars.items():
+                out.set_non_tensor(key, scalar)
+        return out
+
+    def _diagnose(self, metadata: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+        weight = metadata["weight"]
+        mask, dim = batch.mask_like(weight), self._samples(weight)
+        limited = self.actor_objective != "ddpg_bc" and not callable(self.advantage_weight)
+        at_ceiling = (weight >= self.max_weight).to(
+            weight.dtype
+        ) * limited  # others have no ceiling
+        gap = {}
+        if "policy_value" in metadata:
+            live = self.q_source == "live"
+            logged = metadata["qvalue"].amin(0) if live else self.target_qvalue(batch)
+            gap = {POLICY_VALUE_GAP: self._mean(metadata["policy_value"] - logged, batch)}
+        return gap | {
+            "advantage_mean": self._mean(metadata["advantage"], batch),
+            "weight_mean": self._mean(weight, batch),
+            "weight_at_ceiling": self._mean(at_ceiling, batch),
+            "effective_sample_size": F.effective_sample_size(weight, mask=mask, dim=dim),
+            "qvalue_mean": self._mean(metadata["qvalue"].mean(0), batch),
+            "value_mean": self._mean(metadata["value"], batch),
+            "td_error_mean": self._mean(metadata["td_error"].mean(0), batch),
+        }
+
+
+def _check_form(
+    num_qvalue_nets: object,
+    value_network: object,
+    reduction: str | None,
+    scalar_output_mode: str | None,
+    gamma: object,
+) -> None:
+    """Raise ``TypeError`` or ``ValueError`` on arguments that no loss accepts."""
+    if gamma is not None:
+        raise TypeError(
+            f"gamma is {gamma!r}; the discount belongs to the value estimator: call "
+            f"loss.make_value_estimator(gamma={gamma!r}) after building the loss."
+        )
+    if isinstance(num_qvalue_nets, bool) or not isinstance(num_qvalue_nets, int):
+        raise TypeError(f"num_qvalue_nets is {num_qvalue_nets!r}; it must be a whole number >= 1.")
+    if num_qvalue_nets < 1:
+        raise ValueError(f"num_qvalue_nets is {num_qvalue_nets}; at least one critic is needed.")
+    if value_network is None:
+        raise ValueError(
+            "value_network is None: IQL needs a state-value network V(s), for the targets of "
+            "the critics and for the policy's advantages. Pass a module that writes "
+            "'state_value'."
+        )
+    if reduction not in (None, "", "mean", "sum", "none"):
+        raise ValueError(f"reduction is {reduction!r}; choose 'mean', 'sum' or 'none'.")
+    if scalar_output_mode not in (None, "exclude", "non_tensor"):
+        raise ValueError(
+            f"scalar_output_mode is {scalar_output_mode!r}; choose 'exclude', 'non_tensor' or None."
+        )
+
+
+def _check_actor(actor: Any, objective: ActorObjective) -> None:
+    """Raise ``TypeError`` where the policy cannot be trained with the objective."""
+    if (
+        objective == "log_prob"
+        and not hasattr(actor, "get_dist")
+        and not hasattr(actor, "velocity")
+    ):
+        raise TypeError(
+            f"actor_network is {type(actor).__name__}, which has no distribution "
+            "(get_dist); expected a TorchRL ProbabilisticActor, or actor_objective='mse' for a "
+            "policy that gives the action itself."
+        )
+    if callable(objective) or (objective == "flow") is hasattr(actor, "velocity"):
+        return
+    if objective == "flow":
+        raise TypeError(
+            f"actor_network is {type(actor).__name__}, which has no velocity; actor_objective='flow' "
+            "needs policies.flow(...)."
+        )
+    raise TypeError(
+        f"actor_objective is {objective!r} and actor_network is a {type(actor).__name__}, which has "
+        "no density; train it with actor_objective='flow'."
+    )

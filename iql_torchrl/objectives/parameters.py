@@ -1,0 +1,564 @@
+"""A TorchRL loss that holds an actor, K critics with targets, V and an encoder, and evaluates them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictParams
+from tensordict.utils import unravel_key
+from torch import Tensor, nn
+from torchrl.modules import GRUModule, LSTMModule
+from torchrl.objectives.common import LossModule
+
+from iql_torchrl.fast_networks.direct import (
+    DirectNetworks,
+    critics_over,
+    distribution_of,
+    is_head_and_distribution,
+    network_over,
+    writes,
+)
+from iql_torchrl.host import (
+    DETACHED_CRITICS,
+    LIVE_CRITICS,
+    TARGET_CRITICS,
+    children_of,
+    plain_entries,
+)
+from iql_torchrl.objectives.batch import output_of
+from iql_torchrl.objectives.ensembles import (
+    Critics,
+    check_encoder,
+    initialise_critics,
+    list_critics,
+)
+from iql_torchrl.policies import FlowPolicy
+
+__all__ = ["ENCODER", "NETWORKS", "NetworkLoss"]
+
+NETWORKS = ("actor_network", "qvalue_network", "value_network")
+"""Attributes of a loss; their parameters are ``<name>_params`` and ``target_<name>_params``."""
+ENCODER = "encoder_network"
+AVERAGE = "average_actor_network_params"  # not target_..., which TorchRL's updaters would move
+NOT_SAVED = ("map_critics", "direct", "kept_networks")
+
+
+class TrunkEntry(NamedTuple):
+    """Entry ``key`` of ``network``'s parameters is entry ``owner_key`` of ``owner``'s."""
+
+    network: str
+    key: NestedKey
+    owner: str
+    owner_key: NestedKey
+
+
+class NetworkLoss(LossModule):
+    """Holds actor, critics, V and encoder as TorchRL's losses do, and evaluates them; abstract.
+
+    A trunk used by the actor and by the critics has one owner. Critics hold a mirror of it: a
+    parameter with the owner's storage that belongs to no optimiser, but that TorchRL's updaters
+    follow, as they follow any source that requires a gradient; so the targets average the trunk. In a
+    forward pass the critics read the owner itself, detached with ``separate_losses=True`` (the
+    owner's loss alone trains it). Buffers (statistics of normalisation layers) of target critics are
+    tied to the live ones.
+
+    Networks are evaluated as in TorchRL's losses, with parameters put into them; inside
+    :meth:`evaluated_directly` by ``fast_networks.direct``, where their structure allows it.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        """Keys that :meth:`set_keys` can rename; those of TorchRL's IQLLoss and ``priority_weight``."""
+
+        value: NestedKey = "state_value"
+        action: NestedKey = "action"
+        log_prob: NestedKey = "_log_prob"
+        priority: NestedKey = "td_error"
+        priority_weight: NestedKey = "priority_weight"
+        state_action_value: NestedKey = "state_action_value"
+        reward: NestedKey = "reward"
+        done: NestedKey = "done"
+        terminated: NestedKey = "terminated"
+
+    tensor_keys: _AcceptedKeys
+    default_keys = _AcceptedKeys
+
+    actor_network: TensorDictModule
+    actor_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+    qvalue_network: TensorDictModule
+    qvalue_network_params: TensorDictParams
+    target_qvalue_network_params: TensorDictParams
+    value_network: TensorDictModule
+    value_network_params: TensorDictParams
+    target_value_network_params: TensorDictParams
+    encoder_network: TensorDictModule | None
+    encoder_network_params: TensorDictParams
+    target_encoder_network_params: TensorDictParams
+
+    actor_objective: Any
+    optional_keys: set[NestedKey]
+    direct: DirectNetworks | None = None  # inside evaluated_directly
+    kept_networks: DirectNetworks | None = None
+
+    def __init__(
+        self,
+        actor_network: nn.Module,
+        qvalue_network: Critics,
+        value_network: TensorDictModule,
+        *,
+        num_qvalue_nets: int,
+        separate_losses: bool,
+        deactivate_vmap: bool,
+        priority_key: str | None,
+        actor_ema: float = 0.0,
+        encoder_network: TensorDictModule | None = None,
+        random_shift: int = 0,
+    ) -> None:
+        self._in_keys: list[NestedKey] | None = None
+        super().__init__()
+        self._set_deprecated_ctor_keys(priority=priority_key)
+        self._actor_ema = actor_ema
+        self.averaged_actor: Any = None
+        self.encoder_network = encoder_network
+        self.random_shift = random_shift
+        self.num_qvalue_nets = num_qvalue_nets
+        self.delay_qvalue = True
+        self.deactivate_vmap = deactivate_vmap
+        self._detach_trunk = separate_losses
+        self._trunk: list[TrunkEntry] = []
+        self._tied_buffers: list[tuple[str, NestedKey]] = []
+        self._convert(actor_network, qvalue_network, value_network)
+        self.register_load_state_dict_pre_hook(NetworkLoss._before_load)
+        self.register_load_state_dict_post_hook(NetworkLoss._after_load)
+        self._make_vmap()
+
+    @property
+    def actor_ema(self) -> float:
+        """Decay of the policy's averaged weights; chosen when the loss is built."""
+        return self._actor_ema
+
+    @property
+    def network_names(self) -> tuple[str, ...]:
+        """:data:`NETWORKS`, and the encoder's name where the loss has one."""
+        return NETWORKS if self.encoder_network is None else (*NETWORKS, ENCODER)
+
+    @property
+    def has_trunk(self) -> bool:
+        """Whether networks share parameters."""
+        return bool(self._trunk)
+
+    # -- from the user's networks to parameters and targets ------------------------------------------
+
+    def _convert(self, actor: nn.Module, critics: Critics, value: nn.Module) -> None:
+        """Register the networks' parameters and the critics' targets, as TorchRL does."""
+        separate, count = self._detach_trunk, self.num_qvalue_nets
+        listed = list_critics(critics, count)
+        modules = listed if isinstance(listed, list) else [listed]
+        networks = {"actor_network": [actor], "qvalue_network": modules, "value_network": [value]}
+        for name, each in networks.items():
+            for module in each:
+                if not isinstance(module, nn.Module) or not hasattr(module, "in_keys"):
+                    raise TypeError(
+                        f"{name} is {type(module).__name__}; it must be a TensorDictModule: wrap a "
+                        "plain network as TensorDictModule(network, in_keys=[...], out_keys=[...])."
+                    )
+        check_encoder(self.encoder_network, networks, self.random_shift)
+        self._add_encoder()
+        if separate:
+            self._find_trunk("value_network", [value], {"actor_network": actor})
+        if separate or len(modules) > 1:
+            owners = {"actor_network": actor, "value_network": value}
+            self._find_trunk("qvalue_network", modules, owners)
+        of_actor = list(actor.parameters())
+        self.convert_to_functional(actor, "actor_network")
+        if self.actor_ema:
+            self._add_average()
+        self.convert_to_functional(
+            value, "value_network", compare_against=of_actor if separate else None
+        )
+        self.convert_to_functional(
+            listed,
+            "qvalue_network",
+            None if count == 1 else count,
+            create_target_params=True,
+            compare_against=[*of_actor, *value.parameters()] if separate else None,
+        )
+        if count > 1 and not isinstance(listed, list):
+            initialise_critics(
+                self.qvalue_network_params, children_of(self)[TARGET_CRITICS], listed
+            )
+        self._install_mirrors("value_network", [value])
+        self._install_mirrors("qvalue_network", modules)
+        self.optional_keys = _recurrent_keys(actor, value, *modules)
+
+    def _add_encoder(self) -> None:
+        encoder = self.encoder_network
+        if encoder is not None:
+            del self.encoder_network
+            self.convert_to_functional(encoder, ENCODER, create_target_params=True)
+
+    def _find_trunk(
+        self, name: str, modules: Sequence[nn.Module], owners: Mapping[str, nn.Module]
+    ) -> None:
+        """Record the entries that every one of ``modules`` shares with an owner, first owner wins."""
+        owned: dict[int, tuple[str, NestedKey]] = {}
+        for owner, module in owners.items():
+            for key, parameter in TensorDict.from_module(module).items(True, True):
+                owned.setdefault(id(parameter), (owner, key))
+        tables = [dict(TensorDict.from_module(module).items(True, True)) for module in modules]
+        for key, parameter in tables[0].items():
+            same = all(table.get(key) is parameter for table in tables)
+            if isinstance(parameter, nn.Parameter) and same and id(parameter) in owned:
+                self._trunk.append(TrunkEntry(name, key, *owned[id(parameter)]))
+
+    def _install_mirrors(self, name: str, modules: Sequence[nn.Module]) -> None:
+        """Put mirrors in place, give critics' entries storage of their own, and tie targets."""
+        buffers = {tuple(key.split(".")) for m in modules for key, _ in m.named_buffers()}
+        params: TensorDictParams = getattr(self, f"{name}_params")
+        mirrored = {entry.key for entry in self._trunk if entry.network == name}
+        with params.unlock_():
+            for key, leaf in list(params.items(True, True)):
+                if (key if isinstance(key, tuple) else (key,)) in buffers:
+                    leaf.data = leaf.data.contiguous()
+                    self._tied_buffers.append((name, key))
+                elif key in mirrored:
+                    params.set(key, nn.Parameter(leaf.detach()))
+                elif not isinstance(leaf, nn.Parameter):
+                    warnings.warn(
+                        f"the listed critics share {key!r} of {name} with each other and with no "
+                        "other network; each now trains a copy of its own.",
+                        UserWarning,
+                        stacklevel=7,
+                    )
+                    params.set(key, nn.Parameter(leaf.detach().clone()))
+        self._tie()
+
+    # -- tensors that are one: shared trunks, targets' buffers, averages, the user's own networks -----
+
+    def _tie(self) -> None:
+        """Let tensors that are one share their storage again, after a copy, a cast or a load."""
+        for name, key, owner, owner_key in self._trunk:
+            mirror = getattr(self, f"{name}_params").get(key)
+            mirror.data = getattr(self, f"{owner}_params").get(owner_key).data.expand(mirror.shape)
+        for name, key in self._tied_buffers:
+            target: TensorDictParams | None = children_of(self).get(f"target_{name}_params")
+            if target is not None:
+                target.get(key).data = getattr(self, f"{name}_params").get(key).data
+        if self.averaged_actor is not None:
+            average = children_of(self)[AVERAGE]
+            for module, name, live, key in _places(self.averaged_actor, self.actor_network_params):
+                shared: Any = live.data
+                if isinstance(live, nn.Parameter):
+                    shared = nn.Parameter(average.get(key).data, requires_grad=False)
+                setattr(module, name, shared)
+
+    def _hold(self) -> None:
+        """Let the user's own networks hold the tensors of this loss, which may be others now."""
+        trunks = {entry.network for entry in self._trunk}
+        for name in self.network_names:
+            one = name != "qvalue_network" or self.num_qvalue_nets == 1
+            params = children_of(self).get(f"{name}_params")
+            if one and name not in trunks and params is not None:
+                for module, entry, leaf, _ in _places(getattr(self, name), params):
+                    held = leaf if isinstance(leaf, nn.Parameter) else leaf.data
+                    setattr(module, entry, held)
+        self._tie()
+        self.forget_networks()
+
+    def forget_networks(self) -> None:
+        """Let :meth:`evaluated_directly` look at the networks again, since tensors or keys changed."""
+        self.kept_networks = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> NetworkLoss:
+        super()._apply(fn, *args, **kwargs)
+        averaged = [] if self.averaged_actor is None else [self.averaged_actor]
+        for network in (*(getattr(self, name) for name in self.network_names), *averaged):
+            network._apply(fn)  # tensors and dtypes that are neither parameters nor buffers
+            for module in network.modules():
+                keywords = getattr(module, "distribution_kwargs", None)
+                if isinstance(keywords, dict):
+                    moved = {k: fn(v) for k, v in keywords.items() if isinstance(v, Tensor)}
+                    keywords.update(moved)
+        self._hold()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in NOT_SAVED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._hold()
+        self._make_vmap()
+
+    def reset_parameters_recursive(self) -> None:
+        """Initialise every network again, targets too, as TorchRL's losses do."""
+        self._untie()
+        super().reset_parameters_recursive()
+        live, averages = self.average_pairs()
+        for parameter, average in zip(live, averages, strict=True):
+            average.data.copy_(parameter.data)
+        self._hold()
+
+    def _untie(self) -> None:
+        """Give mirrors storage of their own, so that every entry can be written to."""
+        for name, key, _, _ in self._trunk:
+            mirror = getattr(self, f"{name}_params").get(key)
+            mirror.data = mirror.data.clone(memory_format=torch.contiguous_format)
+
+    def _before_load(self, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        self._untie()
+        if self.num_qvalue_nets > 1:
+            return
+        for key, current in self.state_dict().items():  # older TorchRL losses stacked one critic
+            stored = state_dict.get(prefix + key)
+            is_critic = key.removeprefix("target_").startswith("qvalue_network_params.")
+            if is_critic and stored is not None and stored.shape == (1, *current.shape):
+                state_dict[prefix + key] = stored.squeeze(0)
+
+    def _after_load(self, _: Any) -> None:
+        self._hold()
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, **kwargs: Any
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters to optimise, each once: mirrors of a shared trunk are left out."""
+        trunk, params = self.__dict__.get("_trunk", ()), children_of(self)
+        made = [entry for entry in trunk if f"{entry.network}_params" in params]
+        mirrors = {id(params[f"{entry.network}_params"].get(entry.key)) for entry in made}
+        for name, parameter in super().named_parameters(prefix, recurse, **kwargs):
+            if id(parameter) not in mirrors:
+                yield name, parameter
+
+    # -- the moving average of the policy's weights ---------------------------------------------------
+
+    def _add_average(self) -> None:
+        """Add a copy of the actor's parameters, and ``averaged_actor``, which acts with it.
+
+        Parameters are averaged; buffers are the live ones. The average starts at the weights as they
+        are. The copy is part of the loss's state, and not of its parameters.
+        """
+        params = self.actor_network_params
+        trained = [key for key, leaf in params.items(True, True) if isinstance(leaf, nn.Parameter)]
+        average = params.data.select(*trained).clone()
+        setattr(self, AVERAGE, TensorDictParams(average, no_convert=True))
+        actor = copy.deepcopy(self.actor_network)
+        self.__dict__["averaged_actor"] = actor.requires_grad_(
+            False
+        )  # no submodule, as the networks
+        self._tie()
+
+    def average_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The actor's parameters, and in the same order their averages; empty without averages."""
+        average = children_of(self).get(AVERAGE)
+        if average is None:
+            return [], []
+        pairs = [(self.actor_network_params.get(k), leaf) for k, leaf in average.items(True, True)]
+        return [live for live, _ in pairs], [leaf for _, leaf in pairs]
+
+    # -- evaluation ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def evaluated_directly(self) -> Iterator[None]:
+        """Evaluate known networks without TensorDict and vmap inside the context, as an update does.
+
+        What was found out about the networks is kept until the loss is moved, cast, loaded, reset or
+        given other keys, or an attribute, a part or the hooks of a network change.
+        """
+        if self.kept_networks is None or self.kept_networks.watched.changed():
+            self.kept_networks = self._make_direct()
+        self.direct = self.kept_networks
+        try:
+            yield
+        finally:
+            self.direct = None
+
+    def _make_direct(self) -> DirectNetworks:
+        trunks = {entry.network for entry in self._trunk}
+        keys, params = self.tensor_keys, children_of(self)
+        value = head = None
+        critics = {}
+        if "value_network" not in trunks and writes(self.value_network, keys.value):
+            network = self.value_network
+            of_value = self.value_network_params.get("module")
+            value = network_over(network.module, network.in_keys, of_value)
+        actor: Any = self.actor_network
+        if is_head_and_distribution(actor):
+            of_head = self.actor_network_params.get(("module", "0", "module"))
+            head = network_over(actor[0].module, actor[0].in_keys, of_head)
+        elif type(actor) is FlowPolicy:
+            head = network_over(actor.head, (), self.actor_network_params.get("head"))
+        if "qvalue_network" not in trunks and writes(self.qvalue_network, keys.state_action_value):
+            for name in (LIVE_CRITICS, TARGET_CRITICS, DETACHED_CRITICS):
+                of_name = params[TARGET_CRITICS if name == TARGET_CRITICS else LIVE_CRITICS]
+                critic = critics_over(
+                    self.qvalue_network, of_name, detached=name == DETACHED_CRITICS
+                )
+                critics |= {} if critic is None else {name: critic}
+        networks = [getattr(self, name) for name in self.network_names]
+        return DirectNetworks(networks, value, critics, head)
+
+    def _make_vmap(self) -> None:
+        network = self.qvalue_network
+
+        def evaluate(inputs: TensorDictBase, params: TensorDictBase) -> TensorDictBase:
+            with params.to_module(network, preserve_module_state=False):
+                return network(inputs)
+
+        def one_by_one(inputs: TensorDictBase, params: TensorDictBase) -> TensorDictBase:
+            return torch.stack([evaluate(inputs.copy(), critic) for critic in params.unbind(0)])
+
+        self.map_critics: Callable[..., TensorDictBase] = (
+            one_by_one
+            if self.deactivate_vmap
+            else torch.vmap(evaluate, (None, 0), randomness=self.vmap_randomness)
+        )
+
+    def _live(self, name: str) -> TensorDictBase:
+        """Parameters of the network ``name`` for a forward pass: mirrors replaced by their owners."""
+        params: TensorDictBase = getattr(self, f"{name}_params")
+        entries = [entry for entry in self._trunk if entry.network == name]
+        if not entries:
+            return params
+        params = _unlocked(params)
+        for entry in entries:
+            leaf = getattr(self, f"{entry.owner}_params").get(entry.owner_key)
+            leaf = leaf.expand(params.get(entry.key).shape)
+            params.set(entry.key, leaf.detach() if self._detach_trunk else leaf)
+        return params
+
+    def value_output(self, data: TensorDictBase) -> Tensor:
+        """V on the entries of ``data``, ``(*B, 1)``."""
+        if self.direct is not None and self.direct.value is not None:
+            value: Tensor = self.direct.value(data)
+            return value
+        network = self.value_network
+        inputs = data.select(*network.in_keys, strict=False)
+        with self._live("value_network").to_module(network, preserve_module_state=False):
+            return output_of(network(inputs), self.tensor_keys.value, "value_network")
+
+    def critic_outputs(self, data: TensorDictBase, name: str) -> Tensor:
+        """K critics with the parameters ``name``, ``(K, *B, n)``: live, target or detached ones.
+
+        A gradient of the detached ones reaches the inputs and no parameter.
+        """
+        if self.direct is not None and name in self.direct.critics:
+            out: Tensor = self.direct.critics[name](data)
+            return out.unsqueeze(0) if self.num_qvalue_nets == 1 else out
+        network, key = self.qvalue_network, self.tensor_keys.state_action_value
+        is_target = name == TARGET_CRITICS
+        params = children_of(self)[name] if is_target else self._live("qvalue_network")
+        if name != LIVE_CRITICS:  # a forward pass in training mode may write to buffers: to copies
+            buffers = [key for network, key in self._tied_buffers if network == "qvalue_network"]
+            params = _unlocked(params)
+            for each in buffers:
+                params.set(each, params.get(each).clone())
+        if name == DETACHED_CRITICS:
+            params = params.detach()
+        inputs = data.select(*network.in_keys, strict=False)
+        if self.num_qvalue_nets > 1:
+            if torch.compiler.is_compiling():  # vmap would lock it again, which warns in a graph
+                params = _unlocked(params)
+            return output_of(self.map_critics(inputs, params), key, "qvalue_network")
+        with params.to_module(network, preserve_module_state=False):
+            return output_of(network(inputs), key, "qvalue_network").unsqueeze(0)
+
+    def encoder_output(self, data: TensorDictBase, *, target: bool) -> TensorDictBase:
+        """What the encoder writes for ``data``, with its own or the target's parameters."""
+        encoder: Any = self.encoder_network
+        params = children_of(self).get(f"{'target_' * target}{ENCODER}_params")
+        # TorchRL keeps no parameters of an encoder without any, such as OneHots
+        with (
+            nullcontext()
+            if params is None
+            else params.to_module(encoder, preserve_module_state=False)
+        ):
+            written: TensorDictBase = encoder(data).select(*encoder.out_keys)
+        return written
+
+    @contextmanager
+    def policy(self) -> Iterator[Any]:
+        """The actor with its parameters in it, inside the context."""
+        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
+            yield self.actor_network
+
+    def policy_distribution(self, data: TensorDictBase) -> Any:
+        """The policy's distribution on the entries of ``data``."""
+        actor: Any = self.actor_network
+        if self.direct is not None and self.direct.head is not None:
+            return distribution_of(actor, self.direct.head, data)
+        with self.policy():
+            return actor.get_dist(data.select(*actor.in_keys, strict=False))
+
+    # -- keys ----------------------------------------------------------------------------------------
+
+    def observed_keys(self, keys: Sequence[NestedKey]) -> list[NestedKey]:
+        """The entries of a batch behind ``keys``, which networks read: for features what gives them."""
+        if self.encoder_network is None:
+            return list(keys)
+        written = {unravel_key(key) for key in self.encoder_network.out_keys}
+        rest = [key for key in keys if unravel_key(key) not in written]
+        return rest if len(rest) == len(keys) else [*rest, *self.encoder_network.in_keys]
+
+    def set_keys(self, **kwargs: Any) -> None:
+        """Rename entries of the batch, as TorchRL's losses do; ``ValueError`` on an unknown name."""
+        known = [field.name for field in fields(self._AcceptedKeys)]
+        if unknown := [name for name in kwargs if name not in known]:
+            raise ValueError(
+                f"{unknown[0]} is not an accepted tensordict key of {type(self).__name__}; choose "
+                f"from {', '.join(known)}."
+            )
+        super().set_keys(**kwargs)
+        self._in_keys = None
+        self.forget_networks()
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """Keys that :meth:`forward` reads; ``("next", ...)`` ones only for V."""
+        if self._in_keys is None:
+            keys = self.tensor_keys
+            of_value = self.observed_keys(self.value_network.in_keys)
+            names = [
+                keys.action,
+                *(("next", key) for key in (keys.reward, keys.done, keys.terminated)),
+                *self.observed_keys(self.actor_network.in_keys),
+                *self.observed_keys(self.qvalue_network.in_keys),
+                *of_value,
+                *(("next", key) for key in of_value),
+            ]
+            self._in_keys = list(dict.fromkeys(unravel_key(name) for name in names))
+        return self._in_keys
+
+    @in_keys.setter
+    def in_keys(self, values: list[NestedKey]) -> None:
+        self._in_keys = values
+
+
+def _places(
+    network: nn.Module, params: TensorDictBase
+) -> Iterator[tuple[nn.Module, str, Tensor, NestedKey]]:
+    """Each entry: the module and the name under which the network has it, its tensor, its key."""
+    for key, leaf in params.items(True, True):
+        *path, name = key if isinstance(key, tuple) else (key,)
+        yield network.get_submodule(".".join(path)), name, leaf, key
+
+
+def _unlocked(params: TensorDictBase) -> TensorDictBase:
+    """A shallow copy of ``params`` as a plain TensorDict whose entries can be replaced."""
+    if isinstance(params, TensorDictParams):
+        params = plain_entries(params)
+    return params.copy()
+
+
+def _recurrent_keys(*networks: nn.Module) -> set[NestedKey]:
+    """Keys that recurrent modules start from when a batch holds them and do without otherwise."""
+    cells = [m for net in networks for m in net.modules() if isinstance(m, LSTMModule | GRUModule)]
+    states = {unravel_key(key) for cell in cells for key in cell.in_keys[1:] if key != "is_init"}
+    return states | {unravel_key(("next", key)) for key in states}
