@@ -25,7 +25,7 @@ from bench_learning import RESULTS
 from bench_step import machine_of, measure, write
 from iql_torchrl import Agent, IQLConfig, captured, load_dataset, make_agent, policies
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.objectives import LossCritics
+from iql_torchrl.losses import LossCritics
 from step_rivals import Rival, Sizes, Update
 
 import numpy as np

@@ -31,7 +31,7 @@ from iql_torchrl import policies
 from iql_torchrl.evaluation.statistics import mean_interval
 from iql_torchrl.files import whole_file
 from iql_torchrl.networks import join_observations
-from iql_torchrl.objectives import LossCritics
+from iql_torchrl.losses import LossCritics
 
 import numpy as np
 import torch

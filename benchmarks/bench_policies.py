@@ -35,7 +35,7 @@ from iql_torchrl import (
 from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.evaluation.statistics import mean_interval
 from iql_torchrl.files import whole_file
-from iql_torchrl.objectives import LossCritics
+from iql_torchrl.losses import LossCritics
 
 import numpy as np
 import torch

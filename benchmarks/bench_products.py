@@ -9,7 +9,7 @@ inference.
 A layer of a network, ``x @ weight.T``. The two take turns; reported is the median of the rounds.
 ``--shapes`` multiplies matrices of so many random shapes and layouts, and reports how the ratio of the
 two depends on the shortest side and on the number of multiplications: the limits of
-``iql_torchrl/fast_networks/products.py`` are taken from there.
+``iql_torchrl/networks/products.py`` are taken from there.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from typing import Any
 
 from iql_torchrl import IQLConfig, IQLPopulation, OfflineDataset, load_dataset, policies
 from iql_torchrl.config import cli
-from iql_torchrl.objectives import LossCritics
+from iql_torchrl.losses import LossCritics
 
 import numpy as np
 import torch

@@ -15,7 +15,7 @@ from iql_torchrl.data import DatasetError, OfflineDataset, load_dataset
 from iql_torchrl.evaluation.background import BackgroundEvaluation
 from iql_torchrl.evaluation.rollout import Evaluation, evaluate
 from iql_torchrl.evaluation.video import record_video
-from iql_torchrl.objectives import DiscreteIQLLoss, IQLLoss
+from iql_torchrl.losses import DiscreteIQLLoss, IQLLoss
 from iql_torchrl.population.runs import IQLPopulation
 from iql_torchrl.selection import fitted_q_evaluation, importance_sampling, rank_members
 from iql_torchrl.trainers.trainer import OfflineTrainer

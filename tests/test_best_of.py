@@ -28,7 +28,7 @@ from iql_torchrl import (
     networks,
     policies,
 )
-from iql_torchrl.objectives import LossCritics
+from iql_torchrl.losses import LossCritics
 from iql_torchrl.policies.distributions import ClippedGaussian, ClippedMixture, SquashedGaussian
 
 LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 0.5])

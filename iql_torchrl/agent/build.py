@@ -25,7 +25,7 @@ from iql_torchrl.config import IQLConfig, check_usable
 from iql_torchrl.data import DatasetSummary
 from iql_torchrl.evaluation.act import act, private_random_numbers
 from iql_torchrl.networks import with_history
-from iql_torchrl.objectives import ImplicitQLoss, LossCritics
+from iql_torchrl.losses import ImplicitQLoss, LossCritics
 from iql_torchrl.update.compiled import compiled
 from iql_torchrl.update.step import IQLStep
 

@@ -36,7 +36,7 @@ from iql_torchrl.agent.task import Task
 from iql_torchrl.data.schema import MASK
 from iql_torchrl.evaluation.act import as_in_evaluation
 from iql_torchrl.files import whole_file
-from iql_torchrl.host import validates_distributions
+from iql_torchrl.private_apis import validates_distributions
 
 __all__ = ["description_path", "export_policy"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from iql_torchrl.descriptions import bounds_in_words
 from iql_torchrl.evaluation.act import whole_limits
-from iql_torchrl.host import assert_dtype, assert_later
+from iql_torchrl.private_apis import assert_dtype, assert_later
 
 __all__ = ["HISTORY_VALUES", "MASK_VALUES", "assert_history", "assert_values", "values_in_words"]
 

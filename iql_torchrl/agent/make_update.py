@@ -14,7 +14,7 @@ from torchrl.objectives import SoftUpdate
 from iql_torchrl.agent.make_networks import Networks
 from iql_torchrl.agent.task import Task
 from iql_torchrl.config import IQLConfig, loss_knobs
-from iql_torchrl.objectives import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
+from iql_torchrl.losses import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
 from iql_torchrl.update.step import IQLStep
 
 __all__ = [

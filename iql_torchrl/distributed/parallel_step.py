@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from iql_torchrl.distributed.ranks import Ranks
-from iql_torchrl.host import keeps_batch_statistics
+from iql_torchrl.private_apis import keeps_batch_statistics
 from iql_torchrl.update.step import IQLStep, Step, part_of
 
 __all__ = ["data_parallel"]
@@ -27,7 +27,7 @@ def data_parallel(step: S, ranks: Ranks) -> S:
     priority and log-probability written into the batch, are those of the whole batch on every rank.
 
     ``compiled`` and, on a CPU, ``captured`` accept the step: its sums are nodes of the one graph
-    (functional all-reduces, each with a wait; ``host.summed_in_graph``), in the sequential order
+    (functional all-reduces, each with a wait; ``private_apis.summed_in_graph``), in the sequential order
     three: V's gradients, those of actor and critics, and the metrics. On a GPU ``captured`` refuses it.
 
     Dropout draws on each rank for its own rows, so it does not give the numbers of one process. With

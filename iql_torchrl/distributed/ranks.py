@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchrl.checkpoint import GlobalRNGState
 
-from iql_torchrl.host import summed_in_graph
+from iql_torchrl.private_apis import summed_in_graph
 from iql_torchrl.update.joined import part_of_rank
 
 __all__ = ["Ranks"]

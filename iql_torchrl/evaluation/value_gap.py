@@ -68,7 +68,7 @@ def value_gap(
         policy: a TensorDict module that writes ``action``.
         transitions: the log, ``(rows,)``: ``OfflineDataset.transitions``.
         critics: TensorDict modules that read ``action`` and write ``value_key``, ``(*B, 1)``; by
-            default those of a ``policies.best_of``. For a loss: ``objectives.LossCritics(loss)``.
+            default those of a ``policies.best_of``. For a loss: ``losses.LossCritics(loss)``.
         rows: how many transitions are used, drawn without replacement from ``seed``; at most all.
         deterministic: as in :func:`evaluate`; if False, actions are drawn from ``seed``.
 
@@ -98,7 +98,7 @@ def _critics(policy: Any, given: Any) -> list[Any]:
     if critics is None:
         raise ValueError(
             f"critics is None and the policy is a {type(policy).__name__}, which has none; pass "
-            "critics=objectives.LossCritics(loss)."
+            "critics=losses.LossCritics(loss)."
         )
     listed = list(critics) if isinstance(critics, Sequence | nn.ModuleList) else [critics]
     faulty = [c for c in listed if "action" not in getattr(c, "in_keys", ())]
@@ -106,7 +106,7 @@ def _critics(policy: Any, given: Any) -> list[Any]:
         raise ValueError(
             f"critics are {[type(c).__name__ for c in listed]}; expected at least one, and each must "
             "read 'action': for continuous actions, ValueOperator(networks.Critic(...), "
-            "in_keys=['observation', 'action']) or objectives.LossCritics(loss)."
+            "in_keys=['observation', 'action']) or losses.LossCritics(loss)."
         )
     return listed
 

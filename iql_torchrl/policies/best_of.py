@@ -153,7 +153,7 @@ def best_of(
     Args:
         actor: ``policies.flow``, or a TorchRL actor with ``get_dist`` that draws its actions.
         critics: TensorDict modules that read ``action`` and write ``value_key``, ``(*B, 1)``; those
-            of a loss: ``iql_torchrl.objectives.LossCritics(loss)``.
+            of a loss: ``iql_torchrl.losses.LossCritics(loss)``.
 
     Raises ``ValueError`` on ``num_samples < 1``, ``temperature < 0``, another ``select`` or no
     critics; ``TypeError`` on an actor without randomness or modules of another kind.
@@ -173,7 +173,7 @@ def best_of(
             raise TypeError(
                 f"critics hold {type(critic).__name__}; expected TensorDict modules that read "
                 "'action', such as ValueOperator(networks.Critic(...), in_keys=['observation', "
-                "'action']), or objectives.LossCritics(loss)."
+                "'action']), or losses.LossCritics(loss)."
             )
     _check_actor(actor)
     return BestOf(

@@ -13,13 +13,13 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, distributions, nn
 
-from iql_torchrl.fast_networks.direct import Direct, DirectNetworks, leaves_of
-from iql_torchrl.fast_networks.perceptron import Perceptron, StackedPerceptron, is_stackable
-from iql_torchrl.host import DETACHED_CRITICS, LIVE_CRITICS, TARGET_CRITICS, children_of
+from iql_torchrl.networks.direct import Direct, DirectNetworks, leaves_of
+from iql_torchrl.networks.evaluation import Perceptron, StackedPerceptron, is_stackable
+from iql_torchrl.private_apis import DETACHED_CRITICS, LIVE_CRITICS, TARGET_CRITICS, children_of
 from iql_torchrl.networks import AroundPerceptron
-from iql_torchrl.objectives import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
-from iql_torchrl.objectives.batch import Batch, Draw
-from iql_torchrl.objectives.parameters import ENCODER, NETWORKS
+from iql_torchrl.losses import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
+from iql_torchrl.losses.batch import Batch, Draw
+from iql_torchrl.losses.parameters import ENCODER, NETWORKS
 from iql_torchrl.policies import FlowPolicy
 from iql_torchrl.population.alike import check_alike, per_run_names, perceptron_keys, shared_names
 
@@ -43,7 +43,7 @@ class PopulationLoss(ImplicitQLoss):
 
     Raises:
         ValueError: losses that differ in kind, networks, keys or choices; networks that share
-            parameters or cannot be stacked (``fast_networks.stacked.perceptron_keys``);
+            parameters or cannot be stacked (``population.alike.perceptron_keys``);
             estimators other than TD(0).
         TypeError: losses of another kind, classes derived from the two included.
     """

@@ -14,7 +14,7 @@ from iql_torchrl.config import knobs
 from iql_torchrl.data import DatasetSummary, ShardedReplay
 from iql_torchrl.data.digests import fingerprint
 from iql_torchrl.data.windows import WindowStorage
-from iql_torchrl.objectives import ImplicitQLoss
+from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.update.step import part_of
 
 __all__ = ["AgentState", "DataState", "SettingsState", "check_shapes", "check_total", "is_fixed"]

@@ -17,7 +17,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from iql_torchrl.distributed import Ranks
-from iql_torchrl.host import add_to_all
+from iql_torchrl.private_apis import add_to_all
 
 __all__ = ["Interruption", "Progress", "check_finite"]
 

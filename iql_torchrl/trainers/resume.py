@@ -12,7 +12,7 @@ from torchrl.checkpoint import GlobalRNGState
 
 from iql_torchrl.checkpoint import CheckpointError
 from iql_torchrl.data import ShardedReplay
-from iql_torchrl.host import (
+from iql_torchrl.private_apis import (
     generator_of,
     logged_values,
     registered_modules,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Adam, AdamW, Optimizer
 
 from iql_torchrl.config import chosen_products
-from iql_torchrl.objectives.batch import Batch
+from iql_torchrl.losses.batch import Batch
 from iql_torchrl.update.adam import Moments, StackedAdam, adam_step, add_update, log_betas, start
 from iql_torchrl.update.joined import summed_gradients
 from iql_torchrl.update.step import IQLStep, Terms, clip

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl import logger as torchrl_logger
 
 from iql_torchrl.config import launches_kernels
-from iql_torchrl.host import inductor_settings, untiled_loops_only
+from iql_torchrl.private_apis import inductor_settings, untiled_loops_only
 
 __all__ = ["CUDA_GRAPHS", "correct_programs", "program_options"]
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from iql_torchrl.objectives.batch import Batch
+from iql_torchrl.losses.batch import Batch
 
 __all__ = ["Exchange", "Part", "part_of_rank", "summed_gradients"]
 

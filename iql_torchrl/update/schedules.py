@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iql_torchrl.host import mark_stepped
+from iql_torchrl.private_apis import mark_stepped
 from iql_torchrl.update.graph import is_on
 from iql_torchrl.update.snapshot import options
 from iql_torchrl.update.step import IQLStep

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from iql_torchrl.config import Arithmetic
 from iql_torchrl.data.replay import DeviceSampler
-from iql_torchrl.objectives import OPTIONS
+from iql_torchrl.losses import OPTIONS
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.step import IQLStep
 

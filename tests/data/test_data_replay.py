@@ -23,7 +23,7 @@ from iql_torchrl.data import (
     normalised_score,
     replay_buffer,
 )
-from iql_torchrl.host import generator_of
+from iql_torchrl.private_apis import generator_of
 
 
 def arrays(episodes: int = 20, length: int = 10) -> dict[str, Any]:

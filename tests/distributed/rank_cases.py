@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from conftest import make_batch, make_networks
-from objectives.test_encoder import build as build_encoded
-from objectives.test_encoder import steps as encoded_steps
+from losses.test_encoder import build as build_encoded
+from losses.test_encoder import steps as encoded_steps
 from small_agents import config, log
 from tensordict.nn import (
     ProbabilisticTensorDictModule,

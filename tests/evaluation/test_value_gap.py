@@ -14,7 +14,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from iql_torchrl import OfflineTrainer, load_dataset, make_agent
 from iql_torchrl.evaluation import value_gap
-from iql_torchrl.objectives import LossCritics
+from iql_torchrl.losses import LossCritics
 
 BEST = {"policy": "flow", "num_samples": 6, "flow_steps": 3, "num_critics": 2}
 
@@ -94,7 +94,7 @@ def test_random_generators_and_modes_are_left_alone():
 
 def test_a_policy_that_does_not_choose():
     agent, dataset = box_agent(actor_objective="ddpg_bc"), load_dataset(log())
-    with pytest.raises(ValueError, match=r"critics is None.*pass critics=objectives.LossCritics"):
+    with pytest.raises(ValueError, match=r"critics is None.*pass critics=losses.LossCritics"):
         value_gap(agent.policy, dataset.transitions)
     gap = value_gap(agent.policy, dataset.transitions, critics=LossCritics(agent.loss))
     out = agent.loss(dataset.transitions.clone())

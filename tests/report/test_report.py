@@ -19,8 +19,8 @@ from scipy import stats
 
 from iql_torchrl import Evaluation, IQLConfig, report
 from iql_torchrl.evaluation.statistics import mean_interval
-from iql_torchrl.objectives import DIAGNOSTICS, LOSSES
-from iql_torchrl.objectives.loss import POLICY_VALUE_GAP
+from iql_torchrl.losses import DIAGNOSTICS, LOSSES
+from iql_torchrl.losses.loss import POLICY_VALUE_GAP
 from iql_torchrl.report import draw, group_runs, main, series, table
 from iql_torchrl.report.figures import Series, comparison_figure, run_figure
 from iql_torchrl.report.runs import EVALUATION, TRAINING, find_runs, read_csv, read_run, write_csv

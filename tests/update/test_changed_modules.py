@@ -11,7 +11,7 @@ from torch import nn, optim
 from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import IQLLoss, IQLStep
-from iql_torchrl.host import tracing_gradients
+from iql_torchrl.private_apis import tracing_gradients
 from iql_torchrl.update import compiled as compiled_module
 from iql_torchrl.update.compiled import counted
 

@@ -14,7 +14,7 @@ from torchrl import logger
 from torchrl.objectives import HardUpdate, SoftUpdate, ValueEstimators
 
 from iql_torchrl import IQLLoss, IQLStep, compiled, networks
-from iql_torchrl.host import untiled_loops_only
+from iql_torchrl.private_apis import untiled_loops_only
 from iql_torchrl.update.compiled import CompiledStep, worth_checking
 
 

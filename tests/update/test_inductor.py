@@ -13,7 +13,7 @@ from torch import optim
 
 from iql_torchrl import IQLStep, compiled
 from iql_torchrl.config import devices
-from iql_torchrl.host import untiled_loops_only
+from iql_torchrl.private_apis import untiled_loops_only
 from iql_torchrl.update import inductor
 from iql_torchrl.update.inductor import UNSPLIT, program_options
 

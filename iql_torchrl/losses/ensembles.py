@@ -15,7 +15,7 @@ from tensordict.nn import TensorDictModule, TensorDictParams
 from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
-from iql_torchrl.host import keeps_batch_statistics
+from iql_torchrl.private_apis import keeps_batch_statistics
 
 Critics: TypeAlias = TensorDictModule | Sequence[TensorDictModule] | Callable[[], TensorDictModule]
 

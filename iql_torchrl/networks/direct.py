@@ -19,8 +19,8 @@ from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, Tenso
 from torch import Tensor, nn
 from torchrl.modules import SafeModule, SafeProbabilisticModule, ValueOperator
 
-from iql_torchrl.fast_networks.perceptron import Perceptron, linear_layers
-from iql_torchrl.host import children_of, has_hooks, hook_tables, reads_positions
+from iql_torchrl.networks.evaluation import Perceptron, linear_layers
+from iql_torchrl.private_apis import children_of, has_hooks, hook_tables, reads_positions
 from iql_torchrl.networks import AroundPerceptron, OneHot, Standardise
 
 __all__ = [

@@ -12,8 +12,8 @@ from torch import nn
 from torchrl.modules import MLP as TorchRLMLP
 
 from iql_torchrl import networks
-from iql_torchrl.fast_networks.evaluator import _condense
-from iql_torchrl.fast_networks.perceptron import Category, Perceptron, linear_layers, picked
+from iql_torchrl.networks.evaluator import _condense
+from iql_torchrl.networks.evaluation import Category, Perceptron, linear_layers, picked
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 

@@ -4,7 +4,7 @@ A private name may change in any release, so each one is used here and nowhere e
 function of our own whose docstring says why no public one serves. It is looked up when it is used
 (:func:`find`), never at import. Where a release lacks it, the function takes a slower public way, or
 raises ``NotImplementedError`` with the feature, the versions and another way to the same result.
-``tests/test_host.py`` holds the behaviour that is relied on, and hides each name in turn.
+``tests/test_private_apis.py`` holds the behaviour that is relied on, and hides each name in turn.
 
 Classes derived from TorchRL's ``LossModule`` and ``Trainer`` also call and override private methods
 of those base classes, because a subclass has no other way to take part in what the base class does.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives.common import LossModule
 
-from iql_torchrl.fast_networks.direct import (
+from iql_torchrl.networks.direct import (
     DirectNetworks,
     critics_over,
     distribution_of,
@@ -25,15 +25,15 @@ from iql_torchrl.fast_networks.direct import (
     network_over,
     writes,
 )
-from iql_torchrl.host import (
+from iql_torchrl.private_apis import (
     DETACHED_CRITICS,
     LIVE_CRITICS,
     TARGET_CRITICS,
     children_of,
     plain_entries,
 )
-from iql_torchrl.objectives.batch import output_of
-from iql_torchrl.objectives.ensembles import (
+from iql_torchrl.losses.batch import output_of
+from iql_torchrl.losses.ensembles import (
     Critics,
     check_encoder,
     initialise_critics,
@@ -70,7 +70,7 @@ class NetworkLoss(LossModule):
     tied to the live ones.
 
     Networks are evaluated as in TorchRL's losses, with parameters put into them; inside
-    :meth:`evaluated_directly` by ``fast_networks.direct``, where their structure allows it.
+    :meth:`evaluated_directly` by ``networks.direct``, where their structure allows it.
     """
 
     @dataclass

@@ -28,7 +28,7 @@ from torchrl.objectives.utils import ValueEstimators
 from torchrl.objectives.value import TD0Estimator
 
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, IQLStep, networks, policies
-from iql_torchrl.objectives import DIAGNOSTICS
+from iql_torchrl.losses import DIAGNOSTICS
 
 LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")

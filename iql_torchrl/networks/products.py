@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from iql_torchrl.config import choose_products, chosen_products, launches_kernels
-from iql_torchrl.host import has_onednn_linear, onednn_linear
+from iql_torchrl.private_apis import has_onednn_linear, onednn_linear
 
 __all__ = ["affine", "is_wide", "matmul", "product", "settle_products"]
 

@@ -32,7 +32,7 @@ from iql_torchrl import (
     policies,
 )
 from iql_torchrl.data import DeviceSampler
-from iql_torchrl.objectives.parameters import AVERAGE
+from iql_torchrl.losses.parameters import AVERAGE
 from iql_torchrl.policies import BestOf
 
 SPEC = Bounded(-torch.ones(ACT), torch.ones(ACT), (ACT,))

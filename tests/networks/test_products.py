@@ -13,8 +13,8 @@ from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import IQLLoss, IQLStep, compiled
 from iql_torchrl.config import Arithmetic, choose_products, chosen_products
-from iql_torchrl.fast_networks import products
-from iql_torchrl.fast_networks.products import affine, matmul, product
+from iql_torchrl.networks import products
+from iql_torchrl.networks.products import affine, matmul, product
 
 SHAPES = [
     ((256, 128), (128, 256)),

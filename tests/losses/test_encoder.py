@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ACT, make_batch
-from objectives.test_sharing import build as build_shared
+from losses.test_sharing import build as build_shared
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn

@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from iql_torchrl.objectives.batch import output_of
+from iql_torchrl.losses.batch import output_of
 
 __all__ = ["LossCritics"]
 

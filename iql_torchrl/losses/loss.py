@@ -20,9 +20,9 @@ from torchrl.objectives.value import TD0Estimator, ValueEstimatorBase
 
 from iql_torchrl import functional as F
 from iql_torchrl.config import IQLConfig, Knob, check_choice, loss_knobs
-from iql_torchrl.host import DETACHED_CRITICS, LIVE_CRITICS, TARGET_CRITICS
+from iql_torchrl.private_apis import DETACHED_CRITICS, LIVE_CRITICS, TARGET_CRITICS
 from iql_torchrl.networks import join_observations
-from iql_torchrl.objectives.batch import (
+from iql_torchrl.losses.batch import (
     FLOW_NOISE,
     FLOW_TIME,
     IMAGE_SHIFT,
@@ -34,8 +34,8 @@ from iql_torchrl.objectives.batch import (
     read_batch,
     with_draws,
 )
-from iql_torchrl.objectives.ensembles import Critics
-from iql_torchrl.objectives.parameters import NetworkLoss
+from iql_torchrl.losses.ensembles import Critics
+from iql_torchrl.losses.parameters import NetworkLoss
 
 __all__ = [
     "ACTOR_OBJECTIVES",

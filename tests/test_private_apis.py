@@ -40,13 +40,13 @@ HIDING = """
 import importlib.util, sys
 import torch
 
-spec = importlib.util.find_spec("iql_torchrl.host")  # imports the package, whose modules are dropped
+spec = importlib.util.find_spec("iql_torchrl.private_apis")  # imports the package, whose modules are dropped
 source = spec.origin
 for name in [name for name in sys.modules if name.split(".")[0] == "iql_torchrl"]:
     del sys.modules[name]
-spec = importlib.util.spec_from_file_location("iql_torchrl.host", source)
+spec = importlib.util.spec_from_file_location("iql_torchrl.private_apis", source)
 host = importlib.util.module_from_spec(spec)
-sys.modules["iql_torchrl.host"] = host
+sys.modules["iql_torchrl.private_apis"] = host
 spec.loader.exec_module(host)
 find, asked, hidden = host.find, set(), {None}
 
@@ -56,7 +56,7 @@ def watched(owner, name, default=None):
 
 host.find = watched
 import iql_torchrl  # every private name is missing
-assert sys.modules["iql_torchrl.host"] is host and not asked, asked
+assert sys.modules["iql_torchrl.private_apis"] is host and not asked, asked
 hidden.clear()
 
 from test_step import make_batch, make_loss, snapshot

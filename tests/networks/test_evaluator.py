@@ -18,7 +18,7 @@ from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 from torchrl.objectives import ValueEstimators
 
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, networks, policies
-from iql_torchrl.objectives.evaluator import GENERAL
+from iql_torchrl.losses.evaluator import GENERAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
 SPEC = Bounded(-torch.ones(ACT), torch.ones(ACT), (ACT,))

@@ -14,8 +14,8 @@ from torchrl.modules import MLP as TorchRLMLP
 from torchrl.modules import ValueOperator
 
 from iql_torchrl import networks, policies
-from iql_torchrl.fast_networks.perceptron import Category
-from iql_torchrl.fast_networks.stacked import StackedNetwork, perceptron_keys
+from iql_torchrl.networks.evaluation import Category
+from iql_torchrl.networks.stacked import StackedNetwork, perceptron_keys
 
 RUNS, CRITICS, ROWS, OBS, ACT = 3, 2, 6, 4, 2
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

@@ -1,1 +1,0 @@
-"""Evaluation of known network structures without TensorDict and without vmap."""
