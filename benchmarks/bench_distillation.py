@@ -30,8 +30,8 @@ from bench_policies import CANDIDATES, TASKS, returns, train
 from iql_torchrl import policies
 from iql_torchrl.evaluation.statistics import mean_interval
 from iql_torchrl.files import whole_file
-from iql_torchrl.networks import join_observations
 from iql_torchrl.losses import LossCritics
+from iql_torchrl.networks import join_observations
 
 import numpy as np
 import torch

@@ -27,9 +27,9 @@ from iql_torchrl.checkpoint import CheckpointError
 from iql_torchrl.config import Knob, knob, knobs, loss_knobs
 from iql_torchrl.config.cli import parse
 from iql_torchrl.data import DeviceSampler
-from iql_torchrl.networks.perceptrons import INITIALISATIONS
 from iql_torchrl.losses import OPTIONS, ImplicitQLoss
 from iql_torchrl.losses.loss import ACTOR_OBJECTIVES
+from iql_torchrl.networks.perceptrons import INITIALISATIONS
 from iql_torchrl.population import PopulationLoss
 from iql_torchrl.trainers.identity import AgentState, SettingsState
 from iql_torchrl.update.adam import Moments

@@ -24,8 +24,8 @@ from iql_torchrl.checkpoint import CheckpointError, component_names, newest, rea
 from iql_torchrl.config import IQLConfig, check_usable
 from iql_torchrl.data import DatasetSummary
 from iql_torchrl.evaluation.act import act, private_random_numbers
-from iql_torchrl.networks import with_history
 from iql_torchrl.losses import ImplicitQLoss, LossCritics
+from iql_torchrl.networks import with_history
 from iql_torchrl.update.compiled import compiled
 from iql_torchrl.update.step import IQLStep
 

@@ -20,8 +20,6 @@ from torchrl.objectives.value import TD0Estimator, ValueEstimatorBase
 
 from iql_torchrl import functional as F
 from iql_torchrl.config import IQLConfig, Knob, check_choice, loss_knobs
-from iql_torchrl.private_apis import DETACHED_CRITICS, LIVE_CRITICS, TARGET_CRITICS
-from iql_torchrl.networks import join_observations
 from iql_torchrl.losses.batch import (
     FLOW_NOISE,
     FLOW_TIME,
@@ -36,6 +34,8 @@ from iql_torchrl.losses.batch import (
 )
 from iql_torchrl.losses.ensembles import Critics
 from iql_torchrl.losses.parameters import NetworkLoss
+from iql_torchrl.networks import join_observations
+from iql_torchrl.private_apis import DETACHED_CRITICS, LIVE_CRITICS, TARGET_CRITICS
 
 __all__ = [
     "ACTOR_OBJECTIVES",

@@ -17,6 +17,13 @@ from torch import Tensor, nn
 from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives.common import LossModule
 
+from iql_torchrl.losses.batch import output_of
+from iql_torchrl.losses.ensembles import (
+    Critics,
+    check_encoder,
+    initialise_critics,
+    list_critics,
+)
 from iql_torchrl.networks.direct import (
     DirectNetworks,
     critics_over,
@@ -25,6 +32,7 @@ from iql_torchrl.networks.direct import (
     network_over,
     writes,
 )
+from iql_torchrl.policies import FlowPolicy
 from iql_torchrl.private_apis import (
     DETACHED_CRITICS,
     LIVE_CRITICS,
@@ -32,14 +40,6 @@ from iql_torchrl.private_apis import (
     children_of,
     plain_entries,
 )
-from iql_torchrl.losses.batch import output_of
-from iql_torchrl.losses.ensembles import (
-    Critics,
-    check_encoder,
-    initialise_critics,
-    list_critics,
-)
-from iql_torchrl.policies import FlowPolicy
 
 __all__ = ["ENCODER", "NETWORKS", "NetworkLoss"]
 

@@ -19,9 +19,9 @@ from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, Tenso
 from torch import Tensor, nn
 from torchrl.modules import SafeModule, SafeProbabilisticModule, ValueOperator
 
+from iql_torchrl.networks import AroundPerceptron, OneHot, Standardise
 from iql_torchrl.networks.evaluation import Perceptron, linear_layers
 from iql_torchrl.private_apis import children_of, has_hooks, hook_tables, reads_positions
-from iql_torchrl.networks import AroundPerceptron, OneHot, Standardise
 
 __all__ = [
     "Direct",

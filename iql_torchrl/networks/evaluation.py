@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from torchrl.modules import MLP as TorchRLMLP
 
 from iql_torchrl.config import launches_kernels
-from iql_torchrl.networks.products import affine, matmul, product
 from iql_torchrl.networks import MLP
+from iql_torchrl.networks.products import affine, matmul, product
 
 __all__ = ["Perceptron", "StackedPerceptron", "chain", "is_stackable", "linear_layers"]
 

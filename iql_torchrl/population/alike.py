@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torchrl.objectives.value import TD0Estimator
 
 from iql_torchrl.config import IQLConfig, knobs
-from iql_torchrl.networks.direct import is_head_and_distribution, writes
-from iql_torchrl.networks.evaluation import ELEMENTWISE, is_stackable
-from iql_torchrl.private_apis import children_of, has_hooks
-from iql_torchrl.networks import Critic
 from iql_torchrl.losses import OPTIONS, DiscreteIQLLoss, ImplicitQLoss, IQLLoss
 from iql_torchrl.losses.parameters import ENCODER, NETWORKS
+from iql_torchrl.networks import Critic
+from iql_torchrl.networks.direct import is_head_and_distribution, writes
+from iql_torchrl.networks.evaluation import ELEMENTWISE, is_stackable
 from iql_torchrl.policies import FlowPolicy
+from iql_torchrl.private_apis import children_of, has_hooks
 
 __all__ = ["check_alike", "check_configs", "per_run_names", "perceptron_keys", "shared_names"]
 

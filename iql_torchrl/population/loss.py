@@ -13,15 +13,15 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, distributions, nn
 
-from iql_torchrl.networks.direct import Direct, DirectNetworks, leaves_of
-from iql_torchrl.networks.evaluation import Perceptron, StackedPerceptron, is_stackable
-from iql_torchrl.private_apis import DETACHED_CRITICS, LIVE_CRITICS, TARGET_CRITICS, children_of
-from iql_torchrl.networks import AroundPerceptron
 from iql_torchrl.losses import DiscreteIQLLoss, ImplicitQLoss, IQLLoss
 from iql_torchrl.losses.batch import Batch, Draw
 from iql_torchrl.losses.parameters import ENCODER, NETWORKS
+from iql_torchrl.networks import AroundPerceptron
+from iql_torchrl.networks.direct import Direct, DirectNetworks, leaves_of
+from iql_torchrl.networks.evaluation import Perceptron, StackedPerceptron, is_stackable
 from iql_torchrl.policies import FlowPolicy
 from iql_torchrl.population.alike import check_alike, per_run_names, perceptron_keys, shared_names
+from iql_torchrl.private_apis import DETACHED_CRITICS, LIVE_CRITICS, TARGET_CRITICS, children_of
 
 __all__ = ["PopulationLoss"]
 

@@ -17,8 +17,8 @@ from iql_torchrl.data import OfflineDataset
 from iql_torchrl.data.encodings import is_image, usual_encoder
 from iql_torchrl.data.schema import leaf_spaces
 from iql_torchrl.descriptions import describe_space
-from iql_torchrl.networks.evaluation import chain
 from iql_torchrl.networks import Standardise
+from iql_torchrl.networks.evaluation import chain
 from iql_torchrl.selection.candidates import Member, actions, log_probabilities
 from iql_torchrl.selection.episodes import returns_to_go, states
 

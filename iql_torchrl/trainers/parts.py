@@ -22,9 +22,9 @@ from iql_torchrl.data import (
 )
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.distributed import Ranks
-from iql_torchrl.private_apis import generator_of
-from iql_torchrl.networks import history_of
 from iql_torchrl.losses import ImplicitQLoss
+from iql_torchrl.networks import history_of
+from iql_torchrl.private_apis import generator_of
 from iql_torchrl.trainers.identity import DataState
 from iql_torchrl.trainers.run_folder import RunFolder
 from iql_torchrl.update.step import IQLStep, part_of

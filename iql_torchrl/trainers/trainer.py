@@ -22,8 +22,8 @@ from iql_torchrl.data import DatasetSummary, OfflineDataset
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.evaluation.background import BackgroundEvaluation
 from iql_torchrl.evaluation.value_gap import value_gap
-from iql_torchrl.networks import history_of
 from iql_torchrl.losses import ImplicitQLoss
+from iql_torchrl.networks import history_of
 from iql_torchrl.trainers.display import Display, print_how_to_continue
 from iql_torchrl.trainers.evaluations import Evaluate, Scores
 from iql_torchrl.trainers.identity import DataState, check_total

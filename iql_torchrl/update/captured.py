@@ -14,6 +14,7 @@ from torchrl.objectives import HardUpdate
 from iql_torchrl.data.categories import category_limits, check_rows
 from iql_torchrl.data.replay import DeviceSampler
 from iql_torchrl.data.windows import WindowStorage
+from iql_torchrl.losses import LOSSES, ImplicitQLoss
 from iql_torchrl.private_apis import (
     compile_program,
     generator_of,
@@ -22,7 +23,6 @@ from iql_torchrl.private_apis import (
     tracing_gradients,
     version_of,
 )
-from iql_torchrl.losses import LOSSES, ImplicitQLoss
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.checks import check_alignment, check_cuda, check_replay
 from iql_torchrl.update.compiled import log_eager

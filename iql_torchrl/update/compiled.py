@@ -12,8 +12,8 @@ from tensordict import TensorDictBase
 from torchrl import logger as torchrl_logger
 
 from iql_torchrl.data.categories import category_limits, check_categories
-from iql_torchrl.private_apis import mark_stepped, recompilation_reason, tracing_gradients
 from iql_torchrl.losses.batch import Batch
+from iql_torchrl.private_apis import mark_stepped, recompilation_reason, tracing_gradients
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.graph import GraphUpdate, fits_a_graph
 from iql_torchrl.update.inductor import CUDA_GRAPHS, correct_programs, program_options

@@ -21,10 +21,10 @@ from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
 from iql_torchrl.config import choose_products, chosen_products, launches_kernels
-from iql_torchrl.networks.products import is_wide, settle_products
-from iql_torchrl.private_apis import children_of
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.losses.batch import Batch
+from iql_torchrl.networks.products import is_wide, settle_products
+from iql_torchrl.private_apis import children_of
 from iql_torchrl.update.adam import JoinedCounts
 from iql_torchrl.update.joined import Exchange, Part, summed_gradients
 

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import ACT, OBS, NormedCritic, make_batch
+from iql_torchrl.losses.evaluator import GENERAL
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from test_sharing import build as build_shared
 from torch import nn
@@ -18,7 +19,6 @@ from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 from torchrl.objectives import ValueEstimators
 
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, networks, policies
-from iql_torchrl.losses.evaluator import GENERAL
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
 SPEC = Bounded(-torch.ones(ACT), torch.ones(ACT), (ACT,))

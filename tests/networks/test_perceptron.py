@@ -8,11 +8,11 @@ from functools import partial
 
 import pytest
 import torch
+from iql_torchrl.networks.evaluator import _condense
 from torch import nn
 from torchrl.modules import MLP as TorchRLMLP
 
 from iql_torchrl import networks
-from iql_torchrl.networks.evaluator import _condense
 from iql_torchrl.networks.evaluation import Category, Perceptron, linear_layers, picked
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}

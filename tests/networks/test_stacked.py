@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from iql_torchrl.networks.stacked import StackedNetwork, perceptron_keys
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -15,7 +16,6 @@ from torchrl.modules import ValueOperator
 
 from iql_torchrl import networks, policies
 from iql_torchrl.networks.evaluation import Category
-from iql_torchrl.networks.stacked import StackedNetwork, perceptron_keys
 
 RUNS, CRITICS, ROWS, OBS, ACT = 3, 2, 6, 4, 2
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
