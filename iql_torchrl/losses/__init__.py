@@ -2,7 +2,7 @@
 
 from iql_torchrl.losses.iql import DiscreteIQLLoss, IQLLoss
 from iql_torchrl.losses.loss import DIAGNOSTICS, LOSSES, OPTIONS, ImplicitQLoss
-from iql_torchrl.losses.loss_critics import LossCritics
+from iql_torchrl.losses.critics import LossCritics
 
 __all__ = [
     "DIAGNOSTICS",

@@ -30,28 +30,20 @@ from iql_torchrl.losses.batch import (
     agree,
     per_sample,
     read_batch,
-    with_draws,
 )
-from iql_torchrl.losses.ensembles import Critics
-from iql_torchrl.losses.parameters import NetworkLoss
+from iql_torchrl.losses.critics import Critics
+from iql_torchrl.losses.parameters import (
+    DETACHED_CRITICS,
+    LIVE_CRITICS,
+    TARGET_CRITICS,
+    NetworkLoss,
+)
 from iql_torchrl.networks import join_observations
-from iql_torchrl.private_apis import DETACHED_CRITICS, LIVE_CRITICS, TARGET_CRITICS
-
-__all__ = [
-    "ACTOR_OBJECTIVES",
-    "DIAGNOSTICS",
-    "LOSSES",
-    "OPTIONS",
-    "POLICY_VALUE_GAP",
-    "ImplicitQLoss",
-]
 
 ValueObjective = str | Callable[[Tensor, Tensor], Tensor]
 ActorObjective = str | Callable[[TensorDictModule, TensorDictBase], Tensor]
 AdvantageWeight = str | Callable[[Tensor], Tensor]
-ADVANTAGE_WEIGHTS = ("exponential",)
 ACTOR_OBJECTIVES = ("log_prob", "mse", "ddpg_bc", "flow")
-Q_REDUCTIONS = ("min", "mean")
 Q_SOURCES = {"live": DETACHED_CRITICS, "target": TARGET_CRITICS}
 SMALLEST_SCALE = 1e-6
 POLICY_VALUE_GAP = "policy_value_gap"  # the diagnostic that ddpg_bc has and other objectives do not
@@ -97,7 +89,7 @@ class ImplicitQLoss(NetworkLoss):
         ValueEstimators.TD1,
         ValueEstimators.TDLambda,
     )
-    members: int | None = None  # number of runs of a population
+    among: tuple[int, int] | None = None  # (first, count) of runs, in a part of a population
 
     def __init__(
         self,
@@ -144,8 +136,8 @@ class ImplicitQLoss(NetworkLoss):
                 self.knobs[name].check_in_loss(value)
         choices = {
             "actor_objective": (actor_objective, ACTOR_OBJECTIVES),
-            "advantage_weight": (advantage_weight, ADVANTAGE_WEIGHTS),
-            "q_reduction": (q_reduction, Q_REDUCTIONS),
+            "advantage_weight": (advantage_weight, ("exponential",)),
+            "q_reduction": (q_reduction, ("min", "mean")),
             "q_source": (q_source, tuple(Q_SOURCES)),
         }
         for name, (choice, names) in choices.items():
@@ -240,7 +232,8 @@ class ImplicitQLoss(NetworkLoss):
         """The batch as the update reads it: :func:`read_batch`, and :meth:`random_inputs`.
 
         Random tensors that neither ``tensordict`` nor ``draws`` has are drawn here, from torch's
-        default generator: so an update reads its batch outside of the compiled program.
+        default generator: so an update reads its batch outside of the compiled program. P runs of a
+        population read ``(P, B)``, or one ``(B,)`` for all.
         """
         weigh = self.use_prioritized_weights in (True, "auto")
         done = unravel_key(("next", self.tensor_keys.done))
@@ -251,16 +244,17 @@ class ImplicitQLoss(NetworkLoss):
             weight_key=self.tensor_keys.priority_weight if weigh else None,
             done_key=done,
         )
-        return self.drawn(self.each_run(batch), draws or {})
-
-    def each_run(self, batch: Batch) -> Batch:
-        """The batch itself; for P runs of a population ``(P, B)``."""
-        return batch
-
-    def drawn(self, batch: Batch, draws: Mapping[str, Tensor]) -> Batch:
-        """``batch`` with the random tensors that the losses need."""
-        needed = self.random_inputs(batch.data.batch_size)
-        return with_draws(batch, needed, draws, self._like) if needed else batch
+        if self.members is not None:
+            batch = batch.of_runs(self.members)
+        given = draws or {}
+        drawn = {}
+        for key, draw in self.random_inputs(batch.data.batch_size).items():
+            own = batch.observed.get(key, None)
+            if own is not None:
+                drawn[key] = draw.fit(own, batch.observed.batch_size, key, self._like)
+            else:
+                drawn[key] = given[key] if key in given else draw.fill(draw.empty(self._like))
+        return replace(batch, draws=drawn)
 
     @property
     def _like(self) -> Tensor:
@@ -277,12 +271,14 @@ class ImplicitQLoss(NetworkLoss):
         Else none.
         """
         shape, needed = tuple(batch_size), {}
+        if self.members is not None and len(shape) == 1:
+            shape = (self.members, *shape)
         if self.actor_objective == "flow":
             size = self.actor_network.action_features
-            needed[FLOW_NOISE] = Draw((*shape, size), normal=True, entries=size)
-            needed[FLOW_TIME] = Draw(shape, normal=False)
+            needed[FLOW_NOISE] = Draw((*shape, size), True, size, self.among)
+            needed[FLOW_TIME] = Draw(shape, False, None, self.among)
         if self.random_shift:
-            shift = Draw((*shape, 2), normal=False, entries=2)
+            shift = Draw((*shape, 2), False, 2, self.among)
             needed |= {IMAGE_SHIFT: shift, NEXT_IMAGE_SHIFT: shift}
         return needed
 
@@ -397,7 +393,9 @@ class ImplicitQLoss(NetworkLoss):
             return F.td_target(reward, next_value, terminated, gamma=gamma)
 
     def _discount(self, batch: Batch) -> Tensor:
-        """The discount, one number or one per sample."""
+        """The discount: one number, one per sample, or of P runs ``(P, 1)``."""
+        if self.members is not None:
+            return self.discount
         gamma: Tensor = self.value_estimator.gamma
         return per_sample(gamma, batch.data.batch_size, "gamma") if gamma.ndim else gamma
 
@@ -549,6 +547,9 @@ class ImplicitQLoss(NetworkLoss):
 
     def _policy_action(self, batch: Batch) -> Tensor:
         """The action that the policy writes, ``(*B, A)``."""
+        if self.members is not None:
+            chosen: Tensor = self.policy_distribution(self.inputs(batch)).deterministic_sample
+            return chosen
         with self.policy() as actor:
             inputs = self.inputs(batch).select(*actor.in_keys, strict=False)
             return actor(inputs).get(self.tensor_keys.action)
@@ -664,11 +665,16 @@ class ImplicitQLoss(NetworkLoss):
     def outputs(
         self, tensordict: TensorDictBase, losses: dict[str, Tensor], summary: dict[str, Tensor]
     ) -> TensorDictBase:
-        """A new TensorDict of losses and scalars; priority and log-probability go into the input."""
-        scalars = dict(summary)
-        tensordict.set(self.tensor_keys.priority, scalars.pop("priority"))
-        if "log_prob" in scalars:
-            tensordict.set(self.tensor_keys.log_prob, scalars.pop("log_prob"))
+        """A new TensorDict of losses and scalars; priority and log-probability go into the input.
+
+        Of P runs each is ``(P,)``, and the input, which many runs read, is not written to.
+        """
+        scalars = {k: v for k, v in summary.items() if k not in ("priority", "log_prob")}
+        if self.members is not None:
+            return TensorDict(losses | scalars, batch_size=[self.members])
+        tensordict.set(self.tensor_keys.priority, summary["priority"])
+        if "log_prob" in summary:
+            tensordict.set(self.tensor_keys.log_prob, summary["log_prob"])
         if self.reduction != "none":
             return TensorDict(losses | scalars)
         out = TensorDict(losses, batch_size=tensordict.batch_size)
@@ -681,9 +687,7 @@ class ImplicitQLoss(NetworkLoss):
         weight = metadata["weight"]
         mask, dim = batch.mask_like(weight), self._samples(weight)
         limited = self.actor_objective != "ddpg_bc" and not callable(self.advantage_weight)
-        at_ceiling = (weight >= self.max_weight).to(
-            weight.dtype
-        ) * limited  # others have no ceiling
+        at_ceiling = (weight >= self.max_weight) & limited  # others have no ceiling
         gap = {}
         if "policy_value" in metadata:
             live = self.q_source == "live"
@@ -692,7 +696,7 @@ class ImplicitQLoss(NetworkLoss):
         return gap | {
             "advantage_mean": self._mean(metadata["advantage"], batch),
             "weight_mean": self._mean(weight, batch),
-            "weight_at_ceiling": self._mean(at_ceiling, batch),
+            "weight_at_ceiling": self._mean(at_ceiling.to(weight.dtype), batch),
             "effective_sample_size": F.effective_sample_size(weight, mask=mask, dim=dim),
             "qvalue_mean": self._mean(metadata["qvalue"].mean(0), batch),
             "value_mean": self._mean(metadata["value"], batch),

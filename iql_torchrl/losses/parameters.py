@@ -18,14 +18,10 @@ from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives.common import LossModule
 
 from iql_torchrl.losses.batch import output_of
-from iql_torchrl.losses.ensembles import (
-    Critics,
-    check_encoder,
-    initialise_critics,
-    list_critics,
-)
-from iql_torchrl.networks.direct import (
-    DirectNetworks,
+from iql_torchrl.losses.critics import Critics, check_encoder, initialise_critics, list_critics
+from iql_torchrl.networks.evaluation import (
+    Direct,
+    Watched,
     critics_over,
     distribution_of,
     is_head_and_distribution,
@@ -33,21 +29,16 @@ from iql_torchrl.networks.direct import (
     writes,
 )
 from iql_torchrl.policies import FlowPolicy
-from iql_torchrl.private_apis import (
-    DETACHED_CRITICS,
-    LIVE_CRITICS,
-    TARGET_CRITICS,
-    children_of,
-    plain_entries,
-)
+from iql_torchrl.private_apis import children_of, plain_entries
 
-__all__ = ["ENCODER", "NETWORKS", "NetworkLoss"]
-
+# Attributes of a loss; their parameters are ``<name>_params`` and ``target_<name>_params``.
 NETWORKS = ("actor_network", "qvalue_network", "value_network")
-"""Attributes of a loss; their parameters are ``<name>_params`` and ``target_<name>_params``."""
 ENCODER = "encoder_network"
+# What a TorchRL loss calls the parameters of its critics; the last are this package's: the live
+# ones, of which an evaluation differentiates the inputs alone.
+LIVE_CRITICS, TARGET_CRITICS = "qvalue_network_params", "target_qvalue_network_params"
+DETACHED_CRITICS = "detached_qvalue_network_params"
 AVERAGE = "average_actor_network_params"  # not target_..., which TorchRL's updaters would move
-NOT_SAVED = ("map_critics", "direct", "kept_networks")
 
 
 class TrunkEntry(NamedTuple):
@@ -57,6 +48,19 @@ class TrunkEntry(NamedTuple):
     key: NestedKey
     owner: str
     owner_key: NestedKey
+
+
+class DirectNetworks(NamedTuple):
+    """What evaluates the networks in an update; None, or a name left out: the general way.
+
+    ``critics``: by the name of their parameters. ``head``: the policy's network before its
+    distribution, or the velocity of a flow.
+    """
+
+    watched: Watched
+    value: Direct | None
+    critics: Mapping[str, Direct]
+    head: Direct | None
 
 
 class NetworkLoss(LossModule):
@@ -70,7 +74,9 @@ class NetworkLoss(LossModule):
     tied to the live ones.
 
     Networks are evaluated as in TorchRL's losses, with parameters put into them; inside
-    :meth:`evaluated_directly` by ``networks.direct``, where their structure allows it.
+    :meth:`evaluated_directly` by ``networks.evaluation``, where their structure allows it. With
+    ``members`` parameters are those of P runs, ``(P, ...)``, and every evaluation is direct
+    (``population.stack_losses``).
     """
 
     @dataclass
@@ -90,6 +96,7 @@ class NetworkLoss(LossModule):
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
 
+    # TorchRL warns where an attribute that it makes has no annotation.
     actor_network: TensorDictModule
     actor_network_params: TensorDictParams
     target_actor_network_params: TensorDictParams
@@ -103,9 +110,10 @@ class NetworkLoss(LossModule):
     encoder_network_params: TensorDictParams
     target_encoder_network_params: TensorDictParams
 
-    actor_objective: Any
+    members: int | None = None  # number of runs of a population
+    discount: Tensor  # of each run, in a population
     optional_keys: set[NestedKey]
-    direct: DirectNetworks | None = None  # inside evaluated_directly
+    direct: DirectNetworks | None = None  # inside evaluated_directly, and in a population
     kept_networks: DirectNetworks | None = None
 
     def __init__(
@@ -138,7 +146,6 @@ class NetworkLoss(LossModule):
         self._convert(actor_network, qvalue_network, value_network)
         self.register_load_state_dict_pre_hook(NetworkLoss._before_load)
         self.register_load_state_dict_post_hook(NetworkLoss._after_load)
-        self._make_vmap()
 
     @property
     def actor_ema(self) -> float:
@@ -149,11 +156,6 @@ class NetworkLoss(LossModule):
     def network_names(self) -> tuple[str, ...]:
         """:data:`NETWORKS`, and the encoder's name where the loss has one."""
         return NETWORKS if self.encoder_network is None else (*NETWORKS, ENCODER)
-
-    @property
-    def has_trunk(self) -> bool:
-        """Whether networks share parameters."""
-        return bool(self._trunk)
 
     # -- from the user's networks to parameters and targets ------------------------------------------
 
@@ -170,8 +172,11 @@ class NetworkLoss(LossModule):
                         f"{name} is {type(module).__name__}; it must be a TensorDictModule: wrap a "
                         "plain network as TensorDictModule(network, in_keys=[...], out_keys=[...])."
                     )
-        check_encoder(self.encoder_network, networks, self.random_shift)
-        self._add_encoder()
+        encoder = self.encoder_network
+        check_encoder(encoder, networks, self.random_shift)
+        if encoder is not None:
+            del self.encoder_network
+            self.convert_to_functional(encoder, ENCODER, create_target_params=True)
         if separate:
             self._find_trunk("value_network", [value], {"actor_network": actor})
         if separate or len(modules) > 1:
@@ -197,13 +202,8 @@ class NetworkLoss(LossModule):
             )
         self._install_mirrors("value_network", [value])
         self._install_mirrors("qvalue_network", modules)
+        self._tie()
         self.optional_keys = _recurrent_keys(actor, value, *modules)
-
-    def _add_encoder(self) -> None:
-        encoder = self.encoder_network
-        if encoder is not None:
-            del self.encoder_network
-            self.convert_to_functional(encoder, ENCODER, create_target_params=True)
 
     def _find_trunk(
         self, name: str, modules: Sequence[nn.Module], owners: Mapping[str, nn.Module]
@@ -239,7 +239,27 @@ class NetworkLoss(LossModule):
                         stacklevel=7,
                     )
                     params.set(key, nn.Parameter(leaf.detach().clone()))
-        self._tie()
+
+    def _add_average(self) -> None:
+        """Add a copy of the actor's parameters, and ``averaged_actor``, which acts with it.
+
+        Parameters are averaged; buffers are the live ones. The average starts at the weights as they
+        are. The copy is part of the loss's state, and not of its parameters.
+        """
+        params = self.actor_network_params
+        trained = [key for key, leaf in params.items(True, True) if isinstance(leaf, nn.Parameter)]
+        average = params.data.select(*trained).clone()
+        setattr(self, AVERAGE, TensorDictParams(average, no_convert=True))
+        actor = copy.deepcopy(self.actor_network).requires_grad_(False)
+        self.__dict__["averaged_actor"] = actor  # no submodule, as the networks
+
+    def average_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The actor's parameters, and in the same order their averages; empty without averages."""
+        average = children_of(self).get(AVERAGE)
+        if average is None:
+            return [], []
+        pairs = [(self.actor_network_params.get(k), leaf) for k, leaf in average.items(True, True)]
+        return [live for live, _ in pairs], [leaf for _, leaf in pairs]
 
     # -- tensors that are one: shared trunks, targets' buffers, averages, the user's own networks -----
 
@@ -261,21 +281,29 @@ class NetworkLoss(LossModule):
                 setattr(module, name, shared)
 
     def _hold(self) -> None:
-        """Let the user's own networks hold the tensors of this loss, which may be others now."""
+        """Let the user's own networks hold the tensors of this loss, which may be others now.
+
+        Of P runs the networks hold the parameters of all, and the buffers, which are the same for
+        all, of the first.
+        """
         trunks = {entry.network for entry in self._trunk}
         for name in self.network_names:
-            one = name != "qvalue_network" or self.num_qvalue_nets == 1
             params = children_of(self).get(f"{name}_params")
-            if one and name not in trunks and params is not None:
-                for module, entry, leaf, _ in _places(getattr(self, name), params):
-                    held = leaf if isinstance(leaf, nn.Parameter) else leaf.data
-                    setattr(module, entry, held)
+            several = name == "qvalue_network" and (self.num_qvalue_nets > 1 or self.members)
+            if several or name in trunks or params is None:
+                continue
+            for module, entry, leaf, _ in _places(getattr(self, name), params):
+                if isinstance(leaf, nn.Parameter):
+                    setattr(module, entry, leaf)
+                else:
+                    setattr(module, entry, leaf.data[0] if params.batch_dims else leaf.data)
         self._tie()
         self.forget_networks()
 
     def forget_networks(self) -> None:
         """Let :meth:`evaluated_directly` look at the networks again, since tensors or keys changed."""
         self.kept_networks = None
+        self.direct = None if self.members is None else self._make_direct()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> NetworkLoss:
         super()._apply(fn, *args, **kwargs)
@@ -291,15 +319,19 @@ class NetworkLoss(LossModule):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in NOT_SAVED}
+        return {k: v for k, v in self.__dict__.items() if k not in ("direct", "kept_networks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._hold()
-        self._make_vmap()
 
     def reset_parameters_recursive(self) -> None:
         """Initialise every network again, targets too, as TorchRL's losses do."""
+        if self.members is not None:
+            raise NotImplementedError(
+                "a population's weights are drawn run by run: reset the losses it is made from, and "
+                "build it again."
+            )
         self._untie()
         super().reset_parameters_recursive()
         live, averages = self.average_pairs()
@@ -319,7 +351,7 @@ class NetworkLoss(LossModule):
             return
         for key, current in self.state_dict().items():  # older TorchRL losses stacked one critic
             stored = state_dict.get(prefix + key)
-            is_critic = key.removeprefix("target_").startswith("qvalue_network_params.")
+            is_critic = key.removeprefix("target_").startswith(f"{LIVE_CRITICS}.")
             if is_critic and stored is not None and stored.shape == (1, *current.shape):
                 state_dict[prefix + key] = stored.squeeze(0)
 
@@ -337,32 +369,6 @@ class NetworkLoss(LossModule):
             if id(parameter) not in mirrors:
                 yield name, parameter
 
-    # -- the moving average of the policy's weights ---------------------------------------------------
-
-    def _add_average(self) -> None:
-        """Add a copy of the actor's parameters, and ``averaged_actor``, which acts with it.
-
-        Parameters are averaged; buffers are the live ones. The average starts at the weights as they
-        are. The copy is part of the loss's state, and not of its parameters.
-        """
-        params = self.actor_network_params
-        trained = [key for key, leaf in params.items(True, True) if isinstance(leaf, nn.Parameter)]
-        average = params.data.select(*trained).clone()
-        setattr(self, AVERAGE, TensorDictParams(average, no_convert=True))
-        actor = copy.deepcopy(self.actor_network)
-        self.__dict__["averaged_actor"] = actor.requires_grad_(
-            False
-        )  # no submodule, as the networks
-        self._tie()
-
-    def average_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The actor's parameters, and in the same order their averages; empty without averages."""
-        average = children_of(self).get(AVERAGE)
-        if average is None:
-            return [], []
-        pairs = [(self.actor_network_params.get(k), leaf) for k, leaf in average.items(True, True)]
-        return [live for live, _ in pairs], [leaf for _, leaf in pairs]
-
     # -- evaluation ----------------------------------------------------------------------------------
 
     @contextmanager
@@ -374,52 +380,41 @@ class NetworkLoss(LossModule):
         """
         if self.kept_networks is None or self.kept_networks.watched.changed():
             self.kept_networks = self._make_direct()
-        self.direct = self.kept_networks
+        before, self.direct = self.direct, self.kept_networks
         try:
             yield
         finally:
-            self.direct = None
+            self.direct = before
 
     def _make_direct(self) -> DirectNetworks:
         trunks = {entry.network for entry in self._trunk}
-        keys, params = self.tensor_keys, children_of(self)
+        keys, params, per_run = self.tensor_keys, children_of(self), self.members is not None
         value = head = None
         critics = {}
         if "value_network" not in trunks and writes(self.value_network, keys.value):
-            network = self.value_network
-            of_value = self.value_network_params.get("module")
-            value = network_over(network.module, network.in_keys, of_value)
+            network, of_value = self.value_network, self.value_network_params.get("module")
+            value = network_over(network.module, network.in_keys, of_value, per_run=per_run)
         actor: Any = self.actor_network
         if is_head_and_distribution(actor):
             of_head = self.actor_network_params.get(("module", "0", "module"))
-            head = network_over(actor[0].module, actor[0].in_keys, of_head)
+            head = network_over(actor[0].module, actor[0].in_keys, of_head, per_run=per_run)
         elif type(actor) is FlowPolicy:
-            head = network_over(actor.head, (), self.actor_network_params.get("head"))
+            of_head = self.actor_network_params.get("head")
+            head = network_over(actor.head, (), of_head, per_run=per_run)
         if "qvalue_network" not in trunks and writes(self.qvalue_network, keys.state_action_value):
             for name in (LIVE_CRITICS, TARGET_CRITICS, DETACHED_CRITICS):
-                of_name = params[TARGET_CRITICS if name == TARGET_CRITICS else LIVE_CRITICS]
-                critic = critics_over(
-                    self.qvalue_network, of_name, detached=name == DETACHED_CRITICS
+                over = critics_over(
+                    self.qvalue_network,
+                    params[TARGET_CRITICS if name == TARGET_CRITICS else LIVE_CRITICS],
+                    per_run=per_run,
+                    detached=name == DETACHED_CRITICS,
                 )
-                critics |= {} if critic is None else {name: critic}
+                critics |= {} if over is None else {name: over}
         networks = [getattr(self, name) for name in self.network_names]
-        return DirectNetworks(networks, value, critics, head)
+        return DirectNetworks(Watched(networks), value, critics, head)
 
     def _make_vmap(self) -> None:
-        network = self.qvalue_network
-
-        def evaluate(inputs: TensorDictBase, params: TensorDictBase) -> TensorDictBase:
-            with params.to_module(network, preserve_module_state=False):
-                return network(inputs)
-
-        def one_by_one(inputs: TensorDictBase, params: TensorDictBase) -> TensorDictBase:
-            return torch.stack([evaluate(inputs.copy(), critic) for critic in params.unbind(0)])
-
-        self.map_critics: Callable[..., TensorDictBase] = (
-            one_by_one
-            if self.deactivate_vmap
-            else torch.vmap(evaluate, (None, 0), randomness=self.vmap_randomness)
-        )
+        """TorchRL calls this when the randomness changes, which each evaluation reads."""
 
     def _live(self, name: str) -> TensorDictBase:
         """Parameters of the network ``name`` for a forward pass: mirrors replaced by their owners."""
@@ -435,7 +430,7 @@ class NetworkLoss(LossModule):
         return params
 
     def value_output(self, data: TensorDictBase) -> Tensor:
-        """V on the entries of ``data``, ``(*B, 1)``."""
+        """V on the entries of ``data``, ``(*B, 1)``; of P runs ``(P, B, 1)``."""
         if self.direct is not None and self.direct.value is not None:
             value: Tensor = self.direct.value(data)
             return value
@@ -447,11 +442,15 @@ class NetworkLoss(LossModule):
     def critic_outputs(self, data: TensorDictBase, name: str) -> Tensor:
         """K critics with the parameters ``name``, ``(K, *B, n)``: live, target or detached ones.
 
-        A gradient of the detached ones reaches the inputs and no parameter.
+        A gradient of the detached ones reaches the inputs and no parameter. Of P runs
+        ``(K, P, B, n)``.
         """
+        one = self.num_qvalue_nets == 1
         if self.direct is not None and name in self.direct.critics:
             out: Tensor = self.direct.critics[name](data)
-            return out.unsqueeze(0) if self.num_qvalue_nets == 1 else out
+            if one:
+                return out.unsqueeze(0)
+            return out if self.members is None else out.transpose(0, 1)
         network, key = self.qvalue_network, self.tensor_keys.state_action_value
         is_target = name == TARGET_CRITICS
         params = children_of(self)[name] if is_target else self._live("qvalue_network")
@@ -462,13 +461,21 @@ class NetworkLoss(LossModule):
                 params.set(each, params.get(each).clone())
         if name == DETACHED_CRITICS:
             params = params.detach()
+
+        def evaluate(inputs: TensorDictBase, params: TensorDictBase) -> TensorDictBase:
+            with params.to_module(network, preserve_module_state=False):
+                return network(inputs)
+
         inputs = data.select(*network.in_keys, strict=False)
-        if self.num_qvalue_nets > 1:
-            if torch.compiler.is_compiling():  # vmap would lock it again, which warns in a graph
-                params = _unlocked(params)
-            return output_of(self.map_critics(inputs, params), key, "qvalue_network")
-        with params.to_module(network, preserve_module_state=False):
-            return output_of(network(inputs), key, "qvalue_network").unsqueeze(0)
+        if one:
+            return output_of(evaluate(inputs, params), key, "qvalue_network").unsqueeze(0)
+        if torch.compiler.is_compiling():  # vmap would lock it again, which warns in a graph
+            params = _unlocked(params)
+        if self.deactivate_vmap:
+            each_written = [evaluate(inputs.copy(), critic) for critic in params.unbind(0)]
+            return output_of(torch.stack(each_written), key, "qvalue_network")
+        mapped = torch.vmap(evaluate, (None, 0), randomness=self.vmap_randomness)
+        return output_of(mapped(inputs, params), key, "qvalue_network")
 
     def encoder_output(self, data: TensorDictBase, *, target: bool) -> TensorDictBase:
         """What the encoder writes for ``data``, with its own or the target's parameters."""

@@ -24,7 +24,7 @@ from iql_torchrl.distributed import Ranks
 from iql_torchrl.evaluation.rollout import Evaluation, evaluate
 from iql_torchrl.population.alike import check_configs
 from iql_torchrl.population.division import joined_states, part_of_states, to_cpu
-from iql_torchrl.population.loss import PopulationLoss
+from iql_torchrl.population.loss import stack_losses, write_member
 from iql_torchrl.trainers.identity import DataState
 from iql_torchrl.trainers.parts import check_same_data
 from iql_torchrl.trainers.schedule import whole_updates
@@ -65,12 +65,12 @@ class IQLPopulation:
     other numbers of runs. Random tensors of eager updates come from torch's default generator, which
     is the same on all ranks after the population was built.
 
-    Attributes: ``loss`` (:class:`PopulationLoss`), ``optimizer``, ``scheduler``, ``step`` (an
+    Attributes: ``loss`` (of all runs, with parameters ``(P, ...)``), ``optimizer``, ``scheduler``, ``step`` (an
     ``IQLStep``; for ``compiled`` and ``captured`` too), ``sampler``, ``updates``.
 
     Raises ``ValueError`` on configs that differ elsewhere, network widths included, on unknown
     ``batches``, on fewer configs than ranks or ranks with other configs or data, and as
-    :class:`PopulationLoss` does.
+    ``population.loss.stack_losses`` does.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class IQLPopulation:
         self.configs = self.all_configs[self.runs.start : self.runs.stop]
         self.task = Task.of(dataset)
         first = self.all_configs[0]
-        self.loss = PopulationLoss([self._agent(number).loss for number in range(len(self))])
+        self.loss = stack_losses([self._agent(number).loss for number in range(len(self))])
         if self.ranks.size > 1:
             self.loss.among = self.runs.start, len(configs)
         self.loss.to(first.device)
@@ -215,7 +215,7 @@ class IQLPopulation:
         if not -len(self) <= number < len(self):
             raise IndexError(f"there is no run {number}: the runs are 0 to {len(self) - 1}.")
         agent = self._agent(number)
-        self.loss.write_member(number, agent.loss)
+        write_member(self.loss, number, agent.loss)
         return agent
 
     def evaluate(
