@@ -30,7 +30,6 @@ from iql_torchrl.data import DeviceSampler
 from iql_torchrl.losses import OPTIONS, ImplicitQLoss
 from iql_torchrl.losses.loss import ACTOR_OBJECTIVES
 from iql_torchrl.networks.perceptrons import INITIALISATIONS
-from iql_torchrl.population import PopulationLoss
 from iql_torchrl.trainers.identity import AgentState, SettingsState
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.snapshot import take_snapshot
@@ -120,10 +119,8 @@ def test_runs_of_a_population_have_their_own_or_must_agree():
     message = r"width is 3 in configs\[1\] and 2 in configs\[0\]; .* may differ in .*sharpness"
     with pytest.raises(ValueError, match=message):
         IQLPopulation([BASE, replace(BASE, width=3)], dataset)
-    losses = [make_agent(BASE, dataset).loss for _ in range(2)]
-    losses[1].rounding = "down"
-    with pytest.raises(ValueError, match="rounding"):
-        PopulationLoss(losses)
+    with pytest.raises(ValueError, match=r"rounding is down in configs\[1\] and up in configs"):
+        IQLPopulation([BASE, replace(BASE, rounding="down")], dataset)
 
 
 @pytest.mark.usefixtures("new_knobs")

@@ -1,8 +1,8 @@
 """IQL losses as TorchRL LossModules."""
 
+from iql_torchrl.losses.critics import LossCritics
 from iql_torchrl.losses.iql import DiscreteIQLLoss, IQLLoss
 from iql_torchrl.losses.loss import DIAGNOSTICS, LOSSES, OPTIONS, ImplicitQLoss
-from iql_torchrl.losses.critics import LossCritics
 
 __all__ = [
     "DIAGNOSTICS",

@@ -280,7 +280,7 @@ class NetworkLoss(LossModule):
                     shared = nn.Parameter(average.get(key).data, requires_grad=False)
                 setattr(module, name, shared)
 
-    def _hold(self) -> None:
+    def put_into_networks(self) -> None:
         """Let the user's own networks hold the tensors of this loss, which may be others now.
 
         Of P runs the networks hold the parameters of all, and the buffers, which are the same for
@@ -315,7 +315,7 @@ class NetworkLoss(LossModule):
                 if isinstance(keywords, dict):
                     moved = {k: fn(v) for k, v in keywords.items() if isinstance(v, Tensor)}
                     keywords.update(moved)
-        self._hold()
+        self.put_into_networks()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -323,7 +323,7 @@ class NetworkLoss(LossModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._hold()
+        self.put_into_networks()
 
     def reset_parameters_recursive(self) -> None:
         """Initialise every network again, targets too, as TorchRL's losses do."""
@@ -337,7 +337,7 @@ class NetworkLoss(LossModule):
         live, averages = self.average_pairs()
         for parameter, average in zip(live, averages, strict=True):
             average.data.copy_(parameter.data)
-        self._hold()
+        self.put_into_networks()
 
     def _untie(self) -> None:
         """Give mirrors storage of their own, so that every entry can be written to."""
@@ -356,7 +356,7 @@ class NetworkLoss(LossModule):
                 state_dict[prefix + key] = stored.squeeze(0)
 
     def _after_load(self, _: Any) -> None:
-        self._hold()
+        self.put_into_networks()
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, **kwargs: Any

@@ -266,7 +266,6 @@ def chain(
 
 
 class _Chain(torch.autograd.Function):
-
     @staticmethod
     def forward(
         ctx: Any,

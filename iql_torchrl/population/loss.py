@@ -46,7 +46,14 @@ def stack_losses(losses: Sequence[ImplicitQLoss]) -> ImplicitQLoss:
             loss.register_buffer(name, values.to(like).unsqueeze(-1), persistent=False)
     discounts = torch.stack([x.value_estimator.gamma.reshape(()) for x in losses])
     loss.register_buffer("discount", discounts.to(like.device).unsqueeze(-1), persistent=False)
-    loss.forget_networks()
+    loss.put_into_networks()
+    assert loss.direct is not None
+    parts = zip(NETWORKS, (loss.direct.head, loss.direct.critics, loss.direct.value), strict=True)
+    if unknown := [name for name, evaluated in parts if not evaluated]:
+        raise ValueError(
+            f"{unknown[0]} cannot be stacked: it must be one plain module that shares no parameters, "
+            "with the same statistics in all runs. Train its runs one by one."
+        )
     return loss
 
 
@@ -61,10 +68,10 @@ def _stacked(
     stacked: Any = torch.stack([params.data for params in each]).contiguous().unlock_()
     for key, leaf in list(each[0].items(True, True)):
         values = stacked.get(key)
-        is_parameter = isinstance(leaf, nn.Parameter) or attribute == AVERAGE
-        values = values.unsqueeze(1) if is_parameter and key not in inside else values
-        trained = isinstance(leaf, nn.Parameter) and leaf.requires_grad
-        stacked.set(key, nn.Parameter(values) if trained else values)
+        trained = isinstance(leaf, nn.Parameter)
+        if key not in inside and (trained or attribute == AVERAGE):
+            values = values.unsqueeze(1)
+        stacked.set(key, nn.Parameter(values, leaf.requires_grad) if trained else values)
     return TensorDictParams(stacked, no_convert=True)
 
 
@@ -113,4 +120,3 @@ def _perceptron_keys(name: str, network: nn.Module) -> set[NestedKey]:
 
 def _key(path: str, name: str) -> NestedKey:
     return tuple(f"{path}.{name}".removeprefix(".").split("."))
-

@@ -25,7 +25,7 @@ from iql_torchrl import (
     policies,
 )
 from iql_torchrl.data.replay import MemberSampler
-from iql_torchrl.population.loss import PopulationLoss
+from iql_torchrl.population.loss import stack_losses
 from iql_torchrl.update.adam import StackedAdam
 
 
@@ -127,7 +127,7 @@ def test_a_thousand_updates_in_single_precision(way):
     knobs = {}, {"expectile": 0.95, "temperature": 0.0}, {"temperature": 10.0, "max_weight": 2.0}
     rates = torch.tensor([3e-4, 1e-3, 1e-4])
     losses = [tanh_loss(**each) for each in knobs]
-    population = PopulationLoss(losses)
+    population = stack_losses(losses)
     optimizers = [Adam(x.parameters(), float(r)) for x, r in zip(losses, rates, strict=True)]
     optimizers.append(StackedAdam(population.parameters(), rates=rates))
     *alone, together = (
