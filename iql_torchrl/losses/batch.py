@@ -87,7 +87,9 @@ class Batch:
             return None if entry is None else entry[:, first:end] if runs else entry[first:end]
 
         return Batch(
-            *map(part, (self.data, self.mask, self.weight)),
+            data=part(self.data),
+            mask=part(self.mask),
+            weight=part(self.weight),
             shared=None if self.shared is None else self.shared[first:end],
             draws={name: part(draw) for name, draw in self.draws.items()},
         )

@@ -124,7 +124,8 @@ def check_encoder(encoder: Any, networks: Mapping[str, Sequence[Any]], pixels: i
                 "an encoder reads. Pass encoder_network=, or random_shift=0."
             )
         return
-    if not isinstance(encoder, nn.Module) or not hasattr(encoder, "in_keys"):
+    is_module = isinstance(encoder, nn.Module) and hasattr(encoder, "in_keys")
+    if not is_module:
         raise TypeError(
             f"encoder_network is {type(encoder).__name__}; it must be a TensorDictModule: "
             "TensorDictModule(network, in_keys=[...], out_keys=['features'])."

@@ -390,7 +390,7 @@ class NetworkLoss(LossModule):
         trunks = {entry.network for entry in self._trunk}
         keys, params, per_run = self.tensor_keys, children_of(self), self.members is not None
         value = head = None
-        critics = {}
+        critics: dict[str, Direct] = {}
         if "value_network" not in trunks and writes(self.value_network, keys.value):
             network, of_value = self.value_network, self.value_network_params.get("module")
             value = network_over(network.module, network.in_keys, of_value, per_run=per_run)

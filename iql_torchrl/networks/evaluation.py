@@ -333,9 +333,10 @@ class Direct:
         body: Perceptron | None = None,
         first: nn.Module | None = None,
     ) -> None:
-        self.in_keys, self.body, self.module = list(in_keys), body, module
+        self.in_keys, self.body = list(in_keys), body
+        self.module: Any = module
         around = isinstance(module, AroundPerceptron)
-        self.first: Any = (first or module.preprocess) if around else None
+        self.first: Any = (first or self.module.preprocess) if around else None
         plain = body is not None and body.derivative is not None and not body.per_run
         self.by_row = plain and (not around or type(self.first) in BY_ROW)
         if (
@@ -405,7 +406,8 @@ def critics_over(
 def _leaves(module: nn.Module, params: TensorDictBase) -> list[Tensor]:
     """Entries of ``params`` for the perceptron of ``module``, in the order of its layers."""
     around = isinstance(module, AroundPerceptron)
-    body, of_body = (module.mlp, params.get("mlp")) if around else (module, params)
+    body: Any = module.mlp if around else module
+    of_body = params.get("mlp") if around else params
     return [
         of_body.get((place, name))
         for place, layer in children_of(body).items()

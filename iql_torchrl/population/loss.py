@@ -65,7 +65,8 @@ def _stacked(
     Parameters outside of perceptrons get a dimension of size 1 for the batch, ``(P, 1, ...)``.
     """
     each: list[Any] = [children_of(loss)[attribute] for loss in losses]
-    stacked: Any = torch.stack([params.data for params in each]).contiguous().unlock_()
+    stacked: Any = torch.stack([params.data for params in each])
+    stacked = stacked.contiguous().unlock_()
     for key, leaf in list(each[0].items(True, True)):
         values = stacked.get(key)
         trained = isinstance(leaf, nn.Parameter)

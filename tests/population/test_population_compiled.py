@@ -76,7 +76,8 @@ def test_captured_updates_equal_the_runs_alone(compiler, request):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "threads"),
-    # with one thread Inductor's own program of discrete members is wrong: private_apis.untiled_loops_only
+    # with one thread Inductor's own program of discrete members is wrong:
+    # private_apis.untiled_loops_only
     [*((case, None) for case in CASES), ("discrete", 1)],
 )
 def test_compiled_updates_equal_the_runs_alone(case, threads, request):
