@@ -137,7 +137,7 @@ def check_encoder(encoder: Any, networks: Mapping[str, Sequence[Any]], pixels: i
                 "batches, and is evaluated with the weights of the target too. Use LayerNorm or "
                 "GroupNorm."
             )
-    side = getattr(getattr(encoder, "module", None), "shortest_side", None)
+    side: Any = getattr(getattr(encoder, "module", None), "shortest_side", None)
     if pixels and side is None:
         raise ValueError(
             f"random_shift is {pixels} and encoder_network has no images to move; it must be a "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from numbers import Real
 from typing import Any, ClassVar
@@ -39,6 +39,7 @@ from iql_torchrl.losses.parameters import (
     NetworkLoss,
 )
 from iql_torchrl.networks import join_observations
+from iql_torchrl.networks.evaluation import Direct, Networks
 
 ValueObjective = str | Callable[[Tensor, Tensor], Tensor]
 ActorObjective = str | Callable[[TensorDictModule, TensorDictBase], Tensor]
@@ -282,43 +283,35 @@ class ImplicitQLoss(NetworkLoss):
             needed |= {IMAGE_SHIFT: shift, NEXT_IMAGE_SHIFT: shift}
         return needed
 
-    @property
-    def trains_encoder_alone(self) -> bool:
-        """Whether only the critics' loss trains the encoder."""
-        return bool(self.encoder_gradient == "critics")
-
     def inputs(self, batch: Batch, critics: str | None = None) -> TensorDictBase:
         """What networks read: the batch's entries, with the encoder's features where there is one.
 
-        ``critics``: the parameters of the critics that read them; None for the policy and V. Target
-        critics get features of the target encoder. A gradient reaches the encoder through the live
-        critics, and with ``encoder_gradient="all"`` through the policy and V. Features are evaluated
-        once for a batch and kept in it.
+        ``critics``: the parameters of the critics that read them; None for the policy and V.
         """
         if self.encoder_network is None:
             return batch.observed
-        features = self._features(batch, target=critics == TARGET_CRITICS)
-        learns = critics == LIVE_CRITICS or (critics is None and not self.trains_encoder_alone)
-        if critics != TARGET_CRITICS and not learns:
-            features = features.detach()
-        return batch.observed.copy().update(features)
+        return self.with_features(batch, critics)
 
-    def _features(self, batch: Batch, *, target: bool) -> TensorDictBase:
-        encoder: Any = self.encoder_network
-        kept = batch.features
-        gradient = torch.is_grad_enabled() and not target
-        for key in ((target, True), (target, False)):
-            if key in kept and (key[1] or not gradient):
-                return kept[key]
-        data = batch.observed.select(*encoder.in_keys, strict=False)
-        if self.random_shift:
-            images = [data.get(key) for key in encoder.in_keys]
-            moved = encoder.module.shifted(images, batch.draws[IMAGE_SHIFT], self.random_shift)
-            for key, observation in zip(encoder.in_keys, moved, strict=True):
-                data.set(key, observation)
-        with torch.set_grad_enabled(gradient):
-            kept[(target, gradient)] = self.encoder_output(data, target=target)
-        return kept[(target, gradient)]
+    @property
+    def networks(self) -> Networks:
+        """What evaluates the networks now."""
+        return self.direct or self.general_networks()
+
+    @contextmanager
+    def evaluated_directly(self) -> Iterator[None]:
+        """Evaluate known networks without TensorDict and vmap inside the context, as an update does.
+
+        What was found out about the networks is kept until the loss is moved, cast, loaded, reset or
+        given other keys, or an attribute, a part or the hooks of a network change.
+        """
+        kept = self.kept_networks
+        if kept is None or kept.watched is None or kept.watched.changed():
+            self.kept_networks = self.direct_networks()
+        before, self.direct = self.direct, self.kept_networks
+        try:
+            yield
+        finally:
+            self.direct = before
 
     # -- each quantity of an update, evaluated once --------------------------------------------------
 
@@ -327,13 +320,9 @@ class ImplicitQLoss(NetworkLoss):
         with torch.no_grad():
             return self.action_values(batch, TARGET_CRITICS).amin(0)
 
-    def qvalue(self, batch: Batch) -> Tensor:
-        """``Q_k(s, a)`` of every critic, shape ``(K, *B)``, with gradient."""
-        return self.action_values(batch, LIVE_CRITICS)
-
     def action_values(self, batch: Batch, name: str) -> Tensor:
         """``Q_k(s, a)`` of the logged action from K critics with parameters ``name``, ``(K, *B)``."""
-        outputs = self.critic_outputs(self.inputs(batch, name), name)
+        outputs = self.networks.critics[name](self.inputs(batch, name))
         key = self.tensor_keys.state_action_value
         return per_sample(self.pick(outputs, batch), batch.data.batch_size, key, leading=1)
 
@@ -343,14 +332,15 @@ class ImplicitQLoss(NetworkLoss):
 
     def state_value(self, batch: Batch) -> Tensor:
         """``V(s)``, shape ``(*B,)``, with gradient."""
-        return self._as_values(self.value_output(self.inputs(batch)), batch)
+        return self._as_values(self.networks.value(self.inputs(batch)), batch)
 
     def state_values(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """``V(s)`` and, where one evaluation gives both, ``V(s')``; without gradient."""
         with torch.no_grad():
-            value = None if self.direct is None else self.direct.value
-            if value is None or not value.by_row or not self._bootstraps_once():
+            value = self.networks.value
+            if not getattr(value, "by_row", False) or not self._bootstraps_once():
                 return self.state_value(batch), None
+            assert isinstance(value, Direct)
             here, there = value.twice(self.inputs(batch), self.inputs(batch.next))
             return self._as_values(here, batch), self._as_values(there, batch)
 
@@ -452,9 +442,8 @@ class ImplicitQLoss(NetworkLoss):
         value = self.state_value(batch)
         agree(state_value=value, target_qvalue=target_qvalue)
         if callable(self.value_objective):
-            loss = self._per_sample(
-                self.value_objective(target_qvalue, value), batch, "value_objective"
-            )
+            loss = self.value_objective(target_qvalue, value)
+            loss = per_sample(loss, batch.data.batch_size, "value_objective's result")
         elif self.value_objective == "sarsa_expectile":
             target = self.td_target(batch) if td_target is None else td_target
             loss = F.expectile_loss(target - value, expectile=self.expectile)
@@ -489,22 +478,17 @@ class ImplicitQLoss(NetworkLoss):
         """Weights ``(*B,)`` of the samples in the policy's loss, without gradient."""
         if callable(self.advantage_weight):
             weight = self.advantage_weight(advantage).detach()
-            return self._per_sample(weight, batch, "advantage_weight")
+            return per_sample(weight, batch.data.batch_size, "advantage_weight's result")
         return F.exponential_weight(
             advantage, temperature=self.temperature, max_weight=self.max_weight
         )
-
-    @staticmethod
-    def _per_sample(result: Tensor, batch: Batch, name: str) -> Tensor:
-        """The result of a function that the user gave as ``name``; ``ValueError`` on its shape."""
-        return per_sample(result, batch.data.batch_size, f"{name}'s result")
 
     def qvalue_term(self, batch: Batch, td_target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum over critics of their distance to ``td_target``, and its metadata (eq. 6).
 
         ``metadata["td_error"]`` is the squared error of every critic, ``(K, *B)``, 0 where masked.
         """
-        qvalue = self.qvalue(batch)
+        qvalue = self.action_values(batch, LIVE_CRITICS)
         agree(qvalue=qvalue[0], td_target=td_target)
         target = td_target.expand_as(qvalue)
         loss = F.regression_loss(qvalue, target, loss_function=self.loss_function).sum(0)
@@ -533,11 +517,11 @@ class ImplicitQLoss(NetworkLoss):
         if callable(self.actor_objective):
             with self.policy() as actor:
                 error = self.actor_objective(actor, self.inputs(batch).copy())
-            return self._per_sample(error, batch, "actor_objective")
+            return per_sample(error, batch.data.batch_size, "actor_objective's result")
         if self.actor_objective == "mse":
             error = (self._policy_action(batch) - batch.data.get(self.tensor_keys.action)).square()
             return error if error.ndim == batch.data.ndim else error.sum(-1)
-        dist = self.policy_distribution(self.inputs(batch))
+        dist = self.networks.distribution(self.inputs(batch))
         log_prob = dist.log_prob(self.logged_action(batch, dist))
         return -per_sample(log_prob, batch.data.batch_size, "log_prob")
 
@@ -548,7 +532,7 @@ class ImplicitQLoss(NetworkLoss):
     def _policy_action(self, batch: Batch) -> Tensor:
         """The action that the policy writes, ``(*B, A)``."""
         if self.members is not None:
-            chosen: Tensor = self.policy_distribution(self.inputs(batch)).deterministic_sample
+            chosen: Tensor = self.networks.distribution(self.inputs(batch)).deterministic_sample
             return chosen
         with self.policy() as actor:
             inputs = self.inputs(batch).select(*actor.in_keys, strict=False)
@@ -558,7 +542,7 @@ class ImplicitQLoss(NetworkLoss):
         """The policy's action without randomness, ``(*B, A)``, and its distribution if it has one."""
         if not hasattr(self.actor_network, "get_dist"):
             return self._policy_action(batch), None
-        dist = self.policy_distribution(self.inputs(batch))
+        dist = self.networks.distribution(self.inputs(batch))
         action = getattr(dist, "deterministic_sample", None)
         return dist.mean if action is None else torch.as_tensor(action), dist
 
@@ -570,10 +554,10 @@ class ImplicitQLoss(NetworkLoss):
         """
         inputs, time = self.inputs(batch), batch.draws[FLOW_TIME]
         logged = batch.data.get(self.tensor_keys.action)
-        with self.policy() if self.direct is None else nullcontext(self.actor_network) as actor:
+        head = self.networks.head
+        with self.policy() if head is None else nullcontext(self.actor_network) as actor:
             observation = join_observations([inputs.get(key) for key in actor.in_keys])
             point, target = F.flow_path(batch.draws[FLOW_NOISE], actor.normalise(logged), time=time)
-            head = None if self.direct is None else self.direct.head
             velocity = (actor.velocity if head is None else head.run)(observation, point, time)
         return (velocity.to(target.dtype) - target).square().mean(-1)
 

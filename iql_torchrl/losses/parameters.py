@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +18,16 @@ from torch import Tensor, nn
 from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives.common import LossModule
 
-from iql_torchrl.losses.batch import output_of
+from iql_torchrl.losses.batch import IMAGE_SHIFT, Batch, output_of
 from iql_torchrl.losses.critics import Critics, check_encoder, initialise_critics, list_critics
 from iql_torchrl.networks.evaluation import (
-    Direct,
+    DirectCritics,
+    Networks,
     Watched,
-    critics_over,
     distribution_of,
+)
+from iql_torchrl.networks.recognition import (
+    critics_over,
     is_head_and_distribution,
     network_over,
     writes,
@@ -50,19 +54,6 @@ class TrunkEntry(NamedTuple):
     owner_key: NestedKey
 
 
-class DirectNetworks(NamedTuple):
-    """What evaluates the networks in an update; None, or a name left out: the general way.
-
-    ``critics``: by the name of their parameters. ``head``: the policy's network before its
-    distribution, or the velocity of a flow.
-    """
-
-    watched: Watched
-    value: Direct | None
-    critics: Mapping[str, Direct]
-    head: Direct | None
-
-
 class NetworkLoss(LossModule):
     """Holds actor, critics, V and encoder as TorchRL's losses do, and evaluates them; abstract.
 
@@ -73,10 +64,10 @@ class NetworkLoss(LossModule):
     owner's loss alone trains it). Buffers (statistics of normalisation layers) of target critics are
     tied to the live ones.
 
-    Networks are evaluated as in TorchRL's losses, with parameters put into them; inside
-    :meth:`evaluated_directly` by ``networks.evaluation``, where their structure allows it. With
-    ``members`` parameters are those of P runs, ``(P, ...)``, and every evaluation is direct
-    (``population.stack_losses``).
+    Networks are evaluated as in TorchRL's losses, with parameters put into them
+    (:meth:`general_networks`); in updates by ``networks.evaluation``, where their structure allows it
+    (:meth:`direct_networks`). With ``members`` parameters are those of P runs, ``(P, ...)``, and every
+    evaluation is direct (``population.stack_losses``).
     """
 
     @dataclass
@@ -107,14 +98,15 @@ class NetworkLoss(LossModule):
     value_network_params: TensorDictParams
     target_value_network_params: TensorDictParams
     encoder_network: TensorDictModule | None
+    encoder_gradient: str
     encoder_network_params: TensorDictParams
     target_encoder_network_params: TensorDictParams
 
     members: int | None = None  # number of runs of a population
     discount: Tensor  # of each run, in a population
     optional_keys: set[NestedKey]
-    direct: DirectNetworks | None = None  # inside evaluated_directly, and in a population
-    kept_networks: DirectNetworks | None = None
+    direct: Networks | None = None  # inside evaluated_directly, and in a population
+    kept_networks: Networks | None = None
 
     def __init__(
         self,
@@ -130,7 +122,6 @@ class NetworkLoss(LossModule):
         encoder_network: TensorDictModule | None = None,
         random_shift: int = 0,
     ) -> None:
-        self._in_keys: list[NestedKey] | None = None
         super().__init__()
         self._set_deprecated_ctor_keys(priority=priority_key)
         self._actor_ema = actor_ema
@@ -144,6 +135,7 @@ class NetworkLoss(LossModule):
         self._trunk: list[TrunkEntry] = []
         self._tied_buffers: list[tuple[str, NestedKey]] = []
         self._convert(actor_network, qvalue_network, value_network)
+        self._name_inputs()
         self.register_load_state_dict_pre_hook(NetworkLoss._before_load)
         self.register_load_state_dict_post_hook(NetworkLoss._after_load)
 
@@ -303,7 +295,7 @@ class NetworkLoss(LossModule):
     def forget_networks(self) -> None:
         """Let :meth:`evaluated_directly` look at the networks again, since tensors or keys changed."""
         self.kept_networks = None
-        self.direct = None if self.members is None else self._make_direct()
+        self.direct = None if self.members is None else self.direct_networks()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> NetworkLoss:
         super()._apply(fn, *args, **kwargs)
@@ -371,47 +363,46 @@ class NetworkLoss(LossModule):
 
     # -- evaluation ----------------------------------------------------------------------------------
 
-    @contextmanager
-    def evaluated_directly(self) -> Iterator[None]:
-        """Evaluate known networks without TensorDict and vmap inside the context, as an update does.
-
-        What was found out about the networks is kept until the loss is moved, cast, loaded, reset or
-        given other keys, or an attribute, a part or the hooks of a network change.
-        """
-        if self.kept_networks is None or self.kept_networks.watched.changed():
-            self.kept_networks = self._make_direct()
-        before, self.direct = self.direct, self.kept_networks
-        try:
-            yield
-        finally:
-            self.direct = before
-
-    def _make_direct(self) -> DirectNetworks:
+    def direct_networks(self) -> Networks:
+        """Known networks evaluated without TensorDict and vmap; others in the general way."""
+        networks = self.general_networks()
         trunks = {entry.network for entry in self._trunk}
         keys, params, per_run = self.tensor_keys, children_of(self), self.members is not None
-        value = head = None
-        critics: dict[str, Direct] = {}
         if "value_network" not in trunks and writes(self.value_network, keys.value):
             network, of_value = self.value_network, self.value_network_params.get("module")
             value = network_over(network.module, network.in_keys, of_value, per_run=per_run)
+            networks = networks._replace(value=value)
         actor: Any = self.actor_network
         if is_head_and_distribution(actor):
             of_head = self.actor_network_params.get(("module", "0", "module"))
             head = network_over(actor[0].module, actor[0].in_keys, of_head, per_run=per_run)
+            distribution = partial(distribution_of, actor, head)
+            networks = networks._replace(head=head, distribution=distribution)
         elif type(actor) is FlowPolicy:
             of_head = self.actor_network_params.get("head")
             head = network_over(actor.head, (), of_head, per_run=per_run)
+            networks = networks._replace(head=head)
         if "qvalue_network" not in trunks and writes(self.qvalue_network, keys.state_action_value):
-            for name in (LIVE_CRITICS, TARGET_CRITICS, DETACHED_CRITICS):
-                over = critics_over(
+            critics = {
+                name: critics_over(
                     self.qvalue_network,
                     params[TARGET_CRITICS if name == TARGET_CRITICS else LIVE_CRITICS],
                     per_run=per_run,
                     detached=name == DETACHED_CRITICS,
                 )
-                critics |= {} if over is None else {name: over}
-        networks = [getattr(self, name) for name in self.network_names]
-        return DirectNetworks(Watched(networks), value, critics, head)
+                for name in networks.critics
+            }
+            if None not in critics.values():
+                count = self.num_qvalue_nets
+                of_all = {n: DirectCritics(c, count, per_run) for n, c in critics.items() if c}
+                networks = networks._replace(critics=of_all)
+        return networks._replace(watched=Watched([getattr(self, n) for n in self.network_names]))
+
+    def general_networks(self) -> Networks:
+        """Networks evaluated with parameters put into them, and critics by vmap."""
+        names = (LIVE_CRITICS, TARGET_CRITICS, DETACHED_CRITICS)
+        critics = {name: partial(self._critics_by_vmap, name) for name in names}
+        return Networks(self._value_in_module, critics, self._distribution_in_module)
 
     def _make_vmap(self) -> None:
         """TorchRL calls this when the randomness changes, which each evaluation reads."""
@@ -429,28 +420,18 @@ class NetworkLoss(LossModule):
             params.set(entry.key, leaf.detach() if self._detach_trunk else leaf)
         return params
 
-    def value_output(self, data: TensorDictBase) -> Tensor:
-        """V on the entries of ``data``, ``(*B, 1)``; of P runs ``(P, B, 1)``."""
-        if self.direct is not None and self.direct.value is not None:
-            value: Tensor = self.direct.value(data)
-            return value
+    def _value_in_module(self, data: TensorDictBase) -> Tensor:
+        """V on the entries of ``data``, ``(*B, 1)``."""
         network = self.value_network
         inputs = data.select(*network.in_keys, strict=False)
         with self._live("value_network").to_module(network, preserve_module_state=False):
             return output_of(network(inputs), self.tensor_keys.value, "value_network")
 
-    def critic_outputs(self, data: TensorDictBase, name: str) -> Tensor:
+    def _critics_by_vmap(self, name: str, data: TensorDictBase) -> Tensor:
         """K critics with the parameters ``name``, ``(K, *B, n)``: live, target or detached ones.
 
-        A gradient of the detached ones reaches the inputs and no parameter. Of P runs
-        ``(K, P, B, n)``.
+        A gradient of the detached ones reaches the inputs and no parameter.
         """
-        one = self.num_qvalue_nets == 1
-        if self.direct is not None and name in self.direct.critics:
-            out: Tensor = self.direct.critics[name](data)
-            if one:
-                return out.unsqueeze(0)
-            return out if self.members is None else out.transpose(0, 1)
         network, key = self.qvalue_network, self.tensor_keys.state_action_value
         is_target = name == TARGET_CRITICS
         params = children_of(self)[name] if is_target else self._live("qvalue_network")
@@ -467,7 +448,7 @@ class NetworkLoss(LossModule):
                 return network(inputs)
 
         inputs = data.select(*network.in_keys, strict=False)
-        if one:
+        if self.num_qvalue_nets == 1:
             return output_of(evaluate(inputs, params), key, "qvalue_network").unsqueeze(0)
         if torch.compiler.is_compiling():  # vmap would lock it again, which warns in a graph
             params = _unlocked(params)
@@ -477,18 +458,40 @@ class NetworkLoss(LossModule):
         mapped = torch.vmap(evaluate, (None, 0), randomness=self.vmap_randomness)
         return output_of(mapped(inputs, params), key, "qvalue_network")
 
-    def encoder_output(self, data: TensorDictBase, *, target: bool) -> TensorDictBase:
-        """What the encoder writes for ``data``, with its own or the target's parameters."""
+    def with_features(self, batch: Batch, critics: str | None) -> TensorDictBase:
+        """The entries of ``batch`` and what the encoder writes for them, kept in the batch.
+
+        ``critics``: the parameters of the critics that read them; None for the policy and V. Target
+        critics get features of the target encoder. A gradient reaches the encoder through the live
+        critics, and with ``encoder_gradient="all"`` through the policy and V.
+        """
+        features = self._features(batch, target=critics == TARGET_CRITICS)
+        learns = critics == LIVE_CRITICS or (critics is None and self.encoder_gradient == "all")
+        if critics != TARGET_CRITICS and not learns:
+            features = features.detach()
+        return batch.observed.copy().update(features)
+
+    def _features(self, batch: Batch, *, target: bool) -> TensorDictBase:
         encoder: Any = self.encoder_network
+        kept = batch.features
+        gradient = torch.is_grad_enabled() and not target
+        for key in ((target, True), (target, False)):
+            if key in kept and (key[1] or not gradient):
+                return kept[key]
+        data = batch.observed.select(*encoder.in_keys, strict=False)
+        if self.random_shift:
+            images = [data.get(key) for key in encoder.in_keys]
+            moved = encoder.module.shifted(images, batch.draws[IMAGE_SHIFT], self.random_shift)
+            for key, observation in zip(encoder.in_keys, moved, strict=True):
+                data.set(key, observation)
         params = children_of(self).get(f"{'target_' * target}{ENCODER}_params")
         # TorchRL keeps no parameters of an encoder without any, such as OneHots
-        with (
-            nullcontext()
-            if params is None
-            else params.to_module(encoder, preserve_module_state=False)
-        ):
-            written: TensorDictBase = encoder(data).select(*encoder.out_keys)
-        return written
+        module = nullcontext()
+        if params is not None:
+            module = params.to_module(encoder, preserve_module_state=False)
+        with torch.set_grad_enabled(gradient), module:
+            kept[(target, gradient)] = encoder(data).select(*encoder.out_keys)
+        return kept[(target, gradient)]
 
     @contextmanager
     def policy(self) -> Iterator[Any]:
@@ -496,12 +499,9 @@ class NetworkLoss(LossModule):
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             yield self.actor_network
 
-    def policy_distribution(self, data: TensorDictBase) -> Any:
+    def _distribution_in_module(self, data: TensorDictBase) -> Any:
         """The policy's distribution on the entries of ``data``."""
-        actor: Any = self.actor_network
-        if self.direct is not None and self.direct.head is not None:
-            return distribution_of(actor, self.direct.head, data)
-        with self.policy():
+        with self.policy() as actor:
             return actor.get_dist(data.select(*actor.in_keys, strict=False))
 
     # -- keys ----------------------------------------------------------------------------------------
@@ -523,29 +523,25 @@ class NetworkLoss(LossModule):
                 f"from {', '.join(known)}."
             )
         super().set_keys(**kwargs)
-        self._in_keys = None
+        self._name_inputs()
         self.forget_networks()
 
-    @property
-    def in_keys(self) -> list[NestedKey]:
+    def _name_inputs(self) -> None:
         """Keys that :meth:`forward` reads; ``("next", ...)`` ones only for V."""
-        if self._in_keys is None:
-            keys = self.tensor_keys
-            of_value = self.observed_keys(self.value_network.in_keys)
-            names = [
-                keys.action,
-                *(("next", key) for key in (keys.reward, keys.done, keys.terminated)),
-                *self.observed_keys(self.actor_network.in_keys),
-                *self.observed_keys(self.qvalue_network.in_keys),
-                *of_value,
-                *(("next", key) for key in of_value),
-            ]
-            self._in_keys = list(dict.fromkeys(unravel_key(name) for name in names))
-        return self._in_keys
-
-    @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:
-        self._in_keys = values
+        keys = self.tensor_keys
+        of_value = self.observed_keys(self.value_network.in_keys)
+        self.in_keys = list(
+            dict.fromkeys(
+                [
+                    keys.action,
+                    *(("next", key) for key in (keys.reward, keys.done, keys.terminated)),
+                    *self.observed_keys(self.actor_network.in_keys),
+                    *self.observed_keys(self.qvalue_network.in_keys),
+                    *of_value,
+                    *(("next", key) for key in of_value),
+                ]
+            )
+        )
 
 
 def _places(

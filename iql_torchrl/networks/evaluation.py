@@ -1,7 +1,7 @@
-"""Evaluation of a loss's networks in an update: without TensorDict, without vmap, without copies.
+"""Evaluation of networks in an update: without TensorDict, without vmap, without copies.
 
 TorchRL's losses put parameters into a network at every evaluation, and map over critics. Here the
-user's own modules run, with two parts of them replaced where they are recognised by their structure:
+user's own modules run, with two parts of them replaced where ``networks.recognition`` knows them:
 the perceptron is evaluated over the parameters that are asked for, live or target, of one network or
 of many, and a category selects a column of the first layer. Values are those of the general way but
 for rounding; gradients cannot be differentiated again.
@@ -9,121 +9,26 @@ for rounding; gradients cannot be differentiated again.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
-from numbers import Number
-from typing import Any, TypeGuard
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from tensordict import NestedKey, TensorDictBase, unravel_key
-from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictSequential
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torchrl.modules import MLP as TorchRLMLP
-from torchrl.modules import SafeModule, SafeProbabilisticModule, ValueOperator
 
-from iql_torchrl.config import launches_kernels
-from iql_torchrl.networks.perceptrons import MLP, AroundPerceptron, OneHot, Standardise
-from iql_torchrl.networks.products import affine, matmul, product
-from iql_torchrl.private_apis import children_of, has_hooks, hook_tables, reads_positions
+from iql_torchrl.config import arithmetic, launches_kernels
+from iql_torchrl.networks import products
+from iql_torchrl.private_apis import children_of, hook_tables
 
 aten = torch.ops.aten
-# In place on the layer's output, and the gradient from that output alone.
-DERIVATIVES: dict[type[nn.Module], tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+# An activation in place on a layer's output, and its gradient from that output alone.
+Activation: TypeAlias = tuple[Callable[..., Tensor], Callable[..., Tensor]]
+DERIVATIVES: dict[type[nn.Module], Activation] = {
     nn.ReLU: (torch.relu_, lambda gradient, out: aten.threshold_backward(gradient, out, 0)),
     nn.Tanh: (torch.tanh_, aten.tanh_backward),
 }
-# Modules that act on every number for itself.
-ELEMENTWISE = (
-    nn.ReLU, nn.Tanh, nn.SiLU, nn.GELU, nn.ELU, nn.LeakyReLU, nn.Mish, nn.Softplus, nn.Sigmoid,
-    nn.Identity, nn.Dropout,
-)  # fmt: skip
-# First layers that treat every row for itself and draw no random numbers.
-BY_ROW = (OneHot, Standardise, nn.Identity)
 FEW, SMALL = 32, 2**22
-
-
-# -- what is recognised ------------------------------------------------------------------------------
-
-
-def _is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
-    """Whether it runs its parts one after the other and nothing else; TorchRL's MLP may reshape."""
-    if type(module) is TorchRLMLP:
-        return isinstance(module.out_features, Number)
-    return type(module) in (nn.Sequential, MLP)
-
-
-def is_stackable(module: nn.Module) -> TypeGuard[nn.Sequential]:
-    """Whether :class:`Perceptron` computes what the module does over stacked parameters.
-
-    True for Sequentials of Linear, LayerNorm over the last dimension and element-wise modules, with
-    at least one Linear.
-    """
-    parts = list(module) if _is_sequential(module) else []
-    return any(type(part) is nn.Linear for part in parts) and all(
-        type(part) in (nn.Linear, *ELEMENTWISE)
-        or (type(part) is nn.LayerNorm and len(part.normalized_shape) == 1)
-        for part in parts
-    )
-
-
-def linear_layers(module: nn.Module) -> list[nn.Linear] | None:
-    """The Linear layers of a Sequential that alternates them with one ReLU or Tanh, else None."""
-    if not _is_sequential(module):
-        return None
-    parts: list[Any] = list(module)  # children() names a module once, however often it runs
-    layers, between = parts[::2], parts[1::2]
-    kinds = {type(layer) for layer in between}
-    alternates = len(layers) == len(between) + 1 and len(kinds) <= 1 and kinds <= set(DERIVATIVES)
-    if not alternates or any(type(x) is not nn.Linear or x.bias is None for x in layers):
-        return None
-    return layers
-
-
-def is_plain(network: Any) -> bool:
-    """Whether it calls one module with the entries of its keys, in their order, and nothing else."""
-    return (
-        type(network) in (TensorDictModule, SafeModule, ValueOperator)
-        and isinstance(network.module, nn.Module)
-        and reads_positions(network)
-        and not (network.method or network.method_kwargs)
-        and not has_hooks(network)
-    )
-
-
-def writes(network: Any, key: NestedKey) -> bool:
-    """Whether it is plain and its one output goes where the loss reads it."""
-    return is_plain(network) and [unravel_key(k) for k in network.out_keys] == [unravel_key(key)]
-
-
-def is_head_and_distribution(actor: Any) -> bool:
-    """Whether it is one plain module followed by one distribution, a usual ProbabilisticActor."""
-    parts = list(actor) if isinstance(actor, TensorDictSequential) else []
-    return (
-        len(parts) == 2
-        and is_plain(parts[0])
-        and type(parts[1]) in (ProbabilisticTensorDictModule, SafeProbabilisticModule)
-        and not actor.return_composite
-        and not any(map(has_hooks, (actor, parts[1])))
-    )
-
-
-def perceptron_of(module: nn.Module, *, stacked: bool = False) -> nn.Sequential | None:
-    """The perceptron of ``module``, itself or its ``mlp``, if :func:`linear_layers` knows it.
-
-    With ``stacked`` :func:`is_stackable` suffices. None where something hooks on to it, or a derived
-    class changed what calls it.
-    """
-    body: Any = module
-    if isinstance(module, AroundPerceptron):
-        if type(module).forward is not AroundPerceptron.forward or has_hooks(module):
-            return None
-        body = module.mlp
-    known = is_stackable(body) if stacked else linear_layers(body) is not None
-    return body if known and not any(map(has_hooks, (body, *body))) else None
-
-
-# -- perceptrons -------------------------------------------------------------------------------------
 
 
 class Perceptron:
@@ -138,8 +43,9 @@ class Perceptron:
     - with ``picks``, categories without the last dimension are read in place of one-hot vectors;
     - with ``detached``, no gradient reaches ``leaves``.
 
-    Outside of ``torch.compile`` and autocast, layers that :func:`linear_layers` lists have a
-    written-out gradient, which cannot be differentiated again.
+    With ``derivative``, layers are linear with that one activation between them: outside of
+    ``torch.compile`` and autocast they have a written-out gradient, which cannot be differentiated
+    again.
     """
 
     def __init__(
@@ -147,16 +53,15 @@ class Perceptron:
         source: nn.Sequential,
         leaves: Sequence[Tensor],
         *,
+        derivative: Activation | None = None,
         per_run: bool = False,
         picks: bool = False,
         detached: bool = False,
     ) -> None:
         self.layers = tuple(source)
         self.counts = tuple(len(list(layer.parameters(recurse=False))) for layer in self.layers)
-        self.leaves = tuple(leaves)
+        self.leaves, self.derivative = tuple(leaves), derivative
         self.per_run, self.picks, self.detached = per_run, picks, detached
-        kind = type(self.layers[1]) if len(self.layers) > 1 else nn.ReLU
-        self.derivative = None if linear_layers(source) is None else DERIVATIVES[kind]
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
@@ -214,9 +119,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         else:
             x = (weight.unsqueeze(-1) * x.unsqueeze(-3)).sum(-2)
     elif x.ndim == 2 < weight.ndim:  # one input for all: one product
-        x = matmul(weight.flatten(0, -2), x).unflatten(0, weight.shape[:-1])
+        x = products.matmul(weight.flatten(0, -2), x).unflatten(0, weight.shape[:-1])
     else:
-        x = matmul(weight, _widened(x, weight.ndim))
+        x = products.matmul(weight, _widened(x, weight.ndim))
     return x if bias is None else x + bias.unsqueeze(-1)
 
 
@@ -253,7 +158,7 @@ def _picked(weight: Tensor, index: Tensor) -> Tensor:
 def chain(
     x: Tensor,
     leaves: Sequence[Tensor],
-    activation: tuple[Callable[..., Tensor], Callable[..., Tensor]] = DERIVATIVES[nn.ReLU],
+    activation: Activation = DERIVATIVES[nn.ReLU],
 ) -> Tensor:
     """Linear layers with one activation between them, over ``(out, in)`` or ``(P, out, in)`` weights.
 
@@ -279,7 +184,7 @@ class _Chain(torch.autograd.Function):
             if not x.is_floating_point():
                 x = _picked(weight, x).mT + bias.unsqueeze(-2)
             else:
-                x = affine(x, weight, bias)
+                x = _affine(x, weight, bias)
             if len(inputs) < len(leaves) // 2:
                 inputs.append(activation(x))
         ctx.derivative = derivative
@@ -300,30 +205,43 @@ class _Chain(torch.autograd.Function):
             if needed[4 + 2 * i]:
                 of_leaves[2 * i + 1] = gradient.sum(-2)
             if i > 0:
-                gradient = ctx.derivative(product(gradient, weights[i]), inputs[i])
+                gradient = ctx.derivative(_product(gradient, weights[i]), inputs[i])
         of_input = None
         if needed[0]:
-            of_input = product(gradient, weights[0])
+            of_input = _product(gradient, weights[0])
             of_input = of_input if of_input.ndim == inputs[0].ndim else of_input.sum(0)
         return of_input, None, None, *of_leaves
 
 
 def _weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if x.is_floating_point():
-        return product(gradient.mT, x)
+        return _product(gradient.mT, x)
     return torch.zeros_like(weight).scatter_add_(
         -1, x.unsqueeze(-2).expand_as(gradient.mT), gradient.mT
     )
 
 
-# -- networks ----------------------------------------------------------------------------------------
+def _product(first: Tensor, second: Tensor) -> Tensor:
+    """``first @ second`` without autograd: matrices, or stacks of them that broadcast."""
+    if arithmetic.chosen == "onednn" and products.uses_onednn(first, second):
+        return products.by_pairs(first, second.mT, None)
+    return first @ second
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``x @ weight.mT + bias`` without autograd: ``(B, in)`` and ``(out, in)``, or stacks of them."""
+    if arithmetic.chosen == "onednn" and products.uses_onednn(x, weight.mT):
+        return products.by_pairs(x, weight, bias)
+    if weight.ndim == 2:
+        return torch.addmm(bias, x, weight.mT)
+    return torch.baddbmm(bias.unsqueeze(-2), x.expand(len(weight), *x.shape[-2:]), weight.mT)
 
 
 class Direct:
     """``module`` called with the entries ``in_keys`` of a TensorDict, without TensorDict.
 
-    With ``body``, it takes the place of the module's perceptron; a category that would become a
-    one-hot vector for it then stays a number. ``first``: takes the place of the first layer.
+    With ``body``, it takes the place of the module's perceptron, and ``first`` that of its first
+    layer. ``by_row``: every row of a batch is treated for itself, without random numbers.
     """
 
     def __init__(
@@ -331,22 +249,12 @@ class Direct:
         module: nn.Module,
         in_keys: Sequence[NestedKey] = (),
         body: Perceptron | None = None,
-        first: nn.Module | None = None,
+        first: Callable[..., Tensor] | None = None,
+        *,
+        by_row: bool = False,
     ) -> None:
-        self.in_keys, self.body = list(in_keys), body
         self.module: Any = module
-        around = isinstance(module, AroundPerceptron)
-        self.first: Any = (first or self.module.preprocess) if around else None
-        plain = body is not None and body.derivative is not None and not body.per_run
-        self.by_row = plain and (not around or type(self.first) in BY_ROW)
-        if (
-            body is not None
-            and type(self.first) is OneHot
-            and not has_hooks(self.first)
-            and getattr(module, "mlp_reads_first", False)
-            and type(body.layers[0]) is nn.Linear
-        ):
-            self.first, body.picks = Tensor.long, True
+        self.in_keys, self.body, self.first, self.by_row = list(in_keys), body, first, by_row
 
     def __call__(self, data: TensorDictBase) -> Any:
         return self.run(*[data.get(key) for key in self.in_keys])
@@ -365,67 +273,17 @@ class Direct:
         return value.unbind()
 
 
-def network_over(
-    module: nn.Module, in_keys: Sequence[NestedKey], params: TensorDictBase, *, per_run: bool
-) -> Direct:
-    """``module``, whose perceptron, where it has one, is evaluated over its parameters ``params``.
+class DirectCritics:
+    """K critics of one run, ``(K, *B, n)``, or with ``per_run`` of P runs, ``(K, P, B, n)``."""
 
-    Other parameters are those in the module. With ``per_run``, ``params`` are ``(P, ...)``.
-    """
-    body = perceptron_of(module, stacked=per_run)
-    if body is None:
-        return Direct(module, in_keys)
-    return Direct(module, in_keys, Perceptron(body, _leaves(module, params), per_run=per_run))
+    def __init__(self, critics: Direct, count: int, per_run: bool) -> None:
+        self.critics, self.count, self.per_run = critics, count, per_run
 
-
-def critics_over(
-    network: Any, params: TensorDictBase, *, per_run: bool, detached: bool
-) -> Direct | None:
-    """A critic over parameters of one, or stacked for K; with ``detached`` they get no gradient.
-
-    None where more than the perceptron has parameters, or statistics before it differ between the
-    critics.
-    """
-    module = network.module
-    body = perceptron_of(module, stacked=per_run)
-    if body is None:
-        return None
-    first = None
-    if body is not module:
-        if any(True for _ in module.preprocess.parameters()):
-            return None
-        if params.batch_dims and any(True for _ in module.preprocess.buffers()):
-            first = _first_of_all(module.preprocess, params.get(("module", "preprocess")))
-            if first is None:
-                return None
-    leaves = _leaves(module, params.get("module"))
-    over = Perceptron(body, leaves, per_run=per_run, detached=detached)
-    return Direct(module, network.in_keys, over, first)
-
-
-def _leaves(module: nn.Module, params: TensorDictBase) -> list[Tensor]:
-    """Entries of ``params`` for the perceptron of ``module``, in the order of its layers."""
-    around = isinstance(module, AroundPerceptron)
-    body: Any = module.mlp if around else module
-    of_body = params.get("mlp") if around else params
-    return [
-        of_body.get((place, name))
-        for place, layer in children_of(body).items()
-        for name, _ in layer.named_parameters(recurse=False)
-    ]
-
-
-def _first_of_all(preprocess: nn.Module, params: TensorDictBase) -> nn.Module | None:
-    """A first layer with the statistics that all critics have; None where they differ."""
-    shared = copy.deepcopy(preprocess)
-    for path, part in shared.named_modules():
-        for name, _ in list(part.named_buffers(recurse=False)):
-            values = params.get((*filter(None, path.split(".")), name))
-            values = values.flatten(0, params.batch_dims - 1)
-            if not isinstance(part, Standardise) or not bool((values == values[:1]).all()):
-                return None
-            setattr(part, name, values[0])
-    return shared
+    def __call__(self, data: TensorDictBase) -> Tensor:
+        out: Tensor = self.critics(data)
+        if self.count == 1:
+            return out.unsqueeze(0)
+        return out.transpose(0, 1) if self.per_run else out
 
 
 class Watched:
@@ -449,6 +307,20 @@ class Watched:
             or any(table != before for table, before in self._parts)
             or any(len(table) != count for table, count in self._hooks)
         )
+
+
+class Networks(NamedTuple):
+    """What evaluates the networks of a loss, each called with the entries of a batch.
+
+    ``critics``: by the name of their parameters. ``head``: of the policy, the network before its
+    distribution, or the velocity of a flow; None where it is evaluated as any other module.
+    """
+
+    value: Callable[[TensorDictBase], Tensor]
+    critics: Mapping[str, Callable[[TensorDictBase], Tensor]]
+    distribution: Callable[[TensorDictBase], Any]
+    head: Direct | None = None
+    watched: Watched | None = None
 
 
 def distribution_of(actor: Any, head: Direct, data: TensorDictBase) -> Any:

@@ -14,7 +14,8 @@ from torch import nn
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.losses.parameters import AVERAGE, ENCODER, NETWORKS
 from iql_torchrl.networks import AroundPerceptron
-from iql_torchrl.networks.evaluation import is_stackable
+from iql_torchrl.networks.evaluation import Direct, DirectCritics
+from iql_torchrl.networks.recognition import is_stackable
 from iql_torchrl.private_apis import children_of, has_hooks
 
 
@@ -47,9 +48,13 @@ def stack_losses(losses: Sequence[ImplicitQLoss]) -> ImplicitQLoss:
     discounts = torch.stack([x.value_estimator.gamma.reshape(()) for x in losses])
     loss.register_buffer("discount", discounts.to(like.device).unsqueeze(-1), persistent=False)
     loss.put_into_networks()
-    assert loss.direct is not None
-    parts = zip(NETWORKS, (loss.direct.head, loss.direct.critics, loss.direct.value), strict=True)
-    if unknown := [name for name, evaluated in parts if not evaluated]:
+    networks = loss.networks
+    known = {
+        "actor_network": networks.head is not None,
+        "qvalue_network": all(isinstance(x, DirectCritics) for x in networks.critics.values()),
+        "value_network": isinstance(networks.value, Direct),
+    }
+    if unknown := [name for name in NETWORKS if not known[name]]:
         raise ValueError(
             f"{unknown[0]} cannot be stacked: it must be one plain module that shares no parameters, "
             "with the same statistics in all runs. Train its runs one by one."

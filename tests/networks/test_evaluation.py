@@ -18,6 +18,7 @@ from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 from torchrl.objectives import ValueEstimators
 
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, networks, policies
+from iql_torchrl.networks.evaluation import DirectCritics
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
 SPEC = Bounded(-torch.ones(ACT), torch.ones(ACT), (ACT,))
@@ -271,12 +272,13 @@ def perturb_targets(loss) -> None:
 def fast_parts(loss) -> set[str]:
     """Networks whose perceptron is evaluated over parameters of choice."""
     with loss.evaluated_directly():
-        kept = loss.direct
+        kept = loss.networks
     parts = {"actor": kept.head, "value": kept.value}
-    names = {name for name, part in parts.items() if part is not None and part.body is not None}
+    names = {name for name, part in parts.items() if getattr(part, "body", None) is not None}
     own = callable(loss.actor_objective)  # its function gets the loss's own actor
     names -= {"actor"} if own else set()
-    return names | ({"critics"} if len(kept.critics) == 3 else set())
+    critics = all(isinstance(each, DirectCritics) for each in kept.critics.values())
+    return names | ({"critics"} if critics else set())
 
 
 def everything(loss, batch) -> dict[str, torch.Tensor]:
@@ -519,9 +521,9 @@ def test_the_tensors_are_those_of_the_loss():
     targets = {id(leaf) for leaf in loss.target_qvalue_network_params.values(True, True)}
     trained = {id(leaf) for leaf in loss.parameters()}
     with loss.evaluated_directly():
-        critics = loss.direct.critics
-    assert {id(x) for x in critics["target_qvalue_network_params"].body.leaves} <= targets
-    assert {id(x) for x in critics["qvalue_network_params"].body.leaves} <= trained
+        critics = {name: each.critics.body for name, each in loss.networks.critics.items()}
+    assert {id(x) for x in critics["target_qvalue_network_params"].leaves} <= targets
+    assert {id(x) for x in critics["qvalue_network_params"].leaves} <= trained
 
 
 def test_modes_are_followed():

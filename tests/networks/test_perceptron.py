@@ -12,7 +12,8 @@ from torch import nn
 from torchrl.modules import MLP as TorchRLMLP
 
 from iql_torchrl import networks
-from iql_torchrl.networks.evaluation import Perceptron, linear_layers, network_over
+from iql_torchrl.networks.evaluation import DERIVATIVES, Perceptron
+from iql_torchrl.networks.recognition import linear_layers, network_over
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -26,7 +27,9 @@ def over(*modules, **options):
     """The Perceptron over the parameters of one module, or over those of several, ``(K, ...)``."""
     listed = [[p for layer in m for p in layer.parameters()] for m in modules]
     stacked = [torch.stack(leaf).detach().requires_grad_() for leaf in zip(*listed, strict=True)]
-    return Perceptron(modules[0], stacked if options.pop("stacked", True) else listed[0], **options)
+    leaves = stacked if options.pop("stacked", True) else listed[0]
+    kind = type(modules[0][1]) if len(modules[0]) > 1 else nn.ReLU
+    return Perceptron(modules[0], leaves, derivative=DERIVATIVES[kind], **options)
 
 
 def of_count(count, sources):
