@@ -1,4 +1,4 @@
-"""From one module, a list or a factory to K critics; what reads them; the encoder before them.
+"""From one module, a list or a factory to K critics; the critics of a loss as one module.
 
 TorchRL's ``LossModule.convert_to_functional`` draws the weights of critics again, uniformly; here they
 keep the scale of the module's.
@@ -7,17 +7,15 @@ keep the scale of the module's.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictParams
-from tensordict.utils import unravel_key
 from torch import Tensor, nn
 
 from iql_torchrl.losses.batch import output_of
-from iql_torchrl.private_apis import keeps_batch_statistics
 
 Critics: TypeAlias = TensorDictModule | Sequence[TensorDictModule] | Callable[[], TensorDictModule]
 
@@ -110,60 +108,6 @@ def initialise_critics(live: TensorDictParams, target: TensorDictParams, module:
                 leaf.data.copy_(draws)
                 target.get(key).data.copy_(draws)
                 leaf.requires_grad_(parameter.requires_grad)
-
-
-def check_encoder(encoder: Any, networks: Mapping[str, Sequence[Any]], pixels: int) -> None:
-    """Raise ``TypeError`` or ``ValueError`` where the encoder does not fit the other networks.
-
-    ``pixels``: by how many images are moved before the encoder reads them.
-    """
-    if encoder is None:
-        if pixels:
-            raise ValueError(
-                f"random_shift is {pixels} and there is no encoder_network; it moves the images that "
-                "an encoder reads. Pass encoder_network=, or random_shift=0."
-            )
-        return
-    is_module = isinstance(encoder, nn.Module) and hasattr(encoder, "in_keys")
-    if not is_module:
-        raise TypeError(
-            f"encoder_network is {type(encoder).__name__}; it must be a TensorDictModule: "
-            "TensorDictModule(network, in_keys=[...], out_keys=['features'])."
-        )
-    for module in encoder.modules():
-        if keeps_batch_statistics(module):  # the target's would change too
-            raise ValueError(
-                f"encoder_network holds a {type(module).__name__}, which keeps statistics of the "
-                "batches, and is evaluated with the weights of the target too. Use LayerNorm or "
-                "GroupNorm."
-            )
-    side: Any = getattr(getattr(encoder, "module", None), "shortest_side", None)
-    if pixels and side is None:
-        raise ValueError(
-            f"random_shift is {pixels} and encoder_network has no images to move; it must be a "
-            "TensorDictModule of networks.JoinedEncoders with a networks.ImageEncoder in it."
-        )
-    if pixels and pixels >= side:
-        raise ValueError(
-            f"random_shift is {pixels} pixels and an image has a side of {side}, so it could be "
-            "moved out of sight; DrQ uses 4 for 84 x 84."
-        )
-    own = {id(parameter) for parameter in encoder.parameters()}
-    written = {unravel_key(key) for key in encoder.out_keys}
-    read: set[NestedKey] = set()
-    for name, modules in networks.items():
-        for module in modules:
-            read |= {unravel_key(key) for key in module.in_keys}
-            if any(id(parameter) in own for parameter in module.parameters()):
-                raise ValueError(
-                    f"{name} holds parameters of encoder_network; let it read the encoder's output "
-                    f"{list(encoder.out_keys)} instead: the loss evaluates the encoder itself."
-                )
-    if not written & read:
-        raise ValueError(
-            f"encoder_network writes {list(encoder.out_keys)}, which no other network reads; they "
-            f"read {sorted(map(str, read))}. Give them in_keys={list(encoder.out_keys)}."
-        )
 
 
 class LossCritics(TensorDictModuleBase):

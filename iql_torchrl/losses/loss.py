@@ -31,6 +31,7 @@ from iql_torchrl.losses.batch import (
     per_sample,
     read_batch,
 )
+from iql_torchrl.losses.checks import check_actor, check_form
 from iql_torchrl.losses.critics import Critics
 from iql_torchrl.losses.parameters import (
     DETACHED_CRITICS,
@@ -144,8 +145,8 @@ class ImplicitQLoss(NetworkLoss):
         for name, (choice, names) in choices.items():
             if not callable(choice):
                 check_choice(name, choice, names)
-        _check_actor(actor_network, actor_objective)
-        _check_form(num_qvalue_nets, value_network, reduction, scalar_output_mode, gamma)
+        check_actor(actor_network, actor_objective)
+        check_form(num_qvalue_nets, value_network, reduction, scalar_output_mode, gamma)
         super().__init__(
             actor_network,
             qvalue_network,
@@ -686,59 +687,3 @@ class ImplicitQLoss(NetworkLoss):
             "value_mean": self._mean(metadata["value"], batch),
             "td_error_mean": self._mean(metadata["td_error"].mean(0), batch),
         }
-
-
-def _check_form(
-    num_qvalue_nets: object,
-    value_network: object,
-    reduction: str | None,
-    scalar_output_mode: str | None,
-    gamma: object,
-) -> None:
-    """Raise ``TypeError`` or ``ValueError`` on arguments that no loss accepts."""
-    if gamma is not None:
-        raise TypeError(
-            f"gamma is {gamma!r}; the discount belongs to the value estimator: call "
-            f"loss.make_value_estimator(gamma={gamma!r}) after building the loss."
-        )
-    if isinstance(num_qvalue_nets, bool) or not isinstance(num_qvalue_nets, int):
-        raise TypeError(f"num_qvalue_nets is {num_qvalue_nets!r}; it must be a whole number >= 1.")
-    if num_qvalue_nets < 1:
-        raise ValueError(f"num_qvalue_nets is {num_qvalue_nets}; at least one critic is needed.")
-    if value_network is None:
-        raise ValueError(
-            "value_network is None: IQL needs a state-value network V(s), for the targets of "
-            "the critics and for the policy's advantages. Pass a module that writes "
-            "'state_value'."
-        )
-    if reduction not in (None, "", "mean", "sum", "none"):
-        raise ValueError(f"reduction is {reduction!r}; choose 'mean', 'sum' or 'none'.")
-    if scalar_output_mode not in (None, "exclude", "non_tensor"):
-        raise ValueError(
-            f"scalar_output_mode is {scalar_output_mode!r}; choose 'exclude', 'non_tensor' or None."
-        )
-
-
-def _check_actor(actor: Any, objective: ActorObjective) -> None:
-    """Raise ``TypeError`` where the policy cannot be trained with the objective."""
-    if (
-        objective == "log_prob"
-        and not hasattr(actor, "get_dist")
-        and not hasattr(actor, "velocity")
-    ):
-        raise TypeError(
-            f"actor_network is {type(actor).__name__}, which has no distribution "
-            "(get_dist); expected a TorchRL ProbabilisticActor, or actor_objective='mse' for a "
-            "policy that gives the action itself."
-        )
-    if callable(objective) or (objective == "flow") is hasattr(actor, "velocity"):
-        return
-    if objective == "flow":
-        raise TypeError(
-            f"actor_network is {type(actor).__name__}, which has no velocity; actor_objective='flow' "
-            "needs policies.flow(...)."
-        )
-    raise TypeError(
-        f"actor_objective is {objective!r} and actor_network is a {type(actor).__name__}, which has "
-        "no density; train it with actor_objective='flow'."
-    )

@@ -19,7 +19,8 @@ from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives.common import LossModule
 
 from iql_torchrl.losses.batch import IMAGE_SHIFT, Batch, output_of
-from iql_torchrl.losses.critics import Critics, check_encoder, initialise_critics, list_critics
+from iql_torchrl.losses.checks import check_encoder
+from iql_torchrl.losses.critics import Critics, initialise_critics, list_critics
 from iql_torchrl.networks.evaluation import (
     DirectCritics,
     Networks,
