@@ -184,7 +184,7 @@ class _Chain(torch.autograd.Function):
             if not x.is_floating_point():
                 x = _picked(weight, x).mT + bias.unsqueeze(-2)
             else:
-                x = _affine(x, weight, bias)
+                x = affine(x, weight, bias)
             if len(inputs) < len(leaves) // 2:
                 inputs.append(activation(x))
         ctx.derivative = derivative
@@ -205,30 +205,30 @@ class _Chain(torch.autograd.Function):
             if needed[4 + 2 * i]:
                 of_leaves[2 * i + 1] = gradient.sum(-2)
             if i > 0:
-                gradient = ctx.derivative(_product(gradient, weights[i]), inputs[i])
+                gradient = ctx.derivative(product(gradient, weights[i]), inputs[i])
         of_input = None
         if needed[0]:
-            of_input = _product(gradient, weights[0])
+            of_input = product(gradient, weights[0])
             of_input = of_input if of_input.ndim == inputs[0].ndim else of_input.sum(0)
         return of_input, None, None, *of_leaves
 
 
 def _weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if x.is_floating_point():
-        return _product(gradient.mT, x)
+        return product(gradient.mT, x)
     return torch.zeros_like(weight).scatter_add_(
         -1, x.unsqueeze(-2).expand_as(gradient.mT), gradient.mT
     )
 
 
-def _product(first: Tensor, second: Tensor) -> Tensor:
+def product(first: Tensor, second: Tensor) -> Tensor:
     """``first @ second`` without autograd: matrices, or stacks of them that broadcast."""
     if arithmetic.chosen == "onednn" and products.uses_onednn(first, second):
         return products.by_pairs(first, second.mT, None)
     return first @ second
 
 
-def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``x @ weight.mT + bias`` without autograd: ``(B, in)`` and ``(out, in)``, or stacks of them."""
     if arithmetic.chosen == "onednn" and products.uses_onednn(x, weight.mT):
         return products.by_pairs(x, weight, bias)

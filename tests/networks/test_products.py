@@ -14,8 +14,7 @@ from torchrl.objectives import SoftUpdate
 from iql_torchrl import IQLLoss, IQLStep, compiled
 from iql_torchrl.config import Arithmetic, choose_products, chosen_products
 from iql_torchrl.networks import products
-from iql_torchrl.networks.evaluation import _affine as affine
-from iql_torchrl.networks.evaluation import _product as product
+from iql_torchrl.networks.evaluation import affine, product
 from iql_torchrl.networks.products import matmul
 
 SHAPES = [
