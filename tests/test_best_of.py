@@ -29,7 +29,7 @@ from iql_torchrl import (
     policies,
 )
 from iql_torchrl.losses import LossCritics
-from iql_torchrl.policies.distributions import ClippedGaussian, ClippedMixture, SquashedGaussian
+from iql_torchrl.policies import ClippedGaussian, ClippedMixture, SquashedGaussian
 
 LOW, HIGH = torch.tensor([-2.0, 0.0]), torch.tensor([2.0, 0.5])
 SPEC = Bounded(LOW, HIGH, (2,))

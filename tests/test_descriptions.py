@@ -16,7 +16,7 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from iql_torchrl import DatasetError, load_dataset, make_agent, policies
 from iql_torchrl.agent.export import export_policy
 from iql_torchrl.agent.task import Task
-from iql_torchrl.descriptions import describe_space, describe_spec, describe_values, faulty_bounds
+from iql_torchrl.descriptions import describe_space, describe_values, faulty_bounds
 from iql_torchrl.evaluation.act import act
 from iql_torchrl.evaluation.environment_actions import environment_actions
 from iql_torchrl.evaluation.gym_interface import action_mask, policy_input
@@ -72,7 +72,7 @@ def test_spaces(space, text):
     ],
 )
 def test_specs(spec, text):
-    assert describe_spec(spec) == text
+    assert describe_space(spec) == text
 
 
 def test_values_and_faulty_bounds():

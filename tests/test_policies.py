@@ -17,7 +17,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import TanhNormal
 
 from iql_torchrl import IQLLoss, policies
-from iql_torchrl.policies.distributions import SquashedGaussian
+from iql_torchrl.policies import SquashedGaussian
 
 LOW, HIGH = torch.tensor([-2.0, 0.0, -1.0]), torch.tensor([2.0, 0.5, 5.0])
 SPEC = Bounded(LOW, HIGH, (3,))
