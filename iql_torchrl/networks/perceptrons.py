@@ -19,6 +19,7 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "mish": nn.Mish,
 }
 INITIALISATIONS = ("orthogonal", "torch")
+Part = Callable[..., Tensor]
 
 
 class Standardise(nn.Module):
@@ -113,14 +114,9 @@ class MLP(nn.Sequential):
         linear = _checked_linear(hidden, activation, dropout, initialisation)
         layers: list[nn.Module] = []
         for width in hidden:
-            layers.append(linear(in_features, width))
-            if layer_norm and not norm_after_activation:
-                layers.append(nn.LayerNorm(width))
-            layers.append(activation())
-            if layer_norm and norm_after_activation:
-                layers.append(nn.LayerNorm(width))
-            if dropout > 0:
-                layers.append(nn.Dropout(dropout))
+            parts = [nn.LayerNorm(width), activation()] if layer_norm else [activation()]
+            parts = parts[::-1] if norm_after_activation else parts
+            layers += [linear(in_features, width), *parts, *_dropout(dropout)]
             in_features = width
         super().__init__(*layers, linear(in_features, out_features))
 
@@ -158,7 +154,7 @@ class ResidualMLP(nn.Module):
         self.first = linear(in_features, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                *([nn.Dropout(dropout)] if dropout > 0 else []),
+                *_dropout(dropout),
                 nn.LayerNorm(width),
                 linear(width, 4 * width),
                 activation(),
@@ -203,6 +199,10 @@ def _checked_linear(
     return linear
 
 
+def _dropout(probability: float) -> list[nn.Module]:
+    return [nn.Dropout(probability)] if probability > 0 else []
+
+
 def first_layer(preprocess: nn.Module | None) -> nn.Module:
     """``preprocess``, or the identity where it is None; ``TypeError`` on anything but a module."""
     if preprocess is not None and not isinstance(preprocess, nn.Module):
@@ -242,9 +242,7 @@ class AroundPerceptron(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         return self.around(self.preprocess, self.mlp, *inputs)
 
-    def around(
-        self, first: Callable[..., Tensor], mlp: Callable[..., Tensor], *inputs: Tensor
-    ) -> Any:
+    def around(self, first: Part, mlp: Part, *inputs: Tensor) -> Any:
         return mlp(first(join_observations(inputs)))
 
 
@@ -281,9 +279,7 @@ class Critic(AroundPerceptron):
     def __init__(self, in_features: int, action_features: int, **network: Any) -> None:
         super().__init__(in_features + action_features, 1, **network)
 
-    def around(
-        self, first: Callable[..., Tensor], mlp: Callable[..., Tensor], *inputs: Tensor
-    ) -> Any:
+    def around(self, first: Part, mlp: Part, *inputs: Tensor) -> Any:
         *observations, action = inputs
         return mlp(torch.cat([first(join_observations(observations)), action], -1))
 

@@ -60,15 +60,11 @@ def history_of(policy: Any) -> History | None:
     Raises ``ValueError`` where the policy reads ``"history_mask"`` and has no history, and where it
     has one of another type.
     """
-    history = getattr(policy, "history", None)
-    if history is None and HISTORY_MASK in list(getattr(policy, "in_keys", ())):
+    history, reads = getattr(policy, "history", None), list(getattr(policy, "in_keys", ()))
+    if not isinstance(history, History) and (history is not None or HISTORY_MASK in reads):
         raise ValueError(
-            f"the policy reads {HISTORY_MASK!r} and has no history, so that the length of its "
-            "windows is unknown; pass networks.with_history(policy, length)."
-        )
-    if history is not None and not isinstance(history, History):
-        raise ValueError(
-            f"the policy's history is {history!r}; set it by networks.with_history(policy, length)."
+            f"the policy reads {reads} and its history is {history!r}, so that the length of its "
+            "windows is unknown; set it by networks.with_history(policy, length)."
         )
     return history
 

@@ -21,6 +21,7 @@ from torchrl.modules import Delta
 
 from iql_torchrl.config import check_choice, check_whole
 from iql_torchrl.networks import join_observations
+from iql_torchrl.networks.perceptrons import Part
 from iql_torchrl.policies.actors import Bounds, Head, bounds_of, listed
 
 ROWS_AT_ONCE = 65_536  # candidates that are evaluated together
@@ -35,14 +36,12 @@ class FlowHead(Head):
         size = bounds[0].numel()
         super().__init__(in_features + size + 1, size, bounds, **network)
 
-    def around(
-        self, first: Callable[..., Tensor], mlp: Callable[..., Tensor], *inputs: Tensor
-    ) -> Tensor:
+    def around(self, first: Part, mlp: Part, *inputs: Tensor) -> Tensor:
         observation, action, time = inputs
         return self.step(mlp, first(observation), action, time)
 
     @staticmethod
-    def step(mlp: Callable[..., Tensor], features: Tensor, action: Tensor, time: Tensor) -> Tensor:
+    def step(mlp: Part, features: Tensor, action: Tensor, time: Tensor) -> Tensor:
         """The velocity from the output of the first layer; leading dimensions are broadcast."""
         time = time.unsqueeze(-1) if time.ndim < action.ndim else time
         parts = (features, action, time.to(action.dtype))
