@@ -95,18 +95,20 @@ def test_it_is_an_option_with_help(capsys):
     assert config == replace(BASE, sharpness=2.0, rounding="down", width=3, verbose=True)
     with pytest.raises(SystemExit, match="0"):
         parse(Own, ["--help"], presets={"base": BASE})
-    text = capsys.readouterr().out
-    assert "exponent of the weights; 1 leaves them (in (0, 10]) (default: 1.0)" in " ".join(
-        text.split()
-    )
+    text = " ".join(capsys.readouterr().out.split())
+    assert "exponent of the weights; 1 leaves them (in (0, 10]) (default: 1.0)" in text
     assert "--rounding {up,down}" in text
 
 
 @pytest.mark.usefixtures("new_knobs")
-def test_make_agent_passes_it_and_runs_of_a_population_have_their_own_or_must_agree():
-    dataset = load_dataset(log())
-    agent = make_agent(replace(BASE, sharpness=3.0, rounding="down"), dataset)
+def test_make_agent_passes_it_to_the_loss():
+    agent = make_agent(replace(BASE, sharpness=3.0, rounding="down"), load_dataset(log()))
     assert (agent.loss.sharpness, agent.loss.rounding) == (3.0, "down")
+
+
+@pytest.mark.usefixtures("new_knobs")
+def test_runs_of_a_population_have_their_own_or_must_agree():
+    dataset = load_dataset(log())
     configs = [replace(BASE, sharpness=value) for value in (1.0, 2.5)]
     population = IQLPopulation(configs, dataset)
     assert population.loss.sharpness.tolist() == [[1.0], [2.5]]
@@ -155,10 +157,13 @@ def test_resume_compares_it():
     for name, value in {"sharpness": 2.0, "rounding": "down", "width": 3, "seed": 1}.items():
         with pytest.raises(CheckpointError, match=f"{name} was .* and is {value!r}"):
             saved_config(replace(BASE, **{name: value})).check(saved)
-    cosine = replace(BASE, schedule="cosine")
     with pytest.raises(CheckpointError, match="updates was 4 and is 9"):
-        saved_config(replace(cosine, updates=9)).check(saved_config(cosine).state_dict())
-    # saved before the settings existed: they had their defaults
+        saved_config(replace(BASE, schedule="cosine", updates=9)).check(
+            saved_config(replace(BASE, schedule="cosine")).state_dict()
+        )
+
+
+def test_a_config_saved_before_the_setting_existed_has_its_default():
     old = {"config": IQLConfig.to_dict(BASE), "task": {}}
     for name in ("sharpness", "rounding", "width", "verbose"):
         del old["config"][name]
@@ -179,10 +184,11 @@ def test_resume_compares_it_where_the_loss_was_made_by_hand():
     saved = SettingsState(Trainer(IQLLoss(*make_networks()))).state_dict()
     assert (saved["sharpness"], saved["rounding"]) == (1.0, "up")
     changed = SettingsState(Trainer(IQLLoss(*make_networks(), sharpness=2.0)))
-    for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
-            changed.check(saved)
-        saved.pop("sharpness", None)  # a checkpoint from before the setting existed
+    with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
+        changed.check(saved)
+    del saved["sharpness"]  # a checkpoint from before the setting existed
+    with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
+        changed.check(saved)
     SettingsState(Trainer(IQLLoss(*make_networks()))).check(saved)
 
 

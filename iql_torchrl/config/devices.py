@@ -1,20 +1,11 @@
-"""Torch devices on which a run can train, and torch's settings on which rounding depends."""
+"""Torch devices on which a run can train: by name, and on this machine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from operator import attrgetter
-
 import torch
-
-from iql_torchrl.config.knobs import check_choice
 
 DEVICES = ("cpu", "cuda", "hpu", "mps", "mtia", "xpu")  # where torch's fused Adam runs
 LAUNCHING = ("cuda",)
-PRECISIONS = (
-    "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn", "cuda.matmul", "cudnn.conv", "cudnn.rnn",
-)  # fmt: skip
-_chosen: str | None = None
 
 
 def check_device(device: str) -> None:
@@ -44,53 +35,3 @@ def check_usable(device: str) -> None:
 def launches_kernels(device: torch.device) -> bool:
     """Whether every operation is a kernel that is launched: a program should have few of them there."""
     return device.type in LAUNCHING
-
-
-def choose_products(name: str) -> None:
-    """Choose the library of large float32 matrix products of updates on a CPU, in this process.
-
-    ``"mkl"`` is torch's own; ``"onednn"`` is faster on some processors. ``"auto"``, the default: an
-    update of wide networks measures both before its first product. The choice is part of a step's
-    state, so that a resumed run has the same bits. Raises ``ValueError`` on another name.
-    """
-    global _chosen
-    check_choice("products", name, ("auto", "mkl", "onednn"))
-    _chosen = None if name == "auto" else name
-
-
-def chosen_products() -> str | None:
-    """What was chosen or measured, ``"mkl"`` or ``"onednn"``; None where nothing was needed yet."""
-    return _chosen
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """The settings on which rounding depends: torch's, and the library of products."""
-
-    threads: int
-    dtype: torch.dtype
-    determinism: int
-    precisions: tuple[str, ...]
-    products: str | None
-
-    @classmethod
-    def current(cls) -> Arithmetic:
-        return cls(
-            torch.get_num_threads(),
-            torch.get_default_dtype(),
-            torch.get_deterministic_debug_mode(),
-            tuple(attrgetter(name)(torch.backends).fp32_precision for name in PRECISIONS),
-            _chosen,
-        )
-
-    def adopt(self) -> None:
-        """Set them in this process."""
-        choose_products(self.products or "auto")
-        current = Arithmetic.current()
-        if current.threads != self.threads:
-            torch.set_num_threads(self.threads)
-        torch.set_default_dtype(self.dtype)
-        torch.set_deterministic_debug_mode(self.determinism)
-        for name, old, new in zip(PRECISIONS, current.precisions, self.precisions, strict=True):
-            if new != old:
-                attrgetter(name)(torch.backends).fp32_precision = new

@@ -1,0 +1,71 @@
+"""torch's settings of this process on which rounding depends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Literal
+
+import torch
+
+__all__ = ["Arithmetic", "Products", "choose_products", "chosen_products"]
+
+Products = Literal["mkl", "onednn"]
+
+PRECISIONS = (
+    "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn", "cuda.matmul", "cudnn.conv", "cudnn.rnn",
+)  # fmt: skip
+
+
+_chosen: Products | None = None
+
+
+def choose_products(name: Products | Literal["auto"]) -> None:
+    """Choose the library of large float32 matrix products of updates on a CPU, in this process.
+
+    ``"mkl"`` is torch's own; ``"onednn"`` is faster on some processors. ``"auto"``, the default: an
+    update of wide networks measures both before its first product. The choice is part of a step's
+    state, so that a resumed run has the same bits. Raises ``ValueError`` on another name.
+    """
+    global _chosen
+    if name not in ("auto", "mkl", "onednn"):
+        raise ValueError(f"products is {name!r}; choose 'auto', 'mkl' or 'onednn'.")
+    _chosen = None if name == "auto" else name
+
+
+def chosen_products() -> Products | None:
+    """What was chosen or measured; None where nothing was needed yet."""
+    return _chosen
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The settings on which rounding depends: torch's, and the library of products."""
+
+    threads: int
+    dtype: torch.dtype
+    determinism: int
+    precisions: tuple[str, ...]
+    products: Products | None
+
+    @classmethod
+    def current(cls) -> Arithmetic:
+        return cls(
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            torch.get_deterministic_debug_mode(),
+            tuple(attrgetter(name)(torch.backends).fp32_precision for name in PRECISIONS),
+            _chosen,
+        )
+
+    def adopt(self) -> None:
+        """Set them in this process."""
+        choose_products(self.products or "auto")
+        current = Arithmetic.current()
+        if current.threads != self.threads:
+            torch.set_num_threads(self.threads)
+        torch.set_default_dtype(self.dtype)
+        torch.set_deterministic_debug_mode(self.determinism)
+        for name, old, new in zip(PRECISIONS, current.precisions, self.precisions, strict=True):
+            if new != old:
+                attrgetter(name)(torch.backends).fp32_precision = new
