@@ -33,14 +33,12 @@ def minimiser(loss, targets: torch.Tensor) -> float:
 def test_worked_example_of_the_expectile():
     half = minimiser(lambda e: F.expectile_loss(e, expectile=0.5), WORKED)
     assert half == pytest.approx(3.0, abs=1e-6)
-    for tau in (0.7, 0.9):
-        ours = minimiser(lambda e, t=tau: F.expectile_loss(e, expectile=t), WORKED)
-        scipys = stats.expectile(WORKED.numpy(), tau)
-        assert ours == pytest.approx(scipys, abs=1e-6)
-    # by hand: (1 + 2 + 3) * 0.3 + (4 + 5) * 0.7 over 3 * 0.3 + 2 * 0.7 = 8.1 / 2.3
-    assert stats.expectile(WORKED.numpy(), 0.7) == pytest.approx(8.1 / 2.3)
+    # by hand: (1 + 2 + 3) * 0.3 + (4 + 5) * 0.7 over 3 * 0.3 + 2 * 0.7 = 8.1 / 2.3, and
     # (1 + 2 + 3 + 4) * 0.1 + 5 * 0.9 over 4 * 0.1 + 0.9 = 5.5 / 1.3
-    assert stats.expectile(WORKED.numpy(), 0.9) == pytest.approx(5.5 / 1.3)
+    for tau, by_hand in ((0.7, 8.1 / 2.3), (0.9, 5.5 / 1.3)):
+        ours = minimiser(lambda e, t=tau: F.expectile_loss(e, expectile=t), WORKED)
+        assert stats.expectile(WORKED.numpy(), tau) == pytest.approx(by_hand)
+        assert ours == pytest.approx(by_hand, abs=1e-6)
 
 
 def test_expectile_loss_by_hand_and_its_sign():
@@ -101,7 +99,6 @@ def test_huge_advantages_do_not_overflow_and_nan_stays_nan(dtype, max_weight):
     assert weight[1] == 0
     assert weight[2].isnan()
     (grad,) = torch.autograd.grad(weight[:2].sum() + weight[3], advantage)
-    assert grad[:2].isfinite().all()
     assert (grad[:2] == 0).all()
 
 
