@@ -116,23 +116,6 @@ def test_actions_without_finite_bounds(space, fault):
     assert agent.act(np.zeros(3, np.float32)).shape == (2,)
 
 
-def test_policies_say_which_bound_a_spec_lacks():
-    high = torch.tensor([1.0, torch.inf, 1.0])
-    with pytest.raises(ValueError, match=r"high \[1, inf, 1\]; dimension 1: no finite upper bound"):
-        policies.gaussian(5, Bounded(-torch.ones(3), high, (3,)))
-    with pytest.raises(ValueError, match="dimensions 0, 1, 2: no finite bounds"):
-        policies.gaussian(5, Unbounded((3,)))
-    for spec in (
-        Bounded(0, 1, (3,), dtype=torch.int64),
-        Unbounded((3,), dtype=torch.int64),
-        Bounded(-1, 1, (2, 2)),
-        Composite(action=Bounded(-1, 1, (2,))),
-    ):
-        with pytest.raises(ValueError, match="expected a TorchRL Bounded spec of floats") as caught:
-            policies.gaussian(5, spec)
-        assert "\n" not in str(caught.value)
-
-
 def test_half_bounded_actions_in_a_log():
     half = box([-1, 0], [1, np.inf])
     action = np.tile(np.float32([0, 1e6]), (40, 1))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_batch, make_networks
+from gymnasium import spaces
 from one_device import OneDevice
 from scipy import stats
 from scipy.special import logsumexp
@@ -19,7 +20,7 @@ from small_agents import box_agent, log
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
-from torchrl.data import Bounded, Categorical, OneHot, Unbounded
+from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SoftUpdate
@@ -215,20 +216,27 @@ def test_categorical_density_without_mask():
     torch.testing.assert_close(dist.log_prob(action).detach(), expected)
 
 
-def test_specs_that_do_not_fit_are_refused():
-    infinite = Bounded(torch.tensor([-float("inf")]), torch.tensor([1.0]), (1,))
-    for spec, words in (
-        (Unbounded((3,)), "Bounded"),
-        (CHOICES[0], "Bounded"),
-        (infinite, "finite"),
-    ):
-        for build in (policies.gaussian, policies.tanh_normal, policies.deterministic):
-            with pytest.raises(ValueError, match=words):
-                build(5, spec)
+@pytest.mark.parametrize("build", [policies.gaussian, policies.tanh_normal, policies.flow])
+def test_specs_that_do_not_fit_are_refused(build):
+    high = torch.tensor([1.0, torch.inf, 1.0])
+    with pytest.raises(ValueError, match=r"high \[1, inf, 1\]; dimension 1: no finite upper bound"):
+        build(5, Bounded(-torch.ones(3), high, (3,)))
+    with pytest.raises(ValueError, match="dimensions 0, 1, 2: no finite bounds"):
+        build(5, Unbounded((3,)))
+    floats = (Bounded(-1, 1, (2, 2)), Composite(action=SPEC), spaces.Box(-1, 1, (2,)))
+    whole = (CHOICES[0], Bounded(0, 1, (3,), dtype=torch.int64), Unbounded((3,), dtype=torch.int64))
+    for spec in (*floats, *whole, 2, None):
+        words = f"action_spec is {type(spec).__name__}.*; expected a TorchRL Bounded spec of floats"
+        with pytest.raises(ValueError, match=words) as caught:
+            build(5, spec)
+        assert "\n" not in str(caught.value)
     with pytest.raises(TypeError, match="Categorical or OneHot"):
         policies.categorical(5, SPEC)
-    with pytest.raises(ValueError, match="num_components is 0"):
-        policies.mixture(5, SPEC, num_components=0)
+    for number in (0, 1.5):
+        with pytest.raises(
+            ValueError, match=f"num_components is {number}; expected a whole number"
+        ):
+            policies.mixture(5, SPEC, num_components=number)
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (4, 3)])

@@ -131,7 +131,7 @@ class FlowPolicy(TensorDictModuleBase):
         return tensordict.set("action", self.from_noise(tensordict, noise))
 
 
-flow = FlowPolicy
+flow = FlowPolicy  # named as the functions that make the other policies
 
 
 class BestOf(TensorDictModuleBase):
@@ -251,7 +251,7 @@ class BestOf(TensorDictModuleBase):
         return actions.gather(-2, best).squeeze(-2)
 
 
-best_of = BestOf
+best_of = BestOf  # named as the functions that make the other policies
 
 
 class EncodedPolicy(TensorDictSequential):
