@@ -70,6 +70,17 @@ def test_quantile_loss_is_minimised_by_numpys_quantile(x, level):
     assert at_numpys == pytest.approx(best, rel=1e-6, abs=1e-9)
 
 
+@given(samples, st.floats(0.01, 0.99), st.floats(0.1, 10))
+@settings(max_examples=50, deadline=None)
+def test_expectile_loss_properties(x, tau, scale):
+    e = torch.from_numpy(x)
+    loss = F.expectile_loss(e, expectile=tau)
+    assert (loss >= 0).all()
+    torch.testing.assert_close(F.expectile_loss(scale * e, expectile=tau), scale**2 * loss)
+    torch.testing.assert_close(F.expectile_loss(-e, expectile=1 - tau), loss)
+    torch.testing.assert_close(F.expectile_loss(e, expectile=0.5), 0.5 * e.square())
+
+
 def test_weight_by_hand():
     advantage = torch.tensor([0.0, 1.0, -1.0, 10.0])
     weight = F.exponential_weight(advantage, temperature=3.0, max_weight=100.0)
