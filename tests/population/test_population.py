@@ -22,9 +22,9 @@ from small_populations import (
 )
 
 from iql_torchrl import IQLPopulation, evaluate, make_agent
-from iql_torchrl.checkpoint import CheckpointError, read_components, write_components
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.data.replay import MemberSampler
+from iql_torchrl.files import CheckpointError, read_components, write_components
 from iql_torchrl.population import runs as population_module
 
 KNOBS = (

@@ -12,8 +12,8 @@ from small_populations import BASE
 from small_sweeps import first_weight, grid, perform_here, reference, table, write_log
 
 from iql_torchrl import IQLPopulation, OfflineTrainer, load_dataset
-from iql_torchrl.checkpoint import CheckpointError
 from iql_torchrl.data import OfflineDataset
+from iql_torchrl.files import CheckpointError
 from iql_torchrl.sweep import Sweep, plan
 from iql_torchrl.sweep.task import Common
 from iql_torchrl.trainers.run_folder import RunFolder

@@ -18,16 +18,15 @@ from torch import optim
 from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import IQLConfig, IQLLoss, IQLStep, OfflineTrainer, load_dataset, make_agent
-from iql_torchrl.checkpoint import (
+from iql_torchrl.data import replay_buffer
+from iql_torchrl.data.digests import fingerprint
+from iql_torchrl.files import (
     CheckpointError,
     new_checkpoint,
     newest,
     read_components,
     write_components,
 )
-from iql_torchrl.data import replay_buffer
-from iql_torchrl.data.digests import fingerprint
-from iql_torchrl.trainers.identity import AgentState, SettingsState
 
 plain = st.recursive(
     st.none()

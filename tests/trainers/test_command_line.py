@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from iql_torchrl.trainers.command_line import default_name, resume_command, resumed_arguments
-from iql_torchrl.trainers.run_folder import new_folder, started_folder
+from iql_torchrl.trainers.command_line import (
+    default_name,
+    new_folder,
+    resume_command,
+    resumed_arguments,
+    started_folder,
+)
 
 SAVED = ["--updates", "20", "--name", "a b"]
 

@@ -12,8 +12,7 @@ from test_background import pendulum_log
 from test_trainer import make_step, trainer_of, weight
 
 from iql_torchrl import IQLConfig, make_agent
-from iql_torchrl.checkpoint import newest, read_components, replace_by_link, write_components
-from iql_torchrl.files import whole_file
+from iql_torchrl.files import newest, read_components, replace_by_link, whole_file, write_components
 from iql_torchrl.report.figures import draw
 from iql_torchrl.report.runs import write_csv
 

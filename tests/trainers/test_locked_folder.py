@@ -8,13 +8,13 @@ import sys
 
 import filelock
 import pytest
+from iql_torchrl.trainers.progress import Interruption
+from iql_torchrl.trainers.resume import ProgressState
 from test_torchrl_trainers import make_step, make_trainer
 
 from iql_torchrl import IQLConfig
 from iql_torchrl.agent.make_update import ends_before
 from iql_torchrl.trainers import trainer as trainer_module
-from iql_torchrl.trainers.progress import Interruption
-from iql_torchrl.trainers.resume import ProgressState
 from iql_torchrl.trainers.run_folder import RunFolder
 
 HOLD = """

@@ -19,8 +19,8 @@ from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import IQLStep, OfflineTrainer
-from iql_torchrl.checkpoint import CheckpointError, newest
 from iql_torchrl.data import DeviceSampler, replay_buffer
+from iql_torchrl.files import CheckpointError, newest
 from iql_torchrl.trainers import run_folder
 
 

@@ -9,9 +9,9 @@ from conftest import make_batch
 from test_torchrl_trainers import make_step
 
 from iql_torchrl import OfflineTrainer, evaluate
-from iql_torchrl.checkpoint import read_components
 from iql_torchrl.data import replay_buffer
 from iql_torchrl.evaluation.background import BackgroundEvaluation
+from iql_torchrl.files import read_components
 
 SETTINGS = {"episodes": 3, "num_envs": 2, "seed": 5, "max_steps": 12}
 
@@ -54,7 +54,7 @@ def test_rows_and_best_are_those_of_evaluation_in_between(tmp_path, in_between):
         return made[0]
 
     trainer = make_trainer(tmp_path, background)
-    with trainer.scores.evaluation:
+    with trainer.evaluation:
         trainer.train()
     assert (tmp_path / "metrics.csv").read_text() == (in_between / "metrics.csv").read_text()
     actual, expected = (read_components(f / "best.torchrl") for f in (tmp_path, in_between))
@@ -67,19 +67,19 @@ def test_rows_and_best_are_those_of_evaluation_in_between(tmp_path, in_between):
 def test_an_evaluation_under_way_is_made_again_after_a_resume(tmp_path, in_between):
     """Stopped with an evaluation under way: its policy is in the checkpoint."""
     trainer = make_trainer(tmp_path, lambda p: BackgroundEvaluation(p, make_env, **SETTINGS))
-    submitted = trainer.scores.evaluation.submit
+    submitted = trainer.evaluation.submit
 
     def submit_and_stop(number):
         submitted(number)
         if number == 10:
             raise RuntimeError("as if killed")
 
-    trainer.scores.evaluation.submit = submit_and_stop
-    with pytest.raises(RuntimeError, match="as if killed"), trainer.scores.evaluation:
+    trainer.evaluation.submit = submit_and_stop
+    with pytest.raises(RuntimeError, match="as if killed"), trainer.evaluation:
         trainer.train()
     again = make_trainer(tmp_path, lambda p: BackgroundEvaluation(p, make_env, **SETTINGS))
-    with again.scores.evaluation:
-        assert 10 in again.resume().scores.pending
+    with again.evaluation:
+        assert 10 in again.resume().evaluation.pending
         again.train()
     rows = (tmp_path / "metrics.csv").read_text()
     assert rows == (in_between / "metrics.csv").read_text()

@@ -12,10 +12,9 @@ from shard_logs import SPACES, arrays, written
 from small_agents import config
 
 from iql_torchrl import OfflineTrainer, captured, compiled, load_dataset, make_agent
-from iql_torchrl.checkpoint import CheckpointError
 from iql_torchrl.data import ShardedDataset, load_shards
-from iql_torchrl.trainers.identity import DataState
-from iql_torchrl.trainers.parts import check_same_data
+from iql_torchrl.files import CheckpointError
+from iql_torchrl.trainers.checkpoints import DataState, check_same_data
 
 LENGTHS = [7, 3, 12, 5, 5, 9, 2, 8, 6, 11]
 SETTINGS = {"loaded": 2, "replace_every": 3}

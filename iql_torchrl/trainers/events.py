@@ -1,0 +1,289 @@
+"""When something happens in a run and what is recorded then: intervals, rows, display, signals."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from types import FrameType
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from tqdm import tqdm
+
+from iql_torchrl.distributed import Ranks
+from iql_torchrl.private_apis import add_to_all
+
+__all__ = ["Display", "Interruption", "Progress", "Schedule", "check_finite", "whole_updates"]
+
+# torchrun sends its processes a Ctrl-C that the terminal has sent them already
+SECONDS_OF_ONE_SIGNAL = 5.0
+CALLS_PER_AGREEMENT = 16  # an exchange between ranks takes about as long as a small layer
+
+
+def whole_updates(name: str, value: Any, least: int = 1) -> int:
+    """``value`` as an integer, also where it is a whole float such as ``1e3``; else ``ValueError``."""
+    number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or int(value) != value or value < least:
+        raise ValueError(f"{name} is {value!r}; it counts updates: a whole number >= {least}.")
+    return int(value)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Intervals of a run in updates.
+
+    An event is a multiple of ``log_interval``, or of ``eval_interval`` where policies are evaluated,
+    or the end of the run. An interval that is None becomes a hundredth of ``total_updates`` (rows),
+    a tenth (evaluations) or ``eval_interval`` (checkpoints).
+
+    Raises ``ValueError`` for what is not a positive whole number, and for events that are not
+    multiples of ``updates_per_call``, the number of updates that one call of the step makes.
+    """
+
+    total_updates: int
+    log_interval: Any
+    eval_interval: Any
+    save_trainer_interval: Any
+    evaluates: bool
+    evaluate_first: bool
+    updates_per_call: int
+
+    def __post_init__(self) -> None:
+        calls = self.updates_per_call
+        for name, parts in (("log_interval", 100), ("eval_interval", 10)):
+            default = max(1, math.ceil(self.total_updates / parts / calls)) * calls
+            self._complete(name, default)
+        self._complete("save_trainer_interval", self.eval_interval)
+        for name in ("total_updates", "log_interval", *["eval_interval"] * self.evaluates):
+            if getattr(self, name) % calls:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, and the step makes {calls} updates a call; "
+                    "give a multiple of that."
+                )
+
+    def _complete(self, name: str, default: int) -> None:
+        value = getattr(self, name)
+        value = default if value is None else whole_updates(name, value)
+        object.__setattr__(self, name, value)
+
+    def next_event(self, updates: int, total: int) -> int:
+        """The first event after ``updates``, in a run of ``total``."""
+        intervals = [self.log_interval] + [self.eval_interval] * self.evaluates
+        return min(total, *((updates // every + 1) * every for every in intervals))
+
+    def evaluation_due(self, updates: int, total: int) -> bool:
+        """Whether the policy is to be evaluated after ``updates`` of ``total``."""
+        if updates == 0:
+            return self.evaluate_first
+        return updates % self.eval_interval == 0 or updates == total
+
+
+@dataclass
+class Progress:
+    """What a run has recorded: one row per event in order of updates, and the best evaluation.
+
+    A row has the means of the metrics since the last row, and the numbers of an evaluation.
+    ``best`` is the highest monitored value so far.
+    """
+
+    rows: list[dict[str, float]] = field(default_factory=list)
+    best: float | None = None
+    best_update: int | None = None
+    _names: list[str] = field(default_factory=list)
+    _totals: list[Tensor] = field(default_factory=list)
+    _counted: int = 0
+
+    def tally(self, metrics: TensorDictBase, updates: int = 1) -> None:
+        """Add the scalars of one update, or the means over ``updates``, without synchronising."""
+        if not self._totals:
+            scalars = {k: v for k, v in metrics.items() if isinstance(v, Tensor) and v.ndim == 0}
+            self._names = [str(name) for name in scalars]
+            self._totals = [torch.zeros_like(v) for v in scalars.values()]
+        add_to_all(self._totals, [metrics.get(name) for name in self._names], updates)
+        self._counted += updates
+
+    def means(self) -> dict[str, float]:
+        """Means of the metrics since the last call, as Python floats."""
+        if not self._counted:
+            return {}
+        values = (torch.stack(self._totals) / self._counted).tolist()
+        self._totals, self._counted = [], 0
+        return dict(zip(self._names, values, strict=True))
+
+    def record(self, update: int, values: Mapping[str, float]) -> None:
+        """Put ``values`` into the row of ``update``, which may be an older one."""
+        for row in reversed(self.rows):
+            if row["update"] == update:
+                row.update(values)
+                return
+        self.rows.append({"update": update, **values})
+        self.rows.sort(key=lambda row: row["update"])
+
+    def improves(self, update: int, value: float) -> bool:
+        """Whether ``value`` is higher than all before; if so it is stored as the best."""
+        if math.isnan(value) or (self.best is not None and value <= self.best):
+            return False
+        self.best, self.best_update = value, update
+        return True
+
+    def latest(self, name: str) -> tuple[str, int, float] | None:
+        """``name``, the last update with a number of that name, and the number."""
+        rows = (row for row in reversed(self.rows) if name in row)
+        return next(((name, int(row["update"]), row[name]) for row in rows), None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "rows": [dict(row) for row in self.rows],
+            "best": self.best,
+            "best_update": self.best_update,
+            "names": list(self._names),
+            "totals": [total.clone() for total in self._totals],
+            "counted": self._counted,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None = None) -> None:
+        self.rows = [dict(row) for row in state["rows"]]
+        self.best, self.best_update = state["best"], state["best_update"]
+        self._names, self._counted = list(state["names"]), state["counted"]
+        self._totals = [total.to(device) for total in state["totals"]]
+
+
+def check_finite(means: Mapping[str, float], updates: int) -> None:
+    """Raises ``FloatingPointError`` naming the losses whose mean is not finite."""
+    bad = [n for n, v in means.items() if n.startswith("loss_") and not math.isfinite(v)]
+    if bad:
+        raise FloatingPointError(
+            f"{', '.join(bad)} became {means[bad[0]]} before update {updates:,}, and nothing was "
+            "saved since the last event. Look for extreme rewards or observations in the data, or "
+            "lower the learning rates, or set max_grad_norm."
+        )
+
+
+class Display:
+    """Progress on stderr: a bar on a terminal; in a file or a pipe, one line at each event.
+
+    Args:
+        enabled: False shows nothing.
+        total, updates: the number of updates at the end of the run, and now.
+    """
+
+    def __init__(self, enabled: bool, total: int, updates: int) -> None:
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._lines, self._total = enabled and not terminal, total
+        self._shown_score: tuple[str, int, float] | None = None
+        self._bar: Any = tqdm(
+            total=total, initial=updates, unit="update", dynamic_ncols=True,
+            disable=not (enabled and terminal),
+        )  # fmt: skip
+        self.advance = self._bar.update  # called at every update
+        self.close = self._bar.close
+
+    def event(
+        self,
+        updates: int,
+        values: Mapping[str, float],
+        *,
+        score: tuple[str, int, float] | None,
+        speed: float | None = None,
+        saved: bool = False,
+    ) -> None:
+        """Show losses and other ``values``, and the last score: (name, update, value)."""
+        shown = {name.removeprefix("loss_"): f"{value:.4g}" for name, value in values.items()}
+        place = ""
+        if score is not None:
+            shown[score[0]] = f"{score[2]:.4g}"
+            place = "" if score[1] == updates else f" at {score[1]:,}"
+        if self._lines:
+            parts = [] if speed is None else [f"{speed:,.{0 if speed >= 10 else 2}f} updates/s"]
+            parts += [f"{name} {text}" for name, text in shown.items()]
+            line = f"update {updates:,} of {self._total:,}: {', '.join(parts)}{place}"
+            print(
+                line.removesuffix(": ") + (", saved" if saved else ""), file=sys.stderr, flush=True
+            )
+        self._shown_score = score
+        self._bar.set_postfix(shown)
+
+    def last_score(self, updates: int, score: tuple[str, int, float] | None) -> None:
+        """Show a score that came after the last event, unless it has been shown."""
+        if score is not None and score != self._shown_score:
+            self.event(updates, {}, score=score)
+
+
+class Interruption:
+    """A context in which the first Ctrl-C or SIGTERM only sets ``asked``; the second raises.
+
+    With several ranks a signal within ``SECONDS_OF_ONE_SIGNAL`` of the first is taken for the same one.
+    ``requested`` is what all ranks have agreed on: with one rank it is ``asked``; with several a
+    signal to any of them, from the next :meth:`agree` on. Has no effect outside the main thread,
+    where Python delivers no signals.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self._alone = ranks, ranks.size == 1
+        self.asked: int | None = None
+        self._asked_at = 0.0
+        self._agreed: int | None = None
+        self._calls = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            numbers = (signal.SIGINT, signal.SIGTERM)
+            self._previous = {n: signal.signal(n, self._handle) for n in numbers}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            if handler is not None:  # one that was not set from Python cannot be set from there
+                signal.signal(number, handler)
+        self._previous = {}
+
+    @property
+    def requested(self) -> int | None:
+        return self.asked if self._alone else self._agreed
+
+    def agree(self) -> None:
+        """Exchange with the other ranks whether one was asked to stop; every rank must call it."""
+        if not self._alone:
+            self._agreed = self._ranks.largest(self.asked or 0) or None
+
+    def stops(self) -> bool:
+        """Whether to stop now. Ranks agree at every ``CALLS_PER_AGREEMENT``-th call."""
+        self._calls += 1
+        if self._calls % CALLS_PER_AGREEMENT == 0:
+            self.agree()
+        return self.requested is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked is not None:
+            if self._alone or time.monotonic() - self._asked_at >= SECONDS_OF_ONE_SIGNAL:
+                self.__exit__()
+                _raise(self.asked)
+            return
+        self.asked, self._asked_at = number, time.monotonic()
+        if self._ranks.is_main:
+            # os.write, because print may be interrupted in the middle of itself
+            when = "after this update" if self._alone else "within 16 updates"
+            after = "" if self._alone else " after five seconds"
+            text = f"\nStopping {when}; press Ctrl-C again{after} to stop at once.\n"
+            os.write(2, text.encode())
+
+    def finish(self) -> None:
+        """Raise what the signal would have raised: KeyboardInterrupt, or SystemExit(143)."""
+        if self.requested is not None:
+            _raise(self.requested)
+
+
+def _raise(number: int) -> None:
+    if number == signal.SIGTERM:
+        raise SystemExit(128 + signal.SIGTERM)
+    raise KeyboardInterrupt
