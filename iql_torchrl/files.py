@@ -22,7 +22,6 @@ __all__ = [
     "component_names",
     "leads_below",
     "naming",
-    "new_checkpoint",
     "newest",
     "read_components",
     "replace_by_link",
@@ -132,14 +131,6 @@ class StateAdapter(CheckpointAdapter):
         return None
 
 
-def new_checkpoint() -> Checkpoint:
-    """TorchRL's ``Checkpoint``, set to write one file in which every part has a checksum.
-
-    The format and the adapters are ours to choose, so TorchRL's defaults may change.
-    """
-    return Checkpoint(format="archive")
-
-
 def write_components(
     path: str | Path, states: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
 ) -> Path:
@@ -148,7 +139,7 @@ def write_components(
     Written to a temporary file that is then renamed, so ``path`` is never incomplete. Raises
     ``OSError`` naming ``path`` where it cannot be written.
     """
-    checkpoint = new_checkpoint()
+    checkpoint = Checkpoint(format="archive")
     for name, state in states.items():
         checkpoint.register(name, state, adapter=StateAdapter())
     with naming(Path(path)):
@@ -165,20 +156,13 @@ def read_components(path: str | Path, names: Collection[str] | None = None) -> d
     parts = _parts_of(path)
     if names is None:
         names = [n for n, record in parts.items() if record["adapter"] == StateAdapter.adapter_id]
-    checkpoint = new_checkpoint()
+    checkpoint = Checkpoint()
     for name in names:
-        _check_record(path, name, parts)
         checkpoint.register(name, None, adapter=StateAdapter())
     try:
         states = checkpoint.load(path, map_location="cpu").values
     except Exception as error:  # a damaged file can raise nearly anything
-        if isinstance(error.__cause__, pickle.UnpicklingError):
-            raise CheckpointError(
-                f"{path}: contains something other than plain data and was not loaded, because "
-                "loading it could run a program. Use a checkpoint that you or someone you trust "
-                f"wrote with this package. ({_first_line(error.__cause__)})"
-            ) from error
-        raise _damaged(path, error) from error
+        raise _unreadable(path, error, parts) from error
     return {name: states.get(name) for name in names}
 
 
@@ -207,31 +191,30 @@ def _parts_of(path: Path) -> Mapping[str, Any]:
     try:
         parts: Mapping[str, Any] = Checkpoint.manifest(path)["components"]
     except Exception as error:
-        if "Unsupported" in str(error):
-            raise CheckpointError(f"{path}: from another version of TorchRL. {error}") from error
-        raise _damaged(path, error) from error
+        raise _unreadable(path, error, {}) from error
     return parts
 
 
-def _check_record(path: Path, name: str, parts: Mapping[str, Any]) -> None:
-    if name not in parts:
-        raise CheckpointError(f"{path}: has no part {name!r}; it holds {sorted(parts)}.")
-    adapter, version = parts[name]["adapter"], parts[name]["adapter_version"]
-    if adapter != StateAdapter.adapter_id:
-        raise CheckpointError(
-            f"{path}: part {name!r} was written by {adapter!r}, not by this package."
+def _unreadable(path: Path, error: Exception, parts: Collection[str]) -> CheckpointError:
+    """The sentence about a file that TorchRL could not read."""
+    cause, line = error.__cause__, _first_line(error)
+    if isinstance(cause, pickle.UnpicklingError):
+        return CheckpointError(
+            f"{path}: contains something other than plain data and was not loaded, because loading "
+            "it could run a program. Use a checkpoint that you or someone you trust wrote with this "
+            f"package. ({_first_line(cause)})"
         )
-    if version != StateAdapter.format_version:
-        raise CheckpointError(
-            f"{path}: from another version of iql_torchrl (layout {version}, this one reads "
-            f"{StateAdapter.format_version}); load it with that version."
-        )
-
-
-def _damaged(path: Path, error: BaseException) -> CheckpointError:
+    if "Unsupported" in line:  # the format of the file
+        return CheckpointError(f"{path}: from another version of TorchRL. {line}")
+    restored = getattr(error, "result", None)
+    if restored is not None and cause is None:
+        if restored.missing:
+            part = min(restored.missing)
+            return CheckpointError(f"{path}: has no part {part!r}; it holds {sorted(parts)}.")
+        return CheckpointError(f"{path}: was not written by this version of iql_torchrl: {line}")
     return CheckpointError(
-        f"{path}: truncated or damaged ({_first_line(error)}). If the folder has an older "
-        "checkpoint, delete this one to continue from the older one."
+        f"{path}: truncated or damaged ({line}). If the folder has an older checkpoint, delete this "
+        "one to continue from the older one."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from iql_torchrl.evaluation.background import BackgroundEvaluation
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.update.step import part_of
 
-__all__ = ["DataState", "ResumableTrainer", "check_same_data", "check_same_run", "check_total"]
+__all__ = ["DataState", "ResumableTrainer", "check_same_data", "check_same_run"]
 
 Self = TypeVar("Self", bound="ResumableTrainer")
 MODULE = "trainer_module."  # begins the name of a part that was registered on the trainer
@@ -95,16 +96,6 @@ def check_same_data(ranks: Ranks, data: DataState, replay_buffer: Any) -> None:
     )
 
 
-def check_total(updates: int, total_updates: int) -> None:
-    """Raise ``ValueError`` when the run has made more than ``total_updates`` updates."""
-    if updates > total_updates:
-        raise ValueError(
-            f"total_updates is {total_updates} and the run has made {updates} updates already. It "
-            "counts from the first update of the run, however often that was stopped: give at least "
-            f"{updates}, or more to train further."
-        )
-
-
 def check_same_run(
     saved: Mapping[str, Any],
     current: Mapping[str, Any],
@@ -127,10 +118,12 @@ def check_same_run(
                 differences[name] = f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
     if differences:
         listed, more = list(differences.values())[:MOST_LISTED], len(differences) - MOST_LISTED
+        name = saved.get("data", {}).get("name")
+        named = f" ({name})" if name else ""
         raise files.CheckpointError(
             f"the checkpoint is of another run: {'; '.join(listed)}"
-            f"{f'; and {more} more' if more > 0 else ''}. Resume with the saved dataset, settings and "
-            "networks, or start a new run."
+            f"{f'; and {more} more' if more > 0 else ''}. Resume with the dataset{named}, the settings "
+            "and the networks of the checkpoint, or start a new run."
         )
 
 
@@ -138,7 +131,8 @@ def _compared(
     states: Mapping[str, Any], config: type[IQLConfig], loss_knobs: Mapping[str, Knob]
 ) -> dict[str, dict[str, Any]]:
     """What must be equal in two runs, from the state of one; without groups that are not known."""
-    data, groups = states.get("data", {}), {}
+    groups: dict[str, dict[str, Any]] = {}
+    data = states.get("data", {})
     if data.get("reward_map") is not None:
         groups["reward"] = {"the reward map (reward= of load_dataset)": list(data["reward_map"])}
     if data.get("fingerprint") is not None:
@@ -153,7 +147,7 @@ def _compared(
     if "replay_buffer" in states:
         replay = states["replay_buffer"]
         sharded, seeded = "rotation" in replay.get("whole", {}), replay.get("generator") is not None
-        kind = "fixed" if "sampler" in replay else "of shards" if sharded else "neither"
+        kind = "fixed" if "sampler" in replay else "of shards" if sharded else "growing"
         groups["replay"] = {"the kind of replay buffer": kind, "seed= of the replay buffer": seeded}
     tensors = states.get("loss_module", {}).items()
     if tensors:
@@ -175,8 +169,10 @@ class ResumableTrainer(Trainer):
 
     Abstract: a subclass has ``train``, and the attributes that are read here (``step``, ``agent``,
     ``data_state``, ``ranks``, ``folder``, ``evaluation``, ``monitor``, ``progress``, ``_last_save``,
-    ``_in_folder``, ``_keep_as``) before ``Trainer.__init__``.
+    ``_in_folder``) before ``Trainer.__init__``.
     """
+
+    _keep_as: Path | None = None  # where the next checkpoint is kept too
 
     @property
     def updates(self) -> int:
@@ -186,6 +182,15 @@ class ResumableTrainer(Trainer):
     @property
     def total_updates(self) -> int:
         return int(self.total_frames)
+
+    def _check_total(self, updates: int) -> None:
+        """Raise ``ValueError`` when ``updates`` made so far are more than ``total_updates``."""
+        if updates > self.total_updates:
+            raise ValueError(
+                f"total_updates is {self.total_updates} and the run has made {updates} updates "
+                "already. It counts from the first update of the run, however often that was stopped: "
+                f"give at least {updates}, or more to train further."
+            )
 
     # -- what a checkpoint contains ----------------------------------------------------------------
 
@@ -206,27 +211,24 @@ class ResumableTrainer(Trainer):
         if self.agent is not None:
             compared["agent"] = self.agent.description
         for name, describe in compared.items():
-            parts[name] = Part(describe, lambda state, name=name: self._check_same({name: state}))
+            parts[name] = Part(describe, partial(self._check_part, name))
         modules = private_apis.registered_modules(self)
         parts |= {f"{MODULE}{name}": module for name, module in modules.items()}
         parts["random"] = GlobalRNGState()
         return {n: part for n, part in parts.items() if callable(getattr(part, "state_dict", None))}
 
+    def _check_part(self, name: str, saved: Any) -> None:
+        self._check_same({name: saved})
+
     def _check_same(self, saved: Mapping[str, Any]) -> None:
         """Raise ``CheckpointError`` where the ``saved`` parts are of another run than this one."""
         current = {n: p.state_dict() for n, p in self._parts().items() if n in saved}
         config = IQLConfig if self.agent is None else type(self.agent.config)
-        check_same_run(saved, current, config=config, loss_knobs=self._loss_knobs)
-
-    @property
-    def _loss_knobs(self) -> Mapping[str, Knob]:
-        """Settings of the loss; one of another kind may have some of the attributes."""
-        described: Mapping[str, Knob] = getattr(self.loss_module, "knobs", ImplicitQLoss.knobs)
-        return described
+        check_same_run(saved, current, config=config, loss_knobs=_knobs_of(self.loss_module))
 
     def _settings(self) -> dict[str, Any]:
         """The settings of parts that may have been made by hand."""
-        loss, names = self.loss_module, (*self._loss_knobs, "reduction")
+        loss, names = self.loss_module, (*_knobs_of(self.loss_module), "reduction")
         return {name: _plain(getattr(loss, name, None)) for name in names} | {
             "loss": type(loss).__name__,
             "optimizer": type(self.optimizer).__name__,
@@ -261,7 +263,7 @@ class ResumableTrainer(Trainer):
         return {
             "progress": {"updates": self.updates, **self.progress.state_dict()},
             "last_save": self._last_save,
-            "logged": {name: float(v) for name, v in logged.items() if _is_number(v)},
+            "logged": {name: float(v) for name, v in logged.items() if isinstance(v, (int, float))},
             "pending": self.evaluation.pending if background else {},
         }
 
@@ -299,7 +301,7 @@ class ResumableTrainer(Trainer):
         return metadata | ({} if latest is None else {latest[0]: latest[2]})
 
     def _sync_checkpoint_components(self, checkpoint: Checkpoint | None = None) -> Checkpoint:
-        checkpoint = checkpoint or self.checkpoint or files.new_checkpoint()
+        checkpoint = checkpoint or self.checkpoint or Checkpoint()
         for name, part in self._parts().items():
             if name not in checkpoint:
                 checkpoint.register(name, part, adapter=files.StateAdapter())
@@ -329,7 +331,7 @@ class ResumableTrainer(Trainer):
         self._check_same(state_dict)
         if isinstance(self.replay_buffer, ShardedReplay):
             self.replay_buffer.check_state(state_dict["replay_buffer"]["whole"])
-        check_total(state_dict["trainer_state"]["progress"]["updates"], self.total_updates)
+        self._check_total(state_dict["trainer_state"]["progress"]["updates"])
         for name in own ^ saved:
             place = "registered here" if name in own else "in the checkpoint"
             torchrl_logger.warning(f"{name} is only {place}; it is not loaded.")
@@ -346,7 +348,7 @@ class ResumableTrainer(Trainer):
         damaged or from another version, or of another dataset, reward map, settings or shapes; and
         ``ValueError`` if the run has made more updates than this trainer's ``total_updates``.
         """
-        self.load_state_dict(self.ranks.from_main(lambda: files.read_components(file)))
+        self.load_state_dict(self.ranks.from_main(lambda: files.read_components(Path(file))))
         self._in_folder = self.folder is not None and self.folder.contains(Path(file))
         return self
 
@@ -366,7 +368,7 @@ class ResumableTrainer(Trainer):
     def has_checkpoint(self) -> bool:
         """Whether ``folder`` has a checkpoint from which :meth:`resume` would continue."""
         folder = self.folder
-        return self.ranks.from_main(lambda: folder is not None and folder.has_checkpoint())
+        return self.ranks.from_main(lambda: folder is not None and any(folder.checkpoints()))
 
 
 def _plain(value: Any) -> Any:
@@ -375,7 +377,7 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (int, float, str)) or value is None else repr(type(value))
 
 
-def _is_number(value: Any) -> bool:
-    return (
-        value.numel() == 1 if isinstance(value, torch.Tensor) else isinstance(value, (int, float))
-    )
+def _knobs_of(loss: Any) -> Mapping[str, Knob]:
+    """The settings of a loss; one of another kind may have some of these attributes."""
+    described: Mapping[str, Knob] = getattr(loss, "knobs", ImplicitQLoss.knobs)
+    return described

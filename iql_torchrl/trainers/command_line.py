@@ -149,7 +149,9 @@ def _wandb_problem() -> str | None:
     if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
         return None
     # versions without this argument ask nothing where there is no terminal
-    quiet = {"prompt": False} if "prompt" in inspect.signature(wandb.login).parameters else {}
+    quiet: dict[str, Any] = (
+        {"prompt": False} if "prompt" in inspect.signature(wandb.login).parameters else {}
+    )
     try:
         return None if wandb.login(**quiet) else "this machine is not logged in"
     except Exception as error:  # its kinds of exceptions differ between versions

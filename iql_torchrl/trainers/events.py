@@ -22,7 +22,7 @@ from tqdm import tqdm
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.private_apis import add_to_all
 
-__all__ = ["Display", "Interruption", "Progress", "Schedule", "check_finite", "whole_updates"]
+__all__ = ["Display", "Interruption", "Progress", "intervals", "whole_updates"]
 
 # torchrun sends its processes a Ctrl-C that the terminal has sent them already
 SECONDS_OF_ONE_SIGNAL = 5.0
@@ -37,54 +37,29 @@ def whole_updates(name: str, value: Any, least: int = 1) -> int:
     return int(value)
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Intervals of a run in updates.
+def intervals(
+    total_updates: int, updates_per_call: int, evaluates: bool, **given: Any
+) -> tuple[int, int, int]:
+    """Updates between rows, evaluations and checkpoints: ``log_interval`` and so on in ``given``.
 
-    An event is a multiple of ``log_interval``, or of ``eval_interval`` where policies are evaluated,
-    or the end of the run. An interval that is None becomes a hundredth of ``total_updates`` (rows),
-    a tenth (evaluations) or ``eval_interval`` (checkpoints).
+    What is None becomes a hundredth of the total, a tenth, and the interval of evaluations.
 
     Raises ``ValueError`` for what is not a positive whole number, and for events that are not
     multiples of ``updates_per_call``, the number of updates that one call of the step makes.
     """
-
-    total_updates: int
-    log_interval: Any
-    eval_interval: Any
-    save_trainer_interval: Any
-    evaluates: bool
-    evaluate_first: bool
-    updates_per_call: int
-
-    def __post_init__(self) -> None:
-        calls = self.updates_per_call
-        for name, parts in (("log_interval", 100), ("eval_interval", 10)):
-            default = max(1, math.ceil(self.total_updates / parts / calls)) * calls
-            self._complete(name, default)
-        self._complete("save_trainer_interval", self.eval_interval)
-        for name in ("total_updates", "log_interval", *["eval_interval"] * self.evaluates):
-            if getattr(self, name) % calls:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}, and the step makes {calls} updates a call; "
-                    "give a multiple of that."
-                )
-
-    def _complete(self, name: str, default: int) -> None:
-        value = getattr(self, name)
-        value = default if value is None else whole_updates(name, value)
-        object.__setattr__(self, name, value)
-
-    def next_event(self, updates: int, total: int) -> int:
-        """The first event after ``updates``, in a run of ``total``."""
-        intervals = [self.log_interval] + [self.eval_interval] * self.evaluates
-        return min(total, *((updates // every + 1) * every for every in intervals))
-
-    def evaluation_due(self, updates: int, total: int) -> bool:
-        """Whether the policy is to be evaluated after ``updates`` of ``total``."""
-        if updates == 0:
-            return self.evaluate_first
-        return updates % self.eval_interval == 0 or updates == total
+    result = {n: 0 if v is None else whole_updates(n, v) for n, v in given.items()}
+    for name, parts in (("log_interval", 100), ("eval_interval", 10)):
+        calls = max(1, math.ceil(total_updates / parts / updates_per_call))
+        result[name] = result[name] or calls * updates_per_call
+    of_events = ("total_updates", "log_interval", *["eval_interval"] * evaluates)
+    for name, value in {"total_updates": total_updates, **result}.items():
+        if name in of_events and value % updates_per_call:
+            raise ValueError(
+                f"{name} is {value}, and the step makes {updates_per_call} updates a call; give a "
+                "multiple of that."
+            )
+    log, evaluation, save = result.values()
+    return log, evaluation, save or evaluation
 
 
 @dataclass
@@ -98,26 +73,38 @@ class Progress:
     rows: list[dict[str, float]] = field(default_factory=list)
     best: float | None = None
     best_update: int | None = None
-    _names: list[str] = field(default_factory=list)
-    _totals: list[Tensor] = field(default_factory=list)
-    _counted: int = 0
+    names: list[str] = field(default_factory=list)
+    totals: list[Tensor] = field(default_factory=list)
+    counted: int = 0
 
     def tally(self, metrics: TensorDictBase, updates: int = 1) -> None:
         """Add the scalars of one update, or the means over ``updates``, without synchronising."""
-        if not self._totals:
+        if not self.totals:
             scalars = {k: v for k, v in metrics.items() if isinstance(v, Tensor) and v.ndim == 0}
-            self._names = [str(name) for name in scalars]
-            self._totals = [torch.zeros_like(v) for v in scalars.values()]
-        add_to_all(self._totals, [metrics.get(name) for name in self._names], updates)
-        self._counted += updates
+            self.names = [str(name) for name in scalars]
+            self.totals = [torch.zeros_like(v) for v in scalars.values()]
+        add_to_all(self.totals, [metrics.get(name) for name in self.names], updates)
+        self.counted += updates
 
-    def means(self) -> dict[str, float]:
-        """Means of the metrics since the last call, as Python floats."""
-        if not self._counted:
-            return {}
-        values = (torch.stack(self._totals) / self._counted).tolist()
-        self._totals, self._counted = [], 0
-        return dict(zip(self._names, values, strict=True))
+    def new_row(self, update: int) -> dict[str, float]:
+        """Record the means of the metrics since the last row, and return them.
+
+        Raises ``FloatingPointError`` naming the losses whose mean is not finite.
+        """
+        means: dict[str, float] = {}
+        if self.counted:
+            values = (torch.stack(self.totals) / self.counted).tolist()
+            means = dict(zip(self.names, values, strict=True))
+            self.totals, self.counted = [], 0
+        bad = [n for n, v in means.items() if n.startswith("loss_") and not math.isfinite(v)]
+        if bad:
+            raise FloatingPointError(
+                f"{', '.join(bad)} became {means[bad[0]]} before update {update:,}, and nothing was "
+                "saved since the last event. Look for extreme rewards or observations in the data, or "
+                "lower the learning rates, or set max_grad_norm."
+            )
+        self.record(update, means)
+        return means
 
     def record(self, update: int, values: Mapping[str, float]) -> None:
         """Put ``values`` into the row of ``update``, which may be an older one."""
@@ -141,31 +128,13 @@ class Progress:
         return next(((name, int(row["update"]), row[name]) for row in rows), None)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "rows": [dict(row) for row in self.rows],
-            "best": self.best,
-            "best_update": self.best_update,
-            "names": list(self._names),
-            "totals": [total.clone() for total in self._totals],
-            "counted": self._counted,
-        }
+        copies = {"rows": [dict(row) for row in self.rows], "names": list(self.names)}
+        return vars(self) | copies | {"totals": [total.clone() for total in self.totals]}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None = None) -> None:
-        self.rows = [dict(row) for row in state["rows"]]
-        self.best, self.best_update = state["best"], state["best_update"]
-        self._names, self._counted = list(state["names"]), state["counted"]
-        self._totals = [total.to(device) for total in state["totals"]]
-
-
-def check_finite(means: Mapping[str, float], updates: int) -> None:
-    """Raises ``FloatingPointError`` naming the losses whose mean is not finite."""
-    bad = [n for n, v in means.items() if n.startswith("loss_") and not math.isfinite(v)]
-    if bad:
-        raise FloatingPointError(
-            f"{', '.join(bad)} became {means[bad[0]]} before update {updates:,}, and nothing was "
-            "saved since the last event. Look for extreme rewards or observations in the data, or "
-            "lower the learning rates, or set max_grad_norm."
-        )
+        vars(self).update({name: state[name] for name in vars(self)})
+        self.rows, self.names = [dict(row) for row in state["rows"]], list(state["names"])
+        self.totals = [total.to(device) for total in state["totals"]]
 
 
 class Display:
@@ -219,17 +188,17 @@ class Display:
 
 
 class Interruption:
-    """A context in which the first Ctrl-C or SIGTERM only sets ``asked``; the second raises.
+    """A context in which the first Ctrl-C or SIGTERM is noted, and the second raises.
 
-    With several ranks a signal within ``SECONDS_OF_ONE_SIGNAL`` of the first is taken for the same one.
-    ``requested`` is what all ranks have agreed on: with one rank it is ``asked``; with several a
-    signal to any of them, from the next :meth:`agree` on. Has no effect outside the main thread,
-    where Python delivers no signals.
+    ``requested`` is the signal on which all ranks have agreed: with one rank at once, with several
+    from the next :meth:`agree` on, whichever rank received it; a signal within
+    ``SECONDS_OF_ONE_SIGNAL`` of the first is then taken for the same one. Has no effect outside the
+    main thread, where Python delivers no signals.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self._alone = ranks, ranks.size == 1
-        self.asked: int | None = None
+        self._asked: int | None = None
         self._asked_at = 0.0
         self._agreed: int | None = None
         self._calls = 0
@@ -249,12 +218,16 @@ class Interruption:
 
     @property
     def requested(self) -> int | None:
-        return self.asked if self._alone else self._agreed
+        return self._asked if self._alone else self._agreed
+
+    def is_asked(self) -> bool:
+        """Whether this rank has received a signal."""
+        return self._asked is not None
 
     def agree(self) -> None:
         """Exchange with the other ranks whether one was asked to stop; every rank must call it."""
         if not self._alone:
-            self._agreed = self._ranks.largest(self.asked or 0) or None
+            self._agreed = self._ranks.largest(self._asked or 0) or None
 
     def stops(self) -> bool:
         """Whether to stop now. Ranks agree at every ``CALLS_PER_AGREEMENT``-th call."""
@@ -264,18 +237,17 @@ class Interruption:
         return self.requested is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is not None:
+        if self._asked is not None:
             if self._alone or time.monotonic() - self._asked_at >= SECONDS_OF_ONE_SIGNAL:
                 self.__exit__()
-                _raise(self.asked)
+                _raise(self._asked)
             return
-        self.asked, self._asked_at = number, time.monotonic()
+        self._asked, self._asked_at = number, time.monotonic()
         if self._ranks.is_main:
-            # os.write, because print may be interrupted in the middle of itself
             when = "after this update" if self._alone else "within 16 updates"
             after = "" if self._alone else " after five seconds"
             text = f"\nStopping {when}; press Ctrl-C again{after} to stop at once.\n"
-            os.write(2, text.encode())
+            os.write(2, text.encode())  # print may be interrupted in the middle of itself
 
     def finish(self) -> None:
         """Raise what the signal would have raised: KeyboardInterrupt, or SystemExit(143)."""
@@ -284,6 +256,4 @@ class Interruption:
 
 
 def _raise(number: int) -> None:
-    if number == signal.SIGTERM:
-        raise SystemExit(128 + signal.SIGTERM)
-    raise KeyboardInterrupt
+    raise SystemExit(128 + number) if number == signal.SIGTERM else KeyboardInterrupt

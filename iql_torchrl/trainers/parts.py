@@ -21,14 +21,7 @@ from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.networks import history_of
 from iql_torchrl.update.step import IQLStep, part_of
 
-__all__ = [
-    "check_parts",
-    "check_task",
-    "filled_in",
-    "is_called_by_step",
-    "one_step",
-    "warn_of_config",
-]
+__all__ = ["check_agent", "check_parts", "filled_in", "is_called_by_step", "one_step"]
 
 
 def one_step(
@@ -45,13 +38,13 @@ def one_step(
             "step is a loss, which updates nothing; give it as loss_module= with optimizer= and "
             "target_net_updater=, or build IQLStep(loss, optimizer, target_updater)."
         )
-    if step is None and (loss is None or optimizer is None):
+    if step is None and loss is not None and optimizer is not None:
+        return IQLStep(loss, optimizer, target_net_updater)
+    if step is None:
         raise ValueError(
             "there is nothing to train: give step=, or agent=, or loss_module= and optimizer= "
             "(with target_net_updater=)."
         )
-    if step is None:
-        return IQLStep(loss, optimizer, target_net_updater)
     for name, part, given in (
         ("loss_module", "loss", loss),
         ("optimizer", "optimizer", optimizer),
@@ -119,21 +112,33 @@ def check_parts(step: Any, replay_buffer: Any, evaluation: Any, logger: Any, ran
         )
 
 
-def check_task(agent: Agent, dataset: DatasetSummary) -> None:
+def check_agent(
+    agent: Agent, dataset: DatasetSummary | None, total_updates: int, *, warns: bool
+) -> None:
     """Raises ``ValueError`` where observations or actions of agent and data differ in keys or shapes.
 
-    Bounds may differ.
+    Bounds may differ. Where it ``warns``, the log says when the data have another reward map than the
+    config names, and when scheduled learning rates reach 0 before the end.
     """
-    other = Task.of(dataset)
+    if warns and (after := ends_before(agent.config, total_updates)):
+        torchrl_logger.warning(after)
+    if dataset is None:
+        return
+    other, asked, mapped = Task.of(dataset), agent.config.reward, dataset.reward_map
     for name in ("observation", "action"):
         shapes = [_shapes(getattr(task, f"{name}_spec")) for task in (agent.task, other)]
         if shapes[0] != shapes[1]:
-            spaces = [getattr(task, f"{name}_space") for task in (agent.task, other)]
+            spaces = [describe_space(getattr(t, f"{name}_space")) for t in (agent.task, other)]
             raise ValueError(
-                f"{name}: the agent was made for {describe_space(spaces[0])} and the dataset "
-                f"{dataset.name!r} has {describe_space(spaces[1])}; make_agent(config, dataset) "
-                "with this dataset makes one that fits."
+                f"{name}: the agent was made for {spaces[0]} and the dataset {dataset.name!r} has "
+                f"{spaces[1]}; make_agent(config, dataset) with this dataset makes one that fits."
             )
+    if warns and (asked == "raw") is not (mapped == RewardMap()):
+        torchrl_logger.warning(
+            f"config.reward is {asked!r} and the rewards of {dataset.name} have the map "
+            f"{(mapped.scale, mapped.shift)} (1, 0 is raw). Training uses them as they are; if that "
+            f"is not wanted, load_dataset(..., reward={asked!r})."
+        )
 
 
 def _shapes(spec: TensorSpec) -> dict[Any, tuple[torch.Size, int | None]]:
@@ -142,37 +147,23 @@ def _shapes(spec: TensorSpec) -> dict[Any, tuple[torch.Size, int | None]]:
     return {key: (leaf.shape, getattr(leaf.space, "n", None)) for key, leaf in leaves}
 
 
-def warn_of_config(agent: Agent, dataset: DatasetSummary | None, total_updates: int) -> None:
-    """Logs a warning where the config names another reward map than the data have, and where
-    scheduled learning rates reach 0 before the end."""
-    asked = agent.config.reward
-    if dataset is not None and (asked == "raw") is not (dataset.reward_map == RewardMap()):
-        torchrl_logger.warning(
-            f"config.reward is {asked!r} and the rewards of {dataset.name} have the map "
-            f"{(dataset.reward_map.scale, dataset.reward_map.shift)} (1, 0 is raw). Training uses "
-            f"them as they are; if that is not wanted, load_dataset(..., reward={asked!r})."
-        )
-    if after := ends_before(agent.config, total_updates):
-        torchrl_logger.warning(after)
-
-
 def is_called_by_step(step: Any, op: Callable[..., Any]) -> bool:
     """Whether the hook ``op`` would call a target updater or scheduler that ``step`` calls itself.
 
     Such a hook must not be called; a warning reports it.
     """
     hook = getattr(op, "__self__", op)
-    part = None
     if isinstance(hook, TargetNetUpdaterHook):
-        if hook.target_params_updater is part_of(step, "target_updater"):
-            part = "target_params_updater"
-    elif isinstance(hook, LRSchedulerHook) and any(
-        hook.scheduler is each for each in part_of(step, "lr_schedulers") or ()
-    ):
+        part = "target_params_updater"
+        called = hook.target_params_updater is part_of(step, "target_updater")
+    elif isinstance(hook, LRSchedulerHook):
         part = "scheduler"
-    if part is not None:
+        called = any(hook.scheduler is each for each in part_of(step, "lr_schedulers") or ())
+    else:
+        return False
+    if called:
         torchrl_logger.warning(
             f"{type(hook).__name__}: the step already calls this {part}, so the hook is not "
             "called; build the step without it to let the hook decide."
         )
-    return part is not None
+    return called

@@ -45,7 +45,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def in_use(
-        self, config: Mapping[str, Any] | None, *, continues: bool, pending: Collection[int] = ()
+        self, config: Mapping[str, Any] | None, pending: Collection[int], *, continues: bool
     ) -> Iterator[None]:
         """Make the folder, and lock it: inside, no other training may use it.
 
@@ -64,11 +64,12 @@ class RunFolder:
                 "that exists and that you may write to."
             ) from error
         with self._locked():
-            taken = list(self.rotation.directory.glob(f"*{SUFFIX}"))
+            taken = self.checkpoints()
             if not continues and (taken or self.best.exists()):
                 raise ValueError(
                     f"{self.path} already contains a run ({len(taken)} checkpoints): call "
-                    "trainer.resume().train() to continue it, choose another folder, or delete this one."
+                    "trainer.resume().train() to continue it, choose another folder, or delete this "
+                    "one."
                 )
             self._delete_leftovers({self.aside(update) for update in pending})
             if config is not None:
@@ -78,14 +79,12 @@ class RunFolder:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        user = self.path / "training.json"
+        user = self.path / "training.txt"
         lock = FileLock(self.path / ".training.lock", timeout=0)
         try:
             lock.acquire()
         except Timeout:
-            who = "another process"
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                who = "process {process} on {host}".format(**json.loads(user.read_text()))
+            who = user.read_text() if user.exists() else "another process"
             raise ValueError(
                 f"{self.path}: {who} trains in this folder now; wait for its end, or choose another "
                 "folder."
@@ -100,7 +99,7 @@ class RunFolder:
             return
         try:
             with whole_file(user) as temporary:
-                temporary.write_text(json.dumps({"process": os.getpid(), "host": platform.node()}))
+                temporary.write_text(f"process {os.getpid()} on {platform.node()}")
             yield
         finally:
             user.unlink(missing_ok=True)
@@ -116,32 +115,28 @@ class RunFolder:
                 else:
                     path.unlink(missing_ok=True)
 
-    def has_checkpoint(self) -> bool:
-        return any(self.rotation.directory.glob(f"{PREFIX}*{SUFFIX}"))
+    def checkpoints(self) -> list[Path]:
+        return list(self.rotation.directory.glob(f"{PREFIX}*{SUFFIX}"))
 
     def contains(self, path: Path) -> bool:
         """Whether ``path`` is a file of this run."""
         return self.path.resolve() in path.resolve().parents
 
-    def write(self, rows: Sequence[Mapping[str, float]], *, now: bool = False) -> None:
-        """Write the table: at each event while that is fast, and less often when it is long.
+    def write(
+        self, rows: Sequence[Mapping[str, float]], *, log_return: float | None, now: bool
+    ) -> None:
+        """Write the table, and draw the curves with a line at the mean return of the log if known.
 
-        After a crash, missing rows are later than the last checkpoint, or the checkpoint has them.
+        The table at each event while that is fast, and less often when it is long; the curves once a
+        minute, because drawing takes half a second; both ``now``. After a crash, missing rows are
+        later than the last checkpoint, or the checkpoint has them.
         """
         began = time.monotonic()
         if now or began >= self._write_again:
             write_csv(self.path / "metrics.csv", rows)
             ended = time.monotonic()
             self._write_again = ended + (ended - began) / TABLE_SHARE
-
-    def draw(
-        self, rows: Sequence[Mapping[str, float]], *, log_return: float | None, now: bool = False
-    ) -> None:
-        """Draw the curves, and a horizontal line at the mean return of the log if known.
-
-        At most once a minute unless ``now``, because drawing takes about half a second.
-        """
-        if rows and (now or time.monotonic() - self._drawn > SECONDS_BETWEEN_PICTURES):
+        if rows and (now or began - self._drawn > SECONDS_BETWEEN_PICTURES):
             level = None if log_return is None else (f"the log ({log_return:.0f})", log_return)
             draw(self.path / "curves.png", rows, title=self.path.name, reference=level)
             self._drawn = time.monotonic()

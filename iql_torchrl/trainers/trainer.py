@@ -23,30 +23,16 @@ from iql_torchrl.distributed import Ranks
 from iql_torchrl.evaluation.background import BackgroundEvaluation, EvaluationTimeout
 from iql_torchrl.evaluation.rollout import Evaluation
 from iql_torchrl.evaluation.value_gap import value_gap
-from iql_torchrl.files import new_checkpoint
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.networks import history_of
-from iql_torchrl.trainers.checkpoints import (
-    DataState,
-    ResumableTrainer,
-    check_same_data,
-    check_total,
-)
-from iql_torchrl.trainers.events import (
-    Display,
-    Interruption,
-    Progress,
-    Schedule,
-    check_finite,
-    whole_updates,
-)
+from iql_torchrl.trainers.checkpoints import DataState, ResumableTrainer, check_same_data
+from iql_torchrl.trainers.events import Display, Interruption, Progress, intervals, whole_updates
 from iql_torchrl.trainers.parts import (
+    check_agent,
     check_parts,
-    check_task,
     filled_in,
     is_called_by_step,
     one_step,
-    warn_of_config,
 )
 from iql_torchrl.trainers.run_folder import RunFolder
 from iql_torchrl.update.step import part_of
@@ -169,41 +155,38 @@ class OfflineTrainer(ResumableTrainer):
         log_timings: bool = False,
         auto_log_optim_steps: bool = True,
     ) -> None:
-        self.step = step = one_step(step, agent, loss_module, optimizer, target_net_updater)
+        step = one_step(step, agent, loss_module, optimizer, target_net_updater)
         replay_buffer, total_updates = filled_in(replay_buffer, total_updates, agent, dataset)
         total_updates = whole_updates("total_updates", total_updates)
         self.ranks = Ranks() if ranks is None else ranks
         check_parts(step, replay_buffer, evaluation, logger, self.ranks)
-        if agent is not None and dataset is not None:
-            check_task(agent, dataset)
-        if agent is not None and self.ranks.is_main:
-            warn_of_config(agent, dataset, total_updates)
-        self.agent, self.dataset = agent, dataset
-        self.data_state = DataState(replay_buffer, dataset)
+        if agent is not None:
+            check_agent(agent, dataset, total_updates, warns=self.ranks.is_main)
+        self.step, self.agent, self.dataset = step, agent, dataset
         self.samples_itself = hasattr(step, "updates")
         self.updates_per_call = int(getattr(step, "updates", 1))
-        self.schedule = Schedule(
-            total_updates, log_interval, eval_interval, save_trainer_interval,
-            evaluates=evaluation is not None, evaluate_first=evaluate_first,
-            updates_per_call=self.updates_per_call,
+        self.log_interval, self.eval_interval, save_trainer_interval = intervals(
+            total_updates, self.updates_per_call, evaluation is not None,
+            log_interval=log_interval, eval_interval=eval_interval,
+            save_trainer_interval=save_trainer_interval,
         )  # fmt: skip
+        self.evaluates, self.evaluate_first = evaluation is not None, evaluate_first
         self.folder = None if folder is None else RunFolder(folder, keep_last)
-        if folder is not None:
-            if not (save_trainer_file is checkpoint is checkpoint_rotation is None):
+        if self.folder is not None:
+            if any((save_trainer_file, checkpoint, checkpoint_rotation)):
                 raise ValueError(
                     "folder= keeps checkpoints of its own; leave out save_trainer_file, checkpoint "
                     "and checkpoint_rotation, or leave out folder."
                 )
             checkpoint_rotation = self.folder.rotation
         if not self.ranks.is_main:  # rank 0 alone evaluates, shows, logs and writes
-            self.folder, logger, evaluation, progress_bar = None, None, None, False
+            self.folder = logger = evaluation = None
             save_trainer_file = checkpoint = checkpoint_rotation = checkpoint_metadata = None
-        if checkpoint is None and not (save_trainer_file is checkpoint_rotation is None):
-            checkpoint = new_checkpoint()
+        if checkpoint is None and (save_trainer_file or checkpoint_rotation):
+            checkpoint = Checkpoint(format="archive")
         self.evaluation, self.monitor, self.resume_command = evaluation, monitor, resume_command
-        self.progress, self.updates_per_second = Progress(), math.nan
-        self._last_save, self._in_folder, self._keep_as = -1, False, None
-        self._pbar_str: dict[str, Any] = {}
+        self.progress, self.data_state = Progress(), DataState(replay_buffer, dataset)
+        self._last_save, self._in_folder = -1, False
         super().__init__(
             collector=None,
             total_frames=total_updates,
@@ -214,8 +197,8 @@ class OfflineTrainer(ResumableTrainer):
             target_net_updater=part_of(step, "target_updater"),
             replay_buffer=replay_buffer,
             logger=logger,
-            progress_bar=progress_bar,
-            save_trainer_interval=self.schedule.save_trainer_interval,
+            progress_bar=progress_bar and self.ranks.is_main,
+            save_trainer_interval=save_trainer_interval,
             save_trainer_file=save_trainer_file,
             checkpoint=checkpoint,
             checkpoint_rotation=checkpoint_rotation,
@@ -225,7 +208,9 @@ class OfflineTrainer(ResumableTrainer):
         )
         self.optimizer = part_of(step, "optimizer")  # not given above, where a hook would step it
         self.collected_frames = self._optim_count = 0
+        self.updates_per_second = math.nan
         self._last_log: dict[str, Any] = {}
+        self._pbar_str: dict[str, Any] = {}
         self.interruption, self.display = Interruption(self.ranks), Display(False, total_updates, 0)
         if seed is not None:
             torch.manual_seed(seed)
@@ -252,18 +237,25 @@ class OfflineTrainer(ResumableTrainer):
         ``timeout`` gives a ``RuntimeWarning`` and no score, and training continues.
         """
         self._stop_training, self._stop_reason = False, None
-        check_total(self.updates, self.total_updates)
+        self._check_total(self.updates)
         check_same_data(self.ranks, self.data_state, self.replay_buffer)
         with contextlib.ExitStack() as stack:
             self.ranks.together(lambda: self._enter_folder(stack))
             self.display = Display(self.progress_bar, self.total_updates, self.updates)
             stack.callback(self.display.close)
             self.interruption = stack.enter_context(Interruption(self.ranks))
-            try:
-                self._setup_hook()
-                self._train_to_the_end()
-            finally:
-                self._shutdown_hook()
+            stack.callback(self._shutdown_hook)
+            self._setup_hook()
+            self.ranks.together(self._evaluate_at_start)
+            while self.updates < self.total_updates and not self._stop_training:
+                self._train_to_next_event()
+                self.interruption.agree()
+                if self.interruption.requested:
+                    break
+            if not self.interruption.requested:  # otherwise the checkpoint contains them
+                self.ranks.together(lambda: self._collect(wait=True))
+                self.interruption.agree()
+            self.ranks.together(self._leave)
         self.interruption.finish()
 
     def _enter_folder(self, stack: contextlib.ExitStack) -> None:
@@ -271,22 +263,8 @@ class OfflineTrainer(ResumableTrainer):
             name = {} if self.dataset is None else {"dataset": self.dataset.name}
             config = None if self.agent is None else name | self.agent.description()["config"]
             pending = getattr(self.evaluation, "pending", ())
-            stack.enter_context(
-                self.folder.in_use(config, continues=self._in_folder, pending=pending)
-            )
+            stack.enter_context(self.folder.in_use(config, pending, continues=self._in_folder))
             self._in_folder = True
-
-    def _train_to_the_end(self) -> None:
-        self.ranks.together(self._evaluate_at_start)
-        while self.updates < self.total_updates and not self._stop_training:
-            self._train_to_next_event()
-            self.interruption.agree()
-            if self.interruption.requested:
-                break
-        if not self.interruption.requested:  # otherwise the checkpoint contains them
-            self.ranks.together(lambda: self._collect(wait=True))
-            self.interruption.agree()
-        self.ranks.together(self._leave)
 
     def shutdown(self) -> None:
         """There is no collector to close."""
@@ -295,7 +273,8 @@ class OfflineTrainer(ResumableTrainer):
 
     def _train_to_next_event(self) -> None:
         """Update until the next event, or until the run is interrupted."""
-        until = self.schedule.next_event(self.updates, self.total_updates)
+        every = [self.log_interval] + [self.eval_interval] * self.evaluates
+        until = min(self.total_updates, *((self.updates // n + 1) * n for n in every))
         began, first = time.perf_counter(), self.updates
         reads_batch = any(getattr(self, name) for name in READ_FIRST_BATCH)
         needs_batch = reads_batch or not self.samples_itself
@@ -340,9 +319,7 @@ class OfflineTrainer(ResumableTrainer):
 
     def _event(self, batch: TensorDictBase | None) -> None:
         """Record a row, evaluate, call hooks, save and show."""
-        means = self.progress.means()
-        check_finite(means, self.updates)
-        self.progress.record(self.updates, means)
+        means = self.progress.new_row(self.updates)
         self._post_epoch_log_hook(batch)
         self._post_epoch_hook()
         self._log(updates_per_second=self.updates_per_second)
@@ -350,7 +327,7 @@ class OfflineTrainer(ResumableTrainer):
         self._post_optim_complete_log_hook(self.updates, averages)
         try:
             self._collect()
-            if self.schedule.evaluation_due(self.updates, self.total_updates):
+            if self._is_evaluation_due():
                 self._evaluate()
             self._post_steps_hook()
             self._post_steps_log_hook(batch)
@@ -384,36 +361,38 @@ class OfflineTrainer(ResumableTrainer):
             )
 
     def _how_to_continue(self) -> str:
-        command = self.resume_command
-        if command is None and self.folder is not None:
-            command = "trainer.resume().train()"
-        elif command is None and self.save_trainer_file is not None:
-            command = f"trainer.load_from_file({str(self.save_trainer_file)!r}).train()"
-        elif command is None and self.checkpoint_rotation is not None:
-            command = "trainer.load_from_file(the newest checkpoint).train()"
-        if command is None:
+        file = self.save_trainer_file
+        calls = {
+            "trainer.resume().train()": self.folder,
+            f"trainer.load_from_file({str(file)!r}).train()": file,
+            "trainer.load_from_file(the newest checkpoint).train()": self.checkpoint_rotation,
+        }
+        possible = [call for call, destination in calls.items() if destination is not None]
+        if self.resume_command is None and not possible:
             return (
                 "Nothing was saved, because the trainer has no folder=. In this process, continue "
                 "with: trainer.train()"
             )
-        return f"Continue with: {command}"
+        return f"Continue with: {self.resume_command or possible[0]}"
 
     def _write(self, now: bool = False) -> None:
         if self.folder is not None:
             mean = None if self.dataset is None else float(self.dataset.episode_returns.mean())
-            self.folder.write(self.progress.rows, now=now)
-            self.folder.draw(self.progress.rows, log_return=mean, now=now)
+            self.folder.write(self.progress.rows, log_return=mean, now=now)
 
     # -- evaluation --------------------------------------------------------------------------------
 
+    def _is_evaluation_due(self) -> bool:
+        if self.updates == 0:
+            return self.evaluate_first
+        return self.updates % self.eval_interval == 0 or self.updates == self.total_updates
+
     def _evaluate_at_start(self) -> None:
         """The evaluation before the first update, or one that a stopped run did not finish."""
-        evaluated = any(
-            row["update"] == self.updates and self.monitor in row for row in self.progress.rows
-        )
+        latest = self.progress.latest(self.monitor)
+        evaluated = latest is not None and latest[1] == self.updates
         waiting = self.updates in getattr(self.evaluation, "pending", ())
-        due = self.schedule.evaluation_due(self.updates, self.total_updates)
-        if due and self.evaluation is not None and not (evaluated or waiting):
+        if self.evaluation and self._is_evaluation_due() and not (evaluated or waiting):
             self._evaluate()
             self.save_trainer(force_save=self._keep_as is not None)
             self.display.last_score(self.updates, self.progress.latest(self.monitor))
@@ -431,11 +410,11 @@ class OfflineTrainer(ResumableTrainer):
         elif self.evaluation is not None and self._enter(self.updates, self.evaluation()):
             self._keep_as = None if self.folder is None else self.folder.best
         agent, log = self.agent, self.dataset
-        # the rows of a dataset are no windows
-        if agent is not None and isinstance(log, OfflineDataset) and self.ranks.is_main:
-            if agent.chooses and history_of(agent.policy) is None:
-                gap = value_gap(agent.policy, log.transitions).mean
-                self._record(self.updates, {"chosen_value_gap": gap})
+        if agent is None or not isinstance(log, OfflineDataset) or not self.ranks.is_main:
+            return
+        if agent.chooses and history_of(agent.policy) is None:  # a dataset's rows are no windows
+            gap = value_gap(agent.policy, log.transitions).mean
+            self._record(self.updates, {"chosen_value_gap": gap})
 
     def _collect(self, wait: bool = False) -> None:
         """Enter the results of finished background evaluations; ``wait``: until all are finished.
@@ -444,9 +423,7 @@ class OfflineTrainer(ResumableTrainer):
         """
         while isinstance(self.evaluation, BackgroundEvaluation):
             try:
-                results = self.evaluation.results(
-                    wait=wait, stop=lambda: bool(self.interruption.asked)
-                )
+                results = self.evaluation.results(wait=wait, stop=self.interruption.is_asked)
             except EvaluationTimeout as error:
                 if self.folder is not None:
                     self.folder.judge(error.number, improves=False)
@@ -478,11 +455,8 @@ class OfflineTrainer(ResumableTrainer):
 
     def _log(self, log_pbar: bool = False, **kwargs: Any) -> None:
         """As TorchRL's, but scalar tensors become numbers, because some loggers need numbers."""
-        if self.logger is not None:
-            for name, value in kwargs.items():
-                if isinstance(value, torch.Tensor) and value.ndim == 0:
-                    kwargs[name] = value.item()
-        super()._log(log_pbar=log_pbar, **kwargs)
+        tensors = {n: v for n, v in kwargs.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
+        super()._log(log_pbar=log_pbar, **kwargs | {n: v.item() for n, v in tensors.items()})
 
     def __repr__(self) -> str:
         kind = type(self.step).__name__
@@ -490,24 +464,17 @@ class OfflineTrainer(ResumableTrainer):
 
 
 def _numbers(evaluation: Any) -> dict[str, float]:
-    if isinstance(evaluation, Evaluation):
-        return evaluation.summary()
-    if not isinstance(evaluation, Mapping):
+    values = evaluation.summary() if isinstance(evaluation, Evaluation) else evaluation
+    try:
+        numbers = {str(name): float(value) for name, value in values.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"the evaluation returned {evaluation!r}; expected an Evaluation, or a dict of numbers "
             "such as {'return_mean': 1.0}."
-        )
-    values = {}
-    for name, value in evaluation.items():
-        try:
-            values[str(name)] = float(value)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                f"the evaluation gives {value!r} for {name!r}; expected one number."
-            ) from error
-    if "update" in values:
+        ) from error
+    if "update" in numbers:
         raise ValueError(
             "the evaluation gives 'update', which is the number of updates in each row; use "
             "another name."
         )
-    return values
+    return numbers

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from iql_torchrl.trainers.events import Display
 from test_trainer import make_step, trainer_of
+
+from iql_torchrl.trainers.events import Display
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"log_interval": 5, "eval_interval": 10, "progress_bar": True}

@@ -44,8 +44,8 @@ def make_step(obs=5, act=3, *, target=True, **options) -> IQLStep:
     return step
 
 
-def make_trainer(step=None, total=20, **options) -> OfflineTrainer:
-    buffer = replay_buffer(make_batch(100), 16, seed=0)
+def make_trainer(step=None, total=20, *, obs=5, act=3, **options) -> OfflineTrainer:
+    buffer = replay_buffer(make_batch(100, obs=obs, act=act), 16, seed=0)
     options = {"log_interval": 5, "progress_bar": False} | options
     return OfflineTrainer(
         step=step or make_step(), replay_buffer=buffer, total_updates=total, **options
@@ -140,14 +140,7 @@ def test_early_stopping_on_a_loss_that_never_counts_as_better():
 def test_log_validation_reward():
     logger, step = Numbers(), make_step(3, 1)
     environment = TransformedEnv(GymEnv("Pendulum-v1"))
-    trainer = OfflineTrainer(
-        step=step,
-        replay_buffer=replay_buffer(make_batch(100, obs=3, act=1), 16, seed=0),
-        total_updates=4,
-        log_interval=1,
-        logger=logger,
-        progress_bar=False,
-    )
+    trainer = make_trainer(step, 4, obs=3, act=1, log_interval=1, logger=logger)
     LogValidationReward(
         record_interval=2,
         record_frames=5,

@@ -46,13 +46,11 @@ def in_between(tmp_path_factory):
     return folder
 
 
+def background(policy):
+    return BackgroundEvaluation(policy, make_env, **SETTINGS)
+
+
 def test_rows_and_best_are_those_of_evaluation_in_between(tmp_path, in_between):
-    made = []
-
-    def background(policy):
-        made.append(BackgroundEvaluation(policy, make_env, **SETTINGS))
-        return made[0]
-
     trainer = make_trainer(tmp_path, background)
     with trainer.evaluation:
         trainer.train()
@@ -66,7 +64,7 @@ def test_rows_and_best_are_those_of_evaluation_in_between(tmp_path, in_between):
 @pytest.mark.slow
 def test_an_evaluation_under_way_is_made_again_after_a_resume(tmp_path, in_between):
     """Stopped with an evaluation under way: its policy is in the checkpoint."""
-    trainer = make_trainer(tmp_path, lambda p: BackgroundEvaluation(p, make_env, **SETTINGS))
+    trainer = make_trainer(tmp_path, background)
     submitted = trainer.evaluation.submit
 
     def submit_and_stop(number):
@@ -77,7 +75,7 @@ def test_an_evaluation_under_way_is_made_again_after_a_resume(tmp_path, in_betwe
     trainer.evaluation.submit = submit_and_stop
     with pytest.raises(RuntimeError, match="as if killed"), trainer.evaluation:
         trainer.train()
-    again = make_trainer(tmp_path, lambda p: BackgroundEvaluation(p, make_env, **SETTINGS))
+    again = make_trainer(tmp_path, background)
     with again.evaluation:
         assert 10 in again.resume().evaluation.pending
         again.train()

@@ -124,11 +124,11 @@ def test_a_checkpoint_of_other_shards_rewards_or_settings_is_refused(log, tmp_pa
     folder = tmp_path / "run"
     trainer(log, 4, folder).train()
     other = written(tmp_path, LENGTHS, 5, seed=1)
-    assert "of another dataset (log.npz, here log.npz): shard-00000" in refused(
-        trainer(other, 8, folder)
-    )
+    words = refused(trainer(other, 8, folder))
+    assert "another run: shard-00000 of the dataset was" in words
+    assert "Resume with the dataset (log.npz), " in words
     mapped = load_shards(log.files.location, reward=(2.0, 0.0))
-    assert "another reward map" in refused(trainer(mapped, 8, folder))
+    assert "the reward map (reward= of load_dataset) was" in refused(trainer(mapped, 8, folder))
     assert "loaded = 2, and this one has 3" in refused(trainer(log, 8, folder, loaded=3))
     assert "replace_every = 3, and this one has 9" in refused(
         trainer(log, 8, folder, replace_every=9)
@@ -138,7 +138,7 @@ def test_a_checkpoint_of_other_shards_rewards_or_settings_is_refused(log, tmp_pa
     run = OfflineTrainer(
         agent=agent, dataset=log, replay_buffer=table, folder=folder, progress_bar=False
     )
-    assert "of shards, or of rows in memory) than this DeviceSampler" in refused(run)
+    assert "the kind of replay buffer was 'of shards' and is 'growing'" in refused(run)
 
 
 class OtherRank:
