@@ -60,13 +60,6 @@ def test_trains_as_the_loop_by_hand_and_rows_are_means(order):
             assert row[name] == pytest.approx(mean, rel=1e-5)
 
 
-def test_a_device_sampler_in_place_of_a_buffer():
-    step = make_step()
-    trainer = trainer_of(step, 5, replay_buffer=DeviceSampler(table(), 16, seed=0))
-    trainer.train()
-    assert trainer.updates == 5
-
-
 def test_a_device_sampler_continues_from_its_state(tmp_path):
     def make(total):
         sampler = DeviceSampler(table(), 16, seed=0)
@@ -170,25 +163,30 @@ def test_a_step_that_makes_several_updates_a_call():
         trainer_of(Captured(), 20, log_interval=7)
 
 
+def interrupted_step(update, number=signal.SIGINT):
+    """A step that gets the signal in the middle of one of its updates; and its number of updates."""
+    step, calls = make_step(), []
+
+    class Interrupted(IQLStep):
+        def __call__(self, batch):
+            calls.append(1)
+            if len(calls) == update:
+                os.kill(os.getpid(), number)
+            return super().__call__(batch)
+
+    step.__class__ = Interrupted
+    return step, calls
+
+
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
 )
 def test_interruption_finishes_the_update_saves_and_prints_how_to_continue(
     tmp_path, capfd, number, error
 ):
-    step, alone = make_step(), make_step()
-
-    def interrupted(batch):
-        metrics = step(batch)
-        if trainer.updates == 6:  # in the middle of the seventh update
-            os.kill(os.getpid(), number)
-        return metrics
-
-    interrupted.loss, interrupted.optimizer = step.loss, step.optimizer
-    interrupted.target_updater, interrupted.order = step.target_updater, step.order
-    interrupted.state_dict, interrupted.load_state_dict = step.state_dict, step.load_state_dict
+    step, _ = interrupted_step(7, number)
     before = signal.getsignal(number)
-    trainer = trainer_of(interrupted, 20, log_interval=5, folder=tmp_path / "run")
+    trainer = trainer_of(step, 20, log_interval=5, folder=tmp_path / "run")
     with pytest.raises(error):
         trainer.train()
     assert signal.getsignal(number) is before
@@ -197,9 +195,8 @@ def test_interruption_finishes_the_update_saves_and_prints_how_to_continue(
     assert "Stopped after update 7 of 20" in err
     assert "Continue with: trainer.resume().train()" in err
     assert newest(tmp_path / "run" / "checkpoints").name == "checkpoint-000000000007.torchrl"
-    resumed = make_step()
-    again = trainer_of(resumed, 20, log_interval=5, folder=tmp_path / "run")
-    again.resume().train()
+    resumed, alone = make_step(), make_step()
+    trainer_of(resumed, 20, log_interval=5, folder=tmp_path / "run").resume().train()
     by_hand(alone, 20)
     assert same_weights(resumed, alone)
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
@@ -219,16 +216,7 @@ def test_the_command_printed_after_an_interruption_continues_the_run(
     tmp_path, capfd, monkeypatch, destination, words
 ):
     monkeypatch.chdir(tmp_path)
-    step, calls = make_step(), []
-
-    class Stopped(IQLStep):
-        def __call__(self, batch):
-            calls.append(1)
-            if len(calls) == 3:
-                os.kill(os.getpid(), signal.SIGINT)
-            return super().__call__(batch)
-
-    step.__class__ = Stopped
+    step, calls = interrupted_step(3)
     trainer = trainer_of(step, 6, **destination)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
@@ -254,29 +242,23 @@ def test_a_second_interruption_stops_at_once():
 
 def test_training_further_is_training_longer(tmp_path):
     """n updates, then as many again from the file, in fresh objects: the bits of 2n."""
-    for folder, parts in (("once", (40,)), ("twice", (20, 40))):
-        for total in parts:
-            step = make_step()
+    steps = {}
+    for folder, totals in (("once", [40]), ("twice", [20, 40])):
+        for total in totals:
+            step = steps[folder] = make_step()
             torch.manual_seed(0)
             trainer = trainer_of(
-                step,
-                total,
-                log_interval=10,
-                eval_interval=20,
+                step, total, log_interval=10, eval_interval=20, folder=tmp_path / folder,
                 evaluation=lambda step=step: {"return_mean": weight(step)},
-                folder=tmp_path / folder,
-            )
-            if list((tmp_path / folder).glob("checkpoints/*")):
+            )  # fmt: skip
+            if trainer.has_checkpoint():
                 trainer.resume()
             trainer.train()
     once, twice = (newest(tmp_path / f / "checkpoints") for f in ("once", "twice"))
     assert once.name == twice.name
     tables = [(tmp_path / f / "metrics.csv").read_text() for f in ("once", "twice")]
     assert tables[0] == tables[1]
-    a, b = make_step(), make_step()
-    trainer_of(a, 40, folder=tmp_path / "once").resume()
-    trainer_of(b, 40, folder=tmp_path / "twice").resume()
-    assert same_weights(a, b)
+    assert same_weights(steps["once"], steps["twice"])
 
 
 def weight(step) -> float:
@@ -284,8 +266,7 @@ def weight(step) -> float:
 
 
 def test_the_best_checkpoint_is_kept_by_score(tmp_path):
-    scores = iter([1.0, 5.0, math.nan, 2.0, 4.0])
-    weights = {}
+    scores, weights = iter([1.0, 5.0, math.nan, 2.0, 4.0]), {}
 
     def evaluation():
         score = next(scores)
@@ -294,12 +275,7 @@ def test_the_best_checkpoint_is_kept_by_score(tmp_path):
 
     step = make_step()
     trainer = trainer_of(
-        step,
-        20,
-        eval_interval=5,
-        evaluation=evaluation,
-        folder=tmp_path,
-        keep_last=1,
+        step, 20, eval_interval=5, evaluation=evaluation, folder=tmp_path, keep_last=1
     )
     trainer.train()
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
@@ -355,57 +331,63 @@ def test_a_hook_can_stop_training():
     assert trainer.updates == 5
 
 
-def test_wrong_parts_are_refused(tmp_path):
-    step, buffer = make_step(), replay_buffer(table(), 16)
-    with pytest.raises(ValueError, match="replay_buffer and total_updates are needed"):
-        OfflineTrainer(step=step, total_updates=3)
-    with pytest.raises(ValueError, match="nothing to train"):
-        OfflineTrainer(replay_buffer=buffer, total_updates=3)
-    with pytest.raises(ValueError, match="optimizer is not the step's own"):
-        trainer_of(step, 3, optimizer=optim.Adam(step.loss.parameters()))
-    with pytest.raises(ValueError, match="total_updates is 0"):
-        trainer_of(step, 0)
-    with pytest.raises(ValueError, match=r"eval_interval is 2\.5"):
-        trainer_of(step, 3, eval_interval=2.5, evaluation=dict)
-    with pytest.raises(ValueError, match="has no sample"):
-        trainer_of(step, 3, replay_buffer=[1])
-    with pytest.raises(ValueError, match="leave out save_trainer_file"):
-        trainer_of(step, 3, folder=tmp_path, save_trainer_file=tmp_path / "x")
-    with pytest.raises(ValueError, match="there is none; use load_from_file"):
-        trainer_of(step, 3).resume()
-    with pytest.raises(CheckpointError, match="there is no such folder of checkpoints"):
-        trainer_of(step, 3, folder=tmp_path).resume()
-    trainer = trainer_of(step, 3, evaluation=lambda: {"score": 1.0})
+class Sampled:
+    def sample(self):
+        raise AssertionError("never sampled")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"replay_buffer": None}, "replay_buffer and total_updates are needed"),
+        ({"step": None}, "nothing to train"),
+        ({"optimizer": 1}, "optimizer is not the step's own"),
+        ({"step": "loss"}, "step is a loss, which updates nothing"),
+        ({"total_updates": 0}, "total_updates is 0"),
+        ({"total_updates": True}, "total_updates is True"),
+        ({"eval_interval": 2.5, "evaluation": dict}, r"eval_interval is 2\.5; it counts updates"),
+        ({"log_interval": 0}, "log_interval is 0"),
+        ({"replay_buffer": [1]}, "has no sample"),
+        ({"evaluation": 5}, "evaluation is 5; expected a function"),
+        ({"logger": "csv"}, "logger is 'csv'; expected one of TorchRL's"),
+        ({"folder": "run", "save_trainer_file": "x"}, "leave out save_trainer_file"),
+    ],
+)
+def test_wrong_parts_are_refused_before_training(options, words):
+    step = make_step()
+    options = {"step": step, "replay_buffer": Sampled(), "total_updates": 3} | options
+    options["step"] = step.loss if options["step"] == "loss" else options["step"]
+    with pytest.raises(ValueError, match=words):
+        OfflineTrainer(**options)
+
+
+def test_a_monitor_that_the_evaluation_lacks_and_folders_without_a_checkpoint(tmp_path):
+    trainer = trainer_of(make_step(), 3, evaluation=lambda: {"score": 1.0})
     with pytest.raises(ValueError, match="monitor is 'return_mean', which the evaluation does not"):
         trainer.train()
-    assert isinstance(step, IQLStep)
+    with pytest.raises(ValueError, match="there is none; use load_from_file"):
+        trainer.resume()
+    with pytest.raises(CheckpointError, match="there is no such folder of checkpoints"):
+        trainer_of(make_step(), 3, folder=tmp_path).resume()
 
 
-def test_a_folder_that_holds_another_run_is_refused(tmp_path):
+def test_a_folder_that_holds_another_run_is_refused_and_resume_continues_it(tmp_path):
     trainer_of(make_step(), 10, folder=tmp_path).train()
     other = trainer_of(make_step(), 5, folder=tmp_path)
     with pytest.raises(
-        ValueError, match=r"already contains a run \(\d checkpoints\): call "
-    ) as caught:
+        ValueError, match=r"contains a run \(\d checkpoints\): call trainer\.resume\(\)\.train\(\)"
+    ):
         other.train()
-    assert "call trainer.resume().train() to continue it" in str(caught.value)
-    elsewhere = trainer_of(make_step(), 20, folder=tmp_path)
-    elsewhere.resume().train()
-    assert elsewhere.updates == 20
-    elsewhere.total_frames = 25
-    elsewhere.train()  # its own folder by now
-
-
-def test_resume_loads_returns_the_trainer_and_trains_nothing(tmp_path):
-    trainer_of(make_step(), 10, folder=tmp_path).train()
     step = make_step()
-    trainer = trainer_of(step, 20, folder=tmp_path)
+    trainer, begun = trainer_of(step, 20, folder=tmp_path), weight(step)
     assert trainer.resume() is trainer
     assert trainer.updates == 10
     loaded = weight(step)
     trainer.train()
     assert trainer.updates == 20
-    assert weight(step) != loaded
+    assert len({begun, loaded, weight(step)}) == 3
+    trainer.total_frames = 25
+    trainer.train()  # its own folder by now
 
 
 @pytest.mark.parametrize("load", ["resume", "load_from_file", "load_state_dict"])
@@ -492,18 +474,6 @@ def test_checkpoints_kept_for_evaluations_that_did_not_finish_are_deleted(tmp_pa
     forgotten.write_bytes(b"")
     trainer_of(make_step(), 12, folder=tmp_path).resume().train()
     assert not forgotten.exists()
-
-
-def test_parts_of_the_wrong_kind_are_refused_before_training():
-    step = make_step()
-    with pytest.raises(ValueError, match="step is a loss, which updates nothing"):
-        trainer_of(step.loss, 3)
-    with pytest.raises(ValueError, match="evaluation is 5; expected a function"):
-        trainer_of(step, 3, evaluation=5)
-    with pytest.raises(ValueError, match="logger is 'csv'; expected one of TorchRL's"):
-        trainer_of(step, 3, logger="csv")
-    with pytest.raises(ValueError, match="log_interval is 0"):
-        trainer_of(step, 3, log_interval=0)
 
 
 def test_a_part_that_could_not_be_read_again_is_refused_when_first_saved(tmp_path):
