@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import make_batch
 from gymnasium import spaces
-from test_torchrl_trainers import make_step
+from small_trainers import make_step
 
 from iql_torchrl import OfflineTrainer
 from iql_torchrl.data import replay_buffer

@@ -9,16 +9,16 @@ import zipfile
 
 import numpy as np
 import pytest
+import small_trainers
 import torch
-from conftest import make_batch, make_networks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from torch import optim
+from small_agents import config, log
+from small_trainers import make_step, same_weights, table
 from torchrl.checkpoint import Checkpoint
-from torchrl.objectives import SoftUpdate
 
-from iql_torchrl import IQLConfig, IQLLoss, IQLStep, OfflineTrainer, load_dataset, make_agent
+from iql_torchrl import OfflineTrainer, load_dataset, make_agent
 from iql_torchrl.data import replay_buffer
 from iql_torchrl.data.digests import fingerprint
 from iql_torchrl.files import (
@@ -170,22 +170,11 @@ def test_a_failed_write_leaves_the_old_file(file, monkeypatch):
     assert [p.name for p in file.parent.iterdir()] == [file.name]
 
 
-def table(seed=0):
-    torch.manual_seed(seed)
-    return make_batch(60)
-
-
-def make_trainer(data=None, *, hidden=(16, 16), critics=2, buffer=None, **options):
-    torch.manual_seed(0)
-    actor, critic, value = make_networks(hidden=hidden)
-    others = [make_networks(hidden=hidden)[1] for _ in range(critics - 1)]
-    loss = IQLLoss(actor, [critic, *others], value, num_qvalue_nets=critics)
-    step = IQLStep(loss, optim.Adam(loss.parameters()), SoftUpdate(loss, tau=0.1))
+def make_trainer(data=None, *, buffer=None, **options):
+    built = {name: options.pop(name) for name in ("hidden", "critics") if name in options}
     if buffer is None:
-        buffer = replay_buffer(table() if data is None else data, 8, seed=0)
-    return OfflineTrainer(
-        step=step, replay_buffer=buffer, total_updates=6, progress_bar=False, **options
-    )
+        buffer = replay_buffer(table(60) if data is None else data, 8, seed=0)
+    return small_trainers.make_trainer(make_step(**built), 6, replay_buffer=buffer, **options)
 
 
 @pytest.fixture
@@ -226,58 +215,35 @@ def refuses(trainer, path, words):
     ],
 )
 def test_another_run_is_refused_by_name(saved, options, words):
-    data = table()
-    data["action"][7, 0] += options.pop("change", 0.0)
-    built = {name: options.pop(name) for name in ("hidden", "critics") if name in options}
-    expectile = options.pop("expectile", 0.7)
-    buffer = replay_buffer(data, **({"batch_size": 8, "seed": 0} | options))
+    data = table(60)
+    data["action"][7, 0] += options.get("change", 0.0)
+    of_buffer = {n: v for n, v in options.items() if n in ("capacity", "seed", "batch_size")}
+    buffer = replay_buffer(data, **({"batch_size": 8, "seed": 0} | of_buffer))
+    built = {n: v for n, v in options.items() if n in ("hidden", "critics")}
     trainer = make_trainer(buffer=buffer, **built)
-    trainer.loss_module.expectile = expectile
+    trainer.loss_module.expectile = options.get("expectile", 0.7)
     refuses(trainer, saved, words)
 
 
 def test_a_growing_buffer_is_saved_with_its_data(tmp_path):
-    trainer = make_trainer(
-        buffer=replay_buffer(table(), 8, seed=0, capacity=100), folder=tmp_path / "run"
+    trainer, other = (
+        make_trainer(buffer=replay_buffer(table(60), 8, seed=0, capacity=100), folder=tmp_path)
+        for _ in range(2)
     )
-    trainer.replay_buffer.extend(table(seed=5)[:7])
+    trainer.replay_buffer.extend(table(7))
     trainer.train()
-    other = make_trainer(
-        buffer=replay_buffer(table(), 8, seed=0, capacity=100), folder=tmp_path / "run"
-    )
     other.resume()
     assert len(other.replay_buffer) == 67
     for trained in (trainer, other):
         trained.total_frames = 12
         trained.train()
-    actual, expected = trainer.loss_module.state_dict(), other.loss_module.state_dict()
-    assert all(torch.equal(actual[n], expected[n]) for n in actual if torch.is_tensor(actual[n]))
-
-
-def columns():
-    generator = np.random.default_rng(0)
-    observation = generator.normal(size=(6, 11, 3)).astype(np.float32)  # episodes of ten steps
-    return {
-        "observations": observation[:, :-1].reshape(60, 3),
-        "next_observations": observation[:, 1:].reshape(60, 3),
-        "actions": generator.uniform(-1, 1, size=(60, 1)).astype(np.float32),
-        "rewards": generator.normal(size=60).astype(np.float32),
-        "terminals": np.zeros(60, bool),
-        "timeouts": np.arange(60) % 10 == 9,
-    }
+    assert same_weights(trainer, other)
 
 
 def of_agent(tmp_path, reward="raw", **fields):
-    data = load_dataset(columns(), env="Pendulum-v1", reward=reward, progress=False)
-    config = IQLConfig(updates=4, hidden=(8,), batch_size=8, **fields)
-    return OfflineTrainer(
-        agent=make_agent(config, data),
-        dataset=data,
-        replay_buffer=data.replay_buffer(8, seed=0),
-        total_updates=4,
-        folder=tmp_path,
-        progress_bar=False,
-    )
+    data = load_dataset(log(), reward=reward)
+    agent = make_agent(config(updates=4, **fields), data)
+    return OfflineTrainer(agent=agent, dataset=data, folder=tmp_path, progress_bar=False)
 
 
 def test_another_reward_map_or_other_settings_are_refused_by_name(tmp_path):
@@ -315,7 +281,7 @@ def test_torchrls_own_load_checks_the_data_too(saved):
         return trainer
 
     assert load(make_trainer()).updates == 6
-    data = table()
+    data = table(60)
     data["action"][7, 0] += 1e-6
     with pytest.raises(CheckpointError, match="action of the dataset was"):
         load(make_trainer(data))
@@ -337,7 +303,7 @@ def test_random_generators_come_back(saved):
 @given(st.integers(0, 59), st.sampled_from(["action", "observation", ("next", "reward")]))
 @settings(max_examples=20, deadline=None)
 def test_a_fingerprint_notices_any_value(row, key):
-    data = table()
+    data = table(60)
     whole = fingerprint(data)
     assert fingerprint(data.clone()) == whole
     data[key][row, 0] += 1.0

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_trainer import make_step, trainer_of
+from small_trainers import make_step, make_trainer
 
 from iql_torchrl.trainers.events import Display
 
@@ -19,8 +19,8 @@ SETTINGS = {"log_interval": 5, "eval_interval": 10, "progress_bar": True}
 
 SCRIPT = """
 import sys
-from test_trainer import make_step, trainer_of
-trainer_of(
+from small_trainers import make_step, make_trainer
+make_trainer(
     make_step(), 20, log_interval=5, eval_interval=10, folder=sys.argv[1], progress_bar=True,
     evaluation=lambda: {"return_mean": 0.5},
 ).train()
@@ -54,7 +54,7 @@ def test_a_run_with_its_output_in_a_pipe_prints_a_line_at_each_event(tmp_path):
 def test_the_text_of_a_line(capfd):
     step = make_step()
     scores = iter([-1.5, 3.0, 2.0])
-    trainer = trainer_of(step, 20, evaluation=lambda: {"return_mean": next(scores)}, **SETTINGS)
+    trainer = make_trainer(step, 20, evaluation=lambda: {"return_mean": next(scores)}, **SETTINGS)
     trainer.train()
     out, err = capfd.readouterr()
     assert out == ""
@@ -69,7 +69,9 @@ def test_the_text_of_a_line(capfd):
 
 
 def test_no_progress_bar_prints_nothing(capfd):
-    trainer_of(make_step(), 10, progress_bar=False, evaluation=lambda: {"return_mean": 1.0}).train()
+    make_trainer(
+        make_step(), 10, progress_bar=False, evaluation=lambda: {"return_mean": 1.0}
+    ).train()
     assert capfd.readouterr() == ("", "")
 
 
@@ -82,7 +84,7 @@ def test_a_terminal_shows_a_bar_and_no_lines(monkeypatch):
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", buffering=0) as screen:
         monkeypatch.setattr(sys, "stderr", terminal)
-        trainer_of(make_step(), 20, evaluation=lambda: {"return_mean": 2.5}, **SETTINGS).train()
+        make_trainer(make_step(), 20, evaluation=lambda: {"return_mean": 2.5}, **SETTINGS).train()
         terminal.flush()
         text = screen.read(100_000).decode()
     assert "20/20" in text

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_trainers import make_step, make_trainer, weight
 from test_background import pendulum_log
-from test_trainer import make_step, trainer_of, weight
 
 from iql_torchrl import IQLConfig, make_agent
 from iql_torchrl.files import newest, read_components, replace_by_link, whole_file, write_components
@@ -88,7 +88,7 @@ def test_training_names_the_checkpoint_and_the_last_one_survives(tmp_path, full_
         return {"return_mean": float(trainer.updates)}
 
     settings = {"eval_interval": 5, "log_interval": 5, "folder": tmp_path}
-    trainer = trainer_of(step, 20, evaluation=evaluation, **settings)
+    trainer = make_trainer(step, 20, evaluation=evaluation, **settings)
     with pytest.raises(OSError, match="No space left") as caught:
         trainer.train()
     folder = tmp_path / "checkpoints"
@@ -97,13 +97,13 @@ def test_training_names_the_checkpoint_and_the_last_one_survives(tmp_path, full_
     assert not list(tmp_path.glob("**/.*")), "nothing half written stays"
     monkeypatch.undo()
     again = make_step()
-    assert trainer_of(again, 20, **settings).resume().updates == 5
+    assert make_trainer(again, 20, **settings).resume().updates == 5
     assert weight(again) == weights[5]
 
 
 def test_a_trainer_with_one_file_names_it(tmp_path, full_disk):
     path = tmp_path / "run.torchrl"
-    trainer = trainer_of(make_step(), 4, save_trainer_file=path)
+    trainer = make_trainer(make_step(), 4, save_trainer_file=path)
     full_disk()
     with pytest.raises(OSError, match="No space left") as caught:
         trainer.train()

@@ -8,7 +8,7 @@ import sys
 
 import filelock
 import pytest
-from test_torchrl_trainers import make_step, make_trainer
+from small_trainers import make_step, make_trainer
 from test_trainer_background import background
 
 from iql_torchrl import IQLConfig

@@ -11,9 +11,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import make_batch
+from small_trainers import Numbers, make_step, make_trainer, same_weights, table, weight
 from tensordict import TensorDict
-from test_torchrl_trainers import Numbers, make_step, make_trainer
 from torch import optim
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.objectives import SoftUpdate
@@ -30,26 +29,10 @@ def by_hand(step, updates, seed=0):
     return [step(buffer.sample()).to_dict() for _ in range(updates)]
 
 
-def table():
-    torch.manual_seed(9)
-    return make_batch(100)
-
-
-def trainer_of(step, total, **options):
-    options = {"progress_bar": False} | options
-    buffer = options.pop("replay_buffer", None) or replay_buffer(table(), 16, seed=0)
-    return OfflineTrainer(step=step, replay_buffer=buffer, total_updates=total, **options)
-
-
-def same_weights(a, b):
-    actual, expected = a.loss.state_dict(), b.loss.state_dict()
-    return all(torch.equal(actual[n], expected[n]) for n in actual if torch.is_tensor(actual[n]))
-
-
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
 def test_trains_as_the_loop_by_hand_and_rows_are_means(order):
     step, alone = make_step(order=order), make_step(order=order)
-    trainer = trainer_of(step, 25, log_interval=10)
+    trainer = make_trainer(step, 25, log_interval=10)
     trainer.train()
     metrics = by_hand(alone, 25)
     assert same_weights(step, alone)
@@ -63,10 +46,10 @@ def test_trains_as_the_loop_by_hand_and_rows_are_means(order):
 def test_a_device_sampler_continues_from_its_state(tmp_path):
     def make(total):
         sampler = DeviceSampler(table(), 16, seed=0)
-        return trainer_of(make_step(), total, replay_buffer=sampler, folder=tmp_path)
+        return make_trainer(make_step(), total, replay_buffer=sampler, folder=tmp_path)
 
     alone = make_step()
-    trainer_of(alone, 12, replay_buffer=DeviceSampler(table(), 16, seed=0)).train()
+    make_trainer(alone, 12, replay_buffer=DeviceSampler(table(), 16, seed=0)).train()
     make(6).train()
     again = make(12).resume()
     again.train()
@@ -94,7 +77,7 @@ def test_events_come_on_time_and_every_number_is_logged():
         seen.append(trainer.updates)
         return {"return_mean": -float(trainer.updates), "episodes": 3.0}
 
-    trainer = trainer_of(
+    trainer = make_trainer(
         make_step(), 23, log_interval=4, eval_interval=10, evaluation=evaluation, logger=logger
     )
     trainer.train()
@@ -151,7 +134,7 @@ class Captured:
 
 def test_a_step_that_makes_several_updates_a_call():
     captured, alone = Captured(), make_step()
-    trainer = trainer_of(captured, 20, log_interval=10)
+    trainer = make_trainer(captured, 20, log_interval=10)
     trainer.train()
     metrics = by_hand(alone, 20)
     assert captured.calls == 4
@@ -160,7 +143,7 @@ def test_a_step_that_makes_several_updates_a_call():
     first = np.mean([float(m["loss_value"]) for m in metrics[:10]])
     assert trainer.progress.rows[0]["loss_value"] == pytest.approx(first, rel=1e-5)
     with pytest.raises(ValueError, match="log_interval is 7, and the step makes 5 updates a call"):
-        trainer_of(Captured(), 20, log_interval=7)
+        make_trainer(Captured(), 20, log_interval=7)
 
 
 def interrupted_step(update, number=signal.SIGINT):
@@ -186,7 +169,7 @@ def test_interruption_finishes_the_update_saves_and_prints_how_to_continue(
 ):
     step, _ = interrupted_step(7, number)
     before = signal.getsignal(number)
-    trainer = trainer_of(step, 20, log_interval=5, folder=tmp_path / "run")
+    trainer = make_trainer(step, 20, log_interval=5, folder=tmp_path / "run")
     with pytest.raises(error):
         trainer.train()
     assert signal.getsignal(number) is before
@@ -196,7 +179,7 @@ def test_interruption_finishes_the_update_saves_and_prints_how_to_continue(
     assert "Continue with: trainer.resume().train()" in err
     assert newest(tmp_path / "run" / "checkpoints").name == "checkpoint-000000000007.torchrl"
     resumed, alone = make_step(), make_step()
-    trainer_of(resumed, 20, log_interval=5, folder=tmp_path / "run").resume().train()
+    make_trainer(resumed, 20, log_interval=5, folder=tmp_path / "run").resume().train()
     by_hand(alone, 20)
     assert same_weights(resumed, alone)
     rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
@@ -217,7 +200,7 @@ def test_the_command_printed_after_an_interruption_continues_the_run(
 ):
     monkeypatch.chdir(tmp_path)
     step, calls = interrupted_step(3)
-    trainer = trainer_of(step, 6, **destination)
+    trainer = make_trainer(step, 6, **destination)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert words in capfd.readouterr().err
@@ -237,7 +220,7 @@ def test_a_second_interruption_stops_at_once():
 
     impatient.loss = step.loss
     with pytest.raises(KeyboardInterrupt):
-        trainer_of(impatient, 20).train()
+        make_trainer(impatient, 20).train()
 
 
 def test_training_further_is_training_longer(tmp_path):
@@ -247,7 +230,7 @@ def test_training_further_is_training_longer(tmp_path):
         for total in totals:
             step = steps[folder] = make_step()
             torch.manual_seed(0)
-            trainer = trainer_of(
+            trainer = make_trainer(
                 step, total, log_interval=10, eval_interval=20, folder=tmp_path / folder,
                 evaluation=lambda step=step: {"return_mean": weight(step)},
             )  # fmt: skip
@@ -261,10 +244,6 @@ def test_training_further_is_training_longer(tmp_path):
     assert same_weights(steps["once"], steps["twice"])
 
 
-def weight(step) -> float:
-    return float(next(step.loss.parameters()).detach().sum())
-
-
 def test_the_best_checkpoint_is_kept_by_score(tmp_path):
     scores, weights = iter([1.0, 5.0, math.nan, 2.0, 4.0]), {}
 
@@ -274,14 +253,14 @@ def test_the_best_checkpoint_is_kept_by_score(tmp_path):
         return {"return_mean": score}
 
     step = make_step()
-    trainer = trainer_of(
+    trainer = make_trainer(
         step, 20, eval_interval=5, evaluation=evaluation, folder=tmp_path, keep_last=1
     )
     trainer.train()
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["checkpoint-000000000020.torchrl"]
     best = make_step()
-    trainer_of(best, 20, folder=tmp_path / "other").load_from_file(tmp_path / "best.torchrl")
+    make_trainer(best, 20, folder=tmp_path / "other").load_from_file(tmp_path / "best.torchrl")
     assert weight(best) == weights[5.0]
     assert not list(tmp_path.glob("**/.*")), "no temporary file may stay"
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -298,7 +277,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_pat
         return step(batch)
 
     spoiling.loss = step.loss
-    trainer = trainer_of(
+    trainer = make_trainer(
         spoiling,
         30,
         log_interval=5,
@@ -316,7 +295,7 @@ def test_an_evaluation_that_fails_loses_no_update(tmp_path):
         raise OSError("the simulator is gone")
 
     step = make_step()
-    trainer = trainer_of(
+    trainer = make_trainer(
         step, 20, eval_interval=5, evaluate_first=False, evaluation=evaluation, folder=tmp_path
     )
     with pytest.raises(OSError, match="simulator"):
@@ -362,24 +341,24 @@ def test_wrong_parts_are_refused_before_training(options, words):
 
 
 def test_a_monitor_that_the_evaluation_lacks_and_folders_without_a_checkpoint(tmp_path):
-    trainer = trainer_of(make_step(), 3, evaluation=lambda: {"score": 1.0})
+    trainer = make_trainer(make_step(), 3, evaluation=lambda: {"score": 1.0})
     with pytest.raises(ValueError, match="monitor is 'return_mean', which the evaluation does not"):
         trainer.train()
     with pytest.raises(ValueError, match="there is none; use load_from_file"):
         trainer.resume()
     with pytest.raises(CheckpointError, match="there is no such folder of checkpoints"):
-        trainer_of(make_step(), 3, folder=tmp_path).resume()
+        make_trainer(make_step(), 3, folder=tmp_path).resume()
 
 
 def test_a_folder_that_holds_another_run_is_refused_and_resume_continues_it(tmp_path):
-    trainer_of(make_step(), 10, folder=tmp_path).train()
-    other = trainer_of(make_step(), 5, folder=tmp_path)
+    make_trainer(make_step(), 10, folder=tmp_path).train()
+    other = make_trainer(make_step(), 5, folder=tmp_path)
     with pytest.raises(
         ValueError, match=r"contains a run \(\d checkpoints\): call trainer\.resume\(\)\.train\(\)"
     ):
         other.train()
     step = make_step()
-    trainer, begun = trainer_of(step, 20, folder=tmp_path), weight(step)
+    trainer, begun = make_trainer(step, 20, folder=tmp_path), weight(step)
     assert trainer.resume() is trainer
     assert trainer.updates == 10
     loaded = weight(step)
@@ -392,10 +371,10 @@ def test_a_folder_that_holds_another_run_is_refused_and_resume_continues_it(tmp_
 
 @pytest.mark.parametrize("load", ["resume", "load_from_file", "load_state_dict"])
 def test_a_total_below_the_updates_made_is_refused_before_anything_is_loaded(tmp_path, load):
-    longer = trainer_of(make_step(), 10, folder=tmp_path)
+    longer = make_trainer(make_step(), 10, folder=tmp_path)
     longer.train()
     step = make_step()
-    shorter, before = trainer_of(step, 9, folder=tmp_path), weight(step)
+    shorter, before = make_trainer(step, 9, folder=tmp_path), weight(step)
     saved = newest(tmp_path / "checkpoints")
     given = {"load_from_file": [saved], "load_state_dict": [longer.state_dict()]}.get(load, [])
     with pytest.raises(ValueError, match="total_updates is 9 and the run has made 10 updates"):
@@ -410,8 +389,8 @@ def test_a_total_below_the_updates_made_is_refused_before_anything_is_loaded(tmp
 @pytest.mark.parametrize("number", [np.float64(3), np.int64(3), np.float32(3), torch.tensor([3.0])])
 def test_any_kind_of_number_from_an_evaluation_survives_a_checkpoint(tmp_path, number):
     step = make_step()
-    trainer_of(step, 4, evaluation=lambda: {"return_mean": number}, folder=tmp_path).train()
-    again = trainer_of(make_step(), 4, folder=tmp_path).resume()
+    make_trainer(step, 4, evaluation=lambda: {"return_mean": number}, folder=tmp_path).train()
+    again = make_trainer(make_step(), 4, folder=tmp_path).resume()
     assert again.progress.best == 3.0
     assert {row["return_mean"] for row in again.progress.rows if "return_mean" in row} == {3.0}
 
@@ -428,7 +407,7 @@ def test_any_kind_of_number_from_an_evaluation_survives_a_checkpoint(tmp_path, n
 )
 def test_a_wrong_result_of_an_evaluation_is_an_error(result, words):
     with pytest.raises((TypeError, ValueError), match=words):
-        trainer_of(make_step(), 4, evaluation=lambda: result).train()
+        make_trainer(make_step(), 4, evaluation=lambda: result).train()
 
 
 def test_an_evaluation_that_failed_is_made_up_after_a_resume(tmp_path):
@@ -444,14 +423,14 @@ def test_an_evaluation_that_failed_is_made_up_after_a_resume(tmp_path):
         return play
 
     settings = {"eval_interval": 10, "folder": tmp_path}
-    trainer = trainer_of(make_step(), 20, evaluation=evaluation(fails=[20]), **settings)
+    trainer = make_trainer(make_step(), 20, evaluation=evaluation(fails=[20]), **settings)
     with pytest.raises(OSError, match="gone"):
         trainer.train()
-    trainer = trainer_of(make_step(), 20, evaluation=evaluation(), **settings)
+    trainer = make_trainer(make_step(), 20, evaluation=evaluation(), **settings)
     trainer.resume().train()
     assert played == [0, 10, 20, 20]
     assert trainer.progress.best_update == 20
-    best = trainer_of(make_step(), 20).load_from_file(tmp_path / "best.torchrl")
+    best = make_trainer(make_step(), 20).load_from_file(tmp_path / "best.torchrl")
     assert best.updates == 20
 
 
@@ -463,16 +442,16 @@ def test_a_long_table_is_written_more_rarely(tmp_path, monkeypatch):
         time.sleep(0.05)
 
     monkeypatch.setattr(run_folder, "write_csv", slow)
-    trainer_of(make_step(), 60, log_interval=2, folder=tmp_path).train()
+    make_trainer(make_step(), 60, log_interval=2, folder=tmp_path).train()
     assert len(written) < 10
     assert written[-1] == 30, "the last is written in any case"
 
 
 def test_checkpoints_kept_for_evaluations_that_did_not_finish_are_deleted(tmp_path):
-    trainer_of(make_step(), 10, folder=tmp_path).train()
+    make_trainer(make_step(), 10, folder=tmp_path).train()
     forgotten = tmp_path / "checkpoints" / ".aside-000000000005.torchrl"
     forgotten.write_bytes(b"")
-    trainer_of(make_step(), 12, folder=tmp_path).resume().train()
+    make_trainer(make_step(), 12, folder=tmp_path).resume().train()
     assert not forgotten.exists()
 
 
@@ -484,7 +463,7 @@ def test_a_part_that_could_not_be_read_again_is_refused_when_first_saved(tmp_pat
         def load_state_dict(self, state):
             raise AssertionError("never read")
 
-    trainer = trainer_of(make_step(), 4, folder=tmp_path)
+    trainer = make_trainer(make_step(), 4, folder=tmp_path)
     trainer.register_module("odd", Odd())
     with pytest.raises(CheckpointError, match="Odd holds something other than plain data"):
         trainer.train()
@@ -494,7 +473,7 @@ def test_a_buffer_that_draws_ahead_can_be_saved(tmp_path):
     def make():
         buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100), batch_size=16, prefetch=2)
         buffer.extend(table())
-        return trainer_of(make_step(), 6, replay_buffer=buffer, folder=tmp_path)
+        return make_trainer(make_step(), 6, replay_buffer=buffer, folder=tmp_path)
 
     make().train()
     again = make().resume()
