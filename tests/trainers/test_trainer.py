@@ -223,27 +223,6 @@ def test_a_second_interruption_stops_at_once():
         make_trainer(impatient, 20).train()
 
 
-def test_training_further_is_training_longer(tmp_path):
-    """n updates, then as many again from the file, in fresh objects: the bits of 2n."""
-    steps = {}
-    for folder, totals in (("once", [40]), ("twice", [20, 40])):
-        for total in totals:
-            step = steps[folder] = make_step()
-            torch.manual_seed(0)
-            trainer = make_trainer(
-                step, total, log_interval=10, eval_interval=20, folder=tmp_path / folder,
-                evaluation=lambda step=step: {"return_mean": weight(step)},
-            )  # fmt: skip
-            if trainer.has_checkpoint():
-                trainer.resume()
-            trainer.train()
-    once, twice = (newest(tmp_path / f / "checkpoints") for f in ("once", "twice"))
-    assert once.name == twice.name
-    tables = [(tmp_path / f / "metrics.csv").read_text() for f in ("once", "twice")]
-    assert tables[0] == tables[1]
-    assert same_weights(steps["once"], steps["twice"])
-
-
 def test_the_best_checkpoint_is_kept_by_score(tmp_path):
     scores, weights = iter([1.0, 5.0, math.nan, 2.0, 4.0]), {}
 
@@ -288,26 +267,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_pat
     with pytest.raises(FloatingPointError, match=r"loss_qvalue.* became nan before update 15"):
         trainer.train()
     assert newest(tmp_path / "checkpoints").name == "checkpoint-000000000010.torchrl"
-
-
-def test_an_evaluation_that_fails_loses_no_update(tmp_path):
-    def evaluation():
-        raise OSError("the simulator is gone")
-
-    step = make_step()
-    trainer = make_trainer(
-        step, 20, eval_interval=5, evaluate_first=False, evaluation=evaluation, folder=tmp_path
-    )
-    with pytest.raises(OSError, match="simulator"):
-        trainer.train()
-    assert newest(tmp_path / "checkpoints").name == "checkpoint-000000000005.torchrl"
-
-
-def test_a_hook_can_stop_training():
-    trainer = make_trainer(total=50)
-    trainer.register_op("post_steps", lambda: trainer.request_stop("enough"))
-    trainer.train()
-    assert trainer.updates == 5
 
 
 class Sampled:
@@ -410,28 +369,27 @@ def test_a_wrong_result_of_an_evaluation_is_an_error(result, words):
         make_trainer(make_step(), 4, evaluation=lambda: result).train()
 
 
-def test_an_evaluation_that_failed_is_made_up_after_a_resume(tmp_path):
+def test_an_evaluation_that_fails_loses_no_update_and_is_made_up_after_a_resume(tmp_path):
     played = []
 
-    def evaluation(fails=()):
-        def play():
+    def run(*failing):
+        def evaluation():
             played.append(trainer.updates)
-            if trainer.updates in fails:
-                raise OSError("gone")
+            if trainer.updates in failing:
+                raise OSError("the simulator is gone")
             return {"return_mean": float(trainer.updates)}
 
-        return play
+        trainer = make_trainer(eval_interval=10, folder=tmp_path, evaluation=evaluation)
+        return trainer
 
-    settings = {"eval_interval": 10, "folder": tmp_path}
-    trainer = make_trainer(make_step(), 20, evaluation=evaluation(fails=[20]), **settings)
-    with pytest.raises(OSError, match="gone"):
-        trainer.train()
-    trainer = make_trainer(make_step(), 20, evaluation=evaluation(), **settings)
-    trainer.resume().train()
+    with pytest.raises(OSError, match="simulator"):
+        run(20).train()
+    assert newest(tmp_path / "checkpoints").name == "checkpoint-000000000020.torchrl"
+    trainer = run().resume()
+    trainer.train()
     assert played == [0, 10, 20, 20]
     assert trainer.progress.best_update == 20
-    best = make_trainer(make_step(), 20).load_from_file(tmp_path / "best.torchrl")
-    assert best.updates == 20
+    assert make_trainer().load_from_file(tmp_path / "best.torchrl").updates == 20
 
 
 def test_a_long_table_is_written_more_rarely(tmp_path, monkeypatch):
@@ -447,12 +405,15 @@ def test_a_long_table_is_written_more_rarely(tmp_path, monkeypatch):
     assert written[-1] == 30, "the last is written in any case"
 
 
-def test_checkpoints_kept_for_evaluations_that_did_not_finish_are_deleted(tmp_path):
-    make_trainer(make_step(), 10, folder=tmp_path).train()
-    forgotten = tmp_path / "checkpoints" / ".aside-000000000005.torchrl"
-    forgotten.write_bytes(b"")
-    make_trainer(make_step(), 12, folder=tmp_path).resume().train()
-    assert not forgotten.exists()
+def test_what_a_killed_process_left_is_deleted(tmp_path):
+    make_trainer(total=10, folder=tmp_path).train()
+    names = (".aside-000000000005.torchrl", ".checkpoint-000000000015.torchrl.stage-0a/part")
+    left = [tmp_path / "checkpoints" / name for name in names]
+    left[1].parent.mkdir()
+    for path in left:
+        path.write_bytes(b"")
+    make_trainer(total=12, folder=tmp_path).resume().train()
+    assert not any(path.exists() for path in (*left, left[1].parent))
 
 
 def test_a_part_that_could_not_be_read_again_is_refused_when_first_saved(tmp_path):
