@@ -80,6 +80,9 @@ def naming(path: Path, *, instead_of: Path | None = None) -> Iterator[None]:
 def replace_by_link(source: Path, destination: Path) -> None:
     """Replace ``destination`` by the file ``source``, by a hard link where possible, else a copy."""
     with whole_file(destination) as temporary:
+        temporary.unlink(
+            missing_ok=True
+        )  # of a killed process: perhaps a link to another checkpoint
         try:
             os.link(source, temporary)
         except OSError:

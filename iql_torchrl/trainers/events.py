@@ -40,12 +40,10 @@ def whole_updates(name: str, value: Any, least: int = 1) -> int:
 def intervals(
     total_updates: int, updates_per_call: int, evaluates: bool, **given: Any
 ) -> tuple[int, int, int]:
-    """Updates between rows, evaluations and checkpoints: ``log_interval`` and so on in ``given``.
+    """Updates between rows, evaluations and checkpoints; ``given`` are the trainer's arguments.
 
-    What is None becomes a hundredth of the total, a tenth, and the interval of evaluations.
-
-    Raises ``ValueError`` for what is not a positive whole number, and for events that are not
-    multiples of ``updates_per_call``, the number of updates that one call of the step makes.
+    What is None becomes a hundredth of the total, a tenth, and the interval of evaluations. Raises
+    ``ValueError`` for what is no positive whole number, or no multiple of the updates of a call.
     """
     result = {n: 0 if v is None else whole_updates(n, v) for n, v in given.items()}
     for name, parts in (("log_interval", 100), ("eval_interval", 10)):
@@ -138,12 +136,7 @@ class Progress:
 
 
 class Display:
-    """Progress on stderr: a bar on a terminal; in a file or a pipe, one line at each event.
-
-    Args:
-        enabled: False shows nothing.
-        total, updates: the number of updates at the end of the run, and now.
-    """
+    """Progress on stderr: a bar on a terminal; in a file or a pipe, one line at each event."""
 
     def __init__(self, enabled: bool, total: int, updates: int) -> None:
         terminal = sys.stderr is not None and sys.stderr.isatty()
@@ -188,17 +181,16 @@ class Display:
 
 
 class Interruption:
-    """A context in which the first Ctrl-C or SIGTERM is noted, and the second raises.
+    """A context in which the first Ctrl-C or SIGTERM only sets ``asked``, and the second raises.
 
-    ``requested`` is the signal on which all ranks have agreed: with one rank at once, with several
-    from the next :meth:`agree` on, whichever rank received it; a signal within
-    ``SECONDS_OF_ONE_SIGNAL`` of the first is then taken for the same one. Has no effect outside the
-    main thread, where Python delivers no signals.
+    ``requested`` is the signal on which all ranks have agreed: with one rank it is ``asked``, with
+    several a signal to any of them, from the next :meth:`agree` on. Has no effect outside the main
+    thread, where Python delivers no signals.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self._alone = ranks, ranks.size == 1
-        self._asked: int | None = None
+        self.asked: int | None = None
         self._asked_at = 0.0
         self._agreed: int | None = None
         self._calls = 0
@@ -218,16 +210,12 @@ class Interruption:
 
     @property
     def requested(self) -> int | None:
-        return self._asked if self._alone else self._agreed
-
-    def is_asked(self) -> bool:
-        """Whether this rank has received a signal."""
-        return self._asked is not None
+        return self.asked if self._alone else self._agreed
 
     def agree(self) -> None:
         """Exchange with the other ranks whether one was asked to stop; every rank must call it."""
         if not self._alone:
-            self._agreed = self._ranks.largest(self._asked or 0) or None
+            self._agreed = self._ranks.largest(self.asked or 0) or None
 
     def stops(self) -> bool:
         """Whether to stop now. Ranks agree at every ``CALLS_PER_AGREEMENT``-th call."""
@@ -237,12 +225,12 @@ class Interruption:
         return self.requested is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked is not None:
+        if self.asked is not None:
             if self._alone or time.monotonic() - self._asked_at >= SECONDS_OF_ONE_SIGNAL:
                 self.__exit__()
-                _raise(self._asked)
+                _raise(self.asked)
             return
-        self._asked, self._asked_at = number, time.monotonic()
+        self.asked, self._asked_at = number, time.monotonic()
         if self._ranks.is_main:
             when = "after this update" if self._alone else "within 16 updates"
             after = "" if self._alone else " after five seconds"

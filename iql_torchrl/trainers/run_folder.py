@@ -47,14 +47,11 @@ class RunFolder:
     def in_use(
         self, config: Mapping[str, Any] | None, pending: Collection[int], *, continues: bool
     ) -> Iterator[None]:
-        """Make the folder, and lock it: inside, no other training may use it.
+        """Make, lock and clean the folder; inside, no other training may use it.
 
-        Incomplete files of a killed process are deleted, and checkpoints set aside for evaluations
-        that are not ``pending``; ``config`` is written. The lock ends with the process too; where the
-        file system has no locks, a warning says that nothing is locked.
-
-        Raises ``ValueError`` where the folder cannot be made, where another process uses it, and,
-        unless the run ``continues``, where another run has left checkpoints.
+        Deleted is what a killed process left, except checkpoints set aside for ``pending`` evaluations.
+        The lock ends with the process too. Raises ``ValueError`` where the folder cannot be made,
+        another process uses it, or, unless the run ``continues``, it contains another run.
         """
         try:
             self.rotation.directory.mkdir(parents=True, exist_ok=True)
@@ -107,13 +104,14 @@ class RunFolder:
             lock.release()
 
     def _delete_leftovers(self, kept: Collection[Path]) -> None:
-        """Delete what a killed process left in the folder of checkpoints, except ``kept``."""
-        for start in (f".{PREFIX}", ".aside-", "..aside-"):
-            for path in set(self.rotation.directory.glob(f"{start}*")) - set(kept):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
+        """Delete copies of checkpoints that a killed process left, except ``kept``."""
+        patterns = (f".{PREFIX}*", ".aside-*", "..aside-*")
+        left = [path for each in patterns for path in self.rotation.directory.glob(each)]
+        for path in {*left, *self.path.glob(f".{self.best.name}.*")} - set(kept):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     def checkpoints(self) -> list[Path]:
         return list(self.rotation.directory.glob(f"{PREFIX}*{SUFFIX}"))

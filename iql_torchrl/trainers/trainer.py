@@ -392,7 +392,8 @@ class OfflineTrainer(ResumableTrainer):
         latest = self.progress.latest(self.monitor)
         evaluated = latest is not None and latest[1] == self.updates
         waiting = self.updates in getattr(self.evaluation, "pending", ())
-        if self.evaluation and self._is_evaluation_due() and not (evaluated or waiting):
+        missing = self.evaluation is not None and not (evaluated or waiting)
+        if missing and self._is_evaluation_due():
             self._evaluate()
             self.save_trainer(force_save=self._keep_as is not None)
             self.display.last_score(self.updates, self.progress.latest(self.monitor))
@@ -423,7 +424,9 @@ class OfflineTrainer(ResumableTrainer):
         """
         while isinstance(self.evaluation, BackgroundEvaluation):
             try:
-                results = self.evaluation.results(wait=wait, stop=self.interruption.is_asked)
+                results = self.evaluation.results(
+                    wait=wait, stop=lambda: bool(self.interruption.asked)
+                )
             except EvaluationTimeout as error:
                 if self.folder is not None:
                     self.folder.judge(error.number, improves=False)

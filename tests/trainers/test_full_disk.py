@@ -137,3 +137,14 @@ def test_an_error_that_names_another_file_keeps_its_name(tmp_path):
     assert caught.value.filename == str(nowhere), "not the temporary one"
     with pytest.raises(OSError, match="without a number"), whole_file(tmp_path / "table"):
         raise OSError("without a number")
+
+
+def test_what_a_killed_process_left_of_a_copy_is_not_written_to(tmp_path):
+    """It can be a link to a checkpoint, and a later process can have the same number."""
+    old, new, best = (tmp_path / name for name in ("old", "new", "best"))
+    old.write_bytes(b"old")
+    new.write_bytes(b"new")
+    os.link(old, best.with_name(f".{best.name}.{os.getpid()}"))
+    replace_by_link(new, best)
+    assert [path.read_bytes() for path in (old, new, best)] == [b"old", b"new", b"new"]
+    assert len(list(tmp_path.iterdir())) == 3

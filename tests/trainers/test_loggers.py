@@ -6,7 +6,6 @@ W&B, MLflow and Trackio: ``tests/examples/test_examples_loggers.py``.
 from __future__ import annotations
 
 import csv
-import struct
 
 import pytest
 from small_trainers import make_step, make_trainer
@@ -47,21 +46,3 @@ def test_csv_files(tmp_path):
     with files["loss_value"].open() as file:
         result = {int(step): float(value) for step, value in csv.reader(file)}
     assert result == pytest.approx({u: rows[u]["loss_value"] for u in (5, 10, 15, 20)}, rel=1e-6)
-
-
-def wandb_records(path):
-    """The records of a ``.wandb`` file: LevelDB's log format (blocks of 32 KiB, each record in
-    pieces of 4 bytes checksum, 2 length, 1 kind) behind a header of 7 bytes."""
-    content, block = path.read_bytes(), 32_768
-    assert content.startswith(b":W&B")
-    position, pieces = 7, b""
-    while position + 7 <= len(content):
-        if block - position % block < 7:
-            position += block - position % block
-            continue
-        length, kind = struct.unpack_from("<HB", content, position + 4)
-        pieces += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last piece of one
-            yield pieces
-            pieces = b""

@@ -409,6 +409,7 @@ def test_what_a_killed_process_left_is_deleted(tmp_path):
     make_trainer(total=10, folder=tmp_path).train()
     names = (".aside-000000000005.torchrl", ".checkpoint-000000000015.torchrl.stage-0a/part")
     left = [tmp_path / "checkpoints" / name for name in names]
+    left += [tmp_path / ".best.torchrl.123"]
     left[1].parent.mkdir()
     for path in left:
         path.write_bytes(b"")
