@@ -105,23 +105,26 @@ class StateAdapter(CheckpointAdapter):
         self._read_back = False
 
     def save(self, component: Any, path: Path, *, args: Any, kwargs: Any) -> None:
-        """Raises ``CheckpointError`` at the first save of a state that could not be loaded again."""
         path.mkdir(parents=True, exist_ok=True)
         state = component.state_dict() if hasattr(component, "state_dict") else component
         content = io.BytesIO()  # Python writes the file: it raises OSError on a full disk
         torch.save(state, content)
         if not self._read_back:
-            content.seek(0)
-            try:
-                torch.load(content, weights_only=True)
-            except pickle.UnpicklingError as error:
-                raise CheckpointError(
-                    f"the state of {type(component).__name__} holds something other than plain data, "
-                    "so it could not be loaded again: return only numbers, strings, tensors and "
-                    f"lists or dicts of them from its state_dict. ({_first_line(error)})"
-                ) from error
-            self._read_back = True
+            self._check_readable(content, component)
         (path / self.filename).write_bytes(content.getbuffer())
+
+    def _check_readable(self, content: io.BytesIO, component: Any) -> None:
+        """Raise ``CheckpointError`` for a state that could not be loaded; checked once per run."""
+        content.seek(0)
+        try:
+            torch.load(content, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"the state of {type(component).__name__} holds something other than plain data, "
+                "so it could not be loaded again: return only numbers, strings, tensors and lists "
+                f"or dicts of them from its state_dict. ({_first_line(error)})"
+            ) from error
+        self._read_back = True
 
     def load(
         self, component: Any, path: Path, *, map_location: Any, tensor_load_kwargs: Any, args: Any,
