@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "iql_torchrl"
 LAYERS = (
     ("config", "descriptions", "files", "functional", "private_apis"),
     ("networks",),
-    ("checkpoint", "data", "evaluation", "policies"),
+    ("data", "evaluation", "policies"),
     ("losses", "report"),
     ("selection", "update"),
     ("agent", "distributed"),

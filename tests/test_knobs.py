@@ -17,20 +17,21 @@ from iql_torchrl import (
     IQLLoss,
     IQLPopulation,
     IQLStep,
+    OfflineTrainer,
     load_dataset,
     make_agent,
     networks,
     policies,
 )
 from iql_torchrl import functional as F
-from iql_torchrl.checkpoint import CheckpointError
 from iql_torchrl.config import Knob, knob, knobs, loss_knobs
 from iql_torchrl.config.cli import parse
 from iql_torchrl.data import DeviceSampler
+from iql_torchrl.files import CheckpointError
 from iql_torchrl.losses import OPTIONS, ImplicitQLoss
 from iql_torchrl.losses.loss import ACTOR_OBJECTIVES
 from iql_torchrl.networks.perceptrons import INITIALISATIONS
-from iql_torchrl.trainers.identity import AgentState, SettingsState
+from iql_torchrl.trainers.checkpoints import check_same_run
 from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.snapshot import take_snapshot
 
@@ -137,56 +138,55 @@ def test_a_captured_step_notices_a_change(name, value):
 
 
 def saved_config(config):
-    class Saved:
-        def __init__(self):
-            self.config = config
+    return {"agent": {"config": config.to_dict(), "task": {}}}
 
-        def description(self):
-            return {"config": config.to_dict(), "task": {}}
 
-    return AgentState(Saved())
+def compare(saved, config):
+    check_same_run(saved, saved_config(config), config=Config)
 
 
 def test_resume_compares_it():
-    saved = saved_config(BASE).state_dict()
+    saved = saved_config(BASE)
     for config in (BASE, replace(BASE, verbose=True), replace(BASE, updates=9, compile=True)):
-        saved_config(config).check(saved)
+        compare(saved, config)
     for name, value in {"sharpness": 2.0, "rounding": "down", "width": 3, "seed": 1}.items():
         with pytest.raises(CheckpointError, match=f"{name} was .* and is {value!r}"):
-            saved_config(replace(BASE, **{name: value})).check(saved)
+            compare(saved, replace(BASE, **{name: value}))
     with pytest.raises(CheckpointError, match="updates was 4 and is 9"):
-        saved_config(replace(BASE, schedule="cosine", updates=9)).check(
-            saved_config(replace(BASE, schedule="cosine")).state_dict()
+        compare(
+            saved_config(replace(BASE, schedule="cosine")),
+            replace(BASE, schedule="cosine", updates=9),
         )
 
 
 def test_a_config_saved_before_the_setting_existed_has_its_default():
-    old = {"config": IQLConfig.to_dict(BASE), "task": {}}
+    old = saved_config(BASE)
     for name in ("sharpness", "rounding", "width", "verbose"):
-        del old["config"][name]
-    saved_config(BASE).check(old)
+        del old["agent"]["config"][name]
+    compare(old, BASE)
     with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
-        saved_config(replace(BASE, sharpness=2.0)).check(old)
+        compare(old, replace(BASE, sharpness=2.0))
 
 
-class Trainer:
-    def __init__(self, loss):
-        self.loss_module, self.replay_buffer = loss, None
-        self.optimizer = torch.optim.Adam(loss.parameters())
-        self.step = IQLStep(loss, self.optimizer, SoftUpdate(loss, tau=0.1))
+def trainer_of(**options):
+    torch.manual_seed(0)
+    loss = IQLLoss(*make_networks(), **options)
+    step = IQLStep(loss, torch.optim.Adam(loss.parameters()), SoftUpdate(loss, tau=0.1))
+    rows = DeviceSampler(make_batch(8), 4, seed=0)
+    return OfflineTrainer(step=step, replay_buffer=rows, total_updates=1, progress_bar=False)
 
 
 @pytest.mark.usefixtures("new_knobs")
 def test_resume_compares_it_where_the_loss_was_made_by_hand():
-    saved = SettingsState(Trainer(IQLLoss(*make_networks()))).state_dict()
-    assert (saved["sharpness"], saved["rounding"]) == (1.0, "up")
-    changed = SettingsState(Trainer(IQLLoss(*make_networks(), sharpness=2.0)))
+    saved = trainer_of().state_dict()
+    assert (saved["settings"]["sharpness"], saved["settings"]["rounding"]) == (1.0, "up")
+    changed = trainer_of(sharpness=2.0)
     with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
-        changed.check(saved)
-    del saved["sharpness"]  # a checkpoint from before the setting existed
+        changed.load_state_dict(saved)
+    del saved["settings"]["sharpness"]  # a checkpoint from before the setting existed
     with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
-        changed.check(saved)
-    SettingsState(Trainer(IQLLoss(*make_networks()))).check(saved)
+        changed.load_state_dict(saved)
+    trainer_of().load_state_dict(saved)
 
 
 # -- the description and the code that reads a setting ---------------------------------------------

@@ -20,10 +20,10 @@ from iql_torchrl.agent.make_encoder import Encoders, check_images
 from iql_torchrl.agent.make_networks import make_networks
 from iql_torchrl.agent.make_update import make_loss, make_optimizer, make_step
 from iql_torchrl.agent.task import Task
-from iql_torchrl.checkpoint import CheckpointError, component_names, newest, read_components
 from iql_torchrl.config import IQLConfig, check_usable
 from iql_torchrl.data import DatasetSummary
 from iql_torchrl.evaluation.act import act, private_random_numbers
+from iql_torchrl.files import CheckpointError, component_names, newest, read_components
 from iql_torchrl.losses import ImplicitQLoss, LossCritics
 from iql_torchrl.networks import with_history
 from iql_torchrl.update.compiled import compiled

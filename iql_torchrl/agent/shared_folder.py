@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from iql_torchrl.agent.export import description_path
 from iql_torchrl.agent.export_note import versions
-from iql_torchrl.checkpoint import SUFFIX, CheckpointError, write_components
-from iql_torchrl.files import whole_file
+from iql_torchrl.files import SUFFIX, CheckpointError, whole_file, write_components
 
 if TYPE_CHECKING:
     from iql_torchrl.agent.build import Agent

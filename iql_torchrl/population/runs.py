@@ -16,18 +16,17 @@ from torchrl import logger as torchrl_logger
 from iql_torchrl.agent.build import Agent, build_agent
 from iql_torchrl.agent.make_update import LEARNING_RATES, ends_before, make_step, rate_factors
 from iql_torchrl.agent.task import Task
-from iql_torchrl.checkpoint import CheckpointError, read_components, write_components
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import DeviceSampler, OfflineDataset
 from iql_torchrl.data.replay import MemberSampler
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.evaluation.rollout import Evaluation, evaluate
+from iql_torchrl.files import CheckpointError, read_components, write_components
 from iql_torchrl.population.alike import check_configs
 from iql_torchrl.population.division import joined_states, part_of_states, to_cpu
 from iql_torchrl.population.loss import stack_losses, write_member
-from iql_torchrl.trainers.identity import DataState
-from iql_torchrl.trainers.parts import check_same_data
-from iql_torchrl.trainers.schedule import whole_updates
+from iql_torchrl.trainers.checkpoints import DataState, check_same_data
+from iql_torchrl.trainers.events import whole_updates
 from iql_torchrl.update.adam import StackedAdam
 from iql_torchrl.update.captured import captured
 

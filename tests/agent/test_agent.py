@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from iql_torchrl import DiscreteIQLLoss, IQLConfig, IQLLoss, evaluate, load_dataset, make_agent
 from iql_torchrl.agent.build import Agent
-from iql_torchrl.checkpoint import CheckpointError, write_components
 from iql_torchrl.evaluation.act import private_random_numbers
+from iql_torchrl.files import CheckpointError, write_components
 
 
 def arrays(rows: int = 60, actions=None):
