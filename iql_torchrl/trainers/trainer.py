@@ -16,8 +16,7 @@ from torchrl import logger as torchrl_logger
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.trainers import Trainer
 
-from iql_torchrl.agent.build import Agent
-from iql_torchrl.agent.make_update import ends_before
+from iql_torchrl.agent.build import Agent, ends_before
 from iql_torchrl.data import DatasetSummary, OfflineDataset
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.evaluation.background import BackgroundEvaluation

@@ -19,7 +19,7 @@ from small_agents import MEAN, SCALE, box_agent, config, discrete_agent, log, ma
 
 from iql_torchrl import Agent, load_dataset, make_agent
 from iql_torchrl.agent import HubError
-from iql_torchrl.agent.shared_folder import DIGESTED, FILES
+from iql_torchrl.agent.hub import DIGESTED, FILES
 from iql_torchrl.checkpoint import CheckpointError, StateAdapter, write_components
 from iql_torchrl.data.episode_digests import episode_digests, sketch_of
 from iql_torchrl.evaluation.result import Evaluation

@@ -17,7 +17,6 @@ from torch import nn
 
 from iql_torchrl import load_dataset, make_agent
 from iql_torchrl.agent.export import export_policy
-from iql_torchrl.agent.onnx_export import to_onnx
 from iql_torchrl.agent.task import Task
 
 onnx, onnxruntime = (pytest.importorskip(name) for name in ("onnx", "onnxruntime"))

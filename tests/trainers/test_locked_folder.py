@@ -11,7 +11,7 @@ import pytest
 from test_torchrl_trainers import make_step, make_trainer
 
 from iql_torchrl import IQLConfig
-from iql_torchrl.agent.make_update import ends_before
+from iql_torchrl.agent.build import ends_before
 from iql_torchrl.trainers import trainer as trainer_module
 from iql_torchrl.trainers.progress import Interruption
 from iql_torchrl.trainers.resume import ProgressState
