@@ -129,14 +129,17 @@ class Agent:
 
         Raises ``ValueError`` naming an entry that is missing, unknown, or of another shape.
         """
-        given, own = _shapes(state), _shapes(self.state_dict())
-        for name in {**own, **given}:
-            shape, expected = given.get(name, "missing"), own.get(name, "unknown")
-            if shape != expected:
+        if not isinstance(state, Mapping):
+            raise ValueError(
+                f"state is {type(state).__name__}; expected what state_dict() returned."
+            )
+        own = self.state_dict()
+        for name in {**own, **state}:
+            given, here = _form(state, name), _form(own, name)
+            if given != here:  # TensorDict's own message is pages long
                 raise ValueError(
-                    f"the state is not of an agent like this one: the shape of {name} is {shape}, here "
-                    f"{expected}. Build the agent from the config and the data that the state was "
-                    "trained with."
+                    f"the state is not of an agent like this one: {name} is {given}, here {here}. "
+                    "Build the agent from the config and the data that the state was trained with."
                 )
         self.loss.load_state_dict(state)
 
@@ -161,13 +164,13 @@ class Agent:
         if path.is_dir():
             best = path / "best.torchrl"
             path = best if best.exists() else newest(path / "checkpoints")
-        weights = read_components(path, ["loss_module"])["loss_module"]
         if "agent" not in component_names(path):
             raise CheckpointError(
                 f"{path}: was trained from parts made by hand, so it does not say how to rebuild "
                 "them; rebuild them as the training script did and load through the trainer."
             )
-        description = read_components(path, ["agent"])["agent"]
+        states = read_components(path, ["agent", "loss_module"])
+        description = states["agent"]
         given = dict(encoders or {})
         if missing := [name for name in description.get("encoders", ()) if name not in given]:
             raise CheckpointError(
@@ -186,8 +189,8 @@ class Agent:
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path}: {error}") from error
         try:
-            agent.load_state_dict(weights)
-        except (RuntimeError, ValueError) as error:  # TensorDict's own message is pages long
+            agent.load_state_dict(states["loss_module"])
+        except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path}: its weights do not fit its description.") from error
         return agent
 
@@ -209,10 +212,9 @@ class Agent:
 
         One commit has all files, and replaces those of an earlier one: ``agent.torchrl`` (settings,
         task and weights of all networks, as plain data that is loaded without running code; no
-        optimizer), ``policy.pt2`` and ``policy.json`` (see :meth:`export`), a model card
-        ``README.md``, and ``manifest.json`` with the SHA-256 of the first three. Of the data they
-        contain: its name, the bounds, mean and deviation of its observations, and 64-bit digests of at
-        most 2048 of its episodes.
+        optimizer), ``policy.pt2`` and ``policy.json`` (see :meth:`export`), and a model card
+        ``README.md``. Of the data they contain: its name, the bounds, mean and deviation of its
+        observations, and 64-bit digests of at most 2048 of its episodes.
 
         Args:
             repo: ``"user/name"``; made if it does not exist.
@@ -268,15 +270,14 @@ class Agent:
         for private repositories; by default ``HF_TOKEN`` or the login of this machine. Without a
         connection the copy in the Hub's cache is used, if there is one.
 
-        All files are compared with ``manifest.json`` first, and loading executes none of their
-        contents. The manifest comes from the same repository: it reveals damage, not an author with
-        bad intentions. A commit's hash as ``revision`` fixes the contents.
+        A damaged checkpoint is recognised by the checksums in it, and loading executes none of its
+        contents. A commit's hash as ``revision`` fixes the contents.
 
         Raises:
             ImportError: huggingface_hub is not installed.
             HubError: no such repository or revision, or the Hub cannot be reached and the cache has no
                 copy.
-            CheckpointError: a file is missing, differs from the manifest, or is of another version.
+            CheckpointError: the checkpoint is missing, damaged, or of another version.
             ValueError: ``repo`` is neither a folder nor such a name, or a ``revision`` of a folder.
         """
         folder = Path(repo)
@@ -287,7 +288,7 @@ class Agent:
                 f"revision is {revision!r} and {str(repo)!r} is a folder, which has none; leave it "
                 "out, or start Python elsewhere to mean the repository of that name."
             )
-        return cls.load(hub.checked_agent(folder, str(repo)), device, encoders=encoders)
+        return cls.load(folder / hub.AGENT, device, encoders=encoders)
 
 
 def make_agent(
@@ -427,8 +428,8 @@ def ends_before(config: IQLConfig, updates: int) -> str | None:
     )
 
 
-def _shapes(state: Any) -> dict[str, Any]:
-    """By name, what must agree for one agent to take the weights of another."""
-    if not isinstance(state, Mapping):
-        raise ValueError(f"state is {type(state).__name__}; expected what state_dict() returned.")
-    return {k: tuple(v.shape) if isinstance(v, Tensor) else None for k, v in state.items()}
+def _form(state: Mapping[str, Any], name: str) -> str:
+    """Of an entry, what must be equal for one agent to take the weights of another."""
+    value = state.get(name)
+    shape = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
+    return shape if name in state else "missing"

@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -35,26 +35,13 @@ __all__ = ["described_policy", "export_policy", "first_cause", "versions"]
 
 HISTORY: Key = (HISTORY_MASK,)
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
-# what the description of a program says of its format: which checks it makes, an example of use
-FORMATS = {
-    ".pt2": {
-        "checks": "an input of another shape, dtype or values raises RuntimeError; "
-        "policy.validate_inputs = False leaves out the comparison of shapes",
-        "usage": [
-            "import torch",
-            "policy = torch.export.load(path).module()",
-            "action = policy(*inputs)  # tensors, in the order above",
-        ],
-    },
-    ".onnx": {
-        "checks": "an input of another shape or dtype raises an error of onnxruntime; values are not "
-        "checked, and wrong ones give wrong actions",
-        "usage": [
-            "import onnxruntime",
-            "policy = onnxruntime.InferenceSession(path)",
-            "(action,) = policy.run(None, inputs)  # NumPy arrays by name",
-        ],
-    },
+# by the suffix of a program: what its description says of checks, and an example of use
+USE = {
+    ".pt2": "action = torch.export.load(path).module()(*inputs): tensors in the order above; other "
+    "shapes, dtypes or values raise RuntimeError; validate_inputs = False on the module leaves out the "
+    "comparison of shapes",
+    ".onnx": "(action,) = onnxruntime.InferenceSession(path).run(None, inputs): NumPy arrays by name; "
+    "other shapes or dtypes raise an error, values are not checked: wrong ones give wrong actions",
 }
 PACKAGES = ("iql_torchrl", "torch", "torchrl", "tensordict", *ONNX_PACKAGES)
 
@@ -78,42 +65,30 @@ class ProgramInput:
         """Whether it is a part of the observation, and no mask."""
         return self.leaf not in (MASK, HISTORY)
 
-    def described(self) -> dict[str, Any]:
-        dtype = str(self.dtype).removeprefix("torch.")
-        form = {"shape": ["B", *self.shape], "dtype": dtype, "values": self.values}
-        return {"name": self.name, "key": list(self.leaf), **form}
-
-    @property
-    def values(self) -> str:
-        """What it holds, in words that follow "must hold"."""
+    def rule(self) -> tuple[str, Callable[[Tensor], Tensor]]:
+        """What its values must be, in words and as a function of them."""
+        limits = whole_limits(self.space)
         if self.leaf == MASK:
-            return "at least one True in every row"
+            return "at least one True in every row", lambda mask: mask.any(-1)
         if self.leaf == HISTORY:
             return (
                 "in every row False at padding, which comes before the first step of an episode and "
-                "is ignored, and then True at the real steps; the current step is the last one"
+                "is ignored, and then True at the real steps; the current step is the last one",
+                lambda mask: (mask[:, 1:] >= mask[:, :-1]).all(-1) & mask[:, -1],
             )
-        limits = whole_limits(self.space)
-        return (
-            "finite numbers" if limits is None else f"whole numbers in {bounds_in_words(*limits)}"
+        if limits is None:
+            return "finite numbers", Tensor.isfinite
+        # a limit of all dimensions is a number, so that a program needs no tensor for it
+        low, high = (
+            int(np.min(x)) if np.unique(x).size == 1 else torch.as_tensor(x) for x in limits
         )
+        words = f"whole numbers in {bounds_in_words(*limits)}"
+        return words, lambda values: (values >= low) & (values <= high)
 
-    def check(self, values: Tensor) -> None:
-        """Assert dtype and values, eagerly or in a program, which compares shapes itself."""
-        assert_dtype(values, self.dtype)
-        limits = whole_limits(self.space)
-        if self.leaf == MASK:
-            valid = values.any(-1).all()
-        elif self.leaf == HISTORY:
-            valid = (values[:, 1:] >= values[:, :-1]).all() & values[:, -1].all()
-        elif limits is None:
-            valid = values.isfinite().all()
-        else:  # a limit of all dimensions is a number, so that the program needs no tensor for it
-            low, high = (
-                int(np.min(x)) if np.unique(x).size == 1 else torch.as_tensor(x) for x in limits
-            )
-            valid = ((values >= low) & (values <= high)).all()
-        assert_later(valid, f"{self.name} must hold {self.values}.")
+    def described(self) -> dict[str, Any]:
+        dtype = str(self.dtype).removeprefix("torch.")
+        form = {"shape": ["B", *self.shape], "dtype": dtype, "values": self.rule()[0]}
+        return {"name": self.name, "key": list(self.leaf), **form}
 
     def examples(self, size: int, task: Task) -> Tensor:
         """``size`` plausible values: near the log's statistics, or near zero, inside bounds."""
@@ -148,8 +123,6 @@ def program_inputs(policy: TensorDictModuleBase, task: Task) -> list[ProgramInpu
     inputs = []
     for key in policy.in_keys:
         path = (key,) if isinstance(key, str) else tuple(key)
-        if (masked and path == MASK) or path == HISTORY:
-            continue
         path = ("observation", *path) if flat else path
         for leaf, space in leaf_spaces(task.observation_space).items():
             if leaf[: len(path)] == path:  # a key may name a whole Dict
@@ -219,7 +192,9 @@ class PolicyProgram(nn.Module):
             values = given[each.leaf]
             if each.observed and real is not None:
                 values = repeat_first(values, real)
-            each.check(values)
+            words, holds = each.rule()
+            assert_dtype(values, each.dtype)
+            assert_later(holds(values).all(), f"{each.name} must hold {words}.")
             if each.observed and np.any(start := getattr(each.space, "start", 0)):
                 values = values - torch.as_tensor(start)
             if each.observed and self.stack:
@@ -290,12 +265,10 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
             earlier export do not change.
     """
     path, kind = Path(path), type(policy).__name__
-    if path.suffix not in FORMATS:
+    if path.suffix not in USE:
         raise ValueError(
             f"path is {str(path)!r}; the name of an exported program ends in .pt2 (torch) or .onnx."
         )
-    if path.suffix == ".onnx":
-        _import_onnx()
     description = described_policy(policy, task)
     inputs = program_inputs(policy, task)
     traced_from, *batches = [[each.examples(n, task) for each in inputs] for n in (3, 1, 2, 7)]
@@ -308,27 +281,23 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
                 "for NaN in its parameters."
             )
         program = _traced(module, traced_from, kind)
-        forms: dict[str, tuple[Any, float]] = {"traced": (program.module(), 1e-6)}
+        _compare(program.module(), batches, actions, 1e-6, f"this {kind}, once traced,")
         if path.suffix == ".onnx":
             translated = _translated(program, [each.name for each in inputs], kind)
-            forms["translated to ONNX"] = lambda *batch: translated(*batch)[0], 1e-5
-        for form, (function, tolerance) in forms.items():
-            for batch, action in zip(batches, actions, strict=True):
-                error = (function(*batch).double() - action.double()).abs()
-                if not bool((error <= tolerance * action.double().abs().clamp(min=1.0)).all()):
-                    raise RuntimeError(
-                        f"this {kind} acts differently once {form}, by {error.max():.3g} in a batch of "
-                        f"{len(action)}: it draws random numbers, keeps a state, or branches on "
-                        "values. Make its deterministic action a function of its inputs alone."
-                    )
-    if path.suffix == ".onnx":
-        content = translated.model_proto.SerializeToString()
-    else:
-        file = io.BytesIO()  # torch's own writer ends the process when the disk is full
-        torch.export.save(program, file)
-        content = file.getvalue()
+            _compare(
+                lambda *batch: translated(*batch)[0],
+                batches,
+                actions,
+                1e-5,
+                f"this {kind}, once translated to ONNX,",
+            )
+            content = translated.model_proto.SerializeToString()
+        else:
+            file = io.BytesIO()  # torch's own writer ends the process when the disk is full
+            torch.export.save(program, file)
+            content = file.getvalue()
     path.parent.mkdir(parents=True, exist_ok=True)
-    description |= {**FORMATS[path.suffix], "versions": versions()}
+    description |= {"use": USE[path.suffix], "versions": versions()}
     note = json.dumps(description, indent=2, allow_nan=False) + "\n"
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
@@ -336,6 +305,23 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
         with whole_file(beside) as temporary_note:
             temporary_note.write_text(note)
     return path
+
+
+def _compare(
+    program: Callable[..., Tensor],
+    batches: Sequence[Sequence[Tensor]],
+    actions: Sequence[Tensor],
+    tolerance: float,
+    what: str,
+) -> None:
+    for batch, action in zip(batches, actions, strict=True):
+        error = (program(*batch).double() - action.double()).abs()
+        if not bool((error <= tolerance * action.double().abs().clamp(min=1.0)).all()):
+            raise RuntimeError(
+                f"{what} acts differently, by {error.max():.3g} in a batch of {len(action)}: it draws "
+                "random numbers, keeps a state, or branches on values. Make its deterministic action "
+                "a function of its inputs alone."
+            )
 
 
 def _traced(module: nn.Module, examples: Sequence[Tensor], kind: str) -> ExportedProgram:
@@ -361,23 +347,14 @@ def _traced(module: nn.Module, examples: Sequence[Tensor], kind: str) -> Exporte
     return program
 
 
-def _import_onnx() -> None:
-    try:
-        for name in ONNX_PACKAGES:
-            import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"an ONNX program is written with {', '.join(ONNX_PACKAGES)}, and {name} cannot be "
-            'imported; install them with pip install "iql_torchrl[onnx]", or write a .pt2 file.'
-        ) from error
-
-
 def _translated(program: ExportedProgram, inputs: Sequence[str], kind: str) -> Any:
     """The program as torch's ``ONNXProgram``, without its checks of values, ready to run."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it reports what of torchvision is not installed
     try:
+        for package in ONNX_PACKAGES:
+            import_module(package)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             translated: Any = torch.onnx.export(
@@ -394,6 +371,11 @@ def _translated(program: ExportedProgram, inputs: Sequence[str], kind: str) -> A
         for value in (*model.graph.inputs, *model.graph.outputs):
             value.shape[0] = "batch"
         translated.initialize_inference_session()
+    except ImportError as error:
+        raise ImportError(
+            f"an ONNX program needs {', '.join(ONNX_PACKAGES)}, and one cannot be imported ({error}); "
+            'install them with pip install "iql_torchrl[onnx]", or write a .pt2 file.'
+        ) from error
     except Exception as error:  # its kinds differ between versions of torch and onnxscript
         raise RuntimeError(
             f"this {kind} cannot be translated to ONNX and run by onnxruntime ({first_cause(error)}); "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from iql_torchrl.agent.export import first_cause, versions
+from iql_torchrl.agent.export import first_cause
 from iql_torchrl.agent.task import Task
-from iql_torchrl.checkpoint import CheckpointError, write_components
+from iql_torchrl.checkpoint import write_components
 from iql_torchrl.data import DatasetSummary
 from iql_torchrl.data.episode_digests import digest_of_sketch
 from iql_torchrl.evaluation.result import Evaluation
@@ -24,17 +23,14 @@ from iql_torchrl.files import whole_file
 __all__ = [
     "HubError",
     "Repository",
-    "checked_agent",
     "data_of",
     "model_card",
     "scores_of",
     "write_files",
 ]
 
-AGENT, PROGRAM, CARD, MANIFEST = "agent.torchrl", "policy.pt2", "README.md", "manifest.json"
-DIGESTED = (AGENT, PROGRAM, "policy.json")
-FILES = (*DIGESTED, CARD, MANIFEST)
-FORMAT = 1
+AGENT, PROGRAM, CARD = "agent.torchrl", "policy.pt2", "README.md"
+FILES = (AGENT, PROGRAM, "policy.json", CARD)
 TAGS = ("reinforcement-learning", "offline-reinforcement-learning", "implicit-q-learning")
 
 
@@ -81,24 +77,6 @@ class Repository:
     def _errors(self, doing: str) -> Iterator[None]:
         """A context in which the Hub's errors become one sentence; ``doing``: upload or download."""
         errors = _package().errors
-        unreadable = (
-            "there is no such repository, or it is private or gated and the token (token=, HF_TOKEN, "
-            "`hf auth login`) may not read it"
-        )
-        unwritable = (
-            "there is no token (token=, HF_TOKEN, `hf auth login`), or it is not valid or may not "
-            "write there; make one that may at https://huggingface.co/settings/tokens"
-        )
-        advice = {
-            errors.RevisionNotFoundError: f"there is no revision {self.revision!r}; give a branch, a "
-            "tag or a full commit hash",
-            errors.LocalEntryNotFoundError: "the Hub cannot be reached (or HF_HUB_OFFLINE is set) and "
-            "its cache has no copy; connect and load it once, or pass a folder",
-            errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set; unset it",
-            errors.RepositoryNotFoundError: unreadable if doing == "download" else unwritable,
-            errors.HfHubHTTPError: "look at the reason" if doing == "download" else unwritable,
-            Exception: "check the connection to the Hub",
-        }
         try:
             yield
         except errors.HFValidationError as error:
@@ -107,9 +85,20 @@ class Repository:
                 "'user/name'."
             ) from error
         except Exception as error:  # of the HTTP library too, which differs between versions
-            reason = next(text for kind, text in advice.items() if isinstance(error, kind))
+            if isinstance(error, errors.RevisionNotFoundError):
+                advice = f"give revision={self.revision!r} as a branch, a tag or a full commit hash"
+            elif isinstance(error, errors.HfHubHTTPError):
+                advice = (
+                    "check the name, and that the token (token=, HF_TOKEN, `hf auth login`; made at "
+                    "https://huggingface.co/settings/tokens) is valid and permits it"
+                )
+            else:
+                advice = (
+                    "check the connection and that HF_HUB_OFFLINE is not set; what was downloaded once "
+                    "is in the cache and needs none, and neither does a folder"
+                )
             raise HubError(
-                f"{self.name}: the {doing} failed: {reason}. ({first_cause(error)})"
+                f"{self.name}: the {doing} failed ({first_cause(error)}): {advice}."
             ) from error
 
 
@@ -130,67 +119,20 @@ def write_files(
 ) -> None:
     """Write ``FILES`` to ``folder``, which is made if needed; other files in it do not change.
 
-    ``manifest.json`` is written last: size in bytes and SHA-256 of the checkpoint, the program and
-    its description. The card has no digest, so that it can be edited.
-
     Raises ``ValueError`` where ``folder`` has such files that are not of a shared agent, and as
     ``export`` does.
     """
     folder.mkdir(parents=True, exist_ok=True)
     taken = [name for name in FILES if (folder / name).exists()]
-    if taken and MANIFEST not in taken:
+    if taken and AGENT not in taken:
         raise ValueError(
             f"folder {str(folder)!r} already has {', '.join(taken)}, which would be replaced; choose "
             "an empty folder, or one that push_to_hub wrote."
         )
     write_components(folder / AGENT, states)
     export(folder / PROGRAM)
-    files = {name: _record(folder / name) for name in DIGESTED}
-    manifest = {"format": FORMAT, "files": files, "versions": versions()}
-    for name, text in ((CARD, card), (MANIFEST, json.dumps(manifest, indent=2) + "\n")):
-        with whole_file(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-
-
-def checked_agent(folder: Path, source: str) -> Path:
-    """The checkpoint in ``folder``, after comparing each file with the manifest.
-
-    Raises ``CheckpointError`` that begins with ``source``: no manifest or one that cannot be read, a
-    file that is missing or differs from the one that was pushed, a manifest of a later version.
-    """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        expected = {"format": FORMAT, "files": sorted(DIGESTED)}
-        given = {"format": manifest["format"], "files": sorted(manifest["files"])}
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{source}: has no {MANIFEST}, so it is not an agent that push_to_hub wrote. A run's "
-            "folder or a checkpoint is loaded by Agent.load."
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{source}: {MANIFEST} cannot be read ({first_cause(error)}); download it again."
-        ) from error
-    if given != expected:
-        raise CheckpointError(
-            f"{source}: {MANIFEST} is from another version of iql_torchrl, or damaged: it has {given} "
-            f"and this version reads {expected}; load it with the version that wrote it."
-        )
-    for name, record in manifest["files"].items():
-        path = folder / name
-        present = _record(path) if path.is_file() else "missing"
-        if present != record:
-            raise CheckpointError(
-                f"{source}: {name} is not the file that was pushed: it is {present} and {MANIFEST} "
-                f"says {record}. Nothing was loaded; delete {folder} and download it again, or ask the "
-                "author to push the agent again."
-            )
-    return folder / AGENT
-
-
-def _record(path: Path) -> dict[str, Any]:
-    content = path.read_bytes()
-    return {"bytes": len(content), "SHA-256": hashlib.sha256(content).hexdigest()}
+    with whole_file(folder / CARD) as temporary:
+        temporary.write_text(card, encoding="utf-8")
 
 
 def model_card(

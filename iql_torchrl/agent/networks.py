@@ -107,20 +107,16 @@ def _check_actions(config: IQLConfig, space: gym.Space[Any]) -> None:
     """Raise ``ValueError`` for actions that no policy here, or not the config's, can choose."""
     described = f"the actions are {describe_space(space)}"
     discrete = isinstance(space, spaces.Discrete)
-    if not discrete and not (
-        is_vector(space) and np.issubdtype(space.dtype, np.floating) and space.shape != (0,)
-    ):
+    vector = is_vector(space) and np.issubdtype(space.dtype, np.floating) and space.shape != (0,)
+    faults = faulty_bounds(space.low, space.high) if isinstance(space, spaces.Box) else ""
+    if not discrete and (faults or not vector):
         raise ValueError(
-            f"{described}; make_agent supports Discrete, and Box of floats of shape (A,). For a Box "
-            "of another shape pass dataset.flatten_actions(). Else wrap the environment and record the "
-            "data with such actions (combinations of choices can be numbered from 0), or build the "
-            "networks yourself and pass them to IQLLoss: README, 'Your own modules'."
-        )
-    if isinstance(space, spaces.Box) and (faults := faulty_bounds(space.low, space.high)):
-        raise ValueError(
-            f"{described}; {faults}. The policies need finite bounds, low < high. If the environment "
-            "accepts a finite range that holds the logged actions, pass dataclasses.replace(dataset, "
-            "action_space=gymnasium.spaces.Box(low, high))."
+            f"{described}; {faults and f'{faults}. '}make_agent supports Discrete, and Box of floats of "
+            "shape (A,) with finite bounds, low < high. For a Box of another shape pass "
+            "dataset.flatten_actions(); where the environment accepts a finite range, "
+            "dataclasses.replace(dataset, action_space=gymnasium.spaces.Box(low, high)) with one that "
+            "holds the logged actions. Else record other actions (combinations of choices can be "
+            "numbered from 0), or pass networks of your own to IQLLoss: README, 'Your own modules'."
         )
     if config.policy != "auto" and (config.policy == "categorical") is not discrete:
         raise ValueError(
