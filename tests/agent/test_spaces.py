@@ -216,10 +216,10 @@ def test_what_does_not_fit_is_refused():
     dataset = dataset_of(camera=True)
     for encoders, message in (
         ({"lidar": nn.Identity()}, r"'lidar', which is no part .*arm\.grip.*camera"),
-        ({"camera": nn.Conv2d(3, 4, 3)}, r"encoders\['camera'\], a Conv2d, fails on"),
+        ({"camera": nn.Conv2d(3, 4, 3)}, r"encoders\['camera'\], a Conv2d, does not turn"),
         (
             {"arm.speed": nn.Unflatten(1, (2, 1))},
-            r"gives \(2, 2, 1\) .* expected features \(2, F\)",
+            r"into features \(2, F\): it gives \(2, 2, 1\)",
         ),
     ):
         with pytest.raises(ValueError, match=message):
