@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from hub_server import TOKEN, HubServer, Repository
-from small_agents import MEAN, SCALE, box_agent, config, discrete_agent, log, masks
+from small_agents import config, discrete_agent, log, masks, observations, same_weights, trained
 
 from iql_torchrl import Agent, load_dataset, make_agent
 from iql_torchrl.agent import HubError
@@ -29,21 +29,6 @@ constants = importlib.import_module("huggingface_hub.constants")
 # huggingface_hub 2.4 calls its HTTP library so
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 REPO = "me/pendulum"
-
-
-def observations(rows: int = 9):
-    return (np.random.default_rng(1).normal(size=(rows, 3)) * SCALE + MEAN).astype(np.float32)
-
-
-def trained(**options):
-    agent = box_agent(**options)
-    agent.step(load_dataset(log()).replay_buffer(16, seed=0).sample())
-    return agent
-
-
-def same_weights(first, second) -> bool:
-    a, b = first.state_dict(), second.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 @pytest.fixture
