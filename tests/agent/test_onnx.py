@@ -10,9 +10,19 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from small_agents import HIGH, LOW, box_agent, by_hand, config, discrete_agent, log, masks
+from small_agents import (
+    HIGH,
+    LOW,
+    box_agent,
+    by_hand,
+    config,
+    discrete_agent,
+    log,
+    masks,
+    observations,
+)
 from tensordict.nn import TensorDictModule
-from test_export import KINDS, camera_agent, dict_agent, inputs_of, observations
+from test_export import KINDS, MORE, camera_agent, case, dict_agent
 from torch import nn
 
 from iql_torchrl import load_dataset, make_agent
@@ -22,17 +32,6 @@ from iql_torchrl.agent.task import Task
 onnx, onnxruntime = (pytest.importorskip(name) for name in ("onnx", "onnxruntime"))
 pytest.importorskip("onnxscript")
 onnx_ir = pytest.importorskip("onnx_ir")
-
-MORE = {
-    "residual": {"residual": "all", "hidden": (4, 4)},
-    "averaged": {"actor_ema": 0.9},
-    "gelu": {"activation": "gelu", "layer_norm": True, "num_samples": 3},
-    "mish": {"activation": "mish"},
-    "flow": {"policy": "flow"},
-    "best of flow": {"policy": "flow", "num_samples": 5, "flow_steps": 4},
-    "best of mixture": {"policy": "mixture", "num_samples": 3},
-    "best of tanh_normal": {"policy": "tanh_normal", "num_samples": 3, "num_critics": 1},
-}
 
 
 def session(path):
@@ -91,18 +90,13 @@ def test_the_description_and_both_formats_in_one_folder(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, *MORE])
 def test_every_policy_acts_as_its_agent(tmp_path, kind):
-    make, more = KINDS.get(kind, (lambda: box_agent(**MORE[kind]), {}))
-    agent, observation = make(), inputs_of(kind)
-    agent.step(training_data(kind).replay_buffer(16, seed=0).sample())
+    agent, inputs, expected = case(kind)
     path = agent.export(tmp_path / "policy.onnx")
     onnx.checker.check_model(onnx.load(path), full_check=True)
     loaded = session(path)
-    leaves = [observation["at"], observation["goal"]] if kind == "dict" else [observation]
-    names = [each.name for each in loaded.get_inputs()]
-    values = dict(zip(names, (*leaves, *more.values()), strict=True))
-    expected = agent.act(observation, **more)
     for rows in (1, 2, 9):
-        (found,) = loaded.run(None, {name: each[:rows] for name, each in values.items()})
+        values = {i.name: x[:rows] for i, x in zip(loaded.get_inputs(), inputs, strict=True)}
+        (found,) = loaded.run(None, values)
         assert found.dtype == expected.dtype
         np.testing.assert_allclose(found, expected[:rows], atol=1e-5)
     assert b".py" not in path.read_bytes()  # no path of this machine
@@ -115,22 +109,6 @@ def test_cameras_act_as_their_agent(tmp_path, channels):
     for rows in (1, 2, 40):
         (found,) = loaded.run(None, {name: each[:rows] for name, each in seen.items()})
         np.testing.assert_allclose(found, agent.act(seen)[:rows], atol=1e-5)
-
-
-def training_data(kind: str):
-    if kind in ("categorical", "masked"):
-        more = {"action_mask": np.ones((40, 4), bool), "next_action_mask": np.ones((40, 4), bool)}
-        return load_dataset(log(action=np.arange(40) % 4, **(more if kind == "masked" else {})))
-    if kind == "category":
-        return load_dataset(log(observation=np.arange(40) % 5))
-    return load_dataset(log(observation=inputs_of_rows() if kind == "dict" else None))
-
-
-def inputs_of_rows():
-    generator = np.random.default_rng(0)
-    return {
-        k: generator.normal(size=(40, n)).astype(np.float32) for k, n in (("goal", 2), ("at", 1))
-    }
 
 
 @pytest.mark.slow
