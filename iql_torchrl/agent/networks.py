@@ -111,8 +111,8 @@ def _check_actions(config: IQLConfig, space: gym.Space[Any]) -> None:
     faults = faulty_bounds(space.low, space.high) if isinstance(space, spaces.Box) else ""
     if not discrete and (faults or not vector):
         raise ValueError(
-            f"{described}; {faults and f'{faults}. '}make_agent supports Discrete, and Box of floats of "
-            "shape (A,) with finite bounds, low < high. For a Box of another shape pass "
+            f"{described}; {faults and f'{faults}. '}make_agent supports Discrete, and Box of floats "
+            "of shape (A,) with finite bounds, low < high. For a Box of another shape pass "
             "dataset.flatten_actions(); where the environment accepts a finite range, "
             "dataclasses.replace(dataset, action_space=gymnasium.spaces.Box(low, high)) with one that "
             "holds the logged actions. Else record other actions (combinations of choices can be "
@@ -213,7 +213,7 @@ def _features_of(name: str, module: nn.Module, task: Task, key: Key, space: gym.
         raise ValueError(
             f"encoders[{name!r}], a {type(module).__name__}, does not turn {describe_space(space)}, a "
             f"batch of shape {tuple(zeros.shape)}, {dtype}, into features (2, F): "
-            f"{str(error).splitlines()[0]}"
+            f"{next(iter(str(error).splitlines()), type(error).__name__)}"
         ) from error
     return given[1]
 

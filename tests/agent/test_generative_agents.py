@@ -1,4 +1,4 @@
-"""Agents with flows, the best of several actions, and DDPG+BC."""
+"""Agents with every policy, the best of several actions, and DDPG+BC."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from iql_torchrl.policies import BestOf, FlowPolicy
 
 BEST = {"policy": "flow", "num_samples": 5, "flow_steps": 4}
 KINDS = {
+    "auto": {},
+    "mixture": {"policy": "mixture"},
+    "tanh_normal": {"policy": "tanh_normal"},
+    "deterministic": {"policy": "deterministic"},
     "flow": {"policy": "flow"},
     "best of flow": BEST,
     "best of mixture": {"policy": "mixture", "num_samples": 3},
@@ -37,7 +41,7 @@ def test_agents_train_and_act_inside_the_bounds(kind):
     assert isinstance(agent.actor, FlowPolicy) is (KINDS[kind].get("policy") == "flow")
     drawn = [agent.act(observations(), deterministic=False, seed=s) for s in (4, 4, 5)]
     np.testing.assert_array_equal(drawn[0], drawn[1])
-    if kind != "ddpg_bc":
+    if kind not in ("ddpg_bc", "deterministic"):
         assert (drawn[0] != drawn[2]).any()
     still = agent.act(observations())
     np.testing.assert_array_equal(still, agent.act(observations()))

@@ -1,4 +1,4 @@
-"""Agents on the Hub: uploaded to and loaded from a server on this machine, and from folders."""
+"""Agents on the Hub: uploaded to and loaded from one in memory, and from folders."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import json
 import pickle
 import sys
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from unittest.mock import Mock, create_autospec
 
 import numpy as np
 import pytest
 import torch
-from hub_server import TOKEN, HubServer, Repository
 from small_agents import config, discrete_agent, log, masks, observations, same_weights, trained
 
 from iql_torchrl import Agent, load_dataset, make_agent
@@ -25,32 +26,75 @@ from iql_torchrl.evaluation.result import Evaluation
 
 yaml = pytest.importorskip("yaml")
 hub = pytest.importorskip("huggingface_hub")
-constants = importlib.import_module("huggingface_hub.constants")
-# huggingface_hub 2.4 calls its HTTP library so
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
-REPO = "me/pendulum"
+errors = importlib.import_module("huggingface_hub.errors")
+HfApi = hub.HfApi
+REPO, TOKEN = "me/pendulum", "hf_writes"
+
+
+class FakeHub:
+    """Repositories in memory, and the Hub's errors, behind calls with huggingface_hub's signatures."""
+
+    def __init__(self, folder):
+        self.folder, self.commits, self.private, self.messages = folder, {}, {}, []
+        self.branches = {}  # by repository, then by name: the name of a commit
+
+    def client(self, token=None):
+        api = create_autospec(HfApi, instance=True)
+        for name in ("create_repo", "create_branch", "create_commit"):
+            getattr(api, name).side_effect = partial(getattr(self, name), token)
+        return api
+
+    def check(self, repo, token, writes):
+        hub.utils.validate_repo_id(repo)
+        status = None
+        if token != TOKEN and (writes or self.private.get(repo, True)):
+            status = 401
+        elif writes and not repo.startswith("me/"):
+            status = 403
+        elif not writes and repo not in self.branches:
+            status = 404
+        if status is not None:
+            kind = errors.HfHubHTTPError if writes else errors.RepositoryNotFoundError
+            raise kind(f"{status} Client Error", response=Mock(status_code=status, headers={}))
+
+    def create_repo(self, token, repo_id, *, private, exist_ok):
+        self.check(repo_id, token, writes=True)
+        assert exist_ok
+        self.private.setdefault(repo_id, private)
+        self.branches.setdefault(repo_id, {"main": None})
+
+    def create_branch(self, token, repo_id, *, branch, exist_ok):
+        assert exist_ok
+        self.branches[repo_id].setdefault(branch, self.branches[repo_id]["main"])
+
+    def create_commit(self, token, repo_id, operations, *, commit_message, revision):
+        files = {each.path_in_repo: Path(each.path_or_fileobj).read_bytes() for each in operations}
+        name = hashlib.sha1(str(len(self.commits)).encode()).hexdigest()
+        self.commits[name] = files
+        self.branches[repo_id][revision or "main"] = name
+        self.messages.append(commit_message)
+        return Mock(oid=name)
+
+    def snapshot_download(self, repo_id, *, revision, token, allow_patterns):
+        self.check(repo_id, token, writes=False)
+        commit = self.branches[repo_id].get(revision or "main", revision)
+        if commit not in self.commits:
+            response = Mock(status_code=404, headers={})
+            raise errors.RevisionNotFoundError("404 Client Error", response=response)
+        folder = self.folder / commit
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in set(allow_patterns) & set(self.commits[commit]):
+            (folder / name).write_bytes(self.commits[commit][name])
+        return str(folder)
 
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    server = HubServer()
-    pattern = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", pattern)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    yield server
-    disconnect(server)
-
-
-def disconnect(server):
-    getattr(hub, "close_session", lambda: None)()  # or its open connections are served further
-    server.stop()
+    server = FakeHub(tmp_path / "cache")
+    download = create_autospec(hub.snapshot_download, side_effect=server.snapshot_download)
+    monkeypatch.setattr(hub, "HfApi", server.client)
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    return server
 
 
 @pytest.fixture
@@ -74,14 +118,12 @@ def folder(server, short_program, tmp_path):
 def test_an_agent_comes_back_from_the_hub(server, tmp_path):
     agent = trained()
     first = agent.push_to_hub(REPO, token=TOKEN, folder=tmp_path / "files", commit_message="one")
-    stored = server.repositories[REPO]
-    assert stored.private
-    assert stored.messages == ["initial commit", "one"]
-    assert stored.branches["main"] == first
-    files = stored.commits[first]
+    assert server.private == {REPO: True}
+    assert server.messages == ["one"]
+    assert server.branches[REPO] == {"main": first}
+    files = server.commits[first]
     assert set(files) == {"agent.torchrl", "policy.pt2", "policy.json", "README.md"}
     assert files == {name: (tmp_path / "files" / name).read_bytes() for name in files}
-    assert len(server.stored) == 2  # checkpoint and program: Git LFS
     loaded = Agent.from_hub(REPO, token=TOKEN)
     assert same_weights(loaded, agent)
     assert loaded.config == agent.config
@@ -92,14 +134,12 @@ def test_an_agent_comes_back_from_the_hub(server, tmp_path):
 
 
 @pytest.mark.usefixtures("short_program")
-def test_revisions_are_branches_and_commits(server, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+def test_revisions_are_branches_and_commits(server):
     agents = [trained(seed=seed) for seed in range(3)]
-    first = agents[0].push_to_hub(REPO, private=False)
-    agents[1].push_to_hub(REPO)
-    agents[2].push_to_hub(REPO, revision="wide")
-    assert not server.repositories[REPO].private
-    monkeypatch.delenv("HF_TOKEN")
+    first = agents[0].push_to_hub(REPO, token=TOKEN, private=False)
+    agents[1].push_to_hub(REPO, token=TOKEN)
+    agents[2].push_to_hub(REPO, token=TOKEN, revision="wide")
+    assert server.private == {REPO: False}
     for revision, agent in ((first, agents[0]), (None, agents[1]), ("wide", agents[2])):
         assert same_weights(Agent.from_hub(REPO, revision=revision), agent)
     with pytest.raises(HubError, match=r"me/pendulum: the download .* give revision='narrow' as a"):
@@ -107,22 +147,25 @@ def test_revisions_are_branches_and_commits(server, monkeypatch):
 
 
 @pytest.mark.usefixtures("short_program")
-def test_without_a_connection_the_cache_is_used(server, monkeypatch):
-    agent = trained()
-    agent.push_to_hub(REPO, token=TOKEN, private=False)
-    assert same_weights(Agent.from_hub(REPO), agent)
-    disconnect(server)
-    assert same_weights(Agent.from_hub(REPO), agent)
-    push = lambda: agent.push_to_hub(REPO, token=TOKEN)  # noqa: E731
-    for offline in (False, True):
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-        assert same_weights(Agent.from_hub(REPO), agent)
-        with pytest.raises(HubError, match=r"me/other: the download failed .*is in the cache"):
-            Agent.from_hub("me/other")
-        with pytest.raises(
-            HubError, match=r"me/pendulum: the upload failed .*HF_HUB_OFFLINE is not"
-        ):
-            push()
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.LocalEntryNotFoundError("not in the cache"),
+        errors.OfflineModeIsEnabled("offline"),
+        ConnectionError("refused"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_without_a_connection(server, monkeypatch, error):
+    monkeypatch.setattr(hub, "snapshot_download", Mock(side_effect=error))
+    monkeypatch.setattr(server, "create_repo", Mock(side_effect=error))
+    for doing, act in (
+        ("download", lambda: Agent.from_hub(REPO)),
+        ("upload", lambda: trained().push_to_hub(REPO, token=TOKEN)),
+    ):
+        text = rf"{REPO}: the {doing} failed \({type(error).__name__}: {error}\): check the conn"
+        with pytest.raises(HubError, match=text):
+            act()
 
 
 @pytest.mark.usefixtures("short_program")
@@ -130,42 +173,34 @@ def test_what_the_hub_refuses(server):
     agent = trained()
     agent.push_to_hub(REPO, token=TOKEN)
     for repo, token in (("me/other", None), ("me/other", TOKEN), (REPO, None), (REPO, "hf_other")):
-        with pytest.raises(
-            HubError, match=rf"{repo}: the download failed .*40[14].*and that the tok"
-        ):
+        text = rf"{repo}: the download failed .*40[14].*and that the token \(token=, HF_TOKEN"
+        with pytest.raises(HubError, match=text):
             Agent.from_hub(repo, token=token)
-    for repo, token, status in (
-        (REPO, None, 401),
-        (REPO, "hf_x", 401),
-        ("you/pendulum", TOKEN, 403),
-    ):
-        with pytest.raises(
-            HubError, match=f"{repo}: the upload failed .*{status}.*token=, HF_TOKEN"
-        ):
+    for repo, token, status in ((REPO, None, 401), (REPO, "hf_x", 401), ("you/it", TOKEN, 403)):
+        with pytest.raises(HubError, match=f"{repo}: the upload failed .*{status}.*token=, HF_TOK"):
             agent.push_to_hub(repo, token=token)
     for repo in ("./missing", "a/b/c", "pendulum"):
         with pytest.raises(ValueError, match=f"repo is '{repo}': no folder, and not .*'user/name'"):
             agent.push_to_hub(repo, token=TOKEN)
     with pytest.raises(ValueError, match=r"repo is '\./missing': no folder"):
         Agent.from_hub("./missing")
-    assert set(server.repositories) == {REPO}
+    assert set(server.branches) == {REPO}
 
 
 def test_files_that_are_damaged_or_no_agent_are_refused(server, folder, tmp_path):
-    (commit,) = server.repositories[REPO].branches.values()
-    files = server.repositories[REPO].commits[commit]
+    (files,) = server.commits.values()
     content = files["agent.torchrl"]
     for damaged in (content[:6000] + b"?" + content[6001:], content[:-30], b""):
-        (folder / "agent.torchrl").write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"agent.torchrl: truncated or damaged"):
-            Agent.from_hub(folder)
         files["agent.torchrl"] = damaged
-        with pytest.raises(CheckpointError, match=r"agent.torchrl: truncated or damaged"):
-            Agent.from_hub(REPO, token=TOKEN)
-    server.repositories["me/empty"] = Repository("me/empty", private=False)
-    for repo in ("me/empty", tmp_path):
+        (folder / "agent.torchrl").write_bytes(damaged)
+        for source in (folder, REPO):
+            with pytest.raises(CheckpointError, match=r"agent.torchrl: truncated or damaged"):
+                Agent.from_hub(source, token=TOKEN)
+    del files["agent.torchrl"]
+    server.folder = tmp_path / "other"
+    for source in (tmp_path, REPO):
         with pytest.raises(CheckpointError, match=r"agent.torchrl: there is no such file"):
-            Agent.from_hub(repo)
+            Agent.from_hub(source, token=TOKEN)
 
 
 def test_a_folder_needs_neither_the_hub_nor_its_package(folder, monkeypatch):
@@ -273,4 +308,4 @@ def test_scores_and_data_that_do_not_fit(server):
         agent.push_to_hub(REPO, dataset=load_dataset(log(50)), token=TOKEN)
     with pytest.raises(TypeError, match=r"dataset is str; expected what load_dataset"):
         agent.push_to_hub(REPO, dataset="arrays", token=TOKEN)
-    assert not server.repositories
+    assert not server.branches
