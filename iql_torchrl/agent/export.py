@@ -8,7 +8,6 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
@@ -60,11 +59,6 @@ class ProgramInput:
     def name(self) -> str:
         return ".".join(self.leaf[1:] or self.leaf)
 
-    @property
-    def observed(self) -> bool:
-        """Whether it is a part of the observation, and no mask."""
-        return self.leaf not in (MASK, HISTORY)
-
     def rule(self) -> tuple[str, Callable[[Tensor], Tensor]]:
         """What its values must be, in words and as a function of them."""
         limits = whole_limits(self.space)
@@ -104,7 +98,7 @@ class ProgramInput:
         else:
             kind = np.dtype(str(self.dtype).removeprefix("torch."))
             values = generator.integers(*limits, shape, kind, endpoint=True)
-        if not self.observed:
+        if self.leaf in (MASK, HISTORY):
             values.sort(1)
             values[:, -1] = True
         return torch.from_numpy(values).to(self.dtype)
@@ -189,15 +183,15 @@ class PolicyProgram(nn.Module):
         real = given.get(HISTORY)
         # the mask of a window is checked before it is used
         for each in sorted(self.inputs, key=lambda each: each.leaf != HISTORY):
-            values = given[each.leaf]
-            if each.observed and real is not None:
+            values, observed = given[each.leaf], each.leaf not in (MASK, HISTORY)
+            if observed and real is not None:
                 values = repeat_first(values, real)
             words, holds = each.rule()
             assert_dtype(values, each.dtype)
             assert_later(holds(values).all(), f"{each.name} must hold {words}.")
-            if each.observed and np.any(start := getattr(each.space, "start", 0)):
+            if observed and np.any(start := getattr(each.space, "start", 0)):
                 values = values - torch.as_tensor(start)
-            if each.observed and self.stack:
+            if observed and self.stack:
                 values = stack_frames(values, values.ndim - 2)
             batch[each.key] = values
         return self.accepted(self.policy(batch).get("action"))
@@ -388,11 +382,7 @@ def _translated(program: ExportedProgram, inputs: Sequence[str], kind: str) -> A
 
 def versions() -> dict[str, str]:
     """The versions of those packages that are installed."""
-    installed = {}
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            installed[name] = metadata.version(name)
-    return installed
+    return {each.name: each.version for each in metadata.distributions() if each.name in PACKAGES}
 
 
 def first_cause(error: BaseException) -> str:
