@@ -13,8 +13,14 @@ from tensordict import TensorDictBase
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl import logger as torchrl_logger
 
-from iql_torchrl.agent.build import Agent, build_agent
-from iql_torchrl.agent.make_update import LEARNING_RATES, ends_before, make_step, rate_factors
+from iql_torchrl.agent.build import (
+    LEARNING_RATES,
+    Agent,
+    build_agent,
+    ends_before,
+    make_step,
+    rate_factors,
+)
 from iql_torchrl.agent.task import Task
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import DeviceSampler, OfflineDataset

@@ -11,8 +11,7 @@ from torchrl.data import Composite, TensorSpec
 from torchrl.trainers import LRSchedulerHook
 from torchrl.trainers.trainers import TargetNetUpdaterHook
 
-from iql_torchrl.agent.build import Agent
-from iql_torchrl.agent.make_update import ends_before
+from iql_torchrl.agent.build import Agent, ends_before
 from iql_torchrl.agent.task import Task
 from iql_torchrl.data import DatasetSummary, RewardMap, ShardedDataset
 from iql_torchrl.descriptions import describe_space

@@ -12,7 +12,7 @@ from small_trainers import make_step, make_trainer
 from test_trainer_background import background
 
 from iql_torchrl import IQLConfig
-from iql_torchrl.agent.make_update import ends_before
+from iql_torchrl.agent.build import ends_before
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.trainers.events import Interruption
 
