@@ -33,16 +33,6 @@ from iql_torchrl.networks import with_history
 from iql_torchrl.update.compiled import compiled
 from iql_torchrl.update.step import IQLStep
 
-__all__ = [
-    "LEARNING_RATES",
-    "Agent",
-    "build_agent",
-    "ends_before",
-    "make_agent",
-    "make_step",
-    "rate_factors",
-]
-
 # by policy, the loss that regresses it on the logged actions, where that is not log_prob
 REGRESSIONS = {"deterministic": "mse", "flow": "flow"}
 # by network, the field of IQLConfig

@@ -30,8 +30,6 @@ from iql_torchrl.files import whole_file
 from iql_torchrl.networks import HISTORY_MASK, history_of, repeat_first, stack_frames
 from iql_torchrl.private_apis import assert_dtype, assert_later
 
-__all__ = ["described_policy", "export_policy", "first_cause", "versions"]
-
 HISTORY: Key = (HISTORY_MASK,)
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 # by the suffix of a program: what its description says of checks, and an example of use

@@ -19,15 +19,6 @@ from iql_torchrl.data.episode_digests import digest_of_sketch
 from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.files import whole_file, write_components
 
-__all__ = [
-    "HubError",
-    "Repository",
-    "data_of",
-    "model_card",
-    "scores_of",
-    "write_files",
-]
-
 AGENT, PROGRAM, CARD = "agent.torchrl", "policy.pt2", "README.md"
 FILES = (AGENT, PROGRAM, "policy.json", CARD)
 TAGS = ("reinforcement-learning", "offline-reinforcement-learning", "implicit-q-learning")

@@ -27,8 +27,6 @@ from iql_torchrl.descriptions import describe_space, faulty_bounds
 from iql_torchrl.evaluation.act import as_in_evaluation
 from iql_torchrl.evaluation.gym_interface import policy_device
 
-__all__ = ["Encoders", "check_images", "make_networks"]
-
 Encoders = Mapping[str, nn.Module]
 FEATURES = "features"  # what the encoder writes
 

@@ -17,8 +17,6 @@ from torchrl.data import Composite, TensorSpec
 from iql_torchrl.data import DatasetSummary, ObservationStatistics
 from iql_torchrl.data.schema import ACTION, Key, observation_spec_of, spec_of_space
 
-__all__ = ["Task", "space_from_state", "space_state"]
-
 # by type of space, the attributes that make an equal one; a Dict has its spaces by name
 ATTRIBUTES = {
     "Box": ("low", "high", "dtype"),

@@ -8,8 +8,6 @@ from typing import Literal
 
 import torch
 
-__all__ = ["Arithmetic", "Products", "choose_products", "chosen_products"]
-
 Products = Literal["mkl", "onednn"]
 
 PRECISIONS = (

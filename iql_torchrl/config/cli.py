@@ -15,8 +15,6 @@ from iql_torchrl.config.devices import check_usable
 from iql_torchrl.config.iql_config import IQLConfig
 from iql_torchrl.config.knobs import knobs
 
-__all__ = ["parse", "parse_options", "refuse"]
-
 Options = TypeVar("Options")
 Config = TypeVar("Config", bound=IQLConfig)
 _rules = ConstructorRegistry()

@@ -17,8 +17,6 @@ from iql_torchrl.losses.batch import Batch
 from iql_torchrl.losses.critics import Critics
 from iql_torchrl.losses.loss import ACTOR_OBJECTIVES, ImplicitQLoss
 
-__all__ = ["DiscreteIQLLoss", "IQLLoss"]
-
 ONE_HOT_DISTRIBUTIONS = (
     OneHotCategorical,
     MaskedOneHotCategorical,

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["joined_states", "part_of_states", "to_cpu"]
-
 States = Mapping[str, Any]
 
 

@@ -36,8 +36,6 @@ from iql_torchrl.trainers.events import whole_updates
 from iql_torchrl.update.adam import StackedAdam
 from iql_torchrl.update.captured import captured
 
-__all__ = ["IQLPopulation", "PopulationEvent"]
-
 MOST_UPDATES_PER_CALL = 32
 
 

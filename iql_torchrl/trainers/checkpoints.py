@@ -25,8 +25,6 @@ from iql_torchrl.evaluation.background import BackgroundEvaluation
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.update.step import part_of
 
-__all__ = ["DataState", "ResumableTrainer", "check_same_data", "check_same_run"]
-
 Self = TypeVar("Self", bound="ResumableTrainer")
 MODULE = "trainer_module."  # begins the name of a part that was registered on the trainer
 MOST_LISTED = 5  # differences in one message

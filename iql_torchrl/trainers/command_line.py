@@ -20,18 +20,6 @@ from torchrl.record import loggers
 from iql_torchrl.config.cli import refuse
 from iql_torchrl.files import whole_file
 
-__all__ = [
-    "LoggerError",
-    "LoggerName",
-    "check_logger",
-    "default_name",
-    "new_folder",
-    "open_logger",
-    "resume_command",
-    "resumed_arguments",
-    "started_folder",
-]
-
 OPTION, ARGUMENTS = "--resume", "arguments.json"
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow", "trackio"]
 

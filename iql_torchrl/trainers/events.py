@@ -22,8 +22,6 @@ from tqdm import tqdm
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.private_apis import add_to_all
 
-__all__ = ["Display", "Interruption", "Progress", "intervals", "whole_updates"]
-
 # torchrun sends its processes a Ctrl-C that the terminal has sent them already
 SECONDS_OF_ONE_SIGNAL = 5.0
 CALLS_PER_AGREEMENT = 16  # an exchange between ranks takes about as long as a small layer

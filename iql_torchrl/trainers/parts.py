@@ -20,8 +20,6 @@ from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.networks import history_of
 from iql_torchrl.update.step import IQLStep, part_of
 
-__all__ = ["check_agent", "check_parts", "filled_in", "is_called_by_step", "one_step"]
-
 
 def one_step(
     step: Any, agent: Agent | None, loss: Any, optimizer: Any, target_net_updater: Any

@@ -37,8 +37,6 @@ from iql_torchrl.trainers.parts import (
 from iql_torchrl.trainers.run_folder import RunFolder
 from iql_torchrl.update.step import part_of
 
-__all__ = ["OfflineTrainer"]
-
 Evaluate = Callable[[], "Evaluation | Mapping[str, float]"]
 
 # TorchRL's stages of ``register_op``, and the attributes in which its Trainer keeps their hooks.

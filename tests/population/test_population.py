@@ -339,7 +339,7 @@ def test_the_error_names_what_cannot_be_loaded(tmp_path):
     mapped = type(data.reward_map)(2.0, 0.0)
     with pytest.raises(CheckpointError, match="of the dataset was"):
         IQLPopulation.load(path, replace(dataset("discrete"), reward_map=mapped))
-    with pytest.raises(CheckpointError, match="the reward map .* was"):
+    with pytest.raises(CheckpointError, match=r"the reward map .* was"):
         IQLPopulation.load(path, replace(data, reward_map=mapped))
     states = read_components(path)
     for config in states["population"]["configs"]:
