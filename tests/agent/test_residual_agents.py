@@ -81,6 +81,6 @@ def test_refusals():
         config(residual="all", layer_norm=True)
     settings = [config(residual="policy"), config(residual="policy", seed=1)]
     with pytest.raises(
-        ValueError, match="a Linear, which cannot be stacked; .*without residual blocks"
+        ValueError, match=r"a Linear, which cannot be stacked; .*without residual blocks"
     ):
         IQLPopulation(settings, load_dataset(log()))
