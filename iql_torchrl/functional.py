@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "cosine_factor",
     "effective_sample_size",
     "expectile_loss",
     "exponential_weight",
@@ -257,3 +258,15 @@ def _unmasked(
 
 def _sum(value: Tensor, dim: Sequence[int] | None) -> Tensor:
     return value.sum(None if dim is None else tuple(dim))
+
+
+def cosine_factor(update: int, *, updates: int, intervals: int) -> float:
+    """Factor of a learning rate that falls from 1 to 0 over ``updates``, along half a cosine.
+
+    ``0.5 (1 + cos(pi i / intervals))`` in interval i of ``intervals`` equal ones, in each of which it
+    is constant; 0 after the last update. With 0 intervals the factor is always 1.
+    """
+    if intervals == 0:
+        return 1.0
+    interval = min(update, updates) * intervals // updates
+    return 0.5 * (1 + math.cos(math.pi * interval / intervals))

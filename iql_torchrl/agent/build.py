@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import SoftUpdate
 
+from iql_torchrl import functional as F
 from iql_torchrl import policies
 from iql_torchrl.agent import hub
 from iql_torchrl.agent.export import described_policy, export_policy, versions
@@ -396,15 +397,10 @@ def rate_factors(config: IQLConfig, groups: int = 3) -> list[Callable[[int], flo
 
     ``groups``: 3, or 4 with an encoder that has parameters.
     """
-
-    def cosine(update: int) -> float:
-        # from 1 to 0, in schedule_steps equal intervals of constant value if given
-        done, steps = min(update, config.updates), config.schedule_steps
-        intervals = steps or config.updates
-        return 0.5 * (1 + math.cos(math.pi * (done * intervals // config.updates) / intervals))
-
     falling = {"constant": 0, "cosine_actor": 1, "cosine": groups}[config.schedule]
-    return [cosine] * falling + [lambda update: 1.0] * (groups - falling)
+    intervals = config.schedule_steps or config.updates
+    factor = partial(F.cosine_factor, updates=config.updates)
+    return [partial(factor, intervals=intervals if n < falling else 0) for n in range(groups)]
 
 
 def ends_before(config: IQLConfig, updates: int) -> str | None:
