@@ -14,6 +14,7 @@ from test_trainer_background import background
 from iql_torchrl import IQLConfig
 from iql_torchrl.agent.build import ends_before
 from iql_torchrl.distributed import Ranks
+from iql_torchrl.trainers import trainer as trainer_module
 from iql_torchrl.trainers.events import Interruption
 
 HOLD = """
@@ -112,3 +113,18 @@ def test_a_handler_that_was_not_set_from_python_stays():
     assert signal.getsignal(signal.SIGINT) == own
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def test_slow_updates_are_noticed_once(monkeypatch):
+    said = []
+    monkeypatch.setattr(trainer_module.torchrl_logger, "warning", said.append)
+    trainer = make_trainer()
+    for speed in (20.0, 1000.0, 150.0):
+        trainer.updates_per_second = speed
+        trainer._notice_slowness()
+    assert said == []
+    for _ in range(2):
+        trainer.updates_per_second = 90.0
+        trainer._notice_slowness()
+    assert len(said) == 1
+    assert "OMP_NUM_THREADS=1" in said[0]
