@@ -14,7 +14,6 @@ from torch import Tensor
 from torchrl.checkpoint import GlobalRNGState
 
 from iql_torchrl.private_apis import summed_in_graph
-from iql_torchrl.update.joined import part_of_rank
 
 __all__ = ["Ranks"]
 
@@ -104,7 +103,7 @@ class Ranks:
 
     def part(self, count: int) -> range:
         """Which of ``count`` things, numbered from 0, belong to this rank: consecutive ones."""
-        return part_of_rank(count, self.rank, self.size)
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def close(self) -> None:
         """Leave the process group, at the end of the program."""

@@ -44,23 +44,40 @@ ACTIONS = 4
 
 @pytest.fixture
 def untraced(monkeypatch):
-    """Programs are the update itself, run as it is; counts how often one is made."""
+    """Programs are the update itself, run as it is; counts how often one is made.
+
+    In place of Dynamo's guards: another program where a setting of the step differs.
+    """
     made = []
 
-    def record(self, rows, moments):
-        update = self._update
+    def program(self, rows):
+        step = self.step
+        with step.setting():
+            self._prepare(rows)
+        moments = self._update.moments()
+        self.latest = rows, moments
 
-        def program():
-            with self.step.setting():
-                draws = {name: out for name, (_, out) in self._draws.items()}
-                batch = self.step.loss.read(rows.gather(self._index), draws)
-                self._add(update(batch, moments))
+        def update(*_):
+            with step.setting():
+                self._one_update(*self.latest)
 
-        made.append(program)
-        with self.step.setting():
-            self._program = program
+        loss, updater = step.loss, step.target_updater
+        settings = [
+            *(
+                {k: v for k, v in g.items() if k not in ("params", "lr", "initial_lr")}
+                for g in step.optimizer.param_groups
+            ),
+            *(getattr(loss, name) for name in loss.knobs),
+            (loss.value_estimator, dict(vars(loss.tensor_keys)), step.order, step.max_grad_norm),
+            [m.training for n in loss.network_names for m in getattr(loss, n).modules()],
+            (getattr(updater, "eps", None), self._made_for),
+        ]
+        tensors = [*moments.averages, *moments.squares, moments.steps, *loss.parameters()]
+        if not made or made[-1][0] != settings:
+            made.append((settings, update))
+        return made[-1][1], tensors, moments
 
-    monkeypatch.setattr(CapturedStep, "_record", record)
+    monkeypatch.setattr(CapturedStep, "_program", program)
     return made
 
 
