@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby
 from operator import is_not
 from typing import Any, NamedTuple
 
@@ -12,7 +11,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["JoinedCounts", "Moments", "StackedAdam", "adam_step", "along", "number_dtype", "start"]
+__all__ = [
+    "JoinedCounts",
+    "Moments",
+    "StackedAdam",
+    "adam_step",
+    "along",
+    "count_steps",
+    "number_dtype",
+    "start",
+]
 
 
 class StackedAdam(Optimizer):
@@ -62,14 +70,14 @@ class StackedAdam(Optimizer):
         groups = self.param_groups
         group_of = [i for i, g in enumerate(groups) for p in g["params"] if p.grad is not None]
         reached = [p for group in groups for p in group["params"] if p.grad is not None]
-        if not reached:
-            return
         states = [start(self.state[p], p, p.device) for p in reached]
-        counts = torch.stack([state["step"] for state in states])
-        moments = Moments.of(states, counts, [group["lr"] for group in groups])
-        counts = adam_step(reached, [p.grad for p in reached], moments, groups, group_of)
-        for state, count in zip(states, counts.unbind(), strict=True):
-            state["step"].copy_(count)
+        if states:
+            counts = torch.stack([state["step"] for state in states])
+            moments = Moments.of(states, counts, [group["lr"] for group in groups])
+            gradients = [p.grad for p in reached]
+            adam_step(reached, gradients, moments, groups, group_of, [0] * len(reached))
+        for state in states:
+            state["step"] += 1
 
 
 class Moments(NamedTuple):
@@ -130,23 +138,27 @@ def adam_step(
     moments: Moments,
     groups: Sequence[Mapping[str, Any]],
     group_of: Sequence[int],
-) -> Tensor:
+    added: list[int],
+) -> None:
     """One step of Adam or AdamW in place, as torch's, on the parameters that have a gradient.
 
     Kingma & Ba 2015; Loshchilov & Hutter 2019 for decoupled weight decay. Parameter ``i`` belongs to
     ``groups[group_of[i]]``, which holds ``betas``, ``eps``, ``weight_decay`` and, for
-    :class:`StackedAdam`, one factor of the learning rate per run in ``rates``; the numbers in
-    ``group_of`` do not decrease. Called without gradients enabled, eagerly or inside a graph.
+    :class:`StackedAdam`, one factor of the learning rate per run in ``rates``. Called without
+    gradients enabled, eagerly or inside a graph.
 
-    Returns the counts of updates, ``(N,)``; ``moments.steps`` stay as they are.
+    ``added``: steps of each parameter that ``moments.steps`` does not count; this one is added here.
+    :func:`count_steps` counts them all at once, after the last descent of an update.
     """
-    counts = _one_more(moments.steps, [gradient is not None for gradient in gradients])
-    for number, places in _runs(group_of):
-        group, rate = groups[number], moments.rates[number]
-        rate, decay = rate * group["rates"] if "rates" in group else rate, group["weight_decay"]
+    for i, gradient in enumerate(gradients):
+        added[i] += gradient is not None
+    for (number, more), places in _consecutive(list(zip(group_of, added, strict=True))):
+        group, counts = groups[number], moments.steps[places.start : places.stop] + more
+        rate, decay = moments.rates[number], group["weight_decay"]
+        rate = rate * group["rates"] if "rates" in group else rate
         decoupled = group.get("decoupled") or group.get("decoupled_weight_decay")
-        (beta1, beta2), own = group["betas"], counts[places.start : places.stop]
-        for i, size, root in zip(places, *_corrections(rate, own, group["betas"]), strict=True):
+        beta1, beta2 = group["betas"]
+        for i, size, root in zip(places, *_corrections(rate, counts, beta1, beta2), strict=True):
             parameter, gradient = parameters[i], gradients[i]
             if gradient is None:
                 continue
@@ -159,25 +171,27 @@ def adam_step(
             square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
             size = along(size, parameter)
             parameter.sub_(size * average / (square.sqrt() / root + group["eps"]))
-    return counts
 
 
-def _one_more(counts: Tensor, reached: Sequence[bool]) -> Tensor:
-    """Counts of updates ``(N,)`` after one more of the parameters ``reached``."""
-    parts = [counts[same.start : same.stop] + int(more) for more, same in _runs(reached)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def count_steps(steps: Tensor, added: Sequence[int]) -> None:
+    """Add to the counts of updates ``(N,)``, in place; one operation where all made as many."""
+    for more, places in _consecutive(added):
+        if more:
+            steps[places.start : places.stop].add_(more)
 
 
-def _runs(values: Sequence[int]) -> list[tuple[int, range]]:
-    """Each value of consecutive equal ones, with their places."""
-    runs: list[tuple[int, range]] = []
-    for value, same in groupby(values):
-        first = runs[-1][1].stop if runs else 0
-        runs.append((value, range(first, first + len(list(same)))))
-    return runs
+def _consecutive(values: Sequence[Any]) -> list[tuple[Any, range]]:
+    """Each value of consecutive equal ones, and their places."""
+    found: list[tuple[Any, range]] = []
+    for i, value in enumerate(values):
+        if found and found[-1][0] == value:
+            found[-1] = (value, range(found[-1][1].start, i + 1))
+        else:
+            found.append((value, range(i, i + 1)))
+    return found
 
 
-def _corrections(rate: Tensor, counts: Tensor, betas: Sequence[float]) -> list[Sequence[Tensor]]:
+def _corrections(rate: Tensor, counts: Tensor, *betas: float) -> list[Sequence[Tensor]]:
     """Step sizes, and roots of the second bias correction, of n parameters.
 
     ``rate`` is ``()`` or ``(P,)``, ``counts`` ``(n,)``. Powers are written as exponentials of one
@@ -185,7 +199,8 @@ def _corrections(rate: Tensor, counts: Tensor, betas: Sequence[float]) -> list[S
     every parameter.
     """
     exact = counts.to(rate.device, number_dtype(rate.device))
-    first, second = (1 - (exact * (math.log(beta) if beta else -math.inf)).exp() for beta in betas)
+    logs = (math.log(beta) if beta else -math.inf for beta in betas)
+    first, second = (1 - (exact * log).exp() for log in logs)
     sizes = rate / (first if rate.ndim == 0 else first.unsqueeze(-1))
     return [sizes.unbind(), second.sqrt().unbind()]
 

@@ -15,7 +15,7 @@ from torchrl.data.replay_buffers.samplers import RandomSampler
 from torchrl.objectives import HardUpdate
 
 from iql_torchrl.config import Arithmetic
-from iql_torchrl.data.categories import category_limits, check_rows
+from iql_torchrl.data.categories import check_rows
 from iql_torchrl.data.replay import DeviceSampler
 from iql_torchrl.data.shards.replay import ShardedReplay
 from iql_torchrl.data.windows import WindowStorage
@@ -34,6 +34,7 @@ from iql_torchrl.update.compiled import (
     fits_a_graph,
     log_eager,
     program_options,
+    settings_of,
     worth_checking,
 )
 from iql_torchrl.update.cuda_graph import CudaGraph
@@ -41,8 +42,7 @@ from iql_torchrl.update.step import IQLStep, Step
 
 __all__ = ["CapturedStep", "captured"]
 
-# a function, its arguments, and Adam's state, which is among these
-Program = tuple[Callable[..., object], Sequence[Any], Moments]
+Program = tuple[Callable[..., object], Sequence[Any]]  # with its arguments
 
 
 def captured(
@@ -134,22 +134,22 @@ class CapturedStep:
     # -- the program of one update -------------------------------------------------------------------
 
     def _program(self, rows: DeviceSampler) -> Program:
-        """The program for the step as it is now, its arguments, and Adam's state, which is among them.
+        """The program for the step as it is now, and its arguments.
 
         The guards of ``torch.compile`` are checked here, once for all updates of a call: where
         something differs from what a program was made for, another one is made.
         """
         with self.step.setting(), tracing_gradients():
             self._prepare(rows)
-            moments = self._update.moments()
-            self._traced(rows, moments)
+            self._traced(rows, self._update.moments())
         function, arguments = self._kept
         self._kept.clear()
-        return function, arguments, moments
+        return function, arguments
 
     def _prepare(self, rows: DeviceSampler) -> None:
         """Make what a program reads and writes besides the step's own tensors, where it changed."""
         loss, where = self.step.loss, self._device
+        _ = loss.in_keys  # kept by the loss from now on: a guard would notice that later
         if self._made_for is None or self._made_for[:2] != (rows, rows.batch_size):
             self._index = torch.zeros(rows.batch_size, dtype=torch.int64, device=where)
             self._shape = rows.gather(self._index).batch_size
@@ -158,7 +158,7 @@ class CapturedStep:
         made_for = (rows, rows.batch_size, names, inputs, groups, loss.kept_networks)
         if made_for == self._made_for:
             return
-        check_rows(rows, category_limits(loss))
+        check_rows(rows, self._update.limits)
         self._made_for, self._names = made_for, names
         runs = () if loss.members is None else (loss.members,)
         self._sums = torch.zeros((len(names), *runs), dtype=torch.float64, device=where)
@@ -225,7 +225,7 @@ class CapturedStep:
                 updater.step()
 
     def _run(self, rows: DeviceSampler, program: Program) -> None:
-        function, arguments, moments = program
+        function, arguments = program
         updater, scheduled = self.step.target_updater, bool(self.step.lr_schedulers)
         in_python = not self.step.followed.targets and self._graph is None
         self._sums.zero_()
@@ -234,16 +234,16 @@ class CapturedStep:
             for draw, out in self._draws.values():
                 draw.fill(out, rows.generator)
             if scheduled:
-                moments.rates.copy_(self._rates[number])
+                self._update.rates.copy_(self._rates[number])
             function(*arguments)
             if in_python and updater is not None:
                 updater.step()
         if scheduled:
-            moments.rates.copy_(self._rates[self.updates])
+            self._update.rates.copy_(self._rates[self.updates])
 
     def _fixed(self, rows: DeviceSampler, program: Program) -> tuple[Any, ...]:
         """What a CUDA graph of :meth:`_run` has fixed, tensors as addresses."""
-        function, arguments, _ = program
+        function, arguments = program
         cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
         return (
             function,
@@ -376,13 +376,13 @@ def coming_rates(step: IQLStep, updates: int) -> Tensor | None:
         return None
     mark_stepped(step.optimizer)
     states = copy.deepcopy([scheduler.state_dict() for scheduler in schedulers])
-    before = [(_other_settings(group), copy.deepcopy(group["lr"])) for group in groups]
+    before = [(settings_of(group), copy.deepcopy(group["lr"])) for group in groups]
     rows = [_rates(groups, step.device)]
     for _ in range(updates):
         for scheduler in schedulers:
             scheduler.step()
         rows.append(_rates(groups, step.device))
-    if all(_other_settings(group) == old for group, (old, _) in zip(groups, before, strict=True)):
+    if all(settings_of(group) == old for group, (old, _) in zip(groups, before, strict=True)):
         return torch.stack(rows)
     for scheduler, state in zip(schedulers, states, strict=True):
         scheduler.load_state_dict(state)
@@ -396,11 +396,6 @@ def coming_rates(step: IQLStep, updates: int) -> Tensor | None:
         "a schedule changes more than learning rates, which a captured update has fixed; "
         "pass cycle_momentum=False to OneCycleLR or CyclicLR, or use the plain step."
     )
-
-
-def _other_settings(group: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's group without its parameters and learning rates."""
-    return {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr", "rates")}
 
 
 def _rates(groups: Sequence[dict[str, Any]], device: torch.device) -> Tensor:

@@ -22,7 +22,14 @@ from iql_torchrl.private_apis import (
     tracing_gradients,
     untiled_loops_only,
 )
-from iql_torchrl.update.adam import Moments, StackedAdam, adam_step, number_dtype, start
+from iql_torchrl.update.adam import (
+    Moments,
+    StackedAdam,
+    adam_step,
+    count_steps,
+    number_dtype,
+    start,
+)
 from iql_torchrl.update.step import IQLStep, Step, Terms
 
 __all__ = [
@@ -32,6 +39,7 @@ __all__ = [
     "fits_a_graph",
     "log_eager",
     "program_options",
+    "settings_of",
     "worth_checking",
 ]
 
@@ -113,7 +121,6 @@ class CompiledStep(Step):
         update = GraphUpdate(plain)
         program = torch.compile(update.run, **options)
         self.__dict__.update(_plain=plain, _update=update, _program=program)
-        self.__dict__.update(_limits=category_limits(plain.loss))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__.get("_plain"), name)
@@ -130,10 +137,8 @@ class CompiledStep(Step):
         plain, moments = self.plain, self._update.moments()
         with plain.setting(), tracing_gradients():
             read = plain.loss.read(batch)
-            if (
-                self._limits and plain.device.type == "cpu"
-            ):  # elsewhere it would wait for the device
-                check_categories(read.data, self._limits)
+            if plain.device.type == "cpu":  # elsewhere it would wait for the device
+                check_categories(read.data, self._update.limits)
             terms: Terms = self._program(read, moments)
             mark_stepped(plain.optimizer)
             return terms
@@ -150,7 +155,9 @@ class GraphUpdate:
 
     def __init__(self, step: IQLStep) -> None:
         self.step = step
-        self._rates = torch.zeros(0)
+        self.limits = category_limits(step.loss)
+        self.settings: list[dict[str, Any]] = []  # Dynamo would guard all of the optimizer's groups
+        self.rates = torch.zeros(0)
         self._numbers: list[Any] = []  # what was written into it
 
     def run(self, batch: Batch, moments: Moments) -> Terms:
@@ -158,24 +165,20 @@ class GraphUpdate:
 
         Returns losses and summary, detached: nothing may carry a gradient out of a graph.
         """
-        step, counts = self.step, moments.steps
+        step = self.step
+        parameters, group_of, _ = step.trained
+        added = [0] * len(parameters)
 
         def descend(loss: Tensor) -> None:
-            nonlocal counts
-            parameters, group_of, _ = step.trained
             if loss.requires_grad and parameters:
-                gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+                found = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+                gradients = step.summed_and_clipped(list(found))
                 with torch.no_grad():
-                    counts = adam_step(
-                        [parameter.data for parameter in parameters],
-                        step.summed_and_clipped(list(gradients)),
-                        moments._replace(steps=counts),
-                        step.optimizer.param_groups,
-                        group_of,
-                    )
+                    values = [parameter.data for parameter in parameters]
+                    adam_step(values, gradients, moments, self.settings, group_of, added)
 
         terms = step.update(batch, descend)
-        moments.steps.copy_(counts)  # once, though the update may have several descents
+        count_steps(moments.steps, added)
         step.move_targets()
         losses, summary = ({k: v.detach() for k, v in each.items()} for each in terms)
         return losses, summary
@@ -183,6 +186,7 @@ class GraphUpdate:
     def moments(self) -> Moments:
         """The optimizer's state, made where there is none, and its current rates as tensors."""
         step, optimizer = self.step, self.step.optimizer
+        self.settings = [settings_of(group) for group in optimizer.param_groups]
         parameters, group_of, _ = step.list_trained()
         states = [optimizer.state[p] for p in parameters]
         for parameter, state, number in zip(parameters, states, group_of, strict=True):
@@ -192,19 +196,25 @@ class GraphUpdate:
                 start(state, parameter, parameter.device if on_device else torch.device("cpu"))
         return Moments.of(states, step.counts.of(states), self._current_rates())
 
-    def _current_rates(self) -> Tensor:
-        """Those of the groups, in a tensor that stays; numbers are written where they changed."""
+    def _current_rates(self) -> list[Tensor]:
+        """Those of the groups, as views of :attr:`rates`; numbers are written where they changed."""
         groups, device = self.step.optimizer.param_groups, self.step.device
         if len(self._numbers) != len(groups):
             self._numbers = [None] * len(groups)
-            self._rates = torch.zeros(len(groups), dtype=number_dtype(device), device=device)
+            self.rates = torch.zeros(len(groups), dtype=number_dtype(device), device=device)
+            self._views = list(self.rates.unbind())  # separate inputs of a program: fewer kernels
         for i, rate in enumerate(group["lr"] for group in groups):
             if isinstance(rate, Tensor):
-                self._rates[i].copy_(rate, non_blocking=True)
+                self._views[i].copy_(rate, non_blocking=True)
             elif rate != self._numbers[i]:
-                self._rates[i].fill_(rate)
+                self._views[i].fill_(rate)
             self._numbers[i] = rate
-        return self._rates
+        return self._views
+
+
+def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's group without its parameters and learning rate."""
+    return {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
 
 
 # -- what torch.compile is told ------------------------------------------------------------------------

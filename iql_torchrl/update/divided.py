@@ -1,36 +1,20 @@
-"""One update of a batch that several ranks divide: shares of means, sums of gradients."""
+"""One rank's part of an update whose batch several ranks divide."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from iql_torchrl.distributed import Ranks
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.losses.batch import Batch
 
-__all__ = ["Exchange", "Part", "summed"]
+__all__ = ["Part"]
 
 OF_CRITICS = ("td_error", "qvalue")  # metadata (K, *B)
 ALWAYS_READ = ("td_error", "log_prob")  # what a summary without diagnostics reads
-
-
-class Exchange(Protocol):
-    """What an update needs of a group of ranks."""
-
-    rank: int
-    size: int
-
-    def part(self, count: int) -> range:
-        """Which of ``count`` rows belong to this rank."""
-        ...
-
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, the same bits on each; inside a graph too."""
-        ...
 
 
 class Part:
@@ -43,7 +27,7 @@ class Part:
     Raises ``ValueError`` where the batch has fewer rows than there are ranks.
     """
 
-    def __init__(self, loss: ImplicitQLoss, batch: Batch, ranks: Exchange) -> None:
+    def __init__(self, loss: ImplicitQLoss, batch: Batch, ranks: Ranks) -> None:
         self._loss, self._whole, self._ranks = loss, batch, ranks
         self._runs = 0 if loss.members is None else 1
         self._rows = batch.data.batch_size[self._runs]
@@ -74,7 +58,7 @@ class Part:
         read = [k for k in metadata if self._loss.diagnostics or k in ALWAYS_READ]
         parts = [self.share_of(loss.detach()) for loss in losses.values()]
         parts += [self._among_zeros(name, metadata[name].detach()) for name in read]
-        totals: list[Any] = summed(parts, self._ranks)
+        totals = self._ranks.sum_each(parts)
         of_batch = dict(zip(read, totals[len(losses) :], strict=True))
         return dict(zip(losses, totals, strict=False)), self._loss.summary(self._whole, of_batch)
 
@@ -83,17 +67,3 @@ class Part:
         dim = self._runs + (name in OF_CRITICS)
         padding = (0, 0) * (values.ndim - 1 - dim) + (self._before, self._after)
         return nn.functional.pad(values, padding)
-
-
-def summed(tensors: Sequence[Tensor | None], ranks: Exchange) -> list[Tensor | None]:
-    """Sums over ranks of the tensors, which may have any shapes, by one exchange.
-
-    None stays None: the same tensors exist on all ranks. They are one flat sum in the widest of their
-    dtypes.
-    """
-    present = [tensor for tensor in tensors if tensor is not None]
-    if not present:
-        return list(tensors)
-    flat = ranks.sum(torch.cat([tensor.reshape(-1) for tensor in present]))
-    pieces = iter(flat.split([tensor.numel() for tensor in present]))
-    return [t if t is None else next(pieces).view(t.shape).to(t.dtype) for t in tensors]

@@ -21,12 +21,13 @@ from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
 from iql_torchrl.config import choose_products, chosen_products, launches_kernels
+from iql_torchrl.distributed import Ranks
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.losses.batch import Batch
 from iql_torchrl.networks.products import is_wide, settle_products
 from iql_torchrl.private_apis import children_of
 from iql_torchrl.update.adam import JoinedCounts, along
-from iql_torchrl.update.divided import Exchange, Part, summed
+from iql_torchrl.update.divided import Part
 
 with warnings.catch_warnings():  # TorchRL warns about its own classes when these are first imported
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -164,7 +165,7 @@ class IQLStep(Step):
         self.optimizer, self.target_updater = optimizer, target_updater
         self.order, self.max_grad_norm = order, max_grad_norm
         self.precision, self.independent_ranks = precision, independent_ranks
-        self.ranks: Exchange | None = None
+        self.ranks: Ranks | None = None
         if not isinstance(lr_scheduler, Sequence):
             lr_scheduler = () if lr_scheduler is None else (lr_scheduler,)
         self.lr_schedulers: tuple[LRScheduler, ...] = tuple(lr_scheduler)
@@ -174,7 +175,6 @@ class IQLStep(Step):
                     "lr_scheduler is a ReduceLROnPlateau, which steps on a score: step it yourself "
                     "after an evaluation."
                 )
-        self.members = loss.members
         self.followed = _followed_tensors(target_updater)
         self.averaged = Followed(*loss.average_pairs())
         self._is_wide = is_wide(loss.parameters())
@@ -250,7 +250,7 @@ class IQLStep(Step):
     def summed_and_clipped(self, gradients: Gradients) -> Gradients:
         """Gradients of :attr:`trained`, summed over ranks, then each network's scaled down."""
         if self.ranks is not None:
-            gradients = summed(gradients, self.ranks)
+            gradients = self.ranks.sum_each(gradients)
         for places in self.trained.networks if self.max_grad_norm is not None else ():
             of_network = [gradients[i] for i in places]
             for i, gradient in zip(places, self._clipped(of_network), strict=True):
@@ -259,13 +259,13 @@ class IQLStep(Step):
 
     def _clipped(self, gradients: Gradients) -> Gradients:
         """Gradients of one network scaled down to the L2 norm; each run's own in a population."""
-        rows = [g.flatten(0 if self.members is None else 1) for g in gradients if g is not None]
+        rows = [
+            g.flatten(0 if self.loss.members is None else 1) for g in gradients if g is not None
+        ]
         if not rows:
             return gradients
         if torch.compiler.is_compiling() and launches_kernels(rows[0].device):
-            square = (
-                torch.cat(rows, -1).square().sum(-1)
-            )  # two kernels, and not one for each gradient
+            square = torch.cat(rows, -1).square().sum(-1)  # not a kernel for each gradient
         else:
             square = torch.stack([row.square().sum(-1) for row in rows]).sum(0)
         limit: Any = self.max_grad_norm
@@ -282,23 +282,15 @@ class IQLStep(Step):
 
     @contextmanager
     def setting(self) -> Iterator[None]:
-        """How networks are evaluated during an update."""
-        half = self.precision == "bfloat16"
-        self.settle()
-        with (
-            set_exploration_type(self.loss.deterministic_sampling_mode),
-            set_recurrent_mode(True),
-            self.loss.evaluated_directly(),
-            torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
-            if half
-            else nullcontext(),
-        ):
-            yield
-
-    def settle(self) -> None:
-        """Choose the library of products, which the first update needs; other updates do nothing."""
+        """How networks are evaluated in an update; the first chooses the library of products."""
+        half: Any = nullcontext()
+        if self.precision == "bfloat16":
+            half = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
         if self._is_wide and chosen_products() is None:
             settle_products()
+        mode = set_exploration_type(self.loss.deterministic_sampling_mode)
+        with mode, set_recurrent_mode(True), self.loss.evaluated_directly(), half:
+            yield
 
     def list_trained(self) -> Trained:
         """Bring :attr:`trained` up to date where parameters were frozen or unfrozen; returns it."""
