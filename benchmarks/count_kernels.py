@@ -7,9 +7,8 @@ A captured update is traced on the CPU. Its graph of operators is then moved to 
 with tensors that have a shape and no memory, and Inductor generates the program for an H100 (compute
 capability 9.0) up to the source text; nothing is compiled or run. Counted are the launches in that
 text: each call of a library (``extern_kernels.mm``, ...) and of a generated kernel. Drawing the row
-indices, one more launch per update, is included; a schedule's copy of the learning rates is counted
-as one launch per group. Not counted: launches that a library call divides itself into, such as
-split-K reductions of cuBLAS.
+indices, one more launch per update, is included, and a schedule's copy of the learning rates. Not
+counted: launches that a library call divides itself into, such as split-K reductions of cuBLAS.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import bench_categories
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, IQLPopulation, IQLStep, captured
 from iql_torchrl.config import devices
 from iql_torchrl.data import DeviceSampler
-from iql_torchrl.update.inductor import program_options
+from iql_torchrl.update.compiled import program_options
 from population_rivals import config_of, dataset_of
 from step_rivals import Sizes, make_step, parts, transitions
 
@@ -266,7 +265,7 @@ def count(case: str) -> tuple[Counter[str], str]:
     text = program_of(step, sampler)
     counts = launches(text) + Counter({"draw of the indices": 1})
     if step.lr_schedulers:
-        counts["learning rates"] = len(step.optimizer.param_groups)
+        counts["learning rates"] = 1
     return counts, text
 
 

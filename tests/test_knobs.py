@@ -18,6 +18,7 @@ from iql_torchrl import (
     IQLPopulation,
     IQLStep,
     OfflineTrainer,
+    captured,
     load_dataset,
     make_agent,
     networks,
@@ -28,12 +29,10 @@ from iql_torchrl.config import Knob, knob, knobs, loss_knobs
 from iql_torchrl.config.cli import parse
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.files import CheckpointError
-from iql_torchrl.losses import OPTIONS, ImplicitQLoss
+from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.losses.loss import ACTOR_OBJECTIVES
 from iql_torchrl.networks.perceptrons import INITIALISATIONS
 from iql_torchrl.trainers.checkpoints import check_same_run
-from iql_torchrl.update.adam import Moments
-from iql_torchrl.update.snapshot import take_snapshot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,21 +119,25 @@ def test_runs_of_a_population_have_their_own_or_must_agree():
         IQLPopulation([BASE, replace(BASE, rounding="down")], dataset)
 
 
-@pytest.mark.usefixtures("new_knobs")
+@pytest.mark.usefixtures("new_knobs", "uncompiled")
 @pytest.mark.parametrize(
     ("name", "value"), [("sharpness", 2.0), ("rounding", "down"), ("loss_mask_key", "mask")]
 )
-def test_a_captured_step_notices_a_change(name, value):
+def test_a_captured_step_notices_a_change(name, value, monkeypatch):
+    def weight_of(loss, advantage, batch):
+        return torch.full_like(advantage, loss.sharpness if loss.rounding == "up" else 5.0)
+
+    monkeypatch.setattr(ImplicitQLoss, "weight_of", weight_of)
     loss = IQLLoss(*make_networks())
-    loss.make_value_estimator(gamma=0.9)
-    optimizer = torch.optim.Adam(loss.parameters())
-    step = IQLStep(loss, optimizer, SoftUpdate(loss, tau=0.1))
-    rows = DeviceSampler(make_batch(8), 4, seed=0)
-    moments = Moments([], [], torch.zeros(0), [], [])
-    before = take_snapshot(step, rows, moments)
-    assert take_snapshot(step, rows, moments).same(before)
-    setattr(loss, name, value)
-    assert not take_snapshot(step, rows, moments).same(before)
+    step = IQLStep(loss, torch.optim.Adam(loss.parameters(), lr=0.0), SoftUpdate(loss, tau=0.1))
+    data = make_batch(8)
+    data["mask"] = torch.arange(8) < 4
+    plain, rows = (DeviceSampler(data, 16, seed=0) for _ in range(2))
+    call = captured(step, rows, updates=1)
+    for change in (lambda: None, lambda: setattr(loss, name, value)):
+        change()
+        expected = step(plain.sample())["loss_actor"]
+        torch.testing.assert_close(call()["loss_actor"].float(), expected)
 
 
 def saved_config(config):
@@ -197,7 +200,6 @@ def test_every_knob_of_the_loss_is_an_argument_with_the_same_default_and_an_attr
     loss = IQLLoss(*make_networks())
     for name, described in IQLLoss.knobs.items():
         assert parameters[name].default == described.default == getattr(loss, name), name
-    assert all(hasattr(loss, name) for name in OPTIONS)
     assert {"expectile", "temperature", "max_weight", "loss_function"} < set(IQLLoss.knobs)
 
 

@@ -21,7 +21,7 @@ from torchrl.objectives import LossModule
 from torchrl.trainers import LogScalar, Trainer
 
 from iql_torchrl import private_apis as apis
-from iql_torchrl.update.inductor import program_options
+from iql_torchrl.update.compiled import program_options
 
 
 def test_a_missing_name_is_an_error_that_names_feature_version_and_another_way(monkeypatch):

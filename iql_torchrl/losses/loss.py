@@ -50,22 +50,6 @@ Q_SOURCES = {"live": DETACHED_CRITICS, "target": TARGET_CRITICS}
 SMALLEST_SCALE = 1e-6
 POLICY_VALUE_GAP = "policy_value_gap"  # the diagnostic that ddpg_bc has and other objectives do not
 LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
-# Attributes that decide, with the knobs, what a loss computes and returns.
-OPTIONS = (
-    "actor_objective",
-    "advantage_weight",
-    "deactivate_vmap",
-    "delay_qvalue",
-    "deterministic_sampling_mode",
-    "diagnostics",
-    "loss_mask_key",
-    "num_qvalue_nets",
-    "q_reduction",
-    "q_source",
-    "reduction",
-    "scalar_output_mode",
-    "use_prioritized_weights",
-)
 DIAGNOSTICS = (
     "advantage_mean",
     "weight_mean",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl import logger as torchrl_logger
 
@@ -29,7 +30,6 @@ from iql_torchrl.distributed import Ranks
 from iql_torchrl.evaluation.rollout import Evaluation, evaluate
 from iql_torchrl.files import CheckpointError, read_components, write_components
 from iql_torchrl.population.alike import check_configs
-from iql_torchrl.population.division import joined_states, part_of_states, to_cpu
 from iql_torchrl.population.loss import stack_losses, write_member
 from iql_torchrl.trainers.checkpoints import DataState, check_same_data
 from iql_torchrl.trainers.events import whole_updates
@@ -68,8 +68,8 @@ class IQLPopulation:
     other numbers of runs. Random tensors of eager updates come from torch's default generator, which
     is the same on all ranks after the population was built.
 
-    Attributes: ``loss`` (of all runs, with parameters ``(P, ...)``), ``optimizer``, ``scheduler``, ``step`` (an
-    ``IQLStep``; for ``compiled`` and ``captured`` too), ``sampler``, ``updates``.
+    Attributes: ``loss`` (of all runs, with parameters ``(P, ...)``), ``optimizer``, ``scheduler``,
+    ``step`` (an ``IQLStep``; for ``compiled`` and ``captured`` too), ``sampler``, ``updates``.
 
     Raises ``ValueError`` on configs that differ elsewhere, network widths included, on unknown
     ``batches``, on fewer configs than ranks or ranks with other configs or data, and as
@@ -114,17 +114,10 @@ class IQLPopulation:
         self.step = make_step(first, self.loss, self.optimizer, self.scheduler)
         self.step.independent_ranks = self.ranks.size > 1
         where: Any = {"device": first.device, "seed": first.seed}
-        self.sampler = (
-            DeviceSampler(dataset.transitions, first.batch_size, **where)
-            if batches == "shared"
-            else MemberSampler(
-                dataset.transitions,
-                first.batch_size,
-                members=len(configs),
-                part=self.runs,
-                **where,
-            )
-        )
+        if batches == "own":
+            where |= {"members": len(configs), "part": self.runs}
+        sampler = DeviceSampler if batches == "shared" else MemberSampler
+        self.sampler = sampler(dataset.transitions, first.batch_size, **where)
         self.updates = 0
         self._captured: Any = None
 
@@ -149,15 +142,12 @@ class IQLPopulation:
         return build_agent(replace(self.configs[number], compile=False), self.task)
 
     def _make_optimizer(self) -> StackedAdam:
-        first = self.configs[0]
-        named = list(self.loss.named_parameters())
+        first, named = self.configs[0], list(self.loss.named_parameters())
         groups = []
         for network, field in LEARNING_RATES.items():
             params = [p for name, p in named if name.startswith(f"{network}_network")]
-            if not params:
-                continue
             rates = torch.tensor([getattr(c, field) for c in self.configs], dtype=torch.float64)
-            groups.append({"params": params, "rates": rates})
+            groups += [{"params": params, "rates": rates}] if params else []
         adamw = first.optimizer == "adamw"
         return StackedAdam(groups, weight_decay=first.weight_decay, decoupled=adamw)
 
@@ -188,23 +178,22 @@ class IQLPopulation:
 
     def _events(self, end: int, every: int) -> Iterator[PopulationEvent]:
         while self.updates < end:
-            coming = min(every, end - self.updates)
-            metrics = self._advance(coming)
+            metrics = self._advance(min(every, end - self.updates))
             yield PopulationEvent(self.updates, metrics)
 
     def _advance(self, updates: int) -> TensorDictBase:
         """Means over ``updates`` updates; those that do not fill a captured call are made eagerly."""
-        calls = 0
+        total: Any = 0
+        left = updates
         if self.configs[0].compile:
             per_call = _updates_per_call(updates)
             if self._captured is None or 4 * self._captured.updates < per_call:
                 self._captured = captured(self.step, self.sampler, updates=per_call)
-            calls = updates // self._captured.updates
-        total: Any = 0
-        for _ in range(calls):
-            total = self._captured() * self._captured.updates + total
-            self.updates += self._captured.updates
-        for _ in range(updates - calls * self._captured.updates if calls else updates):
+            per_call = self._captured.updates
+            while left >= per_call:
+                total = self._captured() * per_call + total
+                self.updates, left = self.updates + per_call, left - per_call
+        for _ in range(left):
             total = self.step(self.sampler.sample()) + total
             self.updates += 1
         means: TensorDictBase = (total / updates).cpu()
@@ -240,19 +229,34 @@ class IQLPopulation:
         if self.ranks.size == 1:
             return self
         own = {"loss_module": self.loss.state_dict(), "step": self.step.state_dict()}
-        parts = self.ranks.gather(to_cpu(own))
+        parts = self.ranks.gather(_mapped(lambda x: x.cpu() if isinstance(x, Tensor) else x, own))
         if parts is None:
             return None
         whole = IQLPopulation(self.all_configs, self._dataset, batches=self.batches)
         whole.step.independent_ranks = True
-        whole._take(joined_states(parts, whole.loss.state_dict()))
+        whole._take(parts)
         whole.sampler.load_state_dict(self.sampler.state_dict())
         whole.updates, whole._data = self.updates, self._data
         return whole
 
-    def _take(self, states: Mapping[str, Any]) -> None:
-        self.loss.load_state_dict(states["loss_module"])
-        self.step.load_state_dict(states["step"])
+    def _take(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Take this population's runs from the states of consecutive parts of one that has them all.
+
+        What runs share has the same shape in the state of any number of runs.
+        """
+
+        def of_these(*values: Any) -> Any:
+            if not isinstance(values[0], Tensor) or values[0].ndim == 0:
+                return values[0]
+            return torch.cat(values)[self.runs.start : self.runs.stop]
+
+        loss = self.loss.state_dict()
+        for name, own in loss.items():
+            values = [part["loss_module"][name] for part in parts]
+            if isinstance(values[0], Tensor):
+                loss[name] = values[0] if values[0].shape == own.shape else of_these(*values)
+        self.loss.load_state_dict(loss)
+        self.step.load_state_dict(_mapped(of_these, *(part["step"] for part in parts)))
 
     def save(self, path: str | Path) -> Path:
         """Write configs, weights, optimizer, schedule and sampler to one file, or nothing on error.
@@ -305,8 +309,7 @@ class IQLPopulation:
                 replace(c, device=c.device if device is None else str(device)) for c in saved
             ]
             population = cls(configs, dataset, batches=record["batches"], ranks=ranks)
-            own = population.loss.state_dict()
-            population._take(part_of_states(states, own, population.runs))
+            population._take([states])
             if population.sampler.device.type == torch.device(saved[0].device).type:
                 population.sampler.load_state_dict(states["sampler"])
         except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
@@ -343,3 +346,13 @@ def _updates_per_call(updates: int) -> int:
     most = min(updates, MOST_UPDATES_PER_CALL)
     divisor = next(k for k in range(most, 0, -1) if updates % k == 0)
     return divisor if 4 * divisor > MOST_UPDATES_PER_CALL else most
+
+
+def _mapped(function: Callable[..., Any], *trees: Any) -> Any:
+    """``function`` of the leaves at the same place of nested dicts, lists and tuples."""
+    first = trees[0]
+    if isinstance(first, Mapping):
+        return {key: _mapped(function, *(tree[key] for tree in trees)) for key in first}
+    if isinstance(first, list | tuple):
+        return type(first)(_mapped(function, *leaves) for leaves in zip(*trees, strict=True))
+    return function(*trees)

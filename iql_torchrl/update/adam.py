@@ -1,10 +1,10 @@
-"""Adam written out, for the compiled update and for parameters that hold many runs."""
+"""Adam written out, for compiled updates and for parameters that hold many runs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby
+from operator import is_not
 from typing import Any, NamedTuple
 
 import torch
@@ -16,8 +16,9 @@ __all__ = [
     "Moments",
     "StackedAdam",
     "adam_step",
-    "add_update",
-    "log_betas",
+    "along",
+    "count_steps",
+    "number_dtype",
     "start",
 ]
 
@@ -48,16 +49,9 @@ class StackedAdam(Optimizer):
         weight_decay: float = 0.0,
         decoupled: bool = False,
     ) -> None:
-        defaults = {
-            "rates": rates,
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "decoupled": decoupled,
-            "capturable": True,
-        }
-        super().__init__(params, defaults)
+        settings = {"rates": rates, "lr": lr, "betas": betas, "eps": eps}
+        settings |= {"weight_decay": weight_decay, "decoupled": decoupled, "capturable": True}
+        super().__init__(params, settings)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -73,49 +67,41 @@ class StackedAdam(Optimizer):
         """One update of every parameter that has a gradient."""
         if closure is not None:
             raise TypeError("StackedAdam takes no closure.")
-        group_of = [i for i, group in enumerate(self.param_groups) for _ in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        reached = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
-        states = [self.state[parameters[i]] for i in reached]
-        for i, state in zip(reached, states, strict=True):
-            start(state, parameters[i], parameters[i].device)
-        moments = Moments(
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            torch.stack([state["step"] for state in states]),
-            [group["lr"] for group in self.param_groups],
-            [log_betas(group, group["rates"]) for group in self.param_groups],
-        )
-        adam_step(
-            [parameters[i] for i in reached],
-            [parameters[i].grad for i in reached],
-            moments,
-            self.param_groups,
-            [group_of[i] for i in reached],
-        )
+        groups = self.param_groups
+        group_of = [i for i, g in enumerate(groups) for p in g["params"] if p.grad is not None]
+        reached = [p for group in groups for p in group["params"] if p.grad is not None]
+        states = [start(self.state[p], p, p.device) for p in reached]
+        if states:
+            counts = torch.stack([state["step"] for state in states])
+            moments = Moments.of(states, counts, [group["lr"] for group in groups])
+            gradients = [p.grad for p in reached]
+            adam_step(reached, gradients, moments, groups, group_of, [0] * len(reached))
         for state in states:
-            state["step"].add_(1)
+            state["step"] += 1
 
 
 class Moments(NamedTuple):
-    """What Adam keeps: three tensors per parameter, and two per group of parameters.
+    """What Adam keeps of N parameters.
 
     ``averages`` and ``squares``: running means of the gradient and of its square; ``steps``: updates
-    made, ``(N,)`` for N parameters; ``rates``: learning rates,
-    numbers or tensors; ``logs``: :func:`log_betas`.
+    made, ``(N,)``; ``rates``: the learning rates of the groups of parameters, a tensor or numbers.
     """
 
     averages: list[Tensor]
     squares: list[Tensor]
     steps: Tensor
-    rates: list[Any]
-    logs: list[Tensor]
+    rates: Any
+
+    @classmethod
+    def of(cls, states: Sequence[Mapping[str, Tensor]], steps: Tensor, rates: Any) -> Moments:
+        averages, squares = ([state[k] for state in states] for k in ("exp_avg", "exp_avg_sq"))
+        return cls(averages, squares, steps, rates)
 
 
 class JoinedCounts:
     """Counts of updates in one tensor, of which the ``"step"`` of each parameter's state is a view.
 
-    Adding to all counts is then one operation, and one kernel on a GPU.
+    Writing all counts is then one operation, and one kernel on a GPU.
     """
 
     def __init__(self) -> None:
@@ -128,8 +114,7 @@ class JoinedCounts:
         They are on a GPU where the count of any of the states is.
         """
         counts = [state["step"] for state in states]
-        views = self._views
-        if len(counts) != len(views) or any(a is not b for a, b in zip(counts, views, strict=True)):
+        if len(counts) != len(self._views) or any(map(is_not, counts, self._views)):
             where = next((c for c in counts if c.device.type != "cpu"), counts[0])
             self._joined = torch.stack([count.to(where) for count in counts])
             self._views = list(self._joined.unbind())
@@ -138,18 +123,13 @@ class JoinedCounts:
         return self._joined
 
 
-def start(state: dict[str, Any], parameter: Tensor, counted_on: torch.device) -> None:
-    """Fill the empty ``state`` of a parameter, as torch's Adam does before the first update."""
+def start(state: dict[str, Any], parameter: Tensor, counted_on: torch.device) -> dict[str, Any]:
+    """The ``state`` of a parameter, filled as torch's Adam does before the first update."""
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=counted_on)
         state["exp_avg"] = torch.zeros_like(parameter)
         state["exp_avg_sq"] = torch.zeros_like(parameter)
-
-
-def log_betas(group: Mapping[str, Any], like: Tensor) -> Tensor:
-    """Logarithms of a group's two betas, ``(2,)``; minus infinity for 0."""
-    logs = [math.log(beta) if beta else -math.inf for beta in group["betas"]]
-    return torch.tensor(logs, dtype=like.dtype, device=like.device)
+    return state
 
 
 def adam_step(
@@ -158,82 +138,76 @@ def adam_step(
     moments: Moments,
     groups: Sequence[Mapping[str, Any]],
     group_of: Sequence[int],
+    added: list[int],
 ) -> None:
     """One step of Adam or AdamW in place, as torch's, on the parameters that have a gradient.
 
     Kingma & Ba 2015; Loshchilov & Hutter 2019 for decoupled weight decay. Parameter ``i`` belongs to
     ``groups[group_of[i]]``, which holds ``betas``, ``eps``, ``weight_decay`` and, for
     :class:`StackedAdam`, one factor of the learning rate per run in ``rates``. Called without
-    gradients enabled, eagerly or inside a graph. Counts stay as they are, for :func:`add_update`.
+    gradients enabled, eagerly or inside a graph.
+
+    ``added``: steps of each parameter that ``moments.steps`` does not count; this one is added here.
+    :func:`count_steps` counts them all at once, after the last descent of an update.
     """
-    reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
-    if not reached:
-        return
-    counts = _counts_after(moments.steps, reached)
-    rates = [
-        rate * group["rates"] if "rates" in group else rate
-        for rate, group in zip(moments.rates, groups, strict=True)
-    ]
-    numbers = [group_of[i] for i in reached]
-    sizes, roots = _corrections(_of_each(rates, numbers), counts, _of_each(moments.logs, numbers))
-    for i, size, root in zip(reached, sizes, roots, strict=True):
-        parameter, gradient, group = parameters[i], gradients[i], groups[group_of[i]]
-        assert gradient is not None
-        (beta1, beta2), decay = group["betas"], group["weight_decay"]
-        if decay and (group.get("decoupled") or group.get("decoupled_weight_decay")):
-            parameter.mul_(1 - along(rates[group_of[i]] * decay, parameter))
-        elif decay:
-            gradient = gradient + decay * parameter
-        average, square = moments.averages[i], moments.squares[i]
-        average.lerp_(gradient, 1 - beta1)
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        size = along(size, parameter)
-        parameter.sub_(size * average / (square.sqrt() / root + group["eps"]))
+    for i, gradient in enumerate(gradients):
+        added[i] += gradient is not None
+    for (number, more), places in _consecutive(list(zip(group_of, added, strict=True))):
+        group, counts = groups[number], moments.steps[places.start : places.stop] + more
+        rate, decay = moments.rates[number], group["weight_decay"]
+        rate = rate * group["rates"] if "rates" in group else rate
+        decoupled = group.get("decoupled") or group.get("decoupled_weight_decay")
+        beta1, beta2 = group["betas"]
+        for i, size, root in zip(places, *_corrections(rate, counts, beta1, beta2), strict=True):
+            parameter, gradient = parameters[i], gradients[i]
+            if gradient is None:
+                continue
+            if decay and decoupled:
+                parameter.mul_(1 - along(rate * decay, parameter))
+            elif decay:
+                gradient = gradient + decay * parameter
+            average, square = moments.averages[i], moments.squares[i]
+            average.lerp_(gradient, 1 - beta1)
+            square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            size = along(size, parameter)
+            parameter.sub_(size * average / (square.sqrt() / root + group["eps"]))
 
 
-def _counts_after(steps: Tensor, reached: Sequence[int]) -> Tensor:
-    """Counts of the parameters ``reached`` after one more update, ``(len(reached),)``."""
-    parts = [steps[first:end] for first, end in _consecutive(reached)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)) + 1
+def count_steps(steps: Tensor, added: Sequence[int]) -> None:
+    """Add to the counts of updates ``(N,)``, in place; one operation where all made as many."""
+    for more, places in _consecutive(added):
+        if more:
+            steps[places.start : places.stop].add_(more)
 
 
-def add_update(steps: Tensor, reached: Sequence[int]) -> None:
-    """Add 1 to the counts of the parameters ``reached``, in place."""
-    for first, end in _consecutive(sorted(reached)):
-        steps[first:end].add_(1)
-
-
-def _consecutive(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Ranges ``(first, end)`` of increasing numbers, ``end`` excluded."""
-    ranges: list[tuple[int, int]] = []
-    for number in numbers:
-        if ranges and ranges[-1][1] == number:
-            ranges[-1] = (ranges[-1][0], number + 1)
+def _consecutive(values: Sequence[Any]) -> list[tuple[Any, range]]:
+    """Each value of consecutive equal ones, and their places."""
+    found: list[tuple[Any, range]] = []
+    for i, value in enumerate(values):
+        if found and found[-1][0] == value:
+            found[-1] = (value, range(found[-1][1].start, i + 1))
         else:
-            ranges.append((number, number + 1))
-    return ranges
+            found.append((value, range(i, i + 1)))
+    return found
 
 
-def _of_each(values: Sequence[Any], numbers: Sequence[int]) -> Tensor:
-    """``values[number]`` for each of the numbers, stacked; a repeated value is not copied."""
-    parts = [
-        torch.as_tensor(values[number]).expand(len(list(same)), *values[number].shape)
-        for number, same in groupby(numbers)
-    ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _corrections(rate: Tensor, counts: Tensor, *betas: float) -> list[Sequence[Tensor]]:
+    """Step sizes, and roots of the second bias correction, of n parameters.
 
-
-def _corrections(rate: Tensor, count: Tensor, logs: Tensor) -> tuple[Sequence[Tensor], ...]:
-    """Step sizes, and roots of the second bias correction, of N parameters.
-
-    ``rate`` is ``(N,)`` or ``(N, P)``, ``count`` ``(N,)``, ``logs`` ``(N, 2)``. Powers are written as
-    exponentials of one tensor: Inductor stores that once, and would compute ``beta**count`` again
-    for every element of every parameter.
+    ``rate`` is ``()`` or ``(P,)``, ``counts`` ``(n,)``. Powers are written as exponentials of one
+    tensor: Inductor stores that once, and would compute ``beta**count`` again for every element of
+    every parameter.
     """
-    remaining = 1 - (count.to(logs).unsqueeze(-1) * logs).exp()
-    first, second = remaining.unbind(-1)
-    sizes = rate / (first if rate.ndim == 1 else first.unsqueeze(-1))
-    return sizes.unbind(), second.sqrt().unbind()
+    exact = counts.to(rate.device, number_dtype(rate.device))
+    logs = (math.log(beta) if beta else -math.inf for beta in betas)
+    first, second = (1 - (exact * log).exp() for log in logs)
+    sizes = rate / (first if rate.ndim == 0 else first.unsqueeze(-1))
+    return [sizes.unbind(), second.sqrt().unbind()]
+
+
+def number_dtype(device: torch.device) -> torch.dtype:
+    """That of Python's numbers, with which torch's optimizers compute; MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def along(values: Tensor, parameter: Tensor) -> Tensor:
@@ -257,4 +231,4 @@ def _check(group: dict[str, Any]) -> None:
                 "give one per entry of the first dimension."
             )
     where = next((parameter.device for parameter in group["params"]), rates.device)
-    group["rates"] = rates.to(where, torch.float32 if where.type == "mps" else torch.float64)
+    group["rates"] = rates.to(where, number_dtype(where))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,12 +11,15 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
+from torchrl.data.replay_buffers.samplers import RandomSampler
 from torchrl.objectives import HardUpdate
 
-from iql_torchrl.data.categories import category_limits, check_rows
+from iql_torchrl.config import Arithmetic
+from iql_torchrl.data.categories import check_rows
 from iql_torchrl.data.replay import DeviceSampler
+from iql_torchrl.data.shards.replay import ShardedReplay
 from iql_torchrl.data.windows import WindowStorage
-from iql_torchrl.losses import LOSSES, ImplicitQLoss
+from iql_torchrl.losses import LOSSES
 from iql_torchrl.private_apis import (
     compile_program,
     generator_of,
@@ -24,16 +29,20 @@ from iql_torchrl.private_apis import (
     version_of,
 )
 from iql_torchrl.update.adam import Moments
-from iql_torchrl.update.checks import check_alignment, check_cuda, check_replay
-from iql_torchrl.update.compiled import log_eager
+from iql_torchrl.update.compiled import (
+    GraphUpdate,
+    fits_a_graph,
+    log_eager,
+    program_options,
+    settings_of,
+    worth_checking,
+)
 from iql_torchrl.update.cuda_graph import CudaGraph
-from iql_torchrl.update.graph import GraphUpdate, fits_a_graph
-from iql_torchrl.update.inductor import program_options
-from iql_torchrl.update.schedules import coming_rates
-from iql_torchrl.update.snapshot import Snapshot, take_snapshot
-from iql_torchrl.update.step import IQLStep, Step, Terms, check_update_trains
+from iql_torchrl.update.step import IQLStep, Step
 
 __all__ = ["CapturedStep", "captured"]
+
+Program = tuple[Callable[..., object], Sequence[Any]]  # with its arguments
 
 
 def captured(
@@ -78,66 +87,35 @@ class CapturedStep:
             raise TypeError(f"updates is {updates!r}; expected a whole number >= 1.")
         if updates < 1:
             raise ValueError(f"updates is {updates}; expected at least 1 a call.")
-        check_replay(replay)
         self.step, self.replay, self.updates = step.plain, replay, updates
         self._device = self.step.device
-        if isinstance(replay, DeviceSampler) and replay.tables[0].device != self._device:
-            raise ValueError(
-                f"replay's rows are on {replay.tables[0].device} and the parameters on "
-                f"{self._device}; build the sampler with device={str(self._device)!r}."
-            )
+        _check_replay(replay, self._device)
         self._in_graph = fits_a_graph(self.step.optimizer)
         self._graph: CudaGraph | None = None
         if not self._in_graph:
             log_eager(self.step)
         elif CudaGraph.supports(self._device):
-            check_cuda(self.step, updates)
+            _check_cuda(self.step, updates)
             self._graph = CudaGraph(self._device)
-        self._copy: tuple[object, DeviceSampler] | None
         self._generator: torch.Generator | None = None  # of a buffer's copied rows
+        self._update = GraphUpdate(self.step)
         self.recapture()
-
-    @property
-    def plain(self) -> IQLStep:
-        """The step with the loss, the optimizer and all settings."""
-        return self.step
 
     def recapture(self) -> None:
         """Capture again at the next call, from a buffer's rows as they are then."""
-        self._copy = None
-        self._forget()
-
-    def _forget(self) -> None:
-        self._snapshot: Snapshot | None = None
-        self._program: Callable[[], object] | None = None
-        if self._graph is not None:
-            self._graph.forget()
-        if self._in_graph:
-            self._update = GraphUpdate(self.step)
+        self._copy: tuple[object, DeviceSampler] | None = None
+        self._made_for: tuple[Any, ...] | None = None  # what a program and its tensors are for
 
     def __call__(self) -> TensorDictBase:
-        check_update_trains(
-            independent_ranks=self.step.independent_ranks,
-            data_parallel=self.step.ranks is not None,
-        )
+        self.step.check_trains()
         rows = self._rows()
         if not self._in_graph:
             metrics = torch.stack([self.step(rows.sample()) for _ in range(self.updates)])
             return metrics.mean(0)
-        moments = self._update.moments()
-        seen = take_snapshot(self.step, rows, moments)
-        if self._snapshot is None or not seen.same(self._snapshot):
-            self._forget()
-            self._prepare(rows)
-            moments = self._update.moments()
-            self._record(rows, moments)
-            self._snapshot = take_snapshot(self.step, rows, moments)
-        self._train(lambda: self._run(rows, moments), rows.generator)
+        self._train(rows, self._program(rows))
         mark_stepped(self.step.optimizer)
-        means = (self._sums / self.updates).unbind()
-        return TensorDict(
-            dict(zip(self._names, means, strict=True)), batch_size=self._sums.shape[1:]
-        )
+        means = dict(zip(self._names, (self._sums / self.updates).unbind(), strict=True))
+        return TensorDict(means, batch_size=self._sums.shape[1:])
 
     def state_dict(self) -> dict[str, Any]:
         """The step's state, and the state of sampling from a buffer's rows."""
@@ -148,61 +126,93 @@ class CapturedStep:
         """Also of a plain step's state."""
         self.step.load_state_dict(state_dict)
         generator = state_dict.get("generator")
-        self._copy = None
-        self._generator = None
+        self._copy = self._generator = None
         if generator is not None:
             self._generator = torch.Generator(self._device)
             self._generator.set_state(generator.cpu())
 
-    # -- one update ------------------------------------------------------------------------------
+    # -- the program of one update -------------------------------------------------------------------
+
+    def _program(self, rows: DeviceSampler) -> Program:
+        """The program for the step as it is now, and its arguments.
+
+        The guards of ``torch.compile`` are checked here, once for all updates of a call: where
+        something differs from what a program was made for, another one is made.
+        """
+        with self.step.setting(), tracing_gradients():
+            self._prepare(rows)
+            self._traced(rows, self._update.moments())
+        function, arguments = self._kept
+        self._kept.clear()
+        return function, arguments
 
     def _prepare(self, rows: DeviceSampler) -> None:
-        """What a capture reads and writes besides the step's own tensors."""
-        check_rows(rows, category_limits(self.step.loss))
-        self._names = _metric_names(self.step.loss)
-        self._index = torch.zeros(rows.batch_size, dtype=torch.int64, device=self._device)
-        runs = () if self.step.members is None else (self.step.members,)
-        self._sums = torch.zeros(
-            (len(self._names), *runs), dtype=torch.float64, device=self._device
-        )
-        inputs = self.step.loss.random_inputs(rows.gather(self._index).batch_size)
-        like = next(self.step.loss.parameters())
-        # by name, the draw and the tensor that the program reads
-        self._draws = {
-            name: (draw, draw.empty(like))
-            for name, draw in inputs.items()
-            if rows.column((name,)) is None
-        }
+        """Make what a program reads and writes besides the step's own tensors, where it changed."""
+        loss, where = self.step.loss, self._device
+        _ = loss.in_keys  # kept by the loss from now on: a guard would notice that later
+        if self._made_for is None or self._made_for[:2] != (rows, rows.batch_size):
+            self._index = torch.zeros(rows.batch_size, dtype=torch.int64, device=where)
+            self._shape = rows.gather(self._index).batch_size
+        names, inputs = [*LOSSES, *loss.scalar_names], loss.random_inputs(self._shape)
         groups = len(self.step.optimizer.param_groups)
-        self._rates = torch.zeros(  # of the coming updates, and the one after them
-            (self.updates + 1, groups), dtype=torch.float64, device=self._device
+        made_for = (rows, rows.batch_size, names, inputs, groups, loss.kept_networks)
+        if made_for == self._made_for:
+            return
+        check_rows(rows, self._update.limits)
+        self._made_for, self._names = made_for, names
+        runs = () if loss.members is None else (loss.members,)
+        self._sums = torch.zeros((len(names), *runs), dtype=torch.float64, device=where)
+        # learning rates of the coming updates, and of the one after them
+        self._rates = torch.zeros((self.updates + 1, groups), dtype=torch.float64, device=where)
+        drawn = {name: draw for name, draw in inputs.items() if rows.column((name,)) is None}
+        like = next(loss.parameters())
+        # by name, the draw and the tensor that the program reads
+        self._draws = {name: (draw, draw.empty(like)) for name, draw in drawn.items()}
+        self._traced = self._new_program()
+
+    def _new_program(self) -> Callable[..., None]:
+        """:meth:`_one_update` under ``torch.compile``; a call executes nothing of it.
+
+        It puts the program, and the arguments with which it makes the update, into ``self._kept``.
+        Dynamo keeps its backends alive, so this one refers to no tensors.
+        """
+        options = program_options(self._device, self.step.loss.parameters())
+        kept: list[Any] = []
+        self._kept = kept
+
+        def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., tuple[()]]:
+            function = compile_program(graph, inputs, options)
+
+            def keep(*arguments: Any) -> tuple[()]:
+                kept[:] = function, arguments
+                return ()
+
+            return keep
+
+        guards: Any = {"guard_filter_fn": worth_checking}
+        return torch.compile(
+            self._one_update, fullgraph=True, dynamic=False, backend=backend, options=guards
         )
 
-    def _record(self, rows: DeviceSampler, moments: Moments) -> None:
-        """Compile one update and keep the program with its arguments; nothing is updated yet."""
-        update, loss = self._update, self.step.loss
+    def _one_update(self, rows: DeviceSampler, moments: Moments) -> None:
         draws = {name: out for name, (_, out) in self._draws.items()}
-        recorder = Recorder(program_options(self._device, loss.parameters()))
+        batch = self.step.loss.read(rows.gather(self._index), draws)
+        losses, summary = self._update.run(batch, moments)
+        metrics = losses | summary
+        self._sums.add_(torch.stack([metrics[name].double() for name in self._names]))
 
-        def one_update() -> None:
-            batch = rows.gather(self._index)
-            self._add(update(loss.read(batch, draws), moments))
+    # -- the updates of a call ---------------------------------------------------------------------
 
-        traced = torch.compile(one_update, fullgraph=True, dynamic=False, backend=recorder)
-        with self.step.setting(), tracing_gradients():
-            traced()
-        self._program = recorder.release()
-
-    def _add(self, terms: Terms) -> None:
-        metrics = terms[0] | terms[1]
-        self._sums.add_(torch.stack([metrics[name].detach().double() for name in self._names]))
-
-    def _train(self, work: Callable[[], None], generator: torch.Generator) -> None:
+    def _train(self, rows: DeviceSampler, program: Program) -> None:
         """All updates of a call. Nothing advances where a capture or a check before it raises."""
         updater, graph = self.step.target_updater, self._graph
+
+        def work() -> None:
+            self._run(rows, program)
+
         if graph is not None:
-            check_alignment(updater, self.updates)
-            graph.record(work, generator)
+            _check_alignment(updater, self.updates)
+            graph.record(work, rows.generator, self._fixed(rows, program))
         rates = coming_rates(self.step, self.updates)
         if rates is not None:
             self._rates.copy_(rates, non_blocking=True)
@@ -214,31 +224,38 @@ class CapturedStep:
             for _ in range(self.updates):
                 updater.step()
 
-    def _run(self, rows: DeviceSampler, moments: Moments) -> None:
-        program = self._program
-        assert program is not None
-        self._sums.zero_()
-        updater = self.step.target_updater
+    def _run(self, rows: DeviceSampler, program: Program) -> None:
+        function, arguments = program
+        updater, scheduled = self.step.target_updater, bool(self.step.lr_schedulers)
         in_python = not self.step.followed.targets and self._graph is None
-        scheduled = bool(self.step.lr_schedulers)
+        self._sums.zero_()
         for number in range(self.updates):
             torch.randint(rows.rows, self._index.shape, generator=rows.generator, out=self._index)
             for draw, out in self._draws.values():
                 draw.fill(out, rows.generator)
             if scheduled:
-                self._set_rates(moments, self._rates[number])
-            program()
+                self._update.rates.copy_(self._rates[number])
+            function(*arguments)
             if in_python and updater is not None:
                 updater.step()
         if scheduled:
-            self._set_rates(moments, self._rates[self.updates])
+            self._update.rates.copy_(self._rates[self.updates])
 
-    def _set_rates(self, moments: Moments, values: Tensor) -> None:
-        for rate, value in zip(moments.rates, values.unbind(), strict=True):
-            rate.copy_(value)
-        self._update.forget_rates()
+    def _fixed(self, rows: DeviceSampler, program: Program) -> tuple[Any, ...]:
+        """What a CUDA graph of :meth:`_run` has fixed, tensors as addresses."""
+        function, arguments = program
+        cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+        return (
+            function,
+            [t.data_ptr() if isinstance(t, Tensor) else t for t in arguments],
+            (rows, rows.rows, rows.generator, bool(self.step.lr_schedulers)),
+            # torch's settings that decide which kernels are launched
+            (Arithmetic.current(), cudnn.deterministic, cudnn.benchmark),
+            matmul.allow_bf16_reduced_precision_reduction,
+            matmul.allow_fp16_reduced_precision_reduction,
+        )
 
-    # -- what may change between calls -----------------------------------------------------------
+    # -- rows of a buffer ----------------------------------------------------------------------------
 
     def _rows(self) -> DeviceSampler:
         """The sampler itself, or one over the buffer's rows as they are now."""
@@ -249,38 +266,15 @@ class CapturedStep:
         if self._copy is None or self._copy[0] != state:
             if self._generator is None:
                 self._generator = torch.Generator(self._device).manual_seed(_seed_from(replay))
-            rows = self._sampler_of(replay)
+            size: Any = replay.batch_size
+            rows: DeviceSampler
+            if isinstance(replay.storage, WindowStorage):  # whose frames are held once
+                rows = replay.storage.windows.device_sampler(size, self._device, seed=0)
+            else:
+                rows = DeviceSampler(replay[:].exclude("index"), size, device=self._device, seed=0)
             rows.generator = self._generator
             self._copy = (state, rows)
         return self._copy[1]
-
-    def _sampler_of(self, replay: ReplayBuffer) -> DeviceSampler:
-        """A sampler over all rows of a buffer; of windows it holds the frames, once."""
-        size, where = replay.batch_size, self._device
-        if isinstance(replay.storage, WindowStorage):
-            return replay.storage.windows.device_sampler(size, where, seed=0)
-        return DeviceSampler(replay[:].exclude("index"), size, device=where, seed=0)
-
-
-class Recorder:
-    """A backend of ``torch.compile`` that keeps the program and its arguments, and runs nothing."""
-
-    def __init__(self, options: Mapping[str, Any]) -> None:
-        self._options = options
-
-    def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        self._function: Any = compile_program(graph, inputs, self._options)
-        return self._keep
-
-    def _keep(self, *arguments: Any) -> tuple[()]:
-        self._arguments = arguments
-        return ()
-
-    def release(self) -> Callable[[], object]:
-        """The program as a function. Dynamo keeps its backends alive, so this one drops its data."""
-        function, arguments = self._function, self._arguments
-        del self._function, self._arguments
-        return lambda: function(*arguments)
 
 
 def _versions(replay: ReplayBuffer) -> tuple[int, ...]:
@@ -292,13 +286,124 @@ def _versions(replay: ReplayBuffer) -> tuple[int, ...]:
     return tuple(version_of(leaf) for leaf in leaves if not leaf.is_inference())
 
 
-def _metric_names(loss: ImplicitQLoss) -> list[str]:
-    """Names of the step's metrics."""
-    return [*LOSSES, *loss.scalar_names]
-
-
 def _seed_from(replay: ReplayBuffer) -> int:
     """A seed drawn from the buffer's generator, or torch's own."""
     generator = generator_of(replay)
     where = "cpu" if generator is None else generator.device
     return int(torch.randint(2**62, (), generator=generator, device=where))
+
+
+def _check_replay(replay: DeviceSampler | ReplayBuffer, device: torch.device) -> None:
+    if isinstance(replay, DeviceSampler):
+        if replay.tables[0].device != device:
+            raise ValueError(
+                f"replay's rows are on {replay.tables[0].device} and the parameters on {device}; "
+                f"build the sampler with device={str(device)!r}."
+            )
+        return
+    if isinstance(replay, ShardedReplay):
+        raise TypeError(
+            "replay is a ShardedReplay, whose shards are replaced while training; captured updates "
+            "read rows that stay. Use compiled(step) or the step itself with OfflineTrainer, or a "
+            "DeviceSampler where the log fits into memory."
+        )
+    if not isinstance(replay, ReplayBuffer):
+        raise TypeError(
+            f"replay is {type(replay).__name__}; expected a DeviceSampler or a TorchRL replay buffer."
+        )
+    if type(replay.sampler) is not RandomSampler:
+        raise ValueError(
+            f"replay samples with {type(replay.sampler).__name__}; captured updates sample "
+            "uniformly on the device. Use RandomSampler, or the step or compiled(step) in a loop."
+        )
+    if len(replay.transform):
+        raise ValueError(
+            "replay has transforms, which would run in Python at every update. Apply them to "
+            "the data once, or use the step or compiled(step) in a loop."
+        )
+    if replay.batch_size is None:
+        raise ValueError("replay has no batch_size; give it one when you build it.")
+
+
+def _check_cuda(step: IQLStep, updates: int) -> None:
+    """Raise ``ValueError`` on an optimizer or updater that a CUDA graph cannot hold."""
+    optimizer, updater = step.optimizer, step.target_updater
+    if step.ranks is not None:
+        raise ValueError(
+            f"the step is data parallel over {step.ranks.size} ranks, and sums over GPUs inside a CUDA "
+            "graph are not tested yet, so they are refused; use compiled(step), or captured with a "
+            "step on one GPU without data_parallel."
+        )
+    options = ("capturable", "fused")
+    if not all(any(group.get(name) for name in options) for group in optimizer.param_groups):
+        raise ValueError(
+            f"optimizer is a {type(optimizer).__name__} that counts its updates on the CPU; build it "
+            f"with {' or '.join(f'{name}=True' for name in options)}, or use compiled(step)."
+        )
+    if updater is not None and not step.followed.targets and not isinstance(updater, HardUpdate):
+        raise ValueError(
+            f"a {type(updater).__name__} moves the targets in Python, after every update; use "
+            "SoftUpdate or HardUpdate, or compiled(step)."
+        )
+    _check_alignment(updater, updates)
+
+
+def _check_alignment(updater: Any, updates: int) -> None:
+    """Raise ``ValueError`` unless a ``HardUpdate`` copies after the last update of a call."""
+    if not isinstance(updater, HardUpdate):
+        return
+    period = updater.value_network_update_interval + 1  # the update that copies is not counted
+    coming = period - updater.counter
+    if period % updates or coming % updates:
+        raise ValueError(
+            f"HardUpdate copies to the targets every {period} updates, next after {coming}, and a "
+            f"call makes {updates}; choose updates that divide both."
+        )
+
+
+def coming_rates(step: IQLStep, updates: int) -> Tensor | None:
+    """Step every schedule ``updates`` times; the learning rates before and after each time.
+
+    Float64 ``(updates + 1, groups)``: row 0 is for the first update, the last row for the update
+    after these. On the CPU, or on the parameters' device where a learning rate is a tensor there: then
+    nothing waits for the device. None where no schedule is.
+
+    Raises ``ValueError`` where a schedule changes other settings of the optimizer; schedules and
+    optimizer are then as before.
+    """
+    schedulers, groups = step.lr_schedulers, step.optimizer.param_groups
+    if not schedulers:
+        return None
+    mark_stepped(step.optimizer)
+    states = copy.deepcopy([scheduler.state_dict() for scheduler in schedulers])
+    before = [(settings_of(group), copy.deepcopy(group["lr"])) for group in groups]
+    rows = [_rates(groups, step.device)]
+    for _ in range(updates):
+        for scheduler in schedulers:
+            scheduler.step()
+        rows.append(_rates(groups, step.device))
+    if all(settings_of(group) == old for group, (old, _) in zip(groups, before, strict=True)):
+        return torch.stack(rows)
+    for scheduler, state in zip(schedulers, states, strict=True):
+        scheduler.load_state_dict(state)
+    for group, (settings, rate) in zip(groups, before, strict=True):
+        group.update(settings)
+        if isinstance(rate, Tensor):
+            group["lr"].copy_(rate)
+        else:
+            group["lr"] = rate
+    raise ValueError(
+        "a schedule changes more than learning rates, which a captured update has fixed; "
+        "pass cycle_momentum=False to OneCycleLR or CyclicLR, or use the plain step."
+    )
+
+
+def _rates(groups: Sequence[dict[str, Any]], device: torch.device) -> Tensor:
+    """Learning rates ``(groups,)``; none that is on ``device`` is read, which would wait for it."""
+    rates, exact = [group["lr"] for group in groups], torch.float64
+    there = [isinstance(rate, Tensor) and rate.device == device for rate in rates]
+    if not any(there):
+        return torch.tensor([float(rate) for rate in rates], dtype=exact)
+    pairs = zip(rates, there, strict=True)
+    full = functools.partial(torch.full, (), dtype=exact, device=device)
+    return torch.stack([rate.to(exact) if on else full(float(rate)) for rate, on in pairs])

@@ -4,45 +4,67 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
+from torch import Tensor
+from torch.optim import Adam, AdamW, Optimizer
 from torchrl import logger as torchrl_logger
 
+from iql_torchrl.config import launches_kernels
 from iql_torchrl.data.categories import category_limits, check_categories
 from iql_torchrl.losses.batch import Batch
-from iql_torchrl.private_apis import mark_stepped, recompilation_reason, tracing_gradients
-from iql_torchrl.update.adam import Moments
-from iql_torchrl.update.graph import GraphUpdate, fits_a_graph
-from iql_torchrl.update.inductor import CUDA_GRAPHS, correct_programs, program_options
-from iql_torchrl.update.step import IQLStep, Step, Terms, check_update_trains
-
-__all__ = ["CompiledStep", "compiled", "log_eager"]
-
-KEPT_GUARDS = (
-    "AUTOGRAD_SAVED_TENSORS_HOOKS",
-    "CONSTANT_MATCH",
-    "DEFAULT_DEVICE",
-    "DETERMINISTIC_ALGORITHMS",
-    "EQUALS_MATCH",
-    "FUNCTORCH_STACK_MATCH",
-    "GLOBAL_STATE",
-    "GRAD_MODE",
-    "ID_MATCH",
-    "SHAPE_ENV",
-    "TENSOR_MATCH",
-    "TORCH_FUNCTION_STATE",
+from iql_torchrl.private_apis import (
+    inductor_settings,
+    mark_stepped,
+    recompilation_reason,
+    tracing_gradients,
+    untiled_loops_only,
 )
+from iql_torchrl.update.adam import (
+    Moments,
+    StackedAdam,
+    adam_step,
+    count_steps,
+    number_dtype,
+    start,
+)
+from iql_torchrl.update.step import IQLStep, Step, Terms
+
+__all__ = [
+    "CompiledStep",
+    "GraphUpdate",
+    "compiled",
+    "fits_a_graph",
+    "log_eager",
+    "program_options",
+    "settings_of",
+    "worth_checking",
+]
+
 MANY_COMPILATIONS = 10
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
+CUDA_GRAPHS = "triton.cudagraphs"  # off even where it was switched on globally
+# On a GPU the launches take the time of an update of small networks. Independent kernels are then
+# joined into one, without timing which ones; and a reduction of at most UNSPLIT numbers is one kernel
+# and not two.
+JOINED = {
+    "combo_kernels": True,
+    "combo_kernels_autotune": 0,
+    "combo_kernels_pointwise_only": True,
+    "combo_kernel_max_num_nodes": 32,  # torch 2.13; earlier versions have no limit of their own
+}
+UNSPLIT = 2**17
+OF_NETWORKS = ("CONSTANT_MATCH", "EQUALS_MATCH", "ID_MATCH", "TENSOR_MATCH")
 NOISE = ("EMPTY_NN_MODULE_HOOKS_DICT", "HASATTR", "NOT_PRESENT_IN_GENERIC_DICT")
 INNER = ("type(", "dict(", "list(")
-# Globals of libraries, as Dynamo names them: MODULE.NAME is G['__import_MODULE'].NAME.
+# Globals of libraries, as Dynamo names them: MODULE.NAME is G['__import_MODULE'].NAME. The chosen
+# library of products is a global of iql_torchrl.config.
 OF_LIBRARIES = re.compile(
-    r"G\['(__import_(torch|tensordict|torchrl|iql_torchrl|numpy|contextlib|dataclasses)(_dot_|')"
-    r"|__builtins_dict__|_\d+_c\d+)"
+    r"G\['(__import_(torch|tensordict|torchrl|iql_torchrl(?!_dot_config)|numpy|contextlib|dataclasses)"
+    r"(_dot_|')|__builtins_dict__|_\d+_c\d+)"
 )
 
 
@@ -75,6 +97,130 @@ def compiled(step: Step, **torch_compile_kwargs: Any) -> Step:
     return CompiledStep(plain, _compile_options(plain, torch_compile_kwargs))
 
 
+def fits_a_graph(optimizer: Optimizer) -> bool:
+    """Whether the optimizer's update is :func:`iql_torchrl.update.adam.adam_step`."""
+    unusual = ("amsgrad", "maximize", "differentiable")
+    plain = type(optimizer) in (Adam, AdamW, StackedAdam)
+    return plain and not any(g.get(name) for g in optimizer.param_groups for name in unusual)
+
+
+def log_eager(step: IQLStep) -> None:
+    """Say in the log that the step's optimizer is not compiled."""
+    torchrl_logger.warning(
+        f"{type(step.optimizer).__name__} is not compiled: updates run eagerly. Adam and AdamW, "
+        "without amsgrad, maximize and differentiable, are compiled."
+    )
+
+
+class CompiledStep(Step):
+    """The update of the step ``plain`` as one graph.
+
+    Its state is the plain step's, and so are its settings, in both directions.
+    """
+
+    def __init__(self, plain: IQLStep, options: dict[str, Any]) -> None:
+        update = GraphUpdate(plain)
+        program = torch.compile(update.run, **options)
+        self.__dict__.update(_plain=plain, _update=update, _program=program)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__.get("_plain"), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.plain, name, value)
+
+    @property
+    def plain(self) -> IQLStep:
+        plain: IQLStep = self._plain
+        return plain
+
+    def learn(self, batch: TensorDictBase) -> Terms:
+        plain, moments = self.plain, self._update.moments()
+        with plain.setting(), tracing_gradients():
+            read = plain.loss.read(batch)
+            if plain.device.type == "cpu":  # elsewhere it would wait for the device
+                check_categories(read.data, self._update.limits)
+            terms: Terms = self._program(read, moments)
+            mark_stepped(plain.optimizer)
+            return terms
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.plain.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.plain.load_state_dict(state_dict)
+
+
+class GraphUpdate:
+    """The update of ``step`` as a function of tensors, of which graphs are made."""
+
+    def __init__(self, step: IQLStep) -> None:
+        self.step = step
+        self.limits = category_limits(step.loss)
+        self.settings: list[dict[str, Any]] = []  # Dynamo would guard all of the optimizer's groups
+        self.rates = torch.zeros(0)
+        self._numbers: list[Any] = []  # what was written into it
+
+    def run(self, batch: Batch, moments: Moments) -> Terms:
+        """Losses, gradients, clipping, Adam and Polyak step; new values are written in place.
+
+        Returns losses and summary, detached: nothing may carry a gradient out of a graph.
+        """
+        step = self.step
+        parameters, group_of, _ = step.trained
+        added = [0] * len(parameters)
+
+        def descend(loss: Tensor) -> None:
+            if loss.requires_grad and parameters:
+                found = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+                gradients = step.summed_and_clipped(list(found))
+                with torch.no_grad():
+                    values = [parameter.data for parameter in parameters]
+                    adam_step(values, gradients, moments, self.settings, group_of, added)
+
+        terms = step.update(batch, descend)
+        count_steps(moments.steps, added)
+        step.move_targets()
+        losses, summary = ({k: v.detach() for k, v in each.items()} for each in terms)
+        return losses, summary
+
+    def moments(self) -> Moments:
+        """The optimizer's state, made where there is none, and its current rates as tensors."""
+        step, optimizer = self.step, self.step.optimizer
+        self.settings = [settings_of(group) for group in optimizer.param_groups]
+        parameters, group_of, _ = step.list_trained()
+        states = [optimizer.state[p] for p in parameters]
+        for parameter, state, number in zip(parameters, states, group_of, strict=True):
+            if not state:
+                group = optimizer.param_groups[number]
+                on_device = group.get("fused") or group.get("capturable")
+                start(state, parameter, parameter.device if on_device else torch.device("cpu"))
+        return Moments.of(states, step.counts.of(states), self._current_rates())
+
+    def _current_rates(self) -> list[Tensor]:
+        """Those of the groups, as views of :attr:`rates`; numbers are written where they changed."""
+        groups, device = self.step.optimizer.param_groups, self.step.device
+        if len(self._numbers) != len(groups):
+            self._numbers = [None] * len(groups)
+            self.rates = torch.zeros(len(groups), dtype=number_dtype(device), device=device)
+            self._views = list(self.rates.unbind())  # separate inputs of a program: fewer kernels
+        for i, rate in enumerate(group["lr"] for group in groups):
+            if isinstance(rate, Tensor):
+                self._views[i].copy_(rate, non_blocking=True)
+            elif rate != self._numbers[i]:
+                self._views[i].fill_(rate)
+            self._numbers[i] = rate
+        return self._views
+
+
+def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's group without its parameters and learning rate."""
+    return {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
+
+
+# -- what torch.compile is told ------------------------------------------------------------------------
+
+
 def _compile_options(plain: IQLStep, given: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of ``torch.compile``, in dicts of their own: it takes entries out of them."""
     options = {"fullgraph": True, **given}
@@ -86,16 +232,14 @@ def _compile_options(plain: IQLStep, given: Mapping[str, Any]) -> dict[str, Any]
             "the metrics of one update at the next. Use captured(step, replay, updates=K), which "
             "records K updates as one CUDA graph, or mode='max-autotune-no-cudagraphs'."
         )
-    if "mode" in options:  # torch.compile accepts no options beside a mode
+    # torch.compile accepts no options beside a mode
+    if "mode" in options or ("backend" in options and "options" not in options):
         return options
-    if "options" in given:
-        inductor = options.get("backend", "inductor") == "inductor"
-        own = correct_programs(plain.device) if inductor else {}
-        inner = {"guard_filter_fn": counted(worth_checking), **own, **inner}
-    elif "backend" not in options:
-        own = program_options(plain.device, plain.loss.parameters())
-        inner = {"guard_filter_fn": counted(worth_checking), **own}
-    return options | ({"options": inner} if inner else {})
+    own: dict[str, Any] = {}
+    if options.get("backend", "inductor") == "inductor":
+        every = program_options(plain.device, plain.loss.parameters())
+        own = correct_programs(plain.device) if "options" in options else every
+    return options | {"options": {"guard_filter_fn": counted(worth_checking), **own, **inner}}
 
 
 def counted(keep: Callable[[Sequence[Any]], Sequence[bool]]) -> Callable[..., Sequence[bool]]:
@@ -119,14 +263,6 @@ def counted(keep: Callable[[Sequence[Any]], Sequence[bool]]) -> Callable[..., Se
     return filtered
 
 
-def log_eager(step: IQLStep) -> None:
-    """Say in the log that the step's optimizer is not compiled."""
-    torchrl_logger.warning(
-        f"{type(step.optimizer).__name__} is not compiled: updates run eagerly. Adam and AdamW, "
-        "without amsgrad, maximize and differentiable, are compiled."
-    )
-
-
 def worth_checking(guards: Sequence[Any]) -> list[bool]:
     """Which of Dynamo's guards to keep: thousands watch classes, hooks and module internals.
 
@@ -139,63 +275,52 @@ def worth_checking(guards: Sequence[Any]) -> list[bool]:
         or (
             not guard.name.startswith(INNER)
             and not OF_LIBRARIES.match(guard.name)
-            and (
-                guard.guard_type in KEPT_GUARDS
-                or ("network" not in guard.name and guard.guard_type not in NOISE)
-            )
+            and guard.guard_type not in NOISE
+            and ("network" not in guard.name or guard.guard_type in OF_NETWORKS)
         )
         for guard in guards
     ]
 
 
-def _of_plain(name: str) -> Any:
-    """An attribute that is read from the plain step and written to it."""
-    return property(
-        lambda step: getattr(step.plain, name),
-        lambda step, value: setattr(step.plain, name, value),
+def program_options(device: torch.device, parameters: Iterable[Tensor]) -> dict[str, Any]:
+    """Options of Inductor for an update of these parameters, of those that this torch knows.
+
+    On a CPU the C++ wrapper; on a GPU joined kernels.
+    """
+    options: dict[str, Any] = {CUDA_GRAPHS: False, **correct_programs(device)}
+    if device.type == "cpu":
+        options["cpp_wrapper"] = True
+    elif launches_kernels(device):
+        options |= JOINED
+        if max(parameter.numel() for parameter in parameters) <= UNSPLIT:
+            options["split_reductions"] = False
+    return _known(options)
+
+
+def correct_programs(device: torch.device) -> dict[str, Any]:
+    """Options that every program needs to compute the right numbers: on a CPU, a pass of Inductor.
+
+    A torch without such passes is believed to have the repair (torch 2.15 has it); a log line says so,
+    and ``tests/population/test_population_compiled.py`` compares such programs with eager updates.
+    """
+    if device.type != "cpu":
+        return {}
+    options = _known({"_post_fusion_custom_pass": untiled_loops_only()})
+    if any(options.values()):
+        return options
+    _log_once(
+        f"torch {torch.__version__} lacks the Inductor pass that keeps tiled loops apart; programs "
+        "are right only if it has the repair of pytorch issue 185702. Compare some compiled "
+        "updates with eager ones, or train eagerly."
     )
+    return {}
 
 
-class CompiledStep(Step):
-    """The update of the step ``plain`` as one graph; its settings and state are the plain step's."""
+@functools.cache
+def _log_once(message: str) -> None:
+    torchrl_logger.warning(message)
 
-    loss, optimizer = _of_plain("loss"), _of_plain("optimizer")
-    target_updater, lr_schedulers = _of_plain("target_updater"), _of_plain("lr_schedulers")
-    order, max_grad_norm = _of_plain("order"), _of_plain("max_grad_norm")
-    precision, independent_ranks = _of_plain("precision"), _of_plain("independent_ranks")
-    members, ranks = _of_plain("members"), _of_plain("ranks")
 
-    def __init__(self, plain: IQLStep, options: dict[str, Any]) -> None:
-        self._plain = plain
-        self._limits = category_limits(plain.loss)
-        self._update = GraphUpdate(plain)
-        self._program = torch.compile(self._graph, **options)
-
-    @property
-    def plain(self) -> IQLStep:
-        return self._plain
-
-    def _graph(self, batch: Batch, moments: Moments) -> Terms:
-        return self._update(batch, moments)
-
-    def learn(self, batch: TensorDictBase) -> Terms:
-        plain = self._plain
-        check_update_trains(
-            independent_ranks=plain.independent_ranks, data_parallel=plain.ranks is not None
-        )
-        self._update.follow_freezing()
-        with plain.setting(), tracing_gradients():
-            read = plain.loss.read(batch)
-            if (
-                self._limits and plain.device.type == "cpu"
-            ):  # elsewhere it would wait for the device
-                check_categories(read.data, self._limits)
-            terms: Terms = self._program(read, self._update.moments())
-            mark_stepped(plain.optimizer)
-            return terms
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._plain.state_dict()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self._plain.load_state_dict(state_dict)
+def _known(options: Mapping[str, Any]) -> dict[str, Any]:
+    known = inductor_settings()
+    return {name: value for name, value in options.items() if name in known}

@@ -25,25 +25,25 @@ class CudaGraph:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._fixed: object = None
         self._warm = False
 
     @staticmethod
     def supports(device: torch.device) -> bool:
         return device.type == "cuda"
 
-    def forget(self) -> None:
-        """Free the graph; the next run does the work as it is."""
-        if self._graph is not None:
-            self._graph.reset()
-        self._graph = None
-        self._warm = False
-
-    def record(self, work: Callable[[], object], generator: torch.Generator) -> None:
+    def record(self, work: Callable[[], object], generator: torch.Generator, fixed: object) -> None:
         """Record ``work``, which draws from ``generator``; nothing of it is executed.
 
-        Does nothing before the first run, or where the work is recorded. A failure leaves the
-        generator, the current device and the current stream as they were.
+        Does nothing before the first run, or where the work is recorded. Where ``fixed``, by which
+        works are told apart, is another than before, the graph is freed and the next run does the work
+        as it is. A failure leaves the generator, the current device and the current stream as they
+        were.
         """
+        if fixed != self._fixed:
+            if self._graph is not None:
+                self._graph.reset()
+            self._graph, self._warm, self._fixed = None, False, fixed
         if self._graph is not None or not self._warm:
             return
         before = generator.clone_state()

@@ -21,21 +21,23 @@ from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
 from iql_torchrl.config import choose_products, chosen_products, launches_kernels
+from iql_torchrl.distributed import Ranks
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.losses.batch import Batch
 from iql_torchrl.networks.products import is_wide, settle_products
 from iql_torchrl.private_apis import children_of
-from iql_torchrl.update.adam import JoinedCounts
-from iql_torchrl.update.joined import Exchange, Part, summed_gradients
+from iql_torchrl.update.adam import JoinedCounts, along
+from iql_torchrl.update.divided import Part
 
 with warnings.catch_warnings():  # TorchRL warns about its own classes when these are first imported
     warnings.simplefilter("ignore", DeprecationWarning)
     from torchrl.trainers import OptimizationStepper, Trainer
 
-__all__ = ["IQLStep", "Step", "Terms", "check_update_trains", "clip", "part_of"]
+__all__ = ["IQLStep", "Step", "Terms", "Trained", "part_of"]
 
 
 Terms = tuple[dict[str, Tensor], dict[str, Tensor]]
+Gradients = list["Tensor | None"]
 
 
 class Followed(NamedTuple):
@@ -45,19 +47,19 @@ class Followed(NamedTuple):
     targets: list[Tensor]
 
 
+class Trained(NamedTuple):
+    """The optimizer's parameters that are trained; those of each network by their places in the list.
+
+    Parameter ``i`` is in the optimizer's group ``group_of[i]``.
+    """
+
+    parameters: list[Tensor]
+    group_of: list[int]
+    networks: list[list[int]]
+
+
 class Step(OptimizationStepper):
     """What :class:`IQLStep` and the step that ``compiled`` returns have in common; abstract."""
-
-    loss: ImplicitQLoss
-    optimizer: Optimizer
-    target_updater: TargetNetUpdater | None
-    lr_schedulers: tuple[LRScheduler, ...]
-    order: str
-    max_grad_norm: float | None
-    precision: str
-    independent_ranks: bool
-    ranks: Exchange | None
-    members: int | None
 
     @property
     @abstractmethod
@@ -72,8 +74,9 @@ class Step(OptimizationStepper):
         """
 
     def __call__(self, batch: TensorDictBase) -> TensorDictBase:
-        losses, summary = self.learn(batch)
         plain = self.plain
+        plain.check_trains()
+        losses, summary = self.learn(batch)
         metrics = plain.loss.outputs(batch, losses, summary).detach()
         if plain.target_updater is not None and not plain.followed.targets:
             plain.target_updater.step()
@@ -159,29 +162,24 @@ class IQLStep(Step):
         _check_parts(loss, optimizer, target_updater)
         self.loss = loss
         _ = loss.value_estimator  # TorchRL makes the default one here, and not in a traced update
-        self.precision = precision
-        self.independent_ranks = independent_ranks
-        self.ranks: Exchange | None = None
-        self.optimizer = optimizer
-        self.target_updater = target_updater
-        self.order = order
-        self.max_grad_norm = max_grad_norm
-        if lr_scheduler is None:
-            lr_scheduler = ()
-        elif not isinstance(lr_scheduler, Sequence):
-            lr_scheduler = (lr_scheduler,)
-        self.lr_schedulers = tuple(lr_scheduler)
+        self.optimizer, self.target_updater = optimizer, target_updater
+        self.order, self.max_grad_norm = order, max_grad_norm
+        self.precision, self.independent_ranks = precision, independent_ranks
+        self.ranks: Ranks | None = None
+        if not isinstance(lr_scheduler, Sequence):
+            lr_scheduler = () if lr_scheduler is None else (lr_scheduler,)
+        self.lr_schedulers: tuple[LRScheduler, ...] = tuple(lr_scheduler)
         for scheduler in self.lr_schedulers:
             if isinstance(scheduler, ReduceLROnPlateau):
                 raise TypeError(
                     "lr_scheduler is a ReduceLROnPlateau, which steps on a score: step it yourself "
                     "after an evaluation."
                 )
-        self.members = loss.members
-        self.trainable = [_trainable(loss, name) for name in loss.network_names]
         self.followed = _followed_tensors(target_updater)
         self.averaged = Followed(*loss.average_pairs())
         self._is_wide = is_wide(loss.parameters())
+        self._flags: list[bool] | None = None
+        self.list_trained()
         self.counts = JoinedCounts()  # which all graphs of this step share
 
     @property
@@ -194,10 +192,9 @@ class IQLStep(Step):
         where: torch.device = self.optimizer.param_groups[0]["params"][0].device
         return where
 
+    # -- the update --------------------------------------------------------------------------------
+
     def learn(self, batch: TensorDictBase) -> Terms:
-        check_update_trains(
-            independent_ranks=self.independent_ranks, data_parallel=self.ranks is not None
-        )
         with self.setting():
             terms = self.update(self.loss.read(batch), self._descend)
             self.move_targets()
@@ -235,31 +232,114 @@ class IQLStep(Step):
         losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value}
         return losses, of_value | of_actor | of_qvalue, batch
 
+    def _descend(self, loss: Tensor) -> None:
+        """One optimizer step on ``loss``; parameters without a gradient are not changed."""
+        if not loss.requires_grad:  # every network it reaches is frozen
+            return
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+        loss.sum().backward()  # of a population's runs; one number otherwise
+        if self.ranks is not None or self.max_grad_norm is not None:
+            parameters = self.list_trained().parameters
+            gradients = self.summed_and_clipped([parameter.grad for parameter in parameters])
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+        self.optimizer.step()
+
+    def summed_and_clipped(self, gradients: Gradients) -> Gradients:
+        """Gradients of :attr:`trained`, summed over ranks, then each network's scaled down."""
+        if self.ranks is not None:
+            gradients = self.ranks.sum_each(gradients)
+        for places in self.trained.networks if self.max_grad_norm is not None else ():
+            of_network = [gradients[i] for i in places]
+            for i, gradient in zip(places, self._clipped(of_network), strict=True):
+                gradients[i] = gradient
+        return gradients
+
+    def _clipped(self, gradients: Gradients) -> Gradients:
+        """Gradients of one network scaled down to the L2 norm; each run's own in a population."""
+        rows = [
+            g.flatten(0 if self.loss.members is None else 1) for g in gradients if g is not None
+        ]
+        if not rows:
+            return gradients
+        if torch.compiler.is_compiling() and launches_kernels(rows[0].device):
+            square = torch.cat(rows, -1).square().sum(-1)  # not a kernel for each gradient
+        else:
+            square = torch.stack([row.square().sum(-1) for row in rows]).sum(0)
+        limit: Any = self.max_grad_norm
+        scale = (limit / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        return [g if g is None else g * along(scale, g) for g in gradients]
+
     def move_targets(self) -> None:
         """The step of a ``SoftUpdate`` (of no other updater), and that of the averaged policy."""
         _polyak_step(self.averaged.targets, self.averaged.live, self.loss.actor_ema)
         if self.target_updater is not None and self.followed.targets:
             _polyak_step(self.followed.targets, self.followed.live, self.target_updater.eps)
 
+    # -- what it needs -----------------------------------------------------------------------------
+
     @contextmanager
     def setting(self) -> Iterator[None]:
-        """How networks are evaluated during an update."""
-        half = self.precision == "bfloat16"
-        self.settle()
-        with (
-            set_exploration_type(self.loss.deterministic_sampling_mode),
-            set_recurrent_mode(True),
-            self.loss.evaluated_directly(),
-            torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
-            if half
-            else nullcontext(),
-        ):
-            yield
-
-    def settle(self) -> None:
-        """Choose the library of products, which the first update needs; other updates do nothing."""
+        """How networks are evaluated in an update; the first chooses the library of products."""
+        half: Any = nullcontext()
+        if self.precision == "bfloat16":
+            half = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
         if self._is_wide and chosen_products() is None:
             settle_products()
+        mode = set_exploration_type(self.loss.deterministic_sampling_mode)
+        with mode, set_recurrent_mode(True), self.loss.evaluated_directly(), half:
+            yield
+
+    def list_trained(self) -> Trained:
+        """Bring :attr:`trained` up to date where parameters were frozen or unfrozen; returns it."""
+        groups = self.optimizer.param_groups
+        flags = [p.requires_grad for group in groups for p in group["params"]]
+        if flags != self._flags:
+            self._flags = flags
+            parameters = [p for group in groups for p in group["params"] if p.requires_grad]
+            group_of = [i for i, g in enumerate(groups) for p in g["params"] if p.requires_grad]
+            place = {id(p): i for i, p in enumerate(parameters)}
+            of_loss = [(n, place[id(p)]) for n, p in self.loss.named_parameters() if id(p) in place]
+            networks = [
+                [i for name, i in of_loss if name.startswith(f"{network}_params.")]
+                for network in self.loss.network_names
+            ]
+            self.trained = Trained(parameters, group_of, networks)
+        return self.trained
+
+    def check_trains(self) -> None:
+        """Raise ``RuntimeError`` where an update would compute losses and not train what was asked.
+
+        That is: in ``torch.inference_mode()`` or ``torch.no_grad()``, where no gradient exists; and in
+        a ``torch.distributed`` process group of several ranks over which gradients are not summed,
+        unless these are independent. It costs less than a microsecond.
+        """
+        for mode, on in (
+            ("torch.inference_mode()", torch.is_inference_mode_enabled()),
+            ("torch.no_grad()", not torch.is_grad_enabled()),
+        ):
+            if on:
+                raise RuntimeError(
+                    f"the update was called under {mode}, where no gradients exist, so it would return "
+                    "losses and train nothing. Call it outside of that block or decorator; evaluation "
+                    "alone belongs inside."
+                )
+        if self.independent_ranks or self.ranks is not None:
+            return
+        group = torch.distributed
+        ranks = group.get_world_size() if group.is_available() and group.is_initialized() else 1
+        if ranks > 1:
+            raise RuntimeError(
+                f"the torch.distributed process group has {ranks} ranks, and this update does not "
+                "reduce gradients across ranks: each rank would train a network of its own. To train "
+                "one network on all ranks, write step = data_parallel(step, Ranks.from_environment()) "
+                "with both names from iql_torchrl.distributed; to divide the runs of a population, "
+                "give IQLPopulation ranks=Ranks.from_environment(). If the group serves something "
+                "else, such as a distributed collector, and each rank is to train its own network, "
+                "build IQLStep(..., independent_ranks=True) or set step.independent_ranks = True."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """States of optimizer, schedulers and target updater, and the library of products.
@@ -290,62 +370,11 @@ class IQLStep(Step):
         if self.target_updater is not None and state_dict["target_updater"] is not None:
             self.target_updater.load_state_dict(state_dict["target_updater"])
 
-    def _descend(self, loss: Tensor) -> None:
-        """One optimizer step on ``loss``; parameters without a gradient are not changed."""
-        if not loss.requires_grad:  # every network it reaches is frozen
-            return
-        loss = loss.sum()  # of a population's runs; one number otherwise
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-        loss.backward()
-        if self.ranks is not None:
-            _sum_over_ranks(self.optimizer, self.ranks)
-        if self.max_grad_norm is not None:
-            for parameters in self.trainable:
-                gradients = [p.grad for p in parameters if p.grad is not None]
-                clipped = clip(gradients, self.max_grad_norm, self.members)
-                for gradient, value in zip(gradients, clipped, strict=True):
-                    gradient.copy_(value)
-        self.optimizer.step()
-
-
-def _sum_over_ranks(optimizer: Optimizer, ranks: Exchange) -> None:
-    listed = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    for gradient, total in zip(listed, summed_gradients(listed, ranks), strict=True):
-        if gradient is not None:
-            gradient.copy_(total)
-
-
-def clip(gradients: Sequence[Tensor], limit: float, members: int | None) -> list[Tensor]:
-    """Gradients of one network scaled down to the L2 norm ``limit``; each run's own in a population.
-
-    With ``members`` every gradient is ``(members, ...)``.
-    """
-    if not gradients:
-        return []
-    rows = [g.reshape(-1) if members is None else g.flatten(1) for g in gradients]
-    if torch.compiler.is_compiling() and launches_kernels(rows[0].device):
-        square = torch.cat(rows, -1).square().sum(-1)  # two kernels, and not one for each gradient
-    else:
-        square = torch.stack([row.square().sum(-1) for row in rows]).sum(0)
-    norm = square.sqrt()
-    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    return [g * scale.view(*scale.shape, *(1,) * (g.ndim - scale.ndim)) for g in gradients]
-
 
 def part_of(step: Any, name: str) -> Any:
-    """The attribute ``name`` of a step; a compiled one has it as ``plain``, a captured as ``step``."""
-    for holder in (step, getattr(step, "plain", None), getattr(step, "step", None)):
-        part = getattr(holder, name, None)
-        if part is not None:
-            return part
-    return None
-
-
-def _trainable(loss: ImplicitQLoss, network: str) -> list[nn.Parameter]:
-    prefix = f"{network}_params."
-    return [p for name, p in loss.named_parameters() if name.startswith(prefix) and p.requires_grad]
+    """The attribute ``name`` of a step; a captured one has it as ``step``."""
+    own = getattr(step, name, None)
+    return getattr(getattr(step, "step", None), name, None) if own is None else own
 
 
 def _check_parts(
@@ -413,41 +442,3 @@ def _polyak_step(targets: Sequence[Tensor], live: Sequence[Tensor], eps: float) 
             target.data.lerp_(parameter.data, 1 - eps)
     elif targets:
         get_ema_multi_avg_fn(eps)(list(targets), list(live), 0)
-
-
-def check_update_trains(*, independent_ranks: bool, data_parallel: bool = False) -> None:
-    """Raise ``RuntimeError`` where an update would compute losses and not train what was asked.
-
-    That is: in ``torch.inference_mode()`` or ``torch.no_grad()``, where no gradient exists; and,
-    unless ``independent_ranks`` or ``data_parallel``, in a ``torch.distributed`` process group of
-    several ranks, because gradients are not reduced across ranks. It costs less than a microsecond.
-    """
-    tracing = torch.compiler.is_compiling()  # Dynamo cannot trace is_inference_mode_enabled
-    if not tracing and torch.is_inference_mode_enabled():
-        raise RuntimeError(_NO_GRADIENTS.format(mode="torch.inference_mode()"))
-    if not torch.is_grad_enabled():
-        raise RuntimeError(_NO_GRADIENTS.format(mode="torch.no_grad()"))
-    distributed = torch.distributed
-    if (
-        independent_ranks
-        or data_parallel
-        or not (distributed.is_available() and distributed.is_initialized())
-    ):
-        return
-    ranks = distributed.get_world_size()
-    if ranks > 1:
-        raise RuntimeError(
-            f"the torch.distributed process group has {ranks} ranks, and this update does not "
-            "reduce gradients across ranks: each rank would train a network of its own. To train one "
-            "network on all ranks, write step = data_parallel(step, Ranks.from_environment()) with "
-            "both names from iql_torchrl.distributed; to divide the runs of a population, give "
-            "IQLPopulation ranks=Ranks.from_environment(). If the group serves something else, such as "
-            "a distributed collector, and each rank is to train its own network, build "
-            "IQLStep(..., independent_ranks=True) or set step.independent_ranks = True."
-        )
-
-
-_NO_GRADIENTS = (
-    "the update was called under {mode}, where no gradients exist, so it would return losses and "
-    "train nothing. Call it outside of that block or decorator; evaluation alone belongs inside."
-)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
 from conftest import make_batch, make_networks
@@ -11,7 +9,6 @@ from torch import nn, optim
 from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import IQLLoss, IQLStep
-from iql_torchrl.private_apis import tracing_gradients
 from iql_torchrl.update import compiled as compiled_module
 from iql_torchrl.update.compiled import counted
 
@@ -80,23 +77,6 @@ def test_the_tenth_compilation_is_logged(monkeypatch):
     keep([])
     assert "compiled for the 10th time" in said[0]
     assert "TORCH_LOGS=recompiles" in said[0]
-
-
-def test_the_log_has_the_reason_that_torch_gives(monkeypatch):
-    """A number that differs at every call; torch names it and the value it had."""
-    torch._dynamo.reset()
-    said = []
-    monkeypatch.setattr(compiled_module.torchrl_logger, "warning", said.append)
-    keep = counted(lambda guards: [True for _ in guards])
-    times = torch.compile(
-        lambda x, factor: x * factor,
-        backend="eager", dynamic=False, fullgraph=True, options={"guard_filter_fn": keep},
-    )  # fmt: skip
-    with tracing_gradients():  # as a compiled step is called: any number of compilations
-        for number in range(10):
-            times(torch.ones(2), 2.0 + number)
-    (sentence,) = said
-    assert re.search(r"this was no longer so: factor == 9\.0\. TORCH_LOGS", sentence)
 
 
 def test_a_step_says_where_its_parameters_are():

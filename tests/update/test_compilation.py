@@ -45,7 +45,7 @@ def train(plain, fast, updates, dtype):
         torch.manual_seed(number)
         batch = make_batch(dtype=dtype)
         # the optimizer's state is made in the first update: from the second on, nothing is new
-        with torch._dynamo.config.patch(error_on_recompile=number > 1):
+        with torch._dynamo.config.patch(error_on_recompile=number > 0):
             metrics = plain(batch.clone()), fast(batch.clone())
     return metrics
 
@@ -184,7 +184,7 @@ def test_settings_of_a_compiled_step_are_the_plain_steps():
         assert getattr(step, name) == value == getattr(fast, name)
     assert fast.loss is loss
     assert fast.state_dict().keys() == step.state_dict().keys()
-    assert set(vars(fast)) == {"_plain", "_limits", "_update", "_program"}  # no copy of the step's
+    assert set(vars(fast)) == {"_plain", "_update", "_program"}  # no copy of the step's
     with pytest.raises(TypeError, match="a copied IQLStep would train nothing"):
         copy.deepcopy(fast)
 

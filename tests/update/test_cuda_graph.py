@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,7 @@ from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import IQLStep, captured
 from iql_torchrl.data import DeviceSampler
+from iql_torchrl.update.captured import CapturedStep
 from iql_torchrl.update.cuda_graph import CudaGraph
 
 WARM_UP = ["own waits", "current waits"]
@@ -67,13 +69,13 @@ class Work:
 def test_work_runs_once_as_it_is_then_is_recorded_then_replayed(cuda):
     graph, work = CudaGraph(SECOND), Work(cuda)
     draws = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))
-    graph.record(work, work.generator)
+    graph.record(work, work.generator, "same")
     assert cuda.names() == []
     graph.run(work)
     assert cuda.names() == ["own waits", "work", "current waits"]
-    graph.record(work, work.generator)
+    graph.record(work, work.generator, "same")
     assert torch.equal(work.total, draws[0])  # a capture executes nothing
-    graph.record(work, work.generator)
+    graph.record(work, work.generator, "same")
     for _ in range(3):
         graph.run(work)
     assert cuda.names(3) == ["register", "begin", "work", "end", "replay", "replay", "replay"]
@@ -86,12 +88,11 @@ def test_work_runs_once_as_it_is_then_is_recorded_then_replayed(cuda):
     assert (cuda.device, cuda.stream) == (torch.device("cuda", 0), cuda.default_stream)
 
 
-def test_the_stream_stays_when_work_is_recorded_again(cuda):
+def test_the_stream_stays_when_other_work_is_recorded(cuda):
     graph, work = CudaGraph(SECOND), Work(cuda)
-    for _ in range(2):
-        graph.forget()
+    for fixed in ("one", "other"):
         for _ in range(3):
-            graph.record(work, work.generator)
+            graph.record(work, work.generator, fixed)
             graph.run(work)
     names = ["own waits", "work", "current waits", "register", "begin", "work", "end"]
     assert cuda.names() == [*names, "replay", "replay", "reset", *names, "replay", "replay"]
@@ -102,6 +103,7 @@ def test_the_stream_stays_when_work_is_recorded_again(cuda):
 @pytest.mark.parametrize("where", ["inside", "end"])
 def test_a_failed_capture_leaves_everything_and_may_be_tried_again(cuda, where):
     graph, work = CudaGraph(SECOND), Work(cuda)
+    graph.record(work, work.generator, "same")
     graph.run(work)
     total, state = work.total.clone(), work.generator.get_state()
 
@@ -113,12 +115,12 @@ def test_a_failed_capture_leaves_everything_and_may_be_tried_again(cuda, where):
     if where == "end":
         cuda.end_fails = RuntimeError("operation failed due to a previous error during capture")
     with pytest.raises(RuntimeError, match=r"capture|capturing"):
-        graph.record(wrong, work.generator)
+        graph.record(wrong, work.generator, "same")
     assert torch.equal(work.total, total)
     assert torch.equal(work.generator.get_state(), state)
     assert not cuda.captured_by
     assert (cuda.device, cuda.stream) == (torch.device("cuda", 0), cuda.default_stream)
-    graph.record(work, work.generator)
+    graph.record(work, work.generator, "same")
     graph.run(work)
     assert cuda.names()[-4:] == ["begin", "work", "end", "replay"]
     draws = torch.rand(2, 3, generator=torch.Generator().manual_seed(0))
@@ -129,9 +131,10 @@ def test_the_fake_refuses_what_a_device_refuses(cuda):
     """Otherwise the tests here could not fail."""
     work, other = Work(cuda), torch.Generator()
     graph = CudaGraph(SECOND)
+    graph.record(work, other, None)
     graph.run(work)
     with pytest.raises(RuntimeError, match="generator that is not registered"):
-        graph.record(work, other)
+        graph.record(work, other, None)
     stream = torch.cuda.Stream(SECOND)
     one, two = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with (
@@ -229,6 +232,38 @@ def test_what_a_graph_has_fixed_makes_another_and_replays_are_right(cuda):
     assert cuda.captures() == captures + 1
 
 
+@contextmanager
+def setting(owner, name, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    yield
+    setattr(owner, name, before)
+
+
+MATMUL = torch.backends.cuda.matmul
+SURROUNDINGS = {
+    "products": lambda: setting(MATMUL, "fp32_precision", "tf32"),
+    "reduced sums": lambda: setting(MATMUL, "allow_bf16_reduced_precision_reduction", False),
+    "reduced sums of half": lambda: setting(
+        MATMUL, "allow_fp16_reduced_precision_reduction", False
+    ),
+    "determinism": lambda: setting(torch.backends.cudnn, "deterministic", True),
+    "search": lambda: setting(torch.backends.cudnn, "benchmark", True),
+}
+
+
+@pytest.mark.usefixtures("untraced")
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_settings_of_torch_that_choose_kernels_make_another_graph(cuda, name):
+    pair = pair_of()
+    pair.run(3)
+    with SURROUNDINGS[name]():
+        pair.run(3)
+        assert cuda.captures() == 2
+    pair.run(3)
+    assert cuda.captures() == 3
+
+
 @pytest.mark.usefixtures("untraced")
 def test_other_modes_and_other_rows_make_another_graph(cuda):
     loss = make_loss(dropout=0.5)
@@ -287,20 +322,21 @@ def test_a_data_parallel_step_is_refused_with_what_to_use():
 @pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("where", ["inside", "end"])
 @pytest.mark.parametrize("updater", ["soft", "hard"])
-def test_nothing_advances_when_a_capture_raises(cuda, where, updater):
+def test_nothing_advances_when_a_capture_raises(cuda, where, updater, monkeypatch):
     options = {"updater": hard(9)} if updater == "hard" else {}
     pair = pair_of(**options)
     pair.run(1)
-    before, program = state_of(pair), pair.call._program
+    before = state_of(pair)
+    update = CapturedStep._one_update
     for _ in range(2):
         if where == "end":
             cuda.end_fails = RuntimeError("operation failed due to a previous error in capture")
         else:
-            pair.call._program = lambda: (program(), 1 / 0)
+            monkeypatch.setattr(CapturedStep, "_one_update", lambda *given: (update(*given), 1 / 0))
         with pytest.raises((RuntimeError, ZeroDivisionError)):
             pair.call()
         assert_same(before, state_of(pair))
-    pair.call._program = program
+    monkeypatch.setattr(CapturedStep, "_one_update", update)
     pair.run(3)
     assert cuda.names()[-3:] == ["replay"] * 3
 

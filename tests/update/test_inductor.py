@@ -14,8 +14,8 @@ from torch import optim
 from iql_torchrl import IQLStep, compiled
 from iql_torchrl.config import devices
 from iql_torchrl.private_apis import untiled_loops_only
-from iql_torchrl.update import inductor
-from iql_torchrl.update.inductor import UNSPLIT, program_options
+from iql_torchrl.update import compiled as compiled_module
+from iql_torchrl.update.compiled import JOINED, UNSPLIT, program_options
 
 
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
@@ -73,9 +73,9 @@ def test_options_by_device():
 
 def test_a_torch_without_the_pass_for_right_numbers_is_said_in_the_log(monkeypatch):
     said = []
-    monkeypatch.setattr(inductor.torchrl_logger, "warning", said.append)
-    inductor._say_once.cache_clear()
-    monkeypatch.setattr(inductor, "inductor_settings", set)
+    monkeypatch.setattr(compiled_module.torchrl_logger, "warning", said.append)
+    compiled_module._log_once.cache_clear()
+    monkeypatch.setattr(compiled_module, "inductor_settings", set)
     assert program_options(torch.device("cpu"), [torch.ones(1)]) == {}
     assert program_options(torch.device("cpu"), [torch.ones(1)]) == {}
     assert len(said) == 1
@@ -84,7 +84,7 @@ def test_a_torch_without_the_pass_for_right_numbers_is_said_in_the_log(monkeypat
 
 
 def test_an_option_that_this_torch_lacks_is_left_out(monkeypatch):
-    monkeypatch.setitem(inductor.JOINED, "an_option_of_another_version", 1)
+    monkeypatch.setitem(JOINED, "an_option_of_another_version", 1)
     assert "an_option_of_another_version" not in program_options(
         torch.device("cuda"), [torch.ones(1)]
     )

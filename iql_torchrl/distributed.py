@@ -1,11 +1,11 @@
-"""The group of processes that train one run, and what they exchange."""
+"""One run on several processes: the group of ranks, what they exchange, and the update they share."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torchrl.checkpoint import GlobalRNGState
 
-from iql_torchrl.private_apis import summed_in_graph
-from iql_torchrl.update.joined import part_of_rank
+from iql_torchrl.private_apis import keeps_batch_statistics, summed_in_graph
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "data_parallel"]
 
+S = TypeVar("S")
 T = TypeVar("T")
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -56,8 +56,7 @@ class Ranks:
         """
         local = _number("LOCAL_RANK", 0)
         if _has_group():
-            there = torch.distributed
-            return cls(there.get_rank(), there.get_world_size(), local)
+            return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), local)
         size = _number("WORLD_SIZE", 1)
         if size == 1:
             return cls()
@@ -104,7 +103,7 @@ class Ranks:
 
     def part(self, count: int) -> range:
         """Which of ``count`` things, numbered from 0, belong to this rank: consecutive ones."""
-        return part_of_rank(count, self.rank, self.size)
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def close(self) -> None:
         """Leave the process group, at the end of the program."""
@@ -133,6 +132,18 @@ class Ranks:
         torch.distributed.all_reduce(total)
         return total
 
+    def sum_each(self, tensors: Sequence[Tensor | None]) -> list[Any]:
+        """Sums over ranks of tensors of any shapes, as one flat sum in the widest of their dtypes.
+
+        None stays None: the same tensors exist on all ranks.
+        """
+        present = [tensor for tensor in tensors if tensor is not None]
+        if not present:
+            return list(tensors)
+        flat = self.sum(torch.cat([tensor.reshape(-1) for tensor in present]))
+        pieces = iter(flat.split([tensor.numel() for tensor in present]))
+        return [t if t is None else next(pieces).view(t.shape).to(t.dtype) for t in tensors]
+
     def largest(self, number: int) -> int:
         """The largest of the ranks' numbers."""
         if self.size == 1:
@@ -141,14 +152,6 @@ class Ranks:
         torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
         return int(value)
 
-    def broadcast(self, tensor: Tensor) -> None:
-        """Write rank 0's values into ``tensor`` on all ranks."""
-        if self.size > 1:
-            values = tensor.detach().contiguous()
-            torch.distributed.broadcast(values, 0)
-            with torch.no_grad():
-                tensor.detach().copy_(values)
-
     def from_main(self, function: Callable[[], T]) -> T:
         """The result of ``function``, which rank 0 alone calls while the others wait.
 
@@ -156,40 +159,33 @@ class Ranks:
         """
         if self.size == 1:
             return function()
-        sent: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                sent[0] = _picklable(function())
-            except Exception as error:
-                sent[1] = _sendable(error)
-                torch.distributed.broadcast_object_list(sent, 0)
-                raise
+        result, failure = _attempt(lambda: _picklable(function())) if self.is_main else (None, None)
+        sent: list[Any] = [result, _sendable(failure)]
         torch.distributed.broadcast_object_list(sent, 0)
-        if sent[1] is not None:
-            raise sent[1]
-        result: T = sent[0]
-        return result
+        failure = sent[1] if failure is None else failure
+        if failure is not None:
+            raise failure
+        returned: T = sent[0]
+        return returned
 
     def gather(self, value: T) -> list[T] | None:
         """The ranks' values in order, on rank 0; None on the others. Values are pickled."""
         if self.size == 1:
             return [value]
-        values = self._from_all(value)
+        values = self._from_all(lambda: _picklable(value))
         return values if self.is_main else None
 
-    def _from_all(self, value: Any) -> list[Any]:
-        """The ranks' values in order, on every rank; all raise where one cannot be pickled."""
-        sent: tuple[Exception | None, Any]
-        try:
-            sent = (None, _picklable(value))
-        except Exception as failure:
-            sent = (_sendable(failure), None)
+    def _from_all(self, function: Callable[[], Any]) -> list[Any]:
+        """What ``function`` returns on each rank, on every rank; where one raises, all raise."""
+        result, failure = _attempt(function)
         received: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(received, sent)
-        for number, (error, _) in enumerate(received):
+        torch.distributed.all_gather_object(received, (result, _sendable(failure)))
+        if failure is not None:
+            raise failure
+        for number, (_, error) in enumerate(received):
             if error is not None:
-                raise RuntimeError(f"rank {number} sent nothing: {error}") from error
-        return [each for _, each in received]
+                raise RuntimeError(f"rank {number} failed, so all ranks stop: {error}") from error
+        return [each for each, _ in received]
 
     def main_first(self, function: Callable[[], T]) -> T:
         """The result of ``function``, called by rank 0 and then, when it has returned, by the others.
@@ -208,22 +204,10 @@ class Ranks:
         """
         if self.size == 1:
             return function()
-        result: Any = None
-        failure: Exception | None = None
-        try:
-            result = function()
-        except Exception as error:
-            failure = error
-        found: list[Any] = [None] * self.size
-        torch.distributed.all_gather_object(found, None if failure is None else _sendable(failure))
-        if failure is not None:
-            raise failure
-        for number, other in enumerate(found):
-            if other is not None:
-                raise RuntimeError(f"rank {number} failed, so all ranks stop: {other}") from other
+        results: list[T] = []
+        self._from_all(lambda: results.append(function()))
         self.share_random_state()
-        returned: T = result
-        return returned
+        return results[0]
 
     def share_random_state(self) -> None:
         """Give the global generators of Python, NumPy and torch on all ranks the state of rank 0's."""
@@ -232,11 +216,10 @@ class Ranks:
 
     def check_same(self, value: Any, message: str) -> None:
         """Raise ``ValueError`` with ``message`` on all ranks unless all have an equal ``value``."""
-        if self.size == 1:
-            return
-        values = self._from_all(value)
-        if any(other != values[0] for other in values):
-            raise ValueError(message)
+        if self.size > 1:
+            first, *others = self._from_all(lambda: _picklable(value))
+            if any(other != first for other in others):
+                raise ValueError(message)
 
 
 def _has_group() -> bool:
@@ -248,6 +231,14 @@ def _number(name: str, default: int) -> int:
     if not text.isdigit():
         raise ValueError(f"{name} is {text!r}; torchrun sets it to a whole number.")
     return int(text)
+
+
+def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """The result, or the exception."""
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
 
 
 def _picklable(value: T) -> T:
@@ -262,10 +253,69 @@ def _picklable(value: T) -> T:
     return value
 
 
-def _sendable(error: Exception) -> Exception:
+def _sendable(error: Exception | None) -> Exception | None:
     """The exception, or one with its text where it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
+
+
+def data_parallel(step: S, ranks: Ranks) -> S:
+    """Make ``step`` train one network on all ranks; returns the step itself.
+
+    Call it on every rank. Parameters, buffers and targets, the states of optimizer and schedulers and
+    the global random generators become those of rank 0. After that every rank calls the step with the
+    same whole batch, drawn by equally seeded generators: a rank computes the losses of its own rows,
+    ``rank * B // size`` to ``(rank + 1) * B // size``, and each descent sums the gradients over ranks
+    once, before clipping. So all ranks keep the same state, which does not depend on their number.
+    Means are those of the whole batch, also with masks and priority weights; the metrics, and the
+    priority and log-probability written into the batch, are those of the whole batch on every rank.
+
+    ``compiled`` and, on a CPU, ``captured`` accept the step: its sums are nodes of the one graph
+    (functional all-reduces, each with a wait; ``private_apis.summed_in_graph``), in the sequential
+    order three: V's gradients, those of actor and critics, and the metrics. On a GPU ``captured``
+    refuses it.
+
+    Dropout draws on each rank for its own rows, so it does not give the numbers of one process. With
+    one rank nothing is changed.
+
+    Raises:
+        TypeError: no ``IQLStep``, plain or compiled.
+        ValueError: a network with layers that keep statistics of batches (BatchNorm): each rank would
+            see those of its own rows; or a step with ``independent_ranks``.
+    """
+    plain: Any = getattr(step, "plain", None)
+    if plain is None:
+        raise TypeError(
+            f"step is {type(step).__name__}; expected an IQLStep, such as agent.step. Make it data "
+            "parallel before captured(step, replay)."
+        )
+    if ranks.size == 1:
+        return step
+    if plain.independent_ranks:
+        raise ValueError(
+            "the step has independent_ranks=True, which lets each rank train its own network; leave "
+            "it out to train one network on all ranks."
+        )
+    for name in plain.loss.network_names:
+        for path, module in getattr(plain.loss, name).named_modules():
+            if keeps_batch_statistics(module):
+                raise ValueError(
+                    f"{name} has a {type(module).__name__} at {path!r}, which computes statistics of "
+                    "a batch: each rank would use those of its own rows. Use LayerNorm or GroupNorm "
+                    "instead, or train in one process."
+                )
+    with torch.no_grad():
+        for tensor in (*plain.loss.parameters(), *plain.loss.buffers()):
+            values = tensor.contiguous()
+            torch.distributed.broadcast(values, 0)
+            tensor.copy_(values)
+    if ranks.is_main:  # whose choice of the library of products all take with the state
+        with plain.setting():
+            pass
+    plain.load_state_dict(ranks.from_main(plain.state_dict))
+    ranks.share_random_state()
+    plain.ranks = ranks
+    return step
