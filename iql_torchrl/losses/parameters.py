@@ -125,6 +125,9 @@ class NetworkLoss(LossModule):
     ) -> None:
         super().__init__()
         self._set_deprecated_ctor_keys(priority=priority_key)
+        # in the instance too, where a compiled program notices another value
+        for name in ("_loss_mask_key", "deterministic_sampling_mode", "use_prioritized_weights"):
+            setattr(self, name, getattr(self, name))
         self._actor_ema = actor_ema
         self.averaged_actor: Any = None
         self.encoder_network = encoder_network
