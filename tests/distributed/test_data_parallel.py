@@ -6,9 +6,19 @@ import population_cases
 import pytest
 import torch
 from rank_cases import CASES, DEFAULT, make_step, trained
+from shard_logs import written
 from small_populations import dataset, double
 from torch.utils._pytree import tree_leaves
-from trainer_cases import HALF, WHOLE, prioritised, state, trainer
+from trainer_cases import (
+    COMPILED,
+    HALF,
+    WHOLE,
+    calls_by_hand,
+    prioritised,
+    state,
+    trained_on_shards,
+    trainer,
+)
 from two_ranks import run_ranks
 
 from iql_torchrl import IQLPopulation
@@ -243,3 +253,33 @@ def test_what_populations_refuse_is_raised_on_all_ranks(runs, name, message):
     for result in runs[1]:
         found = result["populations"]["refused"][name]
         assert found.startswith(message), found
+
+
+@pytest.mark.slow  # compilation takes minutes
+def test_compiled_and_captured_updates_of_two_ranks_are_eager_ones_of_one_process(tmp_path):
+    alone = {"compiled": trained(COMPILED, Ranks()), "captured": calls_by_hand()}
+    first, second = run_ranks("trainer_cases.py", tmp_path, "compiled")
+    for form, part in ((f, p) for f in alone for p in ("state", "metrics")):
+        for key, value in alone[form][part].items():
+            found = first[form][part][key]
+            assert torch.equal(found, second[form][part][key]), (form, key)
+            torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-9, msg=f"{form} {key}")
+    assert first["sums"] == second["sums"] == [3]  # one graph: V; actor and critics; metrics
+    population = population_cases.of_one_process("own batches, adamw")
+    population_cases.check(first["population"], population, 1e-9)
+
+
+@pytest.mark.slow
+def test_two_ranks_on_shards(tmp_path):
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        written(tmp_path / str(number), [7, 3, 12, 5, 5, 9, 2, 8, 6, 11], 5, seed=number)
+    first, second = run_ranks("trainer_cases.py", tmp_path, "shards")
+    alone = trained_on_shards(Ranks(), tmp_path / "0" / "shards")
+    assert first["loaded"] == second["loaded"] == alone["loaded"]
+    for name, values in alone["weights"].items():
+        assert torch.equal(first["weights"][name], second["weights"][name])
+        torch.testing.assert_close(first["weights"][name], values, rtol=1e-4, atol=1e-5)
+    for rank in (first, second):
+        assert rank["data"].startswith("ValueError: the ranks have different data: their datasets'")
+        assert rank["rotation"].startswith("ValueError: the ranks' replay buffers would draw")

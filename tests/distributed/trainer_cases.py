@@ -19,14 +19,23 @@ import numpy as np
 import population_cases
 import torch
 from conftest import NormedCritic, make_batch, make_networks
-from rank_cases import CASES, DEFAULT, make_step, tensors_of, trained
+from rank_cases import CASES, DEFAULT, ROWS, make_batches, make_step, tensors_of, trained
 from small_agents import config, log
 from torch import optim
 from torchrl.modules import ValueOperator
 from two_ranks import as_two_ranks, error_of
 
-from iql_torchrl import IQLLoss, IQLStep, OfflineTrainer, evaluate, load_dataset, make_agent
-from iql_torchrl.data import cache
+from iql_torchrl import (
+    IQLLoss,
+    IQLStep,
+    OfflineTrainer,
+    captured,
+    compiled,
+    evaluate,
+    load_dataset,
+    make_agent,
+)
+from iql_torchrl.data import DeviceSampler, cache, load_shards
 from iql_torchrl.distributed import Ranks, data_parallel
 from iql_torchrl.evaluation import BackgroundEvaluation
 from iql_torchrl.trainers import run_folder
@@ -228,6 +237,59 @@ def refusals(ranks: Ranks, folder: Path) -> dict:
     }
 
 
+def on_shards(ranks: Ranks, folder: Path, **options: Any) -> OfflineTrainer:
+    log = load_shards(folder)
+    agent = make_agent(config(batch_size=15), log)
+    replay = log.replay_buffer(15, **{"seed": 0, "loaded": 2, "replace_every": 3, **options})
+    return OfflineTrainer(
+        agent=agent, step=data_parallel(agent.step, ranks), dataset=log, replay_buffer=replay,
+        ranks=ranks, total_updates=20, progress_bar=False,
+    )  # fmt: skip
+
+
+def trained_on_shards(ranks: Ranks, folder: Path) -> dict:
+    run = on_shards(ranks, folder)
+    run.train()
+    weights = {k: v.detach().clone() for k, v in run.loss_module.state_dict().items()}
+    return {"weights": weights, "loaded": run.replay_buffer.loaded_shards()}
+
+
+COMPILED = CASES["adam"]  # with masks
+
+
+def sampler() -> DeviceSampler:
+    return DeviceSampler(torch.cat(make_batches(COMPILED, 3)), ROWS, seed=1)
+
+
+def calls(ranks: Ranks) -> dict:
+    """Five calls of four captured updates each."""
+    step = data_parallel(make_step(COMPILED), ranks)
+    call = captured(step, sampler(), updates=4)
+    metrics = torch.stack([call() for _ in range(5)])
+    return {"state": tensors_of(step.loss), "metrics": dict(metrics.items())}
+
+
+def calls_by_hand() -> dict:
+    """The same updates, eagerly in one process."""
+    step, rows = make_step(COMPILED), sampler()
+    metrics = torch.stack([step(rows.sample()) for _ in range(20)])
+    means = {name: values.view(5, 4).mean(1) for name, values in metrics.items()}
+    return {"state": tensors_of(step.loss), "metrics": means}
+
+
+def sums_in_the_graph(ranks: Ranks) -> list[int]:
+    """How many sums over ranks each graph has that ``torch.compile`` makes of an update."""
+    found = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        found.append(sum("all_reduce" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    step = compiled(data_parallel(make_step(COMPILED), ranks), backend=backend)
+    step(make_batches(COMPILED, 1)[0])
+    return found
+
+
 class Unsendable(Exception):
     """An error that cannot be pickled."""
 
@@ -252,6 +314,19 @@ def unsendable(ranks: Ranks) -> list[str]:
 
 def main(ranks: Ranks, folder: Path, part: str) -> dict:
     run_folder.draw = lambda *args, **kwargs: None  # a picture takes a second
+    if part == "compiled":
+        return {
+            "compiled": trained(COMPILED, ranks, compiled),
+            "captured": calls(ranks),
+            "population": population_cases.captured(ranks),
+            "sums": sums_in_the_graph(ranks),
+        }
+    if part == "shards":
+        own, first = folder / str(ranks.rank) / "shards", folder / "0" / "shards"
+        return trained_on_shards(ranks, first) | {
+            "data": error_of(on_shards(ranks, own).train),
+            "rotation": error_of(on_shards(ranks, first, replace_every=3 + ranks.rank).train),
+        }
     if part == "slow":
         own = folder / f"rank{ranks.rank}"
         return {

@@ -265,9 +265,8 @@ def test_what_is_no_population_is_refused():
         IQLPopulation(BASE, data)
     with pytest.raises(IndexError, match="there is no run 4: the runs are 0 to 3"):
         IQLPopulation(configs(), data).member(4)
-    for updates, every in ((2.5, 1), (-1, 1), (1, 1.5)):
-        with pytest.raises(ValueError, match=r"is (2\.5|-1|1\.5); .*whole number"):
-            next(IQLPopulation([BASE], data).train(updates, every=every))
+    with pytest.raises(ValueError, match=r"is -1; .*whole number"):
+        next(IQLPopulation([BASE], data).train(-1))
     with pytest.raises(ValueError, match="members: expected at least 1, got 0"):
         MemberSampler(data.transitions, 4, members=0)
     population = IQLPopulation(configs(), data)
@@ -280,19 +279,28 @@ def test_what_is_no_population_is_refused():
             population.step(batch.exclude("collector"))
 
 
-def test_what_no_captured_call_divides_is_made_by_plain_updates(monkeypatch):
-    made = []
+class Call:
+    """In place of captured updates: counts what each call makes."""
 
-    class Call:
-        def __init__(self, step, sampler, updates):
-            self.step, self.sampler, self.updates = step, sampler, updates
+    made: list[int]
 
-        def __call__(self):
-            made.append(self.updates)
-            step_metrics = [self.step(self.sampler.sample()) for _ in range(self.updates)]
-            return torch.stack(step_metrics).double().mean(0)
+    def __init__(self, step, sampler, *, updates):
+        self.step, self.sampler, self.updates = step, sampler, updates
 
+    def __call__(self):
+        self.made.append(self.updates)
+        metrics = [self.step(self.sampler.sample()) for _ in range(self.updates)]
+        return torch.stack(metrics).double().mean(0)
+
+
+@pytest.fixture
+def made(monkeypatch):
+    Call.made = []
     monkeypatch.setattr(population_module, "captured", Call)
+    return Call.made
+
+
+def test_what_no_captured_call_divides_is_made_by_plain_updates(made):
     data = dataset()
     fast, plain = (IQLPopulation(configs(compile=c), data) for c in (True, False))
     for updates, every, calls in (
@@ -315,6 +323,38 @@ def test_what_no_captured_call_divides_is_made_by_plain_updates(monkeypatch):
     prime = IQLPopulation(configs(compile=True), data)
     next(prime.train(97, every=97))
     assert made[2:] == [32] * 3
+
+
+def test_a_short_first_training_does_not_fix_the_captured_calls(made):
+    population = IQLPopulation(configs(compile=True), dataset())
+    for updates in (1, 64, 3):
+        population.train_now(updates)
+    assert made == [1, 32, 32]
+    assert population.updates == 68
+
+
+def test_events_that_nothing_reads_are_warned_about():
+    population = IQLPopulation(configs(), dataset())
+    with pytest.warns(UserWarning, match="nothing was trained"):
+        population.train(5)
+    assert population.updates == 0
+    assert [event.updates for event in population.train(5, every=2)] == [2, 4, 5]
+
+
+def test_train_now_trains():
+    population = IQLPopulation(configs(), dataset())
+    assert population.train_now(5).updates == population.updates == 5
+    assert population.train_now(0) is None
+
+
+def test_whole_floats_and_other_numbers():
+    population = IQLPopulation(configs(), dataset())
+    assert [event.updates for event in population.train(4e0, every=2e0)] == [2, 4]
+    for name in ("updates", "every"):
+        with pytest.raises(ValueError, match=f"{name} is 2.5; it counts updates"):
+            population.train(**{name: 2.5})
+        with pytest.raises(ValueError, match=f"{name} is '3'"):
+            population.train(**{name: "3"})
 
 
 def test_own_batches_are_one_stream_of_indices():

@@ -151,19 +151,6 @@ def make_step(population, **options) -> IQLStep:
     return IQLStep(population, optimizer, SoftUpdate(population, tau=0.1), **options)
 
 
-def test_targets_move_by_the_share_of_their_own_critics():
-    population = stack_losses(make_losses())
-    step = make_step(population)
-    state = copy.deepcopy(population.state_dict())
-    live = {k: v for k, v in state.items() if k.startswith("qvalue")}
-    assert all(torch.equal(v, state[f"target_{k}"]) for k, v in live.items())
-    step(make_batch(dtype=torch.float64))
-    after = population.state_dict()
-    for key in live:
-        expected = 0.9 * state[f"target_{key}"] + 0.1 * after[key]
-        torch.testing.assert_close(after[f"target_{key}"], expected, rtol=1e-12, atol=1e-14)
-
-
 def test_targets_may_be_copied_at_intervals():
     population = stack_losses(make_losses())
     optimizer = StackedAdam(population.parameters(), rates=torch.full((RUNS,), 1e-2))

@@ -9,16 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from changes import CHANGES, set_all
 from fake_cuda import FakeCuda
 from test_capture import (  # noqa: F401 (fixtures)
-    CHANGES,
     Pair,
     buffer_of,
     by_group,
     groups,
     hard,
     make_loss,
-    set_all,
     table,
     untraced,
     with_other_reward,
@@ -317,6 +316,23 @@ def test_a_data_parallel_step_is_refused_with_what_to_use():
     match = r"data parallel over 4 ranks, and sums over GPUs .* use compiled\(step\)"
     with pytest.raises(ValueError, match=match):
         captured(step, DeviceSampler(table(), 8, seed=0))
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": lambda p: optim.Adam(p)}, "counts its updates on the CPU"),
+        ({"updater": hard(8)}, "every 9 updates, next after 9, and a call makes 5"),
+        (
+            {"updater": lambda loss: type("Mine", (SoftUpdate,), {})(loss, tau=0.1)},
+            "a Mine moves the targets in Python",
+        ),
+    ],
+)
+def test_what_a_cuda_graph_cannot_hold_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        pair_of(**options)
 
 
 @pytest.mark.usefixtures("untraced")

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import make_batch, make_networks
-from torch import optim
+from torch import nn, optim
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl.objectives import HardUpdate, SoftUpdate, group_optimizers
 
@@ -98,49 +98,36 @@ def test_the_orders_differ():
     assert not torch.allclose(results[0][actor], results[1][actor])
 
 
+def by_network(loss):
+    return [{"params": params(loss, name), "lr": 1e-3} for name in ("actor", "qvalue", "value")]
+
+
+OPTIMIZERS = {
+    "one": lambda loss: optim.Adam(loss.parameters(), lr=1e-3),
+    "groups": lambda loss: optim.Adam(by_network(loss)),
+    "joined": lambda loss: group_optimizers(*(optim.Adam([g]) for g in by_network(loss))),
+    "sgd_momentum": lambda loss: optim.SGD(loss.parameters(), lr=1e-2, momentum=0.9),
+    "adamw": lambda loss: optim.AdamW(loss.parameters(), lr=1e-3, weight_decay=0.1),
+}
+
+
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
-@pytest.mark.parametrize("kind", ["one", "groups", "joined", "sgd_momentum", "adamw"])
-def test_any_optimizer_gives_the_update_of_its_own_kind(order, kind):
-    loss = make_loss()
-    names = ("actor", "qvalue", "value")
-    groups = [{"params": params(loss, name), "lr": 1e-3} for name in names]
-    optimizer = {
-        "one": lambda: optim.Adam(loss.parameters(), lr=1e-3),
-        "groups": lambda: optim.Adam(groups),
-        "joined": lambda: group_optimizers(*(optim.Adam(g["params"], lr=1e-3) for g in groups)),
-        "sgd_momentum": lambda: optim.SGD(loss.parameters(), lr=1e-2, momentum=0.9),
-        "adamw": lambda: optim.AdamW(loss.parameters(), lr=1e-3, weight_decay=0.1),
-    }[kind]()
-    before = snapshot(loss)
-    step = IQLStep(loss, optimizer, SoftUpdate(loss, tau=0.01), order=order)
-    for _ in range(3):
-        metrics = step(make_batch())
-    assert not any(m.requires_grad for m in metrics.values())
-    moved = {n for n, value in snapshot(loss).items() if not torch.equal(value, before[n])}
-    weights = {n for n in before if n.endswith("weight")}
-    assert weights <= moved
-    if kind in ("one", "groups", "joined"):
-        steps = {state["step"].item() for state in optimizer.state.values()}
-        assert steps == {3.0}, "each parameter takes one optimiser step an update"
-
-
-def test_three_ways_to_write_adam_agree():
-    results = []
-    for kind in ("one", "groups", "joined"):
+def test_any_optimizer_gives_the_update_of_its_own_kind(order):
+    results = {}
+    for kind, make in OPTIMIZERS.items():
         torch.manual_seed(3)
         loss = make_loss()
-        groups = [params(loss, name) for name in ("actor", "qvalue", "value")]
-        optimizer = {
-            "one": lambda loss=loss: optim.Adam(loss.parameters()),
-            "groups": lambda groups=groups: optim.Adam([{"params": g} for g in groups]),
-            "joined": lambda groups=groups: group_optimizers(*(optim.Adam(g) for g in groups)),
-        }[kind]()
-        step = IQLStep(loss, optimizer, SoftUpdate(loss, tau=0.01))
+        optimizer, before = make(loss), snapshot(loss)
+        step = IQLStep(loss, optimizer, SoftUpdate(loss, tau=0.01), order=order)
         for _ in range(3):
-            step(make_batch())
-        results.append(snapshot(loss))
-    assert_same(results[0], results[1])
-    assert_same(results[0], results[2])
+            metrics = step(make_batch())
+        assert not any(m.requires_grad for m in metrics.values())
+        results[kind] = snapshot(loss)
+        assert not any(torch.equal(results[kind][n], before[n]) for n in before if "weight" in n)
+        if kind in ("one", "groups", "joined"):
+            steps = {state["step"].item() for state in optimizer.state.values()}
+            assert steps == {3.0}, "each parameter takes one optimiser step an update"
+            assert_same(results[kind], results["one"])
 
 
 def test_schedulers_step_once_an_update_and_by_group():
@@ -248,3 +235,68 @@ def test_what_cannot_step_is_refused_when_built():
         IQLStep(loss, adam, updater, lr_scheduler=optim.lr_scheduler.ReduceLROnPlateau(adam))
     with pytest.raises(TypeError, match="train nothing"):
         copy.deepcopy(IQLStep(loss, adam, updater))
+
+
+# -- networks that change after the first update ------------------------------------
+
+
+def make_step():
+    torch.manual_seed(0)
+    loss = make_loss()
+    return IQLStep(loss, optim.Adam(loss.parameters(), lr=1e-3), SoftUpdate(loss, tau=0.1))
+
+
+def change_activation(loss):
+    loss.value_network.module.mlp[1] = nn.Tanh()
+
+
+def change_slope(loss):
+    loss.value_network.module.mlp[1].negative_slope = 0.5
+
+
+def double(module, inputs, output):
+    return 2 * output
+
+
+def add_hook(loss):
+    loss.value_network.module.register_forward_hook(double)
+
+
+@pytest.mark.parametrize("change", [change_activation, change_slope, add_hook])
+def test_an_eager_update_follows(change):
+    """As a step that is built after the change."""
+    late, early = make_step(), make_step()
+    for step in (late, early):
+        if change is change_slope:
+            step.loss.value_network.module.mlp[1] = nn.LeakyReLU(0.01)
+    early.loss.forget_networks()
+    torch.manual_seed(1)
+    batches = [make_batch() for _ in range(3)]
+    late(batches[0])
+    early(batches[0])
+    early.loss.forget_networks()
+    change(early.loss)
+    change(late.loss)
+    for batch in batches[1:]:
+        actual, expected = late(batch), early(batch)
+        assert torch.equal(actual["loss_value"], expected["loss_value"])
+    unchanged = make_step()
+    unchanged(batches[0])
+    assert not torch.equal(unchanged(batches[1])["loss_value"], expected["loss_value"])
+
+
+def test_an_unchanged_network_keeps_its_evaluator():
+    step = make_step()
+    step(make_batch())
+    kept = step.loss.kept_networks
+    step.loss.eval()
+    step(make_batch())
+    assert step.loss.kept_networks is kept
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_only_the_exponential_weight_has_a_ceiling(own):
+    options = {"advantage_weight": lambda advantage: torch.full_like(advantage, 5.0)} if own else {}
+    loss = IQLLoss(*make_networks(), max_weight=1e-3, diagnostics=True, **options)
+    SoftUpdate(loss, tau=0.1)
+    assert float(loss(make_batch())["weight_at_ceiling"]) == (0.0 if own else 1.0)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +44,11 @@ def through_captured_without_adam(step):
     loss = step.loss
     other = IQLStep(loss, optim.SGD(loss.parameters(), lr=1e-3), SoftUpdate(loss, tau=0.1))
     return captured(other, DeviceSampler(make_batch(50), 8, seed=0), updates=2)
+
+
+def of_a_population(step):
+    population = IQLPopulation([BASE, BASE], dataset(dtype=torch.float32))
+    return lambda: next(population.train(2, every=2))
 
 
 FORMS = [plain, through_compiled, through_captured, through_captured_without_adam]
@@ -119,7 +121,7 @@ def ranks(group, monkeypatch):
     return lambda count: monkeypatch.setattr(distributed, "get_world_size", lambda: count)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, of_a_population])
 def test_several_ranks_are_refused_by_every_form(form, ranks):
     update = form(make_step())
     ranks(2)
@@ -127,14 +129,6 @@ def test_several_ranks_are_refused_by_every_form(form, ranks):
         update()
     assert "data_parallel(step, Ranks.from_environment())" in str(caught.value)
     assert "independent_ranks=True" in str(caught.value)
-
-
-def test_several_ranks_are_refused_by_a_population(ranks):
-    config = BASE
-    population = IQLPopulation([config, config], dataset(dtype=torch.float32))
-    ranks(4)
-    with pytest.raises(RuntimeError, match="4 ranks"):
-        next(population.train(2, every=2))
 
 
 @pytest.mark.usefixtures("uncompiled")
@@ -150,72 +144,6 @@ def test_a_group_of_one_rank_and_independent_ranks_are_allowed(ranks):
         after = snapshot(step.loss)
         assert any(not torch.equal(before[name], after[name]) for name in before)
         before = after
-
-
-RANK = """
-import sys, torch
-from torch import distributed, optim
-from torch.nn.parallel import DistributedDataParallel
-sys.path[:0] = [sys.argv[3], sys.argv[3] + '/..']
-from conftest import make_batch
-from test_step import make_loss
-from torchrl.objectives import SoftUpdate
-from iql_torchrl import IQLStep
-
-loss = make_loss()
-step = IQLStep(loss, optim.Adam(loss.parameters()), SoftUpdate(loss, tau=0.1))
-size = int(sys.argv[4])
-distributed.init_process_group(
-    "gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=size
-)
-try:
-    step(make_batch())
-except RuntimeError as error:
-    print("refused:", error)
-try:
-    IQLStep(DistributedDataParallel(loss), optim.Adam(loss.parameters()), None)
-except TypeError as error:
-    print("wrapped:", error)
-distributed.barrier()
-distributed.destroy_process_group()
-step(make_batch())
-print("trained alone")
-"""
-
-
-def start_ranks(tmp_path, count):
-    folder = str(Path(__file__).parent)
-    place = [str(tmp_path / "rendezvous")]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, *place, str(rank), folder, str(count)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
-    return outputs
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="rendezvous by a file")
-def test_two_real_ranks_are_refused_until_the_group_is_gone(tmp_path):
-    for output in start_ranks(tmp_path, 2):
-        assert "refused: the torch.distributed process group has 2 ranks" in output
-        assert "wrapped: loss is a DistributedDataParallel around IQLLoss" in output
-        assert output.strip().endswith("trained alone")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="rendezvous by a file")
-def test_a_real_group_of_one_rank_trains(tmp_path):
-    (output,) = start_ranks(tmp_path, 1)
-    assert "refused" not in output
-    assert "trained alone" in output
 
 
 def test_losses_of_another_kind_are_refused_with_what_to_pass(group):
