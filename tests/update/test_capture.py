@@ -36,12 +36,22 @@ from iql_torchrl import (
     policies,
 )
 from iql_torchrl.data import DeviceSampler, replay_buffer
-from iql_torchrl.losses import OPTIONS
 from iql_torchrl.update import captured as captured_module
 from iql_torchrl.update.captured import CapturedStep, coming_rates
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-11}
 ACTIONS = 4
+# attributes of a loss that decide, with its knobs, what it computes
+OPTIONS = (
+    "actor_objective",
+    "advantage_weight",
+    "deterministic_sampling_mode",
+    "loss_mask_key",
+    "q_reduction",
+    "q_source",
+    "reduction",
+    "use_prioritized_weights",
+)
 
 
 @pytest.fixture
