@@ -5,9 +5,11 @@
     python benchmarks/find_faults.py --package ../old --faults old_faults.py
 
 ``--faults`` is a Python file with a list ``FAULTS`` of dicts, the fields of :class:`Fault`. A fault is
-tried with its own tests first and, where these find nothing, with the whole default suite. It is found
-when a test fails, or when the time limit passes; tests that fail without any fault are left out. The
-checkout is not modified: each process works in a copy of it, in a temporary folder.
+found when a test fails because of it, or takes longer than the limit; tests that fail without any fault
+are left out. A fault is tried with its own tests first. Those that these do not find are tried with the
+whole default suite: because this takes many minutes, it runs once with all of them, and each test that
+fails then runs with each of them alone. The checkout is not modified: each process works in a copy of
+it, in a temporary folder.
 
 With ``--output`` the file is written after every fault. Started again with the same file, checkout and
 tests, only what is missing is tried.
@@ -34,6 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from record import machine, write
 
@@ -123,6 +126,7 @@ class Copy:
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "programs"),
         }
         self._environment.pop("PYTEST_ADDOPTS", None)
+        self._process: subprocess.Popen[str] | None = None
         self._check_import()
 
     def _check_import(self) -> None:
@@ -140,15 +144,22 @@ class Copy:
             raise FaultError(f"{self.package} is imported from {place}, not from the copy.")
 
     @contextmanager
-    def with_fault(self, fault: Fault) -> Iterator[None]:
-        """Inside, the copy has the fault."""
-        path = self.root / self.package / fault.file
-        text = path.read_text()
-        self._replace(path, text.replace(fault.old, fault.new))
+    def with_faults(self, *faults: Fault) -> Iterator[list[Fault]]:
+        """Inside, the copy has the faults; those whose text another one has changed are left out."""
+        before: dict[Path, str] = {}
+        made = []
         try:
-            yield
+            for fault in faults:
+                path = self.root / self.package / fault.file
+                text = path.read_text()
+                before.setdefault(path, text)
+                if text.count(fault.old) == 1:
+                    self._replace(path, text.replace(fault.old, fault.new))
+                    made.append(fault)
+            yield made
         finally:
-            self._replace(path, text)
+            for path, text in before.items():
+                self._replace(path, text)
 
     @staticmethod
     def _replace(path: Path, text: str) -> None:
@@ -163,9 +174,10 @@ class Copy:
 
         A run that takes longer than ``limit`` seconds is ended, and fails as "time limit".
         """
-        arguments = [*(f"tests/{test}" for test in tests), *(["-x"] if first else [])]
+        places = [test if test.startswith("tests/") else f"tests/{test}" for test in tests]
+        arguments = [*places, *(["-x"] if first else [])]
         arguments += [f"--deselect={test}" for test in left_out]
-        process = subprocess.Popen(
+        self._process = process = subprocess.Popen(
             [sys.executable, *PYTEST, *arguments],
             cwd=self.root,
             env=self._environment,
@@ -177,8 +189,7 @@ class Copy:
         try:
             output, _ = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            self.stop()
             return [("time limit", f"{limit:g} s")]
         if process.returncode == 0:
             return []
@@ -186,6 +197,12 @@ class Copy:
             raise FaultError(f"pytest ran nothing for {list(tests)}:\n{output[-1000:]}")
         listed = [(test, error or "") for test, error in FAILED.findall(output)]
         return listed or [(f"exit code {process.returncode}", output.strip().splitlines()[-1])]
+
+    def stop(self) -> None:
+        """End the tests that run now, with all processes that they started."""
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.communicate()
 
 
 class Search:
@@ -195,10 +212,11 @@ class Search:
         self.faults, self.options = faults, options
         self.output: Path | None = options.output
         self.began = time.monotonic()
-        self.record: dict[str, object] = {
+        self.record: dict[str, Any] = {
             "command": " ".join(["python", *sys.argv]),
             "machine": machine(options.package),
             "checkout": digest_of(options.package, options.package_name),
+            "fail_without_fault": [],
         }
         self.results: dict[str, dict[str, object]] = self._earlier()
 
@@ -209,6 +227,7 @@ class Search:
         earlier = json.loads(self.output.read_text())
         if earlier.get("checkout") != self.record["checkout"]:
             return {}
+        self.record["fail_without_fault"] = earlier["fail_without_fault"]
         known = {fault.name: _plain(fault) for fault in self.faults}
         return {
             each["name"]: each
@@ -219,46 +238,87 @@ class Search:
     def run(self) -> dict[str, dict[str, object]]:
         options = self.options
         with tempfile.TemporaryDirectory(prefix="faults") as folder:
-            self._copies: queue.Queue[Copy] = queue.Queue()
+            copies = []
             for number in range(options.processes):
                 place = Path(folder) / str(number)
                 place.mkdir()
-                self._copies.put(Copy(options.package, place, options.package_name))
-            self._try([f for f in self.faults if f.name not in self.results], whole=False)
-            if not options.first_tests_alone:
-                left = [f for f in self.faults if self.results[f.name]["tests_run"] == "first"]
-                self._try([f for f in left if not self.results[f.name]["found"]], whole=True)
+                copies.append(Copy(options.package, place, options.package_name))
+            self._copies: queue.Queue[Copy] = queue.Queue()
+            for copy in copies:
+                self._copies.put(copy)
+            try:
+                self._try_first([f for f in self.faults if f.name not in self.results])
+                if not options.first_tests_alone:
+                    self._try_all([f for f in self.faults if self._is_left(f)])
+            except BaseException:
+                for copy in copies:
+                    copy.stop()
+                raise
         return self.results
 
-    def _try(self, faults: Sequence[Fault], *, whole: bool) -> None:
+    def _is_left(self, fault: Fault) -> bool:
+        result = self.results[fault.name]
+        return not result["found"] and result["tests_run"] == "first"
+
+    def _try_first(self, faults: Sequence[Fault]) -> None:
+        if faults:
+            left_out = self._failing_anyway(list(dict.fromkeys(t for f in faults for t in f.tests)))
+            self._try(faults, None, left_out)
+
+    def _try_all(self, faults: Sequence[Fault]) -> None:
+        """The whole suite with all faults at once, then what failed with each of them alone."""
         if not faults:
             return
-        options = self.options
-        limit = options.suite_limit if whole else options.limit
-        tests = [] if whole else list(dict.fromkeys(t for f in faults for t in f.tests))
-        copy = self._copies.get()
-        without = copy.failures(tests, (), options.suite_limit, first=False)
-        self._copies.put(copy)
-        left_out = [test for test, _ in without]
-        key = "fail_without_fault"
-        self.record[key] = sorted({*self.record.get(key, ()), *left_out})  # type: ignore[misc]
-        self._say(f"without fault: {len(left_out)} tests fail {left_out}")
+        left_out = self._failing_anyway(())
+        while faults:
+            with self._copy() as copy, copy.with_faults(*faults) as made:
+                failed = copy.failures((), left_out, self.options.suite_limit, first=False)
+            tests = [test for test, _ in failed if test.startswith("tests/")]
+            self._say(
+                f"{len(made)} faults at once: {len(failed)} tests fail {[t for t, _ in failed]}"
+            )
+            if failed:  # without names of tests the suite could not run or end
+                self._try(made, tests, left_out)
+            else:
+                for fault in made:
+                    self._keep(fault, [], whole=True, seconds=0.0)
+            faults = [fault for fault in faults if fault not in made]
+
+    def _failing_anyway(self, tests: Sequence[str]) -> list[str]:
+        """Tests that fail without any fault."""
+        with self._copy() as copy:
+            failed = copy.failures(tests, (), self.options.suite_limit, first=False)
+        left_out = [test for test, _ in failed]
+        self._say(f"without a fault: {len(left_out)} tests fail {left_out}")
+        self.record["fail_without_fault"] = sorted({*self.record["fail_without_fault"], *left_out})
+        return left_out
+
+    def _try(
+        self, faults: Sequence[Fault], tests: Sequence[str] | None, left_out: Sequence[str]
+    ) -> None:
+        """Each fault alone with ``tests``, an empty list being the whole suite; None: with its own."""
+        whole = tests is not None
+        limit = self.options.suite_limit if whole else self.options.limit
 
         def one(fault: Fault) -> None:
-            copy = self._copies.get()
-            try:
-                began = time.monotonic()
-                with copy.with_fault(fault):
-                    failed = copy.failures([] if whole else fault.tests, left_out, limit)
-                self._keep(fault, failed, whole, time.monotonic() - began)
-            finally:
-                self._copies.put(copy)
+            began = time.monotonic()
+            with self._copy() as copy, copy.with_faults(fault):
+                failed = copy.failures(fault.tests if tests is None else tests, left_out, limit)
+            self._keep(fault, failed, whole=whole, seconds=time.monotonic() - began)
 
-        with ThreadPoolExecutor(options.processes) as pool:
+        with ThreadPoolExecutor(self.options.processes) as pool:
             list(pool.map(one, faults))
 
+    @contextmanager
+    def _copy(self) -> Iterator[Copy]:
+        copy = self._copies.get()
+        try:
+            yield copy
+        finally:
+            self._copies.put(copy)
+
     def _keep(
-        self, fault: Fault, failed: list[tuple[str, str]], whole: bool, seconds: float
+        self, fault: Fault, failed: list[tuple[str, str]], *, whole: bool, seconds: float
     ) -> None:
         test, error = failed[0] if failed else (None, None)
         self.results[fault.name] = _plain(fault) | {
