@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
@@ -31,11 +29,10 @@ from iql_torchrl import (
     make_agent,
 )
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
+from record import machine
 
 import numpy as np
-import tensordict
 import torch
-import torchrl
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("behaviour cloning", "IQL")
@@ -91,32 +88,6 @@ def configure(options: argparse.Namespace, seed: int) -> IQLConfig:
     if options.standardise:
         config = replace(config, standardise=True)
     return replace(config, updates=options.updates) if options.updates else config
-
-
-def processor() -> str:
-    """The processor with its family and model: one name covers several generations."""
-    information = Path("/proc/cpuinfo")
-    if not information.is_file():
-        return platform.processor() or platform.machine()
-    lines = (line.partition(":") for line in information.read_text().splitlines())
-    entries = {name.strip(): value.strip() for name, _, value in lines}
-    family, model = (entries.get(name, "unknown") for name in ("cpu family", "model"))
-    return f"{entries.get('model name', platform.machine())}, family {family}, model {model}"
-
-
-def machine() -> dict[str, object]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return {
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchrl": torchrl.__version__,
-        "tensordict": tensordict.__version__,
-        "commit": commit.stdout.strip(),
-    }
 
 
 def summarise(dataset: OfflineDataset, runs: list[dict[str, object]]) -> list[dict[str, object]]:

@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.metadata
-import json
-import os
 import statistics
 import sys
 import time
@@ -29,7 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench_learning import RESULTS, machine, processor
+from bench_learning import RESULTS
+from record import machine, processor, write
 from step_floors import floor, floor_of_ours, limit_of_bytes
 from step_rivals import (
     FORMS,
@@ -263,13 +262,6 @@ def machine_of(device: str) -> Results:
             versions[package] = "not installed"
     more = {"threads": torch.get_num_threads(), "device": device, "name": name}
     return machine() | versions | more
-
-
-def write(path: Path, record: Results) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def integers(text: str) -> list[int]:

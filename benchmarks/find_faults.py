@@ -1,0 +1,408 @@
+"""Strength of the tests: how many small faults, made one at a time in the package, they find.
+
+    python benchmarks/find_faults.py --output found.json
+    python benchmarks/find_faults.py --only update --processes 2
+    python benchmarks/find_faults.py --package ../old --faults old_faults.py
+
+``--faults`` is a Python file with a list ``FAULTS`` of dicts, the fields of :class:`Fault`. A fault is
+found when a test fails because of it, or takes longer than the limit; tests that fail without any fault
+are left out. A fault is tried with its own tests first. Those that these do not find are tried with the
+whole default suite: because this takes many minutes, it runs once with all of them, and each test that
+fails then runs with each of them alone. The checkout is not modified: each process works in a copy of
+it, in a temporary folder.
+
+With ``--output`` the file is written after every fault. Started again with the same file, checkout and
+tests, only what is missing is tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import queue
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from record import machine, write
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTEST = ["-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "--tb=no", "-rfE"]
+FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - (.*))?$", re.MULTILINE)
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".hypothesis", "__pycache__", ".*_cache")
+NO_TESTS, WRONG_ARGUMENTS = 5, 4  # exit codes of pytest
+
+
+class FaultError(ValueError):
+    """A fault that cannot be made, or tests that do not exist."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One small fault.
+
+    Attributes:
+        name: unique.
+        room: folder or top-level file of the package, without its ending.
+        kind: sign, bound, stale state, omitted detach, ...
+        description: what the package does wrongly, in one sentence that names no file, so that the same
+            fault can be made after the code was rewritten.
+        file: below the folder of the package.
+        old: text that occurs once in the file.
+        new: what takes its place.
+        tests: files and names of tests that are run first, below the folder of tests.
+    """
+
+    name: str
+    room: str
+    kind: str
+    description: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+def read_faults(path: Path, only: Sequence[str] = ()) -> list[Fault]:
+    """The faults of a file whose room or name is in ``only``; all where that is empty."""
+    faults = [Fault(**entry) for entry in runpy.run_path(str(path))["FAULTS"]]
+    names = [fault.name for fault in faults]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise FaultError(f"{path}: the names {sorted(twice)} occur more than once.")
+    chosen = [fault for fault in faults if not only or {fault.room, fault.name} & set(only)]
+    if not chosen:
+        raise FaultError(
+            f"{path}: no fault has the room or name {', '.join(only)}; "
+            f"the rooms are {', '.join(sorted({fault.room for fault in faults}))}."
+        )
+    return chosen
+
+
+def check(faults: Sequence[Fault], checkout: Path, package: str) -> None:
+    """Raise ``FaultError`` that lists all faults whose old text does not occur exactly once."""
+    wrong = []
+    for fault in faults:
+        path = checkout / package / fault.file
+        count = path.read_text().count(fault.old) if path.is_file() else None
+        if count != 1:
+            found = "no such file" if count is None else f"{count} times"
+            wrong.append(f"{fault.name}: {found} in {fault.file}")
+        elif fault.old == fault.new:
+            wrong.append(f"{fault.name}: changes nothing")
+    if wrong:
+        raise FaultError("texts that must occur once:\n  " + "\n  ".join(wrong))
+
+
+class Copy:
+    """A copy of a checkout in a temporary folder, in which faults are made and tests are run."""
+
+    def __init__(self, checkout: Path, folder: Path, package: str) -> None:
+        self.root = folder / "checkout"
+        self.package = package
+        shutil.copytree(checkout, self.root, ignore=LEFT_OUT)
+        beside = (
+            checkout.resolve().parent / "shared"
+        )  # files that some tests read: tests/conftest.py
+        if beside.is_dir():
+            (folder / "shared").symlink_to(beside)
+        self._environment = os.environ | {
+            "PYTHONPATH": str(self.root),
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "1000",  # pytest shortens its summary to the width of the terminal
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "programs"),
+        }
+        self._environment.pop("PYTEST_ADDOPTS", None)
+        self._process: subprocess.Popen[str] | None = None
+        self._check_import()
+
+    def _check_import(self) -> None:
+        code = f"import {self.package}; print({self.package}.__file__)"
+        command = [sys.executable, "-c", code]
+        place = subprocess.run(
+            command,
+            cwd=self.root,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        if not Path(place).resolve().is_relative_to(self.root.resolve()):
+            raise FaultError(f"{self.package} is imported from {place}, not from the copy.")
+
+    @contextmanager
+    def with_faults(self, *faults: Fault) -> Iterator[list[Fault]]:
+        """Inside, the copy has the faults; those whose text another one has changed are left out."""
+        before: dict[Path, str] = {}
+        made = []
+        try:
+            for fault in faults:
+                path = self.root / self.package / fault.file
+                text = path.read_text()
+                before.setdefault(path, text)
+                if text.count(fault.old) == 1:
+                    self._replace(path, text.replace(fault.old, fault.new))
+                    made.append(fault)
+            yield made
+        finally:
+            for path, text in before.items():
+                self._replace(path, text)
+
+    @staticmethod
+    def _replace(path: Path, text: str) -> None:
+        path.write_text(text)
+        # Python compares times in whole seconds, and may take an older text of the same length
+        Path(importlib.util.cache_from_source(str(path))).unlink(missing_ok=True)
+
+    def failures(
+        self, tests: Sequence[str], left_out: Sequence[str], limit: float, *, first: bool = True
+    ) -> list[tuple[str, str]]:
+        """Tests that fail, each with the first line of its error; the first one, or all.
+
+        A run that takes longer than ``limit`` seconds is ended, and fails as "time limit".
+        """
+        places = [test if test.startswith("tests/") else f"tests/{test}" for test in tests]
+        arguments = [*places, *(["-x"] if first else [])]
+        arguments += [f"--deselect={test}" for test in left_out]
+        self._process = process = subprocess.Popen(
+            [sys.executable, *PYTEST, *arguments],
+            cwd=self.root,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            self.stop()
+            return [("time limit", f"{limit:g} s")]
+        if process.returncode == 0:
+            return []
+        if process.returncode in (NO_TESTS, WRONG_ARGUMENTS):
+            raise FaultError(f"pytest ran nothing for {list(tests)}:\n{output[-1000:]}")
+        listed = [(test, error or "") for test, error in FAILED.findall(output)]
+        return listed or [(f"exit code {process.returncode}", output.strip().splitlines()[-1])]
+
+    def stop(self) -> None:
+        """End the tests that run now, with all processes that they started."""
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.communicate()
+
+
+class Search:
+    """Tries faults in several copies at a time, and keeps what was found in a file."""
+
+    def __init__(self, faults: Sequence[Fault], options: argparse.Namespace) -> None:
+        self.faults, self.options = faults, options
+        self.output: Path | None = options.output
+        self.began = time.monotonic()
+        self.record: dict[str, Any] = {
+            "command": " ".join(["python", *sys.argv]),
+            "machine": machine(options.package),
+            "checkout": digest_of(options.package, options.package_name),
+            "fail_without_fault": [],
+        }
+        self.results: dict[str, dict[str, object]] = self._earlier()
+
+    def _earlier(self) -> dict[str, dict[str, object]]:
+        """Results in the output file of the same faults in the same checkout."""
+        if self.output is None or not self.output.is_file():
+            return {}
+        earlier = json.loads(self.output.read_text())
+        if earlier.get("checkout") != self.record["checkout"]:
+            return {}
+        self.record["fail_without_fault"] = earlier["fail_without_fault"]
+        known = {fault.name: _plain(fault) for fault in self.faults}
+        return {
+            each["name"]: each
+            for each in earlier["faults"]
+            if known.get(each["name"]) == {key: each[key] for key in known.get(each["name"], {})}
+        }
+
+    def run(self) -> dict[str, dict[str, object]]:
+        options = self.options
+        with tempfile.TemporaryDirectory(prefix="faults") as folder:
+            copies = []
+            for number in range(options.processes):
+                place = Path(folder) / str(number)
+                place.mkdir()
+                copies.append(Copy(options.package, place, options.package_name))
+            self._copies: queue.Queue[Copy] = queue.Queue()
+            for copy in copies:
+                self._copies.put(copy)
+            try:
+                self._try_first([f for f in self.faults if f.name not in self.results])
+                if not options.first_tests_alone:
+                    self._try_all([f for f in self.faults if self._is_left(f)])
+            except BaseException:
+                for copy in copies:
+                    copy.stop()
+                raise
+        return self.results
+
+    def _is_left(self, fault: Fault) -> bool:
+        result = self.results[fault.name]
+        return not result["found"] and result["tests_run"] == "first"
+
+    def _try_first(self, faults: Sequence[Fault]) -> None:
+        if faults:
+            left_out = self._failing_anyway(list(dict.fromkeys(t for f in faults for t in f.tests)))
+            self._try(faults, None, left_out)
+
+    def _try_all(self, faults: Sequence[Fault]) -> None:
+        """The whole suite with all faults at once, then what failed with each of them alone."""
+        if not faults:
+            return
+        left_out = self._failing_anyway(())
+        while faults:
+            with self._copy() as copy, copy.with_faults(*faults) as made:
+                failed = copy.failures((), left_out, self.options.suite_limit, first=False)
+            tests = [test for test, _ in failed if test.startswith("tests/")]
+            self._say(
+                f"{len(made)} faults at once: {len(failed)} tests fail {[t for t, _ in failed]}"
+            )
+            if failed:  # without names of tests the suite could not run or end
+                self._try(made, tests, left_out)
+            else:
+                for fault in made:
+                    self._keep(fault, [], whole=True, seconds=0.0)
+            faults = [fault for fault in faults if fault not in made]
+
+    def _failing_anyway(self, tests: Sequence[str]) -> list[str]:
+        """Tests that fail without any fault."""
+        with self._copy() as copy:
+            failed = copy.failures(tests, (), self.options.suite_limit, first=False)
+        left_out = [test for test, _ in failed]
+        self._say(f"without a fault: {len(left_out)} tests fail {left_out}")
+        self.record["fail_without_fault"] = sorted({*self.record["fail_without_fault"], *left_out})
+        return left_out
+
+    def _try(
+        self, faults: Sequence[Fault], tests: Sequence[str] | None, left_out: Sequence[str]
+    ) -> None:
+        """Each fault alone with ``tests``, an empty list being the whole suite; None: with its own."""
+        whole = tests is not None
+        limit = self.options.suite_limit if whole else self.options.limit
+
+        def one(fault: Fault) -> None:
+            began = time.monotonic()
+            with self._copy() as copy, copy.with_faults(fault):
+                failed = copy.failures(fault.tests if tests is None else tests, left_out, limit)
+            self._keep(fault, failed, whole=whole, seconds=time.monotonic() - began)
+
+        with ThreadPoolExecutor(self.options.processes) as pool:
+            list(pool.map(one, faults))
+
+    @contextmanager
+    def _copy(self) -> Iterator[Copy]:
+        copy = self._copies.get()
+        try:
+            yield copy
+        finally:
+            self._copies.put(copy)
+
+    def _keep(
+        self, fault: Fault, failed: list[tuple[str, str]], *, whole: bool, seconds: float
+    ) -> None:
+        test, error = failed[0] if failed else (None, None)
+        self.results[fault.name] = _plain(fault) | {
+            "found": bool(failed),
+            "by": test,
+            "error": error and error[:300],
+            "tests_run": "whole suite" if whole else "first",
+            "seconds": round(seconds, 1),
+        }
+        self._say(f"{fault.room:12} {fault.name:36} {test or 'NOT FOUND'}")
+        if self.output is not None:
+            listed = [self.results[f.name] for f in self.faults if f.name in self.results]
+            write(self.output, self.record | summary(listed) | {"faults": listed})
+
+    def _say(self, text: str) -> None:
+        print(f"{time.monotonic() - self.began:7.0f} s  {text}", flush=True)
+
+
+def _plain(fault: Fault) -> dict[str, object]:
+    return asdict(fault) | {"tests": list(fault.tests)}
+
+
+def summary(results: Sequence[dict[str, object]]) -> dict[str, object]:
+    """Numbers of faults, and of those that were found, in all and by room."""
+    rooms: dict[str, list[int]] = {}
+    for each in results:
+        counts = rooms.setdefault(str(each["room"]), [0, 0])
+        counts[0] += bool(each["found"])
+        counts[1] += 1
+    found = sum(count for count, _ in rooms.values())
+    return {"found": found, "of": len(results), "rooms": rooms}
+
+
+def digest_of(checkout: Path, package: str) -> str:
+    """Of all Python files of package and tests."""
+    content = hashlib.sha256()
+    for folder in (package, "tests"):
+        for path in sorted((checkout / folder).rglob("*.py")):
+            content.update(str(path.relative_to(checkout)).encode())
+            content.update(path.read_bytes())
+    return content.hexdigest()[:16]
+
+
+def table(results: Sequence[dict[str, object]]) -> str:
+    counts = summary(results)
+    rooms: dict[str, list[int]] = counts["rooms"]  # type: ignore[assignment]
+    lines = ["| room | found | of |", "|---|---:|---:|"]
+    lines += [f"| {room} | {found} | {count} |" for room, (found, count) in rooms.items()]
+    lines.append(f"| all | {counts['found']} | {counts['of']} |")
+    lines += [f"not found: {e['name']} ({e['description']})" for e in results if not e["found"]]
+    later = [e["name"] for e in results if e["found"] and e["tests_run"] != "first"]
+    return "\n".join([*lines, *(f"found by the whole suite alone: {name}" for name in later)])
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--package", type=Path, default=ROOT, metavar="DIR", help="a checkout; this one by default")
+    add("--package-name", default="iql_torchrl", help="name of the package in it")
+    add("--faults", type=Path, default=ROOT / "benchmarks" / "faults.py", metavar="FILE.py")
+    add("--only", default="", metavar="ROOM,...", help="rooms or names of faults")
+    add("--processes", type=int, default=1, help="faults that are tried at a time")
+    add("--output", type=Path, default=None, metavar="FILE.json")
+    add("--limit", type=float, default=600, help="seconds that the first tests of a fault may take")
+    add("--suite-limit", type=float, default=5400, help="seconds that the whole suite may take")
+    add("--first-tests-alone", action="store_true", help="never run the whole suite")
+    add("--check", action="store_true", help="only check that every fault can be made")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> list[dict[str, object]]:
+    options = parse(arguments)
+    options.package = options.package.resolve()
+    only = [word for word in options.only.split(",") if word]
+    faults = read_faults(options.faults, only)
+    check(faults, options.package, options.package_name)
+    print(f"{len(faults)} faults, and each text occurs once.", flush=True)
+    if options.check:
+        return []
+    results = Search(faults, options).run()
+    listed = [results[fault.name] for fault in faults]
+    print(table(listed))
+    return listed
+
+
+if __name__ == "__main__":
+    main()

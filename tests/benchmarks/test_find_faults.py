@@ -1,0 +1,140 @@
+"""``benchmarks/find_faults.py`` on a small package with faults that its tests find or do not find."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import find_faults
+from find_faults import FaultError
+
+CODE = """
+def add(a, b):
+    return a + b
+
+
+def half(a):
+    return a / 2
+"""
+FIRST = """
+from small import add
+
+
+def test_it():
+    assert add(2, 3) == 5
+
+
+def test_that_always_fails():
+    assert False, "not because of a fault"
+"""
+OTHER = """
+import pytest
+from small import half
+
+
+@pytest.mark.parametrize("value", [0, 3])
+def test_half(value):
+    assert half(value) * 2 == value
+"""
+
+
+def fault(name, old, new, **more):
+    return {
+        "name": name,
+        "room": "code",
+        "kind": "sign",
+        "description": f"{name}.",
+        "file": "code.py",
+        "old": old,
+        "new": new,
+        "tests": ["test_first.py"],
+        **more,
+    }
+
+
+FAULTS = [
+    fault("found at once", "return a + b", "return a - b"),
+    fault("found later", "return a / 2", "return a // 2"),
+    fault("not found", "return a / 2", "return a * 0.5", room="other"),
+]
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """A checkout with a package, two files of tests and three faults; options that name them."""
+    checkout = tmp_path / "checkout"
+    for path, text in {
+        "small/__init__.py": "from small.code import add, half",
+        "small/code.py": CODE,
+        "tests/test_first.py": FIRST,
+        "tests/test_other.py": OTHER,
+        "pytest.ini": "[pytest]\ntestpaths = tests\n",
+    }.items():
+        (checkout / path).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / path).write_text(text)
+    listed = tmp_path / "faults.py"
+    listed.write_text(f"FAULTS = {FAULTS!r}")
+    return [f"--package={checkout}", "--package-name=small", f"--faults={listed}"]
+
+
+def test_each_fault_is_found_by_what_fails_because_of_it(arguments, tmp_path, capsys):
+    output = tmp_path / "found.json"
+    results = find_faults.main([*arguments, f"--output={output}"])
+    assert [(e["found"], e["by"], e["tests_run"]) for e in results] == [
+        (True, "tests/test_first.py::test_it", "first"),
+        (True, "tests/test_other.py::test_half[3]", "whole suite"),
+        (False, None, "whole suite"),
+    ]
+    record = json.loads(output.read_text())
+    assert record["faults"] == results
+    assert (record["found"], record["of"]) == (2, 3)
+    assert record["rooms"] == {"code": [2, 2], "other": [0, 1]}
+    assert record["fail_without_fault"] == ["tests/test_first.py::test_that_always_fails"]
+    assert (tmp_path / "checkout/small/code.py").read_text() == CODE  # it was not modified
+    printed = capsys.readouterr().out
+    assert "| all | 2 | 3 |" in printed
+    assert "not found: not found (not found.)" in printed
+    assert "found by the whole suite alone: found later" in printed
+    # what is in the file is not tried again
+    assert find_faults.main([*arguments, f"--output={output}"]) == results
+    assert "without fault" not in capsys.readouterr().out
+
+
+def test_a_run_that_does_not_end_is_ended(arguments):
+    Path(arguments[2].partition("=")[2]).write_text(
+        f"FAULTS = [{fault('endless', 'return a + b', 'while True: pass')!r}]"
+    )
+    (result,) = find_faults.main([*arguments, "--limit=3"])
+    assert (result["found"], result["by"]) == (True, "time limit")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"old": "return"}, "2 times in code.py"),
+        ({"old": "nowhere"}, "0 times in code.py"),
+        ({"file": "none.py"}, "no such file in none.py"),
+        ({"new": "return a + b"}, "changes nothing"),
+        ({"tests": ["test_none.py"]}, "pytest ran nothing"),
+    ],
+)
+def test_faults_that_cannot_be_made_are_named(arguments, change, message):
+    listed = Path(arguments[2].partition("=")[2])
+    listed.write_text(f"FAULTS = [{fault('wrong', 'return a + b', 'return a - b') | change!r}]")
+    with pytest.raises(FaultError, match=message):
+        find_faults.main(arguments)
+
+
+def test_names_and_rooms_choose(arguments):
+    listed = Path(arguments[2].partition("=")[2])
+    assert [f.name for f in find_faults.read_faults(listed, ["other"])] == ["not found"]
+    assert [f.name for f in find_faults.read_faults(listed, ["found later"])] == ["found later"]
+    with pytest.raises(FaultError, match="the rooms are code, other"):
+        find_faults.read_faults(listed, ["none"])
+    listed.write_text(f"FAULTS = {[FAULTS[0]] * 2!r}")
+    with pytest.raises(FaultError, match="more than once"):
+        find_faults.read_faults(listed)
