@@ -1,4 +1,4 @@
-"""Agents with every policy, the best of several actions, and DDPG+BC."""
+"""Agents with every policy, the best of several actions, DDPG+BC, and residual blocks."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small_agents import HIGH, LOW, box_agent, discrete_agent, log, observations, trained
+from small_agents import HIGH, LOW, box_agent, config, discrete_agent, log, observations, trained
 from torch import nn
 
-from iql_torchrl import PRESETS, load_dataset, make_agent
+from iql_torchrl import PRESETS, IQLPopulation, captured, compiled, load_dataset, make_agent
+from iql_torchrl.data import DeviceSampler
+from iql_torchrl.networks import MLP, ResidualMLP
 from iql_torchrl.policies import BestOf, FlowPolicy
 
 BEST = {"policy": "flow", "num_samples": 5, "flow_steps": 4}
@@ -93,10 +95,84 @@ def test_presets_build(name):
     assert agent.act(observations()).shape == (9, 2)
 
 
-def test_discrete_actions_refuse_candidates():
-    with pytest.raises(ValueError, match="num_samples is 4 and the actions are Discrete"):
-        discrete_agent(num_samples=4)
-    with pytest.raises(ValueError, match="policy is 'flow' and the actions are Discrete"):
-        discrete_agent(policy="flow")
-    with pytest.raises(ValueError, match="'ddpg_bc' needs continuous actions"):
-        discrete_agent(actor_objective="ddpg_bc")
+RESIDUAL = {
+    "policy": {"residual": "policy", "layer_norm": True},
+    "all": {"residual": "all"},
+    "flow": {"residual": "policy", "policy": "flow", "num_samples": 3, "flow_steps": 2},
+}
+
+
+def bodies(agent):
+    networks = agent.loss.actor_network, agent.loss.qvalue_network, agent.loss.value_network
+    kinds = [
+        [type(m) for m in network.modules() if isinstance(m, MLP | ResidualMLP)]
+        for network in networks
+    ]
+    assert all(len(kind) == 1 for kind in kinds)
+    return [kind[0] for kind in kinds]
+
+
+def test_which_networks_have_blocks():
+    assert bodies(box_agent()) == [MLP, MLP, MLP]
+    assert bodies(box_agent(residual="policy")) == [ResidualMLP, MLP, MLP]
+    assert bodies(box_agent(residual="all")) == [ResidualMLP] * 3
+    assert bodies(discrete_agent(residual="all")) == [ResidualMLP] * 3
+    agent = box_agent(residual="all", hidden=(4, 4, 4), dropout=0.2, activation="mish")
+    body = next(m for m in agent.actor.modules() if isinstance(m, ResidualMLP))
+    assert [type(m).__name__ for m in body.blocks[2]] == [
+        "Dropout", "LayerNorm", "Linear", "Mish", "Linear",
+    ]  # fmt: skip
+    critic = next(m for m in agent.loss.qvalue_network.modules() if isinstance(m, ResidualMLP))
+    assert "Dropout" not in [type(m).__name__ for m in critic.modules()]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("name", RESIDUAL)
+def test_every_form_of_the_update_and_export(name, tmp_path):
+    torch._dynamo.reset()
+    dataset = load_dataset(log(), dtype=torch.float64)
+    agents = [make_agent(config(**RESIDUAL[name], schedule="constant"), dataset) for _ in range(3)]
+    if name == "flow":  # captured updates would draw noise from their own generator
+        for key, shape in (("flow_noise", (2,)), ("flow_time", ())):
+            dataset.transitions[key] = torch.rand(40, *shape, dtype=torch.float64)
+    sampler, other = (DeviceSampler(dataset.transitions, 8, seed=3) for _ in range(2))
+    fast = compiled(agents[1].step)
+    captured(agents[2].step, other, updates=2)()
+    seen = observations().astype(np.float64)
+    before = agents[0].act(seen)
+    for _ in range(2):
+        rows = sampler.sample()
+        agents[0].step(rows.clone())
+        fast(rows.clone())
+    for agent in agents[1:]:
+        for key, value in agents[0].state_dict().items():
+            torch.testing.assert_close(agent.state_dict()[key], value, rtol=1e-8, atol=1e-9)
+    actions = agents[0].act(seen)
+    assert (actions != before).any()
+    program = torch.export.load(agents[0].export(tmp_path / "policy.pt2")).module()
+    exported = program(torch.from_numpy(seen)).numpy()
+    np.testing.assert_allclose(exported, actions, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: discrete_agent(num_samples=4), "num_samples is 4 and the actions are Discrete"),
+        (lambda: discrete_agent(policy="flow"), "policy is 'flow' and the actions are Discrete"),
+        (lambda: discrete_agent(policy="gaussian"), "policy is 'gaussian'"),
+        (lambda: discrete_agent(actor_objective="ddpg_bc"), "'ddpg_bc' needs continuous actions"),
+        (lambda: box_agent(policy="categorical"), "policy is 'categorical'"),
+        (lambda: config(residual="policy", hidden=(8, 4)), r"'policy' and hidden is \(8, 4\)"),
+        (lambda: config(residual="all", layer_norm=True), "'all' and layer_norm is True"),
+        (
+            lambda: IQLPopulation(
+                [config(residual="policy", seed=s) for s in (0, 1)], load_dataset(log())
+            ),
+            r"a Linear, which cannot be stacked; .*without residual blocks",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

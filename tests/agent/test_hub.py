@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import pickle
 import sys
 from dataclasses import replace
 from functools import partial
@@ -22,7 +21,7 @@ from iql_torchrl import Agent, load_dataset, make_agent
 from iql_torchrl.agent import HubError
 from iql_torchrl.data.episode_digests import episode_digests, sketch_of
 from iql_torchrl.evaluation.result import Evaluation
-from iql_torchrl.files import CheckpointError, StateAdapter, write_components
+from iql_torchrl.files import CheckpointError
 
 yaml = pytest.importorskip("yaml")
 hub = pytest.importorskip("huggingface_hub")
@@ -220,28 +219,6 @@ def test_files_that_are_not_of_an_agent_are_kept(tmp_path):
     with pytest.raises(ValueError, match=r"folder '.*' already has README.md, which would be rep"):
         trained().push_to_hub(REPO, token=TOKEN, folder=tmp_path)
     assert (tmp_path / "README.md").read_text() == "of another project"
-
-
-class Runs:
-    """Unpickled, it would create the file ``path``."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_a_checkpoint_with_code_runs_nothing(tmp_path, monkeypatch):
-    mark, path = tmp_path / "ran", tmp_path / "agent.torchrl"
-    pickle.loads(pickle.dumps(Runs(mark)))
-    assert mark.exists(), "it does what it says when it is loaded"
-    mark.unlink()
-    monkeypatch.setattr(StateAdapter, "_check_readable", lambda *_: None)
-    write_components(path, {"agent": {"config": {}}, "loss_module": {"weight": Runs(mark)}})
-    with pytest.raises(CheckpointError, match=r"not loaded, because loading it could run a progr"):
-        Agent.from_hub(tmp_path)
-    assert not mark.exists()
 
 
 def card_of(agent, folder, **options):

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from small_agents import config, log
-from small_trainers import make_step, same_weights, table
+from small_trainers import make_step, table
+from torchrl import torchrl_logger
 from torchrl.checkpoint import Checkpoint
 
-from iql_torchrl import OfflineTrainer, load_dataset, make_agent
+from iql_torchrl import Agent, OfflineTrainer, load_dataset, make_agent
 from iql_torchrl.data import replay_buffer
 from iql_torchrl.data.digests import fingerprint
 from iql_torchrl.files import (
@@ -136,34 +137,19 @@ class Malicious:
         return (open, (str(self.path), "w"))
 
 
-@pytest.mark.parametrize("form", ["torch", "pickle"])
-def test_a_malicious_pickle_is_not_run(file, tmp_path, form):
-    mark = tmp_path / "ran"
-    content = io.BytesIO()
-    if form == "torch":
-        torch.save({"x": Malicious(mark)}, content)
-    else:
-        pickle.dump(Malicious(mark), content)
+@pytest.mark.parametrize("save", [torch.save, pickle.dump])
+def test_a_malicious_pickle_is_not_run(tmp_path, save):
+    mark, content, path = tmp_path / "ran", io.BytesIO(), tmp_path / "agent.torchrl"
+    save({"x": Malicious(mark)}, content)
     pickle.loads(pickle.dumps(Malicious(mark))).close()
     assert mark.exists(), "the pickle does what it says when it is loaded"
     mark.unlink()
-    rewrite(file, lambda name, old: content.getvalue() if name.endswith("state.pt") else old)
-    with pytest.raises(CheckpointError, match=r"run a program|truncated or damaged"):
-        read_components(file)
+    write_components(path, {"agent": {"config": {}}, "loss_module": {}})
+    rewrite(path, lambda name, old: content.getvalue() if name.endswith("state.pt") else old)
+    for read in (lambda: read_components(path), lambda: Agent.from_hub(tmp_path)):
+        with pytest.raises(CheckpointError, match=r"run a program|truncated or damaged"):
+            read()
     assert not mark.exists()
-
-
-def test_a_failed_write_leaves_the_old_file(file, monkeypatch):
-    before = file.read_bytes()
-
-    def full(*_, **__):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="no space"):
-        write_components(file, {"a": {}})
-    assert file.read_bytes() == before
-    assert [p.name for p in file.parent.iterdir()] == [file.name]
 
 
 def make_trainer(data=None, *, buffer=None, **options):
@@ -219,21 +205,6 @@ def test_another_run_is_refused_by_name(saved, options, words):
     trainer = make_trainer(buffer=buffer, **built)
     trainer.loss_module.expectile = options.get("expectile", 0.7)
     refuses(trainer, saved, words)
-
-
-def test_a_growing_buffer_is_saved_with_its_data(tmp_path):
-    trainer, other = (
-        make_trainer(buffer=replay_buffer(table(60), 8, seed=0, capacity=100), folder=tmp_path)
-        for _ in range(2)
-    )
-    trainer.replay_buffer.extend(table(7))
-    trainer.train()
-    other.resume()
-    assert len(other.replay_buffer) == 67
-    for trained in (trainer, other):
-        trained.total_frames = 12
-        trained.train()
-    assert same_weights(trainer, other)
 
 
 def of_agent(tmp_path, reward="raw", **fields):
@@ -306,3 +277,51 @@ def test_a_fingerprint_notices_any_value(row, key):
     changed = fingerprint(data)
     name = key if isinstance(key, str) else ".".join(key)
     assert {k for k in whole if whole[k] != changed[k]} == {name}
+
+
+# -- an agent with a dataset that it was not made for
+
+
+@pytest.mark.parametrize(
+    ("asked", "loaded", "lines"),
+    [("return_range", "raw", 1), ("raw", (2.0, 0.0), 1), ("raw", "raw", 0), ("minus_one", -1, 0)],
+)
+def test_a_config_of_another_reward_is_reported(asked, loaded, lines, caplog):
+    reward = (1.0, -1.0) if loaded == -1 else loaded
+    dataset = load_dataset(log(), reward=reward)
+    agent = make_agent(config(reward=asked), dataset)
+    with caplog.at_level("WARNING", logger="torchrl"):
+        torchrl_logger.addHandler(caplog.handler)
+        try:
+            OfflineTrainer(agent=agent, dataset=dataset, total_updates=1, progress_bar=False)
+        finally:
+            torchrl_logger.removeHandler(caplog.handler)
+    assert len(caplog.messages) == lines
+    for line in caplog.messages:
+        assert line.startswith(f"config.reward is '{asked}' and the rewards of ")
+
+
+def observations(width: int, dtype: type = np.float32):
+    return np.random.default_rng(1).normal(size=(40, width)).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "key", "words"),
+    [
+        ({}, {"observation": observations(5)}, "observation", r"Box.*\(3,\).*Box of shape \(5,\)"),
+        ({}, {"action": np.full((40, 3), 0.5, "f4")}, "action", r"Box.*\(2,\).*Box of shape \(3,\)"),
+        ({}, {"action": np.arange(40) % 4}, "action", r"Box of shape \(2,\).*Discrete\(4\)"),
+        ({"action": np.arange(40) % 4}, {"action": np.arange(40) % 5}, "action",
+         r"Discrete\(4\).*Discrete\(5\)"),
+    ],
+)  # fmt: skip
+def test_a_dataset_of_other_shapes_or_categories_is_refused_at_once(own, given, key, words):
+    agent = make_agent(config(), load_dataset(log(**own)))
+    with pytest.raises(ValueError, match=rf"^{key}: the agent was made for {words}.*make_agent"):
+        OfflineTrainer(agent=agent, dataset=load_dataset(log(**given)), progress_bar=False)
+
+
+def test_other_rows_of_the_same_shapes_are_taken():
+    agent = make_agent(config(), load_dataset(log()))
+    other = load_dataset(log(observation=observations(3)))
+    OfflineTrainer(agent=agent, dataset=other, total_updates=2, progress_bar=False).train()

@@ -32,7 +32,7 @@ def by_hand(step, updates, seed=0):
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
 def test_trains_as_the_loop_by_hand_and_rows_are_means(order):
     step, alone = make_step(order=order), make_step(order=order)
-    trainer = make_trainer(step, 25, log_interval=10)
+    trainer = make_trainer(step, 2.5e1, log_interval=1e1)  # whole numbers
     trainer.train()
     metrics = by_hand(alone, 25)
     assert same_weights(step, alone)
@@ -43,17 +43,32 @@ def test_trains_as_the_loop_by_hand_and_rows_are_means(order):
             assert row[name] == pytest.approx(mean, rel=1e-5)
 
 
-def test_a_device_sampler_continues_from_its_state(tmp_path):
-    def make(total):
-        sampler = DeviceSampler(table(), 16, seed=0)
-        return make_trainer(make_step(), total, replay_buffer=sampler, folder=tmp_path)
+def buffer_of(kind):
+    if kind == "device sampler":
+        return DeviceSampler(table(), 16, seed=0)
+    if kind == "growing":
+        return replay_buffer(table(60), 16, seed=0, capacity=100)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100), batch_size=16, prefetch=2)
+    buffer.extend(table(60))
+    return buffer
 
-    alone = make_step()
-    make_trainer(alone, 12, replay_buffer=DeviceSampler(table(), 16, seed=0)).train()
-    make(6).train()
-    again = make(12).resume()
+
+@pytest.mark.parametrize("kind", ["device sampler", "growing", "drawing ahead"])
+def test_a_run_continues_with_its_buffer_and_what_it_was_extended_by(tmp_path, kind):
+    def make(total, folder):
+        return make_trainer(total=total, replay_buffer=buffer_of(kind), folder=tmp_path / folder)
+
+    alone, stopped, again = make(12, "alone"), make(6, "stopped"), make(12, "stopped")
+    for trainer in (alone, stopped):
+        if kind == "growing":
+            trainer.replay_buffer.extend(table(7))
+        trainer.train()
+    assert again.resume().updates == 6
+    if kind != "device sampler":
+        assert len(again.replay_buffer) == (67 if kind == "growing" else 60)
     again.train()
-    assert same_weights(again.step, alone)
+    if kind != "drawing ahead":  # which draws from torch's own generator
+        assert same_weights(again, alone)
 
 
 def test_parts_in_place_of_a_step():
@@ -429,15 +444,3 @@ def test_a_part_that_could_not_be_read_again_is_refused_when_first_saved(tmp_pat
     trainer.register_module("odd", Odd())
     with pytest.raises(CheckpointError, match="Odd holds something other than plain data"):
         trainer.train()
-
-
-def test_a_buffer_that_draws_ahead_can_be_saved(tmp_path):
-    def make():
-        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100), batch_size=16, prefetch=2)
-        buffer.extend(table())
-        return make_trainer(make_step(), 6, replay_buffer=buffer, folder=tmp_path)
-
-    make().train()
-    again = make().resume()
-    assert again.updates == 6
-    assert len(again.replay_buffer) == 100

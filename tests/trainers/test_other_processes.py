@@ -1,20 +1,42 @@
-"""One training at a time in a folder; folders that cannot be made; whole numbers; late evaluations."""
+"""Training beside other processes: one at a time in a folder, killed ones, late evaluations."""
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import filelock
+import gymnasium as gym
 import pytest
+import torch
 from small_trainers import make_step, make_trainer
-from test_trainer_background import background
 
-from iql_torchrl import IQLConfig
+from iql_torchrl import IQLConfig, evaluate
 from iql_torchrl.agent.build import ends_before
 from iql_torchrl.distributed import Ranks
+from iql_torchrl.evaluation.background import BackgroundEvaluation
+from iql_torchrl.files import read_components
 from iql_torchrl.trainers.events import Interruption
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "bench_resume.py"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork and SIGKILL")
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_and_resumed_runs_equal_an_undisturbed_run(tmp_path, kills):
+    path = tmp_path / "table.json"
+    arguments = ["--kills", str(kills), "--updates", "200", "--seed", "1", "--output", str(path)]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = json.loads(path.read_text())["trials"]
+    assert len(trials) == kills
+    assert all(trial["equal"] for trial in trials)
+
 
 HOLD = """
 import sys
@@ -85,12 +107,6 @@ def test_a_schedule_that_ends_before_the_run():
     assert ends_before(IQLConfig(updates=100, schedule="constant"), 101) is None
 
 
-def test_whole_floats_count_updates():
-    trainer = make_trainer(total=2e1, log_interval=1e1)
-    trainer.train()
-    assert trainer.updates == 20
-
-
 def test_pending_evaluations_are_submitted_again(monkeypatch):
     def make():
         step = make_step(3, 1)
@@ -112,3 +128,67 @@ def test_a_handler_that_was_not_set_from_python_stays():
     assert signal.getsignal(signal.SIGINT) == own
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+# -- evaluation beside training
+
+SETTINGS = {"episodes": 3, "num_envs": 2, "seed": 5, "max_steps": 12}
+
+
+def make_env():
+    return gym.make("Pendulum-v1")
+
+
+def trainer_of(folder, evaluation_of):
+    step = make_step(3, 1)
+    evaluation = evaluation_of(step.loss.actor_network)
+    torch.manual_seed(3)
+    return make_trainer(step, obs=3, act=1, eval_interval=10, evaluation=evaluation, folder=folder)
+
+
+def foreground(policy):
+    return lambda: evaluate(policy, make_env, **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def in_between(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "foreground"
+    trainer_of(folder, foreground).train()
+    return folder
+
+
+def background(policy):
+    return BackgroundEvaluation(policy, make_env, **SETTINGS)
+
+
+def test_rows_and_best_are_those_of_evaluation_in_between(tmp_path, in_between):
+    trainer = trainer_of(tmp_path, background)
+    with trainer.evaluation:
+        trainer.train()
+    assert (tmp_path / "metrics.csv").read_text() == (in_between / "metrics.csv").read_text()
+    actual, expected = (read_components(f / "best.torchrl") for f in (tmp_path, in_between))
+    assert actual["trainer_state"]["progress"]["updates"] == trainer.progress.best_update
+    assert expected["trainer_state"]["progress"]["updates"] == trainer.progress.best_update
+    assert not list(tmp_path.glob("**/.*"))
+
+
+@pytest.mark.slow
+def test_an_evaluation_under_way_is_made_again_after_a_resume(tmp_path, in_between):
+    """Stopped with an evaluation under way: its policy is in the checkpoint."""
+    trainer = trainer_of(tmp_path, background)
+    submitted = trainer.evaluation.submit
+
+    def submit_and_stop(number):
+        submitted(number)
+        if number == 10:
+            raise RuntimeError("as if killed")
+
+    trainer.evaluation.submit = submit_and_stop
+    with pytest.raises(RuntimeError, match="as if killed"), trainer.evaluation:
+        trainer.train()
+    again = trainer_of(tmp_path, background)
+    with again.evaluation:
+        assert 10 in again.resume().evaluation.pending
+        again.train()
+    rows = (tmp_path / "metrics.csv").read_text()
+    assert rows == (in_between / "metrics.csv").read_text()
