@@ -9,14 +9,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 from unittest.mock import Mock
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
 from small_agents import box_agent, config, log, observations, same_weights, saved, trained
 from torch.optim.lr_scheduler import LRScheduler
 
-from iql_torchrl import DiscreteIQLLoss, evaluate, load_dataset, make_agent
+from iql_torchrl import load_dataset, make_agent
 from iql_torchrl.agent.build import Agent
 from iql_torchrl.evaluation.act import private_random_numbers
 from iql_torchrl.files import CheckpointError, write_components
@@ -24,30 +23,6 @@ from iql_torchrl.files import CheckpointError, write_components
 
 def dataset(**columns):
     return load_dataset(log(60, **columns), reward="raw")
-
-
-def test_discrete_actions_and_categorical_observations():
-    data = dataset(action=np.arange(60) % 4, observation=np.arange(60) % 5)
-    agent = make_agent(config(), data)
-    assert isinstance(agent.loss, DiscreteIQLLoss)
-    agent.step(data.replay_buffer(16, seed=0).sample())
-
-    class FiveStates(gymnasium.Env):
-        observation_space = gymnasium.spaces.Discrete(5)
-        action_space = gymnasium.spaces.Discrete(4)
-
-        def reset(self, *, seed=None, options=None):
-            super().reset(seed=seed)
-            self.left = 2 + (seed or 0) % 3
-            return 1, {}
-
-        def step(self, action):
-            self.left -= 1
-            return 2, 1.0, self.left == 0, False, {}
-
-    result = evaluate(agent.policy, FiveStates, episodes=3, num_envs=2, seed=0)
-    assert result.returns.tolist() == [2.0, 3.0, 4.0]
-    assert evaluate(agent.policy, FiveStates, episodes=1, seed=0).returns.tolist() == [2.0]
 
 
 def test_standardisation_is_the_first_layer_of_every_network():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 import zipfile
 
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from only_torch import run_with_only_torch
 from small_agents import (
     HIGH,
     LOW,
@@ -30,6 +30,31 @@ from torch import nn
 from iql_torchrl import load_dataset, make_agent
 from iql_torchrl.agent.export import export_policy
 from iql_torchrl.agent.task import Task
+
+# Runs in a process in which torch is installed and this package, TorchRL and Gymnasium are not.
+START = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("iql_torchrl", "torchrl", "tensordict", "gymnasium"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+import warnings
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch 2.11's own reader
+import torch
+torch.set_num_threads(1)
+"""
+
+
+def run_with_only_torch(script, folder):
+    """The lines that the Python text ``script`` prints in ``folder``."""
+    options = {"cwd": folder, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run([sys.executable, "-c", START + script], **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def parts(rows: int = 40):
@@ -118,7 +143,7 @@ def test_programs_run_where_only_torch_is_installed(kinds, tmp_path):
         assert agent.export(tmp_path / f"{name}.pt2") == tmp_path / f"{name}.pt2"
         cases[name] = [torch.as_tensor(each) for each in arguments], torch.as_tensor(actions)
     torch.save(cases, tmp_path / "cases.pt")
-    ran = run_with_only_torch(COMPARE, tmp_path).splitlines()
+    ran = run_with_only_torch(COMPARE, tmp_path)
     assert ran == [f"ran {name}" for name in kinds]
 
 
@@ -223,7 +248,7 @@ def test_programs_refuse_what_the_agent_refuses(tmp_path):
     for name in ("gaussian", "masked", "category", "dict"):
         KINDS[name]().export(tmp_path / f"{name}.pt2")
     torch.save([case[:2] for case in cases], tmp_path / "refused.pt")
-    lines = run_with_only_torch(REFUSED, tmp_path).splitlines()
+    lines = run_with_only_torch(REFUSED, tmp_path)
     assert len(lines) == len(cases)
     for line, (name, _, message) in zip(lines, cases, strict=True):
         assert line.startswith(f"{name} | ")

@@ -10,7 +10,15 @@ import torch
 from small_agents import HIGH, LOW, box_agent, config, discrete_agent, log, observations, trained
 from torch import nn
 
-from iql_torchrl import PRESETS, IQLPopulation, captured, compiled, load_dataset, make_agent
+from iql_torchrl import (
+    PRESETS,
+    DiscreteIQLLoss,
+    IQLPopulation,
+    captured,
+    compiled,
+    load_dataset,
+    make_agent,
+)
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.networks import MLP, ResidualMLP
 from iql_torchrl.policies import BestOf, FlowPolicy
@@ -116,7 +124,9 @@ def test_which_networks_have_blocks():
     assert bodies(box_agent()) == [MLP, MLP, MLP]
     assert bodies(box_agent(residual="policy")) == [ResidualMLP, MLP, MLP]
     assert bodies(box_agent(residual="all")) == [ResidualMLP] * 3
-    assert bodies(discrete_agent(residual="all")) == [ResidualMLP] * 3
+    discrete = discrete_agent(residual="all")
+    assert isinstance(discrete.loss, DiscreteIQLLoss)
+    assert bodies(discrete) == [ResidualMLP] * 3
     agent = box_agent(residual="all", hidden=(4, 4, 4), dropout=0.2, activation="mish")
     body = next(m for m in agent.actor.modules() if isinstance(m, ResidualMLP))
     assert [type(m).__name__ for m in body.blocks[2]] == [

@@ -60,19 +60,6 @@ def trainer(folder: Path) -> OfflineTrainer:
     )
 
 
-def population() -> IQLPopulation:
-    configs = [
-        IQLConfig(updates=20, seed=seed, expectile=expectile, **CONFIG)
-        for seed, expectile in ((0, 0.7), (1, 0.9))
-    ]
-    return IQLPopulation(configs, dataset())
-
-
-def advance(runs: IQLPopulation, updates: int) -> None:
-    for _ in runs.train(updates):
-        pass
-
-
 def weights(agent: Agent) -> list[float]:
     return torch.cat([p.detach().flatten() for p in agent.actor.parameters()]).tolist()
 
@@ -116,7 +103,8 @@ def test_an_old_population_loads_and_continues(expected):
     assert runs.updates == 4
     assert [config.expectile for config in runs.configs] == [0.7, 0.9]
     before = weights(runs.member(0))
-    advance(runs, 4)
+    for _ in runs.train(4):
+        pass
     for number, values in enumerate(expected["population"]):
         assert weights(runs.member(number)) == pytest.approx(values, rel=1e-4, abs=1e-6)
     assert before != pytest.approx(expected["population"][0], rel=1e-4, abs=1e-6)

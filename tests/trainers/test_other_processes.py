@@ -58,27 +58,23 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_a_second_training_is_refused_until_the_first_is_killed(tmp_path, holder):
+def test_a_second_training_is_refused_until_the_first_is_killed_or_failed(
+    tmp_path, holder, monkeypatch
+):
     trainer = make_trainer(folder=tmp_path)
     with pytest.raises(ValueError, match=rf"process {holder.pid} on .* trains in this folder now"):
         trainer.train()
     assert trainer.updates == 0
     holder.kill()
     holder.communicate()
-    trainer.train()
-    assert trainer.updates == 20
-    assert not list(tmp_path.glob(".*"))
-    assert not (tmp_path / "training.txt").exists()
-
-
-def test_the_lock_ends_with_an_error(tmp_path, monkeypatch):
-    trainer = make_trainer(folder=tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "_train_to_next_event", lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             trainer.train()
     trainer.train()
     assert trainer.updates == 20
+    assert not list(tmp_path.glob(".*"))
+    assert not (tmp_path / "training.txt").exists()
 
 
 def test_a_file_system_without_locks_is_warned_about(tmp_path, monkeypatch):

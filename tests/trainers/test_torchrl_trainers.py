@@ -82,22 +82,6 @@ def test_early_stopping_on_an_evaluation_and_on_a_loss(options, updates):
     assert "did not improve" in trainer._stop_reason
 
 
-def test_log_validation_reward():
-    logger, step = Numbers(), make_step(3, 1)
-    environment = TransformedEnv(GymEnv("Pendulum-v1"))
-    trainer = make_trainer(step, 4, obs=3, act=1, log_interval=1, logger=logger)
-    LogValidationReward(
-        record_interval=2,
-        record_frames=5,
-        policy_exploration=step.loss.actor_network,
-        environment=environment,
-    ).register(trainer)
-    trainer.train()
-    result = logger.of("r_evaluation")
-    assert [step for _, step in result] == [1, 3]
-    assert all(-20 < value < 0 for value, _ in result)
-
-
 def test_target_hook_of_a_step_that_leaves_the_targets_alone():
     step = make_step(target=False)
     loss = step.loss
@@ -127,15 +111,24 @@ def test_target_hook_beside_a_step_that_moves_the_targets_moves_them_once(stage)
         assert torch.equal(a, b)
 
 
+def test_log_validation_reward():
+    logger, step = Numbers(), make_step(3, 1)
+    trainer = make_trainer(step, 4, obs=3, act=1, log_interval=1, logger=logger)
+    environment = TransformedEnv(GymEnv("Pendulum-v1"))
+    options = {"policy_exploration": step.loss.actor_network, "environment": environment}
+    LogValidationReward(record_interval=2, record_frames=5, **options).register(trainer)
+    trainer.train()
+    result = logger.of("r_evaluation")
+    assert [step for _, step in result] == [1, 3]
+    assert all(-20 < value < 0 for value, _ in result)
+
+
 def test_hooks_that_change_the_batch_change_every_batch():
-    step = make_step()
-    rewards = []
-
-    def loud(batch):
-        return batch.clone().set(("next", "reward"), torch.full((16, 1), 7.0))
-
-    trainer = make_trainer(step, total=7)
-    trainer.register_op("process_optim_batch", loud)
+    rewards, trainer = [], make_trainer(total=7)
+    loud = torch.full((16, 1), 7.0)
+    trainer.register_op(
+        "process_optim_batch", lambda batch: batch.clone().set(("next", "reward"), loud)
+    )
     with pytest.warns(FutureWarning, match="post_loss"):
         trainer.register_op("post_loss", lambda batch: rewards.append(batch["next", "reward"]))
     trainer.train()
@@ -144,36 +137,27 @@ def test_hooks_that_change_the_batch_change_every_batch():
 
 
 def test_select_keys_and_registered_modules_are_saved(tmp_path):
-    step = make_step()
-    keys = ["observation", "action", "next"]
-    trainer = make_trainer(step, save_trainer_file=tmp_path / "run.torchrl")
-    SelectKeys([*keys]).register(trainer)
-    linear = torch.nn.Linear(2, 2)
-    trainer.register_module("mine", linear)
+    def make():
+        trainer, linear = make_trainer(save_trainer_file=tmp_path / "a"), torch.nn.Linear(2, 2)
+        SelectKeys(["observation", "action", "next"]).register(trainer)
+        trainer.register_module("mine", linear)
+        return trainer, linear
+
+    (trainer, linear), (other, loaded) = make(), make()
+    linear.weight.data.fill_(3.0)
     trainer.train()
-    other = make_trainer(make_step(), save_trainer_file=tmp_path / "run.torchrl")
-    SelectKeys([*keys]).register(other)
-    other.register_module("mine", torch.nn.Linear(2, 2))
-    other.load_from_file(tmp_path / "run.torchrl")
-    assert torch.equal(other._modules["mine"].weight, linear.weight)
+    other.load_from_file(tmp_path / "a")
+    assert (loaded.weight == 3.0).all()
     assert other.updates == 20
 
 
 @pytest.mark.parametrize("format", ["directory", "archive"])
 def test_torchrl_checkpoint_and_rotation(tmp_path, format):
-    rotation = CheckpointRotation(
-        tmp_path / "rotated", keep_last=2, keep_best=("return_mean", "max")
-    )
-    scores = iter([0.0, 5.0, 1.0, 2.0, 3.0])
-    step = make_step()
-    trainer = make_trainer(
-        step,
-        eval_interval=5,
-        evaluation=lambda: {"return_mean": next(scores)},
-        checkpoint=Checkpoint(format=format),
-        checkpoint_rotation=rotation,
-    )
-    trainer.train()
+    best, scores, step = ("return_mean", "max"), iter([0.0, 5.0, 1.0, 2.0, 3.0]), make_step()
+    rotation = CheckpointRotation(tmp_path / "rotated", keep_last=2, keep_best=best)
+    options = {"checkpoint": Checkpoint(format=format), "checkpoint_rotation": rotation}
+    evaluation = {"eval_interval": 5, "evaluation": lambda: {"return_mean": next(scores)}}
+    make_trainer(step, **evaluation, **options).train()
     names = [path.stem for path in rotation.checkpoints()]
     assert names == [f"checkpoint-{n:012d}" for n in (5, 15, 20)]
     assert rotation.best().stem == "checkpoint-000000000005"
@@ -189,31 +173,23 @@ def test_register_op_refuses_stages_that_the_step_owns():
             trainer.register_op(stage, lambda *_: None)
 
 
-def online(step):
-    """The common arguments of TorchRL's trainers, and a buffer."""
-    environment = GymEnv("Pendulum-v1", categorical_action_encoding=False)
+def torchrls_trainer(step, stepper):
+    """TorchRL's ``Trainer`` with our step or TorchRL's own stepper, or its ``IQLTrainer``."""
     collector = Collector(
-        environment, step.loss.actor_network, frames_per_batch=64, total_frames=256,
-        auto_register_policy_transforms=False,
+        GymEnv("Pendulum-v1", categorical_action_encoding=False), step.loss.actor_network,
+        frames_per_batch=64, total_frames=256, auto_register_policy_transforms=False,
     )  # fmt: skip
     options = {"total_frames": 256, "frame_skip": 1, "optim_steps_per_batch": 4}
     options |= {"collector": collector, "loss_module": step.loss, "progress_bar": False}
-    return options, TensorDictReplayBuffer(storage=LazyTensorStorage(1000), batch_size=16)
-
-
-def torchrls_trainer(step, stepper):
-    """TorchRL's ``Trainer`` with our step or TorchRL's own stepper, or its ``IQLTrainer``."""
-    options, buffer = online(step)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(1000), batch_size=16)
     if stepper == "IQLTrainer":
-        options |= {"replay_buffer": buffer, "log_rewards": False}
-        return IQLTrainer(
-            optimizer=step.optimizer, target_net_updater=step.spare_updater, **options
-        )
+        options |= {"replay_buffer": buffer, "log_rewards": False, "optimizer": step.optimizer}
+        return IQLTrainer(target_net_updater=step.spare_updater, **options)
     if stepper == "ours":
         trainer = Trainer(optimization_stepper=step, **options)
     else:
-        stepper = DefaultOptimizationStepper()
-        trainer = Trainer(optimizer=step.optimizer, optimization_stepper=stepper, **options)
+        options["optimization_stepper"] = DefaultOptimizationStepper()
+        trainer = Trainer(optimizer=step.optimizer, **options)
         trainer.register_op("post_optim", TargetNetUpdaterHook(step.spare_updater))
     ReplayBufferTrainer(buffer, batch_size=16).register(trainer)
     return trainer

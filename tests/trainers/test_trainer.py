@@ -161,124 +161,104 @@ def test_a_step_that_makes_several_updates_a_call():
         make_trainer(Captured(), 20, log_interval=7)
 
 
-def interrupted_step(update, number=signal.SIGINT):
-    """A step that gets the signal in the middle of one of its updates; and its number of updates."""
+def stepping(before):
+    """A step that calls ``before(number of this update, batch)`` first."""
     step, calls = make_step(), []
 
-    class Interrupted(IQLStep):
+    class Stepping(IQLStep):
         def __call__(self, batch):
             calls.append(1)
-            if len(calls) == update:
-                os.kill(os.getpid(), number)
+            before(len(calls), batch)
             return super().__call__(batch)
 
-    step.__class__ = Interrupted
+    step.__class__ = Stepping
     return step, calls
 
 
+SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
+FOLDER = "trainer.resume().train()"
+NOTHING = "Nothing was saved, because the trainer has no folder=. In this process, continue with: "
+FILE = "trainer.load_from_file('a.torchrl').train()"
+
+
 @pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+    ("number", "destination", "words"),
+    [
+        *((number, {"folder": "run"}, f"Continue with: {FOLDER}") for number in SIGNALS),
+        (signal.SIGINT, {}, f"{NOTHING}trainer.train()"),
+        (signal.SIGINT, {"save_trainer_file": "a.torchrl"}, f"with: {FILE}"),
+        (
+            signal.SIGINT,
+            {"folder": "run", "resume_command": "make again"},
+            "and saved run. Continue with: make again",
+        ),
+    ],
 )
 def test_interruption_finishes_the_update_saves_and_prints_how_to_continue(
-    tmp_path, capfd, number, error
+    tmp_path, capfd, monkeypatch, number, destination, words
 ):
-    step, _ = interrupted_step(7, number)
+    monkeypatch.chdir(tmp_path)
+    step, calls = stepping(lambda update, _: update == 7 and os.kill(os.getpid(), number))
     before = signal.getsignal(number)
-    trainer = make_trainer(step, 20, log_interval=5, folder=tmp_path / "run")
-    with pytest.raises(error):
+    trainer = make_trainer(step, 20, **destination)
+    with pytest.raises(SIGNALS[number]):
         trainer.train()
     assert signal.getsignal(number) is before
     assert trainer.updates == 7
-    err = capfd.readouterr().err
-    assert "Stopped after update 7 of 20" in err
-    assert "Continue with: trainer.resume().train()" in err
-    assert newest(tmp_path / "run" / "checkpoints").name == "checkpoint-000000000007.torchrl"
-    resumed, alone = make_step(), make_step()
-    make_trainer(resumed, 20, log_interval=5, folder=tmp_path / "run").resume().train()
+    error = capfd.readouterr().err
+    assert "Stopped after update 7 of 20" in error
+    assert words in error
+    alone = make_step()
     by_hand(alone, 20)
-    assert same_weights(resumed, alone)
-    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
-    assert [row["update"] for row in rows] == ["5", "10", "15", "20"]
-
-
-@pytest.mark.parametrize(
-    ("destination", "words"),
-    [
-        ({}, "Nothing was saved, because the trainer has no folder=. In this process, continue with: "
-             "trainer.train()"),
-        ({"save_trainer_file": "a.torchrl"}, "with: trainer.load_from_file('a.torchrl').train()"),
-        ({"folder": "run", "resume_command": "make again"}, "and saved run. Continue with: make again"),
-    ],
-)  # fmt: skip
-def test_the_command_printed_after_an_interruption_continues_the_run(
-    tmp_path, capfd, monkeypatch, destination, words
-):
-    monkeypatch.chdir(tmp_path)
-    step, calls = interrupted_step(3)
-    trainer = make_trainer(step, 6, **destination)
-    with pytest.raises(KeyboardInterrupt):
+    if "folder" in destination:
+        assert newest(tmp_path / "run" / "checkpoints").name == "checkpoint-000000000007.torchrl"
+        resumed = make_step()
+        make_trainer(resumed, 20, folder="run").resume().train()
+        rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+        assert [row["update"] for row in rows] == ["5", "10", "15", "20"]
+    else:
+        resumed = step
+        if destination:
+            trainer.load_from_file("a.torchrl")
         trainer.train()
-    assert words in capfd.readouterr().err
-    if "save_trainer_file" in destination:
-        trainer.load_from_file("a.torchrl")
-    trainer.train()
-    assert trainer.updates == len(calls) == 6
+        assert trainer.updates == len(calls) == 20
+    assert same_weights(resumed, alone)
 
 
 def test_a_second_interruption_stops_at_once():
-    step = make_step()
-
-    def impatient(batch):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        raise AssertionError("not reached")
-
-    impatient.loss = step.loss
+    step, calls = stepping(lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
-        make_trainer(impatient, 20).train()
+        make_trainer(step, 20).train()
+    assert len(calls) == 1
+    assert not step.optimizer.state, "the update was not finished"
 
 
 def test_the_best_checkpoint_is_kept_by_score(tmp_path):
-    scores, weights = iter([1.0, 5.0, math.nan, 2.0, 4.0]), {}
+    scores, weights, step = iter([1.0, 5.0, math.nan, 2.0, 4.0]), {}, make_step()
 
     def evaluation():
         score = next(scores)
         weights[score] = weight(step)
         return {"return_mean": score}
 
-    step = make_step()
-    trainer = make_trainer(
-        step, 20, eval_interval=5, evaluation=evaluation, folder=tmp_path, keep_last=1
-    )
-    trainer.train()
+    options = {"eval_interval": 5, "folder": tmp_path, "keep_last": 1}
+    make_trainer(step, evaluation=evaluation, **options).train()
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["checkpoint-000000000020.torchrl"]
     best = make_step()
-    make_trainer(best, 20, folder=tmp_path / "other").load_from_file(tmp_path / "best.torchrl")
+    make_trainer(best, folder=tmp_path / "other").load_from_file(tmp_path / "best.torchrl")
     assert weight(best) == weights[5.0]
     assert not list(tmp_path.glob("**/.*")), "no temporary file may stay"
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_path):
-    data = table()
-    data["next", "reward"][:] = 1.0
-    step = make_step()
-
-    def spoiling(batch):
-        if trainer.updates == 12:
+    def spoil(update, batch):
+        if update == 13:
             batch["next", "reward"][:] = math.nan
-        return step(batch)
 
-    spoiling.loss = step.loss
-    trainer = make_trainer(
-        spoiling,
-        30,
-        log_interval=5,
-        save_trainer_interval=5,
-        folder=tmp_path,
-        replay_buffer=replay_buffer(data, 16, seed=0),
-    )
+    options = {"save_trainer_interval": 5, "folder": tmp_path}
+    trainer = make_trainer(stepping(spoil)[0], 30, **options)
     with pytest.raises(FloatingPointError, match=r"loss_qvalue.* became nan before update 15"):
         trainer.train()
     assert newest(tmp_path / "checkpoints").name == "checkpoint-000000000010.torchrl"
