@@ -104,9 +104,8 @@ def meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     optimizers = sys.modules["torch.optim.optimizer"]
     monkeypatch.setattr(devices, "DEVICES", (*devices.DEVICES, "meta"))
-    monkeypatch.setattr(
-        optimizers, "_get_fused_kernels_supported_devices", lambda: ["cpu", "cuda", "meta"]
-    )
+    fused = ["cpu", "cuda", "meta"]
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: fused)
     monkeypatch.setattr(Tensor, "is_set_to", _is_set_to)
     autocast = torch.is_autocast_enabled
     monkeypatch.setattr(

@@ -6,7 +6,6 @@ import os
 import pickle
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,37 +95,6 @@ def test_a_hidden_private_name_stops_neither_import_nor_eager_updates():
     assert {"_modules", "_forward_hooks", "_get_kwargs"} <= set(done.stdout.split())
 
 
-def test_an_optimizer_marked_as_stepped_lets_its_scheduler_go_first():
-    def scheduler():
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
-        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
-
-    _, plain = scheduler()
-    with pytest.warns(UserWarning, match=r"lr_scheduler\.step\(\)` before"):
-        plain.step()
-    optimizer, marked = scheduler()
-    apis.mark_stepped(optimizer)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        marked.step()
-
-
-@pytest.mark.parametrize(
-    "register",
-    [
-        lambda m: m.register_forward_hook(lambda *_: None),
-        lambda m: m.register_forward_pre_hook(lambda *_: None),
-        lambda m: m.register_full_backward_hook(lambda *_: None),
-        lambda m: m.register_full_backward_pre_hook(lambda *_: None),
-    ],
-)
-def test_hooks_are_seen(register):
-    module = nn.Linear(1, 1)
-    assert not apis.has_hooks(module)
-    register(module)
-    assert apis.has_hooks(module)
-
-
 def test_modules_that_read_by_keyword_or_with_options_are_told_apart(monkeypatch):
     def net(a, b=None):
         return a
@@ -206,3 +174,11 @@ def test_programs_are_the_graph_without_guards_and_without_cuda_graphs_of_induct
         (out,) = apis.compile_program(graph, inputs, options)(torch.tensor([1.0, 2.0, 3.0]))
     assert out.tolist() == [3.0, 5.0, 7.0]
     assert seen == [(True, False), (False, True)]  # before and with the program's own settings
+
+
+def test_hooks_are_seen():
+    for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
+        module = nn.Linear(1, 1)
+        assert not apis.has_hooks(module)
+        getattr(module, f"register_{kind}_hook")(lambda *_: None)
+        assert apis.has_hooks(module)

@@ -350,10 +350,7 @@ def test_the_onnx_description_and_both_formats_in_one_folder(tmp_path, onnx):
     assert note["versions"]["onnx"] == onnx.__version__
     loaded = session(tmp_path / "policy.onnx")
     found = [(each.name, each.shape, each.type) for each in loaded.get_inputs()]
-    assert found == [
-        ("at", ["batch", 1], "tensor(float)"),
-        ("goal", ["batch", 2], "tensor(float)"),
-    ]
+    assert found == [("at", ["batch", 1], "tensor(float)"), ("goal", ["batch", 2], "tensor(float)")]
     (output,) = loaded.get_outputs()
     assert (output.name, output.shape) == ("action", ["batch", 2])
     with pytest.raises(Exception, match=r"index: 1 Got: 3 Expected: 2"):

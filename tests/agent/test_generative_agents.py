@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from small_agents import HIGH, LOW, box_agent, config, discrete_agent, log, observations, trained
-from torch import nn
 
 from iql_torchrl import (
     PRESETS,
@@ -34,12 +31,9 @@ KINDS = {
     "best of mixture": {"policy": "mixture", "num_samples": 3},
     "best of tanh_normal": {"policy": "tanh_normal", "num_samples": 3, "num_critics": 1},
     "ddpg_bc": {"actor_objective": "ddpg_bc", "bc_weight": 0.1},
-    "ifql, small": {
-        **BEST,
-        "temperature": 0.0,
-        "activation": "gelu",
-        "layer_norm": True,
-        "norm_after_activation": True,
+    **{
+        f"preset {name}": {**PRESETS[name].to_dict(), "hidden": (8,), "batch_size": 16}
+        for name in ("ogbench", "ifql")
     },
 }
 
@@ -47,7 +41,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_agents_train_and_act_inside_the_bounds(kind):
     agent = trained(**KINDS[kind])
-    assert isinstance(agent.policy, BestOf) is ("num_samples" in KINDS[kind])
+    assert isinstance(agent.policy, BestOf) is (agent.config.num_samples > 1)
     assert isinstance(agent.actor, FlowPolicy) is (KINDS[kind].get("policy") == "flow")
     drawn = [agent.act(observations(), deterministic=False, seed=s) for s in (4, 4, 5)]
     np.testing.assert_array_equal(drawn[0], drawn[1])
@@ -83,24 +77,43 @@ def test_the_best_action_by_hand():
     )
 
 
+def bodies(agent):
+    """The layers' module of the actor, the critics and V."""
+    loss = agent.loss
+    for network in (loss.actor_network, loss.qvalue_network, loss.value_network):
+        (body,) = (m for m in network.modules() if isinstance(m, MLP | ResidualMLP))
+        yield body
+
+
+def layers(module):
+    return [type(layer).__name__ for layer in module]
+
+
 def test_settings_reach_the_networks():
-    agent = box_agent(**KINDS["ifql, small"])
-    critic = agent.loss.qvalue_network.module.mlp
-    assert [type(layer) for layer in critic] == [nn.Linear, nn.GELU, nn.LayerNorm, nn.Linear]
-    assert [type(layer) for layer in agent.actor.head.mlp] == [nn.Linear, nn.GELU, nn.Linear]
-    assert (agent.actor.num_steps, agent.policy.num_samples) == (4, 5)
+    agent = box_agent(**KINDS["preset ifql"])
+    actor, critic, _ = bodies(agent)
+    assert layers(critic) == ["Linear", "GELU", "LayerNorm", "Linear"]
+    assert layers(actor) == ["Linear", "GELU", "Linear"]
+    assert (agent.actor.num_steps, agent.policy.num_samples) == (10, 32)
     assert (agent.loss.actor_objective, agent.loss.temperature) == ("flow", 0.0)
     loss = box_agent(**KINDS["ddpg_bc"]).loss
     assert (loss.actor_objective, loss.bc_weight) == ("ddpg_bc", 0.1)
-    assert isinstance(box_agent(activation="mish").actor.module[0].module.mlp[1], nn.Mish)
+    agent = box_agent(residual="all", hidden=(4, 4, 4), dropout=0.2, activation="mish")
+    actor, critic, _ = bodies(agent)
+    assert layers(actor.blocks[2]) == ["Dropout", "LayerNorm", "Linear", "Mish", "Linear"]
+    assert "Dropout" not in layers(critic.modules())
 
 
-@pytest.mark.parametrize("name", ["ogbench", "ifql"])
-def test_presets_build(name):
-    agent = make_agent(replace(PRESETS[name], hidden=(8,) * 4, batch_size=16), load_dataset(log()))
-    metrics = agent.step(load_dataset(log()).replay_buffer(16, seed=0).sample())
-    assert all(bool(value.isfinite()) for value in metrics.values())
-    assert agent.act(observations()).shape == (9, 2)
+def test_which_networks_have_blocks():
+    discrete = discrete_agent(residual="all")
+    assert isinstance(discrete.loss, DiscreteIQLLoss)
+    for agent, kinds in (
+        (box_agent(), ["MLP"] * 3),
+        (box_agent(residual="policy"), ["ResidualMLP", "MLP", "MLP"]),
+        (box_agent(residual="all"), ["ResidualMLP"] * 3),
+        (discrete, ["ResidualMLP"] * 3),
+    ):
+        assert layers(bodies(agent)) == kinds
 
 
 RESIDUAL = {
@@ -108,32 +121,6 @@ RESIDUAL = {
     "all": {"residual": "all"},
     "flow": {"residual": "policy", "policy": "flow", "num_samples": 3, "flow_steps": 2},
 }
-
-
-def bodies(agent):
-    networks = agent.loss.actor_network, agent.loss.qvalue_network, agent.loss.value_network
-    kinds = [
-        [type(m) for m in network.modules() if isinstance(m, MLP | ResidualMLP)]
-        for network in networks
-    ]
-    assert all(len(kind) == 1 for kind in kinds)
-    return [kind[0] for kind in kinds]
-
-
-def test_which_networks_have_blocks():
-    assert bodies(box_agent()) == [MLP, MLP, MLP]
-    assert bodies(box_agent(residual="policy")) == [ResidualMLP, MLP, MLP]
-    assert bodies(box_agent(residual="all")) == [ResidualMLP] * 3
-    discrete = discrete_agent(residual="all")
-    assert isinstance(discrete.loss, DiscreteIQLLoss)
-    assert bodies(discrete) == [ResidualMLP] * 3
-    agent = box_agent(residual="all", hidden=(4, 4, 4), dropout=0.2, activation="mish")
-    body = next(m for m in agent.actor.modules() if isinstance(m, ResidualMLP))
-    assert [type(m).__name__ for m in body.blocks[2]] == [
-        "Dropout", "LayerNorm", "Linear", "Mish", "Linear",
-    ]  # fmt: skip
-    critic = next(m for m in agent.loss.qvalue_network.modules() if isinstance(m, ResidualMLP))
-    assert "Dropout" not in [type(m).__name__ for m in critic.modules()]
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import filelock
@@ -86,16 +87,6 @@ def test_a_file_system_without_locks_is_warned_about(tmp_path, monkeypatch):
         make_trainer(folder=tmp_path).train()
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"folder is .*file/run, which cannot be created"):
-        make_trainer(folder=tmp_path / "file" / "run").train()
-    link = tmp_path / "link"
-    link.symlink_to(tmp_path / "nowhere" / "deep")
-    with pytest.raises(ValueError, match="which cannot be created"):
-        make_trainer(folder=link).train()
-
-
 def test_a_schedule_that_ends_before_the_run():
     config = IQLConfig(updates=100, schedule="cosine")
     assert ends_before(config, 100) is None
@@ -103,17 +94,13 @@ def test_a_schedule_that_ends_before_the_run():
     assert ends_before(IQLConfig(updates=100, schedule="constant"), 101) is None
 
 
-def test_pending_evaluations_are_submitted_again(monkeypatch):
-    def make():
-        step = make_step(3, 1)
-        return make_trainer(step, evaluation=background(step.loss.actor_network), obs=3, act=1)
-
-    trainer, again, submitted = make(), make(), []
-    state = trainer.state_dict()
-    state["trainer_state"]["pending"] = {5: {}, 10: {}}
-    monkeypatch.setattr(again.evaluation, "resubmit", submitted.append)
-    again.load_state_dict(state)
-    assert [list(pending) for pending in submitted] == [[5, 10]]
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "deep")
+    for place in ("file/run", "link"):
+        words = rf"folder is .*{place}'?, which cannot be created"
+        with pytest.raises(ValueError, match=words):
+            make_trainer(folder=tmp_path / place).train()
 
 
 def test_a_handler_that_was_not_set_from_python_stays():
@@ -126,52 +113,50 @@ def test_a_handler_that_was_not_set_from_python_stays():
         signal.signal(number, handler)
 
 
-# -- evaluation beside training
-
-SETTINGS = {"episodes": 3, "num_envs": 2, "seed": 5, "max_steps": 12}
+# -- evaluation beside training: rows, scores and best checkpoint of evaluation in between
 
 
-def make_env():
-    return gym.make("Pendulum-v1")
-
-
-def trainer_of(folder, evaluation_of):
-    step = make_step(3, 1)
-    evaluation = evaluation_of(step.loss.actor_network)
+def trainer_of(folder, background=True):
+    step, settings = make_step(3, 1), {"episodes": 3, "num_envs": 2, "seed": 5, "max_steps": 12}
+    make_env = partial(gym.make, "Pendulum-v1")
+    evaluation = (BackgroundEvaluation if background else partial(partial, evaluate))(
+        step.loss.actor_network, make_env, **settings
+    )
     torch.manual_seed(3)
     return make_trainer(step, obs=3, act=1, eval_interval=10, evaluation=evaluation, folder=folder)
-
-
-def foreground(policy):
-    return lambda: evaluate(policy, make_env, **SETTINGS)
 
 
 @pytest.fixture(scope="module")
 def in_between(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "foreground"
-    trainer_of(folder, foreground).train()
+    trainer_of(folder, background=False).train()
     return folder
 
 
-def background(policy):
-    return BackgroundEvaluation(policy, make_env, **SETTINGS)
-
-
 def test_rows_and_best_are_those_of_evaluation_in_between(tmp_path, in_between):
-    trainer = trainer_of(tmp_path, background)
+    trainer = trainer_of(tmp_path)
     with trainer.evaluation:
         trainer.train()
     assert (tmp_path / "metrics.csv").read_text() == (in_between / "metrics.csv").read_text()
-    actual, expected = (read_components(f / "best.torchrl") for f in (tmp_path, in_between))
-    assert actual["trainer_state"]["progress"]["updates"] == trainer.progress.best_update
-    assert expected["trainer_state"]["progress"]["updates"] == trainer.progress.best_update
+    for folder in (tmp_path, in_between):
+        best = read_components(folder / "best.torchrl")["trainer_state"]["progress"]["updates"]
+        assert best == trainer.progress.best_update
     assert not list(tmp_path.glob("**/.*"))
+
+
+def test_pending_evaluations_are_submitted_again(monkeypatch):
+    trainer, again, submitted = trainer_of(None), trainer_of(None), []
+    state = trainer.state_dict()
+    state["trainer_state"]["pending"] = {5: {}, 10: {}}
+    monkeypatch.setattr(again.evaluation, "resubmit", submitted.append)
+    again.load_state_dict(state)
+    assert [list(pending) for pending in submitted] == [[5, 10]]
 
 
 @pytest.mark.slow
 def test_an_evaluation_under_way_is_made_again_after_a_resume(tmp_path, in_between):
     """Stopped with an evaluation under way: its policy is in the checkpoint."""
-    trainer = trainer_of(tmp_path, background)
+    trainer = trainer_of(tmp_path)
     submitted = trainer.evaluation.submit
 
     def submit_and_stop(number):
@@ -182,9 +167,8 @@ def test_an_evaluation_under_way_is_made_again_after_a_resume(tmp_path, in_betwe
     trainer.evaluation.submit = submit_and_stop
     with pytest.raises(RuntimeError, match="as if killed"), trainer.evaluation:
         trainer.train()
-    again = trainer_of(tmp_path, background)
+    again = trainer_of(tmp_path)
     with again.evaluation:
         assert 10 in again.resume().evaluation.pending
         again.train()
-    rows = (tmp_path / "metrics.csv").read_text()
-    assert rows == (in_between / "metrics.csv").read_text()
+    assert (tmp_path / "metrics.csv").read_text() == (in_between / "metrics.csv").read_text()

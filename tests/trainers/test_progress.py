@@ -43,13 +43,6 @@ def test_a_line_at_each_event_in_a_file_or_a_pipe(capfd, tmp_path):
     ]
 
 
-def test_no_progress_bar_prints_nothing(capfd):
-    make_trainer(
-        make_step(), 10, progress_bar=False, evaluation=lambda: {"return_mean": 1.0}
-    ).train()
-    assert capfd.readouterr() == ("", "")
-
-
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs pseudo-terminals")
 def test_a_terminal_shows_a_bar_and_no_lines(monkeypatch):
     import fcntl
@@ -67,7 +60,7 @@ def test_a_terminal_shows_a_bar_and_no_lines(monkeypatch):
     assert "of 20:" not in text
 
 
-def test_a_score_that_comes_after_the_last_event_gets_a_line_once(capfd):
+def test_a_late_score_gets_a_line_once_and_without_progress_nothing_is_printed(capfd):
     display = Display(True, 20, 0)
     display.event(20, {"loss_value": 1234.0}, score=("return_mean", 10, 1.0), speed=0.5)
     display.last_score(20, ("return_mean", 10, 1.0))
@@ -77,39 +70,35 @@ def test_a_score_that_comes_after_the_last_event_gets_a_line_once(capfd):
         "update 20 of 20: 0.50 updates/s, value 1234, return_mean 1 at 10",
         "update 20 of 20: return_mean 7",
     ]
+    make_trainer(progress_bar=False, evaluation=lambda: {"return_mean": 1.0}).train()
+    assert capfd.readouterr() == ("", "")
 
 
-def train(logger):
-    scores = iter([-3.0, -2.0, -1.0])
-    trainer = make_trainer(
-        make_step(),
-        evaluation=lambda: {"return_mean": next(scores)},
-        eval_interval=10,
-        logger=logger,
-    )
+@pytest.mark.parametrize("kind", ["csv", "tensorboard"])
+def test_files_of_loggers(tmp_path, kind):
+    if kind == "tensorboard":
+        pytest.importorskip("tensorboard")
+    scores, logger = iter([-3.0, -2.0, -1.0]), get_logger(kind, str(tmp_path), "run")
+    evaluation = {"eval_interval": 10, "evaluation": lambda: {"return_mean": next(scores)}}
+    trainer = make_trainer(logger=logger, **evaluation)
     trainer.train()
-    return {row["update"]: row for row in trainer.progress.rows}
+    if kind == "csv":
+        files = {path.stem: path for path in tmp_path.rglob("*.csv")}
 
+        def read(name):
+            lines = csv.reader(files[name].read_text().splitlines())
+            return {int(step): float(value) for step, value in lines}
+    else:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-def test_tensorboard_event_files(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        logger.experiment.close()
+        events = EventAccumulator(str(tmp_path / "run")).Reload()
 
-    logger = get_logger("tensorboard", str(tmp_path), "run")
-    rows = train(logger)
-    logger.experiment.close()
-    events = EventAccumulator(str(tmp_path / "run"))
-    events.Reload()
-    result = {e.step: e.value for e in events.Scalars("return_mean")}
-    assert result == {0: -3.0, 10: -2.0, 20: -1.0}
+        def read(name):
+            return {each.step: each.value for each in events.Scalars(name)}
+
+    assert read("return_mean") == {0: -3.0, 10: -2.0, 20: -1.0}
+    rows = {row["update"]: row for row in trainer.progress.rows}
     for name in ("loss_actor", "loss_qvalue", "loss_value"):
-        logged = {e.step: e.value for e in events.Scalars(name)}
-        assert logged == pytest.approx({u: rows[u][name] for u in (5, 10, 15, 20)}, rel=1e-6)
-
-
-def test_csv_files(tmp_path):
-    rows = train(get_logger("csv", str(tmp_path), "run"))
-    files = {path.stem: path for path in tmp_path.rglob("*.csv")}
-    with files["loss_value"].open() as file:
-        result = {int(step): float(value) for step, value in csv.reader(file)}
-    assert result == pytest.approx({u: rows[u]["loss_value"] for u in (5, 10, 15, 20)}, rel=1e-6)
+        expected = {update: rows[update][name] for update in (5, 10, 15, 20)}
+        assert read(name) == pytest.approx(expected, rel=1e-6)

@@ -7,15 +7,14 @@ import math
 import os
 import signal
 import time
+from unittest.mock import Mock, create_autospec
 
 import numpy as np
 import pytest
 import torch
 from small_trainers import Numbers, make_step, make_trainer, same_weights, table, weight
 from tensordict import TensorDict
-from torch import optim
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import IQLStep, OfflineTrainer
 from iql_torchrl.data import DeviceSampler, replay_buffer
@@ -34,6 +33,12 @@ def test_trains_as_the_loop_by_hand_and_rows_are_means(order):
     step, alone = make_step(order=order), make_step(order=order)
     trainer = make_trainer(step, 2.5e1, log_interval=1e1)  # whole numbers
     trainer.train()
+    if order == "sequential":  # parts in place of a step
+        made = make_step()
+        parts = {"loss_module": made.loss, "optimizer": made.optimizer, "progress_bar": False}
+        parts |= {"target_net_updater": made.spare_updater, "total_updates": 25}
+        OfflineTrainer(replay_buffer=replay_buffer(table(), 16, seed=0), **parts).train()
+        assert same_weights(made, step)
     metrics = by_hand(alone, 25)
     assert same_weights(step, alone)
     assert [row["update"] for row in trainer.progress.rows] == [10, 20, 25]
@@ -71,20 +76,6 @@ def test_a_run_continues_with_its_buffer_and_what_it_was_extended_by(tmp_path, k
         assert same_weights(again, alone)
 
 
-def test_parts_in_place_of_a_step():
-    step, alone = make_step(), make_step()
-    OfflineTrainer(
-        loss_module=step.loss,
-        optimizer=optim.Adam(step.loss.parameters(), lr=1e-3),
-        target_net_updater=SoftUpdate(step.loss, tau=0.1),
-        replay_buffer=replay_buffer(table(), 16, seed=0),
-        total_updates=4,
-        progress_bar=False,
-    ).train()
-    by_hand(alone, 4)
-    assert same_weights(step, alone)
-
-
 def test_events_come_on_time_and_every_number_is_logged():
     seen, logger = [], Numbers()
 
@@ -106,17 +97,6 @@ def test_events_come_on_time_and_every_number_is_logged():
 
 def test_between_events_nothing_but_sampling_and_stepping():
     """The loop asks for as many batches as updates, and reads no tensor on the host."""
-    calls = {"sample": 0, "step": 0}
-    buffer = replay_buffer(table(), 16, seed=0)
-
-    class Counting:
-        def sample(self):
-            calls["sample"] += 1
-            return buffer.sample()
-
-    def step(batch):
-        calls["step"] += 1
-        return TensorDict({"loss_value": Unreadable(torch.ones(()))})
 
     class Unreadable(torch.Tensor):
         def item(self):
@@ -124,12 +104,14 @@ def test_between_events_nothing_but_sampling_and_stepping():
 
         __float__ = __bool__ = tolist = item
 
-    trainer = OfflineTrainer(
-        step=step, replay_buffer=Counting(), total_updates=50, log_interval=50, progress_bar=False
-    )
+    def step(batch):
+        return TensorDict({"loss_value": Unreadable(torch.ones(()))})
+
+    buffer, counted = Mock(spec=["sample"]), create_autospec(step, side_effect=step)
+    trainer = make_trainer(counted, 50, replay_buffer=buffer, log_interval=50)
     trainer.progress.new_row = lambda update: {}  # the one place that may read
     trainer.train()
-    assert calls == {"sample": 50, "step": 50}
+    assert (buffer.sample.call_count, counted.call_count) == (50, 50)
 
 
 class Captured:
@@ -143,19 +125,17 @@ class Captured:
 
     def __call__(self):
         self.calls += 1
-        metrics = [self.plain(self.buffer.sample()) for _ in range(self.updates)]
-        return torch.stack(metrics).mean(0)
+        return torch.stack([self.plain(self.buffer.sample()) for _ in range(5)]).mean(0)
 
 
 def test_a_step_that_makes_several_updates_a_call():
     captured, alone = Captured(), make_step()
     trainer = make_trainer(captured, 20, log_interval=10)
     trainer.train()
-    metrics = by_hand(alone, 20)
+    first = np.mean([float(m["loss_value"]) for m in by_hand(alone, 20)[:10]])
     assert captured.calls == 4
     assert same_weights(captured.plain, alone)
     assert trainer.loss_module is captured.plain.loss
-    first = np.mean([float(m["loss_value"]) for m in metrics[:10]])
     assert trainer.progress.rows[0]["loss_value"] == pytest.approx(first, rel=1e-5)
     with pytest.raises(ValueError, match="log_interval is 7, and the step makes 5 updates a call"):
         make_trainer(Captured(), 20, log_interval=7)
@@ -264,18 +244,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_pat
     assert newest(tmp_path / "checkpoints").name == "checkpoint-000000000010.torchrl"
 
 
-class Sampled:
-    def sample(self):
-        raise AssertionError("never sampled")
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"replay_buffer": None}, "replay_buffer and total_updates are needed"),
         ({"step": None}, "nothing to train"),
         ({"optimizer": 1}, "optimizer is not the step's own"),
-        ({"step": "loss"}, "step is a loss, which updates nothing"),
+        ({"step": make_step().loss}, "step is a loss, which updates nothing"),
         ({"total_updates": 0}, "total_updates is 0"),
         ({"total_updates": True}, "total_updates is True"),
         ({"eval_interval": 2.5, "evaluation": dict}, r"eval_interval is 2\.5; it counts updates"),
@@ -287,32 +262,33 @@ class Sampled:
     ],
 )
 def test_wrong_parts_are_refused_before_training(options, words):
-    step = make_step()
-    options = {"step": step, "replay_buffer": Sampled(), "total_updates": 3} | options
-    options["step"] = step.loss if options["step"] == "loss" else options["step"]
+    buffer = Mock(spec=["sample"])
+    options = {"step": make_step(), "replay_buffer": buffer, "total_updates": 3} | options
     with pytest.raises(ValueError, match=words):
         OfflineTrainer(**options)
+    assert not buffer.sample.called
 
 
-def test_a_monitor_that_the_evaluation_lacks_and_folders_without_a_checkpoint(tmp_path):
-    trainer = make_trainer(make_step(), 3, evaluation=lambda: {"score": 1.0})
-    with pytest.raises(ValueError, match="monitor is 'return_mean', which the evaluation does not"):
-        trainer.train()
+def test_folders_without_a_checkpoint_and_parts_that_could_not_be_read_again(tmp_path):
     with pytest.raises(ValueError, match="there is none; use load_from_file"):
-        trainer.resume()
+        make_trainer().resume()
+    trainer = make_trainer(folder=tmp_path)
     with pytest.raises(CheckpointError, match="there is no such folder of checkpoints"):
-        make_trainer(make_step(), 3, folder=tmp_path).resume()
+        trainer.resume()
+    odd = Mock(**{"state_dict.return_value": {"object": np.float64(1.0)}})
+    trainer.register_module("odd", odd)
+    with pytest.raises(CheckpointError, match="Mock holds something other than plain data"):
+        trainer.train()
+    assert not odd.load_state_dict.called
 
 
 def test_a_folder_that_holds_another_run_is_refused_and_resume_continues_it(tmp_path):
-    make_trainer(make_step(), 10, folder=tmp_path).train()
-    other = make_trainer(make_step(), 5, folder=tmp_path)
-    with pytest.raises(
-        ValueError, match=r"contains a run \(\d checkpoints\): call trainer\.resume\(\)\.train\(\)"
-    ):
-        other.train()
+    make_trainer(total=10, folder=tmp_path).train()
+    words = r"contains a run \(\d checkpoints\): call trainer\.resume\(\)\.train\(\)"
+    with pytest.raises(ValueError, match=words):
+        make_trainer(total=5, folder=tmp_path).train()
     step = make_step()
-    trainer, begun = make_trainer(step, 20, folder=tmp_path), weight(step)
+    trainer, begun = make_trainer(step, folder=tmp_path), weight(step)
     assert trainer.resume() is trainer
     assert trainer.updates == 10
     loaded = weight(step)
@@ -340,15 +316,6 @@ def test_a_total_below_the_updates_made_is_refused_before_anything_is_loaded(tmp
         longer.train()
 
 
-@pytest.mark.parametrize("number", [np.float64(3), np.int64(3), np.float32(3), torch.tensor([3.0])])
-def test_any_kind_of_number_from_an_evaluation_survives_a_checkpoint(tmp_path, number):
-    step = make_step()
-    make_trainer(step, 4, evaluation=lambda: {"return_mean": number}, folder=tmp_path).train()
-    again = make_trainer(make_step(), 4, folder=tmp_path).resume()
-    assert again.progress.best == 3.0
-    assert {row["return_mean"] for row in again.progress.rows if "return_mean" in row} == {3.0}
-
-
 @pytest.mark.parametrize(
     ("result", "words"),
     [
@@ -357,30 +324,38 @@ def test_any_kind_of_number_from_an_evaluation_survives_a_checkpoint(tmp_path, n
         ({"return_mean": None}, "returned {'return_mean': None}; expected .* a dict of numbers"),
         ({"return_mean": "good"}, "returned {'return_mean': 'good'}"),
         ({"return_mean": 1.0, "update": 7}, "gives 'update', which is the number of updates"),
+        ({"score": 1.0}, "monitor is 'return_mean', which the evaluation does not"),
     ],
 )
 def test_a_wrong_result_of_an_evaluation_is_an_error(result, words):
     with pytest.raises((TypeError, ValueError), match=words):
-        make_trainer(make_step(), 4, evaluation=lambda: result).train()
+        make_trainer(evaluation=lambda: result).train()
+
+
+@pytest.mark.parametrize("number", [np.float64(3), np.int64(3), np.float32(3), torch.tensor([3.0])])
+def test_any_kind_of_number_from_an_evaluation_survives_a_checkpoint(tmp_path, number):
+    make_trainer(total=4, evaluation=lambda: {"return_mean": number}, folder=tmp_path).train()
+    again = make_trainer(total=4, folder=tmp_path).resume()
+    assert again.progress.best == 3.0
+    assert {row["return_mean"] for row in again.progress.rows if "return_mean" in row} == {3.0}
 
 
 def test_an_evaluation_that_fails_loses_no_update_and_is_made_up_after_a_resume(tmp_path):
-    played = []
+    played, failing = [], {20}
 
-    def run(*failing):
-        def evaluation():
-            played.append(trainer.updates)
-            if trainer.updates in failing:
-                raise OSError("the simulator is gone")
-            return {"return_mean": float(trainer.updates)}
+    def evaluation():
+        played.append(trainer.updates)
+        if trainer.updates in failing:
+            raise OSError("the simulator is gone")
+        return {"return_mean": float(trainer.updates)}
 
-        trainer = make_trainer(eval_interval=10, folder=tmp_path, evaluation=evaluation)
-        return trainer
-
+    options = {"eval_interval": 10, "folder": tmp_path, "evaluation": evaluation}
+    trainer = make_trainer(**options)
     with pytest.raises(OSError, match="simulator"):
-        run(20).train()
+        trainer.train()
     assert newest(tmp_path / "checkpoints").name == "checkpoint-000000000020.torchrl"
-    trainer = run().resume()
+    failing.clear()
+    trainer = make_trainer(**options).resume()
     trainer.train()
     assert played == [0, 10, 20, 20]
     assert trainer.progress.best_update == 20
@@ -410,17 +385,3 @@ def test_what_a_killed_process_left_is_deleted(tmp_path):
         path.write_bytes(b"")
     make_trainer(total=12, folder=tmp_path).resume().train()
     assert not any(path.exists() for path in (*left, left[1].parent))
-
-
-def test_a_part_that_could_not_be_read_again_is_refused_when_first_saved(tmp_path):
-    class Odd:
-        def state_dict(self):
-            return {"object": np.float64(1.0)}
-
-        def load_state_dict(self, state):
-            raise AssertionError("never read")
-
-    trainer = make_trainer(make_step(), 4, folder=tmp_path)
-    trainer.register_module("odd", Odd())
-    with pytest.raises(CheckpointError, match="Odd holds something other than plain data"):
-        trainer.train()
