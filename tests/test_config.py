@@ -97,11 +97,8 @@ def test_numbers_become_plain_and_stay():
     assert [type(value) for value in values] == [int, float, float, int]
     with pytest.raises(FrozenInstanceError):
         config.seed = 1
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:7", "mps", "xpu"])
-def test_a_config_for_another_machine_can_be_read(device):
-    assert IQLConfig(device=device).device == device
+    for device in ("cpu", "cuda", "cuda:7", "mps", "xpu"):  # of another machine
+        assert IQLConfig(device=device).device == device
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -179,13 +176,6 @@ def test_presets_are_those_of_their_sources(name, source, own):
     preset = PRESETS[name]
     assert (preset.expectile, preset.temperature, preset.dropout, preset.reward) == own
     assert {key: getattr(preset, key) for key in source} == source
-
-
-def test_an_unknown_preset_is_refused_with_the_names():
-    words = r"no preset 'locomotive'; the presets are quick, .*locomotion"
-    with pytest.raises(KeyError, match=words):
-        PRESETS["locomotive"]
-    assert "locomotive" not in PRESETS
 
 
 # -- the command line
@@ -270,6 +260,20 @@ def test_the_first_preset_is_the_default_and_none_is_a_value():
         read(presets={})
 
 
+def test_refusals_of_a_script_and_of_a_config_are_one_line_and_name_the_presets(capsys):
+    for call, line in (
+        (lambda: refuse(ValueError("rows is 0.")), "rows is 0."),
+        (lambda: read("--weight-decay", "0.1"), "weight_decay is 0.1 and needs optimizer='adamw'."),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            call()
+        assert capsys.readouterr().err == f"error: {line}\n"
+    words = r"no preset 'locomotive'; the presets are quick, .*locomotion"
+    with pytest.raises(KeyError, match=words):
+        PRESETS["locomotive"]
+    assert "locomotive" not in PRESETS
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -330,13 +334,3 @@ def test_own_options_and_settings_are_apart(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         read("--seed", "1", **mine)
     assert "Unrecognized options: --seed" in plain(capsys.readouterr().err)
-
-
-def test_refusals_of_a_script_and_of_a_config_are_one_line(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        refuse(ValueError("rows is 0."))
-    assert capsys.readouterr().err == "error: rows is 0.\n"
-    with pytest.raises(SystemExit, match="2"):
-        read("--weight-decay", "0.1")
-    error = capsys.readouterr().err
-    assert error == "error: weight_decay is 0.1 and needs optimizer='adamw'.\n"

@@ -225,9 +225,6 @@ def test_specs_that_do_not_fit_are_refused(build):
         with pytest.raises(ValueError, match=words) as caught:
             build(5, spec)
         assert "\n" not in str(caught.value)
-
-
-def test_other_arguments_that_do_not_fit_are_refused():
     with pytest.raises(TypeError, match="Categorical or OneHot"):
         policies.categorical(5, SPEC)
     for number in (0, 1.5):

@@ -224,11 +224,7 @@ def test_programs_refuse_what_the_agent_refuses(tmp_path):
     hole[4, 1], forbidden[3] = torch.nan, False
     cases = [
         ("gaussian", (x[0],), "number of dimensions in input at *args[0].shape (expected"),
-        (
-            "gaussian",
-            (x.repeat(3, 1, 1)[:, :3],),
-            "number of dimensions in input at *args[0].shape",
-        ),
+        ("gaussian", (x.view(3, 3, 3),), "number of dimensions in input at *args[0].shape"),
         ("gaussian", (x[:, :2],), "input at *args[0].shape[1] to be equal to 3, but got 2"),
         ("gaussian", (hole,), "observation must hold finite numbers."),
         ("gaussian", (hole.nan_to_num(torch.inf),), "observation must hold finite numbers."),
@@ -293,10 +289,8 @@ def test_the_description_of_inputs_and_output(tmp_path):
         "name": "action", "shape": ["B", 2], "dtype": "float64",
         "kind": "box", "low": LOW.tolist(), "high": HIGH.tolist(),
     }  # fmt: skip
-    assert [(i["name"], i["shape"]) for i in notes["dict"]["inputs"]] == [
-        ("at", ["B", 1]),
-        ("goal", ["B", 2]),
-    ]
+    described = [(i["name"], i["shape"]) for i in notes["dict"]["inputs"]]
+    assert described == [("at", ["B", 1]), ("goal", ["B", 2])]
     assert notes["category"]["inputs"][0]["values"] == "whole numbers in [0, 4]"
     assert "RuntimeError" in notes["double"]["use"]
     assert notes["double"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]

@@ -59,10 +59,8 @@ def test_an_actor_of_the_users_own(tmp_path):
         with pytest.raises(RuntimeError, match=r"kind must hold whole numbers in \[1, 3\]"):
             program(*wrong)
     note = json.loads((tmp_path / "own.json").read_text())
-    assert [(i["name"], i["dtype"]) for i in note["inputs"]] == [
-        ("inner.picture", "uint8"),
-        ("kind", "int64"),
-    ]
+    described = [(i["name"], i["dtype"]) for i in note["inputs"]]
+    assert described == [("inner.picture", "uint8"), ("kind", "int64")]
     assert (note["output"]["low"], note["output"]["high"]) == ([-1, None], [1, None])
 
 

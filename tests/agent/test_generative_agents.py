@@ -116,6 +116,7 @@ def test_which_networks_have_blocks():
         assert layers(bodies(agent)) == kinds
 
 
+RUNS = [config(residual="policy", seed=seed) for seed in (0, 1)]
 RESIDUAL = {
     "policy": {"residual": "policy", "layer_norm": True},
     "all": {"residual": "all"},
@@ -163,9 +164,7 @@ def test_every_form_of_the_update_and_export(name, tmp_path):
         (lambda: config(residual="policy", hidden=(8, 4)), r"'policy' and hidden is \(8, 4\)"),
         (lambda: config(residual="all", layer_norm=True), "'all' and layer_norm is True"),
         (
-            lambda: IQLPopulation(
-                [config(residual="policy", seed=s) for s in (0, 1)], load_dataset(log())
-            ),
+            lambda: IQLPopulation(RUNS, load_dataset(log())),
             r"a Linear, which cannot be stacked; .*without residual blocks",
         ),
     ],

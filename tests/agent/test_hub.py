@@ -45,14 +45,10 @@ class FakeHub:
 
     def check(self, repo, token, writes):
         hub.utils.validate_repo_id(repo)
-        status = None
-        if token != TOKEN and (writes or self.private.get(repo, True)):
-            status = 401
-        elif writes and not repo.startswith("me/"):
-            status = 403
-        elif not writes and repo not in self.branches:
-            status = 404
-        if status is not None:
+        anonymous = token != TOKEN and (writes or self.private.get(repo, True))
+        lacks = repo not in self.branches and not writes
+        status = 401 if anonymous else 404 if lacks else 200 if repo.startswith("me/") else 403
+        if status != 200:
             kind = errors.HfHubHTTPError if writes else errors.RepositoryNotFoundError
             raise kind(f"{status} Client Error", response=Mock(status_code=status, headers={}))
 

@@ -25,26 +25,18 @@ from iql_torchrl.data import replay_buffer
 from iql_torchrl.data.digests import fingerprint
 from iql_torchrl.files import CheckpointError, newest, read_components, write_components
 
+scalars = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False)
 plain = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**60), 2**60)
-    | st.floats(allow_nan=False)
-    | st.text(),
+    scalars | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
+shapes = st.tuples(st.integers(0, 4), st.integers(0, 3))
+numbers = arrays(np.float32, shapes, elements=st.floats(-1e3, 1e3, width=32))
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    plain,
-    arrays(
-        np.float32,
-        st.tuples(st.integers(0, 4), st.integers(0, 3)),
-        elements=st.floats(-1e3, 1e3, width=32),
-    ),
-)
+@given(plain, numbers)
 def test_what_is_read_is_what_was_written(tmp_path_factory, value, numbers):
     path = tmp_path_factory.mktemp("checkpoint") / "state.torchrl"
     tensor = torch.from_numpy(numbers)
