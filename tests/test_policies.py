@@ -79,10 +79,6 @@ def observations(*shape: int, scale: float = 5.0) -> TensorDict:
     return TensorDict({"observation": scale * torch.randn(*shape, 5)}, batch_size=shape)
 
 
-def masked(data, allowed):
-    return data.set("action_mask", allowed)
-
-
 def critic():
     return make_networks(5, 3, hidden=(8,))[1]
 
@@ -160,7 +156,7 @@ def test_bounds_move_with_the_policy_and_nothing_waits_for_a_device(name):
     actor = (CONTINUOUS | CHOOSING)[name]()
     assert not any("low" in key or "high" in key for key in actor.state_dict())
     moved = copy.deepcopy(actor).to("meta")
-    data = masked(observations(8), torch.ones(8, 4, dtype=torch.bool)).to("meta")
+    data = observations(8).set("action_mask", torch.ones(8, 4, dtype=torch.bool)).to("meta")
     action = (SPEC if name in CONTINUOUS else CHOOSING[name].args[1]).rand((8,)).to("meta")
     with OneDevice("meta"), torch.no_grad():
         dist = moved.get_dist(data)
@@ -197,7 +193,7 @@ def test_categorical_respects_the_mask(spec, kind):
     allowed, every = torch.rand(300, 4) < 0.5, torch.arange(300)
     allowed[every, torch.randint(4, (300,))] = True
     with set_exploration_type(kind):
-        action = actor(masked(observations(300), allowed))["action"]
+        action = actor(observations(300).set("action_mask", allowed))["action"]
     assert all(spec.is_in(a) for a in action)
     index = action.long().argmax(-1) if isinstance(spec, OneHot) else action
     assert allowed[every, index].all()

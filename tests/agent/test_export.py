@@ -261,6 +261,8 @@ def test_without_the_comparison_of_shapes_values_are_still_checked(tmp_path):
     np.testing.assert_allclose(program(x), agent.act(observations()), atol=1e-6)
     with pytest.raises(RuntimeError, match="observation must hold finite numbers"):
         program(x * torch.nan)
+    with pytest.raises(RuntimeError, match="dtype"):
+        program(x.double())
 
 
 def test_weights_that_are_not_numbers_are_not_exported(tmp_path):

@@ -116,6 +116,7 @@ def test_which_networks_have_blocks():
         assert layers(bodies(agent)) == kinds
 
 
+UNEQUAL = {"residual": "policy", "hidden": (8, 4)}
 RUNS = [config(residual="policy", seed=seed) for seed in (0, 1)]
 RESIDUAL = {
     "policy": {"residual": "policy", "layer_norm": True},
@@ -161,8 +162,11 @@ def test_every_form_of_the_update_and_export(name, tmp_path):
         (lambda: discrete_agent(policy="gaussian"), "policy is 'gaussian'"),
         (lambda: discrete_agent(actor_objective="ddpg_bc"), "'ddpg_bc' needs continuous actions"),
         (lambda: box_agent(policy="categorical"), "policy is 'categorical'"),
-        (lambda: config(residual="policy", hidden=(8, 4)), r"'policy' and hidden is \(8, 4\)"),
-        (lambda: config(residual="all", layer_norm=True), "'all' and layer_norm is True"),
+        (lambda: config(**UNEQUAL), r"residual is 'policy' and hidden is \(8, 4\)"),
+        (
+            lambda: config(residual="all", layer_norm=True),
+            "residual is 'all' and layer_norm is True",
+        ),
         (
             lambda: IQLPopulation(RUNS, load_dataset(log())),
             r"a Linear, which cannot be stacked; .*without residual blocks",

@@ -127,6 +127,8 @@ class Malicious:
 
 @pytest.mark.parametrize("save", [torch.save, pickle.dump])
 def test_a_malicious_pickle_is_not_run(tmp_path, save):
+    words = "not loaded, because loading it could run a progr"
+    words += "" if save is torch.save else "|truncated or damaged"
     mark, content, path = tmp_path / "ran", io.BytesIO(), tmp_path / "agent.torchrl"
     save({"x": Malicious(mark)}, content)
     pickle.loads(pickle.dumps(Malicious(mark))).close()
@@ -135,7 +137,7 @@ def test_a_malicious_pickle_is_not_run(tmp_path, save):
     write_components(path, {"agent": {"config": {}}, "loss_module": {}})
     rewrite(path, lambda name, old: content.getvalue() if name.endswith("state.pt") else old)
     for read in (lambda: read_components(path), lambda: Agent.from_hub(tmp_path)):
-        with pytest.raises(CheckpointError, match=r"run a program|truncated or damaged"):
+        with pytest.raises(CheckpointError, match=words):
             read()
     assert not mark.exists()
 

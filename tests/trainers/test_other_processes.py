@@ -98,8 +98,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "deep")
     for place in ("file/run", "link"):
-        words = rf"folder is .*{place}'?, which cannot be created"
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=rf"folder is .*{place}'?, which cannot be created"):
             make_trainer(folder=tmp_path / place).train()
 
 
