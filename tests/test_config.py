@@ -269,7 +269,7 @@ def test_refusals_of_a_script_and_of_a_config_are_one_line_and_name_the_presets(
             call()
         assert capsys.readouterr().err == f"error: {line}\n"
     assert "locomotive" not in PRESETS
-    with pytest.raises(KeyError, match="'locomotive'; the presets are quick, .*locomotion"):
+    with pytest.raises(KeyError, match=r"no preset 'locomotive'; the presets are quick, .*motion"):
         PRESETS["locomotive"]
 
 
