@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_agents import box_agent
-from tensordict import TensorDict
+from small_agents import box_agent, log
 
+from iql_torchrl import load_dataset
 from iql_torchrl.agent import export
 from iql_torchrl.losses.parameters import TARGET_CRITICS
 from iql_torchrl.private_apis import children_of
@@ -15,12 +15,7 @@ from iql_torchrl.private_apis import children_of
 def test_targets_move_by_the_configs_share():
     agent = box_agent(polyak=0.25)
     target = children_of(agent.loss)[TARGET_CRITICS].data.clone()
-    observation = torch.randn(8, *agent.task.observation_spec.shape)
-    action = torch.zeros(8, *agent.task.action_spec.shape)
-    batch = {"observation": observation, "action": action, "next": {"observation": observation}}
-    names = {"reward": torch.float32, "terminated": torch.bool, "done": torch.bool}
-    batch["next"] |= {name: torch.ones(8, 1, dtype=dtype) for name, dtype in names.items()}
-    agent.step(TensorDict(batch, batch_size=[8]))
+    agent.step(load_dataset(log()).replay_buffer(16, seed=0).sample())
     live, moved = agent.loss.qvalue_network_params, children_of(agent.loss)[TARGET_CRITICS]
     for key, before in target.items(True, True):
         expected = 0.75 * before + 0.25 * live.get(key).data
