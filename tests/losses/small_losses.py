@@ -114,3 +114,14 @@ def check_forms(loss, table, order="sequential") -> dict[str, torch.Tensor]:
         metrics = forms.run()
     forms.assert_equal()
     return metrics
+
+
+def check_bfloat16(loss, data) -> None:
+    """An update in bfloat16 computes the policy's loss in float32, near that of float32."""
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        step = make_step(copy.deepcopy(loss), precision=precision)
+        losses.append(step(data.clone())["loss_actor"])
+    assert losses[1].dtype == torch.float32
+    torch.testing.assert_close(*losses, rtol=0.05, atol=0.05)
+    assert not torch.equal(*losses)
