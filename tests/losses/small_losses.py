@@ -59,9 +59,9 @@ def discrete_networks(num_actions=4, spec=None, mask_key=None):
     return actor, critic, make_networks(hidden=(8,))[2]
 
 
-def make_step(loss, updater=SoftUpdate, lr=1e-2, **options) -> IQLStep:
+def make_step(loss, updater=SoftUpdate, lr=1e-2, eps=1e-8, **options) -> IQLStep:
     interval = {"tau": 0.1} if updater is SoftUpdate else {"value_network_update_interval": 2}
-    optimizer = optim.Adam(loss.parameters(), lr=lr)
+    optimizer = optim.Adam(loss.parameters(), lr=lr, eps=eps)
     return IQLStep(loss, optimizer, updater(loss, **interval), **options)
 
 

@@ -93,7 +93,8 @@ def run(network, params, batch, key):
 
 
 @pytest.mark.parametrize(
-    ("temperature", "expectile", "max_weight"), [(3, 0.7, 100), (10, 0.9, 2.0), (0, 0.5, 100)]
+    ("temperature", "expectile", "max_weight"),
+    [(3, 0.7, 100), (10, 0.9, 2.0), (0, 0.5, 100), (1, 1, 5)],
 )
 def test_losses_and_diagnostics_equal_numpy(temperature, expectile, max_weight):
     loss = IQLLoss(
@@ -178,26 +179,23 @@ def test_state_dict_layout_is_torchrls(separate):
     assert all(ours[k].shape == theirs[k].shape for k in tensors)
 
 
-def test_each_loss_reaches_its_own_network_and_no_other():
-    loss = IQLLoss(*make_networks())
-    for name in LOSSES:
-        loss.zero_grad(set_to_none=True)
-        loss(make_batch())[name].backward()
-        reached = {n for n, p in loss.named_parameters() if p.grad is not None and p.grad.any()}
-        network = f"{name.removeprefix('loss_')}_network_params"
-        assert reached == {n for n, _ in loss.named_parameters() if n.startswith(network)}
-    assert all(leaf.grad is None for leaf in loss.target_qvalue_network_params.values(True, True))
-
-
-def test_the_losses_alone_equal_those_of_forward():
+def test_each_loss_alone_equals_that_of_forward_and_reaches_its_own_network():
     loss = IQLLoss(*two_critics())
     perturb_targets(loss)
     batch = make_batch()
     out = loss(batch.clone())
     for name in LOSSES:
-        alone, metadata = getattr(loss, name.removeprefix("loss_") + "_loss")(batch.clone())
+        loss.zero_grad(set_to_none=True)
+        network = name.removeprefix("loss_")
+        alone, metadata = getattr(loss, f"{network}_loss")(batch.clone())
         torch.testing.assert_close(alone, out[name])
         assert isinstance(metadata, dict)
+        for term in (alone, out[name]):
+            term.backward()
+            reached = {n for n, p in loss.named_parameters() if p.grad is not None and p.grad.any()}
+            names = [n for n, _ in loss.named_parameters()]
+            assert reached == {n for n in names if n.startswith(f"{network}_network_params")}
+    assert all(leaf.grad is None for leaf in loss.target_qvalue_network_params.values(True, True))
 
 
 def test_nested_keys():
@@ -227,13 +225,32 @@ def test_bfloat16_autocast_computes_the_losses_in_float32():
     assert_losses(out, expected, rtol=0.05, atol=0.02)
 
 
-def test_rewards_and_flags_may_lack_the_trailing_dimension():
-    loss = IQLLoss(*make_networks())
-    batch = make_batch()
+def without_trailing_dimension(batch):
     flat = batch.clone()
     for key in ("reward", "terminated", "done"):
         flat["next", key] = flat["next", key].squeeze(-1)
-    assert_losses(loss(flat), loss(batch))
+    return flat
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        without_trailing_dimension,
+        lambda batch: TensorDict.lazy_stack(list(batch.unbind(0))),
+        lambda batch: TensorDict(
+            batch.to_dict(), batch_size=[6]
+        ),  # agents beyond the batch's shape
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_other_forms_of_a_batch_have_the_same_losses(form, masked):
+    loss, batch = IQLLoss(*make_networks()), make_batch(6, 3)
+    other, expected = form(batch), loss(batch.clone())
+    if masked:
+        whole = other.batch_size == batch.batch_size
+        other["collector", "mask"] = (torch.arange(6) < 4).view(6, *[1] * whole).expand(other.shape)
+        expected = loss(batch[:4])
+    assert_losses(loss(other), expected)
 
 
 @pytest.mark.parametrize("estimator", ["TD0", "TD1", "TDLambda"])
@@ -404,15 +421,10 @@ def test_arguments_out_of_range_show_the_value(options, message):
         make_loss(**options)
 
 
-def test_expectile_one_is_allowed():
-    assert IQLLoss(*make_networks(), expectile=1.0)(make_batch())["loss_value"].isfinite()
-
-
 def test_gamma_and_priority_key_are_refused_as_in_torchrl():
-    with pytest.raises(TypeError):
-        IQLLoss(*make_networks(), gamma=0.9)
-    with pytest.raises(RuntimeError, match="priority"):
-        IQLLoss(*make_networks(), priority_key="p")
+    for options, error in (({"gamma": 0.9}, TypeError), ({"priority_key": "p"}, RuntimeError)):
+        with pytest.raises(error, match="gamma|priority"):
+            IQLLoss(*make_networks(), **options)
 
 
 @pytest.mark.parametrize(
@@ -559,20 +571,6 @@ class TestOddBatches:
         short = batch[:4].exclude("collector")
         short["next", "done"] = torch.tensor([[False]] * 3 + [[True]])
         torch.testing.assert_close(loss(batch)["loss_qvalue"], loss(short)["loss_qvalue"])
-
-    def test_a_lazy_stack_with_a_mask(self):
-        loss, rows = IQLLoss(*make_networks()), [make_batch(5) for _ in range(3)]
-        for row in rows:
-            row["collector", "mask"] = torch.arange(5) < 3
-        assert_losses(loss(TensorDict.lazy_stack(rows)), loss(torch.stack(rows)))
-
-    def test_agents_beyond_the_batch_shape(self):
-        """Batch (B,) of n agents each: the mean over both, as if the batch were (B, n)."""
-        loss, wide = continuous_case(6, 3)
-        inner = TensorDict(wide.to_dict(), batch_size=[6])
-        assert_losses(loss(inner), loss(wide.clone()))
-        inner["collector", "mask"] = torch.arange(6) < 4
-        torch.testing.assert_close(loss(inner)["loss_actor"], loss(wide[:4])["loss_actor"])
 
     @pytest.mark.parametrize("num_actions", [2, 4])
     def test_a_single_step_with_a_one_hot_action(self, num_actions):
