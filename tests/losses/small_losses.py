@@ -65,6 +65,11 @@ def make_step(loss, updater=SoftUpdate, lr=1e-2, eps=1e-8, **options) -> IQLStep
     return IQLStep(loss, optimizer, updater(loss, **interval), **options)
 
 
+def assert_losses(out, expected, **tolerances) -> None:
+    for name in LOSSES:
+        torch.testing.assert_close(out[name], expected[name], **tolerances)
+
+
 def assert_same_state(*losses, rtol=1e-8, atol=1e-9) -> None:
     first, *others = (
         {k: v for k, v in x.state_dict().items() if torch.is_tensor(v)} for x in losses

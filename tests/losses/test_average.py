@@ -22,6 +22,7 @@ from iql_torchrl.losses.parameters import AVERAGE
 from iql_torchrl.policies import BestOf
 
 DECAY = 0.75
+MEMBERS = ({}, {"seed": 1, "actor_lr": 1e-2})
 
 
 def averaged_loss(*policy, **options):
@@ -88,8 +89,7 @@ def test_compiled_by_inductor():
 
 
 def compare_forms(updates):
-    table = make_batch(50, dtype=torch.float64)
-    forms = Forms(averaged_loss(), table, updates=updates, lr=0.05)
+    forms = Forms(averaged_loss(), make_batch(50, dtype=torch.float64), updates=updates, lr=0.05)
     averages = [Averages(loss) for loss in forms.losses]
     for _ in range(3 // updates):
         forms.run(follow=lambda: [each.follow() for each in averages[:2]])
@@ -99,31 +99,28 @@ def compare_forms(updates):
     forms.assert_equal(rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("policy", ["gaussian", "flow"])
-def test_populations(policy):
-    members = ({}, {"seed": 1, "actor_lr": 1e-2})
-    settings = configs(members, policy=policy, actor_ema=DECAY)
-    if policy == "flow":  # random numbers of runs alone are others
-        population = IQLPopulation(settings, dataset())
-        averages = Averages(population.loss)
-        for _ in range(3):
-            population.step(population.sampler.sample())
-            averages.follow()
-        averages.check()
-        member = population.member(1)
-        for stacked, alone in zip(
-            weights(population.loss, True), weights(member.loss, True), strict=True
-        ):
-            assert torch.equal(stacked[1].reshape(alone.shape), alone)
-        return
-    beside = Beside(settings, dataset())
+def test_populations():
+    beside = Beside(configs(MEMBERS, actor_ema=DECAY), dataset())
     beside.assert_equal(beside.train(3))  # the average is in the states that it compares
     assert any(AVERAGE in key for key in beside.agents[0].state_dict())
 
 
+def test_populations_of_flows():
+    """Runs alone draw other random numbers."""
+    population = IQLPopulation(configs(MEMBERS, policy="flow", actor_ema=DECAY), dataset())
+    averages = Averages(population.loss)
+    for _ in range(3):
+        population.step(population.sampler.sample())
+        averages.follow()
+    averages.check()
+    pairs = zip(*(weights(x.loss, True) for x in (population, population.member(1))), strict=True)
+    for stacked, alone in pairs:
+        assert torch.equal(stacked[1].reshape(alone.shape), alone)
+
+
 def test_populations_are_loaded_with_it(tmp_path):
-    settings, data = configs(({}, {"seed": 1}), actor_ema=DECAY), dataset()
-    population = IQLPopulation(settings, data)
+    data = dataset()
+    population = IQLPopulation(configs(MEMBERS, actor_ema=DECAY), data)
     list(population.train(3))
     again = IQLPopulation.load(population.save(tmp_path / "p.torchrl"), data)
     for each in (population, again):

@@ -149,8 +149,8 @@ def test_noise_may_be_given_and_is_fixed_where_actions_are_deterministic():
         torch.manual_seed(3)
         first = policy(data.clone())["action"]
         torch.manual_seed(3)
-        same = torch.randn(7, 3)
-        assert torch.equal(policy(data.clone().set("noise", same))["action"], first)
+        same = data.clone().set("noise", torch.randn(7, 3))
+        assert torch.equal(policy(same)["action"], first)
         assert not torch.equal(given, first)
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         still = policy(data.clone())["action"]
@@ -255,6 +255,14 @@ def test_compiled_by_inductor():
     check_forms(flow_loss(diagnostics=True), given(50))
 
 
+def drawn(sampler, *shape):
+    """A sampler's next rows, and the numbers that a captured update draws after them."""
+    rows = sampler.sample()
+    noise = torch.empty(shape).double().normal_(generator=sampler.generator)
+    time = torch.empty(shape[:-1]).double().uniform_(generator=sampler.generator)
+    return rows.set("flow_noise", noise).set("flow_time", time)
+
+
 @pytest.mark.usefixtures("uncompiled")
 def test_drawn_noise_is_the_same_in_every_form():
     """Plain and compiled from torch's generator; captured after the row numbers, from the sampler's."""
@@ -265,10 +273,7 @@ def test_drawn_noise_is_the_same_in_every_form():
     for _ in range(2):
         forms.call()
         for _ in range(3):
-            rows = sampler.sample()
-            noise = torch.empty(8, ACT).double().normal_(generator=sampler.generator)
-            time = torch.empty(8).double().uniform_(generator=sampler.generator)
-            forms.plain(rows.set("flow_noise", noise).set("flow_time", time))
+            forms.plain(drawn(sampler, 8, ACT))
     assert torch.equal(torch.get_rng_state(), state)
     plain, fast, whole = forms.losses
     assert_same_state(plain, whole)
@@ -343,9 +348,7 @@ def test_captured_populations():
     for _ in range(2):
         call()
         for _ in range(2):
-            rows = sampler.sample()
-            rows["flow_noise"] = torch.empty(3, 16, 2).double().normal_(generator=sampler.generator)
-            rows["flow_time"] = torch.empty(3, 16).double().uniform_(generator=sampler.generator)
-            for agent, own in zip(beside.agents, rows.unbind(0), strict=True):
+            rows = drawn(sampler, 3, 16, 2).unbind(0)
+            for agent, own in zip(beside.agents, rows, strict=True):
                 agent.step(own)
     beside.assert_equal()

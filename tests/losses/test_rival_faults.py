@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchrl
 from conftest import ACT, OBS, NormedCritic, make_batch, make_networks
-from small_losses import LOSSES, Head, discrete_networks
+from small_losses import LOSSES, Head, assert_losses, discrete_networks
 from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
 from tensordict.nn import TensorDictModule as Mod
@@ -71,12 +71,9 @@ def test_target_trunk_follows_a_shared_live_trunk(cls, num_critics):
     updater = SoftUpdate(loss, tau=0.5)
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
     target = loss.target_qvalue_network_params["module", "0", "module", "weight"]
-    before = target.clone()
-    expected = before.clone()
+    expected = before = target.clone()
     for _ in range(5):
-        out = loss(make_batch())
-        optimizer.zero_grad()
-        sum(out[k] for k in LOSSES).backward()
+        gradients(loss, make_batch())
         optimizer.step()
         updater.step()
         expected = 0.5 * expected + 0.5 * trunk.module.weight.detach()
@@ -89,23 +86,19 @@ def test_masked_steps_change_no_loss_and_no_gradient(cls):
     loss = cls(*make_networks())
     SoftUpdate(loss, tau=0.5)
     batch = make_batch(16, 5)
-    mask = torch.ones(16, 5, 1, dtype=torch.bool)
-    mask[:, 3:] = False
-    batch["collector", "mask"] = mask
+    batch["collector", "mask"] = (torch.arange(5) < 3).expand(16, 5).unsqueeze(-1)
     first, grads = gradients(loss, batch.clone())
     batch["next", "reward"][:, 3:] = 1000.0
     batch["observation"][:, 3:] = -500.0
     spoiled = batch.clone()
     second, spoiled_grads = gradients(loss, spoiled)
-    for name in LOSSES:
-        torch.testing.assert_close(first[name], second[name])
+    assert_losses(first, second)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, spoiled_grads[name])
     assert (spoiled["td_error"][:, 3:] == 0).all()
     # and the masked mean is the mean over the steps that remain
     short, _ = gradients(loss, batch[:, :3].exclude("collector"))
-    for name in LOSSES:
-        torch.testing.assert_close(first[name], short[name])
+    assert_losses(first, short)
 
 
 @pytest.mark.parametrize("cls", CONTINUOUS)
@@ -154,8 +147,7 @@ def test_importance_weights_of_a_prioritised_buffer(cls):
     weighted = loss(batch.clone())
     index = torch.tensor([0, 0, 1, 2, 3, 6, 7])
     repeated = loss(batch.exclude("priority_weight")[index])
-    for name in LOSSES:
-        torch.testing.assert_close(weighted[name], repeated[name])
+    assert_losses(weighted, repeated)
 
 
 @pytest.mark.parametrize("cls", CONTINUOUS)
@@ -225,8 +217,7 @@ def test_discrete_actions_of_every_form_give_the_same_losses(cls):
     forms = [index, index[:, None], nn.functional.one_hot(index, 4)]
     outs = [loss(discrete_batch(form)) for form in forms]
     for out in outs[1:]:
-        for name in LOSSES:
-            torch.testing.assert_close(outs[0][name], out[name])
+        assert_losses(outs[0], out)
 
 
 @pytest.mark.parametrize("cls", DISCRETE)

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from conftest import ACT, OBS, make_batch
-from small_losses import LOSSES, Head, NormalActor
+from small_losses import LOSSES, Head, NormalActor, assert_losses
 from test_rival_faults import shared_trunk
 from torch import nn
 from torchrl.modules import ValueOperator
@@ -123,8 +123,7 @@ def test_state_dicts_reload(form, separate, shared, num_critics):
     other.value_estimator  # noqa: B018  (its discount is in the stored state)
     other.load_state_dict(stored | {k: v for k, v in loss.state_dict().items() if k not in stored})
     batch = make_batch()
-    for name in LOSSES:
-        torch.testing.assert_close(other(batch.clone())[name], loss(batch.clone())[name])
+    assert_losses(other(batch.clone()), loss(batch.clone()))
     update(other, 1)  # and it still trains: mirrors are tied again
     if shares(form, separate, num_critics):
         assert_mirrors(other, "actor" if shared in ("all", "actor") else "value")
@@ -140,8 +139,7 @@ def test_trunks_stay_shared_after_copies_and_casts(form, separate, made):
     _, loss = build(form, separate)
     batch = make_batch()
     expected, loss = loss(batch.clone()), made(loss)
-    for name in LOSSES:
-        torch.testing.assert_close(loss(batch.clone())[name], expected[name])
+    assert_losses(loss(batch.clone()), expected)
     update(loss)
     assert_mirrors(loss)
     target, mirror = loss.target_qvalue_network_params[KEY], loss.qvalue_network_params[KEY]
