@@ -24,7 +24,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 
 from iql_torchrl import IQLConfig, OfflineTrainer, load_dataset, make_agent
-from iql_torchrl.checkpoint import CheckpointError, newest
+from iql_torchrl.files import CheckpointError, newest
 
 import gymnasium as gym
 import numpy as np

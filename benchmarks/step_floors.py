@@ -14,7 +14,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from iql_torchrl.networks.products import product
+from iql_torchrl.networks.evaluation import product
 from step_rivals import Sizes, Update, make_step, transitions
 
 import torch

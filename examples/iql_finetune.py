@@ -15,8 +15,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
-from iql_torchrl.agent.build import Agent
+from iql_torchrl import (
+    PRESETS,
+    Agent,
+    IQLConfig,
+    OfflineDataset,
+    evaluate,
+    load_dataset,
+    make_agent,
+)
 from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.files import whole_file

@@ -13,16 +13,24 @@ from functools import partial
 from pathlib import Path
 
 from iql_torchrl import OfflineDataset, OfflineTrainer, evaluate, load_dataset, make_agent
-from iql_torchrl.checkpoint import CheckpointError
 from iql_torchrl.config import PRESETS, IQLConfig, cli
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.distributed import Ranks, data_parallel
 from iql_torchrl.evaluation import Evaluation
+from iql_torchrl.files import CheckpointError
 from iql_torchrl.report import compare
 from iql_torchrl.report.results import results_table
-from iql_torchrl.trainers.command_line import default_name, resume_command, resumed_arguments
-from iql_torchrl.trainers.loggers import LoggerError, LoggerName, check_logger, open_logger
-from iql_torchrl.trainers.run_folder import new_folder, started_folder
+from iql_torchrl.trainers.command_line import (
+    LoggerError,
+    LoggerName,
+    check_logger,
+    default_name,
+    new_folder,
+    open_logger,
+    resume_command,
+    resumed_arguments,
+    started_folder,
+)
 
 EVALUATION_SEED = 10_000  # every method and every training seed has the same initial states
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from iql_torchrl import IQLConfig, OfflineTrainer, evaluate, load_dataset, make_agent
 from iql_torchrl.data.builtin import ensure_dataset
-from iql_torchrl.trainers.run_folder import new_folder
+from iql_torchrl.trainers.command_line import new_folder
 
 
 def main(updates: int = 5000, episodes: int = 20) -> float:

@@ -6,50 +6,31 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
 from gymnasium import spaces
 from numpy.typing import ArrayLike
 from torchrl.data import Composite, TensorSpec
-
-__all__ = [
-    "bounds_in_words",
-    "describe_space",
-    "describe_spec",
-    "describe_values",
-    "faulty_bounds",
-    "one_line",
-]
 
 ENTRIES = 6
 
 
 def describe_space(space: Any) -> str:
-    """A Gymnasium space: its type, shape, dtype and bounds; a Dict by its names alone."""
+    """A Gymnasium space or TorchRL spec: type, shape, dtype and bounds; a Dict by its names alone."""
     name = type(space).__name__
-    if isinstance(space, spaces.Box):
-        shape = tuple(space.shape)
-        return f"{name} of shape {shape}, {space.dtype}, {bounds_in_words(space.low, space.high)}"
-    if isinstance(space, spaces.Dict):
-        return f"{name} of {_names(space.spaces)}"
+    if isinstance(space, spaces.Dict | Composite):
+        return f"{name} of {_shortened(repr(key) for key in sorted(space.keys()))}"
     if isinstance(space, spaces.Tuple):
         return f"{name} of {len(space.spaces)} spaces"
     if isinstance(space, spaces.MultiDiscrete) and space.nvec.size > ENTRIES:
         return f"{name} of shape {space.shape}, {_range(space.nvec)} categories each"
-    known = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-    return str(space) if isinstance(space, known) else name
-
-
-def describe_spec(spec: Any) -> str:
-    """A TorchRL spec: its type, shape, dtype and, where it has them, bounds."""
-    name = type(spec).__name__
-    if isinstance(spec, Composite):
-        return f"{name} of {_names(map(str, spec.keys()))}"
-    if not isinstance(spec, TensorSpec):
-        return name
-    text = f"{name} of shape {tuple(spec.shape)}, {str(spec.dtype).removeprefix('torch.')}"
-    low, high = (getattr(getattr(spec, "space", None), bound, None) for bound in ("low", "high"))
-    if low is None or high is None:
+    if not isinstance(space, spaces.Box | TensorSpec):
+        known = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+        return str(space) if isinstance(space, known) else name
+    limits: Any = space if isinstance(space, spaces.Box) else space.space
+    text = f"{name} of shape {tuple(space.shape)}, {str(space.dtype).removeprefix('torch.')}"
+    if not hasattr(limits, "low"):
         return text
-    low, high = (bound.detach().double().cpu().numpy() for bound in (low, high))
+    low, high = (torch.as_tensor(bound).double().cpu() for bound in (limits.low, limits.high))
     return f"{text}, {bounds_in_words(low, high)}"
 
 
@@ -58,16 +39,13 @@ def bounds_in_words(low: ArrayLike, high: ArrayLike) -> str:
     low, high = np.asarray(low), np.asarray(high)
     if low.size and np.unique(low).size == 1 and np.unique(high).size == 1:
         return f"[{_number(low.flat[0])}, {_number(high.flat[0])}]"
-    if low.size <= ENTRIES:
-        return f"low {describe_values(low)}, high {describe_values(high)}"
-    return f"low {_range(low)}, high {_range(high)}"
+    describe = describe_values if low.size <= ENTRIES else _range
+    return f"low {describe(low)}, high {describe(high)}"
 
 
 def describe_values(values: ArrayLike) -> str:
     """The first entries of an array and how many there are: ``[0.1, 0.2, ... (300 in all)]``."""
-    flat = np.asarray(values).reshape(-1)
-    shown = ", ".join(_number(value) for value in flat[:ENTRIES])
-    return f"[{shown}{f', ... ({flat.size} in all)' if flat.size > ENTRIES else ''}]"
+    return f"[{_shortened(map(_number, np.asarray(values).flat))}]"
 
 
 def one_line(error: BaseException) -> str:
@@ -81,9 +59,14 @@ def faulty_bounds(low: ArrayLike, high: ArrayLike, *, largest: float = np.inf) -
     Both must be finite, which here means of a magnitude below ``largest``, and low below high.
     """
     faults: dict[str, list[int]] = {}
-    pairs = zip(np.asarray(low).reshape(-1), np.asarray(high).reshape(-1), strict=True)
+    pairs = zip(np.asarray(low).flat, np.asarray(high).flat, strict=True)
     for dimension, (bottom, top) in enumerate(pairs):
-        if fault := _fault(bottom > -largest, top < largest, bottom, top):
+        lacks = [n for n, ok in (("lower", bottom > -largest), ("upper", top < largest)) if not ok]
+        if lacks:
+            fault = "no finite bounds" if len(lacks) == 2 else f"no finite {lacks[0]} bound"
+            faults.setdefault(fault, []).append(dimension)
+        elif not bottom < top:
+            fault = f"no range, from {_number(bottom)} to {_number(top)}"
             faults.setdefault(fault, []).append(dimension)
     return "; ".join(
         f"{'dimension' if len(places) == 1 else 'dimensions'} {describe_values(places)[1:-1]}: {fault}"
@@ -91,18 +74,10 @@ def faulty_bounds(low: ArrayLike, high: ArrayLike, *, largest: float = np.inf) -
     )
 
 
-def _fault(has_lower: bool, has_upper: bool, bottom: Any, top: Any) -> str:
-    if not has_lower and not has_upper:
-        return "no finite bounds"
-    if not has_lower or not has_upper:
-        return f"no finite {'upper' if has_lower else 'lower'} bound"
-    return "" if bottom < top else f"no range, from {_number(bottom)} to {_number(top)}"
-
-
-def _names(names: Iterable[Any]) -> str:
-    names = list(names)
-    more = f", ... ({len(names)} in all)" if len(names) > ENTRIES else ""
-    return ", ".join(map(repr, names[:ENTRIES])) + more
+def _shortened(words: Iterable[str]) -> str:
+    listed = list(words)
+    more = f", ... ({len(listed)} in all)" if len(listed) > ENTRIES else ""
+    return ", ".join(listed[:ENTRIES]) + more
 
 
 def _range(values: Any) -> str:

@@ -1,13 +1,36 @@
-"""Writing files completely or not at all, with errors that name the file."""
+"""Files that are written completely or not at all; checkpoints, which are read without running code."""
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterator
+import pickle
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
-__all__ = ["leads_below", "naming", "whole_file"]
+import torch
+from torchrl.checkpoint import Checkpoint, CheckpointAdapter, CheckpointError
+
+__all__ = [
+    "PREFIX",
+    "SUFFIX",
+    "CheckpointError",
+    "StateAdapter",
+    "component_names",
+    "leads_below",
+    "naming",
+    "newest",
+    "read_components",
+    "replace_by_link",
+    "whole_file",
+    "write_components",
+]
+
+# TorchRL's CheckpointRotation names its archives checkpoint-<twelve digits of the update>.torchrl.
+PREFIX, SUFFIX = "checkpoint-", ".torchrl"
 
 
 def leads_below(name: str) -> bool:
@@ -52,3 +75,154 @@ def naming(path: Path, *, instead_of: Path | None = None) -> Iterator[None]:
         if error.errno is None or other_file:
             raise
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+def replace_by_link(source: Path, destination: Path) -> None:
+    """Replace ``destination`` by the file ``source``, by a hard link where possible, else a copy."""
+    with whole_file(destination) as temporary:
+        temporary.unlink(
+            missing_ok=True
+        )  # of a killed process: perhaps a link to another checkpoint
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+
+
+class StateAdapter(CheckpointAdapter):
+    """A state as one file that is always read with ``weights_only=True``.
+
+    TorchRL's own adapter reads several formats, also pickled objects; this one reads a single
+    format. A component has ``state_dict`` and ``load_state_dict``, or is the state itself; ``load``
+    with None returns the state. ``format_version`` counts the layouts of this package's states.
+    """
+
+    adapter_id = "iql_torchrl.state"
+    format_version = 1
+    filename = "state.pt"
+
+    def __init__(self) -> None:
+        self._read_back = False
+
+    def save(self, component: Any, path: Path, *, args: Any, kwargs: Any) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        state = component.state_dict() if hasattr(component, "state_dict") else component
+        content = io.BytesIO()  # Python writes the file: it raises OSError on a full disk
+        torch.save(state, content)
+        if not self._read_back:
+            self._check_readable(content, component)
+        (path / self.filename).write_bytes(content.getbuffer())
+
+    def _check_readable(self, content: io.BytesIO, component: Any) -> None:
+        """Raise ``CheckpointError`` for a state that could not be loaded; checked once per run."""
+        content.seek(0)
+        try:
+            torch.load(content, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"the state of {type(component).__name__} holds something other than plain data, "
+                "so it could not be loaded again: return only numbers, strings, tensors and lists "
+                f"or dicts of them from its state_dict. ({_first_line(error)})"
+            ) from error
+        self._read_back = True
+
+    def load(
+        self, component: Any, path: Path, *, map_location: Any, tensor_load_kwargs: Any, args: Any,
+        kwargs: Any,
+    ) -> Any:  # fmt: skip
+        state = torch.load(path / self.filename, weights_only=True, map_location=map_location)
+        if component is None:
+            return state
+        component.load_state_dict(state)
+        return None
+
+
+def write_components(
+    path: str | Path, states: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
+) -> Path:
+    """Write named states (numbers, strings, tensors, lists and dicts of them) to one file.
+
+    Written to a temporary file that is then renamed, so ``path`` is never incomplete. Raises
+    ``OSError`` naming ``path`` where it cannot be written.
+    """
+    checkpoint = Checkpoint(format="archive")
+    for name, state in states.items():
+        checkpoint.register(name, state, adapter=StateAdapter())
+    with naming(Path(path)):
+        return checkpoint.save(path, metadata=metadata)
+
+
+def read_components(path: str | Path, names: Collection[str] | None = None) -> dict[str, Any]:
+    """The states ``names`` of a file (all of this package's if None), on the CPU; runs no code.
+
+    Raises ``CheckpointError`` with one sentence: no such file, a truncated or damaged file, a file
+    of another version, a missing part, or a part that is not plain data.
+    """
+    path = Path(path)
+    parts = _parts_of(path)
+    if names is None:
+        names = [n for n, record in parts.items() if record["adapter"] == StateAdapter.adapter_id]
+    checkpoint = Checkpoint()
+    for name in names:
+        checkpoint.register(name, None, adapter=StateAdapter())
+    try:
+        states = checkpoint.load(path, map_location="cpu").values
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise _unreadable(path, error, parts) from error
+    return {name: states.get(name) for name in names}
+
+
+def component_names(path: str | Path) -> set[str]:
+    """The names of the states in a file. Raises ``CheckpointError`` as :func:`read_components`."""
+    return set(_parts_of(Path(path)))
+
+
+def newest(folder: str | Path) -> Path:
+    """The file of the latest update in a run's ``checkpoints`` folder, by its name.
+
+    Raises ``CheckpointError`` when there is none.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise CheckpointError(f"{folder}: there is no such folder of checkpoints.")
+    files = sorted(folder.glob(f"{PREFIX}*{SUFFIX}")) if folder.is_dir() else []
+    if not files:
+        raise CheckpointError(f"{folder}: contains no {PREFIX}*{SUFFIX} file.")
+    return files[-1]
+
+
+def _parts_of(path: Path) -> Mapping[str, Any]:
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such file.")
+    try:
+        parts: Mapping[str, Any] = Checkpoint.manifest(path)["components"]
+    except Exception as error:
+        raise _unreadable(path, error, {}) from error
+    return parts
+
+
+def _unreadable(path: Path, error: Exception, parts: Collection[str]) -> CheckpointError:
+    """The sentence about a file that TorchRL could not read."""
+    cause, line = error.__cause__, _first_line(error)
+    if isinstance(cause, pickle.UnpicklingError):
+        return CheckpointError(
+            f"{path}: contains something other than plain data and was not loaded, because loading "
+            "it could run a program. Use a checkpoint that you or someone you trust wrote with this "
+            f"package. ({_first_line(cause)})"
+        )
+    if "Unsupported" in line:  # the format of the file
+        return CheckpointError(f"{path}: from another version of TorchRL. {line}")
+    restored = getattr(error, "result", None)
+    if restored is not None and cause is None:
+        if restored.missing:
+            part = min(restored.missing)
+            return CheckpointError(f"{path}: has no part {part!r}; it holds {sorted(parts)}.")
+        return CheckpointError(f"{path}: was not written by this version of iql_torchrl: {line}")
+    return CheckpointError(
+        f"{path}: truncated or damaged ({line}). If the folder has an older checkpoint, delete this "
+        "one to continue from the older one."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "cosine_factor",
     "effective_sample_size",
     "expectile_loss",
     "exponential_weight",
@@ -156,32 +157,27 @@ def pick_action(values: Tensor, action: Tensor, *, leading: int | None = None) -
 
 
 def _action_index(values: Tensor, action: Tensor, leading: int | None) -> Tensor:
-    dims = action.ndim
     batch = values.shape[:-1]
+    # Dimensions that the action lacks if its last one is of its own, and if it is one of the batch's.
+    own, shared = values.ndim - action.ndim, values.ndim - action.ndim - 1
     if leading is not None:
-        batch = batch[leading:]
-        one_hot = action.shape == (*batch, values.shape[-1])
-        trailing, index = action.shape == (*batch, 1), action.shape == batch
-    else:
-        one_hot = values.shape[values.ndim - dims :] == action.shape
-        one_hot = one_hot and dims > 0 and (dims > 1 or values.ndim == 1)
-        trailing = action.shape[-1:] == (1,) and batch[len(batch) - dims + 1 :] == action.shape[:-1]
-        index = batch[len(batch) - dims :] == action.shape
-    if one_hot:
+        own = shared = leading
+    one_hot = action.shape == (*batch[own:], values.shape[-1])
+    if one_hot and (leading is not None or action.ndim > 1 or values.ndim == 1):
         return action.long().argmax(-1)
-    if (trailing or index) and action.is_floating_point():
+    trailing = action.shape == (*batch[own:], 1)
+    if not trailing and action.shape != batch[shared:]:
+        raise ValueError(
+            f"action has shape {tuple(action.shape)} but the values have shape "
+            f"{tuple(values.shape)}; expected one-hot (*B, {values.shape[-1]}), or indices of shape "
+            "(*B, 1) or (*B,)."
+        )
+    if action.is_floating_point():
         raise ValueError(
             f"action has {action.dtype} indices of shape {tuple(action.shape)}; expected whole "
             "numbers, which action.long() gives, or one-hot."
         )
-    if trailing:
-        return action.squeeze(-1)
-    if index:
-        return action
-    raise ValueError(
-        f"action has shape {tuple(action.shape)} but the values have shape {tuple(values.shape)}; "
-        f"expected one-hot (*B, {values.shape[-1]}), or indices of shape (*B, 1) or (*B,)."
-    )
+    return action.squeeze(-1) if trailing else action
 
 
 def effective_sample_size(
@@ -193,9 +189,7 @@ def effective_sample_size(
     learns from few samples: lower ``temperature``, or scale the rewards down. Zero when no weight
     is positive. Kish 1965, Survey Sampling.
     """
-    if mask is not None:
-        _check_like(weight, mask=mask)
-        weight = weight.masked_fill(~mask, 0.0)
+    weight, _ = _unmasked(weight, mask, None)
     square = _sum(weight.square(), dim)
     return torch.where(square > 0, _sum(weight, dim).square() / square, torch.zeros_like(square))
 
@@ -213,29 +207,13 @@ def weighted_mean(
     ``value``. Masked samples are not read, so they may be ``nan``. If all are masked, the mean is 0
     and its gradient is zero. Raises ``ValueError`` on another shape, or a mask that is not bool.
     """
-    _check_like(value, mask=mask, weight=weight)
-    if mask is not None:
-        value = value.masked_fill(~mask, 0.0)
-        weight = mask.to(value.dtype) if weight is None else weight.masked_fill(~mask, 0.0)
+    value, weight = _unmasked(value, mask, weight)
     if weight is None:
-        return value.mean() if dim is None else value.mean(tuple(dim))
+        if mask is None:
+            return value.mean(None if dim is None else tuple(dim))
+        weight = mask.to(value.dtype)
     total = _sum(weight, dim)
     return _sum(weight * value, dim) / torch.where(total == 0, torch.ones_like(total), total)
-
-
-def _check_like(value: Tensor, *, mask: Tensor | None = None, weight: Tensor | None = None) -> None:
-    for name, entry in (("mask", mask), ("weight", weight)):
-        if entry is not None and entry.shape != value.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(entry.shape)} but the values have shape "
-                f"{tuple(value.shape)}; expand it first, so that nothing broadcasts by accident."
-            )
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"mask is {mask.dtype}; expected torch.bool: pass mask.bool().")
-
-
-def _sum(value: Tensor, dim: Sequence[int] | None) -> Tensor:
-    return value.sum() if dim is None else value.sum(tuple(dim))
 
 
 def reduce(
@@ -255,10 +233,40 @@ def reduce(
         return weighted_mean(value, mask=mask, weight=weight, dim=dim)
     if reduction not in ("sum", "none"):
         raise ValueError(f"reduction is {reduction!r}; choose 'mean', 'sum' or 'none'.")
-    _check_like(value, mask=mask, weight=weight)
-    if mask is not None:
-        value = value.masked_fill(~mask, 0.0)
-        weight = None if weight is None else weight.masked_fill(~mask, 0.0)
-    if weight is not None:
-        value = value * weight
+    value, weight = _unmasked(value, mask, weight)
+    value = value if weight is None else value * weight
     return _sum(value, dim) if reduction == "sum" else value
+
+
+def _unmasked(
+    value: Tensor, mask: Tensor | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """``value`` and ``weight`` with zeros where ``mask`` is false; raises on other shapes."""
+    for name, entry in (("mask", mask), ("weight", weight)):
+        if entry is not None and entry.shape != value.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(entry.shape)} but the values have shape "
+                f"{tuple(value.shape)}; expand it first, so that nothing broadcasts by accident."
+            )
+    if mask is None:
+        return value, weight
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask is {mask.dtype}; expected torch.bool: pass mask.bool().")
+    value = value.masked_fill(~mask, 0.0)
+    return value, None if weight is None else weight.masked_fill(~mask, 0.0)
+
+
+def _sum(value: Tensor, dim: Sequence[int] | None) -> Tensor:
+    return value.sum(None if dim is None else tuple(dim))
+
+
+def cosine_factor(update: int, *, updates: int, intervals: int) -> float:
+    """Factor of a learning rate that falls from 1 to 0 over ``updates``, along half a cosine.
+
+    ``0.5 (1 + cos(pi i / intervals))`` in interval i of ``intervals`` equal ones, in each of which it
+    is constant; 0 after the last update. With 0 intervals the factor is always 1.
+    """
+    if intervals == 0:
+        return 1.0
+    interval = min(update, updates) * intervals // updates
+    return 0.5 * (1 + math.cos(math.pi * interval / intervals))

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
 from gymnasium import spaces
 
 from iql_torchrl import IQLConfig, load_dataset, make_agent
+from iql_torchrl.files import write_components
 
 MEAN, SCALE = np.array([5.0, -3.0, 0.5]), np.array([1.0, 10.0, 100.0])
 LOW, HIGH = np.array([-2.0, 0.0]), np.array([1.0, 0.25])
@@ -46,9 +48,33 @@ def config(**options) -> IQLConfig:
     )
 
 
+def observations(rows: int = 9):
+    return (np.random.default_rng(1).normal(size=(rows, 3)) * SCALE + MEAN).astype(np.float32)
+
+
 def box_agent(dtype=np.float32, **options):
     space = spaces.Box(LOW.astype(dtype), HIGH.astype(dtype), dtype=dtype)
     return make_agent(config(**options), replace(load_dataset(log()), action_space=space))
+
+
+def trained(**options):
+    """A :func:`box_agent` after three updates."""
+    agent = box_agent(**options)
+    buffer = load_dataset(log()).replay_buffer(16, seed=0)
+    for _ in range(3):
+        agent.step(buffer.sample())
+    return agent
+
+
+def saved(agent, path, description=None):
+    """``path``, to which the agent is written as a checkpoint, described otherwise if given."""
+    description = description or agent.description()
+    return write_components(path, {"agent": description, "loss_module": agent.state_dict()})
+
+
+def same_weights(first, second) -> bool:
+    a, b = first.state_dict(), second.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 def discrete_agent(start: int = 0, masked: bool = False, **options):

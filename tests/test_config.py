@@ -1,11 +1,12 @@
-"""IQLConfig refuses what cannot work; presets are the official code's."""
+"""IQLConfig refuses what cannot work; presets are their sources'; every setting is an option."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from dataclasses import FrozenInstanceError, fields, replace
+import sys
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -13,84 +14,61 @@ import torch
 
 from iql_torchrl import PRESETS, IQLConfig
 from iql_torchrl.config import knobs
+from iql_torchrl.config.cli import parse, parse_options, refuse
+
+OUT_OF_RANGE = {
+    "expectile": (0.3, 1.1, 0.0),
+    "temperature": (-0.1, math.nan),
+    "max_weight": (0.0, math.inf),
+    "discount": (1.0, math.nan),
+    "max_grad_norm": (0.0, math.inf, math.nan),
+    "actor_lr": (0.0, math.inf),
+    "hidden": ((), (256, 0)),
+    **dict.fromkeys(("polyak", "updates", "batch_size", "num_critics", "schedule_steps"), (0,)),
+    **dict.fromkeys(("flow_steps", "num_samples"), (0,)),
+    **dict.fromkeys(("seed", "bc_weight"), (-1,)),
+    "dropout": (1.0,),
+    "weight_decay": (0.1,),  # without adamw
+    "norm_after_activation": (True,),  # without layer_norm
+}
+NO_CHOICE = {
+    "policy": ("diffusion", None),
+    "actor_objective": ("ddpg",),
+    "activation": ("swish",),
+    "initialisation": ("zeros",),
+    "order": ("random",),
+    "optimizer": ("sgd",),
+    "reward": ("log",),
+    "schedule": ("linear",),
+}
+WRONG_KIND = {
+    "seed": (True, None),
+    "updates": (1e4, "10"),
+    "batch_size": (np.float64(256),),
+    "schedule_steps": (1.5,),
+    "temperature": (True, "3", None),
+    "polyak": (10**400,),
+    "compile": (1,),
+    "standardise": ("no",),
+    "hidden": ([64, 64], 64, (64.0,), (True,)),
+    # meta holds no numbers, vulkan has no fused Adam
+    "device": ("gpu", "", "cuda:x", "meta", "vulkan", torch.device("cpu")),
+}
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("expectile", 0.3),
-        ("expectile", 1.1),
-        ("expectile", 0.0),
-        ("temperature", -0.1),
-        ("temperature", float("nan")),
-        ("max_weight", 0.0),
-        ("discount", 1.0),
-        ("polyak", 0.0),
-        ("updates", 0),
-        ("batch_size", 0),
-        ("num_critics", 0),
-        ("dropout", 1.0),
-        ("actor_lr", 0.0),
-        ("max_grad_norm", 0.0),
-        ("seed", -1),
-        ("policy", "diffusion"),
-        ("actor_objective", "ddpg"),
-        ("bc_weight", -0.1),
-        ("flow_steps", 0),
-        ("num_samples", 0),
-        ("activation", "swish"),
-        ("initialisation", "zeros"),
-        ("norm_after_activation", True),
-        ("order", "random"),
-        ("optimizer", "sgd"),
-        ("reward", "log"),
-        ("schedule", "linear"),
-        ("hidden", ()),
-        ("hidden", (256, 0)),
-        ("weight_decay", 0.1),
-        ("schedule_steps", 0),
-        ("max_weight", math.inf),
-        ("max_grad_norm", math.inf),
-        ("actor_lr", math.inf),
-        ("discount", math.nan),
-        ("max_grad_norm", math.nan),
-        # kinds
-        ("seed", True),
-        ("updates", 1e4),
-        ("updates", "10"),
-        ("batch_size", np.float64(256)),
-        ("seed", None),
-        ("schedule_steps", 1.5),
-        ("temperature", True),
-        ("temperature", "3"),
-        ("temperature", None),
-        ("polyak", 10**400),
-        ("compile", 1),
-        ("standardise", "no"),
-        ("policy", None),
-        ("hidden", [64, 64]),
-        ("hidden", 64),
-        ("hidden", (64.0,)),
-        ("hidden", (True,)),
-        # devices
-        ("device", "gpu"),
-        ("device", ""),
-        ("device", "cuda:x"),
-        ("device", "meta"),  # holds no numbers
-        ("device", "vulkan"),  # has no fused Adam
-        ("device", torch.device("cpu")),
+        (field, value)
+        for table in (OUT_OF_RANGE, NO_CHOICE, WRONG_KIND)
+        for field, values in table.items()
+        for value in values
     ],
 )
 def test_impossible_values_are_refused_and_shown(field, value):
     with pytest.raises(ValueError, match=f"{field} is") as error:
         IQLConfig(**{field: value})
     assert str(value) in str(error.value)
-
-
-def test_a_schedule_in_steps_needs_a_schedule():
-    with pytest.raises(ValueError, match="schedule_steps is 10 and schedule is 'constant'"):
-        IQLConfig(schedule="constant", schedule_steps=10)
-    assert IQLConfig(schedule="cosine", schedule_steps=10).schedule_steps == 10
 
 
 @pytest.mark.parametrize(
@@ -100,36 +78,14 @@ def test_a_schedule_in_steps_needs_a_schedule():
         ({"policy": "mixture", "actor_objective": "flow"}, "a flow is trained with 'flow'"),
         ({"policy": "deterministic", "actor_objective": "log_prob"}, "no density; choose 'mse'"),
         ({"policy": "deterministic", "num_samples": 2}, "num_samples is 2 and policy is 'determ"),
+        ({"schedule": "constant", "schedule_steps": 10}, "steps is 10 and schedule is 'constant'"),
     ],
 )
-def test_policies_and_their_losses_fit_together(options, words):
+def test_settings_that_do_not_fit_together(options, words):
     with pytest.raises(ValueError, match=words):
         IQLConfig(**options)
-    IQLConfig(policy="flow", actor_objective="flow", num_samples=4)
+    IQLConfig(policy="flow", actor_objective="flow", num_samples=4, schedule_steps=10)
     IQLConfig(policy="deterministic", actor_objective="ddpg_bc")
-
-
-@pytest.mark.parametrize("name", ["ogbench", "ifql"])
-def test_presets_of_fql(name):
-    # github.com/seohongpark/fql, 719d044: agents/iql.py, agents/ifql.py, main.py
-    preset = PRESETS[name]
-    assert (preset.updates, preset.batch_size, preset.hidden) == (1_000_000, 256, (512,) * 4)
-    assert (preset.actor_lr, preset.critic_lr, preset.value_lr) == (3e-4, 3e-4, 3e-4)
-    assert (preset.activation, preset.layer_norm, preset.norm_after_activation) == (
-        "gelu", True, True,
-    )  # fmt: skip
-    assert (preset.discount, preset.polyak, preset.expectile) == (0.99, 0.005, 0.9)
-    assert (preset.optimizer, preset.schedule, preset.order) == ("adam", "constant", "simultaneous")
-    assert (preset.num_critics, preset.dropout, preset.max_weight) == (2, 0.0, 100.0)
-    assert (preset.standardise, preset.reward) == (False, "raw")
-    assert PRESETS["ogbench"].temperature == 10.0
-    ifql = PRESETS["ifql"]
-    assert (ifql.policy, ifql.temperature, ifql.flow_steps, ifql.num_samples) == (
-        "flow",
-        0.0,
-        10,
-        32,
-    )
 
 
 def test_numbers_become_plain():
@@ -137,8 +93,8 @@ def test_numbers_become_plain():
         seed=np.int64(3), temperature=3, polyak=np.float64(0.25), hidden=(np.int8(4),)
     )
     assert config == IQLConfig(seed=3, temperature=3.0, polyak=0.25, hidden=(4,))
-    assert [type(config.seed), type(config.temperature)] == [int, float]
-    assert [type(config.polyak), type(config.hidden[0])] == [float, int]
+    values = (config.seed, config.temperature, config.polyak, config.hidden[0])
+    assert [type(value) for value in values] == [int, float, float, int]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:7", "mps", "xpu"])
@@ -170,12 +126,15 @@ def test_other_keys_are_named():
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("updates", 0, "updates is 0; it must be >= 1."),
-        ("actor_lr", math.inf, "actor_lr is inf; it must be > 0 and finite."),
-        ("discount", 1.0, "discount is 1.0; it must lie in [0, 1)."),
-        ("temperature", -1.0, "must be >= 0 and finite: 0 is behaviour cloning, and a negative"),
-        ("max_weight", math.inf, "lie in (0, 3e+38]: the paper's is 100. IQLLoss itself accepts"),
-        ("hidden", (3, 0), "hidden is (3, 0); give at least one number, each >= 1."),
+        ("updates", 0, "updates is 0; it must be >= 1: number of gradient updates."),
+        ("actor_lr", math.inf, "actor_lr is inf; it must be > 0 and finite: learning rate of"),
+        ("discount", 1.0, "discount is 1.0; it must lie in [0, 1): discount factor gamma"),
+        ("temperature", -1.0, "must be >= 0 and finite: inverse temperature"),
+        ("temperature", -1.0, "0 is behaviour cloning, and a negative one would prefer"),
+        ("expectile", 0.3, "below 0.5 V follows the worse actions of the log"),
+        ("max_weight", math.inf, "must lie in (0, 3e+38]: "),
+        ("max_weight", math.inf, "the paper's is 100. IQLLoss itself accepts (0, inf]."),
+        ("hidden", (3, 0), "hidden is (3, 0); it must hold at least one number, each >= 1: width"),
         ("order", "random", "order is 'random'; choose one of 'sequential', 'simultaneous'."),
         ("seed", True, "seed is True; expected a whole number, written without a point."),
         ("max_grad_norm", "1", "max_grad_norm is '1'; expected a number, or None."),
@@ -186,43 +145,38 @@ def test_errors_say_what_is_allowed(field, value, words):
         IQLConfig(**{field: value})
 
 
-def test_a_low_expectile_is_explained():
-    with pytest.raises(ValueError, match="worse actions of the log"):
-        IQLConfig(expectile=0.3)
+RATES = {"actor_lr": 3e-4, "critic_lr": 3e-4, "value_lr": 3e-4}
+COMMON = {"updates": 1_000_000, "batch_size": 256, **RATES, "discount": 0.99, "polyak": 0.005}
+COMMON |= {"optimizer": "adam", "max_weight": 100.0, "num_critics": 2, "standardise": False}
+# github.com/ikostrikov/implicit_q_learning, 09d7002: configs/*.py, train_offline.py, learner.py,
+# common.py (orthogonal weights)
+OFFICIAL = {**COMMON, "hidden": (256, 256), "order": "sequential", "schedule": "cosine_actor"}
+OFFICIAL |= {"schedule_steps": None, "loss_function": "l2", "policy": "auto", "layer_norm": False}
+OFFICIAL |= {"value_objective": "expectile", "max_grad_norm": None, "initialisation": "orthogonal"}
+# github.com/seohongpark/fql, 719d044: agents/iql.py, agents/ifql.py, main.py
+FQL = {**COMMON, "hidden": (512,) * 4, "activation": "gelu", "layer_norm": True, "dropout": 0.0}
+FQL |= {"norm_after_activation": True, "expectile": 0.9, "schedule": "constant", "reward": "raw"}
+FQL |= {"order": "simultaneous"}
+ADAMW = {"optimizer": "adamw", "weight_decay": 0.0, **dict.fromkeys(RATES, 1e-3), "actor_lr": 1e-4}
+ADAMW |= {"schedule": "cosine", "schedule_steps": 100, "discount": 0.97, "expectile": 0.7}
 
 
-def test_presets_are_the_official_configs():
-    # github.com/ikostrikov/implicit_q_learning, 09d7002: configs/*.py, train_offline.py, learner.py
-    expected = {  # expectile, temperature, dropout, reward map
-        "locomotion": (0.7, 3.0, 0.0, "return_range"),
-        "antmaze": (0.9, 10.0, 0.0, "minus_one"),
-        "kitchen": (0.7, 0.5, 0.1, "raw"),
-        "adroit": (0.7, 0.5, 0.1, "raw"),
-    }
-    for name, values in expected.items():
-        preset = PRESETS[name]
-        assert (preset.expectile, preset.temperature, preset.dropout, preset.reward) == values
-        assert (preset.updates, preset.batch_size, preset.hidden) == (1_000_000, 256, (256, 256))
-        assert (preset.actor_lr, preset.critic_lr, preset.value_lr) == (3e-4, 3e-4, 3e-4)
-        assert (preset.discount, preset.polyak, preset.order) == (0.99, 0.005, "sequential")
-        assert (preset.optimizer, preset.schedule, preset.schedule_steps) == (
-            "adam",
-            "cosine_actor",
-            None,
-        )
-        assert (preset.max_weight, preset.num_critics, preset.loss_function) == (100.0, 2, "l2")
-        assert (preset.policy, preset.value_objective) == ("auto", "expectile")
-        assert (preset.standardise, preset.layer_norm, preset.max_grad_norm) == (False, False, None)
-        assert preset.initialisation == "orthogonal"  # common.py
-
-
-def test_adamw_cosine():
-    preset = PRESETS["adamw_cosine"]
-    assert (preset.optimizer, preset.weight_decay) == ("adamw", 0.0)
-    assert (preset.actor_lr, preset.critic_lr, preset.value_lr) == (1e-4, 1e-3, 1e-3)
-    assert (preset.schedule, preset.schedule_steps) == ("cosine", 100)
-    assert (preset.discount, preset.expectile, preset.temperature) == (0.97, 0.7, 2.0)
-    assert preset.reward == "raw"
+@pytest.mark.parametrize(
+    ("name", "source", "own"),
+    [
+        ("locomotion", OFFICIAL, (0.7, 3.0, 0.0, "return_range")),
+        ("antmaze", OFFICIAL, (0.9, 10.0, 0.0, "minus_one")),
+        ("kitchen", OFFICIAL, (0.7, 0.5, 0.1, "raw")),
+        ("adroit", OFFICIAL, (0.7, 0.5, 0.1, "raw")),
+        ("ogbench", FQL, (0.9, 10.0, 0.0, "raw")),
+        ("ifql", FQL | {"policy": "flow", "flow_steps": 10, "num_samples": 32}, (0.9, 0.0, 0.0, "raw")),
+        ("adamw_cosine", ADAMW, (0.7, 2.0, 0.0, "raw")),
+    ],
+)  # fmt: skip
+def test_presets_are_those_of_their_sources(name, source, own):
+    preset = PRESETS[name]
+    assert (preset.expectile, preset.temperature, preset.dropout, preset.reward) == own
+    assert {key: getattr(preset, key) for key in source} == source
 
 
 def test_frozen_and_replaceable():
@@ -236,12 +190,163 @@ def test_every_field_is_explained():
     described = knobs(IQLConfig)
     assert list(described) == [field.name for field in fields(IQLConfig)]
     texts = [knob.help_with_range for knob in described.values()]
-    assert all(len(text) > 10 and "\n" not in text for text in texts)
+    assert all(len(text) > 8 and "\n" not in text for text in texts)
 
 
 def test_an_unknown_preset_is_refused_with_the_names():
-    with pytest.raises(
-        KeyError, match=r"no preset 'locomotive'; the presets are quick, .*locomotion"
-    ):
+    words = r"no preset 'locomotive'; the presets are quick, .*locomotion"
+    with pytest.raises(KeyError, match=words):
         PRESETS["locomotive"]
     assert "locomotive" not in PRESETS
+
+
+# -- the command line
+
+
+@dataclass
+class Own:
+    dataset: str = "mine"
+    """which log"""
+    rows: int = 3
+
+    def __post_init__(self):
+        if self.rows < 1:
+            raise ValueError(f"rows is {self.rows}; it must be >= 1.")
+
+
+@pytest.fixture(autouse=True)
+def _named_script(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/folder/script.py"])
+
+
+def read(*arguments, presets=PRESETS, **how):
+    return parse(Own, arguments, presets=presets, **how)[1]
+
+
+def plain(text: str) -> str:
+    """What tyro prints, without the lines of its boxes and without line breaks."""
+    return " ".join(" ".join(line.strip("│|").strip() for line in text.splitlines()).split())
+
+
+def option(name, value):
+    """What one types for a field's value."""
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    texts = value if isinstance(value, tuple) else ("none" if value is None else value,)
+    return [flag, *map(str, texts)]
+
+
+def another(knob, value):
+    """A value that differs from ``value``."""
+    if knob.choices:
+        return next(choice for choice in knob.choices[::-1] if choice != value)
+    if isinstance(value, bool):
+        return not value
+    if knob.plain_kind is int:
+        return 4 if value is None else value + 1
+    return 2.0 if value is None else (value + 1) / 2
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_field_is_an_option(preset):
+    start = PRESETS[preset]
+    assert read("--preset", preset) == start
+    fit_together = {
+        "policy": "mixture",
+        "actor_objective": "log_prob",
+        "hidden": (9,),
+        "residual": "policy",
+        "layer_norm": True,
+        "norm_after_activation": True,
+        "optimizer": "adamw",
+        "schedule": "cosine",
+        "schedule_steps": None if start.schedule_steps else 4,
+        "device": "cpu:0",
+    }
+    changed = {
+        name: fit_together[name] if name in fit_together else another(knob, getattr(start, name))
+        for name, knob in knobs(IQLConfig).items()
+    }
+    typed = [text for name, value in changed.items() for text in option(name, value)]
+    assert read("--preset", preset, *typed) == IQLConfig(**changed)
+
+
+def test_the_first_preset_is_the_default_and_none_is_a_value():
+    own_presets = {"mine": IQLConfig(max_grad_norm=1.0, compile=True), "other": IQLConfig()}
+    assert read(presets=own_presets) == own_presets["mine"]
+    for none in ("none", "None"):
+        given = read("--max-grad-norm", none, "--no-compile", presets=own_presets)
+        assert given == IQLConfig()
+    with pytest.raises(ValueError, match="presets is empty"):
+        read(presets={})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--rows 0", "rows is 0; it must be >= 1."),
+        ("--rwos 1", "Unrecognized options: --rwos"),
+        ("--hidden", "hidden is (); it must hold at least one number"),
+        ("--expectile 0.3", "worse actions of the log"),
+        ("--temperature nan", "temperature is nan"),
+        ("--temperature warm", "Error parsing --temperature: could not convert string to float"),
+        ("--temperature none", "Error parsing --temperature: could not convert string to float"),
+        ("--updates 1e6", "Error parsing --updates: invalid literal for int() with base 10: '1e6'"),
+        ("--hidden 64 x", "Error parsing --hidden: Could not find valid parse"),
+        ("--schedule-steps 1.5", "Error parsing --schedule-steps: no type matching none|INT"),
+        ("--schedule constant --schedule-steps 3", "schedule_steps is 3"),
+        ("--policy diffusion", "invalid choice 'diffusion'"),
+        ("--preset fast", "invalid choice 'fast'"),
+        ("--device gpu", "device is 'gpu'"),
+        ("--device hpu", "device is 'hpu', which this machine cannot use"),
+    ],
+)
+def test_impossible_options_exit_with_a_message(capsys, arguments, words):
+    with pytest.raises(SystemExit) as left:
+        read(*arguments.split())
+    assert left.value.code == 2
+    assert words in plain(capsys.readouterr().err)
+
+
+def test_help_explains_every_option(capsys):
+    presets = {"50%": IQLConfig(updates=7), "other": IQLConfig(updates=8)}
+    with pytest.raises(SystemExit, match="0"):
+        read("--preset", "other", "--help", presets=presets, description="Does 1% of it.")
+    text = plain(capsys.readouterr().out)
+    assert text.startswith("usage: script.py")
+    assert "Does 1% of it." in text
+    assert "--dataset STR which log (default: mine)" in text
+    for name, knob in knobs(IQLConfig).items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert knob.help_with_range in text
+        assert all(choice in text for choice in knob.choices)
+    for default in (
+        "(default: 256 256)",
+        "(default: none)",
+        "gradient updates (>= 1) (default: 8)",
+    ):
+        assert default in text
+
+
+def test_own_options_and_settings_are_apart(monkeypatch, capsys):
+    own, config = parse(Own, ["--rows", "5", "--seed", "4"], presets=PRESETS)
+    assert (own, config) == (Own(rows=5), replace(PRESETS["quick"], seed=4))
+    monkeypatch.setattr(sys, "argv", ["script.py", "--seed", "6"])
+    assert parse(Own, presets=PRESETS)[1].seed == 6
+    assert parse_options(Own, ["--dataset", "b"]) == Own(dataset="b")
+    mine = {"presets": {"mine": IQLConfig(seed=9)}, "without": ("seed",)}
+    assert read("--updates", "3", **mine) == IQLConfig(seed=9, updates=3)
+    with pytest.raises(SystemExit, match="2"):
+        read("--seed", "1", **mine)
+    assert "Unrecognized options: --seed" in plain(capsys.readouterr().err)
+
+
+def test_refusals_of_a_script_and_of_a_config_are_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        refuse(ValueError("rows is 0."))
+    assert capsys.readouterr().err == "error: rows is 0.\n"
+    with pytest.raises(SystemExit, match="2"):
+        read("--weight-decay", "0.1")
+    error = capsys.readouterr().err
+    assert error == "error: weight_decay is 0.1 and needs optimizer='adamw'.\n"

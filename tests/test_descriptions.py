@@ -16,13 +16,17 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from iql_torchrl import DatasetError, load_dataset, make_agent, policies
 from iql_torchrl.agent.export import export_policy
 from iql_torchrl.agent.task import Task
-from iql_torchrl.descriptions import describe_space, describe_spec, describe_values, faulty_bounds
+from iql_torchrl.descriptions import describe_space, describe_values, faulty_bounds
 from iql_torchrl.evaluation.act import act
 from iql_torchrl.evaluation.environment_actions import environment_actions
 from iql_torchrl.evaluation.gym_interface import action_mask, policy_input
 
 LONGEST = 700  # characters of any message here
 WIDE = spaces.Box(-np.inf, np.arange(376.0), (376,), np.float64)
+WIDE_OR_3 = spaces.Box(-np.inf, np.inf, (3,))
+WIDE_CHOICE = spaces.MultiDiscrete(np.arange(2, 302))
+MANY = spaces.Dict({f"k{i:02}": WIDE for i in range(50)})
+HALF = Bounded(-1, 1, (2,), dtype=torch.bfloat16)
 
 
 def box(low, high):
@@ -40,39 +44,20 @@ def box(low, high):
         (spaces.Discrete(4), "Discrete(4)"),
         (spaces.Discrete(4, start=2), "Discrete(4, start=2)"),
         (spaces.MultiDiscrete([3, 2]), "MultiDiscrete([3 2])"),
-        (
-            spaces.MultiDiscrete(np.arange(2, 302)),
-            "MultiDiscrete of shape (300,), 2 to 301 categories each",
-        ),
+        (WIDE_CHOICE, "MultiDiscrete of shape (300,), 2 to 301 categories each"),
         (spaces.MultiBinary(9), "MultiBinary(9)"),
         (spaces.Dict({"goal": WIDE, "at": WIDE}), "Dict of 'at', 'goal'"),
-        (
-            spaces.Dict({f"k{i:02}": WIDE for i in range(50)}),
-            "Dict of 'k00', 'k01', 'k02', 'k03', 'k04', 'k05', ... (50 in all)",
-        ),
+        (MANY, "Dict of 'k00', 'k01', 'k02', 'k03', 'k04', 'k05', ... (50 in all)"),
         (spaces.Tuple([WIDE, WIDE]), "Tuple of 2 spaces"),
         (spaces.Text(4), "Text"),
-    ],
-)
-def test_spaces(space, text):
-    assert describe_space(space) == text
-
-
-@pytest.mark.parametrize(
-    ("spec", "text"),
-    [
         (Bounded(-1, 1, (2, 2)), "BoundedContinuous of shape (2, 2), float32, [-1, 1]"),
-        (
-            Bounded(-1, 1, (2,), dtype=torch.bfloat16),
-            "BoundedContinuous of shape (2,), bfloat16, [-1, 1]",
-        ),
+        (HALF, "BoundedContinuous of shape (2,), bfloat16, [-1, 1]"),
         (Categorical(3), "Categorical of shape (), int64"),
         (Composite(a=Unbounded((376,))), "Composite of 'a'"),
-        (spaces.Discrete(2), "Discrete"),
     ],
 )
-def test_specs(spec, text):
-    assert describe_spec(spec) == text
+def test_spaces_and_specs(space, text):
+    assert describe_space(space) == text
 
 
 def test_values_and_faulty_bounds():
@@ -90,14 +75,9 @@ def test_values_and_faulty_bounds():
 
 
 UNSUPPORTED = (
-    spaces.MultiBinary(3),
-    spaces.Box(0, 3, (2,), np.int64),
-    spaces.MultiDiscrete([3, 3]),
-    spaces.Box(-1, 1, (2, 2)),
-    spaces.Box(-1, 1, ()),
-    spaces.Box(-1, 1, (0,)),
-    spaces.Tuple([spaces.Discrete(2)]),
-)
+    *(spaces.Box(-1, 1, shape) for shape in ((2, 2), (), (0,))), spaces.Box(0, 3, (2,), np.int64),
+    spaces.MultiBinary(3), spaces.MultiDiscrete([3, 3]), spaces.Tuple([spaces.Discrete(2)]),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("space", UNSUPPORTED, ids=describe_space)
@@ -107,7 +87,6 @@ def test_actions_that_make_agent_cannot_choose(space, policy):
     with pytest.raises(ValueError, match="the actions are") as caught:
         make_agent(config(policy=policy), dataset)
     message = str(caught.value)
-    assert type(caught.value) is ValueError
     assert message.startswith(f"the actions are {describe_space(space)}; make_agent supports")
     assert "Discrete, and Box of floats of shape (A,)" in message
     assert "'Your own modules'" in message
@@ -133,29 +112,8 @@ def test_actions_without_finite_bounds(space, fault):
     assert fault in message
     assert "dataclasses.replace(dataset, action_space=" in message
     assert len(message) < LONGEST
-
-
-def test_the_repair_that_the_message_names_works():
-    half = replace(load_dataset(log()), action_space=box([-1, -1], [1, np.inf]))
-    agent = make_agent(config(), replace(half, action_space=box([-1, -1], [1, 2])))
+    agent = make_agent(config(), replace(dataset, action_space=box([-1, -1], [1, 2])))
     assert agent.act(np.zeros(3, np.float32)).shape == (2,)
-
-
-def test_policies_say_which_bound_a_spec_lacks():
-    high = torch.tensor([1.0, torch.inf, 1.0])
-    with pytest.raises(ValueError, match=r"high \[1, inf, 1\]; dimension 1: no finite upper bound"):
-        policies.gaussian(5, Bounded(-torch.ones(3), high, (3,)))
-    with pytest.raises(ValueError, match="dimensions 0, 1, 2: no finite bounds"):
-        policies.gaussian(5, Unbounded((3,)))
-    for spec in (
-        Bounded(0, 1, (3,), dtype=torch.int64),
-        Unbounded((3,), dtype=torch.int64),
-        Bounded(-1, 1, (2, 2)),
-        Composite(action=Bounded(-1, 1, (2,))),
-    ):
-        with pytest.raises(ValueError, match="expected a TorchRL Bounded spec of floats") as caught:
-            policies.gaussian(5, spec)
-        assert "\n" not in str(caught.value)
 
 
 def test_half_bounded_actions_in_a_log():
@@ -168,9 +126,6 @@ def test_half_bounded_actions_in_a_log():
     action[7, 1] = -0.5
     with pytest.raises(DatasetError, match=r"first at row 7.*low \[-1, 0\], high \[1, inf\]"):
         load_dataset(log(action=action), observation_space=WIDE_OR_3, action_space=half)
-
-
-WIDE_OR_3 = spaces.Box(-np.inf, np.inf, (3,))
 
 
 def test_messages_about_large_spaces_are_short(tmp_path):

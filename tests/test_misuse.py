@@ -46,7 +46,7 @@ SPEC = Bounded(-1, 1, (2,))
         (
             {"reduction": "none", "scalar_output_mode": "drop"},
             ValueError,
-            "scalar_output_mode is 'drop'; choose 'exclude'",
+            "is 'drop'; choose 'exclude'",
         ),
     ],
 )
@@ -75,9 +75,7 @@ def test_a_policy_without_a_distribution():
 
 def test_methods_of_the_loss():
     loss = IQLLoss(*make_networks())
-    with pytest.raises(
-        ValueError, match=r"^foo is not an accepted .*IQLLoss; choose from value, ac"
-    ):
+    with pytest.raises(ValueError, match=r"^foo is not an accepted .*; choose from value, ac"):
         loss.set_keys(foo="bar")
     with pytest.raises(TypeError, match=r"value_type is 'td0'; .*ValueEstimators\.TD0"):
         loss.make_value_estimator("td0")
@@ -85,9 +83,7 @@ def test_methods_of_the_loss():
         with pytest.raises(ValueError, match=r"gamma is .*\[0, 1\]"):
             loss.make_value_estimator(ValueEstimators.TD0, gamma=gamma)
     actor = policies.categorical(OBS, Categorical(4), hidden=(8,))
-    critic = TensorDictModule(
-        nn.Linear(OBS, 4), in_keys=["observation"], out_keys=["state_action_value"]
-    )
+    critic = TensorDictModule(nn.Linear(OBS, 4), ["observation"], ["state_action_value"])
     for space in (4, spaces.Discrete(4)):
         with pytest.raises(TypeError, match=r"action_space is .*'categorical' or 'one-hot'"):
             DiscreteIQLLoss(actor, critic, make_networks()[2], action_space=space)
@@ -105,8 +101,8 @@ def test_methods_of_the_loss():
         ({"dropout": 1}, ValueError, "dropout is 1;"),
         ({"activation": "relu"}, TypeError, "activation is 'relu'; .*without parentheses"),
         ({"activation": nn.ReLU()}, TypeError, r"activation is ReLU\(\)"),
-        ({"initialisation": "xavier"}, ValueError, "'xavier'; expected orthogonal or torch"),
-        ({"initialisation": nn.Linear}, ValueError, "initialisation is .*; expected orthogonal"),
+        ({"initialisation": "xavier"}, ValueError, "'xavier'; choose one of 'orthogonal', 'torch'"),
+        ({"initialisation": nn.Linear}, ValueError, "initialisation is .*; choose one of"),
         ({"preprocess": nn.Identity}, TypeError, "preprocess is .*an object, not a class"),
     ],
 )
@@ -115,17 +111,9 @@ def test_parts_of_a_policy(options, error, text):
         policies.gaussian(**{"in_features": 3, "action_spec": SPEC, **options})
 
 
-def test_specs_and_keys_of_a_policy():
-    for spec in (spaces.Box(-1, 1, (2,)), 2, None):
-        with pytest.raises(
-            ValueError, match=f"action_spec is {type(spec).__name__}; expected a Torch"
-        ):
-            policies.gaussian(3, spec)
-    with pytest.raises(ValueError, match=r"num_components is 1.5; expected a whole number"):
-        policies.mixture(3, SPEC, num_components=1.5)
-    assert policies.gaussian(3, SPEC, in_keys="state").in_keys == [
-        "state"
-    ]  # was 's', 't', 'a', ...
+def test_keys_of_a_policy():
+    for build in (policies.gaussian, policies.flow):
+        assert build(3, SPEC, in_keys="state").in_keys == ["state"]  # not 's', 't', 'a', ...
 
 
 def test_networks():
@@ -146,20 +134,18 @@ def test_equations():
         functional.td_target(column, row, row, gamma=0.9)
     with pytest.raises(ValueError, match=r"terminated \(3, 1\)"):
         functional.td_target(row, row, column, gamma=0.9)
+    words = r"mask has shape \(3,\) but the values have shape \(3, 1\)"
     for call in (functional.weighted_mean, functional.effective_sample_size):
-        with pytest.raises(
-            ValueError, match=r"mask has shape \(3,\) but the values have shape \(3, 1\)"
-        ):
+        with pytest.raises(ValueError, match=words):
             call(column, mask=row.bool())
     with pytest.raises(ValueError, match=r"mask is torch.float32; .*mask.bool\(\)"):
         functional.reduce(row, reduction="sum", mask=row)
     with pytest.raises(ValueError, match=r"weight has shape \(3, 1\)"):
         functional.reduce(row, reduction="mean", weight=column)
     for level in (-0.1, 2.0, float("nan")):
-        with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
-            functional.expectile_loss(row, expectile=level)
-        with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
-            functional.quantile_loss(row, quantile=level)
+        for loss in (functional.expectile_loss, functional.quantile_loss):
+            with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+                loss(row, **{loss.__name__.removesuffix("_loss"): level})
     for ceiling in (0.0, -1.0):
         with pytest.raises(ValueError, match=r"max_weight is .*must be > 0"):
             functional.exponential_weight(row, temperature=1.0, max_weight=ceiling)
@@ -190,9 +176,8 @@ def test_arguments_of_act():
     agent = box_agent()
     one = np.zeros(3, np.float32)
     for wrong in ((one, {}), [[0.0, 0.0], [0.0]]):
-        with pytest.raises(
-            ValueError, match=f"observation is a {type(wrong).__name__} that NumPy cannot convert"
-        ):
+        words = f"observation is a {type(wrong).__name__} that NumPy cannot convert"
+        with pytest.raises(ValueError, match=words):
             agent.act(wrong)
     tensor = torch.zeros(3, requires_grad=True)
     np.testing.assert_array_equal(agent.act(tensor), agent.act(one))
@@ -212,10 +197,10 @@ def test_a_state_of_another_agent():
     state = agent.state_dict()
     for wrong, text in (
         (None, "state is NoneType"),
-        ({}, "it lacks actor_network_params.* more"),
-        (discrete_agent().state_dict(), "it lacks .*log_std, and"),
-        (box_agent(hidden=(4,)).state_dict(), r"has shape \(4, 3\), here \(8, 3\)"),
-        ({**state, "other": torch.zeros(1)}, "it has other, which is unknown here"),
+        ({}, "actor_network_params.* is missing"),
+        (discrete_agent().state_dict(), r"log_std is missing"),
+        (box_agent(hidden=(4,)).state_dict(), r"is of shape \(4, 3\), here of shape \(8, 3\)"),
+        ({**state, "other": torch.zeros(1)}, "other is of shape .*, here missing"),
     ):
         with pytest.raises(ValueError, match=text) as caught:
             agent.load_state_dict(wrong)
@@ -225,9 +210,8 @@ def test_a_state_of_another_agent():
 
 def test_an_environment_with_other_observations():
     policy = box_agent().policy  # which reads three numbers
-    with pytest.raises(
-        RuntimeError, match=r"failed on observations of Box of shape \(4,\).*made for"
-    ):
+    words = r"failed on observations of Box of shape \(4,\).*made for"
+    with pytest.raises(RuntimeError, match=words):
         evaluate(policy, lambda: gymnasium.make("CartPole-v1"), episodes=1, seed=0)
 
 

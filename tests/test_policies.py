@@ -1,26 +1,46 @@
-"""Policies: densities against torch and SciPy, actions inside the spec, both interaction types."""
+"""Policies: densities against torch and SciPy, actions inside the spec, both interaction types.
+
+``policies.best_of`` against brute force, and the critics of a loss that it may use.
+"""
 
 from __future__ import annotations
 
 import copy
+import io
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_networks
+from conftest import make_batch, make_networks
+from gymnasium import spaces
 from one_device import OneDevice
 from scipy import stats
 from scipy.special import logsumexp
+from small_agents import box_agent, log
 from tensordict import TensorDict
-from torchrl.data import Bounded, Categorical, OneHot, Unbounded
+from tensordict.nn import NormalParamExtractor, TensorDictModule
+from torch import nn
+from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.modules import TanhNormal
+from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.objectives import SoftUpdate
 
-from iql_torchrl import IQLLoss, policies
-from iql_torchrl.policies.distributions import SquashedGaussian
+from iql_torchrl import (
+    IQLLoss,
+    IQLStep,
+    fitted_q_evaluation,
+    importance_sampling,
+    load_dataset,
+    networks,
+    policies,
+)
+from iql_torchrl.losses import LossCritics
+from iql_torchrl.policies import ClippedGaussian, ClippedMixture, SquashedGaussian, generative
 
 LOW, HIGH = torch.tensor([-2.0, 0.0, -1.0]), torch.tensor([2.0, 0.5, 5.0])
 SPEC = Bounded(LOW, HIGH, (3,))
+RANDOM, DETERMINISTIC = KINDS = [ExplorationType.RANDOM, ExplorationType.DETERMINISTIC]
+CHOICES = [Categorical(4), OneHot(4)]
 CONTINUOUS = {
     "gaussian": lambda: policies.gaussian(5, SPEC, hidden=(8,)),
     "gaussian_std": lambda: policies.gaussian(5, SPEC, state_dependent_std=True, hidden=(8,)),
@@ -30,30 +50,41 @@ CONTINUOUS = {
 }
 
 
-def observations(*shape: int) -> TensorDict:
-    return TensorDict({"observation": 5 * torch.randn(*shape, 5)}, batch_size=shape)
+def foreign():
+    """TorchRL's own actor, whose samples cannot be made from given noise."""
+    net = nn.Sequential(nn.Linear(5, 6), NormalParamExtractor())
+    return ProbabilisticActor(
+        TensorDictModule(net, ["observation"], ["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        distribution_class=TanhNormal,
+        distribution_kwargs={"low": LOW, "high": HIGH},
+    )
+
+
+SAMPLED = {name: CONTINUOUS[name] for name in ("gaussian", "tanh_normal", "mixture")}
+SAMPLED["flow"] = lambda: policies.flow(5, SPEC, hidden=(8,), num_steps=3)
+
+
+def observations(*shape: int, scale: float = 5.0) -> TensorDict:
+    return TensorDict({"observation": scale * torch.randn(*shape, 5)}, batch_size=shape)
+
+
+def critic():
+    return make_networks(5, 3, hidden=(8,))[1]
 
 
 @pytest.mark.parametrize("name", CONTINUOUS)
 @pytest.mark.parametrize("shape", [(), (200,), (4, 6)])
-@pytest.mark.parametrize("kind", [ExplorationType.DETERMINISTIC, ExplorationType.RANDOM])
-def test_actions_stay_inside_the_spec(name, shape, kind):
-    actor = CONTINUOUS[name]()
+@pytest.mark.parametrize("kind", KINDS)
+def test_actions_stay_inside_the_spec_and_deterministic_ones_repeat(name, shape, kind):
+    actor, data = CONTINUOUS[name](), observations(*shape)
     with set_exploration_type(kind), torch.no_grad():
-        action = actor(observations(*shape))["action"]
+        action, again = (actor(data.clone())["action"] for _ in range(2))
     assert action.shape == (*shape, 3)
     assert SPEC.is_in(action)
-
-
-@pytest.mark.parametrize("name", CONTINUOUS)
-def test_deterministic_actions_repeat_and_random_ones_do_not(name):
-    actor = CONTINUOUS[name]()
-    data = observations(8)
-    with set_exploration_type(ExplorationType.DETERMINISTIC):
-        assert torch.equal(actor(data.clone())["action"], actor(data.clone())["action"])
-    if name != "deterministic":
-        with set_exploration_type(ExplorationType.RANDOM):
-            assert not torch.equal(actor(data.clone())["action"], actor(data.clone())["action"])
+    fixed = name == "deterministic" or kind == DETERMINISTIC
+    if fixed or shape:  # one random action may be clipped to the same corner twice
+        assert torch.equal(action, again) is fixed
 
 
 def test_gaussian_density_is_the_papers():
@@ -63,15 +94,12 @@ def test_gaussian_density_is_the_papers():
     data = observations(16)
     action = LOW + (HIGH - LOW) * torch.rand(16, 3)
     dist = actor.get_dist(data.clone())
-    half = ((HIGH - LOW) / 2).numpy()
-    mean = ((HIGH + LOW) / 2).numpy() + half * np.tanh(
-        head.mlp(data["observation"]).detach().numpy()
-    )
+    half, out = ((HIGH - LOW) / 2).numpy(), head.mlp(data["observation"]).detach().numpy()
+    mean = ((HIGH + LOW) / 2).numpy() + half * np.tanh(out)
     std = np.exp([-5.0, 0.3, 2.0]) * half
     expected = stats.norm(mean, std).logpdf(action.numpy()).sum(-1)
     np.testing.assert_allclose(dist.log_prob(action).detach(), expected, rtol=1e-4)
-    at_bound = dist.log_prob(HIGH.expand(16, 3))
-    assert at_bound.isfinite().all()
+    assert dist.log_prob(HIGH.expand(16, 3)).isfinite().all()
     torch.testing.assert_close(dist.deterministic_sample, torch.as_tensor(mean))
 
 
@@ -104,21 +132,14 @@ def test_squashed_gaussian_is_torchrls_tanh_normal(dtype):
     action[0], action[1] = low, high
     ours = SquashedGaussian(loc, scale, low=low, high=high)
     theirs = TanhNormal(loc, scale, low=low, high=high)
-    gradients = []
-    for dist in (ours, theirs):
-        density = dist.log_prob(action)
-        gradients.append(torch.autograd.grad(density.sum(), (loc, scale)))
-    torch.testing.assert_close(ours.log_prob(action), theirs.log_prob(action))
-    for mine, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, other)
-    torch.testing.assert_close(ours.deterministic_sample, theirs.deterministic_sample)
-    samples = []
+    results = []
     for dist in (ours, theirs):
         torch.manual_seed(1)
-        samples.append(dist.sample((7,)))
-    torch.testing.assert_close(*samples)
-    wide = ours.expand((2, 50))
-    assert wide.log_prob(action).shape == (2, 50)
+        density = dist.log_prob(action)
+        gradients = torch.autograd.grad(density.sum(), (loc, scale))
+        results.append([density, *gradients, dist.deterministic_sample, dist.sample((7,))])
+    torch.testing.assert_close(*results)
+    assert ours.expand((2, 50)).log_prob(action).shape == (2, 50)
 
 
 @pytest.mark.parametrize("name", CONTINUOUS)
@@ -155,7 +176,7 @@ def test_bounds_move_with_the_loss(name):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("spec", [Categorical(4), OneHot(4)], ids=["index", "one_hot"])
+@pytest.mark.parametrize("spec", CHOICES, ids=["index", "one_hot"])
 def test_a_choice_waits_for_no_device(spec, masked):
     key = "action_mask" if masked else None
     actor = policies.categorical(5, spec, mask_key=key, hidden=(8,)).to("meta")
@@ -170,8 +191,8 @@ def test_a_choice_waits_for_no_device(spec, masked):
         assert dist.sample().is_meta
 
 
-@pytest.mark.parametrize("spec", [Categorical(4), OneHot(4)], ids=["index", "one_hot"])
-@pytest.mark.parametrize("kind", [ExplorationType.DETERMINISTIC, ExplorationType.RANDOM])
+@pytest.mark.parametrize("spec", CHOICES, ids=["index", "one_hot"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_categorical_respects_the_mask(spec, kind):
     actor = policies.categorical(5, spec, mask_key="action_mask", hidden=(8,))
     assert set(actor.in_keys) == {"observation", "action_mask"}
@@ -195,15 +216,190 @@ def test_categorical_density_without_mask():
     torch.testing.assert_close(dist.log_prob(action).detach(), expected)
 
 
-def test_specs_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="Bounded"):
-        policies.gaussian(5, Unbounded((3,)))
-    with pytest.raises(ValueError, match="Bounded"):
-        policies.gaussian(5, Categorical(3))
-    infinite = Bounded(torch.tensor([-float("inf")]), torch.tensor([1.0]), (1,))
-    with pytest.raises(ValueError, match="finite"):
-        policies.tanh_normal(5, infinite)
+@pytest.mark.parametrize("build", [policies.gaussian, policies.tanh_normal, policies.flow])
+def test_specs_that_do_not_fit_are_refused(build):
+    high = torch.tensor([1.0, torch.inf, 1.0])
+    with pytest.raises(ValueError, match=r"high \[1, inf, 1\]; dimension 1: no finite upper bound"):
+        build(5, Bounded(-torch.ones(3), high, (3,)))
+    with pytest.raises(ValueError, match="dimensions 0, 1, 2: no finite bounds"):
+        build(5, Unbounded((3,)))
+    floats = (Bounded(-1, 1, (2, 2)), Composite(action=SPEC), spaces.Box(-1, 1, (2,)))
+    whole = (CHOICES[0], Bounded(0, 1, (3,), dtype=torch.int64), Unbounded((3,), dtype=torch.int64))
+    for spec in (*floats, *whole, 2, None):
+        words = f"action_spec is {type(spec).__name__}.*; expected a TorchRL Bounded spec of floats"
+        with pytest.raises(ValueError, match=words) as caught:
+            build(5, spec)
+        assert "\n" not in str(caught.value)
     with pytest.raises(TypeError, match="Categorical or OneHot"):
         policies.categorical(5, SPEC)
-    with pytest.raises(ValueError, match="num_components is 0"):
-        policies.mixture(5, SPEC, num_components=0)
+    for number in (0, 1.5):
+        with pytest.raises(
+            ValueError, match=f"num_components is {number}; expected a whole number"
+        ):
+            policies.mixture(5, SPEC, num_components=number)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (4, 3)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [*SAMPLED.values(), foreign])
+def test_the_best_of_all_candidates(make, kind, shape):
+    critics = [critic(), critic()]
+    policy = policies.best_of(make(), critics, 6)
+    states = observations(*shape, scale=1.0)
+    with set_exploration_type(kind), torch.no_grad():
+        torch.manual_seed(3)
+        found = policy(states.clone())["action"]
+        torch.manual_seed(3)
+        candidates = policy.candidates(states.clone())
+        torch.manual_seed(3)
+        again = policy(states.clone())["action"]
+    assert torch.equal(found, again)
+    assert candidates.shape == (*shape, 6, 3)
+    expected = []
+    flat = states["observation"].reshape(-1, 5)
+    for state, options in zip(flat, candidates.reshape(-1, 6, 3), strict=True):
+        values = [c.module(state.expand(6, 5), options).squeeze(-1).tolist() for c in critics]
+        expected.append(options[int(np.argmax(np.min(values, 0)))])
+    torch.testing.assert_close(found, torch.stack(expected).view(*shape, 3))
+    assert SPEC.is_in(found)
+    assert policy.in_keys == ["observation"]
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_candidates_are_samples_of_the_actor(name):
+    """Moments of candidates against those of the actor's own samples."""
+    actor = SAMPLED[name]()
+    policy = policies.best_of(actor, critic(), 20_000)
+    state = observations(1, scale=1.0)
+    with set_exploration_type(RANDOM), torch.no_grad():
+        candidates = policy.candidates(state)[0]
+        own = actor(state.expand(20_000).clone())
+    for moment in (torch.mean, torch.std):
+        a, b = moment(candidates, 0), moment(own["action"], 0)
+        torch.testing.assert_close(a, b, atol=0.03, rtol=0.03)
+
+
+def test_noise_makes_the_samples_of_a_distribution():
+    loc, scale = torch.tensor([[0.5, 0.1]]), torch.tensor([[0.5, 0.2]])
+    low, high = LOW[:2], HIGH[:2]
+    bounds = {"low": low, "high": high}
+    noise = torch.tensor([[[1.0, -0.25]], [[9.0, 0.5]]])
+    found = ClippedGaussian(loc, scale, **bounds).from_noise(noise)
+    torch.testing.assert_close(found, torch.tensor([[[1.0, 0.05]], [[2.0, 0.2]]]))
+    x = loc + scale * noise
+    found = SquashedGaussian(loc, scale, **bounds).from_noise(noise)
+    limit = 1 - torch.finfo(torch.float32).resolution
+    torch.testing.assert_close(
+        found, (low + high) / 2 + (high - low) / 2 * x.tanh().clamp(max=limit)
+    )
+    logits = torch.tensor([[0.2, 0.3, 0.5]]).log()
+    means = torch.tensor([[[-1.0, 0.1], [0.0, 0.2], [1.0, 0.3]]])
+    dist = ClippedMixture(logits, means, torch.zeros(1, 3, 2), **bounds)
+    for quantile, component in ((0.1, 0), (0.21, 1), (0.49, 1), (0.51, 2), (0.99, 2)):
+        last = stats.norm.ppf(quantile)
+        found = dist.from_noise(torch.tensor([[[0.0, 0.0, last]]], dtype=torch.float32))
+        torch.testing.assert_close(found[0, 0], means[0, component])
+
+
+def test_softmax_draws_by_value():
+    policy = policies.best_of(SAMPLED["gaussian"](), critic(), 4, select="softmax", temperature=3.0)
+    state = observations(1, scale=1.0)
+    noise = torch.randn(1, 4, 3)
+    rows = state.expand(40_000).clone().set("noise", noise.expand(40_000, 4, 3))
+    candidates = policy.candidates(rows[:1])[0]
+    with set_exploration_type(RANDOM), torch.no_grad():
+        values = policy.values(rows[:1], candidates[None])[0]
+        drawn = policy(rows.clone())["action"]
+    nearest = (drawn[:, None] - candidates).abs().sum(-1).argmin(-1)  # equal but for rounding
+    counts = torch.bincount(nearest, minlength=4).double() / len(drawn)
+    expected = torch.softmax(3.0 * values.double(), 0)
+    torch.testing.assert_close(counts, expected, atol=0.015, rtol=0)
+    with set_exploration_type(DETERMINISTIC), torch.no_grad():
+        best = policy(rows[:3].clone())["action"]
+    torch.testing.assert_close(best, candidates[values.argmax()].expand(3, 3))
+
+
+def test_many_states_are_evaluated_in_parts(monkeypatch):
+    policy = policies.best_of(SAMPLED["flow"](), critic(), 8)
+    states = observations(50, scale=1.0)
+    with set_exploration_type(DETERMINISTIC), torch.no_grad():
+        whole = policy(states.clone())["action"]
+        monkeypatch.setattr(generative, "ROWS_AT_ONCE", 60)
+        parts = policy(states.clone())["action"]
+    torch.testing.assert_close(parts, whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"num_samples": 0}, ValueError, "num_samples is 0; expected a whole number >= 1"),
+        ({"select": "min"}, ValueError, "select is 'min'; choose one of 'max', 'softmax'"),
+        ({"temperature": -1.0}, ValueError, "temperature is -1.0; expected a finite number >= 0"),
+        ({"critics": []}, ValueError, "critics is empty"),
+        ({"critics": [networks.Critic(3, 2)]}, TypeError, "critics hold Critic; expected Tens"),
+        ({"actor": policies.deterministic(5, SPEC)}, TypeError, "without randomness"),
+        ({"actor": nn.Linear(3, 2)}, TypeError, "actor is Linear; expected a TensorDict module"),
+    ],
+)
+def test_refusals_of_best_of(change, error, words):
+    arguments = {"actor": SAMPLED["gaussian"](), "critics": critic()} | change
+    with pytest.raises(error, match=words):
+        policies.best_of(**arguments)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_critics_of_a_loss_follow_it_and_copies_do_not(count):
+    def normed():
+        statistics = networks.Standardise(torch.ones(5), torch.full((5,), 2.0))
+        net = networks.Critic(5, 3, hidden=(8,), preprocess=statistics, dropout=0.5)
+        return ValueOperator(net, in_keys=["observation", "action"])
+
+    actor, _, value = make_networks()
+    loss = IQLLoss(actor, normed, value, num_qvalue_nets=count)
+    critics = LossCritics(loss)
+    assert not any(p.requires_grad for p in critics.parameters())
+    step = IQLStep(loss, torch.optim.Adam(loss.parameters(), lr=1e-2), SoftUpdate(loss, tau=0.1))
+
+    def expected(batch):
+        loss.qvalue_network.eval()
+        found = loss.action_values(loss.read(batch), "qvalue_network_params").amin(0)
+        loss.qvalue_network.train()
+        return found.detach().unsqueeze(-1)
+
+    @torch.no_grad()
+    def values(which, batch):
+        return which(batch.clone())["state_action_value"]
+
+    batch = make_batch()
+    torch.testing.assert_close(values(critics, batch), expected(batch))
+    buffer = io.BytesIO()
+    torch.save(critics, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(critics), torch.load(buffer, weights_only=False)]
+    before = values(critics, batch)
+    step(make_batch())
+    torch.testing.assert_close(values(critics, batch), expected(batch))
+    assert not torch.equal(values(critics, batch), before)
+    for other in copies:
+        assert torch.equal(values(other, batch), before)
+    for leaf in loss.qvalue_network_params.values(True, True):  # storage of its own again
+        leaf.data = leaf.data.clone() * 2
+    torch.testing.assert_close(values(critics, batch), expected(batch))
+    loss.double()
+    wide = batch.apply(lambda x: x.double() if x.is_floating_point() else x)
+    torch.testing.assert_close(values(critics, wide), expected(wide))
+
+
+def test_fitted_q_accepts_it_and_importance_sampling_refuses_it_in_one_sentence():
+    agent = box_agent()
+    dataset = load_dataset(log())
+    policy = policies.best_of(agent.actor, LossCritics(agent.loss), 4)
+    members = {"best of 4": policy, "flow": box_agent(policy="flow").policy}
+    options = {"discount": 0.9, "updates": 20, "hidden": (8,)}
+    first, second = (fitted_q_evaluation(members, dataset, dataset, **options) for _ in range(2))
+    assert np.isfinite(first.values).all()
+    np.testing.assert_array_equal(first.values, second.values)
+    for name, kind in (("best of 4", "BestOf"), ("flow", "FlowPolicy")):
+        words = f"member '{name}', a {kind}, has no density: importance sampling needs the log-prob"
+        with pytest.raises(ValueError, match=words):
+            importance_sampling({name: members[name]}, dataset, behaviour=agent, discount=0.9)

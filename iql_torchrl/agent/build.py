@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from gymnasium import spaces
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl.modules import ProbabilisticActor
+from torchrl.objectives import SoftUpdate
 
+from iql_torchrl import functional as F
 from iql_torchrl import policies
 from iql_torchrl.agent import hub
-from iql_torchrl.agent.export import export_policy
-from iql_torchrl.agent.make_encoder import Encoders, check_images
-from iql_torchrl.agent.make_networks import make_networks
-from iql_torchrl.agent.make_update import make_loss, make_optimizer, make_step
+from iql_torchrl.agent.export import described_policy, export_policy, versions
+from iql_torchrl.agent.networks import Encoders, check_images, make_networks
 from iql_torchrl.agent.task import Task
-from iql_torchrl.checkpoint import CheckpointError, component_names, newest, read_components
-from iql_torchrl.config import IQLConfig, check_usable
+from iql_torchrl.config import IQLConfig, check_usable, loss_knobs
 from iql_torchrl.data import DatasetSummary
 from iql_torchrl.evaluation.act import act, private_random_numbers
-from iql_torchrl.losses import ImplicitQLoss, LossCritics
+from iql_torchrl.evaluation.result import Evaluation
+from iql_torchrl.files import CheckpointError, component_names, newest, read_components
+from iql_torchrl.losses import DiscreteIQLLoss, ImplicitQLoss, IQLLoss, LossCritics
 from iql_torchrl.networks import with_history
 from iql_torchrl.update.compiled import compiled
 from iql_torchrl.update.step import IQLStep
 
-__all__ = ["Agent", "build_agent", "make_agent"]
+# by policy, the loss that regresses it on the logged actions, where that is not log_prob
+REGRESSIONS = {"deterministic": "mse", "flow": "flow"}
+# by network, the field of IQLConfig
+LEARNING_RATES = {
+    "actor": "actor_lr",
+    "qvalue": "critic_lr",
+    "value": "value_lr",
+    "encoder": "encoder_lr",
+}
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,18 @@ class Agent:
 
         Raises ``ValueError`` naming an entry that is missing, unknown, or of another shape.
         """
-        _check_state(state, self.state_dict())
+        if not isinstance(state, Mapping):
+            raise ValueError(
+                f"state is {type(state).__name__}; expected what state_dict() returned."
+            )
+        own = self.state_dict()
+        for name in {**own, **state}:
+            given, here = _form(state, name), _form(own, name)
+            if given != here:  # TensorDict's own message is pages long
+                raise ValueError(
+                    f"the state is not of an agent like this one: {name} is {given}, here {here}. "
+                    "Build the agent from the config and the data that the state was trained with."
+                )
         self.loss.load_state_dict(state)
 
     @staticmethod
@@ -131,13 +155,13 @@ class Agent:
         if path.is_dir():
             best = path / "best.torchrl"
             path = best if best.exists() else newest(path / "checkpoints")
-        weights = read_components(path, ["loss_module"])["loss_module"]
         if "agent" not in component_names(path):
             raise CheckpointError(
                 f"{path}: was trained from parts made by hand, so it does not say how to rebuild "
                 "them; rebuild them as the training script did and load through the trainer."
             )
-        description = read_components(path, ["agent"])["agent"]
+        states = read_components(path, ["agent", "loss_module"])
+        description = states["agent"]
         given = dict(encoders or {})
         if missing := [name for name in description.get("encoders", ()) if name not in given]:
             raise CheckpointError(
@@ -146,20 +170,116 @@ class Agent:
             )
         try:
             # settings that an older file lacks have their defaults
-            saved = IQLConfig().to_dict() | description["config"]
-            config = IQLConfig.from_dict(saved)
-            config = replace(config, device=_usable(device, config.device))
+            config = IQLConfig.from_dict(IQLConfig().to_dict() | description["config"])
+            if device is None:
+                with suppress(ValueError):  # this machine may lack it
+                    check_usable(config.device)
+                    device = config.device
+            config = replace(config, device=str(torch.device(device or "cpu")))
             agent = build_agent(config, Task.from_state_dict(description["task"]), given)
         except (ValueError, TypeError, KeyError) as error:
             raise CheckpointError(f"{path}: {error}") from error
         try:
-            agent.load_state_dict(weights)
-        except (RuntimeError, ValueError) as error:  # TensorDict's own message is pages long
+            agent.load_state_dict(states["loss_module"])
+        except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path}: its weights do not fit its description.") from error
         return agent
 
-    push_to_hub = hub.push_to_hub
-    from_hub = classmethod(hub.from_hub)
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        evaluation: Evaluation | Mapping[str, float] | None = None,
+        dataset: DatasetSummary | None = None,
+        folder: str | Path | None = None,
+        private: bool = True,
+        revision: str | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        license: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> str:
+        """Upload the agent to the Hugging Face Hub (extra ``hub``), for :meth:`from_hub`.
+
+        One commit has all files, and replaces those of an earlier one: ``agent.torchrl`` (settings,
+        task and weights of all networks, as plain data that is loaded without running code; no
+        optimizer), ``policy.pt2`` and ``policy.json`` (see :meth:`export`), and a model card
+        ``README.md``. Of the data they contain: its name, the bounds, mean and deviation of its
+        observations, and 64-bit digests of at most 2048 of its episodes.
+
+        Args:
+            repo: ``"user/name"``; made if it does not exist.
+            evaluation: scores for the card: what ``evaluate`` returns, or numbers by name.
+            dataset: what the agent was made for; its size and mean return are added to the card.
+            folder: where the files are written and kept, in place of those of an earlier upload; a
+                temporary folder by default.
+            private: whether a repository that is made here is private; others stay as they are.
+            revision: a branch to upload to, made if needed; ``main`` by default.
+            token: with the permission to write; by default ``HF_TOKEN`` or the login of this machine.
+            license: identifier for the card, such as ``"mit"``.
+            tags: for the card, in addition to those of offline reinforcement learning.
+
+        Returns the commit's hash: ``from_hub(repo, revision=hash)`` loads exactly these files.
+
+        Raises:
+            ImportError: huggingface_hub is not installed.
+            HubError: no token, the Hub refuses or cannot be reached.
+            ValueError: ``repo`` is no such name, ``dataset`` has other episodes than the agent's, or
+                ``folder`` has other files of these names.
+            RuntimeError, OSError: as :meth:`export`.
+        """
+        sections = {
+            "Policy": described_policy(self.policy, self.task),
+            "Data": hub.data_of(self.task, dataset),
+            "Settings": self.config.to_dict(),
+            "Versions": versions(),
+        }
+        if evaluation is not None:
+            sections["Scores"] = hub.scores_of(evaluation)
+        card = hub.model_card(repo, sections, license, tags)
+        states = {"agent": self.description(), "loss_module": self.state_dict()}
+        with tempfile.TemporaryDirectory() as temporary:
+            place = Path(temporary if folder is None else folder)
+            hub.write_files(place, states, self.export, card)
+            target = hub.Repository(repo, revision, token)
+            return target.upload(place, private, commit_message)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo: str | Path,
+        *,
+        revision: str | None = None,
+        device: torch.device | str | None = None,
+        token: str | None = None,
+        encoders: Encoders | None = None,
+    ) -> Agent:
+        """The agent that :meth:`push_to_hub` uploaded, with its weights and a fresh optimizer.
+
+        ``repo``: ``"user/name"``, or a folder with such files, which takes precedence. ``revision``: a
+        branch, a tag or a commit's hash. ``device`` and ``encoders``: as in :meth:`load`. ``token``:
+        for private repositories; by default ``HF_TOKEN`` or the login of this machine. Without a
+        connection the copy in the Hub's cache is used, if there is one.
+
+        A damaged checkpoint is recognised by the checksums in it, and loading executes none of its
+        contents. A commit's hash as ``revision`` fixes the contents.
+
+        Raises:
+            ImportError: huggingface_hub is not installed.
+            HubError: no such repository or revision, or the Hub cannot be reached and the cache has no
+                copy.
+            CheckpointError: the checkpoint is missing, damaged, or of another version.
+            ValueError: ``repo`` is neither a folder nor such a name, or a ``revision`` of a folder.
+        """
+        folder = Path(repo)
+        if not folder.is_dir():
+            folder = hub.Repository(str(repo), revision, token).download()
+        elif revision is not None:
+            raise ValueError(
+                f"revision is {revision!r} and {str(repo)!r} is a folder, which has none; leave it "
+                "out, or start Python elsewhere to mean the repository of that name."
+            )
+        return cls.load(folder / hub.AGENT, device, encoders=encoders)
 
 
 def make_agent(
@@ -196,62 +316,106 @@ def make_agent(
             f"config is {type(config).__name__}; expected an IQLConfig, such as IQLConfig(seed=1) or "
             "PRESETS['quick']."
         )
-    if not isinstance(dataset, DatasetSummary):
-        raise TypeError(
-            f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns."
-        )
-    encoders = encoders or {}
-    check_images(dataset, encoders)
-    return build_agent(config, Task.of(dataset), encoders)
+    task = Task.of(dataset)
+    check_images(dataset, encoders or {})
+    return build_agent(config, task, encoders)
 
 
 def build_agent(config: IQLConfig, task: Task, encoders: Encoders | None = None) -> Agent:
     """:func:`make_agent` where the dataset is known by its description alone."""
     check_usable(config.device)
+    discrete = isinstance(task.action_space, spaces.Discrete)
+    kind: type[ImplicitQLoss] = DiscreteIQLLoss if discrete else IQLLoss
+    objective: str = config.actor_objective
+    if objective == "auto":
+        objective = REGRESSIONS.get(config.policy, "log_prob")
     # where weights are drawn: torch's default device, and the config's for copies of critics
     with private_random_numbers(config.seed, torch.get_default_device(), config.device):
-        networks = make_networks(config, task, encoders or {})
-        loss = make_loss(config, task, networks)
-    optimizer, scheduler = make_optimizer(config, loss)
+        actor, critic, value, encoder = make_networks(config, task, encoders or {})
+        loss = kind(
+            actor,
+            critic,
+            value,
+            num_qvalue_nets=config.num_critics,
+            encoder_network=encoder,
+            actor_objective=objective,
+            diagnostics=True,
+            **{name: getattr(config, name) for name in loss_knobs(type(config))},
+        )
+    loss.make_value_estimator(gamma=config.discount)
+    optimizer, scheduler = _make_optimizer(config, loss)
     step = make_step(config, loss, optimizer, scheduler)
-    policy = loss.averaged_actor if config.actor_ema else networks.actor
+    policy = loss.averaged_actor if config.actor_ema else actor
     if config.num_samples > 1:
         policy = policies.best_of(policy, LossCritics(loss), config.num_samples)
-    if networks.encoder is not None:
-        policy = policies.encoded(networks.encoder, policy)
+    if encoder is not None:
+        policy = policies.encoded(encoder, policy)
     if config.history > 1:
-        stack = config.history_encoder == "stack"
-        policy = with_history(policy, config.history, stack=stack)
+        policy = with_history(policy, config.history, stack=config.history_encoder == "stack")
     update = compiled(step) if config.compile else step
     names = tuple(encoders or ())
-    return Agent(config, task, networks.actor, loss, optimizer, scheduler, update, policy, names)
+    return Agent(config, task, actor, loss, optimizer, scheduler, update, policy, names)
 
 
-def _check_state(state: Any, own: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` unless the entries are ``own``'s: TorchRL prints whole TensorDicts."""
-    if not isinstance(state, Mapping):
-        raise ValueError(f"state is {type(state).__name__}; expected what state_dict() returned.")
-    faults = [f"it lacks {key}" for key in own if key not in state]
-    faults += [f"it has {key}, which is unknown here" for key in state if key not in own]
-    shapes = {
-        key: (tuple(value.shape), tuple(state[key].shape))
-        for key, value in own.items()
-        if isinstance(value, Tensor) and isinstance(state.get(key), Tensor)
-    }
-    faults += [f"{k} has shape {b}, here {a}" for k, (a, b) in shapes.items() if a != b]
-    if faults:
-        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
-        raise ValueError(
-            f"the state is not of an agent like this one: {faults[0]}{more}. Build the agent from "
-            "the config and the data that the state was trained with."
-        )
+def _make_optimizer(
+    config: IQLConfig, loss: ImplicitQLoss
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    groups = []
+    for network, field in LEARNING_RATES.items():
+        named = loss.named_parameters()
+        params = [p for name, p in named if name.startswith(f"{network}_network")]
+        if params:
+            groups.append({"params": params, "lr": getattr(config, field)})
+    if config.optimizer == "adamw":
+        decay = config.weight_decay
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, weight_decay=decay, fused=True)
+    else:
+        optimizer = torch.optim.Adam(groups, fused=True)
+    return optimizer, LambdaLR(optimizer, rate_factors(config, len(groups)))
 
 
-def _usable(device: torch.device | str | None, configured: str) -> str:
-    if device is not None:
-        return str(torch.device(device))
-    try:
-        torch.empty(0, device=configured)
-    except (RuntimeError, AssertionError):  # torch built without it, or no such device
-        return "cpu"
-    return configured
+def make_step(
+    config: IQLConfig,
+    loss: ImplicitQLoss,
+    optimizer: torch.optim.Optimizer,
+    scheduler: LambdaLR,
+) -> IQLStep:
+    """One eager update of ``loss`` as ``config`` says."""
+    return IQLStep(
+        loss,
+        optimizer,
+        SoftUpdate(loss, tau=config.polyak),
+        order=config.order,
+        max_grad_norm=config.max_grad_norm,
+        lr_scheduler=scheduler,
+        precision=config.precision,
+    )
+
+
+def rate_factors(config: IQLConfig, groups: int = 3) -> list[Callable[[int], float]]:
+    """What multiplies the learning rates of policy, critics, V and encoder after each update.
+
+    ``groups``: 3, or 4 with an encoder that has parameters.
+    """
+    falling = {"constant": 0, "cosine_actor": 1, "cosine": groups}[config.schedule]
+    intervals = config.schedule_steps or config.updates
+    factor = partial(F.cosine_factor, updates=config.updates)
+    return [partial(factor, intervals=intervals if n < falling else 0) for n in range(groups)]
+
+
+def ends_before(config: IQLConfig, updates: int) -> str | None:
+    """A sentence where the schedule of ``config`` ends before ``updates``; else None."""
+    if config.schedule == "constant" or updates <= config.updates:
+        return None
+    return (
+        f"schedule is {config.schedule!r} over updates={config.updates} of the config, and the run "
+        f"makes {updates} updates: the scheduled learning rates are 0 after update {config.updates}. "
+        f"Give the config updates={updates}, or schedule='constant'."
+    )
+
+
+def _form(state: Mapping[str, Any], name: str) -> str:
+    """Of an entry, what must be equal for one agent to take the weights of another."""
+    value = state.get(name)
+    shape = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else "no tensor"
+    return shape if name in state else "missing"

@@ -5,45 +5,213 @@ from __future__ import annotations
 import copy
 import io
 import json
-import math
+import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module, metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
+from tensordict import NestedKey, TensorDict
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from torch.export import Dim, ExportedProgram
 
-from iql_torchrl.agent.export_note import export_note
-from iql_torchrl.agent.exported_program import (
-    HISTORY,
-    PolicyProgram,
-    ProgramInput,
-    program_inputs,
-)
-from iql_torchrl.agent.onnx_export import (
-    ONNX_SUFFIX,
-    ONNX_TOLERANCE,
-    check_onnx_packages,
-    onnx_function,
-    to_onnx,
-)
 from iql_torchrl.agent.task import Task
-from iql_torchrl.data.schema import MASK
-from iql_torchrl.evaluation.act import as_in_evaluation
+from iql_torchrl.data.schema import MASK, Key, field_of_space, leaf_spaces
+from iql_torchrl.descriptions import bounds_in_words, describe_space, one_line
+from iql_torchrl.evaluation.act import as_in_evaluation, needs_mask, whole_limits
+from iql_torchrl.evaluation.gym_interface import check_policy, reads_names_at_top_level
 from iql_torchrl.files import whole_file
-from iql_torchrl.private_apis import validates_distributions
+from iql_torchrl.networks import HISTORY_MASK, history_of, repeat_first, stack_frames
+from iql_torchrl.private_apis import assert_dtype, assert_later
 
-__all__ = ["description_path", "export_policy"]
+HISTORY: Key = (HISTORY_MASK,)
+ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
+# by the suffix of a program: what its description says of checks, and an example of use
+USE = {
+    ".pt2": "action = torch.export.load(path).module()(*inputs): tensors in the order above; other "
+    "shapes, dtypes or values raise RuntimeError; validate_inputs = False on the module leaves out the "
+    "comparison of shapes",
+    ".onnx": "(action,) = onnxruntime.InferenceSession(path).run(None, inputs): NumPy arrays by name; "
+    "other shapes or dtypes raise an error, values are not checked: wrong ones give wrong actions",
+}
+PACKAGES = ("iql_torchrl", "torch", "torchrl", "tensordict", *ONNX_PACKAGES)
 
-TORCH_SUFFIX = ".pt2"
-TOLERANCE = 1e-6
-TRACED_BATCH = 3
-CHECKED_BATCHES = (1, 2, 7)
+
+@dataclass(frozen=True)
+class ProgramInput:
+    """One tensor of a program: ``leaf`` of the data, which the policy reads at ``key``."""
+
+    leaf: Key
+    key: NestedKey
+    space: spaces.Space[Any]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.leaf[1:] or self.leaf)
+
+    def rule(self) -> tuple[str, Callable[[Tensor], Tensor]]:
+        """What its values must be, in words and as a function of them."""
+        limits = whole_limits(self.space)
+        if self.leaf == MASK:
+            return "at least one True in every row", lambda mask: mask.any(-1)
+        if self.leaf == HISTORY:
+            return (
+                "in every row False at padding, which comes before the first step of an episode and "
+                "is ignored, and then True at the real steps; the current step is the last one",
+                lambda mask: (mask[:, 1:] >= mask[:, :-1]).all(-1) & mask[:, -1],
+            )
+        if limits is None:
+            return "finite numbers", Tensor.isfinite
+        # a limit of all dimensions is a number, so that a program needs no tensor for it
+        low, high = (
+            int(np.min(x)) if np.unique(x).size == 1 else torch.as_tensor(x) for x in limits
+        )
+        words = f"whole numbers in {bounds_in_words(*limits)}"
+        return words, lambda values: (values >= low) & (values <= high)
+
+    def described(self) -> dict[str, Any]:
+        dtype = str(self.dtype).removeprefix("torch.")
+        form = {"shape": ["B", *self.shape], "dtype": dtype, "values": self.rule()[0]}
+        return {"name": self.name, "key": list(self.leaf), **form}
+
+    def examples(self, size: int, task: Task) -> Tensor:
+        """``size`` plausible values: near the log's statistics, or near zero, inside bounds."""
+        generator, shape = np.random.default_rng(size), (size, *self.shape)
+        limits = whole_limits(self.space)
+        if limits is None:
+            values = generator.normal(size=shape)
+            logged = task.statistics.get(self.leaf[0] if len(self.leaf) == 1 else self.leaf)
+            if logged is not None:
+                values = logged.mean.numpy() + logged.std.numpy() * values
+            assert isinstance(self.space, spaces.Box)
+            values = values.clip(self.space.low, self.space.high)
+        else:
+            kind = np.dtype(str(self.dtype).removeprefix("torch."))
+            values = generator.integers(*limits, shape, kind, endpoint=True)
+        if self.leaf in (MASK, HISTORY):
+            values.sort(1)
+            values[:, -1] = True
+        return torch.from_numpy(values).to(self.dtype)
+
+
+def program_inputs(policy: TensorDictModuleBase, task: Task) -> list[ProgramInput]:
+    """The program's inputs in their order: leaves of the observation, then the masks.
+
+    With a history every leaf is a window ``(T, *shape)``, and the mask of its steps follows.
+    """
+    check_policy(policy)
+    history, actions = history_of(policy), task.action_space
+    steps = () if history is None else (history.length,)
+    flat = reads_names_at_top_level(policy.in_keys, task.observation_space)
+    masked = needs_mask(policy, task.observation_space)
+    inputs = []
+    for key in policy.in_keys:
+        path = (key,) if isinstance(key, str) else tuple(key)
+        path = ("observation", *path) if flat else path
+        for leaf, space in leaf_spaces(task.observation_space).items():
+            if leaf[: len(path)] == path:  # a key may name a whole Dict
+                shape, dtype = field_of_space(space, task.dtype, leaf)
+                read_at = leaf[1:] if flat else leaf
+                inputs.append(ProgramInput(leaf, read_at, space, (*steps, *shape), dtype))
+    if history is not None:
+        bits = spaces.MultiBinary(history.length)
+        inputs.append(ProgramInput(HISTORY, HISTORY, bits, steps, torch.bool))
+    if masked:
+        if not isinstance(actions, spaces.Discrete):
+            raise ValueError(
+                f"action_mask needs Discrete actions, found {describe_space(actions)}."
+            )
+        size = int(actions.n)
+        inputs.append(ProgramInput(MASK, MASK, spaces.MultiBinary(size), (size,), torch.bool))
+    return inputs
+
+
+def described_policy(policy: TensorDictModuleBase, task: Task) -> dict[str, Any]:
+    """Inputs and output of the policy's programs, for JSON; null means unbounded.
+
+    Raises ``ValueError`` and ``TypeError`` as :func:`export_policy` does.
+    """
+    space = task.action_space
+    if isinstance(space, spaces.Discrete):
+        form: dict[str, Any] = {"shape": ["B"], "dtype": "int64"}
+        form |= {"kind": "discrete", "n": int(space.n), "start": int(space.start)}
+    elif isinstance(space, spaces.Box):
+        low, high = (bound.astype(object) for bound in (space.low, space.high))
+        low[~np.isfinite(space.low)] = high[~np.isfinite(space.high)] = None
+        form = {"shape": ["B", *space.shape], "dtype": str(space.dtype)}
+        form |= {"kind": "box", "low": low.tolist(), "high": high.tolist()}
+    else:
+        raise ValueError(
+            f"the actions are {describe_space(space)}; an export needs Box or Discrete."
+        )
+    return {
+        "task": task.name,
+        "inputs": [each.described() for each in program_inputs(policy, task)],
+        "output": {"name": "action", **form},
+        "device": "cpu",
+    }
+
+
+class PolicyProgram(nn.Module):
+    """The policy as a function of tensors; tracing removes the TensorDict."""
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, policy: nn.Module, task: Task, inputs: list[ProgramInput]) -> None:
+        super().__init__()
+        self.inputs, self.space = inputs, task.action_space
+        self.stack = (history := history_of(policy)) is not None and history.stack
+        self.policy = copy.deepcopy(policy).cpu().requires_grad_(False)
+        if isinstance(self.space, spaces.Box):
+            self.register_buffer("low", torch.from_numpy(self.space.low.copy()))
+            self.register_buffer("high", torch.from_numpy(self.space.high.copy()))
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        batch = TensorDict({}, batch_size=tensors[0].shape[:1])
+        given = {each.leaf: values for each, values in zip(self.inputs, tensors, strict=True)}
+        real = given.get(HISTORY)
+        # the mask of a window is checked before it is used
+        for each in sorted(self.inputs, key=lambda each: each.leaf != HISTORY):
+            values, observed = given[each.leaf], each.leaf not in (MASK, HISTORY)
+            if observed and real is not None:
+                values = repeat_first(values, real)
+            words, holds = each.rule()
+            assert_dtype(values, each.dtype)
+            assert_later(holds(values).all(), f"{each.name} must hold {words}.")
+            if observed and np.any(start := getattr(each.space, "start", 0)):
+                values = values - torch.as_tensor(start)
+            if observed and self.stack:
+                values = stack_frames(values, values.ndim - 2)
+            batch[each.key] = values
+        return self.accepted(self.policy(batch).get("action"))
+
+    def accepted(self, action: Tensor) -> Tensor:
+        """The policy's action in the form that the environment takes."""
+        rows, space = tuple(action.shape[1:]), self.space
+        if isinstance(space, spaces.Box) and rows == space.shape:
+            exact = torch.promote_types(action.dtype, self.low.dtype)
+            action = action.to(exact).clamp(self.low.to(exact), self.high.to(exact))
+            return action.to(self.low.dtype)
+        if isinstance(space, spaces.Discrete):
+            start = int(space.start)
+            if rows == (space.n,) and space.n > 1:
+                return (action.long() if action.dtype == torch.bool else action).argmax(-1) + start
+            if rows in ((), (1,)) and not action.is_floating_point():
+                return action.reshape(-1).long() + start
+        raise ValueError(
+            f"policy output 'action' is {action.dtype} with rows of shape {rows}, for "
+            f"{describe_space(space)}; expected rows of the shape of a Box, or for Discrete actions "
+            "integer indices (B,) or (B, 1), or one-hot rows."
+        )
 
 
 def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) -> Path:
@@ -88,97 +256,77 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
         OSError: a file cannot be written, as on a full disk; the message names it, and files of an
             earlier export do not change.
     """
-    path = Path(path)
-    if path.suffix not in (TORCH_SUFFIX, ONNX_SUFFIX):
+    path, kind = Path(path), type(policy).__name__
+    if path.suffix not in USE:
         raise ValueError(
             f"path is {str(path)!r}; the name of an exported program ends in .pt2 (torch) or .onnx."
         )
-    if path.suffix == ONNX_SUFFIX:
-        check_onnx_packages()
+    description = described_policy(policy, task)
     inputs = program_inputs(policy, task)
+    traced_from, *batches = [[each.examples(n, task) for each in inputs] for n in (3, 1, 2, 7)]
     with as_in_evaluation(policy, torch.device("cpu")):
         module = PolicyProgram(policy, task, inputs)
-        example = module(*_examples(inputs, task, 1))
-        if not bool(example.isfinite().all()):
+        actions = [module(*batch) for batch in batches]
+        if not all(bool(action.isfinite().all()) for action in actions):
             raise ValueError(
-                f"this {type(policy).__name__} gives an action that is not finite for a plausible "
-                "observation; look for NaN in its parameters."
+                f"this {kind} gives an action that is not finite for a plausible observation; look "
+                "for NaN in its parameters."
             )
-        content = _checked_content(path.suffix, module, task, type(policy).__name__)
+        program = _traced(module, traced_from, kind)
+        _compare(program.module(), batches, actions, 1e-6, f"this {kind}, once traced,")
+        if path.suffix == ".onnx":
+            translated = _translated(program, [each.name for each in inputs], kind)
+            _compare(
+                lambda *batch: translated(*batch)[0],
+                batches,
+                actions,
+                1e-5,
+                f"this {kind}, once translated to ONNX,",
+            )
+            content = translated.model_proto.SerializeToString()
+        else:
+            file = io.BytesIO()  # torch's own writer ends the process when the disk is full
+            torch.export.save(program, file)
+            content = file.getvalue()
     path.parent.mkdir(parents=True, exist_ok=True)
-    note = json.dumps(export_note(path, task, inputs, example), indent=2, allow_nan=False) + "\n"
+    description |= {"use": USE[path.suffix], "versions": versions()}
+    note = json.dumps(description, indent=2, allow_nan=False) + "\n"
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
-        with whole_file(description_path(path)) as description:
-            description.write_text(note)
+        beside = path.with_suffix(".json" if path.suffix == ".pt2" else ".onnx.json")
+        with whole_file(beside) as temporary_note:
+            temporary_note.write_text(note)
     return path
 
 
-def description_path(path: Path) -> Path:
-    """Where the description of the program ``path`` is: two programs of one stem have one each."""
-    return path.with_suffix(".json" if path.suffix == TORCH_SUFFIX else f"{path.suffix}.json")
+def _compare(
+    program: Callable[..., Tensor],
+    batches: Sequence[Sequence[Tensor]],
+    actions: Sequence[Tensor],
+    tolerance: float,
+    what: str,
+) -> None:
+    for batch, action in zip(batches, actions, strict=True):
+        error = (program(*batch).double() - action.double()).abs()
+        if not bool((error <= tolerance * action.double().abs().clamp(min=1.0)).all()):
+            raise RuntimeError(
+                f"{what} acts differently, by {error.max():.3g} in a batch of {len(action)}: it draws "
+                "random numbers, keeps a state, or branches on values. Make its deterministic action "
+                "a function of its inputs alone."
+            )
 
 
-def _checked_content(suffix: str, module: PolicyProgram, task: Task, name: str) -> bytes:
-    """The program's file in the format ``suffix``, which acts as ``module`` does."""
-    examples = [_examples(module.inputs, task, size) for size in CHECKED_BATCHES]
-    program = _trace(module, _examples(module.inputs, task, TRACED_BATCH), name)
-    traced = program.module()
-    for batch in examples:
-        _compare(traced, module, batch, name, TOLERANCE)
-    if suffix == ONNX_SUFFIX:
-        translated = to_onnx(program, [each.name for each in module.inputs], name)
-        run = onnx_function(translated, name)
-        for batch in examples:
-            _compare(run, module, batch, name, ONNX_TOLERANCE)
-        return translated
-    content = io.BytesIO()  # torch's own writer ends the process when the disk is full
-    torch.export.save(program, content)
-    return content.getvalue()
-
-
-def _examples(inputs: list[ProgramInput], task: Task, size: int) -> tuple[Tensor, ...]:
-    """``size`` plausible observations: near the log's statistics, or near zero, inside bounds."""
-    generator = torch.Generator().manual_seed(size)
-    statistics = {(k,) if isinstance(k, str) else k: s for k, s in task.statistics.items()}
-    examples = []
-    for each in inputs:
-        shape, space = (size, *each.shape), each.space
-        if each.leaf == MASK:
-            values = torch.rand(shape, generator=generator) < 0.5
-            values[torch.arange(size), torch.randint(shape[1], (size,), generator=generator)] = True
-        elif each.leaf == HISTORY:
-            real = torch.randint(1, shape[1] + 1, (size, 1), generator=generator)
-            values = torch.arange(shape[1]) >= shape[1] - real
-        elif each.dtype.is_floating_point:
-            values = torch.randn(shape, generator=generator, dtype=each.dtype)
-            if (logged := statistics.get(each.leaf)) is not None:
-                values = logged.mean + logged.std * values
-            low, high = (torch.as_tensor(getattr(space, b)).to(values) for b in ("low", "high"))
-            values = values.clamp(low, high).to(each.dtype)
-        else:
-            space = copy.deepcopy(space)  # sampling must not change the task's own random state
-            space.seed(size)
-            count = math.prod(shape) // math.prod(space.shape or ())
-            rows = np.stack([np.asarray(space.sample()) for _ in range(count)])
-            values = torch.as_tensor(rows).to(each.dtype).reshape(shape)
-        examples.append(values)
-    return tuple(examples)
-
-
-def _trace(module: nn.Module, examples: tuple[Tensor, ...], name: str) -> ExportedProgram:
-    batch = Dim("batch", min=1)
-    shapes = (tuple({0: batch} for _ in examples),)
+def _traced(module: nn.Module, examples: Sequence[Tensor], kind: str) -> ExportedProgram:
+    shapes = (tuple({0: Dim("batch", min=1)} for _ in examples),)
     try:
-        with _unvalidated_distributions():
-            program = torch.export.export(module, examples, dynamic_shapes=shapes)
+        program = torch.export.export(module, tuple(examples), dynamic_shapes=shapes)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own classes
             program = program.run_decompositions({})  # the same operations, fewer nested graphs
     except Exception as error:  # an error of any kind comes from the policy's code
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise RuntimeError(
-            f"this {name} cannot be traced by torch.export ({reason}); its forward must be tensor "
+            f"this {kind} cannot be traced by torch.export ({reason}); its forward must be tensor "
             "operations that depend neither on values nor on the batch's size. Without that, keep "
             "the checkpoint and act with this package installed."
         ) from error
@@ -191,30 +339,53 @@ def _trace(module: nn.Module, examples: tuple[Tensor, ...], name: str) -> Export
     return program
 
 
-@contextmanager
-def _unvalidated_distributions() -> Iterator[None]:
-    """A context without torch's argument checks, which branch on values and cannot be traced."""
-    before = validates_distributions()
-    Distribution.set_default_validate_args(False)
+def _translated(program: ExportedProgram, inputs: Sequence[str], kind: str) -> Any:
+    """The program as torch's ``ONNXProgram``, without its checks of values, ready to run."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it reports what of torchvision is not installed
     try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)
-
-
-def _compare(
-    program: Callable[..., Tensor],
-    module: nn.Module,
-    examples: tuple[Tensor, ...],
-    name: str,
-    tolerance: float,
-) -> None:
-    traced, expected = program(*examples).double(), module(*examples).double()
-    excess = (traced - expected).abs() - tolerance * expected.abs().clamp(min=1.0)
-    if not bool((excess <= 0).all()):
-        once = "traced" if tolerance == TOLERANCE else "translated to ONNX"
+        for package in ONNX_PACKAGES:
+            import_module(package)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            translated: Any = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=list(inputs),
+                output_names=["action"],
+            )
+        model = translated.model
+        for part in (model.graph, *model.functions.values()):
+            for node in part.all_nodes():
+                node.metadata_props.clear()  # where torch and onnxscript made it: half of the file
+        for value in (*model.graph.inputs, *model.graph.outputs):
+            value.shape[0] = "batch"
+        translated.initialize_inference_session()
+    except ImportError as error:
+        raise ImportError(
+            f"an ONNX program needs {', '.join(ONNX_PACKAGES)}, and one cannot be imported ({error}); "
+            'install them with pip install "iql_torchrl[onnx]", or write a .pt2 file.'
+        ) from error
+    except Exception as error:  # its kinds differ between versions of torch and onnxscript
         raise RuntimeError(
-            f"this {name} acts differently once {once}, by {(traced - expected).abs().max():.3g} in "
-            f"a batch of {len(examples[0])}: it draws random numbers, keeps a state, or branches on "
-            "values. Make its deterministic action a function of its inputs alone."
-        )
+            f"this {kind} cannot be translated to ONNX and run by onnxruntime ({first_cause(error)}); "
+            "write a .pt2 file, which torch runs, or train it on float32 data."
+        ) from error
+    finally:
+        logger.setLevel(level)
+    return translated
+
+
+def versions() -> dict[str, str]:
+    """The versions of those packages that are installed."""
+    return {each.name: each.version for each in metadata.distributions() if each.name in PACKAGES}
+
+
+def first_cause(error: BaseException) -> str:
+    """Kind and message of the first cause of ``error``, in one line of at most 300 characters."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = f"{type(error).__name__}: {one_line(error)}"
+    return text if len(text) <= 300 else f"{text[:300]} ..."

@@ -1,227 +1,205 @@
-"""Sharing agents by the Hugging Face Hub, or as a folder."""
+"""Shared agents: their files in a folder or a repository of the Hugging Face Hub, and their card."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
+import numpy as np
 
-from iql_torchrl.agent.export_note import versions
-from iql_torchrl.agent.model_card import check_dataset, model_card, scores_of
-from iql_torchrl.agent.shared_folder import FILES, checked_agent, write_folder
+from iql_torchrl.agent.export import first_cause
+from iql_torchrl.agent.task import Task
 from iql_torchrl.data import DatasetSummary
-from iql_torchrl.descriptions import one_line
+from iql_torchrl.data.episode_digests import digest_of_sketch
 from iql_torchrl.evaluation.result import Evaluation
+from iql_torchrl.files import whole_file, write_components
 
-if TYPE_CHECKING:
-    from iql_torchrl.agent.build import Agent
-    from iql_torchrl.agent.make_encoder import Encoders
-
-__all__ = ["HubError", "from_hub", "push_to_hub"]
-
-LIBRARY = "iql_torchrl"
-VERSION = versions([LIBRARY])[LIBRARY]
-MAY_NOT_WRITE = (
-    "the token is not valid or may not write there; make one that may at "
-    "https://huggingface.co/settings/tokens"
-)
-MAY_NOT_READ = (
-    "there is no such repository, or it is private or gated and the token (token=, HF_TOKEN, `hf auth "
-    "login`) may not read it"
-)
+AGENT, PROGRAM, CARD = "agent.torchrl", "policy.pt2", "README.md"
+FILES = (AGENT, PROGRAM, "policy.json", CARD)
+TAGS = ("reinforcement-learning", "offline-reinforcement-learning", "implicit-q-learning")
 
 
 class HubError(RuntimeError):
     """The Hub cannot be used as asked; the message is one sentence that names the repository."""
 
 
-def push_to_hub(
-    agent: Agent,
-    repo: str,
-    *,
-    evaluation: Evaluation | Mapping[str, float] | None = None,
-    dataset: DatasetSummary | None = None,
-    folder: str | Path | None = None,
-    private: bool = True,
-    revision: str | None = None,
-    token: str | None = None,
-    commit_message: str | None = None,
-    license: str | None = None,
-    tags: Sequence[str] = (),
-) -> str:
-    """Upload the agent to the Hugging Face Hub (extra ``hub``), for :meth:`from_hub`.
+@dataclass(frozen=True)
+class Repository:
+    """``name``, ``"user/name"``, on the Hub; ``revision``: a branch, a tag or a commit's hash."""
 
-    One commit has all files, and replaces those of an earlier one: ``agent.torchrl`` (settings, task
-    and weights of all networks, as plain data that is loaded without running code; no optimizer),
-    ``policy.pt2`` and ``policy.json`` (see :meth:`export`), a model card ``README.md``, and
-    ``manifest.json`` with the SHA-256 of the first three. Of the data they contain: its name, the
-    bounds, mean and deviation of its observations, and 64-bit digests of at most 2048 of its
-    episodes.
+    name: str
+    revision: str | None
+    token: str | None
 
-    Args:
-        repo: ``"user/name"``; made if it does not exist.
-        evaluation: scores for the card: what ``evaluate`` returns, or numbers by name.
-        dataset: what the agent was made for; its size and mean return are added to the card.
-        folder: where the files are written and kept, in place of those of an earlier upload; a
-            temporary folder by default.
-        private: whether a repository that is made here is private; others stay as they are.
-        revision: a branch to upload to, made if needed; ``main`` by default.
-        token: with the permission to write; by default ``HF_TOKEN`` or the login of this machine.
-        license: identifier for the card, such as ``"mit"``.
-        tags: for the card, in addition to those of offline reinforcement learning.
-
-    Returns the commit's hash: ``from_hub(repo, revision=hash)`` loads exactly these files.
-
-    Raises:
-        ImportError: huggingface_hub is not installed.
-        HubError: no token, the Hub refuses or cannot be reached.
-        ValueError: ``repo`` is no such name, ``dataset`` has other episodes than the agent's, or
-            ``folder`` has other files of these names.
-        RuntimeError, OSError: as :meth:`export`.
-    """
-    hub = _package()
-    scores = scores_of(evaluation)
-    if dataset is not None:
-        check_dataset(dataset, agent.task)
-    with _plain_errors(repo, revision, "upload"):
-        hub.utils.validate_repo_id(repo)
-        if "/" not in repo:
-            raise hub.errors.HFValidationError("the name of the user is missing")
-    token = token or hub.get_token()
-    if token is None:
-        raise HubError(
-            f"{repo}: there is no token to upload with; pass token=, set HF_TOKEN, or run "
-            "`hf auth login` once."
-        )
-    card = model_card(agent, repo, scores, dataset, license, tags)
-    with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary if folder is None else folder)
-        write_folder(agent, place, card)
-        with _plain_errors(repo, revision, "upload"):
-            api = hub.HfApi(token=token, library_name=LIBRARY, library_version=VERSION)
-            api.create_repo(repo, private=private, exist_ok=True)
-            if revision is not None:
-                api.create_branch(repo, branch=revision, exist_ok=True)
+    def upload(self, folder: Path, private: bool, message: str | None) -> str:
+        """Upload ``FILES`` of ``folder`` in one commit; its hash."""
+        hub = _package()
+        with self._errors("upload"):
+            if "/" not in self.name:
+                raise hub.errors.HFValidationError("the name of the user is missing")
+            api = hub.HfApi(token=self.token)
+            api.create_repo(self.name, private=private, exist_ok=True)
+            if self.revision is not None:
+                api.create_branch(self.name, branch=self.revision, exist_ok=True)
             # upload_folder may make several commits
             commit = api.create_commit(
-                repo,
-                [hub.CommitOperationAdd(name, place / name) for name in FILES],
-                commit_message=commit_message or f"Agent of {LIBRARY} {VERSION}",
-                revision=revision,
+                self.name,
+                [hub.CommitOperationAdd(name, folder / name) for name in FILES],
+                commit_message=message or "Agent of iql_torchrl",
+                revision=self.revision,
             )
-    return str(commit.oid)
+        return str(commit.oid)
 
+    def download(self) -> Path:
+        """The folder of the Hub's cache with ``FILES``."""
+        hub = _package()
+        with self._errors("download"):
+            options = {"revision": self.revision, "token": self.token}
+            folder = hub.snapshot_download(self.name, allow_patterns=list(FILES), **options)
+        return Path(folder)
 
-def from_hub(
-    cls: type[Agent],
-    repo: str | Path,
-    *,
-    revision: str | None = None,
-    device: torch.device | str | None = None,
-    token: str | None = None,
-    encoders: Encoders | None = None,
-) -> Agent:
-    """The agent that :meth:`push_to_hub` uploaded, with its weights and a fresh optimizer.
-
-    ``repo``: ``"user/name"``, or a folder with such files, which takes precedence. ``revision``: a
-    branch, a tag or a commit's hash. ``device`` and ``encoders``: as in :meth:`load`. ``token``: for
-    private repositories; by default ``HF_TOKEN`` or the login of this machine. Without a connection
-    the copy in the Hub's cache is used, if there is one.
-
-    All files are compared with ``manifest.json`` first, and loading executes none of their contents.
-    The manifest comes from the same repository: it reveals damage, not an author with bad
-    intentions. A commit's hash as ``revision`` fixes the contents.
-
-    Raises:
-        ImportError: huggingface_hub is not installed.
-        HubError: no such repository or revision, or the Hub cannot be reached and the cache has no
-            copy.
-        CheckpointError: a file is missing, differs from the manifest, or is of another version.
-        ValueError: ``repo`` is neither a folder nor such a name, or a ``revision`` of a folder.
-    """
-    folder = Path(repo)
-    if not folder.is_dir():
-        folder = _downloaded(str(repo), revision, token)
-    elif revision is not None:
-        raise ValueError(
-            f"revision is {revision!r} and {str(repo)!r} is a folder, which has none; leave it out, or "
-            "start Python elsewhere to mean the repository of that name."
-        )
-    return cls.load(checked_agent(folder, str(repo)), device, encoders=encoders)
-
-
-def _downloaded(repo: str, revision: str | None, token: str | None) -> Path:
-    """The folder of the Hub's cache with the files of ``repo``."""
-    hub = _package()
-    with _plain_errors(repo, revision, "download"):
-        folder = hub.snapshot_download(
-            repo,
-            revision=revision,
-            token=token,
-            allow_patterns=list(FILES),
-            library_name=LIBRARY,
-            library_version=VERSION,
-        )
-    return Path(folder)
+    @contextmanager
+    def _errors(self, doing: str) -> Iterator[None]:
+        """A context in which the Hub's errors become one sentence; ``doing``: upload or download."""
+        errors = _package().errors
+        try:
+            yield
+        except errors.HFValidationError as error:
+            raise ValueError(
+                f"repo is {self.name!r}: no folder, and not the name of a repository; expected "
+                "'user/name'."
+            ) from error
+        except Exception as error:  # of the HTTP library too, which differs between versions
+            if isinstance(error, errors.RevisionNotFoundError):
+                advice = f"give revision={self.revision!r} as a branch, a tag or a full commit hash"
+            elif isinstance(error, errors.HfHubHTTPError):
+                advice = (
+                    "check the name, and that the token (token=, HF_TOKEN, `hf auth login`; made at "
+                    "https://huggingface.co/settings/tokens) is valid and permits it"
+                )
+            else:
+                advice = (
+                    "check the connection and that HF_HUB_OFFLINE is not set; what was downloaded once "
+                    "is in the cache and needs none, and neither does a folder"
+                )
+            raise HubError(
+                f"{self.name}: the {doing} failed ({first_cause(error)}): {advice}."
+            ) from error
 
 
 def _package() -> Any:
-    if find_spec("huggingface_hub") is None:
+    try:
+        import huggingface_hub.errors
+        import huggingface_hub.utils
+    except ImportError as error:
         raise ImportError(
             "agents are shared with the package huggingface_hub; install it with "
             'pip install "iql_torchrl[hub]".'
-        )
-    import huggingface_hub.errors
-    import huggingface_hub.utils
-
+        ) from error
     return huggingface_hub
 
 
-@contextmanager
-def _plain_errors(repo: str, revision: str | None, doing: str) -> Iterator[None]:
-    """A context in which the Hub's errors become one sentence each; ``doing``: upload or download."""
-    from huggingface_hub import errors
+def write_files(
+    folder: Path, states: Mapping[str, Any], export: Callable[[Path], Any], card: str
+) -> None:
+    """Write ``FILES`` to ``folder``, which is made if needed; other files in it do not change.
 
-    try:
-        yield
-    except errors.HFValidationError as error:
+    Raises ``ValueError`` where ``folder`` has such files that are not of a shared agent, and as
+    ``export`` does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = [name for name in FILES if (folder / name).exists()]
+    if taken and AGENT not in taken:
         raise ValueError(
-            f"repo is {repo!r}: no folder, and not the name of a repository; expected 'user/name'."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise HubError(
-            f"{repo}: has no revision {revision!r}; give a branch, a tag or a full commit hash."
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise HubError(
-            f"{repo}: the Hub cannot be reached (or HF_HUB_OFFLINE is set) and there is no copy in its "
-            f"cache; connect and load it once, or pass a folder. ({_cause(error)})"
-        ) from error
-    except errors.OfflineModeIsEnabled as error:
-        raise HubError(f"{repo}: HF_HUB_OFFLINE is set; unset it to {doing}.") from error
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if doing == "upload" and status in (401, 403, 404):
-            reason = MAY_NOT_WRITE
-        else:
-            unknown = isinstance(error, errors.RepositoryNotFoundError)
-            reason = MAY_NOT_READ if unknown else _cause(error)
-        raise HubError(
-            f"{repo}: the {doing} failed with HTTP status {status}: {reason}."
-        ) from error
-    except Exception as error:  # of the HTTP library, which differs between versions of the package
-        raise HubError(
-            f"{repo}: the {doing} failed ({_cause(error)}); check the connection to the Hub."
-        ) from error
+            f"folder {str(folder)!r} already has {', '.join(taken)}, which would be replaced; choose "
+            "an empty folder, or one that push_to_hub wrote."
+        )
+    write_components(folder / AGENT, states)
+    export(folder / PROGRAM)
+    with whole_file(folder / CARD) as temporary:
+        temporary.write_text(card, encoding="utf-8")
 
 
-def _cause(error: BaseException) -> str:
-    """Kind and message of the first cause, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {one_line(error)}"
+def model_card(
+    repo: str,
+    sections: Mapping[str, Mapping[str, Any]],
+    license: str | None = None,
+    tags: Sequence[str] = (),
+) -> str:
+    """The text of ``README.md``: metadata of the Hub, how to load the agent, ``sections`` as JSON."""
+    metadata = _package().ModelCardData(
+        library_name="iql_torchrl",
+        pipeline_tag="reinforcement-learning",
+        license=license,
+        tags=list(dict.fromkeys((*TAGS, *tags))),
+    )
+    text = f"""---
+{metadata.to_yaml()}
+---
+
+# {repo.rpartition("/")[2]}
+
+A policy learned from logged data by Implicit Q-Learning
+([Kostrikov et al. 2021](https://arxiv.org/abs/2110.06169)) with iql_torchrl.
+
+## Use
+
+```python
+from iql_torchrl import Agent
+
+agent = Agent.from_hub({json.dumps(repo)})
+action = agent.act(observation)
+```
+
+Loading it executes none of its contents. `policy.pt2` is the same policy for plain torch;
+`policy.json` describes its inputs and output, with an example.
+"""
+    for title, content in sections.items():
+        text += f"\n## {title}\n\n```json\n{json.dumps(content, indent=2)}\n```\n"
+    return str(_package().ModelCard(text))
+
+
+def data_of(task: Task, dataset: DatasetSummary | None) -> dict[str, Any]:
+    """What a card says of the data that ``task`` is of; ``dataset`` adds sizes and returns.
+
+    Raises ``TypeError`` on another kind of ``dataset``, and ``ValueError`` where the task is known to
+    be of other episodes.
+    """
+    data: dict[str, Any] = {"name": task.name, "returns of score 0 and 100": task.reference_scores}
+    if task.episodes is not None:
+        data["digest of its episodes"] = digest_of_sketch(task.episodes)
+    if dataset is None:
+        return data
+    given = Task.of(dataset).episodes
+    if task.episodes is not None and not np.array_equal(np.asarray(given), task.episodes):
+        raise ValueError(
+            f"dataset is {dataset.name!r}, whose episodes are not those that the agent was made for "
+            f"({task.name!r}); pass the dataset that make_agent was given."
+        )
+    mapped = f"{dataset.reward_map.scale:.6g} * reward + {dataset.reward_map.shift:.6g}"
+    sizes = {"episodes": len(dataset.episode_lengths), "transitions": len(dataset)}
+    returns = {"mean return": float(dataset.episode_returns.mean())}
+    return {**data, **sizes, **returns, "rewards were mapped to": mapped}
+
+
+def scores_of(evaluation: Evaluation | Mapping[str, float]) -> dict[str, float]:
+    """Scores by name, of an evaluation its ``summary()`` without what one episode leaves undefined.
+
+    Raises ``TypeError`` for anything else, ``ValueError`` naming a score that is no finite number.
+    """
+    if isinstance(evaluation, Evaluation):
+        return {name: x for name, x in evaluation.summary().items() if not math.isnan(x)}
+    if not isinstance(evaluation, Mapping):
+        raise TypeError(
+            f"evaluation is {type(evaluation).__name__}; expected what evaluate(...) returns, or a "
+            "mapping from names to numbers."
+        )
+    for name, value in evaluation.items():
+        if not isinstance(value, int | float | np.number) or not math.isfinite(value):
+            raise ValueError(f"evaluation has {name} = {value!r}; expected finite numbers.")
+    return {name: float(value) for name, value in evaluation.items()}

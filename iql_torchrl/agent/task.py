@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,14 +11,19 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
+from torch import Tensor
 from torchrl.data import Composite, TensorSpec
 
 from iql_torchrl.data import DatasetSummary, ObservationStatistics
-from iql_torchrl.data.schema import ACTION, Key, leaf_spaces, spec_of_space
+from iql_torchrl.data.schema import ACTION, Key, observation_spec_of, spec_of_space
 
-__all__ = ["Task", "space_from_state", "space_state"]
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+# by type of space, the attributes that make an equal one; a Dict has its spaces by name
+ATTRIBUTES = {
+    "Box": ("low", "high", "dtype"),
+    "Discrete": ("n", "start", "dtype"),
+    "MultiDiscrete": ("nvec", "start", "dtype"),
+    "MultiBinary": ("n",),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,25 +53,18 @@ class Task:
 
     @classmethod
     def of(cls, dataset: DatasetSummary) -> Task:
-        """The task that ``dataset`` is a log of."""
-        return cls(
-            dataset.observation_space,
-            dataset.action_space,
-            dict(dataset.statistics),
-            dataset.masked,
-            dataset.dtype,
-            dataset.name,
-            dataset.reference_scores,
-            dataset.sketch(),
-        )
+        """The task that ``dataset`` is a log of; ``TypeError`` on anything but a dataset."""
+        if not isinstance(dataset, DatasetSummary):
+            raise TypeError(
+                f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns."
+            )
+        names = {each.name for each in fields(cls)} - {"episodes"}
+        return cls(**{name: getattr(dataset, name) for name in names}, episodes=dataset.sketch())
 
     @property
     def observation_spec(self) -> Composite:
         """``Composite`` with the key ``observation``, nested below it for Dict spaces."""
-        spec = Composite()
-        for key, leaf in leaf_spaces(self.observation_space).items():
-            spec[key] = spec_of_space(leaf, self.dtype, key)
-        return spec
+        return observation_spec_of(self.observation_space, self.dtype)
 
     @property
     def action_spec(self) -> TensorSpec:
@@ -78,23 +76,22 @@ class Task:
         statistics = [
             {
                 "key": key if isinstance(key, str) else list(key),
-                "mean": _own(s.mean),
-                "std": _own(s.std),
-                "constant": list(s.constant),
-                "count": int(s.count),
+                "mean": each.mean.detach().cpu().clone(),  # a view is saved with all of its memory
+                "std": each.std.detach().cpu().clone(),
+                "constant": list(each.constant),
+                "count": int(each.count),
             }
-            for key, s in self.statistics.items()
+            for key, each in self.statistics.items()
         ]
-        scores = self.reference_scores
+        scores, episodes = self.reference_scores, self.episodes
         return {
+            **vars(self),
             "observation_space": space_state(self.observation_space),
             "action_space": space_state(self.action_space),
             "statistics": statistics,
-            "masked": bool(self.masked),
             "dtype": str(self.dtype).removeprefix("torch."),
-            "name": self.name,
             "reference_scores": None if scores is None else [float(score) for score in scores],
-            "episodes": None if self.episodes is None else torch.from_numpy(self.episodes.copy()),
+            "episodes": None if episodes is None else torch.from_numpy(episodes.copy()),
         }
 
     @classmethod
@@ -104,58 +101,55 @@ class Task:
         Raises ``ValueError`` naming the entries that are missing or unknown.
         """
         state = {"episodes": None, **state}  # unknown to the first checkpoints
-        _check_names("a task", state, {f.name for f in fields(cls)})
+        expected = {each.name for each in fields(cls)}
+        if set(state) != expected:
+            raise ValueError(
+                f"a task was stored with {sorted(set(state) - expected)} and without "
+                f"{sorted(expected - set(state))} of what this version of iql_torchrl knows; use the "
+                "version that wrote it."
+            )
         statistics: dict[str | Key, ObservationStatistics] = {}
         for entry in state["statistics"]:
-            _check_names("a task's statistics", entry, {"key", *STATISTICS})
             key = entry["key"] if isinstance(entry["key"], str) else tuple(entry["key"])
-            mean, std, constant, count = (entry[name] for name in STATISTICS)
-            statistics[key] = ObservationStatistics(_own(mean), _own(std), tuple(constant), count)
-        if state["dtype"] not in DTYPES:
-            raise ValueError(
-                f"a task's dtype is {state['dtype']!r}; expected one of {list(DTYPES)}."
-            )
-        scores = state["reference_scores"]
-        return cls(
-            space_from_state(state["observation_space"]),
-            space_from_state(state["action_space"]),
-            statistics,
-            bool(state["masked"]),
-            DTYPES[state["dtype"]],
-            state["name"],
-            None if scores is None else (float(scores[0]), float(scores[1])),
-            None if state["episodes"] is None else state["episodes"].numpy(),
-        )
-
-
-STATISTICS = tuple(f.name for f in fields(ObservationStatistics))
+            mean, std, constant = entry["mean"], entry["std"], tuple(entry["constant"])
+            statistics[key] = ObservationStatistics(mean, std, constant, entry["count"])
+        scores, episodes = state["reference_scores"], state["episodes"]
+        restored = {
+            "observation_space": space_from_state(state["observation_space"]),
+            "action_space": space_from_state(state["action_space"]),
+            "statistics": statistics,
+            "dtype": {"float32": torch.float32, "float64": torch.float64}[state["dtype"]],
+            "reference_scores": None if scores is None else tuple(scores),
+            "episodes": None if episodes is None else episodes.numpy(),
+        }
+        return cls(**{**state, **restored})
 
 
 def space_state(space: gym.Space[Any]) -> dict[str, Any]:
-    """A Gymnasium space as plain data; bounds are tensors, so that no bit of them changes.
+    """A Gymnasium space as plain data; arrays are tensors, so that no bit of them changes.
 
     Raises ``ValueError`` for another space than Box, Discrete, MultiDiscrete, MultiBinary or a
     Dict of these.
     """
-    kind = str(np.dtype(space.dtype)) if space.dtype is not None else None
+    kind = type(space).__name__
     if isinstance(space, spaces.Dict):  # a list, because names have an order
         inner = [[name, space_state(child)] for name, child in space.spaces.items()]
         return {"type": "Dict", "spaces": inner}
-    if isinstance(space, spaces.Box):
-        low, high = (torch.from_numpy(b.copy()) for b in (space.low, space.high))
-        return {"type": "Box", "low": low, "high": high, "dtype": kind}
-    if isinstance(space, spaces.Discrete):
-        return {"type": "Discrete", "n": int(space.n), "start": int(space.start), "dtype": kind}
-    if isinstance(space, spaces.MultiDiscrete):
-        nvec, start = space.nvec.tolist(), space.start.tolist()
-        return {"type": "MultiDiscrete", "nvec": nvec, "start": start, "dtype": kind}
-    if isinstance(space, spaces.MultiBinary):
-        count = list(space.n) if isinstance(space.n, Sequence) else int(space.n)
-        return {"type": "MultiBinary", "n": count}
-    raise ValueError(
-        f"a {type(space).__name__} space cannot be stored; expected Box, Discrete, MultiDiscrete, "
-        "MultiBinary, or a Dict of them."
-    )
+    if kind not in ATTRIBUTES:
+        raise ValueError(
+            f"a {kind} space cannot be stored; expected Box, Discrete, MultiDiscrete, "
+            "MultiBinary, or a Dict of them."
+        )
+    state: dict[str, Any] = {"type": kind}
+    for name in ATTRIBUTES[kind]:
+        value = getattr(space, name)
+        if name == "dtype":
+            state[name] = str(value)
+        elif isinstance(value, np.ndarray | tuple):
+            state[name] = torch.from_numpy(np.array(value))
+        else:
+            state[name] = int(value)
+    return state
 
 
 def space_from_state(state: Mapping[str, Any]) -> gym.Space[Any]:
@@ -163,31 +157,15 @@ def space_from_state(state: Mapping[str, Any]) -> gym.Space[Any]:
     kind = state["type"]
     if kind == "Dict":
         return spaces.Dict([(name, space_from_state(child)) for name, child in state["spaces"]])
-    if kind == "Box":
-        low, high = state["low"].numpy(), state["high"].numpy()
-        return spaces.Box(low, high, low.shape, np.dtype(state["dtype"]).type)
-    if kind == "Discrete":
-        # Gymnasium 1.0 supports only int64 and has no argument for the dtype.
-        options = {} if state["dtype"] == "int64" else {"dtype": np.dtype(state["dtype"]).type}
-        return spaces.Discrete(state["n"], start=state["start"], **options)
-    if kind == "MultiDiscrete":
-        dtype = np.dtype(state["dtype"]).type
-        return spaces.MultiDiscrete(state["nvec"], dtype=dtype, start=state["start"])
-    if kind == "MultiBinary":
-        return spaces.MultiBinary(state["n"])
-    raise ValueError(f"a stored space has the type {kind!r}, which this version does not know.")
-
-
-def _own(values: torch.Tensor) -> torch.Tensor:
-    """A copy with its own memory, because saving a view would save the tensor it is a part of."""
-    return values.detach().cpu().clone()
-
-
-def _check_names(what: str, state: Mapping[str, Any], expected: set[str]) -> None:
-    if missing := sorted(expected - set(state)):
-        raise ValueError(f"{what} was stored without {missing}; it holds {sorted(state)}.")
-    if unknown := sorted(set(state) - expected):
-        raise ValueError(
-            f"{what} was stored with {unknown}, which this version of iql_torchrl does not know; "
-            "use the version that wrote it."
-        )
+    if kind not in ATTRIBUTES:
+        raise ValueError(f"a stored space has the type {kind!r}, which this version does not know.")
+    values = {name: state[name] for name in ATTRIBUTES[kind]}
+    for name, value in values.items():
+        if name == "dtype":
+            values[name] = np.dtype(value).type
+        elif isinstance(value, Tensor | list):
+            values[name] = np.asarray(value)
+    if kind == "Discrete" and values["dtype"] is np.int64:
+        del values["dtype"]  # Gymnasium 1.0 supports no other and has no argument for it
+    space: gym.Space[Any] = getattr(spaces, kind)(**values)
+    return space

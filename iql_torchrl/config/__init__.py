@@ -2,9 +2,8 @@
 
 from iql_torchrl.config.arithmetic import Arithmetic, choose_products, chosen_products
 from iql_torchrl.config.devices import check_device, check_usable, launches_kernels
-from iql_torchrl.config.iql_config import IQLConfig
-from iql_torchrl.config.knobs import Knob, check_choice, knob, knobs, loss_knobs
-from iql_torchrl.config.presets import PRESETS
+from iql_torchrl.config.iql_config import PRESETS, IQLConfig
+from iql_torchrl.config.knobs import Knob, check_choice, check_whole, knob, knobs, loss_knobs
 
 __all__ = [
     "PRESETS",
@@ -14,6 +13,7 @@ __all__ = [
     "check_choice",
     "check_device",
     "check_usable",
+    "check_whole",
     "choose_products",
     "chosen_products",
     "knob",

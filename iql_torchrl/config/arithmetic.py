@@ -8,8 +8,6 @@ from typing import Literal
 
 import torch
 
-__all__ = ["Arithmetic", "Products", "choose_products", "chosen_products"]
-
 Products = Literal["mkl", "onednn"]
 
 PRECISIONS = (
@@ -17,7 +15,7 @@ PRECISIONS = (
 )  # fmt: skip
 
 
-_chosen: Products | None = None
+chosen: Products | None = None
 
 
 def choose_products(name: Products | Literal["auto"]) -> None:
@@ -27,15 +25,15 @@ def choose_products(name: Products | Literal["auto"]) -> None:
     update of wide networks measures both before its first product. The choice is part of a step's
     state, so that a resumed run has the same bits. Raises ``ValueError`` on another name.
     """
-    global _chosen
+    global chosen
     if name not in ("auto", "mkl", "onednn"):
         raise ValueError(f"products is {name!r}; choose 'auto', 'mkl' or 'onednn'.")
-    _chosen = None if name == "auto" else name
+    chosen = None if name == "auto" else name
 
 
 def chosen_products() -> Products | None:
     """What was chosen or measured; None where nothing was needed yet."""
-    return _chosen
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Arithmetic:
             torch.get_default_dtype(),
             torch.get_deterministic_debug_mode(),
             tuple(attrgetter(name)(torch.backends).fp32_precision for name in PRECISIONS),
-            _chosen,
+            chosen,
         )
 
     def adopt(self) -> None:

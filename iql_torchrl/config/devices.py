@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["check_device", "check_usable", "launches_kernels"]
-
 DEVICES = ("cpu", "cuda", "hpu", "mps", "mtia", "xpu")  # where torch's fused Adam runs
 LAUNCHING = ("cuda",)
 

@@ -1,15 +1,14 @@
-"""Every setting of a run, described once, in one frozen dataclass."""
+"""Every setting of a run, described once, in one frozen dataclass; named configs with their sources."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NoReturn
 
 from iql_torchrl.config.devices import check_device
-from iql_torchrl.config.knobs import always, knob, knobs
-
-__all__ = ["IQLConfig"]
+from iql_torchrl.config.knobs import knob, knobs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +25,7 @@ class IQLConfig:
     """
 
     seed: int = knob(
-        0,
-        "seed of the initial weights and of the batches",
-        interval="[0, 2147483647]",
-        per_run=True,
+        0, "of the initial weights and the batches", interval="[0, 2147483647]", per_run=True
     )
     updates: int = knob(
         1_000_000,
@@ -43,63 +39,48 @@ class IQLConfig:
     )
     expectile: float = knob(
         0.7,
-        "expectile tau of the value loss: 0.5 gives the value of the log's policy, towards 1 that "
-        "of its best actions",
+        "expectile tau of the value loss: 0.5 gives the value of the log's policy, 0.7 to 0.9 that of "
+        "its better actions; below 0.5 V follows the worse actions of the log and the policy learns "
+        "to avoid the good ones",
         interval="[0.5, 1]",
         loss_interval="(0, 1]",
-        meaning="0.5 gives the value of the log's policy, 0.7 to 0.9 that of its better actions, "
-        "and below 0.5 V follows the worse actions of the log and the policy learns to avoid the "
-        "good ones",
         per_run=True,
         in_loss=True,
     )
     temperature: float = knob(
         3.0,
         "inverse temperature beta of the policy's weights, per unit of advantage; 0 is behaviour "
-        "cloning",
+        "cloning, and a negative one would prefer the log's worst actions",
         interval="[0, inf)",
-        meaning="0 is behaviour cloning, and a negative one would prefer the log's worst actions",
         per_run=True,
         in_loss=True,
     )
     max_weight: float = knob(
         100.0,
-        "largest weight of a sample in the policy loss",
+        "largest weight of a sample in the policy loss; the paper's is 100",
         interval="(0, 3e+38]",  # the largest numbers of float32
         loss_interval="(0, inf]",
-        meaning="the paper's is 100",
         per_run=True,
         in_loss=True,
     )
     bc_weight: float = knob(
         0.3,
-        "weight of the cloning error where the policy maximises Q (actor_objective ddpg_bc)",
+        "weight of the cloning error in actor_objective ddpg_bc; 0 only maximises the critics' values, "
+        "OGBench has 0.003 to 3",
         interval="[0, 3e+38]",
-        meaning="0 only maximises the critics' values; OGBench has 0.003 to 3",
         per_run=True,
         in_loss=True,
     )
     polyak: float = knob(
-        0.005,
-        "step of the target critics towards the critics at each update; 1 copies them",
-        interval="(0, 1]",
+        0.005, "step of the target critics to the critics; 1 copies them", interval="(0, 1]"
     )
     reward: Literal["raw", "return_range", "minus_one"] = knob(
-        "return_range",
-        "reward map that scripts and sweeps ask load_dataset for: raw, return_range (1000 / range of "
-        "episode returns) or minus_one",
+        "return_range", "reward map of load_dataset; return_range: 1000 / range of episode returns"
     )
-    standardise: bool = knob(
-        True,
-        "standardise observations in the first layer of each network, with the log's statistics",
-    )
+    standardise: bool = knob(True, "standardise observations, with the log's statistics")
     policy: Literal[
         "auto", "gaussian", "tanh_normal", "deterministic", "mixture", "flow", "categorical"
-    ] = knob(
-        "auto",
-        "gaussian (the paper's), tanh_normal, deterministic, mixture, flow or categorical; auto "
-        "chooses by the action space",
-    )
+    ] = knob("auto", "auto chooses by the action space; gaussian is the paper's")
     actor_objective: Literal["auto", "log_prob", "mse", "ddpg_bc", "flow"] = knob(
         "auto",
         "loss of the policy: log_prob, mse or flow (weighted regression), or ddpg_bc (maximises Q, "
@@ -107,10 +88,9 @@ class IQLConfig:
     )
     actor_ema: float = knob(
         0.0,
-        "decay per update of the moving average of the policy's weights, with which it acts; 0: it "
-        "acts with the weights themselves",
+        "decay per update of the moving average of the policy's weights, with which it acts; 0.999 "
+        "averages over about 1,000 updates; 0: it acts with the weights themselves",
         interval="[0, 1)",
-        meaning="0.999 averages over about the last 1,000 updates",
         in_loss=True,
     )
     flow_steps: int = knob(
@@ -120,7 +100,7 @@ class IQLConfig:
         (256, 256), "widths of the hidden layers of every network", interval="[1, inf)"
     )
     activation: Literal["relu", "tanh", "gelu", "mish"] = knob(
-        "relu", "activation of every network: relu, tanh, gelu (approximated by tanh) or mish"
+        "relu", "activation of every network; gelu is approximated by tanh"
     )
     initialisation: Literal["orthogonal", "torch"] = knob(
         "orthogonal",
@@ -129,39 +109,27 @@ class IQLConfig:
         per_run=True,
     )
     layer_norm: bool = knob(False, "layer normalisation in the critics and in V")
-    norm_after_activation: bool = knob(
-        False, "layer normalisation follows the activation instead of preceding it"
-    )
+    norm_after_activation: bool = knob(False, "layer normalisation follows the activation")
     residual: Literal["none", "policy", "all"] = knob(
         "none",
-        "networks of residual blocks, one for each of the hidden widths, which must be equal: none, "
-        "policy or all; blocks have layer normalisation, and in the policy dropout",
+        "which networks have residual blocks, one for each of the hidden widths, which must be equal; "
+        "blocks have layer normalisation, and in the policy dropout",
     )
     dropout: float = knob(0.0, "dropout probability in the policy", interval="[0, 1)")
     image_encoder: Literal["small", "residual"] = knob(
-        "small",
-        "convolutional network of images: small (three convolutions) or residual (Espeholt et al. "
-        "2018)",
+        "small", "small (three convolutions) or residual (Espeholt et al. 2018)"
     )
-    image_features: int = knob(
-        64, "number of features that each image becomes", interval="[1, inf)"
-    )
+    image_features: int = knob(64, "numbers that each image becomes", interval="[1, inf)")
     history: int = knob(
-        1,
-        "observations that the networks read: that many last ones of the episode, the current one "
-        "included",
-        interval="[1, inf)",
+        1, "observations that the networks read, the current one included", interval="[1, inf)"
     )
     history_encoder: Literal["lstm", "transformer", "stack"] = knob(
         "lstm",
-        "what reads several observations: lstm, transformer, or stack (joined into one vector, or "
-        "images on their channels)",
+        "what reads several observations; stack joins them to one vector, or images on their channels",
     )
     history_features: int = knob(64, "width of the lstm or transformer", interval="[1, inf)")
     encoder_gradient: Literal["critics", "all"] = knob(
-        "critics",
-        "whose losses train the encoder that policy, critics and V share: critics, or all",
-        in_loss=True,
+        "critics", "whose losses train the encoder that the networks share", in_loss=True
     )
     random_shift: int = knob(
         0,
@@ -177,31 +145,26 @@ class IQLConfig:
     )
     num_critics: int = knob(2, "number of critics, whose minimum is taken", interval="[1, inf)")
     value_objective: Literal["expectile", "quantile", "sarsa_expectile"] = knob(
-        "expectile", "loss of V: expectile, quantile or sarsa_expectile", in_loss=True
+        "expectile", "loss of V", in_loss=True
     )
     loss_function: Literal["l2", "l1", "smooth_l1"] = knob(
-        "l2", "distance of the critics to their targets: l2, l1 or smooth_l1", in_loss=True
+        "l2", "distance of the critics to their targets", in_loss=True
     )
-    optimizer: Literal["adam", "adamw"] = knob("adam", "adam or adamw")
+    optimizer: Literal["adam", "adamw"] = knob("adam", "of all networks")
     weight_decay: float = knob(0.0, "decoupled weight decay of adamw", interval="[0, inf)")
     actor_lr: float = knob(3e-4, "learning rate of the policy", interval="(0, inf)", per_run=True)
     critic_lr: float = knob(3e-4, "learning rate of the critics", interval="(0, inf)", per_run=True)
     value_lr: float = knob(3e-4, "learning rate of V", interval="(0, inf)", per_run=True)
     encoder_lr: float = knob(
-        1e-4,
-        "learning rate of an encoder that policy, critics and V share; 1e-4 is that of DrQ-v2",
-        interval="(0, inf)",
+        1e-4, "learning rate of a shared encoder; 1e-4 is that of DrQ-v2", interval="(0, inf)"
     )
     schedule: Literal["constant", "cosine_actor", "cosine"] = knob(
         "cosine_actor",
-        "constant, cosine_actor (the learning rate of the policy falls to 0 over the run: the "
-        "official code) or cosine (every learning rate)",
+        "of the learning rates: constant, cosine_actor (the policy's falls to 0 over the run: the "
+        "official code) or cosine (all fall)",
     )
     schedule_steps: int | None = knob(
-        None,
-        "the falling learning rates change in this many equal steps over the run; none: at every "
-        "update",
-        interval="[1, inf)",
+        None, "falling rates change in that many steps; none: at every update", interval="[1, inf)"
     )
     max_grad_norm: float | None = knob(
         None, "clip the gradient of each network to this L2 norm; none: never", interval="(0, inf)"
@@ -215,59 +178,54 @@ class IQLConfig:
     )
     compile: bool = knob(
         False,
-        "run the losses under torch.compile: a start-up of about a minute, then faster updates",
-        may_change=always,
+        "torch.compile: a minute's start, then faster updates",
+        may_change=lambda config: True,
     )
     device: str = knob(
-        "cpu", "torch device of networks and data: cpu, cuda, cuda:1, mps, ...", may_change=always
+        "cpu", "torch device: cpu, cuda, cuda:1, mps, ...", may_change=lambda config: True
     )
 
     def __post_init__(self) -> None:
         for name, described in knobs(type(self)).items():
-            value = described.plain(getattr(self, name))
-            described.check(value)
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, described.plain(getattr(self, name)))
+        for contradiction in self._contradictions():
+            raise ValueError(contradiction)
+        check_device(self.device)
+
+    def _contradictions(self) -> Iterator[str]:
+        """Settings that do not fit together, each in a sentence."""
+        policy, objective = self.policy, self.actor_objective
         if self.weight_decay and self.optimizer != "adamw":
-            raise ValueError(f"weight_decay is {self.weight_decay} and needs optimizer='adamw'.")
+            yield f"weight_decay is {self.weight_decay} and needs optimizer='adamw'."
         if self.schedule_steps is not None and self.schedule == "constant":
-            raise ValueError(
+            yield (
                 f"schedule_steps is {self.schedule_steps} and schedule is 'constant', which never "
                 "changes a rate; choose schedule='cosine' or 'cosine_actor', or schedule_steps=None."
             )
         if self.norm_after_activation and not self.layer_norm:
-            raise ValueError("norm_after_activation is True and needs layer_norm=True.")
-        self._check_residual()
-        self._check_policy()
-        check_device(self.device)
-
-    def _check_residual(self) -> None:
-        """Raise ``ValueError`` where the networks' settings do not fit residual blocks."""
+            yield "norm_after_activation is True and needs layer_norm=True."
         if self.residual != "none" and len(set(self.hidden)) != 1:
-            raise ValueError(
+            yield (
                 f"residual is {self.residual!r} and hidden is {self.hidden}; residual blocks need "
                 "equal widths, one for each block, such as (256, 256, 256)."
             )
         if self.residual == "all" and self.layer_norm:
-            raise ValueError(
+            yield (
                 "residual is 'all' and layer_norm is True; residual blocks always have layer "
                 "normalisation. Choose layer_norm=False."
             )
-
-    def _check_policy(self) -> None:
-        """Raise ``ValueError`` where policy, its loss and its way to act do not fit together."""
-        policy, objective = self.policy, self.actor_objective
         if (policy == "flow") is not (objective == "flow") and objective != "auto":
-            raise ValueError(
+            yield (
                 f"actor_objective is {objective!r} and policy is {policy!r}; a flow is trained with "
                 "'flow', and no other policy is. Choose actor_objective='auto'."
             )
         if policy == "deterministic" and objective == "log_prob":
-            raise ValueError(
+            yield (
                 "actor_objective is 'log_prob' and policy is 'deterministic', which has no density; "
                 "choose 'mse' or 'ddpg_bc'."
             )
         if self.num_samples > 1 and policy in ("deterministic", "categorical"):
-            raise ValueError(
+            yield (
                 f"num_samples is {self.num_samples} and policy is {policy!r}; the best of several "
                 "actions needs a policy that draws continuous actions, such as 'flow'."
             )
@@ -290,17 +248,84 @@ class IQLConfig:
         names = [field.name for field in fields(cls)]
         unknown = sorted(str(key) for key in values if key not in names)
         missing = [name for name in names if name not in values]
-        faults = [
-            f"{kind}: {', '.join(keys)}"
-            for kind, keys in (("unknown", unknown), ("missing", missing))
-            if keys
-        ]
-        if faults:
+        if unknown or missing:
             raise ValueError(
-                f"settings have other keys than IQLConfig ({'; '.join(faults)}). Remove what is "
-                "unknown and give what is missing: another version may have written them."
+                f"settings have other keys than IQLConfig (unknown: {', '.join(unknown) or 'none'}; "
+                f"missing: {', '.join(missing) or 'none'}). Remove what is unknown and give what is "
+                "missing: another version may have written them."
             )
-        given = dict(values)
-        if isinstance(given["hidden"], list):  # JSON has no tuples
-            given["hidden"] = tuple(given["hidden"])
-        return cls(**given)
+        hidden = values["hidden"]  # JSON has no tuples
+        return cls(**{**values, "hidden": tuple(hidden) if isinstance(hidden, list) else hidden})
+
+
+class _Named(dict[str, IQLConfig]):
+    """Presets by name; an unknown name is a ``KeyError`` that lists them."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise KeyError(f"there is no preset {name!r}; the presets are {', '.join(self)}.")
+
+
+# The official code of IQL standardises nothing and draws orthogonal weights.
+OFFICIAL: dict[str, Any] = {"standardise": False, "initialisation": "orthogonal"}
+
+# Settings that FQL's paper and code share among their methods.
+FQL: dict[str, Any] = {
+    "expectile": 0.9,
+    "reward": "raw",
+    "standardise": False,
+    "initialisation": "orthogonal",
+    "hidden": (512, 512, 512, 512),
+    "activation": "gelu",
+    "layer_norm": True,
+    "norm_after_activation": True,
+    "schedule": "constant",
+    "order": "simultaneous",
+}
+
+#: ``quick`` learns small tasks in about a minute on two cores. ``adamw_cosine`` is not from a
+#: publication: AdamW without decay, and all rates on one cosine of a hundred steps (torch's
+#: ``CosineAnnealingLR`` with ``T_max=100``, stepped a hundred times over the run).
+#:
+#: The others are the official code's for D4RL's tasks, read in
+#: https://github.com/ikostrikov/implicit_q_learning at commit 09d7002: ``configs/mujoco_config.py``
+#: (locomotion), ``configs/antmaze_config.py``, ``configs/kitchen_config.py`` (kitchen and, by its
+#: README, Adroit); ``train_offline.py`` (batch size, updates, and the reward maps it applies to
+#: locomotion and AntMaze); ``learner.py`` (Adam, cosine for the policy alone, order of the update);
+#: ``actor.py`` (ceiling 100); ``common.py`` (orthogonal weights). It standardises nothing. Its
+#: default seed is 42.
+#:
+#: ``ogbench`` and ``ifql`` are IQL and IFQL for the single-task data of OGBench, with states as
+#: observations: Park, Li, Levine 2025, "Flow Q-Learning" (arXiv:2502.02538), appendix E, and
+#: https://github.com/seohongpark/fql at commit 719d044: ``agents/iql.py``, ``agents/ifql.py`` (Adam
+#: with 3e-4, batches of 256, four layers of 512 with GELU, layer normalisation after the activation
+#: in the critics and in V, polyak 0.005, expectile 0.9, one gradient of all losses; 10 Euler steps,
+#: 32 candidates), ``main.py`` (1,000,000 updates). The temperature of IQL, 10, is its default; the
+#: paper tunes it for each task, and takes a discount of 0.995 for some. Not taken over: its initial
+#: weights (uniform, by the mean of fan-in and fan-out), its constant standard deviation, and the live
+#: critics in the weights of IQL.
+PRESETS = MappingProxyType(
+    _Named(
+        {
+            "quick": IQLConfig(
+                updates=10_000, hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3
+            ),
+            "adamw_cosine": IQLConfig(
+                discount=0.97,
+                temperature=2.0,
+                reward="raw",
+                optimizer="adamw",
+                actor_lr=1e-4,
+                critic_lr=1e-3,
+                value_lr=1e-3,
+                schedule="cosine",
+                schedule_steps=100,
+            ),
+            "locomotion": IQLConfig(**OFFICIAL),
+            "antmaze": IQLConfig(expectile=0.9, temperature=10.0, reward="minus_one", **OFFICIAL),
+            "kitchen": IQLConfig(temperature=0.5, dropout=0.1, reward="raw", **OFFICIAL),
+            "adroit": IQLConfig(temperature=0.5, dropout=0.1, reward="raw", **OFFICIAL),
+            "ogbench": IQLConfig(temperature=10.0, **FQL),
+            "ifql": IQLConfig(temperature=0.0, policy="flow", flow_steps=10, num_samples=32, **FQL),
+        }
+    )
+)

@@ -8,23 +8,21 @@ checkpoint read these descriptions, so that a new setting needs no other entry.
 from __future__ import annotations
 
 import numbers
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-__all__ = ["Knob", "check_choice", "knob", "knobs", "loss_knobs"]
-
-
-def never(_: Mapping[str, Any]) -> bool:
-    return False
-
-
-def always(_: Mapping[str, Any]) -> bool:
-    return True
+EXPECTED: dict[Any, str] = {
+    int: "a whole number, written without a point",
+    float: "a number",
+    bool: "True or False",
+    str: "a string",
+    tuple[int, ...]: "a tuple of whole numbers",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +34,10 @@ class Knob:
         kind: the field's type: int, float, bool, str, tuple[int, ...] or Literal[...] (a choice of
             strings), or one of these or None.
         default: value of the field where none is given.
-        help: text of the command line; the allowed range is added to it.
+        help: what it does, and what the ends of its range mean: the text of the command line and of
+            the error about a value out of range; both add the range.
         interval: allowed numbers, such as ``"[0, 1)"``; of a tuple, allowed entries. Infinity is
             allowed by ``"inf]"``. Empty where every number is allowed.
-        meaning: added to the error about a number outside the interval: what the ends mean.
         per_run: the runs of one ``IQLPopulation`` may differ in it.
         in_loss: an argument and attribute of the losses, which read it at every evaluation.
             ``make_agent`` passes it; ``captured`` compares it before every call.
@@ -52,11 +50,10 @@ class Knob:
     kind: Any = None
     default: Any = None
     interval: str = ""
-    meaning: str = ""
     per_run: bool = False
     in_loss: bool = False
     loss_interval: str = ""
-    may_change: Callable[[Mapping[str, Any]], bool] = never
+    may_change: Callable[[Mapping[str, Any]], bool] = lambda config: False
 
     @property
     def optional(self) -> bool:
@@ -66,9 +63,7 @@ class Knob:
     @property
     def plain_kind(self) -> Any:
         """``kind`` without ``None``; str for a choice."""
-        kind = self.kind
-        if get_origin(kind) in (Union, types.UnionType):
-            (kind,) = (part for part in get_args(kind) if part is not type(None))
+        kind = get_args(self.kind)[0] if self.optional else self.kind
         return str if get_origin(kind) is Literal else kind
 
     @property
@@ -80,35 +75,34 @@ class Knob:
     def help_with_range(self) -> str:
         """``help`` and the interval, on one line."""
         words = f" ({_words(self.interval, self.plain_kind)})" if self.interval else ""
-        return " ".join(self.help.split()) + words
+        return f"{self.help}{words}"
 
     def plain(self, value: Any) -> Any:
         """``value`` as plain Python: int, float, bool, str, tuple of int, or None.
 
         Raises ``ValueError`` for a value of another type, such as a bool for a number or ``1e4``
-        for an int.
+        for an int, for one that is not among the choices, and for a number outside the interval.
         """
         if value is None and self.optional:
             return None
-        convert, expected = _CONVERSIONS[self.plain_kind]
+        kind = self.plain_kind
         try:
-            return convert(value)
+            value = _convert(kind, value)
         except (TypeError, OverflowError):
             or_none = ", or None" if self.optional else ""
-            raise ValueError(f"{self.name} is {value!r}; expected {expected}{or_none}.") from None
-
-    def check(self, value: Any) -> None:
-        """Raise ``ValueError`` for a plain value that is not one of the choices or in the interval."""
+            raise ValueError(
+                f"{self.name} is {value!r}; expected {EXPECTED[kind]}{or_none}."
+            ) from None
         if self.choices:
             check_choice(self.name, value, self.choices)
-        elif value is not None:
-            wider = f" IQLLoss itself accepts {self.loss_interval}." if self.loss_interval else ""
-            self._check_interval(value, self.interval, wider)
+        note = f" IQLLoss itself accepts {self.loss_interval}." if self.loss_interval else ""
+        self._check_interval(value, self.interval, note)
+        return value
 
     def check_in_loss(self, value: Any) -> None:
-        """:meth:`check` for an argument of a loss, which may also be a tensor with one number.
+        """Raise as :meth:`plain` for an argument of a loss, which may be a tensor with one number.
 
-        Raises ``TypeError`` for anything else.
+        Raises ``TypeError`` for anything that is no number.
         """
         if self.choices:
             check_choice(self.name, value, self.choices)
@@ -119,18 +113,13 @@ class Knob:
         self._check_interval(value, self.loss_interval or self.interval)
 
     def _check_interval(self, value: Any, interval: str, note: str = "") -> None:
-        if not interval:
+        several = isinstance(value, tuple)
+        entries = value if several else (value,)
+        if not interval or (entries and all(_is_inside(entry, interval) for entry in entries)):
             return
         words = _words(interval, self.plain_kind)
-        meaning = f": {self.meaning}" if self.meaning else ""
-        if isinstance(value, tuple):
-            if not value or not all(_is_inside(entry, interval) for entry in value):
-                raise ValueError(
-                    f"{self.name} is {value}; give at least one number, each {words}{meaning}."
-                )
-        elif not _is_inside(value, interval):
-            must = "be" if words[0] == ">" else "lie"
-            raise ValueError(f"{self.name} is {value}; it must {must} {words}{meaning}.{note}")
+        must = "hold at least one number, each" if several else "be" if words[0] == ">" else "lie"
+        raise ValueError(f"{self.name} is {value}; it must {must} {words}: {self.help}.{note}")
 
 
 def knob(default: Any, help: str, **description: Any) -> Any:
@@ -139,15 +128,10 @@ def knob(default: Any, help: str, **description: Any) -> Any:
     return field(default=default, metadata={"knob": described})
 
 
-def knobs(config: type) -> Mapping[str, Knob]:
-    """The described fields of a config class, by name, in the order of the fields."""
-    return _described(config)
-
-
-@cache
 def _described(config: Any) -> Mapping[str, Knob]:
+    """The described fields of a config class, by name, in the order of the fields."""
     kinds = get_type_hints(config)
-    return types.MappingProxyType(
+    return MappingProxyType(
         {
             each.name: replace(each.metadata["knob"], name=each.name, kind=kinds[each.name])
             for each in fields(config)
@@ -156,10 +140,12 @@ def _described(config: Any) -> Mapping[str, Knob]:
     )
 
 
+knobs: Callable[[type], Mapping[str, Knob]] = cache(_described)
+
+
 def loss_knobs(config: type) -> Mapping[str, Knob]:
     """The knobs of a config class that are arguments and attributes of the losses."""
-    described = knobs(config)
-    return types.MappingProxyType({n: each for n, each in described.items() if each.in_loss})
+    return MappingProxyType({name: each for name, each in knobs(config).items() if each.in_loss})
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -168,40 +154,23 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
 
 
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError
-    return int(value)
+def check_whole(**values: object) -> None:
+    """Raise ``ValueError`` naming the first that is not a whole number >= 1; a bool is none."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+            raise ValueError(f"{name} is {value!r}; expected a whole number >= 1.")
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError
-    return float(value)
-
-
-def _only(kind: type) -> Callable[[Any], Any]:
-    def check(value: Any) -> Any:
-        if not isinstance(value, kind):
+def _convert(kind: Any, value: Any) -> Any:
+    """``value`` as a plain ``kind``; raises ``TypeError`` where it is of another type."""
+    if get_origin(kind) is tuple:
+        if not isinstance(value, tuple):
             raise TypeError
-        return value
-
-    return check
-
-
-def _whole_numbers(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, tuple):
+        return tuple(_convert(int, entry) for entry in value)
+    accepted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, accepted):
         raise TypeError
-    return tuple(_whole(number) for number in value)
-
-
-_CONVERSIONS: dict[Any, tuple[Callable[[Any], Any], str]] = {
-    int: (_whole, "a whole number, written without a point"),
-    float: (_number, "a number"),
-    bool: (_only(bool), "True or False"),
-    str: (_only(str), "a string"),
-    tuple[int, ...]: (_whole_numbers, "a tuple of whole numbers"),
-}
+    return kind(value)
 
 
 def _is_inside(value: Any, interval: str) -> bool:

@@ -1,13 +1,12 @@
 """IQL losses as TorchRL LossModules."""
 
+from iql_torchrl.losses.critics import LossCritics
 from iql_torchrl.losses.iql import DiscreteIQLLoss, IQLLoss
-from iql_torchrl.losses.loss import DIAGNOSTICS, LOSSES, OPTIONS, ImplicitQLoss
-from iql_torchrl.losses.loss_critics import LossCritics
+from iql_torchrl.losses.loss import DIAGNOSTICS, LOSSES, ImplicitQLoss
 
 __all__ = [
     "DIAGNOSTICS",
     "LOSSES",
-    "OPTIONS",
     "DiscreteIQLLoss",
     "IQLLoss",
     "ImplicitQLoss",

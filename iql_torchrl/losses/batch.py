@@ -13,21 +13,6 @@ from torch import Tensor
 
 from iql_torchrl.networks import HISTORY_MASK
 
-__all__ = [
-    "FLOW_NOISE",
-    "FLOW_TIME",
-    "IMAGE_SHIFT",
-    "NEXT_IMAGE_SHIFT",
-    "Batch",
-    "Draw",
-    "agree",
-    "output_of",
-    "per_sample",
-    "read_batch",
-    "with_draws",
-]
-
-
 # Keys of a batch that replace draws.
 FLOW_NOISE, FLOW_TIME = "flow_noise", "flow_time"
 IMAGE_SHIFT, NEXT_IMAGE_SHIFT = "image_shift", "next_image_shift"
@@ -70,6 +55,28 @@ class Batch:
             features=self.features.setdefault("next", {}),
         )
 
+    def of_runs(self, members: int) -> Batch:
+        """The batch of ``members`` runs, ``(P, B)``: as it is, or the same steps for every run.
+
+        Raises ``ValueError`` on another shape than ``(B,)`` or ``(P, B)``.
+        """
+        shape = self.data.batch_size
+        if len(shape) not in (1, 2) or (len(shape) == 2 and shape[0] != members):
+            raise ValueError(
+                f"the batch has shape {tuple(shape)}; expected (B,) for all {members} runs or "
+                f"({members}, B)."
+            )
+        if len(shape) == 2:
+            return self
+        runs = (members, *shape)
+        return replace(
+            self,
+            data=self.data.expand(runs),
+            mask=None if self.mask is None else self.mask.expand(runs),
+            weight=None if self.weight is None else self.weight.expand(runs),
+            shared=self.data,
+        )
+
     def rows(self, first: int, end: int, *, runs: bool) -> Batch:
         """Rows ``first`` to ``end`` (excluded) of the dimension of samples, as views.
 
@@ -80,7 +87,9 @@ class Batch:
             return None if entry is None else entry[:, first:end] if runs else entry[first:end]
 
         return Batch(
-            *map(part, (self.data, self.mask, self.weight)),
+            data=part(self.data),
+            mask=part(self.mask),
+            weight=part(self.weight),
             shared=None if self.shared is None else self.shared[first:end],
             draws={name: part(draw) for name, draw in self.draws.items()},
         )
@@ -144,23 +153,6 @@ class Draw:
                 f"{'standard normal' if self.normal else 'uniform'} numbers that the loss draws."
             )
         return given.to(like.dtype).expand(self.shape)
-
-
-def with_draws(
-    batch: Batch, needed: Mapping[str, Draw], given: Mapping[str, Tensor], like: Tensor
-) -> Batch:
-    """``batch`` with the random tensors ``needed``: its own entries, else from ``given``, else drawn.
-
-    Drawn from torch's default generator, in the dtype and on the device of ``like``.
-    """
-    draws = {}
-    for key, draw in needed.items():
-        own = batch.observed.get(key, None)
-        if own is not None:
-            draws[key] = draw.fit(own, batch.observed.batch_size, key, like)
-        else:
-            draws[key] = given[key] if key in given else draw.fill(draw.empty(like))
-    return replace(batch, draws=draws)
 
 
 def read_batch(

@@ -14,10 +14,8 @@ from torchrl.modules import MaskedOneHotCategorical, OneHotCategorical
 
 from iql_torchrl import functional as F
 from iql_torchrl.losses.batch import Batch
-from iql_torchrl.losses.ensembles import Critics
+from iql_torchrl.losses.critics import Critics
 from iql_torchrl.losses.loss import ACTOR_OBJECTIVES, ImplicitQLoss
-
-__all__ = ["DiscreteIQLLoss", "IQLLoss"]
 
 ONE_HOT_DISTRIBUTIONS = (
     OneHotCategorical,
@@ -42,7 +40,7 @@ class IQLLoss(ImplicitQLoss):
     Args:
         actor_network: policy with ``get_dist`` (any TensorDictModule for other objectives).
         qvalue_network: Q(s, a), one output. A module alone is critic 0 with its weights kept and
-            the others are drawn at its scale (:func:`losses.ensembles.draw_critics`); a list, or
+            the others are drawn at its scale (:func:`losses.critics.draw_critics`); a list, or
             a function called once per critic, keeps every initialisation.
         value_network: V(s), one output. May read other keys than the actor.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from numbers import Real
 from typing import Any, ClassVar
@@ -30,48 +30,26 @@ from iql_torchrl.losses.batch import (
     agree,
     per_sample,
     read_batch,
-    with_draws,
 )
-from iql_torchrl.losses.ensembles import Critics
-from iql_torchrl.losses.parameters import NetworkLoss
+from iql_torchrl.losses.checks import check_actor, check_form
+from iql_torchrl.losses.critics import Critics
+from iql_torchrl.losses.parameters import (
+    DETACHED_CRITICS,
+    LIVE_CRITICS,
+    TARGET_CRITICS,
+    NetworkLoss,
+)
 from iql_torchrl.networks import join_observations
-from iql_torchrl.private_apis import DETACHED_CRITICS, LIVE_CRITICS, TARGET_CRITICS
-
-__all__ = [
-    "ACTOR_OBJECTIVES",
-    "DIAGNOSTICS",
-    "LOSSES",
-    "OPTIONS",
-    "POLICY_VALUE_GAP",
-    "ImplicitQLoss",
-]
+from iql_torchrl.networks.evaluation import Direct, Networks
 
 ValueObjective = str | Callable[[Tensor, Tensor], Tensor]
 ActorObjective = str | Callable[[TensorDictModule, TensorDictBase], Tensor]
 AdvantageWeight = str | Callable[[Tensor], Tensor]
-ADVANTAGE_WEIGHTS = ("exponential",)
 ACTOR_OBJECTIVES = ("log_prob", "mse", "ddpg_bc", "flow")
-Q_REDUCTIONS = ("min", "mean")
 Q_SOURCES = {"live": DETACHED_CRITICS, "target": TARGET_CRITICS}
 SMALLEST_SCALE = 1e-6
 POLICY_VALUE_GAP = "policy_value_gap"  # the diagnostic that ddpg_bc has and other objectives do not
 LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
-# Attributes that decide, with the knobs, what a loss computes and returns.
-OPTIONS = (
-    "actor_objective",
-    "advantage_weight",
-    "deactivate_vmap",
-    "delay_qvalue",
-    "deterministic_sampling_mode",
-    "diagnostics",
-    "loss_mask_key",
-    "num_qvalue_nets",
-    "q_reduction",
-    "q_source",
-    "reduction",
-    "scalar_output_mode",
-    "use_prioritized_weights",
-)
 DIAGNOSTICS = (
     "advantage_mean",
     "weight_mean",
@@ -97,7 +75,7 @@ class ImplicitQLoss(NetworkLoss):
         ValueEstimators.TD1,
         ValueEstimators.TDLambda,
     )
-    members: int | None = None  # number of runs of a population
+    among: tuple[int, int] | None = None  # (first, count) of runs, in a part of a population
 
     def __init__(
         self,
@@ -144,15 +122,15 @@ class ImplicitQLoss(NetworkLoss):
                 self.knobs[name].check_in_loss(value)
         choices = {
             "actor_objective": (actor_objective, ACTOR_OBJECTIVES),
-            "advantage_weight": (advantage_weight, ADVANTAGE_WEIGHTS),
-            "q_reduction": (q_reduction, Q_REDUCTIONS),
+            "advantage_weight": (advantage_weight, ("exponential",)),
+            "q_reduction": (q_reduction, ("min", "mean")),
             "q_source": (q_source, tuple(Q_SOURCES)),
         }
         for name, (choice, names) in choices.items():
             if not callable(choice):
                 check_choice(name, choice, names)
-        _check_actor(actor_network, actor_objective)
-        _check_form(num_qvalue_nets, value_network, reduction, scalar_output_mode, gamma)
+        check_actor(actor_network, actor_objective)
+        check_form(num_qvalue_nets, value_network, reduction, scalar_output_mode, gamma)
         super().__init__(
             actor_network,
             qvalue_network,
@@ -240,7 +218,8 @@ class ImplicitQLoss(NetworkLoss):
         """The batch as the update reads it: :func:`read_batch`, and :meth:`random_inputs`.
 
         Random tensors that neither ``tensordict`` nor ``draws`` has are drawn here, from torch's
-        default generator: so an update reads its batch outside of the compiled program.
+        default generator: so an update reads its batch outside of the compiled program. P runs of a
+        population read ``(P, B)``, or one ``(B,)`` for all.
         """
         weigh = self.use_prioritized_weights in (True, "auto")
         done = unravel_key(("next", self.tensor_keys.done))
@@ -251,16 +230,17 @@ class ImplicitQLoss(NetworkLoss):
             weight_key=self.tensor_keys.priority_weight if weigh else None,
             done_key=done,
         )
-        return self.drawn(self.each_run(batch), draws or {})
-
-    def each_run(self, batch: Batch) -> Batch:
-        """The batch itself; for P runs of a population ``(P, B)``."""
-        return batch
-
-    def drawn(self, batch: Batch, draws: Mapping[str, Tensor]) -> Batch:
-        """``batch`` with the random tensors that the losses need."""
-        needed = self.random_inputs(batch.data.batch_size)
-        return with_draws(batch, needed, draws, self._like) if needed else batch
+        if self.members is not None:
+            batch = batch.of_runs(self.members)
+        given = draws or {}
+        drawn = {}
+        for key, draw in self.random_inputs(batch.data.batch_size).items():
+            own = batch.observed.get(key, None)
+            if own is not None:
+                drawn[key] = draw.fit(own, batch.observed.batch_size, key, self._like)
+            else:
+                drawn[key] = given[key] if key in given else draw.fill(draw.empty(self._like))
+        return replace(batch, draws=drawn)
 
     @property
     def _like(self) -> Tensor:
@@ -277,52 +257,46 @@ class ImplicitQLoss(NetworkLoss):
         Else none.
         """
         shape, needed = tuple(batch_size), {}
+        if self.members is not None and len(shape) == 1:
+            shape = (self.members, *shape)
         if self.actor_objective == "flow":
             size = self.actor_network.action_features
-            needed[FLOW_NOISE] = Draw((*shape, size), normal=True, entries=size)
-            needed[FLOW_TIME] = Draw(shape, normal=False)
+            needed[FLOW_NOISE] = Draw((*shape, size), True, size, self.among)
+            needed[FLOW_TIME] = Draw(shape, False, None, self.among)
         if self.random_shift:
-            shift = Draw((*shape, 2), normal=False, entries=2)
+            shift = Draw((*shape, 2), False, 2, self.among)
             needed |= {IMAGE_SHIFT: shift, NEXT_IMAGE_SHIFT: shift}
         return needed
-
-    @property
-    def trains_encoder_alone(self) -> bool:
-        """Whether only the critics' loss trains the encoder."""
-        return bool(self.encoder_gradient == "critics")
 
     def inputs(self, batch: Batch, critics: str | None = None) -> TensorDictBase:
         """What networks read: the batch's entries, with the encoder's features where there is one.
 
-        ``critics``: the parameters of the critics that read them; None for the policy and V. Target
-        critics get features of the target encoder. A gradient reaches the encoder through the live
-        critics, and with ``encoder_gradient="all"`` through the policy and V. Features are evaluated
-        once for a batch and kept in it.
+        ``critics``: the parameters of the critics that read them; None for the policy and V.
         """
         if self.encoder_network is None:
             return batch.observed
-        features = self._features(batch, target=critics == TARGET_CRITICS)
-        learns = critics == LIVE_CRITICS or (critics is None and not self.trains_encoder_alone)
-        if critics != TARGET_CRITICS and not learns:
-            features = features.detach()
-        return batch.observed.copy().update(features)
+        return self.with_features(batch, critics)
 
-    def _features(self, batch: Batch, *, target: bool) -> TensorDictBase:
-        encoder: Any = self.encoder_network
-        kept = batch.features
-        gradient = torch.is_grad_enabled() and not target
-        for key in ((target, True), (target, False)):
-            if key in kept and (key[1] or not gradient):
-                return kept[key]
-        data = batch.observed.select(*encoder.in_keys, strict=False)
-        if self.random_shift:
-            images = [data.get(key) for key in encoder.in_keys]
-            moved = encoder.module.shifted(images, batch.draws[IMAGE_SHIFT], self.random_shift)
-            for key, observation in zip(encoder.in_keys, moved, strict=True):
-                data.set(key, observation)
-        with torch.set_grad_enabled(gradient):
-            kept[(target, gradient)] = self.encoder_output(data, target=target)
-        return kept[(target, gradient)]
+    @property
+    def networks(self) -> Networks:
+        """What evaluates the networks now."""
+        return self.direct or self.general_networks()
+
+    @contextmanager
+    def evaluated_directly(self) -> Iterator[None]:
+        """Evaluate known networks without TensorDict and vmap inside the context, as an update does.
+
+        What was found out about the networks is kept until the loss is moved, cast, loaded, reset or
+        given other keys, or an attribute, a part or the hooks of a network change.
+        """
+        kept = self.kept_networks
+        if kept is None or kept.watched is None or kept.watched.changed():
+            self.kept_networks = self.direct_networks()
+        before, self.direct = self.direct, self.kept_networks
+        try:
+            yield
+        finally:
+            self.direct = before
 
     # -- each quantity of an update, evaluated once --------------------------------------------------
 
@@ -331,13 +305,9 @@ class ImplicitQLoss(NetworkLoss):
         with torch.no_grad():
             return self.action_values(batch, TARGET_CRITICS).amin(0)
 
-    def qvalue(self, batch: Batch) -> Tensor:
-        """``Q_k(s, a)`` of every critic, shape ``(K, *B)``, with gradient."""
-        return self.action_values(batch, LIVE_CRITICS)
-
     def action_values(self, batch: Batch, name: str) -> Tensor:
         """``Q_k(s, a)`` of the logged action from K critics with parameters ``name``, ``(K, *B)``."""
-        outputs = self.critic_outputs(self.inputs(batch, name), name)
+        outputs = self.networks.critics[name](self.inputs(batch, name))
         key = self.tensor_keys.state_action_value
         return per_sample(self.pick(outputs, batch), batch.data.batch_size, key, leading=1)
 
@@ -347,14 +317,15 @@ class ImplicitQLoss(NetworkLoss):
 
     def state_value(self, batch: Batch) -> Tensor:
         """``V(s)``, shape ``(*B,)``, with gradient."""
-        return self._as_values(self.value_output(self.inputs(batch)), batch)
+        return self._as_values(self.networks.value(self.inputs(batch)), batch)
 
     def state_values(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """``V(s)`` and, where one evaluation gives both, ``V(s')``; without gradient."""
         with torch.no_grad():
-            value = None if self.direct is None else self.direct.value
-            if value is None or not value.by_row or not self._bootstraps_once():
+            value = self.networks.value
+            if not getattr(value, "by_row", False) or not self._bootstraps_once():
                 return self.state_value(batch), None
+            assert isinstance(value, Direct)
             here, there = value.twice(self.inputs(batch), self.inputs(batch.next))
             return self._as_values(here, batch), self._as_values(there, batch)
 
@@ -397,7 +368,9 @@ class ImplicitQLoss(NetworkLoss):
             return F.td_target(reward, next_value, terminated, gamma=gamma)
 
     def _discount(self, batch: Batch) -> Tensor:
-        """The discount, one number or one per sample."""
+        """The discount: one number, one per sample, or of P runs ``(P, 1)``."""
+        if self.members is not None:
+            return self.discount
         gamma: Tensor = self.value_estimator.gamma
         return per_sample(gamma, batch.data.batch_size, "gamma") if gamma.ndim else gamma
 
@@ -454,9 +427,8 @@ class ImplicitQLoss(NetworkLoss):
         value = self.state_value(batch)
         agree(state_value=value, target_qvalue=target_qvalue)
         if callable(self.value_objective):
-            loss = self._per_sample(
-                self.value_objective(target_qvalue, value), batch, "value_objective"
-            )
+            loss = self.value_objective(target_qvalue, value)
+            loss = per_sample(loss, batch.data.batch_size, "value_objective's result")
         elif self.value_objective == "sarsa_expectile":
             target = self.td_target(batch) if td_target is None else td_target
             loss = F.expectile_loss(target - value, expectile=self.expectile)
@@ -491,22 +463,17 @@ class ImplicitQLoss(NetworkLoss):
         """Weights ``(*B,)`` of the samples in the policy's loss, without gradient."""
         if callable(self.advantage_weight):
             weight = self.advantage_weight(advantage).detach()
-            return self._per_sample(weight, batch, "advantage_weight")
+            return per_sample(weight, batch.data.batch_size, "advantage_weight's result")
         return F.exponential_weight(
             advantage, temperature=self.temperature, max_weight=self.max_weight
         )
-
-    @staticmethod
-    def _per_sample(result: Tensor, batch: Batch, name: str) -> Tensor:
-        """The result of a function that the user gave as ``name``; ``ValueError`` on its shape."""
-        return per_sample(result, batch.data.batch_size, f"{name}'s result")
 
     def qvalue_term(self, batch: Batch, td_target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum over critics of their distance to ``td_target``, and its metadata (eq. 6).
 
         ``metadata["td_error"]`` is the squared error of every critic, ``(K, *B)``, 0 where masked.
         """
-        qvalue = self.qvalue(batch)
+        qvalue = self.action_values(batch, LIVE_CRITICS)
         agree(qvalue=qvalue[0], td_target=td_target)
         target = td_target.expand_as(qvalue)
         loss = F.regression_loss(qvalue, target, loss_function=self.loss_function).sum(0)
@@ -535,11 +502,11 @@ class ImplicitQLoss(NetworkLoss):
         if callable(self.actor_objective):
             with self.policy() as actor:
                 error = self.actor_objective(actor, self.inputs(batch).copy())
-            return self._per_sample(error, batch, "actor_objective")
+            return per_sample(error, batch.data.batch_size, "actor_objective's result")
         if self.actor_objective == "mse":
             error = (self._policy_action(batch) - batch.data.get(self.tensor_keys.action)).square()
             return error if error.ndim == batch.data.ndim else error.sum(-1)
-        dist = self.policy_distribution(self.inputs(batch))
+        dist = self.networks.distribution(self.inputs(batch))
         log_prob = dist.log_prob(self.logged_action(batch, dist))
         return -per_sample(log_prob, batch.data.batch_size, "log_prob")
 
@@ -549,6 +516,9 @@ class ImplicitQLoss(NetworkLoss):
 
     def _policy_action(self, batch: Batch) -> Tensor:
         """The action that the policy writes, ``(*B, A)``."""
+        if self.members is not None:
+            chosen: Tensor = self.networks.distribution(self.inputs(batch)).deterministic_sample
+            return chosen
         with self.policy() as actor:
             inputs = self.inputs(batch).select(*actor.in_keys, strict=False)
             return actor(inputs).get(self.tensor_keys.action)
@@ -557,7 +527,7 @@ class ImplicitQLoss(NetworkLoss):
         """The policy's action without randomness, ``(*B, A)``, and its distribution if it has one."""
         if not hasattr(self.actor_network, "get_dist"):
             return self._policy_action(batch), None
-        dist = self.policy_distribution(self.inputs(batch))
+        dist = self.networks.distribution(self.inputs(batch))
         action = getattr(dist, "deterministic_sample", None)
         return dist.mean if action is None else torch.as_tensor(action), dist
 
@@ -569,10 +539,10 @@ class ImplicitQLoss(NetworkLoss):
         """
         inputs, time = self.inputs(batch), batch.draws[FLOW_TIME]
         logged = batch.data.get(self.tensor_keys.action)
-        with self.policy() if self.direct is None else nullcontext(self.actor_network) as actor:
+        head = self.networks.head
+        with self.policy() if head is None else nullcontext(self.actor_network) as actor:
             observation = join_observations([inputs.get(key) for key in actor.in_keys])
             point, target = F.flow_path(batch.draws[FLOW_NOISE], actor.normalise(logged), time=time)
-            head = None if self.direct is None else self.direct.head
             velocity = (actor.velocity if head is None else head.run)(observation, point, time)
         return (velocity.to(target.dtype) - target).square().mean(-1)
 
@@ -664,11 +634,16 @@ class ImplicitQLoss(NetworkLoss):
     def outputs(
         self, tensordict: TensorDictBase, losses: dict[str, Tensor], summary: dict[str, Tensor]
     ) -> TensorDictBase:
-        """A new TensorDict of losses and scalars; priority and log-probability go into the input."""
-        scalars = dict(summary)
-        tensordict.set(self.tensor_keys.priority, scalars.pop("priority"))
-        if "log_prob" in scalars:
-            tensordict.set(self.tensor_keys.log_prob, scalars.pop("log_prob"))
+        """A new TensorDict of losses and scalars; priority and log-probability go into the input.
+
+        Of P runs each is ``(P,)``, and the input, which many runs read, is not written to.
+        """
+        scalars = {k: v for k, v in summary.items() if k not in ("priority", "log_prob")}
+        if self.members is not None:
+            return TensorDict(losses | scalars, batch_size=[self.members])
+        tensordict.set(self.tensor_keys.priority, summary["priority"])
+        if "log_prob" in summary:
+            tensordict.set(self.tensor_keys.log_prob, summary["log_prob"])
         if self.reduction != "none":
             return TensorDict(losses | scalars)
         out = TensorDict(losses, batch_size=tensordict.batch_size)
@@ -681,9 +656,7 @@ class ImplicitQLoss(NetworkLoss):
         weight = metadata["weight"]
         mask, dim = batch.mask_like(weight), self._samples(weight)
         limited = self.actor_objective != "ddpg_bc" and not callable(self.advantage_weight)
-        at_ceiling = (weight >= self.max_weight).to(
-            weight.dtype
-        ) * limited  # others have no ceiling
+        at_ceiling = (weight >= self.max_weight) & limited  # others have no ceiling
         gap = {}
         if "policy_value" in metadata:
             live = self.q_source == "live"
@@ -692,65 +665,9 @@ class ImplicitQLoss(NetworkLoss):
         return gap | {
             "advantage_mean": self._mean(metadata["advantage"], batch),
             "weight_mean": self._mean(weight, batch),
-            "weight_at_ceiling": self._mean(at_ceiling, batch),
+            "weight_at_ceiling": self._mean(at_ceiling.to(weight.dtype), batch),
             "effective_sample_size": F.effective_sample_size(weight, mask=mask, dim=dim),
             "qvalue_mean": self._mean(metadata["qvalue"].mean(0), batch),
             "value_mean": self._mean(metadata["value"], batch),
             "td_error_mean": self._mean(metadata["td_error"].mean(0), batch),
         }
-
-
-def _check_form(
-    num_qvalue_nets: object,
-    value_network: object,
-    reduction: str | None,
-    scalar_output_mode: str | None,
-    gamma: object,
-) -> None:
-    """Raise ``TypeError`` or ``ValueError`` on arguments that no loss accepts."""
-    if gamma is not None:
-        raise TypeError(
-            f"gamma is {gamma!r}; the discount belongs to the value estimator: call "
-            f"loss.make_value_estimator(gamma={gamma!r}) after building the loss."
-        )
-    if isinstance(num_qvalue_nets, bool) or not isinstance(num_qvalue_nets, int):
-        raise TypeError(f"num_qvalue_nets is {num_qvalue_nets!r}; it must be a whole number >= 1.")
-    if num_qvalue_nets < 1:
-        raise ValueError(f"num_qvalue_nets is {num_qvalue_nets}; at least one critic is needed.")
-    if value_network is None:
-        raise ValueError(
-            "value_network is None: IQL needs a state-value network V(s), for the targets of "
-            "the critics and for the policy's advantages. Pass a module that writes "
-            "'state_value'."
-        )
-    if reduction not in (None, "", "mean", "sum", "none"):
-        raise ValueError(f"reduction is {reduction!r}; choose 'mean', 'sum' or 'none'.")
-    if scalar_output_mode not in (None, "exclude", "non_tensor"):
-        raise ValueError(
-            f"scalar_output_mode is {scalar_output_mode!r}; choose 'exclude', 'non_tensor' or None."
-        )
-
-
-def _check_actor(actor: Any, objective: ActorObjective) -> None:
-    """Raise ``TypeError`` where the policy cannot be trained with the objective."""
-    if (
-        objective == "log_prob"
-        and not hasattr(actor, "get_dist")
-        and not hasattr(actor, "velocity")
-    ):
-        raise TypeError(
-            f"actor_network is {type(actor).__name__}, which has no distribution "
-            "(get_dist); expected a TorchRL ProbabilisticActor, or actor_objective='mse' for a "
-            "policy that gives the action itself."
-        )
-    if callable(objective) or (objective == "flow") is hasattr(actor, "velocity"):
-        return
-    if objective == "flow":
-        raise TypeError(
-            f"actor_network is {type(actor).__name__}, which has no velocity; actor_objective='flow' "
-            "needs policies.flow(...)."
-        )
-    raise TypeError(
-        f"actor_objective is {objective!r} and actor_network is a {type(actor).__name__}, which has "
-        "no density; train it with actor_objective='flow'."
-    )

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,37 +18,32 @@ from torch import Tensor, nn
 from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives.common import LossModule
 
-from iql_torchrl.losses.batch import output_of
-from iql_torchrl.losses.ensembles import (
-    Critics,
-    check_encoder,
-    initialise_critics,
-    list_critics,
-)
-from iql_torchrl.networks.direct import (
-    DirectNetworks,
-    critics_over,
+from iql_torchrl.losses.batch import IMAGE_SHIFT, Batch, output_of
+from iql_torchrl.losses.checks import check_encoder
+from iql_torchrl.losses.critics import Critics, initialise_critics, list_critics
+from iql_torchrl.networks.evaluation import (
+    DirectCritics,
+    Networks,
+    Watched,
     distribution_of,
+)
+from iql_torchrl.networks.recognition import (
+    critics_over,
     is_head_and_distribution,
     network_over,
     writes,
 )
 from iql_torchrl.policies import FlowPolicy
-from iql_torchrl.private_apis import (
-    DETACHED_CRITICS,
-    LIVE_CRITICS,
-    TARGET_CRITICS,
-    children_of,
-    plain_entries,
-)
+from iql_torchrl.private_apis import children_of, plain_entries
 
-__all__ = ["ENCODER", "NETWORKS", "NetworkLoss"]
-
+# Attributes of a loss; their parameters are ``<name>_params`` and ``target_<name>_params``.
 NETWORKS = ("actor_network", "qvalue_network", "value_network")
-"""Attributes of a loss; their parameters are ``<name>_params`` and ``target_<name>_params``."""
 ENCODER = "encoder_network"
+# What a TorchRL loss calls the parameters of its critics; the last are this package's: the live
+# ones, of which an evaluation differentiates the inputs alone.
+LIVE_CRITICS, TARGET_CRITICS = "qvalue_network_params", "target_qvalue_network_params"
+DETACHED_CRITICS = "detached_qvalue_network_params"
 AVERAGE = "average_actor_network_params"  # not target_..., which TorchRL's updaters would move
-NOT_SAVED = ("map_critics", "direct", "kept_networks")
 
 
 class TrunkEntry(NamedTuple):
@@ -69,8 +65,10 @@ class NetworkLoss(LossModule):
     owner's loss alone trains it). Buffers (statistics of normalisation layers) of target critics are
     tied to the live ones.
 
-    Networks are evaluated as in TorchRL's losses, with parameters put into them; inside
-    :meth:`evaluated_directly` by ``networks.direct``, where their structure allows it.
+    Networks are evaluated as in TorchRL's losses, with parameters put into them
+    (:meth:`general_networks`); in updates by ``networks.evaluation``, where their structure allows it
+    (:meth:`direct_networks`). With ``members`` parameters are those of P runs, ``(P, ...)``, and every
+    evaluation is direct (``population.stack_losses``).
     """
 
     @dataclass
@@ -90,6 +88,7 @@ class NetworkLoss(LossModule):
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
 
+    # TorchRL warns where an attribute that it makes has no annotation.
     actor_network: TensorDictModule
     actor_network_params: TensorDictParams
     target_actor_network_params: TensorDictParams
@@ -100,13 +99,15 @@ class NetworkLoss(LossModule):
     value_network_params: TensorDictParams
     target_value_network_params: TensorDictParams
     encoder_network: TensorDictModule | None
+    encoder_gradient: str
     encoder_network_params: TensorDictParams
     target_encoder_network_params: TensorDictParams
 
-    actor_objective: Any
+    members: int | None = None  # number of runs of a population
+    discount: Tensor  # of each run, in a population
     optional_keys: set[NestedKey]
-    direct: DirectNetworks | None = None  # inside evaluated_directly
-    kept_networks: DirectNetworks | None = None
+    direct: Networks | None = None  # inside evaluated_directly, and in a population
+    kept_networks: Networks | None = None
 
     def __init__(
         self,
@@ -122,7 +123,6 @@ class NetworkLoss(LossModule):
         encoder_network: TensorDictModule | None = None,
         random_shift: int = 0,
     ) -> None:
-        self._in_keys: list[NestedKey] | None = None
         super().__init__()
         self._set_deprecated_ctor_keys(priority=priority_key)
         self._actor_ema = actor_ema
@@ -136,9 +136,9 @@ class NetworkLoss(LossModule):
         self._trunk: list[TrunkEntry] = []
         self._tied_buffers: list[tuple[str, NestedKey]] = []
         self._convert(actor_network, qvalue_network, value_network)
+        self._name_inputs()
         self.register_load_state_dict_pre_hook(NetworkLoss._before_load)
         self.register_load_state_dict_post_hook(NetworkLoss._after_load)
-        self._make_vmap()
 
     @property
     def actor_ema(self) -> float:
@@ -149,11 +149,6 @@ class NetworkLoss(LossModule):
     def network_names(self) -> tuple[str, ...]:
         """:data:`NETWORKS`, and the encoder's name where the loss has one."""
         return NETWORKS if self.encoder_network is None else (*NETWORKS, ENCODER)
-
-    @property
-    def has_trunk(self) -> bool:
-        """Whether networks share parameters."""
-        return bool(self._trunk)
 
     # -- from the user's networks to parameters and targets ------------------------------------------
 
@@ -170,8 +165,11 @@ class NetworkLoss(LossModule):
                         f"{name} is {type(module).__name__}; it must be a TensorDictModule: wrap a "
                         "plain network as TensorDictModule(network, in_keys=[...], out_keys=[...])."
                     )
-        check_encoder(self.encoder_network, networks, self.random_shift)
-        self._add_encoder()
+        encoder = self.encoder_network
+        check_encoder(encoder, networks, self.random_shift)
+        if encoder is not None:
+            del self.encoder_network
+            self.convert_to_functional(encoder, ENCODER, create_target_params=True)
         if separate:
             self._find_trunk("value_network", [value], {"actor_network": actor})
         if separate or len(modules) > 1:
@@ -197,13 +195,8 @@ class NetworkLoss(LossModule):
             )
         self._install_mirrors("value_network", [value])
         self._install_mirrors("qvalue_network", modules)
+        self._tie()
         self.optional_keys = _recurrent_keys(actor, value, *modules)
-
-    def _add_encoder(self) -> None:
-        encoder = self.encoder_network
-        if encoder is not None:
-            del self.encoder_network
-            self.convert_to_functional(encoder, ENCODER, create_target_params=True)
 
     def _find_trunk(
         self, name: str, modules: Sequence[nn.Module], owners: Mapping[str, nn.Module]
@@ -239,7 +232,27 @@ class NetworkLoss(LossModule):
                         stacklevel=7,
                     )
                     params.set(key, nn.Parameter(leaf.detach().clone()))
-        self._tie()
+
+    def _add_average(self) -> None:
+        """Add a copy of the actor's parameters, and ``averaged_actor``, which acts with it.
+
+        Parameters are averaged; buffers are the live ones. The average starts at the weights as they
+        are. The copy is part of the loss's state, and not of its parameters.
+        """
+        params = self.actor_network_params
+        trained = [key for key, leaf in params.items(True, True) if isinstance(leaf, nn.Parameter)]
+        average = params.data.select(*trained).clone()
+        setattr(self, AVERAGE, TensorDictParams(average, no_convert=True))
+        actor = copy.deepcopy(self.actor_network).requires_grad_(False)
+        self.__dict__["averaged_actor"] = actor  # no submodule, as the networks
+
+    def average_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The actor's parameters, and in the same order their averages; empty without averages."""
+        average = children_of(self).get(AVERAGE)
+        if average is None:
+            return [], []
+        pairs = [(self.actor_network_params.get(k), leaf) for k, leaf in average.items(True, True)]
+        return [live for live, _ in pairs], [leaf for _, leaf in pairs]
 
     # -- tensors that are one: shared trunks, targets' buffers, averages, the user's own networks -----
 
@@ -260,22 +273,30 @@ class NetworkLoss(LossModule):
                     shared = nn.Parameter(average.get(key).data, requires_grad=False)
                 setattr(module, name, shared)
 
-    def _hold(self) -> None:
-        """Let the user's own networks hold the tensors of this loss, which may be others now."""
+    def put_into_networks(self) -> None:
+        """Let the user's own networks hold the tensors of this loss, which may be others now.
+
+        Of P runs the networks hold the parameters of all, and the buffers, which are the same for
+        all, of the first.
+        """
         trunks = {entry.network for entry in self._trunk}
         for name in self.network_names:
-            one = name != "qvalue_network" or self.num_qvalue_nets == 1
             params = children_of(self).get(f"{name}_params")
-            if one and name not in trunks and params is not None:
-                for module, entry, leaf, _ in _places(getattr(self, name), params):
-                    held = leaf if isinstance(leaf, nn.Parameter) else leaf.data
-                    setattr(module, entry, held)
+            several = name == "qvalue_network" and (self.num_qvalue_nets > 1 or self.members)
+            if several or name in trunks or params is None:
+                continue
+            for module, entry, leaf, _ in _places(getattr(self, name), params):
+                if isinstance(leaf, nn.Parameter):
+                    setattr(module, entry, leaf)
+                else:
+                    setattr(module, entry, leaf.data[0] if params.batch_dims else leaf.data)
         self._tie()
         self.forget_networks()
 
     def forget_networks(self) -> None:
         """Let :meth:`evaluated_directly` look at the networks again, since tensors or keys changed."""
         self.kept_networks = None
+        self.direct = None if self.members is None else self.direct_networks()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> NetworkLoss:
         super()._apply(fn, *args, **kwargs)
@@ -287,25 +308,29 @@ class NetworkLoss(LossModule):
                 if isinstance(keywords, dict):
                     moved = {k: fn(v) for k, v in keywords.items() if isinstance(v, Tensor)}
                     keywords.update(moved)
-        self._hold()
+        self.put_into_networks()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in NOT_SAVED}
+        return {k: v for k, v in self.__dict__.items() if k not in ("direct", "kept_networks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._hold()
-        self._make_vmap()
+        self.put_into_networks()
 
     def reset_parameters_recursive(self) -> None:
         """Initialise every network again, targets too, as TorchRL's losses do."""
+        if self.members is not None:
+            raise NotImplementedError(
+                "a population's weights are drawn run by run: reset the losses it is made from, and "
+                "build it again."
+            )
         self._untie()
         super().reset_parameters_recursive()
         live, averages = self.average_pairs()
         for parameter, average in zip(live, averages, strict=True):
             average.data.copy_(parameter.data)
-        self._hold()
+        self.put_into_networks()
 
     def _untie(self) -> None:
         """Give mirrors storage of their own, so that every entry can be written to."""
@@ -319,12 +344,12 @@ class NetworkLoss(LossModule):
             return
         for key, current in self.state_dict().items():  # older TorchRL losses stacked one critic
             stored = state_dict.get(prefix + key)
-            is_critic = key.removeprefix("target_").startswith("qvalue_network_params.")
+            is_critic = key.removeprefix("target_").startswith(f"{LIVE_CRITICS}.")
             if is_critic and stored is not None and stored.shape == (1, *current.shape):
                 state_dict[prefix + key] = stored.squeeze(0)
 
     def _after_load(self, _: Any) -> None:
-        self._hold()
+        self.put_into_networks()
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, **kwargs: Any
@@ -337,89 +362,51 @@ class NetworkLoss(LossModule):
             if id(parameter) not in mirrors:
                 yield name, parameter
 
-    # -- the moving average of the policy's weights ---------------------------------------------------
-
-    def _add_average(self) -> None:
-        """Add a copy of the actor's parameters, and ``averaged_actor``, which acts with it.
-
-        Parameters are averaged; buffers are the live ones. The average starts at the weights as they
-        are. The copy is part of the loss's state, and not of its parameters.
-        """
-        params = self.actor_network_params
-        trained = [key for key, leaf in params.items(True, True) if isinstance(leaf, nn.Parameter)]
-        average = params.data.select(*trained).clone()
-        setattr(self, AVERAGE, TensorDictParams(average, no_convert=True))
-        actor = copy.deepcopy(self.actor_network)
-        self.__dict__["averaged_actor"] = actor.requires_grad_(
-            False
-        )  # no submodule, as the networks
-        self._tie()
-
-    def average_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The actor's parameters, and in the same order their averages; empty without averages."""
-        average = children_of(self).get(AVERAGE)
-        if average is None:
-            return [], []
-        pairs = [(self.actor_network_params.get(k), leaf) for k, leaf in average.items(True, True)]
-        return [live for live, _ in pairs], [leaf for _, leaf in pairs]
-
     # -- evaluation ----------------------------------------------------------------------------------
 
-    @contextmanager
-    def evaluated_directly(self) -> Iterator[None]:
-        """Evaluate known networks without TensorDict and vmap inside the context, as an update does.
-
-        What was found out about the networks is kept until the loss is moved, cast, loaded, reset or
-        given other keys, or an attribute, a part or the hooks of a network change.
-        """
-        if self.kept_networks is None or self.kept_networks.watched.changed():
-            self.kept_networks = self._make_direct()
-        self.direct = self.kept_networks
-        try:
-            yield
-        finally:
-            self.direct = None
-
-    def _make_direct(self) -> DirectNetworks:
+    def direct_networks(self) -> Networks:
+        """Known networks evaluated without TensorDict and vmap; others in the general way."""
+        networks = self.general_networks()
         trunks = {entry.network for entry in self._trunk}
-        keys, params = self.tensor_keys, children_of(self)
-        value = head = None
-        critics = {}
+        keys, params, per_run = self.tensor_keys, children_of(self), self.members is not None
         if "value_network" not in trunks and writes(self.value_network, keys.value):
-            network = self.value_network
-            of_value = self.value_network_params.get("module")
-            value = network_over(network.module, network.in_keys, of_value)
+            network, of_value = self.value_network, self.value_network_params.get("module")
+            value = network_over(network.module, network.in_keys, of_value, per_run=per_run)
+            networks = networks._replace(value=value)
         actor: Any = self.actor_network
         if is_head_and_distribution(actor):
             of_head = self.actor_network_params.get(("module", "0", "module"))
-            head = network_over(actor[0].module, actor[0].in_keys, of_head)
+            head = network_over(actor[0].module, actor[0].in_keys, of_head, per_run=per_run)
+            distribution = partial(distribution_of, actor, head)
+            networks = networks._replace(head=head, distribution=distribution)
         elif type(actor) is FlowPolicy:
-            head = network_over(actor.head, (), self.actor_network_params.get("head"))
+            of_head = self.actor_network_params.get("head")
+            head = network_over(actor.head, (), of_head, per_run=per_run)
+            networks = networks._replace(head=head)
         if "qvalue_network" not in trunks and writes(self.qvalue_network, keys.state_action_value):
-            for name in (LIVE_CRITICS, TARGET_CRITICS, DETACHED_CRITICS):
-                of_name = params[TARGET_CRITICS if name == TARGET_CRITICS else LIVE_CRITICS]
-                critic = critics_over(
-                    self.qvalue_network, of_name, detached=name == DETACHED_CRITICS
+            critics = {
+                name: critics_over(
+                    self.qvalue_network,
+                    params[TARGET_CRITICS if name == TARGET_CRITICS else LIVE_CRITICS],
+                    per_run=per_run,
+                    detached=name == DETACHED_CRITICS,
                 )
-                critics |= {} if critic is None else {name: critic}
-        networks = [getattr(self, name) for name in self.network_names]
-        return DirectNetworks(networks, value, critics, head)
+                for name in networks.critics
+            }
+            if None not in critics.values():
+                count = self.num_qvalue_nets
+                of_all = {n: DirectCritics(c, count, per_run) for n, c in critics.items() if c}
+                networks = networks._replace(critics=of_all)
+        return networks._replace(watched=Watched([getattr(self, n) for n in self.network_names]))
+
+    def general_networks(self) -> Networks:
+        """Networks evaluated with parameters put into them, and critics by vmap."""
+        names = (LIVE_CRITICS, TARGET_CRITICS, DETACHED_CRITICS)
+        critics = {name: partial(self._critics_by_vmap, name) for name in names}
+        return Networks(self._value_in_module, critics, self._distribution_in_module)
 
     def _make_vmap(self) -> None:
-        network = self.qvalue_network
-
-        def evaluate(inputs: TensorDictBase, params: TensorDictBase) -> TensorDictBase:
-            with params.to_module(network, preserve_module_state=False):
-                return network(inputs)
-
-        def one_by_one(inputs: TensorDictBase, params: TensorDictBase) -> TensorDictBase:
-            return torch.stack([evaluate(inputs.copy(), critic) for critic in params.unbind(0)])
-
-        self.map_critics: Callable[..., TensorDictBase] = (
-            one_by_one
-            if self.deactivate_vmap
-            else torch.vmap(evaluate, (None, 0), randomness=self.vmap_randomness)
-        )
+        """TorchRL calls this when the randomness changes, which each evaluation reads."""
 
     def _live(self, name: str) -> TensorDictBase:
         """Parameters of the network ``name`` for a forward pass: mirrors replaced by their owners."""
@@ -434,24 +421,18 @@ class NetworkLoss(LossModule):
             params.set(entry.key, leaf.detach() if self._detach_trunk else leaf)
         return params
 
-    def value_output(self, data: TensorDictBase) -> Tensor:
+    def _value_in_module(self, data: TensorDictBase) -> Tensor:
         """V on the entries of ``data``, ``(*B, 1)``."""
-        if self.direct is not None and self.direct.value is not None:
-            value: Tensor = self.direct.value(data)
-            return value
         network = self.value_network
         inputs = data.select(*network.in_keys, strict=False)
         with self._live("value_network").to_module(network, preserve_module_state=False):
             return output_of(network(inputs), self.tensor_keys.value, "value_network")
 
-    def critic_outputs(self, data: TensorDictBase, name: str) -> Tensor:
+    def _critics_by_vmap(self, name: str, data: TensorDictBase) -> Tensor:
         """K critics with the parameters ``name``, ``(K, *B, n)``: live, target or detached ones.
 
         A gradient of the detached ones reaches the inputs and no parameter.
         """
-        if self.direct is not None and name in self.direct.critics:
-            out: Tensor = self.direct.critics[name](data)
-            return out.unsqueeze(0) if self.num_qvalue_nets == 1 else out
         network, key = self.qvalue_network, self.tensor_keys.state_action_value
         is_target = name == TARGET_CRITICS
         params = children_of(self)[name] if is_target else self._live("qvalue_network")
@@ -462,26 +443,56 @@ class NetworkLoss(LossModule):
                 params.set(each, params.get(each).clone())
         if name == DETACHED_CRITICS:
             params = params.detach()
-        inputs = data.select(*network.in_keys, strict=False)
-        if self.num_qvalue_nets > 1:
-            if torch.compiler.is_compiling():  # vmap would lock it again, which warns in a graph
-                params = _unlocked(params)
-            return output_of(self.map_critics(inputs, params), key, "qvalue_network")
-        with params.to_module(network, preserve_module_state=False):
-            return output_of(network(inputs), key, "qvalue_network").unsqueeze(0)
 
-    def encoder_output(self, data: TensorDictBase, *, target: bool) -> TensorDictBase:
-        """What the encoder writes for ``data``, with its own or the target's parameters."""
+        def evaluate(inputs: TensorDictBase, params: TensorDictBase) -> TensorDictBase:
+            with params.to_module(network, preserve_module_state=False):
+                return network(inputs)
+
+        inputs = data.select(*network.in_keys, strict=False)
+        if self.num_qvalue_nets == 1:
+            return output_of(evaluate(inputs, params), key, "qvalue_network").unsqueeze(0)
+        if torch.compiler.is_compiling():  # vmap would lock it again, which warns in a graph
+            params = _unlocked(params)
+        if self.deactivate_vmap:
+            each_written = [evaluate(inputs.copy(), critic) for critic in params.unbind(0)]
+            return output_of(torch.stack(each_written), key, "qvalue_network")
+        mapped = torch.vmap(evaluate, (None, 0), randomness=self.vmap_randomness)
+        return output_of(mapped(inputs, params), key, "qvalue_network")
+
+    def with_features(self, batch: Batch, critics: str | None) -> TensorDictBase:
+        """The entries of ``batch`` and what the encoder writes for them, kept in the batch.
+
+        ``critics``: the parameters of the critics that read them; None for the policy and V. Target
+        critics get features of the target encoder. A gradient reaches the encoder through the live
+        critics, and with ``encoder_gradient="all"`` through the policy and V.
+        """
+        features = self._features(batch, target=critics == TARGET_CRITICS)
+        learns = critics == LIVE_CRITICS or (critics is None and self.encoder_gradient == "all")
+        if critics != TARGET_CRITICS and not learns:
+            features = features.detach()
+        return batch.observed.copy().update(features)
+
+    def _features(self, batch: Batch, *, target: bool) -> TensorDictBase:
         encoder: Any = self.encoder_network
+        kept = batch.features
+        gradient = torch.is_grad_enabled() and not target
+        for key in ((target, True), (target, False)):
+            if key in kept and (key[1] or not gradient):
+                return kept[key]
+        data = batch.observed.select(*encoder.in_keys, strict=False)
+        if self.random_shift:
+            images = [data.get(key) for key in encoder.in_keys]
+            moved = encoder.module.shifted(images, batch.draws[IMAGE_SHIFT], self.random_shift)
+            for key, observation in zip(encoder.in_keys, moved, strict=True):
+                data.set(key, observation)
         params = children_of(self).get(f"{'target_' * target}{ENCODER}_params")
         # TorchRL keeps no parameters of an encoder without any, such as OneHots
-        with (
-            nullcontext()
-            if params is None
-            else params.to_module(encoder, preserve_module_state=False)
-        ):
-            written: TensorDictBase = encoder(data).select(*encoder.out_keys)
-        return written
+        module = nullcontext()
+        if params is not None:
+            module = params.to_module(encoder, preserve_module_state=False)
+        with torch.set_grad_enabled(gradient), module:
+            kept[(target, gradient)] = encoder(data).select(*encoder.out_keys)
+        return kept[(target, gradient)]
 
     @contextmanager
     def policy(self) -> Iterator[Any]:
@@ -489,12 +500,9 @@ class NetworkLoss(LossModule):
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
             yield self.actor_network
 
-    def policy_distribution(self, data: TensorDictBase) -> Any:
+    def _distribution_in_module(self, data: TensorDictBase) -> Any:
         """The policy's distribution on the entries of ``data``."""
-        actor: Any = self.actor_network
-        if self.direct is not None and self.direct.head is not None:
-            return distribution_of(actor, self.direct.head, data)
-        with self.policy():
+        with self.policy() as actor:
             return actor.get_dist(data.select(*actor.in_keys, strict=False))
 
     # -- keys ----------------------------------------------------------------------------------------
@@ -516,29 +524,25 @@ class NetworkLoss(LossModule):
                 f"from {', '.join(known)}."
             )
         super().set_keys(**kwargs)
-        self._in_keys = None
+        self._name_inputs()
         self.forget_networks()
 
-    @property
-    def in_keys(self) -> list[NestedKey]:
+    def _name_inputs(self) -> None:
         """Keys that :meth:`forward` reads; ``("next", ...)`` ones only for V."""
-        if self._in_keys is None:
-            keys = self.tensor_keys
-            of_value = self.observed_keys(self.value_network.in_keys)
-            names = [
-                keys.action,
-                *(("next", key) for key in (keys.reward, keys.done, keys.terminated)),
-                *self.observed_keys(self.actor_network.in_keys),
-                *self.observed_keys(self.qvalue_network.in_keys),
-                *of_value,
-                *(("next", key) for key in of_value),
-            ]
-            self._in_keys = list(dict.fromkeys(unravel_key(name) for name in names))
-        return self._in_keys
-
-    @in_keys.setter
-    def in_keys(self, values: list[NestedKey]) -> None:
-        self._in_keys = values
+        keys = self.tensor_keys
+        of_value = self.observed_keys(self.value_network.in_keys)
+        self.in_keys = list(
+            dict.fromkeys(
+                [
+                    keys.action,
+                    *(("next", key) for key in (keys.reward, keys.done, keys.terminated)),
+                    *self.observed_keys(self.actor_network.in_keys),
+                    *self.observed_keys(self.qvalue_network.in_keys),
+                    *of_value,
+                    *(("next", key) for key in of_value),
+                ]
+            )
+        )
 
 
 def _places(

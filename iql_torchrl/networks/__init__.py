@@ -1,14 +1,6 @@
 """Plain networks for IQL, to wrap with TorchRL's ``ValueOperator`` or ``TensorDictModule``."""
 
 from iql_torchrl.networks.encoders import Flatten, ImageEncoder, JoinedEncoders, OneHots
-from iql_torchrl.networks.history import (
-    HISTORY_MASK,
-    History,
-    history_of,
-    repeat_first,
-    stack_frames,
-    with_history,
-)
 from iql_torchrl.networks.perceptrons import (
     ACTIVATIONS,
     MLP,
@@ -19,11 +11,18 @@ from iql_torchrl.networks.perceptrons import (
     ResidualMLP,
     Standardise,
     StateValue,
-    first_layer,
     join_observations,
-    perceptron,
 )
-from iql_torchrl.networks.sequences import CausalTransformer, LSTMEncoder
+from iql_torchrl.networks.sequences import (
+    HISTORY_MASK,
+    CausalTransformer,
+    History,
+    LSTMEncoder,
+    history_of,
+    repeat_first,
+    stack_frames,
+    with_history,
+)
 
 __all__ = [
     "ACTIVATIONS",
@@ -43,10 +42,8 @@ __all__ = [
     "ResidualMLP",
     "Standardise",
     "StateValue",
-    "first_layer",
     "history_of",
     "join_observations",
-    "perceptron",
     "repeat_first",
     "stack_frames",
     "with_history",

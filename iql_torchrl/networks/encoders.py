@@ -7,16 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from iql_torchrl.networks.perceptrons import Numbers, check_whole
+from iql_torchrl.config import check_choice, check_whole
+from iql_torchrl.networks.perceptrons import Numbers
 
-__all__ = ["Flatten", "ImageEncoder", "JoinedEncoders", "OneHots"]
-
-KINDS = ("small", "residual")
-LAYOUTS = ("last", "first")
 DEEP_ENOUGH = 36  # shortest side of an image for the layers of Mnih et al. 2015
 MNIH = ((32, 8, 4, 0), (64, 4, 2, 0), (64, 3, 1, 0))  # channels, kernel, stride, padding
 HALVING = ((32, 3, 2, 1), (64, 3, 2, 1), (64, 3, 2, 1))
-STAGES = (16, 32, 32)
 
 
 class Flatten(Numbers):
@@ -25,9 +21,6 @@ class Flatten(Numbers):
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
         self.shape = tuple(shape)
-
-    def extra_repr(self) -> str:
-        return f"shape={self.shape}"
 
     def forward(self, observation: Tensor) -> Tensor:
         rows = batch_shape(observation, self.shape)
@@ -44,8 +37,7 @@ class OneHots(Numbers):
 
     def __init__(self, counts: Sequence[int], shape: Sequence[int] | None = None) -> None:
         super().__init__()
-        for number, count in enumerate(counts):
-            check_whole(f"counts[{number}]", count)
+        check_whole(**{f"counts[{number}]": count for number, count in enumerate(counts)})
         self.counts = tuple(int(count) for count in counts)
         self.shape = (len(self.counts),) if shape is None else tuple(shape)
 
@@ -70,55 +62,44 @@ class ImageEncoder(nn.Module):
     (Yarats, Kostrikov, Fergus 2021, arXiv:2004.13649).
 
     Args:
-        shape: of one image, ``(H, W, C)`` or ``(C, H, W)``.
+        shape: of one image, ``(H, W, C)`` or ``(C, H, W)``: the shorter of the two outer dimensions is
+            the channels, and the last where they are equal.
         features: width of the output.
         kind: ``"small"``: three convolutions, those of Mnih et al. 2015 ("Human-level control
             through deep reinforcement learning") for sides of at least 36, else of 3 x 3 with
             stride 2. ``"residual"``: three stages of 16, 32 and 32 channels, each a convolution, a
             maximum over 3 x 3 with stride 2, and two residual blocks (Espeholt et al. 2018,
             arXiv:1802.01561).
-        channels: ``"last"`` or ``"first"``; by default the shorter of the two outer dimensions is
-            the channels, and the last where they are equal.
 
     Raises ``ValueError`` on a shape that is not of three dimensions, images smaller than 8 x 8,
-    and unknown names; a call raises it on images of another size.
+    and another kind; a call raises it on images of another size.
     """
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        features: int = 64,
-        *,
-        kind: str = "small",
-        channels: str | None = None,
-    ) -> None:
+    def __init__(self, shape: Sequence[int], features: int = 64, *, kind: str = "small") -> None:
         super().__init__()
         self.shape = tuple(int(size) for size in shape)
-        check_whole("features", features)
+        check_whole(features=features)
+        check_choice("kind", kind, ("small", "residual"))
         if len(self.shape) != 3:
             raise ValueError(
                 f"shape is {self.shape}; expected that of one image, (height, width, channels) or "
                 "(channels, height, width)."
             )
-        if kind not in KINDS:
-            raise ValueError(f"kind is {kind!r}; choose one of {', '.join(KINDS)}.")
-        if channels not in (None, *LAYOUTS):
-            raise ValueError(f"channels is {channels!r}; choose 'last', 'first' or None.")
-        first = channels == "first" or (channels is None and channels_come_first(self.shape))
-        self.channels = "first" if first else "last"
-        depth = self.shape[0] if first else self.shape[2]
-        height, width = self.shape[1:] if first else self.shape[:2]
-        if min(height, width) < 8:
-            raise ValueError(
-                f"shape is {self.shape}, with channels {self.channels} an image of {height} x "
-                f"{width}; expected at least 8 x 8. Use Flatten and an MLP for smaller ones."
-            )
         self.kind = kind
-        small = MNIH if min(height, width) >= DEEP_ENOUGH else HALVING
-        self.convolutions = _small(depth, small) if kind == "small" else _residual(depth)
+        self.channels = "first" if channels_come_first(self.shape) else "last"
+        first = self.channels == "first"
+        depth, *self.size = self.shape if first else (self.shape[2], *self.shape[:2])
+        if min(self.size) < 8:
+            raise ValueError(
+                f"shape is {self.shape}, with channels {self.channels} an image of "
+                f"{' x '.join(map(str, self.size))}; expected at least 8 x 8. Use Flatten and an MLP "
+                "for smaller ones."
+            )
+        layers = MNIH if min(self.size) >= DEEP_ENOUGH else HALVING
+        self.convolutions = _small(depth, layers) if kind == "small" else _residual(depth)
         with torch.no_grad():
-            size = self.convolutions(torch.zeros(1, depth, height, width)).numel()
-        self.linear = nn.Linear(size, features)
+            outputs = self.convolutions(torch.zeros(1, depth, *self.size)).numel()
+        self.linear = nn.Linear(outputs, features)
         self.norm = nn.LayerNorm(features)
         for name, parameter in self.named_parameters():
             if name.startswith("norm."):
@@ -153,11 +134,10 @@ class ImageEncoder(nn.Module):
         """
         rows = batch_shape(images, self.shape)
         x = images.reshape(-1, *self.shape)
-        height, width = self.shape[1:] if self.channels == "first" else self.shape[:2]
         start = (offset.reshape(-1, 2) * (2 * pixels + 1)).long().clamp(max=2 * pixels) - pixels
         down, right = (
             (torch.arange(size, device=x.device) + start[:, i : i + 1]).clamp(0, size - 1)
-            for i, size in enumerate((height, width))
+            for i, size in enumerate(self.size)
         )
         number = torch.arange(len(x), device=x.device)[:, None, None]
         where = (number, down[:, :, None], right[:, None, :])
@@ -174,20 +154,13 @@ class JoinedEncoders(nn.Module):
         self.encoders = nn.ModuleList(encoders)
 
     def forward(self, *observations: Tensor) -> Tensor:
-        parts = [
-            encoder(observation)
-            for encoder, observation in zip(self.encoders, observations, strict=True)
-        ]
-        return torch.cat(parts, -1)
+        pairs = zip(self.encoders, observations, strict=True)
+        return torch.cat([encoder(observation) for encoder, observation in pairs], -1)
 
     @property
     def shortest_side(self) -> int | None:
         """Of the images that it can move (:meth:`ImageEncoder.shifted`), in pixels; None without."""
-        sides = [
-            min(encoder.shape[1:] if encoder.channels == "first" else encoder.shape[:2])
-            for encoder in self.encoders
-            if isinstance(encoder, ImageEncoder)
-        ]
+        sides = [min(each.size) for each in self.encoders if isinstance(each, ImageEncoder)]
         return min(sides, default=None)
 
     def shifted(
@@ -227,7 +200,7 @@ def _small(depth: int, layers: Sequence[tuple[int, int, int, int]]) -> nn.Sequen
 
 def _residual(depth: int) -> nn.Sequential:
     parts: list[nn.Module] = []
-    for channels in STAGES:
+    for channels in (16, 32, 32):
         parts += [
             nn.Conv2d(depth, channels, 3, padding=1),
             nn.MaxPool2d(3, stride=2, padding=1),

@@ -1,89 +1,34 @@
-"""Multilayer perceptrons over parameters that may be stacked: K networks evaluated as one."""
+"""Evaluation of networks in an update: without TensorDict, without vmap, without copies.
+
+TorchRL's losses put parameters into a network at every evaluation, and map over critics. Here the
+user's own modules run, with two parts of them replaced where ``networks.recognition`` knows them:
+the perceptron is evaluated over the parameters that are asked for, live or target, of one network or
+of many, and a category selects a column of the first layer. Values are those of the general way but
+for rounding; gradients cannot be differentiated again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from numbers import Number
-from typing import Any, TypeGuard
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torchrl.modules import MLP as TorchRLMLP
 
-from iql_torchrl.config import launches_kernels
-from iql_torchrl.networks import MLP
-from iql_torchrl.networks.products import affine, matmul, product
-
-__all__ = ["Perceptron", "StackedPerceptron", "chain", "is_stackable", "linear_layers"]
+from iql_torchrl.config import arithmetic, launches_kernels
+from iql_torchrl.networks import products
+from iql_torchrl.private_apis import children_of, hook_tables
 
 aten = torch.ops.aten
-# In place on the layer's output, and the gradient from that output alone.
-ACTIVATIONS: dict[type[nn.Module], tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+# An activation in place on a layer's output, and its gradient from that output alone.
+Activation: TypeAlias = tuple[Callable[..., Tensor], Callable[..., Tensor]]
+DERIVATIVES: dict[type[nn.Module], Activation] = {
     nn.ReLU: (torch.relu_, lambda gradient, out: aten.threshold_backward(gradient, out, 0)),
     nn.Tanh: (torch.tanh_, aten.tanh_backward),
 }
 FEW, SMALL = 32, 2**22
-# Modules that act on every number for itself.
-ELEMENTWISE = (
-    nn.ReLU,
-    nn.Tanh,
-    nn.SiLU,
-    nn.GELU,
-    nn.ELU,
-    nn.LeakyReLU,
-    nn.Mish,
-    nn.Softplus,
-    nn.Sigmoid,
-    nn.Identity,
-    nn.Dropout,
-)
-
-
-def _is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
-    """Whether it runs its parts one after the other and nothing else; TorchRL's MLP may reshape."""
-    if type(module) is TorchRLMLP:
-        return isinstance(module.out_features, Number)
-    return type(module) in (nn.Sequential, MLP, StackedPerceptron)
-
-
-def is_stackable(module: nn.Module) -> TypeGuard[nn.Sequential]:
-    """Whether :class:`Perceptron` computes what the module does over stacked parameters.
-
-    True for Sequentials of Linear, LayerNorm over the last dimension and element-wise modules, with
-    at least one Linear.
-    """
-    if not _is_sequential(module):
-        return False
-    parts = list(module)
-    return any(type(part) is nn.Linear for part in parts) and all(
-        type(part) in (nn.Linear, *ELEMENTWISE)
-        or (type(part) is nn.LayerNorm and len(part.normalized_shape) == 1)
-        for part in parts
-    )
-
-
-def linear_layers(module: nn.Module) -> list[nn.Linear] | None:
-    """The Linear layers of a Sequential that alternates them with one ReLU or Tanh, else None."""
-    if not _is_sequential(module):
-        return None
-    parts: list[Any] = list(module)  # children() names a module once, however often it runs
-    layers, between = parts[::2], parts[1::2]
-    kinds = {type(layer) for layer in between}
-    alternates = len(layers) == len(between) + 1 and len(kinds) <= 1 and kinds <= set(ACTIVATIONS)
-    if not alternates or any(type(x) is not nn.Linear or x.bias is None for x in layers):
-        return None
-    return layers
-
-
-def _picked(weight: Tensor, index: Tensor) -> Tensor:
-    """``weight @ one_hot(index).mT`` without the product: ``(*K, out, in)`` -> ``(*K, out, B)``.
-
-    ``index`` is ``(B,)``, or ``(P, B)`` for weights ``(P, ..., out, in)``. Raises on indices
-    outside ``[0, in)``.
-    """
-    shape = index.shape[:-1] + (1,) * (weight.ndim - index.ndim) + index.shape[-1:]
-    return weight.gather(-1, index.view(shape).expand(*weight.shape[:-1], -1))
 
 
 class Perceptron:
@@ -98,8 +43,9 @@ class Perceptron:
     - with ``picks``, categories without the last dimension are read in place of one-hot vectors;
     - with ``detached``, no gradient reaches ``leaves``.
 
-    Outside of ``torch.compile`` and autocast, layers that :func:`linear_layers` lists have a
-    written-out gradient, which cannot be differentiated again.
+    With ``derivative``, layers are linear with that one activation between them: outside of
+    ``torch.compile`` and autocast they have a written-out gradient, which cannot be differentiated
+    again.
     """
 
     def __init__(
@@ -107,16 +53,15 @@ class Perceptron:
         source: nn.Sequential,
         leaves: Sequence[Tensor],
         *,
+        derivative: Activation | None = None,
         per_run: bool = False,
         picks: bool = False,
         detached: bool = False,
     ) -> None:
         self.layers = tuple(source)
         self.counts = tuple(len(list(layer.parameters(recurse=False))) for layer in self.layers)
-        self.leaves = tuple(leaves)
+        self.leaves, self.derivative = tuple(leaves), derivative
         self.per_run, self.picks, self.detached = per_run, picks, detached
-        kind = type(self.layers[1]) if len(self.layers) > 1 else nn.ReLU
-        self.activation = None if linear_layers(source) is None else ACTIVATIONS[kind]
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
@@ -135,9 +80,9 @@ class Perceptron:
     def _evaluate(self, x: Tensor) -> Tensor:
         leaves = [leaf.detach() for leaf in self.leaves] if self.detached else self.leaves
         traced = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-        if self.activation is None or traced or leaves[0].ndim > 3:
+        if self.derivative is None or traced or leaves[0].ndim > 3:
             return self.operations(x, leaves)
-        return chain(x, leaves, self.activation)
+        return chain(x, leaves, self.derivative)
 
     def operations(self, x: Tensor, leaves: Sequence[Tensor]) -> Tensor:
         """The layers as operations for autograd and Inductor: ``(B, in)`` -> ``(*K, B, out)``.
@@ -150,15 +95,6 @@ class Perceptron:
         for layer, count in zip(self.layers, self.counts, strict=True):
             x = _layer(layer, x, [next(rest) for _ in range(count)])
         return x.mT
-
-
-class StackedPerceptron(nn.Sequential):
-    """A perceptron of many runs: layers of one of them, evaluated over the parameters of all."""
-
-    over: Perceptron
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.over(*inputs)
 
 
 def _layer(layer: nn.Module, x: Tensor, leaves: Sequence[Tensor]) -> Tensor:
@@ -183,9 +119,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         else:
             x = (weight.unsqueeze(-1) * x.unsqueeze(-3)).sum(-2)
     elif x.ndim == 2 < weight.ndim:  # one input for all: one product
-        x = matmul(weight.flatten(0, -2), x).unflatten(0, weight.shape[:-1])
+        x = products.matmul(weight.flatten(0, -2), x).unflatten(0, weight.shape[:-1])
     else:
-        x = matmul(weight, _widened(x, weight.ndim))
+        x = products.matmul(weight, _widened(x, weight.ndim))
     return x if bias is None else x + bias.unsqueeze(-1)
 
 
@@ -209,10 +145,20 @@ def _widened(x: Tensor, ndim: int) -> Tensor:
     return x.unsqueeze(1) if 2 < x.ndim < ndim else x
 
 
+def _picked(weight: Tensor, index: Tensor) -> Tensor:
+    """``weight @ one_hot(index).mT`` without the product: ``(*K, out, in)`` -> ``(*K, out, B)``.
+
+    ``index`` is ``(B,)``, or ``(P, B)`` for weights ``(P, ..., out, in)``. Raises on indices
+    outside ``[0, in)``.
+    """
+    shape = index.shape[:-1] + (1,) * (weight.ndim - index.ndim) + index.shape[-1:]
+    return weight.gather(-1, index.view(shape).expand(*weight.shape[:-1], -1))
+
+
 def chain(
     x: Tensor,
     leaves: Sequence[Tensor],
-    activation: tuple[Callable[..., Tensor], Callable[..., Tensor]] = ACTIVATIONS[nn.ReLU],
+    activation: Activation = DERIVATIVES[nn.ReLU],
 ) -> Tensor:
     """Linear layers with one activation between them, over ``(out, in)`` or ``(P, out, in)`` weights.
 
@@ -273,3 +219,117 @@ def _weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return torch.zeros_like(weight).scatter_add_(
         -1, x.unsqueeze(-2).expand_as(gradient.mT), gradient.mT
     )
+
+
+def product(first: Tensor, second: Tensor) -> Tensor:
+    """``first @ second`` without autograd: matrices, or stacks of them that broadcast."""
+    if arithmetic.chosen == "onednn" and products.uses_onednn(first, second):
+        return products.by_pairs(first, second.mT, None)
+    return first @ second
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``x @ weight.mT + bias`` without autograd: ``(B, in)`` and ``(out, in)``, or stacks of them."""
+    if arithmetic.chosen == "onednn" and products.uses_onednn(x, weight.mT):
+        return products.by_pairs(x, weight, bias)
+    if weight.ndim == 2:
+        return torch.addmm(bias, x, weight.mT)
+    return torch.baddbmm(bias.unsqueeze(-2), x.expand(len(weight), *x.shape[-2:]), weight.mT)
+
+
+class Direct:
+    """``module`` called with the entries ``in_keys`` of a TensorDict, without TensorDict.
+
+    With ``body``, it takes the place of the module's perceptron, and ``first`` that of its first
+    layer. ``by_row``: every row of a batch is treated for itself, without random numbers.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        in_keys: Sequence[NestedKey] = (),
+        body: Perceptron | None = None,
+        first: Callable[..., Tensor] | None = None,
+        *,
+        by_row: bool = False,
+    ) -> None:
+        self.module: Any = module
+        self.in_keys, self.body, self.first, self.by_row = list(in_keys), body, first, by_row
+
+    def __call__(self, data: TensorDictBase) -> Any:
+        return self.run(*[data.get(key) for key in self.in_keys])
+
+    def run(self, *inputs: Tensor) -> Any:
+        if self.body is None:
+            return self.module(*inputs)
+        if self.first is None:
+            return self.body(*inputs)
+        return self.module.around(self.first, self.body, *inputs)
+
+    def twice(self, first: TensorDictBase, second: TensorDictBase) -> Sequence[Tensor]:
+        """Outputs of two batches of one shape from a single evaluation; only where ``by_row``."""
+        inputs = [torch.stack([first.get(key), second.get(key)]) for key in self.in_keys]
+        value: Tensor = self.run(*inputs)
+        return value.unbind()
+
+
+class DirectCritics:
+    """K critics of one run, ``(K, *B, n)``, or with ``per_run`` of P runs, ``(K, P, B, n)``."""
+
+    def __init__(self, critics: Direct, count: int, per_run: bool) -> None:
+        self.critics, self.count, self.per_run = critics, count, per_run
+
+    def __call__(self, data: TensorDictBase) -> Tensor:
+        out: Tensor = self.critics(data)
+        if self.count == 1:
+            return out.unsqueeze(0)
+        return out.transpose(0, 1) if self.per_run else out
+
+
+class Watched:
+    """Numbers, parts and hooks of networks, to notice that one of them is another now."""
+
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
+        modules = list(dict.fromkeys(m for network in networks for m in network.modules()))
+        self._values = [
+            (vars(m), name, value)
+            for m in modules
+            for name, value in vars(m).items()
+            if isinstance(value, (bool, int, float, str)) and name != "training"
+        ]
+        self._parts = [(children_of(m), dict(children_of(m))) for m in modules]
+        self._hooks = [(table, len(table)) for m in modules for table in hook_tables(m)]
+
+    def changed(self) -> bool:
+        """Takes some microseconds for each network."""
+        return (
+            any(table.get(name) is not value for table, name, value in self._values)
+            or any(table != before for table, before in self._parts)
+            or any(len(table) != count for table, count in self._hooks)
+        )
+
+
+class Networks(NamedTuple):
+    """What evaluates the networks of a loss, each called with the entries of a batch.
+
+    ``critics``: by the name of their parameters. ``head``: of the policy, the network before its
+    distribution, or the velocity of a flow; None where it is evaluated as any other module.
+    """
+
+    value: Callable[[TensorDictBase], Tensor]
+    critics: Mapping[str, Callable[[TensorDictBase], Tensor]]
+    distribution: Callable[[TensorDictBase], Any]
+    head: Direct | None = None
+    watched: Watched | None = None
+
+
+def distribution_of(actor: Any, head: Direct, data: TensorDictBase) -> Any:
+    """The distribution of an actor that is a head and a distribution, without TensorDict."""
+    out = head(data)
+    values = (out,) if isinstance(out, Tensor) else out
+    parameters = dict(zip(actor[0].out_keys, values, strict=True))
+    for key in actor[1].in_keys:
+        if key not in parameters:  # an action mask, which runs of a population may share
+            mask, like = data.get(key), values[0]
+            parameters[key] = mask.expand(*like.shape[: like.ndim - mask.ndim], *mask.shape)
+    return actor[1].get_dist(parameters)  # it only calls ``get``

@@ -4,29 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "ACTIVATIONS",
-    "MLP",
-    "AroundPerceptron",
-    "Critic",
-    "DiscreteCritic",
-    "OneHot",
-    "ResidualMLP",
-    "Standardise",
-    "StateValue",
-    "check_whole",
-    "first_layer",
-    "join_observations",
-    "perceptron",
-]
+from iql_torchrl.config import check_choice, check_whole
 
-GAIN = 2.0**0.5
 #: Makers of the activations that a config names. GELU is the approximation by tanh, as in JAX.
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -34,20 +18,8 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "gelu": partial(nn.GELU, "tanh"),
     "mish": nn.Mish,
 }
-
-
-def _orthogonal_linear(in_features: int, out_features: int) -> nn.Linear:
-    layer = nn.Linear(in_features, out_features)
-    nn.init.orthogonal_(layer.weight, GAIN)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-#: Makers of the linear layers that a config names by how their weights are drawn.
-INITIALISATIONS: Mapping[str, Callable[[int, int], nn.Linear]] = {
-    "orthogonal": _orthogonal_linear,
-    "torch": nn.Linear,
-}
+INITIALISATIONS = ("orthogonal", "torch")
+Part = Callable[..., Tensor]
 
 
 class Standardise(nn.Module):
@@ -105,7 +77,7 @@ class OneHot(Numbers):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        check_whole("num_classes", num_classes)
+        check_whole(num_classes=num_classes)
         self.num_classes = num_classes
 
     def forward(self, observation: Tensor) -> Tensor:
@@ -139,19 +111,12 @@ class MLP(nn.Sequential):
         dropout: float = 0.0,
         initialisation: str = "orthogonal",
     ) -> None:
-        linear = _check_layers(
-            in_features, out_features, hidden, activation, dropout, initialisation
-        )
+        linear = _checked_linear(hidden, activation, dropout, initialisation)
         layers: list[nn.Module] = []
         for width in hidden:
-            layers.append(linear(in_features, width))
-            if layer_norm and not norm_after_activation:
-                layers.append(nn.LayerNorm(width))
-            layers.append(activation())
-            if layer_norm and norm_after_activation:
-                layers.append(nn.LayerNorm(width))
-            if dropout > 0:
-                layers.append(nn.Dropout(dropout))
+            parts = [nn.LayerNorm(width), activation()] if layer_norm else [activation()]
+            parts = parts[::-1] if norm_after_activation else parts
+            layers += [linear(in_features, width), *parts, *_dropout(dropout)]
             in_features = width
         super().__init__(*layers, linear(in_features, out_features))
 
@@ -178,9 +143,7 @@ class ResidualMLP(nn.Module):
         dropout: float = 0.0,
         initialisation: str = "orthogonal",
     ) -> None:
-        linear = _check_layers(
-            in_features, out_features, hidden, activation, dropout, initialisation
-        )
+        linear = _checked_linear(hidden, activation, dropout, initialisation)
         if len(set(hidden)) != 1:
             raise ValueError(
                 f"hidden is {tuple(hidden)}; residual blocks add their output to their input, so all "
@@ -191,7 +154,7 @@ class ResidualMLP(nn.Module):
         self.first = linear(in_features, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                *([nn.Dropout(dropout)] if dropout > 0 else []),
+                *_dropout(dropout),
                 nn.LayerNorm(width),
                 linear(width, 4 * width),
                 activation(),
@@ -209,29 +172,13 @@ class ResidualMLP(nn.Module):
         return out
 
 
-def perceptron(
-    in_features: int, out_features: int, *, residual: bool = False, **options: Any
-) -> nn.Module:
-    """:class:`MLP`, or with ``residual`` a :class:`ResidualMLP`, from the further keywords."""
-    kind = ResidualMLP if residual else MLP
-    return kind(in_features, out_features, **options)
-
-
-def _check_layers(
-    in_features: int,
-    out_features: int,
-    hidden: object,
-    activation: object,
-    dropout: float,
-    initialisation: str,
+def _checked_linear(
+    hidden: object, activation: object, dropout: float, initialisation: str
 ) -> Callable[[int, int], nn.Linear]:
-    """Raise on wrong arguments; what makes a linear layer of this initialisation."""
-    check_whole("in_features", in_features)
-    check_whole("out_features", out_features)
+    """What makes the linear layers; raises on wrong arguments, it on wrong numbers of features."""
     if not isinstance(hidden, Sequence) or isinstance(hidden, str):
         raise ValueError(f"hidden is {hidden!r}; expected a sequence of widths: ({hidden!r},).")
-    for number, width in enumerate(hidden):
-        check_whole(f"hidden[{number}]", width)
+    check_whole(**{f"hidden[{number}]": width for number, width in enumerate(hidden)})
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; it must lie in [0, 1).")
     if isinstance(activation, nn.Module) or not callable(activation):
@@ -239,16 +186,21 @@ def _check_layers(
             f"activation is {activation!r}; expected a class or function that makes a module, such "
             "as torch.nn.ReLU, without parentheses."
         )
-    if initialisation not in list(INITIALISATIONS):
-        raise ValueError(
-            f"initialisation is {initialisation!r}; expected {' or '.join(INITIALISATIONS)}."
-        )
-    return INITIALISATIONS[initialisation]
+    check_choice("initialisation", initialisation, INITIALISATIONS)
+
+    def linear(in_features: int, out_features: int) -> nn.Linear:
+        check_whole(in_features=in_features, out_features=out_features)
+        layer = nn.Linear(in_features, out_features)
+        if initialisation == "orthogonal":
+            nn.init.orthogonal_(layer.weight, 2.0**0.5)
+            nn.init.zeros_(layer.bias)
+        return layer
+
+    return linear
 
 
-def check_whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} is {value!r}; expected a whole number >= 1.")
+def _dropout(probability: float) -> list[nn.Module]:
+    return [nn.Dropout(probability)] if probability > 0 else []
 
 
 def first_layer(preprocess: nn.Module | None) -> nn.Module:
@@ -264,6 +216,9 @@ def first_layer(preprocess: nn.Module | None) -> nn.Module:
 class AroundPerceptron(nn.Module):
     """Base of networks of a first layer, ``preprocess``, one perceptron, ``mlp``, and what is around.
 
+    ``in_features`` is the number of features that the perceptron reads. Further keywords go to
+    :class:`MLP`, or with ``residual=True`` to :class:`ResidualMLP`.
+
     ``around(first, mlp, *inputs)`` is the network with these two in their place: an update calls it
     with what evaluates the perceptron over parameters of its choice. ``mlp_reads_first``: whether the
     perceptron reads the output of the first layer and nothing else.
@@ -271,47 +226,45 @@ class AroundPerceptron(nn.Module):
 
     mlp_reads_first = True
 
-    def __init__(self, preprocess: nn.Module | None, mlp: nn.Module) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        preprocess: nn.Module | None = None,
+        residual: bool = False,
+        **mlp: Any,
+    ) -> None:
         super().__init__()
-        self.preprocess, self.mlp = first_layer(preprocess), mlp
+        self.preprocess = first_layer(preprocess)
+        self.mlp: nn.Module = (ResidualMLP if residual else MLP)(in_features, out_features, **mlp)
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.around(self.preprocess, self.mlp, *inputs)
 
-    def around(
-        self, first: Callable[..., Tensor], mlp: Callable[..., Tensor], *inputs: Tensor
-    ) -> Any:
+    def around(self, first: Part, mlp: Part, *inputs: Tensor) -> Any:
         return mlp(first(join_observations(inputs)))
 
 
 class StateValue(AroundPerceptron):
     """V(s): observations joined on the last dimension -> ``(*B, 1)``.
 
-    ``in_features`` is the number of output features of ``preprocess`` (:class:`Standardise`,
-    :class:`OneHot`, your own encoder); further keywords go to :class:`MLP`, or with
-    ``residual=True`` to :class:`ResidualMLP`, as in all networks and policies here.
+    ``in_features`` is the number of output features of the keyword ``preprocess``, the first layer
+    (:class:`Standardise`, :class:`OneHot`, your own encoder); further keywords go to :class:`MLP`, or
+    with ``residual=True`` to :class:`ResidualMLP`, as in all networks and policies here.
     """
 
-    def __init__(
-        self, in_features: int, *, preprocess: nn.Module | None = None, **mlp: Any
-    ) -> None:
-        super().__init__(preprocess, perceptron(in_features, 1, **mlp))
+    def __init__(self, in_features: int, **network: Any) -> None:
+        super().__init__(in_features, 1, **network)
 
 
 class DiscreteCritic(AroundPerceptron):
     """Q(s, .): observations joined on the last dimension -> one value per action, ``(*B, N)``."""
 
-    def __init__(
-        self,
-        in_features: int,
-        num_actions: int,
-        *,
-        preprocess: nn.Module | None = None,
-        **mlp: Any,
-    ) -> None:
+    def __init__(self, in_features: int, num_actions: int, **network: Any) -> None:
         if num_actions < 2:
             raise ValueError(f"num_actions is {num_actions}; a choice needs at least two.")
-        super().__init__(preprocess, perceptron(in_features, num_actions, **mlp))
+        super().__init__(in_features, num_actions, **network)
 
 
 class Critic(AroundPerceptron):
@@ -323,19 +276,10 @@ class Critic(AroundPerceptron):
 
     mlp_reads_first = False
 
-    def __init__(
-        self,
-        in_features: int,
-        action_features: int,
-        *,
-        preprocess: nn.Module | None = None,
-        **mlp: Any,
-    ) -> None:
-        super().__init__(preprocess, perceptron(in_features + action_features, 1, **mlp))
+    def __init__(self, in_features: int, action_features: int, **network: Any) -> None:
+        super().__init__(in_features + action_features, 1, **network)
 
-    def around(
-        self, first: Callable[..., Tensor], mlp: Callable[..., Tensor], *inputs: Tensor
-    ) -> Any:
+    def around(self, first: Part, mlp: Part, *inputs: Tensor) -> Any:
         *observations, action = inputs
         return mlp(torch.cat([first(join_observations(observations)), action], -1))
 

@@ -14,8 +14,6 @@ from torch import Tensor
 from iql_torchrl.config import choose_products, chosen_products, launches_kernels
 from iql_torchrl.private_apis import has_onednn_linear, onednn_linear
 
-__all__ = ["affine", "is_wide", "matmul", "product", "settle_products"]
-
 # Where oneDNN is faster than MKL, it is so from these sizes on (benchmarks/bench_products.py): rows and
 # columns, and multiplications.
 SHORTEST, LARGE = 64, 2**22
@@ -70,25 +68,9 @@ def _share_of_time() -> float:
     return min(times[by_onednn]) / min(times[by_mkl])
 
 
-def product(first: Tensor, second: Tensor) -> Tensor:
-    """``first @ second`` without autograd: matrices, or stacks of them that broadcast."""
-    if not _by_onednn(first, second):
-        return first @ second
-    return _by_pairs(first, second.mT, None)
-
-
-def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``x @ weight.mT + bias`` without autograd: ``(B, in)`` and ``(out, in)``, or stacks of them."""
-    if _by_onednn(x, weight.mT):
-        return _by_pairs(x, weight, bias)
-    if weight.ndim == 2:
-        return torch.addmm(bias, x, weight.mT)
-    return torch.baddbmm(bias.unsqueeze(-2), x.expand(len(weight), *x.shape[-2:]), weight.mT)
-
-
 def matmul(first: Tensor, second: Tensor) -> Tensor:
     """``first @ second``, differentiable and traceable."""
-    if not _by_onednn(first, second):
+    if not uses_onednn(first, second):
         return first @ second
     op = torch.ops.iql_torchrl.product.default
     first = first.contiguous()  # as oneDNN needs it: here Inductor joins the copy with other work
@@ -100,28 +82,23 @@ def matmul(first: Tensor, second: Tensor) -> Tensor:
     return out
 
 
-def _by_onednn(first: Tensor, second: Tensor) -> bool:
+def uses_onednn(first: Tensor, second: Tensor) -> bool:
+    """Whether ``first @ second`` is for oneDNN: chosen, and large enough."""
     # launches_kernels is true of the CPU where count_kernels.py traces a program for a GPU there
-    if (
-        chosen_products() != "onednn"
-        or first.device.type != "cpu"
-        or launches_kernels(first.device)
-    ):
+    if chosen_products() != "onednn" or launches_kernels(first.device):
         return False
-    if first.dtype != torch.float32 or second.dtype != torch.float32:
-        return False
+    floats = first.dtype == second.dtype == torch.float32 and first.device.type == "cpu"
     rows, inner, columns = *first.shape[-2:], second.shape[-1]
-    if min(rows, inner, columns) < SHORTEST or rows * inner * columns < LARGE:
-        return False
-    return not torch.is_autocast_enabled("cpu")
+    small = min(rows, inner, columns) < SHORTEST or rows * inner * columns < LARGE
+    return floats and not small and not torch.is_autocast_enabled("cpu")
 
 
 def _networks(first: Tensor, second: Tensor) -> torch.Size:
     return torch.broadcast_shapes(first.shape[:-2], second.shape[:-2])
 
 
-def _by_pairs(first: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``first @ weight.mT + bias``, one matrix after the other."""
+def by_pairs(first: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``first @ weight.mT + bias`` without autograd, one matrix after the other."""
     networks = _networks(first, weight)
     if not networks:
         return onednn_linear(first, weight, bias)
@@ -134,7 +111,7 @@ def _by_pairs(first: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _product(first: Tensor, second: Tensor) -> Tensor:
-    return _by_pairs(first, second.mT, None)
+    return by_pairs(first, second.mT, None)
 
 
 def _product_shape(first: Tensor, second: Tensor) -> Tensor:

@@ -1,7 +1,12 @@
-"""Policies with a distribution: TorchRL ``ProbabilisticActor`` modules."""
+"""Policies with a distribution, as TorchRL ``ProbabilisticActor`` modules, and the distributions.
+
+The distributions stay inside the action spec. None of them checks its arguments: such a check reads a
+tensor, which on a GPU waits for the device.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,36 +14,203 @@ import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
+from torch import distributions as D
 from torchrl.data import Categorical, OneHot, TensorSpec
 from torchrl.modules import Delta, ProbabilisticActor
 
-from iql_torchrl.descriptions import describe_spec, faulty_bounds
-from iql_torchrl.networks import AroundPerceptron, perceptron
-from iql_torchrl.policies.distributions import (
-    Choice,
-    ClippedGaussian,
-    ClippedMixture,
-    OneHotChoice,
-    SquashedGaussian,
-)
-
-__all__ = [
-    "Bounds",
-    "categorical",
-    "deterministic",
-    "gaussian",
-    "mixture",
-    "tanh_normal",
-]
+from iql_torchrl.config import check_whole
+from iql_torchrl.descriptions import describe_space, faulty_bounds
+from iql_torchrl.networks import AroundPerceptron
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+Bounds = tuple[Tensor, Tensor]
 
 
-class _Head(AroundPerceptron):
+class _BoundedGaussian(D.Independent):  # type: ignore[type-arg]
+    """Base of distributions of the action that :meth:`action` makes of a diagonal Gaussian x."""
+
+    def __init__(self, loc: Tensor, scale: Tensor, *, low: Tensor, high: Tensor) -> None:
+        self.low, self.high = low.to(loc.device), high.to(loc.device)
+        super().__init__(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
+
+    def action(self, x: Tensor) -> Tensor:
+        """The action, inside of ``[low, high]``, of a value of the Gaussian."""
+        raise NotImplementedError
+
+    def gaussian_log_prob(self, x: Tensor) -> Tensor:
+        """Logarithm of the Gaussian's density, of each dimension."""
+        normal = self.base_dist
+        error = (x - normal.loc) / normal.scale
+        return -(0.5 * error.square() + normal.scale.log() + HALF_LOG_2PI)
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> _BoundedGaussian:
+        shape = (*batch_shape, *self.event_shape)
+        loc, scale = self.base_dist.loc.expand(shape), self.base_dist.scale.expand(shape)
+        return type(self)(loc, scale, low=self.low, high=self.high)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        return self.action(self.base_dist.loc)
+
+    @staticmethod
+    def noise_features(size: int) -> int:
+        """Standard normal numbers that one sample of A = ``size`` dimensions is made from: A."""
+        return size
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Samples ``(*N, *B, A)`` from standard normal ``noise`` ``(*N, *B, A)``."""
+        return self.action(self.base_dist.loc + self.base_dist.scale * noise)
+
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return self.action(super().rsample(torch.Size(sample_shape)))
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+
+class ClippedGaussian(_BoundedGaussian):
+    """Diagonal Gaussian whose samples are clipped to ``[low, high]``; its density is not.
+
+    ``loc``, ``scale``: ``(*B, A)``. Logged actions on the bounds have an ordinary log-probability,
+    unlike under a squashed Gaussian. The official IQL code clips at sampling too.
+    """
+
+    def action(self, x: Tensor) -> Tensor:
+        return _clip(x, self.low, self.high)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.gaussian_log_prob(value).sum(-1)
+
+
+class SquashedGaussian(_BoundedGaussian):
+    """``centre + half_range * tanh(x)`` with x a diagonal Gaussian: TorchRL's ``TanhNormal``.
+
+    ``loc``, ``scale`` of x: ``(*B, A)``; centre and half range are of ``[low, high]``. Density and
+    samples are those of ``TanhNormal``: the logarithm of the density at an action ``a`` is that of
+    the Gaussian at ``x = atanh((a - centre) / half_range)`` less the sum of
+    ``log(half_range * (1 - tanh(x)**2))``. The tanh is clamped to ``1 - resolution`` of its dtype,
+    so an action on a bound has a finite, very negative log-probability.
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor, *, low: Tensor, high: Tensor) -> None:
+        super().__init__(loc, scale, low=low, high=high)
+        self.centre, self.half_range = (self.high + self.low) / 2, (self.high - self.low) / 2
+
+    def action(self, x: Tensor) -> Tensor:
+        limit = 1 - torch.finfo(x.dtype).resolution
+        return self.centre + self.half_range * x.tanh().clamp(-limit, limit)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        y = (value - self.centre) / self.half_range
+        limit = 1 - torch.finfo(y.dtype).resolution
+        x = y.clamp(-limit, limit).atanh()
+        slope = 2 * (math.log(2) - x - nn.functional.softplus(-2 * x))
+        return (self.gaussian_log_prob(x) - slope - self.half_range.log()).sum(-1)
+
+
+class ClippedMixture(D.MixtureSameFamily):
+    """Mixture of M diagonal Gaussians, samples clipped to ``[low, high]``.
+
+    ``logits``: ``(*B, M)``; ``loc``, ``scale``: ``(*B, M, A)``. The deterministic sample is the mean
+    of the component that is densest at its own mean.
+    """
+
+    def __init__(
+        self, logits: Tensor, loc: Tensor, scale: Tensor, *, low: Tensor, high: Tensor
+    ) -> None:
+        self.low, self.high, self.loc, self.scale = low, high, loc, scale
+        normal = D.Normal(loc, scale, validate_args=False)
+        components = D.Independent(normal, 1, validate_args=False)
+        weights = D.Categorical(logits=logits, validate_args=False)
+        super().__init__(weights, components, validate_args=False)
+
+    @property
+    def mode(self) -> Tensor:
+        density = self.mixture_distribution.logits - self.scale.log().sum(-1)
+        best = density.argmax(-1)[..., None, None].expand_as(self.loc[..., :1, :])
+        return _clip(self.loc.gather(-2, best).squeeze(-2), self.low, self.high)
+
+    deterministic_sample = mode
+
+    @staticmethod
+    def noise_features(size: int) -> int:
+        """Standard normal numbers that one sample of A = ``size`` dimensions is made from: A + 1."""
+        return size + 1
+
+    def from_noise(self, noise: Tensor) -> Tensor:
+        """Samples ``(*N, *B, A)`` from standard normal ``noise`` ``(*N, *B, A + 1)``.
+
+        The last number chooses the component, by its quantile; the others are its sample.
+        """
+        quantile = torch.special.ndtr(noise[..., -1:])
+        ends = self.mixture_distribution.probs.cumsum(-1)[..., :-1]
+        chosen = (quantile >= ends).sum(-1)[..., None, None]
+        shape = (*noise.shape[:-1], *self.loc.shape[-2:])
+        index = chosen.expand(*noise.shape[:-1], 1, shape[-1])
+        loc, scale = (x.expand(shape).gather(-2, index).squeeze(-2) for x in (self.loc, self.scale))
+        return _clip(loc + scale * noise[..., :-1], self.low, self.high)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return _clip(super().sample(torch.Size(sample_shape)), self.low, self.high)
+
+
+class Choice(D.Categorical):
+    """Choice among N by ``logits`` ``(*B, N)``, where ``mask`` (bool, ``(*B, N)``) allows.
+
+    Samples are indices, int64 ``(*B,)``. Ties of the deterministic sample go to the first action.
+    """
+
+    def __init__(self, logits: Tensor, mask: Tensor | None = None) -> None:
+        super().__init__(logits=_allowed(logits, mask), validate_args=False)
+
+    @property
+    def mode(self) -> Tensor:
+        return self.logits.argmax(-1)
+
+    deterministic_sample = mode
+
+
+class OneHotChoice(D.OneHotCategorical):
+    """One-hot choice among N by ``logits`` ``(*B, N)``, where ``mask`` (bool, ``(*B, N)``) allows.
+
+    Samples have the spec's ``dtype``. Ties of the deterministic sample go to the first action.
+    """
+
+    def __init__(
+        self, logits: Tensor, mask: Tensor | None = None, *, dtype: torch.dtype = torch.bool
+    ) -> None:
+        self.dtype = dtype
+        super().__init__(logits=_allowed(logits, mask), validate_args=False)
+
+    @property
+    def mode(self) -> Tensor:
+        return nn.functional.one_hot(self.logits.argmax(-1), self.logits.shape[-1]).to(self.dtype)
+
+    deterministic_sample = mode
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        return super().sample(torch.Size(sample_shape)).to(self.dtype)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return super().log_prob(value.to(self.logits.dtype))
+
+
+def _allowed(logits: Tensor, mask: Tensor | None) -> Tensor:
+    return logits if mask is None else logits.masked_fill(~mask, -torch.inf)
+
+
+def _clip(action: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(action, low.to(action)), high.to(action))
+
+
+class Head(AroundPerceptron):
     """Base of the policies' networks: preprocess, MLP, affine map of [-1, 1] to the spec's bounds.
 
     ``limits``: the bounds, also the keyword arguments of the policy's distribution, which move with
-    this module. They are no buffers: the state has centre and half range already.
+    this module. They are no buffers: the state has centre and half range already. ``log_std``: a
+    parameter of the shape ``log_std_shape``; None without it.
     """
 
     centre: Tensor
@@ -48,19 +220,20 @@ class _Head(AroundPerceptron):
         self,
         in_features: int,
         out_features: int,
-        bounds: tuple[Tensor, Tensor] | None,
-        preprocess: nn.Module | None,
-        mlp: dict[str, Any],
+        bounds: Bounds | None,
+        log_std_shape: Sequence[int] | None = None,
+        **network: Any,
     ) -> None:
-        super().__init__(preprocess, perceptron(in_features, out_features, **mlp))
+        super().__init__(in_features, out_features, **network)
         self.limits: dict[str, Tensor] = {}
         if bounds is not None:
             low, high = bounds
             self.limits = {"low": low, "high": high}
             self.register_buffer("centre", (high + low) / 2)
             self.register_buffer("half_range", (high - low) / 2)
+        self.log_std = None if log_std_shape is None else nn.Parameter(torch.zeros(*log_std_shape))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> _Head:
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Head:
         super()._apply(fn, *args, **kwargs)
         for name, bound in self.limits.items():
             self.limits[name] = fn(bound)
@@ -70,15 +243,8 @@ class _Head(AroundPerceptron):
         return self.centre + self.half_range * x.tanh()
 
 
-class _GaussianHead(_Head):
-    """Mean inside the bounds; log-std a parameter vector (the paper's) or an output of the MLP."""
-
-    def __init__(
-        self, in_features: int, bounds: Bounds, state_dependent_std: bool, *rest: Any
-    ) -> None:
-        size = bounds[0].numel()
-        super().__init__(in_features, (1 + state_dependent_std) * size, bounds, *rest)
-        self.log_std = None if state_dependent_std else nn.Parameter(torch.zeros(size))
+class GaussianHead(Head):
+    """Mean inside the bounds; log-std the parameter (the paper's), or an output of the MLP."""
 
     def around(self, *parts: Any) -> tuple[Tensor, Tensor]:
         out = super().around(*parts)
@@ -87,7 +253,7 @@ class _GaussianHead(_Head):
         return self.inside(out), std.expand_as(out)
 
 
-class _SquashedHead(_Head):
+class SquashedHead(Head):
     """Location before the tanh, and a state-dependent scale."""
 
     def around(self, *parts: Any) -> tuple[Tensor, Tensor]:
@@ -95,26 +261,24 @@ class _SquashedHead(_Head):
         return loc, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
 
 
-class _DeterministicHead(_Head):
+class DeterministicHead(Head):
+    """The action."""
+
     def around(self, *parts: Any) -> Tensor:
         return self.inside(super().around(*parts))
 
 
-class _MixtureHead(_Head):
-    def __init__(self, in_features: int, bounds: Bounds, num_components: int, *rest: Any) -> None:
-        size = bounds[0].numel()
-        super().__init__(in_features, num_components * (1 + size), bounds, *rest)
-        self.shape = (num_components, size)
-        self.log_std = nn.Parameter(torch.zeros(self.shape))
+class MixtureHead(Head):
+    """Logits of M components, their means inside the bounds, and their standard deviations."""
+
+    log_std: nn.Parameter
 
     def around(self, *parts: Any) -> tuple[Tensor, Tensor, Tensor]:
-        out = super().around(*parts)
-        logits, loc = out[..., : self.shape[0]], out[..., self.shape[0] :].unflatten(-1, self.shape)
+        shape = self.log_std.shape[-2:]
+        logits, loc = super().around(*parts).split([shape[0], shape.numel()], -1)
+        loc = self.inside(loc.unflatten(-1, shape))
         std = self.log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp() * self.half_range
-        return logits, self.inside(loc), std.expand_as(loc)
-
-
-Bounds = tuple[Tensor, Tensor]
+        return logits, loc, std.expand_as(loc)
 
 
 def gaussian(
@@ -123,17 +287,18 @@ def gaussian(
     *,
     in_keys: Sequence[NestedKey] = ("observation",),
     state_dependent_std: bool = False,
-    preprocess: nn.Module | None = None,
-    **mlp: Any,
+    **network: Any,
 ) -> ProbabilisticActor:
     """The paper's policy: Gaussian around a tanh mean; its log-std is a parameter vector in [-5, 2].
 
     Mean and standard deviation are in units of half the action range, so the official code's
     numbers apply to any bounds. Raises ``ValueError`` on a spec without finite bounds.
     """
-    bounds = _bounds(action_spec)
-    head = _GaussianHead(in_features, bounds, state_dependent_std, preprocess, mlp)
-    return _actor(head, in_keys, ["loc", "scale"], action_spec, ClippedGaussian, head.limits)
+    bounds = bounds_of(action_spec)
+    size = bounds[0].numel()
+    outputs, log_std_shape = (2 * size, None) if state_dependent_std else (size, (size,))
+    head = GaussianHead(in_features, outputs, bounds, log_std_shape, **network)
+    return make_actor(head, in_keys, ["loc", "scale"], action_spec, ClippedGaussian, head.limits)
 
 
 def tanh_normal(
@@ -141,17 +306,16 @@ def tanh_normal(
     action_spec: TensorSpec,
     *,
     in_keys: Sequence[NestedKey] = ("observation",),
-    preprocess: nn.Module | None = None,
-    **mlp: Any,
+    **network: Any,
 ) -> ProbabilisticActor:
     """A squashed Gaussian, as TorchRL's ``TanhNormal``, with a state-dependent scale.
 
     A logged action exactly on a bound has a clamped, very negative log-probability here; use
     :func:`gaussian` for logs with such actions. Raises ``ValueError`` on an unbounded spec.
     """
-    bounds = _bounds(action_spec)
-    head = _SquashedHead(in_features, 2 * bounds[0].numel(), bounds, preprocess, mlp)
-    return _actor(head, in_keys, ["loc", "scale"], action_spec, SquashedGaussian, head.limits)
+    bounds = bounds_of(action_spec)
+    head = SquashedHead(in_features, 2 * bounds[0].numel(), bounds, **network)
+    return make_actor(head, in_keys, ["loc", "scale"], action_spec, SquashedGaussian, head.limits)
 
 
 def deterministic(
@@ -159,16 +323,15 @@ def deterministic(
     action_spec: TensorSpec,
     *,
     in_keys: Sequence[NestedKey] = ("observation",),
-    preprocess: nn.Module | None = None,
-    **mlp: Any,
+    **network: Any,
 ) -> ProbabilisticActor:
     """``a = pi(s)`` inside the bounds, for ``IQLLoss(actor_objective="mse")``.
 
     Raises ``ValueError`` on an unbounded spec.
     """
-    bounds = _bounds(action_spec)
-    head = _DeterministicHead(in_features, bounds[0].numel(), bounds, preprocess, mlp)
-    return _actor(head, in_keys, ["param"], action_spec, Delta, {})
+    bounds = bounds_of(action_spec)
+    head = DeterministicHead(in_features, bounds[0].numel(), bounds, **network)
+    return make_actor(head, in_keys, ["param"], action_spec, Delta, {})
 
 
 def mixture(
@@ -177,22 +340,19 @@ def mixture(
     *,
     num_components: int = 5,
     in_keys: Sequence[NestedKey] = ("observation",),
-    preprocess: nn.Module | None = None,
-    **mlp: Any,
+    **network: Any,
 ) -> ProbabilisticActor:
     """Mixture of Gaussians around tanh means, for logs in which several policies acted in one state.
 
     Raises ``ValueError`` on an unbounded spec or ``num_components < 1``.
     """
-    if isinstance(num_components, bool) or not isinstance(num_components, int):
-        raise ValueError(f"num_components is {num_components!r}; expected a whole number >= 1.")
-    if num_components < 1:
-        raise ValueError(f"num_components is {num_components}; expected at least one.")
-    bounds = _bounds(action_spec)
-    head = _MixtureHead(in_features, bounds, num_components, preprocess, mlp)
-    return _actor(
-        head, in_keys, ["logits", "loc", "scale"], action_spec, ClippedMixture, head.limits
-    )
+    check_whole(num_components=num_components)
+    bounds = bounds_of(action_spec)
+    size = bounds[0].numel()
+    outputs = num_components * (1 + size)
+    head = MixtureHead(in_features, outputs, bounds, (num_components, size), **network)
+    out_keys = ["logits", "loc", "scale"]
+    return make_actor(head, in_keys, out_keys, action_spec, ClippedMixture, head.limits)
 
 
 def categorical(
@@ -201,8 +361,7 @@ def categorical(
     *,
     mask_key: NestedKey | None = None,
     in_keys: Sequence[NestedKey] = ("observation",),
-    preprocess: nn.Module | None = None,
-    **mlp: Any,
+    **network: Any,
 ) -> ProbabilisticActor:
     """One of N actions; with ``mask_key="action_mask"`` one that the mask ``(*B, N)`` allows.
 
@@ -214,52 +373,57 @@ def categorical(
             f"action_spec is {type(action_spec).__name__}; expected a TorchRL Categorical "
             "or OneHot spec. For continuous actions use gaussian()."
         )
-    num_actions = action_spec.space.n
-    head = _Head(in_features, num_actions, None, preprocess, mlp)
-    parameters = {"logits": "logits"} | ({} if mask_key is None else {"mask": mask_key})
-    if isinstance(action_spec, OneHot):
-        distribution: type = OneHotChoice
-        options = {"dtype": action_spec.dtype}
-    else:
-        distribution, options = Choice, {}
-    return _actor(head, in_keys, ["logits"], action_spec, distribution, options, parameters)
+    head = Head(in_features, action_spec.space.n, None, **network)
+    reads = {"logits": "logits"} | ({} if mask_key is None else {"mask": mask_key})
+    one_hot = isinstance(action_spec, OneHot)
+    distribution: type = OneHotChoice if one_hot else Choice
+    options = {"dtype": action_spec.dtype} if one_hot else {}
+    return make_actor(head, in_keys, ["logits"], action_spec, distribution, options, reads)
 
 
-def _actor(
-    head: _Head,
+def make_actor(
+    head: nn.Module,
     in_keys: Sequence[NestedKey],
     out_keys: list[str],
     action_spec: TensorSpec,
     distribution: type,
     options: dict[str, Any],
-    parameters: dict[str, NestedKey] | None = None,
+    reads: dict[str, NestedKey] | None = None,
 ) -> ProbabilisticActor:
-    keys = [in_keys] if isinstance(in_keys, str) else list(in_keys)
+    """``head``, which writes ``out_keys``, then ``distribution(**options)`` over these.
+
+    ``reads``: the keys of the distribution's arguments, where they are others than ``out_keys``.
+    """
     return ProbabilisticActor(
-        TensorDictModule(head, in_keys=keys, out_keys=out_keys),
-        in_keys=parameters or out_keys,
+        TensorDictModule(head, in_keys=listed(in_keys), out_keys=out_keys),
+        in_keys=reads or out_keys,
         spec=action_spec,
         distribution_class=distribution,
         distribution_kwargs=options,
     )
 
 
-def _bounds(action_spec: TensorSpec) -> Bounds:
+def listed(keys: Sequence[NestedKey]) -> list[NestedKey]:
+    """``keys`` as a list; one name is one key."""
+    return [keys] if isinstance(keys, str) else list(keys)
+
+
+def bounds_of(action_spec: TensorSpec) -> Bounds:
+    """Low and high of a vector of floats; ``ValueError`` on another spec or without finite bounds."""
     space = getattr(action_spec, "space", None)
     low, high = getattr(space, "low", None), getattr(space, "high", None)
     floats = isinstance(action_spec, TensorSpec) and action_spec.dtype.is_floating_point
     if low is None or high is None or not floats or action_spec.ndim != 1:
         raise ValueError(
-            f"action_spec is {describe_spec(action_spec)}; expected a TorchRL Bounded spec of floats, "
+            f"action_spec is {describe_space(action_spec)}; expected a TorchRL Bounded spec of floats, "
             "shape (A,). For discrete actions use categorical()."
         )
     low, high = low.detach().clone(), high.detach().clone()
     # TorchRL's unbounded specs have the largest numbers of their dtype as bounds.
     largest = torch.finfo(low.dtype).max / 2
-    pair = (bound.double().cpu().numpy() for bound in (low, high))
-    if faults := faulty_bounds(*pair, largest=largest):
+    if faults := faulty_bounds(low.double().cpu(), high.double().cpu(), largest=largest):
         raise ValueError(
-            f"action_spec is {describe_spec(action_spec)}; {faults}. Pass a Bounded spec with the "
+            f"action_spec is {describe_space(action_spec)}; {faults}. Pass a Bounded spec with the "
             "range the actuators accept, finite low < high."
         )
     return low, high

@@ -1,10 +1,8 @@
 """Many runs trained as one."""
 
-from iql_torchrl.population.loss import PopulationLoss
 from iql_torchrl.population.runs import IQLPopulation, PopulationEvent
 
 __all__ = [
     "IQLPopulation",
     "PopulationEvent",
-    "PopulationLoss",
 ]

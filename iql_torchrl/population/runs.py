@@ -14,24 +14,27 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl import logger as torchrl_logger
 
-from iql_torchrl.agent.build import Agent, build_agent
-from iql_torchrl.agent.make_update import LEARNING_RATES, ends_before, make_step, rate_factors
+from iql_torchrl.agent.build import (
+    LEARNING_RATES,
+    Agent,
+    build_agent,
+    ends_before,
+    make_step,
+    rate_factors,
+)
 from iql_torchrl.agent.task import Task
-from iql_torchrl.checkpoint import CheckpointError, read_components, write_components
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import DeviceSampler, OfflineDataset
 from iql_torchrl.data.replay import MemberSampler
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.evaluation.rollout import Evaluation, evaluate
+from iql_torchrl.files import CheckpointError, read_components, write_components
 from iql_torchrl.population.alike import check_configs
-from iql_torchrl.population.loss import PopulationLoss
-from iql_torchrl.trainers.identity import DataState
-from iql_torchrl.trainers.parts import check_same_data
-from iql_torchrl.trainers.schedule import whole_updates
+from iql_torchrl.population.loss import stack_losses, write_member
+from iql_torchrl.trainers.checkpoints import DataState, check_same_data
+from iql_torchrl.trainers.events import whole_updates
 from iql_torchrl.update.adam import StackedAdam
 from iql_torchrl.update.captured import captured
-
-__all__ = ["IQLPopulation", "PopulationEvent"]
 
 MOST_UPDATES_PER_CALL = 32
 
@@ -65,12 +68,12 @@ class IQLPopulation:
     other numbers of runs. Random tensors of eager updates come from torch's default generator, which
     is the same on all ranks after the population was built.
 
-    Attributes: ``loss`` (:class:`PopulationLoss`), ``optimizer``, ``scheduler``, ``step`` (an
-    ``IQLStep``; for ``compiled`` and ``captured`` too), ``sampler``, ``updates``.
+    Attributes: ``loss`` (of all runs, with parameters ``(P, ...)``), ``optimizer``, ``scheduler``,
+    ``step`` (an ``IQLStep``; for ``compiled`` and ``captured`` too), ``sampler``, ``updates``.
 
     Raises ``ValueError`` on configs that differ elsewhere, network widths included, on unknown
     ``batches``, on fewer configs than ranks or ranks with other configs or data, and as
-    :class:`PopulationLoss` does.
+    ``population.loss.stack_losses`` does.
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class IQLPopulation:
         self.configs = self.all_configs[self.runs.start : self.runs.stop]
         self.task = Task.of(dataset)
         first = self.all_configs[0]
-        self.loss = PopulationLoss([self._agent(number).loss for number in range(len(self))])
+        self.loss = stack_losses([self._agent(number).loss for number in range(len(self))])
         if self.ranks.size > 1:
             self.loss.among = self.runs.start, len(configs)
         self.loss.to(first.device)
@@ -204,7 +207,7 @@ class IQLPopulation:
         if not -len(self) <= number < len(self):
             raise IndexError(f"there is no run {number}: the runs are 0 to {len(self) - 1}.")
         agent = self._agent(number)
-        self.loss.write_member(number, agent.loss)
+        write_member(self.loss, number, agent.loss)
         return agent
 
     def evaluate(

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from iql_torchrl.agent.build import Agent, make_agent
-from iql_torchrl.checkpoint import SUFFIX
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import DatasetWarning, OfflineDataset, load_dataset
 from iql_torchrl.data.locks import folder_lock
 from iql_torchrl.evaluation.rollout import evaluate
-from iql_torchrl.files import whole_file
+from iql_torchrl.files import SUFFIX, whole_file
 from iql_torchrl.population.runs import IQLPopulation
 from iql_torchrl.trainers.trainer import OfflineTrainer
 

@@ -1,28 +1,86 @@
-"""The option ``--resume RUN`` of scripts that write runs, and the names that they give to runs."""
+"""Scripts that write runs: the folder of a new run, ``--resume RUN`` and ``--logger KIND``."""
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import itertools
+import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Literal
+
+from torchrl.record import loggers
 
 from iql_torchrl.config.cli import refuse
-from iql_torchrl.trainers.run_folder import saved_arguments
+from iql_torchrl.files import whole_file
 
-__all__ = ["default_name", "resume_command", "resumed_arguments"]
+OPTION, ARGUMENTS = "--resume", "arguments.json"
+LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow", "trackio"]
 
-OPTION = "--resume"
+
+def default_name(dataset: str, seed: int) -> str:
+    """A folder name from a dataset's id or path and a seed: ``pendulum-mixed-v0-seed0``."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", f"{dataset}-seed{seed}").strip("-")
+
+
+def new_folder(parent: Path, name: str, arguments: Sequence[str]) -> Path:
+    """Make ``parent/name``, or ``parent/name-2`` and so on: earlier runs are kept.
+
+    ``arguments``, a script's command line, are written there for :func:`resumed_arguments`. Raises
+    ``ValueError`` when ``name`` is not one folder name, and ``OSError`` as ``mkdir`` does.
+    """
+    if not name or Path(name).name != name:
+        raise ValueError(f"--name is {name!r}; give one folder name, and its parent as --output.")
+    for folder in _numbered(parent, name):
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+    with whole_file(folder / ARGUMENTS) as temporary:
+        temporary.write_text(json.dumps(list(arguments)) + "\n")
+    return folder
+
+
+def started_folder(parent: Path, name: str, arguments: Sequence[str]) -> Path | None:
+    """The newest folder that :func:`new_folder` made of the same values; None where there is none.
+
+    torchrun starts a script that failed again with the same arguments: see ``Ranks.restarts``.
+    """
+    newest = None
+    for folder in itertools.takewhile(Path.exists, _numbered(parent, name)):
+        with contextlib.suppress(ValueError):  # a folder of something else
+            newest = folder if _saved_arguments(folder) == list(arguments) else newest
+    return newest
+
+
+def _numbered(parent: Path, name: str) -> Iterator[Path]:
+    yield parent / name
+    yield from (parent / f"{name}-{number}" for number in itertools.count(2))
+
+
+def _saved_arguments(folder: Path) -> list[str]:
+    """The command line that started the run in ``folder``; ``ValueError`` without a readable one."""
+    try:
+        return [str(argument) for argument in json.loads((folder / ARGUMENTS).read_text())]
+    except (OSError, ValueError, TypeError) as error:
+        problem = f"has no readable {ARGUMENTS} ({error})" if folder.is_dir() else "is no folder"
+        raise ValueError(f"{folder} {problem}, so there is no run to continue.") from error
 
 
 def resumed_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]:
     """The arguments to parse, and the folder of the run to continue (None for a new run).
 
     ``["--resume", "runs/a"]`` or ``["--resume=runs/a"]`` gives the arguments that started the run
-    in ``runs/a``, which :func:`~iql_torchrl.trainers.run_folder.new_folder` saved there. Arguments
-    without ``--resume`` are returned as they are.
+    in ``runs/a``, which :func:`new_folder` saved there. Arguments without ``--resume`` are returned
+    as they are.
 
     Exits with status 2 and a sentence on standard error if ``--resume`` lacks its
     folder or is given with other arguments, or if the folder has no saved arguments.
@@ -37,7 +95,7 @@ def resumed_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]
             f"folder and no other argument, as in {OPTION} runs/a."
         )
     try:
-        return saved_arguments(Path(words[1])), Path(words[1])
+        return _saved_arguments(Path(words[1])), Path(words[1])
     except ValueError as error:
         refuse(error)
 
@@ -53,6 +111,76 @@ def resume_command(folder: Path) -> str:
     return shlex.join([sys.executable, *torchrun, sys.argv[0], OPTION, str(folder)])
 
 
-def default_name(dataset: str, seed: int) -> str:
-    """A folder name from a dataset's id or path and a seed: ``pendulum-mixed-v0-seed0``."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", f"{dataset}-seed{seed}").strip("-")
+class LoggerError(RuntimeError):
+    """A logger cannot be started; the message is one sentence that names the option."""
+
+
+def check_logger(kind: LoggerName | None) -> None:
+    """Check that a logger can be started; None is no logger.
+
+    Raises ``LoggerError`` if its package is not installed, and for ``"wandb"`` if W&B would upload
+    the run and no user is logged in. Uploads nothing and asks the user nothing.
+    """
+    if kind not in (None, "csv") and find_spec(kind) is None:
+        raise LoggerError(f"--logger {kind}: not installed; run `pip install {kind}`.")
+    if kind == "wandb" and (problem := _wandb_problem()):
+        raise LoggerError(
+            f"--logger wandb: {problem}. Run `wandb login`, or set WANDB_MODE=offline to write to "
+            "files only, or choose --logger tensorboard."
+        )
+
+
+def _wandb_problem() -> str | None:
+    """Why W&B cannot upload runs, in words; None where it can, or is set to upload nothing."""
+    import wandb
+
+    if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
+        return None
+    # versions without this argument ask nothing where there is no terminal
+    quiet: dict[str, Any] = (
+        {"prompt": False} if "prompt" in inspect.signature(wandb.login).parameters else {}
+    )
+    try:
+        return None if wandb.login(**quiet) else "this machine is not logged in"
+    except Exception as error:  # its kinds of exceptions differ between versions
+        return str(error)
+
+
+@contextlib.contextmanager
+def open_logger(kind: LoggerName | None, run: Path) -> Iterator[Any]:
+    """TorchRL's logger ``kind`` for the run in folder ``run``; None for ``kind=None``.
+
+    The logger and its run are closed when the block ends: W&B, MLflow and Trackio allow one active
+    run per process. CSV and TensorBoard files are named after ``run``; the other three, which collect
+    the runs of many folders, name it ``parent-run``. MLflow writes to ``MLFLOW_TRACKING_URI``, or else
+    to ``mlflow.db`` in the parent folder.
+
+    Raises ``LoggerError`` with the logger's own message if it cannot be started.
+    """
+    if kind is None:
+        yield None
+        return
+    try:
+        logger = _start(kind, run)
+    except Exception as error:  # each kind raises its own exceptions
+        raise LoggerError(f"--logger {kind} could not be started: {error}") from error
+    try:
+        yield logger
+    finally:
+        if kind == "mlflow":  # TorchRL's MLFlowLogger has no method that ends the run
+            import mlflow
+
+            mlflow.end_run()
+        logger.close()
+
+
+def _start(kind: LoggerName, run: Path) -> Any:
+    folder, name = run.parent, f"{run.parent.name}-{run.name}"
+    if kind == "mlflow":
+        database = f"sqlite:///{(folder / 'mlflow.db').resolve()}"
+        return loggers.MLFlowLogger(name, os.environ.get("MLFLOW_TRACKING_URI", database))
+    options = {}
+    if kind == "trackio":
+        options["trackio_kwargs"] = {"resume": "allow" if run.exists() else "never"}
+    own = kind in ("csv", "tensorboard")
+    return loggers.get_logger(kind, str(folder), run.name if own else name, **options)

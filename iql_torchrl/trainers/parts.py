@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torchrl import torchrl_logger
-from torchrl.data import Composite, ReplayBuffer, TensorSpec
+from torchrl import logger as torchrl_logger
+from torchrl.data import Composite, TensorSpec
+from torchrl.trainers import LRSchedulerHook
+from torchrl.trainers.trainers import TargetNetUpdaterHook
 
-from iql_torchrl.agent.build import Agent
+from iql_torchrl.agent.build import Agent, ends_before
 from iql_torchrl.agent.task import Task
-from iql_torchrl.checkpoint import new_checkpoint
-from iql_torchrl.data import (
-    DatasetSummary,
-    OfflineDataset,
-    RewardMap,
-    ShardedDataset,
-    ShardedReplay,
-)
+from iql_torchrl.data import DatasetSummary, RewardMap, ShardedDataset
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.networks import history_of
-from iql_torchrl.private_apis import generator_of
-from iql_torchrl.trainers.identity import DataState
-from iql_torchrl.trainers.run_folder import RunFolder
 from iql_torchrl.update.step import IQLStep, part_of
-
-__all__ = [
-    "check_parts",
-    "check_ranks",
-    "check_reward",
-    "check_same_data",
-    "check_task",
-    "filled_in",
-    "folder_of_run",
-    "one_step",
-    "with_checkpoint",
-]
 
 
 def one_step(
@@ -56,21 +35,19 @@ def one_step(
             "step is a loss, which updates nothing; give it as loss_module= with optimizer= and "
             "target_net_updater=, or build IQLStep(loss, optimizer, target_updater)."
         )
-    given = {"loss_module": loss, "optimizer": optimizer, "target_net_updater": target_net_updater}
-    if step is None:
-        if loss is None or optimizer is None:
-            raise ValueError(
-                "there is nothing to train: give step=, or agent=, or loss_module= and optimizer= "
-                "(with target_net_updater=)."
-            )
+    if step is None and loss is not None and optimizer is not None:
         return IQLStep(loss, optimizer, target_net_updater)
-    names = {
-        "loss_module": "loss",
-        "optimizer": "optimizer",
-        "target_net_updater": "target_updater",
-    }
-    for name, part in given.items():
-        if part is not None and part is not part_of(step, names[name]):
+    if step is None:
+        raise ValueError(
+            "there is nothing to train: give step=, or agent=, or loss_module= and optimizer= "
+            "(with target_net_updater=)."
+        )
+    for name, part, given in (
+        ("loss_module", "loss", loss),
+        ("optimizer", "optimizer", optimizer),
+        ("target_net_updater", "target_updater", target_net_updater),
+    ):
+        if given is not None and given is not part_of(step, part):
             raise ValueError(f"{name} is not the step's own; give it to the step, and only there.")
     return step
 
@@ -80,7 +57,8 @@ def filled_in(
 ) -> tuple[Any, Any]:
     """Buffer and number of updates; those that are None follow from the agent's config.
 
-    For a policy with a history the buffer is one of windows.
+    For a policy with a history the buffer is one of windows. Raises ``ValueError`` where either is
+    unknown, or windows cannot be made.
     """
     if replay_buffer is None and agent is not None and dataset is not None:
         config, history = agent.config, history_of(agent.policy)
@@ -91,8 +69,8 @@ def filled_in(
                 "windows of observations cannot be sampled; use history=1, or load_dataset where the "
                 "log fits into memory."
             )
-        if history is not None and isinstance(dataset, OfflineDataset):
-            source = dataset.windows(history.length, stack=history.stack)
+        if history is not None:
+            source = source.windows(history.length, stack=history.stack)
         replay_buffer = source.replay_buffer(config.batch_size, config.device, config.seed)
     if total_updates is None and agent is not None:
         total_updates = agent.config.updates
@@ -104,8 +82,9 @@ def filled_in(
     return replay_buffer, total_updates
 
 
-def check_parts(replay_buffer: Any, evaluation: Any, logger: Any) -> None:
-    """Raises ``ValueError`` for what cannot be sampled, called or logged to."""
+def check_parts(step: Any, replay_buffer: Any, evaluation: Any, logger: Any, ranks: Ranks) -> None:
+    """Raises ``ValueError`` for what cannot be sampled, called or logged to, and for a step that was
+    made data parallel for other ranks."""
     if evaluation is not None and not (callable(evaluation) or hasattr(evaluation, "submit")):
         raise ValueError(
             f"evaluation is {evaluation!r}; expected a function without arguments, such as "
@@ -121,48 +100,6 @@ def check_parts(replay_buffer: Any, evaluation: Any, logger: Any) -> None:
             f"replay_buffer is {type(replay_buffer).__name__}, which has no sample(); pass "
             "dataset.replay_buffer(batch_size) or a TorchRL replay buffer."
         )
-
-
-def check_task(agent: Agent | None, dataset: DatasetSummary | None) -> None:
-    """Raises ``ValueError`` where observations or actions of agent and data differ in keys or shapes.
-
-    Bounds may differ.
-    """
-    if agent is None or dataset is None:
-        return
-    other = Task.of(dataset)
-    for name in ("observation", "action"):
-        spaces = [getattr(task, f"{name}_space") for task in (agent.task, other)]
-        shapes = [_shapes(getattr(task, f"{name}_spec")) for task in (agent.task, other)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{name}: the agent was made for {describe_space(spaces[0])} and the dataset "
-                f"{dataset.name!r} has {describe_space(spaces[1])}; make_agent(config, dataset) "
-                "with this dataset makes one that fits."
-            )
-
-
-def _shapes(spec: TensorSpec) -> dict[Any, tuple[torch.Size, int | None]]:
-    """Shape of each leaf, and the number of categories where it is one."""
-    leaves = spec.items(True, True) if isinstance(spec, Composite) else [("", spec)]
-    return {key: (leaf.shape, getattr(leaf.space, "n", None)) for key, leaf in leaves}
-
-
-def check_reward(agent: Agent | None, dataset: DatasetSummary | None) -> None:
-    """Logs a warning where the config names a reward map and the data have raw rewards, or reverse."""
-    if agent is None or dataset is None:
-        return
-    asked = agent.config.reward
-    if (asked == "raw") is not (dataset.reward_map == RewardMap()):
-        torchrl_logger.warning(
-            f"config.reward is {asked!r} and the rewards of {dataset.name} have the map "
-            f"{(dataset.reward_map.scale, dataset.reward_map.shift)} (1, 0 is raw). Training uses "
-            f"them as they are; if that is not wanted, load_dataset(..., reward={asked!r})."
-        )
-
-
-def check_ranks(ranks: Ranks, step: Any) -> None:
-    """Raises ``ValueError`` unless the step was made data parallel for these ranks, or for none."""
     of_step = part_of(step, "ranks")
     if (of_step is None) is not (ranks.size == 1) or (of_step is not None and of_step is not ranks):
         raise ValueError(
@@ -172,52 +109,58 @@ def check_ranks(ranks: Ranks, step: Any) -> None:
         )
 
 
-def check_same_data(ranks: Ranks, data: DataState, replay_buffer: Any) -> None:
-    """Raises ``ValueError`` on all ranks unless they have the same data and draw the same rows."""
-    if ranks.size == 1:
-        return
-    ranks.check_same(
-        data.state_dict(),
-        "the ranks have different data: their datasets' digests differ. Load the same files with the "
-        "same arguments on every rank.",
-    )
-    generator = getattr(replay_buffer, "generator", None)
-    if generator is None and isinstance(replay_buffer, ReplayBuffer):
-        generator = generator_of(replay_buffer)
-    state: Any = None if generator is None else generator.get_state().tolist()
-    if isinstance(replay_buffer, ShardedReplay):
-        whole = replay_buffer.state_dict()
-        state = [state, *(whole[name] for name in ("rotation", "since", "replace_every"))]
-    ranks.check_same(
-        state,
-        "the ranks' replay buffers would draw different rows, and each rank must draw the whole "
-        "batch: build the buffer with the same seed= and other arguments on every rank.",
-    )
+def check_agent(
+    agent: Agent, dataset: DatasetSummary | None, total_updates: int, *, warns: bool
+) -> None:
+    """Raises ``ValueError`` where observations or actions of agent and data differ in keys or shapes.
 
-
-def folder_of_run(
-    path: str | os.PathLike[str] | None, keep_last: int, torchrl_destinations: Mapping[str, Any]
-) -> RunFolder | None:
-    """The run's folder, if a ``path`` is given.
-
-    Raises ``ValueError`` when one of TorchRL's destinations of checkpoints is given too.
+    Bounds may differ. Where it ``warns``, the log says when the data have another reward map than the
+    config names, and when scheduled learning rates reach 0 before the end.
     """
-    if path is None:
-        return None
-    if any(value is not None for value in torchrl_destinations.values()):
-        first, second, third = torchrl_destinations
-        raise ValueError(
-            f"folder= keeps checkpoints of its own; leave out {first}, {second} and {third}, or "
-            "leave out folder."
+    if warns and (after := ends_before(agent.config, total_updates)):
+        torchrl_logger.warning(after)
+    if dataset is None:
+        return
+    other, asked, mapped = Task.of(dataset), agent.config.reward, dataset.reward_map
+    for name in ("observation", "action"):
+        shapes = [_shapes(getattr(task, f"{name}_spec")) for task in (agent.task, other)]
+        if shapes[0] != shapes[1]:
+            spaces = [describe_space(getattr(t, f"{name}_space")) for t in (agent.task, other)]
+            raise ValueError(
+                f"{name}: the agent was made for {spaces[0]} and the dataset {dataset.name!r} has "
+                f"{spaces[1]}; make_agent(config, dataset) with this dataset makes one that fits."
+            )
+    if warns and (asked == "raw") is not (mapped == RewardMap()):
+        torchrl_logger.warning(
+            f"config.reward is {asked!r} and the rewards of {dataset.name} have the map "
+            f"{(mapped.scale, mapped.shift)} (1, 0 is raw). Training uses them as they are; if that "
+            f"is not wanted, load_dataset(..., reward={asked!r})."
         )
-    return RunFolder(path, keep_last)
 
 
-def with_checkpoint(destinations: Mapping[str, Any], folder: RunFolder | None) -> dict[str, Any]:
-    """TorchRL's destinations of checkpoints, or the folder's, with a coordinator to write them."""
-    result = dict(destinations)
-    if folder is not None:
-        result["checkpoint_rotation"] = folder.rotation
-    if result["checkpoint"] is None and any(value is not None for value in result.values()):
-        result["checkpoint"] = new_checkpoint()
-    return result
+def _shapes(spec: TensorSpec) -> dict[Any, tuple[torch.Size, int | None]]:
+    """Shape of each leaf, and the number of categories where it is one."""
+    leaves = spec.items(True, True) if isinstance(spec, Composite) else [("", spec)]
+    return {key: (leaf.shape, getattr(leaf.space, "n", None)) for key, leaf in leaves}
+
+
+def is_called_by_step(step: Any, op: Callable[..., Any]) -> bool:
+    """Whether the hook ``op`` would call a target updater or scheduler that ``step`` calls itself.
+
+    Such a hook must not be called; a warning reports it.
+    """
+    hook = getattr(op, "__self__", op)
+    if isinstance(hook, TargetNetUpdaterHook):
+        part = "target_params_updater"
+        called = hook.target_params_updater is part_of(step, "target_updater")
+    elif isinstance(hook, LRSchedulerHook):
+        part = "scheduler"
+        called = any(hook.scheduler is each for each in part_of(step, "lr_schedulers") or ())
+    else:
+        return False
+    if called:
+        torchrl_logger.warning(
+            f"{type(hook).__name__}: the step already calls this {part}, so the hook is not "
+            "called; build the step without it to let the hook decide."
+        )
+    return called

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,35 +19,33 @@ from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.trainers import Trainer
 
 from iql_torchrl.agent.build import Agent
-from iql_torchrl.agent.make_update import ends_before
 from iql_torchrl.data import DatasetSummary, OfflineDataset
 from iql_torchrl.distributed import Ranks
-from iql_torchrl.evaluation.background import BackgroundEvaluation
+from iql_torchrl.evaluation.background import BackgroundEvaluation, EvaluationTimeout
+from iql_torchrl.evaluation.rollout import Evaluation
 from iql_torchrl.evaluation.value_gap import value_gap
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.networks import history_of
-from iql_torchrl.trainers.display import Display, print_how_to_continue
-from iql_torchrl.trainers.evaluations import Evaluate, Scores
-from iql_torchrl.trainers.identity import DataState, check_total
-from iql_torchrl.trainers.loop import check_stage, make_updates, moved_by_step
+from iql_torchrl.trainers.checkpoints import DataState, ResumableTrainer, check_same_data
+from iql_torchrl.trainers.events import Display, Interruption, Progress, intervals, whole_updates
 from iql_torchrl.trainers.parts import (
+    check_agent,
     check_parts,
-    check_ranks,
-    check_reward,
-    check_same_data,
-    check_task,
     filled_in,
-    folder_of_run,
+    is_called_by_step,
     one_step,
 )
-from iql_torchrl.trainers.progress import Interruption, check_finite
-from iql_torchrl.trainers.saving import ResumableTrainer
-from iql_torchrl.trainers.schedule import Schedule, whole_updates
+from iql_torchrl.trainers.run_folder import RunFolder
+from iql_torchrl.update.step import part_of
 
-__all__ = ["OfflineTrainer"]
+Evaluate = Callable[[], "Evaluation | Mapping[str, float]"]
 
-
+# TorchRL's stages of ``register_op``, and the attributes in which its Trainer keeps their hooks.
+OWNED_BY_STEP = ("process_loss", "optimizer")
+CHANGE_BATCH = ("_batch_process_ops", "_pre_epoch_ops", "_process_optim_batch_ops")
+AFTER_UPDATE = ("_post_loss_ops", "_post_optim_ops", "_post_optim_log_ops")
 MUCH_SLOWER = 10  # times the fastest interval of the run
+READ_FIRST_BATCH = ("_pre_steps_log_ops", "_post_steps_log_ops", "_pre_epoch_log_ops")
 
 
 class OfflineTrainer(ResumableTrainer):
@@ -158,73 +158,73 @@ class OfflineTrainer(ResumableTrainer):
         step = one_step(step, agent, loss_module, optimizer, target_net_updater)
         replay_buffer, total_updates = filled_in(replay_buffer, total_updates, agent, dataset)
         total_updates = whole_updates("total_updates", total_updates)
-        check_parts(replay_buffer, evaluation, logger)
-        check_task(agent, dataset)
         self.ranks = Ranks() if ranks is None else ranks
-        check_ranks(self.ranks, step)
-        if self.ranks.is_main:
-            check_reward(agent, dataset)
-        self.agent, self.dataset = agent, dataset
-        self.data_state = DataState(replay_buffer, dataset)
+        check_parts(step, replay_buffer, evaluation, logger, self.ranks)
+        if agent is not None:
+            check_agent(agent, dataset, total_updates, warns=self.ranks.is_main)
+        self.step, self.agent, self.dataset = step, agent, dataset
         self.samples_itself = hasattr(step, "updates")
         self.updates_per_call = int(getattr(step, "updates", 1))
-        self.schedule = Schedule.of(
-            total_updates,
-            log_interval=log_interval,
-            eval_interval=eval_interval,
+        self.log_interval, self.eval_interval, save_trainer_interval = intervals(
+            total_updates, self.updates_per_call, evaluation is not None,
+            log_interval=log_interval, eval_interval=eval_interval,
             save_trainer_interval=save_trainer_interval,
-            evaluates=evaluation is not None,
-            evaluate_first=evaluate_first,
-            updates_per_call=self.updates_per_call,
-        )
-        destinations = {
-            "save_trainer_file": save_trainer_file,
-            "checkpoint": checkpoint,
-            "checkpoint_rotation": checkpoint_rotation,
-        }
-        self._check_schedule(total_updates)
-        run_folder = folder_of_run(folder, keep_last, destinations)
-        if not self.ranks.is_main:
-            run_folder, logger, evaluation, progress_bar = None, None, None, False
-            destinations = dict.fromkeys(destinations)
+        )  # fmt: skip
+        self.evaluates, self.evaluate_first = evaluation is not None, evaluate_first
+        self.folder = None if folder is None else RunFolder(folder, keep_last)
+        if self.folder is not None:
+            if any((save_trainer_file, checkpoint, checkpoint_rotation)):
+                raise ValueError(
+                    "folder= keeps checkpoints of its own; leave out save_trainer_file, checkpoint "
+                    "and checkpoint_rotation, or leave out folder."
+                )
+            checkpoint_rotation = self.folder.rotation
+        if not self.ranks.is_main:  # rank 0 alone evaluates, shows, logs and writes
+            self.folder = logger = evaluation = None
+            save_trainer_file = checkpoint = checkpoint_rotation = checkpoint_metadata = None
+        if checkpoint is None and (save_trainer_file or checkpoint_rotation):
+            checkpoint = Checkpoint(format="archive")
+        self.evaluation, self.monitor, self.resume_command = evaluation, monitor, resume_command
+        self.progress, self.data_state = Progress(), DataState(replay_buffer, dataset)
+        self._last_save, self._in_folder = -1, False
         super().__init__(
-            step,
-            total_updates,
-            run_folder,
-            destinations,
+            collector=None,
+            total_frames=total_updates,
+            frame_skip=1,
+            optim_steps_per_batch=1,
+            log_interval=-1,  # rows are recorded at events, and every row is logged
+            loss_module=part_of(step, "loss"),
+            target_net_updater=part_of(step, "target_updater"),
             replay_buffer=replay_buffer,
             logger=logger,
-            progress_bar=progress_bar,
-            save_trainer_interval=self.schedule.save_interval,
+            progress_bar=progress_bar and self.ranks.is_main,
+            save_trainer_interval=save_trainer_interval,
+            save_trainer_file=save_trainer_file,
+            checkpoint=checkpoint,
+            checkpoint_rotation=checkpoint_rotation,
             checkpoint_metadata=checkpoint_metadata,
             log_timings=log_timings,
             auto_log_optim_steps=auto_log_optim_steps,
         )
-        self.scores = Scores(
-            evaluation, monitor, self.progress, self.folder, self._log_at, self._asked_to_stop
-        )
-        self.resume_command, self.updates_per_second = resume_command, math.nan
-        self._fastest, self._told_slowness = 0.0, False
-        self.interruption, self.display = Interruption(), Display(False, total_updates, 0)
+        self.optimizer = part_of(step, "optimizer")  # not given above, where a hook would step it
+        self.collected_frames = self._optim_count = 0
+        self.updates_per_second = math.nan
+        self._fastest, self._said_slow = 0.0, False
+        self._last_log: dict[str, Any] = {}
         self._pbar_str: dict[str, Any] = {}
+        self.interruption, self.display = Interruption(self.ranks), Display(False, total_updates, 0)
         if seed is not None:
             torch.manual_seed(seed)
             np.random.seed(seed)
 
-    def _check_schedule(self, total_updates: int) -> None:
-        """Say where scheduled learning rates reach 0 before the end."""
-        config = None if self.agent is None else self.agent.config
-        if (
-            config is not None
-            and self.ranks.is_main
-            and (after := ends_before(config, total_updates))
-        ):
-            torchrl_logger.warning(after)
-
     def register_op(self, dest: str, op: Callable[..., Any], **kwargs: Any) -> None:
         """As TorchRL's; see the class for when each stage runs."""
-        check_stage(dest)
-        if not moved_by_step(self.step, op):
+        if dest in OWNED_BY_STEP:
+            raise ValueError(
+                f"stage {dest!r} changes losses or gradients, which only the step may do here; write "
+                "a loss or a step that does it, and pass that."
+            )
+        if not is_called_by_step(self.step, op):
             super().register_op(dest, op, **kwargs)
 
     register_hook = register_op
@@ -238,87 +238,62 @@ class OfflineTrainer(ResumableTrainer):
         ``timeout`` gives a ``RuntimeWarning`` and no score, and training continues.
         """
         self._stop_training, self._stop_reason = False, None
-        check_total(self.updates, self.total_updates)
+        self._check_total(self.updates)
         check_same_data(self.ranks, self.data_state, self.replay_buffer)
         with contextlib.ExitStack() as stack:
             self.ranks.together(lambda: self._enter_folder(stack))
-            self._train_in_folder()
-
-    def _train_in_folder(self) -> None:
-        shown = Display(self.progress_bar, self.total_updates, self.updates)
-        with Interruption(self.ranks) as self.interruption, shown as self.display:
-            try:
-                self._setup_hook()
-                self.ranks.together(self._evaluate_at_start)
-                while self.updates < self.total_updates and not self._stop_training:
-                    self._train_to_next_event()
-                    self.interruption.agree()
-                    if self._interrupted:
-                        break
-                if not self._interrupted:  # otherwise the checkpoint contains them
-                    self.ranks.together(lambda: self.scores.collect(wait=True))
-                    self.interruption.agree()
-                self.ranks.together(self._leave)
-            finally:
-                self._shutdown_hook()
+            self.display = Display(self.progress_bar, self.total_updates, self.updates)
+            stack.callback(self.display.close)
+            self.interruption = stack.enter_context(Interruption(self.ranks))
+            stack.callback(self._shutdown_hook)
+            self._setup_hook()
+            self.ranks.together(self._evaluate_at_start)
+            while self.updates < self.total_updates and not self._stop_training:
+                self._train_to_next_event()
+                self.interruption.agree()
+                if self.interruption.requested:
+                    break
+            if not self.interruption.requested:  # otherwise the checkpoint contains them
+                self.ranks.together(lambda: self._collect(wait=True))
+                self.interruption.agree()
+            self.ranks.together(self._leave)
         self.interruption.finish()
 
-    @property
-    def _interrupted(self) -> bool:
-        return self.interruption.requested is not None
-
-    def _asked_to_stop(self) -> bool:
-        return self.interruption.asked is not None
-
     def _enter_folder(self, stack: contextlib.ExitStack) -> None:
-        """Prepare the folder, which stays locked until the end of ``stack``."""
-        if self.folder is None:
-            return
-        self.folder.make()
-        stack.enter_context(self.folder.locked())
-        if not self._in_folder:
-            self.folder.refuse_if_taken()
-        self.folder.prepare(self._settings())
-        self.folder.forget_asides(self.scores.pending)
-        self._in_folder = True
-
-    def _evaluate_at_start(self) -> None:
-        """The evaluation before the first update, or one that a stopped run did not finish."""
-        due = self.schedule.evaluation_due(self.updates, self.total_updates)
-        if due and self.scores.is_missing(self.updates):
-            self._evaluate()
-            self.save_trainer(force_save=self.scores.wants_checkpoint)
-            self.display.last_score(self.updates, self.scores.latest())
-
-    def _evaluate(self) -> None:
-        """The evaluation; and the value gap of a policy that takes the best of several actions."""
-        self.scores.evaluate(self.updates)
-        agent = self.agent if self.ranks.is_main else None
-        # the rows of a dataset are no windows
-        plain = agent is not None and history_of(agent.policy) is None
-        log = self.dataset if isinstance(self.dataset, OfflineDataset) else None
-        if agent is not None and plain and log is not None and agent.chooses:
-            gap = value_gap(agent.policy, log.transitions).mean
-            self.progress.record(self.updates, {"chosen_value_gap": gap})
-            self._log_at(self.updates, "chosen_value_gap", gap)
+        if self.folder is not None:
+            name = {} if self.dataset is None else {"dataset": self.dataset.name}
+            config = None if self.agent is None else name | self.agent.description()["config"]
+            pending = getattr(self.evaluation, "pending", ())
+            stack.enter_context(self.folder.in_use(config, pending, continues=self._in_folder))
+            self._in_folder = True
 
     def shutdown(self) -> None:
         """There is no collector to close."""
 
+    # -- updates and events ------------------------------------------------------------------------
+
     def _train_to_next_event(self) -> None:
-        until = self.schedule.next_event(self.updates, self.total_updates)
+        """Update until the next event, or until the run is interrupted."""
+        every = [self.log_interval] + [self.eval_interval] * self.evaluates
+        until = min(self.total_updates, *((self.updates // n + 1) * n for n in every))
         began, first = time.perf_counter(), self.updates
-        sampled = make_updates(self, until)
+        reads_batch = any(getattr(self, name) for name in READ_FIRST_BATCH)
+        needs_batch = reads_batch or not self.samples_itself
+        batch = self.replay_buffer.sample() if needs_batch else None
+        self._pre_steps_log_hook(batch)
+        self._pre_optim_hook()
+        self._pre_epoch_log_hook(batch)
+        self._update(batch, until)
         self.updates_per_second = (self.updates - first) / (time.perf_counter() - began)
         self._notice_slowness()
         if self.updates == until:
-            self.ranks.together(lambda: self._event(sampled))
+            self.ranks.together(lambda: self._event(batch))
 
     def _notice_slowness(self) -> None:
         """Say once that updates have become much slower, and what mostly causes it."""
         self._fastest = max(self._fastest, self.updates_per_second)
-        if self.updates_per_second * MUCH_SLOWER < self._fastest and not self._told_slowness:
-            self._told_slowness = True
+        if self.updates_per_second * MUCH_SLOWER < self._fastest and not self._said_slow:
+            self._said_slow = True
             torchrl_logger.warning(
                 f"updates have become slow: {self.updates_per_second:.3g} a second, and "
                 f"{self._fastest:.3g} before. Mostly another process uses the cores. Start each of "
@@ -326,71 +301,197 @@ class OfflineTrainer(ResumableTrainer):
                 "imported before iql_torchrl."
             )
 
-    def _event(self, sampled: TensorDictBase | None) -> None:
+    def _update(self, batch: TensorDictBase | None, until: int) -> None:
+        """The updates themselves, the first one with ``batch``, and the hooks of every update."""
+        step, per_call, tally = self.step, self.updates_per_call, self.progress.tally
+        sample = None if self.samples_itself else self.replay_buffer.sample
+        advance, stops = self.display.advance, self.interruption.stops
+        hooked = sample and any(getattr(self, name) for name in (*CHANGE_BATCH, *AFTER_UPDATE))
+        while True:
+            if hooked:
+                batch = self._changed(batch)
+            metrics = step(batch) if sample else step()
+            self.collected_frames += per_call
+            self._optim_count += per_call
+            tally(metrics, per_call)
+            if hooked:
+                self._post_loss_hook(batch)
+                self._post_optim_hook()
+                self._post_optim_log(batch)
+            advance(per_call)
+            if self.collected_frames >= until or stops():
+                return
+            batch = sample() if sample else None
+
+    def _changed(self, batch: TensorDictBase | None) -> TensorDictBase | None:
+        """The batch after the hooks that may change it."""
+        for name in CHANGE_BATCH:
+            for op, kwargs in getattr(self, name):
+                changed = op(batch, **kwargs)
+                batch = changed if isinstance(changed, TensorDictBase) else batch
+        return batch
+
+    def _event(self, batch: TensorDictBase | None) -> None:
         """Record a row, evaluate, call hooks, save and show."""
-        means = self.progress.means()
-        check_finite(means, self.updates)
-        self.progress.record(self.updates, means)
-        self._post_epoch_log_hook(sampled)
+        means = self.progress.new_row(self.updates)
+        self._post_epoch_log_hook(batch)
         self._post_epoch_hook()
         self._log(updates_per_second=self.updates_per_second)
         averages = TensorDict({name: torch.tensor(value) for name, value in means.items()})
         self._post_optim_complete_log_hook(self.updates, averages)
         try:
-            self.scores.collect()
-            if self.schedule.evaluation_due(self.updates, self.total_updates):
+            self._collect()
+            if self._is_evaluation_due():
                 self._evaluate()
             self._post_steps_hook()
-            self._post_steps_log_hook(sampled)
+            self._post_steps_log_hook(batch)
         except BaseException:
             self.save_trainer(force_save=True)  # all updates before the error are complete
             raise
-        self.save_trainer(force_save=self.scores.wants_checkpoint)
+        self.save_trainer(force_save=self._keep_as is not None)
         self._write()
         losses = {name: value for name, value in means.items() if name.startswith("loss_")}
         self.display.event(
             self.updates,
             losses | self._pbar_str,
-            score=self.scores.latest(),
+            score=self.progress.latest(self.monitor),
             speed=self.updates_per_second,
             saved=self._last_save == self.updates,
         )
 
     def _leave(self) -> None:
         """Save updates that are not saved yet; after an interruption print how to continue."""
-        if self._has_checkpoint_destination() and self._last_save != self.updates:
-            self._save_now()
+        if self._last_save != self.updates:
+            self.save_trainer(force_save=True)
         self._write(now=True)
-        self.display.last_score(self.updates, self.scores.latest())
+        self.display.last_score(self.updates, self.progress.latest(self.monitor))
         self.display.close()
-        if self._interrupted and self.ranks.is_main:
-            print_how_to_continue(self)
+        if self.interruption.requested and self.ranks.is_main:
+            saved = "" if self.folder is None else f" and saved {self.folder.path}"
+            print(
+                f"Stopped after update {self.updates:,} of {self.total_updates:,}{saved}. "
+                f"{self._how_to_continue()}",
+                file=sys.stderr,
+            )
 
-    def _settings(self) -> dict[str, Any] | None:
-        if self.agent is None:
-            return None
-        name = {} if self.dataset is None else {"dataset": self.dataset.name}
-        return name | dict(self.agent.description()["config"])
-
-    def _log(self, log_pbar: bool = False, **kwargs: Any) -> None:
-        """As TorchRL's, but scalar tensors become numbers, because some loggers need numbers."""
-        if self.logger is not None:
-            for name, value in kwargs.items():
-                if isinstance(value, torch.Tensor) and value.ndim == 0:
-                    kwargs[name] = value.item()
-        super()._log(log_pbar=log_pbar, **kwargs)
-
-    def _log_at(self, update: int, name: str, value: float) -> None:
-        self._log_dict[name].append(value)
-        if self.logger is not None:
-            self.logger.log_scalar(name, value, step=update)
+    def _how_to_continue(self) -> str:
+        file = self.save_trainer_file
+        calls = {
+            "trainer.resume().train()": self.folder,
+            f"trainer.load_from_file({str(file)!r}).train()": file,
+            "trainer.load_from_file(the newest checkpoint).train()": self.checkpoint_rotation,
+        }
+        possible = [call for call, destination in calls.items() if destination is not None]
+        if self.resume_command is None and not possible:
+            return (
+                "Nothing was saved, because the trainer has no folder=. In this process, continue "
+                "with: trainer.train()"
+            )
+        return f"Continue with: {self.resume_command or possible[0]}"
 
     def _write(self, now: bool = False) -> None:
         if self.folder is not None:
             mean = None if self.dataset is None else float(self.dataset.episode_returns.mean())
-            self.folder.write(self.progress.rows, now=now)
-            self.folder.draw(self.progress.rows, log_return=mean, now=now)
+            self.folder.write(self.progress.rows, log_return=mean, now=now)
+
+    # -- evaluation --------------------------------------------------------------------------------
+
+    def _is_evaluation_due(self) -> bool:
+        if self.updates == 0:
+            return self.evaluate_first
+        return self.updates % self.eval_interval == 0 or self.updates == self.total_updates
+
+    def _evaluate_at_start(self) -> None:
+        """The evaluation before the first update, or one that a stopped run did not finish."""
+        latest = self.progress.latest(self.monitor)
+        evaluated = latest is not None and latest[1] == self.updates
+        waiting = self.updates in getattr(self.evaluation, "pending", ())
+        missing = self.evaluation is not None and not (evaluated or waiting)
+        if missing and self._is_evaluation_due():
+            self._evaluate()
+            self.save_trainer(force_save=self._keep_as is not None)
+            self.display.last_score(self.updates, self.progress.latest(self.monitor))
+
+    def _evaluate(self) -> None:
+        """Evaluate the policy; at most one evaluation runs in the background.
+
+        Also the value gap of a policy that takes the best of several actions.
+        """
+        if isinstance(self.evaluation, BackgroundEvaluation):
+            self._collect(wait=True)
+            if not self.evaluation.pending:  # otherwise interrupted: it follows after a resume
+                self.evaluation.submit(self.updates)
+                self._keep_as = None if self.folder is None else self.folder.aside(self.updates)
+        elif self.evaluation is not None and self._enter(self.updates, self.evaluation()):
+            self._keep_as = None if self.folder is None else self.folder.best
+        agent, log = self.agent, self.dataset
+        if agent is None or not isinstance(log, OfflineDataset) or not self.ranks.is_main:
+            return
+        if agent.chooses and history_of(agent.policy) is None:  # a dataset's rows are no windows
+            gap = value_gap(agent.policy, log.transitions).mean
+            self._record(self.updates, {"chosen_value_gap": gap})
+
+    def _collect(self, wait: bool = False) -> None:
+        """Enter the results of finished background evaluations; ``wait``: until all are finished.
+
+        An evaluation that took too long gives no result, but a ``RuntimeWarning``.
+        """
+        while isinstance(self.evaluation, BackgroundEvaluation):
+            try:
+                results = self.evaluation.results(
+                    wait=wait, stop=lambda: bool(self.interruption.asked)
+                )
+            except EvaluationTimeout as error:
+                if self.folder is not None:
+                    self.folder.judge(error.number, improves=False)
+                warnings.warn(f"Training continues: {error}", RuntimeWarning, stacklevel=2)
+                continue
+            for update, evaluation in results:
+                improves = self._enter(update, evaluation)
+                if self.folder is not None:
+                    self.folder.judge(update, improves=improves)
+            return
+
+    def _enter(self, update: int, evaluation: Evaluation | Mapping[str, float]) -> bool:
+        """Record an evaluation; whether it is the best so far."""
+        values = _numbers(evaluation)
+        if self.monitor not in values:
+            raise ValueError(
+                f"monitor is {self.monitor!r}, which the evaluation does not give; it gives "
+                f"{sorted(values)}."
+            )
+        self._record(update, values)
+        return self.progress.improves(update, values[self.monitor])
+
+    def _record(self, update: int, values: Mapping[str, float]) -> None:
+        self.progress.record(update, values)
+        for name, value in values.items():
+            self._log_dict[name].append(value)
+            if self.logger is not None:
+                self.logger.log_scalar(name, value, step=update)
+
+    def _log(self, log_pbar: bool = False, **kwargs: Any) -> None:
+        """As TorchRL's, but scalar tensors become numbers, because some loggers need numbers."""
+        tensors = {n: v for n, v in kwargs.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
+        super()._log(log_pbar=log_pbar, **kwargs | {n: v.item() for n, v in tensors.items()})
 
     def __repr__(self) -> str:
         kind = type(self.step).__name__
         return f"OfflineTrainer({kind}, updates={self.updates} of {self.total_updates})"
+
+
+def _numbers(evaluation: Any) -> dict[str, float]:
+    values = evaluation.summary() if isinstance(evaluation, Evaluation) else evaluation
+    try:
+        numbers = {str(name): float(value) for name, value in values.items()}
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"the evaluation returned {evaluation!r}; expected an Evaluation, or a dict of numbers "
+            "such as {'return_mean': 1.0}."
+        ) from error
+    if "update" in numbers:
+        raise ValueError(
+            "the evaluation gives 'update', which is the number of updates in each row; use "
+            "another name."
+        )
+    return numbers

@@ -19,6 +19,7 @@ from iql_torchrl.losses.batch import Batch
 from iql_torchrl.private_apis import (
     inductor_settings,
     mark_stepped,
+    recompilation_reason,
     tracing_gradients,
     untiled_loops_only,
 )
@@ -250,10 +251,12 @@ def counted(keep: Callable[[Sequence[Any]], Sequence[bool]]) -> Callable[..., Se
         nonlocal compilations
         compilations += 1
         if compilations >= MANY_COMPILATIONS:
+            reason = recompilation_reason()
+            before = f" The time before, this was no longer so: {reason}." if reason else ""
             torchrl_logger.warning(
                 f"a compiled step is compiled for the {compilations}th time, which takes far longer "
                 "than its updates: something that it reads differs from call to call, such as the "
-                "batch's shape or a number of the loss. TORCH_LOGS=recompiles shows each reason."
+                f"batch's shape or a number of the loss.{before} TORCH_LOGS=recompiles shows each."
             )
         return keep(guards)
 

@@ -222,7 +222,7 @@ class IQLStep(Step):
         target_qvalue = loss.target_qvalue(batch)
         loss_value, of_value = loss.value_term(batch, target_qvalue)
         descend(loss_value)
-        if not loss.trains_encoder_alone:  # the encoder has moved too
+        if loss.encoder_gradient == "all":  # the encoder has moved too
             batch = batch.without_features()
         value, next_value = loss.state_values(batch)  # V as it is now
         loss_actor, of_actor = loss.actor_term(batch, target_qvalue - value)

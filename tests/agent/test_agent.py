@@ -12,58 +12,21 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from small_agents import box_agent, following
+from small_agents import box_agent, config, log, observations, same_weights, saved, trained
 from torch.optim.lr_scheduler import LRScheduler
 
-from iql_torchrl import DiscreteIQLLoss, IQLConfig, IQLLoss, evaluate, load_dataset, make_agent
+from iql_torchrl import DiscreteIQLLoss, evaluate, load_dataset, make_agent
 from iql_torchrl.agent.build import Agent
-from iql_torchrl.checkpoint import CheckpointError, write_components
 from iql_torchrl.evaluation.act import private_random_numbers
+from iql_torchrl.files import CheckpointError, write_components
 
 
-def arrays(rows: int = 60, actions=None):
-    generator = np.random.default_rng(0)
-    ends = np.arange(rows) % 10 == 9
-    observation = generator.normal(size=(rows, 3)).astype(np.float32) * [1, 10, 100] + 5
-    return {
-        "observation": observation,
-        "action": generator.uniform(-1, 1, (rows, 2)).astype(np.float32)
-        if actions is None
-        else actions,
-        "reward": generator.normal(size=rows).astype(np.float32),
-        "next_observation": following(observation, ends).astype(np.float32),
-        "terminated": np.zeros(rows, bool),
-        "truncated": ends,
-    }
-
-
-def config(**options) -> IQLConfig:
-    small = {"updates": 10, "hidden": (8,), "batch_size": 16, "reward": "raw"}
-    return IQLConfig(**{**small, **options})
-
-
-def dataset(**options):
-    data = arrays(**options)
-    data["observation"] = data["observation"].astype(np.float32)
-    return load_dataset(data, reward="raw")
-
-
-@pytest.mark.parametrize("policy", ["auto", "gaussian", "tanh_normal", "deterministic", "mixture"])
-def test_every_policy_trains(policy):
-    data = dataset()
-    agent = make_agent(config(policy=policy), data)
-    assert isinstance(agent.loss, IQLLoss)
-    buffer = data.replay_buffer(16, seed=0)
-    for _ in range(3):
-        metrics = agent.step(buffer.sample())
-    assert metrics["loss_actor"].isfinite()
+def dataset(**columns):
+    return load_dataset(log(60, **columns), reward="raw")
 
 
 def test_discrete_actions_and_categorical_observations():
-    data = arrays(actions=np.arange(60) % 4)
-    data["observation"] = (np.arange(60) % 5).astype(np.int64)
-    data["next_observation"] = following(data["observation"], data["truncated"])
-    data = load_dataset(data)
+    data = dataset(action=np.arange(60) % 4, observation=np.arange(60) % 5)
     agent = make_agent(config(), data)
     assert isinstance(agent.loss, DiscreteIQLLoss)
     agent.step(data.replay_buffer(16, seed=0).sample())
@@ -184,25 +147,9 @@ def test_an_agent_cannot_be_copied_in_silence():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="policy is 'categorical'"):
         make_agent(config(policy="categorical"), dataset())
-    discrete = dataset(actions=np.arange(60) % 4)
+    discrete = dataset(action=np.arange(60) % 4)
     with pytest.raises(ValueError, match="policy is 'gaussian'"):
         make_agent(config(policy="gaussian"), discrete)
-
-
-def trained(folder, **options):
-    """An agent after three updates, and its file."""
-    data = dataset()
-    agent = make_agent(config(**options), data)
-    buffer = data.replay_buffer(16, seed=0)
-    for _ in range(3):
-        agent.step(buffer.sample())
-    states = {"agent": agent.description(), "loss_module": agent.state_dict()}
-    return agent, write_components(folder / "checkpoint-000000003.torchrl", states)
-
-
-def same_weights(first, second) -> bool:
-    a, b = first.state_dict(), second.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
 @pytest.mark.parametrize(
@@ -213,7 +160,8 @@ def same_weights(first, second) -> bool:
     ],
 )
 def test_an_agent_comes_back_from_its_file(tmp_path, options):
-    agent, path = trained(tmp_path, **options)
+    agent = trained(**options)
+    path = saved(agent, tmp_path / "checkpoint-000000003.torchrl")
     torch.manual_seed(3)
     state = torch.get_rng_state()
     outcome = Agent.load(path)
@@ -223,10 +171,9 @@ def test_an_agent_comes_back_from_its_file(tmp_path, options):
     assert json.loads(json.dumps(settings)) == settings
     assert outcome.task.action_space == agent.task.action_space
     assert same_weights(outcome, agent)
-    fresh = make_agent(agent.config, dataset())
+    fresh = box_agent(**options)
     assert not same_weights(fresh, agent)  # three updates did move the weights
-    observations = dataset().transitions["observation"].numpy()
-    np.testing.assert_array_equal(outcome.act(observations), agent.act(observations))
+    np.testing.assert_array_equal(outcome.act(observations()), agent.act(observations()))
     fresh.load_state_dict(agent.state_dict())
     assert same_weights(fresh, agent)
     outcome.step(dataset().replay_buffer(16, seed=0).sample())
@@ -235,67 +182,53 @@ def test_an_agent_comes_back_from_its_file(tmp_path, options):
 
 def test_the_best_of_a_run_is_loaded_and_else_the_newest(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    saved = {}
-    for name, seed in (("000000010", 1), ("000000100", 2)):
-        agent = make_agent(config(seed=seed), dataset())
-        states = {"agent": agent.description(), "loss_module": agent.state_dict()}
-        write_components(tmp_path / "checkpoints" / f"checkpoint-{name}.torchrl", states)
-        saved[seed] = agent
-    assert same_weights(Agent.load(tmp_path), saved[2])
-    write_components(
-        tmp_path / "best.torchrl",
-        {"agent": saved[1].description(), "loss_module": saved[1].state_dict()},
-    )
-    assert same_weights(Agent.load(str(tmp_path)), saved[1])
+    agents = [make_agent(config(seed=seed), dataset()) for seed in (1, 2)]
+    for agent, name in zip(agents, ("000000010", "000000100"), strict=True):
+        saved(agent, tmp_path / "checkpoints" / f"checkpoint-{name}.torchrl")
+    assert same_weights(Agent.load(tmp_path), agents[1])
+    saved(agents[0], tmp_path / "best.torchrl")
+    assert same_weights(Agent.load(str(tmp_path)), agents[0])
 
 
 def test_float64_survives_a_file(tmp_path):
-    data = load_dataset(arrays(), reward="raw", dtype=torch.float64)
+    data = load_dataset(log(), reward="raw", dtype=torch.float64)
     agent = make_agent(config(standardise=False), data)
     agent.step(data.replay_buffer(16, seed=0).sample())
     assert {p.dtype for p in agent.loss.parameters()} == {torch.float64}
-    states = {"agent": agent.description(), "loss_module": agent.state_dict()}
-    outcome = Agent.load(write_components(tmp_path / "a.torchrl", states))
+    outcome = Agent.load(saved(agent, tmp_path / "a.torchrl"))
     assert same_weights(outcome, agent)
     assert outcome.act(np.zeros(3)).dtype == data.action_space.dtype
 
 
 def test_a_device_that_is_not_here_becomes_the_cpu(tmp_path):
-    agent, _ = trained(tmp_path)
+    agent = box_agent()
     description = agent.description()
     description["config"]["device"] = "cuda:99"
-    states = {"agent": description, "loss_module": agent.state_dict()}
-    path = write_components(tmp_path / "far.torchrl", states)
+    path = saved(agent, tmp_path / "far.torchrl", description)
     assert Agent.load(path).config.device == "cpu"
     assert same_weights(Agent.load(path, device="cpu"), agent)
 
 
 def test_the_error_names_what_cannot_be_loaded(tmp_path):
-    agent, path = trained(tmp_path)
-    weights, description = agent.state_dict(), agent.description()
-    with pytest.raises(CheckpointError, match="there is no such folder"):
-        Agent.load(tmp_path)
-    with pytest.raises(CheckpointError, match="no such file"):
-        Agent.load(tmp_path / "other.torchrl")
-    write_components(path, {"loss_module": weights})
+    agent, path = box_agent(), tmp_path / "a.torchrl"
+    description = agent.description()
+    for missing in ("there is no such folder", tmp_path), ("no such file", path):
+        with pytest.raises(CheckpointError, match=missing[0]):
+            Agent.load(missing[1])
+    write_components(path, {"loss_module": agent.state_dict()})
     with pytest.raises(CheckpointError, match=r"parts made by hand.*through the trainer"):
         Agent.load(path)
-    for part, name in (("config", "unknown: colour"), ("task", r"with \['colour'\]")):
-        other = {**description, part: {**description[part], "colour": 1}}
-        write_components(path, {"agent": other, "loss_module": weights})
-        with pytest.raises(CheckpointError, match=f"{path}.*{name}.*version"):
+    for part, name, value, message in (
+        ("config", "colour", 1, f"{path}.*unknown: colour.*version"),
+        ("task", "colour", 1, rf"{path}.*with \['colour'\].*version"),
+        ("config", "expectile", 3.0, "expectile is 3"),
+        ("config", "hidden", [4], "weights do not fit"),
+    ):
+        saved(agent, path, {**description, part: {**description[part], name: value}})
+        with pytest.raises(CheckpointError, match=message):
             Agent.load(path)
-    bad = {**description, "config": {**description["config"], "expectile": 3.0}}
-    write_components(path, {"agent": bad, "loss_module": weights})
-    with pytest.raises(CheckpointError, match="expectile is 3"):
-        Agent.load(path)
-    narrow = {**description, "config": {**description["config"], "hidden": [4]}}
-    write_components(path, {"agent": narrow, "loss_module": weights})
-    with pytest.raises(CheckpointError, match="weights do not fit"):
-        Agent.load(path)
     older = {k: v for k, v in description["config"].items() if k != "schedule_steps"}
-    states = {"agent": {**description, "config": older}, "loss_module": weights}
-    write_components(path, states)
+    saved(agent, path, {**description, "config": older})
     assert Agent.load(path).config == agent.config
 
 

@@ -1,15 +1,18 @@
-"""export_policy: actors of the user's own, and what cannot be exported."""
+"""export_policy: actors of the user's own, also with a history, and what cannot be exported."""
 
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from only_torch import run_with_only_torch
 from small_agents import masks
 from tensordict.nn import TensorDictModule
+from test_export import COMPARE
 from torch import nn
 from torchrl.data import Bounded, OneHot
 
@@ -17,6 +20,8 @@ from iql_torchrl import policies
 from iql_torchrl.agent.export import export_policy
 from iql_torchrl.agent.task import Task
 from iql_torchrl.evaluation.act import act
+from iql_torchrl.networks import LSTMEncoder, with_history
+from iql_torchrl.networks import OneHot as OneHotLayer
 
 
 class Own(nn.Module):
@@ -107,7 +112,7 @@ class FixedBatch(nn.Module):
     [
         (Branches(), "TensorDictModule cannot be traced .*data-dependent"),
         (FixedBatch(), "TensorDictModule cannot be traced .*batch"),
-        (Draws(), "TensorDictModule acts differently once traced, by .* in a batch of 1"),
+        (Draws(), "TensorDictModule, once traced, acts differently, by .* in a batch of 1"),
     ],
 )
 def test_the_error_names_what_cannot_be_exported(tmp_path, net, reason):
@@ -124,8 +129,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for policy, task, place, error, result in (
         (actor, Task(box, box), tmp_path / "p.pt", ValueError, r"'.*p.pt'; .* ends in .pt2"),
         (nn.Linear(2, 2), Task(box, box), path, TypeError, "TensorDict module .*found Linear"),
-        (actor, Task(box, box), path, ValueError, r"rows of shape \(2,\).*found \(3,\)"),
-        (actor, Task(box, spaces.Discrete(5)), path, ValueError, "one-hot.*float32.*shape"),
+        (actor, Task(box, box), path, ValueError, r"rows of shape \(3,\), for Box of shape \(2,\)"),
+        (actor, Task(box, spaces.Discrete(5)), path, ValueError, "float32.*shape .*one-hot"),
         (actor, Task(box, spaces.MultiBinary(3)), path, ValueError, "needs Box or Discrete"),
         (actor, Task(spaces.Dict(a=box), box), path, ValueError, "reads 'observation' as one"),
     ):
@@ -174,3 +179,104 @@ def test_whole_numbers_have_limits_of_their_own(tmp_path):
             program(*inputs)
     note = json.loads((tmp_path / "p.json").read_text())
     assert note["inputs"][3]["values"] == "whole numbers in [0, 255]"
+
+
+T = 3
+VECTOR = spaces.Box(-np.inf, np.inf, (3,))
+NESTED = spaces.Dict({"at": VECTOR, "kind": spaces.Discrete(5, start=3)})
+ACTIONS = spaces.Box(np.array([-2, 0], np.float32), np.array([1, 0.25], np.float32))
+
+
+class Policy(nn.Module):
+    """Actions inside the bounds from a window's features, or from stacked frames."""
+
+    def __init__(self, encoder, features):
+        super().__init__()
+        self.encoder, self.head = encoder, nn.Linear(features, 2)
+
+    def forward(self, *inputs):
+        out = self.head(self.encoder(*inputs)).tanh()
+        return torch.stack([1.5 * out[:, 0] - 0.5, 0.125 * out[:, 1] + 0.125], 1)
+
+
+class Parts(nn.Module):
+    def forward(self, at, kind):
+        return torch.cat([at, OneHotLayer(5)(kind)], -1)
+
+
+KINDS = {
+    "nested": (
+        NESTED, lambda: LSTMEncoder(8, 8, preprocess=Parts()),
+        [("observation", "at"), ("observation", "kind"), "history_mask"], False,
+    ),
+    "stacked": (VECTOR, lambda: nn.Linear(3 * T, 8), ["observation"], True),
+}  # fmt: skip
+
+
+def made(kind):
+    space, encoder, keys, stack = KINDS[kind]
+    module = TensorDictModule(Policy(encoder(), 8), in_keys=keys, out_keys=["action"])
+    return with_history(module, T, stack=stack), Task(space, ACTIONS)
+
+
+def windows_of(space, steps):
+    """Windows as inputs of a program, and the real steps as ``act`` takes them."""
+    generator = np.random.default_rng(steps)
+    at = generator.normal(size=(T, 3)).astype(np.float32)
+    kind = generator.integers(3, 8, T)
+    mask = np.arange(T) >= T - steps
+    nested = isinstance(space, spaces.Dict)
+    seen = {"at": at[mask], "kind": kind[mask]} if nested else at[mask]
+    at[~mask], kind[~mask] = np.nan, 99  # ignored
+    leaves = [at, kind] if nested else [at]
+    return [torch.as_tensor(x)[None] for x in (*leaves, mask)], seen
+
+
+@pytest.fixture(scope="module")
+def nested(tmp_path_factory):
+    """The policy and task of one kind, and its exported program."""
+    policy, task = made("nested")
+    path = tmp_path_factory.mktemp("program") / "nested.pt2"
+    return policy, task, export_policy(policy, task, path)
+
+
+def test_programs_act_as_the_policy_on_the_steps_so_far(nested, tmp_path):
+    saved = {}
+    for name in KINDS:
+        policy, task = nested[:2] if name == "nested" else made(name)
+        if name == "nested":
+            shutil.copy(nested[2], tmp_path)
+        else:
+            export_policy(policy, task, tmp_path / f"{name}.pt2")
+        windows = [windows_of(task.observation_space, steps) for steps in range(1, T + 1)]
+        actions = [act(policy, seen, task.observation_space, ACTIONS) for _, seen in windows]
+        assert len(set(map(str, actions))) == T
+        inputs = [torch.cat(each) for each in zip(*(given for given, _ in windows), strict=True)]
+        saved[name] = inputs, torch.as_tensor(np.stack(actions))
+    torch.save(saved, tmp_path / "cases.pt")
+    ran = run_with_only_torch(COMPARE, tmp_path).splitlines()
+    assert ran == [f"ran {name}" for name in KINDS]
+
+
+def test_the_description_says_what_a_window_is(nested):
+    note = json.loads(nested[2].with_suffix(".json").read_text())
+    at, kind, mask = note["inputs"]
+    assert (at["name"], at["shape"], at["dtype"]) == ("at", ["B", T, 3], "float32")
+    assert (kind["name"], kind["shape"], kind["dtype"]) == ("kind", ["B", T], "int64")
+    assert kind["values"] == "whole numbers in [3, 7]"
+    assert (mask["name"], mask["shape"], mask["dtype"]) == ("history_mask", ["B", T], "bool")
+    assert "False at padding" in mask["values"]
+
+
+def test_wrong_windows_are_refused(nested):
+    program = torch.export.load(nested[2]).module()
+    (at, kind, mask), _ = windows_of(NESTED, 2)
+    for wrong in ([[1, 0, 1]], [[1, 1, 0]], [[0, 0, 0]]):
+        with pytest.raises(RuntimeError, match="history_mask must hold in every row False"):
+            program(at, kind, torch.tensor(wrong).bool())
+    with pytest.raises(RuntimeError, match="at must hold finite numbers"):
+        program(at, kind, torch.ones(1, T, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="kind must hold whole numbers"):
+        program(at.nan_to_num(), kind, torch.ones(1, T, dtype=torch.bool))
+    with pytest.raises((RuntimeError, AssertionError), match=r"shape|dimension|Guard"):
+        program(at[:, 1:], kind[:, 1:], mask[:, 1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from agent.test_spaces import Mixed, config, dataset_of, stacked
+from agent.test_spaces import Mixed, config, dataset_of, slow, stacked, trained
 from tensordict import TensorDict
 
 from iql_torchrl import IQLPopulation, OfflineTrainer, evaluate, make_agent
@@ -19,26 +19,19 @@ from iql_torchrl.selection import fitted_q_evaluation
     [
         ({}, "lstm"),
         ({"discrete": True}, "stack"),
-        pytest.param({}, "transformer", marks=pytest.mark.slow),
-        pytest.param({"camera": True}, "stack", marks=pytest.mark.slow),
-        pytest.param({"camera": True}, "transformer", marks=pytest.mark.slow),
+        slow({}, "transformer"),
+        slow({"camera": True}, "stack"),
+        slow({"camera": True}, "transformer"),
     ],
 )
 def test_from_a_config_to_an_exported_program(kind, encoder, tmp_path):
     dataset = dataset_of(**kind)
     agent = make_agent(config(history=3, history_encoder=encoder, history_features=8), dataset)
-    before = {name: p.detach().clone() for name, p in agent.loss.named_parameters()}
-    trainer = OfflineTrainer(
-        agent=agent, dataset=dataset, total_updates=3, folder=tmp_path / "run", progress_bar=False
-    )
-    trainer.train()
-    moved = [n for n, p in agent.loss.named_parameters() if not torch.equal(p, before[n])]
+    moved = trained(agent, dataset, tmp_path / "run")
     learns = encoder != "stack" or "camera" in kind
     assert any(name.startswith("encoder_network") for name in moved) is learns
-    assert (
-        len(evaluate(agent.policy, dataset.make_env, episodes=3, seed=0, num_envs=2).returns) == 3
-    )
-
+    result = evaluate(agent.policy, dataset.make_env, episodes=3, seed=0, num_envs=2)
+    assert len(result.returns) == 3
     env, again = Mixed(**kind), Agent.load(tmp_path / "run")
     acting = Acting(agent.policy, env.observation_space, env.action_space)
     seen = [env.reset(seed=4)[0]]

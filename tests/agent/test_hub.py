@@ -1,4 +1,4 @@
-"""Agents on the Hub: uploaded to and loaded from a server on this machine, and from folders."""
+"""Agents on the Hub: uploaded to and loaded from one in memory, and from folders."""
 
 from __future__ import annotations
 
@@ -8,65 +8,93 @@ import json
 import pickle
 import sys
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from unittest.mock import Mock, create_autospec
 
 import numpy as np
 import pytest
 import torch
-from hub_server import TOKEN, HubServer, Repository
-from small_agents import MEAN, SCALE, box_agent, config, discrete_agent, log, masks
+from small_agents import config, discrete_agent, log, masks, observations, same_weights, trained
 
 from iql_torchrl import Agent, load_dataset, make_agent
 from iql_torchrl.agent import HubError
-from iql_torchrl.agent.shared_folder import DIGESTED, FILES
-from iql_torchrl.checkpoint import CheckpointError, StateAdapter, write_components
 from iql_torchrl.data.episode_digests import episode_digests, sketch_of
 from iql_torchrl.evaluation.result import Evaluation
+from iql_torchrl.files import CheckpointError, StateAdapter, write_components
 
 yaml = pytest.importorskip("yaml")
 hub = pytest.importorskip("huggingface_hub")
-constants = importlib.import_module("huggingface_hub.constants")
-# huggingface_hub 2.4 calls its HTTP library so
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
-REPO = "me/pendulum"
+errors = importlib.import_module("huggingface_hub.errors")
+HfApi = hub.HfApi
+REPO, TOKEN = "me/pendulum", "hf_writes"
 
 
-def observations(rows: int = 9):
-    return (np.random.default_rng(1).normal(size=(rows, 3)) * SCALE + MEAN).astype(np.float32)
+class FakeHub:
+    """Repositories in memory, and the Hub's errors, behind calls with huggingface_hub's signatures."""
 
+    def __init__(self, folder):
+        self.folder, self.commits, self.private, self.messages = folder, {}, {}, []
+        self.branches = {}  # by repository, then by name: the name of a commit
 
-def trained(**options):
-    agent = box_agent(**options)
-    agent.step(load_dataset(log()).replay_buffer(16, seed=0).sample())
-    return agent
+    def client(self, token=None):
+        api = create_autospec(HfApi, instance=True)
+        for name in ("create_repo", "create_branch", "create_commit"):
+            getattr(api, name).side_effect = partial(getattr(self, name), token)
+        return api
 
+    def check(self, repo, token, writes):
+        hub.utils.validate_repo_id(repo)
+        status = None
+        if token != TOKEN and (writes or self.private.get(repo, True)):
+            status = 401
+        elif writes and not repo.startswith("me/"):
+            status = 403
+        elif not writes and repo not in self.branches:
+            status = 404
+        if status is not None:
+            kind = errors.HfHubHTTPError if writes else errors.RepositoryNotFoundError
+            raise kind(f"{status} Client Error", response=Mock(status_code=status, headers={}))
 
-def same_weights(first, second) -> bool:
-    a, b = first.state_dict(), second.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+    def create_repo(self, token, repo_id, *, private, exist_ok):
+        self.check(repo_id, token, writes=True)
+        assert exist_ok
+        self.private.setdefault(repo_id, private)
+        self.branches.setdefault(repo_id, {"main": None})
+
+    def create_branch(self, token, repo_id, *, branch, exist_ok):
+        assert exist_ok
+        self.branches[repo_id].setdefault(branch, self.branches[repo_id]["main"])
+
+    def create_commit(self, token, repo_id, operations, *, commit_message, revision):
+        files = {each.path_in_repo: Path(each.path_or_fileobj).read_bytes() for each in operations}
+        name = hashlib.sha1(str(len(self.commits)).encode()).hexdigest()
+        self.commits[name] = files
+        self.branches[repo_id][revision or "main"] = name
+        self.messages.append(commit_message)
+        return Mock(oid=name)
+
+    def snapshot_download(self, repo_id, *, revision, token, allow_patterns):
+        self.check(repo_id, token, writes=False)
+        commit = self.branches[repo_id].get(revision or "main", revision)
+        if commit not in self.commits:
+            response = Mock(status_code=404, headers={})
+            raise errors.RevisionNotFoundError("404 Client Error", response=response)
+        folder = self.folder / commit
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in set(allow_patterns) & set(self.commits[commit]):
+            (folder / name).write_bytes(self.commits[commit][name])
+        return str(folder)
 
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    server = HubServer()
-    pattern = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", pattern)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    yield server
-    disconnect(server)
-
-
-def disconnect(server):
-    getattr(hub, "close_session", lambda: None)()  # or its open connections are served further
-    server.stop()
+    server = FakeHub(tmp_path / "cache")
+    download = create_autospec(hub.snapshot_download, side_effect=server.snapshot_download)
+    monkeypatch.setattr(hub, "HfApi", server.client)
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    return server
 
 
 @pytest.fixture
@@ -80,35 +108,22 @@ def short_program(monkeypatch):
     monkeypatch.setattr(Agent, "export", export)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The files of one agent, written once."""
-    from iql_torchrl.agent.shared_folder import write_folder
-
-    path = tmp_path_factory.mktemp("shared") / "agent"
-    write_folder(trained(), path, "the card")
-    return path
-
-
 @pytest.fixture
-def copy(folder, tmp_path):
-    """The same files, to be changed."""
-    (tmp_path / "copy").mkdir()
-    for name in FILES:
-        (tmp_path / "copy" / name).write_bytes((folder / name).read_bytes())
-    return tmp_path / "copy"
+def folder(server, short_program, tmp_path):
+    """The files of an agent."""
+    trained().push_to_hub(REPO, token=TOKEN, folder=tmp_path / "agent")
+    return tmp_path / "agent"
 
 
 def test_an_agent_comes_back_from_the_hub(server, tmp_path):
     agent = trained()
     first = agent.push_to_hub(REPO, token=TOKEN, folder=tmp_path / "files", commit_message="one")
-    stored = server.repositories[REPO]
-    assert stored.private
-    assert stored.messages == ["initial commit", "one"]
-    assert stored.branches["main"] == first
-    files = stored.commits[first]
-    assert files == {name: (tmp_path / "files" / name).read_bytes() for name in FILES}
-    assert len(server.stored) == 2  # checkpoint and program: Git LFS
+    assert server.private == {REPO: True}
+    assert server.messages == ["one"]
+    assert server.branches[REPO] == {"main": first}
+    files = server.commits[first]
+    assert set(files) == {"agent.torchrl", "policy.pt2", "policy.json", "README.md"}
+    assert files == {name: (tmp_path / "files" / name).read_bytes() for name in files}
     loaded = Agent.from_hub(REPO, token=TOKEN)
     assert same_weights(loaded, agent)
     assert loaded.config == agent.config
@@ -119,37 +134,38 @@ def test_an_agent_comes_back_from_the_hub(server, tmp_path):
 
 
 @pytest.mark.usefixtures("short_program")
-def test_revisions_are_branches_and_commits(server, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+def test_revisions_are_branches_and_commits(server):
     agents = [trained(seed=seed) for seed in range(3)]
-    first = agents[0].push_to_hub(REPO, private=False)
-    agents[1].push_to_hub(REPO)
-    agents[2].push_to_hub(REPO, revision="wide")
-    assert not server.repositories[REPO].private
-    monkeypatch.delenv("HF_TOKEN")
+    first = agents[0].push_to_hub(REPO, token=TOKEN, private=False)
+    agents[1].push_to_hub(REPO, token=TOKEN)
+    agents[2].push_to_hub(REPO, token=TOKEN, revision="wide")
+    assert server.private == {REPO: False}
     for revision, agent in ((first, agents[0]), (None, agents[1]), ("wide", agents[2])):
         assert same_weights(Agent.from_hub(REPO, revision=revision), agent)
-    with pytest.raises(HubError, match="me/pendulum: has no revision 'narrow'; give a branch"):
+    with pytest.raises(HubError, match=r"me/pendulum: the download .* give revision='narrow' as a"):
         Agent.from_hub(REPO, revision="narrow")
 
 
 @pytest.mark.usefixtures("short_program")
-def test_without_a_connection_the_cache_is_used(server, monkeypatch):
-    agent = trained()
-    agent.push_to_hub(REPO, token=TOKEN, private=False)
-    assert same_weights(Agent.from_hub(REPO), agent)
-    disconnect(server)
-    assert same_weights(Agent.from_hub(REPO), agent)
-    with pytest.raises(HubError, match=r"me/other: the Hub cannot be reached.*load it once"):
-        Agent.from_hub("me/other")
-    with pytest.raises(HubError, match=r"me/pendulum: the upload failed \(.*check the connection"):
-        agent.push_to_hub(REPO, token=TOKEN)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match="me/pendulum: HF_HUB_OFFLINE is set; unset it to upload"):
-        agent.push_to_hub(REPO, token=TOKEN)
-    assert same_weights(Agent.from_hub(REPO), agent)
-    with pytest.raises(HubError, match=r"me/other: the Hub cannot be reached \(or HF_HUB_OFFLINE"):
-        Agent.from_hub("me/other")
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.LocalEntryNotFoundError("not in the cache"),
+        errors.OfflineModeIsEnabled("offline"),
+        ConnectionError("refused"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_without_a_connection(server, monkeypatch, error):
+    monkeypatch.setattr(hub, "snapshot_download", Mock(side_effect=error))
+    monkeypatch.setattr(server, "create_repo", Mock(side_effect=error))
+    for doing, act in (
+        ("download", lambda: Agent.from_hub(REPO)),
+        ("upload", lambda: trained().push_to_hub(REPO, token=TOKEN)),
+    ):
+        text = rf"{REPO}: the {doing} failed \({type(error).__name__}: {error}\): check the conn"
+        with pytest.raises(HubError, match=text):
+            act()
 
 
 @pytest.mark.usefixtures("short_program")
@@ -157,59 +173,45 @@ def test_what_the_hub_refuses(server):
     agent = trained()
     agent.push_to_hub(REPO, token=TOKEN)
     for repo, token in (("me/other", None), ("me/other", TOKEN), (REPO, None), (REPO, "hf_other")):
-        with pytest.raises(HubError, match=rf"{repo}: .* 40[14]: there is no such .* or it is pri"):
+        text = rf"{repo}: the download failed .*40[14].*and that the token \(token=, HF_TOKEN"
+        with pytest.raises(HubError, match=text):
             Agent.from_hub(repo, token=token)
-    with pytest.raises(
-        HubError, match=r"me/pendulum: there is no token to upload with; pass token"
-    ):
-        agent.push_to_hub(REPO)
-    for repo, token, status in ((REPO, "hf_other", 401), ("you/pendulum", TOKEN, 403)):
-        with pytest.raises(
-            HubError, match=f"{repo}: .* {status}: the token is not valid or may not"
-        ):
+    for repo, token, status in ((REPO, None, 401), (REPO, "hf_x", 401), ("you/it", TOKEN, 403)):
+        with pytest.raises(HubError, match=f"{repo}: the upload failed .*{status}.*token=, HF_TOK"):
             agent.push_to_hub(repo, token=token)
     for repo in ("./missing", "a/b/c", "pendulum"):
         with pytest.raises(ValueError, match=f"repo is '{repo}': no folder, and not .*'user/name'"):
             agent.push_to_hub(repo, token=TOKEN)
     with pytest.raises(ValueError, match=r"repo is '\./missing': no folder"):
         Agent.from_hub("./missing")
-    assert set(server.repositories) == {REPO}
+    assert set(server.branches) == {REPO}
 
 
-@pytest.mark.usefixtures("short_program")
-def test_a_file_that_was_changed_on_the_hub_is_refused(server):
-    commit = trained().push_to_hub(REPO, token=TOKEN, private=False)
-    files = server.repositories[REPO].commits[commit]
-    files["agent.torchrl"] = files["agent.torchrl"][:-1] + b"x"
-    with pytest.raises(CheckpointError, match=r"me/pendulum: agent.torchrl is not .* SHA-256"):
-        Agent.from_hub(REPO)
-    server.repositories["me/empty"] = Repository("me/empty", private=False)
-    with pytest.raises(CheckpointError, match=r"me/empty: has no manifest.json, so it is not"):
-        Agent.from_hub("me/empty")
+def test_files_that_are_damaged_or_no_agent_are_refused(server, folder, tmp_path):
+    (files,) = server.commits.values()
+    content = files["agent.torchrl"]
+    for damaged in (content[:6000] + b"?" + content[6001:], content[:-30], b""):
+        files["agent.torchrl"] = damaged
+        (folder / "agent.torchrl").write_bytes(damaged)
+        for source in (folder, REPO):
+            with pytest.raises(CheckpointError, match=r"agent.torchrl: truncated or damaged"):
+                Agent.from_hub(source, token=TOKEN)
+    del files["agent.torchrl"]
+    server.folder = tmp_path / "other"
+    for source in (tmp_path, REPO):
+        with pytest.raises(CheckpointError, match=r"agent.torchrl: there is no such file"):
+            Agent.from_hub(source, token=TOKEN)
 
 
 def test_a_folder_needs_neither_the_hub_nor_its_package(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    monkeypatch.setattr("iql_torchrl.agent.hub.find_spec", lambda name: None)
+    (folder / "README.md").write_text("a card that its author has edited")
     assert same_weights(Agent.from_hub(folder, device="cpu"), trained())
     with pytest.raises(ValueError, match=r"revision is 'v1' and '.*' is a folder, which has none"):
         Agent.from_hub(str(folder), revision="v1")
     for act in (lambda: Agent.from_hub(REPO), lambda: trained().push_to_hub(REPO, token=TOKEN)):
-        with pytest.raises(
-            ImportError, match=r'huggingface_hub; .*pip install "iql_torchrl\[hub\]"'
-        ):
+        with pytest.raises(ImportError, match=r'huggingface_hub; .*"iql_torchrl\[hub\]"'):
             act()
-
-
-def test_the_manifest_has_the_digests(folder):
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for name in DIGESTED:
-        content = (folder / name).read_bytes()
-        expected = {"bytes": len(content), "SHA-256": hashlib.sha256(content).hexdigest()}
-        assert manifest["files"][name] == expected
-    assert set(manifest["files"]) == {"agent.torchrl", "policy.pt2", "policy.json"}
-    (folder / "README.md").write_text("a card that its author has edited")
-    Agent.from_hub(folder)
 
 
 @pytest.mark.usefixtures("server")
@@ -218,47 +220,6 @@ def test_files_that_are_not_of_an_agent_are_kept(tmp_path):
     with pytest.raises(ValueError, match=r"folder '.*' already has README.md, which would be rep"):
         trained().push_to_hub(REPO, token=TOKEN, folder=tmp_path)
     assert (tmp_path / "README.md").read_text() == "of another project"
-
-
-@pytest.mark.parametrize("name", DIGESTED)
-def test_changed_and_missing_files_are_refused(copy, name):
-    content = (copy / name).read_bytes()
-    (copy / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(
-        CheckpointError, match=rf"{name} is not the file .* SHA-256 is .* Nothing was"
-    ):
-        Agent.from_hub(copy)
-    (copy / name).write_bytes(content[:-1])
-    with pytest.raises(
-        CheckpointError, match=rf"{name} .* bytes is {len(content) - 1} and manifest"
-    ):
-        Agent.from_hub(copy)
-    (copy / name).unlink()
-    with pytest.raises(
-        CheckpointError, match=f"copy: incomplete: manifest.json lists {name}, which"
-    ):
-        Agent.from_hub(copy)
-
-
-def test_a_manifest_that_cannot_be_used(copy):
-    path, right = copy / "manifest.json", json.loads((copy / "manifest.json").read_text())
-    outside = {**right["files"], "../../secret": right["files"]["policy.json"]}
-    for text, message in (
-        ("{", r"manifest.json cannot be read \(JSONDecodeError"),
-        ("[]", r"manifest.json cannot be read \(TypeError"),
-        (json.dumps({**right, "format": 2}), "from another version of iql_torchrl .layout 2"),
-        (
-            json.dumps({**right, "files": {}}),
-            r"manifest.json lists \[\]; expected \['agent.torchrl'",
-        ),
-        (json.dumps({**right, "files": outside}), r"lists \['../../secret', 'agent.torchrl'"),
-    ):
-        path.write_text(text)
-        with pytest.raises(CheckpointError, match=message):
-            Agent.from_hub(copy)
-    path.unlink()
-    with pytest.raises(CheckpointError, match=r"has no manifest.json, so .* loaded by Agent.load"):
-        Agent.from_hub(copy)
 
 
 class Runs:
@@ -271,35 +232,25 @@ class Runs:
         return Path.touch, (self.path,)
 
 
-def test_a_checkpoint_with_code_runs_nothing(copy, tmp_path, monkeypatch):
-    """Even where the manifest agrees, as an author with bad intentions would write it."""
-    mark, path = tmp_path / "ran", copy / "agent.torchrl"
+def test_a_checkpoint_with_code_runs_nothing(tmp_path, monkeypatch):
+    mark, path = tmp_path / "ran", tmp_path / "agent.torchrl"
     pickle.loads(pickle.dumps(Runs(mark)))
     assert mark.exists(), "it does what it says when it is loaded"
     mark.unlink()
     monkeypatch.setattr(StateAdapter, "_check_readable", lambda *_: None)
     write_components(path, {"agent": {"config": {}}, "loss_module": {"weight": Runs(mark)}})
-    manifest = json.loads((copy / "manifest.json").read_text())
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    manifest["files"][path.name] = {"bytes": path.stat().st_size, "SHA-256": digest}
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(
-        CheckpointError, match=r"not loaded, because loading it could run a program"
-    ):
-        Agent.from_hub(copy)
+    with pytest.raises(CheckpointError, match=r"not loaded, because loading it could run a progr"):
+        Agent.from_hub(tmp_path)
     assert not mark.exists()
 
 
 def card_of(agent, folder, **options):
-    """Metadata, and the rows of each section's table, of the card that is uploaded."""
+    """Metadata, and the contents of each section, of the card that is uploaded."""
     agent.push_to_hub(REPO, token=TOKEN, folder=folder, **options)
     text = (folder / "README.md").read_text()
     _, front, body = text.split("---\n", 2)
-    sections = {}
-    for section in body.split("\n## ")[1:]:
-        title, _, rest = section.partition("\n")
-        rows = [line.strip("| ").split(" | ") for line in rest.splitlines() if "|" in line][2:]
-        sections[title] = {row[0].strip("`"): row[1].strip("`") for row in rows}
+    parts = [section.split("\n```json\n") for section in body.split("\n## ")[2:]]
+    sections = {title.strip(): json.loads(content.strip("`\n")) for title, content in parts}
     return yaml.safe_load(front), sections, text
 
 
@@ -307,34 +258,27 @@ def card_of(agent, folder, **options):
 def test_the_card_says_what_the_agent_is(server, tmp_path):
     dataset = load_dataset(log(), reward=(0.5, -1.0))
     agent = make_agent(config(discount=0.9), dataset)
-    agent = replace(
-        agent, task=replace(agent.task, name="x | y\n`z`", reference_scores=(-9.0, 3.0))
-    )
+    named = replace(agent.task, name="x\n```z\n## y", reference_scores=(-9.0, 3.0))
     evaluation = Evaluation(np.array([1.0, 2.0, 6.0]), np.array([4, 5, 6]))
-    front, sections, text = card_of(
-        agent, tmp_path, evaluation=evaluation, dataset=dataset, license="mit", tags=["small"]
-    )
-    assert front["library_name"] == "iql_torchrl"
-    assert front["license"] == "mit"
+    options = {"evaluation": evaluation, "dataset": dataset, "license": "mit", "tags": ["small"]}
+    front, sections, text = card_of(replace(agent, task=named), tmp_path, **options)
+    assert (front["library_name"], front["license"]) == ("iql_torchrl", "mit")
     assert front["tags"][-1] == "small"
     assert "# pendulum" in text
     assert 'agent = Agent.from_hub("me/pendulum")' in text
-    task, data = sections["Task"], sections["Data"]
-    assert task["observation"].startswith("Box of shape (3,), float32")
-    assert task["action"] == "Box of shape (2,), float32, [-1, 1]" or "low" in task["action"]
-    assert task["returns of score 0 and 100"] == "-9, 3"
+    data, policy = sections["Data"], sections["Policy"]
+    assert policy["inputs"][0]["shape"] == ["B", 3]
+    assert policy["output"]["low"] == agent.task.action_space.low.tolist()
+    assert data["returns of score 0 and 100"] == [-9, 3]
     digests = sketch_of(episode_digests(dataset))
     expected = hashlib.blake2b(digests.tobytes(), digest_size=16).hexdigest()
     assert data["digest of its episodes"] == expected
-    assert (data["episodes"], data["transitions"]) == ("4", "40")
-    assert float(data["mean return"]) == pytest.approx(log()["reward"].sum() / 4, rel=1e-5)
+    assert (data["name"], data["episodes"], data["transitions"]) == (named.name, 4, 40)
+    assert data["mean return"] == pytest.approx(log()["reward"].sum() / 4, rel=1e-5)
     assert data["rewards were mapped to"] == "0.5 * reward + -1"
-    assert sections["Scores"]["return_mean"] == "3"
-    assert sections["Scores"]["episodes"] == "3"
-    assert json.loads(sections["Settings"]["discount"]) == 0.9
-    assert set(sections["Settings"]) == set(agent.config.to_dict())
+    assert (sections["Scores"]["return_mean"], sections["Scores"]["episodes"]) == (3, 3)
+    assert sections["Settings"] == json.loads(json.dumps(agent.config.to_dict()))
     assert sections["Versions"]["torch"] == metadata.version("torch")
-    assert "| `name` | `x \\| y 'z'` |" in text
 
 
 @pytest.mark.usefixtures("short_program")
@@ -342,9 +286,9 @@ def test_a_card_without_scores_data_and_license(server, tmp_path):
     front, sections, _ = card_of(discrete_agent(start=5, masked=True), tmp_path)
     assert "license" not in front
     assert "Scores" not in sections
-    assert sections["Task"]["action"] == "Discrete(4, start=5)"
-    assert "True where" in sections["Task"]["action_mask"]
-    assert set(sections["Data"]) == {"name", "digest of its episodes"}
+    assert sections["Policy"]["output"]["start"] == 5
+    assert "True in every row" in sections["Policy"]["inputs"][1]["values"]
+    assert "episodes" not in sections["Data"]
     agent = Agent.from_hub(tmp_path)
     assert agent.act(observations(), action_mask=masks()).min() >= 5
 
@@ -364,4 +308,4 @@ def test_scores_and_data_that_do_not_fit(server):
         agent.push_to_hub(REPO, dataset=load_dataset(log(50)), token=TOKEN)
     with pytest.raises(TypeError, match=r"dataset is str; expected what load_dataset"):
         agent.push_to_hub(REPO, dataset="arrays", token=TOKEN)
-    assert not server.repositories
+    assert not server.branches

@@ -80,5 +80,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="residual is 'all' and layer_norm is True"):
         config(residual="all", layer_norm=True)
     settings = [config(residual="policy"), config(residual="policy", seed=1)]
-    with pytest.raises(ValueError, match="a ResidualMLP, which cannot be stacked; train its runs"):
+    with pytest.raises(
+        ValueError, match=r"a Linear, which cannot be stacked; .*without residual blocks"
+    ):
         IQLPopulation(settings, load_dataset(log()))

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from small_agents import following, log
 from tensordict import TensorDict
 from torch import nn
 
-from iql_torchrl import IQLConfig, captured, evaluate, load_dataset, make_agent
+from iql_torchrl import (
+    BackgroundEvaluation,
+    IQLConfig,
+    captured,
+    evaluate,
+    load_dataset,
+    make_agent,
+)
 from iql_torchrl.agent import Agent
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.evaluation.gym_interface import policy_dtype, policy_input
@@ -63,39 +72,24 @@ def stacked(observations, space):
 
 def dataset_of(rows: int = 60, **kind):
     env = Mixed(**kind)
+    env.observation_space.seed(0)
     env.action_space.seed(0)
-    table = {"observation": [], "action": [], "reward": [], "truncated": []}
-    following = []
-    while len(following) < rows:
-        observation, _ = env.reset(seed=len(following))
-        over = False
-        while not over:
-            action = env.action_space.sample()
-            later, reward, _, over, _ = env.step(action)
-            for name, value in zip(table, (observation, action, reward, over), strict=True):
-                table[name].append(value)
-            following.append(later)
-            observation = later
-    space = env.observation_space
-    column = lambda values: torch.tensor(values).unsqueeze(-1)  # noqa: E731
-    actions = torch.from_numpy(np.stack([np.asarray(a) for a in table["action"]]))
-    return load_dataset(
-        TensorDict(
-            {
-                "observation": stacked(table["observation"], space),
-                "action": actions,
-                "next": {
-                    "observation": stacked(following, space),
-                    "reward": column(table["reward"]).float(),
-                    "terminated": torch.zeros(len(following), 1, dtype=torch.bool),
-                    "truncated": column(table["truncated"]),
-                    "done": column(table["truncated"]),
-                },
-            },
-            batch_size=[len(following)],
+    actions = np.stack([np.asarray(env.action_space.sample()) for _ in range(rows)])
+    columns = {"action": actions, "reward": actions.reshape(rows, -1)[:, 0].astype(np.float32)}
+    raw = [env.observation_space.sample() for _ in range(rows)]
+    return load_dataset(columns | episodes(raw, env.observation_space), env=lambda: Mixed(**kind))
+
+
+def episodes(raw, space, length: int = 10):
+    ends = np.arange(len(raw)) % length == length - 1
+    return {
+        "observation": stacked(raw, space),
+        "next_observation": stacked(
+            [raw[row] for row in following(np.arange(len(raw)), ends)], space
         ),
-        env=lambda: Mixed(**kind),
-    )
+        "terminated": np.zeros(len(raw), bool),
+        "truncated": ends,
+    }
 
 
 def config(**options) -> IQLConfig:
@@ -134,53 +128,60 @@ def test_mixed_leaves_are_encoded_as_documented():
     assert len(agent.optimizer.param_groups) == 3  # the encoder has no parameters
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def trained(agent, dataset, folder):
+    """``agent`` after four updates, a checkpoint in ``folder`` included; names of what changed."""
+    before = {name: p.detach().clone() for name, p in agent.loss.named_parameters()}
+    OfflineTrainer(
+        agent=agent, dataset=dataset, total_updates=4, folder=folder, progress_bar=False
+    ).train()
+    return [n for n, p in agent.loss.named_parameters() if not torch.equal(p, before[n])]
+
+
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
         ({}, {}),
+        ({}, {"policy": "flow", "num_samples": 5, "flow_steps": 4}),
         ({"discrete": True}, {"num_critics": 3}),
         ({"camera": True}, {"random_shift": 2}),
-        pytest.param(
-            {"camera": True},
-            {"encoder_gradient": "all", "image_encoder": "residual"},
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            {"camera": True},
-            {"policy": "flow", "num_samples": 4, "actor_ema": 0.9},
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            {"camera": True},
-            {"actor_objective": "ddpg_bc", "order": "simultaneous"},
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            {"camera": True}, {"policy": "mixture", "num_samples": 3}, marks=pytest.mark.slow
-        ),
+        slow({}, {"policy": "flow"}),
+        slow({"camera": True}, {"encoder_gradient": "all", "image_encoder": "residual"}),
+        slow({"camera": True}, {"policy": "flow", "num_samples": 4, "actor_ema": 0.9}),
+        slow({"camera": True}, {"actor_objective": "ddpg_bc", "order": "simultaneous"}),
+        slow({"camera": True}, {"policy": "mixture", "num_samples": 3}),
     ],
 )
 def test_an_agent_trains_acts_is_saved_and_exported(kind, options, tmp_path):
     dataset = dataset_of(**kind)
     agent = make_agent(config(**options), dataset)
-    before = {name: p.detach().clone() for name, p in agent.loss.named_parameters()}
-    trainer = OfflineTrainer(
-        agent=agent, dataset=dataset, total_updates=4, folder=tmp_path / "run", progress_bar=False
-    )
-    trainer.train()
-    moved = [name for name, p in agent.loss.named_parameters() if not torch.equal(p, before[name])]
+    score = partial(evaluate, make_env=dataset.make_env, episodes=2, seed=0)
+    before = score(agent.policy).returns
+    moved = trained(agent, dataset, tmp_path / "run")
     for network in ("actor", "qvalue", "value", *(["encoder"] if "camera" in kind else [])):
         assert any(name.startswith(f"{network}_network") for name in moved), network
-    result = evaluate(agent.policy, dataset.make_env, episodes=2, seed=0, num_envs=2)
-    assert len(result.returns) == 2
+    after = score(agent.policy).returns
+    assert "discrete" in kind or (before != after).any()  # the policy is the trained one
+    np.testing.assert_allclose(score(agent.policy, num_envs=2).returns, after, rtol=1e-5)
+    again = Agent.load(tmp_path / "run")
+    assert again.config == agent.config
+    drawn = [score(each.policy, deterministic=False).returns for each in (agent, again)]
+    np.testing.assert_array_equal(*drawn)
+    if "num_samples" in options:  # critics and noise are sent to another process too
+        options = {"episodes": 2, "seed": 0}
+        with BackgroundEvaluation(agent.policy, dataset.make_env, **options) as background:
+            background.submit(1)
+            (_, result), *_ = background.results(wait=True)
+        np.testing.assert_allclose(result.returns, after, rtol=1e-5)
     observation, _ = Mixed(**kind).reset(seed=5)
     action = agent.act(observation)
-    again = Agent.load(tmp_path / "run")
     np.testing.assert_array_equal(action, again.act(observation))
     program = torch.export.load(agent.export(tmp_path / "policy.pt2")).module()
     inputs = TensorDict(stacked([observation], dataset.observation_space), batch_size=[1])
-    keys = [key[1:] for key in agent.policy.in_keys]
-    found = program(*(inputs[key] for key in keys))
+    found = program(*(inputs[key[1:]] for key in agent.policy.in_keys))
     np.testing.assert_allclose(found[0].numpy(), action, atol=1e-5)
 
 
@@ -198,10 +199,7 @@ def test_an_encoder_of_the_user_is_trained_and_loaded(tmp_path):
     own = nn.Sequential(nn.Linear(2, 7), nn.Tanh())
     agent = make_agent(config(), dataset, encoders={"arm.speed": own})
     before = own[0].weight.detach().clone()
-    trainer = OfflineTrainer(
-        agent=agent, dataset=dataset, total_updates=4, folder=tmp_path, progress_bar=False
-    )
-    trainer.train()
+    trained(agent, dataset, tmp_path)
     assert not torch.equal(before, own[0].weight)
     with pytest.raises(Exception, match=r"encoder of yours for 'arm\.speed'"):
         Agent.load(tmp_path)
@@ -216,10 +214,10 @@ def test_what_does_not_fit_is_refused():
     dataset = dataset_of(camera=True)
     for encoders, message in (
         ({"lidar": nn.Identity()}, r"'lidar', which is no part .*arm\.grip.*camera"),
-        ({"camera": nn.Conv2d(3, 4, 3)}, r"encoders\['camera'\], a Conv2d, fails on"),
+        ({"camera": nn.Conv2d(3, 4, 3)}, r"encoders\['camera'\], a Conv2d, does not turn"),
         (
             {"arm.speed": nn.Unflatten(1, (2, 1))},
-            r"gives \(2, 2, 1\) .* expected features \(2, F\)",
+            r"into features \(2, F\): it gives \(2, 2, 1\)",
         ),
     ):
         with pytest.raises(ValueError, match=message):
@@ -294,14 +292,8 @@ class Grid(gym.Env):
 def test_shaped_actions_are_flattened_in_data_and_environment():
     generator = np.random.default_rng(0)
     actions = generator.uniform(-1, 1, (40, 2, 2)).astype(np.float32)
-    columns = {
-        "observation": generator.normal(size=(40, 3)).astype(np.float32),
-        "next_observation": generator.normal(size=(40, 3)).astype(np.float32),
-        "action": actions,
-        "reward": actions[:, 1, 0],
-        "terminated": np.zeros(40, bool),
-        "truncated": np.ones(40, bool),
-    }
+    columns = log(action=actions, terminated=np.zeros(40, bool), truncated=np.ones(40, bool))
+    columns |= {"reward": actions[:, 1, 0], "next_observation": -columns["observation"]}
     shaped = load_dataset(columns, env=Grid)
     with pytest.raises(ValueError, match=r"pass dataset\.flatten_actions\(\)"):
         make_agent(config(), shaped)
@@ -346,19 +338,16 @@ def test_every_kind_of_numbers_trains_and_acts(space, dtype, standardise):
     """In both dtypes of the data: an update, and the same action for a row and its raw observation."""
     space.seed(0)
     raw = [space.sample() for _ in range(12)]
-    ends = np.arange(12) % 4 == 3
+    actions = np.linspace(-0.9, 0.9, 24).reshape(12, 2).astype(np.float32)
+    columns = {"action": actions, "reward": np.arange(12, dtype=np.float32)}
     dataset = load_dataset(
-        {
-            "observation": stacked(raw, space), "next_observation": stacked(raw[1:] + raw[:1], space),
-            "action": np.linspace(-0.9, 0.9, 24).reshape(12, 2).astype(np.float32),
-            "reward": np.arange(12, dtype=np.float32),
-            "terminated": np.zeros(12, bool), "truncated": ends,
-        },
-        observation_space=space, action_space=spaces.Box(-1, 1, (2,), np.float32),
-        dtype=dtype, reward="raw",
-    )  # fmt: skip
-    config = IQLConfig(hidden=(8,), batch_size=12, standardise=standardise, reward="raw")
-    agent = make_agent(config, dataset)
+        columns | episodes(raw, space, 4),
+        observation_space=space,
+        action_space=spaces.Box(-1, 1, (2,), np.float32),
+        dtype=dtype,
+        reward="raw",
+    )
+    agent = make_agent(config(batch_size=12, standardise=standardise), dataset)
     agent.step(dataset.transitions.copy())
     floating = {p.dtype for p in agent.loss.parameters()}
     assert floating == {dtype}

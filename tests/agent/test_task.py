@@ -77,7 +77,7 @@ def test_a_task_has_what_networks_need_and_is_restored_from_its_state():
     state = task.state_dict()
     with pytest.raises(ValueError, match=r"stored with \['colour'\]"):
         Task.from_state_dict({**state, "colour": 1})
-    with pytest.raises(ValueError, match=r"stored without \['masked'\]"):
+    with pytest.raises(ValueError, match=r"without \['masked'\]"):
         Task.from_state_dict({k: v for k, v in state.items() if k != "masked"})
 
 

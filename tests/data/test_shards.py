@@ -15,7 +15,7 @@ from shard_logs import SPACES, arrays, written
 from small_agents import config
 
 from iql_torchrl import IQLPopulation, OfflineDataset, load_dataset, make_agent
-from iql_torchrl.agent.model_card import check_dataset
+from iql_torchrl.agent.hub import data_of
 from iql_torchrl.data import DatasetError, ShardedDataset, build_shards, load_shards
 from iql_torchrl.data.__main__ import main
 from iql_torchrl.data.digests import fingerprint
@@ -167,9 +167,9 @@ def test_an_agent_is_made_from_the_index_alone(copied):
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
     np.testing.assert_array_equal(agent.task.episodes, other.task.episodes)
-    check_dataset(load_shards(copied), agent.task)  # as sharing an agent does
+    data_of(agent.task, load_shards(copied))  # as sharing an agent does
     with pytest.raises(ValueError, match="whose episodes are not those"):
-        check_dataset(load_dataset(arrays(LENGTHS, seed=1), **SPACES), agent.task)
+        data_of(agent.task, load_dataset(arrays(LENGTHS, seed=1), **SPACES))
 
 
 def test_the_command_builds_and_verifies(tmp_path, capsys):

@@ -18,7 +18,7 @@ from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, IQLStep, load_dataset, make_agent, policies
 from iql_torchrl.distributed import data_parallel
-from iql_torchrl.population import PopulationLoss
+from iql_torchrl.population.loss import stack_losses
 
 UPDATES, ROWS = 20, 13  # 13 rows: two ranks have 6 and 7
 
@@ -86,9 +86,7 @@ def make_step(case):
     """A step in double precision, with the same weights in every process."""
     torch.manual_seed(3)
     if "members" in case:
-        loss = PopulationLoss(
-            [make_loss(case, temperature=1.0 + n) for n in range(case["members"])]
-        )
+        loss = stack_losses([make_loss(case, temperature=1.0 + n) for n in range(case["members"])])
     else:
         loss = make_loss(case)
     optimizer = case.get("optimizer", optim.SGD)(loss.parameters(), lr=case.get("rate", 0.02))

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from iql_torchrl.checkpoint import newest, read_components
 from iql_torchrl.data.builtin import make_dataset
+from iql_torchrl.files import newest, read_components
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "iql_offline.py"
 SMALL = "--updates 600 --hidden 8 --batch-size 16 --episodes 2 --final-episodes 3 --eval-every 100"

@@ -17,12 +17,12 @@ import pytest
 import torch
 from conftest import make_batch
 from gymnasium import spaces
-from test_torchrl_trainers import make_step
+from small_trainers import make_step
 
 from iql_torchrl import OfflineTrainer
-from iql_torchrl.checkpoint import newest, read_components
 from iql_torchrl.data import replay_buffer
 from iql_torchrl.evaluation.background import BackgroundEvaluation, EvaluationTimeout
+from iql_torchrl.files import newest, read_components
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and sessions")
 
@@ -147,7 +147,7 @@ def scores(folder: Path) -> dict[str, str]:
 @pytest.mark.slow
 def test_training_continues_without_the_score(tmp_path):
     trainer = make_trainer(tmp_path, lambda policy: warmed_up(policy, tmp_path))
-    evaluation = trainer.scores.evaluation
+    evaluation = trainer.evaluation
     submit = evaluation.submit
 
     def submit_with_a_hang_at_10(number):
@@ -189,7 +189,7 @@ def test_the_first_signal_stops_the_wait_for_a_hung_evaluation(tmp_path, capfd, 
 
     sender = threading.Thread(target=stop)
     trainer = make_trainer(tmp_path, lambda policy: background(policy, tmp_path))
-    with trainer.scores.evaluation:
+    with trainer.evaluation:
         sender.start()
         with pytest.raises(error):
             trainer.train()
@@ -205,6 +205,6 @@ def test_the_first_signal_stops_the_wait_for_a_hung_evaluation(tmp_path, capfd, 
     if number == signal.SIGTERM:  # the slow one
         (tmp_path / "hang").unlink()
         again = make_trainer(tmp_path, lambda policy: background(policy, tmp_path))
-        with again.scores.evaluation:
+        with again.evaluation:
             again.resume().train()
         assert scores(tmp_path) == {"10": "1.0", "20": "1.0"}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
+import struct
 import sys
 from pathlib import Path
 
 import pytest
 from test_examples import TINY, run, small_pendulum  # noqa: F401
-from test_loggers import wandb_records
 
 METHODS = ("behaviour-cloning", "IQL")
 pytestmark = pytest.mark.usefixtures("small_pendulum")
@@ -53,6 +53,24 @@ def test_tensorboard(run):  # noqa: F811
         events.Reload()
         logged[method] = {e.step: e.value for e in events.Scalars("loss_actor")}
     check(logged)
+
+
+def wandb_records(path):
+    """The records of a ``.wandb`` file: LevelDB's log format (blocks of 32 KiB, each record in
+    pieces of 4 bytes checksum, 2 length, 1 kind) behind a header of 7 bytes."""
+    content, block = path.read_bytes(), 32_768
+    assert content.startswith(b":W&B")
+    position, pieces = 7, b""
+    while position + 7 <= len(content):
+        if block - position % block < 7:
+            position += block - position % block
+            continue
+        length, kind = struct.unpack_from("<HB", content, position + 4)
+        pieces += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            yield pieces
+            pieces = b""
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb's own dependencies

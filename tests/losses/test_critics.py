@@ -12,7 +12,7 @@ from torchrl.modules import ValueOperator
 from torchrl.objectives import HardUpdate, SoftUpdate
 
 from iql_torchrl import IQLLoss, IQLStep, networks
-from iql_torchrl.losses.ensembles import draw_critics
+from iql_torchrl.losses.critics import draw_critics
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
 

@@ -18,7 +18,8 @@ from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, IQLStep, captured, compiled, networks, policies
 from iql_torchrl.data import DeviceSampler
-from iql_torchrl.private_apis import TARGET_CRITICS, children_of
+from iql_torchrl.losses.parameters import TARGET_CRITICS
+from iql_torchrl.private_apis import children_of
 
 SPEC = Bounded(-torch.ones(ACT), torch.ones(ACT), (ACT,))
 BOTH = ["observation", "action"]

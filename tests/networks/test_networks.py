@@ -1,12 +1,28 @@
-"""Networks: shapes, initialisation, standardisation."""
+"""Networks by hand: shapes, initialisation, standardisation; encoders of observations in NumPy."""
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from iql_torchrl import networks
+
+
+def are_orthogonal(net: nn.Module) -> bool:
+    """Whether all linear layers have orthogonal weights with gain sqrt(2) and biases of 0."""
+    layers = [layer for layer in net.modules() if isinstance(layer, nn.Linear)]
+    for layer in layers:
+        weight = layer.weight if layer.out_features <= layer.in_features else layer.weight.T
+        expected = 2 * torch.eye(len(weight))
+        torch.testing.assert_close(weight @ weight.T, expected, atol=1e-5, rtol=0)
+        assert (layer.bias == 0).all()
+    return len(layers) > 2
 
 
 def test_standardise_by_hand_and_constant_columns():
@@ -14,27 +30,20 @@ def test_standardise_by_hand_and_constant_columns():
     out = layer(torch.tensor([[3.0, 5.0, 1e4 + 1], [1.0, 6.0, 1e4]]))
     torch.testing.assert_close(out, torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]))
     assert {name for name, _ in layer.named_buffers()} == {"mean", "std"}
-
-
-def test_standardise_refuses_bad_statistics():
     with pytest.raises(ValueError, match="shape"):
         networks.Standardise(torch.zeros(2), torch.ones(3))
     with pytest.raises(ValueError, match="finite"):
         networks.Standardise(torch.tensor([float("nan")]), torch.ones(1))
 
 
-def test_mlp_layers_and_orthogonal_initialisation():
-    mlp = networks.MLP(6, 2, hidden=(8, 4), layer_norm=True, dropout=0.1, activation=nn.Tanh)
-    kinds = [type(layer).__name__ for layer in mlp]
-    block = ["Linear", "LayerNorm", "Tanh", "Dropout"]
-    assert kinds == [*block, *block, "Linear"]
-    for layer in mlp:
-        if isinstance(layer, nn.Linear):
-            weight = layer.weight if layer.out_features <= layer.in_features else layer.weight.T
-            torch.testing.assert_close(
-                weight @ weight.T, 2 * torch.eye(len(weight)), atol=1e-5, rtol=0
-            )
-            assert (layer.bias == 0).all()
+def test_layers_and_orthogonal_initialisation():
+    options = {"layer_norm": True, "dropout": 0.1, "activation": nn.Tanh}
+    before = [nn.Linear, nn.LayerNorm, nn.Tanh, nn.Dropout]
+    after = [nn.Linear, nn.Tanh, nn.LayerNorm, nn.Dropout]
+    for expected, more in ((before, {}), (after, {"norm_after_activation": True})):
+        mlp = networks.MLP(6, 2, hidden=(8, 4), **options, **more)
+        assert [type(layer) for layer in mlp] == [*expected, *expected, nn.Linear]
+        assert are_orthogonal(mlp)
 
 
 def test_initialisation_of_torch_draws_what_linear_layers_draw():
@@ -58,6 +67,8 @@ def test_shapes(shape):
     assert networks.StateValue(7, hidden=(8,))(observation, goal).shape == (*shape, 1)
     assert networks.Critic(7, 3, hidden=(8,))(observation, goal, action).shape == (*shape, 1)
     assert networks.DiscreteCritic(5, 4, hidden=(8,))(observation).shape == (*shape, 4)
+    with pytest.raises(ValueError, match="num_actions is 1"):
+        networks.DiscreteCritic(3, 1)
 
 
 def test_preprocess_sees_observations_alone():
@@ -72,27 +83,9 @@ def test_preprocess_sees_observations_alone():
 def test_one_hot_keeps_the_batch_shape(shape):
     index = torch.randint(4, shape)
     out = networks.OneHot(4)(index)
-    assert out.shape == (*shape, 4)
-    assert torch.equal(out.argmax(-1), index)
-    assert (out.sum(-1) == 1).all()
+    assert torch.equal(out, torch.eye(4)[index])
     value = networks.StateValue(4, preprocess=networks.OneHot(4), hidden=(8,))
     assert value(index).shape == (*shape, 1)
-
-
-def test_a_choice_needs_two_actions():
-    with pytest.raises(ValueError, match="num_actions is 1"):
-        networks.DiscreteCritic(3, 1)
-
-
-def test_layer_norm_before_or_after_the_activation():
-    def kinds(**options):
-        mlp = networks.MLP(3, 1, hidden=(8, 8), layer_norm=True, activation=nn.GELU, **options)
-        return [type(layer) for layer in mlp]
-
-    hidden = [nn.Linear, nn.LayerNorm, nn.GELU]
-    assert kinds() == [*hidden, *hidden, nn.Linear]
-    after = [nn.Linear, nn.GELU, nn.LayerNorm]
-    assert kinds(norm_after_activation=True) == [*after, *after, nn.Linear]
 
 
 def test_named_activations():
@@ -145,20 +138,83 @@ def test_residual_blocks_shapes_dropout_and_initialisation():
     assert not torch.equal(net(x), net(x))
     net.eval()
     assert torch.equal(net(x), net(x))
-    for layer in net.modules():
-        if isinstance(layer, nn.Linear):
-            weight = layer.weight if layer.out_features <= layer.in_features else layer.weight.T
-            product = weight @ weight.T
-            torch.testing.assert_close(product, 2 * torch.eye(len(weight)), atol=1e-5, rtol=0)
-            assert (layer.bias == 0).all()
-
-
-def test_residual_blocks_refuse_what_they_cannot_be():
-    with pytest.raises(ValueError, match=r"hidden is \(8, 4\); residual blocks add"):
-        networks.ResidualMLP(5, 3, hidden=(8, 4))
-    with pytest.raises(ValueError, match=r"hidden is \(\); residual blocks add"):
-        networks.ResidualMLP(5, 3, hidden=())
+    assert are_orthogonal(net)
+    for hidden in ((8, 4), ()):
+        with pytest.raises(
+            ValueError, match=rf"hidden is {re.escape(str(hidden))}; residual blocks"
+        ):
+            networks.ResidualMLP(5, 3, hidden=hidden)
     with pytest.raises(ValueError, match="dropout is 1"):
         networks.ResidualMLP(5, 3, dropout=1)
     with pytest.raises(TypeError, match="layer_norm"):
         networks.StateValue(5, residual=True, layer_norm=False)
+
+
+def test_flatten_keeps_the_order_and_categories_become_ones_and_zeros():
+    flat = networks.Flatten((2, 3))(torch.arange(24).reshape(2, 2, 2, 3))
+    assert flat.shape == (2, 2, 6)
+    assert flat.dtype == torch.float32
+    np.testing.assert_array_equal(flat[1, 0].numpy(), np.arange(12, 18))
+    assert networks.Flatten(())(torch.tensor([3.0, 4.0])).tolist() == [[3.0], [4.0]]
+    out = networks.OneHots((2, 3))(torch.tensor([[1, 0], [0, 2]]))
+    assert out.tolist() == [[0, 1, 1, 0, 0], [1, 0, 0, 0, 1]]
+    square = networks.OneHots((2, 2, 2, 2), (2, 2))(torch.tensor([[[0, 1], [1, 0]]]))
+    assert square.tolist() == [[1, 0, 0, 1, 0, 1, 1, 0]]
+
+
+@pytest.mark.parametrize("kind", ["small", "residual"])
+@pytest.mark.parametrize("shape", [(9, 12, 3), (40, 36, 1), (4, 84, 84)])
+def test_images_of_bytes_and_of_fractions_give_the_same(kind, shape):
+    encoder = networks.ImageEncoder(shape, 6, kind=kind)
+    images = torch.randint(0, 256, (2, 3, *shape), dtype=torch.uint8)
+    out = encoder(images)
+    assert out.shape == (2, 3, 6)
+    assert bool((out.abs() < 1).all())
+    torch.testing.assert_close(out, encoder(images / 255))
+    torch.testing.assert_close(out[1, 2], encoder(images[1, 2]), rtol=0, atol=1e-5)
+
+
+def test_layouts_agree():
+    last = networks.ImageEncoder((10, 12, 3), 5)
+    first = networks.ImageEncoder((3, 10, 12), 5)
+    first.load_state_dict(last.state_dict())
+    images = torch.randint(0, 256, (4, 10, 12, 3), dtype=torch.uint8)
+    torch.testing.assert_close(last(images), first(images.permute(0, 3, 1, 2)))
+    assert (last.channels, first.channels) == ("last", "first")
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    pixels=st.integers(1, 5),
+    offset=st.tuples(*[st.floats(0, 1, exclude_max=True, width=32)] * 2),
+    first=st.booleans(),
+)
+def test_the_shift_is_a_window_of_the_padded_image(pixels, offset, first):
+    shape = (2, 9, 11) if first else (9, 11, 2)
+    encoder = networks.ImageEncoder(shape, 4)
+    image = torch.randint(0, 256, (1, *shape), dtype=torch.uint8)
+    moved = encoder.shifted(image, torch.tensor([offset]), pixels)
+    outer = ((0, 0), (pixels, pixels), (pixels, pixels))
+    sides = outer if first else (*outer[1:], (0, 0))
+    padded = np.pad(image[0].numpy(), sides, mode="edge")
+    down, right = (int(np.float32(x) * np.float32(2 * pixels + 1)) for x in offset)
+    rows, columns = slice(down, down + 9), slice(right, right + 11)
+    window = padded[:, rows, columns] if first else padded[rows, columns]
+    np.testing.assert_array_equal(moved[0].numpy(), window)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"shape": (84, 84)}, r"shape is \(84, 84\); expected that of one image"),
+        ({"shape": (4, 20, 3)}, "at least 8 x 8"),
+        ({"shape": (20, 20, 3), "kind": "large"}, "kind is 'large'; choose one of 'small'"),
+        ({"shape": (20, 20, 3), "features": 0}, "features is 0; expected a whole number"),
+    ],
+)
+def test_what_makes_no_encoder_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        networks.ImageEncoder(**arguments)
+    encoder = networks.ImageEncoder((20, 24, 3))
+    with pytest.raises(ValueError, match=r"\(5, 24, 20, 3\); expected .* \(20, 24, 3\)"):
+        encoder(torch.zeros(5, 24, 20, 3))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from functools import partial
 
 import pytest
 import torch
-from iql_torchrl.networks.evaluator import _condense
+from tensordict import TensorDict
 from torch import nn
 from torchrl.modules import MLP as TorchRLMLP
 
 from iql_torchrl import networks
-from iql_torchrl.networks.evaluation import Category, Perceptron, linear_layers, picked
+from iql_torchrl.networks.evaluation import DERIVATIVES, Perceptron
+from iql_torchrl.networks.recognition import linear_layers, network_over
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -23,12 +23,23 @@ def perceptron(layers: int, activation=nn.ReLU, inputs: int = 4, outputs: int = 
     return networks.MLP(inputs, outputs, hidden=hidden, activation=activation).double()
 
 
-def stack(modules):
-    """Perceptron over K modules' parameters, ``(K, ...)``, and those parameters."""
-    dense = Perceptron(modules[0])
-    leaves = zip(*(m.parameters() for m in modules), strict=True)
-    dense.leaves = tuple(torch.stack(leaf).detach().requires_grad_() for leaf in leaves)
-    return dense, dense.leaves
+def over(*modules, **options):
+    """The Perceptron over the parameters of one module, or over those of several, ``(K, ...)``."""
+    listed = [[p for layer in m for p in layer.parameters()] for m in modules]
+    stacked = [torch.stack(leaf).detach().requires_grad_() for leaf in zip(*listed, strict=True)]
+    leaves = stacked if options.pop("stacked", True) else listed[0]
+    kind = type(modules[0][1]) if len(modules[0]) > 1 else nn.ReLU
+    return Perceptron(modules[0], leaves, derivative=DERIVATIVES[kind], **options)
+
+
+def of_count(count, sources):
+    """One network where ``count`` is None, else that many stacked."""
+    return over(*sources, stacked=count is not None)
+
+
+def both(dense, x):
+    """Outputs with the written-out gradient, and by operations."""
+    return dense(x), dense.operations(x, dense.leaves)
 
 
 def gradients(out, expected):
@@ -44,7 +55,7 @@ def test_by_hand():
         for leaf, value in zip(source.parameters(), ([[1.0, -2.0]], 3.0, -1.0, 0.5), strict=True):
             leaf.copy_(torch.tensor(value))
     x = torch.tensor([[1.0, 1.0], [0.0, 2.0]], requires_grad=True)  # before ReLU: 2 and -1
-    out = Perceptron(source)(x)
+    out = over(source, stacked=False)(x)
     assert out.tolist() == [[-1.5], [0.5]]
     found = torch.autograd.grad(out.sum(), [x, *source.parameters()])
     expected = ([[-1.0, 2.0], [0.0, 0.0]], [[-1.0, -1.0]], [-1.0], [[2.0]], [2.0])
@@ -58,117 +69,85 @@ def test_tanh_by_hand():
         for leaf, value in zip(source.parameters(), (2.0, 0.0, 3.0, 1.0), strict=True):
             leaf.fill_(value)
     x = torch.tensor([[0.25]], dtype=torch.float64, requires_grad=True)
-    out = Perceptron(source)(x)
+    out = over(source, stacked=False)(x)
     assert out.item() == pytest.approx(1 + 3 * math.tanh(0.5), rel=1e-14)
     (slope,) = torch.autograd.grad(out.sum(), x)
     assert float(slope) == pytest.approx(6 * (1 - math.tanh(0.5) ** 2), rel=1e-14)
 
 
-@pytest.mark.parametrize("way", ["chain", "operations"])
-@pytest.mark.parametrize("outputs", [1, 3])
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
-@pytest.mark.parametrize("layers", [1, 2, 3])
-def test_a_lone_perceptron(way, outputs, activation, layers):
-    source = perceptron(layers, activation, outputs=outputs)
-    dense = Perceptron(source)
-    x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    out = dense(x) if way == "chain" else dense.operations(x)
-    expected = source(x)
-    torch.testing.assert_close(out, expected, **EXACT)
-    leaves = [x, *source.parameters()]
-    for a, b in zip(gradients(out, leaves), gradients(expected, leaves), strict=True):
-        torch.testing.assert_close(a, b, **EXACT)
-
-
-@pytest.mark.parametrize("way", ["chain", "operations"])
-@pytest.mark.parametrize("outputs", [1, 3])
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
-@pytest.mark.parametrize("count", [1, 2, 5])
-@pytest.mark.parametrize("layers", [1, 2, 3])
-def test_stacked_perceptrons(way, outputs, activation, count, layers):
-    sources = [perceptron(layers, activation, outputs=outputs) for _ in range(count)]
-    dense, leaves = stack(sources)
-    x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    out = dense(x) if way == "chain" else dense.operations(x)
-    expected = torch.stack([source(x) for source in sources])
-    torch.testing.assert_close(out, expected, **EXACT)
+def assert_gradients(out, leaves, expected, sources, x=()):
+    """Gradients of inputs ``x`` and of ``leaves`` are those of the modules apart."""
     apart = [p for source in sources for p in source.parameters()]
-    (about_x, *found), (wanted_x, *theirs) = (
-        gradients(out, [x, *leaves]),
-        gradients(expected, [x, *apart]),
-    )
-    torch.testing.assert_close(about_x, wanted_x, **EXACT)
-    for place, gradient in enumerate(found):
-        torch.testing.assert_close(gradient, torch.stack(theirs[place :: len(leaves)]), **EXACT)
+    ours, theirs = gradients(out, [*x, *leaves]), gradients(expected, [*x, *apart])
+    for a, b in zip(ours[: len(x)], theirs, strict=False):
+        torch.testing.assert_close(a, b, **EXACT)
+    for place, gradient in enumerate(ours[len(x) :]):
+        expected = torch.stack(theirs[len(x) + place :: len(leaves)])
+        torch.testing.assert_close(gradient.view_as(expected), expected, **EXACT)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("count", [None, 1, 2, 5])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_values_and_gradients(outputs, activation, count, layers):
+    sources = [perceptron(layers, activation, outputs=outputs) for _ in range(count or 1)]
+    dense = of_count(count, sources)
+    x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    for out in both(dense, x):
+        outs = [source(x) for source in sources]
+        expected = outs[0] if count is None else torch.stack(outs)
+        torch.testing.assert_close(out, expected, **EXACT)
+        assert_gradients(out, dense.leaves, expected, sources, [x])
 
 
 @pytest.mark.parametrize("count", [None, 1, 3])
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3), (2, 3, 5), (2, 0)])
 def test_any_batch_dimensions(count, shape):
     sources = [perceptron(3) for _ in range(count or 1)]
-    dense, leaves = (Perceptron(sources[0]), None) if count is None else stack(sources)
-    leaves = tuple(sources[0].parameters()) if leaves is None else leaves
+    dense = of_count(count, sources)
     x = torch.randn(*shape, 4, dtype=torch.float64, requires_grad=True)
-    out = dense(x)
-    outs = [source(x) for source in sources]
+    out, outs = dense(x), [source(x) for source in sources]
     expected = outs[0] if count is None else torch.stack(outs)
     torch.testing.assert_close(out, expected, **EXACT)
-    apart = [p for source in sources for p in source.parameters()]
-    found, theirs = gradients(out, [x, *leaves]), gradients(expected, [x, *apart])
-    torch.testing.assert_close(found[0], theirs[0], **EXACT)
-    for place, gradient in enumerate(found[1:]):
-        expected = torch.stack(theirs[1 + place :: len(leaves)])
-        torch.testing.assert_close(gradient.view_as(expected), expected, **EXACT)
+    assert_gradients(out, dense.leaves, expected, sources, [x])
 
 
-@pytest.mark.parametrize("way", ["chain", "operations"])
 @pytest.mark.parametrize("count", [None, 1, 3])
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("shape", [(9,), (0,), (1,), (2, 5)])
-def test_categories_are_their_one_hot_form(way, count, layers, shape):
+def test_categories_are_their_one_hot_form(count, layers, shape):
     sources = [perceptron(layers, inputs=6) for _ in range(count or 1)]
-    dense, leaves = (Perceptron(sources[0]), None) if count is None else stack(sources)
-    leaves = tuple(sources[0].parameters()) if leaves is None else leaves
+    dense = of_count(count, sources)
     index = torch.randint(6, shape)  # categories return, and some do not come
     with pytest.raises(TypeError, match=r"got torch.int64; .*networks\.OneHot"):
         dense(index)
     dense.picks = True
-    if way == "chain":
-        out = dense(index)
-    elif len(shape) == 1:
-        out = dense.operations(index)
-    else:
-        return
     one_hot = nn.functional.one_hot(index, 6).double()
-    outs = [source(one_hot) for source in sources]
-    expected = outs[0] if count is None else torch.stack(outs)
-    torch.testing.assert_close(out, expected, **EXACT)
-    apart = [p for source in sources for p in source.parameters()]
-    found, theirs = gradients(out, leaves), gradients(expected, apart)
-    for place, gradient in enumerate(found):
-        expected = torch.stack(theirs[place :: len(leaves)])
-        torch.testing.assert_close(gradient.view_as(expected), expected, **EXACT)
+    for out in both(dense, index) if len(shape) == 1 else [dense(index)]:
+        outs = [source(one_hot) for source in sources]
+        expected = outs[0] if count is None else torch.stack(outs)
+        torch.testing.assert_close(out, expected, **EXACT)
+        assert_gradients(out, dense.leaves, expected, sources)
 
 
-def test_picked_by_hand():
-    weight = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    assert picked(weight, torch.tensor([2, 0])).tolist() == [[3.0, 1.0], [6.0, 4.0]]
-    runs = torch.stack([weight, 10 * weight])  # each run with its own
-    assert picked(runs, torch.tensor([[2], [1]])).tolist() == [[[3.0], [6.0]], [[20.0], [50.0]]]
+def test_unknown_categories_are_refused():
+    dense = of_count(None, [perceptron(1, inputs=3)])
+    dense.picks = True
     for index in (3, -1):
         with pytest.raises(RuntimeError, match="out of bounds"):
-            picked(weight, torch.tensor([0, index]))
+            dense(torch.tensor([0, index]))
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,), (4, 5), (0, 1, 2, 3, 4)])
 @pytest.mark.parametrize("count", [None, 2])
 def test_frozen_leaves(count, frozen):
     sources = [perceptron(3) for _ in range(count or 1)]
-    dense = Perceptron(sources[0]) if count is None else stack(sources)[0]
+    dense = of_count(count, sources)
     for place in frozen:
         dense.leaves[place].requires_grad_(False)
     x = torch.randn(7, 4, dtype=torch.float64)
-    out, plain = dense(x), dense.operations(x)
+    out, plain = both(dense, x)
     live = [leaf for leaf in dense.leaves if leaf.requires_grad]
     for a, b in zip(gradients(out, live), gradients(plain, live), strict=True):
         torch.testing.assert_close(a, b, **EXACT)
@@ -176,15 +155,14 @@ def test_frozen_leaves(count, frozen):
         leaf.requires_grad_(False)
     assert not dense(x).requires_grad
     x.requires_grad_()
-    torch.testing.assert_close(
-        gradients(dense(x), [x])[0], gradients(dense.operations(x), [x])[0], **EXACT
-    )
+    ours, plainly = (gradients(out, [x])[0] for out in both(dense, x))
+    torch.testing.assert_close(ours, plainly, **EXACT)
 
 
 @pytest.mark.parametrize("count", [None, 2])
 def test_numerical_derivatives(count):
     sources = [perceptron(3, nn.Tanh) for _ in range(count or 1)]
-    dense = Perceptron(sources[0]) if count is None else stack(sources)[0]
+    dense = of_count(count, sources)
 
     def evaluate(x, *leaves):
         dense.leaves = leaves
@@ -197,7 +175,7 @@ def test_numerical_derivatives(count):
 @pytest.mark.parametrize("count", [None, 2])
 def test_under_autocast(count):
     sources = [perceptron(3).float() for _ in range(count or 1)]
-    dense = Perceptron(sources[0]) if count is None else stack(sources)[0]
+    dense = of_count(count, sources)
     x = torch.randn(64, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = dense(x)
@@ -219,12 +197,12 @@ def test_torchrls_mlp_joins_its_inputs():
     source = TorchRLMLP(in_features=5, out_features=2, num_cells=[6, 6]).double()
     assert [layer.out_features for layer in linear_layers(source)] == [6, 6, 2]  # with Tanh
     a, b = (torch.randn(3, 7, n, dtype=torch.float64) for n in (3, 2))
-    torch.testing.assert_close(Perceptron(source)(a, b), source(a, b), **EXACT)
+    torch.testing.assert_close(over(source)(a, b)[0], source(a, b), **EXACT)
 
 
 def test_a_gradient_may_be_asked_for_once_and_leaves_may_be_used_twice():
     source = perceptron(3)
-    dense = Perceptron(source)
+    dense = over(source, stacked=False)
     a, b = torch.randn(2, 7, 4, dtype=torch.float64)
     leaves = list(source.parameters())
     ours = gradients(dense(a) * dense(b), leaves)
@@ -272,11 +250,7 @@ LEFT_ALONE = {
 
 @pytest.mark.parametrize("what", LEFT_ALONE)
 def test_what_is_not_recognised_is_left_alone(what):
-    source = LEFT_ALONE[what]()
-    assert linear_layers(source) is None
-    holder = nn.ModuleDict({"body": copy.deepcopy(source)})
-    _condense(holder)
-    assert type(holder["body"]) is type(source)
+    assert linear_layers(LEFT_ALONE[what]()) is None
 
 
 def test_layers_that_appear_twice():
@@ -289,7 +263,7 @@ def test_layers_that_appear_twice():
     for source in sources:
         assert len(linear_layers(source)) == 3
         x = torch.randn(7, 4, dtype=torch.float64)
-        dense = Perceptron(source)
+        dense = over(source, stacked=False)
         torch.testing.assert_close(dense(x), source(x), **EXACT)
         leaves = list(source.parameters())
         for a, b in zip(gradients(dense(x), leaves), gradients(source(x), leaves), strict=True):
@@ -299,21 +273,18 @@ def test_layers_that_appear_twice():
 def test_networks_of_categories_pick():
     for kind in (networks.StateValue, partial(networks.DiscreteCritic, num_actions=3)):
         network = kind(6, preprocess=networks.OneHot(6), hidden=(4,))
-        clone = copy.deepcopy(network)
-        _condense(clone)
-        assert type(clone.preprocess) is Category
+        direct = network_over(network, ["x"], TensorDict.from_module(network), per_run=False)
+        assert direct.body.picks
         index = torch.randint(6, (3, 5))
-        torch.testing.assert_close(clone(index), network(index))
-        torch.testing.assert_close(clone(index.double()), network(index.double()))
+        for x in (index, index.double()):
+            torch.testing.assert_close(direct.run(x), network(x))
     for left in (
         networks.StateValue(6, preprocess=networks.OneHot(6), hidden=(4,), layer_norm=True),
         networks.Critic(6, 2, preprocess=networks.OneHot(6), hidden=(4,)),
         networks.StateValue(6, preprocess=nn.Sequential(networks.OneHot(6), nn.Linear(6, 6))),
     ):
-        kinds = {type(module) for module in left.modules()}
-        _condense(left)
-        assert networks.OneHot in kinds
-        assert not any(type(module) is Category for module in left.modules())
+        direct = network_over(left, ["x"], TensorDict.from_module(left), per_run=False)
+        assert direct.body is None or not direct.body.picks
 
 
 @pytest.mark.parametrize("categories", [False, True])
@@ -321,19 +292,13 @@ def test_networks_of_categories_pick():
 def test_a_batch_per_run(own, categories):
     """Runs that read one batch, and runs that read one each; 3 runs, 3 layers, 3 outputs."""
     sources = [perceptron(3, inputs=6, outputs=3) for _ in range(3)]
-    leaves = zip(*(m.parameters() for m in sources), strict=True)
-    leaves = tuple(torch.stack(leaf).detach().requires_grad_() for leaf in leaves)
-    body = Perceptron(sources[0], leaves, per_run=True)
-    body.picks = categories
+    body = over(*sources, per_run=True, picks=categories)
     shape = (3, 7) if own else (7,)
     x = torch.randint(6, shape) if categories else torch.randn(*shape, 6, dtype=torch.float64)
     rows = nn.functional.one_hot(x, 6).double() if categories else x
     rows = rows if own else rows.expand(3, *rows.shape)
     expected = torch.stack([m(row) for m, row in zip(sources, rows, strict=True)])
-    apart = [p for source in sources for p in source.parameters()]
-    theirs = gradients(expected, apart)
-    for out in (body(x), body.operations(x)):
+    for out in both(body, x):
         torch.testing.assert_close(out, expected, **EXACT)
-        for place, gradient in enumerate(gradients(out, leaves)):
-            expected_gradient = torch.stack(theirs[place :: len(leaves)])
-            torch.testing.assert_close(gradient, expected_gradient, **EXACT)
+        expected = torch.stack([m(row) for m, row in zip(sources, rows, strict=True)])
+        assert_gradients(out, body.leaves, expected, sources)

@@ -14,7 +14,8 @@ from torchrl.objectives import SoftUpdate
 from iql_torchrl import IQLLoss, IQLStep, compiled
 from iql_torchrl.config import Arithmetic, choose_products, chosen_products
 from iql_torchrl.networks import products
-from iql_torchrl.networks.products import affine, matmul, product
+from iql_torchrl.networks.evaluation import affine, product
+from iql_torchrl.networks.products import matmul
 
 SHAPES = [
     ((256, 128), (128, 256)),

@@ -8,25 +8,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from tensordict.nn import (
-    ProbabilisticTensorDictSequential,
-    TensorDictModule,
-    TensorDictSequential,
-)
+from tensordict.nn import ProbabilisticTensorDictSequential as Actor
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 
-from iql_torchrl import (
-    IQLLoss,
-    IQLStep,
-    OfflineDataset,
-    captured,
-    load_dataset,
-    networks,
-    policies,
-)
+from iql_torchrl import IQLLoss, IQLStep, captured, load_dataset, networks, policies
 from iql_torchrl.networks import CausalTransformer, LSTMEncoder, Standardise
 
 F, H, T = 3, 8, 5
@@ -58,7 +47,6 @@ def test_lstm_is_torchs_on_the_real_steps():
         theirs.load_state_dict(state)
         window, mask = windows(10)
         found = encoder(window, mask)
-        assert found.shape == (10, H)
         for row, real, out in zip(window, mask, found, strict=True):
             expected = theirs(row[real][None])[0][0, -1]
             torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
@@ -88,7 +76,6 @@ def test_transformer_is_torchs_on_the_real_steps():
     blocks = [theirs_of(block) for block in encoder.blocks]
     window, mask = windows(10)
     found = encoder(window, mask)
-    assert found.shape == (10, H)
     for row, real, out in zip(window, mask, found, strict=True):
         x = (encoder.first(row[real]) + encoder.positions[-int(real.sum()) :])[None]
         causal = nn.Transformer.generate_square_subsequent_mask(x.shape[1], dtype=x.dtype)
@@ -132,14 +119,9 @@ def test_every_real_step_is_read_and_batches_may_have_any_shape(name):
     window.requires_grad_()
     (gradient,) = torch.autograd.grad(encoder(window, mask).square().sum(), window)
     assert torch.equal(gradient.abs().sum(-1) > 0, mask)
-
-
-def test_a_shorter_window_is_a_longer_one_with_padding():
-    window, mask = windows(6)
-    mask[:] = torch.arange(T) >= 2
-    for make in ENCODERS.values():
-        encoder = make().double()
-        torch.testing.assert_close(encoder(window[:, 2:], mask[:, 2:]), encoder(window, mask))
+    mask[:] = torch.arange(T) >= 2  # a shorter window is a longer one with padding
+    shorter = encoder(window[..., 2:, :], mask[..., 2:])
+    torch.testing.assert_close(shorter, encoder(window, mask))
 
 
 @pytest.mark.parametrize("name", ["lstm", "one block"])
@@ -188,7 +170,7 @@ def test_wrong_arguments_are_refused():
 ROWS = 12  # episodes of 3, 7 and 2 steps
 
 
-def log() -> OfflineDataset:
+def log():
     observations = torch.randn(ROWS + 3, F).double().numpy()
     first = np.array([0, 1, 2, 4, 5, 6, 7, 8, 9, 10, 12, 13])
     ends = np.isin(np.arange(ROWS), (2, 9, 11))
@@ -222,7 +204,7 @@ def step_of(names: dict[str, Callable[[], nn.Module]]) -> IQLStep:
         return TensorDictModule(names[network](), in_keys=keys, out_keys=["features"])
 
     head = policies.gaussian(H, spec, hidden=(16,), in_keys=["features"])
-    actor = ProbabilisticTensorDictSequential(reads("actor"), *head.module)
+    actor = Actor(reads("actor"), *head.module)
     critic = ValueOperator(networks.Critic(H, 2, hidden=(16,)), in_keys=["features", "action"])
     value = ValueOperator(networks.StateValue(H, hidden=(16,)), in_keys=["features"])
     loss = IQLLoss(

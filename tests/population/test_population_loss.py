@@ -1,4 +1,4 @@
-"""PopulationLoss: values and gradients of P losses; copies, states and targets."""
+"""Stacked losses: values and gradients of P losses; copies, states and targets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchrl.data import Bounded
 from torchrl.objectives import HardUpdate, SoftUpdate
 
 from iql_torchrl import IQLLoss, IQLStep, policies
-from iql_torchrl.population.loss import PopulationLoss
+from iql_torchrl.population.loss import stack_losses, write_member
 from iql_torchrl.update.adam import StackedAdam
 
 KNOBS = (
@@ -58,7 +58,7 @@ def batches(shape, change=None, dtype=torch.float64):
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_outputs_and_gradients_are_those_of_each_loss(shape, change, reduction):
     losses = [moving(loss) for loss in make_losses(reduction=reduction)]
-    population = moving(PopulationLoss(losses))
+    population = moving(stack_losses(losses))
     batch, each = batches(shape, change)
     keys = set(batch.keys(True, True))
     result = population(batch)
@@ -87,7 +87,7 @@ def test_squared_distance_to_any_policys_own_action(policy):
         actor = getattr(policies, policy)(OBS, spec, hidden=(8,))
         _, critic, value = make_networks()
         losses.append(IQLLoss(actor, critic, value, actor_objective="mse").double())
-    population = PopulationLoss(losses)
+    population = stack_losses(losses)
     batch, _ = batches((7,))
     for loss in losses:
         loss.actor_loss(batch)
@@ -102,7 +102,7 @@ def test_keys_of_the_batch_are_the_losses():
         loss.set_keys(reward="r", terminated="end", action="a", priority_weight="w")
         loss.value_estimator.set_keys(steps_to_next_obs="n")
         loss.loss_mask_key = "real"
-    population = PopulationLoss(losses)
+    population = stack_losses(losses)
     batch = extras(make_batch(6, dtype=torch.float64))
     batch.rename_key_("priority_weight", "w").rename_key_("steps_to_next_obs", "n")
     batch["a"] = batch["action"] / 2  # the policy's; critics have in_keys of their own
@@ -122,14 +122,14 @@ def test_priority_weights_may_be_left_out():
         loss.use_prioritized_weights = False
     batch = extras(make_batch(6, dtype=torch.float64))
     expected = torch.stack([loss.value_loss(batch.clone())[0] for loss in losses])
-    result = PopulationLoss(losses).value_loss(batch)[0]
+    result = stack_losses(losses).value_loss(batch)[0]
     assert_close({"": result}, {"": expected}, 1e-12)
 
 
 def test_the_losses_are_copied_and_can_be_written_back():
     losses = make_losses(critics=1)
     before = [copy.deepcopy(loss.state_dict()) for loss in losses]
-    population = PopulationLoss(losses)
+    population = stack_losses(losses)
     state = population.state_dict()
     assert state.keys() == before[0].keys()
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_the_losses_are_copied_and_can_be_written_back():
             assert name in state
     for number, loss in enumerate(losses):
         assert_close(loss.state_dict(), before[number], 0)
-        population.write_member(number, loss)
+        write_member(population, number, loss)
         trained = dict(loss.named_parameters())
         for name, value in loss.state_dict().items():
             moved = number + 1 if name in trained else 0
@@ -152,7 +152,7 @@ def make_step(population, **options) -> IQLStep:
 
 
 def test_targets_may_be_copied_at_intervals():
-    population = PopulationLoss(make_losses())
+    population = stack_losses(make_losses())
     optimizer = StackedAdam(population.parameters(), rates=torch.full((RUNS,), 1e-2))
     updater = HardUpdate(population, value_network_update_interval=2)
     step = IQLStep(population, optimizer, updater)
@@ -169,7 +169,7 @@ def test_targets_may_be_copied_at_intervals():
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 def test_a_run_that_diverges_does_not_change_the_others(own):
-    first, second = (PopulationLoss(make_losses()) for _ in range(2))
+    first, second = (stack_losses(make_losses()) for _ in range(2))
     second.load_state_dict(first.state_dict())
     with torch.no_grad():
         next(second.parameters())[1] = torch.nan
@@ -189,7 +189,7 @@ def test_a_frozen_network_rests():
     losses = make_losses()
     for loss in losses:
         loss.value_network_params.requires_grad_(False)
-    population = PopulationLoss(losses)
+    population = stack_losses(losses)
     before = copy.deepcopy(population.state_dict())
     step = make_step(population)
     step(make_batch(dtype=torch.float64))
@@ -200,7 +200,7 @@ def test_a_frozen_network_rests():
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_a_copy_computes_the_same_from_memory_of_its_own(way):
-    population = PopulationLoss(make_losses())
+    population = stack_losses(make_losses())
     step, batch = make_step(population), make_batch(dtype=torch.float64)
     step(batch)  # networks are bound
     other = (
@@ -215,7 +215,7 @@ def test_a_copy_computes_the_same_from_memory_of_its_own(way):
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_loaded_state_is_what_is_evaluated(assign):
-    first, second = (moving(PopulationLoss(make_losses())) for _ in range(2))
+    first, second = (moving(stack_losses(make_losses())) for _ in range(2))
     batch = make_batch(dtype=torch.float64)
     second(batch)
     with second.evaluated_directly():
@@ -229,7 +229,7 @@ def test_a_loaded_state_is_what_is_evaluated(assign):
 
 def test_a_cast_is_what_is_evaluated():
     losses = make_losses()
-    population = moving(PopulationLoss(losses))
+    population = moving(stack_losses(losses))
     batch = make_batch(dtype=torch.float64)
     expected = population(batch)
     result = population.float()(batch.float())
@@ -239,7 +239,7 @@ def test_a_cast_is_what_is_evaluated():
 
 
 def test_batches_of_other_shapes_are_refused():
-    population = moving(PopulationLoss(make_losses()))
+    population = moving(stack_losses(make_losses()))
     for shape in ((), (2, 9), (RUNS, 3, 3)):
         batch = make_batch(*(shape or (4,)), dtype=torch.float64)
         batch = batch if shape else batch[0]

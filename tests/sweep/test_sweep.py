@@ -12,11 +12,11 @@ from small_populations import BASE
 from small_sweeps import first_weight, grid, perform_here, reference, table, write_log
 
 from iql_torchrl import IQLPopulation, OfflineTrainer, load_dataset
-from iql_torchrl.checkpoint import CheckpointError
 from iql_torchrl.data import OfflineDataset
+from iql_torchrl.files import CheckpointError
 from iql_torchrl.sweep import Sweep, plan
 from iql_torchrl.sweep.task import Common
-from iql_torchrl.trainers.run_folder import RunFolder
+from iql_torchrl.trainers import run_folder
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_interrupted_at_every_checkpoint_the_scores_have_the_same_bits(
     source, tmp_path, monkeypatch, options
 ):
     """A flow policy draws noise from torch's generator; a history is trained by OfflineTrainer."""
-    monkeypatch.setattr(RunFolder, "draw", lambda *_, **__: None)  # pictures take seconds
+    monkeypatch.setattr(run_folder, "draw", lambda *_, **__: None)  # pictures take seconds
     configs = grid(seeds=1, updates=30, **options)
     given = {"score": first_weight, "save_every": 10}
     expected = reference(configs, source, tmp_path / "reference", **given)

@@ -9,25 +9,24 @@ import zipfile
 
 import numpy as np
 import pytest
+import small_trainers
 import torch
-from conftest import make_batch, make_networks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from torch import optim
-from torchrl.objectives import SoftUpdate
+from small_agents import config, log
+from small_trainers import make_step, same_weights, table
+from torchrl.checkpoint import Checkpoint
 
-from iql_torchrl import IQLConfig, IQLLoss, IQLStep, OfflineTrainer, load_dataset, make_agent
-from iql_torchrl.checkpoint import (
+from iql_torchrl import OfflineTrainer, load_dataset, make_agent
+from iql_torchrl.data import replay_buffer
+from iql_torchrl.data.digests import fingerprint
+from iql_torchrl.files import (
     CheckpointError,
-    new_checkpoint,
     newest,
     read_components,
     write_components,
 )
-from iql_torchrl.data import replay_buffer
-from iql_torchrl.data.digests import fingerprint
-from iql_torchrl.trainers.identity import AgentState, SettingsState
 
 plain = st.recursive(
     st.none()
@@ -67,20 +66,20 @@ def file(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_file_is_refused(file, share):
-    whole = file.read_bytes()
-    file.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(CheckpointError, match=r"state\.torchrl: truncated or damaged"):
-        read_components(file)
-
-
-@pytest.mark.parametrize("share", [0.2, 0.4, 0.6])
-def test_one_flipped_bit_is_noticed(file, share):
+@pytest.mark.parametrize(
+    ("damage", "share"),
+    [*(("cut", share) for share in (0.0, 0.1, 0.5, 0.9, 0.999)),
+     *(("flip", share) for share in (0.2, 0.4, 0.6))],
+)  # fmt: skip
+def test_a_file_that_is_truncated_or_has_a_flipped_bit_is_refused(file, damage, share):
     content = bytearray(file.read_bytes())
-    content[int(share * len(content))] ^= 1
+    place = int(share * len(content))
+    if damage == "cut":
+        del content[place:]
+    else:
+        content[place] ^= 1
     file.write_bytes(content)
-    with pytest.raises(CheckpointError, match="truncated or damaged"):
+    with pytest.raises(CheckpointError, match=r"state\.torchrl: truncated or damaged"):
         read_components(file)
 
 
@@ -103,28 +102,26 @@ def rewrite(file, change):
 
 
 @pytest.mark.parametrize(
-    ("where", "words"),
+    ("change", "words"),
     [
-        ("layout", r"another version of iql_torchrl \(layout 99, this one reads 1\)"),
-        ("format", "another version of TorchRL"),
-        ("adapter", "was written by 'torchrl.state_dict', not by this package"),
+        (
+            {"adapter_version": 99},
+            "of iql_torchrl: .*'a'.* version is 99, target adapter version is 1",
+        ),
+        ({"adapter": "torchrl.x"}, "of iql_torchrl: .*'a'.* adapter is 'torchrl.x', target"),
+        ({}, "another version of TorchRL"),
     ],
 )
-def test_another_version_is_refused(file, where, words):
-    def change(name, content):
+def test_another_version_is_refused(file, change, words):
+    def changed(name, content):
         if name != "manifest.json":
             return content
         manifest = json.loads(content)
-        record = manifest["components"]["a"]
-        if where == "layout":
-            record["adapter_version"] = 99
-        elif where == "format":
-            manifest["format_version"] = 2
-        else:
-            record["adapter"] = "torchrl.state_dict"
+        manifest["components"]["a"] |= change
+        manifest["format_version"] += not change
         return json.dumps(manifest)
 
-    rewrite(file, change)
+    rewrite(file, changed)
     with pytest.raises(CheckpointError, match=words):
         read_components(file, ["a"])
 
@@ -169,22 +166,11 @@ def test_a_failed_write_leaves_the_old_file(file, monkeypatch):
     assert [p.name for p in file.parent.iterdir()] == [file.name]
 
 
-def table(seed=0):
-    torch.manual_seed(seed)
-    return make_batch(60)
-
-
-def make_trainer(data=None, *, hidden=(16, 16), critics=2, buffer=None, **options):
-    torch.manual_seed(0)
-    actor, critic, value = make_networks(hidden=hidden)
-    others = [make_networks(hidden=hidden)[1] for _ in range(critics - 1)]
-    loss = IQLLoss(actor, [critic, *others], value, num_qvalue_nets=critics)
-    step = IQLStep(loss, optim.Adam(loss.parameters()), SoftUpdate(loss, tau=0.1))
+def make_trainer(data=None, *, buffer=None, **options):
+    built = {name: options.pop(name) for name in ("hidden", "critics") if name in options}
     if buffer is None:
-        buffer = replay_buffer(table() if data is None else data, 8, seed=0)
-    return OfflineTrainer(
-        step=step, replay_buffer=buffer, total_updates=6, progress_bar=False, **options
-    )
+        buffer = replay_buffer(table(60) if data is None else data, 8, seed=0)
+    return small_trainers.make_trainer(make_step(**built), 6, replay_buffer=buffer, **options)
 
 
 @pytest.fixture
@@ -208,78 +194,60 @@ def refuses(trainer, path, words):
     assert trainer.updates == 0
 
 
-def test_another_dataset_is_refused(saved):
-    data = table()
-    data["action"][7, 0] += 1e-6
-    refuses(make_trainer(data), saved, r"another dataset .*: action differ\. action was float32")
-
-
-def test_other_shapes_are_refused(saved):
-    refuses(
-        make_trainer(hidden=(16, 8)), saved, r"other shapes: .* was \(16, 16\) and is \(8, 16\)"
-    )
-    refuses(make_trainer(hidden=(16,)), saved, "of other networks: it lacks")
-    refuses(make_trainer(critics=3), saved, r"other shapes: .*qvalue")
-
-
-def test_another_kind_of_buffer_is_refused(saved):
-    growing = replay_buffer(table(), 8, capacity=100)
-    refuses(make_trainer(buffer=growing), saved, "another kind of replay buffer")
-    unseeded = replay_buffer(table(), 8)
-    refuses(make_trainer(buffer=unseeded), saved, "whether they were given a seed")
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"hidden": (16, 8)}, r"the shape of .* was \(16, 16\) and is \(8, 16\).* and \d+ more"),
+        ({"hidden": (16,)}, r"the shape of .* was \(\d+,.*\) and is None"),
+        ({"critics": 3}, "the shape of .*qvalue.* was .2, .* and is .3, "),
+        ({"capacity": 100}, "the kind of replay buffer was 'fixed' and is 'growing'"),
+        ({"seed": None}, "seed= of the replay buffer was True and is False"),
+        ({"batch_size": 16}, "batch_size was 8 and is 16"),
+        ({"expectile": 0.9}, r"expectile was 0\.7.* and is 0\.9"),
+        (
+            {"change": 1e-6},
+            "another run: action of the dataset was 'float32 .*' and is 'float32 .*'",
+        ),
+    ],
+)
+def test_another_run_is_refused_by_name(saved, options, words):
+    data = table(60)
+    data["action"][7, 0] += options.get("change", 0.0)
+    of_buffer = {n: v for n, v in options.items() if n in ("capacity", "seed", "batch_size")}
+    buffer = replay_buffer(data, **({"batch_size": 8, "seed": 0} | of_buffer))
+    built = {n: v for n, v in options.items() if n in ("hidden", "critics")}
+    trainer = make_trainer(buffer=buffer, **built)
+    trainer.loss_module.expectile = options.get("expectile", 0.7)
+    refuses(trainer, saved, words)
 
 
 def test_a_growing_buffer_is_saved_with_its_data(tmp_path):
-    trainer = make_trainer(
-        buffer=replay_buffer(table(), 8, seed=0, capacity=100), folder=tmp_path / "run"
+    trainer, other = (
+        make_trainer(buffer=replay_buffer(table(60), 8, seed=0, capacity=100), folder=tmp_path)
+        for _ in range(2)
     )
-    trainer.replay_buffer.extend(table(seed=5)[:7])
+    trainer.replay_buffer.extend(table(7))
     trainer.train()
-    other = make_trainer(
-        buffer=replay_buffer(table(), 8, seed=0, capacity=100), folder=tmp_path / "run"
-    )
     other.resume()
     assert len(other.replay_buffer) == 67
     for trained in (trainer, other):
         trained.total_frames = 12
         trained.train()
-    actual, expected = trainer.loss_module.state_dict(), other.loss_module.state_dict()
-    assert all(torch.equal(actual[n], expected[n]) for n in actual if torch.is_tensor(actual[n]))
-
-
-def columns():
-    generator = np.random.default_rng(0)
-    observation = generator.normal(size=(6, 11, 3)).astype(np.float32)  # episodes of ten steps
-    return {
-        "observations": observation[:, :-1].reshape(60, 3),
-        "next_observations": observation[:, 1:].reshape(60, 3),
-        "actions": generator.uniform(-1, 1, size=(60, 1)).astype(np.float32),
-        "rewards": generator.normal(size=60).astype(np.float32),
-        "terminals": np.zeros(60, bool),
-        "timeouts": np.arange(60) % 10 == 9,
-    }
+    assert same_weights(trainer, other)
 
 
 def of_agent(tmp_path, reward="raw", **fields):
-    data = load_dataset(columns(), env="Pendulum-v1", reward=reward, progress=False)
-    config = IQLConfig(updates=4, hidden=(8,), batch_size=8, **fields)
-    return OfflineTrainer(
-        agent=make_agent(config, data),
-        dataset=data,
-        replay_buffer=data.replay_buffer(8, seed=0),
-        total_updates=4,
-        folder=tmp_path,
-        progress_bar=False,
-    )
+    data = load_dataset(log(), reward=reward)
+    agent = make_agent(config(updates=4, **fields), data)
+    return OfflineTrainer(agent=agent, dataset=data, folder=tmp_path, progress_bar=False)
 
 
 def test_another_reward_map_or_other_settings_are_refused_by_name(tmp_path):
     of_agent(tmp_path / "run").train()
     saved = newest(tmp_path / "run" / "checkpoints")
     other = of_agent(tmp_path / "b", reward=(2.0, 1.0))
-    refuses(
-        other, saved, r"saved with \(scale, shift\) = \(1\.0, 0\.0\) and the dataset has \(2\.0"
-    )
+    words = r"the reward map \(reward= of load_dataset\) was \[1\.0, 0\.0\] and is \[2\.0, 1\.0\]"
+    refuses(other, saved, f"{words}; next.reward of the dataset was")
     other = of_agent(tmp_path / "c", expectile=0.9, temperature=1.0)
     refuses(other, saved, r"expectile was 0\.7 and is 0\.9; temperature was 3\.0 and is 1\.0")
     resumed = of_agent(tmp_path / "d", compile=False)
@@ -287,37 +255,32 @@ def test_another_reward_map_or_other_settings_are_refused_by_name(tmp_path):
 
 
 def test_a_setting_that_an_older_version_did_not_save_has_its_default(tmp_path):
-    saved = of_agent(tmp_path / "a").state_dict()["agent"]
-    del saved["config"]["max_grad_norm"]
-    AgentState(of_agent(tmp_path / "b").agent).check(saved)
-    clipped = of_agent(tmp_path / "c", max_grad_norm=1.0)
-    with pytest.raises(CheckpointError, match=r"max_grad_norm was None and is 1\.0"):
-        AgentState(clipped.agent).check(saved)
-    trainer = make_trainer()
-    settings = trainer.state_dict()["settings"]
-    del settings["max_weight"]
-    SettingsState(trainer).check(settings)
+    saved = of_agent(tmp_path / "a").state_dict()
+    del saved["agent"]["config"]["max_grad_norm"], saved["settings"]["max_weight"]
+    of_agent(tmp_path / "b").load_state_dict(saved)
+    for name, value in {"max_grad_norm": 1.0, "max_weight": 50.0}.items():
+        with pytest.raises(CheckpointError, match=rf"{name} was .* and is {value}"):
+            of_agent(tmp_path / "c", **{name: value}).load_state_dict(saved)
+
+
+def test_a_state_without_a_part_is_refused(tmp_path):
+    saved = make_trainer().state_dict()
+    del saved["step"]
+    with pytest.raises(CheckpointError, match=r"the checkpoint lacks \['step'\]; it has \['data'"):
+        make_trainer().load_state_dict(saved)
 
 
 def test_torchrls_own_load_checks_the_data_too(saved):
     def load(trainer):
         assert trainer.loss_module.value_estimator is not None  # made at its first use
-        trainer._sync_checkpoint_components(new_checkpoint()).load(saved)
+        trainer._sync_checkpoint_components(Checkpoint()).load(saved)
         return trainer
 
     assert load(make_trainer()).updates == 6
-    data = table()
+    data = table(60)
     data["action"][7, 0] += 1e-6
-    with pytest.raises(CheckpointError, match="another dataset"):
+    with pytest.raises(CheckpointError, match="action of the dataset was"):
         load(make_trainer(data))
-
-
-def test_other_settings_of_hand_made_parts_are_refused_by_name(saved):
-    trainer = make_trainer()
-    trainer.loss_module.expectile = 0.9
-    refuses(trainer, saved, r"expectile was 0\.7.* and is 0\.9")
-    other = make_trainer(buffer=replay_buffer(table(), 16, seed=0))
-    refuses(other, saved, "batch_size was 8 and is 16")
 
 
 def test_random_generators_come_back(saved):
@@ -336,7 +299,7 @@ def test_random_generators_come_back(saved):
 @given(st.integers(0, 59), st.sampled_from(["action", "observation", ("next", "reward")]))
 @settings(max_examples=20, deadline=None)
 def test_a_fingerprint_notices_any_value(row, key):
-    data = table()
+    data = table(60)
     whole = fingerprint(data)
     assert fingerprint(data.clone()) == whole
     data[key][row, 0] += 1.0

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from iql_torchrl.trainers.command_line import default_name, resume_command, resumed_arguments
-from iql_torchrl.trainers.run_folder import new_folder, started_folder
+from iql_torchrl.trainers.command_line import (
+    default_name,
+    new_folder,
+    resume_command,
+    resumed_arguments,
+    started_folder,
+)
 
 SAVED = ["--updates", "20", "--name", "a b"]
 
@@ -19,32 +24,34 @@ def folder(tmp_path):
 
 
 def test_the_saved_arguments_come_back(folder):
-    assert resumed_arguments(["--resume", str(folder)]) == (SAVED, folder)
-    assert resumed_arguments([f"--resume={folder}"]) == (SAVED, folder)
-    assert resumed_arguments(SAVED) == (SAVED, None)
-    assert resumed_arguments([]) == ([], None)
+    for arguments in (["--resume", str(folder)], [f"--resume={folder}"]):
+        assert resumed_arguments(arguments) == (SAVED, folder)
+    for arguments in (SAVED, []):
+        assert resumed_arguments(arguments) == (arguments, None)
+
+
+ALONE = "--resume continues a run with the settings"
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "words"),
     [
-        ["--resume"],
-        ["--resume="],
-        ["--resume", "run", "--updates", "3"],
-        ["--seed=1", "--resume=run"],
+        (["--resume"], ALONE),
+        (["--resume="], ALONE),
+        (["--resume", "run", "--updates", "3"], ALONE),
+        (["--seed=1", "--resume=run"], ALONE),
+        (["--resume", "."], ". has no readable arguments.json"),
+        (["--resume", "gone"], "gone is no folder, so there is no run to continue"),
     ],
 )
-def test_other_arguments_beside_it_exit_with_a_sentence(arguments, capsys):
+def test_other_arguments_and_folders_without_a_run_exit_with_a_sentence(
+    arguments, words, capsys, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         resumed_arguments(arguments)
-    assert capsys.readouterr().err.startswith("error: --resume continues a run with the settings")
-
-
-def test_a_folder_without_a_run_exits_with_a_sentence(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        resumed_arguments(["--resume", str(tmp_path)])
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {tmp_path} has no readable arguments.json")
+    assert error.startswith(f"error: {words}")
     assert error.count("\n") == 1
 
 

@@ -5,56 +5,25 @@ from __future__ import annotations
 import os
 import re
 import struct
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from test_trainer import make_step, trainer_of
+from small_trainers import make_step, make_trainer
 
-from iql_torchrl.trainers.display import Display
+from iql_torchrl.trainers.events import Display
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"log_interval": 5, "eval_interval": 10, "progress_bar": True}
-
-SCRIPT = """
-import sys
-from test_trainer import make_step, trainer_of
-trainer_of(
-    make_step(), 20, log_interval=5, eval_interval=10, folder=sys.argv[1], progress_bar=True,
-    evaluation=lambda: {"return_mean": 0.5},
-).train()
-"""
 
 
 def losses(row):
     return ", ".join(f"{name} {row[f'loss_{name}']:.4g}" for name in ("actor", "qvalue", "value"))
 
 
-def test_a_run_with_its_output_in_a_pipe_prints_a_line_at_each_event(tmp_path):
-    paths = [ROOT, ROOT / "tests", ROOT / "tests" / "trainers"]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "run")],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+def test_a_line_at_each_event_in_a_file_or_a_pipe(capfd, tmp_path):
+    step, scores = make_step(), iter([-1.5, 3.0, 2.0])
+    trainer = make_trainer(
+        step, evaluation=lambda: {"return_mean": next(scores)}, folder=tmp_path, **SETTINGS
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    lines = [line for line in done.stderr.splitlines() if line.startswith("update ")]
-    assert [line.partition(":")[0] for line in lines] == [
-        f"update {number} of 20" for number in (0, 5, 10, 15, 20)
-    ]
-    assert all(re.search(r": [\d,.]+ updates/s, actor ", line) for line in lines[1:])
-    assert [line.endswith("saved") for line in lines] == [False, False, True, False, True]
-
-
-def test_the_text_of_a_line(capfd):
-    step = make_step()
-    scores = iter([-1.5, 3.0, 2.0])
-    trainer = trainer_of(step, 20, evaluation=lambda: {"return_mean": next(scores)}, **SETTINGS)
     trainer.train()
     out, err = capfd.readouterr()
     assert out == ""
@@ -62,14 +31,16 @@ def test_the_text_of_a_line(capfd):
     assert re.sub(r"[\d,.]+ updates/s", "N updates/s", err).splitlines() == [
         "update 0 of 20: return_mean -1.5",
         f"update 5 of 20: N updates/s, {losses(rows[5])}, return_mean -1.5 at 0",
-        f"update 10 of 20: N updates/s, {losses(rows[10])}, return_mean 3",
+        f"update 10 of 20: N updates/s, {losses(rows[10])}, return_mean 3, saved",
         f"update 15 of 20: N updates/s, {losses(rows[15])}, return_mean 3 at 10",
-        f"update 20 of 20: N updates/s, {losses(rows[20])}, return_mean 2",
+        f"update 20 of 20: N updates/s, {losses(rows[20])}, return_mean 2, saved",
     ]
 
 
 def test_no_progress_bar_prints_nothing(capfd):
-    trainer_of(make_step(), 10, progress_bar=False, evaluation=lambda: {"return_mean": 1.0}).train()
+    make_trainer(
+        make_step(), 10, progress_bar=False, evaluation=lambda: {"return_mean": 1.0}
+    ).train()
     assert capfd.readouterr() == ("", "")
 
 
@@ -82,7 +53,7 @@ def test_a_terminal_shows_a_bar_and_no_lines(monkeypatch):
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", buffering=0) as screen:
         monkeypatch.setattr(sys, "stderr", terminal)
-        trainer_of(make_step(), 20, evaluation=lambda: {"return_mean": 2.5}, **SETTINGS).train()
+        make_trainer(make_step(), 20, evaluation=lambda: {"return_mean": 2.5}, **SETTINGS).train()
         terminal.flush()
         text = screen.read(100_000).decode()
     assert "20/20" in text

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from small_trainers import make_step, make_trainer, weight
 from test_background import pendulum_log
-from test_trainer import make_step, trainer_of, weight
 
 from iql_torchrl import IQLConfig, make_agent
-from iql_torchrl.checkpoint import newest, read_components, replace_by_link, write_components
-from iql_torchrl.files import whole_file
+from iql_torchrl.files import newest, read_components, replace_by_link, whole_file, write_components
 from iql_torchrl.report.figures import draw
 from iql_torchrl.report.runs import write_csv
 
@@ -27,9 +27,12 @@ def fill(path: Path) -> None:
     path.with_name(f".{path.name}.{os.getpid()}").symlink_to(FULL)
 
 
-def assert_names(caught, path: Path) -> None:
+@contextmanager
+def names(path: Path):
+    """The block fails because the disk is full, with the name of the file."""
+    with pytest.raises(OSError, match="No space left") as caught:
+        yield
     assert caught.value.errno == errno.ENOSPC
-    assert caught.value.filename == str(path)
     assert str(caught.value) == f"[Errno 28] No space left on device: '{path}'"
 
 
@@ -42,9 +45,8 @@ def test_an_export_names_the_file_and_leaves_the_earlier_one(tmp_path, suffix):
     with torch.no_grad():
         next(agent.actor.parameters()).add_(1.0)
     fill(path.with_suffix(suffix))
-    with pytest.raises(OSError, match="No space left") as caught:
+    with names(path.with_suffix(suffix)):
         agent.export(path)
-    assert_names(caught, path.with_suffix(suffix))
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
     agent.export(path)
     assert path.read_bytes() != before[path]
@@ -60,9 +62,8 @@ def test_tables_and_pictures_too(tmp_path, name, write):
     path = tmp_path / name
     path.write_bytes(b"before")
     fill(path)
-    with pytest.raises(OSError, match="No space left") as caught:
+    with names(path):
         write(path)
-    assert_names(caught, path)
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -89,26 +90,24 @@ def test_training_names_the_checkpoint_and_the_last_one_survives(tmp_path, full_
         return {"return_mean": float(trainer.updates)}
 
     settings = {"eval_interval": 5, "log_interval": 5, "folder": tmp_path}
-    trainer = trainer_of(step, 20, evaluation=evaluation, **settings)
-    with pytest.raises(OSError, match="No space left") as caught:
-        trainer.train()
+    trainer = make_trainer(step, 20, evaluation=evaluation, **settings)
     folder = tmp_path / "checkpoints"
-    assert_names(caught, folder / "checkpoint-000000000010.torchrl")
+    with names(folder / "checkpoint-000000000010.torchrl"):
+        trainer.train()
     assert newest(folder).name == "checkpoint-000000000005.torchrl"
     assert not list(tmp_path.glob("**/.*")), "nothing half written stays"
     monkeypatch.undo()
     again = make_step()
-    assert trainer_of(again, 20, **settings).resume().updates == 5
+    assert make_trainer(again, 20, **settings).resume().updates == 5
     assert weight(again) == weights[5]
 
 
 def test_a_trainer_with_one_file_names_it(tmp_path, full_disk):
     path = tmp_path / "run.torchrl"
-    trainer = trainer_of(make_step(), 4, save_trainer_file=path)
+    trainer = make_trainer(make_step(), 4, save_trainer_file=path)
     full_disk()
-    with pytest.raises(OSError, match="No space left") as caught:
+    with names(path):
         trainer.train()
-    assert_names(caught, path)
 
 
 def test_components_and_copies_name_their_file(tmp_path, full_disk, monkeypatch):
@@ -119,30 +118,33 @@ def test_components_and_copies_name_their_file(tmp_path, full_disk, monkeypatch)
 
     monkeypatch.setattr(os, "link", unwritable)
     monkeypatch.setattr("shutil.copyfile", unwritable)
-    with pytest.raises(OSError, match="No space left") as caught:
+    with names(tmp_path / "best.torchrl"):
         replace_by_link(path, tmp_path / "best.torchrl")
-    assert_names(caught, tmp_path / "best.torchrl")
     full_disk()
-    with pytest.raises(OSError, match="No space left") as caught:
+    with names(path):
         write_components(path, {"part": {"x": 2}})
-    assert_names(caught, path)
     assert read_components(path) == {"part": {"x": 1}}
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_an_error_that_names_another_file_keeps_its_name(tmp_path):
-    missing = tmp_path / "missing"
-    with (
-        pytest.raises(FileNotFoundError) as caught,
-        whole_file(tmp_path / "table") as temporary,
-    ):
+    missing, nowhere = tmp_path / "missing", tmp_path / "no folder" / "table"
+    with pytest.raises(FileNotFoundError) as caught, whole_file(tmp_path / "table") as temporary:
         temporary.write_text(missing.read_text())
     assert caught.value.filename == str(missing)
-    with (
-        pytest.raises(FileNotFoundError) as caught,
-        whole_file(tmp_path / "no folder" / "table") as temporary,
-    ):
+    with pytest.raises(FileNotFoundError) as caught, whole_file(nowhere) as temporary:
         temporary.write_text("x")
-    assert caught.value.filename == str(tmp_path / "no folder" / "table"), "not the temporary one"
+    assert caught.value.filename == str(nowhere), "not the temporary one"
     with pytest.raises(OSError, match="without a number"), whole_file(tmp_path / "table"):
         raise OSError("without a number")
+
+
+def test_what_a_killed_process_left_of_a_copy_is_not_written_to(tmp_path):
+    """It can be a link to a checkpoint, and a later process can have the same number."""
+    old, new, best = (tmp_path / name for name in ("old", "new", "best"))
+    old.write_bytes(b"old")
+    new.write_bytes(b"new")
+    os.link(old, best.with_name(f".{best.name}.{os.getpid()}"))
+    replace_by_link(new, best)
+    assert [path.read_bytes() for path in (old, new, best)] == [b"old", b"new", b"new"]
+    assert len(list(tmp_path.iterdir())) == 3

@@ -1,27 +1,26 @@
-"""One training at a time in a folder; folders that cannot be made; slow updates; whole numbers."""
+"""One training at a time in a folder; folders that cannot be made; whole numbers; late evaluations."""
 
 from __future__ import annotations
 
-import json
+import signal
 import subprocess
 import sys
 
 import filelock
 import pytest
-from test_torchrl_trainers import make_step, make_trainer
+from small_trainers import make_step, make_trainer
+from test_trainer_background import background
 
 from iql_torchrl import IQLConfig
-from iql_torchrl.agent.make_update import ends_before
+from iql_torchrl.agent.build import ends_before
+from iql_torchrl.distributed import Ranks
 from iql_torchrl.trainers import trainer as trainer_module
-from iql_torchrl.trainers.progress import Interruption
-from iql_torchrl.trainers.resume import ProgressState
-from iql_torchrl.trainers.run_folder import RunFolder
+from iql_torchrl.trainers.events import Interruption
 
 HOLD = """
 import sys
 from iql_torchrl.trainers.run_folder import RunFolder
-folder = RunFolder(sys.argv[1], 2)
-with folder.locked():
+with RunFolder(sys.argv[1], 2).in_use(None, (), continues=False):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -48,7 +47,7 @@ def test_a_second_training_is_refused_until_the_first_is_killed(tmp_path, holder
     trainer.train()
     assert trainer.updates == 20
     assert not list(tmp_path.glob(".*"))
-    assert not (tmp_path / "training.json").exists()
+    assert not (tmp_path / "training.txt").exists()
 
 
 def test_the_lock_ends_with_an_error(tmp_path, monkeypatch):
@@ -77,7 +76,43 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "nowhere" / "deep")
     with pytest.raises(ValueError, match="which cannot be created"):
-        RunFolder(link, 2).make()
+        make_trainer(folder=link).train()
+
+
+def test_a_schedule_that_ends_before_the_run():
+    config = IQLConfig(updates=100, schedule="cosine")
+    assert ends_before(config, 100) is None
+    assert "learning rates are 0 after update 100" in ends_before(config, 101)
+    assert ends_before(IQLConfig(updates=100, schedule="constant"), 101) is None
+
+
+def test_whole_floats_count_updates():
+    trainer = make_trainer(total=2e1, log_interval=1e1)
+    trainer.train()
+    assert trainer.updates == 20
+
+
+def test_pending_evaluations_are_submitted_again(monkeypatch):
+    def make():
+        step = make_step(3, 1)
+        return make_trainer(step, evaluation=background(step.loss.actor_network), obs=3, act=1)
+
+    trainer, again, submitted = make(), make(), []
+    state = trainer.state_dict()
+    state["trainer_state"]["pending"] = {5: {}, 10: {}}
+    monkeypatch.setattr(again.evaluation, "resubmit", submitted.append)
+    again.load_state_dict(state)
+    assert [list(pending) for pending in submitted] == [[5, 10]]
+
+
+def test_a_handler_that_was_not_set_from_python_stays():
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    with Interruption(Ranks()) as interruption:
+        own = signal.getsignal(signal.SIGINT)
+        interruption._previous = dict.fromkeys(interruption._previous)
+    assert signal.getsignal(signal.SIGINT) == own
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_slow_updates_are_noticed_once(monkeypatch):
@@ -93,41 +128,3 @@ def test_slow_updates_are_noticed_once(monkeypatch):
         trainer._notice_slowness()
     assert len(said) == 1
     assert "OMP_NUM_THREADS=1" in said[0]
-
-
-def test_a_schedule_that_ends_before_the_run():
-    config = IQLConfig(updates=100, schedule="cosine")
-    assert ends_before(config, 100) is None
-    assert "learning rates are 0 after update 100" in ends_before(config, 101)
-    assert ends_before(IQLConfig(updates=100, schedule="constant"), 101) is None
-
-
-def test_whole_floats_count_updates():
-    trainer = make_trainer(total=2e1, log_interval=1e1)
-    trainer.train()
-    assert trainer.updates == 20
-    with pytest.raises(ValueError, match=r"log_interval is 2\.5; it counts updates"):
-        make_trainer(log_interval=2.5)
-    with pytest.raises(ValueError, match="total_updates is True"):
-        make_trainer(total=True)
-
-
-def test_pending_evaluations_are_submitted_again(monkeypatch):
-    trainer = make_trainer()
-    state = ProgressState(trainer).state_dict() | {"pending": [5, 10]}
-    again, submitted = make_trainer(step=make_step()), []
-    monkeypatch.setattr(again.scores, "resubmit", submitted.append)
-    ProgressState(again).load_state_dict(state)
-    assert submitted == [[5, 10]]
-
-
-def test_a_handler_that_was_not_set_from_python_stays():
-    interruption = Interruption()
-    with interruption:
-        interruption._previous = dict.fromkeys(interruption._previous)
-    assert json.dumps(interruption._previous) == "{}"
-    # the handlers of this test process
-    import signal
-
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,13 +1,14 @@
-"""Real loggers of TorchRL's, written by a training run and read back with their own tools."""
+"""Real loggers of TorchRL's, written by a training run and read back with their own tools.
+
+W&B, MLflow and Trackio: ``tests/examples/test_examples_loggers.py``.
+"""
 
 from __future__ import annotations
 
 import csv
-import struct
-import time
 
 import pytest
-from test_torchrl_trainers import make_step, make_trainer
+from small_trainers import make_step, make_trainer
 from torchrl.record.loggers import get_logger
 
 
@@ -45,51 +46,3 @@ def test_csv_files(tmp_path):
     with files["loss_value"].open() as file:
         result = {int(step): float(value) for step, value in csv.reader(file)}
     assert result == pytest.approx({u: rows[u]["loss_value"] for u in (5, 10, 15, 20)}, rel=1e-6)
-
-
-def wandb_records(path):
-    """The records of a ``.wandb`` file: LevelDB's log format (blocks of 32 KiB, each record in
-    pieces of 4 bytes checksum, 2 length, 1 kind) behind a header of 7 bytes."""
-    content, block = path.read_bytes(), 32_768
-    assert content.startswith(b":W&B")
-    position, pieces = 7, b""
-    while position + 7 <= len(content):
-        if block - position % block < 7:
-            position += block - position % block
-            continue
-        length, kind = struct.unpack_from("<HB", content, position + 4)
-        pieces += content[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):  # a whole record, or the last piece of one
-            yield pieces
-            pieces = b""
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb's own dependencies
-def test_wandb_offline_writes_a_run_with_the_metrics(tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-    from wandb.proto import wandb_internal_pb2
-
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    wandb.teardown()  # settings of earlier tests in this process
-    logger = get_logger("wandb", str(tmp_path), "run", wandb_kwargs={"offline": True})
-    rows = train(logger)
-    logger.experiment.finish()
-    wandb.teardown()  # its process writes the file, and ends here
-    (path,) = tmp_path.rglob("run-*.wandb")
-    history, ended = {}, time.monotonic() + 60
-    while "loss_value" not in history or len(history["loss_value"]) < 4:
-        assert time.monotonic() < ended, f"{path} holds {path.stat().st_size} bytes, {history}"
-        time.sleep(0.1)
-        history = {}
-        for content in wandb_records(path):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(content)
-            for item in record.history.item:
-                name = item.key or ".".join(item.nested_key)
-                history.setdefault(name, []).append(item.value_json)
-    assert [float(v) for v in history["return_mean"]] == [-3.0, -2.0, -1.0]
-    assert [float(v) for v in history["loss_value"]] == pytest.approx(
-        [rows[u]["loss_value"] for u in (5, 10, 15, 20)], rel=1e-6
-    )

@@ -1,17 +1,14 @@
 """Checkpoints that an earlier version wrote load, and training continues from them.
 
-The files in ``old_checkpoints/`` were written by ``python tests/trainers/test_old_checkpoints.py`` run
-with the package of commit 8952c53. They stay as they are: a change of the package that cannot read
-them must keep a reader for them.
+The files in ``old_checkpoints/`` are states halfway and what training ended with (``expected.json``),
+written with the package of commit 8952c53 by a script that is in the history of this file. They stay as
+they are: a change of the package that cannot read them must keep a reader for them.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import shutil
-import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -80,26 +77,6 @@ def weights(agent: Agent) -> list[float]:
     return torch.cat([p.detach().flatten() for p in agent.actor.parameters()]).tolist()
 
 
-def write_all(folder: Path) -> None:
-    """Write the files of ``old_checkpoints/``: halfway states, and what training ends with."""
-    folder.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        run = trainer(Path(temporary))
-        run.train()
-        halfway = Path(temporary) / "checkpoints" / "checkpoint-000000000010.torchrl"
-        shutil.copyfile(halfway, folder / "agent.torchrl")
-    runs = population()
-    advance(runs, 4)
-    runs.save(folder / "population.torchrl")
-    advance(runs, 4)
-    expected = {
-        "rows": run.progress.rows,
-        "agent": weights(run.agent),
-        "population": [weights(runs.member(number)) for number in range(2)],
-    }
-    (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
-
-
 @pytest.fixture(scope="module")
 def expected():
     return json.loads((FOLDER / "expected.json").read_text())
@@ -143,8 +120,3 @@ def test_an_old_population_loads_and_continues(expected):
     for number, values in enumerate(expected["population"]):
         assert weights(runs.member(number)) == pytest.approx(values, rel=1e-4, abs=1e-6)
     assert before != pytest.approx(expected["population"][0], rel=1e-4, abs=1e-6)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    write_all(Path(sys.argv[1]))

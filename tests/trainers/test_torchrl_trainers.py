@@ -8,15 +8,16 @@ import warnings
 
 import pytest
 import torch
-from conftest import make_batch, make_networks
+from conftest import make_batch
+from small_trainers import Numbers, make_step, make_trainer, same_weights
 from tensordict import TensorDict
 from torch import optim
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import GymEnv, TransformedEnv
-from torchrl.objectives import SoftUpdate
 from torchrl.trainers import (
+    DefaultOptimizationStepper,
     EarlyStopping,
     LogScalar,
     LogValidationReward,
@@ -28,45 +29,9 @@ from torchrl.trainers import (
 )
 from torchrl.trainers.algorithms import IQLTrainer
 
-from iql_torchrl import IQLLoss, IQLStep, OfflineTrainer
-from iql_torchrl.data import replay_buffer
-
-
-def make_step(obs=5, act=3, *, target=True, **options) -> IQLStep:
-    """Steps of the same initial weights, each time."""
-    torch.manual_seed(0)
-    actor, critic, value = make_networks(obs, act)
-    loss = IQLLoss(actor, [critic, make_networks(obs, act)[1]], value)
-    updater = SoftUpdate(loss, tau=0.1)
-    adam = optim.Adam(loss.parameters(), lr=1e-3)
-    step = IQLStep(loss, adam, updater if target else None, **options)
-    step.spare_updater = updater
-    return step
-
-
-def make_trainer(step=None, total=20, **options) -> OfflineTrainer:
-    buffer = replay_buffer(make_batch(100), 16, seed=0)
-    options = {"log_interval": 5, "progress_bar": False} | options
-    return OfflineTrainer(
-        step=step or make_step(), replay_buffer=buffer, total_updates=total, **options
-    )
-
 
 def targets(loss):
     return [p.detach().clone() for p in loss.target_qvalue_network_params.values(True, True)]
-
-
-class Numbers:
-    """A TorchRL logger that remembers."""
-
-    def __init__(self):
-        self.seen = []
-
-    def log_scalar(self, name, value, step=None):
-        self.seen.append((name, float(value), step))
-
-    def of(self, name):
-        return [(value, step) for n, value, step in self.seen if n == name]
 
 
 def test_log_scalar():
@@ -79,75 +44,58 @@ def test_log_scalar():
 
 
 def test_log_scalar_sees_the_batch_that_is_trained_on_and_draws_none_of_its_own():
-    plain, hooked = make_step(), make_step()
-    seen, buffer = [], replay_buffer(make_batch(100), 16, seed=0)
+    plain, hooked, seen = make_step(), make_step(), []
     for step in (plain, hooked):
-        buffer._rng.manual_seed(3)
-        trainer = OfflineTrainer(
-            step=step, replay_buffer=buffer, total_updates=6, log_interval=2, progress_bar=False
-        )
+        trainer = make_trainer(step, 6, log_interval=2)
         if step is hooked:
             trainer.register_op("pre_steps_log", lambda batch: seen.append(batch.clone()))
         trainer.train()
-    for a, b in zip(plain.loss.parameters(), hooked.loss.parameters(), strict=True):
-        assert torch.equal(a, b)
-    buffer._rng.manual_seed(3)
+    assert same_weights(plain, hooked)
+    buffer = make_trainer().replay_buffer
     drawn = [buffer.sample()["observation"] for _ in range(6)]
     for batch, number in zip(seen, (0, 2, 4), strict=True):
         assert torch.equal(batch["observation"], drawn[number])
 
 
-@pytest.mark.parametrize(("interval", "rate"), [("batch", 0.5**4), ("optim", 0.5**20)])
-def test_lr_scheduler_hook(interval, rate):
+@pytest.mark.parametrize(
+    ("interval", "own", "halvings"),
+    [("batch", False, 4), ("optim", False, 20), ("optim", True, 20)],
+)
+def test_lr_scheduler_hook_moves_a_rate_once(interval, own, halvings):
+    """Also where the hook has the step's ``own`` scheduler."""
     step = make_step()
     scheduler = optim.lr_scheduler.StepLR(step.optimizer, step_size=1, gamma=0.5)
+    step.lr_schedulers = (scheduler,) if own else ()
     trainer = make_trainer(step)
     LRSchedulerHook(scheduler, interval=interval).register(trainer)
     trainer.train()
-    assert step.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * rate)
+    rate = step.optimizer.param_groups[0]["lr"]
+    assert rate == pytest.approx(1e-3 * 0.5**halvings)
 
 
-def test_lr_scheduler_hook_of_the_steps_own_scheduler_does_not_move_it_twice():
-    step = make_step()
-    scheduler = optim.lr_scheduler.StepLR(step.optimizer, step_size=1, gamma=0.5)
-    step.lr_schedulers = (scheduler,)
-    trainer = make_trainer(step, total=5)
-    LRSchedulerHook(scheduler, interval="optim").register(trainer)
-    trainer.train()
-    assert step.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5**5)
-
-
-def test_early_stopping_on_an_evaluation():
+@pytest.mark.parametrize(
+    ("options", "updates"),
+    [
+        ({"monitor": "return_mean"}, 20),
+        # the first value at 5 is the best; 10 updates later it is over
+        ({"monitor": "loss_qvalue", "mode": "min", "min_delta": 1e6}, 15),
+    ],
+)
+def test_early_stopping_on_an_evaluation_and_on_a_loss(options, updates):
     scores = iter([1.0, 2.0, 2.0, 2.0, 2.0, 3.0])
     trainer = make_trainer(
         total=50, eval_interval=10, evaluation=lambda: {"return_mean": next(scores)}
     )
-    EarlyStopping(monitor="return_mean", patience=10, wait_for=0).register(trainer)
+    EarlyStopping(patience=10, wait_for=0, **options).register(trainer)
     trainer.train()
-    assert trainer.updates == 20
+    assert trainer.updates == updates
     assert "did not improve" in trainer._stop_reason
-
-
-def test_early_stopping_on_a_loss_that_never_counts_as_better():
-    trainer = make_trainer(total=50)
-    EarlyStopping(
-        monitor="loss_qvalue", mode="min", min_delta=1e6, patience=10, wait_for=0
-    ).register(trainer)
-    trainer.train()
-    assert trainer.updates == 15  # the first value at 5 is the best; 10 updates later it is over
 
 
 def test_log_validation_reward():
     logger, step = Numbers(), make_step(3, 1)
     environment = TransformedEnv(GymEnv("Pendulum-v1"))
-    trainer = OfflineTrainer(
-        step=step,
-        replay_buffer=replay_buffer(make_batch(100, obs=3, act=1), 16, seed=0),
-        total_updates=4,
-        log_interval=1,
-        logger=logger,
-        progress_bar=False,
-    )
+    trainer = make_trainer(step, 4, obs=3, act=1, log_interval=1, logger=logger)
     LogValidationReward(
         record_interval=2,
         record_frames=5,
@@ -178,19 +126,13 @@ def test_target_hook_of_a_step_that_leaves_the_targets_alone():
 @pytest.mark.parametrize("stage", ["post_optim", "register"])
 def test_target_hook_beside_a_step_that_moves_the_targets_moves_them_once(stage):
     step, alone = make_step(), make_step()
-    buffer = replay_buffer(make_batch(100), 16, seed=0)
-    for each in (step, alone):
-        buffer._rng.manual_seed(1)
-        trainer = OfflineTrainer(
-            step=each, replay_buffer=buffer, total_updates=3, progress_bar=False
-        )
-        if each is step:
-            hook = TargetNetUpdaterHook(step.spare_updater)
-            if stage == "register":
-                hook.register(trainer, "target")
-            else:
-                trainer.register_op("post_optim", hook)
-        trainer.train()
+    make_trainer(alone, 3).train()
+    trainer, hook = make_trainer(step, 3), TargetNetUpdaterHook(step.spare_updater)
+    if stage == "register":
+        hook.register(trainer, "target")
+    else:
+        trainer.register_op("post_optim", hook)
+    trainer.train()
     for a, b in zip(targets(step.loss), targets(alone.loss), strict=True):
         assert torch.equal(a, b)
 
@@ -222,8 +164,6 @@ def test_select_keys_and_registered_modules_are_saved(tmp_path):
     other = make_trainer(make_step(), save_trainer_file=tmp_path / "run.torchrl")
     SelectKeys([*keys]).register(other)
     other.register_module("mine", torch.nn.Linear(2, 2))
-    other.replay_buffer = trainer.replay_buffer
-    other.data_state = trainer.data_state
     other.load_from_file(tmp_path / "run.torchrl")
     assert torch.equal(other._modules["mine"].weight, linear.weight)
     assert other.updates == 20
@@ -248,10 +188,8 @@ def test_torchrl_checkpoint_and_rotation(tmp_path, format):
     assert names == [f"checkpoint-{n:012d}" for n in (5, 15, 20)]
     assert rotation.best().stem == "checkpoint-000000000005"
     other = make_trainer(make_step(), checkpoint=Checkpoint(format=format))
-    other.data_state = trainer.data_state
     other.load_from_file(rotation.latest())
-    for a, b in zip(step.loss.parameters(), other.loss_module.parameters(), strict=True):
-        assert torch.equal(a, b)
+    assert same_weights(step, other)
 
 
 def test_register_op_refuses_stages_that_the_step_owns():
@@ -261,86 +199,50 @@ def test_register_op_refuses_stages_that_the_step_owns():
             trainer.register_op(stage, lambda *_: None)
 
 
-def make_collector(actor, frames=64, total=256):
-    return Collector(
-        GymEnv("Pendulum-v1", categorical_action_encoding=False),
-        actor,
-        frames_per_batch=frames,
-        total_frames=total,
+def online(step):
+    """The common arguments of TorchRL's trainers, and a buffer."""
+    environment = GymEnv("Pendulum-v1", categorical_action_encoding=False)
+    collector = Collector(
+        environment, step.loss.actor_network, frames_per_batch=64, total_frames=256,
         auto_register_policy_transforms=False,
-    )
+    )  # fmt: skip
+    options = {"total_frames": 256, "frame_skip": 1, "optim_steps_per_batch": 4}
+    options |= {"collector": collector, "loss_module": step.loss, "progress_bar": False}
+    return options, TensorDictReplayBuffer(storage=LazyTensorStorage(1000), batch_size=16)
 
 
-def make_online(**options):
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(1000), batch_size=16)
-    return buffer, {
-        "total_frames": 256,
-        "frame_skip": 1,
-        "optim_steps_per_batch": 4,
-        "progress_bar": False,
-    } | options
-
-
-@pytest.mark.filterwarnings("ignore:The 'post_loss' hook stage:FutureWarning")  # TorchRL's own hook
-def test_our_step_is_an_optimization_stepper_in_torchrls_trainer():
-    step = make_step(3, 1)
-    buffer, options = make_online()
-    before = [p.detach().clone() for p in step.loss.parameters()]
-    trainer = Trainer(
-        collector=make_collector(step.loss.actor_network),
-        loss_module=step.loss,
-        optimization_stepper=step,
-        **options,
-    )
+def torchrls_trainer(step, stepper):
+    """TorchRL's ``Trainer`` with our step or TorchRL's own stepper, or its ``IQLTrainer``."""
+    options, buffer = online(step)
+    if stepper == "IQLTrainer":
+        options |= {"replay_buffer": buffer, "log_rewards": False}
+        return IQLTrainer(
+            optimizer=step.optimizer, target_net_updater=step.spare_updater, **options
+        )
+    if stepper == "ours":
+        trainer = Trainer(optimization_stepper=step, **options)
+    else:
+        stepper = DefaultOptimizationStepper()
+        trainer = Trainer(optimizer=step.optimizer, optimization_stepper=stepper, **options)
+        trainer.register_op("post_optim", TargetNetUpdaterHook(step.spare_updater))
     ReplayBufferTrainer(buffer, batch_size=16).register(trainer)
-    trainer.train()
-    assert trainer._optim_count == 16
-    assert step.optimizer.state[next(step.loss.parameters())]["step"] == 16
-    assert any(not torch.equal(a, b) for a, b in zip(before, step.loss.parameters(), strict=True))
-    assert {"loss_actor", "loss_qvalue", "loss_value"} <= set(trainer._log_dict)
+    return trainer
 
 
-def test_our_loss_in_torchrls_iql_trainer():
+@pytest.mark.parametrize("stepper", ["ours", "TorchRL's", "IQLTrainer"])
+def test_our_step_and_loss_in_torchrls_trainers(stepper):
     step = make_step(3, 1)
-    loss = step.loss
-    buffer, options = make_online()
-    before = targets(loss)
+    before, old_targets = [p.detach().clone() for p in step.loss.parameters()], targets(step.loss)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchRL's own: experimental, retiring stages
-        trainer = IQLTrainer(
-            collector=make_collector(loss.actor_network),
-            loss_module=loss,
-            optimizer=step.optimizer,
-            replay_buffer=buffer,
-            target_net_updater=step.spare_updater,
-            log_rewards=False,
-            **options,
-        )
-    trainer.train()
+        trainer = torchrls_trainer(step, stepper)
+        trainer.train()
     assert trainer._optim_count == 16
-    assert any(not torch.equal(a, b) for a, b in zip(before, targets(loss), strict=True))
+    assert step.optimizer.state[next(step.loss.parameters())]["step"] == 16
+    for old, new in ((before, list(step.loss.parameters())), (old_targets, targets(step.loss))):
+        assert any(not torch.equal(a, b) for a, b in zip(old, new, strict=True))
     for name in ("loss_actor", "loss_qvalue", "loss_value"):
-        assert math.isfinite(float(trainer._log_dict[name][-1]))
-
-
-@pytest.mark.filterwarnings("ignore:The 'post_loss' hook stage:FutureWarning")  # TorchRL's own hook
-def test_our_loss_in_torchrls_trainer_with_its_default_stepper():
-    from torchrl.trainers import DefaultOptimizationStepper
-
-    step = make_step(3, 1)
-    buffer, options = make_online()
-    trainer = Trainer(
-        collector=make_collector(step.loss.actor_network),
-        loss_module=step.loss,
-        optimizer=step.optimizer,
-        optimization_stepper=DefaultOptimizationStepper(),
-        **options,
-    )
-    ReplayBufferTrainer(buffer, batch_size=16).register(trainer)
-    trainer.register_op("post_optim", TargetNetUpdaterHook(step.spare_updater))
-    before = targets(step.loss)
-    trainer.train()
-    assert any(not torch.equal(a, b) for a, b in zip(before, targets(step.loss), strict=True))
+        assert torch.as_tensor(trainer._log_dict[name][-1]).isfinite()
 
 
 def test_stepper_state_is_a_part_of_torchrls_checkpoint():
@@ -355,6 +257,5 @@ def test_stepper_state_is_a_part_of_torchrls_checkpoint():
     batch = make_batch(obs=3, act=1)
     a, b = step(batch.clone()), other(batch.clone())
     assert isinstance(a, TensorDict)
-    for p, q in zip(step.loss.parameters(), other.loss.parameters(), strict=True):
-        assert torch.equal(p, q)
+    assert same_weights(step, other)
     assert all(torch.equal(a[k], b[k]) for k in a.keys())  # noqa: SIM118

@@ -9,7 +9,7 @@ from test_sequences import ENCODERS, Last, log, step_of
 from iql_torchrl import IQLConfig, OfflineDataset, OfflineTrainer, captured, make_agent
 from iql_torchrl.data.windows import WindowStorage
 from iql_torchrl.networks import with_history
-from iql_torchrl.trainers.identity import DataState
+from iql_torchrl.trainers.checkpoints import DataState
 
 NAMES = {"actor": Last, "critic": Last, "value": ENCODERS["lstm"]}
 

@@ -1,4 +1,4 @@
-"""With the fast evaluator: the same losses, gradients and statistics, and never a stale copy."""
+"""Direct evaluation: the same losses, gradients and statistics as the general way, never stale."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import ACT, OBS, NormedCritic, make_batch
-from iql_torchrl.losses.evaluator import GENERAL
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from test_sharing import build as build_shared
 from torch import nn
@@ -19,6 +18,7 @@ from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 from torchrl.objectives import ValueEstimators
 
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, networks, policies
+from iql_torchrl.networks.evaluation import DirectCritics
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
 SPEC = Bounded(-torch.ones(ACT), torch.ones(ACT), (ACT,))
@@ -206,11 +206,11 @@ CASES = {
     "other activation": (
         lambda: continuous(mlp={"activation": nn.GELU}),
         logged,
-        ("actor", "value"),
+        (),
     ),
-    "layer norm": (lambda: continuous(mlp={"layer_norm": True}), logged, ("actor", "value")),
+    "layer norm": (lambda: continuous(mlp={"layer_norm": True}), logged, ()),
     "no hidden layer": (lambda: continuous(mlp={"hidden": ()}), logged, ALL),
-    "dropout": (lambda: continuous(mlp={"dropout": 0.5}), logged, ("actor", "value")),
+    "dropout": (lambda: continuous(mlp={"dropout": 0.5}), logged, ()),
     "standardised": (lambda: continuous(preprocess=one_mean), logged, ALL),
     "standardised, five": (lambda: continuous(preprocess=one_mean, count=5), logged, ALL),
     "standardised differently": (
@@ -245,19 +245,19 @@ CASES = {
     ),
     "torchrl": (torchrl_networks, logged, ("value", "critics")),
     "torchrl, one critic": (lambda: torchrl_networks(count=1), logged, ("value", "critics")),
-    "batch norm": (lambda: torchrl_networks(norm=nn.BatchNorm1d), logged, ("value",)),
+    "batch norm": (lambda: torchrl_networks(norm=nn.BatchNorm1d), logged, ()),
     "batch norm, one critic": (
         lambda: torchrl_networks(count=1, norm=nn.BatchNorm1d),
         logged,
-        ("value",),
+        (),
     ),
     "batch norm in the critics": (
         lambda: with_critics(lambda: ValueOperator(NormedCritic(), in_keys=BOTH)),
         logged,
         ("actor", "value"),
     ),
-    "unknown networks": (foreign, logged, ()),
-    "one encoder twice": (siamese, logged, ALL),
+    "unknown networks": (foreign, logged, ("actor",)),
+    "one encoder twice": (siamese, logged, ("value", "critics")),
 }
 
 
@@ -270,12 +270,15 @@ def perturb_targets(loss) -> None:
 
 
 def fast_parts(loss) -> set[str]:
+    """Networks whose perceptron is evaluated over parameters of choice."""
     with loss.evaluated_directly():
-        kept = loss.evaluator
-    names = {name for name in ("actor", "value") if getattr(kept, name) is not None}
+        kept = loss.networks
+    parts = {"actor": kept.head, "value": kept.value}
+    names = {name for name, part in parts.items() if getattr(part, "body", None) is not None}
     own = callable(loss.actor_objective)  # its function gets the loss's own actor
     names -= {"actor"} if own else set()
-    return names | ({"critics"} if len(kept.critics) == 3 else set())
+    critics = all(isinstance(each, DirectCritics) for each in kept.critics.values())
+    return names | ({"critics"} if critics else set())
 
 
 def everything(loss, batch) -> dict[str, torch.Tensor]:
@@ -307,7 +310,7 @@ def assert_same(found, expected):
 
 
 def check(loss, batch) -> None:
-    """Inside ``evaluated_by`` all is as it is outside, for a loss that was used so before or not."""
+    """Inside ``evaluated_directly`` all is as outside, for a loss that was used so before or not."""
     _ = loss.value_estimator  # holds a buffer
     buffers = [buffer.clone() for buffer in loss.buffers()]
     expected = everything(loss, batch.clone())
@@ -502,28 +505,25 @@ def test_two_statistics_are_told_apart():
     check(loss, logged())
 
 
-def test_the_fast_evaluation_is_used():
+def test_the_direct_evaluation_is_used(monkeypatch):
     loss = continuous().double()
-    loss.map_critics = None
+    monkeypatch.setattr(torch, "vmap", None)
     with loss.evaluated_directly():
         everything(loss, logged())
-    assert loss.evaluator is GENERAL
+    assert loss.direct is None
     with pytest.raises(TypeError):
         everything(loss, logged())
 
 
-def test_the_copies_hold_the_tensors_of_the_loss():
+def test_the_tensors_are_those_of_the_loss():
     """Two tensors on one memory, one read and one written, are copied by a compiled update."""
     loss = continuous()
     targets = {id(leaf) for leaf in loss.target_qvalue_network_params.values(True, True)}
     trained = {id(leaf) for leaf in loss.parameters()}
-    evaluator = FastEvaluator(loss, GENERAL)
-    for name, among in (
-        ("target_qvalue_network_params", targets),
-        ("qvalue_network_params", trained),
-    ):
-        body = evaluator.critics[name].module.mlp
-        assert {id(leaf) for leaf in body.leaves} <= among
+    with loss.evaluated_directly():
+        critics = {name: each.critics.body for name, each in loss.networks.critics.items()}
+    assert {id(x) for x in critics["target_qvalue_network_params"].leaves} <= targets
+    assert {id(x) for x in critics["qvalue_network_params"].leaves} <= trained
 
 
 def test_modes_are_followed():
@@ -550,11 +550,11 @@ def test_hooks_put_on_before_are_called():
     assert seen
 
 
-def test_an_error_inside_restores_the_general_evaluator():
+def test_an_error_inside_restores_the_general_way():
     loss = continuous().double()
     with pytest.raises(KeyError, match="reward"), loss.evaluated_directly():
         loss.read(logged().exclude(("next", "reward")))
-    assert loss.evaluator is GENERAL
+    assert loss.direct is None
 
 
 def test_gradients_can_be_differentiated_again_outside():

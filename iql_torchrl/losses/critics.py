@@ -1,4 +1,4 @@
-"""From one module, a list or a factory to K critics; whether an encoder fits the other networks.
+"""From one module, a list or a factory to K critics; the critics of a loss as one module.
 
 TorchRL's ``LossModule.convert_to_functional`` draws the weights of critics again, uniformly; here they
 keep the scale of the module's.
@@ -6,16 +6,16 @@ keep the scale of the module's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from tensordict import NestedKey, TensorDict
-from tensordict.nn import TensorDictModule, TensorDictParams
-from tensordict.utils import unravel_key
+from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 
-from iql_torchrl.private_apis import keeps_batch_statistics
+from iql_torchrl.losses.batch import output_of
 
 Critics: TypeAlias = TensorDictModule | Sequence[TensorDictModule] | Callable[[], TensorDictModule]
 
@@ -110,54 +110,85 @@ def initialise_critics(live: TensorDictParams, target: TensorDictParams, module:
                 leaf.requires_grad_(parameter.requires_grad)
 
 
-def check_encoder(encoder: Any, networks: Mapping[str, Sequence[Any]], pixels: int) -> None:
-    """Raise ``TypeError`` or ``ValueError`` where the encoder does not fit the other networks.
+class LossCritics(TensorDictModuleBase):
+    """Writes the smallest value over the critics of ``loss``, ``(*B, 1)``.
 
-    ``pixels``: by how many images are moved before the encoder reads them.
+    The live critics, as they are at every call: training changes them. Their parameters here
+    require no gradient. A copy (``copy.deepcopy``, ``pickle``) has weights of its own and no longer
+    follows the loss. For losses of one run whose critics read a continuous action. Where the loss has
+    an encoder, these critics read its features: ``policies.encoded(encoder, LossCritics(loss))`` reads
+    the observations.
     """
-    if encoder is None:
-        if pixels:
-            raise ValueError(
-                f"random_shift is {pixels} and there is no encoder_network; it moves the images that "
-                "an encoder reads. Pass encoder_network=, or random_shift=0."
-            )
-        return
-    if not isinstance(encoder, nn.Module) or not hasattr(encoder, "in_keys"):
-        raise TypeError(
-            f"encoder_network is {type(encoder).__name__}; it must be a TensorDictModule: "
-            "TensorDictModule(network, in_keys=[...], out_keys=['features'])."
-        )
-    for module in encoder.modules():
-        if keeps_batch_statistics(module):  # the target's would change too
-            raise ValueError(
-                f"encoder_network holds a {type(module).__name__}, which keeps statistics of the "
-                "batches, and is evaluated with the weights of the target too. Use LayerNorm or "
-                "GroupNorm."
-            )
-    side = getattr(getattr(encoder, "module", None), "shortest_side", None)
-    if pixels and side is None:
-        raise ValueError(
-            f"random_shift is {pixels} and encoder_network has no images to move; it must be a "
-            "TensorDictModule of networks.JoinedEncoders with a networks.ImageEncoder in it."
-        )
-    if pixels and pixels >= side:
-        raise ValueError(
-            f"random_shift is {pixels} pixels and an image has a side of {side}, so it could be "
-            "moved out of sight; DrQ uses 4 for 84 x 84."
-        )
-    own = {id(parameter) for parameter in encoder.parameters()}
-    written = {unravel_key(key) for key in encoder.out_keys}
-    read: set[NestedKey] = set()
-    for name, modules in networks.items():
-        for module in modules:
-            read |= {unravel_key(key) for key in module.in_keys}
-            if any(id(parameter) in own for parameter in module.parameters()):
-                raise ValueError(
-                    f"{name} holds parameters of encoder_network; let it read the encoder's output "
-                    f"{list(encoder.out_keys)} instead: the loss evaluates the encoder itself."
-                )
-    if not written & read:
-        raise ValueError(
-            f"encoder_network writes {list(encoder.out_keys)}, which no other network reads; they "
-            f"read {sorted(map(str, read))}. Give them in_keys={list(encoder.out_keys)}."
-        )
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self._source: Any = (loss,)  # in a tuple, so that it is no submodule
+        self._key = loss.tensor_keys.state_action_value
+        network = loss.qvalue_network
+        self.in_keys, self.out_keys = list(network.in_keys), [self._key]
+        count = loss.num_qvalue_nets
+        self.networks = nn.ModuleList(copy.deepcopy(network) for _ in range(count))
+        for critic in self.networks:
+            for module in critic.modules():
+                for name in _parameters_of(module):
+                    setattr(module, name, nn.Parameter(torch.empty(0), requires_grad=False))
+        self._follow()
+        self.train(False)
+
+    def _leaves(self) -> list[tuple[nn.Module, str, Tensor]]:
+        """Where each tensor of the loss belongs here: module, name, the tensor."""
+        (loss,) = self._source
+        stacked = loss.qvalue_network_params
+        tables = [stacked] if loss.num_qvalue_nets == 1 else stacked.data.unbind(0)
+        leaves = []
+        for critic, table in zip(self.networks, tables, strict=True):
+            for key, leaf in table.items(True, True):
+                path = key if isinstance(key, tuple) else (key,)
+                module = critic.get_submodule(".".join(path[:-1]))
+                leaves.append((module, path[-1], leaf.data))
+        return leaves
+
+    def _follow(self) -> None:
+        """Use the storage of the loss's parameters, and take over the values of its buffers.
+
+        Buffers are no views: a view would be copied and exported with the tensor that it is part of.
+        """
+        if self._source is None:
+            return
+        for module, name, leaf in self._leaves():
+            parameter = _parameters_of(module).get(name)
+            if parameter is None:
+                buffer = getattr(module, name)
+                if (buffer.shape, buffer.dtype, buffer.device) == (
+                    leaf.shape,
+                    leaf.dtype,
+                    leaf.device,
+                ):
+                    buffer.copy_(leaf)
+                else:
+                    setattr(module, name, leaf.clone())
+            elif (parameter.data_ptr(), parameter.dtype, parameter.device) != (
+                leaf.data_ptr(),
+                leaf.dtype,
+                leaf.device,
+            ):
+                setattr(module, name, nn.Parameter(leaf, requires_grad=False))
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        self._follow()
+        inputs = tensordict.select(*self.in_keys, strict=False)
+        values = [output_of(critic(inputs.copy()), self._key, "critic") for critic in self.networks]
+        return tensordict.set(self._key, torch.stack(values).amin(0))
+
+    def train(self, mode: bool = True) -> LossCritics:
+        """Always in evaluation mode: values without dropout, statistics that do not change."""
+        super().train(False)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_source": None}
+
+
+def _parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's own parameters by name, each as often as it is named."""
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))

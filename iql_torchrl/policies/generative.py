@@ -1,0 +1,347 @@
+"""Policies that make actions of noise (flow matching), and that take the best of several actions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import (
+    ProbabilisticTensorDictSequential,
+    TensorDictModuleBase,
+    TensorDictSequential,
+    dispatch,
+)
+from torch import Tensor, nn
+from torchrl.data import TensorSpec
+from torchrl.envs.utils import ExplorationType, exploration_type
+from torchrl.modules import Delta
+
+from iql_torchrl.config import check_choice, check_whole
+from iql_torchrl.networks import join_observations
+from iql_torchrl.networks.perceptrons import Part
+from iql_torchrl.policies.actors import Bounds, Head, bounds_of, listed
+
+ROWS_AT_ONCE = 65_536  # candidates that are evaluated together
+
+
+class FlowHead(Head):
+    """The velocity ``v(s, x, t)``, in units in which the action's bounds are -1 and 1."""
+
+    mlp_reads_first = False
+
+    def __init__(self, in_features: int, bounds: Bounds, **network: Any) -> None:
+        size = bounds[0].numel()
+        super().__init__(in_features + size + 1, size, bounds, **network)
+
+    def around(self, first: Part, mlp: Part, *inputs: Tensor) -> Tensor:
+        observation, action, time = inputs
+        return self.step(mlp, first(observation), action, time)
+
+    @staticmethod
+    def step(mlp: Part, features: Tensor, action: Tensor, time: Tensor) -> Tensor:
+        """The velocity from the output of the first layer; leading dimensions are broadcast."""
+        time = time.unsqueeze(-1) if time.ndim < action.ndim else time
+        parts = (features, action, time.to(action.dtype))
+        shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        return mlp(torch.cat([x.expand(*shape, x.shape[-1]) for x in parts], -1))
+
+
+class FlowPolicy(TensorDictModuleBase):
+    """A flow policy, for ``IQLLoss(actor_objective="flow")``: any distribution of actions.
+
+    ``num_steps`` Euler steps ``x <- x + v(s, x, t) / num_steps`` with t = 0, 1/num_steps, ... lead
+    from standard normal noise x to an action, in units in which the bounds are -1 and 1; the last x
+    is clamped to the bounds. Lipman et al. 2023, "Flow Matching for Generative Modeling"
+    (arXiv:2210.02747); as a policy, with 10 steps: Park, Li, Levine 2025, "Flow Q-Learning"
+    (arXiv:2502.02538).
+
+    The entry ``noise_key`` of the TensorDict, ``(*B, A)``, is used as the noise where it exists.
+    Otherwise noise is drawn from torch's default generator; with the interaction type
+    ``DETERMINISTIC`` it is one fixed vector, the same in every state and every flow policy of A
+    dimensions: the action is one possible sample, not the most probable one, so evaluate a flow by
+    itself with ``deterministic=False``. Few Euler steps make modes narrower and leave some samples
+    between them. The policy has no log-probability: importance sampling refuses it.
+
+    Raises ``ValueError`` on an unbounded spec or ``num_steps < 1``.
+    """
+
+    fixed_noise: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        action_spec: TensorSpec,
+        *,
+        num_steps: int = 10,
+        in_keys: Sequence[NestedKey] = ("observation",),
+        noise_key: NestedKey = "noise",
+        **network: Any,
+    ) -> None:
+        super().__init__()
+        check_whole(num_steps=num_steps)
+        self.head = FlowHead(in_features, bounds_of(action_spec), **network)
+        self.in_keys, self.out_keys = listed(in_keys), ["action"]
+        self.num_steps, self.noise_key = num_steps, noise_key
+        still = _fixed_noise(self.action_features).to(self.head.centre)
+        self.register_buffer("fixed_noise", still)
+
+    @property
+    def action_features(self) -> int:
+        """Number of action dimensions A."""
+        return self.head.centre.numel()
+
+    noise_features = action_features  # standard normal numbers that one action is made from
+
+    def extra_repr(self) -> str:
+        return f"num_steps={self.num_steps}, noise_key={self.noise_key!r}"
+
+    def normalise(self, action: Tensor) -> Tensor:
+        """``action`` in units in which its bounds are -1 and 1."""
+        return (action - self.head.centre) / self.head.half_range
+
+    def velocity(self, observation: Tensor, action: Tensor, time: Tensor) -> Tensor:
+        """``v(s, x, t)``, ``(*B, A)``.
+
+        ``observation``: as the policy reads it (several keys joined on the last dimension).
+        ``action``: x, ``(*B, A)``, in the units of :meth:`normalise`. ``time``: ``(*B,)`` or
+        ``(*B, 1)``, 0 at the noise and 1 at the action. The result is in those units per unit of
+        time.
+        """
+        velocity: Tensor = self.head(observation, action, time)
+        return velocity
+
+    def from_noise(self, tensordict: TensorDictBase, noise: Tensor) -> Tensor:
+        """Actions ``(*N, *B, A)`` inside the bounds from standard normal ``noise`` of that shape."""
+        observation = join_observations([tensordict.get(key) for key in self.in_keys])
+        features = self.head.preprocess(observation)
+        x = noise
+        for number in range(self.num_steps):
+            time = torch.full_like(x[..., :1], number / self.num_steps)
+            x = x + self.head.step(self.head.mlp, features, x, time).to(x.dtype) / self.num_steps
+        return self.head.centre + self.head.half_range * x.clamp(-1, 1)
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        noise = tensordict.get(self.noise_key, None)
+        if noise is None:
+            noise = _noise(self.fixed_noise, tensordict.batch_size)
+        return tensordict.set("action", self.from_noise(tensordict, noise))
+
+
+flow = FlowPolicy  # named as the functions that make the other policies
+
+
+class BestOf(TensorDictModuleBase):
+    """Of ``num_samples`` actions of ``actor``, the one that the critics value most.
+
+    The value of a candidate is the smallest over the critics. ``select="max"`` takes the best
+    candidate (the first of equal ones); ``"softmax"`` draws one with probability proportional to
+    ``exp(temperature * value)``, an inverse temperature per unit of value: 0 is the actor itself.
+    With a clone of the log as the actor this is the policy of IDQL (Hansen-Estruch et al. 2023,
+    arXiv:2304.10573) and, with a flow and 32 candidates, of IFQL (Park, Li, Levine 2025,
+    arXiv:2502.02538). It is known to exploit errors of the critics, the more so the more candidates
+    there are; on small logs weighted regression without it can be better.
+
+    Noise is drawn from torch's default generator, so the same seed gives the same actions; the
+    entry ``noise_key`` of the TensorDict, ``(*B, N, F)``, replaces it (F standard normal numbers an
+    action: ``noise_features`` of the flow, the distribution's of the other policies here). With the
+    interaction type ``DETERMINISTIC`` the candidates are made from one fixed set of noise, the same
+    in every state, and the best is taken. The policy has no log-probability: importance sampling
+    refuses it, and fitted Q evaluation accepts it.
+
+    Args:
+        actor: ``policies.flow``, or a TorchRL actor with ``get_dist`` that draws its actions.
+        critics: TensorDict modules that read ``action`` and write ``value_key``, ``(*B, 1)``; those
+            of a loss: ``iql_torchrl.losses.LossCritics(loss)``.
+
+    Raises ``ValueError`` on ``num_samples < 1``, ``temperature < 0``, another ``select`` or no
+    critics; ``TypeError`` on an actor without randomness or modules of another kind.
+    """
+
+    critics: Any
+    fixed_noise: Tensor | None
+
+    def __init__(
+        self,
+        actor: TensorDictModuleBase,
+        critics: TensorDictModuleBase | Sequence[TensorDictModuleBase],
+        num_samples: int = 32,
+        *,
+        select: str = "max",
+        temperature: float = 1.0,
+        value_key: NestedKey = "state_action_value",
+        noise_key: NestedKey = "noise",
+    ) -> None:
+        super().__init__()
+        check_whole(num_samples=num_samples)
+        check_choice("select", select, ("max", "softmax"))
+        number = isinstance(temperature, Real) and not isinstance(temperature, bool)
+        if not number or not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature is {temperature!r}; expected a finite number >= 0.")
+        self.actor, self.critics = _checked_actor(actor), _checked_critics(critics)
+        self.num_samples, self.select, self.temperature = num_samples, select, temperature
+        self.value_key, self.noise_key = value_key, noise_key
+        read = [k for c in self.critics for k in c.in_keys if k != "action"]
+        self.in_keys = list(dict.fromkeys([*actor.in_keys, *read]))
+        self.out_keys = ["action"]
+        size = _noise_features(actor)
+        still = None if size is None else _fixed_noise(num_samples, size)
+        like = next(actor.parameters(), still)
+        self.register_buffer("fixed_noise", None if still is None else still.to(like))
+
+    def candidates(self, tensordict: TensorDictBase) -> Tensor:
+        """Actions of the actor, ``(*B, N, A)``."""
+        dims, noise = tensordict.ndim, tensordict.get(self.noise_key, None)
+        if self.fixed_noise is None:
+            return self._sampled(tensordict)
+        if noise is None:
+            noise = _noise(self.fixed_noise, tensordict.batch_size)
+        else:
+            noise = noise.movedim(dims, 0)
+        return _from_noise(self.actor, tensordict, noise).movedim(0, dims)
+
+    def _sampled(self, tensordict: TensorDictBase) -> Tensor:
+        """Of an actor whose distribution is not one of this package's."""
+        dist = self.actor.get_dist(tensordict.select(*self.actor.in_keys, strict=False))
+        if not _is_deterministic():
+            drawn: Tensor = dist.sample((self.num_samples,))
+        else:
+            cuda = [tensordict.device] if getattr(tensordict.device, "type", "") == "cuda" else []
+            with torch.random.fork_rng(devices=cuda):
+                # torch.manual_seed would also reseed devices that are not forked here
+                torch.default_generator.manual_seed(0)
+                if cuda:
+                    torch.cuda.manual_seed(0)
+                drawn = dist.sample((self.num_samples,))
+        return drawn.movedim(0, tensordict.ndim)
+
+    def values(self, tensordict: TensorDictBase, actions: Tensor) -> Tensor:
+        """Smallest value over the critics of ``actions`` ``(*B, N, A)``: ``(*B, N)``."""
+        dims, count = tensordict.ndim, actions.shape[-2]
+        data = TensorDict(batch_size=actions.shape[:-1])
+        for key in self.in_keys:
+            entry = tensordict.get(key, None)
+            if entry is not None:
+                shape = (*entry.shape[:dims], count, *entry.shape[dims:])
+                data.set(key, entry.unsqueeze(dims).expand(shape))
+        data.set("action", actions)
+        values = [critic(data.copy()).get(self.value_key) for critic in self.critics]
+        return torch.stack([v.squeeze(-1) for v in values]).amin(0)
+
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        rows = tensordict.batch_size[0] if tensordict.ndim else 1
+        at_once = max(1, ROWS_AT_ONCE // self.num_samples)
+        if torch.compiler.is_compiling() or tensordict.ndim != 1 or rows <= at_once:
+            return tensordict.set("action", self._choose(tensordict))
+        chosen = [self._choose(chunk) for chunk in tensordict.split(at_once)]
+        return tensordict.set("action", torch.cat(chosen))
+
+    def _choose(self, tensordict: TensorDictBase) -> Tensor:
+        actions = self.candidates(tensordict)
+        scores = self.values(tensordict, actions)
+        if self.select == "softmax" and not _is_deterministic():
+            exponential = torch.empty_like(scores).exponential_()
+            # argmax of score + Gumbel number is a draw from the softmax
+            scores = self.temperature * scores - exponential.log()
+        best = scores.argmax(-1)[..., None, None].expand(*scores.shape[:-1], 1, actions.shape[-1])
+        return actions.gather(-2, best).squeeze(-2)
+
+
+best_of = BestOf  # named as the functions that make the other policies
+
+
+class EncodedPolicy(TensorDictSequential):
+    """What :func:`encoded` returns for a policy that does not end in a distribution."""
+
+    @property
+    def critics(self) -> list[TensorDictSequential] | None:
+        """The critics of a ``policies.best_of``, each after the encoder; None for other policies."""
+        encoder, policy = self
+        critics = getattr(policy, "critics", None)
+        return None if critics is None else [TensorDictSequential(encoder, c) for c in critics]
+
+
+def encoded(
+    encoder: TensorDictModuleBase, policy: TensorDictModuleBase
+) -> ProbabilisticTensorDictSequential | EncodedPolicy:
+    """``encoder``, then ``policy``, which reads what the encoder writes.
+
+    It holds both modules and no copies. A policy of modules and a distribution at the end, such as
+    a TorchRL ``ProbabilisticActor``, keeps ``get_dist`` and ``log_prob``.
+    """
+    parts: Any = policy
+    if isinstance(policy, ProbabilisticTensorDictSequential):
+        return ProbabilisticTensorDictSequential(encoder, *parts)
+    return EncodedPolicy(encoder, parts)
+
+
+def _checked_critics(critics: Any) -> nn.ModuleList:
+    listed_critics = list(critics) if isinstance(critics, Sequence | nn.ModuleList) else [critics]
+    if not listed_critics:
+        raise ValueError("critics is empty; expected at least one TensorDict module.")
+    for critic in listed_critics:
+        if not isinstance(critic, nn.Module) or "action" not in getattr(critic, "in_keys", ()):
+            raise TypeError(
+                f"critics hold {type(critic).__name__}; expected TensorDict modules that read "
+                "'action', such as ValueOperator(networks.Critic(...), in_keys=['observation', "
+                "'action']), or losses.LossCritics(loss)."
+            )
+    return nn.ModuleList(listed_critics)
+
+
+def _checked_actor(actor: Any) -> Any:
+    if not isinstance(actor, nn.Module) or not hasattr(actor, "in_keys"):
+        raise TypeError(f"actor is {type(actor).__name__}; expected a TensorDict module.")
+    draws = hasattr(actor, "get_dist") and not issubclass(_distribution_class(actor), Delta)
+    if not draws and not hasattr(actor, "from_noise"):
+        raise TypeError(
+            f"actor is a {type(actor).__name__} without randomness, so all of its candidates would "
+            "be equal; use policies.flow, mixture, gaussian or tanh_normal."
+        )
+    return actor
+
+
+def _distribution_class(actor: nn.Module) -> type:
+    """The class of its last distribution; ``object`` where it has none, or another callable."""
+    kinds = [m.distribution_class for m in actor.modules() if hasattr(m, "distribution_class")]
+    return kinds[-1] if kinds and isinstance(kinds[-1], type) else object
+
+
+def _noise_features(actor: Any) -> int | None:
+    """Standard normal numbers that one action of ``actor`` is made from; None where unknown."""
+    if hasattr(actor, "from_noise"):
+        return int(actor.noise_features)
+    count: Callable[[int], int] | None = getattr(_distribution_class(actor), "noise_features", None)
+    limits = [m.limits for m in actor.modules() if getattr(m, "limits", None)]
+    return None if count is None or not limits else count(limits[0]["low"].numel())
+
+
+def _from_noise(actor: Any, tensordict: TensorDictBase, noise: Tensor) -> Tensor:
+    """Actions ``(N, *B, A)`` from ``noise`` ``(N, *B, F)``."""
+    if hasattr(actor, "from_noise"):
+        return torch.as_tensor(actor.from_noise(tensordict, noise))
+    dist = actor.get_dist(tensordict.select(*actor.in_keys, strict=False))
+    return torch.as_tensor(dist.from_noise(noise))
+
+
+def _fixed_noise(*shape: int) -> Tensor:
+    """Standard normal numbers that are the same everywhere: drawn on the CPU from seed 0."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(shape, generator=generator, device="cpu")
+
+
+def _noise(still: Tensor, batch: Sequence[int]) -> Tensor:
+    """``(*N, *batch, F)``: where actions are deterministic, ``still`` ``(*N, F)`` in every state."""
+    shape = (*still.shape[:-1], *batch, still.shape[-1])
+    if _is_deterministic():
+        return still.view(*still.shape[:-1], *(1,) * len(batch), still.shape[-1]).expand(shape)
+    return torch.randn(shape, dtype=still.dtype, device=still.device)
+
+
+def _is_deterministic() -> bool:
+    kinds = (ExplorationType.DETERMINISTIC, ExplorationType.MODE, ExplorationType.MEAN)
+    return exploration_type() in kinds
