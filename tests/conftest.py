@@ -62,14 +62,13 @@ def make_batch(*shape: int, obs: int = OBS, act: int = ACT, dtype=torch.float32)
     )
 
 
-def make_networks(obs: int = OBS, act: int = ACT, hidden=(16, 16)):
-    """Actor, one critic, V, all reading ``observation``."""
+def make_networks(obs: int = OBS, act: int = ACT, hidden=(16, 16), policy=policies.gaussian, **mlp):
+    """Actor, one critic, V, all reading ``observation``; ``policy`` builds the actor, or is it."""
     spec = Bounded(-torch.ones(act), torch.ones(act), (act,))
-    actor = policies.gaussian(obs, spec, hidden=hidden)
-    critic = ValueOperator(
-        networks.Critic(obs, act, hidden=hidden), in_keys=["observation", "action"]
-    )
-    value = ValueOperator(networks.StateValue(obs, hidden=hidden), in_keys=["observation"])
+    mlp["hidden"] = hidden
+    actor = policy if isinstance(policy, nn.Module) else policy(obs, spec, **mlp)
+    critic = ValueOperator(networks.Critic(obs, act, **mlp), in_keys=["observation", "action"])
+    value = ValueOperator(networks.StateValue(obs, **mlp), in_keys=["observation"])
     return actor, critic, value
 
 

@@ -41,28 +41,21 @@ class OneDevice(TorchDispatchMode):
         self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         self.operations += 1
         name = func.overloadpacket.__name__
-        self._check(func, "reads", (args, kwargs))
-        if name.startswith(WAITING):
-            raise AssertionError(f"{func} waits for the device")
-        if name == "index" and any(
+        self._check(f"{func} reads", (args, kwargs))
+        masked = name == "index" and any(
             isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1]
-        ):
-            raise AssertionError(
-                f"{func} with a mask waits for the device: its shape follows values"
-            )
-        out = func(*args, **kwargs)
-        self._check(func, "writes", out)
+        )  # its shape follows values
+        assert not masked, f"{func} with a mask waits for the device"
+        assert not name.startswith(WAITING), f"{func} waits for the device"
+        out = func(*args, **(kwargs or {}))
+        self._check(f"{func} writes", out)
         return out
 
-    def _check(self, func: Any, does: str, values: Any) -> None:
-        for value in tree_leaves(values):
-            if isinstance(value, Tensor) and value.device.type != self.device:
-                raise AssertionError(
-                    f"{func} {does} a tensor {tuple(value.shape)} on {value.device}, not {self.device}"
-                )
+    def _check(self, does: str, values: Any) -> None:
+        elsewhere = _kinds(values) - {self.device}
+        assert not elsewhere, f"{does} tensors on {elsewhere}, not {self.device}"
 
 
 class Copies(TorchDispatchMode):
@@ -76,15 +69,12 @@ class Copies(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        read = _kinds((args, kwargs or {}))
+        read = _kinds((args, kwargs))
         name = func.overloadpacket.__name__
-        if "meta" in read and name.startswith(WAITING):
-            raise AssertionError(f"{func} waits for the device")
-        if len(read) > 1 and name != "copy_":
-            raise AssertionError(f"{func} reads tensors on {sorted(read)}")
+        assert not ("meta" in read and name.startswith(WAITING)), f"{func} waits for the device"
+        assert len(read) < 2 or name == "copy_", f"{func} reads tensors on {sorted(read)}"
         out = func(*args, **(kwargs or {}))
-        if read == {"meta"} and "cpu" in _kinds(out):
-            raise AssertionError(f"{func} copies to the CPU")
+        assert read != {"meta"} or "cpu" not in _kinds(out), f"{func} copies to the CPU"
         self.count += len(read) > 1 or (read == {"cpu"} and _kinds(out) == {"meta"})
         return out
 
@@ -114,9 +104,8 @@ def meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """
     optimizers = sys.modules["torch.optim.optimizer"]
     monkeypatch.setattr(devices, "DEVICES", (*devices.DEVICES, "meta"))
-    monkeypatch.setattr(
-        optimizers, "_get_fused_kernels_supported_devices", lambda: ["cpu", "cuda", "meta"]
-    )
+    fused = ["cpu", "cuda", "meta"]
+    monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: fused)
     monkeypatch.setattr(Tensor, "is_set_to", _is_set_to)
     autocast = torch.is_autocast_enabled
     monkeypatch.setattr(

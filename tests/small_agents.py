@@ -52,15 +52,16 @@ def observations(rows: int = 9):
     return (np.random.default_rng(1).normal(size=(rows, 3)) * SCALE + MEAN).astype(np.float32)
 
 
-def box_agent(dtype=np.float32, **options):
+def box_agent(dtype=np.float32, weights=torch.float32, **options):
     space = spaces.Box(LOW.astype(dtype), HIGH.astype(dtype), dtype=dtype)
-    return make_agent(config(**options), replace(load_dataset(log()), action_space=space))
+    dataset = replace(load_dataset(log(), dtype=weights), action_space=space)
+    return make_agent(config(**options), dataset)
 
 
-def trained(**options):
+def trained(weights=torch.float32, **options):
     """A :func:`box_agent` after three updates."""
-    agent = box_agent(**options)
-    buffer = load_dataset(log()).replay_buffer(16, seed=0)
+    agent = box_agent(weights=weights, **options)
+    buffer = load_dataset(log(), dtype=weights).replay_buffer(16, seed=0)
     for _ in range(3):
         agent.step(buffer.sample())
     return agent

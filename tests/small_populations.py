@@ -106,6 +106,7 @@ def extras(batch):
 
 # name: (dataset, options of all configs, batches, what is done to a batch)
 ADAMW = {"optimizer": "adamw", "weight_decay": 0.1}
+SARSA = {"value_objective": "sarsa_expectile", "loss_function": "smooth_l1"}
 CASES = {
     "gaussian": ("continuous", {}, "shared", None),
     "own batches": ("continuous", {"num_critics": 5, **ADAMW}, "own", None),
@@ -115,12 +116,7 @@ CASES = {
     "mixture": ("continuous", {"policy": "mixture", "standardise": False}, "own", None),
     "deterministic": ("continuous", {"policy": "deterministic"}, "shared", None),
     "quantile": ("continuous", {"value_objective": "quantile", "loss_function": "l1"}, "own", None),
-    "sarsa": (
-        "continuous",
-        {"value_objective": "sarsa_expectile", "loss_function": "smooth_l1"},
-        "shared",
-        None,
-    ),
+    "sarsa": ("continuous", SARSA, "shared", None),
     "extras": ("continuous", {}, "shared", extras),
     "extras, own": ("continuous", {"order": "simultaneous"}, "own", extras),
     "discrete": ("discrete", {"layer_norm": True, **ADAMW}, "shared", None),

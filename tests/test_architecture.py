@@ -1,17 +1,25 @@
-"""The rooms of the package: a file imports only from rooms of a lower layer."""
+"""The rooms of the package: a file imports only from rooms of a lower layer.
+
+CITATION.cff, the pre-commit hooks and the project's URLs agree with the rest of the repository.
+"""
 
 from __future__ import annotations
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+from torch import nn
 from torchrl.objectives import LossModule
 from torchrl.trainers import Trainer
 
-PACKAGE = Path(__file__).resolve().parents[1] / "iql_torchrl"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "iql_torchrl"
 
 # A room is a folder or a top-level file. A file imports only from its own room and from rooms of
 # lower layers.
@@ -69,14 +77,11 @@ def test_rooms_and_layers_are_few():
 
 
 def test_examples_and_benchmarks_use_public_names_only():
-    for folder in ("examples", "benchmarks"):
-        for path in (PACKAGE.parent / folder).glob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-                    "iql_torchrl"
-                ):
-                    private = [a.name for a in node.names if a.name.startswith("_")]
-                    assert not private, f"{path.name} imports {private}"
+    for path in (*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("iql_torchrl"):
+                private = [a.name for a in node.names if a.name.startswith("_")]
+                assert not private, f"{path.name} imports {private}"
 
 
 def private_attributes(tree: ast.AST) -> set[str]:
@@ -112,26 +117,21 @@ def is_private_import(node: ast.AST) -> bool:
     return parts[0] in libraries and any(part.startswith("_") for part in parts)
 
 
-# Attributes that instances of TorchRL's LossModule and Trainer have, which derived classes use.
-OF_INSTANCES = {
-    LossModule: {"_has_update_associated", "_tensor_keys"},
-    Trainer: {
-        "_batch_process_ops",
-        "_log_dict",
-        "_post_loss_ops",
-        "_post_optim_log_ops",
-        "_post_optim_ops",
-        "_post_steps_log_ops",
-        "_pre_epoch_log_ops",
-        "_pre_epoch_ops",
-        "_pre_steps_log_ops",
-        "_process_optim_batch_ops",
-    },
-}
+def of_instances() -> set[str]:
+    """Names that derived classes of TorchRL's LossModule and Trainer have from their base classes."""
+
+    class Loss(LossModule):
+        def forward(self, tensordict):
+            return tensordict
+
+    names = {"collector": None, "optimizer": None, "progress_bar": False, "loss_module": Loss()}
+    counts = dict.fromkeys(("total_frames", "frame_skip", "optim_steps_per_batch"), 1)
+    own = {*vars(Loss()), *vars(Trainer(**names, **counts))} - {*vars(nn.Module())}
+    return own | {*dir(LossModule), *dir(Trainer)}
 
 
 def test_private_names_of_the_libraries_are_in_one_file():
-    inherited = {name for base, names in OF_INSTANCES.items() for name in {*dir(base), *names}}
+    inherited = of_instances()
     trees = {path: ast.parse(path.read_text()) for path in FILES}
     private_file = trees.pop(PACKAGE / "private_apis.py")
     ours = set().union(*map(defined_here, trees.values()))
@@ -143,24 +143,6 @@ def test_private_names_of_the_libraries_are_in_one_file():
         names = private_attributes(tree)
         wrong = (names & private) | (names - ours - inherited - other)
         assert not wrong, f"{path.name} uses {sorted(wrong)}; use or add a function there"
-
-
-def test_instances_of_the_base_classes_have_their_attributes():
-    class Loss(LossModule):
-        def forward(self, tensordict):
-            return tensordict
-
-    trainer = Trainer(
-        collector=None,
-        total_frames=1,
-        frame_skip=1,
-        optim_steps_per_batch=1,
-        loss_module=Loss(),
-        optimizer=None,
-        progress_bar=False,
-    )
-    for instance, names in zip((Loss(), trainer), OF_INSTANCES.values(), strict=True):
-        assert all(hasattr(instance, name) for name in names)
 
 
 def test_importing_writes_nothing_starts_no_process_and_touches_no_device(tmp_path):
@@ -179,3 +161,64 @@ def test_public_names_exist():
 
     for name in iql_torchrl.__all__:
         assert getattr(iql_torchrl, name) is not None
+
+
+# -- files of the project
+
+PAPER = "https://arxiv.org/abs/2110.06169"
+
+
+def test_the_citation_names_this_version_and_the_paper():
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert citation["cff-version"] == "1.2.0"
+    assert f'version = "{citation["version"]}"' in pyproject
+    assert f'license = "{citation["license"]}"' in pyproject
+    for author in citation["authors"]:
+        assert f'name = "{author["name"]}"' in pyproject
+    (paper,) = citation["references"]
+    assert (paper["url"], paper["year"]) == (PAPER, 2021)
+    names = [author["family-names"] for author in paper["authors"]]
+    assert names == ["Kostrikov", "Nair", "Levine"]
+    assert f'Paper = "{PAPER}"' in pyproject
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_import_the_package_before_torch(path):
+    """It sets GOMP_SPINCOUNT, which torch's threads read when torch is loaded."""
+    names = re.findall(
+        r"^(?:from|import) (torch|tensordict|torchrl|iql_\w+)\b", path.read_text(), re.M
+    )
+    assert names[0].startswith("iql_")
+
+
+def test_the_hooks_run_what_ci_runs():
+    (local,) = pytest.importorskip("yaml").safe_load(
+        (ROOT / ".pre-commit-config.yaml").read_text()
+    )["repos"]
+    entries = [hook["entry"] for hook in local["hooks"]]
+    script = (ROOT / ".ci" / "run").read_text()
+    readme = (ROOT / "README.md").read_text()
+    command = re.search(r"^Check it:.*?^(python3 -m venv.*?)$", readme, flags=re.M | re.S)
+    assert command, "the command that .ci/run looks for in README.md"
+    in_ci = re.findall(r"^\.venv/bin/(.*)", script, flags=re.M)
+    in_ci += re.findall(r"\.venv/bin/(python -m pytest.*)", command[1])
+    assert sorted(entries) == sorted(in_ci)
+
+
+TF32 = "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled. "
+WAITS = (
+    "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing "
+    "operations (Triggered internally at torch/csrc/cuda/Module.cpp:1.)"
+)
+
+
+@pytest.mark.parametrize("message", [TF32, WAITS])
+def test_hints_that_torch_gives_on_a_gpu_do_not_fail_a_test(message):
+    warnings.warn(message, UserWarning, stacklevel=1)
+    with pytest.raises(UserWarning, match="another"):
+        warnings.warn(f"another hint: {message}", UserWarning, stacklevel=1)
+    from torch._inductor import compile_fx
+
+    assert f'"{TF32}"' in inspect.getsource(compile_fx), "it is written as it is ignored"

@@ -112,44 +112,34 @@ def test_weight_is_monotone_and_bounded(x, temperature, ceiling):
 
 
 def test_td_target_by_hand():
-    target = F.td_target(
-        torch.tensor([1.0, 1.0, 2.0]),
-        torch.tensor([10.0, float("nan"), 4.0]),
-        torch.tensor([False, True, False]),
-        gamma=torch.tensor([0.9, 0.9, 0.5]),
-    )
+    ended, gamma = torch.tensor([False, True, False]), torch.tensor([0.9, 0.9, 0.5])
+    reward, ahead = torch.tensor([1.0, 1.0, 2.0]), torch.tensor([10.0, float("nan"), 4.0])
+    target = F.td_target(reward, ahead, ended, gamma=gamma)
     torch.testing.assert_close(target, torch.tensor([10.0, 1.0, 4.0]))
 
 
-class TestPickAction:
+@pytest.mark.parametrize("shape", [(2, 3, 4), (2, 5, 6, 3), (3, 3, 3)])
+def test_every_form_of_action_picks_its_value(shape):
+    """Also in sequences, and where there are as many actions as critics and steps."""
+    values = torch.arange(math.prod(shape)).view(shape).float()
+    index = torch.randint(shape[-1], shape[1:-1])
+    expected = torch.zeros(shape[:-1])
+    for place in np.ndindex(*shape[:-1]):
+        expected[place] = values[(*place, index[place[1:]])]
+    one_hot = torch.nn.functional.one_hot(index, shape[-1])
+    forms = [index[..., None], one_hot, one_hot.float(), one_hot.bool()]
+    for action in forms if len(shape) > 3 or shape[1] == shape[2] else [index, *forms]:
+        assert torch.equal(F.pick_action(values, action), expected)
+
+
+def test_pick_action_by_hand_and_its_refusals():
     values = torch.arange(24.0).view(2, 3, 4)  # K = 2, B = 3, N = 4
-    expected = torch.tensor([[1.0, 4.0, 11.0], [13.0, 16.0, 23.0]])
-    index = torch.tensor([1, 0, 3])
-
-    def test_every_form(self):
-        one_hot = torch.nn.functional.one_hot(self.index, 4)
-        for action in (self.index, self.index[:, None], one_hot, one_hot.float(), one_hot.bool()):
-            assert torch.equal(F.pick_action(self.values, action), self.expected)
-
-    def test_sequences(self):
-        values = torch.randn(2, 5, 6, 3)
-        index = torch.randint(3, (5, 6))
-        picked = F.pick_action(values, index.unsqueeze(-1))
-        for k, b, t in np.ndindex(2, 5, 6):
-            assert picked[k, b, t] == values[k, b, t, index[b, t]]
-
-    def test_as_many_actions_as_critics_and_steps(self):
-        values = torch.randn(3, 3, 3)
-        index = torch.tensor([2, 0, 1])
-        expected = torch.stack([values[:, b, a] for b, a in enumerate(index)], -1)
-        assert torch.equal(F.pick_action(values, index.unsqueeze(-1)), expected)
-        assert torch.equal(F.pick_action(values, torch.eye(3)[index]), expected)
-
-    def test_refuses_one_output_and_other_shapes(self):
-        with pytest.raises(ValueError, match="at least two"):
-            F.pick_action(torch.randn(2, 8, 1), torch.zeros(8, dtype=torch.long))
-        with pytest.raises(ValueError, match=r"action has shape \(7,\)"):
-            F.pick_action(torch.randn(2, 8, 4), torch.zeros(7, dtype=torch.long))
+    picked = F.pick_action(values, torch.tensor([1, 0, 3]))
+    assert picked.tolist() == [[1.0, 4.0, 11.0], [13.0, 16.0, 23.0]]
+    with pytest.raises(ValueError, match="at least two"):
+        F.pick_action(torch.randn(2, 8, 1), torch.zeros(8, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"action has shape \(7,\)"):
+        F.pick_action(torch.randn(2, 8, 4), torch.zeros(7, dtype=torch.long))
 
 
 def test_regression_losses_by_hand_and_their_refusals():
@@ -164,39 +154,29 @@ def test_regression_losses_by_hand_and_their_refusals():
         torch.testing.assert_close(loss, torch.tensor(expected))
 
 
-class TestReductions:
-    value = torch.tensor([1.0, 2.0, 4.0, float("nan")])
-    mask = torch.tensor([True, True, True, False])
-    weight = torch.tensor([1.0, 0.5, 0.5, 9.0])
-
-    def test_by_hand(self):
-        assert F.weighted_mean(self.value[:3]) == pytest.approx(7 / 3)
-        assert F.weighted_mean(self.value, mask=self.mask) == pytest.approx(7 / 3)
-        mean = F.weighted_mean(self.value, mask=self.mask, weight=self.weight)
-        assert mean == pytest.approx((1 + 1 + 2) / 2)
-        total = F.reduce(self.value, reduction="sum", mask=self.mask, weight=self.weight)
-        assert total == pytest.approx(4.0)
-        none = F.reduce(self.value, reduction="none", mask=self.mask)
-        assert none.tolist() == [1.0, 2.0, 4.0, 0.0]
-
-        value, weight = torch.randn(50), torch.rand(50)
-        expected = np.average(value.numpy(), weights=weight.numpy())
-        assert F.weighted_mean(value, weight=weight) == pytest.approx(expected, rel=1e-5)
-
-    def test_masked_nan_reaches_no_gradient_and_everything_masked_is_zero(self):
-        value = self.value.clone().requires_grad_()
-        F.weighted_mean(value, mask=self.mask).backward()
-        torch.testing.assert_close(value.grad, torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.0]))
-
-        value = torch.ones(3, requires_grad=True)
-        mean = F.weighted_mean(value, mask=torch.zeros(3, dtype=torch.bool))
-        mean.backward()
-        assert mean == 0
-        assert (value.grad == 0).all()
-
-    def test_unknown_name(self):
-        with pytest.raises(ValueError, match="median"):
-            F.reduce(self.value, reduction="median")
+def test_reductions_by_hand():
+    value = torch.tensor([1.0, 2.0, 4.0, float("nan")], requires_grad=True)
+    mask, weight = torch.arange(4) < 3, torch.tensor([1.0, 0.5, 0.5, 9.0])
+    assert F.weighted_mean(value[:3]).item() == pytest.approx(7 / 3)
+    mean = F.weighted_mean(value, mask=mask, weight=weight)
+    assert mean.item() == pytest.approx((1 + 1 + 2) / 2)
+    total = F.reduce(value, reduction="sum", mask=mask, weight=weight)
+    assert total.item() == pytest.approx(4.0)
+    assert F.reduce(value, reduction="none", mask=mask).tolist() == [1.0, 2.0, 4.0, 0.0]
+    with pytest.raises(ValueError, match="median"):
+        F.reduce(value, reduction="median")
+    mean = F.weighted_mean(value, mask=mask)  # nan behind a mask reaches no gradient
+    assert mean.item() == pytest.approx(7 / 3)
+    mean.backward()
+    torch.testing.assert_close(value.grad, torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.0]))
+    value.grad = None
+    nothing = F.weighted_mean(value, mask=mask & False)
+    nothing.backward()
+    assert nothing == 0
+    assert (value.grad == 0).all()
+    draws, weight = torch.randn(50), torch.rand(50)
+    expected = np.average(draws.numpy(), weights=weight.numpy())
+    assert F.weighted_mean(draws, weight=weight) == pytest.approx(expected, rel=1e-5)
 
 
 @given(arrays(np.float64, st.integers(1, 40), elements=st.floats(0.01, 100)))

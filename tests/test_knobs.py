@@ -100,23 +100,29 @@ def test_it_is_an_option_with_help(capsys):
 
 
 @pytest.mark.usefixtures("new_knobs")
-def test_make_agent_passes_it_to_the_loss():
-    agent = make_agent(replace(BASE, sharpness=3.0, rounding="down"), load_dataset(log()))
-    assert (agent.loss.sharpness, agent.loss.rounding) == (3.0, "down")
-
-
-@pytest.mark.usefixtures("new_knobs")
-def test_runs_of_a_population_have_their_own_or_must_agree():
+def test_losses_and_runs_of_a_population_have_it_or_must_agree():
     dataset = load_dataset(log())
-    configs = [replace(BASE, sharpness=value) for value in (1.0, 2.5)]
-    population = IQLPopulation(configs, dataset)
+    agent = make_agent(replace(BASE, sharpness=3.0, rounding="down"), dataset)
+    assert (agent.loss.sharpness, agent.loss.rounding) == (3.0, "down")
+    population = IQLPopulation([replace(BASE, sharpness=value) for value in (1.0, 2.5)], dataset)
     assert population.loss.sharpness.tolist() == [[1.0], [2.5]]
     assert population.loss.rounding == "up"
     message = r"width is 3 in configs\[1\] and 2 in configs\[0\]; .* may differ in .*sharpness"
-    with pytest.raises(ValueError, match=message):
-        IQLPopulation([BASE, replace(BASE, width=3)], dataset)
-    with pytest.raises(ValueError, match=r"rounding is down in configs\[1\] and up in configs"):
-        IQLPopulation([BASE, replace(BASE, rounding="down")], dataset)
+    for change, words in (
+        ({"width": 3}, message),
+        ({"rounding": "down"}, r"rounding is down in configs\[1\] and up in configs"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            IQLPopulation([BASE, replace(BASE, **change)], dataset)
+
+
+def parts_of(**options):
+    """A step and the rows that it is trained on."""
+    torch.manual_seed(0)
+    loss = IQLLoss(*make_networks(), **options)
+    loss.make_value_estimator(gamma=0.9)
+    step = IQLStep(loss, torch.optim.Adam(loss.parameters()), SoftUpdate(loss, tau=0.1))
+    return step, DeviceSampler(make_batch(8), 4, seed=0)
 
 
 @pytest.mark.usefixtures("new_knobs", "uncompiled")
@@ -140,56 +146,42 @@ def test_a_captured_step_notices_a_change(name, value, monkeypatch):
         torch.testing.assert_close(call()["loss_actor"].float(), expected)
 
 
-def saved_config(config):
-    return {"agent": {"config": config.to_dict(), "task": {}}}
+def compare(config, saved=BASE):
+    saved, own = (
+        {"agent": {"config": c if isinstance(c, dict) else c.to_dict(), "task": {}}}
+        for c in (saved, config)
+    )
+    check_same_run(saved, own, config=Config)
 
 
-def compare(saved, config):
-    check_same_run(saved, saved_config(config), config=Config)
-
-
-def test_resume_compares_it():
-    saved = saved_config(BASE)
+def test_resume_compares_it_and_a_config_from_before_it_existed_has_its_default():
     for config in (BASE, replace(BASE, verbose=True), replace(BASE, updates=9, compile=True)):
-        compare(saved, config)
+        compare(config)
     for name, value in {"sharpness": 2.0, "rounding": "down", "width": 3, "seed": 1}.items():
         with pytest.raises(CheckpointError, match=f"{name} was .* and is {value!r}"):
-            compare(saved, replace(BASE, **{name: value}))
+            compare(replace(BASE, **{name: value}))
+    cosine = replace(BASE, schedule="cosine")
     with pytest.raises(CheckpointError, match="updates was 4 and is 9"):
-        compare(
-            saved_config(replace(BASE, schedule="cosine")),
-            replace(BASE, schedule="cosine", updates=9),
-        )
-
-
-def test_a_config_saved_before_the_setting_existed_has_its_default():
-    old = saved_config(BASE)
-    for name in ("sharpness", "rounding", "width", "verbose"):
-        del old["agent"]["config"][name]
-    compare(old, BASE)
+        compare(replace(cosine, updates=9), cosine)
+    old = {name: value for name, value in BASE.to_dict().items() if name in knobs(IQLConfig)}
+    compare(BASE, old)
     with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
-        compare(old, replace(BASE, sharpness=2.0))
-
-
-def trainer_of(**options):
-    torch.manual_seed(0)
-    loss = IQLLoss(*make_networks(), **options)
-    step = IQLStep(loss, torch.optim.Adam(loss.parameters()), SoftUpdate(loss, tau=0.1))
-    rows = DeviceSampler(make_batch(8), 4, seed=0)
-    return OfflineTrainer(step=step, replay_buffer=rows, total_updates=1, progress_bar=False)
+        compare(replace(BASE, sharpness=2.0), old)
 
 
 @pytest.mark.usefixtures("new_knobs")
 def test_resume_compares_it_where_the_loss_was_made_by_hand():
-    saved = trainer_of().state_dict()
+    unchanged, changed = (
+        OfflineTrainer(step=step, replay_buffer=rows, total_updates=1, progress_bar=False)
+        for step, rows in (parts_of(), parts_of(sharpness=2.0))
+    )
+    saved = unchanged.state_dict()
     assert (saved["settings"]["sharpness"], saved["settings"]["rounding"]) == (1.0, "up")
-    changed = trainer_of(sharpness=2.0)
-    with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
-        changed.load_state_dict(saved)
-    del saved["settings"]["sharpness"]  # a checkpoint from before the setting existed
-    with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
-        changed.load_state_dict(saved)
-    trainer_of().load_state_dict(saved)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"sharpness was 1\.0 and is 2\.0"):
+            changed.load_state_dict(saved)
+        saved["settings"].pop("sharpness", None)  # a checkpoint from before the setting existed
+    unchanged.load_state_dict(saved)
 
 
 # -- the description and the code that reads a setting ---------------------------------------------

@@ -1,4 +1,7 @@
-"""Plausible mistakes with public names: each ended in an error of torch's or in a wrong answer."""
+"""Plausible mistakes with public names: each ended in an error of torch's or in a wrong answer.
+
+Spaces, specs and arrays in messages: exact, and short, however large they are.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,12 @@ from gymnasium import spaces
 from small_agents import box_agent, config, discrete_agent, log
 from tensordict.nn import TensorDictModule
 from torch import nn
-from torchrl.data import Bounded, Categorical
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.objectives.utils import ValueEstimators
 
 from iql_torchrl import (
     PRESETS,
+    DatasetError,
     DiscreteIQLLoss,
     IQLLoss,
     IQLPopulation,
@@ -30,6 +34,12 @@ from iql_torchrl import (
     networks,
     policies,
 )
+from iql_torchrl.agent.export import export_policy
+from iql_torchrl.agent.task import Task
+from iql_torchrl.descriptions import describe_space, describe_values, faulty_bounds
+from iql_torchrl.evaluation.act import act
+from iql_torchrl.evaluation.environment_actions import environment_actions
+from iql_torchrl.evaluation.gym_interface import action_mask, policy_input
 
 SPEC = Bounded(-1, 1, (2,))
 
@@ -56,21 +66,19 @@ def test_knobs_of_the_loss(options, error, text):
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize("wrong", [None, nn.Linear(OBS, 1)], ids=["none", "plain"])
-def test_networks_of_the_loss(place, wrong):
-    parts = list(make_networks())
-    parts[place] = wrong
+def test_networks_of_the_loss(place):
     name = ("actor_network", "qvalue_network", "value_network")[place]
-    with pytest.raises((TypeError, ValueError), match=f"{name} is {type(wrong).__name__}|is None"):
-        IQLLoss(*parts)
-
-
-def test_a_policy_without_a_distribution():
+    for wrong in (None, nn.Linear(OBS, 1)):
+        parts = [*make_networks()]
+        parts[place] = wrong
+        words = f"{name} is {type(wrong).__name__}|is None"
+        with pytest.raises((TypeError, ValueError), match=words):
+            IQLLoss(*parts)
     actor = TensorDictModule(nn.Linear(OBS, ACT), in_keys=["observation"], out_keys=["action"])
-    _, critic, value = make_networks()
+    parts = (actor, *make_networks()[1:])
     with pytest.raises(TypeError, match=r"no distribution.*actor_objective='mse'"):
-        IQLLoss(actor, critic, value)
-    assert IQLLoss(actor, critic, value, actor_objective="mse").actor_objective == "mse"
+        IQLLoss(*parts)
+    assert IQLLoss(*parts, actor_objective="mse").actor_objective == "mse"
 
 
 def test_methods_of_the_loss():
@@ -111,12 +119,9 @@ def test_parts_of_a_policy(options, error, text):
         policies.gaussian(**{"in_features": 3, "action_spec": SPEC, **options})
 
 
-def test_keys_of_a_policy():
+def test_networks():
     for build in (policies.gaussian, policies.flow):
         assert build(3, SPEC, in_keys="state").in_keys == ["state"]  # not 's', 't', 'a', ...
-
-
-def test_networks():
     with pytest.raises(ValueError, match="std has the entry -1; standard deviations are >= 0"):
         networks.Standardise(torch.zeros(2), torch.tensor([1.0, -1.0]))
     for number in (0, 2.5):
@@ -208,18 +213,150 @@ def test_a_state_of_another_agent():
     agent.load_state_dict(state)
 
 
-def test_an_environment_with_other_observations():
-    policy = box_agent().policy  # which reads three numbers
+def test_an_agent_in_the_wrong_place():
+    agent = box_agent()  # which reads three numbers
     words = r"failed on observations of Box of shape \(4,\).*made for"
     with pytest.raises(RuntimeError, match=words):
-        evaluate(policy, lambda: gymnasium.make("CartPole-v1"), episodes=1, seed=0)
-
-
-def test_what_is_compiled_or_captured():
-    agent = box_agent()
+        evaluate(agent.policy, lambda: gymnasium.make("CartPole-v1"), episodes=1, seed=0)
     for wrong in (agent, agent.loss, None):
         with pytest.raises(TypeError, match=f"step is {type(wrong).__name__}; expected an IQLStep"):
             compiled(wrong)
     buffer = load_dataset(log()).replay_buffer(8, seed=0)
     with pytest.raises(TypeError, match=r"updates is 2.5; expected a whole number"):
         captured(agent.step, buffer, updates=2.5)
+
+
+# -- spaces, specs and arrays in messages
+
+LONGEST = 700  # characters of any message here
+WIDE = spaces.Box(-np.inf, np.arange(376.0), (376,), np.float64)
+WIDE_OR_3 = spaces.Box(-np.inf, np.inf, (3,))
+WIDE_CHOICE = spaces.MultiDiscrete(np.arange(2, 302))
+MANY = spaces.Dict({f"k{i:02}": WIDE for i in range(50)})
+HALF = Bounded(-1, 1, (2,), dtype=torch.bfloat16)
+
+
+def box(low, high):
+    return spaces.Box(np.float32(low), np.float32(high))
+
+
+@pytest.mark.parametrize(
+    ("space", "text"),
+    [
+        (spaces.Box(-1, 1, (300,)), "Box of shape (300,), float32, [-1, 1]"),
+        (box([-1, 0], [1, np.inf]), "Box of shape (2,), float32, low [-1, 0], high [1, inf]"),
+        (WIDE, "Box of shape (376,), float64, low -inf, high 0 to 375"),
+        (spaces.Box(0, 255, (84, 84), np.uint8), "Box of shape (84, 84), uint8, [0, 255]"),
+        (spaces.Box(-1, 1, (0,)), "Box of shape (0,), float32, low [], high []"),
+        (spaces.Discrete(4), "Discrete(4)"),
+        (spaces.Discrete(4, start=2), "Discrete(4, start=2)"),
+        (spaces.MultiDiscrete([3, 2]), "MultiDiscrete([3 2])"),
+        (WIDE_CHOICE, "MultiDiscrete of shape (300,), 2 to 301 categories each"),
+        (spaces.MultiBinary(9), "MultiBinary(9)"),
+        (spaces.Dict({"goal": WIDE, "at": WIDE}), "Dict of 'at', 'goal'"),
+        (MANY, "Dict of 'k00', 'k01', 'k02', 'k03', 'k04', 'k05', ... (50 in all)"),
+        (spaces.Tuple([WIDE, WIDE]), "Tuple of 2 spaces"),
+        (spaces.Text(4), "Text"),
+        (Bounded(-1, 1, (2, 2)), "BoundedContinuous of shape (2, 2), float32, [-1, 1]"),
+        (HALF, "BoundedContinuous of shape (2,), bfloat16, [-1, 1]"),
+        (Categorical(3), "Categorical of shape (), int64"),
+        (Composite(a=Unbounded((376,))), "Composite of 'a'"),
+    ],
+)
+def test_spaces_and_specs(space, text):
+    assert describe_space(space) == text
+
+
+def test_values_and_faulty_bounds():
+    assert describe_values(np.arange(3) / 3) == "[0, 0.333333, 0.666667]"
+    assert describe_values(np.zeros((20, 15))) == "[0, 0, 0, 0, 0, 0, ... (300 in all)]"
+    assert describe_values(np.array([True, False])) == "[True, False]"
+    assert faulty_bounds([-1, 0], [1, 2]) == ""
+    assert faulty_bounds([-1, -np.inf, 0, 3, -np.inf], [1, 1, np.inf, 3, np.inf]) == (
+        "dimension 1: no finite lower bound; dimension 2: no finite upper bound; "
+        "dimension 3: no range, from 3 to 3; dimension 4: no finite bounds"
+    )
+    assert faulty_bounds([-9.0, 0], [0.5, 0.5], largest=9) == "dimension 0: no finite lower bound"
+    every = faulty_bounds(np.full(300, -np.inf), np.ones(300))
+    assert every == "dimensions 0, 1, 2, 3, 4, 5, ... (300 in all): no finite lower bound"
+
+
+ACTIONS = "the actions are {}; make_agent supports"
+SUPPORTED = ACTIONS, "Discrete, and Box of floats of shape (A,)", "'Your own modules'"
+BOUNDS = "finite bounds, low < high", "{}", "dataclasses.replace(dataset, action_space="
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        *((spaces.Box(-1, 1, shape), SUPPORTED) for shape in ((2, 2), (), (0,))),
+        (spaces.Box(0, 3, (2,), np.int64), SUPPORTED),
+        (spaces.MultiBinary(3), SUPPORTED),
+        (spaces.MultiDiscrete([3, 3]), SUPPORTED),
+        (spaces.Tuple([spaces.Discrete(2)]), SUPPORTED),
+        (box([-1, -1], [1, np.inf]), (*BOUNDS, "dimension 1: no finite upper bound.")),
+        (box([-np.inf, -1], [1, 1]), (*BOUNDS, "dimension 0: no finite lower bound.")),
+        (spaces.Box(-np.inf, np.inf, (2,)), (*BOUNDS, "dimensions 0, 1: no finite bounds.")),
+        (box([-1, 0.5], [1, 0.5]), (*BOUNDS, "dimension 1: no range, from 0.5 to 0.5.")),
+        (
+            box(np.full(376, -np.inf), np.arange(376)),
+            (*BOUNDS, "... (376 in all): no finite lower bound."),
+        ),
+    ],
+)
+def test_actions_that_make_agent_cannot_choose(space, words):
+    dataset = replace(load_dataset(log()), action_space=space)
+    for policy in ("auto", "deterministic"):
+        with pytest.raises(ValueError, match=r"^the actions are|finite bounds, low <") as caught:
+            make_agent(config(policy=policy), dataset)
+        message = str(caught.value)
+        assert all(text.format(describe_space(space)) in message for text in words)
+        assert len(message) < LONGEST
+
+
+def test_half_bounded_actions_in_a_log():
+    half = box([-1, 0], [1, np.inf])
+    action = np.tile(np.float32([0, 1e6]), (40, 1))
+    dataset = load_dataset(log(action=action), observation_space=WIDE_OR_3, action_space=half)
+    assert dataset.action_space == half
+    agent = make_agent(config(), replace(dataset, action_space=box([-1, -1], [1, 2])))
+    assert agent.act(np.zeros(3, np.float32)).shape == (2,)
+    action[3] = [1 + 1e-6, -5e-7]  # rounding, whether or not the other bound is finite
+    load_dataset(log(action=action), observation_space=WIDE_OR_3, action_space=half)
+    action[7, 1] = -0.5
+    with pytest.raises(DatasetError, match=r"first at row 7.*low \[-1, 0\], high \[1, inf\]"):
+        load_dataset(log(action=action), observation_space=WIDE_OR_3, action_space=half)
+
+
+def test_messages_about_large_spaces_are_short(tmp_path):
+    """Each call below printed the arrays of the bounds or of the action."""
+    wide = spaces.Box(-np.arange(1.0, 301), np.arange(1.0, 301), dtype=np.float64)
+    net = nn.Linear(300, 300)
+    actor = TensorDictModule(net, in_keys=["observation"], out_keys=["action"])
+    other = TensorDictModule(net, in_keys=["state"], out_keys=["action"])
+    far = torch.zeros(1, 300)
+    far[0, 41] = 99.0
+    moments = [(0, 0)]
+    calls = (
+        lambda: act(actor, np.zeros(7), wide, wide),
+        lambda: act(other, np.zeros(300), wide, wide),
+        lambda: act(actor, np.full(300, "a"), wide, wide),
+        lambda: act(actor, np.full(300, np.nan), wide, wide),
+        lambda: act(actor, np.zeros(300), wide, spaces.Box(-1, 1, (7,))),
+        lambda: act(actor, np.zeros(300), wide, spaces.MultiDiscrete(np.full(300, 2))),
+        lambda: environment_actions(far, wide, moments),
+        lambda: environment_actions(far * torch.nan, wide, moments),
+        lambda: environment_actions(far[:, :7], wide, moments),
+        lambda: action_mask({"action_mask": np.ones(3)}, wide),
+        lambda: policy_input([np.zeros(3)], spaces.Tuple([wide]), flat=False),
+        lambda: export_policy(actor, Task(wide, spaces.Tuple([wide])), tmp_path / "p.pt2"),
+        lambda: export_policy(actor, Task(wide, spaces.Box(-1, 1, (7,))), tmp_path / "p.pt2"),
+        lambda: policies.gaussian(3, Bounded(-torch.ones(2, 300), torch.ones(2, 300), (2, 300))),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"\w") as caught:
+            call()
+        assert len(str(caught.value)) < LONGEST
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"in dimension 41, at step 0 .* high 1 to 300"):
+        environment_actions(far, wide, moments)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
+from functools import partial
 
 import numpy as np
 import pytest
@@ -47,6 +48,15 @@ CONTINUOUS = {
     "tanh_normal": lambda: policies.tanh_normal(5, SPEC, hidden=(8,)),
     "deterministic": lambda: policies.deterministic(5, SPEC, hidden=(8,)),
     "mixture": lambda: policies.mixture(5, SPEC, num_components=4, hidden=(8,)),
+}
+
+
+CHOOSING = {
+    f"{type(spec).__name__}, {key}": partial(
+        policies.categorical, 5, spec, mask_key=key, hidden=(8,)
+    )
+    for spec in CHOICES
+    for key in (None, "action_mask")
 }
 
 
@@ -124,43 +134,43 @@ def test_mixture_density_and_mode():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_squashed_gaussian_is_torchrls_tanh_normal(dtype):
-    torch.manual_seed(0)
     low, high = LOW.to(dtype), HIGH.to(dtype)
     loc = (3 * torch.randn(50, 3, dtype=dtype)).requires_grad_()
     scale = torch.rand(50, 3, dtype=dtype).add(0.1).requires_grad_()
     action = low + (high - low) * torch.rand(50, 3, dtype=dtype)
     action[0], action[1] = low, high
-    ours = SquashedGaussian(loc, scale, low=low, high=high)
-    theirs = TanhNormal(loc, scale, low=low, high=high)
     results = []
-    for dist in (ours, theirs):
+    for kind in (SquashedGaussian, TanhNormal):
         torch.manual_seed(1)
+        dist = kind(loc, scale, low=low, high=high)
         density = dist.log_prob(action)
         gradients = torch.autograd.grad(density.sum(), (loc, scale))
         results.append([density, *gradients, dist.deterministic_sample, dist.sample((7,))])
     torch.testing.assert_close(*results)
+    ours = SquashedGaussian(loc, scale, low=low, high=high)
     assert ours.expand((2, 50)).log_prob(action).shape == (2, 50)
 
 
-@pytest.mark.parametrize("name", CONTINUOUS)
-def test_bounds_move_with_the_policy(name):
-    actor = CONTINUOUS[name]()
+@pytest.mark.parametrize("name", [*CONTINUOUS, *CHOOSING])
+def test_bounds_move_with_the_policy_and_nothing_waits_for_a_device(name):
+    actor = (CONTINUOUS | CHOOSING)[name]()
     assert not any("low" in key or "high" in key for key in actor.state_dict())
     moved = copy.deepcopy(actor).to("meta")
-    data = observations(8).to("meta")
-    action = torch.rand(8, 3, device="meta")
+    data = observations(8).set("action_mask", torch.ones(8, 4, dtype=torch.bool)).to("meta")
+    action = (SPEC if name in CONTINUOUS else CHOOSING[name].args[1]).rand((8,)).to("meta")
     with OneDevice("meta"), torch.no_grad():
         dist = moved.get_dist(data)
-        dist.log_prob(action)
+        assert dist.log_prob(action).is_meta
         assert dist.deterministic_sample.is_meta
         if name != "deterministic":  # whose distribution, TorchRL's Delta, draws nothing
             assert dist.sample().is_meta
-    for module in actor.modules():
-        for bound in getattr(module, "distribution_kwargs", {}).values():
-            assert bound.device.type == "cpu"  # the one that was copied stays
-    cast = actor.double()
-    kinds = {b.dtype for m in cast.modules() for b in getattr(m, "limits", {}).values()}
-    assert kinds == {torch.float64}
+    if name in CONTINUOUS:
+        for module in actor.modules():
+            for bound in getattr(module, "distribution_kwargs", {}).values():
+                assert bound.device.type == "cpu"  # the one that was copied stays
+        cast = actor.double()
+        kinds = {b.dtype for m in cast.modules() for b in getattr(m, "limits", {}).values()}
+        assert kinds == {torch.float64}
 
 
 @pytest.mark.parametrize("name", ["gaussian", "tanh_normal", "mixture"])
@@ -175,67 +185,47 @@ def test_bounds_move_with_the_loss(name):
     assert {bounds[key].dtype for key in ("low", "high")} == {torch.float64}
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("spec", CHOICES, ids=["index", "one_hot"])
-def test_a_choice_waits_for_no_device(spec, masked):
-    key = "action_mask" if masked else None
-    actor = policies.categorical(5, spec, mask_key=key, hidden=(8,)).to("meta")
-    data = observations(8)
-    data["action_mask"] = torch.ones(8, 4, dtype=torch.bool)
-    data = data.to("meta")
-    action = spec.rand((8,)).to("meta")
-    with OneDevice("meta"), torch.no_grad():
-        dist = actor.get_dist(data)
-        assert dist.log_prob(action).is_meta
-        assert dist.deterministic_sample.is_meta
-        assert dist.sample().is_meta
-
-
 @pytest.mark.parametrize("spec", CHOICES, ids=["index", "one_hot"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_categorical_respects_the_mask(spec, kind):
     actor = policies.categorical(5, spec, mask_key="action_mask", hidden=(8,))
     assert set(actor.in_keys) == {"observation", "action_mask"}
-    data = observations(300)
-    data["action_mask"] = torch.rand(300, 4) < 0.5
-    data["action_mask"][torch.arange(300), torch.randint(4, (300,))] = True
+    allowed, every = torch.rand(300, 4) < 0.5, torch.arange(300)
+    allowed[every, torch.randint(4, (300,))] = True
     with set_exploration_type(kind):
-        action = actor(data)["action"]
+        action = actor(observations(300).set("action_mask", allowed))["action"]
     assert all(spec.is_in(a) for a in action)
     index = action.long().argmax(-1) if isinstance(spec, OneHot) else action
-    assert data["action_mask"][torch.arange(300), index].all()
+    assert allowed[every, index].all()
 
 
 def test_categorical_density_without_mask():
     actor = policies.categorical(5, Categorical(4), hidden=(8,))
-    data = observations(16)
-    action = torch.randint(4, (16,))
-    dist = actor.get_dist(data.clone())
+    data, action = observations(16), torch.randint(4, (16,))
     logits = actor.module[0].module(data["observation"]).detach()
     expected = torch.log_softmax(logits, -1)[torch.arange(16), action]
-    torch.testing.assert_close(dist.log_prob(action).detach(), expected)
+    torch.testing.assert_close(actor.get_dist(data).log_prob(action).detach(), expected)
 
 
 @pytest.mark.parametrize("build", [policies.gaussian, policies.tanh_normal, policies.flow])
 def test_specs_that_do_not_fit_are_refused(build):
-    high = torch.tensor([1.0, torch.inf, 1.0])
-    with pytest.raises(ValueError, match=r"high \[1, inf, 1\]; dimension 1: no finite upper bound"):
-        build(5, Bounded(-torch.ones(3), high, (3,)))
-    with pytest.raises(ValueError, match="dimensions 0, 1, 2: no finite bounds"):
-        build(5, Unbounded((3,)))
+    open_above = Bounded(-torch.ones(3), torch.tensor([1.0, torch.inf, 1.0]), (3,))
     floats = (Bounded(-1, 1, (2, 2)), Composite(action=SPEC), spaces.Box(-1, 1, (2,)))
     whole = (CHOICES[0], Bounded(0, 1, (3,), dtype=torch.int64), Unbounded((3,), dtype=torch.int64))
-    for spec in (*floats, *whole, 2, None):
-        words = f"action_spec is {type(spec).__name__}.*; expected a TorchRL Bounded spec of floats"
+    kind = "action_spec is {}.*; expected a TorchRL Bounded spec of floats"
+    for spec, words in (
+        (open_above, r"high \[1, inf, 1\]; dimension 1: no finite upper bound"),
+        (Unbounded((3,)), "dimensions 0, 1, 2: no finite bounds"),
+        *((spec, kind.format(type(spec).__name__)) for spec in (*floats, *whole, 2, None)),
+    ):
         with pytest.raises(ValueError, match=words) as caught:
             build(5, spec)
         assert "\n" not in str(caught.value)
     with pytest.raises(TypeError, match="Categorical or OneHot"):
         policies.categorical(5, SPEC)
     for number in (0, 1.5):
-        with pytest.raises(
-            ValueError, match=f"num_components is {number}; expected a whole number"
-        ):
+        words = f"num_components is {number}; expected a whole number"
+        with pytest.raises(ValueError, match=words):
             policies.mixture(5, SPEC, num_components=number)
 
 
@@ -391,15 +381,14 @@ def test_critics_of_a_loss_follow_it_and_copies_do_not(count):
 
 
 def test_fitted_q_accepts_it_and_importance_sampling_refuses_it_in_one_sentence():
-    agent = box_agent()
-    dataset = load_dataset(log())
+    agent, dataset = box_agent(), load_dataset(log())
     policy = policies.best_of(agent.actor, LossCritics(agent.loss), 4)
     members = {"best of 4": policy, "flow": box_agent(policy="flow").policy}
     options = {"discount": 0.9, "updates": 20, "hidden": (8,)}
     first, second = (fitted_q_evaluation(members, dataset, dataset, **options) for _ in range(2))
     assert np.isfinite(first.values).all()
     np.testing.assert_array_equal(first.values, second.values)
-    for name, kind in (("best of 4", "BestOf"), ("flow", "FlowPolicy")):
+    for (name, member), kind in zip(members.items(), ("BestOf", "FlowPolicy"), strict=True):
         words = f"member '{name}', a {kind}, has no density: importance sampling needs the log-prob"
         with pytest.raises(ValueError, match=words):
-            importance_sampling({name: members[name]}, dataset, behaviour=agent, discount=0.9)
+            importance_sampling({name: member}, dataset, behaviour=agent, discount=0.9)

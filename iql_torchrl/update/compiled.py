@@ -205,11 +205,12 @@ class GraphUpdate:
             self.rates = torch.zeros(len(groups), dtype=number_dtype(device), device=device)
             self._views = list(self.rates.unbind())  # separate inputs of a program: fewer kernels
         for i, rate in enumerate(group["lr"] for group in groups):
-            if isinstance(rate, Tensor):
-                self._views[i].copy_(rate, non_blocking=True)
-            elif rate != self._numbers[i]:
-                self._views[i].fill_(rate)
-            self._numbers[i] = rate
+            if isinstance(rate, Tensor) and rate.device == device:
+                self._views[i].copy_(rate)
+                self._numbers[i] = None
+            elif float(rate) != self._numbers[i]:
+                self._numbers[i] = float(rate)
+                self._views[i].fill_(self._numbers[i])
         return self._views
 
 

@@ -20,7 +20,7 @@ from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
-from iql_torchrl.config import choose_products, chosen_products, launches_kernels
+from iql_torchrl.config import arithmetic, choose_products, chosen_products, launches_kernels
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.losses.batch import Batch
@@ -177,7 +177,7 @@ class IQLStep(Step):
                 )
         self.followed = _followed_tensors(target_updater)
         self.averaged = Followed(*loss.average_pairs())
-        self._is_wide = is_wide(loss.parameters())
+        self._is_wide, self._actor_ema = is_wide(loss.parameters()), loss.actor_ema
         self._flags: list[bool] | None = None
         self.list_trained()
         self.counts = JoinedCounts()  # which all graphs of this step share
@@ -274,7 +274,7 @@ class IQLStep(Step):
 
     def move_targets(self) -> None:
         """The step of a ``SoftUpdate`` (of no other updater), and that of the averaged policy."""
-        _polyak_step(self.averaged.targets, self.averaged.live, self.loss.actor_ema)
+        _polyak_step(self.averaged.targets, self.averaged.live, self._actor_ema)
         if self.target_updater is not None and self.followed.targets:
             _polyak_step(self.followed.targets, self.followed.live, self.target_updater.eps)
 
@@ -286,7 +286,7 @@ class IQLStep(Step):
         half: Any = nullcontext()
         if self.precision == "bfloat16":
             half = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
-        if self._is_wide and chosen_products() is None:
+        if self._is_wide and arithmetic.chosen is None:
             settle_products()
         mode = set_exploration_type(self.loss.deterministic_sampling_mode)
         with mode, set_recurrent_mode(True), self.loss.evaluated_directly(), half:

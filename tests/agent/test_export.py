@@ -1,15 +1,17 @@
-"""Exported programs: plain torch runs them, and they act as the agent does."""
+"""Exported programs: plain torch or onnxruntime runs them, and they act as the agent does."""
 
 from __future__ import annotations
 
 import json
+import logging
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from only_torch import run_with_only_torch
 from small_agents import (
     HIGH,
     LOW,
@@ -22,8 +24,37 @@ from small_agents import (
     observations,
     trained,
 )
+from tensordict.nn import TensorDictModule
+from torch import nn
 
 from iql_torchrl import load_dataset, make_agent
+from iql_torchrl.agent.export import export_policy
+from iql_torchrl.agent.task import Task
+
+# Runs in a process in which torch is installed and this package, TorchRL and Gymnasium are not.
+START = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("iql_torchrl", "torchrl", "tensordict", "gymnasium"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+import warnings
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch 2.11's own reader
+import torch
+torch.set_num_threads(1)
+"""
+
+
+def run_with_only_torch(script, folder):
+    """The lines that the Python text ``script`` prints in ``folder``."""
+    options = {"cwd": folder, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run([sys.executable, "-c", START + script], **options)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def parts(rows: int = 40):
@@ -112,22 +143,67 @@ def test_programs_run_where_only_torch_is_installed(kinds, tmp_path):
         assert agent.export(tmp_path / f"{name}.pt2") == tmp_path / f"{name}.pt2"
         cases[name] = [torch.as_tensor(each) for each in arguments], torch.as_tensor(actions)
     torch.save(cases, tmp_path / "cases.pt")
-    ran = run_with_only_torch(COMPARE, tmp_path).splitlines()
+    ran = run_with_only_torch(COMPARE, tmp_path)
     assert ran == [f"ran {name}" for name in kinds]
 
 
-def test_the_program_is_the_network_by_hand(tmp_path):
+@pytest.fixture
+def onnx():
+    for name in ("onnxscript", "onnx_ir", "onnxruntime"):
+        pytest.importorskip(name)
+    return pytest.importorskip("onnx")
+
+
+def session(path):
+    runtime = pytest.importorskip("onnxruntime")
+    return runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(params=[".pt2", ".onnx"])
+def program(request, tmp_path):
+    """Exports an agent, to a function of arrays."""
+    if request.param == ".onnx":
+        request.getfixturevalue("onnx")
+
+    def exported(agent):
+        path = tmp_path / f"policy{request.param}"
+        assert agent.export(path) == path
+        if request.param == ".pt2":
+            with zipfile.ZipFile(path) as archive:  # without a path of this machine
+                assert not any(b".py" in archive.read(name) for name in archive.namelist())
+            module = torch.export.load(path).module()
+            return lambda *inputs: module(*map(torch.as_tensor, inputs)).numpy()
+        loaded = session(path)
+        names = [each.name for each in loaded.get_inputs()]
+        return lambda *inputs: loaded.run(None, dict(zip(names, inputs, strict=True)))[0]
+
+    return exported
+
+
+def test_the_program_is_the_network_by_hand(program, capfd):
     agent = box_agent()
-    loaded = torch.export.load(agent.export(tmp_path / "policy.pt2"))
-    assert [r.lower for r in loaded.range_constraints.values()] == [1]
-    program = loaded.module()
+    run = program(agent)
+    assert capfd.readouterr().err == ""  # torch's exporter to ONNX reports what is not installed
+    assert logging.getLogger("torch.onnx").level == logging.NOTSET
     expected = (HIGH + LOW) / 2 + (HIGH - LOW) / 2 * np.tanh(by_hand(agent, observations()))
-    np.testing.assert_allclose(program(torch.tensor(observations())), expected, atol=2e-6)
+    found = run(observations())
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=2e-6)
     discrete = discrete_agent(start=5, masked=True)
-    program = torch.export.load(discrete.export(tmp_path / "discrete.pt2")).module()
     logits = np.where(masks(), by_hand(discrete, observations()), -np.inf)
-    chosen = program(torch.tensor(observations()), torch.tensor(masks()))
+    chosen = program(discrete)(observations(), masks())
+    assert chosen.dtype == np.int64
     assert chosen.tolist() == (logits.argmax(1) + 5).tolist()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_cameras_act_as_their_agent(program, channels):
+    """One observation alone, and several."""
+    agent, seen = camera_agent(channels)
+    run = program(agent)
+    for rows in (1, 2, 40):
+        actions = run(*(each[:rows] for each in seen.values()))
+        np.testing.assert_allclose(actions, agent.act(seen)[:rows], atol=1e-5)
 
 
 REFUSED = """
@@ -148,11 +224,7 @@ def test_programs_refuse_what_the_agent_refuses(tmp_path):
     hole[4, 1], forbidden[3] = torch.nan, False
     cases = [
         ("gaussian", (x[0],), "number of dimensions in input at *args[0].shape (expected"),
-        (
-            "gaussian",
-            (x.repeat(3, 1, 1)[:, :3],),
-            "number of dimensions in input at *args[0].shape",
-        ),
+        ("gaussian", (x.view(3, 3, 3),), "number of dimensions in input at *args[0].shape"),
         ("gaussian", (x[:, :2],), "input at *args[0].shape[1] to be equal to 3, but got 2"),
         ("gaussian", (hole,), "observation must hold finite numbers."),
         ("gaussian", (hole.nan_to_num(torch.inf),), "observation must hold finite numbers."),
@@ -172,7 +244,7 @@ def test_programs_refuse_what_the_agent_refuses(tmp_path):
     for name in ("gaussian", "masked", "category", "dict"):
         KINDS[name]().export(tmp_path / f"{name}.pt2")
     torch.save([case[:2] for case in cases], tmp_path / "refused.pt")
-    lines = run_with_only_torch(REFUSED, tmp_path).splitlines()
+    lines = run_with_only_torch(REFUSED, tmp_path)
     assert len(lines) == len(cases)
     for line, (name, _, message) in zip(lines, cases, strict=True):
         assert line.startswith(f"{name} | ")
@@ -181,12 +253,16 @@ def test_programs_refuse_what_the_agent_refuses(tmp_path):
 
 def test_without_the_comparison_of_shapes_values_are_still_checked(tmp_path):
     agent = box_agent()
-    program = torch.export.load(agent.export(tmp_path / "policy.pt2")).module()
+    loaded = torch.export.load(agent.export(tmp_path / "policy.pt2"))
+    assert [r.lower for r in loaded.range_constraints.values()] == [1]
+    program = loaded.module()
     program.validate_inputs = False
     x = torch.tensor(observations())
     np.testing.assert_allclose(program(x), agent.act(observations()), atol=1e-6)
     with pytest.raises(RuntimeError, match="observation must hold finite numbers"):
         program(x * torch.nan)
+    with pytest.raises(RuntimeError, match="dtype"):
+        program(x.double())
 
 
 def test_weights_that_are_not_numbers_are_not_exported(tmp_path):
@@ -215,10 +291,8 @@ def test_the_description_of_inputs_and_output(tmp_path):
         "name": "action", "shape": ["B", 2], "dtype": "float64",
         "kind": "box", "low": LOW.tolist(), "high": HIGH.tolist(),
     }  # fmt: skip
-    assert [(i["name"], i["shape"]) for i in notes["dict"]["inputs"]] == [
-        ("at", ["B", 1]),
-        ("goal", ["B", 2]),
-    ]
+    described = [(i["name"], i["shape"]) for i in notes["dict"]["inputs"]]
+    assert described == [("at", ["B", 1]), ("goal", ["B", 2])]
     assert notes["category"]["inputs"][0]["values"] == "whole numbers in [0, 4]"
     assert "RuntimeError" in notes["double"]["use"]
     assert notes["double"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -244,29 +318,6 @@ def test_the_agent_and_the_callers_state_do_not_change(tmp_path):
     assert np.abs(agent.act(observations()) - expected).max() > 1e-6
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
-    agent, path = box_agent(), tmp_path / "policy.pt2"
-    agent.export(path)
-    old = path.read_bytes()
-
-    def full(program, place):
-        place.write(b"half")
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch.export, "save", full)
-    with pytest.raises(OSError, match="no space"):
-        agent.export(path)
-    assert path.read_bytes() == old
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["policy.json", "policy.pt2"]
-
-
-def test_the_file_names_no_path_of_this_machine(tmp_path):
-    box_agent().export(tmp_path / "policy.pt2")
-    with zipfile.ZipFile(tmp_path / "policy.pt2") as archive:
-        for name in archive.namelist():
-            assert b".py" not in archive.read(name), name
-
-
 @pytest.mark.gpu
 def test_an_agent_on_a_gpu_acts_and_exports_for_the_cpu(tmp_path):
     for make in (box_agent, lambda **o: box_agent(policy="tanh_normal", **o), discrete_agent):
@@ -279,11 +330,96 @@ def test_an_agent_on_a_gpu_acts_and_exports_for_the_cpu(tmp_path):
         assert torch.equal(torch.cuda.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
-def test_cameras_act_as_their_agent(tmp_path, channels):
-    """One observation alone, and several."""
-    agent, seen = camera_agent(channels)
-    program = torch.export.load(agent.export(tmp_path / "p.pt2")).module()
-    for rows in (1, 2, 40):
-        actions = program(*(torch.tensor(each[:rows]) for each in seen.values()))
-        np.testing.assert_allclose(actions, agent.act(seen)[:rows], atol=1e-5)
+# -- ONNX
+
+
+def test_the_onnx_description_and_both_formats_in_one_folder(tmp_path, onnx):
+    agent = dict_agent()
+    for name in ("policy.pt2", "policy.onnx"):
+        agent.export(tmp_path / name)
+    assert len(list(tmp_path.iterdir())) == 4
+    torch_note = json.loads((tmp_path / "policy.json").read_text())
+    note = json.loads((tmp_path / "policy.onnx.json").read_text())
+    for key in ("task", "inputs", "output", "device"):
+        assert note[key] == torch_note[key]
+    assert "values are not checked" in note["use"]
+    assert note["versions"]["onnx"] == onnx.__version__
+    loaded = session(tmp_path / "policy.onnx")
+    found = [(each.name, each.shape, each.type) for each in loaded.get_inputs()]
+    assert found == [("at", ["batch", 1], "tensor(float)"), ("goal", ["batch", 2], "tensor(float)")]
+    (output,) = loaded.get_outputs()
+    assert (output.name, output.shape) == ("action", ["batch", 2])
+    with pytest.raises(Exception, match=r"index: 1 Got: 3 Expected: 2"):
+        loaded.run(None, {"at": np.zeros((1, 1), "f4"), "goal": np.zeros((1, 3), "f4")})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [*KINDS, *MORE])
+def test_every_policy_acts_as_its_agent_in_onnx(tmp_path, onnx, kind):
+    agent, inputs, expected = case(kind)
+    path = agent.export(tmp_path / "policy.onnx")
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    loaded = session(path)
+    for rows in (1, 2, 9):
+        values = {i.name: x[:rows] for i, x in zip(loaded.get_inputs(), inputs, strict=True)}
+        (found,) = loaded.run(None, values)
+        assert found.dtype == expected.dtype
+        np.testing.assert_allclose(found, expected[:rows], atol=1e-5)
+    assert b".py" not in path.read_bytes()  # no path of this machine
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("onnx")
+def test_what_onnxruntime_lacks_in_float64(tmp_path):
+    agent = box_agent(weights=torch.float64, policy="flow", num_samples=3)
+    (found,) = session(agent.export(tmp_path / "flow.onnx")).run(
+        None, {"observation": observations().astype(np.float64)}
+    )
+    np.testing.assert_allclose(found, agent.act(observations()), atol=1e-6)
+    for operation, options in (
+        ("Softplus", {"activation": "mish"}),
+        ("Erf", {"policy": "mixture", "num_samples": 3}),
+    ):
+        with pytest.raises(
+            RuntimeError, match=rf"run by onnxruntime .*{operation}.*on float32 data\.$"
+        ):
+            box_agent(weights=torch.float64, **options).export(tmp_path / "policy.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["flow.onnx", "flow.onnx.json"]
+
+
+class NoSuchOperation(nn.Module):
+    def forward(self, x):
+        return torch.linalg.svdvals(x[:, :, None] * x[:, None, :])
+
+
+@pytest.mark.usefixtures("onnx")
+def test_an_operation_that_onnx_lacks_and_missing_packages(tmp_path, monkeypatch):
+    task = Task(spaces.Box(-9, 9, (2,)), spaces.Box(-9, 9, (2,)))
+    actor = TensorDictModule(NoSuchOperation(), in_keys=["observation"], out_keys=["action"])
+    message = r"this TensorDictModule cannot be translated to ONNX .*svd.*write a \.pt2 file"
+    with pytest.raises(RuntimeError, match=message):
+        export_policy(actor, task, tmp_path / "policy.onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"onnxruntime.*iql_torchrl\[onnx\]., or write a .pt2"):
+        box_agent().export(tmp_path / "policy.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("onnx")
+def test_a_program_that_acts_differently_is_not_written(tmp_path, monkeypatch):
+    """A translation in which the weights of the first layer are 1 % too large."""
+    export = torch.onnx.export
+
+    def wrong(*arguments, **options):
+        program = export(*arguments, **options)
+        values = program.model.graph.initializers
+        (weights,) = (value for name, value in values.items() if "0.weight" in name)
+        weights.const_value = pytest.importorskip("onnx_ir").tensor(
+            weights.const_value.numpy() * np.float32(1.01)
+        )
+        return program
+
+    monkeypatch.setattr(torch.onnx, "export", wrong)
+    with pytest.raises(RuntimeError, match="once translated to ONNX, acts differently, by"):
+        box_agent().export(tmp_path / "policy.onnx")
+    assert not list(tmp_path.iterdir())

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from only_torch import run_with_only_torch
 from small_agents import masks
 from tensordict.nn import TensorDictModule
-from test_export import COMPARE
+from test_export import COMPARE, run_with_only_torch
 from torch import nn
 from torchrl.data import Bounded, OneHot
 
@@ -48,8 +46,9 @@ def test_an_actor_of_the_users_own(tmp_path):
     task = Task(space, spaces.Box(np.float32([-1, -np.inf]), np.float32([1, np.inf])))
     keys = [("observation", "inner", "picture"), ("observation", "kind")]
     own = Own()
-    actor = TensorDictModule(own, in_keys=keys, out_keys=["action"])
-    program = torch.export.load(export_policy(actor, task, tmp_path / "own.pt2")).module()
+    program = torch.export.load(
+        export_policy(actor_of(own, keys), task, tmp_path / "own.pt2")
+    ).module()
     picture = torch.randint(0, 256, (6, 2, 2, 3), dtype=torch.uint8)
     kind = torch.tensor([1, 2, 3, 1, 2, 3])
     expected = own(picture, kind - 1).detach().float()
@@ -60,11 +59,20 @@ def test_an_actor_of_the_users_own(tmp_path):
         with pytest.raises(RuntimeError, match=r"kind must hold whole numbers in \[1, 3\]"):
             program(*wrong)
     note = json.loads((tmp_path / "own.json").read_text())
-    assert [(i["name"], i["dtype"]) for i in note["inputs"]] == [
-        ("inner.picture", "uint8"),
-        ("kind", "int64"),
-    ]
+    described = [(i["name"], i["dtype"]) for i in note["inputs"]]
+    assert described == [("inner.picture", "uint8"), ("kind", "int64")]
     assert (note["output"]["low"], note["output"]["high"]) == ([-1, None], [1, None])
+
+
+class Pure(nn.Module):
+    """The function ``call`` of one input."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.call, self.linear = call, nn.Linear(3, 4)
+
+    def forward(self, x):
+        return self.call(self.linear, x)
 
 
 @pytest.mark.parametrize("shape", ["one_hot", "column", "scores"])
@@ -73,59 +81,40 @@ def test_every_form_of_discrete_action(tmp_path, shape):
     if shape == "one_hot":
         actor = policies.categorical(3, OneHot(4), hidden=(8,), mask_key="action_mask")
     else:
-        net = nn.Linear(3, 4)
-        if shape == "column":
-            net = nn.Sequential(net, Column())
-        actor = TensorDictModule(net, in_keys=["observation"], out_keys=["action"])
+        column = Pure(lambda linear, x: linear(x).argmax(-1, keepdim=True))
+        actor = actor_of(column if shape == "column" else nn.Linear(3, 4))
     program = torch.export.load(export_policy(actor, Task(box, choice), tmp_path / "p.pt2"))
-    x, more = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32), {}
-    if shape == "one_hot":
-        more["action_mask"] = masks()
+    x = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+    more = {"action_mask": masks()} if shape == "one_hot" else {}
     result = program.module()(torch.tensor(x), *(torch.tensor(m) for m in more.values()))
     assert result.dtype == torch.int64
     assert result.tolist() == act(actor, x, box, choice, **more).tolist()
     assert len(set(result.tolist())) > 1
 
 
-class Column(nn.Module):
-    def forward(self, x):
-        return x.argmax(-1, keepdim=True)
-
-
-class Branches(nn.Module):
-    def forward(self, x):
-        return x if x.sum() > 0 else -x
-
-
-class Draws(nn.Module):
-    def forward(self, x):
-        return torch.rand_like(x)
-
-
-class FixedBatch(nn.Module):
-    def forward(self, x):
-        return x + torch.tensor([0.0] * len(x))[:, None]
+def actor_of(net, keys=("observation",)):
+    return TensorDictModule(net, in_keys=list(keys), out_keys=["action"])
 
 
 @pytest.mark.parametrize(
-    ("net", "reason"),
+    ("call", "reason"),
     [
-        (Branches(), "TensorDictModule cannot be traced .*data-dependent"),
-        (FixedBatch(), "TensorDictModule cannot be traced .*batch"),
-        (Draws(), "TensorDictModule, once traced, acts differently, by .* in a batch of 1"),
+        (lambda _, x: x if x.sum() > 0 else -x, "cannot be traced .*data-dependent"),
+        (lambda _, x: x + torch.tensor([0.0] * len(x))[:, None], "cannot be traced .*batch"),
+        (lambda _, x: torch.rand_like(x), "once traced, acts differently, by .* in a batch of 1"),
     ],
 )
-def test_the_error_names_what_cannot_be_exported(tmp_path, net, reason):
+def test_the_error_names_what_cannot_be_exported(tmp_path, call, reason):
     task = Task(spaces.Box(-9, 9, (2,)), spaces.Box(-9, 9, (2,)))
-    actor = TensorDictModule(net, in_keys=["observation"], out_keys=["action"])
-    with pytest.raises(RuntimeError, match=reason):
-        export_policy(actor, task, tmp_path / "p.pt2")
+    with pytest.raises(RuntimeError, match=rf"TensorDictModule,? {reason}"):
+        export_policy(actor_of(Pure(call)), task, tmp_path / "p.pt2")
     assert not list(tmp_path.iterdir())
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
-    box, path = spaces.Box(-1, 1, (2,)), tmp_path / "p.pt2"
-    actor = TensorDictModule(nn.Linear(2, 3), in_keys=["observation"], out_keys=["action"])
+    box, path, actor = spaces.Box(-1, 1, (2,)), tmp_path / "p.pt2", actor_of(nn.Linear(2, 3))
+    masked = policies.categorical(2, OneHot(4), mask_key="action_mask")
+    gaussian = policies.gaussian(2, Bounded(-1, 1, (2,)), in_keys=["hidden"])
     for policy, task, place, error, result in (
         (actor, Task(box, box), tmp_path / "p.pt", ValueError, r"'.*p.pt'; .* ends in .pt2"),
         (nn.Linear(2, 2), Task(box, box), path, TypeError, "TensorDict module .*found Linear"),
@@ -133,15 +122,11 @@ def test_what_does_not_fit_is_refused(tmp_path):
         (actor, Task(box, spaces.Discrete(5)), path, ValueError, "float32.*shape .*one-hot"),
         (actor, Task(box, spaces.MultiBinary(3)), path, ValueError, "needs Box or Discrete"),
         (actor, Task(spaces.Dict(a=box), box), path, ValueError, "reads 'observation' as one"),
+        (masked, Task(box, box), path, ValueError, "action_mask needs Discrete"),
+        (gaussian, Task(box, box), path, ValueError, "reads 'hidden'"),
     ):
         with pytest.raises(error, match=result):
             export_policy(policy, task, place)
-    masked = policies.categorical(2, OneHot(4), mask_key="action_mask")
-    with pytest.raises(ValueError, match="action_mask needs Discrete"):
-        export_policy(masked, Task(box, box), path)
-    gaussian = policies.gaussian(2, Bounded(-1, 1, (2,)), in_keys=["hidden"])
-    with pytest.raises(ValueError, match="reads 'hidden'"):
-        export_policy(gaussian, Task(box, box), path)
     assert not list(tmp_path.iterdir())
 
 
@@ -162,8 +147,8 @@ def test_whole_numbers_have_limits_of_their_own(tmp_path):
     )
     task = Task(space, spaces.Box(-9, 9, (2,)))
     keys = [("observation", name) for name in space.spaces]
-    actor = TensorDictModule(Joined(), in_keys=keys, out_keys=["action"])
-    program = torch.export.load(export_policy(actor, task, tmp_path / "p.pt2")).module()
+    path = export_policy(actor_of(Joined(), keys), task, tmp_path / "p.pt2")
+    program = torch.export.load(path).module()
     right = [torch.tensor([[0, 1]]), torch.tensor([[2, 4]]), torch.tensor([[-3, 3]])]
     right.append(torch.tensor([[0, 255]], dtype=torch.uint8))
     assert program(*right).tolist() == [[0, 1]]
@@ -204,21 +189,6 @@ class Parts(nn.Module):
         return torch.cat([at, OneHotLayer(5)(kind)], -1)
 
 
-KINDS = {
-    "nested": (
-        NESTED, lambda: LSTMEncoder(8, 8, preprocess=Parts()),
-        [("observation", "at"), ("observation", "kind"), "history_mask"], False,
-    ),
-    "stacked": (VECTOR, lambda: nn.Linear(3 * T, 8), ["observation"], True),
-}  # fmt: skip
-
-
-def made(kind):
-    space, encoder, keys, stack = KINDS[kind]
-    module = TensorDictModule(Policy(encoder(), 8), in_keys=keys, out_keys=["action"])
-    return with_history(module, T, stack=stack), Task(space, ACTIONS)
-
-
 def windows_of(space, steps):
     """Windows as inputs of a program, and the real steps as ``act`` takes them."""
     generator = np.random.default_rng(steps)
@@ -233,50 +203,51 @@ def windows_of(space, steps):
 
 
 @pytest.fixture(scope="module")
-def nested(tmp_path_factory):
-    """The policy and task of one kind, and its exported program."""
-    policy, task = made("nested")
-    path = tmp_path_factory.mktemp("program") / "nested.pt2"
-    return policy, task, export_policy(policy, task, path)
+def programs(tmp_path_factory):
+    """Policies that read nested or stacked frames, and the exported programs' paths, by name."""
+    keys = [("observation", "at"), ("observation", "kind"), "history_mask"]
+    lstm = actor_of(Policy(LSTMEncoder(8, 8, preprocess=Parts()), 8), keys)
+    stack = actor_of(Policy(nn.Linear(3 * T, 8), 8))
+    made = {
+        "nested": (with_history(lstm, T, stack=False), Task(NESTED, ACTIONS)),
+        "stacked": (with_history(stack, T, stack=True), Task(VECTOR, ACTIONS)),
+    }
+    folder = tmp_path_factory.mktemp("programs")
+    return {k: (*each, export_policy(*each, folder / f"{k}.pt2")) for k, each in made.items()}
 
 
-def test_programs_act_as_the_policy_on_the_steps_so_far(nested, tmp_path):
+def test_programs_act_as_the_policy_on_the_steps_so_far(programs):
     saved = {}
-    for name in KINDS:
-        policy, task = nested[:2] if name == "nested" else made(name)
-        if name == "nested":
-            shutil.copy(nested[2], tmp_path)
-        else:
-            export_policy(policy, task, tmp_path / f"{name}.pt2")
+    path = programs["nested"][2]
+    for name, (policy, task, _) in programs.items():
         windows = [windows_of(task.observation_space, steps) for steps in range(1, T + 1)]
         actions = [act(policy, seen, task.observation_space, ACTIONS) for _, seen in windows]
         assert len(set(map(str, actions))) == T
         inputs = [torch.cat(each) for each in zip(*(given for given, _ in windows), strict=True)]
         saved[name] = inputs, torch.as_tensor(np.stack(actions))
-    torch.save(saved, tmp_path / "cases.pt")
-    ran = run_with_only_torch(COMPARE, tmp_path).splitlines()
-    assert ran == [f"ran {name}" for name in KINDS]
+    torch.save(saved, path.with_name("cases.pt"))
+    ran = run_with_only_torch(COMPARE, path.parent)
+    assert ran == [f"ran {name}" for name in programs]
 
 
-def test_the_description_says_what_a_window_is(nested):
-    note = json.loads(nested[2].with_suffix(".json").read_text())
-    at, kind, mask = note["inputs"]
+def test_the_description_and_the_refusals_of_windows(programs):
+    path = programs["nested"][2]
+    at, kind, mask = json.loads(path.with_suffix(".json").read_text())["inputs"]
     assert (at["name"], at["shape"], at["dtype"]) == ("at", ["B", T, 3], "float32")
     assert (kind["name"], kind["shape"], kind["dtype"]) == ("kind", ["B", T], "int64")
     assert kind["values"] == "whole numbers in [3, 7]"
     assert (mask["name"], mask["shape"], mask["dtype"]) == ("history_mask", ["B", T], "bool")
     assert "False at padding" in mask["values"]
-
-
-def test_wrong_windows_are_refused(nested):
-    program = torch.export.load(nested[2]).module()
+    program = torch.export.load(path).module()
     (at, kind, mask), _ = windows_of(NESTED, 2)
-    for wrong in ([[1, 0, 1]], [[1, 1, 0]], [[0, 0, 0]]):
-        with pytest.raises(RuntimeError, match="history_mask must hold in every row False"):
-            program(at, kind, torch.tensor(wrong).bool())
-    with pytest.raises(RuntimeError, match="at must hold finite numbers"):
-        program(at, kind, torch.ones(1, T, dtype=torch.bool))
-    with pytest.raises(RuntimeError, match="kind must hold whole numbers"):
-        program(at.nan_to_num(), kind, torch.ones(1, T, dtype=torch.bool))
+    full = torch.ones(1, T, dtype=torch.bool)
+    for inputs, words in (
+        *(((at, kind, torch.tensor([m]).bool()), "history_mask must hold in every row False")
+          for m in ([1, 0, 1], [1, 1, 0], [0, 0, 0])),
+        ((at, kind, full), "at must hold finite numbers"),
+        ((at.nan_to_num(), kind, full), "kind must hold whole numbers"),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=words):
+            program(*inputs)
     with pytest.raises((RuntimeError, AssertionError), match=r"shape|dimension|Guard"):
         program(at[:, 1:], kind[:, 1:], mask[:, 1:])

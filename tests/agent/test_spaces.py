@@ -1,4 +1,4 @@
-"""Agents for observations that are more than one vector: nested, mixed, images."""
+"""Agents for observations that are more than one vector: nested, mixed, images, the last several."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from iql_torchrl import (
 )
 from iql_torchrl.agent import Agent
 from iql_torchrl.data import DeviceSampler
+from iql_torchrl.evaluation import Acting
 from iql_torchrl.evaluation.gym_interface import policy_dtype, policy_input
 from iql_torchrl.population import IQLPopulation
 from iql_torchrl.selection import fitted_q_evaluation
@@ -97,34 +98,23 @@ def config(**options) -> IQLConfig:
     return IQLConfig(**small | options)
 
 
-def by_hand(dataset, row):
-    """Features of one row in NumPy, leaf by leaf in the space's order."""
-    o, statistics = dataset.transitions["observation"][row], dataset.statistics
-
-    def standard(*path):
-        logged = statistics[("observation", *path)]
-        value = o[path].numpy().astype(np.float64).ravel()
-        return (value - logged.mean.numpy().ravel()) / logged.std.numpy().ravel()
-
-    return np.concatenate(
-        [
-            np.eye(3)[int(o["arm", "grip"])],
-            standard("arm", "speed"),
-            o["flags"].numpy(),
-            standard("grid"),
-            standard("level"),
-            np.eye(2)[int(o["mode"][0])],
-            np.eye(3)[int(o["mode"][1])],
-        ]
-    )
-
-
 def test_mixed_leaves_are_encoded_as_documented():
+    """By hand in NumPy, leaf by leaf in the space's order."""
     dataset = dataset_of()
     agent = make_agent(config(), dataset)
     features = agent.loss.encoder_network(dataset.transitions[7:9].copy())["features"]
+    o = dataset.transitions["observation"][7]
+
+    def standard(*path):
+        logged = dataset.statistics[("observation", *path)]
+        value = o[path].numpy().astype(np.float64).ravel()
+        return (value - logged.mean.numpy().ravel()) / logged.std.numpy().ravel()
+
+    arm = np.eye(3)[int(o["arm", "grip"])], standard("arm", "speed")
+    modes = np.eye(2)[int(o["mode"][0])], np.eye(3)[int(o["mode"][1])]
+    expected = [*arm, o["flags"].numpy(), standard("grid"), standard("level"), *modes]
     assert features.shape == (2, 3 + 2 + 4 + 6 + 1 + 5)
-    np.testing.assert_allclose(features[0].numpy(), by_hand(dataset, 7), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(features[0], np.concatenate(expected), rtol=1e-4, atol=1e-5)
     assert len(agent.optimizer.param_groups) == 3  # the encoder has no parameters
 
 
@@ -212,18 +202,19 @@ def test_an_encoder_of_the_user_is_trained_and_loaded(tmp_path):
 
 def test_what_does_not_fit_is_refused():
     dataset = dataset_of(camera=True)
-    for encoders, message in (
-        ({"lidar": nn.Identity()}, r"'lidar', which is no part .*arm\.grip.*camera"),
-        ({"camera": nn.Conv2d(3, 4, 3)}, r"encoders\['camera'\], a Conv2d, does not turn"),
+    features = r"into features \(2, F\): it gives \(2, 2, 1\)"
+    for encoders, error, message in (
+        ({"lidar": nn.Identity()}, ValueError, r"'lidar', which is no part .*arm\.grip.*camera"),
         (
-            {"arm.speed": nn.Unflatten(1, (2, 1))},
-            r"into features \(2, F\): it gives \(2, 2, 1\)",
+            {"camera": nn.Conv2d(3, 4, 3)},
+            ValueError,
+            r"encoders\['camera'\], a Conv2d, does not turn",
         ),
+        ({"arm.speed": nn.Unflatten(1, (2, 1))}, ValueError, features),
+        ({"camera": 3}, TypeError, "is int; expected a torch module"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(error, match=message):
             make_agent(config(), dataset, encoders=encoders)
-    with pytest.raises(TypeError, match="is int; expected a torch module"):
-        make_agent(config(), dataset, encoders={"camera": 3})
     agent = make_agent(config(), dataset)
     smaller = dataset.transitions[:4].copy()
     smaller["observation", "camera"] = smaller["observation", "camera"][:, :8]
@@ -234,10 +225,6 @@ def test_what_does_not_fit_is_refused():
         agent.step(lacking)
     with pytest.raises(ValueError, match="random_shift is 2 and encoder_network has no images"):
         make_agent(config(random_shift=2), dataset_of())
-
-
-def test_float_images_outside_their_range_are_refused():
-    dataset = dataset_of(camera=True)
     floats = spaces.Box(0, 1, CAMERA.shape, np.float32)
     space = spaces.Dict({**dataset.observation_space.spaces, "camera": floats})
     transitions = dataset.transitions.clone()
@@ -340,29 +327,82 @@ def test_every_kind_of_numbers_trains_and_acts(space, dtype, standardise):
     raw = [space.sample() for _ in range(12)]
     actions = np.linspace(-0.9, 0.9, 24).reshape(12, 2).astype(np.float32)
     columns = {"action": actions, "reward": np.arange(12, dtype=np.float32)}
-    dataset = load_dataset(
-        columns | episodes(raw, space, 4),
-        observation_space=space,
-        action_space=spaces.Box(-1, 1, (2,), np.float32),
-        dtype=dtype,
-        reward="raw",
-    )
+    given = {"observation_space": space, "action_space": spaces.Box(-1, 1, (2,), np.float32)}
+    dataset = load_dataset(columns | episodes(raw, space, 4), dtype=dtype, reward="raw", **given)
     agent = make_agent(config(batch_size=12, standardise=standardise), dataset)
     agent.step(dataset.transitions.copy())
-    floating = {p.dtype for p in agent.loss.parameters()}
-    assert floating == {dtype}
+    assert {p.dtype for p in agent.loss.parameters()} == {dtype}
     with torch.no_grad():
-        agent.policy.eval()
-        expected = agent.policy(dataset.transitions.copy())["action"]
+        expected = agent.policy.eval()(dataset.transitions.copy())["action"]
+    reading = {"flat": False, "dtype": policy_dtype(agent.policy)}
     for row in range(4):
-        action = agent.act(raw[row])
-        np.testing.assert_allclose(action, expected[row], rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(agent.act(raw[row]), expected[row], rtol=1e-6, atol=1e-6)
         if dtype is torch.float64:  # not rounded to float32 on the way
-            seen = policy_input([raw[row]], space, flat=False, dtype=policy_dtype(agent.policy))[
-                "observation"
-            ]
-            kept = dataset.transitions[row : row + 1]["observation"]
-            for name in space.spaces if isinstance(space, spaces.Dict) else [None]:
-                one, other = (seen, kept) if name is None else (seen[name], kept[name])
-                assert one.dtype == other.dtype
-                assert one.tolist() == other.tolist()
+            seen = policy_input([raw[row]], space, **reading).select("observation")
+            kept = dataset.transitions[row : row + 1].select("observation")
+            for key in seen.keys(True, True):
+                assert seen[key].dtype == kept[key].dtype
+                assert seen[key].tolist() == kept[key].tolist()
+
+
+# -- agents that read the last several observations
+
+
+@pytest.mark.parametrize(
+    ("kind", "encoder"),
+    [
+        ({}, "lstm"),
+        ({"discrete": True}, "stack"),
+        slow({}, "transformer"),
+        slow({"camera": True}, "stack"),
+        slow({"camera": True}, "transformer"),
+    ],
+)
+def test_a_history_from_a_config_to_an_exported_program(kind, encoder, tmp_path):
+    dataset = dataset_of(**kind)
+    agent = make_agent(config(history=3, history_encoder=encoder, history_features=8), dataset)
+    moved = trained(agent, dataset, tmp_path / "run")
+    learns = encoder != "stack" or "camera" in kind
+    assert any(name.startswith("encoder_network") for name in moved) is learns
+    result = evaluate(agent.policy, dataset.make_env, episodes=3, seed=0, num_envs=2)
+    assert len(result.returns) == 3
+    env, again = Mixed(**kind), Agent.load(tmp_path / "run")
+    acting = Acting(agent.policy, env.observation_space, env.action_space)
+    seen = [env.reset(seed=4)[0]]
+    for _ in range(5):
+        action = acting.act(seen[-1])
+        seen.append(env.step(action)[0])
+    last = seen[2:5]  # those behind the last action
+    window = raw_stack(last)
+    np.testing.assert_array_equal(agent.act(window), action)
+    np.testing.assert_array_equal(again.act(window), action)
+    with pytest.raises(ValueError, match="is a single one and the policy reads the last 3;"):
+        agent.act(seen[-1])
+    program = torch.export.load(agent.export(tmp_path / "policy.pt2")).module()
+    leaves = TensorDict(stacked(last, env.observation_space), batch_size=[3]).unsqueeze(0)
+    keys = [key[1:] for key in agent.policy.in_keys if key != "history_mask"]
+    given = [leaves[key] for key in keys]
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    np.testing.assert_allclose(program(*given, mask)[0].numpy(), action, atol=1e-5)
+
+
+def raw_stack(observations):
+    if isinstance(observations[0], dict):
+        return {k: raw_stack([o[k] for o in observations]) for k in observations[0]}
+    return np.stack(observations)
+
+
+def test_what_reads_single_observations_refuses_a_history():
+    dataset = dataset_of()
+    settings = config(history=3)
+    with pytest.raises(ValueError, match=r"history is 3; the runs of a population read single"):
+        IQLPopulation([settings], dataset)
+    agent = make_agent(settings, dataset)
+    with pytest.raises(ValueError, match=r"member 'a' reads the last 3 observations"):
+        fitted_q_evaluation({"a": agent}, *dataset.split(0.5, 0), discount=0.9)
+    with pytest.raises(KeyError, match=r"'history_mask' is not in the batch.*dataset\.windows\("):
+        agent.step(dataset.transitions[:4])
+    with pytest.raises(TypeError, match=r"found Agent; pass its \.policy"):
+        evaluate(agent, dataset.make_env, episodes=1, seed=0)
+    with pytest.raises(ValueError, match="windows of 30 steps are longer than every episode"):
+        OfflineTrainer(agent=make_agent(config(history=30), dataset), dataset=dataset)

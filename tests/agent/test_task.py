@@ -48,10 +48,8 @@ def test_spaces_come_back_exactly(space):
     assert result == space
     assert result.dtype == space.dtype
     if isinstance(space, spaces.Box):
-        assert (result.low.tobytes(), result.high.tobytes()) == (
-            space.low.tobytes(),
-            space.high.tobytes(),
-        )
+        for one, other in ((result.low, space.low), (result.high, space.high)):
+            assert one.tobytes() == other.tobytes()
     if isinstance(space, spaces.Dict):
         assert list(result.spaces) == list(space.spaces)
 
@@ -59,48 +57,27 @@ def test_spaces_come_back_exactly(space):
 def test_a_task_has_what_networks_need_and_is_restored_from_its_state():
     data = replace(load_dataset(log()), name="log", reference_scores=(-1.5, 1 / 3))
     task = Task.of(data)
-    result = Task.from_state_dict(stored(task.state_dict()))
-    assert result.observation_space == data.observation_space
-    assert result.action_space == data.action_space
+    np.testing.assert_array_equal(task.episodes, np.sort(episode_digests(data)))
+    state = task.state_dict()
+    result = Task.from_state_dict(stored(state))
+    for name in ("observation_space", "action_space", "observation_spec", "action_spec"):
+        assert getattr(result, name) == getattr(data, name)
     assert (result.masked, result.dtype, result.name) == (False, torch.float32, "log")
     assert result.reference_scores == (-1.5, 1 / 3)
-    assert result.observation_spec == data.observation_spec
-    assert result.action_spec == data.action_spec
-    (key,) = result.statistics
+    ((key, actual),) = result.statistics.items()
     expected = data.statistics[key]
-    assert torch.equal(result.statistics[key].mean, expected.mean)
-    assert torch.equal(result.statistics[key].std, expected.std)
-    assert (result.statistics[key].constant, result.statistics[key].count) == (
-        expected.constant,
-        40,
-    )
-    state = task.state_dict()
+    assert torch.equal(actual.mean, expected.mean)
+    assert torch.equal(actual.std, expected.std)
+    assert (actual.constant, actual.count) == (expected.constant, 40)
+    np.testing.assert_array_equal(result.episodes, task.episodes)
+    assert result.episodes.dtype == np.int64
+    old = {k: v for k, v in state.items() if k != "episodes"}
+    for without in (old, Task(*SPACES[:2]).state_dict()):
+        assert Task.from_state_dict(stored(without)).episodes is None
     with pytest.raises(ValueError, match=r"stored with \['colour'\]"):
         Task.from_state_dict({**state, "colour": 1})
     with pytest.raises(ValueError, match=r"without \['masked'\]"):
         Task.from_state_dict({k: v for k, v in state.items() if k != "masked"})
-
-
-def test_a_task_has_digests_of_the_episodes_of_its_log():
-    data = load_dataset(log())
-    task = Task.of(data)
-    digests = episode_digests(data)
-    np.testing.assert_array_equal(task.episodes, np.sort(digests))
-    state = task.state_dict()
-    result = Task.from_state_dict(stored(state))
-    np.testing.assert_array_equal(result.episodes, task.episodes)
-    assert result.episodes.dtype == np.int64
-    old = {k: v for k, v in state.items() if k != "episodes"}
-    assert Task.from_state_dict(stored(old)).episodes is None
-    assert Task.from_state_dict(stored(Task(*SPACES[:2]).state_dict())).episodes is None
-
-
-def test_a_statistic_of_a_wide_log_does_not_carry_the_log():
-    mean = torch.arange(1000.0)[:3]
-    statistics = {"observation": ObservationStatistics(mean, mean + 1, (), 9)}
-    task = Task(spaces.Box(-1, 1, (3,)), spaces.Discrete(2), statistics)
-    stored_mean = task.state_dict()["statistics"][0]["mean"]
-    assert stored_mean.untyped_storage().nbytes() == 12
 
 
 def test_specs_count_from_zero():
@@ -109,6 +86,14 @@ def test_specs_count_from_zero():
     assert task.action_spec.space.n == 4
     assert task.observation_spec["observation", "kind"].space.n == 3
     assert task.observation_spec["observation", "x"].shape == (2,)
+
+
+def test_a_statistic_of_a_wide_log_does_not_carry_the_log():
+    mean = torch.arange(1000.0)[:3]
+    statistics = {"observation": ObservationStatistics(mean, mean + 1, (), 9)}
+    task = Task(spaces.Box(-1, 1, (3,)), spaces.Discrete(2), statistics)
+    stored_mean = task.state_dict()["statistics"][0]["mean"]
+    assert stored_mean.untyped_storage().nbytes() == 12
 
 
 def test_a_space_without_a_stored_form_is_refused():

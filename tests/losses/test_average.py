@@ -11,45 +11,22 @@ import pytest
 import torch
 from conftest import ACT, OBS, make_batch
 from small_agents import box_agent, config, discrete_agent, log
+from small_losses import Forms, make_loss, make_step
 from small_populations import Beside, configs, dataset
 from tensordict.nn import TensorDictModule
-from torch import nn, optim
-from torchrl.data import Bounded
-from torchrl.modules import ValueOperator
+from torch import nn
 from torchrl.objectives import HardUpdate, SoftUpdate
 
-from iql_torchrl import (
-    Agent,
-    IQLLoss,
-    IQLPopulation,
-    IQLStep,
-    OfflineTrainer,
-    captured,
-    compiled,
-    load_dataset,
-    make_agent,
-    networks,
-    policies,
-)
-from iql_torchrl.data import DeviceSampler
+from iql_torchrl import Agent, IQLPopulation, OfflineTrainer, load_dataset, make_agent
 from iql_torchrl.losses.parameters import AVERAGE
 from iql_torchrl.policies import BestOf
 
-SPEC = Bounded(-torch.ones(ACT), torch.ones(ACT), (ACT,))
 DECAY = 0.75
+MEMBERS = ({}, {"seed": 1, "actor_lr": 1e-2})
 
 
-def make_loss(policy=policies.gaussian, **options) -> IQLLoss:
-    actor = policy if isinstance(policy, nn.Module) else policy(OBS, SPEC, hidden=(8,))
-    value = ValueOperator(networks.StateValue(OBS, hidden=(8,)), in_keys=["observation"])
-    critic = ValueOperator(networks.Critic(OBS, ACT, hidden=(8,)), ["observation", "action"])
-    return IQLLoss(actor, critic, value, **{"actor_ema": DECAY} | options).double()
-
-
-def make_step(loss, order="sequential", updater=SoftUpdate, lr=0.05):
-    options = {"tau": 0.1} if updater is SoftUpdate else {"value_network_update_interval": 2}
-    optimizer = optim.Adam(loss.parameters(), lr=lr)
-    return IQLStep(loss, optimizer, updater(loss, **options), order=order)
+def averaged_loss(*policy, **options):
+    return make_loss(*policy, hidden=(8,), activation=nn.ReLU, **{"actor_ema": DECAY} | options)
 
 
 def weights(loss, average: bool):
@@ -77,8 +54,8 @@ class Averages:
 
 def test_three_numbers_by_hand():
     actor = TensorDictModule(nn.Linear(OBS, ACT, bias=False), ["observation"], ["action"])
-    loss = make_loss(actor, actor_objective="mse", actor_ema=0.5)
-    step = make_step(loss)
+    loss = averaged_loss(actor, actor_objective="mse", actor_ema=0.5)
+    step = make_step(loss, lr=0.05)
     (live,), (average,) = loss.average_pairs()
     average.zero_()
     for number, expected in ((1.0, 0.5), (2.0, 1.25), (3.0, 2.125)):
@@ -92,8 +69,8 @@ def test_three_numbers_by_hand():
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
 @pytest.mark.parametrize("updater", [SoftUpdate, HardUpdate])
 def test_eager(order, updater):
-    loss = make_loss()
-    step, averages = make_step(loss, order, updater), Averages(loss)
+    loss = averaged_loss()
+    step, averages = make_step(loss, updater, lr=0.05, order=order), Averages(loss)
     for _ in range(3):
         step(make_batch(dtype=torch.float64))
         averages.follow()
@@ -112,54 +89,38 @@ def test_compiled_by_inductor():
 
 
 def compare_forms(updates):
-    torch._dynamo.reset()
-    losses = [make_loss()]
-    losses += [copy.deepcopy(losses[0]) for _ in range(2)]
-    table = make_batch(50, dtype=torch.float64)
-    sampler, other = (DeviceSampler(table, 8, seed=3) for _ in range(2))
-    eager, fast = make_step(losses[0]), compiled(make_step(losses[1]))
-    call = captured(make_step(losses[2]), other, updates=updates)
-    averages = [Averages(loss) for loss in losses]
-    for number in range(3):
-        rows = sampler.sample()
-        for step in (eager, fast):
-            step(rows.clone())
-        if (number + 1) % updates == 0:
-            call()
-        for each in averages:
-            each.follow()
+    forms = Forms(averaged_loss(), make_batch(50, dtype=torch.float64), updates=updates, lr=0.05)
+    averages = [Averages(loss) for loss in forms.losses]
+    for _ in range(3 // updates):
+        forms.run(follow=lambda: [each.follow() for each in averages[:2]])
+        averages[2].follow()
     for each in averages if updates == 1 else averages[:2]:
         each.check()
-    for loss in losses[1:]:
-        for mine, reference in zip(weights(loss, True), weights(losses[0], True), strict=True):
-            torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-10)
+    forms.assert_equal(rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("policy", ["gaussian", "flow"])
-def test_populations(policy):
-    members = ({}, {"seed": 1, "actor_lr": 1e-2})
-    settings = configs(members, policy=policy, actor_ema=DECAY)
-    if policy == "flow":  # random numbers of runs alone are others
-        population = IQLPopulation(settings, dataset())
-        averages = Averages(population.loss)
-        for _ in range(3):
-            population.step(population.sampler.sample())
-            averages.follow()
-        averages.check()
-        member = population.member(1)
-        for stacked, alone in zip(
-            weights(population.loss, True), weights(member.loss, True), strict=True
-        ):
-            assert torch.equal(stacked[1].reshape(alone.shape), alone)
-        return
-    beside = Beside(settings, dataset())
+def test_populations():
+    beside = Beside(configs(MEMBERS, actor_ema=DECAY), dataset())
     beside.assert_equal(beside.train(3))  # the average is in the states that it compares
     assert any(AVERAGE in key for key in beside.agents[0].state_dict())
 
 
+def test_populations_of_flows():
+    """Runs alone draw other random numbers."""
+    population = IQLPopulation(configs(MEMBERS, policy="flow", actor_ema=DECAY), dataset())
+    averages = Averages(population.loss)
+    for _ in range(3):
+        population.step(population.sampler.sample())
+        averages.follow()
+    averages.check()
+    pairs = zip(*(weights(x.loss, True) for x in (population, population.member(1))), strict=True)
+    for stacked, alone in pairs:
+        assert torch.equal(stacked[1].reshape(alone.shape), alone)
+
+
 def test_populations_are_loaded_with_it(tmp_path):
-    settings, data = configs(({}, {"seed": 1}), actor_ema=DECAY), dataset()
-    population = IQLPopulation(settings, data)
+    data = dataset()
+    population = IQLPopulation(configs(MEMBERS, actor_ema=DECAY), data)
     list(population.train(3))
     again = IQLPopulation.load(population.save(tmp_path / "p.torchrl"), data)
     for each in (population, again):
@@ -182,35 +143,41 @@ def trained(**options):
 
 def by_copying(agent):
     """An agent without averages whose weights are this one's averages."""
-    plain = box_agent(**agent.config.to_dict() | {"actor_ema": 0.0, "hidden": agent.config.hidden})
-    state = {k: v for k, v in agent.state_dict().items() if AVERAGE not in k}
-    plain.load_state_dict(state)
-    for parameter, average in zip(
-        agent.loss.average_pairs()[0], agent.loss.average_pairs()[1], strict=True
-    ):
-        (name,) = [n for n, p in agent.loss.named_parameters() if p is parameter]
-        dict(plain.loss.named_parameters())[name].data.copy_(average)
+    plain = without_average(agent)
+    parameters = dict(plain.loss.named_parameters())
+    names = {id(p): name for name, p in agent.loss.named_parameters()}
+    for parameter, average in zip(*agent.loss.average_pairs(), strict=True):
+        parameters[names[id(parameter)]].data.copy_(average)
     return plain
+
+
+def like(agent, **options):
+    return box_agent(**agent.config.to_dict() | {"hidden": agent.config.hidden} | options)
+
+
+def without_average(agent):
+    """One that acts with the live weights."""
+    other = like(agent, actor_ema=0.0)
+    other.load_state_dict({k: v for k, v in agent.state_dict().items() if AVERAGE not in k})
+    return other
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"policy": "flow", "num_samples": 4}, {"policy": "mixture"}], ids=str
 )
-def test_an_agent_acts_with_the_average(options, tmp_path):
+def test_an_agent_acts_with_the_average(options):
     agent = trained(**options)
     plain = by_copying(agent)
     assert isinstance(agent.policy, BestOf) is ("num_samples" in options)
     actions = agent.act(observations())
     np.testing.assert_array_equal(actions, plain.act(observations()))
-    live = box_agent(**plain.config.to_dict() | {"hidden": plain.config.hidden})
-    live.load_state_dict({k: v for k, v in agent.state_dict().items() if AVERAGE not in k})
-    assert (actions != live.act(observations())).any()
+    assert (actions != without_average(agent).act(observations())).any()
     # a copy, and a policy that is sent to another process
     for policy in (copy.deepcopy(agent.policy), pickle.loads(pickle.dumps(agent.policy))):
         other = replace(agent, policy=policy)
         np.testing.assert_array_equal(actions, other.act(observations()))
     # the same bits after loading, into an agent whose average was another
-    fresh = box_agent(**agent.config.to_dict() | {"seed": 5, "hidden": agent.config.hidden})
+    fresh = like(agent, seed=5)
     fresh.load_state_dict(agent.state_dict())
     np.testing.assert_array_equal(actions, fresh.act(observations()))
 
@@ -229,8 +196,8 @@ def test_discrete():
 
 
 def test_copies_moves_and_resets_stay_together():
-    loss = make_loss()
-    make_step(loss)(make_batch(dtype=torch.float64))
+    loss = averaged_loss()
+    make_step(loss, lr=0.05)(make_batch(dtype=torch.float64))
     for each in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), loss.float()):
         averages = each.average_pairs()[1]
         for average in averages:
@@ -266,11 +233,9 @@ def test_a_resumed_run_has_the_same_bits(tmp_path):
 
 
 def test_without_it_nothing_changes():
-    loss = make_loss(actor_ema=0.0)
+    loss = averaged_loss(actor_ema=0.0)
     assert loss.averaged_actor is None
     assert not any(AVERAGE in key for key in loss.state_dict())
     assert loss.average_pairs() == ([], [])
     with pytest.raises(AttributeError):
         loss.actor_ema = 0.5
-    with pytest.raises(ValueError, match=r"actor_ema is 1.*must lie in \[0, 1\)"):
-        make_loss(actor_ema=1.0)

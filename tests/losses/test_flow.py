@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from conftest import ACT, OBS, make_batch, make_networks
+from small_losses import (
+    Forms,
+    assert_same_state,
+    check_bfloat16,
+    check_forms,
+    make_loss,
+    make_step,
+)
 from small_populations import Beside, configs, dataset, extras
 from tensordict import TensorDict
 from torch import nn, optim
 from torchrl.data import Bounded
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
 
-from iql_torchrl import (
-    DiscreteIQLLoss,
-    IQLLoss,
-    IQLPopulation,
-    IQLStep,
-    captured,
-    compiled,
-    networks,
-    policies,
-)
+from iql_torchrl import IQLLoss, IQLPopulation, captured, policies
 from iql_torchrl import functional as F
-from iql_torchrl.data import DeviceSampler
 from iql_torchrl.data.replay import MemberSampler
 
 LOW, HIGH = torch.tensor([-2.0, 0.0, -1.0]), torch.tensor([2.0, 0.5, 5.0])
@@ -107,10 +105,8 @@ def test_samples_are_the_euler_steps_of_the_velocity(num_steps):
 def test_training_finds_the_known_velocity_and_moments():
     torch.manual_seed(1)
     policy = two_dimensional(num_steps=20, hidden=(32, 32), activation=nn.SiLU)
-    mlp = {"hidden": (4,)}
-    critic = ValueOperator(networks.Critic(1, 2, **mlp), in_keys=["observation", "action"])
-    value = ValueOperator(networks.StateValue(1, **mlp), in_keys=["observation"])
-    loss = IQLLoss(policy, critic, value, actor_objective="flow", temperature=0.0).double()
+    parts = make_networks(1, 2, hidden=(4,), policy=policy)
+    loss = IQLLoss(*parts, actor_objective="flow", temperature=0.0).double()
     SoftUpdate(loss, tau=0.1)
     optimizer = optim.Adam(policy.parameters(), lr=1e-2)
     factor = torch.from_numpy(np.linalg.cholesky(COVARIANCE))
@@ -153,8 +149,8 @@ def test_noise_may_be_given_and_is_fixed_where_actions_are_deterministic():
         torch.manual_seed(3)
         first = policy(data.clone())["action"]
         torch.manual_seed(3)
-        same = torch.randn(7, 3)
-        assert torch.equal(policy(data.clone().set("noise", same))["action"], first)
+        same = data.clone().set("noise", torch.randn(7, 3))
+        assert torch.equal(policy(same)["action"], first)
         assert not torch.equal(given, first)
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         still = policy(data.clone())["action"]
@@ -176,9 +172,7 @@ def test_refusals():
     for objective in ("log_prob", "mse", "ddpg_bc"):
         with pytest.raises(TypeError, match="no density; train it with actor_objective='flow'"):
             IQLLoss(policies.flow(OBS, SPEC), critic, value, actor_objective=objective)
-    with pytest.raises(ValueError, match="'flow' needs continuous actions; these are discrete"):
-        DiscreteIQLLoss(None, critic, value, actor_objective="flow")
-    loss = make_loss()
+    loss = flow_loss()
     with pytest.raises(ValueError, match=r"'flow_noise' has shape \(32,\) .* expected \(32, 3\)"):
         loss(make_batch(dtype=torch.float64).set("flow_noise", torch.zeros(32)))
 
@@ -186,12 +180,9 @@ def test_refusals():
 # -- the loss --------------------------------------------------------------------------------------
 
 
-def make_loss(activation=nn.Tanh, **options) -> IQLLoss:
-    mlp = {"hidden": (8, 8), "activation": activation}
-    critic = ValueOperator(networks.Critic(OBS, ACT, **mlp), in_keys=["observation", "action"])
-    value = ValueOperator(networks.StateValue(OBS, **mlp), in_keys=["observation"])
-    options = {"actor_objective": "flow"} | options
-    loss = IQLLoss(policies.flow(OBS, SPEC, **mlp), critic, value, **options).double()
+def flow_loss(**options) -> IQLLoss:
+    policy = policies.flow(OBS, SPEC, hidden=(8, 8), activation=nn.Tanh)
+    loss = make_loss(policy, **{"actor_objective": "flow"} | options)
     SoftUpdate(loss, tau=0.1)
     return loss
 
@@ -217,19 +208,16 @@ def by_hand(loss, data):
 
 @pytest.mark.parametrize("fast", [False, True])
 def test_the_weighted_error_of_the_velocity(fast):
-    loss, data = make_loss(temperature=2.0), given()
+    loss, data = flow_loss(temperature=2.0), given()
     data["collector", "mask"] = torch.rand(32) < 0.7
     data["priority_weight"] = torch.rand(32, 1).double()
-    if fast:
-        with loss.evaluated_directly():
-            term, metadata = loss.actor_loss(data.clone())
-    else:
+    with loss.evaluated_directly() if fast else nullcontext():
         term, metadata = loss.actor_loss(data.clone())
     error = metadata["weight"] * by_hand(loss, data)
     weight = data["priority_weight"].squeeze(-1) * data["collector", "mask"]
     torch.testing.assert_close(term, (weight * error).sum() / weight.sum())
     assert metadata["weight"].std() > 0
-    plain = make_loss(temperature=0.0)
+    plain = flow_loss(temperature=0.0)
     term, metadata = plain.actor_loss(data := given())
     torch.testing.assert_close(term, by_hand(plain, data).mean())
     term.backward()
@@ -239,7 +227,7 @@ def test_the_weighted_error_of_the_velocity(fast):
 
 
 def test_draws_come_from_torchs_generator_and_have_their_distributions():
-    loss, data = make_loss(), make_batch(4000, dtype=torch.float64)
+    loss, data = flow_loss(), make_batch(4000, dtype=torch.float64)
     torch.manual_seed(5)
     draws = loss.read(data).draws
     torch.manual_seed(5)
@@ -254,84 +242,54 @@ def test_draws_come_from_torchs_generator_and_have_their_distributions():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def three_steps(**options):
-    loss = make_loss(diagnostics=True)
-    return [
-        IQLStep(each, optim.Adam(each.parameters(), lr=1e-2), SoftUpdate(each, tau=0.1), **options)
-        for each in (loss, copy.deepcopy(loss), copy.deepcopy(loss))
-    ]
-
-
-def assert_same_parameters(*losses):
-    first, *others = losses
-    for other in others:
-        for (name, mine), theirs in zip(first.named_parameters(), other.parameters(), strict=True):
-            torch.testing.assert_close(theirs, mine, rtol=1e-8, atol=1e-9, msg=name)
-
-
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(
     "order", [pytest.param("sequential", marks=pytest.mark.slow), "simultaneous"]
 )
 def test_compiled_and_captured_equal_eager_given_the_noise(order):
-    compare_forms(order)
+    check_forms(flow_loss(diagnostics=True), given(50), order)
 
 
 @pytest.mark.slow
 def test_compiled_by_inductor():
-    compare_forms("sequential")
+    check_forms(flow_loss(diagnostics=True), given(50))
 
 
-def compare_forms(order):
-    torch._dynamo.reset()
-    steps = three_steps(order=order)
-    table = given(50)
-    sampler, other = (DeviceSampler(table, 8, seed=3) for _ in range(2))
-    fast, call = compiled(steps[1]), captured(steps[2], other, updates=3)
-    for number in range(2):
-        call()
-        for _ in range(3):
-            rows = sampler.sample()
-            with torch._dynamo.config.patch(error_on_recompile=number > 0):
-                metrics = steps[0](rows.clone()), fast(rows.clone())
-    for name, value in metrics[0].items():
-        torch.testing.assert_close(metrics[1][name], value, rtol=1e-8, atol=1e-9, msg=name)
-    assert_same_parameters(*(step.loss for step in steps))
+def drawn(sampler, *shape):
+    """A sampler's next rows, and the numbers that a captured update draws after them."""
+    rows = sampler.sample()
+    noise = torch.empty(shape).double().normal_(generator=sampler.generator)
+    time = torch.empty(shape[:-1]).double().uniform_(generator=sampler.generator)
+    return rows.set("flow_noise", noise).set("flow_time", time)
 
 
 @pytest.mark.usefixtures("uncompiled")
 def test_drawn_noise_is_the_same_in_every_form():
     """Plain and compiled from torch's generator; captured after the row numbers, from the sampler's."""
-    torch._dynamo.reset()
-    steps = three_steps()
-    table = make_batch(50, dtype=torch.float64)
-    sampler, other = (DeviceSampler(table, 8, seed=3) for _ in range(2))
-    fast, call = compiled(steps[1]), captured(steps[2], other, updates=3)
+    forms = Forms(flow_loss(diagnostics=True), make_batch(50, dtype=torch.float64))
+    sampler = forms.sampler
     torch.manual_seed(7)
     state = torch.get_rng_state()
     for _ in range(2):
-        call()
+        forms.call()
         for _ in range(3):
-            rows = sampler.sample()
-            noise = torch.empty(8, ACT).double().normal_(generator=sampler.generator)
-            time = torch.empty(8).double().uniform_(generator=sampler.generator)
-            steps[0](rows.set("flow_noise", noise).set("flow_time", time))
+            forms.plain(drawn(sampler, 8, ACT))
     assert torch.equal(torch.get_rng_state(), state)
-    assert_same_parameters(steps[0].loss, steps[2].loss)
-    plain = copy.deepcopy(steps[1].loss)
-    plain = IQLStep(plain, optim.Adam(plain.parameters(), lr=1e-2), SoftUpdate(plain, tau=0.1))
+    plain, fast, whole = forms.losses
+    assert_same_state(plain, whole)
+    again = make_step(copy.deepcopy(fast))
     rows = [sampler.sample() for _ in range(3)]
-    for step in (plain, fast):
+    for step in (again, forms.fast):
         torch.manual_seed(7)
         for each in rows:
             step(each.clone())
-    assert_same_parameters(plain.loss, steps[1].loss)
+    assert_same_state(again.loss, fast)
 
 
 @pytest.mark.slow
 def test_the_loss_compiles_alone():
     torch._dynamo.reset()
-    loss, data = make_loss(), given()
+    loss, data = flow_loss(), given()
     loss.make_value_estimator()  # torch 2.11 cannot trace the making of the default one
     program = torch.compile(loss, fullgraph=True, backend="eager")
     torch.testing.assert_close(program(data.clone())["loss_actor"], loss(data)["loss_actor"])
@@ -339,17 +297,8 @@ def test_the_loss_compiles_alone():
 
 
 def test_bfloat16():
-    loss = make_loss().float()
     data = given(64).apply(lambda x: x.float() if x.is_floating_point() else x)
-    losses = []
-    for precision in ("float32", "bfloat16"):
-        each = copy.deepcopy(loss)
-        updater = SoftUpdate(each, tau=0.1)
-        step = IQLStep(each, optim.Adam(each.parameters()), updater, precision=precision)
-        losses.append(step(data.clone())["loss_actor"])
-    assert losses[1].dtype == torch.float32
-    torch.testing.assert_close(*losses, rtol=0.05, atol=0.05)
-    assert not torch.equal(*losses)
+    check_bfloat16(flow_loss().float(), data)
 
 
 # -- populations -----------------------------------------------------------------------------------
@@ -399,9 +348,7 @@ def test_captured_populations():
     for _ in range(2):
         call()
         for _ in range(2):
-            rows = sampler.sample()
-            rows["flow_noise"] = torch.empty(3, 16, 2).double().normal_(generator=sampler.generator)
-            rows["flow_time"] = torch.empty(3, 16).double().uniform_(generator=sampler.generator)
-            for agent, own in zip(beside.agents, rows.unbind(0), strict=True):
+            rows = drawn(sampler, 3, 16, 2).unbind(0)
+            for agent, own in zip(beside.agents, rows, strict=True):
                 agent.step(own)
     beside.assert_equal()

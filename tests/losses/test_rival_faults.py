@@ -10,19 +10,19 @@ import pytest
 import torch
 import torchrl
 from conftest import ACT, OBS, NormedCritic, make_batch, make_networks
+from small_losses import LOSSES, Head, assert_losses, discrete_networks
 from tensordict import TensorDict
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential
 from tensordict.nn import TensorDictModule as Mod
 from tensordict.nn import TensorDictSequential as Seq
 from torch import nn
-from torchrl.data import Categorical
 from torchrl.modules import ValueOperator
 from torchrl.objectives import DiscreteIQLLoss as TorchRLDiscreteIQLLoss
 from torchrl.objectives import IQLLoss as TorchRLIQLLoss
 from torchrl.objectives import SoftUpdate
 
 import iql_torchrl
-from iql_torchrl import networks, policies
+from iql_torchrl import networks
 
 RIVAL_FAILS = pytest.mark.xfail(
     strict=torchrl.__version__ == "0.14.1", reason="TorchRL 0.14.1 gets this wrong"
@@ -38,10 +38,10 @@ DISCRETE = [
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
 
 
-def gradients(loss, batch, *names):
+def gradients(loss, batch):
     loss.zero_grad(set_to_none=True)
     out = loss(batch)
-    sum(out[name] for name in names).backward()
+    sum(out[name] for name in LOSSES).backward()
     return out, {n: p.grad.clone() for n, p in loss.named_parameters() if p.grad is not None}
 
 
@@ -59,17 +59,8 @@ def shared_trunk(features: int = 4):
         ),
     )
     value = Seq(trunk, Mod(nn.Linear(features, 1), in_keys=["hidden"], out_keys=["state_value"]))
-
-    class Head(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(features + ACT, 1)
-
-        def forward(self, hidden, action):
-            return self.linear(torch.cat([hidden, action], -1))
-
-    qvalue = Seq(trunk, Mod(Head(), in_keys=["hidden", "action"], out_keys=["state_action_value"]))
-    return trunk, actor, qvalue, value
+    head = Mod(Head(features + ACT), in_keys=["hidden", "action"], out_keys=["state_action_value"])
+    return trunk, actor, Seq(trunk, head), value
 
 
 @pytest.mark.parametrize("cls", CONTINUOUS)
@@ -80,12 +71,9 @@ def test_target_trunk_follows_a_shared_live_trunk(cls, num_critics):
     updater = SoftUpdate(loss, tau=0.5)
     optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
     target = loss.target_qvalue_network_params["module", "0", "module", "weight"]
-    before = target.clone()
-    expected = before.clone()
+    expected = before = target.clone()
     for _ in range(5):
-        out = loss(make_batch())
-        optimizer.zero_grad()
-        sum(out[k] for k in ("loss_actor", "loss_qvalue", "loss_value")).backward()
+        gradients(loss, make_batch())
         optimizer.step()
         updater.step()
         expected = 0.5 * expected + 0.5 * trunk.module.weight.detach()
@@ -98,54 +86,43 @@ def test_masked_steps_change_no_loss_and_no_gradient(cls):
     loss = cls(*make_networks())
     SoftUpdate(loss, tau=0.5)
     batch = make_batch(16, 5)
-    mask = torch.ones(16, 5, 1, dtype=torch.bool)
-    mask[:, 3:] = False
-    batch["collector", "mask"] = mask
-    names = ("loss_actor", "loss_qvalue", "loss_value")
-    first, grads = gradients(loss, batch.clone(), *names)
+    batch["collector", "mask"] = (torch.arange(5) < 3).expand(16, 5).unsqueeze(-1)
+    first, grads = gradients(loss, batch.clone())
     batch["next", "reward"][:, 3:] = 1000.0
     batch["observation"][:, 3:] = -500.0
     spoiled = batch.clone()
-    second, spoiled_grads = gradients(loss, spoiled, *names)
-    for name in names:
-        torch.testing.assert_close(first[name], second[name])
+    second, spoiled_grads = gradients(loss, spoiled)
+    assert_losses(first, second)
     for name, grad in grads.items():
         torch.testing.assert_close(grad, spoiled_grads[name])
     assert (spoiled["td_error"][:, 3:] == 0).all()
     # and the masked mean is the mean over the steps that remain
-    short, _ = gradients(loss, batch[:, :3].exclude("collector"), *names)
-    for name in names:
-        torch.testing.assert_close(first[name], short[name])
+    short, _ = gradients(loss, batch[:, :3].exclude("collector"))
+    assert_losses(first, short)
 
 
 @pytest.mark.parametrize("cls", CONTINUOUS)
-def test_value_network_reads_a_key_the_actor_does_not(cls):
-    actor, critic, _ = make_networks()
-    value = ValueOperator(
-        networks.StateValue(OBS + 2, hidden=(8,)), in_keys=["observation", "goal"]
-    )
+@pytest.mark.parametrize("reader", ["value", "critics"])
+def test_another_network_reads_a_key_the_actor_does_not(cls, reader):
+    actor, critic, value = make_networks()
+    keys = ["observation", "goal"]
+    if reader == "value":
+        value = ValueOperator(networks.StateValue(OBS + 2, hidden=(8,)), in_keys=keys)
+    else:
+        critic = ValueOperator(networks.Critic(OBS + 2, ACT, hidden=(8,)), [*keys, "action"])
     loss = cls(actor, critic, value)
     batch = make_batch()
     batch["goal"] = torch.randn(32, 2)
-    batch["next", "goal"] = torch.randn(32, 2)
+    if reader == "critics":
+        assert loss(batch)["loss_qvalue"].isfinite()
+        return
     assert ("next", "goal") in loss.in_keys
     loss.make_value_estimator(gamma=0.9)
-    out = loss(batch.clone())
-    other = batch.clone()
-    other["next", "goal"] = torch.randn(32, 2)
-    assert not torch.equal(out["loss_qvalue"], loss(other)["loss_qvalue"])
-
-
-@pytest.mark.parametrize("cls", CONTINUOUS)
-def test_critics_read_a_key_the_actor_does_not(cls):
-    actor, _, value = make_networks()
-    critic = ValueOperator(
-        networks.Critic(OBS + 2, ACT, hidden=(8,)), in_keys=["observation", "goal", "action"]
-    )
-    loss = cls(actor, critic, value)
-    batch = make_batch()
-    batch["goal"] = torch.randn(32, 2)
-    assert loss(batch)["loss_qvalue"].isfinite()
+    found = []
+    for _ in range(2):
+        batch["next", "goal"] = torch.randn(32, 2)
+        found.append(loss(batch.clone())["loss_qvalue"])
+    assert not torch.equal(*found)
 
 
 @pytest.mark.parametrize("cls", CONTINUOUS)
@@ -170,14 +147,12 @@ def test_importance_weights_of_a_prioritised_buffer(cls):
     weighted = loss(batch.clone())
     index = torch.tensor([0, 0, 1, 2, 3, 6, 7])
     repeated = loss(batch.exclude("priority_weight")[index])
-    for name in ("loss_actor", "loss_qvalue", "loss_value"):
-        torch.testing.assert_close(weighted[name], repeated[name])
+    assert_losses(weighted, repeated)
 
 
 @pytest.mark.parametrize("cls", CONTINUOUS)
 def test_buffers_of_target_critics_follow(cls):
     actor, _, value = make_networks()
-
     loss = cls(actor, ValueOperator(NormedCritic(), in_keys=["observation", "action"]), value)
     updater = SoftUpdate(loss, tau=0.5)
     live = loss.qvalue_network_params["module", "norm", "running_mean"]
@@ -228,16 +203,6 @@ def test_at_most_five_network_evaluations(cls):
     assert len(calls) <= 5, calls
 
 
-def discrete_networks(num_actions: int = 4):
-    actor = policies.categorical(OBS, Categorical(num_actions), hidden=(8,))
-    critic = ValueOperator(
-        networks.DiscreteCritic(OBS, num_actions, hidden=(8,)), in_keys=["observation"]
-    )
-    critic.out_keys = critic.module.out_keys = ["state_action_value"]
-    value = ValueOperator(networks.StateValue(OBS, hidden=(8,)), in_keys=["observation"])
-    return actor, critic, value
-
-
 def discrete_batch(action: torch.Tensor) -> TensorDict:
     torch.manual_seed(1)
     batch = make_batch(len(action))
@@ -252,8 +217,7 @@ def test_discrete_actions_of_every_form_give_the_same_losses(cls):
     forms = [index, index[:, None], nn.functional.one_hot(index, 4)]
     outs = [loss(discrete_batch(form)) for form in forms]
     for out in outs[1:]:
-        for name in ("loss_actor", "loss_qvalue", "loss_value"):
-            torch.testing.assert_close(outs[0][name], out[name])
+        assert_losses(outs[0], out)
 
 
 @pytest.mark.parametrize("cls", DISCRETE)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from conftest import ACT, OBS, make_batch
+from small_losses import LOSSES, Head, NormalActor, assert_losses
+from test_rival_faults import shared_trunk
 from torch import nn
 from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
@@ -14,55 +17,29 @@ from torchrl.objectives import SoftUpdate
 from iql_torchrl import IQLLoss
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
-LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
 
 
-class Actor(nn.Module):
-    def __init__(self, trunk):
-        super().__init__()
-        self.trunk, self.head = trunk, nn.Linear(4, ACT)
-        self.in_keys = ["observation"]
-
-    def get_dist(self, td):
-        loc = self.head(self.trunk(td["observation"]))
-        return torch.distributions.Independent(torch.distributions.Normal(loc, 1.0), 1)
+def critic_over(trunk):
+    return ValueOperator(Head(4 + ACT, trunk=trunk), in_keys=["observation", "action"])
 
 
-class Critic(nn.Module):
-    def __init__(self, trunk):
-        super().__init__()
-        self.trunk, self.head = trunk, nn.Linear(4 + ACT, 1)
-
-    def forward(self, observation, action):
-        return self.head(torch.cat([self.trunk(observation), action], -1))
-
-
-class Value(nn.Module):
-    def __init__(self, trunk):
-        super().__init__()
-        self.trunk, self.head = trunk, nn.Linear(4, 1)
-
-    def forward(self, observation):
-        return self.head(self.trunk(observation))
+def value_over(trunk):
+    return ValueOperator(Head(4, trunk=trunk), in_keys=["observation"])
 
 
 def build(form: str, separate: bool, shared_with: str = "all", num_critics: int = 2):
     trunk = nn.Linear(OBS, 4)
-    fresh = nn.Linear(OBS, 4)
-    actor = Actor(trunk if shared_with in ("all", "actor") else fresh)
-    value_trunk = trunk if shared_with in ("all", "value") else nn.Linear(OBS, 4)
-    value = ValueOperator(Value(value_trunk), in_keys=["observation"])
-
-    def critic():
-        return ValueOperator(Critic(trunk), in_keys=["observation", "action"])
-
+    actor, value = (
+        trunk if shared_with in ("all", other) else nn.Linear(OBS, 4)
+        for other in ("actor", "value")
+    )
     critics = {
-        "single": critic,
-        "list": lambda: [critic() for _ in range(num_critics)],
-        "factory": lambda: critic,
+        "single": lambda: critic_over(trunk),
+        "list": lambda: [critic_over(trunk) for _ in range(num_critics)],
+        "factory": lambda: lambda: critic_over(trunk),
     }[form]()
-    loss = IQLLoss(actor, critics, value, separate_losses=separate, num_qvalue_nets=num_critics)
-    return trunk, loss
+    options = {"separate_losses": separate, "num_qvalue_nets": num_critics}
+    return trunk, IQLLoss(NormalActor(4, ACT, actor), critics, value_over(value), **options)
 
 
 def update(loss, count: int = 3) -> None:
@@ -85,6 +62,19 @@ FORMS = [
 KEY = ("module", "trunk", "weight")
 
 
+def shares(form: str, separate: bool, num_critics: int) -> bool:
+    """A module alone that becomes several critics without separate_losses is copied, as in TorchRL."""
+    return separate or form != "single" or num_critics == 1
+
+
+def assert_mirrors(loss, owner: str = "actor") -> None:
+    """The critics' trunk is the owner's."""
+    key = KEY[1:] if owner == "actor" else KEY
+    weight = getattr(loss, f"{owner}_network_params")[key]
+    mirror = loss.qvalue_network_params[KEY]
+    torch.testing.assert_close(mirror.detach(), weight.detach().expand_as(mirror))
+
+
 @pytest.mark.parametrize(("form", "separate", "shared"), FORMS)
 @pytest.mark.parametrize("num_critics", [1, 2])
 def test_target_trunk_averages_the_live_one(form, separate, shared, num_critics):
@@ -103,14 +93,12 @@ def test_target_trunk_averages_the_live_one(form, separate, shared, num_critics)
     torch.testing.assert_close(target[KEY], before + 0.5)
 
 
-def shares(form: str, separate: bool, num_critics: int) -> bool:
-    """A module alone that becomes several critics without separate_losses is copied, as in TorchRL."""
-    return separate or form != "single" or num_critics == 1
-
-
 @pytest.mark.parametrize(("form", "separate", "shared"), FORMS)
 def test_who_trains_the_trunk(form, separate, shared):
     trunk, loss = build(form, separate, shared)
+    listed = sum("trunk.weight" in name for name, _ in loss.named_parameters())
+    # the trunk once, another that one network has alone, and the copy of critics that do not share
+    assert listed == 1 + (shared != "all") + (not shares(form, separate, 2))
     owner = "loss_actor" if shared in ("all", "actor") else "loss_value"
     for name in LOSSES:
         loss.zero_grad(set_to_none=True)
@@ -135,32 +123,33 @@ def test_state_dicts_reload(form, separate, shared, num_critics):
     other.value_estimator  # noqa: B018  (its discount is in the stored state)
     other.load_state_dict(stored | {k: v for k, v in loss.state_dict().items() if k not in stored})
     batch = make_batch()
-    for name in LOSSES:
-        torch.testing.assert_close(other(batch.clone())[name], loss(batch.clone())[name])
+    assert_losses(other(batch.clone()), loss(batch.clone()))
     update(other, 1)  # and it still trains: mirrors are tied again
-    mirror = other.qvalue_network_params[KEY]
     if shares(form, separate, num_critics):
-        owner = "actor" if shared in ("all", "actor") else "value"
-        key = ("trunk", "weight") if owner == "actor" else KEY
-        weight = getattr(other, f"{owner}_network_params")[key]
-        torch.testing.assert_close(mirror.detach(), weight.detach().expand_as(mirror))
+        assert_mirrors(other, "actor" if shared in ("all", "actor") else "value")
 
 
-@pytest.mark.parametrize("separate", [True, False])
-@pytest.mark.parametrize("how", ["deepcopy", "double"])
-def test_a_list_keeps_sharing_after_copies_and_casts(separate, how):
-    _, loss = build("list", separate)
-    loss = copy.deepcopy(loss) if how == "deepcopy" else loss.double().float()
+@pytest.mark.parametrize(("form", "separate"), [("list", True), ("list", False), ("single", True)])
+@pytest.mark.parametrize(
+    "made",
+    [copy.deepcopy, lambda loss: pickle.loads(pickle.dumps(loss)), lambda x: x.double().float()],
+    ids=["deepcopy", "pickle", "double"],
+)
+def test_trunks_stay_shared_after_copies_and_casts(form, separate, made):
+    _, loss = build(form, separate)
+    batch = make_batch()
+    expected, loss = loss(batch.clone()), made(loss)
+    assert_losses(loss(batch.clone()), expected)
     update(loss)
-    mirror = loss.qvalue_network_params[KEY].detach()
-    owner = loss.actor_network_params["trunk", "weight"].detach()
-    torch.testing.assert_close(mirror, owner.expand_as(mirror))
-    assert not torch.equal(loss.target_qvalue_network_params[KEY], mirror)
+    assert_mirrors(loss)
+    target, mirror = loss.target_qvalue_network_params[KEY], loss.qvalue_network_params[KEY]
+    owner = loss.actor_network_params[KEY[1:]]
+    assert not torch.equal(target, mirror)
+    assert mirror.untyped_storage().data_ptr() == owner.untyped_storage().data_ptr()
+    assert all(p is not mirror for p in loss.parameters())
 
 
 def test_reset_parameters_redraws_a_shared_trunk():
-    from test_rival_faults import shared_trunk
-
     trunk, actor, qvalue, value = shared_trunk()
     loss = IQLLoss(actor, qvalue, value, separate_losses=True)
     with torch.no_grad():
@@ -171,10 +160,9 @@ def test_reset_parameters_redraws_a_shared_trunk():
 
 def test_a_trunk_only_the_critics_share_is_unshared_with_a_warning():
     trunk = nn.Linear(OBS, 4)
-    critics = [ValueOperator(Critic(trunk), in_keys=["observation", "action"]) for _ in range(2)]
-    value = ValueOperator(Value(nn.Linear(OBS, 4)), in_keys=["observation"])
+    value = value_over(nn.Linear(OBS, 4))
     with pytest.warns(UserWarning, match="trains a copy of its own"):
-        loss = IQLLoss(Actor(nn.Linear(OBS, 4)), critics, value)
+        loss = IQLLoss(NormalActor(OBS, ACT), [critic_over(trunk), critic_over(trunk)], value)
     leaf = loss.qvalue_network_params[KEY]
     assert any(p is leaf for p in loss.parameters())
     before = leaf.detach().clone()

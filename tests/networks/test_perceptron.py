@@ -32,9 +32,10 @@ def over(*modules, **options):
     return Perceptron(modules[0], leaves, derivative=DERIVATIVES[kind], **options)
 
 
-def of_count(count, sources):
-    """One network where ``count`` is None, else that many stacked."""
-    return over(*sources, stacked=count is not None)
+def made(count, *args, **options):
+    """Perceptrons, and the Perceptron over them: of one where ``count`` is None, else stacked."""
+    sources = [perceptron(*args, **options) for _ in range(count or 1)]
+    return sources, over(*sources, stacked=count is not None)
 
 
 def both(dense, x):
@@ -48,31 +49,30 @@ def gradients(out, expected):
     return torch.autograd.grad((weight * out).sum(), expected)
 
 
+def by_hand(activation, sizes, values, x):
+    """Output and gradients, with respect to ``x`` and every leaf, of a network with one unit inside."""
+    source = nn.Sequential(nn.Linear(sizes, 1), activation(), nn.Linear(1, 1)).double()
+    with torch.no_grad():
+        for leaf, value in zip(source.parameters(), values, strict=True):
+            leaf.copy_(torch.tensor(value))
+    x = torch.tensor(x, dtype=torch.float64, requires_grad=True)
+    out = over(source, stacked=False)(x)
+    gradients = torch.autograd.grad(out.sum(), [x, *source.parameters()])
+    return out.tolist(), [gradient.tolist() for gradient in gradients]
+
+
 def test_by_hand():
     """``relu(x @ [[1], [-2]] + 3) * -1 + 0.5`` and its derivatives."""
-    source = nn.Sequential(nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 1))
-    with torch.no_grad():
-        for leaf, value in zip(source.parameters(), ([[1.0, -2.0]], 3.0, -1.0, 0.5), strict=True):
-            leaf.copy_(torch.tensor(value))
-    x = torch.tensor([[1.0, 1.0], [0.0, 2.0]], requires_grad=True)  # before ReLU: 2 and -1
-    out = over(source, stacked=False)(x)
-    assert out.tolist() == [[-1.5], [0.5]]
-    found = torch.autograd.grad(out.sum(), [x, *source.parameters()])
-    expected = ([[-1.0, 2.0], [0.0, 0.0]], [[-1.0, -1.0]], [-1.0], [[2.0]], [2.0])
-    for gradient, value in zip(found, expected, strict=True):
-        assert gradient.tolist() == value
+    x = [[1.0, 1.0], [0.0, 2.0]]  # before ReLU: 2 and -1
+    out, gradients = by_hand(nn.ReLU, 2, ([[1.0, -2.0]], 3.0, -1.0, 0.5), x)
+    assert out == [[-1.5], [0.5]]
+    assert gradients == [[[-1.0, 2.0], [0.0, 0.0]], [[-1.0, -1.0]], [-1.0], [[2.0]], [2.0]]
 
 
 def test_tanh_by_hand():
-    source = nn.Sequential(nn.Linear(1, 1), nn.Tanh(), nn.Linear(1, 1)).double()
-    with torch.no_grad():
-        for leaf, value in zip(source.parameters(), (2.0, 0.0, 3.0, 1.0), strict=True):
-            leaf.fill_(value)
-    x = torch.tensor([[0.25]], dtype=torch.float64, requires_grad=True)
-    out = over(source, stacked=False)(x)
-    assert out.item() == pytest.approx(1 + 3 * math.tanh(0.5), rel=1e-14)
-    (slope,) = torch.autograd.grad(out.sum(), x)
-    assert float(slope) == pytest.approx(6 * (1 - math.tanh(0.5) ** 2), rel=1e-14)
+    out, gradients = by_hand(nn.Tanh, 1, (2.0, 0.0, 3.0, 1.0), [[0.25]])
+    assert out[0][0] == pytest.approx(1 + 3 * math.tanh(0.5), rel=1e-14)
+    assert gradients[0][0][0] == pytest.approx(6 * (1 - math.tanh(0.5) ** 2), rel=1e-14)
 
 
 def assert_gradients(out, leaves, expected, sources, x=()):
@@ -86,53 +86,49 @@ def assert_gradients(out, leaves, expected, sources, x=()):
         torch.testing.assert_close(gradient.view_as(expected), expected, **EXACT)
 
 
+def check(outs, dense, sources, rows, x=()):
+    """Each of ``outs`` is what the modules apart compute from ``rows``, and so are its gradients."""
+    for out in outs:
+        stacked = dense.leaves[-1].ndim == 2
+        expected = torch.stack([m(rows) for m in sources]) if stacked else sources[0](rows)
+        torch.testing.assert_close(out, expected, **EXACT)
+        assert_gradients(out, dense.leaves, expected, sources, x)
+
+
 @pytest.mark.parametrize("outputs", [1, 3])
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
 @pytest.mark.parametrize("count", [None, 1, 2, 5])
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_values_and_gradients(outputs, activation, count, layers):
-    sources = [perceptron(layers, activation, outputs=outputs) for _ in range(count or 1)]
-    dense = of_count(count, sources)
+    sources, dense = made(count, layers, activation, outputs=outputs)
     x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    for out in both(dense, x):
-        outs = [source(x) for source in sources]
-        expected = outs[0] if count is None else torch.stack(outs)
-        torch.testing.assert_close(out, expected, **EXACT)
-        assert_gradients(out, dense.leaves, expected, sources, [x])
+    check(both(dense, x), dense, sources, x, [x])
 
 
 @pytest.mark.parametrize("count", [None, 1, 3])
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3), (2, 3, 5), (2, 0)])
 def test_any_batch_dimensions(count, shape):
-    sources = [perceptron(3) for _ in range(count or 1)]
-    dense = of_count(count, sources)
+    sources, dense = made(count, 3)
     x = torch.randn(*shape, 4, dtype=torch.float64, requires_grad=True)
-    out, outs = dense(x), [source(x) for source in sources]
-    expected = outs[0] if count is None else torch.stack(outs)
-    torch.testing.assert_close(out, expected, **EXACT)
-    assert_gradients(out, dense.leaves, expected, sources, [x])
+    check([dense(x)], dense, sources, x, [x])
 
 
 @pytest.mark.parametrize("count", [None, 1, 3])
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("shape", [(9,), (0,), (1,), (2, 5)])
 def test_categories_are_their_one_hot_form(count, layers, shape):
-    sources = [perceptron(layers, inputs=6) for _ in range(count or 1)]
-    dense = of_count(count, sources)
+    sources, dense = made(count, layers, inputs=6)
     index = torch.randint(6, shape)  # categories return, and some do not come
     with pytest.raises(TypeError, match=r"got torch.int64; .*networks\.OneHot"):
         dense(index)
     dense.picks = True
     one_hot = nn.functional.one_hot(index, 6).double()
-    for out in both(dense, index) if len(shape) == 1 else [dense(index)]:
-        outs = [source(one_hot) for source in sources]
-        expected = outs[0] if count is None else torch.stack(outs)
-        torch.testing.assert_close(out, expected, **EXACT)
-        assert_gradients(out, dense.leaves, expected, sources)
+    outs = both(dense, index) if len(shape) == 1 else [dense(index)]
+    check(outs, dense, sources, one_hot)
 
 
 def test_unknown_categories_are_refused():
-    dense = of_count(None, [perceptron(1, inputs=3)])
+    _, dense = made(None, 1, inputs=3)
     dense.picks = True
     for index in (3, -1):
         with pytest.raises(RuntimeError, match="out of bounds"):
@@ -142,8 +138,7 @@ def test_unknown_categories_are_refused():
 @pytest.mark.parametrize("frozen", [(0,), (1,), (4, 5), (0, 1, 2, 3, 4)])
 @pytest.mark.parametrize("count", [None, 2])
 def test_frozen_leaves(count, frozen):
-    sources = [perceptron(3) for _ in range(count or 1)]
-    dense = of_count(count, sources)
+    _, dense = made(count, 3)
     for place in frozen:
         dense.leaves[place].requires_grad_(False)
     x = torch.randn(7, 4, dtype=torch.float64)
@@ -161,8 +156,7 @@ def test_frozen_leaves(count, frozen):
 
 @pytest.mark.parametrize("count", [None, 2])
 def test_numerical_derivatives(count):
-    sources = [perceptron(3, nn.Tanh) for _ in range(count or 1)]
-    dense = of_count(count, sources)
+    _, dense = made(count, 3, nn.Tanh)
 
     def evaluate(x, *leaves):
         dense.leaves = leaves
@@ -175,12 +169,11 @@ def test_numerical_derivatives(count):
 @pytest.mark.parametrize("count", [None, 2])
 def test_under_autocast(count):
     sources = [perceptron(3).float() for _ in range(count or 1)]
-    dense = of_count(count, sources)
+    dense = over(*sources, stacked=count is not None)
     x = torch.randn(64, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = dense(x)
-        expected = [source(x) for source in sources]
-    expected = expected[0] if count is None else torch.stack(expected)
+        expected = torch.stack([source(x) for source in sources]).view_as(out)
     exact = torch.stack([source(x) for source in sources]).view_as(out)
     assert expected.dtype == torch.bfloat16
     scale = float(exact.detach().abs().max())
@@ -201,15 +194,11 @@ def test_torchrls_mlp_joins_its_inputs():
 
 
 def test_a_gradient_may_be_asked_for_once_and_leaves_may_be_used_twice():
-    source = perceptron(3)
-    dense = over(source, stacked=False)
+    (source,), dense = made(None, 3)
     a, b = torch.randn(2, 7, 4, dtype=torch.float64)
-    leaves = list(source.parameters())
-    ours = gradients(dense(a) * dense(b), leaves)
-    for mine, theirs in zip(ours, gradients(source(a) * source(b), leaves), strict=True):
-        torch.testing.assert_close(mine, theirs, **EXACT)
+    assert_gradients(dense(a) * dense(b), dense.leaves, source(a) * source(b), [source])
     with torch.no_grad():
-        leaves[0].add_(1.0)  # the leaves are the module's own
+        dense.leaves[0].add_(1.0)  # the leaves are the module's own
     torch.testing.assert_close(dense(a), source(a), **EXACT)
 
 
@@ -263,28 +252,29 @@ def test_layers_that_appear_twice():
     for source in sources:
         assert len(linear_layers(source)) == 3
         x = torch.randn(7, 4, dtype=torch.float64)
-        dense = over(source, stacked=False)
-        torch.testing.assert_close(dense(x), source(x), **EXACT)
-        leaves = list(source.parameters())
-        for a, b in zip(gradients(dense(x), leaves), gradients(source(x), leaves), strict=True):
+        out, leaves = over(source, stacked=False)(x), list(source.parameters())
+        torch.testing.assert_close(out, source(x), **EXACT)
+        for a, b in zip(gradients(out, leaves), gradients(source(x), leaves), strict=True):
             torch.testing.assert_close(a, b, **EXACT)
 
 
 def test_networks_of_categories_pick():
+    def direct(network):
+        return network_over(network, ["x"], TensorDict.from_module(network), per_run=False)
+
+    one_hot = networks.OneHot(6)
     for kind in (networks.StateValue, partial(networks.DiscreteCritic, num_actions=3)):
-        network = kind(6, preprocess=networks.OneHot(6), hidden=(4,))
-        direct = network_over(network, ["x"], TensorDict.from_module(network), per_run=False)
-        assert direct.body.picks
+        network = kind(6, preprocess=one_hot, hidden=(4,))
+        assert direct(network).body.picks
         index = torch.randint(6, (3, 5))
         for x in (index, index.double()):
-            torch.testing.assert_close(direct.run(x), network(x))
+            torch.testing.assert_close(direct(network).run(x), network(x))
     for left in (
-        networks.StateValue(6, preprocess=networks.OneHot(6), hidden=(4,), layer_norm=True),
-        networks.Critic(6, 2, preprocess=networks.OneHot(6), hidden=(4,)),
-        networks.StateValue(6, preprocess=nn.Sequential(networks.OneHot(6), nn.Linear(6, 6))),
+        networks.StateValue(6, preprocess=one_hot, hidden=(4,), layer_norm=True),
+        networks.Critic(6, 2, preprocess=one_hot, hidden=(4,)),
+        networks.StateValue(6, preprocess=nn.Sequential(one_hot, nn.Linear(6, 6))),
     ):
-        direct = network_over(left, ["x"], TensorDict.from_module(left), per_run=False)
-        assert direct.body is None or not direct.body.picks
+        assert direct(left).body is None or not direct(left).body.picks
 
 
 @pytest.mark.parametrize("categories", [False, True])
@@ -297,8 +287,7 @@ def test_a_batch_per_run(own, categories):
     x = torch.randint(6, shape) if categories else torch.randn(*shape, 6, dtype=torch.float64)
     rows = nn.functional.one_hot(x, 6).double() if categories else x
     rows = rows if own else rows.expand(3, *rows.shape)
-    expected = torch.stack([m(row) for m, row in zip(sources, rows, strict=True)])
     for out in both(body, x):
-        torch.testing.assert_close(out, expected, **EXACT)
         expected = torch.stack([m(row) for m, row in zip(sources, rows, strict=True)])
+        torch.testing.assert_close(out, expected, **EXACT)
         assert_gradients(out, body.leaves, expected, sources)

@@ -8,10 +8,9 @@ import importlib
 import pytest
 import torch
 from conftest import make_batch, make_networks
-from torch import optim
-from torchrl.objectives import SoftUpdate
+from small_losses import assert_same_state, make_step
 
-from iql_torchrl import IQLLoss, IQLStep, compiled
+from iql_torchrl import IQLLoss, compiled
 from iql_torchrl.config import Arithmetic, choose_products, chosen_products
 from iql_torchrl.networks import products
 from iql_torchrl.networks.evaluation import affine, product
@@ -103,16 +102,12 @@ def test_products_under_autocast_are_torchs(calls):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch 2.15's own check
-def test_the_operation_follows_torchs_rules():
-    x, y = torch.randn(256, 128, requires_grad=True), transposed(128, 256).requires_grad_()
-    op = torch.ops.iql_torchrl.product.default
-    torch.library.opcheck(op, (x, y))
-    stack = torch.randn(3, 128, 256, requires_grad=True)
-    torch.library.opcheck(op, (x, stack))
-
-
-def snapshot(loss):
-    return {name: value.detach().clone() for name, value in loss.state_dict().items()}
+@pytest.mark.parametrize(
+    ("make", "shape"), [(transposed, (128, 256)), (torch.randn, (3, 128, 256))]
+)
+def test_the_operation_follows_torchs_rules(make, shape):
+    inputs = torch.randn(256, 128, requires_grad=True), make(*shape).requires_grad_()
+    torch.library.opcheck(torch.ops.iql_torchrl.product.default, inputs)
 
 
 FORMS = ["eager", "compiled", pytest.param("inductor", marks=pytest.mark.slow)]
@@ -121,12 +116,8 @@ FORMS = ["eager", "compiled", pytest.param("inductor", marks=pytest.mark.slow)]
 @pytest.mark.parametrize("form", FORMS)
 def test_updates_of_wide_networks(form, calls, monkeypatch):
     torch._dynamo.reset()
-    actor, critic, value = make_networks(hidden=(128, 128))
-    loss = IQLLoss(actor, critic, value)
-    plain, fast = (
-        IQLStep(each, optim.Adam(each.parameters(), lr=1e-3, eps=1e-2), SoftUpdate(each, tau=0.1))
-        for each in (loss, copy.deepcopy(loss))
-    )
+    loss = IQLLoss(*make_networks(hidden=(128, 128)))
+    plain, fast = (make_step(each, lr=1e-3, eps=1e-2) for each in (loss, copy.deepcopy(loss)))
     if form != "eager":
         fast = compiled(fast) if form == "inductor" else compiled(fast, backend="aot_eager")
     for number in range(3):
@@ -142,8 +133,7 @@ def test_updates_of_wide_networks(form, calls, monkeypatch):
         for name, mine in actual.items():
             torch.testing.assert_close(mine, expected[name], rtol=1e-4, atol=1e-5, msg=name)
     assert calls
-    for name, mine in snapshot(fast.loss).items():
-        torch.testing.assert_close(mine, snapshot(plain.loss)[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert_same_state(plain.loss, fast.loss, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.5, "onednn"), (0.97, "mkl")])
@@ -151,7 +141,7 @@ def test_the_faster_library_is_chosen_once_and_kept_in_states(share, expected, m
     choose_products("auto")
     measured = []
     monkeypatch.setattr(products, "_share_of_time", lambda: measured.append(1) or share)
-    step = wide_step()
+    step = make_step(IQLLoss(*make_networks(hidden=(256, 256))))
     step(make_batch(256))
     step(make_batch(256))
     assert (chosen_products(), measured) == (expected, [1])
@@ -167,7 +157,7 @@ def test_the_faster_library_is_chosen_once_and_kept_in_states(share, expected, m
 def test_narrow_networks_measure_nothing(monkeypatch):
     choose_products("auto")
     monkeypatch.setattr(products, "_share_of_time", lambda: pytest.fail("measured"))
-    wide_step(hidden=(16, 16))(make_batch(32))
+    make_step(IQLLoss(*make_networks()))(make_batch(32))
     assert chosen_products() is None
 
 
@@ -182,8 +172,3 @@ def test_unknown_products_are_refused():
 
 def test_the_module_can_be_imported_again():
     importlib.reload(products)
-
-
-def wide_step(hidden=(256, 256)):
-    loss = IQLLoss(*make_networks(hidden=hidden))
-    return IQLStep(loss, optim.Adam(loss.parameters()), SoftUpdate(loss, tau=0.005))

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import zipfile
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -15,39 +16,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from small_agents import config, log
-from small_trainers import make_step, same_weights, table
+from small_trainers import make_step, table
+from torchrl import torchrl_logger
 from torchrl.checkpoint import Checkpoint
 
-from iql_torchrl import OfflineTrainer, load_dataset, make_agent
+from iql_torchrl import Agent, OfflineTrainer, load_dataset, make_agent
 from iql_torchrl.data import replay_buffer
 from iql_torchrl.data.digests import fingerprint
-from iql_torchrl.files import (
-    CheckpointError,
-    newest,
-    read_components,
-    write_components,
-)
+from iql_torchrl.files import CheckpointError, newest, read_components, write_components
 
+scalars = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False)
 plain = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**60), 2**60)
-    | st.floats(allow_nan=False)
-    | st.text(),
+    scalars | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
+shapes = st.tuples(st.integers(0, 4), st.integers(0, 3))
+numbers = arrays(np.float32, shapes, elements=st.floats(-1e3, 1e3, width=32))
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    plain,
-    arrays(
-        np.float32,
-        st.tuples(st.integers(0, 4), st.integers(0, 3)),
-        elements=st.floats(-1e3, 1e3, width=32),
-    ),
-)
+@given(plain, numbers)
 def test_what_is_read_is_what_was_written(tmp_path_factory, value, numbers):
     path = tmp_path_factory.mktemp("checkpoint") / "state.torchrl"
     tensor = torch.from_numpy(numbers)
@@ -101,14 +90,14 @@ def rewrite(file, change):
             archive.writestr(name, change(name, content))
 
 
+OTHER = "of iql_torchrl: .*'a'.* "
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (
-            {"adapter_version": 99},
-            "of iql_torchrl: .*'a'.* version is 99, target adapter version is 1",
-        ),
-        ({"adapter": "torchrl.x"}, "of iql_torchrl: .*'a'.* adapter is 'torchrl.x', target"),
+        ({"adapter_version": 99}, f"{OTHER}version is 99, target adapter version is 1"),
+        ({"adapter": "torchrl.x"}, f"{OTHER}adapter is 'torchrl.x', target"),
         ({}, "another version of TorchRL"),
     ],
 )
@@ -136,60 +125,49 @@ class Malicious:
         return (open, (str(self.path), "w"))
 
 
-@pytest.mark.parametrize("form", ["torch", "pickle"])
-def test_a_malicious_pickle_is_not_run(file, tmp_path, form):
-    mark = tmp_path / "ran"
-    content = io.BytesIO()
-    if form == "torch":
-        torch.save({"x": Malicious(mark)}, content)
-    else:
-        pickle.dump(Malicious(mark), content)
+@pytest.mark.parametrize("save", [torch.save, pickle.dump])
+def test_a_malicious_pickle_is_not_run(tmp_path, save):
+    words = "not loaded, because loading it could run a progr"
+    words += "" if save is torch.save else "|truncated or damaged"
+    mark, content, path = tmp_path / "ran", io.BytesIO(), tmp_path / "agent.torchrl"
+    save({"x": Malicious(mark)}, content)
     pickle.loads(pickle.dumps(Malicious(mark))).close()
     assert mark.exists(), "the pickle does what it says when it is loaded"
     mark.unlink()
-    rewrite(file, lambda name, old: content.getvalue() if name.endswith("state.pt") else old)
-    with pytest.raises(CheckpointError, match=r"run a program|truncated or damaged"):
-        read_components(file)
+    write_components(path, {"agent": {"config": {}}, "loss_module": {}})
+    rewrite(path, lambda name, old: content.getvalue() if name.endswith("state.pt") else old)
+    for read in (lambda: read_components(path), lambda: Agent.from_hub(tmp_path)):
+        with pytest.raises(CheckpointError, match=words):
+            read()
     assert not mark.exists()
 
 
-def test_a_failed_write_leaves_the_old_file(file, monkeypatch):
-    before = file.read_bytes()
-
-    def full(*_, **__):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="no space"):
-        write_components(file, {"a": {}})
-    assert file.read_bytes() == before
-    assert [p.name for p in file.parent.iterdir()] == [file.name]
-
-
-def make_trainer(data=None, *, buffer=None, **options):
-    built = {name: options.pop(name) for name in ("hidden", "critics") if name in options}
-    if buffer is None:
-        buffer = replay_buffer(table(60) if data is None else data, 8, seed=0)
-    return small_trainers.make_trainer(make_step(**built), 6, replay_buffer=buffer, **options)
+def make_trainer(data=None, step=(), folder=None, **buffer):
+    data = table(60) if data is None else data
+    buffer = replay_buffer(data, **({"batch_size": 8, "seed": 0} | buffer))
+    step = make_step(**dict(step))
+    return small_trainers.make_trainer(step, 6, replay_buffer=buffer, folder=folder)
 
 
 @pytest.fixture
 def saved(tmp_path):
-    trainer = make_trainer(folder=tmp_path / "run")
-    trainer.train()
+    make_trainer(folder=tmp_path / "run").train()
     return newest(tmp_path / "run" / "checkpoints")
+
+
+def changed_table():
+    data = table(60)
+    data["action"][7, 0] += 1e-6
+    return data
 
 
 def refuses(trainer, path, words):
     """``load_from_file`` raises, and nothing of the trainer has changed."""
-    before = {
-        n: t.clone() for n, t in trainer.loss_module.state_dict().items() if torch.is_tensor(t)
-    }
-    generator = torch.get_rng_state()
+    before, generator = deepcopy(trainer.loss_module.state_dict()), torch.get_rng_state()
     with pytest.raises(CheckpointError, match=words):
         trainer.load_from_file(path)
     after = trainer.loss_module.state_dict()
-    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert all(torch.equal(before[n], after[n]) for n in before if torch.is_tensor(before[n]))
     assert torch.equal(generator, torch.get_rng_state())
     assert trainer.updates == 0
 
@@ -197,77 +175,56 @@ def refuses(trainer, path, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"hidden": (16, 8)}, r"the shape of .* was \(16, 16\) and is \(8, 16\).* and \d+ more"),
-        ({"hidden": (16,)}, r"the shape of .* was \(\d+,.*\) and is None"),
-        ({"critics": 3}, "the shape of .*qvalue.* was .2, .* and is .3, "),
+        (
+            {"step": {"hidden": (16, 8)}},
+            r"the shape of .* was \(16, 16\) and is \(8, 16\).* and \d+ more",
+        ),
+        ({"step": {"hidden": (16,)}}, r"the shape of .* was \(\d+,.*\) and is None"),
+        ({"step": {"critics": 3}}, "the shape of .*qvalue.* was .2, .* and is .3, "),
         ({"capacity": 100}, "the kind of replay buffer was 'fixed' and is 'growing'"),
         ({"seed": None}, "seed= of the replay buffer was True and is False"),
         ({"batch_size": 16}, "batch_size was 8 and is 16"),
-        ({"expectile": 0.9}, r"expectile was 0\.7.* and is 0\.9"),
         (
-            {"change": 1e-6},
+            {"data": changed_table()},
             "another run: action of the dataset was 'float32 .*' and is 'float32 .*'",
         ),
     ],
 )
 def test_another_run_is_refused_by_name(saved, options, words):
-    data = table(60)
-    data["action"][7, 0] += options.get("change", 0.0)
-    of_buffer = {n: v for n, v in options.items() if n in ("capacity", "seed", "batch_size")}
-    buffer = replay_buffer(data, **({"batch_size": 8, "seed": 0} | of_buffer))
-    built = {n: v for n, v in options.items() if n in ("hidden", "critics")}
-    trainer = make_trainer(buffer=buffer, **built)
-    trainer.loss_module.expectile = options.get("expectile", 0.7)
-    refuses(trainer, saved, words)
+    refuses(make_trainer(**options), saved, words)
 
 
-def test_a_growing_buffer_is_saved_with_its_data(tmp_path):
-    trainer, other = (
-        make_trainer(buffer=replay_buffer(table(60), 8, seed=0, capacity=100), folder=tmp_path)
-        for _ in range(2)
-    )
-    trainer.replay_buffer.extend(table(7))
-    trainer.train()
-    other.resume()
-    assert len(other.replay_buffer) == 67
-    for trained in (trainer, other):
-        trained.total_frames = 12
-        trained.train()
-    assert same_weights(trainer, other)
+def test_another_expectile_or_a_state_without_a_part_is_refused(saved):
+    trainer = make_trainer()
+    state = trainer.state_dict()
+    trainer.loss_module.expectile = 0.9
+    refuses(trainer, saved, r"expectile was 0\.7.* and is 0\.9")
+    del state["step"]
+    with pytest.raises(CheckpointError, match=r"the checkpoint lacks \['step'\]; it has \['data'"):
+        make_trainer().load_state_dict(state)
 
 
-def of_agent(tmp_path, reward="raw", **fields):
+def of_agent(folder=None, reward="raw", **fields):
     data = load_dataset(log(), reward=reward)
     agent = make_agent(config(updates=4, **fields), data)
-    return OfflineTrainer(agent=agent, dataset=data, folder=tmp_path, progress_bar=False)
+    return OfflineTrainer(agent=agent, dataset=data, folder=folder, progress_bar=False)
 
 
 def test_another_reward_map_or_other_settings_are_refused_by_name(tmp_path):
-    of_agent(tmp_path / "run").train()
-    saved = newest(tmp_path / "run" / "checkpoints")
-    other = of_agent(tmp_path / "b", reward=(2.0, 1.0))
+    trainer = of_agent(tmp_path)
+    trainer.train()
+    path, state = newest(tmp_path / "checkpoints"), trainer.state_dict()
     words = r"the reward map \(reward= of load_dataset\) was \[1\.0, 0\.0\] and is \[2\.0, 1\.0\]"
-    refuses(other, saved, f"{words}; next.reward of the dataset was")
-    other = of_agent(tmp_path / "c", expectile=0.9, temperature=1.0)
-    refuses(other, saved, r"expectile was 0\.7 and is 0\.9; temperature was 3\.0 and is 1\.0")
-    resumed = of_agent(tmp_path / "d", compile=False)
-    assert resumed.load_from_file(saved).updates == 4
-
-
-def test_a_setting_that_an_older_version_did_not_save_has_its_default(tmp_path):
-    saved = of_agent(tmp_path / "a").state_dict()
-    del saved["agent"]["config"]["max_grad_norm"], saved["settings"]["max_weight"]
-    of_agent(tmp_path / "b").load_state_dict(saved)
+    refuses(of_agent(reward=(2.0, 1.0)), path, f"{words}; next.reward of the dataset was")
+    words = r"expectile was 0\.7 and is 0\.9; temperature was 3\.0 and is 1\.0"
+    refuses(of_agent(expectile=0.9, temperature=1.0), path, words)
+    assert of_agent(compile=False).load_from_file(path).updates == 4
+    # settings that an older version did not save have their defaults
+    del state["agent"]["config"]["max_grad_norm"], state["settings"]["max_weight"]
+    of_agent().load_state_dict(state)
     for name, value in {"max_grad_norm": 1.0, "max_weight": 50.0}.items():
         with pytest.raises(CheckpointError, match=rf"{name} was .* and is {value}"):
-            of_agent(tmp_path / "c", **{name: value}).load_state_dict(saved)
-
-
-def test_a_state_without_a_part_is_refused(tmp_path):
-    saved = make_trainer().state_dict()
-    del saved["step"]
-    with pytest.raises(CheckpointError, match=r"the checkpoint lacks \['step'\]; it has \['data'"):
-        make_trainer().load_state_dict(saved)
+            of_agent(**{name: value}).load_state_dict(state)
 
 
 def test_torchrls_own_load_checks_the_data_too(saved):
@@ -277,10 +234,8 @@ def test_torchrls_own_load_checks_the_data_too(saved):
         return trainer
 
     assert load(make_trainer()).updates == 6
-    data = table(60)
-    data["action"][7, 0] += 1e-6
     with pytest.raises(CheckpointError, match="action of the dataset was"):
-        load(make_trainer(data))
+        load(make_trainer(changed_table()))
 
 
 def test_random_generators_come_back(saved):
@@ -306,3 +261,50 @@ def test_a_fingerprint_notices_any_value(row, key):
     changed = fingerprint(data)
     name = key if isinstance(key, str) else ".".join(key)
     assert {k for k in whole if whole[k] != changed[k]} == {name}
+
+
+# -- an agent with a dataset that it was not made for
+
+
+@pytest.mark.parametrize(
+    ("asked", "loaded", "lines"),
+    [("return_range", "raw", 1), ("raw", (2.0, 0.0), 1), ("raw", "raw", 0), ("minus_one", -1, 0)],
+)
+def test_a_config_of_another_reward_is_reported(asked, loaded, lines, caplog):
+    reward = (1.0, -1.0) if loaded == -1 else loaded
+    dataset = load_dataset(log(), reward=reward)
+    agent = make_agent(config(reward=asked), dataset)
+    with caplog.at_level("WARNING", logger="torchrl"):
+        torchrl_logger.addHandler(caplog.handler)
+        try:
+            OfflineTrainer(agent=agent, dataset=dataset, total_updates=1, progress_bar=False)
+        finally:
+            torchrl_logger.removeHandler(caplog.handler)
+    assert len(caplog.messages) == lines
+    for line in caplog.messages:
+        assert line.startswith(f"config.reward is '{asked}' and the rewards of ")
+
+
+def observations(width: int, dtype: type = np.float32):
+    return np.random.default_rng(1).normal(size=(40, width)).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "key", "words"),
+    [
+        ({}, {"observation": observations(5)}, "observation", r"Box.*\(3,\).*Box of shape \(5,\)"),
+        ({}, {"action": np.full((40, 3), 0.5, "f4")}, "action", r"Box.*\(2,\).*Box of shape \(3,\)"),
+        ({}, {"action": np.arange(40) % 4}, "action", r"Box of shape \(2,\).*Discrete\(4\)"),
+        ({"action": np.arange(40) % 4}, {"action": np.arange(40) % 5}, "action",
+         r"Discrete\(4\).*Discrete\(5\)"),
+    ],
+)  # fmt: skip
+def test_a_dataset_of_other_shapes_or_categories_is_refused_and_other_rows_are_taken(
+    own, given, key, words
+):
+    agent = make_agent(config(), load_dataset(log(**own)))
+    with pytest.raises(ValueError, match=rf"^{key}: the agent was made for {words}.*make_agent"):
+        OfflineTrainer(agent=agent, dataset=load_dataset(log(**given)), progress_bar=False)
+    if not own:
+        other = load_dataset(log(observation=observations(3)))
+        OfflineTrainer(agent=agent, dataset=other, total_updates=2, progress_bar=False).train()

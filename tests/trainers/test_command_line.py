@@ -55,16 +55,6 @@ def test_other_arguments_and_folders_without_a_run_exit_with_a_sentence(
     assert error.count("\n") == 1
 
 
-def test_under_torchrun_on_one_machine_the_command_starts_as_many_processes(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    launch = f"{sys.executable} -m torch.distributed.run --nproc-per-node 4"
-    assert resume_command(Path("runs/a")) == f"{launch} train.py --resume runs/a"
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert resume_command(Path("runs/a")) == f"{sys.executable} train.py --resume runs/a"
-
-
 def test_a_script_that_was_started_again_finds_its_newest_folder(tmp_path):
     assert started_folder(tmp_path, "run", SAVED) is None
     first = new_folder(tmp_path, "run", SAVED)
@@ -77,9 +67,14 @@ def test_a_script_that_was_started_again_finds_its_newest_folder(tmp_path):
     assert started_folder(tmp_path, "runs", SAVED) is None
 
 
-def test_the_command_and_the_name(monkeypatch):
+def test_the_command_also_under_torchrun_on_one_machine_and_the_name(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["my script.py", "--updates", "3"])
-    command = resume_command(Path("runs/a b"))
-    assert command == f"{sys.executable} 'my script.py' --resume 'runs/a b'"
+    plain = f"{sys.executable} 'my script.py' --resume 'runs/a b'"
+    assert resume_command(Path("runs/a b")) == plain
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    launch = f"{sys.executable} -m torch.distributed.run --nproc-per-node 4"
+    for here, command in (("4", plain.replace(sys.executable, launch)), ("2", plain)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        assert resume_command(Path("runs/a b")) == command
     assert default_name("pendulum/mixed-v0", 3) == "pendulum-mixed-v0-seed3"
     assert default_name("/data/my log.npz", 0) == "data-my-log.npz-seed0"

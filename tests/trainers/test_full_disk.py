@@ -89,25 +89,19 @@ def test_training_names_the_checkpoint_and_the_last_one_survives(tmp_path, full_
             full_disk()
         return {"return_mean": float(trainer.updates)}
 
-    settings = {"eval_interval": 5, "log_interval": 5, "folder": tmp_path}
-    trainer = make_trainer(step, 20, evaluation=evaluation, **settings)
+    settings = {"eval_interval": 5, "folder": tmp_path}
+    trainer = make_trainer(step, evaluation=evaluation, **settings)
     folder = tmp_path / "checkpoints"
     with names(folder / "checkpoint-000000000010.torchrl"):
         trainer.train()
     assert newest(folder).name == "checkpoint-000000000005.torchrl"
     assert not list(tmp_path.glob("**/.*")), "nothing half written stays"
+    with names(tmp_path / "run.torchrl"):
+        make_trainer(total=4, save_trainer_file=tmp_path / "run.torchrl").train()
     monkeypatch.undo()
     again = make_step()
-    assert make_trainer(again, 20, **settings).resume().updates == 5
+    assert make_trainer(again, **settings).resume().updates == 5
     assert weight(again) == weights[5]
-
-
-def test_a_trainer_with_one_file_names_it(tmp_path, full_disk):
-    path = tmp_path / "run.torchrl"
-    trainer = make_trainer(make_step(), 4, save_trainer_file=path)
-    full_disk()
-    with names(path):
-        trainer.train()
 
 
 def test_components_and_copies_name_their_file(tmp_path, full_disk, monkeypatch):
@@ -129,12 +123,13 @@ def test_components_and_copies_name_their_file(tmp_path, full_disk, monkeypatch)
 
 def test_an_error_that_names_another_file_keeps_its_name(tmp_path):
     missing, nowhere = tmp_path / "missing", tmp_path / "no folder" / "table"
-    with pytest.raises(FileNotFoundError) as caught, whole_file(tmp_path / "table") as temporary:
-        temporary.write_text(missing.read_text())
-    assert caught.value.filename == str(missing)
-    with pytest.raises(FileNotFoundError) as caught, whole_file(nowhere) as temporary:
-        temporary.write_text("x")
-    assert caught.value.filename == str(nowhere), "not the temporary one"
+    for path, text, name in (
+        (tmp_path / "table", missing.read_text, missing),
+        (nowhere, lambda: "x", nowhere),  # not the temporary one
+    ):
+        with pytest.raises(FileNotFoundError) as caught, whole_file(path) as temporary:
+            temporary.write_text(text())
+        assert caught.value.filename == str(name)
     with pytest.raises(OSError, match="without a number"), whole_file(tmp_path / "table"):
         raise OSError("without a number")
 

@@ -20,6 +20,7 @@ from small_agents import by_hand
 from iql_torchrl import Agent, IQLConfig, IQLPopulation, OfflineTrainer, load_dataset, make_agent
 
 FOLDER = Path(__file__).with_name("old_checkpoints")
+EXPECTED = json.loads((FOLDER / "expected.json").read_text())
 CONFIG = {"hidden": (8,), "batch_size": 8, "reward": "raw", "compile": False}
 
 
@@ -49,37 +50,16 @@ def dataset():
 def trainer(folder: Path) -> OfflineTrainer:
     data = dataset()
     agent = make_agent(IQLConfig(updates=20, seed=3, **CONFIG), data)
-    return OfflineTrainer(
-        agent=agent,
-        dataset=data,
-        log_interval=5,
-        eval_interval=10,
-        evaluation=lambda: {"return_mean": float(next(agent.actor.parameters()).detach().sum())},
-        folder=folder,
-        progress_bar=False,
-    )
 
+    def score():
+        return {"return_mean": float(next(agent.actor.parameters()).detach().sum())}
 
-def population() -> IQLPopulation:
-    configs = [
-        IQLConfig(updates=20, seed=seed, expectile=expectile, **CONFIG)
-        for seed, expectile in ((0, 0.7), (1, 0.9))
-    ]
-    return IQLPopulation(configs, dataset())
-
-
-def advance(runs: IQLPopulation, updates: int) -> None:
-    for _ in runs.train(updates):
-        pass
+    options = {"log_interval": 5, "eval_interval": 10, "progress_bar": False}
+    return OfflineTrainer(agent=agent, dataset=data, evaluation=score, folder=folder, **options)
 
 
 def weights(agent: Agent) -> list[float]:
     return torch.cat([p.detach().flatten() for p in agent.actor.parameters()]).tolist()
-
-
-@pytest.fixture(scope="module")
-def expected():
-    return json.loads((FOLDER / "expected.json").read_text())
 
 
 def test_an_old_agent_loads_and_acts():
@@ -101,22 +81,23 @@ def member_of(file: str, part: str) -> bytes:
         return archive.read(name)
 
 
-def test_training_continues_from_an_old_checkpoint(tmp_path, expected):
+def test_training_continues_from_an_old_checkpoint(tmp_path):
     run = trainer(tmp_path).load_from_file(FOLDER / "agent.torchrl")
     assert run.updates == 10
-    assert run.progress.rows == [row for row in expected["rows"] if row["update"] <= 10]
+    assert run.progress.rows == [row for row in EXPECTED["rows"] if row["update"] <= 10]
     run.train()
-    assert weights(run.agent) == pytest.approx(expected["agent"], rel=1e-4, abs=1e-6)
-    for row, other in zip(run.progress.rows, expected["rows"], strict=True):
+    assert weights(run.agent) == pytest.approx(EXPECTED["agent"], rel=1e-4, abs=1e-6)
+    for row, other in zip(run.progress.rows, EXPECTED["rows"], strict=True):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
 
 
-def test_an_old_population_loads_and_continues(expected):
+def test_an_old_population_loads_and_continues():
     runs = IQLPopulation.load(FOLDER / "population.torchrl", dataset())
     assert runs.updates == 4
     assert [config.expectile for config in runs.configs] == [0.7, 0.9]
     before = weights(runs.member(0))
-    advance(runs, 4)
-    for number, values in enumerate(expected["population"]):
+    for _ in runs.train(4):
+        pass
+    for number, values in enumerate(EXPECTED["population"]):
         assert weights(runs.member(number)) == pytest.approx(values, rel=1e-4, abs=1e-6)
-    assert before != pytest.approx(expected["population"][0], rel=1e-4, abs=1e-6)
+    assert before != pytest.approx(EXPECTED["population"][0], rel=1e-4, abs=1e-6)

@@ -7,15 +7,14 @@ import math
 import os
 import signal
 import time
+from unittest.mock import Mock, create_autospec
 
 import numpy as np
 import pytest
 import torch
 from small_trainers import Numbers, make_step, make_trainer, same_weights, table, weight
 from tensordict import TensorDict
-from torch import optim
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-from torchrl.objectives import SoftUpdate
 
 from iql_torchrl import IQLStep, OfflineTrainer
 from iql_torchrl.data import DeviceSampler, replay_buffer
@@ -32,8 +31,14 @@ def by_hand(step, updates, seed=0):
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
 def test_trains_as_the_loop_by_hand_and_rows_are_means(order):
     step, alone = make_step(order=order), make_step(order=order)
-    trainer = make_trainer(step, 25, log_interval=10)
+    trainer = make_trainer(step, 2.5e1, log_interval=1e1)  # whole numbers
     trainer.train()
+    if order == "sequential":  # parts in place of a step
+        made = make_step()
+        parts = {"loss_module": made.loss, "optimizer": made.optimizer, "progress_bar": False}
+        parts |= {"target_net_updater": made.spare_updater, "total_updates": 25}
+        OfflineTrainer(replay_buffer=replay_buffer(table(), 16, seed=0), **parts).train()
+        assert same_weights(made, step)
     metrics = by_hand(alone, 25)
     assert same_weights(step, alone)
     assert [row["update"] for row in trainer.progress.rows] == [10, 20, 25]
@@ -43,31 +48,32 @@ def test_trains_as_the_loop_by_hand_and_rows_are_means(order):
             assert row[name] == pytest.approx(mean, rel=1e-5)
 
 
-def test_a_device_sampler_continues_from_its_state(tmp_path):
-    def make(total):
-        sampler = DeviceSampler(table(), 16, seed=0)
-        return make_trainer(make_step(), total, replay_buffer=sampler, folder=tmp_path)
+def buffer_of(kind):
+    if kind == "device sampler":
+        return DeviceSampler(table(), 16, seed=0)
+    if kind == "growing":
+        return replay_buffer(table(60), 16, seed=0, capacity=100)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100), batch_size=16, prefetch=2)
+    buffer.extend(table(60))
+    return buffer
 
-    alone = make_step()
-    make_trainer(alone, 12, replay_buffer=DeviceSampler(table(), 16, seed=0)).train()
-    make(6).train()
-    again = make(12).resume()
+
+@pytest.mark.parametrize("kind", ["device sampler", "growing", "drawing ahead"])
+def test_a_run_continues_with_its_buffer_and_what_it_was_extended_by(tmp_path, kind):
+    def make(total, folder):
+        return make_trainer(total=total, replay_buffer=buffer_of(kind), folder=tmp_path / folder)
+
+    alone, stopped, again = make(12, "alone"), make(6, "stopped"), make(12, "stopped")
+    for trainer in (alone, stopped):
+        if kind == "growing":
+            trainer.replay_buffer.extend(table(7))
+        trainer.train()
+    assert again.resume().updates == 6
+    if kind != "device sampler":
+        assert len(again.replay_buffer) == (67 if kind == "growing" else 60)
     again.train()
-    assert same_weights(again.step, alone)
-
-
-def test_parts_in_place_of_a_step():
-    step, alone = make_step(), make_step()
-    OfflineTrainer(
-        loss_module=step.loss,
-        optimizer=optim.Adam(step.loss.parameters(), lr=1e-3),
-        target_net_updater=SoftUpdate(step.loss, tau=0.1),
-        replay_buffer=replay_buffer(table(), 16, seed=0),
-        total_updates=4,
-        progress_bar=False,
-    ).train()
-    by_hand(alone, 4)
-    assert same_weights(step, alone)
+    if kind != "drawing ahead":  # which draws from torch's own generator
+        assert same_weights(again, alone)
 
 
 def test_events_come_on_time_and_every_number_is_logged():
@@ -91,17 +97,6 @@ def test_events_come_on_time_and_every_number_is_logged():
 
 def test_between_events_nothing_but_sampling_and_stepping():
     """The loop asks for as many batches as updates, and reads no tensor on the host."""
-    calls = {"sample": 0, "step": 0}
-    buffer = replay_buffer(table(), 16, seed=0)
-
-    class Counting:
-        def sample(self):
-            calls["sample"] += 1
-            return buffer.sample()
-
-    def step(batch):
-        calls["step"] += 1
-        return TensorDict({"loss_value": Unreadable(torch.ones(()))})
 
     class Unreadable(torch.Tensor):
         def item(self):
@@ -109,12 +104,14 @@ def test_between_events_nothing_but_sampling_and_stepping():
 
         __float__ = __bool__ = tolist = item
 
-    trainer = OfflineTrainer(
-        step=step, replay_buffer=Counting(), total_updates=50, log_interval=50, progress_bar=False
-    )
+    def step(batch):
+        return TensorDict({"loss_value": Unreadable(torch.ones(()))})
+
+    buffer, counted = Mock(spec=["sample"]), create_autospec(step, side_effect=step)
+    trainer = make_trainer(counted, 50, replay_buffer=buffer, log_interval=50)
     trainer.progress.new_row = lambda update: {}  # the one place that may read
     trainer.train()
-    assert calls == {"sample": 50, "step": 50}
+    assert (buffer.sample.call_count, counted.call_count) == (50, 50)
 
 
 class Captured:
@@ -128,150 +125,123 @@ class Captured:
 
     def __call__(self):
         self.calls += 1
-        metrics = [self.plain(self.buffer.sample()) for _ in range(self.updates)]
-        return torch.stack(metrics).mean(0)
+        return torch.stack([self.plain(self.buffer.sample()) for _ in range(5)]).mean(0)
 
 
 def test_a_step_that_makes_several_updates_a_call():
     captured, alone = Captured(), make_step()
     trainer = make_trainer(captured, 20, log_interval=10)
     trainer.train()
-    metrics = by_hand(alone, 20)
+    first = np.mean([float(m["loss_value"]) for m in by_hand(alone, 20)[:10]])
     assert captured.calls == 4
     assert same_weights(captured.plain, alone)
     assert trainer.loss_module is captured.plain.loss
-    first = np.mean([float(m["loss_value"]) for m in metrics[:10]])
     assert trainer.progress.rows[0]["loss_value"] == pytest.approx(first, rel=1e-5)
     with pytest.raises(ValueError, match="log_interval is 7, and the step makes 5 updates a call"):
         make_trainer(Captured(), 20, log_interval=7)
 
 
-def interrupted_step(update, number=signal.SIGINT):
-    """A step that gets the signal in the middle of one of its updates; and its number of updates."""
+def stepping(before):
+    """A step that calls ``before(number of this update, batch)`` first."""
     step, calls = make_step(), []
 
-    class Interrupted(IQLStep):
+    class Stepping(IQLStep):
         def __call__(self, batch):
             calls.append(1)
-            if len(calls) == update:
-                os.kill(os.getpid(), number)
+            before(len(calls), batch)
             return super().__call__(batch)
 
-    step.__class__ = Interrupted
+    step.__class__ = Stepping
     return step, calls
 
 
+SIGNALS = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: SystemExit}
+FOLDER = "trainer.resume().train()"
+NOTHING = "Nothing was saved, because the trainer has no folder=. In this process, continue with: "
+FILE = "trainer.load_from_file('a.torchrl').train()"
+
+
 @pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+    ("number", "destination", "words"),
+    [
+        *((number, {"folder": "run"}, f"Continue with: {FOLDER}") for number in SIGNALS),
+        (signal.SIGINT, {}, f"{NOTHING}trainer.train()"),
+        (signal.SIGINT, {"save_trainer_file": "a.torchrl"}, f"with: {FILE}"),
+        (
+            signal.SIGINT,
+            {"folder": "run", "resume_command": "make again"},
+            "and saved run. Continue with: make again",
+        ),
+    ],
 )
 def test_interruption_finishes_the_update_saves_and_prints_how_to_continue(
-    tmp_path, capfd, number, error
+    tmp_path, capfd, monkeypatch, number, destination, words
 ):
-    step, _ = interrupted_step(7, number)
+    monkeypatch.chdir(tmp_path)
+    step, calls = stepping(lambda update, _: update == 7 and os.kill(os.getpid(), number))
     before = signal.getsignal(number)
-    trainer = make_trainer(step, 20, log_interval=5, folder=tmp_path / "run")
-    with pytest.raises(error):
+    trainer = make_trainer(step, 20, **destination)
+    with pytest.raises(SIGNALS[number]):
         trainer.train()
     assert signal.getsignal(number) is before
     assert trainer.updates == 7
-    err = capfd.readouterr().err
-    assert "Stopped after update 7 of 20" in err
-    assert "Continue with: trainer.resume().train()" in err
-    assert newest(tmp_path / "run" / "checkpoints").name == "checkpoint-000000000007.torchrl"
-    resumed, alone = make_step(), make_step()
-    make_trainer(resumed, 20, log_interval=5, folder=tmp_path / "run").resume().train()
+    error = capfd.readouterr().err
+    assert "Stopped after update 7 of 20" in error
+    assert words in error
+    alone = make_step()
     by_hand(alone, 20)
-    assert same_weights(resumed, alone)
-    rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
-    assert [row["update"] for row in rows] == ["5", "10", "15", "20"]
-
-
-@pytest.mark.parametrize(
-    ("destination", "words"),
-    [
-        ({}, "Nothing was saved, because the trainer has no folder=. In this process, continue with: "
-             "trainer.train()"),
-        ({"save_trainer_file": "a.torchrl"}, "with: trainer.load_from_file('a.torchrl').train()"),
-        ({"folder": "run", "resume_command": "make again"}, "and saved run. Continue with: make again"),
-    ],
-)  # fmt: skip
-def test_the_command_printed_after_an_interruption_continues_the_run(
-    tmp_path, capfd, monkeypatch, destination, words
-):
-    monkeypatch.chdir(tmp_path)
-    step, calls = interrupted_step(3)
-    trainer = make_trainer(step, 6, **destination)
-    with pytest.raises(KeyboardInterrupt):
+    if "folder" in destination:
+        assert newest(tmp_path / "run" / "checkpoints").name == "checkpoint-000000000007.torchrl"
+        resumed = make_step()
+        make_trainer(resumed, 20, folder="run").resume().train()
+        rows = list(csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines()))
+        assert [row["update"] for row in rows] == ["5", "10", "15", "20"]
+    else:
+        resumed = step
+        if destination:
+            trainer.load_from_file("a.torchrl")
         trainer.train()
-    assert words in capfd.readouterr().err
-    if "save_trainer_file" in destination:
-        trainer.load_from_file("a.torchrl")
-    trainer.train()
-    assert trainer.updates == len(calls) == 6
+        assert trainer.updates == len(calls) == 20
+    assert same_weights(resumed, alone)
 
 
 def test_a_second_interruption_stops_at_once():
-    step = make_step()
-
-    def impatient(batch):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        raise AssertionError("not reached")
-
-    impatient.loss = step.loss
+    step, calls = stepping(lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
-        make_trainer(impatient, 20).train()
+        make_trainer(step, 20).train()
+    assert len(calls) == 1
+    assert not step.optimizer.state, "the update was not finished"
 
 
 def test_the_best_checkpoint_is_kept_by_score(tmp_path):
-    scores, weights = iter([1.0, 5.0, math.nan, 2.0, 4.0]), {}
+    scores, weights, step = iter([1.0, 5.0, math.nan, 2.0, 4.0]), {}, make_step()
 
     def evaluation():
         score = next(scores)
         weights[score] = weight(step)
         return {"return_mean": score}
 
-    step = make_step()
-    trainer = make_trainer(
-        step, 20, eval_interval=5, evaluation=evaluation, folder=tmp_path, keep_last=1
-    )
-    trainer.train()
+    options = {"eval_interval": 5, "folder": tmp_path, "keep_last": 1}
+    make_trainer(step, evaluation=evaluation, **options).train()
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names == ["checkpoint-000000000020.torchrl"]
     best = make_step()
-    make_trainer(best, 20, folder=tmp_path / "other").load_from_file(tmp_path / "best.torchrl")
+    make_trainer(best, folder=tmp_path / "other").load_from_file(tmp_path / "best.torchrl")
     assert weight(best) == weights[5.0]
     assert not list(tmp_path.glob("**/.*")), "no temporary file may stay"
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(tmp_path):
-    data = table()
-    data["next", "reward"][:] = 1.0
-    step = make_step()
-
-    def spoiling(batch):
-        if trainer.updates == 12:
+    def spoil(update, batch):
+        if update == 13:
             batch["next", "reward"][:] = math.nan
-        return step(batch)
 
-    spoiling.loss = step.loss
-    trainer = make_trainer(
-        spoiling,
-        30,
-        log_interval=5,
-        save_trainer_interval=5,
-        folder=tmp_path,
-        replay_buffer=replay_buffer(data, 16, seed=0),
-    )
+    options = {"save_trainer_interval": 5, "folder": tmp_path}
+    trainer = make_trainer(stepping(spoil)[0], 30, **options)
     with pytest.raises(FloatingPointError, match=r"loss_qvalue.* became nan before update 15"):
         trainer.train()
     assert newest(tmp_path / "checkpoints").name == "checkpoint-000000000010.torchrl"
-
-
-class Sampled:
-    def sample(self):
-        raise AssertionError("never sampled")
 
 
 @pytest.mark.parametrize(
@@ -280,7 +250,7 @@ class Sampled:
         ({"replay_buffer": None}, "replay_buffer and total_updates are needed"),
         ({"step": None}, "nothing to train"),
         ({"optimizer": 1}, "optimizer is not the step's own"),
-        ({"step": "loss"}, "step is a loss, which updates nothing"),
+        ({"step": make_step().loss}, "step is a loss, which updates nothing"),
         ({"total_updates": 0}, "total_updates is 0"),
         ({"total_updates": True}, "total_updates is True"),
         ({"eval_interval": 2.5, "evaluation": dict}, r"eval_interval is 2\.5; it counts updates"),
@@ -292,32 +262,33 @@ class Sampled:
     ],
 )
 def test_wrong_parts_are_refused_before_training(options, words):
-    step = make_step()
-    options = {"step": step, "replay_buffer": Sampled(), "total_updates": 3} | options
-    options["step"] = step.loss if options["step"] == "loss" else options["step"]
+    buffer = Mock(spec=["sample"])
+    options = {"step": make_step(), "replay_buffer": buffer, "total_updates": 3} | options
     with pytest.raises(ValueError, match=words):
         OfflineTrainer(**options)
+    assert not buffer.sample.called
 
 
-def test_a_monitor_that_the_evaluation_lacks_and_folders_without_a_checkpoint(tmp_path):
-    trainer = make_trainer(make_step(), 3, evaluation=lambda: {"score": 1.0})
-    with pytest.raises(ValueError, match="monitor is 'return_mean', which the evaluation does not"):
-        trainer.train()
+def test_folders_without_a_checkpoint_and_parts_that_could_not_be_read_again(tmp_path):
     with pytest.raises(ValueError, match="there is none; use load_from_file"):
-        trainer.resume()
+        make_trainer().resume()
+    trainer = make_trainer(folder=tmp_path)
     with pytest.raises(CheckpointError, match="there is no such folder of checkpoints"):
-        make_trainer(make_step(), 3, folder=tmp_path).resume()
+        trainer.resume()
+    odd = Mock(**{"state_dict.return_value": {"object": np.float64(1.0)}})
+    trainer.register_module("odd", odd)
+    with pytest.raises(CheckpointError, match="Mock holds something other than plain data"):
+        trainer.train()
+    assert not odd.load_state_dict.called
 
 
 def test_a_folder_that_holds_another_run_is_refused_and_resume_continues_it(tmp_path):
-    make_trainer(make_step(), 10, folder=tmp_path).train()
-    other = make_trainer(make_step(), 5, folder=tmp_path)
-    with pytest.raises(
-        ValueError, match=r"contains a run \(\d checkpoints\): call trainer\.resume\(\)\.train\(\)"
-    ):
-        other.train()
+    make_trainer(total=10, folder=tmp_path).train()
+    words = r"contains a run \(\d checkpoints\): call trainer\.resume\(\)\.train\(\)"
+    with pytest.raises(ValueError, match=words):
+        make_trainer(total=5, folder=tmp_path).train()
     step = make_step()
-    trainer, begun = make_trainer(step, 20, folder=tmp_path), weight(step)
+    trainer, begun = make_trainer(step, folder=tmp_path), weight(step)
     assert trainer.resume() is trainer
     assert trainer.updates == 10
     loaded = weight(step)
@@ -345,15 +316,6 @@ def test_a_total_below_the_updates_made_is_refused_before_anything_is_loaded(tmp
         longer.train()
 
 
-@pytest.mark.parametrize("number", [np.float64(3), np.int64(3), np.float32(3), torch.tensor([3.0])])
-def test_any_kind_of_number_from_an_evaluation_survives_a_checkpoint(tmp_path, number):
-    step = make_step()
-    make_trainer(step, 4, evaluation=lambda: {"return_mean": number}, folder=tmp_path).train()
-    again = make_trainer(make_step(), 4, folder=tmp_path).resume()
-    assert again.progress.best == 3.0
-    assert {row["return_mean"] for row in again.progress.rows if "return_mean" in row} == {3.0}
-
-
 @pytest.mark.parametrize(
     ("result", "words"),
     [
@@ -362,30 +324,38 @@ def test_any_kind_of_number_from_an_evaluation_survives_a_checkpoint(tmp_path, n
         ({"return_mean": None}, "returned {'return_mean': None}; expected .* a dict of numbers"),
         ({"return_mean": "good"}, "returned {'return_mean': 'good'}"),
         ({"return_mean": 1.0, "update": 7}, "gives 'update', which is the number of updates"),
+        ({"score": 1.0}, "monitor is 'return_mean', which the evaluation does not"),
     ],
 )
 def test_a_wrong_result_of_an_evaluation_is_an_error(result, words):
     with pytest.raises((TypeError, ValueError), match=words):
-        make_trainer(make_step(), 4, evaluation=lambda: result).train()
+        make_trainer(evaluation=lambda: result).train()
+
+
+@pytest.mark.parametrize("number", [np.float64(3), np.int64(3), np.float32(3), torch.tensor([3.0])])
+def test_any_kind_of_number_from_an_evaluation_survives_a_checkpoint(tmp_path, number):
+    make_trainer(total=4, evaluation=lambda: {"return_mean": number}, folder=tmp_path).train()
+    again = make_trainer(total=4, folder=tmp_path).resume()
+    assert again.progress.best == 3.0
+    assert {row["return_mean"] for row in again.progress.rows if "return_mean" in row} == {3.0}
 
 
 def test_an_evaluation_that_fails_loses_no_update_and_is_made_up_after_a_resume(tmp_path):
-    played = []
+    played, failing = [], {20}
 
-    def run(*failing):
-        def evaluation():
-            played.append(trainer.updates)
-            if trainer.updates in failing:
-                raise OSError("the simulator is gone")
-            return {"return_mean": float(trainer.updates)}
+    def evaluation():
+        played.append(trainer.updates)
+        if trainer.updates in failing:
+            raise OSError("the simulator is gone")
+        return {"return_mean": float(trainer.updates)}
 
-        trainer = make_trainer(eval_interval=10, folder=tmp_path, evaluation=evaluation)
-        return trainer
-
+    options = {"eval_interval": 10, "folder": tmp_path, "evaluation": evaluation}
+    trainer = make_trainer(**options)
     with pytest.raises(OSError, match="simulator"):
-        run(20).train()
+        trainer.train()
     assert newest(tmp_path / "checkpoints").name == "checkpoint-000000000020.torchrl"
-    trainer = run().resume()
+    failing.clear()
+    trainer = make_trainer(**options).resume()
     trainer.train()
     assert played == [0, 10, 20, 20]
     assert trainer.progress.best_update == 20
@@ -415,29 +385,3 @@ def test_what_a_killed_process_left_is_deleted(tmp_path):
         path.write_bytes(b"")
     make_trainer(total=12, folder=tmp_path).resume().train()
     assert not any(path.exists() for path in (*left, left[1].parent))
-
-
-def test_a_part_that_could_not_be_read_again_is_refused_when_first_saved(tmp_path):
-    class Odd:
-        def state_dict(self):
-            return {"object": np.float64(1.0)}
-
-        def load_state_dict(self, state):
-            raise AssertionError("never read")
-
-    trainer = make_trainer(make_step(), 4, folder=tmp_path)
-    trainer.register_module("odd", Odd())
-    with pytest.raises(CheckpointError, match="Odd holds something other than plain data"):
-        trainer.train()
-
-
-def test_a_buffer_that_draws_ahead_can_be_saved(tmp_path):
-    def make():
-        buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(100), batch_size=16, prefetch=2)
-        buffer.extend(table())
-        return make_trainer(make_step(), 6, replay_buffer=buffer, folder=tmp_path)
-
-    make().train()
-    again = make().resume()
-    assert again.updates == 6
-    assert len(again.replay_buffer) == 100

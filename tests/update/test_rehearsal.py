@@ -182,7 +182,18 @@ def with_adam(rate: Any, schedule: Any = None) -> Any:
     return step
 
 
-@pytest.mark.parametrize("rate", [0.25, torch.tensor(0.25), "tensor on the device"])
+def test_a_rate_on_the_cpu_becomes_one_on_the_device():
+    rate = torch.tensor(0.25)
+    update = GraphUpdate(with_adam(rate))
+    before = update.moments().rates
+    assert {each.device.type for each in before} == {"meta"}
+    rate.fill_(0.5)
+    after = update.moments().rates  # the same tensors, for the same program
+    assert all(a is b for a, b in zip(before, after, strict=True))
+    assert update._numbers == [0.5] * 3
+
+
+@pytest.mark.parametrize("rate", [0.25, "tensor on the device"])
 def test_rates_are_copied_to_the_device_and_not_read_from_it(rate):
     rate = torch.tensor(0.25, device="meta") if isinstance(rate, str) else rate
     update = GraphUpdate(with_adam(rate))
