@@ -520,9 +520,7 @@ add(
     "agent/build.py",
     "        SoftUpdate(loss, tau=config.polyak),",
     "        SoftUpdate(loss, tau=0.005),",
-    "agent/test_agent.py",
-    "examples/test_plain_iql.py",
-    "population/test_population.py",
+    "agent/test_targets.py",
 )
 add(
     "V has the critics' learning rate",
@@ -574,6 +572,7 @@ add(
     "agent/export.py",
     ".clamp(min=1.0)).all()):",
     ".clamp(min=1.0)).any()):",
+    "agent/test_targets.py",
     "agent/test_export_own.py",
 )
 add(
@@ -661,6 +660,7 @@ add(
     "trainers/events.py",
     "(self.best is not None and value <= self.best)",
     "(self.best is not None and value < self.best)",
+    "trainers/test_progress.py",
     "trainers/test_trainer.py",
 )
 add(
@@ -671,6 +671,7 @@ add(
     "trainers/events.py",
     'if n.startswith("loss_") and not math.isfinite(v)]',
     'if n.startswith("loss_") and math.isnan(v)]',
+    "trainers/test_progress.py",
     "trainers/test_trainer.py",
 )
 add(
