@@ -261,8 +261,8 @@ add(
     "omitted write",
     "The moving average of the policy's weights is not updated.",
     "update/step.py",
-    "        _polyak_step(self.averaged.targets, self.averaged.live, self.loss.actor_ema)\n",
-    "",
+    "_polyak_step(self.averaged.targets, self.averaged.live,",
+    "_polyak_step([], [],",
     "losses/test_average.py",
 )
 add(
