@@ -120,12 +120,12 @@ class Captured:
     updates = 5
 
     def __init__(self):
-        self.step, self.calls = make_step(), 0
+        self.plain, self.calls = make_step(), 0
         self.buffer = replay_buffer(table(), 16, seed=0)
 
     def __call__(self):
         self.calls += 1
-        return torch.stack([self.step(self.buffer.sample()) for _ in range(5)]).mean(0)
+        return torch.stack([self.plain(self.buffer.sample()) for _ in range(5)]).mean(0)
 
 
 def test_a_step_that_makes_several_updates_a_call():
@@ -134,8 +134,8 @@ def test_a_step_that_makes_several_updates_a_call():
     trainer.train()
     first = np.mean([float(m["loss_value"]) for m in by_hand(alone, 20)[:10]])
     assert captured.calls == 4
-    assert same_weights(captured.step, alone)
-    assert trainer.loss_module is captured.step.loss
+    assert same_weights(captured.plain, alone)
+    assert trainer.loss_module is captured.plain.loss
     assert trainer.progress.rows[0]["loss_value"] == pytest.approx(first, rel=1e-5)
     with pytest.raises(ValueError, match="log_interval is 7, and the step makes 5 updates a call"):
         make_trainer(Captured(), 20, log_interval=7)
