@@ -372,9 +372,12 @@ class IQLStep(Step):
 
 
 def part_of(step: Any, name: str) -> Any:
-    """The attribute ``name`` of a step; a captured one has it as ``step``."""
-    own = getattr(step, name, None)
-    return getattr(getattr(step, "step", None), name, None) if own is None else own
+    """The attribute ``name`` of a step; a compiled one has it as ``plain``, a captured as ``step``."""
+    for holder in (step, getattr(step, "plain", None), getattr(step, "step", None)):
+        part = getattr(holder, name, None)
+        if part is not None:
+            return part
+    return None
 
 
 def _check_parts(
