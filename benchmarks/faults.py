@@ -938,7 +938,7 @@ add(
     "[leaf.detach() for leaf in self.leaves] if self.detached else self.leaves",
     "self.leaves",
     "losses/test_ddpg_bc.py",
-    "networks/test_evaluation.py",
+    "networks/test_direct.py",
 )
 
 # -- policies --------------------------------------------------------------------------------------
