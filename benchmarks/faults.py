@@ -722,8 +722,7 @@ add(
     "trainers/checkpoints.py",
     '            self.evaluation.resubmit(state["pending"])',
     "            pass",
-    "trainers/test_locked_folder.py",
-    "trainers/test_trainer_background.py",
+    "trainers/test_other_processes.py",
 )
 add(
     "targets move twice beside a hook",
