@@ -9,13 +9,14 @@ from contextlib import nullcontext
 from dataclasses import replace
 from unittest.mock import Mock
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from small_agents import box_agent, config, log, observations, same_weights, saved, trained
 from torch.optim.lr_scheduler import LRScheduler
 
-from iql_torchrl import load_dataset, make_agent
+from iql_torchrl import DiscreteIQLLoss, evaluate, load_dataset, make_agent
 from iql_torchrl.agent.build import Agent
 from iql_torchrl.evaluation.act import private_random_numbers
 from iql_torchrl.files import CheckpointError, write_components
@@ -199,3 +200,27 @@ def test_generators_of_the_devices_that_are_used_are_kept(monkeypatch):
         assert torch.initial_seed() == 7
     torch.set_rng_state(state)
     assert calls == [[torch.device("cuda:1")], torch.device("cuda:1"), 7]
+
+
+def test_returns_of_a_discrete_agent_by_hand():
+    data = dataset(action=np.arange(60) % 4, observation=np.arange(60) % 5)
+    agent = make_agent(config(), data)
+    assert isinstance(agent.loss, DiscreteIQLLoss)
+    agent.step(data.replay_buffer(16, seed=0).sample())
+
+    class FiveStates(gymnasium.Env):
+        observation_space = gymnasium.spaces.Discrete(5)
+        action_space = gymnasium.spaces.Discrete(4)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            self.left = 2 + (seed or 0) % 3
+            return 1, {}
+
+        def step(self, action):
+            self.left -= 1
+            return 2, 1.0, self.left == 0, False, {}
+
+    result = evaluate(agent.policy, FiveStates, episodes=3, num_envs=2, seed=0)
+    assert result.returns.tolist() == [2.0, 3.0, 4.0]
+    assert evaluate(agent.policy, FiveStates, episodes=1, seed=0).returns.tolist() == [2.0]
