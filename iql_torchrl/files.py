@@ -12,22 +12,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from torchrl.checkpoint import Checkpoint, CheckpointAdapter, CheckpointError
-
-__all__ = [
-    "PREFIX",
-    "SUFFIX",
-    "CheckpointError",
-    "StateAdapter",
-    "component_names",
-    "leads_below",
-    "naming",
-    "newest",
-    "read_components",
-    "replace_by_link",
-    "whole_file",
-    "write_components",
-]
+from torchrl.checkpoint import Checkpoint, CheckpointAdapter
+from torchrl.checkpoint import CheckpointError as CheckpointError
 
 # TorchRL's CheckpointRotation names its archives checkpoint-<twelve digits of the update>.torchrl.
 PREFIX, SUFFIX = "checkpoint-", ".torchrl"

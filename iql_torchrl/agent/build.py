@@ -241,8 +241,9 @@ class Agent:
         with tempfile.TemporaryDirectory() as temporary:
             place = Path(temporary if folder is None else folder)
             hub.write_files(place, states, self.export, card)
-            target = hub.Repository(repo, revision, token)
-            return target.upload(place, private, commit_message)
+            return hub.upload(
+                place, repo, revision, private=private, token=token, message=commit_message
+            )
 
     @classmethod
     def from_hub(
@@ -273,7 +274,7 @@ class Agent:
         """
         folder = Path(repo)
         if not folder.is_dir():
-            folder = hub.Repository(str(repo), revision, token).download()
+            folder = hub.download(str(repo), revision, token)
         elif revision is not None:
             raise ValueError(
                 f"revision is {revision!r} and {str(repo)!r} is a folder, which has none; leave it "

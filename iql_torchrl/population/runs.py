@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from iql_torchrl.evaluation.rollout import Evaluation, evaluate
 from iql_torchrl.files import CheckpointError, read_components, write_components
 from iql_torchrl.population.alike import check_configs
 from iql_torchrl.population.loss import stack_losses, write_member
-from iql_torchrl.trainers.checkpoints import DataState, check_same_data
+from iql_torchrl.trainers.checkpoints import check_same_data, check_same_run, data_state
 from iql_torchrl.trainers.events import whole_updates
 from iql_torchrl.update.adam import StackedAdam
 from iql_torchrl.update.captured import captured
@@ -99,7 +100,7 @@ class IQLPopulation:
             )
         self.ranks = Ranks() if ranks is None else ranks
         self.all_configs, self.batches = tuple(configs), batches
-        self._dataset, self._data = dataset, DataState(None, dataset)
+        self._dataset = dataset
         self._agree_with_other_ranks()
         self.runs = self.ranks.part(len(configs))
         self.configs = self.all_configs[self.runs.start : self.runs.stop]
@@ -135,8 +136,13 @@ class IQLPopulation:
             [config.to_dict() for config in self.all_configs],
             "the ranks have different configs; give each rank the whole list, in the same order.",
         )
-        check_same_data(ranks, self._data, None)
-        ranks.share_random_state()
+        if ranks.size > 1:
+            check_same_data(ranks, self._data, None)
+            ranks.share_random_state()
+
+    @cached_property
+    def _data(self) -> dict[str, Any]:
+        return data_state(None, self._dataset)
 
     def _agent(self, number: int) -> Agent:
         return build_agent(replace(self.configs[number], compile=False), self.task)
@@ -274,7 +280,7 @@ class IQLPopulation:
                 "batches": self.batches,
                 "updates": self.updates,
             },
-            "data": self._data.state_dict(),
+            "data": self._data,
             "loss_module": self.loss.state_dict(),
             "step": self.step.state_dict(),
             "sampler": self.sampler.state_dict(),
@@ -302,8 +308,8 @@ class IQLPopulation:
         states = ranks.from_main(lambda: read_components(path, names))
         record = states["population"]
         try:
-            data = DataState(None, dataset)
-            data.check(states["data"])
+            data = data_state(None, dataset)
+            check_same_run({"data": states["data"]}, {"data": data})
             saved = [IQLConfig.from_dict(IQLConfig().to_dict() | c) for c in record["configs"]]
             configs = [
                 replace(c, device=c.device if device is None else str(device)) for c in saved

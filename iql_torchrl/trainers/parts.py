@@ -151,16 +151,14 @@ def is_called_by_step(step: Any, op: Callable[..., Any]) -> bool:
     """
     hook = getattr(op, "__self__", op)
     if isinstance(hook, TargetNetUpdaterHook):
-        part = "target_params_updater"
         called = hook.target_params_updater is part_of(step, "target_updater")
     elif isinstance(hook, LRSchedulerHook):
-        part = "scheduler"
         called = any(hook.scheduler is each for each in part_of(step, "lr_schedulers") or ())
     else:
         return False
     if called:
         torchrl_logger.warning(
-            f"{type(hook).__name__}: the step already calls this {part}, so the hook is not "
-            "called; build the step without it to let the hook decide."
+            f"{type(hook).__name__}: the step itself calls what this hook would call, so the hook is "
+            "not called; build the step without it to let the hook decide."
         )
     return called

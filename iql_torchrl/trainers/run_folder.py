@@ -90,15 +90,13 @@ class RunFolder:
                 RuntimeWarning,
                 stacklevel=4,
             )
-            yield
-            return
         try:
             with whole_file(user) as temporary:
                 temporary.write_text(f"process {os.getpid()} on {platform.node()}")
             yield
         finally:
-            user.unlink(missing_ok=True)
-            Path(lock.lock_file).unlink(missing_ok=True)
+            for path in (user, Path(lock.lock_file)):
+                path.unlink(missing_ok=True)
             lock.release()
 
     def _delete_leftovers(self, kept: Collection[Path]) -> None:
@@ -106,7 +104,7 @@ class RunFolder:
         patterns = (f".{PREFIX}*", ".aside-*", "..aside-*")
         left = [path for each in patterns for path in self.rotation.directory.glob(each)]
         for path in {*left, *self.path.glob(f".{self.best.name}.*")} - set(kept):
-            if path.is_dir() and not path.is_symlink():
+            if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torchrl import logger as torchrl_logger
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.trainers import Trainer
 
@@ -26,7 +25,7 @@ from iql_torchrl.evaluation.rollout import Evaluation
 from iql_torchrl.evaluation.value_gap import value_gap
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.networks import history_of
-from iql_torchrl.trainers.checkpoints import DataState, ResumableTrainer, check_same_data
+from iql_torchrl.trainers.checkpoints import ResumableTrainer, check_same_data
 from iql_torchrl.trainers.events import Display, Interruption, Progress, intervals, whole_updates
 from iql_torchrl.trainers.parts import (
     check_agent,
@@ -44,7 +43,6 @@ Evaluate = Callable[[], "Evaluation | Mapping[str, float]"]
 OWNED_BY_STEP = ("process_loss", "optimizer")
 CHANGE_BATCH = ("_batch_process_ops", "_pre_epoch_ops", "_process_optim_batch_ops")
 AFTER_UPDATE = ("_post_loss_ops", "_post_optim_ops", "_post_optim_log_ops")
-MUCH_SLOWER = 10  # times the fastest interval of the run
 READ_FIRST_BATCH = ("_pre_steps_log_ops", "_post_steps_log_ops", "_pre_epoch_log_ops")
 
 
@@ -185,8 +183,7 @@ class OfflineTrainer(ResumableTrainer):
         if checkpoint is None and (save_trainer_file or checkpoint_rotation):
             checkpoint = Checkpoint(format="archive")
         self.evaluation, self.monitor, self.resume_command = evaluation, monitor, resume_command
-        self.progress, self.data_state = Progress(), DataState(replay_buffer, dataset)
-        self._last_save, self._in_folder = -1, False
+        self.progress, self._last_save = Progress(), -1
         super().__init__(
             collector=None,
             total_frames=total_updates,
@@ -209,7 +206,6 @@ class OfflineTrainer(ResumableTrainer):
         self.optimizer = part_of(step, "optimizer")  # not given above, where a hook would step it
         self.collected_frames = self._optim_count = 0
         self.updates_per_second = math.nan
-        self._fastest, self._said_slow = 0.0, False
         self._last_log: dict[str, Any] = {}
         self._pbar_str: dict[str, Any] = {}
         self.interruption, self.display = Interruption(self.ranks), Display(False, total_updates, 0)
@@ -239,7 +235,8 @@ class OfflineTrainer(ResumableTrainer):
         """
         self._stop_training, self._stop_reason = False, None
         self._check_total(self.updates)
-        check_same_data(self.ranks, self.data_state, self.replay_buffer)
+        if self.ranks.size > 1:
+            check_same_data(self.ranks, self.data_state, self.replay_buffer)
         with contextlib.ExitStack() as stack:
             self.ranks.together(lambda: self._enter_folder(stack))
             self.display = Display(self.progress_bar, self.total_updates, self.updates)
@@ -285,21 +282,8 @@ class OfflineTrainer(ResumableTrainer):
         self._pre_epoch_log_hook(batch)
         self._update(batch, until)
         self.updates_per_second = (self.updates - first) / (time.perf_counter() - began)
-        self._notice_slowness()
         if self.updates == until:
             self.ranks.together(lambda: self._event(batch))
-
-    def _notice_slowness(self) -> None:
-        """Say once that updates have become much slower, and what mostly causes it."""
-        self._fastest = max(self._fastest, self.updates_per_second)
-        if self.updates_per_second * MUCH_SLOWER < self._fastest and not self._said_slow:
-            self._said_slow = True
-            torchrl_logger.warning(
-                f"updates have become slow: {self.updates_per_second:.3g} a second, and "
-                f"{self._fastest:.3g} before. Mostly another process uses the cores. Start each of "
-                "several trainings with OMP_NUM_THREADS=1, or with GOMP_SPINCOUNT=2000 where torch is "
-                "imported before iql_torchrl."
-            )
 
     def _update(self, batch: TensorDictBase | None, until: int) -> None:
         """The updates themselves, the first one with ``batch``, and the hooks of every update."""
@@ -375,19 +359,16 @@ class OfflineTrainer(ResumableTrainer):
             )
 
     def _how_to_continue(self) -> str:
-        file = self.save_trainer_file
-        calls = {
-            "trainer.resume().train()": self.folder,
-            f"trainer.load_from_file({str(file)!r}).train()": file,
-            "trainer.load_from_file(the newest checkpoint).train()": self.checkpoint_rotation,
-        }
-        possible = [call for call, destination in calls.items() if destination is not None]
-        if self.resume_command is None and not possible:
-            return (
-                "Nothing was saved, because the trainer has no folder=. In this process, continue "
-                "with: trainer.train()"
-            )
-        return f"Continue with: {self.resume_command or possible[0]}"
+        file = repr(str(self.save_trainer_file))
+        if self.checkpoint_rotation is not None:
+            file = "the newest checkpoint"
+        call = "resume()" if self.folder is not None else f"load_from_file({file})"
+        if self.resume_command is not None or self._has_checkpoint_destination():
+            return f"Continue with: {self.resume_command or f'trainer.{call}.train()'}"
+        return (
+            "Nothing was saved, because the trainer has no folder=. In this process, continue "
+            "with: trainer.train()"
+        )
 
     def _write(self, now: bool = False) -> None:
         if self.folder is not None:
@@ -474,10 +455,6 @@ class OfflineTrainer(ResumableTrainer):
         """As TorchRL's, but scalar tensors become numbers, because some loggers need numbers."""
         tensors = {n: v for n, v in kwargs.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
         super()._log(log_pbar=log_pbar, **kwargs | {n: v.item() for n, v in tensors.items()})
-
-    def __repr__(self) -> str:
-        kind = type(self.step).__name__
-        return f"OfflineTrainer({kind}, updates={self.updates} of {self.total_updates})"
 
 
 def _numbers(evaluation: Any) -> dict[str, float]:

@@ -168,9 +168,9 @@ def trained(case, ranks, form=lambda step: step):
     if ranks.rank:
         for parameter in step.loss.parameters():  # what data_parallel broadcasts
             parameter.data.add_(1.0)
-    step = form(data_parallel(step, ranks))
     batches = make_batches(case)
-    torch.manual_seed(5)
+    torch.manual_seed(5 + ranks.rank)  # data_parallel gives all ranks the state of rank 0
+    step = form(data_parallel(step, ranks))
     metrics = torch.stack([step(batch) for batch in batches])
     return {
         "state": tensors_of(step.loss),
