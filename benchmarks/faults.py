@@ -520,7 +520,7 @@ add(
     "agent/build.py",
     "        SoftUpdate(loss, tau=config.polyak),",
     "        SoftUpdate(loss, tau=0.005),",
-    "agent/test_targets.py",
+    "agent/test_agent.py",
 )
 add(
     "V has the critics' learning rate",
@@ -572,8 +572,8 @@ add(
     "agent/export.py",
     ".clamp(min=1.0)).all()):",
     ".clamp(min=1.0)).any()):",
-    "agent/test_targets.py",
-    "agent/test_export_own.py",
+    "agent/test_agent.py",
+    "agent/test_export.py",
 )
 add(
     "an export does not count from the start",
@@ -584,7 +584,6 @@ add(
     "return action.reshape(-1).long() + start",
     "return action.reshape(-1).long()",
     "agent/test_export.py",
-    "agent/test_export_own.py",
 )
 add(
     "the newest checkpoint in place of the best",
@@ -763,7 +762,7 @@ add(
     "files.py",
     "            yield temporary\n            os.replace(temporary, path)",
     "            yield path",
-    "trainers/test_full_disk.py",
+    "trainers/test_checkpoint.py",
 )
 
 # -- config ----------------------------------------------------------------------------------------
@@ -777,7 +776,6 @@ add(
     '    above = value > low if interval[0] == "(" else value >= low',
     "    above = value >= low",
     "test_config.py",
-    "test_knobs.py",
 )
 add(
     "True is a whole number",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import population_cases
 import pytest
 import torch
-from rank_cases import CASES, DEFAULT, make_step, trained
+from rank_cases import CASES, DEFAULT, make_step, run_ranks, trained
 from shard_logs import written
 from small_populations import dataset, double
 from torch.utils._pytree import tree_leaves
@@ -19,7 +19,6 @@ from trainer_cases import (
     trained_on_shards,
     trainer,
 )
-from two_ranks import run_ranks
 
 from iql_torchrl import IQLPopulation
 from iql_torchrl.distributed import Ranks, data_parallel
