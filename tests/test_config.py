@@ -32,7 +32,7 @@ from iql_torchrl import (
 )
 from iql_torchrl import functional as F
 from iql_torchrl.config import Knob, knob, knobs, loss_knobs
-from iql_torchrl.config.cli import parse, parse_options, refuse
+from iql_torchrl.config.cli import parse, refuse
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.files import CheckpointError
 from iql_torchrl.losses import ImplicitQLoss
@@ -326,7 +326,6 @@ def test_own_options_and_settings_are_apart(monkeypatch, capsys):
     assert (own, config) == (Own(rows=5), replace(PRESETS["quick"], seed=4))
     monkeypatch.setattr(sys, "argv", ["script.py", "--seed", "6"])
     assert parse(Own, presets=PRESETS)[1].seed == 6
-    assert parse_options(Own, ["--dataset", "b"]) == Own(dataset="b")
     mine = {"presets": {"mine": IQLConfig(seed=9)}, "without": ("seed",)}
     assert read("--updates", "3", **mine) == IQLConfig(seed=9, updates=3)
     with pytest.raises(SystemExit, match="2"):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -134,14 +134,6 @@ def _compared(
     return groups
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of a checkpoint: how its state is read, and how a saved one is loaded or compared."""
-
-    state_dict: Callable[[], Any]
-    load_state_dict: Callable[[Any], None]
-
-
 class ResumableTrainer(Trainer):
     """TorchRL's trainer with one state, in checkpoints that run no code, from which a run continues.
 
@@ -188,14 +180,14 @@ class ResumableTrainer(Trainer):
         parts = {
             "loss_module": self.loss_module,
             "step": self.step,
-            "replay_buffer": Part(self._sampling_state, self._load_sampling),
-            "trainer_state": Part(self._progress_state, self._load_progress),
+            "replay_buffer": _part(self._sampling_state, self._load_sampling),
+            "trainer_state": _part(self._progress_state, self._load_progress),
         }
         compared = {"data": lambda: self.data_state, "settings": self._settings}
         if self.agent is not None:
             compared["agent"] = self.agent.description
         for name, describe in compared.items():
-            parts[name] = Part(describe, partial(self._check_part, name))
+            parts[name] = _part(describe, partial(self._check_part, name))
         modules = private_apis.registered_modules(self)
         parts |= {f"{MODULE}{name}": module for name, module in modules.items()}
         parts["random"] = GlobalRNGState()
@@ -359,6 +351,10 @@ class ResumableTrainer(Trainer):
         """Whether ``folder`` has a checkpoint from which :meth:`resume` would continue."""
         folder = self.folder
         return self.ranks.from_main(lambda: folder is not None and any(folder.checkpoints()))
+
+
+def _part(state_dict: Callable[[], Any], load_state_dict: Callable[[Any], None]) -> Any:
+    return SimpleNamespace(state_dict=state_dict, load_state_dict=load_state_dict)
 
 
 def _plain(value: Any) -> Any:
