@@ -28,7 +28,7 @@ from iql_torchrl.config import IQLConfig, check_usable, loss_knobs
 from iql_torchrl.data import DatasetSummary
 from iql_torchrl.evaluation.act import act, private_random_numbers
 from iql_torchrl.evaluation.result import Evaluation
-from iql_torchrl.files import CheckpointError, component_names, newest, read_components
+from iql_torchrl.files import CheckpointError, components, newest, read_components
 from iql_torchrl.losses import DiscreteIQLLoss, ImplicitQLoss, IQLLoss, LossCritics
 from iql_torchrl.networks import with_history
 from iql_torchrl.update.compiled import compiled
@@ -155,7 +155,7 @@ class Agent:
         if path.is_dir():
             best = path / "best.torchrl"
             path = best if best.exists() else newest(path / "checkpoints")
-        if "agent" not in component_names(path):
+        if "agent" not in components(path):
             raise CheckpointError(
                 f"{path}: was trained from parts made by hand, so it does not say how to rebuild "
                 "them; rebuild them as the training script did and load through the trainer."
@@ -394,10 +394,7 @@ def make_step(
 
 
 def rate_factors(config: IQLConfig, groups: int = 3) -> list[Callable[[int], float]]:
-    """What multiplies the learning rates of policy, critics, V and encoder after each update.
-
-    ``groups``: 3, or 4 with an encoder that has parameters.
-    """
+    """What multiplies the rates of policy, critics, V and, where there is one, encoder."""
     falling = {"constant": 0, "cosine_actor": 1, "cosine": groups}[config.schedule]
     intervals = config.schedule_steps or config.updates
     factor = partial(F.cosine_factor, updates=config.updates)

@@ -104,11 +104,7 @@ def _package() -> Any:
 def write_files(
     folder: Path, states: Mapping[str, Any], export: Callable[[Path], Any], card: str
 ) -> None:
-    """Write ``FILES`` to ``folder``, which is made if needed; other files in it do not change.
-
-    Raises ``ValueError`` where ``folder`` has such files that are not of a shared agent, and as
-    ``export`` does.
-    """
+    """Write ``FILES`` to ``folder``, which is made if needed; other files in it do not change."""
     folder.mkdir(parents=True, exist_ok=True)
     taken = [name for name in FILES if (folder / name).exists()]
     if taken and AGENT not in taken:
@@ -162,11 +158,7 @@ Loading it executes none of its contents. `policy.pt2` is the same policy for pl
 
 
 def data_of(task: Task, dataset: DatasetSummary | None) -> dict[str, Any]:
-    """What a card says of the data that ``task`` is of; ``dataset`` adds sizes and returns.
-
-    Raises ``TypeError`` on another kind of ``dataset``, and ``ValueError`` where the task is known to
-    be of other episodes.
-    """
+    """What a card says of the data that ``task`` is of; ``dataset`` adds sizes and returns."""
     data: dict[str, Any] = {"name": task.name, "returns of score 0 and 100": task.reference_scores}
     if task.episodes is not None:
         data["digest of its episodes"] = digest_of_sketch(task.episodes)
@@ -185,10 +177,7 @@ def data_of(task: Task, dataset: DatasetSummary | None) -> dict[str, Any]:
 
 
 def scores_of(evaluation: Evaluation | Mapping[str, float]) -> dict[str, float]:
-    """Scores by name, of an evaluation its ``summary()`` without what one episode leaves undefined.
-
-    Raises ``TypeError`` for anything else, ``ValueError`` naming a score that is no finite number.
-    """
+    """Finite scores by name, of an evaluation without those that one episode leaves undefined."""
     if isinstance(evaluation, Evaluation):
         return {name: x for name, x in evaluation.summary().items() if not math.isnan(x)}
     if not isinstance(evaluation, Mapping):

@@ -31,10 +31,7 @@ MOST_LISTED = 5  # differences in one message
 
 
 def data_state(replay_buffer: Any, dataset: DatasetSummary | None) -> dict[str, Any]:
-    """The part of a checkpoint that identifies the data: digests, reward map, name.
-
-    Digests are of ``dataset``, or of a buffer that is fixed; None for other buffers.
-    """
+    """What identifies the data: digests (None for a buffer that can grow), reward map, name."""
     if dataset is None and isinstance(replay_buffer, ShardedReplay):
         dataset = replay_buffer.dataset
     if dataset is not None:
@@ -171,12 +168,7 @@ class ResumableTrainer(Trainer):
     # -- what a checkpoint contains ----------------------------------------------------------------
 
     def _parts(self) -> dict[str, Any]:
-        """The parts of a checkpoint by name, each with ``state_dict`` and ``load_state_dict``.
-
-        Networks and targets; the step (optimizer, schedulers, target updater); the state of sampling;
-        progress; what identifies the data; settings; how to rebuild an agent; modules registered on
-        the trainer; the global random generators, last because loading others may draw from them.
-        """
+        """The parts of a checkpoint by name, each with ``state_dict`` and ``load_state_dict``."""
         parts = {
             "loss_module": self.loss_module,
             "step": self.step,
@@ -190,7 +182,7 @@ class ResumableTrainer(Trainer):
             parts[name] = _part(describe, partial(self._check_part, name))
         modules = private_apis.registered_modules(self)
         parts |= {f"{MODULE}{name}": module for name, module in modules.items()}
-        parts["random"] = GlobalRNGState()
+        parts["random"] = GlobalRNGState()  # last, because loading others may draw from it
         return {n: part for n, part in parts.items() if callable(getattr(part, "state_dict", None))}
 
     def _check_part(self, name: str, saved: Any) -> None:

@@ -394,10 +394,7 @@ class OfflineTrainer(ResumableTrainer):
             self.display.last_score(self.updates, self.progress.latest(self.monitor))
 
     def _evaluate(self) -> None:
-        """Evaluate the policy; at most one evaluation runs in the background.
-
-        Also the value gap of a policy that takes the best of several actions.
-        """
+        """Evaluate the policy, and the value gap where it takes the best of several actions."""
         if isinstance(self.evaluation, BackgroundEvaluation):
             self._collect(wait=True)
             if not self.evaluation.pending:  # otherwise interrupted: it follows after a resume
@@ -413,10 +410,7 @@ class OfflineTrainer(ResumableTrainer):
             self._record(self.updates, {"chosen_value_gap": gap})
 
     def _collect(self, wait: bool = False) -> None:
-        """Enter the results of finished background evaluations; ``wait``: until all are finished.
-
-        An evaluation that took too long gives no result, but a ``RuntimeWarning``.
-        """
+        """Enter the results of finished background evaluations; ``wait``: until all are finished."""
         while isinstance(self.evaluation, BackgroundEvaluation):
             try:
                 results = self.evaluation.results(
