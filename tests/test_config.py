@@ -341,13 +341,9 @@ class Config(IQLConfig):
     """IQLConfig with four more settings: one of each kind of use."""
 
     sharpness: float = knob(
-        1.0,
-        "exponent of the weights; 1 leaves them",
-        interval="(0, 10]",
-        loss_interval="(0, 20]",
-        per_run=True,
-        in_loss=True,
-    )
+        1.0, "exponent of the weights; 1 leaves them",
+        interval="(0, 10]", loss_interval="(0, 20]", per_run=True, in_loss=True,
+    )  # fmt: skip
     rounding: Literal["up", "down"] = knob("up", "how weights are rounded", in_loss=True)
     width: int = knob(2, "of the extra head", interval="[1, inf)")
     verbose: bool = knob(False, "print more", may_change=lambda config: True)

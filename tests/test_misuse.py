@@ -56,7 +56,7 @@ SPEC = Bounded(-1, 1, (2,))
         (
             {"reduction": "none", "scalar_output_mode": "drop"},
             ValueError,
-            "is 'drop'; choose 'exclude'",
+            "is 'drop'; choose 'excl",
         ),
     ],
 )
@@ -300,7 +300,7 @@ BOUNDS = "finite bounds, low < high", "{}", "dataclasses.replace(dataset, action
         (box([-1, 0.5], [1, 0.5]), (*BOUNDS, "dimension 1: no range, from 0.5 to 0.5.")),
         (
             box(np.full(376, -np.inf), np.arange(376)),
-            (*BOUNDS, "... (376 in all): no finite lower bound."),
+            (*BOUNDS, "(376 in all): no finite lower bound."),
         ),
     ],
 )

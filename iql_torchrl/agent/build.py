@@ -69,11 +69,6 @@ class Agent:
     policy: TensorDictModuleBase
     encoders: tuple[str, ...] = ()
 
-    @property
-    def chooses(self) -> bool:
-        """Whether ``policy`` takes the best of several actions by the critics."""
-        return any(isinstance(module, policies.BestOf) for module in self.policy.modules())
-
     def act(
         self,
         observation: Any,

@@ -405,7 +405,8 @@ class OfflineTrainer(ResumableTrainer):
         agent, log = self.agent, self.dataset
         if agent is None or not isinstance(log, OfflineDataset) or not self.ranks.is_main:
             return
-        if agent.chooses and history_of(agent.policy) is None:  # a dataset's rows are no windows
+        # a dataset's rows are no windows
+        if agent.config.num_samples > 1 and history_of(agent.policy) is None:
             gap = value_gap(agent.policy, log.transitions).mean
             self._record(self.updates, {"chosen_value_gap": gap})
 

@@ -391,15 +391,10 @@ def test_what_onnxruntime_lacks_in_float64(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["flow.onnx", "flow.onnx.json"]
 
 
-class NoSuchOperation(nn.Module):
-    def forward(self, x):
-        return torch.linalg.svdvals(x[:, :, None] * x[:, None, :])
-
-
 @pytest.mark.usefixtures("onnx")
 def test_an_operation_that_onnx_lacks_and_missing_packages(tmp_path, monkeypatch):
     task = Task(spaces.Box(-9, 9, (2,)), spaces.Box(-9, 9, (2,)))
-    actor = TensorDictModule(NoSuchOperation(), in_keys=["observation"], out_keys=["action"])
+    actor = actor_of(Pure(lambda _, x: torch.linalg.svdvals(x[:, :, None] * x[:, None, :])))
     message = r"this TensorDictModule cannot be translated to ONNX .*svd.*write a \.pt2 file"
     with pytest.raises(RuntimeError, match=message):
         export_policy(actor, task, tmp_path / "policy.onnx")
@@ -432,17 +427,25 @@ def test_a_program_that_acts_differently_is_not_written(tmp_path, monkeypatch):
 # -- export_policy: actors of the user's own, also with a history, and what cannot be exported
 
 
-class Own(nn.Module):
-    """Two inputs of the user's own: a picture and a category, and an unbounded action."""
+class Pure(nn.Module):
+    """The function ``call`` of a layer and the inputs."""
 
-    def __init__(self):
+    def __init__(self, call, linear=None):
         super().__init__()
-        self.linear = nn.Linear(12 + 3, 2)
+        self.call, self.linear = call, linear or nn.Linear(3, 4)
 
-    def forward(self, picture, kind):
-        x = picture.flatten(1).float() / 255
-        x = torch.cat([x, nn.functional.one_hot(kind, 3).to(x)], -1)
-        return 10 * self.linear(x).double()
+    def forward(self, *inputs):
+        return self.call(self.linear, *inputs)
+
+
+def own_call(linear, picture, kind):
+    """A picture and a category to an unbounded action."""
+    x = picture.flatten(1).float() / 255
+    return 10 * linear(torch.cat([x, nn.functional.one_hot(kind, 3).to(x)], -1)).double()
+
+
+def joined(_, *parts):
+    return torch.cat([part.float() for part in parts], -1)[:, :2]
 
 
 def test_an_actor_of_the_users_own(tmp_path):
@@ -455,7 +458,7 @@ def test_an_actor_of_the_users_own(tmp_path):
     )
     task = Task(space, spaces.Box(np.float32([-1, -np.inf]), np.float32([1, np.inf])))
     keys = [("observation", "inner", "picture"), ("observation", "kind")]
-    own = Own()
+    own = Pure(own_call, nn.Linear(12 + 3, 2))
     program = torch.export.load(
         export_policy(actor_of(own, keys), task, tmp_path / "own.pt2")
     ).module()
@@ -472,17 +475,6 @@ def test_an_actor_of_the_users_own(tmp_path):
     described = [(i["name"], i["dtype"]) for i in note["inputs"]]
     assert described == [("inner.picture", "uint8"), ("kind", "int64")]
     assert (note["output"]["low"], note["output"]["high"]) == ([-1, None], [1, None])
-
-
-class Pure(nn.Module):
-    """The function ``call`` of one input."""
-
-    def __init__(self, call):
-        super().__init__()
-        self.call, self.linear = call, nn.Linear(3, 4)
-
-    def forward(self, x):
-        return self.call(self.linear, x)
 
 
 @pytest.mark.parametrize("shape", ["one_hot", "column", "scores"])
@@ -540,11 +532,6 @@ def test_what_does_not_fit_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-class Joined(nn.Module):
-    def forward(self, *parts):
-        return torch.cat([part.float() for part in parts], -1)[:, :2]
-
-
 def test_whole_numbers_have_limits_of_their_own(tmp_path):
     """Limits by dimension, bounds of an integer Box, bits; a Box of all uint8 needs no check."""
     space = spaces.Dict(
@@ -557,7 +544,7 @@ def test_whole_numbers_have_limits_of_their_own(tmp_path):
     )
     task = Task(space, spaces.Box(-9, 9, (2,)))
     keys = [("observation", name) for name in space.spaces]
-    path = export_policy(actor_of(Joined(), keys), task, tmp_path / "p.pt2")
+    path = export_policy(actor_of(Pure(joined), keys), task, tmp_path / "p.pt2")
     program = torch.export.load(path).module()
     right = [torch.tensor([[0, 1]]), torch.tensor([[2, 4]]), torch.tensor([[-3, 3]])]
     right.append(torch.tensor([[0, 255]], dtype=torch.uint8))
@@ -594,9 +581,8 @@ class Policy(nn.Module):
         return torch.stack([1.5 * out[:, 0] - 0.5, 0.125 * out[:, 1] + 0.125], 1)
 
 
-class Parts(nn.Module):
-    def forward(self, at, kind):
-        return torch.cat([at, OneHotLayer(5)(kind)], -1)
+def parts_of_a_step(_, at, kind):
+    return torch.cat([at, OneHotLayer(5)(kind)], -1)
 
 
 def windows_of(space, steps):
@@ -616,7 +602,7 @@ def windows_of(space, steps):
 def programs(tmp_path_factory):
     """Policies that read nested or stacked frames, and the exported programs' paths, by name."""
     keys = [("observation", "at"), ("observation", "kind"), "history_mask"]
-    lstm = actor_of(Policy(LSTMEncoder(8, 8, preprocess=Parts()), 8), keys)
+    lstm = actor_of(Policy(LSTMEncoder(8, 8, preprocess=Pure(parts_of_a_step)), 8), keys)
     stack = actor_of(Policy(nn.Linear(3 * T, 8), 8))
     made = {
         "nested": (with_history(lstm, T, stack=False), Task(NESTED, ACTIONS)),

@@ -190,7 +190,7 @@ def refuses(trainer, path, words):
     [
         (
             {"step": {"hidden": (16, 8)}},
-            r"the shape of .* was \(16, 16\) and is \(8, 16\).* and \d+ more",
+            r"shape of .* was \(16, 16\) and is \(8, 16\).* and \d+ more",
         ),
         ({"step": {"hidden": (16,)}}, r"the shape of .* was \(\d+,.*\) and is None"),
         ({"step": {"critics": 3}}, "the shape of .*qvalue.* was .2, .* and is .3, "),
@@ -199,7 +199,7 @@ def refuses(trainer, path, words):
         ({"batch_size": 16}, "batch_size was 8 and is 16"),
         (
             {"data": changed_table()},
-            "another run: action of the dataset was 'float32 .*' and is 'float32 .*'",
+            "run: action of the dataset was 'float32 .*' and is 'float32 .*'",
         ),
     ],
 )
