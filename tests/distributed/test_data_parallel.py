@@ -208,10 +208,6 @@ def test_what_cannot_be_sent_raises_on_every_rank(runs):
         assert "a function cannot be sent to the other ranks" in gathered
 
 
-def test_the_error_of_a_plain_step_says_what_to_write(runs):
-    assert "step = data_parallel(step, Ranks.from_environment())" in runs[1][0]["plain"]
-
-
 @pytest.mark.parametrize("case", population_cases.CASES)
 def test_divided_runs_are_those_of_one_process_up_to_rounding(runs, case):
     first, second = (result["populations"][case] for result in runs[1])

@@ -12,6 +12,7 @@ import os
 import re
 import struct
 import sys
+import time
 
 import pytest
 import torch
@@ -57,7 +58,11 @@ def test_a_terminal_shows_a_bar_and_no_lines(monkeypatch):
         monkeypatch.setattr(sys, "stderr", terminal)
         make_trainer(make_step(), 20, evaluation=lambda: {"return_mean": 2.5}, **SETTINGS).train()
         terminal.flush()
-        text = screen.read(100_000).decode()
+        os.set_blocking(master, False)
+        shown, ends = b"", time.monotonic() + 10
+        while b"20/20" not in shown and time.monotonic() < ends:
+            shown += screen.read(100_000) or b""  # what is there so far
+    text = shown.decode(errors="ignore")
     assert "20/20" in text
     assert "return_mean=2.5" in text
     assert "of 20:" not in text
