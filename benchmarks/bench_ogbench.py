@@ -42,7 +42,7 @@ from iql_torchrl.data.builtin import make_dataset
 from iql_torchrl.data.builtin.ogbench import ogbench_path
 from iql_torchrl.evaluation.statistics import mean_interval, wilson_interval
 from iql_torchrl.files import whole_file
-from iql_torchrl.report.aggregates import aggregate_table
+from iql_torchrl.report.comparison import aggregate_table
 
 import numpy as np
 
