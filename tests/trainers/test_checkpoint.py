@@ -36,7 +36,7 @@ from iql_torchrl.files import (
     write_components,
 )
 from iql_torchrl.report.figures import draw
-from iql_torchrl.report.runs import write_csv
+from iql_torchrl.report.tables import write_csv
 
 scalars = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False)
 plain = st.recursive(
