@@ -15,7 +15,6 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
-from iql_torchrl.config.cli import parse_options
 from iql_torchrl.evaluation.statistics import (
     interquartile_mean,
     probability_of_improvement,
@@ -59,7 +58,7 @@ class Options:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw and tabulate runs. Returns 0, or 2 after an error message."""
     description = "Draw runs side by side; those that differ only in their seed are one line."
-    options = parse_options(Options, arguments, description=description)
+    options = tyro.cli(Options, args=arguments, description=description)
     try:
         if options.output.suffix.lower() != ".png":
             raise ValueError(f"--output is {options.output}; expected a name that ends in .png.")
