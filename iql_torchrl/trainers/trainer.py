@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torchrl import logger as torchrl_logger
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.trainers import Trainer
 
@@ -43,6 +44,7 @@ Evaluate = Callable[[], "Evaluation | Mapping[str, float]"]
 OWNED_BY_STEP = ("process_loss", "optimizer")
 CHANGE_BATCH = ("_batch_process_ops", "_pre_epoch_ops", "_process_optim_batch_ops")
 AFTER_UPDATE = ("_post_loss_ops", "_post_optim_ops", "_post_optim_log_ops")
+MUCH_SLOWER = 10  # times the fastest interval of the run
 READ_FIRST_BATCH = ("_pre_steps_log_ops", "_post_steps_log_ops", "_pre_epoch_log_ops")
 
 
@@ -206,6 +208,7 @@ class OfflineTrainer(ResumableTrainer):
         self.optimizer = part_of(step, "optimizer")  # not given above, where a hook would step it
         self.collected_frames = self._optim_count = 0
         self.updates_per_second = math.nan
+        self._fastest, self._said_slow = 0.0, False
         self._last_log: dict[str, Any] = {}
         self._pbar_str: dict[str, Any] = {}
         self.interruption, self.display = Interruption(self.ranks), Display(False, total_updates, 0)
@@ -282,8 +285,21 @@ class OfflineTrainer(ResumableTrainer):
         self._pre_epoch_log_hook(batch)
         self._update(batch, until)
         self.updates_per_second = (self.updates - first) / (time.perf_counter() - began)
+        self._notice_slowness()
         if self.updates == until:
             self.ranks.together(lambda: self._event(batch))
+
+    def _notice_slowness(self) -> None:
+        """Say once that updates have become much slower, and what mostly causes it."""
+        self._fastest = max(self._fastest, self.updates_per_second)
+        if self.updates_per_second * MUCH_SLOWER < self._fastest and not self._said_slow:
+            self._said_slow = True
+            torchrl_logger.warning(
+                f"updates have become slow: {self.updates_per_second:.3g} a second, and "
+                f"{self._fastest:.3g} before. Mostly another process uses the cores. Start each of "
+                "several trainings with OMP_NUM_THREADS=1, or with GOMP_SPINCOUNT=2000 where torch is "
+                "imported before iql_torchrl."
+            )
 
     def _update(self, batch: TensorDictBase | None, until: int) -> None:
         """The updates themselves, the first one with ``batch``, and the hooks of every update."""

@@ -20,6 +20,7 @@ from small_trainers import make_step, make_trainer
 from tensordict import TensorDict
 from torchrl.record.loggers import get_logger
 
+from iql_torchrl.trainers import trainer as trainer_module
 from iql_torchrl.trainers.events import Display, Progress
 
 SETTINGS = {"log_interval": 5, "eval_interval": 10, "progress_bar": True}
@@ -126,3 +127,18 @@ def test_an_equal_score_is_no_better_one():
     progress, scores = Progress(), ((1, 5.0), (2, 5.0), (3, 5.5), (4, math.nan))
     assert [progress.improves(n, x) for n, x in scores] == [True, False, True, False]
     assert (progress.best, progress.best_update) == (5.5, 3)
+
+
+def test_slow_updates_are_noticed_once(monkeypatch):
+    said = []
+    monkeypatch.setattr(trainer_module.torchrl_logger, "warning", said.append)
+    trainer = make_trainer()
+    for speed in (20.0, 1000.0, 150.0):
+        trainer.updates_per_second = speed
+        trainer._notice_slowness()
+    assert said == []
+    for _ in range(2):
+        trainer.updates_per_second = 90.0
+        trainer._notice_slowness()
+    assert len(said) == 1
+    assert "OMP_NUM_THREADS=1" in said[0]
