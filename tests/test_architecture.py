@@ -69,6 +69,33 @@ def test_imports_go_down(path):
         assert other == own or LAYER_OF[other] < LAYER_OF[own], f"{name} imports {imported}"
 
 
+def imported_files() -> dict[str, set[str]]:
+    """By the name of each file, the files that it imports, also for type checkers alone."""
+    names = {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts): p for p in FILES}
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    found = {}
+    for name, path in names.items():
+        modules = imports(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                inside = {f"{node.module}.{alias.name}" for alias in node.names} & names.keys()
+                modules = modules | inside - {node.module} if inside else modules
+                if len(inside) == len(node.names):  # nothing of the folder itself
+                    modules -= {node.module}
+        found[name] = modules & names.keys() - {name}
+    return found
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Inside of a room too."""
+    left = imported_files()
+    while ends := {name for name, used in left.items() if not used & left.keys()}:
+        left = {name: used for name, used in left.items() if name not in ends}
+    while starts := left.keys() - set().union(*left.values()):
+        left = {name: used for name, used in left.items() if name not in starts}
+    assert not left, f"circles among {sorted(left)}"
+
+
 def test_rooms_and_layers_are_few():
     rooms = {room(".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts)) for p in FILES}
     assert rooms <= set(LAYER_OF)
