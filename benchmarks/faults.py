@@ -461,7 +461,7 @@ add(
     "population",
     "omitted check",
     "Configs that differ in settings that all runs share, such as the widths, are not refused.",
-    "population/alike.py",
+    "population/runs.py",
     "            if not knob.per_run and first != other:",
     "            if False:",
     "population/test_population_refused.py",

@@ -10,17 +10,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchrl.objectives.utils import TargetNetUpdater
 
+from iql_torchrl.config import IQLConfig, knobs
 from iql_torchrl.losses import ImplicitQLoss
 
 
-def check_settings(order: str, max_grad_norm: float | None, precision: str) -> None:
-    """Raise ``ValueError`` on a value that is none of the possible ones."""
-    if order not in ("sequential", "simultaneous"):
-        raise ValueError(f"order is {order!r}; choose 'sequential' or 'simultaneous'.")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be > 0, or None.")
-    if precision not in ("float32", "bfloat16"):
-        raise ValueError(f"precision is {precision!r}; choose 'float32' or 'bfloat16'.")
+def check_settings(**values: object) -> None:
+    """Raise ``ValueError`` on a value that the config of a run does not allow either."""
+    for name, value in values.items():
+        knobs(IQLConfig)[name].plain(value)
 
 
 def check_schedules(schedulers: Sequence[LRScheduler]) -> None:

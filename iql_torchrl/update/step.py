@@ -152,7 +152,7 @@ class IQLStep(Step):
         precision: str = "float32",
         independent_ranks: bool = False,
     ) -> None:
-        check_settings(order, max_grad_norm, precision)
+        check_settings(order=order, max_grad_norm=max_grad_norm, precision=precision)
         check_parts(loss, optimizer, target_updater)
         self.loss = loss
         _ = loss.value_estimator  # TorchRL makes the default one here, and not in a traced update

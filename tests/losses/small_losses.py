@@ -70,14 +70,16 @@ def assert_losses(out, expected, **tolerances) -> None:
         torch.testing.assert_close(out[name], expected[name], **tolerances)
 
 
-def assert_same_state(*losses, rtol=1e-8, atol=1e-9) -> None:
+def assert_same_state(*losses, rtol=1e-8, atol=1e-9, after="") -> None:
     first, *others = (
         {k: v for k, v in x.state_dict().items() if torch.is_tensor(v)} for x in losses
     )
     for other in others:
         assert other.keys() == first.keys()
         for name, value in first.items():
-            torch.testing.assert_close(other[name], value, rtol=rtol, atol=atol, msg=name)
+            torch.testing.assert_close(
+                other[name], value, rtol=rtol, atol=atol, msg=f"{after} {name}"
+            )
 
 
 class Forms:
