@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -220,23 +219,13 @@ def test_what_a_graph_has_fixed_makes_another_and_replays_are_right(cuda):
     assert cuda.captures() == captures + 1
 
 
-@contextmanager
-def setting(owner, name, value):
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    yield
-    setattr(owner, name, before)
-
-
-MATMUL = torch.backends.cuda.matmul
+MATMUL, CUDNN = torch.backends.cuda.matmul, torch.backends.cudnn
 SURROUNDINGS = {
-    "products": lambda: setting(MATMUL, "fp32_precision", "tf32"),
-    "reduced sums": lambda: setting(MATMUL, "allow_bf16_reduced_precision_reduction", False),
-    "reduced sums of half": lambda: setting(
-        MATMUL, "allow_fp16_reduced_precision_reduction", False
-    ),
-    "determinism": lambda: setting(torch.backends.cudnn, "deterministic", True),
-    "search": lambda: setting(torch.backends.cudnn, "benchmark", True),
+    "products": (MATMUL, "fp32_precision", "tf32"),
+    "reduced sums": (MATMUL, "allow_bf16_reduced_precision_reduction", False),
+    "reduced sums of half": (MATMUL, "allow_fp16_reduced_precision_reduction", False),
+    "determinism": (CUDNN, "deterministic", True),
+    "search": (CUDNN, "benchmark", True),
 }
 
 
@@ -245,9 +234,14 @@ SURROUNDINGS = {
 def test_settings_of_torch_that_choose_kernels_make_another_graph(cuda, name):
     pair = pair_of()
     pair.run(3)
-    with SURROUNDINGS[name]():
+    owner, attribute, value = SURROUNDINGS[name]
+    before = getattr(owner, attribute)
+    setattr(owner, attribute, value)
+    try:
         pair.run(3)
         assert cuda.captures() == 2
+    finally:
+        setattr(owner, attribute, before)
     pair.run(3)
     assert cuda.captures() == 3
 
