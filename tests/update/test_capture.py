@@ -9,21 +9,17 @@ import weakref
 import pytest
 import torch
 from changes import CHANGES, to_loss
-from conftest import ACT, OBS, make_batch
-from small_losses import assert_same_state
-from tensordict.nn import TensorDictModule
+from conftest import OBS, make_batch, make_networks
+from small_losses import assert_same_state, discrete_networks
 from torch import optim
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR
 from torchrl.data import (
-    Bounded,
-    Categorical,
     LazyMemmapStorage,
     LazyTensorStorage,
     SamplerWithoutReplacement,
     TensorDictReplayBuffer,
 )
 from torchrl.envs.transforms import RewardScaling
-from torchrl.modules import ValueOperator
 from torchrl.objectives import HardUpdate, SoftUpdate, group_optimizers
 
 from iql_torchrl import (
@@ -34,7 +30,6 @@ from iql_torchrl import (
     captured,
     compiled,
     networks,
-    policies,
 )
 from iql_torchrl.data import DeviceSampler, replay_buffer
 from iql_torchrl.update import captured as captured_module
@@ -101,25 +96,15 @@ def untraced(monkeypatch):
     return made
 
 
-def make_loss(**options) -> IQLLoss:
+def make_loss(dropout=0.0, **options) -> IQLLoss:
     torch.manual_seed(0)
-    mlp = {"hidden": (8,), "dropout": options.pop("dropout", 0.0)}
-    spec = Bounded(-torch.ones(ACT), torch.ones(ACT), (ACT,))
-    critic = ValueOperator(networks.Critic(OBS, ACT, **mlp), in_keys=["observation", "action"])
-    value = ValueOperator(networks.StateValue(OBS, **mlp), in_keys=["observation"])
-    return IQLLoss(policies.gaussian(OBS, spec, **mlp), critic, value, **options).double()
+    return IQLLoss(*make_networks(hidden=(8,), dropout=dropout), **options).double()
 
 
 def make_discrete(preprocess=None, **options) -> DiscreteIQLLoss:
     torch.manual_seed(0)
-    net = {"hidden": (8,), "preprocess": preprocess}
-    critic = networks.DiscreteCritic(OBS, ACTIONS, **net)
-    return DiscreteIQLLoss(
-        policies.categorical(OBS, Categorical(ACTIONS), mask_key="action_mask", **net),
-        TensorDictModule(critic, in_keys=["observation"], out_keys=["state_action_value"]),
-        ValueOperator(networks.StateValue(OBS, **net), in_keys=["observation"]),
-        **options,
-    ).double()
+    parts = discrete_networks(ACTIONS, mask_key="action_mask", preprocess=preprocess)
+    return DiscreteIQLLoss(*parts, **options).double()
 
 
 def table(rows: int = 100, seed: int = 9):

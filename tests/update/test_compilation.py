@@ -9,7 +9,7 @@ import torch
 from changes import CHANGES
 from conftest import OBS, make_batch, make_networks
 from small_losses import assert_same_state
-from test_step import make_loss
+from test_step import make_loss, make_step
 from torch import optim
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl import logger
@@ -199,11 +199,6 @@ def test_a_changed_global_of_a_users_function_is_noticed(function, monkeypatch):
             monkeypatch.setitem(globals(), name, value)
         expected = loss.weight_of(advantage, batch)
         torch.testing.assert_close(fast(advantage, batch), expected)
-
-
-def make_step() -> IQLStep:
-    loss = make_loss()
-    return IQLStep(loss, optim.Adam(loss.parameters()), soft(loss))
 
 
 def test_guards_are_filtered_beside_the_users_options(monkeypatch):

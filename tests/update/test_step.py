@@ -237,10 +237,12 @@ def test_a_step_is_not_copied():
 # -- networks that change after the first update ------------------------------------
 
 
-def make_step():
+def make_step(**options):
     torch.manual_seed(0)
     loss = make_loss()
-    return IQLStep(loss, optim.Adam(loss.parameters(), lr=1e-3), SoftUpdate(loss, tau=0.1))
+    return IQLStep(
+        loss, optim.Adam(loss.parameters(), lr=1e-3), SoftUpdate(loss, tau=0.1), **options
+    )
 
 
 def change_activation(loss):
