@@ -37,7 +37,10 @@ def check_form(
             "'state_value'."
         )
     check_choice("reduction", reduction or "mean", ("mean", "sum", "none"))
-    check_choice("scalar_output_mode", scalar_output_mode or "exclude", ("exclude", "non_tensor"))
+    if scalar_output_mode not in (None, "exclude", "non_tensor"):
+        raise ValueError(
+            f"scalar_output_mode is {scalar_output_mode!r}; choose 'exclude', 'non_tensor' or None."
+        )
 
 
 def check_actor(actor: Any, objective: object) -> None:
