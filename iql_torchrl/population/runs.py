@@ -24,13 +24,12 @@ from iql_torchrl.agent.build import (
     rate_factors,
 )
 from iql_torchrl.agent.task import Task
-from iql_torchrl.config import IQLConfig
+from iql_torchrl.config import IQLConfig, knobs
 from iql_torchrl.data import DeviceSampler, OfflineDataset
 from iql_torchrl.data.replay import MemberSampler
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.evaluation.rollout import Evaluation, evaluate
 from iql_torchrl.files import CheckpointError, read_components, write_components
-from iql_torchrl.population.alike import check_configs
 from iql_torchrl.population.loss import stack_losses, write_member
 from iql_torchrl.trainers.checkpoints import check_same_data, check_same_run, data_state
 from iql_torchrl.trainers.events import whole_updates
@@ -87,7 +86,7 @@ class IQLPopulation:
     ) -> None:
         if batches not in ("shared", "own"):
             raise ValueError(f"batches is {batches!r}; choose 'shared' or 'own'.")
-        check_configs(configs)
+        _check_configs(configs)
         if not isinstance(dataset, OfflineDataset):
             raise TypeError(
                 f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns. "
@@ -345,6 +344,34 @@ class _Events:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _check_configs(configs: Sequence[IQLConfig]) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``configs`` are those of one population."""
+    if isinstance(configs, IQLConfig):
+        raise TypeError("configs is one IQLConfig; expected a sequence of them, one per run.")
+    if not isinstance(configs, Sequence) and configs is not None:
+        raise TypeError(f"configs is {type(configs).__name__}; expected a sequence of IQLConfigs.")
+    if not configs:
+        raise ValueError("configs is empty; a population has at least one run.")
+    for number, config in enumerate(configs):
+        if not isinstance(config, IQLConfig):
+            raise TypeError(f"configs[{number}] is {type(config).__name__}; expected an IQLConfig.")
+        if type(config) is not type(configs[0]):
+            raise TypeError(
+                f"configs[{number}] is {type(config).__name__} and configs[0] is "
+                f"{type(configs[0]).__name__}; the configs of a population have one class."
+            )
+        described = knobs(type(config))
+        for name, knob in described.items():
+            first, other = getattr(configs[0], name), getattr(config, name)
+            if not knob.per_run and first != other:
+                may_differ = [name for name, each in described.items() if each.per_run]
+                raise ValueError(
+                    f"{name} is {other} in configs[{number}] and {first} in configs[0]; runs of a "
+                    f"population may differ in {', '.join(may_differ)}. Train one population for "
+                    "each."
+                )
 
 
 def _updates_per_call(updates: int) -> int:
