@@ -16,7 +16,7 @@ from torchrl import logger
 from torchrl.objectives import HardUpdate, SoftUpdate
 
 from iql_torchrl import IQLLoss, IQLStep, compiled, networks
-from iql_torchrl.config import devices
+from iql_torchrl.config import arithmetic
 from iql_torchrl.private_apis import untiled_loops_only
 from iql_torchrl.update import compiled as compiled_module
 from iql_torchrl.update.compiled import (
@@ -322,7 +322,7 @@ def test_the_tenth_compilation_is_logged(monkeypatch):
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
 def test_the_update_for_a_gpu_equals_the_plain_one(order, monkeypatch):
     """Traced on the CPU as for a GPU: small products as sums, norms of joined gradients."""
-    monkeypatch.setattr(devices, "LAUNCHING", ("cpu",))
+    monkeypatch.setattr(arithmetic, "LAUNCHING", ("cpu",))
     torch._dynamo.reset()
     loss, options = make_loss().double(), {"order": order, "max_grad_norm": 0.1}
     plain, other = (
