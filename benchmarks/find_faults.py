@@ -2,14 +2,13 @@
 
     python benchmarks/find_faults.py --output found.json
     python benchmarks/find_faults.py --only update --processes 2
-    python benchmarks/find_faults.py --package ../old --faults old_faults.py
+    python benchmarks/find_faults.py --package ../old --faults old_faults.txt
 
-``--faults`` is a Python file with a list ``FAULTS`` of dicts, the fields of :class:`Fault`. A fault is
-found when a test fails because of it, or takes longer than the limit; tests that fail without any fault
-are left out. A fault is tried with its own tests first. Those that these do not find are tried with the
-whole default suite: because this takes many minutes, it runs once with all of them, and each test that
-fails then runs with each of them alone. The checkout is not modified: each process works in a copy of
-it, in a temporary folder.
+``faults.txt`` says at its beginning how a fault is written. A fault is found when a test fails because
+of it, or takes longer than the limit; tests that fail without any fault are left out. A fault is tried
+with its own tests first. Those that these do not find are tried with the whole default suite: because
+this takes many minutes, it runs once with all of them, and each test that fails then runs with each of
+them alone. The checkout is not modified: each process works in a copy of it, in a temporary folder.
 
 With ``--output`` the file is written after every fault. Started again with the same file, checkout and
 tests, only what is missing is tried.
@@ -24,7 +23,6 @@ import json
 import os
 import queue
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -45,6 +43,12 @@ PYTEST = ["-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "--tb=no", 
 FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - (.*))?$", re.MULTILINE)
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", ".hypothesis", "__pycache__", ".*_cache")
 NO_TESTS, WRONG_ARGUMENTS = 5, 4  # exit codes of pytest
+ENTRY = re.compile(
+    r"(?P<room>\w+): (?P<name>.+) \((?P<kind>.+)\)\n"
+    r"(?P<description>(?: +.+\n)+?)"
+    r" +file: (?P<file>\S+); tests: (?P<tests>.+)\n"
+    r"(?P<old>(?:-.*\n)+)(?P<new>(?:\+.*\n)*)"
+)
 
 
 class FaultError(ValueError):
@@ -62,8 +66,8 @@ class Fault:
         description: what the package does wrongly, in one sentence that names no file, so that the same
             fault can be made after the code was rewritten.
         file: below the folder of the package.
-        old: text that occurs once in the file.
-        new: what takes its place.
+        old: text that occurs once in the file; it may begin and end inside a line.
+        new: what takes its place; empty where the text is deleted.
         tests: files and names of tests that are run first, below the folder of tests.
     """
 
@@ -79,7 +83,8 @@ class Fault:
 
 def read_faults(path: Path, only: Sequence[str] = ()) -> list[Fault]:
     """The faults of a file whose room or name is in ``only``; all where that is empty."""
-    faults = [Fault(**entry) for entry in runpy.run_path(str(path))["FAULTS"]]
+    blocks = [block.strip("\n") for block in path.read_text().split("\n\n")]
+    faults = [_fault(path, block) for block in blocks if block and not block.startswith("#")]
     names = [fault.name for fault in faults]
     if twice := {name for name in names if names.count(name) > 1}:
         raise FaultError(f"{path}: the names {sorted(twice)} occur more than once.")
@@ -90,6 +95,21 @@ def read_faults(path: Path, only: Sequence[str] = ()) -> list[Fault]:
             f"the rooms are {', '.join(sorted({fault.room for fault in faults}))}."
         )
     return chosen
+
+
+def _fault(path: Path, block: str) -> Fault:
+    entry = ENTRY.fullmatch(block + "\n")
+    if entry is None:
+        raise FaultError(
+            f"{path}: {block!r} is no fault; expected the lines 'room: name (kind)', an indented "
+            "description, 'file: FILE; tests: FILE, ...', and old and new lines after - and +."
+        )
+    fields: dict[str, Any] = entry.groupdict()
+    for side in ("old", "new"):
+        fields[side] = "\n".join(line[1:] for line in fields[side].splitlines())
+    fields["description"] = " ".join(fields["description"].split())
+    fields["tests"] = tuple(re.split(", *", fields["tests"]))
+    return Fault(**fields)
 
 
 def check(faults: Sequence[Fault], checkout: Path, package: str) -> None:
@@ -378,7 +398,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--package", type=Path, default=ROOT, metavar="DIR", help="a checkout; this one by default")
     add("--package-name", default="iql_torchrl", help="name of the package in it")
-    add("--faults", type=Path, default=ROOT / "benchmarks" / "faults.py", metavar="FILE.py")
+    add("--faults", type=Path, default=ROOT / "benchmarks" / "faults.txt", metavar="FILE")
     add("--only", default="", metavar="ROOM,...", help="rooms or names of faults")
     add("--processes", type=int, default=1, help="faults that are tried at a time")
     add("--output", type=Path, default=None, metavar="FILE.json")

@@ -42,25 +42,30 @@ def test_half(value):
 """
 
 
-def fault(name, old, new, **more):
-    return {
-        "name": name,
-        "room": "code",
-        "kind": "sign",
-        "description": f"{name}.",
-        "file": "code.py",
-        "old": old,
-        "new": new,
-        "tests": ["test_first.py"],
-        **more,
-    }
+FAULTS = """# A comment.
 
+code: found at once (sign)
+    The difference in place
+    of the sum.
+    file: code.py; tests: test_first.py
+-def add(a, b):
+-    return a + b
++def add(a, b):
++    return a - b
 
-FAULTS = [
-    fault("found at once", "return a + b", "return a - b"),
-    fault("found later", "return a / 2", "return a // 2"),
-    fault("not found", "return a / 2", "return a * 0.5", room="other"),
-]
+code: found later (bound)
+    Halves are whole.
+    file: code.py; tests: test_first.py
+-return a / 2
++return a // 2
+
+other: not found: an equal (form) (no fault)
+    The same.
+    file: code.py; tests: test_first.py
+-return a / 2
++return a * 0.5
+"""
+SUM = FAULTS.split("\n\n")[1]
 
 
 @pytest.fixture
@@ -76,8 +81,8 @@ def arguments(tmp_path):
     }.items():
         (checkout / path).parent.mkdir(parents=True, exist_ok=True)
         (checkout / path).write_text(text)
-    listed = tmp_path / "faults.py"
-    listed.write_text(f"FAULTS = {FAULTS!r}")
+    listed = tmp_path / "faults.txt"
+    listed.write_text(FAULTS)
     return [f"--package={checkout}", "--package-name=small", f"--faults={listed}"]
 
 
@@ -97,44 +102,75 @@ def test_each_fault_is_found_by_what_fails_because_of_it(arguments, tmp_path, ca
     assert (tmp_path / "checkout/small/code.py").read_text() == CODE  # it was not modified
     printed = capsys.readouterr().out
     assert "| all | 2 | 3 |" in printed
-    assert "not found: not found (not found.)" in printed
+    assert "not found: not found: an equal (form) (The same.)" in printed
     assert "found by the whole suite alone: found later" in printed
     # what is in the file is not tried again
     assert find_faults.main([*arguments, f"--output={output}"]) == results
     assert "without fault" not in capsys.readouterr().out
 
 
+def write(arguments, text):
+    Path(arguments[2].partition("=")[2]).write_text(text)
+
+
 def test_a_run_that_does_not_end_is_ended(arguments):
-    Path(arguments[2].partition("=")[2]).write_text(
-        f"FAULTS = [{fault('endless', 'return a + b', 'while True: pass')!r}]"
-    )
+    write(arguments, SUM.replace("return a - b", "while True: pass"))
     (result,) = find_faults.main([*arguments, "--limit=3"])
     assert (result["found"], result["by"]) == (True, "time limit")
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("old", "new", "message"),
     [
-        ({"old": "return"}, "2 times in code.py"),
-        ({"old": "nowhere"}, "0 times in code.py"),
-        ({"file": "none.py"}, "no such file in none.py"),
-        ({"new": "return a + b"}, "changes nothing"),
-        ({"tests": ["test_none.py"]}, "pytest ran nothing"),
+        ("-def add(a, b):\n-    return a + b", "-    return a", "2 times in code.py"),
+        ("-    return a + b", "-nowhere", "0 times in code.py"),
+        ("file: code.py", "file: none.py", "no such file in none.py"),
+        ("return a - b", "return a + b", "changes nothing"),
+        ("test_first.py", "test_none.py", "pytest ran nothing"),
+        ("code: found", "code found", "is no fault; expected the lines"),
+        ("; tests: test_first.py", "", "is no fault; expected the lines"),
     ],
 )
-def test_faults_that_cannot_be_made_are_named(arguments, change, message):
-    listed = Path(arguments[2].partition("=")[2])
-    listed.write_text(f"FAULTS = [{fault('wrong', 'return a + b', 'return a - b') | change!r}]")
+def test_faults_that_cannot_be_made_are_named(arguments, old, new, message):
+    assert old in SUM
+    write(arguments, SUM.replace(old, new))
     with pytest.raises(FaultError, match=message):
         find_faults.main(arguments)
 
 
+def test_what_a_block_says(tmp_path):
+    listed = tmp_path / "faults.txt"
+    listed.write_text(
+        SUM.replace("+def add(a, b):\n+    return a - b", "").replace("first.py", "a, b")
+    )
+    assert find_faults.read_faults(listed) == [
+        find_faults.Fault(
+            name="found at once",
+            room="code",
+            kind="sign",
+            description="The difference in place of the sum.",
+            file="code.py",
+            old="def add(a, b):\n    return a + b",
+            new="",
+            tests=("test_a", "b"),
+        )
+    ]
+
+
 def test_names_and_rooms_choose(arguments):
     listed = Path(arguments[2].partition("=")[2])
-    assert [f.name for f in find_faults.read_faults(listed, ["other"])] == ["not found"]
+    third = "not found: an equal (form)"
+    assert [f.name for f in find_faults.read_faults(listed, ["other"])] == [third]
     assert [f.name for f in find_faults.read_faults(listed, ["found later"])] == ["found later"]
     with pytest.raises(FaultError, match="the rooms are code, other"):
         find_faults.read_faults(listed, ["none"])
-    listed.write_text(f"FAULTS = {[FAULTS[0]] * 2!r}")
+    listed.write_text(f"{SUM}\n\n{SUM}")
     with pytest.raises(FaultError, match="more than once"):
         find_faults.read_faults(listed)
+
+
+def test_the_packages_own_list_names_files_and_tests_that_exist():
+    root = Path(find_faults.ROOT)
+    for each in find_faults.read_faults(root / "benchmarks" / "faults.txt"):
+        assert (root / "iql_torchrl" / each.file).is_file(), each
+        assert all((root / "tests" / t.partition("::")[0]).is_file() for t in each.tests), each
