@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from iql_torchrl.data.built_folder import verify_built
-from iql_torchrl.data.builtin.catalogue import (
+from iql_torchrl.data.builtin import (
     BUILTIN,
     OGBENCH_LOCAL,
     ensure_dataset,
