@@ -16,7 +16,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from iql_torchrl.data.block_checker import BlockChecker
-from iql_torchrl.data.encodings import is_image
 from iql_torchrl.data.readers.source import Piece, Source
 from iql_torchrl.data.scaling import (
     ObservationStatistics,
@@ -35,6 +34,7 @@ from iql_torchrl.data.schema import (
     leaf_spaces,
     transition_layout,
 )
+from iql_torchrl.data.spaces import is_image
 from iql_torchrl.data.table_storage import DiskTable, MemoryTable, TableFiller, row_bytes
 
 __all__ = ["Built", "Measured", "build", "fill", "layout_of", "table_bytes"]

@@ -5,20 +5,21 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import gymnasium as gym
 import minari
+import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
-from iql_torchrl.data.build import Built, build
+from iql_torchrl.data.build import Measured, build
 from iql_torchrl.data.built_folder import is_built, open_built
 from iql_torchrl.data.cache import fingerprint, load_or_build
 from iql_torchrl.data.dataset import OfflineDataset
-from iql_torchrl.data.load_options import check_options, check_spaces, known_scores
 from iql_torchrl.data.readers.arrays import TABLE_FILES
 from iql_torchrl.data.readers.concatenation import concatenated, joined_env_maker
 from iql_torchrl.data.readers.d3rlpy import D3rlpyBuffer
@@ -33,15 +34,15 @@ from iql_torchrl.data.readers.opening import (
     opened_source,
 )
 from iql_torchrl.data.readers.source import ReadOptions, Source, chain
-from iql_torchrl.data.scaling import public_statistics
+from iql_torchrl.data.scaling import known_scores, public_statistics, reward_map
 from iql_torchrl.data.schema import DatasetError, DatasetWarning
 from iql_torchrl.data.shards.index import is_sharded
 from iql_torchrl.data.source_identity import env_identity, read_settings, source_files
 from iql_torchrl.data.table_record import Description, describe
 
-__all__ = ["SourceLike", "load_dataset", "open_source"]
+__all__ = ["SourceLike", "load_dataset", "open_source", "read_options", "summary_fields"]
 
-
+EnvMaker: TypeAlias = Callable[[], gym.Env[Any, Any]]
 SourceLike: TypeAlias = (
     "str | Path | minari.MinariDataset | Mapping[str, Any] | TensorDictBase | ReplayBuffer"
     " | Storage | D3rlpyBuffer | HuggingFaceTable | Sequence[Any]"
@@ -133,19 +134,12 @@ def load_dataset(
     Raises:
         DatasetError: naming the key, rows, episode, what was expected and what to do.
     """
-    check_options(dtype, reward, columns, limit, max_episode_steps)
-    check_spaces(observation_space, action_space)
+    options = read_options(
+        source, reward, columns=columns, reward_offset=reward_offset, limit=limit,
+        max_episode_steps=max_episode_steps, dtype=dtype, download=download,
+        observation_space=observation_space, action_space=action_space,
+    )  # fmt: skip
     maker = None if env is None else env_maker(env)
-    options = ReadOptions(
-        columns=dict(columns or {}),
-        reward_offset=reward_offset,
-        limit=None if isinstance(source, list | tuple) else limit,
-        max_episode_steps=max_episode_steps,
-        dtype=dtype,
-        download=download,
-        observation_space=observation_space,
-        action_space=action_space,
-    )
     build_options: dict[str, Any] = {
         "reward": reward, "dtype": dtype, "clip_actions": clip_actions, "progress": progress,
     }  # fmt: skip
@@ -181,41 +175,82 @@ def load_dataset(
         built, description = load_or_build(open_it, Path(memmap), expected, **build_options)
     for text in built.warnings:
         warnings.warn(text, DatasetWarning, stacklevel=2)
-    if maker is None and description.env_spec is not None:
-        maker = recorded_env_maker(description.env_spec)
-    if maker is not None and joined:
-        maker = joined_env_maker(maker, joined)
-    scores = known_scores(reference_scores) or description.reference_scores
-    return _dataset(built, description, maker, scores, dtype)
-
-
-def _dataset(
-    built: Built,
-    description: Description,
-    maker: Callable[[], gym.Env[Any, Any]] | None,
-    scores: tuple[float, float] | None,
-    dtype: torch.dtype,
-) -> OfflineDataset:
     return OfflineDataset(
         transitions=built.transitions,
-        observation_space=description.observation_space,
-        action_space=description.action_space,
-        statistics=public_statistics(built.statistics),
-        episode_returns=built.episode_returns,
-        episode_lengths=built.episode_lengths,
         reward_map=built.map,
-        reference_scores=scores,
-        notes=built.notes,
-        name=description.name,
         dtype=dtype,
-        env=maker,
+        **summary_fields(built, description, maker, joined, reference_scores),
     )
+
+
+def read_options(
+    source: Any,
+    reward: Any,
+    *,
+    columns: Any,
+    limit: Any,
+    max_episode_steps: Any,
+    dtype: torch.dtype,
+    **others: Any,
+) -> ReadOptions:
+    """The options of ``load_dataset`` that readers need. ``DatasetError`` on an impossible one."""
+    if columns is not None and not isinstance(columns, Mapping):
+        raise DatasetError(
+            "columns: expected a dict from our keys to the file's columns, such as "
+            f"{{'reward': 'r'}}, got {columns!r}."
+        )
+    for key, value in (("limit", limit), ("max_episode_steps", max_episode_steps)):
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise DatasetError(
+                f"{key}: expected a whole number, at least 1, or None, got {value!r}"
+            )
+    if dtype not in (torch.float32, torch.float64):
+        raise DatasetError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    reward_map(reward, np.arange(2.0))
+    for key in ("observation_space", "action_space"):
+        if others[key] is not None and not isinstance(others[key], gym.Space):
+            kind = type(others[key]).__name__
+            raise DatasetError(f"{key}: expected a gymnasium.Space, got {kind}.")
+    return ReadOptions(
+        columns=dict(columns or {}),
+        limit=None if isinstance(source, list | tuple) else limit,
+        max_episode_steps=max_episode_steps,
+        dtype=dtype,
+        **others,
+    )
+
+
+def summary_fields(
+    measured: Measured,
+    description: Description,
+    maker: EnvMaker | None,
+    joined: tuple[str, ...],
+    reference_scores: tuple[float, float] | str | None,
+) -> dict[str, Any]:
+    """The fields of a ``DatasetSummary``, but its reward map and dtype.
+
+    ``maker`` and ``reference_scores``: of the user, in place of those of the data. ``joined``: leaves
+    of the environment's observations that the data have as one.
+    """
+    if maker is None and description.env_spec is not None:
+        maker = recorded_env_maker(description.env_spec)
+    return {
+        "observation_space": description.observation_space,
+        "action_space": description.action_space,
+        "statistics": public_statistics(measured.statistics),
+        "episode_returns": measured.episode_returns,
+        "episode_lengths": measured.episode_lengths,
+        "reference_scores": known_scores(reference_scores) or description.reference_scores,
+        "notes": measured.notes,
+        "name": description.name,
+        "env": joined_env_maker(maker, joined) if maker and joined else maker,
+    }
 
 
 def open_source(
     source: SourceLike,
     options: ReadOptions,
-    maker: Callable[[], gym.Env[Any, Any]] | None,
+    maker: EnvMaker | None,
     concatenate: Sequence[str] | None,
     limit: int | None,
 ) -> Source:
@@ -225,28 +260,24 @@ def open_source(
     return chain([table], limit)
 
 
-def _open(
-    source: Any,
-    options: ReadOptions,
-    maker: Callable[[], gym.Env[Any, Any]] | None,
-) -> Source:
+def _open(source: Any, options: ReadOptions, maker: EnvMaker | None) -> Source:
     if isinstance(source, list | tuple):
         return chain([_open(item, options, maker) for item in source])
     if isinstance(source, minari.MinariDataset):
         return minari_source(source, options)
     if is_built(source):
         raise DatasetError(f"{source}: a built table is loaded alone, not in a list of sources.")
-    if isinstance(source, str | Path):
-        if is_table_path(source):
-            described = _with_env(options, maker)
-            return opened_source(open_path(Path(source), described), described)
-        if isinstance(source, Path):
-            raise DatasetError(
-                f"{source}: expected a file of one of the kinds {', '.join(TABLE_FILES)}, a folder of "
-                "Parquet files, of LeRobot or of datasets.save_to_disk, or a Minari id as text."
-            )
-        if is_ogbench(source):
-            return ogbench_source(source, options)
+    if isinstance(source, str | Path) and is_table_path(source):
+        described = _with_env(options, maker)
+        return opened_source(open_path(Path(source), described), described)
+    if isinstance(source, Path):
+        raise DatasetError(
+            f"{source}: expected a file of one of the kinds {', '.join(TABLE_FILES)}, a folder of "
+            "Parquet files, of LeRobot or of datasets.save_to_disk, or a Minari id as text."
+        )
+    if is_ogbench(source):
+        return ogbench_source(source, options)
+    if isinstance(source, str):
         return minari_source(find_minari(source, download=options.download), options)
     described = _with_env(options, maker)
     if (opened := open_object(source, described)) is not None:
@@ -257,17 +288,16 @@ def _open(
     )
 
 
-def _with_env(options: ReadOptions, maker: Callable[[], gym.Env[Any, Any]] | None) -> ReadOptions:
+def _with_env(options: ReadOptions, maker: EnvMaker | None) -> ReadOptions:
     """``options`` with the environment's spaces and step limit where they are not set."""
     if maker is None:
         return options
     env = maker()
+    env.close()
     steps = env.spec.max_episode_steps if env.spec is not None else None
-    described = replace(
+    return replace(
         options,
         observation_space=options.observation_space or env.observation_space,
         action_space=options.action_space or env.action_space,
         max_episode_steps=options.max_episode_steps or steps,
     )
-    env.close()
-    return described

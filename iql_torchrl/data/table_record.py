@@ -15,9 +15,8 @@ from minari.serialization import deserialize_space, serialize_space
 from numpy.typing import NDArray
 
 from iql_torchrl.data.build import Measured
-from iql_torchrl.data.load_options import known_scores
 from iql_torchrl.data.readers.source import Source
-from iql_torchrl.data.scaling import ObservationStatistics, RewardMap
+from iql_torchrl.data.scaling import ObservationStatistics, RewardMap, known_scores
 
 __all__ = ["Description", "describe", "described", "joined_leaves", "read_measured", "record"]
 

@@ -11,9 +11,8 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 
 from iql_torchrl import evaluate, load_dataset
-from iql_torchrl.data.load_options import known_scores
 from iql_torchrl.data.readers.source import ReadOptions
-from iql_torchrl.data.scaling import StatisticsAccumulator
+from iql_torchrl.data.scaling import StatisticsAccumulator, known_scores
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.data.source_identity import read_settings
 from iql_torchrl.data.windows import Windows

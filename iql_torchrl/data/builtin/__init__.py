@@ -17,8 +17,8 @@ from unittest import mock
 
 import minari
 from gymnasium.envs.registration import EnvSpec
-from minari import create_namespace, list_local_namespaces
 from minari.data_collector import EpisodeBuffer
+from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage import get_dataset_path
 
 from iql_torchrl.data.builtin.icu_sepsis import ICU_SEPSIS_CLINICIAN

@@ -110,7 +110,7 @@ ICU_SEPSIS_CLINICIAN = Recipe(
     episodes=20_000,
     environment=ENVIRONMENT,
     # Gymnasium's checker warns that the package returns the same lists in successive infos.
-    options={"disable_env_checker": True},
+    disable_env_checker=True,
     package="icu_sepsis",
     requirements=("icu-sepsis>=2.0.1",),
     reference_scores=(0.7800709046121399, 0.8751416996099325),  # SepsisTables gives both

@@ -67,6 +67,7 @@ PENDULUM_MIXED = Recipe(
     algorithm="energy-shaping swing-up with PD balance, disturbed by random constant torques",
     episodes=300,
     environment="Pendulum-v1",
+    disable_env_checker=False,
     package="gymnasium",
     requirements=("gymnasium>=1.0",),
     reference_scores=(-1238.7105755962557, -156.96959423258005),

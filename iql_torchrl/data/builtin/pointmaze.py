@@ -93,7 +93,7 @@ def _recipe(environment: str, episode_steps: int, scores: tuple[float, float]) -
         algorithm="way-point PD controller with Gaussian noise of deviation 0.5",
         episodes=STEPS // episode_steps,
         environment=environment,
-        options={"continuing_task": True, "reset_target": True, "disable_env_checker": True},
+        options={"continuing_task": True, "reset_target": True},
         package="gymnasium_robotics",
         requirements=("gymnasium-robotics>=1.3", "mujoco"),
         reference_scores=scores,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, TypeAlias
 
@@ -27,7 +27,8 @@ class Recipe:
         description: what the log contains and how it was made; stored with the dataset.
         algorithm: how the actions were chosen, in a few words.
         episodes: how many episodes the standard dataset has.
-        environment, options: the id, and further arguments of ``gymnasium.make``.
+        environment, options: the id, and further arguments of the environment.
+        disable_env_checker: of the environment's spec.
         package: which registers the environment.
         requirements: pip requirements to rebuild the environment.
         reference_scores: mean returns ``(random, expert)`` of the environment.
@@ -40,6 +41,7 @@ class Recipe:
     episodes: int
     environment: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    disable_env_checker: bool = True
     package: str
     requirements: tuple[str, ...]
     reference_scores: tuple[float, float]
@@ -53,7 +55,10 @@ def record(
     """The log, and the environment that was logged; the same arguments give the same log."""
     import_for_recipe(recipe.package, name)
     buffers = []
-    with gymnasium.make(recipe.environment, **recipe.options) as env:
+    registered = gymnasium.spec(recipe.environment)
+    options = {**registered.kwargs, **recipe.options}
+    spec = replace(registered, kwargs=options, disable_env_checker=recipe.disable_env_checker)
+    with gymnasium.make(spec) as env:
         controller = recipe.controller(env)
         for number in tqdm(range(episodes), desc=name, unit="episode", disable=not progress):
             generator = np.random.default_rng([seed, number])
@@ -63,8 +68,7 @@ def record(
             columns = {key: _stacked(values) for key, values in lists.items()}
             infos = recipe.infos(env, columns["observations"], columns["actions"])
             buffers.append(EpisodeBuffer(seed=reset_seed, **columns, infos=infos))
-    assert env.spec is not None
-    return buffers, env.spec
+    return buffers, spec
 
 
 def play(env: Any, act: Act, observation: Any, info: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -16,13 +16,12 @@ from tensordict import TensorDict
 
 from iql_torchrl.data.build import TABLE
 from iql_torchrl.data.built_folder import RECORD, load_rows, with_rewards
-from iql_torchrl.data.dataset import OfflineDataset
+from iql_torchrl.data.dataset import DatasetSummary, OfflineDataset
 from iql_torchrl.data.scaling import RewardMap
 from iql_torchrl.data.schema import MASK, DatasetError, Key, Layout
 from iql_torchrl.data.shards.files import ShardFiles
 from iql_torchrl.data.shards.index import Shard, check_shard
 from iql_torchrl.data.shards.replay import ShardedReplay
-from iql_torchrl.data.summary import DatasetSummary
 
 __all__ = ["ShardedDataset"]
 

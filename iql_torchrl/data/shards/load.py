@@ -12,10 +12,8 @@ import numpy as np
 import torch
 
 from iql_torchrl.data.built_folder import EPISODES, asked_map, damaged
-from iql_torchrl.data.load_options import known_scores
-from iql_torchrl.data.readers.concatenation import joined_env_maker
-from iql_torchrl.data.readers.environments import EnvLike, env_maker, recorded_env_maker
-from iql_torchrl.data.scaling import public_statistics
+from iql_torchrl.data.load import summary_fields
+from iql_torchrl.data.readers.environments import EnvLike, env_maker
 from iql_torchrl.data.schema import REWARD, DatasetWarning, Field
 from iql_torchrl.data.shards.dataset import ShardedDataset
 from iql_torchrl.data.shards.files import ShardFiles
@@ -76,22 +74,10 @@ def load_shards(
     for text in measured.warnings:
         warnings.warn(text, DatasetWarning, stacklevel=2)
     maker = env_maker(env) if env is not None else None
-    if maker is None and description.env_spec is not None:
-        maker = recorded_env_maker(description.env_spec)
-    if maker is not None and joined:
-        maker = joined_env_maker(maker, joined)
     return ShardedDataset(
-        observation_space=description.observation_space,
-        action_space=description.action_space,
-        statistics=public_statistics(measured.statistics),
-        episode_returns=measured.episode_returns,
-        episode_lengths=measured.episode_lengths,
+        **summary_fields(measured, description, maker, joined, reference_scores),
         reward_map=asked_map(reward, measured, files.location),
-        reference_scores=known_scores(reference_scores) or description.reference_scores,
-        notes=measured.notes,
-        name=description.name,
         dtype=layout[REWARD].dtype,
-        env=maker,
         shards=shards_of(saved),
         files=files,
         layout=layout,

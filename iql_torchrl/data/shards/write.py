@@ -18,11 +18,10 @@ from iql_torchrl.data.build import TABLE, Built, Measured, fill, layout_of, tabl
 from iql_torchrl.data.built_folder import EPISODES, file_digest, is_built, write_record
 from iql_torchrl.data.cache import fingerprint, staged_folder
 from iql_torchrl.data.episode_digests import episode_digests, sketch_of
-from iql_torchrl.data.load import SourceLike, open_source
-from iql_torchrl.data.load_options import check_options, check_spaces
+from iql_torchrl.data.load import SourceLike, open_source, read_options
 from iql_torchrl.data.locks import folder_lock
 from iql_torchrl.data.readers.environments import EnvLike, env_maker
-from iql_torchrl.data.readers.source import ReadOptions, Source
+from iql_torchrl.data.readers.source import Source
 from iql_torchrl.data.scaling import RewardMap
 from iql_torchrl.data.schema import DatasetError, Key, Layout
 from iql_torchrl.data.shards.dataset import ShardedDataset
@@ -67,20 +66,17 @@ def build_shards(
     Raises ``DatasetError`` as ``load_dataset`` does; on ``shards`` below 1 or above the number of
     episodes; and where ``folder`` has files or does not fit on the disk.
     """
-    check_options(dtype, reward, columns, limit, max_episode_steps)
-    check_spaces(observation_space, action_space)
+    options = read_options(
+        source, reward, columns=columns, reward_offset=reward_offset, limit=limit,
+        max_episode_steps=max_episode_steps, dtype=dtype, download=download,
+        observation_space=observation_space, action_space=action_space,
+    )  # fmt: skip
     if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
         raise DatasetError(f"shards: expected a whole number, at least 1, got {shards!r}.")
     if is_built(source):
         raise DatasetError(
             f"{source}: is a built table already; build shards from the source that it was built from."
         )
-    options = ReadOptions(
-        columns=dict(columns or {}), reward_offset=reward_offset,
-        limit=None if isinstance(source, list | tuple) else limit,
-        max_episode_steps=max_episode_steps, dtype=dtype, download=download,
-        observation_space=observation_space, action_space=action_space,
-    )  # fmt: skip
     maker = None if env is None else env_maker(env)
     table = open_source(source, options, maker, concatenate, limit)
     settings = {
