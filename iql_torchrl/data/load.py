@@ -40,8 +40,6 @@ from iql_torchrl.data.shards.index import is_sharded
 from iql_torchrl.data.source_identity import env_identity, read_settings, source_files
 from iql_torchrl.data.table_record import Description, describe
 
-__all__ = ["SourceLike", "load_dataset", "open_source", "read_options", "summary_fields"]
-
 EnvMaker: TypeAlias = Callable[[], gym.Env[Any, Any]]
 SourceLike: TypeAlias = (
     "str | Path | minari.MinariDataset | Mapping[str, Any] | TensorDictBase | ReplayBuffer"

@@ -18,17 +18,6 @@ from torch import Tensor
 
 from iql_torchrl.data.schema import DatasetError
 
-__all__ = [
-    "REFERENCE_RETURNS",
-    "ObservationStatistics",
-    "RewardMap",
-    "StatisticsAccumulator",
-    "known_scores",
-    "normalised_score",
-    "public_statistics",
-    "reward_map",
-]
-
 Number = TypeVar("Number", float, Tensor, NDArray[np.float64])
 
 

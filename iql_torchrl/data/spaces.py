@@ -19,18 +19,6 @@ from iql_torchrl.data.scaling import ObservationStatistics
 from iql_torchrl.data.schema import DatasetError, Key
 from iql_torchrl.descriptions import describe_space
 
-__all__ = [
-    "category_limits",
-    "check_categories",
-    "flat_action_env",
-    "flat_action_space",
-    "is_image",
-    "is_vector",
-    "stacked_space",
-    "stacked_statistics",
-    "usual_encoder",
-]
-
 KINDS = "expected Box, Discrete, MultiDiscrete, MultiBinary, or a Dict of them."
 SMALLEST_IMAGE = 8  # pixels; what is smaller is a table of numbers
 

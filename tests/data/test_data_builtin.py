@@ -17,8 +17,8 @@ from tensordict.nn import TensorDictModule
 from iql_torchrl.data import load_dataset
 from iql_torchrl.data.__main__ import main
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset, make_dataset
-from iql_torchrl.data.builtin.pendulum import swing_up_torque
-from iql_torchrl.data.builtin.recipe import Recipe
+from iql_torchrl.data.builtin.recipes import swing_up_torque
+from iql_torchrl.data.builtin.recipes import Recipe
 from iql_torchrl.evaluation.rollout import evaluate
 
 PENDULUM = "pendulum/mixed-v0"
