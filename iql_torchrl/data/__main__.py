@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from iql_torchrl.data.built_folder import verify_built
 from iql_torchrl.data.builtin.catalogue import (
     BUILTIN,
     OGBENCH_LOCAL,
     ensure_dataset,
     make_dataset,
 )
-from iql_torchrl.data.shards.index import is_sharded, verify_shards
+from iql_torchrl.data.saved import verify
 
 if TYPE_CHECKING:
     from iql_torchrl.data import OfflineDataset
@@ -37,7 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "build":
             _build(options)
         elif options.command == "verify":
-            verify = verify_shards if is_sharded(options.folder) else verify_built
             size = verify(options.folder)
             print(f"{options.folder}: {size:,} bytes have the content that was built.")
         else:

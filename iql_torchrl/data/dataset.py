@@ -12,8 +12,7 @@ from tensordict import TensorDict
 from torchrl.data import TensorDictReplayBuffer
 
 from iql_torchrl.data import replay
-from iql_torchrl.data.digests import fingerprint
-from iql_torchrl.data.episode_digests import episode_digests, sketch_of
+from iql_torchrl.data.digests import episode_digests, fingerprint, sketch_of
 from iql_torchrl.data.flat_actions import FlatActions, flat_space
 from iql_torchrl.data.schema import DatasetError, Key
 from iql_torchrl.data.summary import DatasetSummary

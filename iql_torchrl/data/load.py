@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,15 +13,13 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
-from iql_torchrl.data.build import Built, build
-from iql_torchrl.data.built_folder import is_built, open_built
-from iql_torchrl.data.cache import fingerprint, load_or_build
+from iql_torchrl.data.build import build
 from iql_torchrl.data.dataset import OfflineDataset
-from iql_torchrl.data.load_options import check_options, check_spaces, known_scores
+from iql_torchrl.data.load_options import check_options, check_spaces
 from iql_torchrl.data.readers.arrays import TABLE_FILES
-from iql_torchrl.data.readers.concatenation import concatenated, joined_env_maker
+from iql_torchrl.data.readers.concatenation import concatenated
 from iql_torchrl.data.readers.d3rlpy import D3rlpyBuffer
-from iql_torchrl.data.readers.environments import EnvLike, env_maker, recorded_env_maker
+from iql_torchrl.data.readers.environments import EnvLike, env_maker
 from iql_torchrl.data.readers.huggingface import HuggingFaceTable
 from iql_torchrl.data.readers.minari import find_minari, minari_source
 from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_source
@@ -33,13 +30,11 @@ from iql_torchrl.data.readers.opening import (
     opened_source,
 )
 from iql_torchrl.data.readers.source import ReadOptions, Source, chain
-from iql_torchrl.data.scaling import public_statistics
-from iql_torchrl.data.schema import DatasetError, DatasetWarning
-from iql_torchrl.data.shards.index import is_sharded
-from iql_torchrl.data.source_identity import env_identity, read_settings, source_files
-from iql_torchrl.data.table_record import Description, describe
+from iql_torchrl.data.reuse import identity, load_or_build
+from iql_torchrl.data.saved import dataset_fields, is_saved, open_saved
+from iql_torchrl.data.schema import DatasetError
 
-__all__ = ["SourceLike", "load_dataset", "open_source"]
+__all__ = ["SourceLike", "load_dataset", "prepare"]
 
 
 SourceLike: TypeAlias = (
@@ -133,86 +128,77 @@ def load_dataset(
     Raises:
         DatasetError: naming the key, rows, episode, what was expected and what to do.
     """
-    check_options(dtype, reward, columns, limit, max_episode_steps)
-    check_spaces(observation_space, action_space)
-    maker = None if env is None else env_maker(env)
-    options = ReadOptions(
-        columns=dict(columns or {}),
-        reward_offset=reward_offset,
-        limit=None if isinstance(source, list | tuple) else limit,
-        max_episode_steps=max_episode_steps,
-        dtype=dtype,
-        download=download,
-        observation_space=observation_space,
-        action_space=action_space,
-    )
-    build_options: dict[str, Any] = {
-        "reward": reward, "dtype": dtype, "clip_actions": clip_actions, "progress": progress,
-    }  # fmt: skip
-
-    def open_it() -> Source:
-        return open_source(source, options, maker, concatenate, limit)
-
-    joined = tuple(concatenate or ())
-    if is_sharded(source):
-        raise DatasetError(
-            f"{source}: a folder of shards, whose rows are not loaded at once; open it with "
-            f"iql_torchrl.data.load_shards({str(source)!r})."
-        )
-    if is_built(source):
+    reading = prepare(
+        source, env=env, reward=reward, columns=columns, reward_offset=reward_offset,
+        concatenate=concatenate, limit=limit, dtype=dtype, clip_actions=clip_actions,
+        max_episode_steps=max_episode_steps, observation_space=observation_space,
+        action_space=action_space, download=download, progress=progress,
+    )  # fmt: skip
+    if is_saved(source):
         fixed = {
             "memmap": memmap, "concatenate": concatenate, "limit": limit, "columns": columns,
             "clip_actions": clip_actions, "max_episode_steps": max_episode_steps,
             "reward_offset": reward_offset, "observation_space": observation_space,
             "action_space": action_space,
         }  # fmt: skip
-        built, description, joined = open_built(
-            Path(source), reward=reward, dtype=dtype, fixed=fixed
-        )
+        if given := [name for name, value in fixed.items() if value]:
+            raise DatasetError(
+                f"{source}: {given[0]}={fixed[given[0]]!r} cannot be applied to a table that is built "
+                f"already; leave {given[0]} out, or load the source with it."
+            )
+        table, description = open_saved(Path(source), reward, dtype)
     elif memmap is None:
-        table = open_it()
-        built, description = build(table, **build_options), describe(table)
+        table, description = build(reading.open(), **reading.build)
     else:
-        settings = {
-            **build_options, "progress": None, "concatenate": concatenate, "limit": limit,
-            "env": env_identity(env), **read_settings(source, options),
-        }  # fmt: skip
-        expected = fingerprint(source_files(source, options), settings)
-        built, description = load_or_build(open_it, Path(memmap), expected, **build_options)
-    for text in built.warnings:
-        warnings.warn(text, DatasetWarning, stacklevel=2)
-    if maker is None and description.env_spec is not None:
-        maker = recorded_env_maker(description.env_spec)
-    if maker is not None and joined:
-        maker = joined_env_maker(maker, joined)
-    scores = known_scores(reference_scores) or description.reference_scores
-    return _dataset(built, description, maker, scores, dtype)
+        settings = {"concatenate": concatenate, "limit": limit, **reading.build, "progress": None}
+        built_from = identity(source, reading.options, env, **settings)
+        table, description = load_or_build(reading.open, Path(memmap), built_from, **reading.build)
+    fields = dataset_fields(description, env, reference_scores)
+    return OfflineDataset(table, **fields, dtype=dtype)
 
 
-def _dataset(
-    built: Built,
-    description: Description,
-    maker: Callable[[], gym.Env[Any, Any]] | None,
-    scores: tuple[float, float] | None,
-    dtype: torch.dtype,
-) -> OfflineDataset:
-    return OfflineDataset(
-        transitions=built.transitions,
-        observation_space=description.observation_space,
-        action_space=description.action_space,
-        statistics=public_statistics(built.statistics),
-        episode_returns=built.episode_returns,
-        episode_lengths=built.episode_lengths,
-        reward_map=built.map,
-        reference_scores=scores,
-        notes=built.notes,
-        name=description.name,
-        dtype=dtype,
-        env=maker,
-    )
+@dataclass(frozen=True)
+class Reading:
+    """How a source is opened and built, from the options of ``load_dataset``."""
+
+    open: Callable[[], Source]
+    options: ReadOptions
+    build: dict[str, Any]  # options of ``build`` and ``write_log``
 
 
-def open_source(
+def prepare(
+    source: SourceLike,
+    *,
+    env: EnvLike | None = None,
+    reward: str | tuple[float, float] = "raw",
+    columns: Mapping[str, str | None] | None = None,
+    concatenate: Sequence[str] | None = None,
+    limit: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    clip_actions: bool = False,
+    max_episode_steps: int | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Reading:
+    """Check the options of ``load_dataset``; ``options`` are further ones of ``ReadOptions``."""
+    check_options(dtype, reward, columns, limit, max_episode_steps)
+    check_spaces(options.get("observation_space"), options.get("action_space"))
+    maker = None if env is None else env_maker(env)
+    read = ReadOptions(
+        columns=dict(columns or {}), limit=None if isinstance(source, list | tuple) else limit,
+        max_episode_steps=max_episode_steps, dtype=dtype, **options,
+    )  # fmt: skip
+    return Reading(
+        lambda: _open_source(source, read, maker, concatenate, limit),
+        read,
+        {
+            "reward": reward, "dtype": dtype, "clip_actions": clip_actions, "progress": progress,
+            "joined": tuple(concatenate or ()),
+        },
+    )  # fmt: skip
+
+
+def _open_source(
     source: SourceLike,
     options: ReadOptions,
     maker: Callable[[], gym.Env[Any, Any]] | None,
@@ -234,7 +220,7 @@ def _open(
         return chain([_open(item, options, maker) for item in source])
     if isinstance(source, minari.MinariDataset):
         return minari_source(source, options)
-    if is_built(source):
+    if is_saved(source):
         raise DatasetError(f"{source}: a built table is loaded alone, not in a list of sources.")
     if isinstance(source, str | Path):
         if is_table_path(source):
