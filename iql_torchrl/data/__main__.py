@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from iql_torchrl.data import DatasetSummary, OfflineDataset, build_shards, load_dataset
-from iql_torchrl.data.built_folder import verify_built
 from iql_torchrl.data.builtin import BUILTIN, OGBENCH_LOCAL, ensure_dataset, make_dataset
-from iql_torchrl.data.shards.index import is_sharded, verify_shards
+from iql_torchrl.data.saved import verify
 
 NAME_WIDTH = 26
 
@@ -59,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--shards", type=int, help="write so many tables of whole episodes, for load_shards(FOLDER)"
     )
-    verify = command(_verify, "compare a built table or shards with checksums")
-    verify.add_argument("folder", metavar="FOLDER", type=Path, help="of the table or the shards")
+    checked = command(_verify, "compare a built table or shards with checksums")
+    checked.add_argument("folder", metavar="FOLDER", type=Path, help="of the table or the shards")
     return parser
 
 
@@ -96,7 +95,6 @@ def _build(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    verify = verify_shards if is_sharded(options.folder) else verify_built
     size = verify(options.folder)
     print(f"{options.folder}: {size:,} bytes have the content that was built.")
 

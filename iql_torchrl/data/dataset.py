@@ -16,8 +16,7 @@ from tensordict import TensorDict
 from torchrl.data import Composite, TensorDictReplayBuffer, TensorSpec
 
 from iql_torchrl.data import replay
-from iql_torchrl.data.digests import fingerprint
-from iql_torchrl.data.episode_digests import episode_digests, sketch_of
+from iql_torchrl.data.digests import episode_digests, fingerprint, sketch_of
 from iql_torchrl.data.scaling import ObservationStatistics, RewardMap, normalised_score
 from iql_torchrl.data.schema import ACTION, DatasetError, Key, observation_spec_of, spec_of_space
 from iql_torchrl.data.spaces import flat_action_env, flat_action_space

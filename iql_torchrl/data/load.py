@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,14 +15,12 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
-from iql_torchrl.data.build import Measured, build
-from iql_torchrl.data.built_folder import is_built, open_built
-from iql_torchrl.data.cache import fingerprint, load_or_build
+from iql_torchrl.data.build import build
 from iql_torchrl.data.dataset import OfflineDataset
 from iql_torchrl.data.readers.arrays import TABLE_FILES
-from iql_torchrl.data.readers.concatenation import concatenated, joined_env_maker
+from iql_torchrl.data.readers.concatenation import concatenated
 from iql_torchrl.data.readers.d3rlpy import D3rlpyBuffer
-from iql_torchrl.data.readers.environments import EnvLike, env_maker, recorded_env_maker
+from iql_torchrl.data.readers.environments import EnvLike, env_maker
 from iql_torchrl.data.readers.huggingface import HuggingFaceTable
 from iql_torchrl.data.readers.minari import find_minari, minari_source
 from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_source
@@ -34,11 +31,10 @@ from iql_torchrl.data.readers.opening import (
     opened_source,
 )
 from iql_torchrl.data.readers.source import ReadOptions, Source, chain
-from iql_torchrl.data.scaling import known_scores, public_statistics, reward_map
-from iql_torchrl.data.schema import DatasetError, DatasetWarning
-from iql_torchrl.data.shards.index import is_sharded
-from iql_torchrl.data.source_identity import env_identity, read_settings, source_files
-from iql_torchrl.data.table_record import Description, describe
+from iql_torchrl.data.reuse import identity, load_or_build
+from iql_torchrl.data.saved import dataset_fields, is_saved, open_saved
+from iql_torchrl.data.scaling import reward_map
+from iql_torchrl.data.schema import DatasetError
 
 EnvMaker: TypeAlias = Callable[[], gym.Env[Any, Any]]
 SourceLike: TypeAlias = (
@@ -132,130 +128,94 @@ def load_dataset(
     Raises:
         DatasetError: naming the key, rows, episode, what was expected and what to do.
     """
-    options = read_options(
-        source, reward, columns=columns, reward_offset=reward_offset, limit=limit,
-        max_episode_steps=max_episode_steps, dtype=dtype, download=download,
-        observation_space=observation_space, action_space=action_space,
+    reading = prepare(
+        source, env=env, reward=reward, columns=columns, reward_offset=reward_offset,
+        concatenate=concatenate, limit=limit, dtype=dtype, clip_actions=clip_actions,
+        max_episode_steps=max_episode_steps, observation_space=observation_space,
+        action_space=action_space, download=download, progress=progress,
     )  # fmt: skip
-    maker = None if env is None else env_maker(env)
-    build_options: dict[str, Any] = {
-        "reward": reward, "dtype": dtype, "clip_actions": clip_actions, "progress": progress,
-    }  # fmt: skip
-
-    def open_it() -> Source:
-        return open_source(source, options, maker, concatenate, limit)
-
-    joined = tuple(concatenate or ())
-    if is_sharded(source):
-        raise DatasetError(
-            f"{source}: a folder of shards, whose rows are not loaded at once; open it with "
-            f"iql_torchrl.data.load_shards({str(source)!r})."
-        )
-    if is_built(source):
+    if is_saved(source):
         fixed = {
             "memmap": memmap, "concatenate": concatenate, "limit": limit, "columns": columns,
             "clip_actions": clip_actions, "max_episode_steps": max_episode_steps,
             "reward_offset": reward_offset, "observation_space": observation_space,
             "action_space": action_space,
         }  # fmt: skip
-        built, description, joined = open_built(
-            Path(source), reward=reward, dtype=dtype, fixed=fixed
-        )
+        if given := [name for name, value in fixed.items() if value]:
+            raise DatasetError(
+                f"{source}: {given[0]}={fixed[given[0]]!r} cannot be applied to a table that is built "
+                f"already; leave {given[0]} out, or load the source with it."
+            )
+        table, description = open_saved(Path(source), reward, dtype)
     elif memmap is None:
-        table = open_it()
-        built, description = build(table, **build_options), describe(table)
+        table, description = build(reading.open(), **reading.build)
     else:
-        settings = {
-            **build_options, "progress": None, "concatenate": concatenate, "limit": limit,
-            "env": env_identity(env), **read_settings(source, options),
-        }  # fmt: skip
-        expected = fingerprint(source_files(source, options), settings)
-        built, description = load_or_build(open_it, Path(memmap), expected, **build_options)
-    for text in built.warnings:
-        warnings.warn(text, DatasetWarning, stacklevel=2)
-    return OfflineDataset(
-        transitions=built.transitions,
-        reward_map=built.map,
-        dtype=dtype,
-        **summary_fields(built, description, maker, joined, reference_scores),
-    )
+        settings = {"concatenate": concatenate, "limit": limit, **reading.build, "progress": None}
+        built_from = identity(source, reading.options, env, **settings)
+        table, description = load_or_build(reading.open, Path(memmap), built_from, **reading.build)
+    fields = dataset_fields(description, env, reference_scores)
+    return OfflineDataset(table, **fields, dtype=dtype)
 
 
-def read_options(
-    source: Any,
-    reward: Any,
+@dataclass(frozen=True)
+class Reading:
+    """How a source is opened and built, from the options of ``load_dataset``."""
+
+    open: Callable[[], Source]
+    options: ReadOptions
+    build: dict[str, Any]  # options of ``build`` and ``write_log``
+
+
+def prepare(
+    source: SourceLike,
     *,
-    columns: Any,
-    limit: Any,
-    max_episode_steps: Any,
-    dtype: torch.dtype,
-    **others: Any,
-) -> ReadOptions:
-    """The options of ``load_dataset`` that readers need. ``DatasetError`` on an impossible one."""
+    env: EnvLike | None = None,
+    reward: str | tuple[float, float] = "raw",
+    columns: Mapping[str, str | None] | None = None,
+    concatenate: Sequence[str] | None = None,
+    limit: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    clip_actions: bool = False,
+    progress: bool | None = None,
+    **options: Any,
+) -> Reading:
+    """Check the options of ``load_dataset``; ``options`` are further ones of ``ReadOptions``."""
     if columns is not None and not isinstance(columns, Mapping):
         raise DatasetError(
             "columns: expected a dict from our keys to the file's columns, such as "
             f"{{'reward': 'r'}}, got {columns!r}."
         )
-    for key, value in (("limit", limit), ("max_episode_steps", max_episode_steps)):
-        if value is not None and (not isinstance(value, Integral) or value < 1):
+    for key, value in {**options, "limit": limit}.items():
+        if value is None:
+            continue
+        if key in ("limit", "max_episode_steps") and (not isinstance(value, Integral) or value < 1):
             raise DatasetError(
                 f"{key}: expected a whole number, at least 1, or None, got {value!r}"
             )
+        if key.endswith("_space") and not isinstance(value, gym.Space):
+            raise DatasetError(f"{key}: expected a gymnasium.Space, got {type(value).__name__}.")
     if dtype not in (torch.float32, torch.float64):
         raise DatasetError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
     reward_map(reward, np.arange(2.0))
-    for key in ("observation_space", "action_space"):
-        if others[key] is not None and not isinstance(others[key], gym.Space):
-            kind = type(others[key]).__name__
-            raise DatasetError(f"{key}: expected a gymnasium.Space, got {kind}.")
-    return ReadOptions(
-        columns=dict(columns or {}),
-        limit=None if isinstance(source, list | tuple) else limit,
-        max_episode_steps=max_episode_steps,
-        dtype=dtype,
-        **others,
-    )
+    maker = None if env is None else env_maker(env)
+    read = ReadOptions(
+        columns=dict(columns or {}), limit=None if isinstance(source, list | tuple) else limit,
+        dtype=dtype, **options,
+    )  # fmt: skip
 
+    def open_source() -> Source:
+        table = _open(source, read, maker)
+        table = concatenated(table, concatenate) if concatenate else table
+        return chain([table], limit)
 
-def summary_fields(
-    measured: Measured,
-    description: Description,
-    maker: EnvMaker | None,
-    joined: tuple[str, ...],
-    reference_scores: tuple[float, float] | str | None,
-) -> dict[str, Any]:
-    """The fields of a ``DatasetSummary``, but its reward map and dtype.
-
-    ``maker`` and ``reference_scores``: of the user, in place of those of the data. ``joined``: leaves
-    of the environment's observations that the data have as one.
-    """
-    if maker is None and description.env_spec is not None:
-        maker = recorded_env_maker(description.env_spec)
-    return {
-        "observation_space": description.observation_space,
-        "action_space": description.action_space,
-        "statistics": public_statistics(measured.statistics),
-        "episode_returns": measured.episode_returns,
-        "episode_lengths": measured.episode_lengths,
-        "reference_scores": known_scores(reference_scores) or description.reference_scores,
-        "notes": measured.notes,
-        "name": description.name,
-        "env": joined_env_maker(maker, joined) if maker and joined else maker,
-    }
-
-
-def open_source(
-    source: SourceLike,
-    options: ReadOptions,
-    maker: EnvMaker | None,
-    concatenate: Sequence[str] | None,
-    limit: int | None,
-) -> Source:
-    """The source that ``load_dataset`` reads, before it is read."""
-    table = _open(source, options, maker)
-    table = concatenated(table, concatenate) if concatenate else table
-    return chain([table], limit)
+    return Reading(
+        open_source,
+        read,
+        {
+            "reward": reward, "dtype": dtype, "clip_actions": clip_actions, "progress": progress,
+            "joined": tuple(concatenate or ()),
+        },
+    )  # fmt: skip
 
 
 def _open(source: Any, options: ReadOptions, maker: EnvMaker | None) -> Source:
@@ -263,7 +223,7 @@ def _open(source: Any, options: ReadOptions, maker: EnvMaker | None) -> Source:
         return chain([_open(item, options, maker) for item in source])
     if isinstance(source, minari.MinariDataset):
         return minari_source(source, options)
-    if is_built(source):
+    if is_saved(source):
         raise DatasetError(f"{source}: a built table is loaded alone, not in a list of sources.")
     if isinstance(source, str | Path) and is_table_path(source):
         described = _with_env(options, maker)

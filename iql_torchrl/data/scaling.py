@@ -7,7 +7,7 @@ numbers of ``ObservationStatistics``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -94,13 +94,6 @@ class ObservationStatistics:
     std: Tensor
     constant: tuple[int, ...]
     count: int
-
-
-def public_statistics(
-    statistics: Mapping[tuple[str, ...], ObservationStatistics],
-) -> dict[str | tuple[str, ...], ObservationStatistics]:
-    """By the keys that datasets have: a text where the key is not nested."""
-    return {key[0] if len(key) == 1 else key: value for key, value in statistics.items()}
 
 
 class StatisticsAccumulator:

@@ -16,7 +16,7 @@ from torchrl.objectives import HardUpdate
 
 from iql_torchrl.config import Arithmetic
 from iql_torchrl.data.replay import DeviceSampler
-from iql_torchrl.data.shards.replay import ShardedReplay
+from iql_torchrl.data.shards import ShardedReplay
 from iql_torchrl.data.spaces import check_categories
 from iql_torchrl.data.windows import WindowStorage
 from iql_torchrl.losses import LOSSES
@@ -294,6 +294,12 @@ def _seed_from(replay: ReplayBuffer) -> int:
 
 
 def _check_replay(replay: DeviceSampler | ReplayBuffer, device: torch.device) -> None:
+    if isinstance(replay, ShardedReplay):
+        raise TypeError(
+            "replay is a ShardedReplay, whose shards are replaced while training; captured updates "
+            "read rows that stay. Use compiled(step) or the step itself with OfflineTrainer, or a "
+            "DeviceSampler where the log fits into memory."
+        )
     if isinstance(replay, DeviceSampler):
         if replay.tables[0].device != device:
             raise ValueError(
@@ -301,12 +307,6 @@ def _check_replay(replay: DeviceSampler | ReplayBuffer, device: torch.device) ->
                 f"build the sampler with device={str(device)!r}."
             )
         return
-    if isinstance(replay, ShardedReplay):
-        raise TypeError(
-            "replay is a ShardedReplay, whose shards are replaced while training; captured updates "
-            "read rows that stay. Use compiled(step) or the step itself with OfflineTrainer, or a "
-            "DeviceSampler where the log fits into memory."
-        )
     if not isinstance(replay, ReplayBuffer):
         raise TypeError(
             f"replay is {type(replay).__name__}; expected a DeviceSampler or a TorchRL replay buffer."

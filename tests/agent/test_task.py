@@ -14,7 +14,7 @@ from small_agents import log
 from iql_torchrl import load_dataset
 from iql_torchrl.agent.task import Task, space_from_state, space_state
 from iql_torchrl.data import ObservationStatistics
-from iql_torchrl.data.episode_digests import episode_digests
+from iql_torchrl.data.digests import episode_digests
 
 
 def stored(state):

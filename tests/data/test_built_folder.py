@@ -13,8 +13,8 @@ import torch
 
 from iql_torchrl.data import DatasetError, load_dataset
 from iql_torchrl.data.__main__ import main
-from iql_torchrl.data.built_folder import verify_built
 from iql_torchrl.data.digests import fingerprint
+from iql_torchrl.data.saved import verify
 
 ENV = "MountainCarContinuous-v0"
 
@@ -67,23 +67,23 @@ def test_the_digest_depends_neither_on_the_path_nor_on_the_time(tmp_path: Path) 
         np.savez(tmp_path / name / "log.npz", **arrays())
         load_dataset(tmp_path / name / "log.npz", env=ENV, memmap=tmp_path / name / "table")
         records.append(json.loads((tmp_path / name / "table" / "built.json").read_text()))
-    assert records[0]["fingerprint"] != records[1]["fingerprint"]  # of the sources: their paths
-    assert records[0]["checksums"] == records[1]["checksums"]
+    assert records[0]["source"] != records[1]["source"]  # of the sources: their paths
+    assert records[0]["shards"] == records[1]["shards"]
     tables = [load_dataset(tmp_path / name / "table") for name in ("a", "b")]
     assert fingerprint(tables[0].transitions) == fingerprint(tables[1].transitions)
 
 
 def test_checksums_find_a_flipped_bit_that_the_sizes_do_not_show(built: Path, capsys) -> None:
-    size = verify_built(built)
+    size = verify(built)
     assert size > 30 * (2 * 2 * 4 + 4 + 4)
     assert main(["verify", str(built)]) == 0
-    path = built / "transitions" / "action.memmap"
+    path = built / "shard-00000" / "action.memmap"
     content = bytearray(path.read_bytes())
     content[7] ^= 1
     path.write_bytes(bytes(content))
     load_dataset(built)  # opening reads no rows
     with pytest.raises(DatasetError, match=r"action\.memmap has another content"):
-        verify_built(built)
+        verify(built)
     assert main(["verify", str(built)]) == 1
     assert "another content" in capsys.readouterr().err
 
@@ -101,11 +101,11 @@ def cut(folder: Path, name: str) -> None:
     ("damage", "name", "words"),
     [
         (drop, "built.json", "built.json is missing"),
-        (cut, "built.json", "built.json cannot be read"),
+        (cut, "built.json", "built.json .* cannot be read"),
         (drop, "episodes.npz", "episodes.npz is missing"),
         (cut, "episodes.npz", "incomplete or damaged"),
-        (drop, "transitions/action.memmap", "transitions/action.memmap is missing"),
-        (cut, "transitions/next/reward.memmap", "reward.memmap has 11 bytes, built with 120"),
+        (drop, "shard-00000/action.memmap", "shard-00000: .*action.memmap is missing"),
+        (cut, "shard-00000/next/reward.memmap", "reward.memmap has 11 bytes, built with 120"),
     ],
 )
 def test_incomplete_and_damaged_folders_get_one_sentence(built, damage, name, words) -> None:
@@ -142,7 +142,7 @@ def test_rewards_that_the_build_mapped_are_not_mapped_again(tmp_path: Path) -> N
 
 def test_other_folders_are_not_built_tables(built: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match="not a built table"):
-        verify_built(tmp_path / "empty")
+    with pytest.raises(DatasetError, match=r"built.json is missing: no folder of a built table"):
+        verify(tmp_path / "empty")
     with pytest.raises(DatasetError, match="loaded alone"):
         load_dataset([built, built])

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from iql_torchrl.data import DatasetError, DatasetWarning, load_dataset
-from iql_torchrl.data.cache import fingerprint
+from iql_torchrl.data.readers.source import ReadOptions
+from iql_torchrl.data.reuse import identity
 
 #: Of ``arrays``: 2 x 2 observations, 2 actions and a reward of 4 bytes, 3 marks, the episode's 8.
 ROW_BYTES = 2 * 2 * 4 + 2 * 4 + 4 + 3 + 8
@@ -50,8 +51,8 @@ def test_a_source_of_equal_size_and_time_but_other_content_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
 ) -> None:
     if large:  # Sampled, not read whole.
-        monkeypatch.setattr("iql_torchrl.data.cache.WHOLE", 1000)
-        monkeypatch.setattr("iql_torchrl.data.cache.BLOCK", 500)
+        monkeypatch.setattr("iql_torchrl.data.reuse.BLOCKS", 8)
+        monkeypatch.setattr("iql_torchrl.data.reuse.BLOCK", 200)
     path, table, data = tmp_path / "data.npz", tmp_path / "table", arrays()
     np.savez(path, **data)
     before = path.stat()
@@ -69,7 +70,7 @@ def test_a_large_source_is_digested_fast(tmp_path: Path) -> None:
     with open(path, "wb") as file:
         file.truncate(5 * 2**30)
     start = time.perf_counter()
-    first = fingerprint([path], {})
+    first = identity(path, ReadOptions(), None)
     assert time.perf_counter() - start < 1
     stamp = path.stat().st_mtime_ns
     for place in (0, 5 * 2**30 - 1):
@@ -77,7 +78,7 @@ def test_a_large_source_is_digested_fast(tmp_path: Path) -> None:
             file.seek(place)
             file.write(b"1")
         os.utime(path, ns=(stamp, stamp))
-        assert fingerprint([path], {}) != first
+        assert identity(path, ReadOptions(), None) != first
 
 
 @pytest.mark.parametrize(
@@ -100,23 +101,22 @@ def test_caches_that_cannot_be_read_are_built_again(
     record = table / "built.json"
     saved = json.loads(record.read_text())
     if spoil == "old format":
-        saved["fingerprint"]["format"] = 1
-        saved["fingerprint"]["files"] = [part[:3] for part in saved["fingerprint"]["files"]]
+        saved["format"] = 1
     if spoil == "another version":
-        del saved["description"], saved["statistics"]
+        del saved["observation_space"], saved["statistics"]
     record.write_text(json.dumps(["?"] if spoil == "a list" else saved))
     if spoil == "no json":
         record.write_text("{")
     if spoil == "no episodes":
         (table / "episodes.npz").unlink()
     if spoil == "no table":
-        shutil.rmtree(table / "transitions")
+        shutil.rmtree(table / "shard-00000")
     if spoil == "short table":
         (path,) = table.rglob("reward.memmap")
         path.write_bytes(path.read_bytes()[:100])
     again = load_dataset(archive, memmap=table)
     assert (again.transitions == whole).all()
-    assert json.loads(record.read_text())["fingerprint"]["format"] == 2
+    assert json.loads(record.read_text())["format"] == 3
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -126,10 +126,8 @@ def test_a_disk_that_gets_full_is_named_with_its_space(
     def full(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("iql_torchrl.data.table_storage.DiskTable.commit", full)
-    monkeypatch.setattr(
-        "iql_torchrl.data.cache.shutil.disk_usage", lambda _: SimpleNamespace(free=123_456)
-    )
+    monkeypatch.setattr("iql_torchrl.data.build.DiskTables.commit", full)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=123_456))
     with pytest.raises(DatasetError) as caught:
         load_dataset(archive, memmap=tmp_path / "table")
     for words in (str(tmp_path / "table"), f"{200 * ROW_BYTES:,} bytes", "123,456 are free"):
@@ -141,9 +139,7 @@ def test_a_table_that_will_not_fit_is_refused_before_it_is_written(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_dataset(archive, memmap=tmp_path / "table")
-    monkeypatch.setattr(
-        "iql_torchrl.data.cache.shutil.disk_usage", lambda _: SimpleNamespace(free=5000)
-    )
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=5000))
     with pytest.raises(DatasetError, match=r"needs 7,800 bytes and 5,000 are free.*nothing"):
         load_dataset(archive, memmap=tmp_path / "table", reward="minus_one")
     assert len(load_dataset(archive, memmap=tmp_path / "table")) == 200  # The old one is there.

@@ -2,48 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 
 import gymnasium as gym
 import pytest
 import torch
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
+from shard_logs import written
 from tensordict import TensorDict
 
-from iql_torchrl.data.built_folder import load_rows
+from iql_torchrl.data import load_shards
 from iql_torchrl.data.readers.environments import recorded_env_maker
 from iql_torchrl.data.readers.parquet import parquet_files
+from iql_torchrl.data.saved import load_rows, verify
 from iql_torchrl.data.schema import DatasetError
-from iql_torchrl.data.shards.files import ShardFiles
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "C:\\x", "a\\b", ""])
-def test_names_lead_below_the_folder(tmp_path, name):
-    files = ShardFiles(str(tmp_path))
-    with pytest.raises(DatasetError, match="expected a path below its own folder"):
-        files.read(name)
-    with (
-        pytest.raises(DatasetError, match="expected a path below its own folder"),
-        files.folder(name, list, "abc", lambda folder: None),
-    ):
-        pass
-
-
-def test_files_of_a_remote_record_stay_below_the_copy(tmp_path):
-    fsspec = pytest.importorskip("fsspec")
-    fsspec.filesystem("memory").pipe("/log/a/outside", b"x")
-    files = ShardFiles("memory://log", tmp_path / "cache")
-    with (
-        pytest.raises(DatasetError, match=r"'\.\./\.\./outside'"),
-        files.folder("a", lambda: ["../../outside"], "abc", lambda folder: None),
-    ):
-        pass
-    assert not (tmp_path / "outside").exists()
-    with (
-        pytest.raises(DatasetError, match=r"has the digest '\.\./x'"),
-        files.folder("a", list, "../x", lambda folder: None),
-    ):
-        pass
+@pytest.mark.parametrize("place", ["folder", "file"])
+def test_names_in_a_record_lead_below_the_folder(tmp_path, name, place):
+    written(tmp_path, [3, 3], 2)
+    record = tmp_path / "shards" / "built.json"
+    saved = json.loads(record.read_text())
+    if place == "folder":
+        saved["shards"][1]["folder"] = name
+    else:
+        saved["shards"][1]["files"][name] = [1, "0"]
+    record.write_text(json.dumps(saved))
+    for opened in (load_shards, verify):
+        with pytest.raises(DatasetError, match="expected a path below its own folder"):
+            opened(tmp_path / "shards")
 
 
 def test_a_pickle_in_a_table_is_not_loaded(tmp_path):

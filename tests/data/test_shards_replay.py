@@ -15,7 +15,7 @@ from shard_logs import written
 from test_shards import FAULTS, flip, missing, truncated
 
 from iql_torchrl.data import DatasetError, ShardedDataset, ShardedReplay, load_shards
-from iql_torchrl.data.shards.rotation import Rotation
+from iql_torchrl.data.shards import Rotation
 
 EQUAL = [5] * 12  # six shards of two episodes of five rows
 
@@ -289,7 +289,7 @@ def test_copies_stay_in_the_cache_and_nowhere_else(memory, monkeypatch):
         system.rm(f"/logs/shards/shard-{number:05d}", recursive=True)
     again = load_shards(address, cache=folder / "cache").replay_buffer(8, **settings)
     assert same(sequence(again, 12), expected)
-    flip(copies[0] / "transitions" / "action.memmap")
+    flip(copies[0] / "action.memmap")
     with pytest.raises(DatasetError, match="another content"):
         sequence(load_shards(address, cache=folder / "cache").replay_buffer(8, loaded=6), 1)
 
@@ -299,12 +299,12 @@ def absent(path: str, system) -> None:
 
 
 def shortened(path: str, system) -> None:
-    file = f"{path}/transitions/action.memmap"
+    file = f"{path}/action.memmap"
     system.pipe(file, system.cat(file)[:-8])
 
 
 def without_a_file(path: str, system) -> None:
-    system.rm(f"{path}/transitions/action.memmap")
+    system.rm(f"{path}/action.memmap")
 
 
 @pytest.mark.parametrize(
@@ -312,13 +312,16 @@ def without_a_file(path: str, system) -> None:
     [
         (
             absent,
-            "memory://logs/shards/shard-00001: this shard is missing; upload the folder again",
+            "memory://logs/shards/shard-00001: this shard is missing or incomplete",
         ),
         (
             shortened,
             "shard-00001: its copy on this machine is damaged: .*action.memmap has 72 bytes",
         ),
-        (without_a_file, r"shard-00001: incomplete \(transitions/action.memmap is missing\)"),
+        (
+            without_a_file,
+            r"shard-00001: this shard is missing or incomplete \(action.memmap is missing\); upload",
+        ),
     ],
 )
 @pytest.mark.parametrize("cached", [False, True])
@@ -333,7 +336,7 @@ def test_a_damaged_shard_at_an_address_is_named(memory, fault, text, cached):
 
 def test_an_address_that_cannot_be_reached_is_named(monkeypatch, memory):
     *_, address = memory
-    with pytest.raises(DatasetError, match=r"memory://logs: has no shards.json"):
+    with pytest.raises(DatasetError, match=r"memory://logs: built.json is missing"):
         load_shards("memory://logs")
     with pytest.raises(DatasetError, match=r"nosuch://log: cannot be read .*Protocol not known"):
         load_shards("nosuch://log")
@@ -343,7 +346,8 @@ def test_an_address_that_cannot_be_reached_is_named(monkeypatch, memory):
         raise ConnectionError("no route to host")
 
     system = pytest.importorskip("fsspec").filesystem("memory")
-    monkeypatch.setattr(type(system), "cat_file", refused)
+    for name in ("cat_file", "get_file"):
+        monkeypatch.setattr(type(system), name, refused)
     sentence = r"memory://logs/shards: cannot be read \(ConnectionError: no route to host\); check"
     with pytest.raises(DatasetError, match=sentence):
         load_shards(address)

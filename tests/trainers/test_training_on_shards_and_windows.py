@@ -179,7 +179,7 @@ def test_digests_are_of_the_frames_and_not_of_windows(monkeypatch):
     assert digests["frames.observation"].startswith("float64 (12, 3) ")
     assert digests["own.observation"].startswith("float64 (3, 3) ")
     assert DataState(windows().replay_buffer(4), None).state_dict()["fingerprint"] == digests
-    buffer.storage.windows.frame_table.own["observation",][0, 0] += 1
+    buffer.storage.windows.own["observation",][0, 0] += 1
     changed = DataState(buffer, None).state_dict()["fingerprint"]
     assert {key for key in digests if changed[key] != digests[key]} == {"own.observation"}
 

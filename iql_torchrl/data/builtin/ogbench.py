@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from iql_torchrl.data.builtin.recipes import Act, import_for_recipe, play
-from iql_torchrl.data.locks import folder_lock
 from iql_torchrl.data.readers.ogbench_names import PREFIX, ogbench_folder
+from iql_torchrl.data.saved import folder_lock
 from iql_torchrl.files import whole_file
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
