@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import gymnasium
 import numpy as np
@@ -106,7 +105,7 @@ def test_an_interrupted_call_continues_with_the_same_versions_only(folder, monke
     make_dataset(MAZE, episodes=3, progress=False)
     whole = columns(folder, MAZE)
     (folder / "pointmaze-medium-navigate-local.npz").unlink()
-    monkeypatch.setattr(ogbench, "OGBENCH_LOCAL", {MAZE: replace(recipe, episode=interrupted)})
+    monkeypatch.setattr(ogbench, "OGBENCH_LOCAL", {MAZE: recipe._replace(episode=interrupted)})
     with pytest.raises(KeyboardInterrupt):
         make_dataset(MAZE, episodes=3, progress=False)
     (parts,) = (path for path in folder.iterdir() if path.is_dir())

@@ -17,13 +17,12 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import gymnasium
 import numpy as np
@@ -48,23 +47,17 @@ CUBE = slice(14, 17)  # position of a scene's cube in qpos, in metres
 STATES = {"qpos": np.float32, "qvel": np.float32, "button_states": np.int64}
 
 
-@dataclass(frozen=True)
-class OGBenchRecipe:
-    """How one dataset of OGBench is made again.
+class OGBenchRecipe(NamedTuple):
+    """How one dataset of OGBench is made again, in ``environment`` with further ``options``.
 
-    Attributes:
-        environment: the id of the environment in which the controllers act.
-        description: what the rows contain.
-        episode: ``episode(env, seed, number)`` gives the columns of one episode.
-        options: further arguments of the environment.
-        episodes: how many the published data for training has.
+    ``episode(env, seed, number)`` gives the columns of one episode.
     """
 
     environment: str
     description: str
     episode: Callable[[Any, int, int], Arrays]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    episodes: int = 1000
+    options: Mapping[str, Any]
+    episodes: int = 1000  # of the published data for training
 
 
 def ogbench_path(name: str) -> Path:
