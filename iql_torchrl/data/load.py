@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import gymnasium as gym
 import minari
+import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
-from iql_torchrl.data.build import build
+from iql_torchrl.data.build import Description, build
 from iql_torchrl.data.dataset import OfflineDataset
-from iql_torchrl.data.load_options import check_options, check_spaces
 from iql_torchrl.data.readers.arrays import TABLE_FILES
-from iql_torchrl.data.readers.concatenation import concatenated
+from iql_torchrl.data.readers.concatenation import concatenated, joined_env_maker
 from iql_torchrl.data.readers.d3rlpy import D3rlpyBuffer
-from iql_torchrl.data.readers.environments import EnvLike, env_maker
+from iql_torchrl.data.readers.environments import EnvLike, env_maker, recorded_env_maker
 from iql_torchrl.data.readers.huggingface import HuggingFaceTable
 from iql_torchrl.data.readers.minari import find_minari, minari_source
 from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_source
@@ -31,12 +33,13 @@ from iql_torchrl.data.readers.opening import (
 )
 from iql_torchrl.data.readers.source import ReadOptions, Source, chain
 from iql_torchrl.data.reuse import identity, load_or_build
-from iql_torchrl.data.saved import dataset_fields, is_saved, open_saved
-from iql_torchrl.data.schema import DatasetError
+from iql_torchrl.data.saved import is_saved, open_saved
+from iql_torchrl.data.scaling import known_scores, reward_map
+from iql_torchrl.data.schema import DatasetError, DatasetWarning
 
-__all__ = ["SourceLike", "load_dataset", "prepare"]
+__all__ = ["SourceLike", "load_dataset", "prepare", "summary_fields"]
 
-
+EnvMaker: TypeAlias = Callable[[], gym.Env[Any, Any]]
 SourceLike: TypeAlias = (
     "str | Path | minari.MinariDataset | Mapping[str, Any] | TensorDictBase | ReplayBuffer"
     " | Storage | D3rlpyBuffer | HuggingFaceTable | Sequence[Any]"
@@ -151,88 +154,105 @@ def load_dataset(
         table, description = build(reading.open(), **reading.build)
     else:
         settings = {"concatenate": concatenate, "limit": limit, **reading.build, "progress": None}
-        built_from = identity(source, reading.options, env, **settings)
+        built_from = identity(source, reading.options, env, settings)
         table, description = load_or_build(reading.open, Path(memmap), built_from, **reading.build)
-    fields = dataset_fields(description, env, reference_scores)
-    return OfflineDataset(table, **fields, dtype=dtype)
+    return OfflineDataset(table, dtype=dtype, **summary_fields(description, env, reference_scores))
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a source is opened and built, from the options of ``load_dataset``."""
+    """How a source is opened, and how a table is built of it: the options of ``fill``."""
 
     open: Callable[[], Source]
     options: ReadOptions
-    build: dict[str, Any]  # options of ``build`` and ``write_log``
+    build: dict[str, Any]
 
 
 def prepare(
     source: SourceLike,
     *,
     env: EnvLike | None = None,
-    reward: str | tuple[float, float] = "raw",
-    columns: Mapping[str, str | None] | None = None,
+    reward: Any = "raw",
+    columns: Any = None,
     concatenate: Sequence[str] | None = None,
-    limit: int | None = None,
+    limit: Any = None,
     dtype: torch.dtype = torch.float32,
     clip_actions: bool = False,
-    max_episode_steps: int | None = None,
+    max_episode_steps: Any = None,
     progress: bool | None = None,
-    **options: Any,
+    **others: Any,
 ) -> Reading:
-    """Check the options of ``load_dataset``; ``options`` are further ones of ``ReadOptions``."""
-    check_options(dtype, reward, columns, limit, max_episode_steps)
-    check_spaces(options.get("observation_space"), options.get("action_space"))
+    """Checks the options of ``load_dataset``. Raises ``DatasetError`` on an impossible one."""
+    if columns is not None and not isinstance(columns, Mapping):
+        raise DatasetError(
+            "columns: expected a dict from our keys to the file's columns, such as "
+            f"{{'reward': 'r'}}, got {columns!r}."
+        )
+    for key, value in (("limit", limit), ("max_episode_steps", max_episode_steps)):
+        if value is not None and (not isinstance(value, Integral) or value < 1):
+            raise DatasetError(
+                f"{key}: expected a whole number, at least 1, or None, got {value!r}"
+            )
+    if dtype not in (torch.float32, torch.float64):
+        raise DatasetError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    reward_map(reward, np.arange(2.0))
+    for key in ("observation_space", "action_space"):
+        space = others.get(key)
+        if space is not None and not isinstance(space, gym.Space):
+            raise DatasetError(f"{key}: expected a gymnasium.Space, got {type(space).__name__}.")
     maker = None if env is None else env_maker(env)
-    read = ReadOptions(
+    options = ReadOptions(
         columns=dict(columns or {}), limit=None if isinstance(source, list | tuple) else limit,
-        max_episode_steps=max_episode_steps, dtype=dtype, **options,
-    )  # fmt: skip
-    return Reading(
-        lambda: _open_source(source, read, maker, concatenate, limit),
-        read,
-        {
-            "reward": reward, "dtype": dtype, "clip_actions": clip_actions, "progress": progress,
-            "joined": tuple(concatenate or ()),
-        },
+        max_episode_steps=max_episode_steps, dtype=dtype, **others,
     )  # fmt: skip
 
+    def open_source() -> Source:
+        table = _open(source, options, maker)
+        return chain([concatenated(table, concatenate) if concatenate else table], limit)
 
-def _open_source(
-    source: SourceLike,
-    options: ReadOptions,
-    maker: Callable[[], gym.Env[Any, Any]] | None,
-    concatenate: Sequence[str] | None,
-    limit: int | None,
-) -> Source:
-    """The source that ``load_dataset`` reads, before it is read."""
-    table = _open(source, options, maker)
-    table = concatenated(table, concatenate) if concatenate else table
-    return chain([table], limit)
+    build = {"reward": reward, "dtype": dtype, "clip_actions": clip_actions, "progress": progress}
+    return Reading(open_source, options, {**build, "joined": tuple(concatenate or ())})
 
 
-def _open(
-    source: Any,
-    options: ReadOptions,
-    maker: Callable[[], gym.Env[Any, Any]] | None,
-) -> Source:
+def summary_fields(
+    description: Description, env: EnvLike | None, reference_scores: Any
+) -> dict[str, Any]:
+    """The fields of a ``DatasetSummary``, but its dtype; issues the warnings of the data.
+
+    ``env`` and ``reference_scores``: of the user, in place of those of the data.
+    """
+    for text in description.warnings:
+        warnings.warn(text, DatasetWarning, stacklevel=3)
+    maker, spec = None if env is None else env_maker(env), description.env_spec
+    if maker is None and spec is not None:
+        maker = recorded_env_maker(spec)
+    if maker and description.joined:
+        maker = joined_env_maker(maker, description.joined)
+    names = ("name", "observation_space", "action_space", "statistics", "episode_returns",
+             "episode_lengths", "reward_map", "notes")  # fmt: skip
+    scores = known_scores(reference_scores) or description.reference_scores
+    fields = {name: getattr(description, name) for name in names}
+    return fields | {"env": maker, "reference_scores": scores}
+
+
+def _open(source: Any, options: ReadOptions, maker: EnvMaker | None) -> Source:
     if isinstance(source, list | tuple):
         return chain([_open(item, options, maker) for item in source])
     if isinstance(source, minari.MinariDataset):
         return minari_source(source, options)
     if is_saved(source):
         raise DatasetError(f"{source}: a built table is loaded alone, not in a list of sources.")
-    if isinstance(source, str | Path):
-        if is_table_path(source):
-            described = _with_env(options, maker)
-            return opened_source(open_path(Path(source), described), described)
-        if isinstance(source, Path):
-            raise DatasetError(
-                f"{source}: expected a file of one of the kinds {', '.join(TABLE_FILES)}, a folder of "
-                "Parquet files, of LeRobot or of datasets.save_to_disk, or a Minari id as text."
-            )
-        if is_ogbench(source):
-            return ogbench_source(source, options)
+    if isinstance(source, str | Path) and is_table_path(source):
+        described = _with_env(options, maker)
+        return opened_source(open_path(Path(source), described), described)
+    if isinstance(source, Path):
+        raise DatasetError(
+            f"{source}: expected a file of one of the kinds {', '.join(TABLE_FILES)}, a folder of "
+            "Parquet files, of LeRobot or of datasets.save_to_disk, or a Minari id as text."
+        )
+    if is_ogbench(source):
+        return ogbench_source(source, options)
+    if isinstance(source, str):
         return minari_source(find_minari(source, download=options.download), options)
     described = _with_env(options, maker)
     if (opened := open_object(source, described)) is not None:
@@ -243,17 +263,16 @@ def _open(
     )
 
 
-def _with_env(options: ReadOptions, maker: Callable[[], gym.Env[Any, Any]] | None) -> ReadOptions:
+def _with_env(options: ReadOptions, maker: EnvMaker | None) -> ReadOptions:
     """``options`` with the environment's spaces and step limit where they are not set."""
     if maker is None:
         return options
     env = maker()
+    env.close()
     steps = env.spec.max_episode_steps if env.spec is not None else None
-    described = replace(
+    return replace(
         options,
         observation_space=options.observation_space or env.observation_space,
         action_space=options.action_space or env.action_space,
         max_episode_steps=options.max_episode_steps or steps,
     )
-    env.close()
-    return described

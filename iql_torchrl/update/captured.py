@@ -15,9 +15,9 @@ from torchrl.data.replay_buffers.samplers import RandomSampler
 from torchrl.objectives import HardUpdate
 
 from iql_torchrl.config import Arithmetic
-from iql_torchrl.data.categories import check_rows
 from iql_torchrl.data.replay import DeviceSampler
 from iql_torchrl.data.shards import ShardedReplay
+from iql_torchrl.data.spaces import check_categories
 from iql_torchrl.data.windows import WindowStorage
 from iql_torchrl.losses import LOSSES
 from iql_torchrl.private_apis import (
@@ -158,7 +158,7 @@ class CapturedStep:
         made_for = (rows, rows.batch_size, names, inputs, groups, loss.kept_networks)
         if made_for == self._made_for:
             return
-        check_rows(rows, self._update.limits)
+        check_categories(rows.column, self._update.limits)
         self._made_for, self._names = made_for, names
         runs = () if loss.members is None else (loss.members,)
         self._sums = torch.zeros((len(names), *runs), dtype=torch.float64, device=where)

@@ -12,13 +12,12 @@ import minari
 import numpy as np
 import pytest
 import torch
+from iql_torchrl.data.builtin.recipes import Recipe, swing_up_torque
 from tensordict.nn import TensorDictModule
 
 from iql_torchrl.data import load_dataset
 from iql_torchrl.data.__main__ import main
-from iql_torchrl.data.builtin import BUILTIN, catalogue, ensure_dataset, make_dataset
-from iql_torchrl.data.builtin.pendulum import swing_up_torque
-from iql_torchrl.data.builtin.recipe import Recipe, mean_return
+from iql_torchrl.data.builtin import BUILTIN, ensure_dataset, make_dataset
 from iql_torchrl.evaluation.rollout import evaluate
 
 PENDULUM = "pendulum/mixed-v0"

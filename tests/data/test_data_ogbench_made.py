@@ -7,11 +7,11 @@ import json
 import gymnasium
 import numpy as np
 import pytest
+from iql_torchrl.data.builtin.ogbench_episodes import _cube_is_visible, _is_corridor
 
 from iql_torchrl import load_dataset
 from iql_torchrl.data.__main__ import main
 from iql_torchrl.data.builtin import OGBENCH_LOCAL, ensure_dataset, make_dataset, ogbench
-from iql_torchrl.data.builtin.ogbench_episodes import _cube_is_visible, _is_corridor
 
 pytest.importorskip("ogbench")
 CUBE = "ogbench/cube-single-play-local"

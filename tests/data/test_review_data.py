@@ -14,10 +14,9 @@ from tensordict.nn import TensorDictModule
 
 from iql_torchrl import evaluate, load_dataset
 from iql_torchrl.data import load_shards
-from iql_torchrl.data.load_options import known_scores
 from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.reuse import identity
-from iql_torchrl.data.scaling import StatisticsAccumulator
+from iql_torchrl.data.scaling import StatisticsAccumulator, known_scores
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.data.windows import Windows
 
@@ -75,7 +74,7 @@ def test_a_selection_of_episodes_is_part_of_the_identity(tmp_path, monkeypatch):
     )
     first, second = (dataset.filter_episodes(lambda e, a=a: e.id != a) for a in (2, 0))
     identities = [
-        identity(d, ReadOptions(), None)["options"]["episodes"]
+        identity(d, ReadOptions(), None, {})["options"]["episodes"]
         for d in (dataset, first, second, [first])
     ]
     assert identities[0] == "[]"

@@ -5,29 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.builtin.recipe import (
-    EpisodeRecord,
-    Recipe,
-    Recording,
-    mean_return,
-    progress_bar,
-)
+from iql_torchrl.data.builtin.recipe import Act, Recipe
 
 __all__ = ["PENDULUM_MIXED", "swing_up_torque"]
 
-NAME = "pendulum/mixed-v0"
-ENVIRONMENT = "Pendulum-v1"
 MAX_TORQUE = 2.0
 UPRIGHT_ENERGY = 5.0
 BALANCE_COSINE = 0.9
 # The share of segments in which the controller acts, per episode; 0 is a random episode.
 COMPETENCES = (0.0, 0.25, 0.5, 0.75)
 MEAN_SEGMENT = 10
-EPISODES = 300
 
 
 def swing_up_torque(observation: NDArray[Any]) -> NDArray[np.float32]:
@@ -46,51 +36,23 @@ def swing_up_torque(observation: NDArray[Any]) -> NDArray[np.float32]:
     return np.clip([torque], -MAX_TORQUE, MAX_TORQUE).astype(np.float32)
 
 
-def random_torque(generator: np.random.Generator) -> NDArray[np.float32]:
-    """Uniform on [-2, 2] N m, shape (1,)."""
-    return generator.uniform(-MAX_TORQUE, MAX_TORQUE, size=1).astype(np.float32)
-
-
-def record(episodes: int, seed: int, progress: bool) -> Recording:
-    """Log ``episodes`` episodes of Pendulum-v1; see ``PENDULUM_MIXED.description``."""
-    env = gymnasium.make(ENVIRONMENT, disable_env_checker=True)
-    try:
-        buffers = [
-            _episode(env, seed, number).buffer()
-            for number in progress_bar(episodes, NAME, progress)
-        ]
-        references = (
-            mean_return(env, lambda generator: lambda _: random_torque(generator)),
-            mean_return(env, lambda _: swing_up_torque),
-        )
-    finally:
-        env.close()
-    return Recording(
-        episodes=buffers,
-        env_spec=gymnasium.spec(ENVIRONMENT),
-        reference_scores=references,
-        algorithm="energy-shaping swing-up with PD balance, disturbed by random constant torques",
-        requirements=("gymnasium>=1.0",),
-    )
-
-
-def _episode(env: Any, seed: int, number: int) -> EpisodeRecord:
-    generator = np.random.default_rng([seed, number])
+def _disturbed(generator: np.random.Generator, number: int) -> Act:
     # Levels alternate, so that any number of episodes has nearly equal numbers of each.
     competence = COMPETENCES[number % len(COMPETENCES)]
-    reset_seed = int(generator.integers(2**31))
-    observation, _ = env.reset(seed=reset_seed)
-    episode = EpisodeRecord(reset_seed, observation)
-    over, left, disturbance = False, 0, None
-    while not over:
+    left, disturbance = 0, None
+
+    def act(observation: Any, _: Any) -> NDArray[np.float32]:
+        nonlocal left, disturbance
         if left == 0:
             left = int(generator.geometric(1.0 / MEAN_SEGMENT))
-            disturbance = None if generator.random() < competence else random_torque(generator)
+            disturbance = None
+            if generator.random() >= competence:
+                torque = generator.uniform(-MAX_TORQUE, MAX_TORQUE, size=1)
+                disturbance = torque.astype(np.float32)
         left -= 1
-        action = swing_up_torque(observation) if disturbance is None else disturbance
-        observation, reward, terminated, truncated, _ = env.step(action)
-        over = episode.add(action, observation, reward, terminated, truncated)
-    return episode
+        return swing_up_torque(observation) if disturbance is None else disturbance
+
+    return act
 
 
 PENDULUM_MIXED = Recipe(
@@ -102,6 +64,12 @@ PENDULUM_MIXED = Recipe(
         "0.75 in turn from episode to episode. Reference scores are mean returns over 100 "
         "episodes of the uniform random policy and of the undisturbed controller."
     ),
-    episodes=EPISODES,
-    record=record,
+    algorithm="energy-shaping swing-up with PD balance, disturbed by random constant torques",
+    episodes=300,
+    environment="Pendulum-v1",
+    disable_env_checker=False,
+    package="gymnasium",
+    requirements=("gymnasium>=1.0",),
+    reference_scores=(-1238.7105755962557, -156.96959423258005),
+    controller=lambda _: _disturbed,
 )

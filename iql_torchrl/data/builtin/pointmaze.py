@@ -8,23 +8,16 @@ arXiv:2004.07219): shortest path over the maze's cells, and between cells a forc
 from __future__ import annotations
 
 from collections import deque
-from functools import partial
+from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeAlias
 
-import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.builtin.recipe import (
-    EpisodeRecord,
-    Recipe,
-    Recording,
-    import_for_recipe,
-    mean_return,
-    progress_bar,
-)
+from iql_torchrl.data.builtin.recipe import Act, Recipe
 
-__all__ = ["POINTMAZE_MEDIUM", "POINTMAZE_UMAZE", "MazeController"]
+__all__ = ["POINTMAZE_MEDIUM", "POINTMAZE_UMAZE"]
 
 Cell: TypeAlias = tuple[int, int]
 
@@ -37,54 +30,35 @@ STEPS = 150_000
 
 
 class MazeController:
-    """Moves the point to its desired goal; one instance per episode.
+    """Moves the point to its desired goal, with a force ``(2,)`` in [-1, 1]; one for each episode.
 
-    Args:
-        maze: the environment's ``unwrapped.maze``.
-        noise: deviation of the Gaussian noise on the force, before clipping to [-1, 1].
-        generator: of the noise.
+    ``maze``: the environment's ``unwrapped.maze``. ``noise``: deviation of the Gaussian noise on the
+    force, before clipping, which ``generator`` draws.
     """
 
-    def __init__(self, maze: Any, *, noise: float, generator: np.random.Generator) -> None:
+    def __init__(self, maze: Any, noise: float, generator: np.random.Generator) -> None:
         self._maze, self._noise, self._generator = maze, noise, generator
-        self._towards: dict[Cell, dict[Cell, Cell]] = {}
+        self._next_cells = cache(self._shortest_paths)
         self._waypoint: Cell | None = None
 
-    def __call__(self, observation: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """The force ``(2,)`` in [-1, 1] for a PointMaze observation."""
+    def __call__(self, observation: dict[str, NDArray[Any]], _: Any) -> NDArray[np.float32]:
         position, velocity = observation["observation"][:2], observation["observation"][2:]
         error = self._target(position, observation["desired_goal"]) - position
         force = POSITION_GAIN * error + VELOCITY_GAIN * velocity
         force = force + self._noise * self._generator.standard_normal(2)
-        clipped: NDArray[np.float32] = np.clip(force, -1.0, 1.0).astype(np.float32)
-        return clipped
+        return np.clip(force, -1.0, 1.0).astype(np.float32)
 
-    def _target(self, position: NDArray[Any], goal: NDArray[Any]) -> NDArray[Any]:
-        here, end = self._cell(position), self._cell(goal)
+    def _target(self, position: NDArray[Any], goal: NDArray[Any]) -> Any:
+        here, end = (tuple(self._maze.cell_xy_to_rowcol(place)) for place in (position, goal))
         if here == end:
             self._waypoint = None
             return goal
-        if self._waypoint == here:
-            # Turning before the centre would press the point against the inner corner.
-            centre = self._centre(here)
-            if np.linalg.norm(position - centre) > REACHED:
-                return centre
-        self._waypoint = self._next_cell(here, end)
-        return self._centre(self._waypoint)
-
-    def _cell(self, position: NDArray[Any]) -> Cell:
-        row, column = self._maze.cell_xy_to_rowcol(position)
-        return int(row), int(column)
-
-    def _centre(self, cell: Cell) -> NDArray[Any]:
-        centre: NDArray[Any] = self._maze.cell_rowcol_to_xy(cell)
-        return centre
-
-    def _next_cell(self, here: Cell, end: Cell) -> Cell:
-        if end not in self._towards:
-            self._towards[end] = self._shortest_paths(end)
-        # A goal's noise and the point's radius keep both inside open cells.
-        return self._towards[end][here]
+        # Turning before the centre would press the point against the inner corner.
+        centre = self._maze.cell_rowcol_to_xy(here)
+        if self._waypoint != here or np.linalg.norm(position - centre) <= REACHED:
+            # A goal's noise and the point's radius keep both inside open cells.
+            self._waypoint = self._next_cells(end)[here]
+        return self._maze.cell_rowcol_to_xy(self._waypoint)
 
     def _shortest_paths(self, end: Cell) -> dict[Cell, Cell]:
         """For each open cell the next one on a shortest path to ``end`` (breadth first)."""
@@ -99,52 +73,11 @@ class MazeController:
         return following
 
 
-def record(name: str, environment: str, episodes: int, seed: int, progress: bool) -> Recording:
-    """Log ``episodes`` episodes of ``environment``; see the recipes' descriptions."""
-    import_for_recipe("gymnasium_robotics", name)
-    env = gymnasium.make(
-        environment, continuing_task=True, reset_target=True, disable_env_checker=True
-    )
-    assert env.spec is not None
-    maze = env.unwrapped.maze  # type: ignore[attr-defined]
-    try:
-        buffers = [
-            _episode(env, seed, number).buffer()
-            for number in progress_bar(episodes, name, progress)
-        ]
-        references = (
-            mean_return(env, _random_force),
-            mean_return(env, lambda generator: MazeController(maze, noise=0, generator=generator)),
-        )
-    finally:
-        env.close()
-    return Recording(
-        episodes=buffers,
-        env_spec=env.spec,
-        reference_scores=references,
-        algorithm="way-point PD controller with Gaussian noise of deviation 0.5",
-        requirements=("gymnasium-robotics>=1.3", "mujoco"),
-    )
+def _noisy(env: Any) -> Callable[[np.random.Generator, int], Act]:
+    return lambda generator, _: MazeController(env.unwrapped.maze, NOISE, generator)
 
 
-def _random_force(generator: np.random.Generator) -> Any:
-    return lambda _: generator.uniform(-1.0, 1.0, size=2).astype(np.float32)
-
-
-def _episode(env: Any, seed: int, number: int) -> EpisodeRecord:
-    generator = np.random.default_rng([seed, number])
-    reset_seed = int(generator.integers(2**31))
-    observation, _ = env.reset(seed=reset_seed)
-    controller = MazeController(env.unwrapped.maze, noise=NOISE, generator=generator)
-    episode, over = EpisodeRecord(reset_seed, observation), False
-    while not over:
-        action = controller(observation)
-        observation, reward, terminated, truncated, _ = env.step(action)
-        over = episode.add(action, observation, reward, terminated, truncated)
-    return episode
-
-
-def _recipe(name: str, environment: str, episode_steps: int) -> Recipe:
+def _recipe(environment: str, episode_steps: int, scores: tuple[float, float]) -> Recipe:
     return Recipe(
         description=(
             f"{environment} as a continuing task with sparse reward: 1 at each step within 0.45 "
@@ -157,10 +90,16 @@ def _recipe(name: str, environment: str, episode_steps: int) -> Recipe:
             f"Reference scores are mean returns over 100 episodes of the uniform random policy "
             f"and of the controller without noise."
         ),
+        algorithm="way-point PD controller with Gaussian noise of deviation 0.5",
         episodes=STEPS // episode_steps,
-        record=partial(record, name, environment),
+        environment=environment,
+        options={"continuing_task": True, "reset_target": True},
+        package="gymnasium_robotics",
+        requirements=("gymnasium-robotics>=1.3", "mujoco"),
+        reference_scores=scores,
+        controller=_noisy,
     )
 
 
-POINTMAZE_UMAZE = _recipe("pointmaze/umaze-v0", "PointMaze_UMaze-v3", 300)
-POINTMAZE_MEDIUM = _recipe("pointmaze/medium-v0", "PointMaze_Medium-v3", 600)
+POINTMAZE_UMAZE = _recipe("PointMaze_UMaze-v3", 300, (0.23, 3.69))
+POINTMAZE_MEDIUM = _recipe("PointMaze_Medium-v3", 600, (0.2, 3.77))

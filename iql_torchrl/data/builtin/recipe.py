@@ -1,49 +1,22 @@
-"""The parts of a built-in dataset before it is written to disk."""
+"""How the log of a built-in dataset is made by acting in an environment."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from importlib import import_module
-from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
+import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from minari.data_collector import EpisodeBuffer
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-__all__ = [
-    "EpisodeRecord",
-    "Recipe",
-    "Recording",
-    "import_for_recipe",
-    "mean_return",
-    "progress_bar",
-]
+__all__ = ["Act", "Recipe", "import_for_recipe", "play", "record"]
 
-REFERENCE_EPISODES = 100
-REFERENCE_SEED = 1_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recording:
-    """A log, and what its Minari metadata needs.
-
-    Attributes:
-        episodes: buffers with ``T + 1`` observations and ``T`` of everything else.
-        env_spec: the environment that was logged; loading the dataset can rebuild it.
-        reference_scores: mean returns ``(random, expert)``, or None where none were measured.
-        algorithm: how the actions were chosen, in a few words.
-        requirements: pip requirements to rebuild the environment.
-    """
-
-    episodes: Sequence[EpisodeBuffer]
-    env_spec: EnvSpec
-    reference_scores: tuple[float, float] | None
-    algorithm: str
-    requirements: tuple[str, ...] = ()
+Act: TypeAlias = Callable[[Any, Mapping[str, Any]], Any]
+"""``act(observation, info) -> action`` of one episode."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,106 +25,84 @@ class Recipe:
 
     Attributes:
         description: what the log contains and how it was made; stored with the dataset.
+        algorithm: how the actions were chosen, in a few words.
         episodes: how many episodes the standard dataset has.
-        record: ``record(episodes, seed, progress) -> Recording``; the same arguments give the
-            same recording.
+        environment, options: the id, and further arguments of the environment.
+        disable_env_checker: of the environment's spec.
+        package: which registers the environment.
+        requirements: pip requirements to rebuild the environment.
+        reference_scores: mean returns ``(random, expert)`` of the environment.
+        controller: ``controller(env)(generator, number)`` gives the ``Act`` of an episode.
+        infos: ``infos(env, observations, actions)`` gives further columns of an episode.
     """
 
     description: str
+    algorithm: str
     episodes: int
-    record: Callable[[int, int, bool], Recording]
+    environment: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    disable_env_checker: bool = True
+    package: str
+    requirements: tuple[str, ...]
+    reference_scores: tuple[float, float]
+    controller: Callable[[Any], Callable[[np.random.Generator, int], Act]]
+    infos: Callable[[Any, Any, Any], dict[str, Any] | None] = lambda *_: None
 
 
-class EpisodeRecord:
-    """Collects one episode step by step; ``infos`` get one entry per action."""
-
-    def __init__(self, seed: int, observation: Any) -> None:
-        self.seed = seed
-        self.observations: list[Any] = [observation]
-        self.actions: list[Any] = []
-        self.rewards: list[float] = []
-        self.terminations: list[bool] = []
-        self.truncations: list[bool] = []
-        self.infos: dict[str, list[Any]] = {}
-
-    def add(
-        self,
-        action: Any,
-        observation: Any,
-        reward: float,
-        terminated: bool,
-        truncated: bool,
-        info: Mapping[str, Any] | None = None,
-    ) -> bool:
-        """Record one step; True when it was the last one."""
-        self.actions.append(action)
-        self.observations.append(observation)
-        self.rewards.append(float(reward))
-        self.terminations.append(bool(terminated))
-        self.truncations.append(bool(truncated))
-        for key, value in (info or {}).items():
-            self.infos.setdefault(key, []).append(value)
-        return bool(terminated or truncated)
-
-    def buffer(self) -> EpisodeBuffer:
-        """The episode as Minari stores it."""
-        first = self.observations[0]
-        observations: Any
-        if isinstance(first, Mapping):
-            observations = {
-                key: np.stack([observation[key] for observation in self.observations])
-                for key in first
-            }
-        else:
-            observations = np.stack(self.observations)
-        return EpisodeBuffer(
-            seed=self.seed,
-            observations=observations,
-            actions=np.stack(self.actions),
-            rewards=np.asarray(self.rewards, dtype=np.float64),
-            terminations=np.asarray(self.terminations),
-            truncations=np.asarray(self.truncations),
-            infos={key: np.stack(values) for key, values in self.infos.items()} or None,
-        )
+def record(
+    name: str, recipe: Recipe, episodes: int, seed: int, progress: bool
+) -> tuple[list[EpisodeBuffer], EnvSpec]:
+    """The log, and the environment that was logged; the same arguments give the same log."""
+    import_for_recipe(recipe.package, name)
+    buffers = []
+    registered = gymnasium.spec(recipe.environment)
+    options = {**registered.kwargs, **recipe.options}
+    spec = replace(registered, kwargs=options, disable_env_checker=recipe.disable_env_checker)
+    with gymnasium.make(spec) as env:
+        controller = recipe.controller(env)
+        for number in tqdm(range(episodes), desc=name, unit="episode", disable=not progress):
+            generator = np.random.default_rng([seed, number])
+            reset_seed = int(generator.integers(2**31))
+            lists = play(env, controller(generator, number), *env.reset(seed=reset_seed))
+            del lists["infos"]
+            columns = {key: _stacked(values) for key, values in lists.items()}
+            infos = recipe.infos(env, columns["observations"], columns["actions"])
+            buffers.append(EpisodeBuffer(seed=reset_seed, **columns, infos=infos))
+    return buffers, spec
 
 
-def mean_return(
-    env: Any, controller: Callable[[np.random.Generator], Callable[[Any], NDArray[Any]]]
-) -> float:
-    """Mean return over 100 episodes of ``controller(generator)``, a new one for each episode.
-
-    Episode ``e`` starts with ``env.reset(seed=1_000_000 + e)``, and its action noise has the same
-    seed. Reference scores describe the task, so they do not depend on the seed of the dataset.
-    """
-    returns = []
-    for episode in range(REFERENCE_EPISODES):
-        act = controller(np.random.default_rng(REFERENCE_SEED + episode))
-        observation, _ = env.reset(seed=REFERENCE_SEED + episode)
-        total, over = 0.0, False
-        while not over:
-            observation, reward, terminated, truncated, _ = env.step(act(observation))
-            total += float(reward)
-            over = bool(terminated or truncated)
-        returns.append(total)
-    return float(np.mean(returns))
+def play(env: Any, act: Act, observation: Any, info: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The columns of the episode that ``env.reset`` began: T + 1 observations, T of all others."""
+    columns: dict[str, list[Any]] = {"observations": [observation]}
+    over = False
+    while not over:
+        action = act(observation, info)
+        observation, reward, terminated, truncated, info = env.step(action)
+        over = terminated or truncated
+        step = {
+            "observations": observation, "actions": action, "rewards": float(reward),
+            "terminations": bool(terminated), "truncations": bool(truncated), "infos": info,
+        }  # fmt: skip
+        for key, value in step.items():
+            columns.setdefault(key, []).append(value)
+    return columns
 
 
-def import_for_recipe(module: str, dataset: str, *, extra: str = "datasets") -> ModuleType:
+def _stacked(values: list[Any]) -> Any:
+    if not isinstance(values[0], Mapping):
+        return np.stack(values)
+    return {key: np.stack([each[key] for each in values]) for key in values[0]}
+
+
+def import_for_recipe(module: str, dataset: str, *, extra: str = "datasets") -> None:
     """Import an optional package of ``extra`` that registers a recipe's environments.
 
-    Raises:
-        ImportError: it is missing; the message names what to install.
+    Raises ``ImportError`` naming what to install where it is missing.
     """
     try:
-        return import_module(module)
+        import_module(module)
     except ImportError as error:
         raise ImportError(
             f"making {dataset!r} needs the package {module!r} ({error}): "
             f'pip install "iql_torchrl[{extra}]"'
         ) from error
-
-
-def progress_bar(count: int, what: str, progress: bool) -> Iterable[int]:
-    """``range(count)``, with a bar on standard error if ``progress``."""
-    bar: Iterable[int] = tqdm(range(count), desc=what, unit="episode", disable=not progress)
-    return bar
