@@ -23,8 +23,6 @@ from iql_torchrl.data.spaces import flat_action_env, flat_action_space
 from iql_torchrl.data.windows import Windows
 from iql_torchrl.descriptions import describe_space
 
-__all__ = ["DatasetSummary", "OfflineDataset"]
-
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class DatasetSummary(ABC):

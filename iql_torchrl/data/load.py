@@ -37,8 +37,6 @@ from iql_torchrl.data.saved import is_saved, open_saved
 from iql_torchrl.data.scaling import known_scores, reward_map
 from iql_torchrl.data.schema import DatasetError, DatasetWarning
 
-__all__ = ["SourceLike", "load_dataset", "prepare", "summary_fields"]
-
 EnvMaker: TypeAlias = Callable[[], gym.Env[Any, Any]]
 SourceLike: TypeAlias = (
     "str | Path | minari.MinariDataset | Mapping[str, Any] | TensorDictBase | ReplayBuffer"
@@ -156,65 +154,72 @@ def load_dataset(
         settings = {"concatenate": concatenate, "limit": limit, **reading.build, "progress": None}
         built_from = identity(source, reading.options, env, settings)
         table, description = load_or_build(reading.open, Path(memmap), built_from, **reading.build)
-    return OfflineDataset(table, dtype=dtype, **summary_fields(description, env, reference_scores))
+    fields = dataset_fields(description, env, reference_scores)
+    return OfflineDataset(table, **fields, dtype=dtype)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a source is opened, and how a table is built of it: the options of ``fill``."""
+    """How a source is opened and built, from the options of ``load_dataset``."""
 
     open: Callable[[], Source]
     options: ReadOptions
-    build: dict[str, Any]
+    build: dict[str, Any]  # options of ``build`` and ``write_log``
 
 
 def prepare(
     source: SourceLike,
     *,
     env: EnvLike | None = None,
-    reward: Any = "raw",
-    columns: Any = None,
+    reward: str | tuple[float, float] = "raw",
+    columns: Mapping[str, str | None] | None = None,
     concatenate: Sequence[str] | None = None,
-    limit: Any = None,
+    limit: int | None = None,
     dtype: torch.dtype = torch.float32,
     clip_actions: bool = False,
-    max_episode_steps: Any = None,
     progress: bool | None = None,
-    **others: Any,
+    **options: Any,
 ) -> Reading:
-    """Checks the options of ``load_dataset``. Raises ``DatasetError`` on an impossible one."""
+    """Check the options of ``load_dataset``; ``options`` are further ones of ``ReadOptions``."""
     if columns is not None and not isinstance(columns, Mapping):
         raise DatasetError(
             "columns: expected a dict from our keys to the file's columns, such as "
             f"{{'reward': 'r'}}, got {columns!r}."
         )
-    for key, value in (("limit", limit), ("max_episode_steps", max_episode_steps)):
-        if value is not None and (not isinstance(value, Integral) or value < 1):
+    for key, value in {**options, "limit": limit}.items():
+        if value is None:
+            continue
+        if key in ("limit", "max_episode_steps") and (not isinstance(value, Integral) or value < 1):
             raise DatasetError(
                 f"{key}: expected a whole number, at least 1, or None, got {value!r}"
             )
+        if key.endswith("_space") and not isinstance(value, gym.Space):
+            raise DatasetError(f"{key}: expected a gymnasium.Space, got {type(value).__name__}.")
     if dtype not in (torch.float32, torch.float64):
         raise DatasetError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
     reward_map(reward, np.arange(2.0))
-    for key in ("observation_space", "action_space"):
-        space = others.get(key)
-        if space is not None and not isinstance(space, gym.Space):
-            raise DatasetError(f"{key}: expected a gymnasium.Space, got {type(space).__name__}.")
     maker = None if env is None else env_maker(env)
-    options = ReadOptions(
+    read = ReadOptions(
         columns=dict(columns or {}), limit=None if isinstance(source, list | tuple) else limit,
-        max_episode_steps=max_episode_steps, dtype=dtype, **others,
+        dtype=dtype, **options,
     )  # fmt: skip
 
     def open_source() -> Source:
-        table = _open(source, options, maker)
-        return chain([concatenated(table, concatenate) if concatenate else table], limit)
+        table = _open(source, read, maker)
+        table = concatenated(table, concatenate) if concatenate else table
+        return chain([table], limit)
 
-    build = {"reward": reward, "dtype": dtype, "clip_actions": clip_actions, "progress": progress}
-    return Reading(open_source, options, {**build, "joined": tuple(concatenate or ())})
+    return Reading(
+        open_source,
+        read,
+        {
+            "reward": reward, "dtype": dtype, "clip_actions": clip_actions, "progress": progress,
+            "joined": tuple(concatenate or ()),
+        },
+    )  # fmt: skip
 
 
-def summary_fields(
+def dataset_fields(
     description: Description, env: EnvLike | None, reference_scores: Any
 ) -> dict[str, Any]:
     """The fields of a ``DatasetSummary``, but its dtype; issues the warnings of the data.

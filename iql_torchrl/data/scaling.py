@@ -18,20 +18,7 @@ from torch import Tensor
 
 from iql_torchrl.data.schema import DatasetError
 
-__all__ = [
-    "REFERENCE_RETURNS",
-    "ObservationStatistics",
-    "RewardMap",
-    "StatisticsAccumulator",
-    "known_scores",
-    "normalised_score",
-    "reward_map",
-]
-
 Number = TypeVar("Number", float, Tensor, NDArray[np.float64])
-
-
-REWARD_MAPS = {"raw": (1.0, 0.0), "minus_one": (1.0, -1.0)}
 
 
 @dataclass(frozen=True)
@@ -67,7 +54,9 @@ def reward_map(reward: str | Sequence[float], episode_returns: NDArray[np.float6
     ``(scale, shift)``: as given. Raises ``DatasetError`` for anything else, and for
     ``"return_range"`` where all episodes return the same.
     """
-    if isinstance(reward, str) and reward == "return_range":
+    if reward in ("raw", "minus_one"):
+        return RewardMap(shift=-1.0 if reward == "minus_one" else 0.0)
+    if reward == "return_range":
         spread = float(np.ptp(episode_returns))
         if not spread > 0:
             raise DatasetError(
@@ -75,13 +64,12 @@ def reward_map(reward: str | Sequence[float], episode_returns: NDArray[np.float6
                 f"{len(episode_returns)} return {float(episode_returns[0]):g}; pass (scale, shift)"
             )
         return RewardMap(1000.0 / spread)
-    pair = REWARD_MAPS.get(reward) if isinstance(reward, str) else reward
-    if pair is None or not _pair(pair):
+    if not _pair(reward):
         raise DatasetError(
             "reward: expected 'raw', 'return_range', 'minus_one' or (scale, shift), two finite "
             f"numbers, got {reward!r}"
         )
-    return RewardMap(float(pair[0]), float(pair[1]))
+    return RewardMap(float(reward[0]), float(reward[1]))
 
 
 def _pair(values: Any) -> bool:
@@ -117,7 +105,7 @@ class StatisticsAccumulator:
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        size = int(np.prod(shape, dtype=np.int64))
+        size = math.prod(shape)
         self.shape, self.count = shape, 0
         self.mean, self.squares = np.zeros(size), np.zeros(size)
         self.low, self.high = np.full(size, np.inf), np.full(size, -np.inf)
@@ -147,7 +135,7 @@ class StatisticsAccumulator:
         return ObservationStatistics(
             mean=torch.from_numpy(mean).reshape(self.shape),
             std=torch.from_numpy(std).reshape(self.shape),
-            constant=tuple(int(i) for i in np.flatnonzero(still)),
+            constant=tuple(np.flatnonzero(still).tolist()),
             count=self.count,
         )
 

@@ -26,22 +26,6 @@ from torchrl.data import (
 
 from iql_torchrl.descriptions import describe_space
 
-__all__ = [
-    "DatasetError",
-    "DatasetWarning",
-    "EpisodeIndex",
-    "Field",
-    "Key",
-    "Layout",
-    "category_starts",
-    "dotted",
-    "field_of_space",
-    "leaf_spaces",
-    "observation_spec_of",
-    "spec_of_space",
-    "transition_layout",
-]
-
 Key: TypeAlias = tuple[str, ...]
 
 REWARD: Key = ("next", "reward")

@@ -17,7 +17,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from iql_torchrl.data.dataset import DatasetSummary, OfflineDataset
-from iql_torchrl.data.load import SourceLike, prepare, summary_fields
+from iql_torchrl.data.load import SourceLike, prepare, dataset_fields
 from iql_torchrl.data.readers.environments import EnvLike
 from iql_torchrl.data.replay import DeviceSampler, check_count
 from iql_torchrl.data.saved import (
@@ -131,7 +131,7 @@ def load_shards(
     name = str(location).rstrip("/") or "/"
     place = Location(name, None if cache is None else Path(cache), dict(storage_options or {}))
     log = read_log(place)
-    fields = summary_fields(log.description, env, reference_scores)
+    fields = dataset_fields(log.description, env, reference_scores)
     fields |= {"reward_map": asked_map(reward, log), "dtype": log.layout[REWARD].dtype}
     return ShardedDataset(**fields, shards=log.shards, log=log)
 

@@ -19,18 +19,6 @@ from iql_torchrl.data.scaling import ObservationStatistics
 from iql_torchrl.data.schema import DatasetError, Key
 from iql_torchrl.descriptions import describe_space
 
-__all__ = [
-    "category_limits",
-    "check_categories",
-    "flat_action_env",
-    "flat_action_space",
-    "is_image",
-    "is_vector",
-    "stacked_space",
-    "stacked_statistics",
-    "usual_encoder",
-]
-
 KINDS = "expected Box, Discrete, MultiDiscrete, MultiBinary, or a Dict of them."
 SMALLEST_IMAGE = 8  # pixels; what is smaller is a table of numbers
 
@@ -146,27 +134,23 @@ def usual_encoder(
 
 
 def category_limits(loss: Any) -> Limits:
-    """How many categories a loss's networks read, by key on both sides of ``next``: one per column."""
-    readers: list[tuple[Any, Any, bool]] = []  # keys, module, whether it reads the next side too
-    encoder = loss.encoder_network
-    joined = getattr(encoder, "module", None)
-    joined = getattr(joined, "preprocess", joined)  # of a network over windows
-    if type(joined) is networks.JoinedEncoders:
-        pairs = zip(encoder.in_keys, joined.encoders, strict=False)
-        readers += [([key], module, True) for key, module in pairs]
-    for name in ("actor_network", "qvalue_network", "value_network"):
-        readers += [
-            (module.in_keys, getattr(module.module, "preprocess", None), name == "value_network")
-            for module in getattr(loss, name).modules()
-            if isinstance(module, TensorDictModule)
-        ]
+    """How many categories the networks of a loss read, by key on both sides of ``next``.
+
+    One number for each column of an entry.
+    """
     limits: Limits = {}
-    for keys, module, both_sides in readers:
-        # Not isinstance: a subclass may read other categories.
-        if type(module) in (networks.OneHot, networks.OneHots):
-            key = (keys[0],) if isinstance(keys[0], str) else tuple(keys[0])
-            counts = getattr(module, "counts", None) or (module.num_classes,)
-            limits |= {key: counts, ("next", *key): counts} if both_sides else {key: counts}
+    parts = loss.encoder_network, loss.actor_network, loss.qvalue_network, loss.value_network
+    for module in (module for part in parts if part is not None for module in part.modules()):
+        if not isinstance(module, TensorDictModule):
+            continue
+        first = getattr(module.module, "preprocess", module.module)
+        encoders = first.encoders if type(first) is networks.JoinedEncoders else [first]
+        for name, encoder in zip(module.in_keys, encoders, strict=False):
+            # Not isinstance: a subclass may read other categories.
+            if type(encoder) in (networks.OneHot, networks.OneHots):
+                key = (name,) if isinstance(name, str) else tuple(name)
+                counts = getattr(encoder, "counts", None) or (encoder.num_classes,)
+                limits |= {key: counts, ("next", *key): counts}
     return limits
 
 

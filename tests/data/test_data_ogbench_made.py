@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import gymnasium
 import numpy as np
 import pytest
-from iql_torchrl.data.builtin.ogbench_episodes import _cube_is_visible, _is_corridor
 
 from iql_torchrl import load_dataset
 from iql_torchrl.data.__main__ import main
 from iql_torchrl.data.builtin import OGBENCH_LOCAL, ensure_dataset, make_dataset, ogbench
+from iql_torchrl.data.builtin.ogbench import _cube_is_visible, _is_corridor
 
 pytest.importorskip("ogbench")
 CUBE = "ogbench/cube-single-play-local"
@@ -92,42 +93,36 @@ def test_an_episode_depends_on_seed_and_number_only(folder):
     second.close()
 
 
-def test_an_interrupted_call_continues_with_the_next_episode(folder, monkeypatch, tmp_path_factory):
-    make_dataset(MAZE, episodes=3, progress=False)
-    whole = columns(folder, MAZE)
-    monkeypatch.setenv("OGBENCH_DATASETS_PATH", str(other := tmp_path_factory.mktemp("other")))
-    made, record = [], OGBENCH_LOCAL[MAZE].episode
+def test_an_interrupted_call_continues_with_the_same_versions_only(folder, monkeypatch):
+    made, recipe = [], OGBENCH_LOCAL[MAZE]
 
     def interrupted(env, seed, number):
         if number == 2 and 2 not in made:
             made.append(number)
             raise KeyboardInterrupt
         made.append(number)
-        return record(env, seed, number)
+        return recipe.episode(env, seed, number)
 
-    recipes = {MAZE: ogbench.OGBenchRecipe(
-        environment="pointmaze-medium-v0", description="", episode=interrupted
-    )}  # fmt: skip
-    monkeypatch.setattr(ogbench, "OGBENCH_LOCAL", recipes)
+    make_dataset(MAZE, episodes=3, progress=False)
+    whole = columns(folder, MAZE)
+    (folder / "pointmaze-medium-navigate-local.npz").unlink()
+    monkeypatch.setattr(ogbench, "OGBENCH_LOCAL", {MAZE: replace(recipe, episode=interrupted)})
     with pytest.raises(KeyboardInterrupt):
         make_dataset(MAZE, episodes=3, progress=False)
-    (parts,) = (path for path in other.iterdir() if path.is_dir())
-    names = sorted(path.name for path in parts.iterdir())
-    assert names == ["episode-00000.npz", "episode-00001.npz", "made_with.json"]
+    (parts,) = (path for path in folder.iterdir() if path.is_dir())
+    assert sorted(path.name for path in parts.iterdir()) == [
+        "episode-00000.npz", "episode-00001.npz",
+    ]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(ogbench, "version", lambda package: "1.0")
+        make_dataset(MAZE, episodes=1, progress=False)
+    (folder / "pointmaze-medium-navigate-local.npz").unlink()
     make_dataset(MAZE, episodes=3, progress=False)
-    assert made == [0, 1, 2, 2]
-    again = columns(other, MAZE)
+    assert made == [0, 1, 2, 0, 2], "another version begins again"
+    again = columns(folder, MAZE)
     assert again.keys() == whole.keys()
     for key in whole:
         np.testing.assert_array_equal(again[key], whole[key])
-
-
-def test_episodes_of_other_versions_are_not_continued(folder):
-    parts = folder / ".making-pointmaze-medium-navigate-local-seed0"
-    parts.mkdir()
-    (parts / "made_with.json").write_text('{"mujoco": "1.0"}')
-    with pytest.raises(ValueError, match=r"made with .*'1\.0'.* or remove the folder"):
-        make_dataset(MAZE, episodes=1, progress=False)
 
 
 def test_the_command(folder, capsys):

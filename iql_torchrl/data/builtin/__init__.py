@@ -23,9 +23,13 @@ from minari.storage import get_dataset_path
 
 from iql_torchrl.data.builtin.icu_sepsis import ICU_SEPSIS_CLINICIAN
 from iql_torchrl.data.builtin.ogbench import OGBENCH_LOCAL, make_ogbench, ogbench_path
-from iql_torchrl.data.builtin.pendulum import PENDULUM_MIXED
-from iql_torchrl.data.builtin.pointmaze import POINTMAZE_MEDIUM, POINTMAZE_UMAZE
-from iql_torchrl.data.builtin.recipe import Recipe, record
+from iql_torchrl.data.builtin.recipes import (
+    PENDULUM_MIXED,
+    POINTMAZE_MEDIUM,
+    POINTMAZE_UMAZE,
+    Recipe,
+    record,
+)
 
 __all__ = ["BUILTIN", "OGBENCH_LOCAL", "ensure_dataset", "make_dataset"]
 

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.builtin.recipe import Act, Recipe
-
-__all__ = ["ICU_SEPSIS_CLINICIAN", "SepsisTables"]
+from iql_torchrl.data.builtin.recipes import Act, Recipe
 
 NAME = "icu-sepsis/clinician-v0"
 ENVIRONMENT = "Sepsis/ICU-Sepsis-v2"
@@ -48,8 +46,7 @@ class SepsisTables:
 
     def _normalised(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         weights = np.where(self.admissible, weights, 0.0)
-        normalised: NDArray[np.float64] = weights / weights.sum(axis=1, keepdims=True)
-        return normalised
+        return np.asarray(weights / weights.sum(axis=1, keepdims=True))
 
     def value(self, policy: NDArray[np.float64] | None = None) -> float:
         """Exact expected undiscounted return (probability of survival) of ``(S, A)`` policy

@@ -30,12 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from iql_torchrl.data.builtin.recipe import Act, import_for_recipe, play
+from iql_torchrl.data.builtin.recipes import Act, import_for_recipe, play
 from iql_torchrl.data.readers.ogbench_names import PREFIX, ogbench_folder
 from iql_torchrl.data.saved import folder_lock
 from iql_torchrl.files import whole_file
-
-__all__ = ["OGBENCH_LOCAL", "OGBenchRecipe", "make_ogbench", "ogbench_path"]
 
 Arrays: TypeAlias = dict[str, NDArray[Any]]
 Cell: TypeAlias = tuple[int, int]
@@ -50,7 +48,7 @@ CUBE = slice(14, 17)  # position of a scene's cube in qpos, in metres
 STATES = {"qpos": np.float32, "qvel": np.float32, "button_states": np.int64}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class OGBenchRecipe:
     """How one dataset of OGBench is made again.
 
@@ -83,7 +81,7 @@ def make_ogbench(name: str, *, episodes: int, seed: int, progress: bool) -> None
 
     Raises ``ValueError`` where the file exists, ``ImportError`` without the package ``ogbench``.
     """
-    path = ogbench_path(name)
+    recipe, path = OGBENCH_LOCAL[name], ogbench_path(name)
     import_for_recipe("ogbench", name, extra="ogbench")
     versions = {package: version(package) for package in ("ogbench", "mujoco", "numpy")}
     made_with = "-".join(f"{package}{number}" for package, number in versions.items())
@@ -94,31 +92,19 @@ def make_ogbench(name: str, *, episodes: int, seed: int, progress: bool) -> None
             raise ValueError(f"{path} was made by another process meanwhile")
         parts.mkdir(exist_ok=True)
         files = [parts / f"episode-{number:05d}.npz" for number in range(episodes)]
-        _make_missing(name, files, seed, progress)
-        with np.load(files[0]) as first:
-            columns = {key: np.concatenate([_column(f, key) for f in files]) for key in first}
+        with gymnasium.make(
+            recipe.environment, terminate_at_goal=False, max_episode_steps=ROWS,
+            disable_env_checker=True, **recipe.options,
+        ) as env:  # fmt: skip
+            for number in tqdm(range(episodes), desc=name, unit="episode", disable=not progress):
+                if not files[number].exists():
+                    _write(files[number], recipe.episode(env, seed, number))
+        columns = {
+            key: np.concatenate([np.load(file)[key] for file in files]) for key in np.load(files[0])
+        }
         made = {"name": name, "seed": seed, "episodes": episodes, **versions}
         _write(path, {**columns, "made_with": np.array(json.dumps(made))})
         shutil.rmtree(parts)
-
-
-def _make_missing(name: str, files: list[Path], seed: int, progress: bool) -> None:
-    missing = [number for number, file in enumerate(files) if not file.exists()]
-    if not missing:
-        return
-    recipe = OGBENCH_LOCAL[name]
-    with gymnasium.make(
-        recipe.environment, terminate_at_goal=False, max_episode_steps=ROWS,
-        disable_env_checker=True, **recipe.options,
-    ) as env:  # fmt: skip
-        for number in tqdm(missing, desc=name, unit="episode", disable=not progress):
-            _write(files[number], recipe.episode(env, seed, number))
-
-
-def _column(file: Path, key: str) -> NDArray[Any]:
-    with np.load(file) as columns:
-        column: NDArray[Any] = columns[key]
-    return column
 
 
 def _write(path: Path, arrays: Arrays) -> None:
@@ -138,22 +124,22 @@ def plan_episode(env: Any, seed: int, number: int) -> Arrays:
         with _seeded([seed, number, attempt]) as reset_seed:
             controllers = _controllers(env)
             observation, info = env.reset(seed=reset_seed)
-            act = _follow_plans(env, controllers, observation, info)
+            act = _follow_plans(env.unwrapped, controllers, observation, info)
             rows = _columns(play(env, act, observation, info))
         if "scene" not in env.spec.id or _cube_is_visible(rows["qpos"]):
             break
     return rows
 
 
-def _follow_plans(env: Any, controllers: dict[str, Any], observation: Any, info: Any) -> Act:
-    stacking = 0.0 if "single" in env.spec.id else STACKING
+def _follow_plans(arm: Any, controllers: dict[str, Any], observation: Any, info: Any) -> Act:
+    stacking = 0.0 if "single" in arm.spec.id else STACKING
     controller = controllers[info["privileged/target_task"]]
     controller.reset(observation, info)
 
     def act(observation: Any, info: Any) -> NDArray[Any]:
         nonlocal controller
         if controller.done:
-            observed, details = env.unwrapped.set_new_target(p_stack=stacking)
+            observed, details = arm.set_new_target(p_stack=stacking)
             controller = controllers[details["privileged/target_task"]]
             controller.reset(observed, details)
         return np.clip(controller.select_action(observation, info), -1.0, 1.0)
@@ -166,12 +152,12 @@ def _controllers(env: Any) -> dict[str, Any]:
     kinds = {"cube": ("cube",), "puzzle": ("button",)}.get(
         env.spec.id.partition("-")[0], ("cube", "button", "drawer", "window")
     )
+    options: dict[str, Any] = {"noise": PLAN_NOISE, "noise_smoothing": PLAN_SMOOTHING}
+    if kinds == ("button",):
+        options["gripper_always_closed"] = True
     made = {}
     for kind in kinds:
         module = import_module(f"ogbench.manipspace.oracles.plan.{kind}_plan")
-        options: dict[str, Any] = {"noise": PLAN_NOISE, "noise_smoothing": PLAN_SMOOTHING}
-        if kinds == ("button",):
-            options["gripper_always_closed"] = True
         made[kind] = getattr(module, f"{kind.capitalize()}PlanOracle")(env=env, **options)
     return made
 
@@ -248,43 +234,38 @@ def _seeded(entropy: list[int]) -> Iterator[int]:
         np.random.set_state(before)
 
 
-ANOTHER_DRAW = (
-    "1,000 steps an episode. A new draw by the published protocol, not the published rows. Rewards "
-    "belong to a task: load it with -singletask-taskN-local in place of -local."
-)
-
-
-def _arm(environment: str, objects: str) -> OGBenchRecipe:
-    return OGBenchRecipe(
-        environment=environment,
-        description=(
-            f"{environment}: a robot arm moves {objects} to random targets, one after the other, by "
-            "OGBench's plan-following controllers with smooth noise (kind 'play'); " + ANOTHER_DRAW
-        ),
-        episode=plan_episode,
-        options=MappingProxyType({"mode": "data_collection"}),
+def _recipe(environment: str, objects: str | None = None) -> OGBenchRecipe:
+    """Of an arm that moves ``objects``, or of a maze."""
+    if objects is None:
+        episode, options = maze_episode, {}
+        what = (
+            "a point follows shortest paths to random goals, one after the other, with Gaussian noise "
+            "of deviation 0.5 (kind 'navigate')"
+        )
+    else:
+        episode, options = plan_episode, {"mode": "data_collection"}
+        what = (
+            f"a robot arm moves {objects} to random targets, one after the other, by OGBench's "
+            "plan-following controllers with smooth noise (kind 'play')"
+        )
+    description = (
+        f"{environment}: {what}; 1,000 steps an episode. A new draw by the published protocol, not "
+        "the published rows. Rewards belong to a task: load it with -singletask-taskN-local in place "
+        "of -local."
     )
-
-
-def _maze(environment: str) -> OGBenchRecipe:
-    return OGBenchRecipe(
-        environment=environment,
-        description=(
-            f"{environment}: a point follows shortest paths to random goals, one after the other, "
-            "with Gaussian noise of deviation 0.5 (kind 'navigate'); " + ANOTHER_DRAW
-        ),
-        episode=maze_episode,
-    )
+    return OGBenchRecipe(environment, description, episode, MappingProxyType(options))
 
 
 OGBENCH_LOCAL: Mapping[str, OGBenchRecipe] = MappingProxyType(
     {
-        f"{PREFIX}cube-single-play-local": _arm("cube-single-v0", "a cube"),
-        f"{PREFIX}scene-play-local": _arm("scene-v0", "a cube, two buttons, a drawer and a window"),
-        f"{PREFIX}puzzle-3x3-play-local": _arm("puzzle-3x3-v0", "the 9 buttons of a puzzle"),
-        f"{PREFIX}puzzle-4x4-play-local": _arm("puzzle-4x4-v0", "the 16 buttons of a puzzle"),
-        f"{PREFIX}pointmaze-medium-navigate-local": _maze("pointmaze-medium-v0"),
-        f"{PREFIX}pointmaze-large-navigate-local": _maze("pointmaze-large-v0"),
+        f"{PREFIX}cube-single-play-local": _recipe("cube-single-v0", "a cube"),
+        f"{PREFIX}scene-play-local": _recipe(
+            "scene-v0", "a cube, two buttons, a drawer and a window"
+        ),
+        f"{PREFIX}puzzle-3x3-play-local": _recipe("puzzle-3x3-v0", "the 9 buttons of a puzzle"),
+        f"{PREFIX}puzzle-4x4-play-local": _recipe("puzzle-4x4-v0", "the 16 buttons of a puzzle"),
+        f"{PREFIX}pointmaze-medium-navigate-local": _recipe("pointmaze-medium-v0"),
+        f"{PREFIX}pointmaze-large-navigate-local": _recipe("pointmaze-large-v0"),
     }
 )
 """Name to recipe; the name with ``-singletask-taskN`` before ``-local`` is what is loaded."""
