@@ -58,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         "--shards", type=int, help="write so many tables of whole episodes, for load_shards(FOLDER)"
     )
-    checked = command(_verify, "compare a built table or shards with checksums")
-    checked.add_argument("folder", metavar="FOLDER", type=Path, help="of the table or the shards")
+    verify = command(_verify, "compare a built table or shards with checksums")
+    verify.add_argument("folder", metavar="FOLDER", type=Path, help="of the table or the shards")
     return parser
 
 
@@ -95,8 +95,7 @@ def _build(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    size = verify(options.folder)
-    print(f"{options.folder}: {size:,} bytes have the content that was built.")
+    print(f"{options.folder}: {verify(options.folder):,} bytes have the content that was built.")
 
 
 def _describe(options: argparse.Namespace) -> None:

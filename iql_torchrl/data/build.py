@@ -39,7 +39,7 @@ from iql_torchrl.data.schema import (
 )
 from iql_torchrl.data.spaces import is_image
 
-__all__ = ["Description", "DiskTables", "MemoryTable", "build", "fill", "layout_of", "row_bytes"]
+__all__ = ["Description", "DiskTables", "build", "file_name", "fill", "layout_of", "row_bytes"]
 
 BLOCK = 65_536
 #: Bytes of one block while writing to disk: the bound on memory.
@@ -96,36 +96,28 @@ class MemoryTable:
 
 
 class DiskTables:
-    """Tables of consecutive rows as memory-mapped files; one block at a time is in memory.
-
-    Files are written without mapping them, so their pages do not count as memory of the process.
+    """Tables of consecutive rows in files; one block at a time is in memory.
 
     Args:
         layout: of the rows.
         edges: ``(T + 1,)``, table n has the rows ``edges[n]`` to ``edges[n + 1]``.
-        folders: of the T tables.
+        folders: of the T tables; a file for each entry, see ``file_name``.
 
     Attributes:
         ranges: smallest and largest number of each entry, over all rows.
     """
 
     def __init__(self, layout: Layout, edges: NDArray[np.int64], folders: list[Path]) -> None:
-        self.layout, self.edges, self.rows = layout, edges, int(edges[-1])
+        self.layout, self.edges, self.folders = layout, edges, folders
+        self.rows = int(edges[-1])
         self.block_rows = max(1, min(self.rows, BLOCK_BYTES // max(row_bytes(layout), 1)))
         self.ranges = {key: (float("inf"), float("-inf")) for key in layout}
-        self.files: list[dict[Key, Path]] = []
-        for rows, folder in zip(np.diff(edges).tolist(), folders, strict=True):
-            table = TensorDict({}, batch_size=[rows]).memmap_(folder)
-            shapes = {key: torch.Size((rows, *f.shape)) for key, f in layout.items()}
-            made = {k: table.make_memmap(k, shapes[k], dtype=f.dtype) for k, f in layout.items()}
-            self.files.append({key: Path(str(values.filename)) for key, values in made.items()})
-        self._scratch = {
-            key: torch.empty((self.block_rows, *f.shape), dtype=f.dtype)
-            for key, f in layout.items()
-        }
+        self._scratch = MemoryTable(layout, self.block_rows)
+        for path in (folder / file_name(key) for folder in folders for key in layout):
+            path.parent.mkdir(parents=True, exist_ok=True)
 
     def block(self, start: int, size: int) -> dict[Key, Tensor]:
-        return {key: values[:size] for key, values in self._scratch.items()}
+        return self._scratch.block(0, size)
 
     def commit(self, block: Mapping[Key, Tensor], start: int) -> None:
         stop = start + len(block[REWARD])
@@ -135,26 +127,27 @@ class DiskTables:
                 self.ranges[key] = min(low, self.ranges[key][0]), max(high, self.ranges[key][1])
         first, last = np.searchsorted(self.edges, [start, stop - 1], side="right") - 1
         for number in range(first, last + 1):
-            offset = int(self.edges[number])
-            begin, end = max(start, offset), min(stop, int(self.edges[number + 1]))
+            begin, end = max(start, self.edges[number]), min(stop, self.edges[number + 1])
             for key, values in block.items():
-                with open(self.files[number][key], "r+b") as file:
-                    file.seek((begin - offset) * values[0].nbytes)
-                    # Not tofile, whose error on a full disk has no error number.
+                # not through a mapping, whose pages would count as memory of the process
+                with open(self.folders[number] / file_name(key), "ab") as file:
                     file.write(values[begin - start : end - start].numpy().data)
 
     def map_rewards(self, change: RewardMap) -> None:
-        dtype = self._scratch[REWARD].numpy().dtype
-        for files, rows in zip(self.files, np.diff(self.edges).tolist(), strict=True):
-            with open(files[REWARD], "r+b") as file:
-                for start in range(0, rows, BLOCK):
-                    file.seek(start * dtype.itemsize)
-                    values = np.fromfile(file, dtype, min(BLOCK, rows - start))
-                    file.seek(start * dtype.itemsize)
-                    file.write(change.forward(values.astype(np.float64)).astype(dtype).data)
+        dtype = self._scratch.table[REWARD].numpy().dtype
+        for folder in self.folders:
+            rewards = np.memmap(folder / file_name(REWARD), dtype, "r+")
+            for start in range(0, len(rewards), BLOCK):
+                part = rewards[start : start + BLOCK]
+                part[:] = change.forward(part.astype(np.float64))
 
 
 Table: TypeAlias = MemoryTable | DiskTables
+
+
+def file_name(key: Key) -> str:
+    """Of the file of an entry, in the folder of a table."""
+    return "/".join(key) + ".memmap"
 
 
 def row_bytes(layout: Layout) -> int:

@@ -81,7 +81,7 @@ class DatasetSummary(ABC):
 
     @abstractmethod
     def sketch(self) -> NDArray[np.int64]:
-        """Digests of some of the episodes: ``episode_digests.sketch_of``."""
+        """Digests of some of the episodes: ``digests.sketch_of``."""
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:

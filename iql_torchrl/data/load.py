@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -15,12 +16,12 @@ import torch
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
-from iql_torchrl.data.build import build
+from iql_torchrl.data.build import Description, build
 from iql_torchrl.data.dataset import OfflineDataset
 from iql_torchrl.data.readers.arrays import TABLE_FILES
-from iql_torchrl.data.readers.concatenation import concatenated
+from iql_torchrl.data.readers.concatenation import concatenated, joined_env_maker
 from iql_torchrl.data.readers.d3rlpy import D3rlpyBuffer
-from iql_torchrl.data.readers.environments import EnvLike, env_maker
+from iql_torchrl.data.readers.environments import EnvLike, env_maker, recorded_env_maker
 from iql_torchrl.data.readers.huggingface import HuggingFaceTable
 from iql_torchrl.data.readers.minari import find_minari, minari_source
 from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_source
@@ -32,9 +33,9 @@ from iql_torchrl.data.readers.opening import (
 )
 from iql_torchrl.data.readers.source import ReadOptions, Source, chain
 from iql_torchrl.data.reuse import identity, load_or_build
-from iql_torchrl.data.saved import dataset_fields, is_saved, open_saved
-from iql_torchrl.data.scaling import reward_map
-from iql_torchrl.data.schema import DatasetError
+from iql_torchrl.data.saved import is_saved, open_saved
+from iql_torchrl.data.scaling import known_scores, reward_map
+from iql_torchrl.data.schema import DatasetError, DatasetWarning
 
 EnvMaker: TypeAlias = Callable[[], gym.Env[Any, Any]]
 SourceLike: TypeAlias = (
@@ -151,7 +152,7 @@ def load_dataset(
         table, description = build(reading.open(), **reading.build)
     else:
         settings = {"concatenate": concatenate, "limit": limit, **reading.build, "progress": None}
-        built_from = identity(source, reading.options, env, **settings)
+        built_from = identity(source, reading.options, env, settings)
         table, description = load_or_build(reading.open, Path(memmap), built_from, **reading.build)
     fields = dataset_fields(description, env, reference_scores)
     return OfflineDataset(table, **fields, dtype=dtype)
@@ -216,6 +217,27 @@ def prepare(
             "joined": tuple(concatenate or ()),
         },
     )  # fmt: skip
+
+
+def dataset_fields(
+    description: Description, env: EnvLike | None, reference_scores: Any
+) -> dict[str, Any]:
+    """The fields of a ``DatasetSummary``, but its dtype; issues the warnings of the data.
+
+    ``env`` and ``reference_scores``: of the user, in place of those of the data.
+    """
+    for text in description.warnings:
+        warnings.warn(text, DatasetWarning, stacklevel=3)
+    maker, spec = None if env is None else env_maker(env), description.env_spec
+    if maker is None and spec is not None:
+        maker = recorded_env_maker(spec)
+    if maker and description.joined:
+        maker = joined_env_maker(maker, description.joined)
+    names = ("name", "observation_space", "action_space", "statistics", "episode_returns",
+             "episode_lengths", "reward_map", "notes")  # fmt: skip
+    scores = known_scores(reference_scores) or description.reference_scores
+    fields = {name: getattr(description, name) for name in names}
+    return fields | {"env": maker, "reference_scores": scores}
 
 
 def _open(source: Any, options: ReadOptions, maker: EnvMaker | None) -> Source:

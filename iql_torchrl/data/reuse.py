@@ -1,9 +1,9 @@
-"""A memory-mapped table that is reused while its source and options are the same."""
+"""A memory-mapped table that is reused while its source and the options stay the same."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from iql_torchrl.data.readers.opening import is_table_path, table_path_files
 from iql_torchrl.data.readers.source import ReadOptions, Source
 from iql_torchrl.data.saved import (
     RECORD,
+    Location,
     Log,
     folder_lock,
-    load_rows,
-    local_log,
+    read_log,
     text_digest,
     write_log,
 )
@@ -50,7 +50,8 @@ def load_or_build(
             source = open_source()
             edges = np.array([0, len(source.episode_lengths)])
             log = write_log(source, folder, edges, built_from, **options)
-        return load_rows(folder / log.shards[0].folder), log.description
+        with log.rows(0, contents=False) as table:
+            return table, log.description
 
 
 def _reusable(folder: Path, built_from: dict[str, Any]) -> Log | None:
@@ -65,7 +66,8 @@ def _reusable(folder: Path, built_from: dict[str, Any]) -> Log | None:
             f"memmap={folder}: exists and was not made by load_dataset; choose another path."
         )
     try:
-        log = local_log(folder)
+        log = read_log(Location(str(folder)))
+        log.check(contents=False)
     except DatasetError:
         return None  # Written by another version, or damaged: it is built again.
     if log.source is None:
@@ -76,7 +78,7 @@ def _reusable(folder: Path, built_from: dict[str, Any]) -> Log | None:
 
 
 def identity(
-    source: Any, options: ReadOptions, env: EnvLike | None, **settings: Any
+    source: Any, options: ReadOptions, env: EnvLike | None, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Everything that a built table depends on: size, time and content of each file, and the options.
 
@@ -96,14 +98,13 @@ def identity(
         for part in (source if isinstance(source, list | tuple) else [source])
         if isinstance(part, minari.MinariDataset) and len(part) != part.storage.total_episodes
     ]
-    settings |= {
-        "env": _env_identity(env), "episodes": selected, "columns": options.columns,
-        "reward_offset": options.reward_offset, "max_episode_steps": options.max_episode_steps,
-        "observation": _space_identity(options.observation_space),
-        "action": _space_identity(options.action_space),
+    decisive = {
+        **vars(options), **settings, "env": _env_identity(env), "episodes": selected, "download": None,
+        "observation_space": _space_identity(options.observation_space),
+        "action_space": _space_identity(options.action_space),
         "source": source if isinstance(source, str | Path | list | tuple) else None,
     }  # fmt: skip
-    return {"files": records, "options": {name: repr(value) for name, value in settings.items()}}
+    return {"files": records, "options": {name: repr(value) for name, value in decisive.items()}}
 
 
 def _source_files(source: Any, options: ReadOptions) -> tuple[Path, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,27 +12,23 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from fsspec.core import url_to_fs
 from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 
 from iql_torchrl.data.dataset import DatasetSummary, OfflineDataset
-from iql_torchrl.data.load import SourceLike, prepare
+from iql_torchrl.data.load import SourceLike, prepare, dataset_fields
 from iql_torchrl.data.readers.environments import EnvLike
 from iql_torchrl.data.replay import DeviceSampler, check_count
 from iql_torchrl.data.saved import (
+    Location,
     Log,
     Shard,
     asked_map,
-    check_files,
-    dataset_fields,
     folder_lock,
     is_saved,
-    load_rows,
     mapped,
     read_log,
-    staged_folder,
     write_log,
 )
 from iql_torchrl.data.schema import MASK, REWARD, DatasetError, Key
@@ -133,108 +128,12 @@ def load_shards(
     Raises ``DatasetError``: no record; a record of another version, or damaged; an address that cannot
     be reached; another reward map than that of the build.
     """
-    files = ShardFiles(
-        str(location).rstrip("/") or "/",
-        None if cache is None else Path(cache),
-        dict(storage_options or {}),
-    )
-    log = read_log(files.location, files.read)
+    name = str(location).rstrip("/") or "/"
+    place = Location(name, None if cache is None else Path(cache), dict(storage_options or {}))
+    log = read_log(place)
     fields = dataset_fields(log.description, env, reference_scores)
-    fields["reward_map"] = asked_map(reward, log.description, files.location)
-    dtype = log.layout[REWARD].dtype
-    return ShardedDataset(**fields, dtype=dtype, shards=log.shards, files=files, log=log)
-
-
-@dataclass(frozen=True)
-class ShardFiles:
-    """Where the folders of shards are, and copies of them on this machine.
-
-    Attributes:
-        location: a path, or an address of ``fsspec`` (``s3://``, ``gs://``, ``https://``, ...).
-        cache: the folder in which copies of an address's shards stay; None deletes each copy when
-            its rows are in memory. Not used for a path.
-        storage_options: of the file system of an address, such as ``{"anon": True}``.
-    """
-
-    location: str
-    cache: Path | None = None
-    storage_options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_local(self) -> bool:
-        return "://" not in self.location
-
-    def read(self, name: str) -> bytes:
-        """The content of one file.
-
-        Raises ``FileNotFoundError``, and ``DatasetError`` where the address cannot be reached.
-        """
-        if self.is_local:
-            return (Path(self.location) / name).read_bytes()
-        with self._reaching():
-            system, path = url_to_fs(self.location, **self.storage_options)
-            content: bytes = system.cat_file(f"{path.rstrip('/')}/{name}")
-            return content
-
-    @contextlib.contextmanager
-    def folder(self, shard: Shard, *, contents: bool) -> Iterator[Path]:
-        """Inside, a folder of this machine with the files of ``shard``, which were checked.
-
-        ``contents``: every byte of them. Raises ``DatasetError`` where they are not as they were built.
-        """
-        if self.is_local:
-            place = Path(self.location) / shard.folder
-            check_files(place, shard.files, contents=contents)
-            yield place
-            return
-        with contextlib.ExitStack() as stack:
-            cache = self.cache
-            if cache is None:
-                temporary = tempfile.TemporaryDirectory(prefix="iql-torchrl-shard-")
-                cache = Path(stack.enter_context(temporary))
-            place = cache / f"{shard.folder}-{shard.digest}"
-            cache.mkdir(parents=True, exist_ok=True)
-            with folder_lock(place):
-                if place.is_dir():
-                    check_files(place, shard.files, contents=contents)
-                else:
-                    self._copy(shard, place, contents=contents)
-            yield place
-
-    def _copy(self, shard: Shard, place: Path, *, contents: bool) -> None:
-        origin = f"{self.location}/{shard.folder}"
-        with staged_folder(place, sum(size for size, _ in shard.files.values())) as staging:
-            for file in shard.files:
-                (staging / file).parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    with self._reaching():
-                        system, path = url_to_fs(origin, **self.storage_options)
-                        system.get_file(f"{path.rstrip('/')}/{file}", str(staging / file))
-                except FileNotFoundError:
-                    raise DatasetError(
-                        f"{origin}: this shard is missing or incomplete ({file} is missing); upload "
-                        "the folder again."
-                    ) from None
-            try:
-                check_files(staging, shard.files, contents=contents)
-            except DatasetError as error:
-                raise DatasetError(
-                    f"{origin}: its copy on this machine is damaged: {error}"
-                ) from error
-
-    @contextlib.contextmanager
-    def _reaching(self) -> Iterator[None]:
-        """Turn what file systems raise, of many types, into one sentence."""
-        try:
-            yield
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            raise DatasetError(
-                f"{self.location}: cannot be read ({type(error).__name__}: {error}); check the "
-                "address, the connection, the credentials, and that fsspec's package for this kind of "
-                "address is installed (s3fs, gcsfs, ...)."
-            ) from error
+    fields |= {"reward_map": asked_map(reward, log), "dtype": log.layout[REWARD].dtype}
+    return ShardedDataset(**fields, shards=log.shards, log=log)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -246,14 +145,12 @@ class ShardedDataset(DatasetSummary):
     without an environment) refuses it.
 
     Attributes:
-        shards: folder, rows, files and digest of each shard.
-        files: where they are.
-        log: the record: layout, ranges and reward map of the stored rows. ``reward_map`` is that of
-            the batches.
+        shards: folder, rows and digest of each shard.
+        log: the record, its location, and the layout, ranges and reward map of the stored rows;
+            ``reward_map`` is that of the batches.
     """
 
     shards: tuple[Shard, ...]
-    files: ShardFiles
     log: Log
     _verified: set[int] = field(default_factory=set, init=False, compare=False)
 
@@ -287,8 +184,8 @@ class ShardedDataset(DatasetSummary):
     def _in_shards(self, what: str) -> str:
         return (
             f"{self.name}: is a log in {len(self.shards)} shards, and {what} needs all rows in one "
-            "table; use replay_buffer(batch_size) for batches, or load_dataset of the log itself or "
-            "of one shard's folder where that fits into memory."
+            "table; use replay_buffer(batch_size) for batches, or load_dataset of the log itself "
+            "where that fits into memory, or of a part of it (limit=)."
         )
 
     @contextlib.contextmanager
@@ -298,10 +195,9 @@ class ShardedDataset(DatasetSummary):
         The first time, all its bytes are compared with their checksums. Raises ``DatasetError`` on a
         shard that is missing, truncated or of other content, or cannot be reached.
         """
-        shard, unverified = self.shards[number], number not in self._verified
-        with self.files.folder(shard, contents=unverified) as folder:
+        with self.log.rows(number, contents=number not in self._verified) as table:
             self._verified.add(number)
-            yield mapped(load_rows(folder), self.log.description.reward_map, self.reward_map)
+            yield mapped(table, self.log.description.reward_map, self.reward_map)
 
     def replay_buffer(
         self,
@@ -480,12 +376,6 @@ class ShardedReplay(DeviceSampler):
 
     def _load(self, number: int, slot: int) -> None:
         with self.dataset.shard(number) as rows:
-            expected = self.dataset.shards[number].rows
-            if len(rows) != expected:
-                raise DatasetError(
-                    f"{self.dataset.files.location}: shard {number} has {len(rows)} rows, and the "
-                    f"record says {expected}; build it again."
-                )
             self.write(rows, slot * self._capacity)
 
     def _use_loaded(self) -> None:
@@ -519,7 +409,7 @@ class ShardedReplay(DeviceSampler):
             self._load(number, self._free)
         except Exception as error:
             raise DatasetError(
-                f"{self.dataset.files.location}: shard {number} could not be read, nor a second "
+                f"{self.dataset.log.location.name}: shard {number} could not be read, nor a second "
                 f"time ({type(error).__name__}: {one_line(error)}). The next batch tries again; "
                 "nothing of the loaded shards is lost."
             ) from error
