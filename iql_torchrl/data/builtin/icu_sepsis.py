@@ -6,14 +6,12 @@ Choudhary, Gupta, Thomas 2024, "ICU-Sepsis: a benchmark MDP built from real medi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.builtin.recipes import Act, Recipe
+from iql_torchrl.data.builtin.recipes import Controller, Recipe
 
 NAME = "icu-sepsis/clinician-v0"
 ENVIRONMENT = "Sepsis/ICU-Sepsis-v2"
@@ -75,21 +73,15 @@ class SepsisTables:
         return np.linalg.solve(np.eye(len(chain)) - chain, reward)
 
 
-@lru_cache(maxsize=1)
-def _tables(env: Any) -> SepsisTables:
-    return SepsisTables(env)
+def _clinician(env: Any) -> Controller:
+    tables = SepsisTables(env)
+    policy, count = tables.clinician, tables.clinician.shape[1]
 
+    def infos(states: Any, treatments: Any) -> dict[str, Any]:
+        log_prob = np.log(policy[states[:-1], treatments])
+        return {"action_mask": tables.admissible[states], "action_log_prob": log_prob}
 
-def _clinician(env: Any) -> Callable[[np.random.Generator, int], Act]:
-    policy = _tables(env).clinician
-    treatments = policy.shape[1]
-    return lambda generator, _: lambda state, _: generator.choice(treatments, p=policy[state])
-
-
-def _infos(env: Any, states: Any, treatments: Any) -> dict[str, Any]:
-    tables = _tables(env)
-    log_prob = np.log(tables.clinician[states[:-1], treatments])
-    return {"action_mask": tables.admissible[states], "action_log_prob": log_prob}
+    return lambda generator, _: lambda state, _: generator.choice(count, p=policy[state]), infos
 
 
 ICU_SEPSIS_CLINICIAN = Recipe(
@@ -112,5 +104,4 @@ ICU_SEPSIS_CLINICIAN = Recipe(
     requirements=("icu-sepsis>=2.0.1",),
     reference_scores=(0.7800709046121399, 0.8751416996099325),  # SepsisTables gives both
     controller=_clinician,
-    infos=_infos,
 )

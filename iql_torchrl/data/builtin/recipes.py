@@ -19,6 +19,11 @@ from tqdm import tqdm
 
 Act: TypeAlias = Callable[[Any, Mapping[str, Any]], Any]
 """``act(observation, info) -> action`` of one episode."""
+Controller: TypeAlias = tuple[
+    Callable[[np.random.Generator, int], Act], Callable[[Any, Any], dict[str, Any] | None]
+]
+"""What gives the ``Act`` of an episode, from a generator and the episode's number; what gives
+further columns of an episode, from its observations and actions."""
 Cell: TypeAlias = tuple[int, int]
 
 MAX_TORQUE = 2.0
@@ -46,8 +51,7 @@ class Recipe:
         disable_env_checker: of the environment's spec.
         package, requirements: what registers the environment; pip requirements to rebuild it.
         reference_scores: mean returns ``(random, expert)`` over the seeds 1,000,000 to 1,000,099.
-        controller: ``controller(env)(generator, number)`` gives the ``Act`` of an episode.
-        infos: ``infos(env, observations, actions)`` gives further columns of an episode.
+        controller: gives the ``Controller`` of an environment.
     """
 
     description: str
@@ -59,8 +63,7 @@ class Recipe:
     package: str
     requirements: tuple[str, ...]
     reference_scores: tuple[float, float]
-    controller: Callable[[Any], Callable[[np.random.Generator, int], Act]]
-    infos: Callable[[Any, Any, Any], dict[str, Any] | None] = lambda *_: None
+    controller: Callable[[Any], Controller]
 
 
 def record(
@@ -73,14 +76,14 @@ def record(
     spec = replace(registered, kwargs=options, disable_env_checker=recipe.disable_env_checker)
     buffers = []
     with gymnasium.make(spec) as env:
-        controller = recipe.controller(env)
+        act_of, infos_of = recipe.controller(env)
         for number in tqdm(range(episodes), desc=name, unit="episode", disable=not progress):
             generator = np.random.default_rng([seed, number])
             reset_seed = int(generator.integers(2**31))
-            lists = play(env, controller(generator, number), *env.reset(seed=reset_seed))
+            lists = play(env, act_of(generator, number), *env.reset(seed=reset_seed))
             del lists["infos"]
             columns = {key: _stacked(values) for key, values in lists.items()}
-            infos = recipe.infos(env, columns["observations"], columns["actions"])
+            infos = infos_of(columns["observations"], columns["actions"])
             buffers.append(EpisodeBuffer(seed=reset_seed, **columns, infos=infos))
     return buffers, spec
 
@@ -100,6 +103,10 @@ def play(env: Any, act: Act, observation: Any, info: Mapping[str, Any]) -> dict[
         for key, value in step.items():
             columns.setdefault(key, []).append(value)
     return columns
+
+
+def _no_infos(observations: Any, actions: Any) -> None:
+    return None
 
 
 def _stacked(values: list[Any]) -> Any:
@@ -170,7 +177,7 @@ PENDULUM_MIXED = Recipe(
     package="gymnasium",
     requirements=("gymnasium>=1.0",),
     reference_scores=(-1238.7105755962557, -156.96959423258005),
-    controller=lambda _: _disturbed,
+    controller=lambda _: (_disturbed, _no_infos),
 )
 
 
@@ -218,6 +225,10 @@ def _shortest_paths(maze_map: Any, end: Cell) -> dict[Cell, Cell]:
     return following
 
 
+def _noisy(env: Any) -> Controller:
+    return lambda g, _: maze_controller(env.unwrapped.maze, MAZE_NOISE, g), _no_infos
+
+
 def _pointmaze(environment: str, episode_steps: int, scores: tuple[float, float]) -> Recipe:
     return Recipe(
         description=(
@@ -238,7 +249,7 @@ def _pointmaze(environment: str, episode_steps: int, scores: tuple[float, float]
         package="gymnasium_robotics",
         requirements=("gymnasium-robotics>=1.3", "mujoco"),
         reference_scores=scores,
-        controller=lambda env: lambda g, _: maze_controller(env.unwrapped.maze, MAZE_NOISE, g),
+        controller=_noisy,
     )
 
 
