@@ -8,32 +8,44 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from numpy.typing import NDArray
+from tensordict import TensorDictBase
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from iql_torchrl import functional as F
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.selection.bounds import mean_bounds
-from iql_torchrl.selection.candidates import resolve_members
-from iql_torchrl.selection.coverage import Coverage
-from iql_torchrl.selection.episodes import check_logs, last_rows, open_ended, return_range
-from iql_torchrl.selection.regression import Layers, Regression, Steps, chooser, stacked_critics
-from iql_torchrl.selection.scores import EpisodeScores
-from iql_torchrl.selection.table import finite_states, table_scores
-from iql_torchrl.selection.visits import network_scores
+from iql_torchrl.networks import Standardise
+from iql_torchrl.networks.evaluation import chain
+from iql_torchrl.selection.bounds import FloatArray
+from iql_torchrl.selection.coverage import USUAL, Coverage, features_of
+from iql_torchrl.selection.episodes import Episodes, EpisodeScores, read_logs, return_range
+from iql_torchrl.selection.members import (
+    Member,
+    actions,
+    log_probabilities,
+    resolve_members,
+    states,
+)
+from iql_torchrl.selection.tabular import finite_states, table_scores
 
-__all__ = ["FittedQ", "fitted_q_evaluation"]
+__all__ = ["Critics", "FittedQ", "Steps", "fitted_q_evaluation", "network_scores"]
 
-FloatArray = NDArray[np.float64]
+Layers = list[tuple[Tensor, Tensor]]
 
 TABLE_BYTES = 2**31
-ERROR_ROWS = 20_000
 DRAWN_TOGETHER = 256
 MODELS = ("auto", "table", "network")
+ROWS_AT_ONCE = 4096
+MAX_FEATURES = 2048
+RIDGE = 1e-3
+WORST_SHARE = 0.05
+VISITS_COMPARED = 5_000
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class FittedQ:
     Attributes:
         names: of the members, ``(P,)``.
         discount: of the values.
-        episodes: :class:`~iql_torchrl.selection.scores.EpisodeScores`: doubly robust scores of each
+        episodes: :class:`~iql_torchrl.selection.episodes.EpisodeScores`: doubly robust scores of each
             held-out episode, and what the log does not cover.
         td_error, td_error_training: mean squared one-step error of the networks on held-out steps
             and on those trained on, ``(P,)``. It is not 0 for the exact Q where rewards or dynamics
@@ -78,17 +90,7 @@ class FittedQ:
 
         They contain the error of the estimate as far as held-out steps can show it.
         """
-        episodes = self.episodes
-        bounds = mean_bounds(
-            episodes.scores,
-            self.values - episodes.surprise,
-            episodes.scores_high.mean(1) + episodes.surprise,
-            upper_samples=episodes.scores_high,
-            together=False,
-            confidence=confidence,
-            seed=seed,
-        )
-        return np.stack(bounds, axis=1)
+        return np.stack(self.episodes.value_bounds(confidence, seed), axis=1)
 
 
 def fitted_q_evaluation(
@@ -114,7 +116,7 @@ def fitted_q_evaluation(
     """Value of each member's policy, fitted on ``train`` and corrected by ``held_out``.
 
     With few distinct states and discrete actions (``model="table"``), Q solves the equations of the
-    log's empirical model exactly (:func:`table.table_scores`). Otherwise P critics are trained
+    log's empirical model exactly (:func:`tabular.table_scores`). Otherwise P critics are trained
     together: critic i regresses ``r + discount * E_{a'~pi_i(s')} Q'_i(s', a')`` with squared error,
     Q' a target network. Nothing is bootstrapped where ``terminated``; past ``truncated`` it is,
     unless the log describes no such state: then the members get the least return that either log
@@ -122,7 +124,7 @@ def fitted_q_evaluation(
     member's estimate does not depend on which others are evaluated with it, and differences come
     from the policies.
 
-    Held-out steps correct the critics' errors, see :func:`visits.network_scores`. Rewards are mapped
+    Held-out steps correct the critics' errors, see :func:`network_scores`. Rewards are mapped
     back by each dataset's ``reward_map`` and divided by the deviation of the log's returns while
     training; results are in raw units whatever map the members saw.
 
@@ -150,93 +152,373 @@ def fitted_q_evaluation(
             too many for a table, or a number out of range.
     """
     resolved = resolve_members(members)
-    check_logs(train, held_out, discount)
-    _check_numbers(updates, batch_size, hidden, lr, polyak, action_samples, min_count)
-    _check_ends(train, held_out, discount)
+    fit, fresh = read_logs(train, held_out, discount)
+    counts = {"updates": updates, "batch_size": batch_size, "action_samples": action_samples}
+    counts |= {"min_count": min_count} | {f"hidden[{i}]": width for i, width in enumerate(hidden)}
+    _check_numbers(counts, lr, polyak)
+    if discount == 1:
+        _check_ends(train=fit, held_out=fresh)
     if model not in MODELS:
         raise ValueError(f"model is {model!r}; choose one of {', '.join(MODELS)}.")
     names = tuple(member.name for member in resolved)
-    continuous = not isinstance(train.action_space, spaces.Discrete)
-    deterministic = continuous if deterministic is None else bool(deterministic)
+    if deterministic is None:
+        deterministic = not isinstance(train.action_space, spaces.Discrete)
     finite = None if model == "network" else finite_states(train, held_out)
-    if model == "table" and finite is None:
+    if finite is not None:
+        scores = table_scores(
+            resolved, fit, fresh, finite,
+            discount=discount, min_count=min_count, deterministic=deterministic,
+        )  # fmt: skip
+        unknown = np.full(len(names), np.nan)
+        return FittedQ(names, discount, scores, unknown, unknown, np.inf, np.inf, deterministic)
+    if model == "table":
         raise ValueError(
             "model is 'table', but the log has continuous actions or too many distinct states; "
             "choose 'network'."
         )
-    if finite is not None:
-        episodes = table_scores(
-            resolved, train, held_out, finite, discount=discount, min_count=min_count,
-            deterministic=deterministic,
-        )  # fmt: skip
-        unknown = np.full(len(names), np.nan)
-        return FittedQ(names, discount, episodes, unknown, unknown, np.inf, np.inf, deterministic)
-    choose = chooser(train, deterministic, action_samples, seed)
-    data = Regression(train, resolved, _device(device), discount, choose)
+    samples = 0 if deterministic else action_samples
+    critics = Critics(resolved, fit, _device(device), discount, deterministic, samples, seed)
     coverage = Coverage(train, held_out, min_count=min_count, seed=seed)
-    limits = return_range(discount, train, held_out)
-    fitted, fresh = (
-        Steps(data, log, table_bytes, _stopped(log, coverage), limits) for log in (train, held_out)
+    limits = return_range(discount, fit, fresh)
+    fitted, unseen = (Steps(critics, log, coverage, limits, table_bytes) for log in (fit, fresh))
+    layers = critics.trained(
+        fitted, hidden, updates=updates, batch_size=batch_size, lr=lr, polyak=polyak,
+        seed=seed, progress=progress,
+    )  # fmt: skip
+    scores, error, error_training = network_scores(
+        critics, layers, fitted, unseen, coverage, limits
     )
-    layers = _trained(data, fitted, updates, batch_size, hidden, lr, polyak, seed, progress)
-    scores = network_scores(data, layers, train, held_out, (fitted, fresh), coverage, limits)
-    error, error_training = (_td_error(data, layers, steps) for steps in (fresh, fitted))
-    passes = updates * batch_size / len(train)
-    backups = updates * polyak
+    passes, backups = updates * batch_size / len(train), updates * polyak
     return FittedQ(names, discount, scores, error, error_training, backups, passes, deterministic)
 
 
-def _trained(
-    data: Regression, steps: Steps, updates: int, batch_size: int, hidden: Sequence[int],
-    lr: float, polyak: float, seed: int, progress: bool | None,
-) -> Layers:  # fmt: skip
-    live = stacked_critics(data, hidden, seed)
-    target = [(weight.detach().clone(), bias.detach().clone()) for weight, bias in live]
-    leaves = [leaf for layer in live for leaf in layer]
-    optimizer = torch.optim.Adam(leaves, lr=lr)
-    batches = torch.Generator().manual_seed(seed)  # the same batches on every device
-    for update in tqdm(
-        range(updates), "fitted Q evaluation", unit="update", leave=False,
-        disable=None if progress is None else not progress,
-    ):  # fmt: skip
-        place = update % DRAWN_TOGETHER
-        if place == 0:  # one copy to the device for many updates: each would wait for it
-            coming = (min(DRAWN_TOGETHER, updates - update), batch_size)
-            drawn = torch.randint(steps.rows, coming, generator=batches)
-            indices = drawn.to(data.device)
-        with torch.no_grad():
-            regressed = steps.target(target, indices[place], drawn[place])
-        loss = (steps.value(live, indices[place]) - regressed).square().mean(-1).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.param_groups[0]["lr"] = lr * (1 - update / updates)
-        optimizer.step()
-        for old, new in zip(target, live, strict=True):
-            for kept, leaf in zip(old, new, strict=True):
-                kept.lerp_(leaf.detach(), polyak)
-    return [(weight.detach(), bias.detach()) for weight, bias in live]
+class Critics:
+    """Critics of P members and of the log's own policy, and how they read the log ``train``.
+
+    There are P + 1 critics. The last one is of the policy that made the log. It estimates the value
+    of a state from the logged steps, so it does not depend on an action: its action input is always
+    the log's mean action, or it averages over the outputs of discrete actions. Their parameters are
+    ``layers``: weights ``(P + 1, in, out)`` and biases ``(P + 1, 1, out)``.
+
+    Values are in units of the deviation of the log's returns, ``unit``; ``centre`` is their mean.
+    ``samples``: draws of a continuous action per state, 0 for the deterministic one.
+    """
+
+    def __init__(
+        self, members: tuple[Member, ...], train: Episodes, device: torch.device, discount: float,
+        deterministic: bool = False, samples: int = 0, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.members, self.log, self.device, self.discount = members, train.log, device, discount
+        self.deterministic, self.samples, self.seed = deterministic, samples, seed
+        returns = train.returns_to_go(discount)
+        # If all returns are equal, their deviation is 0 and cannot be the unit.
+        self.unit = float(returns.std()) or max(float(np.abs(returns).mean()), 1.0)
+        self.centre = float(returns.mean()) / self.unit
+        space, logged = train.log.action_space, train.log.transitions["action"].float()
+        self.discrete = isinstance(space, spaces.Discrete)
+        self.outputs = int(space.n) if isinstance(space, spaces.Discrete) else 1
+        if not self.discrete:
+            self.scale = Standardise(logged.mean(0), logged.std(0, unbiased=False)).to(device)
+
+    def choices(self, table: TensorDictBase) -> Tensor:
+        """Of every member, then of the log's policy: ``(P + 1, N, n)`` or ``(P + 1, N, K, A)``."""
+        if not self.discrete:
+            chosen = torch.stack(
+                [actions(m, table, samples=self.samples, seed=self.seed) for m in self.members]
+            ).to(self.device)
+            return torch.cat([chosen, self.scale.mean.float().expand_as(chosen[:1])])
+        each = [
+            log_probabilities(m, table, self.outputs, deterministic=self.deterministic)
+            for m in self.members
+        ]
+        chosen = torch.stack(each).exp().float().to(self.device)
+        return torch.cat([chosen, torch.full_like(chosen[:1], 1 / self.outputs)])
+
+    def logged(self, action: Tensor) -> Tensor:
+        """Logged actions ``(B, ...)`` in the form of :meth:`choices`."""
+        if self.discrete:
+            taken = nn.functional.one_hot(action.reshape(-1), self.outputs).float()
+            return taken.expand(len(self.members) + 1, -1, -1)
+        every = action.expand(len(self.members) + 1, -1, -1).clone()
+        every[-1] = self.scale.mean
+        return every[:, :, None]
+
+    def pairs(self, features: Tensor, choices: Tensor) -> Tensor:
+        """Inputs of critics of continuous actions: ``(P, B * K, D + A)`` from ``(P, B, K, A)``."""
+        repeated = features.repeat_interleave(choices.shape[2], 0)
+        action = self.scale(choices.flatten(1, 2))
+        return torch.cat([repeated.expand(len(action), -1, -1), action], -1)
+
+    def expected(self, layers: Layers, features: Tensor, choices: Tensor) -> Tensor:
+        """``E_{a~pi} Q(s, a)``: ``(P + 1, B)`` from the choices at B states."""
+        if self.discrete:
+            return (choices * _forward(layers, features)).sum(-1)
+        values = _forward(layers, self.pairs(features, choices))
+        return values.unflatten(1, (-1, choices.shape[2])).mean((2, 3))
+
+    def value(self, layers: Layers, steps: Steps, index: Tensor) -> Tensor:
+        """Q(s, a) of logged actions, and V(s) of the log's own policy, ``(P + 1, B)``."""
+        features, action = steps.features[index], steps.action[index]
+        if not self.discrete:
+            return self.expected(layers, features, self.logged(action))
+        every = _forward(layers, features)
+        values = F.pick_action(every, action, leading=1)
+        return torch.cat([values[:-1], every[-1:].mean(-1)])
+
+    def target(self, layers: Layers, steps: Steps, index: Tensor) -> Tensor:
+        """``r + discount * E Q'(s', .)``, ``(P + 1, B)``, of the rows numbered ``index`` ``(B,)``."""
+        following = self.expected(layers, steps.following[index], steps.choices(index))
+        following = torch.where(steps.stopped[index], steps.end_values, following)
+        terminated = steps.terminated[index].expand_as(following)
+        return F.td_target(steps.reward[index], following, terminated, gamma=self.discount)
+
+    def initial(self, inputs: int, hidden: Sequence[int], seed: int) -> Layers:
+        """P + 1 equal MLPs: orthogonal weights, and the log's mean as output."""
+        generator = torch.Generator().manual_seed(seed)
+        layers = []
+        for number, (before, after) in enumerate(pairwise([inputs, *hidden, self.outputs])):
+            weight, bias = torch.zeros(before, after), torch.zeros(1, after)
+            if number < len(hidden):
+                nn.init.orthogonal_(weight, 2.0**0.5, generator=generator)
+            else:
+                bias += self.centre
+            pair = [
+                leaf.expand(len(self.members) + 1, -1, -1).contiguous().to(self.device)
+                for leaf in (weight, bias)
+            ]
+            layers.append((pair[0].requires_grad_(), pair[1].requires_grad_()))
+        return layers
+
+    def trained(
+        self, steps: Steps, hidden: Sequence[int], *, updates: int, batch_size: int, lr: float,
+        polyak: float, seed: int = 0, progress: bool | None = None,
+    ) -> Layers:  # fmt: skip
+        """The layers after ``updates`` of Adam, whose rate falls linearly to 0."""
+        inputs = steps.features.shape[-1] + (0 if self.discrete else steps.action.shape[-1])
+        live = self.initial(inputs, hidden, seed)
+        target = [(weight.detach().clone(), bias.detach().clone()) for weight, bias in live]
+        optimizer = torch.optim.Adam([leaf for layer in live for leaf in layer], lr=lr)
+        batches = torch.Generator().manual_seed(seed)  # the same batches on every device
+        for update in tqdm(
+            range(updates), "fitted Q evaluation", unit="update", leave=False,
+            disable=None if progress is None else not progress,
+        ):  # fmt: skip
+            place = update % DRAWN_TOGETHER
+            if place == 0:  # one copy to the device for many updates: each would wait for it
+                coming = (min(DRAWN_TOGETHER, updates - update), batch_size)
+                indices = torch.randint(len(steps.reward), coming, generator=batches).to(
+                    self.device
+                )
+            with torch.no_grad():
+                regressed = self.target(target, steps, indices[place])
+            error = self.value(live, steps, indices[place]) - regressed
+            optimizer.zero_grad()
+            error.square().mean(-1).sum().backward()
+            optimizer.param_groups[0]["lr"] = lr * (1 - update / updates)
+            optimizer.step()
+            for old, new in zip(target, live, strict=True):
+                for kept, leaf in zip(old, new, strict=True):
+                    kept.lerp_(leaf.detach(), polyak)
+        return [(weight.detach(), bias.detach()) for weight, bias in live]
+
+    def first_values(
+        self, layers: Layers, rows: TensorDictBase, *, following: bool = False
+    ) -> FloatArray:
+        """Every policy's value of the states of ``rows`` ``(N,)``: ``(P + 1, N)``, raw units."""
+        parts = []
+        for chunk in rows.split(ROWS_AT_ONCE):
+            features = features_of(self.log, chunk, following=following).to(self.device)
+            chosen = self.choices(states(chunk, following=following))
+            parts.append(self.expected(layers, features, chosen).cpu())
+        return np.asarray(torch.cat(parts, 1).double().numpy() * self.unit)
+
+    def visit_features(
+        self, layers: Layers, policy: int, features: Tensor, choices: Tensor
+    ) -> Tensor:
+        """The last hidden features of states, averaged over the policy's actions there, ``(B, F)``."""
+        own = [(w[policy : policy + 1], b[policy : policy + 1]) for w, b in layers[:-1]]
+        chosen = choices[policy]
+        inputs = features if self.discrete else self.pairs(features, chosen[None])[0]
+        hidden = _forward(own, inputs).relu()[0] if own else inputs
+        hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], -1)
+        if not self.discrete:
+            return hidden.unflatten(0, (-1, chosen.shape[1])).mean(1)
+        if policy == len(self.members):
+            return hidden
+        if hidden.shape[-1] * self.outputs > MAX_FEATURES:
+            return torch.cat([hidden, chosen], -1)
+        return (hidden[:, :, None] * chosen[:, None, :]).flatten(1)
 
 
-def _stopped(log: OfflineDataset, coverage: Coverage) -> torch.Tensor:
-    """Rows that end an episode in a state which the log never describes, bool ``(N,)``."""
-    result = torch.zeros(len(log), dtype=torch.bool)
-    ends = torch.from_numpy(last_rows(log)[open_ended(log)])
-    if len(ends):
-        rows = log.transitions[ends]
-        result[ends] = coverage.unsupported_states(rows, following=True)
-    return result
+def _forward(layers: Layers, inputs: Tensor) -> Tensor:
+    """``(B, D)`` or ``(P, B, D)`` to ``(P, B, outputs)``."""
+    return chain(inputs, [leaf for w, b in layers for leaf in (w.mT, b.squeeze(-2))])
+
+
+class Steps:
+    """Rows of a log as critics read them.
+
+    ``stopped`` ``(N,)``: rows whose following state does not occur in the log. The value of that
+    state counts as the least return for the members and the greatest for the log's own policy.
+    """
+
+    def __init__(
+        self, critics: Critics, log: Episodes, coverage: Coverage, limits: tuple[float, float],
+        table_bytes: int = TABLE_BYTES,
+    ) -> None:  # fmt: skip
+        table, device = log.log.transitions, critics.device
+        self.log, self.critics = log, critics
+        self.features = features_of(critics.log, table).to(device)
+        self.following = features_of(critics.log, table, following=True).to(device)
+        self.reward = torch.from_numpy(log.reward / critics.unit).float().to(device)
+        self.terminated = torch.from_numpy(log.terminated).to(device)
+        action = table["action"] if critics.discrete else table["action"].float()
+        self.action = action.to(device)
+        stopped = torch.zeros(len(table), dtype=torch.bool)
+        ends = torch.from_numpy(log.last[log.open_ended])
+        if len(ends):
+            stopped[ends] = coverage.unsupported_states(table[ends], following=True)
+        self.stopped = stopped.to(device)
+        ends = torch.full((len(critics.members) + 1, 1), limits[0] / critics.unit)
+        ends[-1] = limits[1] / critics.unit
+        self.end_values = ends.to(device)
+        self.states = states(table, following=True)
+        one = critics.choices(self.states[:1])
+        few = one.numel() * one.element_size() * len(table) <= table_bytes
+        self.kept = critics.choices(self.states) if few else None
+
+    def choices(self, index: Tensor) -> Tensor:
+        """Every policy's choices in the states after the rows numbered ``index`` ``(B,)``."""
+        if self.kept is None:
+            return self.critics.choices(self.states[index.to(self.states.device or "cpu")])
+        return self.kept.index_select(1, index)
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """All row numbers, a few thousand at a time."""
+        return torch.arange(len(self.reward), device=self.critics.device).split(ROWS_AT_ONCE)
 
 
 @torch.no_grad()
-def _td_error(data: Regression, layers: Layers, steps: Steps) -> FloatArray:
-    """Mean square over at most ERROR_ROWS evenly spaced steps, ``(P,)``, raw units squared."""
-    rows = torch.linspace(0, steps.rows - 1, min(steps.rows, ERROR_ROWS)).long()
-    total = torch.zeros(len(data.members) + 1, dtype=torch.float64)
-    for drawn in rows.split(4096):
-        index = drawn.to(data.device)
-        error = steps.target(layers, index, drawn) - steps.value(layers, index)
-        total += error.double().square().sum(-1).cpu()
-    return np.asarray((total / len(rows)).numpy()[:-1] * data.unit**2)
+def network_scores(
+    critics: Critics, layers: Layers, fitted: Steps, fresh: Steps, coverage: Coverage,
+    limits: tuple[float, float],
+) -> tuple[EpisodeScores, FloatArray, FloatArray]:  # fmt: skip
+    """Doubly robust scores of held-out episodes; see ``tabular.table_scores`` for the formula.
+
+    The weight ``w(s, a)`` of a step is linear in the last hidden features ``f`` of the policy's own
+    critic. Its coefficients solve ``mean_e sum_t w (f(s, a) - discount E f(s', .)) = mean_e f(s_0)``
+    over the log fitted on, with a small ridge: minimax weight learning with a linear class (Uehara,
+    Huang, Jiang 2020, arXiv:1910.12809, section 4). Negative weights count as 0.
+
+    ``fitted``, ``fresh``: the steps fitted on and held out. ``limits``: least and greatest return.
+    Also returns the mean squared one-step errors of held-out steps and of those fitted on.
+    """
+    train, held_out, rows = fitted.log, fresh.log, fresh.log.log.transitions
+    coefficients = [
+        _visits(critics, layers, fitted, policy) for policy in range(len(critics.members) + 1)
+    ]
+    train_weight, train_error = _read(critics, layers, fitted, coefficients)
+    weight, error = _read(critics, layers, fresh, coefficients)
+    correction = np.array([held_out.sums(row) for row in weight * error])
+    initial = critics.first_values(layers, rows[torch.from_numpy(held_out.first)])
+    scores: FloatArray = initial[:-1] + correction[:-1]
+    low, high = limits
+    left, stopped = held_out.left(critics.discount), fresh.stopped.cpu().numpy()[held_out.last]
+    ends = rows[torch.from_numpy(held_out.last)]
+    after = critics.first_values(layers, ends, following=True)[-1]
+    returns = held_out.returns_to_go(critics.discount)[held_out.first]
+    log_high = returns + left * np.where(stopped, high, after) + correction[-1]
+    ended = (train_weight * fitted.stopped.cpu().numpy()).sum(1) / len(train)
+    scores_high = scores + critics.discount * ended[:-1, None] * (high - low)
+    log_scores = log_high - (left * stopped + critics.discount * ended[-1]) * (high - low)
+    surprise = train_weight.max(1) * (high - low)
+    share, worst = _unsupported(critics, fitted, train_weight, coverage)
+    result = EpisodeScores(
+        scores, log_scores, scores_high, log_high, initial[:-1], surprise[:-1],
+        float(surprise[-1]), share, 1 - USUAL, worst, float((left * stopped).mean()), limits,
+        np.array([held_out.effective(row) for row in weight[:-1]]), {},
+    )  # fmt: skip
+    return result, np.square(error[:-1]).mean(1), np.square(train_error[:-1]).mean(1)
+
+
+def _visits(critics: Critics, layers: Layers, steps: Steps, policy: int) -> Tensor:
+    """Coefficients of one policy's discounted visits of a step, relative to the log's, ``(F,)``.
+
+    The visits of the last policy, the log's own, are those after truncated ends of episodes.
+    """
+    log, rows = steps.log, steps.log.log.transitions
+    if policy < len(critics.members):
+        starts = rows[torch.from_numpy(log.first)]
+        features = features_of(critics.log, starts).to(critics.device)
+        chosen = critics.choices(states(starts))
+        begun = critics.visit_features(layers, policy, features, chosen).mean(0)
+    else:
+        ends = torch.from_numpy(log.last).to(critics.device)
+        left = torch.from_numpy(log.left(critics.discount)).float().to(critics.device)
+        left = left * ~steps.stopped[ends]
+        chosen = steps.choices(ends)
+        after = critics.visit_features(layers, policy, steps.following[ends], chosen)
+        begun = (left[:, None] * after).mean(0)
+    begun = begun.double()
+    squares, change = torch.zeros_like(begun), torch.zeros_like(begun).diag()
+    for index in steps.parts():
+        taken = critics.logged(steps.action[index])
+        logged = critics.visit_features(layers, policy, steps.features[index], taken)
+        going = ~(steps.terminated[index] | steps.stopped[index])
+        chosen = steps.choices(index)
+        after = critics.visit_features(layers, policy, steps.following[index], chosen)
+        step = logged - critics.discount * going[:, None] * after
+        change += (step.T @ logged).double()
+        squares += logged.double().square().sum(0)
+    ridge = RIDGE * squares.mean().clamp(min=1e-12)
+    change += ridge * torch.ones_like(begun).diag()
+    return torch.linalg.solve(change, begun * len(log))
+
+
+def _read(
+    critics: Critics, layers: Layers, steps: Steps, coefficients: Sequence[Tensor]
+) -> tuple[FloatArray, FloatArray]:
+    """Weights (at least 0) and one-step errors of every step, each ``(P + 1, N)``, raw units."""
+    parts = []
+    for index in steps.parts():
+        taken = critics.logged(steps.action[index])
+        weight = [
+            critics.visit_features(layers, policy, steps.features[index], taken).double() @ own
+            for policy, own in enumerate(coefficients)
+        ]
+        error = critics.target(layers, steps, index) - critics.value(layers, steps, index)
+        parts.append(torch.stack([torch.stack(weight).clamp(min=0), error.double()]).cpu())
+    weights, errors = torch.cat(parts, 2).numpy()
+    return weights, errors * critics.unit
+
+
+def _unsupported(
+    critics: Critics, steps: Steps, weight: FloatArray, coverage: Coverage
+) -> tuple[FloatArray, FloatArray]:
+    """Share of each member's steps outside the log, and the mean over the worst of them.
+
+    A member's steps are the first states and the states after the steps fitted on, weighted.
+    """
+    rows, episodes = steps.log.log.transitions, len(steps.log)
+    compared = torch.linspace(0, len(rows) - 1, min(len(rows), VISITS_COMPARED)).long()
+    reached = ((rows[torch.from_numpy(steps.log.first)], False), (rows[compared], True))
+    outside = [
+        coverage.unsupported_choices(
+            part, critics.choices(states(part, following=after)).cpu(), following=after
+        )
+        for part, after in reached
+    ]
+    going = ~(steps.terminated | steps.stopped).cpu().numpy()[compared.numpy()]
+    scale = critics.discount * len(rows) / len(compared) / episodes
+    followed = weight[:-1, compared.numpy()] * going * scale
+    visits = np.concatenate([np.full((len(followed), episodes), 1 / episodes), followed], 1)
+    share, worst = [], []
+    for own, mass in zip(torch.cat(outside, 1).double().numpy(), visits, strict=False):
+        order = np.argsort(-own)
+        tail = np.minimum(np.cumsum(mass[order]) / mass.sum(), WORST_SHARE)
+        share.append(float(own @ mass / mass.sum()))
+        worst.append(float(np.diff(tail, prepend=0.0) @ own[order] / WORST_SHARE))
+    return np.clip(share, 0, 1), np.clip(worst, 0, 1)
 
 
 def _device(name: torch.device | str) -> torch.device:
@@ -249,30 +531,17 @@ def _device(name: torch.device | str) -> torch.device:
     return device
 
 
-def _check_ends(train: OfflineDataset, held_out: OfflineDataset, discount: float) -> None:
-    """Undiscounted values past a truncation have no bound."""
-    for name, log in (("train", train), ("held_out", held_out)):
-        cut = int(open_ended(log).sum())
-        if discount == 1 and cut:
+def _check_ends(**logs: Episodes) -> None:
+    for name, log in logs.items():
+        if cut := int(log.open_ended.sum()):
             raise ValueError(
-                f"discount is 1 and {cut} of {len(log.episode_lengths)} episodes of {name} end without "
+                f"discount is 1 and {cut} of {len(log)} episodes of {name} end without "
                 "termination, past which undiscounted values have no bound; choose a discount "
                 "below 1."
             )
 
 
-def _check_numbers(
-    updates: int,
-    batch_size: int,
-    hidden: Sequence[int],
-    lr: float,
-    polyak: float,
-    action_samples: int,
-    min_count: int,
-) -> None:
-    counts = {"updates": updates, "batch_size": batch_size, "action_samples": action_samples}
-    counts["min_count"] = min_count
-    counts |= {f"hidden[{place}]": width for place, width in enumerate(hidden)}
+def _check_numbers(counts: Mapping[str, Any], lr: float, polyak: float) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}; expected a whole number, at least 1.")
