@@ -83,14 +83,13 @@ class Coverage:
             self._distances(features_of(self.train, rows, following=following)) > self.state_limit
         )
 
-    def unsupported_choices(
-        self, rows: TensorDictBase, choices: Tensor, *, following: bool = False
-    ) -> Tensor:
-        """Each policy's probability of an unsupported action in the states of ``rows``, ``(P, N)``.
+    def unsupported_choices(self, features: Tensor, choices: Tensor) -> Tensor:
+        """Each policy's probability of an unsupported action in states ``(N, D)``, ``(P, N)``.
 
-        ``choices``: probabilities ``(P, N, n)`` or actions ``(P, N, K, A)``.
+        ``features``: see :func:`features_of`. ``choices``: probabilities ``(P, N, n)`` or actions
+        ``(P, N, K, A)``.
         """
-        features = features_of(self.train, rows, following=following)
+        features, choices = features.cpu(), choices.cpu()
         if self.num_actions:
             return (choices * (self._by_action(features) > self.action_limit).float()).sum(-1)
         return (self._gaps(features, choices) > self.action_limit).float().mean(-1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -176,18 +177,15 @@ def fitted_q_evaluation(
             "model is 'table', but the log has continuous actions or too many distinct states; "
             "choose 'network'."
         )
-    samples = 0 if deterministic else action_samples
-    critics = Critics(resolved, fit, _device(device), discount, deterministic, samples, seed)
-    coverage = Coverage(train, held_out, min_count=min_count, seed=seed)
     limits = return_range(discount, fit, fresh)
-    fitted, unseen = (Steps(critics, log, coverage, limits, table_bytes) for log in (fit, fresh))
-    layers = critics.trained(
-        fitted, hidden, updates=updates, batch_size=batch_size, lr=lr, polyak=polyak,
-        seed=seed, progress=progress,
-    )  # fmt: skip
-    scores, error, error_training = network_scores(
-        critics, layers, fitted, unseen, coverage, limits
+    samples = 0 if deterministic else action_samples
+    critics = Critics(
+        resolved, fit, _device(device), discount, limits, deterministic, samples, seed
     )
+    coverage = Coverage(train, held_out, min_count=min_count, seed=seed)
+    fitted, unseen = (Steps(critics, log, coverage, table_bytes) for log in (fit, fresh))
+    critics.train(fitted, hidden, updates, batch_size, lr, polyak, progress)
+    scores, error, error_training = network_scores(critics, fitted, unseen, coverage)
     passes, backups = updates * batch_size / len(train), updates * polyak
     return FittedQ(names, discount, scores, error, error_training, backups, passes, deterministic)
 
@@ -197,42 +195,53 @@ class Critics:
 
     There are P + 1 critics. The last one is of the policy that made the log. It estimates the value
     of a state from the logged steps, so it does not depend on an action: its action input is always
-    the log's mean action, or it averages over the outputs of discrete actions. Their parameters are
-    ``layers``: weights ``(P + 1, in, out)`` and biases ``(P + 1, 1, out)``.
+    the log's mean action, or it averages over the outputs of discrete actions. ``layers`` are weights
+    ``(P + 1, in, out)`` and biases ``(P + 1, 1, out)``.
 
-    Values are in units of the deviation of the log's returns, ``unit``; ``centre`` is their mean.
-    ``samples``: draws of a continuous action per state, 0 for the deterministic one.
+    Values are in units of the deviation of the log's returns, ``unit``. ``limits``: least and greatest
+    return. ``samples``: draws of a continuous action per state, 0 for the deterministic one.
     """
+
+    layers: Layers
 
     def __init__(
         self, members: tuple[Member, ...], train: Episodes, device: torch.device, discount: float,
-        deterministic: bool = False, samples: int = 0, seed: int = 0,
+        limits: tuple[float, float], deterministic: bool = False, samples: int = 0, seed: int = 0,
     ) -> None:  # fmt: skip
         self.members, self.log, self.device, self.discount = members, train.log, device, discount
-        self.deterministic, self.samples, self.seed = deterministic, samples, seed
+        self.limits, self.deterministic, self.samples, self.seed = (
+            limits,
+            deterministic,
+            samples,
+            seed,
+        )
         returns = train.returns_to_go(discount)
         # If all returns are equal, their deviation is 0 and cannot be the unit.
         self.unit = float(returns.std()) or max(float(np.abs(returns).mean()), 1.0)
-        self.centre = float(returns.mean()) / self.unit
+        self.mean_return = float(returns.mean())
         space, logged = train.log.action_space, train.log.transitions["action"].float()
-        self.discrete = isinstance(space, spaces.Discrete)
         self.outputs = int(space.n) if isinstance(space, spaces.Discrete) else 1
+        self.discrete = isinstance(space, spaces.Discrete)
         if not self.discrete:
             self.scale = Standardise(logged.mean(0), logged.std(0, unbiased=False)).to(device)
 
+    def read(self, rows: TensorDictBase, *, following: bool = False) -> tuple[Tensor, Tensor]:
+        """Features ``(B, D)`` and :meth:`choices` of the states of ``rows`` ``(B,)``."""
+        features = features_of(self.log, rows, following=following).to(self.device)
+        return features, self.choices(states(rows, following=following))
+
     def choices(self, table: TensorDictBase) -> Tensor:
         """Of every member, then of the log's policy: ``(P + 1, N, n)`` or ``(P + 1, N, K, A)``."""
-        if not self.discrete:
-            chosen = torch.stack(
-                [actions(m, table, samples=self.samples, seed=self.seed) for m in self.members]
-            ).to(self.device)
-            return torch.cat([chosen, self.scale.mean.float().expand_as(chosen[:1])])
-        each = [
-            log_probabilities(m, table, self.outputs, deterministic=self.deterministic)
-            for m in self.members
-        ]
-        chosen = torch.stack(each).exp().float().to(self.device)
-        return torch.cat([chosen, torch.full_like(chosen[:1], 1 / self.outputs)])
+        if self.discrete:
+            options = {"deterministic": self.deterministic}
+            each = [log_probabilities(m, table, self.outputs, **options) for m in self.members]
+            chosen = torch.stack(each).exp().float().to(self.device)
+            own = torch.full_like(chosen[:1], 1 / self.outputs)
+        else:
+            drawn = {"samples": self.samples, "seed": self.seed}
+            chosen = torch.stack([actions(m, table, **drawn) for m in self.members]).to(self.device)
+            own = self.scale.mean.float().expand_as(chosen[:1])
+        return torch.cat([chosen, own])
 
     def logged(self, action: Tensor) -> Tensor:
         """Logged actions ``(B, ...)`` in the form of :meth:`choices`."""
@@ -243,17 +252,19 @@ class Critics:
         every[-1] = self.scale.mean
         return every[:, :, None]
 
-    def pairs(self, features: Tensor, choices: Tensor) -> Tensor:
-        """Inputs of critics of continuous actions: ``(P, B * K, D + A)`` from ``(P, B, K, A)``."""
+    def inputs(self, features: Tensor, choices: Tensor) -> Tensor:
+        """What the critics of these choices read: ``(B, D)``, or ``(P, B * K, D + A)`` with actions."""
+        if self.discrete:
+            return features
         repeated = features.repeat_interleave(choices.shape[2], 0)
         action = self.scale(choices.flatten(1, 2))
         return torch.cat([repeated.expand(len(action), -1, -1), action], -1)
 
     def expected(self, layers: Layers, features: Tensor, choices: Tensor) -> Tensor:
         """``E_{a~pi} Q(s, a)``: ``(P + 1, B)`` from the choices at B states."""
+        values = _forward(layers, self.inputs(features, choices))
         if self.discrete:
-            return (choices * _forward(layers, features)).sum(-1)
-        values = _forward(layers, self.pairs(features, choices))
+            return (choices * values).sum(-1)
         return values.unflatten(1, (-1, choices.shape[2])).mean((2, 3))
 
     def value(self, layers: Layers, steps: Steps, index: Tensor) -> Tensor:
@@ -272,33 +283,16 @@ class Critics:
         terminated = steps.terminated[index].expand_as(following)
         return F.td_target(steps.reward[index], following, terminated, gamma=self.discount)
 
-    def initial(self, inputs: int, hidden: Sequence[int], seed: int) -> Layers:
-        """P + 1 equal MLPs: orthogonal weights, and the log's mean as output."""
-        generator = torch.Generator().manual_seed(seed)
-        layers = []
-        for number, (before, after) in enumerate(pairwise([inputs, *hidden, self.outputs])):
-            weight, bias = torch.zeros(before, after), torch.zeros(1, after)
-            if number < len(hidden):
-                nn.init.orthogonal_(weight, 2.0**0.5, generator=generator)
-            else:
-                bias += self.centre
-            pair = [
-                leaf.expand(len(self.members) + 1, -1, -1).contiguous().to(self.device)
-                for leaf in (weight, bias)
-            ]
-            layers.append((pair[0].requires_grad_(), pair[1].requires_grad_()))
-        return layers
-
-    def trained(
-        self, steps: Steps, hidden: Sequence[int], *, updates: int, batch_size: int, lr: float,
-        polyak: float, seed: int = 0, progress: bool | None = None,
-    ) -> Layers:  # fmt: skip
-        """The layers after ``updates`` of Adam, whose rate falls linearly to 0."""
-        inputs = steps.features.shape[-1] + (0 if self.discrete else steps.action.shape[-1])
-        live = self.initial(inputs, hidden, seed)
+    def train(
+        self, steps: Steps, hidden: Sequence[int], updates: int, batch_size: int, lr: float,
+        polyak: float, progress: bool | None = None,
+    ) -> None:  # fmt: skip
+        """P + 1 equal MLPs with the log's mean as output, then ``updates`` of Adam."""
+        size = self.inputs(steps.features[:1], self.logged(steps.action[:1])).shape[-1]
+        live = self._first_layers([size, *hidden, self.outputs])
         target = [(weight.detach().clone(), bias.detach().clone()) for weight, bias in live]
         optimizer = torch.optim.Adam([leaf for layer in live for leaf in layer], lr=lr)
-        batches = torch.Generator().manual_seed(seed)  # the same batches on every device
+        batches = torch.Generator().manual_seed(self.seed)  # the same batches on every device
         for update in tqdm(
             range(updates), "fitted Q evaluation", unit="update", leave=False,
             disable=None if progress is None else not progress,
@@ -319,35 +313,47 @@ class Critics:
             for old, new in zip(target, live, strict=True):
                 for kept, leaf in zip(old, new, strict=True):
                     kept.lerp_(leaf.detach(), polyak)
-        return [(weight.detach(), bias.detach()) for weight, bias in live]
+        self.layers = [(weight.detach(), bias.detach()) for weight, bias in live]
 
-    def first_values(
-        self, layers: Layers, rows: TensorDictBase, *, following: bool = False
-    ) -> FloatArray:
+    def _first_layers(self, widths: Sequence[int]) -> Layers:
+        generator, layers = torch.Generator().manual_seed(self.seed), []
+        for number, (before, after) in enumerate(pairwise(widths), 2):
+            weight, bias = torch.zeros(before, after), torch.zeros(1, after)
+            if number < len(widths):
+                nn.init.orthogonal_(weight, 2.0**0.5, generator=generator)
+            else:
+                bias += self.mean_return / self.unit
+            weight, bias = (
+                leaf.expand(len(self.members) + 1, -1, -1).contiguous().to(self.device)
+                for leaf in (weight, bias)
+            )
+            layers.append((weight.requires_grad_(), bias.requires_grad_()))
+        return layers
+
+    def state_values(self, rows: TensorDictBase, *, following: bool = False) -> FloatArray:
         """Every policy's value of the states of ``rows`` ``(N,)``: ``(P + 1, N)``, raw units."""
-        parts = []
-        for chunk in rows.split(ROWS_AT_ONCE):
-            features = features_of(self.log, chunk, following=following).to(self.device)
-            chosen = self.choices(states(chunk, following=following))
-            parts.append(self.expected(layers, features, chosen).cpu())
+        parts = [
+            self.expected(self.layers, *self.read(chunk, following=following)).cpu()
+            for chunk in rows.split(ROWS_AT_ONCE)
+        ]
         return np.asarray(torch.cat(parts, 1).double().numpy() * self.unit)
 
-    def visit_features(
-        self, layers: Layers, policy: int, features: Tensor, choices: Tensor
-    ) -> Tensor:
+    def visit_features(self, policy: int, features: Tensor, choices: Tensor) -> Tensor:
         """The last hidden features of states, averaged over the policy's actions there, ``(B, F)``."""
-        own = [(w[policy : policy + 1], b[policy : policy + 1]) for w, b in layers[:-1]]
-        chosen = choices[policy]
-        inputs = features if self.discrete else self.pairs(features, chosen[None])[0]
-        hidden = _forward(own, inputs).relu()[0] if own else inputs
+        chosen = choices[policy : policy + 1]
+        hidden = self.inputs(features, chosen)
+        if len(self.layers) > 1:
+            one = slice(policy, policy + 1)
+            hidden = _forward([(w[one], b[one]) for w, b in self.layers[:-1]], hidden).relu()
+        hidden = hidden if hidden.ndim == 2 else hidden[0]
         hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], -1)
         if not self.discrete:
-            return hidden.unflatten(0, (-1, chosen.shape[1])).mean(1)
+            return hidden.unflatten(0, (-1, chosen.shape[2])).mean(1)
         if policy == len(self.members):
             return hidden
         if hidden.shape[-1] * self.outputs > MAX_FEATURES:
-            return torch.cat([hidden, chosen], -1)
-        return (hidden[:, :, None] * chosen[:, None, :]).flatten(1)
+            return torch.cat([hidden, chosen[0]], -1)
+        return (hidden[:, :, None] * chosen[0, :, None, :]).flatten(1)
 
 
 def _forward(layers: Layers, inputs: Tensor) -> Tensor:
@@ -363,25 +369,22 @@ class Steps:
     """
 
     def __init__(
-        self, critics: Critics, log: Episodes, coverage: Coverage, limits: tuple[float, float],
-        table_bytes: int = TABLE_BYTES,
-    ) -> None:  # fmt: skip
+        self, critics: Critics, log: Episodes, coverage: Coverage, table_bytes: int = TABLE_BYTES
+    ) -> None:
         table, device = log.log.transitions, critics.device
         self.log, self.critics = log, critics
         self.features = features_of(critics.log, table).to(device)
         self.following = features_of(critics.log, table, following=True).to(device)
         self.reward = torch.from_numpy(log.reward / critics.unit).float().to(device)
         self.terminated = torch.from_numpy(log.terminated).to(device)
-        action = table["action"] if critics.discrete else table["action"].float()
-        self.action = action.to(device)
+        self.action = (table["action"] if critics.discrete else table["action"].float()).to(device)
         stopped = torch.zeros(len(table), dtype=torch.bool)
         ends = torch.from_numpy(log.last[log.open_ended])
         if len(ends):
             stopped[ends] = coverage.unsupported_states(table[ends], following=True)
         self.stopped = stopped.to(device)
-        ends = torch.full((len(critics.members) + 1, 1), limits[0] / critics.unit)
-        ends[-1] = limits[1] / critics.unit
-        self.end_values = ends.to(device)
+        low, high = (limit / critics.unit for limit in critics.limits)
+        self.end_values = torch.tensor([[low]] * len(critics.members) + [[high]], device=device)
         self.states = states(table, following=True)
         one = critics.choices(self.states[:1])
         few = one.numel() * one.element_size() * len(table) <= table_bytes
@@ -400,9 +403,8 @@ class Steps:
 
 @torch.no_grad()
 def network_scores(
-    critics: Critics, layers: Layers, fitted: Steps, fresh: Steps, coverage: Coverage,
-    limits: tuple[float, float],
-) -> tuple[EpisodeScores, FloatArray, FloatArray]:  # fmt: skip
+    critics: Critics, fitted: Steps, fresh: Steps, coverage: Coverage
+) -> tuple[EpisodeScores, FloatArray, FloatArray]:
     """Doubly robust scores of held-out episodes; see ``tabular.table_scores`` for the formula.
 
     The weight ``w(s, a)`` of a step is linear in the last hidden features ``f`` of the policy's own
@@ -410,63 +412,53 @@ def network_scores(
     over the log fitted on, with a small ridge: minimax weight learning with a linear class (Uehara,
     Huang, Jiang 2020, arXiv:1910.12809, section 4). Negative weights count as 0.
 
-    ``fitted``, ``fresh``: the steps fitted on and held out. ``limits``: least and greatest return.
-    Also returns the mean squared one-step errors of held-out steps and of those fitted on.
+    ``fitted``, ``fresh``: the steps fitted on and held out. Also returns the members' mean squared
+    one-step errors of held-out steps and of those fitted on.
     """
-    train, held_out, rows = fitted.log, fresh.log, fresh.log.log.transitions
-    coefficients = [
-        _visits(critics, layers, fitted, policy) for policy in range(len(critics.members) + 1)
-    ]
-    train_weight, train_error = _read(critics, layers, fitted, coefficients)
-    weight, error = _read(critics, layers, fresh, coefficients)
+    held_out, rows, discount = fresh.log, fresh.log.log.transitions, critics.discount
+    coefficients = [_visits(critics, fitted, policy) for policy in range(len(critics.members) + 1)]
+    train_weight, train_error = _read(critics, fitted, coefficients)
+    weight, error = _read(critics, fresh, coefficients)
     correction = np.array([held_out.sums(row) for row in weight * error])
-    initial = critics.first_values(layers, rows[torch.from_numpy(held_out.first)])
-    scores: FloatArray = initial[:-1] + correction[:-1]
-    low, high = limits
-    left, stopped = held_out.left(critics.discount), fresh.stopped.cpu().numpy()[held_out.last]
-    ends = rows[torch.from_numpy(held_out.last)]
-    after = critics.first_values(layers, ends, following=True)[-1]
-    returns = held_out.returns_to_go(critics.discount)[held_out.first]
-    log_high = returns + left * np.where(stopped, high, after) + correction[-1]
-    ended = (train_weight * fitted.stopped.cpu().numpy()).sum(1) / len(train)
-    scores_high = scores + critics.discount * ended[:-1, None] * (high - low)
-    log_scores = log_high - (left * stopped + critics.discount * ended[-1]) * (high - low)
-    surprise = train_weight.max(1) * (high - low)
+    initial = critics.state_values(rows[torch.from_numpy(held_out.first)])[:-1]
+    after = critics.state_values(rows[torch.from_numpy(held_out.last)], following=True)[-1]
+    span = critics.limits[1] - critics.limits[0]
+    left, stopped = held_out.left(discount), fresh.stopped.cpu().numpy()[held_out.last]
+    ended = discount * (train_weight * fitted.stopped.cpu().numpy()).sum(1) / len(fitted.log)
+    scores = initial + correction[:-1]
+    log_high = held_out.returns_to_go(discount)[held_out.first] + correction[-1]
+    log_high = log_high + left * np.where(stopped, critics.limits[1], after)
+    surprise = train_weight.max(1) * span
     share, worst = _unsupported(critics, fitted, train_weight, coverage)
     result = EpisodeScores(
-        scores, log_scores, scores_high, log_high, initial[:-1], surprise[:-1],
-        float(surprise[-1]), share, 1 - USUAL, worst, float((left * stopped).mean()), limits,
+        scores, log_high - (left * stopped + ended[-1]) * span,
+        scores + ended[:-1, None] * span, log_high, initial, surprise[:-1], float(surprise[-1]),
+        share, 1 - USUAL, worst, float((left * stopped).mean()), critics.limits,
         np.array([held_out.effective(row) for row in weight[:-1]]), {},
     )  # fmt: skip
     return result, np.square(error[:-1]).mean(1), np.square(train_error[:-1]).mean(1)
 
 
-def _visits(critics: Critics, layers: Layers, steps: Steps, policy: int) -> Tensor:
+def _visits(critics: Critics, steps: Steps, policy: int) -> Tensor:
     """Coefficients of one policy's discounted visits of a step, relative to the log's, ``(F,)``.
 
     The visits of the last policy, the log's own, are those after truncated ends of episodes.
     """
-    log, rows = steps.log, steps.log.log.transitions
+    log, visited = steps.log, partial(critics.visit_features, policy)
     if policy < len(critics.members):
-        starts = rows[torch.from_numpy(log.first)]
-        features = features_of(critics.log, starts).to(critics.device)
-        chosen = critics.choices(states(starts))
-        begun = critics.visit_features(layers, policy, features, chosen).mean(0)
+        starts = log.log.transitions[torch.from_numpy(log.first)]
+        begun = visited(*critics.read(starts)).mean(0).double()
     else:
         ends = torch.from_numpy(log.last).to(critics.device)
         left = torch.from_numpy(log.left(critics.discount)).float().to(critics.device)
         left = left * ~steps.stopped[ends]
-        chosen = steps.choices(ends)
-        after = critics.visit_features(layers, policy, steps.following[ends], chosen)
-        begun = (left[:, None] * after).mean(0)
-    begun = begun.double()
+        after = visited(steps.following[ends], steps.choices(ends))
+        begun = (left[:, None] * after).mean(0).double()
     squares, change = torch.zeros_like(begun), torch.zeros_like(begun).diag()
     for index in steps.parts():
-        taken = critics.logged(steps.action[index])
-        logged = critics.visit_features(layers, policy, steps.features[index], taken)
+        logged = visited(steps.features[index], critics.logged(steps.action[index]))
         going = ~(steps.terminated[index] | steps.stopped[index])
-        chosen = steps.choices(index)
-        after = critics.visit_features(layers, policy, steps.following[index], chosen)
+        after = visited(steps.following[index], steps.choices(index))
         step = logged - critics.discount * going[:, None] * after
         change += (step.T @ logged).double()
         squares += logged.double().square().sum(0)
@@ -476,17 +468,18 @@ def _visits(critics: Critics, layers: Layers, steps: Steps, policy: int) -> Tens
 
 
 def _read(
-    critics: Critics, layers: Layers, steps: Steps, coefficients: Sequence[Tensor]
+    critics: Critics, steps: Steps, coefficients: Sequence[Tensor]
 ) -> tuple[FloatArray, FloatArray]:
     """Weights (at least 0) and one-step errors of every step, each ``(P + 1, N)``, raw units."""
     parts = []
     for index in steps.parts():
-        taken = critics.logged(steps.action[index])
+        features, taken = steps.features[index], critics.logged(steps.action[index])
         weight = [
-            critics.visit_features(layers, policy, steps.features[index], taken).double() @ own
+            critics.visit_features(policy, features, taken).double() @ own
             for policy, own in enumerate(coefficients)
         ]
-        error = critics.target(layers, steps, index) - critics.value(layers, steps, index)
+        error = critics.target(critics.layers, steps, index)
+        error = error - critics.value(critics.layers, steps, index)
         parts.append(torch.stack([torch.stack(weight).clamp(min=0), error.double()]).cpu())
     weights, errors = torch.cat(parts, 2).numpy()
     return weights, errors * critics.unit
@@ -501,23 +494,18 @@ def _unsupported(
     """
     rows, episodes = steps.log.log.transitions, len(steps.log)
     compared = torch.linspace(0, len(rows) - 1, min(len(rows), VISITS_COMPARED)).long()
-    reached = ((rows[torch.from_numpy(steps.log.first)], False), (rows[compared], True))
-    outside = [
-        coverage.unsupported_choices(
-            part, critics.choices(states(part, following=after)).cpu(), following=after
-        )
-        for part, after in reached
-    ]
+    at_start = coverage.unsupported_choices(*critics.read(rows[torch.from_numpy(steps.log.first)]))
+    later = coverage.unsupported_choices(*critics.read(rows[compared], following=True))
+    outside = torch.cat([at_start, later], 1)[:-1].double().numpy()
     going = ~(steps.terminated | steps.stopped).cpu().numpy()[compared.numpy()]
     scale = critics.discount * len(rows) / len(compared) / episodes
     followed = weight[:-1, compared.numpy()] * going * scale
     visits = np.concatenate([np.full((len(followed), episodes), 1 / episodes), followed], 1)
-    share, worst = [], []
-    for own, mass in zip(torch.cat(outside, 1).double().numpy(), visits, strict=False):
-        order = np.argsort(-own)
-        tail = np.minimum(np.cumsum(mass[order]) / mass.sum(), WORST_SHARE)
-        share.append(float(own @ mass / mass.sum()))
-        worst.append(float(np.diff(tail, prepend=0.0) @ own[order] / WORST_SHARE))
+    visits /= visits.sum(1, keepdims=True)
+    order = np.argsort(-outside, axis=1)
+    tail = np.cumsum(np.take_along_axis(visits, order, 1), axis=1).clip(max=WORST_SHARE)
+    most = np.diff(tail, prepend=0.0) * np.take_along_axis(outside, order, 1)
+    share, worst = (outside * visits).sum(1), most.sum(1) / WORST_SHARE
     return np.clip(share, 0, 1), np.clip(worst, 0, 1)
 
 

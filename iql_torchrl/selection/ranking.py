@@ -81,20 +81,19 @@ class Ranking:
     episodes: int
 
     def __str__(self) -> str:
-        width = max(len("the log"), *(len(row["member"]) for row in self.rows))
-        lines = [f"{'member':{width}}" + "".join(f" {title:>13}" for title in COLUMNS.values())]
-        for row in self.rows:
-            lines.append(
-                f"{row['member']:{width}}" + "".join(f" {_short(row[key])}" for key in COLUMNS)
-            )
-        empty = dict.fromkeys(COLUMNS, math.nan)
-        log = empty | {
+        log = {
+            "member": "the log",
             "value": self.log_value,
             "value_low": self.log_low,
             "value_high": self.log_high,
             "extrapolation": self.log_extrapolation,
         }
-        lines.append(f"{'the log':{width}}" + "".join(f" {_short(v)}" for v in log.values()))
+        width = max(len(row["member"]) for row in (*self.rows, log))
+        lines = [f"{'member':{width}}" + "".join(f" {title:>13}" for title in COLUMNS.values())]
+        for row in (*self.rows, log):
+            values = [row.get(key, math.nan) for key in COLUMNS]
+            cells = ["-" if math.isnan(value) else f"{value:.4g}" for value in values]
+            lines.append(f"{row['member']:{width}}" + "".join(f" {cell:>13}" for cell in cells))
         lines.append(
             f"\n{self.episodes} held-out episodes, discount {self.discount:g}. Agreement of fitted "
             f"Q evaluation and importance sampling: Spearman {self.spearman:.2f}, "
@@ -105,52 +104,37 @@ class Ranking:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as a plain JSON value; None for numbers that are not finite."""
-        result: dict[str, Any] = _json(asdict(self))
+        result: dict[str, Any] = json.loads(
+            json.dumps(asdict(self)), parse_constant=lambda not_finite: None
+        )
         return result
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Replace ``path`` by :meth:`to_dict`; on an error ``path`` does not change."""
         with whole_file(Path(path)) as temporary:
-            text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Ranking:
         """The ranking that :meth:`to_json` wrote; numbers that were not finite are NaN."""
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        rows = [
-            {k: tuple(v) if k == "doubts" else _number(v) for k, v in row.items()}
-            for row in saved["rows"]
-        ]
-        own = {"rows": tuple(rows), "warnings": tuple(saved["warnings"])}
-        keep = {"recommended": saved["recommended"]}
-        return cls(**{key: _number(value) for key, value in saved.items()} | own | keep)
+
+        def unknown(saved: dict[str, Any]) -> dict[str, Any]:
+            lists = {key: tuple(v) for key, v in saved.items() if isinstance(v, list)}
+            nan = {k: math.nan for k, v in saved.items() if v is None and k != "recommended"}
+            return saved | lists | nan
+
+        return cls(**json.loads(Path(path).read_text(encoding="utf-8"), object_hook=unknown))
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Replace ``path`` by one line per member, best first; unknown numbers stay empty."""
+        rows = self.to_dict()["rows"]
         with (
             whole_file(Path(path)) as temporary,
             temporary.open("w", newline="", encoding="utf-8") as file,
         ):
-            writer = csv.DictWriter(file, list(self.rows[0]), lineterminator="\n")
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(_json(row | {"doubts": " ".join(row["doubts"])}) for row in self.rows)
-
-
-def _short(value: float) -> str:
-    return f"{'-' if math.isnan(value) else format(value, '.4g'):>13}"
-
-
-def _number(value: Any) -> Any:
-    return math.nan if value is None else value
-
-
-def _json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _json(entry) for key, entry in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_json(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+            writer.writerows(row | {"doubts": " ".join(row["doubts"])} for row in rows)
 
 
 def rank_members(
