@@ -242,73 +242,73 @@ def rank_members(
         fitted_q=fitted_q, episodes=len(digests), horizon=logs[1].horizon(discount),
         possible=_possible_values(fitted_q, logs), log=fitted_q.episodes.log_value(confidence, seed),
         shared=shared_share(sketch_of(fit_digests), digests),
-        fit_seen=max(_trained_share(member, fit_digests) for member in resolved),
+        fit_seen=max(_seen(resolved, fit_digests)), clone=imitator.name if imitator else None,
         unchecked=unchecked, sampled=continuous and not fitted_q.deterministic,
-        clone=imitator.name if imitator else None,
     )  # fmt: skip
     columns = _estimates(fitted_q, importance, confidence, seed) | {
-        "clone_distance": [
-            math.nan if imitator is None else clone_distance(member, imitator, held_out)
-            for member in resolved
-        ],
-        "seen": [_trained_share(member, digests) for member in resolved],
+        "clone_distance": _distances(resolved, imitator, held_out),
+        "seen": _seen(resolved, digests),
     }
-    rows: list[dict[str, Any]] = [
-        {
-            "rank": 0, "member": member.name,
-            "temperature": math.nan if member.temperature is None else member.temperature,
-        } | {key: float(values[number]) for key, values in columns.items()}
-        for number, member in enumerate(resolved)
-    ]  # fmt: skip
-    rows.sort(key=lambda row: float(-row["value"]))
-    for rank, row in enumerate(rows, 1):
-        row["rank"] = rank
+    rows = _sorted_rows(resolved, columns)
+    for row in rows:
         row["doubts"] = caveats.doubts_of(
             row, known,
             max_extrapolation=max_extrapolation, min_effective_episodes=min_effective_episodes,
         )  # fmt: skip
     agreement, blocking = _agreement(rows), caveats.blocking_warnings(known)
-    warnings = [*caveats.member_warnings(rows, known), *blocking]
-    warnings += caveats.general_warnings(rows, known, agreement[0])
+    general = caveats.general_warnings(rows, known, agreement[0])
     return Ranking(
         tuple(rows), *known.log, fitted_q.episodes.log_unsupported, *agreement,
-        *_recommendation(rows, bool(blocking), confidence), tuple(warnings), discount, len(digests),
+        *_recommendation(rows, bool(blocking), confidence),
+        (*caveats.member_warnings(rows, known), *blocking, *general), discount, len(digests),
     )  # fmt: skip
 
 
 def _estimates(
     fitted_q: FittedQ, importance: Importance | None, confidence: float, seed: int
 ) -> dict[str, Any]:
-    """The columns of the rows that come from the two estimators, each ``(P,)``."""
+    """What the two estimators say of each member, ``(P,)`` by the name in the ranking's rows."""
     episodes = fitted_q.episodes
-    value_low, value_high = episodes.value_bounds(confidence, seed)
-    gain_low, gain_high = episodes.gain_bounds(confidence, seed)
+    columns = {"value": fitted_q.values}
+    columns["value_low"], columns["value_high"] = episodes.value_bounds(confidence, seed)
+    columns["gain"] = (episodes.scores - episodes.log_scores).mean(1)
+    columns["gain_low"], columns["gain_high"] = episodes.gain_bounds(confidence, seed)
     unknown = np.full(len(fitted_q.names), math.nan)
-    weighted = (unknown,) * 4
-    if importance is not None:
-        weighted = (
-            importance.values, importance.low, importance.high, importance.effective_sample_size
-        )  # fmt: skip
-    keys = ("importance_value", "importance_low", "importance_high", "effective_episodes")
-    return {
-        "value": fitted_q.values,
-        "value_low": value_low,
-        "value_high": value_high,
-        "gain": (episodes.scores - episodes.log_scores).mean(1),
-        "gain_low": gain_low,
-        "gain_high": gain_high,
+    return columns | {
         "td_error": fitted_q.td_error,
         "td_error_training": fitted_q.td_error_training,
-        **dict(zip(keys, weighted, strict=True)),
+        "importance_value": importance.values if importance else unknown,
+        "importance_low": importance.low if importance else unknown,
+        "importance_high": importance.high if importance else unknown,
+        "effective_episodes": importance.effective_sample_size if importance else unknown,
         "extrapolation": episodes.unsupported,
         "worst_extrapolation": episodes.worst_unsupported,
         "correcting_episodes": episodes.effective_episodes,
     }
 
 
-def _trained_share(member: Member, digests: NDArray[np.int64]) -> float:
-    """Share of the episodes ``digests`` that the member was trained on, 0 where unknown."""
-    return 0.0 if member.episodes is None else shared_share(member.episodes, digests)
+def _sorted_rows(members: Sequence[Member], columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per member, best value first."""
+    order = sorted(range(len(members)), key=lambda number: float(-columns["value"][number]))
+    rows: list[dict[str, Any]] = []
+    for rank, number in enumerate(order, 1):
+        temperature = members[number].temperature
+        row = {"rank": rank, "member": members[number].name}
+        row["temperature"] = math.nan if temperature is None else temperature
+        rows.append(row | {key: float(values[number]) for key, values in columns.items()})
+    return rows
+
+
+def _distances(members: Sequence[Member], clone: Member | None, log: OfflineDataset) -> list[float]:
+    if clone is None:
+        return [math.nan] * len(members)
+    return [clone_distance(member, clone, log) for member in members]
+
+
+def _seen(members: Sequence[Member], digests: NDArray[np.int64]) -> list[float]:
+    """Share of the episodes ``digests`` that each member was trained on, 0 where unknown."""
+    trained = (member.episodes for member in members)
+    return [0.0 if own is None else shared_share(own, digests) for own in trained]
 
 
 def _possible_values(fitted_q: FittedQ, logs: tuple[Episodes, Episodes]) -> tuple[float, float]:
