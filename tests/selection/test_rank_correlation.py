@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 import pytest
+from iql_torchrl.selection.rank import _agreement
 
 from iql_torchrl.evaluation.statistics import rank_correlations
-from iql_torchrl.selection.rank import _agreement
 
 
 def agreement(values, checks, doubts=((),) * 5):
