@@ -19,7 +19,7 @@ __all__ = [
 
 Row = Mapping[str, Any]
 
-ERROR_GROWTH = 2.0
+ERROR_GROWTH, TINY = 2.0, 1e-300
 MIN_EFFECTIVE_SHARE = 0.1
 WORST_STATE = 0.5
 MIN_CORRECTING = 20.0
@@ -44,7 +44,7 @@ DOUBTS = {
         "{most[worst_extrapolation]:.0%}; the log does not show what follows."
     ),
     "td_error": (
-        "errors of the critics are up to {most[growth]:.1f} times as large on held-out steps as on "
+        "errors of the critics are up to {growth:.1f} times as large on held-out steps as on "
         "training steps, so intervals are wide; use more data or smaller critics."
     ),
     "range": (
@@ -125,10 +125,11 @@ def member_warnings(rows: Sequence[Row], known: Evidence) -> list[str]:
             continue
         numbers = [key for key, value in doubted[0].items() if isinstance(value, float)]
         least, most = ({k: of(row[k] for row in doubted) for k in numbers} for of in (min, max))
-        most["growth"] = max(row["td_error"] / row["td_error_training"] for row in doubted)
+        growth = [row["td_error"] / max(row["td_error_training"], TINY) for row in doubted]
         text = sentence.format(
-            least=least, most=most, first=doubted[0], episodes=known.episodes, enough=MIN_CORRECTING,
-            log_extrapolation=known.fitted_q.episodes.log_unsupported, possible=known.possible,
+            least=least, most=most, growth=max(growth), first=doubted[0], possible=known.possible,
+            log_extrapolation=known.fitted_q.episodes.log_unsupported,
+            episodes=known.episodes, enough=MIN_CORRECTING,
         )  # fmt: skip
         more = f" and {len(doubted) - NAMED} more" if len(doubted) > NAMED else ""
         result.append(f"{', '.join(row['member'] for row in doubted[:NAMED])}{more}: {text}")

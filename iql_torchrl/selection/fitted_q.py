@@ -7,7 +7,7 @@ with a slowly moving target instead of a regression solved to the end.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -184,12 +184,13 @@ def fitted_q_evaluation(
     )
     coverage = Coverage(train, held_out, min_count=min_count, seed=seed)
     fitted, unseen = (Steps(critics, log, coverage, table_bytes) for log in (fit, fresh))
-    critics.train(fitted, hidden, updates, batch_size, lr, polyak, progress)
+    critics.fit(fitted, hidden, updates, batch_size, lr, polyak, progress)
     scores, error, error_training = network_scores(critics, fitted, unseen, coverage)
     passes, backups = updates * batch_size / len(train), updates * polyak
     return FittedQ(names, discount, scores, error, error_training, backups, passes, deterministic)
 
 
+@dataclass
 class Critics:
     """Critics of P members and of the log's own policy, and how they read the log ``train``.
 
@@ -202,32 +203,32 @@ class Critics:
     return. ``samples``: draws of a continuous action per state, 0 for the deterministic one.
     """
 
-    layers: Layers
+    members: tuple[Member, ...]
+    train: Episodes
+    device: torch.device
+    discount: float
+    limits: tuple[float, float]
+    deterministic: bool = False
+    samples: int = 0
+    seed: int = 0
+    layers: Layers = field(default_factory=list)
 
-    def __init__(
-        self, members: tuple[Member, ...], train: Episodes, device: torch.device, discount: float,
-        limits: tuple[float, float], deterministic: bool = False, samples: int = 0, seed: int = 0,
-    ) -> None:  # fmt: skip
-        self.members, self.log, self.device, self.discount = members, train.log, device, discount
-        self.limits, self.deterministic, self.samples, self.seed = (
-            limits,
-            deterministic,
-            samples,
-            seed,
-        )
-        returns = train.returns_to_go(discount)
+    def __post_init__(self) -> None:
+        log, returns = self.train.log, self.train.returns_to_go(self.discount)
         # If all returns are equal, their deviation is 0 and cannot be the unit.
         self.unit = float(returns.std()) or max(float(np.abs(returns).mean()), 1.0)
         self.mean_return = float(returns.mean())
-        space, logged = train.log.action_space, train.log.transitions["action"].float()
-        self.outputs = int(space.n) if isinstance(space, spaces.Discrete) else 1
-        self.discrete = isinstance(space, spaces.Discrete)
+        self.outputs = (
+            int(log.action_space.n) if isinstance(log.action_space, spaces.Discrete) else 1
+        )
+        self.discrete = isinstance(log.action_space, spaces.Discrete)
         if not self.discrete:
-            self.scale = Standardise(logged.mean(0), logged.std(0, unbiased=False)).to(device)
+            logged = log.transitions["action"].float()
+            self.scale = Standardise(logged.mean(0), logged.std(0, unbiased=False)).to(self.device)
 
     def read(self, rows: TensorDictBase, *, following: bool = False) -> tuple[Tensor, Tensor]:
         """Features ``(B, D)`` and :meth:`choices` of the states of ``rows`` ``(B,)``."""
-        features = features_of(self.log, rows, following=following).to(self.device)
+        features = features_of(self.train.log, rows, following=following).to(self.device)
         return features, self.choices(states(rows, following=following))
 
     def choices(self, table: TensorDictBase) -> Tensor:
@@ -283,7 +284,7 @@ class Critics:
         terminated = steps.terminated[index].expand_as(following)
         return F.td_target(steps.reward[index], following, terminated, gamma=self.discount)
 
-    def train(
+    def fit(
         self, steps: Steps, hidden: Sequence[int], updates: int, batch_size: int, lr: float,
         polyak: float, progress: bool | None = None,
     ) -> None:  # fmt: skip
@@ -373,8 +374,8 @@ class Steps:
     ) -> None:
         table, device = log.log.transitions, critics.device
         self.log, self.critics = log, critics
-        self.features = features_of(critics.log, table).to(device)
-        self.following = features_of(critics.log, table, following=True).to(device)
+        self.features = features_of(critics.train.log, table).to(device)
+        self.following = features_of(critics.train.log, table, following=True).to(device)
         self.reward = torch.from_numpy(log.reward / critics.unit).float().to(device)
         self.terminated = torch.from_numpy(log.terminated).to(device)
         self.action = (table["action"] if critics.discrete else table["action"].float()).to(device)

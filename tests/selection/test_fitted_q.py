@@ -508,7 +508,7 @@ def test_training_on_a_device_waits_for_nothing(make, monkeypatch):
     steps, counts = Steps(critics, episodes, Coverage(log, log)), {}
     for updates in (1, 4, 5):
         with Copies() as mode:
-            critics.train(steps, (4,), updates, 4, 1e-3, 0.05, False)
+            critics.fit(steps, (4,), updates, 4, 1e-3, 0.05, False)
         counts[updates] = mode.count
     assert counts[4] == counts[1]
     assert counts[5] == counts[1] + 1
