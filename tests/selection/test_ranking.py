@@ -234,7 +234,8 @@ def other_estimates(fitted, kind):
 @pytest.mark.parametrize(
     ("kind", "recommended"),
     [
-        ("history", None), ("negative", None), ("no history", "greedy"), ("updates", None), ("passes", None),
+        ("history", None), ("negative", None), ("no history", "greedy"), ("updates", None),
+        ("passes", None),
         ("enough", "greedy"), ("few ends", "greedy"), ("many ends", "greedy"), ("order", "other"),
         ("clone", "other"),
     ],
