@@ -23,12 +23,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench_learning import RESULTS
 from iql_torchrl import (
     PRESETS,
     Agent,
@@ -42,7 +40,7 @@ from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
 from iql_torchrl.evaluation.statistics import rank_correlations
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
-from record import machine, write
+from record import RESULTS, save
 
 import gymnasium
 import numpy as np
@@ -279,11 +277,8 @@ def main() -> None:
     print(
         f"\nclinicians {more.get('clinicians')}, optimum {more.get('optimum')}; seconds {seconds}"
     )
-    versions = {"numpy": np.__version__, "threads": torch.get_num_threads()}
-    versions |= {"icu-sepsis": version("icu-sepsis")} if options.dataset == NAME else {}
     record = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": machine() | versions,
+        "threads": torch.get_num_threads(),
         "config": asdict(next(iter(configs.values()))),
         "batches": options.batches,
         "fitted_q": options.fit | how,
@@ -297,7 +292,7 @@ def main() -> None:
         "rankings": {name: ranking.to_dict() for name, ranking in rankings.items()},
         "seconds": seconds,
     }  # fmt: skip
-    write(options.output, record)
+    save(options.output, record, ("numpy", "icu-sepsis") if options.dataset == NAME else ("numpy",))
 
 
 if __name__ == "__main__":

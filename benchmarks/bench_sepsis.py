@@ -13,14 +13,12 @@ import argparse
 import sys
 import time
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 
-from bench_learning import RESULTS
 from iql_torchrl import OfflineDataset, load_dataset
 from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
-from record import machine, write
+from record import RESULTS, save
 
 import gymnasium
 import icu_sepsis  # noqa: F401  (registers the environment)
@@ -111,8 +109,6 @@ def main() -> None:
     print(f"network      {final.mean():.4f}, lowest {final.min():.4f}; less tabular: "
           f"{final.mean() - exact['tabular']:+.4f}, {final.min() - exact['tabular']:+.4f}")  # fmt: skip
     result = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": machine() | {"icu-sepsis": version("icu-sepsis")},
         "config": asdict(replace(CONFIG, updates=options.updates)),
         "reward_map": [POINTS, 0.0],
         "stays": len(log.episode_returns),
@@ -122,7 +118,7 @@ def main() -> None:
         "temperatures": temperatures,
         "runs": runs,
     }
-    write(RESULTS / "sepsis.json", result)
+    save(RESULTS / "sepsis.json", result, packages=("icu-sepsis",))
 
 
 if __name__ == "__main__":

@@ -13,15 +13,13 @@ benchmarks/results/trust.json.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from bench_learning import RESULTS
 from iql_torchrl import fitted_q_evaluation, rank_members
 from iql_torchrl.evaluation.statistics import wilson_interval
-from record import machine, write
+from record import RESULTS, save
 from trust_families import FAMILIES, Problem
 
 import numpy as np
@@ -100,15 +98,7 @@ def main() -> None:
         result = results[family] = summary(trials) | {"easy": FAMILIES[family](0).easy}
         numbers = "".join(f"{result[title]:14.3g}" for title in titles)
         print(f"{family:24}{numbers}" + "  easy" * result["easy"], flush=True)
-    write(
-        output,
-        {
-            "command": " ".join(["python", *sys.argv]),
-            "machine": machine(),
-            "seconds": time.perf_counter() - began,
-            "families": results,
-        },
-    )
+    save(output, {"seconds": time.perf_counter() - began, "families": results})
 
 
 if __name__ == "__main__":
