@@ -37,7 +37,7 @@ from iql_torchrl.selection.tabular import finite_states, table_scores
 
 __all__ = ["Critics", "FittedQ", "Steps", "fitted_q_evaluation", "network_scores"]
 
-Layers = list[tuple[Tensor, Tensor]]
+Layers = list[Tensor]
 
 TABLE_BYTES = 2**31
 DRAWN_TOGETHER = 256
@@ -196,8 +196,8 @@ class Critics:
 
     There are P + 1 critics. The last one is of the policy that made the log. It estimates the value
     of a state from the logged steps, so it does not depend on an action: its action input is always
-    the log's mean action, or it averages over the outputs of discrete actions. ``layers`` are weights
-    ``(P + 1, in, out)`` and biases ``(P + 1, 1, out)``.
+    the log's mean action, or it averages over the outputs of discrete actions. ``layers`` are the
+    weight ``(P + 1, out, in)`` and the bias ``(P + 1, out)`` of each layer in turn.
 
     Values are in units of the deviation of the log's returns, ``unit``. ``limits``: least and greatest
     return. ``samples``: draws of a continuous action per state, 0 for the deterministic one.
@@ -233,16 +233,18 @@ class Critics:
 
     def choices(self, table: TensorDictBase) -> Tensor:
         """Of every member, then of the log's policy: ``(P + 1, N, n)`` or ``(P + 1, N, K, A)``."""
-        if self.discrete:
-            options = {"deterministic": self.deterministic}
-            each = [log_probabilities(m, table, self.outputs, **options) for m in self.members]
-            chosen = torch.stack(each).exp().float().to(self.device)
-            own = torch.full_like(chosen[:1], 1 / self.outputs)
-        else:
-            drawn = {"samples": self.samples, "seed": self.seed}
-            chosen = torch.stack([actions(m, table, **drawn) for m in self.members]).to(self.device)
-            own = self.scale.mean.float().expand_as(chosen[:1])
+        chosen = torch.stack([self._choice(member, table) for member in self.members])
+        chosen = chosen.to(self.device)
+        own = torch.full_like(chosen[:1], 1 / self.outputs)
+        if not self.discrete:
+            own = self.scale.mean.float().expand_as(own)
         return torch.cat([chosen, own])
+
+    def _choice(self, member: Member, table: TensorDictBase) -> Tensor:
+        if not self.discrete:
+            return actions(member, table, samples=self.samples, seed=self.seed)
+        every = log_probabilities(member, table, self.outputs, deterministic=self.deterministic)
+        return every.exp().float()
 
     def logged(self, action: Tensor) -> Tensor:
         """Logged actions ``(B, ...)`` in the form of :meth:`choices`."""
@@ -263,7 +265,7 @@ class Critics:
 
     def expected(self, layers: Layers, features: Tensor, choices: Tensor) -> Tensor:
         """``E_{a~pi} Q(s, a)``: ``(P + 1, B)`` from the choices at B states."""
-        values = _forward(layers, self.inputs(features, choices))
+        values = chain(self.inputs(features, choices), layers)
         if self.discrete:
             return (choices * values).sum(-1)
         return values.unflatten(1, (-1, choices.shape[2])).mean((2, 3))
@@ -273,7 +275,7 @@ class Critics:
         features, action = steps.features[index], steps.action[index]
         if not self.discrete:
             return self.expected(layers, features, self.logged(action))
-        every = _forward(layers, features)
+        every = chain(features, layers)
         values = F.pick_action(every, action, leading=1)
         return torch.cat([values[:-1], every[-1:].mean(-1)])
 
@@ -291,8 +293,8 @@ class Critics:
         """P + 1 equal MLPs with the log's mean as output, then ``updates`` of Adam."""
         size = self.inputs(steps.features[:1], self.logged(steps.action[:1])).shape[-1]
         live = self._first_layers([size, *hidden, self.outputs])
-        target = [(weight.detach().clone(), bias.detach().clone()) for weight, bias in live]
-        optimizer = torch.optim.Adam([leaf for layer in live for leaf in layer], lr=lr)
+        target = [leaf.detach().clone() for leaf in live]
+        optimizer = torch.optim.Adam(live, lr=lr)
         batches = torch.Generator().manual_seed(self.seed)  # the same batches on every device
         for update in tqdm(
             range(updates), "fitted Q evaluation", unit="update", leave=False,
@@ -311,25 +313,20 @@ class Critics:
             error.square().mean(-1).sum().backward()
             optimizer.param_groups[0]["lr"] = lr * (1 - update / updates)
             optimizer.step()
-            for old, new in zip(target, live, strict=True):
-                for kept, leaf in zip(old, new, strict=True):
-                    kept.lerp_(leaf.detach(), polyak)
-        self.layers = [(weight.detach(), bias.detach()) for weight, bias in live]
+            for kept, leaf in zip(target, live, strict=True):
+                kept.lerp_(leaf.detach(), polyak)
+        self.layers = [leaf.detach() for leaf in live]
 
     def _first_layers(self, widths: Sequence[int]) -> Layers:
         generator, layers = torch.Generator().manual_seed(self.seed), []
         for number, (before, after) in enumerate(pairwise(widths), 2):
-            weight, bias = torch.zeros(before, after), torch.zeros(1, after)
+            layers += [torch.zeros(before, after), torch.zeros(after)]
             if number < len(widths):
-                nn.init.orthogonal_(weight, 2.0**0.5, generator=generator)
-            else:
-                bias += self.mean_return / self.unit
-            weight, bias = (
-                leaf.expand(len(self.members) + 1, -1, -1).contiguous().to(self.device)
-                for leaf in (weight, bias)
-            )
-            layers.append((weight.requires_grad_(), bias.requires_grad_()))
-        return layers
+                nn.init.orthogonal_(layers[-2], 2.0**0.5, generator=generator)
+        layers[-1] += self.mean_return / self.unit
+        size = len(self.members) + 1
+        copies = [leaf.expand(size, *leaf.shape).contiguous().to(self.device) for leaf in layers]
+        return [(leaf.mT if leaf.ndim == 3 else leaf).requires_grad_() for leaf in copies]
 
     def state_values(self, rows: TensorDictBase, *, following: bool = False) -> FloatArray:
         """Every policy's value of the states of ``rows`` ``(N,)``: ``(P + 1, N)``, raw units."""
@@ -343,9 +340,9 @@ class Critics:
         """The last hidden features of states, averaged over the policy's actions there, ``(B, F)``."""
         chosen = choices[policy : policy + 1]
         hidden = self.inputs(features, chosen)
-        if len(self.layers) > 1:
-            one = slice(policy, policy + 1)
-            hidden = _forward([(w[one], b[one]) for w, b in self.layers[:-1]], hidden).relu()
+        if len(self.layers) > 2:
+            own = [leaf[policy : policy + 1] for leaf in self.layers[:-2]]
+            hidden = chain(hidden, own).relu()
         hidden = hidden if hidden.ndim == 2 else hidden[0]
         hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], -1)
         if not self.discrete:
@@ -355,11 +352,6 @@ class Critics:
         if hidden.shape[-1] * self.outputs > MAX_FEATURES:
             return torch.cat([hidden, chosen[0]], -1)
         return (hidden[:, :, None] * chosen[0, :, None, :]).flatten(1)
-
-
-def _forward(layers: Layers, inputs: Tensor) -> Tensor:
-    """``(B, D)`` or ``(P, B, D)`` to ``(P, B, outputs)``."""
-    return chain(inputs, [leaf for w, b in layers for leaf in (w.mT, b.squeeze(-2))])
 
 
 class Steps:
@@ -390,16 +382,13 @@ class Steps:
         one = critics.choices(self.states[:1])
         few = one.numel() * one.element_size() * len(table) <= table_bytes
         self.kept = critics.choices(self.states) if few else None
+        self.parts = torch.arange(len(table), device=device).split(ROWS_AT_ONCE)
 
     def choices(self, index: Tensor) -> Tensor:
         """Every policy's choices in the states after the rows numbered ``index`` ``(B,)``."""
         if self.kept is None:
             return self.critics.choices(self.states[index.to(self.states.device or "cpu")])
         return self.kept.index_select(1, index)
-
-    def parts(self) -> tuple[Tensor, ...]:
-        """All row numbers, a few thousand at a time."""
-        return torch.arange(len(self.reward), device=self.critics.device).split(ROWS_AT_ONCE)
 
 
 @torch.no_grad()
@@ -417,7 +406,10 @@ def network_scores(
     one-step errors of held-out steps and of those fitted on.
     """
     held_out, rows, discount = fresh.log, fresh.log.log.transitions, critics.discount
-    coefficients = [_visits(critics, fitted, policy) for policy in range(len(critics.members) + 1)]
+    starts = critics.read(fitted.log.log.transitions[torch.from_numpy(fitted.log.first)])
+    coefficients = [
+        _visits(critics, fitted, policy, starts) for policy in range(len(critics.members) + 1)
+    ]
     train_weight, train_error = _read(critics, fitted, coefficients)
     weight, error = _read(critics, fresh, coefficients)
     correction = np.array([held_out.sums(row) for row in weight * error])
@@ -440,15 +432,15 @@ def network_scores(
     return result, np.square(error[:-1]).mean(1), np.square(train_error[:-1]).mean(1)
 
 
-def _visits(critics: Critics, steps: Steps, policy: int) -> Tensor:
+def _visits(critics: Critics, steps: Steps, policy: int, starts: tuple[Tensor, Tensor]) -> Tensor:
     """Coefficients of one policy's discounted visits of a step, relative to the log's, ``(F,)``.
 
-    The visits of the last policy, the log's own, are those after truncated ends of episodes.
+    ``starts``: features and choices of first states. The visits of the last policy, the log's own,
+    are those after truncated ends of episodes.
     """
     log, visited = steps.log, partial(critics.visit_features, policy)
     if policy < len(critics.members):
-        starts = log.log.transitions[torch.from_numpy(log.first)]
-        begun = visited(*critics.read(starts)).mean(0).double()
+        begun = visited(*starts).mean(0).double()
     else:
         ends = torch.from_numpy(log.last).to(critics.device)
         left = torch.from_numpy(log.left(critics.discount)).float().to(critics.device)
@@ -456,7 +448,7 @@ def _visits(critics: Critics, steps: Steps, policy: int) -> Tensor:
         after = visited(steps.following[ends], steps.choices(ends))
         begun = (left[:, None] * after).mean(0).double()
     squares, change = torch.zeros_like(begun), torch.zeros_like(begun).diag()
-    for index in steps.parts():
+    for index in steps.parts:
         logged = visited(steps.features[index], critics.logged(steps.action[index]))
         going = ~(steps.terminated[index] | steps.stopped[index])
         after = visited(steps.following[index], steps.choices(index))
@@ -473,7 +465,7 @@ def _read(
 ) -> tuple[FloatArray, FloatArray]:
     """Weights (at least 0) and one-step errors of every step, each ``(P + 1, N)``, raw units."""
     parts = []
-    for index in steps.parts():
+    for index in steps.parts:
         features, taken = steps.features[index], critics.logged(steps.action[index])
         weight = [
             critics.visit_features(policy, features, taken).double() @ own

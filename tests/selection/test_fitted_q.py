@@ -319,7 +319,7 @@ def by_hand(log, held_out, policies, qvalues):
     limits, who = return_range(DISCOUNT, *logs), resolve_members(members(policies))
     critics = Critics(who, logs[0], torch.device("cpu"), DISCOUNT, limits)
     weight = np.concatenate([qvalues, np.zeros((1, STATES, ACTIONS))]) / critics.unit
-    critics.layers = [(torch.as_tensor(weight).float(), torch.zeros(len(weight), 1, ACTIONS))]
+    critics.layers = [torch.as_tensor(weight).float().mT, torch.zeros(len(weight), ACTIONS)]
     coverage = Coverage(log, held_out)
     fitted, fresh = (Steps(critics, part, coverage) for part in logs)
     return SimpleNamespace(critics=critics, fitted=fitted, fresh=fresh, coverage=coverage)
@@ -345,8 +345,10 @@ def visits_over_log(log, policy):
 def test_visit_weights_of_categories_are_those_of_a_table(parts):
     log = parts[0]
     made = by_hand(*parts, POLICIES, np.zeros((4, STATES, ACTIONS)))
-    visits = [fitted_q._visits(made.critics, made.fitted, policy) for policy in range(5)]
+    first = torch.from_numpy(made.fitted.log.first)
     with torch.no_grad():
+        starts = made.critics.read(log.transitions[first])
+        visits = [fitted_q._visits(made.critics, made.fitted, i, starts) for i in range(5)]
         each, _ = fitted_q._read(made.critics, made.fitted, visits)
     rows = log.transitions
     pair = rows["observation"].numpy(), rows["action"].numpy()
@@ -362,8 +364,7 @@ def test_held_out_steps_correct_critics_that_are_too_high(parts):
     ahead = np.stack([WORLD.transition @ WORLD.values(policy) for policy in POLICIES])
     made = by_hand(*parts, POLICIES, WORLD.reward + DISCOUNT * (1 - WORLD.ending) * ahead)
     plain = network_scores(**vars(made))[0]
-    weight, bias = made.critics.layers[0]
-    made.critics.layers = [(weight, bias + 3.0 / made.critics.unit)]
+    made.critics.layers[-1] = made.critics.layers[-1] + 3.0 / made.critics.unit
     moved = network_scores(**vars(made))[0]
     np.testing.assert_allclose(moved.initial_values, plain.initial_values + 3.0, atol=1e-4)
     np.testing.assert_allclose(moved.scores.mean(1) - plain.scores.mean(1), 0, atol=0.35)
@@ -512,10 +513,10 @@ def test_training_on_a_device_waits_for_nothing(make, monkeypatch):
         counts[updates] = mode.count
     assert counts[4] == counts[1]
     assert counts[5] == counts[1] + 1
+    starts = steps.features[:4], steps.kept[:, :4]
     with Copies():
-        assert [len(fitted_q._visits(critics, steps, policy)) > 0 for policy in (0, 1)] == [
-            True
-        ] * 2
+        for policy in (0, 1):
+            fitted_q._visits(critics, steps, policy, starts)
 
 
 CUT = WORLD.log(uniform(), episodes=9, horizon=2)
