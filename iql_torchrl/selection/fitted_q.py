@@ -274,7 +274,7 @@ class Critics:
         """Q(s, a) of logged actions, and V(s) of the log's own policy, ``(P + 1, B)``."""
         features, action = steps.features[index], steps.action[index]
         if not self.discrete:
-            return self.expected(layers, features, self.logged(action))
+            return chain(self.inputs(features, self.logged(action)), layers).squeeze(-1)
         every = chain(features, layers)
         values = F.pick_action(every, action, leading=1)
         return torch.cat([values[:-1], every[-1:].mean(-1)])

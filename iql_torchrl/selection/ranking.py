@@ -213,7 +213,10 @@ def rank_members(
     """
     resolved = resolve_members(members)
     logs = read_logs(train, held_out, discount)
-    _check_shares(max_extrapolation=max_extrapolation, confidence=confidence)
+    for name, share in (("max_extrapolation", max_extrapolation), ("confidence", confidence)):
+        ends = name == "confidence" and share in (0, 1)
+        if isinstance(share, bool) or not 0 <= share <= 1 or ends:
+            raise ValueError(f"{name} is {share!r}; it must lie between 0 and 1.")
     imitator = _clone(resolved, clone)
     if behaviour is None and LOG_PROB in held_out.transitions:
         behaviour = LOG_PROB
@@ -324,16 +327,6 @@ def _possible_values(fitted_q: FittedQ, logs: tuple[Episodes, Episodes]) -> tupl
     longest = max(int(log.lengths.max()) for log in logs)
     steps = longest if fitted_q.discount == 1 else 1 / (1 - fitted_q.discount)
     return min(low, steps * float(rewards.min())), max(high, steps * float(rewards.max()))
-
-
-def _check_shares(**shares: float) -> None:
-    for name, value in shares.items():
-        if (
-            isinstance(value, bool)
-            or not 0 <= value <= 1
-            or (name == "confidence" and value in (0, 1))
-        ):
-            raise ValueError(f"{name} is {value!r}; it must lie between 0 and 1.")
 
 
 def _clone(members: Sequence[Member], name: str | None) -> Member | None:
