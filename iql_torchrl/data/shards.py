@@ -17,7 +17,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from iql_torchrl.data.dataset import DatasetSummary, OfflineDataset
-from iql_torchrl.data.load import SourceLike, prepare, dataset_fields
+from iql_torchrl.data.load import SourceLike, dataset_fields, prepare
 from iql_torchrl.data.readers.environments import EnvLike
 from iql_torchrl.data.replay import DeviceSampler, check_count
 from iql_torchrl.data.saved import (
