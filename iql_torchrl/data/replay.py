@@ -19,15 +19,9 @@ from torchrl.data import (
 from iql_torchrl.data.schema import EPISODE, Key
 
 __all__ = [
-    "DeviceSampler",
-    "MemberSampler",
-    "check_count",
-    "device_of",
-    "generator_on",
-    "leaf_keys",
-    "nested_entry",
-    "replay_buffer",
-]
+    "DeviceSampler", "MemberSampler", "check_count", "device_of", "generator_on", "leaf_keys",
+    "nested_entry", "replay_buffer",
+]  # fmt: skip
 
 Part = tuple[Key, torch.Size]  # key, and shape of one row
 
