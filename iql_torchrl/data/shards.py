@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 
+from iql_torchrl.config import check_whole
 from iql_torchrl.data.dataset import DatasetSummary, OfflineDataset
 from iql_torchrl.data.load import SourceLike, dataset_fields, prepare
 from iql_torchrl.data.readers.environments import EnvLike
-from iql_torchrl.data.replay import DeviceSampler, check_count
+from iql_torchrl.data.replay import DeviceSampler
 from iql_torchrl.data.saved import (
     Location,
     Log,
@@ -322,8 +323,7 @@ class ShardedReplay(DeviceSampler):
         count = len(dataset.shards)
         self.dataset, self.replace_every = dataset, replace_every
         self.loaded = min(LOADED, count) if loaded is None else loaded
-        check_count("loaded", self.loaded)
-        check_count("replace_every", replace_every)
+        check_whole(loaded=self.loaded, replace_every=replace_every)
         if self.loaded > count:
             raise ValueError(
                 f"loaded is {self.loaded} and {dataset.name} has {count} shards; choose at most "

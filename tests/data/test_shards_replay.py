@@ -211,7 +211,7 @@ def test_a_state_of_other_settings_is_refused(equal):
     ("options", "text"),
     [
         ({"loaded": 7}, "loaded is 7 and log.npz has 6 shards; choose at most 6"),
-        ({"loaded": 0}, "loaded is 0; expected a whole number, at least 1"),
+        ({"loaded": 0}, "loaded is 0; expected a whole number >= 1"),
         ({"replace_every": 0}, "replace_every is 0; expected"),
         ({"batch_size": 2.5}, "batch_size is 2.5; expected"),
     ],
