@@ -23,6 +23,7 @@ from iql_torchrl.data.saved import (
     Location,
     Log,
     folder_lock,
+    is_sharded,
     read_log,
     text_digest,
     write_log,
@@ -61,18 +62,16 @@ def _reusable(folder: Path, built_from: dict[str, Any]) -> Log | None:
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    if not (folder / RECORD).is_file():
+    log = None
+    if (folder / RECORD).is_file() and not is_sharded(folder):
+        try:
+            log = read_log(Location(str(folder)))
+            log.check(contents=False)
+        except DatasetError:
+            return None  # Written by another version, or damaged: it is built again.
+    if log is None or log.source is None:
         raise DatasetError(
             f"memmap={folder}: exists and was not made by load_dataset; choose another path."
-        )
-    try:
-        log = read_log(Location(str(folder)))
-        log.check(contents=False)
-    except DatasetError:
-        return None  # Written by another version, or damaged: it is built again.
-    if log.source is None:
-        raise DatasetError(
-            f"memmap={folder}: has shards that build_shards wrote; choose another path."
         )
     return log if built_from["files"] and log.source == built_from else None
 
@@ -138,8 +137,8 @@ def _env_identity(env: EnvLike | None) -> str | None:
         return None
     # The limit and the spaces that are registered under an id may change.
     instance = env if isinstance(env, gym.Env) else env_maker(env)()
-    spaces = [_space_identity(each) for each in (instance.observation_space, instance.action_space)]
-    text = f"{instance.spec} {spaces}"
+    spaces = [instance.observation_space, instance.action_space]
+    text = f"{instance.spec} {list(map(_space_identity, spaces))}"
     if instance is not env:
         instance.close()
     return text

@@ -222,8 +222,11 @@ def test_other_folders_are_no_tables_and_never_overwritten(built, archive, tmp_p
         load_dataset(archive, memmap=tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").exists()
     build_shards(archive, tmp_path / "shards", 1)
-    with pytest.raises(DatasetError, match="has shards that build_shards wrote"):
-        load_dataset(archive, memmap=tmp_path / "shards")
+    build_shards(archive, tmp_path / "two", 2)
+    (tmp_path / "two" / "built.json").write_text("{")  # damaged, and yet not overwritten
+    for name in ("shards", "two"):
+        with pytest.raises(DatasetError, match="not made by load_dataset"):
+            load_dataset(archive, memmap=tmp_path / name)
     assert len(load_dataset(tmp_path / "shards")) == 200  # one shard is a table
 
 
