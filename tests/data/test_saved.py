@@ -284,7 +284,7 @@ def test_a_source_of_equal_size_and_time_but_other_content_is_read_again(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
 ) -> None:
     if large:  # Sampled, not read whole.
-        monkeypatch.setattr("iql_torchrl.data.reuse.BLOCKS", 8)
+        monkeypatch.setattr("iql_torchrl.data.reuse.WHOLE", 1000)
         monkeypatch.setattr("iql_torchrl.data.reuse.BLOCK", 500)
     data, before = arrays(LENGTHS), archive.stat()
     first = load_dataset(archive, memmap=tmp_path / "table")
