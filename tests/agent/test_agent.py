@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from iql_torchrl.data.episode_digests import episode_digests
 from small_agents import (
     HIGH,
     LOW,
