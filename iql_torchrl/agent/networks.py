@@ -24,8 +24,7 @@ from iql_torchrl.data.encodings import is_image, is_vector, usual_encoder
 from iql_torchrl.data.schema import Key, dotted, field_of_space, leaf_spaces
 from iql_torchrl.data.stacked import stacked_space, stacked_statistics
 from iql_torchrl.descriptions import describe_space, faulty_bounds
-from iql_torchrl.evaluation.act import as_in_evaluation
-from iql_torchrl.evaluation.gym_interface import policy_device
+from iql_torchrl.evaluation.acting import as_in_evaluation, policy_device
 
 Encoders = Mapping[str, nn.Module]
 FEATURES = "features"  # what the encoder writes

@@ -13,8 +13,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from iql_torchrl.evaluation.act import as_in_evaluation
-from iql_torchrl.evaluation.gym_interface import check_policy, policy_device
+from iql_torchrl.evaluation.acting import as_in_evaluation, check_policy, policy_device
 from iql_torchrl.evaluation.statistics import standard_error
 
 __all__ = ["ValueGap", "value_gap"]
@@ -81,7 +80,7 @@ def value_gap(
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise ValueError(f"rows is {rows!r}; expected a whole number >= 1.")
     judges = _critics(policy, critics)
-    device = policy_device(policy, None)
+    device = policy_device(policy)
     read = [*policy.in_keys, *(key for critic in judges for key in critic.in_keys), "action"]
     data = _drawn(transitions, list(dict.fromkeys(read)), rows, seed).to(device)
     with as_in_evaluation(

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from iql_torchrl import DiscreteIQLLoss, evaluate, load_dataset, make_agent
 from iql_torchrl.agent.build import Agent
-from iql_torchrl.evaluation.act import private_random_numbers
+from iql_torchrl.evaluation.acting import private_random_numbers
 from iql_torchrl.files import CheckpointError, write_components
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from types import SimpleNamespace
 
@@ -490,38 +489,6 @@ def test_reference_scores_in_each_form(scores):
     result = evaluate(constant(HALF), Seeded, episodes=2, seed=0, reference_scores=scores)
     np.testing.assert_allclose(result.scores, 50.0 * (result.returns - 1.0))
     assert evaluate(constant(HALF), Seeded, episodes=1, seed=0).scores is None
-
-
-@pytest.mark.parametrize("scores", [None, (1.0, 3.0)])
-def test_an_evaluation_goes_through_a_checkpoint(scores):
-    class Lucky(Seeded):
-        def step(self, action):
-            *rest, info = super().step(action)
-            return *rest, {**info, "success": self.seed == 2}
-
-    make = Seeded if scores is None else Lucky
-    result = evaluate(constant(HALF), make, episodes=5, seed=0, reference_scores=scores)
-    file = io.BytesIO()
-    torch.save(result.state_dict(), file)
-    restored = Evaluation.from_state_dict(
-        torch.load(io.BytesIO(file.getvalue()), weights_only=True)
-    )
-    for name in ("returns", "lengths", "successes", "scores"):
-        one, other = getattr(result, name), getattr(restored, name)
-        assert (one is None) == (other is None) == (scores is None and name[0] == "s")
-        np.testing.assert_array_equal(one, other)
-        assert one is None or one.dtype == other.dtype
-    assert restored.summary() == result.summary()
-    result.state_dict()["returns"].zero_()
-    assert result.returns.all(), "a copy"
-
-
-def test_a_foreign_state_is_refused():
-    state = Evaluation(np.zeros(3), np.ones(3, np.int64)).state_dict()
-    with pytest.raises(ValueError, match=r"keys \['lengths', 'returns'\], expected .*'scores'"):
-        Evaluation.from_state_dict({key: state[key] for key in ("returns", "lengths")})
-    with pytest.raises(ValueError, match=r"'lengths': \(2,\).* one entry per episode"):
-        Evaluation.from_state_dict({**state, "lengths": state["lengths"][:2]})
 
 
 @pytest.mark.parametrize("scores", [(3.0, 1.0), (1.0, 1.0), (0.0, math.nan), (1.0,), object()])

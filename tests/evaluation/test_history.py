@@ -12,7 +12,7 @@ from torch import nn
 
 from iql_torchrl import evaluate, load_dataset
 from iql_torchrl.evaluation import Acting
-from iql_torchrl.evaluation.act import act
+from iql_torchrl.evaluation.acting import act
 from iql_torchrl.evaluation.background_worker import Structure
 from iql_torchrl.networks import History, LSTMEncoder, history_of, with_history
 
