@@ -19,10 +19,10 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from typing import IO, Any
 
 import cloudpickle
@@ -68,13 +68,6 @@ class ProcessEnded(RuntimeError):
 
 class CallTimeout(TimeoutError):
     """A call took longer than its time limit, and its process was ended."""
-
-
-class ProcessTraceback(Exception):
-    """The cause of an error from the other process: its traceback there."""
-
-    def __str__(self) -> str:
-        return f'\n"""\n{self.args[0]}"""'
 
 
 def packed(name: str, thing: Any) -> bytes:
@@ -212,7 +205,7 @@ class Worker:
             timer.cancel()
             timer.join()  # if it is ending the process, wait until it has ended
         if not succeeded:
-            raise revived(*reply)
+            raise pickle.loads(reply)
         return reply
 
     def _running(self) -> subprocess.Popen[bytes]:
@@ -291,22 +284,12 @@ def _follow_parent(parent: int) -> None:
     os._exit(1)
 
 
-def failure(error: Exception) -> tuple[bytes, str, str]:
-    """An exception to be sent: its pickle, its message and its traceback as text."""
-    summary = f"{type(error).__name__}: {error}"
+def failure(error: Exception) -> bytes:
+    """An exception as a pickle, with its traceback as the cause: a ``RuntimeError`` where needed."""
     try:
-        pickled = cloudpickle.dumps(error)
-        pickle.loads(pickled)
+        sent = cloudpickle.dumps(ExceptionWithTraceback(error, error.__traceback__))
+        pickle.loads(sent)
     except Exception:  # a class whose arguments pickle does not know
-        pickled = pickle.dumps(RuntimeError(summary))
-    return pickled, summary, "".join(traceback.format_exception(error))
-
-
-def revived(pickled: bytes, summary: str, trace: str) -> Exception:
-    """The exception of :func:`failure`, with its traceback in the other process as the cause."""
-    try:
-        error: Exception = pickle.loads(pickled)
-    except Exception:  # its class cannot be imported here
-        error = RuntimeError(summary)
-    error.__cause__ = ProcessTraceback(trace)
-    return error
+        plain = RuntimeError(f"{type(error).__name__}: {error}")
+        sent = pickle.dumps(ExceptionWithTraceback(plain, error.__traceback__))
+    return sent

@@ -16,13 +16,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from iql_torchrl.evaluation.background_worker import Failure, bootstrap
+from iql_torchrl.sweep.local_processes import perform_locally
 from small_populations import BASE
 from small_sweeps import Killing, first_weight, grid, reference, table, write_log
 
 from iql_torchrl import IQLPopulation, load_dataset
-from iql_torchrl.evaluation.background_worker import Failure, bootstrap
 from iql_torchrl.sweep import Sweep, local_processes
-from iql_torchrl.sweep.local_processes import perform_locally
 
 UPDATES, EVERY = 400, 50
 
