@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -75,10 +75,10 @@ def act(
             f"action_mask was given, but the policy reads only {list(policy.in_keys)}; leave it "
             "out, or train on data with an action mask."
         )
-    device = policy_device(policy, None)
-    choose = action_chooser(policy, observation_space, action_space, device, dtype)
+    device, moments = policy_device(policy), [(row, 0) for row in range(len(rows))]
+    both = observation_space, action_space
     with as_in_evaluation(policy, device, deterministic=deterministic, seed=seed):
-        chosen = choose(rows, masks, [(row, 0) for row in range(len(rows))])
+        chosen = chosen_actions(policy, rows, masks, moments, both, dtype=dtype, device=device)
     actions = np.asarray(chosen, action_space.dtype)
     if single:
         return actions[0] if isinstance(action_space, spaces.Discrete) else np.asarray(actions[0])
@@ -235,40 +235,32 @@ def private_random_numbers(seed: int | None, *devices: torch.device | str) -> It
         yield
 
 
-def action_chooser(
+def chosen_actions(
     policy: TensorDictModuleBase,
-    observation_space: spaces.Space[Any],
-    action_space: spaces.Space[Any],
-    device: torch.device,
+    observations: Sequence[Any],
+    masks: Sequence[Tensor] | None,
+    moments: Moments,
+    env_spaces: tuple[spaces.Space[Any], spaces.Space[Any]],
+    *,
     dtype: torch.dtype,
-) -> Callable[[Sequence[Any], Sequence[Tensor] | None, Moments], list[Any]]:
-    """``choose(observations, masks, moments) -> actions`` for ``env.step``; raises ``ValueError``.
-
-    See :func:`policy_input` for the first two, and :func:`environment_actions` for ``moments``.
-    """
-    history = history_of(policy)
-    flat = reads_names_at_top_level(policy.in_keys, observation_space)
-
-    def choose(
-        observations: Sequence[Any], masks: Sequence[Tensor] | None, moments: Moments
-    ) -> list[Any]:
-        batch = policy_input(
-            observations, observation_space, flat=flat, masks=masks, history=history, dtype=dtype
+    device: torch.device,
+) -> list[Any]:
+    """Actions for ``env.step``; see :func:`policy_input` and :func:`environment_actions`."""
+    space = env_spaces[0]
+    flat, history = reads_names_at_top_level(policy.in_keys, space), history_of(policy)
+    batch = policy_input(observations, space, flat=flat, masks=masks, history=history, dtype=dtype)
+    try:
+        action = policy(batch.to(device)).get("action", None)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise RuntimeError(
+            f"the policy failed on observations of {describe_space(space)}: {reason}. Check that it "
+            "was made for observations of this form."
+        ) from error
+    if not isinstance(action, Tensor):
+        raise ValueError(
+            f"policy wrote a {type(action).__name__} under 'action'; it must write a tensor"
         )
-        try:
-            action = policy(batch.to(device)).get("action", None)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = next(iter(str(error).splitlines()), "")
-            raise RuntimeError(
-                f"the policy failed on observations of {describe_space(observation_space)}: "
-                f"{reason}. Check that it was made for observations of this form."
-            ) from error
-        if not isinstance(action, Tensor):
-            raise ValueError(
-                f"policy wrote a {type(action).__name__} under 'action'; it must write a tensor"
-            )
-        return environment_actions(action, action_space, moments)
-
-    return choose
+    return environment_actions(action, env_spaces[1], moments)

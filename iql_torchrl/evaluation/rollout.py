@@ -18,9 +18,9 @@ import torch
 from tensordict.nn import TensorDictModuleBase
 
 from iql_torchrl.evaluation.acting import (
-    action_chooser,
     as_in_evaluation,
     check_policy,
+    chosen_actions,
     memory,
     policy_device,
     policy_dtype,
@@ -148,16 +148,20 @@ def _run(
 ) -> list[tuple[int, float, int, bool | None]]:
     """Number, return, length and success of each episode, in the order in which they end."""
     env, history, dtype = slots[0].env, history_of(policy), policy_dtype(policy)
-    choose = action_chooser(policy, env.observation_space, env.action_space, device, dtype)
+    both = env.observation_space, env.action_space
     masked = needs_mask(policy, env.observation_space)
     for number, slot in enumerate(slots):
         slot.start(number, seed)
     finished, active, next_number = [], list(slots), len(slots)
     while active:
-        actions = choose(
+        actions = chosen_actions(
+            policy,
             [slot.seen[-1] if history is None else slot.seen for slot in active],
             [action_mask(slot.info, env.action_space) for slot in active] if masked else None,
             [(slot.number, slot.length) for slot in active],
+            both,
+            dtype=dtype,
+            device=device,
         )
         for slot, action in zip(tuple(active), actions, strict=True):
             over = slot.step(action)

@@ -50,7 +50,7 @@ def perform_locally(
                     waiting.append((name, order))
                 elif isinstance(error, ProcessEnded):
                     failures[name] = (
-                        f"its process ended {MOST_DEATHS} times ({error}); SIGKILL mostly means "
+                        f"its process ended {MOST_DEATHS} times, with {error}; SIGKILL mostly means "
                         "that memory ran out: use fewer workers or members_per_task."
                     )
                 elif error is not None:

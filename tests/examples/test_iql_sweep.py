@@ -36,9 +36,9 @@ def sweep(tmp_path, monkeypatch):
     return vars(module)
 
 
-def perform_here(jobs, watch, *, workers, threads):
-    for job in jobs:
-        job.perform()
+def perform_here(calls, watch, *, workers, threads):
+    for call in calls.values():
+        call()
     return {}
 
 

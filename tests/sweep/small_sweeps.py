@@ -42,13 +42,13 @@ def first_weight(agent, dataset) -> dict[str, float]:
     return {"score": float(sum(p.detach().double().abs().sum() for p in agent.actor.parameters()))}
 
 
-def perform_here(jobs, watch, *, workers=1, threads=1):
+def perform_here(calls, watch, *, workers=1, threads=1):
     """An engine without processes and without interruptions: the reference."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for job in jobs:
-            job.perform()
+        for call in calls.values():
+            call()
     finally:
         torch.set_num_threads(before)
     return {}
