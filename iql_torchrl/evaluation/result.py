@@ -48,22 +48,17 @@ class Evaluation:
         and Wilson's interval for the rate; the first two are NaN for one episode. The intervals
         describe episodes of one trained policy; they do not include the effect of training seeds.
         """
-        low, high = bootstrap_interval(self.returns, seed=seed)
         result = {
             "episodes": float(len(self.returns)),
-            "return_mean": float(self.returns.mean()),
-            "return_standard_error": standard_error(self.returns),
             "return_min": float(self.returns.min()),
             "return_max": float(self.returns.max()),
-            "return_low": low,
-            "return_high": high,
             "length_mean": float(self.lengths.mean()),
         }
-        if self.scores is not None:
-            low, high = bootstrap_interval(self.scores, seed=seed)
-            result["score_mean"] = float(self.scores.mean())
-            result["score_standard_error"] = standard_error(self.scores)
-            result["score_low"], result["score_high"] = low, high
+        for name, values in (("return", self.returns), ("score", self.scores)):
+            if values is not None:
+                low, high = bootstrap_interval(values, seed=seed)
+                result |= {f"{name}_mean": float(values.mean()), f"{name}_low": low}
+                result |= {f"{name}_high": high, f"{name}_standard_error": standard_error(values)}
         if self.successes is not None:
             low, high = wilson_interval(int(self.successes.sum()), len(self.successes))
             result["success_rate"] = float(self.successes.mean())

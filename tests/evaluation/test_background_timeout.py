@@ -18,6 +18,7 @@ import torch
 from conftest import make_batch
 from gymnasium import spaces
 from small_trainers import make_step
+from test_background import alive
 
 from iql_torchrl import OfflineTrainer
 from iql_torchrl.data import replay_buffer
@@ -53,13 +54,6 @@ class Hanging(gymnasium.Env):
 
     def step(self, action):
         return np.zeros(3, np.float32), 1.0, True, False, {}
-
-
-def alive(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def ended(pids: str) -> bool:

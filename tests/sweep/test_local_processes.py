@@ -10,21 +10,28 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from small_populations import BASE
-from small_sweeps import Killing, first_weight, grid, reference, table, write_log
+from small_sweeps import (
+    EVERY,
+    MANY,
+    UPDATES,
+    Killing,
+    first_weight,
+    grid,
+    interrupted,
+    reference,
+    table,
+    write_log,
+)
 
 from iql_torchrl import IQLPopulation, load_dataset, processes
 from iql_torchrl.processes import PROGRAM, failure
 from iql_torchrl.sweep import Sweep, engines
 from iql_torchrl.sweep.engines import perform_locally
-
-UPDATES, EVERY = 400, 50
 
 
 def kill():
@@ -107,39 +114,25 @@ def test_what_cannot_be_sent_is_refused_before_a_process_starts(tmp_path):
 
 
 @pytest.mark.slow
-def test_after_a_killed_worker_the_table_is_that_of_an_uninterrupted_run(
-    tmp_path, monkeypatch, capsys
-):
-    source = write_log(tmp_path)
-    configs = [*grid(updates=UPDATES), replace(BASE, updates=UPDATES, policy="categorical")]
-    options = {"members_per_task": 2, "score": first_weight, "save_every": EVERY}
-    expected = reference(configs, source, tmp_path / "reference", **options)
-
-    folder = tmp_path / "sweep"
+def test_after_a_killed_worker_the_table_is_that_of_an_uninterrupted_run(tmp_path, capsys):
     capsys.readouterr()
-    with Killing(folder / "tasks" / "from-00000", 120) as killing:
-        result = Sweep(configs, source, folder, **options).run(workers=2, progress=True)
-    assert killing.at is not None
-    assert 120 <= killing.at < UPDATES, "the worker was killed in the middle"
-    assert (folder / "members.csv").read_bytes() == expected
-
-    (failed,) = result.failures
-    assert "categorical" in failed
+    run = partial(Sweep.run, workers=2, progress=True)
+    result = interrupted(tmp_path, run, ("from-00000", 120))
+    shown, (failed,) = capsys.readouterr().err, result.failures
+    rows = {row["member"]: row for row in table(tmp_path / "sweep")}
     assert "cannot be built: policy is 'categorical'" in result.failures[failed]
-    rows = {row["member"]: row for row in table(folder)}
     assert [bool(row["score"]) for row in rows.values()] == [True] * 4 + [False]
     assert rows[failed]["error"] == result.failures[failed]
-    shown = capsys.readouterr().err
     assert failed in shown
     bars = [line for line in io.StringIO(shown) if "training:" in line]
     assert bars, "one bar, over the updates of all members of all tasks"
     assert "1.60k/1.60k" in bars[-1]
     assert "2 of 2 tasks" in bars[-1]
     # the table is that of populations which are trained without a sweep
-    own = load_dataset(source, reward=configs[0].reward)
-    population = IQLPopulation(configs[2:4], own)
-    for _ in population.train():
-        pass
+    configs = grid(updates=UPDATES)
+    own = load_dataset(tmp_path / "log.npz", reward=configs[0].reward)
+    population = IQLPopulation(configs[2:], own)
+    population.train_now()
     for number, row in enumerate(list(rows.values())[2:4]):
         score = first_weight(population.member(number), own)["score"]
         assert float(row["score"]) == pytest.approx(score, rel=1e-6)
@@ -176,15 +169,6 @@ Sweep(grid(updates={UPDATES}), {str(source)!r}, {str(folder)!r}, **options).run(
 
 @pytest.mark.slow
 def test_200_members_over_two_workers_one_of_which_is_killed(tmp_path):
-    source, configs = write_log(tmp_path), grid(seeds=100, updates=60)
-    options = {"score": first_weight, "save_every": 20, "held_out": 0.4, "fit_updates": 20}
-    expected = reference(configs, source, tmp_path / "reference", **options)
-    folder = tmp_path / "sweep"
-    with Killing(folder / "tasks" / "from-00080", 25) as killing:
-        result = Sweep(configs, source, folder, **options).run(workers=2)
-    assert killing.at is not None
-    assert 25 <= killing.at < 60
-    assert not result.failures
-    assert len(table(folder)) == 200
-    assert len(list((folder / "tasks").iterdir())) == 25
-    assert (folder / "members.csv").read_bytes() == expected
+    interrupted(tmp_path, partial(Sweep.run, workers=2), ("from-00080", 25), **MANY)
+    assert len(table(tmp_path / "sweep")) == 200
+    assert len(list((tmp_path / "sweep" / "tasks").iterdir())) == 25
