@@ -151,8 +151,7 @@ def test_the_same_results_as_in_the_foreground(shared):
 def test_without_waiting_it_gives_what_there_is(shared):
     actor, make_env, background = shared
     background.submit(1)
-    result = []
-    deadline = time.monotonic() + 60
+    result, deadline = [], time.monotonic() + 60
     while not result and time.monotonic() < deadline:
         assert list(background.pending) == [1]
         result = background.results()
@@ -394,6 +393,15 @@ def same_env(one, other):
     np.testing.assert_array_equal(*starts)
 
 
+def sent_alone(dataset):
+    """What makes the environments of a dataset, as it arrives: without the data."""
+    make, size = sent(dataset.make_env)
+    assert size < 10_000
+    same_env(make(), dataset.make_env())
+    assert make() is not make()
+    return make
+
+
 @pytest.mark.parametrize(
     "env",
     ["Pendulum-v1", gymnasium.spec("Pendulum-v1"), lambda: gymnasium.make("Pendulum-v1"),
@@ -401,13 +409,9 @@ def same_env(one, other):
     ids=["id", "spec", "function", "instance"],
 )  # fmt: skip
 def test_the_environments_of_a_dataset_are_sent_without_the_data(env):
-    dataset = pendulum_log(env=env)
-    make, size = sent(dataset.make_env)
-    assert size < 10_000
-    same_env(make(), dataset.make_env())
+    make = sent_alone(pendulum_log(env=env))
     if isinstance(env, gymnasium.Env):
         assert make().unwrapped.g == 5.0
-    assert make() is not make()
 
 
 class Goals(gymnasium.Env):
@@ -447,13 +451,8 @@ def test_joined_environments_and_those_of_minari_are_sent(tmp_path, monkeypatch)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about an author, a description and the like
             minari.create_dataset_from_buffers(name, [buffer], **more)
-    for dataset in (
-        load_dataset("made/pendulum-v0"),
-        load_dataset("made/goals-v0", env=Goals, concatenate=["goal", "observation"]),
-    ):
-        make, size = sent(dataset.make_env)
-        assert size < 10_000
-        same_env(make(), dataset.make_env())
+    sent_alone(load_dataset("made/pendulum-v0"))
+    sent_alone(load_dataset("made/goals-v0", env=Goals, concatenate=["goal", "observation"]))
 
 
 def test_making_the_environment_of_a_dataset_without_one_is_an_error():
@@ -468,9 +467,7 @@ def test_environments_registered_here_are_found_there():
     gymnasium.register("Mine-v0", entry_point=Goals)
     try:
         call = packed_call("", lambda: gymnasium.make("Mine-v0").spec.id, surroundings())
-    finally:
         del gymnasium.registry["Mine-v0"]
-    try:
         assert perform(call) == "Mine-v0"
     finally:
         gymnasium.registry.pop("Mine-v0", None)
@@ -478,9 +475,9 @@ def test_environments_registered_here_are_found_there():
 
 def test_a_compiled_policy_and_a_trained_one_are_sent():
     agent = make_agent(IQLConfig(hidden=(8,), batch_size=4), pendulum_log())
+    batch = pendulum_log().transitions.select("observation")
     for policy in (agent.policy, torch.compile(agent.policy, backend="eager")):
         arrived, _ = rebuilt(packed("policy", policy), packed("make_env", Goals), "cpu")
-        batch = pendulum_log().transitions.select("observation")
         with torch.no_grad():
             first, second = (p(batch.clone())["loc"] for p in (policy, arrived))
         assert torch.equal(first, second)
@@ -488,14 +485,13 @@ def test_a_compiled_policy_and_a_trained_one_are_sent():
 
 @pytest.mark.parametrize("name", ["policy", "make_env"])
 def test_what_cannot_be_sent_is_named(name):
-    lock = threading.Lock()
-    actor, make_env = stochastic_actor(), lambda: gymnasium.make("Pendulum-v1")
+    lock, given = threading.Lock(), {"policy": stochastic_actor(), "make_env": Goals}
     if name == "policy":
-        actor.lock = lock
+        given["policy"].lock = lock
     else:
-        make_env = lambda: (lock, gymnasium.make("Pendulum-v1"))[1]  # noqa: E731
+        given["make_env"] = lambda: (lock, Goals())[1]
     with pytest.raises(TypeError, match=f"{name} cannot be sent .*cannot pickle '_thread.lock'"):
-        BackgroundEvaluation(actor, make_env, episodes=1, seed=0)
+        BackgroundEvaluation(**given, episodes=1, seed=0)
 
 
 def test_a_function_that_drags_much_along_is_warned_of(monkeypatch):
@@ -577,16 +573,19 @@ def test_settings_on_which_rounding_depends_are_taken_over():
 # ---- what is refused -----------------------------------------------------------------------
 
 
-def test_arguments_are_checked_at_once():
-    actor, make_env = stochastic_actor(), Goals
-    with pytest.raises(TypeError, match="policy must be a TensorDict module"):
-        BackgroundEvaluation(nn.Linear(1, 1), make_env, episodes=1, seed=0)
-    with pytest.raises(ValueError, match="episodes must be an integer"):
-        BackgroundEvaluation(actor, make_env, episodes=0, seed=0)
-    with pytest.raises(ValueError, match="reference_scores must be"):
-        BackgroundEvaluation(actor, make_env, episodes=1, seed=0, reference_scores=(2, 1))
-    with pytest.raises(TypeError, match="max_episodes"):
-        BackgroundEvaluation(actor, make_env, episodes=1, seed=0, max_episodes=2)
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"policy": nn.Linear(1, 1)}, TypeError, "policy must be a TensorDict module"),
+        ({"episodes": 0}, ValueError, "episodes must be an integer"),
+        ({"reference_scores": (2, 1)}, ValueError, "reference_scores must be"),
+        ({"max_episodes": 2}, TypeError, "max_episodes"),
+    ],
+)
+def test_arguments_are_checked_at_once(options, error, message):
+    given = {"policy": stochastic_actor(), "make_env": Goals, "episodes": 1, "seed": 0}
+    with pytest.raises(error, match=message):
+        BackgroundEvaluation(**given | options)
 
 
 def test_numbers_and_snapshots_are_checked():

@@ -43,23 +43,27 @@ def test_bad_arguments_get_one_sentence(tmp_path, options, words):
         Sweep(**given)
 
 
-def test_other_folders_and_engines_are_refused(source, tmp_path, here):
+@pytest.mark.parametrize(
+    ("updates", "options", "words"),
+    [
+        (1, {"save_every": 7}, r"another sweep: save_every was 5000, now 7;"),
+        (1, {"log_score": ("doctor", 0.5)}, r"log_score was None, now .*0\.5"),
+        (2, {}, r"updates was 1, now 2 in 'expectile 0.6 #0' in 'configs'"),
+    ],
+)
+def test_the_folder_of_another_sweep_is_refused(source, tmp_path, here, updates, options, words):
     Sweep(grid(updates=1), source, tmp_path / "sweep", score=None).run()
-    with pytest.raises(ValueError, match=r"another sweep: save_every was 5000, now 7;"):
-        Sweep(grid(updates=1), source, tmp_path / "sweep", score=None, save_every=7).run()
-    with pytest.raises(ValueError, match=r"log_score was None, now .*0\.5"):
-        Sweep(
-            grid(updates=1), source, tmp_path / "sweep", score=None, log_score=("doctor", 0.5)
-        ).run()
-    with pytest.raises(
-        ValueError, match=r"updates was 1, now 2 in 'expectile 0.6 #0' in 'configs'"
-    ):
-        Sweep(grid(updates=2), source, tmp_path / "sweep", score=None).run()
+    with pytest.raises(ValueError, match=words):
+        Sweep(grid(updates=updates), source, tmp_path / "sweep", score=None, **options).run()
+
+
+def test_other_engines_and_damaged_folders_are_refused(source, tmp_path, here):
     with pytest.raises(ValueError, match="engine is 'dask'; choose one of local, ray, slurm"):
         Sweep(grid(), source, tmp_path / "other").run("dask")
     with pytest.raises(ValueError, match="workers is 0"):
         Sweep(grid(), source, tmp_path / "other").run(workers=0)
     assert not (tmp_path / "other").exists()
+    (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "sweep.json").write_text("{")
     with pytest.raises(ValueError, match=r"sweep\.json is not JSON"):
         Sweep(grid(updates=1), source, tmp_path / "sweep", score=None).run()
