@@ -29,7 +29,7 @@ def test_door_follows_d4rl_but_for_the_last_row() -> None:
     path = SHARED / "d4rl_door_human_v0.hdf5"
     with h5py.File(path) as file:
         arrays = {k: file[k][:] for k in ("observations", "terminals", "timeouts", "rewards")}
-    with pytest.warns(DatasetWarning, match="24 of 25 rows marked truncated.*misplaced"):
+    with pytest.warns(DatasetWarning, match="24 of the 25 rows marked truncated.*misplaced"):
         dataset = load_dataset(path, reference_scores="door")
     rows, kept = dataset.transitions, d4rl_rule(**{k: arrays[k] for k in arrays if k != "rewards"})
     # D4RL: 6703 of 6729. One more here: the file's last row, a termination, needs no successor.

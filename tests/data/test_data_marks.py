@@ -400,7 +400,8 @@ def test_a_wrong_step_limit_is_reported_where_observations_jump(steps: int) -> N
     with pytest.warns(DatasetWarning) as caught:
         load_dataset(data, max_episode_steps=steps)
     (text,) = (str(w.message) for w in caught)
-    assert "rows inside episodes, first row 49, the observation jumps" in text
+    assert "the observation jumps to the following row's in " in text
+    assert "rows inside episodes, first at row 49" in text
     assert "max_episode_steps" in text
     assert "columns={'truncated': 'done'}" in text
     assert load_dataset(data, max_episode_steps=50).episode_lengths.tolist() == [49] * 12
@@ -419,7 +420,7 @@ def test_missing_marks_are_reported_where_observations_jump() -> None:
     assert warned(data) == []
     data["truncated"][39:240:80] = False
     (text,) = warned(data)
-    assert "in 3 rows inside episodes, first row 39" in text
+    assert "jumps to the following row's in 3 rows inside episodes, first at row 39" in text
     assert "'truncated' may be shifted or incomplete" in text
 
 
@@ -493,7 +494,7 @@ def test_tables_without_any_mark_that_jump_are_reported(
     with pytest.warns(DatasetWarning) as caught:
         load_dataset(data)
     text = str(caught[0].message)
-    assert f"there are {len(lengths) - 1} rows" in text
+    assert f"in {len(lengths) - 1} rows inside episodes" in text
     assert "no row is marked" in text
     assert "max_episode_steps" in text
 
@@ -519,12 +520,14 @@ def test_real_files_without_their_marks_are_reported() -> None:
         data = {key: file[key][:30_000] for key in file.files if key != "next_obs"}
     load_dataset(data)
     data["truncated"] = np.zeros(30_000, bool)
-    with pytest.warns(DatasetWarning, match=r"there are (29|3\d) rows from which the observation"):
+    with pytest.warns(
+        DatasetWarning, match=r"no row is marked.*the observation jumps.* in (29|3\d) rows"
+    ):
         load_dataset(data)
     with h5py.File(SHARED / "d4rl_door_human_v0.hdf5") as file:
         data = {k: file[k][:] for k in ("observations", "actions", "rewards", "terminals")}
     data.update(terminals=data["terminals"] & False, timeouts=data["terminals"] & False)
-    with pytest.warns(DatasetWarning, match="there are 24 rows from which the observation jumps"):
+    with pytest.warns(DatasetWarning, match="no row is marked.*the observation jumps.* in 24 rows"):
         load_dataset(data)
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column
+from iql_torchrl.data.readers.arrays import Column, PartsColumn, UnreadableColumn, row_range
 from iql_torchrl.data.readers.arrow_values import (
     descend,
     is_list,
@@ -20,7 +20,6 @@ from iql_torchrl.data.readers.arrow_values import (
     value_dtype,
 )
 from iql_torchrl.data.readers.columns import NAMES
-from iql_torchrl.data.readers.parts import PartsColumn, UnreadableColumn, row_range
 from iql_torchrl.data.schema import DatasetError
 
 __all__ = ["ArrowRows", "arrow_columns"]

@@ -16,8 +16,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, Opened
-from iql_torchrl.data.readers.parts import PartsColumn
+from iql_torchrl.data.readers.arrays import Column, Opened, PartsColumn
 from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line

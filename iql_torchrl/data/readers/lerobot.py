@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from iql_torchrl.data.readers.arrays import Column
+from iql_torchrl.data.readers.arrays import Column, UnreadableColumn
 from iql_torchrl.data.readers.arrow_columns import arrow_columns
 from iql_torchrl.data.readers.parquet import ParquetRows, parquet_files
-from iql_torchrl.data.readers.parts import UnreadableColumn
 from iql_torchrl.data.readers.video import Clip, VideoColumn
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line

@@ -19,7 +19,7 @@ from minari.dataset.minari_storage import is_image_space
 from numpy.typing import NDArray
 
 from iql_torchrl.data.builtin.catalogue import BUILTIN
-from iql_torchrl.data.readers.source import Piece, ReadOptions, Source, first_episodes
+from iql_torchrl.data.readers.source import Piece, ReadOptions, Source
 from iql_torchrl.data.schema import (
     ACTION,
     LOG_PROB,
@@ -114,18 +114,15 @@ def minari_source(dataset: minari.MinariDataset, options: ReadOptions) -> Source
             "action_mask and action_log_prob can be named."
         )
     episodes = _Episodes(dataset, name)
-    lengths = first_episodes(episodes.lengths(), options.limit)
+    lengths = episodes.lengths()
     if not len(lengths):
         raise DatasetError(f"{name}: the dataset has no episodes.")
     plan = _plan(episodes, dataset, options)
 
     def pieces() -> Iterator[Piece]:
         with episodes.opened() as reader_of:
-            for episode, length in enumerate(lengths):
-                piece = _piece(reader_of(episode), plan, name, episode)
-                if len(piece[ACTION]) > length:
-                    piece = {key: values[:length] for key, values in piece.items()}
-                yield piece
+            for episode in range(len(lengths)):
+                yield _piece(reader_of(episode), plan, name, episode)
 
     metadata = dataset.storage.metadata
     scores = (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
@@ -139,7 +136,6 @@ def minari_source(dataset: minari.MinariDataset, options: ReadOptions) -> Source
         pieces=pieces,
         masked=plan.mask is not None,
         log_prob=plan.log_prob is not None,
-        ends_known=options.limit is None,
         env_spec=dataset.env_spec,
         reference_scores=(float(scores[0]), float(scores[1])) if known else None,
         notes=notes,

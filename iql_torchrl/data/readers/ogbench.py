@@ -18,7 +18,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
-from iql_torchrl.data.readers.arrays import Column, open_npz
+from iql_torchrl.data.readers.arrays import Column, Opened, open_npz
+from iql_torchrl.data.readers.episodes import table_source
 from iql_torchrl.data.readers.ogbench_names import (
     FOLDER_VARIABLE,
     PREFIX,
@@ -26,7 +27,6 @@ from iql_torchrl.data.readers.ogbench_names import (
     parse_name,
 )
 from iql_torchrl.data.readers.source import ReadOptions, Source
-from iql_torchrl.data.readers.table import table_source
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 
@@ -106,7 +106,8 @@ def ogbench_source(source: str, options: ReadOptions) -> Source:
         env.close()
     rows = {column: columns[column] for column in ROWS}
     valid = {"valids": 1 - np.asarray(columns["terminals"][:], np.float32)}
-    return replace(table_source(source, {**rows, **rewards, **valid}, described), env_spec=spec)
+    opened = Opened(source, {**rows, **rewards, **valid})
+    return replace(table_source(opened, described), env_spec=spec)
 
 
 def _spec(source: str, name: OGBenchName) -> EnvSpec:

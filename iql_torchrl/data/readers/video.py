@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.parts import row_range
+from iql_torchrl.data.readers.arrays import row_range
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 
