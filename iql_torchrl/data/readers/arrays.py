@@ -19,21 +19,6 @@ from torchrl.data import ReplayBuffer, Storage, VideoClipRef
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 
-__all__ = [
-    "Column",
-    "Opened",
-    "PartsColumn",
-    "UnreadableColumn",
-    "array_of",
-    "chosen_rows",
-    "columns_of_tensordict",
-    "flatten",
-    "hdf5_parts",
-    "open_hdf5",
-    "open_npz",
-    "row_range",
-]
-
 NO_FRAMES = (
     "its frames are in video files and not in the table; load the folder of LeRobot's files itself, or "
     "name another leaf, such as columns={'observation': 'observation/state'}."

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -17,26 +16,16 @@ from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.schema import DatasetError, Key, leaf_spaces
 from iql_torchrl.descriptions import describe_space
 
-__all__ = [
-    "NAMES",
-    "TRAJECTORY_ENDS",
-    "Table",
-    "check_shapes",
-    "guess_action_space",
-    "guess_observation_space",
-    "read_table",
-]
-
 #: Names of columns that mark ends of trajectories in some files, terminations in others. In a file
 #: that has ``not_terminated`` or ``valid`` they mark ends of trajectories.
 TRAJECTORY_ENDS = ("terminals", "dones_float")
 #: Keys without which there are no transitions.
 REQUIRED = ("observation", "action", "reward", "terminated")
+
+#: Keys of columns of 0 and 1.
+FLAGS = ("terminated", "not_terminated", "truncated", "trajectory_end", "valid")
 #: Keys of one number a row.
-SINGLE = (
-    "reward", "terminated", "not_terminated", "truncated", "trajectory_end", "valid", "episode",
-    "action_log_prob",
-)  # fmt: skip
+SINGLE = (*FLAGS, "reward", "episode", "action_log_prob")
 
 #: Names that a file may use for our keys, compared exactly; ``columns`` overrides them.
 NAMES: dict[str, tuple[str, ...]] = {
@@ -71,8 +60,9 @@ MOST_FLOAT_CATEGORIES = 1000
 class Table:
     """The columns under our names; observations by leaf key.
 
-    ``columns`` has ``trajectory_end`` besides the keys of ``NAMES``: see ``TRAJECTORY_ENDS``.
-    ``paths``: their names in the file. ``unused``: the file's other columns, by their names.
+    ``terminated``: rows that terminate, ``(rows,)``; none where no column marks them. ``flags``:
+    ``truncated``, ``trajectory_end`` (see ``TRAJECTORY_ENDS``) and ``valid`` where the file has them.
+    ``paths``: the columns' names in the file. ``unused``: its other columns, by their names.
     ``truncation_ignored``: the caller left ``truncated`` out.
     """
 
@@ -81,66 +71,34 @@ class Table:
     observation: dict[Key, Column]
     next_observation: dict[Key, Column] | None
     columns: dict[str, Column]
-    truncation_ignored: bool
+    terminated: NDArray[np.bool_]
+    flags: dict[str, NDArray[np.bool_]]
     paths: dict[str, str]
     unused: dict[str, Column]
-
-    def terminated(self) -> NDArray[np.bool_]:
-        """Rows that terminate, ``(rows,)``: none where no column marks them."""
-        not_terminated, terminated = self.flags("not_terminated"), self.flags("terminated")
-        if not_terminated is None:
-            return np.zeros(self.rows, np.bool_) if terminated is None else terminated
-        if terminated is None:
-            return ~not_terminated
-        differ = np.flatnonzero(terminated == not_terminated)
-        if len(differ):
-            first, second = self.paths["not_terminated"], self.paths["terminated"]
-            raise DatasetError(
-                f"{self.name}: {first!r} (0 where a row terminates) and {second!r} (1 there) "
-                f"disagree in {len(differ)} of {self.rows} rows, first at row {differ[0]}; choose "
-                f"one with columns={{'terminated': {second!r}}} or "
-                f"columns={{'not_terminated': {first!r}, 'terminated': None}}."
-            )
-        return terminated
-
-    def flags(self, key: str) -> NDArray[np.bool_] | None:
-        """A column of 0 and 1 as booleans, ``(rows,)``."""
-        if (column := self.columns.get(key)) is None:
-            return None
-        values = np.asarray(column[:]).reshape(self.rows)
-        wrong = np.flatnonzero((values != 0) & (values != 1))
-        if len(wrong):
-            raise DatasetError(
-                f"{self.name}: {key} ({self.paths[key]!r}) has {values[wrong[0]]} in {len(wrong)} of "
-                f"{self.rows} rows with other values than 0 and 1, first at row {wrong[0]}; "
-                "expected 0 or 1."
-            )
-        return values.astype(np.bool_)
+    truncation_ignored: bool
 
 
 def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> Table:
     """The columns by our keys, each with one row of numbers a step; raises ``DatasetError``."""
     paths = _paths(name, columns, options.columns)
     named: dict[str, Column] = {}
-    observation: dict[Key, Column] = {}
-    following: dict[Key, Column] = {}
+    observed: dict[str, dict[Key, Column]] = {"observation": {}, "next_observation": {}}
     for key, path in paths.items():
-        inner = {
-            p.removeprefix(f"{path}/"): column
+        leaves = {
+            ("observation", *p.removeprefix(path).split("/")[1:]): column
             for p, column in columns.items()
-            if p.startswith(f"{path}/") and column.shape
+            if p == path or (p.startswith(f"{path}/") and column.shape)
         }
-        if key in ("observation", "next_observation"):
-            leaves = observation if key == "observation" else following
-            leaves.update({("observation", *p.split("/")): c for p, c in inner.items()})
-            if path in columns:
-                leaves[("observation",)] = columns[path]
+        if key in observed:
+            observed[key] = leaves
         elif path in columns:
             named[key] = columns[path]
         else:
+            inner = ", ".join("/".join(leaf[1:]) for leaf in leaves)
             raise DatasetError(
-                f"{name}: {key} ({path!r}) is a group of {', '.join(inner)}; expected one array."
+                f"{name}: {key} ({path!r}) is a group of {inner}; expected one array."
             )
+    observation, following = observed["observation"], observed["next_observation"]
     if not following:
         paths.pop("next_observation", None)
     elif set(following) != set(observation):
@@ -153,42 +111,42 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
     every = {"/".join(key): column for key, column in observation.items()}
     every |= {"next/" + "/".join(key): column for key, column in following.items()}
     rows = _checked_rows(name, every | named)
-    ignored = options.columns.get("truncated", "") is None
-    unused = {path: column for path, column in columns.items() if path not in paths.values()}
-    return Table(name, rows, observation, following or None, named, ignored, paths, unused)
+    flags = {
+        key: _flags(f"{name}: {key} ({paths[key]!r})", named[key]) for key in FLAGS if key in named
+    }
+    return Table(
+        name, rows, observation, following or None, named,
+        terminated=_terminated(name, rows, flags, paths), flags=flags, paths=paths,
+        unused={path: column for path, column in columns.items() if path not in paths.values()},
+        truncation_ignored=options.columns.get("truncated", "") is None,
+    )  # fmt: skip
 
 
 def _checked_rows(name: str, columns: Mapping[str, Column]) -> int:
     """The number of rows; raises unless each column, the first an observation, has numbers in each."""
-    expected = "expected an array of real numbers or booleans with one row per step"
     rows = -1
     for key, column in columns.items():
         shape, kind = tuple(column.shape), np.dtype(column.dtype)
+        rows = shape[0] if rows < 0 and shape else rows
         if not shape:
-            raise DatasetError(f"{name}: {key} is a single value of dtype {kind}; {expected}.")
-        if kind.kind == "O":
-            raise DatasetError(
-                f"{name}: {key} has Python objects (dtype object): rows of different lengths, or "
-                f"no numbers; {expected}, all rows of one shape. Join episodes of different lengths "
-                "with numpy.concatenate and mark their ends."
-            )
-        if kind.kind not in "biuf":
-            raise DatasetError(f"{name}: {key} has {kind} values of shape {shape}; {expected}.")
-        if 0 in shape[1:]:
-            raise DatasetError(
-                f"{name}: {key} has shape {shape}: its rows hold no numbers; {expected}."
-            )
-        rows = shape[0] if rows < 0 else rows
-        if shape[0] != rows:
-            raise DatasetError(
-                f"{name}: {key} has {shape[0]} rows, observation has {rows}; expected one row per "
-                "step in every column."
-            )
-        if key in SINGLE and not _single(column):
-            raise DatasetError(
-                f"{name}: {key} has shape {shape}; expected one number a row, ({rows},) or "
-                f"({rows}, 1)."
-            )
+            problem = f"is a single value of dtype {kind}"
+        elif kind.kind == "O":
+            problem = "has Python objects (dtype object): rows of different lengths, or no numbers"
+        elif kind.kind not in "biuf":
+            problem = f"has {kind} values of shape {shape}"
+        elif 0 in shape[1:]:
+            problem = f"has shape {shape}: its rows hold no numbers"
+        elif shape[0] != rows:
+            problem = f"has {shape[0]} rows, observation has {rows}"
+        elif key in SINGLE and not _single(column):
+            problem = f"has shape {shape}, where ({rows},) or ({rows}, 1) is needed"
+        else:
+            continue
+        raise DatasetError(
+            f"{name}: {key} {problem}; expected an array of real numbers or booleans with one row per "
+            "step, all rows of one shape. Join episodes of different lengths with numpy.concatenate "
+            "and mark their ends."
+        )
     if not rows:
         raise DatasetError(f"{name}: observation has 0 rows; expected at least one transition.")
     return rows
@@ -199,8 +157,36 @@ def _single(column: Column) -> bool:
     return int(np.prod(column.shape[1:])) == 1
 
 
+def _flags(label: str, column: Column) -> NDArray[np.bool_]:
+    """A column of 0 and 1 as booleans, ``(rows,)``."""
+    values = np.asarray(column[:]).reshape(-1)
+    if len(wrong := np.flatnonzero((values != 0) & (values != 1))):
+        raise DatasetError(
+            f"{label} has {values[wrong[0]]} in {len(wrong)} of {len(values)} rows with other values "
+            f"than 0 and 1, first at row {wrong[0]}; expected 0 or 1."
+        )
+    return values.astype(np.bool_)
+
+
+def _terminated(
+    name: str, rows: int, flags: Mapping[str, NDArray[np.bool_]], paths: Mapping[str, str]
+) -> NDArray[np.bool_]:
+    if "not_terminated" not in flags:
+        return flags.get("terminated", np.zeros(rows, np.bool_))
+    terminated = flags.get("terminated", ~flags["not_terminated"])
+    if len(differ := np.flatnonzero(terminated == flags["not_terminated"])):
+        first, second = paths["not_terminated"], paths["terminated"]
+        raise DatasetError(
+            f"{name}: {first!r} (0 where a row terminates) and {second!r} (1 there) disagree in "
+            f"{len(differ)} of {rows} rows, first at row {differ[0]}; choose one with "
+            f"columns={{'terminated': {second!r}}} or columns={{'not_terminated': {first!r}, "
+            "'terminated': None}."
+        )
+    return terminated
+
+
 def _paths(
-    name: str, columns: dict[str, Column], options: Mapping[str, str | None]
+    name: str, columns: Mapping[str, Column], options: Mapping[str, str | None]
 ) -> dict[str, str]:
     """The column, or group of columns, of each key of a ``Table``; without keys that have none."""
     if unknown := set(options) - set(NAMES):
@@ -218,42 +204,42 @@ def _paths(
                 f"{mapping['not_terminated']!r}; one is the opposite of the other: name one of them."
             )
         mapping.setdefault("not_terminated", None)
-    find = partial(_find, name, columns, mapping)
-    paths = {key: find(key) for key in NAMES if key != "terminated"}
+    paths = {key: _find(name, columns, mapping, key) for key in NAMES if key != "terminated"}
     if paths["not_terminated"] or (paths["valid"] and "terminated" not in mapping):
         # Columns that could mean either mark ends of trajectories, not terminations.
+        ends = [path for path in TRAJECTORY_ENDS if path in columns]
         if mapping.get("truncated") in TRAJECTORY_ENDS:
-            paths["trajectory_end"] = paths.pop("truncated")
-        else:
-            paths["trajectory_end"] = next((p for p in TRAJECTORY_ENDS if p in columns), None)
+            ends = [str(paths.pop("truncated"))]
+        paths["trajectory_end"] = ends[0] if ends else None
         marks = [p for p in NAMES["terminated"] if p in columns and p not in TRAJECTORY_ENDS]
         paths["terminated"] = marks[0] if marks and "terminated" not in mapping else None
     else:
-        paths["terminated"] = find("terminated")
+        paths["terminated"] = _find(name, columns, mapping, "terminated")
     return {key: path for key, path in paths.items() if path is not None}
 
 
 def _find(
-    name: str, columns: dict[str, Column], mapping: Mapping[str, str | None], key: str
+    name: str, columns: Mapping[str, Column], mapping: Mapping[str, str | None], key: str
 ) -> str | None:
     """The column (or group of columns) of a key."""
-
-    def present(path: str) -> bool:
-        return path in columns or any(p.startswith(f"{path}/") for p in columns)
-
+    groups = {
+        "/".join(path.split("/")[:depth])
+        for path in columns
+        for depth in range(1, path.count("/") + 1)
+    }
+    present = groups | set(columns)
     listing = ", ".join(sorted(columns)) or "nothing"
+    if (named := mapping.get(key)) is not None:
+        # LeRobot's names have dots, such as next.reward.
+        for path in (named, named.replace(".", "/")):
+            if path in present:
+                return path
+        raise DatasetError(f"{name}: columns maps {key} to {named!r}; the data has {listing}.")
     if key in mapping:
-        path = mapping[key]
-        if path is not None and not present(path):
-            named, path = path, path.replace(".", "/")  # LeRobot's names, such as next.reward
-            if not present(path):
-                raise DatasetError(
-                    f"{name}: columns maps {key} to {named!r}; the data has {listing}."
-                )
-        if path is None and key in REQUIRED and key != "terminated":
+        if key in REQUIRED and key != "terminated":
             raise DatasetError(f"{name}: {key} cannot be left out.")
-        return path
-    matches = [path for path in NAMES[key] if present(path)]
+        return None
+    matches = [path for path in NAMES[key] if path in present]
     if key not in (*REQUIRED, "next_observation"):  # neither single numbers nor groups
         matches = [p for p in matches if p in columns and columns[p].shape]
     if key in ("not_terminated", "valid"):  # other kinds of columns may have these names
@@ -352,16 +338,19 @@ def guess_action_space(table: Table) -> tuple[gym.Space[Any], str, str]:
     """A space for the actions; a note on what was assumed, and a warning, or empty texts."""
     column, mask = table.columns["action"], table.columns.get("action_mask")
     kind, shape = np.dtype(column.dtype), tuple(column.shape[1:])
+    if kind.kind != "f" and mask is not None and mask.shape[1:]:
+        return gym.spaces.Discrete(int(mask.shape[1])), "", ""
+    low, high, encoded = np.full(shape, np.inf), np.full(shape, -np.inf), True
+    for start in range(0, table.rows, CHUNK):
+        block = np.asarray(column[start : start + CHUNK])
+        low, high = np.fmin(low, block.min(0)), np.fmax(high, block.max(0))
+        encoded = encoded and _like_categories(block)
+    warning = _encoded_categories(table, low, high) if encoded else ""
     if kind.kind != "f":
-        if mask is not None and mask.shape[1:]:
-            return gym.spaces.Discrete(int(mask.shape[1])), "", ""
         space = _categories(table, {"action": column})
         note = f"action space taken from the largest logged action: {space}."
-        return space, note, "" if _single(column) else _encoded_categories(table)
-    low, high = np.full(shape, np.inf), np.full(shape, -np.inf)
-    for block in _blocks(column):
-        low, high = np.fmin(low, block.min(0)), np.fmax(high, block.max(0))
-    note, warning = "", _encoded_categories(table)
+        return space, note, "" if _single(column) else warning
+    note = ""
     if warning:
         low, high = np.minimum(low, -1), np.maximum(high, 1)
     elif low.min() >= -1 and high.max() <= 1:
@@ -369,40 +358,35 @@ def guess_action_space(table: Table) -> tuple[gym.Space[Any], str, str]:
         note = "action bounds taken as [-1, 1]; pass env= if they are others."
     else:
         warning = (
-            f"{table.name}: actions reach {low.min():.6g} to {high.max():.6g} and no environment says "
-            "what their bounds are; the data's own range per column is used: pass env=."
+            f"actions reach {low.min():.6g} to {high.max():.6g} and no environment says what their "
+            "bounds are; the data's own range per column is used: pass env=."
         )
     low, high = np.nan_to_num(low).astype(kind), np.nan_to_num(high).astype(kind)
     return gym.spaces.Box(low, high, shape, kind.type), note, warning
 
 
-def _blocks(column: Column) -> Iterator[NDArray[Any]]:
-    for start in range(0, column.shape[0], CHUNK):
-        yield np.asarray(column[start : start + CHUNK])
+def _like_categories(actions: NDArray[Any]) -> bool:
+    """Whether all rows are one whole number from 0 on, or one-hot."""
+    rows = actions.reshape(len(actions), -1)
+    one_hot = rows.shape[1] == 1 or (rows.sum(axis=1) == 1).all()
+    return bool(one_hot and (rows >= 0).all() and (rows == np.round(rows)).all())
 
 
-def _encoded_categories(table: Table) -> str:
+def _encoded_categories(table: Table, low: NDArray[Any], high: NDArray[Any]) -> str:
     """What to pass where actions look like categories: whole float numbers, or one-hot rows."""
-    column, path = table.columns["action"], table.paths["action"]
-    low, high, width = np.inf, 0, int(np.prod(column.shape[1:]))
-    for block in _blocks(column):
-        values = block.reshape(-1, width)
-        low, high = min(low, values.min()), max(high, values.max())
-        whole = low >= 0 and bool((values == np.round(values)).all())
-        if not whole or (width > 1 and (values.sum(axis=1) != 1).any()):
-            return ""
-    if width == 1 and 1 <= high < MOST_FLOAT_CATEGORIES:
+    path = table.paths["action"]
+    if low.size == 1 and 1 <= high.max() < MOST_FLOAT_CATEGORIES:
         return (
-            f"{table.name}: all actions ({path!r}) are whole numbers from {int(low)} to "
-            f"{int(high)} stored as floats, and were read as continuous. If they are discrete, "
-            "convert them to integers of shape (N,): astype(int)."
+            f"all actions ({path!r}) are whole numbers from {int(low.min())} to {int(high.max())} "
+            "stored as floats, and were read as continuous. If they are discrete, convert them to "
+            "integers of shape (N,): astype(int)."
         )
-    if width == 1 or table.rows < 2:
+    if low.size == 1 or table.rows < 2:
         return ""
     return (
-        f"{table.name}: each row of the actions ({path!r}) holds a single 1 and otherwise 0 in {width} "
-        "columns, and was read as it stands. If these are discrete actions, pass their "
-        "numbers: argmax(axis=1), integers of shape (N,)."
+        f"each row of the actions ({path!r}) holds a single 1 and otherwise 0 in {low.size} columns, "
+        "and was read as it stands. If these are discrete actions, pass their numbers: argmax(axis=1), "
+        "integers of shape (N,)."
     )
 
 
@@ -421,7 +405,7 @@ def check_shapes(
         pairs += [(prefix + "/".join(key), columns[key], leaves[key]) for key in columns]
     for key, column, space in pairs:
         shape, expected = tuple(column.shape[1:]), tuple(space.shape or ())
-        if shape != expected and not (shape == (1,) and expected == ()):
+        if shape != expected and (shape, expected) != ((1,), ()):
             raise DatasetError(
                 f"{table.name}: {key} has rows of shape {shape} in {table.rows} rows; expected "
                 f"{expected} for {describe_space(space)}."

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, Opened
+from iql_torchrl.data.readers.arrays import Column, Opened, UnreadableColumn
 from iql_torchrl.data.readers.columns import (
     TRAJECTORY_ENDS,
     Table,
@@ -18,7 +18,14 @@ from iql_torchrl.data.readers.columns import (
     guess_observation_space,
     read_table,
 )
-from iql_torchrl.data.readers.motion import ROWS, continued_rows, differs, float_values, motion
+from iql_torchrl.data.readers.motion import (
+    MOST,
+    ROWS,
+    continued_rows,
+    differs,
+    float_values,
+    motion,
+)
 from iql_torchrl.data.readers.source import Piece, ReadOptions, Source
 from iql_torchrl.data.schema import (
     ACTION,
@@ -35,8 +42,6 @@ Flags = NDArray[np.bool_]
 #: Most rows, and about the most bytes of observations, of one piece.
 CHUNK = 65_536
 CHUNK_BYTES = 16 * 2**20
-#: Share of the marked rows that must contradict their marks to be reported.
-MOST = 0.9
 #: Columns that mark ends of trajectories other than terminations.
 MARKS = ("truncated", "trajectory_end", "valid", "episode")
 #: Smallest number of jumps inside episodes that is reported.
@@ -105,7 +110,8 @@ def table_source(opened: Opened, options: ReadOptions) -> Source:
             piece[TERMINATED], piece[TRUNCATED] = marks[start : start + size].T
             yield piece
 
-    doubts = _mark_warnings(table, ends, inside, lengths)
+    contradiction = _contradiction(table, ends, inside)
+    doubts = (contradiction, _little_kept(table, ends, lengths, bool(contradiction)), warning)
     return Source(
         name=table.name,
         observation_space=observation_space,
@@ -118,7 +124,7 @@ def table_source(opened: Opened, options: ReadOptions) -> Source:
         terminates_inside=inside > 0,
         termination=table.paths.get("terminated", table.paths.get("trajectory_end")),
         notes=(*opened.notes, *notes, *_mark_notes(table, ends, inside), *filter(None, [note])),
-        warnings=(*opened.warnings, *doubts, *filter(None, [warning])),
+        warnings=(*opened.warnings, *(f"{table.name}: {text}" for text in doubts if text)),
     )
 
 
@@ -182,11 +188,14 @@ def _piece(table: Table, rows: NDArray[np.int64], at_end: Flags, reward_offset: 
             values = np.concatenate([values, values[-1:]])
         return values[here], values[after]
 
+    def replaced(successors: NDArray[Any], at_ends: NDArray[Any]) -> NDArray[Any]:
+        return np.where(at_end.reshape(-1, *[1] * (successors.ndim - 1)), at_ends, successors)
+
     piece: Piece = {}
     for key, column in table.observation.items():
         piece[key], successors = read(column)
         if table.next_observation is None:
-            piece[("next", *key)] = _replaced(successors, at_end, piece[key])
+            piece[("next", *key)] = replaced(successors, piece[key])
         else:
             piece[("next", *key)] = read(table.next_observation[key])[0]
     piece[ACTION] = read(table.columns["action"])[0]
@@ -196,18 +205,10 @@ def _piece(table: Table, rows: NDArray[np.int64], at_end: Flags, reward_offset: 
         if (next_mask := table.columns.get("next_action_mask")) is not None:
             piece[NEXT_MASK] = read(next_mask)[0]
         else:
-            piece[NEXT_MASK] = _replaced(successors, at_end, np.ones_like(piece[MASK]))
+            piece[NEXT_MASK] = replaced(successors, np.ones_like(piece[MASK]))
     if (log_prob := table.columns.get("action_log_prob")) is not None:
         piece[LOG_PROB] = read(log_prob)[0].reshape(-1)
     return piece
-
-
-def _replaced(values: NDArray[Any], selected: Flags, replacements: NDArray[Any]) -> NDArray[Any]:
-    if not selected.any():
-        return values
-    replaced = values.copy()
-    replaced[selected] = replacements[selected]
-    return replaced
 
 
 @dataclass(frozen=True)
@@ -232,8 +233,8 @@ class Ends:
 
 def table_ends(table: Table, options: ReadOptions) -> Ends:
     """Reads the marks; see ``table_source`` for the rules."""
-    terminated, truncated = table.terminated(), table.flags("truncated")
-    end, valid = table.flags("trajectory_end"), table.flags("valid")
+    terminated, truncated = table.terminated, table.flags.get("truncated")
+    end, valid = table.flags.get("trajectory_end"), table.flags.get("valid")
     broken = None
     if table.next_observation is not None:
         broken = differs(table.observation, table.next_observation, table.rows)
@@ -326,19 +327,19 @@ def _mark_notes(table: Table, ends: Ends, inside: int) -> list[str]:
     return notes
 
 
-def _mark_warnings(table: Table, ends: Ends, inside: int, lengths: NDArray[np.int64]) -> list[str]:
-    """Marks that the rows contradict, one sentence each; ``lengths`` of the kept episodes."""
-    texts = [_no_terminations(table), _opposite(table, ends, inside)]
-    if not any(texts):
-        texts = [_continued(table, ends, "truncated"), _continued(table, ends, "terminated")]
-    if not any(texts):
-        texts = [_breaks_inside(table, ends) or _unbroken(table, ends)]
-    texts.append(_little_kept(table, ends, lengths, any(texts)))
-    return [f"{table.name}: {text}" for text in texts if text]
+def _contradiction(table: Table, ends: Ends, inside: int) -> str:
+    """The first sentence that applies about marks that the rows contradict; empty if none does."""
+    return (
+        _no_terminations(table)
+        or _opposite(table, ends, inside)
+        or _continued(table, ends, "terminated")
+        or _breaks_inside(table, ends)
+        or _continued(table, ends, "truncated")
+    )
 
 
 def _little_kept(table: Table, ends: Ends, lengths: NDArray[np.int64], explained: bool) -> str:
-    """Most rows dropped, or most episodes of one row for no known reason."""
+    """Most rows dropped, or most episodes of one row that no mark ends, if this is not explained."""
     remedy = (
         "check which column marks the ends of episodes and whether it is 1 where an episode ends "
         "(columns={...} names it)"
@@ -347,25 +348,22 @@ def _little_kept(table: Table, ends: Ends, lengths: NDArray[np.int64], explained
     if rows > MANY and 2 * remaining < rows:
         return f"only {remaining} of {rows} rows make transitions, see the notes: {remedy}."
     single = int((lengths == 1).sum())
-    truncated = table.flags("truncated")
-    marked = ends.terminated if truncated is None else ends.terminated | truncated
-    if explained or 2 * int((ends.last & marked).sum()) > int(ends.last.sum()):
-        return ""
-    if len(lengths) <= MANY or 2 * single <= len(lengths):
+    marked = ends.terminated | (ends.truncated if "truncated" in table.columns else False)
+    mostly_marked = 2 * int((ends.last & marked).sum()) > int(ends.last.sum())
+    if explained or mostly_marked or len(lengths) <= MANY or 2 * single <= len(lengths):
         return ""
     return f"{single} of {len(lengths)} episodes have one row: {remedy}."
 
 
 def _no_terminations(table: Table) -> str:
     """Ends are marked, but no column marks which of them terminate."""
-    marked = "terminated" in table.columns or "not_terminated" in table.columns
-    if marked or (path := table.paths.get("trajectory_end")) is None:
+    path = table.paths.get("trajectory_end")
+    if path is None or {"terminated", "not_terminated"} & set(table.paths):
         return ""
     return (
         f"no column marks which rows terminate: together with {table.paths['valid']!r}, {path!r} "
         "marks ends of trajectories, and all of them were read as truncated. Add 'masks' (0 where a "
-        "row terminates), or pass columns={'terminated': None, 'truncated': "
-        f"{path!r}}} if none does."
+        f"row terminates), or pass columns={{'terminated': None, 'truncated': {path!r}}} if none does."
     )
 
 
@@ -380,9 +378,8 @@ def _opposite(table: Table, ends: Ends, inside: int) -> str:
         evident = share > MOST
     else:
         key, opposite, share = "terminated", "not_terminated", float(ends.terminated.mean())
-        evident = share > MOST and table.rows > MANY
-        evident = evident and (ends.broken is None or 2 * ends.broken.sum() <= len(ends.broken))
-        moved = motion(table) if evident else None
+        broken = ends.broken is not None and 2 * int(ends.broken.sum()) > len(ends.broken)
+        moved = motion(table) if share > MOST and table.rows > MANY and not broken else None
         evident = moved is not None and float(np.quantile(moved.error, 0.9)) < moved.unrelated
     if not evident:
         return ""
@@ -394,33 +391,45 @@ def _opposite(table: Table, ends: Ends, inside: int) -> str:
 
 
 def _continued(table: Table, ends: Ends, key: str) -> str:
-    """Most rows that the column of ``key`` marks as ends are evidently followed by their successor."""
-    path, rows = table.paths.get(key), ends.terminated & ends.last
-    if path is None or "episode" in table.columns or not ends.valid.all():
+    """Most rows that are marked as ends are evidently followed by their trajectory's next row.
+
+    See ``continued_rows``; where ``next_observation`` is known, truncated rows whose next observation
+    is the following row's count. Single ones may be correct, in logs from which parts were removed.
+    """
+    broken, known = ends.broken, ends.broken is not None and key == "truncated"
+    paths = [table.paths[k] for k in (MARKS if known else (key,)) if k in table.paths]
+    if not paths or not ends.valid.all() or (not known and "episode" in table.columns):
         return ""
     if key == "terminated" and "not_terminated" in table.columns:
         return ""
-    if key == "truncated":
-        if ends.broken is not None:  # see ``_unbroken``
+    marked = ends.terminated if key == "terminated" else ends.truncated & ~ends.terminated
+    rows = ends.last & marked
+    if broken is not None and key == "truncated":
+        rows = rows[:-1]
+        count = int((rows & ~broken).sum())
+        moves = 2 * differs(table.observation, table.observation, ROWS).mean() > 1
+        if rows.sum() < FEWEST or count < MOST * rows.sum() or not moves:
             return ""
-        rows = ends.truncated
-        remedy = (
-            "The marks may be misplaced: columns={'truncated': None} ignores them, and episodes then "
-            "end at terminations only."
-        )
-    else:
-        remedy = (
-            f"If {path!r} only marks where recording was cut, pass columns={{'terminated': None, "
-            f"'truncated': {path!r}}}; if it is 0 where a row terminates, columns={{'not_terminated': "
-            f"{path!r}}}; if trajectories do continue after a termination, number them in a column and "
-            "name it with columns={'episode': ...}."
-        )
-    if not (count := continued_rows(table, rows, ~ends.last, ends.broken)):
+    elif not (count := continued_rows(table, rows, ~ends.last, ends.broken)):
         return ""
-    return (
-        f"{count} of the {int(rows[: ROWS - 1][: table.rows - 1].sum())} rows marked {key} ({path!r})"
-        f"{_looked_at(table)} are followed by a row that continues the same trajectory, yet each was "
-        f"read as the end of an episode. {remedy}"
+    else:
+        rows = rows[: min(table.rows, ROWS) - 1]
+    path = ", ".join(map(repr, paths))
+    text = (
+        f"{count} of the {int(rows.sum())} rows marked {key} ({path}) are followed by a row that "
+        "continues the same trajectory, yet each was read as the end of an episode. "
+    )
+    if key == "truncated":
+        return text + (
+            "The marks may be shifted or misplaced (columns={'truncated': None} ignores them), or "
+            "next_observation belongs to the next episode, and a wrong value is bootstrapped. If "
+            "recording was cut there on purpose, ignore this warning."
+        )
+    return text + (
+        f"If {path} only marks where recording was cut, pass columns={{'terminated': None, "
+        f"'truncated': {path}}}; if it is 0 where a row terminates, columns={{'not_terminated': "
+        f"{path}}}; if trajectories do continue after a termination, number them in a column and "
+        "name it with columns={'episode': ...}."
     )
 
 
@@ -434,62 +443,90 @@ def _breaks_inside(table: Table, ends: Ends) -> str:
     their ends, of which less than half jump, or if most of them lead to an observation like the first
     ones of episodes. In a table without any mark all are reported.
     """
-    marked = True
+    marked, known = any(key in table.columns for key in MARKS), ends.broken is not None
     if ends.broken is not None:
-        # Without such marks episodes were cut where rows break.
-        broken, marked = ends.broken, any(key in table.columns for key in MARKS)
+        broken = ends.broken
     elif not ends.valid.all() or (moved := motion(table)) is None:
         return ""
     else:
         broken = moved.jumps
     at_end = ends.last[: len(broken)]
-    inside = ends.valid[: len(broken)] & ~(at_end if marked else ends.terminated[:-1])
+    # Without marks, episodes were cut where rows break.
+    inside = ends.valid[: len(broken)] & ~(at_end if marked or not known else ends.terminated[:-1])
     breaks = broken & inside
-    count, first = int(breaks.sum()), int(breaks.argmax()) if len(breaks) else 0
-    if ends.broken is not None and 2 * count > inside.sum():
+    count, matching = int(breaks.sum()), int((broken & at_end).sum())
+    if known and 2 * count > inside.sum():
         return _unrelated(table, inside, count)
-    if not count or not marked:
+    without_ends = (
+        not (ends.last[:-1] | ends.terminated[:-1]).any() and "episode" not in table.columns
+    )
+    if not known and not without_ends:
+        misplaced = 2 * matching < at_end.sum() and count > matching
+        if count < FEWEST or not (misplaced or _restarts(table, at_end, breaks)):
+            return ""
+    if not count or (known and not marked):
         return ""
-    what, looked_at = "the observation jumps to the following row's", _looked_at(table)
-    if ends.broken is not None:
+    looked_at = f" among the first {ROWS:,} rows" if table.rows > ROWS and not known else ""
+    what = "the observation jumps to the following row's"
+    if known:
         path = table.paths["next_observation"]
         what = f"next_observation ({path!r}) is not the following row's observation"
-        looked_at = ""
-    place = f"{what} in {count} rows inside episodes{looked_at}, first at row {first}"
-    if not (ends.last[:-1] | ends.terminated[:-1]).any() and "episode" not in table.columns:
-        zero = (
-            f" ({table.paths['truncated']!r} is 0 throughout)" if "truncated" in table.paths else ""
+    if without_ends:
+        reason = (
+            "no row is marked terminated or truncated, and the whole table was read as one episode. "
+            "Pass columns={'truncated': None} with max_episode_steps=, or name the column that marks "
+            f"ends of trajectories (such as {', '.join(map(repr, TRAJECTORY_ENDS))}) with "
+            "columns={'truncated': ...} or numbers them with columns={'episode': ...}"
         )
-        return (
-            f"no row is marked terminated or truncated{zero}, but {place}: the whole table was read as "
-            "one episode. Pass columns={'truncated': None} with max_episode_steps=, or name the column "
-            f"that marks ends of trajectories (such as {', '.join(map(repr, TRAJECTORY_ENDS))}) with "
-            "columns={'truncated': ...} or numbers them with columns={'episode': ...}."
-            f"{_unused_marks(table)}"
+    elif not marked:
+        reason = (
+            "max_episode_steps (by default the environment's limit) may not be the one that the data "
+            "was recorded with"
         )
-    if ends.broken is None:
-        return _jumps_inside(table, broken, at_end, breaks, place)
+    else:
+        reason = _missing_or_shifted((at_end | ends.terminated[: len(broken)]) & ~broken, breaks)
     return (
-        f"{place}: {_reason_of_breaks(ends, breaks)}. Mark those rows as truncated or terminated; "
-        "where no termination is missing, columns={'truncated': None} ends episodes at such rows."
+        f"{what} in {count} rows inside episodes{looked_at}, first at row {int(breaks.argmax())}: "
+        f"{reason}. Mark those rows as truncated or terminated; where next_observation is known and no "
+        "termination is missing, columns={'truncated': None} ends episodes at such rows."
+        f"{_unused_marks(table)}"
     )
 
 
-def _jumps_inside(table: Table, jumps: Flags, at_end: Flags, breaks: Flags, place: str) -> str:
-    count, matching = int(breaks.sum()), int((jumps & at_end).sum())
-    misplaced = 2 * matching < at_end.sum() and count > matching
-    if count < FEWEST or not (misplaced or _restarts(table, at_end, breaks)):
-        return ""
-    marks = [repr(table.paths[key]) for key in ("truncated", "episode") if key in table.columns]
-    cause = (
-        f"the marks {', '.join(marks)} may be shifted or incomplete"
-        if marks
-        else "max_episode_steps (by default the environment's limit) may not be the one that the "
-        "data was recorded with"
-    )
+def _missing_or_shifted(marks: Flags, breaks: Flags) -> str:
+    """Why rows inside episodes break; ``marks``: ends that do not break."""
+    for shift, place in ((1, "before"), (-1, "after")):
+        if int((np.roll(marks, shift) & breaks).sum()) >= MOST * int(breaks.sum()):
+            return f"the marks of ends are shifted: each lies one row {place} such a row"
+    if breaks.sum() > 1:
+        return "marks of ends are missing there"
     return (
-        f"{place}, while {matching} of {int(at_end.sum())} ends of episodes jump: {cause}. Then some "
-        f"successors are wrong.{_unused_marks(table)}"
+        "a mark of an end is missing there, or it is where a ring buffer overwrote its oldest rows "
+        "(begin the table with the row after it)"
+    )
+
+
+def _unrelated(table: Table, inside: Flags, count: int) -> str:
+    """Most rows break: the sentence says what the next observations seem to be."""
+    path, following = table.paths["next_observation"], table.next_observation or {}
+    reason = (
+        "the next observations may be shifted, in another scale, or of other rows, or the rows are "
+        "not in the order of time"
+    )
+    for ahead, meaning in (
+        (0, "the same row's observation: they are copies, or shifted by one row to the end"),
+        (2, "the observation two rows later: they are shifted by one row to the beginning"),
+    ):
+        equal = ~differs(table.observation, following, min(ROWS, len(inside)), ahead)
+        rows = inside[: len(equal)]
+        if 2 * (equal & rows).sum() > rows.sum():
+            reason = f"{(equal & rows).sum()} of {rows.sum()} rows looked at contain {meaning}"
+    return (
+        f"next_observation ({path!r}) is not the following row's observation in {count} of "
+        f"{int(inside.sum())} rows inside episodes: {reason}. Repair the column, or pass "
+        "columns={'next_observation': None} to use the following rows. If the rows are shuffled "
+        "transitions, each one is used as it stands, but lengths and returns of episodes have no "
+        "meaning."
     )
 
 
@@ -509,85 +546,13 @@ def _restarts(table: Table, at_end: Flags, jumps: Flags) -> bool:
 
 def _unused_marks(table: Table) -> str:
     """A sentence that names an unused column that looks like marks of ends."""
-    for name in POSSIBLE_MARKS:
-        column = table.unused.get(name)
-        if column is None or int(np.prod(column.shape)) != table.rows:
+    for name, column in table.unused.items():
+        if name not in POSSIBLE_MARKS or isinstance(column, UnreadableColumn):
             continue
         values = np.asarray(column[:])
-        if (
-            values.dtype.kind in "biuf"
-            and np.isin(values, [0, 1]).all()
-            and 0 < values.mean() < 0.5
-        ):
+        if values.size == table.rows and np.isin(values, [0, 1]).all() and 0 < values.mean() < 0.5:
             return (
-                f" The unused column {name!r} looks like marks of ends: columns={{'truncated': "
-                f"{name!r}}} reads it."
+                f" The unused column {name!r} looks like marks of ends: "
+                f"columns={{'truncated': {name!r}}} reads it."
             )
     return ""
-
-
-def _reason_of_breaks(ends: Ends, breaks: Flags) -> str:
-    """Why rows inside episodes break: marks are shifted by one row, or missing."""
-    marks = (ends.last | ends.terminated)[:-1] & ~breaks
-    for shift, place in ((1, "before"), (-1, "after")):
-        if int((np.roll(marks, shift) & breaks).sum()) >= MOST * int(breaks.sum()):
-            return f"the marks of ends are shifted: each lies one row {place} such a row"
-    if breaks.sum() > 1:
-        return "marks of ends are missing there"
-    return (
-        "a mark of an end is missing there, or it is where a ring buffer overwrote its oldest rows "
-        "(begin the table with the row after it)"
-    )
-
-
-def _unrelated(table: Table, inside: Flags, count: int) -> str:
-    """Most rows break: the sentence says what the next observations seem to be."""
-    assert table.next_observation is not None
-    reason = (
-        "the next observations may be shifted, in another scale, or of other rows, or the rows are "
-        "not in the order of time"
-    )
-    for ahead, meaning in (
-        (0, "the same row's observation: they are copies, or shifted by one row to the end"),
-        (2, "the observation two rows later: they are shifted by one row to the beginning"),
-    ):
-        broken = differs(table.observation, table.next_observation, ROWS, ahead)
-        rows = inside[: len(broken)]
-        equal = int((~broken[: len(rows)] & rows).sum())
-        if 2 * equal > rows.sum():
-            reason = f"{equal} of {int(rows.sum())} rows looked at contain {meaning}"
-    return (
-        f"next_observation ({table.paths['next_observation']!r}) is not the following row's "
-        f"observation in {count} of {int(inside.sum())} rows inside episodes: {reason}. Repair the "
-        "column, or pass columns={'next_observation': None} to use the following rows. If the rows are shuffled "
-        "transitions, each one is used as it stands, but lengths and returns of episodes have no "
-        "meaning."
-    )
-
-
-def _unbroken(table: Table, ends: Ends) -> str:
-    """At nearly all marked ends the following row continues the episode.
-
-    Single ones may be correct, in logs from which parts were removed.
-    """
-    keys = [key for key in ("truncated", "trajectory_end", "episode") if key in table.columns]
-    if ends.broken is None or not keys or "valid" in table.columns:
-        return ""
-    rows = (ends.last & ends.truncated & ~ends.terminated)[:-1]
-    total, count = int(rows.sum()), int((rows & ~ends.broken).sum())
-    if total < 3 or count < MOST * total:
-        return ""
-    if 2 * differs(table.observation, table.observation, ROWS).mean() <= 1:  # equal without a cause
-        return ""
-    names = ", ".join(repr(table.paths[key]) for key in keys)
-    return (
-        f"{count} of the {total} ends that {names} marks as truncated are followed by the row that "
-        "their next_observation holds: those episodes continue there, and the marks may be shifted, or "
-        "next_observation holds the next episode's first observation, from which a wrong value is "
-        "bootstrapped. If recording was cut there on purpose, ignore this warning."
-    )
-
-
-def _looked_at(table: Table) -> str:
-    """Which rows ``motion`` looked at; empty if all."""
-    return f" among the first {ROWS:,} rows" if table.rows > ROWS else ""

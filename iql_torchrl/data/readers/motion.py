@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ ROWS, COLUMNS = 32_768, 128
 #: Smallest number of steps for which ``motion`` gives a result.
 STEPS = 20
 _ROUNDS = 4
-#: Share of the marked rows that must evidently be continued for ``continued_rows``.
+#: Share of marked rows above which a statement about them is made.
 MOST = 0.9
 
 
@@ -44,7 +43,8 @@ def differs(
         for column, successors in pairs:
             later = np.asarray(column[start + ahead : stop + ahead])
             after = np.asarray(successors[start:stop])
-            rounding = 4 * max(_rounding(later.dtype), _rounding(after.dtype))
+            kinds = [values.dtype for values in (later, after) if values.dtype.kind == "f"]
+            rounding = 4 * max((float(np.finfo(kind).eps) for kind in kinds), default=0.0)
             later, after = later.astype(np.float64), after.astype(np.float64)
             with np.errstate(invalid="ignore"):  # ``BlockChecker`` reports infinite numbers.
                 difference = np.abs(later - after)
@@ -53,10 +53,6 @@ def differs(
         # ``BlockChecker`` reports NaN; here it does not count as a difference.
         broken[start:stop] = np.sqrt(np.nan_to_num(gap)) > 1e-6
     return broken
-
-
-def _rounding(kind: np.dtype[Any]) -> float:
-    return float(np.finfo(kind).eps) if kind.kind == "f" else 0.0
 
 
 @dataclass(frozen=True)
@@ -148,8 +144,7 @@ def motion(table: Table) -> Motion | None:
 
 def _standard(values: NDArray[np.float64]) -> NDArray[np.float64]:
     scale = values.std(axis=0)
-    result: NDArray[np.float64] = (values - values.mean(axis=0)) / np.where(scale > 0, scale, 1.0)
-    return result
+    return np.asarray((values - values.mean(axis=0)) / np.where(scale > 0, scale, 1.0))
 
 
 def _measured(observed: NDArray[np.float64], actions: NDArray[np.float64]) -> Motion:
@@ -178,5 +173,4 @@ def _measured(observed: NDArray[np.float64], actions: NDArray[np.float64]) -> Mo
 
 
 def _root_mean_square(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    result: NDArray[np.float64] = np.sqrt(np.square(values).mean(axis=1))
-    return result
+    return np.asarray(np.sqrt(np.square(values).mean(axis=1)))

@@ -17,8 +17,6 @@ from numpy.typing import NDArray
 from iql_torchrl.data.schema import ACTION, DatasetError, Key, leaf_spaces
 from iql_torchrl.descriptions import describe_space
 
-__all__ = ["Piece", "ReadOptions", "Source", "chain", "concatenated", "joined_env_maker"]
-
 #: Consecutive rows, one array per key; any number of rows, at least 1.
 Piece: TypeAlias = dict[Key, NDArray[Any]]
 #: What must be equal in sources that are joined.
