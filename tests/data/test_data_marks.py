@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from small_logs import Arrays, drift, flag, warned
 
 from iql_torchrl.data import DatasetError, DatasetWarning, OfflineDataset, load_dataset
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data folder")
 
-Arrays = dict[str, Any]
 STEPS = 6  # transitions of each trajectory; its observations are one more
 GOALS = [(0, 2), (0, 3), (1, 5)]  # (trajectory, step) from a goal state
 
@@ -57,19 +56,21 @@ def compact(**options: Any) -> Arrays:
 FORMS = {"regular": regular, "compact": compact}
 
 
-def flag(dataset: OfflineDataset, name: str) -> list[int]:
-    return dataset.transitions["next", name].flatten().nonzero().flatten().tolist()
+def read(dataset: OfflineDataset) -> tuple[list[int], list[int], list[int]]:
+    """Lengths of episodes, and the rows that are terminated and truncated."""
+    return dataset.episode_lengths.tolist(), flag(dataset, "terminated"), flag(dataset, "truncated")
+
+
+#: Goal rows: steps 2 and 3 of the first trajectory, and the last step of the second.
+READ = ([6, 6, 6], [2, 3, 11], [5, 17])
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("columns", [None, {"terminated": "masks"}, {"not_terminated": "masks"}])
 def test_masks_terminate_and_terminals_end_trajectories(form: str, columns: Any) -> None:
     dataset = load_dataset(FORMS[form](), columns=columns)
-    assert dataset.episode_lengths.tolist() == [6, 6, 6]
+    assert read(dataset) == READ
     assert dataset.episode_returns.tolist() == [-4, -5, -6]
-    # Goal rows: steps 2 and 3 of the first trajectory, and the last step of the second.
-    assert flag(dataset, "terminated") == [2, 3, 11]
-    assert flag(dataset, "truncated") == [5, 17]
     assert flag(dataset, "done") == [2, 3, 5, 11, 17]
     rows = dataset.transitions
     steps = [100.0 * t + n for t in range(3) for n in range(6)]
@@ -87,28 +88,21 @@ def test_goal_rows_do_not_split_episodes_for_scale_and_split(form: str) -> None:
     assert sorted(map(len, (first, second))) == [6, 12]
 
 
-def test_terminals_in_their_other_places_of_the_compact_form() -> None:
-    data = compact()
-    data["terminals"] = 1 - data["valids"]
-    only_last = load_dataset(data)
-    data.pop("terminals")
-    for dataset in (only_last, load_dataset(data)):
-        assert dataset.episode_lengths.tolist() == [6, 6, 6]
-        assert flag(dataset, "terminated") == [2, 3, 11]
-        assert flag(dataset, "truncated") == [5, 17]
+def test_other_forms_of_the_same_rows() -> None:
+    data, regular_rows = compact(), regular()
+    data["terminals"] = 1 - data["valids"]  # only at the rows without a next one
+    assert read(load_dataset(data)) == READ
+    del data["terminals"], regular_rows["terminals"]
+    assert read(load_dataset(data)) == READ
+    assert read(load_dataset(recorded())) == READ  # raw rows drop the row without a successor
+    without_terminals = load_dataset(regular_rows)  # trajectories end where rows do not follow
+    assert read(without_terminals)[:2] == READ[:2]
 
 
 def test_late_rewards_of_the_compact_form_move_with_their_marks() -> None:
     dataset = load_dataset(compact(goals=[(0, 3), (1, 6)]), reward_offset=1)
     assert dataset.episode_returns.tolist() == [-5, -5, -6]
     assert flag(dataset, "terminated") == [2, 11]  # The steps that arrive at goals 3 and 6.
-    assert flag(dataset, "truncated") == [5, 17]
-
-
-def test_raw_rows_with_masks_drop_the_row_without_a_successor() -> None:
-    dataset = load_dataset(recorded())
-    assert dataset.episode_lengths.tolist() == [6, 6, 6]
-    assert flag(dataset, "terminated") == [2, 3, 11]
     assert flag(dataset, "truncated") == [5, 17]
 
 
@@ -121,10 +115,8 @@ def test_files_are_read_as_dicts_are(tmp_path: Path, suffix: str) -> None:
         with h5py.File(path, "w") as file:
             for key, values in regular().items():
                 file[key] = values
-    dataset = load_dataset(path, memmap=tmp_path / "table")
-    assert flag(dataset, "terminated") == [2, 3, 11]
-    assert dataset.episode_lengths.tolist() == [6, 6, 6]
-    assert load_dataset(path, memmap=tmp_path / "table").episode_lengths.tolist() == [6, 6, 6]
+    for _ in range(2):  # the second time from the memory map
+        assert read(load_dataset(path, memmap=tmp_path / "table")) == READ
 
 
 def test_own_transitions_with_goal_rows_are_read_again() -> None:
@@ -135,14 +127,6 @@ def test_own_transitions_with_goal_rows_are_read_again() -> None:
     joined = load_dataset([regular(), regular()])
     assert joined.episode_lengths.tolist() == [6] * 6
     assert flag(joined, "terminated") == [2, 3, 11, 20, 21, 29]
-
-
-def test_masks_without_terminals_end_trajectories_where_rows_do_not_follow() -> None:
-    data = regular()
-    del data["terminals"]
-    dataset = load_dataset(data)
-    assert dataset.episode_lengths.tolist() == [6, 6, 6]
-    assert flag(dataset, "terminated") == [2, 3, 11]
 
 
 def test_masks_that_repeat_terminals_are_ordinary_terminations() -> None:
@@ -189,8 +173,7 @@ def test_valids_without_masks_are_reported() -> None:
     del data["masks"]
     with pytest.warns(DatasetWarning, match="no column marks which rows terminate"):
         dataset = load_dataset(data)
-    assert flag(dataset, "terminated") == []
-    assert flag(dataset, "truncated") == [5, 11, 17]
+    assert read(dataset) == ([6, 6, 6], [], [5, 11, 17])
     named = load_dataset(data, columns={"terminated": None, "truncated": "terminals"})
     assert (named.transitions == dataset.transitions).all()
 
@@ -206,27 +189,6 @@ def test_the_error_about_missing_rewards_tells_how_to_get_them(tmp_path: Path) -
 # ---- marks that the rows contradict ----------------------------------------------------------
 
 
-def drift(lengths: list[int], width: int = 3, seed: int = 0) -> tuple[Arrays, np.ndarray]:
-    """Random walks of the given lengths from random places, without marks, and their ends."""
-    rng = np.random.default_rng(seed)
-    walks = [
-        10 * rng.standard_normal(width) + np.cumsum(0.1 * rng.standard_normal((n + 1, width)), 0)
-        for n in lengths
-    ]
-    rows = sum(lengths)
-    ends = np.zeros(rows, bool)
-    ends[np.cumsum(lengths) - 1] = True
-    data = {
-        "observation": np.concatenate([walk[:-1] for walk in walks]),
-        "next_observation": np.concatenate([walk[1:] for walk in walks]),
-        "action": rng.uniform(-1, 1, (rows, 2)),
-        "reward": rng.standard_normal(rows),
-        "terminated": np.zeros(rows, bool),
-        "truncated": np.zeros(rows, bool),
-    }
-    return data, ends
-
-
 VARYING = [40, 25, 33, 28, 45, 31, 20, 36]
 
 
@@ -237,9 +199,7 @@ def test_terminations_inside_a_trajectory_that_continues_are_reported(successors
     data["terminated"][[7, 50, 120, 180]] = True
     if not successors:
         del data["next_observation"]
-    with pytest.warns(DatasetWarning) as caught:
-        load_dataset(data)
-    (text,) = (str(w.message) for w in caught)
+    (text,) = warned(data)
     assert "4 of the 4 rows marked terminated ('terminated')" in text
     assert "columns={'episode': ...}" in text
     assert "columns={'terminated': None, 'truncated': 'terminated'}" in text
@@ -266,15 +226,12 @@ def test_true_terminations_are_not_reported(successors: str) -> None:
     assert len(load_dataset(one)) == 50
 
 
-def test_unrelated_rows_give_no_warning() -> None:
-    rng = np.random.default_rng(0)
+@pytest.mark.parametrize("name", ["terminated", "truncated"])
+def test_unrelated_rows_give_no_warning(name: str) -> None:
     data, ends = drift(VARYING)
-    data["observation"] = rng.standard_normal((len(ends), 3))
+    data["observation"] = np.random.default_rng(0).standard_normal((len(ends), 3))
     del data["next_observation"]
-    data["terminated"] = ends
-    load_dataset(data)
-    data["terminated"], data["truncated"] = ~data["truncated"] & False, ends
-    load_dataset(data)
+    assert warned(data | {name: ends}) == []
 
 
 def test_rows_marked_both_ways_terminate_and_are_kept_without_successors() -> None:
@@ -298,13 +255,6 @@ def test_shifted_marks_of_short_episodes_are_reported(shift: int) -> None:
     data["terminated"][0], data["terminated"][-1] = False, True
     with pytest.warns(DatasetWarning, match=r"of the (99|100|101) rows marked terminated"):
         load_dataset(data)
-
-
-def warned(data: Arrays) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        load_dataset(data)
-    return [str(w.message) for w in caught]
 
 
 @pytest.mark.parametrize("marks", ["truncated", "episode"])
@@ -397,18 +347,14 @@ def test_a_wrong_step_limit_is_reported_where_observations_jump(steps: int) -> N
     data, ends = drift([50] * 12, seed=3)
     del data["next_observation"], data["truncated"]
     data["done"] = ends
-    with pytest.warns(DatasetWarning) as caught:
-        load_dataset(data, max_episode_steps=steps)
-    (text,) = (str(w.message) for w in caught)
+    (text,) = warned(data, max_episode_steps=steps)
     assert "the observation jumps to the following row's in " in text
     assert "rows inside episodes, first at row 49" in text
     assert "max_episode_steps" in text
     assert "columns={'truncated': 'done'}" in text
     assert load_dataset(data, max_episode_steps=50).episode_lengths.tolist() == [49] * 12
     data["done"] = ~ends  # Not a column of ends.
-    with pytest.warns(DatasetWarning) as caught:
-        load_dataset(data, max_episode_steps=steps)
-    assert "'done'" not in str(caught[0].message)
+    assert "'done'" not in warned(data, max_episode_steps=steps)[0]
 
 
 def test_missing_marks_are_reported_where_observations_jump() -> None:
@@ -469,18 +415,17 @@ def test_terminations_at_one_fixed_length_are_reported(cut: int) -> None:
     assert flag(remedy, "truncated") == [29, 59, 89, 119 - cut]
 
 
-@pytest.mark.parametrize("lengths", [[1] * 40, [3] * 40, [30, 30], [30, 29, 30, 30]])
-def test_few_or_short_or_varying_episodes_that_terminate_are_ordinary(lengths: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "last"),
+    [([1] * 40, 40), ([3] * 40, 120), ([30, 30], 60), ([30, 29, 30, 30], 119), ([30] * 4, 60)],
+)
+def test_few_or_short_or_varying_episodes_that_terminate_are_ordinary(
+    lengths: list[int], last: int
+) -> None:
     data, ends = drift(lengths)
-    data["terminated"] = ends
-    assert load_dataset(data).episode_lengths.tolist() == lengths
-
-
-def test_ends_of_both_kinds_at_one_length_are_ordinary() -> None:
-    data, ends = drift([30] * 4)
-    data["terminated"] = ends & (np.arange(120) < 60)
+    data["terminated"] = ends & (np.arange(len(ends)) < last)
     data["truncated"] = ends & ~data["terminated"]
-    load_dataset(data)
+    assert load_dataset(data).episode_lengths.tolist() == lengths
 
 
 @pytest.mark.parametrize("successors", [True, False])
@@ -491,9 +436,7 @@ def test_tables_without_any_mark_that_jump_are_reported(
     data, _ = drift(lengths)
     if not successors:
         del data["next_observation"]
-    with pytest.warns(DatasetWarning) as caught:
-        load_dataset(data)
-    text = str(caught[0].message)
+    text = warned(data)[0]
     assert f"in {len(lengths) - 1} rows inside episodes" in text
     assert "no row is marked" in text
     assert "max_episode_steps" in text
