@@ -13,7 +13,9 @@ from iql_torchrl.data import OfflineDataset, load_dataset
 Arrays = dict[str, Any]
 
 
-def drift(lengths: Sequence[int], width: int = 3, seed: int = 0) -> tuple[Arrays, np.ndarray]:
+def drift(
+    lengths: Sequence[int], width: int = 3, seed: int = 0, *, successors: bool = True
+) -> tuple[Arrays, np.ndarray]:
     """Random walks of the given lengths from random places, without marks, and their ends."""
     rng = np.random.default_rng(seed)
     walks = [
@@ -29,6 +31,8 @@ def drift(lengths: Sequence[int], width: int = 3, seed: int = 0) -> tuple[Arrays
         "reward": rng.standard_normal(rows),
     }
     data = {key: values.astype(np.float32) for key, values in data.items()}
+    if not successors:
+        del data["next_observation"]
     return data | {"terminated": ends & False, "truncated": ends & False}, ends
 
 
