@@ -226,16 +226,11 @@ def test_tensordicts_buffers_and_storages_agree() -> None:
 
 
 def test_batches_of_trajectories_are_flattened_in_time() -> None:
-    after = {"observation": steps + 1, "reward": steps}
-    after |= {"terminated": terminated, "truncated": truncated}
+    steps = torch.arange(12.0).view(3, 4, 1)
     truncated, terminated = torch.zeros(2, 3, 4, 1, dtype=torch.bool)
     truncated[:, -1] = terminated[1, 1] = True
-    after = {
-        "observation": steps + 1,
-        "reward": steps,
-        "terminated": terminated,
-        "truncated": truncated,
-    }
+    after = {"observation": steps + 1, "reward": steps}
+    after |= {"terminated": terminated, "truncated": truncated}
     table = TensorDict({"observation": steps, "action": 0 * steps, "next": after}, [3, 4])
     assert load_dataset(table).episode_lengths.tolist() == [4, 2, 2, 4]
 
