@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -285,10 +286,8 @@ def test_bad_folders_are_refused(case: str, tmp_path: Path) -> None:
 def test_without_a_decoder_the_columns_and_the_remedy_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from iql_torchrl.data.readers import lerobot
-
     folder = layout(tmp_path / "push", videos=True)
-    monkeypatch.setattr(lerobot, "find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(DatasetError) as caught:
         load_dataset(folder, columns=SOLVED)
     for words in (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from iql_torchrl import DatasetError, IQLConfig, evaluate, load_dataset, make_agent
-from iql_torchrl.data.readers.ogbench_names import parse_name
+from iql_torchrl.data.readers.ogbench import parse_name
 
 ogbench = pytest.importorskip("ogbench")
 
@@ -53,7 +53,7 @@ def raw_rows(observation: int, action: int, trajectories: int = 2, steps: int = 
 
 
 def write(folder: Path, source: str, rows: dict) -> Path:
-    path = folder / f"{parse_name(source).data}.npz"
+    path = folder / f"{parse_name(source)[1]}.npz"
     np.savez(path, **rows)
     return path
 
@@ -246,9 +246,8 @@ def test_files_that_are_not_ogbenchs(folder):
 
 
 def test_names():
-    name = parse_name("ogbench/puzzle-4x4-play-singletask-task3-local")
-    assert (name.environment, name.data) == (
+    assert parse_name("ogbench/puzzle-4x4-play-singletask-task3-local") == (
         "puzzle-4x4-singletask-task3-v0",
         "puzzle-4x4-play-local",
     )
-    assert parse_name("ogbench/scene-play-singletask-v0").environment == "scene-singletask-v0"
+    assert parse_name("ogbench/scene-play-singletask-v0")[0] == "scene-singletask-v0"

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import Column, check_numbers
-from iql_torchrl.data.readers.ogbench_names import advice_for_raw_rows
+from iql_torchrl.data.readers.ogbench import advice_for_raw_rows
 from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.schema import DatasetError, Key
 

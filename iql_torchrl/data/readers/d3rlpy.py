@@ -7,20 +7,16 @@ Formats by d3rlpy's own code: ``d3rlpy/dataset/io.py`` of version 2.8.1 (``dump`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import gymnasium as gym
 import h5py
 import numpy as np
-from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, Opened
-from iql_torchrl.data.readers.parts import PartsColumn
+from iql_torchrl.data.readers.arrays import Column, Opened, flatten
 from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.schema import DatasetError
-from iql_torchrl.descriptions import one_line
 
 __all__ = [
     "D3rlpyBuffer",
@@ -43,58 +39,49 @@ class D3rlpyBuffer(Protocol):
     def episodes(self) -> Sequence[Any]: ...
 
 
-#: Reads one array of an episode: (its number, its name) to the array.
-ReadArray = Callable[[int, str], Any]
-
-
 def open_d3rlpy_file(path: Path) -> Opened | None:
-    """The columns of a file that d3rlpy 2 wrote; None for another HDF5 file.
+    """The columns of a file that d3rlpy 2 wrote; None for another or a damaged file.
 
     The file has ``observations_0``, ``actions_0``, ``rewards_0`` and ``terminated_0`` of episode 0,
-    and so on. They become ``observations``, ``actions`` and ``rewards``, read episode by episode, and
-    the marks ``terminals`` and ``timeouts``: the last row of an episode terminates if d3rlpy's
-    ``terminated`` says so, and is truncated otherwise. d3rlpy stores no observation after the last
-    step: its own transitions leave the last row of a truncated episode out, and have zeros as the next
-    observation of a terminated one, as :func:`table_source` leaves it out and never uses the next
-    observation of the other. Several observations (``observations_0_0``, ...) become the leaves
-    ``"0"``, ``"1"``, ... of a Dict.
+    and so on. They become ``observations``, ``actions`` and ``rewards``, and the marks ``terminals``
+    and ``timeouts``: the last row of an episode terminates if d3rlpy's ``terminated`` says so, and is
+    truncated otherwise. d3rlpy stores no observation after the last step: its own transitions leave
+    the last row of a truncated episode out, and have zeros as the next observation of a terminated
+    one, as :func:`table_source` leaves it out and never uses the next observation of the other.
+    Several observations (``observations_0_0``, ...) become the leaves ``"0"``, ``"1"``, ... of a Dict.
 
-    Raises ``DatasetError`` for a damaged file, an episode that lacks an array or has arrays of
-    different lengths, shapes or dtypes, and for format 2.0, which d3rlpy itself reads no more.
+    Raises ``DatasetError`` for an episode that lacks an array or has arrays of different lengths,
+    shapes or dtypes, and for format 2.0, which d3rlpy itself reads no more.
     """
     try:
         file = h5py.File(path, "r")
-        names = set(file)
-    except (OSError, RuntimeError) as error:
-        raise DatasetError(
-            f"{path}: not a complete HDF5 file ({one_line(error)}); download or copy it again."
-        ) from error
-    if not {"columns", "version"} <= names or not names & {"num_episodes", "total_size"}:
-        file.close()
+    except (OSError, RuntimeError):
         return None
-    if "num_episodes" not in names:
-        file.close()
-        raise DatasetError(
-            f"{path}: written in d3rlpy's format 2.0, which d3rlpy itself reads no more; write it "
-            "again with d3rlpy 2.1 or later, or pass a dict of arrays."
-        )
-
-    def read(episode: int, name: str) -> Any:
-        key = f"{name}_{episode}"
-        if key in names:
-            return file[key]
-        parts: list[Any] = []
-        while f"{key}_{len(parts)}" in names:
-            parts.append(file[f"{key}_{len(parts)}"])
-        if not parts:
+    with file:
+        names = set(file)
+        if not {"columns", "version"} <= names or not names & {"num_episodes", "total_size"}:
+            return None
+        if "num_episodes" not in names:
             raise DatasetError(
-                f"{path}: episode {episode} has no {name} ({key!r}); the file is incomplete: "
-                "write it again with d3rlpy's dump."
+                f"{path}: written in d3rlpy's format 2.0, which d3rlpy itself reads no more; write it "
+                "again with d3rlpy 2.1 or later, or pass a dict of arrays."
             )
-        return parts
 
-    columns = _columns(str(path), int(file["num_episodes"][()]), read)
-    return Opened(path.name, columns)
+        def read(episode: int, name: str) -> Any:
+            key = f"{name}_{episode}"
+            if key in names:
+                return file[key][()]
+            parts: list[Any] = []
+            while f"{key}_{len(parts)}" in names:
+                parts.append(file[f"{key}_{len(parts)}"][()])
+            if not parts:
+                raise DatasetError(
+                    f"{path}: episode {episode} has no {name} ({key!r}); the file is incomplete: "
+                    "write it again with d3rlpy's dump."
+                )
+            return parts
+
+        return Opened(path.name, _columns(str(path), int(file["num_episodes"][()]), read))
 
 
 def is_d3rlpy_buffer(source: Any) -> bool:
@@ -138,9 +125,7 @@ def with_d3rlpy_ends(path: Path, columns: dict[str, Column], options: ReadOption
     """
     if not columns.keys() >= OLD_COLUMNS or "timeouts" in columns:
         return Opened(path.name, columns)
-    ends, terminals = (
-        np.asarray(columns[key][:]).reshape(-1) != 0 for key in ("episode_terminals", "terminals")
-    )
+    ends, terminals = (np.ravel(columns[key][:]) != 0 for key in ("episode_terminals", "terminals"))
     if len(ends) != len(terminals):  # ``read_table`` names columns of different lengths
         return Opened(path.name, columns)
     with h5py.File(path, "r") as file:
@@ -156,48 +141,28 @@ def with_d3rlpy_ends(path: Path, columns: dict[str, Column], options: ReadOption
     return Opened(path.name, {**columns, "timeouts": ends & ~terminals}, None, warnings, (note,))
 
 
-def _columns(name: str, episodes: int, read: ReadArray) -> dict[str, Column]:
-    if episodes < 1:
+def _columns(name: str, count: int, read: Callable[[int, str], Any]) -> dict[str, Column]:
+    """The columns of ``count`` episodes; ``read(episode, key)`` gives an array or a list of them."""
+    if count < 1:
         raise DatasetError(f"{name}: the dataset has no episodes; expected at least one.")
-    lengths = np.array([len(read(number, "actions")) for number in range(episodes)], np.int64)
-    columns: dict[str, Column] = {}
-    for key in ARRAYS:
-        first = read(0, key)
-        parts = range(len(first)) if isinstance(first, list | tuple) else (None,)
-        for part in parts:
-            path = key if part is None else f"{key}/{part}"
-            columns[path] = _joined(name, path, lengths, partial(_array, name, read, key, part))
-    terminated = np.array([bool(np.asarray(read(i, "terminated"))) for i in range(episodes)])
-    ends = np.zeros(int(lengths.sum()), np.bool_)
-    terminals = np.zeros_like(ends)
+    episodes: list[dict[str, Any]] = []
+    for number in range(count):
+        values = {key: read(number, key) for key in ARRAYS}
+        several = {k: dict(enumerate(v)) for k, v in values.items() if isinstance(v, list | tuple)}
+        episodes.append(flatten({**values, **several}))
+        for key in {**episodes[0], **episodes[number]}:
+            first, array = (np.asarray(e.get(key, 0)) for e in (episodes[0], episodes[number]))
+            expected = (len(episodes[number]["actions"]), *first.shape[1:])
+            if array.shape != expected or array.dtype != first.dtype:
+                raise DatasetError(
+                    f"{name}: {key} of episode {number} has shape {array.shape} and dtype "
+                    f"{array.dtype}; expected {expected} and {first.dtype}, one row per action as in "
+                    "episode 0."
+                )
+    lengths = np.array([len(episode["actions"]) for episode in episodes])
     last = np.cumsum(lengths)[lengths > 0] - 1
+    terminated = np.array([bool(read(number, "terminated")) for number in range(count)])
+    ends, terminals = np.zeros((2, int(lengths.sum())), np.bool_)
     ends[last], terminals[last] = True, terminated[lengths > 0]
+    columns = {key: np.concatenate([e[key] for e in episodes]) for key in episodes[0]}
     return {**columns, "terminals": terminals, "timeouts": ends & ~terminals}
-
-
-def _array(name: str, read: ReadArray, key: str, part: int | None, episode: int) -> Any:
-    """One array of an episode: all of ``key``, or one of its several arrays."""
-    value = read(episode, key)
-    if isinstance(value, list | tuple) != (part is not None):
-        raise DatasetError(
-            f"{name}: {key} of episode {episode} is {'one array' if part is not None else 'several'}, "
-            "unlike that of episode 0; expected the same in every episode."
-        )
-    return value if part is None else value[part]
-
-
-def _joined(
-    name: str, key: str, lengths: Sequence[int] | NDArray[np.int64], read: Callable[[int], Any]
-) -> PartsColumn:
-    """One array of all episodes."""
-    first = read(0)
-    row_shape, dtype = tuple(first.shape[1:]), np.dtype(first.dtype)
-    for number, length in enumerate(lengths):
-        array = read(number)
-        if tuple(array.shape) != (length, *row_shape) or np.dtype(array.dtype) != dtype:
-            raise DatasetError(
-                f"{name}: {key} of episode {number} has shape {tuple(array.shape)} and dtype "
-                f"{array.dtype}; expected {(int(length), *row_shape)} and {dtype}, one row per "
-                "action as in episode 0."
-            )
-    return PartsColumn(lengths, lambda number: np.asarray(read(number)[()]), row_shape, dtype)

@@ -20,7 +20,6 @@ from iql_torchrl.data.readers.arrays import (
     open_hdf5,
     open_npz,
 )
-from iql_torchrl.data.readers.arrow_columns import arrow_columns
 from iql_torchrl.data.readers.d3rlpy import (
     is_d3rlpy_buffer,
     open_d3rlpy_buffer,
@@ -33,8 +32,6 @@ from iql_torchrl.data.readers.huggingface import (
     is_table_of_datasets,
     load_saved_dataset,
 )
-from iql_torchrl.data.readers.lerobot import is_lerobot, lerobot_columns
-from iql_torchrl.data.readers.parquet import ParquetRows, need_pyarrow, parquet_files
 from iql_torchrl.data.readers.source import ReadOptions, Source
 from iql_torchrl.data.readers.table import table_source
 from iql_torchrl.data.readers.tensordict import columns_of_tensordict
@@ -51,7 +48,7 @@ def is_table_path(source: str | Path) -> bool:
         return True
     # os.path: a text may be too long for a path.
     return os.path.isdir(source) and (
-        is_lerobot(path)
+        (path / "meta" / "info.json").is_file()  # of LeRobot
         or is_saved_dataset(path)
         or next(path.rglob("*.parquet"), None) is not None
     )
@@ -79,7 +76,8 @@ def open_path(path: Path, options: ReadOptions) -> Opened:
     if kind == ".npz":
         return Opened(path.name, open_npz(path))
     if kind == ".parquet":
-        need_pyarrow(path)
+        from iql_torchrl.data.readers.arrow import ParquetRows, arrow_columns
+
         table = ParquetRows(path.name, [path], path.parent)
         return Opened(path.name, arrow_columns(table, options.columns))
     opened = open_d3rlpy_file(path)
@@ -87,11 +85,12 @@ def open_path(path: Path, options: ReadOptions) -> Opened:
 
 
 def _folder_columns(path: Path, options: ReadOptions) -> dict[str, Column]:
+    from iql_torchrl.data.readers.arrow import ParquetRows, arrow_columns, parquet_files
+    from iql_torchrl.data.readers.lerobot import lerobot_columns
+
     if is_saved_dataset(path):
-        rows = HuggingFaceRows(load_saved_dataset(path), path.name, path)
-        return arrow_columns(rows, options.columns)
-    need_pyarrow(path)
-    if is_lerobot(path):
+        return arrow_columns(HuggingFaceRows(load_saved_dataset(path), path), options.columns)
+    if (path / "meta" / "info.json").is_file():
         return lerobot_columns(path, options.columns)
     return arrow_columns(ParquetRows(path.name, parquet_files(path), path), options.columns)
 
@@ -104,18 +103,24 @@ def open_object(source: Any, options: ReadOptions) -> Opened | None:
     if is_d3rlpy_buffer(source):
         return open_d3rlpy_buffer(source)
     if is_table_of_datasets(source):
-        name = type(source).__name__
-        return Opened(name, arrow_columns(HuggingFaceRows(source, name), options.columns))
+        from iql_torchrl.data.readers.arrow import arrow_columns
+
+        rows = HuggingFaceRows(source)
+        return Opened(rows.name, arrow_columns(rows, options.columns))
     return Opened("arrays", flatten(source)) if isinstance(source, Mapping) else None
 
 
 def opened_source(opened: Opened, options: ReadOptions) -> Source:
     """``table_source`` of the opened columns, with what their reader says about them."""
-    if options.action_space is None and opened.action_space is not None:
-        options = replace(options, action_space=opened.action_space)
-    table = table_source(opened.name, opened.columns, options)
+    described = replace(
+        options,
+        observation_space=options.observation_space or opened.observation_space,
+        action_space=options.action_space or opened.action_space,
+    )
+    table = table_source(opened.name, opened.columns, described)
     return replace(
         table,
+        env_spec=opened.env_spec,
         notes=(*opened.notes, *table.notes),
         warnings=(*opened.warnings, *table.warnings),
     )
