@@ -252,7 +252,7 @@ BAD: dict[str, tuple[Any, list[str]]] = {
         ["file-000.mp4", "episode 0", "missing"],
     ),
     "a damaged video": (edited(damage(*VIDEO), videos=True), ["file-000.mp4", "cannot be decoded"]),
-    "a short video": (edited(shorten_video, videos=True), ["has 3 frames", "need frame 3"]),
+    "a short video": (edited(shorten_video, videos=True), ["file-001.mp4", "ends before frame 3"]),
     "other lengths of episodes": (
         edited(describe_wrongly, videos=True, version=2), ["episode 2", "5 rows", "the length 6"],
     ),

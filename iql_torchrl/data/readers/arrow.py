@@ -9,13 +9,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import Column
 from iql_torchrl.data.readers.columns import NAMES
+from iql_torchrl.data.readers.huggingface import HuggingFaceRows
 from iql_torchrl.data.readers.parts import PartsColumn, UnreadableColumn
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
@@ -30,7 +31,7 @@ except ImportError as error:
         'pip install "iql_torchrl[readers]"'
     ) from error
 
-__all__ = ["ArrowRows", "ParquetRows", "arrow_columns", "parquet_files"]
+__all__ = ["ParquetRows", "arrow_columns", "parquet_files"]
 
 #: About how many bytes of values are converted together.
 PART_BYTES = 16 * 2**20
@@ -43,18 +44,7 @@ LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
 #: Names of files that each are of one split.
 SPLITS = ("train", "test", "validation", "valid", "val", "dev")
 
-
-class ArrowRows(Protocol):
-    """Rows that are read by column and range; ``folder`` is where paths of pictures begin."""
-
-    name: str
-    rows: int
-    schema: Any
-    folder: Path | None
-
-    def read(self, column: str, start: int, stop: int) -> Any:
-        """The column's rows ``start`` to ``stop - 1`` as an Arrow array or chunked array."""
-        ...
+ArrowRows: TypeAlias = "ParquetRows | HuggingFaceRows"
 
 
 def arrow_columns(table: ArrowRows, mapping: Mapping[str, str | None]) -> dict[str, Column]:
@@ -353,20 +343,24 @@ class ParquetRows:
             groups = range(metadata.num_row_groups)
             self._groups[path] = [metadata.row_group(number).num_rows for number in groups]
             self.rows += metadata.num_rows
-        #: By column: the row after the last ones, arrays from there on, and those to be decoded.
-        self._following: dict[str, tuple[int, list[Any], Iterator[Any]]] = {}
+        #: By column: the first row and the values read last, those decoded after them, and the others.
+        self._last: dict[str, tuple[int, Any, list[Any], Iterator[Any]]] = {}
 
     def read(self, column: str, start: int, stop: int) -> Any:
-        row, arrays, batches = self._following.get(column, (-1, [], iter(())))
-        if row != start:
+        """The column's rows ``start`` to ``stop - 1`` as a chunked array."""
+        first, values, arrays, batches = self._last.get(column, (-1, (), [], iter(())))
+        if first == start and len(values) == stop - start:
+            return values
+        if first + len(values) != start:
             arrays, batches = [], self._batches(column, start)
         count = sum(map(len, arrays))
         while count < stop - start:
             arrays.append(next(batches))
             count += len(arrays[-1])
         values = pa.chunked_array(arrays, self.schema.field(column).type)
-        self._following[column] = (stop, values[stop - start :].chunks, batches)
-        return values[: stop - start]
+        arrays, values = values[stop - start :].chunks, values[: stop - start]
+        self._last[column] = (start, values, arrays, batches)
+        return values
 
     def _batches(self, column: str, start: int) -> Iterator[Any]:
         """The rows of a column from ``start`` on."""

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import Column, check_numbers
-from iql_torchrl.data.readers.ogbench import advice_for_raw_rows
 from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.schema import DatasetError, Key
 
@@ -255,8 +254,6 @@ def _hint(name: str, key: str, columns: Mapping[str, Column]) -> str:
         )
     if key == "reward" and solved:
         return " 'next/success' is 1 where the task is solved; it can be named as the reward."
-    if key == "reward" and {"terminals", "qpos"} <= set(columns):
-        return f" {advice_for_raw_rows(name)}"
     if key == "reward":
         return (
             " Data recorded without a task has no rewards: load it for one single task (OGBench: "

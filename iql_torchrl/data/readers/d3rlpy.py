@@ -7,6 +7,7 @@ Formats by d3rlpy's own code: ``d3rlpy/dataset/io.py`` of version 2.8.1 (``dump`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,17 +15,11 @@ import gymnasium as gym
 import h5py
 import numpy as np
 
-from iql_torchrl.data.readers.arrays import Column, Opened, flatten
+from iql_torchrl.data.readers.arrays import Column, Opened, flatten, open_hdf5
 from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 
-__all__ = [
-    "D3rlpyBuffer",
-    "is_d3rlpy_buffer",
-    "open_d3rlpy_buffer",
-    "open_d3rlpy_file",
-    "with_d3rlpy_ends",
-]
+__all__ = ["D3rlpyBuffer", "open_d3rlpy_buffer", "open_d3rlpy_file"]
 
 #: What every episode of d3rlpy 2 stores, one row a step.
 ARRAYS = ("observations", "actions", "rewards")
@@ -39,63 +34,15 @@ class D3rlpyBuffer(Protocol):
     def episodes(self) -> Sequence[Any]: ...
 
 
-def open_d3rlpy_file(path: Path) -> Opened | None:
-    """The columns of a file that d3rlpy 2 wrote; None for another or a damaged file.
-
-    The file has ``observations_0``, ``actions_0``, ``rewards_0`` and ``terminated_0`` of episode 0,
-    and so on. They become ``observations``, ``actions`` and ``rewards``, and the marks ``terminals``
-    and ``timeouts``: the last row of an episode terminates if d3rlpy's ``terminated`` says so, and is
-    truncated otherwise. d3rlpy stores no observation after the last step: its own transitions leave
-    the last row of a truncated episode out, and have zeros as the next observation of a terminated
-    one, as :func:`table_source` leaves it out and never uses the next observation of the other.
-    Several observations (``observations_0_0``, ...) become the leaves ``"0"``, ``"1"``, ... of a Dict.
-
-    Raises ``DatasetError`` for an episode that lacks an array or has arrays of different lengths,
-    shapes or dtypes, and for format 2.0, which d3rlpy itself reads no more.
-    """
-    try:
-        file = h5py.File(path, "r")
-    except (OSError, RuntimeError):
-        return None
-    with file:
-        names = set(file)
-        if not {"columns", "version"} <= names or not names & {"num_episodes", "total_size"}:
-            return None
-        if "num_episodes" not in names:
-            raise DatasetError(
-                f"{path}: written in d3rlpy's format 2.0, which d3rlpy itself reads no more; write it "
-                "again with d3rlpy 2.1 or later, or pass a dict of arrays."
-            )
-
-        def read(episode: int, name: str) -> Any:
-            key = f"{name}_{episode}"
-            if key in names:
-                return file[key][()]
-            parts: list[Any] = []
-            while f"{key}_{len(parts)}" in names:
-                parts.append(file[f"{key}_{len(parts)}"][()])
-            if not parts:
-                raise DatasetError(
-                    f"{path}: episode {episode} has no {name} ({key!r}); the file is incomplete: "
-                    "write it again with d3rlpy's dump."
-                )
-            return parts
-
-        return Opened(path.name, _columns(str(path), int(file["num_episodes"][()]), read))
-
-
-def is_d3rlpy_buffer(source: Any) -> bool:
-    """Whether ``source`` is a ``ReplayBuffer`` or ``MDPDataset`` of d3rlpy, which is not imported."""
-    modules = {base.__module__.partition(".")[0] for base in type(source).__mro__}
-    return "d3rlpy" in modules and hasattr(source, "episodes")
-
-
-def open_d3rlpy_buffer(source: Any) -> Opened:
-    """The columns of a buffer of d3rlpy 2 in memory; see :func:`open_d3rlpy_file`.
+def open_d3rlpy_buffer(source: Any) -> Opened | None:
+    """The columns of a buffer of d3rlpy 2 in memory; None for other objects. d3rlpy is not imported.
 
     The number of discrete actions is the buffer's own. A warning says where the buffer's transition
     picker is not applied, which stacks frames or sums rewards of several steps.
     """
+    modules = {base.__module__.partition(".")[0] for base in type(source).__mro__}
+    if "d3rlpy" not in modules or not hasattr(source, "episodes"):
+        return None
     name, episodes = type(source).__name__, list(source.episodes)
     if not all(hasattr(episode, "terminated") for episode in episodes):
         raise DatasetError(
@@ -115,30 +62,67 @@ def open_d3rlpy_buffer(source: Any) -> Opened:
     return Opened(name, columns, action_space=space, warnings=warnings)
 
 
-def with_d3rlpy_ends(path: Path, columns: dict[str, Column], options: ReadOptions) -> Opened:
-    """The columns of an HDF5 file; the ends of one that d3rlpy 0 or 1 wrote as truncations.
+def open_d3rlpy_file(path: Path, options: ReadOptions) -> Opened:
+    """The columns of an HDF5 file, with d3rlpy's marks if d3rlpy wrote it.
 
-    Such a file is a plain table with ``episode_terminals``, 1 at the last row of each episode, and
+    d3rlpy 2: ``observations_0``, ``actions_0``, ``rewards_0`` and ``terminated_0`` of episode 0, and so
+    on. They become ``observations``, ``actions`` and ``rewards``, and the marks ``terminals`` and
+    ``timeouts``: the last row of an episode terminates if d3rlpy's ``terminated`` says so, and is
+    truncated otherwise. d3rlpy stores no observation after the last step: its own transitions leave
+    the last row of a truncated episode out, and have zeros as the next observation of a terminated
+    one, as :func:`table_source` leaves it out and never uses the next observation of the other.
+    Several observations (``observations_0_0``, ...) become the leaves ``"0"``, ``"1"``, ... of a Dict.
+
+    d3rlpy 0 and 1: a plain table with ``episode_terminals``, 1 at the last row of each episode, and
     ``terminals``, 1 where it terminated. The other ends become the column ``timeouts``. Files without
     ``version`` come from versions before 1.1, in which the reward and the termination of a row belonged
-    to the action of the row before: a warning names ``reward_offset=1``. Other tables are unchanged.
+    to the action of the row before: a warning names ``reward_offset=1``.
+
+    Raises ``DatasetError`` for a damaged file, an episode that lacks an array or has arrays of
+    different lengths, shapes or dtypes, and for format 2.0, which d3rlpy itself reads no more.
     """
+    columns = open_hdf5(path)
+    with h5py.File(path, "r") as file:
+        names = set(file)
+        if {"columns", "version"} <= names and names & {"num_episodes", "total_size"}:
+            if "num_episodes" not in names:
+                raise DatasetError(
+                    f"{path}: written in d3rlpy's format 2.0, which d3rlpy itself reads no more; write "
+                    "it again with d3rlpy 2.1 or later, or pass a dict of arrays."
+                )
+            count = int(file["num_episodes"][()])
+            return Opened(path.name, _columns(str(path), count, partial(_stored, path, file)))
     if not columns.keys() >= OLD_COLUMNS or "timeouts" in columns:
         return Opened(path.name, columns)
     ends, terminals = (np.ravel(columns[key][:]) != 0 for key in ("episode_terminals", "terminals"))
     if len(ends) != len(terminals):  # ``read_table`` names columns of different lengths
         return Opened(path.name, columns)
-    with h5py.File(path, "r") as file:
-        versioned = "version" in file
     warnings: tuple[str, ...] = ()
-    if not versioned and not options.reward_offset:
+    if "version" not in names and not options.reward_offset:
         warnings = (
             f"{path.name}: has d3rlpy's columns but no version, so it may come from d3rlpy before 1.1, "
             "in which the reward of a row belongs to the action of the row before: then pass "
             "reward_offset=1; if rewards belong to their rows, ignore this warning.",
         )
     note = "the truncated ends are d3rlpy's 'episode_terminals' that do not terminate."
-    return Opened(path.name, {**columns, "timeouts": ends & ~terminals}, None, warnings, (note,))
+    columns["timeouts"] = ends & ~terminals
+    return Opened(path.name, columns, warnings=warnings, notes=(note,))
+
+
+def _stored(path: Path, file: h5py.File, episode: int, name: str) -> Any:
+    """An array of an episode of d3rlpy 2, or a list of several."""
+    key = f"{name}_{episode}"
+    if key in file:
+        return file[key][()]
+    parts: list[Any] = []
+    while f"{key}_{len(parts)}" in file:
+        parts.append(file[f"{key}_{len(parts)}"][()])
+    if not parts:
+        raise DatasetError(
+            f"{path}: episode {episode} has no {name} ({key!r}); the file is incomplete: write it "
+            "again with d3rlpy's dump."
+        )
+    return parts
 
 
 def _columns(name: str, count: int, read: Callable[[int, str], Any]) -> dict[str, Column]:

@@ -177,47 +177,35 @@ def _json(path: Path, text: str) -> dict[str, Any]:
 
 def _video(clips: Sequence[Clip], name: str) -> Column:
     """The frames of clips, one after the other, ``(rows, height, width, 3)`` uint8."""
-    files = _Frames()
-    shape = files.read(*clips[0][:2], 1).shape[1:]
+    shape = next(_decoded(clips[0][0]), np.zeros(1, np.uint8)).shape
     most = max(1, PART_BYTES // int(np.prod(shape)))
     parts = [
         (path, first + done, min(most, length - done))
         for path, first, length in clips
         for done in range(0, length, most)
     ]
+    frames: Iterator[NDArray[np.uint8]] = iter(())
+    place: tuple[Path | None, int] = (None, 0)  # of the next frame
 
     def part(number: int) -> NDArray[np.uint8]:
-        frames = files.read(*parts[number])
-        if frames.shape[1:] != shape:
+        nonlocal frames, place
+        path, first, length = parts[number]
+        if place != (path, first):
+            frames = islice(_decoded(path), first, None)
+        values, place = list(islice(frames, length)), (path, first + length)
+        if len(values) < length:
             raise DatasetError(
-                f"{name}: {parts[number][0]} has frames of shape {frames.shape[1:]}, the first video "
-                f"{shape}; expected one size: write the videos again in one size."
+                f"{path}: ends before frame {first + len(values)}, which the rows need; the video is "
+                "incomplete: download or copy it again."
             )
-        return frames
+        if any(frame.shape != shape for frame in values):
+            raise DatasetError(
+                f"{name}: {path} has frames of shape {values[0].shape}, the first video {shape}; "
+                "expected one size: write the videos again in one size."
+            )
+        return np.stack(values)
 
     return PartsColumn([length for *_, length in parts], part, shape, np.uint8)
-
-
-class _Frames:
-    """Frames of video files, decoded forwards: for an earlier frame a file is decoded again."""
-
-    def __init__(self) -> None:
-        self._path: Path | None = None
-        self._frames: Iterator[NDArray[np.uint8]] = iter(())
-        self._next = 0
-
-    def read(self, path: Path, first: int, count: int) -> NDArray[np.uint8]:
-        if path != self._path or first < self._next:
-            self._path, self._frames, self._next = path, _decoded(path), 0
-        self._next += sum(1 for _ in islice(self._frames, first - self._next))
-        frames = list(islice(self._frames, count))
-        self._next += len(frames)
-        if len(frames) < count:
-            raise DatasetError(
-                f"{path}: has {self._next} frames, but the rows need frame {max(first, self._next)}; "
-                "the video is incomplete: download or copy it again."
-            )
-        return np.stack(frames)
 
 
 def _decoded(path: Path) -> Iterator[NDArray[np.uint8]]:

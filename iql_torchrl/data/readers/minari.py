@@ -6,7 +6,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,48 +48,32 @@ def find_minari(dataset_id: str, *, download: bool) -> minari.MinariDataset:
             f"{dataset_id!r} is neither a file nor a Minari id, which ends in a version such as "
             f"'pendulum/mixed-v0'{_closest(dataset_id)}."
         )
+    meant = difflib.get_close_matches(dataset_id, BUILTIN, n=1, cutoff=0.9)
     try:
-        return minari.load_dataset(dataset_id, download=False)
-    except FileNotFoundError:
-        pass
-    except Exception as error:
-        raise DatasetError(
-            f"{dataset_id}: the local copy cannot be read ({_reason(error)}); delete and "
-            "download it again."
-        ) from error
-    if not download:
-        raise DatasetError(f"{dataset_id}: no such local Minari dataset{_closest(dataset_id)}.")
-    if meant := difflib.get_close_matches(dataset_id, BUILTIN, n=1, cutoff=0.9):
-        raise DatasetError(
-            f"{dataset_id}: no such local Minari dataset; this package makes {meant[0]!r}: run "
-            f"python -m iql_torchrl.data make {meant[0]}, or call "
-            f"iql_torchrl.data.builtin.ensure_dataset({meant[0]!r}). python -m iql_torchrl.data list "
-            "shows all."
+        return minari.load_dataset(dataset_id, download=download and not meant)
+    except FileNotFoundError as error:
+        make = (
+            f"; this package makes {meant[0]!r}: run python -m iql_torchrl.data make {meant[0]}, or "
+            f"call iql_torchrl.data.builtin.ensure_dataset({meant[0]!r})"
         )
-    try:
-        return minari.load_dataset(dataset_id, download=True)
+        raise DatasetError(
+            f"{dataset_id}: no such local Minari dataset{make if meant else ''}{_closest(dataset_id)}."
+        ) from error
     except Exception as error:
         raise DatasetError(
-            f"{dataset_id}: not among the local Minari datasets and not downloaded "
-            f"({_reason(error)}){_closest(dataset_id)}."
+            f"{dataset_id}: cannot be loaded ({type(error).__name__}: {one_line(error)}); delete a "
+            f"damaged local copy{_closest(dataset_id)}."
         ) from error
 
 
 def _closest(dataset_id: str) -> str:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of other datasets
-        try:
-            local = list(minari.list_local_datasets())
-        except Exception:  # the error that is being reported is more important
-            local = []
+    local: list[str] = []
+    # Errors and warnings of other datasets: the error that is being reported is more important.
+    with warnings.catch_warnings(), suppress(Exception):
+        warnings.simplefilter("ignore")
+        local = list(minari.list_local_datasets())
     near = difflib.get_close_matches(dataset_id, local, n=3, cutoff=0.4)
-    if near:
-        return f"; closest local ids: {', '.join(near)}"
-    return f"; local ids: {', '.join(local[:5])}" if local else "; there are no local datasets"
-
-
-def _reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {one_line(error)}".rstrip(". ")
+    return f"; closest local ids: {', '.join(near or local[:5]) or 'there are none'}"
 
 
 def minari_files(dataset: minari.MinariDataset) -> tuple[Path, ...]:
@@ -104,7 +88,7 @@ def minari_source(dataset: minari.MinariDataset, options: ReadOptions) -> Source
     allowed actions is taken from an observation leaf or an info called ``action_mask`` (or what
     ``columns`` names), and is removed from the observation.
     """
-    name = str(dataset.id)
+    name, actions = str(dataset.id), dataset.action_space
     if options.reward_offset:
         raise DatasetError(f"{name}: reward_offset is for tables; Minari's rewards are aligned.")
     unknown = set(options.columns) - {"action_mask", "action_log_prob"}
@@ -118,9 +102,7 @@ def minari_source(dataset: minari.MinariDataset, options: ReadOptions) -> Source
         raise DatasetError(f"{name}: the dataset has no episodes.")
     first = next(_episodes(dataset))
     mask = _extra(first, name, "action_mask", options)
-    if "action_mask" not in options.columns and not isinstance(
-        dataset.action_space, gym.spaces.Discrete
-    ):
+    if "action_mask" not in options.columns and not isinstance(actions, gym.spaces.Discrete):
         mask = None
     log_prob = _extra(first, name, "action_log_prob", options)
     space, paths = _observation(dataset.observation_space, mask)
@@ -137,7 +119,7 @@ def minari_source(dataset: minari.MinariDataset, options: ReadOptions) -> Source
     return Source(
         name=name,
         observation_space=space,
-        action_space=dataset.action_space,
+        action_space=actions,
         episode_lengths=lengths,
         pieces=pieces,
         masked=mask is not None,
@@ -179,11 +161,11 @@ def _naming(dataset: minari.MinariDataset) -> Iterator[None]:
     """Errors of Minari and of HDF5 as ``DatasetError`` naming the files."""
     try:
         yield
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError) as error:
         files = Path(dataset.storage.data_path)
         raise DatasetError(
             f"{files / 'main_data.hdf5' if dataset.storage.FORMAT == 'hdf5' else files}: not complete "
-            f"({_reason(error)}); delete it and download or write the dataset again."
+            f"({one_line(error)}); delete it and download or write the dataset again."
         ) from error
 
 

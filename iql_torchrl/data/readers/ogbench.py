@@ -24,10 +24,7 @@ from iql_torchrl.data.readers.arrays import Opened, open_npz
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 
-__all__ = [
-    "PREFIX", "FixedSpaces", "advice_for_raw_rows", "is_ogbench", "ogbench_files", "ogbench_folder",
-    "open_ogbench",
-]  # fmt: skip
+__all__ = ["PREFIX", "FixedSpaces", "is_ogbench", "ogbench_files", "ogbench_folder", "open_ogbench"]
 
 PREFIX = "ogbench/"
 FOLDER_VARIABLE = "OGBENCH_DATASETS_PATH"
@@ -149,32 +146,17 @@ def parse_name(source: str) -> tuple[str, str]:
     name = source.removeprefix(PREFIX)
     pattern = r"([\w-]+)-([a-z]+)-singletask(-task[1-9])?-(v\d+|local)"
     if (match := re.fullmatch(pattern, name)) is None:
+        rows, _, draw = name.rpartition("-")
+        first = f"{PREFIX}{rows}-singletask-task1-{draw}"
+        known = rows and re.fullmatch(pattern, first.removeprefix(PREFIX))
         raise DatasetError(
-            f"{source}: expected {PREFIX}ENVIRONMENT-KIND-singletask-taskN-v0, such as {EXAMPLE!r}, or "
-            f"-local in place of -v0 for rows made on this machine. {_with_task(name)}".rstrip()
+            f"{source}: expected {PREFIX}ENVIRONMENT-KIND-singletask-taskN-v0, such as "
+            f"load_dataset({first if known else EXAMPLE!r}), or another of task1 to task5, or -local "
+            "in place of -v0 for rows made on this machine."
         )
     environment, kind, task, draw = match.groups()
     version = "v0" if draw == "local" else draw
     return f"{environment}-singletask{task or ''}-{version}", f"{environment}-{kind}-{draw}"
-
-
-def advice_for_raw_rows(file_name: str) -> str:
-    """How to load an OGBench file that has no rewards."""
-    advice = _with_task(file_name.removesuffix(".npz"))
-    return (
-        "OGBench's rows have no rewards, because these belong to a single task. "
-        f"{advice or f'Name the task, as in load_dataset({EXAMPLE!r}).'} The environment variable "
-        f"{FOLDER_VARIABLE} names the folder of the file."
-    )
-
-
-def _with_task(name: str) -> str:
-    """The ids with a task for the rows ``name``; empty where it is not a name of rows."""
-    match = re.fullmatch(r"(\w[\w-]*-[a-z]+)-(v\d+|local)", name)
-    if match is None or "singletask" in name:
-        return ""
-    first = f"{PREFIX}{match[1]}-singletask-task1-{match[2]}"
-    return f"Name the task: load_dataset({first!r}), or another of task1 to task5."
 
 
 def _file(source: str, data: str) -> Path:

@@ -17,15 +17,9 @@ from iql_torchrl.data.readers.arrays import (
     Opened,
     flatten,
     hdf5_parts,
-    open_hdf5,
     open_npz,
 )
-from iql_torchrl.data.readers.d3rlpy import (
-    is_d3rlpy_buffer,
-    open_d3rlpy_buffer,
-    open_d3rlpy_file,
-    with_d3rlpy_ends,
-)
+from iql_torchrl.data.readers.d3rlpy import open_d3rlpy_buffer, open_d3rlpy_file
 from iql_torchrl.data.readers.huggingface import (
     HuggingFaceRows,
     is_saved_dataset,
@@ -80,8 +74,7 @@ def open_path(path: Path, options: ReadOptions) -> Opened:
 
         table = ParquetRows(path.name, [path], path.parent)
         return Opened(path.name, arrow_columns(table, options.columns))
-    opened = open_d3rlpy_file(path)
-    return opened or with_d3rlpy_ends(path, open_hdf5(path), options)
+    return open_d3rlpy_file(path, options)
 
 
 def _folder_columns(path: Path, options: ReadOptions) -> dict[str, Column]:
@@ -100,8 +93,8 @@ def open_object(source: Any, options: ReadOptions) -> Opened | None:
     if isinstance(source, TensorDictBase | ReplayBuffer | Storage):
         name, columns = type(source).__name__, columns_of_tensordict(source)
         return open_torchrl_dataset(source, columns, options.columns) or Opened(name, columns)
-    if is_d3rlpy_buffer(source):
-        return open_d3rlpy_buffer(source)
+    if (opened := open_d3rlpy_buffer(source)) is not None:
+        return opened
     if is_table_of_datasets(source):
         from iql_torchrl.data.readers.arrow import arrow_columns
 
