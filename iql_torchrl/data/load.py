@@ -24,7 +24,7 @@ from iql_torchrl.data.readers.environments import EnvLike, env_maker, recorded_e
 from iql_torchrl.data.readers.episodes import table_source
 from iql_torchrl.data.readers.huggingface import HuggingFaceTable
 from iql_torchrl.data.readers.minari import find_minari, minari_source
-from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_source
+from iql_torchrl.data.readers.ogbench import is_ogbench, open_ogbench
 from iql_torchrl.data.readers.opening import TABLE_FILES, is_table_path, open_object, open_path
 from iql_torchrl.data.readers.source import (
     ReadOptions,
@@ -245,7 +245,7 @@ def _open(
                 "Parquet files, of LeRobot or of datasets.save_to_disk, or a Minari id as text."
             )
         if is_ogbench(source):
-            return ogbench_source(source, options)
+            return table_source(open_ogbench(source), options)
         return minari_source(find_minari(source, download=options.download), options)
     described = _with_env(options, maker)
     if (opened := open_object(source, described)) is not None:

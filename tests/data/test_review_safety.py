@@ -11,8 +11,8 @@ from gymnasium.envs.registration import EnvSpec, WrapperSpec
 from tensordict import TensorDict
 
 from iql_torchrl.data.built_folder import load_rows
+from iql_torchrl.data.readers.arrow import parquet_files
 from iql_torchrl.data.readers.environments import recorded_env_maker
-from iql_torchrl.data.readers.parquet import parquet_files
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.data.shards.files import ShardFiles
 

@@ -23,7 +23,7 @@ from iql_torchrl.data.builtin.ogbench_episodes import Arrays, maze_episode, plan
 from iql_torchrl.data.builtin.recipe import import_for_recipe, progress_bar
 from iql_torchrl.data.locks import folder_lock
 from iql_torchrl.data.readers.arrays import open_npz
-from iql_torchrl.data.readers.ogbench_names import PREFIX, ogbench_folder
+from iql_torchrl.data.readers.ogbench import PREFIX, ogbench_folder
 from iql_torchrl.files import whole_file
 
 __all__ = ["OGBENCH_LOCAL", "OGBenchRecipe", "make_ogbench", "ogbench_id", "ogbench_path"]

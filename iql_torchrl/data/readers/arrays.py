@@ -12,6 +12,7 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import torch
+from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage, VideoClipRef
@@ -43,7 +44,8 @@ class Column(Protocol):
 class Opened:
     """The columns of a table by their names in the source, and what its reader says about them.
 
-    ``action_space``: the one that the source records, if any. ``warnings`` become ``DatasetWarning``.
+    The spaces and the environment are those that the source records, if any. ``warnings`` become
+    ``DatasetWarning``.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Opened:
     action_space: gym.Space[Any] | None = None
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    observation_space: gym.Space[Any] | None = None
+    env_spec: EnvSpec | None = None
 
 
 class PartsColumn:

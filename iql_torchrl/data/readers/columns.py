@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import Column
-from iql_torchrl.data.readers.ogbench_names import advice_for_raw_rows
 from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.schema import DatasetError, Key, leaf_spaces
 from iql_torchrl.descriptions import describe_space
@@ -252,12 +251,12 @@ def _find(
     if not matches and key in REQUIRED:
         raise DatasetError(
             f"{name}: no column for {key} among {listing}; name it with "
-            f"columns={{{key!r}: ...}}.{_hint(name, key, columns)}"
+            f"columns={{{key!r}: ...}}.{_hint(key, columns)}"
         )
     return matches[0] if matches else None
 
 
-def _hint(name: str, key: str, columns: Mapping[str, Column]) -> str:
+def _hint(key: str, columns: Mapping[str, Column]) -> str:
     """What to do without a column for the key."""
     merged = [path for path in ("done", "dones", "next/done") if path in columns]
     if key == "terminated" and merged:
@@ -272,8 +271,6 @@ def _hint(name: str, key: str, columns: Mapping[str, Column]) -> str:
         return ""
     if "next/success" in columns:
         return " 'next/success' is 1 where the task is solved; it can be named as the reward."
-    if {"terminals", "qpos"} <= set(columns):
-        return f" {advice_for_raw_rows(name)}"
     return (
         " Data recorded without a task has no rewards: load it for one single task (OGBench: "
         "load_dataset('ogbench/ENVIRONMENT-KIND-singletask-taskN-v0')), or compute the task's "

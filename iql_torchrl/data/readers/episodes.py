@@ -85,7 +85,8 @@ def table_source(opened: Opened, options: ReadOptions) -> Source:
     names the marks that look wrong.
     """
     table = read_table(opened.name, opened.columns, options)
-    observation_space = options.observation_space or guess_observation_space(table)
+    observation_space = options.observation_space or opened.observation_space
+    observation_space = observation_space or guess_observation_space(table)
     action_space, note, warning = options.action_space or opened.action_space, "", ""
     if action_space is None:
         action_space, note, warning = guess_action_space(table)
@@ -122,6 +123,7 @@ def table_source(opened: Opened, options: ReadOptions) -> Source:
         log_prob="action_log_prob" in table.columns,
         ends_known="truncated" in table.columns,
         terminates_inside=inside > 0,
+        env_spec=opened.env_spec,
         termination=table.paths.get("terminated", table.paths.get("trajectory_end")),
         notes=(*opened.notes, *notes, *_mark_notes(table, ends, inside), *filter(None, [note])),
         warnings=(*opened.warnings, *(f"{table.name}: {text}" for text in doubts if text)),

@@ -16,25 +16,16 @@ from iql_torchrl.data.readers.arrays import (
     columns_of_tensordict,
     flatten,
     hdf5_parts,
-    open_hdf5,
     open_npz,
 )
-from iql_torchrl.data.readers.arrow_columns import arrow_columns
 from iql_torchrl.data.readers.csv_files import open_csv
-from iql_torchrl.data.readers.d3rlpy import (
-    is_d3rlpy_buffer,
-    open_d3rlpy_buffer,
-    open_d3rlpy_file,
-    with_d3rlpy_ends,
-)
+from iql_torchrl.data.readers.d3rlpy import open_d3rlpy_buffer, open_d3rlpy_file
 from iql_torchrl.data.readers.huggingface import (
     HuggingFaceRows,
     is_saved_dataset,
     is_table_of_datasets,
     load_saved_dataset,
 )
-from iql_torchrl.data.readers.lerobot import is_lerobot, lerobot_columns
-from iql_torchrl.data.readers.parquet import ParquetRows, need_pyarrow, parquet_files
 from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.readers.torchrl_datasets import open_torchrl_dataset
 from iql_torchrl.data.schema import DatasetError
@@ -52,7 +43,7 @@ def is_table_path(source: str | Path) -> bool:
         return True
     # os.path: a text may be too long for a path.
     return os.path.isdir(source) and (
-        is_lerobot(path)
+        _is_lerobot(path)
         or is_saved_dataset(path)
         or next(path.rglob("*.parquet"), None) is not None
     )
@@ -73,31 +64,41 @@ def open_path(path: Path, options: ReadOptions) -> Opened:
     Raises ``DatasetError`` naming a missing or damaged file, or the package to install.
     """
     kind = path.suffix.lower()
-    if is_saved_dataset(path):
-        rows = HuggingFaceRows(load_saved_dataset(path), path.name, path)
-        return Opened(path.name, arrow_columns(rows, options.columns))
     if not path.exists():
         raise DatasetError(f"{path}: no such file.")
     if not path.is_dir() and kind != ".parquet":
         if kind in FILES:
             return Opened(path.name, FILES[kind](path))
-        return open_d3rlpy_file(path) or with_d3rlpy_ends(path, open_hdf5(path), options)
-    need_pyarrow(path)
-    if is_lerobot(path):
+        return open_d3rlpy_file(path, options)
+    # With the package pyarrow, which these need.
+    from iql_torchrl.data.readers.arrow import ParquetRows, arrow_columns, parquet_files
+    from iql_torchrl.data.readers.lerobot import lerobot_columns
+
+    if _is_lerobot(path):
         return Opened(path.name, lerobot_columns(path, options.columns))
-    files, folder = ([path], path.parent) if path.is_file() else (parquet_files(path), path)
-    table = ParquetRows(path.name, files, folder)
-    return Opened(path.name, arrow_columns(table, options.columns))
+    if is_saved_dataset(path):
+        rows: Any = HuggingFaceRows(load_saved_dataset(path), path)
+    elif path.is_dir():
+        rows = ParquetRows(path.name, parquet_files(path), path)
+    else:
+        rows = ParquetRows(path.name, [path], path.parent)
+    return Opened(path.name, arrow_columns(rows, options.columns))
+
+
+def _is_lerobot(folder: Path) -> bool:
+    return (folder / "meta" / "info.json").is_file()
 
 
 def open_object(source: Any, options: ReadOptions) -> Opened | None:
     """The columns of an object in memory; None for an object that is no table."""
-    name = type(source).__name__
     if isinstance(source, TensorDictBase | ReplayBuffer | Storage):
-        columns = columns_of_tensordict(source)
+        name, columns = type(source).__name__, columns_of_tensordict(source)
         return open_torchrl_dataset(source, columns, options.columns) or Opened(name, columns)
-    if is_d3rlpy_buffer(source):
-        return open_d3rlpy_buffer(source)
+    if (opened := open_d3rlpy_buffer(source)) is not None:
+        return opened
     if is_table_of_datasets(source):
-        return Opened(name, arrow_columns(HuggingFaceRows(source, name), options.columns))
+        from iql_torchrl.data.readers.arrow import arrow_columns
+
+        rows = HuggingFaceRows(source)
+        return Opened(rows.name, arrow_columns(rows, options.columns))
     return Opened("arrays", flatten(source)) if isinstance(source, Mapping) else None
