@@ -15,18 +15,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from bench_learning import RESULTS
-from bench_step import machine_of, measure, write
-from iql_torchrl import Agent, IQLConfig, captured, load_dataset, make_agent, policies
+from bench_step import machine_of, measure
+from iql_torchrl import Agent, IQLConfig, load_dataset, make_agent, policies
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.losses import LossCritics
-from step_rivals import Rival, Sizes, Update
+from record import RESULTS, save
+from step_rivals import Made, Rival, Sizes, in_form
 
 import numpy as np
 import torch
@@ -73,9 +72,7 @@ def agent_of(kind: str, rows: TensorDict, sizes: Sizes, device: str) -> Agent:
     return make_agent(config, dataset(rows))
 
 
-def acting(
-    kind: str, samples: int | None, rows: TensorDict, sizes: Sizes, device: str
-) -> tuple[Update, int]:
+def acting(kind: str, samples: int | None, rows: TensorDict, sizes: Sizes, device: str) -> Made:
     """A call of the policy on ``sizes.batch`` observations; with ``samples`` the best of so many."""
     agent = agent_of(kind, rows, sizes, device)
     policy: Any = agent.actor
@@ -92,17 +89,10 @@ def acting(
     return act, 1
 
 
-def updating(
-    kind: str, form: str, rows: TensorDict, sizes: Sizes, device: str
-) -> tuple[Update, int]:
+def updating(kind: str, form: str, rows: TensorDict, sizes: Sizes, device: str) -> Made:
     """An update, sampling included."""
-    data, agent = dataset(rows), agent_of(kind, rows, sizes, device)
-    if form == "captured":
-        sampler = data.device_sampler(sizes.batch, device=device, seed=0)
-        call = captured(agent.step, sampler, updates=8)
-        return call, call.updates
-    buffer = data.replay_buffer(sizes.batch, device=device, seed=0)
-    return lambda: agent.step(buffer.sample()), 1
+    step = agent_of(kind, rows, sizes, device).step
+    return in_form(step, form, dataset(rows).transitions, sizes, device)
 
 
 def summarise(results: dict[str, dict[str, Any]]) -> None:
@@ -152,12 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--result", default="acting", help="name of the result file")
     o = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)  # tensordict under torch.compile
-    record: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": machine_of(o.device),
-        "acting": {},
-        "updates": {},
-    }
+    record: dict[str, Any] = {"machine": machine_of(o.device), "acting": {}, "updates": {}}
 
     def compare(part: str, key: str, title: str, rivals: dict[str, Rival], batch: int) -> None:
         sizes = Sizes(width=o.width, batch=batch, rows=o.rows)
@@ -165,14 +150,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         summarise(results)
         show(title, results)
         record[part][key] = results
-        write(RESULTS / f"{o.result}_{o.device.split(':')[0]}.json", record)
+        save(RESULTS / f"{o.result}_{o.device.split(':')[0]}.json", record)
 
     for batch in o.batches:
         compare("acting", str(batch), f"an action, batch {batch}", actors(o.samples), batch)
     for form in o.forms:
-        rivals: dict[str, Callable[..., tuple[Update, int]]] = {
-            kind: partial(updating, kind, form) for kind in POLICIES
-        }
+        rivals: dict[str, Rival] = {kind: partial(updating, kind, form) for kind in POLICIES}
         compare(
             "updates", form, f"an update, {form}, batch {o.update_batch}", rivals, o.update_batch
         )

@@ -11,15 +11,13 @@ alternate and their medians are compared. Writes benchmarks/results/categories_D
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
 from functools import partial
 
-from bench_learning import RESULTS
-from bench_step import REFERENCE, machine_of, measure, summarise, write
-from iql_torchrl import DiscreteIQLLoss, IQLStep, captured, compiled, networks, policies
-from iql_torchrl.data import DeviceSampler, replay_buffer
-from step_rivals import Rival, Sizes, Update, trained_as_torchrl_does
+from bench_step import REFERENCE, machine_of, measure, show, summarise
+from iql_torchrl import DiscreteIQLLoss, IQLStep, networks, policies
+from record import RESULTS, save
+from step_rivals import FORMS, Made, Rival, Sizes, in_form, trained_as_torchrl_does
 
 import torch
 from tensordict import TensorDict
@@ -63,7 +61,7 @@ def parts(one_hot: bool) -> list[nn.Module]:
     ]
 
 
-def torchrl_loop(compile: bool, _: TensorDict, sizes: Sizes, device: str) -> tuple[Update, int]:
+def torchrl_loop(compile: bool, _: TensorDict, sizes: Sizes, device: str) -> Made:
     loss = TorchRLLoss(
         *parts(one_hot=True), action_space="categorical", loss_function="l2", expectile=0.7
     ).to(device)
@@ -71,21 +69,12 @@ def torchrl_loop(compile: bool, _: TensorDict, sizes: Sizes, device: str) -> tup
     return trained_as_torchrl_does(loss, rows, sizes, device, compile, lr=1e-2, tau=0.05)
 
 
-def ours(form: str, one_hot: bool, _: TensorDict, sizes: Sizes, device: str) -> tuple[Update, int]:
-    rows = transitions(one_hot, device)
+def ours(form: str, one_hot: bool, _: TensorDict, sizes: Sizes, device: str) -> Made:
     loss = DiscreteIQLLoss(*parts(one_hot), action_space="categorical").to(device)
     in_graph = {"capturable": True} if device.startswith("cuda") else {}
     optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2, fused=True, **in_graph)
     step = IQLStep(loss, optimizer, SoftUpdate(loss, tau=0.05))
-    if form == "eager":
-        buffer = replay_buffer(rows, sizes.batch, seed=0, device=device)
-        return lambda: step(buffer.sample()), 1
-    sampler = DeviceSampler(rows, sizes.batch, device=device, seed=0)
-    if form == "compiled":
-        fast = compiled(step)
-        return lambda: fast(sampler.sample()), 1
-    run = captured(step, sampler, updates=8)
-    return run, run.updates
+    return in_form(step, form, transitions(one_hot, device), sizes, device)
 
 
 def main() -> None:
@@ -102,22 +91,14 @@ def main() -> None:
         "ours one-hot eager": partial(ours, "eager", True),
         "ours one-hot captured": partial(ours, "captured", True),
     }
-    for form in ("eager", "compiled", "captured"):
-        rivals[f"ours {form}"] = partial(ours, form, False)
-    sizes = Sizes(batch=BATCH, rows=1)
+    rivals |= {f"ours {form}": partial(ours, form, False) for form in FORMS}
+    sizes = Sizes(width=WIDTH, batch=BATCH, rows=1)
     results, _ = measure(rivals, sizes, options.device, options.rounds, options.block, 0)
     summarise(results)
-    print(f"{'':24}{'ms':>9}{'updates/s':>11}{'of TorchRL eager':>18}")
-    for name, entry in results.items():
-        if "failed" in entry:
-            print(f"{name:24} {entry['failed']}")
-            continue
-        print(f"{name:24}{entry['median_ms']:9.2f}{entry['updates_per_second']:11.0f}"
-              f"{entry['of_torchrl']:18.2f}")  # fmt: skip
-    sizes_recorded = {"states": STATES, "actions": ACTIONS, "width": WIDTH, "batch": BATCH}
-    record = {"command": " ".join(["python", *sys.argv]), "machine": machine_of(options.device)}
-    path = RESULTS / f"categories_{options.device.split(':')[0]}.json"
-    write(path, record | {"sizes": sizes_recorded, "competitors": results})
+    show(sizes, results)
+    recorded = {"states": STATES, "actions": ACTIONS, "width": WIDTH, "batch": BATCH}
+    content = {"machine": machine_of(options.device), "sizes": recorded, "competitors": results}
+    save(RESULTS / f"categories_{options.device.split(':')[0]}.json", content)
 
 
 if __name__ == "__main__":

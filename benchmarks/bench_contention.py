@@ -10,28 +10,18 @@ thread each. Writes benchmarks/results/contention.json.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
 import torch
-from bench_learning import machine
-from tensordict import TensorDict
-from torch import optim
-from torchrl.data import Bounded
-from torchrl.modules import ValueOperator
-from torchrl.objectives import IQLLoss as TorchRLLoss
-from torchrl.objectives import SoftUpdate
 
-from iql_torchrl import IQLLoss, IQLStep, captured, compiled, networks, policies
-from iql_torchrl.data import DeviceSampler
+from record import RESULTS, save
+from step_rivals import Rival, Sizes, ours, torchrl_loop, transitions
 
-RESULT = Path(__file__).parent / "results" / "contention.json"
+CALLED = 8  # updates of a call
 FORMS = ("eager", "compiled", "captured", "torchrl")
 # GOMP_SPINCOUNT, and OMP_NUM_THREADS: what importing the package sets, what torch does without it, and
 # what the documentation asks for.
@@ -40,65 +30,30 @@ SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
     "1 thread": {"OMP_NUM_THREADS": "1"},
 }
-OBS, ACT, ROWS, BATCH, CALLED = 3, 1, 10_000, 256, 8
-
-
-def make_update(form: str, width: int) -> Any:
-    """A function that makes ``CALLED`` updates."""
-    torch.manual_seed(0)
-    widths = {"hidden": (width, width)}
-    actor = policies.gaussian(OBS, Bounded(-torch.ones(ACT), torch.ones(ACT), (ACT,)), **widths)
-    critic = ValueOperator(networks.Critic(OBS, ACT, **widths), in_keys=["observation", "action"])
-    value = ValueOperator(networks.StateValue(OBS, **widths), in_keys=["observation"])
-    rows = TensorDict(
-        {
-            "observation": torch.randn(ROWS, OBS),
-            "action": torch.rand(ROWS, ACT) * 1.8 - 0.9,
-            "next": {
-                "observation": torch.randn(ROWS, OBS),
-                "reward": torch.randn(ROWS, 1),
-                "terminated": torch.zeros(ROWS, 1, dtype=torch.bool),
-                "done": torch.zeros(ROWS, 1, dtype=torch.bool),
-            },
-        },
-        [ROWS],
-    )
-    sampler = DeviceSampler(rows, BATCH, seed=0)
-    kind = TorchRLLoss if form == "torchrl" else IQLLoss
-    loss = kind(actor, critic, value, loss_function="l2")
-    loss.make_value_estimator(gamma=0.99)
-    updater = SoftUpdate(loss, tau=0.005)
-    optimizer = optim.Adam(loss.parameters(), lr=3e-4, fused=form != "torchrl")
-    if form == "torchrl":
-
-        def one() -> None:
-            out = loss(sampler.sample())
-            (out["loss_actor"] + out["loss_qvalue"] + out["loss_value"]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            updater.step()
-
-        return lambda: [one() for _ in range(CALLED)]
-    step = IQLStep(loss, optimizer, updater)
-    if form == "captured":
-        return captured(step, sampler, updates=CALLED)
-    step = compiled(step) if form == "compiled" else step
-    return lambda: [step(sampler.sample()) for _ in range(CALLED)]
 
 
 def child(form: str, width: int, seconds: float) -> None:
     """Print the median time of an update in ms, timed from the line that the parent sends."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(os.cpu_count() or 1)
-    update = make_update(form, width)
-    for _ in range(3):
+    sizes = Sizes(width=width, rows=10_000, observation=3, action=1)
+
+    def built() -> Rival:
+        rows = transitions(sizes)
+        if form == "torchrl":
+            return torchrl_loop(rows, sizes, "cpu")
+        return ours(rows, sizes, "cpu", "sequential", form, CALLED)
+
+    update, updates = built()
+    for _ in range(3 * CALLED // updates):
         update()
     print("ready", flush=True)
     sys.stdin.readline()
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end:
         began = time.perf_counter()
-        update()
+        for _ in range(CALLED // updates):
+            update()
         times.append((time.perf_counter() - began) / CALLED * 1e3)
     print(statistics.median(times), flush=True)
 
@@ -150,10 +105,7 @@ def main() -> None:
                 {"form": form, "setting": name, "alone": alone, "beside": beside, "ratio": ratio}
             )
             print(f"{form:9} {name:8} {alone:7.2f} {beside:8.2f} ms  {ratio:6.1f}", flush=True)
-    record = {"command": "python " + " ".join(sys.argv), "machine": machine(), "results": rows}
-    temporary = RESULT.with_name(f".{RESULT.name}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, RESULT)
+    save(RESULTS / "contention.json", {"results": rows})
 
 
 if __name__ == "__main__":

@@ -11,17 +11,16 @@ benchmarks/results/data.json and deletes the data that it made.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from record import RESULTS, in_process, print_step, save
 
 OBSERVATION, ACTION, EPISODE = 17, 6, 1000
 MINARI_ID = "bench/halfcheetah-v0"
@@ -226,30 +225,26 @@ STEPS = {
 }
 
 
-def measured(step: str, options: argparse.Namespace) -> dict[str, float]:
-    """The result of one step in a process of its own."""
-    command = [sys.executable, __file__, "--step", step, "--folder", str(options.folder)]
-    for name in ("rows", "size_gb", "rounds", "device"):
-        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    environment = {**os.environ, "MINARI_DATASETS_PATH": str(options.folder)}
-    out = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(out.stdout.splitlines()[-1])
-
-
 def everything(options: argparse.Namespace) -> dict[str, Any]:
-    measured("write_minari", options)
+    environment = {"MINARI_DATASETS_PATH": str(options.folder)}
+    passed = ("rows", "size_gb", "rounds", "device")
+
+    def measured(step: str) -> dict[str, Any]:
+        return in_process(__file__, step, options, passed, environment)
+
+    measured("write_minari")
     # Alternating, so that another load on the machine affects both.
-    pairs = [(measured("read_raw", options), measured("load", options)) for _ in range(3)]
+    pairs = [(measured("read_raw"), measured("load")) for _ in range(3)]
     result: dict[str, Any] = {
         "raw": min((raw for raw, _ in pairs), key=lambda r: r["seconds"]),
         "load": min((loaded for _, loaded in pairs), key=lambda r: r["seconds"]),
         "pairs": pairs,
     }
-    measured("write_table", options)
-    result["build"] = measured("build", options)
-    result["reopen"] = measured("build", options)
-    result["sample"] = measured("sample_buffers", options)
-    result["device"] = measured("sample_device", options)
+    measured("write_table")
+    result["build"] = measured("build")
+    result["reopen"] = measured("build")
+    result["sample"] = measured("sample_buffers")
+    result["device"] = measured("sample_device")
     return result
 
 
@@ -283,8 +278,7 @@ def main() -> None:
     add("--folder", type=Path, help=argparse.SUPPRESS)
     add("--step", choices=list(STEPS), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.step:
-        print(json.dumps(STEPS[options.step](options)))
+    if print_step(STEPS, options):
         return
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
@@ -292,11 +286,7 @@ def main() -> None:
     rows = report(result)
     for quantity, value, limit in rows:
         print(f"{quantity:38} {value:58} {limit}")
-    from bench_learning import RESULTS, machine
-
-    record = {"command": " ".join(["python", *sys.argv]), "machine": machine(), **result}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "data.json").write_text(json.dumps(record, indent=1) + "\n")
+    save(RESULTS / "data.json", result)
 
 
 if __name__ == "__main__":

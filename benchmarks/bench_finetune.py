@@ -12,7 +12,6 @@ Writes benchmarks/results/finetune.json and finetune.png.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -23,9 +22,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from bench_learning import RESULTS, machine
 from iql_torchrl import IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
 from iql_torchrl.data.builtin import ensure_dataset
+from iql_torchrl.report.figures import save as save_figure
+from record import RESULTS, save
 
 import numpy as np
 import torch
@@ -150,9 +150,7 @@ def draw(path: Path, runs: list[dict[str, Any]], logs: dict[str, float]) -> None
     figure.axes[0].set_ylabel("mean return per episode")
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=150, format="png")
-    os.replace(temporary, path)
+    save_figure(figure, path)
 
 
 def main() -> None:
@@ -185,9 +183,7 @@ def main() -> None:
     runs.sort(
         key=lambda r: (list(LOGS).index(r["log"]), list(METHODS).index(r["method"]), r["seed"])
     )
-    record = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": machine(),
+    content = {
         "configs": configs,
         "online_steps": options.online_steps,
         "episodes": options.episodes,
@@ -195,10 +191,7 @@ def main() -> None:
         "summary": summarise(runs),
         "runs": runs,
     }
-    RESULTS.mkdir(exist_ok=True)
-    temporary = RESULTS / ".finetune.json"
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, RESULTS / "finetune.json")
+    save(RESULTS / "finetune.json", content)
     draw(RESULTS / "finetune.png", runs, logs)
 
 

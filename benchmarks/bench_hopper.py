@@ -7,31 +7,25 @@ Every variant changes ``BASE``, the defaults of ``IQLConfig``, in the settings t
 ``VARIANTS`` names. Its seeds are trained as one population, each with its own batches, and evaluated
 after each of ``--updates``; falling rates reach 0 at the last of them. ``plain`` is another
 implementation (``plain_population.py``: CORL's) with the same seeds. Writes
-benchmarks/results/NAME.json after each variant; ``--resume`` keeps those that the file has. Variants
-may be divided among processes with a ``--result`` each, which one more call joins (``--take``).
+benchmarks/results/NAME.json after each variant.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from bench_learning import RESULTS, machine
 from iql_torchrl import Evaluation, IQLConfig, IQLPopulation, OfflineDataset, evaluate, load_dataset
 from iql_torchrl.evaluation.statistics import (
     mean_interval,
     probability_of_improvement,
     stratified_interval,
 )
-from iql_torchrl.files import whole_file
 from plain_population import PlainPopulation
+from record import RESULTS, save
 
 import numpy as np
 import torch
@@ -167,54 +161,22 @@ def of_the_log(dataset: OfflineDataset) -> dict[str, Any]:
     }
 
 
-def write(
-    o: argparse.Namespace,
-    path: Path,
-    settings: Mapping[str, Any],
-    log: Mapping[str, Any],
-    runs: list[dict[str, Any]],
-) -> None:
-    """The result file, with ``runs`` in the order of ``VARIANTS``."""
-    order = list(VARIANTS)
-    runs.sort(key=lambda each: order.index(each["variant"]))
-    record = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": machine() | {p: version(p) for p in ("gymnasium", "mujoco")},
-        "settings": settings,
-        "base": replace(BASE, updates=o.updates[-1], hidden=(o.width, o.width)).to_dict(),
-        "log": log,
-        "summary": summarise(runs) if o.seeds > 1 else [],
-        "runs": runs,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     o = _options(arguments)
     torch.set_num_threads(o.threads)
-    path = RESULTS / f"{o.result}.json"
-    # what decides a figure besides its variant
-    settings = {name: getattr(o, name) for name in ("updates", "width", "seeds", "episodes")}
     dataset = load_dataset(o.dataset, env=ENVIRONMENT, reward=BASE.reward, progress=False)
-    log = of_the_log(dataset)
-    runs: list[dict[str, Any]] = []
-    for other in [path] * (o.resume and path.exists()) + [RESULTS / f"{n}.json" for n in o.take]:
-        before = json.loads(other.read_text())
-        if (before["settings"], before["log"]) != (settings, log):
-            sys.exit(
-                f"error: {other} has {before['settings']} and the log {before['log']}; expected "
-                f"{settings} and {log}: give the same, or another --result."
-            )
-        finished = [each["variant"] for each in runs]
-        runs += [each for each in before["runs"] if each["variant"] not in finished]
+    log, runs = of_the_log(dataset), []
     for name in o.variants:
-        if all(each["variant"] != name for each in runs):
-            runs.append(run(o, name, dataset))
-            write(o, path, settings, log, runs)
-    if o.take:
-        write(o, path, settings, log, runs)
+        runs.append(run(o, name, dataset))
+        content = {
+            # what decides a figure besides its variant
+            "settings": {n: getattr(o, n) for n in ("updates", "width", "seeds", "episodes")},
+            "base": replace(BASE, updates=o.updates[-1], hidden=(o.width, o.width)).to_dict(),
+            "log": log,
+            "summary": summarise(runs) if o.seeds > 1 else [],
+            "runs": runs,
+        }
+        save(RESULTS / f"{o.result}.json", content, packages=["gymnasium", "mujoco"])
     if o.seeds > 1:
         print(f"\n{table(summarise(runs), log)}")
 
@@ -233,8 +195,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cpu", help="of the populations; plain is trained on the CPU")
     add("--compile", action="store_true")
     add("--result", default="hopper", help="name of the result file")
-    add("--resume", action="store_true", help="keep the runs that the result file has")
-    add("--take", nargs="+", default=[], help="result files of other processes, to join them")
     o = parser.parse_args(arguments)
     if o.seeds < 1 or o.updates != sorted(set(o.updates)) or o.updates[0] < 1:
         parser.error("--updates must be whole numbers in rising order, and --seeds at least 1")

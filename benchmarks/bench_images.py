@@ -7,24 +7,20 @@ All have the same networks: ``networks.ImageEncoder`` and two hidden layers, sam
 images included. In TorchRL's loss actor, critics and V hold one encoder together, whose gradient comes
 from all losses (its ``separate_losses=True`` would leave the encoder to the actor alone). This
 package evaluates its encoder once for each image and each of the two sets of weights. Blocks of all
-competitors alternate; medians of the blocks, and medians of ratios within a round, are reported.
-Writes benchmarks/results/images_DEVICE[_NAME].json.
+competitors alternate, as in ``bench_step.py``. Writes benchmarks/results/images_DEVICE[_NAME].json.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
-import statistics
-import sys
 import warnings
+from functools import lru_cache, partial
 from typing import Any
 
-from bench_learning import RESULTS
-from bench_step import calls_for, machine_of, timed, write
-from iql_torchrl import IQLLoss, IQLStep, captured, compiled, networks, policies
-from iql_torchrl.data import DeviceSampler, replay_buffer
-from step_rivals import Sizes, Update, trained_as_torchrl_does
+from bench_step import REFERENCE, machine_of, measure, show, summarise
+from iql_torchrl import IQLLoss, IQLStep, networks, policies
+from record import RESULTS, save
+from step_rivals import FORMS, Made, Sizes, in_form, trained_as_torchrl_does
 
 import torch
 from tensordict import TensorDict
@@ -35,8 +31,8 @@ from torchrl.modules import ValueOperator
 from torchrl.objectives import IQLLoss as TorchRLLoss
 from torchrl.objectives import SoftUpdate
 
-ACTIONS, UPDATES, REFERENCE = 2, 8, "TorchRL eager"
-FORMS = ("eager", "compiled", "captured")
+ACTIONS = 2
+Shape = tuple[int, ...]
 
 
 class WithEncoder(nn.Module):
@@ -50,7 +46,8 @@ class WithEncoder(nn.Module):
         return self.network(self.encoder(image), *rest)
 
 
-def transitions(shape: tuple[int, ...], rows: int, device: str) -> TensorDict:
+@lru_cache(maxsize=1)
+def pictures(shape: Shape, rows: int, device: str) -> TensorDict:
     generator = torch.Generator().manual_seed(0)
 
     def images() -> Tensor:
@@ -68,7 +65,7 @@ def transitions(shape: tuple[int, ...], rows: int, device: str) -> TensorDict:
     return TensorDict(columns, batch_size=[rows]).to(device)
 
 
-def torchrl(rows: TensorDict, shape: tuple[int, ...], sizes: Sizes, device: str) -> Update:
+def torchrl(shape: Shape, _: TensorDict, sizes: Sizes, device: str) -> Made:
     hidden = (sizes.width, sizes.width)
     encoder = networks.ImageEncoder(shape)
     spec = Bounded(-torch.ones(ACTIONS), torch.ones(ACTIONS))
@@ -84,13 +81,11 @@ def torchrl(rows: TensorDict, shape: tuple[int, ...], sizes: Sizes, device: str)
         temperature=3.0,
         expectile=0.7,
     ).to(device)
-    update, _ = trained_as_torchrl_does(loss, rows, sizes, device, False, lr=3e-4, tau=0.005)
-    return update
+    rows = pictures(shape, sizes.rows, device)
+    return trained_as_torchrl_does(loss, rows, sizes, device, False, lr=3e-4, tau=0.005)
 
 
-def ours(
-    rows: TensorDict, shape: tuple[int, ...], sizes: Sizes, device: str, form: str, gradient: str
-) -> Update:
+def ours(shape: Shape, form: str, gradient: str, _: TensorDict, sizes: Sizes, device: str) -> Made:
     hidden, keys = (sizes.width, sizes.width), ["features"]
     module = networks.JoinedEncoders([networks.ImageEncoder(shape)])
     spec = Bounded(-torch.ones(ACTIONS), torch.ones(ACTIONS))
@@ -105,17 +100,10 @@ def ours(
     loss.make_value_estimator(gamma=0.99)
     optimizer = torch.optim.Adam(loss.parameters(), lr=3e-4, fused=True)
     step = IQLStep(loss, optimizer, SoftUpdate(loss, tau=0.005), order="simultaneous")
-    if form == "eager":
-        buffer = replay_buffer(rows, sizes.batch, seed=0, device=device)
-        return lambda: step(buffer.sample())
-    sampler = DeviceSampler(rows, sizes.batch, seed=0, device=device)
-    if form == "compiled":
-        fast = compiled(step)
-        return lambda: fast(sampler.sample())
-    return captured(step, sampler, updates=UPDATES)
+    return in_form(step, form, pictures(shape, sizes.rows, device), sizes, device)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--shape", type=int, nargs=3, default=(32, 32, 3), help="of one image")
@@ -126,47 +114,23 @@ def main() -> int:
     add("--block", type=float, default=3.0, help="seconds of a block")
     add("--device", default="cpu")
     add("--result", default="", help="name in the file of results")
-    options = parser.parse_args()
+    o = parser.parse_args()
     warnings.filterwarnings("ignore")
-    shape, device = tuple(options.shape), options.device
-    sizes = Sizes(width=options.width, batch=options.batch, rows=options.rows)
-    rows = transitions(shape, options.rows, device)
-    gc.disable()
-    updates: dict[str, tuple[Update, int]] = {REFERENCE: (torchrl(rows, shape, sizes, device), 1)}
-    for gradient in ("critics", "all"):
-        for form in FORMS:
-            update = ours(rows, shape, sizes, device, form, gradient)
-            count = UPDATES if form == "captured" else 1
-            updates[f"ours {form}, gradient of {gradient}"] = (update, count)
-    calls = {}
-    for name, (update, _) in updates.items():
-        timed(update, 3, sizes, device)
-        calls[name] = calls_for(options.block, update, sizes, device)
-    blocks: dict[str, list[float]] = {name: [] for name in updates}
-    for _ in range(options.rounds):
-        gc.collect()
-        for name, (update, count) in updates.items():
-            seconds = timed(update, calls[name], sizes, device)
-            blocks[name].append(1000 * seconds / calls[name] / count)
-    print(f"images {shape}, batch {sizes.batch}, width {sizes.width}")
-    print(f"{'':34}{'ms':>9}{'of TorchRL':>12}{'in a round':>16}")
-    results = {}
-    for name, times in blocks.items():
-        ratios = [t / r for t, r in zip(times, blocks[REFERENCE], strict=True)]
-        ms, ratio = statistics.median(times), statistics.median(ratios)
-        print(f"{name:34}{ms:9.2f}{ratio:12.2f}{f'{min(ratios):.2f}..{max(ratios):.2f}':>16}")
-        results[name] = {"ms": times, "median_ms": ms, "median_ratio": ratio}
-    suffix = f"_{options.result}" if options.result else ""
-    command = " ".join(["python", *sys.argv])
-    content = {
-        "command": command,
-        "machine": machine_of(device),
-        "shape": shape,
-        "batch": sizes.batch,
+    shape = tuple(o.shape)
+    sizes = Sizes(width=o.width, batch=o.batch, rows=o.rows)
+    rivals = {REFERENCE: partial(torchrl, shape)} | {
+        f"{form}, {gradient}": partial(ours, shape, form, gradient)
+        for gradient in ("critics", "all")
+        for form in FORMS
     }
-    write(RESULTS / f"images_{device.split(':')[0]}{suffix}.json", content | {"results": results})
-    return 0
+    results, _ = measure(rivals, sizes, o.device, o.rounds, o.block, 0)
+    summarise(results)
+    show(sizes, results)
+    ending = f"_{o.result}" if o.result else ""
+    content = {"machine": machine_of(o.device), "shape": shape, "batch": o.batch}
+    path = RESULTS / f"images_{o.device.split(':')[0]}{ending}.json"
+    save(path, content | {"results": results})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,13 +10,9 @@ Each run has one thread and its own process. Writes benchmarks/results/NAME.json
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
-from pathlib import Path
 
 from iql_torchrl import (
     PRESETS,
@@ -29,12 +25,11 @@ from iql_torchrl import (
     make_agent,
 )
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
-from record import machine
+from record import RESULTS, save
 
 import numpy as np
 import torch
 
-RESULTS = Path(__file__).parent / "results"
 METHODS = ("behaviour cloning", "IQL")
 
 
@@ -132,18 +127,8 @@ def main() -> None:
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         runs = list(pool.map(run, *zip(*((options, *job) for job in jobs), strict=True)))
     rows = summarise(dataset, runs)
-    record = {
-        "command": "python " + " ".join(sys.argv),
-        "machine": machine(),
-        "config": asdict(configure(options, 0)),
-        "summary": rows,
-        "runs": runs,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{options.result}.json"
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
+    content = {"config": asdict(configure(options, 0)), "summary": rows, "runs": runs}
+    save(RESULTS / f"{options.result}.json", content)
     print(f"\n{'':18} {'mean return':>12} {'std. error':>11}")
     for row in rows:
         print(f"{row['name']:18} {row['mean']:12.1f} {row['standard_error']:11.1f}")

@@ -9,24 +9,19 @@ are missing (about an hour a task); ``--draw v0`` takes the published files in O
 Compared are the log, cloning, IQL, IQL whose policy maximises Q with cloning (DDPG+BC), and the
 best of 32 actions of a flow that clones the log (IFQL). Nothing is tuned here: settings and
 temperatures are those of the published baselines (see ``BASE``, ``METHODS`` and ``TASKS``). Writes
-benchmarks/results/NAME.json after each task and method; ``--resume`` continues a file. Tasks may be
-divided among processes with a ``--result`` each, which one more call joins (``--take``). The table ends
-with what differs from the published protocol.
+benchmarks/results/NAME.json after each task and method. The table ends with what differs from the
+published protocol.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from bench_learning import RESULTS, machine
 from iql_torchrl import (
     PRESETS,
     Evaluation,
@@ -41,8 +36,8 @@ from iql_torchrl import (
 from iql_torchrl.data.builtin import make_dataset
 from iql_torchrl.data.builtin.ogbench import ogbench_path
 from iql_torchrl.evaluation.statistics import mean_interval, wilson_interval
-from iql_torchrl.files import whole_file
-from iql_torchrl.report.aggregates import aggregate_table
+from iql_torchrl.report.comparison import aggregate_table
+from record import RESULTS, save
 
 import numpy as np
 
@@ -296,58 +291,23 @@ def compare(lines: Sequence[Mapping[str, Any]]) -> str:
     return aggregate_table(scores, name="success in %") if tasks else ""
 
 
-def before(paths: Sequence[Path], settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The runs of result files with the same settings, each task and method once."""
-    runs: dict[tuple[str, str], dict[str, Any]] = {}
-    for path in paths:
-        record = json.loads(path.read_text())
-        if record["settings"] != settings:
-            sys.exit(f"error: {path} has {record['settings']}; expected {settings}: give the same.")
-        for each in record["runs"]:
-            runs.setdefault((each["task"], each["method"]), each)
-    return list(runs.values())
-
-
-def write(
-    o: argparse.Namespace, path: Path, settings: Mapping[str, Any], runs: list[dict[str, Any]]
-) -> None:
-    """The result file, with ``runs`` in the order of ``TASKS`` and ``METHODS``."""
-    tasks, methods = list(TASKS), list(METHODS)
-    runs.sort(key=lambda each: (tasks.index(each["task"]), methods.index(each["method"])))
-    record = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": machine() | {p: version(p) for p in ("ogbench", "mujoco")},
-        "paper": PAPER,
-        "settings": settings,
-        "differences": differences(o, runs),
-        "summary": summarise(runs, o.episodes),
-        "runs": runs,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     o = _options(arguments)
-    path = RESULTS / f"{o.result}.json"
     # what decides a figure besides its task and method
-    settings = {
-        name: getattr(o, name)
-        for name in ("draw", "updates", "width", "layers", "episodes", "seeds", "points")
-    }
-    others = [path] * (o.resume and path.exists()) + [RESULTS / f"{n}.json" for n in o.take]
-    runs = before(others, settings)
-    finished = {(each["task"], each["method"]) for each in runs}
+    names = ("draw", "updates", "width", "layers", "episodes", "seeds", "points")
+    runs: list[dict[str, Any]] = []
     for name in o.tasks:
-        missing = [method for method in o.methods if (name, method) not in finished]
-        dataset = load(o, TASKS[name]) if missing else None
-        for method in missing:
-            assert dataset is not None
+        dataset = load(o, TASKS[name])
+        for method in o.methods:
             runs.append(run(o, name, method, dataset))
-            write(o, path, settings, runs)
-    if o.take:
-        write(o, path, settings, runs)
+            content = {
+                "paper": PAPER,
+                "settings": {name: getattr(o, name) for name in names},
+                "differences": differences(o, runs),
+                "summary": summarise(runs, o.episodes),
+                "runs": runs,
+            }
+            save(RESULTS / f"{o.result}.json", content, packages=["ogbench", "mujoco"])
     lines = summarise(runs, o.episodes)
     print(f"\n{table(lines)}\n\nPublished: {PAPER}. What differs:")
     print("\n".join(f"- {text}" for text in differences(o, runs)))
@@ -373,8 +333,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true")
     add("--alone", action="store_true", help="train one seed after the other")
     add("--result", default="ogbench", help="name of the result file")
-    add("--resume", action="store_true", help="keep the runs that the result file has")
-    add("--take", nargs="+", default=[], help="result files of other processes, to join them")
     o = parser.parse_args(arguments)
     if o.updates % o.points or o.seeds < 1:
         parser.error("--updates must be a multiple of --points, and --seeds at least 1")

@@ -11,14 +11,12 @@ Writes benchmarks/results/pointmaze.json.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 
-from bench_learning import RESULTS, machine
+from record import RESULTS, save
 
 import numpy as np
 import torch
@@ -54,18 +52,13 @@ def main() -> None:
                     for row in rows
                 )
                 print(f"{task} {maze} seed {seed}: {shown} ({seconds:.0f} s)", flush=True)
-    record = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": machine() | {"gymnasium-robotics": version("gymnasium-robotics")},
+    content = {
         "configs": {task: asdict(config) for task, config in configs.items()},
         "episodes": options.episodes,
         "summary": summarise(runs),
-        "runs": runs,
+        "runs": [{k: v if isinstance(v, str) else float(v) for k, v in r.items()} for r in runs],
     }
-    RESULTS.mkdir(exist_ok=True)
-    # JSON has no NaN: the steps of a policy that never reaches the goal are null.
-    text = json.dumps(record, indent=1, default=float).replace("NaN", "null")
-    (RESULTS / "pointmaze.json").write_text(text + "\n")
+    save(RESULTS / "pointmaze.json", content, packages=["gymnasium-robotics"])
 
 
 def summarise(runs: list[dict]) -> list[dict]:

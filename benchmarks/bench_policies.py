@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench_learning import RESULTS, machine
 from iql_torchrl import (
     PRESETS,
     IQLConfig,
@@ -34,8 +32,8 @@ from iql_torchrl import (
 )
 from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.evaluation.statistics import mean_interval
-from iql_torchrl.files import whole_file
 from iql_torchrl.losses import LossCritics
+from record import RESULTS, save
 
 import numpy as np
 import torch
@@ -214,15 +212,7 @@ def main() -> None:
     tasks = []
     for name in o.tasks:
         tasks.append(run(o, name))
-        record = {
-            "command": " ".join(["python", *sys.argv]),
-            "machine": machine(),
-            "episodes": o.episodes,
-            "tasks": tasks,
-        }
-        RESULTS.mkdir(exist_ok=True)
-        with whole_file(RESULTS / f"{o.result}.json") as temporary:
-            temporary.write_text(json.dumps(record, indent=1).replace("NaN", "null") + "\n")
+        save(RESULTS / f"{o.result}.json", {"episodes": o.episodes, "tasks": tasks})
     print(f"\n{table(tasks)}")
 
 

@@ -16,17 +16,14 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-import sys
-import time
 import warnings
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
-from bench_learning import RESULTS
-from bench_step import Results, attempt, calls_for, integers, machine_of, timed, write
-from iql_torchrl.report.figures import save
-from population_rivals import FLOORS, SINGLES, Make, competitors, dataset_of, single
+from bench_step import Results, integers, machine_of, measure
+from iql_torchrl.report.figures import save as save_figure
+from population_rivals import FLOORS, SINGLES, competitors, dataset_of
+from record import RESULTS, save
 from step_rivals import Sizes
 
 import torch
@@ -42,42 +39,6 @@ LOOKS = {
     "single compiled": ("#d62728", "", "--"),
     "floor": ("black", "", "-"),
 }
-
-
-def prepare(make: Make, sizes: Sizes, device: str) -> Results:
-    """Built, compiled and called once; ``peak_mib`` on CUDA is the additional memory."""
-    on_cuda = device.startswith("cuda")
-    if on_cuda:
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    update, per_call = make()
-    timed(update, 3, sizes, device)
-    results = {"update": update, "updates_per_call": per_call, "ms": []}
-    results["preparation_s"] = time.perf_counter() - began
-    if on_cuda:
-        results["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return results
-
-
-def measure(results: dict[str, Results], sizes: Sizes, o: argparse.Namespace) -> None:
-    """Alternate blocks of ``o.block`` seconds; milliseconds per update of every block."""
-    names = [name for name in results if "update" in results[name]]
-    for name in names:
-        entry = results[name]
-        seek = partial(calls_for, o.block, entry["update"], sizes, o.device)
-        entry["calls_per_block"] = attempt(entry, seek)
-    for number in range(o.rounds):
-        turn = number % max(1, len(names))
-        for name in names[turn:] + names[:turn]:
-            entry = results[name]
-            if "failed" in entry:
-                continue
-            calls = entry["calls_per_block"]
-            taken = attempt(entry, partial(timed, entry["update"], calls, sizes, o.device))
-            if taken is not None:
-                entry["ms"].append(1e3 * taken / calls / entry["updates_per_call"])
 
 
 def summarise(results: dict[str, Results], count: int) -> None:
@@ -142,7 +103,7 @@ def draw(path: Path, points: list[Results], title: str) -> None:
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4,
                   fontsize=8, frameon=False)  # fmt: skip
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def cost(results: dict[str, Results], name: str) -> float | None:
@@ -179,37 +140,22 @@ def main() -> None:
     ending = f"_{o.result}" if o.result else ""
     path = (o.output or RESULTS) / f"population_{o.device.split(':')[0]}{ending}.json"
     machine = machine_of(o.device)
-    record: Results = {"command": " ".join(["python", *sys.argv]), "machine": machine, "points": []}
+    record: Results = {"machine": machine, "points": []}
     words = o.only.split(",")
     title = str(machine["name"]) + ("" if "cuda" in o.device else f", {machine['threads']} threads")
     for width in o.widths:
         sizes = Sizes(width=width, batch=o.batch, rows=o.rows)
         log = dataset_of(sizes)
-        alone = {
-            f"single {form}": partial(single, form, log, sizes, o.device, o.captured_updates)
-            for form in ("captured", "compiled")
-        }
-        prepared: dict[str, Results] = {}
         for count in o.members:
-            makers = alone | competitors(log, sizes, o.device, o.captured_updates, count)
-            makers = {n: m for n, m in makers.items() if any(w in n for w in words)}
-            results: dict[str, Results] = {}
-            for name, make in makers.items():
-                results[name] = dict(prepared.get(name, {}), ms=[])
-                if "update" not in results[name]:
-                    ready = attempt(results[name], partial(prepare, make, sizes, o.device))
-                    results[name] |= ready or {}
-                if name in SINGLES:
-                    prepared[name] = results[name]
-            measure(results, sizes, o)
+            rivals = competitors(log, o.captured_updates, count)
+            rivals = {n: m for n, m in rivals.items() if any(w in n for w in words)}
+            results, _ = measure(rivals, sizes, o.device, o.rounds, o.block, 0)
             summarise(results, count)
             show(results, sizes, count)
-            kept = {n: {k: v for k, v in f.items() if k != "update"} for n, f in results.items()}
-            point = {"sizes": asdict(sizes), "members": count, "competitors": kept}
+            point = {"sizes": asdict(sizes), "members": count, "competitors": results}
             record["points"].append(point)
-            write(path, record)
+            save(path, record)
             draw(path.with_suffix(".png"), record["points"], title)
-            del results
             gc.collect()
 
 

@@ -6,8 +6,7 @@ Starts itself as two gloo ranks of one thread each. For each width and batch: th
 joined batch in one process while the other rank waits, the update on two ranks, and the part of it
 that the exchanges take (waiting for the slower rank included), in alternation. Also the time of the
 exchange with which the trainer agrees on stopping, and of gathering the joined batch, which every
-rank does. Prints these times, and what estimate_ranks.py makes of them for GPUs, as tables of
-Markdown. Writes benchmarks/results/ranks.json.
+rank does. Writes benchmarks/results/ranks.json.
 """
 
 from __future__ import annotations
@@ -24,18 +23,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench_learning import machine
-from bench_step import write
-from estimate_ranks import estimates, table
 from iql_torchrl import IQLConfig, load_dataset, make_agent
 from iql_torchrl.data import replay_buffer
 from iql_torchrl.distributed import Ranks, data_parallel
+from iql_torchrl.report import text_table
+from record import RESULTS, save
 
 import torch
 from gymnasium import spaces
 from torch import Tensor, distributed
 
-RESULT = Path(__file__).parent / "results" / "ranks.json"
 OBSERVATION, ACTION, ROWS = 17, 6, 20_000  # the sizes of HalfCheetah
 
 
@@ -110,11 +107,8 @@ def rank_main(options: argparse.Namespace) -> None:
         for batch in options.batches
     ]
     agreement = 1e6 * seconds_of(lambda: group.largest(0), 200)
-    matrix = torch.randn(1024, 1024)
     if group.is_main:
-        fastest = min(seconds_of(lambda: matrix @ matrix, 1) for _ in range(20))
-        measured = [rows, agreement, 2 * 1024**3 / fastest]
-        Path(options.folder, "rows.json").write_text(json.dumps(measured))
+        Path(options.folder, "rows.json").write_text(json.dumps([rows, agreement]))
     distributed.barrier()
     group.close()
 
@@ -138,20 +132,11 @@ def main(arguments: list[str] | None = None) -> None:
         codes = [rank.wait() for rank in ranks]
         if any(codes):
             sys.exit(1)
-        rows, agreement, processor = json.loads(Path(folder, "rows.json").read_text())
-    print(table(rows))
-    print(f"\nagreeing on a stop: {agreement:.0f} us; products: {processor / 1e9:.0f} GFLOP/s")
-    if len(options.batches) > 1:
-        print("\n" + estimates(rows, processor))
-    record = {
-        "command": "python benchmarks/bench_ranks.py " + " ".join(given),
-        "processor": processor,
-        "machine": machine(),
-        "load": os.getloadavg(),
-        "agreement_us": agreement,
-        "rows": rows,
-    }
-    write(RESULT, record)
+        rows, agreement = json.loads(Path(folder, "rows.json").read_text())
+    print(text_table([list(rows[0]), *([f"{v:,.4g}" for v in row.values()] for row in rows)]))
+    print(f"\nagreeing on a stop: {agreement:.0f} us")
+    content = {"load": os.getloadavg(), "agreement_us": agreement, "rows": rows}
+    save(RESULTS / "ranks.json", content)
 
 
 if __name__ == "__main__":

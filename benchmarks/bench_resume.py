@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
-import platform
 import random
 import signal
 import sys
@@ -25,12 +23,11 @@ from pathlib import Path
 
 from iql_torchrl import IQLConfig, OfflineTrainer, load_dataset, make_agent
 from iql_torchrl.files import CheckpointError, newest
+from record import RESULTS, save
 
 import gymnasium as gym
 import numpy as np
 import torch
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def dataset():
@@ -152,20 +149,8 @@ def main() -> int:
                 f"{'equal' if row['equal'] else 'DIFFERENT'}",
                 flush=True,
             )
-    record = {
-        "command": "python " + " ".join(sys.argv),
-        "machine": {
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "updates": options.updates,
-        "seconds_to_last_checkpoint": duration,
-        "trials": trials,
-    }
-    temporary = options.output.with_name(f".{options.output.name}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, options.output)
+    content = {"updates": options.updates, "seconds_to_last_checkpoint": duration, "trials": trials}
+    save(options.output, content)
     equal = sum(bool(row["equal"]) for row in trials)
     print(f"{equal} of {len(trials)} equal bit for bit")
     return 0 if equal == len(trials) else 1

@@ -156,12 +156,12 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    from bench_step import RESULTS, machine_of, write
+    from bench_step import machine_of
+    from record import RESULTS, save
 
     options = parse()
     revisions = [options.old, options.new]
     record: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
         "machine": machine_of(options.device),
         "revisions": revisions,
         "products": options.products,
@@ -171,7 +171,7 @@ def main() -> None:
     for width in map(int, options.widths.split(",")):
         print(f"\nwidth {width}: {revisions[0]}, {revisions[1]}, median of ratios")
         record["widths"][width] = compare(revisions, width, options)
-        write(RESULTS / f"revisions_{options.device.split(':')[0]}{ending}.json", record)
+        save(RESULTS / f"revisions_{options.device.split(':')[0]}{ending}.json", record)
 
 
 if __name__ == "__main__":

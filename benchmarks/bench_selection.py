@@ -27,7 +27,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bench_learning import RESULTS, machine
 from iql_torchrl import (
     PRESETS,
     Agent,
@@ -41,6 +40,7 @@ from iql_torchrl.data.builtin.icu_sepsis import NAME
 from iql_torchrl.evaluation.statistics import rank_correlations
 from iql_torchrl.files import whole_file
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
+from record import RESULTS, machine
 from selection_truth import Levels, Truths, truths
 
 import numpy as np

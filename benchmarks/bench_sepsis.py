@@ -17,10 +17,10 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from bench_learning import RESULTS, machine
 from iql_torchrl import OfflineDataset, load_dataset
 from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
+from record import RESULTS, machine
 
 import gymnasium
 import icu_sepsis  # noqa: F401  (registers the environment)

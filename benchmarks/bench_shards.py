@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import subprocess
 import sys
 import tempfile
 import threading
@@ -31,6 +29,7 @@ from statistics import median
 from typing import Any
 
 from bench_data import EPISODE, write_d4rl
+from record import RESULTS, in_process, print_step, save
 
 OBSERVATION, ACTION, BATCH = 111, 8, 256
 #: Two observations, action, reward, three flags, the episode's number.
@@ -191,17 +190,6 @@ STEPS = {f.__name__: f for f in (write_log, build, train, sample, update)}
 PASSED = ("size_gb", "shards", "loaded", "replace_every", "sample_block", "updates", "rounds")
 
 
-def measured(step: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The result of one step in a process of its own."""
-    command = [sys.executable, __file__, "--step", step, "--folder", str(options.folder)]
-    for name in PASSED:
-        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    result: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
-    print(step, {k: v for k, v in result.items() if k != "seconds" or step == "build"}, flush=True)
-    return result
-
-
 def compared(seconds: dict[str, list[float]], block: int) -> dict[str, Any]:
     """Median batches a second of each, and of the shards' over the others' within a round."""
     speeds = {name: [block / taken for taken in values] for name, values in seconds.items()}
@@ -248,29 +236,23 @@ def main() -> None:
     add("--folder", type=Path, help="where the data is made; by default the system's")
     add("--step", choices=list(STEPS), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.step:
-        print(json.dumps(STEPS[options.step](options)))
+    if print_step(STEPS, options):
         return
     place = str(options.folder)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         options.folder = Path(folder)
-        result: dict[str, Any] = {name: measured(name, options) for name in STEPS}
+        result: dict[str, Any] = {}
+        for name in STEPS:
+            result[name] = in_process(__file__, name, options, PASSED)
+            print(name, {k: v for k, v in result[name].items() if k != "seconds"}, flush=True)
     for name, block in (("sample", options.sample_block), ("update", options.replace_every)):
         result[name] |= compared(result[name]["seconds"], block)
     for quantity, value, limit in report(result):
         print(f"{quantity:42} {value:64} {limit}")
-    from bench_learning import RESULTS, machine
-
     words = [word for word in sys.argv if word not in ("--folder", place)]
     settings = {name: getattr(options, name) for name in PASSED}
-    record = {
-        "command": " ".join(["python", *words]),
-        "machine": machine(),
-        **settings,
-        **result,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    content = {"command": " ".join(["python", *words]), **settings, **result}
+    save(RESULTS / f"{options.name}.json", content)
 
 
 if __name__ == "__main__":

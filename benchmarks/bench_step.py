@@ -4,11 +4,10 @@
     python benchmarks/bench_step.py --widths 64,256,1024 --critics 2,5,10 --only compiled,floor
 
 Sampling is included. Blocks of all competitors alternate and have about the same duration; medians
-are compared. ``floor`` is the time of the matrix products of one update alone, each network by
-itself; ``floor of ours`` is that of the products that our update has. A computed time of bytes and
-kernels is shown besides (``step_floors.py``). Axes with several values are swept one at a time around
-the default point. Writes benchmarks/results/step_DEVICE[_NAME].json; ``report.py`` makes table and
-picture.
+are compared. ``floor`` is the time of the matrix products of one update alone, each network by itself;
+``floor of ours`` is that of the products that our update has (``step_floors.py``). Axes with several
+values are swept one at a time around the default point. Writes
+benchmarks/results/step_DEVICE[_NAME].json; ``report.py`` makes table and picture.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import argparse
 import gc
 import importlib.metadata
 import statistics
-import sys
 import time
 import traceback
 import warnings
@@ -27,16 +25,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench_learning import RESULTS
-from record import machine, processor, write
-from step_floors import floor, floor_of_ours, limit_of_bytes
+from record import RESULTS, machine, processor, save
+from step_floors import floor, floor_of_ours
 from step_rivals import (
     FORMS,
     ORDERS,
+    Made,
     Rival,
     Sizes,
     Update,
-    captured,
     ours,
     packed,
     plain_torch,
@@ -55,7 +52,7 @@ Results = dict[str, Any]
 
 
 def jax_rival(name: str) -> Rival:
-    def build(rows: TensorDict, sizes: Sizes, device: str) -> tuple[Update, int]:
+    def build(rows: TensorDict, sizes: Sizes, device: str) -> Made:
         import step_rivals_jax
 
         return getattr(step_rivals_jax, name)(rows, sizes, device)
@@ -74,7 +71,7 @@ def competitors(device: str, updates: int = 8, only: str = "") -> dict[str, Riva
         "JAX step": jax_rival("jax_step"),
     }
     for order in ORDERS:
-        for form in FORMS if captured is not None else FORMS[:2]:
+        for form in FORMS:
             results[f"ours {order} {form}"] = partial(ours, order=order, form=form, updates=updates)
     results |= {FLOOR: floor, "floor of ours": floor_of_ours}
     if device.startswith("cuda"):
@@ -227,16 +224,6 @@ def show(sizes: Sizes, results: dict[str, Results]) -> None:
         print(line, flush=True)
 
 
-def show_limit(limit: Results) -> None:
-    speeds = ", ".join(f"{speed:.0f}" for speed in limit["bandwidth_gb_per_s"].values())
-    print(
-        f"bytes and kernels: {limit['ms']:.4f} ms = {limit['bytes']['all'] / 1e6:.2f} MB / "
-        f"{max(limit['bandwidth_gb_per_s'].values()):.0f} GB/s (measured {speeds}) + "
-        f"{limit['kernels']} kernels * {limit['launch_us']:.2f} us",
-        flush=True,
-    )
-
-
 def sweep(options: argparse.Namespace) -> Iterator[tuple[str, Sizes]]:
     """The default point, then every other value of each axis, the other axes as there."""
     base = Sizes(dtype=options.dtype, matmul_precision=options.matmul_precision)
@@ -294,11 +281,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # tensordict under torch.compile
     ending = f"_{options.result}" if options.result else ""
     path = options.output / f"step_{device.split(':')[0]}{ending}.json"
-    record = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": machine_of(device),
-        "points": [],
-    }
+    record = {"machine": machine_of(device), "points": []}
     rivals, block = competitors(device, options.captured_updates, options.only), 0.0
     for axis, sizes in sweep(options):
         torch._dynamo.reset()
@@ -309,10 +292,7 @@ def main() -> None:
         show(sizes, results)
         point = {"axis": axis, "sizes": asdict(sizes), "competitors": results}
         record["points"].append(point)
-        write(path, record)
-        point["limit_of_bytes"] = limit_of_bytes(sizes, device)
-        show_limit(point["limit_of_bytes"])
-        write(path, record)
+        save(path, record)
         packed.cache_clear()
         gc.collect()
         if device.startswith("cuda"):

@@ -12,66 +12,22 @@ minute, is not part of a block; its own time is given. Writes benchmarks/results
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
-from iql_torchrl import IQLLoss, IQLStep, OfflineTrainer, compiled, networks, policies
+from iql_torchrl import IQLStep, OfflineTrainer, compiled
 from iql_torchrl.data import replay_buffer
-
-import torch
-import torchrl
-from tensordict import TensorDict
-from torchrl.data import Bounded
-from torchrl.modules import ValueOperator
-from torchrl.objectives import SoftUpdate
-
-RESULTS = Path(__file__).parent / "results"
-OBSERVATION, ACTION, ROWS, BATCH = 17, 6, 100_000, 256
-
-
-def table() -> TensorDict:
-    """Random transitions of HalfCheetah's sizes."""
-    return TensorDict(
-        {
-            "observation": torch.randn(ROWS, OBSERVATION),
-            "action": torch.rand(ROWS, ACTION) * 2 - 1,
-            "next": {
-                "observation": torch.randn(ROWS, OBSERVATION),
-                "reward": torch.randn(ROWS, 1),
-                "terminated": torch.zeros(ROWS, 1, dtype=torch.bool),
-                "done": torch.zeros(ROWS, 1, dtype=torch.bool),
-            },
-        },
-        batch_size=[ROWS],
-    )
-
-
-def make_step(width: int) -> IQLStep:
-    spec = Bounded(-torch.ones(ACTION), torch.ones(ACTION), (ACTION,))
-    hidden = (width, width)
-    actor = policies.gaussian(OBSERVATION, spec, hidden=hidden)
-    value = ValueOperator(networks.StateValue(OBSERVATION, hidden=hidden), in_keys=["observation"])
-
-    def critic() -> ValueOperator:
-        net = networks.Critic(OBSERVATION, ACTION, hidden=hidden)
-        return ValueOperator(net, in_keys=["observation", "action"])
-
-    loss = IQLLoss(actor, critic, value, diagnostics=True)
-    return IQLStep(
-        loss, torch.optim.Adam(loss.parameters(), fused=True), SoftUpdate(loss, tau=0.005)
-    )
+from iql_torchrl.trainers import run_folder
+from record import RESULTS, save
+from step_rivals import Sizes, make_step, transitions
 
 
 def measure(step: IQLStep, block: int, rounds: int, folder: Path) -> dict[str, list[float]]:
     """Seconds of each block of ``block`` updates, by kind."""
-    buffer = replay_buffer(table(), BATCH, seed=0)
+    buffer = replay_buffer(transitions(Sizes()), 256, seed=0)
     shared = {"replay_buffer": buffer, "total_updates": block, "progress_bar": False}
     plain = OfflineTrainer(step=step, log_interval=block, **shared)
     writing = OfflineTrainer(
@@ -79,30 +35,29 @@ def measure(step: IQLStep, block: int, rounds: int, folder: Path) -> dict[str, l
     )
     writing.data_state.state_dict()  # the digest of the data is made once a run
     seconds: dict[str, list[float]] = {"bare": [], "loop": [], "folder": [], "picture": []}
-    picture = writing.folder.draw
+    draw = run_folder.draw
 
-    def timed(*args: object, now: bool = False, **kwargs: object) -> None:
+    def timed(*args: object, **kwargs: object) -> None:
         began = time.perf_counter()
-        picture(*args, now=now, **kwargs)
-        if now:
-            seconds["picture"].append(time.perf_counter() - began)
+        draw(*args, **kwargs)
+        seconds["picture"].append(time.perf_counter() - began)
 
-    writing.folder.draw = timed
-    for number in range(rounds + 1):  # the first round warms up
-        kinds = [("bare", None), ("loop", plain), ("folder", writing)]
-        for kind, trainer in kinds[number % 3 :] + kinds[: number % 3]:  # each after each other
-            drawn = len(seconds["picture"])
-            if trainer is not None:
-                trainer.total_frames = trainer.updates + block
-            began = time.perf_counter()
-            if trainer is None:
-                for _ in range(block):
-                    step(buffer.sample())
-            else:
-                trainer.train()
-            taken = time.perf_counter() - began - sum(seconds["picture"][drawn:])
-            if number:
-                seconds[kind].append(taken)
+    with mock.patch.object(run_folder, "draw", timed):
+        for number in range(rounds + 1):  # the first round warms up
+            kinds = [("bare", None), ("loop", plain), ("folder", writing)]
+            for kind, trainer in kinds[number % 3 :] + kinds[: number % 3]:  # each after each other
+                drawn = len(seconds["picture"])
+                if trainer is not None:
+                    trainer.total_frames = trainer.updates + block
+                began = time.perf_counter()
+                if trainer is None:
+                    for _ in range(block):
+                        step(buffer.sample())
+                else:
+                    trainer.train()
+                taken = time.perf_counter() - began - sum(seconds["picture"][drawn:])
+                if number:
+                    seconds[kind].append(taken)
     return seconds
 
 
@@ -113,7 +68,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
-    step = make_step(options.width)
+    step = make_step(Sizes(width=options.width), "cpu", "sequential")
     step = compiled(step) if options.compile else step
     with tempfile.TemporaryDirectory() as root:
         seconds = measure(step, options.block, options.rounds, Path(root) / "run")
@@ -126,28 +81,9 @@ def main() -> None:
         ratio = f"{ratios.get(kind, 1):.3f} of the bare loop"
         print(f"{kind:7} {1e3 * medians[kind] / options.block:7.3f} ms per update  {ratio}")
     print(f"picture {medians['picture']:7.3f} s, at most once a minute and at the end")
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    record = {
-        "command": "python " + " ".join(sys.argv),
-        "machine": {
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchrl": torchrl.__version__,
-            "commit": subprocess.run(
-                commit, capture_output=True, text=True, check=False
-            ).stdout.strip(),
-        },
-        "updates_per_block": options.block,
-        "median_seconds": medians,
-        "median_ratio_to_bare": ratios,
-        "seconds": seconds,
-    }
-    path = RESULTS / ("trainer_compiled.json" if options.compile else "trainer.json")
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
+    content = {"updates_per_block": options.block, "median_seconds": medians}
+    content |= {"median_ratio_to_bare": ratios, "seconds": seconds}
+    save(RESULTS / ("trainer_compiled.json" if options.compile else "trainer.json"), content)
 
 
 if __name__ == "__main__":

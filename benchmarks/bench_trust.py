@@ -20,10 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_learning import RESULTS, machine
 from iql_torchrl import fitted_q_evaluation, rank_members
 from iql_torchrl.evaluation.statistics import wilson_interval
 from iql_torchrl.files import whole_file
+from record import RESULTS, machine
 from trust_families import FAMILIES, Problem
 
 import numpy as np

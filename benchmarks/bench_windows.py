@@ -1,4 +1,4 @@
-"""Time and memory of windows of observations, and time of the networks that read them.
+"""Time and memory of windows of observations and of stacks of frames.
 
     python benchmarks/bench_windows.py                    # 5 GB of disk, minutes
     python benchmarks/bench_windows.py --images 10000     # the same with a tenth of the images
@@ -10,20 +10,16 @@ and deletes the data that it made.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench_data import ACTION, BATCH, EPISODE, OBSERVATION, interleaved
+from record import RESULTS, in_process, print_step, save
 
 IMAGE = (84, 84, 3)
 LENGTHS = (1, 4, 16)
-WIDTH = 128  # of the networks
 
 
 def trajectories(rows: int) -> Any:
@@ -153,56 +149,14 @@ def sample_images(options: argparse.Namespace) -> dict[str, float]:
     return interleaved(calls, max(20, options.rounds // 20), "cpu")
 
 
-def encoders(options: argparse.Namespace) -> dict[str, float]:
-    """Microseconds of forward and backward passes over windows of 16 steps, in batches of 256."""
-    from iql_torchrl.networks import CausalTransformer, LSTMEncoder
-
-    import torch
-    from torch import nn
-
-    torch.set_num_threads(options.threads)
-    window = torch.randn(BATCH, 16, OBSERVATION)
-    mask = torch.arange(16) >= torch.randint(0, 16, (BATCH, 1))
-    lstm = LSTMEncoder(OBSERVATION, WIDTH)
-    transformer = CausalTransformer(OBSERVATION, WIDTH, layers=2, heads=4, length=16)
-    reference = nn.LSTM(OBSERVATION, WIDTH, batch_first=True)
-
-    def of(network: Callable[..., Any], module: nn.Module) -> Callable[[], object]:
-        parameters = list(module.parameters())
-
-        def run() -> object:
-            return torch.autograd.grad(network(window, mask).square().sum(), parameters)
-
-        return run
-
-    def torchs(window: Any, mask: Any) -> Any:
-        return reference(window * mask[..., None])[0][:, -1]
-
-    calls = {
-        "nn.LSTM eager, padding not masked": of(torchs, reference),
-        "LSTMEncoder eager": of(lstm, lstm),
-        "LSTMEncoder compiled": of(torch.compile(lstm, fullgraph=True), lstm),
-        "CausalTransformer eager": of(transformer, transformer),
-        "CausalTransformer compiled": of(torch.compile(transformer, fullgraph=True), transformer),
-    }
-    return interleaved(calls, max(20, options.rounds // 20), "cpu")
-
-
 FORMS = (
     "mapped, rows", "mapped, stack of 1", "mapped, stack of 4",
     "in memory, rows", "in memory, stack of 1", "in memory, stack of 4",
 )  # fmt: skip
-STEPS = {f.__name__: f for f in (sample_vectors, write_images, hold, sample_images, encoders)}
+STEPS = {f.__name__: f for f in (sample_vectors, write_images, hold, sample_images)}
 
 
-def measured(step: str, options: argparse.Namespace, form: str = "") -> dict[str, float]:
-    """The result of one step in a process of its own."""
-    command = [sys.executable, __file__, "--step", step, "--folder", str(options.folder)]
-    for name in ("rows", "images", "rounds", "threads"):
-        command += [f"--{name}", str(getattr(options, name))]
-    command += ["--form", form]
-    out = subprocess.run(command, env=os.environ, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(out.stdout.splitlines()[-1])
+PASSED = ("rows", "images", "rounds", "form")
 
 
 def main() -> None:
@@ -211,47 +165,28 @@ def main() -> None:
     add("--rows", type=int, default=1_000_000, help="of vectors")
     add("--images", type=int, default=100_000)
     add("--rounds", type=int, default=1_000, help="timed samples each")
-    add("--threads", type=int, default=1, help="of the networks")
-    add("--only", nargs="*", choices=["vectors", "memory", "images", "encoders"])
     add("--folder", type=Path, help=argparse.SUPPRESS)
-    add("--form", help=argparse.SUPPRESS)
+    add("--form", default="", help=argparse.SUPPRESS)
     add("--step", choices=list(STEPS), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.step:
-        print(json.dumps(STEPS[options.step](options)))
+    if print_step(STEPS, options):
         return
-    parts = options.only or ["vectors", "memory", "images", "encoders"]
+
+    def measured(step: str, form: str = "") -> dict[str, Any]:
+        options.form = form
+        return in_process(__file__, step, options, PASSED)
+
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
-        result = everything(options, parts)
-    from bench_learning import RESULTS, machine
-
-    path = RESULTS / "windows.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
-    command = " ".join(["python", *sys.argv])
-    for name, values in result.items():
-        record[name] = {"command": command, "machine": machine(), **values}
-    RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def everything(options: argparse.Namespace, parts: list[str]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    if "vectors" in parts:
-        result["vectors_us"] = measured("sample_vectors", options)
-    if "memory" in parts or "images" in parts:
-        measured("write_images", options)
-    if "memory" in parts:
-        result["memory"] = {form: measured("hold", options, form) for form in FORMS}
-    if "images" in parts:
-        result["images_us"] = measured("sample_images", options)
-    if "encoders" in parts:
-        result["encoders_us"] = measured("encoders", options)
+        result = {"vectors_us": measured("sample_vectors")}
+        measured("write_images")
+        result["memory"] = {form: measured("hold", form) for form in FORMS}
+        result["images_us"] = measured("sample_images")
     for name, values in result.items():
         print(name)
         for row, value in values.items():
             print(f"  {row:36} {value if isinstance(value, dict) else f'{value:.0f}'}")
-    return result
+    save(RESULTS / "windows.json", result)
 
 
 if __name__ == "__main__":

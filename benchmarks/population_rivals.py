@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -15,16 +14,15 @@ from iql_torchrl import (
     make_agent,
 )
 from step_floors import products, replayed
-from step_rivals import Sizes, Update
+from step_rivals import Made, Rival, Sizes, in_form
 
 import numpy as np
 import torch
 from gymnasium import spaces
+from tensordict import TensorDict
 
 SINGLES = ("single captured", "single compiled")
 FLOORS = ("floor batched", "floor one by one")
-Made = tuple[Update, int]  # and the updates of a call
-Make = Callable[[], Made]
 
 
 def dataset_of(sizes: Sizes) -> OfflineDataset:
@@ -56,22 +54,22 @@ def config_of(sizes: Sizes, device: str, **more: Any) -> IQLConfig:
     )
 
 
-def single(form: str, log: OfflineDataset, sizes: Sizes, device: str, updates: int) -> Made:
-    agent = make_agent(config_of(sizes, device, compile=form == "compiled"), log)
-    batches = log.device_sampler(sizes.batch, device=device, seed=0)
-    if form == "captured":
-        return captured(agent.step, batches, updates=updates), updates
-    return (lambda: agent.step(batches.sample())), 1
+def single(
+    form: str, log: OfflineDataset, updates: int, _: TensorDict, sizes: Sizes, device: str
+) -> Made:
+    step = make_agent(config_of(sizes, device), log).step
+    return in_form(step, form, log.transitions, sizes, device, updates)
 
 
 def population(
     batches: str,
     form: str,
     log: OfflineDataset,
-    sizes: Sizes,
-    device: str,
     updates: int,
     count: int,
+    _: TensorDict,
+    sizes: Sizes,
+    device: str,
 ) -> Made:
     # knobs differ between members, so that none is a constant of the program
     configs = [
@@ -84,7 +82,7 @@ def population(
     return (lambda: runs.step(runs.sampler.sample())), 1
 
 
-def floor(sizes: Sizes, device: str, count: int, batched: bool) -> Made:
+def floor(count: int, batched: bool, _: TensorDict, sizes: Sizes, device: str) -> Made:
     """Operands of one shape share their memory, so that it stays in the cache where it fits."""
     operand = lru_cache(None)(lambda *shape: torch.randn(shape, device=device))
     result = lru_cache(None)(lambda *shape: torch.empty(shape, device=device))
@@ -102,14 +100,14 @@ def floor(sizes: Sizes, device: str, count: int, batched: bool) -> Made:
     return (replayed(update, work) if device.startswith("cuda") else update), 1
 
 
-def competitors(
-    log: OfflineDataset, sizes: Sizes, device: str, updates: int, count: int
-) -> dict[str, Make]:
-    sized = (log, sizes, device, updates, count)
-    results = {
-        f"{batches} {form}": partial(population, batches, form, *sized)
-        for batches in ("shared", "own")
-        for form in ("captured", "eager")
+def competitors(log: OfflineDataset, updates: int, count: int) -> dict[str, Rival]:
+    rivals: dict[str, Rival] = {
+        name: partial(single, name.split()[1], log, updates) for name in SINGLES
     }
-    batched = dict(zip(FLOORS, (True, False), strict=True))
-    return results | {name: partial(floor, sizes, device, count, b) for name, b in batched.items()}
+    for batches in ("shared", "own"):
+        for form in ("captured", "eager"):
+            rivals[f"{batches} {form}"] = partial(population, batches, form, log, updates, count)
+    return rivals | {
+        name: partial(floor, count, batched)
+        for name, batched in zip(FLOORS, (True, False), strict=True)
+    }

@@ -14,24 +14,21 @@ another.
 from __future__ import annotations
 
 import argparse
-import logging
 import statistics
-import sys
 import warnings
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench_step import machine_of, timed, write
+from bench_step import machine_of, timed
+from record import save
 from step_floors import floor
-from step_rivals import FORMS, ORDERS, Sizes, Update, make_step, ours, transitions
+from step_rivals import FORMS, ORDERS, Sizes, Update, ours, transitions
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 #: kind: words in the names of its kernels, in the order in which they are asked
 KINDS = {
@@ -72,51 +69,6 @@ def kind_of(name: str, on_cuda: bool) -> str | None:
     if not low.startswith("aten::") or any(w.strip(":") in operator.split("_") for w in HOST):
         return None
     return None if operator.startswith(tuple(w.strip(":") for w in HOST)) else "other kernels"
-
-
-class Traffic(TorchDispatchMode):
-    """Bytes of what operators read and write, views left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(
-        self, operator: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        out = operator(*args, **(kwargs or {}))
-        if kind_of(f"aten::{operator.overloadpacket.__name__}", on_cuda=False) is not None:
-            touched = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-            self.bytes += sum(t.numel() * t.element_size() for t in touched)
-        return out
-
-
-def warm_up(update: Update, sizes: Sizes, device: str) -> int:
-    """Calls that compile; the bytes that the graph moves by Inductor's count, made for its log."""
-    from torch._inductor import compile_fx, config, metrics
-
-    compile_fx.inductor_metrics_log.setLevel(logging.INFO)
-    compile_fx.inductor_metrics_log.propagate = False
-    config.fx_graph_cache = False  # what is read from a cache is not counted
-    results = 0
-    for _ in range(5):
-        metrics.num_bytes_accessed = 0
-        timed(update, 1, sizes, device)
-        results = (
-            metrics.num_bytes_accessed or results
-        )  # a graph may be made twice; the last is in use
-    return results
-
-
-def bytes_moved(form: str, sizes: Sizes, device: str, order: str, generated: int) -> str:
-    """For generated code what Inductor reckons; for eager what operators are given and give."""
-    if form != "eager":
-        return f"{generated / 1e6:.1f} MB by Inductor's count of its graph"
-    step, rows = make_step(sizes, device, order), transitions(sizes, device)[: sizes.batch]
-    step(rows.clone())
-    with Traffic() as traffic:
-        step(rows.clone())
-    return f"{traffic.bytes / 1e6:.1f} MB read and written by operators, sampling left out"
 
 
 def wall(update: Update, calls: int, sizes: Sizes, device: str) -> float:
@@ -217,7 +169,7 @@ def main() -> None:
         update, a_call = ours(
             rows, sizes, device, options.order, options.form, options.captured_updates
         )
-    generated = warm_up(update, sizes, device)
+    timed(update, 5, sizes, device)
     calls = max(1, options.updates // a_call)
     events = record(update, calls, sizes, device)
     wall_ms = wall(update, calls, sizes, device) / a_call
@@ -226,16 +178,12 @@ def main() -> None:
     print(f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}; {sizes}")
     print(f"{options.order} {options.form}, {calls * a_call} updates under the profiler")
     results = show(events, calls * a_call, wall_ms, floor_ms, on_cuda)
-    results["moved"] = bytes_moved(options.form, sizes, device, options.order, generated)
-    print("\nmoved:", results["moved"])
     if on_cuda:
         results |= show_host_calls(events, calls * a_call)
     if options.output is not None:
         words = ["profile", device.split(":")[0], options.order, options.form, options.result]
-        result = {
-            "command": " ".join(["python", *sys.argv]), "machine": machine, "sizes": asdict(sizes)
-        }  # fmt: skip
-        write(options.output / ("_".join(filter(None, words)) + ".json"), result | results)
+        path = options.output / ("_".join(filter(None, words)) + ".json")
+        save(path, {"machine": machine, "sizes": asdict(sizes)} | results)
 
 
 if __name__ == "__main__":

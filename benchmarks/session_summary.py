@@ -11,12 +11,13 @@ leaves what it has. Only ``begin`` imports torch, and without torch it says so i
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from record import write
 
 TIMED_OUT = (124, 137)
 
@@ -44,12 +45,6 @@ def hardware(device: str) -> dict[str, Any]:
 
 def place(folder: str, card: str) -> Path:
     return Path(folder) / f"session_{card}.json"
-
-
-def write(path: Path, record: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 def begin(folder: str, device: str) -> None:

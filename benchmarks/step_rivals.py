@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 
-from iql_torchrl import IQLLoss, IQLStep, compiled, networks, policies
+from iql_torchrl import IQLLoss, IQLStep, captured, compiled, networks, policies
 from iql_torchrl.data import DeviceSampler, replay_buffer
 
 import torch
@@ -22,13 +22,9 @@ from torchrl.modules import ValueOperator
 from torchrl.objectives import IQLLoss as TorchRLLoss
 from torchrl.objectives import LossModule, SoftUpdate
 
-try:
-    from iql_torchrl import captured
-except ImportError:
-    captured = None
-
 ORDERS, FORMS = ("sequential", "simultaneous"), ("eager", "compiled", "captured")
 Update = Callable[[], object]
+Made = tuple[Update, int]  # and the updates of a call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +51,7 @@ class Sizes:
         )
 
 
-Rival = Callable[[TensorDict, Sizes, str], tuple[Update, int]]
+Rival = Callable[[TensorDict, Sizes, str], Made]
 
 
 def transitions(sizes: Sizes, device: str = "cpu") -> TensorDict:
@@ -88,9 +84,7 @@ def parts(sizes: Sizes, device: str) -> tuple[nn.Module, nn.Module, nn.Module]:
     return actor.to(device), critic.to(device), value.to(device)
 
 
-def torchrl_loop(
-    rows: TensorDict, sizes: Sizes, device: str, compile: bool = False
-) -> tuple[Update, int]:
+def torchrl_loop(rows: TensorDict, sizes: Sizes, device: str, compile: bool = False) -> Made:
     """TorchRL's loss, its buffer, one backward pass, Adam, SoftUpdate."""
     loss = TorchRLLoss(
         *parts(sizes, device),
@@ -111,7 +105,7 @@ def trained_as_torchrl_does(
     *,
     lr: float,
     tau: float,
-) -> tuple[Update, int]:
+) -> Made:
     optimizer, updater = torch.optim.Adam(loss.parameters(), lr=lr), SoftUpdate(loss, tau=tau)
     buffer = replay_buffer(rows, sizes.batch, seed=0, device=device)
     forward = torch.compile(loss) if compile else loss
@@ -182,9 +176,7 @@ class PlainIQL:
                     q.lerp_(p, 0.005)
 
 
-def plain_torch(
-    rows: TensorDict, sizes: Sizes, device: str, compile: bool = False
-) -> tuple[Update, int]:
+def plain_torch(rows: TensorDict, sizes: Sizes, device: str, compile: bool = False) -> Made:
     """V, then actor and critics with the new V, then the targets; compiled: losses and targets."""
     agent, rows = PlainIQL(sizes, device), rows.to(device)
     observation, action = rows["observation"], rows["action"]
@@ -231,20 +223,31 @@ def make_step(sizes: Sizes, device: str, order: str, **adam: bool) -> IQLStep:
     return IQLStep(loss, optimizer, SoftUpdate(loss, tau=0.005), order=order)
 
 
+def in_form(
+    step: IQLStep,
+    form: str,
+    rows: TensorDict,
+    sizes: Sizes,
+    device: str,
+    updates: int = 8,
+    sampler: DeviceSampler | None = None,
+) -> Made:
+    """``step`` eager, compiled or captured, with its sampling; ``updates`` of a captured call."""
+    if form == "eager":
+        buffer = replay_buffer(rows, sizes.batch, seed=0, device=device)
+        return lambda: step(buffer.sample()), 1
+    sampler = sampler or DeviceSampler(rows, sizes.batch, device=device, seed=0)
+    if form == "captured":
+        return captured(step, sampler, updates=updates), updates
+    fast = compiled(step)
+    return lambda: fast(sampler.sample()), 1
+
+
 def ours(
     rows: TensorDict, sizes: Sizes, device: str, order: str, form: str, updates: int = 8
-) -> tuple[Update, int]:
+) -> Made:
     """``updates``: how many a call of the captured form performs."""
-    if form == "captured":
-        if captured is None:
-            raise SystemExit("this iql_torchrl has no captured(...): choose another form.")
-        in_graph = {"capturable": True} if device.startswith("cuda") else {}
-        step = make_step(sizes, device, order, **in_graph)
-        fast = captured(step, device_sampler(sizes, device), updates=updates)
-        return fast, fast.updates
-    step = make_step(sizes, device, order)
-    if form == "compiled":
-        fast, sampler = compiled(step), device_sampler(sizes, device)
-        return lambda: fast(sampler.sample()), 1
-    buffer = replay_buffer(rows, sizes.batch, seed=0, device=device)
-    return lambda: step(buffer.sample()), 1
+    in_graph = {"capturable": True} if device.startswith("cuda") and form == "captured" else {}
+    step = make_step(sizes, device, order, **in_graph)
+    sampler = None if form == "eager" else device_sampler(sizes, device)
+    return in_form(step, form, rows, sizes, device, updates, sampler)

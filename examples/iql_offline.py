@@ -18,8 +18,7 @@ from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.distributed import Ranks, data_parallel
 from iql_torchrl.evaluation import Evaluation
 from iql_torchrl.files import CheckpointError
-from iql_torchrl.report import compare
-from iql_torchrl.report.results import results_table
+from iql_torchrl.report import compare, results_table
 from iql_torchrl.trainers.command_line import (
     LoggerError,
     LoggerName,

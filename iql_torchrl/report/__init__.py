@@ -2,7 +2,18 @@
 
 from iql_torchrl.report.comparison import compare, main, table
 from iql_torchrl.report.figures import draw
-from iql_torchrl.report.groups import group_runs, series
-from iql_torchrl.report.runs import read_csv, write_csv
+from iql_torchrl.report.runs import group_runs, series
+from iql_torchrl.report.tables import read_csv, results_table, text_table, write_csv
 
-__all__ = ["compare", "draw", "group_runs", "main", "read_csv", "series", "table", "write_csv"]
+__all__ = [
+    "compare",
+    "draw",
+    "group_runs",
+    "main",
+    "read_csv",
+    "results_table",
+    "series",
+    "table",
+    "text_table",
+    "write_csv",
+]

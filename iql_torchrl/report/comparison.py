@@ -2,39 +2,74 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
+import json
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import tyro
 from numpy.typing import NDArray
 
-from iql_torchrl.report.aggregates import aggregate_table, method_scores
-from iql_torchrl.report.figures import Series, comparison_figure, draw, save
-from iql_torchrl.report.groups import Group, group_runs, series
-from iql_torchrl.report.runs import TABLE, Run, find_runs, read_run
-
-__all__ = ["draw", "main", "table"]
+from iql_torchrl.config.cli import parse_options
+from iql_torchrl.evaluation.statistics import (
+    interquartile_mean,
+    probability_of_improvement,
+    stratified_interval,
+)
+from iql_torchrl.report.figures import Series, comparison_figure, save
+from iql_torchrl.report.runs import (
+    Group,
+    common_values,
+    find_runs,
+    group_runs,
+    labelled,
+    note,
+    read_run,
+    series,
+)
+from iql_torchrl.report.tables import text_table
 
 FloatArray = NDArray[np.float64]
+#: The last evaluations by method and task; the runs of a task ``(runs,)``.
+Scores = Mapping[str, Mapping[str, FloatArray]]
 
 EVALUATED = ("return_mean", "score_mean")
 TRAINING_COLUMNS = ("success_rate", "loss_actor", "loss_qvalue", "loss_value", "value_mean")
-WIDEST_LABEL = 48
-NOTE = "Bands, 95 %: of several seeds over the seeds (Student's t), of one run over its episodes"
+COMPARABLE = ("score_mean", "success_rate")  # between tasks; a return is not
+BANDS = "Bands, 95 %: of several seeds over the seeds (Student's t), of one run over its episodes"
+
+
+@dataclass(frozen=True)
+class Options:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """folder of a run, or one that contains runs"""
+    output: Path = Path("comparison.png")
+    """picture to write, .png"""
+    metrics: tuple[str, ...] = ()
+    """columns of metrics.csv, one panel each"""
+    each: tyro.conf.FlagCreatePairsOff[bool] = False
+    """one line per run, also for runs that differ only in their seed"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw and tabulate runs. Returns 0, or 2 after an error message."""
-    options = _parser().parse_args(arguments)
+    description = "Draw runs side by side; those that differ only in their seed are one line."
+    options = parse_options(Options, arguments, description=description)
     try:
         if options.output.suffix.lower() != ".png":
             raise ValueError(f"--output is {options.output}; expected a name that ends in .png.")
         runs = [read_run(folder) for folder in find_runs(options.runs)]
-        groups = group_runs(_with_rows(runs), each=options.each)
+        for run in runs:
+            if not run.rows:
+                note(f"{run.folder} has no rows yet and is left out.")
+        groups = group_runs([run for run in runs if run.rows], each=options.each)
+        if not groups:
+            raise ValueError("none of the runs has a row yet; wait for their first evaluation.")
         metrics = _metrics(options.metrics, groups)
         panels = {name: [series(group, name) for group in groups] for name in metrics}
         drawn = {name: [s for s in lines if s is not None] for name, lines in panels.items()}
@@ -42,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not any(drawn.values()):
             raise ValueError("there is nothing to draw: no run has a metric, or see the notes.")
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        save(comparison_figure(drawn, note=NOTE), options.output)
+        save(comparison_figure(drawn, note=BANDS), options.output)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -75,46 +110,12 @@ def compare(
     save(comparison_figure({metric: lines}), path)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m iql_torchrl.report",
-        description="Draw runs side by side; those that differ only in their seed are one line.",
-    )
-    add = parser.add_argument
-    add(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="folder of a run, or one that contains runs",
-    )
-    add("--output", type=Path, default=Path("comparison.png"), metavar="FILE.png")
-    add("--metrics", nargs="+", metavar="NAME", help=f"columns of {TABLE}, one panel each")
-    add(
-        "--each",
-        action="store_true",
-        help="one line per run, also for runs that differ only in their seed",
-    )
-    return parser
-
-
-def _with_rows(runs: Sequence[Run]) -> list[Run]:
-    for run in runs:
-        if not run.rows:
-            print(f"note: {run.folder} has no rows yet and is left out.", file=sys.stderr)
-    started = [run for run in runs if run.rows]
-    if not started:
-        raise ValueError("none of the runs has a row yet; wait for their first evaluation.")
-    return started
-
-
-def _metrics(names: Sequence[str] | None, groups: Sequence[Group]) -> list[str]:
+def _metrics(names: Sequence[str], groups: Sequence[Group]) -> list[str]:
     """The columns to draw: ``names``, or the evaluations, losses and values that exist."""
-    rows = [row for group in groups for run in group.runs for row in run.rows]
-    present = {name for row in rows for name in row} - {"update"}
-    if names is None:
-        scored = all(_column_exists(group, "score_mean") for group in groups)
-        first = "score_mean" if scored else "return_mean"
+    columns = [{name for run in group.runs for row in run.rows for name in row} for group in groups]
+    present = set().union(*columns) - {"update"}
+    if not names:
+        first = EVALUATED[all("score_mean" in each for each in columns)]
         usual = [name for name in (first, *TRAINING_COLUMNS) if name in present]
         return usual or sorted(present)
     for name in names:
@@ -128,27 +129,24 @@ def _metrics(names: Sequence[str] | None, groups: Sequence[Group]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _column_exists(group: Group, name: str) -> bool:
-    return any(name in row for run in group.runs for row in run.rows)
-
-
 def _note_gaps(groups: Sequence[Group], metrics: Iterable[str]) -> None:
     """Print to stderr which numbers are missing in a group's lines and in the table."""
     for name in metrics:
         for group in groups:
             having = sum(any(name in row for row in run.rows) for run in group.runs)
             if 0 < having < len(group.runs):
-                print(
-                    f"note: {name} of {group.label} is from {having} of its {len(group.runs)} runs; "
-                    "the others have none.",
-                    file=sys.stderr,
+                note(
+                    f"{name} of {group.label} is from {having} of its {len(group.runs)} runs; the "
+                    "others have none."
                 )
             if having and series(group, name) is None:
-                print(
-                    f"note: {name} of {group.label} is missing: its runs share no update at which "
-                    "all have a finite value. See them with --each.",
-                    file=sys.stderr,
+                note(
+                    f"{name} of {group.label} is missing: its runs share no update at which all have "
+                    "a finite value. See them with --each."
                 )
+
+
+# -- the table of groups -----------------------------------------------------------------------------
 
 
 def table(groups: Sequence[Group]) -> str:
@@ -157,33 +155,24 @@ def table(groups: Sequence[Group]) -> str:
     Values are those of :func:`series`. The best of several evaluations is biased upwards: use the
     last for comparisons.
     """
-    lines: list[tuple[str, ...]] = [
-        ("", "runs", "updates", "evaluated at", "return", "score", "best evaluation")
-    ]
+    rows = [["", "runs", "updates", "evaluated at", "return", "score", "best evaluation"]]
     for group in groups:
         shown = {name: series(group, name) for name in EVALUATED}
         evaluated = shown["score_mean"] or shown["return_mean"]
         first, last = min(r.updates for r in group.runs), max(r.updates for r in group.runs)
-        cells = [
-            group.label,
-            str(len(group.runs)),
-            f"{last:,.0f}" if first == last else f"{first:,.0f} to {last:,.0f}",
-            "-" if evaluated is None else f"{evaluated.updates[-1]:,.0f}",
-            *("-" if line is None else _last(line) for line in shown.values()),
-            "-" if evaluated is None else _best(evaluated),
-        ]
-        lines.append(tuple(cells))
-    if all(line[5] == "-" for line in lines[1:]):
-        lines = [line[:5] + line[6:] for line in lines]
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    above = widths[0] > WIDEST_LABEL  # a long label has its own line
-    text = []
-    for label, *cells in lines:
-        if above and label:
-            text.append(label)
-        lead = " " * 4 if above else label.ljust(widths[0])
-        text.append("  ".join([lead, *map(str.rjust, cells, widths[1:])]).rstrip())
-    return "\n".join(text)
+        rows.append(
+            [
+                group.label,
+                str(len(group.runs)),
+                f"{last:,.0f}" if first == last else f"{first:,.0f} to {last:,.0f}",
+                "-" if evaluated is None else f"{evaluated.updates[-1]:,.0f}",
+                *("-" if line is None else _last(line) for line in shown.values()),
+                "-" if evaluated is None else _best(evaluated),
+            ]
+        )
+    if all(row[5] == "-" for row in rows[1:]):
+        rows = [row[:5] + row[6:] for row in rows]
+    return text_table(rows)
 
 
 def _last(line: Series) -> str:
@@ -204,3 +193,78 @@ def _numbers(*values: float) -> list[str]:
     size = max(map(abs, values))
     places = 1 if size >= 100 else 2 if size >= 10 else 3 if size >= 1 else 4
     return [f"{value:,.{places}f}" for value in values]
+
+
+# -- methods over several tasks ----------------------------------------------------------------------
+
+
+def method_scores(groups: Sequence[Group]) -> tuple[str, dict[str, dict[str, FloatArray]]]:
+    """The column that is compared, and its last values by method and task.
+
+    ``groups``: of runs that differ only in their seed. Runs whose settings differ only in
+    ``dataset`` and ``seed`` are one method; the dataset is the task. The column is ``score_mean``,
+    else ``success_rate``, whichever all groups have; with one task also ``return_mean``. A value is
+    that of the last update at which all runs of its group have one.
+
+    Empty where no column is comparable. Methods that lack a task, or have only one run of one, are
+    left out with a note on stderr if others remain.
+    """
+    by_method: dict[str, dict[str, Group]] = {}
+    for group in groups:
+        run = group.runs[0]
+        settings = run.settings_without("seed", "dataset")
+        key = json.dumps(settings, sort_keys=True) if settings else group.label
+        by_method.setdefault(key, {})[str(run.settings.get("dataset", ""))] = group
+    tasks = {task for of_tasks in by_method.values() for task in of_tasks}
+    columns = COMPARABLE if len(tasks) > 1 else (*COMPARABLE, "return_mean")
+    name = next((n for n in columns if all(len(common_values(g, n)[0]) for g in groups)), None)
+    if name is None:
+        return "", {}
+    runs = [[run for group in each.values() for run in group.runs] for each in by_method.values()]
+    labels = [group.label for group in labelled(runs, apart_from=("seed", "dataset"))]
+    scores, incomplete = {}, []
+    for label, of_tasks in zip(labels, by_method.values(), strict=True):
+        last = {task: common_values(group, name)[1][:, -1] for task, group in of_tasks.items()}
+        if set(last) == tasks and min(map(len, last.values())) > 1:
+            scores[label] = {task: last[task] for task in sorted(tasks)}
+        else:
+            incomplete.append(label)
+    for label in incomplete if scores else ():
+        note(
+            f"{label} is not compared over tasks: it needs two runs or more of each of "
+            f"{', '.join(sorted(tasks))}."
+        )
+    return name, scores
+
+
+def aggregate_table(scores: Scores, *, name: str) -> str:
+    """Interquartile mean of each method, and how probably the best one improves on each other.
+
+    Both with 95 % intervals of the stratified bootstrap over runs (see
+    :func:`~iql_torchrl.evaluation.statistics.stratified_interval`): of a new draw of seeds on the
+    same tasks. ``scores``: at least one method; all have the same tasks in the same order.
+    """
+    tasks = {method: list(of_tasks.values()) for method, of_tasks in scores.items()}
+    means = {method: float(interquartile_mean(*arrays)) for method, arrays in tasks.items()}
+    width = max(map(len, scores))
+    count = len(next(iter(tasks.values())))
+    lines = [
+        f"Last {name} of all runs on {count} task{'s' * (count > 1)}, 95 % intervals over seeds:",
+        f"{'':{width}}  {'runs':>5}  interquartile mean",
+    ]
+    for method, arrays in tasks.items():
+        shown = _with_interval(interquartile_mean, arrays)
+        lines.append(f"{method:{width}}  {sum(map(len, arrays)):5d}  {shown}")
+    best = max(means, key=means.__getitem__)
+    if len(tasks) > 1:
+        lines.append(f"Probability that a run of {best} is better than one of")
+    for method, arrays in tasks.items():
+        if method != best:
+            shown = _with_interval(probability_of_improvement, [*tasks[best], *arrays])
+            lines.append(f"{method:{width}}  {'':5}  {shown}")
+    return "\n".join(lines)
+
+
+def _with_interval(statistic: Callable[..., Any], samples: Sequence[FloatArray]) -> str:
+    low, high = stratified_interval(statistic, samples, seed=0)
+    return f"{float(statistic(*samples)):.3g} [{low:.3g}, {high:.3g}]"

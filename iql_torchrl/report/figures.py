@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iql_torchrl.files import whole_file
-from iql_torchrl.report.runs import EVALUATION
+from iql_torchrl.report.tables import EVALUATION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,166 +1,38 @@
-"""A run's folder as the report reads it: its table of metrics and its settings."""
+"""Runs as the report reads them: their folders, and groups of those that differ only in the seed."""
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Integral
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl.files import whole_file
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = [
-    "EVALUATION",
-    "TABLE",
-    "TRAINING",
-    "Run",
-    "find_runs",
-    "read_csv",
-    "read_run",
-    "write_csv",
-]
+from iql_torchrl.config import IQLConfig
+from iql_torchrl.evaluation.statistics import mean_interval
+from iql_torchrl.report.figures import Series, column
+from iql_torchrl.report.tables import read_csv
 
-TABLE, SETTINGS = "metrics.csv", "config.json"
-
-TRAINING = (
-    "loss_actor",
-    "loss_qvalue",
-    "loss_value",
-    "entropy",
-    "advantage_mean",
-    "weight_mean",
-    "weight_at_ceiling",
-    "effective_sample_size",
-    "qvalue_mean",
-    "value_mean",
-    "td_error_mean",
-    "policy_value_gap",
-)
-EVALUATION = (
-    "episodes",
-    "return_mean",
-    "return_standard_error",
-    "return_min",
-    "return_max",
-    "return_low",
-    "return_high",
-    "length_mean",
-    "score_mean",
-    "score_standard_error",
-    "score_low",
-    "score_high",
-    "success_rate",
-    "success_low",
-    "success_high",
-    "chosen_value_gap",
-)
+FloatArray = NDArray[np.float64]
+TABLE = "metrics.csv"
 
 
-def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, float | int]]) -> None:
-    """Replace ``path`` by a table with one line per row; a column that a row lacks stays empty.
-
-    Columns: ``update``, those of ``TRAINING`` and of ``EVALUATION`` that occur, then the others in
-    alphabetical order, so that the order does not depend on when a value is first recorded.
-    :func:`read_csv` returns every float with the same bits.
-
-    Raises ``ValueError`` naming row and column: no ``update >= 0``, a value that is not a number,
-    or a column name that is empty, unprintable or surrounded by spaces.
-    """
-    names = {name for row in rows for name in row}
-    for name in names:
-        if not isinstance(name, str) or not name.isprintable() or name != name.strip() or not name:
-            raise ValueError(
-                f"column {name!r}: a name must be printable text without outer spaces."
-            )
-    known = [name for name in (*TRAINING, *EVALUATION) if name in names]
-    header = ["update", *known, *sorted(names - {"update", *known})]
-    for number, row in enumerate(rows):
-        if not 0 <= row.get("update", -1) < math.inf:
-            raise ValueError(f"row {number} needs an 'update', a finite number >= 0: {dict(row)}.")
-    lines = [
-        {name: _text(value, f"row {number}, {name!r}") for name, value in row.items()}
-        for number, row in enumerate(rows)
-    ]
-    with (
-        whole_file(Path(path)) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, header, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-
-
-def read_csv(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The rows that :func:`write_csv` wrote; an empty cell is a key that the row lacks.
-
-    Raises ``ValueError`` with path and line on a header that does not start with ``update`` or
-    repeats a name, a line of another length, or a cell that is not a number; ``OSError`` as
-    ``open`` does.
-    """
-    path = Path(path)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            _check_header(path, list(reader.fieldnames or ()))
-            return [_row(path, reader.line_num, cells) for cells in reader]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not a table of metrics: {error}. Restore it, or remove it."
-        ) from error
-
-
-def _text(value: object, place: str) -> str:
-    if isinstance(value, Integral):
-        return str(int(value))
-    try:
-        if isinstance(value, str | bytes):
-            raise TypeError
-        return repr(float(value))  # type: ignore[arg-type]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"{place} is {value!r}; expected one number. Leave the key out if there is no value."
-        ) from error
-
-
-def _check_header(path: Path, header: list[str]) -> None:
-    repeated = len(set(header)) < len(header)
-    if header[:1] != ["update"] or repeated or "" in header:
-        raise ValueError(
-            f"{path} has the header {','.join(header)!r}; a table of metrics has named columns, "
-            "each once, with 'update' first."
-        )
-
-
-def _row(path: Path, line: int, cells: dict[str | Any, str | Any]) -> dict[str, float]:
-    extra = cells.pop(None, [])  # csv.DictReader's key for cells beyond the header's columns
-    count = len(extra) + sum(cell is not None for cell in cells.values())
-    if extra or count < len(cells):
-        raise ValueError(
-            f"{path}, line {line}: {count} cells under {len(cells)} columns. The file may be "
-            "truncated: remove the line, or write the table again."
-        )
-    row = {}
-    for name, cell in cells.items():
-        try:
-            if cell:
-                row[name] = float(cell)
-        except ValueError:
-            raise ValueError(f"{path}, line {line}: {name} is {cell!r}, not a number.") from None
-    if not 0 <= row.get("update", -1.0) < math.inf:
-        raise ValueError(
-            f"{path}, line {line}: update is {cells['update']!r}; expected a number >= 0."
-        )
-    return row
+def note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder: its settings (empty without ``config.json``) and the rows of its table."""
+    """A run's folder, its settings (none without ``config.json``) and the rows of its table.
+
+    Settings that the file lacks, because an older version wrote it, have IQLConfig's defaults.
+    """
 
     folder: Path
     settings: dict[str, Any]
@@ -174,6 +46,22 @@ class Run:
     def updates(self) -> float:
         """The last update that has a row; -1 without rows."""
         return max((row["update"] for row in self.rows), default=-1.0)
+
+    def settings_without(self, *names: str) -> dict[str, Any]:
+        every = self.settings | {
+            name: value
+            for name, value in IQLConfig().to_dict().items()
+            if self.settings and name not in self.settings
+        }
+        return {name: value for name, value in every.items() if name not in names}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ only in their seed; the label names the differences to other groups."""
+
+    label: str
+    runs: tuple[Run, ...]
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -200,7 +88,7 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 
 def read_run(folder: Path) -> Run:
     """Raises ``ValueError`` when ``config.json`` is not a JSON object or the table is damaged."""
-    path = folder / SETTINGS
+    path = folder / "config.json"
     settings: Any = {}
     if path.exists():
         try:
@@ -212,3 +100,96 @@ def read_run(folder: Path) -> Run:
                 f"{path} contains {settings!r}; expected an object with the run's settings."
             )
     return Run(folder, settings, read_csv(folder / TABLE))
+
+
+def group_runs(runs: Sequence[Run], *, each: bool = False) -> list[Group]:
+    """Group runs that differ only in ``seed``, in order of appearance; ``each``: one run per group.
+
+    Runs with the same settings and the same seed are not independent: only the one with the most
+    updates (the last of equals) is kept, with a note on stderr. A run without settings or without a
+    seed is a group of its own.
+    """
+    if each:
+        return labelled([[run] for run in runs], apart_from=())
+    by_settings: dict[str, dict[Any, Run]] = {}  # the runs by seed, for each key of settings
+    for run in runs:
+        key = json.dumps(run.settings_without("seed"), sort_keys=True)
+        if "seed" not in run.settings:
+            key = str(run.folder.resolve())
+        by_seed = by_settings.setdefault(key, {})
+        used, dropped = run, by_seed.get(seed := json.dumps(run.settings.get("seed")))
+        if dropped is not None:
+            if used.updates < dropped.updates:
+                used, dropped = dropped, used
+            note(f"{dropped.folder} is left out: {used.folder} has its settings and its seed.")
+        by_seed[seed] = used
+    return labelled([list(runs.values()) for runs in by_settings.values()], apart_from=("seed",))
+
+
+def labelled(groups: Sequence[Sequence[Run]], *, apart_from: Sequence[str]) -> list[Group]:
+    """Labels: the settings that differ between groups, and folders where labels would be equal.
+
+    The settings ``apart_from`` are not named: runs of one group may differ in them.
+    """
+    settings = [runs[0].settings_without(*apart_from) for runs in groups]
+    saved = [each for each in settings if each]
+    differing = [
+        key
+        for key in dict.fromkeys(key for each in saved for key in each)
+        if len({json.dumps(each.get(key)) for each in saved}) > 1
+    ]
+    differing.sort(key="seed".__eq__)  # the seed is named last
+    folders = [runs[0].name + f" and {len(runs) - 1} more" * (len(runs) > 1) for runs in groups]
+    labels = []
+    for folder, each in zip(folders, settings, strict=True):
+        named = [f"{key.replace('_', ' ')} {_shown(each[key])}" for key in differing if key in each]
+        labels.append(", ".join(named) or folder)
+    return [
+        Group(label if labels.count(label) == 1 else f"{label}, {folder}", tuple(runs))
+        for label, folder, runs in zip(labels, folders, groups, strict=True)
+    ]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return "x".join(map(_shown, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def series(group: Group, name: str) -> Series | None:
+    """The group's line for a column; None where there is nothing to draw.
+
+    One run: its values and recorded interval. Several: the mean over runs and its 95 % t-interval,
+    at the updates where every run that has the column has a finite value; no interval where only
+    one of them has it.
+    """
+    lines = _columns(group, name)
+    if not lines:
+        return None
+    if len(group.runs) == 1:
+        return replace(lines[0], label=group.label)
+    label = f"{group.label} ({len(group.runs)} seeds)"
+    if len(lines) == 1:
+        return Series(label, lines[0].updates, lines[0].values)
+    updates, values = common_values(group, name)
+    return Series(label, updates, *mean_interval(values)) if len(updates) else None
+
+
+def common_values(group: Group, name: str) -> tuple[FloatArray, FloatArray]:
+    """Updates ``(points,)`` at which every run that has the column has a finite value, and these
+    values ``(runs, points)``; no points where there is no such update."""
+    tables = [
+        {u: v for u, v in zip(line.updates, line.values, strict=True) if math.isfinite(v)}
+        for line in _columns(group, name)
+    ]
+    updates = sorted(set.intersection(*map(set, tables))) if tables else []
+    values = np.array([[table[u] for u in updates] for table in tables], dtype=np.float64)
+    return np.array(updates, dtype=np.float64), values
+
+
+def _columns(group: Group, name: str) -> list[Series]:
+    """The column of each run that has it."""
+    lines = [column(run.rows, name) for run in group.runs]
+    return [line for line in lines if len(line.values)]

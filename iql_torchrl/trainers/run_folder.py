@@ -19,7 +19,7 @@ from torchrl.checkpoint import CheckpointRotation
 
 from iql_torchrl.files import PREFIX, SUFFIX, whole_file
 from iql_torchrl.report.figures import draw
-from iql_torchrl.report.runs import write_csv
+from iql_torchrl.report.tables import write_csv
 
 SECONDS_BETWEEN_PICTURES = 60.0
 TABLE_SHARE = 0.01  # at most this share of the time is spent on writing the table

@@ -151,31 +151,20 @@ def test_the_log_has_every_step_and_the_ends_of_its_episodes(log):
 
 def test_a_small_run(log, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_hopper, "RESULTS", tmp_path)
-    options = [str(log), "--seeds=2", "--width=8", "--episodes=1", "--result=trial", "--resume"]
-    options += ["--updates", "2", "5", "--every=2"]
-    bench_hopper.main([*options, "--variants", "default"])
-    path = tmp_path / "trial.json"
-    before = json.loads(path.read_text())["runs"]
-    bench_hopper.main([*options, "--variants", "default", "plain", "torch"])
-    record = json.loads(path.read_text())
-    assert record["runs"][0] == before[0]
-    assert [each["variant"] for each in record["runs"]] == ["default", "torch", "plain"]
+    options = [str(log), "--seeds=2", "--width=8", "--episodes=1", "--result=trial", "--every=2"]
+    options += ["--updates", "2", "5", "--variants"]
+    bench_hopper.main([*options, "default", "plain", "torch"])
+    record = json.loads((tmp_path / "trial.json").read_text())
+    assert [each["variant"] for each in record["runs"]] == ["default", "plain", "torch"]
     for each in record["runs"]:
         assert [(p["updates"], len(p["returns"])) for p in each["curve"]] == [(2, 2), (5, 2)]
     assert record["log"]["rows"] == 120
     assert len(record["summary"]) == 6
     out = capsys.readouterr().out
-    assert out.count("default, 5 updates") == 1  # the second call kept it
+    assert "default, 5 updates" in out
     assert "| plain |" in out
-    variants = ["--variants", "default", "constant"]
-    bench_hopper.main([*options[:4], "--result=other", *options[6:], *variants[:1], "constant"])
-    alone = json.loads((tmp_path / "other.json").read_text())
+    bench_hopper.main([*options, "constant"])
+    alone = json.loads((tmp_path / "trial.json").read_text())
     assert "better" not in alone["summary"][0]  # there is nothing to compare with
-    bench_hopper.main([*options, *variants, "--take", "other"])
-    joined = json.loads(path.read_text())["runs"]
-    assert [each["variant"] for each in joined] == ["default", "torch", "plain", "constant"]
-    assert joined[3] == alone["runs"][0]
-    with pytest.raises(SystemExit, match="give the same"):
-        bench_hopper.main([*options, "--width=9"])
     with pytest.raises(SystemExit):
         bench_hopper.main([str(log), "--updates", "5", "2"])

@@ -52,29 +52,6 @@ def test_the_published_figures_stand_next_to_those_measured():
     assert bench_ogbench.compare(lines[2:]) == ""
 
 
-def test_files_of_several_processes_are_joined_in_order(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_ogbench, "RESULTS", tmp_path)
-    monkeypatch.setattr(
-        bench_ogbench, "version", lambda name: "1.0"
-    )  # of packages that may be absent
-    o = bench_ogbench._options([])
-    names = ("draw", "updates", "width", "layers", "episodes", "seeds", "points")
-    settings = {name: getattr(o, name) for name in names}
-    first = [finished("cube-single", method, 10.0, 20.0) for method in ("IQL", "cloning")]
-    second = [finished("scene", "IQL", 3.0, 5.0), finished("cube-single", "IQL", 90.0, 90.0)]
-    for name, runs in (("second", second), ("first", first)):
-        record = {"settings": settings, "runs": runs}
-        (tmp_path / f"{name}.json").write_text(json.dumps(record))
-    call = ["--tasks", "scene", "--methods", "IQL", "--result", "both", "--take", "first", "second"]
-    bench_ogbench.main(call)
-    joined = json.loads((tmp_path / "both.json").read_text())
-    assert joined["runs"] == [first[1], first[0], second[0]]  # a repeated run: the first file's
-    assert [line["success"] for line in joined["summary"]] == [15, 15, 4]
-    assert "scene task 3, IQL" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"second.json has .*give the same"):
-        bench_ogbench.main([*call[:-2], "second", "--width", "9"])
-
-
 def test_every_task_can_be_made_and_every_method_is_a_config():
     options = bench_ogbench._options([])
     for task in bench_ogbench.TASKS.values():
@@ -131,15 +108,11 @@ def test_a_small_run(tmp_path, monkeypatch, capsys, short_episodes, how):
     monkeypatch.setattr(bench_ogbench, "RESULTS", tmp_path)
     numbers = {"seeds": 2, "updates": 4, "points": 2, "width": 8, "layers": 1, "episodes": 1,
                "envs": 1, "made-episodes": 2}  # fmt: skip
-    options = ["--tasks", "cube-single", "--result", "trial", "--resume"]
+    options = ["--tasks", "cube-single", "--result", "trial"]
     options += [f"--{name}={number}" for name, number in numbers.items()]
     options += ["--alone"] if how == "alone" else []
-    bench_ogbench.main([*options, "--methods", "cloning"])
-    path = tmp_path / "trial.json"
-    before = json.loads(path.read_text())["runs"]
     bench_ogbench.main(options)
-    record = json.loads(path.read_text())
-    assert record["runs"][0] == before[0]
+    record = json.loads((tmp_path / "trial.json").read_text())
     methods = list(bench_ogbench.METHODS)
     assert methods == ["cloning", "IQL", "IQL+DDPG+BC", "IFQL"]
     assert [(r["method"], r["trained"]) for r in record["runs"]] == [(m, how) for m in methods]
@@ -150,7 +123,5 @@ def test_a_small_run(tmp_path, monkeypatch, capsys, short_episodes, how):
     assert [line["published"] for line in record["summary"]] == [None, 85, None, 73]
     assert "4 updates, not 1,000,000" in record["differences"]
     out = capsys.readouterr().out
-    assert out.count("cube-single, cloning, 4 updates") == 1  # the second call kept it
+    assert "cube-single, cloning, 4 updates" in out
     assert "Interquartile" in out or "interquartile mean" in out
-    with pytest.raises(SystemExit, match="give the same"):
-        bench_ogbench.main([*options, "--width", "9"])

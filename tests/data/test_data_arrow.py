@@ -63,7 +63,7 @@ def test_any_division_into_row_groups_and_batches(
     tmp_path: Path, row_group: int, batch_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("iql_torchrl.data.readers.arrow.BATCH_BYTES", batch_bytes)
-    monkeypatch.setattr("iql_torchrl.data.readers.table.CHUNK_BYTES", 4 * batch_bytes)
+    monkeypatch.setattr("iql_torchrl.data.readers.episodes.CHUNK_BYTES", 4 * batch_bytes)
     monkeypatch.setattr("iql_torchrl.data.readers.arrow.PART_BYTES", batch_bytes)
     check(load_dataset(write(tmp_path / "a.parquet", steps(), row_group_size=row_group)))
     path = write(tmp_path / "b.parquet", episodes(), row_group_size=row_group)

@@ -148,7 +148,7 @@ def test_text_paths_and_memory_mapped_tables(tmp_path: Path) -> None:
 def test_small_pieces_decode_the_same_frames(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("iql_torchrl.data.readers.table.CHUNK_BYTES", 2 * FRAMES[0].nbytes)
+    monkeypatch.setattr("iql_torchrl.data.readers.episodes.CHUNK_BYTES", 2 * FRAMES[0].nbytes)
     folder = layout(tmp_path / "push", videos=True)
     frames = load_dataset(folder, columns=SOLVED).transitions[
         "next", "observation", "images", "top"

@@ -10,8 +10,9 @@ from scipy import stats
 
 from iql_torchrl import IQLConfig
 from iql_torchrl.report import group_runs, main
-from iql_torchrl.report.aggregates import aggregate_table, method_scores
-from iql_torchrl.report.runs import read_run, write_csv
+from iql_torchrl.report.comparison import aggregate_table, method_scores
+from iql_torchrl.report.runs import read_run
+from iql_torchrl.report.tables import write_csv
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ from iql_torchrl.losses import DIAGNOSTICS, LOSSES
 from iql_torchrl.losses.loss import POLICY_VALUE_GAP
 from iql_torchrl.report import draw, group_runs, main, series, table
 from iql_torchrl.report.figures import Series, comparison_figure, run_figure
-from iql_torchrl.report.runs import EVALUATION, TRAINING, find_runs, read_csv, read_run, write_csv
+from iql_torchrl.report.runs import find_runs, read_run
+from iql_torchrl.report.tables import EVALUATION, TRAINING, read_csv, write_csv
 
 ROWS = [
     {"update": 0, "return_mean": -9.0, "return_low": -11.0, "return_high": -6.0, "episodes": 4},

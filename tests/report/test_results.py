@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from iql_torchrl import Evaluation, load_dataset
-from iql_torchrl.report.results import results_table
+from iql_torchrl.report import results_table
 
 
 def make_log():
@@ -27,7 +29,7 @@ def test_means_standard_errors_and_counts():
         "once": Evaluation(np.array([7.0]), np.array([2])),
     }
     head, *lines = results_table(make_log(), results).splitlines()
-    assert head.split("  ")[-3:] == ["mean return", "std. error", "episodes"]
+    assert re.split(" {2,}", head)[-3:] == ["mean return", "std. error", "episodes"]
     # log: deviation sqrt(8), over sqrt(2); IQL: deviation sqrt(20 / 3), over 2
     assert lines[0].split() == ["the", "log", "3.0", "2.0", "2"]
     assert lines[1].split() == ["IQL", "5.0", "1.3", "4"]

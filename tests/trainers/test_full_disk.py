@@ -15,7 +15,7 @@ from test_background import pendulum_log
 from iql_torchrl import IQLConfig, make_agent
 from iql_torchrl.files import newest, read_components, replace_by_link, whole_file, write_components
 from iql_torchrl.report.figures import draw
-from iql_torchrl.report.runs import write_csv
+from iql_torchrl.report.tables import write_csv
 
 FULL = Path("/dev/full")  # every write to it fails as on a full disk
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")

@@ -14,10 +14,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column
+from iql_torchrl.data.readers.arrays import Column, PartsColumn, UnreadableColumn
 from iql_torchrl.data.readers.columns import NAMES
 from iql_torchrl.data.readers.huggingface import HuggingFaceRows
-from iql_torchrl.data.readers.parts import PartsColumn, UnreadableColumn
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 

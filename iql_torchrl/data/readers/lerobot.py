@@ -15,9 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column
+from iql_torchrl.data.readers.arrays import Column, PartsColumn, UnreadableColumn
 from iql_torchrl.data.readers.arrow import PART_BYTES, ParquetRows, arrow_columns, parquet_files
-from iql_torchrl.data.readers.parts import PartsColumn, UnreadableColumn
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 from iql_torchrl.files import leads_below

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from iql_torchrl.data.builtin.catalogue import BUILTIN
 from iql_torchrl.data.readers.arrays import flatten
-from iql_torchrl.data.readers.source import Piece, ReadOptions, Source, first_episodes
+from iql_torchrl.data.readers.source import Piece, ReadOptions, Source
 from iql_torchrl.data.schema import (
     ACTION,
     LOG_PROB,
@@ -97,7 +97,7 @@ def minari_source(dataset: minari.MinariDataset, options: ReadOptions) -> Source
             f"{name}: columns names {sorted(unknown)}, but Minari's own keys are fixed; only "
             "action_mask and action_log_prob can be named."
         )
-    lengths = first_episodes(_lengths(dataset), options.limit)
+    lengths = _lengths(dataset)
     if not len(lengths):
         raise DatasetError(f"{name}: the dataset has no episodes.")
     first = next(_episodes(dataset))
@@ -108,9 +108,8 @@ def minari_source(dataset: minari.MinariDataset, options: ReadOptions) -> Source
     space, paths = _observation(dataset.observation_space, mask)
 
     def pieces() -> Iterator[Piece]:
-        for number, (length, episode) in enumerate(zip(lengths, _episodes(dataset), strict=False)):
-            piece = _piece(episode, paths, mask, log_prob, f"{name}: episode {number}")
-            yield {key: values[:length] for key, values in piece.items()}
+        for number, episode in enumerate(_episodes(dataset)):
+            yield _piece(episode, paths, mask, log_prob, f"{name}: episode {number}")
 
     metadata = dataset.storage.metadata
     scores = (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
@@ -124,7 +123,6 @@ def minari_source(dataset: minari.MinariDataset, options: ReadOptions) -> Source
         pieces=pieces,
         masked=mask is not None,
         log_prob=log_prob is not None,
-        ends_known=options.limit is None,
         env_spec=dataset.env_spec,
         reference_scores=(float(scores[0]), float(scores[1])) if known else None,
         notes=notes,

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, Opened
-from iql_torchrl.data.readers.parts import chosen_rows
+from iql_torchrl.data.readers.arrays import Column, Opened, chosen_rows
 from iql_torchrl.data.schema import DatasetError
 
 __all__ = ["open_torchrl_dataset"]

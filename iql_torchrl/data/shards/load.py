@@ -13,8 +13,8 @@ import torch
 
 from iql_torchrl.data.built_folder import EPISODES, asked_map, damaged
 from iql_torchrl.data.load_options import known_scores
-from iql_torchrl.data.readers.concatenation import joined_env_maker
 from iql_torchrl.data.readers.environments import EnvLike, env_maker, recorded_env_maker
+from iql_torchrl.data.readers.source import joined_env_maker
 from iql_torchrl.data.scaling import public_statistics
 from iql_torchrl.data.schema import REWARD, DatasetWarning, Field
 from iql_torchrl.data.shards.dataset import ShardedDataset

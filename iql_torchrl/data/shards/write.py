@@ -77,7 +77,6 @@ def build_shards(
         )
     options = ReadOptions(
         columns=dict(columns or {}), reward_offset=reward_offset,
-        limit=None if isinstance(source, list | tuple) else limit,
         max_episode_steps=max_episode_steps, dtype=dtype, download=download,
         observation_space=observation_space, action_space=action_space,
     )  # fmt: skip

@@ -1,0 +1,147 @@
+"""Tables of runs: the file of metrics, and tables in text."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from iql_torchrl.data import OfflineDataset
+from iql_torchrl.evaluation.result import Evaluation
+from iql_torchrl.evaluation.statistics import standard_error
+from iql_torchrl.files import whole_file
+from iql_torchrl.losses.loss import DIAGNOSTICS, LOSSES, POLICY_VALUE_GAP
+
+WIDEST_LABEL = 48
+TRAINING = (*LOSSES, "entropy", *DIAGNOSTICS, POLICY_VALUE_GAP)
+EVALUATION = (
+    "episodes",
+    *(f"return_{each}" for each in ("mean", "standard_error", "min", "max", "low", "high")),
+    "length_mean",
+    *(f"score_{each}" for each in ("mean", "standard_error", "low", "high")),
+    *("success_rate", "success_low", "success_high"),
+    "chosen_value_gap",
+)
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells in columns, the first aligned on the left; a long label has its own line."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    above = widths[0] > WIDEST_LABEL
+    text = []
+    for label, *cells in rows:
+        if above and label:
+            text.append(label)
+        lead = " " * 4 if above else label.ljust(widths[0])
+        text.append("  ".join([lead, *map(str.rjust, cells, widths[1:])]).rstrip())
+    return "\n".join(text)
+
+
+def results_table(dataset: OfflineDataset, results: Mapping[str, Evaluation]) -> str:
+    """One line for the log, then one for each entry of ``results``, by name.
+
+    Columns: mean of the undiscounted returns, its standard error (``-`` for one episode), number of
+    episodes; and the normalised score of the mean, 0 to 100, if the dataset has reference scores.
+    """
+    returns = {"the log": dataset.episode_returns}
+    returns |= {name: result.returns for name, result in results.items()}
+    scored = dataset.reference_scores is not None
+    rows = [["", "mean return", "std. error", "episodes", *["score 0..100"] * scored]]
+    for name, values in returns.items():
+        mean, error = float(values.mean()), standard_error(values)
+        score = [f"{float(dataset.normalised_score(mean)):.1f}"] if scored else []
+        shown = "-" if math.isnan(error) else f"{error:.1f}"
+        rows.append([name, f"{mean:.1f}", shown, str(len(values)), *score])
+    return text_table(rows)
+
+
+def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, float | int]]) -> None:
+    """Replace ``path`` by a table with one line per row; a column that a row lacks stays empty.
+
+    Columns: ``update``, those of ``TRAINING`` and of ``EVALUATION`` that occur, then the others in
+    alphabetical order, so that the order does not depend on when a value is first recorded.
+    :func:`read_csv` returns every float with the same bits.
+
+    Raises ``ValueError`` naming row and column: no ``update >= 0``, a value that is not a number,
+    or a column name that is empty, unprintable or surrounded by spaces.
+    """
+    names = {name for row in rows for name in row}
+    for name in names:
+        if not isinstance(name, str) or not name.isprintable() or name != name.strip() or not name:
+            raise ValueError(
+                f"column {name!r}: a name must be printable text without outer spaces."
+            )
+    for number, row in enumerate(rows):
+        if not 0 <= row.get("update", -1) < math.inf:
+            raise ValueError(f"row {number} needs an 'update', a finite number >= 0: {dict(row)}.")
+    known = [name for name in (*TRAINING, *EVALUATION) if name in names]
+    lines = [{n: _text(v, f"row {i}, {n!r}") for n, v in row.items()} for i, row in enumerate(rows)]
+    with (
+        whole_file(Path(path)) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        header = ["update", *known, *sorted(names - {"update", *known})]
+        writer = csv.DictWriter(file, header, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+
+
+def _text(value: object, place: str) -> str:
+    if isinstance(value, Integral):
+        return str(int(value))
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return repr(float(value))  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{place} is {value!r}; expected one number. Leave the key out if there is no value."
+        ) from error
+
+
+def read_csv(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The rows that :func:`write_csv` wrote; an empty cell is a key that the row lacks.
+
+    Raises ``ValueError`` with path and line on a header that does not start with ``update`` or
+    repeats a name, a line of another length, or a cell that is not a number; ``OSError`` as
+    ``open`` does.
+    """
+    path = Path(path)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, strict=True)
+            header = list(reader.fieldnames or ())
+            if header[:1] != ["update"] or len(set(header)) < len(header) or "" in header:
+                raise ValueError(
+                    f"{path} has the header {','.join(header)!r}; a table of metrics has named "
+                    "columns, each once, with 'update' first."
+                )
+            return [_row(f"{path}, line {reader.line_num}", cells) for cells in reader]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not a table of metrics: {error}. Restore it, or remove it."
+        ) from error
+
+
+def _row(place: str, cells: dict[str | Any, str | Any]) -> dict[str, float]:
+    extra = cells.pop(None, [])  # csv.DictReader's key for cells beyond the header's columns
+    count = len(extra) + sum(cell is not None for cell in cells.values())
+    if count != len(cells):
+        raise ValueError(
+            f"{place}: {count} cells under {len(cells)} columns. The file may be truncated: remove "
+            "the line, or write the table again."
+        )
+    row = {}
+    for name, cell in cells.items():
+        try:
+            if cell:
+                row[name] = float(cell)
+        except ValueError:
+            raise ValueError(f"{place}: {name} is {cell!r}, not a number.") from None
+    if not 0 <= row.get("update", -1.0) < math.inf:
+        raise ValueError(f"{place}: update is {cells['update']!r}; expected a number >= 0.")
+    return row
