@@ -33,7 +33,7 @@ def measure(step: IQLStep, block: int, rounds: int, folder: Path) -> dict[str, l
     writing = OfflineTrainer(
         step=step, folder=folder, log_interval=block, save_trainer_interval=block, **shared
     )
-    writing.data_state.state_dict()  # the digest of the data is made once a run
+    _ = writing.data_state  # the digest of the data is made once a run
     seconds: dict[str, list[float]] = {"bare": [], "loop": [], "folder": [], "picture": []}
     draw = run_folder.draw
 

@@ -27,7 +27,7 @@ from unittest import mock
 
 import bench_categories
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, IQLPopulation, IQLStep, captured
-from iql_torchrl.config import devices
+from iql_torchrl.config import arithmetic
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.update.compiled import program_options
 from population_rivals import config_of, dataset_of
@@ -168,7 +168,7 @@ def programs_for_cuda(make: Make) -> Iterator[None]:
     with (
         mock.patch("iql_torchrl.update.captured.compile_program", compile_program),
         # as if traced on CUDA
-        mock.patch.object(devices, "LAUNCHING", ("cpu", "cuda")),
+        mock.patch.object(arithmetic, "LAUNCHING", ("cpu", "cuda")),
         mock.patch(
             "iql_torchrl.update.captured.program_options",
             lambda device, parameters: program_options(torch.device("cuda"), parameters),

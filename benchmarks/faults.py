@@ -367,7 +367,7 @@ add(
     "update",
     "omitted check",
     "IQLStep accepts a target updater that follows another loss.",
-    "update/step.py",
+    "update/checks.py",
     "    if updater is not None and updater.loss_module is not loss:",
     "    if updater is not None and updater.loss_module is None:",
     "update/test_step.py",
@@ -461,7 +461,7 @@ add(
     "population",
     "omitted check",
     "Configs that differ in settings that all runs share, such as the widths, are not refused.",
-    "population/alike.py",
+    "population/runs.py",
     "            if not knob.per_run and first != other:",
     "            if False:",
     "population/test_population_refused.py",
@@ -520,7 +520,7 @@ add(
     "agent/build.py",
     "        SoftUpdate(loss, tau=config.polyak),",
     "        SoftUpdate(loss, tau=0.005),",
-    "agent/test_targets.py",
+    "agent/test_agent.py",
 )
 add(
     "V has the critics' learning rate",
@@ -572,8 +572,8 @@ add(
     "agent/export.py",
     ".clamp(min=1.0)).all()):",
     ".clamp(min=1.0)).any()):",
-    "agent/test_targets.py",
-    "agent/test_export_own.py",
+    "agent/test_agent.py",
+    "agent/test_export.py",
 )
 add(
     "an export does not count from the start",
@@ -584,7 +584,6 @@ add(
     "return action.reshape(-1).long() + start",
     "return action.reshape(-1).long()",
     "agent/test_export.py",
-    "agent/test_export_own.py",
 )
 add(
     "the newest checkpoint in place of the best",
@@ -763,7 +762,7 @@ add(
     "files.py",
     "            yield temporary\n            os.replace(temporary, path)",
     "            yield path",
-    "trainers/test_full_disk.py",
+    "trainers/test_checkpoint.py",
 )
 
 # -- config ----------------------------------------------------------------------------------------
@@ -777,7 +776,6 @@ add(
     '    above = value > low if interval[0] == "(" else value >= low',
     "    above = value >= low",
     "test_config.py",
-    "test_knobs.py",
 )
 add(
     "True is a whole number",
@@ -947,7 +945,7 @@ add(
     "policies",
     "bound",
     "The Gaussian policy's log-std is not limited to [-5, 2].",
-    "policies/actors.py",
+    "policies/distributions.py",
     "        std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX).exp() * self.half_range\n"
     "        return self.inside(out)",
     "        std = log_std.exp() * self.half_range\n        return self.inside(out)",
@@ -958,7 +956,7 @@ add(
     "policies",
     "sign",
     "The logarithm of the Gaussian policy's density grows with the logarithm of its scale.",
-    "policies/actors.py",
+    "policies/distributions.py",
     "-(0.5 * error.square() + normal.scale.log() + HALF_LOG_2PI)",
     "-(0.5 * error.square() - normal.scale.log() + HALF_LOG_2PI)",
     "test_policies.py",
@@ -968,7 +966,7 @@ add(
     "policies",
     "bound",
     "Random actions of the Gaussian policy may lie outside of the bounds.",
-    "policies/actors.py",
+    "policies/distributions.py",
     "        return _clip(x, self.low, self.high)",
     "        return x",
     "test_policies.py",
@@ -979,7 +977,7 @@ add(
     "sign",
     "The categorical policy, of indices or one-hot actions, chooses among the actions that the "
     "mask forbids.",
-    "policies/actors.py",
+    "policies/distributions.py",
     "logits.masked_fill(~mask, -torch.inf)",
     "logits.masked_fill(mask, -torch.inf)",
     "test_policies.py",
@@ -1010,7 +1008,7 @@ add(
     "policies",
     "stale state",
     "The bounds of a policy's distribution are not moved or cast with the policy.",
-    "policies/actors.py",
+    "policies/distributions.py",
     "            self.limits[name] = fn(bound)",
     "            self.limits[name] = bound",
     "test_policies.py",

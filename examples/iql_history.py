@@ -21,11 +21,11 @@ from iql_torchrl import (
     load_dataset,
     make_agent,
 )
-from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_dataset
 
 import gymnasium as gym
 import numpy as np
+import tyro
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
@@ -99,7 +99,7 @@ def draw(path: Path, results: dict[str, list[float]], log: float) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = cli.parse_options(Options, arguments, description=__doc__.split("\n\n")[0])
+    options = tyro.cli(Options, args=arguments, description=__doc__.split("\n\n")[0])
     full = load_dataset(ensure_dataset("pendulum/mixed-v0"), reward="return_range")
     full.print_notes()
     angles = without_velocity(full)

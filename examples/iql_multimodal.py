@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from iql_torchrl import IQLConfig, IQLPopulation, OfflineDataset, load_dataset, policies
-from iql_torchrl.config import cli
 from iql_torchrl.losses import LossCritics
 
 import numpy as np
 import torch
+import tyro
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 from tensordict import TensorDict
@@ -165,7 +165,7 @@ def draw(path: Path, samples: dict[str, Array]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = cli.parse_options(Options, arguments, description=__doc__.split("\n\n")[0])
+    options = tyro.cli(Options, args=arguments, description=__doc__.split("\n\n")[0])
     torch.set_num_threads(1)  # the networks are small: a second thread costs more than it gives
     folder = options.output / f"multimodal-seed{options.seed}"
     log = make_log(options.seed)

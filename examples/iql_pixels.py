@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from iql_torchrl import IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
-from iql_torchrl.config import cli
 from iql_torchrl.evaluation import Evaluation
 
 import gymnasium as gym
 import numpy as np
+import tyro
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
@@ -158,7 +158,7 @@ def draw(path: Path, results: dict[str, NDArray[np.float64]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = cli.parse_options(Options, arguments, description=__doc__.split("\n\n")[0])
+    options = tyro.cli(Options, args=arguments, description=__doc__.split("\n\n")[0])
     folder = options.output / f"pixels-seed{options.seed}"
     pictures, coordinates = make_logs(options.episodes, options.seed)
     pictures.print_notes()

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
-from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_dataset
 
 import gymnasium
 import numpy as np
+import tyro
 from tqdm import tqdm
 
 # (start, goal) as (row, column) of the maze's map
@@ -178,7 +178,7 @@ def draw(path: Path, maze: str, plan: Any, paths: dict[str, list[np.ndarray]]) -
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = cli.parse_options(Options, arguments, description=__doc__.split("\n\n")[0])
+    options = tyro.cli(Options, args=arguments, description=__doc__.split("\n\n")[0])
     folder = options.output / f"pointmaze-{options.maze}-{options.task}-seed{options.seed}"
     try:
         config = FIXED if options.task == "fixed" else RANDOM

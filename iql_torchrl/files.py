@@ -12,22 +12,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
-from torchrl.checkpoint import Checkpoint, CheckpointAdapter, CheckpointError
-
-__all__ = [
-    "PREFIX",
-    "SUFFIX",
-    "CheckpointError",
-    "StateAdapter",
-    "component_names",
-    "leads_below",
-    "naming",
-    "newest",
-    "read_components",
-    "replace_by_link",
-    "whole_file",
-    "write_components",
-]
+from torchrl.checkpoint import Checkpoint, CheckpointAdapter
+from torchrl.checkpoint import CheckpointError as CheckpointError
 
 # TorchRL's CheckpointRotation names its archives checkpoint-<twelve digits of the update>.torchrl.
 PREFIX, SUFFIX = "checkpoint-", ".torchrl"
@@ -158,8 +144,7 @@ def read_components(path: str | Path, names: Collection[str] | None = None) -> d
     Raises ``CheckpointError`` with one sentence: no such file, a truncated or damaged file, a file
     of another version, a missing part, or a part that is not plain data.
     """
-    path = Path(path)
-    parts = _parts_of(path)
+    path, parts = Path(path), components(path)
     if names is None:
         names = [n for n, record in parts.items() if record["adapter"] == StateAdapter.adapter_id]
     checkpoint = Checkpoint()
@@ -172,9 +157,16 @@ def read_components(path: str | Path, names: Collection[str] | None = None) -> d
     return {name: states.get(name) for name in names}
 
 
-def component_names(path: str | Path) -> set[str]:
-    """The names of the states in a file. Raises ``CheckpointError`` as :func:`read_components`."""
-    return set(_parts_of(Path(path)))
+def components(path: str | Path) -> Mapping[str, Any]:
+    """The records of the states in a file, by name; ``CheckpointError`` as :func:`read_components`."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such file.")
+    try:
+        records: Mapping[str, Any] = Checkpoint.manifest(path)["components"]
+    except Exception as error:
+        raise _unreadable(path, error, {}) from error
+    return records
 
 
 def newest(folder: str | Path) -> Path:
@@ -189,16 +181,6 @@ def newest(folder: str | Path) -> Path:
     if not files:
         raise CheckpointError(f"{folder}: contains no {PREFIX}*{SUFFIX} file.")
     return files[-1]
-
-
-def _parts_of(path: Path) -> Mapping[str, Any]:
-    if not path.exists():
-        raise CheckpointError(f"{path}: there is no such file.")
-    try:
-        parts: Mapping[str, Any] = Checkpoint.manifest(path)["components"]
-    except Exception as error:
-        raise _unreadable(path, error, {}) from error
-    return parts
 
 
 def _unreadable(path: Path, error: Exception, parts: Collection[str]) -> CheckpointError:

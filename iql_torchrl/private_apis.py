@@ -25,7 +25,6 @@ import torchrl
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictParams
 from torch import Tensor, nn
-from torch.distributions import Normal
 from torch.optim import Optimizer
 from torchrl.data import ReplayBuffer
 
@@ -247,15 +246,6 @@ def version_of(tensor: Tensor) -> int:
         "Use compiled(step): it reads every batch and need not know what was written.",
     )  # fmt: skip
     return version
-
-
-def validates_distributions() -> bool:
-    """torch's default for ``validate_args``: whether a negative deviation is refused."""
-    try:
-        Normal(torch.zeros(()), -torch.ones(()))
-    except ValueError:
-        return True
-    return False
 
 
 def children_of(module: nn.Module) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from iql_torchrl.config import devices
+from iql_torchrl.config import arithmetic
 
 # Operations whose result the host needs before it can go on: values, and shapes that follow values.
 WAITING = (
@@ -103,7 +103,7 @@ def meta(monkeypatch: pytest.MonkeyPatch) -> None:
     answered here: the devices of fused Adam, whether two tensors are one, autocast, generators.
     """
     optimizers = sys.modules["torch.optim.optimizer"]
-    monkeypatch.setattr(devices, "DEVICES", (*devices.DEVICES, "meta"))
+    monkeypatch.setattr(arithmetic, "DEVICES", (*arithmetic.DEVICES, "meta"))
     fused = ["cpu", "cuda", "meta"]
     monkeypatch.setattr(optimizers, "_get_fused_kernels_supported_devices", lambda: fused)
     monkeypatch.setattr(Tensor, "is_set_to", _is_set_to)

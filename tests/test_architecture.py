@@ -69,6 +69,32 @@ def test_imports_go_down(path):
         assert other == own or LAYER_OF[other] < LAYER_OF[own], f"{name} imports {imported}"
 
 
+def imported_files() -> dict[str, set[str]]:
+    """By the name of each file, the files that it imports, also for type checkers alone."""
+    names = {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts): p for p in FILES}
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    used: dict[str, set[str]] = {name: set() for name in names}
+    for name, path in names.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                full = {f"{node.module}.{alias.name}" for alias in node.names}
+                used[name] |= {each if each in names else str(node.module) for each in full}
+            elif isinstance(node, ast.Import):
+                used[name] |= {alias.name for alias in node.names}
+    return {name: (files & names.keys()) - {name} for name, files in used.items()}
+
+
+def test_no_files_import_each_other_in_a_circle():
+    """Inside of a room too."""
+    # the room data still has two circles: remove this condition when they are gone
+    left = {name: used for name, used in imported_files().items() if room(name) != "data"}
+    while ends := {name for name, used in left.items() if not used & left.keys()}:
+        left = {name: used for name, used in left.items() if name not in ends}
+    while starts := left.keys() - set().union(*left.values()):
+        left = {name: used for name, used in left.items() if name not in starts}
+    assert not left, f"circles among {sorted(left)}"
+
+
 def test_rooms_and_layers_are_few():
     rooms = {room(".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts)) for p in FILES}
     assert rooms <= set(LAYER_OF)

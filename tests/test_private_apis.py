@@ -14,7 +14,6 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictParams
 from torch import nn
-from torch.distributions import Distribution
 
 from iql_torchrl import private_apis as apis
 from iql_torchrl.update.compiled import program_options
@@ -136,10 +135,6 @@ def test_private_names_and_the_public_ways_in_their_place_give_the_same(hidden, 
     entries = apis.plain_entries(TensorDictParams(TensorDict({"net": {"weight": weight}})))
     assert type(entries) is TensorDict
     assert entries.get(("net", "weight")) is weight
-    before = apis.validates_distributions()
-    for value in (not before, before):
-        Distribution.set_default_validate_args(value)
-        assert apis.validates_distributions() is value
     totals = [torch.tensor([1.0]), torch.tensor([2.0, 3.0])]
     apis.add_to_all(totals, [torch.tensor([10.0]), torch.tensor([20.0, 30.0])], 2)
     assert [t.tolist() for t in totals] == [[21.0], [42.0, 63.0]]

@@ -28,7 +28,7 @@ from iql_torchrl.config import IQLConfig, check_usable, loss_knobs
 from iql_torchrl.data import DatasetSummary
 from iql_torchrl.evaluation.act import act, private_random_numbers
 from iql_torchrl.evaluation.result import Evaluation
-from iql_torchrl.files import CheckpointError, component_names, newest, read_components
+from iql_torchrl.files import CheckpointError, components, newest, read_components
 from iql_torchrl.losses import DiscreteIQLLoss, ImplicitQLoss, IQLLoss, LossCritics
 from iql_torchrl.networks import with_history
 from iql_torchrl.update.compiled import compiled
@@ -68,11 +68,6 @@ class Agent:
     step: IQLStep
     policy: TensorDictModuleBase
     encoders: tuple[str, ...] = ()
-
-    @property
-    def chooses(self) -> bool:
-        """Whether ``policy`` takes the best of several actions by the critics."""
-        return any(isinstance(module, policies.BestOf) for module in self.policy.modules())
 
     def act(
         self,
@@ -155,7 +150,7 @@ class Agent:
         if path.is_dir():
             best = path / "best.torchrl"
             path = best if best.exists() else newest(path / "checkpoints")
-        if "agent" not in component_names(path):
+        if "agent" not in components(path):
             raise CheckpointError(
                 f"{path}: was trained from parts made by hand, so it does not say how to rebuild "
                 "them; rebuild them as the training script did and load through the trainer."
@@ -241,8 +236,9 @@ class Agent:
         with tempfile.TemporaryDirectory() as temporary:
             place = Path(temporary if folder is None else folder)
             hub.write_files(place, states, self.export, card)
-            target = hub.Repository(repo, revision, token)
-            return target.upload(place, private, commit_message)
+            return hub.upload(
+                place, repo, revision, private=private, token=token, message=commit_message
+            )
 
     @classmethod
     def from_hub(
@@ -273,7 +269,7 @@ class Agent:
         """
         folder = Path(repo)
         if not folder.is_dir():
-            folder = hub.Repository(str(repo), revision, token).download()
+            folder = hub.download(str(repo), revision, token)
         elif revision is not None:
             raise ValueError(
                 f"revision is {revision!r} and {str(repo)!r} is a folder, which has none; leave it "
@@ -393,10 +389,7 @@ def make_step(
 
 
 def rate_factors(config: IQLConfig, groups: int = 3) -> list[Callable[[int], float]]:
-    """What multiplies the learning rates of policy, critics, V and encoder after each update.
-
-    ``groups``: 3, or 4 with an encoder that has parameters.
-    """
+    """What multiplies the rates of policy, critics, V and, where there is one, encoder."""
     falling = {"constant": 0, "cosine_actor": 1, "cosine": groups}[config.schedule]
     intervals = config.schedule_steps or config.updates
     factor = partial(F.cosine_factor, updates=config.updates)

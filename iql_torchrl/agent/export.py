@@ -103,10 +103,7 @@ class ProgramInput:
 
 
 def program_inputs(policy: TensorDictModuleBase, task: Task) -> list[ProgramInput]:
-    """The program's inputs in their order: leaves of the observation, then the masks.
-
-    With a history every leaf is a window ``(T, *shape)``, and the mask of its steps follows.
-    """
+    """The program's inputs in their order: leaves of the observation or windows, then the masks."""
     check_policy(policy)
     history, actions = history_of(policy), task.action_space
     steps = () if history is None else (history.length,)
@@ -135,10 +132,7 @@ def program_inputs(policy: TensorDictModuleBase, task: Task) -> list[ProgramInpu
 
 
 def described_policy(policy: TensorDictModuleBase, task: Task) -> dict[str, Any]:
-    """Inputs and output of the policy's programs, for JSON; null means unbounded.
-
-    Raises ``ValueError`` and ``TypeError`` as :func:`export_policy` does.
-    """
+    """Inputs and output of the policy's programs, for JSON; null means unbounded."""
     space = task.action_space
     if isinstance(space, spaces.Discrete):
         form: dict[str, Any] = {"shape": ["B"], "dtype": "int64"}

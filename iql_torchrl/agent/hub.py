@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,68 +27,66 @@ class HubError(RuntimeError):
     """The Hub cannot be used as asked; the message is one sentence that names the repository."""
 
 
-@dataclass(frozen=True)
-class Repository:
-    """``name``, ``"user/name"``, on the Hub; ``revision``: a branch, a tag or a commit's hash."""
+def upload(
+    folder: Path,
+    repo: str,
+    revision: str | None,
+    *,
+    private: bool,
+    token: str | None,
+    message: str | None,
+) -> str:
+    """Upload ``FILES`` of ``folder`` in one commit; its hash."""
+    hub = _package()
+    with _errors(f"{repo}: the upload", repo, revision):
+        if "/" not in repo:
+            raise hub.errors.HFValidationError("the name of the user is missing")
+        api = hub.HfApi(token=token)
+        api.create_repo(repo, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo, branch=revision, exist_ok=True)
+        # upload_folder may make several commits
+        commit = api.create_commit(
+            repo,
+            [hub.CommitOperationAdd(name, folder / name) for name in FILES],
+            commit_message=message or "Agent of iql_torchrl",
+            revision=revision,
+        )
+    return str(commit.oid)
 
-    name: str
-    revision: str | None
-    token: str | None
 
-    def upload(self, folder: Path, private: bool, message: str | None) -> str:
-        """Upload ``FILES`` of ``folder`` in one commit; its hash."""
-        hub = _package()
-        with self._errors("upload"):
-            if "/" not in self.name:
-                raise hub.errors.HFValidationError("the name of the user is missing")
-            api = hub.HfApi(token=self.token)
-            api.create_repo(self.name, private=private, exist_ok=True)
-            if self.revision is not None:
-                api.create_branch(self.name, branch=self.revision, exist_ok=True)
-            # upload_folder may make several commits
-            commit = api.create_commit(
-                self.name,
-                [hub.CommitOperationAdd(name, folder / name) for name in FILES],
-                commit_message=message or "Agent of iql_torchrl",
-                revision=self.revision,
+def download(repo: str, revision: str | None, token: str | None) -> Path:
+    """The folder of the Hub's cache with ``FILES``."""
+    hub, files = _package(), list(FILES)
+    with _errors(f"{repo}: the download", repo, revision):
+        folder = hub.snapshot_download(repo, revision=revision, token=token, allow_patterns=files)
+    return Path(folder)
+
+
+@contextmanager
+def _errors(action: str, repo: str, revision: str | None) -> Iterator[None]:
+    """A context in which the Hub's errors become one sentence that begins with ``action``."""
+    errors = _package().errors
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise ValueError(
+            f"repo is {repo!r}: no folder, and not the name of a repository; expected 'user/name'."
+        ) from error
+    except Exception as error:  # of the HTTP library too, which differs between versions
+        if isinstance(error, errors.RevisionNotFoundError):
+            advice = f"give revision={revision!r} as a branch, a tag or a full commit hash"
+        elif isinstance(error, errors.HfHubHTTPError):
+            advice = (
+                "check the name, and that the token (token=, HF_TOKEN, `hf auth login`; made at "
+                "https://huggingface.co/settings/tokens) is valid and permits it"
             )
-        return str(commit.oid)
-
-    def download(self) -> Path:
-        """The folder of the Hub's cache with ``FILES``."""
-        hub = _package()
-        with self._errors("download"):
-            options = {"revision": self.revision, "token": self.token}
-            folder = hub.snapshot_download(self.name, allow_patterns=list(FILES), **options)
-        return Path(folder)
-
-    @contextmanager
-    def _errors(self, doing: str) -> Iterator[None]:
-        """A context in which the Hub's errors become one sentence; ``doing``: upload or download."""
-        errors = _package().errors
-        try:
-            yield
-        except errors.HFValidationError as error:
-            raise ValueError(
-                f"repo is {self.name!r}: no folder, and not the name of a repository; expected "
-                "'user/name'."
-            ) from error
-        except Exception as error:  # of the HTTP library too, which differs between versions
-            if isinstance(error, errors.RevisionNotFoundError):
-                advice = f"give revision={self.revision!r} as a branch, a tag or a full commit hash"
-            elif isinstance(error, errors.HfHubHTTPError):
-                advice = (
-                    "check the name, and that the token (token=, HF_TOKEN, `hf auth login`; made at "
-                    "https://huggingface.co/settings/tokens) is valid and permits it"
-                )
-            else:
-                advice = (
-                    "check the connection and that HF_HUB_OFFLINE is not set; what was downloaded once "
-                    "is in the cache and needs none, and neither does a folder"
-                )
-            raise HubError(
-                f"{self.name}: the {doing} failed ({first_cause(error)}): {advice}."
-            ) from error
+        else:
+            advice = (
+                "check the connection and that HF_HUB_OFFLINE is not set; what was downloaded once "
+                "is in the cache and needs none, and neither does a folder"
+            )
+        raise HubError(f"{action} failed ({first_cause(error)}): {advice}.") from error
 
 
 def _package() -> Any:
@@ -107,11 +104,7 @@ def _package() -> Any:
 def write_files(
     folder: Path, states: Mapping[str, Any], export: Callable[[Path], Any], card: str
 ) -> None:
-    """Write ``FILES`` to ``folder``, which is made if needed; other files in it do not change.
-
-    Raises ``ValueError`` where ``folder`` has such files that are not of a shared agent, and as
-    ``export`` does.
-    """
+    """Write ``FILES`` to ``folder``, which is made if needed; other files in it do not change."""
     folder.mkdir(parents=True, exist_ok=True)
     taken = [name for name in FILES if (folder / name).exists()]
     if taken and AGENT not in taken:
@@ -165,11 +158,7 @@ Loading it executes none of its contents. `policy.pt2` is the same policy for pl
 
 
 def data_of(task: Task, dataset: DatasetSummary | None) -> dict[str, Any]:
-    """What a card says of the data that ``task`` is of; ``dataset`` adds sizes and returns.
-
-    Raises ``TypeError`` on another kind of ``dataset``, and ``ValueError`` where the task is known to
-    be of other episodes.
-    """
+    """What a card says of the data that ``task`` is of; ``dataset`` adds sizes and returns."""
     data: dict[str, Any] = {"name": task.name, "returns of score 0 and 100": task.reference_scores}
     if task.episodes is not None:
         data["digest of its episodes"] = digest_of_sketch(task.episodes)
@@ -188,10 +177,7 @@ def data_of(task: Task, dataset: DatasetSummary | None) -> dict[str, Any]:
 
 
 def scores_of(evaluation: Evaluation | Mapping[str, float]) -> dict[str, float]:
-    """Scores by name, of an evaluation its ``summary()`` without what one episode leaves undefined.
-
-    Raises ``TypeError`` for anything else, ``ValueError`` naming a score that is no finite number.
-    """
+    """Finite scores by name, of an evaluation without those that one episode leaves undefined."""
     if isinstance(evaluation, Evaluation):
         return {name: x for name, x in evaluation.summary().items() if not math.isnan(x)}
     if not isinstance(evaluation, Mapping):

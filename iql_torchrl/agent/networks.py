@@ -34,12 +34,7 @@ FEATURES = "features"  # what the encoder writes
 def make_networks(
     config: IQLConfig, task: Task, encoders: Encoders
 ) -> tuple[Any, Callable[[], TensorDictModule], ValueOperator, TensorDictModule | None]:
-    """The policy, a function that makes a critic, V, and the encoder that they share, or None.
-
-    On the device of ``config`` and in the dtype of the data.
-
-    Raises ``ValueError`` and ``TypeError`` as :func:`iql_torchrl.make_agent` does.
-    """
+    """The policy, a function that makes a critic, V, and the encoder that they share, or None."""
     _check_actions(config, task.action_space)
     if config.history > 1 and config.history_encoder == "stack":  # as the networks see it
         task = replace(
@@ -131,11 +126,7 @@ def _check_actions(config: IQLConfig, space: gym.Space[Any]) -> None:
 def _first_layers(
     config: IQLConfig, task: Task, encoders: Encoders
 ) -> tuple[TensorDictModule | None, list[NestedKey], int, Callable[[], nn.Module]]:
-    """The shared encoder, if any; the keys that the networks read, their features, a first layer.
-
-    Vectors of numbers, and one category alone, are read by each network itself. ``encoders``:
-    modules of the user's by leaf, in place of the usual ones.
-    """
+    """The shared encoder, if any; the keys that the networks read, their features, a first layer."""
     space, leaves = task.observation_space, leaf_spaces(task.observation_space)
     windows = config.history > 1 and config.history_encoder != "stack"
     vectors = all(map(is_vector, leaves.values()))

@@ -96,10 +96,7 @@ class Task:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Task:
-        """The task whose ``state_dict`` this is.
-
-        Raises ``ValueError`` naming the entries that are missing or unknown.
-        """
+        """The task whose ``state_dict`` this is; ``ValueError`` on missing or unknown entries."""
         state = {"episodes": None, **state}  # unknown to the first checkpoints
         expected = {each.name for each in fields(cls)}
         if set(state) != expected:
@@ -126,11 +123,7 @@ class Task:
 
 
 def space_state(space: gym.Space[Any]) -> dict[str, Any]:
-    """A Gymnasium space as plain data; arrays are tensors, so that no bit of them changes.
-
-    Raises ``ValueError`` for another space than Box, Discrete, MultiDiscrete, MultiBinary or a
-    Dict of these.
-    """
+    """A Gymnasium space as plain data; arrays are tensors, so that no bit of them changes."""
     kind = type(space).__name__
     if isinstance(space, spaces.Dict):  # a list, because names have an order
         inner = [[name, space_state(child)] for name, child in space.spaces.items()]

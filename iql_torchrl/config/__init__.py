@@ -1,7 +1,13 @@
 """Settings of a run: one description for each, ``IQLConfig`` and named presets."""
 
-from iql_torchrl.config.arithmetic import Arithmetic, choose_products, chosen_products
-from iql_torchrl.config.devices import check_device, check_usable, launches_kernels
+from iql_torchrl.config.arithmetic import (
+    Arithmetic,
+    check_device,
+    check_usable,
+    choose_products,
+    chosen_products,
+    launches_kernels,
+)
 from iql_torchrl.config.iql_config import PRESETS, IQLConfig
 from iql_torchrl.config.knobs import Knob, check_choice, check_whole, knob, knobs, loss_knobs
 

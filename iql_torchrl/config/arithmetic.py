@@ -1,4 +1,4 @@
-"""torch's settings of this process on which rounding depends."""
+"""torch on this machine: devices on which a run can train, and settings on which rounding depends."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Products = Literal["mkl", "onednn"]
 PRECISIONS = (
     "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn", "cuda.matmul", "cudnn.conv", "cudnn.rnn",
 )  # fmt: skip
-
-
 chosen: Products | None = None
+LAUNCHING = ("cuda",)  # count_kernels.py adds the CPU, where it traces a program for a GPU
+DEVICES = ("cpu", "cuda", "hpu", "mps", "mtia", "xpu")  # where torch's fused Adam runs
 
 
 def choose_products(name: Products | Literal["auto"]) -> None:
@@ -67,3 +67,32 @@ class Arithmetic:
         for name, old, new in zip(PRECISIONS, current.precisions, self.precisions, strict=True):
             if new != old:
                 attrgetter(name)(torch.backends).fp32_precision = new
+
+
+def check_device(device: str) -> None:
+    """Raise ``ValueError`` unless ``device`` names a torch device of a type in ``DEVICES``."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = ""
+    if kind not in DEVICES:
+        raise ValueError(
+            f"device is {device!r}; give a torch device of type {', '.join(DEVICES)}, "
+            "such as 'cuda' or 'cuda:1'."
+        )
+
+
+def check_usable(device: str) -> None:
+    """Raise ``ValueError`` with torch's reason unless this machine can use ``device``."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, ImportError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device is {device!r}, which this machine cannot use: {reason}"
+        ) from error
+
+
+def launches_kernels(device: torch.device) -> bool:
+    """Whether every operation is a kernel that is launched: a program should have few of them there."""
+    return device.type in LAUNCHING

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from iql_torchrl.config.devices import check_usable
+from iql_torchrl.config.arithmetic import check_usable
 from iql_torchrl.config.iql_config import IQLConfig
 from iql_torchrl.config.knobs import knobs
 
@@ -33,28 +33,6 @@ def _none(described: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[None] | None
     return PrimitiveConstructorSpec(
         1, "none", read, lambda value: value is None, lambda _: ["none"]
     )
-
-
-def parse_options(
-    options: Callable[..., Options],
-    arguments: Sequence[str] | None = None,
-    *,
-    description: str = "",
-) -> Options:
-    """``options``, a dataclass, from the command line: ``tyro.cli`` without prefixes of nested names.
-
-    ``arguments``: by default those of the process. ``description`` is the first line of ``--help``.
-    Exits with code 2 and a message on stderr where tyro or the class (by ``ValueError``) refuses an
-    argument.
-    """
-    with _rules:
-        return tyro.cli(
-            options,
-            prog=Path(sys.argv[0]).name,
-            args=None if arguments is None else list(arguments),
-            description=description,
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
 
 
 def parse(
@@ -95,18 +73,21 @@ def parse(
         chosen, prog=Path(sys.argv[0]).name, args=words, return_unknown_args=True, add_help=False
     )
     preset = presets[start.preset]
-    settings: list[Any] = [
-        (
-            name,
-            Annotated[knob.kind, tyro.conf.arg(help=knob.help_with_range)],
-            getattr(preset, name),
+    settings: list[Any] = []
+    for name, knob in knobs(type(preset)).items():
+        if name not in without:
+            shown = tyro.conf.arg(help=knob.help_with_range)
+            settings.append((name, Annotated[knob.kind, shown], getattr(preset, name)))
+    every = make_dataclass("Settings", [(*choice[:2], start.preset), *settings])
+    both: Any = make_dataclass("CommandLine", [("script", options), ("settings", every)])
+    with _rules:
+        line = tyro.cli(
+            both,
+            prog=Path(sys.argv[0]).name,
+            args=list(arguments),
+            description=description,
+            config=(tyro.conf.OmitArgPrefixes,),
         )
-        for name, knob in knobs(type(preset)).items()
-        if name not in without
-    ]
-    shown = make_dataclass("Settings", [(*choice[:2], start.preset), *settings])
-    both: Any = make_dataclass("CommandLine", [("script", options), ("settings", shown)])
-    line = parse_options(both, arguments, description=description)
     try:
         config = replace(preset, **{name: getattr(line.settings, name) for name, *_ in settings})
         check_usable(config.device)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from types import MappingProxyType
 from typing import Any, Literal, NoReturn
 
-from iql_torchrl.config.devices import check_device
+from iql_torchrl.config.arithmetic import check_device
 from iql_torchrl.config.knobs import knob, knobs
 
 

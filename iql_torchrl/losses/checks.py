@@ -9,6 +9,7 @@ from tensordict import NestedKey
 from tensordict.utils import unravel_key
 from torch import nn
 
+from iql_torchrl.config import check_choice
 from iql_torchrl.private_apis import keeps_batch_statistics
 
 
@@ -35,8 +36,7 @@ def check_form(
             "the critics and for the policy's advantages. Pass a module that writes "
             "'state_value'."
         )
-    if reduction not in (None, "", "mean", "sum", "none"):
-        raise ValueError(f"reduction is {reduction!r}; choose 'mean', 'sum' or 'none'.")
+    check_choice("reduction", reduction or "mean", ("mean", "sum", "none"))
     if scalar_output_mode not in (None, "exclude", "non_tensor"):
         raise ValueError(
             f"scalar_output_mode is {scalar_output_mode!r}; choose 'exclude', 'non_tensor' or None."

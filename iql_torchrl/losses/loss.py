@@ -6,8 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from numbers import Real
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -15,24 +14,14 @@ from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, d
 from tensordict.utils import unravel_key
 from torch import Tensor, distributions
 from torchrl.modules import Delta
-from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
-from torchrl.objectives.value import TD0Estimator, ValueEstimatorBase
+from torchrl.objectives.value import TD0Estimator
 
 from iql_torchrl import functional as F
 from iql_torchrl.config import IQLConfig, Knob, check_choice, loss_knobs
-from iql_torchrl.losses.batch import (
-    FLOW_NOISE,
-    FLOW_TIME,
-    IMAGE_SHIFT,
-    NEXT_IMAGE_SHIFT,
-    Batch,
-    Draw,
-    agree,
-    per_sample,
-    read_batch,
-)
+from iql_torchrl.losses.batch import Batch, agree, per_sample, read_batch
 from iql_torchrl.losses.checks import check_actor, check_form
 from iql_torchrl.losses.critics import Critics
+from iql_torchrl.losses.draws import FLOW_NOISE, FLOW_TIME, IMAGE_SHIFT, NEXT_IMAGE_SHIFT, Draw
 from iql_torchrl.losses.parameters import (
     DETACHED_CRITICS,
     LIVE_CRITICS,
@@ -69,12 +58,6 @@ class ImplicitQLoss(NetworkLoss):
     """
 
     knobs: ClassVar[Mapping[str, Knob]] = loss_knobs(IQLConfig)
-    default_value_estimator = ValueEstimators.TD0
-    SUPPORTED_VALUE_ESTIMATORS = (
-        ValueEstimators.TD0,
-        ValueEstimators.TD1,
-        ValueEstimators.TDLambda,
-    )
     among: tuple[int, int] | None = None  # (first, count) of runs, in a part of a population
 
     def __init__(
@@ -162,41 +145,6 @@ class ImplicitQLoss(NetworkLoss):
             )
         excluded = self.reduction == "none" and self.scalar_output_mode == "exclude"
         self.out_keys = [*LOSSES, *(() if excluded else self.scalar_names)]
-
-    def make_value_estimator(
-        self, value_type: ValueEstimators | ValueEstimatorBase | None = None, **hyperparams: Any
-    ) -> ImplicitQLoss:
-        """Choose how the critics' targets are made: TD(0) (default), TD(1), TD(lambda), or your own.
-
-        ``loss.make_value_estimator(gamma=0.97)`` sets the discount (TorchRL's default is 0.99). Its
-        numbers become tensors on the device of the loss's parameters, unless ``device`` is given,
-        and move with ``loss.to(device)``.
-        Raises ``NotImplementedError`` on an estimator that needs an on-policy log, ``TypeError`` on
-        another kind of ``value_type``, ``ValueError`` on a number ``gamma`` outside [0, 1].
-        """
-        gamma = hyperparams.get("gamma")
-        if isinstance(gamma, str) or (isinstance(gamma, Real) and not 0 <= float(gamma) <= 1):
-            raise ValueError(f"gamma is {gamma!r}; a discount per step lies in [0, 1].")
-        value_type = value_type or self.default_value_estimator
-        if isinstance(value_type, ValueEstimatorBase | type):
-            return super().make_value_estimator(value_type, **hyperparams)
-        if not isinstance(value_type, ValueEstimators):
-            raise TypeError(
-                f"value_type is {value_type!r}; pass one of torchrl.objectives.ValueEstimators, "
-                "such as ValueEstimators.TD0, or a value estimator."
-            )
-        if hyperparams.get("device") is None:
-            hyperparams["device"] = next(self.parameters()).device
-        keys = self.tensor_keys
-        names = ("value", "reward", "done", "terminated")
-        dispatch_value_estimator(
-            self,
-            value_type,
-            supported=self.SUPPORTED_VALUE_ESTIMATORS,
-            tensor_keys={"value_target": "value_target"} | {n: getattr(keys, n) for n in names},
-            **hyperparams,
-        )
-        return self
 
     @property
     def diagnostics(self) -> bool:

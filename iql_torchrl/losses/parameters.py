@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -17,16 +18,14 @@ from tensordict.utils import unravel_key
 from torch import Tensor, nn
 from torchrl.modules import GRUModule, LSTMModule
 from torchrl.objectives.common import LossModule
+from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
+from torchrl.objectives.value import ValueEstimatorBase
 
-from iql_torchrl.losses.batch import IMAGE_SHIFT, Batch, output_of
+from iql_torchrl.losses.batch import Batch, output_of
 from iql_torchrl.losses.checks import check_encoder
 from iql_torchrl.losses.critics import Critics, initialise_critics, list_critics
-from iql_torchrl.networks.evaluation import (
-    DirectCritics,
-    Networks,
-    Watched,
-    distribution_of,
-)
+from iql_torchrl.losses.draws import IMAGE_SHIFT
+from iql_torchrl.networks.evaluation import Networks, Watched, distribution_of
 from iql_torchrl.networks.recognition import (
     critics_over,
     is_head_and_distribution,
@@ -87,6 +86,13 @@ class NetworkLoss(LossModule):
 
     tensor_keys: _AcceptedKeys
     default_keys = _AcceptedKeys
+
+    default_value_estimator = ValueEstimators.TD0
+    SUPPORTED_VALUE_ESTIMATORS = (
+        ValueEstimators.TD0,
+        ValueEstimators.TD1,
+        ValueEstimators.TDLambda,
+    )
 
     # TorchRL warns where an attribute that it makes has no annotation.
     actor_network: TensorDictModule
@@ -257,6 +263,22 @@ class NetworkLoss(LossModule):
         pairs = [(self.actor_network_params.get(k), leaf) for k, leaf in average.items(True, True)]
         return [live for live, _ in pairs], [leaf for _, leaf in pairs]
 
+    def target_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Live parameters, and in the same order those of the targets that average them.
+
+        Buffers are left out: those of the target critics are the live ones.
+        """
+        live: list[Tensor] = []
+        targets: list[Tensor] = []
+        for name in self.network_names:
+            averages: TensorDictParams | None = children_of(self).get(f"target_{name}_params")
+            if averages is not None:
+                for key, leaf in getattr(self, f"{name}_params").items(True, True):
+                    if isinstance(leaf, nn.Parameter):
+                        live.append(leaf)
+                        targets.append(averages.get(key))
+        return live, targets
+
     # -- tensors that are one: shared trunks, targets' buffers, averages, the user's own networks -----
 
     def _tie(self) -> None:
@@ -391,15 +413,15 @@ class NetworkLoss(LossModule):
                 name: critics_over(
                     self.qvalue_network,
                     params[TARGET_CRITICS if name == TARGET_CRITICS else LIVE_CRITICS],
+                    self.num_qvalue_nets,
                     per_run=per_run,
                     detached=name == DETACHED_CRITICS,
                 )
                 for name in networks.critics
             }
-            if None not in critics.values():
-                count = self.num_qvalue_nets
-                of_all = {n: DirectCritics(c, count, per_run) for n, c in critics.items() if c}
-                networks = networks._replace(critics=of_all)
+            known = {name: each for name, each in critics.items() if each is not None}
+            if len(known) == len(critics):
+                networks = networks._replace(critics=known)
         return networks._replace(watched=Watched([getattr(self, n) for n in self.network_names]))
 
     def general_networks(self) -> Networks:
@@ -508,7 +530,42 @@ class NetworkLoss(LossModule):
         with self.policy() as actor:
             return actor.get_dist(data.select(*actor.in_keys, strict=False))
 
-    # -- keys ----------------------------------------------------------------------------------------
+    # -- values and keys ---------------------------------------------------------------------------
+
+    def make_value_estimator(
+        self, value_type: ValueEstimators | ValueEstimatorBase | None = None, **hyperparams: Any
+    ) -> NetworkLoss:
+        """Choose how the critics' targets are made: TD(0) (default), TD(1), TD(lambda), or your own.
+
+        ``loss.make_value_estimator(gamma=0.97)`` sets the discount (TorchRL's default is 0.99). Its
+        numbers become tensors on the device of the loss's parameters, unless ``device`` is given,
+        and move with ``loss.to(device)``.
+        Raises ``NotImplementedError`` on an estimator that needs an on-policy log, ``TypeError`` on
+        another kind of ``value_type``, ``ValueError`` on a number ``gamma`` outside [0, 1].
+        """
+        gamma = hyperparams.get("gamma")
+        if isinstance(gamma, str) or (isinstance(gamma, Real) and not 0 <= float(gamma) <= 1):
+            raise ValueError(f"gamma is {gamma!r}; a discount per step lies in [0, 1].")
+        value_type = value_type or self.default_value_estimator
+        if isinstance(value_type, ValueEstimatorBase | type):
+            return super().make_value_estimator(value_type, **hyperparams)
+        if not isinstance(value_type, ValueEstimators):
+            raise TypeError(
+                f"value_type is {value_type!r}; pass one of torchrl.objectives.ValueEstimators, "
+                "such as ValueEstimators.TD0, or a value estimator."
+            )
+        if hyperparams.get("device") is None:
+            hyperparams["device"] = next(self.parameters()).device
+        keys = self.tensor_keys
+        names = ("value", "reward", "done", "terminated")
+        dispatch_value_estimator(
+            self,
+            value_type,
+            supported=self.SUPPORTED_VALUE_ESTIMATORS,
+            tensor_keys={"value_target": "value_target"} | {n: getattr(keys, n) for n in names},
+            **hyperparams,
+        )
+        return self
 
     def observed_keys(self, keys: Sequence[NestedKey]) -> list[NestedKey]:
         """The entries of a batch behind ``keys``, which networks read: for features what gives them."""

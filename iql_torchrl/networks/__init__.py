@@ -1,13 +1,12 @@
 """Plain networks for IQL, to wrap with TorchRL's ``ValueOperator`` or ``TensorDictModule``."""
 
-from iql_torchrl.networks.encoders import Flatten, ImageEncoder, JoinedEncoders, OneHots
+from iql_torchrl.networks.encoders import Flatten, ImageEncoder, JoinedEncoders, OneHot, OneHots
 from iql_torchrl.networks.perceptrons import (
     ACTIVATIONS,
     MLP,
     AroundPerceptron,
     Critic,
     DiscreteCritic,
-    OneHot,
     ResidualMLP,
     Standardise,
     StateValue,

@@ -1,18 +1,47 @@
-"""Modules that turn one observation into a vector of features, and their join."""
+"""First layers of networks: modules that turn one observation into a vector of features."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from iql_torchrl.config import check_choice, check_whole
-from iql_torchrl.networks.perceptrons import Numbers
 
 DEEP_ENOUGH = 36  # shortest side of an image for the layers of Mnih et al. 2015
 MNIH = ((32, 8, 4, 0), (64, 4, 2, 0), (64, 3, 1, 0))  # channels, kernel, stride, padding
 HALVING = ((32, 3, 2, 1), (64, 3, 2, 1), (64, 3, 2, 1))
+
+
+class Numbers(nn.Module):
+    """Base of layers that make floats of whole numbers, in a dtype that ``module.to(dtype)`` changes.
+
+    ``dtype``: of the output, at first torch's default. It is an attribute and not a buffer, so that
+    states stay as they are.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtype = torch.get_default_dtype()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.dtype = fn(torch.zeros((), dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
+
+class OneHot(Numbers):
+    """Integers in ``[0, num_classes)``, shape ``(*B,)``, to ones and zeros ``(*B, num_classes)``."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        check_whole(num_classes=num_classes)
+        self.num_classes = num_classes
+
+    def forward(self, observation: Tensor) -> Tensor:
+        one_hot = nn.functional.one_hot(observation.long(), self.num_classes)
+        return one_hot.to(self.dtype)
 
 
 class Flatten(Numbers):

@@ -242,6 +242,7 @@ class Direct:
 
     With ``body``, it takes the place of the module's perceptron, and ``first`` that of its first
     layer. ``by_row``: every row of a batch is treated for itself, without random numbers.
+    With ``critics``, a number K, a call gives ``(K, *B, n)``, of P runs ``(K, P, B, n)``.
     """
 
     def __init__(
@@ -252,12 +253,18 @@ class Direct:
         first: Callable[..., Tensor] | None = None,
         *,
         by_row: bool = False,
+        critics: int = 0,
     ) -> None:
         self.module: Any = module
-        self.in_keys, self.body, self.first, self.by_row = list(in_keys), body, first, by_row
+        self.in_keys, self.first = list(in_keys), first
+        self.body: Any = body
+        self.by_row, self.critics = by_row, critics
 
     def __call__(self, data: TensorDictBase) -> Any:
-        return self.run(*[data.get(key) for key in self.in_keys])
+        out = self.run(*[data.get(key) for key in self.in_keys])
+        if self.critics == 1:
+            return out.unsqueeze(0)
+        return out.transpose(0, 1) if self.critics and self.body.per_run else out
 
     def run(self, *inputs: Tensor) -> Any:
         if self.body is None:
@@ -271,19 +278,6 @@ class Direct:
         inputs = [torch.stack([first.get(key), second.get(key)]) for key in self.in_keys]
         value: Tensor = self.run(*inputs)
         return value.unbind()
-
-
-class DirectCritics:
-    """K critics of one run, ``(K, *B, n)``, or with ``per_run`` of P runs, ``(K, P, B, n)``."""
-
-    def __init__(self, critics: Direct, count: int, per_run: bool) -> None:
-        self.critics, self.count, self.per_run = critics, count, per_run
-
-    def __call__(self, data: TensorDictBase) -> Tensor:
-        out: Tensor = self.critics(data)
-        if self.count == 1:
-            return out.unsqueeze(0)
-        return out.transpose(0, 1) if self.per_run else out
 
 
 class Watched:

@@ -56,35 +56,6 @@ class Standardise(nn.Module):
         return (observation - self.mean) / self.std
 
 
-class Numbers(nn.Module):
-    """Base of layers that make floats of whole numbers, in a dtype that ``module.to(dtype)`` changes.
-
-    ``dtype``: of the output, at first torch's default. It is an attribute and not a buffer, so that
-    states stay as they are.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.dtype = torch.get_default_dtype()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.dtype = fn(torch.zeros((), dtype=self.dtype)).dtype
-        return super()._apply(fn, recurse)
-
-
-class OneHot(Numbers):
-    """Integers in ``[0, num_classes)``, shape ``(*B,)``, to ones and zeros ``(*B, num_classes)``."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__()
-        check_whole(num_classes=num_classes)
-        self.num_classes = num_classes
-
-    def forward(self, observation: Tensor) -> Tensor:
-        one_hot = nn.functional.one_hot(observation.long(), self.num_classes)
-        return one_hot.to(self.dtype)
-
-
 class MLP(nn.Sequential):
     """Fully connected layers: ``hidden`` widths, each followed by norm, activation and dropout.
 

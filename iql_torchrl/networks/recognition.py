@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torchrl.modules import MLP as TorchRLMLP
 from torchrl.modules import SafeModule, SafeProbabilisticModule, ValueOperator
 
+from iql_torchrl.networks.encoders import OneHot
 from iql_torchrl.networks.evaluation import DERIVATIVES, Direct, Perceptron
-from iql_torchrl.networks.perceptrons import MLP, AroundPerceptron, OneHot, Standardise
+from iql_torchrl.networks.perceptrons import MLP, AroundPerceptron, Standardise
 from iql_torchrl.private_apis import children_of, has_hooks, reads_positions
 
 # Modules that act on every number for itself.
@@ -111,11 +112,13 @@ def network_over(
     per_run: bool,
     detached: bool = False,
     first: nn.Module | None = None,
+    critics: int = 0,
 ) -> Direct:
     """``module``, whose perceptron, where it has one, is evaluated over its parameters ``params``.
 
     Other parameters are those in the module. With ``per_run``, ``params`` are ``(P, ...)``; with
-    ``detached`` they get no gradient. ``first``: takes the place of the first layer.
+    ``detached`` they get no gradient. ``first``: takes the place of the first layer. ``critics``: how
+    many networks the parameters are of, where these are critics.
     """
     around = isinstance(module, AroundPerceptron)
     first_layer: Any = (first or module.preprocess) if around else None
@@ -138,13 +141,14 @@ def network_over(
         detached=detached,
     )
     by_row = known and not per_run and (first_layer is None or type(first_layer) in BY_ROW)
-    return Direct(module, in_keys, over, Tensor.long if picks else first_layer, by_row=by_row)
+    first_layer = Tensor.long if picks else first_layer
+    return Direct(module, in_keys, over, first_layer, by_row=by_row, critics=critics)
 
 
 def critics_over(
-    network: Any, params: TensorDictBase, *, per_run: bool, detached: bool
+    network: Any, params: TensorDictBase, count: int, *, per_run: bool, detached: bool
 ) -> Direct | None:
-    """A critic over parameters of one, or stacked for K; with ``detached`` they get no gradient.
+    """``count`` critics over their parameters, of one or stacked; ``detached``: without gradient.
 
     None where more than the perceptron has parameters, or statistics before it differ between the
     critics.
@@ -161,10 +165,8 @@ def critics_over(
             first = _first_of_all(module.preprocess, params.get(("module", "preprocess")))
             if first is None:
                 return None
-    of_module = params.get("module")
-    return network_over(
-        module, network.in_keys, of_module, per_run=per_run, detached=detached, first=first
-    )
+    options: Any = {"per_run": per_run, "detached": detached, "first": first, "critics": count}
+    return network_over(module, network.in_keys, params.get("module"), **options)
 
 
 def _leaves(module: nn.Module, params: TensorDictBase) -> list[Tensor]:

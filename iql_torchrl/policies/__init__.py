@@ -6,16 +6,18 @@ Deterministic and random interaction types both work.
 """
 
 from iql_torchrl.policies.actors import (
-    Choice,
-    ClippedGaussian,
-    ClippedMixture,
-    OneHotChoice,
-    SquashedGaussian,
     categorical,
     deterministic,
     gaussian,
     mixture,
     tanh_normal,
+)
+from iql_torchrl.policies.distributions import (
+    Choice,
+    ClippedGaussian,
+    ClippedMixture,
+    OneHotChoice,
+    SquashedGaussian,
 )
 from iql_torchrl.policies.generative import (
     BestOf,

@@ -22,7 +22,8 @@ from torchrl.modules import Delta
 from iql_torchrl.config import check_choice, check_whole
 from iql_torchrl.networks import join_observations
 from iql_torchrl.networks.perceptrons import Part
-from iql_torchrl.policies.actors import Bounds, Head, bounds_of, listed
+from iql_torchrl.policies.actors import bounds_of, listed
+from iql_torchrl.policies.distributions import Bounds, Head
 
 ROWS_AT_ONCE = 65_536  # candidates that are evaluated together
 

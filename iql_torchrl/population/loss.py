@@ -14,7 +14,7 @@ from torch import nn
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.losses.parameters import AVERAGE, ENCODER, NETWORKS
 from iql_torchrl.networks import AroundPerceptron
-from iql_torchrl.networks.evaluation import Direct, DirectCritics
+from iql_torchrl.networks.evaluation import Direct
 from iql_torchrl.networks.recognition import is_stackable
 from iql_torchrl.private_apis import children_of, has_hooks
 
@@ -51,7 +51,7 @@ def stack_losses(losses: Sequence[ImplicitQLoss]) -> ImplicitQLoss:
     networks = loss.networks
     known = {
         "actor_network": networks.head is not None,
-        "qvalue_network": all(isinstance(x, DirectCritics) for x in networks.critics.values()),
+        "qvalue_network": all(isinstance(x, Direct) for x in networks.critics.values()),
         "value_network": isinstance(networks.value, Direct),
     }
     if unknown := [name for name in NETWORKS if not known[name]]:

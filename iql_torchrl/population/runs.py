@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,14 @@ from iql_torchrl.agent.build import (
     rate_factors,
 )
 from iql_torchrl.agent.task import Task
-from iql_torchrl.config import IQLConfig
+from iql_torchrl.config import IQLConfig, knobs
 from iql_torchrl.data import DeviceSampler, OfflineDataset
 from iql_torchrl.data.replay import MemberSampler
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.evaluation.rollout import Evaluation, evaluate
 from iql_torchrl.files import CheckpointError, read_components, write_components
-from iql_torchrl.population.alike import check_configs
 from iql_torchrl.population.loss import stack_losses, write_member
-from iql_torchrl.trainers.checkpoints import DataState, check_same_data
+from iql_torchrl.trainers.checkpoints import check_same_data, check_same_run, data_state
 from iql_torchrl.trainers.events import whole_updates
 from iql_torchrl.update.adam import StackedAdam
 from iql_torchrl.update.captured import captured
@@ -86,7 +86,7 @@ class IQLPopulation:
     ) -> None:
         if batches not in ("shared", "own"):
             raise ValueError(f"batches is {batches!r}; choose 'shared' or 'own'.")
-        check_configs(configs)
+        _check_configs(configs)
         if not isinstance(dataset, OfflineDataset):
             raise TypeError(
                 f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns. "
@@ -99,7 +99,7 @@ class IQLPopulation:
             )
         self.ranks = Ranks() if ranks is None else ranks
         self.all_configs, self.batches = tuple(configs), batches
-        self._dataset, self._data = dataset, DataState(None, dataset)
+        self._dataset = dataset
         self._agree_with_other_ranks()
         self.runs = self.ranks.part(len(configs))
         self.configs = self.all_configs[self.runs.start : self.runs.stop]
@@ -135,8 +135,13 @@ class IQLPopulation:
             [config.to_dict() for config in self.all_configs],
             "the ranks have different configs; give each rank the whole list, in the same order.",
         )
-        check_same_data(ranks, self._data, None)
-        ranks.share_random_state()
+        if ranks.size > 1:
+            check_same_data(ranks, self._data, None)
+            ranks.share_random_state()
+
+    @cached_property
+    def _data(self) -> dict[str, Any]:
+        return data_state(None, self._dataset)
 
     def _agent(self, number: int) -> Agent:
         return build_agent(replace(self.configs[number], compile=False), self.task)
@@ -274,7 +279,7 @@ class IQLPopulation:
                 "batches": self.batches,
                 "updates": self.updates,
             },
-            "data": self._data.state_dict(),
+            "data": self._data,
             "loss_module": self.loss.state_dict(),
             "step": self.step.state_dict(),
             "sampler": self.sampler.state_dict(),
@@ -302,8 +307,8 @@ class IQLPopulation:
         states = ranks.from_main(lambda: read_components(path, names))
         record = states["population"]
         try:
-            data = DataState(None, dataset)
-            data.check(states["data"])
+            data = data_state(None, dataset)
+            check_same_run({"data": states["data"]}, {"data": data})
             saved = [IQLConfig.from_dict(IQLConfig().to_dict() | c) for c in record["configs"]]
             configs = [
                 replace(c, device=c.device if device is None else str(device)) for c in saved
@@ -339,6 +344,34 @@ class _Events:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _check_configs(configs: Sequence[IQLConfig]) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless ``configs`` are those of one population."""
+    if isinstance(configs, IQLConfig):
+        raise TypeError("configs is one IQLConfig; expected a sequence of them, one per run.")
+    if not isinstance(configs, Sequence) and configs is not None:
+        raise TypeError(f"configs is {type(configs).__name__}; expected a sequence of IQLConfigs.")
+    if not configs:
+        raise ValueError("configs is empty; a population has at least one run.")
+    for number, config in enumerate(configs):
+        if not isinstance(config, IQLConfig):
+            raise TypeError(f"configs[{number}] is {type(config).__name__}; expected an IQLConfig.")
+        if type(config) is not type(configs[0]):
+            raise TypeError(
+                f"configs[{number}] is {type(config).__name__} and configs[0] is "
+                f"{type(configs[0]).__name__}; the configs of a population have one class."
+            )
+        described = knobs(type(config))
+        for name, knob in described.items():
+            first, other = getattr(configs[0], name), getattr(config, name)
+            if not knob.per_run and first != other:
+                may_differ = [name for name, each in described.items() if each.per_run]
+                raise ValueError(
+                    f"{name} is {other} in configs[{number}] and {first} in configs[0]; runs of a "
+                    f"population may differ in {', '.join(may_differ)}. Train one population for "
+                    "each."
+                )
 
 
 def _updates_per_call(updates: int) -> int:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from numpy.typing import NDArray
 
-from iql_torchrl.config.cli import parse_options
 from iql_torchrl.evaluation.statistics import (
     interquartile_mean,
     probability_of_improvement,
@@ -44,22 +42,18 @@ COMPARABLE = ("score_mean", "success_rate")  # between tasks; a return is not
 BANDS = "Bands, 95 %: of several seeds over the seeds (Student's t), of one run over its episodes"
 
 
-@dataclass(frozen=True)
-class Options:
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """folder of a run, or one that contains runs"""
-    output: Path = Path("comparison.png")
-    """picture to write, .png"""
-    metrics: tuple[str, ...] = ()
-    """columns of metrics.csv, one panel each"""
-    each: tyro.conf.FlagCreatePairsOff[bool] = False
-    """one line per run, also for runs that differ only in their seed"""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw and tabulate runs. Returns 0, or 2 after an error message."""
-    description = "Draw runs side by side; those that differ only in their seed are one line."
-    options = parse_options(Options, arguments, description=description)
+    parser = argparse.ArgumentParser(
+        prog="python -m iql_torchrl.report",
+        description="Draw runs side by side; those that differ only in their seed are one line.",
+    )
+    add = parser.add_argument
+    add("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, or of several runs")
+    add("--output", type=Path, default=Path("comparison.png"), metavar="FILE.png")
+    add("--metrics", nargs="+", default=(), metavar="NAME", help="columns of metrics.csv to draw")
+    add("--each", action="store_true", help="one line per run, also where only the seed differs")
+    options = parser.parse_args(arguments)
     try:
         if options.output.suffix.lower() != ".png":
             raise ValueError(f"--output is {options.output}; expected a name that ends in .png.")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -30,40 +30,19 @@ MODULE = "trainer_module."  # begins the name of a part that was registered on t
 MOST_LISTED = 5  # differences in one message
 
 
-class DataState:
-    """The part of a checkpoint that identifies the data: digests, reward map, name.
-
-    Digests are of ``dataset``, or of a buffer that is fixed; None for other buffers.
-    """
-
-    def __init__(self, replay_buffer: Any, dataset: DatasetSummary | None) -> None:
-        if dataset is None and isinstance(replay_buffer, ShardedReplay):
-            dataset = replay_buffer.dataset
-        self._dataset, self._replay_buffer = dataset, replay_buffer
-        self._state: dict[str, Any] | None = None
-
-    def _fingerprint(self) -> dict[str, str] | None:
-        if self._dataset is not None:
-            return self._dataset.fingerprint()
-        if not _is_fixed(self._replay_buffer):
-            return None
-        storage = self._replay_buffer.storage
+def data_state(replay_buffer: Any, dataset: DatasetSummary | None) -> dict[str, Any]:
+    """What identifies the data: digests (None for a buffer that can grow), reward map, name."""
+    if dataset is None and isinstance(replay_buffer, ShardedReplay):
+        dataset = replay_buffer.dataset
+    if dataset is not None:
+        mapped = [dataset.reward_map.scale, dataset.reward_map.shift]
+        return {"fingerprint": dataset.fingerprint(), "reward_map": mapped, "name": dataset.name}
+    digests = None
+    if _is_fixed(replay_buffer):
+        storage = replay_buffer.storage
         windows = isinstance(storage, WindowStorage)
-        return fingerprint(storage.windows.table() if windows else storage.get(slice(None)))
-
-    def state_dict(self) -> dict[str, Any]:
-        if self._state is None:
-            mapped = None if self._dataset is None else self._dataset.reward_map
-            self._state = {
-                "fingerprint": self._fingerprint(),
-                "reward_map": None if mapped is None else [mapped.scale, mapped.shift],
-                "name": None if self._dataset is None else self._dataset.name,
-            }
-        return self._state
-
-    def check(self, saved: Mapping[str, Any]) -> None:
-        """Raises ``CheckpointError`` when ``saved`` is of other data, naming what differs."""
-        check_same_run({"data": saved}, {"data": self.state_dict()})
+        digests = fingerprint(storage.windows.table() if windows else storage.get(slice(None)))
+    return {"fingerprint": digests, "reward_map": None, "name": None}
 
 
 def _is_fixed(buffer: Any) -> bool:
@@ -71,12 +50,10 @@ def _is_fixed(buffer: Any) -> bool:
     return isinstance(buffer, ReplayBuffer) and isinstance(buffer.writer, ImmutableDatasetWriter)
 
 
-def check_same_data(ranks: Ranks, data: DataState, replay_buffer: Any) -> None:
+def check_same_data(ranks: Ranks, data: Mapping[str, Any], replay_buffer: Any) -> None:
     """Raises ``ValueError`` on all ranks unless they have the same data and draw the same rows."""
-    if ranks.size == 1:
-        return
     ranks.check_same(
-        data.state_dict(),
+        data,
         "the ranks have different data: their datasets' digests differ. Load the same files with the "
         "same arguments on every rank.",
     )
@@ -154,23 +131,21 @@ def _compared(
     return groups
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of a checkpoint: how its state is read, and how a saved one is loaded or compared."""
-
-    state_dict: Callable[[], Any]
-    load_state_dict: Callable[[Any], None]
-
-
 class ResumableTrainer(Trainer):
     """TorchRL's trainer with one state, in checkpoints that run no code, from which a run continues.
 
     Abstract: a subclass has ``train``, and the attributes that are read here (``step``, ``agent``,
-    ``data_state``, ``ranks``, ``folder``, ``evaluation``, ``monitor``, ``progress``, ``_last_save``,
-    ``_in_folder``) before ``Trainer.__init__``.
+    ``dataset``, ``ranks``, ``folder``, ``evaluation``, ``monitor``, ``progress``) before
+    ``Trainer.__init__``.
     """
 
     _keep_as: Path | None = None  # where the next checkpoint is kept too
+    _in_folder = False  # whether the run in ``folder`` is this one
+
+    @cached_property
+    def data_state(self) -> dict[str, Any]:
+        """What identifies the data; computed once, because every byte is read."""
+        return data_state(self.replay_buffer, self.dataset)
 
     @property
     def updates(self) -> int:
@@ -193,26 +168,21 @@ class ResumableTrainer(Trainer):
     # -- what a checkpoint contains ----------------------------------------------------------------
 
     def _parts(self) -> dict[str, Any]:
-        """The parts of a checkpoint by name, each with ``state_dict`` and ``load_state_dict``.
-
-        Networks and targets; the step (optimizer, schedulers, target updater); the state of sampling;
-        progress; what identifies the data; settings; how to rebuild an agent; modules registered on
-        the trainer; the global random generators, last because loading others may draw from them.
-        """
+        """The parts of a checkpoint by name, each with ``state_dict`` and ``load_state_dict``."""
         parts = {
             "loss_module": self.loss_module,
             "step": self.step,
-            "replay_buffer": Part(self._sampling_state, self._load_sampling),
-            "trainer_state": Part(self._progress_state, self._load_progress),
+            "replay_buffer": _part(self._sampling_state, self._load_sampling),
+            "trainer_state": _part(self._progress_state, self._load_progress),
         }
-        compared = {"data": self.data_state.state_dict, "settings": self._settings}
+        compared = {"data": lambda: self.data_state, "settings": self._settings}
         if self.agent is not None:
             compared["agent"] = self.agent.description
         for name, describe in compared.items():
-            parts[name] = Part(describe, partial(self._check_part, name))
+            parts[name] = _part(describe, partial(self._check_part, name))
         modules = private_apis.registered_modules(self)
         parts |= {f"{MODULE}{name}": module for name, module in modules.items()}
-        parts["random"] = GlobalRNGState()
+        parts["random"] = GlobalRNGState()  # last, because loading others may draw from it
         return {n: part for n, part in parts.items() if callable(getattr(part, "state_dict", None))}
 
     def _check_part(self, name: str, saved: Any) -> None:
@@ -222,11 +192,17 @@ class ResumableTrainer(Trainer):
         """Raise ``CheckpointError`` where the ``saved`` parts are of another run than this one."""
         current = {n: p.state_dict() for n, p in self._parts().items() if n in saved}
         config = IQLConfig if self.agent is None else type(self.agent.config)
-        check_same_run(saved, current, config=config, loss_knobs=_knobs_of(self.loss_module))
+        check_same_run(saved, current, config=config, loss_knobs=self._loss_knobs)
+
+    @property
+    def _loss_knobs(self) -> Mapping[str, Knob]:
+        """The settings of the loss; one of another kind may have some of these attributes."""
+        described: Mapping[str, Knob] = getattr(self.loss_module, "knobs", ImplicitQLoss.knobs)
+        return described
 
     def _settings(self) -> dict[str, Any]:
         """The settings of parts that may have been made by hand."""
-        loss, names = self.loss_module, (*_knobs_of(self.loss_module), "reduction")
+        loss, names = self.loss_module, (*self._loss_knobs, "reduction")
         return {name: _plain(getattr(loss, name, None)) for name in names} | {
             "loss": type(loss).__name__,
             "optimizer": type(self.optimizer).__name__,
@@ -317,7 +293,7 @@ class ResumableTrainer(Trainer):
         Raises ``CheckpointError`` for the state of another run, saying what differs, and ``ValueError``
         for a run with more updates than ``total_updates``.
         """
-        # made at its first use; its state is saved too
+        # made at its first use, and part of the saved state
         _ = getattr(self.loss_module, "value_estimator", None)
         parts = self._parts()
         own, saved = ({n for n in names if n.startswith(MODULE)} for names in (parts, state_dict))
@@ -369,13 +345,11 @@ class ResumableTrainer(Trainer):
         return self.ranks.from_main(lambda: folder is not None and any(folder.checkpoints()))
 
 
+def _part(state_dict: Callable[[], Any], load_state_dict: Callable[[Any], None]) -> Any:
+    return SimpleNamespace(state_dict=state_dict, load_state_dict=load_state_dict)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.tolist()
     return value if isinstance(value, (int, float, str)) or value is None else repr(type(value))
-
-
-def _knobs_of(loss: Any) -> Mapping[str, Knob]:
-    """The settings of a loss; one of another kind may have some of these attributes."""
-    described: Mapping[str, Knob] = getattr(loss, "knobs", ImplicitQLoss.knobs)
-    return described

@@ -123,27 +123,25 @@ def check_logger(kind: LoggerName | None) -> None:
     """
     if kind not in (None, "csv") and find_spec(kind) is None:
         raise LoggerError(f"--logger {kind}: not installed; run `pip install {kind}`.")
-    if kind == "wandb" and (problem := _wandb_problem()):
+    if kind != "wandb":
+        return
+    import wandb
+
+    if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
+        return
+    # versions without this argument ask nothing where there is no terminal
+    has_prompt = "prompt" in inspect.signature(wandb.login).parameters
+    options: dict[str, Any] = {"prompt": False} if has_prompt else {}
+    try:
+        logged_in = wandb.login(**options)
+        problem = "" if logged_in else "this machine is not logged in"
+    except Exception as error:  # its kinds of exceptions differ between versions
+        problem = str(error)
+    if problem:
         raise LoggerError(
             f"--logger wandb: {problem}. Run `wandb login`, or set WANDB_MODE=offline to write to "
             "files only, or choose --logger tensorboard."
         )
-
-
-def _wandb_problem() -> str | None:
-    """Why W&B cannot upload runs, in words; None where it can, or is set to upload nothing."""
-    import wandb
-
-    if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
-        return None
-    # versions without this argument ask nothing where there is no terminal
-    quiet: dict[str, Any] = (
-        {"prompt": False} if "prompt" in inspect.signature(wandb.login).parameters else {}
-    )
-    try:
-        return None if wandb.login(**quiet) else "this machine is not logged in"
-    except Exception as error:  # its kinds of exceptions differ between versions
-        return str(error)
 
 
 @contextlib.contextmanager
@@ -160,8 +158,16 @@ def open_logger(kind: LoggerName | None, run: Path) -> Iterator[Any]:
     if kind is None:
         yield None
         return
+    folder, name = run.parent, f"{run.parent.name}-{run.name}"
+    options = {"trackio_kwargs": {"resume": "allow" if run.exists() else "never"}}
     try:
-        logger = _start(kind, run)
+        if kind == "mlflow":
+            database = f"sqlite:///{(folder / 'mlflow.db').resolve()}"
+            uri = os.environ.get("MLFLOW_TRACKING_URI", database)
+            logger = loggers.MLFlowLogger(name, uri)
+        else:
+            own = run.name if kind in ("csv", "tensorboard") else name
+            logger = loggers.get_logger(kind, str(folder), own, **options)
     except Exception as error:  # each kind raises its own exceptions
         raise LoggerError(f"--logger {kind} could not be started: {error}") from error
     try:
@@ -172,15 +178,3 @@ def open_logger(kind: LoggerName | None, run: Path) -> Iterator[Any]:
 
             mlflow.end_run()
         logger.close()
-
-
-def _start(kind: LoggerName, run: Path) -> Any:
-    folder, name = run.parent, f"{run.parent.name}-{run.name}"
-    if kind == "mlflow":
-        database = f"sqlite:///{(folder / 'mlflow.db').resolve()}"
-        return loggers.MLFlowLogger(name, os.environ.get("MLFLOW_TRACKING_URI", database))
-    options = {}
-    if kind == "trackio":
-        options["trackio_kwargs"] = {"resume": "allow" if run.exists() else "never"}
-    own = kind in ("csv", "tensorboard")
-    return loggers.get_logger(kind, str(folder), run.name if own else name, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import signal
@@ -38,33 +39,26 @@ def whole_updates(name: str, value: Any, least: int = 1) -> int:
 def intervals(
     total_updates: int, updates_per_call: int, evaluates: bool, **given: Any
 ) -> tuple[int, int, int]:
-    """Updates between rows, evaluations and checkpoints; ``given`` are the trainer's arguments.
-
-    What is None becomes a hundredth of the total, a tenth, and the interval of evaluations. Raises
-    ``ValueError`` for what is no positive whole number, or no multiple of the updates of a call.
-    """
-    result = {n: 0 if v is None else whole_updates(n, v) for n, v in given.items()}
+    """Updates between rows, evaluations and checkpoints; ``given`` are the trainer's arguments."""
+    result = {"total_updates": total_updates}
     for name, parts in (("log_interval", 100), ("eval_interval", 10)):
         calls = max(1, math.ceil(total_updates / parts / updates_per_call))
-        result[name] = result[name] or calls * updates_per_call
-    of_events = ("total_updates", "log_interval", *["eval_interval"] * evaluates)
-    for name, value in {"total_updates": total_updates, **result}.items():
-        if name in of_events and value % updates_per_call:
+        default = calls * updates_per_call
+        result[name] = default if given[name] is None else whole_updates(name, given[name])
+    for name, value in result.items():
+        if value % updates_per_call and (evaluates or name != "eval_interval"):
             raise ValueError(
                 f"{name} is {value}, and the step makes {updates_per_call} updates a call; give a "
                 "multiple of that."
             )
-    log, evaluation, save = result.values()
-    return log, evaluation, save or evaluation
+    save = given["save_trainer_interval"]
+    save = result["eval_interval"] if save is None else whole_updates("save_trainer_interval", save)
+    return result["log_interval"], result["eval_interval"], save
 
 
 @dataclass
 class Progress:
-    """What a run has recorded: one row per event in order of updates, and the best evaluation.
-
-    A row has the means of the metrics since the last row, and the numbers of an evaluation.
-    ``best`` is the highest monitored value so far.
-    """
+    """One row per event, with means of metrics and an evaluation's numbers; and the best evaluation."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
     best: float | None = None
@@ -83,10 +77,7 @@ class Progress:
         self.counted += updates
 
     def new_row(self, update: int) -> dict[str, float]:
-        """Record the means of the metrics since the last row, and return them.
-
-        Raises ``FloatingPointError`` naming the losses whose mean is not finite.
-        """
+        """Record and return the means of the metrics since the last row; losses must be finite."""
         means: dict[str, float] = {}
         if self.counted:
             values = (torch.stack(self.totals) / self.counted).tolist()
@@ -124,13 +115,11 @@ class Progress:
         return next(((name, int(row["update"]), row[name]) for row in rows), None)
 
     def state_dict(self) -> dict[str, Any]:
-        copies = {"rows": [dict(row) for row in self.rows], "names": list(self.names)}
-        return vars(self) | copies | {"totals": [total.clone() for total in self.totals]}
+        return copy.deepcopy(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | None = None) -> None:
-        vars(self).update({name: state[name] for name in vars(self)})
-        self.rows, self.names = [dict(row) for row in state["rows"]], list(state["names"])
-        self.totals = [total.to(device) for total in state["totals"]]
+        vars(self).update(copy.deepcopy({name: state[name] for name in vars(self)}))
+        self.totals = [total.to(device) for total in self.totals]
 
 
 class Display:
@@ -140,10 +129,9 @@ class Display:
         terminal = sys.stderr is not None and sys.stderr.isatty()
         self._lines, self._total = enabled and not terminal, total
         self._shown_score: tuple[str, int, float] | None = None
-        self._bar: Any = tqdm(
-            total=total, initial=updates, unit="update", dynamic_ncols=True,
-            disable=not (enabled and terminal),
-        )  # fmt: skip
+        options: Any = {"unit": "update", "dynamic_ncols": True}
+        options["disable"] = not (enabled and terminal)
+        self._bar: Any = tqdm(total=total, initial=updates, **options)
         self.advance = self._bar.update  # called at every update
         self.close = self._bar.close
 

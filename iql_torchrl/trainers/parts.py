@@ -24,10 +24,7 @@ from iql_torchrl.update.step import IQLStep, part_of
 def one_step(
     step: Any, agent: Agent | None, loss: Any, optimizer: Any, target_net_updater: Any
 ) -> Any:
-    """The step to train with: ``step``, the agent's step, or one made of the other parts.
-
-    Raises ``ValueError`` where there is none, or parts are given that are not the step's own.
-    """
+    """The step to train with: ``step``, the agent's step, or one made of the other parts."""
     if step is None and agent is not None:
         step = agent.step
     if isinstance(step, ImplicitQLoss):
@@ -55,11 +52,7 @@ def one_step(
 def filled_in(
     replay_buffer: Any, total_updates: Any, agent: Agent | None, dataset: DatasetSummary | None
 ) -> tuple[Any, Any]:
-    """Buffer and number of updates; those that are None follow from the agent's config.
-
-    For a policy with a history the buffer is one of windows. Raises ``ValueError`` where either is
-    unknown, or windows cannot be made.
-    """
+    """Buffer and number of updates; those that are None follow from the agent's config."""
     if replay_buffer is None and agent is not None and dataset is not None:
         config, history = agent.config, history_of(agent.policy)
         source: Any = dataset
@@ -83,8 +76,7 @@ def filled_in(
 
 
 def check_parts(step: Any, replay_buffer: Any, evaluation: Any, logger: Any, ranks: Ranks) -> None:
-    """Raises ``ValueError`` for what cannot be sampled, called or logged to, and for a step that was
-    made data parallel for other ranks."""
+    """Refuse what cannot be sampled, called or logged to, and a step of other ranks."""
     if evaluation is not None and not (callable(evaluation) or hasattr(evaluation, "submit")):
         raise ValueError(
             f"evaluation is {evaluation!r}; expected a function without arguments, such as "
@@ -112,11 +104,7 @@ def check_parts(step: Any, replay_buffer: Any, evaluation: Any, logger: Any, ran
 def check_agent(
     agent: Agent, dataset: DatasetSummary | None, total_updates: int, *, warns: bool
 ) -> None:
-    """Raises ``ValueError`` where observations or actions of agent and data differ in keys or shapes.
-
-    Bounds may differ. Where it ``warns``, the log says when the data have another reward map than the
-    config names, and when scheduled learning rates reach 0 before the end.
-    """
+    """Refuse data of other keys or shapes; with ``warns`` report other rewards, a short schedule."""
     if warns and (after := ends_before(agent.config, total_updates)):
         torchrl_logger.warning(after)
     if dataset is None:
@@ -145,22 +133,17 @@ def _shapes(spec: TensorSpec) -> dict[Any, tuple[torch.Size, int | None]]:
 
 
 def is_called_by_step(step: Any, op: Callable[..., Any]) -> bool:
-    """Whether the hook ``op`` would call a target updater or scheduler that ``step`` calls itself.
-
-    Such a hook must not be called; a warning reports it.
-    """
+    """Whether the hook ``op`` would call a target updater or scheduler that ``step`` calls itself."""
     hook = getattr(op, "__self__", op)
     if isinstance(hook, TargetNetUpdaterHook):
-        part = "target_params_updater"
         called = hook.target_params_updater is part_of(step, "target_updater")
     elif isinstance(hook, LRSchedulerHook):
-        part = "scheduler"
         called = any(hook.scheduler is each for each in part_of(step, "lr_schedulers") or ())
     else:
         return False
     if called:
         torchrl_logger.warning(
-            f"{type(hook).__name__}: the step already calls this {part}, so the hook is not "
-            "called; build the step without it to let the hook decide."
+            f"{type(hook).__name__}: the step itself calls what this hook would call, so the hook is "
+            "not called; build the step without it to let the hook decide."
         )
     return called

@@ -26,11 +26,7 @@ TABLE_SHARE = 0.01  # at most this share of the time is spent on writing the tab
 
 
 class RunFolder:
-    """``metrics.csv``, ``curves.png``, ``config.json``, ``checkpoints/``, ``best.torchrl``.
-
-    Every file is replaced as a whole, never written in place. Raises ``ValueError`` where ``path`` is
-    a file.
-    """
+    """``metrics.csv``, ``curves.png``, ``config.json``, ``checkpoints/``, ``best.torchrl``."""
 
     def __init__(self, path: str | os.PathLike[str], keep_last: int) -> None:
         self.path = Path(path)
@@ -45,12 +41,7 @@ class RunFolder:
     def in_use(
         self, config: Mapping[str, Any] | None, pending: Collection[int], *, continues: bool
     ) -> Iterator[None]:
-        """Make, lock and clean the folder; inside, no other training may use it.
-
-        Deleted is what a killed process left, except checkpoints set aside for ``pending`` evaluations.
-        The lock ends with the process too. Raises ``ValueError`` where the folder cannot be made,
-        another process uses it, or, unless the run ``continues``, it contains another run.
-        """
+        """Make, lock and clean the folder, except for what is set aside for ``pending`` evaluations."""
         try:
             self.rotation.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -90,15 +81,13 @@ class RunFolder:
                 RuntimeWarning,
                 stacklevel=4,
             )
-            yield
-            return
         try:
             with whole_file(user) as temporary:
                 temporary.write_text(f"process {os.getpid()} on {platform.node()}")
             yield
         finally:
-            user.unlink(missing_ok=True)
-            Path(lock.lock_file).unlink(missing_ok=True)
+            for path in (user, Path(lock.lock_file)):
+                path.unlink(missing_ok=True)
             lock.release()
 
     def _delete_leftovers(self, kept: Collection[Path]) -> None:
@@ -106,7 +95,7 @@ class RunFolder:
         patterns = (f".{PREFIX}*", ".aside-*", "..aside-*")
         left = [path for each in patterns for path in self.rotation.directory.glob(each)]
         for path in {*left, *self.path.glob(f".{self.best.name}.*")} - set(kept):
-            if path.is_dir() and not path.is_symlink():
+            if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from iql_torchrl.evaluation.rollout import Evaluation
 from iql_torchrl.evaluation.value_gap import value_gap
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.networks import history_of
-from iql_torchrl.trainers.checkpoints import DataState, ResumableTrainer, check_same_data
+from iql_torchrl.trainers.checkpoints import ResumableTrainer, check_same_data
 from iql_torchrl.trainers.events import Display, Interruption, Progress, intervals, whole_updates
 from iql_torchrl.trainers.parts import (
     check_agent,
@@ -185,8 +185,7 @@ class OfflineTrainer(ResumableTrainer):
         if checkpoint is None and (save_trainer_file or checkpoint_rotation):
             checkpoint = Checkpoint(format="archive")
         self.evaluation, self.monitor, self.resume_command = evaluation, monitor, resume_command
-        self.progress, self.data_state = Progress(), DataState(replay_buffer, dataset)
-        self._last_save, self._in_folder = -1, False
+        self.progress, self._last_save = Progress(), -1
         super().__init__(
             collector=None,
             total_frames=total_updates,
@@ -239,7 +238,8 @@ class OfflineTrainer(ResumableTrainer):
         """
         self._stop_training, self._stop_reason = False, None
         self._check_total(self.updates)
-        check_same_data(self.ranks, self.data_state, self.replay_buffer)
+        if self.ranks.size > 1:
+            check_same_data(self.ranks, self.data_state, self.replay_buffer)
         with contextlib.ExitStack() as stack:
             self.ranks.together(lambda: self._enter_folder(stack))
             self.display = Display(self.progress_bar, self.total_updates, self.updates)
@@ -375,19 +375,16 @@ class OfflineTrainer(ResumableTrainer):
             )
 
     def _how_to_continue(self) -> str:
-        file = self.save_trainer_file
-        calls = {
-            "trainer.resume().train()": self.folder,
-            f"trainer.load_from_file({str(file)!r}).train()": file,
-            "trainer.load_from_file(the newest checkpoint).train()": self.checkpoint_rotation,
-        }
-        possible = [call for call, destination in calls.items() if destination is not None]
-        if self.resume_command is None and not possible:
-            return (
-                "Nothing was saved, because the trainer has no folder=. In this process, continue "
-                "with: trainer.train()"
-            )
-        return f"Continue with: {self.resume_command or possible[0]}"
+        file = repr(str(self.save_trainer_file))
+        if self.checkpoint_rotation is not None:
+            file = "the newest checkpoint"
+        call = "resume()" if self.folder is not None else f"load_from_file({file})"
+        if self.resume_command is not None or self._has_checkpoint_destination():
+            return f"Continue with: {self.resume_command or f'trainer.{call}.train()'}"
+        return (
+            "Nothing was saved, because the trainer has no folder=. In this process, continue "
+            "with: trainer.train()"
+        )
 
     def _write(self, now: bool = False) -> None:
         if self.folder is not None:
@@ -413,10 +410,7 @@ class OfflineTrainer(ResumableTrainer):
             self.display.last_score(self.updates, self.progress.latest(self.monitor))
 
     def _evaluate(self) -> None:
-        """Evaluate the policy; at most one evaluation runs in the background.
-
-        Also the value gap of a policy that takes the best of several actions.
-        """
+        """Evaluate the policy, and the value gap where it takes the best of several actions."""
         if isinstance(self.evaluation, BackgroundEvaluation):
             self._collect(wait=True)
             if not self.evaluation.pending:  # otherwise interrupted: it follows after a resume
@@ -427,15 +421,13 @@ class OfflineTrainer(ResumableTrainer):
         agent, log = self.agent, self.dataset
         if agent is None or not isinstance(log, OfflineDataset) or not self.ranks.is_main:
             return
-        if agent.chooses and history_of(agent.policy) is None:  # a dataset's rows are no windows
+        # a dataset's rows are no windows
+        if agent.config.num_samples > 1 and history_of(agent.policy) is None:
             gap = value_gap(agent.policy, log.transitions).mean
             self._record(self.updates, {"chosen_value_gap": gap})
 
     def _collect(self, wait: bool = False) -> None:
-        """Enter the results of finished background evaluations; ``wait``: until all are finished.
-
-        An evaluation that took too long gives no result, but a ``RuntimeWarning``.
-        """
+        """Enter the results of finished background evaluations; ``wait``: until all are finished."""
         while isinstance(self.evaluation, BackgroundEvaluation):
             try:
                 results = self.evaluation.results(
@@ -474,10 +466,6 @@ class OfflineTrainer(ResumableTrainer):
         """As TorchRL's, but scalar tensors become numbers, because some loggers need numbers."""
         tensors = {n: v for n, v in kwargs.items() if isinstance(v, torch.Tensor) and v.ndim == 0}
         super()._log(log_pbar=log_pbar, **kwargs | {n: v.item() for n, v in tensors.items()})
-
-    def __repr__(self) -> str:
-        kind = type(self.step).__name__
-        return f"OfflineTrainer({kind}, updates={self.updates} of {self.total_updates})"
 
 
 def _numbers(evaluation: Any) -> dict[str, float]:

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchrl.envs.utils import set_exploration_type
 from torchrl.modules import set_recurrent_mode
@@ -25,8 +24,8 @@ from iql_torchrl.distributed import Ranks
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.losses.batch import Batch
 from iql_torchrl.networks.products import is_wide, settle_products
-from iql_torchrl.private_apis import children_of
 from iql_torchrl.update.adam import JoinedCounts, along
+from iql_torchrl.update.checks import check_parts, check_schedules, check_settings
 from iql_torchrl.update.divided import Part
 
 with warnings.catch_warnings():  # TorchRL warns about its own classes when these are first imported
@@ -153,13 +152,8 @@ class IQLStep(Step):
         precision: str = "float32",
         independent_ranks: bool = False,
     ) -> None:
-        if order not in ("sequential", "simultaneous"):
-            raise ValueError(f"order is {order!r}; choose 'sequential' or 'simultaneous'.")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm is {max_grad_norm}; it must be > 0, or None.")
-        if precision not in ("float32", "bfloat16"):
-            raise ValueError(f"precision is {precision!r}; choose 'float32' or 'bfloat16'.")
-        _check_parts(loss, optimizer, target_updater)
+        check_settings(order=order, max_grad_norm=max_grad_norm, precision=precision)
+        check_parts(loss, optimizer, target_updater)
         self.loss = loss
         _ = loss.value_estimator  # TorchRL makes the default one here, and not in a traced update
         self.optimizer, self.target_updater = optimizer, target_updater
@@ -169,13 +163,9 @@ class IQLStep(Step):
         if not isinstance(lr_scheduler, Sequence):
             lr_scheduler = () if lr_scheduler is None else (lr_scheduler,)
         self.lr_schedulers: tuple[LRScheduler, ...] = tuple(lr_scheduler)
-        for scheduler in self.lr_schedulers:
-            if isinstance(scheduler, ReduceLROnPlateau):
-                raise TypeError(
-                    "lr_scheduler is a ReduceLROnPlateau, which steps on a score: step it yourself "
-                    "after an evaluation."
-                )
-        self.followed = _followed_tensors(target_updater)
+        check_schedules(self.lr_schedulers)
+        follows = type(target_updater) is SoftUpdate
+        self.followed = Followed(*loss.target_pairs()) if follows else Followed([], [])
         self.averaged = Followed(*loss.average_pairs())
         self._is_wide, self._actor_ema = is_wide(loss.parameters()), loss.actor_ema
         self._flags: list[bool] | None = None
@@ -378,64 +368,6 @@ def part_of(step: Any, name: str) -> Any:
         if part is not None:
             return part
     return None
-
-
-def _check_parts(
-    loss: ImplicitQLoss, optimizer: Optimizer, updater: TargetNetUpdater | None
-) -> None:
-    if isinstance(loss, DistributedDataParallel):
-        raise TypeError(
-            f"loss is a DistributedDataParallel around {type(loss.module).__name__}, whose gradients "
-            "this step would not reduce across ranks. Pass the loss itself (its attribute .module), "
-            "and make the step data parallel with iql_torchrl.distributed.data_parallel(step, ranks)."
-        )
-    if not isinstance(loss, ImplicitQLoss):
-        raise TypeError(
-            f"loss is {type(loss).__module__}.{type(loss).__name__}; pass an IQLLoss or a "
-            "DiscreteIQLLoss of iql_torchrl."
-        )
-    if loss.reduction == "none":
-        raise ValueError("the loss has reduction='none'; a step needs scalars: 'mean' or 'sum'.")
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(
-            f"optimizer is {type(optimizer).__name__}; expected a torch.optim.Optimizer. Join several "
-            "with torchrl.objectives.group_optimizers."
-        )
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError("optimizer is LBFGS, which evaluates the loss many times a step; use Adam.")
-    if updater is not None and not isinstance(updater, TargetNetUpdater):
-        raise TypeError(
-            f"target_updater is {type(updater).__name__}; expected SoftUpdate(loss, tau=0.005) or "
-            "HardUpdate(loss) from torchrl.objectives."
-        )
-    if updater is not None and updater.loss_module is not loss:
-        raise ValueError("target_updater follows another loss; build it from the loss given here.")
-    given = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [n for n, p in loss.named_parameters() if p.requires_grad and id(p) not in given]
-    if missing:
-        raise ValueError(
-            f"the optimizer lacks {len(missing)} of the loss's parameters, the first {missing[0]!r}; "
-            "build it from loss.parameters(), or freeze them with requires_grad_(False)."
-        )
-
-
-def _followed_tensors(updater: TargetNetUpdater | None) -> Followed:
-    """The tensors that a ``SoftUpdate`` moves; none for any other updater.
-
-    Buffers are left out: those of the target critics are the live ones.
-    """
-    followed = Followed([], [])
-    if updater is None or type(updater) is not SoftUpdate:
-        return followed
-    loss = updater.loss_module
-    for name in loss.network_names:
-        targets = children_of(loss).get(f"target_{name}_params")
-        if targets is not None:
-            for key, parameter in getattr(loss, f"{name}_params").items(True, True):
-                if isinstance(parameter, nn.Parameter):
-                    followed.live.append(parameter)
-                    followed.targets.append(targets.get(key))
-    return followed
 
 
 def _polyak_step(targets: Sequence[Tensor], live: Sequence[Tensor], eps: float) -> None:

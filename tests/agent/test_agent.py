@@ -3,23 +3,51 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import pickle
 from contextlib import nullcontext
 from dataclasses import replace
-from unittest.mock import Mock
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from small_agents import box_agent, config, log, observations, same_weights, saved, trained
+from gymnasium import spaces
+from small_agents import (
+    HIGH,
+    LOW,
+    box_agent,
+    config,
+    discrete_agent,
+    log,
+    observations,
+    same_weights,
+    saved,
+    trained,
+)
 from torch.optim.lr_scheduler import LRScheduler
 
-from iql_torchrl import DiscreteIQLLoss, evaluate, load_dataset, make_agent
+from iql_torchrl import (
+    PRESETS,
+    DiscreteIQLLoss,
+    captured,
+    compiled,
+    evaluate,
+    load_dataset,
+    make_agent,
+)
+from iql_torchrl.agent import export
 from iql_torchrl.agent.build import Agent
+from iql_torchrl.agent.task import Task, space_from_state, space_state
+from iql_torchrl.data import DeviceSampler, ObservationStatistics
+from iql_torchrl.data.episode_digests import episode_digests
 from iql_torchrl.evaluation.act import private_random_numbers
 from iql_torchrl.files import CheckpointError, write_components
+from iql_torchrl.losses.parameters import TARGET_CRITICS
+from iql_torchrl.networks import MLP, ResidualMLP
+from iql_torchrl.policies import BestOf, FlowPolicy
+from iql_torchrl.private_apis import children_of
 
 
 def dataset(**columns):
@@ -173,33 +201,19 @@ def test_the_error_names_what_cannot_be_loaded(tmp_path):
         assert same_weights(Agent.load(path, device="cpu"), agent)
 
 
-def test_an_agent_on_the_cpu_touches_no_gpu(monkeypatch):
-    forked, fork, gpu = [], torch.random.fork_rng, Mock(side_effect=AssertionError("a GPU"))
-
-    def recorded(devices=None, **more):
-        forked.append(devices)
-        return fork(devices=devices, **more)
-
-    monkeypatch.setattr(torch.random, "fork_rng", recorded)
-    for name in ("manual_seed", "manual_seed_all", "get_rng_state", "set_rng_state"):
-        monkeypatch.setattr(torch.cuda, name, gpu)
-    box_agent()
-    assert forked
-    assert all(devices == [] for devices in forked)
-
-
-def test_generators_of_the_devices_that_are_used_are_kept(monkeypatch):
-    calls = []
+@pytest.mark.parametrize("devices", [(), ("cuda:1",)])
+def test_only_generators_of_the_devices_that_are_used_are_kept(monkeypatch, devices):
+    calls, given = [], [torch.device(device) for device in devices]
     monkeypatch.setattr(
         torch.random, "fork_rng", lambda devices: calls.append(devices) or nullcontext()
     )
     monkeypatch.setattr(torch.cuda, "device", lambda each: calls.append(each) or nullcontext())
     monkeypatch.setattr(torch.cuda, "manual_seed", calls.append)
     state = torch.get_rng_state()
-    with private_random_numbers(7, torch.device("cpu"), "cuda:1"):
+    with private_random_numbers(7, torch.device("cpu"), *devices):
         assert torch.initial_seed() == 7
     torch.set_rng_state(state)
-    assert calls == [[torch.device("cuda:1")], torch.device("cuda:1"), 7]
+    assert calls == [given, *given, *([7] if devices else [])]
 
 
 def test_returns_of_a_discrete_agent_by_hand():
@@ -224,3 +238,267 @@ def test_returns_of_a_discrete_agent_by_hand():
     result = evaluate(agent.policy, FiveStates, episodes=3, num_envs=2, seed=0)
     assert result.returns.tolist() == [2.0, 3.0, 4.0]
     assert evaluate(agent.policy, FiveStates, episodes=1, seed=0).returns.tolist() == [2.0]
+
+
+# -- Task: the description of the data for networks, and that a file restores it exactly
+
+
+def stored(state):
+    """What comes back from a file that may hold plain data only."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+SPACES = [
+    spaces.Box(-np.inf, np.inf, (3,), np.float32),
+    spaces.Box(-0.1, 1 / 3, (2, 2), np.float64),
+    spaces.Box(np.array([-np.inf, 0.1]), np.array([1 / 3, np.inf]), dtype=np.float64),
+    spaces.Box(-1, 1, (), np.float32),
+    spaces.Box(0, 255, (4, 4, 3), np.uint8),
+    spaces.Box(0, 2**64 - 1, (1,), np.uint64),
+    spaces.Discrete(5),
+    spaces.Discrete(5, start=-3),
+    spaces.MultiDiscrete([3, 4], dtype=np.int32, start=[1, -2]),
+    spaces.MultiDiscrete([[3, 4], [5, 6]]),
+    spaces.MultiBinary(4),
+    spaces.MultiBinary([2, 3]),
+    spaces.Dict({"b": spaces.Box(-1, 1, (2,)), "a": spaces.Dict({"c": spaces.Discrete(3)})}),
+]
+
+
+@pytest.mark.parametrize("space", SPACES, ids=str)
+def test_spaces_come_back_exactly(space):
+    result = space_from_state(stored(space_state(space)))
+    assert result == space
+    assert result.dtype == space.dtype
+    if isinstance(space, spaces.Box):
+        for one, other in ((result.low, space.low), (result.high, space.high)):
+            assert one.tobytes() == other.tobytes()
+    if isinstance(space, spaces.Dict):
+        assert list(result.spaces) == list(space.spaces)
+
+
+def test_a_task_has_what_networks_need_and_is_restored_from_its_state():
+    data = replace(load_dataset(log()), name="log", reference_scores=(-1.5, 1 / 3))
+    task = Task.of(data)
+    np.testing.assert_array_equal(task.episodes, np.sort(episode_digests(data)))
+    state = task.state_dict()
+    result = Task.from_state_dict(stored(state))
+    for name in ("observation_space", "action_space", "observation_spec", "action_spec"):
+        assert getattr(result, name) == getattr(data, name)
+    assert (result.masked, result.dtype, result.name) == (False, torch.float32, "log")
+    assert result.reference_scores == (-1.5, 1 / 3)
+    ((key, actual),) = result.statistics.items()
+    expected = data.statistics[key]
+    assert torch.equal(actual.mean, expected.mean)
+    assert torch.equal(actual.std, expected.std)
+    assert (actual.constant, actual.count) == (expected.constant, 40)
+    np.testing.assert_array_equal(result.episodes, task.episodes)
+    assert result.episodes.dtype == np.int64
+    old = {k: v for k, v in state.items() if k != "episodes"}
+    for without in (old, Task(*SPACES[:2]).state_dict()):
+        assert Task.from_state_dict(stored(without)).episodes is None
+    with pytest.raises(ValueError, match=r"stored with \['colour'\]"):
+        Task.from_state_dict({**state, "colour": 1})
+    with pytest.raises(ValueError, match=r"without \['masked'\]"):
+        Task.from_state_dict({k: v for k, v in state.items() if k != "masked"})
+
+
+def test_specs_count_from_zero():
+    inner = spaces.Dict({"kind": spaces.Discrete(3, start=2), "x": spaces.Box(-1, 1, (2,))})
+    task = Task(inner, spaces.Discrete(4, start=1))
+    assert task.action_spec.space.n == 4
+    assert task.observation_spec["observation", "kind"].space.n == 3
+    assert task.observation_spec["observation", "x"].shape == (2,)
+
+
+def test_a_statistic_of_a_wide_log_does_not_carry_the_log():
+    mean = torch.arange(1000.0)[:3]
+    statistics = {"observation": ObservationStatistics(mean, mean + 1, (), 9)}
+    task = Task(spaces.Box(-1, 1, (3,)), spaces.Discrete(2), statistics)
+    stored_mean = task.state_dict()["statistics"][0]["mean"]
+    assert stored_mean.untyped_storage().nbytes() == 12
+
+
+def test_a_space_without_a_stored_form_is_refused():
+    with pytest.raises(ValueError, match="Text space cannot be stored; expected Box"):
+        space_state(spaces.Text(3))
+    with pytest.raises(ValueError, match="type 'Blob'"):
+        space_from_state({"type": "Blob"})
+
+
+# -- ``polyak`` of a config reaches the targets; an export is compared on every action
+
+
+def test_targets_move_by_the_configs_share():
+    agent = box_agent(polyak=0.25)
+    target = children_of(agent.loss)[TARGET_CRITICS].data.clone()
+    agent.step(load_dataset(log()).replay_buffer(16, seed=0).sample())
+    live, moved = agent.loss.qvalue_network_params, children_of(agent.loss)[TARGET_CRITICS]
+    for key, before in target.items(True, True):
+        expected = 0.75 * before + 0.25 * live.get(key).data
+        torch.testing.assert_close(moved.get(key).data, expected)
+
+
+def test_one_action_that_differs_refuses_an_export():
+    action = torch.zeros(3, 2)
+    other = action.clone()
+    other[2, 1] = 0.5
+    export._compare(lambda x: x, [[action]], [action], 1e-6, "the program")
+    with pytest.raises(RuntimeError, match=r"the program acts differently, by 0.5 in a batch of 3"):
+        export._compare(lambda x: x, [[other]], [action], 1e-6, "the program")
+
+
+# -- Agents with every policy, the best of several actions, DDPG+BC, and residual blocks
+
+
+BEST = {"policy": "flow", "num_samples": 5, "flow_steps": 4}
+KINDS = {
+    "auto": {},
+    "mixture": {"policy": "mixture"},
+    "tanh_normal": {"policy": "tanh_normal"},
+    "deterministic": {"policy": "deterministic"},
+    "flow": {"policy": "flow"},
+    "best of flow": BEST,
+    "best of mixture": {"policy": "mixture", "num_samples": 3},
+    "best of tanh_normal": {"policy": "tanh_normal", "num_samples": 3, "num_critics": 1},
+    "ddpg_bc": {"actor_objective": "ddpg_bc", "bc_weight": 0.1},
+    **{
+        f"preset {name}": {**PRESETS[name].to_dict(), "hidden": (8,), "batch_size": 16}
+        for name in ("ogbench", "ifql")
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_agents_train_and_act_inside_the_bounds(kind):
+    agent = trained(**KINDS[kind])
+    assert isinstance(agent.policy, BestOf) is (agent.config.num_samples > 1)
+    assert isinstance(agent.actor, FlowPolicy) is (KINDS[kind].get("policy") == "flow")
+    drawn = [agent.act(observations(), deterministic=False, seed=s) for s in (4, 4, 5)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    if kind not in ("ddpg_bc", "deterministic"):
+        assert (drawn[0] != drawn[2]).any()
+    still = agent.act(observations())
+    np.testing.assert_array_equal(still, agent.act(observations()))
+    for actions in (*drawn, still):
+        assert actions.shape == (9, 2)
+        assert ((actions >= LOW) & (actions <= HIGH)).all()
+
+
+def test_the_best_action_by_hand():
+    agent = trained(**BEST)
+    x = torch.from_numpy(observations(1))
+    noise = agent.policy.fixed_noise
+    candidates = []
+    for row in noise:  # the Euler steps of the flow, written out
+        head, a = agent.actor.head, row
+        features = head.preprocess(x)[0]
+        for k in range(4):
+            time = torch.tensor([k / 4])
+            a = a + head.mlp(torch.cat([features, a, time])) / 4
+        candidates.append(head.centre + head.half_range * a.clamp(-1, 1))
+    candidates = torch.stack(candidates).detach()
+    values = []
+    for params in agent.loss.qvalue_network_params.unbind(0):
+        with params.to_module(agent.loss.qvalue_network, preserve_module_state=False):
+            values.append(agent.loss.qvalue_network.module(x.expand(5, 3), candidates))
+    best = int(torch.stack(values).amin(0).argmax())
+    np.testing.assert_allclose(
+        agent.act(observations(1))[0], candidates[best], rtol=1e-5, atol=1e-6
+    )
+
+
+def bodies(agent):
+    """The layers' module of the actor, the critics and V."""
+    loss = agent.loss
+    for network in (loss.actor_network, loss.qvalue_network, loss.value_network):
+        (body,) = (m for m in network.modules() if isinstance(m, MLP | ResidualMLP))
+        yield body
+
+
+def layers(module):
+    return [type(layer).__name__ for layer in module]
+
+
+def test_settings_reach_the_networks():
+    agent = box_agent(**KINDS["preset ifql"])
+    actor, critic, _ = bodies(agent)
+    assert layers(critic) == ["Linear", "GELU", "LayerNorm", "Linear"]
+    assert layers(actor) == ["Linear", "GELU", "Linear"]
+    assert (agent.actor.num_steps, agent.policy.num_samples) == (10, 32)
+    assert (agent.loss.actor_objective, agent.loss.temperature) == ("flow", 0.0)
+    loss = box_agent(**KINDS["ddpg_bc"]).loss
+    assert (loss.actor_objective, loss.bc_weight) == ("ddpg_bc", 0.1)
+    agent = box_agent(residual="all", hidden=(4, 4, 4), dropout=0.2, activation="mish")
+    actor, critic, _ = bodies(agent)
+    assert layers(actor.blocks[2]) == ["Dropout", "LayerNorm", "Linear", "Mish", "Linear"]
+    assert "Dropout" not in layers(critic.modules())
+
+
+def test_which_networks_have_blocks():
+    discrete = discrete_agent(residual="all")
+    assert isinstance(discrete.loss, DiscreteIQLLoss)
+    for agent, kinds in (
+        (box_agent(), ["MLP"] * 3),
+        (box_agent(residual="policy"), ["ResidualMLP", "MLP", "MLP"]),
+        (box_agent(residual="all"), ["ResidualMLP"] * 3),
+        (discrete, ["ResidualMLP"] * 3),
+    ):
+        assert layers(bodies(agent)) == kinds
+
+
+UNEQUAL = {"residual": "policy", "hidden": (8, 4)}
+RESIDUAL = {
+    "policy": {"residual": "policy", "layer_norm": True},
+    "all": {"residual": "all"},
+    "flow": {"residual": "policy", "policy": "flow", "num_samples": 3, "flow_steps": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("name", RESIDUAL)
+def test_every_form_of_the_update_and_export(name, tmp_path):
+    torch._dynamo.reset()
+    dataset = load_dataset(log(), dtype=torch.float64)
+    agents = [make_agent(config(**RESIDUAL[name], schedule="constant"), dataset) for _ in range(3)]
+    if name == "flow":  # captured updates would draw noise from their own generator
+        for key, shape in (("flow_noise", (2,)), ("flow_time", ())):
+            dataset.transitions[key] = torch.rand(40, *shape, dtype=torch.float64)
+    sampler, other = (DeviceSampler(dataset.transitions, 8, seed=3) for _ in range(2))
+    fast = compiled(agents[1].step)
+    captured(agents[2].step, other, updates=2)()
+    seen = observations().astype(np.float64)
+    before = agents[0].act(seen)
+    for _ in range(2):
+        rows = sampler.sample()
+        agents[0].step(rows.clone())
+        fast(rows.clone())
+    for agent in agents[1:]:
+        for key, value in agents[0].state_dict().items():
+            torch.testing.assert_close(agent.state_dict()[key], value, rtol=1e-8, atol=1e-9)
+    actions = agents[0].act(seen)
+    assert (actions != before).any()
+    program = torch.export.load(agents[0].export(tmp_path / "policy.pt2")).module()
+    exported = program(torch.from_numpy(seen)).numpy()
+    np.testing.assert_allclose(exported, actions, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: discrete_agent(num_samples=4), "num_samples is 4 and the actions are Discrete"),
+        (lambda: discrete_agent(policy="flow"), "policy is 'flow' and the actions are Discrete"),
+        (lambda: discrete_agent(policy="gaussian"), "policy is 'gaussian'"),
+        (lambda: discrete_agent(actor_objective="ddpg_bc"), "'ddpg_bc' needs continuous actions"),
+        (lambda: box_agent(policy="categorical"), "policy is 'categorical'"),
+        (lambda: config(**UNEQUAL), r"residual is 'policy' and hidden is \(8, 4\)"),
+        (lambda: config(residual="all", layer_norm=True), "'all' and layer_norm is True"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rank_cases import tensors_of
+from rank_cases import error_of, tensors_of
 from small_populations import MEMBERS, configs, dataset, double
-from two_ranks import error_of
 
 from iql_torchrl import IQLPopulation
 from iql_torchrl.distributed import Ranks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import population_cases
 import pytest
 import torch
-from rank_cases import CASES, DEFAULT, make_step, trained
+from rank_cases import CASES, DEFAULT, make_step, run_ranks, trained
 from shard_logs import written
 from small_populations import dataset, double
 from torch.utils._pytree import tree_leaves
@@ -19,7 +19,6 @@ from trainer_cases import (
     trained_on_shards,
     trainer,
 )
-from two_ranks import run_ranks
 
 from iql_torchrl import IQLPopulation
 from iql_torchrl.distributed import Ranks, data_parallel
@@ -207,10 +206,6 @@ def test_what_cannot_be_sent_raises_on_every_rank(runs):
             "Unsendable: of rank 0" if rank == 0 else "RuntimeError: Unsendable: of rank 0"
         )
         assert "a function cannot be sent to the other ranks" in gathered
-
-
-def test_the_error_of_a_plain_step_says_what_to_write(runs):
-    assert "step = data_parallel(step, Ranks.from_environment())" in runs[1][0]["plain"]
 
 
 @pytest.mark.parametrize("case", population_cases.CASES)

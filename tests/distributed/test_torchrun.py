@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from iql_torchrl.data.builtin import make_dataset
 from iql_torchrl.files import newest, read_components
@@ -95,19 +96,11 @@ def outcome(folder, name):
 
 
 def assert_same(first, second):
-    assert type(first) is type(second)
-    if isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for key, value in first.items():
-            assert_same(value, second[key])
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second)
-        for one, other in zip(first, second, strict=True):
-            assert_same(one, other)
-    elif isinstance(first, torch.Tensor):
-        assert torch.equal(first, second)
-    else:
-        assert first == second
+    leaves, others = tree_leaves(first), tree_leaves(second)
+    assert len(leaves) == len(others)
+    for one, other in zip(leaves, others, strict=True):
+        assert type(one) is type(other)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 @pytest.fixture(scope="module")

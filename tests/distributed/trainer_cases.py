@@ -19,11 +19,20 @@ import numpy as np
 import population_cases
 import torch
 from conftest import NormedCritic, make_batch, make_networks
-from rank_cases import CASES, DEFAULT, ROWS, make_batches, make_step, tensors_of, trained
+from rank_cases import (
+    CASES,
+    DEFAULT,
+    ROWS,
+    as_two_ranks,
+    error_of,
+    make_batches,
+    make_step,
+    tensors_of,
+    trained,
+)
 from small_agents import config, log
 from torch import optim
 from torchrl.modules import ValueOperator
-from two_ranks import as_two_ranks, error_of
 
 from iql_torchrl import (
     IQLLoss,
@@ -46,25 +55,12 @@ HALF, WHOLE = 12, 24
 def trainer(group: Ranks, folder: Path | None, total: int = WHOLE, **options) -> OfflineTrainer:
     dataset = load_dataset(log())
     agent = make_agent(config(optimizer="adamw", schedule="cosine", batch_size=15), dataset)
-    step = data_parallel(agent.step, group)
-    return OfflineTrainer(
-        **{
-            "agent": agent,
-            "step": step,
-            "dataset": dataset,
-            "ranks": group,
-            "folder": folder,
-            "total_updates": total,
-            "log_interval": 4,
-            "eval_interval": 6,
-            "progress_bar": False,
-            "seed": 0,
-            "evaluation": lambda: {
-                "return_mean": float(torch.rand(()))
-            },  # moves rank 0's generator
-            **options,
-        }
-    )
+    parts = {"agent": agent, "step": data_parallel(agent.step, group), "ranks": group}
+    parts |= {"dataset": dataset, "folder": folder, "total_updates": total, "progress_bar": False}
+    # moves rank 0's generator
+    parts["evaluation"] = lambda: {"return_mean": float(torch.rand(()))}
+    parts |= {"log_interval": 4, "eval_interval": 6, "seed": 0}
+    return OfflineTrainer(**(parts | options))
 
 
 def state(run: OfflineTrainer) -> dict:
@@ -117,31 +113,13 @@ def memmaps(ranks: Ranks, folder: Path) -> dict[str, list[int]]:
     return {"built": [*counts, len(built) - counts[0]], "sums": sums}
 
 
-class Walk(gymnasium.Env):
-    """Ten steps; the reward is the first action."""
-
-    observation_space = gymnasium.spaces.Box(-1e3, 1e3, (3,))
-    action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,))
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict]:
-        super().reset(seed=seed)
-        self.left = 10
-        return self.observation_space.sample() * 0 + self.np_random.random(3, np.float32), {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict]:
-        self.left -= 1
-        observation = self.np_random.random(3, np.float32)
-        return observation, float(action[0]), False, self.left == 0, {}
-
-
 def evaluated(ranks: Ranks, folder: Path | None, background: bool) -> list[float]:
     """Returns of a run, evaluated by rank 0 in this process or in another."""
-    dataset = load_dataset(log())
+    dataset = load_dataset(log(action=log()["action"][:, :1]))  # of the shape of Pendulum's
     agent = make_agent(config(batch_size=15), dataset)
-    arguments: Any = {"episodes": 4, "seed": 0}
-    evaluation: Any = partial(evaluate, agent.policy, Walk, **arguments)
-    if background and ranks.is_main:
-        evaluation = BackgroundEvaluation(agent.policy, Walk, **arguments)
+    kind = BackgroundEvaluation if background and ranks.is_main else partial(partial, evaluate)
+    make_env = partial(gymnasium.make, "Pendulum-v1", max_episode_steps=10)
+    evaluation: Any = kind(agent.policy, make_env, episodes=4, seed=0)
     run = OfflineTrainer(
         agent=agent, step=data_parallel(agent.step, ranks), ranks=ranks, dataset=dataset, seed=0,
         folder=folder, total_updates=WHOLE, log_interval=4, eval_interval=6, progress_bar=False,
@@ -153,13 +131,11 @@ def evaluated(ranks: Ranks, folder: Path | None, background: bool) -> list[float
 
 def stopped_by_a_signal(ranks: Ranks) -> tuple[str, int]:
     run = trainer(ranks, None, 40, log_interval=40, evaluation=None)
-    if ranks.rank == 1:
-        run.register_op(
-            "post_optim",
-            lambda: os.kill(os.getpid(), signal.SIGTERM) if run.updates == 5 else None,
-        )
-    else:
-        run.register_op("post_optim", lambda: None)
+    stops = ranks.rank == 1
+    run.register_op(
+        "post_optim",
+        lambda: os.kill(os.getpid(), signal.SIGTERM) if stops and run.updates == 5 else None,
+    )
     return error_of(run.train), run.updates
 
 
@@ -174,15 +150,11 @@ def failed_evaluation() -> dict[str, float]:
     raise OSError("the environment is gone")
 
 
-def normed_step() -> IQLStep:
-    actor, _, value = make_networks()
-    critic = ValueOperator(NormedCritic(), in_keys=["observation", "action"])
+def plain_step(normed: bool = False) -> IQLStep:
+    actor, critic, value = make_networks()
+    if normed:
+        critic = ValueOperator(NormedCritic(), in_keys=["observation", "action"])
     loss = IQLLoss(actor, critic, value)
-    return IQLStep(loss, optim.Adam(loss.parameters()), None)
-
-
-def plain_step() -> IQLStep:
-    loss = IQLLoss(*make_networks())
     return IQLStep(loss, optim.Adam(loss.parameters()), None)
 
 
@@ -218,20 +190,18 @@ def runs(ranks: Ranks, folder: Path) -> dict:
 
 def refusals(ranks: Ranks, folder: Path) -> dict:
     """How runs are stopped, and what is refused."""
+    unseeded = load_dataset(log()).device_sampler(15)
+    other = load_dataset(log(40 + 10 * ranks.rank))
     return {
         "signal": stopped_by_a_signal(ranks),
         "nan": stopped_by_nan(ranks),
         "evaluation": error_of(trainer(ranks, None, evaluation=failed_evaluation).train),
         "resume": error_of(trainer(ranks, folder / f"empty{ranks.rank}").resume),
-        "unseeded": error_of(
-            trainer(ranks, None, replay_buffer=load_dataset(log()).device_sampler(15)).train
-        ),
-        "data": error_of(
-            trainer(ranks, None, dataset=load_dataset(log(40 + 10 * ranks.rank))).train
-        ),
+        "unseeded": error_of(trainer(ranks, None, replay_buffer=unseeded).train),
+        "data": error_of(trainer(ranks, None, dataset=other).train),
         "not given": error_of(lambda: trainer(ranks, None, ranks=None)),
         "not parallel": error_of(lambda: trainer(ranks, None, step=plain_step())),
-        "batch norm": error_of(lambda: data_parallel(normed_step(), ranks)),
+        "batch norm": error_of(lambda: data_parallel(plain_step(normed=True), ranks)),
         "plain": error_of(lambda: plain_step()(make_batch())),
         "few rows": error_of(lambda: data_parallel(plain_step(), ranks)(make_batch(1))),
     }

@@ -51,12 +51,12 @@ def perturb_targets(loss, by: float = 0.1) -> None:
             loss.target_qvalue_network_params.get(key).data.add_(by * torch.randn_like(live))
 
 
-def discrete_networks(num_actions=4, spec=None, mask_key=None):
-    spec = spec or Categorical(num_actions)
-    actor = policies.categorical(OBS, spec, mask_key=mask_key, hidden=(8,))
-    critic = networks.DiscreteCritic(OBS, num_actions, hidden=(8,))
+def discrete_networks(num_actions=4, spec=None, mask_key=None, **network):
+    network, spec = {"hidden": (8,)} | network, spec or Categorical(num_actions)
+    actor = policies.categorical(OBS, spec, mask_key=mask_key, **network)
+    critic = networks.DiscreteCritic(OBS, num_actions, **network)
     critic = TensorDictModule(critic, in_keys=["observation"], out_keys=["state_action_value"])
-    return actor, critic, make_networks(hidden=(8,))[2]
+    return actor, critic, make_networks(**network)[2]
 
 
 def make_step(loss, updater=SoftUpdate, lr=1e-2, eps=1e-8, **options) -> IQLStep:
@@ -70,14 +70,16 @@ def assert_losses(out, expected, **tolerances) -> None:
         torch.testing.assert_close(out[name], expected[name], **tolerances)
 
 
-def assert_same_state(*losses, rtol=1e-8, atol=1e-9) -> None:
+def assert_same_state(*losses, rtol=1e-8, atol=1e-9, after="") -> None:
     first, *others = (
         {k: v for k, v in x.state_dict().items() if torch.is_tensor(v)} for x in losses
     )
     for other in others:
         assert other.keys() == first.keys()
         for name, value in first.items():
-            torch.testing.assert_close(other[name], value, rtol=rtol, atol=atol, msg=name)
+            torch.testing.assert_close(
+                other[name], value, rtol=rtol, atol=atol, msg=f"{after} {name}"
+            )
 
 
 class Forms:

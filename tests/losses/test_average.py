@@ -105,19 +105,6 @@ def test_populations():
     assert any(AVERAGE in key for key in beside.agents[0].state_dict())
 
 
-def test_populations_of_flows():
-    """Runs alone draw other random numbers."""
-    population = IQLPopulation(configs(MEMBERS, policy="flow", actor_ema=DECAY), dataset())
-    averages = Averages(population.loss)
-    for _ in range(3):
-        population.step(population.sampler.sample())
-        averages.follow()
-    averages.check()
-    pairs = zip(*(weights(x.loss, True) for x in (population, population.member(1))), strict=True)
-    for stacked, alone in pairs:
-        assert torch.equal(stacked[1].reshape(alone.shape), alone)
-
-
 def test_populations_are_loaded_with_it(tmp_path):
     data = dataset()
     population = IQLPopulation(configs(MEMBERS, actor_ema=DECAY), data)

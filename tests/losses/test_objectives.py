@@ -487,13 +487,13 @@ def test_one_graph_and_no_recompilation(case, backend):
     """Continuous actions, and discrete ones with masks of actions and of steps."""
     torch._dynamo.reset()
     objective = "ddpg_bc" if case == "ddpg_bc" else "log_prob"
-    loss = IQLLoss(*make_networks(), actor_objective=objective, diagnostics=True)
+    loss = IQLLoss(*make_networks(), actor_objective=objective, diagnostics=True).double()
     if case == "masked":
-        loss = DiscreteIQLLoss(*discrete_networks(mask_key="action_mask"))
+        loss = DiscreteIQLLoss(*discrete_networks(mask_key="action_mask")).double()
     SoftUpdate(loss, tau=0.5)
     fast = torch.compile(loss, fullgraph=True, backend=backend)
     for i in range(5):
-        batch = make_batch()
+        batch = make_batch(dtype=torch.float64)
         if case == "masked":
             batch["action"] = torch.randint(4, (32,))
             batch["action_mask"] = torch.rand(32, 4) < 0.5
@@ -502,7 +502,7 @@ def test_one_graph_and_no_recompilation(case, backend):
         expected = loss(batch.clone())
         with torch._dynamo.config.patch(error_on_recompile=i >= 2):
             out = fast(batch)
-        assert_losses(out, expected, rtol=1e-5, atol=1e-6)
+        assert_losses(out, expected, rtol=1e-9, atol=1e-10)
 
 
 def discrete_case(*shape):

@@ -20,7 +20,7 @@ from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 from torchrl.objectives import ValueEstimators
 
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, networks, policies
-from iql_torchrl.networks.evaluation import DirectCritics
+from iql_torchrl.networks.evaluation import Direct
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
 OBSERVATION = ["observation"]
@@ -226,7 +226,7 @@ def fast_parts(loss) -> set[str]:
     names = {name for name, part in parts.items() if getattr(part, "body", None) is not None}
     own = callable(loss.actor_objective)  # its function gets the loss's own actor
     names -= {"actor"} if own else set()
-    critics = all(isinstance(each, DirectCritics) for each in kept.critics.values())
+    critics = all(isinstance(each, Direct) for each in kept.critics.values())
     return names | ({"critics"} if critics else set())
 
 
@@ -452,7 +452,7 @@ def test_the_tensors_are_those_of_the_loss():
     targets = {id(leaf) for leaf in loss.target_qvalue_network_params.values(True, True)}
     trained = {id(leaf) for leaf in loss.parameters()}
     with loss.evaluated_directly():
-        critics = {name: each.critics.body for name, each in loss.networks.critics.items()}
+        critics = {name: each.body for name, each in loss.networks.critics.items()}
     assert {id(x) for x in critics["target_qvalue_network_params"].leaves} <= targets
     assert {id(x) for x in critics["qvalue_network_params"].leaves} <= trained
 

@@ -135,25 +135,6 @@ def test_unknown_categories_are_refused():
             dense(torch.tensor([0, index]))
 
 
-@pytest.mark.parametrize("frozen", [(0,), (1,), (4, 5), (0, 1, 2, 3, 4)])
-@pytest.mark.parametrize("count", [None, 2])
-def test_frozen_leaves(count, frozen):
-    _, dense = made(count, 3)
-    for place in frozen:
-        dense.leaves[place].requires_grad_(False)
-    x = torch.randn(7, 4, dtype=torch.float64)
-    out, plain = both(dense, x)
-    live = [leaf for leaf in dense.leaves if leaf.requires_grad]
-    for a, b in zip(gradients(out, live), gradients(plain, live), strict=True):
-        torch.testing.assert_close(a, b, **EXACT)
-    for leaf in dense.leaves:
-        leaf.requires_grad_(False)
-    assert not dense(x).requires_grad
-    x.requires_grad_()
-    ours, plainly = (gradients(out, [x])[0] for out in both(dense, x))
-    torch.testing.assert_close(ours, plainly, **EXACT)
-
-
 @pytest.mark.parametrize("count", [None, 2])
 def test_numerical_derivatives(count):
     _, dense = made(count, 3, nn.Tanh)
@@ -164,42 +145,6 @@ def test_numerical_derivatives(count):
 
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(evaluate, (x, *dense.leaves))
-
-
-@pytest.mark.parametrize("count", [None, 2])
-def test_under_autocast(count):
-    sources = [perceptron(3).float() for _ in range(count or 1)]
-    dense = over(*sources, stacked=count is not None)
-    x = torch.randn(64, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = dense(x)
-        expected = torch.stack([source(x) for source in sources]).view_as(out)
-    exact = torch.stack([source(x) for source in sources]).view_as(out)
-    assert expected.dtype == torch.bfloat16
-    scale = float(exact.detach().abs().max())
-    assert 0 < (out.float() - exact).abs().max() < 0.03 * scale  # it was in half precision
-    torch.testing.assert_close(out.float(), expected.float(), rtol=0, atol=0.03 * scale)
-    found = gradients(out.float(), dense.leaves)
-    theirs = gradients(exact, [p for source in sources for p in source.parameters()])
-    for place, gradient in enumerate(found):
-        expected = torch.stack(theirs[place :: len(found)]).view_as(gradient)
-        assert (gradient - expected).abs().max() < 0.1 * expected.abs().max()
-
-
-def test_torchrls_mlp_joins_its_inputs():
-    source = TorchRLMLP(in_features=5, out_features=2, num_cells=[6, 6]).double()
-    assert [layer.out_features for layer in linear_layers(source)] == [6, 6, 2]  # with Tanh
-    a, b = (torch.randn(3, 7, n, dtype=torch.float64) for n in (3, 2))
-    torch.testing.assert_close(over(source)(a, b)[0], source(a, b), **EXACT)
-
-
-def test_a_gradient_may_be_asked_for_once_and_leaves_may_be_used_twice():
-    (source,), dense = made(None, 3)
-    a, b = torch.randn(2, 7, 4, dtype=torch.float64)
-    assert_gradients(dense(a) * dense(b), dense.leaves, source(a) * source(b), [source])
-    with torch.no_grad():
-        dense.leaves[0].add_(1.0)  # the leaves are the module's own
-    torch.testing.assert_close(dense(a), source(a), **EXACT)
 
 
 def layer(*sizes, **options):

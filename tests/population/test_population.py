@@ -269,14 +269,6 @@ def test_what_is_no_population_is_refused():
         next(IQLPopulation([BASE], data).train(-1))
     with pytest.raises(ValueError, match="members: expected at least 1, got 0"):
         MemberSampler(data.transitions, 4, members=0)
-    population = IQLPopulation(configs(), data)
-    for shape in ((3, 4), (4, 4, 1)):
-        batch = data.transitions[:12].view(3, 4) if shape == (3, 4) else None
-        batch = data.transitions[:16].view(shape) if batch is None else batch
-        with pytest.raises(
-            ValueError, match=rf"shape \({shape[0]}, .*expected \(B,\) for all 4 runs"
-        ):
-            population.step(batch.exclude("collector"))
 
 
 class Call:

@@ -75,19 +75,6 @@ def test_compiled_updates_equal_the_runs_alone(case, threads, request):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["plain", "compiled"])
-@pytest.mark.parametrize("kind", ["continuous", "discrete"])
-def test_a_thousand_updates(way, kind):
-    torch._dynamo.reset()
-    settings = configs(updates=1000, hidden=(32, 32), batch_size=64, max_grad_norm=10.0)
-    settings[1] = replace(settings[1], value_lr=1e-3)  # a rate of 1e-2 makes rounding grow
-    beside = Beside(settings, dataset(kind))
-    step = beside.population.step
-    beside.train(1000, step=compiled(step) if way == "compiled" else step)
-    beside.assert_equal(rtol=1e-9)
-
-
-@pytest.mark.slow
 def test_training_of_compiled_configs_is_captured():
     torch._dynamo.reset()
     data = dataset()

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import pickle
 import zipfile
+from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 
 import numpy as np
 import pytest
-import small_trainers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from small_agents import config, log
-from small_trainers import make_step, table
+from small_agents import by_hand, config, log
+from small_trainers import make_step, make_trainer, table, weight
+from test_background import pendulum_log
 from torchrl import torchrl_logger
 from torchrl.checkpoint import Checkpoint
 
-from iql_torchrl import Agent, OfflineTrainer, load_dataset, make_agent
+from iql_torchrl import Agent, IQLConfig, IQLPopulation, OfflineTrainer, load_dataset, make_agent
 from iql_torchrl.data import replay_buffer
 from iql_torchrl.data.digests import fingerprint
-from iql_torchrl.files import CheckpointError, newest, read_components, write_components
+from iql_torchrl.files import (
+    CheckpointError,
+    newest,
+    read_components,
+    replace_by_link,
+    whole_file,
+    write_components,
+)
+from iql_torchrl.report.figures import draw
+from iql_torchrl.report.tables import write_csv
 
 scalars = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False)
 plain = st.recursive(
@@ -142,16 +155,16 @@ def test_a_malicious_pickle_is_not_run(tmp_path, save):
     assert not mark.exists()
 
 
-def make_trainer(data=None, step=(), folder=None, **buffer):
+def run_of(data=None, step=(), folder=None, **buffer):
     data = table(60) if data is None else data
     buffer = replay_buffer(data, **({"batch_size": 8, "seed": 0} | buffer))
     step = make_step(**dict(step))
-    return small_trainers.make_trainer(step, 6, replay_buffer=buffer, folder=folder)
+    return make_trainer(step, 6, replay_buffer=buffer, folder=folder)
 
 
 @pytest.fixture
 def saved(tmp_path):
-    make_trainer(folder=tmp_path / "run").train()
+    run_of(folder=tmp_path / "run").train()
     return newest(tmp_path / "run" / "checkpoints")
 
 
@@ -177,7 +190,7 @@ def refuses(trainer, path, words):
     [
         (
             {"step": {"hidden": (16, 8)}},
-            r"the shape of .* was \(16, 16\) and is \(8, 16\).* and \d+ more",
+            r"shape of .* was \(16, 16\) and is \(8, 16\).* and \d+ more",
         ),
         ({"step": {"hidden": (16,)}}, r"the shape of .* was \(\d+,.*\) and is None"),
         ({"step": {"critics": 3}}, "the shape of .*qvalue.* was .2, .* and is .3, "),
@@ -186,22 +199,22 @@ def refuses(trainer, path, words):
         ({"batch_size": 16}, "batch_size was 8 and is 16"),
         (
             {"data": changed_table()},
-            "another run: action of the dataset was 'float32 .*' and is 'float32 .*'",
+            "run: action of the dataset was 'float32 .*' and is 'float32 .*'",
         ),
     ],
 )
 def test_another_run_is_refused_by_name(saved, options, words):
-    refuses(make_trainer(**options), saved, words)
+    refuses(run_of(**options), saved, words)
 
 
 def test_another_expectile_or_a_state_without_a_part_is_refused(saved):
-    trainer = make_trainer()
+    trainer = run_of()
     state = trainer.state_dict()
     trainer.loss_module.expectile = 0.9
     refuses(trainer, saved, r"expectile was 0\.7.* and is 0\.9")
     del state["step"]
     with pytest.raises(CheckpointError, match=r"the checkpoint lacks \['step'\]; it has \['data'"):
-        make_trainer().load_state_dict(state)
+        run_of().load_state_dict(state)
 
 
 def of_agent(folder=None, reward="raw", **fields):
@@ -233,18 +246,18 @@ def test_torchrls_own_load_checks_the_data_too(saved):
         trainer._sync_checkpoint_components(Checkpoint()).load(saved)
         return trainer
 
-    assert load(make_trainer()).updates == 6
+    assert load(run_of()).updates == 6
     with pytest.raises(CheckpointError, match="action of the dataset was"):
-        load(make_trainer(changed_table()))
+        load(run_of(changed_table()))
 
 
 def test_random_generators_come_back(saved):
-    trainer = make_trainer()
+    trainer = run_of()
     torch.manual_seed(123)
     np.random.seed(123)
     trainer.load_from_file(saved)
     numbers = torch.rand(3), np.random.rand(3), trainer.replay_buffer.sample()["observation"]
-    again = make_trainer()
+    again = run_of()
     again.load_from_file(saved)
     assert torch.equal(numbers[0], torch.rand(3))
     assert np.array_equal(numbers[1], np.random.rand(3))
@@ -308,3 +321,221 @@ def test_a_dataset_of_other_shapes_or_categories_is_refused_and_other_rows_are_t
     if not own:
         other = load_dataset(log(observation=observations(3)))
         OfflineTrainer(agent=agent, dataset=other, total_updates=2, progress_bar=False).train()
+
+
+# -- Files on a full disk: an ``OSError`` that names the file, and what was saved before stays
+
+
+FULL = Path("/dev/full")  # every write to it fails as on a full disk
+needs_full = pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
+ROWS = [{"update": 1, "loss_value": 0.5}]
+
+
+def fill(path: Path) -> None:
+    """Writing to ``path`` fails because the disk is full."""
+    path.with_name(f".{path.name}.{os.getpid()}").symlink_to(FULL)
+
+
+@contextmanager
+def names(path: Path):
+    """The block fails because the disk is full, with the name of the file."""
+    with pytest.raises(OSError, match="No space left") as caught:
+        yield
+    assert caught.value.errno == errno.ENOSPC
+    assert str(caught.value) == f"[Errno 28] No space left on device: '{path}'"
+
+
+@needs_full
+@pytest.mark.parametrize("suffix", [".pt2", ".json"])
+def test_an_export_names_the_file_and_leaves_the_earlier_one(tmp_path, suffix):
+    agent = make_agent(IQLConfig(hidden=(8,)), pendulum_log())
+    path = agent.export(tmp_path / "policy.pt2")
+    before = {p: p.read_bytes() for p in tmp_path.iterdir()}
+    with torch.no_grad():
+        next(agent.actor.parameters()).add_(1.0)
+    fill(path.with_suffix(suffix))
+    with names(path.with_suffix(suffix)):
+        agent.export(path)
+    assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
+    agent.export(path)
+    assert path.read_bytes() != before[path]
+    assert torch.export.load(path).module()(torch.zeros(2, 3)).shape == (2, 1)
+
+
+@needs_full
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("metrics.csv", lambda path: write_csv(path, ROWS)), ("curves.png", lambda p: draw(p, ROWS))],
+)
+def test_tables_and_pictures_too(tmp_path, name, write):
+    path = tmp_path / name
+    path.write_bytes(b"before")
+    fill(path)
+    with names(path):
+        write(path)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """After a call the disk has space for only half of the next write."""
+    write = Path.write_bytes
+
+    def half(path, content):
+        write(path, bytes(content)[: len(content) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")  # names no file, as write() does
+
+    return lambda: monkeypatch.setattr(Path, "write_bytes", half)
+
+
+def test_training_names_the_checkpoint_and_the_last_one_survives(tmp_path, full_disk, monkeypatch):
+    step, weights = make_step(), {}
+
+    def evaluation():
+        weights[trainer.updates] = weight(step)
+        if trainer.updates == 10:
+            full_disk()
+        return {"return_mean": float(trainer.updates)}
+
+    settings = {"eval_interval": 5, "folder": tmp_path}
+    trainer = make_trainer(step, evaluation=evaluation, **settings)
+    folder = tmp_path / "checkpoints"
+    with names(folder / "checkpoint-000000000010.torchrl"):
+        trainer.train()
+    assert newest(folder).name == "checkpoint-000000000005.torchrl"
+    assert not list(tmp_path.glob("**/.*")), "nothing half written stays"
+    with names(tmp_path / "run.torchrl"):
+        make_trainer(total=4, save_trainer_file=tmp_path / "run.torchrl").train()
+    monkeypatch.undo()
+    again = make_step()
+    assert make_trainer(again, **settings).resume().updates == 5
+    assert weight(again) == weights[5]
+
+
+def test_components_and_copies_name_their_file(tmp_path, full_disk, monkeypatch):
+    path = write_components(tmp_path / "a.torchrl", {"part": {"x": 1}})
+
+    def unwritable(*paths):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "link", unwritable)
+    monkeypatch.setattr("shutil.copyfile", unwritable)
+    with names(tmp_path / "best.torchrl"):
+        replace_by_link(path, tmp_path / "best.torchrl")
+    full_disk()
+    with names(path):
+        write_components(path, {"part": {"x": 2}})
+    assert read_components(path) == {"part": {"x": 1}}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_that_names_another_file_keeps_its_name(tmp_path):
+    missing, nowhere = tmp_path / "missing", tmp_path / "no folder" / "table"
+    for path, text, name in (
+        (tmp_path / "table", missing.read_text, missing),
+        (nowhere, lambda: "x", nowhere),  # not the temporary one
+    ):
+        with pytest.raises(FileNotFoundError) as caught, whole_file(path) as temporary:
+            temporary.write_text(text())
+        assert caught.value.filename == str(name)
+    with pytest.raises(OSError, match="without a number"), whole_file(tmp_path / "table"):
+        raise OSError("without a number")
+
+
+def test_what_a_killed_process_left_of_a_copy_is_not_written_to(tmp_path):
+    """It can be a link to a checkpoint, and a later process can have the same number."""
+    old, new, best = (tmp_path / name for name in ("old", "new", "best"))
+    old.write_bytes(b"old")
+    new.write_bytes(b"new")
+    os.link(old, best.with_name(f".{best.name}.{os.getpid()}"))
+    replace_by_link(new, best)
+    assert [path.read_bytes() for path in (old, new, best)] == [b"old", b"new", b"new"]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+# -- Checkpoints that an earlier version wrote load, and training continues from them
+
+
+FOLDER = Path(__file__).with_name("old_checkpoints")
+EXPECTED = json.loads((FOLDER / "expected.json").read_text())
+CONFIG = {"hidden": (8,), "batch_size": 8, "reward": "raw", "compile": False}
+
+
+def dataset():
+    """60 steps of made-up numbers that fit Pendulum's spaces, the same bits on every machine."""
+
+    def numbers(*shape: int, factor: int) -> np.ndarray:
+        whole = np.arange(np.prod(shape)) * factor % 129 - 64
+        return (whole / 64).astype(np.float32).reshape(shape)
+
+    observation = numbers(6, 11, 3, factor=37)  # six episodes of ten steps
+    return load_dataset(
+        {
+            "observations": observation[:, :-1].reshape(60, 3),
+            "next_observations": observation[:, 1:].reshape(60, 3),
+            "actions": numbers(60, 1, factor=53),
+            "rewards": numbers(60, factor=71),
+            "terminals": np.arange(60) % 20 == 19,
+            "timeouts": np.arange(60) % 20 == 9,
+        },
+        env="Pendulum-v1",
+        reward="raw",
+        progress=False,
+    )
+
+
+def trainer(folder: Path) -> OfflineTrainer:
+    data = dataset()
+    agent = make_agent(IQLConfig(updates=20, seed=3, **CONFIG), data)
+
+    def score():
+        return {"return_mean": float(next(agent.actor.parameters()).detach().sum())}
+
+    options = {"log_interval": 5, "eval_interval": 10, "progress_bar": False}
+    return OfflineTrainer(agent=agent, dataset=data, evaluation=score, folder=folder, **options)
+
+
+def weights(agent: Agent) -> list[float]:
+    return torch.cat([p.detach().flatten() for p in agent.actor.parameters()]).tolist()
+
+
+def test_an_old_agent_loads_and_acts():
+    agent = Agent.load(FOLDER / "agent.torchrl")
+    assert agent.config == IQLConfig(updates=20, seed=3, **CONFIG)
+    assert agent.task.action_space.shape == (1,)
+    saved = torch.load(io.BytesIO(member_of("agent.torchrl", "loss_module")), weights_only=True)
+    actual = agent.state_dict()
+    assert set(actual) == set(saved)
+    assert all(torch.equal(actual[n], saved[n]) for n in actual if torch.is_tensor(actual[n]))
+    observation = np.array([[0.5, -0.25, 1.0]], np.float32)
+    action = 2.0 * np.tanh(by_hand(agent, observation))  # Pendulum's bounds are -2 and 2
+    np.testing.assert_allclose(agent.act(observation), action, rtol=1e-5)
+
+
+def member_of(file: str, part: str) -> bytes:
+    with zipfile.ZipFile(FOLDER / file) as archive:
+        (name,) = (n for n in archive.namelist() if part in n and n.endswith("state.pt"))
+        return archive.read(name)
+
+
+def test_training_continues_from_an_old_checkpoint(tmp_path):
+    run = trainer(tmp_path).load_from_file(FOLDER / "agent.torchrl")
+    assert run.updates == 10
+    assert run.progress.rows == [row for row in EXPECTED["rows"] if row["update"] <= 10]
+    run.train()
+    assert weights(run.agent) == pytest.approx(EXPECTED["agent"], rel=1e-4, abs=1e-6)
+    for row, other in zip(run.progress.rows, EXPECTED["rows"], strict=True):
+        assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
+
+
+def test_an_old_population_loads_and_continues():
+    runs = IQLPopulation.load(FOLDER / "population.torchrl", dataset())
+    assert runs.updates == 4
+    assert [config.expectile for config in runs.configs] == [0.7, 0.9]
+    before = weights(runs.member(0))
+    for _ in runs.train(4):
+        pass
+    for number, values in enumerate(EXPECTED["population"]):
+        assert weights(runs.member(number)) == pytest.approx(values, rel=1e-4, abs=1e-6)
+    assert before != pytest.approx(EXPECTED["population"][0], rel=1e-4, abs=1e-6)

@@ -161,17 +161,16 @@ NOTHING = "Nothing was saved, because the trainer has no folder=. In this proces
 FILE = "trainer.load_from_file('a.torchrl').train()"
 
 
+AGAIN = {"folder": "run", "resume_command": "make again"}
+
+
 @pytest.mark.parametrize(
     ("number", "destination", "words"),
     [
         *((number, {"folder": "run"}, f"Continue with: {FOLDER}") for number in SIGNALS),
         (signal.SIGINT, {}, f"{NOTHING}trainer.train()"),
         (signal.SIGINT, {"save_trainer_file": "a.torchrl"}, f"with: {FILE}"),
-        (
-            signal.SIGINT,
-            {"folder": "run", "resume_command": "make again"},
-            "and saved run. Continue with: make again",
-        ),
+        (signal.SIGINT, AGAIN, "and saved run. Continue with: make again"),
     ],
 )
 def test_interruption_finishes_the_update_saves_and_prints_how_to_continue(

@@ -19,7 +19,7 @@ from iql_torchrl.data import ShardedDataset, load_shards
 from iql_torchrl.data.windows import WindowStorage
 from iql_torchrl.files import CheckpointError
 from iql_torchrl.networks import with_history
-from iql_torchrl.trainers.checkpoints import DataState, check_same_data
+from iql_torchrl.trainers.checkpoints import check_same_data, data_state
 
 LENGTHS = [7, 3, 12, 5, 5, 9, 2, 8, 6, 11]
 SETTINGS = {"loaded": 2, "replace_every": 3}
@@ -128,7 +128,7 @@ def test_ranks_must_have_the_same_shards_and_the_same_rotation(log, tmp_path):
         ranks, values = Mock(size=2), {}
         ranks.check_same = lambda value, message: values.update({message: value})
         buffer = dataset.replay_buffer(8, **({"seed": 0} | SETTINGS | options))
-        check_same_data(ranks, DataState(buffer, None), buffer)
+        check_same_data(ranks, data_state(buffer, None), buffer)
         return values
 
     def refusals(**options):
@@ -175,12 +175,12 @@ def test_a_run_continues_with_the_same_windows(kind, tmp_path):
 def test_digests_are_of_the_frames_and_not_of_windows(monkeypatch):
     monkeypatch.setattr(WindowStorage, "get", None)
     buffer = windows().replay_buffer(8)
-    digests = DataState(buffer, None).state_dict()["fingerprint"]
+    digests = data_state(buffer, None)["fingerprint"]
     assert digests["frames.observation"].startswith("float64 (12, 3) ")
     assert digests["own.observation"].startswith("float64 (3, 3) ")
-    assert DataState(windows().replay_buffer(4), None).state_dict()["fingerprint"] == digests
+    assert data_state(windows().replay_buffer(4), None)["fingerprint"] == digests
     buffer.storage.windows.frame_table.own["observation",][0, 0] += 1
-    changed = DataState(buffer, None).state_dict()["fingerprint"]
+    changed = data_state(buffer, None)["fingerprint"]
     assert {key for key in digests if changed[key] != digests[key]} == {"own.observation"}
 
 

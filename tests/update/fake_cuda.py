@@ -9,7 +9,6 @@ outside of the stream's device, a replay of a graph whose cuBLAS workspace was c
 from __future__ import annotations
 
 import weakref
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from iql_torchrl.update.cuda_graph import CudaGraph
+from iql_torchrl.update.captured import CudaGraph
 
 WORKSPACE = 32 * 2**20  # bytes of cuBLAS for each stream, as on an H100
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")  # each waits for the device
@@ -43,10 +42,9 @@ class FakeCuda:
         self.captured_by: dict[int, Any] = {}  # generators that are marked as being captured
         self.graphs: weakref.WeakSet[FakeGraph] = weakref.WeakSet()
         self.streams: weakref.WeakSet[FakeStream] = weakref.WeakSet()
-        belongs = {"cuda": self}
-        kinds = (FakeStream, FakeGraph, FakeCapture, FakeDevice, FakeStreamContext)
-        stream, graph, capture, device, context = (
-            type(kind.__name__, (kind,), dict(belongs)) for kind in kinds
+        kinds = (FakeStream, FakeGraph, FakeCapture, FakeGenerator)
+        stream, graph, capture, generator = (
+            type(kind.__name__, (kind,), {"cuda": self}) for kind in kinds
         )
         self.device = torch.device("cuda", 0)
         self.stream = self.default_stream = stream(self.device)
@@ -54,17 +52,16 @@ class FakeCuda:
             "Stream": stream,
             "CUDAGraph": graph,
             "graph": capture,
-            "device": device,
-            "stream": context,
+            "device": lambda device: Current(self, device=torch.device(device)),
+            "stream": lambda stream: Current(self, stream=stream),
             "current_stream": lambda device=None: self.stream,
             "synchronize": lambda device=None: None,
-            "empty_cache": lambda: None,
             "memory_allocated": lambda device=None: self.allocated(),
             "set_sync_debug_mode": lambda mode: None,
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch.nn.functional, "one_hot", one_hot)
-        monkeypatch.setattr(torch, "Generator", type("G", (FakeGenerator,), dict(belongs)))
+        monkeypatch.setattr(torch, "Generator", generator)
         monkeypatch.setattr(CudaGraph, "supports", staticmethod(lambda device: True))
 
     def note(self, what: str) -> None:
@@ -81,6 +78,20 @@ class FakeCuda:
         return sum(graph.bytes() for graph in self.graphs) + WORKSPACE * len(self.streams)
 
 
+class Current:
+    """A context in which another device or stream is the current one."""
+
+    def __init__(self, cuda: FakeCuda, **values: Any) -> None:
+        self.cuda, self.values = cuda, values
+
+    def __enter__(self) -> None:
+        self.before = {name: getattr(self.cuda, name) for name in self.values}
+        vars(self.cuda).update(self.values)
+
+    def __exit__(self, *_: object) -> None:
+        vars(self.cuda).update(self.before)
+
+
 class FakeStream:
     cuda: FakeCuda
 
@@ -91,32 +102,6 @@ class FakeStream:
 
     def wait_stream(self, other: FakeStream) -> None:
         self.cuda.note("own waits" if self is not self.cuda.default_stream else "current waits")
-
-
-class FakeDevice:
-    cuda: FakeCuda
-
-    def __init__(self, device: torch.device | str) -> None:
-        self.device = torch.device(device)
-
-    def __enter__(self) -> None:
-        self.before, self.cuda.device = self.cuda.device, self.device
-
-    def __exit__(self, *_: object) -> None:
-        self.cuda.device = self.before
-
-
-class FakeStreamContext:
-    cuda: FakeCuda
-
-    def __init__(self, stream: FakeStream) -> None:
-        self.stream = stream
-
-    def __enter__(self) -> None:
-        self.before, self.cuda.stream = self.cuda.stream, self.stream
-
-    def __exit__(self, *_: object) -> None:
-        self.cuda.stream = self.before
 
 
 class FakeGenerator(torch.Generator):
@@ -256,7 +241,7 @@ class FakeCapture:
 
     def __init__(self, graph: FakeGraph, *, stream: FakeStream) -> None:
         self.graph, self.stream = graph, stream
-        self.context = type("C", (FakeStreamContext,), {"cuda": self.cuda})(stream)
+        self.context = Current(self.cuda, stream=stream)
 
     def __enter__(self) -> None:
         if self.cuda.device != self.stream.device:
@@ -268,17 +253,12 @@ class FakeCapture:
         self.mode = Recorder(self.graph)
         self.mode.__enter__()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.mode.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self.mode.__exit__(*error)
         failure, self.cuda.end_fails = self.cuda.end_fails, None
         if failure is not None:
             raise failure
         self.cuda.note("end")
         self.cuda.captured_by.clear()
         self.graph.stream, self.graph.cleared = self.stream, self.stream.cleared
-        self.context.__exit__(kind, error, trace)
+        self.context.__exit__()

@@ -9,20 +9,17 @@ import weakref
 import pytest
 import torch
 from changes import CHANGES, to_loss
-from conftest import ACT, OBS, make_batch
-from tensordict.nn import TensorDictModule
+from conftest import OBS, make_batch, make_networks
+from small_losses import assert_same_state, discrete_networks
 from torch import optim
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR
 from torchrl.data import (
-    Bounded,
-    Categorical,
     LazyMemmapStorage,
     LazyTensorStorage,
     SamplerWithoutReplacement,
     TensorDictReplayBuffer,
 )
 from torchrl.envs.transforms import RewardScaling
-from torchrl.modules import ValueOperator
 from torchrl.objectives import HardUpdate, SoftUpdate, group_optimizers
 
 from iql_torchrl import (
@@ -33,7 +30,6 @@ from iql_torchrl import (
     captured,
     compiled,
     networks,
-    policies,
 )
 from iql_torchrl.data import DeviceSampler, replay_buffer
 from iql_torchrl.update import captured as captured_module
@@ -100,25 +96,15 @@ def untraced(monkeypatch):
     return made
 
 
-def make_loss(**options) -> IQLLoss:
+def make_loss(dropout=0.0, **options) -> IQLLoss:
     torch.manual_seed(0)
-    mlp = {"hidden": (8,), "dropout": options.pop("dropout", 0.0)}
-    spec = Bounded(-torch.ones(ACT), torch.ones(ACT), (ACT,))
-    critic = ValueOperator(networks.Critic(OBS, ACT, **mlp), in_keys=["observation", "action"])
-    value = ValueOperator(networks.StateValue(OBS, **mlp), in_keys=["observation"])
-    return IQLLoss(policies.gaussian(OBS, spec, **mlp), critic, value, **options).double()
+    return IQLLoss(*make_networks(hidden=(8,), dropout=dropout), **options).double()
 
 
 def make_discrete(preprocess=None, **options) -> DiscreteIQLLoss:
     torch.manual_seed(0)
-    net = {"hidden": (8,), "preprocess": preprocess}
-    critic = networks.DiscreteCritic(OBS, ACTIONS, **net)
-    return DiscreteIQLLoss(
-        policies.categorical(OBS, Categorical(ACTIONS), mask_key="action_mask", **net),
-        TensorDictModule(critic, in_keys=["observation"], out_keys=["state_action_value"]),
-        ValueOperator(networks.StateValue(OBS, **net), in_keys=["observation"]),
-        **options,
-    ).double()
+    parts = discrete_networks(ACTIONS, mask_key="action_mask", preprocess=preprocess)
+    return DiscreteIQLLoss(*parts, **options).double()
 
 
 def table(rows: int = 100, seed: int = 9):
@@ -200,11 +186,7 @@ class Pair:
         self.compare()
 
     def compare(self) -> None:
-        (mine, theirs) = (step.loss.state_dict() for step in self.steps)
-        assert mine.keys() == theirs.keys()
-        for name, value in mine.items():
-            if torch.is_tensor(value):
-                torch.testing.assert_close(theirs[name], value, **CLOSE, msg=name)
+        assert_same_state(*(step.loss for step in self.steps), **CLOSE)
         mine, theirs = (step.optimizer.state_dict() for step in self.steps)
         assert mine["param_groups"] == theirs["param_groups"]
         assert mine["state"].keys() == theirs["state"].keys()
@@ -372,22 +354,6 @@ def test_what_makes_no_other_program(monkeypatch):
     assert len(made) == 3
 
 
-@pytest.mark.slow
-def test_dropout_draws_at_every_update_as_the_networks_modes_say():
-    """Of one repeated row and resting weights, losses differ by dropout alone."""
-    data = table(16)[:1].expand(16).clone()
-    rest = {"optimizer": lambda p: optim.Adam(p, lr=0.0), "updater": lambda loss: None}
-    pair = Pair(loss=make_loss(dropout=0.5), data=data, updates=1, **rest)
-    drawn = torch.stack([pair.call()["loss_value"] for _ in range(400)])
-    plain = torch.stack([pair.steps[0](pair.sampler.sample())["loss_value"] for _ in range(400)])
-    assert len(drawn.unique()) > 350
-    error = ((drawn.var() + plain.var()) / 400).sqrt()
-    assert (drawn.mean() - plain.mean()).abs() < 4 * error
-    for network in ("actor_network", "qvalue_network", "value_network"):
-        getattr(pair.steps[1].loss, network).eval()
-    assert len(torch.stack([pair.call()["loss_value"] for _ in range(3)]).unique()) == 1
-
-
 @pytest.mark.usefixtures("uncompiled")
 def test_masks_weights_and_several_steps_in_the_data():
     data = table()
@@ -396,18 +362,6 @@ def test_masks_weights_and_several_steps_in_the_data():
     data["priority_weight"] = torch.rand(100, dtype=torch.float64)
     data["steps_to_next_obs"] = torch.randint(1, 4, (100, 1))
     Pair(data=data).run(4)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("uncompiled")
-def test_half_precision_is_the_steps_own():
-    pair = Pair(loss=make_loss().float(), data=table().float(), precision="bfloat16")
-    pair.call()
-    for _ in range(5):
-        pair.steps[0](pair.sampler.sample())
-    mine, theirs = (dict(step.loss.named_parameters()) for step in pair.steps)
-    for name, value in mine.items():
-        torch.testing.assert_close(theirs[name], value, rtol=0.02, atol=2e-3, msg=name)
 
 
 def buffer_of(data, capacity=None, **options):
@@ -518,10 +472,7 @@ def test_trains_in_a_trainer_and_goes_on_where_it_stopped(tmp_path, kind):
     twice = make(40, "twice").resume()
     assert twice.updates == 20
     twice.train()
-    mine, theirs = (trainer.loss_module.state_dict() for trainer in (once, twice))
-    for name, value in mine.items():
-        if torch.is_tensor(value):
-            torch.testing.assert_close(theirs[name], value, **CLOSE, msg=name)
+    assert_same_state(once.loss_module, twice.loss_module, **CLOSE)
     assert once.progress.rows[-1]["update"] == 40
     assert once.progress.rows[-1]["loss_value"] == pytest.approx(
         twice.progress.rows[-1]["loss_value"], rel=1e-6
@@ -530,9 +481,7 @@ def test_trains_in_a_trainer_and_goes_on_where_it_stopped(tmp_path, kind):
         plain = Pair(schedule=by_group)
         for _ in range(40):
             plain.steps[0](plain.sampler.sample())
-        for name, value in plain.steps[0].loss.state_dict().items():
-            if torch.is_tensor(value):
-                torch.testing.assert_close(mine[name], value, **CLOSE, msg=name)
+        assert_same_state(once.loss_module, plain.steps[0].loss, **CLOSE)
 
 
 @pytest.mark.usefixtures("uncompiled")

@@ -8,14 +8,15 @@ import pytest
 import torch
 from changes import CHANGES
 from conftest import OBS, make_batch, make_networks
-from test_step import make_loss, snapshot
+from small_losses import assert_same_state
+from test_step import make_loss, make_step
 from torch import optim
 from torch.optim.lr_scheduler import LambdaLR
 from torchrl import logger
 from torchrl.objectives import HardUpdate, SoftUpdate
 
 from iql_torchrl import IQLLoss, IQLStep, compiled, networks
-from iql_torchrl.config import devices
+from iql_torchrl.config import arithmetic
 from iql_torchrl.private_apis import untiled_loops_only
 from iql_torchrl.update import compiled as compiled_module
 from iql_torchrl.update.compiled import (
@@ -26,6 +27,8 @@ from iql_torchrl.update.compiled import (
     program_options,
     worth_checking,
 )
+
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def pair(dtype, make_optimizer, make_updater, schedule, backend="inductor", **options):
@@ -86,9 +89,7 @@ def test_equals_the_plain_step_but_for_rounding(case, backend):
         torch.float64, make_optimizer, make_updater, schedule, backend=backend, **options
     )
     a, b = train(plain, fast, 12, torch.float64)
-    mine, theirs = snapshot(plain.loss), snapshot(fast.loss)
-    for name, value in mine.items():
-        torch.testing.assert_close(theirs[name], value, rtol=1e-10, atol=1e-12, msg=name)
+    assert_same_state(plain.loss, fast.loss, **CLOSE)
     for name in a.keys():  # noqa: SIM118
         torch.testing.assert_close(b[name], a[name], rtol=1e-9, atol=1e-11, msg=name)
     states = [step.optimizer.state_dict() for step in (plain, fast)]
@@ -103,23 +104,7 @@ def test_equals_the_plain_step_but_for_rounding(case, backend):
         fast.load_state_dict(copy.deepcopy(plain.state_dict()))
         fast.loss.load_state_dict(plain.loss.state_dict())
         train(plain, fast, 3, torch.float64)
-        for name, value in snapshot(plain.loss).items():
-            torch.testing.assert_close(snapshot(fast.loss)[name], value, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ["sequential", "simultaneous"])
-@pytest.mark.parametrize(
-    ("dtype", "updates", "rtol"), [(torch.float64, 1000, 1e-10), (torch.float32, 10, 1e-5)]
-)
-def test_many_updates(order, dtype, updates, rtol):
-    """A thousand in float64: a ReLU whose input is near zero may differ between two roundings, and in
-    float32 that grows to 1e-2 of a parameter within 1,000 updates, on some processors."""
-    plain, fast = pair(dtype, lambda p: optim.Adam(p, lr=1e-3), soft, False, order=order)
-    train(plain, fast, updates, dtype)
-    mine, theirs = snapshot(plain.loss), snapshot(fast.loss)
-    for name, value in mine.items():
-        assert (theirs[name] - value).abs().max() <= rtol * value.abs().max(), name
+        assert_same_state(plain.loss, fast.loss, **CLOSE)
 
 
 def test_the_default_estimator_is_made_before_the_update_is_traced(monkeypatch):
@@ -216,11 +201,6 @@ def test_a_changed_global_of_a_users_function_is_noticed(function, monkeypatch):
         torch.testing.assert_close(fast(advantage, batch), expected)
 
 
-def make_step() -> IQLStep:
-    loss = make_loss()
-    return IQLStep(loss, optim.Adam(loss.parameters()), soft(loss))
-
-
 def test_guards_are_filtered_beside_the_users_options(monkeypatch):
     given = []
     monkeypatch.setattr(torch, "compile", lambda program, **options: given.append(options))
@@ -282,29 +262,21 @@ def test_a_change_is_seen_despite_the_fewer_guards(names):
                 batch["next", "other"] = 3 * batch["next", "reward"]
                 plain(batch.clone())
                 fast(batch.clone())
-            for key, value in snapshot(plain.loss).items():
-                torch.testing.assert_close(
-                    snapshot(fast.loss)[key], value, rtol=1e-10, atol=1e-12, msg=f"{name}: {key}"
-                )
+            assert_same_state(plain.loss, fast.loss, **CLOSE, after=name)
 
 
 @pytest.mark.slow
 def test_batches_of_other_shapes_and_with_a_mask():
     torch._dynamo.reset()
     plain, fast = plain_and_traced()
-    masked = make_batch(dtype=torch.float64)
-    masked["collector", "mask"] = torch.rand(32) < 0.5
-    weighted = make_batch(dtype=torch.float64)
-    weighted["priority_weight"] = torch.rand(32, dtype=torch.float64)
-    for shape in ((32,), (48,), (40,), (4, 6)):
-        batch = make_batch(*shape, dtype=torch.float64)
+    shapes = ((32,), (48,), (40,), (4, 6), (32,), (32,))
+    batches = [make_batch(*shape, dtype=torch.float64) for shape in shapes]
+    batches[-2]["collector", "mask"] = torch.rand(32) < 0.5
+    batches[-1]["priority_weight"] = torch.rand(32, dtype=torch.float64)
+    for batch in batches:
         plain(batch.clone())
-        fast(batch.clone())
-    for batch in (masked, weighted):
-        plain(batch.clone())
-        fast(batch.clone())
-    for key, value in snapshot(plain.loss).items():
-        torch.testing.assert_close(snapshot(fast.loss)[key], value, rtol=1e-10, atol=1e-12, msg=key)
+        fast(batch)
+    assert_same_state(plain.loss, fast.loss, **CLOSE)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +322,7 @@ def test_the_tenth_compilation_is_logged(monkeypatch):
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
 def test_the_update_for_a_gpu_equals_the_plain_one(order, monkeypatch):
     """Traced on the CPU as for a GPU: small products as sums, norms of joined gradients."""
-    monkeypatch.setattr(devices, "LAUNCHING", ("cpu",))
+    monkeypatch.setattr(arithmetic, "LAUNCHING", ("cpu",))
     torch._dynamo.reset()
     loss, options = make_loss().double(), {"order": order, "max_grad_norm": 0.1}
     plain, other = (
@@ -369,8 +341,7 @@ def test_the_update_for_a_gpu_equals_the_plain_one(order, monkeypatch):
         batch = make_batch(dtype=torch.float64)
         plain(batch.clone())
         fast(batch)
-    for name, value in snapshot(plain.loss).items():
-        torch.testing.assert_close(snapshot(other.loss)[name], value, rtol=1e-10, atol=1e-12)
+    assert_same_state(plain.loss, other.loss, **CLOSE)
     # every product of these networks is small
     assert not [node for node in graphs[0].graph.nodes if "matmul" in str(node.target)]
 

@@ -152,29 +152,16 @@ def test_replays_the_official_updates(file, form, monkeypatch, request):
         if i in (0, config["steps"] - 1):
             when = "after_1" if i == 0 else "final"
             actor = loss.actor_network_params["module", "0", "module"]
-            actor_keys = linear_keys(
-                f"{when}/actor", len(config["hidden"]), f"{when}/actor/Dense_0"
-            )
+            last = f"{when}/actor/Dense_0"
+            value = loss.value_network_params["module", "mlp"]
+            live, target = loss.qvalue_network_params, loss.target_qvalue_network_params
             errors = [
-                mlp_error(actor["mlp"], data, actor_keys),
                 np.abs(actor["log_std"].detach().numpy() - data[f"{when}/actor/log_stds"]).max(),
-                mlp_error(
-                    loss.value_network_params["module", "mlp"],
-                    data,
-                    linear_keys(f"{when}/value", depth),
-                ),
+                mlp_error(actor["mlp"], data, linear_keys(f"{when}/actor", depth - 1, last)),
+                mlp_error(value, data, linear_keys(f"{when}/value", depth)),
             ]
-            for params, name in (
-                (loss.qvalue_network_params, "critic"),
-                (loss.target_qvalue_network_params, "target_critic"),
-            ):
-                errors += [
-                    mlp_error(
-                        params["module", "mlp"],
-                        data,
-                        linear_keys(f"{when}/{name}/Critic_{k}", depth),
-                        k,
-                    )
-                    for k in range(2)
-                ]
+            for params, name in ((live, "critic"), (target, "target_critic")):
+                for k in range(2):
+                    keys = linear_keys(f"{when}/{name}/Critic_{k}", depth)
+                    errors.append(mlp_error(params["module", "mlp"], data, keys, k))
             assert max(errors) < 2e-5, errors

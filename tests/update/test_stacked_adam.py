@@ -80,21 +80,6 @@ def test_the_first_step_by_hand():
     )
 
 
-def test_single_precision_is_torchs_but_for_rounding():
-    stacked = parameters(torch.float32)
-    optimizer = StackedAdam(stacked, rates=RATES)
-    alone = [nn.Parameter(p[1].detach().clone()) for p in stacked]
-    other = optim.Adam(alone, lr=0.1, fused=True)
-    for number in range(300):
-        found = gradients(number)
-        give(stacked, found)
-        give(alone, [g[1] for g in found])
-        optimizer.step()
-        other.step()
-    for mine, theirs in zip(stacked, alone, strict=True):
-        torch.testing.assert_close(mine[1], theirs, rtol=1e-5, atol=1e-5)
-
-
 def test_a_state_goes_on_with_the_same_bits():
     first, second = parameters(), parameters()
     optimizers = [StackedAdam(p, rates=RATES, weight_decay=0.1) for p in (first, second)]

@@ -9,7 +9,7 @@ import torch
 from conftest import make_batch
 from small_populations import BASE, dataset
 from tensordict import TensorDict
-from test_step import make_loss, snapshot
+from test_step import make_loss, make_step, snapshot
 from torch import distributed, optim
 from torch.nn.parallel import DistributedDataParallel
 from torchrl.objectives import IQLLoss as TorchRLLoss
@@ -19,11 +19,6 @@ from iql_torchrl import IQLPopulation, IQLStep, captured, compiled
 from iql_torchrl.data import DeviceSampler
 
 MODES = {"torch.no_grad()": torch.no_grad, "torch.inference_mode()": torch.inference_mode}
-
-
-def make_step(**options) -> IQLStep:
-    loss = make_loss()
-    return IQLStep(loss, optim.Adam(loss.parameters()), SoftUpdate(loss, tau=0.1), **options)
 
 
 def plain(step):
