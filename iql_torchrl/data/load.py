@@ -76,7 +76,7 @@ def load_dataset(
             Parquet files), a dict of arrays, a TensorDict, a TorchRL replay buffer, dataset or storage,
             a d3rlpy buffer, a ``datasets.Dataset``; or a list of these, joined if their spaces agree. A
             row of a ``Dataset`` or Parquet file is a step, or an episode if its reward is a list. The
-            readers ``d3rlpy``, ``arrow_columns``, ``lerobot`` and ``torchrl_datasets`` tell more.
+            readers ``d3rlpy``, ``arrow``, ``lerobot`` and ``torchrl_datasets`` tell more.
             ``"ogbench/cube-single-play-singletask-task2-v0"`` is OGBench's data for one task, from
             npz files in the folder ``OGBENCH_DATASETS_PATH`` (else ``~/.ogbench/data``): see
             ``readers.ogbench``. They are never downloaded here; the error says how.

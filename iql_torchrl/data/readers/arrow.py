@@ -342,44 +342,40 @@ class ParquetRows:
             groups = range(metadata.num_row_groups)
             self._groups[path] = [metadata.row_group(number).num_rows for number in groups]
             self.rows += metadata.num_rows
-        #: By column: the first row and the values read last, those decoded after them, and the others.
-        self._last: dict[str, tuple[int, Any, list[Any], Iterator[Any]]] = {}
+        #: By column: the row read last from, what is decoded from there on, and the batches after that.
+        self._decoded: dict[str, tuple[int, list[Any], Iterator[Any]]] = {}
 
     def read(self, column: str, start: int, stop: int) -> Any:
         """The column's rows ``start`` to ``stop - 1`` as a chunked array."""
-        first, values, arrays, batches = self._last.get(column, (-1, (), [], iter(())))
-        if first == start and len(values) == stop - start:
-            return values
-        if first + len(values) != start:
-            arrays, batches = [], self._batches(column, start)
-        count = sum(map(len, arrays))
-        while count < stop - start:
+        first, arrays, batches = self._decoded.get(column, (start + 1, [], iter(())))
+        if not first <= start <= first + sum(map(len, arrays)):
+            first, arrays, batches = start, [], _batches(self._groups, column, start)
+        while first + sum(map(len, arrays)) < stop:
             arrays.append(next(batches))
-            count += len(arrays[-1])
-        values = pa.chunked_array(arrays, self.schema.field(column).type)
-        arrays, values = values[stop - start :].chunks, values[: stop - start]
-        self._last[column] = (start, values, arrays, batches)
-        return values
+        values = pa.chunked_array(arrays, self.schema.field(column).type)[start - first :]
+        self._decoded[column] = (start, values.chunks, batches)
+        return values[: stop - start]
 
-    def _batches(self, column: str, start: int) -> Iterator[Any]:
-        """The rows of a column from ``start`` on."""
-        end = 0
-        for path, groups in self._groups.items():
-            with _naming(path):
-                file = None
-                for number, rows in enumerate(groups):
-                    end += rows
-                    if not rows or end <= start:
-                        continue
-                    file = file or pq.ParquetFile(
-                        path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True
-                    )
-                    size = max(file.metadata.row_group(number).total_byte_size // rows, 1)
-                    size = max(1, min(BATCH_ROWS, BATCH_BYTES // size))
-                    skipped = max(rows - (end - start), 0)
-                    for batch in file.iter_batches(size, [number], [column], use_threads=False):
-                        yield batch.column(column)[skipped:]
-                        skipped = max(skipped - len(batch), 0)
+
+def _batches(files: Mapping[Path, list[int]], column: str, start: int) -> Iterator[Any]:
+    """The rows of a column from ``start`` on; ``files``: the rows of the row groups of each."""
+    end = 0
+    for path, groups in files.items():
+        with _naming(path):
+            file = None
+            for number, rows in enumerate(groups):
+                end += rows
+                if not rows or end <= start:
+                    continue
+                file = file or pq.ParquetFile(
+                    path, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True
+                )
+                size = max(file.metadata.row_group(number).total_byte_size // rows, 1)
+                size = max(1, min(BATCH_ROWS, BATCH_BYTES // size))
+                skipped = max(rows - (end - start), 0)
+                for batch in file.iter_batches(size, [number], [column], use_threads=False):
+                    yield batch.column(column)[skipped:]
+                    skipped = max(skipped - len(batch), 0)
 
 
 @contextmanager

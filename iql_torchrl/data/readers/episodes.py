@@ -86,7 +86,8 @@ def table_source(opened: Opened, options: ReadOptions) -> Source:
     """
     table = read_table(opened.name, opened.columns, options)
     observation_space = options.observation_space or opened.observation_space
-    observation_space = observation_space or guess_observation_space(table)
+    if observation_space is None:
+        observation_space = guess_observation_space(table)
     action_space, note, warning = options.action_space or opened.action_space, "", ""
     if action_space is None:
         action_space, note, warning = guess_action_space(table)
@@ -123,8 +124,8 @@ def table_source(opened: Opened, options: ReadOptions) -> Source:
         log_prob="action_log_prob" in table.columns,
         ends_known="truncated" in table.columns,
         terminates_inside=inside > 0,
-        env_spec=opened.env_spec,
         termination=table.paths.get("terminated", table.paths.get("trajectory_end")),
+        env_spec=opened.env_spec,
         notes=(*opened.notes, *notes, *_mark_notes(table, ends, inside), *filter(None, [note])),
         warnings=(*opened.warnings, *(f"{table.name}: {text}" for text in doubts if text)),
     )

@@ -43,7 +43,7 @@ def is_table_path(source: str | Path) -> bool:
         return True
     # os.path: a text may be too long for a path.
     return os.path.isdir(source) and (
-        _is_lerobot(path)
+        (path / "meta" / "info.json").is_file()  # of LeRobot
         or is_saved_dataset(path)
         or next(path.rglob("*.parquet"), None) is not None
     )
@@ -70,35 +70,29 @@ def open_path(path: Path, options: ReadOptions) -> Opened:
         if kind in FILES:
             return Opened(path.name, FILES[kind](path))
         return open_d3rlpy_file(path, options)
-    # With the package pyarrow, which these need.
     from iql_torchrl.data.readers.arrow import ParquetRows, arrow_columns, parquet_files
     from iql_torchrl.data.readers.lerobot import lerobot_columns
 
-    if _is_lerobot(path):
-        return Opened(path.name, lerobot_columns(path, options.columns))
     if is_saved_dataset(path):
-        rows: Any = HuggingFaceRows(load_saved_dataset(path), path)
-    elif path.is_dir():
-        rows = ParquetRows(path.name, parquet_files(path), path)
-    else:
-        rows = ParquetRows(path.name, [path], path.parent)
-    return Opened(path.name, arrow_columns(rows, options.columns))
-
-
-def _is_lerobot(folder: Path) -> bool:
-    return (folder / "meta" / "info.json").is_file()
+        rows = HuggingFaceRows(load_saved_dataset(path), path)
+        return Opened(path.name, arrow_columns(rows, options.columns))
+    if (path / "meta" / "info.json").is_file():
+        return Opened(path.name, lerobot_columns(path, options.columns))
+    files, folder = ([path], path.parent) if path.is_file() else (parquet_files(path), path)
+    table = ParquetRows(path.name, files, folder)
+    return Opened(path.name, arrow_columns(table, options.columns))
 
 
 def open_object(source: Any, options: ReadOptions) -> Opened | None:
     """The columns of an object in memory; None for an object that is no table."""
+    name = type(source).__name__
     if isinstance(source, TensorDictBase | ReplayBuffer | Storage):
-        name, columns = type(source).__name__, columns_of_tensordict(source)
+        columns = columns_of_tensordict(source)
         return open_torchrl_dataset(source, columns, options.columns) or Opened(name, columns)
-    if (opened := open_d3rlpy_buffer(source)) is not None:
-        return opened
     if is_table_of_datasets(source):
         from iql_torchrl.data.readers.arrow import arrow_columns
 
-        rows = HuggingFaceRows(source)
-        return Opened(rows.name, arrow_columns(rows, options.columns))
-    return Opened("arrays", flatten(source)) if isinstance(source, Mapping) else None
+        return Opened(name, arrow_columns(HuggingFaceRows(source), options.columns))
+    if isinstance(source, Mapping):
+        return Opened("arrays", flatten(source))
+    return open_d3rlpy_buffer(source)
