@@ -62,17 +62,16 @@ def test_folders_are_read_in_the_order_of_numbers(tmp_path: Path) -> None:
 def test_any_division_into_row_groups_and_batches(
     tmp_path: Path, row_group: int, batch_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("iql_torchrl.data.readers.parquet.BATCH_BYTES", batch_bytes)
-    monkeypatch.setattr("iql_torchrl.data.readers.table.CHUNK_BYTES", 4 * batch_bytes)
-    monkeypatch.setattr("iql_torchrl.data.readers.arrow_columns.PART_BYTES", batch_bytes)
+    monkeypatch.setattr("iql_torchrl.data.readers.arrow.BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr("iql_torchrl.data.readers.episodes.CHUNK_BYTES", 4 * batch_bytes)
+    monkeypatch.setattr("iql_torchrl.data.readers.arrow.PART_BYTES", batch_bytes)
     check(load_dataset(write(tmp_path / "a.parquet", steps(), row_group_size=row_group)))
     path = write(tmp_path / "b.parquet", episodes(), row_group_size=row_group)
     check(load_dataset(path, columns={"terminated": "dones"}))
 
 
 def test_random_access_equals_pyarrows_own_reading(tmp_path: Path) -> None:
-    from iql_torchrl.data.readers.arrow_columns import arrow_columns
-    from iql_torchrl.data.readers.parquet import ParquetRows
+    from iql_torchrl.data.readers.arrow import ParquetRows, arrow_columns
 
     values = np.random.default_rng(0).normal(size=(500, 3))
     files = [
@@ -258,7 +257,9 @@ def test_damaged_parquet_files_are_named(tmp_path: Path) -> None:
 def test_files_of_other_columns_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", steps())
     write(tmp_path / "b.parquet", {**steps(), "reward": [1] * 11})
-    with pytest.raises(DatasetError, match=r"b\.parquet: reward has the type int64, but double"):
+    with pytest.raises(
+        DatasetError, match=r"b\.parquet: .* differ .* reward: double, reward: int64"
+    ):
         load_dataset(tmp_path)
     write(tmp_path / "b.parquet", spoiled(reward=None))
     with pytest.raises(DatasetError, match=r"b\.parquet: its columns differ .* in reward"):
@@ -276,13 +277,13 @@ def test_an_empty_table_and_an_empty_folder(tmp_path: Path) -> None:
 
 def test_memory_stays_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A column of one large row group is never in memory as a whole."""
-    from iql_torchrl.data.readers.parquet import ParquetRows
+    from iql_torchrl.data.readers.arrow import ParquetRows
 
     values = pa.FixedSizeListArray.from_arrays(
         np.random.default_rng(0).normal(size=64 * 60_000), 64
     )
     path = write(tmp_path / "log.parquet", {"x": values}, row_group_size=60_000)
-    monkeypatch.setattr("iql_torchrl.data.readers.parquet.BATCH_BYTES", 2**20)
+    monkeypatch.setattr("iql_torchrl.data.readers.arrow.BATCH_BYTES", 2**20)
     rows = ParquetRows("log", [path])
     before, most = pa.total_allocated_bytes(), 0
     for start in range(0, 60_000, 1_000):
@@ -344,7 +345,7 @@ class TestDatasets:
         ):
             load_dataset(splits)
         splits.save_to_disk(tmp_path / "saved")
-        with pytest.raises(DatasetError, match=r"holds the splits test, train"):
+        with pytest.raises(DatasetError, match=r"holds the splits 'train', 'test'.*saved/train"):
             load_dataset(tmp_path / "saved")
         check(load_dataset(tmp_path / "saved" / "train"))
         with pytest.raises(DatasetError, match="a stream has no number of rows"):
@@ -358,6 +359,7 @@ def test_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(DatasetError, match=r"needs the package datasets .*iql_torchrl\[readers\]"):
         load_dataset(tmp_path / "saved")
+    monkeypatch.delitem(__import__("sys").modules, "iql_torchrl.data.readers.arrow")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     with pytest.raises(DatasetError, match=r"needs the package pyarrow .*iql_torchrl\[readers\]"):
         load_dataset(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def test_text_paths_and_memory_mapped_tables(tmp_path: Path) -> None:
 def test_small_pieces_decode_the_same_frames(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("iql_torchrl.data.readers.table.CHUNK_BYTES", 2 * FRAMES[0].nbytes)
+    monkeypatch.setattr("iql_torchrl.data.readers.episodes.CHUNK_BYTES", 2 * FRAMES[0].nbytes)
     folder = layout(tmp_path / "push", videos=True)
     frames = load_dataset(folder, columns=SOLVED).transitions[
         "next", "observation", "images", "top"
@@ -251,7 +252,7 @@ BAD: dict[str, tuple[Any, list[str]]] = {
         ["file-000.mp4", "episode 0", "missing"],
     ),
     "a damaged video": (edited(damage(*VIDEO), videos=True), ["file-000.mp4", "cannot be decoded"]),
-    "a short video": (edited(shorten_video, videos=True), ["has 3 frames", "need frame 3"]),
+    "a short video": (edited(shorten_video, videos=True), ["file-001.mp4", "ends before frame 3"]),
     "other lengths of episodes": (
         edited(describe_wrongly, videos=True, version=2), ["episode 2", "5 rows", "the length 6"],
     ),
@@ -285,10 +286,8 @@ def test_bad_folders_are_refused(case: str, tmp_path: Path) -> None:
 def test_without_a_decoder_the_columns_and_the_remedy_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from iql_torchrl.data.readers import lerobot
-
     folder = layout(tmp_path / "push", videos=True)
-    monkeypatch.setattr(lerobot, "find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(DatasetError) as caught:
         load_dataset(folder, columns=SOLVED)
     for words in (

@@ -315,7 +315,7 @@ def test_lengths_that_disagree_are_named(root: Path) -> None:
     made = episode(BOX, ACTION, 5)
     short = dataclasses.replace(made, observations=made.observations[:-1])
     write("made/a-v0", [episode(BOX, ACTION, 3), short])
-    with pytest.raises(DatasetError, match="observations of episode 1 has 5 rows, expected 6"):
+    with pytest.raises(DatasetError, match="episode 1 has 5 rows of observations, expected 6"):
         load_dataset("made/a-v0")
 
 

@@ -41,9 +41,9 @@ def module(monkeypatch):
     return loaded
 
 
-def perform_here(jobs, watch, *, workers, threads):
-    for job in jobs:
-        job.perform()
+def perform_here(calls, watch, *, workers, threads):
+    for call in calls.values():
+        call()
     return {}
 
 
