@@ -16,7 +16,7 @@ import minari
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.builtin.catalogue import BUILTIN
+from iql_torchrl.data.builtin import BUILTIN
 from iql_torchrl.data.readers.arrays import flatten
 from iql_torchrl.data.readers.source import Piece, ReadOptions, Source
 from iql_torchrl.data.schema import (
