@@ -69,8 +69,8 @@ def load_dataset(
         source: a Minari id (downloaded only when absent), a ``MinariDataset``, a path to
             ``.hdf5``/``.h5`` (D4RL's layout, or written by d3rlpy), ``.npz``, ``.csv``, ``.parquet``,
             or a folder (LeRobot's, one that ``datasets.save_to_disk`` wrote, or of Parquet files), a
-            dict of arrays, a TensorDict, a TorchRL replay buffer, dataset or storage, a d3rlpy buffer, a
-            ``datasets.Dataset``; or a list of these, joined if their spaces agree. A row of a
+            dict of arrays, a TensorDict, a TorchRL replay buffer, dataset or storage, a d3rlpy buffer,
+            a ``datasets.Dataset``; or a list of these, joined if their spaces agree. A row of a
             ``Dataset`` or Parquet file is a step, or an episode if its reward is a list. The readers
             ``d3rlpy``, ``arrow``, ``lerobot`` and ``torchrl_datasets`` say what they do.
             ``"ogbench/cube-single-play-singletask-task2-v0"`` is OGBench's data for one task, from
