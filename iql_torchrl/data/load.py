@@ -67,12 +67,12 @@ def load_dataset(
 
     Args:
         source: a Minari id (downloaded only when absent), a ``MinariDataset``, a path to
-            ``.hdf5``/``.h5`` (D4RL's layout, or written by d3rlpy), ``.npz``, ``.csv``,
-            ``.parquet``, or to a folder (LeRobot's, one that ``datasets.save_to_disk`` wrote, or of
-            Parquet files), a dict of arrays, a TensorDict, a TorchRL replay buffer, dataset or storage,
-            a d3rlpy buffer, a ``datasets.Dataset``; or a list of these, joined if their spaces agree. A
-            row of a ``Dataset`` or Parquet file is a step, or an episode if its reward is a list. The
-            readers ``d3rlpy``, ``arrow``, ``lerobot`` and ``torchrl_datasets`` tell more.
+            ``.hdf5``/``.h5`` (D4RL's layout, or written by d3rlpy), ``.npz``, ``.csv``, ``.parquet``,
+            or a folder (LeRobot's, one that ``datasets.save_to_disk`` wrote, or of Parquet files), a
+            dict of arrays, a TensorDict, a TorchRL replay buffer, dataset or storage, a d3rlpy buffer,
+            a ``datasets.Dataset``; or a list of these, joined if their spaces agree. A row of a
+            ``Dataset`` or Parquet file is a step, or an episode if its reward is a list. The readers
+            ``d3rlpy``, ``arrow``, ``lerobot`` and ``torchrl_datasets`` say what they do.
             ``"ogbench/cube-single-play-singletask-task2-v0"`` is OGBench's data for one task, from
             npz files in the folder ``OGBENCH_DATASETS_PATH`` (else ``~/.ogbench/data``): see
             ``readers.ogbench``. They are never downloaded here; the error says how.
@@ -118,8 +118,8 @@ def load_dataset(
     Warns with ``DatasetWarning``, and adds the sentence to ``notes``, where marks contradict the
     rows: a termination after which the same trajectory continues; terminations at one fixed length
     in every episode; truncation marks inside smooth motion; no mark at all in a table that jumps;
-    ends of episodes that do not lie where the rows jump (``readers.motion``
-    says what is measured); a ``next_observation`` that is not the following
+    ends of episodes that do not lie where the rows jump (``readers.motion`` says what is
+    measured); a ``next_observation`` that is not the following
     row's observation inside an episode, or is at truncated ends;
     terminations in nearly every row of a trajectory. Also where most rows are dropped, most
     episodes have one row, or actions look like encoded categories; and where a dataset class of
@@ -199,10 +199,7 @@ def prepare(
         raise DatasetError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
     reward_map(reward, np.arange(2.0))
     maker = None if env is None else env_maker(env)
-    read = ReadOptions(
-        columns=dict(columns or {}),
-        dtype=dtype, **options,
-    )  # fmt: skip
+    read = ReadOptions(columns=dict(columns or {}), dtype=dtype, **options)
 
     def open_source() -> Source:
         table = _open(source, read, maker)
