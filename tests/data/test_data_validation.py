@@ -301,6 +301,15 @@ def test_termination_wins_over_truncation() -> None:
     assert not bool(rows["next", "truncated"][4])
 
 
+def test_an_end_without_a_mark_is_truncated() -> None:
+    data = table()
+    data["truncated"][14] = False
+    with pytest.warns(DatasetWarning):
+        rows = load_dataset(data).transitions
+    assert bool(rows["next", "truncated"][14])
+    assert not bool(rows["next", "terminated"][14])
+
+
 def test_clipping_is_counted() -> None:
     data = table()
     data["action"][[1, 3], 0] = 4.0

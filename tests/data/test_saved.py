@@ -25,7 +25,7 @@ from iql_torchrl.data.__main__ import main
 from iql_torchrl.data.digests import fingerprint
 from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.reuse import identity
-from iql_torchrl.data.saved import verify
+from iql_torchrl.data.saved import folder_lock, verify
 
 LENGTHS = [10] * 20
 #: Of ``arrays``: 2 x 3 observations, 2 actions and a reward of 4 bytes, 3 marks, the episode's 8.
@@ -391,6 +391,18 @@ for _ in range(40):
     expected = 200 * float(shift) + np.load(path)["reward"].sum()
     assert abs(float(rows["next", "reward"].double().sum()) - expected) < 1, "another table"
 """
+
+
+def test_a_folder_that_is_written_is_locked_for_all_others(tmp_path: Path) -> None:
+    import fcntl
+
+    with (
+        folder_lock(tmp_path / "table"),
+        (tmp_path / ".table.lock").open() as file,
+        pytest.raises(BlockingIOError),
+    ):
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -47,6 +47,7 @@ def test_bad_arguments_get_one_sentence(tmp_path, options, words):
     ("updates", "options", "words"),
     [
         (1, {"save_every": 7}, r"another sweep: save_every was 5000, now 7;"),
+        (1, {"evaluation_seed": 7}, r"evaluation_seed was 10000, now 7;"),
         (1, {"log_score": ("doctor", 0.5)}, r"log_score was None, now .*0\.5"),
         (2, {}, r"updates was 1, now 2 in 'expectile 0.6 #0' in 'configs'"),
     ],
