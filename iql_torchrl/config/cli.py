@@ -6,6 +6,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import make_dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
@@ -41,6 +42,7 @@ def parse(
     *,
     presets: Mapping[str, Config],
     without: Collection[str] = (),
+    least: Mapping[str, float] = MappingProxyType({}),
     description: str = "",
 ) -> tuple[Options, Config]:
     """A script's own options and a config from the command line.
@@ -54,10 +56,11 @@ def parse(
         arguments: by default those of the process.
         presets: configs by name, such as ``PRESETS``; the first is the default.
         without: settings that are not options; they keep the preset's value.
+        least: the smallest value of each of the script's own numbers, by name; None is allowed.
         description: the first line of ``--help``.
 
     Exits with code 2 and a message on stderr on an unknown option, on a value that the options (by
-    ``ValueError``) or the config refuse, and on a device that this machine lacks. Raises
+    ``ValueError``), ``least`` or the config refuse, and on a device that this machine lacks. Raises
     ``ValueError`` without presets.
     """
     if not presets:
@@ -88,6 +91,10 @@ def parse(
             description=description,
             config=(tyro.conf.OmitArgPrefixes,),
         )
+    for name, smallest in least.items():
+        value = getattr(line.script, name)
+        if value is not None and value < smallest:
+            refuse(f"--{name.replace('_', '-')} is {value}; expected at least {smallest}.")
     try:
         config = replace(preset, **{name: getattr(line.settings, name) for name, *_ in settings})
         check_usable(config.device)

@@ -4,6 +4,7 @@ from iql_torchrl.data.builtin.catalogue import (
     BUILTIN,
     OGBENCH_LOCAL,
     ensure_dataset,
+    ensure_source,
     make_dataset,
 )
 
@@ -11,5 +12,6 @@ __all__ = [
     "BUILTIN",
     "OGBENCH_LOCAL",
     "ensure_dataset",
+    "ensure_source",
     "make_dataset",
 ]

@@ -28,7 +28,7 @@ from iql_torchrl.data.builtin.pendulum import PENDULUM_MIXED
 from iql_torchrl.data.builtin.pointmaze import POINTMAZE_MEDIUM, POINTMAZE_UMAZE
 from iql_torchrl.data.builtin.recipe import Recipe, Recording
 
-__all__ = ["BUILTIN", "OGBENCH_LOCAL", "ensure_dataset", "make_dataset"]
+__all__ = ["BUILTIN", "OGBENCH_LOCAL", "ensure_dataset", "ensure_source", "make_dataset"]
 
 BUILTIN: Mapping[str, Recipe] = MappingProxyType(
     {
@@ -99,6 +99,15 @@ def ensure_dataset(name: str, *, progress: bool = True) -> str:
     if not _exists(name):
         return make_dataset(name, progress=progress)
     return ogbench_id(name) if isinstance(recipe, OGBenchRecipe) else name
+
+
+def ensure_source(name: str) -> str:
+    """What ``load_dataset`` reads for a name on a command line.
+
+    One of ``BUILTIN`` is made if it is absent, as by :func:`ensure_dataset`; another id, or a path,
+    is returned as it is.
+    """
+    return ensure_dataset(name) if name in BUILTIN else name
 
 
 def _recipe(name: str) -> Recipe | OGBenchRecipe:
