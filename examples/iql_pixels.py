@@ -6,26 +6,26 @@ log; behaviour cloning and IQL from pictures, with one convolutional encoder for
 and IQL from the coordinates that the pictures show, with the same actions, as a reference.
 """
 
-import csv
-import sys
-import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl import IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
-from iql_torchrl.evaluation import Evaluation
+from iql_torchrl import IQLConfig, OfflineDataset, OfflineTrainer
+from iql_torchrl import evaluate, load_dataset, make_agent
+from iql_torchrl.config import cli, knobs
+from iql_torchrl.report import text_table, write_rows
+from iql_torchrl.report.figures import save
 
 import gymnasium as gym
 import numpy as np
-import tyro
 from gymnasium.spaces import Box
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 SIDE, STEPS, SPEED, REACHED, NOISE = 16, 20, 0.15, 0.15, 0.3
-EVALUATION_SEED = 10_000
 CONFIG = IQLConfig(
+    updates=2_000,
     batch_size=128,
     discount=0.95,
     hidden=(128, 128),
@@ -39,6 +39,14 @@ CONFIG = IQLConfig(
     encoder_lr=1e-5,
     image_features=256,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    episodes: int = 2_000
+    """episodes of the log"""
+    output: Path = Path("runs")
+    """where the results are written"""
 
 
 class Drive(gym.Env[Any, Any]):
@@ -84,32 +92,11 @@ def picture(coordinates: NDArray[np.float32]) -> NDArray[np.uint8]:
     return image
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    updates: int = 2_000
-    """number of gradient updates of each policy, >= 1"""
-    episodes: int = 2_000
-    """episodes of the log, >= 2"""
-    seed: int = 0
-    """seed of the log, the initial weights and the batches, >= 0"""
-    output: Path = Path("runs")
-    """where the results are written"""
-
-    def __post_init__(self) -> None:
-        if self.updates < 1 or self.episodes < 2 or self.seed < 0:
-            raise ValueError(
-                f"updates is {self.updates}, episodes {self.episodes} and seed {self.seed}; expected "
-                "at least 1, 2 and 0."
-            )
-
-
 def make_logs(episodes: int, seed: int) -> tuple[OfflineDataset, OfflineDataset]:
     """The same log with pictures and with coordinates."""
     generator = np.random.default_rng(seed)
     env = Drive(pictures=False)
-    rows: dict[str, list[Any]] = {
-        name: [] for name in ("observation", "action", "reward", "next_observation", "truncated")
-    }
+    steps = []
     for episode in range(episodes):
         observation, _ = env.reset(seed=seed + episode)
         over = False
@@ -118,35 +105,18 @@ def make_logs(episodes: int, seed: int) -> tuple[OfflineDataset, OfflineDataset]
             offset = env.mark - env.point
             mean = skill * offset / max(SPEED, float(np.linalg.norm(offset)))
             action = np.clip(mean + NOISE * generator.normal(size=2), -1, 1).astype(np.float32)
-            later, reward, _, over, _ = env.step(action)
-            for name, value in zip(rows, (observation, action, reward, later, over), strict=True):
-                rows[name].append(value)
+            later, reward, ended, over, _ = env.step(action)
+            steps.append((observation, action, reward, later, ended, over))
             observation = later
-    columns = {name: np.asarray(values) for name, values in rows.items()}
-    columns["terminated"] = np.zeros(len(columns["reward"]), bool)
+    names = ("observation", "action", "reward", "next_observation", "terminated", "truncated")
+    columns = dict(zip(names, map(np.asarray, zip(*steps, strict=True)), strict=True))
     seen = {name: picture(columns[name]) for name in ("observation", "next_observation")}
     pictures = load_dataset(columns | seen, env=Drive)
-    coordinates = load_dataset(columns, env=partial(Drive, pictures=False))
-    return pictures, coordinates
-
-
-def train(config: IQLConfig, dataset: OfflineDataset, name: str) -> Evaluation:
-    """Train an agent of ``config`` and run it in 100 episodes."""
-    began = time.perf_counter()
-    agent = make_agent(config, dataset)
-    buffer = dataset.replay_buffer(config.batch_size, seed=config.seed)
-    for update in range(1, config.updates + 1):
-        agent.step(buffer.sample())
-        if update % 500 == 0 or update == config.updates:
-            spent = time.perf_counter() - began
-            print(f"  {name}: {update:,} updates, {spent:.0f} s", flush=True)
-    return evaluate(agent.policy, dataset.make_env, episodes=100, num_envs=50, seed=EVALUATION_SEED)
+    return pictures, load_dataset(columns, env=partial(Drive, pictures=False))
 
 
 def draw(path: Path, results: dict[str, NDArray[np.float64]]) -> None:
     """Returns of the episodes of each policy, and one picture of the log."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 2.2))
     left.imshow(picture(np.array([[-0.5, 0.4, 0.6, -0.3]], np.float32))[0])
@@ -154,39 +124,45 @@ def draw(path: Path, results: dict[str, NDArray[np.float64]]) -> None:
     right.boxplot(list(results.values()), orientation="horizontal", tick_labels=list(results))
     right.set(title="returns of the episodes", xlabel="minus the sum of distances")
     right.invert_yaxis()
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = tyro.cli(Options, args=arguments, description=__doc__.split("\n\n")[0])
-    folder = options.output / f"pixels-seed{options.seed}"
-    pictures, coordinates = make_logs(options.episodes, options.seed)
+def main(arguments: list[str] | None = None) -> None:
+    options, config = cli.parse(
+        Options,
+        arguments,
+        presets={"pixels": CONFIG},
+        without=knobs(IQLConfig).keys() - {"updates", "seed"},
+        least={"episodes": 2},
+        description=__doc__.split("\n\n")[0],
+    )
+    pictures, coordinates = make_logs(options.episodes, config.seed)
     pictures.print_notes()
     megabytes = pictures.transitions.bytes() / 2**20
     print(f"The log: {options.episodes:,} episodes, {len(pictures):,} steps, {megabytes:.0f} MiB.")
-    config = replace(CONFIG, updates=options.updates, seed=options.seed)
     results = {"log": pictures.episode_returns}
-    rows = [{"policy": "log", "return": float(pictures.episode_returns.mean()), "success": ""}]
+    rows: list[dict[str, Any]] = [{"policy": "log", "return": results["log"].mean()}]
     for name, chosen, dataset in (
         ("cloning, pictures", replace(config, temperature=0.0), pictures),
         ("IQL, pictures", config, pictures),
         ("IQL, coordinates", config, coordinates),
     ):
-        result = train(chosen, dataset, name)
-        results[name] = np.asarray(result.returns)
-        success = float(np.mean(result.successes))
-        rows.append({"policy": name, "return": float(results[name].mean()), "success": success})
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "metrics.csv", "w", newline="") as file:
-        csv.writer(file).writerows([list(rows[0]), *(list(row.values()) for row in rows)])
-    print(f"\n{'policy':20}{'return':>10}{'at the mark':>14}")
+        print(f"Training: {name}", flush=True)
+        agent = make_agent(chosen, dataset)
+        OfflineTrainer(agent=agent, dataset=dataset).train()
+        played = evaluate(agent.policy, dataset.make_env, episodes=100, num_envs=50, seed=10_000)
+        results[name], success = played.returns, played.successes.mean()
+        rows.append({"policy": name, "return": results[name].mean(), "success": success})
+    folder = options.output / f"pixels-seed{config.seed}"
+    write_rows(folder / "metrics.csv", rows)
+    table = [["policy", "return", "at the mark"]]
     for row in rows:
-        at_mark = f"{row['success']:14.0%}" if row["success"] != "" else ""
-        print(f"{row['policy']:20}{row['return']:10.2f}{at_mark}")
+        at_mark = f"{row['success']:.0%}" if "success" in row else ""
+        table.append([row["policy"], f"{row['return']:.2f}", at_mark])
+    print("\n" + text_table(table))
     draw(folder / "returns.png", results)
     print(f"\nWritten to {folder}/")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
