@@ -14,7 +14,7 @@ import numpy as np
 from iql_torchrl.agent.export import first_cause
 from iql_torchrl.agent.task import Task
 from iql_torchrl.data import DatasetSummary
-from iql_torchrl.data.episode_digests import digest_of_sketch
+from iql_torchrl.data.digests import digest_of_sketch
 from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.files import whole_file, write_components
 

@@ -20,9 +20,14 @@ from iql_torchrl import networks, policies
 from iql_torchrl.agent.task import Task
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import DatasetSummary
-from iql_torchrl.data.encodings import is_image, is_vector, usual_encoder
 from iql_torchrl.data.schema import Key, dotted, field_of_space, leaf_spaces
-from iql_torchrl.data.stacked import stacked_space, stacked_statistics
+from iql_torchrl.data.spaces import (
+    is_image,
+    is_vector,
+    stacked_space,
+    stacked_statistics,
+    usual_encoder,
+)
 from iql_torchrl.descriptions import describe_space, faulty_bounds
 from iql_torchrl.evaluation.act import as_in_evaluation
 from iql_torchrl.evaluation.gym_interface import policy_device

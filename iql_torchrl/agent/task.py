@@ -37,7 +37,7 @@ class Task:
         dtype: torch.float32 or torch.float64, of observations and continuous actions.
         name: of the data, for display.
         reference_scores: raw returns (random, expert), or None.
-        episodes: digests of some of the log's episodes (``data.episode_digests``). With them an
+        episodes: digests of some of the log's episodes (``data.digests``). With them an
             estimate of this agent's value recognises episodes that it was trained on. None where
             unknown.
     """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import make_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -101,6 +102,19 @@ def parse(
     except ValueError as error:
         refuse(error)
     return line.script, config
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End a script with the first line of an error that its user can correct, and exit code 2.
+
+    For a ``with`` block, or as the decorator of a script's ``main``. These are ``ImportError``,
+    ``OSError``, ``RuntimeError`` and ``ValueError``; any other has its traceback, as usual.
+    """
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        refuse(str(error).partition("\n")[0])
 
 
 def refuse(error: object) -> NoReturn:

@@ -1,23 +1,24 @@
-"""From a source to a checked table of transitions, in memory or memory-mapped on disk."""
+"""From a source to a checked table of transitions, in memory or in memory-mapped files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 from tqdm import tqdm
 
-from iql_torchrl.data.block_checker import BlockChecker
-from iql_torchrl.data.encodings import is_image
-from iql_torchrl.data.readers.source import Piece, Source
+from iql_torchrl.data.checks import BlockChecker, check_dtypes
+from iql_torchrl.data.readers.source import Source
 from iql_torchrl.data.scaling import (
     ObservationStatistics,
     RewardMap,
@@ -32,123 +33,196 @@ from iql_torchrl.data.schema import (
     Key,
     Layout,
     category_starts,
+    dotted,
     leaf_spaces,
     transition_layout,
 )
-from iql_torchrl.data.table_storage import DiskTable, MemoryTable, TableFiller, row_bytes
+from iql_torchrl.data.spaces import is_image
 
-__all__ = ["Built", "Measured", "build", "fill", "layout_of", "table_bytes"]
+__all__ = ["Description", "DiskTables", "build", "file_name", "fill", "layout_of", "row_bytes"]
 
-TABLE = "transitions"
-_NUMPY = {
-    torch.float32: "f", torch.float64: "f", torch.float16: "f", torch.bool: "b",
-    torch.int64: "iu", torch.int32: "iu", torch.int16: "iu", torch.int8: "iu", torch.uint8: "iu",
-}  # fmt: skip
+BLOCK = 65_536
+#: Bytes of one block while writing to disk: the bound on memory.
+BLOCK_BYTES = 64 * 2**20
 
 
-@dataclass(kw_only=True)
-class Measured:
-    """What was measured while a table was read.
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """Everything about a checked log except its rows.
 
-    ``warnings``: the sentences of ``notes`` that the caller issues as ``DatasetWarning``.
+    ``reward_map``: of the stored rewards. ``joined``: the leaves that were joined into the
+    observation. ``warnings``: the sentences of ``notes`` that the caller issues as ``DatasetWarning``.
+    The others are those of ``DatasetSummary`` and ``Source``.
     """
 
+    name: str
+    observation_space: gym.Space[Any]
+    action_space: gym.Space[Any]
+    env_spec: EnvSpec | None
+    reference_scores: tuple[float, float] | None
+    joined: tuple[str, ...]
     episode_returns: NDArray[np.float64]
     episode_lengths: NDArray[np.int64]
-    statistics: dict[Key, ObservationStatistics]
-    map: RewardMap
+    statistics: dict[str | Key, ObservationStatistics]
+    reward_map: RewardMap
     notes: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...]
 
 
-@dataclass(kw_only=True)
-class Built(Measured):
-    """A checked table with what was measured while it was read; rewards are mapped."""
+class MemoryTable:
+    """The complete table in memory; blocks are views of it."""
 
-    transitions: TensorDict
+    def __init__(self, layout: Layout, rows: int) -> None:
+        self.layout, self.rows, self.block_rows = layout, rows, BLOCK
+        self.table = {k: torch.empty((rows, *f.shape), dtype=f.dtype) for k, f in layout.items()}
+
+    def block(self, start: int, size: int) -> dict[Key, Tensor]:
+        """Where the rows ``start`` to ``start + size`` are written, by key."""
+        return {key: values[start : start + size] for key, values in self.table.items()}
+
+    def commit(self, block: Mapping[Key, Tensor], start: int) -> None:
+        """Keep the rows of a block, which starts at row ``start``."""
+
+    def map_rewards(self, change: RewardMap) -> None:
+        """Map the rewards of all rows, after the last block."""
+        for part in self.table[REWARD].split(BLOCK):
+            part.copy_(change.forward(part.double()))
+
+    def transitions(self) -> TensorDict:
+        table = TensorDict({}, batch_size=[self.rows])
+        for key, values in self.table.items():
+            table.set(key, values)
+        return table
 
 
-def table_bytes(source: Source, dtype: torch.dtype) -> int:
-    """Bytes of the table that ``build`` makes of ``source``."""
-    return source.rows * row_bytes(layout_of(source, dtype))
+class DiskTables:
+    """Tables of consecutive rows in files; one block at a time is in memory.
+
+    Args:
+        layout: of the rows.
+        edges: ``(T + 1,)``, table n has the rows ``edges[n]`` to ``edges[n + 1]``.
+        folders: of the T tables; a file for each entry, see ``file_name``.
+
+    Attributes:
+        ranges: smallest and largest number of each entry, over all rows.
+    """
+
+    def __init__(self, layout: Layout, edges: NDArray[np.int64], folders: list[Path]) -> None:
+        self.layout, self.edges, self.folders = layout, edges, folders
+        self.rows = int(edges[-1])
+        self.block_rows = max(1, min(self.rows, BLOCK_BYTES // max(row_bytes(layout), 1)))
+        self.ranges = {key: (float("inf"), float("-inf")) for key in layout}
+        self._scratch = MemoryTable(layout, self.block_rows)
+        for path in (folder / file_name(key) for folder in folders for key in layout):
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    def block(self, start: int, size: int) -> dict[Key, Tensor]:
+        return self._scratch.block(0, size)
+
+    def commit(self, block: Mapping[Key, Tensor], start: int) -> None:
+        stop = start + len(block[REWARD])
+        for key, values in block.items():
+            if values.numel():
+                low, high = (float(value) for value in values.aminmax())
+                self.ranges[key] = min(low, self.ranges[key][0]), max(high, self.ranges[key][1])
+        first, last = np.searchsorted(self.edges, [start, stop - 1], side="right") - 1
+        for number in range(first, last + 1):
+            begin, end = max(start, self.edges[number]), min(stop, self.edges[number + 1])
+            for key, values in block.items():
+                # not through a mapping, whose pages would count as memory of the process
+                with open(self.folders[number] / file_name(key), "ab") as file:
+                    file.write(values[begin - start : end - start].numpy().data)
+
+    def map_rewards(self, change: RewardMap) -> None:
+        dtype = self._scratch.table[REWARD].numpy().dtype
+        for folder in self.folders:
+            rewards = np.memmap(folder / file_name(REWARD), dtype, "r+")
+            for start in range(0, len(rewards), BLOCK):
+                part = rewards[start : start + BLOCK]
+                part[:] = change.forward(part.astype(np.float64))
+
+
+Table: TypeAlias = MemoryTable | DiskTables
+
+
+def file_name(key: Key) -> str:
+    """Of the file of an entry, in the folder of a table."""
+    return "/".join(key) + ".memmap"
+
+
+def row_bytes(layout: Layout) -> int:
+    return sum(int(np.prod(f.shape)) * f.dtype.itemsize for f in layout.values())
 
 
 def layout_of(source: Source, dtype: torch.dtype) -> Layout:
-    """The layout of the table that ``build`` makes of ``source``."""
+    """The layout of the table that is built of ``source``."""
     return transition_layout(
         source.observation_space, source.action_space,
         dtype=dtype, masked=source.masked, log_prob=source.log_prob,
     )  # fmt: skip
 
 
-def build(
-    source: Source,
-    reward: str | tuple[float, float],
-    *,
-    dtype: torch.dtype,
-    clip_actions: bool,
-    progress: bool | None,
-    folder: Path | None = None,
-) -> Built:
-    """Reads ``source`` once, checks every row, measures, and maps the rewards.
-
-    ``folder``: where to put a memory-mapped table; None keeps it in memory. ``progress``: None
-    shows a bar on terminals only. Raises ``DatasetError`` at the first row that is wrong.
-    """
-    layout, rows = layout_of(source, dtype), source.rows
-    table = MemoryTable(layout, rows) if folder is None else DiskTable(layout, rows, folder)
-    measured = fill(source, reward, table, clip_actions=clip_actions, progress=progress)
-    return Built(transitions=table.finish(), **vars(measured))
+def build(source: Source, *, dtype: torch.dtype, **options: Any) -> tuple[TensorDict, Description]:
+    """The table of ``source`` in memory; ``options`` are those of :func:`fill`."""
+    table = MemoryTable(layout_of(source, dtype), source.rows)
+    description = fill(source, table, **options)
+    return table.transitions(), description
 
 
 def fill(
     source: Source,
-    reward: str | tuple[float, float],
-    table: TableFiller,
+    table: Table,
     *,
+    reward: str | tuple[float, float],
     clip_actions: bool,
+    joined: tuple[str, ...],
     progress: bool | None,
-) -> Measured:
-    """What ``build`` does, for rows that go to ``table``."""
+) -> Description:
+    """Reads ``source`` once into ``table``, checks every row, measures, and maps the rewards.
+
+    ``progress``: None shows a bar on terminals only. Raises ``DatasetError`` at the first row that
+    is wrong.
+    """
     index = EpisodeIndex(source.episode_lengths)
-    checker = BlockChecker(
-        source.name, index, source.observation_space, source.action_space, clip_actions,
-        source.terminates_inside,
-    )  # fmt: skip
-    running = _Running(source, table.layout, index)
+    checker = BlockChecker(source, index, clip_actions)
+    measured = _Measured(source, table.layout, index)
     with tqdm(
         total=index.rows, desc=source.name, unit="row", unit_scale=True, leave=False,
         disable=None if progress is None else not progress,
     ) as bar:  # fmt: skip
-        _read(source, table, checker, running, bar)
+        _read(source, table, checker, measured, bar)
     try:
-        change = reward_map(reward, running.returns)
+        change = reward_map(reward, measured.returns)
     except ValueError as error:
         raise DatasetError(f"{source.name}: {error}") from None
-    table.map_rewards(change)
-    statistics = {key: acc.result() for key, acc in running.statistics.items()}
-    warnings = _warnings(source, checker)
-    notes = (*source.notes, *warnings, *_notes(source, running, statistics))
-    return Measured(
-        episode_returns=running.returns, episode_lengths=source.episode_lengths,
-        statistics=statistics, map=change, notes=notes, warnings=tuple(warnings),
+    if change != RewardMap():
+        table.map_rewards(change)
+    statistics = {key: acc.result() for key, acc in measured.statistics.items()}
+    warnings = tuple(
+        text if text.startswith(source.name) else f"{source.name}: {text}"
+        for text in (*source.warnings, *checker.warnings())
+    )
+    own = ("name", "observation_space", "action_space", "env_spec", "reference_scores")
+    return Description(
+        **{name: getattr(source, name) for name in own}, joined=joined,
+        episode_returns=measured.returns, episode_lengths=source.episode_lengths,
+        statistics={key[0] if len(key) == 1 else key: each for key, each in statistics.items()},
+        reward_map=change, warnings=warnings,
+        notes=(*source.notes, *warnings, *_notes(source.name, measured, statistics)),
     )  # fmt: skip
 
 
-class _Running:
+class _Measured:
+    """Returns of episodes, the range of rewards, and statistics of observations that are numbers."""
+
     def __init__(self, source: Source, layout: Layout, index: EpisodeIndex) -> None:
         self.index = index
         self.returns = np.zeros(len(index.lengths), np.float64)
         self.low, self.high = np.inf, -np.inf
-        without = {
-            key
-            for key, space in leaf_spaces(source.observation_space).items()
-            if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) or is_image(space)
-        }
         self.statistics = {
-            key: StatisticsAccumulator(f.shape)
-            for key, f in layout.items()
-            if key[0] == "observation" and key not in without
+            key: StatisticsAccumulator(layout[key].shape)
+            for key, space in leaf_spaces(source.observation_space).items()
+            if not (isinstance(space, spaces.Discrete | spaces.MultiDiscrete) or is_image(space))
         }
 
     def add_rewards(self, rewards: NDArray[Any], start: int) -> None:
@@ -160,23 +234,15 @@ class _Running:
         self.low = min(self.low, float(values.min()))
         self.high = max(self.high, float(values.max()))
 
-    def add_block(self, block: Mapping[Key, Tensor]) -> None:
-        for key, accumulator in self.statistics.items():
-            accumulator.update(block[key])
-
 
 def _read(
-    source: Source,
-    sink: TableFiller,
-    checker: BlockChecker,
-    measured: _Running,
-    bar: Any,
+    source: Source, table: Table, checker: BlockChecker, measured: _Measured, bar: Any
 ) -> None:
-    start, filled, total = 0, 0, sink.rows
+    start, filled, total = 0, 0, table.rows
     starts = category_starts(source.observation_space, source.action_space)
-    block = sink.block(0, min(sink.block_rows, total))
+    block = table.block(0, min(table.block_rows, total))
     for piece in source.pieces():
-        _check_dtypes(source, piece, sink.layout)
+        check_dtypes(source.name, piece, table.layout)
         size, done = len(piece[REWARD]), 0
         if start + filled + size > total:
             raise DatasetError(
@@ -188,26 +254,25 @@ def _read(
             room = len(block[REWARD])
             take = min(size - done, room - filled)
             for key, values in piece.items():
-                target = block[key][filled : filled + take]
-                part = values[done : done + take]
+                target, part = block[key][filled : filled + take], values[done : done + take]
                 if part.dtype.kind in "iuf" and target.dtype == torch.bool:
                     part = part != 0
                 if key in starts:
-                    part = (
-                        part.astype(np.int64).reshape(len(part), *starts[key].shape) - starts[key]
-                    )
+                    shape = (len(part), *starts[key].shape)
+                    part = part.astype(np.int64).reshape(shape) - starts[key]
                 target.copy_(_tensor(part).reshape(target.shape))
             filled, done = filled + take, done + take
             if filled == room:
                 ids = checker.index.ids(start, start + filled)
                 block[EPISODE].copy_(torch.from_numpy(ids))
                 checker.check(block, start)
-                measured.add_block(block)
-                sink.commit(block, start)
+                for key, accumulator in measured.statistics.items():
+                    accumulator.update(block[key])
+                table.commit(block, start)
                 bar.update(filled)
                 start, filled = start + filled, 0
                 if start < total:
-                    block = sink.block(start, min(sink.block_rows, total - start))
+                    block = table.block(start, min(table.block_rows, total - start))
     if start < total:
         raise DatasetError(
             f"{source.name}: {start + filled} rows where {total} were announced; it is incomplete."
@@ -224,50 +289,20 @@ def _tensor(values: NDArray[Any]) -> Tensor:
     return torch.from_numpy(values)
 
 
-def _check_dtypes(source: Source, piece: Piece, layout: Layout) -> None:
-    """Raises where integers would become floats, or floats integers or marks, and on bad shapes."""
-    for key, values in piece.items():
-        expected = layout[key]
-        kind, allowed = values.dtype.kind, _NUMPY[expected.dtype]
-        fits = kind in allowed or (kind == "b" and allowed == "iu")
-        if key == REWARD and kind in "iu":  # Rewards may be stored as integers.
-            fits = True
-        if expected.dtype == torch.bool and kind in "iuf":
-            fits = bool(((values == 0) | (values == 1)).all())
-        name = ".".join(key)
-        if not fits:
-            raise DatasetError(
-                f"{source.name}: {name} has {values.dtype} values, expected {expected.dtype}"
-                f"{' (0 or 1)' if expected.dtype == torch.bool else ''}; convert it, or pass the env "
-                "it came from: integers and floats are never cast into each other."
-            )
-        if values[0].size != int(np.prod(expected.shape)):
-            raise DatasetError(
-                f"{source.name}: {name} has rows of shape {values.shape[1:]}, expected "
-                f"{expected.shape}; pass the env the data came from."
-            )
-
-
-def _warnings(source: Source, checker: BlockChecker) -> list[str]:
-    """What looks wrong or was repaired: one sentence for each ``DatasetWarning``."""
-    texts = [*source.warnings, *checker.warnings(source.ends_known, source.termination)]
-    return [text if text.startswith(source.name) else f"{source.name}: {text}" for text in texts]
-
-
 def _notes(
-    source: Source, measured: _Running, statistics: dict[Key, ObservationStatistics]
+    name: str, measured: _Measured, statistics: Mapping[Key, ObservationStatistics]
 ) -> list[str]:
     """What is unusual, but correct in many environments: notes without a warning."""
     texts = []
     if measured.low == measured.high and measured.index.rows > 1:
         texts.append(
-            f"{source.name}: every reward is {measured.low:g}; episodes differ in their lengths only."
+            f"{name}: every reward is {measured.low:g}; episodes differ in their lengths only."
         )
     for key, s in statistics.items():
         if s.constant and s.count > 1:
             columns = ", ".join(map(str, s.constant[:8])) + ("..." if len(s.constant) > 8 else "")
             texts.append(
-                f"{source.name}: {'.'.join(key)} never changes in {len(s.constant)} of "
+                f"{name}: {dotted(key)} never changes in {len(s.constant)} of "
                 f"{s.mean.numel()} columns ({columns}); their std is taken as 1."
             )
     return texts

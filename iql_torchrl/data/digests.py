@@ -1,14 +1,27 @@
-"""Whether two tables of transitions are the same table."""
+"""Digests of data: whether two tables are the same, and whether two logs have episodes in common."""
 
 from __future__ import annotations
 
 import hashlib
+from typing import Protocol
 
+import numpy as np
 import torch
-from tensordict import TensorDictBase
+from numpy.typing import NDArray
+from tensordict import TensorDict, TensorDictBase
 
-__all__ = ["fingerprint"]
+__all__ = [
+    "SKETCH",
+    "digest_of_sketch",
+    "episode_digests",
+    "fingerprint",
+    "shared_share",
+    "sketch_of",
+]
 
+IntArray = NDArray[np.int64]
+
+SKETCH = 2048
 ROWS_AT_ONCE = 65_536
 
 
@@ -29,3 +42,73 @@ def fingerprint(transitions: TensorDictBase) -> dict[str, str]:
         dtype = str(values.dtype).removeprefix("torch.")
         digests[key] = f"{dtype} {tuple(values.shape)} {digest.hexdigest()}"
     return digests
+
+
+class Episodes(Protocol):
+    """What :func:`episode_digests` reads of a log, as ``OfflineDataset`` has it."""
+
+    @property
+    def transitions(self) -> TensorDict: ...
+    @property
+    def episode_returns(self) -> NDArray[np.float64]: ...
+    @property
+    def episode_lengths(self) -> IntArray: ...
+
+
+def episode_digests(log: Episodes) -> IntArray:
+    """One 64-bit number per episode, ``(E,)``: equal for equal episodes of any two logs.
+
+    BLAKE2b of the length, of the first and last row's observations and actions, and of the raw
+    return to four significant digits, so that it is the same under another reward map.
+    """
+    ends = np.cumsum(log.episode_lengths) - 1
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    rows = log.transitions[np.stack([starts, ends], 1).reshape(-1)]
+    table = rows.select("observation", "action")
+    returns = np.array([f"{value:.3e}" for value in log.episode_returns])
+    parts = [log.episode_lengths.astype(np.int64)[:, None].view(np.uint8)]
+    for key in sorted(table.keys(include_nested=True, leaves_only=True), key=str):
+        values = table.get(key).cpu().contiguous().numpy()
+        parts.append(np.ascontiguousarray(values).reshape(len(ends), -1).view(np.uint8))
+    joined = np.concatenate(parts, axis=1)
+    digests = [
+        hashlib.blake2b(row.tobytes() + text.encode(), digest_size=8).digest()
+        for row, text in zip(joined, returns, strict=True)
+    ]
+    return np.frombuffer(b"".join(digests), np.int64)
+
+
+def sketch_of(digests: IntArray) -> IntArray:
+    """The ``SKETCH`` smallest of ``digests``, ascending; all of them if there are fewer.
+
+    Enough to estimate the share of another log's episodes that this log contains (Broder 1997, "On
+    the resemblance and containment of documents").
+    """
+    result: IntArray = np.sort(digests)[:SKETCH]
+    return result
+
+
+def digest_of_sketch(sketch: IntArray) -> str:
+    """128-bit BLAKE2b of a sketch, as hexadecimal digits: equal for logs of equal episodes."""
+    return hashlib.blake2b(sketch.astype("<i8").tobytes(), digest_size=16).hexdigest()
+
+
+def shared_share(sketch: IntArray, digests: IntArray) -> float:
+    """Share of the episodes ``digests`` that are in the log of ``sketch``, beyond coincidence.
+
+    Where a log repeats itself (few states, few rewards), episodes of independent logs are equal by
+    chance: as often as an episode of the sketched log equals another one of it (Good 1953, "The
+    population frequencies of species and the estimation of population parameters"). A share within
+    three standard errors of that is 0. In [0, 1]; 0 where nothing can be compared.
+    """
+    limit = np.iinfo(np.int64).max if len(sketch) < SKETCH else sketch[-1]
+    compared = digests[digests <= limit]
+    if not len(compared) or not len(sketch):
+        return 0.0
+    shared = float(np.isin(compared, sketch).mean())
+    _, count = np.unique(sketch, return_counts=True)
+    coincidence = 1 - float((count == 1).sum()) / len(sketch)
+    variance = coincidence * (1 - coincidence) * (1 / len(compared) + 1 / len(sketch))
+    if shared - coincidence <= 3 * variance**0.5:
+        return 0.0
+    return (shared - coincidence) / (1 - coincidence)

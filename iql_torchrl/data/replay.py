@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,25 +16,27 @@ from torchrl.data import (
     TensorStorage,
 )
 
-from iql_torchrl.data.schema import Key
+from iql_torchrl.data.schema import EPISODE, Key
 
 __all__ = [
     "DeviceSampler",
     "MemberSampler",
+    "check_count",
     "device_of",
     "generator_on",
+    "leaf_keys",
     "nested_entry",
     "replay_buffer",
 ]
 
-Part = tuple[Key, torch.Size, int]  # key, shape of one row, its number of elements
+Part = tuple[Key, torch.Size]  # key, and shape of one row
 
 
-def check_batch_size(batch_size: Any) -> None:
-    """Raises ``ValueError`` unless it is a whole number, at least 1."""
-    whole = isinstance(batch_size, int | np.integer) and not isinstance(batch_size, bool)
-    if not whole or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size!r}; expected a whole number, at least 1.")
+def check_count(name: str, value: Any) -> None:
+    """Raises ``ValueError`` unless ``value`` is a whole number, at least 1."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < 1:
+        raise ValueError(f"{name} is {value!r}; expected a whole number, at least 1.")
 
 
 def replay_buffer(
@@ -54,27 +57,24 @@ def replay_buffer(
     for online data. ``kwargs`` go to ``TensorDictReplayBuffer`` (``sampler``, ``transform``,
     ``prefetch``, ``pin_memory``, ...).
     """
-    check_batch_size(batch_size)
+    check_count("batch_size", batch_size)
     rows = transitions.batch_size[0]
     where = device_of(transitions) if device is None else torch.device(device)
     generator = None if seed is None else generator_on(where, seed)
-    if capacity is not None:
-        if capacity < rows:
-            raise ValueError(f"capacity: expected at least the {rows} transitions, got {capacity}")
-        storage = LazyTensorStorage(capacity, device=where)
-        buffer = TensorDictReplayBuffer(
-            storage=storage, batch_size=batch_size, generator=generator, **kwargs
-        )
-        buffer.extend(transitions.clone())
-        return buffer
-    table = transitions if device is None else transitions.to(where)
-    return TensorDictReplayBuffer(
-        storage=TensorStorage(table, device=where),
-        writer=ImmutableDatasetWriter(),
-        batch_size=batch_size,
-        generator=generator,
-        **kwargs,
+    if capacity is None:
+        table = transitions if device is None else transitions.to(where)
+        return TensorDictReplayBuffer(
+            storage=TensorStorage(table, device=where), writer=ImmutableDatasetWriter(),
+            batch_size=batch_size, generator=generator, **kwargs,
+        )  # fmt: skip
+    if capacity < rows:
+        raise ValueError(f"capacity: expected at least the {rows} transitions, got {capacity}")
+    storage = LazyTensorStorage(capacity, device=where)
+    buffer = TensorDictReplayBuffer(
+        storage=storage, batch_size=batch_size, generator=generator, **kwargs
     )
+    buffer.extend(transitions.clone())
+    return buffer
 
 
 def device_of(transitions: TensorDictBase) -> torch.device:
@@ -95,6 +95,11 @@ def generator_on(device: torch.device, seed: int | None) -> torch.Generator:
     return generator
 
 
+def leaf_keys(transitions: TensorDictBase) -> list[Key]:
+    names = transitions.keys(include_nested=True, leaves_only=True)
+    return [(name,) if isinstance(name, str) else tuple(name) for name in names]
+
+
 def nested_entry(nested: dict[str, Any], key: Key, values: Tensor) -> None:
     """Put ``values`` into nested dicts under ``key``."""
     for name in key[:-1]:
@@ -106,15 +111,14 @@ class DeviceSampler:
     """Uniform batches, with replacement, from transitions that are stored on one device.
 
     Indices are drawn and rows gathered on ``device``; nothing waits for the host. Fields of one
-    dtype lie in one matrix, so a batch is one gather per dtype and its fields are views of it.
+    dtype lie in one matrix, so a batch is one gather per dtype and its fields are views of it. The
+    episode numbers, which no loss reads, are left behind.
 
     Args:
         transitions: batch ``(N,)``; copied, so later changes to it are not seen.
         batch_size: rows per ``sample()``.
         device: None keeps the transitions' own (CPU if it has none).
         seed: of ``generator``, which is on ``device``; None seeds it from the system.
-        exclude: keys left behind, by default the episode numbers, which no loss reads.
-        generator: on ``device``, in place of one made from ``seed``.
     """
 
     def __init__(
@@ -124,47 +128,48 @@ class DeviceSampler:
         *,
         device: torch.device | str | None = None,
         seed: int | None = None,
-        exclude: tuple[Key, ...] = (("collector", "traj_ids"),),
-        generator: torch.Generator | None = None,
     ) -> None:
-        check_batch_size(batch_size)
+        check_count("batch_size", batch_size)
         self.device = device_of(transitions) if device is None else torch.device(device)
         self.batch_size = batch_size
         self.rows = int(transitions.batch_size[0])
-        self.generator = generator_on(self.device, seed) if generator is None else generator
-        fields: dict[torch.dtype, list[tuple[Key, Tensor]]] = {}
-        for name in transitions.keys(include_nested=True, leaves_only=True):
-            key = (name,) if isinstance(name, str) else tuple(name)
-            if key not in exclude:
+        self.generator = generator_on(self.device, seed)
+        fields: dict[torch.dtype, list[Part]] = {}
+        for key in leaf_keys(transitions):
+            if key != EPISODE:
                 values = transitions.get(key)
-                fields.setdefault(values.dtype, []).append((key, values))
-        self._parts: list[list[Part]] = [
-            [(key, values.shape[1:], values[0].numel()) for key, values in group]
-            for group in fields.values()
-        ]
+                fields.setdefault(values.dtype, []).append((key, values.shape[1:]))
+        self._parts = list(fields.values())
+        self._widths = [[shape.numel() for _, shape in parts] for parts in self._parts]
         self.tables = [
-            torch.empty((self.rows, sum(w for *_, w in parts)), dtype=dtype, device=self.device)
-            for dtype, parts in zip(fields, self._parts, strict=True)
+            torch.empty((self.rows, sum(widths)), dtype=dtype, device=self.device)
+            for dtype, widths in zip(fields, self._widths, strict=True)
         ]
         self.write(transitions, 0)
 
     def write(self, transitions: TensorDictBase, start: int) -> None:
         """Copy ``transitions`` ``(M,)`` over the rows ``start`` to ``start + M``."""
         count = int(transitions.batch_size[0])
-        for table, parts in zip(self.tables, self._parts, strict=False):
-            rows = table[start : start + count]
-            columns = torch.split(rows, [width for *_, width in parts], dim=1)
-            for (key, _, _), column in zip(parts, columns, strict=True):
-                column.copy_(transitions.get(key).reshape(count, -1))
+        for (key, _), column in self._columns([t[start : start + count] for t in self.tables]):
+            column.copy_(transitions.get(key).reshape(count, -1))
+
+    def _columns(self, tables: list[Tensor]) -> list[tuple[Part, Tensor]]:
+        """The fields of packed rows ``(B, width)``, one tensor for each table, as views of them."""
+        return [
+            (part, column)
+            # a subclass may have further tables
+            for table, parts, widths in zip(tables, self._parts, self._widths, strict=False)
+            for part, column in zip(parts, torch.split(table, widths, dim=1), strict=True)
+        ]
 
     def __len__(self) -> int:
         return self.rows
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """The state of the sampling; the transitions are not part of it."""
         return {"generator": self.generator.get_state()}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.generator.set_state(state["generator"].cpu())
 
     def indices(self, batch_size: int | None = None) -> Tensor:
@@ -179,25 +184,17 @@ class DeviceSampler:
     def entries(self, indices: Tensor) -> dict[str, Any]:
         """The entries of the rows numbered by ``indices`` ``(B,)``, as nested dicts."""
         nested: dict[str, Any] = {}
-        for table, parts in self._groups():
-            rows = table.index_select(0, indices)
-            columns = torch.split(rows, [width for _, _, width in parts], dim=1)
-            for (key, shape, _), values in zip(parts, columns, strict=True):
-                nested_entry(nested, key, values.reshape(len(indices), *shape))
+        packed = self.tables[: len(self._parts)]
+        for (key, shape), values in self._columns([t.index_select(0, indices) for t in packed]):
+            nested_entry(nested, key, values.reshape(len(indices), *shape))
         return nested
-
-    def _groups(self) -> list[tuple[Tensor, list[Part]]]:
-        """Tables of packed fields with these fields; a subclass may have further tables."""
-        return list(zip(self.tables, self._parts, strict=False))
 
     def column(self, key: Key) -> Tensor | None:
         """All rows of one entry, ``(N, ...)``, as a view; None where there is none."""
         name = (key,) if isinstance(key, str) else tuple(key)
-        for table, parts in self._groups():
-            columns = torch.split(table, [width for _, _, width in parts], dim=1)
-            for (part, shape, _), values in zip(parts, columns, strict=True):
-                if part == name:
-                    return values.unflatten(1, shape) if shape else values.squeeze(1)
+        for (part, shape), values in self._columns(self.tables):
+            if part == name:
+                return values.unflatten(1, shape) if shape else values.squeeze(1)
         return None
 
     def sample(self, batch_size: int | None = None) -> TensorDict:

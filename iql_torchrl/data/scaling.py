@@ -6,24 +6,17 @@ numbers of ``ObservationStatistics``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-__all__ = [
-    "REFERENCE_RETURNS",
-    "ObservationStatistics",
-    "RewardMap",
-    "StatisticsAccumulator",
-    "normalised_score",
-    "public_statistics",
-    "reward_map",
-]
+from iql_torchrl.data.schema import DatasetError
 
 Number = TypeVar("Number", float, Tensor, NDArray[np.float64])
 
@@ -37,7 +30,7 @@ class RewardMap:
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.scale) and np.isfinite(self.shift)) or self.scale == 0:
-            raise ValueError(
+            raise DatasetError(
                 f"a reward map needs a finite non-zero scale and a finite shift, got scale="
                 f"{self.scale}, shift={self.shift}"
             )
@@ -58,29 +51,34 @@ def reward_map(reward: str | Sequence[float], episode_returns: NDArray[np.float6
 
     ``"raw"``: identity. ``"return_range"``: scale 1000 / (largest - smallest episode return), the
     IQL paper's for locomotion. ``"minus_one"``: shift -1, the paper's for AntMaze.
-    ``(scale, shift)``: as given. Raises ``ValueError`` for anything else, and for
+    ``(scale, shift)``: as given. Raises ``DatasetError`` for anything else, and for
     ``"return_range"`` where all episodes return the same.
     """
-    if not isinstance(reward, str):
-        values = tuple(reward)
-        if len(values) != 2:
-            raise ValueError(f"reward: expected (scale, shift), got {reward!r}")
-        return RewardMap(float(values[0]), float(values[1]))
-    if reward == "raw":
-        return RewardMap()
-    if reward == "minus_one":
-        return RewardMap(1.0, -1.0)
+    if reward in ("raw", "minus_one"):
+        return RewardMap(shift=-1.0 if reward == "minus_one" else 0.0)
     if reward == "return_range":
-        spread = float(np.max(episode_returns) - np.min(episode_returns))
+        spread = float(np.ptp(episode_returns))
         if not spread > 0:
-            raise ValueError(
+            raise DatasetError(
                 f"reward='return_range' needs episodes of different return, but all "
                 f"{len(episode_returns)} return {float(episode_returns[0]):g}; pass (scale, shift)"
             )
-        return RewardMap(1000.0 / spread, 0.0)
-    raise ValueError(
-        f"reward: expected 'raw', 'return_range', 'minus_one' or (scale, shift), got {reward!r}"
-    )
+        return RewardMap(1000.0 / spread)
+    if not _pair(reward):
+        raise DatasetError(
+            "reward: expected 'raw', 'return_range', 'minus_one' or (scale, shift), two finite "
+            f"numbers, got {reward!r}"
+        )
+    return RewardMap(float(reward[0]), float(reward[1]))
+
+
+def _pair(values: Any) -> bool:
+    """Whether these are two finite numbers."""
+    try:
+        first, second = values
+        return math.isfinite(first) and math.isfinite(second)
+    except (TypeError, ValueError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -98,13 +96,6 @@ class ObservationStatistics:
     count: int
 
 
-def public_statistics(
-    statistics: Mapping[tuple[str, ...], ObservationStatistics],
-) -> dict[str | tuple[str, ...], ObservationStatistics]:
-    """By the keys that datasets have: a text where the key is not nested."""
-    return {key[0] if len(key) == 1 else key: value for key, value in statistics.items()}
-
-
 class StatisticsAccumulator:
     """Merges blocks into ``ObservationStatistics`` (Chan et al. 1979), in float64.
 
@@ -114,7 +105,7 @@ class StatisticsAccumulator:
     """
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        size = int(np.prod(shape, dtype=np.int64))
+        size = math.prod(shape)
         self.shape, self.count = shape, 0
         self.mean, self.squares = np.zeros(size), np.zeros(size)
         self.low, self.high = np.full(size, np.inf), np.full(size, -np.inf)
@@ -144,7 +135,7 @@ class StatisticsAccumulator:
         return ObservationStatistics(
             mean=torch.from_numpy(mean).reshape(self.shape),
             std=torch.from_numpy(std).reshape(self.shape),
-            constant=tuple(int(i) for i in np.flatnonzero(still)),
+            constant=tuple(np.flatnonzero(still).tolist()),
             count=self.count,
         )
 
@@ -180,3 +171,21 @@ def normalised_score(
     if not (np.isfinite(low) and np.isfinite(high) and high != low):
         raise ValueError(f"reference_scores: expected two different returns, got {(low, high)}")
     return 100.0 * (np.asarray(returns, dtype=np.float64) - low) / (high - low)
+
+
+def known_scores(scores: tuple[float, float] | str | None) -> tuple[float, float] | None:
+    """``(random, expert)``, or those of a task of ``REFERENCE_RETURNS``; ``DatasetError`` otherwise."""
+    if scores is None:
+        return None
+    if isinstance(scores, str):
+        if scores not in REFERENCE_RETURNS:
+            raise DatasetError(
+                f"reference_scores: {scores!r} is not among {', '.join(REFERENCE_RETURNS)}."
+            )
+        return REFERENCE_RETURNS[scores]
+    if not _pair(scores) or not scores[0] < scores[1]:
+        raise DatasetError(
+            "reference_scores: expected two returns (random, expert), the second greater, or a "
+            f"task's name, got {scores!r}."
+        )
+    return float(scores[0]), float(scores[1])

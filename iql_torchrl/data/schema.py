@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium import spaces
 from numpy.typing import NDArray
 from torchrl.data import (
     Bounded,
@@ -24,22 +25,6 @@ from torchrl.data import (
 )
 
 from iql_torchrl.descriptions import describe_space
-
-__all__ = [
-    "DatasetError",
-    "DatasetWarning",
-    "EpisodeIndex",
-    "Field",
-    "Key",
-    "Layout",
-    "category_starts",
-    "dotted",
-    "field_of_space",
-    "leaf_spaces",
-    "observation_spec_of",
-    "spec_of_space",
-    "transition_layout",
-]
 
 Key: TypeAlias = tuple[str, ...]
 
@@ -74,7 +59,7 @@ Layout: TypeAlias = dict[Key, Field]
 
 def leaf_spaces(space: gym.Space[Any], prefix: Key = ("observation",)) -> dict[Key, gym.Space[Any]]:
     """The leaves of an observation space by key; a plain space is its own only leaf."""
-    if not isinstance(space, gym.spaces.Dict):
+    if not isinstance(space, spaces.Dict):
         return {prefix: space}
     leaves: dict[Key, gym.Space[Any]] = {}
     for name, child in space.spaces.items():
@@ -89,21 +74,16 @@ def field_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> Field
     the space's ``start``, counted from 0 (:func:`category_starts`). Raises ``DatasetError`` for a space
     without a tensor form.
     """
-    if isinstance(space, gym.spaces.Discrete):
-        return Field((), torch.int64)
-    if isinstance(space, gym.spaces.MultiDiscrete):
-        return Field(tuple(space.shape), torch.int64)
-    if isinstance(space, gym.spaces.MultiBinary):
-        return Field(tuple(space.shape), torch.int64)
-    if isinstance(space, gym.spaces.Box):
-        kind = np.dtype(space.dtype)
-        if kind.kind == "f":
-            return Field(tuple(space.shape), dtype)
-        return Field(tuple(space.shape), torch.from_numpy(np.empty(0, kind)).dtype)
-    raise DatasetError(
-        f"{dotted(key)}: a {type(space).__name__} space has no tensor form; expected Box, Discrete, "
-        "MultiDiscrete, MultiBinary, or a Dict of them."
-    )
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        return Field(tuple(space.shape or ()), torch.int64)
+    if not isinstance(space, spaces.Box):
+        raise DatasetError(
+            f"{dotted(key)}: a {type(space).__name__} space has no tensor form; expected Box, "
+            "Discrete, MultiDiscrete, MultiBinary, or a Dict of them."
+        )
+    floats = np.issubdtype(space.dtype, np.floating)
+    stored = dtype if floats else torch.from_numpy(np.empty(0, space.dtype)).dtype
+    return Field(space.shape, stored)
 
 
 def category_starts(
@@ -113,12 +93,10 @@ def category_starts(
 
     A table's categories are the source's values without it.
     """
-    starts = {}
+    starts: dict[Key, NDArray[np.int64]] = {}
     for key, space in {**leaf_spaces(observation_space), ACTION: action_space}.items():
-        if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete) and np.any(
-            space.start
-        ):
-            starts[key] = np.asarray(space.start, np.int64)
+        if np.any(start := np.asarray(getattr(space, "start", 0), np.int64)):
+            starts[key] = start
     return starts | {("next", *key): start for key, start in starts.items() if key != ACTION}
 
 
@@ -128,20 +106,19 @@ def spec_of_space(space: gym.Space[Any], dtype: torch.dtype, key: Key) -> Tensor
     TorchRL cannot sample a spec with one infinite bound, so the spec of such a space lacks its
     finite bounds too.
     """
-    stored = field_of_space(space, dtype, key)
-    if isinstance(space, gym.spaces.Discrete):
-        return Categorical(int(space.n), shape=torch.Size(()), dtype=torch.int64)
-    if isinstance(space, gym.spaces.MultiDiscrete):
-        return MultiCategorical(
-            torch.as_tensor(space.nvec), shape=torch.Size(stored.shape), remove_singleton=False
-        )
-    if isinstance(space, gym.spaces.MultiBinary):
-        return Bounded(0, 1, shape=torch.Size(stored.shape), dtype=torch.int64)
-    assert isinstance(space, gym.spaces.Box)
-    if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
-        return Unbounded(shape=torch.Size(stored.shape), dtype=stored.dtype)
-    low, high = (torch.as_tensor(b).to(stored.dtype) for b in (space.low, space.high))
-    return Bounded(low, high, shape=torch.Size(stored.shape), dtype=stored.dtype)
+    shape, stored = field_of_space(space, dtype, key)
+    if isinstance(space, spaces.Discrete):
+        return Categorical(int(space.n), shape=torch.Size(shape), dtype=stored)
+    if isinstance(space, spaces.MultiDiscrete):
+        counts = torch.as_tensor(space.nvec)
+        return MultiCategorical(counts, shape=torch.Size(shape), remove_singleton=False)
+    if isinstance(space, spaces.MultiBinary):
+        return Bounded(0, 1, shape=torch.Size(shape), dtype=stored)
+    assert isinstance(space, spaces.Box)
+    if not space.is_bounded():
+        return Unbounded(shape=torch.Size(shape), dtype=stored)
+    low, high = (torch.as_tensor(bound).to(stored) for bound in (space.low, space.high))
+    return Bounded(low, high, shape=torch.Size(shape), dtype=stored)
 
 
 def observation_spec_of(space: gym.Space[Any], dtype: torch.dtype) -> Composite:
@@ -174,7 +151,7 @@ def transition_layout(
     layout.update({k: Field((1,), torch.bool) for k in (TERMINATED, TRUNCATED, DONE)})
     layout[EPISODE] = Field((), torch.int64)
     if masked:
-        if not isinstance(action_space, gym.spaces.Discrete):
+        if not isinstance(action_space, spaces.Discrete):
             raise DatasetError(
                 f"action_mask: the actions are {describe_space(action_space)}; a mask needs Discrete "
                 "actions."
@@ -204,8 +181,7 @@ class EpisodeIndex:
 
     def ids(self, start: int, stop: int) -> NDArray[np.int64]:
         """The episode of each row in ``[start, stop)``."""
-        first = int(np.searchsorted(self.offsets, start, side="right")) - 1
-        last = int(np.searchsorted(self.offsets, stop - 1, side="right")) - 1
+        first, last = np.searchsorted(self.offsets, [start, stop - 1], side="right") - 1
         edges = np.clip(self.offsets[first : last + 2], start, stop)
         return np.repeat(np.arange(first, last + 1, dtype=np.int64), np.diff(edges))
 

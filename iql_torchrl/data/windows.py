@@ -12,12 +12,21 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, Storage, TensorDictReplayBuffer
 
-from iql_torchrl.data.frame_table import FrameTable
-from iql_torchrl.data.replay import DeviceSampler, generator_on, nested_entry
-from iql_torchrl.data.schema import Key
-from iql_torchrl.networks import History
+from iql_torchrl.data.replay import (
+    DeviceSampler,
+    device_of,
+    generator_on,
+    leaf_keys,
+    nested_entry,
+)
+from iql_torchrl.data.schema import DatasetError, Key
+from iql_torchrl.networks import HISTORY_MASK, History, stack_frames
 
 __all__ = ["WindowSampler", "WindowStorage", "Windows"]
+
+JUMPS = ("error", "restart")
+#: Bytes of observations that are compared at once.
+COMPARED_BYTES = 32 * 2**20
 
 
 class Windows:
@@ -47,6 +56,16 @@ class Windows:
             row's observation: ``"error"``, or ``"restart"``, which begins a new history after it.
         name: of the data, for messages.
 
+    Attributes:
+        history: length and form of the windows: what a policy trained on them needs.
+        frames: by key the observations, ``(N, *shape)``.
+        own: by key the next observations that are no following row's observation, ``(S, *shape)``:
+            one for each episode, and one for each jump.
+        first: int64 ``(N,)``, the first row that a window of this row may hold.
+        own_place: int64 ``(N,)``, the place in ``own`` of a row's next observation, or -1 where the
+            following row has it.
+        rest: the other entries of the transitions.
+
     Raises ``ValueError`` on a length that is not whole and >= 1, and ``DatasetError`` on jumps and on
     windows that are longer than every episode.
     """
@@ -61,14 +80,40 @@ class Windows:
         jumps: str = "error",
         name: str = "dataset",
     ) -> None:
-        history = History(length, stack)
-        self.frame_table = FrameTable(transitions, lengths, history, jumps=jumps, name=name)
-        self.rest = without_observations(transitions)
-
-    @property
-    def history(self) -> History:
-        """Length and form of the windows: what a policy trained on them needs."""
-        return self.frame_table.history
+        self.history = History(length, stack)
+        if jumps not in JUMPS:
+            raise ValueError(f"jumps is {jumps!r}; choose one of {', '.join(JUMPS)}.")
+        keys = [key for key in leaf_keys(transitions) if key[0] == "observation"]
+        self.frames = {key: _plain(transitions.get(key)) for key in keys}
+        following = {key: transitions.get(("next", *key)) for key in keys}
+        ends = torch.zeros(len(transitions), dtype=torch.bool)
+        ends[torch.as_tensor(lengths).cumsum(0) - 1] = True
+        jumped = ~(_continues(self.frames, following) | ends)
+        if jumps == "error" and bool(jumped.any()):
+            row = int(jumped.to(torch.uint8).argmax())
+            raise DatasetError(
+                f"{name}: in {int(jumped.sum())} rows inside episodes, first row {row}, the next "
+                "observation is not the observation of the following row, so their windows have no "
+                "single history. Correct the ends of the episodes, or pass jumps='restart' to begin "
+                "a new history after each of these rows."
+            )
+        ends |= jumped
+        places = torch.arange(len(ends))
+        starts = torch.cat([torch.ones(1, dtype=torch.bool), ends[:-1]])
+        first = torch.where(starts, places, 0).cummax(0).values
+        longest = int((places - first).max()) + 1
+        if length > longest:
+            raise DatasetError(
+                f"{name}: windows of {length} steps are longer than every episode, of which "
+                f"the longest has {longest}{' between jumps' if bool(jumped.any()) else ''}; choose "
+                f"a length of at most {longest}."
+            )
+        where = ends.nonzero().squeeze(1)
+        self.own = {key: _plain(values[where]) for key, values in following.items()}
+        device = device_of(transitions)
+        self.first = first.to(device)
+        self.own_place = torch.where(ends, ends.cumsum(0) - 1, -1).to(device)
+        self.rest = _without_observations(transitions)
 
     def __len__(self) -> int:
         return int(self.rest.batch_size[0])
@@ -80,7 +125,7 @@ class Windows:
 
         Raises ``IndexError`` on a mask of another length.
         """
-        device = self.frame_table.first.device
+        device = self.first.device
         if isinstance(rows, slice):
             rows = torch.arange(*rows.indices(len(self)), device=device)
         rows = torch.as_tensor(rows, device=device)
@@ -93,22 +138,47 @@ class Windows:
             rows = rows.nonzero().squeeze(-1)
         rows = rows.long()
         batch = self.rest[rows]
-        for key, values in self.frame_table.entries(rows).items():
+        for key, values in self.entries(rows).items():
             batch.set(key, values)
         return batch
 
+    def entries(self, rows: Tensor) -> dict[Key, Tensor]:
+        """Observations, next observations and masks of the rows numbered ``(B,)``, by key."""
+        length, stack = self.history.length, self.history.stack
+        steps = torch.arange(1 - length, 2, device=rows.device)  # the window, and the next frame
+        place = rows.unsqueeze(1) + steps
+        first = self.first.index_select(0, rows).unsqueeze(1)
+        entries: dict[Key, Tensor] = {}
+        if not stack:
+            real = place >= first
+            entries[(HISTORY_MASK,)] = real[:, :-1]
+            entries["next", HISTORY_MASK] = real[:, 1:]
+        place = torch.maximum(place, first).clamp(max=len(self.first) - 1)
+        own = self.own_place.index_select(0, rows)
+        for key, frames in self.frames.items():
+            window = _gather(frames, self.own[key], place, own)
+            dims = frames.ndim - 1
+            for target, part in ((key, window[:, :-1]), (("next", *key), window[:, 1:])):
+                entries[target] = stack_frames(part, dims) if stack else part
+        return entries
+
     def to(self, device: torch.device | str) -> Windows:
         """The same windows on ``device``; without a copy where they are there."""
-        moved = copy(self)
-        moved.frame_table = self.frame_table.to(torch.device(device))
+        moved = self._with_frames_on(device)
         moved.rest = self.rest.to(device)
+        return moved
+
+    def _with_frames_on(self, device: torch.device | str) -> Windows:
+        moved = copy(self)
+        moved.frames = {key: values.to(device) for key, values in self.frames.items()}
+        moved.own = {key: values.to(device) for key, values in self.own.items()}
+        moved.first, moved.own_place = self.first.to(device), self.own_place.to(device)
         return moved
 
     def table(self) -> TensorDict:
         """All that is stored, for digests: the plain rows, the frames and their places."""
-        table = self.frame_table
-        stored = {"first": table.first, "own_place": table.own_place, "rest": self.rest}
-        for name, part in (("frames", table.frames), ("own", table.own)):
+        stored = {"first": self.first, "own_place": self.own_place, "rest": self.rest}
+        for name, part in (("frames", self.frames), ("own", self.own)):
             stored[name] = {".".join(key): values for key, values in part.items()}
         return TensorDict(stored, batch_size=[])
 
@@ -130,8 +200,7 @@ class Windows:
         Draws the same rows as ``data.replay_buffer`` with the same ``seed``. ``kwargs`` go to
         ``TensorDictReplayBuffer``.
         """
-        moved = self if device is None else self.to(device)
-        storage = WindowStorage(moved)
+        storage = WindowStorage(self if device is None else self.to(device))
         return TensorDictReplayBuffer(
             storage=storage,
             writer=ImmutableDatasetWriter(),
@@ -151,16 +220,18 @@ class WindowSampler(DeviceSampler):
         batch_size: int,
         *,
         device: torch.device | str | None = None,
-        **kwargs: Any,
+        seed: int | None = None,
     ) -> None:
-        where = windows.frame_table.first.device if device is None else torch.device(device)
-        super().__init__(windows.rest, batch_size, device=where, **kwargs)
-        self.frame_table = windows.frame_table.to(where)
-        self.tables = [*self.tables, *self.frame_table.tensors]
+        where = windows.first.device if device is None else torch.device(device)
+        super().__init__(windows.rest, batch_size, device=where, seed=seed)
+        self.windows = windows._with_frames_on(where)
+        self.windows.rest = windows.rest.select()  # its entries are in ``tables``
+        frames = [*self.windows.frames.values(), *self.windows.own.values()]
+        self.tables += [*frames, self.windows.first, self.windows.own_place]
 
     def entries(self, indices: Tensor) -> dict[str, Any]:
         nested = super().entries(indices)
-        for key, values in self.frame_table.entries(indices).items():
+        for key, values in self.windows.entries(indices).items():
             nested_entry(nested, key, values)
         return nested
 
@@ -170,10 +241,10 @@ class WindowSampler(DeviceSampler):
         Of a next observation those that are no row's observation.
         """
         name = (key,) if isinstance(key, str) else tuple(key)
-        if name in self.frame_table.frames:
-            return self.frame_table.frames[name]
-        if name[0] == "next" and name[1:] in self.frame_table.own:
-            return self.frame_table.own[name[1:]]
+        if name in self.windows.frames:
+            return self.windows.frames[name]
+        if name[0] == "next" and name[1:] in self.windows.own:
+            return self.windows.own[name[1:]]
         return super().column(key)
 
 
@@ -183,7 +254,7 @@ class WindowStorage(Storage):
     def __init__(self, windows: Windows) -> None:
         super().__init__(max_size=len(windows))
         self.windows = windows
-        self.device = windows.frame_table.first.device
+        self.device = windows.first.device
 
     def get(self, index: Any) -> TensorDict:
         return self.windows[index]
@@ -204,15 +275,47 @@ class WindowStorage(Storage):
         pass
 
 
-def without_observations(transitions: TensorDictBase) -> TensorDict:
+def _without_observations(transitions: TensorDictBase) -> TensorDict:
     """The other entries, not copied; on the device where they are."""
     rest = TensorDict({}, batch_size=transitions.batch_size, device=transitions.device)
-    for name in transitions.keys(include_nested=True, leaves_only=True):
-        key = (name,) if isinstance(name, str) else tuple(name)
-        if "observation" not in (key[0], key[:2][-1] if key[0] == "next" else ""):
+    for key in leaf_keys(transitions):
+        if key[0] != "observation" and key[:2] != ("next", "observation"):
             rest.set(key, transitions.get(key))
     return rest
 
 
 def _unchanged(batch: Sequence[Any]) -> Sequence[Any]:
     return batch
+
+
+def _plain(values: Tensor) -> Tensor:
+    """The same memory as an ordinary tensor, which a compiled program can read."""
+    return values.as_subclass(Tensor) if type(values) is not Tensor else values
+
+
+def _continues(frames: dict[Key, Tensor], following: dict[Key, Tensor]) -> Tensor:
+    """Bool ``(N,)``: whether a row's next observations are the following row's observations."""
+    (rows,) = {len(values) for values in frames.values()}
+    same = torch.ones(rows, dtype=torch.bool)
+    same[-1] = False
+    for key, values in frames.items():
+        size = max(1, COMPARED_BYTES // max(values[0].nbytes, 1))
+        for start in range(0, rows - 1, size):
+            stop = min(start + size, rows - 1)
+            equal = following[key][start:stop] == values[start + 1 : stop + 1]
+            same[start:stop] &= equal.reshape(stop - start, -1).all(1).cpu()
+    return same
+
+
+def _gather(frames: Tensor, own: Tensor, place: Tensor, own_place: Tensor) -> Tensor:
+    """``(B, length + 1, *shape)``: both windows of a row have all frames but one in common."""
+    shape = frames.shape[1:]
+    window = frames.index_select(0, place.reshape(-1)).view(*place.shape, *shape)
+    if torch.compiler.is_compiling() or window.device.type != "cpu":
+        last = own.index_select(0, own_place.clamp(min=0))
+        ends = (own_place >= 0).view(-1, *(1,) * len(shape))
+        window[:, -1] = torch.where(ends, last, window[:, -1])
+    else:  # few rows are ends; elsewhere finding them would wait for the device or break the graph
+        (ends,) = (own_place >= 0).nonzero(as_tuple=True)
+        window[ends, -1] = own.index_select(0, own_place[ends])
+    return window

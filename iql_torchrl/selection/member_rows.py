@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.data.episode_digests import shared_share
+from iql_torchrl.data.digests import shared_share
 from iql_torchrl.selection.bounds import mean_bounds
 from iql_torchrl.selection.candidates import Member
 from iql_torchrl.selection.coverage import clone_distance

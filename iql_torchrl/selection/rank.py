@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium import spaces
 
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.data.episode_digests import episode_digests, shared_share, sketch_of
+from iql_torchrl.data.digests import episode_digests, shared_share, sketch_of
 from iql_torchrl.evaluation.statistics import rank_correlations
 from iql_torchrl.selection.candidates import Member, has_density, resolve_members
 from iql_torchrl.selection.caveats import (

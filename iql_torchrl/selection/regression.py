@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from iql_torchrl import functional as F
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.data.encodings import is_image, usual_encoder
 from iql_torchrl.data.schema import leaf_spaces
+from iql_torchrl.data.spaces import is_image, usual_encoder
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.networks import Standardise
 from iql_torchrl.networks.evaluation import chain

@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import OfflineDataset, load_dataset
-from iql_torchrl.data.built_folder import is_built
-from iql_torchrl.data.shards.index import is_sharded
+from iql_torchrl.data.saved import is_saved, is_sharded
 from iql_torchrl.sweep.identity import check_folder, claim
 from iql_torchrl.sweep.local_processes import perform_locally
 from iql_torchrl.sweep.plan import make_plan, named
@@ -123,7 +122,7 @@ class Sweep:
                     f"source is {each}, a folder of shards, and a sweep needs all rows in one table; "
                     "give the log itself, or a part of it written with load_dataset(..., limit=)."
                 )
-        own_table = isinstance(source, str | Path) and is_built(source)
+        own_table = isinstance(source, str | Path) and is_saved(source)
         self.common = Common(
             data=Path(source).absolute() if own_table else self.folder / "data",  # type: ignore[arg-type]
             opening={k: v for k, v in self.load.items() if k in ("dtype", "reference_scores")},
@@ -279,7 +278,7 @@ class Sweep:
 
     def _log(self, source: Any) -> OfflineDataset:
         """The log of ``source``, which is built in ``common.data`` unless it is a built table."""
-        if is_built(source):
+        if is_saved(source):
             reward = self.common.reward or next(iter(self.configs.values())).reward
             options = self.load if source == self.source else self.common.opening
             return load_dataset(source, env=self.env, reward=reward, **options)

@@ -16,7 +16,7 @@ import torch
 from iql_torchrl.agent.build import Agent, make_agent
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import DatasetWarning, OfflineDataset, load_dataset
-from iql_torchrl.data.locks import folder_lock
+from iql_torchrl.data.saved import folder_lock
 from iql_torchrl.evaluation.rollout import evaluate
 from iql_torchrl.files import SUFFIX, whole_file
 from iql_torchrl.population.runs import IQLPopulation

@@ -15,9 +15,9 @@ from torchrl.data.replay_buffers.samplers import RandomSampler
 from torchrl.objectives import HardUpdate
 
 from iql_torchrl.config import Arithmetic, check_whole
-from iql_torchrl.data.categories import check_rows
 from iql_torchrl.data.replay import DeviceSampler
-from iql_torchrl.data.shards.replay import ShardedReplay
+from iql_torchrl.data.shards import ShardedReplay
+from iql_torchrl.data.spaces import check_categories
 from iql_torchrl.data.windows import WindowStorage
 from iql_torchrl.losses import LOSSES
 from iql_torchrl.private_apis import (
@@ -156,7 +156,7 @@ class CapturedStep:
         made_for = (rows, rows.batch_size, names, inputs, groups, loss.kept_networks)
         if made_for == self._made_for:
             return
-        check_rows(rows, self._update.limits)
+        check_categories(rows.column, self._update.limits)
         self._made_for, self._names = made_for, names
         runs = () if loss.members is None else (loss.members,)
         self._sums = torch.zeros((len(names), *runs), dtype=torch.float64, device=where)
@@ -357,6 +357,12 @@ def _seed_from(replay: ReplayBuffer) -> int:
 
 
 def _check_replay(replay: DeviceSampler | ReplayBuffer, device: torch.device) -> None:
+    if isinstance(replay, ShardedReplay):
+        raise TypeError(
+            "replay is a ShardedReplay, whose shards are replaced while training; captured updates "
+            "read rows that stay. Use compiled(step) or the step itself with OfflineTrainer, or a "
+            "DeviceSampler where the log fits into memory."
+        )
     if isinstance(replay, DeviceSampler):
         if replay.tables[0].device != device:
             raise ValueError(
@@ -364,12 +370,6 @@ def _check_replay(replay: DeviceSampler | ReplayBuffer, device: torch.device) ->
                 f"build the sampler with device={str(device)!r}."
             )
         return
-    if isinstance(replay, ShardedReplay):
-        raise TypeError(
-            "replay is a ShardedReplay, whose shards are replaced while training; captured updates "
-            "read rows that stay. Use compiled(step) or the step itself with OfflineTrainer, or a "
-            "DeviceSampler where the log fits into memory."
-        )
     if not isinstance(replay, ReplayBuffer):
         raise TypeError(
             f"replay is {type(replay).__name__}; expected a DeviceSampler or a TorchRL replay buffer."

@@ -14,7 +14,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from torchrl import logger as torchrl_logger
 
 from iql_torchrl.config import launches_kernels
-from iql_torchrl.data.categories import category_limits, check_categories
+from iql_torchrl.data.spaces import category_limits, check_categories
 from iql_torchrl.losses.batch import Batch
 from iql_torchrl.private_apis import (
     inductor_settings,
@@ -141,7 +141,7 @@ class CompiledStep(Step):
         with plain.setting(), tracing_gradients():
             read = plain.loss.read(batch)
             if plain.device.type == "cpu":  # elsewhere it would wait for the device
-                check_categories(read.data, self._update.limits)
+                check_categories(lambda key: read.data.get(key, None), self._update.limits)
             terms: Terms = self._program(read, moments)
             mark_stepped(plain.optimizer)
             return terms

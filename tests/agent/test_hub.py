@@ -19,7 +19,7 @@ from small_agents import config, discrete_agent, log, masks, observations, same_
 
 from iql_torchrl import Agent, load_dataset, make_agent
 from iql_torchrl.agent import HubError
-from iql_torchrl.data.episode_digests import episode_digests, sketch_of
+from iql_torchrl.data.digests import episode_digests, sketch_of
 from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.files import CheckpointError
 

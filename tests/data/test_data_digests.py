@@ -9,7 +9,7 @@ from small_agents import log as small_log
 from small_mdp import random_mdp, uniform
 
 from iql_torchrl import load_dataset
-from iql_torchrl.data.episode_digests import SKETCH, episode_digests, shared_share, sketch_of
+from iql_torchrl.data.digests import SKETCH, episode_digests, shared_share, sketch_of
 
 
 def steps(episodes, seed, length=3, **columns):

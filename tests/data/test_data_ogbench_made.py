@@ -11,7 +11,7 @@ import pytest
 from iql_torchrl import load_dataset
 from iql_torchrl.data.__main__ import main
 from iql_torchrl.data.builtin import OGBENCH_LOCAL, ensure_dataset, make_dataset, ogbench
-from iql_torchrl.data.builtin.ogbench_episodes import _cube_is_visible, _is_corridor
+from iql_torchrl.data.builtin.ogbench import _cube_is_visible, _is_corridor
 
 pytest.importorskip("ogbench")
 CUBE = "ogbench/cube-single-play-local"
@@ -56,86 +56,73 @@ def test_two_episodes_have_ogbenchs_columns_and_load(folder, name):
         make_dataset(name, progress=False)
 
 
+def fresh():
+    recipe = OGBENCH_LOCAL[CUBE]
+    return gymnasium.make(
+        recipe.environment, max_episode_steps=20, disable_env_checker=True, **recipe.options
+    )
+
+
 def test_recorded_states_and_actions_replay_the_log(folder):
     make_dataset(CUBE, episodes=1, progress=False)
     rows = columns(folder, CUBE)
-    recipe = OGBENCH_LOCAL[CUBE]
-    env = gymnasium.make(recipe.environment, disable_env_checker=True, **recipe.options)
-    env.reset(seed=0)
     # from each recorded state the recorded action leads near the next one (rows are float32, and
     # the solver's warm start is not recorded)
-    for row in range(0, ROWS - 1, 8):
-        env.unwrapped.set_state(rows["qpos"][row].astype(float), rows["qvel"][row].astype(float))
-        observation, *_ = env.step(rows["actions"][row])
-        np.testing.assert_allclose(observation[:6], rows["observations"][row + 1, :6], atol=0.02)
-    env.close()
+    with fresh() as env:
+        env.reset(seed=0)
+        for row in range(0, ROWS - 1, 8):
+            env.unwrapped.set_state(*(rows[key][row].astype(float) for key in ("qpos", "qvel")))
+            observation, *_ = env.step(rows["actions"][row])
+            following = rows["observations"][row + 1, :6]
+            np.testing.assert_allclose(observation[:6], following, atol=0.02)
 
 
 def test_an_episode_depends_on_seed_and_number_only(folder):
-    recipe = OGBENCH_LOCAL[CUBE]
-
-    def fresh():
-        return gymnasium.make(
-            recipe.environment, max_episode_steps=20, disable_env_checker=True, **recipe.options
-        )
-
-    before = np.random.get_state()[1].copy()
-    first, second = fresh(), fresh()
-    recipe.episode(first, 0, 0)
-    after_another, alone = recipe.episode(first, 0, 1), recipe.episode(second, 0, 1)
-    other = recipe.episode(second, 1, 1)
+    episode, before = OGBENCH_LOCAL[CUBE].episode, np.random.get_state()[1].copy()
+    with fresh() as first, fresh() as second:
+        episode(first, 0, 0)
+        after_another, alone = episode(first, 0, 1), episode(second, 0, 1)
+        other = episode(second, 1, 1)
     np.testing.assert_array_equal(np.random.get_state()[1], before)
     for key in alone:
         np.testing.assert_array_equal(after_another[key], alone[key])
     assert not np.array_equal(alone["qpos"], other["qpos"])
-    first.close()
-    second.close()
 
 
-def test_an_interrupted_call_continues_with_the_next_episode(folder, monkeypatch, tmp_path_factory):
-    make_dataset(MAZE, episodes=3, progress=False)
-    whole = columns(folder, MAZE)
-    monkeypatch.setenv("OGBENCH_DATASETS_PATH", str(other := tmp_path_factory.mktemp("other")))
-    made, record = [], OGBENCH_LOCAL[MAZE].episode
+def test_an_interrupted_call_continues_with_the_same_versions_only(folder, monkeypatch, capsys):
+    made, recipe = [], OGBENCH_LOCAL[MAZE]
 
     def interrupted(env, seed, number):
         if number == 2 and 2 not in made:
             made.append(number)
             raise KeyboardInterrupt
         made.append(number)
-        return record(env, seed, number)
+        return recipe.episode(env, seed, number)
 
-    recipes = {MAZE: ogbench.OGBenchRecipe(
-        environment="pointmaze-medium-v0", description="", episode=interrupted
-    )}  # fmt: skip
-    monkeypatch.setattr(ogbench, "OGBENCH_LOCAL", recipes)
+    assert main(["make", MAZE, "--episodes", "3", "--seed", "3", "--quiet"]) == 0
+    assert capsys.readouterr().out == "ogbench/pointmaze-medium-navigate-singletask-local\n"
+    assert main(["list"]) == 0
+    assert MAZE in capsys.readouterr().out
+    whole = columns(folder, MAZE)
+    assert json.loads(str(whole["made_with"]))["seed"] == 3
+    (folder / "pointmaze-medium-navigate-local.npz").unlink()
+    monkeypatch.setattr(ogbench, "OGBENCH_LOCAL", {MAZE: recipe._replace(episode=interrupted)})
     with pytest.raises(KeyboardInterrupt):
-        make_dataset(MAZE, episodes=3, progress=False)
-    (parts,) = (path for path in other.iterdir() if path.is_dir())
-    names = sorted(path.name for path in parts.iterdir())
-    assert names == ["episode-00000.npz", "episode-00001.npz", "made_with.json"]
-    make_dataset(MAZE, episodes=3, progress=False)
-    assert made == [0, 1, 2, 2]
-    again = columns(other, MAZE)
+        make_dataset(MAZE, episodes=3, seed=3, progress=False)
+    (parts,) = (path for path in folder.iterdir() if path.is_dir())
+    assert sorted(path.name for path in parts.iterdir()) == [
+        "episode-00000.npz", "episode-00001.npz",
+    ]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(ogbench, "version", lambda package: "1.0")
+        make_dataset(MAZE, episodes=1, seed=3, progress=False)
+    (folder / "pointmaze-medium-navigate-local.npz").unlink()
+    make_dataset(MAZE, episodes=3, seed=3, progress=False)
+    assert made == [0, 1, 2, 0, 2], "another version begins again"
+    again = columns(folder, MAZE)
     assert again.keys() == whole.keys()
     for key in whole:
         np.testing.assert_array_equal(again[key], whole[key])
-
-
-def test_episodes_of_other_versions_are_not_continued(folder):
-    parts = folder / ".making-pointmaze-medium-navigate-local-seed0"
-    parts.mkdir()
-    (parts / "made_with.json").write_text('{"mujoco": "1.0"}')
-    with pytest.raises(ValueError, match=r"made with .*'1\.0'.* or remove the folder"):
-        make_dataset(MAZE, episodes=1, progress=False)
-
-
-def test_the_command(folder, capsys):
-    assert main(["make", MAZE, "--episodes", "2", "--seed", "3", "--quiet"]) == 0
-    assert capsys.readouterr().out == "ogbench/pointmaze-medium-navigate-singletask-local\n"
-    assert json.loads(str(columns(folder, MAZE)["made_with"]))["seed"] == 3
-    assert main(["list"]) == 0
-    assert all(name in capsys.readouterr().out for name in [MAZE])
 
 
 def test_what_is_no_corridor():

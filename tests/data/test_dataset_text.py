@@ -10,23 +10,16 @@ from small_agents import log
 from iql_torchrl import load_dataset
 
 
-def four_rows(**options):
+def test_a_dataset_is_four_lines_and_mapped_rewards_and_notes_are_named():
     rows = {name: values[:4] for name, values in log(action=np.arange(40) % 4).items()}
     rows["reward"] = np.array([1.0, 2.0, 3.0, 4.5])
     rows["truncated"] = np.array([False, True, False, True])
-    return replace(load_dataset(rows, **options), name="four", notes=())
-
-
-def test_a_dataset_is_four_lines():
-    assert repr(four_rows()).splitlines() == [
+    assert repr(replace(load_dataset(rows), name="four", notes=())).splitlines() == [
         "OfflineDataset 'four': 4 transitions in 2 episodes",
         "  observation: Box of shape (3,), float32, [-inf, inf]",
         "  action: Discrete(4)",
         "  raw return: mean 5.25, 3 to 7.5",
     ]
-
-
-def test_mapped_rewards_and_notes_are_named():
-    text = repr(replace(four_rows(reward=(2.0, -1.0)), notes=("a", "b")))
+    text = repr(replace(load_dataset(rows, reward=(2.0, -1.0)), notes=("a", "b")))
     assert "mean 5.25, 3 to 7.5, rewards mapped by RewardMap(scale=2.0, shift=-1.0)" in text
     assert text.endswith("  notes: 2, see print_notes()")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from minari.serialization import serialize_space
+from shard_logs import written
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 
 from iql_torchrl import evaluate, load_dataset
-from iql_torchrl.data.load_options import known_scores
+from iql_torchrl.data import load_shards
 from iql_torchrl.data.readers.source import ReadOptions
-from iql_torchrl.data.scaling import StatisticsAccumulator
+from iql_torchrl.data.reuse import identity
+from iql_torchrl.data.scaling import StatisticsAccumulator, known_scores
 from iql_torchrl.data.schema import DatasetError
-from iql_torchrl.data.source_identity import read_settings
 from iql_torchrl.data.windows import Windows
 
 
@@ -71,25 +73,21 @@ def test_a_selection_of_episodes_is_part_of_the_identity(tmp_path, monkeypatch):
         requirements=[],
     )
     first, second = (dataset.filter_episodes(lambda e, a=a: e.id != a) for a in (2, 0))
-    identities = [read_settings(d, ReadOptions()) for d in (dataset, first, second, [first])]
-    assert "episodes" not in identities[0]
-    assert identities[1]["episodes"] != identities[2]["episodes"]
-    assert identities[1]["episodes"] == identities[3]["episodes"]
+    identities = [
+        identity(d, ReadOptions(), None, {})["options"]["episodes"]
+        for d in (dataset, first, second, [first])
+    ]
+    assert identities[0] == "[]"
+    assert identities[1] != identities[2]
+    assert identities[1] == identities[3]
 
 
-def test_equal_scores_of_a_record_are_refused():
-    from iql_torchrl.data.table_record import described
-
-    space = serialize_space(gym.spaces.Discrete(2))
-    saved = {
-        "name": "x",
-        "observation_space": space,
-        "action_space": space,
-        "env_spec": None,
-        "reference_scores": [1.0, 1.0],
-    }
+def test_equal_scores_of_a_record_are_refused(tmp_path):
+    written(tmp_path, [3, 3], 1)
+    record = tmp_path / "shards" / "built.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"reference_scores": [1.0, 1.0]}))
     with pytest.raises(DatasetError, match="the second greater"):
-        described({"description": saved})
+        load_shards(tmp_path / "shards")
 
 
 CHOICES = gym.spaces.MultiDiscrete([3, 2], start=[1, -1])

@@ -2,67 +2,48 @@
 
 from __future__ import annotations
 
-import pickle
+import json
 
 import gymnasium as gym
 import pytest
-import torch
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
-from tensordict import TensorDict
+from shard_logs import written
 
-from iql_torchrl.data.built_folder import load_rows
+from iql_torchrl.data import load_dataset, load_shards
 from iql_torchrl.data.readers.environments import recorded_env_maker
 from iql_torchrl.data.readers.parquet import parquet_files
+from iql_torchrl.data.saved import verify
 from iql_torchrl.data.schema import DatasetError
-from iql_torchrl.data.shards.files import ShardFiles
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "C:\\x", "a\\b", ""])
-def test_names_lead_below_the_folder(tmp_path, name):
-    files = ShardFiles(str(tmp_path))
-    with pytest.raises(DatasetError, match="expected a path below its own folder"):
-        files.read(name)
-    with (
-        pytest.raises(DatasetError, match="expected a path below its own folder"),
-        files.folder(name, list, "abc", lambda folder: None),
-    ):
-        pass
+def test_names_in_a_record_lead_below_the_folder(tmp_path, name):
+    written(tmp_path, [3, 3], 2)
+    record = tmp_path / "shards" / "built.json"
+    saved = json.loads(record.read_text())
+    for files in ({**saved["files"], name: [1, "0"]}, {**saved["files"], "x": [1, name]}):
+        record.write_text(json.dumps(saved | {"files": files}))
+        for opened in (load_shards, verify, load_dataset):
+            with pytest.raises(DatasetError, match="expected a path below its own folder"):
+                opened(tmp_path / "shards")
 
 
-def test_files_of_a_remote_record_stay_below_the_copy(tmp_path):
-    fsspec = pytest.importorskip("fsspec")
-    fsspec.filesystem("memory").pipe("/log/a/outside", b"x")
-    files = ShardFiles("memory://log", tmp_path / "cache")
-    with (
-        pytest.raises(DatasetError, match=r"'\.\./\.\./outside'"),
-        files.folder("a", lambda: ["../../outside"], "abc", lambda folder: None),
-    ):
-        pass
-    assert not (tmp_path / "outside").exists()
-    with (
-        pytest.raises(DatasetError, match=r"has the digest '\.\./x'"),
-        files.folder("a", list, "../x", lambda folder: None),
-    ):
-        pass
+def test_no_file_but_those_of_the_record_is_read(tmp_path):
+    written(tmp_path, [3, 3], 1)
+    (tmp_path / "shards" / "shard-00000" / "other.pickle").write_bytes(b"\x80 not a pickle")
+    (tmp_path / "shards" / "shard-00000" / "meta.json").write_text("{")
+    assert len(load_dataset(tmp_path / "shards")) == 6
 
 
-def test_a_pickle_in_a_table_is_not_loaded(tmp_path):
-    table = tmp_path / "table"
-    TensorDict({"a": torch.arange(3)}, [3]).memmap_(table)
-    assert load_rows(table)["a"].tolist() == [0, 1, 2]
-    (table / "other.pickle").write_bytes(pickle.dumps({"b": 1}))
-    with pytest.raises(DatasetError, match=r"other\.pickle.*would run code"):
-        load_rows(table)
-
-
-def test_a_table_reads_no_file_outside_of_its_folder(tmp_path):
-    table = tmp_path / "table"
-    TensorDict({"a": torch.arange(3)}, [3]).memmap_(table)
-    (table / "a.memmap").rename(tmp_path / "a.memmap")
-    description = table / "meta.json"
-    description.write_text(description.read_text().replace('"a"', '"../a"'))
-    with pytest.raises(DatasetError, match=r"meta\.json: names a file outside of its folder"):
-        load_rows(table)
+def test_an_entry_of_a_record_is_a_file_of_the_record(tmp_path):
+    written(tmp_path, [3, 3], 1)
+    record = tmp_path / "shards" / "built.json"
+    saved = json.loads(record.read_text())
+    saved["entries"][0][0] = ["..", "..", "outside"]
+    record.write_text(json.dumps(saved))
+    (tmp_path / "outside.memmap").write_bytes(bytes(6 * 3 * 4))
+    with pytest.raises(DatasetError, match=r"outside\.memmap is missing"):
+        load_dataset(tmp_path / "shards")
 
 
 @pytest.mark.parametrize(

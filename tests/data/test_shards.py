@@ -14,13 +14,13 @@ import torch
 from shard_logs import SPACES, arrays, written
 from small_agents import config
 
-from iql_torchrl import IQLPopulation, OfflineDataset, load_dataset, make_agent
+from iql_torchrl import IQLPopulation, load_dataset, make_agent
 from iql_torchrl.agent.hub import data_of
 from iql_torchrl.data import DatasetError, ShardedDataset, build_shards, load_shards
 from iql_torchrl.data.__main__ import main
 from iql_torchrl.data.digests import fingerprint
-from iql_torchrl.data.shards.index import verify_shards
-from iql_torchrl.data.shards.write import episodes_of_shards
+from iql_torchrl.data.saved import verify
+from iql_torchrl.data.shards import episodes_of_shards
 from iql_torchrl.sweep import Sweep
 
 LENGTHS = [7, 3, 12, 5, 5, 9, 2, 8, 6, 11]
@@ -35,13 +35,13 @@ def three(tmp_path_factory) -> ShardedDataset:
 @pytest.fixture
 def copied(three, tmp_path) -> Path:
     """A copy of its folder, to be damaged."""
-    return Path(shutil.copytree(three.files.location, tmp_path / "shards"))
+    return Path(shutil.copytree(three.log.location.name, tmp_path / "shards"))
 
 
 @pytest.fixture
 def small_blocks(monkeypatch) -> None:
     """Blocks of 10 rows of 47 bytes, so that blocks cross the borders of shards."""
-    monkeypatch.setattr("iql_torchrl.data.table_storage.BLOCK_BYTES", 470)
+    monkeypatch.setattr("iql_torchrl.data.build.BLOCK_BYTES", 470)
 
 
 @pytest.mark.parametrize("shards", [1, 3, 10])
@@ -150,14 +150,6 @@ def test_episodes_are_whole_and_keep_their_numbers(three):
     assert seen == list(range(10))
 
 
-def test_a_shard_alone_is_a_built_table_with_the_statistics_of_the_whole_log(three):
-    alone = load_dataset(Path(three.files.location) / "shard-00001")
-    assert isinstance(alone, OfflineDataset)
-    assert len(alone) == three.shards[1].rows
-    assert alone.statistics["observation"].count == sum(LENGTHS)
-    assert len(alone.episode_returns) == len(alone.episode_lengths) < 10
-
-
 def test_an_agent_is_made_from_the_index_alone(copied):
     for shard in copied.glob("shard-*"):
         shutil.rmtree(shard)
@@ -182,7 +174,7 @@ def test_the_command_builds_and_verifies(tmp_path, capsys):
     assert main(["verify", str(tmp_path / "shards")]) == 0
     total = sum(
         p.stat().st_size for p in (tmp_path / "shards").rglob("*")
-        if p.is_file() and p.name not in ("shards.json", "built.json")
+        if p.is_file() and p.name != "built.json"
     )  # fmt: skip
     assert f"{total:,} bytes have the content that was built" in capsys.readouterr().out
     assert main(command) == 1
@@ -190,9 +182,9 @@ def test_the_command_builds_and_verifies(tmp_path, capsys):
 
 
 def test_verify_reads_every_shard(copied, capsys):
-    flip(copied / "shard-00002" / "transitions" / "action.memmap")
-    with pytest.raises(DatasetError, match=r"shard-00002: .*action.memmap has another content"):
-        verify_shards(copied)
+    flip(copied / "shard-00002" / "action.memmap")
+    with pytest.raises(DatasetError, match=r"shard-00002/action.memmap has another content"):
+        verify(copied)
     assert main(["verify", str(copied)]) == 1
     assert "another content" in capsys.readouterr().err
 
@@ -208,12 +200,12 @@ def missing(folder: Path) -> None:
 
 
 def truncated(folder: Path) -> None:
-    path = folder / "shard-00001" / "transitions" / "action.memmap"
+    path = folder / "shard-00001" / "action.memmap"
     path.write_bytes(path.read_bytes()[:-8])
 
 
 def flipped(folder: Path) -> None:
-    flip(folder / "shard-00001" / "transitions" / "action.memmap")
+    flip(folder / "shard-00001" / "action.memmap")
 
 
 def exchanged(folder: Path) -> None:
@@ -224,16 +216,11 @@ def exchanged(folder: Path) -> None:
     shutil.move(folder.parent / "other" / "shards" / "shard-00001", folder)
 
 
-def without_record(folder: Path) -> None:
-    (folder / "shard-00001" / "built.json").unlink()
-
-
 FAULTS = {
-    missing: "shard-00001: incomplete or damaged (this shard is missing); copy the folder again",
+    missing: "(shard-00001/observation.memmap is missing); copy the folder again",
     truncated: "action.memmap has 160 bytes, built with 168",
     flipped: "action.memmap has another content than when it was built",
-    exchanged: "its digest in built.json is another one than in shards.json: a shard of other data",
-    without_record: "built.json is missing",
+    exchanged: "shard-00001/observation.memmap has another content than when it was built",
 }
 
 
@@ -251,18 +238,20 @@ def test_a_damaged_shard_is_refused_with_one_sentence(copied, fault):
 
 def test_a_damaged_index_is_refused(copied):
     folder = copied
-    text = (folder / "shards.json").read_text()
-    (folder / "shards.json").write_text(text[:-100])
-    with pytest.raises(DatasetError, match=r"incomplete or damaged \(shards.json cannot be read"):
+    text = (folder / "built.json").read_text()
+    (folder / "built.json").write_text(text[:-100])
+    with pytest.raises(DatasetError, match=r"incomplete or damaged \(built.json .* cannot be read"):
         load_shards(folder)
     index = json.loads(text)
-    (folder / "shards.json").write_text(json.dumps(index | {"format": 9}))
-    with pytest.raises(DatasetError, match="has format 9, and this version reads 1"):
+    (folder / "built.json").write_text(json.dumps(index | {"format": 9}))
+    with pytest.raises(
+        DatasetError, match="was built by another version of this package; build it again"
+    ):
         load_shards(folder)
-    (folder / "shards.json").write_text(json.dumps(index | {"rows": 9}))
-    with pytest.raises(DatasetError, match="its shards have 68 rows in place of 9"):
+    (folder / "built.json").write_text(json.dumps(index | {"shards": index["shards"][:2]}))
+    with pytest.raises(DatasetError, match="its shards have 43 rows in place of 68"):
         load_shards(folder)
-    (folder / "shards.json").write_text(text)
+    (folder / "built.json").write_text(text)
     (folder / "episodes.npz").unlink()
     with pytest.raises(DatasetError, match=r"episodes.npz is missing"):
         load_shards(folder)
@@ -288,7 +277,7 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
 
 
 def test_what_needs_all_rows_refuses_shards(three, tmp_path):
-    log, folder = three, Path(three.files.location)
+    log, folder = three, Path(three.log.location.name)
     with pytest.raises(DatasetError, match=r"a folder of shards, .*data.load_shards\("):
         load_dataset(folder)
     with pytest.raises(
@@ -304,9 +293,9 @@ def test_what_needs_all_rows_refuses_shards(three, tmp_path):
         IQLPopulation([config()], log)
     with pytest.raises(ValueError, match=r"a folder of shards, and a sweep needs all rows"):
         Sweep([config()], folder, tmp_path / "sweep")
+    with pytest.raises(DatasetError, match="is a built table already; build shards from the"):
+        build_shards(folder, tmp_path / "again", 2)
     with pytest.raises(
-        DatasetError, match="is a built table already; build shards from the source"
+        DatasetError, match=r"built.json is missing: no folder of a built table or of shards"
     ):
-        build_shards(folder / "shard-00000", tmp_path / "again", 2)
-    with pytest.raises(DatasetError, match=r"has no shards.json, so it is no folder of shards"):
         load_shards(tmp_path)

@@ -15,7 +15,7 @@ from shard_logs import written
 from test_shards import FAULTS, flip, missing, truncated
 
 from iql_torchrl.data import DatasetError, ShardedDataset, ShardedReplay, load_shards
-from iql_torchrl.data.shards.rotation import Rotation
+from iql_torchrl.data.shards import Rotation
 
 EQUAL = [5] * 12  # six shards of two episodes of five rows
 
@@ -155,7 +155,7 @@ def test_all_shards_loaded_is_the_whole_log_and_nothing_is_replaced(equal):
 
 def test_rewards_are_mapped_in_batches(equal):
     raw = equal.replay_buffer(32, seed=0, loaded=2).sample()
-    mapped = load_shards(equal.files.location, reward=(2.0, -1.0))
+    mapped = load_shards(equal.log.location.name, reward=(2.0, -1.0))
     batch = mapped.replay_buffer(32, seed=0, loaded=2).sample()
     assert torch.equal(batch["next", "reward"], raw["next", "reward"] * 2 - 1)
 
@@ -191,7 +191,7 @@ def test_a_loaded_state_continues_with_the_same_bits(unequal, batches):
     sequence(replay, batches)
     state = replay.state_dict()
     expected = sequence(replay, 60)
-    other = load_shards(unequal.files.location).replay_buffer(16, seed=9, **settings)
+    other = load_shards(unequal.log.location.name).replay_buffer(16, seed=9, **settings)
     sequence(other, 8)
     other.load_state_dict(state)
     assert same(sequence(other, 60), expected)
@@ -241,7 +241,7 @@ def test_a_shard_that_is_lost_while_training_is_named_at_its_batch(tmp_path):
     place = tmp_path / "shards" / f"shard-{last:05d}"
     shutil.move(place, tmp_path / "away")
     assert same(sequence(replay, 4), expected[:4])  # of the first two shards
-    said = rf"shard {last} could not be read, nor a second time .*shard-{last:05d}: .*is missing"
+    said = rf"shard {last} could not be read, nor a second time .*shard-{last:05d}/.*is missing"
     for _ in range(2):  # tried again at every batch
         with pytest.raises(DatasetError, match=said):
             replay.sample()
@@ -257,7 +257,7 @@ def memory(tmp_path, equal):
     """A log in shards on fsspec's file system in memory; the folder, the file system, the address."""
     fsspec = pytest.importorskip("fsspec")
     system = fsspec.filesystem("memory")
-    system.put(equal.files.location, "/logs/shards", recursive=True)
+    system.put(equal.log.location.name, "/logs/shards", recursive=True)
     yield tmp_path, system, "memory://logs/shards"
     system.rm("/logs", recursive=True)
 
@@ -267,8 +267,8 @@ def test_an_address_gives_the_batches_of_the_folder(memory, equal):
     settings = {"seed": 0, "loaded": 2, "replace_every": 3}
     expected = sequence(equal.replay_buffer(8, **settings), 30)
     assert same(sequence(load_shards(address).replay_buffer(8, **settings), 30), expected)
-    on_disk = load_shards(Path(equal.files.location).as_uri())  # file:///...
-    assert not on_disk.files.is_local
+    on_disk = load_shards(Path(equal.log.location.name).as_uri())  # file:///...
+    assert not on_disk.log.location.is_local
     assert same(sequence(on_disk.replay_buffer(8, **settings), 30), expected)
 
 
@@ -283,13 +283,14 @@ def test_copies_stay_in_the_cache_and_nowhere_else(memory, monkeypatch):
     assert same(sequence(replay, 12), expected)
     replay._coming.result()
     assert list((folder / "temporary").iterdir()) == []
-    copies = sorted((folder / "cache").iterdir())
-    assert [c.name for c in copies] == [f"{s.folder}-{s.digest}" for s in log.shards]
+    copies = {path.name: path for path in (folder / "cache").iterdir()}
+    digests = {digest for name, (_, digest) in log.log.files.items() if "/" in name}
+    assert copies.keys() == digests
     for number in range(6):
         system.rm(f"/logs/shards/shard-{number:05d}", recursive=True)
     again = load_shards(address, cache=folder / "cache").replay_buffer(8, **settings)
     assert same(sequence(again, 12), expected)
-    flip(copies[0] / "transitions" / "action.memmap")
+    flip(copies[log.log.files["shard-00000/action.memmap"][1]])
     with pytest.raises(DatasetError, match="another content"):
         sequence(load_shards(address, cache=folder / "cache").replay_buffer(8, loaded=6), 1)
 
@@ -299,26 +300,20 @@ def absent(path: str, system) -> None:
 
 
 def shortened(path: str, system) -> None:
-    file = f"{path}/transitions/action.memmap"
+    file = f"{path}/action.memmap"
     system.pipe(file, system.cat(file)[:-8])
 
 
 def without_a_file(path: str, system) -> None:
-    system.rm(f"{path}/transitions/action.memmap")
+    system.rm(f"{path}/action.memmap")
 
 
 @pytest.mark.parametrize(
     ("fault", "text"),
     [
-        (
-            absent,
-            "memory://logs/shards/shard-00001: this shard is missing; upload the folder again",
-        ),
-        (
-            shortened,
-            "shard-00001: its copy on this machine is damaged: .*action.memmap has 72 bytes",
-        ),
-        (without_a_file, r"shard-00001: incomplete \(transitions/action.memmap is missing\)"),
+        (absent, r"logs/shards: incomplete or damaged \(shard-00001/observation.memmap is missing"),
+        (shortened, "shard-00001/action.memmap has 72 bytes in its copy .*, built with 80"),
+        (without_a_file, r"shard-00001/action.memmap is missing\); copy the folder again"),
     ],
 )
 @pytest.mark.parametrize("cached", [False, True])
@@ -326,14 +321,16 @@ def test_a_damaged_shard_at_an_address_is_named(memory, fault, text, cached):
     folder, system, address = memory
     fault("/logs/shards/shard-00001", system)
     log = load_shards(address, cache=folder / "cache" if cached else None)
+    wrong = log.log.files["shard-00001/action.memmap"][1]  # no copy of it stays
     with pytest.raises(DatasetError, match=text), log.shard(1):
         pass
-    assert list(folder.glob("cache/*")) == []
+    whole = {digest for _, digest in log.log.files.values()}
+    assert {path.name for path in folder.glob("cache/*")} < whole - {wrong}
 
 
 def test_an_address_that_cannot_be_reached_is_named(monkeypatch, memory):
     *_, address = memory
-    with pytest.raises(DatasetError, match=r"memory://logs: has no shards.json"):
+    with pytest.raises(DatasetError, match=r"memory://logs: built.json is missing"):
         load_shards("memory://logs")
     with pytest.raises(DatasetError, match=r"nosuch://log: cannot be read .*Protocol not known"):
         load_shards("nosuch://log")
@@ -343,7 +340,8 @@ def test_an_address_that_cannot_be_reached_is_named(monkeypatch, memory):
         raise ConnectionError("no route to host")
 
     system = pytest.importorskip("fsspec").filesystem("memory")
-    monkeypatch.setattr(type(system), "cat_file", refused)
+    for name in ("cat_file", "get_file"):
+        monkeypatch.setattr(type(system), name, refused)
     sentence = r"memory://logs/shards: cannot be read \(ConnectionError: no route to host\); check"
     with pytest.raises(DatasetError, match=sentence):
         load_shards(address)

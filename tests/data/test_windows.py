@@ -16,7 +16,7 @@ from torchrl.data import SamplerWithoutReplacement
 
 from iql_torchrl import load_dataset
 from iql_torchrl.data import DatasetError, DatasetWarning, OfflineDataset, Windows, WindowSampler
-from iql_torchrl.data.stacked import stacked_space, stacked_statistics
+from iql_torchrl.data.spaces import stacked_space, stacked_statistics
 from iql_torchrl.networks import stack_frames
 
 

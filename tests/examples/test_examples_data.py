@@ -35,7 +35,6 @@ def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("minari")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(folder))
-        patch.setattr("iql_torchrl.data.builtin.recipe.REFERENCE_EPISODES", 5)
         yield folder
 
 

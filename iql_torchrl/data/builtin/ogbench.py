@@ -1,95 +1,63 @@
 """OGBench's data made on this machine with the package's own scripted controllers.
 
-The rows follow the protocol of the published data but are another random draw, from other versions
-of the simulator, so that their names end in ``-local``. The files have OGBench's columns and are in
-its folder: see ``readers.ogbench``.
+The protocol is that of OGBench's data (Park, Frans, Eysenbach, Levine 2025, appendix on datasets;
+``data_gen_scripts`` of github.com/seohongpark/ogbench, commit 1d41409): manipulation of kind "play"
+follows plans of the package's own oracles with smooth noise, and takes a new random task whenever
+one is done; mazes of kind "navigate" follow the shortest path to random goals with Gaussian noise
+of deviation 0.5. No trained weights are needed.
+
+The rows are another random draw than the published ones, from other versions of the simulator, so
+that their names end in ``-local``. The files have OGBench's columns and are in its folder: see
+``readers.ogbench``.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import gymnasium
 import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
 
-from iql_torchrl.data.builtin.ogbench_episodes import Arrays, maze_episode, plan_episode
-from iql_torchrl.data.builtin.recipe import import_for_recipe, progress_bar
-from iql_torchrl.data.locks import folder_lock
-from iql_torchrl.data.readers.arrays import open_npz
+from iql_torchrl.data.builtin.recipes import Act, import_for_recipe, play
 from iql_torchrl.data.readers.ogbench_names import PREFIX, ogbench_folder
+from iql_torchrl.data.saved import folder_lock
 from iql_torchrl.files import whole_file
 
-__all__ = ["OGBENCH_LOCAL", "OGBenchRecipe", "make_ogbench", "ogbench_id", "ogbench_path"]
+Arrays: TypeAlias = dict[str, NDArray[Any]]
+Cell: TypeAlias = tuple[int, int]
 
 ROWS = 1001  # of an episode; the last one only has the observation after 1,000 steps
-PACKAGES = ("ogbench", "mujoco", "numpy")
+#: A plan's noise: its scale, and the deviation of the Gaussian that smooths it, in steps.
+PLAN_NOISE, PLAN_SMOOTHING = 0.1, 0.5
+MAZE_NOISE = 0.5
+STACKING = 0.5  # probability that a scene's cube is to be stacked, where there are several
+CUBE = slice(14, 17)  # position of a scene's cube in qpos, in metres
+#: The states that an ``info`` has, and their dtypes in a file.
+STATES = {"qpos": np.float32, "qvel": np.float32, "button_states": np.int64}
 
 
-@dataclass(frozen=True, kw_only=True)
-class OGBenchRecipe:
-    """How one dataset of OGBench is made again.
+class OGBenchRecipe(NamedTuple):
+    """How one dataset of OGBench is made again, in ``environment`` with further ``options``.
 
-    Attributes:
-        environment: the id of the environment in which the controllers act.
-        description: what the rows contain.
-        episode: ``episode(env, seed, number)`` gives the columns of one episode.
-        options: further arguments of the environment.
-        episodes: how many the published data for training has.
+    ``episode(env, seed, number)`` gives the columns of one episode.
     """
 
     environment: str
     description: str
     episode: Callable[[Any, int, int], Arrays]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    episodes: int = 1000
-
-
-def _arm(environment: str, objects: str) -> OGBenchRecipe:
-    return OGBenchRecipe(
-        environment=environment,
-        description=(
-            f"{environment}: a robot arm moves {objects} to random targets, one after the other, by "
-            "OGBench's plan-following controllers with smooth noise (kind 'play'); 1,000 steps an "
-            "episode. A new draw by the published protocol, not the published rows. Rewards belong "
-            "to a task: load it with -singletask-taskN-local in place of -local."
-        ),
-        episode=plan_episode,
-        options=MappingProxyType({"mode": "data_collection"}),
-    )
-
-
-def _maze(size: str) -> OGBenchRecipe:
-    environment = f"pointmaze-{size}-v0"
-    return OGBenchRecipe(
-        environment=environment,
-        description=(
-            f"{environment}: a point follows shortest paths to random goals, one after the other, "
-            "with Gaussian noise of deviation 0.5 (kind 'navigate'); 1,000 steps an episode. A new "
-            "draw by the published protocol, not the published rows. Rewards belong to a task: load "
-            "it with -singletask-taskN-local in place of -local."
-        ),
-        episode=maze_episode,
-    )
-
-
-OGBENCH_LOCAL: Mapping[str, OGBenchRecipe] = MappingProxyType(
-    {
-        f"{PREFIX}cube-single-play-local": _arm("cube-single-v0", "a cube"),
-        f"{PREFIX}scene-play-local": _arm("scene-v0", "a cube, two buttons, a drawer and a window"),
-        f"{PREFIX}puzzle-3x3-play-local": _arm("puzzle-3x3-v0", "the 9 buttons of a puzzle"),
-        f"{PREFIX}puzzle-4x4-play-local": _arm("puzzle-4x4-v0", "the 16 buttons of a puzzle"),
-        f"{PREFIX}pointmaze-medium-navigate-local": _maze("medium"),
-        f"{PREFIX}pointmaze-large-navigate-local": _maze("large"),
-    }
-)
-"""Name to recipe; the name with ``-singletask-taskN`` before ``-local`` is what is loaded."""
+    options: Mapping[str, Any]
+    episodes: int = 1000  # of the published data for training
 
 
 def ogbench_path(name: str) -> Path:
@@ -97,78 +65,200 @@ def ogbench_path(name: str) -> Path:
     return ogbench_folder() / f"{name.removeprefix(PREFIX)}.npz"
 
 
-def ogbench_id(name: str) -> str:
-    """The id with OGBench's default task, for ``load_dataset``."""
-    return f"{name.removesuffix('-local')}-singletask-local"
-
-
 def make_ogbench(name: str, *, episodes: int, seed: int, progress: bool) -> None:
     """Make the rows ``name`` (a key of ``OGBENCH_LOCAL``) and write their file.
 
     Each episode is written to a folder next to the file, completely or not at all. An interrupted
-    call that is repeated continues there; the result is the same. The folder is removed at the end.
+    call that is repeated with the same versions of the packages and of the simulator continues there;
+    the result is the same. The folder is removed at the end.
 
-    Raises ``ValueError`` where the file exists, or where the folder is of other versions of the
-    packages or of the simulator; ``ImportError`` without the package ``ogbench``.
+    Raises ``ValueError`` where the file exists, ``ImportError`` without the package ``ogbench``.
     """
     recipe, path = OGBENCH_LOCAL[name], ogbench_path(name)
     import_for_recipe("ogbench", name, extra="ogbench")
-    parts = path.with_name(f".making-{path.stem}-seed{seed}")
+    versions = {package: version(package) for package in ("ogbench", "mujoco", "numpy")}
+    made_with = "-".join(f"{package}{number}" for package, number in versions.items())
+    parts = path.with_name(f".making-{path.stem}-seed{seed}-{made_with}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with folder_lock(parts):
         if path.exists():
             raise ValueError(f"{path} was made by another process meanwhile")
         parts.mkdir(exist_ok=True)
-        _check_versions(parts)
         files = [parts / f"episode-{number:05d}.npz" for number in range(episodes)]
-        _make_missing(recipe, name, files, seed, progress)
-        made = {"name": name, "seed": seed, "episodes": episodes, **_versions()}
-        _write(path, {**_joined(files), "made_with": np.array(json.dumps(made))})
+        with gymnasium.make(
+            recipe.environment, terminate_at_goal=False, max_episode_steps=ROWS,
+            disable_env_checker=True, **recipe.options,
+        ) as env:  # fmt: skip
+            for number in tqdm(range(episodes), desc=name, unit="episode", disable=not progress):
+                if not files[number].exists():
+                    _write(files[number], recipe.episode(env, seed, number))
+        columns = {
+            key: np.concatenate([np.load(file)[key] for file in files]) for key in np.load(files[0])
+        }
+        made = {"name": name, "seed": seed, "episodes": episodes, **versions}
+        _write(path, {**columns, "made_with": np.array(json.dumps(made))})
         shutil.rmtree(parts)
-
-
-def _make_missing(
-    recipe: OGBenchRecipe, name: str, files: list[Path], seed: int, progress: bool
-) -> None:
-    env: Any = None
-    try:
-        for number in progress_bar(len(files), name, progress):
-            if files[number].exists():
-                continue
-            if env is None:
-                env = gymnasium.make(
-                    recipe.environment, terminate_at_goal=False, max_episode_steps=ROWS,
-                    disable_env_checker=True, **recipe.options,
-                )  # fmt: skip
-            _write(files[number], recipe.episode(env, seed, number))
-    finally:
-        if env is not None:
-            env.close()
-
-
-def _versions() -> dict[str, str]:
-    return {package: version(package) for package in PACKAGES}
-
-
-def _check_versions(parts: Path) -> None:
-    path, current = parts / "made_with.json", _versions()
-    if not path.exists():
-        with whole_file(path) as temporary:
-            temporary.write_text(json.dumps(current))
-    if (before := json.loads(path.read_text())) != current:
-        raise ValueError(
-            f"{parts} has episodes that were made with {before}; {current} are installed now, and "
-            "may give other rows. Install those versions, or remove the folder to begin again."
-        )
-
-
-def _joined(files: list[Path]) -> Arrays:
-    """All episodes as one table."""
-    columns = [open_npz(file) for file in files]
-    return {key: np.concatenate([each[key][:] for each in columns]) for key in columns[0]}
 
 
 def _write(path: Path, arrays: Arrays) -> None:
     # np.savez adds a suffix to a file name, but not to an open file.
     with whole_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def plan_episode(env: Any, seed: int, number: int) -> Arrays:
+    """One episode of random tasks of the arm, each done by following a plan.
+
+    ``env``: made with ``mode="data_collection"``. Row t has the state before action t. The same
+    ``seed`` and ``number`` give the same rows. A scene's episode in which the cube leaves the area
+    that the camera sees is drawn again, as in OGBench.
+    """
+    for attempt in count():
+        with _seeded([seed, number, attempt]) as reset_seed:
+            controllers = _controllers(env)
+            observation, info = env.reset(seed=reset_seed)
+            act = _follow_plans(env.unwrapped, controllers, observation, info)
+            rows = _columns(play(env, act, observation, info))
+        if "scene" not in env.spec.id or _cube_is_visible(rows["qpos"]):
+            break
+    return rows
+
+
+def _follow_plans(arm: Any, controllers: dict[str, Any], observation: Any, info: Any) -> Act:
+    stacking = 0.0 if "single" in arm.spec.id else STACKING
+    controller = controllers[info["privileged/target_task"]]
+    controller.reset(observation, info)
+
+    def act(observation: Any, info: Any) -> NDArray[Any]:
+        nonlocal controller
+        if controller.done:
+            observed, details = arm.set_new_target(p_stack=stacking)
+            controller = controllers[details["privileged/target_task"]]
+            controller.reset(observed, details)
+        return np.clip(controller.select_action(observation, info), -1.0, 1.0)
+
+    return act
+
+
+def _controllers(env: Any) -> dict[str, Any]:
+    """OGBench's plan-following controller of each kind of task of ``env``."""
+    kinds = {"cube": ("cube",), "puzzle": ("button",)}.get(
+        env.spec.id.partition("-")[0], ("cube", "button", "drawer", "window")
+    )
+    options: dict[str, Any] = {"noise": PLAN_NOISE, "noise_smoothing": PLAN_SMOOTHING}
+    if kinds == ("button",):
+        options["gripper_always_closed"] = True
+    made = {}
+    for kind in kinds:
+        module = import_module(f"ogbench.manipspace.oracles.plan.{kind}_plan")
+        made[kind] = getattr(module, f"{kind.capitalize()}PlanOracle")(env=env, **options)
+    return made
+
+
+def _cube_is_visible(states: NDArray[Any]) -> bool:
+    """Whether the cube is left of y = 0.29 m, and right of -0.3 m unless it lies in the drawer."""
+    y, z = states[:, CUBE][:, 1], states[:, CUBE][:, 2]
+    in_drawer = (z >= 0.06) & (z <= 0.08)
+    return bool((y < 0.29).all() and ((y > -0.3) | in_drawer).all())
+
+
+def maze_episode(env: Any, seed: int, number: int) -> Arrays:
+    """One episode of a point that goes to one random goal after another.
+
+    The start is a random open cell and goals are random open cells that are no corridors. Action:
+    the direction to the next cell of a shortest path (``get_oracle_subgoal``), a vector of length 1,
+    plus noise, clipped to [-1, 1]. The same ``seed`` and ``number`` give the same rows.
+    """
+    maze = env.unwrapped
+    cells = [(int(i), int(j)) for i, j in np.argwhere(maze.maze_map == 0)]
+    goals = [cell for cell in cells if not _is_corridor(maze.maze_map, cell)]
+
+    def act(_: Any, info: Mapping[str, Any]) -> NDArray[Any]:
+        if info.get("success"):
+            maze.set_goal(goal_xy=maze.add_noise(maze.ij_to_xy(_any_of(goals))))
+        position = maze.get_xy()
+        towards = maze.get_oracle_subgoal(position, maze.cur_goal_xy)[0] - position
+        direction = towards / (np.linalg.norm(towards) + 1e-6)
+        return np.clip(direction + np.random.normal(0, MAZE_NOISE, 2), -1.0, 1.0)
+
+    with _seeded([seed, number]) as reset_seed:
+        env.action_space.seed(reset_seed)  # a reset makes random steps before it sets the state
+        task = {"init_ij": _any_of(cells), "goal_ij": _any_of(goals)}
+        observation, _ = env.reset(seed=reset_seed, options={"task_info": task})
+        return _columns(play(env, act, observation, {}))
+
+
+def _is_corridor(maze_map: NDArray[Any], cell: Cell) -> bool:
+    """Whether exactly two opposite neighbours are open."""
+    i, j = cell
+    vertical = (int(maze_map[i - 1, j]), int(maze_map[i + 1, j]))
+    horizontal = (int(maze_map[i, j - 1]), int(maze_map[i, j + 1]))
+    return (vertical, horizontal) in (((0, 0), (1, 1)), ((1, 1), (0, 0)))
+
+
+def _any_of(cells: list[Cell]) -> Cell:
+    return cells[np.random.randint(len(cells))]
+
+
+def _columns(episode: dict[str, list[Any]]) -> Arrays:
+    """The columns of a file; row t has the state before action t."""
+    infos = episode["infos"]
+    states = [name for name in STATES if f"prev_{name}" in infos[0]]
+    return {
+        "observations": np.array(episode["observations"][:-1], np.float32),
+        "actions": np.array(episode["actions"], np.float32),
+        "terminals": np.logical_or(episode["terminations"], episode["truncations"]),
+        **{s: np.array([info[f"prev_{s}"] for info in infos], STATES[s]) for s in states},
+    }
+
+
+@contextmanager
+def _seeded(entropy: list[int]) -> Iterator[int]:
+    """A seed for ``env.reset``; inside, NumPy's global generator, which OGBench uses, is seeded.
+
+    Its former state returns at the end.
+    """
+    reset_seed, global_seed = np.random.SeedSequence(entropy).generate_state(2)
+    before = np.random.get_state()
+    np.random.seed(global_seed)
+    try:
+        yield int(reset_seed >> 1)
+    finally:
+        np.random.set_state(before)
+
+
+def _recipe(environment: str, objects: str | None = None) -> OGBenchRecipe:
+    """Of an arm that moves ``objects``, or of a maze."""
+    if objects is None:
+        episode, options = maze_episode, {}
+        what = (
+            "a point follows shortest paths to random goals, one after the other, with Gaussian noise "
+            "of deviation 0.5 (kind 'navigate')"
+        )
+    else:
+        episode, options = plan_episode, {"mode": "data_collection"}
+        what = (
+            f"a robot arm moves {objects} to random targets, one after the other, by OGBench's "
+            "plan-following controllers with smooth noise (kind 'play')"
+        )
+    description = (
+        f"{environment}: {what}; 1,000 steps an episode. A new draw by the published protocol, not "
+        "the published rows. Rewards belong to a task: load it with -singletask-taskN-local in place "
+        "of -local."
+    )
+    return OGBenchRecipe(environment, description, episode, MappingProxyType(options))
+
+
+OGBENCH_LOCAL: Mapping[str, OGBenchRecipe] = MappingProxyType(
+    {
+        f"{PREFIX}cube-single-play-local": _recipe("cube-single-v0", "a cube"),
+        f"{PREFIX}scene-play-local": _recipe(
+            "scene-v0", "a cube, two buttons, a drawer and a window"
+        ),
+        f"{PREFIX}puzzle-3x3-play-local": _recipe("puzzle-3x3-v0", "the 9 buttons of a puzzle"),
+        f"{PREFIX}puzzle-4x4-play-local": _recipe("puzzle-4x4-v0", "the 16 buttons of a puzzle"),
+        f"{PREFIX}pointmaze-medium-navigate-local": _recipe("pointmaze-medium-v0"),
+        f"{PREFIX}pointmaze-large-navigate-local": _recipe("pointmaze-large-v0"),
+    }
+)
+"""Name to recipe; the name with ``-singletask-taskN`` before ``-local`` is what is loaded."""

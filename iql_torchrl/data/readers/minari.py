@@ -18,7 +18,7 @@ import numpy as np
 from minari.dataset.minari_storage import is_image_space
 from numpy.typing import NDArray
 
-from iql_torchrl.data.builtin.catalogue import BUILTIN
+from iql_torchrl.data.builtin import BUILTIN
 from iql_torchrl.data.readers.source import Piece, ReadOptions, Source, first_episodes
 from iql_torchrl.data.schema import (
     ACTION,

@@ -4,29 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from iql_torchrl.data.readers.source import Piece, Source
 from iql_torchrl.data.schema import (
     ACTION,
     DONE,
     MASK,
     NEXT_MASK,
+    REWARD,
     TERMINATED,
     TRUNCATED,
     DatasetError,
     EpisodeIndex,
     Key,
+    Layout,
     dotted,
     leaf_spaces,
 )
 from iql_torchrl.descriptions import bounds_in_words, describe_space
 
-__all__ = ["BlockChecker"]
+__all__ = ["BlockChecker", "check_dtypes"]
+
+
+def check_dtypes(name: str, piece: Piece, layout: Layout) -> None:
+    """Raises where integers would become floats, or floats integers or marks, and on bad shapes."""
+    for key, values in piece.items():
+        expected, kind = layout[key], values.dtype.kind
+        if expected.dtype == torch.bool:
+            fits = kind == "b" or (kind in "iuf" and bool(((values == 0) | (values == 1)).all()))
+        elif expected.dtype.is_floating_point:  # rewards may be stored as integers
+            fits = kind in ("fiu" if key == REWARD else "f")
+        else:
+            fits = kind in "iub"
+        if not fits:
+            raise DatasetError(
+                f"{name}: {dotted(key)} has {values.dtype} values, expected {expected.dtype}"
+                f"{' (0 or 1)' if expected.dtype == torch.bool else ''}; convert it, or pass the env "
+                "it came from: integers and floats are never cast into each other."
+            )
+        if values[0].size != int(np.prod(expected.shape)):
+            raise DatasetError(
+                f"{name}: {dotted(key)} has rows of shape {values.shape[1:]}, expected "
+                f"{expected.shape}; pass the env the data came from."
+            )
 
 
 @dataclass
@@ -38,16 +65,12 @@ class BlockChecker:
     episodes that continue after their end. It repairs in place, and counts: a step marked both
     terminated and truncated (it becomes terminated), and an episode whose last step has neither
     mark (it was cut there: truncated). With ``clip_actions`` continuous actions are clipped and
-    counted, otherwise they are an error. ``terminates_inside``: rows may terminate before their
-    episode's last row.
+    counted, otherwise they are an error.
     """
 
-    name: str
+    source: Source
     index: EpisodeIndex
-    observation_space: gym.Space[Any]
-    action_space: gym.Space[Any]
-    clip_actions: bool = False
-    terminates_inside: bool = False
+    clip_actions: bool
     both_marks: int = 0
     no_mark: int = 0
     clipped: int = 0
@@ -60,23 +83,25 @@ class BlockChecker:
         for key, values in rows.items():
             if values.dtype.kind == "f":
                 self._finite(key, values, start)
-        for key, space in leaf_spaces(self.observation_space).items():
+        for key, space in leaf_spaces(self.source.observation_space).items():
             for side in (key, ("next", *key)):
                 self._categories(side, rows[side], space, start)
-        self._actions(rows[ACTION], start)
+        self._categories(ACTION, rows[ACTION], self.source.action_space, start)
+        self._bounds(rows[ACTION], start)
         self._flags(rows, start)
         if MASK in rows:
             self._masks(rows, start)
 
-    def _fail(
-        self, key: Key, wrong: NDArray[np.bool_], start: int, problem: str, expected: str
-    ) -> NoReturn:
+    def _refuse(self, key: Key, wrong: Any, start: int, problem: str, expected: str) -> None:
+        """Raises ``DatasetError`` naming the first row of ``wrong``, if there is one."""
+        if not wrong.any():
+            return
         rows = np.flatnonzero(wrong.reshape(len(wrong), -1).any(1))
         row = start + int(rows[0])
         episode = int(self.index.ids(row, row + 1)[0])
         raise DatasetError(
-            f"{self.name}: {dotted(key)} {problem} in {len(rows)} of the {len(wrong)} rows looked at "
-            f"together, first at row {row} (episode {episode}, step "
+            f"{self.source.name}: {dotted(key)} {problem} in {len(rows)} of the {len(wrong)} rows "
+            f"looked at together, first at row {row} (episode {episode}, step "
             f"{row - int(self.index.offsets[episode])}) of {self.index.rows}; {expected}"
         )
 
@@ -85,14 +110,8 @@ class BlockChecker:
         with np.errstate(all="ignore"):
             if np.isfinite(values.sum()):
                 return
-        if (wrong := ~np.isfinite(values)).any():
-            self._fail(
-                key,
-                wrong,
-                start,
-                "is NaN or infinite",
-                "expected finite numbers: repair those rows.",
-            )
+        expected = "expected finite numbers: repair those rows."
+        self._refuse(key, ~np.isfinite(values), start, "is NaN or infinite", expected)
 
     def _categories(
         self, key: Key, values: NDArray[Any], space: gym.Space[Any], start: int
@@ -105,18 +124,16 @@ class BlockChecker:
             count = 2
         else:
             return
-        wrong = (values < 0) | (values >= count)
-        if wrong.any():
-            self._fail(
-                key, wrong, start, "is out of range", f"expected {_range_of(space)} of "
-                f"{describe_space(space)}: give the environment the data came from, or repair those "
-                "rows.",
-            )  # fmt: skip
+        shifted = np.any(getattr(space, "start", 0))
+        self._refuse(
+            key, (values < 0) | (values >= count), start, "is out of range",
+            f"expected {'start <= value < start + n' if shifted else '0 <= value < n'} of "
+            f"{describe_space(space)}: give the environment the data came from, or repair those rows.",
+        )  # fmt: skip
 
-    def _actions(self, values: NDArray[Any], start: int) -> None:
-        space = self.action_space
+    def _bounds(self, values: NDArray[Any], start: int) -> None:
+        space = self.source.action_space
         if not isinstance(space, gym.spaces.Box):
-            self._categories(ACTION, values, space, start)
             return
         low, high = space.low.astype(values.dtype), space.high.astype(values.dtype)
         # Values may exceed a bound by rounding, also where the other bound is infinite.
@@ -132,31 +149,45 @@ class BlockChecker:
             self.clipped += int(wrong.reshape(len(wrong), -1).any(1).sum())
             np.clip(values, low, high, out=values)
             return
-        largest = float(np.abs(values[wrong]).max())
-        self._fail(
-            ACTION, wrong, start, f"is outside its bounds (up to |{largest:.6g}|)",
-            f"expected {_bounds(space)}: pass clip_actions=True, or the env with the right bounds.",
+        self._refuse(
+            ACTION, wrong, start,
+            f"is outside its bounds (up to |{float(np.abs(values[wrong]).max()):.6g}|)",
+            f"expected {bounds_in_words(space.low, space.high)}: pass clip_actions=True, or the env "
+            "with the right bounds.",
         )  # fmt: skip
 
     def _flags(self, rows: Mapping[Key, NDArray[Any]], start: int) -> None:
         terminated, truncated = rows[TERMINATED], rows[TRUNCATED]
-        if (both := terminated & truncated).any():
-            self.both_marks += int(both.sum())
-            truncated &= ~terminated
+        both = terminated & truncated
+        self.both_marks += int(both.sum())
+        truncated &= ~both
         done = terminated | truncated
         is_last = np.zeros_like(done)
         is_last[self.index.last_rows(start, start + len(done)) - start] = True
-        if (early := (truncated if self.terminates_inside else done) & ~is_last).any():
-            self._fail(
-                DONE, early, start, "is set before the episode's last row",
-                "expected marks at ends only: split the episode there, or clear the mark.",
-            )  # fmt: skip
-        if (cut := is_last & ~done).any():
-            self.no_mark += int(cut.sum())
-            truncated |= cut
+        self._refuse(
+            DONE, (truncated if self.source.terminates_inside else done) & ~is_last, start,
+            "is set before the episode's last row",
+            "expected marks at ends only: split the episode there, or clear the mark.",
+        )  # fmt: skip
+        cut = is_last & ~done
+        self.no_mark += int(cut.sum())
+        truncated |= cut
         rows[DONE][...] = terminated | truncated
         self.terminated_ends += int((terminated & is_last).sum())
         self.last_terminated = bool(terminated[-1].any())
+
+    def _masks(self, rows: Mapping[Key, NDArray[Any]], start: int) -> None:
+        mask, following = rows[MASK], rows[NEXT_MASK]
+        no_action, expected = "allows no action", "expected at least one allowed."
+        self._refuse(MASK, ~mask.any(axis=1), start, no_action, expected)
+        self._refuse(
+            MASK, ~np.take_along_axis(mask, rows[ACTION][:, None], 1), start,
+            "forbids the logged action",
+            "expected the mask of the same row's state: check for a shift by one.",
+        )  # fmt: skip
+        # After a termination no action is taken; environments then often forbid all.
+        unusable = ~following.any(axis=1) & ~rows[TERMINATED][:, 0]
+        self._refuse(NEXT_MASK, unusable, start, no_action, expected)
 
     def _fixed_length(self) -> int | None:
         """The common length of episodes that all terminate; the file may cut the last one short.
@@ -166,41 +197,19 @@ class BlockChecker:
         """
         lengths = self.index.lengths
         ended = lengths if self.last_terminated else lengths[:-1]
-        if self.terminates_inside or len(ended) < 3 or self.terminated_ends < len(ended):
+        if self.source.terminates_inside or not 3 <= len(ended) <= self.terminated_ends:
             return None
         steps = int(ended[0])
         equal = bool((ended == steps).all()) and int(lengths[-1]) <= steps
         return steps if equal and steps >= 5 else None
 
-    def _masks(self, rows: Mapping[Key, NDArray[Any]], start: int) -> None:
-        mask, following = rows[MASK], rows[NEXT_MASK]
-        empty = np.asarray(np.logical_not(mask.any(axis=1)))
-        if empty.any():
-            self._fail(MASK, empty, start, "allows no action", "expected at least one allowed.")
-        forbidden = np.logical_not(np.take_along_axis(mask, rows[ACTION][:, None], 1))
-        if forbidden.any():
-            self._fail(
-                MASK, forbidden, start, "forbids the logged action",
-                "expected the mask of the same row's state: check for a shift by one.",
-            )  # fmt: skip
-        # After a termination no action is taken; environments then often forbid all.
-        unusable = ~following.any(axis=1) & ~rows[TERMINATED][:, 0]
-        if unusable.any():
-            self._fail(
-                NEXT_MASK, unusable, start, "allows no action", "expected at least one allowed."
-            )
-
-    def warnings(self, ends_known: bool, termination: str | None = None) -> Iterator[str]:
-        """What was repaired, or looks wrong, one sentence each.
-
-        ``ends_known``: the source had truncation marks. ``termination``: the column of a table
-        that marks terminations.
-        """
+    def warnings(self) -> Iterator[str]:
+        """What was repaired, or looks wrong, one sentence each."""
         if (steps := self._fixed_length()) is not None:
             column, remedy = "", "store those ends as truncations"
-            if termination is not None:
-                column = f" ({termination!r})"
-                remedy = f"pass columns={{'terminated': None, 'truncated': {termination!r}}}"
+            if (name := self.source.termination) is not None:
+                column = f" ({name!r})"
+                remedy = f"pass columns={{'terminated': None, 'truncated': {name!r}}}"
             yield (
                 f"all {self.terminated_ends} terminations{column} come at step {steps} of their "
                 "episode and no other step ends one: that looks like a time limit, at which "
@@ -212,22 +221,12 @@ class BlockChecker:
                 f"{self.both_marks} steps were marked both terminated and truncated; kept as "
                 "terminated (never bootstrapped)."
             )
-        if self.no_mark and ends_known:
+        if self.no_mark and self.source.ends_known:
             yield (
                 f"{self.no_mark} episodes end without a mark; their last step was marked truncated "
                 "(bootstrapped)."
             )
-        if self.clipped:
-            yield f"{self.clipped} rows had actions outside {_bounds(self.action_space)}; clipped."
-
-
-def _range_of(space: gym.Space[Any]) -> str:
-    if np.any(getattr(space, "start", 0)):
-        return "start <= value < start + n"
-    return "0 <= value < n"
-
-
-def _bounds(space: gym.Space[Any]) -> str:
-    if not isinstance(space, gym.spaces.Box):
-        return describe_space(space)
-    return bounds_in_words(space.low, space.high)
+        space = self.source.action_space
+        if self.clipped and isinstance(space, gym.spaces.Box):
+            bounds = bounds_in_words(space.low, space.high)
+            yield f"{self.clipped} rows had actions outside {bounds}; clipped."

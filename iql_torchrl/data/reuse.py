@@ -1,0 +1,154 @@
+"""A memory-mapped table that is reused while its source and the options stay the same."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import minari
+import numpy as np
+from tensordict import TensorDict
+
+from iql_torchrl.data.build import Description
+from iql_torchrl.data.readers.environments import EnvLike, env_maker
+from iql_torchrl.data.readers.minari import find_minari, minari_files
+from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_files
+from iql_torchrl.data.readers.opening import is_table_path, table_path_files
+from iql_torchrl.data.readers.source import ReadOptions, Source
+from iql_torchrl.data.saved import (
+    RECORD,
+    Location,
+    Log,
+    folder_lock,
+    read_log,
+    text_digest,
+    write_log,
+)
+from iql_torchrl.data.schema import DatasetError
+
+__all__ = ["identity", "load_or_build"]
+
+#: A file is digested in so many blocks of so many bytes; completely if it is smaller.
+BLOCKS, BLOCK = 256, 64 * 2**10
+
+
+def load_or_build(
+    open_source: Callable[[], Source], folder: Path, built_from: dict[str, Any], **options: Any
+) -> tuple[TensorDict, Description]:
+    """The table in ``folder`` if it was built from the same, or else of a new build.
+
+    ``options`` go to ``write_log``. Other processes and threads that use the folder wait meanwhile
+    (see ``folder_lock``), so that they cannot replace the table before it is returned.
+    """
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with folder_lock(folder):
+        log = _reusable(folder, built_from)
+        if log is None:
+            source = open_source()
+            edges = np.array([0, len(source.episode_lengths)])
+            log = write_log(source, folder, edges, built_from, **options)
+        with log.rows(0, contents=False) as table:
+            return table, log.description
+
+
+def _reusable(folder: Path, built_from: dict[str, Any]) -> Log | None:
+    """The log of ``folder`` if it was built from the same; None where it is to be built.
+
+    Raises ``DatasetError`` where the folder contains anything else, which is never overwritten.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return None
+    if not (folder / RECORD).is_file():
+        raise DatasetError(
+            f"memmap={folder}: exists and was not made by load_dataset; choose another path."
+        )
+    try:
+        log = read_log(Location(str(folder)))
+        log.check(contents=False)
+    except DatasetError:
+        return None  # Written by another version, or damaged: it is built again.
+    if log.source is None:
+        raise DatasetError(
+            f"memmap={folder}: has shards that build_shards wrote; choose another path."
+        )
+    return log if built_from["files"] and log.source == built_from else None
+
+
+def identity(
+    source: Any, options: ReadOptions, env: EnvLike | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that a built table depends on: size, time and content of each file, and the options.
+
+    The content is a 128-bit BLAKE2b digest. A file larger than 16 MiB is sampled: 256 blocks of
+    64 KiB, the first and the last of them at its ends and the others evenly between, so that a
+    file of any size is digested in milliseconds. A change between the blocks of such a file is
+    noticed by size and time only. Where there are n files, each gets an n-th of the blocks, but at
+    least 3. Without files (data in memory) a built table is never reused.
+    """
+    files = _source_files(source, options)
+    records = [
+        [str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns, _sampled(p, len(files))]
+        for p in files
+    ]
+    selected = [
+        text_digest(str(list(map(int, part.episode_indices))).encode())
+        for part in (source if isinstance(source, list | tuple) else [source])
+        if isinstance(part, minari.MinariDataset) and len(part) != part.storage.total_episodes
+    ]
+    decisive = {
+        **vars(options), **settings, "env": _env_identity(env), "episodes": selected, "download": None,
+        "observation_space": _space_identity(options.observation_space),
+        "action_space": _space_identity(options.action_space),
+        "source": source if isinstance(source, str | Path | list | tuple) else None,
+    }  # fmt: skip
+    return {"files": records, "options": {name: repr(value) for name, value in decisive.items()}}
+
+
+def _source_files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
+    """Every file that the source reads; empty if any part of it is in memory."""
+    if isinstance(source, list | tuple):
+        parts = [_source_files(item, options) for item in source]
+        return tuple(path for part in parts for path in part) if all(parts) else ()
+    if isinstance(source, str | Path) and is_table_path(source):
+        return table_path_files(Path(source))
+    if is_ogbench(source):
+        return ogbench_files(source)
+    if isinstance(source, str):
+        source = find_minari(source, download=options.download)
+    return minari_files(source) if isinstance(source, minari.MinariDataset) else ()
+
+
+def _sampled(path: Path, files: int) -> str:
+    size, blocks = path.stat().st_size, max(BLOCKS // files, 3)
+    places = [(size - BLOCK) * number // (blocks - 1) for number in range(blocks)]
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb", buffering=0) as file:
+        for place in range(0, size, BLOCK) if size <= blocks * BLOCK else places:
+            file.seek(place)
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()
+
+
+def _env_identity(env: EnvLike | None) -> str | None:
+    """The properties of an environment that decide how a table is read, as text."""
+    if env is None:
+        return None
+    # The limit and the spaces that are registered under an id may change.
+    instance = env if isinstance(env, gym.Env) else env_maker(env)()
+    spaces = [_space_identity(each) for each in (instance.observation_space, instance.action_space)]
+    text = f"{instance.spec} {spaces}"
+    if instance is not env:
+        instance.close()
+    return text
+
+
+def _space_identity(space: gym.Space[Any] | None) -> str:
+    """The text of a space, with a digest of its bounds, because the text shortens them."""
+    if isinstance(space, gym.spaces.Dict):
+        return str({key: _space_identity(inner) for key, inner in space.spaces.items()})
+    if isinstance(space, gym.spaces.Box):
+        return f"{space} {text_digest(space.low.tobytes() + space.high.tobytes())}"
+    return str(space)

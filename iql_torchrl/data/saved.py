@@ -1,0 +1,503 @@
+"""Logs on disk: one format for memory-mapped tables and for shards, written whole and verified.
+
+A folder has ``RECORD`` (everything but the rows, and the size and digest of each file), ``EPISODES``
+(returns and lengths of all episodes) and one folder for each shard: a file for each entry of
+consecutive whole episodes. The table that ``load_dataset(memmap=FOLDER)`` writes is a log of one shard.
+A folder is opened without its source, on any machine. No file but those in the record is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeGuard
+
+import numpy as np
+import torch
+from fsspec.core import url_to_fs
+from gymnasium.envs.registration import EnvSpec
+from minari.serialization import deserialize_space, serialize_space
+from numpy.typing import NDArray
+from tensordict import MemoryMappedTensor, TensorDict
+
+from iql_torchrl.data.build import Description, DiskTables, file_name, fill, layout_of, row_bytes
+from iql_torchrl.data.digests import episode_digests, sketch_of
+from iql_torchrl.data.readers.source import Source
+from iql_torchrl.data.scaling import ObservationStatistics, RewardMap, known_scores, reward_map
+from iql_torchrl.data.schema import REWARD, DatasetError, Field, Key, Layout
+from iql_torchrl.descriptions import one_line
+from iql_torchrl.files import leads_below, whole_file
+
+try:
+    import fcntl
+except ImportError:  # Windows: folders are used without locks.
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "RECORD", "Location", "Log", "Shard", "asked_map", "folder_lock", "is_saved", "is_sharded",
+    "mapped", "open_saved", "read_log", "text_digest", "verify", "write_log",
+]  # fmt: skip
+
+RECORD, EPISODES = "built.json", "episodes.npz"
+FORMAT = 3  # of ``RECORD``
+READ_AT_ONCE = 16 * 2**20
+
+
+@dataclass(frozen=True)
+class Location:
+    """A folder of a log: on this machine, or at an address whose files are copied when needed.
+
+    Attributes:
+        name: a path, or an address of ``fsspec`` (``s3://``, ``gs://``, ``https://``, ...).
+        cache: the folder in which copies of an address's files stay, by their digests; None deletes
+            each copy when its rows are in memory. Not used for a path.
+        storage_options: of the file system of an address, such as ``{"anon": True}``.
+    """
+
+    name: str
+    cache: Path | None = None
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_local(self) -> bool:
+        return "://" not in self.name
+
+    def read(self, file: str) -> bytes:
+        """The content of a file.
+
+        Raises ``FileNotFoundError``, and ``DatasetError`` where the address cannot be reached.
+        """
+        if self.is_local:
+            return Path(self.name, file).read_bytes()
+        content: bytes = self._call("cat_file", file)
+        return content
+
+    def file(
+        self, name: str, expected: tuple[int, str], cache: Path | None, *, contents: bool
+    ) -> Path:
+        """Where a file is on this machine, or its copy in ``cache``: of the expected size and digest.
+
+        Bytes are compared with ``contents``, and those of a new copy. Raises ``DatasetError``.
+        """
+        try:
+            if self.is_local or cache is None:
+                return self._checked(name, Path(self.name, name), expected, contents)
+            copy = cache / expected[1]
+            if copy.is_file():
+                return self._checked(name, copy, expected, contents)
+            cache.mkdir(parents=True, exist_ok=True)
+            with whole_file(copy) as temporary:
+                self._call("get_file", name, str(temporary))
+                self._checked(name, temporary, expected, contents=True)
+            return copy
+        except FileNotFoundError:
+            raise damaged(self, f"{name} is missing") from None
+
+    def _checked(self, name: str, path: Path, expected: tuple[int, str], contents: bool) -> Path:
+        actual, where = path.stat().st_size, "" if self.is_local else f" in its copy {path}"
+        if actual != expected[0]:
+            reason = f"{name} has {actual:,} bytes{where}, built with {expected[0]:,}"
+            raise damaged(self, reason)
+        if contents and _file_digest(path) != expected[1]:
+            raise damaged(self, f"{name} has another content than when it was built{where}")
+        return path
+
+    def _call(self, method: str, file: str, *arguments: str) -> Any:
+        """A method of the file system; what these raise, of many types, as one sentence."""
+        try:
+            system, path = url_to_fs(self.name, **self.storage_options)
+            return getattr(system, method)(f"{str(path).rstrip('/')}/{file}", *arguments)
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise DatasetError(
+                f"{self.name}: cannot be read ({type(error).__name__}: {error}); check the "
+                "address, the connection, the credentials, and that fsspec's package for this kind of "
+                "address is installed (s3fs, gcsfs, ...)."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard: its folder, its rows, and a digest of the content of its files."""
+
+    folder: str
+    rows: int
+    digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Log:
+    """What the record of a folder says.
+
+    ``files``: by path, the size and the digest of each. ``ranges``: smallest and largest number of
+    each entry over all rows. ``sketch``: see ``digests.sketch_of``. ``source``: the ``identity`` of
+    what it was built from, None where the folder is never built again.
+    """
+
+    location: Location
+    description: Description
+    files: Mapping[str, tuple[int, str]]
+    shards: tuple[Shard, ...]
+    layout: Layout
+    ranges: dict[Key, tuple[float, float]]
+    sketch: NDArray[np.int64]
+    source: dict[str, Any] | None
+
+    @contextlib.contextmanager
+    def rows(self, number: int, *, contents: bool) -> Iterator[TensorDict]:
+        """Inside, the memory-mapped rows of a shard, as they are stored.
+
+        The sizes of its files are checked, and with ``contents`` every byte. Those of a folder of this
+        machine stay mapped afterwards. Raises ``DatasetError``.
+        """
+        shard, paths = self.shards[number], {}
+        with contextlib.ExitStack() as stack:
+            cache = self.location.cache
+            if cache is None and not self.location.is_local:
+                cache = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            for key in self.layout:
+                name = f"{shard.folder}/{file_name(key)}"
+                if name not in self.files:
+                    raise damaged(self.location, f"{name} is missing")
+                expected = self.files[name]
+                paths[key] = self.location.file(name, expected, cache, contents=contents)
+            yield mapped_rows(paths, self.layout, shard.rows)
+
+    def check(self, *, contents: bool) -> int:
+        """Check all files of a folder of this machine; their number of bytes."""
+        for name, expected in self.files.items():
+            self.location.file(name, expected, None, contents=contents)
+        return sum(size for size, _ in self.files.values())
+
+
+def mapped_rows(paths: Mapping[Key, Path], layout: Layout, rows: int) -> TensorDict:
+    """A table of memory-mapped files, of which each has exactly ``rows`` rows."""
+    table = TensorDict({}, batch_size=[rows])
+    for key, (shape, dtype) in layout.items():
+        size = torch.Size((rows, *shape))
+        table.set(
+            key,
+            MemoryMappedTensor.from_filename(str(paths[key]), dtype, size)
+            if size.numel()
+            else torch.empty(size, dtype=dtype),
+        )
+    return table
+
+
+# -- writing
+
+
+def write_log(
+    source: Source,
+    folder: Path,
+    edges: NDArray[np.int64],
+    built_from: dict[str, Any] | None,
+    *,
+    dtype: torch.dtype,
+    **options: Any,
+) -> Log:
+    """Read ``source`` once, in bounded memory, into a folder that is complete or absent.
+
+    Shard n has the episodes ``edges[n]`` to ``edges[n + 1]``. ``options`` are those of ``fill``.
+    Raises ``DatasetError`` where the disk is or becomes full.
+    """
+    layout, lengths = layout_of(source, dtype), source.episode_lengths
+    first = np.concatenate([[0], np.cumsum(lengths)])[edges]
+    names = [f"shard-{number:05d}" for number in range(len(edges) - 1)]
+    with staged_folder(folder, source.rows * row_bytes(layout)) as staging:
+        tables = DiskTables(layout, first, [staging / name for name in names])
+        description = fill(source, tables, **options)
+        returns, sketches = description.episode_returns, []
+        np.savez(staging / EPISODES, returns=returns, lengths=lengths)
+        for number, name in enumerate(names):
+            own = slice(edges[number], edges[number + 1])
+            paths = {key: staging / name / file_name(key) for key in layout}
+            rows = mapped_rows(paths, layout, int(first[number + 1] - first[number]))
+            part = SimpleNamespace(
+                transitions=rows, episode_returns=returns[own], episode_lengths=lengths[own]
+            )
+            sketches.append(sketch_of(episode_digests(part)))
+        files = [path for path in sorted(staging.rglob("*")) if path.is_file()]
+        record = {
+            "format": FORMAT, "source": built_from, **_recorded(description),
+            "shards": list(zip(names, np.diff(first).tolist(), strict=True)),
+            "files": {
+                path.relative_to(staging).as_posix(): (path.stat().st_size, _file_digest(path))
+                for path in files
+            },
+            "entries": [
+                (key, shape, str(dtype).removeprefix("torch."), tables.ranges[key])
+                for key, (shape, dtype) in layout.items()
+            ],
+            "sketch": sketch_of(np.concatenate(sketches)).tolist(),
+        }  # fmt: skip
+        (staging / RECORD).write_text(json.dumps(record))
+    return read_log(Location(str(folder)))
+
+
+def _recorded(description: Description) -> dict[str, Any]:
+    """A description without its episodes, as JSON has it."""
+    spec, change = description.env_spec, description.reward_map
+    unchanged = ("name", "reference_scores", "joined", "notes", "warnings")
+    return {name: getattr(description, name) for name in unchanged} | {
+        "observation_space": serialize_space(description.observation_space),
+        "action_space": serialize_space(description.action_space),
+        "env_spec": None if spec is None else spec.to_json(),
+        "reward_map": (change.scale, change.shift),
+        "statistics": [
+            (key, s.mean.tolist(), s.std.tolist(), s.constant, s.count)
+            for key, s in description.statistics.items()
+        ],
+    }
+
+
+def text_digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while part := file.read(READ_AT_ONCE):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def staged_folder(folder: Path, needed: int) -> Iterator[Path]:
+    """A temporary folder, which takes the place of ``folder`` when the block ends without an error.
+
+    Raises ``DatasetError`` with the needed and the free space where the disk is or becomes full.
+    """
+    parent = folder.absolute().parent
+    try:
+        if needed > shutil.disk_usage(parent).free:
+            raise OSError(errno.ENOSPC, "nothing was written")
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=parent) as temporary:
+            new = Path(temporary) / "new"
+            new.mkdir()
+            yield new
+            if folder.exists():
+                os.rename(folder, Path(temporary) / "old")
+            os.rename(new, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = shutil.disk_usage(parent).free
+        raise DatasetError(
+            f"{folder}: the table needs {needed:,} bytes and {free:,} are free on the disk of {parent} "
+            f"({error.strerror}). Make room, choose a folder on another disk, or read less with "
+            "limit=. A table that exists already stays until the new one is complete."
+        ) from error
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock ``.<name>.lock`` next to ``folder`` (``fcntl.flock``); waits for it.
+
+    The holder deletes the lock file. Nothing is locked where ``fcntl`` is missing, where the parent of
+    the folder is read-only, and on file systems without locks.
+    """
+    path, file = folder.absolute().parent / f".{folder.name}.lock", None
+    with contextlib.suppress(OSError):
+        file = None if fcntl is None else _locked(path)
+    try:
+        yield
+    finally:
+        if file is not None:
+            path.unlink(missing_ok=True)
+            os.close(file)
+
+
+def _locked(path: Path) -> int:
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                return file
+        except FileNotFoundError:  # the holder before has deleted it
+            pass
+        except OSError:
+            os.close(file)
+            raise
+        os.close(file)
+
+
+# -- reading
+
+
+def read_log(location: Location) -> Log:
+    """The log at ``location``; reads no rows.
+
+    Raises ``DatasetError`` where the record is absent, of another version, or damaged.
+    """
+    try:
+        saved = json.loads(location.read(RECORD))
+        if saved.get("format") != FORMAT:
+            raise DatasetError(
+                f"{location.name}: was built by another version of this package; build it again."
+            )
+        with np.load(io.BytesIO(location.read(EPISODES))) as episodes:
+            description = _described(saved, episodes["returns"], episodes["lengths"])
+        files = {name: (int(size), str(digest)) for name, (size, digest) in saved["files"].items()}
+        entries = {tuple(key): rest for key, *rest in saved["entries"]}
+        log = Log(
+            location=location,
+            description=description,
+            files=files,
+            shards=tuple(Shard(name, rows, _digest_of(name, files)) for name, rows in saved["shards"]),
+            layout={k: Field(tuple(s), getattr(torch, d)) for k, (s, d, _) in entries.items()},
+            ranges={key: (low, high) for key, (_, _, (low, high)) in entries.items()},
+            sketch=np.array(saved["sketch"], np.int64),
+            source=saved["source"],
+        )  # fmt: skip
+        rows, expected = (
+            sum(shard.rows for shard in log.shards),
+            int(description.episode_lengths.sum()),
+        )
+    except FileNotFoundError as error:
+        name = EPISODES if EPISODES in str(error) else RECORD
+        raise DatasetError(
+            f"{location.name}: {name} is missing: no folder of a built table or of shards, an "
+            "incomplete one, or one of an older version; copy it again, or build it with python -m "
+            "iql_torchrl.data build SOURCE FOLDER [--shards N]."
+        ) from None
+    except DatasetError:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything
+        reason = f"{RECORD} or {EPISODES} cannot be read: {one_line(error)}"
+        raise damaged(location, reason) from error
+    names = [name for file, (_, digest) in files.items() for name in (file, digest)]
+    if outside := [name for name in names if not leads_below(name)]:
+        raise DatasetError(
+            f"{location.name}: it names the file {outside[0]!r}; expected a path below its own "
+            "folder. The record is damaged or not from this package: build it again."
+        )
+    if rows != expected:
+        raise damaged(location, f"its shards have {rows} rows in place of {expected}")
+    return log
+
+
+def _digest_of(folder: str, files: Mapping[str, tuple[int, str]]) -> str:
+    own = {name: digest for name, (_, digest) in files.items() if name.startswith(f"{folder}/")}
+    return text_digest(json.dumps(own, sort_keys=True).encode())
+
+
+def _described(
+    saved: Mapping[str, Any], returns: NDArray[np.float64], lengths: NDArray[np.int64]
+) -> Description:
+    spec = saved["env_spec"]
+    statistics = {
+        key if isinstance(key, str) else tuple(key): ObservationStatistics(
+            torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32),
+            tuple(constant), count,
+        )
+        for key, mean, std, constant, count in saved["statistics"]
+    }  # fmt: skip
+    return Description(
+        name=saved["name"],
+        observation_space=deserialize_space(saved["observation_space"]),
+        action_space=deserialize_space(saved["action_space"]),
+        env_spec=None if spec is None else EnvSpec.from_json(spec),
+        reference_scores=known_scores(saved["reference_scores"]),
+        episode_returns=returns,
+        episode_lengths=lengths,
+        statistics=statistics,
+        reward_map=RewardMap(*saved["reward_map"]),
+        **{name: tuple(saved[name]) for name in ("joined", "notes", "warnings")},
+    )
+
+
+def verify(folder: str | Path) -> int:
+    """Compare every byte of a built table or of shards with its digest; the number of bytes.
+
+    About a second per gigabyte. Raises ``DatasetError`` naming the first file that differs.
+    """
+    return read_log(Location(str(folder))).check(contents=True)
+
+
+def damaged(location: Location, reason: str) -> DatasetError:
+    return DatasetError(
+        f"{location.name}: incomplete or damaged ({reason}); copy the folder again, or build it again."
+    )
+
+
+# -- opening as a dataset
+
+
+def is_saved(source: Any) -> TypeGuard[str | Path]:
+    """Whether ``source`` is the path of a folder of a built table or of shards, complete or not."""
+    # the last one is of older versions
+    names = (RECORD, f"shard-00000/{file_name(REWARD)}", "shards.json")
+    try:
+        return isinstance(source, str | Path) and any(Path(source, n).is_file() for n in names)
+    except OSError:  # a text that is too long for a path
+        return False
+
+
+def is_sharded(source: Any) -> bool:
+    """Whether ``source`` is the path of a folder of several shards."""
+    return is_saved(source) and Path(source, "shard-00001").is_dir()
+
+
+def open_saved(folder: Path, reward: Any, dtype: torch.dtype) -> tuple[TensorDict, Description]:
+    """The table and the description of a folder of one shard.
+
+    Raises ``DatasetError`` with one sentence: several shards, an incomplete or damaged folder, another
+    ``dtype``, or another reward map where rewards were mapped by the build.
+    """
+    log = read_log(Location(str(folder)))
+    if len(log.shards) > 1:
+        raise DatasetError(
+            f"{folder}: a folder of shards, whose rows are not loaded at once; open it with "
+            f"iql_torchrl.data.load_shards({str(folder)!r})."
+        )
+    stored = log.layout[REWARD].dtype
+    if stored != dtype:
+        raise DatasetError(
+            f"{folder}: was built with dtype={stored} and dtype={dtype} is asked for; pass "
+            f"dtype={stored}, or build it again."
+        )
+    change = asked_map(reward, log)
+    with log.rows(0, contents=False) as table:
+        table = mapped(table, log.description.reward_map, change)
+        return table, replace(log.description, reward_map=change)
+
+
+def asked_map(reward: Any, log: Log) -> RewardMap:
+    """The map that ``reward`` asks for, of a log whose stored rewards may be mapped.
+
+    Raises ``DatasetError`` where that is another map and the stored rewards are not raw.
+    """
+    name, stored = log.location.name, log.description.reward_map
+    try:
+        change = reward_map(reward, log.description.episode_returns)
+    except DatasetError as error:
+        raise DatasetError(f"{name}: {error}") from None
+    if change != stored and stored != RewardMap():
+        raise DatasetError(
+            f"{name}: its rewards were mapped with reward={stored.scale, stored.shift} when it was "
+            f"built, and reward={reward!r} is another map; pass the first, or build it with raw "
+            "rewards, to which any map can be applied."
+        )
+    return change
+
+
+def mapped(table: TensorDict, stored: RewardMap, change: RewardMap) -> TensorDict:
+    """The table with rewards mapped by ``change``, in memory; itself where they are so stored."""
+    if change != stored:
+        raw = table[REWARD]
+        table[REWARD] = change.forward(raw.double()).to(raw.dtype)
+    return table

@@ -1,0 +1,448 @@
+"""Logs that are larger than one memory: written as shards, opened anywhere, sampled a few at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tensordict import TensorDict
+from torch import Tensor
+
+from iql_torchrl.data.dataset import DatasetSummary, OfflineDataset
+from iql_torchrl.data.load import SourceLike, dataset_fields, prepare
+from iql_torchrl.data.readers.environments import EnvLike
+from iql_torchrl.data.replay import DeviceSampler, check_count
+from iql_torchrl.data.saved import (
+    Location,
+    Log,
+    Shard,
+    asked_map,
+    folder_lock,
+    is_saved,
+    mapped,
+    read_log,
+    write_log,
+)
+from iql_torchrl.data.schema import MASK, REWARD, DatasetError, Key
+from iql_torchrl.descriptions import one_line
+
+__all__ = ["ShardedDataset", "ShardedReplay", "build_shards", "load_shards"]
+
+#: How many shards are loaded by default; all of them where there are fewer.
+LOADED = 4
+
+
+def build_shards(
+    source: SourceLike,
+    folder: str | Path,
+    shards: int,
+    *,
+    env: EnvLike | None = None,
+    **options: Any,
+) -> ShardedDataset:
+    """Read ``source`` once, in bounded memory, and write it as ``shards`` tables and one record.
+
+    Every shard has whole episodes in the source's order, and a number of rows that differs from
+    rows / ``shards`` by at most the longest episode. The checks of all rows, the statistics, the
+    reward map and the notes are those of the whole log, by the code of ``load_dataset``, so they
+    are equal to its. Memory: blocks of 64 MiB, and 16 bytes for each episode.
+
+    ``folder`` must not exist; it is complete or absent. ``load_shards(folder)`` opens it, here and on
+    any machine or store to which it is copied. ``options`` are those of ``load_dataset``, without
+    ``memmap`` and ``reference_scores``.
+
+    Raises ``DatasetError`` as ``load_dataset`` does; on ``shards`` below 1 or above the number of
+    episodes; and where ``folder`` has files or does not fit on the disk.
+    """
+    if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
+        raise DatasetError(f"shards: expected a whole number, at least 1, got {shards!r}.")
+    if is_saved(source):
+        raise DatasetError(
+            f"{source}: is a built table already; build shards from the source that it was built from."
+        )
+    reading = prepare(source, env=env, **options)
+    table, folder = reading.open(), Path(folder)
+    edges = episodes_of_shards(table.episode_lengths, shards, table.name)
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with folder_lock(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DatasetError(
+                f"{folder}: exists already; choose another path, or delete it first."
+            )
+        change = write_log(table, folder, edges, None, **reading.build).description.reward_map
+    return load_shards(folder, env=env, reward=(change.scale, change.shift))
+
+
+def episodes_of_shards(lengths: NDArray[np.int64], shards: int, name: str) -> NDArray[np.int64]:
+    """Edges ``(shards + 1,)``: shard n has the episodes ``edges[n]`` to ``edges[n + 1]``.
+
+    An edge is at the end of an episode that is nearest to an equal part of the rows; every shard has
+    an episode at least.
+    """
+    if shards > len(lengths):
+        raise DatasetError(
+            f"{name}: {len(lengths)} episodes do not fill {shards} shards of whole episodes; choose "
+            f"at most {len(lengths)} shards."
+        )
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    edges = [0]
+    for number in range(1, shards):
+        equal_share = ends[-1] * number / shards
+        nearest = int(np.abs(ends - equal_share).argmin())
+        edges.append(min(max(nearest, edges[-1] + 1), len(lengths) - (shards - number)))
+    return np.array([*edges, len(lengths)], np.int64)
+
+
+def load_shards(
+    location: str | Path,
+    *,
+    env: EnvLike | None = None,
+    reward: str | tuple[float, float] = "raw",
+    reference_scores: tuple[float, float] | str | None = None,
+    cache: str | Path | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> ShardedDataset:
+    """Open what ``build_shards`` wrote; only the record and the episodes' returns are read.
+
+    Args:
+        location: the folder, or an address that ``fsspec`` opens: ``s3://bucket/log``,
+            ``gs://bucket/log``, ``https://...``, ``file:///...``.
+        env: as for ``load_dataset``; by default what the log records.
+        reward: as for ``load_dataset``, with the episode returns of the whole log; applied where the
+            shards were built with raw rewards.
+        reference_scores: as for ``load_dataset``.
+        cache: of an address, a folder in which copies of shards stay, so that later passes and runs
+            do not copy them again. By default a copy is deleted when its rows are in memory.
+        storage_options: of an address, for its file system.
+
+    Warns with ``DatasetWarning`` as ``load_dataset`` does.
+
+    Raises ``DatasetError``: no record; a record of another version, or damaged; an address that cannot
+    be reached; another reward map than that of the build.
+    """
+    name = str(location).rstrip("/") or "/"
+    place = Location(name, None if cache is None else Path(cache), dict(storage_options or {}))
+    log = read_log(place)
+    fields = dataset_fields(log.description, env, reference_scores)
+    fields |= {"reward_map": asked_map(reward, log), "dtype": log.layout[REWARD].dtype}
+    return ShardedDataset(**fields, shards=log.shards, log=log)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ShardedDataset(DatasetSummary):
+    """A log in shards, of which only the record is read until rows are sampled.
+
+    ``make_agent``, ``OfflineTrainer`` and ``agent.push_to_hub`` take it as they take an
+    ``OfflineDataset``. What needs all rows at once (``split``, ``windows``, populations, estimates
+    without an environment) refuses it.
+
+    Attributes:
+        shards: folder, rows and digest of each shard.
+        log: the record, its location, and the layout, ranges and reward map of the stored rows;
+            ``reward_map`` is that of the batches.
+    """
+
+    shards: tuple[Shard, ...]
+    log: Log
+    _verified: set[int] = field(default_factory=set, init=False, compare=False)
+
+    def __len__(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def masked(self) -> bool:
+        return MASK in self.log.layout
+
+    def range_of(self, key: Key) -> tuple[float, float]:
+        return self.log.ranges[key]
+
+    def sketch(self) -> NDArray[np.int64]:
+        return self.log.sketch
+
+    def fingerprint(self) -> dict[str, str]:
+        """The digest of each shard, from the record; a shard is compared when it is first loaded."""
+        return {shard.folder: shard.digest for shard in self.shards}
+
+    @property
+    def transitions(self) -> NoReturn:
+        """Always raises ``DatasetError``: the rows are never all in one table."""
+        raise DatasetError(self._in_shards("this"))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_") or not hasattr(OfflineDataset, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise AttributeError(self._in_shards(name))
+
+    def _in_shards(self, what: str) -> str:
+        return (
+            f"{self.name}: is a log in {len(self.shards)} shards, and {what} needs all rows in one "
+            "table; use replay_buffer(batch_size) for batches, or load_dataset of the log itself "
+            "where that fits into memory, or of a part of it (limit=)."
+        )
+
+    @contextlib.contextmanager
+    def shard(self, number: int) -> Iterator[TensorDict]:
+        """Inside, the memory-mapped transitions ``(rows,)`` of one shard, with mapped rewards.
+
+        The first time, all its bytes are compared with their checksums. Raises ``DatasetError`` on a
+        shard that is missing, truncated or of other content, or cannot be reached.
+        """
+        with self.log.rows(number, contents=number not in self._verified) as table:
+            self._verified.add(number)
+            yield mapped(table, self.log.description.reward_map, self.reward_map)
+
+    def replay_buffer(
+        self,
+        batch_size: int,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+        *,
+        loaded: int | None = None,
+        replace_every: int = 1000,
+    ) -> ShardedReplay:
+        """Batches from ``loaded`` shards at a time; see ``ShardedReplay``."""
+        return ShardedReplay(
+            self, batch_size, device=device, seed=seed, loaded=loaded, replace_every=replace_every
+        )
+
+
+class Rotation:
+    """``loaded`` of ``shards`` shards at a time, the oldest replaced by the next of a random order.
+
+    The order consists of passes: permutations of all shards, drawn from ``seed`` and the number of the
+    pass. The first ``loaded`` shards of the first pass are loaded at the start. So in each pass every
+    shard is loaded once, and stays for ``loaded`` replacements. No shard is loaded while it is loaded
+    already: one that the previous pass loaded last comes no earlier in the next pass than its
+    replacement is due. Other than that, each position of a pass is drawn uniformly from the shards
+    that are left.
+
+    Attributes:
+        loaded: the shard at each place.
+        oldest: the place whose shard is replaced next.
+        turn: the number of the pass.
+        order: the shards of that pass, in order.
+        position: how many of ``order`` have been loaded.
+    """
+
+    def __init__(self, shards: int, loaded: int, seed: int) -> None:
+        self.shards, self.seed = shards, seed
+        self.loaded: list[int] = []
+        self.oldest, self.turn = 0, 0
+        self.order = self._draw()
+        self.loaded, self.position = self.order[:loaded], loaded
+        self._begin_pass_if_due()
+
+    @property
+    def coming(self) -> int:
+        """The shard that is loaded next."""
+        return self.order[self.position]
+
+    def advance(self) -> int:
+        """Replace the oldest shard by ``coming``; the place at which it is."""
+        place = self.oldest
+        self.loaded[place] = self.coming
+        self.oldest = (place + 1) % len(self.loaded)
+        self.position += 1
+        self._begin_pass_if_due()
+        return place
+
+    def _begin_pass_if_due(self) -> None:
+        if self.position == self.shards:
+            self.turn, self.position = self.turn + 1, 0
+            self.order = self._draw()
+
+    def _draw(self) -> list[int]:
+        """A permutation in which a loaded shard comes no earlier than its replacement."""
+        generator = np.random.default_rng([self.seed, self.turn])
+        by_age = [*self.loaded[self.oldest :], *self.loaded[: self.oldest]]
+        left = [shard for shard in range(self.shards) if shard not in by_age]
+        order = []
+        for position in range(self.shards):
+            left += by_age[position : position + 1]
+            order.append(left.pop(int(generator.integers(len(left)))))
+        return order
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "shards": self.shards, "seed": self.seed, "loaded": list(self.loaded),
+            "oldest": self.oldest, "turn": self.turn, "order": list(self.order),
+            "position": self.position,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in ("seed", "oldest", "turn", "position"):
+            setattr(self, name, int(state[name]))
+        self.loaded, self.order = ([int(s) for s in state[name]] for name in ("loaded", "order"))
+
+
+class ShardedReplay(DeviceSampler):
+    """Batches of rows that are drawn uniformly, with replacement, from the loaded shards.
+
+    A loaded shard is drawn from in proportion to its rows. After every ``replace_every`` batches the
+    shard that was loaded first is replaced by the next of a random order (:class:`Rotation`), in which
+    each pass has every shard once; a thread reads that shard meanwhile. So a batch has rows of
+    ``loaded`` shards only. Every shard stays for ``replace_every * loaded`` batches, so over many
+    passes all rows are drawn equally often where the shards have equally many rows. More loaded
+    shards and more frequent replacement are closer to uniform batches of the whole log.
+
+    Memory: ``loaded + 1`` times the largest shard, and once more while a shard is compared and copied.
+
+    On several ranks build it with the same arguments and the same seed on each: the ranks then draw the
+    same batches, of which each takes its part, and each rank reads all shards.
+
+    Args:
+        dataset: what ``load_shards`` returned.
+        batch_size: rows per ``sample()``.
+        device: of the loaded rows and of the batches; by default the CPU.
+        seed: of the rows' generator and of the order of the shards; None takes one from the system.
+        loaded: how many shards are loaded at a time; by default 4, or all where there are fewer. With
+            all shards loaded nothing is replaced.
+        replace_every: batches between two replacements.
+
+    ``rows`` and ``len`` are of the loaded shards together.
+
+    The state has the positions in the order and the generator, and no rows: after
+    ``load_state_dict`` the batches continue bit for bit.
+
+    Raises ``ValueError`` on ``loaded`` above the number of shards, and on numbers below 1;
+    ``DatasetError`` on a shard that is missing, damaged or cannot be reached, here or at the batch
+    that needs it.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardedDataset,
+        batch_size: int,
+        *,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+        loaded: int | None = None,
+        replace_every: int = 1000,
+    ) -> None:
+        count = len(dataset.shards)
+        self.dataset, self.replace_every = dataset, replace_every
+        self.loaded = min(LOADED, count) if loaded is None else loaded
+        check_count("loaded", self.loaded)
+        check_count("replace_every", replace_every)
+        if self.loaded > count:
+            raise ValueError(
+                f"loaded is {self.loaded} and {dataset.name} has {count} shards; choose at most "
+                f"{count}, or build it with more shards."
+            )
+        # one slot more than are drawn from: the next shard is written there meanwhile
+        self._capacity = max(shard.rows for shard in dataset.shards)
+        rows = (self.loaded + (self.loaded < count)) * self._capacity
+        blank = TensorDict({}, batch_size=[rows])  # zeros, as views of one row
+        for key, entry in dataset.log.layout.items():
+            blank.set(key, torch.zeros((), dtype=entry.dtype).expand(rows, *entry.shape))
+        super().__init__(blank, batch_size, device="cpu" if device is None else device, seed=seed)
+        self.rotation = Rotation(count, self.loaded, self.generator.initial_seed() % 2**64)
+        self._since = 0  # batches since the last replacement
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        self._coming: Future[None] | None = None
+        self._load_all()
+
+    def sample(self, batch_size: int | None = None) -> TensorDict:
+        """A fresh batch ``(batch_size,)``, on ``device``."""
+        if self._since == self.replace_every:
+            self._replace()
+        self._since += 1
+        return super().sample(batch_size)
+
+    def indices(self, batch_size: int | None = None) -> Tensor:
+        """Places of a batch's rows in the table of the loaded shards, int64 ``(batch_size,)``."""
+        drawn = super().indices(batch_size)
+        return drawn + self._shift[torch.bucketize(drawn, self._ends, right=True)]
+
+    def loaded_shards(self) -> list[int]:
+        """The numbers of the shards that the next batch is drawn from, unless one is replaced."""
+        return list(self.rotation.loaded)
+
+    # -- loading ---------------------------------------------------------------------------------
+
+    def _load_all(self) -> None:
+        self._slots = list(range(self.loaded))  # of each place
+        for slot, number in zip(self._slots, self.rotation.loaded, strict=True):
+            self._load(number, slot)
+        self._use_loaded()
+
+    def _load(self, number: int, slot: int) -> None:
+        with self.dataset.shard(number) as rows:
+            self.write(rows, slot * self._capacity)
+
+    def _use_loaded(self) -> None:
+        """Draw from the loaded shards, and let the thread write the next one into the other slot."""
+        counts = [self.dataset.shards[number].rows for number in self.rotation.loaded]
+        ends = list(accumulate(counts))
+        self.rows = ends[-1]
+        shifts = [
+            slot * self._capacity - (end - rows)
+            for slot, end, rows in zip(self._slots, ends, counts, strict=True)
+        ]
+        self._ends = torch.tensor(ends, device=self.device)
+        self._shift = torch.tensor(shifts, device=self.device)
+        if self.loaded < len(self.dataset.shards):
+            (self._free,) = set(range(self.loaded + 1)) - set(self._slots)
+            self._coming = self._thread.submit(self._load, self.rotation.coming, self._free)
+
+    def _replace(self) -> None:
+        if self._coming is not None:
+            self._wait(self._coming)
+            self._slots[self.rotation.advance()] = self._free
+            self._use_loaded()
+        self._since = 0
+
+    def _wait(self, coming: Future[None]) -> None:
+        """Wait for the next shard; one that could not be read is read again, at every batch."""
+        if coming.exception() is None:
+            return
+        number = self.rotation.coming
+        try:
+            self._load(number, self._free)
+        except Exception as error:
+            raise DatasetError(
+                f"{self.dataset.log.location.name}: shard {number} could not be read, nor a second "
+                f"time ({type(error).__name__}: {one_line(error)}). The next batch tries again; "
+                "nothing of the loaded shards is lost."
+            ) from error
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {
+            "rotation": self.rotation.state_dict(),
+            "since": self._since,
+            "loaded": self.loaded,
+            "replace_every": self.replace_every,
+        }
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` where ``state`` is of another number of shards or other settings."""
+        saved = {"shards": state["rotation"]["shards"], **state}
+        for name, value in (
+            ("shards", len(self.dataset.shards)), ("loaded", self.loaded),
+            ("replace_every", self.replace_every),
+        ):  # fmt: skip
+            if saved[name] != value:
+                raise ValueError(
+                    f"the state is of a replay with {name} = {saved[name]}, and this one has {value}; "
+                    "build it with the same, so that the batches continue as they would have."
+                )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state`` was saved. Raises ``ValueError`` as ``check_state`` does."""
+        self.check_state(state)
+        if self._coming is not None:
+            self._coming.exception()  # wait; its rows are not used
+        super().load_state_dict(state)
+        self.rotation.load_state_dict(state["rotation"])
+        self._since = int(state["since"])
+        self._load_all()

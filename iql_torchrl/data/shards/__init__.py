@@ -1,1 +1,0 @@
-"""Logs that are larger than one memory: built tables of whole episodes, with one index."""
