@@ -8,7 +8,6 @@ Without arguments: a Pendulum log, too few updates to learn the task from it, an
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +24,6 @@ from iql_torchrl import (
 )
 from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_source
-from iql_torchrl.files import whole_file
 from iql_torchrl.report import text_table, write_rows
 from iql_torchrl.report.figures import Series, comparison_figure, save
 
@@ -188,11 +186,12 @@ def around_switch(history: list[Row]) -> Row:
     return {"before": before["return_mean"], "lowest early": lowest, "end": end}
 
 
-def report(path: Path, dataset: OfflineDataset, histories: dict[int, list[Row]]) -> None:
+def report(path: Path, dataset: OfflineDataset, history: list[Row]) -> None:
     """Print a line for each seed, and draw the mean returns with 95 % intervals over episodes."""
     log = dataset.episode_returns.mean()
     table, lines = [["mean return", "before", "lowest early", "end"]], []
-    for seed, rows in histories.items():
+    for seed in dict.fromkeys(row["seed"] for row in history):
+        rows = [row for row in history if row["seed"] == seed]
         returns = around_switch(rows)
         table.append([f"seed {seed}", *(f"{value:.1f}" for value in returns.values())])
         names = ("updates", "return_mean", "return_low", "return_high")
@@ -200,11 +199,10 @@ def report(path: Path, dataset: OfflineDataset, histories: dict[int, list[Row]])
         lines.append(Series(f"seed {seed} ({returns['end']:.0f})", *columns))
     print("\n" + text_table([*table, ["the log", f"{log:.1f}", "", ""]]))
     print(f"(before: at the switch; early: the first {EARLY:.0%} of the online steps)\n")
-    figure = comparison_figure(
-        {"return_mean": lines}, note=f"dashed: the log ({log:.0f}); dotted: online from here"
-    )
+    note = f"dashed: the log ({log:.0f}); dotted: online from here"
+    figure = comparison_figure({"return_mean": lines}, note=note)
     figure.axes[0].axhline(log, color="0.4", linestyle="--")
-    switch = max(row["updates"] for row in rows if row["phase"] == "offline")
+    switch = max(row["updates"] for row in history if row["phase"] == "offline")
     figure.axes[0].axvline(switch, color="0.4", linestyle=":")
     save(figure, path)
 
@@ -230,26 +228,22 @@ def parse(arguments: list[str] | None) -> tuple[Options, IQLConfig]:
     return replace(options, eval_every=every), replace(config, updates=updates)
 
 
+@cli.errors_in_one_line()
 def main(arguments: list[str] | None = None) -> None:
     options, config = parse(arguments)
     logger.setLevel("WARNING")  # TorchRL announces every storage that it makes
-    histories: dict[int, list[Row]] = {}
-    try:
-        source = ensure_source(options.dataset)
-        dataset = load_dataset(source, reward=config.reward, limit=options.limit)
-        dataset.print_notes()
-        options.output.mkdir(parents=True, exist_ok=True)
-        settings = json.dumps(asdict(options) | asdict(config), indent=2, default=str) + "\n"
-        with whole_file(options.output / "config.json") as temporary:
-            temporary.write_text(settings)
-        for seed in options.seeds:
-            histories[seed] = []
-            for row in run(dataset, replace(config, seed=seed), options):
-                histories[seed].append(row)
-                write_rows(options.output / "metrics.csv", sum(histories.values(), []))
-    except (ImportError, ValueError, OSError) as error:
-        cli.refuse(error)
-    report(options.output / "finetune.png", dataset, histories)
+    source = ensure_source(options.dataset)
+    dataset = load_dataset(source, reward=config.reward, limit=options.limit)
+    dataset.print_notes()
+    options.output.mkdir(parents=True, exist_ok=True)
+    settings = json.dumps(asdict(options) | asdict(config), indent=2, default=str) + "\n"
+    (options.output / "config.json").write_text(settings)
+    history: list[Row] = []
+    for seed in options.seeds:
+        for row in run(dataset, replace(config, seed=seed), options):
+            history.append(row)
+            write_rows(options.output / "metrics.csv", history)
+    report(options.output / "finetune.png", dataset, history)
     print(f"Written to {options.output}/")
 
 

@@ -5,19 +5,18 @@ swing it up reliably. Compared, over several seeds: a policy that reads one obse
 the last four joined into a vector, and, as a reference, one that sees the velocity.
 """
 
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, OfflineTrainer
-from iql_torchrl import evaluate, load_dataset, make_agent
-from iql_torchrl.config import cli, knobs
+from iql_torchrl import PRESETS, OfflineDataset, OfflineTrainer, evaluate, load_dataset, make_agent
+from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.report import text_table, write_rows
 from iql_torchrl.report.figures import save
 
 import numpy as np
+import tyro
 from gymnasium.spaces import Box
 from gymnasium.wrappers import TransformObservation
 from matplotlib.figure import Figure
@@ -29,16 +28,6 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    seeds: int = 3
-    """number of seeds"""
-    episodes: int = 50
-    """episodes of each evaluation"""
-    output: Path = Path("runs")
-    """where the results are written"""
-
-
 def without_velocity(dataset: OfflineDataset) -> OfflineDataset:
     """The same log with the first two columns of the observations: cosine and sine of the angle."""
     rows = dataset.transitions.clone()
@@ -48,14 +37,6 @@ def without_velocity(dataset: OfflineDataset) -> OfflineDataset:
     return load_dataset(
         rows, env=lambda: TransformObservation(dataset.make_env(), lambda seen: seen[:2], space)
     )
-
-
-def train(config: IQLConfig, dataset: OfflineDataset, episodes: int) -> float:
-    """Mean return of an agent of ``config`` after its training."""
-    agent = make_agent(config, dataset)
-    OfflineTrainer(agent=agent, dataset=dataset, progress_bar=False).train()
-    result = evaluate(agent.policy, dataset.make_env, episodes=episodes, seed=10_000)
-    return float(np.mean(result.returns))
 
 
 def draw(path: Path, results: dict[str, list[float]], log: float) -> None:
@@ -72,32 +53,38 @@ def draw(path: Path, results: dict[str, list[float]], log: float) -> None:
     save(figure, path)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options, config = cli.parse(
-        Options,
-        arguments,
-        presets={"quick": replace(PRESETS["quick"], updates=5_000)},
-        without=knobs(IQLConfig).keys() - {"updates"},
-        least={"seeds": 1, "episodes": 1},
-        description=__doc__.split("\n\n")[0],
-    )
+@cli.errors_in_one_line()
+def main(
+    updates: int = 5_000, seeds: int = 3, episodes: int = 50, output: Path = Path("runs")
+) -> None:
+    """Train each policy from each seed, evaluate it, and print a table.
+
+    Args:
+        updates: number of gradient updates of each policy.
+        seeds: number of seeds, >= 1.
+        episodes: episodes of each evaluation.
+        output: where the results are written.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}; expected at least 1.")
+    base = replace(PRESETS["quick"], updates=updates)
     full = load_dataset(ensure_dataset("pendulum/mixed-v0"), reward="return_range")
     full.print_notes()
     angles, log = without_velocity(full), float(full.episode_returns.mean())
     results: dict[str, list[float]] = {name: [] for name in METHODS}
     for name, settings in METHODS.items():
         dataset = full if name == "angle and velocity" else angles
-        for seed in range(options.seeds):
-            began = time.perf_counter()
-            score = train(replace(config, seed=seed, **settings), dataset, options.episodes)
-            results[name].append(score)
-            spent = time.perf_counter() - began
-            print(f"  {name}, seed {seed}: {score:.0f} ({spent:.0f} s)", flush=True)
+        for seed in range(seeds):
+            agent = make_agent(replace(base, seed=seed, **settings), dataset)
+            OfflineTrainer(agent=agent, dataset=dataset, progress_bar=False).train()
+            played = evaluate(agent.policy, dataset.make_env, episodes=episodes, seed=10_000)
+            results[name].append(float(played.returns.mean()))
+            print(f"  {name}, seed {seed}: {results[name][-1]:.0f}", flush=True)
     rows = [
         {"policy reads": name} | {f"seed {seed}": score for seed, score in enumerate(returns)}
         for name, returns in results.items()
     ]
-    folder = options.output / "history"
+    folder = output / "history"
     write_rows(folder / "metrics.csv", rows)
     table = [
         ["policy reads", "mean return", "worst seed", "best seed"],
@@ -111,4 +98,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -12,18 +12,19 @@ leaves actions out, DDPG+BC and the best of many actions follow the critics' err
 regression can be better.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from iql_torchrl import IQLConfig, IQLPopulation, OfflineDataset, load_dataset, policies
-from iql_torchrl.config import cli, knobs
+from iql_torchrl.config import cli
 from iql_torchrl.losses import LossCritics
 from iql_torchrl.report import text_table, write_rows
 from iql_torchrl.report.figures import save
 
 import numpy as np
 import torch
+import tyro
 from gymnasium.spaces import Box
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
@@ -38,7 +39,6 @@ ROWS = 20_000
 STATES = 2_000  # winds in which a policy is scored
 DRAWN = 400  # samples of a picture
 CONFIG = IQLConfig(
-    updates=1_500,
     hidden=(64, 64),
     reward="raw",
     temperature=5.0,
@@ -54,12 +54,6 @@ METHODS: tuple[tuple[dict[str, Any], dict[str, float]], ...] = (
     ({"actor_objective": "ddpg_bc", "bc_weight": 0.1}, {"DDPG+BC": CONFIG.temperature}),
     ({"policy": "flow"}, {"flow, IQL": CONFIG.temperature, "flow": 0.0}),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    output: Path = Path("runs")
-    """where the results are written"""
 
 
 def hits(point: Array) -> NDArray[np.bool_]:
@@ -138,16 +132,18 @@ def draw(path: Path, samples: dict[str, Array]) -> None:
     save(figure, path)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options, config = cli.parse(
-        Options,
-        arguments,
-        presets={"multimodal": CONFIG},
-        without=knobs(IQLConfig).keys() - {"updates", "seed"},
-        description=__doc__.split("\n\n")[0],
-    )
+@cli.errors_in_one_line()
+def main(updates: int = 1_500, seed: int = 0, output: Path = Path("runs")) -> None:
+    """Make the log, train all policies, and print how they score.
+
+    Args:
+        updates: number of gradient updates of each policy.
+        seed: seed of the log, the initial weights and the batches.
+        output: where the results are written.
+    """
+    config = replace(CONFIG, updates=updates, seed=seed)
     torch.set_num_threads(1)  # the networks are small: a second thread costs more than it gives
-    log = make_log(config.seed)
+    log = make_log(seed)
     log.print_notes()
     trained = train(log, config)
 
@@ -157,14 +153,14 @@ def main(arguments: list[str] | None = None) -> None:
     logged, winds = (log.transitions[k].double().numpy() for k in ("action", "observation"))
     samples = {"log": logged[:DRAWN]}
     rows: list[dict[str, Any]] = [{"policy": "log", **scores(winds[:, 0], logged)}]
-    wind = np.random.default_rng(config.seed + 1).uniform(-1, 1, STATES)
-    torch.manual_seed(config.seed)
+    wind = np.random.default_rng(seed + 1).uniform(-1, 1, STATES)
+    torch.manual_seed(seed)
     for method, policy in trained.items():
         samples[method] = act(policy, np.zeros(DRAWN), ExplorationType.RANDOM)
         drawn = scores(wind, act(policy, wind, ExplorationType.RANDOM))
         fixed = act(policy, wind, ExplorationType.DETERMINISTIC)
         rows.append({"policy": method} | drawn | scores(wind, fixed, ", deterministic"))
-    folder = options.output / f"multimodal-seed{config.seed}"
+    folder = output / f"multimodal-seed{seed}"
     write_rows(folder / "metrics.csv", rows)
 
     upwind = np.where(wind < 0, -1.0, 1.0)
@@ -181,4 +177,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

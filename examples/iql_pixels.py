@@ -6,26 +6,32 @@ log; behaviour cloning and IQL from pictures, with one convolutional encoder for
 and IQL from the coordinates that the pictures show, with the same actions, as a reference.
 """
 
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl import IQLConfig, OfflineDataset, OfflineTrainer
-from iql_torchrl import evaluate, load_dataset, make_agent
-from iql_torchrl.config import cli, knobs
+from iql_torchrl import (
+    IQLConfig,
+    OfflineDataset,
+    OfflineTrainer,
+    evaluate,
+    load_dataset,
+    make_agent,
+)
+from iql_torchrl.config import cli
 from iql_torchrl.report import text_table, write_rows
 from iql_torchrl.report.figures import save
 
 import gymnasium as gym
 import numpy as np
+import tyro
 from gymnasium.spaces import Box
+from gymnasium.wrappers import TransformObservation
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 SIDE, STEPS, SPEED, REACHED, NOISE = 16, 20, 0.15, 0.15, 0.3
 CONFIG = IQLConfig(
-    updates=2_000,
     batch_size=128,
     discount=0.95,
     hidden=(128, 128),
@@ -41,27 +47,14 @@ CONFIG = IQLConfig(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    episodes: int = 2_000
-    """episodes of the log"""
-    output: Path = Path("runs")
-    """where the results are written"""
-
-
 class Drive(gym.Env[Any, Any]):
     """A point and a mark in [-1, 1]^2; the reward is minus their distance, for ``STEPS`` steps.
 
-    Observations: pictures ``(16, 16, 3)`` uint8 with the point in green and the mark in red, or with
-    ``pictures=False`` the four coordinates. Actions: the point's step, divided by ``SPEED``.
+    Observations: the four coordinates. Actions: the point's step, divided by ``SPEED``.
     """
 
-    def __init__(self, pictures: bool = True) -> None:
-        self.pictures = pictures
-        self.action_space = Box(-1.0, 1.0, (2,), np.float32)
-        self.observation_space = (
-            Box(0, 255, (SIDE, SIDE, 3), np.uint8) if pictures else Box(-1.0, 1.0, (4,), np.float32)
-        )
+    action_space = Box(-1.0, 1.0, (2,), np.float32)
+    observation_space = Box(-1.0, 1.0, (4,), np.float32)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
@@ -70,8 +63,7 @@ class Drive(gym.Env[Any, Any]):
         return self.observation(), {}
 
     def observation(self) -> NDArray[Any]:
-        coordinates = np.concatenate([self.point, self.mark]).astype(np.float32)
-        return picture(coordinates[None])[0] if self.pictures else coordinates
+        return np.concatenate([self.point, self.mark]).astype(np.float32)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.point = np.clip(self.point + SPEED * np.asarray(action, np.float64), -1, 1)
@@ -92,10 +84,16 @@ def picture(coordinates: NDArray[np.float32]) -> NDArray[np.uint8]:
     return image
 
 
+def seen() -> gym.Env[Any, Any]:
+    """``Drive`` with pictures ``(16, 16, 3)`` uint8: the point in green, the mark in red."""
+    space = Box(0, 255, (SIDE, SIDE, 3), np.uint8)
+    return TransformObservation(Drive(), lambda coordinates: picture(coordinates[None])[0], space)
+
+
 def make_logs(episodes: int, seed: int) -> tuple[OfflineDataset, OfflineDataset]:
     """The same log with pictures and with coordinates."""
     generator = np.random.default_rng(seed)
-    env = Drive(pictures=False)
+    env = Drive()
     steps = []
     for episode in range(episodes):
         observation, _ = env.reset(seed=seed + episode)
@@ -110,9 +108,8 @@ def make_logs(episodes: int, seed: int) -> tuple[OfflineDataset, OfflineDataset]
             observation = later
     names = ("observation", "action", "reward", "next_observation", "terminated", "truncated")
     columns = dict(zip(names, map(np.asarray, zip(*steps, strict=True)), strict=True))
-    seen = {name: picture(columns[name]) for name in ("observation", "next_observation")}
-    pictures = load_dataset(columns | seen, env=Drive)
-    return pictures, load_dataset(columns, env=partial(Drive, pictures=False))
+    pictures = {name: picture(columns[name]) for name in ("observation", "next_observation")}
+    return load_dataset(columns | pictures, env=seen), load_dataset(columns, env=Drive)
 
 
 def draw(path: Path, results: dict[str, NDArray[np.float64]]) -> None:
@@ -127,19 +124,25 @@ def draw(path: Path, results: dict[str, NDArray[np.float64]]) -> None:
     save(figure, path)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options, config = cli.parse(
-        Options,
-        arguments,
-        presets={"pixels": CONFIG},
-        without=knobs(IQLConfig).keys() - {"updates", "seed"},
-        least={"episodes": 2},
-        description=__doc__.split("\n\n")[0],
-    )
-    pictures, coordinates = make_logs(options.episodes, config.seed)
+@cli.errors_in_one_line()
+def main(
+    updates: int = 2_000, episodes: int = 2_000, seed: int = 0, output: Path = Path("runs")
+) -> None:
+    """Make the log, train three policies, and print a table.
+
+    Args:
+        updates: number of gradient updates of each policy.
+        episodes: episodes of the log, >= 2.
+        seed: seed of the log, the initial weights and the batches.
+        output: where the results are written.
+    """
+    if episodes < 2:
+        raise ValueError(f"episodes is {episodes}; expected at least 2.")
+    config = replace(CONFIG, updates=updates, seed=seed)
+    pictures, coordinates = make_logs(episodes, seed)
     pictures.print_notes()
     megabytes = pictures.transitions.bytes() / 2**20
-    print(f"The log: {options.episodes:,} episodes, {len(pictures):,} steps, {megabytes:.0f} MiB.")
+    print(f"The log: {episodes:,} episodes, {len(pictures):,} steps, {megabytes:.0f} MiB.")
     results = {"log": pictures.episode_returns}
     rows: list[dict[str, Any]] = [{"policy": "log", "return": results["log"].mean()}]
     for name, chosen, dataset in (
@@ -153,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
         played = evaluate(agent.policy, dataset.make_env, episodes=100, num_envs=50, seed=10_000)
         results[name], success = played.returns, played.successes.mean()
         rows.append({"policy": name, "return": results[name].mean(), "success": success})
-    folder = options.output / f"pixels-seed{config.seed}"
+    folder = output / f"pixels-seed{seed}"
     write_rows(folder / "metrics.csv", rows)
     table = [["policy", "return", "at the mark"]]
     for row in rows:
@@ -165,4 +168,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

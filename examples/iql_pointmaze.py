@@ -12,13 +12,14 @@ target is observed, and drawn again when reached, so that a return counts the ta
 episode. For that task the log is nearly expert, and IQL gains little over cloning.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
 from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_dataset
+from iql_torchrl.data.builtin.recipes import import_for_recipe
 from iql_torchrl.report import text_table, write_rows
 from iql_torchrl.report.figures import save
 
@@ -44,21 +45,6 @@ FIXED = replace(
 )
 # The log is good at this task, and advantages are fractions of a target instead of steps.
 RANDOM = replace(FIXED, discount=0.99, expectile=0.7, temperature=10.0, reward="raw")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    maze: Literal["umaze", "medium"] = "umaze"
-    task: Literal["fixed", "random"] = "fixed"
-    """one far goal, or the log's own targets"""
-    updates: int = FIXED.updates
-    """number of gradient updates"""
-    episodes: int = 20
-    """episodes of each evaluation"""
-    seed: int = 0
-    """seed of the initial weights and of the batches"""
-    output: Path = Path("runs")
-    """where the results are written"""
 
 
 class FixedGoal(gymnasium.ObservationWrapper[Any, Any, Any]):
@@ -171,26 +157,36 @@ def draw(path: Path, maze: str, plan: Any, paths: dict[str, list[np.ndarray]]) -
     save(figure, path)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    options = tyro.cli(Options, args=arguments, description=__doc__.split("\n\n")[0])
-    config = FIXED if options.task == "fixed" else RANDOM
-    try:
-        config = replace(config, updates=options.updates, seed=options.seed)
-        import gymnasium_robotics  # noqa: F401  (registers the mazes)
+@cli.errors_in_one_line()
+def main(
+    maze: Literal["umaze", "medium"] = "umaze",
+    task: Literal["fixed", "random"] = "fixed",
+    updates: int = FIXED.updates,
+    episodes: int = 20,
+    seed: int = 0,
+    output: Path = Path("runs"),
+) -> None:
+    """Train cloning and IQL in a maze, and compare them with the log.
 
-        rows, paths, plan = compare(options.maze, options.task, config, options.episodes)
-    except ImportError as error:
-        cli.refuse(f'{error}; install it with pip install "iql_torchrl[datasets]".')
-    except ValueError as error:
-        cli.refuse(error)
-    folder = options.output / f"pointmaze-{options.maze}-{options.task}-seed{options.seed}"
+    Args:
+        maze: of D4RL.
+        task: one far goal, or the log's own targets.
+        updates: number of gradient updates.
+        episodes: episodes of each evaluation.
+        seed: seed of the initial weights and of the batches.
+        output: where the results are written.
+    """
+    config = replace(FIXED if task == "fixed" else RANDOM, updates=updates, seed=seed)
+    import_for_recipe("gymnasium_robotics", f"pointmaze/{maze}-v0")  # registers the mazes
+    rows, paths, plan = compare(maze, task, config, episodes)
+    folder = output / f"pointmaze-{maze}-{task}-seed{seed}"
     write_rows(folder / "metrics.csv", rows)
     cells = [[name, *(f"{n:.2f}" for n in numbers)] for name, *numbers in map(dict.values, rows)]
     print(text_table([list(rows[0]), *cells]))
-    if options.task == "fixed":
-        draw(folder / "paths.png", options.maze, plan, paths)
+    if task == "fixed":
+        draw(folder / "paths.png", maze, plan, paths)
     print(f"\nWritten to {folder}/")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)
