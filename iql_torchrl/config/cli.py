@@ -109,11 +109,12 @@ def errors_in_one_line() -> Iterator[None]:
     """End a script with the first line of an error that its user can correct, and exit code 2.
 
     For a ``with`` block, or as the decorator of a script's ``main``. These are ``ImportError``,
-    ``OSError``, ``RuntimeError`` and ``ValueError``; any other has its traceback, as usual.
+    ``OSError``, ``RuntimeError``, ``ValueError`` and the ``AssertionError`` of environments; any other
+    has its traceback, as usual.
     """
     try:
         yield
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         refuse(str(error).partition("\n")[0])
 
 

@@ -9,13 +9,10 @@ import signal
 import sys
 from pathlib import Path
 
-import gymnasium
-import minari
 import numpy as np
 import pytest
 import torch
 from example_scripts import EXAMPLES, load, run, table
-from minari import DataCollector
 
 from iql_torchrl import IQLStep
 from iql_torchrl.data.builtin import make_dataset
@@ -84,23 +81,6 @@ def test_a_stopped_run_continues_from_its_last_update(capfd, tmp_path, monkeypat
     assert "no run to continue" in capfd.readouterr().err
 
 
-def test_discrete_actions(capsys):
-    env = DataCollector(gymnasium.make("CartPole-v1"))
-    generator = np.random.default_rng(0)
-    for number in range(6):
-        env.reset(seed=number)
-        over = False
-        while not over:
-            *_, terminated, truncated, _ = env.step(int(generator.integers(2)))
-            over = terminated or truncated
-    with pytest.warns(UserWarning, match="set to None"):
-        env.create_dataset("cartpole/random-v0", algorithm_name="random")
-    env.close()
-    assert "cartpole/random-v0" in minari.list_local_datasets()
-    assert run("iql_offline", *TINY, "--dataset", "cartpole/random-v0") == 0
-    assert "IQL" in capsys.readouterr().out
-
-
 @pytest.mark.usefixtures("small_pendulum")
 @pytest.mark.parametrize(
     ("arguments", "words"),
@@ -154,18 +134,20 @@ def test_custom_actor(capsys):
     assert "mean return of 20 episodes" in capsys.readouterr().out
 
 
-def test_the_notes_of_a_dataset_are_printed(capsys):
+def test_a_file_with_discrete_actions_and_the_notes_on_it(capsys):
     rng = np.random.default_rng(0)
     np.savez(
         "log.npz",
-        observations=rng.uniform(-1, 1, (200, 3)).astype(np.float32),
-        actions=rng.uniform(-2, 2, (200, 1)).astype(np.float32),
+        observations=rng.uniform(-1, 1, (200, 4)).astype(np.float32),
+        actions=rng.integers(2, size=200),
         rewards=rng.standard_normal(200),
         terminals=np.zeros(200, bool),
         timeouts=np.arange(200) % 50 == 49,
     )
-    assert run("iql_offline", "--dataset", "log.npz", "--env", "Pendulum-v1", *TINY) == 0
-    assert "note: dropped 4 truncated last rows of 200" in capsys.readouterr().out
+    assert run("iql_offline", "--dataset", "log.npz", "--env", "CartPole-v1", *TINY) == 0
+    out = capsys.readouterr().out
+    assert "note: dropped 4 truncated last rows of 200" in out
+    assert "IQL" in out
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
