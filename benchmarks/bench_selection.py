@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from functools import partial
-from importlib.metadata import version
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,68 +33,60 @@ from iql_torchrl import (
     IQLConfig,
     IQLPopulation,
     OfflineDataset,
+    evaluate,
     load_dataset,
 )
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
-from iql_torchrl.data.builtin.icu_sepsis import NAME
+from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
 from iql_torchrl.evaluation.statistics import rank_correlations
-from iql_torchrl.files import whole_file
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
-from record import RESULTS, machine
-from selection_truth import Levels, Truths, truths
+from record import RESULTS, save
 
+import gymnasium
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from iql_sepsis import CONFIG, POINTS
+from iql_sepsis import CONFIG, POINTS, probabilities
+
+EVALUATION_SEED = 10_000  # every member has the same initial states
+LEFT = 0.01  # weight of the discounted rewards after the last step
+Levels = dict[str, float]
+Truths = dict[str, tuple[Levels, float | None]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """Settings of one kind of dataset for options that the command line does not give."""
+def defaults(options: argparse.Namespace) -> None:
+    """Fill in what the command line does not give: ``config``, ``discount``, ``reward``, ``fit``.
 
-    config: IQLConfig
-    discount: float
-    reward: Any
-    temperatures: tuple[float, ...]
-    expectiles: tuple[float, ...]
-    fit: dict[str, Any]
-
-
-def case_of(options: argparse.Namespace) -> Case:
-    if options.dataset == NAME:
-        # every stay ends, so the undiscounted value is the probability of survival
-        return Case(
-            config=replace(CONFIG, updates=2_000, batch_size=1024),
-            discount=1.0,
-            reward=(POINTS, 0.0),
-            temperatures=(0.0, 0.5, 1.0, 2.0, 4.0),
-            expectiles=(0.5, 0.8),
-            fit={},  # few states: the equations of a table are solved exactly
-        )
-    config = replace(PRESETS[options.preset], updates=3_000)
-    return Case(
-        config=config,
-        discount=config.discount,
-        reward=config.reward,
-        temperatures=(0.0, 1.0, 3.0, 10.0),
-        expectiles=(0.5, 0.8),
-        fit={"updates": 5_000, "batch_size": 512, "hidden": (128, 128), "lr": 1e-3},
+    On ICU-Sepsis every stay ends, so the undiscounted value is the probability of survival, and
+    states are few, so the equations of a table are solved exactly.
+    """
+    sepsis = options.dataset == NAME
+    config = CONFIG if sepsis else PRESETS[options.preset]
+    options.config = replace(
+        config,
+        updates=options.updates or (2_000 if sepsis else 3_000),
+        batch_size=options.batch_size or (1024 if sepsis else config.batch_size),
     )
+    options.discount = 1.0 if sepsis else config.discount
+    options.reward = (POINTS, 0.0) if sepsis else config.reward
+    usual = (0.0, 0.5, 1.0, 2.0, 4.0) if sepsis else (0.0, 1.0, 3.0, 10.0)
+    options.temperatures = options.temperatures or usual
+    networks = {"updates": 5_000, "batch_size": 512, "hidden": (128, 128), "lr": 1e-3}
+    chosen = {"updates": options.fit_updates, "hidden": options.hidden, "lr": options.lr}
+    options.fit = {} if sepsis else networks
+    options.fit |= {name: value for name, value in chosen.items() if value is not None}
 
 
-def configs_of(options: argparse.Namespace, case: Case) -> dict[str, IQLConfig]:
+def configs_of(options: argparse.Namespace) -> dict[str, IQLConfig]:
     """The members by name; expectiles make no difference to behaviour cloning."""
-    chosen = {"updates": options.updates, "batch_size": options.batch_size}
-    base = replace(case.config, **{name: value for name, value in chosen.items() if value})
     policies = {}
-    for temperature in options.temperatures or case.temperatures:
-        for expectile in (options.expectiles or case.expectiles) if temperature else [0.7]:
+    for temperature in options.temperatures:
+        for expectile in options.expectiles if temperature else [0.7]:
             for seed in range(options.seeds):
                 name = f"IQL {temperature:g} {expectile:g}" if temperature else "cloning"
                 policies[f"{name} #{seed}"] = replace(
-                    base, seed=seed, temperature=temperature, expectile=expectile
+                    options.config, seed=seed, temperature=temperature, expectile=expectile
                 )
     return policies
 
@@ -108,6 +100,69 @@ def train(
         print(f"\rupdate {event.updates:,}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return {name: population.member(number) for number, name in enumerate(configs)}
+
+
+class Counted(gymnasium.Wrapper):  # type: ignore[type-arg]
+    """Appends to ``results`` each episode's return up to its own limit, and its discounted return."""
+
+    def __init__(self, env: Any, discount: float, limit: int, results: list[Any]) -> None:
+        super().__init__(env)
+        self.discount, self.limit, self.results = discount, limit, results
+
+    def reset(self, **options: Any) -> Any:
+        self.steps, self.total, self.value = 0, 0.0, 0.0
+        return super().reset(**options)
+
+    def step(self, action: Any) -> Any:
+        result = super().step(action)
+        self.total += float(result[1]) * (self.steps < self.limit)
+        self.value += float(result[1]) * self.discount**self.steps
+        self.steps += 1
+        if result[2] or result[3]:
+            self.results.append((self.total, self.value))
+        return result
+
+
+def played(members: dict[str, Agent], make_env: Callable[[], Any], discount: float,
+           episodes: int) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Per member: mean discounted return, its standard error, and mean return.
+
+    Episodes continue after their time limit, until the weight of later rewards is below ``LEFT``.
+    """
+    truth = {}
+    for name, agent in members.items():
+        results: list[tuple[float, float]] = []
+
+        def make(results: list[Any] = results) -> Any:
+            env = make_env()
+            limit = env.spec.max_episode_steps
+            horizon = max(limit, math.ceil(math.log(LEFT) / math.log(discount)))
+            longer = gymnasium.wrappers.TimeLimit(env.unwrapped, horizon)
+            return Counted(longer, discount, limit, results)
+
+        evaluate(agent.policy, make, episodes=episodes, seed=EVALUATION_SEED)
+        returns, values = np.array(results).T
+        error = float(values.std(ddof=1) / math.sqrt(episodes)) if episodes > 1 else None
+        truth[name] = {"value": values.mean(), "standard_error": error, "return": returns.mean()}
+    return truth
+
+
+def truths(
+    members: dict[str, Agent], log: OfflineDataset, discount: float, episodes: int
+) -> tuple[Truths, dict[str, Any]]:
+    """Per kind of truth, each member's and the log's own (None: by the ranking), and a record."""
+    if log.name == NAME:
+        tables = SepsisTables(log.make_env())
+        exact = {n: tables.value(probabilities(a, tables.admissible)) for n, a in members.items()}
+        clinicians = tables.value(tables.clinician)
+        more = {"clinicians": clinicians, "optimum": tables.optimal_value(), "exact": exact}
+        return {"survival": (exact, clinicians)}, more
+    results = played(members, log.make_env, discount, episodes)
+    values, returns = (
+        {n: float(row[key]) for n, row in results.items()} for key in ("value", "return")
+    )
+    more = {"played": results, "episodes": episodes}
+    return {"value": (values, None), "return": (returns, float(log.episode_returns.mean()))}, more
 
 
 def quality(ranking: Ranking, truth: Levels, log: float, *, returns: bool) -> dict[str, Any]:
@@ -154,13 +209,6 @@ def show(rankings: dict[str, Ranking], truths: Truths) -> None:
         print(f"{name:18}" + "".join(f"{number:11.4g}" for number in numbers))
 
 
-def clocked(seconds: Levels, name: str, work: Callable[[], Any]) -> Any:
-    began = time.perf_counter()
-    result = work()
-    seconds[name] = time.perf_counter() - began
-    return result
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
@@ -168,7 +216,7 @@ def parse() -> argparse.Namespace:
     add("--env", help="Gymnasium id, for files without one")
     add("--preset", default="quick", choices=list(PRESETS), help="of logs other than sepsis")
     add("--temperatures", type=float, nargs="+")
-    add("--expectiles", type=float, nargs="+")
+    add("--expectiles", type=float, nargs="+", default=(0.5, 0.8))
     add("--seeds", type=int, default=2)
     add("--updates", type=int, help="of each member")
     add("--batch-size", type=int, help="of each member")
@@ -192,53 +240,48 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     torch.set_num_threads(1)
-    case = case_of(options)
-    configs = configs_of(options, case)
-    chosen = {"updates": options.fit_updates, "hidden": options.hidden, "lr": options.lr}
-    fit_options = case.fit | {name: value for name, value in chosen.items() if value is not None}
+    defaults(options)
+    configs, how = configs_of(options), {"discount": options.discount}
     source = ensure_dataset(options.dataset) if options.dataset in BUILTIN else options.dataset
-    log = load_dataset(source, env=options.env, reward=case.reward, progress=False)
+    log = load_dataset(source, env=options.env, reward=options.reward, progress=False)
     if options.limit:
         log = log.split(options.limit / len(log.episode_lengths), seed=1)[0]
     own, fresh = log.split(0.5, seed=0)
     fit, held_out = fresh.split(0.5, seed=0)
-    seconds: Levels = {}
-    members = clocked(seconds, "training", lambda: train(configs, own, options))
-    truths_by_kind, more = clocked(
-        seconds, "truth", lambda: truths(members, log, case.discount, options.episodes)
-    )
+    clock = [("", time.perf_counter())]  # (what ended, when)
+
+    def ended(name: str) -> None:
+        clock.append((name, time.perf_counter()))
+
+    members = train(configs, own, options)
+    ended("training")
+    truths_by_kind, more = truths(members, log, options.discount, options.episodes)
+    ended("truth")
     results: dict[str, Any] = {}
     rankings: dict[str, Ranking] = {}
     for name, episodes in (("fresh", fit), ("own", own)):
         logs = (members, episodes, held_out)
-        fit_members = partial(fitted_q_evaluation, *logs, discount=case.discount, **fit_options)
-        fitted = clocked(seconds, f"fitting on {name} episodes", fit_members)
-        rank = partial(rank_members, *logs, discount=case.discount, fitted_q=fitted)
-        ranking = clocked(seconds, f"ranking with {name} episodes", rank)
-        rankings[name] = ranking
-        results[name] = {
-            kind: quality(
-                ranking,
-                truth,
-                ranking.log_value if level is None else level,
-                returns=kind == "return",
-            )
-            for kind, (truth, level) in truths_by_kind.items()
-        }
+        fitted = fitted_q_evaluation(*logs, **how, **options.fit)
+        ended(f"fitting on {name} episodes")
+        ranking = rankings[name] = rank_members(*logs, **how, fitted_q=fitted)
+        ended(f"ranking with {name} episodes")
+        results[name] = {}
+        for kind, (truth, level) in truths_by_kind.items():
+            log_level = ranking.log_value if level is None else level
+            results[name][kind] = quality(ranking, truth, log_level, returns=kind == "return")
         print(f"\nFitted on {name} episodes\n\n{ranking}\n", flush=True)
+    seconds = {name: now - before for (_, before), (name, now) in pairwise(clock)}
     show(rankings, truths_by_kind)
     for name, result in results.items():
         print(f"\nfitted on {name} episodes: {json.dumps(result)}")
-    levels = {key: more[key] for key in ("clinicians", "optimum") if key in more}
-    print(f"\n{levels or ''} seconds {seconds}")
-    versions = {"numpy": np.__version__, "threads": torch.get_num_threads()}
-    versions |= {"icu-sepsis": version("icu-sepsis")} if options.dataset == NAME else {}
+    print(
+        f"\nclinicians {more.get('clinicians')}, optimum {more.get('optimum')}; seconds {seconds}"
+    )
     record = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": machine() | versions,
+        "threads": torch.get_num_threads(),
         "config": asdict(next(iter(configs.values()))),
         "batches": options.batches,
-        "fitted_q": fit_options | {"discount": case.discount},
+        "fitted_q": options.fit | how,
         "episodes": {"own": len(own.episode_lengths), "fresh": len(fit.episode_lengths),
                      "held_out": len(held_out.episode_lengths)},
         "truth": more,
@@ -249,9 +292,7 @@ def main() -> None:
         "rankings": {name: ranking.to_dict() for name, ranking in rankings.items()},
         "seconds": seconds,
     }  # fmt: skip
-    options.output.parent.mkdir(exist_ok=True)
-    with whole_file(options.output) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+    save(options.output, record, ("numpy", "icu-sepsis") if options.dataset == NAME else ("numpy",))
 
 
 if __name__ == "__main__":

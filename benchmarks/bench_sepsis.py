@@ -10,17 +10,15 @@ Writes benchmarks/results/sepsis.json.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 
 from iql_torchrl import OfflineDataset, load_dataset
 from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
-from record import RESULTS, machine
+from record import RESULTS, save
 
 import gymnasium
 import icu_sepsis  # noqa: F401  (registers the environment)
@@ -28,7 +26,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from iql_sepsis import CONFIG, POINTS, Tabular, tabular_iql, train
+from iql_sepsis import CONFIG, POINTS, tabular_iql, train
 
 TEMPERATURES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
 
@@ -63,28 +61,18 @@ def priced(policy: np.ndarray, log: OfflineDataset, admissible: np.ndarray) -> f
 def choose(log: OfflineDataset, tables: SepsisTables) -> list[dict[str, float]]:
     """Per temperature: survival estimated from the training half, from the other half, and exactly."""
     first, second = log.split(0.5, seed=0)
-    whole = log.transitions
     rows = []
     for temperature in TEMPERATURES:
         config = replace(CONFIG, temperature=temperature)
-        half = tabular_iql(first.transitions, tables.admissible, config)
-        full = tabular_iql(whole, tables.admissible, config)
-        rows.append(
-            {
-                "temperature": temperature,
-                "priced_by_own_half": priced(half.policy, first, tables.admissible),
-                "priced_by_other_half": priced(half.policy, second, tables.admissible),
-                "half_exact": tables.value(half.policy),
-                "whole_exact": tables.value(full.policy),
-            }
+        half, full = (
+            tabular_iql(part.transitions, tables.admissible, config).policy for part in (first, log)
         )
+        row = {"temperature": temperature}
+        row["priced_by_own_half"] = priced(half, first, tables.admissible)
+        row["priced_by_other_half"] = priced(half, second, tables.admissible)
+        row |= {"half_exact": tables.value(half), "whole_exact": tables.value(full)}
+        rows.append(row)
     return rows
-
-
-def advantage_deviation(log: OfflineDataset, counts: Tabular) -> float:
-    """Standard deviation over the log of the advantages, in points of survival."""
-    state, action = log.transitions["observation"].numpy(), log.transitions["action"].numpy()
-    return float((counts.qvalue - counts.value[:, None])[state, action].std())
 
 
 def main() -> None:
@@ -96,6 +84,8 @@ def main() -> None:
     log = load_dataset(ensure_dataset(NAME), reward=(POINTS, 0.0))
     tables = SepsisTables(gymnasium.make(ENVIRONMENT, disable_env_checker=True))
     counts = tabular_iql(log.transitions, tables.admissible, CONFIG)
+    taken = tuple(log.transitions[key].numpy() for key in ("observation", "action"))
+    advantages = (counts.qvalue - counts.value[:, None])[taken]
     exact = {
         "random": tables.value(),
         "clinicians": tables.value(tables.clinician),
@@ -119,19 +109,16 @@ def main() -> None:
     print(f"network      {final.mean():.4f}, lowest {final.min():.4f}; less tabular: "
           f"{final.mean() - exact['tabular']:+.4f}, {final.min() - exact['tabular']:+.4f}")  # fmt: skip
     result = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": machine() | {"icu-sepsis": version("icu-sepsis")},
         "config": asdict(replace(CONFIG, updates=options.updates)),
         "reward_map": [POINTS, 0.0],
         "stays": len(log.episode_returns),
         "steps": len(log),
         "exact": exact,
-        "advantage_deviation": advantage_deviation(log, counts),
+        "advantage_deviation": float(advantages.std()),  # over the log, in points of survival
         "temperatures": temperatures,
         "runs": runs,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "sepsis.json").write_text(json.dumps(result, indent=1) + "\n")
+    save(RESULTS / "sepsis.json", result, packages=("icu-sepsis",))
 
 
 if __name__ == "__main__":

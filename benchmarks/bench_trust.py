@@ -6,24 +6,20 @@ Twenty families of small problems (``trust_families.py``), twenty seeds each. A 
 to fit on and a held-out log; ``rank_members`` gets both, the members and the true probabilities of the
 logged actions. Counted per family: harmful recommendations (true value below the log's), right
 ones (at least half of the best member's gain), no recommendation, how often the bounds of all
-gains are correct, and regret. ``--vectors`` gives the states as one-hot vectors (still few
-states, so a table is used); ``--networks`` fits networks instead of tables. Writes
+gains are correct, and regret. ``--networks`` fits networks instead of tables. Writes
 benchmarks/results/trust.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from iql_torchrl import fitted_q_evaluation, rank_members
 from iql_torchrl.evaluation.statistics import wilson_interval
-from iql_torchrl.files import whole_file
-from record import RESULTS, machine
+from record import RESULTS, save
 from trust_families import FAMILIES, Problem
 
 import numpy as np
@@ -94,27 +90,15 @@ def main() -> None:
     torch.set_num_threads(1)
     name = "trust_networks.json" if options.networks else "trust.json"
     output = options.output or RESULTS / name
+    titles = ("harmful", "right", "nobody", "covered", "regret", "possible_gain")
     results, began = {}, time.perf_counter()
-    print(
-        f"{'family':24}{'harmful':>9}{'right':>7}{'nobody':>8}{'covered':>9}{'regret':>9}{'gain':>9}"
-    )
+    print(f"{'family':24}" + "".join(f"{title:>14}" for title in titles))
     for family in options.families:
         trials = [trial(FAMILIES[family](s), s, options) for s in range(options.seeds)]
         result = results[family] = summary(trials) | {"easy": FAMILIES[family](0).easy}
-        print(
-            f"{family:24}{result['harmful']:9}{result['right']:7}{result['nobody']:8}"
-            f"{result['covered']:9}{result['regret']:9.3g}{result['possible_gain']:9.3g}"
-            + ("  easy" if result["easy"] else ""),
-            flush=True,
-        )
-    record = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": machine(),
-        "seconds": time.perf_counter() - began,
-        "families": results,
-    }
-    with whole_file(output) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        numbers = "".join(f"{result[title]:14.3g}" for title in titles)
+        print(f"{family:24}{numbers}" + "  easy" * result["easy"], flush=True)
+    save(output, {"seconds": time.perf_counter() - began, "families": results})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from iql_torchrl import OfflineDataset, load_dataset
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from numpy.typing import NDArray
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -68,8 +69,8 @@ class Problem:
             cut = np.full(len(alive), step == self.horizon - 1)
             if self.cut is not None:
                 cut |= self.cut(action, after, draw)
-            cut &= ~terminated
-            probability = np.log(self.behaviour[now, action])
+            probability = np.log(self.behaviour[now, action]).astype(np.float32)
+            reward, cut = reward.astype(np.float32), cut & ~terminated
             parts.append((alive, now, action, reward, after, terminated, cut, probability))
             state[alive] = after
             alive = alive[~(terminated | cut)]
@@ -79,15 +80,10 @@ class Problem:
                  "truncated", "action_log_prob")  # fmt: skip
         columns = dict(zip(names, map(np.concatenate, zip(*parts, strict=True)), strict=True))
         order = np.argsort(columns.pop("episode"), kind="stable")
-        table = {name: column[order] for name, column in columns.items()}
-        for name in ("reward", "action_log_prob"):
-            table[name] = table[name].astype(np.float32)
-        return table
+        return {name: column[order] for name, column in columns.items()}
 
     def log(self, seed: int) -> OfflineDataset:
         """:meth:`rows` as a dataset whose spaces are those of the problem, not of the sample."""
-        from gymnasium import spaces
-
         states, actions = self.reward.shape
         return load_dataset(
             self.rows(seed),
@@ -258,27 +254,6 @@ def censored(_: int) -> Problem:
     )  # fmt: skip
 
 
-def winners_curse(_: int) -> Problem:
-    """A safe arm of +1 and three of mean -1 with a standard deviation of 30."""
-    return bandit(
-        [1.0, -1.0, -1.0, -1.0], [0.7, 0.1, 0.1, 0.1],
-        lambda s, a, draw: 30.0 * (a > 0) * draw.standard_normal(len(s)), 200,
-    )  # fmt: skip
-
-
-def many_arms(_: int) -> Problem:
-    """Twenty arms, one of them better than the log."""
-    return bandit([1.0] + [-0.5] * 19, [0.43] + [0.03] * 19, gaussian(5.0), 300)
-
-
-def heavy_tails(_: int) -> Problem:
-    """Rewards with Student's t noise of 2.1 degrees of freedom."""
-    return bandit(
-        [1.0, 0.5, 0.5, 0.5], [0.55, 0.15, 0.15, 0.15],
-        lambda s, a, draw: 4.0 * draw.standard_t(2.1, len(s)), 300,
-    )  # fmt: skip
-
-
 def skewed_losses(_: int) -> Problem:
     """Arms with mostly small rewards and sometimes large losses (lognormal)."""
 
@@ -314,44 +289,6 @@ def poor_clone(_: int) -> Problem:
     )  # fmt: skip
 
 
-def time_limit(_: int) -> Problem:
-    """The chain, cut after eight steps, so most of a value lies beyond the log."""
-    return replace(chain(), horizon=8, easy=False)
-
-
-def confounded_limit(_: int) -> Problem:
-    """The chain, cut more often after steps to the right."""
-
-    def cut(action: NDArray, after: NDArray, draw: np.random.Generator) -> NDArray[np.bool_]:
-        return (action == 1) & (draw.random(len(action)) < 0.15)
-
-    return replace(chain(), cut=cut, easy=False)
-
-
-def wrong_way(_: int) -> Problem:
-    """The chain, logged by a policy that is better than every other member."""
-    problem = chain(right=0.95)
-    kept = {
-        name: problem.members[name] for name in ("clone", "left", "mostly left", "mostly right")
-    }
-    return replace(problem, members=kept, easy=False)
-
-
-def deterministic_log(_: int) -> Problem:
-    """The chain, logged by a policy that always goes right, so other actions are unknown."""
-    return replace(chain(right=1.0), easy=False)
-
-
-def tiny_log(_: int) -> Problem:
-    """The chain, eight episodes for the fit and eight held out."""
-    return replace(chain(), episodes=8, easy=False)
-
-
-def near_ties(_: int) -> Problem:
-    """Three arms that differ by 0.02."""
-    return bandit([1.0, 1.0, 0.98], [0.34, 0.33, 0.33], gaussian(1.0), 300)
-
-
 def noisy_mdp(seed: int) -> Problem:
     """A random MDP, much noise, 25 episodes for the fit and 25 held out."""
     problem = replace(random_mdp(seed, noise=2.0), episodes=25, easy=False)
@@ -370,35 +307,50 @@ def good_log(seed: int) -> Problem:
     return replace(problem, behaviour=best, members=members, easy=False)
 
 
-def plain_arms(_: int) -> Problem:
-    """Three arms, one of them better than the log by 0.64 with noise of 1."""
-    return bandit([1.0, 0.0, 0.2], [0.3, 0.4, 0.3], gaussian(1.0), 300, easy=True)
-
-
-def plain_chain(_: int) -> Problem:
-    """The chain with episodes that end by themselves."""
-    return chain()
-
-
+WITHOUT_RIGHT = ("clone", "left", "mostly left", "mostly right")
 FAMILIES: dict[str, Callable[[int], Problem]] = {
     "rare state": rare_state,
     "rarer state": rarer_state,
     "censored": censored,
-    "winner's curse": winners_curse,
-    "many arms": many_arms,
-    "heavy tails": heavy_tails,
+    # A safe arm of +1 and three of mean -1 with a standard deviation of 30.
+    "winner's curse": lambda _: bandit(
+        [1.0, -1.0, -1.0, -1.0], [0.7, 0.1, 0.1, 0.1],
+        lambda s, a, draw: 30.0 * (a > 0) * draw.standard_normal(len(s)), 200,
+    ),
+    # Twenty arms, one of them better than the log.
+    "many arms": lambda _: bandit([1.0] + [-0.5] * 19, [0.43] + [0.03] * 19, gaussian(5.0), 300),
+    # Rewards with Student's t noise of 2.1 degrees of freedom.
+    "heavy tails": lambda _: bandit(
+        [1.0, 0.5, 0.5, 0.5], [0.55, 0.15, 0.15, 0.15],
+        lambda s, a, draw: 4.0 * draw.standard_t(2.1, len(s)), 300,
+    ),
     "skewed losses": skewed_losses,
     "lottery": lottery,
     "poor clone": poor_clone,
-    "time limit": time_limit,
-    "confounded time limit": confounded_limit,
-    "wrong way": wrong_way,
-    "deterministic log": deterministic_log,
-    "tiny log": tiny_log,
-    "near ties": near_ties,
+    # The chain, cut after eight steps, so most of a value lies beyond the log.
+    "time limit": lambda _: replace(chain(), horizon=8, easy=False),
+    # The chain, cut more often after steps to the right.
+    "confounded time limit": lambda _: replace(
+        chain(), easy=False,
+        cut=lambda action, after, draw: (action == 1) & (draw.random(len(action)) < 0.15),
+    ),
+    # The chain, logged by a policy that is better than every other member.
+    "wrong way": lambda _: replace(
+        chain(right=0.95), easy=False,
+        members={name: chain(right=0.95).members[name] for name in WITHOUT_RIGHT},
+    ),
+    # The chain, logged by a policy that always goes right, so other actions are unknown.
+    "deterministic log": lambda _: replace(chain(right=1.0), easy=False),
+    # The chain, eight episodes for the fit and eight held out.
+    "tiny log": lambda _: replace(chain(), episodes=8, easy=False),
+    # Three arms that differ by 0.02.
+    "near ties": lambda _: bandit([1.0, 1.0, 0.98], [0.34, 0.33, 0.33], gaussian(1.0), 300),
     "noisy MDP": noisy_mdp,
     "good log": good_log,
-    "plain arms": plain_arms,
-    "plain chain": plain_chain,
+    # Three arms, one of them better than the log by 0.64 with noise of 1.
+    "plain arms": lambda _: bandit(
+        [1.0, 0.0, 0.2], [0.3, 0.4, 0.3], gaussian(1.0), 300, easy=True
+    ),
+    "plain chain": lambda _: chain(),
     "random MDP": random_mdp,
-}
+}  # fmt: skip

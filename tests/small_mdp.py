@@ -132,3 +132,14 @@ def greedy_policy(mdp: MDP) -> np.ndarray:
     """The policy that is best at each state for the uniform policy's values."""
     ahead = mdp.reward + DISCOUNT * (1 - mdp.ending) * (mdp.transition @ mdp.values(uniform()))
     return np.eye(ACTIONS)[ahead.argmax(1)] * 0.94 + 0.02
+
+
+def steps_log(rows: int, options=None, **columns):
+    """``rows`` steps of one state and one action that end their episodes, but for ``columns``."""
+    usual = {"observation": 0, "action": 0, "reward": 0, "next_observation": 0}
+    table = {
+        name: np.array(np.broadcast_to(values, (rows, *np.shape(values)[1:])))
+        for name, values in (usual | {"terminated": True, "truncated": False} | columns).items()
+    }
+    table["reward"] = table["reward"].astype(np.float32)
+    return load_dataset(table, **options or {})

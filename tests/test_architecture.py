@@ -86,8 +86,7 @@ def imported_files() -> dict[str, set[str]]:
 
 def test_no_files_import_each_other_in_a_circle():
     """Inside of a room too."""
-    # the room data still has two circles: remove this condition when they are gone
-    left = {name: used for name, used in imported_files().items() if room(name) != "data"}
+    left = imported_files()
     while ends := {name for name, used in left.items() if not used & left.keys()}:
         left = {name: used for name, used in left.items() if name not in ends}
     while starts := left.keys() - set().union(*left.values()):

@@ -11,13 +11,8 @@ from numpy.typing import NDArray
 from tensordict import TensorDict, TensorDictBase
 
 __all__ = [
-    "SKETCH",
-    "digest_of_sketch",
-    "episode_digests",
-    "fingerprint",
-    "shared_share",
-    "sketch_of",
-]
+    "digest_of_sketch", "episode_digests", "fingerprint", "shared_share", "sketch_of",
+]  # fmt: skip
 
 IntArray = NDArray[np.int64]
 

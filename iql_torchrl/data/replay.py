@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
@@ -16,27 +15,15 @@ from torchrl.data import (
     TensorStorage,
 )
 
+from iql_torchrl.config import check_whole
 from iql_torchrl.data.schema import EPISODE, Key
 
 __all__ = [
-    "DeviceSampler",
-    "MemberSampler",
-    "check_count",
-    "device_of",
-    "generator_on",
-    "leaf_keys",
-    "nested_entry",
-    "replay_buffer",
-]
+    "DeviceSampler", "MemberSampler", "device_of", "generator_on", "leaf_keys",
+    "nested_entry", "replay_buffer",
+]  # fmt: skip
 
 Part = tuple[Key, torch.Size]  # key, and shape of one row
-
-
-def check_count(name: str, value: Any) -> None:
-    """Raises ``ValueError`` unless ``value`` is a whole number, at least 1."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < 1:
-        raise ValueError(f"{name} is {value!r}; expected a whole number, at least 1.")
 
 
 def replay_buffer(
@@ -57,7 +44,7 @@ def replay_buffer(
     for online data. ``kwargs`` go to ``TensorDictReplayBuffer`` (``sampler``, ``transform``,
     ``prefetch``, ``pin_memory``, ...).
     """
-    check_count("batch_size", batch_size)
+    check_whole(batch_size=batch_size)
     rows = transitions.batch_size[0]
     where = device_of(transitions) if device is None else torch.device(device)
     generator = None if seed is None else generator_on(where, seed)
@@ -129,7 +116,7 @@ class DeviceSampler:
         device: torch.device | str | None = None,
         seed: int | None = None,
     ) -> None:
-        check_count("batch_size", batch_size)
+        check_whole(batch_size=batch_size)
         self.device = device_of(transitions) if device is None else torch.device(device)
         self.batch_size = batch_size
         self.rows = int(transitions.batch_size[0])
@@ -218,8 +205,7 @@ class MemberSampler(DeviceSampler):
         part: range | None = None,
         **kwargs: Any,
     ) -> None:
-        if members < 1:
-            raise ValueError(f"members: expected at least 1, got {members}")
+        check_whole(members=members)
         super().__init__(transitions, batch_size * members, **kwargs)
         self.members, self.part = members, range(members) if part is None else part
 

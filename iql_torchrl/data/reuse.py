@@ -23,6 +23,7 @@ from iql_torchrl.data.saved import (
     Location,
     Log,
     folder_lock,
+    is_sharded,
     read_log,
     text_digest,
     write_log,
@@ -31,8 +32,10 @@ from iql_torchrl.data.schema import DatasetError
 
 __all__ = ["identity", "load_or_build"]
 
-#: A file is digested in so many blocks of so many bytes; completely if it is smaller.
-BLOCKS, BLOCK = 256, 64 * 2**10
+#: A file up to ``WHOLE`` bytes is digested completely; of a larger one so many blocks of so many
+#: bytes are. Many files share these numbers.
+WHOLE = 16 * 2**20
+BLOCKS, BLOCK = 64, 64 * 2**10
 
 
 def load_or_build(
@@ -61,18 +64,16 @@ def _reusable(folder: Path, built_from: dict[str, Any]) -> Log | None:
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
-    if not (folder / RECORD).is_file():
+    log = None
+    if (folder / RECORD).is_file() and not is_sharded(folder):
+        try:
+            log = read_log(Location(str(folder)))
+            log.check(contents=False)
+        except DatasetError:
+            return None  # Written by another version, or damaged: it is built again.
+    if log is None or log.source is None:
         raise DatasetError(
             f"memmap={folder}: exists and was not made by load_dataset; choose another path."
-        )
-    try:
-        log = read_log(Location(str(folder)))
-        log.check(contents=False)
-    except DatasetError:
-        return None  # Written by another version, or damaged: it is built again.
-    if log.source is None:
-        raise DatasetError(
-            f"memmap={folder}: has shards that build_shards wrote; choose another path."
         )
     return log if built_from["files"] and log.source == built_from else None
 
@@ -82,11 +83,11 @@ def identity(
 ) -> dict[str, Any]:
     """Everything that a built table depends on: size, time and content of each file, and the options.
 
-    The content is a 128-bit BLAKE2b digest. A file larger than 16 MiB is sampled: 256 blocks of
+    The content is a 128-bit BLAKE2b digest. A file larger than 16 MiB is sampled: 64 blocks of
     64 KiB, the first and the last of them at its ends and the others evenly between, so that a
     file of any size is digested in milliseconds. A change between the blocks of such a file is
-    noticed by size and time only. Where there are n files, each gets an n-th of the blocks, but at
-    least 3. Without files (data in memory) a built table is never reused.
+    noticed by size and time only. Where there are n files, each gets an n-th of both numbers, but
+    at least one block and 3 blocks. Without files (data in memory) a built table is never reused.
     """
     files = _source_files(source, options)
     records = [
@@ -123,10 +124,11 @@ def _source_files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
 
 def _sampled(path: Path, files: int) -> str:
     size, blocks = path.stat().st_size, max(BLOCKS // files, 3)
+    whole = size <= max(WHOLE // files, BLOCK)
     places = [(size - BLOCK) * number // (blocks - 1) for number in range(blocks)]
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb", buffering=0) as file:
-        for place in range(0, size, BLOCK) if size <= blocks * BLOCK else places:
+        for place in range(0, size, BLOCK) if whole else places:
             file.seek(place)
             digest.update(file.read(BLOCK))
     return digest.hexdigest()
@@ -138,8 +140,8 @@ def _env_identity(env: EnvLike | None) -> str | None:
         return None
     # The limit and the spaces that are registered under an id may change.
     instance = env if isinstance(env, gym.Env) else env_maker(env)()
-    spaces = [_space_identity(each) for each in (instance.observation_space, instance.action_space)]
-    text = f"{instance.spec} {spaces}"
+    spaces = [instance.observation_space, instance.action_space]
+    text = f"{instance.spec} {list(map(_space_identity, spaces))}"
     if instance is not env:
         instance.close()
     return text

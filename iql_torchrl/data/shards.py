@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 
+from iql_torchrl.config import check_whole
 from iql_torchrl.data.dataset import DatasetSummary, OfflineDataset
 from iql_torchrl.data.load import SourceLike, dataset_fields, prepare
 from iql_torchrl.data.readers.environments import EnvLike
-from iql_torchrl.data.replay import DeviceSampler, check_count
+from iql_torchrl.data.replay import DeviceSampler
 from iql_torchrl.data.saved import (
     Location,
     Log,
@@ -218,18 +219,10 @@ class Rotation:
     """``loaded`` of ``shards`` shards at a time, the oldest replaced by the next of a random order.
 
     The order consists of passes: permutations of all shards, drawn from ``seed`` and the number of the
-    pass. The first ``loaded`` shards of the first pass are loaded at the start. So in each pass every
-    shard is loaded once, and stays for ``loaded`` replacements. No shard is loaded while it is loaded
-    already: one that the previous pass loaded last comes no earlier in the next pass than its
-    replacement is due. Other than that, each position of a pass is drawn uniformly from the shards
-    that are left.
-
-    Attributes:
-        loaded: the shard at each place.
-        oldest: the place whose shard is replaced next.
-        turn: the number of the pass.
-        order: the shards of that pass, in order.
-        position: how many of ``order`` have been loaded.
+    pass (``turn``). No shard is loaded while it is loaded already: one that the previous pass loaded
+    last comes no earlier in the next pass than its replacement is due. Other than that, each position
+    of a pass is drawn uniformly from the shards that are left. ``loaded`` has the shard at each place,
+    ``oldest`` the place whose shard is replaced next, ``position`` how many of ``order`` were loaded.
     """
 
     def __init__(self, shards: int, loaded: int, seed: int) -> None:
@@ -330,8 +323,7 @@ class ShardedReplay(DeviceSampler):
         count = len(dataset.shards)
         self.dataset, self.replace_every = dataset, replace_every
         self.loaded = min(LOADED, count) if loaded is None else loaded
-        check_count("loaded", self.loaded)
-        check_count("replace_every", replace_every)
+        check_whole(loaded=self.loaded, replace_every=replace_every)
         if self.loaded > count:
             raise ValueError(
                 f"loaded is {self.loaded} and {dataset.name} has {count} shards; choose at most "
@@ -418,19 +410,15 @@ class ShardedReplay(DeviceSampler):
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {
-            "rotation": self.rotation.state_dict(),
-            "since": self._since,
-            "loaded": self.loaded,
+            "rotation": self.rotation.state_dict(), "since": self._since, "loaded": self.loaded,
             "replace_every": self.replace_every,
-        }
+        }  # fmt: skip
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` where ``state`` is of another number of shards or other settings."""
         saved = {"shards": state["rotation"]["shards"], **state}
-        for name, value in (
-            ("shards", len(self.dataset.shards)), ("loaded", self.loaded),
-            ("replace_every", self.replace_every),
-        ):  # fmt: skip
+        settings = {"loaded": self.loaded, "replace_every": self.replace_every}
+        for name, value in {"shards": self.rotation.shards, **settings}.items():
             if saved[name] != value:
                 raise ValueError(
                     f"the state is of a replay with {name} = {saved[name]}, and this one has {value}; "

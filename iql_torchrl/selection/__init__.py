@@ -2,8 +2,7 @@
 
 from iql_torchrl.selection.fitted_q import FittedQ, fitted_q_evaluation
 from iql_torchrl.selection.importance_sampling import Importance, importance_sampling
-from iql_torchrl.selection.rank import rank_members
-from iql_torchrl.selection.ranking import Ranking
+from iql_torchrl.selection.ranking import Ranking, rank_members
 
 __all__ = [
     "FittedQ",

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
 
-from iql_torchrl.selection.episodes import FloatArray
+__all__ = ["FloatArray", "mean_bounds"]
 
-__all__ = ["mean_bounds"]
-
+FloatArray = NDArray[np.float64]
 
 MAX_DRAWS, MIN_DRAWS = 10_000, 2_000
 WEIGHTS_AT_ONCE = 2**22
@@ -50,18 +51,15 @@ def mean_bounds(
         confidence: of the P intervals together, or of each, in (0, 1).
         seed: of the weights.
     """
-    lower = np.asarray(samples, np.float64)
-    upper = lower if upper_samples is None else np.asarray(upper_samples, np.float64)
-    lowest = np.minimum(np.asarray(lowest, np.float64), lower.min(1))
-    highest = np.maximum(np.asarray(highest, np.float64), upper.max(1))
+    upper = samples if upper_samples is None else upper_samples
+    lowest, highest = np.minimum(lowest, samples.min(1)), np.maximum(highest, upper.max(1))
     draws = [
-        (w[:, :-1] @ lower.T + w[:, -1:] * lowest, -(w[:, :-1] @ upper.T + w[:, -1:] * highest))
-        for w in _weights(lower.shape[1], seed)
+        (w[:, :-1] @ samples.T + w[:, -1:] * lowest, -(w[:, :-1] @ upper.T + w[:, -1:] * highest))
+        for w in _weights(samples.shape[1], seed)
     ]
     level = (1 - confidence) / 2
     low, high = (
-        _quantile(np.concatenate(side), level, together=together)
-        for side in zip(*draws, strict=True)
+        _quantile(np.concatenate(side), level, together) for side in zip(*draws, strict=True)
     )
     return low, -high
 
@@ -77,15 +75,10 @@ def _weights(episodes: int, seed: int) -> Iterator[FloatArray]:
         yield weights / weights.sum(1, keepdims=True)
 
 
-def _quantile(draws: FloatArray, level: float, *, together: bool) -> FloatArray:
+def _quantile(draws: FloatArray, level: float, together: bool) -> FloatArray:
     """Per column the quantile of its draws; the share ``level`` is of it alone, or of any column."""
-    order = np.sort(draws, axis=0)
     place = int(level * len(draws))
     if together and draws.shape[1] > 1:
-        ranks = np.empty(draws.shape, np.int64)
-        rows = np.arange(len(draws))
-        for column, indices in enumerate(draws.argsort(axis=0, kind="stable").T):
-            ranks[indices, column] = rows
-        place = int(np.quantile(ranks.min(axis=1), level))
-    result: FloatArray = order[place]
-    return result
+        smallest = stats.rankdata(draws, "ordinal", axis=0).min(axis=1) - 1
+        place = int(np.quantile(smallest, level))
+    return np.asarray(np.sort(draws, axis=0)[place])

@@ -8,15 +8,31 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from iql_torchrl.data import OfflineDataset
+from iql_torchrl.data.schema import leaf_spaces
+from iql_torchrl.data.spaces import is_image, usual_encoder
+from iql_torchrl.descriptions import describe_space
 from iql_torchrl.networks import Standardise
-from iql_torchrl.selection.candidates import Member, actions, log_probabilities
-from iql_torchrl.selection.episodes import states
-from iql_torchrl.selection.regression import features_of
 
-__all__ = ["Coverage", "clone_distance"]
+__all__ = ["USUAL", "Coverage", "features_of"]
 
 USUAL = 0.99
 QUERIES_AT_ONCE = 256
+
+
+def features_of(train: OfflineDataset, rows: TensorDictBase, *, following: bool = False) -> Tensor:
+    """``(N, D)`` standardised by ``train``'s statistics; categories as one-hot vectors."""
+    table = rows["next"] if following else rows
+    parts = []
+    for key, space in sorted(leaf_spaces(train.observation_space).items()):
+        if is_image(space):
+            raise ValueError(
+                f"{'.'.join(key)} is {describe_space(space)}; fitted Q evaluation reads numbers and "
+                "categories, no images. Load the data with features of a network of your own instead."
+            )
+        statistics = train.statistics.get(key[0] if len(key) == 1 else key)
+        encoder, _ = usual_encoder(space, statistics)
+        parts.append(encoder(table[key]).float())
+    return torch.cat(parts, -1)
 
 
 class Coverage:
@@ -40,88 +56,68 @@ class Coverage:
     """
 
     def __init__(
-        self,
-        train: OfflineDataset,
-        held_out: OfflineDataset,
-        *,
-        min_count: int = 2,
-        neighbours: int = 10,
-        queries: int = 2_000,
-        logged: int = 20_000,
-        seed: int = 0,
-    ) -> None:
-        self.train, self.min_count, self.neighbours = train, max(min_count, 1), neighbours
+        self, train: OfflineDataset, held_out: OfflineDataset, *, min_count: int = 2,
+        neighbours: int = 10, queries: int = 2_000, logged: int = 20_000, seed: int = 0,
+    ) -> None:  # fmt: skip
+        self.train, self.min_count = train, min_count
         generator = torch.Generator().manual_seed(seed)
         log = _drawn(train.transitions, logged, generator)
-        calibration = _drawn(held_out.transitions, queries, generator)
-        self.features = features_of(train, log)
-        self.action = log["action"]
+        usual = _drawn(held_out.transitions, queries, generator)
+        self.features, self.action = features_of(train, log), log["action"]
+        self.neighbours = min(neighbours, len(log))
         self.num_actions = 0
+        own = features_of(train, usual)
+        self.state_limit = _quantile(self._distances(own))
         if isinstance(train.action_space, spaces.Discrete):
             self.num_actions = int(train.action_space.n)
+            scores = self._by_action(own).gather(1, usual["action"].reshape(-1, 1))
         else:
             action = train.transitions["action"].float()
             self.scale = Standardise(action.mean(0), action.std(0, unbiased=False))
-        own = features_of(train, calibration)
-        self.state_limit = _quantile(self._state_scores(own))
-        self.action_limit = _quantile(self._action_scores(own, calibration["action"]))
+            scores = self._gaps(own, usual["action"][None, :, None])
+        self.action_limit = _quantile(scores.flatten())
 
     def unsupported_states(self, rows: TensorDictBase, *, following: bool = False) -> Tensor:
         """Whether the states of ``rows`` ``(N,)`` lie outside the log, bool ``(N,)``."""
-        scores = self._state_scores(features_of(self.train, rows, following=following))
-        return scores > self.state_limit
+        return (
+            self._distances(features_of(self.train, rows, following=following)) > self.state_limit
+        )
 
-    def unsupported_choices(
-        self, rows: TensorDictBase, choices: Tensor, *, following: bool = False
-    ) -> Tensor:
-        """Each policy's probability of an unsupported action in the states of ``rows``, ``(P, N)``.
+    def unsupported_choices(self, features: Tensor, choices: Tensor) -> Tensor:
+        """Each policy's probability of an unsupported action in states ``(N, D)``, ``(P, N)``.
 
-        ``choices``: probabilities ``(P, N, n)`` or actions ``(P, N, K, A)``.
+        ``features``: see :func:`features_of`. ``choices``: probabilities ``(P, N, n)`` or actions
+        ``(P, N, K, A)``.
         """
-        features = features_of(self.train, rows, following=following)
+        features, choices = features.cpu(), choices.cpu()
         if self.num_actions:
-            rare = (self._distances_by_action(features) > self.action_limit).float()
-            return (choices * rare).sum(-1)
-        nearest = self._nearest_actions(features)
-        gaps = [_gap(nearest, self.scale(choice.float())) for choice in choices]
-        return (torch.stack(gaps) > self.action_limit).float().mean(-1)
+            return (choices * (self._by_action(features) > self.action_limit).float()).sum(-1)
+        return (self._gaps(features, choices) > self.action_limit).float().mean(-1)
 
-    def _state_scores(self, features: Tensor) -> Tensor:
-        parts = [
-            torch.cdist(part, self.features).amin(-1) for part in features.split(QUERIES_AT_ONCE)
-        ]
-        return torch.cat(parts)
+    def _distances(self, features: Tensor) -> Tensor:
+        parts = features.split(QUERIES_AT_ONCE)
+        return torch.cat([torch.cdist(part, self.features).amin(-1) for part in parts])
 
-    def _action_scores(self, features: Tensor, action: Tensor) -> Tensor:
-        if self.num_actions:
-            return self._distances_by_action(features).gather(1, action.reshape(-1, 1)).squeeze(1)
-        return _gap(self._nearest_actions(features), self.scale(action.float())[:, None]).squeeze(1)
-
-    def _distances_by_action(self, features: Tensor) -> Tensor:
+    def _by_action(self, features: Tensor) -> Tensor:
         """Score of every discrete action, ``(N, n)``; infinite for fewer than ``min_count`` rows."""
         result = torch.full((len(features), self.num_actions), torch.inf)
         for action in range(self.num_actions):
             taken = self.features[self.action.reshape(-1) == action]
-            if len(taken) < self.min_count:
-                continue
-            parts = features.split(QUERIES_AT_ONCE)
-            nearest = [torch.cdist(part, taken).kthvalue(self.min_count).values for part in parts]
-            result[:, action] = torch.cat(nearest)
+            if len(taken) >= self.min_count:
+                parts = features.split(QUERIES_AT_ONCE)
+                each = [torch.cdist(part, taken).kthvalue(self.min_count).values for part in parts]
+                result[:, action] = torch.cat(each)
         return result
 
-    def _nearest_actions(self, features: Tensor) -> Tensor:
-        """Standardised actions logged in the nearest states, ``(N, neighbours, A)``."""
-        count = min(self.neighbours, len(self.features))
-        parts = [
-            torch.cdist(part, self.features).topk(count, largest=False).indices
+    def _gaps(self, features: Tensor, choices: Tensor) -> Tensor:
+        """Scores ``(P, N, K)`` of continuous actions ``(P, N, K, A)``."""
+        nearest = [
+            torch.cdist(part, self.features).topk(self.neighbours, largest=False).indices
             for part in features.split(QUERIES_AT_ONCE)
         ]
-        return self.scale(self.action.float())[torch.cat(parts)]
-
-
-def _gap(nearest: Tensor, action: Tensor) -> Tensor:
-    """Distance of actions ``(N, K, A)`` to the nearest of ``(N, neighbours, A)``: ``(N, K)``."""
-    return torch.cdist(action, nearest).amin(-1)
+        logged = self.scale(self.action.float())[torch.cat(nearest)]
+        own = [torch.cdist(self.scale(choice.float()), logged).amin(-1) for choice in choices]
+        return torch.stack(own)
 
 
 def _quantile(scores: Tensor) -> Tensor:
@@ -136,21 +132,3 @@ def _drawn(rows: TensorDictBase, count: int, generator: torch.Generator) -> Tens
     if len(rows) <= count:
         return rows
     return rows[torch.randperm(len(rows), generator=generator)[:count].sort().values]
-
-
-def clone_distance(member: Member, clone: Member, log: OfflineDataset) -> float:
-    """How far ``member`` is from ``clone`` at the log's states; 0 for the clone itself.
-
-    Discrete actions: mean ``KL(pi || clone)`` in nats, infinite where the clone gives probability 0
-    to an action of the policy. Continuous: mean squared Euclidean distance of the deterministic
-    actions.
-    """
-    table = states(log.transitions)
-    if not isinstance(log.action_space, spaces.Discrete):
-        gap = actions(member, table) - actions(clone, table)
-        return float(gap.double().square().sum(-1).mean())
-    count = int(log.action_space.n)
-    own, other = (log_probabilities(each, table, count) for each in (member, clone))
-    possible = own > -torch.inf
-    terms = torch.where(possible, own.exp() * (own - other), torch.zeros_like(own))
-    return float(terms.sum(-1).mean().clamp(min=0.0))

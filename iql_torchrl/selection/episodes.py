@@ -1,38 +1,81 @@
-"""Episodes of a log in offline evaluation: first and last rows, returns, discounts, truncations."""
+"""A log as arrays of its rows and episodes, and the scores that estimators give its episodes."""
 
 from __future__ import annotations
 
-import numpy as np
-from gymnasium import spaces
-from numpy.typing import NDArray
-from tensordict import TensorDictBase
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+import numpy as np
+import torch
+from gymnasium import spaces
+
+from iql_torchrl import functional as F
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.descriptions import describe_space
+from iql_torchrl.selection.bounds import FloatArray, mean_bounds
 
-__all__ = [
-    "LOG_PROB",
-    "check_logs",
-    "episode_numbers",
-    "first_rows",
-    "horizon",
-    "last_rows",
-    "open_ended",
-    "powers",
-    "raw_rewards",
-    "return_range",
-    "returns_to_go",
-    "states",
-    "terminations",
-]
-
-FloatArray = NDArray[np.float64]
-LOG_PROB = "action_log_prob"
-IntArray = NDArray[np.int64]
+__all__ = ["EpisodeScores", "Episodes", "read_logs", "return_range"]
 
 
-def check_logs(train: OfflineDataset, held_out: OfflineDataset, discount: float) -> None:
-    """Raise ``ValueError`` unless both are logs of one task and ``discount`` is in [0, 1]."""
+class Episodes:
+    """A log of N rows and E episodes as arrays.
+
+    Attributes:
+        log: the dataset.
+        lengths, first, last: of each episode the number of rows, the first and the last row ``(E,)``.
+        number: of the episode of each row, counted from 0 ``(N,)``.
+        reward: of each row, before the dataset's ``reward_map``, float64 ``(N,)``.
+        terminated: which rows terminated ``(N,)``; in some logs the episode continues afterwards.
+        open_ended: which episodes never terminate ``(E,)``.
+    """
+
+    def __init__(self, log: OfflineDataset) -> None:
+        self.log, self.lengths = log, np.asarray(log.episode_lengths)
+        self.last = np.cumsum(self.lengths) - 1
+        self.first = self.last - self.lengths + 1
+        self.number = np.repeat(np.arange(len(self)), self.lengths)
+        after = log.transitions["next"]
+        mapped = after["reward"].reshape(-1).double().cpu().numpy()
+        self.reward: FloatArray = np.asarray(log.reward_map.inverse(mapped), np.float64)
+        self.terminated = after["terminated"].reshape(-1).cpu().numpy()
+        self.open_ended = ~np.logical_or.reduceat(self.terminated, self.first)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def sums(self, values: FloatArray) -> FloatArray:
+        """The sum of ``values`` ``(N,)`` over each episode, ``(E,)``."""
+        return np.asarray(np.bincount(self.number, values, len(self)), np.float64)
+
+    def effective(self, weight: FloatArray) -> float:
+        """Kish's effective number of episodes from the weights of the rows ``(N,)``."""
+        return float(F.effective_sample_size(torch.from_numpy(self.sums(weight))))
+
+    def left(self, discount: float) -> FloatArray:
+        """``discount**T`` of episodes of T rows that never terminate, 0 of others, ``(E,)``."""
+        return np.asarray(float(discount) ** self.lengths * self.open_ended)
+
+    def horizon(self, discount: float) -> float:
+        """How many steps a value adds up: the mean of ``sum_t discount**t`` over the episodes."""
+        step = np.arange(len(self.number)) - self.first[self.number]
+        return float((float(discount) ** step).sum()) / len(self)
+
+    def returns_to_go(self, discount: float) -> FloatArray:
+        """``sum_k discount**k r_{t+k}`` to the next termination, ``(N,)``.
+
+        Without one, to the episode's last row; rewards after a truncation are not estimated.
+        """
+        result, going = self.reward.copy(), discount * ~self.terminated
+        for step in range(int(self.lengths.max()) - 2, -1, -1):
+            rows = self.first[self.lengths > step + 1] + step
+            result[rows] += going[rows] * result[rows + 1]
+        return result
+
+
+def read_logs(
+    train: OfflineDataset, held_out: OfflineDataset, discount: float
+) -> tuple[Episodes, Episodes]:
+    """Both as arrays; ``ValueError`` unless they are of one task and ``discount`` is in [0, 1]."""
     if isinstance(discount, bool) or not 0 <= discount <= 1:
         raise ValueError(f"discount is {discount!r}; it must lie in [0, 1].")
     for name in ("observation_space", "action_space"):
@@ -40,102 +83,109 @@ def check_logs(train: OfflineDataset, held_out: OfflineDataset, discount: float)
         if one != other:
             raise ValueError(
                 f"{name} of train is {describe_space(one)} and of held_out {describe_space(other)}; "
-                "expected two parts of one log: "
-                "dataset.split(fraction, seed) gives them."
+                "expected two parts of one log: dataset.split(fraction, seed) gives them."
             )
     space = train.action_space
-    if not isinstance(space, spaces.Discrete) and not (
-        isinstance(space, spaces.Box) and len(space.shape) == 1
-    ):
+    vector = isinstance(space, spaces.Box) and len(space.shape) == 1
+    if not vector and not isinstance(space, spaces.Discrete):
         raise ValueError(
             f"the actions are {describe_space(space)}; expected Discrete, or a Box of shape (A,)."
         )
+    return Episodes(train), Episodes(held_out)
 
 
-def states(rows: TensorDictBase, *, following: bool = False) -> TensorDictBase:
-    """The inputs of a policy in ``rows`` ``(N,)``: observations, and masks where the data have them.
-
-    ``following``: those after the step. Masks that forbid every action, as they may after a
-    termination, become all true, because no action is taken there.
-    """
-    table = rows["next"] if following else rows
-    table = table.select("observation", "action_mask", strict=False).copy()
-    if following and "action_mask" in table:
-        mask = table["action_mask"]
-        table["action_mask"] = mask | ~mask.any(-1, keepdim=True)
-    return table
-
-
-def first_rows(log: OfflineDataset) -> IntArray:
-    """The row that begins each episode, ``(E,)``."""
-    starts: IntArray = np.concatenate([[0], np.cumsum(log.episode_lengths)[:-1]]).astype(np.int64)
-    return starts
-
-
-def last_rows(log: OfflineDataset) -> IntArray:
-    """The row that ends each episode, ``(E,)``."""
-    return np.asarray(np.cumsum(log.episode_lengths) - 1, np.int64)
-
-
-def episode_numbers(log: OfflineDataset) -> IntArray:
-    """The number of the episode of each row, counted from 0 in the log's order, ``(N,)``."""
-    return np.repeat(np.arange(len(log.episode_lengths)), log.episode_lengths)
-
-
-def powers(log: OfflineDataset, discount: float) -> FloatArray:
-    """``discount**t`` of every row, t counted from its episode's beginning, ``(N,)``."""
-    step = np.arange(len(log)) - np.repeat(first_rows(log), log.episode_lengths)
-    return np.asarray(float(discount) ** step, np.float64)
-
-
-def horizon(log: OfflineDataset, discount: float) -> float:
-    """How many steps a value adds up: the mean of ``sum_t discount**t`` over the episodes."""
-    return float(powers(log, discount).sum()) / len(log.episode_lengths)
-
-
-def terminations(log: OfflineDataset) -> NDArray[np.bool_]:
-    """Which steps terminated, ``(N,)``; in some logs the episode continues afterwards."""
-    return np.asarray(log.transitions["next", "terminated"].reshape(-1).cpu().numpy(), np.bool_)
-
-
-def open_ended(log: OfflineDataset) -> NDArray[np.bool_]:
-    """Which episodes never terminate, ``(E,)``."""
-    return np.asarray(~np.logical_or.reduceat(terminations(log), first_rows(log)), np.bool_)
-
-
-def raw_rewards(log: OfflineDataset) -> FloatArray:
-    """Rewards before the dataset's ``reward_map``, float64 ``(N,)``; the map can be undone."""
-    mapped = log.transitions["next", "reward"].reshape(-1).double().cpu().numpy()
-    return np.asarray(log.reward_map.inverse(mapped), np.float64)
-
-
-def returns_to_go(log: OfflineDataset, discount: float) -> FloatArray:
-    """``sum_k discount**k r_{t+k}`` of raw rewards to the next termination, ``(N,)``.
-
-    Without one, to the episode's last logged step; rewards after a truncation are not estimated.
-    """
-    result, starts, lengths = raw_rewards(log), first_rows(log), log.episode_lengths
-    going = discount * ~terminations(log)
-    for step in range(int(lengths.max()) - 2, -1, -1):
-        rows = starts[lengths > step + 1] + step
-        result[rows] += going[rows] * result[rows + 1]
-    return result
-
-
-def return_range(discount: float, *logs: OfflineDataset) -> tuple[float, float]:
+def return_range(discount: float, *logs: Episodes) -> tuple[float, float]:
     """Smallest and largest return from any logged state.
 
     The minimum and maximum over returns-to-go of episodes that terminated, and over the returns of
     truncated episodes. The latter are divided by ``1 - discount**T``, as if they were repeated
     without end.
     """
-    lows, highs = [], []
+    every = []
     for log in logs:
-        returns, cut = returns_to_go(log, discount), open_ended(log)
-        left = float(discount) ** log.episode_lengths * cut
-        whole = returns[first_rows(log)] / np.maximum(1 - left, 1e-12)
-        closed = returns[np.repeat(~cut, log.episode_lengths)]
-        every = np.concatenate([whole, closed])
-        lows.append(every.min())
-        highs.append(every.max())
-    return float(min(lows)), float(max(highs))
+        returns = log.returns_to_go(discount)
+        every.append(returns[log.first] / np.maximum(1 - log.left(discount), 1e-12))
+        every.append(returns[~log.open_ended[log.number]])
+    joined = np.concatenate(every)
+    return float(joined.min()), float(joined.max())
+
+
+@dataclass(frozen=True, repr=False)
+class EpisodeScores:
+    """Doubly robust scores of E held-out episodes for P members, in raw reward units.
+
+    Attributes:
+        scores: ``(P, E)``; their mean estimates the member's value, their spread shows the error.
+            Unknown returns, where the log has no data, count as the smallest of ``return_range``.
+        log_scores: scores of the policy that made the log, ``(E,)``.
+        scores_high, log_scores_high: scores with the largest return in place of unknown ones.
+        initial_values: the model's value of each episode's first state, ``(P, E)``.
+        surprise: largest distance of one more episode's score from the mean, ``(P,)``: the largest
+            weight of a step times the range of returns. log_surprise: that of ``log_scores``, 0
+            where no episode was truncated.
+        unsupported: for finite states the discounted probability that an episode of the member
+            reaches an action that the log lacks in that state; for vectors the share of its steps,
+            ``(P,)`` in [0, 1]. log_unsupported: that of the log.
+        worst_unsupported: the largest probability of such an action, minus the log's own, in one
+            state that the member visits at least once in a hundred episodes (for vectors: the mean
+            over the worst 5 % of its steps), ``(P,)``.
+        unlogged_ends: discounted weight of truncated ends in states that the log lacks.
+        return_range: smallest and largest return from any logged state.
+        effective_episodes: effective number of held-out episodes in the correction (Kish), ``(P,)``.
+        history: t statistics of the dependence of outcomes on earlier steps, by the name of what
+            was tested; empty without a test.
+    """
+
+    scores: FloatArray
+    log_scores: FloatArray
+    scores_high: FloatArray
+    log_scores_high: FloatArray
+    initial_values: FloatArray
+    surprise: FloatArray
+    log_surprise: float
+    unsupported: FloatArray
+    log_unsupported: float
+    worst_unsupported: FloatArray
+    unlogged_ends: float
+    return_range: tuple[float, float]
+    effective_episodes: FloatArray
+    history: Mapping[str, float]
+
+    def __repr__(self) -> str:
+        members, episodes = self.scores.shape
+        return f"EpisodeScores({members} members, {episodes} episodes)"
+
+    def value_bounds(self, confidence: float, seed: int) -> tuple[FloatArray, FloatArray]:
+        """Bounds of each member's value by itself, ``(P,)``; see :func:`bounds.mean_bounds`."""
+        return _score_bounds(
+            self.scores, self.scores_high, self.surprise,
+            together=False, confidence=confidence, seed=seed,
+        )  # fmt: skip
+
+    def gain_bounds(self, confidence: float, seed: int) -> tuple[FloatArray, FloatArray]:
+        """Bounds ``(P,)`` of the members' gains over the log that hold for all at once.
+
+        Unknown returns count as the smallest for the members and the largest for the log in the
+        lower bounds, and the reverse in the upper bounds.
+        """
+        return _score_bounds(
+            self.scores - self.log_scores_high, self.scores_high - self.log_scores,
+            self.surprise + self.log_surprise, confidence=confidence, seed=seed,
+        )  # fmt: skip
+
+    def log_value(self, confidence: float, seed: int) -> tuple[float, float, float]:
+        """Value of the policy that made the log, and its bounds."""
+        low, high = self.return_range
+        bounds = mean_bounds(
+            self.log_scores[None], np.array([low - self.log_surprise]),
+            np.array([high + self.log_surprise]), upper_samples=self.log_scores_high[None],
+            confidence=confidence, seed=seed,
+        )  # fmt: skip
+        return float(self.log_scores.mean()), float(bounds[0][0]), float(bounds[1][0])
+
+
+def _score_bounds(
+    least: FloatArray, most: FloatArray, surprise: FloatArray, **options: bool | float
+) -> tuple[FloatArray, FloatArray]:
+    lowest, highest = least.mean(1) - surprise, most.mean(1) + surprise
+    return mean_bounds(least, lowest, highest, upper_samples=most, **options)  # type: ignore[arg-type]

@@ -7,33 +7,46 @@ with a slowly moving target instead of a regression solved to the end.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from numpy.typing import NDArray
+from tensordict import TensorDictBase
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from iql_torchrl import functional as F
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.selection.bounds import mean_bounds
-from iql_torchrl.selection.candidates import resolve_members
-from iql_torchrl.selection.coverage import Coverage
-from iql_torchrl.selection.episodes import check_logs, last_rows, open_ended, return_range
-from iql_torchrl.selection.regression import Layers, Regression, Steps, chooser, stacked_critics
-from iql_torchrl.selection.scores import EpisodeScores
-from iql_torchrl.selection.table import finite_states, table_scores
-from iql_torchrl.selection.visits import network_scores
+from iql_torchrl.networks import Standardise
+from iql_torchrl.networks.evaluation import chain
+from iql_torchrl.selection.bounds import FloatArray
+from iql_torchrl.selection.coverage import USUAL, Coverage, features_of
+from iql_torchrl.selection.episodes import Episodes, EpisodeScores, read_logs, return_range
+from iql_torchrl.selection.members import (
+    Member,
+    actions,
+    log_probabilities,
+    resolve_members,
+    states,
+)
+from iql_torchrl.selection.tabular import finite_states, table_scores
 
-__all__ = ["FittedQ", "fitted_q_evaluation"]
+__all__ = ["Critics", "FittedQ", "Steps", "fitted_q_evaluation", "network_scores"]
 
-FloatArray = NDArray[np.float64]
+Layers = list[Tensor]
 
 TABLE_BYTES = 2**31
-ERROR_ROWS = 20_000
 DRAWN_TOGETHER = 256
 MODELS = ("auto", "table", "network")
+ROWS_AT_ONCE = 4096
+MAX_FEATURES = 2048
+RIDGE = 1e-3
+WORST_SHARE = 0.05
+VISITS_COMPARED = 5_000
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class FittedQ:
     Attributes:
         names: of the members, ``(P,)``.
         discount: of the values.
-        episodes: :class:`~iql_torchrl.selection.scores.EpisodeScores`: doubly robust scores of each
+        episodes: :class:`~iql_torchrl.selection.episodes.EpisodeScores`: doubly robust scores of each
             held-out episode, and what the log does not cover.
         td_error, td_error_training: mean squared one-step error of the networks on held-out steps
             and on those trained on, ``(P,)``. It is not 0 for the exact Q where rewards or dynamics
@@ -78,17 +91,7 @@ class FittedQ:
 
         They contain the error of the estimate as far as held-out steps can show it.
         """
-        episodes = self.episodes
-        bounds = mean_bounds(
-            episodes.scores,
-            self.values - episodes.surprise,
-            episodes.scores_high.mean(1) + episodes.surprise,
-            upper_samples=episodes.scores_high,
-            together=False,
-            confidence=confidence,
-            seed=seed,
-        )
-        return np.stack(bounds, axis=1)
+        return np.stack(self.episodes.value_bounds(confidence, seed), axis=1)
 
 
 def fitted_q_evaluation(
@@ -114,7 +117,7 @@ def fitted_q_evaluation(
     """Value of each member's policy, fitted on ``train`` and corrected by ``held_out``.
 
     With few distinct states and discrete actions (``model="table"``), Q solves the equations of the
-    log's empirical model exactly (:func:`table.table_scores`). Otherwise P critics are trained
+    log's empirical model exactly (:func:`tabular.table_scores`). Otherwise P critics are trained
     together: critic i regresses ``r + discount * E_{a'~pi_i(s')} Q'_i(s', a')`` with squared error,
     Q' a target network. Nothing is bootstrapped where ``terminated``; past ``truncated`` it is,
     unless the log describes no such state: then the members get the least return that either log
@@ -122,7 +125,7 @@ def fitted_q_evaluation(
     member's estimate does not depend on which others are evaluated with it, and differences come
     from the policies.
 
-    Held-out steps correct the critics' errors, see :func:`visits.network_scores`. Rewards are mapped
+    Held-out steps correct the critics' errors, see :func:`network_scores`. Rewards are mapped
     back by each dataset's ``reward_map`` and divided by the deviation of the log's returns while
     training; results are in raw units whatever map the members saw.
 
@@ -150,93 +153,353 @@ def fitted_q_evaluation(
             too many for a table, or a number out of range.
     """
     resolved = resolve_members(members)
-    check_logs(train, held_out, discount)
-    _check_numbers(updates, batch_size, hidden, lr, polyak, action_samples, min_count)
-    _check_ends(train, held_out, discount)
+    fit, fresh = read_logs(train, held_out, discount)
+    counts = {"updates": updates, "batch_size": batch_size, "action_samples": action_samples}
+    counts |= {"min_count": min_count} | {f"hidden[{i}]": width for i, width in enumerate(hidden)}
+    _check_numbers(counts, lr, polyak)
+    if discount == 1:
+        _check_ends(train=fit, held_out=fresh)
     if model not in MODELS:
         raise ValueError(f"model is {model!r}; choose one of {', '.join(MODELS)}.")
     names = tuple(member.name for member in resolved)
-    continuous = not isinstance(train.action_space, spaces.Discrete)
-    deterministic = continuous if deterministic is None else bool(deterministic)
+    if deterministic is None:
+        deterministic = not isinstance(train.action_space, spaces.Discrete)
     finite = None if model == "network" else finite_states(train, held_out)
-    if model == "table" and finite is None:
+    if finite is not None:
+        scores = table_scores(
+            resolved, fit, fresh, finite,
+            discount=discount, min_count=min_count, deterministic=deterministic,
+        )  # fmt: skip
+        unknown = np.full(len(names), np.nan)
+        return FittedQ(names, discount, scores, unknown, unknown, np.inf, np.inf, deterministic)
+    if model == "table":
         raise ValueError(
             "model is 'table', but the log has continuous actions or too many distinct states; "
             "choose 'network'."
         )
-    if finite is not None:
-        episodes = table_scores(
-            resolved, train, held_out, finite, discount=discount, min_count=min_count,
-            deterministic=deterministic,
-        )  # fmt: skip
-        unknown = np.full(len(names), np.nan)
-        return FittedQ(names, discount, episodes, unknown, unknown, np.inf, np.inf, deterministic)
-    choose = chooser(train, deterministic, action_samples, seed)
-    data = Regression(train, resolved, _device(device), discount, choose)
-    coverage = Coverage(train, held_out, min_count=min_count, seed=seed)
-    limits = return_range(discount, train, held_out)
-    fitted, fresh = (
-        Steps(data, log, table_bytes, _stopped(log, coverage), limits) for log in (train, held_out)
+    limits = return_range(discount, fit, fresh)
+    samples = 0 if deterministic else action_samples
+    critics = Critics(
+        resolved, fit, _device(device), discount, limits, deterministic, samples, seed
     )
-    layers = _trained(data, fitted, updates, batch_size, hidden, lr, polyak, seed, progress)
-    scores = network_scores(data, layers, train, held_out, (fitted, fresh), coverage, limits)
-    error, error_training = (_td_error(data, layers, steps) for steps in (fresh, fitted))
-    passes = updates * batch_size / len(train)
-    backups = updates * polyak
+    coverage = Coverage(train, held_out, min_count=min_count, seed=seed)
+    fitted, unseen = (Steps(critics, log, coverage, table_bytes) for log in (fit, fresh))
+    critics.fit(fitted, hidden, updates, batch_size, lr, polyak, progress)
+    scores, error, error_training = network_scores(critics, fitted, unseen, coverage)
+    passes, backups = updates * batch_size / len(train), updates * polyak
     return FittedQ(names, discount, scores, error, error_training, backups, passes, deterministic)
 
 
-def _trained(
-    data: Regression, steps: Steps, updates: int, batch_size: int, hidden: Sequence[int],
-    lr: float, polyak: float, seed: int, progress: bool | None,
-) -> Layers:  # fmt: skip
-    live = stacked_critics(data, hidden, seed)
-    target = [(weight.detach().clone(), bias.detach().clone()) for weight, bias in live]
-    leaves = [leaf for layer in live for leaf in layer]
-    optimizer = torch.optim.Adam(leaves, lr=lr)
-    batches = torch.Generator().manual_seed(seed)  # the same batches on every device
-    for update in tqdm(
-        range(updates), "fitted Q evaluation", unit="update", leave=False,
-        disable=None if progress is None else not progress,
-    ):  # fmt: skip
-        place = update % DRAWN_TOGETHER
-        if place == 0:  # one copy to the device for many updates: each would wait for it
-            coming = (min(DRAWN_TOGETHER, updates - update), batch_size)
-            drawn = torch.randint(steps.rows, coming, generator=batches)
-            indices = drawn.to(data.device)
-        with torch.no_grad():
-            regressed = steps.target(target, indices[place], drawn[place])
-        loss = (steps.value(live, indices[place]) - regressed).square().mean(-1).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.param_groups[0]["lr"] = lr * (1 - update / updates)
-        optimizer.step()
-        for old, new in zip(target, live, strict=True):
-            for kept, leaf in zip(old, new, strict=True):
+@dataclass
+class Critics:
+    """Critics of P members and of the log's own policy, and how they read the log ``train``.
+
+    There are P + 1 critics. The last one is of the policy that made the log. It estimates the value
+    of a state from the logged steps, so it does not depend on an action: its action input is always
+    the log's mean action, or it averages over the outputs of discrete actions. ``layers`` are the
+    weight ``(P + 1, out, in)`` and the bias ``(P + 1, out)`` of each layer in turn.
+
+    Values are in units of the deviation of the log's returns, ``unit``. ``limits``: least and greatest
+    return. ``samples``: draws of a continuous action per state, 0 for the deterministic one.
+    """
+
+    members: tuple[Member, ...]
+    train: Episodes
+    device: torch.device
+    discount: float
+    limits: tuple[float, float]
+    deterministic: bool = False
+    samples: int = 0
+    seed: int = 0
+    layers: Layers = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        log, returns = self.train.log, self.train.returns_to_go(self.discount)
+        # If all returns are equal, their deviation is 0 and cannot be the unit.
+        self.unit = float(returns.std()) or max(float(np.abs(returns).mean()), 1.0)
+        self.mean_return = float(returns.mean())
+        self.outputs = (
+            int(log.action_space.n) if isinstance(log.action_space, spaces.Discrete) else 1
+        )
+        self.discrete = isinstance(log.action_space, spaces.Discrete)
+        if not self.discrete:
+            logged = log.transitions["action"].float()
+            self.scale = Standardise(logged.mean(0), logged.std(0, unbiased=False)).to(self.device)
+
+    def read(self, rows: TensorDictBase, *, following: bool = False) -> tuple[Tensor, Tensor]:
+        """Features ``(B, D)`` and :meth:`choices` of the states of ``rows`` ``(B,)``."""
+        features = features_of(self.train.log, rows, following=following).to(self.device)
+        return features, self.choices(states(rows, following=following))
+
+    def choices(self, table: TensorDictBase) -> Tensor:
+        """Of every member, then of the log's policy: ``(P + 1, N, n)`` or ``(P + 1, N, K, A)``."""
+        chosen = torch.stack([self._choice(member, table) for member in self.members])
+        chosen = chosen.to(self.device)
+        own = torch.full_like(chosen[:1], 1 / self.outputs)
+        if not self.discrete:
+            own = self.scale.mean.float().expand_as(own)
+        return torch.cat([chosen, own])
+
+    def _choice(self, member: Member, table: TensorDictBase) -> Tensor:
+        if not self.discrete:
+            return actions(member, table, samples=self.samples, seed=self.seed)
+        every = log_probabilities(member, table, self.outputs, deterministic=self.deterministic)
+        return every.exp().float()
+
+    def logged(self, action: Tensor) -> Tensor:
+        """Logged actions ``(B, ...)`` in the form of :meth:`choices`."""
+        if self.discrete:
+            taken = nn.functional.one_hot(action.reshape(-1), self.outputs).float()
+            return taken.expand(len(self.members) + 1, -1, -1)
+        every = action.expand(len(self.members) + 1, -1, -1).clone()
+        every[-1] = self.scale.mean
+        return every[:, :, None]
+
+    def inputs(self, features: Tensor, choices: Tensor) -> Tensor:
+        """What the critics of these choices read: ``(B, D)``, or ``(P, B * K, D + A)`` with actions."""
+        if self.discrete:
+            return features
+        repeated = features.repeat_interleave(choices.shape[2], 0)
+        action = self.scale(choices.flatten(1, 2))
+        return torch.cat([repeated.expand(len(action), -1, -1), action], -1)
+
+    def expected(self, layers: Layers, features: Tensor, choices: Tensor) -> Tensor:
+        """``E_{a~pi} Q(s, a)``: ``(P + 1, B)`` from the choices at B states."""
+        values = chain(self.inputs(features, choices), layers)
+        if self.discrete:
+            return (choices * values).sum(-1)
+        return values.unflatten(1, (-1, choices.shape[2])).mean((2, 3))
+
+    def value(self, layers: Layers, steps: Steps, index: Tensor) -> Tensor:
+        """Q(s, a) of logged actions, and V(s) of the log's own policy, ``(P + 1, B)``."""
+        features, action = steps.features[index], steps.action[index]
+        if not self.discrete:
+            return chain(self.inputs(features, self.logged(action)), layers).squeeze(-1)
+        every = chain(features, layers)
+        values = F.pick_action(every, action, leading=1)
+        return torch.cat([values[:-1], every[-1:].mean(-1)])
+
+    def target(self, layers: Layers, steps: Steps, index: Tensor) -> Tensor:
+        """``r + discount * E Q'(s', .)``, ``(P + 1, B)``, of the rows numbered ``index`` ``(B,)``."""
+        following = self.expected(layers, steps.following[index], steps.choices(index))
+        following = torch.where(steps.stopped[index], steps.end_values, following)
+        terminated = steps.terminated[index].expand_as(following)
+        return F.td_target(steps.reward[index], following, terminated, gamma=self.discount)
+
+    def fit(
+        self, steps: Steps, hidden: Sequence[int], updates: int, batch_size: int, lr: float,
+        polyak: float, progress: bool | None = None,
+    ) -> None:  # fmt: skip
+        """P + 1 equal MLPs with the log's mean as output, then ``updates`` of Adam."""
+        size = self.inputs(steps.features[:1], self.logged(steps.action[:1])).shape[-1]
+        live = self._first_layers([size, *hidden, self.outputs])
+        target = [leaf.detach().clone() for leaf in live]
+        optimizer = torch.optim.Adam(live, lr=lr)
+        batches = torch.Generator().manual_seed(self.seed)  # the same batches on every device
+        for update in tqdm(
+            range(updates), "fitted Q evaluation", unit="update", leave=False,
+            disable=None if progress is None else not progress,
+        ):  # fmt: skip
+            place = update % DRAWN_TOGETHER
+            if place == 0:  # one copy to the device for many updates: each would wait for it
+                coming = (min(DRAWN_TOGETHER, updates - update), batch_size)
+                indices = torch.randint(len(steps.reward), coming, generator=batches).to(
+                    self.device
+                )
+            with torch.no_grad():
+                regressed = self.target(target, steps, indices[place])
+            error = self.value(live, steps, indices[place]) - regressed
+            optimizer.zero_grad()
+            error.square().mean(-1).sum().backward()
+            optimizer.param_groups[0]["lr"] = lr * (1 - update / updates)
+            optimizer.step()
+            for kept, leaf in zip(target, live, strict=True):
                 kept.lerp_(leaf.detach(), polyak)
-    return [(weight.detach(), bias.detach()) for weight, bias in live]
+        self.layers = [leaf.detach() for leaf in live]
+
+    def _first_layers(self, widths: Sequence[int]) -> Layers:
+        generator, layers = torch.Generator().manual_seed(self.seed), []
+        for number, (before, after) in enumerate(pairwise(widths), 2):
+            layers += [torch.zeros(before, after), torch.zeros(after)]
+            if number < len(widths):
+                nn.init.orthogonal_(layers[-2], 2.0**0.5, generator=generator)
+        layers[-1] += self.mean_return / self.unit
+        size = len(self.members) + 1
+        copies = [leaf.expand(size, *leaf.shape).contiguous().to(self.device) for leaf in layers]
+        return [(leaf.mT if leaf.ndim == 3 else leaf).requires_grad_() for leaf in copies]
+
+    def state_values(self, rows: TensorDictBase, *, following: bool = False) -> FloatArray:
+        """Every policy's value of the states of ``rows`` ``(N,)``: ``(P + 1, N)``, raw units."""
+        parts = [
+            self.expected(self.layers, *self.read(chunk, following=following)).cpu()
+            for chunk in rows.split(ROWS_AT_ONCE)
+        ]
+        return np.asarray(torch.cat(parts, 1).double().numpy() * self.unit)
+
+    def visit_features(self, policy: int, features: Tensor, choices: Tensor) -> Tensor:
+        """The last hidden features of states, averaged over the policy's actions there, ``(B, F)``."""
+        chosen = choices[policy : policy + 1]
+        hidden = self.inputs(features, chosen)
+        if len(self.layers) > 2:
+            own = [leaf[policy : policy + 1] for leaf in self.layers[:-2]]
+            hidden = chain(hidden, own).relu()
+        hidden = hidden if hidden.ndim == 2 else hidden[0]
+        hidden = torch.cat([hidden, torch.ones_like(hidden[:, :1])], -1)
+        if not self.discrete:
+            return hidden.unflatten(0, (-1, chosen.shape[2])).mean(1)
+        if policy == len(self.members):
+            return hidden
+        if hidden.shape[-1] * self.outputs > MAX_FEATURES:
+            return torch.cat([hidden, chosen[0]], -1)
+        return (hidden[:, :, None] * chosen[0, :, None, :]).flatten(1)
 
 
-def _stopped(log: OfflineDataset, coverage: Coverage) -> torch.Tensor:
-    """Rows that end an episode in a state which the log never describes, bool ``(N,)``."""
-    result = torch.zeros(len(log), dtype=torch.bool)
-    ends = torch.from_numpy(last_rows(log)[open_ended(log)])
-    if len(ends):
-        rows = log.transitions[ends]
-        result[ends] = coverage.unsupported_states(rows, following=True)
-    return result
+class Steps:
+    """Rows of a log as critics read them.
+
+    ``stopped`` ``(N,)``: rows whose following state does not occur in the log. The value of that
+    state counts as the least return for the members and the greatest for the log's own policy.
+    """
+
+    def __init__(
+        self, critics: Critics, log: Episodes, coverage: Coverage, table_bytes: int = TABLE_BYTES
+    ) -> None:
+        table, device = log.log.transitions, critics.device
+        self.log, self.critics = log, critics
+        self.features = features_of(critics.train.log, table).to(device)
+        self.following = features_of(critics.train.log, table, following=True).to(device)
+        self.reward = torch.from_numpy(log.reward / critics.unit).float().to(device)
+        self.terminated = torch.from_numpy(log.terminated).to(device)
+        self.action = (table["action"] if critics.discrete else table["action"].float()).to(device)
+        stopped = torch.zeros(len(table), dtype=torch.bool)
+        ends = torch.from_numpy(log.last[log.open_ended])
+        if len(ends):
+            stopped[ends] = coverage.unsupported_states(table[ends], following=True)
+        self.stopped = stopped.to(device)
+        low, high = (limit / critics.unit for limit in critics.limits)
+        self.end_values = torch.tensor([[low]] * len(critics.members) + [[high]], device=device)
+        self.states = states(table, following=True)
+        one = critics.choices(self.states[:1])
+        few = one.numel() * one.element_size() * len(table) <= table_bytes
+        self.kept = critics.choices(self.states) if few else None
+        self.parts = torch.arange(len(table), device=device).split(ROWS_AT_ONCE)
+
+    def choices(self, index: Tensor) -> Tensor:
+        """Every policy's choices in the states after the rows numbered ``index`` ``(B,)``."""
+        if self.kept is None:
+            return self.critics.choices(self.states[index.to(self.states.device or "cpu")])
+        return self.kept.index_select(1, index)
 
 
 @torch.no_grad()
-def _td_error(data: Regression, layers: Layers, steps: Steps) -> FloatArray:
-    """Mean square over at most ERROR_ROWS evenly spaced steps, ``(P,)``, raw units squared."""
-    rows = torch.linspace(0, steps.rows - 1, min(steps.rows, ERROR_ROWS)).long()
-    total = torch.zeros(len(data.members) + 1, dtype=torch.float64)
-    for drawn in rows.split(4096):
-        index = drawn.to(data.device)
-        error = steps.target(layers, index, drawn) - steps.value(layers, index)
-        total += error.double().square().sum(-1).cpu()
-    return np.asarray((total / len(rows)).numpy()[:-1] * data.unit**2)
+def network_scores(
+    critics: Critics, fitted: Steps, fresh: Steps, coverage: Coverage
+) -> tuple[EpisodeScores, FloatArray, FloatArray]:
+    """Doubly robust scores of held-out episodes; see ``tabular.table_scores`` for the formula.
+
+    The weight ``w(s, a)`` of a step is linear in the last hidden features ``f`` of the policy's own
+    critic. Its coefficients solve ``mean_e sum_t w (f(s, a) - discount E f(s', .)) = mean_e f(s_0)``
+    over the log fitted on, with a small ridge: minimax weight learning with a linear class (Uehara,
+    Huang, Jiang 2020, arXiv:1910.12809, section 4). Negative weights count as 0.
+
+    ``fitted``, ``fresh``: the steps fitted on and held out. Also returns the members' mean squared
+    one-step errors of held-out steps and of those fitted on.
+    """
+    held_out, rows, discount = fresh.log, fresh.log.log.transitions, critics.discount
+    starts = critics.read(fitted.log.log.transitions[torch.from_numpy(fitted.log.first)])
+    coefficients = [
+        _visits(critics, fitted, policy, starts) for policy in range(len(critics.members) + 1)
+    ]
+    train_weight, train_error = _read(critics, fitted, coefficients)
+    weight, error = _read(critics, fresh, coefficients)
+    correction = np.array([held_out.sums(row) for row in weight * error])
+    initial = critics.state_values(rows[torch.from_numpy(held_out.first)])[:-1]
+    after = critics.state_values(rows[torch.from_numpy(held_out.last)], following=True)[-1]
+    span = critics.limits[1] - critics.limits[0]
+    left, stopped = held_out.left(discount), fresh.stopped.cpu().numpy()[held_out.last]
+    ended = discount * (train_weight * fitted.stopped.cpu().numpy()).sum(1) / len(fitted.log)
+    scores = initial + correction[:-1]
+    log_high = held_out.returns_to_go(discount)[held_out.first] + correction[-1]
+    log_high = log_high + left * np.where(stopped, critics.limits[1], after)
+    surprise = train_weight.max(1) * span
+    share, worst = _unsupported(critics, fitted, train_weight, coverage)
+    result = EpisodeScores(
+        scores, log_high - (left * stopped + ended[-1]) * span,
+        scores + ended[:-1, None] * span, log_high, initial, surprise[:-1], float(surprise[-1]),
+        share, 1 - USUAL, worst, float((left * stopped).mean()), critics.limits,
+        np.array([held_out.effective(row) for row in weight[:-1]]), {},
+    )  # fmt: skip
+    return result, np.square(error[:-1]).mean(1), np.square(train_error[:-1]).mean(1)
+
+
+def _visits(critics: Critics, steps: Steps, policy: int, starts: tuple[Tensor, Tensor]) -> Tensor:
+    """Coefficients of one policy's discounted visits of a step, relative to the log's, ``(F,)``.
+
+    ``starts``: features and choices of first states. The visits of the last policy, the log's own,
+    are those after truncated ends of episodes.
+    """
+    log, visited = steps.log, partial(critics.visit_features, policy)
+    if policy < len(critics.members):
+        begun = visited(*starts).mean(0).double()
+    else:
+        ends = torch.from_numpy(log.last).to(critics.device)
+        left = torch.from_numpy(log.left(critics.discount)).float().to(critics.device)
+        left = left * ~steps.stopped[ends]
+        after = visited(steps.following[ends], steps.choices(ends))
+        begun = (left[:, None] * after).mean(0).double()
+    squares, change = torch.zeros_like(begun), torch.zeros_like(begun).diag()
+    for index in steps.parts:
+        logged = visited(steps.features[index], critics.logged(steps.action[index]))
+        going = ~(steps.terminated[index] | steps.stopped[index])
+        after = visited(steps.following[index], steps.choices(index))
+        step = logged - critics.discount * going[:, None] * after
+        change += (step.T @ logged).double()
+        squares += logged.double().square().sum(0)
+    ridge = RIDGE * squares.mean().clamp(min=1e-12)
+    change += ridge * torch.ones_like(begun).diag()
+    return torch.linalg.solve(change, begun * len(log))
+
+
+def _read(
+    critics: Critics, steps: Steps, coefficients: Sequence[Tensor]
+) -> tuple[FloatArray, FloatArray]:
+    """Weights (at least 0) and one-step errors of every step, each ``(P + 1, N)``, raw units."""
+    parts = []
+    for index in steps.parts:
+        features, taken = steps.features[index], critics.logged(steps.action[index])
+        weight = [
+            critics.visit_features(policy, features, taken).double() @ own
+            for policy, own in enumerate(coefficients)
+        ]
+        error = critics.target(critics.layers, steps, index)
+        error = error - critics.value(critics.layers, steps, index)
+        parts.append(torch.stack([torch.stack(weight).clamp(min=0), error.double()]).cpu())
+    weights, errors = torch.cat(parts, 2).numpy()
+    return weights, errors * critics.unit
+
+
+def _unsupported(
+    critics: Critics, steps: Steps, weight: FloatArray, coverage: Coverage
+) -> tuple[FloatArray, FloatArray]:
+    """Share of each member's steps outside the log, and the mean over the worst of them.
+
+    A member's steps are the first states and the states after the steps fitted on, weighted.
+    """
+    rows, episodes = steps.log.log.transitions, len(steps.log)
+    compared = torch.linspace(0, len(rows) - 1, min(len(rows), VISITS_COMPARED)).long()
+    at_start = coverage.unsupported_choices(*critics.read(rows[torch.from_numpy(steps.log.first)]))
+    later = coverage.unsupported_choices(*critics.read(rows[compared], following=True))
+    outside = torch.cat([at_start, later], 1)[:-1].double().numpy()
+    going = ~(steps.terminated | steps.stopped).cpu().numpy()[compared.numpy()]
+    scale = critics.discount * len(rows) / len(compared) / episodes
+    followed = weight[:-1, compared.numpy()] * going * scale
+    visits = np.concatenate([np.full((len(followed), episodes), 1 / episodes), followed], 1)
+    visits /= visits.sum(1, keepdims=True)
+    order = np.argsort(-outside, axis=1)
+    tail = np.cumsum(np.take_along_axis(visits, order, 1), axis=1).clip(max=WORST_SHARE)
+    most = np.diff(tail, prepend=0.0) * np.take_along_axis(outside, order, 1)
+    share, worst = (outside * visits).sum(1), most.sum(1) / WORST_SHARE
+    return np.clip(share, 0, 1), np.clip(worst, 0, 1)
 
 
 def _device(name: torch.device | str) -> torch.device:
@@ -249,30 +512,17 @@ def _device(name: torch.device | str) -> torch.device:
     return device
 
 
-def _check_ends(train: OfflineDataset, held_out: OfflineDataset, discount: float) -> None:
-    """Undiscounted values past a truncation have no bound."""
-    for name, log in (("train", train), ("held_out", held_out)):
-        cut = int(open_ended(log).sum())
-        if discount == 1 and cut:
+def _check_ends(**logs: Episodes) -> None:
+    for name, log in logs.items():
+        if cut := int(log.open_ended.sum()):
             raise ValueError(
-                f"discount is 1 and {cut} of {len(log.episode_lengths)} episodes of {name} end without "
+                f"discount is 1 and {cut} of {len(log)} episodes of {name} end without "
                 "termination, past which undiscounted values have no bound; choose a discount "
                 "below 1."
             )
 
 
-def _check_numbers(
-    updates: int,
-    batch_size: int,
-    hidden: Sequence[int],
-    lr: float,
-    polyak: float,
-    action_samples: int,
-    min_count: int,
-) -> None:
-    counts = {"updates": updates, "batch_size": batch_size, "action_samples": action_samples}
-    counts["min_count"] = min_count
-    counts |= {f"hidden[{place}]": width for place, width in enumerate(hidden)}
+def _check_numbers(counts: Mapping[str, Any], lr: float, polyak: float) -> None:
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}; expected a whole number, at least 1.")

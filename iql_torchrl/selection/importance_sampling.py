@@ -18,36 +18,11 @@ from torch import Tensor
 
 from iql_torchrl import functional as F
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.selection.bounds import mean_bounds
-from iql_torchrl.selection.candidates import (
-    Member,
-    log_densities,
-    log_probabilities,
-    resolve_member,
-    resolve_members,
-)
-from iql_torchrl.selection.episodes import (
-    FloatArray,
-    check_logs,
-    first_rows,
-    open_ended,
-    raw_rewards,
-    return_range,
-    returns_to_go,
-    states,
-    terminations,
-)
+from iql_torchrl.selection.bounds import FloatArray, mean_bounds
+from iql_torchrl.selection.episodes import Episodes, read_logs, return_range
+from iql_torchrl.selection.members import logged_log_prob, resolve_member, resolve_members
 
-__all__ = [
-    "Importance",
-    "behaviour_log_prob",
-    "importance_sampling",
-    "logged_log_prob",
-    "padded",
-    "pdwis",
-    "value_bounds",
-]
-
+__all__ = ["Importance", "importance_sampling", "padded", "pdwis", "value_bounds"]
 
 LARGEST_LOG_WEIGHT = 600.0  # exp of it times a return is a number
 
@@ -108,27 +83,64 @@ def importance_sampling(
             ``behaviour``.
     """
     resolved = resolve_members(members)
-    check_logs(log, log, discount)
-    logged = behaviour_log_prob(behaviour, log)
-    limits = return_range(discount, log) if return_limits is None else return_limits
+    episodes, _ = read_logs(log, log, discount)
+    logged = _behaviour_log_prob(behaviour, log)
+    limits = return_range(discount, episodes) if return_limits is None else return_limits
     values, weights, sizes = [], [], []
     for member in resolved:
-        ratio = (logged_log_prob(member, log, deterministic=deterministic) - logged).numpy()
-        ratios, rewards, alive = padded(ratio, log)
+        ratio = logged_log_prob(member, log, deterministic=deterministic) - logged
+        ratios, rewards, alive = padded(ratio.numpy(), episodes)
         values.append(pdwis(ratios, rewards, alive, discount))
-        weights.append(np.exp(np.minimum(ratios.sum(axis=1), LARGEST_LOG_WEIGHT)))
-        sizes.append(_effective_sample_size(ratios.sum(axis=1)))
+        whole = ratios.sum(axis=1)
+        weights.append(np.exp(np.minimum(whole, LARGEST_LOG_WEIGHT)))
+        sizes.append(float(F.effective_sample_size(torch.from_numpy(_relative(whole)))))
     low, high = value_bounds(
-        np.array(weights), log, discount, limits, confidence=confidence, seed=seed
+        np.array(weights), episodes, discount, limits, confidence=confidence, seed=seed
     )
     names = tuple(member.name for member in resolved)
-    episodes = len(log.episode_lengths)
-    return Importance(names, discount, np.array(values), low, high, np.array(sizes), episodes)
+    return Importance(names, discount, np.array(values), low, high, np.array(sizes), len(episodes))
+
+
+def pdwis(log_ratio: FloatArray, reward: FloatArray, alive: FloatArray, discount: float) -> float:
+    """``sum_t discount**t * sum_e w_et r_et / sum_e w_et``, ``w_et = prod_{k<=t} pi/b(a_ek|s_ek)``.
+
+    All ``(E, T)``: logarithms of the ratios per step, rewards, and which steps count (1 or 0).
+    After a termination an episode continues with ratio 1 and reward 0, as in an absorbing state;
+    after a truncation it no longer counts. Consistent, biased for few episodes,
+    and within the range of the log's returns per step. Weights are formed as differences of
+    logarithms, so long episodes do not overflow. NaN when at some step no weight is left.
+    """
+    weight = _relative(np.where(alive > 0, np.cumsum(log_ratio, axis=1), -np.inf))
+    total = weight.sum(axis=0)
+    if bool((total <= 0).any()):
+        return float("nan")
+    powers = float(discount) ** np.arange(reward.shape[1])
+    return float((powers * (weight * reward).sum(axis=0) / total).sum())
+
+
+def _relative(logs: FloatArray) -> FloatArray:
+    """``exp(logs)`` of E episodes ``(E, ...)`` over the largest; 0 where none has weight."""
+    largest = logs.max(axis=0)
+    return np.exp(logs - np.where(np.isfinite(largest), largest, 0.0))
+
+
+def padded(log_ratio: FloatArray, log: Episodes) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Rows ``(N,)`` as ``(E, T)``: log-ratios, raw rewards, and which steps count; see pdwis.
+
+    Rows that an episode holds after its first termination have ratio 1 and reward 0.
+    """
+    steps, lengths = np.arange(int(log.lengths.max())), log.lengths[:, None]
+    rows = log.first[:, None] + np.minimum(steps, lengths - 1)
+    ended = np.cumsum(log.terminated[rows] & (steps < lengths), axis=1)
+    inside = (steps < lengths) & (np.pad(ended, ((0, 0), (1, 0)))[:, :-1] == 0)
+    alive = inside | ~log.open_ended[:, None]
+    ratios, rewards = (np.where(inside, values[rows], 0.0) for values in (log_ratio, log.reward))
+    return ratios, rewards, alive.astype(np.float64)
 
 
 def value_bounds(
     weights: FloatArray,
-    log: OfflineDataset,
+    log: Episodes,
     discount: float,
     limits: tuple[float, float],
     *,
@@ -146,51 +158,20 @@ def value_bounds(
     larger than 1, the lower bound may be above the upper one.
     """
     low, high = limits
-    logged = returns_to_go(log, discount)[first_rows(log)]
-    left = float(discount) ** log.episode_lengths * open_ended(log)
-    above = weights * np.maximum(logged + left * low - low, 0)
-    below = weights * np.maximum(high - logged - left * high, 0)
+    returns, left = log.returns_to_go(discount)[log.first], log.left(discount)
+    above = weights * np.maximum(returns + left * low - low, 0)
+    below = weights * np.maximum(high - returns - left * high, 0)
     parts = np.concatenate([above, below])
-    unbounded = np.full(len(parts), np.inf)
     least, _ = mean_bounds(
-        parts, np.zeros(len(parts)), unbounded, together=False, confidence=confidence, seed=seed
-    )
+        parts, np.zeros(len(parts)), np.full(len(parts), np.inf),
+        together=False, confidence=confidence, seed=seed,
+    )  # fmt: skip
     gain, loss = np.split(least, 2)
     return np.minimum(low + gain, high), np.maximum(high - loss, low)
 
 
-def pdwis(log_ratio: FloatArray, reward: FloatArray, alive: FloatArray, discount: float) -> float:
-    """``sum_t discount**t * sum_e w_et r_et / sum_e w_et``, ``w_et = prod_{k<=t} pi/b(a_ek|s_ek)``.
-
-    All ``(E, T)``: logarithms of the ratios per step, rewards, and which steps count (1 or 0).
-    After a termination an episode continues with ratio 1 and reward 0, as in an absorbing state;
-    after a truncation it no longer counts. Consistent, biased for few episodes,
-    and within the range of the log's returns per step. Weights are formed as differences of
-    logarithms, so long episodes do not overflow. NaN when at some step no weight is left.
-    """
-    weight = _weights(log_ratio, alive)
-    total = weight.sum(axis=0)
-    powers = _powers(discount, reward.shape[1])
-    return _ratio_sum((weight * reward).sum(axis=0), total, powers)
-
-
-def logged_log_prob(member: Member, log: OfflineDataset, *, deterministic: bool = False) -> Tensor:
-    """log pi(a|s) of the logged actions, float64 ``(N,)``; raises as ``members`` does."""
-    rows = log.transitions
-    if not isinstance(log.action_space, spaces.Discrete):
-        return log_densities(member, rows)
-    table = log_probabilities(
-        member, states(rows), int(log.action_space.n), deterministic=deterministic
-    )
-    return F.pick_action(table, rows["action"], leading=0)
-
-
-def behaviour_log_prob(behaviour: Any, log: OfflineDataset) -> Tensor:
-    """log b(a|s) of the logged actions, float64 ``(N,)``, from a key of the data or a model.
-
-    Raises ``ValueError`` for a key that the data lack, a shape other than one number a step, NaN
-    or infinite numbers, and log-probabilities of discrete actions above 0.
-    """
+def _behaviour_log_prob(behaviour: Any, log: OfflineDataset) -> Tensor:
+    """log b(a|s) of the logged actions, float64 ``(N,)``, from a key of the data or a model."""
     if isinstance(behaviour, (str, tuple)):
         source = f"{behaviour!r} of {log.name}"
         values = log.transitions.get(behaviour, None)
@@ -220,44 +201,3 @@ def behaviour_log_prob(behaviour: Any, log: OfflineDataset) -> Tensor:
             "most 0 for discrete actions, because a logged action has a probability above 0."
         )
     return result
-
-
-def _effective_sample_size(log_weights: FloatArray) -> float:
-    whole = torch.from_numpy(log_weights)
-    whole = (whole - whole.max()).exp().nan_to_num(0.0)  # -inf less -inf: no episode has weight
-    return float(F.effective_sample_size(whole))
-
-
-def padded(log_ratio: FloatArray, log: OfflineDataset) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Rows ``(N,)`` as ``(E, T)``: log-ratios, raw rewards, and which steps count; see pdwis.
-
-    Rows that an episode holds after its first termination have ratio 1 and reward 0.
-    """
-    starts, lengths = first_rows(log), log.episode_lengths
-    longest = int(lengths.max())
-    steps = np.arange(longest)
-    rows = starts[:, None] + np.minimum(steps, lengths[:, None] - 1)
-    ended = np.cumsum(terminations(log)[rows] & (steps < lengths[:, None]), axis=1)
-    inside = (steps < lengths[:, None]) & (np.pad(ended, ((0, 0), (1, 0)))[:, :-1] == 0)
-    alive = inside | ~open_ended(log)[:, None]
-    ratios = np.where(inside, log_ratio[rows], 0.0)
-    rewards = np.where(inside, raw_rewards(log)[rows], 0.0)
-    return ratios, rewards, alive.astype(np.float64)
-
-
-def _weights(log_ratio: FloatArray, alive: FloatArray) -> FloatArray:
-    """Weights ``(E, T)`` relative to each step's largest, 0 where an episode does not count."""
-    logs = np.where(alive > 0, np.cumsum(log_ratio, axis=1), -np.inf)
-    largest = logs.max(axis=0)
-    weight: FloatArray = np.exp(logs - np.where(np.isfinite(largest), largest, 0.0))
-    return weight
-
-
-def _powers(discount: float, steps: int) -> FloatArray:
-    return np.asarray(float(discount) ** np.arange(steps), np.float64)
-
-
-def _ratio_sum(numerator: FloatArray, total: FloatArray, powers: FloatArray) -> float:
-    if bool((total <= 0).any()):
-        return float("nan")
-    return float((powers * numerator / total).sum())

@@ -1,4 +1,4 @@
-"""The ranking of trained policies by estimated value: its rows, text, JSON and CSV."""
+"""The decision: trained policies ranked from logs alone, and which one is recommended."""
 
 from __future__ import annotations
 
@@ -6,26 +6,40 @@ import csv
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from iql_torchrl.data import OfflineDataset
+from iql_torchrl.data.digests import episode_digests, shared_share, sketch_of
+from iql_torchrl.evaluation.statistics import rank_correlations
 from iql_torchrl.files import whole_file
+from iql_torchrl.selection import caveats
+from iql_torchrl.selection.episodes import Episodes, read_logs
+from iql_torchrl.selection.fitted_q import FittedQ, fitted_q_evaluation
+from iql_torchrl.selection.importance_sampling import Importance, importance_sampling
+from iql_torchrl.selection.members import Member, clone_distance, has_density, resolve_members
+from iql_torchrl.selection.tabular import LOG_PROB
 
-__all__ = ["Ranking"]
+__all__ = ["Ranking", "rank_members"]
 
-COLUMNS = (
-    ("value", "value"),
-    ("value_low", "low"),
-    ("value_high", "high"),
-    ("gain_low", "gain from"),
-    ("gain_high", "to"),
-    ("importance_value", "importance"),
-    ("effective_episodes", "eff. episodes"),
-    ("extrapolation", "extrapol."),
-    ("clone_distance", "from clone"),
-)
+MIN_COMPARED = 3
+COLUMNS = {
+    "value": "value",
+    "value_low": "low",
+    "value_high": "high",
+    "gain_low": "gain from",
+    "gain_high": "to",
+    "importance_value": "importance",
+    "effective_episodes": "eff. episodes",
+    "extrapolation": "extrapol.",
+    "clone_distance": "from clone",
+}
 
 
 @dataclass(frozen=True)
@@ -67,20 +81,19 @@ class Ranking:
     episodes: int
 
     def __str__(self) -> str:
-        width = max(len("the log"), *(len(row["member"]) for row in self.rows))
-        lines = [f"{'member':{width}}" + "".join(f" {title:>13}" for _, title in COLUMNS)]
-        for row in self.rows:
-            lines.append(
-                f"{row['member']:{width}}" + "".join(f" {_short(row[key])}" for key, _ in COLUMNS)
-            )
-        empty = dict.fromkeys([key for key, _ in COLUMNS], math.nan)
-        log = empty | {
+        log = {
+            "member": "the log",
             "value": self.log_value,
             "value_low": self.log_low,
             "value_high": self.log_high,
             "extrapolation": self.log_extrapolation,
         }
-        lines.append(f"{'the log':{width}}" + "".join(f" {_short(v)}" for v in log.values()))
+        width = max(len(row["member"]) for row in (*self.rows, log))
+        lines = [f"{'member':{width}}" + "".join(f" {title:>13}" for title in COLUMNS.values())]
+        for row in (*self.rows, log):
+            values = [row.get(key, math.nan) for key in COLUMNS]
+            cells = ["-" if math.isnan(value) else f"{value:.4g}" for value in values]
+            lines.append(f"{row['member']:{width}}" + "".join(f" {cell:>13}" for cell in cells))
         lines.append(
             f"\n{self.episodes} held-out episodes, discount {self.discount:g}. Agreement of fitted "
             f"Q evaluation and importance sampling: Spearman {self.spearman:.2f}, "
@@ -91,48 +104,312 @@ class Ranking:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field as a plain JSON value; None for numbers that are not finite."""
-        return {field.name: _json(getattr(self, field.name)) for field in fields(self)}
+        result: dict[str, Any] = json.loads(
+            json.dumps(asdict(self)), parse_constant=lambda not_finite: None
+        )
+        return result
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Replace ``path`` by :meth:`to_dict`; on an error ``path`` does not change."""
         with whole_file(Path(path)) as temporary:
-            text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> Ranking:
         """The ranking that :meth:`to_json` wrote; numbers that were not finite are NaN."""
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        rows = [
-            {k: tuple(v) if k == "doubts" else _number(v) for k, v in row.items()}
-            for row in saved["rows"]
-        ]
-        own = {"rows": tuple(rows), "warnings": tuple(saved["warnings"])}
-        keep = {"recommended": saved["recommended"]}
-        return cls(**{key: _number(value) for key, value in saved.items()} | own | keep)
+
+        def unknown(saved: dict[str, Any]) -> dict[str, Any]:
+            lists = {key: tuple(v) for key, v in saved.items() if isinstance(v, list)}
+            nan = {k: math.nan for k, v in saved.items() if v is None and k != "recommended"}
+            return saved | lists | nan
+
+        return cls(**json.loads(Path(path).read_text(encoding="utf-8"), object_hook=unknown))
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Replace ``path`` by one line per member, best first; unknown numbers stay empty."""
+        rows = self.to_dict()["rows"]
         with (
             whole_file(Path(path)) as temporary,
             temporary.open("w", newline="", encoding="utf-8") as file,
         ):
-            writer = csv.DictWriter(file, list(self.rows[0]), lineterminator="\n")
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(_json(row | {"doubts": " ".join(row["doubts"])}) for row in self.rows)
+            writer.writerows(row | {"doubts": " ".join(row["doubts"])} for row in rows)
 
 
-def _short(value: float) -> str:
-    return f"{'-' if math.isnan(value) else format(value, '.4g'):>13}"
+def rank_members(
+    members: Mapping[str, Any],
+    train: OfflineDataset,
+    held_out: OfflineDataset,
+    *,
+    discount: float,
+    fitted_q: FittedQ | None = None,
+    behaviour: Any = None,
+    clone: str | None = None,
+    deterministic: bool | None = None,
+    min_count: int = 2,
+    max_extrapolation: float = 0.05,
+    min_effective_episodes: float = 100.0,
+    confidence: float = 0.95,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Ranking:
+    """Members by estimated value, with doubts about each estimate, and a recommendation.
+
+    A member's ``value`` is the mean of its doubly robust scores over the held-out episodes: fitted
+    Q evaluation on ``train``, corrected by held-out steps
+    (:class:`~iql_torchrl.selection.episodes.EpisodeScores`). The log's value is that of the policy
+    that made it, from the same episodes; it needs no clone. ``gain`` is the mean over episodes of
+    their difference. Its bounds hold for all members at once with probability ``confidence``, so
+    they remain valid for the best of many. They include the error of the estimate, as far as
+    held-out episodes show it, and one more episode with the worst return in the log
+    (:func:`bounds.mean_bounds`).
+
+    The recommended member has the largest value among those whose interval of the gain is above
+    zero and that have no doubts except ``importance`` and ``td_error``. No member is recommended
+    where networks have not converged, where ``train`` and ``held_out`` share episodes, where
+    outcomes depend on more than the observation (for a table, see ``tabular.table_scores``), or where
+    for any member fitted Q evaluation and importance sampling contradict each other beyond their
+    intervals.
+
+    Assumptions: episodes are independent of each other, no return is worse than the worst one from
+    any logged state, and members were chosen without ``held_out``. With networks also: the critics'
+    features describe values and visits well enough.
+
+    A log cannot show the effect of an action that it lacks in a state, nor the effect of causes that
+    the log's policy used but the observations do not contain. Up to ``max_extrapolation``, missing
+    actions count with the smallest logged return; above it, the member is not recommended.
+
+    Args:
+        members: name to ``Agent`` or TorchRL actor.
+        train, held_out: see :func:`fitted_q_evaluation`; without episodes that members trained on.
+        discount: in [0, 1].
+        fitted_q: an evaluation of the same members on ``held_out``; by default made here with
+            ``fitted_q_evaluation``'s defaults.
+        behaviour: for importance sampling; a key of the data or a model, see
+            :func:`importance_sampling`. None: ``"action_log_prob"`` where the data have it,
+            otherwise no importance sampling.
+        clone: the member that imitates the log; by default the first of temperature 0. Distances
+            are measured from it; nothing else depends on it.
+        deterministic: whether both estimators evaluate the most probable or deterministic action, or
+            the policy as it samples; not used with ``fitted_q``, which has its own. None: as it
+            samples for discrete actions, and for continuous ones where there is importance sampling,
+            because a deterministic continuous action has no density. Where some member has none, or
+            ``deterministic`` is True for continuous actions, there is no importance sampling, and a
+            warning says so.
+        min_count: see :func:`fitted_q_evaluation`; not used with ``fitted_q``.
+        max_extrapolation: the largest share of unsupported actions, minus that of the log itself,
+            see ``EpisodeScores.unsupported``; in [0, 1].
+        min_effective_episodes: effective sample size below which importance sampling is doubted;
+            it is also doubted below a tenth of the held-out episodes.
+        confidence: of the intervals, in (0, 1).
+        seed: of every random choice.
+        progress: see :func:`fitted_q_evaluation`; not used with ``fitted_q``.
+
+    Raises:
+        TypeError, ValueError: as ``fitted_q_evaluation`` and ``importance_sampling``; ``clone`` is
+            not a member; ``fitted_q`` is of other members, episodes or another discount; a number
+            out of range.
+    """
+    resolved = resolve_members(members)
+    logs = read_logs(train, held_out, discount)
+    for name, share in (("max_extrapolation", max_extrapolation), ("confidence", confidence)):
+        ends = name == "confidence" and share in (0, 1)
+        if isinstance(share, bool) or not 0 <= share <= 1 or ends:
+            raise ValueError(f"{name} is {share!r}; it must lie between 0 and 1.")
+    imitator = _clone(resolved, clone)
+    if behaviour is None and LOG_PROB in held_out.transitions:
+        behaviour = LOG_PROB
+    continuous = not isinstance(held_out.action_space, spaces.Discrete)
+    chosen = deterministic if fitted_q is None else fitted_q.deterministic
+    unchecked = _unchecked(resolved, held_out, behaviour, continuous and bool(chosen))
+    if fitted_q is None:
+        if chosen is None and continuous:
+            chosen = bool(unchecked)
+        fitted_q = fitted_q_evaluation(
+            members, train, held_out, discount=discount, min_count=min_count, seed=seed,
+            deterministic=chosen, progress=progress,
+        )  # fmt: skip
+    _check_fitted(fitted_q, resolved, logs[1], discount)
+    importance = None
+    if not unchecked:
+        # Intervals that hold for all members at once (Bonferroni), in the range of logged returns.
+        importance = importance_sampling(
+            members, held_out, behaviour=behaviour, discount=discount,
+            deterministic=fitted_q.deterministic, seed=seed,
+            confidence=1 - (1 - confidence) / len(members),
+            return_limits=fitted_q.episodes.return_range,
+        )  # fmt: skip
+    digests, fit_digests = episode_digests(held_out), episode_digests(train)
+    known = caveats.Evidence(
+        fitted_q=fitted_q, episodes=len(digests), horizon=logs[1].horizon(discount),
+        possible=_possible_values(fitted_q, logs), log=fitted_q.episodes.log_value(confidence, seed),
+        shared=shared_share(sketch_of(fit_digests), digests),
+        fit_seen=max(_seen(resolved, fit_digests)), clone=imitator.name if imitator else None,
+        unchecked=unchecked, sampled=continuous and not fitted_q.deterministic,
+    )  # fmt: skip
+    columns = _estimates(fitted_q, importance, confidence, seed) | {
+        "clone_distance": _distances(resolved, imitator, held_out),
+        "seen": _seen(resolved, digests),
+    }
+    rows = _sorted_rows(resolved, columns)
+    for row in rows:
+        row["doubts"] = caveats.doubts_of(
+            row, known,
+            max_extrapolation=max_extrapolation, min_effective_episodes=min_effective_episodes,
+        )  # fmt: skip
+    agreement, blocking = _agreement(rows), caveats.blocking_warnings(known)
+    general = caveats.general_warnings(rows, known, agreement[0])
+    return Ranking(
+        tuple(rows), *known.log, fitted_q.episodes.log_unsupported, *agreement,
+        *_recommendation(rows, bool(blocking), confidence),
+        (*caveats.member_warnings(rows, known), *blocking, *general), discount, len(digests),
+    )  # fmt: skip
 
 
-def _number(value: Any) -> Any:
-    return math.nan if value is None else value
+def _estimates(
+    fitted_q: FittedQ, importance: Importance | None, confidence: float, seed: int
+) -> dict[str, Any]:
+    """What the two estimators say of each member, ``(P,)`` by the name in the ranking's rows."""
+    episodes = fitted_q.episodes
+    columns = {"value": fitted_q.values}
+    columns["value_low"], columns["value_high"] = episodes.value_bounds(confidence, seed)
+    columns["gain"] = (episodes.scores - episodes.log_scores).mean(1)
+    columns["gain_low"], columns["gain_high"] = episodes.gain_bounds(confidence, seed)
+    unknown = np.full(len(fitted_q.names), math.nan)
+    return columns | {
+        "td_error": fitted_q.td_error,
+        "td_error_training": fitted_q.td_error_training,
+        "importance_value": importance.values if importance else unknown,
+        "importance_low": importance.low if importance else unknown,
+        "importance_high": importance.high if importance else unknown,
+        "effective_episodes": importance.effective_sample_size if importance else unknown,
+        "extrapolation": episodes.unsupported,
+        "worst_extrapolation": episodes.worst_unsupported,
+        "correcting_episodes": episodes.effective_episodes,
+    }
 
 
-def _json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _json(entry) for key, entry in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_json(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _sorted_rows(members: Sequence[Member], columns: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per member, best value first."""
+    order = sorted(range(len(members)), key=lambda number: float(-columns["value"][number]))
+    rows: list[dict[str, Any]] = []
+    for rank, number in enumerate(order, 1):
+        temperature = members[number].temperature
+        row = {"rank": rank, "member": members[number].name}
+        row["temperature"] = math.nan if temperature is None else temperature
+        rows.append(row | {key: float(values[number]) for key, values in columns.items()})
+    return rows
+
+
+def _distances(members: Sequence[Member], clone: Member | None, log: OfflineDataset) -> list[float]:
+    if clone is None:
+        return [math.nan] * len(members)
+    return [clone_distance(member, clone, log) for member in members]
+
+
+def _seen(members: Sequence[Member], digests: NDArray[np.int64]) -> list[float]:
+    """Share of the episodes ``digests`` that each member was trained on, 0 where unknown."""
+    trained = (member.episodes for member in members)
+    return [0.0 if own is None else shared_share(own, digests) for own in trained]
+
+
+def _possible_values(fitted_q: FittedQ, logs: tuple[Episodes, Episodes]) -> tuple[float, float]:
+    """Smallest and largest possible value.
+
+    For networks the range of logged returns. A table may combine parts of different episodes, so
+    there the range is that of the smallest and the largest logged reward at every step.
+    """
+    low, high = fitted_q.episodes.return_range
+    if math.isfinite(fitted_q.backups):
+        return low, high
+    rewards = np.concatenate([log.reward for log in logs])
+    longest = max(int(log.lengths.max()) for log in logs)
+    steps = longest if fitted_q.discount == 1 else 1 / (1 - fitted_q.discount)
+    return min(low, steps * float(rewards.min())), max(high, steps * float(rewards.max()))
+
+
+def _clone(members: Sequence[Member], name: str | None) -> Member | None:
+    names = [member.name for member in members]
+    if name is None:
+        return next((member for member in members if member.temperature == 0), None)
+    if name not in names:
+        raise ValueError(f"clone is {name!r}, which is none of the members {names}.")
+    return members[names.index(name)]
+
+
+def _check_fitted(
+    fitted_q: FittedQ, members: Sequence[Member], held_out: Episodes, discount: float
+) -> None:
+    actual = (fitted_q.names, fitted_q.episodes.scores.shape[1], fitted_q.discount)
+    expected = (tuple(member.name for member in members), len(held_out), discount)
+    if actual != expected:
+        raise ValueError(
+            f"fitted_q has (members, episodes, discount) {actual}, expected {expected}: "
+            "pass what fitted_q_evaluation returned for the same arguments."
+        )
+
+
+def _unchecked(
+    members: Sequence[Member], log: OfflineDataset, behaviour: Any, deterministic: bool
+) -> str:
+    """Why the same policies cannot be evaluated by importance sampling; empty where they can.
+
+    ``deterministic``: whether fitted Q evaluation takes deterministic continuous actions.
+    """
+    if behaviour is None:
+        return "the data hold no behaviour log-probabilities and no behaviour model was given"
+    if deterministic:
+        return (
+            "importance sampling is left out, because values are of deterministic continuous actions, "
+            "which have no density (deterministic=False evaluates the policies as they sample)"
+        )
+    if isinstance(log.action_space, spaces.Discrete):
+        return ""
+    without = [member.name for member in members if not has_density(member, log)]
+    if without:
+        return (
+            f"importance sampling is left out, because {', '.join(without)} "
+            f"{'have' if len(without) > 1 else 'has'} no density of actions"
+        )
+    return ""
+
+
+def _agreement(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Spearman's and Kendall's correlation over the members whose importance weights are not doubted.
+
+    NaN for fewer than ``MIN_COMPARED`` of them, for unknown (NaN) values, or where all are equal.
+    """
+    sound = [row for row in rows if "importance" not in row["doubts"]]
+    if len(sound) < MIN_COMPARED:
+        return math.nan, math.nan
+    values, checks = ([row[key] for row in sound] for key in ("value", "importance_value"))
+    return rank_correlations(values, checks)
+
+
+def _recommendation(
+    rows: Sequence[Mapping[str, Any]], blocked: bool, confidence: float
+) -> tuple[str | None, str]:
+    """The recommended member of ``rows``, best first, and a sentence about it.
+
+    ``blocked``: no value may be compared with the log's.
+    """
+    better = [row for row in rows if row["gain_low"] > 0]
+    sound = [row for row in better if not set(row["doubts"]) & set(caveats.BLOCKING)]
+    contradicted = any("contradiction" in row["doubts"] for row in rows)
+    of_all = f"{confidence:.0%} interval for all {len(rows)} members at once"
+    if blocked or contradicted or not sound:
+        best = rows[0]
+        doubted = "; better estimates are doubted, see the warnings" if better else ""
+        return None, (
+            "Recommendation: no member is reliably better than the log (the best, "
+            f"{best['member']}, gains {best['gain']:.4g}, {of_all} {best['gain_low']:.4g} to "
+            f"{best['gain_high']:.4g}{doubted})."
+        )
+    chosen = sound[0]
+    higher = chosen["rank"] - 1
+    more = f"; {higher} with higher estimates are doubted or uncertain" if higher else ""
+    return chosen["member"], (
+        f"Recommendation: {chosen['member']}, with an estimated gain over the log of "
+        f"{chosen['gain']:.4g} ({of_all} {chosen['gain_low']:.4g} to {chosen['gain_high']:.4g}{more})."
+    )

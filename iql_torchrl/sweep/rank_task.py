@@ -8,7 +8,7 @@ from pathlib import Path
 
 from iql_torchrl.data.saved import folder_lock
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
-from iql_torchrl.selection.candidates import resolve_member
+from iql_torchrl.selection.members import resolve_member
 from iql_torchrl.sweep.task import Common, Task, first_line, read_json, write_json
 
 __all__ = ["RankTask"]

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import torch
+from tensordict import TensorDict
 
 from iql_torchrl.data import ShardedDataset, build_shards
 
+LENGTHS = [7, 3, 12, 5, 5, 9, 2, 8, 6, 11]
 SPACES = {
     "observation_space": gym.spaces.Box(-np.inf, np.inf, (3,), np.float32),
     "action_space": gym.spaces.Box(-1, 1, (2,), np.float32),
@@ -44,3 +47,19 @@ def written(
     log = build_shards(source, folder / "shards", shards, **{**SPACES, **options})
     source.unlink()
     return log
+
+
+def rows_of_all(log: ShardedDataset) -> TensorDict:
+    """The rows of all shards, in memory."""
+    parts = []
+    for number in range(len(log.shards)):
+        with log.shard(number) as rows:
+            parts.append(rows.clone())
+    return torch.cat(parts)
+
+
+def flip(path: Path) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from small_agents import following
+from shard_logs import arrays
 from small_agents import log as small_log
 from small_mdp import random_mdp, uniform
 
@@ -12,21 +12,8 @@ from iql_torchrl import load_dataset
 from iql_torchrl.data.digests import SKETCH, episode_digests, shared_share, sketch_of
 
 
-def steps(episodes, seed, length=3, **columns):
-    """Episodes of continuous observations, as columns."""
-    draw = np.random.default_rng(seed)
-    rows = episodes * length
-    observation = draw.normal(size=(rows, 2)).astype(np.float32)
-    ends = np.arange(rows) % length == length - 1
-    table = {
-        "observation": observation,
-        "action": draw.uniform(-1, 1, (rows, 1)).astype(np.float32),
-        "reward": draw.normal(size=rows).astype(np.float32),
-        "next_observation": following(observation, ends),
-        "terminated": ends,
-        "truncated": np.zeros(rows, bool),
-    }
-    return table | columns
+def steps(episodes, seed, length=3):
+    return arrays([length] * episodes, seed)
 
 
 def joined(one, other):
@@ -59,7 +46,7 @@ def test_one_number_an_episode_whatever_the_reward_map_and_the_order():
 def test_another_first_or_last_step_is_another_episode(column, row):
     table = steps(4, 0)
     changed = {**table, column: table[column].copy()}
-    changed[column][6 + row] += 0.125
+    changed[column][6 + row] *= 0.5
     raw, other = (episode_digests(load_dataset(each)) for each in (table, changed))
     assert (raw == other).tolist() == [True, True, False, True]
 

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from shard_logs import SPACES, arrays
+from shard_logs import SPACES, arrays, flip
 
 from iql_torchrl.data import DatasetError, DatasetWarning, build_shards, load_dataset
 from iql_torchrl.data.__main__ import main
@@ -30,7 +30,6 @@ from iql_torchrl.data.saved import verify
 LENGTHS = [10] * 20
 #: Of ``arrays``: 2 x 3 observations, 2 actions and a reward of 4 bytes, 3 marks, the episode's 8.
 ROW_BYTES = 2 * 3 * 4 + 2 * 4 + 4 + 3 + 8
-ACTION = Path("shard-00000", "action.memmap")
 
 
 @pytest.fixture
@@ -104,9 +103,7 @@ def test_the_digest_depends_neither_on_the_path_nor_on_the_time(tmp_path: Path) 
 def test_checksums_find_a_flipped_bit_that_the_sizes_do_not_show(built: Path, capsys) -> None:
     assert verify(built) > 200 * ROW_BYTES
     assert main(["verify", str(built)]) == 0
-    content = bytearray((built / ACTION).read_bytes())
-    content[7] ^= 1
-    (built / ACTION).write_bytes(bytes(content))
+    flip(built / "shard-00000" / "action.memmap")
     load_dataset(built)  # opening reads no rows
     with pytest.raises(DatasetError, match=r"action\.memmap has another content"):
         verify(built)
@@ -225,8 +222,11 @@ def test_other_folders_are_no_tables_and_never_overwritten(built, archive, tmp_p
         load_dataset(archive, memmap=tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").exists()
     build_shards(archive, tmp_path / "shards", 1)
-    with pytest.raises(DatasetError, match="has shards that build_shards wrote"):
-        load_dataset(archive, memmap=tmp_path / "shards")
+    build_shards(archive, tmp_path / "two", 2)
+    (tmp_path / "two" / "built.json").write_text("{")  # damaged, and yet not overwritten
+    for name in ("shards", "two"):
+        with pytest.raises(DatasetError, match="not made by load_dataset"):
+            load_dataset(archive, memmap=tmp_path / name)
     assert len(load_dataset(tmp_path / "shards")) == 200  # one shard is a table
 
 
@@ -284,7 +284,7 @@ def test_a_source_of_equal_size_and_time_but_other_content_is_read_again(
     archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
 ) -> None:
     if large:  # Sampled, not read whole.
-        monkeypatch.setattr("iql_torchrl.data.reuse.BLOCKS", 8)
+        monkeypatch.setattr("iql_torchrl.data.reuse.WHOLE", 1000)
         monkeypatch.setattr("iql_torchrl.data.reuse.BLOCK", 500)
     data, before = arrays(LENGTHS), archive.stat()
     first = load_dataset(archive, memmap=tmp_path / "table")

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from shard_logs import SPACES, arrays, written
+from shard_logs import LENGTHS, SPACES, arrays, flip, rows_of_all, written
 from small_agents import config
 
 from iql_torchrl import IQLPopulation, load_dataset, make_agent
@@ -22,8 +22,6 @@ from iql_torchrl.data.digests import fingerprint
 from iql_torchrl.data.saved import verify
 from iql_torchrl.data.shards import episodes_of_shards
 from iql_torchrl.sweep import Sweep
-
-LENGTHS = [7, 3, 12, 5, 5, 9, 2, 8, 6, 11]
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +44,19 @@ def small_blocks(monkeypatch) -> None:
 
 @pytest.mark.parametrize("shards", [1, 3, 10])
 def test_the_shards_hold_the_rows_and_numbers_of_the_whole_log(tmp_path, small_blocks, shards):
-    log = written(tmp_path, LENGTHS, shards)
-    source = arrays(LENGTHS)
+    log, source = written(tmp_path, LENGTHS, shards), arrays(LENGTHS)
     whole = load_dataset(source, **SPACES)
-    parts = []
-    for number in range(shards):
-        with log.shard(number) as rows:
-            parts.append(rows.clone())
-    assert fingerprint(torch.cat(parts)) == fingerprint(whole.transitions)
+    assert fingerprint(rows_of_all(log)) == fingerprint(whole.transitions)
     assert (len(log), log.name, log.dtype) == (sum(LENGTHS), "log.npz", torch.float32)
     np.testing.assert_array_equal(log.episode_lengths, LENGTHS)
     np.testing.assert_array_equal(log.episode_returns, whole.episode_returns)
     np.testing.assert_array_equal(log.sketch(), whole.sketch())
-    found = log.statistics["observation"]
+    statistics = log.statistics["observation"]
     # NumPy's own, over all rows at once
     rows = source["observation"].astype(np.float64)
-    np.testing.assert_allclose(found.mean.numpy(), rows.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(found.std.numpy(), rows.std(0), rtol=1e-6)
-    assert (found.count, found.constant) == (sum(LENGTHS), ())
+    np.testing.assert_allclose(statistics.mean.numpy(), rows.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(statistics.std.numpy(), rows.std(0), rtol=1e-6)
+    assert (statistics.count, statistics.constant) == (sum(LENGTHS), ())
     assert log.range_of(("action",)) == (source["action"].min(), source["action"].max())
     assert log.range_of(("next", "truncated")) == (0, 1)
     assert (log.masked, whole.masked) == (False, False)
@@ -86,8 +79,7 @@ def test_statistics_stay_exact_for_numbers_far_from_zero(tmp_path, small_blocks)
 @pytest.mark.parametrize("reward", ["return_range", "minus_one", (0.5, 2.0)])
 @pytest.mark.parametrize("when", ["build", "load"])
 def test_rewards_have_the_map_of_the_whole_log(tmp_path, reward, when):
-    options = {"reward": reward} if when == "build" else {}
-    log = written(tmp_path, LENGTHS, 4, **options)
+    log = written(tmp_path, LENGTHS, 4, **({"reward": reward} if when == "build" else {}))
     if when == "load":
         log = load_shards(tmp_path / "shards", reward=reward)
     raw = arrays(LENGTHS)["reward"].astype(np.float64)
@@ -97,17 +89,11 @@ def test_rewards_have_the_map_of_the_whole_log(tmp_path, reward, when):
     }.get(reward, reward)  # fmt: skip
     assert log.reward_map.scale == pytest.approx(scale, rel=1e-12)
     assert log.reward_map.shift == shift
-    found = []
-    for number in range(4):
-        with log.shard(number) as rows:
-            found.append(rows["next", "reward"].squeeze(-1).clone())
-    np.testing.assert_allclose(torch.cat(found).numpy(), scale * raw + shift, rtol=1e-6)
-
-
-def test_another_map_of_rewards_that_were_mapped_by_the_build_is_refused(tmp_path):
-    written(tmp_path, LENGTHS, 2, reward="minus_one")
-    with pytest.raises(DatasetError, match="reward='raw' is another map; pass the first"):
-        load_shards(tmp_path / "shards")
+    rewards = rows_of_all(log)["next", "reward"].squeeze(-1)
+    np.testing.assert_allclose(rewards.numpy(), scale * raw + shift, rtol=1e-6)
+    if when == "build":
+        with pytest.raises(DatasetError, match="reward='raw' is another map; pass the first"):
+            load_shards(tmp_path / "shards")
 
 
 @pytest.mark.parametrize(
@@ -141,8 +127,7 @@ def test_episodes_are_whole_and_keep_their_numbers(three):
     seen = []
     for number in range(3):
         with three.shard(number) as rows:
-            ids = rows["collector", "traj_ids"]
-            ends = rows["next", "done"].squeeze(-1)
+            ids, ends = rows["collector", "traj_ids"], rows["next", "done"].squeeze(-1)
             assert bool(ends[-1])
             seen += ids[ends].tolist()
             own = ids.unique()
@@ -150,7 +135,7 @@ def test_episodes_are_whole_and_keep_their_numbers(three):
     assert seen == list(range(10))
 
 
-def test_an_agent_is_made_from_the_index_alone(copied):
+def test_an_agent_is_made_from_the_record_alone(copied):
     for shard in copied.glob("shard-*"):
         shutil.rmtree(shard)
     agent = make_agent(config(), load_shards(copied))
@@ -165,34 +150,23 @@ def test_an_agent_is_made_from_the_index_alone(copied):
 
 
 def test_the_command_builds_and_verifies(tmp_path, capsys):
+    folder = tmp_path / "shards"
     np.savez(tmp_path / "log.npz", **arrays(LENGTHS))
-    command = ["build", str(tmp_path / "log.npz"), str(tmp_path / "shards"), "--shards", "4"]
+    command = ["build", str(tmp_path / "log.npz"), str(folder), "--shards", "4"]
     assert main(command) == 0
-    assert (
-        "68 transitions in 4 shards; open it with load_shards(FOLDER)." in capsys.readouterr().out
-    )
-    assert main(["verify", str(tmp_path / "shards")]) == 0
-    total = sum(
-        p.stat().st_size for p in (tmp_path / "shards").rglob("*")
-        if p.is_file() and p.name != "built.json"
-    )  # fmt: skip
+    expected = "68 transitions in 4 shards; open it with load_shards(FOLDER)."
+    assert expected in capsys.readouterr().out
+    assert main(["verify", str(folder)]) == 0
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "built.json"]
+    total = sum(path.stat().st_size for path in files)
     assert f"{total:,} bytes have the content that was built" in capsys.readouterr().out
     assert main(command) == 1
     assert "exists already; choose another path" in capsys.readouterr().err
-
-
-def test_verify_reads_every_shard(copied, capsys):
-    flip(copied / "shard-00002" / "action.memmap")
+    flip(folder / "shard-00002" / "action.memmap")
     with pytest.raises(DatasetError, match=r"shard-00002/action.memmap has another content"):
-        verify(copied)
-    assert main(["verify", str(copied)]) == 1
+        verify(folder)
+    assert main(["verify", str(folder)]) == 1
     assert "another content" in capsys.readouterr().err
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
 
 
 def missing(folder: Path) -> None:
@@ -234,45 +208,41 @@ def test_a_damaged_shard_is_refused_with_one_sentence(copied, fault):
     assert "\n" not in str(caught.value)
     with log.shard(0) as rows:  # the others stay usable
         assert len(rows) == log.shards[0].rows
+    with pytest.raises(DatasetError) as caught:
+        log.replay_buffer(8, loaded=3)
+    assert FAULTS[fault] in str(caught.value)
 
 
-def test_a_damaged_index_is_refused(copied):
-    folder = copied
-    text = (folder / "built.json").read_text()
-    (folder / "built.json").write_text(text[:-100])
-    with pytest.raises(DatasetError, match=r"incomplete or damaged \(built.json .* cannot be read"):
-        load_shards(folder)
-    index = json.loads(text)
-    (folder / "built.json").write_text(json.dumps(index | {"format": 9}))
-    with pytest.raises(
-        DatasetError, match="was built by another version of this package; build it again"
+def test_a_damaged_record_is_refused(copied):
+    record = copied / "built.json"
+    text = record.read_text()
+    saved = json.loads(text)
+    for content, words in (
+        (text[:-100], r"incomplete or damaged \(built.json .* cannot be read"),
+        (json.dumps(saved | {"format": 9}), "was built by another version of this package"),
+        (json.dumps(saved | {"shards": saved["shards"][:2]}), "43 rows in place of 68"),
     ):
-        load_shards(folder)
-    (folder / "built.json").write_text(json.dumps(index | {"shards": index["shards"][:2]}))
-    with pytest.raises(DatasetError, match="its shards have 43 rows in place of 68"):
-        load_shards(folder)
-    (folder / "built.json").write_text(text)
-    (folder / "episodes.npz").unlink()
+        record.write_text(content)
+        with pytest.raises(DatasetError, match=words):
+            load_shards(copied)
+    record.write_text(text)
+    (copied / "episodes.npz").unlink()
     with pytest.raises(DatasetError, match=r"episodes.npz is missing"):
-        load_shards(folder)
+        load_shards(copied)
 
 
 @pytest.mark.parametrize(
-    ("shards", "text"),
-    [(0, "expected a whole number, at least 1, got 0"), (True, "got True"),
-     (11, "10 episodes do not fill 11 shards of whole episodes; choose at most 10")],
-)  # fmt: skip
-def test_numbers_of_shards_that_cannot_be(tmp_path, shards, text):
+    ("shards", "change", "text"),
+    [
+        (0, {}, "expected a whole number, at least 1, got 0"),
+        (True, {}, "got True"),
+        (11, {}, "10 episodes do not fill 11 shards of whole episodes; choose at most 10"),
+        (3, {"reward": np.full(68, np.nan, np.float32)}, "next.reward is NaN or infinite"),
+    ],
+)
+def test_a_build_that_fails_leaves_nothing(tmp_path, shards, change, text):
     with pytest.raises(DatasetError, match=text):
-        build_shards(arrays(LENGTHS), tmp_path / "shards", shards, **SPACES)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_build_that_fails_leaves_nothing(tmp_path):
-    faulty = arrays(LENGTHS)
-    faulty["reward"][40] = np.nan
-    with pytest.raises(DatasetError, match=r"next.reward is NaN or infinite"):
-        build_shards(faulty, tmp_path / "shards", 3, **SPACES)
+        build_shards(arrays(LENGTHS) | change, tmp_path / "shards", shards, **SPACES)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -280,9 +250,7 @@ def test_what_needs_all_rows_refuses_shards(three, tmp_path):
     log, folder = three, Path(three.log.location.name)
     with pytest.raises(DatasetError, match=r"a folder of shards, .*data.load_shards\("):
         load_dataset(folder)
-    with pytest.raises(
-        DatasetError, match="a log in 3 shards, and this needs all rows in one table"
-    ):
+    with pytest.raises(DatasetError, match="a log in 3 shards, and this needs all rows in one"):
         _ = log.transitions
     for name in ("windows", "split", "device_sampler"):
         with pytest.raises(AttributeError, match=f"and {name} needs all rows in one table"):
@@ -295,7 +263,5 @@ def test_what_needs_all_rows_refuses_shards(three, tmp_path):
         Sweep([config()], folder, tmp_path / "sweep")
     with pytest.raises(DatasetError, match="is a built table already; build shards from the"):
         build_shards(folder, tmp_path / "again", 2)
-    with pytest.raises(
-        DatasetError, match=r"built.json is missing: no folder of a built table or of shards"
-    ):
+    with pytest.raises(DatasetError, match=r"built.json is missing: no folder of a built table or"):
         load_shards(tmp_path)

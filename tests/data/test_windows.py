@@ -118,6 +118,12 @@ def test_windows_equal_a_loop_over_episodes(lengths: list[int], length: int, see
             (("next", "observation"), "next_o"), (("next", "history_mask"), "next_m"),
         ):  # fmt: skip
             np.testing.assert_array_equal(batch[key].numpy(), expected[name][rows.numpy()])
+    for part in data.split(0.5, seed=0) if len(lengths) > 1 else ():
+        own = [int(n) for n in part.episode_lengths]
+        of_part = part.windows(min(length, max(own)))[:]["observation"].numpy()
+        np.testing.assert_array_equal(
+            of_part, reference(part.transitions, own, of_part.shape[1])["o"]
+        )
     stacked = data.frame_stack(length)[rows]
     for key, name in (("observation", "o"), (("next", "observation"), "next_o")):
         flat = expected[name][rows.numpy()].reshape(len(rows), -1)
@@ -209,7 +215,7 @@ def test_memory_mapped_tables_have_the_same_windows(tmp_path: Path) -> None:
         assert all(type(t) is torch.Tensor for t in tensors)
 
 
-def test_a_buffer_yields_the_batches_of_the_same_rows() -> None:
+def test_a_buffer_yields_the_batches_of_the_same_rows_and_a_sampler_goes_on() -> None:
     data = load_dataset(table([6, 4, 1], mixed))
     windows = data.windows(3)
     buffer, again = (windows.replay_buffer(8, seed=5) for _ in range(2))
@@ -222,20 +228,13 @@ def test_a_buffer_yields_the_batches_of_the_same_rows() -> None:
         assert (batch.exclude("index") == windows[rows]).all()
     with pytest.raises(RuntimeError, match="doesn't allow writing"):
         buffer.extend(data.transitions[:1])
-    whole = windows.replay_buffer(11, sampler=SamplerWithoutReplacement(), seed=0).sample()
-    assert whole["index"].sort().values.tolist() == list(range(11))
-
-
-def test_sampling_goes_on_from_its_state() -> None:
-    windows = load_dataset(table([6, 4, 1])).windows(3)
-    sampler = windows.device_sampler(8, seed=1)
+    sampler, fresh = (windows.device_sampler(8, seed=seed) for seed in (1, 2))
     assert isinstance(sampler, WindowSampler)
     sampler.sample()
-    state = sampler.state_dict()
-    expected = sampler.sample()
-    fresh = windows.device_sampler(8, seed=2)
-    fresh.load_state_dict(state)
-    assert (fresh.sample() == expected).all()
+    fresh.load_state_dict(sampler.state_dict())
+    assert (fresh.sample() == sampler.sample()).all()
+    whole = windows.replay_buffer(11, sampler=SamplerWithoutReplacement(), seed=0).sample()
+    assert whole["index"].sort().values.tolist() == list(range(11))
 
 
 def test_wrong_windows_are_refused() -> None:
@@ -272,14 +271,6 @@ def test_jumps_are_refused_or_begin_a_history() -> None:
     ]
     with pytest.raises(DatasetError, match="the longest has 3 between jumps"):
         data.windows(4, jumps="restart")
-
-
-def test_a_part_of_a_split_has_the_windows_of_its_episodes() -> None:
-    data = load_dataset(table([3, 2, 4, 5]))
-    for part in data.split(0.5, seed=0):
-        lengths = [int(n) for n in part.episode_lengths]
-        expected = reference(part.transitions, lengths, 2)
-        np.testing.assert_array_equal(part.windows(2)[:]["observation"].numpy(), expected["o"])
 
 
 def test_stacks_lie_in_the_stacked_space_and_have_its_statistics() -> None:

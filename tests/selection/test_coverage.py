@@ -14,8 +14,8 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from iql_torchrl import load_dataset
-from iql_torchrl.selection.candidates import resolve_member
-from iql_torchrl.selection.coverage import Coverage, clone_distance
+from iql_torchrl.selection.coverage import Coverage, features_of
+from iql_torchrl.selection.members import clone_distance, resolve_member
 
 
 def limit_of(scores):
@@ -67,15 +67,15 @@ def test_continuous_actions_against_a_tree(neighbours):
         return np.linalg.norm(logged - (chosen / spread)[:, None], axis=-1).min(1)
 
     limit = limit_of(gap(held_out.transitions["action"].numpy()))
-    state = held_out.transitions["observation"]
+    state, features = held_out.transitions["observation"], features_of(train, held_out.transitions)
     choices = torch.stack([gain * state.tanh() for gain in (0.3, -0.4, -0.9)])
     expected = np.array([gap(choice.numpy()) > limit for choice in choices])
-    shares = coverage.unsupported_choices(held_out.transitions, choices[:, :, None])
+    shares = coverage.unsupported_choices(features, choices[:, :, None])
     np.testing.assert_array_equal(shares.numpy(), expected)
     assert expected[0].mean() < 0.05 < expected[1].mean()
     assert expected[2].mean() > 0.5
     both = torch.stack([choices[0], choices[2]], 1)[None]  # two draws in each state
-    share = coverage.unsupported_choices(held_out.transitions, both)
+    share = coverage.unsupported_choices(features, both)
     np.testing.assert_allclose(share[0].numpy(), (expected[0] + 1.0 * expected[2]) / 2)
 
 
@@ -100,9 +100,8 @@ def test_discrete_actions_against_a_tree_for_each_action(count):
     limit = limit_of(distances[np.arange(len(queries)), logged])
     rare = distances > limit
     probabilities = draw.dirichlet(np.ones(4), (2, len(queries)))
-    result = coverage.unsupported_choices(
-        held_out.transitions, torch.as_tensor(probabilities).float()
-    )
+    features = features_of(train, held_out.transitions)
+    result = coverage.unsupported_choices(features, torch.as_tensor(probabilities).float())
     np.testing.assert_allclose(result.numpy(), (probabilities * rare).sum(-1), atol=1e-5)
     left = queries[:, 0] < 0
     assert rare[left, 2].mean() > 0.5
@@ -118,7 +117,8 @@ def test_an_action_that_the_fit_lacks_is_unsupported_even_if_held_out_steps_took
     rows["action"] = rows["action"] % 2
     lacking = type(train)(**{**vars(train), "transitions": rows})
     never = torch.tensor([0.0, 0.0, 1.0]).expand(1, 60, 3)
-    share = Coverage(lacking, train).unsupported_choices(train.transitions, never)
+    features = features_of(train, train.transitions)
+    share = Coverage(lacking, train).unsupported_choices(features, never)
     assert share.mean() == 1
 
 
@@ -139,7 +139,8 @@ def test_categories_are_known_or_unknown():
     coverage = Coverage(log, log)
     assert not coverage.unsupported_states(log.transitions).any()
     everything = torch.full((1, len(log), ACTIONS), 1 / ACTIONS)
-    assert not coverage.unsupported_choices(log.transitions, everything).any()
+    features = features_of(log, log.transitions)
+    assert not coverage.unsupported_choices(features, everything).any()
     rows = log.transitions[log.transitions["observation"] != 4]
     fewer = type(log)(**{**vars(log), "transitions": rows})
     outside = Coverage(fewer, fewer).unsupported_states(log.transitions)
@@ -147,38 +148,25 @@ def test_categories_are_known_or_unknown():
     assert STATES == 5
 
 
-class _Fixed(nn.Module):
-    """The same probabilities in every state."""
-
-    def __init__(self, probabilities):
-        super().__init__()
-        self.register_buffer("logits", torch.tensor(probabilities).log())
-
-    def forward(self, observation):
-        return self.logits.expand(len(observation), -1)
-
-    @classmethod
-    def member(cls, name, probabilities):
-        made = actor(np.ones((1, len(probabilities))))
-        made.module[0].module = cls(probabilities)
-        return resolve_member(name, made)
+def named(policy):
+    return resolve_member("m", policy)
 
 
 def test_distance_to_a_clone_of_discrete_actions():
-    observation = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
-    log = load_dataset(small_log(observation=observation, action=np.arange(40) % 4))
-    clone = _Fixed.member("clone", [0.5, 0.49, 0.01, 0.0])
-    other = _Fixed.member("other", [0.1, 0.2, 0.3, 0.4])
-    assert clone_distance(other, clone, log) == math.inf
-    expected = 0.5 * math.log(0.5 / 0.1) + 0.49 * math.log(0.49 / 0.2) + 0.01 * math.log(0.01 / 0.3)
-    assert clone_distance(clone, other, log) == pytest.approx(expected, rel=1e-4)
-    assert clone_distance(clone, clone, log) == 0
     log = random_mdp().log(uniform(), episodes=50)
+    probabilities = [0.5, 0.49, 0.01], [0.1, 0.2, 0.7], [0.5, 0.5, 0.0]
+    clone, other, zero = (named(actor(np.tile(p, (STATES, 1)))) for p in probabilities)
+    assert clone_distance(other, zero, log) == math.inf
+    expected = 0.5 * math.log(0.5 / 0.1) + 0.49 * math.log(0.49 / 0.2) + 0.01 * math.log(0.01 / 0.7)
+    assert clone_distance(clone, other, log) == pytest.approx(expected, rel=1e-4)
+    expected = 0.5 * math.log(0.5 / 0.1) + 0.5 * math.log(0.5 / 0.2)
+    assert clone_distance(zero, other, log) == pytest.approx(expected, rel=1e-4)
+    assert clone_distance(clone, clone, log) == 0
     tables = random_policies(2)
-    one, two = (resolve_member("p", actor(table)) for table in tables)
     divergence = (tables[0] * np.log(tables[0] / tables[1])).sum(1)
     visited = divergence[log.transitions["observation"].numpy()].mean()
-    assert clone_distance(one, two, log) == pytest.approx(visited, rel=1e-4)
+    distance = clone_distance(*(named(actor(table)) for table in tables), log)
+    assert distance == pytest.approx(visited, rel=1e-4)
 
 
 class _Scaled(nn.Module):
@@ -192,10 +180,7 @@ class _Scaled(nn.Module):
 
 def test_distance_to_a_clone_of_continuous_actions():
     log = box_parts()[1]
-    near, far = (
-        TensorDictModule(_Scaled(gain), in_keys=["observation"], out_keys=["action"])
-        for gain in (0.3, -0.9)
-    )
+    pair = (TensorDictModule(_Scaled(gain), ["observation"], ["action"]) for gain in (0.3, -0.9))
     gaps = (1.2 * np.tanh(log.transitions["observation"].numpy())) ** 2
-    members = [resolve_member("m", policy) for policy in (near, far)]
-    assert clone_distance(*members, log) == pytest.approx(gaps.sum(1).mean(), rel=1e-4)
+    distance = clone_distance(*map(named, pair), log)
+    assert distance == pytest.approx(gaps.sum(1).mean(), rel=1e-4)

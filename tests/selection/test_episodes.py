@@ -2,122 +2,92 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from small_mdp import DISCOUNT, random_mdp, uniform
+from small_mdp import DISCOUNT, plain_returns, random_mdp, steps_log, uniform
 
-from iql_torchrl import load_dataset
-from iql_torchrl.selection.episodes import (
-    check_logs,
-    episode_numbers,
-    first_rows,
-    horizon,
-    last_rows,
-    open_ended,
-    powers,
-    raw_rewards,
-    return_range,
-    returns_to_go,
-    states,
-    terminations,
-)
+from iql_torchrl.selection.episodes import Episodes, read_logs, return_range
+from iql_torchrl.selection.members import states
 
 
-def three_episodes(**options):
-    """Of 3, 2 and 1 steps; the first terminates, the second is cut, the third terminates."""
-    return load_dataset(
-        {
-            "observation": np.arange(6) % 2,
-            "action": np.zeros(6, int),
-            "reward": np.array([1, 2, 4, -1, 3, 5], np.float32),
-            "next_observation": np.arange(1, 7) % 2,
-            "terminated": np.array([0, 0, 1, 0, 0, 1], bool),
-            "truncated": np.array([0, 0, 0, 0, 1, 0], bool),
-        },
-        **options,
-    )
+def three_episodes(going_on=False, **options):
+    """Of 3, 2 and 1 steps; the first terminates, the second is cut, the third terminates.
 
-
-def going_on():
-    """The same log, whose first episode already terminates at its second step and goes on."""
-    log = three_episodes()
+    ``going_on``: the first episode already terminates at its second step, and continues.
+    """
+    log = steps_log(
+        6, options, observation=np.arange(6) % 2, next_observation=np.arange(1, 7) % 2,
+        reward=np.array([1, 2, 4, -1, 3, 5]), terminated=np.array([0, 0, 1, 0, 0, 1], bool),
+        truncated=np.array([0, 0, 0, 0, 1, 0], bool),
+    )  # fmt: skip
     rows = log.transitions.clone()
-    rows["next", "terminated"][1] = True
-    return type(log)(**{**vars(log), "transitions": rows})
+    rows["next", "terminated"][1] = going_on
+    return replace(log, transitions=rows)
 
 
 def test_rows_of_episodes():
-    log = three_episodes()
-    assert first_rows(log).tolist() == [0, 3, 5]
-    assert last_rows(log).tolist() == [2, 4, 5]
-    assert episode_numbers(log).tolist() == [0, 0, 0, 1, 1, 2]
-    assert terminations(log).tolist() == [False, False, True, False, False, True]
-    assert open_ended(log).tolist() == [False, True, False]
-    assert open_ended(going_on()).tolist() == [False, True, False]
-    assert powers(log, 0.5).tolist() == [1, 0.5, 0.25, 1, 0.5, 1]
-    assert powers(log, 0.0).tolist() == [1, 0, 0, 1, 0, 1]
-    assert horizon(log, 0.5) == pytest.approx((1.75 + 1.5 + 1) / 3)
-    assert horizon(log, 1.0) == 2
+    log = Episodes(three_episodes())
+    assert len(log) == 3
+    assert log.first.tolist() == [0, 3, 5]
+    assert log.last.tolist() == [2, 4, 5]
+    assert log.number.tolist() == [0, 0, 0, 1, 1, 2]
+    assert log.terminated.tolist() == [False, False, True, False, False, True]
+    assert log.open_ended.tolist() == [False, True, False]
+    assert Episodes(three_episodes(going_on=True)).open_ended.tolist() == [False, True, False]
+    assert log.horizon(0.5) == pytest.approx((1.75 + 1.5 + 1) / 3)
+    assert (log.horizon(0.0), log.horizon(1.0)) == (1, 2)
+    assert log.left(0.5).tolist() == [0, 0.25, 0]
+    assert log.sums(np.arange(6.0)).tolist() == [3, 7, 5]
+    assert log.effective(np.array([1.0, 0, 0, 2, 0, 0])) == pytest.approx(9 / 5)
+    assert log.effective(np.zeros(6)) == 0
 
 
-def test_returns_to_go_by_hand():
-    assert returns_to_go(three_episodes(), 0.5).tolist() == [3, 4, 4, 0.5, 3, 5]
-    assert returns_to_go(going_on(), 0.5).tolist() == [2, 2, 4, 0.5, 3, 5]
-    mapped = three_episodes(reward=(-7.0, 0.5))
-    np.testing.assert_allclose(raw_rewards(mapped), [1, 2, 4, -1, 3, 5], atol=1e-5)
-    np.testing.assert_allclose(returns_to_go(mapped, 0.5), [3, 4, 4, 0.5, 3, 5], atol=1e-5)
-
-
-def test_returns_to_go_against_a_loop():
+def test_returns_to_go():
+    for options in ({}, {"reward": (-7.0, 0.5)}):
+        log = Episodes(three_episodes(**options))
+        np.testing.assert_allclose(log.reward, [1, 2, 4, -1, 3, 5], atol=1e-5)
+        np.testing.assert_allclose(log.returns_to_go(0.5), [3, 4, 4, 0.5, 3, 5], atol=1e-5)
+    going_on = Episodes(three_episodes(going_on=True))
+    assert going_on.returns_to_go(0.5).tolist() == [2, 2, 4, 0.5, 3, 5]
     log = random_mdp().log(uniform(), episodes=100)
-    reward = log.transitions["next", "reward"].squeeze(-1).numpy().astype(float)
-    returns, row = returns_to_go(log, DISCOUNT), 0
+    returns, row = Episodes(log).returns_to_go(DISCOUNT), 0
+    reward = log.transitions["next", "reward"].squeeze(-1).double().numpy()
     for length in log.episode_lengths:
-        for step in range(length):
-            ahead = reward[row + step : row + length]
-            expected = (DISCOUNT ** np.arange(len(ahead)) * ahead).sum()
-            assert returns[row + step] == pytest.approx(expected)
+        for step in range(row, row + length):
+            ahead = reward[step : row + length]
+            assert returns[step] == pytest.approx((DISCOUNT ** np.arange(len(ahead)) * ahead).sum())
         row += length
+    np.testing.assert_allclose(returns[Episodes(log).first], plain_returns(log))
 
 
 def test_the_range_of_returns_continues_truncated_episodes_as_they_went():
     # The second episode returns -1 + 1.5 = 0.5 over two steps: 0.5 / (1 - 0.25) in all.
-    assert return_range(0.5, three_episodes()) == pytest.approx((0.5 / 0.75, 5))
-    assert return_range(0.5, going_on()) == pytest.approx((0.5 / 0.75, 5))
-    assert return_range(0.9, three_episodes())[1] == pytest.approx((-1 + 2.7) / (1 - 0.81))
-    steps = three_episodes().split(0.34, 0)
-    parts = [return_range(0.9, part) for part in steps]
-    both = return_range(0.9, *steps)
-    assert both == (min(low for low, _ in parts), max(high for _, high in parts))
-    closed = load_dataset(
-        {
-            "observation": np.array([0, 1]),
-            "action": np.zeros(2, int),
-            "reward": np.array([-4, 3], np.float32),
-            "next_observation": np.array([1, 0]),
-            "terminated": np.array([False, True]),
-            "truncated": np.zeros(2, bool),
-        }
-    )
-    assert return_range(1.0, closed) == (-1, 3)
+    log = Episodes(three_episodes())
+    for each in (log, Episodes(three_episodes(going_on=True))):
+        assert return_range(0.5, each) == pytest.approx((0.5 / 0.75, 5))
+    assert return_range(0.9, log)[1] == pytest.approx((-1 + 2.7) / (1 - 0.81))
+    halves = [Episodes(part) for part in three_episodes().split(0.34, 0)]
+    parts = [return_range(0.9, part) for part in halves]
+    both = min(low for low, _ in parts), max(high for _, high in parts)
+    assert return_range(0.9, *halves) == both
+    closed = steps_log(
+        2, observation=np.array([0, 1]), next_observation=np.array([1, 0]),
+        reward=np.array([-4, 3]), terminated=np.array([False, True]),
+    )  # fmt: skip
+    assert return_range(1.0, Episodes(closed)) == (-1, 3)
 
 
 def test_masks_that_forbid_everything_after_a_termination_become_all_true():
     allowed = np.array([[1, 0], [0, 1], [1, 1]], bool)
     after = np.array([[0, 1], [1, 1], [0, 0]], bool)
-    log = load_dataset(
-        {
-            "observation": np.array([0, 1, 0]),
-            "action": np.array([0, 1, 1]),
-            "reward": np.array([1, 2, 3], np.float32),
-            "next_observation": np.array([1, 0, 1]),
-            "terminated": np.array([False, False, True]),
-            "truncated": np.zeros(3, bool),
-            "action_mask": allowed,
-            "next_action_mask": after,
-        }
-    )
+    log = steps_log(
+        3, observation=np.array([0, 1, 0]), next_observation=np.array([1, 0, 1]),
+        action=np.array([0, 1, 1]), terminated=np.array([False, False, True]),
+        action_mask=allowed, next_action_mask=after,
+    )  # fmt: skip
     assert torch.equal(states(log.transitions)["action_mask"], torch.as_tensor(allowed))
     opened = states(log.transitions, following=True)
     assert opened["action_mask"].tolist() == [[False, True], [True, True], [True, True]]
@@ -129,7 +99,6 @@ def test_what_cannot_be_is_refused():
     log = three_episodes()
     for bad in (-0.1, 1.01, True):
         with pytest.raises(ValueError, match=r"discount is .*must lie in \[0, 1\]"):
-            check_logs(log, log, bad)
-    other = random_mdp().log(uniform(), episodes=20)
+            read_logs(log, log, bad)
     with pytest.raises(ValueError, match="observation_space of train is Discrete"):
-        check_logs(log, other, 0.9)
+        read_logs(log, random_mdp().log(uniform(), episodes=20), 0.9)

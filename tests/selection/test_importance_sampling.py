@@ -19,17 +19,14 @@ from small_mdp import (
     plain_returns,
     random_mdp,
     random_policies,
+    steps_log,
     uniform,
 )
 
 from iql_torchrl import load_dataset
 from iql_torchrl.selection import importance_sampling
-from iql_torchrl.selection.importance_sampling import (
-    behaviour_log_prob,
-    padded,
-    pdwis,
-    value_bounds,
-)
+from iql_torchrl.selection.episodes import Episodes
+from iql_torchrl.selection.importance_sampling import padded, pdwis, value_bounds
 
 LOGGED = "action_log_prob"
 MDP = random_mdp()
@@ -37,17 +34,23 @@ MDP = random_mdp()
 
 def two_steps(truncated=False):
     """Three episodes under b = 1/2: actions 11, 01 and 1, the last cut or ended after one step."""
-    return load_dataset(
-        {
-            "observation": np.array([0, 1, 0, 1, 0]),
-            "action": np.array([1, 1, 0, 1, 1]),
-            "reward": np.array([1, 2, 0, 4, 3], np.float32),
-            "next_observation": np.array([1, 0, 1, 0, 1]),
-            "terminated": np.array([False, True, False, True, not truncated]),
-            "truncated": np.array([False, False, False, False, truncated]),
-            "action_log_prob": np.full(5, math.log(0.5)),
-        }
-    )
+    return steps_log(
+        5, observation=np.array([0, 1, 0, 1, 0]), next_observation=np.array([1, 0, 1, 0, 1]),
+        action=np.array([1, 1, 0, 1, 1]), reward=np.array([1, 2, 0, 4, 3]),
+        terminated=np.array([False, True, False, True, not truncated]),
+        truncated=np.array([False, False, False, False, truncated]),
+        action_log_prob=np.full(5, math.log(0.5)),
+    )  # fmt: skip
+
+
+def evaluated(policies, log, discount=0.5, behaviour=LOGGED, **options):
+    if not isinstance(policies, dict):
+        policies = {"p": actor(np.array(policies))}
+    return importance_sampling(policies, log, behaviour=behaviour, discount=discount, **options)
+
+
+LIKELY = [[0.2, 0.8], [0.2, 0.8]]
+NEVER = [[1.0, 0.0], [1.0, 0.0]]
 
 
 def by_loop(policy, log, discount):
@@ -78,12 +81,11 @@ def by_loop(policy, log, discount):
 
 
 def test_two_steps_by_hand():
-    policy = actor(np.array([[0.2, 0.8], [0.2, 0.8]]))
-    result = importance_sampling({"p": policy}, two_steps(), behaviour=LOGGED, discount=0.5)
+    result = evaluated(LIKELY, two_steps())
     # weights 1.6, 0.4, 1.6 at the first step; 2.56, 0.64, 1.6 at the second
     assert result.values[0] == pytest.approx(6.4 / 3.6 + 0.5 * 7.68 / 4.8, rel=1e-6)
     assert result.effective_sample_size[0] == pytest.approx(4.8**2 / 9.5232, rel=1e-6)
-    cut = importance_sampling({"p": policy}, two_steps(True), behaviour=LOGGED, discount=0.5)
+    cut = evaluated(LIKELY, two_steps(truncated=True))
     assert cut.values[0] == pytest.approx(6.4 / 3.6 + 0.5 * 7.68 / 3.2, rel=1e-6)
     assert result.episodes == 3
 
@@ -93,9 +95,7 @@ def test_against_a_loop(horizon):
     log = MDP.log(uniform(), episodes=60, horizon=horizon, reward=(3.0, -1.0))
     raw = MDP.log(uniform(), episodes=60, horizon=horizon)
     policies = random_policies(3)
-    result = importance_sampling(
-        {str(n): actor(p) for n, p in enumerate(policies)}, log, behaviour=LOGGED, discount=DISCOUNT
-    )
+    result = evaluated({str(n): actor(p) for n, p in enumerate(policies)}, log, DISCOUNT)
     for number, policy in enumerate(policies):
         value, size = by_loop(policy, raw, DISCOUNT)
         assert result.values[number] == pytest.approx(value, rel=1e-4)
@@ -107,9 +107,7 @@ def test_the_logs_own_policy_has_the_logs_own_return():
     log = MDP.log(behaviour, episodes=800)
     returns = plain_returns(log)
     for source in (LOGGED, actor(behaviour)):
-        result = importance_sampling(
-            {"b": actor(behaviour)}, log, behaviour=source, discount=DISCOUNT
-        )
+        result = evaluated(behaviour, log, DISCOUNT, source)
         assert result.values[0] == pytest.approx(returns.mean(), rel=1e-5)
         assert result.effective_sample_size[0] == pytest.approx(800, rel=1e-5)
         spread = 1.96 * returns.std() / 800**0.5
@@ -119,7 +117,7 @@ def test_the_logs_own_policy_has_the_logs_own_return():
 def test_it_is_consistent():
     policy = 0.7 * uniform() + 0.3 * random_policies(1)[0]
     log = MDP.log(uniform(), episodes=4000, seed=7)
-    result = importance_sampling({"p": actor(policy)}, log, behaviour=LOGGED, discount=DISCOUNT)
+    result = evaluated(policy, log, DISCOUNT)
     exact = MDP.start @ MDP.values(policy)
     assert result.low[0] < exact < result.high[0]
     assert result.values[0] == pytest.approx(exact, abs=0.1)
@@ -133,21 +131,18 @@ def test_long_episodes_neither_overflow_nor_vanish():
     log = MDP.log(uniform(), episodes=50)
     peaked = np.full((STATES, ACTIONS), 1e-30)
     peaked[:, 0] = 1
-    result = importance_sampling({"p": actor(peaked)}, log, behaviour=LOGGED, discount=1.0)
+    result = evaluated(peaked, log, 1.0)
     assert np.isfinite(result.values[0])
     assert 1 <= result.effective_sample_size[0] < 50
 
 
 def test_a_policy_that_never_acts_like_the_log_may_have_any_logged_return():
-    policy = actor(np.array([[1.0, 0.0], [1.0, 0.0]]))
-    result = importance_sampling({"p": policy}, two_steps(), behaviour=LOGGED, discount=0.5)
+    result = evaluated(NEVER, two_steps())
     assert np.isnan(result.values[0])
     assert result.effective_sample_size[0] == 0
     # returns: 1 + 0.5 * 2, 0 + 0.5 * 4 and 3; returns-to-go 2, 4
     assert (result.low[0], result.high[0]) == (2, 4)
-    given = importance_sampling(
-        {"p": policy}, two_steps(), behaviour=LOGGED, discount=0.5, return_limits=(-5, 9)
-    )
+    given = evaluated(NEVER, two_steps(), return_limits=(-5, 9))
     assert (given.low[0], given.high[0]) == (-5, 9)
 
 
@@ -157,9 +152,7 @@ def test_bounds_of_a_policy_far_from_the_log_hold_the_truth():
     exact, wide, missed = MDP.start @ MDP.values(policy), [], 0
     for seed in range(40):
         log = MDP.log(uniform(), episodes=30, seed=200 + seed)
-        result = importance_sampling(
-            {"p": actor(policy)}, log, behaviour=LOGGED, discount=DISCOUNT, return_limits=(-15, 15)
-        )
+        result = evaluated(policy, log, DISCOUNT, return_limits=(-15, 15))
         missed += not result.low[0] <= exact <= result.high[0]
         wide.append(result.high[0] - result.low[0])
     assert missed <= 5  # at a rate of 0.05 more than 5 have a probability of 0.014
@@ -171,7 +164,7 @@ def test_bounds_by_hand_for_one_episode():
     log = two_steps().split(0.34, 0)[0]
     returns = plain_returns(log, 0.5)
     assert returns.shape == (1,)
-    low, high = value_bounds(np.array([[1.6], [0.1]]), log, 0.5, (-2.0, 6.0))
+    low, high = value_bounds(np.array([[1.6], [0.1]]), Episodes(log), 0.5, (-2.0, 6.0))
     quantile = 0.025  # of the weight of one episode beside another, as bad as can be
     for number, weight in enumerate((1.6, 0.1)):
         gain = quantile * weight * (returns[0] + 2)
@@ -182,7 +175,7 @@ def test_bounds_by_hand_for_one_episode():
 
 
 def test_what_follows_a_truncation_may_be_the_least_or_the_greatest_return():
-    closed, cut = two_steps(), two_steps(truncated=True)
+    closed, cut = (Episodes(two_steps(truncated)) for truncated in (False, True))
     ones = np.ones((1, 3))
     for limits in ((-10.0, 10.0), (0.0, 30.0)):
         closed_low, closed_high = value_bounds(ones, closed, 0.5, limits)
@@ -194,59 +187,45 @@ def test_what_follows_a_truncation_may_be_the_least_or_the_greatest_return():
 def test_weights_too_large_to_have_mean_one_cross_the_bounds():
     """Then the behaviour probabilities are wrong; a ranking says that the estimators contradict."""
     log = MDP.log(uniform(), episodes=50)
+    episodes = Episodes(log)
     for factor in (50.0, 1e250):
-        low, high = value_bounds(np.full((1, 50), factor), log, DISCOUNT, (-10.0, 10.0))
+        low, high = value_bounds(np.full((1, 50), factor), episodes, DISCOUNT, (-10.0, 10.0))
         assert (low[0], high[0]) == (10, -10)
-    low, high = value_bounds(np.ones((1, 50)), log, DISCOUNT, (-10.0, 10.0))
+    low, high = value_bounds(np.ones((1, 50)), episodes, DISCOUNT, (-10.0, 10.0))
     assert -10 < low[0] < plain_returns(log).mean() < high[0] < 10
 
 
 def test_long_episodes_whose_weights_overflow_still_have_bounds():
     """2,000 steps under log-probabilities that are too low by 0.5 each: weights of exp(1000)."""
     rows = 2000
-    log = load_dataset(
-        {
-            "observation": np.zeros(2 * rows, int),
-            "action": np.arange(2 * rows) % 2,
-            "reward": np.random.default_rng(0).random(2 * rows).astype(np.float32),
-            "next_observation": np.zeros(2 * rows, int),
-            "terminated": np.arange(2 * rows) % rows == rows - 1,
-            "truncated": np.zeros(2 * rows, bool),
-            "action_log_prob": np.full(2 * rows, math.log(0.5) - 0.5, np.float32),
-        }
-    )
-    result = importance_sampling(
-        {"p": actor(np.full((1, 2), 0.5))}, log, behaviour=LOGGED, discount=0.99
-    )
+    log = steps_log(
+        2 * rows, action=np.arange(2 * rows) % 2, reward=np.random.default_rng(0).random(2 * rows),
+        terminated=np.arange(2 * rows) % rows == rows - 1,
+        action_log_prob=np.full(2 * rows, math.log(0.5) - 0.5, np.float32),
+    )  # fmt: skip
+    result = evaluated([[0.5, 0.5]], log, 0.99)
     assert np.isfinite([result.values[0], result.low[0], result.high[0]]).all()
 
 
 def test_an_episode_with_rows_after_a_termination_ends_at_the_termination():
     """Episodes of 4, 2 and 1 steps; the first terminates at its second step, the second is cut."""
-    log = load_dataset(
-        {
-            "observation": np.zeros(7, int),
-            "action": np.arange(7) % 2,
-            "reward": np.arange(1, 8, dtype=np.float32),
-            "next_observation": np.zeros(7, int),
-            "terminated": np.array([0, 0, 0, 1, 0, 0, 1], bool),
-            "truncated": np.array([0, 0, 0, 0, 0, 1, 0], bool),
-        }
-    )
+    log = steps_log(
+        7, action=np.arange(7) % 2, reward=np.arange(1, 8),
+        terminated=np.array([0, 0, 0, 1, 0, 0, 1], bool),
+        truncated=np.array([0, 0, 0, 0, 0, 1, 0], bool),
+    )  # fmt: skip
     rows = log.transitions.clone()
     rows["next", "terminated"][1] = True
-    ratios, rewards, alive = padded(np.arange(0.1, 0.8, 0.1), replace(log, transitions=rows))
+    episodes = Episodes(replace(log, transitions=rows))
+    ratios, rewards, alive = padded(np.arange(0.1, 0.8, 0.1), episodes)
     np.testing.assert_allclose(ratios, [[0.1, 0.2, 0, 0], [0.5, 0.6, 0, 0], [0.7, 0, 0, 0]])
     np.testing.assert_allclose(rewards, [[1, 2, 0, 0], [5, 6, 0, 0], [7, 0, 0, 0]])
     assert alive.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]
 
 
 def test_deterministic_takes_the_most_probable_action():
-    policy, mode = np.array([[0.2, 0.8], [0.2, 0.8]]), np.array([[0.0, 1.0], [0.0, 1.0]])
-    one = importance_sampling(
-        {"p": actor(policy)}, two_steps(), behaviour=LOGGED, discount=0.5, deterministic=True
-    )
-    other = importance_sampling({"p": actor(mode)}, two_steps(), behaviour=LOGGED, discount=0.5)
+    one = evaluated(LIKELY, two_steps(), deterministic=True)
+    other = evaluated([[0.0, 1.0], [0.0, 1.0]], two_steps())
     # of episodes 11, 01 and 1 the second drops out; weights 2 and 2, then 4 and 2
     assert one.values[0] == pytest.approx((1 + 3) / 2 + 0.5 * (4 * 2 + 2 * 0) / 6)
     assert one.values[0] == other.values[0]
@@ -279,17 +258,17 @@ def test_a_key_of_the_data_may_be_nested_and_have_a_last_dimension():
     log = two_steps()
     rows = log.transitions.clone()
     rows["behaviour", "log_prob"] = rows[LOGGED].unsqueeze(-1)
-    result = behaviour_log_prob(("behaviour", "log_prob"), replace(log, transitions=rows))
-    assert torch.equal(result, rows[LOGGED].double())
+    nested = replace(log, transitions=rows)
+    result = evaluated(LIKELY, nested, behaviour=("behaviour", "log_prob"))
+    assert result.values[0] == evaluated(LIKELY, log).values[0]
 
 
 def test_what_cannot_be_is_refused():
     log = two_steps()
-    policy = {"p": actor(np.array([[0.2, 0.8], [0.2, 0.8]]))}
 
-    def run(behaviour, rows=None, who=policy, data=log):
+    def run(behaviour, rows=None, who=LIKELY, data=log):
         data = data if rows is None else replace(data, transitions=rows)
-        importance_sampling(who, data, behaviour=behaviour, discount=0.5)
+        evaluated(who, data, behaviour=behaviour)
 
     with pytest.raises(ValueError, match=r"no 'behaviour_log_prob'; they have .*action_log_prob"):
         run("behaviour_log_prob")
@@ -302,7 +281,7 @@ def test_what_cannot_be_is_refused():
         with pytest.raises(ValueError, match="logged action in row 3"):
             run(LOGGED, rows)
     with pytest.raises(ValueError, match="behaviour model gives log-probability -inf"):
-        run(actor(np.array([[1.0, 0.0], [1.0, 0.0]])))
+        run(actor(np.array(NEVER)))
     with pytest.raises(TypeError, match="member 'behaviour'"):
         run(3)
     exact = box_agent(policy="deterministic")

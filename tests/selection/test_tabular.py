@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from gymnasium import spaces
 from scipy import stats
 from small_agents import log as small_log
@@ -18,20 +17,18 @@ from small_mdp import (
     STATES,
     Lookup,
     actor,
-    counted_value,
     first_states,
     greedy_policy,
     plain_returns,
     random_mdp,
     random_policies,
+    steps_log,
     uniform,
 )
-from tensordict.nn import TensorDictModule
-from torch import nn
 
 from iql_torchrl import load_dataset
 from iql_torchrl.selection import fitted_q_evaluation
-from iql_torchrl.selection.table import finite_states
+from iql_torchrl.selection.tabular import finite_states
 
 WORLD = random_mdp()
 POLICIES = random_policies(4)
@@ -138,31 +135,6 @@ def test_scores_against_a_loop(small_parts, min_count):
     assert np.ptp(scores.unsupported) > 0.001
 
 
-def test_values_are_those_of_the_counted_mdp(parts):
-    train, held_out = parts
-    estimate = evaluated(members(), train, held_out)
-    starts = first_states(held_out)
-    for number, policy in enumerate(POLICIES):
-        value = counted_value(train, policy)[starts]
-        np.testing.assert_allclose(estimate.initial_values[number], value, atol=1e-5)
-    np.testing.assert_allclose(estimate.episodes.unsupported, 0, atol=1e-12)
-    np.testing.assert_allclose(estimate.episodes.scores_high, estimate.episodes.scores, atol=1e-9)
-    assert (estimate.backups, estimate.passes) == (np.inf, np.inf)
-    assert np.isnan([estimate.td_error, estimate.td_error_training]).all()
-
-
-def test_values_approach_the_truth_and_rank_it_right():
-    parts = WORLD.log(uniform(), episodes=2000, seed=3).split(0.5, 0)
-    estimate = evaluated(members(), *parts)
-    exact = np.array([WORLD.start @ WORLD.values(policy) for policy in POLICIES])
-    np.testing.assert_allclose(estimate.values, exact, atol=0.15)
-    assert np.array_equal(np.argsort(estimate.values), np.argsort(exact))
-    low, high = estimate.intervals().T
-    assert ((low < exact) & (exact < high)).all()
-    narrow = np.diff(estimate.intervals(confidence=0.5))
-    assert (narrow[:, 0] < 0.5 * (high - low)).all()
-
-
 def test_intervals_contain_the_truth_as_often_as_their_confidence():
     """Forty logs of forty episodes each, with a member that is unlike the log."""
     policy = 0.5 * greedy_policy(WORLD) + 0.5 * uniform()
@@ -174,19 +146,11 @@ def test_intervals_contain_the_truth_as_often_as_their_confidence():
     assert missed <= 5  # at a rate of 0.05 more than 5 have a probability of 0.014
 
 
-def with_rewards(log, change):
-    """``log`` as if the step of ``(state, action, reward)`` had paid ``change`` of them."""
-    rows = log.transitions.clone()
-    reward = rows["next", "reward"]
-    new = change(rows["observation"].numpy(), rows["action"].numpy(), reward.squeeze(-1).numpy())
-    rows["next", "reward"] = torch.as_tensor(new, dtype=reward.dtype)[:, None]
-    return replace(log, transitions=rows)
-
-
 def test_held_out_steps_correct_a_wrong_model_where_visits_are_right():
     train, held_out = WORLD.log(uniform(), episodes=2400, seed=5).split(0.5, 0)
-    wrong = with_rewards(train, lambda s, a, r: r + 0.5 + 0.5 * (a == 0))
-    estimate = evaluated(members(), wrong, held_out)
+    rows = train.transitions.clone()
+    rows["next", "reward"] = rows["next", "reward"] + 0.5 + 0.5 * (rows["action"] == 0)[:, None]
+    estimate = evaluated(members(), replace(train, transitions=rows), held_out)
     exact = np.array([WORLD.start @ WORLD.values(policy) for policy in POLICIES])
     model = estimate.initial_values.mean(1)
     assert np.abs(model - exact).min() > 1.0
@@ -228,22 +192,17 @@ def test_a_state_visited_once_in_a_hundred_episodes_counts_as_worst():
     """State 1 follows in a given number of 400 episodes; its action 1 was never logged."""
 
     def log(times):
-        rows = {name: [] for name in ("observation", "action", "reward", "next_observation")}
-        ended = []
-        for episode in range(400):
-            branch = episode < times
-            steps = [(0, episode % 2, episode % 2, 1)] + [(1, 0, 0.0, 0)] * branch
-            for number, step in enumerate(steps):
-                for column, entry in zip(rows.values(), step, strict=True):
-                    column.append(entry)
-                ended.append(number == len(steps) - 1)
-        table = {name: np.array(column) for name, column in rows.items()}
-        table["reward"] = table["reward"].astype(np.float32)
-        table["terminated"] = np.array(ended)
-        table["truncated"] = np.zeros(len(ended), bool)
-        two = spaces.Discrete(2)
-        return load_dataset(table, observation_space=two, action_space=two)
+        steps = [
+            step
+            for episode in range(400)
+            for step in [(0, episode % 2, episode % 2, 1), (1, 0, 0.0, 0)][: 1 + (episode < times)]
+        ]
+        columns = dict(zip(names, map(np.array, zip(*steps, strict=True)), strict=True))
+        ends = np.append(columns["observation"][1:] == 0, True)
+        two = {"observation_space": spaces.Discrete(2), "action_space": spaces.Discrete(2)}
+        return steps_log(len(steps), two, terminated=ends, **columns)
 
+    names = ("observation", "action", "reward", "next_observation")
     reckless = actor(np.array([[0.5, 0.5], [0.2, 0.8]]))
     for times in (0, 1, 4, 40):
         scores = evaluated({"p": reckless}, log(times), log(4), min_count=1).episodes
@@ -258,16 +217,7 @@ def test_a_state_visited_once_in_a_hundred_episodes_counts_as_worst():
 def test_what_the_log_itself_rarely_does_counts_less():
     """One state: actions 0, 1 and 2 were taken 15, 4 and 1 times; two times at least are enough."""
     action = np.array([0] * 15 + [1] * 4 + [2])
-    log = load_dataset(
-        {
-            "observation": np.zeros(20, int),
-            "action": action,
-            "reward": action.astype(np.float32),
-            "next_observation": np.zeros(20, int),
-            "terminated": np.ones(20, bool),
-            "truncated": np.zeros(20, bool),
-        }
-    )
+    log = steps_log(20, action=action, reward=action)
     half = actor(np.array([[0.5, 0.2, 0.3]]))
     scores = evaluated({"half": half, "clone": actor(np.array([[0.75, 0.2, 0.05]]))}, log, log)
     scores = scores.episodes
@@ -276,91 +226,6 @@ def test_what_the_log_itself_rarely_does_counts_less():
     np.testing.assert_allclose(scores.worst_unsupported, [0.25, 0.0], atol=1e-6)
     np.testing.assert_allclose(scores.initial_values[:, 0], [0.2 + 0.3 * 0, 0.2], atol=1e-6)
     np.testing.assert_allclose(scores.scores_high.mean(1), [0.2 + 0.3 * 2, 0.3], atol=1e-6)
-
-
-def test_the_log_has_its_own_returns(parts):
-    scores = evaluated(members(), *parts).episodes
-    np.testing.assert_allclose(scores.log_scores, plain_returns(parts[1]), atol=1e-9)
-    np.testing.assert_array_equal(scores.log_scores, scores.log_scores_high)
-    assert scores.unlogged_ends == 0
-
-
-def test_truncated_returns_are_continued_with_the_value_of_the_log():
-    behaviour = 0.5 * greedy_policy(WORLD) + 0.5 * uniform()
-    train, held_out = WORLD.log(behaviour, episodes=3000, horizon=3, seed=9).split(0.5, 0)
-    scores = evaluated({"p": actor(uniform())}, train, held_out).episodes
-    exact = WORLD.start @ WORLD.values(behaviour)
-    error = scores.log_scores.std() / len(held_out.episode_lengths) ** 0.5
-    assert abs(scores.log_scores.mean() - exact) < 3 * error < 0.3
-    assert abs(plain_returns(held_out).mean() - exact) > 8 * error
-    value = counted_value(train, frequencies(train))
-    rows, ends = held_out.transitions, np.cumsum(held_out.episode_lengths) - 1
-    cut = ~rows["next", "terminated"].squeeze(-1).numpy()[ends]
-    last = rows["next", "observation"].numpy()[ends]
-    continued = plain_returns(held_out) + DISCOUNT**held_out.episode_lengths * cut * value[last]
-    assert scores.log_scores.mean() == pytest.approx(continued.mean(), abs=0.15)
-    assert np.abs(scores.log_scores - continued).max() > 0.1  # held-out steps correct the value
-
-
-def test_held_out_steps_correct_what_follows_a_truncation():
-    train, held_out = WORLD.log(uniform(), episodes=3000, horizon=3, seed=10).split(0.5, 0)
-    wrong = with_rewards(train, lambda s, a, r: r + 2.0 * (a == 1))
-    scores = evaluated({"p": actor(uniform())}, wrong, held_out).episodes
-    exact = WORLD.start @ WORLD.values(uniform())
-    assert scores.log_scores.mean() == pytest.approx(exact, abs=0.25)
-    tail = counted_value(wrong, frequencies(wrong)) - counted_value(train, frequencies(train))
-    assert tail.min() > 1  # what the wrong rewards would add to each open end
-
-
-def frequencies(log):
-    rows, count = log.transitions, np.zeros((STATES, ACTIONS))
-    np.add.at(count, (rows["observation"].numpy(), rows["action"].numpy()), 1)
-    return count / count.sum(1, keepdims=True)
-
-
-def cut_log(draw, episodes=40):
-    """One step from state 0: action 0 ends with +1, action 1 is cut in state 1, never described."""
-    action = draw.permutation(np.arange(episodes) % 2)
-    two = spaces.Discrete(2)
-    return load_dataset(
-        {
-            "observation": np.zeros(episodes, int),
-            "action": action,
-            "reward": np.where(action == 0, 1.0, 2.0).astype(np.float32),
-            "next_observation": action,
-            "terminated": action == 0,
-            "truncated": action == 1,
-        },
-        observation_space=two,
-        action_space=two,
-    )
-
-
-def test_a_truncated_end_that_no_state_describes():
-    draw = np.random.default_rng(0)
-    train, held_out = cut_log(draw), cut_log(draw)
-    scores = evaluated({"1": actor(np.array([[0.0, 1.0], [0.5, 0.5]]))}, train, held_out).episodes
-    # A truncated episode of one step that paid 2 goes on like that: 2 / (1 - 0.9) = 20.
-    assert scores.return_range == pytest.approx((1, 20))
-    assert scores.unlogged_ends == pytest.approx(0.5 * DISCOUNT)
-    assert scores.scores[0].mean() == pytest.approx(2 + DISCOUNT * 1)
-    assert scores.scores_high[0].mean() == pytest.approx(2 + DISCOUNT * 20)
-    assert scores.log_scores.mean() == pytest.approx((1 + 2 + DISCOUNT * 1) / 2)
-    assert scores.log_scores_high.mean() == pytest.approx((1 + 2 + DISCOUNT * 20) / 2)
-    assert scores.unsupported[0] == pytest.approx(DISCOUNT)
-
-
-def test_a_truncated_episode_is_continued_and_a_terminated_one_is_not():
-    log = WORLD.log(uniform(), episodes=800, horizon=2)
-    shut = log.transitions.clone()
-    shut["next", "terminated"] = log.transitions["next", "done"].clone()
-    closed = replace(log, transitions=shut)
-    starts = first_states(log)
-    for data in (log, closed):
-        estimate = evaluated(members(), data, data)
-        for number, policy in enumerate(POLICIES):
-            value = counted_value(data, policy)[starts]
-            np.testing.assert_allclose(estimate.initial_values[number], value, atol=1e-5)
 
 
 def test_undiscounted_values():
@@ -374,82 +239,19 @@ def test_undiscounted_values():
     np.testing.assert_allclose(estimate.episodes.log_scores, returns, atol=1e-5)
 
 
-def test_values_do_not_depend_on_the_reward_map(parts):
-    raw = evaluated(members(), *parts)
-    log = WORLD.log(uniform(), episodes=1000, reward=(-250.0, 3.0))
-    mapped = evaluated(members(), *log.split(0.6, 0))
-    for name in ("scores", "initial_values", "log_scores", "surprise"):
-        one, other = getattr(raw.episodes, name), getattr(mapped.episodes, name)
-        np.testing.assert_allclose(other, one, atol=1e-4)
-    assert mapped.episodes.return_range == pytest.approx(raw.episodes.return_range, abs=1e-4)
-
-
-def test_masks_exclude_actions_also_for_policies_that_do_not_read_them():
-    masks = np.random.default_rng(5).random((STATES, ACTIONS)) < 0.6
-    masks[np.arange(STATES), np.arange(STATES) % ACTIONS] = True
-    behaviour = masks / masks.sum(1, keepdims=True)
-    train, held_out = WORLD.log(behaviour, episodes=1000, masks=masks).split(0.6, 0)
-    estimate = evaluated(members(), train, held_out)
-    for number, policy in enumerate(POLICIES):
-        allowed = policy * masks / (policy * masks).sum(1, keepdims=True)
-        value = counted_value(train, allowed)[first_states(held_out)]
-        np.testing.assert_allclose(estimate.initial_values[number], value, atol=1e-5)
-    np.testing.assert_allclose(estimate.episodes.unsupported, 0, atol=1e-12)
-
-
 def test_a_mask_is_part_of_the_state():
     """One observation, two masks: what is allowed tells how much can be earned."""
     rows = np.arange(80)
     allowed = np.array([[True, True], [True, False]])[rows % 2]
     action = np.where(allowed[:, 1], rows // 2 % 2, 0)
-    table = {
-        "observation": np.zeros(80, int),
-        "action": action,
-        "reward": np.where(allowed[:, 1], 3.0 + action, 1.0).astype(np.float32),
-        "next_observation": np.zeros(80, int),
-        "terminated": np.ones(80, bool),
-        "truncated": np.zeros(80, bool),
-        "action_mask": allowed,
-        "next_action_mask": np.ones((80, 2), bool),
-    }
-    log = load_dataset(table)
+    log = steps_log(
+        80, action=action, reward=np.where(allowed[:, 1], 3.0 + action, 1.0),
+        action_mask=allowed, next_action_mask=np.ones((80, 2), bool),
+    )  # fmt: skip
     who = {"0": actor(np.array([[1.0, 0.0]])), "1": actor(np.array([[1e-6, 1.0]]))}
     estimate = evaluated(who, log, log)
     np.testing.assert_allclose(estimate.initial_values[0], [3.0, 1.0] * 40)
     np.testing.assert_allclose(estimate.initial_values[1], [4.0, 1.0] * 40, atol=1e-4)
-
-
-def test_the_deterministic_policy_is_the_most_probable_action(parts):
-    modes = [np.eye(ACTIONS)[policy.argmax(1)] for policy in POLICIES]
-    one = evaluated(members(), *parts, deterministic=True)
-    other = evaluated(members(modes), *parts)
-    np.testing.assert_array_equal(one.episodes.scores, other.episodes.scores)
-    assert np.abs(one.values - evaluated(members(), *parts).values).min() > 0.01
-
-
-class _Plain(nn.Module):
-    """A discrete policy that writes an action and has no distribution."""
-
-    def __init__(self, table):
-        super().__init__()
-        self.register_buffer("table", torch.as_tensor(table.argmax(1)))
-
-    def forward(self, observation):
-        return self.table[observation]
-
-
-def test_a_policy_without_a_distribution_is_its_action(parts):
-    mode = np.eye(ACTIONS)[POLICIES[0].argmax(1)]
-    plain = TensorDictModule(_Plain(POLICIES[0]), in_keys=["observation"], out_keys=["action"])
-    one, other = (evaluated({"a": policy}, *parts) for policy in (plain, actor(mode)))
-    np.testing.assert_array_equal(one.episodes.scores, other.episodes.scores)
-
-
-def test_members_together_equal_members_alone(parts):
-    together = evaluated(members(), *parts).episodes
-    for number, (name, policy) in enumerate(members().items()):
-        alone = evaluated({name: policy}, *parts).episodes
-        np.testing.assert_array_equal(alone.scores[0], together.scores[number])
 
 
 class _Vectors(Lookup):
@@ -462,14 +264,12 @@ class _Vectors(Lookup):
 def as_vectors(log):
     rows = log.transitions
     one_hot = np.eye(STATES, dtype=np.float32)
-    table = {
-        "observation": one_hot[rows["observation"].numpy()],
-        "action": rows["action"].numpy(),
-        "next_observation": one_hot[rows["next", "observation"].numpy()],
-    }
-    for name in ("reward", "terminated", "truncated"):
-        table[name] = rows["next", name].squeeze(-1).numpy()
-    return load_dataset(table)
+    ends = {name: rows["next", name].squeeze(-1).numpy() for name in ("terminated", "truncated")}
+    return steps_log(
+        len(log), action=rows["action"].numpy(), observation=one_hot[rows["observation"].numpy()],
+        next_observation=one_hot[rows["next", "observation"].numpy()],
+        reward=rows["next", "reward"].squeeze(-1).numpy(), **ends,
+    )  # fmt: skip
 
 
 def test_few_distinct_vectors_are_a_table_too(parts):
@@ -520,16 +320,10 @@ def clock(seed, depends="nothing", episodes=300):
         "the step before": 0.5 * before,
         "the number of the episode": episode / episodes - 0.5,
     }
-    return load_dataset(
-        {
-            "observation": np.zeros(rows, int),
-            "action": draw.integers(2, size=rows),
-            "reward": (noise + effects[depends]).astype(np.float32),
-            "next_observation": np.zeros(rows, int),
-            "terminated": step == 2,
-            "truncated": np.zeros(rows, bool),
-        }
-    )
+    return steps_log(
+        rows, action=draw.integers(2, size=rows), reward=noise + effects[depends],
+        terminated=step == 2,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -575,14 +369,16 @@ def test_what_counts_as_few_states(parts):
     distinct = load_dataset(small_log(rows=400, action=np.arange(400) % 2))
     assert finite_states(distinct, distinct) is None
     draw = np.random.default_rng(0)
+
+    def few(observation):
+        table = small_log(400, observation=observation, action=np.arange(400) % 2)
+        return finite_states(*[load_dataset(table)] * 2)
+
     several = draw.integers(50, size=(400, 1)).astype(np.float32)  # 16 rows in each state
-    table = small_log(400, observation=several, action=np.arange(400) % 2)
-    assert len(finite_states(*[load_dataset(table)] * 2).representatives) == 50
+    assert len(few(several).representatives) == 50
     several = draw.integers(200, size=(400, 1)).astype(np.float32)  # 4 rows
-    table = small_log(400, observation=several, action=np.arange(400) % 2)
-    assert finite_states(*[load_dataset(table)] * 2) is None
-    categories = small_log(400, observation=draw.integers(200, size=400), action=np.arange(400) % 2)
-    assert finite_states(*[load_dataset(categories)] * 2) is not None
+    assert few(several) is None
+    assert few(draw.integers(200, size=400)) is not None  # categories
 
 
 def test_the_oracle_is_a_different_computation():

@@ -1,6 +1,6 @@
-"""Policies in offline evaluation: the actions of a member in logged states.
+"""Members of a ranking: policies with a name, and what they do in logged states.
 
-A member is an ``Agent`` or any TensorDict module that writes ``action``, with a name.
+A member is an ``Agent`` or any TensorDict module that writes ``action``.
 """
 
 from __future__ import annotations
@@ -11,26 +11,31 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from numpy.typing import NDArray
 from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.utils import unravel_key
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torchrl.modules import Delta
 
+from iql_torchrl import functional as F
+from iql_torchrl.data import OfflineDataset
 from iql_torchrl.evaluation import gym_interface as interface
 from iql_torchrl.evaluation.act import as_in_evaluation
 from iql_torchrl.networks import history_of
-from iql_torchrl.selection.episodes import states
 
 __all__ = [
     "Member",
     "actions",
+    "clone_distance",
     "has_density",
-    "log_densities",
     "log_probabilities",
+    "logged_log_prob",
     "resolve_member",
     "resolve_members",
+    "states",
 ]
 
 ROWS_AT_ONCE = 16_384
@@ -80,6 +85,20 @@ def resolve_member(name: str, policy: Any) -> Member:
     return Member(str(name), actor, None if temperature is None else float(temperature), episodes)
 
 
+def states(rows: TensorDictBase, *, following: bool = False) -> TensorDictBase:
+    """The inputs of a policy in ``rows`` ``(N,)``: observations, and masks where the data have them.
+
+    ``following``: those after the step. Masks that forbid every action, as they may after a
+    termination, become all true, because no action is taken there.
+    """
+    table = rows["next"] if following else rows
+    table = table.select("observation", "action_mask", strict=False).copy()
+    if following and "action_mask" in table:
+        mask = table["action_mask"]
+        table["action_mask"] = mask | ~mask.any(-1, keepdim=True)
+    return table
+
+
 def log_probabilities(
     member: Member, table: TensorDictBase, num_actions: int, *, deterministic: bool = False
 ) -> Tensor:
@@ -94,13 +113,22 @@ def log_probabilities(
     """
 
     def compute(chunk: TensorDictBase) -> Tensor:
-        mask = chunk.get("action_mask", None)
-        logits = _logits(member, chunk, num_actions).double()
-        if mask is not None:
+        logits = getattr(_distribution(member, chunk), "logits", None)
+        if logits is None:
+            action = member.policy(chunk)["action"]
+            if action.ndim == 1 or action.shape[-1] == 1:
+                action = one_hot(action.reshape(len(chunk)).long(), num_actions)
+            logits = one_hot(action.long().argmax(-1), action.shape[-1]).float().log()
+        if logits.shape != (len(chunk), num_actions):
+            raise ValueError(
+                f"member {member.name!r} gives logits of shape {tuple(logits.shape)} for "
+                f"{len(chunk)} states; expected one for each of the {num_actions} actions."
+            )
+        logits = logits.double()
+        if (mask := chunk.get("action_mask", None)) is not None:
             logits = logits.masked_fill(~mask, -torch.inf)
         if deterministic:
-            chosen = torch.nn.functional.one_hot(logits.argmax(-1), num_actions)
-            logits = torch.zeros_like(logits).masked_fill(chosen == 0, -torch.inf)
+            logits = one_hot(logits.argmax(-1), num_actions).double().log()
         return logits.log_softmax(-1)
 
     result = _in_chunks(member, table, compute)
@@ -110,25 +138,6 @@ def log_probabilities(
             f"{int(undefined.sum())} states; look at its parameters and at action_mask."
         )
     return result
-
-
-def _logits(member: Member, chunk: TensorDictBase, num_actions: int) -> Tensor:
-    distribution = _distribution(member, chunk)
-    logits: Tensor | None = getattr(distribution, "logits", None)
-    if logits is None:
-        action = member.policy(chunk)["action"]
-        if action.ndim == 1 or action.shape[-1] == 1:
-            index = action.reshape(len(chunk)).long()
-            action = torch.nn.functional.one_hot(index, num_actions)
-        chosen = torch.nn.functional.one_hot(action.long().argmax(-1), action.shape[-1])
-        logits = torch.zeros(action.shape, device=action.device)
-        logits = logits.masked_fill(chosen == 0, -torch.inf)
-    if logits.shape != (len(chunk), num_actions):
-        raise ValueError(
-            f"member {member.name!r} gives logits of shape {tuple(logits.shape)} for {len(chunk)} "
-            f"states; expected one for each of the {num_actions} actions."
-        )
-    return logits
 
 
 def actions(member: Member, table: TensorDictBase, *, samples: int = 0, seed: int = 0) -> Tensor:
@@ -151,43 +160,61 @@ def actions(member: Member, table: TensorDictBase, *, samples: int = 0, seed: in
     return result
 
 
-def has_density(member: Member, rows: TensorDictBase) -> bool:
-    """Whether :func:`log_densities` gives numbers for the member's continuous actions."""
+def has_density(member: Member, log: OfflineDataset) -> bool:
+    """Whether the member's continuous actions have a density, as :func:`logged_log_prob` needs."""
 
     def compute(chunk: TensorDictBase) -> Tensor:
         distribution = _distribution(member, chunk)
-        return torch.tensor(distribution is not None and not isinstance(distribution, Delta))[None]
+        return torch.tensor([distribution is not None and not isinstance(distribution, Delta)])
 
-    return bool(_in_chunks(member, states(rows[:1]), compute))
+    return bool(_in_chunks(member, states(log.transitions[:1]), compute))
 
 
-def log_densities(member: Member, rows: TensorDictBase) -> Tensor:
-    """log pi(a|s) of the logged continuous actions, float64 ``(N,)``.
+def logged_log_prob(member: Member, log: OfflineDataset, *, deterministic: bool = False) -> Tensor:
+    """log pi(a|s) of the logged actions, float64 ``(N,)``; continuous policies always sample.
 
-    Raises ``ValueError`` for a policy without a density (a deterministic one, a flow, the best of
-    several actions), or when one is NaN.
+    Raises ``ValueError`` as :func:`log_probabilities`, for continuous actions of a policy without a
+    density (a deterministic one, a flow, the best of several actions), or when one is NaN.
     """
-
-    def compute(chunk: TensorDictBase) -> Tensor:
-        distribution = _distribution(member, chunk)
-        if distribution is None or isinstance(distribution, Delta):
-            raise ValueError(
-                f"member {member.name!r}, a {type(member.policy).__name__}, has no density: importance "
-                "sampling needs the log-probability of logged actions, which policies.gaussian, "
-                "tanh_normal and mixture have. Fitted Q evaluation needs none."
-            )
-        density: Tensor = distribution.log_prob(chunk["action"]).double()
-        return density
-
-    table = states(rows).copy()
-    table["action"] = rows["action"]
-    result = _in_chunks(member, table, compute)
+    table, action = states(log.transitions), log.transitions["action"]
+    if isinstance(log.action_space, spaces.Discrete):
+        count = int(log.action_space.n)
+        every = log_probabilities(member, table, count, deterministic=deterministic)
+        return F.pick_action(every, action, leading=0)
+    if not has_density(member, log):
+        raise ValueError(
+            f"member {member.name!r}, a {type(member.policy).__name__}, has no density: importance "
+            "sampling needs the log-probability of logged actions, which policies.gaussian, "
+            "tanh_normal and mixture have. Fitted Q evaluation needs none."
+        )
+    table["action"] = action
+    result = _in_chunks(
+        member, table, lambda rows: _distribution(member, rows).log_prob(rows["action"]).double()
+    )
     if result.ndim != 1 or bool((result.isnan() | (result == torch.inf)).any()):
         raise ValueError(
             f"member {member.name!r} gives logged actions log-densities of shape "
             f"{tuple(result.shape)} that are NaN or infinite; expected one finite number a step."
         )
     return result
+
+
+def clone_distance(member: Member, clone: Member, log: OfflineDataset) -> float:
+    """How far ``member`` is from ``clone`` at the log's states; 0 for the clone itself.
+
+    Discrete actions: mean ``KL(pi || clone)`` in nats, infinite where the clone gives probability 0
+    to an action of the policy. Continuous: mean squared Euclidean distance of the deterministic
+    actions.
+    """
+    table = states(log.transitions)
+    if not isinstance(log.action_space, spaces.Discrete):
+        gap = actions(member, table) - actions(clone, table)
+        return float(gap.double().square().sum(-1).mean())
+    count = int(log.action_space.n)
+    own, other = (log_probabilities(each, table, count) for each in (member, clone))
+    possible = own > -torch.inf
+    terms = torch.where(possible, own.exp() * (own - other), torch.zeros_like(own))
+    return float(terms.sum(-1).mean().clamp(min=0.0))
 
 
 def _distribution(member: Member, chunk: TensorDictBase) -> Any:

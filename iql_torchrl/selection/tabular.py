@@ -1,0 +1,279 @@
+"""Values of policies in the empirical model of a log with few distinct states and actions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.sparse
+import scipy.sparse.linalg
+import scipy.stats
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from tensordict import TensorDictBase
+
+from iql_torchrl.data import OfflineDataset
+from iql_torchrl.selection.bounds import FloatArray
+from iql_torchrl.selection.episodes import Episodes, EpisodeScores, return_range
+from iql_torchrl.selection.members import Member, log_probabilities, states
+
+__all__ = ["LOG_PROB", "FiniteStates", "finite_states", "table_scores"]
+
+IntArray = NDArray[np.int64]
+
+LOG_PROB = "action_log_prob"
+MAX_STATES, MAX_CATEGORIES = 5_000, 20_000
+VISITS_PER_STATE = 10
+PROBED_ROWS = 2_000
+OFTEN_VISITED, VISITS_CONFIDENCE = 0.01, 0.95
+LARGEST_DISCOUNT = 1 - 1e-9  # finite values also of a policy that never terminates in the model
+
+
+class FiniteStates(NamedTuple):
+    """The S distinct states of two logs, and the state of each row before and after its step.
+
+    ``representatives``: one row of each state with the policies' inputs, batch ``(S,)``.
+    """
+
+    representatives: TensorDictBase
+    train: IntArray
+    train_next: IntArray
+    held_out: IntArray
+    held_out_next: IntArray
+
+
+def finite_states(train: OfflineDataset, held_out: OfflineDataset) -> FiniteStates | None:
+    """The states of the logs if they are few and actions are discrete; otherwise None.
+
+    Few means at most 5,000, each with 10 rows on average, or at most 20,000 categories. States
+    differ if any observation key or the action mask differs.
+    """
+    if not isinstance(train.action_space, spaces.Discrete):
+        return None
+    tables = [
+        states(log.transitions, following=following)
+        for log in (train, held_out)
+        for following in (False, True)
+    ]
+    most = MAX_CATEGORIES
+    if not isinstance(train.observation_space, spaces.Discrete):
+        probed = _columns(tables[0][torch.linspace(0, len(train) - 1, PROBED_ROWS).long()])
+        if len(np.unique(probed, axis=0)) > max(PROBED_ROWS // 2, 2):
+            return None
+        most = min(MAX_STATES, (len(train) + len(held_out)) // VISITS_PER_STATE)
+    columns = np.concatenate([_columns(table) for table in tables])
+    every, first, index = np.unique(columns, axis=0, return_index=True, return_inverse=True)
+    if len(every) > most:
+        return None
+    ends = np.cumsum([len(table) for table in tables])[:-1]
+    representatives = torch.cat(tables)[torch.from_numpy(first)]
+    return FiniteStates(representatives, *np.split(index.reshape(-1), ends))
+
+
+def _columns(table: TensorDictBase) -> FloatArray:
+    """Every leaf as numbers, ``(N, D)``."""
+    keys = sorted(table.keys(include_nested=True, leaves_only=True), key=str)
+    flat = [table.get(key).reshape(len(table), -1).double().cpu().numpy() for key in keys]
+    return np.concatenate(flat, axis=1)
+
+
+def table_scores(
+    members: tuple[Member, ...],
+    train: Episodes,
+    held_out: Episodes,
+    finite: FiniteStates,
+    *,
+    discount: float,
+    min_count: int,
+    deterministic: bool,
+) -> EpisodeScores:
+    """Doubly robust scores of ``held_out``'s episodes by the empirical model of ``train``.
+
+    The model's values are the fixed point of fitted Q evaluation with one number per state and
+    action, solved exactly. Where a member would take an action that ``train`` contains fewer than
+    ``min_count`` times in that state, or ``held_out`` never, its episode stops with the smallest
+    return from any state of either log (the filter of Liu, Swaminathan, Agarwal,
+    Brunskill 2020, "Provably good batch reinforcement learning without great exploration",
+    arXiv:2007.08202).
+
+    The score of a held-out episode is ``V(s_0) + sum_t w(s_t, a_t) (r + discount V(s') - Q(s, a))``
+    with w the member's discounted visits of (s, a) in the model over those held out (Kallus and Uehara
+    2022, "Efficiently breaking the curse of horizon in off-policy evaluation with double
+    reinforcement learning", arXiv:1909.05850): the held-out steps correct the model's errors
+    and, since each episode corrects them differently, show how large they may be.
+    """
+    model = _Model(train, held_out, finite, min(discount, LARGEST_DISCOUNT), min_count)
+    columns = []
+    for member in members:
+        policy = log_probabilities(
+            member, finite.representatives, model.count.shape[1], deterministic=deterministic
+        )
+        columns.append(model.member(policy.exp().numpy() * model.supported))
+    scores, scores_high, initial, surprise, share, worst, effective = map(
+        np.array, zip(*columns, strict=True)
+    )
+    log_scores, log_scores_high, log_surprise = model.log()
+    visits = model.factors(model.frequency * model.supported).solve(model.start, trans="T")
+    log_share = float(np.clip(visits @ model.usual, 0, 1))
+    ends = model.well_known[finite.held_out_next[held_out.last]]
+    unlogged = float((held_out.left(model.discount) * ~ends).mean())
+    return EpisodeScores(
+        scores, log_scores, scores_high, log_scores_high, initial, surprise, log_surprise,
+        np.clip(share, 0, 1), log_share, np.clip(worst, 0, 1), unlogged, model.limits, effective,
+        model.history(),
+    )  # fmt: skip
+
+
+class _Model:
+    """Mean rewards and transition frequencies of ``train``, and the steps that correct them.
+
+    Policies are ``(S, A)``. Where the row of a state sums to less than 1, the episode stops in that
+    state with the remaining probability.
+    """
+
+    def __init__(
+        self, train: Episodes, held_out: Episodes, finite: FiniteStates, discount: float, least: int
+    ) -> None:
+        self.held_out, self.discount, self.episodes = held_out, discount, len(train)
+        self.state, self.next_state = finite.held_out, finite.held_out_next
+        self.limits = return_range(discount, train, held_out)
+        shape = (len(finite.representatives), int(train.log.action_space.n))  # type: ignore[attr-defined]
+        taken, self.action = (
+            part.log.transitions["action"].reshape(-1).cpu().numpy() for part in (train, held_out)
+        )
+        pair, size = finite.train * shape[1] + taken, shape[0] * shape[1]
+        count = np.bincount(pair, minlength=size).astype(np.float64)
+        each, going = np.maximum(count, 1), ~train.terminated
+        self.count = count.reshape(shape)
+        self.reward = (np.bincount(pair, train.reward, size) / each).reshape(shape)
+        self.following = scipy.sparse.csr_matrix(
+            (1 / each[pair[going]], (pair[going], finite.train_next[going])), (size, shape[0])
+        )
+        self.start = np.bincount(finite.train[train.first], minlength=shape[0]) / len(train)
+        # The states in which episodes were truncated, discounted.
+        ends = finite.train_next[train.last]
+        self.cut = np.bincount(ends, train.left(discount), shape[0]) / len(train)
+        self.pair = finite.held_out * shape[1] + self.action
+        self.fresh = np.bincount(self.pair, minlength=size).reshape(shape).astype(np.float64)
+        visited = self.count.sum(1, keepdims=True)
+        self.frequency = self.count / np.maximum(visited, 1)
+        self.well_known = visited[:, 0] >= least
+        # Held-out steps cannot correct a pair that they lack. Weights from held-out frequencies are not
+        # biased by members that overfit ``train``.
+        self.supported = (self.count >= least) & (self.fresh > 0)
+        # How probable an unsupported action is for the log itself.
+        self.usual = 1 - (self.frequency * self.supported).sum(1)
+
+    def factors(self, policy: FloatArray) -> scipy.sparse.linalg.SuperLU:
+        """Of ``I - discount * P``; solved for rewards ``(S,)`` they give V, transposed visits."""
+        states, actions = policy.shape
+        choose = scipy.sparse.csr_matrix(
+            (policy.reshape(-1), np.arange(policy.size), np.arange(0, policy.size + 1, actions)),
+            (states, policy.size),
+        )
+        steps = scipy.sparse.identity(states) - self.discount * (choose @ self.following)
+        return scipy.sparse.linalg.splu(steps.tocsc())
+
+    def values(
+        self, policy: FloatArray, factors: scipy.sparse.linalg.SuperLU, stop_value: float
+    ) -> FloatArray:
+        """V ``(S,)`` of the policy; an episode that stops returns ``stop_value``."""
+        stop = 1 - policy.sum(1)
+        return np.asarray(factors.solve((policy * self.reward).sum(1) + stop * stop_value))
+
+    def outcomes(self, value: FloatArray) -> FloatArray:
+        """``r + discount V(s')`` of the held-out rows ``(N,)``."""
+        going = self.discount * ~self.held_out.terminated
+        return np.asarray(self.held_out.reward + going * value[self.next_state])
+
+    def member(
+        self, policy: FloatArray
+    ) -> tuple[FloatArray, FloatArray, FloatArray, float, float, float, float]:
+        """The columns of ``EpisodeScores`` of one policy, given its supported part."""
+        first, factors = self.state[self.held_out.first], self.factors(policy)
+        visits = factors.solve(self.start, trans="T")
+        weight = visits[:, None] * policy * len(first) / np.maximum(self.fresh, 1)
+        weight = weight.reshape(-1)[self.pair]
+        initial, scores = [], []
+        for limit in self.limits:
+            value = self.values(policy, factors, limit)
+            action_value = self.reward.reshape(-1) + self.discount * (self.following @ value)
+            initial.append(value[first])
+            correction = weight * (self.outcomes(value) - action_value[self.pair])
+            scores.append(initial[-1] + self.held_out.sums(correction))
+        stop = 1 - policy.sum(1)
+        # upper confidence bound of the number of visits, because a finite log has few of rare states
+        most = scipy.stats.chi2.ppf(VISITS_CONFIDENCE, 2 * (visits * self.episodes + 1)) / 2
+        often = (visits > 0) & (most >= OFTEN_VISITED * self.episodes)
+        worst = float(((stop - self.usual) * often).max())
+        surprise = float(weight.max()) * (self.limits[1] - self.limits[0])
+        effective = self.held_out.effective(weight)
+        return scores[0], scores[1], initial[0], surprise, float(visits @ stop), worst, effective
+
+    def log(self) -> tuple[FloatArray, FloatArray, float]:
+        """Scores of the log's own policy ``(E,)``, low and high, and their ``surprise``.
+
+        An episode's return, and where it was truncated the value of its last state under the log's
+        own frequencies of actions, corrected by held-out steps like the members' values. A state with
+        too few rows in ``train`` has the smallest or largest return.
+        """
+        policy, held_out = self.frequency * self.well_known[:, None], self.held_out
+        factors, fresh = self.factors(policy), np.maximum(self.fresh.sum(1), 1)
+        visits = factors.solve(self.cut, trans="T")
+        weight = visits * len(held_out) / fresh * self.well_known
+        returns = held_out.returns_to_go(self.discount)[held_out.first]
+        scores = []
+        for limit in self.limits:
+            value = self.values(policy, factors, limit)
+            after = held_out.left(self.discount) * value[self.next_state[held_out.last]]
+            correction = weight[self.state] * (self.outcomes(value) - value[self.state])
+            scores.append(returns + after + held_out.sums(correction))
+        return scores[0], scores[1], float(weight.max()) * (self.limits[1] - self.limits[0])
+
+    def history(self) -> dict[str, float]:
+        """How strongly held-out outcomes depend on more than state and action, as t statistics.
+
+        The outcome of a step is ``r + discount V(s')``, V the value of the log's own policy. Its
+        residual is the outcome minus the mean of its state and action. If the states have the Markov
+        property, residuals are uncorrelated with everything earlier (Shi, Wan, Song, Lu, Leng 2020,
+        "Does the Markov decision process fit the data", arXiv:2002.01751). Tested, each also minus its
+        mean: the number of the step, the residual of the step before, the sum of the numbers of earlier
+        actions, the number of the episode, and if it is known the probability with which the action was
+        chosen, which differs within a state only if the log's policy used more than the state. Episodes
+        are the independent units. Each action has its own statistic, because opposite dependences of
+        two actions would cancel; the one with the largest magnitude is returned.
+        """
+        first, number = self.held_out.first, self.held_out.number
+        factors = self.factors(self.frequency)
+        outcome = self.outcomes(self.values(self.frequency, factors, self.limits[0]))
+        residual = self._minus_mean(outcome)
+        before = np.concatenate([[0.0], residual[:-1]])
+        before[first] = 0.0
+        so_far = np.concatenate([[0], np.cumsum(self.action)])[:-1]
+        earlier = {
+            "the number of the step": np.arange(len(residual)) - first[number],
+            "the step before": before,
+            "the actions before": so_far - so_far[first][number],
+            "the number of the episode": number,
+        }
+        rows = self.held_out.log.transitions
+        if LOG_PROB in rows:
+            logged = rows[LOG_PROB].reshape(-1).double().cpu().numpy()
+            earlier["the logged probability of the action"] = np.exp(np.minimum(logged, 0))
+        shape = len(first), self.count.shape[1]
+        place, result = number * shape[1] + self.action, {}
+        for name, values in earlier.items():
+            products = residual * self._minus_mean(np.asarray(values, np.float64))
+            summed = np.bincount(place, products, shape[0] * shape[1]).reshape(shape)
+            norm = np.sqrt(np.square(summed).sum(0))
+            statistics = summed.sum(0) / np.maximum(norm, 1e-9 * max(np.abs(outcome).max(), 1e-300))
+            result[name] = float(statistics[np.abs(statistics).argmax()])
+        return result
+
+    def _minus_mean(self, values: FloatArray) -> FloatArray:
+        """Of held-out rows ``(N,)``, minus the mean over the rows of the same state and action."""
+        mean = np.bincount(self.pair, values, self.fresh.size) / np.maximum(self.fresh, 1).reshape(
+            -1
+        )
+        return np.asarray(values - mean[self.pair])
