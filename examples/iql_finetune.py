@@ -38,8 +38,7 @@ from torchrl.envs.utils import ExplorationType
 
 EVALUATION_SEED = 10_000  # episodes start alike at every point of every run
 EARLY = 0.2  # the part of the online phase in which a collapse would show
-LEAST = {"offline_updates": 0, "online_steps": 1, "updates_per_step": 0}
-LEAST |= {"eval_every": 1, "episodes": 1}
+LEAST = {"offline_updates": 0, "online_steps": 1, "updates_per_step": 0, "eval_every": 1}
 Row = dict[str, Any]
 Buffer = ReplayBuffer | OfflineToOnlineReplayBuffer
 

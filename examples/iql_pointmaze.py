@@ -85,12 +85,12 @@ def fixed_goal(log: OfflineDataset, maze: str) -> tuple[OfflineDataset, dict[str
     rows = log.transitions.numpy()
     before, after = rows["observation"], rows["next"]["observation"]
     to_start = np.linalg.norm(after["achieved_goal"] - start, axis=1)
-    at_goal = np.linalg.norm(after["achieved_goal"] - goal, axis=1) <= AT_GOAL
-    near_goal = np.linalg.norm(after["achieved_goal"] - goal, axis=1) <= NEAR
+    to_goal = np.linalg.norm(after["achieved_goal"] - goal, axis=1)
+    at_goal = to_goal <= AT_GOAL
     ends = rows["next"]["truncated"].flatten()
     ends = ends | np.r_[np.diff(before["desired_goal"], axis=0).any(axis=1), True]
     drive = np.cumsum(ends) - ends
-    complete = np.bincount(drive, to_start <= NEAR) * np.bincount(drive, near_goal) > 0
+    complete = np.bincount(drive, to_start <= NEAR) * np.bincount(drive, to_goal <= NEAR) > 0
     print(f"dropped {complete.sum()} of {len(complete)} drives, which pass both start and goal")
     # Steps that begin inside the goal are dropped, because the episode ends there.
     outside = np.linalg.norm(before["achieved_goal"] - goal, axis=1) > AT_GOAL

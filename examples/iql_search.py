@@ -35,7 +35,7 @@ RANGES = {
     "critic_lr": (1e-4, 3e-3, True),
     "value_lr": (1e-4, 3e-3, True),
 }
-COUNTS = ("rounds", "batch", "seeds", "finalists", "fit_updates", "workers")
+COUNTS = ("rounds", "batch", "finalists", "fit_updates", "workers")
 Rows = dict[str, dict[str, Any]]
 
 
@@ -53,8 +53,6 @@ class Options:
     """of proposals"""
     batch: int = 8
     """trials of each round"""
-    seeds: int = 1
-    """runs of each trial; their mean estimate judges it"""
     finalists: int = 3
     """best trials that are compared with the preset on reserved episodes"""
     held_out: float = 0.4
@@ -67,8 +65,6 @@ class Options:
     """what performs the rounds"""
     workers: int = 1
     """tasks at once"""
-    address: str | None = None
-    """of a Ray cluster"""
     check: bool = False
     """evaluate the finalists in the environment, to see how good the choice was"""
 
@@ -135,13 +131,8 @@ def search(options: Options, config: IQLConfig) -> tuple[Rows, dict[str, SweepRe
     results: dict[str, SweepResult] = {}
     for number in range(options.rounds):
         trials = {f"trial {t.number}": t for t in (study.ask(space) for _ in range(options.batch))}
-        runs = {
-            f"{name} #{seed}": replace(config, **trial.params, seed=seed)
-            for name, trial in trials.items()
-            for seed in range(config.seed, config.seed + options.seeds)
-        }
         sweep = Sweep(
-            runs,
+            {name: replace(config, **trial.params) for name, trial in trials.items()},
             options.folder / "data",
             options.folder / f"round-{number:03d}",
             members_per_task=16,
@@ -152,15 +143,16 @@ def search(options: Options, config: IQLConfig) -> tuple[Rows, dict[str, SweepRe
             fit_updates=options.fit_updates,
             discount=config.discount,  # of all estimates, also of runs that learn with another
         )
-        result = sweep.run(options.engine, workers=options.workers, address=options.address)
+        result = sweep.run(options.engine, workers=options.workers)
         for note in result.notes:
             print(note)
         for name, trial in trials.items():
-            rows[name] = {"trial": name, **trial.params, **judged(name, result)}
-            results[name], value = result, rows[name]["value"]
-            failed = math.isnan(value)
+            row = {"value": math.nan, "error": " ".join(result.notes)} | result.rows[name]
+            kept = ("value", "value_low", "value_high", "doubts", "error")
+            rows[name] = {"trial": name, **trial.params, **{key: row.get(key) for key in kept}}
+            results[name], failed = result, math.isnan(row["value"])
             state = optuna.trial.TrialState.FAIL if failed else None
-            study.tell(trial, None if failed else value, state=state)
+            study.tell(trial, None if failed else row["value"], state=state)
         if all(math.isnan(row["value"]) for row in rows.values()):
             raise RuntimeError(f"no trial has an estimate: {rows['trial 0']['error']}")
         best = rows[best_first(rows)[0]]
@@ -168,22 +160,6 @@ def search(options: Options, config: IQLConfig) -> tuple[Rows, dict[str, SweepRe
         print(f"round {number}: the best of {len(rows)} is {best['trial']} ({words}), "
               f"estimate {best['value']:.4g}; the preset's {rows['trial 0']['value']:.4g}")  # fmt: skip
     return rows, results, sweep
-
-
-def judged(trial: str, result: SweepResult) -> dict[str, Any]:
-    """What a round says about a trial: the mean estimate of its runs, NaN where one has none."""
-    own = [row for row in result.rows.values() if row["settings"] == trial]
-    values = [row.get("value", math.nan) for row in own]
-    doubts = sorted({doubt for row in own for doubt in row.get("doubts", "").split()})
-    errors = [row["error"] for row in own if "error" in row]
-    return {
-        "value": float(np.mean(values)),
-        "lowest": min(values),
-        "highest": max(values),
-        "doubts": " ".join(doubts),
-        "runs": len(own),
-        "error": "; ".join(errors or result.notes),
-    }
 
 
 def best_first(rows: Rows) -> list[str]:
@@ -200,11 +176,11 @@ def compare(
     last: Sweep,
 ) -> tuple[Ranking, dict[str, Agent]]:
     """The best trials and the preset, compared on episodes that no round has read."""
+    chosen = dict.fromkeys([*best_first(rows)[: options.finalists], "trial 0"])
     agents = {
-        name: results[trial].agent(name)
-        for trial in dict.fromkeys([*best_first(rows)[: options.finalists], "trial 0"])
-        for name, row in results[trial].rows.items()
-        if row["settings"] == trial and "value" in row
+        trial: results[trial].agent(trial)
+        for trial in chosen
+        if not math.isnan(rows[trial]["value"])
     }
     _, fit, reserved = last.parts()
     discount, updates = config.discount, options.fit_updates

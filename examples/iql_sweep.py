@@ -29,7 +29,8 @@ from iql_torchrl.sweep import Sweep
 # settings in which the runs of a population may differ
 PER_RUN = [name for name, knob in knobs(IQLConfig).items() if knob.per_run and name != "seed"]
 GRID = tuple(dict.fromkeys(["temperature", "expectile", *PER_RUN]))
-COUNTS = ("seeds", "episodes", "fit_updates", "members_per_task", "workers", "threads")
+HELD_OUT = 0.4  # part of the episodes
+COUNTS = ("seeds", "episodes", "fit_updates", "members_per_task", "workers")
 Rows = Mapping[str, dict[str, Any]]
 Grid = make_dataclass("Grid", [(name, tuple[float, ...], ()) for name in GRID])
 Grid.__doc__ = (
@@ -51,8 +52,6 @@ class Options:
     """tasks at once"""
     members_per_task: int = 16
     """policies that are trained together"""
-    threads: int = 1
-    """of each task"""
     address: str | None = None
     """of a Ray cluster: HOST:PORT or auto"""
     slurm: tuple[str, ...] = ()
@@ -62,9 +61,7 @@ class Options:
     episodes: int = 20
     """episodes of each policy's evaluation"""
     ranking: bool = True
-    """rank the policies from held-out episodes; without, learn from the complete log"""
-    held_out: float = 0.4
-    """part of the episodes that is held out, in (0, 1)"""
+    """rank the policies from 40 % of the episodes; without, learn from all"""
     fit_updates: int = 2_000
     """updates of fitted Q evaluation"""
     grid: Grid = field(default_factory=Grid)
@@ -87,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         members_per_task=options.members_per_task,
         env=options.env,
         episodes=options.episodes,
-        held_out=options.held_out if options.ranking else None,
+        held_out=HELD_OUT if options.ranking else None,
         fit_updates=options.fit_updates,
         **how,
     )
@@ -98,7 +95,6 @@ def main(arguments: list[str] | None = None) -> int:
         result = sweep.run(
             options.engine,
             workers=options.workers,
-            threads=options.threads,
             address=options.address,
             slurm=slurm,
         )

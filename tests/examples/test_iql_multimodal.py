@@ -27,8 +27,8 @@ def test_the_log_passes_on_both_sides_and_its_mean_hits():
 
 
 def test_it_prints_a_table_and_writes_a_picture(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ROWS", 400)
-    monkeypatch.setattr("STATES", 50)
+    monkeypatch.setattr(example, "ROWS", 400)
+    monkeypatch.setattr(example, "STATES", 50)
     assert run(example, "--updates", 3, "--output", tmp_path) == 0
     out = capsys.readouterr().out
     rows = table(tmp_path / "multimodal-seed0" / "metrics.csv")
