@@ -8,6 +8,7 @@ import inspect
 import sys
 from pathlib import Path
 
+import numpy as np
 import tyro
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -39,3 +40,16 @@ def run(example, *arguments: object) -> int:
 def table(path: Path | str) -> list[dict[str, str]]:
     with Path(path).open() as file:
         return list(csv.DictReader(file))
+
+
+def write_log(path: str, actions: np.ndarray) -> None:
+    """A file with 200 steps at random in four episodes; an observation has four numbers."""
+    rng = np.random.default_rng(0)
+    np.savez(
+        path,
+        observations=rng.uniform(-1, 1, (200, 4)).astype(np.float32),
+        actions=actions,
+        rewards=rng.uniform(-1, 0, 200),
+        terminals=np.zeros(200, bool),
+        timeouts=np.arange(200) % 50 == 49,
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from example_scripts import EXAMPLES, load, run, table
+from example_scripts import EXAMPLES, load, run, table, write_log
 
 from iql_torchrl import IQLStep
 from iql_torchrl.data.builtin import make_dataset
@@ -135,15 +135,7 @@ def test_custom_actor(capsys):
 
 
 def test_a_file_with_discrete_actions_and_the_notes_on_it(capsys):
-    rng = np.random.default_rng(0)
-    np.savez(
-        "log.npz",
-        observations=rng.uniform(-1, 1, (200, 4)).astype(np.float32),
-        actions=rng.integers(2, size=200),
-        rewards=rng.standard_normal(200),
-        terminals=np.zeros(200, bool),
-        timeouts=np.arange(200) % 50 == 49,
-    )
+    write_log("log.npz", np.arange(200) // 3 % 2)
     assert run("iql_offline", "--dataset", "log.npz", "--env", "CartPole-v1", *TINY) == 0
     out = capsys.readouterr().out
     assert "note: dropped 4 truncated last rows of 200" in out

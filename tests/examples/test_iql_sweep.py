@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from example_scripts import load, run, table
+from example_scripts import load, run, table, write_log
 
 from iql_torchrl import IQLConfig, IQLPopulation, load_dataset
 from iql_torchrl.data.builtin import make_dataset
@@ -89,14 +89,7 @@ def test_sepsis_is_judged_by_exact_survival(sweep, capsys):
 
 
 def test_without_an_environment_there_are_estimates(sweep, capsys):
-    make_dataset(PENDULUM, episodes=8, progress=False)
-    rows = load_dataset(PENDULUM, progress=False).transitions
-    columns = {"observations": rows["observation"], "actions": rows["action"]}
-    columns |= {"rewards": rows["next", "reward"], "terminals": rows["next", "terminated"]}
-    columns |= {"timeouts": rows["next", "truncated"]}
-    columns |= {"next_observations": rows["next", "observation"]}
-    np.savez("log.npz", **{k: v.squeeze(-1).numpy() if k in ("rewards", "terminals", "timeouts")
-                           else v.numpy() for k, v in columns.items()})  # fmt: skip
+    write_log("log.npz", np.linspace(-1, 1, 200, dtype=np.float32)[:, None])
     arguments = ["--dataset", "log.npz", "--temperature", "0", "3", "--expectile", "0.7"]
     with pytest.warns(UserWarning, match="no environment says what their bounds are"):
         assert run(sweep, *TINY, *arguments) == 0
