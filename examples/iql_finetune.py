@@ -13,15 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl import (
-    PRESETS,
-    Agent,
-    IQLConfig,
-    OfflineDataset,
-    evaluate,
-    load_dataset,
-    make_agent,
-)
+from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
 from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_source
 from iql_torchrl.report import text_table, write_rows
@@ -40,7 +32,6 @@ EVALUATION_SEED = 10_000  # episodes start alike at every point of every run
 EARLY = 0.2  # the part of the online phase in which a collapse would show
 LEAST = {"offline_updates": 0, "online_steps": 1, "updates_per_step": 0, "eval_every": 1}
 Row = dict[str, Any]
-Buffer = ReplayBuffer | OfflineToOnlineReplayBuffer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,19 +80,15 @@ def as_logged(frames: TensorDictBase, dataset: OfflineDataset) -> TensorDict:
     return rows
 
 
-def make_buffer(
-    dataset: OfflineDataset, config: IQLConfig, room: int, log_fraction: float | None
-) -> Buffer:
+def make_buffer(dataset, config, room, log_fraction=None):
     """The log and ``room`` for online steps; ``sample()`` draws from the log alone while empty.
 
     Uniform over both together (the official code), or exactly ``log_fraction`` of every batch
     from the log (0.5: RLPD, arXiv:2302.02948).
     """
     if log_fraction is None:
-        capacity = len(dataset) + room
-        return dataset.replay_buffer(
-            config.batch_size, seed=config.seed, device=config.device, capacity=capacity
-        )
+        how = {"seed": config.seed, "device": config.device, "capacity": len(dataset) + room}
+        return dataset.replay_buffer(config.batch_size, **how)
     # Not a TensorDictReplayBuffer, whose additional key "index" only one half of a batch would have.
     log = ReplayBuffer(storage=TensorStorage(dataset.transitions))
     return OfflineToOnlineReplayBuffer(
@@ -109,14 +96,7 @@ def make_buffer(
     )
 
 
-def learn_online(
-    agent: Agent,
-    dataset: OfflineDataset,
-    buffer: Buffer,
-    *,
-    steps: int,
-    updates_per_step: float = 1.0,
-) -> Iterator[tuple[int, int]]:
+def learn_online(agent, dataset, buffer, *, steps, updates_per_step=1.0):
     """Act with sampled actions and update; yields (steps, updates) so far after each step."""
     env = GymWrapper(dataset.make_env(), categorical_action_encoding=True)
     # Not collector.set_seed: it resets the environment after the collector has its observation.
@@ -154,9 +134,8 @@ def run(dataset: OfflineDataset, config: IQLConfig, options: Options) -> Iterato
     buffer = make_buffer(dataset, config, steps, options.log_fraction)
 
     def point(phase: str, updates: int, done: int) -> Row:
-        played = evaluate(
-            agent.policy, dataset.make_env, episodes=options.episodes, seed=EVALUATION_SEED
-        )
+        how = {"episodes": options.episodes, "seed": EVALUATION_SEED}
+        played = evaluate(agent.policy, dataset.make_env, **how)
         print(
             f"seed {config.seed}, {phase}, {updates:7,}: {played.returns.mean():8.1f}", flush=True
         )

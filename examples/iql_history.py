@@ -7,9 +7,8 @@ the last four joined into a vector, and, as a reference, one that sees the veloc
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from iql_torchrl import PRESETS, OfflineDataset, OfflineTrainer, evaluate, load_dataset, make_agent
+from iql_torchrl import PRESETS, OfflineTrainer, evaluate, load_dataset, make_agent
 from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.report import text_table, write_rows
@@ -21,14 +20,14 @@ from gymnasium.spaces import Box
 from gymnasium.wrappers import TransformObservation
 from matplotlib.figure import Figure
 
-METHODS: dict[str, dict[str, Any]] = {
+METHODS = {
     "angle": {},
     "last 4 angles": {"history": 4, "history_encoder": "stack"},
     "angle and velocity": {},
 }
 
 
-def without_velocity(dataset: OfflineDataset) -> OfflineDataset:
+def without_velocity(dataset):
     """The same log with the first two columns of the observations: cosine and sine of the angle."""
     rows = dataset.transitions.clone()
     for side in (("observation",), ("next", "observation")):
@@ -71,7 +70,7 @@ def main(
     full = load_dataset(ensure_dataset("pendulum/mixed-v0"), reward="return_range")
     full.print_notes()
     angles, log = without_velocity(full), float(full.episode_returns.mean())
-    results: dict[str, list[float]] = {name: [] for name in METHODS}
+    results = {name: [] for name in METHODS}
     for name, settings in METHODS.items():
         dataset = full if name == "angle and velocity" else angles
         for seed in range(seeds):
@@ -80,18 +79,13 @@ def main(
             played = evaluate(agent.policy, dataset.make_env, episodes=episodes, seed=10_000)
             results[name].append(float(played.returns.mean()))
             print(f"  {name}, seed {seed}: {results[name][-1]:.0f}", flush=True)
-    rows = [
-        {"policy reads": name} | {f"seed {seed}": score for seed, score in enumerate(returns)}
-        for name, returns in results.items()
-    ]
+    rows, table = [], [["policy reads", "mean return", "worst seed", "best seed"]]
+    table.append(["(the log)", f"{log:.0f}", "", ""])
+    for name, returns in results.items():
+        rows.append({"policy reads": name} | {f"seed {i}": r for i, r in enumerate(returns)})
+        table.append([name, *(f"{f(returns):.0f}" for f in (np.mean, min, max))])
     folder = output / "history"
     write_rows(folder / "metrics.csv", rows)
-    table = [
-        ["policy reads", "mean return", "worst seed", "best seed"],
-        ["(the log)", f"{log:.0f}", "", ""],
-    ]
-    for name, returns in results.items():
-        table.append([name, *(f"{f(returns):.0f}" for f in (np.mean, min, max))])
     print("\n" + text_table(table))
     draw(folder / "returns.png", results, log)
     print(f"\nWritten to {folder}/")

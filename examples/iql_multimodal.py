@@ -48,7 +48,7 @@ CONFIG = IQLConfig(
     value_lr=1e-3,
 )
 # Policies that differ in the temperature alone are trained as one population.
-METHODS: tuple[tuple[dict[str, Any], dict[str, float]], ...] = (
+METHODS = (
     ({}, {"cloning": 0.0, "IQL": CONFIG.temperature}),
     ({"policy": "mixture"}, {"IQL, mixture": CONFIG.temperature}),
     ({"actor_objective": "ddpg_bc", "bc_weight": 0.1}, {"DDPG+BC": CONFIG.temperature}),

@@ -10,14 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl import (
-    IQLConfig,
-    OfflineDataset,
-    OfflineTrainer,
-    evaluate,
-    load_dataset,
-    make_agent,
-)
+from iql_torchrl import IQLConfig, OfflineTrainer, evaluate, load_dataset, make_agent
 from iql_torchrl.config import cli
 from iql_torchrl.report import text_table, write_rows
 from iql_torchrl.report.figures import save
@@ -47,7 +40,7 @@ CONFIG = IQLConfig(
 )
 
 
-class Drive(gym.Env[Any, Any]):
+class Drive(gym.Env):
     """A point and a mark in [-1, 1]^2; the reward is minus their distance, for ``STEPS`` steps.
 
     Observations: the four coordinates. Actions: the point's step, divided by ``SPEED``.
@@ -84,13 +77,13 @@ def picture(coordinates: NDArray[np.float32]) -> NDArray[np.uint8]:
     return image
 
 
-def seen() -> gym.Env[Any, Any]:
+def seen() -> gym.Env:
     """``Drive`` with pictures ``(16, 16, 3)`` uint8: the point in green, the mark in red."""
     space = Box(0, 255, (SIDE, SIDE, 3), np.uint8)
     return TransformObservation(Drive(), lambda coordinates: picture(coordinates[None])[0], space)
 
 
-def make_logs(episodes: int, seed: int) -> tuple[OfflineDataset, OfflineDataset]:
+def make_logs(episodes, seed):
     """The same log with pictures and with coordinates."""
     generator = np.random.default_rng(seed)
     env = Drive()

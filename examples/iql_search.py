@@ -9,12 +9,11 @@ It needs ``pip install -e ".[search]"``.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from iql_torchrl import PRESETS, Agent, IQLConfig, evaluate, load_dataset
+from iql_torchrl import PRESETS, IQLConfig, evaluate, load_dataset
 from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_source
 from iql_torchrl.report import text_table, write_rows
@@ -72,20 +71,17 @@ class Options:
 @cli.errors_in_one_line()
 def main(arguments: list[str] | None = None) -> None:
     presets = {"search": replace(PRESETS["quick"], updates=3_000)} | dict(PRESETS)
+    least, description = dict.fromkeys(COUNTS, 1), __doc__.split("\n\n")[0]
     options, config = cli.parse(
-        Options,
-        arguments,
-        presets=presets,
-        least=dict.fromkeys(COUNTS, 1),
-        description=__doc__.split("\n\n")[0],
+        Options, arguments, presets=presets, least=least, description=description
     )
     for name in options.search:
         low, high, _ = RANGES[name]
         if not low <= getattr(config, name) <= high:
             value = getattr(config, name)
             cli.refuse(f"{name} is {value:g}; it is searched in [{low:g}, {high:g}].")
-    source, data = ensure_source(options.dataset), options.folder / "data"
-    log = load_dataset(source, env=options.env, memmap=data)
+    source = ensure_source(options.dataset)
+    log = load_dataset(source, env=options.env, memmap=options.folder / "data")
     log.print_notes()
     rows, results, last = search(options, config)
     write_rows(options.folder / "trials.csv", list(rows.values()))
@@ -168,20 +164,11 @@ def best_first(rows: Rows) -> list[str]:
     return sorted(known, key=lambda trial: -rows[trial]["value"])
 
 
-def compare(
-    options: Options,
-    config: IQLConfig,
-    rows: Rows,
-    results: Mapping[str, SweepResult],
-    last: Sweep,
-) -> tuple[Ranking, dict[str, Agent]]:
+def compare(options, config, rows, results, last):
     """The best trials and the preset, compared on episodes that no round has read."""
     chosen = dict.fromkeys([*best_first(rows)[: options.finalists], "trial 0"])
-    agents = {
-        trial: results[trial].agent(trial)
-        for trial in chosen
-        if not math.isnan(rows[trial]["value"])
-    }
+    known = [trial for trial in chosen if not math.isnan(rows[trial]["value"])]
+    agents = {trial: results[trial].agent(trial) for trial in known}
     _, fit, reserved = last.parts()
     discount, updates = config.discount, options.fit_updates
     fitted = fitted_q_evaluation(agents, fit, reserved, discount=discount, updates=updates)
