@@ -25,7 +25,7 @@ PACKAGE = ROOT / "iql_torchrl"
 # lower layers.
 LAYERS = (
     ("config", "descriptions", "files", "functional", "private_apis"),
-    ("networks",),
+    ("networks", "processes"),
     ("data", "evaluation", "policies"),
     ("distributed", "losses"),
     ("report", "selection", "update"),

@@ -26,7 +26,7 @@ from iql_torchrl.agent.networks import Encoders, check_images, make_networks
 from iql_torchrl.agent.task import Task
 from iql_torchrl.config import IQLConfig, check_usable, loss_knobs
 from iql_torchrl.data import DatasetSummary
-from iql_torchrl.evaluation.act import act, private_random_numbers
+from iql_torchrl.evaluation.acting import act, private_random_numbers
 from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.files import CheckpointError, components, newest, read_components
 from iql_torchrl.losses import DiscreteIQLLoss, ImplicitQLoss, IQLLoss, LossCritics
@@ -81,7 +81,7 @@ class Agent:
 
         A policy with a history takes the last observations of the episode, ``(T, ...)``.
         Where the data had action masks, ``action_mask`` ``(n,)`` is expected. Samples are drawn from
-        ``seed``, or from torch's global generator. See :func:`iql_torchrl.evaluation.act.act`.
+        ``seed``, or from torch's global generator. See :func:`iql_torchrl.evaluation.acting.act`.
         """
         return act(
             self.policy,

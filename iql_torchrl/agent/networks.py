@@ -29,8 +29,7 @@ from iql_torchrl.data.spaces import (
     usual_encoder,
 )
 from iql_torchrl.descriptions import describe_space, faulty_bounds
-from iql_torchrl.evaluation.act import as_in_evaluation
-from iql_torchrl.evaluation.gym_interface import policy_device
+from iql_torchrl.evaluation.acting import as_in_evaluation, policy_device
 
 Encoders = Mapping[str, nn.Module]
 FEATURES = "features"  # what the encoder writes

@@ -18,20 +18,20 @@ from torchrl.data import ReplayBuffer, Storage
 
 from iql_torchrl.data.build import Description, build
 from iql_torchrl.data.dataset import OfflineDataset
-from iql_torchrl.data.readers.arrays import TABLE_FILES
-from iql_torchrl.data.readers.concatenation import concatenated, joined_env_maker
 from iql_torchrl.data.readers.d3rlpy import D3rlpyBuffer
 from iql_torchrl.data.readers.environments import EnvLike, env_maker, recorded_env_maker
+from iql_torchrl.data.readers.episodes import table_source
 from iql_torchrl.data.readers.huggingface import HuggingFaceTable
 from iql_torchrl.data.readers.minari import find_minari, minari_source
-from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_source
-from iql_torchrl.data.readers.opening import (
-    is_table_path,
-    open_object,
-    open_path,
-    opened_source,
+from iql_torchrl.data.readers.ogbench import is_ogbench, open_ogbench
+from iql_torchrl.data.readers.opening import TABLE_FILES, is_table_path, open_object, open_path
+from iql_torchrl.data.readers.source import (
+    ReadOptions,
+    Source,
+    chain,
+    concatenated,
+    joined_env_maker,
 )
-from iql_torchrl.data.readers.source import ReadOptions, Source, chain
 from iql_torchrl.data.reuse import identity, load_or_build
 from iql_torchrl.data.saved import is_saved, open_saved
 from iql_torchrl.data.scaling import known_scores, reward_map
@@ -67,12 +67,12 @@ def load_dataset(
 
     Args:
         source: a Minari id (downloaded only when absent), a ``MinariDataset``, a path to
-            ``.hdf5``/``.h5`` (D4RL's layout, or written by d3rlpy), ``.npz`` or ``.parquet``, or to a
-            folder (LeRobot's, one that ``datasets.save_to_disk`` wrote, or of Parquet files), a dict of
-            arrays, a TensorDict, a TorchRL replay buffer, dataset or storage, a d3rlpy buffer, a
-            ``datasets.Dataset``; or a list of these, joined if their spaces agree. A row of a
+            ``.hdf5``/``.h5`` (D4RL's layout, or written by d3rlpy), ``.npz``, ``.csv``, ``.parquet``,
+            or a folder (LeRobot's, one that ``datasets.save_to_disk`` wrote, or of Parquet files), a
+            dict of arrays, a TensorDict, a TorchRL replay buffer, dataset or storage, a d3rlpy buffer,
+            a ``datasets.Dataset``; or a list of these, joined if their spaces agree. A row of a
             ``Dataset`` or Parquet file is a step, or an episode if its reward is a list. The readers
-            ``d3rlpy``, ``arrow_columns``, ``lerobot`` and ``torchrl_datasets`` say what they do.
+            ``d3rlpy``, ``arrow``, ``lerobot`` and ``torchrl_datasets`` say what they do.
             ``"ogbench/cube-single-play-singletask-task2-v0"`` is OGBench's data for one task, from
             npz files in the folder ``OGBENCH_DATASETS_PATH`` (else ``~/.ogbench/data``): see
             ``readers.ogbench``. They are never downloaded here; the error says how.
@@ -118,9 +118,9 @@ def load_dataset(
     Warns with ``DatasetWarning``, and adds the sentence to ``notes``, where marks contradict the
     rows: a termination after which the same trajectory continues; terminations at one fixed length
     in every episode; truncation marks inside smooth motion; no mark at all in a table that jumps;
-    ends of episodes that do not lie where the rows jump (``readers.motion`` and
-    ``readers.table_jumps`` say what is measured); a ``next_observation`` that is not the following
-    row's observation inside an episode, or is at truncated ends (``readers.table_successors``);
+    ends of episodes that do not lie where the rows jump (``readers.motion`` says what is
+    measured); a ``next_observation`` that is not the following
+    row's observation inside an episode, or is at truncated ends;
     terminations in nearly every row of a trajectory. Also where most rows are dropped, most
     episodes have one row, or actions look like encoded categories; and where a dataset class of
     TorchRL has lost values (``readers.torchrl_datasets``), or part of a d3rlpy source is not read. A
@@ -199,10 +199,7 @@ def prepare(
         raise DatasetError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
     reward_map(reward, np.arange(2.0))
     maker = None if env is None else env_maker(env)
-    read = ReadOptions(
-        columns=dict(columns or {}), limit=None if isinstance(source, list | tuple) else limit,
-        dtype=dtype, **options,
-    )  # fmt: skip
+    read = ReadOptions(columns=dict(columns or {}), dtype=dtype, **options)
 
     def open_source() -> Source:
         table = _open(source, read, maker)
@@ -249,19 +246,19 @@ def _open(source: Any, options: ReadOptions, maker: EnvMaker | None) -> Source:
         raise DatasetError(f"{source}: a built table is loaded alone, not in a list of sources.")
     if isinstance(source, str | Path) and is_table_path(source):
         described = _with_env(options, maker)
-        return opened_source(open_path(Path(source), described), described)
+        return table_source(open_path(Path(source), described), described)
     if isinstance(source, Path):
         raise DatasetError(
             f"{source}: expected a file of one of the kinds {', '.join(TABLE_FILES)}, a folder of "
             "Parquet files, of LeRobot or of datasets.save_to_disk, or a Minari id as text."
         )
     if is_ogbench(source):
-        return ogbench_source(source, options)
+        return table_source(open_ogbench(source), options)
     if isinstance(source, str):
         return minari_source(find_minari(source, download=options.download), options)
     described = _with_env(options, maker)
     if (opened := open_object(source, described)) is not None:
-        return opened_source(opened, described)
+        return table_source(opened, described)
     raise DatasetError(
         f"source: {type(source).__name__} cannot be read; expected a Minari or OGBench id, a path, a "
         "dict of arrays, a TensorDict, a TorchRL or d3rlpy buffer, or a datasets.Dataset."

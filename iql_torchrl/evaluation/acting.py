@@ -1,20 +1,88 @@
-"""A policy in one running episode, for programs that call it step by step."""
+"""A policy's actions for an environment, outside a rollout and for one."""
 
 from __future__ import annotations
 
+import copy
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from tensordict.nn import TensorDictModuleBase
+from torch import Tensor, nn
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from iql_torchrl.evaluation.act import act, one_observation
-from iql_torchrl.evaluation.gym_interface import check_policy
-from iql_torchrl.evaluation.seen import Seen
-from iql_torchrl.networks import history_of
+from iql_torchrl.descriptions import describe_space
+from iql_torchrl.evaluation.spaces import (
+    Moments,
+    action_masks,
+    checked_observation,
+    environment_actions,
+    needs_mask,
+    policy_input,
+    reads_names_at_top_level,
+    unbound,
+)
+from iql_torchrl.networks import History, history_of
 
-__all__ = ["Acting"]
+
+def act(
+    policy: TensorDictModuleBase,
+    observation: Any,
+    observation_space: spaces.Space[Any],
+    action_space: spaces.Space[Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    deterministic: bool = True,
+    action_mask: Any = None,
+    seed: int | None = None,
+) -> Any:
+    """The policy's action for ``env.step``: with the space's dtype and shape, within bounds.
+
+    ``observation``: one, as the environment gives it, or a batch, with a leading dimension on every
+    leaf. In a batch, ``action_mask`` (``(n,)`` booleans) and the result have that dimension too.
+    A policy with a history (``networks.with_history``) takes ``(T, *shape)``: the last T observations
+    of an episode, oldest first, the current one included, with T at most the history's length, and
+    all of the episode where it had fewer; ``(B, T, *shape)`` is a batch of them.
+    :class:`Acting` collects them. A single observation is refused.
+    Runs in evaluation mode without gradients. The caller's torch random state does not change,
+    except when a sample is drawn without ``seed``.
+
+    Raises:
+        TypeError: ``policy`` is not a TensorDict module.
+        ValueError: a missing or unknown key, a wrong shape, a category out of range, numbers that
+            are not finite, a mask that is missing or not read by the policy, or an action that the
+            environment does not accept.
+    """
+    check_policy(policy)
+    if seed is not None and (
+        isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63
+    ):
+        raise ValueError(f"seed is {seed!r}; expected a whole number in [0, 2**63), or None.")
+    history = history_of(policy)
+    leaves, leading = checked_observation(observation, observation_space, history)
+    single = len(leading) == (history is not None)
+    rows = unbound(leaves, leading)
+    rows = [rows] if single else rows
+    masks = None
+    if needs_mask(policy, observation_space):
+        masks = action_masks(action_mask, action_space, None if single else len(rows))
+    elif action_mask is not None:
+        raise ValueError(
+            f"action_mask was given, but the policy reads only {list(policy.in_keys)}; leave it "
+            "out, or train on data with an action mask."
+        )
+    device, moments = policy_device(policy), [(row, 0) for row in range(len(rows))]
+    both = observation_space, action_space
+    with as_in_evaluation(policy, device, deterministic=deterministic, seed=seed):
+        chosen = chosen_actions(policy, rows, masks, moments, both, dtype=dtype, device=device)
+    actions = np.asarray(chosen, action_space.dtype)
+    if single:
+        return actions[0] if isinstance(action_space, spaces.Discrete) else np.asarray(actions[0])
+    return actions
 
 
 class Acting:
@@ -24,10 +92,10 @@ class Acting:
     Actions are those of ``evaluate``. Policies without a history work too.
 
     Args:
-        policy, observation_space, action_space, dtype, deterministic: as for ``evaluation.act.act``.
+        policy, observation_space, action_space, dtype, deterministic: as for :func:`act`.
 
-    Raises ``TypeError`` and ``ValueError`` as ``evaluation.act.act``; a call of ``act`` that raises
-    leaves the episode as it was.
+    Raises ``TypeError`` and ``ValueError`` as :func:`act`; a call of ``act`` that raises leaves the
+    episode as it was.
     """
 
     def __init__(
@@ -47,29 +115,152 @@ class Acting:
 
     def reset(self) -> None:
         """Begin an episode: the next observation is its first."""
-        self._seen = Seen(history_of(self.policy))
+        self._seen = memory(history_of(self.policy))
 
     def act(self, observation: Any, *, action_mask: Any = None, seed: int | None = None) -> Any:
         """The action for ``env.step``; ``observation`` is the current one, as ``env`` gives it.
 
-        ``action_mask`` and ``seed``: as for ``evaluation.act.act``.
+        ``action_mask`` and ``seed``: as for :func:`act`.
         """
-        history = self._seen.history
-        current = one_observation(observation, self._spaces[0])
-        given = current
-        if history is not None:
-            before = self._seen.read() if len(self._seen) else []
-            given = _stacked([*before, current][-history.length :])
+        current, leading = checked_observation(observation, self._spaces[0], None)
+        if leading:
+            raise ValueError(
+                f"the observation is a batch of {leading[0]}; expected one, of "
+                f"{describe_space(self._spaces[0])}."
+            )
+        seen = self._seen.copy()
+        remember(seen, current)
+        given = current if history_of(self.policy) is None else _stacked(list(seen))
         action = act(
             self.policy, given, *self._spaces, action_mask=action_mask, seed=seed, **self._options
         )
-        self._seen.add(current)
+        self._seen = seen
         return action
+
+
+def memory(history: History | None) -> deque[Any]:
+    """For the last observations of one running episode: as many as the policy reads."""
+    return deque(maxlen=1 if history is None else history.length)
+
+
+def remember(seen: deque[Any], observation: Any) -> None:
+    """Append a copy, because environments may change an array that they have returned."""
+    seen.append(copy.deepcopy(observation) if seen.maxlen != 1 else observation)
 
 
 def _stacked(frames: list[Any]) -> Any:
     """Observations as one with a leading dimension on every leaf."""
-    first = frames[0]
-    if isinstance(first, dict):
-        return {name: _stacked([frame[name] for frame in frames]) for name in first}
+    if isinstance(frames[0], dict):
+        return {name: _stacked([frame[name] for frame in frames]) for name in frames[0]}
     return np.stack(frames)
+
+
+def check_policy(policy: Any) -> None:
+    """Raise ``TypeError`` for other than TensorDict modules, ``ValueError`` without ``action``."""
+    # The class is not compared: a compiled TensorDict module has another class but the same keys.
+    written = getattr(policy, "out_keys", None)
+    if not isinstance(policy, nn.Module) or written is None or not hasattr(policy, "in_keys"):
+        advice = (
+            'wrap a plain network as TensorDictModule(network, in_keys=["observation"], '
+            'out_keys=["action"])'
+        )
+        raise TypeError(
+            "policy must be a TensorDict module (TensorDictModule, ProbabilisticActor, ...), found "
+            f"{type(policy).__name__}; "
+            f"{'pass its .policy' if hasattr(policy, 'policy') else advice}"
+        )
+    if "action" not in list(written):
+        raise ValueError(
+            f"policy must write 'action', but its out_keys are {list(written)}; name its output "
+            "'action'"
+        )
+
+
+def policy_device(policy: nn.Module, device: torch.device | str | None = None) -> torch.device:
+    """``device``, or where the policy's first parameter or buffer is."""
+    if device is not None:
+        return torch.device(device)
+    for tensor in (*policy.parameters(), *policy.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def policy_dtype(policy: nn.Module) -> torch.dtype:
+    """Of the floats that the policy reads: float64 where it has any float64, else float32."""
+    tensors = (*policy.parameters(), *policy.buffers())
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+@contextmanager
+def as_in_evaluation(
+    policy: nn.Module, device: torch.device, *, deterministic: bool = True, seed: int | None = None
+) -> Iterator[None]:
+    """A context with evaluation mode, no gradients, and the exploration type.
+
+    Training modes are restored afterwards, and so are the caller's generators, unless samples are
+    drawn without ``seed``.
+    """
+    modes = [(module, module.training) for module in policy.modules()]
+    kind = ExplorationType.DETERMINISTIC if deterministic else ExplorationType.RANDOM
+    private = deterministic or seed is not None
+    try:
+        policy.eval()
+        with (
+            private_random_numbers(seed, device) if private else nullcontext(),
+            torch.no_grad(),
+            set_exploration_type(kind),
+        ):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def private_random_numbers(seed: int | None, *devices: torch.device | str) -> Iterator[None]:
+    """A context after which torch's generators, the CPU's and those of ``devices``, are as before.
+
+    Inside they start from ``seed``; with None, from where they were. No other device is touched, so
+    that CUDA is not initialised for work on the CPU.
+    """
+    given = {torch.device(device) for device in devices}
+    cuda = sorted((device for device in given if device.type == "cuda"), key=str)
+    with torch.random.fork_rng(devices=cuda):
+        if seed is not None:
+            # torch.manual_seed would also reseed devices that are not forked here
+            torch.default_generator.manual_seed(int(seed))
+            for device in cuda:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(int(seed))
+        yield
+
+
+def chosen_actions(
+    policy: TensorDictModuleBase,
+    observations: Sequence[Any],
+    masks: Sequence[Tensor] | None,
+    moments: Moments,
+    env_spaces: tuple[spaces.Space[Any], spaces.Space[Any]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[Any]:
+    """Actions for ``env.step``; see :func:`policy_input` and :func:`environment_actions`."""
+    space = env_spaces[0]
+    flat, history = reads_names_at_top_level(policy.in_keys, space), history_of(policy)
+    batch = policy_input(observations, space, flat=flat, masks=masks, history=history, dtype=dtype)
+    try:
+        action = policy(batch.to(device)).get("action", None)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise RuntimeError(
+            f"the policy failed on observations of {describe_space(space)}: {reason}. Check that it "
+            "was made for observations of this form."
+        ) from error
+    if not isinstance(action, Tensor):
+        raise ValueError(
+            f"policy wrote a {type(action).__name__} under 'action'; it must write a tensor"
+        )
+    return environment_actions(action, env_spaces[1], moments)

@@ -1,17 +1,16 @@
-"""Evaluations in another process, while training continues.
-
-The process is started by ``subprocess``, not ``multiprocessing``: the user's script is not imported
-again, so scripts need no ``if __name__ == "__main__"``, and notebooks work. joblib's loky is not
-used: with it an interpreter that exits would wait without end for an evaluation that hangs, and
-workers continue to run after the parent is killed.
-"""
+"""Evaluations in another process, while training continues."""
 
 from __future__ import annotations
 
-import queue
+import io
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from functools import lru_cache, partial
+from itertools import chain
 from numbers import Real
 from typing import Any
 
@@ -19,29 +18,38 @@ import gymnasium
 import numpy as np
 import torch
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor
+from torch import Tensor, nn
 
-from iql_torchrl.config import Arithmetic
-from iql_torchrl.evaluation.background_process import (
-    EvaluationProcess,
-    EvaluationTimeout,
-    Request,
-    Snapshot,
+from iql_torchrl.evaluation.result import Evaluation, reference_pair
+from iql_torchrl.evaluation.rollout import check_arguments, evaluate
+from iql_torchrl.processes import (
+    CallTimeout,
+    ProcessEnded,
+    Worker,
+    packed,
+    packed_call,
+    surroundings,
 )
-from iql_torchrl.evaluation.background_worker import Structure, named_tensors
-from iql_torchrl.evaluation.result import reference_pair
-from iql_torchrl.evaluation.rollout import Evaluation, check_arguments
 
 __all__ = ["BackgroundEvaluation", "EvaluationTimeout"]
 
-TIMEOUT = 600.0  # seconds
+LARGE = 100 * 2**20  # bytes
 POLL = 0.1  # seconds between two calls of ``stop`` while waiting
+Snapshot = dict[str, Tensor]
+
+
+class EvaluationTimeout(TimeoutError):
+    """An evaluation took longer than ``timeout`` and was ended; ``number`` is its number."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 class BackgroundEvaluation:
     """:func:`~iql_torchrl.evaluate` in another process: the same results, bit for bit.
 
-    ``policy`` and ``make_env`` are sent once, as they are now; ``submit`` sends the policy's
+    ``policy`` and ``make_env`` are sent as they are now; ``submit`` sends the policy's
     parameters and buffers. The process uses the number of torch threads, the default dtype and the
     matrix precision that are set when ``submit`` is called, so both processes share the processor's
     cores. It starts at the first ``submit``, prints to stderr, and ignores Ctrl-C and SIGTERM, which
@@ -79,26 +87,37 @@ class BackgroundEvaluation:
         deterministic: bool = True,
         max_steps: int | None = None,
         device: torch.device | str | None = None,
-        timeout: float | None = TIMEOUT,
+        timeout: float | None = 600.0,
     ) -> None:
         check_arguments(policy, make_env, episodes, num_envs, seed, max_steps)
         self.timeout = timeout
-        arguments = {
-            "episodes": episodes,
-            "num_envs": num_envs,
-            "seed": seed,
-            "reference_scores": reference_pair(reference_scores),
-            "deterministic": deterministic,
-            "max_steps": max_steps,
-            "device": "cpu" if device is None else str(torch.device(device)),
-        }
-        self._policy = policy
-        self._layout = {name: (t.shape, t.dtype) for name, t in named_tensors(policy).items()}
-        structure = Structure.of(policy, make_env, arguments)
-        self._child = EvaluationProcess(structure, _name_of(make_env))
-        self._pending: dict[int, Snapshot] = {}
-        self._finished: list[tuple[int, Evaluation]] = []
-        self._closed = weakref.finalize(self, self._child.stop)
+        self._policy, self._layout = policy, _layout(named_tensors(policy))
+        environment = packed("make_env", make_env)
+        if len(environment) > LARGE:
+            warnings.warn(
+                f"make_env sends {len(environment) / 2**20:.0f} MiB to the evaluation process; a "
+                "function that refers to a dataset sends all of it: pass dataset.make_env itself",
+                stacklevel=2,
+            )
+        where = "cpu" if device is None else str(torch.device(device))
+        self._evaluate = partial(
+            evaluated,
+            packed("policy", policy),
+            environment,
+            episodes=episodes,
+            num_envs=num_envs,
+            seed=seed,
+            reference_scores=reference_pair(reference_scores),
+            deterministic=deterministic,
+            max_steps=max_steps,
+            device=where,
+        )
+        spec = getattr(make_env, "spec", None)
+        name = getattr(spec, "id", spec) or getattr(make_env, "__qualname__", None)
+        self._environment, self._surroundings = name or make_env, surroundings()
+        self._pending: dict[int, tuple[Snapshot, Future[Evaluation]]] = {}
+        self._worker = Worker()
+        self._open = weakref.finalize(self, self._worker.close)
 
     @property
     def timeout(self) -> float | None:
@@ -122,22 +141,33 @@ class BackgroundEvaluation:
         Each maps names of parameters and buffers to CPU tensors; for checkpoints, see
         :meth:`resubmit`. ``close()`` does not remove them.
         """
-        return dict(self._pending)
+        return {number: snapshot for number, (snapshot, _) in self._pending.items()}
 
     def submit(self, number: int) -> None:
         """Queue an evaluation of the policy as it is now, and return at once.
 
         Raises ``ValueError`` for a number that is pending, and ``RuntimeError`` after ``close()``.
         """
-        self._queue(number, _copied(named_tensors(self._policy)))
+        self.resubmit({number: named_tensors(self._policy)})
 
     def resubmit(self, pending: Mapping[int, Mapping[str, Tensor]]) -> None:
         """Queue the snapshots of an earlier object's :attr:`pending`, in their order.
 
         Raises as :meth:`submit`, and ``ValueError`` for snapshots of a policy of another structure.
         """
-        for number, snapshot in pending.items():
-            self._queue(number, _copied(snapshot))
+        for number, tensors in pending.items():
+            if not self._open.alive:
+                raise RuntimeError("the background evaluation is closed; make a new one")
+            if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
+                raise ValueError(f"number must be an integer, got {number!r}")
+            if number in self._pending:
+                raise ValueError(f"number {number} is pending already; each needs its own")
+            self._check_layout(number, tensors)
+            snapshot = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+            call = partial(self._evaluate, snapshot)
+            order = packed_call("the policy", call, self._surroundings)
+            future = self._worker.submit(order, self._timeout)
+            self._pending[int(number)] = snapshot, future
 
     def results(
         self, *, wait: bool = False, stop: Callable[[], bool] | None = None
@@ -156,29 +186,23 @@ class BackgroundEvaluation:
             RuntimeError: the process died, with its exit code. The next evaluation in the queue,
                 or the next ``submit``, starts another.
         """
-        while len(self._finished) < len(self._pending):
-            blocks = wait and self._closed.alive
-            try:
-                outcome = self._child.outcomes.get(blocks, POLL if blocks else None)
-            except queue.Empty:
-                if not blocks or (stop is not None and stop()):
-                    break
-                continue
-            if outcome is None:
+        finished = []
+        for number, (_, future) in self._pending.items():
+            while wait and self._open.alive and wait_for([future], POLL).not_done:
+                wait = stop is None or not stop()
+            if not future.done():
                 break
-            number, result = outcome
-            if isinstance(result, Exception):
+            if (error := future.exception()) is not None:
                 del self._pending[number]
-                raise result
-            self._finished.append((number, result))
-        finished, self._finished = self._finished, []
+                raise self._explained(number, error)
+            finished.append((number, future.result()))
         for number, _ in finished:
             del self._pending[number]
         return finished
 
     def close(self) -> None:
         """End the process, also during an evaluation. Further calls have no effect."""
-        self._closed()
+        self._open()
 
     def __enter__(self) -> BackgroundEvaluation:
         return self
@@ -186,41 +210,68 @@ class BackgroundEvaluation:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _queue(self, number: int, snapshot: Snapshot) -> None:
-        if not self._closed.alive:
-            raise RuntimeError("the background evaluation is closed; make a new one")
-        if isinstance(number, bool) or not isinstance(number, (int, np.integer)):
-            raise ValueError(f"number must be an integer, got {number!r}")
-        if number in self._pending:
-            raise ValueError(f"number {number} is pending already; each needs its own")
-        self._check_layout(number, snapshot)
-        self._pending[int(number)] = snapshot
-        settings = Arithmetic.current()
-        self._child.put(Request(int(number), snapshot, settings, self._timeout))
-
-    def _check_layout(self, number: int, snapshot: Snapshot) -> None:
-        layout = {name: (t.shape, t.dtype) for name, t in snapshot.items()}
-        for name in sorted(layout.keys() ^ self._layout.keys()):
-            has = "lacks" if name in self._layout else "has"
-            raise ValueError(
-                f"snapshot {number} {has} {name!r}, unlike the policy when the evaluation was "
-                f"made; make the BackgroundEvaluation from the policy in its present form"
+    def _explained(self, number: int, error: BaseException) -> BaseException:
+        if isinstance(error, CallTimeout):
+            return EvaluationTimeout(
+                f"the background evaluation number {number} in {self._environment} {error}; it was "
+                "ended and gives no score. If the environment does not hang and evaluations take "
+                "that long, pass a larger BackgroundEvaluation(timeout=...), or None for no limit. "
+                "The next evaluation starts a new process.",
+                number,
             )
-        for name, (shape, dtype) in layout.items():
-            if (shape, dtype) != self._layout[name]:
+        if isinstance(error, ProcessEnded):
+            return RuntimeError(
+                f"the evaluation process died with {error} while it evaluated number {number}; look "
+                "for its last messages on stderr. SIGKILL mostly means that memory ran out: use "
+                "fewer num_envs. The next submit starts a new process"
+            )
+        return error
+
+    def _check_layout(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        layout = _layout(tensors)
+        for name in sorted(layout.keys() | self._layout.keys()):
+            given, expected = layout.get(name, "missing"), self._layout.get(name, "no such tensor")
+            if given != expected:
                 raise ValueError(
-                    f"{name!r} of snapshot {number} is {dtype} of shape {tuple(shape)}, expected "
-                    f"{self._layout[name][1]} of shape {tuple(self._layout[name][0])}, as it was "
-                    f"when the evaluation was made"
+                    f"{name!r} of snapshot {number} is {given}, expected {expected}, as it was when "
+                    "the evaluation was made; make the BackgroundEvaluation from the policy in its "
+                    "present form"
                 )
 
 
-def _name_of(make_env: Callable[[], Any]) -> str:
-    """The environment's id where ``make_env`` has one, else the name of ``make_env``."""
-    spec = getattr(make_env, "spec", None)
-    name = getattr(spec, "id", spec) or getattr(make_env, "__qualname__", None)
-    return str(name or make_env)
+def named_tensors(policy: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, including buffers that are not in the state dict."""
+    return dict(chain(policy.named_parameters(), policy.named_buffers()))
 
 
-def _copied(tensors: Mapping[str, Tensor]) -> Snapshot:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+def _layout(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{t.dtype} of shape {tuple(t.shape)}" for name, t in tensors.items()}
+
+
+def evaluated(
+    policy: bytes, make_env: bytes, snapshot: Snapshot, *, device: str, **arguments: Any
+) -> Evaluation:
+    """In the other process: the evaluation of the policy with the tensors of ``snapshot``."""
+    module, environments = rebuilt(policy, make_env, device)
+    with torch.no_grad():
+        for name, tensor in named_tensors(module).items():
+            new = snapshot[name].to(tensor.device)
+            if not torch.equal(tensor, new):  # expanded constants cannot be written in place
+                tensor.copy_(new)
+    return evaluate(module, environments, device=device, **arguments)
+
+
+@lru_cache(1)
+def rebuilt(policy: bytes, make_env: bytes, device: str) -> tuple[Any, Any]:
+    """The policy, on its device, and ``make_env``, which are the same in all calls of a process."""
+    try:
+        module, environments = (
+            torch.load(io.BytesIO(each), map_location="cpu", weights_only=False)
+            for each in (policy, make_env)
+        )
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"policy or make_env cannot be rebuilt in the evaluation process ({error}); define "
+            "their parts in the script itself, or in modules that it can import too"
+        ) from error
+    return module.to(device), environments

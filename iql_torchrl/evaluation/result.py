@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from iql_torchrl.evaluation.statistics import (
-    bootstrap_interval,
-    standard_error,
-    wilson_interval,
-)
+from iql_torchrl.evaluation.statistics import bootstrap_interval, standard_error, wilson_interval
 
 __all__ = ["Evaluation", "reference_pair"]
 
@@ -55,69 +48,34 @@ class Evaluation:
         and Wilson's interval for the rate; the first two are NaN for one episode. The intervals
         describe episodes of one trained policy; they do not include the effect of training seeds.
         """
-        low, high = bootstrap_interval(self.returns, seed=seed)
         result = {
             "episodes": float(len(self.returns)),
-            "return_mean": float(self.returns.mean()),
-            "return_standard_error": standard_error(self.returns),
             "return_min": float(self.returns.min()),
             "return_max": float(self.returns.max()),
-            "return_low": low,
-            "return_high": high,
             "length_mean": float(self.lengths.mean()),
         }
-        if self.scores is not None:
-            low, high = bootstrap_interval(self.scores, seed=seed)
-            result["score_mean"] = float(self.scores.mean())
-            result["score_standard_error"] = standard_error(self.scores)
-            result["score_low"], result["score_high"] = low, high
+        for name, values in (("return", self.returns), ("score", self.scores)):
+            if values is not None:
+                low, high = bootstrap_interval(values, seed=seed)
+                result |= {f"{name}_mean": float(values.mean()), f"{name}_low": low}
+                result |= {f"{name}_high": high, f"{name}_standard_error": standard_error(values)}
         if self.successes is not None:
             low, high = wilson_interval(int(self.successes.sum()), len(self.successes))
             result["success_rate"] = float(self.successes.mean())
             result["success_low"], result["success_high"] = low, high
         return result
 
-    def state_dict(self) -> dict[str, Tensor | None]:
-        """The arrays as tensors of their own dtypes; ``torch.load(weights_only=True)`` reads it."""
-        arrays = {entry.name: getattr(self, entry.name) for entry in fields(self)}
-        return {k: None if v is None else torch.from_numpy(v.copy()) for k, v in arrays.items()}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Tensor | None]) -> Evaluation:
-        """The evaluation whose :meth:`state_dict` is ``state``.
-
-        Raises ``ValueError`` for other keys and for arrays of unequal length.
-        """
-        names = {entry.name for entry in fields(cls)}
-        if set(state) != names:
-            raise ValueError(
-                f"state has the keys {sorted(state)}, expected {sorted(names)}; pass what "
-                f"Evaluation.state_dict() returned"
-            )
-        arrays: dict[str, Any] = {
-            k: None if v is None else v.cpu().numpy().copy() for k, v in state.items()
-        }
-        if len({array.shape for array in arrays.values() if array is not None}) != 1:
-            shapes = {k: v if v is None else v.shape for k, v in arrays.items()}
-            raise ValueError(
-                f"state has arrays of shapes {shapes}, expected one entry per episode in each"
-            )
-        return cls(**arrays)
-
 
 def reference_pair(reference_scores: Any) -> tuple[float, float] | None:
     """``(random, expert)`` from any of the forms that :func:`evaluate` takes."""
     if reference_scores is None:
         return None
-    pair = None
-    if isinstance(reference_scores, (tuple, list)):
-        pair = tuple(reference_scores)
-    else:
-        for names in REFERENCE_NAMES:
-            if all(hasattr(reference_scores, name) for name in names):
-                pair = tuple(getattr(reference_scores, name) for name in names)
-                break
-    if pair is None or len(pair) != 2:
+    pair = reference_scores if isinstance(reference_scores, tuple | list) else ()
+    for names in REFERENCE_NAMES:
+        if all(hasattr(reference_scores, name) for name in names):
+            pair = [getattr(reference_scores, name) for name in names]
+            break
+    if len(pair) != 2:
         raise ValueError(
             f"reference_scores must be None, (random, expert) or an object with attributes "
             f"{' or '.join(map(str, REFERENCE_NAMES))}, got {reference_scores!r}"

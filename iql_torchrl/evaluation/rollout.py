@@ -6,6 +6,7 @@ episodes. Episode ``e`` always starts with ``env.reset(seed=seed + e)``, in any 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,50 +17,28 @@ import numpy as np
 import torch
 from tensordict.nn import TensorDictModuleBase
 
-from iql_torchrl.evaluation.act import as_in_evaluation
-from iql_torchrl.evaluation.gym_interface import action_chooser, check_policy, policy_device
+from iql_torchrl.evaluation.acting import (
+    as_in_evaluation,
+    check_policy,
+    chosen_actions,
+    memory,
+    policy_device,
+    policy_dtype,
+    remember,
+)
 from iql_torchrl.evaluation.result import Evaluation, reference_pair
-from iql_torchrl.evaluation.seen import Seen
-from iql_torchrl.networks import History, history_of
+from iql_torchrl.evaluation.spaces import action_mask, needs_mask
+from iql_torchrl.networks import history_of
 
 __all__ = ["Evaluation", "check_arguments", "evaluate"]
 
 SUCCESS_KEYS = ("success", "is_success")
-
-
-@dataclass
-class _Episode:
-    """One running episode and the environment it runs in."""
-
-    env: gymnasium.Env[Any, Any]
-    seen: Seen
-    number: int = -1
-    info: Mapping[str, Any] = field(default_factory=dict)
-    total: float = 0.0
-    length: int = 0
-    success: bool | None = None
-
-    def start(self, number: int, seed: int) -> None:
-        self.number, self.total, self.length, self.success = number, 0.0, 0, None
-        observation, self.info = self.env.reset(seed=seed + number)
-        self.seen.start(observation)
-
-    def step(self, action: Any) -> bool:
-        """Apply ``action``; True when the episode has ended."""
-        observation, reward, terminated, truncated, self.info = self.env.step(action)
-        self.seen.add(observation)
-        self.total += float(reward)
-        self.length += 1
-        for key in SUCCESS_KEYS:
-            if key in self.info:
-                self.success = bool(self.success) or bool(np.asarray(self.info[key]).item())
-                break
-        return bool(terminated or truncated)
+MakeEnv = Callable[[], gymnasium.Env[Any, Any]]
 
 
 def evaluate(
     policy: TensorDictModuleBase,
-    make_env: Callable[[], gymnasium.Env[Any, Any]],
+    make_env: MakeEnv,
     *,
     episodes: int,
     num_envs: int = 8,
@@ -111,25 +90,52 @@ def evaluate(
     """
     check_arguments(policy, make_env, episodes, num_envs, seed, max_steps)
     references = reference_pair(reference_scores)
-    where = policy_device(policy, device)
+    where, seed = policy_device(policy, device), int(seed)
     with ExitStack() as stack:
-        slots = _make_slots(make_env, min(num_envs, episodes), stack, history_of(policy))
-        stack.enter_context(
-            as_in_evaluation(policy, where, deterministic=deterministic, seed=int(seed))
-        )
-        finished = _run(policy, slots, episodes, int(seed), max_steps, where)
-    finished.sort(key=lambda row: row[0])
-    returns = np.array([row[1] for row in finished], dtype=np.float64)
-    successes = [row[3] for row in finished]
-    scores = None
+        slots = _make_slots(policy, make_env, min(num_envs, episodes), stack)
+        stack.enter_context(as_in_evaluation(policy, where, deterministic=deterministic, seed=seed))
+        finished = sorted(_run(policy, slots, episodes, seed, max_steps, where))
+    _, totals, lengths, successes = zip(*finished, strict=True)
+    returns, scores = np.array(totals, dtype=np.float64), None
     if references is not None:
         scores = 100.0 * (returns - references[0]) / (references[1] - references[0])
     return Evaluation(
         returns=returns,
-        lengths=np.array([row[2] for row in finished], dtype=np.int64),
+        lengths=np.array(lengths, dtype=np.int64),
         successes=None if None in successes else np.array(successes, dtype=np.bool_),
         scores=scores,
     )
+
+
+@dataclass
+class _Episode:
+    """One running episode and the environment it runs in."""
+
+    env: gymnasium.Env[Any, Any]
+    seen: deque[Any]
+    number: int = -1
+    info: Mapping[str, Any] = field(default_factory=dict)
+    total: float = 0.0
+    length: int = 0
+    success: bool | None = None
+
+    def start(self, number: int, seed: int) -> None:
+        self.number, self.total, self.length, self.success = number, 0.0, 0, None
+        observation, self.info = self.env.reset(seed=seed + number)
+        self.seen.clear()
+        remember(self.seen, observation)
+
+    def step(self, action: Any) -> bool:
+        """Apply ``action``; True when the episode has ended."""
+        observation, reward, terminated, truncated, self.info = self.env.step(action)
+        remember(self.seen, observation)
+        self.total += float(reward)
+        self.length += 1
+        for key in SUCCESS_KEYS:
+            if key in self.info:
+                self.success = bool(self.success) or bool(np.asarray(self.info[key]).item())
+                break
+        return bool(terminated or truncated)
 
 
 def _run(
@@ -140,16 +146,22 @@ def _run(
     max_steps: int | None,
     device: torch.device,
 ) -> list[tuple[int, float, int, bool | None]]:
-    finished = []
-    choose = action_chooser(policy, slots[0].env, device)
+    """Number, return, length and success of each episode, in the order in which they end."""
+    env, history, dtype = slots[0].env, history_of(policy), policy_dtype(policy)
+    both = env.observation_space, env.action_space
+    masked = needs_mask(policy, env.observation_space)
     for number, slot in enumerate(slots):
         slot.start(number, seed)
-    active, next_number = list(slots), len(slots)
+    finished, active, next_number = [], list(slots), len(slots)
     while active:
-        actions = choose(
-            [slot.seen.read() for slot in active],
-            [slot.info for slot in active],
+        actions = chosen_actions(
+            policy,
+            [slot.seen[-1] if history is None else slot.seen for slot in active],
+            [action_mask(slot.info, env.action_space) for slot in active] if masked else None,
             [(slot.number, slot.length) for slot in active],
+            both,
+            dtype=dtype,
+            device=device,
         )
         for slot, action in zip(tuple(active), actions, strict=True):
             over = slot.step(action)
@@ -183,23 +195,21 @@ def check_arguments(
 
 
 def _make_slots(
-    make_env: Callable[[], gymnasium.Env[Any, Any]],
-    count: int,
-    stack: ExitStack,
-    history: History | None,
+    policy: TensorDictModuleBase, make_env: MakeEnv, count: int, stack: ExitStack
 ) -> list[_Episode]:
+    """Environments, which ``stack`` closes."""
     slots: list[_Episode] = []
     for _ in range(count):
         env = make_env()
         if not isinstance(env, gymnasium.Env):
             raise TypeError(
                 f"make_env must return a gymnasium.Env, found {type(env).__name__}; evaluate "
-                f"batches single environments itself"
+                "batches single environments itself"
             )
         if any(env is slot.env for slot in slots):
             raise ValueError(
                 "make_env returned the same environment twice; return a new one at each call"
             )
         stack.callback(env.close)
-        slots.append(_Episode(env, Seen(history)))
+        slots.append(_Episode(env, memory(history_of(policy))))
     return slots

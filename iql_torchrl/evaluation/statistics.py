@@ -10,17 +10,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-__all__ = [
-    "bootstrap_interval",
-    "interquartile_mean",
-    "mean_interval",
-    "probability_of_improvement",
-    "rank_correlations",
-    "standard_error",
-    "stratified_interval",
-    "wilson_interval",
-]
-
 FloatArray = NDArray[np.float64]
 
 RESAMPLES = 2000
@@ -62,10 +51,9 @@ def mean_interval(
     ``mean -+ t(runs - 1) * s / sqrt(runs)`` with the sample deviation s. Raises ``ValueError`` for
     fewer than two runs.
     """
-    runs = len(values)
+    runs, mean = len(values), values.mean(0)
     if runs < 2:
         raise ValueError(f"an interval over runs needs at least two runs; there are {runs}.")
-    mean = values.mean(0)
     half = stats.t.ppf((1 + confidence) / 2, runs - 1) * stats.sem(values)
     return mean, mean - half, mean + half
 

@@ -13,8 +13,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
-from iql_torchrl.evaluation.act import as_in_evaluation
-from iql_torchrl.evaluation.gym_interface import check_policy, policy_device
+from iql_torchrl.evaluation.acting import as_in_evaluation, check_policy, policy_device
 from iql_torchrl.evaluation.statistics import standard_error
 
 __all__ = ["ValueGap", "value_gap"]
@@ -57,12 +56,10 @@ def value_gap(
     it grows with N, and a gap that is large compared with the values' own range says that the policy
     acts where the critics were never corrected by data. It cannot say which part of the gap is real.
 
-    It is a function, and not a diagnostic of each update, because it takes much longer than an
-    update: a flow with S Euler steps evaluates its network N * S times for every row, 320 times with
-    32 candidates and 10 steps.
-    ``OfflineTrainer`` calls it at every evaluation for agents with ``num_samples > 1`` and writes
-    ``chosen_value_gap``. For ``actor_objective="ddpg_bc"`` the same number costs nothing more and
-    is a diagnostic of the loss, ``policy_value_gap``.
+    It takes much longer than an update: a flow with S Euler steps evaluates its network N * S times
+    for every row. ``OfflineTrainer`` calls it at every evaluation for agents with ``num_samples > 1``
+    and writes ``chosen_value_gap``. For ``actor_objective="ddpg_bc"`` the same number is a diagnostic
+    of the loss, ``policy_value_gap``.
 
     Args:
         policy: a TensorDict module that writes ``action``.
@@ -81,12 +78,17 @@ def value_gap(
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise ValueError(f"rows is {rows!r}; expected a whole number >= 1.")
     judges = _critics(policy, critics)
-    device = policy_device(policy, None)
-    read = [*policy.in_keys, *(key for critic in judges for key in critic.in_keys), "action"]
-    data = _drawn(transitions, list(dict.fromkeys(read)), rows, seed).to(device)
-    with as_in_evaluation(
-        nn.ModuleList([policy, *judges]), device, deterministic=deterministic, seed=seed
-    ):
+    if transitions.get("action", None) is None:
+        raise ValueError(
+            f"the transitions have no 'action'; they have {sorted(map(str, transitions.keys()))}."
+        )
+    device = policy_device(policy)
+    order = torch.randperm(len(transitions), generator=torch.Generator().manual_seed(seed))[:rows]
+    keys = [*policy.in_keys, *(key for critic in judges for key in critic.in_keys), "action"]
+    # strict=False: entries that the policy may do without
+    drawn = transitions.select(*keys, strict=False)[order.to(transitions.device or "cpu")]
+    data, both = drawn.to(device), nn.ModuleList([policy, *judges])
+    with as_in_evaluation(both, device, deterministic=deterministic, seed=seed):
         logged = _values(judges, data, value_key)
         action = policy(data.exclude("action")).get("action")
         chosen = _values(judges, data.copy().set("action", action), value_key)
@@ -109,19 +111,6 @@ def _critics(policy: Any, given: Any) -> list[Any]:
             "in_keys=['observation', 'action']) or losses.LossCritics(loss)."
         )
     return listed
-
-
-def _drawn(
-    transitions: TensorDictBase, keys: list[NestedKey], rows: int, seed: int
-) -> TensorDictBase:
-    """``rows`` of the transitions without replacement; entries that the policy may do without too."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    order = torch.randperm(len(transitions), generator=generator, device="cpu")[:rows]
-    if transitions.get("action", None) is None:
-        raise ValueError(
-            f"the transitions have no 'action'; they have {sorted(map(str, transitions.keys()))}."
-        )
-    return transitions.select(*keys, strict=False)[order.to(transitions.device or "cpu")]
 
 
 def _values(critics: list[Any], data: TensorDictBase, key: NestedKey) -> Tensor:

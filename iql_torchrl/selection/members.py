@@ -22,8 +22,7 @@ from torchrl.modules import Delta
 
 from iql_torchrl import functional as F
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.evaluation import gym_interface as interface
-from iql_torchrl.evaluation.act import as_in_evaluation
+from iql_torchrl.evaluation.acting import as_in_evaluation, check_policy, policy_device
 from iql_torchrl.networks import history_of
 
 __all__ = [
@@ -72,7 +71,7 @@ def resolve_member(name: str, policy: Any) -> Member:
     """``policy`` itself or, for an ``Agent``, its ``policy``; raises as :func:`resolve_members`."""
     actor = policy if isinstance(policy, torch.nn.Module) else getattr(policy, "policy", policy)
     try:
-        interface.check_policy(actor)
+        check_policy(actor)
     except (TypeError, ValueError) as error:
         raise type(error)(f"member {name!r}: {error}") from error
     if (history := history_of(actor)) is not None:
@@ -237,7 +236,7 @@ def _in_chunks(
             f"member {member.name!r} reads {missing}, which the log lacks; it has "
             f"{sorted(map(str, keys))}. Load the data in the form that the member was trained on."
         )
-    device = interface.policy_device(member.policy, None)
+    device = policy_device(member.policy, None)
     with as_in_evaluation(member.policy, device, deterministic=deterministic, seed=seed):
         chunks = [compute(chunk.to(device)).cpu() for chunk in table.split(ROWS_AT_ONCE)]
     return torch.cat(chunks)

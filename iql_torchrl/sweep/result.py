@@ -1,25 +1,23 @@
-"""What a sweep gives: one row for each run, a ranking, and their table and picture."""
+"""What a sweep gives: names of its runs, one row for each, a ranking, their table and picture."""
 
 from __future__ import annotations
 
-import csv
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from iql_torchrl.agent.build import Agent
 from iql_torchrl.config import IQLConfig, knobs
-from iql_torchrl.files import whole_file
+from iql_torchrl.report.figures import save
+from iql_torchrl.report.tables import write_rows
 from iql_torchrl.selection import Ranking
-from iql_torchrl.sweep.picture import draw
-from iql_torchrl.sweep.plan import differing, settings_of
-from iql_torchrl.sweep.task import Task
+from iql_torchrl.sweep.task import Row, Task
 
-__all__ = ["SweepResult", "joined", "write_table"]
-
-Row = dict[str, Any]
+__all__ = ["SweepResult", "named"]
 
 
 @dataclass(frozen=True)
@@ -57,12 +55,15 @@ class SweepResult:
         """
         for task in self.tasks:
             if name in task.configs:
-                return task.agent(name, device)
+                return next(agent for other, agent in task.agents(device) if other == name)
         why = self.failures.get(name, "it is none of the runs")
         raise KeyError(f"there is no agent {name!r}: {why}")
 
-    def draw(self, *, title: str, words: str) -> None:
-        """Write ``sweep.png`` of the runs that did not fail; nothing where there is no number."""
+    def write(self, *, words: str) -> None:
+        """Replace ``members.csv`` and, where there is a number, ``sweep.png`` of what did not fail."""
+        columns = dict.fromkeys(key for row in self.rows.values() for key in row if key != "error")
+        blank = columns | {"error": None}
+        write_rows(self.folder / "members.csv", [blank | row for row in self.rows.values()])
         rows = {
             name: row
             for name, row in self.rows.items()
@@ -71,8 +72,52 @@ class SweepResult:
             and (self.ranking is None or "value" in row)
         }
         if rows and (self.log_score is not None or self.ranking is not None):
-            path = self.folder / "sweep.png"
-            draw(path, rows, self.ranking, self.log_score, title=title, words=words)
+            title = f"{self.folder.name}: {len(rows)} policies"
+            draw(self.folder / "sweep.png", rows, self.ranking, self.log_score, title, words)
+
+
+def named(configs: Mapping[str, IQLConfig] | Sequence[IQLConfig]) -> dict[str, IQLConfig]:
+    """The configs by name; those of a sequence are named by the settings in which they differ.
+
+    ``expectile 0.9, temperature 3 #1``: the seed follows ``#``. Raises ``TypeError`` for other
+    values, and ``ValueError`` where there is none or two are equal.
+    """
+    if isinstance(configs, IQLConfig) or not isinstance(configs, Mapping | Sequence):
+        raise TypeError(
+            f"configs is {type(configs).__name__}; expected a dict of name to IQLConfig, or a list."
+        )
+    values = list(configs.values()) if isinstance(configs, Mapping) else list(configs)
+    for number, config in enumerate(values):
+        if not isinstance(config, IQLConfig):
+            raise TypeError(f"configs[{number}] is {type(config).__name__}; expected an IQLConfig.")
+    if not values:
+        raise ValueError("configs is empty; a sweep has at least one run.")
+    names = list(map(str, configs)) if isinstance(configs, Mapping) else _names(values)
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise ValueError(
+                f"configs[{number}] is given twice ({name}); each run of a sweep once."
+            )
+    return dict(zip(names, values, strict=True))
+
+
+def _names(configs: Sequence[IQLConfig]) -> list[str]:
+    names = []
+    different = [name for name in differing(configs) if name != "seed"]
+    for config in configs:
+        values = ((name, getattr(config, name)) for name in different)
+        words = [f"{name} {x:g}" if isinstance(x, float) else f"{name} {x}" for name, x in values]
+        names.append(f"{', '.join(words) or 'run'} #{config.seed}")
+    return names
+
+
+def differing(configs: Sequence[IQLConfig]) -> list[str]:
+    """The settings in which the configs differ, in the order of ``IQLConfig``."""
+    return [
+        name
+        for name in knobs(type(configs[0]))
+        if any(getattr(config, name, None) != getattr(configs[0], name) for config in configs)
+    ]
 
 
 def joined(
@@ -83,14 +128,14 @@ def joined(
 ) -> dict[str, Row]:
     """The rows of a result; ``trained``: rows of tasks by name."""
     values = list(configs.values())
-    described = knobs(type(values[0]))
     different = differing(values)
-    columns = [n for n, knob in described.items() if knob.per_run or n in different]
+    columns = [n for n, knob in knobs(type(values[0])).items() if knob.per_run or n in different]
     ranked = {} if ranking is None else {row["member"]: row for row in ranking.rows}
     rows = {}
     for name, config in configs.items():
-        row: Row = {"member": name, "settings": settings_of(name, config), "seed": config.seed}
-        row |= {column: getattr(config, column) for column in columns}
+        # equal settings: the name without its seed
+        row: Row = {"member": name, "settings": name.removesuffix(f" #{config.seed}")}
+        row |= {column: getattr(config, column) for column in ["seed", *columns]}
         row |= trained.get(name, {})
         own = ranked.get(name, {})
         row |= {k: " ".join(v) if k == "doubts" else v for k, v in own.items()}
@@ -100,18 +145,63 @@ def joined(
     return rows
 
 
-def write_table(path: Path, rows: Mapping[str, Row]) -> None:
-    """Replace ``path`` by one line per run; unknown numbers stay empty."""
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row if key != "error"))
-    with (
-        whole_file(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, [*columns, "error"], lineterminator="\n")
-        writer.writeheader()
+def draw(
+    path: Path,
+    rows: Mapping[str, Row],
+    ranking: Ranking | None,
+    level: tuple[str, float] | None,
+    title: str,
+    words: str,
+) -> None:
+    """Score and estimate of every policy, its seeds next to each other; means over the grid.
+
+    ``level``: name and score of the log's own policy. ``words`` describe the score.
+    """
+    from matplotlib.figure import Figure
+
+    panels = {"score": (words, *level)} if level else {}
+    if ranking:
+        panels["value"] = ("estimate from the log, 95 % interval", "the log", ranking.log_value)
+    groups, seeds = ([*dict.fromkeys(r[k] for r in rows.values())] for k in ("settings", "seed"))
+    size = 3.4 * len(panels) + 5.6, min(2.4 + 0.2 * len(groups) + 0.08 * len(rows), 14)
+    figure = Figure(size, layout="constrained")
+    shown: dict[str, Any] = {}
+    figure.suptitle(title, parse_math=False)
+    *columns, right = figure.subplots(1, len(panels) + 1, squeeze=False)[0]
+    for axes, (key, (label, name, at)) in zip(columns, panels.items(), strict=True):
+        style = "--" if name in shown or not shown else ":"
+        shown[name] = axes.axvline(at, color="0.4", linestyle=style)
         for row in rows.values():
-            writer.writerow({key: _cell(value) for key, value in row.items()})
+            best = ranking is not None and row["member"] == ranking.recommended
+            place: float = groups.index(row["settings"])
+            place += 0.6 * ((seeds.index(row["seed"]) + 0.5) / len(seeds) - 0.5)
+            ends = [[row[key] - row[f"{key}_low"]], [row[f"{key}_high"] - row[key]]]
+            look = {"color": "C1" if best else "C0", "markersize": 7 if best else 4}
+            bar = axes.errorbar(row[key], place, xerr=ends, fmt="D" if best else "o", **look)
+            shown["recommended from the log" if best else "a policy"] = bar
+        axes.set_yticks(range(len(groups)), groups if axes is columns[0] else [], fontsize=9)
+        axes.invert_yaxis()
+        axes.locator_params(axis="x", nbins=5)
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_xlabel(label)
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=4, frameon=False)
+    _draw_map(right, list(rows.values()), next(iter(panels)))
+    save(figure, path)
 
 
-def _cell(value: Any) -> Any:
-    return "" if isinstance(value, float) and math.isnan(value) else value
+def _draw_map(axes: Any, rows: list[Row], key: str) -> None:
+    across, up = (sorted({row[name] for row in rows}) for name in ("temperature", "expectile"))
+    mean = np.full((len(up), len(across)), np.nan)
+    for (i, expectile), (j, temperature) in product(enumerate(up), enumerate(across)):
+        near = [row for row in rows if row["temperature"] == temperature]
+        numbers = [row[key] for row in near if temperature == 0 or row["expectile"] == expectile]
+        if numbers:  # a grid may be incomplete
+            mean[i, j] = np.mean(numbers)
+    picture = axes.imshow(mean, origin="lower", aspect="auto", cmap="cividis")
+    for (i, j), value in np.ndenumerate(mean):
+        if not np.isnan(value):
+            dark = picture.norm(value) < 0.5
+            axes.text(j, i, f"{value:.4g}", ha="center", va="center", color="w" if dark else "k")
+    axes.set_xticks(range(len(across)), [f"{v:g}" + " (cloning)" * (v == 0) for v in across])
+    axes.set_yticks(range(len(up)), [f"{value:g}" for value in up])
+    axes.set(xlabel="temperature", ylabel="expectile", title=f"mean {key}")

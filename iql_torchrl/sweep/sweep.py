@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
+import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from iql_torchrl.config import IQLConfig
+from iql_torchrl.agent.build import make_agent
+from iql_torchrl.config import IQLConfig, check_whole, knobs
 from iql_torchrl.data import OfflineDataset, load_dataset
 from iql_torchrl.data.saved import is_saved, is_sharded
-from iql_torchrl.sweep.identity import check_folder, claim
-from iql_torchrl.sweep.local_processes import perform_locally
-from iql_torchrl.sweep.plan import make_plan, named
-from iql_torchrl.sweep.rank_task import RankTask
-from iql_torchrl.sweep.ray_tasks import perform_on_ray
-from iql_torchrl.sweep.result import SweepResult, joined, write_table
-from iql_torchrl.sweep.slurm_jobs import perform_on_slurm
-from iql_torchrl.sweep.task import Common, Parts, Score, Task, first_line, read_json, write_json
-from iql_torchrl.sweep.worker import Job
+from iql_torchrl.population.runs import IQLPopulation
+from iql_torchrl.selection import Ranking
+from iql_torchrl.sweep.engines import first_line, perform_locally, perform_on_ray, perform_on_slurm
+from iql_torchrl.sweep.result import SweepResult, joined, named
+from iql_torchrl.sweep.task import (
+    Log,
+    Parts,
+    Score,
+    Task,
+    played,
+    rank,
+    read_json,
+    read_ranking,
+    write_json,
+)
 
 __all__ = ["Sweep"]
 
-ENGINES = ("local", "ray", "slurm")
-Perform = Callable[[Sequence[Job], Callable[[], None]], dict[str, str]]
+Perform = Callable[[Mapping[str, Callable[[], None]], Callable[[], None]], dict[str, str]]
 
 
+@dataclass(eq=False)
 class Sweep:
     """Many runs on one log, trained, evaluated and ranked, with one table of results.
 
@@ -67,50 +77,46 @@ class Sweep:
             the first config.
         save_every: updates between two checkpoints of a task.
 
+    Attributes: ``runs``, the configs by name, and the arguments.
+
     Raises:
         TypeError, ValueError: configs that are none, equal or of another type, a number out of
             range, a source in memory.
     """
 
-    def __init__(
-        self,
-        configs: Mapping[str, IQLConfig] | Sequence[IQLConfig],
-        source: str | Path | Sequence[str | Path],
-        folder: str | Path,
-        *,
-        members_per_task: int = 8,
-        env: Any = None,
-        reward: Any = None,
-        load: Mapping[str, Any] | None = None,
-        score: Score | str | None = "environment",
-        episodes: int = 20,
-        evaluation_seed: int = 10_000,
-        score_words: str = "mean return, 95 % interval",
-        log_score: tuple[str, float] | None = None,
-        held_out: float | None = None,
-        reserved: float | None = None,
-        fit_updates: int = 10_000,
-        discount: float | None = None,
-        save_every: int = 5_000,
-    ) -> None:
-        self.configs = named(configs)
-        self.source, self.folder = source, Path(folder).absolute()
-        self.members_per_task, self.env, self.load = members_per_task, env, dict(load or {})
-        self.log_score, self.score_words = log_score, score_words
-        self.plays = score == "environment"
-        if isinstance(score, str) and not self.plays:
-            raise ValueError(f"score is {score!r}; expected 'environment', a function or None.")
-        self._scored = score is not None
-        numbers = {"members_per_task": members_per_task, "episodes": episodes}
-        for name, value in (
-            numbers | {"fit_updates": fit_updates, "save_every": save_every}
-        ).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; expected a whole number, at least 1.")
-        for name, share in (("held_out", held_out), ("reserved", reserved)):
+    configs: Mapping[str, IQLConfig] | Sequence[IQLConfig]
+    source: str | Path | Sequence[str | Path]
+    folder: str | Path
+    _: KW_ONLY
+    members_per_task: int = 8
+    env: Any = None
+    reward: Any = None
+    load: Mapping[str, Any] | None = None
+    score: Score | str | None = "environment"
+    episodes: int = 20
+    evaluation_seed: int = 10_000
+    score_words: str = "mean return, 95 % interval"
+    log_score: tuple[str, float] | None = None
+    held_out: float | None = None
+    reserved: float | None = None
+    fit_updates: int = 10_000
+    discount: float | None = None
+    save_every: int = 5_000
+    runs: dict[str, IQLConfig] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.runs, self._folder = named(self.configs), Path(self.folder).absolute()
+        if isinstance(self.score, str) and self.score != "environment":
+            raise ValueError(
+                f"score is {self.score!r}; expected 'environment', a function or None."
+            )
+        counts = ("members_per_task", "episodes", "fit_updates", "save_every")
+        check_whole(**{name: getattr(self, name) for name in counts})
+        for name in ("held_out", "reserved"):
+            share = getattr(self, name)
             if share is not None and not 0 < share < 1:
                 raise ValueError(f"{name} is {share!r}; it must lie in (0, 1), or be None.")
-        for each in source if isinstance(source, list | tuple) else [source]:
+        for each in self.source if isinstance(self.source, list | tuple) else [self.source]:
             if not isinstance(each, str | Path):
                 raise TypeError(
                     f"source is a {type(each).__name__}; a sweep reads a name or a path, which the "
@@ -122,20 +128,10 @@ class Sweep:
                     f"source is {each}, a folder of shards, and a sweep needs all rows in one table; "
                     "give the log itself, or a part of it written with load_dataset(..., limit=)."
                 )
-        own_table = isinstance(source, str | Path) and is_saved(source)
-        self.common = Common(
-            data=Path(source).absolute() if own_table else self.folder / "data",  # type: ignore[arg-type]
-            opening={k: v for k, v in self.load.items() if k in ("dtype", "reference_scores")},
-            env=env,
-            reward=reward,
-            held_out=held_out,
-            reserved=reserved,
-            score=score if callable(score) else None,
-            episodes=episodes,
-            evaluation_seed=evaluation_seed,
-            fit_updates=fit_updates,
-            discount=discount,
-            save_every=save_every,
+        data = Path(self.source).absolute() if is_saved(self.source) else self._folder / "data"
+        options = {k: v for k, v in (self.load or {}).items() if k in ("dtype", "reference_scores")}
+        self._log = Log(
+            data, {"env": self.env} | options, self.reward, self.held_out, self.reserved
         )
 
     def run(
@@ -172,13 +168,8 @@ class Sweep:
             ImportError: ray or submitit is not installed. ConnectionError: no cluster at
             ``address``. ``DatasetError`` as ``load_dataset``.
         """
-        if engine not in ENGINES:
-            raise ValueError(f"engine is {engine!r}; choose one of {', '.join(ENGINES)}.")
-        counts = {"workers": workers, "threads": threads, "attempts": attempts}
-        for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; expected a whole number, at least 1.")
-        perform: Perform = {
+        check_whole(workers=workers, threads=threads, attempts=attempts)
+        engines: dict[str, Perform] = {
             "local": partial(perform_locally, workers=workers, threads=threads),
             "ray": partial(
                 perform_on_ray, workers=workers, threads=threads, address=address, options=ray
@@ -186,55 +177,120 @@ class Sweep:
             "slurm": partial(
                 perform_on_slurm,
                 threads=threads,
-                folder=self.folder / "slurm",
+                folder=self._folder / "slurm",
                 options=slurm or {},
             ),
-        }[engine]
-        check_folder(self)
+        }
+        if engine not in engines:
+            raise ValueError(f"engine is {engine!r}; choose one of {', '.join(engines)}.")
+        self._check_folder()
         plan = self._plan()
         tasks = self._tasks(plan, attempts)
-        for task in tasks:
-            task.forget_failed_evaluations()
-        failed = self._perform(tasks, perform, progress, "training")
-        failures = dict(plan["failed"])
-        failures |= {name: failed[t.name] for t in tasks if t.name in failed for name in t.configs}
-        done, notes = [task for task in tasks if task.finished], list(plan["notes"])
-        ranking = None
-        if self.common.held_out is not None and done:
-            last = RankTask(self.folder / "ranking", done, self.common)
-            sentences = self._perform([last], perform, progress, "ranking").values()
-            notes += [f"There is no ranking: {sentence}" for sentence in sentences]
-            if last.finished:
-                ranking, skipped = last.result()
-                notes += [f"{name} is not ranked: {why}" for name, why in skipped.items()]
+        failed = self._perform(tasks, engines[engine], progress)
+        failures = plan["failed"] | {
+            n: failed[t.name] for t in tasks if t.name in failed for n in t.configs
+        }
+        done, notes, ranking = [task for task in tasks if task.finished], list(plan["notes"]), None
+        if self.held_out is not None and done:
+            ranking, more = self._rank(done, engines[engine])
+            notes += more
         rows = {row["member"]: row | {"task": t.name} for t in done for row in t.rows()}
         failures |= {name: row["error"] for name, row in rows.items() if "error" in row}
-        level = plan["log_score"]
-        return self._written(rows, ranking, failures, notes, level, done)
+        whole = joined(self.runs, rows, ranking, failures)
+        level = None if plan["log_score"] is None else tuple(plan["log_score"])
+        result = SweepResult(
+            whole, ranking, level, failures, tuple(notes), self._folder, tuple(done)
+        )
+        result.write(words=self.score_words)
+        return result
 
     def parts(self) -> Parts:
         """The episodes of each part, as the first config reads them; after :meth:`run`."""
-        return self.common.parts(next(iter(self.configs.values())))
+        return self._log.parts(next(iter(self.runs.values())))
+
+    def _plan(self) -> dict[str, Any]:
+        """Groups of names, failures, notes and the log's score.
+
+        Made again where a config could not be built, or no environment could be made.
+        """
+        path = self._folder / "plan.json"
+        saved: dict[str, Any] = read_json(path, {})
+        if saved and not saved["notes"]:
+            return saved
+        log = self._read_log(self._log.data if saved else self.source)
+        log.print_notes()
+        groups, failed = divided(self.runs, log, self.members_per_task)
+        notes, scored = [], self.score is not None
+        if self.score == "environment":
+            try:
+                log.make_env().close()
+            except Exception as error:
+                notes.append(f"There are no scores: {first_line(error)}")
+                scored = False
+        level = self.log_score or ("the log", float(log.episode_returns.mean()))
+        plan = {
+            "groups": groups,
+            "failed": failed,
+            "notes": notes,
+            "log_score": [str(level[0]), float(level[1])] if scored else None,
+        }
+        for name, sentence in failed.items():
+            print(f"{name} {sentence}", file=sys.stderr)
+        if groups:  # a sweep of which nothing can be trained leaves the folder to others
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_json(self._folder / "sweep.json", self._identity())
+        if not failed:
+            write_json(path, plan)
+        return plan
+
+    def _read_log(self, source: Any) -> OfflineDataset:
+        """The log of ``source``, which is built in the folder unless it is a built table."""
+        options = {"env": self.env} | dict(self.load or {})
+        if not is_saved(source):
+            return load_dataset(source, memmap=self._log.data, **options)
+        reward = self.reward or next(iter(self.runs.values())).reward
+        given = options if source == self.source else self._log.options
+        return load_dataset(source, reward=reward, **given)
+
+    def _tasks(self, plan: Mapping[str, Any], attempts: int) -> list[Task]:
+        score, place = None, list(self.runs)
+        if plan["log_score"] is not None:
+            play = partial(played, episodes=self.episodes, seed=self.evaluation_seed)
+            score = self.score if callable(self.score) else play
+        return [
+            Task(
+                folder=self._folder / "tasks" / f"from-{place.index(names[0]):05d}",
+                configs={name: self.runs[name] for name in names},
+                stacked=stacked,
+                log=self._log,
+                score=score,
+                save_every=self.save_every,
+                attempts=attempts,
+            )
+            for names, stacked in plan["groups"]
+        ]
 
     def _perform(
-        self, jobs: Sequence[Job], perform: Perform, progress: bool | None, words: str
+        self, tasks: Sequence[Task], perform: Perform, progress: bool | None
     ) -> dict[str, str]:
-        waiting = [job for job in jobs if not job.finished]
+        for task in tasks:
+            task.forget_failed_evaluations()
+        waiting = {task.name: task.perform for task in tasks if not task.finished}
         if not waiting:
             return {}
         with tqdm(
-            total=sum(job.total for job in jobs) or None,
-            initial=sum(job.done for job in jobs),
-            desc=words,
+            total=sum(task.total for task in tasks),
+            initial=sum(task.done for task in tasks),
+            desc="training",
             unit="update",
             unit_scale=True,
             disable=None if progress is None else not progress,
         ) as bar:
 
             def watch() -> None:
-                finished = sum(job.finished for job in jobs)
-                bar.set_postfix_str(f"{finished} of {len(jobs)} tasks", refresh=False)
-                bar.update(sum(job.done for job in jobs) - bar.n)
+                finished = sum(task.finished for task in tasks)
+                bar.set_postfix_str(f"{finished} of {len(tasks)} tasks", refresh=False)
+                bar.update(sum(task.done for task in tasks) - bar.n)
 
             failed = perform(waiting, watch)
             watch()
@@ -242,76 +298,109 @@ class Sweep:
             print(f"{name} failed: {sentence}", file=sys.stderr)
         return failed
 
-    def _plan(self) -> dict[str, Any]:
-        """Groups of names, notes and the log's score.
+    def _rank(self, tasks: Sequence[Task], perform: Perform) -> tuple[Ranking | None, list[str]]:
+        """The ranking of the members of finished tasks, and notes."""
+        folder = self._folder / "ranking"
+        call = partial(rank, folder, tasks, fit_updates=self.fit_updates, discount=self.discount)
+        if (ranked := read_ranking(folder, tasks)) is None:
+            failed = perform({"the ranking": call}, lambda: None)
+            if failed or (ranked := read_ranking(folder, tasks)) is None:
+                return None, [f"There is no ranking: {why}" for why in failed.values()]
+        ranking, skipped = ranked
+        return ranking, [f"{name} is not ranked: {why}" for name, why in skipped.items()]
 
-        Made again where a config could not be built, or no environment could be made.
-        """
-        path = self.folder / "plan.json"
-        saved: dict[str, Any] = read_json(path, {})
-        if saved and not saved["notes"]:
-            return saved
-        log = self._log(self.common.data if saved else self.source)
-        log.print_notes()
-        plan = make_plan(self.configs, log, self.members_per_task)
-        notes, scored = [], self._scored
-        if self.plays:
-            try:
-                log.make_env().close()
-            except Exception as error:
-                notes.append(f"There are no scores: {first_line(error)}")
-                scored = False
-        mean = ("the log", float(log.episode_returns.mean()))
-        new = {
-            "groups": [[list(names), stacked] for names, stacked in plan.groups],
-            "failed": dict(plan.failed),
-            "notes": notes,
-            "log_score": list(self.log_score or mean) if scored else None,
-        }
-        for name, sentence in plan.failed.items():
-            print(f"{name} {sentence}", file=sys.stderr)
-        if plan.groups:  # a sweep of which nothing can be trained leaves the folder to others
-            claim(self)
-        if not plan.failed:
-            write_json(path, new)
-        return new
-
-    def _log(self, source: Any) -> OfflineDataset:
-        """The log of ``source``, which is built in ``common.data`` unless it is a built table."""
-        if is_saved(source):
-            reward = self.common.reward or next(iter(self.configs.values())).reward
-            options = self.load if source == self.source else self.common.opening
-            return load_dataset(source, env=self.env, reward=reward, **options)
-        return load_dataset(source, env=self.env, memmap=self.common.data, **self.load)
-
-    def _tasks(self, plan: Mapping[str, Any], attempts: int) -> list[Task]:
-        place = {name: number for number, name in enumerate(self.configs)}
-        return [
-            Task(
-                self.folder / "tasks" / f"from-{place[names[0]]:05d}",
-                {name: self.configs[name] for name in names},
-                stacked,
-                plan["log_score"] is not None,
-                self.common,
-                attempts,
+    def _check_folder(self) -> None:
+        """Raise ``ValueError`` naming what differs from the sweep that the folder belongs to."""
+        if self._folder.exists() and not self._folder.is_dir():
+            raise ValueError(f"{self._folder} is a file; a sweep needs a folder.")
+        saved = read_json(self._folder / "sweep.json", {})
+        if saved and (difference := _difference(saved, self._identity())):
+            raise ValueError(
+                f"{self._folder} has another sweep: {difference}; choose another folder, or delete "
+                "this one."
             )
-            for names, stacked in plan["groups"]
-        ]
 
-    def _written(
-        self,
-        rows: Mapping[str, Any],
-        ranking: Any,
-        failures: Mapping[str, str],
-        notes: Sequence[str],
-        log_score: Sequence[Any] | None,
-        done: Sequence[Task],
-    ) -> SweepResult:
-        whole = joined(self.configs, rows, ranking, failures)
-        write_table(self.folder / "members.csv", whole)
-        level = None if log_score is None else (str(log_score[0]), float(log_score[1]))
-        result = SweepResult(
-            whole, ranking, level, dict(failures), tuple(notes), self.folder, tuple(done)
-        )
-        result.draw(title=self.folder.name, words=self.score_words)
-        return result
+    def _identity(self) -> dict[str, Any]:
+        """What identifies the sweep in its folder: its runs, its data, and what is done with them."""
+        texts = ("source", "env", "reward", "log_score")
+        numbers = (
+            "members_per_task", "held_out", "reserved", "episodes", "evaluation_seed", "fit_updates",
+            "discount", "save_every",
+        )  # fmt: skip
+        return {
+            "configs": {name: config.to_dict() for name, config in self.runs.items()},
+            "load": {name: text_of(value) for name, value in (self.load or {}).items()},
+            "score": text_of(self.score or ""),
+            **{n: None if (x := getattr(self, n)) is None else text_of(x) for n in texts},
+            **{name: getattr(self, name) for name in numbers},
+        }
+
+
+def text_of(value: Any) -> str:
+    """The same text in each process: without addresses in memory, and for a path or its text."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(text_of, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {text_of(each)}' for key, each in value.items())}}}"
+    if isinstance(value, partial):
+        return f"{text_of(value.func)}({text_of(value.args)}, {text_of(value.keywords)})"
+    if not callable(value):
+        return str(value)
+    name, code = getattr(value, "__qualname__", None), getattr(value, "__code__", None)
+    if name is None:  # a callable object
+        return f"{type(value).__qualname__}({text_of(getattr(value, '__dict__', {}))})"
+    if "<lambda>" not in name or code is None:
+        return str(name)
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(code.co_code + repr((code.co_names, code.co_varnames)).encode())
+    digest.update("".join(map(text_of, code.co_consts)).encode())
+    return f"{name} {digest.hexdigest()}"
+
+
+def _difference(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """The first entry in which two nested dicts differ, and how; empty where none does."""
+    for key in {**own, **saved}:
+        before, now = saved.get(key), own.get(key)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            if inner := _difference(before, now):
+                return f"{inner} in {key!r}"
+        elif before != now:
+            return f"{key} was {reprlib.repr(before)}, now {reprlib.repr(now)}"
+    return ""
+
+
+def divided(
+    runs: Mapping[str, IQLConfig], dataset: OfflineDataset, most: int
+) -> tuple[list[tuple[list[str], bool]], dict[str, str]]:
+    """Names of the runs of each task, and whether they are one population; why runs cannot be built.
+
+    At most ``most`` configs that can be one population are one task; configs that populations refuse
+    (a history, encoders of images, residual networks) are one each. To find out, the first config of
+    each group is built on the CPU.
+    """
+    alike: dict[Any, list[str]] = {}
+    for name, config in runs.items():
+        shared = [n for n, knob in knobs(type(config)).items() if not knob.per_run]
+        alike.setdefault((type(config), *(getattr(config, n) for n in shared)), []).append(name)
+    groups: list[tuple[list[str], bool]] = []
+    failed: dict[str, str] = {}
+    for names in alike.values():
+        try:
+            stacked = _stacks(runs[names[0]], dataset)
+        except Exception as error:  # the other configs are trained
+            failed |= {name: f"cannot be built: {first_line(error)}" for name in names}
+            continue
+        size = most if stacked else 1
+        groups += [(names[at : at + size], stacked) for at in range(0, len(names), size)]
+    return groups, failed
+
+
+def _stacks(config: IQLConfig, dataset: OfflineDataset) -> bool:
+    """Whether a population accepts the config; raises what prevents that it is built at all."""
+    config = replace(config, device="cpu", compile=False)  # workers may have other devices
+    try:
+        IQLPopulation([config], dataset)
+    except (ValueError, TypeError, NotImplementedError):
+        make_agent(config, dataset)
+        return False
+    return True

@@ -7,7 +7,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +19,16 @@ from iql_torchrl.data.saved import folder_lock
 from iql_torchrl.evaluation.rollout import evaluate
 from iql_torchrl.files import SUFFIX, whole_file
 from iql_torchrl.population.runs import IQLPopulation
+from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
+from iql_torchrl.selection.members import resolve_member
+from iql_torchrl.sweep.engines import first_line
 from iql_torchrl.trainers.trainer import OfflineTrainer
-
-__all__ = ["Common", "Parts", "Score", "Task", "first_line", "read_json", "write_json"]
 
 Row = dict[str, Any]
 Score = Callable[[Agent, OfflineDataset], Mapping[str, float]]
 POPULATION = f"population{SUFFIX}"
 EVENTS = 20  # how often progress is written between two checkpoints
+_FAILED = "its evaluation failed"
 
 
 class Parts(NamedTuple):
@@ -42,35 +43,22 @@ class Parts(NamedTuple):
     reserved: OfflineDataset | None
 
 
-_FAILED = "its evaluation failed"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Common:
-    """What is the same for all tasks of a sweep; see ``Sweep``.
-
-    ``data``: the folder of the built table. ``opening``: options of ``load_dataset`` to open it.
-    """
+@dataclass(frozen=True)
+class Log:
+    """The built table of a sweep's log in the folder ``data``; see ``Sweep`` for the rest."""
 
     data: Path
-    opening: Mapping[str, Any]
-    env: Any
+    options: Mapping[str, Any]
     reward: Any
     held_out: float | None
     reserved: float | None
-    score: Score | None
-    episodes: int
-    evaluation_seed: int
-    fit_updates: int
-    discount: float | None
-    save_every: int
 
     def parts(self, config: IQLConfig) -> Parts:
         """The episodes of the log, with the reward map of a config. Raises as ``split``."""
+        reward = config.reward if self.reward is None else self.reward
         with warnings.catch_warnings():  # the sweep has shown them once
             warnings.simplefilter("ignore", DatasetWarning)
-            reward = config.reward if self.reward is None else self.reward
-            log = load_dataset(self.data, env=self.env, reward=reward, **self.opening)
+            log = load_dataset(self.data, reward=reward, **self.options)
         reserved = held_out = None
         if self.reserved is not None:
             log, reserved = log.split(1 - self.reserved, seed=1)
@@ -78,21 +66,12 @@ class Common:
             log, held_out = log.split(1 - self.held_out, seed=0)
         return Parts(log, held_out, reserved)
 
-    def scores(self, agent: Agent, dataset: OfflineDataset) -> Row:
-        """``score`` and its bounds; those of one number are the number."""
-        if self.score is not None:
-            given = {name: float(value) for name, value in self.score(agent, dataset).items()}
-            if "score" not in given:
-                raise ValueError(
-                    f"score returned {sorted(given)}; expected a mapping with 'score', and with "
-                    "'score_low' and 'score_high' where they are known."
-                )
-            return {f"score{end}": given["score"] for end in ("", "_low", "_high")} | given
-        summary = evaluate(
-            agent.policy, dataset.make_env, episodes=self.episodes, seed=self.evaluation_seed
-        ).summary()
-        ends = {"score": "mean", "score_low": "low", "score_high": "high"}
-        return {key: summary[f"return_{end}"] for key, end in ends.items()}
+
+def played(agent: Agent, dataset: OfflineDataset, *, episodes: int, seed: int) -> Row:
+    """The mean return in the environment of ``dataset``, and its interval."""
+    summary = evaluate(agent.policy, dataset.make_env, episodes=episodes, seed=seed).summary()
+    ends = {"score": "mean", "score_low": "low", "score_high": "high"}
+    return {key: summary[f"return_{end}"] for key, end in ends.items()}
 
 
 @dataclass(frozen=True)
@@ -101,16 +80,25 @@ class Task:
 
     The folder has the newest checkpoint, ``losses.json``, ``progress.json`` (updates, while it
     trains), ``scores.json`` (of the members evaluated so far) and, at the end, ``rows.json``, or
-    ``rows_without_scores.json``. Every file is replaced as a whole. ``scored``: whether the members
-    are evaluated. ``attempts``: how often a member is evaluated, at most, where that raises.
+    ``rows_without_scores.json``. Every file is replaced as a whole. ``score``: None where members
+    are not evaluated. ``attempts``: how often a member is evaluated, at most, where that raises.
     """
 
     folder: Path
     configs: Mapping[str, IQLConfig]
     stacked: bool
-    scored: bool
-    common: Common
-    attempts: int = 1
+    log: Log
+    score: Score | None
+    save_every: int
+    attempts: int
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def first(self) -> IQLConfig:
+        return next(iter(self.configs.values()))
 
     @property
     def finished(self) -> bool:
@@ -118,11 +106,7 @@ class Task:
 
     @property
     def _result(self) -> Path:
-        return self.folder / ("rows.json" if self.scored else "rows_without_scores.json")
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
+        return self.folder / ("rows_without_scores.json" if self.score is None else "rows.json")
 
     @property
     def total(self) -> int:
@@ -132,13 +116,8 @@ class Task:
     @property
     def done(self) -> int:
         """Of ``total``, as far as the files show."""
-        if self.finished:
-            return self.total
-        return len(self.configs) * int(read_json(self.folder / "progress.json", 0))
-
-    @cached_property
-    def first(self) -> IQLConfig:
-        return next(iter(self.configs.values()))
+        made = 0 if self.finished else int(read_json(self.folder / "progress.json", 0))
+        return self.total if self.finished else len(self.configs) * made
 
     def rows(self) -> list[Row]:
         """One row for each member: losses, scores, or ``error``. Needs ``finished``."""
@@ -154,35 +133,26 @@ class Task:
         """Do what is not done yet. Another process that has the task waits, then finds it done."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with folder_lock(self.folder):
-            if self.finished:
-                return
-            own = self.common.parts(self.first).train
-            agents = self._trained(own) if self.stacked else [self._trained_alone(own)]
-            losses = read_json(self.folder / "losses.json")
-            rows = self._evaluated(agents, own, losses)
-            write_json(self._result, rows)
+            if not self.finished:
+                own = self.log.parts(self.first).train
+                agents = self._trained(own) if self.stacked else [self._trained_alone(own)]
+                write_json(self._result, self._evaluated(agents, own))
 
     def _trained(self, dataset: OfflineDataset) -> list[Agent]:
-        saved, every = self.folder / POPULATION, self.common.save_every
-        population = (
-            IQLPopulation.load(saved, dataset)
-            if saved.exists()
-            else IQLPopulation(list(self.configs.values()), dataset)
-        )
+        saved, every = self.folder / POPULATION, self.save_every
+        if saved.exists():
+            population = IQLPopulation.load(saved, dataset)
+        else:
+            population = IQLPopulation(list(self.configs.values()), dataset)
         while population.updates < self.first.updates:
             # the generator from which a loss may draw is not in the checkpoint
             torch.manual_seed(self.first.seed * 1_000_003 + population.updates)
             rest = self.first.updates - population.updates
             coming = min(every - population.updates % every, rest)
-            losses: dict[str, list[float]] = {}
             for event in population.train(coming, every=max(1, coming // EVENTS)):
                 write_json(self.folder / "progress.json", event.updates)
-                losses = {
-                    str(name): values.tolist()
-                    for name, values in event.metrics.items()
-                    if str(name).startswith("loss_")
-                }
-            write_json(self.folder / "losses.json", losses)  # before the state that is after them
+            losses = {str(name): values.tolist() for name, values in event.metrics.items()}
+            self._write_losses(losses)  # before the state that is after them
             population.save(saved)
         return [population.member(number) for number in range(len(population))]
 
@@ -195,7 +165,7 @@ class Task:
             folder=folder,
             keep_last=2,
             log_interval=max(1, config.updates // 100),
-            save_trainer_interval=self.common.save_every,
+            save_trainer_interval=self.save_every,
             progress_bar=False,
             seed=config.seed,
         )
@@ -205,64 +175,113 @@ class Task:
             trainer.resume()
         if trainer.updates < config.updates:
             trainer.train()
-        last = trainer.progress.rows[-1]
-        losses = {name: [value] for name, value in last.items() if name.startswith("loss_")}
-        write_json(self.folder / "losses.json", losses)
+        self._write_losses({name: [value] for name, value in trainer.progress.rows[-1].items()})
         return agent
 
-    def _evaluated(
-        self, agents: Sequence[Agent], dataset: OfflineDataset, losses: Mapping[str, list[float]]
-    ) -> list[Row]:
-        path = self.folder / "scores.json"
+    def _write_losses(self, metrics: Mapping[str, list[float]]) -> None:
+        losses = {name: values for name, values in metrics.items() if name.startswith("loss_")}
+        write_json(self.folder / "losses.json", losses)
+
+    def _evaluated(self, agents: Sequence[Agent], dataset: OfflineDataset) -> list[Row]:
+        losses, path = read_json(self.folder / "losses.json"), self.folder / "scores.json"
         scores: dict[str, Row] = read_json(path, {})
         rows = []
         for number, (name, agent) in enumerate(zip(self.configs, agents, strict=True)):
-            own = {loss: values[number] for loss, values in losses.items()}
-            if bad := [loss for loss, value in own.items() if not abs(value) < float("inf")]:
-                rows.append({"member": name, **own, "error": f"{bad[0]} is not finite"})
-                continue
-            if self.scored and name not in scores:
-                score = self._score(agent, dataset)
-                if "error" in score:
-                    rows.append({"member": name, **own, **score})
-                    continue
-                scores[name] = score
-                write_json(path, scores)
-            rows.append({"member": name, **own, **scores.get(name, {})})
+            row: Row = {"member": name} | {loss: values[number] for loss, values in losses.items()}
+            if bad := [loss for loss in losses if not abs(row[loss]) < float("inf")]:
+                row["error"] = f"{bad[0]} is not finite"
+            elif self.score is not None and name not in scores:
+                score = self._scored(self.score, agent, dataset)
+                if "error" not in score:
+                    scores[name] = score
+                    write_json(path, scores)
+                row |= score
+            else:
+                row |= scores.get(name, {})
+            rows.append(row)
         return rows
 
-    def _score(self, agent: Agent, dataset: OfflineDataset) -> Row:
-        """The scores, or the ``error`` of this member: the others are evaluated."""
+    def _scored(self, score: Score, agent: Agent, dataset: OfflineDataset) -> Row:
+        """``score`` and its bounds, or the ``error`` of this member: the others are evaluated."""
         for attempt in range(self.attempts):
             try:
-                return self.common.scores(agent, dataset)
+                given = {name: float(value) for name, value in score(agent, dataset).items()}
+                if "score" in given:
+                    return (
+                        dict.fromkeys(("score", "score_low", "score_high"), given["score"]) | given
+                    )
+                raise ValueError(
+                    f"score returned {sorted(given)}; expected a mapping with 'score', and with "
+                    "'score_low' and 'score_high' where they are known."
+                )
             except Exception as error:
                 reason = first_line(error)
-                print(
-                    f"evaluation {attempt + 1} of {self.attempts} failed: {reason}", file=sys.stderr
-                )
+                words = f"evaluation {attempt + 1} of {self.attempts} failed"
+                print(f"{words}: {reason}", file=sys.stderr)
         return {"error": f"{_FAILED}: {reason}"}
 
-    def agent(self, name: str, device: str | None = None) -> Agent:
-        """The trained agent of that name, from the checkpoint."""
-        own = self.common.parts(self.first).train
-        return next(agent for other, agent in self.agents(own, device) if other == name)
-
-    def agents(
-        self, dataset: OfflineDataset, device: str | None = None
-    ) -> Iterator[tuple[str, Agent]]:
-        """The trained agents by name, from the checkpoints. ``dataset``: what they learnt from."""
+    def agents(self, device: str | None = None) -> Iterator[tuple[str, Agent]]:
+        """The trained agents by name, from the checkpoints."""
         if not self.stacked:
             yield next(iter(self.configs)), Agent.load(self.folder / "run", device)
             return
+        dataset = self.log.parts(self.first).train
         population = IQLPopulation.load(self.folder / POPULATION, dataset, device=device)
         for number, name in enumerate(self.configs):
             yield name, population.member(number)
 
 
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def rank(folder: Path, tasks: Sequence[Task], *, fit_updates: int, discount: float | None) -> None:
+    """Write ``ranking.json`` of the members of finished tasks, from the held-out episodes.
+
+    All members are estimated together, because the bounds of the gains hold for all of them at
+    once. Estimates are fitted on half of the held-out episodes and corrected by the other half.
+    Members that cannot be ranked (with a history, for example) are named in ``skipped.json``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with folder_lock(folder):
+        if read_ranking(folder, tasks) is not None:
+            return
+        first, names = tasks[0].first, members_of(tasks)
+        held_out = tasks[0].log.parts(first).held_out
+        assert held_out is not None
+        members, skipped = {}, {}
+        for name, agent in (pair for task in tasks for pair in task.agents()):
+            if name in names:
+                try:
+                    resolve_member(name, agent)
+                    members[name] = agent
+                except ValueError as error:
+                    skipped[name] = first_line(error)
+        write_json(folder / "skipped.json", skipped)
+        fit, test = held_out.split(0.5, seed=0)
+        discount = first.discount if discount is None else discount
+        if members:
+            fitted = fitted_q_evaluation(members, fit, test, discount=discount, updates=fit_updates)
+            ranking = rank_members(members, fit, test, discount=discount, fitted_q=fitted)
+            ranking.to_json(folder / "ranking.json")
+        else:
+            write_json(folder / "ranking.json", None)
+        write_json(folder / "ranked.json", names)
+
+
+def members_of(tasks: Sequence[Task]) -> list[str]:
+    """Names of the members that did not fail."""
+    return [row["member"] for task in tasks for row in task.rows() if "error" not in row]
+
+
+def read_ranking(
+    folder: Path, tasks: Sequence[Task]
+) -> tuple[Ranking | None, dict[str, str]] | None:
+    """What :func:`rank` wrote for these members: the ranking, and why members have none.
+
+    None where it did not.
+    """
+    path = folder / "ranking.json"
+    if read_json(folder / "ranked.json", []) != members_of(tasks) or not path.exists():
+        return None
+    ranking = None if read_json(path) is None else Ranking.from_json(path)
+    return ranking, read_json(folder / "skipped.json", {})
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -272,14 +291,10 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path, default: Any = None) -> Any:
     """The content of a file that :func:`write_json` wrote; ``default`` where there is none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        if default is None:
-            raise
+    if default is not None and not path.exists():
         return default
     try:
-        return json.loads(text)
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
             f"{path} is not JSON ({error}); delete it, and run the sweep again."

@@ -42,7 +42,7 @@ from iql_torchrl.agent.build import Agent
 from iql_torchrl.agent.task import Task, space_from_state, space_state
 from iql_torchrl.data import DeviceSampler, ObservationStatistics
 from iql_torchrl.data.digests import episode_digests
-from iql_torchrl.evaluation.act import private_random_numbers
+from iql_torchrl.evaluation.acting import private_random_numbers
 from iql_torchrl.files import CheckpointError, write_components
 from iql_torchrl.losses.parameters import TARGET_CRITICS
 from iql_torchrl.networks import MLP, ResidualMLP

@@ -31,7 +31,7 @@ from torchrl.data import Bounded, OneHot
 from iql_torchrl import load_dataset, make_agent, policies
 from iql_torchrl.agent.export import export_policy
 from iql_torchrl.agent.task import Task
-from iql_torchrl.evaluation.act import act
+from iql_torchrl.evaluation.acting import act
 from iql_torchrl.networks import LSTMEncoder, with_history
 from iql_torchrl.networks import OneHot as OneHotLayer
 

@@ -100,18 +100,8 @@ def test_discrete_actions_are_categories(tmp_path: Path) -> None:
     assert dataset.action_spec.n == 3
 
 
-def spoiled(change: Any) -> Any:
-    def make(path: Path) -> Path:
-        dump(path, recorded())
-        with h5py.File(path, "a") as file:
-            change(file)
-        return path
-
-    return make
-
-
 def lacking(name: str) -> Any:
-    return spoiled(lambda file: file.pop(name))
+    return lambda file: file.pop(name)
 
 
 def replaced(name: str, values: Any) -> Any:
@@ -119,7 +109,7 @@ def replaced(name: str, values: Any) -> Any:
         del file[name]
         file[name] = values
 
-    return spoiled(change)
+    return change
 
 
 def of_format_2_0(file: Any) -> None:
@@ -138,15 +128,18 @@ BAD = {
     ),
     "another dtype": (replaced("actions_3", np.zeros((3, 2))), ["actions", "episode 3", "float64"]),
     "no episodes": (replaced("num_episodes", 0), ["no episodes"]),
-    "the obsolete format": (spoiled(of_format_2_0), ["2.0", "write it again"]),
+    "the obsolete format": (of_format_2_0, ["2.0", "write it again"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_files_are_refused(case: str, tmp_path: Path) -> None:
-    make, words = BAD[case]
+    change, words = BAD[case]
+    path = dump(tmp_path / "d.h5", recorded())
+    with h5py.File(path, "a") as file:
+        change(file)
     with pytest.raises(DatasetError) as caught:
-        load_dataset(make(tmp_path / "d.h5"))
+        load_dataset(path)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
@@ -260,18 +253,13 @@ def test_equal_to_d3rlpys_own_transitions(
     assert len(dataset) == buffer.transition_count
 
 
-def test_unused_transition_pickers_are_named(d3rlpy: Any) -> None:
-    episodes = [d3rlpy.dataset.Episode(**row) for row in recorded()]
-    buffer = d3rlpy.dataset.create_infinite_replay_buffer(
-        episodes, transition_picker=d3rlpy.dataset.MultiStepTransitionPicker(3, 0.9)
+def test_unused_transition_pickers_are_named_and_the_number_of_actions_is_the_buffers(
+    d3rlpy: Any,
+) -> None:
+    episodes = [d3rlpy.dataset.Episode(**row) for row in recorded(discrete=True)]
+    picker = d3rlpy.dataset.MultiStepTransitionPicker(3, 0.9)
+    buffer = d3rlpy.dataset.ReplayBuffer(
+        d3rlpy.dataset.InfiniteBuffer(), episodes=episodes, action_size=7, transition_picker=picker
     )
     with pytest.warns(DatasetWarning, match="MultiStepTransitionPicker is not applied"):
-        load_dataset(buffer)
-
-
-def test_number_of_discrete_actions_is_the_buffers_own(d3rlpy: Any) -> None:
-    episodes = [d3rlpy.dataset.Episode(**row) for row in recorded(discrete=True)]
-    buffer = d3rlpy.dataset.ReplayBuffer(
-        d3rlpy.dataset.InfiniteBuffer(), episodes=episodes, action_size=7
-    )
-    assert load_dataset(buffer).action_spec.n == 7
+        assert load_dataset(buffer).action_spec.n == 7

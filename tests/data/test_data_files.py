@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
 import torch
+from small_logs import Arrays, flag, walk
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
@@ -19,19 +19,30 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data folder")
 
 
-def d4rl_rule(observations: Any, terminals: Any, timeouts: Any) -> list[int]:
-    """Rows D4RL's ``qlearning_dataset`` keeps: not the file's last, not a timeout."""
-    return [i for i in range(len(observations) - 1) if not timeouts[i]]
+def save(path: Path, data: Arrays) -> Path:
+    """Writes an npz, HDF5 or CSV file, as its suffix says."""
+    if path.suffix == ".npz":
+        np.savez(path, **data)
+    elif path.suffix == ".csv":
+        names = [f"{k}.0" if v.ndim == 2 else k for k, v in data.items()]  # one number each
+        cells = zip(*(v.ravel().tolist() for v in data.values()), strict=True)
+        path.write_text("\n".join(",".join(map(str, line)) for line in (names, *cells)))
+    else:
+        with h5py.File(path, "w") as file:
+            for key, values in data.items():
+                file[key] = values
+    return path
 
 
 @shared
 def test_door_follows_d4rl_but_for_the_last_row() -> None:
     path = SHARED / "d4rl_door_human_v0.hdf5"
     with h5py.File(path) as file:
-        arrays = {k: file[k][:] for k in ("observations", "terminals", "timeouts", "rewards")}
-    with pytest.warns(DatasetWarning, match="24 of 25 rows marked truncated.*misplaced"):
+        arrays = {k: file[k][:] for k in ("observations", "timeouts")}
+    with pytest.warns(DatasetWarning, match="24 of the 25 rows marked truncated.*misplaced"):
         dataset = load_dataset(path, reference_scores="door")
-    rows, kept = dataset.transitions, d4rl_rule(**{k: arrays[k] for k in arrays if k != "rewards"})
+    # D4RL's qlearning_dataset keeps the rows that are neither the file's last one nor a timeout.
+    rows, kept = dataset.transitions, np.flatnonzero(~arrays["timeouts"][:-1])
     # D4RL: 6703 of 6729. One more here: the file's last row, a termination, needs no successor.
     assert len(kept) == 6703
     assert len(dataset) == 6704
@@ -39,7 +50,7 @@ def test_door_follows_d4rl_but_for_the_last_row() -> None:
     going_on = ~rows["next", "terminated"][:-1, 0].numpy()
     assert np.array_equal(
         rows["next", "observation"][:-1].numpy()[going_on],
-        arrays["observations"][np.array(kept) + 1][going_on],
+        arrays["observations"][kept + 1][going_on],
     )
     assert int(rows["next", "terminated"].sum()) == 25
     # The file's timeouts lie within the 25 demonstrations, 200 steps in: 50 stretches.
@@ -92,47 +103,23 @@ def test_halfcheetah_archive() -> None:
     assert torch.allclose(statistics.std.double(), observations.std(0, correction=0), rtol=1e-5)
 
 
-def walk(lengths: tuple[int, ...]) -> tuple[dict[str, Any], np.ndarray]:
-    """Rows whose observation counts on within an episode and leaps between them."""
-    rows = np.concatenate([np.arange(n) + 100.0 * i for i, n in enumerate(lengths)])
-    last = np.cumsum(lengths) - 1
-    ends = np.zeros(len(rows), bool)
-    ends[last] = True
-    data = {
-        "observations": rows[:, None].astype(np.float32),
-        "actions": np.linspace(-1, 1, len(rows), dtype=np.float32)[:, None],
-        "rewards": rows.astype(np.float32),
-        "terminals": np.zeros(len(rows), bool),
-    }
-    return data, ends
-
-
-def test_breaks_in_the_successors_cut_episodes(tmp_path: Path) -> None:
-    data, _ = walk((4, 1, 6))
+def test_breaks_in_the_successors_and_step_limits_cut_episodes(tmp_path: Path) -> None:
+    data, _ = walk(4, 1, 6)
     data["next_observations"] = data["observations"] + 1
     data["terminals"][3] = True
-    with h5py.File(tmp_path / "walk.hdf5", "w") as file:
-        for key, values in data.items():
-            file[key] = values
-    dataset = load_dataset(tmp_path / "walk.hdf5")
+    dataset = load_dataset(save(tmp_path / "walk.hdf5", data))
     assert dataset.episode_lengths.tolist() == [4, 1, 6]
-    rows = dataset.transitions
-    assert rows["next", "terminated"].flatten().nonzero().flatten().tolist() == [3]
-    assert rows["next", "truncated"].flatten().nonzero().flatten().tolist() == [4, 10]
-
-
-def test_step_limit_cuts_episodes() -> None:
-    data, _ = walk((10,))
-    data["next_observations"] = data["observations"] + 1
-    assert load_dataset(data, max_episode_steps=4).episode_lengths.tolist() == [4, 4, 2]
+    assert (flag(dataset, "terminated"), flag(dataset, "truncated")) == ([3], [4, 10])
+    data["observations"] = np.arange(11.0)[:, None]
+    data.update(next_observations=data["observations"] + 1, terminals=np.zeros(11, bool))
+    assert load_dataset(data, max_episode_steps=4).episode_lengths.tolist() == [4, 4, 3]
 
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_without_successors_the_next_row_is_one(terminal: bool) -> None:
-    data, ends = walk((4, 3))
-    data["terminals" if terminal else "timeouts"] = ends
-    data.setdefault("timeouts", np.zeros(7, bool))
-    dataset = load_dataset(data)
+    data, ends = walk(4, 3)
+    data["timeouts"] = ends & False
+    dataset = load_dataset(data | {"terminals" if terminal else "timeouts": ends})
     rows = dataset.transitions
     got = list(zip(*(rows[k].flatten().tolist() for k in ("observation", ("next", "observation"))),
                    strict=True))  # fmt: skip
@@ -148,7 +135,7 @@ def test_without_successors_the_next_row_is_one(terminal: bool) -> None:
 
 
 def test_late_rewards_are_shifted_and_ends_move_with_them() -> None:
-    data, ends = walk((4, 3))
+    data, ends = walk(4, 3)
     data["terminals"] = ends & (np.arange(7) < 4)
     data["timeouts"] = ends & (np.arange(7) >= 4)
     rows = load_dataset(data, reward_offset=1).transitions
@@ -158,7 +145,7 @@ def test_late_rewards_are_shifted_and_ends_move_with_them() -> None:
 
 
 def test_mask_successors_come_from_the_next_row() -> None:
-    data, ends = walk((3, 2))
+    data, ends = walk(3, 2)
     data.update(timeouts=ends, next_observations=data["observations"] + 1, actions=np.zeros(5, int))
     mask = np.ones((5, 4), bool)
     mask[1:, 3] = False
@@ -168,40 +155,65 @@ def test_mask_successors_come_from_the_next_row() -> None:
 
 @pytest.mark.parametrize("name", ["cut.hdf5", "cut.h5", "cut.npz"])
 def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
-    data, ends = walk((40, 30))
-    path, whole = tmp_path / name, tmp_path / f"whole{Path(name).suffix}"
-    data["timeouts"] = ends
-    if whole.suffix == ".npz":
-        np.savez(whole, **data)
-    else:
-        with h5py.File(whole, "w") as file:
-            for key, values in data.items():
-                file[key] = values
-    path.write_bytes(whole.read_bytes()[:700])
-    with pytest.raises(DatasetError, match=name):
-        load_dataset(path)
-    path.write_bytes(b"")
-    with pytest.raises(DatasetError, match=name):
-        load_dataset(path)
+    data, ends = walk(40, 30)
+    path = save(tmp_path / name, data | {"timeouts": ends})
+    for content in (path.read_bytes()[:700], b""):
+        path.write_bytes(content)
+        with pytest.raises(DatasetError, match=name):
+            load_dataset(path)
     with pytest.raises(DatasetError, match="no such file"):
         load_dataset(tmp_path / f"absent{path.suffix}")
 
 
+@pytest.mark.parametrize("suffix", ["csv", "npz", "h5"])
+def test_files_are_read_as_dicts_are(tmp_path: Path, suffix: str) -> None:
+    data, ends = walk(4, 3)
+    data.update(timeouts=ends, next_observations=data["observations"] + 1, actions=np.arange(7) % 3)
+    path = save(tmp_path / f"log.{suffix}", data)
+    expected, dataset = load_dataset(data), load_dataset(path, memmap=tmp_path / "table")
+    assert dataset.action_space == expected.action_space == gym.spaces.Discrete(3)
+    assert (dataset.transitions == expected.transitions).all()
+    assert dataset.episode_lengths.tolist() == [4, 3]
+
+
+def test_csv_files(tmp_path: Path) -> None:
+    """Columns of several numbers, marks in words, text that nothing reads; short and damaged lines."""
+    path, good = (
+        tmp_path / "log.csv",
+        (
+            "observations.0,observations.1,actions.0,rewards,terminals,note\n"
+            '0.1,0.2,0.5,1,False,"a, b"\n0.3,0.1,-0.5,0,False,\n\n0.4,0,1e-1,2,True,c\n'
+        ),
+    )
+    path.write_text(good)
+    rows = load_dataset(path, env="MountainCarContinuous-v0").transitions
+    assert rows["observation"].tolist() == np.float32([[0.1, 0.2], [0.3, 0.1], [0.4, 0]]).tolist()
+    assert rows["action"].tolist() == np.float32([[0.5], [-0.5], [0.1]]).tolist()
+    assert rows["next", "terminated"].flatten().tolist() == [False, False, True]
+    for wrong, words in (
+        (good.replace("-0.5", "-0.5x"), r"log\.csv: row 1: .*'-0\.5x'; expected a number"),
+        (good.replace("1e-1,", ""), r"log\.csv: row 2 has 5 cells; expected 6"),
+        (good.splitlines()[0], "observation has 0 rows"),
+        ("", "no column for observation"),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(DatasetError, match=words):
+            load_dataset(path, env="MountainCarContinuous-v0")
+
+
 def test_tensordicts_buffers_and_storages_agree() -> None:
-    data, ends = walk((4, 3))
+    data, ends = walk(4, 3)
     table = TensorDict(
         {
             "observation": data["observations"],
             "action": data["actions"],
             "next": {
-                "observation": data["observations"] + 1,
-                "reward": data["rewards"][:, None],
-                "terminated": torch.zeros(7, 1, dtype=torch.bool),
-                "done": torch.as_tensor(ends)[:, None],
+                "observation": data["observations"] + 1, "reward": data["rewards"][:, None],
+                "terminated": data["terminals"][:, None], "done": ends[:, None],
             },
         },
         [7],
-    )
+    )  # fmt: skip
     buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(20), batch_size=2)
     buffer.extend(table)
     for source in (table, buffer, buffer.storage):
@@ -214,26 +226,17 @@ def test_tensordicts_buffers_and_storages_agree() -> None:
 
 
 def test_batches_of_trajectories_are_flattened_in_time() -> None:
-    table = TensorDict(
-        {
-            "observation": torch.arange(12.0).view(3, 4, 1),
-            "action": torch.zeros(3, 4, 1),
-            "next": {
-                "observation": torch.arange(12.0).view(3, 4, 1) + 1,
-                "reward": torch.arange(12.0).view(3, 4, 1),
-                "terminated": torch.zeros(3, 4, 1, dtype=torch.bool),
-                "truncated": torch.zeros(3, 4, 1, dtype=torch.bool),
-            },
-        },
-        [3, 4],
-    )
-    table["next", "truncated"][:, -1] = True
-    table["next", "terminated"][1, 1] = True
+    steps = torch.arange(12.0).view(3, 4, 1)
+    truncated, terminated = torch.zeros(2, 3, 4, 1, dtype=torch.bool)
+    truncated[:, -1] = terminated[1, 1] = True
+    after = {"observation": steps + 1, "reward": steps}
+    after |= {"terminated": terminated, "truncated": truncated}
+    table = TensorDict({"observation": steps, "action": 0 * steps, "next": after}, [3, 4])
     assert load_dataset(table).episode_lengths.tolist() == [4, 2, 2, 4]
 
 
 def test_sources_are_not_changed() -> None:
-    data, ends = walk((4, 3))
+    data, ends = walk(4, 3)
     data["timeouts"] = ends
     before = {key: values.copy() for key, values in data.items()}
     load_dataset(data, reward="minus_one")
@@ -241,7 +244,7 @@ def test_sources_are_not_changed() -> None:
 
 
 def test_spaces_come_from_the_environment() -> None:
-    data, ends = walk((4, 3))
+    data, ends = walk(4, 3)
     data["timeouts"] = ends
     data["observations"] = np.repeat(data["observations"], 3, axis=1) / 1000
     for env in ("Pendulum-v1", gym.spec("Pendulum-v1"), lambda: gym.make("Pendulum-v1")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,6 @@ TOP = "observation.images.top"
 FRAMES = np.zeros((sum(LENGTHS), 16, 24, 3), np.uint8)
 for _row, (_episode, _step) in enumerate((t, n) for t, k in enumerate(LENGTHS) for n in range(k)):
     FRAMES[_row, :, :12, 0], FRAMES[_row, :, :, 1] = 20 * _step, 60 * _episode
-#: Rows that are transitions if no episode terminates: each one's last row has no successor.
-KEPT = [0, 1, 2, 4, 6, 7, 8, 9]
 #: The second episode ends with success.
 SOLVED = {"terminated": "next.success"}
 
@@ -135,24 +134,19 @@ def test_every_value(version: int, videos: bool, tmp_path: Path) -> None:
     assert list(dataset.observation_spec["observation"].keys()) == ["images", "state"]
 
 
-def test_text_paths_and_memory_mapped_tables(tmp_path: Path) -> None:
-    folder = layout(tmp_path / "push", videos=True)
-    options = {"columns": SOLVED, "memmap": tmp_path / "table"}
-    frames = load_dataset(str(folder), **options).transitions["observation", "images", "top"]
-    again = load_dataset(str(folder), **options).transitions["observation", "images", "top"]
-    assert np.array_equal(frames.numpy(), FRAMES[[0, 1, 2, 4, 5, 6, 7, 8, 9]])
-    assert torch.equal(again, frames)
-
-
-def test_small_pieces_decode_the_same_frames(
+def test_text_paths_small_pieces_and_memory_mapped_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("iql_torchrl.data.readers.table.CHUNK_BYTES", 2 * FRAMES[0].nbytes)
+    monkeypatch.setattr("iql_torchrl.data.readers.episodes.CHUNK_BYTES", 2 * FRAMES[0].nbytes)
+    monkeypatch.setattr("iql_torchrl.data.readers.lerobot.PART_BYTES", 3 * FRAMES[0].nbytes)
     folder = layout(tmp_path / "push", videos=True)
-    frames = load_dataset(folder, columns=SOLVED).transitions[
-        "next", "observation", "images", "top"
-    ]
-    assert np.array_equal(frames.numpy(), FRAMES[[1, 2, 3, 5, 5, 7, 8, 9, 10]])
+    for _ in range(2):  # the second time from the table
+        rows = load_dataset(str(folder), columns=SOLVED, memmap=tmp_path / "table").transitions
+        frames, following = (
+            row["observation", "images", "top"].numpy() for row in (rows, rows["next"])
+        )
+        assert np.array_equal(frames, FRAMES[[0, 1, 2, 4, 5, 6, 7, 8, 9]])
+        assert np.array_equal(following, FRAMES[[1, 2, 3, 5, 5, 7, 8, 9, 10]])
 
 
 def test_one_leaf_is_a_plain_observation(tmp_path: Path) -> None:
@@ -251,7 +245,7 @@ BAD: dict[str, tuple[Any, list[str]]] = {
         ["file-000.mp4", "episode 0", "missing"],
     ),
     "a damaged video": (edited(damage(*VIDEO), videos=True), ["file-000.mp4", "cannot be decoded"]),
-    "a short video": (edited(shorten_video, videos=True), ["has 3 frames", "need frame 3"]),
+    "a short video": (edited(shorten_video, videos=True), ["file-001.mp4", "ends before frame 3"]),
     "other lengths of episodes": (
         edited(describe_wrongly, videos=True, version=2), ["episode 2", "5 rows", "the length 6"],
     ),
@@ -285,17 +279,10 @@ def test_bad_folders_are_refused(case: str, tmp_path: Path) -> None:
 def test_without_a_decoder_the_columns_and_the_remedy_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from iql_torchrl.data.readers import lerobot
-
     folder = layout(tmp_path / "push", videos=True)
-    monkeypatch.setattr(lerobot, "find_spec", lambda _: None)
-    with pytest.raises(DatasetError) as caught:
+    monkeypatch.setitem(sys.modules, "av", None)
+    advice = r'{}.* pip install "iql_torchrl\[readers\]".*{{.observation.: .observation.state.}}'
+    with pytest.raises(DatasetError, match=advice.format(TOP)):
         load_dataset(folder, columns=SOLVED)
-    for words in (
-        TOP,
-        'pip install "iql_torchrl[readers]"',
-        "{'observation': 'observation.state'}",
-    ):
-        assert words in str(caught.value)
     columns = {**SOLVED, "observation": "observation.state"}
     assert len(load_dataset(folder, columns=columns)) == 9

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from small_logs import Arrays, drift, flag, warned
 
 from iql_torchrl.data import DatasetError, DatasetWarning, OfflineDataset, load_dataset
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared data folder")
 
-Arrays = dict[str, Any]
 STEPS = 6  # transitions of each trajectory; its observations are one more
 GOALS = [(0, 2), (0, 3), (1, 5)]  # (trajectory, step) from a goal state
 
@@ -57,19 +57,21 @@ def compact(**options: Any) -> Arrays:
 FORMS = {"regular": regular, "compact": compact}
 
 
-def flag(dataset: OfflineDataset, name: str) -> list[int]:
-    return dataset.transitions["next", name].flatten().nonzero().flatten().tolist()
+def read(dataset: OfflineDataset) -> tuple[list[int], list[int], list[int]]:
+    """Lengths of episodes, and the rows that are terminated and truncated."""
+    return dataset.episode_lengths.tolist(), flag(dataset, "terminated"), flag(dataset, "truncated")
+
+
+#: Goal rows: steps 2 and 3 of the first trajectory, and the last step of the second.
+READ = ([6, 6, 6], [2, 3, 11], [5, 17])
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("columns", [None, {"terminated": "masks"}, {"not_terminated": "masks"}])
 def test_masks_terminate_and_terminals_end_trajectories(form: str, columns: Any) -> None:
     dataset = load_dataset(FORMS[form](), columns=columns)
-    assert dataset.episode_lengths.tolist() == [6, 6, 6]
+    assert read(dataset) == READ
     assert dataset.episode_returns.tolist() == [-4, -5, -6]
-    # Goal rows: steps 2 and 3 of the first trajectory, and the last step of the second.
-    assert flag(dataset, "terminated") == [2, 3, 11]
-    assert flag(dataset, "truncated") == [5, 17]
     assert flag(dataset, "done") == [2, 3, 5, 11, 17]
     rows = dataset.transitions
     steps = [100.0 * t + n for t in range(3) for n in range(6)]
@@ -87,15 +89,15 @@ def test_goal_rows_do_not_split_episodes_for_scale_and_split(form: str) -> None:
     assert sorted(map(len, (first, second))) == [6, 12]
 
 
-def test_terminals_in_their_other_places_of_the_compact_form() -> None:
-    data = compact()
-    data["terminals"] = 1 - data["valids"]
-    only_last = load_dataset(data)
-    data.pop("terminals")
-    for dataset in (only_last, load_dataset(data)):
-        assert dataset.episode_lengths.tolist() == [6, 6, 6]
-        assert flag(dataset, "terminated") == [2, 3, 11]
-        assert flag(dataset, "truncated") == [5, 17]
+def test_other_forms_of_the_same_rows() -> None:
+    data, regular_rows = compact(), regular()
+    data["terminals"] = 1 - data["valids"]  # only at the rows without a next one
+    assert read(load_dataset(data)) == READ
+    del data["terminals"], regular_rows["terminals"]
+    assert read(load_dataset(data)) == READ
+    assert read(load_dataset(recorded())) == READ  # raw rows drop the row without a successor
+    without_terminals = load_dataset(regular_rows)  # trajectories end where rows do not follow
+    assert read(without_terminals)[:2] == READ[:2]
 
 
 def test_late_rewards_of_the_compact_form_move_with_their_marks() -> None:
@@ -103,28 +105,6 @@ def test_late_rewards_of_the_compact_form_move_with_their_marks() -> None:
     assert dataset.episode_returns.tolist() == [-5, -5, -6]
     assert flag(dataset, "terminated") == [2, 11]  # The steps that arrive at goals 3 and 6.
     assert flag(dataset, "truncated") == [5, 17]
-
-
-def test_raw_rows_with_masks_drop_the_row_without_a_successor() -> None:
-    dataset = load_dataset(recorded())
-    assert dataset.episode_lengths.tolist() == [6, 6, 6]
-    assert flag(dataset, "terminated") == [2, 3, 11]
-    assert flag(dataset, "truncated") == [5, 17]
-
-
-@pytest.mark.parametrize("suffix", ["npz", "hdf5"])
-def test_files_are_read_as_dicts_are(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"data.{suffix}"
-    if suffix == "npz":
-        np.savez(path, **regular())
-    else:
-        with h5py.File(path, "w") as file:
-            for key, values in regular().items():
-                file[key] = values
-    dataset = load_dataset(path, memmap=tmp_path / "table")
-    assert flag(dataset, "terminated") == [2, 3, 11]
-    assert dataset.episode_lengths.tolist() == [6, 6, 6]
-    assert load_dataset(path, memmap=tmp_path / "table").episode_lengths.tolist() == [6, 6, 6]
 
 
 def test_own_transitions_with_goal_rows_are_read_again() -> None:
@@ -135,14 +115,6 @@ def test_own_transitions_with_goal_rows_are_read_again() -> None:
     joined = load_dataset([regular(), regular()])
     assert joined.episode_lengths.tolist() == [6] * 6
     assert flag(joined, "terminated") == [2, 3, 11, 20, 21, 29]
-
-
-def test_masks_without_terminals_end_trajectories_where_rows_do_not_follow() -> None:
-    data = regular()
-    del data["terminals"]
-    dataset = load_dataset(data)
-    assert dataset.episode_lengths.tolist() == [6, 6, 6]
-    assert flag(dataset, "terminated") == [2, 3, 11]
 
 
 def test_masks_that_repeat_terminals_are_ordinary_terminations() -> None:
@@ -179,9 +151,8 @@ def test_masks_and_terminated_must_agree() -> None:
 
 def test_masks_that_mean_the_opposite_are_reported() -> None:
     data = regular(trajectories=8)
-    data["masks"] = 1 - data["masks"]
-    with pytest.warns(DatasetWarning, match=r"mean the opposite.*'terminated': 'masks'"):
-        load_dataset(data)
+    (text,) = warned(data | {"masks": 1 - data["masks"]})
+    assert re.search("mean the opposite.*'terminated': 'masks'", text)
 
 
 def test_valids_without_masks_are_reported() -> None:
@@ -189,8 +160,7 @@ def test_valids_without_masks_are_reported() -> None:
     del data["masks"]
     with pytest.warns(DatasetWarning, match="no column marks which rows terminate"):
         dataset = load_dataset(data)
-    assert flag(dataset, "terminated") == []
-    assert flag(dataset, "truncated") == [5, 11, 17]
+    assert read(dataset) == ([6, 6, 6], [], [5, 11, 17])
     named = load_dataset(data, columns={"terminated": None, "truncated": "terminals"})
     assert (named.transitions == dataset.transitions).all()
 
@@ -206,48 +176,22 @@ def test_the_error_about_missing_rewards_tells_how_to_get_them(tmp_path: Path) -
 # ---- marks that the rows contradict ----------------------------------------------------------
 
 
-def drift(lengths: list[int], width: int = 3, seed: int = 0) -> tuple[Arrays, np.ndarray]:
-    """Random walks of the given lengths from random places, without marks, and their ends."""
-    rng = np.random.default_rng(seed)
-    walks = [
-        10 * rng.standard_normal(width) + np.cumsum(0.1 * rng.standard_normal((n + 1, width)), 0)
-        for n in lengths
-    ]
-    rows = sum(lengths)
-    ends = np.zeros(rows, bool)
-    ends[np.cumsum(lengths) - 1] = True
-    data = {
-        "observation": np.concatenate([walk[:-1] for walk in walks]),
-        "next_observation": np.concatenate([walk[1:] for walk in walks]),
-        "action": rng.uniform(-1, 1, (rows, 2)),
-        "reward": rng.standard_normal(rows),
-        "terminated": np.zeros(rows, bool),
-        "truncated": np.zeros(rows, bool),
-    }
-    return data, ends
-
-
 VARYING = [40, 25, 33, 28, 45, 31, 20, 36]
 
 
 @pytest.mark.parametrize("successors", [True, False])
 def test_terminations_inside_a_trajectory_that_continues_are_reported(successors: bool) -> None:
-    data, ends = drift(VARYING)
+    data, ends = drift(VARYING, successors=successors)
     data["truncated"] = ends
     data["terminated"][[7, 50, 120, 180]] = True
-    if not successors:
-        del data["next_observation"]
-    with pytest.warns(DatasetWarning) as caught:
-        load_dataset(data)
-    (text,) = (str(w.message) for w in caught)
+    (text,) = warned(data)
     assert "4 of the 4 rows marked terminated ('terminated')" in text
     assert "columns={'episode': ...}" in text
     assert "columns={'terminated': None, 'truncated': 'terminated'}" in text
     # The remedy it names: numbered trajectories are not split.
     data["episode"] = np.cumsum(ends) - ends
     dataset = load_dataset(data)
-    kept = np.array(VARYING) - (0 if successors else 1)
-    assert dataset.episode_lengths.tolist() == kept.tolist()
+    assert dataset.episode_lengths.tolist() == [n if successors else n - 1 for n in VARYING]
     assert len(flag(dataset, "terminated")) == 4
 
 
@@ -259,29 +203,22 @@ def test_true_terminations_are_not_reported(successors: str) -> None:
         del data["next_observation"]
     elif successors == "shifted":  # As d4rl.qlearning_dataset shifts them, across ends too.
         data["next_observation"] = np.roll(data["observation"], -1, axis=0)
-    dataset = load_dataset(data)
-    assert dataset.episode_lengths.tolist() == VARYING
-    one, _ = drift([50])
-    one["terminated"][-1] = True
-    assert len(load_dataset(one)) == 50
+    assert load_dataset(data).episode_lengths.tolist() == VARYING
+    one, end = drift([50])
+    assert len(load_dataset(one | {"terminated": end})) == 50
 
 
-def test_unrelated_rows_give_no_warning() -> None:
-    rng = np.random.default_rng(0)
-    data, ends = drift(VARYING)
-    data["observation"] = rng.standard_normal((len(ends), 3))
-    del data["next_observation"]
-    data["terminated"] = ends
-    load_dataset(data)
-    data["terminated"], data["truncated"] = ~data["truncated"] & False, ends
-    load_dataset(data)
+@pytest.mark.parametrize("name", ["terminated", "truncated"])
+def test_unrelated_rows_give_no_warning(name: str) -> None:
+    data, ends = drift(VARYING, successors=False)
+    data["observation"] = np.random.default_rng(0).standard_normal((len(ends), 3))
+    assert warned(data | {name: ends}) == []
 
 
 def test_rows_marked_both_ways_terminate_and_are_kept_without_successors() -> None:
-    data, ends = drift(VARYING)
+    data, ends = drift(VARYING, successors=False)
     data["terminated"][ends.nonzero()[0][[0, 2]]] = True
     data["truncated"] = ends
-    del data["next_observation"]
     with pytest.warns(DatasetWarning, match="2 steps were marked both"):
         dataset = load_dataset(data)
     # Truncated episodes lose their last row, terminated ones keep it.
@@ -292,19 +229,10 @@ def test_rows_marked_both_ways_terminate_and_are_kept_without_successors() -> No
 @pytest.mark.parametrize("shift", [1, -1])
 def test_shifted_marks_of_short_episodes_are_reported(shift: int) -> None:
     # Every tenth row ends an episode, so the true ends are among the 99 % of unmarked rows.
-    data, ends = drift([8, 9, 10, 11, 12] * 20)
-    del data["next_observation"]
+    data, ends = drift([8, 9, 10, 11, 12] * 20, successors=False)
     data["terminated"] = np.roll(ends, shift)
     data["terminated"][0], data["terminated"][-1] = False, True
-    with pytest.warns(DatasetWarning, match=r"of the (99|100|101) rows marked terminated"):
-        load_dataset(data)
-
-
-def warned(data: Arrays) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        load_dataset(data)
-    return [str(w.message) for w in caught]
+    assert re.search(r"of the (99|100|101) rows marked terminated", warned(data)[0])
 
 
 @pytest.mark.parametrize("marks", ["truncated", "episode"])
@@ -319,10 +247,8 @@ def warned(data: Arrays) -> list[str]:
 )
 def test_next_observations_of_other_rows_are_reported(marks: str, spoil: Any, words: str) -> None:
     data, ends = drift(VARYING)
-    data["truncated"] = ends
-    if marks == "episode":
-        data["episode"] = np.cumsum(ends) - ends
-        del data["truncated"]
+    del data["truncated"]
+    data[marks] = ends if marks == "truncated" else np.cumsum(ends) - ends
     assert warned(data) == []
     data["next_observation"] = spoil(data)
     (text,) = warned(data)
@@ -334,27 +260,23 @@ def test_next_observations_of_other_rows_are_reported(marks: str, spoil: Any, wo
 def test_shuffled_transitions_are_reported(marked: bool) -> None:
     data, ends = drift(VARYING)
     order = np.random.default_rng(1).permutation(len(ends))
-    data["truncated"] = ends
-    data = {key: values[order] for key, values in data.items()}
-    if not marked:
-        del data["truncated"]
+    data = {
+        k: v[order] for k, v in (data | {"truncated": ends}).items() if marked or k != "truncated"
+    }
     assert any("not in the order of time" in text for text in warned(data))
 
 
 @pytest.mark.parametrize("name", ["truncated", "terminated"])
 def test_missing_and_shifted_marks_are_reported_where_successors_are_known(name: str) -> None:
     data, ends = drift(VARYING)
-    rows = ends.nonzero()[0]  # 39, 64, 97, ...
-    data[name] = ends.copy()
-    assert warned(data) == []
-    data[name][rows[::2]] = False
+    assert warned(data | {name: ends}) == []
+    data[name] = ends & (np.cumsum(ends) % 2 == 0)  # without rows 39, 97, ...
     (text,) = warned(data)
     assert "in 4 rows inside episodes, first at row 39" in text
     assert "marks of ends are missing" in text
     for shift, words in ((1, "one row after"), (-1, "one row before")):
         data[name] = np.roll(ends, shift)
-        data[name][-1] = True
-        data[name][0] = False
+        data[name][[0, -1]] = False, True
         assert any(words in text or "continues the same" in text for text in warned(data)), shift
 
 
@@ -374,10 +296,9 @@ def test_the_seam_of_a_ring_buffer_is_reported() -> None:
 
 def test_truncated_ends_from_which_the_next_row_continues_are_reported() -> None:
     data, ends = drift([200])
-    data["truncated"] = (np.arange(200) % 20 == 19) & ~ends
-    data["truncated"][-1] = True
+    data["truncated"] = np.arange(200) % 20 == 19
     (text,) = warned(data)
-    assert "9 of the 9 ends that 'truncated' marks as truncated" in text
+    assert "9 of the 9 rows marked truncated ('truncated')" in text
     data["terminated"], data["truncated"] = ends, ends & False
     assert warned(data) == []
 
@@ -389,38 +310,34 @@ def test_rounding_and_constant_observations_are_no_breaks() -> None:
     data["next_observation"] = data["next_observation"].astype(np.float32)
     assert warned(data) == []
     data["observation"] = data["next_observation"] = np.ones((len(ends), 1))
-    assert not any("next_observation (" in text for text in warned(data))
+    assert warned(data) == []
 
 
 @pytest.mark.parametrize("steps", [30, 70])
 def test_a_wrong_step_limit_is_reported_where_observations_jump(steps: int) -> None:
-    data, ends = drift([50] * 12, seed=3)
-    del data["next_observation"], data["truncated"]
+    data, ends = drift([50] * 12, seed=3, successors=False)
+    del data["truncated"]
     data["done"] = ends
-    with pytest.warns(DatasetWarning) as caught:
-        load_dataset(data, max_episode_steps=steps)
-    (text,) = (str(w.message) for w in caught)
-    assert "rows inside episodes, first row 49, the observation jumps" in text
+    (text,) = warned(data, max_episode_steps=steps)
+    assert "the observation jumps to the following row's in " in text
+    assert "rows inside episodes, first at row 49" in text
     assert "max_episode_steps" in text
     assert "columns={'truncated': 'done'}" in text
     assert load_dataset(data, max_episode_steps=50).episode_lengths.tolist() == [49] * 12
     data["done"] = ~ends  # Not a column of ends.
-    with pytest.warns(DatasetWarning) as caught:
-        load_dataset(data, max_episode_steps=steps)
-    assert "'done'" not in str(caught[0].message)
+    assert "'done'" not in warned(data, max_episode_steps=steps)[0]
 
 
 def test_missing_marks_are_reported_where_observations_jump() -> None:
-    data, ends = drift([40] * 12)
-    del data["next_observation"]
+    data, ends = drift([40] * 12, successors=False)
     starts = data["observation"][::40].repeat(40, 0)
     data["observation"] += 3 * np.arange(480)[:, None] % 120 - starts  # Episodes begin at 0.
     data["truncated"] = ends.copy()
     assert warned(data) == []
     data["truncated"][39:240:80] = False
     (text,) = warned(data)
-    assert "in 3 rows inside episodes, first row 39" in text
-    assert "'truncated' may be shifted or incomplete" in text
+    assert "jumps to the following row's in 3 rows inside episodes, first at row 39" in text
+    assert "marks of ends are missing there" in text
 
 
 def test_few_kept_rows_are_reported_and_marked_short_episodes_are_not() -> None:
@@ -439,10 +356,8 @@ def test_few_kept_rows_are_reported_and_marked_short_episodes_are_not() -> None:
 
 @pytest.mark.parametrize("successors", [True, False])
 def test_inverted_terminations_are_reported(successors: bool) -> None:
-    data, ends = drift([60] * 12)
+    data, ends = drift([60] * 12, successors=successors)
     data["terminated"] = ~ends
-    if not successors:
-        del data["next_observation"]
     text = warned(data)[0]
     assert "columns={'not_terminated': 'terminated'}" in text
     # A bandit's log: each row is an episode, and the next context has nothing to do with it.
@@ -468,18 +383,17 @@ def test_terminations_at_one_fixed_length_are_reported(cut: int) -> None:
     assert flag(remedy, "truncated") == [29, 59, 89, 119 - cut]
 
 
-@pytest.mark.parametrize("lengths", [[1] * 40, [3] * 40, [30, 30], [30, 29, 30, 30]])
-def test_few_or_short_or_varying_episodes_that_terminate_are_ordinary(lengths: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "last"),
+    [([1] * 40, 40), ([3] * 40, 120), ([30, 30], 60), ([30, 29, 30, 30], 119), ([30] * 4, 60)],
+)
+def test_few_or_short_or_varying_episodes_that_terminate_are_ordinary(
+    lengths: list[int], last: int
+) -> None:
     data, ends = drift(lengths)
-    data["terminated"] = ends
-    assert load_dataset(data).episode_lengths.tolist() == lengths
-
-
-def test_ends_of_both_kinds_at_one_length_are_ordinary() -> None:
-    data, ends = drift([30] * 4)
-    data["terminated"] = ends & (np.arange(120) < 60)
+    data["terminated"] = ends & (np.arange(len(ends)) < last)
     data["truncated"] = ends & ~data["terminated"]
-    load_dataset(data)
+    assert load_dataset(data).episode_lengths.tolist() == lengths
 
 
 @pytest.mark.parametrize("successors", [True, False])
@@ -487,21 +401,16 @@ def test_ends_of_both_kinds_at_one_length_are_ordinary() -> None:
 def test_tables_without_any_mark_that_jump_are_reported(
     successors: bool, lengths: list[int]
 ) -> None:
-    data, _ = drift(lengths)
-    if not successors:
-        del data["next_observation"]
-    with pytest.warns(DatasetWarning) as caught:
-        load_dataset(data)
-    text = str(caught[0].message)
-    assert f"there are {len(lengths) - 1} rows" in text
+    data, _ = drift(lengths, successors=successors)
+    text = warned(data)[0]
+    assert f"in {len(lengths) - 1} rows inside episodes" in text
     assert "no row is marked" in text
     assert "max_episode_steps" in text
 
 
 @pytest.mark.parametrize("kind", ["walk", "bounce", "unrelated", "constant"])
 def test_one_long_trajectory_without_marks_is_ordinary(kind: str) -> None:
-    data, _ = drift([3000], width=6)
-    del data["next_observation"]
+    data, _ = drift([3000], width=6, successors=False)
     if kind == "bounce":  # A ball: each bounce reverses its speed at once.
         time = np.arange(3000) % 100 / 100
         ball = np.stack([4 * time * (1 - time), 4 - 8 * time], 1)
@@ -514,27 +423,22 @@ def test_one_long_trajectory_without_marks_is_ordinary(kind: str) -> None:
 
 
 @shared
-def test_real_files_without_their_marks_are_reported() -> None:
+def test_real_files_without_or_with_misplaced_marks_are_reported() -> None:
     with np.load(SHARED / "halfcheetah_medium.npz") as file:
         data = {key: file[key][:30_000] for key in file.files if key != "next_obs"}
-    load_dataset(data)
-    data["truncated"] = np.zeros(30_000, bool)
-    with pytest.warns(DatasetWarning, match=r"there are (29|3\d) rows from which the observation"):
-        load_dataset(data)
+    assert warned(data) == []
+    (text,) = warned(data | {"truncated": np.zeros(30_000, bool)})
+    assert re.search(r"the observation jumps.* in (29|3\d) rows inside.*no row is marked", text)
     with h5py.File(SHARED / "d4rl_door_human_v0.hdf5") as file:
-        data = {k: file[k][:] for k in ("observations", "actions", "rewards", "terminals")}
-    data.update(terminals=data["terminals"] & False, timeouts=data["terminals"] & False)
-    with pytest.warns(DatasetWarning, match="there are 24 rows from which the observation jumps"):
-        load_dataset(data)
-
-
-@shared
-def test_real_terminals_at_misplaced_marks_are_reported() -> None:
-    with h5py.File(SHARED / "d4rl_door_human_v0.hdf5") as file:
-        data = {k: file[k][:] for k in ("observations", "actions", "rewards")}
-        data["terminals"] = file["timeouts"][:]
-    with pytest.warns(DatasetWarning, match="24 of the 25 rows marked terminated"):
-        load_dataset(data, columns={"truncated": None})
+        data = {
+            k: file[k][:] for k in ("observations", "actions", "rewards", "terminals", "timeouts")
+        }
+    none = data["terminals"] & False
+    (text,) = warned(data | {"terminals": none, "timeouts": none})
+    assert re.search("the observation jumps to .* in 24 rows inside.*no row is marked", text)
+    data["terminals"] = data.pop("timeouts")
+    (text,) = warned(data, columns={"truncated": None})
+    assert "24 of the 25 rows marked terminated" in text
 
 
 def test_columns_may_state_that_no_row_terminates() -> None:

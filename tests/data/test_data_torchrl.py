@@ -130,21 +130,27 @@ def test_minaris_class_with_values_is_read(minari_id: str, tmp_path: Path) -> No
     assert dataset.episode_returns.tolist() == [15, 15, 15]
 
 
-@pytest.mark.parametrize("with_next", [False, True])
-def test_d4rls_zeroed_successors_at_timeouts(
-    with_next: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def of_d4rl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, timeout: int, with_next: bool = False,
+            **options: Any) -> Any:  # fmt: skip
+    """Twelve steps with the observations 1, 2, ..., of which 4 terminates."""
     path, steps = tmp_path / "d4rl.hdf5", np.arange(1, 13, dtype=np.float32)
     with h5py.File(path, "w") as file:
         file["observations"], file["rewards"] = steps[:, None], steps
         file["actions"] = np.full((12, 1), 0.5, np.float32)
-        file["terminals"], file["timeouts"] = steps == 4, steps == 8
+        file["terminals"], file["timeouts"] = steps == 4, steps == timeout
         if with_next:
             file["next_observations"] = steps[:, None] + 1
     monkeypatch.setattr(d4rl, "_download_dataset_from_url", lambda *_: str(path))
-    buffer = datasets.D4RLExperienceReplay(
-        "hopper-medium-v2", batch_size=2, root=tmp_path / "out", direct_download=True
+    return datasets.D4RLExperienceReplay(
+        "hopper-medium-v2", 2, root=tmp_path / "out", direct_download=True, **options
     )
+
+
+@pytest.mark.parametrize("with_next", [False, True])
+def test_d4rls_zeroed_successors_at_timeouts(
+    with_next: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = of_d4rl(tmp_path, monkeypatch, 8, with_next)
     # The fault: the file's timeout at 8 has the successor 9 with next_observations.
     assert buffer[:]["next", "observation"].flatten().tolist()[7] == 0
     with pytest.warns(DatasetWarning) as caught:
@@ -159,15 +165,7 @@ def test_d4rls_zeroed_successors_at_timeouts(
 
 
 def test_split_trajectories_of_d4rl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, steps = tmp_path / "d4rl.hdf5", np.arange(1, 13, dtype=np.float32)
-    with h5py.File(path, "w") as file:
-        file["observations"], file["rewards"] = steps[:, None], steps
-        file["actions"] = np.full((12, 1), 0.5, np.float32)
-        file["terminals"], file["timeouts"] = steps == 4, steps == 9
-    monkeypatch.setattr(d4rl, "_download_dataset_from_url", lambda *_: str(path))
-    buffer = datasets.D4RLExperienceReplay(
-        "hopper-medium-v2", 2, root=tmp_path / "out", direct_download=True, split_trajs=True
-    )
+    buffer = of_d4rl(tmp_path, monkeypatch, 9, split_trajs=True)
     assert buffer.storage[:].shape == (3, 5)  # trajectories of 4, 5 and 2 steps
     with pytest.warns(DatasetWarning) as caught:
         dataset = load_dataset(buffer)

@@ -6,297 +6,198 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Discrete, MultiDiscrete
+from small_logs import Arrays, table
 from tensordict import TensorDict
 
 from iql_torchrl.data import DatasetError, DatasetWarning, load_dataset
 
-Arrays = dict[str, Any]
-
-
-def table(episodes: int = 3, length: int = 5) -> Arrays:
-    """A clean table of float observations (N, 3) and actions (N, 2)."""
-    rng = np.random.default_rng(0)
-    rows = episodes * length
-    ends = np.arange(rows) % length == length - 1
-    walks = rng.standard_normal((episodes, length + 1, 3)).astype(np.float32)
-    return {
-        "observation": walks[:, :-1].reshape(rows, 3),
-        "next_observation": walks[:, 1:].reshape(rows, 3),
-        "action": rng.uniform(-1, 1, (rows, 2)).astype(np.float32),
-        "reward": rng.standard_normal(rows).astype(np.float32),
-        "terminated": ends & (np.arange(rows) < length),
-        "truncated": ends & (np.arange(rows) >= length),
-    }
+Change = Callable[[Arrays], Any]
 
 
 def discrete() -> Arrays:
-    data = table()
-    data["action"] = np.arange(15) % 4
-    data["action_mask"] = np.ones((15, 4), bool)
-    return data
+    return table() | {"action": ROWS % 4, "action_mask": np.ones((15, 4), bool)}
 
 
-def put(key: str, index: Any, value: Any) -> Callable[[Arrays], None]:
-    def change(data: Arrays) -> None:
-        data[key][index] = value
-
-    return change
+def put(key: str, index: Any, value: Any) -> Change:
+    return lambda data: data[key].__setitem__(index, value)
 
 
-def to(key: str, value: Callable[[Any], Any]) -> Callable[[Arrays], None]:
-    def change(data: Arrays) -> None:
-        data[key] = value(data[key])
-
-    return change
+def to(key: str, value: Callable[[Any], Any]) -> Change:
+    return lambda data: data.update({key: value(data[key])})
 
 
-def constant_column(data: Arrays) -> None:
-    data["observation"][:, 1] = data["next_observation"][:, 1] = 3.0
+def both(value: Callable[[Any], Any]) -> Change:
+    return lambda data: [to(key, value)(data) for key in ("observation", "next_observation")]
 
 
-def without(*keys: str) -> Callable[[Arrays], None]:
-    def change(data: Arrays) -> None:
-        for key in keys:
-            del data[key]
-
-    return change
+def without(*keys: str) -> Change:
+    return lambda data: [data.pop(key) for key in keys]
 
 
-def adding(**more: Any) -> Callable[[Arrays], None]:
+def adding(**more: Any) -> Change:
     return lambda data: data.update(more)
 
 
-BOX = gym.spaces.Box(-1, 1, (2,), np.float32)
+def each(*changes: Change) -> Change:
+    return lambda data: [change(data) for change in changes]
+
+
+keep = adding()
+ROWS = np.arange(15)
+BOX = Box(-1, 1, (2,), np.float32)
+IN_BOX, OF_FOUR = {"action_space": BOX}, {"action_space": Discrete(4)}
 NAN = np.nan
-# name: (clean table, what spoils it, options, words the error must contain)
-BAD: dict[str, tuple[Callable[[], Arrays], Callable[[Arrays], Any], Arrays, list[str]]] = {
+# name: (what spoils a clean table, words that the error must contain, options)
+BAD: dict[str, Any] = {
     "observation NaN": (
-        table, put("observation", (7, 1), NAN), {},
-        ["observation", "NaN", "row 7", "episode 1", "step 2", "of 15"],
+        put("observation", (7, 1), NAN), "observation|NaN|row 7|episode 1|step 2|of 15",
     ),
-    "observation inf": (table, put("observation", (2, 0), np.inf), {}, ["observation", "row 2"]),
-    "next observation NaN": (
-        table, put("next_observation", (3, 0), NAN), {}, ["next.observation", "row 3"],
-    ),
-    "action NaN": (table, put("action", (4, 0), NAN), {"action_space": BOX}, ["action", "row 4"]),
-    "reward NaN": (table, put("reward", 14, NAN), {}, ["next.reward", "row 14", "episode 2"]),
-    "reward minus inf": (table, put("reward", 0, -np.inf), {}, ["next.reward", "row 0"]),
+    "observation inf": (put("observation", (2, 0), np.inf), "observation|row 2"),
+    "next observation NaN": (put("next_observation", (3, 0), NAN), "next.observation|row 3"),
+    "action NaN": (put("action", (4, 0), NAN), "action|row 4", IN_BOX),
+    "reward NaN": (put("reward", 14, NAN), "next.reward|row 14|episode 2"),
+    "reward minus inf": (put("reward", 0, -np.inf), "next.reward|row 0"),
     "overflow of float32": (
-        table, to("reward", lambda r: np.where(np.arange(15) == 5, 1e300, r.astype(float))), {},
-        ["next.reward", "row 5"],
+        to("reward", lambda r: np.where(ROWS == 5, 1e300, r.astype(float))),
+        "next.reward|row 5",
     ),
     "action above bounds": (
-        table, put("action", (6, 1), 1.5), {"action_space": BOX},
-        ["action", "1.5", "[-1, 1]", "row 6", "clip_actions"],
+        put("action", (6, 1), 1.5), "action|1.5|[-1, 1]|row 6|clip_actions", IN_BOX,
     ),
-    "action below bounds": (
-        table, put("action", (6, 1), -3), {"action_space": BOX}, ["action", "row 6"],
-    ),
-    "action of wrong width": (
-        table, to("action", lambda a: a[:, :1]), {"action_space": BOX}, ["action", "(1,)", "(2,)"],
-    ),
-    "float actions for Discrete": (
-        table, to("action", lambda a: a[:, 0]), {"action_space": gym.spaces.Discrete(4)},
-        ["action", "float32", "int64"],
-    ),
-    "integer actions for Box": (
-        table, to("action", lambda a: a.astype(int)), {"action_space": BOX},
-        ["action", "int64", "float32"],
-    ),
-    "discrete action too large": (
-        discrete, put("action", 9, 4), {"action_space": gym.spaces.Discrete(4)},
-        ["action", "row 9", "Discrete(4)"],
-    ),
-    "discrete action negative": (
-        discrete, put("action", 9, -1), {"action_space": gym.spaces.Discrete(4)}, ["row 9"],
-    ),
-    "discrete action negative, no space": (
-        lambda: {k: v for k, v in discrete().items() if k != "action_mask"},
-        put("action", 9, -1), {}, ["action", "-1", "row 9"],
-    ),
-    "Discrete from 2": (
-        discrete, without("action_mask"), {"action_space": gym.spaces.Discrete(4, start=2)},
-        ["action", "start <= value < start + n", "Discrete(4, start=2)"],
-    ),
+    "action below bounds": (put("action", (6, 1), -3), "action|row 6", IN_BOX),
+    "action of wrong width": (to("action", lambda a: a[:, :1]), "action|(1,)|(2,)", IN_BOX),
+    "float actions for Discrete": (to("action", lambda a: a[:, 0]), "action|float32|int64", OF_FOUR),
+    "integer actions for Box": (to("action", lambda a: a.astype(int)), "action|int64|float32", IN_BOX),
     "MultiDiscrete too large": (
-        table, to("action", lambda a: np.full((15, 2), 3)),
-        {"action_space": gym.spaces.MultiDiscrete([4, 3])}, ["action", "row 0"],
+        to("action", lambda a: np.full((15, 2), 3)),
+        "action|row 0", {"action_space": MultiDiscrete([4, 3])},
     ),
-    "mask forbids the action": (
-        discrete, put("action_mask", (6, 2), False), {}, ["action_mask", "forbids", "row 6"],
-    ),
-    "mask allows nothing": (discrete, put("action_mask", 5, False), {}, ["action_mask", "row 5"]),
-    "mask of wrong width": (
-        discrete, to("action_mask", lambda m: m[:, :3]), {"action_space": gym.spaces.Discrete(4)},
-        ["action_mask", "(3,)"],
-    ),
-    "mask of floats": (
-        discrete, to("action_mask", lambda m: m * 0.5), {}, ["action_mask", "0 or 1"],
-    ),
-    "mask for Box": (
-        table, adding(action_mask=np.ones((15, 2), bool)), {"action_space": BOX}, ["action_mask"],
-    ),
-    "log probability NaN": (
-        table, adding(action_log_prob=np.full(15, NAN)), {}, ["action_log_prob", "row 0"],
-    ),
+    "mask for Box": (adding(action_mask=np.ones((15, 2), bool)), "action_mask", IN_BOX),
+    "log probability NaN": (adding(action_log_prob=np.full(15, NAN)), "action_log_prob|row 0"),
     "log probability per dimension": (
-        table, adding(action_log_prob=np.zeros((15, 2))), {}, ["action_log_prob", "(15, 2)"],
+        adding(action_log_prob=np.zeros((15, 2))), "action_log_prob|(15, 2)",
     ),
     "observation category too large": (
-        table, lambda d: d.update(observation=np.full(15, 5), next_observation=np.full(15, 5)),
-        {"observation_space": gym.spaces.Discrete(5), "action_space": BOX}, ["observation", "row"],
+        both(lambda o: np.full(15, 5)), "observation|row", IN_BOX | {"observation_space": Discrete(5)},
     ),
     "float observation for Discrete": (
-        table, lambda d: d.update(observation=np.ones(15), next_observation=np.ones(15)),
-        {"observation_space": gym.spaces.Discrete(5), "action_space": BOX}, ["float64", "int64"],
+        both(lambda o: np.ones(15)), "float64|int64", IN_BOX | {"observation_space": Discrete(5)},
     ),
     "observation of wrong width": (
-        table, to("observation", lambda o: o[:, :2]),
-        {"observation_space": gym.spaces.Box(-9, 9, (3,)), "action_space": BOX}, ["(2,)", "(3,)"],
+        to("observation", lambda o: o[:, :2]), "(2,)|(3,)", {"observation_space": Box(-9, 9, (3,))},
     ),
     "next observation of other width": (
-        table, to("next_observation", lambda o: o[:, :2]), {}, ["next/observation", "(2,)"],
+        to("next_observation", lambda o: o[:, :2]), "next/observation|(2,)",
     ),
-    "rewards short": (table, to("reward", lambda r: r[:-1]), {}, ["reward", "14", "15"]),
-    "actions short": (table, to("action", lambda a: a[:-2]), {}, ["action", "13", "15"]),
-    "flags long": (
-        table, to("terminated", lambda t: np.append(t, False)), {}, ["terminated", "16", "15"],
-    ),
-    "rewards of two columns": (
-        table, to("reward", lambda r: np.stack([r, r], 1)), {}, ["reward", "(15, 2)"],
-    ),
-    "rewards of text": (table, to("reward", lambda r: r.astype(str)), {}, ["reward"]),
-    "object observations": (
-        table, to("observation", lambda o: np.array([None] * 15)), {}, ["observation", "object"],
-    ),
+    "rewards short": (to("reward", lambda r: r[:-1]), "reward|14|15"),
+    "actions short": (to("action", lambda a: a[:-2]), "action|13|15"),
+    "flags long": (to("terminated", lambda t: np.append(t, False)), "terminated|16|15"),
+    "rewards of two columns": (to("reward", lambda r: np.stack([r, r], 1)), "reward|(15, 2)"),
+    "rewards of text": (to("reward", lambda r: r.astype(str)), "reward"),
+    "object observations": (to("observation", lambda o: np.array([None] * 15)), "observation|object"),
     "ragged lists": (
-        table, lambda d: d.update(observation=[[1.0, 2.0]] * 14 + [[1.0]]), {},
-        ["observation", "different lengths", "numpy.concatenate"],
+        lambda d: d.update(observation=[[1.0, 2.0]] * 14 + [[1.0]]),
+        "observation|different lengths|numpy.concatenate",
     ),
     "rewards as one list per episode": (
-        table, lambda d: d.update(reward=[[1.0] * 4, [1.0] * 6, [1.0] * 5]), {},
-        ["reward", "different lengths"],
+        lambda d: d.update(reward=[[1.0] * 4, [1.0] * 6, [1.0] * 5]), "reward|different lengths",
     ),
-    "complex rewards": (table, to("reward", lambda r: r * 1j), {}, ["reward", "complex64"]),
-    "one number as rewards": (table, to("reward", lambda r: 3.0), {}, ["reward", "single value"]),
-    "no rewards but None": (table, to("reward", lambda r: None), {}, ["reward", "single value"]),
-    "boolean rewards": (table, to("reward", lambda r: r > 0), {}, ["next.reward", "bool"]),
-    "boolean actions": (table, to("action", lambda a: a > 0), {}, ["action", "bool"]),
-    "actions of no columns": (table, to("action", lambda a: a[:, :0]), {}, ["action", "(15, 0)"]),
-    "observations of no columns": (
-        table, lambda d: d.update(observation=np.ones((15, 0)), next_observation=np.ones((15, 0))),
-        {}, ["observation", "(15, 0)", "no numbers"],
-    ),
-    "actions in groups": (
-        table, to("action", lambda a: {"arm": a, "hand": a}), {}, ["action", "arm, hand"],
-    ),
-    "masked rewards": (
-        table, to("reward", lambda r: np.ma.masked_array(r, r > 0)), {}, ["reward", "masked"],
-    ),
-    "sparse tensor": (
-        table, to("reward", lambda r: torch.from_numpy(r).to_sparse()), {}, ["reward", "sparse"],
-    ),
+    "complex rewards": (to("reward", lambda r: r * 1j), "reward|complex64"),
+    "one number as rewards": (to("reward", lambda r: 3.0), "reward|single value"),
+    "no rewards but None": (to("reward", lambda r: None), "reward|single value"),
+    "boolean rewards": (to("reward", lambda r: r > 0), "next.reward|bool"),
+    "boolean actions": (to("action", lambda a: a > 0), "action|bool"),
+    "actions of no columns": (to("action", lambda a: a[:, :0]), "action|(15, 0)"),
+    "observations of no columns": (both(lambda o: o[:, :0]), "observation|(15, 0)|no numbers"),
+    "actions in groups": (to("action", lambda a: {"arm": a, "hand": a}), "action|arm, hand"),
+    "masked rewards": (to("reward", lambda r: np.ma.masked_array(r, r > 0)), "reward|masked"),
+    "sparse tensor": (to("reward", lambda r: torch.from_numpy(r).to_sparse()), "reward|sparse"),
     "categories without end": (
-        table, to("action", lambda a: np.full(15, 2**63, np.uint64)), {},
-        ["action", "9223372036854775808", "category"],
+        to("action", lambda a: np.full(15, 2**63, np.uint64)), "action|9223372036854775808|category",
     ),
-    "episode number NaN": (
-        table, adding(episode=np.full(15, NAN)), {}, ["episode", "NaN", "row 0"],
-    ),
-    "columns as a list": (table, adding(), {"columns": ["reward"]}, ["columns", "dict"]),
-    "limit as text": (table, adding(), {"limit": "9"}, ["limit", "'9'"]),
-    "limit as a fraction": (table, adding(), {"limit": 7.5}, ["limit", "7.5"]),
-    "step limit 0": (table, adding(), {"max_episode_steps": 0}, ["max_episode_steps", "0"]),
-    "reward None": (table, adding(), {"reward": None}, ["reward", "None"]),
-    "reward of text": (table, adding(), {"reward": ("1", "0")}, ["scale, shift"]),
-    "one reference score": (
-        table, adding(), {"reference_scores": 3.0}, ["reference_scores", "random, expert"],
-    ),
-    "space of text": (table, adding(), {"action_space": "Box"}, ["action_space", "str"]),
-    "empty": (
-        table, lambda d: d.update({k: v[:0] for k, v in d.items()}), {}, ["observation", "0 rows"],
-    ),
-    "no observation": (table, without("observation"), {}, ["observation", "columns"]),
-    "no action": (table, without("action"), {}, ["no column for action"]),
-    "no reward": (table, without("reward"), {}, ["no column for reward"]),
-    "no terminated": (table, without("terminated"), {}, ["no column for terminated"]),
+    "episode number NaN": (adding(episode=np.full(15, NAN)), "episode|NaN|row 0"),
+    "columns as a list": (keep, "columns|dict", {"columns": ["reward"]}),
+    "limit as text": (keep, "limit|'9'", {"limit": "9"}),
+    "limit as a fraction": (keep, "limit|7.5", {"limit": 7.5}),
+    "step limit 0": (keep, "max_episode_steps|0", {"max_episode_steps": 0}),
+    "reward None": (keep, "reward|None", {"reward": None}),
+    "reward of text": (keep, "scale, shift", {"reward": ("1", "0")}),
+    "one reference score": (keep, "reference_scores|random, expert", {"reference_scores": 3.0}),
+    "space of text": (keep, "action_space|str", {"action_space": "Box"}),
+    "empty": (lambda d: d.update({k: v[:0] for k, v in d.items()}), "observation|0 rows"),
+    "no observation": (without("observation"), "observation|columns"),
+    "no action": (without("action"), "no column for action"),
+    "no reward": (without("reward"), "no column for reward"),
+    "no terminated": (without("terminated"), "no column for terminated"),
     "done only": (
-        table, lambda d: d.update(done=d.pop("terminated") | d.pop("truncated")), {},
-        ["terminated", "'done'", "merge"],
+        lambda d: d.update(done=d.pop("terminated") | d.pop("truncated")), "terminated|'done'|merge",
     ),
-    "two names for one key": (
-        table, lambda d: d.update(rewards=d["reward"]), {}, ["reward, rewards", "columns"],
-    ),
-    "flag of 2": (
-        table, to("terminated", lambda t: t * 2), {}, ["terminated", "2", "row 4", "0 or 1"],
-    ),
-    "flag NaN": (
-        table, to("truncated", lambda t: np.where(t, NAN, 0.0)), {}, ["truncated", "row 9"],
-    ),
+    "two names for one key": (lambda d: d.update(rewards=d["reward"]), "reward, rewards|columns"),
+    "flag of 2": (to("terminated", lambda t: t * 2), "terminated|2|row 4|0 or 1"),
+    "flag NaN": (to("truncated", lambda t: np.where(t, NAN, 0.0)), "truncated|row 9"),
     "episode goes on after its end": (
-        table,
-        lambda d: (
-            d["terminated"].__setitem__(2, True), d.update(episode=np.arange(15) // 5),
-            d["next_observation"].__setitem__(2, 9.0),
-        ),
-        {}, ["row 2", "episode"],
+        each(put("terminated", 2, True), put("next_observation", 2, 9), adding(episode=ROWS // 5)),
+        "row 2|episode",
     ),
-    "ends cannot be found": (
-        table, without("truncated", "next_observation"), {}, ["max_episode_steps"],
-    ),
+    "ends cannot be found": (without("truncated", "next_observation"), "max_episode_steps"),
     "only truncated one-row episodes": (
-        table, lambda d: (d.pop("next_observation"), d.update(truncated=np.ones(15, bool)),
-                         d["terminated"].fill(False)), {},
-        ["no transition is left"],
+        each(without("next_observation"), adding(truncated=ROWS >= 0, terminated=ROWS < 0)),
+        "no transition is left",
     ),
-    "columns names nothing": (table, adding(), {"columns": {"reward": "r"}}, ["'r'", "reward"]),
-    "columns of an unknown key": (table, adding(), {"columns": {"rew": "reward"}}, ["'rew'"]),
-    "columns leaves out reward": (table, adding(), {"columns": {"reward": None}}, ["left out"]),
-    "reward offset 2": (table, adding(), {"reward_offset": 2}, ["reward_offset", "2"]),
-    "limit 0": (table, adding(), {"limit": 0}, ["limit", "0"]),
-    "concatenate a plain observation": (
-        table, adding(), {"concatenate": ["a"]}, ["concatenate", "not a Dict"],
-    ),
+    "columns names nothing": (keep, "'r'|reward", {"columns": {"reward": "r"}}),
+    "columns of an unknown key": (keep, "'rew'", {"columns": {"rew": "reward"}}),
+    "columns leaves out reward": (keep, "left out", {"columns": {"reward": None}}),
+    "reward offset 2": (keep, "reward_offset|2", {"reward_offset": 2}),
+    "limit 0": (keep, "limit|0", {"limit": 0}),
+    "concatenate a plain observation": (keep, "concatenate|not a Dict", {"concatenate": ["a"]}),
     "concatenate an unknown leaf": (
-        table, lambda d: d.update({k: {"a": d[k]} for k in ("observation", "next_observation")}),
-        {"concatenate": ["b"]}, ["'b'", "leaves are a"],
+        both(lambda o: {"a": o}), "'b'|leaves are a", {"concatenate": ["b"]},
     ),
     "next leaves differ": (
-        table, lambda d: d.update(
-            observation={"a": d["observation"]}, next_observation={"b": d["observation"]}
-        ), {}, ["next_observation", "leaves"],
+        each(both(lambda o: {"a": o}), to("next_observation", lambda o: {"b": o["a"]})),
+        "next_observation|leaves",
     ),
     "return range of equal returns": (
-        table, put("reward", slice(None), 1.0), {"reward": "return_range"}, ["return_range"],
+        put("reward", slice(None), 1.0), "return_range", {"reward": "return_range"},
     ),
-    "reward map unknown": (table, adding(), {"reward": "tanh"}, ["reward", "tanh"]),
-    "reward scale 0": (table, adding(), {"reward": (0.0, 1.0)}, ["scale"]),
-    "reward triple": (table, adding(), {"reward": (1.0, 1.0, 1.0)}, ["scale, shift"]),
-    "half precision": (table, adding(), {"dtype": torch.float16}, ["dtype", "float16"]),
-    "reference task unknown": (
-        table, adding(), {"reference_scores": "cheetah"}, ["reference_scores", "cheetah"],
+    "reward map unknown": (keep, "reward|tanh", {"reward": "tanh"}),
+    "reward scale 0": (keep, "scale", {"reward": (0.0, 1.0)}),
+    "reward triple": (keep, "scale, shift", {"reward": (1.0, 1.0, 1.0)}),
+    "half precision": (keep, "dtype|float16", {"dtype": torch.float16}),
+    "reference task unknown": (keep, "reference_scores|cheetah", {"reference_scores": "cheetah"}),
+    "environment unknown": (keep, "NoSuch-v0|install", {"env": "NoSuch-v0"}),
+    "environment of another shape": (keep, "action|(2,)", {"env": "Pendulum-v1"}),
+}  # fmt: skip
+BAD_DISCRETE: dict[str, Any] = {
+    "discrete action too large": (put("action", 9, 4), "action|row 9|Discrete(4)", OF_FOUR),
+    "discrete action negative": (put("action", 9, -1), "row 9", OF_FOUR),
+    "discrete action negative, no space": (
+        each(without("action_mask"), put("action", 9, -1)), "action|-1|row 9",
     ),
-    "environment unknown": (table, adding(), {"env": "NoSuch-v0"}, ["NoSuch-v0", "install"]),
-    "environment of another shape": (table, adding(), {"env": "Pendulum-v1"}, ["action", "(2,)"]),
+    "Discrete from 2": (
+        without("action_mask"),
+        "action|start <= value < start + n|Discrete(4, start=2)",
+        {"action_space": Discrete(4, start=2)},
+    ),
+    "mask forbids the action": (put("action_mask", (6, 2), False), "action_mask|forbids|row 6"),
+    "mask allows nothing": (put("action_mask", 5, False), "action_mask|row 5"),
+    "mask of wrong width": (to("action_mask", lambda m: m[:, :3]), "action_mask|(3,)", OF_FOUR),
+    "mask of floats": (to("action_mask", lambda m: m * 0.5), "action_mask|0 or 1"),
 }  # fmt: skip
 
 
-def test_there_are_enough_cases() -> None:
-    assert len(BAD) >= 40
-
-
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", [*BAD, *BAD_DISCRETE])
 def test_bad_input_is_refused_with_its_place(case: str) -> None:
-    make, spoil, options, words = BAD[case]
-    data = make()
+    data = table() if case in BAD else discrete()
+    spoil, words, *options = (BAD | BAD_DISCRETE)[case]
     spoil(data)
     with pytest.raises(DatasetError) as caught:
-        load_dataset(data, **options)
-    for word in words:
+        load_dataset(data, **dict(*options))
+    for word in words.split("|"):
         assert word in str(caught.value), str(caught.value)
 
 
@@ -321,7 +222,8 @@ def test_doubtful_input_is_reported(spoil: Callable[[Arrays], None], words: list
 def test_equal_rewards_and_constant_columns_are_noted_without_a_warning() -> None:
     data = table()
     data["reward"][:] = 2.0
-    constant_column(data)
+    for key in ("observation", "next_observation"):
+        data[key][:, 1] = 3.0
     notes = " ".join(load_dataset(data).notes)
     assert "every reward is 2;" in notes
     assert "observation never changes in 1 of 3 columns (1)" in notes
@@ -331,10 +233,10 @@ def test_states_that_occur_as_next_observations_only_are_in_the_guessed_space() 
     data = table()
     states = np.tile(np.arange(6), (3, 1))  # Episodes end in state 5.
     data.update(observation=states[:, :-1].reshape(-1), next_observation=states[:, 1:].reshape(-1))
-    assert load_dataset(data).observation_space == gym.spaces.Discrete(6)
+    assert load_dataset(data).observation_space == Discrete(6)
     for key in ("observation", "next_observation"):
         data[key] = np.stack([data[key], 0 * data[key]], 1)
-    assert load_dataset(data).observation_space == gym.spaces.MultiDiscrete([6, 1])
+    assert load_dataset(data).observation_space == MultiDiscrete([6, 1])
 
 
 def test_discrete_actions_stored_as_floats_are_reported() -> None:

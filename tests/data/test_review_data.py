@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import gymnasium as gym
+import minari
 import numpy as np
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_a_mask_selects_rows():
         windows[mask[:3]]
 
 
-@pytest.mark.parametrize("scores", [(10, 0), (1, 1)])
+@pytest.mark.parametrize("scores", [[10, 0], [1.0, 1.0]])
 def test_reference_scores_are_random_then_expert(scores):
     with pytest.raises(DatasetError, match="the second greater"):
         known_scores(scores)
@@ -46,31 +47,19 @@ def test_reference_scores_are_random_then_expert(scores):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_selection_of_episodes_is_part_of_the_identity(tmp_path, monkeypatch):
-    import minari
-
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    episodes = [
-        minari.data_collector.EpisodeBuffer(
-            observations=np.full((4, 2), number, np.float32),
-            actions=np.zeros((3, 1), np.float32),
-            rewards=np.ones(3),
-            terminations=np.array([False, False, True]),
-            truncations=np.zeros(3, bool),
-        )
-        for number in range(3)
-    ]
-    box = gym.spaces.Box(-9, 9, (2,)), gym.spaces.Box(-1, 1, (1,))
+    steps = {
+        "observations": np.zeros((4, 2), np.float32), "actions": np.zeros((3, 1), np.float32),
+        "rewards": np.ones(3), "terminations": np.arange(3) == 2, "truncations": np.zeros(3, bool),
+    }  # fmt: skip
+    unknown = ("code_permalink", "author", "author_email", "algorithm_name", "description")
     dataset = minari.create_dataset_from_buffers(
         "made/test-v0",
-        episodes,
-        observation_space=box[0],
-        action_space=box[1],
-        code_permalink="none",
-        author="none",
-        author_email="none",
-        algorithm_name="none",
-        description="none",
+        [minari.data_collector.EpisodeBuffer(**steps) for _ in range(3)],
+        observation_space=gym.spaces.Box(-9, 9, (2,)),
+        action_space=gym.spaces.Box(-1, 1, (1,)),
         requirements=[],
+        **dict.fromkeys(unknown, "none"),
     )
     first, second = (dataset.filter_episodes(lambda e, a=a: e.id != a) for a in (2, 0))
     identities = [

@@ -10,8 +10,8 @@ from gymnasium.envs.registration import EnvSpec, WrapperSpec
 from shard_logs import written
 
 from iql_torchrl.data import load_dataset, load_shards
+from iql_torchrl.data.readers.arrow import parquet_files
 from iql_torchrl.data.readers.environments import recorded_env_maker
-from iql_torchrl.data.readers.parquet import parquet_files
 from iql_torchrl.data.saved import verify
 from iql_torchrl.data.schema import DatasetError
 

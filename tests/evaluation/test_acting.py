@@ -12,7 +12,7 @@ from torch import nn
 from torchrl.envs.utils import exploration_type
 
 from iql_torchrl import evaluate, load_dataset, make_agent
-from iql_torchrl.evaluation.act import act
+from iql_torchrl.evaluation.acting import act
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -14,7 +14,6 @@ import time
 import warnings
 from pathlib import Path
 
-import cloudpickle
 import gymnasium
 import numpy as np
 import pytest
@@ -26,9 +25,9 @@ from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
 from iql_torchrl import IQLConfig, evaluate, load_dataset, make_agent
 from iql_torchrl.config import Arithmetic
 from iql_torchrl.data import DatasetError
-from iql_torchrl.evaluation import background_worker as background_process
-from iql_torchrl.evaluation.background import BackgroundEvaluation
-from iql_torchrl.evaluation.background_worker import Failure, Structure
+from iql_torchrl.evaluation import background as background_module
+from iql_torchrl.evaluation.background import BackgroundEvaluation, named_tensors, rebuilt
+from iql_torchrl.processes import failure, packed, packed_call, perform, surroundings
 
 SETTINGS = {
     "episodes": 5, "num_envs": 3, "seed": 7, "max_steps": 40, "deterministic": False,
@@ -87,7 +86,7 @@ def same(one, other):
 
 
 def process_of(background):
-    return background._child._process
+    return background._worker._process
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +97,7 @@ def shared():
     with BackgroundEvaluation(actor, make_env, **SETTINGS) as background:
         assert process_of(background) is None, "it starts when it is needed"
         yield actor, make_env, background
-    assert background._child._thread is None or not background._child._thread.is_alive()
+    assert background._worker._thread is None or not background._worker._thread.is_alive()
 
 
 def played(actor, make_env):
@@ -152,8 +151,7 @@ def test_the_same_results_as_in_the_foreground(shared):
 def test_without_waiting_it_gives_what_there_is(shared):
     actor, make_env, background = shared
     background.submit(1)
-    result = []
-    deadline = time.monotonic() + 60
+    result, deadline = [], time.monotonic() + 60
     while not result and time.monotonic() < deadline:
         assert list(background.pending) == [1]
         result = background.results()
@@ -193,7 +191,7 @@ def test_an_error_comes_with_its_message_and_traceback(shared):
     with pytest.raises(ValueError, match="nan") as caught:
         background.results(wait=True)
     assert str(caught.value) == str(expected.value)
-    assert "background_worker.py" in str(caught.value.__cause__)
+    assert "processes.py" in str(caught.value.__cause__)
     assert list(background.pending) == [1, 3], "what succeeded is kept for the next call"
     assert [number for number, _ in background.results(wait=True)] == [1, 3]
     assert process_of(background) is process, "an error does not end the process"
@@ -215,12 +213,12 @@ def test_ctrl_c_and_sigterm_are_handled_by_the_parent_only(shared, number):
 def test_what_is_forgotten_ends_its_process():
     background = BackgroundEvaluation(stochastic_actor(), pendulum_log().make_env, **SETTINGS)
     background.submit(0)
-    child, process = background._child, started(background)
+    worker, process = background._worker, started(background)
     assert process.poll() is None
     del background
     gc.collect()
     assert process.poll() is not None
-    assert not child._thread.is_alive()
+    assert not worker._thread.is_alive()
 
 
 SCRIPT = """
@@ -367,7 +365,7 @@ except RuntimeError as error:
     print(error)
 (folder / "leave").unlink()
 print(returns(2))
-process = background._child._process
+process = background._worker._process
 process.kill()
 process.wait()
 print(returns(3))
@@ -385,14 +383,23 @@ print(returns(3))
 
 def sent(thing):
     """``make_env`` as it arrives, in this process, and the size of what is sent."""
-    structure = Structure.of(stochastic_actor(), thing, {"device": "cpu"})
-    return structure.rebuilt()[1], len(structure.make_env)
+    sent = packed("make_env", thing)
+    return rebuilt(packed("policy", stochastic_actor()), sent, "cpu")[1], len(sent)
 
 
 def same_env(one, other):
     starts = [env.reset(seed=3)[0] for env in (one, other)]
     assert one.observation_space == other.observation_space
     np.testing.assert_array_equal(*starts)
+
+
+def sent_alone(dataset):
+    """What makes the environments of a dataset, as it arrives: without the data."""
+    make, size = sent(dataset.make_env)
+    assert size < 10_000
+    same_env(make(), dataset.make_env())
+    assert make() is not make()
+    return make
 
 
 @pytest.mark.parametrize(
@@ -402,13 +409,9 @@ def same_env(one, other):
     ids=["id", "spec", "function", "instance"],
 )  # fmt: skip
 def test_the_environments_of_a_dataset_are_sent_without_the_data(env):
-    dataset = pendulum_log(env=env)
-    make, size = sent(dataset.make_env)
-    assert size < 10_000
-    same_env(make(), dataset.make_env())
+    make = sent_alone(pendulum_log(env=env))
     if isinstance(env, gymnasium.Env):
         assert make().unwrapped.g == 5.0
-    assert make() is not make()
 
 
 class Goals(gymnasium.Env):
@@ -448,13 +451,8 @@ def test_joined_environments_and_those_of_minari_are_sent(tmp_path, monkeypatch)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about an author, a description and the like
             minari.create_dataset_from_buffers(name, [buffer], **more)
-    for dataset in (
-        load_dataset("made/pendulum-v0"),
-        load_dataset("made/goals-v0", env=Goals, concatenate=["goal", "observation"]),
-    ):
-        make, size = sent(dataset.make_env)
-        assert size < 10_000
-        same_env(make(), dataset.make_env())
+    sent_alone(load_dataset("made/pendulum-v0"))
+    sent_alone(load_dataset("made/goals-v0", env=Goals, concatenate=["goal", "observation"]))
 
 
 def test_making_the_environment_of_a_dataset_without_one_is_an_error():
@@ -468,24 +466,18 @@ def test_making_the_environment_of_a_dataset_without_one_is_an_error():
 def test_environments_registered_here_are_found_there():
     gymnasium.register("Mine-v0", entry_point=Goals)
     try:
-        structure = Structure.of(stochastic_actor(), lambda: gymnasium.make("Mine-v0"), {})
-    finally:
+        call = packed_call("", lambda: gymnasium.make("Mine-v0").spec.id, surroundings())
         del gymnasium.registry["Mine-v0"]
-    try:
-        _, make = Structure(
-            structure.policy, structure.make_env, structure.registrations, {"device": "cpu"}
-        ).rebuilt()
-        assert make().spec.id == "Mine-v0"
+        assert perform(call) == "Mine-v0"
     finally:
         gymnasium.registry.pop("Mine-v0", None)
 
 
 def test_a_compiled_policy_and_a_trained_one_are_sent():
     agent = make_agent(IQLConfig(hidden=(8,), batch_size=4), pendulum_log())
+    batch = pendulum_log().transitions.select("observation")
     for policy in (agent.policy, torch.compile(agent.policy, backend="eager")):
-        structure = Structure.of(policy, Goals, {"device": "cpu"})
-        arrived, _ = structure.rebuilt()
-        batch = pendulum_log().transitions.select("observation")
+        arrived, _ = rebuilt(packed("policy", policy), packed("make_env", Goals), "cpu")
         with torch.no_grad():
             first, second = (p(batch.clone())["loc"] for p in (policy, arrived))
         assert torch.equal(first, second)
@@ -493,18 +485,17 @@ def test_a_compiled_policy_and_a_trained_one_are_sent():
 
 @pytest.mark.parametrize("name", ["policy", "make_env"])
 def test_what_cannot_be_sent_is_named(name):
-    lock = threading.Lock()
-    actor, make_env = stochastic_actor(), lambda: gymnasium.make("Pendulum-v1")
+    lock, given = threading.Lock(), {"policy": stochastic_actor(), "make_env": Goals}
     if name == "policy":
-        actor.lock = lock
+        given["policy"].lock = lock
     else:
-        make_env = lambda: (lock, gymnasium.make("Pendulum-v1"))[1]  # noqa: E731
+        given["make_env"] = lambda: (lock, Goals())[1]
     with pytest.raises(TypeError, match=f"{name} cannot be sent .*cannot pickle '_thread.lock'"):
-        BackgroundEvaluation(actor, make_env, episodes=1, seed=0)
+        BackgroundEvaluation(**given, episodes=1, seed=0)
 
 
 def test_a_function_that_drags_much_along_is_warned_of(monkeypatch):
-    monkeypatch.setattr(background_process, "LARGE", 2**20)
+    monkeypatch.setattr(background_module, "LARGE", 2**20)
     ballast = np.zeros(2**20)
     with pytest.warns(UserWarning, match="make_env sends 8 MiB"):
         BackgroundEvaluation(
@@ -518,12 +509,14 @@ def test_parts_that_the_process_cannot_import_are_explained(tmp_path, monkeypatc
         patch.syspath_prepend(tmp_path)
         here_only = importlib.import_module("here_only")
         gymnasium.register("HereOnly-v0", entry_point=here_only.make_env)
-        structure = Structure.of(stochastic_actor(), here_only.make_env, {"device": "cpu"})
-        other = Structure.of(stochastic_actor(), Goals, {"device": "cpu"})
+        make_env = packed("make_env", here_only.make_env)
+        call = packed_call("", lambda: "performed", surroundings())
         del gymnasium.registry["HereOnly-v0"], sys.modules["here_only"]
+    (tmp_path / "here_only.py").unlink()
     with pytest.raises(RuntimeError, match=r"cannot be rebuilt .*No module named 'here_only'"):
-        structure.rebuilt()
-    assert other.rebuilt()[1] is Goals, "what is only registered is not missed"
+        rebuilt(packed("policy", stochastic_actor()), make_env, "cpu")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
+    assert perform(call) == "performed", "what is only registered is not missed"
     assert "HereOnly-v0" not in gymnasium.registry
 
 
@@ -539,23 +532,19 @@ class Plain(Exception):
     pass
 
 
-def failure(error):
-    try:
-        raise error
-    except Exception as caught:
-        return pickle.loads(pickle.dumps(Failure.of(caught)))
-
-
 def test_exceptions_keep_their_class_where_pickle_allows():
-    revived = failure(Plain("out of paint")).revived()
-    assert type(revived) is Plain
-    assert str(revived) == "out of paint"
-    assert "raise error" in str(revived.__cause__)
-    revived = failure(Awkward(3, "home")).revived()
-    assert type(revived) is RuntimeError
-    assert str(revived) == "Awkward: 3 at home"
-    unknown = cloudpickle.dumps(Plain("x")).replace(b"test_background", b"no_such_modules")
-    assert str(Failure(unknown, "Plain: x", "").revived()) == "Plain: x"
+    def revived(error):
+        try:
+            raise error
+        except Exception as caught:
+            return pickle.loads(failure(caught))
+
+    plain, awkward = revived(Plain("out of paint")), revived(Awkward(3, "home"))
+    assert type(plain) is Plain
+    assert str(plain) == "out of paint"
+    assert "raise error" in str(plain.__cause__)
+    assert type(awkward) is RuntimeError
+    assert str(awkward) == "Awkward: 3 at home"
 
 
 def test_settings_on_which_rounding_depends_are_taken_over():
@@ -584,16 +573,19 @@ def test_settings_on_which_rounding_depends_are_taken_over():
 # ---- what is refused -----------------------------------------------------------------------
 
 
-def test_arguments_are_checked_at_once():
-    actor, make_env = stochastic_actor(), Goals
-    with pytest.raises(TypeError, match="policy must be a TensorDict module"):
-        BackgroundEvaluation(nn.Linear(1, 1), make_env, episodes=1, seed=0)
-    with pytest.raises(ValueError, match="episodes must be an integer"):
-        BackgroundEvaluation(actor, make_env, episodes=0, seed=0)
-    with pytest.raises(ValueError, match="reference_scores must be"):
-        BackgroundEvaluation(actor, make_env, episodes=1, seed=0, reference_scores=(2, 1))
-    with pytest.raises(TypeError, match="max_episodes"):
-        BackgroundEvaluation(actor, make_env, episodes=1, seed=0, max_episodes=2)
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"policy": nn.Linear(1, 1)}, TypeError, "policy must be a TensorDict module"),
+        ({"episodes": 0}, ValueError, "episodes must be an integer"),
+        ({"reference_scores": (2, 1)}, ValueError, "reference_scores must be"),
+        ({"max_episodes": 2}, TypeError, "max_episodes"),
+    ],
+)
+def test_arguments_are_checked_at_once(options, error, message):
+    given = {"policy": stochastic_actor(), "make_env": Goals, "episodes": 1, "seed": 0}
+    with pytest.raises(error, match=message):
+        BackgroundEvaluation(**given | options)
 
 
 def test_numbers_and_snapshots_are_checked():
@@ -604,14 +596,14 @@ def test_numbers_and_snapshots_are_checked():
         for number in (1.0, True, "a"):
             with pytest.raises(ValueError, match="number must be an integer"):
                 background.submit(number)
-        snapshot = {n: t.detach() for n, t in background_process.named_tensors(other).items()}
-        with pytest.raises(ValueError, match=r"snapshot 3 lacks 'module.0.module.0.bias'"):
+        snapshot = {n: t.detach() for n, t in named_tensors(other).items()}
+        with pytest.raises(ValueError, match=r"'module.0.module.0.bias' of snapshot 3 is missing"):
             background.resubmit({3: snapshot})
         snapshot["module.0.module.0.bias"] = torch.zeros(31)
         with pytest.raises(ValueError, match=r"shape \(31,\), expected torch.float32 of .*\(32,\)"):
             background.resubmit({3: snapshot})
         assert background.pending == {}
-        assert background._child._thread is None
+        assert background._worker._thread is None
         background.submit(7)
         with pytest.raises(ValueError, match="number 7 is pending already"):
             background.submit(7)

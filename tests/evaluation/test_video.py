@@ -8,12 +8,9 @@ import pytest
 import torch
 from gymnasium import spaces
 from tensordict.nn import TensorDictModule
-from torchrl.record import VideoRecorder
-from torchrl.record.loggers import CSVLogger
 
-from iql_torchrl import evaluate
 from iql_torchrl.evaluation import video
-from iql_torchrl.evaluation.video import filmed, record_video
+from iql_torchrl.evaluation.video import record_video
 
 
 class Shades(gymnasium.Env):
@@ -156,18 +153,6 @@ def test_how_to_make_an_environment_that_renders(tmp_path):
         record_video(policy(), lambda: Shades(size=(33,)), tmp_path / "a.mp4", seed=2)
     assert list(tmp_path.iterdir()) == []
     assert all(env.closed for env in Shades.opened)
-
-
-def test_loggers_of_torchrl_take_the_frames(tmp_path):
-    logger = CSVLogger("run", log_dir=str(tmp_path), video_format="pt")
-    recorder = VideoRecorder(logger, tag="film", skip=1)
-    result = evaluate(policy(), filmed(Shades, recorder), episodes=2, num_envs=1, seed=4)
-    assert result.lengths.tolist() == [4, 5]
-    recorder.dump()
-    film = torch.load(tmp_path / "run" / "videos" / "film_0.pt", weights_only=True)
-    assert film.shape == (1, 5 + 6, 3, 33, 47)
-    assert film[0, :, 0, 0, 0].tolist() == shades(4, 2)
-    assert (film == film[:, :, :1, :1, :1]).all()
 
 
 def test_arguments_are_checked_before_anything_runs(tmp_path, monkeypatch):

@@ -26,9 +26,9 @@ def search(empty_folder, monkeypatch):
     return load("iql_search")
 
 
-def perform_here(jobs, watch, *, workers, threads):
-    for job in jobs:
-        job.perform()
+def perform_here(calls, watch, *, workers, threads):
+    for call in calls.values():
+        call()
     return {}
 
 

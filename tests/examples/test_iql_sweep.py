@@ -23,9 +23,9 @@ def sweep(empty_folder, monkeypatch):
     return load("iql_sweep")
 
 
-def perform_here(jobs, watch, *, workers, threads):
-    for job in jobs:
-        job.perform()
+def perform_here(calls, watch, *, workers, threads):
+    for call in calls.values():
+        call()
     return {}
 
 
@@ -70,7 +70,9 @@ def test_a_grid_is_trained_scored_ranked_and_kept(sweep, capsys):
     assert (folder / "members.csv").read_bytes() == written
     other = [*TINY, "--temperature", "3", "--expectile", "0.7", "--no-ranking"]
     assert run(sweep, *other) == 2
-    assert "results has another sweep: configs differs (" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert "results has another sweep: IQL #0 was None, now " in refused
+    assert " in 'configs'; choose another folder" in refused
     assert run(sweep, *other, "--folder", "results-2") == 0
     assert [row["member"] for row in table("results-2/members.csv")] == ["IQL #0", "IQL #1"]
     assert "value" not in table("results-2/members.csv")[0]

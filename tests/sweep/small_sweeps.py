@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -17,9 +18,10 @@ from small_agents import log
 from small_populations import BASE
 
 from iql_torchrl import IQLConfig
-from iql_torchrl.sweep import Sweep
+from iql_torchrl.sweep import Sweep, SweepResult
 
-ROWS = 200
+ROWS, UPDATES, EVERY = 200, 400, 50
+BAD = replace(BASE, updates=UPDATES, policy="categorical")  # it cannot be built
 
 
 def write_log(folder: Path) -> Path:
@@ -42,13 +44,13 @@ def first_weight(agent, dataset) -> dict[str, float]:
     return {"score": float(sum(p.detach().double().abs().sum() for p in agent.actor.parameters()))}
 
 
-def perform_here(jobs, watch, *, workers=1, threads=1):
+def perform_here(calls, watch, *, workers=1, threads=1):
     """An engine without processes and without interruptions: the reference."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for job in jobs:
-            job.perform()
+        for call in calls.values():
+            call()
     finally:
         torch.set_num_threads(before)
     return {}
@@ -109,3 +111,37 @@ def holder_of(folder: Path) -> int:
         if words[1] == "FLOCK" and words[5].endswith(f":{inode}"):
             return int(words[4])
     raise AssertionError(f"nobody holds the lock of {folder}")
+
+
+def interrupted(tmp_path: Path, run, *endings, configs=None, **options) -> SweepResult:
+    """The result of ``run(sweep)``, whose workers are ended in the middle; it is as without that.
+
+    ``endings``: arguments of :class:`Killing` after the name of the task.
+    """
+    configs = [*grid(updates=UPDATES), BAD] if configs is None else configs
+    options = {"members_per_task": 2, "score": first_weight, "save_every": EVERY} | options
+    source, folder = write_log(tmp_path), tmp_path / "sweep"
+    expected = reference(configs, source, tmp_path / "reference", **options)
+    with ExitStack() as stack:
+        endings = [
+            stack.enter_context(Killing(folder / "tasks" / task, *rest)) for task, *rest in endings
+        ]
+        result = run(Sweep(configs, source, folder, **options))
+    for each in endings:
+        assert each.at is not None
+        assert each.updates <= each.at < configs[0].updates, "it was ended in the middle"
+    assert (folder / "members.csv").read_bytes() == expected
+    assert list(result.failures) == [
+        name for name, config in zip(result.rows, configs, strict=True) if config == BAD
+    ]
+    return result
+
+
+#: 200 runs in 25 tasks, with a ranking
+MANY = {
+    "configs": grid(seeds=100, updates=60),
+    "members_per_task": 8,
+    "save_every": 20,
+    "held_out": 0.4,
+    "fit_updates": 20,
+}

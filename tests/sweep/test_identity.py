@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from iql_torchrl.sweep.identity import _word
+from iql_torchrl.sweep.sweep import text_of
 
 
 def score(agent, weight=1.0):
@@ -21,15 +21,15 @@ class Scorer:
 
 def test_functions_with_other_arguments_or_code_differ():
     words = [
-        _word(score),
-        _word(partial(score, weight=1.0)),
-        _word(partial(score, weight=2.0)),
-        _word(lambda agent: 1.0),
-        _word(lambda agent: 2.0),
-        _word(Scorer(1.0)),
-        _word(Scorer(2.0)),
+        text_of(score),
+        text_of(partial(score, weight=1.0)),
+        text_of(partial(score, weight=2.0)),
+        text_of(lambda agent: 1.0),
+        text_of(lambda agent: 2.0),
+        text_of(Scorer(1.0)),
+        text_of(Scorer(2.0)),
     ]
     assert len(set(words)) == len(words)
-    assert _word(partial(score, weight=2.0)) == words[2]
-    assert _word(Scorer(2.0)) == words[-1]
+    assert text_of(partial(score, weight=2.0)) == words[2]
+    assert text_of(Scorer(2.0)) == words[-1]
     assert words[0] == "score"

@@ -10,69 +10,54 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from small_populations import BASE
-from small_sweeps import Killing, first_weight, grid, reference, table, write_log
+from small_sweeps import (
+    EVERY,
+    MANY,
+    UPDATES,
+    Killing,
+    first_weight,
+    grid,
+    interrupted,
+    reference,
+    table,
+    write_log,
+)
 
-from iql_torchrl import IQLPopulation, load_dataset
-from iql_torchrl.evaluation.background_worker import Failure, bootstrap
-from iql_torchrl.sweep import Sweep, local_processes
-from iql_torchrl.sweep.local_processes import perform_locally
-
-UPDATES, EVERY = 400, 50
-
-
-class Job:
-    name, finished, total, done = "job", False, 1, 0
-
-    def __init__(self, path=None):
-        self.path = path
-
-
-class Deadly(Job):
-    """Kills its process."""
-
-    name = "deadly"
-
-    def perform(self):
-        os.kill(os.getpid(), signal.SIGKILL)
+from iql_torchrl import IQLPopulation, load_dataset, processes
+from iql_torchrl.processes import PROGRAM, failure
+from iql_torchrl.sweep import Sweep, engines
+from iql_torchrl.sweep.engines import perform_locally
 
 
-class DeadlyOnce(Job):
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_once(path):
     """Kills its process, but not where it has been before; writes who performed it."""
-
-    name = "deadly once"
-
-    def perform(self):
-        with self.path.open("a") as file:
-            file.write(f"{os.getpid()} {torch.get_num_threads()}\n")
-        if len(self.path.read_text().splitlines()) == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+    with path.open("a") as file:
+        file.write(f"{os.getpid()} {torch.get_num_threads()}\n")
+    if len(path.read_text().splitlines()) == 1:
+        kill()
 
 
-class Raising(Job):
-    name = "raising"
-
-    def perform(self):
-        raise ValueError("first line\nsecond line")
+def fail():
+    raise ValueError("first line\nsecond line")
 
 
-class Writing(Job):
-    name = "writing"
-
-    def perform(self):
-        self.path.write_text(json.dumps(torch.get_num_threads()))
+def write(path):
+    path.write_text(json.dumps(torch.get_num_threads()))
 
 
 @pytest.mark.slow
 def test_a_job_whose_process_dies_is_performed_by_another(tmp_path):
-    jobs, watched = [DeadlyOnce(tmp_path / "pids"), Raising()], []
-    failures = perform_locally(jobs, lambda: watched.append(1), workers=1, threads=1)
+    calls, watched = {"deadly": partial(kill_once, tmp_path / "pids"), "raising": fail}, []
+    failures = perform_locally(calls, lambda: watched.append(1), workers=1, threads=1)
     assert failures == {"raising": "ValueError: first line"}
     lines = [line.split() for line in (tmp_path / "pids").read_text().splitlines()]
     assert len({process for process, _ in lines} - {str(os.getpid())}) == len(lines) == 2
@@ -82,20 +67,17 @@ def test_a_job_whose_process_dies_is_performed_by_another(tmp_path):
 
 def test_processes_that_die_are_replaced_twice_and_failures_are_named(tmp_path, monkeypatch):
     """Real processes and signals; ``light_worker`` starts faster than torch."""
-    none = pickle.dumps(None)
-    failure = pickle.dumps(Failure.of(ValueError("first line\nsecond line")))
-    orders = {"fine": (0, none), "twice": (2, none), "always": (9, none), "raising": (0, failure)}
-    monkeypatch.setattr(local_processes, "PROGRAM", bootstrap("light_worker"))
-    monkeypatch.setattr(
-        local_processes,
-        "packed",
-        lambda job, threads: pickle.dumps((str(tmp_path / job.name), *orders[job.name])),
-    )
-    jobs = [SimpleNamespace(name=name) for name in orders]
-    failures = perform_locally(jobs, lambda: None, workers=2, threads=1)
+    none = pickle.dumps((True, None))
+    raised = pickle.dumps((False, failure(ValueError("first line\nsecond line"))))
+    orders = {"fine": (0, none), "twice": (2, none), "always": (9, none), "raising": (0, raised)}
+    light = PROGRAM.replace("iql_torchrl.processes", "light_worker")
+    monkeypatch.setattr(processes, "PROGRAM", light)
+    monkeypatch.setattr(engines, "_packed", lambda calls, threads: calls)
+    calls = {name: pickle.dumps((str(tmp_path / name), *orders[name])) for name in orders}
+    failures = perform_locally(calls, lambda: None, workers=2, threads=1)
     assert sorted(failures) == ["always", "raising"]
     assert failures["raising"] == "ValueError: first line"
-    assert failures["always"].startswith("its process ended 3 times (SIGKILL); SIGKILL mostly")
+    assert failures["always"].startswith("its process ended 3 times, with exit code -9 (SIGKILL)")
     performed = {name: (tmp_path / name).read_text().split() for name in orders}
     assert [len(set(processes)) for processes in performed.values()] == [1, 3, 3, 1]
     for name in ("twice", "always"):
@@ -118,53 +100,39 @@ def ends(process: int) -> bool:
 
 @pytest.mark.slow
 def test_a_job_that_always_kills_its_process_is_given_up_and_the_others_finish(tmp_path):
-    jobs = [Deadly(), Raising(), Writing(tmp_path / "done")]
-    failures = perform_locally(jobs, lambda: None, workers=2, threads=1)
+    calls = {"deadly": kill, "raising": fail, "writing": partial(write, tmp_path / "done")}
+    failures = perform_locally(calls, lambda: None, workers=2, threads=1)
     assert failures["raising"] == "ValueError: first line"
-    assert failures["deadly"].startswith("its process ended 3 times (SIGKILL)")
+    assert failures["deadly"].startswith("its process ended 3 times, with exit code -9 (SIGKILL)")
     assert len(failures) == 2
     assert (tmp_path / "done").read_text() == "1"
 
 
 def test_what_cannot_be_sent_is_refused_before_a_process_starts(tmp_path):
     with (tmp_path / "open").open("w") as file, pytest.raises(TypeError, match="env or score"):
-        perform_locally([Writing(file)], lambda: None, workers=1, threads=1)
+        perform_locally({"": partial(write, file)}, lambda: None, workers=1, threads=1)
 
 
 @pytest.mark.slow
-def test_after_a_killed_worker_the_table_is_that_of_an_uninterrupted_run(
-    tmp_path, monkeypatch, capsys
-):
-    source = write_log(tmp_path)
-    configs = [*grid(updates=UPDATES), replace(BASE, updates=UPDATES, policy="categorical")]
-    options = {"members_per_task": 2, "score": first_weight, "save_every": EVERY}
-    expected = reference(configs, source, tmp_path / "reference", **options)
-
-    folder = tmp_path / "sweep"
+def test_after_a_killed_worker_the_table_is_that_of_an_uninterrupted_run(tmp_path, capsys):
     capsys.readouterr()
-    with Killing(folder / "tasks" / "from-00000", 120) as killing:
-        result = Sweep(configs, source, folder, **options).run(workers=2, progress=True)
-    assert killing.at is not None
-    assert 120 <= killing.at < UPDATES, "the worker was killed in the middle"
-    assert (folder / "members.csv").read_bytes() == expected
-
-    (failed,) = result.failures
-    assert "categorical" in failed
+    run = partial(Sweep.run, workers=2, progress=True)
+    result = interrupted(tmp_path, run, ("from-00000", 120))
+    shown, (failed,) = capsys.readouterr().err, result.failures
+    rows = {row["member"]: row for row in table(tmp_path / "sweep")}
     assert "cannot be built: policy is 'categorical'" in result.failures[failed]
-    rows = {row["member"]: row for row in table(folder)}
     assert [bool(row["score"]) for row in rows.values()] == [True] * 4 + [False]
     assert rows[failed]["error"] == result.failures[failed]
-    shown = capsys.readouterr().err
     assert failed in shown
     bars = [line for line in io.StringIO(shown) if "training:" in line]
     assert bars, "one bar, over the updates of all members of all tasks"
     assert "1.60k/1.60k" in bars[-1]
     assert "2 of 2 tasks" in bars[-1]
     # the table is that of populations which are trained without a sweep
-    own = load_dataset(source, reward=configs[0].reward)
-    population = IQLPopulation(configs[2:4], own)
-    for _ in population.train():
-        pass
+    configs = grid(updates=UPDATES)
+    own = load_dataset(tmp_path / "log.npz", reward=configs[0].reward)
+    population = IQLPopulation(configs[2:], own)
+    population.train_now()
     for number, row in enumerate(list(rows.values())[2:4]):
         score = first_weight(population.member(number), own)["score"]
         assert float(row["score"]) == pytest.approx(score, rel=1e-6)
@@ -201,15 +169,6 @@ Sweep(grid(updates={UPDATES}), {str(source)!r}, {str(folder)!r}, **options).run(
 
 @pytest.mark.slow
 def test_200_members_over_two_workers_one_of_which_is_killed(tmp_path):
-    source, configs = write_log(tmp_path), grid(seeds=100, updates=60)
-    options = {"score": first_weight, "save_every": 20, "held_out": 0.4, "fit_updates": 20}
-    expected = reference(configs, source, tmp_path / "reference", **options)
-    folder = tmp_path / "sweep"
-    with Killing(folder / "tasks" / "from-00080", 25) as killing:
-        result = Sweep(configs, source, folder, **options).run(workers=2)
-    assert killing.at is not None
-    assert 25 <= killing.at < 60
-    assert not result.failures
-    assert len(table(folder)) == 200
-    assert len(list((folder / "tasks").iterdir())) == 25
-    assert (folder / "members.csv").read_bytes() == expected
+    interrupted(tmp_path, partial(Sweep.run, workers=2), ("from-00080", 25), **MANY)
+    assert len(table(tmp_path / "sweep")) == 200
+    assert len(list((tmp_path / "sweep" / "tasks").iterdir())) == 25

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
-from small_populations import BASE
-from small_sweeps import Killing, first_weight, grid, reference, table, updates_of, write_log
+from small_sweeps import MANY, grid, interrupted, table, updates_of, write_log
 
 from iql_torchrl.sweep import Sweep
 
@@ -17,7 +16,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("default"),  # Ray's own, which differ between its versions
 ]
-UPDATES, EVERY = 400, 50
 
 
 @pytest.fixture
@@ -62,53 +60,18 @@ def removal(cluster):
 
 
 def test_a_killed_worker_and_a_run_that_fails(ray, tmp_path):
-    source = write_log(tmp_path)
-    configs = [*grid(updates=UPDATES), replace(BASE, updates=UPDATES, policy="categorical")]
-    options = {"members_per_task": 2, "score": first_weight, "save_every": EVERY}
-    expected = reference(configs, source, tmp_path / "reference", **options)
-    folder = tmp_path / "sweep"
     ray.init(num_cpus=2, include_dashboard=False)
-    with Killing(folder / "tasks" / "from-00000", 120) as killing:
-        result = Sweep(configs, source, folder, **options).run("ray")
-    assert killing.at is not None
-    assert 120 <= killing.at < UPDATES, "the worker was killed in the middle"
+    interrupted(tmp_path, partial(Sweep.run, engine="ray"), ("from-00000", 120))
     assert ray.is_initialized(), "the connection of the caller stays"
-    assert (folder / "members.csv").read_bytes() == expected
-    assert list(result.failures) == [list(result.rows)[-1]]
-
-
-def test_a_removed_node(ray, nodes, tmp_path):
-    source, configs = write_log(tmp_path), grid(updates=UPDATES)
-    options = {"members_per_task": 2, "score": first_weight, "save_every": EVERY}
-    expected = reference(configs, source, tmp_path / "reference", **options)
-    folder = tmp_path / "sweep"
-    with Killing(folder / "tasks" / "from-00002", 120, then=removal(nodes)) as killing:
-        result = Sweep(configs, source, folder, **options).run("ray", address=nodes.address)
-    assert killing.at is not None
-    assert 120 <= killing.at < UPDATES, "the node was removed in the middle"
-    assert len(nodes.worker_nodes) == 1
-    assert not ray.is_initialized(), "what the sweep has connected, it disconnects"
-    assert not result.failures
-    assert (folder / "members.csv").read_bytes() == expected
 
 
 def test_200_members_over_two_nodes_with_a_killed_worker_and_a_removed_node(ray, nodes, tmp_path):
-    source, configs = write_log(tmp_path), grid(seeds=100, updates=60)
-    options = {"score": first_weight, "save_every": 20, "held_out": 0.4, "fit_updates": 20}
-    expected = reference(configs, source, tmp_path / "reference", **options)
-    folder = tmp_path / "sweep"
-    with (
-        Killing(folder / "tasks" / "from-00040", 25) as killing,
-        Killing(folder / "tasks" / "from-00120", 25, then=removal(nodes)) as removing,
-    ):
-        result = Sweep(configs, source, folder, **options).run("ray", address=nodes.address)
-    for each in (killing, removing):
-        assert each.at is not None
-        assert 25 <= each.at < 60
+    run = partial(Sweep.run, engine="ray", address=nodes.address)
+    removed = "from-00120", 25, None, removal(nodes)
+    interrupted(tmp_path, run, ("from-00040", 25), removed, **MANY)
     assert len(nodes.worker_nodes) == 1
-    assert not result.failures
-    assert len(table(folder)) == 200
-    assert (folder / "members.csv").read_bytes() == expected
+    assert not ray.is_initialized(), "what the sweep has connected, it disconnects"
+    assert len(table(tmp_path / "sweep")) == 200
 
 
 def test_an_interrupted_sweep_cancels_its_tasks(ray, tmp_path, monkeypatch):

@@ -14,8 +14,9 @@ from small_sweeps import first_weight, grid, perform_here, reference, table, wri
 from iql_torchrl import IQLPopulation, OfflineTrainer, load_dataset
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.files import CheckpointError
-from iql_torchrl.sweep import Sweep, plan
-from iql_torchrl.sweep.task import Common
+from iql_torchrl.sweep import Sweep
+from iql_torchrl.sweep.result import named
+from iql_torchrl.sweep.sweep import divided
 from iql_torchrl.trainers import run_folder
 
 
@@ -104,24 +105,23 @@ def test_configs_are_divided_into_populations_and_single_runs(source):
         replace(BASE, history=2, seed=1),
     ]
     configs += [replace(BASE, policy="categorical"), replace(BASE, seed=7)]
-    named = plan.named(configs)
-    names = list(named)
-    made = plan.make_plan(named, load_dataset(source), 3)
-    groups = [([names.index(n) for n in group], stacked) for group, stacked in made.groups]
+    runs = named(configs)
+    names = list(runs)
+    groups, failed = divided(runs, load_dataset(source), 3)
+    groups = [([names.index(n) for n in group], stacked) for group, stacked in groups]
     assert groups == [
         ([0, 1, 2], True), ([3, 11], True), ([4], False), ([9], False), ([5, 6, 7], True), ([8], True),
     ]  # fmt: skip
-    assert [names.index(name) for name in made.failed] == [10]
+    assert [names.index(name) for name in failed] == [10]
 
 
 def test_names_of_a_list_are_the_settings_that_differ():
-    names = list(plan.named([*grid(), replace(BASE, temperature=1.0)]))
+    names = list(named([*grid(), replace(BASE, temperature=1.0)]))
     assert names[0] == "expectile 0.6, temperature 3 #0"
     assert names[-1] == "expectile 0.7, temperature 1 #0"
-    assert list(plan.named([BASE, replace(BASE, seed=4)])) == ["run #0", "run #4"]
-    assert plan.settings_of("run #4", replace(BASE, seed=4)) == "run"
+    assert list(named([BASE, replace(BASE, seed=4)])) == ["run #0", "run #4"]
     with pytest.raises(ValueError, match=r"configs\[1\] is given twice \(run #0\)"):
-        plan.named([BASE, BASE])
+        named([BASE, BASE])
 
 
 def test_a_member_that_fails_is_named_and_the_others_finish(source, tmp_path, here, monkeypatch):
@@ -219,11 +219,11 @@ def test_runs_are_evaluated_when_the_environment_can_be_made(source, tmp_path, h
             raise ModuleNotFoundError("No module named 'simulator'")
         return SimpleNamespace(close=lambda: None)
 
-    def scores(self, agent, dataset):
+    def scores(agent, dataset, *, episodes, seed):
         return {"score": 1.0, "score_low": 0.5, "score_high": 1.5}
 
     monkeypatch.setattr(OfflineDataset, "make_env", environment)
-    monkeypatch.setattr(Common, "scores", scores)
+    monkeypatch.setattr("iql_torchrl.sweep.sweep.played", scores)
     sweep = Sweep(grid(updates=5), source, tmp_path / "sweep")
     first = sweep.run()
     assert first.notes == ("There are no scores: No module named 'simulator'",)

@@ -12,7 +12,7 @@ from small_populations import BASE
 from small_sweeps import first_weight, grid, perform_here, write_log
 
 from iql_torchrl.data import DatasetError
-from iql_torchrl.sweep import Sweep, ray_tasks, slurm_jobs
+from iql_torchrl.sweep import Sweep, engines
 
 
 @pytest.fixture
@@ -43,25 +43,27 @@ def test_bad_arguments_get_one_sentence(tmp_path, options, words):
         Sweep(**given)
 
 
-def test_other_folders_and_engines_are_refused(source, tmp_path, here):
+@pytest.mark.parametrize(
+    ("updates", "options", "words"),
+    [
+        (1, {"save_every": 7}, r"another sweep: save_every was 5000, now 7;"),
+        (1, {"log_score": ("doctor", 0.5)}, r"log_score was None, now .*0\.5"),
+        (2, {}, r"updates was 1, now 2 in 'expectile 0.6 #0' in 'configs'"),
+    ],
+)
+def test_the_folder_of_another_sweep_is_refused(source, tmp_path, here, updates, options, words):
     Sweep(grid(updates=1), source, tmp_path / "sweep", score=None).run()
-    with pytest.raises(
-        ValueError, match=r"another sweep: save_every differs \(it was 5000, now 7\)"
-    ):
-        Sweep(grid(updates=1), source, tmp_path / "sweep", score=None, save_every=7).run()
-    with pytest.raises(ValueError, match=r"log_score differs \(it was None, now .*0\.5"):
-        Sweep(
-            grid(updates=1), source, tmp_path / "sweep", score=None, log_score=("doctor", 0.5)
-        ).run()
-    with pytest.raises(
-        ValueError, match=r"configs differs \(updates of 'expectile 0.6 #0' was 1, now 2\)"
-    ):
-        Sweep(grid(updates=2), source, tmp_path / "sweep", score=None).run()
+    with pytest.raises(ValueError, match=words):
+        Sweep(grid(updates=updates), source, tmp_path / "sweep", score=None, **options).run()
+
+
+def test_other_engines_and_damaged_folders_are_refused(source, tmp_path, here):
     with pytest.raises(ValueError, match="engine is 'dask'; choose one of local, ray, slurm"):
         Sweep(grid(), source, tmp_path / "other").run("dask")
     with pytest.raises(ValueError, match="workers is 0"):
         Sweep(grid(), source, tmp_path / "other").run(workers=0)
     assert not (tmp_path / "other").exists()
+    (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "sweep.json").write_text("{")
     with pytest.raises(ValueError, match=r"sweep\.json is not JSON"):
         Sweep(grid(updates=1), source, tmp_path / "sweep", score=None).run()
@@ -93,9 +95,9 @@ def test_a_sweep_recognises_its_folder_from_another_process(source, tmp_path, he
     saved = (folder / "sweep.json").read_text()
     assert " at 0x" not in saved
     Sweep(grid(updates=1), str(source), folder, score=scores[1]).run()
-    with pytest.raises(ValueError, match="source differs"):
+    with pytest.raises(ValueError, match=r"source was .*now 'other.npz'"):
         Sweep(grid(updates=1), "other.npz", folder, score=scores[1]).run()
-    with pytest.raises(ValueError, match=r"'expectile 0\.6 #1' is missing"):
+    with pytest.raises(ValueError, match=r"expectile 0\.6 #1 was .*, now None"):
         Sweep(grid(updates=1)[:1] + grid(updates=1)[2:], source, folder, score=scores[1]).run()
     with pytest.raises(ValueError, match=r"log\.npz is a file; a sweep needs a folder"):
         Sweep(grid(updates=1), source, source).run()
@@ -113,7 +115,7 @@ def test_a_sweep_recognises_its_folder_from_another_process(source, tmp_path, he
 def test_an_unreachable_address_gets_one_sentence_at_once(address, words):
     """Ray tries to connect for five minutes, and ends the process."""
     with pytest.raises(ConnectionError, match=r"start one with ray start --head") as caught:
-        ray_tasks._connect(SimpleNamespace(init=None), address, 1)
+        engines.connect(SimpleNamespace(init=None), address, 1)
     assert words in str(caught.value)
     assert repr(address) in str(caught.value)
 
@@ -123,18 +125,3 @@ def test_an_absent_package_is_named(source, tmp_path, monkeypatch, engine, packa
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf'pip install "iql_torchrl\[{engine}\]"'):
         Sweep(grid(updates=1), source, tmp_path / "sweep", score=None).run(engine)
-
-
-def test_the_sentence_of_a_failed_slurm_job_is_the_last_line_of_its_traceback():
-    trace = """Job (task=0) failed during processing with trace:
-----------------------
-Traceback (most recent call last):
-  File "a.py", line 1, in f
-    raise ValueError("bad")
-ValueError: bad
-----------------------
-You can check full logs with 'job.stderr(0)'and 'job.stdout(0)'or at paths:
-  - /x/1_0_log.err"""
-    assert slurm_jobs._last_line(RuntimeError(trace)) == "ValueError: bad"
-    assert slurm_jobs._last_line(RuntimeError("lost")) == "lost"
-    assert slurm_jobs._last_line(RuntimeError()) == "RuntimeError"

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from iql_torchrl.data.builtin.recipes import Act, import_for_recipe, play
-from iql_torchrl.data.readers.ogbench_names import PREFIX, ogbench_folder
+from iql_torchrl.data.readers.ogbench import PREFIX, ogbench_folder
 from iql_torchrl.data.saved import folder_lock
 from iql_torchrl.files import whole_file
 

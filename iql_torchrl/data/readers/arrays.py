@@ -1,9 +1,9 @@
-"""Columns of a table: arrays of files, dicts and tensors, sliced by rows."""
+"""Columns of a table: arrays of files, dicts and TensorDicts, sliced by rows."""
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,25 +12,20 @@ import gymnasium as gym
 import h5py
 import numpy as np
 import torch
+from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
+from tensordict import TensorDictBase
+from torchrl.data import ReplayBuffer, Storage, VideoClipRef
 
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 
-__all__ = [
-    "TABLE_FILES",
-    "Column",
-    "Opened",
-    "array_of",
-    "check_numbers",
-    "flatten",
-    "hdf5_parts",
-    "open_hdf5",
-    "open_npz",
-]
-
-#: Suffixes of the files that contain a table.
-TABLE_FILES = (".hdf5", ".h5", ".npz", ".parquet")
+NO_FRAMES = (
+    "its frames are in video files and not in the table; load the folder of LeRobot's files itself, or "
+    "name another leaf, such as columns={'observation': 'observation/state'}."
+)
+#: Results of a step, which TorchRL's collectors also store for the step before it, at the root.
+AFTER_THE_STEP = ("reward", "done", "terminated", "truncated")
 
 
 class Column(Protocol):
@@ -49,7 +44,8 @@ class Column(Protocol):
 class Opened:
     """The columns of a table by their names in the source, and what its reader says about them.
 
-    ``action_space``: the one that the source records, if any. ``warnings`` become ``DatasetWarning``.
+    The spaces and the environment are those that the source records, if any. ``warnings`` become
+    ``DatasetWarning``.
     """
 
     name: str
@@ -57,56 +53,97 @@ class Opened:
     action_space: gym.Space[Any] | None = None
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    observation_space: gym.Space[Any] | None = None
+    env_spec: EnvSpec | None = None
 
 
-def open_hdf5(path: Path) -> dict[str, Column]:
-    """The file's datasets by path, not yet read. Raises ``DatasetError`` naming a damaged file."""
-    for part in hdf5_parts(path):
-        if not part.is_file():
-            raise DatasetError(
-                f"{path}: takes part of its data from the file {part}, which does not exist; HDF5 "
-                "would read fill values in its place. Put the file there."
-            )
-    try:
-        file = h5py.File(path, "r")
-        columns: dict[str, Column] = {}
+class PartsColumn:
+    """A column whose rows lie in consecutive parts; only the parts that are asked for are read.
 
-        def visit(name: str, item: Any) -> None:
-            if isinstance(item, h5py.Dataset) and item.ndim:
-                columns[name] = item
+    Args:
+        lengths: rows of each part; 0 is allowed.
+        read: returns all rows of the part with a number, ``(length, *row_shape)``. It raises
+            ``DatasetError`` where the part has another number of rows than ``lengths`` says.
+        row_shape: shape of one row.
+        dtype: of the values; parts of another dtype are an error of the caller.
 
-        file.visititems(visit)
-    except (OSError, RuntimeError, KeyError) as error:
-        raise DatasetError(
-            f"{path}: not a complete HDF5 file ({one_line(error)}); download or copy it again."
-        ) from error
-    return columns
-
-
-def hdf5_parts(path: Path) -> tuple[Path, ...]:
-    """Other files from which the file's virtual and external datasets take their data.
-
-    Names with a pattern (``%b``) are left out. Empty for a damaged file.
+    The part read last is kept, because successive slices often end and begin in one part.
     """
-    names: set[str] = set()
 
-    def visit(_: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset):
-            if item.is_virtual:
-                names.update(source.file_name for source in item.virtual_sources())
-            names.update(name for name, _, _ in item.external or ())
+    def __init__(
+        self,
+        lengths: Sequence[int] | NDArray[np.int64],
+        read: Callable[[int], NDArray[Any]],
+        row_shape: tuple[int, ...],
+        dtype: Any,
+    ) -> None:
+        self._ends = np.cumsum(np.asarray(lengths, np.int64))
+        self._read, self._kept = read, (-1, np.empty(0))
+        rows = int(self._ends[-1]) if len(self._ends) else 0
+        self.shape, self.dtype = (rows, *row_shape), np.dtype(dtype)
 
-    try:
-        with h5py.File(path, "r") as file:
-            file.visititems(visit)
-    except (OSError, RuntimeError, KeyError):
-        return ()
-    file_names = sorted(name for name in names if name != "." and "%" not in name)
-    # HDF5 looks candidates the file first, then in the current folder.
-    candidates = [(path.parent / name, Path(name)) for name in file_names]
-    return tuple(
-        here if not name.is_file() or here.is_file() else name for here, name in candidates
-    )
+    def __getitem__(self, rows: slice, /) -> NDArray[Any]:
+        start, stop = row_range(rows, self.shape[0])
+        values = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        if start == stop:
+            return values
+        first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
+        for number in range(int(first), int(last) + 1):
+            begin = int(self._ends[number - 1]) if number else 0
+            low, high = max(start, begin), min(stop, int(self._ends[number]))
+            if low < high:
+                values[low - start : high - start] = self._part(number)[low - begin : high - begin]
+        return values
+
+    def _part(self, number: int) -> NDArray[Any]:
+        if self._kept[0] != number:
+            self._kept = (number, self._read(number))
+        return self._kept[1]
+
+
+class UnreadableColumn:
+    """A column that cannot be read: its first use raises ``DatasetError`` with ``reason``."""
+
+    dtype = np.dtype(object)
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise DatasetError(self._reason)
+
+    def __getitem__(self, rows: slice, /) -> NDArray[Any]:
+        raise DatasetError(self._reason)
+
+
+class _ChosenRows:
+    """Some rows of a column, in their order; values are not copied before they are asked for."""
+
+    def __init__(self, column: Column, rows: NDArray[np.int64]) -> None:
+        self._column, self._rows = column, rows
+        self.shape, self.dtype = (len(rows), *column.shape[1:]), column.dtype
+
+    def __getitem__(self, rows: slice, /) -> NDArray[Any]:
+        chosen = self._rows[rows]
+        start, stop = (int(chosen[0]), int(chosen[-1]) + 1) if len(chosen) else (0, 0)
+        values: NDArray[Any] = np.asarray(self._column[start:stop])[chosen - start]
+        return values
+
+
+def chosen_rows(columns: Mapping[str, Column], keep: NDArray[np.bool_]) -> dict[str, Column]:
+    """The columns without the rows where ``keep`` is False; their values are not copied."""
+    rows = np.flatnonzero(keep)
+    return {
+        name: column if isinstance(column, UnreadableColumn) else _ChosenRows(column, rows)
+        for name, column in columns.items()
+    }
+
+
+def row_range(rows: slice, count: int) -> tuple[int, int]:
+    """Start and stop of a slice of ``count`` rows, of step 1; an empty range where stop < start."""
+    start, stop, _ = rows.indices(count)
+    return start, max(start, stop)
 
 
 def open_npz(path: Path) -> dict[str, Column]:
@@ -142,6 +179,57 @@ def _entry(archive: Any, name: str) -> NDArray[Any]:
         return np.empty(0, object)
 
 
+def open_hdf5(path: Path) -> dict[str, Column]:
+    """The file's arrays by path, not yet read. Raises ``DatasetError`` naming a damaged file."""
+    arrays = _hdf5_arrays(path)
+    for part in _other_files(path, arrays):
+        if not part.is_file():
+            raise DatasetError(
+                f"{path}: takes part of its data from the file {part}, which does not exist; HDF5 "
+                "would read fill values in its place. Put the file there."
+            )
+    return arrays
+
+
+def hdf5_parts(path: Path) -> tuple[Path, ...]:
+    """Other files from which the file's arrays take their data. Empty for a damaged file."""
+    try:
+        return _other_files(path, _hdf5_arrays(path))
+    except DatasetError:
+        return ()
+
+
+def _hdf5_arrays(path: Path) -> dict[str, Column]:
+    arrays: dict[str, Column] = {}
+
+    def visit(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and item.ndim:
+            arrays[name] = item
+
+    try:
+        h5py.File(path, "r").visititems(visit)
+    except (OSError, RuntimeError, KeyError) as error:
+        raise DatasetError(
+            f"{path}: not a complete HDF5 file ({one_line(error)}); download or copy it again."
+        ) from error
+    return arrays
+
+
+def _other_files(path: Path, arrays: Mapping[str, Any]) -> tuple[Path, ...]:
+    """The files of virtual and external arrays; names with a pattern (``%b``) are left out."""
+    names: set[str] = set()
+    for array in arrays.values():
+        if array.is_virtual:
+            names.update(source.file_name for source in array.virtual_sources())
+        names.update(name for name, _, _ in array.external or ())
+    file_names = sorted(name for name in names if name != "." and "%" not in name)
+    # HDF5 looks beside the file first, then in the current folder.
+    candidates = [(path.parent / name, Path(name)) for name in file_names]
+    return tuple(
+        here if not name.is_file() or here.is_file() else name for here, name in candidates
+    )
+
+
 def flatten(arrays: Mapping[str, Any], prefix: str = "") -> dict[str, Column]:
     """Nested mappings of arrays as one level, names joined by ``/``."""
     flat: dict[str, Column] = {}
@@ -149,14 +237,26 @@ def flatten(arrays: Mapping[str, Any], prefix: str = "") -> dict[str, Column]:
         path = f"{prefix}{name}"
         if isinstance(value, Mapping):
             flat.update(flatten(value, f"{path}/"))
-        elif isinstance(value, torch.Tensor):
-            flat[path] = array_of(value, path)
         else:
-            flat[path] = _array(value, path)
+            flat[path] = array_of(value, path)
     return flat
 
 
-def _array(value: Any, name: str) -> NDArray[Any]:
+def array_of(value: Any, name: str) -> NDArray[Any]:
+    """A tensor, array or list as an array; bfloat16, which NumPy lacks, as float32.
+
+    Rows of different shapes become objects, an error only if the column is used. Raises
+    ``DatasetError`` for tensors that are not dense, and for masked values.
+    """
+    if isinstance(value, torch.Tensor):
+        plain = value.detach().cpu()
+        try:
+            return (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+        except (TypeError, RuntimeError) as error:
+            raise DatasetError(
+                f"{name}: a tensor of dtype {value.dtype} and layout {value.layout} has no array "
+                f"({one_line(error)}); expected a dense tensor of real numbers or booleans."
+            ) from error
     if isinstance(value, np.ma.MaskedArray) and (count := int(np.ma.getmaskarray(value).sum())):
         raise DatasetError(
             f"{name}: {count} of {value.size} values are masked; expected numbers: leave those rows "
@@ -164,44 +264,72 @@ def _array(value: Any, name: str) -> NDArray[Any]:
         )
     try:
         return np.asarray(value)
-    except ValueError:  # Rows of different shapes; only an error if the column is read.
-        rows = np.empty(len(value), object)
-        rows[:] = [None] * len(value)
-        return rows
+    except ValueError:
+        return np.full(len(value), None, object)
 
 
-def array_of(values: torch.Tensor, name: str) -> NDArray[Any]:
-    """A tensor as an array; bfloat16, which NumPy lacks, as float32.
+def columns_of_tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> dict[str, Column]:
+    """The leaves by ``/``-joined key, ``(N, ...)``.
 
-    Raises ``DatasetError`` for tensors that are not dense.
+    Several batch dimensions, the last one time, as collectors deliver them, are flattened. Each row
+    of the leading dimensions is then one episode, unless trajectory numbers divide it further.
+    Steps where ``("collector", "mask")`` (``"mask"`` after ``split_trajectories`` of a table without
+    ``collector``) is False only pad trajectories to one length and are left out.
+    ``("next", "truncated")`` is computed from ``done`` and ``terminated`` where it is missing. Rewards
+    and marks of the state before the action are left out where ``next`` has those after it.
     """
-    plain = values.detach().cpu()
-    try:
-        array: NDArray[Any] = (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
-    except (TypeError, RuntimeError) as error:
+    table = _tensordict(source)
+    lead, rows = table.batch_dims, table.batch_size.numel()
+    if not lead:
         raise DatasetError(
-            f"{name}: a tensor of dtype {values.dtype} and layout {values.layout} has no array "
-            f"({one_line(error)}); expected a dense tensor of real numbers or booleans."
-        ) from error
-    return array
+            f"{type(source).__name__}: has no batch dimension; expected one row per step."
+        )
+    columns: dict[str, Column] = {}
+    for key in table.keys(include_nested=True, leaves_only=True):
+        parts = (key,) if isinstance(key, str) else tuple(key)
+        if len(parts) > 1 and isinstance(table.get(parts[:-1]), VideoClipRef):
+            name = "/".join(parts[:-1])
+            columns[name] = UnreadableColumn(f"{name}: {NO_FRAMES}")
+        elif isinstance(values := table.get(key), torch.Tensor):
+            name = "/".join(parts)
+            columns[name] = array_of(values.reshape(rows, *values.shape[lead:]), name)
+    marks = {
+        name: np.any(np.asarray(columns[f"next/{name}"][:]).reshape(rows, -1), axis=1)
+        for name in ("done", "terminated", "truncated")
+        if f"next/{name}" in columns
+    }
+    if lead > 1 and "collector/traj_ids" not in columns:
+        ends = np.arange(1, rows + 1) % table.batch_size[-1] == 0
+        ends = np.any([ends, *marks.values()], axis=0)
+        columns["collector/traj_ids"] = np.cumsum(ends) - ends
+    if "done" in marks and "terminated" in marks:
+        columns.setdefault("next/truncated", marks["done"] & ~marks["terminated"])
+    for result in AFTER_THE_STEP:
+        if f"next/{result}" in columns:
+            columns.pop(result, None)
+    mask = columns.get("collector/mask", columns.get("mask") if lead > 1 else None)
+    if mask is not None and mask.dtype == np.bool_ and int(np.prod(mask.shape)) == rows:
+        keep = np.asarray(mask[:]).reshape(rows)
+        columns = columns if keep.all() else chosen_rows(columns, keep)
+    return columns
 
 
-def check_numbers(name: str, columns: Mapping[str, Column]) -> None:
-    """Raises unless each column has rows, and each row numbers."""
-    for key, column in columns.items():
-        shape, kind = tuple(column.shape), np.dtype(column.dtype)
-        expected = "expected an array of real numbers or booleans with one row per step"
-        if not shape:
-            raise DatasetError(f"{name}: {key} is a single value of dtype {kind}; {expected}.")
-        if kind.kind == "O":
+def _tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> TensorDictBase:
+    if isinstance(source, ReplayBuffer):
+        source = source.storage
+    if isinstance(source, Storage):
+        try:
+            rows = len(source)
+        except RuntimeError as error:
             raise DatasetError(
-                f"{name}: {key} has Python objects (dtype object): rows of different lengths, or "
-                f"no numbers; {expected}, all rows of one shape. Join episodes of different lengths "
-                "with numpy.concatenate and mark their ends."
-            )
-        if kind.kind not in "biuf":
-            raise DatasetError(f"{name}: {key} has {kind} values of shape {shape}; {expected}.")
-        if 0 in shape[1:]:
-            raise DatasetError(
-                f"{name}: {key} has shape {shape}: its rows hold no numbers; {expected}."
-            )
+                f"{type(source).__name__}: has no length ({one_line(error)}); expected a storage of a "
+                "known number of rows: download a streamed dataset first (download=True)."
+            ) from error
+        if not rows:
+            raise DatasetError("the replay buffer is empty; expected at least one transition.")
+        source = source.get(slice(0, rows))
+    if not isinstance(source, TensorDictBase):
+        raise DatasetError(
+            f"the storage has {type(source).__name__} values; expected TensorDicts of transitions."
+        )
+    return source

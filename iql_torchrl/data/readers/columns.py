@@ -1,25 +1,30 @@
-"""The columns of a table: recognised by their names, and checked to have one length."""
+"""The columns of a table: their names, their shapes, and the spaces they lie in."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, check_numbers
-from iql_torchrl.data.readers.ogbench_names import advice_for_raw_rows
+from iql_torchrl.data.readers.arrays import Column
 from iql_torchrl.data.readers.source import ReadOptions
-from iql_torchrl.data.schema import DatasetError, Key
-
-__all__ = ["TRAJECTORY_ENDS", "Table", "read_table"]
+from iql_torchrl.data.schema import DatasetError, Key, leaf_spaces
+from iql_torchrl.descriptions import describe_space
 
 #: Names of columns that mark ends of trajectories in some files, terminations in others. In a file
 #: that has ``not_terminated`` or ``valid`` they mark ends of trajectories.
 TRAJECTORY_ENDS = ("terminals", "dones_float")
 #: Keys without which there are no transitions.
 REQUIRED = ("observation", "action", "reward", "terminated")
+
+#: Keys of columns of 0 and 1.
+FLAGS = ("terminated", "not_terminated", "truncated", "trajectory_end", "valid")
+#: Keys of one number a row.
+SINGLE = (*FLAGS, "reward", "episode", "action_log_prob")
 
 #: Names that a file may use for our keys, compared exactly; ``columns`` overrides them.
 NAMES: dict[str, tuple[str, ...]] = {
@@ -43,13 +48,21 @@ NAMES: dict[str, tuple[str, ...]] = {
     "action_log_prob": ("action_log_prob", "action_log_probs"),
 }  # fmt: skip
 
+#: Rows of one block.
+CHUNK = 65_536
+MOST_CATEGORIES = 2**31
+#: Float actions that are whole numbers below this one may be categories.
+MOST_FLOAT_CATEGORIES = 1000
+
 
 @dataclass(frozen=True)
 class Table:
     """The columns under our names; observations by leaf key.
 
-    ``columns`` has ``trajectory_end`` besides the keys of ``NAMES``: see ``TRAJECTORY_ENDS``.
-    ``paths``: their names in the file. ``unused``: the file's other columns, by their names.
+    ``terminated``: rows that terminate, ``(rows,)``; none where no column marks them. ``flags``:
+    ``truncated``, ``trajectory_end`` (see ``TRAJECTORY_ENDS``) and ``valid`` where the file has them.
+    ``paths``: the columns' names in the file. ``unused``: its other columns, by their names.
+    ``truncation_ignored``: the caller left ``truncated`` out.
     """
 
     name: str
@@ -57,61 +70,36 @@ class Table:
     observation: dict[Key, Column]
     next_observation: dict[Key, Column] | None
     columns: dict[str, Column]
-    truncation_ignored: bool
+    terminated: NDArray[np.bool_]
+    flags: dict[str, NDArray[np.bool_]]
     paths: dict[str, str]
     unused: dict[str, Column]
-
-    def terminated(self) -> NDArray[np.bool_]:
-        """Rows that terminate, ``(rows,)``: none where no column marks them."""
-        not_terminated, terminated = self.flags("not_terminated"), self.flags("terminated")
-        if not_terminated is None:
-            return np.zeros(self.rows, np.bool_) if terminated is None else terminated
-        if terminated is None:
-            return ~not_terminated
-        differ = np.flatnonzero(terminated == not_terminated)
-        if len(differ):
-            first, second = self.paths["not_terminated"], self.paths["terminated"]
-            raise DatasetError(
-                f"{self.name}: {first!r} (0 where a row terminates) and {second!r} (1 there) "
-                f"disagree in {len(differ)} of {self.rows} rows, first at row {differ[0]}; choose "
-                f"one with columns={{'terminated': {second!r}}} or "
-                f"columns={{'not_terminated': {first!r}, 'terminated': None}}."
-            )
-        return terminated
-
-    def flags(self, key: str) -> NDArray[np.bool_] | None:
-        """A column of 0 and 1 as booleans, ``(rows,)``."""
-        column = self.columns.get(key)
-        if column is None:
-            return None
-        values = np.asarray(column[:]).reshape(self.rows)
-        if values.dtype == np.bool_:
-            return values
-        wrong = np.flatnonzero((values != 0) & (values != 1))
-        if len(wrong):
-            raise DatasetError(
-                f"{self.name}: {self.named(key)} has {values[wrong[0]]} in {len(wrong)} of "
-                f"{self.rows} rows with other values than 0 and 1, first at row {wrong[0]}; "
-                "expected 0 or 1."
-            )
-        return values.astype(np.bool_)
-
-    def named(self, key: str) -> str:
-        """The key, and its name in the file if that differs."""
-        path = self.paths.get(key, key)
-        return key if path == key else f"{key} ({path!r})"
+    truncation_ignored: bool
 
 
 def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> Table:
-    unknown = set(options.columns) - set(NAMES)
-    if unknown:
-        raise DatasetError(
-            f"{name}: columns maps {sorted(unknown)}; the keys are {', '.join(NAMES)}."
-        )
-    chosen = _columns_of_keys(name, columns, options)
-    named, observation, following = _selected(name, columns, chosen)
+    """The columns by our keys, each with one row of numbers a step; raises ``DatasetError``."""
+    paths = _paths(name, columns, options.columns)
+    named: dict[str, Column] = {}
+    observed: dict[str, dict[Key, Column]] = {"observation": {}, "next_observation": {}}
+    for key, path in paths.items():
+        leaves = {
+            ("observation", *p.removeprefix(path).split("/")[1:]): column
+            for p, column in columns.items()
+            if p == path or (p.startswith(f"{path}/") and column.shape)
+        }
+        if key in observed:
+            observed[key] = leaves
+        elif path in columns:
+            named[key] = columns[path]
+        else:
+            inner = ", ".join("/".join(leaf[1:]) for leaf in leaves)
+            raise DatasetError(
+                f"{name}: {key} ({path!r}) is a group of {inner}; expected one array."
+            )
+    observation, following = observed["observation"], observed["next_observation"]
     if not following:
-        chosen["next_observation"] = None
+        paths.pop("next_observation", None)
     elif set(following) != set(observation):
         raise DatasetError(
             f"{name}: next_observation has the leaves {sorted(following)}, observation has "
@@ -119,53 +107,48 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
         )
     if options.columns.get("reward") and named["reward"].dtype == np.bool_:
         named["reward"] = np.asarray(named["reward"][:], np.float32)  # such as LeRobot's success
-    check_numbers(name, {**named, **_joined(observation), **_joined(following, "next/")})
-    rows = next(iter(observation.values())).shape[0]
-    if rows == 0:
-        raise DatasetError(f"{name}: observation has 0 rows; expected at least one transition.")
-    _same_rows(name, rows, {**named, **_joined(observation), **_joined(following, "next/")})
-    for key in (
-        "reward", "terminated", "not_terminated", "truncated", "trajectory_end", "valid",
-        "episode", "action_log_prob",
-    ):  # fmt: skip
-        if key in named and not _single(named[key]):
-            raise DatasetError(
-                f"{name}: {key} has shape {tuple(named[key].shape)}; expected one number a row, "
-                f"({rows},) or ({rows}, 1)."
-            )
-    ignored = options.columns.get("truncated", "") is None
-    paths = {key: path for key, path in chosen.items() if path is not None}
-    unused = {path: column for path, column in columns.items() if path not in paths.values()}
-    return Table(name, rows, observation, following or None, named, ignored, paths, unused)
+    every = {"/".join(key): column for key, column in observation.items()}
+    every |= {"next/" + "/".join(key): column for key, column in following.items()}
+    rows = _checked_rows(name, every | named)
+    flags = {
+        key: _flags(f"{name}: {key} ({paths[key]!r})", named[key]) for key in FLAGS if key in named
+    }
+    return Table(
+        name, rows, observation, following or None, named,
+        terminated=_terminated(name, rows, flags, paths), flags=flags, paths=paths,
+        unused={path: column for path, column in columns.items() if path not in paths.values()},
+        truncation_ignored=options.columns.get("truncated", "") is None,
+    )  # fmt: skip
 
 
-def _selected(
-    name: str, columns: dict[str, Column], chosen: Mapping[str, str | None]
-) -> tuple[dict[str, Column], dict[Key, Column], dict[Key, Column]]:
-    """Columns by key, and the leaves of ``observation`` and of ``next_observation``."""
-    named: dict[str, Column] = {}
-    observation: dict[Key, Column] = {}
-    following: dict[Key, Column] = {}
-    for key, path in chosen.items():
-        if path is None:
-            continue
-        inner = {
-            p[len(path) + 1 :]: c
-            for p, c in columns.items()
-            if p.startswith(f"{path}/") and c.shape
-        }
-        if key in ("observation", "next_observation"):
-            leaves = observation if key == "observation" else following
-            if path in columns:
-                leaves[("observation",)] = columns[path]
-            leaves.update({("observation", *p.split("/")): c for p, c in inner.items()})
-        elif path in columns:
-            named[key] = columns[path]
+def _checked_rows(name: str, columns: Mapping[str, Column]) -> int:
+    """The number of rows; raises unless each column, the first an observation, has numbers in each."""
+    rows = -1
+    for key, column in columns.items():
+        shape, kind = tuple(column.shape), np.dtype(column.dtype)
+        rows = shape[0] if rows < 0 and shape else rows
+        if not shape:
+            problem = f"is a single value of dtype {kind}"
+        elif kind.kind == "O":
+            problem = "has Python objects (dtype object): rows of different lengths, or no numbers"
+        elif kind.kind not in "biuf":
+            problem = f"has {kind} values of shape {shape}"
+        elif 0 in shape[1:]:
+            problem = f"has shape {shape}: its rows hold no numbers"
+        elif shape[0] != rows:
+            problem = f"has {shape[0]} rows, observation has {rows}"
+        elif key in SINGLE and not _single(column):
+            problem = f"has shape {shape}, where ({rows},) or ({rows}, 1) is needed"
         else:
-            raise DatasetError(
-                f"{name}: {key} ({path!r}) is a group of {', '.join(inner)}; expected one array."
-            )
-    return named, observation, following
+            continue
+        raise DatasetError(
+            f"{name}: {key} {problem}; expected an array of real numbers or booleans with one row per "
+            "step, all rows of one shape. Join episodes of different lengths with numpy.concatenate "
+            "and mark their ends."
+        )
+    if not rows:
+        raise DatasetError(f"{name}: observation has 0 rows; expected at least one transition.")
+    return rows
 
 
 def _single(column: Column) -> bool:
@@ -173,15 +156,43 @@ def _single(column: Column) -> bool:
     return int(np.prod(column.shape[1:])) == 1
 
 
-def _joined(columns: Mapping[Key, Column], prefix: str = "") -> dict[str, Column]:
-    return {prefix + "/".join(key): column for key, column in columns.items()}
+def _flags(label: str, column: Column) -> NDArray[np.bool_]:
+    """A column of 0 and 1 as booleans, ``(rows,)``."""
+    values = np.asarray(column[:]).reshape(-1)
+    if len(wrong := np.flatnonzero((values != 0) & (values != 1))):
+        raise DatasetError(
+            f"{label} has {values[wrong[0]]} in {len(wrong)} of {len(values)} rows with other values "
+            f"than 0 and 1, first at row {wrong[0]}; expected 0 or 1."
+        )
+    return values.astype(np.bool_)
 
 
-def _columns_of_keys(
-    name: str, columns: dict[str, Column], options: ReadOptions
-) -> dict[str, str | None]:
-    """The column of each key of ``NAMES``, and of ``trajectory_end``."""
-    mapping = dict(options.columns)
+def _terminated(
+    name: str, rows: int, flags: Mapping[str, NDArray[np.bool_]], paths: Mapping[str, str]
+) -> NDArray[np.bool_]:
+    if "not_terminated" not in flags:
+        return flags.get("terminated", np.zeros(rows, np.bool_))
+    terminated = flags.get("terminated", ~flags["not_terminated"])
+    if len(differ := np.flatnonzero(terminated == flags["not_terminated"])):
+        first, second = paths["not_terminated"], paths["terminated"]
+        raise DatasetError(
+            f"{name}: {first!r} (0 where a row terminates) and {second!r} (1 there) disagree in "
+            f"{len(differ)} of {rows} rows, first at row {differ[0]}; choose one with "
+            f"columns={{'terminated': {second!r}}} or columns={{'not_terminated': {first!r}, "
+            "'terminated': None}."
+        )
+    return terminated
+
+
+def _paths(
+    name: str, columns: Mapping[str, Column], options: Mapping[str, str | None]
+) -> dict[str, str]:
+    """The column, or group of columns, of each key of a ``Table``; without keys that have none."""
+    if unknown := set(options) - set(NAMES):
+        raise DatasetError(
+            f"{name}: columns maps {sorted(unknown)}; the keys are {', '.join(NAMES)}."
+        )
+    mapping = dict(options)
     if mapping.get("terminated") in NAMES["not_terminated"]:
         # The name gives the meaning of its values: 0 where a row terminates.
         mapping.setdefault("not_terminated", mapping.pop("terminated"))
@@ -192,43 +203,46 @@ def _columns_of_keys(
                 f"{mapping['not_terminated']!r}; one is the opposite of the other: name one of them."
             )
         mapping.setdefault("not_terminated", None)
-    chosen = {key: _find(name, key, columns, mapping) for key in NAMES if key != "terminated"}
-    chosen["trajectory_end"] = None
-    if not (chosen["not_terminated"] or (chosen["valid"] and "terminated" not in mapping)):
-        chosen["terminated"] = _find(name, "terminated", columns, mapping)
-        return chosen
-    if mapping.get("truncated") in TRAJECTORY_ENDS:
-        chosen["trajectory_end"], chosen["truncated"] = chosen["truncated"], None
+    paths = {key: _find(name, columns, mapping, key) for key in NAMES if key != "terminated"}
+    if paths["not_terminated"] or (paths["valid"] and "terminated" not in mapping):
+        # Columns that could mean either mark ends of trajectories, not terminations.
+        ends = [path for path in TRAJECTORY_ENDS if path in columns]
+        if mapping.get("truncated") in TRAJECTORY_ENDS:
+            ends = [str(paths.pop("truncated"))]
+        paths["trajectory_end"] = ends[0] if ends else None
+        marks = [p for p in NAMES["terminated"] if p in columns and p not in TRAJECTORY_ENDS]
+        paths["terminated"] = marks[0] if marks and "terminated" not in mapping else None
     else:
-        chosen["trajectory_end"] = next((p for p in TRAJECTORY_ENDS if p in columns), None)
-    marks = [p for p in NAMES["terminated"] if p in columns and p not in TRAJECTORY_ENDS]
-    chosen["terminated"] = marks[0] if marks and "terminated" not in mapping else None
-    return chosen
+        paths["terminated"] = _find(name, columns, mapping, "terminated")
+    return {key: path for key, path in paths.items() if path is not None}
 
 
 def _find(
-    name: str, key: str, columns: dict[str, Column], mapping: Mapping[str, str | None]
+    name: str, columns: Mapping[str, Column], mapping: Mapping[str, str | None], key: str
 ) -> str | None:
     """The column (or group of columns) of a key."""
-
-    def present(path: str) -> bool:
-        return path in columns or any(p.startswith(f"{path}/") for p in columns)
-
+    groups = {
+        "/".join(path.split("/")[:depth])
+        for path in columns
+        for depth in range(1, path.count("/") + 1)
+    }
+    present = groups | set(columns)
     listing = ", ".join(sorted(columns)) or "nothing"
+    if (named := mapping.get(key)) is not None:
+        # LeRobot's names have dots, such as next.reward.
+        for path in (named, named.replace(".", "/")):
+            if path in present:
+                return path
+        raise DatasetError(f"{name}: columns maps {key} to {named!r}; the data has {listing}.")
     if key in mapping:
-        path = mapping[key]
-        if path is not None and not present(path) and present(path.replace(".", "/")):
-            path = path.replace(".", "/")  # LeRobot's names, such as next.reward
-        if path is not None and not present(path):
-            raise DatasetError(f"{name}: columns maps {key} to {path!r}; the data has {listing}.")
-        if path is None and key in REQUIRED and key != "terminated":
+        if key in REQUIRED and key != "terminated":
             raise DatasetError(f"{name}: {key} cannot be left out.")
-        return path
-    matches = [path for path in NAMES[key] if present(path)]
+        return None
+    matches = [path for path in NAMES[key] if path in present]
     if key not in (*REQUIRED, "next_observation"):  # neither single numbers nor groups
         matches = [p for p in matches if p in columns and columns[p].shape]
     if key in ("not_terminated", "valid"):  # other kinds of columns may have these names
-        matches = [path for path in matches if path in columns and _single(columns[path])]
+        matches = [p for p in matches if _single(columns[p])]
     if len(matches) > 1:
         raise DatasetError(
             f"{name}: {key} could be any of {', '.join(matches)}; choose with "
@@ -237,39 +251,166 @@ def _find(
     if not matches and key in REQUIRED:
         raise DatasetError(
             f"{name}: no column for {key} among {listing}; name it with "
-            f"columns={{{key!r}: ...}}.{_hint(name, key, columns)}"
+            f"columns={{{key!r}: ...}}.{_hint(key, columns)}"
         )
     return matches[0] if matches else None
 
 
-def _hint(name: str, key: str, columns: Mapping[str, Column]) -> str:
-    merged = [p for p in ("done", "dones", "next/done") if p in columns]
-    solved = "next/success" in columns
+def _hint(key: str, columns: Mapping[str, Column]) -> str:
+    """What to do without a column for the key."""
+    merged = [path for path in ("done", "dones", "next/done") if path in columns]
     if key == "terminated" and merged:
         more = (
             "; if rows terminate where 'next/success' is 1, name that, and None if none terminates"
         )
         return (
             f" {merged[0]!r} may merge termination with truncation: if it means termination "
-            f"alone, name it in columns{more if solved else ''}."
+            f"alone, name it in columns{more if 'next/success' in columns else ''}."
         )
-    if key == "reward" and solved:
+    if key != "reward":
+        return ""
+    if "next/success" in columns:
         return " 'next/success' is 1 where the task is solved; it can be named as the reward."
-    if key == "reward" and {"terminals", "qpos"} <= set(columns):
-        return f" {advice_for_raw_rows(name)}"
-    if key == "reward":
-        return (
-            " Data recorded without a task has no rewards: load it for one single task (OGBench: "
-            "load_dataset('ogbench/ENVIRONMENT-KIND-singletask-taskN-v0')), or compute the task's "
-            "rewards, and which rows terminate, and pass a dict of arrays with both."
-        )
-    return ""
+    return (
+        " Data recorded without a task has no rewards: load it for one single task (OGBench: "
+        "load_dataset('ogbench/ENVIRONMENT-KIND-singletask-taskN-v0')), or compute the task's "
+        "rewards, and which rows terminate, and pass a dict of arrays with both."
+    )
 
 
-def _same_rows(name: str, rows: int, columns: Mapping[str, Column]) -> None:
+def guess_observation_space(table: Table) -> gym.Space[Any]:
+    """A space per leaf; the number of categories includes those of ``next_observation``."""
+    spaces = {key: _space_of(table, key) for key in table.observation}
+    return spaces[("observation",)] if ("observation",) in spaces else _nested(spaces)
+
+
+def _nested(spaces: dict[Key, gym.Space[Any]]) -> gym.Space[Any]:
+    children: dict[str, Any] = {}
+    for name in dict.fromkeys(key[1] for key in spaces):
+        inner = {key[1:]: space for key, space in spaces.items() if key[1] == name}
+        children[name] = inner[(name,)] if (name,) in inner else _nested(inner)
+    return gym.spaces.Dict(children)
+
+
+def _space_of(table: Table, key: Key) -> gym.Space[Any]:
+    column = table.observation[key]
+    kind, shape = np.dtype(column.dtype), tuple(column.shape[1:])
+    if kind.kind == "f":
+        return gym.spaces.Box(-np.inf, np.inf, shape, kind.type)
+    if kind == np.uint8 and len(shape) >= 2:
+        return gym.spaces.Box(0, 255, shape, np.uint8)
+    columns = {"/".join(key): column}
+    if table.next_observation is not None:  # terminal states occur only there
+        following = table.next_observation[key]
+        if np.dtype(following.dtype).kind in "iu" and following.shape == column.shape:
+            columns["next/" + "/".join(key)] = following
+    return _categories(table, columns)
+
+
+def _categories(table: Table, columns: Mapping[str, Column]) -> gym.Space[Any]:
+    """Discrete for integers ``(N,)`` or ``(N, 1)``, MultiDiscrete for ``(N, k)``, for all columns."""
+    counts: Any = 0
     for key, column in columns.items():
-        if column.shape[0] != rows:
+        kind, shape = np.dtype(column.dtype), tuple(column.shape[1:])
+        if kind.kind not in "iu" or len(shape) > 1:
             raise DatasetError(
-                f"{name}: {key} has {column.shape[0]} rows, observation has {rows}; expected one row "
-                "per step in every column."
+                f"{table.name}: {key} has {kind} values of row shape {shape}; expected floats, integer "
+                "categories, or uint8 pictures."
+            )
+        values = np.asarray(column[:]).reshape(table.rows, -1)
+        wrong = (values < 0) | (values >= MOST_CATEGORIES)
+        if wrong.any():
+            raise DatasetError(
+                f"{table.name}: {key} has the value {values[wrong][0]}, first at row "
+                f"{wrong.any(axis=1).argmax()}, which is no category; expected numbers from 0 to "
+                f"{MOST_CATEGORIES - 1:,}: number the categories from 0, or store numbers as floats."
+            )
+        counts = np.maximum(counts, values.max(axis=0).astype(np.int64) + 1)
+    if len(counts) == 1:
+        return gym.spaces.Discrete(int(counts[0]))
+    return gym.spaces.MultiDiscrete(counts)
+
+
+def guess_action_space(table: Table) -> tuple[gym.Space[Any], str, str]:
+    """A space for the actions; a note on what was assumed, and a warning, or empty texts."""
+    column, mask = table.columns["action"], table.columns.get("action_mask")
+    kind, shape = np.dtype(column.dtype), tuple(column.shape[1:])
+    if kind.kind != "f" and mask is not None and mask.shape[1:]:
+        return gym.spaces.Discrete(int(mask.shape[1])), "", ""
+    low, high, encoded = np.full(shape, np.inf), np.full(shape, -np.inf), True
+    for start in range(0, table.rows, CHUNK):
+        block = np.asarray(column[start : start + CHUNK])
+        low, high = np.fmin(low, block.min(0)), np.fmax(high, block.max(0))
+        encoded = encoded and _like_categories(block)
+    warning = _encoded_categories(table, low, high) if encoded else ""
+    if kind.kind != "f":
+        space = _categories(table, {"action": column})
+        note = f"action space taken from the largest logged action: {space}."
+        return space, note, "" if _single(column) else warning
+    note = ""
+    if warning:
+        low, high = np.minimum(low, -1), np.maximum(high, 1)
+    elif low.min() >= -1 and high.max() <= 1:
+        low, high = np.full(shape, -1), np.full(shape, 1)
+        note = "action bounds taken as [-1, 1]; pass env= if they are others."
+    else:
+        warning = (
+            f"actions reach {low.min():.6g} to {high.max():.6g} and no environment says what their "
+            "bounds are; the data's own range per column is used: pass env=."
+        )
+    low, high = np.nan_to_num(low).astype(kind), np.nan_to_num(high).astype(kind)
+    return gym.spaces.Box(low, high, shape, kind.type), note, warning
+
+
+def _like_categories(actions: NDArray[Any]) -> bool:
+    """Whether all rows are one whole number from 0 on, or one-hot."""
+    rows = actions.reshape(len(actions), -1)
+    one_hot = rows.shape[1] == 1 or (rows.sum(axis=1) == 1).all()
+    return bool(one_hot and (rows >= 0).all() and (rows == np.round(rows)).all())
+
+
+def _encoded_categories(table: Table, low: NDArray[Any], high: NDArray[Any]) -> str:
+    """What to pass where actions look like categories: whole float numbers, or one-hot rows."""
+    path = table.paths["action"]
+    if low.size == 1 and 1 <= high.max() < MOST_FLOAT_CATEGORIES:
+        return (
+            f"all actions ({path!r}) are whole numbers from {int(low.min())} to {int(high.max())} "
+            "stored as floats, and were read as continuous. If they are discrete, convert them to "
+            "integers of shape (N,): astype(int)."
+        )
+    if low.size == 1 or table.rows < 2:
+        return ""
+    return (
+        f"each row of the actions ({path!r}) holds a single 1 and otherwise 0 in {low.size} columns, "
+        "and was read as it stands. If these are discrete actions, pass their numbers: argmax(axis=1), "
+        "integers of shape (N,)."
+    )
+
+
+def check_shapes(
+    table: Table, observation_space: gym.Space[Any], action_space: gym.Space[Any]
+) -> None:
+    """Raises unless every column has its space's row shape."""
+    leaves = leaf_spaces(observation_space)
+    if set(leaves) != set(table.observation):
+        raise DatasetError(
+            f"{table.name}: the data's observation has the leaves {sorted(table.observation)}, the "
+            f"environment's {sorted(leaves)}; expected the same."
+        )
+    pairs = [("action", table.columns["action"], action_space)]
+    for prefix, columns in (("", table.observation), ("next/", table.next_observation or {})):
+        pairs += [(prefix + "/".join(key), columns[key], leaves[key]) for key in columns]
+    for key, column, space in pairs:
+        shape, expected = tuple(column.shape[1:]), tuple(space.shape or ())
+        if shape != expected and (shape, expected) != ((1,), ()):
+            raise DatasetError(
+                f"{table.name}: {key} has rows of shape {shape} in {table.rows} rows; expected "
+                f"{expected} for {describe_space(space)}."
+            )
+    if (mask := table.columns.get("action_mask")) is not None:
+        count = int(action_space.n) if isinstance(action_space, gym.spaces.Discrete) else None
+        if tuple(mask.shape[1:]) != (count,):
+            raise DatasetError(
+                f"{table.name}: action_mask has rows of shape {tuple(mask.shape[1:])}; expected one "
+                f"entry per action of {action_space}."
             )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import gymnasium as gym
@@ -19,7 +20,10 @@ __all__ = ["EnvLike", "env_maker", "recorded_env_maker"]
 # Packages that register environments when they are imported, for a file that names one of theirs.
 PACKAGES = ("ale_py", "gymnasium_robotics", "icu_sepsis", "minigrid", "ogbench")
 OWN_WRAPPERS = ("iql_torchrl.data.readers.ogbench:FixedSpaces",)
-
+INSTALL = (
+    "install the package that registers it and import it first (AntMaze, Adroit and Kitchen: "
+    'pip install "gymnasium-robotics"), or pass env=.'
+)
 
 EnvLike: TypeAlias = "str | EnvSpec | gym.Env[Any, Any] | Callable[[], gym.Env[Any, Any]]"
 
@@ -36,12 +40,24 @@ def env_maker(env: EnvLike) -> Callable[[], gym.Env[Any, Any]]:
             )
         env = env.spec
     if isinstance(env, str | EnvSpec):
-        return _SpecMaker(env)
+        return partial(_made, env)
     if not callable(env):
         raise DatasetError(
             f"env: expected an id, an EnvSpec, an environment or a function, got {type(env).__name__}"
         )
     return env
+
+
+def _made(spec: str | EnvSpec) -> gym.Env[Any, Any]:
+    try:
+        return gym.make(spec)
+    except (gym.error.Error, ImportError, AttributeError) as error:
+        name = spec if isinstance(spec, str) else spec.id
+        # Gymnasium's own message names the package that a registered environment lacks.
+        advice = "" if isinstance(error, gym.error.DependencyNotInstalled) else f"; {INSTALL}"
+        raise DatasetError(
+            f"environment {name!r} cannot be made ({one_line(error)}){advice}"
+        ) from error
 
 
 def recorded_env_maker(spec: EnvSpec) -> Callable[[], gym.Env[Any, Any]]:
@@ -54,92 +70,45 @@ def recorded_env_maker(spec: EnvSpec) -> Callable[[], gym.Env[Any, Any]]:
 
     The function raises ``DatasetError`` for anything else, with what to do.
     """
-    return _RecordedMaker(spec)
+    return partial(_made_as_registered, spec)
 
 
-@dataclass(frozen=True)
-class _RecordedMaker:
-    spec: EnvSpec
-
-    def __call__(self) -> gym.Env[Any, Any]:
-        return _SpecMaker(_registered(self.spec))()
-
-
-def _registered(stored: EnvSpec) -> EnvSpec:
-    """The spec registered under the stored one's id, with the stored arguments, limit and wrappers."""
-    name = stored.id
-    if ":" in name:
+def _made_as_registered(stored: EnvSpec) -> gym.Env[Any, Any]:
+    subject = f"environment {stored.id!r}, as the data name it,"
+    if ":" in stored.id:
         raise DatasetError(
-            f"environment {name!r}, as the data name it, begins with a module to import; code that a "
-            "file names is not run: import it yourself and pass env=."
+            f"{subject} begins with a module to import; code that a file names is not run: import it "
+            "yourself and pass env=."
         )
     package = str(stored.entry_point).partition(".")[0].partition(":")[0]
-    if name not in gym.registry and package in PACKAGES:
+    if stored.id not in gym.registry and package in PACKAGES:
         with contextlib.suppress(ImportError):
             importlib.import_module(package)
-    if name not in gym.registry:
-        raise DatasetError(
-            f"environment {name!r}, as the data name it, is not registered; {_advice(name)}"
-        )
+    if stored.id not in gym.registry:
+        raise DatasetError(f"{subject} is not registered; {INSTALL}")
     for wrapper in stored.additional_wrappers:
         if not _is_known_wrapper(wrapper.entry_point):
             raise DatasetError(
-                f"environment {name!r}, as the data name it, has the wrapper {wrapper.entry_point!r}; "
-                "only Gymnasium's wrappers that write no files are made from a file: pass env= with a "
-                "function that wraps the environment."
+                f"{subject} has the wrapper {wrapper.entry_point!r}; only Gymnasium's wrappers that "
+                "write no files are made from a file: pass env= with a function that wraps the "
+                "environment."
             )
-    return replace(
-        gym.registry[name],
+    spec = replace(
+        gym.registry[stored.id],
         kwargs=stored.kwargs,
         max_episode_steps=stored.max_episode_steps,
         disable_env_checker=stored.disable_env_checker,
         additional_wrappers=stored.additional_wrappers,
     )
+    return _made(spec)
 
 
 def _is_known_wrapper(entry_point: str) -> bool:
     module, _, name = entry_point.partition(":")
     if entry_point in OWN_WRAPPERS:
         return True
-    wrapper: Any = None
-    if module.startswith("gymnasium.wrappers.") and name in gym.wrappers.__all__:
-        with contextlib.suppress(ImportError):  # of a package that this wrapper needs
-            wrapper = getattr(gym.wrappers, name, None)
-    return (
-        isinstance(wrapper, type)
-        and issubclass(wrapper, gym.Wrapper)
-        and wrapper.__module__ == module
-        and name != "RecordVideo"
-    )
-
-
-@dataclass(frozen=True)
-class _SpecMaker:
-    spec: str | EnvSpec
-
-    def __call__(self) -> gym.Env[Any, Any]:
-        try:
-            return gym.make(self.spec)
-        except (gym.error.Error, ImportError, AttributeError) as error:
-            name = self.spec if isinstance(self.spec, str) else self.spec.id
-            raise DatasetError(
-                f"environment {name!r} cannot be made ({one_line(error)}); {_advice(name)}"
-            ) from error
-
-
-def _advice(name: str) -> str:
-    """What to install, from the environment's own registration where it has one."""
-    spec = gym.registry.get(name)
-    entry = str(spec.entry_point) if spec is not None else ""
-    for folder, extra in (
-        ("mujoco", "mujoco"),
-        ("box2d", "box2d"),
-        ("toy_text", "toy-text"),
-        ("classic_control", "classic-control"),
-    ):
-        if f"envs.{folder}" in entry:
-            return f'install it with: pip install "gymnasium[{extra}]"'
-    return (
-        "install the package that registers it and import it first (AntMaze, Adroit and Kitchen: "
-        'pip install "gymnasium-robotics"), or pass env=.'
-    )
+    if not module.startswith("gymnasium.wrappers.") or name not in gym.wrappers.__all__:
+        return False
+    with contextlib.suppress(ImportError, AttributeError):  # it lacks a package, or is a module
+        return name != "RecordVideo" and getattr(gym.wrappers, name).__module__ == module
+    return False

@@ -25,17 +25,35 @@ class HuggingFaceTable(Protocol):
     def column_names(self) -> list[str]: ...
 
 
+def is_table_of_datasets(source: Any) -> bool:
+    """Whether ``source`` is an object of ``datasets``, which is not imported."""
+    datasets = sys.modules.get("datasets")
+    kinds = ("Dataset", "DatasetDict", "IterableDataset", "IterableDatasetDict")
+    return any(isinstance(source, getattr(datasets, kind, ())) for kind in kinds)
+
+
 class HuggingFaceRows:
     """The rows of a ``datasets.Dataset`` in its own order, which ``select`` or ``shuffle`` may set.
 
     Only the columns and rows that are asked for are read; a dataset on disk stays memory-mapped. Its
-    format (``with_format``) is not applied.
+    format (``with_format``) is not applied. ``folder``: where ``save_to_disk`` wrote it. Raises
+    ``DatasetError`` for several splits, and for a stream.
     """
 
-    def __init__(self, dataset: Any, name: str, folder: Path | None = None) -> None:
-        self.name, self.folder = name, folder
-        self.rows = len(dataset)
-        self.schema = dataset.features.arrow_schema
+    def __init__(self, dataset: Any, folder: Path | None = None) -> None:
+        self.name, self.folder = folder.name if folder else type(dataset).__name__, folder
+        if isinstance(dataset, dict):
+            first = next(iter(dataset), "train")
+            raise DatasetError(
+                f"{self.name}: holds the splits {', '.join(map(repr, dataset))}; pass one of them, "
+                f"such as {folder / first if folder else f'source[{first!r}]'}."
+            )
+        if not hasattr(dataset, "__len__"):
+            raise DatasetError(
+                f"{self.name}: a stream has no number of rows; load it without streaming=True, and "
+                "pass the Dataset."
+            )
+        self.rows, self.schema = len(dataset), dataset.features.arrow_schema
         self._columns = {
             column: dataset.select_columns([column]).with_format("arrow")
             for column in dataset.column_names
@@ -45,53 +63,25 @@ class HuggingFaceRows:
         return self._columns[column][start:stop].column(column)
 
 
-def is_table_of_datasets(source: Any) -> bool:
-    """Whether ``source`` is a ``datasets.Dataset``, which is not imported.
-
-    Raises ``DatasetError`` for a ``DatasetDict`` and for streams, naming what to pass.
-    """
-    datasets = sys.modules.get("datasets")
-    if datasets is None or not hasattr(datasets, "DatasetDict"):
-        return False
-    if isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
-        names = ", ".join(repr(str(name)) for name in source)
-        raise DatasetError(
-            f"{type(source).__name__}: holds the splits {names}; pass one of them, such as "
-            f"source[{next(iter(source), 'train')!r}]."
-        )
-    if isinstance(source, datasets.IterableDataset):
-        raise DatasetError(
-            "IterableDataset: a stream has no number of rows; load it without streaming=True, and "
-            "pass the Dataset."
-        )
-    return isinstance(source, datasets.Dataset)
-
-
 def is_saved_dataset(folder: Path) -> bool:
     """Whether ``save_to_disk`` wrote the folder, of one table or of several splits."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def load_saved_dataset(folder: Path) -> Any:
-    """The ``datasets.Dataset`` of a folder that ``save_to_disk`` wrote, memory-mapped.
+    """The object of ``datasets`` that ``save_to_disk`` wrote, memory-mapped.
 
-    Raises ``DatasetError``: the folder has several splits or is damaged, or ``datasets`` is missing.
+    Raises ``DatasetError``: the folder is damaged, or ``datasets`` is missing.
     """
-    if (folder / "dataset_dict.json").is_file():
-        splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
-        raise DatasetError(
-            f"{folder}: holds the splits {', '.join(splits) or 'of no table'}; pass the folder of one "
-            f"of them, such as {folder / (splits[0] if splits else 'train')}."
-        )
     try:
         import datasets
+
+        return datasets.load_from_disk(str(folder))
     except ImportError as error:
         raise DatasetError(
             f"{folder}: needs the package datasets ({one_line(error)}): "
             'pip install "iql_torchrl[readers]"'
         ) from error
-    try:
-        return datasets.load_from_disk(str(folder))
     except Exception as error:  # the package raises errors of many kinds for damaged folders
         raise DatasetError(
             f"{folder}: cannot be read as a folder that save_to_disk wrote "

@@ -7,30 +7,26 @@ file and one video an episode, ``v3.0`` files with many episodes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column
-from iql_torchrl.data.readers.arrow_columns import arrow_columns
-from iql_torchrl.data.readers.parquet import ParquetRows, parquet_files
-from iql_torchrl.data.readers.parts import UnreadableColumn
-from iql_torchrl.data.readers.video import Clip, VideoColumn
+from iql_torchrl.data.readers.arrays import Column, PartsColumn, UnreadableColumn
+from iql_torchrl.data.readers.arrow import PART_BYTES, ParquetRows, arrow_columns, parquet_files
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 from iql_torchrl.files import leads_below
 
-__all__ = ["is_lerobot", "lerobot_columns"]
+__all__ = ["lerobot_columns"]
 
 #: What is read of an episode's description.
 DESCRIPTION = ("episode_index", "length", "videos")
-
-
-def is_lerobot(folder: Path) -> bool:
-    return (folder / "meta" / "info.json").is_file()
+#: Consecutive frames of a file: its path, the number of the first one, and how many.
+Clip: TypeAlias = tuple[Path, int, int]
 
 
 def lerobot_columns(folder: Path, mapping: Mapping[str, str | None]) -> dict[str, Column]:
@@ -43,9 +39,10 @@ def lerobot_columns(folder: Path, mapping: Mapping[str, str | None]) -> dict[str
     termination unless ``columns`` says so.
 
     Raises ``DatasetError`` naming what is missing or damaged: the description, Parquet files with as
-    many rows as it announces, steps within an episode, videos.
+    many rows as it announces, steps within an episode; and videos where they are used.
     """
-    info = _json(folder / "meta" / "info.json")
+    description = folder / "meta" / "info.json"
+    info = _json(description, description.read_text())
     files = parquet_files(folder / "data")
     if not files:
         raise DatasetError(
@@ -60,15 +57,27 @@ def lerobot_columns(folder: Path, mapping: Mapping[str, str | None]) -> dict[str
             f"{announced}; the copy is incomplete, or old files are left in it: download it again."
         )
     columns = arrow_columns(table, mapping)
-    _check_steps(folder, columns)
-    return {**columns, **_videos(folder, info, columns)}
+    if {"episode_index", "frame_index"} <= set(columns):
+        _check_steps(folder, *(np.ravel(columns[k][:]) for k in ("episode_index", "frame_index")))
+    for name, feature in info.get("features", {}).items():
+        if feature.get("dtype") == "video":
+            try:
+                clips = _clips(folder, info, name, np.ravel(columns["episode_index"][:]))
+                column = _video(clips, f"{folder.name}: {name}")
+            except DatasetError as error:  # only an error if the column is used
+                leaf = next(
+                    (k for k in columns if k.startswith("observation/")), "observation/state"
+                )
+                column = UnreadableColumn(
+                    f"{str(error).rstrip('.')}; or leave {name} out, as with "
+                    f"columns={{'observation': {leaf.replace('/', '.', 1)!r}}}."
+                )
+            columns[name.replace(".", "/")] = column
+    return columns
 
 
-def _check_steps(folder: Path, columns: Mapping[str, Column]) -> None:
+def _check_steps(folder: Path, episode: NDArray[Any], step: NDArray[Any]) -> None:
     """Raises where a step is missing inside an episode: its row would get a wrong successor."""
-    if not {"episode_index", "frame_index"} <= set(columns):
-        return
-    episode, step = (np.asarray(columns[k][:]).ravel() for k in ("episode_index", "frame_index"))
     begins = np.concatenate([[True], episode[1:] != episode[:-1]])
     expected = np.where(begins, 0, np.concatenate([[0], step[:-1] + 1]))
     if len(wrong := np.flatnonzero(step != expected)):
@@ -80,57 +89,41 @@ def _check_steps(folder: Path, columns: Mapping[str, Column]) -> None:
         )
 
 
-def _videos(folder: Path, info: Mapping[str, Any], columns: Mapping[str, Column]) -> dict[str, Any]:
-    """A column for each feature that is stored as videos."""
-    features = info.get("features", {})
-    names = [name for name, feature in features.items() if feature.get("dtype") == "video"]
-    if not names:
-        return {}
-    reason = _unreadable(info, names)
-    if reason is not None:
-        leaf = _leaf(columns)
-        text = (
-            f"{folder.name}: {reason}, or leave them out with columns={{'observation': {leaf!r}}}."
-        )
-        return {name.replace(".", "/"): UnreadableColumn(text) for name in names}
-    rows = _episodes(folder, columns)
-    return {
-        name.replace(".", "/"): VideoColumn(
-            [_clip(folder, info, name, row) for row in rows], f"{folder.name}: {name}"
-        )
-        for name in names
-    }
-
-
-def _unreadable(info: Mapping[str, Any], names: list[str]) -> str | None:
-    """Why the videos cannot be decoded, and what to do; None if they can."""
-    features = info["features"]
-    depth = [name for name in names if _is_depth(features[name])]
-    if depth:
-        return f"{', '.join(depth)} are videos of depth, which are not read: convert them to arrays"
-    stored = f"{', '.join(names)} are stored as videos"
-    if find_spec("av") is None:
-        return f'{stored}, and no decoder is installed: pip install "iql_torchrl[readers]"'
-    if not (isinstance(info.get("video_path"), str) and info.get("fps")):
-        return f"{stored}, but meta/info.json has no video_path or fps: download it again"
-    return None
-
-
-def _is_depth(feature: Mapping[str, Any]) -> bool:
+def _clips(folder: Path, info: Mapping[str, Any], name: str, episode: NDArray[Any]) -> list[Clip]:
+    """The frames of each episode, in the order of the rows."""
+    feature = info["features"][name]
     described = [feature, feature.get("info") or {}, feature.get("video_info") or {}]
-    return any(part.get("is_depth_map") or part.get("video.is_depth_map") for part in described)
+    if any(part.get("is_depth_map") or part.get("video.is_depth_map") for part in described):
+        raise DatasetError(
+            f"{folder.name}: {name} is a video of depth, which is not read: convert it to arrays."
+        )
+    if not (isinstance(info.get("video_path"), str) and info.get("fps")):
+        raise DatasetError(
+            f"{folder.name}: {name} is stored as videos, but meta/info.json has no video_path or fps: "
+            "download it again."
+        )
+    rows = {row.get("episode_index"): row for row in _episodes(folder)}
+    begins = np.flatnonzero(np.concatenate([[True], episode[1:] != episode[:-1]]))
+    lengths = np.diff([*begins, len(episode)])
+    clips = []
+    for number, length in zip(episode[begins].tolist(), lengths.tolist(), strict=True):
+        row = rows.get(number, {})
+        if row.get("length") != length:
+            raise DatasetError(
+                f"{folder}: episode {number} has {length} rows, and the length "
+                f"{row.get('length', 'of no episode')} in meta/episodes (or episodes.jsonl), by which "
+                "frames of videos are found; download the dataset again."
+            )
+        clips.append((*_place(folder, info, name, row), length))
+    return clips
 
 
-def _leaf(columns: Mapping[str, Column]) -> str:
-    leaves = [name for name in columns if name.startswith("observation/")]
-    return (leaves[0] if leaves else "observation/state").replace("/", ".", 1)
-
-
-def _clip(folder: Path, info: Mapping[str, Any], name: str, row: Mapping[str, Any]) -> Clip:
-    """Where the frames of one episode are."""
-    episode, length = int(row["episode_index"]), int(row["length"])
+def _place(
+    folder: Path, info: Mapping[str, Any], name: str, row: Mapping[str, Any]
+) -> tuple[Path, int]:
+    """The file, and in it the first frame, of the episode that ``row`` describes."""
+    episode, start = int(row["episode_index"]), 0
     fields = {"video_key": name, "episode_index": episode}
-    start = 0
     if f"videos/{name}/file_index" in row:  # v3.0
         fields["chunk_index"] = int(row[f"videos/{name}/chunk_index"])
         fields["file_index"] = int(row[f"videos/{name}/file_index"])
@@ -149,47 +142,27 @@ def _clip(folder: Path, info: Mapping[str, Any], name: str, row: Mapping[str, An
             f"{folder}: meta/info.json leads to the video {place!r}; expected a path below the "
             "dataset's own folder. Get the dataset from its author again."
         )
-    path = folder / place
-    if not path.is_file():
+    if not (folder / place).is_file():
         raise DatasetError(
-            f"{folder}: the video {path.relative_to(folder)} of {name}, episode {episode}, is missing; "
-            "download the dataset completely."
+            f"{folder}: the video {place} of {name}, episode {episode}, is missing; download the "
+            "dataset completely."
         )
-    return Clip(path, start, length)
+    return folder / place, start
 
 
-def _episodes(folder: Path, columns: Mapping[str, Column]) -> list[dict[str, Any]]:
-    """The descriptions of the episodes, in the order of their rows."""
-    rows: list[dict[str, Any]] = []
+def _episodes(folder: Path) -> list[dict[str, Any]]:
+    """The descriptions of the episodes."""
     if (folder / "meta" / "episodes").is_dir():
-        for path in parquet_files(folder / "meta" / "episodes"):
-            table = ParquetRows(path.name, [path])
-            chosen = [name for name in table.schema.names if name.split("/")[0] in DESCRIPTION]
-            cells = {name: table.read(name, 0, table.rows).to_pylist() for name in chosen}
-            rows.extend({name: cells[name][i] for name in chosen} for i in range(table.rows))
-    elif (path := folder / "meta" / "episodes.jsonl").is_file():
-        lines = path.read_text().splitlines()
-        rows = [_parsed(path, line) for line in lines if line.strip()]
-    episode = np.asarray(columns["episode_index"][:]).ravel()
-    begins = np.flatnonzero(np.concatenate([[True], episode[1:] != episode[:-1]]))
-    lengths = np.diff(np.concatenate([begins, [len(episode)]]))
-    described = {row.get("episode_index"): row for row in rows}
-    ordered = [described.get(int(number), {}) for number in episode[begins]]
-    for number, length, row in zip(episode[begins], lengths, ordered, strict=True):
-        if row.get("length") != length:
-            raise DatasetError(
-                f"{folder}: episode {number} has {length} rows, and the length "
-                f"{row.get('length', 'of no episode')} in meta/episodes (or episodes.jsonl), by which "
-                "frames of videos are found; download the dataset again."
-            )
-    return ordered
+        table = ParquetRows("meta/episodes", parquet_files(folder / "meta" / "episodes"))
+        names = [name for name in table.schema.names if name.split("/")[0] in DESCRIPTION]
+        cells = [table.read(name, 0, table.rows).to_pylist() for name in names]
+        return [dict(zip(names, values, strict=True)) for values in zip(*cells, strict=True)]
+    path = folder / "meta" / "episodes.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [_json(path, line) for line in lines if line.strip()]
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return _parsed(path, path.read_text())
-
-
-def _parsed(path: Path, text: str) -> dict[str, Any]:
+def _json(path: Path, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
@@ -199,3 +172,55 @@ def _parsed(path: Path, text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DatasetError(f"{path}: has a {type(value).__name__}; expected an object of names.")
     return value
+
+
+def _video(clips: Sequence[Clip], name: str) -> Column:
+    """The frames of clips, one after the other, ``(rows, height, width, 3)`` uint8."""
+    shape = next(_decoded(clips[0][0]), np.zeros(1, np.uint8)).shape
+    most = max(1, PART_BYTES // int(np.prod(shape)))
+    parts = [
+        (path, first + done, min(most, length - done))
+        for path, first, length in clips
+        for done in range(0, length, most)
+    ]
+    frames: Iterator[NDArray[np.uint8]] = iter(())
+    place: tuple[Path | None, int] = (None, 0)  # of the next frame
+
+    def part(number: int) -> NDArray[np.uint8]:
+        nonlocal frames, place
+        path, first, length = parts[number]
+        if place != (path, first):
+            frames = islice(_decoded(path), first, None)
+        values, place = list(islice(frames, length)), (path, first + length)
+        if len(values) < length:
+            raise DatasetError(
+                f"{path}: ends before frame {first + len(values)}, which the rows need; the video is "
+                "incomplete: download or copy it again."
+            )
+        if any(frame.shape != shape for frame in values):
+            raise DatasetError(
+                f"{name}: {path} has frames of shape {values[0].shape}, the first video {shape}; "
+                "expected one size: write the videos again in one size."
+            )
+        return np.stack(values)
+
+    return PartsColumn([length for *_, length in parts], part, shape, np.uint8)
+
+
+def _decoded(path: Path) -> Iterator[NDArray[np.uint8]]:
+    """All frames of a file in the order of time, RGB."""
+    try:
+        import av
+    except ImportError as error:
+        raise DatasetError(
+            f"{path}: no decoder of videos is installed ({one_line(error)}): "
+            'pip install "iql_torchrl[readers]"'
+        ) from error
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                yield np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
+    except (av.error.FFmpegError, OSError, IndexError) as error:
+        raise DatasetError(
+            f"{path}: cannot be decoded as a video ({one_line(error)}); download or copy it again."
+        ) from error

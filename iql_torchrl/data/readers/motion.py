@@ -2,58 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from iql_torchrl.data.readers.arrays import Column
 from iql_torchrl.data.readers.columns import Table
-
-__all__ = ["ROWS", "Motion", "breaks", "looked_at", "motion"]
+from iql_torchrl.data.schema import Key
 
 CHUNK = 65_536
-#: How many numbers of one column ``breaks`` compares at once.
+#: How many numbers of one column ``differs`` compares at once.
 VALUES = 2**22
 #: Rows and columns that ``motion`` reads at most: the leading ones.
 ROWS, COLUMNS = 32_768, 128
 #: Smallest number of steps for which ``motion`` gives a result.
 STEPS = 20
 _ROUNDS = 4
+#: Share of marked rows above which a statement about them is made.
+MOST = 0.9
 
 
-def breaks(table: Table, steps: int | None = None, ahead: int = 1) -> NDArray[np.bool_]:
-    """Where ``next_observation`` is not the observation ``ahead`` rows later, ``(steps,)``.
+def differs(
+    observed: Mapping[Key, Column], following: Mapping[Key, Column], steps: int, ahead: int = 1
+) -> NDArray[np.bool_]:
+    """Where ``following`` is not ``observed`` so many rows ``ahead``, in the leading ``steps`` rows.
 
     The norm of the difference is above 1e-6; entries that differ by no more than 4 units of
-    rounding, of the less precise of the two columns' types, count as equal. The table must have
-    ``next_observation``. ``steps``: only the first ``steps`` rows; default ``rows - ahead``.
+    rounding, of the less precise of the two columns' types, count as equal.
     """
-    assert table.next_observation is not None
-    steps = table.rows - ahead if steps is None else min(steps, table.rows - ahead)
-    pairs = [(column, table.next_observation[key]) for key, column in table.observation.items()]
+    pairs = [(column, following[key]) for key, column in observed.items()]
+    steps = max(0, min(steps, pairs[0][0].shape[0] - ahead))
     width = max(int(np.prod(column.shape[1:])) for column, _ in pairs)
     chunk = max(1, min(CHUNK, VALUES // max(width, 1)))
-    broken = np.zeros(max(steps, 0), np.bool_)
+    broken = np.zeros(steps, np.bool_)
     for start in range(0, steps, chunk):
         stop = min(start + chunk, steps)
         gap = np.zeros(stop - start)
-        for column, following in pairs:
+        for column, successors in pairs:
             later = np.asarray(column[start + ahead : stop + ahead])
-            after = np.asarray(following[start:stop])
-            rounding = 4 * max(_rounding(later.dtype), _rounding(after.dtype))
+            after = np.asarray(successors[start:stop])
+            kinds = [values.dtype for values in (later, after) if values.dtype.kind == "f"]
+            rounding = 4 * max((float(np.finfo(kind).eps) for kind in kinds), default=0.0)
             later, after = later.astype(np.float64), after.astype(np.float64)
             with np.errstate(invalid="ignore"):  # ``BlockChecker`` reports infinite numbers.
                 difference = np.abs(later - after)
                 difference[difference <= rounding * np.abs(later)] = 0
                 gap += np.square(difference).reshape(stop - start, -1).sum(1)
-        # ``BlockChecker`` reports NaN; here it does not count as a break.
+        # ``BlockChecker`` reports NaN; here it does not count as a difference.
         broken[start:stop] = np.sqrt(np.nan_to_num(gap)) > 1e-6
     return broken
-
-
-def _rounding(kind: np.dtype[Any]) -> float:
-    return float(np.finfo(kind).eps) if kind.kind == "f" else 0.0
 
 
 @dataclass(frozen=True)
@@ -71,25 +70,45 @@ class Motion:
     jumps: NDArray[np.bool_]
     unrelated: float
 
-    def inside(self, marked: NDArray[np.bool_], unmarked: NDArray[np.bool_]) -> int | None:
-        """How many of the ``marked`` steps are as well predicted as 99 % of the ``unmarked``.
 
-        Both masks have one entry per step. ``jumps`` are left out of the ``unmarked``: where marks
-        are misplaced, the true ends are among them. None where this cannot be decided: one of the
-        masks is empty, or the errors of unrelated and of successive rows do not differ.
-        """
-        unmarked = unmarked & ~self.jumps
-        if not marked.any() or not unmarked.any():
-            return None
-        ordinary = float(np.quantile(self.error[unmarked], 0.99))
-        if not self.unrelated > ordinary:
-            return None
-        return int((self.error[marked] <= ordinary).sum())
+def continued_rows(
+    table: Table,
+    rows: NDArray[np.bool_],
+    ordinary: NDArray[np.bool_],
+    broken: NDArray[np.bool_] | None,
+) -> int:
+    """How many of the marked ``rows`` are evidently followed by their own trajectory's next row.
+
+    That is: the step to the next row is as well predicted as 99 % of the steps from ``ordinary``
+    rows that do not jump (where marks are misplaced, the true ends are among them), and where
+    ``next_observation`` is known it equals the next row's observation (``broken``, see
+    ``episodes.Ends``). If next observations are merely the observations shifted by one row, also at
+    the ends of episodes, the second condition is true but not the first. 0 unless this is true for
+    the share ``MOST`` of the marked rows that ``motion`` covers, and if the errors of unrelated and
+    of successive rows do not differ.
+    """
+    if not rows[:-1].any() or (moved := motion(table)) is None:
+        return 0
+    steps = len(moved.error)
+    marked, ordinary = rows[:steps], ordinary[:steps] & ~moved.jumps
+    if not marked.any() or not ordinary.any():
+        return 0
+    limit = float(np.quantile(moved.error[ordinary], 0.99))
+    smooth = marked & (moved.error <= limit)
+    if broken is not None:
+        smooth &= ~broken[:steps]
+    count = int(smooth.sum())
+    return count if moved.unrelated > limit and count >= MOST * int(marked.sum()) else 0
 
 
-def looked_at(table: Table) -> str:
-    """For messages: which rows ``motion`` looked at; empty if all."""
-    return f" among the first {ROWS:,} rows" if table.rows > ROWS else ""
+def float_values(table: Table, rows: int) -> NDArray[np.float64]:
+    """The leading float columns of the observation of the leading rows, ``(rows, k)``."""
+    parts = [
+        np.asarray(column[:rows], np.float64).reshape(rows, -1)[:, :COLUMNS]
+        for column in table.observation.values()
+        if np.dtype(column.dtype).kind == "f"
+    ]
+    return np.concatenate([np.empty((rows, 0)), *parts], axis=1)[:, :COLUMNS]
 
 
 def motion(table: Table) -> Motion | None:
@@ -111,15 +130,10 @@ def motion(table: Table) -> Motion | None:
     that are not finite.
     """
     rows = min(table.rows, ROWS)
-    parts = [
-        np.asarray(column[:rows], np.float64).reshape(rows, -1)[:, :COLUMNS]
-        for column in table.observation.values()
-        if np.dtype(column.dtype).kind == "f"
-    ]
-    actions = np.asarray(table.columns["action"][:rows], np.float64).reshape(rows, -1)[:, :COLUMNS]
-    if rows <= STEPS or not parts:
+    if rows <= STEPS:
         return None
-    values = np.concatenate(parts, axis=1)[:, :COLUMNS]
+    values = float_values(table, rows)
+    actions = np.asarray(table.columns["action"][:rows], np.float64).reshape(rows, -1)[:, :COLUMNS]
     if not (np.isfinite(values).all() and np.isfinite(actions).all()):
         return None
     values = values[:, (np.diff(values, axis=0) != 0).mean(axis=0) > 0.5]
@@ -130,8 +144,7 @@ def motion(table: Table) -> Motion | None:
 
 def _standard(values: NDArray[np.float64]) -> NDArray[np.float64]:
     scale = values.std(axis=0)
-    result: NDArray[np.float64] = (values - values.mean(axis=0)) / np.where(scale > 0, scale, 1.0)
-    return result
+    return np.asarray((values - values.mean(axis=0)) / np.where(scale > 0, scale, 1.0))
 
 
 def _measured(observed: NDArray[np.float64], actions: NDArray[np.float64]) -> Motion:
@@ -160,5 +173,4 @@ def _measured(observed: NDArray[np.float64], actions: NDArray[np.float64]) -> Mo
 
 
 def _root_mean_square(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    result: NDArray[np.float64] = np.sqrt(np.square(values).mean(axis=1))
-    return result
+    return np.asarray(np.sqrt(np.square(values).mean(axis=1)))

@@ -7,8 +7,10 @@ masks from the recorded states of the simulation.
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,23 +20,18 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
-from iql_torchrl.data.readers.arrays import Column, open_npz
-from iql_torchrl.data.readers.ogbench_names import (
-    FOLDER_VARIABLE,
-    PREFIX,
-    OGBenchName,
-    parse_name,
-)
-from iql_torchrl.data.readers.source import ReadOptions, Source
-from iql_torchrl.data.readers.table import table_source
+from iql_torchrl.data.readers.arrays import Opened, open_npz
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 
-__all__ = ["FixedSpaces", "is_ogbench", "ogbench_files", "ogbench_source"]
+__all__ = ["PREFIX", "FixedSpaces", "is_ogbench", "ogbench_files", "ogbench_folder", "open_ogbench"]
 
+PREFIX = "ogbench/"
+FOLDER_VARIABLE = "OGBENCH_DATASETS_PATH"
 #: The columns of a raw file that make transitions, and those that the relabelling reads.
 ROWS = ("observations", "actions", "terminals")
 STATES = ("qpos", "button_states")
+EXAMPLE = f"{PREFIX}cube-single-play-singletask-task2-v0"
 
 
 class FixedSpaces(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
@@ -67,13 +64,18 @@ def is_ogbench(source: Any) -> bool:
     return isinstance(source, str) and source.startswith(PREFIX)
 
 
+def ogbench_folder() -> Path:
+    """The folder of the npz files: ``OGBENCH_DATASETS_PATH``, or OGBench's own default."""
+    return Path(os.environ.get(FOLDER_VARIABLE) or "~/.ogbench/data").expanduser()
+
+
 def ogbench_files(source: str) -> tuple[Path, ...]:
-    """The file that :func:`ogbench_source` reads; raises as it does."""
-    return (_existing(source, parse_name(source)),)
+    """The file that :func:`open_ogbench` reads; raises as it does."""
+    return (_file(source, parse_name(source)[1]),)
 
 
-def ogbench_source(source: str, options: ReadOptions) -> Source:
-    """The transitions of ``ogbench/ENVIRONMENT-KIND-singletask-taskN-v0``.
+def open_ogbench(source: str) -> Opened:
+    """The columns of ``ogbench/ENVIRONMENT-KIND-singletask-taskN-v0``, with its environment.
 
     Row t has the reward and the mask of its state ``s_t``, as OGBench computes them: in manipulation
     the number of parts of the task that are done minus their total, in mazes 0 at the goal and -1
@@ -84,89 +86,95 @@ def ogbench_source(source: str, options: ReadOptions) -> Source:
     Raises ``DatasetError``: the id names no task, the environment or the package ``ogbench`` is
     missing, the file is missing or damaged, or it lacks a column; with what to do.
     """
-    name = parse_name(source)
-    spec = _spec(source, name)
-    path = _existing(source, name)
+    environment, data = parse_name(source)
+    spec, path = _spec(source, environment), _file(source, data)
     columns = open_npz(path)
-    for column in ROWS:
-        if column not in columns:
-            raise DatasetError(
-                f"{path}: has no {column!r} among {', '.join(sorted(columns))}; expected OGBench's "
-                "raw columns. Download or make the file again."
-            )
+    from ogbench.relabel_utils import relabel_dataset
+
+    states: dict[str, Any] = {column: columns[column] for column in STATES if column in columns}
     env = gym.make(spec)
     try:
-        rewards = _relabelled(path, name, env, columns)
-        described = replace(
-            options,
-            observation_space=options.observation_space or env.observation_space,
-            action_space=options.action_space or env.action_space,
-        )
+        rows = {column: columns[column] for column in ROWS}
+        relabel_dataset(environment, env, states)
+    except KeyError as error:
+        raise DatasetError(
+            f"{path}: has no {error.args[0]!r} among {', '.join(sorted(columns))}; expected OGBench's "
+            f"raw columns, from which the rewards of {environment!r} are computed. Download or make "
+            "the file again."
+        ) from error
+    except (ValueError, IndexError) as error:
+        raise DatasetError(
+            f"{path}: the rewards of {environment!r} cannot be computed ({one_line(error)}); check "
+            "that the file belongs to this environment."
+        ) from error
     finally:
         env.close()
-    rows = {column: columns[column] for column in ROWS}
-    valid = {"valids": 1 - np.asarray(columns["terminals"][:], np.float32)}
-    return replace(table_source(source, {**rows, **rewards, **valid}, described), env_spec=spec)
+    rows |= {"rewards": states["rewards"], "masks": states["masks"]}
+    rows["valids"] = 1 - np.asarray(columns["terminals"][:], np.float32)
+    return Opened(
+        source, rows, env.action_space, observation_space=env.observation_space, env_spec=spec
+    )
 
 
-def _spec(source: str, name: OGBenchName) -> EnvSpec:
+def _spec(source: str, environment: str) -> EnvSpec:
     try:
         import ogbench  # noqa: F401 (registers the environments)
+
+        spec = gym.spec(environment)
     except ImportError as error:
         raise DatasetError(
             f"{source}: needs the package ogbench ({one_line(error)}): "
             'pip install "iql_torchrl[ogbench]"'
         ) from error
-    try:
-        spec = gym.spec(name.environment)
     except gym.error.Error as error:
         raise DatasetError(
-            f"{source}: OGBench has no environment {name.environment!r} ({one_line(error)}); "
-            f"expected a name such as '{PREFIX}cube-single-play-singletask-task2-v0'."
+            f"{source}: OGBench has no environment {environment!r} ({one_line(error)}); expected a "
+            f"name such as {EXAMPLE!r}."
         ) from error
     wrapper = WrapperSpec(FixedSpaces.__name__, f"{__name__}:{FixedSpaces.__name__}", {})
     # Gymnasium's checker warns that the spaces at each access are other objects.
     return replace(spec, disable_env_checker=True, additional_wrappers=(wrapper,))
 
 
-def _existing(source: str, name: OGBenchName) -> Path:
-    path = name.path
+def parse_name(source: str) -> tuple[str, str]:
+    """The id of the environment and the name of the rows that ``ogbench/...`` means.
+
+    ``cube-single-singletask-task2-v0`` and ``cube-single-play-v0``; the name of rows that were made on
+    this machine ends in ``-local``. Raises ``DatasetError`` for a name without a task, giving the names
+    with one.
+    """
+    name = source.removeprefix(PREFIX)
+    pattern = r"([\w-]+)-([a-z]+)-singletask(-task[1-9])?-(v\d+|local)"
+    if (match := re.fullmatch(pattern, name)) is None:
+        rows, _, draw = name.rpartition("-")
+        first = f"{PREFIX}{rows}-singletask-task1-{draw}"
+        known = rows and re.fullmatch(pattern, first.removeprefix(PREFIX))
+        raise DatasetError(
+            f"{source}: expected {PREFIX}ENVIRONMENT-KIND-singletask-taskN-v0, such as "
+            f"load_dataset({first if known else EXAMPLE!r}), or another of task1 to task5, or -local "
+            "in place of -v0 for rows made on this machine."
+        )
+    environment, kind, task, draw = match.groups()
+    version = "v0" if draw == "local" else draw
+    return f"{environment}-singletask{task or ''}-{version}", f"{environment}-{kind}-{draw}"
+
+
+def _file(source: str, data: str) -> Path:
+    """The existing file of the rows ``data``."""
+    path = ogbench_folder() / f"{data}.npz"
     if path.is_file():
         return path
-    if name.data.endswith("-local"):
-        remedy = f"Make it: python -m iql_torchrl.data make {PREFIX}{name.data}"
+    before, _, draw = data.rpartition("-")
+    if draw == "local":
+        remedy = f"Make it: python -m iql_torchrl.data make {PREFIX}{data}"
     else:
-        local = name.data.rpartition("-")[0] + "-local"
-        download = f'import ogbench; ogbench.download_datasets(["{name.data}"], "{path.parent}")'
+        download = f'import ogbench; ogbench.download_datasets(["{data}"], "{path.parent}")'
         remedy = (
             f"Download it with OGBench: python -c '{download}'. Or make rows of the same kind on "
-            f"this machine: python -m iql_torchrl.data make {PREFIX}{local} (python -m "
+            f"this machine: python -m iql_torchrl.data make {PREFIX}{before}-local (python -m "
             "iql_torchrl.data list has the names), and load them with -local in place of the version"
         )
     raise DatasetError(
         f"{source}: there is no file {path}. {remedy}. The environment variable {FOLDER_VARIABLE} "
         "names another folder. Nothing was downloaded."
     )
-
-
-def _relabelled(
-    path: Path, name: OGBenchName, env: gym.Env[Any, Any], columns: dict[str, Column]
-) -> dict[str, Column]:
-    """``rewards`` and ``masks`` of every row, ``(rows,)``, float32."""
-    from ogbench.relabel_utils import relabel_dataset
-
-    relabel: Callable[..., None] = relabel_dataset
-    rows: dict[str, Any] = {column: columns[column] for column in STATES if column in columns}
-    try:
-        relabel(name.environment, env, rows)
-    except KeyError as error:
-        raise DatasetError(
-            f"{path}: has no {error.args[0]!r} among {', '.join(sorted(columns))}, which the rewards "
-            f"of {name.environment!r} are computed from; download or make the file again."
-        ) from error
-    except (ValueError, IndexError) as error:
-        raise DatasetError(
-            f"{path}: the rewards of {name.environment!r} cannot be computed ({one_line(error)}); "
-            "check that the file belongs to this environment."
-        ) from error
-    return {column: rows[column] for column in ("rewards", "masks")}

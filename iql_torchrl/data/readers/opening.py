@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +11,29 @@ from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
 from iql_torchrl.data.readers.arrays import (
-    TABLE_FILES,
     Column,
     Opened,
+    columns_of_tensordict,
     flatten,
     hdf5_parts,
-    open_hdf5,
     open_npz,
 )
-from iql_torchrl.data.readers.arrow_columns import arrow_columns
-from iql_torchrl.data.readers.d3rlpy import (
-    is_d3rlpy_buffer,
-    open_d3rlpy_buffer,
-    open_d3rlpy_file,
-    with_d3rlpy_ends,
-)
+from iql_torchrl.data.readers.csv_files import open_csv
+from iql_torchrl.data.readers.d3rlpy import open_d3rlpy_buffer, open_d3rlpy_file
 from iql_torchrl.data.readers.huggingface import (
     HuggingFaceRows,
     is_saved_dataset,
     is_table_of_datasets,
     load_saved_dataset,
 )
-from iql_torchrl.data.readers.lerobot import is_lerobot, lerobot_columns
-from iql_torchrl.data.readers.parquet import ParquetRows, need_pyarrow, parquet_files
-from iql_torchrl.data.readers.source import ReadOptions, Source
-from iql_torchrl.data.readers.table import table_source
-from iql_torchrl.data.readers.tensordict import columns_of_tensordict
+from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.readers.torchrl_datasets import open_torchrl_dataset
 from iql_torchrl.data.schema import DatasetError
 
-__all__ = ["is_table_path", "open_object", "open_path", "opened_source", "table_path_files"]
+#: What reads the columns of a file, by its suffix.
+FILES: dict[str, Callable[[Path], dict[str, Column]]] = {".npz": open_npz, ".csv": open_csv}
+#: Suffixes of the files that contain a table.
+TABLE_FILES = (".hdf5", ".h5", ".parquet", *FILES)
 
 
 def is_table_path(source: str | Path) -> bool:
@@ -51,7 +43,7 @@ def is_table_path(source: str | Path) -> bool:
         return True
     # os.path: a text may be too long for a path.
     return os.path.isdir(source) and (
-        is_lerobot(path)
+        (path / "meta" / "info.json").is_file()  # of LeRobot
         or is_saved_dataset(path)
         or next(path.rglob("*.parquet"), None) is not None
     )
@@ -71,51 +63,36 @@ def open_path(path: Path, options: ReadOptions) -> Opened:
 
     Raises ``DatasetError`` naming a missing or damaged file, or the package to install.
     """
-    if path.is_dir():
-        return Opened(path.name, _folder_columns(path, options))
-    if not path.is_file():
-        raise DatasetError(f"{path}: no such file.")
     kind = path.suffix.lower()
-    if kind == ".npz":
-        return Opened(path.name, open_npz(path))
-    if kind == ".parquet":
-        need_pyarrow(path)
-        table = ParquetRows(path.name, [path], path.parent)
-        return Opened(path.name, arrow_columns(table, options.columns))
-    opened = open_d3rlpy_file(path)
-    return opened or with_d3rlpy_ends(path, open_hdf5(path), options)
+    if not path.exists():
+        raise DatasetError(f"{path}: no such file.")
+    if not path.is_dir() and kind != ".parquet":
+        if kind in FILES:
+            return Opened(path.name, FILES[kind](path))
+        return open_d3rlpy_file(path, options)
+    from iql_torchrl.data.readers.arrow import ParquetRows, arrow_columns, parquet_files
+    from iql_torchrl.data.readers.lerobot import lerobot_columns
 
-
-def _folder_columns(path: Path, options: ReadOptions) -> dict[str, Column]:
     if is_saved_dataset(path):
-        rows = HuggingFaceRows(load_saved_dataset(path), path.name, path)
-        return arrow_columns(rows, options.columns)
-    need_pyarrow(path)
-    if is_lerobot(path):
-        return lerobot_columns(path, options.columns)
-    return arrow_columns(ParquetRows(path.name, parquet_files(path), path), options.columns)
+        rows = HuggingFaceRows(load_saved_dataset(path), path)
+        return Opened(path.name, arrow_columns(rows, options.columns))
+    if (path / "meta" / "info.json").is_file():
+        return Opened(path.name, lerobot_columns(path, options.columns))
+    files, folder = ([path], path.parent) if path.is_file() else (parquet_files(path), path)
+    table = ParquetRows(path.name, files, folder)
+    return Opened(path.name, arrow_columns(table, options.columns))
 
 
 def open_object(source: Any, options: ReadOptions) -> Opened | None:
     """The columns of an object in memory; None for an object that is no table."""
+    name = type(source).__name__
     if isinstance(source, TensorDictBase | ReplayBuffer | Storage):
-        name, columns = type(source).__name__, columns_of_tensordict(source)
+        columns = columns_of_tensordict(source)
         return open_torchrl_dataset(source, columns, options.columns) or Opened(name, columns)
-    if is_d3rlpy_buffer(source):
-        return open_d3rlpy_buffer(source)
     if is_table_of_datasets(source):
-        name = type(source).__name__
-        return Opened(name, arrow_columns(HuggingFaceRows(source, name), options.columns))
-    return Opened("arrays", flatten(source)) if isinstance(source, Mapping) else None
+        from iql_torchrl.data.readers.arrow import arrow_columns
 
-
-def opened_source(opened: Opened, options: ReadOptions) -> Source:
-    """``table_source`` of the opened columns, with what their reader says about them."""
-    if options.action_space is None and opened.action_space is not None:
-        options = replace(options, action_space=opened.action_space)
-    table = table_source(opened.name, opened.columns, options)
-    return replace(
-        table,
-        notes=(*opened.notes, *table.notes),
-        warnings=(*opened.warnings, *table.warnings),
-    )
+        return Opened(name, arrow_columns(HuggingFaceRows(source), options.columns))
+    if isinstance(source, Mapping):
+        return Opened("arrays", flatten(source))
+    return open_d3rlpy_buffer(source)

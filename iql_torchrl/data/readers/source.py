@@ -1,9 +1,11 @@
-"""``Source``, which every reader of offline data returns, and the joining of several."""
+"""``Source``, which every reader returns: one after another, cut to a limit, or with joined leaves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial, reduce
+from operator import getitem
 from typing import Any, TypeAlias
 
 import gymnasium as gym
@@ -12,12 +14,13 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
-from iql_torchrl.data.schema import DatasetError, Key
-
-__all__ = ["Piece", "ReadOptions", "Source", "chain", "first_episodes"]
+from iql_torchrl.data.schema import ACTION, DatasetError, Key, leaf_spaces
+from iql_torchrl.descriptions import describe_space
 
 #: Consecutive rows, one array per key; any number of rows, at least 1.
 Piece: TypeAlias = dict[Key, NDArray[Any]]
+#: What must be equal in sources that are joined.
+SAME = ("observation_space", "action_space", "masked", "log_prob")
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,6 @@ class ReadOptions:
 
     columns: dict[str, str | None] = field(default_factory=dict)
     reward_offset: int = 0
-    limit: int | None = None
     max_episode_steps: int | None = None
     dtype: torch.dtype = torch.float32
     download: bool = True
@@ -66,51 +68,11 @@ class Source:
         return int(self.episode_lengths.sum())
 
 
-def first_episodes(lengths: NDArray[np.int64], limit: int | None) -> NDArray[np.int64]:
-    """Lengths of the first episodes that fit completely into ``limit`` rows.
-
-    A first episode longer than the limit is cut to ``limit`` rows.
-    """
-    if limit is None:
-        return lengths
-    if limit < 1:
-        raise DatasetError(f"limit: expected at least 1 transition, got {limit}")
-    fitting = int(np.searchsorted(np.cumsum(lengths), limit, side="right"))
-    if fitting == 0:
-        return np.minimum(lengths[:1], limit)
-    return lengths[:fitting]
-
-
-def _limited(source: Source, limit: int | None) -> Source:
-    lengths = first_episodes(source.episode_lengths, limit)
-    if int(lengths.sum()) == source.rows:
-        return source
-    rows, read_pieces = int(lengths.sum()), source.pieces
-
-    def pieces() -> Iterator[Piece]:
-        remaining = rows
-        for piece in read_pieces():
-            size = len(piece[("action",)])
-            yield piece if size <= remaining else {k: v[:remaining] for k, v in piece.items()}
-            remaining -= size
-            if remaining <= 0:
-                return
-
-    note = f"limit: kept {rows} of {source.rows} transitions, {len(lengths)} episodes."
-    cut = len(lengths) == 1 and lengths[0] < source.episode_lengths[0]
-    return replace(
-        source,
-        episode_lengths=lengths,
-        pieces=pieces,
-        notes=(*source.notes, note),
-        ends_known=source.ends_known and not cut,
-    )
-
-
 def chain(sources: Sequence[Source], limit: int | None = None) -> Source:
-    """One source after another as one table; ``limit`` as in ``first_episodes``.
+    """One source after another as one table, of ``limit`` rows at most: the first complete episodes.
 
-    Raises ``DatasetError`` naming the source and the space that differs from the first one's.
+    A first episode longer than the limit is cut. Raises ``DatasetError`` naming the source and the
+    space that differs from the first one's.
     """
     if not sources:
         raise DatasetError("source: an empty list; name at least one dataset.")
@@ -118,7 +80,7 @@ def chain(sources: Sequence[Source], limit: int | None = None) -> Source:
     if len(sources) == 1:
         return _limited(first, limit)
     for source in sources[1:]:
-        for part in ("observation_space", "action_space", "masked", "log_prob"):
+        for part in SAME:
             expected, actual = getattr(first, part), getattr(source, part)
             if expected != actual:
                 raise DatasetError(
@@ -135,20 +97,105 @@ def chain(sources: Sequence[Source], limit: int | None = None) -> Source:
     same_scores = all(s.reference_scores == first.reference_scores for s in sources)
     if not same_env:
         notes.append("the joined datasets name different environments; none is used.")
-    joined = Source(
+    joined = replace(
+        first,
         name=" + ".join(s.name for s in sources),
-        observation_space=first.observation_space,
-        action_space=first.action_space,
         episode_lengths=np.concatenate([s.episode_lengths for s in sources]),
         pieces=pieces,
-        masked=first.masked,
-        log_prob=first.log_prob,
         ends_known=all(s.ends_known for s in sources),
         terminates_inside=any(s.terminates_inside for s in sources),
-        termination=first.termination,
         env_spec=first.env_spec if same_env else None,
         reference_scores=first.reference_scores if same_scores else None,
         notes=tuple(notes),
         warnings=tuple(f"{s.name}: {w}" for s in sources for w in s.warnings),
     )
     return _limited(joined, limit)
+
+
+def _limited(source: Source, limit: int | None) -> Source:
+    if limit is None or source.rows <= limit:
+        return source
+    complete = int(np.searchsorted(np.cumsum(source.episode_lengths), limit, side="right"))
+    lengths = source.episode_lengths[:complete] if complete else np.array([limit], np.int64)
+    rows = int(lengths.sum())
+
+    def pieces() -> Iterator[Piece]:
+        remaining = rows
+        for piece in source.pieces():
+            size = len(piece[ACTION])
+            yield piece if size <= remaining else {k: v[:remaining] for k, v in piece.items()}
+            remaining -= size
+            if remaining <= 0:
+                return
+
+    note = f"limit: kept {rows} of {source.rows} transitions, {len(lengths)} episodes."
+    return replace(
+        source,
+        episode_lengths=lengths,
+        pieces=pieces,
+        notes=(*source.notes, note),
+        ends_known=source.ends_known and complete > 0,
+    )
+
+
+def concatenated(source: Source, names: Sequence[str]) -> Source:
+    """The named leaves of a Dict observation joined, in that order, into one flat observation.
+
+    A nested leaf is named ``"outer/inner"``. Raises ``DatasetError`` for a plain observation, an
+    unknown name, or leaves that are not Boxes of floats.
+    """
+    keys, leaves = _named_leaves(source.observation_space, names, source.name)
+
+    def pieces() -> Iterator[Piece]:
+        for piece in source.pieces():
+            joined = {key: values for key, values in piece.items() if "observation" not in key}
+            for side in ((), ("next",)):
+                parts = [piece[(*side, *key)] for key in keys]
+                flat = [part.reshape(len(part), -1) for part in parts]
+                joined[(*side, "observation")] = np.concatenate(flat, axis=1)
+            yield joined
+
+    return replace(source, observation_space=gym.spaces.flatten_space(leaves), pieces=pieces)
+
+
+def joined_env_maker(
+    maker: Callable[[], gym.Env[Any, Any]], names: Sequence[str]
+) -> Callable[[], gym.Env[Any, Any]]:
+    """``maker`` with the observations of its environments joined as ``concatenated`` joins rows."""
+    return partial(_joined_env, maker, tuple(names))
+
+
+def _joined_env(maker: Callable[[], gym.Env[Any, Any]], names: Sequence[str]) -> gym.Env[Any, Any]:
+    env = maker()
+    # If the caller's env= joins the leaves itself, its observation is already plain.
+    if not isinstance(env.observation_space, gym.spaces.Dict):
+        return env
+    owner = type(env.unwrapped).__name__ if env.spec is None else env.spec.id
+    keys, leaves = _named_leaves(env.observation_space, names, owner)
+    join = partial(_joined_observation, keys, leaves)
+    return gym.wrappers.TransformObservation(env, join, gym.spaces.flatten_space(leaves))
+
+
+def _joined_observation(keys: list[Key], leaves: Any, observation: Any) -> Any:
+    values = tuple(reduce(getitem, key[1:], observation) for key in keys)
+    return gym.spaces.flatten(leaves, values)
+
+
+def _named_leaves(space: gym.Space[Any], names: Sequence[str], owner: str) -> tuple[list[Key], Any]:
+    """Keys and spaces of the leaves ``names`` of a Dict space."""
+    if not isinstance(space, gym.spaces.Dict):
+        raise DatasetError(
+            f"{owner}: concatenate={list(names)}, but the observation is {describe_space(space)}, "
+            "not a Dict; leave concatenate out."
+        )
+    leaves = leaf_spaces(space)
+    keys = [("observation", *name.split("/")) for name in names]
+    for name, key in zip(names, keys, strict=True):
+        if (leaf := leaves.get(key)) is None:
+            known = ", ".join("/".join(k[1:]) for k in leaves)
+            raise DatasetError(f"{owner}: concatenate names {name!r}; the leaves are {known}.")
+        if not isinstance(leaf, gym.spaces.Box) or np.dtype(leaf.dtype).kind != "f":
+            raise DatasetError(
+                f"{owner}: concatenate joins only Boxes of floats, but {name!r} is {leaf}."
+            )
+    return keys, gym.spaces.Tuple([leaves[key] for key in keys])

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, Opened
-from iql_torchrl.data.readers.parts import chosen_rows
+from iql_torchrl.data.readers.arrays import Column, Opened, chosen_rows
 from iql_torchrl.data.schema import DatasetError
 
 __all__ = ["open_torchrl_dataset"]
@@ -43,7 +42,16 @@ def open_torchrl_dataset(
     if not isinstance(source, BaseDatasetExperienceReplay):
         return None
     name = type(source).__name__
-    _check_filled(source, name, columns)
+    numbers = [column for column in columns.values() if np.dtype(column.dtype).kind in "iuf"]
+    if numbers and all(_zeros([column]).all() for column in numbers):
+        advice = "load the original files"
+        if name == "MinariExperienceReplay":
+            advice = f"load the dataset by its id: load_dataset({source.dataset_id!r})"
+        raise DatasetError(
+            f"{name}: every value is zero. TorchRL 0.14.1 fills MinariExperienceReplay's table and "
+            "then allocates another, memory-mapped one (memmap_like), so that the values are lost; "
+            f"{advice}."
+        )
     warnings = []
     if name in MERGED and "terminated" not in mapping:
         warnings.append(
@@ -51,45 +59,31 @@ def open_torchrl_dataset(
             "termination, whose value is not bootstrapped; if episodes end by time, pass "
             "columns={'terminated': None, 'truncated': 'next/done'}."
         )
-    keep, text = _rows_with_successors(name, columns, mapping)
-    if text is not None:
-        warnings.append(text)
-        columns = chosen_rows({**columns, **_truncated_before(columns, mapping, keep)}, keep)
+    observed = _group(columns, mapping.get("observation") or "observation")
+    following = _group(columns, mapping.get("next_observation") or "next/observation")
+    if observed and following:
+        terminated = _marks(columns, mapping.get("terminated", "next/terminated"))
+        keep, text = _rows_with_successors(name, observed, following, terminated)
+        if text:
+            warnings.append(text)
+            path = mapping.get("truncated") or "next/truncated"
+            truncated = _marks(columns, path)
+            before = np.flatnonzero(~keep[1:] & keep[:-1])
+            truncated[before] |= ~terminated[before]
+            columns = chosen_rows({**columns, path: truncated}, keep)
     return Opened(name, columns, warnings=tuple(warnings))
 
 
-def _check_filled(source: Any, name: str, columns: Mapping[str, Column]) -> None:
-    """Raises if no column but the marks has a value other than zero."""
-    values = [c for path, c in columns.items() if np.dtype(c.dtype).kind in "iuf"]
-    if not values or any(not zero.all() for column in values for zero in _zeros([column])):
-        return
-    advice = "load the original files"
-    if name == "MinariExperienceReplay":
-        advice = f"load the dataset by its id: load_dataset({source.dataset_id!r})"
-    raise DatasetError(
-        f"{name}: every value is zero. TorchRL 0.14.1 fills MinariExperienceReplay's table and then "
-        f"allocates another, memory-mapped one (memmap_like), so that the values are lost; {advice}."
-    )
-
-
 def _rows_with_successors(
-    name: str, columns: Mapping[str, Column], mapping: Mapping[str, str | None]
-) -> tuple[NDArray[np.bool_], str | None]:
-    """Rows to keep, and a warning on the others; None if all are kept."""
-    observed = _group(columns, mapping.get("observation") or "observation")
-    following = _group(columns, mapping.get("next_observation") or "next/observation")
-    rows = int(next(iter(columns.values())).shape[0])
-    keep = np.ones(rows, np.bool_)
-    if not observed or not following:
-        return keep, None
-    empty = np.concatenate(list(_zeros(observed)))
-    lost = np.concatenate(list(_zeros(following)))
+    name: str, observed: list[Column], following: list[Column], terminated: NDArray[np.bool_]
+) -> tuple[NDArray[np.bool_], str]:
+    """Rows to keep, and a warning on the others; empty if all are kept."""
+    empty, lost = _zeros(observed), _zeros(following)
+    rows = len(empty)
     used = rows - int((~(empty & lost))[::-1].argmax())
-    keep[used:] = False
     # Inside an episode a next observation of zeros is correct if the next row's observation is zero.
     lost[: used - 1] &= ~empty[1:used]
-    lost &= ~_terminated(columns, mapping, rows)  # the value of their successor is never used
-    keep &= ~lost
+    lost &= ~terminated  # the value of their successor is never used
     texts = []
     if count := int(lost[:used].sum()):
         texts.append(
@@ -99,29 +93,7 @@ def _rows_with_successors(
         )
     if used < rows:
         texts.append(f"the last {rows - used} of {rows} rows hold only zeros and are left out")
-    return keep, f"{name}: {'; '.join(texts)}." if texts else None
-
-
-def _truncated_before(
-    columns: Mapping[str, Column], mapping: Mapping[str, str | None], keep: NDArray[np.bool_]
-) -> dict[str, Column]:
-    """The marks of truncation, set also at the rows before those that are left out."""
-    path = mapping.get("truncated") or "next/truncated"
-    truncated = np.zeros(len(keep), np.bool_)
-    if path in columns:
-        truncated = np.asarray(columns[path][:]).reshape(len(keep)) != 0
-    before = np.flatnonzero(~keep[1:] & keep[:-1])
-    truncated[before] |= ~_terminated(columns, mapping, len(keep))[before]
-    return {path: truncated}
-
-
-def _terminated(
-    columns: Mapping[str, Column], mapping: Mapping[str, str | None], rows: int
-) -> NDArray[np.bool_]:
-    path = mapping.get("terminated", "next/terminated")
-    if path is None or path not in columns:
-        return np.zeros(rows, np.bool_)
-    return np.asarray(columns[path][:]).reshape(rows) != 0
+    return ~lost & (np.arange(rows) < used), f"{name}: {'; '.join(texts)}." if texts else ""
 
 
 def _group(columns: Mapping[str, Column], path: str) -> list[Column]:
@@ -129,13 +101,20 @@ def _group(columns: Mapping[str, Column], path: str) -> list[Column]:
     return [c for name, c in columns.items() if name == path or name.startswith(f"{path}/")]
 
 
-def _zeros(columns: list[Column]) -> Any:
-    """Blocks of flags: rows in which all columns are zero."""
-    width = max(int(np.prod(column.shape[1:])) for column in columns)
-    rows, size = int(columns[0].shape[0]), max(1, VALUES // max(width, 1))
-    for start in range(0, rows, size):
-        block = np.ones(min(size, rows - start), np.bool_)
-        for column in columns:
+def _marks(columns: Mapping[str, Column], path: str | None) -> NDArray[np.bool_]:
+    """A column of marks, ``(rows,)``; False in every row where there is none."""
+    rows = int(next(iter(columns.values())).shape[0])
+    if path is None or path not in columns:
+        return np.zeros(rows, np.bool_)
+    return np.asarray(columns[path][:]).reshape(rows) != 0
+
+
+def _zeros(columns: list[Column]) -> NDArray[np.bool_]:
+    """Rows in which all columns are zero."""
+    zeros = np.ones(int(columns[0].shape[0]), np.bool_)
+    for column in columns:
+        size = max(1, VALUES // max(int(np.prod(column.shape[1:])), 1))
+        for start in range(0, len(zeros), size):
             values = np.asarray(column[start : start + size])
-            block &= ~values.reshape(len(values), -1).any(axis=1)
-        yield block
+            zeros[start : start + size] &= ~values.reshape(len(values), -1).any(axis=1)
+    return zeros
