@@ -59,7 +59,7 @@ def test_a_search_is_continued_and_ends_with_reserved_episodes(search, capsys):
     assert "On 6 reserved episodes:" in out
     assert run(search, *TINY, "--rounds", "2", "--reserved", "0.4") == 2
     error = capsys.readouterr().err
-    assert "another sweep: reserved differs (it was 0.3, now 0.4)" in error
+    assert "another sweep: reserved was 0.3, now 0.4;" in error
 
 
 def rows_of(self, *args, **kwargs) -> SimpleNamespace:

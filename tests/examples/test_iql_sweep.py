@@ -91,7 +91,7 @@ def test_sepsis_is_judged_by_exact_survival(sweep, capsys):
 
 
 def test_without_an_environment_there_are_estimates(sweep, capsys):
-    write_log("log.npz", np.linspace(-1, 1, 200, dtype=np.float32)[:, None])
+    write_log("log.npz", np.linspace(-2, 2, 200, dtype=np.float32)[:, None])
     arguments = ["--dataset", "log.npz", "--temperature", "0", "3", "--expectile", "0.7"]
     with pytest.warns(UserWarning, match="no environment says what their bounds are"):
         assert run(sweep, *TINY, *arguments) == 0
