@@ -36,7 +36,7 @@ from iql_torchrl import (
     evaluate,
     load_dataset,
 )
-from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
+from iql_torchrl.data.builtin import ensure_source
 from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
 from iql_torchrl.evaluation.statistics import rank_correlations
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
@@ -242,7 +242,7 @@ def main() -> None:
     torch.set_num_threads(1)
     defaults(options)
     configs, how = configs_of(options), {"discount": options.discount}
-    source = ensure_dataset(options.dataset) if options.dataset in BUILTIN else options.dataset
+    source = ensure_source(options.dataset)
     log = load_dataset(source, env=options.env, reward=options.reward, progress=False)
     if options.limit:
         log = log.split(options.limit / len(log.episode_lengths), seed=1)[0]

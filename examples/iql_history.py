@@ -5,128 +5,91 @@ swing it up reliably. Compared, over several seeds: a policy that reads one obse
 the last four joined into a vector, and, as a reference, one that sees the velocity.
 """
 
-import csv
-import sys
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from iql_torchrl import (
-    PRESETS,
-    IQLConfig,
-    OfflineDataset,
-    OfflineTrainer,
-    evaluate,
-    load_dataset,
-    make_agent,
-)
+from iql_torchrl import PRESETS, OfflineTrainer, evaluate, load_dataset, make_agent
+from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_dataset
+from iql_torchrl.report import text_table, write_rows
+from iql_torchrl.report.figures import save
 
-import gymnasium as gym
 import numpy as np
 import tyro
 from gymnasium.spaces import Box
-from numpy.typing import NDArray
+from gymnasium.wrappers import TransformObservation
+from matplotlib.figure import Figure
 
-EVALUATION_SEED = 10_000
-METHODS: dict[str, dict[str, Any]] = {
+METHODS = {
     "angle": {},
     "last 4 angles": {"history": 4, "history_encoder": "stack"},
     "angle and velocity": {},
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    updates: int = 5_000
-    """number of gradient updates of each policy, >= 1"""
-    seeds: int = 3
-    """number of seeds, >= 1"""
-    episodes: int = 50
-    """episodes of each evaluation, >= 1"""
-    output: Path = Path("runs")
-    """where the results are written"""
-
-    def __post_init__(self) -> None:
-        for name in ("updates", "seeds", "episodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1.")
-
-
-class Angle(gym.ObservationWrapper[Any, Any, Any]):
-    """Cosine and sine of the angle, without the velocity."""
-
-    def __init__(self, env: gym.Env[Any, Any]) -> None:
-        super().__init__(env)
-        self.observation_space = Box(-1.0, 1.0, (2,), np.float32)
-
-    def observation(self, observation: NDArray[np.float32]) -> NDArray[np.float32]:
-        return observation[:2]
-
-
-def without_velocity(dataset: OfflineDataset) -> OfflineDataset:
-    """The same log with the first two columns of the observations."""
+def without_velocity(dataset):
+    """The same log with the first two columns of the observations: cosine and sine of the angle."""
     rows = dataset.transitions.clone()
     for side in (("observation",), ("next", "observation")):
         rows[side] = rows[side][:, :2].contiguous()
-    return load_dataset(rows, env=lambda: Angle(dataset.make_env()))
-
-
-def train(config: IQLConfig, dataset: OfflineDataset, episodes: int) -> float:
-    """Mean return of an agent of ``config`` after its training."""
-    agent = make_agent(config, dataset)
-    OfflineTrainer(agent=agent, dataset=dataset, progress_bar=False).train()
-    result = evaluate(agent.policy, dataset.make_env, episodes=episodes, seed=EVALUATION_SEED)
-    return float(np.mean(result.returns))
+    space = Box(-1.0, 1.0, (2,), np.float32)
+    return load_dataset(
+        rows, env=lambda: TransformObservation(dataset.make_env(), lambda seen: seen[:2], space)
+    )
 
 
 def draw(path: Path, results: dict[str, list[float]], log: float) -> None:
     """One dot for each seed, and the mean return of the log."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
-    for place, (name, returns) in enumerate(results.items()):
-        axes.plot(returns, [place] * len(returns), "o", alpha=0.7, label=name)
+    for place, returns in enumerate(results.values()):
+        axes.plot(returns, [place] * len(returns), "o", alpha=0.7)
     axes.axvline(log, color="0.5", linestyle=":")
-    axes.text(log, 0.5, " the log", transform=axes.get_xaxis_transform(), color="0.4")
-    axes.margins(y=0.2)
+    axes.set_title(f"the log: {log:.0f} (dotted)", fontsize=10)
     axes.set_yticks(range(len(results)), list(results))
     axes.invert_yaxis()
     axes.set(xlabel="mean return of an episode, one dot for each seed")
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = tyro.cli(Options, args=arguments, description=__doc__.split("\n\n")[0])
+@cli.errors_in_one_line()
+def main(
+    updates: int = 5_000, seeds: int = 3, episodes: int = 50, output: Path = Path("runs")
+) -> None:
+    """Train each policy from each seed, evaluate it, and print a table.
+
+    Args:
+        updates: number of gradient updates of each policy.
+        seeds: number of seeds, >= 1.
+        episodes: episodes of each evaluation.
+        output: where the results are written.
+    """
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}; expected at least 1.")
+    base = replace(PRESETS["quick"], updates=updates)
     full = load_dataset(ensure_dataset("pendulum/mixed-v0"), reward="return_range")
     full.print_notes()
-    angles = without_velocity(full)
-    base = replace(PRESETS["quick"], updates=options.updates)
-    results: dict[str, list[float]] = {name: [] for name in METHODS}
+    angles, log = without_velocity(full), float(full.episode_returns.mean())
+    results = {name: [] for name in METHODS}
     for name, settings in METHODS.items():
         dataset = full if name == "angle and velocity" else angles
-        for seed in range(options.seeds):
-            began = time.perf_counter()
-            score = train(replace(base, seed=seed, **settings), dataset, options.episodes)
-            results[name].append(score)
-            spent = time.perf_counter() - began
-            print(f"  {name}, seed {seed}: {score:.0f} ({spent:.0f} s)", flush=True)
-    log = float(full.episode_returns.mean())
-    folder = options.output / "history"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "metrics.csv", "w", newline="") as file:
-        header = ["policy reads", *(f"seed {seed}" for seed in range(options.seeds))]
-        csv.writer(file).writerows([header, *([n, *r] for n, r in results.items())])
-    print(f"\n{'policy reads':22}{'mean return':>12}{'worst seed':>12}{'best seed':>12}")
-    print(f"{'(the log)':22}{log:12.0f}")
+        for seed in range(seeds):
+            agent = make_agent(replace(base, seed=seed, **settings), dataset)
+            OfflineTrainer(agent=agent, dataset=dataset, progress_bar=False).train()
+            played = evaluate(agent.policy, dataset.make_env, episodes=episodes, seed=10_000)
+            results[name].append(float(played.returns.mean()))
+            print(f"  {name}, seed {seed}: {results[name][-1]:.0f}", flush=True)
+    rows, table = [], [["policy reads", "mean return", "worst seed", "best seed"]]
+    table.append(["(the log)", f"{log:.0f}", "", ""])
     for name, returns in results.items():
-        print(f"{name:22}{np.mean(returns):12.0f}{min(returns):12.0f}{max(returns):12.0f}")
+        rows.append({"policy reads": name} | {f"seed {i}": r for i, r in enumerate(returns)})
+        table.append([name, *(f"{f(returns):.0f}" for f in (np.mean, min, max))])
+    folder = output / "history"
+    write_rows(folder / "metrics.csv", rows)
+    print("\n" + text_table(table))
     draw(folder / "returns.png", results, log)
     print(f"\nWritten to {folder}/")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tyro.cli(main)

@@ -12,20 +12,22 @@ leaves actions out, DDPG+BC and the best of many actions follow the critics' err
 regression can be better.
 """
 
-import csv
-import sys
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from iql_torchrl import IQLConfig, IQLPopulation, OfflineDataset, load_dataset, policies
+from iql_torchrl.config import cli
 from iql_torchrl.losses import LossCritics
+from iql_torchrl.report import text_table, write_rows
+from iql_torchrl.report.figures import save
 
 import numpy as np
 import torch
 import tyro
 from gymnasium.spaces import Box
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 from numpy.typing import NDArray
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -37,7 +39,6 @@ ROWS = 20_000
 STATES = 2_000  # winds in which a policy is scored
 DRAWN = 400  # samples of a picture
 CONFIG = IQLConfig(
-    batch_size=256,
     hidden=(64, 64),
     reward="raw",
     temperature=5.0,
@@ -47,28 +48,12 @@ CONFIG = IQLConfig(
     value_lr=1e-3,
 )
 # Policies that differ in the temperature alone are trained as one population.
-METHODS: tuple[tuple[dict[str, Any], dict[str, float]], ...] = (
+METHODS = (
     ({}, {"cloning": 0.0, "IQL": CONFIG.temperature}),
     ({"policy": "mixture"}, {"IQL, mixture": CONFIG.temperature}),
     ({"actor_objective": "ddpg_bc", "bc_weight": 0.1}, {"DDPG+BC": CONFIG.temperature}),
     ({"policy": "flow"}, {"flow, IQL": CONFIG.temperature, "flow": 0.0}),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    updates: int = 1_500
-    """number of gradient updates of each policy, >= 1"""
-    seed: int = 0
-    """seed of the log, the initial weights and the batches, >= 0"""
-    output: Path = Path("runs")
-    """where the results are written"""
-
-    def __post_init__(self) -> None:
-        if self.updates < 1 or self.seed < 0:
-            raise ValueError(
-                f"updates is {self.updates} and seed {self.seed}; expected at least 1 and 0."
-            )
 
 
 def hits(point: Array) -> NDArray[np.bool_]:
@@ -104,33 +89,27 @@ def make_log(seed: int) -> OfflineDataset:
         "terminated": np.ones(ROWS, bool),
         "truncated": np.zeros(ROWS, bool),
     }
-    space = Box(-1.0, 1.0, (2,), np.float32)
-    dataset = replace(load_dataset(columns), action_space=space)
-    dataset.print_notes()
-    return dataset
+    return replace(load_dataset(columns), action_space=Box(-1.0, 1.0, (2,), np.float32))
 
 
-def act(policy: Any, wind: Array, *, random: bool) -> Array:
+def act(policy: Any, wind: Array, kind: ExplorationType) -> Array:
     """Actions ``(N, 2)`` of ``policy`` in the states ``wind`` ``(N,)``."""
-    kind = ExplorationType.RANDOM if random else ExplorationType.DETERMINISTIC
     states = torch.as_tensor(wind[:, None], dtype=torch.float32)
     with torch.no_grad(), set_exploration_type(kind):
         data = policy(TensorDict({"observation": states}, [len(wind)]))
     return data["action"].double().numpy()
 
 
-def train(log: OfflineDataset, updates: int, seed: int) -> dict[str, Any]:
+def train(log: OfflineDataset, config: IQLConfig) -> dict[str, Any]:
     """Policies by method."""
     trained: dict[str, Any] = {}
     for settings, temperatures in METHODS:
-        began = time.perf_counter()
-        config = replace(CONFIG, updates=updates, seed=seed, **settings)
-        torch.manual_seed(seed)  # of the flow's noise
-        population = IQLPopulation(
-            [replace(config, temperature=value) for value in temperatures.values()], log
-        )
-        for _ in population.train(every=updates):
-            print(f"  {', '.join(temperatures)}: {time.perf_counter() - began:.0f} s")
+        print(f"Training, {config.updates:,} updates: {', '.join(temperatures)}", flush=True)
+        torch.manual_seed(config.seed)  # of the flow's noise
+        configs = [replace(config, temperature=t, **settings) for t in temperatures.values()]
+        population = IQLPopulation(configs, log)
+        for _ in population.train(every=config.updates):
+            pass
         for number, method in enumerate(temperatures):
             agent = population.member(number)
             trained[method] = agent.policy.eval()
@@ -140,69 +119,62 @@ def train(log: OfflineDataset, updates: int, seed: int) -> dict[str, Any]:
     return trained
 
 
-def scores(wind: Array, point: Array) -> dict[str, float]:
-    return {"return": float(returns(wind, point).mean()), "hits": float(hits(point).mean())}
-
-
 def draw(path: Path, samples: dict[str, Array]) -> None:
     """The points that each policy draws where there is no wind, and the obstacle."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Circle
-
-    columns = (len(samples) + 1) // 2
-    figure = Figure(figsize=(2.4 * columns, 5.2), layout="constrained")
-    panels = figure.subplots(2, columns, sharex=True, sharey=True).flat
-    for axes, (method, points) in zip(panels, samples.items(), strict=False):
+    figure = Figure(figsize=(2.4 * len(samples) / 2, 5.2), layout="constrained")
+    panels = figure.subplots(2, len(samples) // 2, sharex=True, sharey=True).flat
+    for axes, (method, points) in zip(panels, samples.items(), strict=True):
         axes.add_patch(Circle((0, 0), RADIUS, color="0.75"))
-        for hit, colour in ((False, "tab:blue"), (True, "tab:red")):
-            chosen = points[hits(points) == hit]
-            axes.scatter(*chosen.T, s=4, color=colour, alpha=0.6)
+        colours = np.where(hits(points), "tab:red", "tab:blue")
+        axes.scatter(*points.T, s=4, color=colours, alpha=0.6)
         axes.set(title=method, xlim=(-1.05, 1.05), ylim=(-1.05, 1.05), aspect="equal")
-    for axes in list(panels):
-        axes.set_visible(False)
     figure.suptitle("Actions without wind: red ones hit the grey obstacle", fontsize=11)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = tyro.cli(Options, args=arguments, description=__doc__.split("\n\n")[0])
+@cli.errors_in_one_line()
+def main(updates: int = 1_500, seed: int = 0, output: Path = Path("runs")) -> None:
+    """Make the log, train all policies, and print how they score.
+
+    Args:
+        updates: number of gradient updates of each policy.
+        seed: seed of the log, the initial weights and the batches.
+        output: where the results are written.
+    """
+    config = replace(CONFIG, updates=updates, seed=seed)
     torch.set_num_threads(1)  # the networks are small: a second thread costs more than it gives
-    folder = options.output / f"multimodal-seed{options.seed}"
-    log = make_log(options.seed)
-    print(f"Training, {options.updates:,} updates of each policy:")
-    trained = train(log, options.updates, options.seed)
+    log = make_log(seed)
+    log.print_notes()
+    trained = train(log, config)
 
-    wind = np.random.default_rng(options.seed + 1).uniform(-1, 1, STATES)
-    logged = log.transitions["action"].double().numpy()
-    winds = log.transitions["observation"].squeeze(-1).double().numpy()
+    def scores(wind: Array, point: Array, suffix: str = "") -> dict[str, float]:
+        return {f"return{suffix}": returns(wind, point).mean(), f"hits{suffix}": hits(point).mean()}
+
+    logged, winds = (log.transitions[k].double().numpy() for k in ("action", "observation"))
+    samples = {"log": logged[:DRAWN]}
+    rows: list[dict[str, Any]] = [{"policy": "log", **scores(winds[:, 0], logged)}]
+    wind = np.random.default_rng(seed + 1).uniform(-1, 1, STATES)
+    torch.manual_seed(seed)
+    for method, policy in trained.items():
+        samples[method] = act(policy, np.zeros(DRAWN), ExplorationType.RANDOM)
+        drawn = scores(wind, act(policy, wind, ExplorationType.RANDOM))
+        fixed = act(policy, wind, ExplorationType.DETERMINISTIC)
+        rows.append({"policy": method} | drawn | scores(wind, fixed, ", deterministic"))
+    folder = output / f"multimodal-seed{seed}"
+    write_rows(folder / "metrics.csv", rows)
+
     upwind = np.where(wind < 0, -1.0, 1.0)
     best = returns(wind, np.stack([0 * wind, 0.4151 * upwind], -1))  # a tangent of the obstacle
-    samples = {"log": logged[:DRAWN]}
-    still = np.zeros(DRAWN)
-    rows = [{"policy": "log", **scores(winds, logged)}]
-    torch.manual_seed(options.seed)
-    for method, policy in trained.items():
-        samples[method] = act(policy, still, random=True)
-        drawn = scores(wind, act(policy, wind, random=True))
-        fixed = scores(wind, act(policy, wind, random=False))
-        fixed = {f"{name}, deterministic": value for name, value in fixed.items()}
-        rows.append({"policy": method, **drawn, **fixed})
-
-    folder.mkdir(parents=True, exist_ok=True)
-    names = list(rows[-1])
-    with open(folder / "metrics.csv", "w", newline="") as file:
-        csv.writer(file).writerows([names, *([row.get(n, "") for n in names] for row in rows)])
-    print(f"\n{'':18}{'as it draws':>18}{'without randomness':>22}")
-    print(f"{'policy':18}{'return':>10}{'hits':>8}{'return':>14}{'hits':>8}")
-    for row in rows:
-        one, other, *rest = (row[n] for n in names[1:5] if n in row)
-        text = f"{row['policy']:18}{one:10.2f}{other:8.1%}"
-        print(text + (f"{rest[0]:14.2f}{rest[1]:8.1%}" if rest else ""))
-    print(f"{'best possible':18}{best.mean():10.2f}{0:8.1%}")
+    rows.append({"policy": "best possible", "return": best.mean(), "hits": 0.0})
+    table = [["", "as it draws", "", "without randomness", ""]]
+    table += [["policy", "return", "hits", "return", "hits"]]
+    for name, *numbers in (row.values() for row in rows):
+        cells = [f"{n:.2f}" if i % 2 == 0 else f"{n:.1%}" for i, n in enumerate(numbers)]
+        table.append([name, *cells, *[""] * (4 - len(cells))])
+    print("\n" + text_table(table))
     draw(folder / "samples.png", samples)
     print(f"\nWritten to {folder}/")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tyro.cli(main)

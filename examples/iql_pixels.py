@@ -6,25 +6,24 @@ log; behaviour cloning and IQL from pictures, with one convolutional encoder for
 and IQL from the coordinates that the pictures show, with the same actions, as a reference.
 """
 
-import csv
-import sys
-import time
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl import IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
-from iql_torchrl.evaluation import Evaluation
+from iql_torchrl import IQLConfig, OfflineTrainer, evaluate, load_dataset, make_agent
+from iql_torchrl.config import cli
+from iql_torchrl.report import text_table, write_rows
+from iql_torchrl.report.figures import save
 
 import gymnasium as gym
 import numpy as np
 import tyro
 from gymnasium.spaces import Box
+from gymnasium.wrappers import TransformObservation
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 SIDE, STEPS, SPEED, REACHED, NOISE = 16, 20, 0.15, 0.15, 0.3
-EVALUATION_SEED = 10_000
 CONFIG = IQLConfig(
     batch_size=128,
     discount=0.95,
@@ -41,19 +40,14 @@ CONFIG = IQLConfig(
 )
 
 
-class Drive(gym.Env[Any, Any]):
+class Drive(gym.Env):
     """A point and a mark in [-1, 1]^2; the reward is minus their distance, for ``STEPS`` steps.
 
-    Observations: pictures ``(16, 16, 3)`` uint8 with the point in green and the mark in red, or with
-    ``pictures=False`` the four coordinates. Actions: the point's step, divided by ``SPEED``.
+    Observations: the four coordinates. Actions: the point's step, divided by ``SPEED``.
     """
 
-    def __init__(self, pictures: bool = True) -> None:
-        self.pictures = pictures
-        self.action_space = Box(-1.0, 1.0, (2,), np.float32)
-        self.observation_space = (
-            Box(0, 255, (SIDE, SIDE, 3), np.uint8) if pictures else Box(-1.0, 1.0, (4,), np.float32)
-        )
+    action_space = Box(-1.0, 1.0, (2,), np.float32)
+    observation_space = Box(-1.0, 1.0, (4,), np.float32)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
@@ -62,8 +56,7 @@ class Drive(gym.Env[Any, Any]):
         return self.observation(), {}
 
     def observation(self) -> NDArray[Any]:
-        coordinates = np.concatenate([self.point, self.mark]).astype(np.float32)
-        return picture(coordinates[None])[0] if self.pictures else coordinates
+        return np.concatenate([self.point, self.mark]).astype(np.float32)
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         self.point = np.clip(self.point + SPEED * np.asarray(action, np.float64), -1, 1)
@@ -84,32 +77,17 @@ def picture(coordinates: NDArray[np.float32]) -> NDArray[np.uint8]:
     return image
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    updates: int = 2_000
-    """number of gradient updates of each policy, >= 1"""
-    episodes: int = 2_000
-    """episodes of the log, >= 2"""
-    seed: int = 0
-    """seed of the log, the initial weights and the batches, >= 0"""
-    output: Path = Path("runs")
-    """where the results are written"""
-
-    def __post_init__(self) -> None:
-        if self.updates < 1 or self.episodes < 2 or self.seed < 0:
-            raise ValueError(
-                f"updates is {self.updates}, episodes {self.episodes} and seed {self.seed}; expected "
-                "at least 1, 2 and 0."
-            )
+def seen() -> gym.Env:
+    """``Drive`` with pictures ``(16, 16, 3)`` uint8: the point in green, the mark in red."""
+    space = Box(0, 255, (SIDE, SIDE, 3), np.uint8)
+    return TransformObservation(Drive(), lambda coordinates: picture(coordinates[None])[0], space)
 
 
-def make_logs(episodes: int, seed: int) -> tuple[OfflineDataset, OfflineDataset]:
+def make_logs(episodes, seed):
     """The same log with pictures and with coordinates."""
     generator = np.random.default_rng(seed)
-    env = Drive(pictures=False)
-    rows: dict[str, list[Any]] = {
-        name: [] for name in ("observation", "action", "reward", "next_observation", "truncated")
-    }
+    env = Drive()
+    steps = []
     for episode in range(episodes):
         observation, _ = env.reset(seed=seed + episode)
         over = False
@@ -118,35 +96,17 @@ def make_logs(episodes: int, seed: int) -> tuple[OfflineDataset, OfflineDataset]
             offset = env.mark - env.point
             mean = skill * offset / max(SPEED, float(np.linalg.norm(offset)))
             action = np.clip(mean + NOISE * generator.normal(size=2), -1, 1).astype(np.float32)
-            later, reward, _, over, _ = env.step(action)
-            for name, value in zip(rows, (observation, action, reward, later, over), strict=True):
-                rows[name].append(value)
+            later, reward, ended, over, _ = env.step(action)
+            steps.append((observation, action, reward, later, ended, over))
             observation = later
-    columns = {name: np.asarray(values) for name, values in rows.items()}
-    columns["terminated"] = np.zeros(len(columns["reward"]), bool)
-    seen = {name: picture(columns[name]) for name in ("observation", "next_observation")}
-    pictures = load_dataset(columns | seen, env=Drive)
-    coordinates = load_dataset(columns, env=partial(Drive, pictures=False))
-    return pictures, coordinates
-
-
-def train(config: IQLConfig, dataset: OfflineDataset, name: str) -> Evaluation:
-    """Train an agent of ``config`` and run it in 100 episodes."""
-    began = time.perf_counter()
-    agent = make_agent(config, dataset)
-    buffer = dataset.replay_buffer(config.batch_size, seed=config.seed)
-    for update in range(1, config.updates + 1):
-        agent.step(buffer.sample())
-        if update % 500 == 0 or update == config.updates:
-            spent = time.perf_counter() - began
-            print(f"  {name}: {update:,} updates, {spent:.0f} s", flush=True)
-    return evaluate(agent.policy, dataset.make_env, episodes=100, num_envs=50, seed=EVALUATION_SEED)
+    names = ("observation", "action", "reward", "next_observation", "terminated", "truncated")
+    columns = dict(zip(names, map(np.asarray, zip(*steps, strict=True)), strict=True))
+    pictures = {name: picture(columns[name]) for name in ("observation", "next_observation")}
+    return load_dataset(columns | pictures, env=seen), load_dataset(columns, env=Drive)
 
 
 def draw(path: Path, results: dict[str, NDArray[np.float64]]) -> None:
     """Returns of the episodes of each policy, and one picture of the log."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1, 2.2))
     left.imshow(picture(np.array([[-0.5, 0.4, 0.6, -0.3]], np.float32))[0])
@@ -154,39 +114,51 @@ def draw(path: Path, results: dict[str, NDArray[np.float64]]) -> None:
     right.boxplot(list(results.values()), orientation="horizontal", tick_labels=list(results))
     right.set(title="returns of the episodes", xlabel="minus the sum of distances")
     right.invert_yaxis()
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = tyro.cli(Options, args=arguments, description=__doc__.split("\n\n")[0])
-    folder = options.output / f"pixels-seed{options.seed}"
-    pictures, coordinates = make_logs(options.episodes, options.seed)
+@cli.errors_in_one_line()
+def main(
+    updates: int = 2_000, episodes: int = 2_000, seed: int = 0, output: Path = Path("runs")
+) -> None:
+    """Make the log, train three policies, and print a table.
+
+    Args:
+        updates: number of gradient updates of each policy.
+        episodes: episodes of the log, >= 2.
+        seed: seed of the log, the initial weights and the batches.
+        output: where the results are written.
+    """
+    if episodes < 2:
+        raise ValueError(f"episodes is {episodes}; expected at least 2.")
+    config = replace(CONFIG, updates=updates, seed=seed)
+    pictures, coordinates = make_logs(episodes, seed)
     pictures.print_notes()
     megabytes = pictures.transitions.bytes() / 2**20
-    print(f"The log: {options.episodes:,} episodes, {len(pictures):,} steps, {megabytes:.0f} MiB.")
-    config = replace(CONFIG, updates=options.updates, seed=options.seed)
+    print(f"The log: {episodes:,} episodes, {len(pictures):,} steps, {megabytes:.0f} MiB.")
     results = {"log": pictures.episode_returns}
-    rows = [{"policy": "log", "return": float(pictures.episode_returns.mean()), "success": ""}]
+    rows: list[dict[str, Any]] = [{"policy": "log", "return": results["log"].mean()}]
     for name, chosen, dataset in (
         ("cloning, pictures", replace(config, temperature=0.0), pictures),
         ("IQL, pictures", config, pictures),
         ("IQL, coordinates", config, coordinates),
     ):
-        result = train(chosen, dataset, name)
-        results[name] = np.asarray(result.returns)
-        success = float(np.mean(result.successes))
-        rows.append({"policy": name, "return": float(results[name].mean()), "success": success})
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "metrics.csv", "w", newline="") as file:
-        csv.writer(file).writerows([list(rows[0]), *(list(row.values()) for row in rows)])
-    print(f"\n{'policy':20}{'return':>10}{'at the mark':>14}")
+        print(f"Training: {name}", flush=True)
+        agent = make_agent(chosen, dataset)
+        OfflineTrainer(agent=agent, dataset=dataset).train()
+        played = evaluate(agent.policy, dataset.make_env, episodes=100, num_envs=50, seed=10_000)
+        results[name], success = played.returns, played.successes.mean()
+        rows.append({"policy": name, "return": results[name].mean(), "success": success})
+    folder = output / f"pixels-seed{seed}"
+    write_rows(folder / "metrics.csv", rows)
+    table = [["policy", "return", "at the mark"]]
     for row in rows:
-        at_mark = f"{row['success']:14.0%}" if row["success"] != "" else ""
-        print(f"{row['policy']:20}{row['return']:10.2f}{at_mark}")
+        at_mark = f"{row['success']:.0%}" if "success" in row else ""
+        table.append([row["policy"], f"{row['return']:.2f}", at_mark])
+    print("\n" + text_table(table))
     draw(folder / "returns.png", results)
     print(f"\nWritten to {folder}/")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tyro.cli(main)

@@ -12,18 +12,22 @@ target is observed, and drawn again when reached, so that a return counts the ta
 episode. For that task the log is nearly expert, and IQL gains little over cloning.
 """
 
-import csv
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
+from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_dataset
+from iql_torchrl.data.builtin.recipes import import_for_recipe
+from iql_torchrl.report import text_table, write_rows
+from iql_torchrl.report.figures import save
 
 import gymnasium
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 from tqdm import tqdm
 
 # (start, goal) as (row, column) of the maze's map
@@ -41,21 +45,6 @@ FIXED = replace(
 )
 # The log is good at this task, and advantages are fractions of a target instead of steps.
 RANDOM = replace(FIXED, discount=0.99, expectile=0.7, temperature=10.0, reward="raw")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    maze: Literal["umaze", "medium"] = "umaze"
-    task: Literal["fixed", "random"] = "fixed"
-    """one far goal, or the log's own targets"""
-    updates: int = FIXED.updates
-    """number of gradient updates"""
-    episodes: int = 20
-    """episodes of each evaluation"""
-    seed: int = 0
-    """seed of the initial weights and of the batches"""
-    output: Path = Path("runs")
-    """where the results are written"""
 
 
 class FixedGoal(gymnasium.ObservationWrapper[Any, Any, Any]):
@@ -93,20 +82,22 @@ def fixed_goal(log: OfflineDataset, maze: str) -> tuple[OfflineDataset, dict[str
 
     plan = make_env().unwrapped.maze
     start, goal = (plan.cell_rowcol_to_xy(np.array(cell)) for cell in MAZES[maze])
-    before, after = log.transitions["observation"], log.transitions["next", "observation"]
-    to_start = np.linalg.norm(after["achieved_goal"].numpy() - start, axis=1)
-    to_goal = np.linalg.norm(after["achieved_goal"].numpy() - goal, axis=1)
-    at_goal, ends = to_goal <= AT_GOAL, log.transitions["next", "truncated"].flatten().numpy()
-    ends = ends | np.r_[np.diff(before["desired_goal"].numpy(), axis=0).any(axis=1), True]
+    rows = log.transitions.numpy()
+    before, after = rows["observation"], rows["next"]["observation"]
+    to_start = np.linalg.norm(after["achieved_goal"] - start, axis=1)
+    to_goal = np.linalg.norm(after["achieved_goal"] - goal, axis=1)
+    at_goal = to_goal <= AT_GOAL
+    ends = rows["next"]["truncated"].flatten()
+    ends = ends | np.r_[np.diff(before["desired_goal"], axis=0).any(axis=1), True]
     drive = np.cumsum(ends) - ends
     complete = np.bincount(drive, to_start <= NEAR) * np.bincount(drive, to_goal <= NEAR) > 0
     print(f"dropped {complete.sum()} of {len(complete)} drives, which pass both start and goal")
     # Steps that begin inside the goal are dropped, because the episode ends there.
-    outside = np.linalg.norm(before["achieved_goal"].numpy() - goal, axis=1) > AT_GOAL
+    outside = np.linalg.norm(before["achieved_goal"] - goal, axis=1) > AT_GOAL
     columns = {
-        "observation": before["observation"].numpy(),
-        "next_observation": after["observation"].numpy(),
-        "action": log.transitions["action"].numpy(),
+        "observation": before["observation"],
+        "next_observation": after["observation"],
+        "action": rows["action"],
         "reward": at_goal.astype(np.float32),
         "terminated": at_goal,
         "truncated": ends & ~at_goal,
@@ -117,23 +108,9 @@ def fixed_goal(log: OfflineDataset, maze: str) -> tuple[OfflineDataset, dict[str
         if (passes := to_start[episode] <= NEAR).any():
             passed += 1
             waits += np.flatnonzero(at_goal[episode][passes.argmax() :])[:1].tolist()
-    log_results = {
-        "reached": len(waits) / max(1, passed),
-        "steps": np.mean(waits) if waits else np.nan,
-    }
-    return load_dataset(kept, env=make_env, reward=FIXED.reward), log_results
-
-
-def train(config: IQLConfig, data: OfflineDataset, episodes: int) -> tuple[Any, list]:
-    """A trained policy's evaluation, and its paths where the environment records them."""
-    agent = make_agent(config, data)
-    batches = data.device_sampler(config.batch_size, seed=config.seed)
-    for _ in tqdm(range(config.updates), unit="update", disable=None):
-        agent.step(batches.sample())
-    envs = [data.make_env() for _ in range(min(8, episodes))]
-    fresh = iter(envs)
-    played = evaluate(agent.policy, lambda: next(fresh), episodes=episodes, seed=10_000)
-    return played, [np.stack(path) for env in envs for path in getattr(env, "paths", [])]
+    steps = np.mean(waits) if waits else np.nan
+    fared = {"reached": len(waits) / max(1, passed), "steps": steps}
+    return load_dataset(kept, env=make_env, reward=FIXED.reward), fared
 
 
 def compare(maze: str, task: str, config: IQLConfig, episodes: int) -> tuple[list, dict, Any]:
@@ -143,13 +120,19 @@ def compare(maze: str, task: str, config: IQLConfig, episodes: int) -> tuple[lis
         data = load_dataset(log.name, concatenate=["observation", "desired_goal"])
         rows, paths = [{"method": "log", "return": data.episode_returns.mean()}], {}
     else:
-        data, log_results = fixed_goal(log, maze)
-        rows = [{"method": "log", **log_results}]
+        data, fared = fixed_goal(log, maze)
+        rows = [{"method": "log", **fared}]
         position = data.transitions["observation"][:, :2].numpy()
         paths = {"60 drives of the log": np.split(position, np.cumsum(data.episode_lengths))[:60]}
     data.print_notes()
     for method, temperature in (("cloning", 0.0), ("IQL", config.temperature)):
-        played, paths[method] = train(replace(config, temperature=temperature), data, episodes)
+        agent = make_agent(replace(config, temperature=temperature), data)
+        batches = data.device_sampler(config.batch_size, seed=config.seed)
+        for _ in tqdm(range(config.updates), desc=method, unit="update", disable=None):
+            agent.step(batches.sample())
+        envs = [data.make_env() for _ in range(min(8, episodes))]
+        played = evaluate(agent.policy, iter(envs).__next__, episodes=episodes, seed=10_000)
+        paths[method] = [np.stack(path) for env in envs for path in getattr(env, "paths", [])]
         reached = played.returns > 0
         steps = played.lengths[reached].mean() if reached.any() else np.nan
         results = {"return": played.returns.mean(), "reached": reached.mean(), "steps": steps}
@@ -159,9 +142,6 @@ def compare(maze: str, task: str, config: IQLConfig, episodes: int) -> tuple[lis
 
 def draw(path: Path, maze: str, plan: Any, paths: dict[str, list[np.ndarray]]) -> None:
     """Paths through the maze: parts of the log, then the paths of each policy from the start."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Circle
-
     walls = np.array(plan.maze_map) == 1
     start, goal = (plan.cell_rowcol_to_xy(np.array(cell)) for cell in MAZES[maze])
     up, right = np.array(walls.shape) / 2
@@ -174,34 +154,39 @@ def draw(path: Path, maze: str, plan: Any, paths: dict[str, list[np.ndarray]]) -
         axes.plot(*start, "k^", markersize=7)
         axes.set(title=method, xticks=[], yticks=[])
     figure.suptitle(f"PointMaze {maze}: from the triangle to the green disc", fontsize=11)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = tyro.cli(Options, args=arguments, description=__doc__.split("\n\n")[0])
-    folder = options.output / f"pointmaze-{options.maze}-{options.task}-seed{options.seed}"
-    try:
-        config = FIXED if options.task == "fixed" else RANDOM
-        config = replace(config, updates=options.updates, seed=options.seed)
-        import gymnasium_robotics  # noqa: F401  (registers the mazes)
+@cli.errors_in_one_line()
+def main(
+    maze: Literal["umaze", "medium"] = "umaze",
+    task: Literal["fixed", "random"] = "fixed",
+    updates: int = FIXED.updates,
+    episodes: int = 20,
+    seed: int = 0,
+    output: Path = Path("runs"),
+) -> None:
+    """Train cloning and IQL in a maze, and compare them with the log.
 
-        rows, paths, plan = compare(options.maze, options.task, config, options.episodes)
-    except (ImportError, ValueError) as error:
-        remedy = '; install it with pip install "iql_torchrl[datasets]".'
-        print(f"error: {error}{isinstance(error, ImportError) * remedy}", file=sys.stderr)
-        return 2
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "metrics.csv", "w", newline="") as file:
-        csv.writer(file).writerows([list(rows[0]), *(list(row.values()) for row in rows)])
-    print("".join(f"{name:>12}" for name in rows[0]))
-    for method, *numbers in (row.values() for row in rows):
-        print(f"{method:>12}" + "".join(f"{number:12.2f}" for number in numbers))
-    if options.task == "fixed":
-        draw(folder / "paths.png", options.maze, plan, paths)
+    Args:
+        maze: of D4RL.
+        task: one far goal, or the log's own targets.
+        updates: number of gradient updates.
+        episodes: episodes of each evaluation.
+        seed: seed of the initial weights and of the batches.
+        output: where the results are written.
+    """
+    config = replace(FIXED if task == "fixed" else RANDOM, updates=updates, seed=seed)
+    import_for_recipe("gymnasium_robotics", f"pointmaze/{maze}-v0")  # registers the mazes
+    rows, paths, plan = compare(maze, task, config, episodes)
+    folder = output / f"pointmaze-{maze}-{task}-seed{seed}"
+    write_rows(folder / "metrics.csv", rows)
+    cells = [[name, *(f"{n:.2f}" for n in numbers)] for name, *numbers in map(dict.values, rows)]
+    print(text_table([list(rows[0]), *cells]))
+    if task == "fixed":
+        draw(folder / "paths.png", maze, plan, paths)
     print(f"\nWritten to {folder}/")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    tyro.cli(main)

@@ -15,8 +15,6 @@ policy's survival from the counts of the other half. That estimate is 0.783 at t
 at 0.5, 0.816 at 1, 0.817 at 2 and 0.818 beyond; benchmarks/bench_sepsis.py prints it.
 """
 
-import csv
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -25,14 +23,17 @@ from iql_torchrl import Agent, IQLConfig, OfflineDataset, load_dataset, make_age
 from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
+from iql_torchrl.data.builtin.recipes import import_for_recipe
+from iql_torchrl.report import text_table, write_rows
+from iql_torchrl.report.figures import Series, comparison_figure, save
 
+import gymnasium
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tqdm import tqdm
 
 POINTS = 100.0  # of survival probability
-COLOURS = {"clinicians": "0.5", "IQL on the log's counts": "tab:orange", "optimum": "tab:green"}
 CONFIG = IQLConfig(
     updates=2_500,
     # States have very unequal frequencies: large batches reduce the noise of the rare ones.
@@ -79,15 +80,13 @@ def tabular_iql(rows: TensorDictBase, admissible: np.ndarray, config: IQLConfig)
     following = rows["next", "observation"].numpy()
     pair = state * admissible.shape[1] + action
     count = np.bincount(pair, minlength=admissible.size).reshape(admissible.shape)
-    value = np.zeros(len(admissible))
-    while True:
+    value, change = np.zeros(len(admissible)), np.inf
+    while np.abs(change).max() >= 1e-9:
         target = reward + config.discount * ~ended * value[following]
         total = np.bincount(pair, target, admissible.size).reshape(admissible.shape)
         qvalue = total / np.maximum(count, 1)
         change = expectile(qvalue, count, config.expectile) - value
         value = value + change
-        if np.abs(change).max() < 1e-9:
-            break
     advantage = np.where(count > 0, qvalue - value[:, None], 0.0)
     # Limit the exponent too: the exponential could overflow.
     exponent = np.minimum(config.temperature * advantage, np.log(config.max_weight))
@@ -106,15 +105,24 @@ def expectile(values: np.ndarray, count: np.ndarray, level: float) -> np.ndarray
         result = better
 
 
+def dynamics() -> SepsisTables:
+    """The model from which survival is computed exactly."""
+    import_for_recipe("icu_sepsis", NAME)  # registers the environment
+    return SepsisTables(gymnasium.make(ENVIRONMENT, disable_env_checker=True))
+
+
+def survival(agent: Agent, tables: SepsisTables) -> float:
+    """The exact probability of survival under the policy."""
+    return tables.value(probabilities(agent, tables.admissible))
+
+
 def probabilities(agent: Agent, admissible: np.ndarray) -> np.ndarray:
     """The policy as a table ``(S, A)``."""
-    columns = {
-        "observation": torch.arange(len(admissible)),
-        "action_mask": torch.from_numpy(admissible),
-    }
-    states = TensorDict(columns, batch_size=[len(admissible)], device=agent.config.device)
+    states = torch.arange(len(admissible))
+    columns = {"observation": states, "action_mask": torch.from_numpy(admissible)}
+    batch = TensorDict(columns, batch_size=[len(states)], device=agent.config.device)
     with torch.no_grad():
-        table = agent.policy.get_dist(states).probs.double().cpu().numpy()
+        table = agent.policy.get_dist(batch).probs.double().cpu().numpy()
     return table / table.sum(axis=1, keepdims=True)
 
 
@@ -123,59 +131,31 @@ def train(config: IQLConfig, log: OfflineDataset, tables: SepsisTables) -> list[
     agent = make_agent(config, log)
     batches = log.device_sampler(config.batch_size, device=config.device, seed=config.seed)
     every = max(1, config.updates // 20)
-    history = [{"update": 0, "survival": tables.value(probabilities(agent, tables.admissible))}]
-    bar = tqdm(range(1, config.updates + 1), desc=f"seed {config.seed}", disable=None)
-    for update in bar:
+    history = [{"update": 0, "survival": survival(agent, tables)}]
+    for update in tqdm(range(1, config.updates + 1), desc=f"seed {config.seed}", disable=None):
         metrics = agent.step(batches.sample())
         if update % every == 0 or update == config.updates:
-            survival = tables.value(probabilities(agent, tables.admissible))
             numbers = {key: metrics[key].item() for key in sorted(metrics.keys())}
-            history.append({"update": update, "survival": survival, **numbers})
-            bar.set_postfix_str(f"survival {survival:.4f}")
+            history.append({"update": update, "survival": survival(agent, tables)} | numbers)
     return history
 
 
-def draw(path: Path, history: list[dict[str, float]], levels: dict[str, float]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    for name, colour in COLOURS.items():
-        axes.axhline(levels[name], color=colour, ls="--", label=f"{name} ({levels[name]:.3f})")
-    updates, survival = zip(*((row["update"], row["survival"]) for row in history), strict=True)
-    label = f"IQL, network ({survival[-1]:.3f})"
-    axes.plot(updates, survival, marker="o", markersize=3, label=label)
-    axes.set(xlabel="gradient updates", ylabel="exact probability of survival", title=NAME)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path, dpi=150)
-
-
-def main(arguments: list[str] | None = None) -> int:
+@cli.errors_in_one_line()
+def main(arguments: list[str] | None = None) -> None:
     options, config = cli.parse(
         Options, arguments, presets={"sepsis": CONFIG}, description=__doc__.split("\n\n")[0]
     )
-    folder = options.output / f"sepsis-seed{config.seed}"
-    try:
-        import gymnasium
-        import icu_sepsis  # noqa: F401  (registers the environment)
-
-        log = load_dataset(ensure_dataset(NAME), reward=(POINTS, 0.0))
-        log.print_notes()
-    except (ImportError, ValueError) as error:
-        remedy = '; install it with pip install "iql_torchrl[datasets]".'
-        print(f"error: {error}{isinstance(error, ImportError) * remedy}", file=sys.stderr)
-        return 2
-    tables = SepsisTables(gymnasium.make(ENVIRONMENT, disable_env_checker=True))
-    counts = tabular_iql(log.transitions, tables.admissible, config)
+    tables = dynamics()
+    log = load_dataset(ensure_dataset(NAME), reward=(POINTS, 0.0))
+    log.print_notes()
     print(f"{NAME}: {len(log.episode_returns):,} stays, {log.episode_returns.mean():.4f} survived")
     history = train(config, log, tables)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(history[-1]))
-        writer.writeheader()
-        writer.writerows(history)
-    cloned = tabular_iql(log.transitions, tables.admissible, replace(config, temperature=0.0))
+    folder = options.output / f"sepsis-seed{config.seed}"
+    write_rows(folder / "metrics.csv", history)
+    cloned, counts = (
+        tabular_iql(log.transitions, tables.admissible, replace(config, temperature=temperature))
+        for temperature in (0.0, config.temperature)
+    )
     levels = {
         "random treatments": tables.value(),
         "clinicians": tables.value(tables.clinician),
@@ -184,13 +164,14 @@ def main(arguments: list[str] | None = None) -> int:
         "IQL, network": history[-1]["survival"],
         "optimum": tables.optimal_value(),
     }
-    draw(folder / "survival.png", history, levels)
     print("\nexact probability of survival")
-    for name, level in levels.items():
-        print(f"  {name:30}{level:.4f}")
+    print(text_table([[name, f"{level:.4f}"] for name, level in levels.items()]))
+    updates, values = np.array([[row["update"], row["survival"]] for row in history]).T
+    lines = [Series(name, updates, 0 * updates + level) for name, level in levels.items()]
+    lines[-2] = Series("IQL, network", updates, values)
+    save(comparison_figure({"survival": lines}), folder / "survival.png")
     print(f"\nWritten to {folder}/")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

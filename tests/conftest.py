@@ -32,6 +32,15 @@ def _seeded() -> None:
 
 
 @pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    """The test runs in an empty folder, with an empty Minari root below it."""
+    (tmp_path / "minari").mkdir()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def uncompiled(monkeypatch):
     """Programs run as Dynamo traced them, without the seconds that Inductor takes."""
     compile = torch.compile

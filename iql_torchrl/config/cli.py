@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import make_dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
@@ -41,6 +43,7 @@ def parse(
     *,
     presets: Mapping[str, Config],
     without: Collection[str] = (),
+    least: Mapping[str, float] = MappingProxyType({}),
     description: str = "",
 ) -> tuple[Options, Config]:
     """A script's own options and a config from the command line.
@@ -54,10 +57,11 @@ def parse(
         arguments: by default those of the process.
         presets: configs by name, such as ``PRESETS``; the first is the default.
         without: settings that are not options; they keep the preset's value.
+        least: the smallest value of each of the script's own numbers, by name; None is allowed.
         description: the first line of ``--help``.
 
     Exits with code 2 and a message on stderr on an unknown option, on a value that the options (by
-    ``ValueError``) or the config refuse, and on a device that this machine lacks. Raises
+    ``ValueError``), ``least`` or the config refuse, and on a device that this machine lacks. Raises
     ``ValueError`` without presets.
     """
     if not presets:
@@ -88,12 +92,30 @@ def parse(
             description=description,
             config=(tyro.conf.OmitArgPrefixes,),
         )
+    for name, smallest in least.items():
+        value = getattr(line.script, name)
+        if value is not None and value < smallest:
+            refuse(f"--{name.replace('_', '-')} is {value}; expected at least {smallest}.")
     try:
         config = replace(preset, **{name: getattr(line.settings, name) for name, *_ in settings})
         check_usable(config.device)
     except ValueError as error:
         refuse(error)
     return line.script, config
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """End a script with the first line of an error that its user can correct, and exit code 2.
+
+    For a ``with`` block, or as the decorator of a script's ``main``. These are ``ImportError``,
+    ``OSError``, ``RuntimeError``, ``ValueError`` and the ``AssertionError`` of environments; any other
+    has its traceback, as usual.
+    """
+    try:
+        yield
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+        refuse(str(error).partition("\n")[0])
 
 
 def refuse(error: object) -> NoReturn:

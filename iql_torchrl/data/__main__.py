@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from iql_torchrl.data import DatasetSummary, OfflineDataset, build_shards, load_dataset
-from iql_torchrl.data.builtin import BUILTIN, OGBENCH_LOCAL, ensure_dataset, make_dataset
+from iql_torchrl.data.builtin import (
+    BUILTIN,
+    OGBENCH_LOCAL,
+    ensure_dataset,
+    ensure_source,
+    make_dataset,
+)
 from iql_torchrl.data.saved import verify
 
 NAME_WIDTH = 26
@@ -80,7 +86,7 @@ def _make(options: argparse.Namespace) -> None:
 
 
 def _build(options: argparse.Namespace) -> None:
-    name = ensure_dataset(options.source) if options.source in BUILTIN else options.source
+    name = ensure_source(options.source)
     read: dict[str, Any] = {
         "env": options.env, "limit": options.limit, "concatenate": options.concatenate,
     }  # fmt: skip

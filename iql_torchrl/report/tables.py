@@ -59,6 +59,24 @@ def results_table(dataset: OfflineDataset, results: Mapping[str, Evaluation]) ->
     return text_table(rows)
 
 
+def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace ``path`` by a CSV table with one line per row; its folder is made where it is missing.
+
+    The header has the keys of all rows in the order of their first occurrence. A cell is the text of
+    its value; it is empty for NaN, for None and for a key that the row lacks.
+
+    Raises ``OSError`` naming ``path`` where it cannot be written; what was there then stays.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = dict.fromkeys(name for row in rows for name in row)
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({name: None if v != v else v for name, v in row.items()})
+
+
 def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, float | int]]) -> None:
     """Replace ``path`` by a table with one line per row; a column that a row lacks stays empty.
 

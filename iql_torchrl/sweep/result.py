@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -14,12 +12,12 @@ import numpy as np
 
 from iql_torchrl.agent.build import Agent
 from iql_torchrl.config import IQLConfig, knobs
-from iql_torchrl.files import whole_file
 from iql_torchrl.report.figures import save
+from iql_torchrl.report.tables import write_rows
 from iql_torchrl.selection import Ranking
 from iql_torchrl.sweep.task import Row, Task
 
-__all__ = ["SweepResult", "named", "write_table"]
+__all__ = ["SweepResult", "named"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,9 @@ class SweepResult:
 
     def write(self, *, words: str) -> None:
         """Replace ``members.csv`` and, where there is a number, ``sweep.png`` of what did not fail."""
-        write_table(self.folder / "members.csv", self.rows)
+        columns = dict.fromkeys(key for row in self.rows.values() for key in row if key != "error")
+        blank = columns | {"error": None}
+        write_rows(self.folder / "members.csv", [blank | row for row in self.rows.values()])
         rows = {
             name: row
             for name, row in self.rows.items()
@@ -143,20 +143,6 @@ def joined(
             row["error"] = failures[name]
         rows[name] = row
     return rows
-
-
-def write_table(path: Path, rows: Mapping[str, Row]) -> None:
-    """Replace ``path`` by one line per run; unknown numbers stay empty."""
-    columns = list(dict.fromkeys(key for row in rows.values() for key in row if key != "error"))
-    with (
-        whole_file(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.DictWriter(file, [*columns, "error"], lineterminator="\n")
-        writer.writeheader()
-        for row in rows.values():
-            unknown = {k: "" for k, v in row.items() if isinstance(v, float) and math.isnan(v)}
-            writer.writerow(row | unknown)
 
 
 def draw(

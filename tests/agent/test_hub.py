@@ -266,8 +266,9 @@ def test_scores_and_data_that_do_not_fit(server):
         with pytest.raises(error, match=message):
             agent.push_to_hub(REPO, evaluation=evaluation, token=TOKEN)
     words = r"dataset is 'arrays', whose episodes are not .* make_agent"
-    with pytest.raises(ValueError, match=words):
-        agent.push_to_hub(REPO, dataset=load_dataset(log(50)), token=TOKEN)
+    for other in (log(50), log(reward=np.ones(40, np.float32))):
+        with pytest.raises(ValueError, match=words):
+            agent.push_to_hub(REPO, dataset=load_dataset(other), token=TOKEN)
     with pytest.raises(TypeError, match=r"dataset is str; expected what load_dataset"):
         agent.push_to_hub(REPO, dataset="arrays", token=TOKEN)
     assert not server.branches

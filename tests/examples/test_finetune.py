@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import importlib.util
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
+from example_scripts import load, run, table
 from small_agents import following
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from iql_torchrl import PRESETS, load_dataset, make_agent
 from iql_torchrl.data.builtin import make_dataset
 
-PATH = Path(__file__).resolve().parents[2] / "examples" / "iql_finetune.py"
+example = load("iql_finetune")
 SCALE, SHIFT = 0.5, 2.0
 CONFIG = replace(PRESETS["quick"], hidden=(8,), batch_size=16, schedule="constant", seed=3)
 EPISODE = ("collector", "traj_ids")
-
-
-@pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("iql_finetune", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # as its dataclass needs
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +52,7 @@ def cartpole():
     return load_dataset(columns, env="CartPole-v1")
 
 
-def collect(example, dataset, steps, *, config=CONFIG, fraction=None, agent=None, **options):
+def collect(dataset, steps, *, config=CONFIG, fraction=None, agent=None, **options):
     """Agent, buffer and what ``learn_online`` yielded."""
     torch.manual_seed(0)
     agent = agent or make_agent(config, dataset)
@@ -92,10 +80,10 @@ def assert_same(first, second):
         assert torch.equal(first[name], second[name]), name
 
 
-def test_online_steps_are_rows_of_the_log(example, pendulum):
-    _, buffer, _ = collect(example, pendulum, 12, frames_per_batch=4, updates_per_step=0)
+def test_online_steps_are_rows_of_the_log(pendulum):
+    _, buffer, _ = collect(pendulum, 30, updates_per_step=0)
     log, whole = pendulum.transitions, buffer[:]
-    assert len(whole) == len(log) + 12
+    assert len(whole) == len(log) + 30
     assert set(whole.keys(True, True)) - {"index"} == set(log.keys(True, True))
     for key in log.keys(True, True):
         assert whole[key].dtype == log[key].dtype, key
@@ -106,10 +94,6 @@ def test_online_steps_are_rows_of_the_log(example, pendulum):
     assert (online["action"].abs() <= 2).all()
     assert (online[EPISODE] == len(pendulum.episode_lengths)).all(), "episodes get numbers anew"
 
-
-def test_the_logs_reward_map_by_hand(example, pendulum):
-    _, buffer, _ = collect(example, pendulum, 30, updates_per_step=0)
-    online = buffer[:][len(pendulum) :]
     cosine, sine, velocity = online["observation"].double().unbind(-1)
     torque = online["action"].double().squeeze(-1)
     raw = -(torch.atan2(sine, cosine) ** 2 + 0.1 * velocity**2 + 0.001 * torque**2)
@@ -117,8 +101,8 @@ def test_the_logs_reward_map_by_hand(example, pendulum):
     torch.testing.assert_close(mapped, SCALE * raw + SHIFT, rtol=1e-5, atol=1e-5)
 
 
-def test_time_limits_are_truncations_and_learned_through(example, pendulum):
-    agent, buffer, _ = collect(example, pendulum, 210, frames_per_batch=7, updates_per_step=0)
+def test_time_limits_are_truncations_and_learned_through(pendulum):
+    agent, buffer, _ = collect(pendulum, 210, updates_per_step=0)
     online = buffer[:][len(pendulum) :]
     assert torch.flatten(online["next", "truncated"]).nonzero().flatten().tolist() == [199]
     assert torch.equal(online["next", "done"], online["next", "truncated"])
@@ -137,39 +121,22 @@ def test_time_limits_are_truncations_and_learned_through(example, pendulum):
 
 
 @pytest.mark.parametrize(
-    ("steps", "frames", "ratio", "expected"),
+    ("steps", "ratio", "expected"),
     [
-        (6, 1, 1, [(n, n) for n in range(1, 7)]),
-        (8, 4, 1, [(4, 4), (8, 8)]),
-        (8, 4, 0.5, [(4, 2), (8, 4)]),
-        (5, 1, 0.5, [(1, 0), (2, 1), (3, 1), (4, 2), (5, 2)]),
-        (4, 2, 3, [(2, 6), (4, 12)]),
-        (10, 5, 0.1, [(5, 0), (10, 1)]),
+        (6, 1, [(n, n) for n in range(1, 7)]),
+        (5, 0.5, [(1, 0), (2, 1), (3, 1), (4, 2), (5, 2)]),
+        (2, 3, [(1, 3), (2, 6)]),
+        (10, 0.1, [*((n, 0) for n in range(1, 10)), (10, 1)]),
     ],
 )
-def test_updates_per_step(example, pendulum, steps, frames, ratio, expected):
-    agent, buffer, counts = collect(
-        example, pendulum, steps, frames_per_batch=frames, updates_per_step=ratio
-    )
+def test_updates_per_step(pendulum, steps, ratio, expected):
+    agent, buffer, counts = collect(pendulum, steps, updates_per_step=ratio)
     assert counts == expected
     assert updates_made(agent) == {expected[-1][1]}
     assert len(buffer) == len(pendulum) + steps
 
 
-def test_nothing_is_reset_at_the_switch(example, pendulum):
-    agent = make_agent(CONFIG, pendulum)
-    log = pendulum.replay_buffer(CONFIG.batch_size, seed=0)
-    for _ in range(5):
-        agent.step(log.sample())
-    before = weights(agent)
-    assert any(name.startswith("target_qvalue") for name in before)
-    collect(example, pendulum, 4, agent=agent, updates_per_step=0)
-    assert_same(weights(agent), before)
-    collect(example, pendulum, 4, agent=agent)
-    assert updates_made(agent) == {9}
-
-
-def test_both_phases_equal_a_loop_by_hand(example, pendulum):
+def test_both_phases_equal_a_loop_by_hand(pendulum):
     """A new agent that gets the same steps one by one, without phases, is equal bit for bit."""
     agent = make_agent(CONFIG, pendulum)
     buffer = example.make_buffer(pendulum, CONFIG, 6, None)
@@ -189,12 +156,12 @@ def test_both_phases_equal_a_loop_by_hand(example, pendulum):
     assert_same(weights(agent), weights(other))
 
 
-def test_actions_are_sampled_and_bounded(example, pendulum):
+def test_actions_are_sampled_and_bounded(pendulum):
     agent = make_agent(CONFIG, pendulum)
     (log_std,) = (p for name, p in agent.policy.named_parameters() if name.endswith("log_std"))
     with torch.no_grad():
         log_std.fill_(-1.0)
-    _, buffer, _ = collect(example, pendulum, 100, agent=agent, updates_per_step=0)
+    _, buffer, _ = collect(pendulum, 100, agent=agent, updates_per_step=0)
     online = buffer[:][len(pendulum) :]
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
         mean = agent.policy(online.select("observation").clone())["action"]
@@ -202,24 +169,24 @@ def test_actions_are_sampled_and_bounded(example, pendulum):
     assert 0.5 < (online["action"] - mean).std() < 0.95
     with torch.no_grad():
         log_std.fill_(2.0)
-    _, buffer, _ = collect(example, pendulum, 50, agent=agent, updates_per_step=0)
+    _, buffer, _ = collect(pendulum, 50, agent=agent, updates_per_step=0)
     action = buffer[:][len(pendulum) :]["action"]
     assert action.min() == -2
     assert action.max() == 2
 
 
-def test_doubles_become_floats_as_in_the_log(example, pendulum):
+def test_doubles_become_floats_as_in_the_log(pendulum):
     def make_env():
         env = pendulum.make_env()
         space = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float64)
         return gymnasium.wrappers.TransformObservation(env, lambda o: o.astype(np.float64), space)
 
-    _, buffer, _ = collect(example, replace(pendulum, env=make_env), 3)
+    _, buffer, _ = collect(replace(pendulum, env=make_env), 3)
     assert len(buffer) == len(pendulum) + 3
     assert buffer[:]["next", "observation"].dtype == torch.float32
 
 
-def test_what_acts_is_what_is_trained(example, pendulum):
+def test_what_acts_is_what_is_trained(pendulum):
     """Pushing the mean to its lower bound pushes the next action there."""
     agent = make_agent(CONFIG, pendulum)
     parameters = dict(agent.policy.named_parameters())
@@ -239,20 +206,20 @@ def test_what_acts_is_what_is_trained(example, pendulum):
     assert not (action[:20] < -1.8).any()
 
 
-def test_dropout_rests_while_acting(example, pendulum):
+def test_dropout_rests_while_acting(pendulum):
     agent = make_agent(replace(CONFIG, dropout=0.5), pendulum)
     (dropout,) = (m for m in agent.policy.modules() if isinstance(m, torch.nn.Dropout))
     modes = []
     dropout.register_forward_hook(lambda module, *_: modes.append(module.training))
-    collect(example, pendulum, 2, agent=agent)
+    collect(pendulum, 2, agent=agent)
     assert modes[-4:] == [False, True, False, True], "act, update, act, update"
 
 
 @pytest.mark.parametrize(("fraction", "from_log"), [(0.5, 8), (0.25, 4)])
-def test_a_fixed_share_of_the_log(example, pendulum, fraction, from_log):
+def test_a_fixed_share_of_the_log(pendulum, fraction, from_log):
     fresh = example.make_buffer(pendulum, CONFIG, 10, fraction)
     assert (fresh.sample()[EPISODE] < 4).all()
-    agent, buffer, counts = collect(example, pendulum, 10, fraction=fraction)
+    agent, buffer, counts = collect(pendulum, 10, fraction=fraction)
     assert counts[-1] == (10, 10)
     assert updates_made(agent) == {10}
     for _ in range(5):
@@ -261,15 +228,15 @@ def test_a_fixed_share_of_the_log(example, pendulum, fraction, from_log):
         assert (batch[EPISODE] < 4).sum() == from_log
 
 
-def test_the_pool_is_sampled_uniformly(example, pendulum):
-    _, buffer, _ = collect(example, pendulum, 400, frames_per_batch=400, updates_per_step=0)
+def test_the_pool_is_sampled_uniformly(pendulum):
+    _, buffer, _ = collect(pendulum, 400, updates_per_step=0)
     drawn = torch.cat([buffer.sample()[EPISODE] >= 4 for _ in range(300)]).double()
     # 4,800 draws, a third of them online: five standard deviations are 0.034
     assert abs(drawn.mean() - 400 / 1200) < 0.034
 
 
-def test_discrete_actions(example, cartpole):
-    agent, buffer, _ = collect(example, cartpole, 40, frames_per_batch=20)
+def test_discrete_actions(cartpole):
+    agent, buffer, _ = collect(cartpole, 40)
     assert updates_made(agent) == {40}
     online = buffer[:][20:]
     assert online["action"].dtype == torch.int64
@@ -284,7 +251,7 @@ def test_discrete_actions(example, cartpole):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.set("action_log_prob", torch.zeros(len(t))), "no 'action_log_prob'"),
+        (lambda t: t.set("action_log_prob", torch.zeros(len(t))), "'action_log_prob' is missing"),
         (
             lambda t: t.set("action", t["action"].double()),
             "'action' is torch.float32 .* torch.float64",
@@ -296,7 +263,7 @@ def test_discrete_actions(example, cartpole):
         ),
     ],
 )
-def test_another_layout_is_refused_in_a_sentence(example, pendulum, change, words):
+def test_another_layout_is_refused_in_a_sentence(pendulum, change, words):
     changed = replace(pendulum, transitions=change(pendulum.transitions.clone()))
     agent = make_agent(CONFIG, pendulum)
     buffer = pendulum.replay_buffer(4, capacity=len(pendulum) + 1)
@@ -305,7 +272,7 @@ def test_another_layout_is_refused_in_a_sentence(example, pendulum, change, word
     assert len(buffer) == len(pendulum)
 
 
-def test_the_closing_table_by_hand(example):
+def test_the_closing_table_by_hand():
     def row(phase, steps, value):
         return {"phase": phase, "online_steps": steps, "return_mean": value}
 
@@ -320,24 +287,21 @@ TINY = ["--offline-updates", "4", "--online-steps", "8", "--eval-every", "4", "-
 TINY += ["--batch-size", "8"]
 
 
-def test_a_whole_run(example, pendulum, capsys, tmp_path):
+def test_a_whole_run(pendulum, capsys, tmp_path):
     for name in ("a", "b"):
         # half of each batch from the eight online steps: they matter for the numbers
         arguments = [*TINY, "--seeds", "0", "1", "--temperature", "2", "--log-fraction", "0.5"]
-        assert example.main([*arguments, "--output", str(tmp_path / name)]) == 0
+        assert run(example, *arguments, "--output", tmp_path / name) == 0
     out = capsys.readouterr().out
     for words in ("before", "lowest early", "end", "seed 0", "seed 1", "the log"):
         assert words in out
     folder = tmp_path / "a"
-    assert sorted(p.name for p in folder.iterdir()) == [
-        "config.json",
-        "finetune.png",
-        "metrics.csv",
-    ]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["config.json", "finetune.png", "metrics.csv"]
     assert (folder / "finetune.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((folder / "config.json").read_text())
     assert (config["temperature"], config["schedule"], config["updates"]) == (2.0, "constant", 12)
-    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    rows = table(folder / "metrics.csv")
     points = [(r["seed"], r["phase"], r["updates"], r["online_steps"]) for r in rows]
     assert points == [
         (seed, *point)
@@ -350,32 +314,17 @@ def test_a_whole_run(example, pendulum, capsys, tmp_path):
     assert (folder / "metrics.csv").read_text() == same, "the same seeds give the same numbers"
 
 
-def test_help_explains_every_option(example, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        example.main(["--help"])
-    text = capsys.readouterr().out
-    for option in ("--updates-per-step", "--log-fraction", "--temperature", "--seeds"):
-        assert option in text
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--frames-per-batch", "3"], "multiple of --frames-per-batch"),
         (["--online-steps", "0"], "at least 1"),
         (["--expectile", "0.3"], "expectile is 0.3"),
         (["--eval-every", "0"], "at least 1"),
+        (["--offline-updates", "0", "--updates-per-step", "0"], "nothing is learned"),
+        (["--dataset", "no-such-file.hdf5"], "error: no-such-file.hdf5: no such file"),
+        (["--log-fraction", "1.5"], "1.5"),
     ],
 )
-def test_impossible_settings(example, capsys, arguments, words):
-    with pytest.raises(SystemExit, match="2"):
-        example.main([*TINY, *arguments])
+def test_mistakes_get_one_sentence(pendulum, capsys, tmp_path, arguments, words):
+    assert run(example, *TINY, *arguments, "--output", tmp_path / "run") == 2
     assert words in capsys.readouterr().err
-
-
-def test_mistakes_get_one_sentence(example, pendulum, capsys, tmp_path):
-    where = ["--output", str(tmp_path / "run")]
-    assert example.main([*TINY, *where, "--dataset", "no-such-file.hdf5"]) == 2
-    assert capsys.readouterr().err.startswith("error: no-such-file.hdf5: no such file")
-    assert example.main([*TINY, *where, "--log-fraction", "1.5"]) == 2
-    assert "1.5" in capsys.readouterr().err

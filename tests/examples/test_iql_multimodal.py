@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-
 import numpy as np
-import pytest
-from test_examples import load
+from example_scripts import load, run, table
+
+example = load("iql_multimodal")
 
 
-@pytest.fixture
-def example(monkeypatch):
-    return load("iql_multimodal", monkeypatch)
-
-
-def test_ways_around_the_obstacle(example):
+def test_ways_around_the_obstacle():
     points = np.array([[0.0, 0.0], [0.0, 0.5], [0.0, -0.5], [0.0, 0.41], [1.0, 1.0], [0.0, 0.42]])
     # through (0, y) a segment passes the origin at 1.5 y / sqrt(1.5**2 + y**2)
     assert example.hits(points).tolist() == [True, False, False, True, False, False]
@@ -23,7 +17,7 @@ def test_ways_around_the_obstacle(example):
     np.testing.assert_allclose(result, [-2.0, 4 - way + 0.2, 4 - way - 0.2])
 
 
-def test_the_log_passes_on_both_sides_and_its_mean_hits(example):
+def test_the_log_passes_on_both_sides_and_its_mean_hits():
     log = example.make_log(0)
     points = log.transitions["action"].numpy()
     assert 0.48 < (points[:, 1] > 0).mean() < 0.52
@@ -32,21 +26,14 @@ def test_the_log_passes_on_both_sides_and_its_mean_hits(example):
     assert (log.episode_lengths == 1).all()
 
 
-def test_it_prints_a_table_and_writes_a_picture(example, tmp_path, capsys, monkeypatch):
+def test_it_prints_a_table_and_writes_a_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(example, "ROWS", 400)
     monkeypatch.setattr(example, "STATES", 50)
-    assert example.main(["--updates", "3", "--output", str(tmp_path)]) == 0
+    assert run(example, "--updates", 3, "--output", tmp_path) == 0
     out = capsys.readouterr().out
-    with open(tmp_path / "multimodal-seed0" / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = table(tmp_path / "multimodal-seed0" / "metrics.csv")
     names = ["log", "cloning", "IQL", "IQL, mixture", "DDPG+BC", "flow, IQL", "flow"]
     assert [row["policy"] for row in rows] == [*names, "flow, best of 32"]
     assert all(name in out for name in names)
     assert all(-2 <= float(row["return"]) <= 1.5 and 0 <= float(row["hits"]) <= 1 for row in rows)
     assert (tmp_path / "multimodal-seed0" / "samples.png").stat().st_size > 5_000
-
-
-def test_impossible_numbers_are_an_error(example, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        example.main(["--updates", "0"])
-    assert "updates is 0" in capsys.readouterr().err

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
-from test_examples import load
+from example_scripts import load, run, table
 
 from iql_torchrl.data.builtin import make_dataset
 
 
-def test_a_picture_shows_where_point_and_mark_are(monkeypatch):
-    example = load("iql_pixels", monkeypatch)
+def test_a_picture_shows_where_point_and_mark_are():
+    example = load("iql_pixels")
     (image,) = example.picture(np.array([[1.0, -1.0, -1.0, 0.0]], np.float32))
     assert image.shape == (16, 16, 3)
     green, red = image[..., 1], image[..., 0]
@@ -23,9 +23,9 @@ def test_a_picture_shows_where_point_and_mark_are(monkeypatch):
     assert not image[..., 2].any()
 
 
-def test_a_driver_moves_and_is_rewarded_by_the_distance(monkeypatch):
-    example = load("iql_pixels", monkeypatch)
-    env = example.Drive(pictures=False)
+def test_a_driver_moves_and_is_rewarded_by_the_distance():
+    example = load("iql_pixels")
+    env = example.Drive()
     x, y, mark_x, mark_y = env.reset(seed=0)[0]
     observation, reward, terminated, truncated, info = env.step(np.array([1.0, -1.0], np.float32))
     moved = np.clip([x + 0.15, y - 0.15], -1, 1)
@@ -34,36 +34,36 @@ def test_a_driver_moves_and_is_rewarded_by_the_distance(monkeypatch):
     assert (terminated, truncated, info["success"]) == (False, False, reward > -0.15)
 
 
-def test_pixels_prints_a_table(monkeypatch, tmp_path, capsys):
-    example = load("iql_pixels", monkeypatch)
-    assert example.main(["--updates", "1", "--episodes", "4", "--output", str(tmp_path)]) == 0
-    with open(tmp_path / "pixels-seed0" / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
+def test_pixels_prints_a_table(tmp_path, capsys):
+    assert run("iql_pixels", "--updates", 1, "--episodes", 4, "--output", tmp_path) == 0
+    rows = table(tmp_path / "pixels-seed0" / "metrics.csv")
     names = ["log", "cloning, pictures", "IQL, pictures", "IQL, coordinates"]
     assert [row["policy"] for row in rows] == names
     assert all(-60 < float(row["return"]) < 0 for row in rows)
-    assert all(name in capsys.readouterr().out for name in names[:1])
+    out = capsys.readouterr().out
+    assert all(name in out for name in names)
     assert (tmp_path / "pixels-seed0" / "returns.png").stat().st_size > 5_000
 
 
-def test_history_prints_a_table(monkeypatch, tmp_path, capsys):
-    (tmp_path / "minari").mkdir()
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+def test_history_prints_a_table(empty_folder):
     make_dataset("pendulum/mixed-v0", episodes=8, progress=False)
-    example = load("iql_history", monkeypatch)
-    arguments = ["--updates", "2", "--seeds", "1", "--episodes", "1", "--output", str(tmp_path)]
-    assert example.main(arguments) == 0
-    with open(tmp_path / "history" / "metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["policy reads"] for row in rows] == list(example.METHODS)
+    assert run("iql_history", "--updates", 2, "--seeds", 1, "--episodes", 1) == 0
+    rows = table("runs/history/metrics.csv")
+    names = ["angle", "last 4 angles", "angle and velocity"]
+    assert [row["policy reads"] for row in rows] == names
     assert all(-2000 < float(row["seed 0"]) < 0 for row in rows)
-    assert (tmp_path / "history" / "returns.png").stat().st_size > 5_000
+    assert Path("runs/history/returns.png").stat().st_size > 5_000
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"), [("iql_pixels", ["--episodes", "1"]), ("iql_history", ["--seeds", "0"])]
+    ("name", "option", "value", "words"),
+    [
+        ("iql_pixels", "--episodes", 1, "episodes is 1; expected at least 2"),
+        ("iql_history", "--seeds", 0, "seeds is 0; expected at least 1"),
+        ("iql_multimodal", "--updates", 0, "updates is 0"),
+        ("iql_pointmaze", "--seed", -1, "seed is -1"),
+    ],
 )
-def test_impossible_numbers_are_an_error(monkeypatch, capsys, name, arguments):
-    with pytest.raises(SystemExit, match="2"):
-        load(name, monkeypatch).main(arguments)
-    assert "expected" in capsys.readouterr().err
+def test_impossible_numbers_are_an_error(capsys, name, option, value, words):
+    assert run(name, option, value) == 2
+    assert words in capsys.readouterr().err

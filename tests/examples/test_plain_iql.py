@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from conftest import make_batch
+from example_scripts import EXAMPLES, load
 from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 from torchrl.objectives import SoftUpdate
@@ -16,17 +14,9 @@ from torchrl.objectives import SoftUpdate
 from iql_torchrl import IQLLoss, IQLStep, networks, policies
 from iql_torchrl.data.builtin import make_dataset
 
-PATH = Path(__file__).resolve().parents[2] / "examples" / "plain_iql.py"
+example = load("plain_iql")
 STATE, ACTION, BOUND, HIDDEN = 5, 3, 2.0, (64, 64)
 KEYS = ("observation", "action", *(("next", k) for k in ("reward", "observation", "terminated")))
-
-
-@pytest.fixture(scope="module")
-def example():
-    spec = importlib.util.spec_from_file_location("plain_iql", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
@@ -72,7 +62,7 @@ def stacked(name: str, members: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(members) if "qvalue" in name else members[0]
 
 
-def test_twenty_updates_equal_those_of_the_step(example, dtype):
+def test_twenty_updates_equal_those_of_the_step(dtype):
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}[dtype]
     close = {"rtol": tolerance, "atol": tolerance}
     step, agent = make_step(), example.IQL(STATE, ACTION, BOUND, lr=1e-3)
@@ -99,8 +89,7 @@ def test_twenty_updates_equal_those_of_the_step(example, dtype):
         torch.testing.assert_close(tensor, state[name], **close, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_it_runs_by_itself_and_prints_a_result(example, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+def test_it_runs_by_itself_and_prints_a_result(empty_folder, capsys):
     make_dataset("pendulum/mixed-v0", episodes=8, progress=False)
     returned = example.main(updates=10, episodes=2)
     assert -2000 < returned < 0
@@ -108,4 +97,4 @@ def test_it_runs_by_itself_and_prints_a_result(example, tmp_path, monkeypatch, c
 
 
 def test_it_fits_on_a_screen():
-    assert len(PATH.read_text().splitlines()) <= 115
+    assert len((EXAMPLES / "plain_iql.py").read_text().splitlines()) <= 115

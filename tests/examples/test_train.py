@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
+
+from example_scripts import EXAMPLES, load
 
 from iql_torchrl import Agent
 from iql_torchrl.data.builtin import make_dataset
 
-PATH = Path(__file__).resolve().parents[2] / "examples" / "train.py"
 
-
-def test_it_trains_evaluates_and_keeps_earlier_runs(tmp_path, monkeypatch, capsys):
-    (tmp_path / "minari").mkdir()
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    monkeypatch.chdir(tmp_path)
+def test_it_trains_evaluates_and_keeps_earlier_runs(empty_folder, capsys):
     make_dataset("pendulum/mixed-v0", episodes=8, progress=False)
-    main = runpy.run_path(str(PATH))["main"]
+    main = load("train").main
     means = [main(updates=20, episodes=2) for _ in range(2)]
     assert means[0] == means[1], "the same seed gives the same result"
     assert -2000 < means[0] < 0
@@ -28,4 +24,4 @@ def test_it_trains_evaluates_and_keeps_earlier_runs(tmp_path, monkeypatch, capsy
 
 
 def test_it_has_thirty_lines():
-    assert len(PATH.read_text().splitlines()) <= 31
+    assert len((EXAMPLES / "train.py").read_text().splitlines()) <= 31

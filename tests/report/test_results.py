@@ -7,7 +7,7 @@ import re
 import numpy as np
 
 from iql_torchrl import Evaluation, load_dataset
-from iql_torchrl.report import results_table
+from iql_torchrl.report import results_table, write_rows
 
 
 def make_log():
@@ -34,3 +34,9 @@ def test_means_standard_errors_and_counts():
     assert lines[0].split() == ["the", "log", "3.0", "2.0", "2"]
     assert lines[1].split() == ["IQL", "5.0", "1.3", "4"]
     assert lines[2].split() == ["once", "7.0", "-", "1"]
+
+
+def test_rows_are_a_table_whose_unknown_cells_are_empty(tmp_path):
+    path = tmp_path / "new" / "table.csv"
+    write_rows(path, [{"name": "a", "value": np.nan}, {"name": "b", "more": None, "value": 0.1}])
+    assert path.read_bytes() == b"name,value,more\na,,\nb,0.1,\n"

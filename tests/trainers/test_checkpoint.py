@@ -235,7 +235,7 @@ def test_another_reward_map_or_other_settings_are_refused_by_name(tmp_path):
     # settings that an older version did not save have their defaults
     del state["agent"]["config"]["max_grad_norm"], state["settings"]["max_weight"]
     of_agent().load_state_dict(state)
-    for name, value in {"max_grad_norm": 1.0, "max_weight": 50.0}.items():
+    for name, value in {"max_grad_norm": 1.0, "max_weight": 50.0, "discount": 0.5}.items():
         with pytest.raises(CheckpointError, match=rf"{name} was .* and is {value}"):
             of_agent(**{name: value}).load_state_dict(state)
 

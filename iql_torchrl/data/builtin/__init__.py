@@ -31,7 +31,7 @@ from iql_torchrl.data.builtin.recipes import (
     record,
 )
 
-__all__ = ["BUILTIN", "OGBENCH_LOCAL", "ensure_dataset", "make_dataset"]
+__all__ = ["BUILTIN", "OGBENCH_LOCAL", "ensure_dataset", "ensure_source", "make_dataset"]
 
 BUILTIN: Mapping[str, Recipe] = MappingProxyType(
     {
@@ -91,6 +91,15 @@ def ensure_dataset(name: str, *, progress: bool = True) -> str:
     used as it is.
     """
     return _id(name) if _path(name).exists() else make_dataset(name, progress=progress)
+
+
+def ensure_source(name: str) -> str:
+    """What ``load_dataset`` reads for a name on a command line.
+
+    One of ``BUILTIN`` is made if it is absent, as by :func:`ensure_dataset`; another id, or a path,
+    is returned as it is.
+    """
+    return ensure_dataset(name) if name in BUILTIN else name
 
 
 def _id(name: str) -> str:
