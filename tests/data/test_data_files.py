@@ -191,14 +191,27 @@ def test_csv_files(tmp_path: Path) -> None:
     assert rows["action"].tolist() == np.float32([[0.5], [-0.5], [0.1]]).tolist()
     assert rows["next", "terminated"].flatten().tolist() == [False, False, True]
     for wrong, words in (
-        (good.replace("-0.5", "-0.5x"), r"log\.csv: row 1: .*'-0\.5x'; expected a number"),
+        (good.replace("-0.5", "-0.5x"), r"log\.csv, column 'actions', row 1: .*'-0\.5x'; expected"),
         (good.replace("1e-1,", ""), r"log\.csv: row 2 has 5 cells; expected 6"),
         (good.splitlines()[0], "observation has 0 rows"),
+        (good.replace("note", "rewards"), "the column 'rewards' occurs twice"),
+        (good.replace("note", "observations"), "the columns of 'observations' are"),
+        (good.replace("note", "observations.3"), "or observations.0, observations.1 and so on"),
         ("", "no column for observation"),
     ):
         path.write_text(wrong)
         with pytest.raises(DatasetError, match=words):
             load_dataset(path, env="MountainCarContinuous-v0")
+
+
+def test_the_number_in_the_name_of_a_csv_column_is_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(
+        "observations.1,actions.0,observations.0,rewards,terminals\n2.5,0.5,1.5,1,TRUE\n4.5,0.1,3.5,0,false\n"
+    )
+    rows = load_dataset(path, env="MountainCarContinuous-v0").transitions
+    assert rows["observation"].tolist() == [[1.5, 2.5]]  # the last row has no successor
+    assert rows["next", "terminated"].tolist() == [[True]]
 
 
 def test_tensordicts_buffers_and_storages_agree() -> None:

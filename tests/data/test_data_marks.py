@@ -303,6 +303,20 @@ def test_truncated_ends_from_which_the_next_row_continues_are_reported() -> None
     assert warned(data) == []
 
 
+def test_both_kinds_of_marks_on_rows_that_continue_are_reported() -> None:
+    rng = np.random.default_rng(0)
+    rows = np.arange(300)
+    walk = np.cumsum(rng.normal(size=(300, 3)), 0).astype(np.float32)
+    ends, first = rows % 20 == 19, rows // 20 % 3 == 0
+    data = {"observations": walk, "actions": np.tanh(rng.normal(size=(300, 2))).astype(np.float32)}
+    data |= {"rewards": walk[:, 0], "terminals": ends & first, "timeouts": ends & ~first}
+    with pytest.warns(DatasetWarning) as seen:
+        load_dataset(data)
+    text = " ".join(str(each.message) for each in seen)
+    assert "5 of the 5 rows marked terminated" in text
+    assert "9 of the 9 rows marked truncated" in text
+
+
 def test_rounding_and_constant_observations_are_no_breaks() -> None:
     data, ends = drift(VARYING)
     data["truncated"] = ends

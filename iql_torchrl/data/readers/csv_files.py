@@ -13,35 +13,53 @@ from numpy.typing import NDArray
 from iql_torchrl.data.readers.arrays import Column, UnreadableColumn
 from iql_torchrl.data.schema import DatasetError
 
+MARKS = {"true": "1", "false": "0"}
+
 
 def open_csv(path: Path) -> dict[str, Column]:
     """The columns of a file of steps, named by its first line; ``a.0``, ``a.1``, ... are one array.
 
-    Arrays of whole numbers have integers, as categories must; ``True`` and ``False`` are 1 and 0.
-    Raises ``DatasetError`` for a line of another length, and for a cell that is no number at the
-    first use of its array.
+    The number in a name is the place in the array, wherever the column stands. Arrays of whole numbers
+    have integers, as categories must; true and false are 1 and 0, in letters of any case.
+
+    Raises ``DatasetError`` for columns that occur twice or leave places out, for a line of another
+    length, and for a cell that is no number at the first use of its array.
     """
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        head, *rows = [line for line in csv.reader(file) if line] or [[""]]
+        try:
+            head, *rows = [line for line in csv.reader(file) if line] or [[""]]
+        except csv.Error as error:
+            raise DatasetError(f"{path} is not a table of numbers: {error}.") from error
     for row, line in enumerate(rows):
         if len(line) != len(head):
             raise DatasetError(f"{path}: row {row} has {len(line)} cells; expected {len(head)}.")
     table = np.array(rows, object).reshape(-1, len(head))
-    table[table == "True"], table[table == "False"] = "1", "0"
-    arrays = [re.sub(r"\.\d+$", "", name) for name in head]
+    arrays: dict[str, dict[int, int]] = {}  # by name, the column of the file of each place
+    for column, name in enumerate(head):
+        array, _, place = name.rpartition(".") if re.search(r"\.\d+$", name) else (name, "", "-1")
+        if arrays.setdefault(array, {}).setdefault(int(place), column) != column:
+            raise DatasetError(f"{path}: the column {name!r} occurs twice; remove or rename one.")
     columns: dict[str, Column] = {}
-    for array in dict.fromkeys(arrays):
-        cells = table[:, [place for place, name in enumerate(arrays) if name == array]]
-        columns[array.replace(".", "/")] = _numbers(cells[:, 0] if array in head else cells, path)
+    for array, places in arrays.items():
+        if sorted(places) not in ([-1], list(range(len(places)))):
+            raise DatasetError(
+                f"{path}: the columns of {array!r} are {', '.join(head[c] for c in places.values())}; "
+                f"expected {array}, or {array}.0, {array}.1 and so on without a gap."
+            )
+        order = [places[place] for place in sorted(places)]
+        cells = table[:, order[0] if -1 in places else order]
+        columns[array.replace(".", "/")] = _numbers(cells, f"{path}, column {array!r}")
     return columns
 
 
-def _numbers(cells: NDArray[Any], path: Path) -> Column:
-    whole = all(re.fullmatch(r"-?\d{1,18}", cell) for cell in cells.flat)
-    numbers = np.empty(cells.shape, np.int64 if whole else np.float64)
-    for row, values in enumerate(cells):
+def _numbers(cells: NDArray[Any], name: str) -> Column:
+    texts = [MARKS.get(cell.lower(), cell) for cell in cells.flat]
+    whole = all(re.fullmatch(r"-?\d{1,18}", text) for text in texts)
+    numbers = np.empty(cells.size, np.int64 if whole else np.float64)
+    for place, text in enumerate(texts):
         try:
-            numbers[row] = values
+            numbers[place] = text
         except ValueError as error:
-            return UnreadableColumn(f"{path}: row {row}: {error}; expected a number.")
-    return numbers
+            row = place * len(cells) // cells.size
+            return UnreadableColumn(f"{name}, row {row}: {error}; expected a number.")
+    return numbers.reshape(cells.shape)

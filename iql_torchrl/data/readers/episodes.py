@@ -112,8 +112,9 @@ def table_source(opened: Opened, options: ReadOptions) -> Source:
             piece[TERMINATED], piece[TRUNCATED] = marks[start : start + size].T
             yield piece
 
-    contradiction = _contradiction(table, ends, inside)
-    doubts = (contradiction, _little_kept(table, ends, lengths, bool(contradiction)), warning)
+    contradictions = _contradictions(table, ends, inside)
+    little = _little_kept(table, ends, lengths, bool(contradictions))
+    doubts = [text for text in (*contradictions, little, warning) if text]
     return Source(
         name=table.name,
         observation_space=observation_space,
@@ -127,7 +128,7 @@ def table_source(opened: Opened, options: ReadOptions) -> Source:
         termination=table.paths.get("terminated", table.paths.get("trajectory_end")),
         env_spec=opened.env_spec,
         notes=(*opened.notes, *notes, *_mark_notes(table, ends, inside), *filter(None, [note])),
-        warnings=(*opened.warnings, *(f"{table.name}: {text}" for text in doubts if text)),
+        warnings=(*opened.warnings, *(f"{table.name}: {text}" for text in doubts)),
     )
 
 
@@ -330,15 +331,17 @@ def _mark_notes(table: Table, ends: Ends, inside: int) -> list[str]:
     return notes
 
 
-def _contradiction(table: Table, ends: Ends, inside: int) -> str:
-    """The first sentence that applies about marks that the rows contradict; empty if none does."""
-    return (
-        _no_terminations(table)
-        or _opposite(table, ends, inside)
-        or _continued(table, ends, "terminated")
-        or _breaks_inside(table, ends)
-        or _continued(table, ends, "truncated")
-    )
+def _contradictions(table: Table, ends: Ends, inside: int) -> list[str]:
+    """Sentences about marks that the rows contradict; successors count where the marks agree."""
+    texts = [
+        _no_terminations(table) or _opposite(table, ends, inside),
+        _continued(table, ends, "terminated"),
+    ]
+    if ends.broken is None:
+        texts.append(_continued(table, ends, "truncated"))
+    if not any(texts):
+        texts.append(_breaks_inside(table, ends) or _continued(table, ends, "truncated"))
+    return [text for text in texts if text]
 
 
 def _little_kept(table: Table, ends: Ends, lengths: NDArray[np.int64], explained: bool) -> str:

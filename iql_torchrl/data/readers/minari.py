@@ -48,21 +48,29 @@ def find_minari(dataset_id: str, *, download: bool) -> minari.MinariDataset:
             f"{dataset_id!r} is neither a file nor a Minari id, which ends in a version such as "
             f"'pendulum/mixed-v0'{_closest(dataset_id)}."
         )
-    meant = difflib.get_close_matches(dataset_id, BUILTIN, n=1, cutoff=0.9)
     try:
-        return minari.load_dataset(dataset_id, download=download and not meant)
-    except FileNotFoundError as error:
-        make = (
-            f"; this package makes {meant[0]!r}: run python -m iql_torchrl.data make {meant[0]}, or "
-            f"call iql_torchrl.data.builtin.ensure_dataset({meant[0]!r})"
-        )
-        raise DatasetError(
-            f"{dataset_id}: no such local Minari dataset{make if meant else ''}{_closest(dataset_id)}."
-        ) from error
+        return minari.load_dataset(dataset_id, download=False)
+    except FileNotFoundError:
+        pass
     except Exception as error:
         raise DatasetError(
-            f"{dataset_id}: cannot be loaded ({type(error).__name__}: {one_line(error)}); delete a "
-            f"damaged local copy{_closest(dataset_id)}."
+            f"{dataset_id}: the local copy cannot be read ({type(error).__name__}: "
+            f"{one_line(error)}); delete it and download it again."
+        ) from error
+    if meant := difflib.get_close_matches(dataset_id, BUILTIN, n=1, cutoff=0.9):
+        raise DatasetError(
+            f"{dataset_id}: no such local Minari dataset; this package makes {meant[0]!r}: run python "
+            f"-m iql_torchrl.data make {meant[0]}, or call "
+            f"iql_torchrl.data.builtin.ensure_dataset({meant[0]!r}){_closest(dataset_id)}."
+        )
+    if not download:
+        raise DatasetError(f"{dataset_id}: no such local Minari dataset{_closest(dataset_id)}.")
+    try:
+        return minari.load_dataset(dataset_id, download=True)
+    except Exception as error:
+        raise DatasetError(
+            f"{dataset_id}: not among the local Minari datasets and not downloaded "
+            f"({type(error).__name__}: {one_line(error)}){_closest(dataset_id)}."
         ) from error
 
 
@@ -73,7 +81,9 @@ def _closest(dataset_id: str) -> str:
         warnings.simplefilter("ignore")
         local = list(minari.list_local_datasets())
     near = difflib.get_close_matches(dataset_id, local, n=3, cutoff=0.4)
-    return f"; closest local ids: {', '.join(near or local[:5]) or 'there are none'}"
+    if near:
+        return f"; closest local ids: {', '.join(near)}"
+    return f"; local ids: {', '.join(local[:5]) or 'there are none'}"
 
 
 def minari_files(dataset: minari.MinariDataset) -> tuple[Path, ...]:
