@@ -80,6 +80,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not low <= getattr(config, name) <= high:
             value = getattr(config, name)
             cli.refuse(f"{name} is {value:g}; it is searched in [{low:g}, {high:g}].")
+    for name in ("held_out", "reserved"):
+        if not 0 < getattr(options, name) < 1:
+            cli.refuse(f"{name} is {getattr(options, name):g}; it must lie in (0, 1).")
     source = ensure_source(options.dataset)
     log = load_dataset(source, env=options.env, memmap=options.folder / "data")
     log.print_notes()
