@@ -45,7 +45,7 @@ PAPER = 'Park, Li, Levine 2025, "Flow Q-Learning", table 3'
 PUBLISHED_UPDATES, PUBLISHED_HIDDEN, PUBLISHED_ROWS = 1_000_000, (512,) * 4, 1_000_000
 EVALUATION_SEED = 10_000
 
-#: The settings of the published IQL; ``config/presets.py`` has their sources.
+#: The settings of the published IQL; ``config/iql_config.py`` has their sources.
 BASE = PRESETS["ogbench"]
 #: The same of the published IFQL, where they differ from those of IQL.
 IFQL = {

@@ -5,7 +5,8 @@
 
 Sampling is included. Blocks of all competitors alternate and have about the same duration; medians
 are compared. ``floor`` is the time of the matrix products of one update alone, each network by itself;
-``floor of ours`` is that of the products that our update has (``step_floors.py``). Axes with several
+``floor of ours`` is that of the products that our update has; a computed time of bytes and kernels is
+shown besides (``step_floors.py``). Axes with several
 values are swept one at a time around the default point. Writes
 benchmarks/results/step_DEVICE[_NAME].json; ``report.py`` makes table and picture.
 """
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from record import RESULTS, machine, processor, save
-from step_floors import floor, floor_of_ours
+from step_floors import floor, floor_of_ours, limit_of_bytes
 from step_rivals import (
     FORMS,
     ORDERS,
@@ -224,6 +225,16 @@ def show(sizes: Sizes, results: dict[str, Results]) -> None:
         print(line, flush=True)
 
 
+def show_limit(limit: Results) -> None:
+    speeds = ", ".join(f"{speed:.0f}" for speed in limit["bandwidth_gb_per_s"].values())
+    print(
+        f"bytes and kernels: {limit['ms']:.4f} ms = {limit['bytes']['all'] / 1e6:.2f} MB / "
+        f"{max(limit['bandwidth_gb_per_s'].values()):.0f} GB/s (measured {speeds}) + "
+        f"{limit['kernels']} kernels * {limit['launch_us']:.2f} us",
+        flush=True,
+    )
+
+
 def sweep(options: argparse.Namespace) -> Iterator[tuple[str, Sizes]]:
     """The default point, then every other value of each axis, the other axes as there."""
     base = Sizes(dtype=options.dtype, matmul_precision=options.matmul_precision)
@@ -292,6 +303,9 @@ def main() -> None:
         show(sizes, results)
         point = {"axis": axis, "sizes": asdict(sizes), "competitors": results}
         record["points"].append(point)
+        save(path, record)
+        point["limit_of_bytes"] = limit_of_bytes(sizes, device)
+        show_limit(point["limit_of_bytes"])
         save(path, record)
         packed.cache_clear()
         gc.collect()

@@ -68,7 +68,7 @@ def summary(trials: list[dict[str, Any]]) -> dict[str, Any]:
         "harmful_interval": wilson_interval(harmful, count),
         "right": right,
         "right_interval": wilson_interval(right, count),
-        "nobody": sum(t["recommended"] is None for t in trials),
+        "none": sum(t["recommended"] is None for t in trials),
         "covered": sum(t["covered"] for t in trials),
         "regret": float(np.mean([t["regret"] for t in trials])),
         "possible_gain": float(np.mean([t["possible"] for t in trials])),
@@ -90,7 +90,7 @@ def main() -> None:
     torch.set_num_threads(1)
     name = "trust_networks.json" if options.networks else "trust.json"
     output = options.output or RESULTS / name
-    titles = ("harmful", "right", "nobody", "covered", "regret", "possible_gain")
+    titles = ("harmful", "right", "none", "covered", "regret", "possible_gain")
     results, began = {}, time.perf_counter()
     print(f"{'family':24}" + "".join(f"{title:>14}" for title in titles))
     for family in options.families:

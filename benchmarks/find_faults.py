@@ -119,8 +119,8 @@ def check(faults: Sequence[Fault], checkout: Path, package: str) -> None:
         path = checkout / package / fault.file
         count = path.read_text().count(fault.old) if path.is_file() else None
         if count != 1:
-            found = "no such file" if count is None else f"{count} times"
-            wrong.append(f"{fault.name}: {found} in {fault.file}")
+            places = "no such file" if count is None else f"{count} times"
+            wrong.append(f"{fault.name}: {places} in {fault.file}")
         elif fault.old == fault.new:
             wrong.append(f"{fault.name}: changes nothing")
     if wrong:
@@ -226,7 +226,7 @@ class Copy:
 
 
 class Search:
-    """Tries faults in several copies at a time, and keeps what was found in a file."""
+    """Tries faults in several copies at a time, and writes the results to a file."""
 
     def __init__(self, faults: Sequence[Fault], options: argparse.Namespace) -> None:
         self.faults, self.options = faults, options
@@ -368,8 +368,8 @@ def summary(results: Sequence[dict[str, object]]) -> dict[str, object]:
         counts = rooms.setdefault(str(each["room"]), [0, 0])
         counts[0] += bool(each["found"])
         counts[1] += 1
-    found = sum(count for count, _ in rooms.values())
-    return {"found": found, "of": len(results), "rooms": rooms}
+    number_found = sum(count for count, _ in rooms.values())
+    return {"found": number_found, "of": len(results), "rooms": rooms}
 
 
 def digest_of(checkout: Path, package: str) -> str:

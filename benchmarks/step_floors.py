@@ -1,12 +1,16 @@
-"""Lower limits of the time of one update: its matrix products alone.
+"""Lower limits of the time of one update: its matrix products; its bytes and kernels.
 
 ``floor``: the products of every network by itself, one after the other. ``floor_of_ours``: the
-products that our update has, which evaluates networks of one shape together.
+products that our update has, which evaluates networks of one shape together. ``limit_of_bytes``: a
+computed time in which every byte is moved once and every kernel is launched.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -121,3 +125,99 @@ def replayed(update: Update, kept: object) -> Update:
     with torch.cuda.graph(recorded):
         update()
     return lambda: (recorded.replay(), kept)[0]
+
+
+# -- bytes and kernels -------------------------------------------------------------------------------
+
+
+def update_bytes(sizes: Sizes) -> dict[str, int]:
+    """Bytes that one update moves at least once, in float32; activations are left out.
+
+    Parameters and both moments are read and written; a gradient is written and read; targets are
+    read and written; a row of the batch is read.
+    """
+    step = make_step(sizes, "cpu", "sequential")
+    live = sum(p.numel() for p in step.loss.parameters() if p.requires_grad)
+    targets = sum(target.numel() for target in step.followed.targets)
+    row = 2 * sizes.observation + sizes.action + 1  # floats; and two flags of one byte
+    return {
+        "parameters": 4 * 2 * live,
+        "moments": 4 * 4 * live,
+        "gradients": 4 * 2 * live,
+        "targets": 4 * 2 * targets,
+        "batch": sizes.batch * (4 * row + 2),
+    }
+
+
+def least_kernels(sizes: Sizes) -> int:
+    """Kernels that an update needs at least: its products, drawing the indices, gathering floats
+    and flags, and two optimizer steps (V's, then actor's and critics')."""
+    return len(our_products(sizes)) + 1 + 2 + 2
+
+
+def median_seconds(update: Update, device: str, calls: int, rounds: int = 7) -> float:
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    update()
+    results = []
+    for _ in range(rounds):
+        wait()
+        began = time.perf_counter()
+        for _ in range(calls):
+            update()
+        wait()
+        results.append((time.perf_counter() - began) / calls)
+    return statistics.median(results)
+
+
+def launch_seconds(device: str, kernels: int = 100) -> float:
+    """Time of a kernel that does almost nothing, one of ``kernels`` that wait for one another.
+
+    On CUDA within a graph, as in a captured update.
+    """
+    number = torch.zeros(1, device=device)
+
+    def update() -> None:
+        for _ in range(kernels):
+            number.add_(1)
+
+    once = replayed(update, number) if device.startswith("cuda") else update
+    return median_seconds(once, device, 20) / kernels
+
+
+def bandwidth(device: str, count: int, kernels: int = 20) -> float:
+    """Bytes per second, read and written, of copies of ``count`` bytes."""
+    source = torch.zeros(max(1, count // 8), device=device)  # 4 bytes read, 4 written
+    target = torch.empty_like(source)
+
+    def update() -> None:
+        for _ in range(kernels):
+            target.copy_(source)
+
+    once = replayed(update, (source, target)) if device.startswith("cuda") else update
+    moved = 2 * source.numel() * source.element_size()
+    return moved * kernels / median_seconds(once, device, 2)
+
+
+def limit_of_bytes(sizes: Sizes, device: str) -> dict[str, Any]:
+    """``ms = bytes / bandwidth + kernels * launch``, with what the device does now.
+
+    The bandwidth is the larger of two: copies of 256 MiB (32 on a CPU), and copies that move as many
+    bytes as the update, which stay in a cache where they fit.
+    """
+    parts = update_bytes(sizes)
+    count, kernels = sum(parts.values()), least_kernels(sizes)
+    large = (256 if device.startswith("cuda") else 32) * 2**20
+    measure = partial(bandwidth, device)
+    speeds = {"of_memory": measure(2 * large), "of_the_updates_bytes": measure(count)}
+    launch = launch_seconds(device)
+    moving = count / max(speeds.values())
+    return {
+        "formula": "ms = bytes / bandwidth + kernels * launch",
+        "bytes": parts | {"all": count},
+        "bandwidth_gb_per_s": {name: speed / 1e9 for name, speed in speeds.items()},
+        "kernels": kernels,
+        "launch_us": 1e6 * launch,
+        "moving_ms": 1e3 * moving,
+        "launching_ms": 1e3 * kernels * launch,
+        "ms": 1e3 * (moving + kernels * launch),
+    }

@@ -3,7 +3,7 @@
 A folder has ``RECORD`` (everything but the rows, and the size and digest of each file), ``EPISODES``
 (returns and lengths of all episodes) and one folder for each shard: a file for each entry of
 consecutive whole episodes. The table that ``load_dataset(memmap=FOLDER)`` writes is a log of one shard.
-A folder is opened without its source, on any machine. No file but those in the record is read.
+A folder is opened without its source, on any machine. Only the files that the record names are read.
 """
 
 from __future__ import annotations

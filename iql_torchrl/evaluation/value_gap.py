@@ -57,7 +57,7 @@ def value_gap(
     acts where the critics were never corrected by data. It cannot say which part of the gap is real.
 
     It takes much longer than an update: a flow with S Euler steps evaluates its network N * S times
-    for every row. ``OfflineTrainer`` calls it at every evaluation for agents with ``num_samples > 1``
+    per row. ``OfflineTrainer`` calls it at every evaluation for agents with ``num_samples > 1``
     and writes ``chosen_value_gap``. For ``actor_objective="ddpg_bc"`` the same number is a diagnostic
     of the loss, ``policy_value_gap``.
 

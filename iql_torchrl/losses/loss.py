@@ -234,7 +234,7 @@ class ImplicitQLoss(NetworkLoss):
     def evaluated_directly(self) -> Iterator[None]:
         """Evaluate known networks without TensorDict and vmap inside the context, as an update does.
 
-        What was found out about the networks is kept until the loss is moved, cast, loaded, reset or
+        What was recognised in the networks is kept until the loss is moved, cast, loaded, reset or
         given other keys, or an attribute, a part or the hooks of a network change.
         """
         kept = self.kept_networks

@@ -182,21 +182,21 @@ def count_steps(steps: Tensor, added: Sequence[int]) -> None:
 
 def _consecutive(values: Sequence[Any]) -> list[tuple[Any, range]]:
     """Each value of consecutive equal ones, and their places."""
-    found: list[tuple[Any, range]] = []
+    groups: list[tuple[Any, range]] = []
     for i, value in enumerate(values):
-        if found and found[-1][0] == value:
-            found[-1] = (value, range(found[-1][1].start, i + 1))
+        if groups and groups[-1][0] == value:
+            groups[-1] = (value, range(groups[-1][1].start, i + 1))
         else:
-            found.append((value, range(i, i + 1)))
-    return found
+            groups.append((value, range(i, i + 1)))
+    return groups
 
 
 def _corrections(rate: Tensor, counts: Tensor, *betas: float) -> list[Sequence[Tensor]]:
     """Step sizes, and roots of the second bias correction, of n parameters.
 
     ``rate`` is ``()`` or ``(P,)``, ``counts`` ``(n,)``. Powers are written as exponentials of one
-    tensor: Inductor stores that once, and would compute ``beta**count`` again for every element of
-    every parameter.
+    tensor, which a compiled program computes once. It would compute ``beta**count`` for each element
+    of each parameter.
     """
     exact = counts.to(rate.device, number_dtype(rate.device))
     logs = (math.log(beta) if beta else -math.inf for beta in betas)

@@ -174,8 +174,8 @@ class GraphUpdate:
 
         def descend(loss: Tensor) -> None:
             if loss.requires_grad and parameters:
-                found = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
-                gradients = step.summed_and_clipped(list(found))
+                own = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+                gradients = step.summed_and_clipped(list(own))
                 with torch.no_grad():
                     values = [parameter.data for parameter in parameters]
                     adam_step(values, gradients, moments, self.settings, group_of, added)

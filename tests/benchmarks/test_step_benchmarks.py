@@ -155,6 +155,26 @@ def test_our_update_has_fewer_products():
         assert sum(map(math.prod, sizes)) == expected
 
 
+def test_bytes_and_kernels_by_hand():
+    """One critic, layers 2-3-3-1 and so on: every number of parameters written out."""
+    sizes = Sizes(width=3, batch=5, critics=1, rows=100, observation=2, action=1)
+    value = (2 * 3 + 3) + (3 * 3 + 3) + (3 + 1)
+    critic = (3 * 3 + 3) + (3 * 3 + 3) + (3 + 1)
+    actor = (2 * 3 + 3) + (3 * 3 + 3) + (3 + 1) + 1
+    live = value + critic + actor
+    assert step_floors.update_bytes(sizes) == {
+        "parameters": 8 * live,
+        "moments": 16 * live,
+        "gradients": 8 * live,
+        "targets": 8 * critic,
+        "batch": 5 * (4 * (2 + 2 + 1 + 1) + 2),
+    }
+    limit = step_floors.limit_of_bytes(sizes, "cpu")
+    speed = 1e9 * max(limit["bandwidth_gb_per_s"].values())
+    seconds = limit["bytes"]["all"] / speed + limit["kernels"] * limit["launch_us"] / 1e6
+    assert limit["ms"] == pytest.approx(1e3 * seconds)
+
+
 def test_failures_are_lines_and_files_make_a_report(tmp_path, capsys, monkeypatch):
     def broken(rows, sizes, device):
         raise RuntimeError("no room left\nand more")

@@ -1,4 +1,4 @@
-"""Tables on disk: equal to those in memory, opened elsewhere, verified, refused, reused."""
+"""Tables on disk: equal to those in memory, copied to another folder, verified, refused, used again."""
 
 from __future__ import annotations
 

@@ -246,8 +246,8 @@ def test_files_hold_all_runs_and_are_continued_by_any_number_of_ranks(runs):
 )
 def test_what_populations_refuse_is_raised_on_all_ranks(runs, name, message):
     for result in runs[1]:
-        found = result["populations"]["refused"][name]
-        assert found.startswith(message), found
+        refusal = result["populations"]["refused"][name]
+        assert refusal.startswith(message), refusal
 
 
 @pytest.mark.slow  # compilation takes minutes
@@ -256,9 +256,9 @@ def test_compiled_and_captured_updates_of_two_ranks_are_eager_ones_of_one_proces
     first, second = run_ranks("trainer_cases.py", tmp_path, "compiled")
     for form, part in ((f, p) for f in alone for p in ("state", "metrics")):
         for key, value in alone[form][part].items():
-            found = first[form][part][key]
-            assert torch.equal(found, second[form][part][key]), (form, key)
-            torch.testing.assert_close(found, value, rtol=1e-9, atol=1e-9, msg=f"{form} {key}")
+            own = first[form][part][key]
+            assert torch.equal(own, second[form][part][key]), (form, key)
+            torch.testing.assert_close(own, value, rtol=1e-9, atol=1e-9, msg=f"{form} {key}")
     assert first["sums"] == second["sums"] == [3]  # one graph: V; actor and critics; metrics
     population = population_cases.of_one_process("own batches, adamw")
     population_cases.check(first["population"], population, 1e-9)

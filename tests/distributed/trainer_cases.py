@@ -249,15 +249,15 @@ def calls_by_hand() -> dict:
 
 def sums_in_the_graph(ranks: Ranks) -> list[int]:
     """How many sums over ranks each graph has that ``torch.compile`` makes of an update."""
-    found = []
+    counts = []
 
     def backend(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
-        found.append(sum("all_reduce" in str(node.target) for node in graph.graph.nodes))
+        counts.append(sum("all_reduce" in str(node.target) for node in graph.graph.nodes))
         return graph
 
     step = compiled(data_parallel(make_step(COMPILED), ranks), backend=backend)
     step(make_batches(COMPILED, 1)[0])
-    return found
+    return counts
 
 
 class Unsendable(Exception):

@@ -118,11 +118,11 @@ def test_another_network_reads_a_key_the_actor_does_not(cls, reader):
         return
     assert ("next", "goal") in loss.in_keys
     loss.make_value_estimator(gamma=0.9)
-    found = []
+    losses = []
     for _ in range(2):
         batch["next", "goal"] = torch.randn(32, 2)
-        found.append(loss(batch.clone())["loss_qvalue"])
-    assert not torch.equal(*found)
+        losses.append(loss(batch.clone())["loss_qvalue"])
+    assert not torch.equal(*losses)
 
 
 @pytest.mark.parametrize("cls", CONTINUOUS)
