@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_learning import curve
-from iql_torchrl import IQLConfig, OfflineDataset, load_dataset
+from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, load_dataset
 from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.report import text_table
 from iql_torchrl.report.figures import save as save_figure
@@ -30,16 +30,16 @@ import numpy as np
 from torchrl import logger
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from iql_finetune import Options, Row, around_switch, parse, run
+from iql_finetune import Options, Row, around_switch, run
 
 #: name: transitions (None: all) and offline updates
 LOGS = {"300 episodes": (None, 2_000), "2 episodes": (400, 4_000)}
-#: name: options of the example, and whether it begins with the offline phase
+#: name: part of each batch from the log, and whether it begins with the offline phase
 METHODS = {
-    "fine-tuned": ([], True),
-    "fine-tuned, half log": (["--log-fraction", "0.5"], True),
-    "log only": ([], True),
-    "no pretraining": ([], False),
+    "fine-tuned": (None, True),
+    "fine-tuned, half log": (0.5, True),
+    "log only": (None, True),
+    "no pretraining": (None, False),
 }
 
 
@@ -47,18 +47,20 @@ def prepare(
     options: argparse.Namespace, log: str, method: str, seed: int
 ) -> tuple[OfflineDataset, Options, IQLConfig]:
     limit, offline = LOGS[log]
-    more, pretrained = METHODS[method]
-    settings = {
-        "offline-updates": offline if pretrained else 0,
-        "online-steps": options.online_steps,
-        "eval-every": options.eval_every,
-        "episodes": options.episodes,
-    }
-    given = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    parsed, config = parse(given + more)
-    source = ensure_dataset(parsed.dataset, progress=False)
+    fraction, pretrained = METHODS[method]
+    phases = Options(
+        limit=limit,
+        offline_updates=offline if pretrained else 0,
+        online_steps=options.online_steps,
+        log_fraction=fraction,
+        eval_every=options.eval_every,
+        episodes=options.episodes,
+    )
+    updates = phases.offline_updates + phases.online_steps
+    config = replace(PRESETS["quick"], schedule="constant", updates=updates, seed=seed)
+    source = ensure_dataset(phases.dataset, progress=False)
     dataset = load_dataset(source, reward=config.reward, limit=limit, progress=False)
-    return dataset, parsed, replace(config, seed=seed)
+    return dataset, phases, config
 
 
 def stay_offline(dataset: OfflineDataset, config: IQLConfig, options: Options) -> list[Row]:

@@ -13,7 +13,6 @@ benchmarks/results/population_DEVICE[_NAME].json and its picture.
 
 from __future__ import annotations
 
-import argparse
 import gc
 from dataclasses import asdict
 from functools import lru_cache, partial
@@ -130,7 +129,7 @@ def draw(path: Path, points: list[Results], title: str) -> None:
     save_figure(figure, path)
 
 
-def parse() -> argparse.Namespace:
+def main() -> None:
     parser = options_of(__doc__, rounds=9, block=0.25)
     add = parser.add_argument
     add("--members", type=integers, metavar="N,...")
@@ -139,13 +138,8 @@ def parse() -> argparse.Namespace:
     add("--rows", type=int, default=50_000)
     add("--captured-updates", type=int, default=8, help="updates a call of the captured form")
     add("--only", default="", metavar="NAME,...", help="competitors whose names hold these words")
-    options = parser.parse_args()
-    options.members = options.members or MEMBERS[options.device.split(":")[0]]
-    return options
-
-
-def main() -> None:
-    o = parse()
+    o = parser.parse_args()
+    members = o.members or MEMBERS[o.device.split(":")[0]]
     torch._dynamo.config.recompile_limit = 2**16  # every population is a program of its own
     path = place("population", o.device, o.result, folder=o.output)
     title = "{name}, {threads} threads".format_map(machine(o.device))
@@ -153,7 +147,7 @@ def main() -> None:
     for width in o.widths:
         sizes = Sizes(width=width, batch=o.batch, rows=o.rows)
         log = dataset_of(sizes)
-        for count in o.members:
+        for count in members:
             rivals = competitors(log, o.captured_updates, count)
             rivals = {n: m for n, m in rivals.items() if any(w in n for w in o.only.split(","))}
             results, _ = measure(rivals, sizes, o.device, rounds=o.rounds, block=o.block)

@@ -117,31 +117,24 @@ def compare(revisions: list[str], width: int, options: argparse.Namespace) -> di
     return results
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("old", help="a git revision")
-    parser.add_argument("new", nargs="?", default=".", help="a git revision (. = working tree)")
-    parser.add_argument("--widths", default="256", metavar="N,...")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--forms", default=",".join(FORMS), metavar="FORM,...")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--block", type=int, default=96, help="updates in a block")
-    parser.add_argument(
-        "--captured-updates", type=int, default=8, help="updates in a captured call"
-    )
-    parser.add_argument(
-        "--products", default="own,own", metavar="OLD,NEW",
-        help="mkl, onednn or auto for each revision; own: as it chooses by itself",
-    )  # fmt: skip
-    parser.add_argument("--result", default="", metavar="NAME", help="ending of the file's name")
-    return parser.parse_args()
-
-
 def main() -> None:
     from record import place, save
 
-    options = parse()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("old", help="a git revision")
+    add("new", nargs="?", default=".", help="a git revision (. = working tree)")
+    add("--widths", default="256", metavar="N,...")
+    add("--batch", type=int, default=256)
+    add("--forms", default=",".join(FORMS), metavar="FORM,...")
+    add("--device", default="cpu")
+    add("--rounds", type=int, default=15)
+    add("--block", type=int, default=96, help="updates in a block")
+    add("--captured-updates", type=int, default=8, help="updates in a captured call")
+    words = "mkl, onednn or auto for each revision; own: as it chooses by itself"
+    add("--products", default="own,own", metavar="OLD,NEW", help=words)
+    add("--result", default="", metavar="NAME", help="ending of the file's name")
+    options = parser.parse_args()
     revisions = [options.old, options.new]
     record: dict[str, Any] = {
         "revisions": revisions,

@@ -36,7 +36,6 @@ from iql_torchrl import (
 from iql_torchrl.data.builtin import ensure_source
 from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
 from iql_torchrl.evaluation.statistics import rank_correlations, standard_error
-from iql_torchrl.report import text_table
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
 from record import place, save
 
@@ -174,16 +173,6 @@ def quality(ranking: Ranking, truth: Levels, log: float) -> dict[str, Any]:
     return result
 
 
-def show(rankings: dict[str, Ranking], truth: Levels) -> None:
-    fits = [{row["member"]: row for row in ranking.rows} for ranking in rankings.values()]
-    table = [["member", "truth", *rankings, "importance sampling"]]
-    for name in sorted(truth, key=truth.__getitem__, reverse=True):
-        numbers = [truth[name], *(fit[name]["value"] for fit in fits)]
-        numbers.append(fits[0][name]["importance_value"])
-        table.append([name, *(f"{number:.4g}" for number in numbers)])
-    print(text_table(table))
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
@@ -226,7 +215,7 @@ def main() -> None:
         ranking = rankings[name] = rank_members(*logs, **how, fitted_q=fitted)
         results[name] = quality(ranking, truth, ranking.log_value if level is None else level)
         print(f"\nFitted on {name} episodes\n\n{ranking}\n\n{results[name]}\n", flush=True)
-    show(rankings, truth)
+    print(f"true values: {truth}")
     parts = {"own": own, "fresh": fit, "held_out": held_out}
     record = {
         "config": asdict(next(iter(configs.values()))),

@@ -158,23 +158,17 @@ def compared(options: argparse.Namespace, updates: bool) -> dict[str, Any]:
     }
 
 
-def report(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    built, trained = result["build"], result["train"]
-    rows = [
-        (f"build {built['bytes'] / 1e9:.1f} GB of shards",
-         f"{built['seconds']:.0f} s, VmHWM {built['peak'] / 1e9:.2f} GB, RssAnon "
-         f"{built['anonymous'] / 1e9:.2f} GB", "< 2 GB"),
-        (f"{trained['updates']} updates, {trained['replaced']} shards replaced",
-         f"VmHWM {trained['peak'] / 1e9:.2f} GB, RssAnon {trained['anonymous'] / 1e9:.2f} GB, "
-         f"{trained['seconds']:.0f} s", "< 2 GB"),
-    ]  # fmt: skip
+def report(result: dict[str, Any]) -> None:
+    for name in ("build", "train"):
+        entry = result[name]
+        peak, anonymous = (entry[key] / 1e9 for key in ("peak", "anonymous"))
+        numbers = f"VmHWM {peak:.2f} GB (at most 2), RssAnon {anonymous:.2f} GB"
+        print(f"{name}: {entry['seconds']:.0f} s, {numbers}")
     for name in ("sample", "update"):
         speeds, ratios = result[name]["per_second"], result[name]["ratio_of_shards_to"]
         text = ", ".join(f"{each} {speed:,.0f}/s" for each, speed in speeds.items())
-        rows.append((f"{name}, batches of {BATCH}", text, ""))
-        text = ", ".join(f"{each} {ratio:.2f}" for each, ratio in ratios.items())
-        rows.append(("  of the shards to", text, ""))
-    return rows
+        shares = ", ".join(f"{each} {ratio:.2f}" for each, ratio in ratios.items())
+        print(f"{name}, batches of {BATCH}: {text}; of the shards to {shares}")
 
 
 def main() -> None:
@@ -199,8 +193,7 @@ def main() -> None:
         result = {"build": apart(build, options), "train": apart(train, options)}
         for name, updates in (("sample", False), ("update", True)):
             result[name] = apart(compared, options, updates)
-    for quantity, value, limit in report(result):
-        print(f"{quantity:42} {value:64} {limit}")
+    report(result)
     save(place(options.name), settings | result)
 
 

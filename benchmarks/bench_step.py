@@ -6,9 +6,8 @@
 Sampling is included. Blocks of all competitors alternate and have about the same duration; medians
 are compared. ``floor`` is the time of the matrix products of one update alone, each network by itself;
 ``floor of ours`` is that of the products that our update has; a computed time of bytes and kernels is
-shown besides (``step_floors.py``). Axes with several
-values are swept one at a time around the default point. Writes
-benchmarks/results/step_DEVICE[_NAME].json; ``report.py`` makes table and picture.
+shown besides (``step_floors.py``). Axes with several values are swept one at a time around the default
+point. Writes benchmarks/results/step_DEVICE[_NAME].json; ``report.py`` makes table and picture.
 """
 
 from __future__ import annotations
@@ -18,15 +17,14 @@ import gc
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from iql_torchrl import OfflineTrainer
 from iql_torchrl.data import replay_buffer
-from measuring import Results, integers, measure, show, summarise, timed
-from record import RESULTS, place, save
+from measuring import Results, integers, measure, options_of, show, summarise, timed
+from record import place, save
 from step_floors import floor, floor_of_ours, limit_of_bytes
-from step_rivals import FORMS, ORDERS, Made, Rival, Sizes, make_step, ours, packed, torchrl_loop
+from step_rivals import FORMS, ORDERS, Made, Rival, Sizes, make_step, ours, torchrl_loop
 
 import torch
 from tensordict import TensorDict
@@ -111,19 +109,15 @@ def sweep(options: argparse.Namespace) -> Iterator[tuple[str, Sizes]]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = options_of(__doc__, rounds=15)
     add = parser.add_argument
     for option, field in AXES.items():
         add(f"--{option}", type=integers, default=[getattr(Sizes(), field)], metavar="N,...")
-    add("--device", default="cpu")
-    add("--rounds", type=int, default=15)
     add("--block", type=int, default=50, help="updates of the first competitor in a block")
     add("--captured-updates", type=int, default=8, help="updates a call of the captured form")
     add("--only", default="", metavar="NAME,...", help="competitors whose names hold these words")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products")
     add("--matmul-precision", default="highest", choices=("highest", "high", "medium"))
-    add("--result", default="", metavar="NAME", help="ending of the result file's name")
-    add("--output", type=Path, default=RESULTS, help="folder of the result file")
     add("--limit", type=float, default=float("inf"), help="about how many seconds a point may take")
     return parser.parse_args()
 
@@ -150,7 +144,6 @@ def main() -> None:
         point["limit_of_bytes"] = limit_of_bytes(sizes, device)
         show_limit(point["limit_of_bytes"])
         save(path, {"points": points}, ("jax", "optax"), device=device)
-        packed.cache_clear()
         gc.collect()
         if device.startswith("cuda"):
             torch.cuda.empty_cache()

@@ -164,10 +164,6 @@ def count(checkout: Path, only: str = "") -> dict[str, dict[str, int]]:
     return results
 
 
-def lines_of(path: Path) -> int:
-    return path.read_bytes().count(b"\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--package", type=Path, default=ROOT, metavar="DIR", help="a checkout")
@@ -177,7 +173,7 @@ def main() -> None:
     checkout = options.package.resolve()
     print("| call | files | lines |\n|---|---:|---:|")
     for name, files in count(checkout, options.case).items():
-        lines = {file: lines_of(checkout / PACKAGE / file) for file in files}
+        lines = {f: (checkout / PACKAGE / f).read_bytes().count(b"\n") for f in files}
         print(f"| {name} | {len(files)} | {sum(lines.values()):,} |")
         if options.show:
             for file, calls in files.items():

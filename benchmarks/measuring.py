@@ -169,9 +169,11 @@ def integers(text: str) -> list[int]:
     return [int(float(word)) for word in text.split(",")]
 
 
-def options_of(description: str, *, rounds: int, block: float) -> argparse.ArgumentParser:
+def options_of(description: str, *, rounds: int, block: float = 0.0) -> argparse.ArgumentParser:
     """A command line with what all measurements have; ``block``: the default number of seconds."""
-    parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        description=description.split("\n\n")[0], conflict_handler="resolve"
+    )
     add = parser.add_argument
     add("--device", default="cpu")
     add("--rounds", type=int, default=rounds)

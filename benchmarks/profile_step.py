@@ -116,7 +116,7 @@ def show_host_calls(events: Any, updates: int) -> dict[str, float]:
     return sums
 
 
-def parse() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--form", default="compiled", choices=FORMS)
@@ -128,11 +128,7 @@ def parse() -> argparse.Namespace:
     add("--result", default="", metavar="NAME", help="ending of the result file's name")
     for name in AXES:
         add(f"--{name}", type=int, default=getattr(Sizes(), name))
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = parse()
+    options = parser.parse_args()
     device, on_cuda = options.device, options.device.startswith("cuda")
     sizes = Sizes(**{name: getattr(options, name) for name in AXES})
     warnings.filterwarnings("ignore", category=FutureWarning)  # tensordict under torch.compile

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,21 @@ def place(*words: str, folder: Path = RESULTS) -> Path:
     return folder / ("_".join(word.split(":")[0] for word in words if word) + ".json")
 
 
+def in_processes(
+    function: Callable[..., Any],
+    jobs: Sequence[tuple[Any, ...]],
+    workers: int,
+    environment: Mapping[str, str] = {"OMP_NUM_THREADS": "1"},
+) -> list[Any]:
+    """``function(*job)`` of all jobs in new processes, ``workers`` at a time."""
+    with (
+        mock.patch.dict(os.environ, environment),
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+    ):
+        results = [pool.submit(function, *job) for job in jobs]
+        return [result.result() for result in results]
+
+
 def apart(
     function: Callable[..., Any],
     *arguments: Any,
@@ -105,19 +121,4 @@ def apart(
     **options: Any,
 ) -> Any:
     """``function(*arguments, **options)`` in a new process, whose memory and imports are its own."""
-    with (
-        mock.patch.dict(os.environ, environment or {}),
-        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
-    ):
-        return pool.submit(function, *arguments, **options).result()
-
-
-def in_processes(
-    function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], workers: int
-) -> list[Any]:
-    """``function(*job)`` of all jobs, ``workers`` at a time, each in a process with one thread."""
-    with (
-        mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}),
-        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
-    ):
-        return list(pool.map(function, *zip(*jobs, strict=True)))
+    return in_processes(partial(function, **options), [arguments], 1, environment or {})[0]

@@ -122,9 +122,6 @@ def replayed(update: Update, kept: object) -> Update:
     return lambda: (recorded.replay(), kept)[0]
 
 
-# -- bytes and kernels -------------------------------------------------------------------------------
-
-
 def update_bytes(sizes: Sizes) -> dict[str, int]:
     """Bytes that one update moves at least once, in float32; activations are left out.
 

@@ -5,11 +5,10 @@ A competitor is a function ``(rows, sizes, device) -> (update, updates_per_call)
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 from iql_torchrl import (
@@ -175,18 +174,6 @@ def trained_as_torchrl_does(
     return update, 1
 
 
-@lru_cache(maxsize=1)
-def packed(sizes: Sizes, device: str) -> DeviceSampler:
-    return DeviceSampler(transitions(sizes, device), sizes.batch, device=device, seed=0)
-
-
-def device_sampler(sizes: Sizes, device: str) -> DeviceSampler:
-    """Its own generator over rows that every sampler of a point shares."""
-    sampler = copy.copy(packed(sizes, device))
-    sampler.generator = torch.Generator(device=sampler.device).manual_seed(0)
-    return sampler
-
-
 def step_of(
     loss: LossModule,
     *,
@@ -217,13 +204,12 @@ def in_form(
     sizes: Sizes,
     device: str,
     updates: int = 8,
-    sampler: DeviceSampler | None = None,
 ) -> Made:
     """``step`` eager, compiled or captured, with its sampling; ``updates`` of a captured call."""
     if form == "eager":
         buffer = replay_buffer(rows, sizes.batch, seed=0, device=device)
         return lambda: step(buffer.sample()), 1
-    sampler = sampler or DeviceSampler(rows, sizes.batch, device=device, seed=0)
+    sampler = DeviceSampler(rows, sizes.batch, device=device, seed=0)
     if form == "captured":
         return captured(step, sampler, updates=updates), updates
     fast = compiled(step)
@@ -236,5 +222,4 @@ def ours(
     """``updates``: how many a call of the captured form performs."""
     in_graph = device.startswith("cuda") and form == "captured"
     step = make_step(sizes, device, order, capturable=in_graph)
-    sampler = None if form == "eager" else device_sampler(sizes, device)
-    return in_form(step, form, rows, sizes, device, updates, sampler)
+    return in_form(step, form, rows, sizes, device, updates)

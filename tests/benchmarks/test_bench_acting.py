@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import bench_acting
 import measuring
 
@@ -41,8 +36,3 @@ def test_a_small_run(tmp_path, capsys):
     # ten Euler steps and two critics take longer than one pass of the policy
     assert record["acting"]["1"]["flow, best of 2"]["of Gaussian"][0] > 1
     assert "updates, eager, batch 4" in capsys.readouterr().out
-
-
-def test_an_unknown_form_is_refused():
-    with pytest.raises(SystemExit):
-        bench_acting.main(["--forms", "quick"])

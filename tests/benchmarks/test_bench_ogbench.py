@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import bench_ogbench
 import pytest
 import torch
 from gymnasium.wrappers import TimeLimit
@@ -15,9 +14,6 @@ from scipy import stats
 
 from iql_torchrl import PRESETS, OfflineDataset
 from iql_torchrl.data.builtin import OGBENCH_LOCAL, ogbench
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import bench_ogbench
 
 
 def finished(task, method, *seeds):

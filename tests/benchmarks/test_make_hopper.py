@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import make_hopper
 import numpy as np
 import pytest
 
 from iql_torchrl import load_dataset
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import make_hopper
 
 
 def test_the_log_has_every_step_and_the_ends_of_its_episodes(tmp_path):

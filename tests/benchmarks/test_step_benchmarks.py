@@ -5,33 +5,20 @@ from __future__ import annotations
 import json
 import math
 import sys
-from pathlib import Path
 
-import pytest
-import torch
-
-from iql_torchrl import IQLStep
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import bench_step
 import measuring
+import pytest
 import report
 import step_floors
 import step_rivals
 from record import machine, save
 from step_rivals import Sizes
 
+from iql_torchrl import IQLStep
+
 LAYERS = (0, 2, 4)
 SIZES = Sizes(width=16, batch=32, critics=3, rows=100, observation=5, action=2)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Threads that wait for one another are slow where other work has the processors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def as_jax(step: IQLStep):
