@@ -13,13 +13,14 @@ ratios of neighbouring blocks. Writes benchmarks/results/acting_DEVICE[_NAME].js
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from iql_torchrl import Agent, make_agent, policies
 from iql_torchrl.losses import LossCritics
-from measuring import measure, options_of, show, summarise
+from measuring import add_options, measure, show, summarise
 from record import place, save
 from step_rivals import Made, Rival, Sizes, config_of, dataset_of, in_form
 
@@ -68,7 +69,8 @@ def actors(samples: Sequence[int]) -> dict[str, Rival]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = options_of(__doc__, rounds=15, block=0.3)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_options(parser, rounds=15, block=0.3)
     add = parser.add_argument
     add("--width", type=int, default=256)
     add("--batches", type=int, nargs="+", default=[1, 256], help="observations of an action")

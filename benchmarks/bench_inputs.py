@@ -19,13 +19,14 @@ benchmarks/results/KIND_DEVICE[_NAME].json.
 
 from __future__ import annotations
 
+import argparse
 import warnings
 from functools import lru_cache, partial
 from typing import Any
 
 from bench_step import REFERENCE
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, networks, policies
-from measuring import measure, options_of, show, summarise
+from measuring import add_options, measure, show, summarise
 from record import place, save
 from step_rivals import (
     FORMS,
@@ -163,7 +164,8 @@ def image_rivals(shape: Shape) -> dict[str, Rival]:
 
 
 def main() -> None:
-    parser = options_of(__doc__, rounds=15, block=1.0)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_options(parser, rounds=15, block=1.0)
     add = parser.add_argument
     add("kind", choices=("categories", "images"))
     add("--shape", type=int, nargs=3, default=(32, 32, 3), help="of one image")

@@ -13,6 +13,7 @@ benchmarks/results/population_DEVICE[_NAME].json and its picture.
 
 from __future__ import annotations
 
+import argparse
 import gc
 from dataclasses import asdict
 from functools import lru_cache, partial
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from iql_torchrl import IQLPopulation, OfflineDataset, captured, make_agent
 from iql_torchrl.report.figures import save as save_figure
-from measuring import Results, integers, measure, options_of, show, summarise
+from measuring import Results, add_options, integers, measure, show, summarise
 from record import machine, place, save
 from step_floors import products, replayed
 from step_rivals import Made, Rival, Sizes, config_of, dataset_of, in_form
@@ -130,7 +131,8 @@ def draw(path: Path, points: list[Results], title: str) -> None:
 
 
 def main() -> None:
-    parser = options_of(__doc__, rounds=9, block=0.25)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_options(parser, rounds=9, block=0.25)
     add = parser.add_argument
     add("--members", type=integers, metavar="N,...")
     add("--widths", type=integers, default=[64, 256], metavar="N,...")

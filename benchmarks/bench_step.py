@@ -21,7 +21,7 @@ from typing import Any
 
 from iql_torchrl import OfflineTrainer
 from iql_torchrl.data import replay_buffer
-from measuring import Results, integers, measure, options_of, show, summarise, timed
+from measuring import Results, add_options, integers, measure, show, summarise, timed
 from record import place, save
 from step_floors import floor, floor_of_ours, limit_of_bytes
 from step_rivals import FORMS, ORDERS, Made, Rival, Sizes, make_step, ours, torchrl_loop
@@ -109,7 +109,10 @@ def sweep(options: argparse.Namespace) -> Iterator[tuple[str, Sizes]]:
 
 
 def parse() -> argparse.Namespace:
-    parser = options_of(__doc__, rounds=15)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], conflict_handler="resolve"
+    )
+    add_options(parser, rounds=15, block=0.0)
     add = parser.add_argument
     for option, field in AXES.items():
         add(f"--{option}", type=integers, default=[getattr(Sizes(), field)], metavar="N,...")

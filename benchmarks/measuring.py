@@ -169,15 +169,11 @@ def integers(text: str) -> list[int]:
     return [int(float(word)) for word in text.split(",")]
 
 
-def options_of(description: str, *, rounds: int, block: float = 0.0) -> argparse.ArgumentParser:
-    """A command line with what all measurements have; ``block``: the default number of seconds."""
-    parser = argparse.ArgumentParser(
-        description=description.split("\n\n")[0], conflict_handler="resolve"
-    )
+def add_options(parser: argparse.ArgumentParser, *, rounds: int, block: float) -> None:
+    """What all measurements can be asked for; ``block``: the default number of seconds."""
     add = parser.add_argument
     add("--device", default="cpu")
     add("--rounds", type=int, default=rounds)
     add("--block", type=float, default=block, help="seconds of a block")
     add("--result", default="", metavar="NAME", help="ending of the result file's name")
     add("--output", type=Path, default=RESULTS, help="folder of the result file")
-    return parser
