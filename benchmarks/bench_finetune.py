@@ -145,8 +145,6 @@ def main() -> None:
     runs = in_processes(one_run, jobs, options.workers)
     content = {
         "configs": configs,
-        "online_steps": options.online_steps,
-        "episodes": options.episodes,
         "log_returns": logs,
         "summary": summarise(runs),
         "runs": runs,

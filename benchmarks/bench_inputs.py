@@ -177,10 +177,8 @@ def main() -> None:
     if o.kind == "categories":
         sizes, rivals = CATEGORY_SIZES, category_rivals()
     else:
-        sizes, rivals = (
-            Sizes(width=o.width, batch=o.batch, rows=o.rows),
-            image_rivals(tuple(o.shape)),
-        )
+        sizes = Sizes(width=o.width, batch=o.batch, rows=o.rows)
+        rivals = image_rivals(tuple(o.shape))
     results, _ = measure(rivals, sizes, o.device, rounds=o.rounds, block=o.block)
     summarise(results, REFERENCE)
     show(f"{o.kind}, width {sizes.width}, batch {sizes.batch}", results)

@@ -47,7 +47,6 @@ def main() -> None:
                 runs += [{"task": task, "maze": maze, "seed": seed} | row for row in rows]
     content = {
         "configs": {task: asdict(config) for task, config in configs.items()},
-        "episodes": options.episodes,
         "summary": summarise(runs),
         "runs": [{k: v if isinstance(v, str) else float(v) for k, v in r.items()} for r in runs],
     }

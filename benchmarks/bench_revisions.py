@@ -36,9 +36,7 @@ def unpack(revision: str, folder: Path) -> Path:
     if target.exists():
         return target
     target.mkdir()
-    archive = subprocess.run(
-        ["git", "-C", str(HERE.parent), "archive", revision], check=True, capture_output=True
-    ).stdout
+    archive = subprocess.check_output(["git", "-C", str(HERE.parent), "archive", revision])
     subprocess.run(["tar", "-x", "-C", str(target)], input=archive, check=True)
     return target
 

@@ -103,7 +103,6 @@ def main() -> None:
     result = {
         "config": asdict(replace(CONFIG, updates=options.updates)),
         "reward_map": [POINTS, 0.0],
-        "stays": len(log.episode_returns),
         "exact": exact,
         "advantage_deviation": float(advantages.std()),  # over the log, in points of survival
         "temperatures": temperatures,

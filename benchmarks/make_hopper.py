@@ -1,4 +1,4 @@
-"""A log of mixed quality for bench_hopper.py: everything that SAC collects while it learns Hopper.
+"""A log of mixed quality: everything that SAC collects while it learns Hopper.
 
     python benchmarks/make_hopper.py hopper_replay.npz
 
