@@ -1,17 +1,15 @@
-"""Estimated and true gains of five policies over their log, from many and from few episodes: choosing.png.
+"""Estimated and true gains of five policies, from many and from few episodes: choosing.png.
 
     python docs/pictures/choosing.py
 
-The machine of the page ``choosing.md``: the observation is its wear, 0 to 4; an action runs it (reward 1,
-or -6 where it fails, which wear makes more probable) or repairs it (-1). The true values are exact. It
-takes a few seconds.
+The machine of the page ``choosing.md``: the observation is its wear, 0 to 4; an action runs it
+(reward 1, or -6 where it fails, which wear makes more probable) or repairs it (-1). The true values
+are exact. It takes a few seconds.
 """
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from iql_torchrl import IQLConfig, IQLPopulation, OfflineDataset, load_dataset, rank_members
 
 import numpy as np
 import torch
@@ -22,6 +20,8 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.distributions import Categorical
 from torchrl.modules import ProbabilisticActor
+
+from iql_torchrl import IQLConfig, IQLPopulation, OfflineDataset, load_dataset, rank_members
 
 FAILURE = np.array([0.0, 0.02, 0.08, 0.25, 0.5])  # probability of a failure, by wear
 REPAIR = 0.2  # of the policy that makes the log
@@ -107,16 +107,21 @@ def main() -> None:
         for row in ranking.rows:
             place = names.index(row["member"])
             colour = COLOURS[row["member"] == ranking.recommended]
-            axes.plot([row["gain_low"], row["gain_high"]], [place] * 2, color=colour, lw=5, alpha=0.5)
+            axes.plot(
+                [row["gain_low"], row["gain_high"]], [place] * 2, color=colour, lw=5, alpha=0.5
+            )
             axes.plot(row["gain"], place, "o", color=colour, ms=8)
             axes.plot(truth[row["member"]], place, "x", color="#D55E00", ms=6, mew=1.8)
         axes.axvline(0, color="0.2", lw=1)
         axes.set_title(
-            f"{episodes} held-out episodes\nrecommended: {ranking.recommended or 'none'}", fontsize=10
+            f"{episodes} held-out episodes\nrecommended: {ranking.recommended or 'none'}",
+            fontsize=10,
         )
         axes.set_yticks(range(len(names)), names)
         axes.set_xlabel("gain over the log")
-    panels[1].plot([], [], "o-", color="0.45", lw=5, alpha=0.6, label="estimate, 95 % for all at once")
+    panels[1].plot(
+        [], [], "o-", color="0.45", lw=5, alpha=0.6, label="estimate, 95 % for all at once"
+    )
     panels[1].plot([], [], "x", color="#D55E00", ms=6, mew=1.8, label="true gain")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=100)

@@ -31,12 +31,20 @@ def main() -> None:
         for count, colour in zip(counts, PARTS.values(), strict=True):
             axes.barh(place, count, left=left, color=colour, height=0.75)
             left += count
-    labels = [f"{name} (nothing to gain)" if not families[name]["possible_gain"] else name for name in order]
+    gains = {name: family["possible_gain"] for name, family in families.items()}
+    labels = [name if gains[name] else f"{name} (nothing to gain)" for name in order]
     axes.set_yticks(range(len(order)), labels, fontsize=8.5)
-    axes.set(xlim=(0, 20), xlabel="trials in which was recommended", xticks=(0, 5, 10, 15, 20), ylim=(-0.6, len(order) - 0.4))
+    axes.set(xlim=(0, 20), ylim=(-0.6, len(order) - 0.4), xlabel="number of trials")
+    axes.set_xticks((0, 5, 10, 15, 20))
     for label, colour in PARTS.items():
         axes.barh(0, 0, color=colour, label=label)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    figure.legend(
+        loc="outside upper center",
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+        title="rank_members recommended",
+    )
     figure.savefig(HERE / "trust.png", dpi=100)
 
 

@@ -12,9 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl import IQLConfig, OfflineDataset, load_dataset, make_agent, policies
-from iql_torchrl.losses import LossCritics
-
 import numpy as np
 import torch
 from gymnasium.spaces import Box
@@ -22,6 +19,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from tensordict import TensorDict
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from iql_torchrl import IQLConfig, OfflineDataset, load_dataset, make_agent, policies
+from iql_torchrl.losses import LossCritics
 
 Array = NDArray[np.float64]
 HALF_WIDTH = 0.35  # of the obstacle
