@@ -23,9 +23,8 @@ def main() -> None:
     for axes, (log, level) in zip(panels, record["log_returns"].items(), strict=True):
         switch = record["configs"][log]["updates"] - record["online_steps"]
         axes.axvline(switch, color="0.4", linestyle=":", linewidth=1)
-        axes.text(
-            switch, -150, " environment from here", fontsize=8, color="0.3", rotation=90, va="top"
-        )
+        axes.text(switch, -1720, " environment from here", fontsize=8, color="0.3")
+        axes.set_ylim(-1750, -60)
         axes.axhline(level, color="0.4", linestyle="--", linewidth=1, label="the log")
         for method, colour in LOOKS.items():
             runs = [r["curve"] for r in record["runs"] if (r["log"], r["method"]) == (log, method)]
