@@ -39,7 +39,7 @@ QUICK = IQLConfig(
     updates=2_500, hidden=(64, 64), actor_lr=1e-3, critic_lr=1e-3, value_lr=1e-3, discount=0.95,
     polyak=0.02,
 )  # fmt: skip
-CARTPOLE = replace(QUICK, updates=2_000, polyak=0.05, reward="raw")
+CARTPOLE = replace(QUICK, updates=2_000, polyak=0.05, critic_lr=3e-3, value_lr=3e-3, reward="raw")
 PUSH = replace(
     QUICK, updates=800, discount=0.9, policy="deterministic", actor_objective="ddpg_bc",
     bc_weight=4.0, schedule="constant", reward="raw",
@@ -156,9 +156,12 @@ def rounded(rows: list[dict[str, float]]) -> list[dict[str, float]]:
 RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     "healthy": lambda: learn(QUICK, pendulum()),
     "values": lambda: learn(
-        replace(QUICK, expectile=0.99, discount=0.99, polyak=0.5, critic_lr=1e-2, value_lr=1e-2),
+        replace(
+            QUICK, updates=1_500, expectile=0.99, discount=0.99, polyak=0.5, critic_lr=1e-2,
+            value_lr=1e-2,
+        ),
         pendulum(),
-    ),
+    ),  # fmt: skip
     "ceiling": lambda: learn(replace(QUICK, value_lr=1e-6), pendulum((0.67, 10.7))),
     "equal": lambda: learn(replace(QUICK, temperature=0.003), pendulum()),
     "scale": lambda: learn(QUICK, pendulum((REWARDS_TIMES, 0.0))),
