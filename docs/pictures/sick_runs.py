@@ -157,7 +157,12 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     "healthy": lambda: learn(QUICK, pendulum()),
     "values": lambda: learn(
         replace(
-            QUICK, updates=1_500, expectile=0.99, discount=0.99, polyak=0.5, critic_lr=1e-2,
+            QUICK,
+            updates=1_500,
+            expectile=0.99,
+            discount=0.99,
+            polyak=0.5,
+            critic_lr=1e-2,
             value_lr=1e-2,
         ),
         pendulum(),
