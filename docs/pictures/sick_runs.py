@@ -166,7 +166,7 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
             value_lr=1e-2,
         ),
         pendulum(),
-    ),  # fmt: skip
+    ),
     "ceiling": lambda: learn(replace(QUICK, value_lr=1e-6), pendulum((0.67, 10.7))),
     "equal": lambda: learn(replace(QUICK, temperature=0.003), pendulum()),
     "scale": lambda: learn(QUICK, pendulum((REWARDS_TIMES, 0.0))),
