@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from iql_torchrl.data.saved import (
     write_log,
 )
 from iql_torchrl.data.schema import DatasetError
+from iql_torchrl.files import make_folder
 
 __all__ = ["identity", "load_or_build"]
 
@@ -46,10 +48,12 @@ def load_or_build(
     ``options`` go to ``write_log``. Other processes and threads that use the folder wait meanwhile
     (see ``folder_lock``), so that they cannot replace the table before it is returned.
     """
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    if not os.path.isdir(folder):  # one that is there may be opened without the right to write
+        make_folder("memmap", folder, above=True, error=DatasetError)
     with folder_lock(folder):
         log = _reusable(folder, built_from)
         if log is None:
+            make_folder("memmap", folder, above=True, error=DatasetError)
             source = open_source()
             edges = np.array([0, len(source.episode_lengths)])
             log = write_log(source, folder, edges, built_from, **options)

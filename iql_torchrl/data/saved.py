@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -36,7 +38,7 @@ from iql_torchrl.data.readers.source import Source
 from iql_torchrl.data.scaling import ObservationStatistics, RewardMap, known_scores, reward_map
 from iql_torchrl.data.schema import REWARD, DatasetError, Field, Key, Layout
 from iql_torchrl.descriptions import one_line
-from iql_torchrl.files import leads_below, whole_file
+from iql_torchrl.files import FULL, leads_below, whole_file
 
 try:
     import fcntl
@@ -50,6 +52,7 @@ __all__ = [
 
 RECORD, EPISODES = "built.json", "episodes.npz"
 FORMAT = 3  # of ``RECORD``
+STAGING = "[a-z0-9_]{8}"  # the end of a name that ``tempfile`` makes
 READ_AT_ONCE = 16 * 2**20
 
 
@@ -292,7 +295,7 @@ def staged_folder(folder: Path, needed: int) -> Iterator[Path]:
                 os.rename(folder, Path(temporary) / "old")
             os.rename(new, folder)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         free = shutil.disk_usage(parent).free
         raise DatasetError(
@@ -306,13 +309,18 @@ def staged_folder(folder: Path, needed: int) -> Iterator[Path]:
 def folder_lock(folder: Path) -> Iterator[None]:
     """Hold the lock ``.<name>.lock`` next to ``folder`` (``fcntl.flock``); waits for it.
 
-    The holder deletes the lock file. Nothing is locked where ``fcntl`` is missing, where the parent of
-    the folder is read-only, and on file systems without locks.
+    The holder deletes the lock file, and first what a killed build of the folder has left. Nothing is
+    locked or deleted where ``fcntl`` is missing, where the parent of the folder is read-only, and on
+    file systems without locks.
     """
     path, file = folder.absolute().parent / f".{folder.name}.lock", None
     with contextlib.suppress(OSError):
         file = None if fcntl is None else _locked(path)
     try:
+        # a build has the lock as long as its temporary folder exists
+        for left in path.parent.glob(f".{glob.escape(folder.name)}-*") if file is not None else ():
+            if re.fullmatch(STAGING, left.name.removeprefix(f".{folder.name}-")):
+                shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
         if file is not None:

@@ -34,6 +34,7 @@ from iql_torchrl.data.saved import (
 )
 from iql_torchrl.data.schema import MASK, REWARD, DatasetError, Key
 from iql_torchrl.descriptions import one_line
+from iql_torchrl.files import make_folder
 
 __all__ = ["ShardedDataset", "ShardedReplay", "build_shards", "load_shards"]
 
@@ -72,7 +73,7 @@ def build_shards(
     reading = prepare(source, env=env, **options)
     table, folder = reading.open(), Path(folder)
     edges = episodes_of_shards(table.episode_lengths, shards, table.name)
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    make_folder("folder", folder, above=True, error=DatasetError)
     with folder_lock(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DatasetError(

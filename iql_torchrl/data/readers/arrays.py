@@ -45,7 +45,7 @@ class Opened:
     """The columns of a table by their names in the source, and what its reader says about them.
 
     The spaces and the environment are those that the source records, if any. ``warnings`` become
-    ``DatasetWarning``.
+    ``DatasetWarning``. ``text``: the source does not say which whole numbers are meant as floats.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Opened:
     notes: tuple[str, ...] = ()
     observation_space: gym.Space[Any] | None = None
     env_spec: EnvSpec | None = None
+    text: bool = False
 
 
 class PartsColumn:

@@ -8,6 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import Column
@@ -414,3 +415,34 @@ def check_shapes(
                 f"{table.name}: action_mask has rows of shape {tuple(mask.shape[1:])}; expected one "
                 f"entry per action of {action_space}."
             )
+
+
+def whole_numbers_as_floats(
+    table: Table,
+    observation_space: gym.Space[Any],
+    action_space: gym.Space[Any],
+    dtype: torch.dtype,
+) -> None:
+    """Convert columns of whole numbers where their space is a Box of floats, as a text file needs.
+
+    Raises ``DatasetError`` naming a number that ``dtype`` cannot hold.
+    """
+    leaves = leaf_spaces(observation_space)
+    named = {"action": action_space, "action_log_prob": gym.spaces.Box(-np.inf, 0)}
+    groups: list[tuple[dict[Any, Column], dict[Any, gym.Space[Any]]]] = [
+        (table.observation, leaves), (table.next_observation or {}, leaves), (table.columns, named),
+    ]  # fmt: skip
+    for columns, spaces in groups:
+        for key, space in spaces.items():
+            floats = isinstance(space, gym.spaces.Box) and np.dtype(space.dtype).kind == "f"
+            if key not in columns or not floats or np.dtype(columns[key].dtype).kind != "i":
+                continue
+            whole = np.asarray(columns[key][:])
+            values = whole.astype(str(dtype).removeprefix("torch."))
+            if (lost := whole[values.astype(np.int64) != whole]).size:
+                raise DatasetError(
+                    f"{table.name}: {key if isinstance(key, str) else '/'.join(key)} has the whole "
+                    f"number {lost[0]}, which {dtype} would round; pass dtype=torch.float64, or "
+                    "store smaller numbers."
+                )
+            columns[key] = values

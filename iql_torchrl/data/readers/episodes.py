@@ -17,6 +17,7 @@ from iql_torchrl.data.readers.columns import (
     guess_action_space,
     guess_observation_space,
     read_table,
+    whole_numbers_as_floats,
 )
 from iql_torchrl.data.readers.motion import (
     MOST,
@@ -92,6 +93,8 @@ def table_source(opened: Opened, options: ReadOptions) -> Source:
     if action_space is None:
         action_space, note, warning = guess_action_space(table)
     check_shapes(table, observation_space, action_space)
+    if opened.text:
+        whole_numbers_as_floats(table, observation_space, action_space, options.dtype)
     ends = table_ends(table, options)
     rows, marks, lengths, notes = _transitions(table, ends, options.reward_offset)
     if not len(rows):

@@ -68,7 +68,7 @@ def open_path(path: Path, options: ReadOptions) -> Opened:
         raise DatasetError(f"{path}: no such file.")
     if not path.is_dir() and kind != ".parquet":
         if kind in FILES:
-            return Opened(path.name, FILES[kind](path))
+            return Opened(path.name, FILES[kind](path), text=kind == ".csv")
         return open_d3rlpy_file(path, options)
     from iql_torchrl.data.readers.arrow import ParquetRows, arrow_columns, parquet_files
     from iql_torchrl.data.readers.lerobot import lerobot_columns
