@@ -242,9 +242,9 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
 
     Raises:
         TypeError: ``policy`` is not a TensorDict module.
-        ValueError: ``path`` ends in neither ``.pt2`` nor ``.onnx`` or cannot be written, the policy writes no ``action``
-            or reads what the task does not have, or its actions do not fit the task's or are not
-            finite.
+        ValueError: ``path`` ends in neither ``.pt2`` nor ``.onnx`` or cannot be written, the policy
+            writes no ``action`` or reads what the task does not have, or its actions do not fit the
+            task's or are not finite.
         RuntimeError: the policy cannot be traced or translated, or acts differently once it is.
         ImportError: ``path`` ends in ``.onnx`` and the packages of the extra ``onnx`` are missing.
         OSError: a file cannot be written, as on a full disk; the message names it, and files of an

@@ -49,7 +49,7 @@ PLACES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("place, what", PLACES)
+@pytest.mark.parametrize(("place", "what"), PLACES)
 def test_a_table_that_cannot_be_written_there(log, tmp_path, place, what):
     path = tmp_path / place
     for options in ({}, {"reward": "minus_one"}):
@@ -59,7 +59,7 @@ def test_a_table_that_cannot_be_written_there(log, tmp_path, place, what):
         build_shards(log, path, 2, columns={"truncated": None})
 
 
-@pytest.mark.parametrize("place, what", PLACES)
+@pytest.mark.parametrize(("place", "what"), PLACES)
 def test_runs_and_programs_that_cannot_be_written_there(log, tmp_path, place, what):
     agent = make_agent(IQLConfig(hidden=(4,), updates=1), loaded(log))
     path = tmp_path / place
