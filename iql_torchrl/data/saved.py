@@ -32,9 +32,10 @@ from minari.serialization import deserialize_space, serialize_space
 from numpy.typing import NDArray
 from tensordict import MemoryMappedTensor, TensorDict
 
-from iql_torchrl.data.build import Description, DiskTables, file_name, fill, layout_of, row_bytes
+from iql_torchrl.data.build import DiskTables, file_name, fill, row_bytes
+from iql_torchrl.data.dataset import Description
 from iql_torchrl.data.digests import episode_digests, sketch_of
-from iql_torchrl.data.readers.source import Source
+from iql_torchrl.data.readers.source import ReadOptions, Source
 from iql_torchrl.data.scaling import ObservationStatistics, RewardMap, known_scores, reward_map
 from iql_torchrl.data.schema import REWARD, DatasetError, Field, Key, Layout
 from iql_torchrl.descriptions import one_line
@@ -139,7 +140,7 @@ class Shard:
     digest: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Log:
     """What the record of a folder says.
 
@@ -175,7 +176,7 @@ class Log:
                     raise damaged(self.location, f"{name} is missing")
                 expected = self.files[name]
                 paths[key] = self.location.file(name, expected, cache, contents=contents)
-            yield mapped_rows(paths, self.layout, shard.rows)
+            yield _mapped_rows(paths, self.layout, shard.rows)
 
     def check(self, *, contents: bool) -> int:
         """Check all files of a folder of this machine; their number of bytes."""
@@ -184,7 +185,7 @@ class Log:
         return sum(size for size, _ in self.files.values())
 
 
-def mapped_rows(paths: Mapping[Key, Path], layout: Layout, rows: int) -> TensorDict:
+def _mapped_rows(paths: Mapping[Key, Path], layout: Layout, rows: int) -> TensorDict:
     """A table of memory-mapped files, of which each has exactly ``rows`` rows."""
     table = TensorDict({}, batch_size=[rows])
     for key, (shape, dtype) in layout.items():
@@ -205,64 +206,58 @@ def write_log(
     source: Source,
     folder: Path,
     edges: NDArray[np.int64],
-    built_from: dict[str, Any] | None,
-    *,
-    dtype: torch.dtype,
-    **options: Any,
+    options: ReadOptions,
+    built_from: dict[str, Any] | None = None,
 ) -> Log:
     """Read ``source`` once, in bounded memory, into a folder that is complete or absent.
 
-    Shard n has the episodes ``edges[n]`` to ``edges[n + 1]``. ``options`` are those of ``fill``.
-    Raises ``DatasetError`` where the disk is or becomes full.
+    Shard n has the episodes ``edges[n]`` to ``edges[n + 1]``. Raises ``DatasetError`` where the disk is
+    or becomes full.
     """
-    layout, lengths = layout_of(source, dtype), source.episode_lengths
+    layout, lengths = source.layout(options.dtype), source.episode_lengths
     first = np.concatenate([[0], np.cumsum(lengths)])[edges]
     names = [f"shard-{number:05d}" for number in range(len(edges) - 1)]
-    with staged_folder(folder, source.rows * row_bytes(layout)) as staging:
+    with _staged_folder(folder, source.rows * row_bytes(layout)) as staging:
         tables = DiskTables(layout, first, [staging / name for name in names])
-        description = fill(source, tables, **options)
+        description = fill(source, tables, options)
         returns, sketches = description.episode_returns, []
         np.savez(staging / EPISODES, returns=returns, lengths=lengths)
         for number, name in enumerate(names):
             own = slice(edges[number], edges[number + 1])
             paths = {key: staging / name / file_name(key) for key in layout}
-            rows = mapped_rows(paths, layout, int(first[number + 1] - first[number]))
+            rows = _mapped_rows(paths, layout, int(first[number + 1] - first[number]))
             part = SimpleNamespace(
                 transitions=rows, episode_returns=returns[own], episode_lengths=lengths[own]
             )
             sketches.append(sketch_of(episode_digests(part)))
-        files = [path for path in sorted(staging.rglob("*")) if path.is_file()]
+        spec, change = description.env_spec, description.reward_map
+        unchanged = ("name", "reference_scores", "joined", "notes", "warnings")
         record = {
-            "format": FORMAT, "source": built_from, **_recorded(description),
+            "format": FORMAT,
+            "source": built_from,
+            **{name: getattr(description, name) for name in unchanged},
+            "observation_space": serialize_space(description.observation_space),
+            "action_space": serialize_space(description.action_space),
+            "env_spec": None if spec is None else spec.to_json(),
+            "reward_map": (change.scale, change.shift),
+            "statistics": [
+                (key, s.mean.tolist(), s.std.tolist(), s.constant, s.count)
+                for key, s in description.statistics.items()
+            ],
             "shards": list(zip(names, np.diff(first).tolist(), strict=True)),
             "files": {
                 path.relative_to(staging).as_posix(): (path.stat().st_size, _file_digest(path))
-                for path in files
+                for path in sorted(staging.rglob("*"))
+                if path.is_file()
             },
             "entries": [
                 (key, shape, str(dtype).removeprefix("torch."), tables.ranges[key])
                 for key, (shape, dtype) in layout.items()
             ],
             "sketch": sketch_of(np.concatenate(sketches)).tolist(),
-        }  # fmt: skip
+        }
         (staging / RECORD).write_text(json.dumps(record))
     return read_log(Location(str(folder)))
-
-
-def _recorded(description: Description) -> dict[str, Any]:
-    """A description without its episodes, as JSON has it."""
-    spec, change = description.env_spec, description.reward_map
-    unchanged = ("name", "reference_scores", "joined", "notes", "warnings")
-    return {name: getattr(description, name) for name in unchanged} | {
-        "observation_space": serialize_space(description.observation_space),
-        "action_space": serialize_space(description.action_space),
-        "env_spec": None if spec is None else spec.to_json(),
-        "reward_map": (change.scale, change.shift),
-        "statistics": [
-            (key, s.mean.tolist(), s.std.tolist(), s.constant, s.count)
-            for key, s in description.statistics.items()
-        ],
-    }
 
 
 def text_digest(content: bytes) -> str:
@@ -278,7 +273,7 @@ def _file_digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def staged_folder(folder: Path, needed: int) -> Iterator[Path]:
+def _staged_folder(folder: Path, needed: int) -> Iterator[Path]:
     """A temporary folder, which takes the place of ``folder`` when the block ends without an error.
 
     Raises ``DatasetError`` with the needed and the free space where the disk is or becomes full.
@@ -358,23 +353,7 @@ def read_log(location: Location) -> Log:
                 f"{location.name}: was built by another version of this package; build it again."
             )
         with np.load(io.BytesIO(location.read(EPISODES))) as episodes:
-            description = _described(saved, episodes["returns"], episodes["lengths"])
-        files = {name: (int(size), str(digest)) for name, (size, digest) in saved["files"].items()}
-        entries = {tuple(key): rest for key, *rest in saved["entries"]}
-        log = Log(
-            location=location,
-            description=description,
-            files=files,
-            shards=tuple(Shard(name, rows, _digest_of(name, files)) for name, rows in saved["shards"]),
-            layout={k: Field(tuple(s), getattr(torch, d)) for k, (s, d, _) in entries.items()},
-            ranges={key: (low, high) for key, (_, _, (low, high)) in entries.items()},
-            sketch=np.array(saved["sketch"], np.int64),
-            source=saved["source"],
-        )  # fmt: skip
-        rows, expected = (
-            sum(shard.rows for shard in log.shards),
-            int(description.episode_lengths.sum()),
-        )
+            log = _log(location, saved, episodes["returns"], episodes["lengths"])
     except FileNotFoundError as error:
         name = EPISODES if EPISODES in str(error) else RECORD
         raise DatasetError(
@@ -387,45 +366,54 @@ def read_log(location: Location) -> Log:
     except Exception as error:  # a damaged file can raise nearly anything
         reason = f"{RECORD} or {EPISODES} cannot be read: {one_line(error)}"
         raise damaged(location, reason) from error
-    names = [name for file, (_, digest) in files.items() for name in (file, digest)]
+    names = [name for file, (_, digest) in log.files.items() for name in (file, digest)]
     if outside := [name for name in names if not leads_below(name)]:
         raise DatasetError(
             f"{location.name}: it names the file {outside[0]!r}; expected a path below its own "
             "folder. The record is damaged or not from this package: build it again."
         )
+    rows, expected = sum(s.rows for s in log.shards), int(log.description.episode_lengths.sum())
     if rows != expected:
         raise damaged(location, f"its shards have {rows} rows in place of {expected}")
     return log
 
 
-def _digest_of(folder: str, files: Mapping[str, tuple[int, str]]) -> str:
-    own = {name: digest for name, (_, digest) in files.items() if name.startswith(f"{folder}/")}
-    return text_digest(json.dumps(own, sort_keys=True).encode())
-
-
-def _described(
-    saved: Mapping[str, Any], returns: NDArray[np.float64], lengths: NDArray[np.int64]
-) -> Description:
-    spec = saved["env_spec"]
-    statistics = {
-        key if isinstance(key, str) else tuple(key): ObservationStatistics(
-            torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32),
-            tuple(constant), count,
-        )
-        for key, mean, std, constant, count in saved["statistics"]
-    }  # fmt: skip
-    return Description(
+def _log(
+    location: Location, saved: Mapping[str, Any], returns: NDArray[Any], lengths: NDArray[Any]
+) -> Log:
+    """What a record says; it may be damaged."""
+    entries = {tuple(key): rest for key, *rest in saved["entries"]}
+    layout = {key: Field(tuple(s), getattr(torch, d)) for key, (s, d, _) in entries.items()}
+    description = Description(
         name=saved["name"],
         observation_space=deserialize_space(saved["observation_space"]),
         action_space=deserialize_space(saved["action_space"]),
-        env_spec=None if spec is None else EnvSpec.from_json(spec),
+        env_spec=None if saved["env_spec"] is None else EnvSpec.from_json(saved["env_spec"]),
         reference_scores=known_scores(saved["reference_scores"]),
         episode_returns=returns,
         episode_lengths=lengths,
-        statistics=statistics,
+        statistics={
+            key if isinstance(key, str) else tuple(key): ObservationStatistics(
+                torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32),
+                tuple(constant), count,
+            )
+            for key, mean, std, constant, count in saved["statistics"]
+        },
         reward_map=RewardMap(*saved["reward_map"]),
+        dtype=layout[REWARD].dtype,
         **{name: tuple(saved[name]) for name in ("joined", "notes", "warnings")},
-    )
+    )  # fmt: skip
+    files = {name: (int(size), str(digest)) for name, (size, digest) in saved["files"].items()}
+    shards = []
+    for name, rows in saved["shards"]:
+        own = {file: digest for file, (_, digest) in files.items() if file.startswith(f"{name}/")}
+        shards.append(Shard(name, rows, text_digest(json.dumps(own, sort_keys=True).encode())))
+    return Log(
+        location, description, files, tuple(shards), layout,
+        ranges={key: (low, high) for key, (_, _, (low, high)) in entries.items()},
+        sketch=np.array(saved["sketch"], np.int64),
+        source=saved["source"],
+    )  # fmt: skip
 
 
 def verify(folder: str | Path) -> int:

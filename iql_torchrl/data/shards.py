@@ -18,8 +18,10 @@ from torch import Tensor
 
 from iql_torchrl.config import check_whole
 from iql_torchrl.data.dataset import DatasetSummary, OfflineDataset
-from iql_torchrl.data.load import SourceLike, dataset_fields, prepare
+from iql_torchrl.data.load import SourceLike, described
 from iql_torchrl.data.readers.environments import EnvLike
+from iql_torchrl.data.readers.opening import open_source
+from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.replay import DeviceSampler
 from iql_torchrl.data.saved import (
     Location,
@@ -32,7 +34,7 @@ from iql_torchrl.data.saved import (
     read_log,
     write_log,
 )
-from iql_torchrl.data.schema import MASK, REWARD, DatasetError, Key
+from iql_torchrl.data.schema import MASK, DatasetError, Key
 from iql_torchrl.descriptions import one_line
 from iql_torchrl.files import make_folder
 
@@ -70,16 +72,16 @@ def build_shards(
         raise DatasetError(
             f"{source}: is a built table already; build shards from the source that it was built from."
         )
-    reading = prepare(source, env=env, **options)
-    table, folder = reading.open(), Path(folder)
-    edges = episodes_of_shards(table.episode_lengths, shards, table.name)
+    read, folder = ReadOptions(env=env, **options), Path(folder)
     make_folder("folder", folder, above=True, error=DatasetError)
+    table = open_source(source, read)
+    edges = episodes_of_shards(table.episode_lengths, shards, table.name)
     with folder_lock(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DatasetError(
                 f"{folder}: exists already; choose another path, or delete it first."
             )
-        change = write_log(table, folder, edges, None, **reading.build).description.reward_map
+        change = write_log(table, folder, edges, read).description.reward_map
     return load_shards(folder, env=env, reward=(change.scale, change.shift))
 
 
@@ -133,8 +135,8 @@ def load_shards(
     name = str(location).rstrip("/") or "/"
     place = Location(name, None if cache is None else Path(cache), dict(storage_options or {}))
     log = read_log(place)
-    fields = dataset_fields(log.description, env, reference_scores)
-    fields |= {"reward_map": asked_map(reward, log), "dtype": log.layout[REWARD].dtype}
+    fields = described(log.description, env, reference_scores)
+    fields |= {"reward_map": asked_map(reward, log)}
     return ShardedDataset(**fields, shards=log.shards, log=log)
 
 

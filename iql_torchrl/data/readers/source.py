@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
+from numbers import Integral
 from operator import getitem
 from typing import Any, TypeAlias
 
@@ -14,7 +15,16 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
-from iql_torchrl.data.schema import ACTION, DatasetError, Key, leaf_spaces
+from iql_torchrl.data.readers.environments import EnvLike, env_maker
+from iql_torchrl.data.scaling import reward_map
+from iql_torchrl.data.schema import (
+    ACTION,
+    DatasetError,
+    Key,
+    Layout,
+    leaf_spaces,
+    transition_layout,
+)
 from iql_torchrl.descriptions import describe_space
 
 #: Consecutive rows, one array per key; any number of rows, at least 1.
@@ -23,17 +33,65 @@ Piece: TypeAlias = dict[Key, NDArray[Any]]
 SAME = ("observation_space", "action_space", "masked", "log_prob")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """How a source is to be read; see ``load_dataset`` for the meaning of each."""
+    """How a source is read and built: the options of ``load_dataset``, which describes each.
 
-    columns: dict[str, str | None] = field(default_factory=dict)
+    Raises ``DatasetError`` naming an option of another kind or out of its range.
+    """
+
+    env: EnvLike | None = None
+    reward: str | tuple[float, float] = "raw"
+    columns: Mapping[str, str | None] = field(default_factory=dict)
     reward_offset: int = 0
-    max_episode_steps: int | None = None
+    concatenate: Sequence[str] | None = None
+    limit: int | None = None
     dtype: torch.dtype = torch.float32
-    download: bool = True
+    clip_actions: bool = False
+    max_episode_steps: int | None = None
     observation_space: gym.Space[Any] | None = None
     action_space: gym.Space[Any] | None = None
+    download: bool = True
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.columns is None:
+            object.__setattr__(self, "columns", {})
+        if not isinstance(self.columns, Mapping):
+            raise DatasetError(
+                "columns: expected a dict from our keys to the file's columns, such as "
+                f"{{'reward': 'r'}}, got {self.columns!r}."
+            )
+        for key in ("limit", "max_episode_steps"):
+            number = getattr(self, key)
+            if number is not None and (not isinstance(number, Integral) or number < 1):
+                raise DatasetError(
+                    f"{key}: expected a whole number, at least 1, or None, got {number!r}"
+                )
+        for key in ("observation_space", "action_space"):
+            if not isinstance(space := getattr(self, key), gym.Space | None):
+                raise DatasetError(
+                    f"{key}: expected a gymnasium.Space, got {type(space).__name__}."
+                )
+        if self.dtype not in (torch.float32, torch.float64):
+            raise DatasetError(f"dtype: expected torch.float32 or torch.float64, got {self.dtype}")
+        reward_map(self.reward, np.arange(2.0))
+        if self.env is not None:
+            env_maker(self.env)
+
+    def described(self) -> ReadOptions:
+        """With the environment's spaces and step limit where they are not set."""
+        if self.env is None:
+            return self
+        env = env_maker(self.env)()
+        env.close()
+        steps = env.spec.max_episode_steps if env.spec is not None else None
+        return replace(
+            self,
+            observation_space=self.observation_space or env.observation_space,
+            action_space=self.action_space or env.action_space,
+            max_episode_steps=self.max_episode_steps or steps,
+        )
 
 
 @dataclass
@@ -66,6 +124,13 @@ class Source:
     @property
     def rows(self) -> int:
         return int(self.episode_lengths.sum())
+
+    def layout(self, dtype: torch.dtype) -> Layout:
+        """Of the table that is built of it."""
+        return transition_layout(
+            self.observation_space, self.action_space,
+            dtype=dtype, masked=self.masked, log_prob=self.log_prob,
+        )  # fmt: skip
 
 
 def chain(sources: Sequence[Source], limit: int | None = None) -> Source:
