@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +28,31 @@ NO_FRAMES = (
 )
 #: Results of a step, which TorchRL's collectors also store for the step before it, at the root.
 AFTER_THE_STEP = ("reward", "done", "terminated", "truncated")
+
+
+@contextmanager
+def reading(path: Path, problem: str, *errors: type[Exception]) -> Iterator[None]:
+    """``errors`` of the block as ``DatasetError``: what is wrong with the file."""
+    try:
+        yield
+    except DatasetError:
+        raise
+    except errors as error:
+        raise DatasetError(
+            f"{path}: {problem} ({one_line(error)}); download or copy it again."
+        ) from error
+
+
+def package(name: str, reader: str, extra: str = "readers") -> Any:
+    """An optional package. ``DatasetError`` says how to install it for ``reader``."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        needed = name.partition(".")[0]
+        raise DatasetError(
+            f"{reader}: needs the package {needed} ({one_line(error)}): "
+            f'pip install "iql_torchrl[{extra}]"'
+        ) from error
 
 
 class Column(Protocol):
@@ -84,9 +111,9 @@ class PartsColumn:
         self.shape, self.dtype = (rows, *row_shape), np.dtype(dtype)
 
     def __getitem__(self, rows: slice, /) -> NDArray[Any]:
-        start, stop = row_range(rows, self.shape[0])
-        values = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        if start == stop:
+        start, stop, _ = rows.indices(self.shape[0])
+        values = np.empty((max(stop - start, 0), *self.shape[1:]), self.dtype)
+        if start >= stop:
             return values
         first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
         for number in range(int(first), int(last) + 1):
@@ -141,31 +168,18 @@ def chosen_rows(columns: Mapping[str, Column], keep: NDArray[np.bool_]) -> dict[
     }
 
 
-def row_range(rows: slice, count: int) -> tuple[int, int]:
-    """Start and stop of a slice of ``count`` rows, of step 1; an empty range where stop < start."""
-    start, stop, _ = rows.indices(count)
-    return start, max(start, stop)
-
-
 def open_npz(path: Path) -> dict[str, Column]:
     """The archive's arrays. Raises ``DatasetError`` naming a damaged file."""
-    try:
-        # Opened here: NumPy leaves a file open that turns out not to be an archive.
-        with open(path, "rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if isinstance(archive, np.ndarray):
-                raise DatasetError(
-                    f"{path}: contains one array of shape {archive.shape}; expected an archive of "
-                    "named columns, as numpy.savez writes it."
-                )
-            with archive:
-                columns = {name: _entry(archive, name) for name in archive.files}
-    except DatasetError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        raise DatasetError(
-            f"{path}: not a complete npz archive ({one_line(error)}); download or copy it again."
-        ) from error
+    errors = (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError)
+    # Opened here: NumPy leaves a file open that turns out not to be an archive.
+    with reading(path, "not a complete npz archive", *errors), open(path, "rb") as file:
+        archive = np.load(file, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise DatasetError(
+                f"{path}: contains one array of shape {archive.shape}; expected an archive of "
+                "named columns, as numpy.savez writes it."
+            )
+        columns = {name: _entry(archive, name) for name in archive.files}
     return {name: column for name, column in columns.items() if column.ndim}
 
 
@@ -207,12 +221,8 @@ def _hdf5_arrays(path: Path) -> dict[str, Column]:
         if isinstance(item, h5py.Dataset) and item.ndim:
             arrays[name] = item
 
-    try:
+    with reading(path, "not a complete HDF5 file", OSError, RuntimeError, KeyError):
         h5py.File(path, "r").visititems(visit)
-    except (OSError, RuntimeError, KeyError) as error:
-        raise DatasetError(
-            f"{path}: not a complete HDF5 file ({one_line(error)}); download or copy it again."
-        ) from error
     return arrays
 
 
