@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,7 +20,7 @@ from iql_torchrl.data.readers.d3rlpy import D3rlpyBuffer
 from iql_torchrl.data.readers.environments import EnvLike, env_maker, recorded_env_maker
 from iql_torchrl.data.readers.huggingface import HuggingFaceTable
 from iql_torchrl.data.readers.opening import open_source
-from iql_torchrl.data.readers.source import ReadOptions, joined_env_maker
+from iql_torchrl.data.readers.source import ReadOptions, joined_env
 from iql_torchrl.data.reuse import load_or_build
 from iql_torchrl.data.saved import is_saved, open_saved
 from iql_torchrl.data.scaling import known_scores
@@ -110,7 +111,7 @@ def load_dataset(
     Warns with ``DatasetWarning``, and adds the sentence to ``notes``, where marks contradict the
     rows: a termination after which the same trajectory continues; terminations at one fixed length
     in every episode; truncation marks inside smooth motion; no mark at all in a table that jumps;
-    ends of episodes that do not lie where the rows jump (``readers.motion`` says what is
+    ends of episodes that do not lie where the rows jump (``readers.contradictions`` says what is
     measured); a ``next_observation`` that is not the following
     row's observation inside an episode, or is at truncated ends;
     terminations in nearly every row of a trajectory. Also where most rows are dropped, most
@@ -140,10 +141,10 @@ def load_dataset(
         table, description = build(open_source(source, options), options)
     else:
         table, description = load_or_build(source, Path(memmap), options)
-    return OfflineDataset(table, **described(description, env, reference_scores))
+    return OfflineDataset(table, **dataset_fields(description, env, reference_scores))
 
 
-def described(
+def dataset_fields(
     description: Description, env: EnvLike | None, reference_scores: Any
 ) -> dict[str, Any]:
     """The fields of a ``DatasetSummary``; issues the warnings of the data.
@@ -156,6 +157,6 @@ def described(
     if maker is None and spec is not None:
         maker = recorded_env_maker(spec)
     if maker and description.joined:
-        maker = joined_env_maker(maker, description.joined)
+        maker = partial(joined_env, maker, description.joined)
     scores = known_scores(reference_scores) or description.reference_scores
     return vars(description) | {"env": maker, "reference_scores": scores}

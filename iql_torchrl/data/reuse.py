@@ -13,7 +13,6 @@ import numpy as np
 from tensordict import TensorDict
 
 from iql_torchrl.data.dataset import Description
-from iql_torchrl.data.readers.environments import EnvLike, env_maker
 from iql_torchrl.data.readers.opening import open_source, source_files
 from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.saved import (
@@ -99,10 +98,12 @@ def identity(source: Any, options: ReadOptions) -> dict[str, Any]:
         for part in (source if isinstance(source, list | tuple) else [source])
         if isinstance(part, minari.MinariDataset) and len(part) != part.storage.total_episodes
     ]
+    # Of an environment the limit and the spaces decide, which may change under its id.
+    read = options.described()
     decisive = {
-        **vars(options), "env": _env_identity(options.env), "episodes": selected,
-        "observation_space": _space_identity(options.observation_space),
-        "action_space": _space_identity(options.action_space),
+        **vars(read), "env": None, "episodes": selected,
+        "observation_space": _space_identity(read.observation_space),
+        "action_space": _space_identity(read.action_space),
         "source": source if isinstance(source, str | Path | list | tuple) else None,
         "download": None, "progress": None,  # these decide nothing
     }  # fmt: skip
@@ -119,19 +120,6 @@ def _sampled(path: Path, files: int) -> str:
             file.seek(place)
             digest.update(file.read(BLOCK))
     return digest.hexdigest()
-
-
-def _env_identity(env: EnvLike | None) -> str | None:
-    """The properties of an environment that decide how a table is read, as text."""
-    if env is None:
-        return None
-    # The limit and the spaces that are registered under an id may change.
-    instance = env if isinstance(env, gym.Env) else env_maker(env)()
-    spaces = [instance.observation_space, instance.action_space]
-    text = f"{instance.spec} {list(map(_space_identity, spaces))}"
-    if instance is not env:
-        instance.close()
-    return text
 
 
 def _space_identity(space: gym.Space[Any] | None) -> str:

@@ -47,8 +47,8 @@ except ImportError:  # Windows: folders are used without locks.
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
-    "RECORD", "Location", "Log", "Shard", "asked_map", "folder_lock", "is_saved", "is_sharded",
-    "mapped", "open_saved", "read_log", "text_digest", "verify", "write_log",
+    "RECORD", "Location", "Log", "Shard", "folder_lock", "is_saved", "is_sharded", "open_saved",
+    "read_log", "text_digest", "verify", "write_log",
 ]  # fmt: skip
 
 RECORD, EPISODES = "built.json", "episodes.npz"
@@ -61,11 +61,9 @@ READ_AT_ONCE = 16 * 2**20
 class Location:
     """A folder of a log: on this machine, or at an address whose files are copied when needed.
 
-    Attributes:
-        name: a path, or an address of ``fsspec`` (``s3://``, ``gs://``, ``https://``, ...).
-        cache: the folder in which copies of an address's files stay, by their digests; None deletes
-            each copy when its rows are in memory. Not used for a path.
-        storage_options: of the file system of an address, such as ``{"anon": True}``.
+    ``name``: a path, or an address of ``fsspec`` (``s3://``, ``https://``, ...), with the
+    ``storage_options`` of its file system. ``cache``: the folder in which copies of an address's files
+    stay, by their digests; None deletes each copy when its rows are in memory.
     """
 
     name: str
@@ -77,10 +75,7 @@ class Location:
         return "://" not in self.name
 
     def read(self, file: str) -> bytes:
-        """The content of a file.
-
-        Raises ``FileNotFoundError``, and ``DatasetError`` where the address cannot be reached.
-        """
+        """The content of a file; raises ``FileNotFoundError``, and ``DatasetError`` of an address."""
         if self.is_local:
             return Path(self.name, file).read_bytes()
         content: bytes = self._call("cat_file", file)
@@ -93,28 +88,26 @@ class Location:
 
         Bytes are compared with ``contents``, and those of a new copy. Raises ``DatasetError``.
         """
+        path = Path(self.name, name) if self.is_local or cache is None else cache / expected[1]
         try:
-            if self.is_local or cache is None:
-                return self._checked(name, Path(self.name, name), expected, contents)
-            copy = cache / expected[1]
-            if copy.is_file():
-                return self._checked(name, copy, expected, contents)
-            cache.mkdir(parents=True, exist_ok=True)
-            with whole_file(copy) as temporary:
+            if self.is_local or path.is_file():
+                self._check(name, path, expected, contents)
+                return path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as temporary:
                 self._call("get_file", name, str(temporary))
-                self._checked(name, temporary, expected, contents=True)
-            return copy
+                self._check(name, temporary, expected, contents=True)
+            return path
         except FileNotFoundError:
             raise damaged(self, f"{name} is missing") from None
 
-    def _checked(self, name: str, path: Path, expected: tuple[int, str], contents: bool) -> Path:
+    def _check(self, name: str, path: Path, expected: tuple[int, str], contents: bool) -> None:
         actual, where = path.stat().st_size, "" if self.is_local else f" in its copy {path}"
         if actual != expected[0]:
             reason = f"{name} has {actual:,} bytes{where}, built with {expected[0]:,}"
             raise damaged(self, reason)
         if contents and _file_digest(path) != expected[1]:
             raise damaged(self, f"{name} has another content than when it was built{where}")
-        return path
 
     def _call(self, method: str, file: str, *arguments: str) -> Any:
         """A method of the file system; what these raise, of many types, as one sentence."""
@@ -146,7 +139,8 @@ class Log:
 
     ``files``: by path, the size and the digest of each. ``ranges``: smallest and largest number of
     each entry over all rows. ``sketch``: see ``digests.sketch_of``. ``source``: the ``identity`` of
-    what it was built from, None where the folder is never built again.
+    what it was built from, None where the folder is never built again. ``stored``: the map of the
+    rewards in the files.
     """
 
     location: Location
@@ -157,10 +151,11 @@ class Log:
     ranges: dict[Key, tuple[float, float]]
     sketch: NDArray[np.int64]
     source: dict[str, Any] | None
+    stored: RewardMap
 
     @contextlib.contextmanager
     def rows(self, number: int, *, contents: bool) -> Iterator[TensorDict]:
-        """Inside, the memory-mapped rows of a shard, as they are stored.
+        """Inside, the memory-mapped rows of a shard, with rewards by the description's map.
 
         The sizes of its files are checked, and with ``contents`` every byte. Those of a folder of this
         machine stay mapped afterwards. Raises ``DatasetError``.
@@ -176,7 +171,29 @@ class Log:
                     raise damaged(self.location, f"{name} is missing")
                 expected = self.files[name]
                 paths[key] = self.location.file(name, expected, cache, contents=contents)
-            yield _mapped_rows(paths, self.layout, shard.rows)
+            table = _mapped_rows(paths, self.layout, shard.rows)
+            if (change := self.description.reward_map) != self.stored:
+                raw = table[REWARD]
+                table[REWARD] = change.forward(raw.double()).to(raw.dtype)
+            yield table
+
+    def with_rewards(self, reward: Any) -> Log:
+        """The log whose rows have rewards by the map that ``reward`` asks for.
+
+        Raises ``DatasetError`` where that is another map and the stored rewards are not raw.
+        """
+        name, stored = self.location.name, self.stored
+        try:
+            change = reward_map(reward, self.description.episode_returns)
+        except DatasetError as error:
+            raise DatasetError(f"{name}: {error}") from None
+        if change != stored and stored != RewardMap():
+            raise DatasetError(
+                f"{name}: its rewards were mapped with reward={stored.scale, stored.shift} when it was "
+                f"built, and reward={reward!r} is another map; pass the first, or build it with raw "
+                "rewards, to which any map can be applied."
+            )
+        return replace(self, description=replace(self.description, reward_map=change))
 
     def check(self, *, contents: bool) -> int:
         """Check all files of a folder of this machine; their number of bytes."""
@@ -412,7 +429,7 @@ def _log(
         location, description, files, tuple(shards), layout,
         ranges={key: (low, high) for key, (_, _, (low, high)) in entries.items()},
         sketch=np.array(saved["sketch"], np.int64),
-        source=saved["source"],
+        source=saved["source"], stored=description.reward_map,
     )  # fmt: skip
 
 
@@ -466,34 +483,6 @@ def open_saved(folder: Path, reward: Any, dtype: torch.dtype) -> tuple[TensorDic
             f"{folder}: was built with dtype={stored} and dtype={dtype} is asked for; pass "
             f"dtype={stored}, or build it again."
         )
-    change = asked_map(reward, log)
+    log = log.with_rewards(reward)
     with log.rows(0, contents=False) as table:
-        table = mapped(table, log.description.reward_map, change)
-        return table, replace(log.description, reward_map=change)
-
-
-def asked_map(reward: Any, log: Log) -> RewardMap:
-    """The map that ``reward`` asks for, of a log whose stored rewards may be mapped.
-
-    Raises ``DatasetError`` where that is another map and the stored rewards are not raw.
-    """
-    name, stored = log.location.name, log.description.reward_map
-    try:
-        change = reward_map(reward, log.description.episode_returns)
-    except DatasetError as error:
-        raise DatasetError(f"{name}: {error}") from None
-    if change != stored and stored != RewardMap():
-        raise DatasetError(
-            f"{name}: its rewards were mapped with reward={stored.scale, stored.shift} when it was "
-            f"built, and reward={reward!r} is another map; pass the first, or build it with raw "
-            "rewards, to which any map can be applied."
-        )
-    return change
-
-
-def mapped(table: TensorDict, stored: RewardMap, change: RewardMap) -> TensorDict:
-    """The table with rewards mapped by ``change``, in memory; itself where they are so stored."""
-    if change != stored:
-        raw = table[REWARD]
-        table[REWARD] = change.forward(raw.double()).to(raw.dtype)
-    return table
+        return table, log.description

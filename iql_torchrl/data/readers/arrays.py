@@ -39,7 +39,7 @@ def reading(path: Path, problem: str, *errors: type[Exception]) -> Iterator[None
         raise
     except errors as error:
         raise DatasetError(
-            f"{path}: {problem} ({one_line(error)}); download or copy it again."
+            f"{path}: {problem} ({one_line(error)}); download, copy or save it again."
         ) from error
 
 
@@ -88,14 +88,8 @@ class Opened:
 class PartsColumn:
     """A column whose rows lie in consecutive parts; only the parts that are asked for are read.
 
-    Args:
-        lengths: rows of each part; 0 is allowed.
-        read: returns all rows of the part with a number, ``(length, *row_shape)``. It raises
-            ``DatasetError`` where the part has another number of rows than ``lengths`` says.
-        row_shape: shape of one row.
-        dtype: of the values; parts of another dtype are an error of the caller.
-
-    The part read last is kept, because successive slices often end and begin in one part.
+    ``read`` returns the rows of the part with a number, as many as ``lengths`` says, of ``row_shape``
+    and ``dtype``. The part read last is kept: successive slices often end and begin in one part.
     """
 
     def __init__(
@@ -196,8 +190,8 @@ def _entry(archive: Any, name: str) -> NDArray[Any]:
 
 def open_hdf5(path: Path) -> dict[str, Column]:
     """The file's arrays by path, not yet read. Raises ``DatasetError`` naming a damaged file."""
-    arrays = _hdf5_arrays(path)
-    for part in _other_files(path, arrays):
+    arrays = hdf5_arrays(path)
+    for part in hdf5_parts(path, arrays):
         if not part.is_file():
             raise DatasetError(
                 f"{path}: takes part of its data from the file {part}, which does not exist; HDF5 "
@@ -206,15 +200,7 @@ def open_hdf5(path: Path) -> dict[str, Column]:
     return arrays
 
 
-def hdf5_parts(path: Path) -> tuple[Path, ...]:
-    """Other files from which the file's arrays take their data. Empty for a damaged file."""
-    try:
-        return _other_files(path, _hdf5_arrays(path))
-    except DatasetError:
-        return ()
-
-
-def _hdf5_arrays(path: Path) -> dict[str, Column]:
+def hdf5_arrays(path: Path) -> dict[str, Column]:
     arrays: dict[str, Column] = {}
 
     def visit(name: str, item: Any) -> None:
@@ -226,8 +212,8 @@ def _hdf5_arrays(path: Path) -> dict[str, Column]:
     return arrays
 
 
-def _other_files(path: Path, arrays: Mapping[str, Any]) -> tuple[Path, ...]:
-    """The files of virtual and external arrays; names with a pattern (``%b``) are left out."""
+def hdf5_parts(path: Path, arrays: Mapping[str, Any]) -> tuple[Path, ...]:
+    """Other files from which arrays take their data; names with a pattern (``%b``) are left out."""
     names: set[str] = set()
     for array in arrays.values():
         if array.is_virtual:
@@ -282,12 +268,10 @@ def array_of(value: Any, name: str) -> NDArray[Any]:
 def columns_of_tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> dict[str, Column]:
     """The leaves by ``/``-joined key, ``(N, ...)``.
 
-    Several batch dimensions, the last one time, as collectors deliver them, are flattened. Each row
-    of the leading dimensions is then one episode, unless trajectory numbers divide it further.
-    Steps where ``("collector", "mask")`` (``"mask"`` after ``split_trajectories`` of a table without
-    ``collector``) is False only pad trajectories to one length and are left out.
-    ``("next", "truncated")`` is computed from ``done`` and ``terminated`` where it is missing. Rewards
-    and marks of the state before the action are left out where ``next`` has those after it.
+    Several batch dimensions, the last one time, as collectors deliver them, are flattened: each row of
+    the leading dimensions is one episode, unless trajectory numbers divide it further. Steps where
+    ``("collector", "mask")``, or ``"mask"`` of ``split_trajectories``, is False only pad trajectories
+    and are left out. Results of a step that ``next`` has too are left out of the root.
     """
     table = _tensordict(source)
     lead, rows = table.batch_dims, table.batch_size.numel()

@@ -312,9 +312,7 @@ class ParquetRows:
     """The rows of Parquet files of the same columns, one file after the other.
 
     A column is read forwards in batches of rows of about 8 MB, so that neither a file nor one of its
-    row groups need fit into memory; other rows than those after the last ones are looked for from
-    their row group on. Raises ``DatasetError`` naming the file that is damaged, or has other
-    columns than the first.
+    row groups need fit into memory. Raises ``DatasetError`` naming a damaged or different file.
     """
 
     def __init__(self, name: str, files: Sequence[Path], folder: Path | None = None) -> None:

@@ -35,9 +35,8 @@ def is_table_of_datasets(source: Any) -> bool:
 class HuggingFaceRows:
     """The rows of a ``datasets.Dataset`` in its own order, which ``select`` or ``shuffle`` may set.
 
-    Only the columns and rows that are asked for are read; a dataset on disk stays memory-mapped. Its
-    format (``with_format``) is not applied. ``folder``: where ``save_to_disk`` wrote it. Raises
-    ``DatasetError`` for several splits, and for a stream.
+    Only what is asked for is read; a dataset on disk stays memory-mapped. Its format is not applied.
+    Raises ``DatasetError`` for several splits, and for a stream.
     """
 
     def __init__(self, dataset: Any, folder: Path | None = None) -> None:

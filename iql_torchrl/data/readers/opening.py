@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from iql_torchrl.data.readers.arrays import (
     Opened,
     columns_of_tensordict,
     flatten,
+    hdf5_arrays,
     hdf5_parts,
     open_npz,
 )
@@ -30,7 +32,7 @@ from iql_torchrl.data.readers.huggingface import (
 )
 from iql_torchrl.data.readers.minari import find_minari, minari_files, minari_source
 from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_files, open_ogbench
-from iql_torchrl.data.readers.source import ReadOptions, Source, chain, concatenated
+from iql_torchrl.data.readers.source import ReadOptions, Source, chain, concatenated, limited
 from iql_torchrl.data.readers.torchrl_datasets import open_torchrl_dataset
 from iql_torchrl.data.saved import is_saved
 from iql_torchrl.data.schema import DatasetError
@@ -46,7 +48,7 @@ def open_source(source: Any, options: ReadOptions) -> Source:
     table = _open(source, options)
     if options.concatenate:
         table = concatenated(table, options.concatenate)
-    return chain([table], options.limit)
+    return limited(table, options.limit)
 
 
 def source_files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
@@ -57,7 +59,10 @@ def source_files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
     if isinstance(source, str | Path) and is_table_path(path := Path(source)):
         if path.is_dir():
             return tuple(sorted(p for p in path.rglob("*") if p.is_file()))
-        others = hdf5_parts(path) if path.suffix.lower() in (".hdf5", ".h5") else ()
+        others: tuple[Path, ...] = ()
+        with suppress(DatasetError):  # of a damaged file, which is refused when it is read
+            if path.suffix.lower() in (".hdf5", ".h5") and path.is_file():
+                others = hdf5_parts(path, hdf5_arrays(path))
         return (path, *others) if path.is_file() else ()
     if is_ogbench(source):
         return ogbench_files(source)

@@ -29,8 +29,6 @@ from iql_torchrl.descriptions import describe_space
 
 #: Consecutive rows, one array per key; any number of rows, at least 1.
 Piece: TypeAlias = dict[Key, NDArray[Any]]
-#: What must be equal in sources that are joined.
-SAME = ("observation_space", "action_space", "masked", "log_prob")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,19 +131,15 @@ class Source:
         )  # fmt: skip
 
 
-def chain(sources: Sequence[Source], limit: int | None = None) -> Source:
-    """One source after another as one table, of ``limit`` rows at most: the first complete episodes.
-
-    A first episode longer than the limit is cut. Raises ``DatasetError`` naming the source and the
-    space that differs from the first one's.
-    """
+def chain(sources: Sequence[Source]) -> Source:
+    """One source after another as one table. ``DatasetError`` names a space that differs."""
     if not sources:
         raise DatasetError("source: an empty list; name at least one dataset.")
     first = sources[0]
     if len(sources) == 1:
-        return _limited(first, limit)
+        return first
     for source in sources[1:]:
-        for part in SAME:
+        for part in ("observation_space", "action_space", "masked", "log_prob"):
             expected, actual = getattr(first, part), getattr(source, part)
             if expected != actual:
                 raise DatasetError(
@@ -162,7 +156,7 @@ def chain(sources: Sequence[Source], limit: int | None = None) -> Source:
     same_scores = all(s.reference_scores == first.reference_scores for s in sources)
     if not same_env:
         notes.append("the joined datasets name different environments; none is used.")
-    joined = replace(
+    return replace(
         first,
         name=" + ".join(s.name for s in sources),
         episode_lengths=np.concatenate([s.episode_lengths for s in sources]),
@@ -174,10 +168,10 @@ def chain(sources: Sequence[Source], limit: int | None = None) -> Source:
         notes=tuple(notes),
         warnings=tuple(f"{s.name}: {w}" for s in sources for w in s.warnings),
     )
-    return _limited(joined, limit)
 
 
-def _limited(source: Source, limit: int | None) -> Source:
+def limited(source: Source, limit: int | None) -> Source:
+    """At most ``limit`` rows: the first complete episodes, or a part of a longer first one."""
     if limit is None or source.rows <= limit:
         return source
     complete = int(np.searchsorted(np.cumsum(source.episode_lengths), limit, side="right"))
@@ -206,8 +200,7 @@ def _limited(source: Source, limit: int | None) -> Source:
 def concatenated(source: Source, names: Sequence[str]) -> Source:
     """The named leaves of a Dict observation joined, in that order, into one flat observation.
 
-    A nested leaf is named ``"outer/inner"``. Raises ``DatasetError`` for a plain observation, an
-    unknown name, or leaves that are not Boxes of floats.
+    ``DatasetError`` for a plain observation, an unknown name, or leaves that are not Boxes of floats.
     """
     keys, leaves = _named_leaves(source.observation_space, names, source.name)
 
@@ -223,14 +216,8 @@ def concatenated(source: Source, names: Sequence[str]) -> Source:
     return replace(source, observation_space=gym.spaces.flatten_space(leaves), pieces=pieces)
 
 
-def joined_env_maker(
-    maker: Callable[[], gym.Env[Any, Any]], names: Sequence[str]
-) -> Callable[[], gym.Env[Any, Any]]:
-    """``maker`` with the observations of its environments joined as ``concatenated`` joins rows."""
-    return partial(_joined_env, maker, tuple(names))
-
-
-def _joined_env(maker: Callable[[], gym.Env[Any, Any]], names: Sequence[str]) -> gym.Env[Any, Any]:
+def joined_env(maker: Callable[[], gym.Env[Any, Any]], names: Sequence[str]) -> gym.Env[Any, Any]:
+    """The environment of ``maker`` with its observations joined as ``concatenated`` joins rows."""
     env = maker()
     # If the caller's env= joins the leaves itself, its observation is already plain.
     if not isinstance(env.observation_space, gym.spaces.Dict):
