@@ -60,6 +60,12 @@ class ReadOptions:
                 "columns: expected a dict from our keys to the file's columns, such as "
                 f"{{'reward': 'r'}}, got {self.columns!r}."
             )
+        for key, name in self.columns.items():
+            if not isinstance(name, str | None):
+                raise DatasetError(
+                    f"columns maps {key} to {name!r}; expected the name of one column, or None. "
+                    f"Name several columns {key}.0, {key}.1, ... in the file, or pass a dict of arrays."
+                )
         for key in ("limit", "max_episode_steps"):
             number = getattr(self, key)
             if number is not None and (not isinstance(number, Integral) or number < 1):
