@@ -88,11 +88,6 @@ def test_every_frame_of_every_episode_in_order(tmp_path):
     assert fps == 12
     assert [file.name for file in path.parent.iterdir()] == ["film.mp4"]
     assert all(env.closed for env in Shades.opened)
-
-
-@pytest.mark.slow
-@needs_extra
-def test_max_steps_and_fps(tmp_path):
     path = record_video(policy(), Shades, tmp_path / "a.mp4", seed=6, max_steps=3, fps=25)
     frames, fps = read(str(path))
     np.testing.assert_allclose(frames.mean((1, 2, 3)), shades(6, 1, longest=3), atol=4)
