@@ -216,10 +216,8 @@ class Critics:
         # If all returns are equal, their deviation is 0 and cannot be the unit.
         self.unit = float(returns.std()) or max(float(np.abs(returns).mean()), 1.0)
         self.mean_return = float(returns.mean())
-        self.outputs = (
-            int(log.action_space.n) if isinstance(log.action_space, spaces.Discrete) else 1
-        )
         self.discrete = isinstance(log.action_space, spaces.Discrete)
+        self.outputs = int(log.action_space.n) if self.discrete else 1  # type: ignore[attr-defined]
         if not self.discrete:
             logged = log.transitions["action"].float()
             self.scale = Standardise(logged.mean(0), logged.std(0, unbiased=False)).to(self.device)
@@ -231,18 +229,18 @@ class Critics:
 
     def choices(self, table: TensorDictBase) -> Tensor:
         """Of every member, then of the log's policy: ``(P + 1, N, n)`` or ``(P + 1, N, K, A)``."""
-        chosen = torch.stack([self._choice(member, table) for member in self.members])
-        chosen = chosen.to(self.device)
-        own = torch.full_like(chosen[:1], 1 / self.outputs)
+        seed, deterministic = self.seed, self.deterministic
+        chosen = [
+            log_probabilities(m, table, self.outputs, deterministic=deterministic).exp().float()
+            if self.discrete
+            else actions(m, table, samples=self.samples, seed=seed)
+            for m in self.members
+        ]
+        every = torch.stack(chosen).to(self.device)
+        own = torch.full_like(every[:1], 1 / self.outputs)
         if not self.discrete:
             own = self.scale.mean.float().expand_as(own)
-        return torch.cat([chosen, own])
-
-    def _choice(self, member: Member, table: TensorDictBase) -> Tensor:
-        if not self.discrete:
-            return actions(member, table, samples=self.samples, seed=self.seed)
-        every = log_probabilities(member, table, self.outputs, deterministic=self.deterministic)
-        return every.exp().float()
+        return torch.cat([every, own])
 
     def logged(self, action: Tensor) -> Tensor:
         """Logged actions ``(B, ...)`` in the form of :meth:`choices`."""

@@ -9,23 +9,14 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from iql_torchrl.agent.build import Agent
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.processes import ProcessEnded
 
-__all__ = [
-    "RAY_RETRIES",
-    "Row",
-    "Score",
-    "any_failed",
-    "first_line",
-    "is_repeated",
-    "scored",
-    "why",
-]
+__all__ = ["FAILED", "RAY_RETRIES", "Row", "Score", "first_line", "is_repeated", "scored", "why"]
 
 Row = dict[str, Any]
 Score = Callable[[Agent, OfflineDataset], Mapping[str, float]]
@@ -71,8 +62,3 @@ def scored(score: Score, agent: Agent, dataset: OfflineDataset, attempts: int) -
             reason = first_line(error)
             print(f"evaluation {attempt + 1} of {attempts} failed: {reason}", file=sys.stderr)
     return {"error": f"{FAILED}: {reason}"}
-
-
-def any_failed(rows: Iterable[Row]) -> bool:
-    """Whether the evaluation of a member failed, which the next call makes again."""
-    return any(FAILED in str(row.get("error")) for row in rows)

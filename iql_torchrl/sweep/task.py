@@ -20,7 +20,7 @@ from iql_torchrl.files import SUFFIX, whole_file
 from iql_torchrl.population.runs import IQLPopulation
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
 from iql_torchrl.selection.members import resolve_member
-from iql_torchrl.sweep.retries import Row, Score, any_failed, first_line, scored
+from iql_torchrl.sweep.retries import FAILED, Row, Score, first_line, scored
 from iql_torchrl.trainers.trainer import OfflineTrainer
 
 POPULATION = f"population{SUFFIX}"
@@ -122,7 +122,7 @@ class Task:
 
     def forget_failed_evaluations(self) -> None:
         """Evaluate members again whose evaluation failed in an earlier call."""
-        if self.finished and any_failed(self.rows()):
+        if self.finished and any(FAILED in str(row.get("error")) for row in self.rows()):
             self._result.unlink()
 
     def perform(self) -> None:
