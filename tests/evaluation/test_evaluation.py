@@ -263,13 +263,6 @@ def test_discrete_actions_as_indices_or_one_value_each(value):
     assert result.returns.tolist() == [13.0]
 
 
-@pytest.mark.parametrize("value", [4, -1, 1.5, [0, 1], [math.nan, 0.0, 0.0, 0.0]])
-def test_impossible_discrete_actions_are_refused(value):
-    with pytest.raises(ValueError, match="policy output 'action'"):
-        evaluate(constant(value), lambda: Seeded(spaces.Discrete(4)), episodes=1, seed=0)
-    assert Seeded.opened[0].closed
-
-
 def test_a_hair_outside_the_bounds_is_clipped_and_infinite_bounds_accept_any_finite_action():
     evaluate(constant((1.0 + 5e-7, -1.0)), Seeded, episodes=1, seed=0)
     assert Seeded.opened[0].actions[0].tolist() == [1.0, -1.0]
@@ -277,18 +270,26 @@ def test_a_hair_outside_the_bounds_is_clipped_and_infinite_bounds_accept_any_fin
     assert evaluate(constant([1e6]), make, episodes=1, seed=0).returns.tolist() == [1e6 + 1]
 
 
+BOX, FOUR = spaces.Box(-1.0, 1.0, (2,)), spaces.Discrete(4)
+
+
 @pytest.mark.parametrize(
-    ("value", "message"),
+    ("space", "value", "message"),
     [
-        ((1.01, 0.0), "outside the bounds"),
-        ((math.nan, 0.0), "not finite"),
-        ((math.inf, 0.0), "not finite"),
-        ((0.0, 0.0, 0.0), "must have shape"),
+        (BOX, (1.01, 0.0), "outside the bounds"),
+        (BOX, (math.nan, 0.0), "not finite"),
+        (BOX, (math.inf, 0.0), "not finite"),
+        (BOX, (0.0, 0.0, 0.0), "must have shape"),
+        (FOUR, 4, r"is not in 0\.\.3"),
+        (FOUR, -1, r"is not in 0\.\.3"),
+        (FOUR, 1.5, "must be integer indices"),
+        (FOUR, [0, 1], "must be integer indices"),
+        (FOUR, [math.nan, 0.0, 0.0, 0.0], "is NaN; look for NaN"),
     ],
 )
-def test_impossible_box_actions_are_refused_and_environments_closed(value, message):
-    with pytest.raises(ValueError, match=message):
-        evaluate(constant(value), Seeded, episodes=4, num_envs=2, seed=0)
+def test_impossible_actions_are_refused_and_environments_closed(space, value, message):
+    with pytest.raises(ValueError, match=f"policy output 'action'.*{message}"):
+        evaluate(constant(value), lambda: Seeded(space), episodes=4, num_envs=2, seed=0)
     assert [env.closed for env in Seeded.opened] == [True, True]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gymnasium
 import numpy as np
 import pytest
-import torch
 from gymnasium import spaces
 from tensordict.nn import TensorDictModule
 
@@ -44,12 +43,8 @@ class Shades(gymnasium.Env):
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _forget_environments():
     Shades.opened = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def policy(function=lambda observation: observation[:, :1]):

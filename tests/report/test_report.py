@@ -527,21 +527,6 @@ def test_the_report_prints_it_below_the_table(make_seed, tmp_path, capsys):
     assert "of all runs on" not in capsys.readouterr().out
 
 
-def test_one_method_of_two_versions_over_two_tasks(make_seed):
-    runs = runs_of(make_seed)
-    for run in runs:
-        if run.folder.name.startswith("hop"):
-            config = json.loads((run.folder / "config.json").read_text())
-            del config["bc_weight"]
-            (run.folder / "config.json").write_text(json.dumps(config))
-    name, scores = method_scores(group_runs([read_run(run.folder) for run in runs]))
-    assert name == "score_mean"
-    assert {method: sorted(tasks) for method, tasks in scores.items()} == {
-        "temperature 3": ["hop", "walk"],
-        "temperature 0": ["hop", "walk"],
-    }
-
-
 # -- the table of results
 
 

@@ -15,7 +15,6 @@ from small_mdp import (
     STATES,
     actor,
     first_states,
-    greedy_policy,
     plain_returns,
     random_mdp,
     random_policies,
@@ -130,39 +129,6 @@ def test_scores_against_a_loop(small_parts, min_count):
         effective = sum(whole) ** 2 / sum(w**2 for w in whole)
         assert scores.effective_episodes[number] == pytest.approx(effective, rel=1e-4)
     assert np.ptp(scores.unsupported) > 0.001
-
-
-def test_intervals_contain_the_truth_as_often_as_their_confidence():
-    """Forty logs of forty episodes each, with a member that is unlike the log."""
-    policy = 0.5 * greedy_policy(WORLD) + 0.5 * uniform()
-    exact, missed = WORLD.start @ WORLD.values(policy), 0
-    for seed in range(40):
-        parts = WORLD.log(uniform(), episodes=80, seed=100 + seed, **SPACE).split(0.5, 0)
-        low, high = evaluated({"p": actor(policy)}, *parts).intervals()[0]
-        missed += not low <= exact <= high
-    assert missed <= 5  # at a rate of 0.05 more than 5 have a probability of 0.014
-
-
-def test_actions_that_the_log_lacks_lead_to_the_least_return():
-    never = uniform()
-    never[1] = [0.5, 0.5, 0.0]
-    with np.errstate(divide="ignore"):
-        train, held_out = WORLD.log(never, episodes=600).split(0.5, 0)
-    estimate = evaluated({"uses it": actor(np.eye(ACTIONS)[[0, 2, 0, 0, 0]])}, train, held_out)
-    scores, starts = estimate.episodes, first_states(held_out)
-    low, high = scores.return_range
-    np.testing.assert_allclose(scores.initial_values[0, starts == 1], low)
-    rows = held_out.transitions["observation"].numpy()
-    begins = np.r_[0, np.cumsum(held_out.episode_lengths)[:-1]]
-    lone = (starts == 1) & ~np.logical_or.reduceat(rows != 1, begins)
-    assert lone.any()  # nothing corrects episodes that never leave the state
-    np.testing.assert_allclose(scores.scores[0, lone], low)
-    np.testing.assert_allclose(scores.scores_high[0, lone], high)
-    assert scores.worst_unsupported[0] == pytest.approx(1.0)
-    assert 0.2 < scores.unsupported[0] < 1
-    assert scores.log_unsupported == 0
-    low, high = estimate.intervals()[0]
-    assert high - low > 1
 
 
 def test_a_state_visited_once_in_a_hundred_episodes_counts_as_worst():
