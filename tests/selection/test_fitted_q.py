@@ -31,7 +31,7 @@ from torch import nn
 from iql_torchrl import load_dataset
 from iql_torchrl.selection import fitted_q, fitted_q_evaluation
 from iql_torchrl.selection.coverage import Coverage
-from iql_torchrl.selection.episodes import Episodes, return_range
+from iql_torchrl.selection.episodes import Episodes
 from iql_torchrl.selection.fitted_q import Critics, Steps
 from iql_torchrl.selection.members import resolve_members
 
@@ -223,28 +223,6 @@ def test_a_truncated_end_that_no_state_describes(model):
     assert scores.log_scores.mean() == pytest.approx((1 + 2 + DISCOUNT * 1) / 2, abs=1e-5)
     assert scores.log_scores_high.mean() == pytest.approx((1 + 2 + DISCOUNT * 20) / 2, abs=1e-5)
     assert model == "network" or scores.unsupported[1] == pytest.approx(DISCOUNT)
-
-
-@BOTH
-def test_where_nothing_is_known_there_is_the_least_or_the_greatest_return(model):
-    """Steps 0 -> 1 -> 2 that pay 1 and 2; cut in 2, which is never described, or already in 1."""
-    steps = []
-    for episode in range(300):
-        early = episode % 3 == 0
-        steps.append((0, episode % 2, 1.0, 1, early))
-        steps += [] if early else [(1, episode % 2, 2.0, 2, True)]
-    names = ("observation", "action", "reward", "next_observation", "truncated")
-    table = dict(zip(names, map(np.array, zip(*steps, strict=True)), strict=True))
-    options = {"observation_space": spaces.Discrete(3)}
-    log = steps_log(len(steps), options, terminated=False, **table)
-    scores = evaluated({"p": actor(np.full((3, 2), 0.5))}, log, log, model).episodes
-    low, high = scores.return_range
-    assert (low, high) == pytest.approx(return_range(DISCOUNT, Episodes(log)))
-    known, unknown, off = 1 + DISCOUNT * 2, DISCOUNT**2, {"abs": OFF[model]}
-    assert scores.scores.mean() == pytest.approx(known + unknown * low, **off)
-    assert scores.scores_high.mean() == pytest.approx(known + unknown * high, **off)
-    assert scores.log_scores.mean() == pytest.approx(known + unknown * low, **off)
-    assert scores.log_scores_high.mean() == pytest.approx(known + unknown * high, **off)
 
 
 @BOTH

@@ -195,52 +195,55 @@ def test_a_value_that_the_log_cannot_give_is_doubted(again, fitted, parts, kind)
         assert not outside or result.recommended != "p0"
 
 
+OF_GREEDY = ("effective_episodes", "unsupported", "worst_unsupported", "td_error")
+ONES = np.ones(6)
+
+
 @pytest.mark.parametrize(
-    ("key", "value", "doubt", "text"),
+    ("changes", "doubt", "recommended", "text"),
     [
-        ("effective_episodes", 20.0, None, ""),
-        ("effective_episodes", 19.9, "few", "has only 19.9 effective episodes of 800, at least 20 are"),
-        ("unsupported", 0.049, None, ""),
-        ("unsupported", 0.051, "extrapolation", "greedy: up to 5% of their actions are rare or"),
-        ("worst_unsupported", 0.499, None, ""),
-        ("worst_unsupported", 0.501, "extrapolation", "own actions: 0%), in the worst state 50%; the"),
+        ({"effective_episodes": 20.0}, None, True, ""),
+        ({"effective_episodes": 19.9}, "few", False, "19.9 effective episodes of 800, at least 20"),
+        ({"unsupported": 0.049}, None, True, ""),
+        ({"unsupported": 0.051}, "extrapolation", False, "greedy: up to 5% of their actions are"),
+        ({"unsupported": 0.08, "log_unsupported": 0.02}, "extrapolation", False, "actions: 2%"),
+        ({"unsupported": 0.08, "log_unsupported": 0.04}, None, True, ""),
+        ({"worst_unsupported": 0.499}, None, True, ""),
+        ({"worst_unsupported": 0.501}, "extrapolation", False, "own actions: 0%), in the worst"),
+        ({"td_error": 2.1, "td_error_training": ONES}, "td_error", True, "up to 2.1 times as"),
+        ({"td_error": 1.9, "td_error_training": ONES}, None, True, ""),
+        ({"history": {STEP: 4.6, "the step before": 1.0}}, None, False, f"on {STEP} (t statistic 4.6)"),
+        ({"history": {STEP: -4.6}}, None, False, f"on {STEP} (t statistic -4.6)"),
+        ({"history": {STEP: 4.4}}, None, True, ""),
+        ({"backups": 3.0, "passes": 9.0}, None, False, "renewed its targets 3 times, in 9 passes"),
+        ({"backups": 1e3, "passes": 0.5}, None, False, "times, in 0.5 passes of the data, where"),
+        ({"backups": 1e3, "passes": 9.0}, None, True, ""),
+        ({"unlogged_ends": 0.009}, None, True, ""),
+        ({"unlogged_ends": 0.2}, None, True, "leave 20% of the discounted future in states that"),
     ],
 )  # fmt: skip
-def test_a_doubted_member_is_not_recommended(again, fitted, key, value, doubt, text):
-    values = np.where(np.array(fitted.names) == "greedy", value, getattr(fitted.episodes, key))
-    result = again({key: values})
-    assert set(row_of(result, "greedy")["doubts"]) - {"importance"} == ({doubt} - {None})
-    assert (result.recommended == "greedy") == (doubt is None)
-    assert doubt is None or warnings_with(result, text)
-    names = {"effective_episodes": "correcting_episodes", "unsupported": "extrapolation"}
-    assert row_of(result, "greedy")[names.get(key, "worst_extrapolation")] == value
-    assert doubt or not doubted(result, "few") | doubted(result, "extrapolation")
-
-
-@pytest.mark.parametrize(
-    ("scores", "fit", "text", "recommended"),
-    [
-        (
-            {"history": {STEP: 4.6, "the step before": 1.0}},
-            {},
-            f"on {STEP} (t statistic 4.6)",
-            None,
-        ),
-        ({"history": {STEP: -4.6}}, {}, f"on {STEP} (t statistic -4.6)", None),
-        ({"history": {STEP: 4.4}}, {}, "", "greedy"),
-        ({}, {"backups": 3.0, "passes": 9.0}, "renewed its targets 3 times, in 9 passes", None),
-        ({}, {"backups": 1e3, "passes": 0.5}, "times, in 0.5 passes of the data, where", None),
-        ({}, {"backups": 1e3, "passes": 9.0}, "", "greedy"),
-        ({"unlogged_ends": 0.009}, {}, "", "greedy"),
-        ({"unlogged_ends": 0.2}, {}, "leave 20% of the discounted future in states that", "greedy"),
-    ],
-)
-def test_sentences_about_the_whole_ranking(again, ranked, scores, fit, text, recommended):
+def test_each_doubt_and_sentence(again, fitted, ranked, changes, doubt, recommended, text):
+    scores, fit = {}, {}
+    for key, value in changes.items():
+        owner, changed = (fitted, fit) if hasattr(fitted, key) else (fitted.episodes, scores)
+        greedy = np.array(fitted.names) == "greedy"
+        changed[key] = np.where(greedy, value, getattr(owner, key)) if key in OF_GREEDY else value
     result = again(scores, fit)
-    assert result.recommended == recommended
+    row = row_of(result, "greedy")
+    assert set(row["doubts"]) - {"importance"} == ({doubt} - {None})
+    assert (result.recommended == "greedy") == recommended
     more = [warning for warning in result.warnings if warning not in ranked.warnings]
     assert len(more) == bool(text)
     assert all(text in warning for warning in more)
+    names = "correcting_episodes", "extrapolation", "worst_extrapolation", "td_error"
+    for key, name in zip(OF_GREEDY, names, strict=True):
+        assert key not in changes or row[name] == changes[key]
+    assert result.log_extrapolation == pytest.approx(changes.get("log_unsupported", 0))
+
+
+def test_more_extrapolation_may_be_allowed(again):
+    result = again({"unsupported": np.full(6, 0.08)}, max_extrapolation=0.1)
+    assert result.recommended == "greedy"
 
 
 def test_estimators_of_other_orders_and_a_clone_unlike_the_log_are_named(again, fitted, ranked):
@@ -253,24 +256,6 @@ def test_estimators_of_other_orders_and_a_clone_unlike_the_log_are_named(again, 
     assert f"is estimated at {row_of(result, 'clone')['value']:.4g}" in warning
     assert f"the log at {result.log_value:.4g} ({result.log_low:.4g} to" in warning
     assert not warnings_with(ranked, "differently") + warnings_with(ranked, "which imitates")
-
-
-def test_the_log_s_own_share_outside_itself_is_allowed(again):
-    shares = np.full(6, 0.08)
-    for own, outside in ((0.02, True), (0.04, False)):
-        result = again({"unsupported": shares, "log_unsupported": own})
-        assert ("greedy" in doubted(result, "extrapolation")) == outside
-        assert result.log_extrapolation == own
-    assert again({"unsupported": shares}, max_extrapolation=0.1).recommended == "greedy"
-
-
-def test_critics_that_err_more_on_held_out_steps_are_named(again):
-    fit = {"td_error": np.array([1.0, 10, 1, 1, 1, 4.1]), "td_error_training": np.ones(6)}
-    result = again(fit=fit)
-    assert doubted(result, "td_error") == {"p1", "greedy"}
-    (warning,) = warnings_with(result, "errors of the critics")
-    assert warning.startswith("greedy, p1: errors of the critics are up to 10.0 times as large on")
-    assert result.recommended == "greedy"  # their intervals are wider, and hold
 
 
 @pytest.mark.parametrize("by", [3.0, -40.0])
