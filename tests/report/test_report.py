@@ -238,12 +238,14 @@ def test_a_picture_is_written_completely_and_changes_no_global_state(tmp_path, m
 
 @pytest.fixture
 def make_run(tmp_path):
-    def make(name, values, config=None, *, every=10, column="score_mean", **more):
+    """A run with these values of a column; without settings it has no ``config.json``."""
+
+    def make(name, values, *, every=10, column="score_mean", dataset="pendulum", **settings):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        if config is not None:
-            settings = {"dataset": "pendulum/mixed-v0", **config.to_dict(), **more}
-            (folder / "config.json").write_text(json.dumps(settings))
+        if settings:
+            config = {"dataset": dataset, **IQLConfig(**settings).to_dict()}
+            (folder / "config.json").write_text(json.dumps(config))
         rows = [{"update": every * i, column: v} for i, v in enumerate(values)]
         for row, v in zip(rows, values if column == "score_mean" else (), strict=False):
             row |= {"score_low": v - 1, "score_high": v + 1}
@@ -253,61 +255,60 @@ def make_run(tmp_path):
     return make
 
 
+def labels(groups):
+    return [group.label for group in groups]
+
+
+def names(groups):
+    return [[run.name for run in group.runs] for group in groups]
+
+
 def test_runs_that_differ_only_in_seed_are_one_group(make_run):
     runs = [
-        make_run("a", [1.0], IQLConfig(seed=0)),
-        make_run("b", [2.0], IQLConfig(seed=0, expectile=0.9, hidden=(8, 8))),
-        make_run("c", [3.0], IQLConfig(seed=1)),
+        make_run("a", [1.0], seed=0),
+        make_run("b", [2.0], seed=0, expectile=0.9, hidden=(8, 8)),
+        make_run("c", [3.0], seed=1),
         make_run("d", [4.0]),
     ]
-    groups = group_runs(runs)
-    assert [[run.name for run in group.runs] for group in groups] == [["a", "c"], ["b"], ["d"]]
-    assert [group.label for group in groups] == [
+    groups, usual, other = (
+        group_runs(runs),
         "expectile 0.7, hidden 256x256",
         "expectile 0.9, hidden 8x8",
-        "d",
-    ]
-    labels = [group.label for group in group_runs(runs, each=True)]
-    assert labels == [
-        "expectile 0.7, hidden 256x256, seed 0",
-        "expectile 0.9, hidden 8x8, seed 0",
-        "expectile 0.7, hidden 256x256, seed 1",
-        "d",
-    ]
+    )
+    assert names(groups) == [["a", "c"], ["b"], ["d"]]
+    assert labels(groups) == [usual, other, "d"]
+    each = [f"{usual}, seed 0", f"{other}, seed 0", f"{usual}, seed 1", "d"]
+    assert labels(group_runs(runs, each=True)) == each
 
 
 def test_one_group_is_named_by_its_folders(make_run):
-    runs = [make_run(name, [1.0], IQLConfig(seed=i)) for i, name in enumerate("xyz")]
-    assert [group.label for group in group_runs(runs)] == ["x and 2 more"]
-    assert [group.label for group in group_runs(runs[:1])] == ["x"]
-    again = group_runs([runs[0], make_run("w", [1.0], IQLConfig(seed=0))], each=True)
-    assert [group.label for group in again] == ["x", "w"]
+    runs = [make_run(name, [1.0], seed=i) for i, name in enumerate("xyz")]
+    assert labels(group_runs(runs)) == ["x and 2 more"]
+    assert labels(group_runs(runs[:1])) == ["x"]
+    again = group_runs([runs[0], make_run("w", [1.0], seed=0)], each=True)
+    assert labels(again) == ["x", "w"]
 
 
 def test_the_same_seed_twice_is_no_second_sample(make_run, capsys):
-    short, long, other = (
-        make_run("short", [1.0], IQLConfig()),
-        make_run("long", [1.0, 2.0], IQLConfig()),
-        make_run("other", [1.0, 2.0], IQLConfig(seed=1)),
-    )
+    short, long = make_run("short", [1.0], seed=0), make_run("long", [1.0, 2.0], seed=0)
+    other = make_run("other", [1.0, 2.0], seed=1)
     for order in ([short, long, other], [long, short, other]):
-        (group,) = group_runs(order)
-        assert [run.name for run in group.runs] == ["long", "other"]
+        assert names(group_runs(order)) == [["long", "other"]]
         assert "short is left out" in capsys.readouterr().err
 
 
 def test_a_setting_that_an_older_file_lacks_has_its_default(make_run):
-    old = make_run("old", [1.0], IQLConfig(seed=0))
-    new = make_run("new", [1.0], IQLConfig(seed=1))
+    old = make_run("old", [1.0], seed=0)
+    new = make_run("new", [1.0], seed=1)
     del old.settings["schedule_steps"]
     assert len(group_runs([old, new])) == 1
 
 
 def test_mean_over_seeds_where_all_have_a_value(make_run):
     runs = [
-        make_run("a", [1.0, 2.0, 5.0, 9.0], IQLConfig(seed=0)),
-        make_run("b", [3.0, math.nan, 8.0], IQLConfig(seed=1)),
-        make_run("c", [5.0, 4.0, 8.0], IQLConfig(seed=2)),
+        make_run("a", [1.0, 2.0, 5.0, 9.0], seed=0),
+        make_run("b", [3.0, math.nan, 8.0], seed=1),
+        make_run("c", [5.0, 4.0, 8.0], seed=2),
     ]
     (group,) = group_runs(runs)
     line = series(group, "score_mean")
@@ -327,8 +328,8 @@ def test_mean_over_seeds_where_all_have_a_value(make_run):
 def test_the_closing_table(make_run):
     groups = group_runs(
         [
-            make_run("a", [40.0, 30.0], IQLConfig(seed=0)),
-            make_run("b", [60.0, 32.0], IQLConfig(seed=1)),
+            make_run("a", [40.0, 30.0], seed=0),
+            make_run("b", [60.0, 32.0], seed=1),
             replace(make_run("c", []), rows=[{"update": 2500.0, "loss_value": 1.0}]),
             make_run("d", [5.0]),
         ]
@@ -345,11 +346,7 @@ def test_the_closing_table(make_run):
 
 def test_the_comparison_has_a_line_per_group_and_a_panel_per_metric(make_run):
     groups = group_runs(
-        [
-            make_run(f"r{e}{s}", [e, s], IQLConfig(expectile=e, seed=s))
-            for e in (0.6, 0.8)
-            for s in (0, 1)
-        ]
+        [make_run(f"r{e}{s}", [e, s], expectile=e, seed=s) for e in (0.6, 0.8) for s in (0, 1)]
     )
     lines = [series(group, "score_mean") for group in groups]
     figure = comparison_figure({"score_mean": lines, "loss_value": lines[:1]}, note="bands")
@@ -367,8 +364,8 @@ def test_the_comparison_has_a_line_per_group_and_a_panel_per_metric(make_run):
 
 def test_a_parent_folder_is_drawn(make_run, tmp_path, capsys):
     for seed in (0, 1):
-        make_run(f"deep/low-{seed}", [1.0, 2.0 + seed], IQLConfig(seed=seed))
-        make_run(f"high-{seed}", [1.0, 4.0 + seed], IQLConfig(seed=seed, temperature=9))
+        make_run(f"deep/low-{seed}", [1.0, 2.0 + seed], seed=seed)
+        make_run(f"high-{seed}", [1.0, 4.0 + seed], seed=seed, temperature=9)
     make_run("high-0/checkpoints/inner", [0.0])  # below a run: no run
     assert len(find_runs([tmp_path, tmp_path / "runs" / "high-1"])) == 4
     output = tmp_path / "new" / "all.png"
@@ -382,9 +379,9 @@ def test_a_parent_folder_is_drawn(make_run, tmp_path, capsys):
 
 
 def test_the_message_names_what_is_left_out(make_run, tmp_path, capsys):
-    make_run("a", [1.0, 2.0], IQLConfig(seed=0))
-    make_run("b", [], IQLConfig(seed=1))
-    make_run("c", [1.0, 2.0], IQLConfig(seed=2), every=7)
+    make_run("a", [1.0, 2.0], seed=0)
+    make_run("b", [], seed=1)
+    make_run("c", [1.0, 2.0], seed=2, every=7)
     output = str(tmp_path / "x.png")
     assert main([str(tmp_path / "runs"), "--output", output]) == 0
     assert "b has no rows yet and is left out" in capsys.readouterr().err
@@ -408,7 +405,7 @@ def test_the_message_names_what_is_left_out(make_run, tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_drawn_gets_a_sentence(make_run, tmp_path, capsys, arguments, words):
-    make_run("a", [1.0], IQLConfig())
+    make_run("a", [1.0], seed=0)
     for name in ("empty", "broken", "settings", "list"):
         (tmp_path / name).mkdir()
         if name != "empty":
@@ -427,7 +424,7 @@ def test_what_cannot_be_drawn_gets_a_sentence(make_run, tmp_path, capsys, argume
 
 def test_the_module_is_a_command(make_run, tmp_path, monkeypatch):
     """runpy warns if importing the package has already imported the module."""
-    make_run("a", [1.0], IQLConfig())
+    make_run("a", [1.0], seed=0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["report", "runs"])
     with pytest.raises(SystemExit, match="0"):
@@ -465,9 +462,8 @@ def make_seed(make_run):
     """The run of one task, temperature and seed, whose last value is given."""
 
     def make(task, temperature, seed, value, column="score_mean"):
-        config = IQLConfig(temperature=temperature, seed=seed)
-        name = f"{task}-{temperature}-{seed}"
-        return make_run(name, [99.0, value], config, column=column, dataset=task)
+        settings = {"dataset": task, "temperature": temperature, "seed": seed}
+        return make_run(f"{task}-{temperature}-{seed}", [99.0, value], column=column, **settings)
 
     return make
 
