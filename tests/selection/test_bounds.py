@@ -50,7 +50,7 @@ def test_successes_have_the_exact_binomial_interval(successes, episodes):
 
 
 def test_many_episodes_have_the_normal_interval():
-    samples = np.random.default_rng(0).random(1000)
+    samples = np.random.default_rng(0).random(5000)
     spread = samples.std() / len(samples) ** 0.5
     for confidence, deviations in ((0.95, 1.96), (0.8, 1.2816)):
         low, high = one(samples, 0.0, 1.0, confidence=confidence)

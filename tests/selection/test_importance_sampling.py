@@ -126,7 +126,7 @@ def test_long_episodes_neither_overflow_nor_vanish():
     )  # fmt: skip
     result = evaluated([[0.5, 0.5]], log, 0.99)
     assert np.isfinite([result.values[0], result.low[0], result.high[0]]).all()
-    peaked = evaluated([[1.0, 1e-30]], two_steps(), 1.0)
+    peaked = evaluated([[1.0, 1e-30]] * 2, two_steps(), 1.0)
     assert np.isfinite(peaked.values[0])
     assert 1 <= peaked.effective_sample_size[0] < 3
 
