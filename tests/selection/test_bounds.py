@@ -29,6 +29,14 @@ def test_one_episode_has_a_uniform_weight():
     assert high == pytest.approx(11 - 8 * LEVEL, abs=8 * ERROR)
 
 
+def test_two_episodes_have_a_triangular_distribution():
+    """The mean of three values with uniform spacings as weights; they are 0 and 1, with 4 or -2."""
+    low, high = one([0.0, 1.0], -2.0, 4.0)
+    below, above = stats.triang(2 / 3, -2, 3), stats.triang(1 / 4, 0, 4)
+    assert below.cdf(low) == pytest.approx(LEVEL, abs=ERROR)
+    assert above.sf(high) == pytest.approx(LEVEL, abs=ERROR)
+
+
 def test_distinct_samples_have_a_spline_distribution():
     """Curry and Schoenberg 1966: the density of the weighted mean is the B-spline with these knots."""
     samples = [0.0, 0.7, 1.0, 2.5, 6.0]

@@ -112,6 +112,15 @@ def test_the_logs_own_policy_has_the_logs_own_return():
         assert result.high[0] - result.low[0] == pytest.approx(2 * spread, rel=0.12)
 
 
+def test_it_is_consistent():
+    policy = 0.7 * uniform() + 0.3 * random_policies(1)[0]
+    log = MDP.log(uniform(), episodes=4000, seed=7)
+    result = evaluated(policy, log, DISCOUNT)
+    exact = MDP.start @ MDP.values(policy)
+    assert result.low[0] < exact < result.high[0]
+    assert result.values[0] == pytest.approx(exact, abs=0.1)
+
+
 def test_long_episodes_neither_overflow_nor_vanish():
     ratios = np.array([[10.0] * 400, [9.99] * 400])
     rewards, alive = np.ones((2, 400)), np.ones((2, 400))

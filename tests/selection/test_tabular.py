@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from small_agents import log as small_log
 from small_mdp import (
     ACTIONS,
     DISCOUNT,
+    MDP,
     STATES,
     actor,
     first_states,
+    greedy_policy,
     plain_returns,
     random_mdp,
     random_policies,
@@ -131,6 +134,59 @@ def test_scores_against_a_loop(small_parts, min_count):
     assert np.ptp(scores.unsupported) > 0.001
 
 
+def test_intervals_contain_the_truth_as_often_as_their_confidence():
+    """Forty logs of forty episodes each, with a member that is unlike the log."""
+    policy = 0.5 * greedy_policy(WORLD) + 0.5 * uniform()
+    exact, missed = WORLD.start @ WORLD.values(policy), 0
+    for seed in range(40):
+        parts = WORLD.log(uniform(), episodes=80, seed=100 + seed, **SPACE).split(0.5, 0)
+        low, high = evaluated({"p": actor(policy)}, *parts).intervals()[0]
+        missed += not low <= exact <= high
+    assert missed <= 5  # at a rate of 0.05 more than 5 have a probability of 0.014
+
+
+def test_held_out_steps_correct_a_wrong_model_where_visits_are_right():
+    train, held_out = WORLD.log(uniform(), episodes=2400, seed=5).split(0.5, 0)
+    rows = train.transitions.clone()
+    rows["next", "reward"] = rows["next", "reward"] + 0.5 + 0.5 * (rows["action"] == 0)[:, None]
+    estimate = evaluated(members(), replace(train, transitions=rows), held_out)
+    exact = np.array([WORLD.start @ WORLD.values(policy) for policy in POLICIES])
+    model = estimate.initial_values.mean(1)
+    assert np.abs(model - exact).min() > 1.0
+    np.testing.assert_allclose(estimate.values, exact, atol=0.25)
+
+
+def test_a_right_model_is_kept_where_visits_are_wrong():
+    """The held-out episodes come from another policy: no weight fits, but no step errs."""
+    train = WORLD.log(uniform(), episodes=2500, seed=6)
+    held_out = WORLD.log(0.9 * POLICIES[1] + 0.1 / 3, episodes=1000, seed=7)
+    estimate = evaluated(members(), train, held_out)
+    exact = np.array([WORLD.values(policy)[first_states(held_out)].mean() for policy in POLICIES])
+    np.testing.assert_allclose(estimate.values, exact, atol=0.2)
+
+
+def test_actions_that_the_log_lacks_lead_to_the_least_return():
+    never = uniform()
+    never[1] = [0.5, 0.5, 0.0]
+    with np.errstate(divide="ignore"):
+        train, held_out = WORLD.log(never, episodes=600).split(0.5, 0)
+    estimate = evaluated({"uses it": actor(np.eye(ACTIONS)[[0, 2, 0, 0, 0]])}, train, held_out)
+    scores, starts = estimate.episodes, first_states(held_out)
+    low, high = scores.return_range
+    np.testing.assert_allclose(scores.initial_values[0, starts == 1], low)
+    rows = held_out.transitions["observation"].numpy()
+    begins = np.r_[0, np.cumsum(held_out.episode_lengths)[:-1]]
+    lone = (starts == 1) & ~np.logical_or.reduceat(rows != 1, begins)
+    assert lone.any()  # nothing corrects episodes that never leave the state
+    np.testing.assert_allclose(scores.scores[0, lone], low)
+    np.testing.assert_allclose(scores.scores_high[0, lone], high)
+    assert scores.worst_unsupported[0] == pytest.approx(1.0)
+    assert 0.2 < scores.unsupported[0] < 1
+    assert scores.log_unsupported == 0
+    low, high = estimate.intervals()[0]
+    assert high - low > 1
+
+
 def test_a_state_visited_once_in_a_hundred_episodes_counts_as_worst():
     """State 1 follows in a given number of 400 episodes; its action 1 was never logged."""
 
@@ -235,6 +291,12 @@ def test_an_action_that_is_not_held_out_is_unsupported():
     assert 0 < scores.log_unsupported < 0.4
 
 
+def test_correcting_episodes_are_those_that_look_like_the_member(parts):
+    one = evaluated({"log": actor(uniform()), "other": actor(POLICIES[0])}, *parts).episodes
+    episodes = len(parts[1].episode_lengths)
+    assert one.effective_episodes[1] < one.effective_episodes[0] < episodes
+
+
 def clock(seed, depends="nothing", episodes=300):
     """Three steps in one state, of random rewards on which something earlier may have an effect."""
     draw = np.random.default_rng(seed)
@@ -307,3 +369,9 @@ def test_what_counts_as_few_states(parts):
     several = draw.integers(200, size=(400, 1)).astype(np.float32)  # 4 rows
     assert few(several) is None
     assert few(draw.integers(200, size=400)) is not None  # categories
+
+
+def test_the_oracle_is_a_different_computation():
+    """The loop above solves a world whose values are known in closed form."""
+    world = MDP(np.ones((1, 1, 1)), np.ones((1, 1)), np.full((1, 1), 0.5), np.ones(1))
+    assert world.values(np.ones((1, 1)))[0] == pytest.approx(1 / (1 - 0.5 * DISCOUNT))
