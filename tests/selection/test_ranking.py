@@ -27,7 +27,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import Delta, IndependentNormal, ProbabilisticActor
 
-from iql_torchrl import load_dataset, make_agent
+from iql_torchrl import IQLConfig, load_dataset, make_agent
 from iql_torchrl.evaluation.statistics import rank_correlations
 from iql_torchrl.selection import (
     Ranking,
