@@ -1,7 +1,5 @@
 """Small logs: rows that count, random walks, numbered rows; their files, and what is read from them."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from pathlib import Path

@@ -1,9 +1,8 @@
 """d3rlpy's files and buffers, compared with the transitions that d3rlpy itself makes of them."""
 
-from __future__ import annotations
-
 import itertools
 import warnings
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -85,26 +84,48 @@ def of_format_2_0(file):
     del file["num_episodes"]
 
 
-BAD = {
-    "an array is missing": (lacking("rewards_2"), "episode 2|rewards_2"),
-    "the mark is missing": (lacking("terminated_3"), "episode 3|terminated_3"),
-    "fewer rewards": (replaced("rewards_2", np.zeros((5, 1), "f4")), "rewards|episode 2|(5, 1)"),
-    "another width": (
-        replaced("observations_1", np.zeros((1, 3), "f4")), "observations|episode 1|(1, 3)",
-    ),
-    "another dtype": (replaced("actions_3", np.zeros((3, 1))), "actions|episode 3|float64"),
-    "no episodes": (replaced("num_episodes", 0), "no episodes"),
-    "the obsolete format": (of_format_2_0, "2.0|write it again"),
-}  # fmt: skip
+BAD = [
+    (lacking("rewards_2"), "episode 2|rewards_2"),
+    (lacking("terminated_3"), "episode 3|terminated_3"),
+    (replaced("rewards_2", np.zeros((5, 1), "f4")), "rewards|episode 2|(5, 1)"),
+    (replaced("observations_1", np.zeros((1, 3), "f4")), "observations|episode 1|(1, 3)"),
+    (replaced("actions_3", np.zeros((3, 1))), "actions|episode 3|float64"),
+    (replaced("num_episodes", 0), "no episodes"),
+    (of_format_2_0, "2.0|write it again"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_files_are_refused(case, tmp_path):
-    change, words = BAD[case]
+@pytest.mark.parametrize(("change", "words"), BAD)
+def test_bad_files_are_refused(change, words, tmp_path):
     path = dump(tmp_path / "d.h5", recorded())
     with h5py.File(path, "a") as file:
         change(file)
     refused(words, path)
+
+
+class Buffer:
+    """What is read of d3rlpy's own buffers, which need its package."""
+
+    __module__ = "d3rlpy.dataset"
+
+    def __init__(self, episodes, **more):
+        self.__dict__ |= {"episodes": [SimpleNamespace(**row) for row in episodes], **more}
+
+
+class MultiStepTransitionPicker:
+    pass
+
+
+def test_buffers_have_the_rows_of_their_episodes():
+    buffer = Buffer(recorded())
+    assert_counted(load_dataset(buffer), LENGTHS, [1, 3])
+    del buffer.episodes[2].terminated
+    refused("Buffer: its episodes have no mark 'terminated'|method dump", buffer)
+    discrete = SimpleNamespace(action_space=SimpleNamespace(name="DISCRETE"), action_size=7)
+    picker = MultiStepTransitionPicker()
+    buffer = Buffer(recorded(discrete=True), dataset_info=discrete, transition_picker=picker)
+    with pytest.warns(DatasetWarning, match="MultiStepTransitionPicker is not applied"):
+        assert load_dataset(buffer).action_spec.n == 7
 
 
 def test_a_damaged_file_is_named(tmp_path):
@@ -136,6 +157,7 @@ def test_files_before_d3rlpy_1_1_have_late_rewards(tmp_path):
     path = old_file(tmp_path / "v0.h5")
     with pytest.warns(DatasetWarning, match="reward_offset=1"):
         load_dataset(path)
+    refused("terminals|9|10", old_file(tmp_path / "v.h5", episode_terminals=np.zeros(9)))
     dataset = load_dataset(path, reward_offset=1)
     # d3rlpy 0.91: transition i has rewards[i + 1], and the last one of an episode its terminal.
     assert first(dataset, ("next", "reward")) == [1, 2, 3, 101, 102, 201, 202]

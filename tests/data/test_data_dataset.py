@@ -1,7 +1,5 @@
 """A dataset: its text, parts, reward maps, scores, statistics, and categories from any start."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import gymnasium as gym
@@ -55,6 +53,8 @@ def test_reward_maps_invert():
     assert torch.equal(shifted.transitions["next", "reward"], raw.transitions["next", "reward"] - 1)
     assert np.array_equal(shifted.episode_returns, raw.episode_returns)
     assert normalised_score([0.0, 5.0], (0.0, 10.0)).tolist() == [0.0, 50.0]
+    with pytest.raises(ValueError, match="expected two different returns"):
+        normalised_score([0.0], (1.0, 1.0))
     for scores in ([10, 0], [1.0, 1.0]):  # random, expert
         refused("the second greater", LOG, reference_scores=scores)
 

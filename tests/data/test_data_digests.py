@@ -1,7 +1,5 @@
 """Episodes of one log are recognised in another, whatever happened to rewards, order and size."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from small_agents import log as small_log

@@ -1,7 +1,5 @@
 """Environments that data name: made from registered ids and Gymnasium's wrappers alone."""
 
-from __future__ import annotations
-
 import gymnasium as gym
 import pytest
 from gymnasium.envs.registration import EnvSpec, WrapperSpec

@@ -1,7 +1,5 @@
 """LeRobot's folders, written by hand as versions 2.1 and 3.0 lay them out."""
 
-from __future__ import annotations
-
 import json
 import sys
 
@@ -122,22 +120,16 @@ def test_text_paths_small_pieces_and_memory_mapped_tables(tmp_path, monkeypatch)
         assert_frames(load_dataset(str(folder), columns=SOLVED, memmap=tmp_path / "table"))
 
 
-def test_one_leaf_is_a_plain_observation(tmp_path):
-    columns = {"terminated": None, "observation": "observation.state"}
-    assert_counted(load_dataset(layout(tmp_path / "push"), columns=columns), LENGTHS)
-
-
-def test_success_as_a_reward(tmp_path):
+def test_chosen_leaves_marks_and_rewards(tmp_path):
     folder = layout(tmp_path / "push", drop=("next.reward",))
     refused("no column for reward |'next/success' is 1 where", folder, columns=SOLVED)
     dataset = load_dataset(folder, columns={**SOLVED, "reward": "next.success"})
     assert first(dataset, ("next", "reward")) == [0, 0, 0, 0, 1, 0, 0, 0, 0]
-
-
-def test_done_is_not_taken_for_termination(tmp_path):
-    folder = layout(tmp_path / "push")
+    folder = layout(tmp_path / "other")
     refused("'next/done' may merge |'next/success' is 1, name that", folder)
     assert marked(load_dataset(folder, columns={"terminated": "next.done"})) == ([3, 5, 10], [])
+    columns = {"terminated": None, "observation": "observation.state"}
+    assert_counted(load_dataset(folder, columns=columns), LENGTHS)
 
 
 # -- bad folders
@@ -173,6 +165,10 @@ def shorten_video(folder):
     video(folder / "videos" / TOP / "chunk-000" / "file-001.mp4", FRAMES[6:9])
 
 
+def shrink_video(folder):
+    video(folder / "videos" / TOP / "chunk-000" / "file-001.mp4", FRAMES[6:, :8])
+
+
 def describe_wrongly(folder):
     path = folder / "meta" / "episodes.jsonl"
     path.write_text(path.read_text().replace('"length": 5', '"length": 6'))
@@ -188,55 +184,42 @@ def depth(folder):
 
 
 VIDEO = ("videos", TOP, "chunk-000", "file-000.mp4")
-BAD = {
-    "no state or picture": (without("observation.state", TOP), "no column for observation"),
-    "no actions": (without("action"), "no column for action"),
-    "no Parquet files": (
-        edited(lambda f: [p.unlink() for p in (f / "data").rglob("*.parquet")]),
-        "no Parquet files|data",
-    ),
-    "a missing Parquet file": (
+BAD = [
+    (without("observation.state", TOP), "no column for observation"),
+    (without("action"), "no column for action"),
+    (edited(lambda f: [p.unlink() for p in (f / "data").rglob("*.parquet")]), "no Parquet files|data"),
+    (
         edited(lambda f: (f / "data" / "chunk-000" / "file-001.parquet").unlink()),
         "6 rows|announces 11|incomplete",
     ),
-    "a missing step": (
-        edited(lose_a_step), "frame_index is 3|row 8|episode 2|2 is expected",
-    ),
-    "a damaged Parquet file": (
+    (edited(lose_a_step), "frame_index is 3|row 8|episode 2|2 is expected"),
+    (
         edited(damage("data", "chunk-000", "file-001.parquet")),
         "file-001.parquet|not a complete Parquet",
     ),
-    "a damaged description": (edited(damage("meta", "info.json")), "info.json|not complete JSON"),
-    "a missing video": (
-        edited(lambda f: f.joinpath(*VIDEO).unlink(), videos=True),
-        "file-000.mp4|episode 0|missing",
-    ),
-    "a damaged video": (edited(damage(*VIDEO), videos=True), "file-000.mp4|cannot be decoded"),
-    "a short video": (edited(shorten_video, videos=True), "file-001.mp4|ends before frame 3"),
-    "other lengths of episodes": (
-        edited(describe_wrongly, videos=True, version=2), "episode 2|5 rows|the length 6",
-    ),
-    "no description of episodes": (
+    (edited(damage("meta", "info.json")), "info.json|not complete JSON"),
+    (edited(lambda f: (f / "meta" / "info.json").write_text("[]")), "info.json|has a list"),
+    (edited(shrink_video, videos=True), "frames of shape (8, 24, 3)|the first video (16, 24, 3)"),
+    (edited(lambda f: f.joinpath(*VIDEO).unlink(), videos=True), "file-000.mp4|episode 0|missing"),
+    (edited(damage(*VIDEO), videos=True), "file-000.mp4|cannot be decoded"),
+    (edited(shorten_video, videos=True), "file-001.mp4|ends before frame 3"),
+    (edited(describe_wrongly, videos=True, version=2), "episode 2|5 rows|the length 6"),
+    (
         edited(lambda f: (f / "meta" / "episodes.jsonl").unlink(), videos=True, version=2),
         "episode 0|of no episode",
     ),
-    "a video elsewhere": (
+    (
         edited(info(video_path="../{video_key}.mp4"), videos=True),
         "leads to the video '../|below the dataset's own folder",
     ),
-    "no template of paths": (edited(info(video_path=None), videos=True), f"video_path|{TOP}"),
-    "an unknown template": (
-        edited(info(video_path="{camera}.mp4"), videos=True), "{camera}|'camera'|video_key",
-    ),
-    "videos of depth": (
-        edited(depth, videos=True), "observation.images.depth|depth|columns={'observation'",
-    ),
-}  # fmt: skip
+    (edited(info(video_path=None), videos=True), f"video_path|{TOP}"),
+    (edited(info(video_path="{camera}.mp4"), videos=True), "{camera}|'camera'|video_key"),
+    (edited(depth, videos=True), "observation.images.depth|depth|columns={'observation'"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_folders_are_refused(case, tmp_path):
-    make, words = BAD[case]
+@pytest.mark.parametrize(("make", "words"), BAD)
+def test_bad_folders_are_refused(make, words, tmp_path):
     refused(words, make(tmp_path / "push"), columns=SOLVED)
 
 

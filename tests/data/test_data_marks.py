@@ -1,7 +1,5 @@
 """Marks that mean different things to different authors, and marks that the rows contradict."""
 
-from __future__ import annotations
-
 import re
 
 import h5py
@@ -78,6 +76,7 @@ def test_masks_terminate_and_terminals_end_trajectories(form, columns):
 
 def test_other_forms_of_the_same_rows():
     data, regular_rows = compact(), regular()
+    assert read(load_dataset(data, columns={"truncated": "terminals"})) == READ
     data["terminals"] = 1 - data["valids"]  # only at the rows without a next one
     assert read(load_dataset(data)) == READ
     del data["terminals"], regular_rows["terminals"]
@@ -85,15 +84,12 @@ def test_other_forms_of_the_same_rows():
     assert read(load_dataset(recorded())) == READ  # raw rows drop the row without a successor
     without_terminals = load_dataset(regular_rows)  # trajectories end where rows do not follow
     assert read(without_terminals)[:2] == READ[:2]
+    late = load_dataset(compact(goals=[(0, 3), (1, 6)]), reward_offset=1)
+    assert late.episode_returns.tolist() == [-5, -5, -6]
+    assert marked(late) == ([2, 11], [5, 17])  # the steps that arrive at goals 3 and 6
     assert read(load_dataset([regular(), regular()])) == (
         [6] * 6, [2, 3, 11, 20, 21, 29], [5, 17, 23, 35],
     )  # fmt: skip
-
-
-def test_late_rewards_of_the_compact_form_move_with_their_marks():
-    dataset = load_dataset(compact(goals=[(0, 3), (1, 6)]), reward_offset=1)
-    assert dataset.episode_returns.tolist() == [-5, -5, -6]
-    assert marked(dataset) == ([2, 11], [5, 17])  # the steps that arrive at goals 3 and 6
 
 
 def test_masks_that_repeat_terminals_are_ordinary_terminations():
@@ -126,7 +122,15 @@ def test_masks_and_terminated_must_agree():
     assert re.search("mean the opposite.*'terminated': 'masks'", text)
 
 
-def test_valids_without_masks_are_reported():
+def test_absent_rewards_masks_and_terminations():
+    data = {**recorded(), "qpos": np.zeros((21, 4)), "qvel": np.zeros((21, 4))}
+    del data["rewards"], data["masks"]
+    task = "one single task (OGBench: load_dataset('ogbench/ENV"
+    refused(f"no column for reward|no rewards|{task}", data)
+    data, ends = walk(terminated=None, truncated=ends_too)
+    refused("no column for terminated", data)
+    dataset = load_dataset(data, columns={"terminated": None})
+    assert marked(dataset) == ([], np.flatnonzero(ends).tolist())
     data = compact()
     del data["masks"]
     with pytest.warns(DatasetWarning, match="no column marks which rows terminate"):
@@ -134,21 +138,6 @@ def test_valids_without_masks_are_reported():
     assert read(dataset) == ([6, 6, 6], [], [5, 11, 17])
     named = load_dataset(data, columns={"terminated": None, "truncated": "terminals"})
     assert (named.transitions == dataset.transitions).all()
-
-
-def test_the_error_about_missing_rewards_tells_how_to_get_them():
-    data = {**recorded(), "qpos": np.zeros((21, 4)), "qvel": np.zeros((21, 4))}
-    del data["rewards"], data["masks"]
-    task = "one single task (OGBench: load_dataset('ogbench/ENV"
-    refused(f"no column for reward|no rewards|{task}", data)
-
-
-def test_columns_may_state_that_no_row_terminates():
-    data, ends = walk(terminated=None)
-    data["truncated"] = ends
-    refused("no column for terminated", data)
-    dataset = load_dataset(data, columns={"terminated": None})
-    assert marked(dataset) == ([], np.flatnonzero(ends).tolist())
 
 
 # ---- marks that the rows contradict ----------------------------------------------------------

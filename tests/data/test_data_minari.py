@@ -1,7 +1,5 @@
 """Minari datasets are read completely: every transition once, none across two episodes."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 import warnings
@@ -123,7 +121,8 @@ class GoalEnv(gym.Env):
 @pytest.mark.parametrize("names", [["goal", "observation"], ["observation", "goal"], ["goal"]])
 def test_the_environment_joins_leaves_as_the_rows_do(root, names):
     stored = write("made/goals-v0", [episode(5, "truncated", GOALS)], GOALS)
-    dataset = load_dataset("made/goals-v0", env=GoalEnv, concatenate=names)
+    options = {"env": GoalEnv, "concatenate": names, "memmap": root / "table"}
+    dataset = load_dataset("made/goals-v0", **options)
     rows = torch.tensor(np.concatenate([stored[0].observations[name] for name in names], 1)).float()
     assert torch.equal(dataset.transitions["observation"], rows[:-1])
     assert torch.equal(dataset.transitions["next", "observation"], rows[1:])
@@ -145,7 +144,7 @@ def test_the_environment_joins_leaves_as_the_rows_do(root, names):
             assert played.returns.tolist() == [2.0] * 3
 
 
-@pytest.mark.parametrize("place", ["observation", "info"])
+@pytest.mark.parametrize("place", ["observation", "leaves", "info"])
 def test_masks_and_log_probabilities(root, place):
     actions, mask = Discrete(3), np.ones((6, 3), np.int8)
     mask[1, 0] = 0
@@ -153,15 +152,18 @@ def test_masks_and_log_probabilities(root, place):
     infos = {"action_log_prob": np.arange(6) * -1.0}
     if place == "info":
         space, infos["action_mask"] = Discrete(9), mask
+    elif place == "leaves":
+        space = Dict({**space.spaces, "other": Discrete(2)})
     made = episode(5, "truncated", space, actions, infos=infos)
     made.actions[:] = 2
-    if place == "observation":
+    if place != "info":
         made.observations["action_mask"][:] = mask
     write("made/mask-v0", [made], space, actions)
     rows = load_dataset("made/mask-v0").transitions
     assert torch.equal(rows["action_mask"], torch.as_tensor(mask[:-1]).bool())
     assert torch.equal(rows["next", "action_mask"], torch.as_tensor(mask[1:]).bool())
-    assert rows["observation"].shape == (5,)
+    observed = ("observation", "state") if place == "leaves" else "observation"
+    assert rows[observed].shape == (5,)
     assert rows["action_log_prob"].tolist() == [-1, -2, -3, -4, -5]
 
 
@@ -172,6 +174,8 @@ def test_several_are_joined_and_differences_named(root):
     dataset = load_dataset(["made/a-v0", "made/b-v0"])
     assert dataset.transitions["collector", "traj_ids"].tolist() == [0] * 4 + [1] * 2 + [2] * 3
     refused("made/c-v0: observation_space is Dict", ["made/a-v0", "made/c-v0"])
+    none = minari.load_dataset("made/a-v0").filter_episodes(lambda e: False)
+    refused("made/a-v0: the dataset has no episodes", none)
 
 
 def test_limit_keeps_complete_episodes(root):
@@ -187,7 +191,13 @@ def test_limit_keeps_complete_episodes(root):
 def test_another_selection_of_episodes_is_another_table(root):
     whole = write("made/a-v0", [episode(n) for n in (2, 3, 4)])
     one, other = (whole.filter_episodes(lambda e, a=a: e.id != a) for a in (2, 0))
-    for source, lengths in ((one, [2, 3]), (other, [3, 4]), (whole, [2, 3, 4]), ([one], [2, 3])):
+    for source, lengths in (
+        ("made/a-v0", [2, 3, 4]),
+        (one, [2, 3]),
+        (other, [3, 4]),
+        (whole, [2, 3, 4]),
+        ([one], [2, 3]),
+    ):
         dataset = load_dataset(source, memmap=root / "table")
         assert dataset.episode_lengths.tolist() == lengths
 
@@ -218,6 +228,26 @@ def test_only_names_that_are_not_built_in_are_asked_for_on_the_network(wrong, ro
     refused(f"ensure_dataset('pendulum/mixed-v0')|{make}", wrong)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"reward_offset": 1}, "reward_offset is for tables"),
+        ({"columns": {"reward": "r"}}, "columns names ['reward'], but Minari's own keys are fixed"),
+        (
+            {"columns": {"action_mask": "legal"}},
+            "maps action_mask to 'legal', but the episodes have",
+        ),
+        ({"columns": {"action_mask": "infos/legal"}}, "a mask needs Discrete actions"),
+    ],
+)
+def test_what_is_for_tables_and_masks_are_refused(root, options, words):
+    infos = {"legal": np.ones((4, 2), np.int8)} if "infos" in str(options) else {}
+    write("made/a-v0", [episode(3, infos=infos)])
+    refused(words, "made/a-v0", **options)
+    (root / "made/a-v0/data/metadata.json").write_text("{")
+    refused("made/a-v0: the local copy cannot be read", "made/a-v0")
+
+
 def test_truncated_files_and_lengths_that_disagree_are_named(root):
     write("made/a-v0", [episode(400)])
     file = root / "made/a-v0/data/main_data.hdf5"
@@ -239,6 +269,9 @@ def test_the_environment_and_scores_are_recovered(root):
     assert dataset.reference_scores == (-1000.0, -100.0)
     assert dataset.normalised_score([-1000.0, -100.0]).tolist() == [0.0, 100.0]
     assert float(dataset.action_spec.space.high) == 2.0
+    write("made/other-v0", [made], env.observation_space, env.action_space)
+    joined = load_dataset(["made/pendulum-v0", "made/other-v0"])
+    assert any("name different environments; none is used" in note for note in joined.notes)
     write("made/a-v0", [episode(2)])
     dataset = load_dataset("made/a-v0")
     with pytest.raises(DatasetError, match="pass env="):

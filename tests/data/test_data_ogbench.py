@@ -1,7 +1,5 @@
 """OGBench's single-task data: against its own loader, and numbers written by hand."""
 
-from __future__ import annotations
-
 import pickle
 import shutil
 

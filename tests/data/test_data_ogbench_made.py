@@ -1,7 +1,5 @@
 """OGBench's data made here: its columns, its seeds, and continuing after an interruption."""
 
-from __future__ import annotations
-
 import json
 
 import gymnasium

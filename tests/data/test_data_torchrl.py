@@ -1,7 +1,5 @@
 """TorchRL's dataset classes, run on small local files in place of their downloads."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import tarfile
@@ -51,18 +49,16 @@ def collected():
     return TensorDict({"observation": steps, "action": action, **before, "next": after}, [7])
 
 
-def test_marks_before_a_step_are_not_those_after_it():
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(20), batch_size=2)
-    buffer.extend(collected())
-    check(buffer, [1, 2, 3, 4, 11, 12, 13], ([3], [6]))
-
-
-@pytest.mark.parametrize("key", [("collector", "mask"), "mask"])
-def test_padded_steps_are_left_out(key):
-    table = collected().exclude("done", "terminated", "truncated")
-    padded = torch.stack([table[:4], torch.cat([table[4:], torch.zeros_like(table[:1])])])
-    padded[key] = torch.tensor([[True] * 4, [True] * 3 + [False]])
-    check(padded.contiguous(), [1, 2, 3, 4, 11, 12, 13], ([3], [6]))
+@pytest.mark.parametrize("key", [None, ("collector", "mask"), "mask"])
+def test_marks_before_a_step_are_not_those_after_it_and_padded_steps_left_out(key):
+    source = TensorDictReplayBuffer(storage=LazyTensorStorage(20), batch_size=2)
+    source.extend(collected())
+    if key is not None:
+        table = collected().exclude("done", "terminated", "truncated")
+        source = torch.stack([table[:4], torch.cat([table[4:], torch.zeros_like(table[:1])])])
+        source[key] = torch.tensor([[True] * 4, [True] * 3 + [False]])
+        source = source.contiguous()
+    check(source, [1, 2, 3, 4, 11, 12, 13], ([3], [6]))
 
 
 def test_minaris_table_of_zeros_is_refused_and_one_with_values_read(tmp_path, monkeypatch):

@@ -1,7 +1,5 @@
 """Logs on disk: equal to those in memory, copied, verified, refused, built again, and reused."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json
@@ -57,27 +55,22 @@ def assert_same(first, second):
 
 
 @pytest.mark.parametrize("reward", ["raw", "return_range", "minus_one", (0.5, 2.0)])
-def test_a_copy_without_its_source_equals_the_source_bit_for_bit(built, tmp_path, reward):
-    archive = save(tmp_path / "data.npz", numbered(LENGTHS))
-    assert_same(load_dataset(archive, reward=reward), load_dataset(str(built), reward=reward))
+def test_memory_memmap_and_copies_are_equal_bit_for_bit(built, tmp_path, monkeypatch, reward):
+    monkeypatch.setattr("iql_torchrl.data.build.BLOCK_BYTES", 2000)  # Many small blocks.
+    archive, table = save(tmp_path / "data.npz", numbered(LENGTHS)), tmp_path / "table"
+    memory = load_dataset(archive, reward=reward)
+    assert_same(memory, load_dataset(str(built), reward=reward))  # without its source
+    assert_same(memory, load_dataset(archive, reward=reward, memmap=table))
+    monkeypatch.setattr("iql_torchrl.data.readers.opening.open_npz", None)  # it is not read again
+    start = time.perf_counter()
+    reopened = load_dataset(archive, reward=reward, memmap=table)
+    assert time.perf_counter() - start < 1
+    assert_same(memory, reopened)
+    assert reopened.replay_buffer(4, seed=0).sample().shape == (4,)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.npz", "other", "table"]
     # the files keep the raw rewards
     raw = load_dataset(built).transitions["next", "reward"]
     np.testing.assert_array_equal(raw.squeeze(-1).numpy(), numbered(LENGTHS)["reward"])
-
-
-@pytest.mark.parametrize("reward", ["raw", "return_range"])
-def test_memmap_equals_memory_and_reopens(archive, tmp_path, monkeypatch, reward):
-    monkeypatch.setattr("iql_torchrl.data.build.BLOCK_BYTES", 2000)  # Many small blocks.
-    memory = load_dataset(archive, reward=reward)
-    table = load_dataset(archive, reward=reward, memmap=tmp_path / "table")
-    monkeypatch.setattr("iql_torchrl.data.readers.opening.open_npz", None)  # it is not read again
-    start = time.perf_counter()
-    reopened = load_dataset(archive, reward=reward, memmap=tmp_path / "table")
-    assert time.perf_counter() - start < 1
-    for other in (table, reopened):
-        assert_same(memory, other)
-        assert other.replay_buffer(4, seed=0).sample().shape == (4,)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.npz", "table"]
 
 
 def test_the_digest_depends_neither_on_the_path_nor_on_the_time(tmp_path):
@@ -235,11 +228,12 @@ def test_options_that_only_a_build_can_follow_are_refused(built, options, words)
 
 def test_rewards_that_the_build_mapped_are_not_mapped_again(archive, tmp_path):
     load_dataset(archive, reward="minus_one", memmap=tmp_path / "table")
-    opened = load_dataset(tmp_path / "table", reward="minus_one")
-    np.testing.assert_array_equal(
-        opened.transitions["next", "reward"].squeeze(-1).numpy(), numbered(LENGTHS)["reward"] - 1
-    )
+    rewards = load_dataset(tmp_path / "table", reward="minus_one").transitions["next", "reward"]
+    np.testing.assert_array_equal(rewards.squeeze(-1).numpy(), numbered(LENGTHS)["reward"] - 1)
     refused("mapped with reward=(1.0, -1.0)", tmp_path / "table")
+    equal = save(tmp_path / "equal.npz", numbered(LENGTHS) | {"reward": np.ones(200, np.float32)})
+    load_dataset(equal, memmap=tmp_path / "equal")
+    refused("equal: |return_range", tmp_path / "equal", reward="return_range")
 
 
 def test_other_folders_are_no_tables_and_never_overwritten(archive, tmp_path):

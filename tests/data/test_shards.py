@@ -1,7 +1,5 @@
 """Logs in shards: equal to the whole log, whole episodes, at addresses, and refused where damaged."""
 
-from __future__ import annotations
-
 import itertools
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Batches from shards: which rows, in which proportion, in which order, resumed, and from addresses."""
 
-from __future__ import annotations
-
 import shutil
 import threading
 from collections import Counter
@@ -18,6 +16,7 @@ from iql_torchrl.data import DatasetError, ShardedReplay, load_shards
 from iql_torchrl.data.shards import Rotation
 
 EQUAL = [5] * 12  # six shards of two episodes of five rows
+ADDRESS = "memory://logs/shards"
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +138,7 @@ def test_all_shards_loaded_is_the_whole_log_with_mapped_rewards(equal):
 def test_the_next_shard_is_read_by_a_thread_before_it_is_needed(equal, monkeypatch):
     load, read, done = ShardedReplay._load, [], threading.Event()
 
-    def noted(self, number: int, slot: int) -> None:
+    def noted(self, number, slot):
         load(self, number, slot)
         read.append((number, threading.current_thread() is threading.main_thread()))
         if len(read) == 3:
@@ -218,43 +217,39 @@ def test_a_shard_that_is_lost_while_training_is_named_at_its_batch(tmp_path):
 
 
 @pytest.fixture
-def memory(tmp_path, equal):
-    """A log in shards on fsspec's file system in memory; the folder, the file system, the address."""
-    fsspec = pytest.importorskip("fsspec")
-    system = fsspec.filesystem("memory")
+def memory(equal):
+    """A log in shards on fsspec's file system in memory."""
+    system = pytest.importorskip("fsspec").filesystem("memory")
     system.put(equal.log.location.name, "/logs/shards", recursive=True)
-    yield tmp_path, system, "memory://logs/shards"
+    yield system
     system.rm("/logs", recursive=True)
 
 
 def test_an_address_gives_the_batches_of_the_folder(memory, equal):
-    *_, address = memory
     settings = {"seed": 0, "loaded": 2, "replace_every": 3}
     expected = sequence(equal.replay_buffer(8, **settings), 30)
-    assert same(sequence(load_shards(address).replay_buffer(8, **settings), 30), expected)
-    on_disk = load_shards(Path(equal.log.location.name).as_uri())  # file:///...
-    assert not on_disk.log.location.is_local
-    assert same(sequence(on_disk.replay_buffer(8, **settings), 30), expected)
+    for address in (ADDRESS, Path(equal.log.location.name).as_uri()):  # file:///...
+        log = load_shards(address)
+        assert not log.log.location.is_local
+        assert same(sequence(log.replay_buffer(8, **settings), 30), expected)
 
 
-def test_copies_stay_in_the_cache_and_nowhere_else(memory, monkeypatch):
-    folder, system, address = memory
-    settings = {"seed": 0, "loaded": 2, "replace_every": 1}
-    (folder / "temporary").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(folder / "temporary"))
-    expected = sequence(load_shards(address).replay_buffer(8, **settings), 12)
-    log = load_shards(address, cache=folder / "cache")
+def test_copies_stay_in_the_cache_and_nowhere_else(memory, monkeypatch, tmp_path):
+    settings, cache = {"seed": 0, "loaded": 2, "replace_every": 1}, tmp_path / "cache"
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    expected = sequence(load_shards(ADDRESS).replay_buffer(8, **settings), 12)
+    log = load_shards(ADDRESS, cache=cache)
     replay = log.replay_buffer(8, **settings)
     assert same(sequence(replay, 12), expected)
     replay._coming.result()
-    assert list((folder / "temporary").iterdir()) == []
-    copies = {path.name: path for path in (folder / "cache").iterdir()}
+    assert list((tmp_path / "temporary").iterdir()) == []
     digests = {digest for name, (_, digest) in log.log.files.items() if "/" in name}
-    assert copies.keys() == digests
+    assert {path.name for path in cache.iterdir()} == digests
     for number in range(6):
-        system.rm(f"/logs/shards/shard-{number:05d}", recursive=True)
-    again = load_shards(address, cache=folder / "cache").replay_buffer(8, **settings)
+        memory.rm(f"/logs/shards/shard-{number:05d}", recursive=True)
+    again = load_shards(ADDRESS, cache=cache).replay_buffer(8, **settings)
     assert same(sequence(again, 12), expected)
-    flip(copies[log.log.files["shard-00000/action.memmap"][1]])
+    flip(cache / log.log.files["shard-00000/action.memmap"][1])
     with pytest.raises(DatasetError, match="another content"):
-        sequence(load_shards(address, cache=folder / "cache").replay_buffer(8, loaded=6), 1)
+        load_shards(ADDRESS, cache=cache).replay_buffer(8, loaded=6).sample()

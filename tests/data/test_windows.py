@@ -1,7 +1,5 @@
 """Windows of observations: contents, masks, memory, sampling and stacks."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -139,11 +137,7 @@ def test_every_leaf_of_a_dict_has_windows_and_its_own_dtype(mixed):
     assert {name: tuple(values.shape) for name, values in stacked["observation"].items()} == {
         "camera": (11, 4, 2, 12), "category": (11, 4), "matrix": (11, 2, 2, 4), "vector": (11, 8),
     }  # fmt: skip
-
-
-def test_a_stack_of_one_frame_is_the_plain_row(mixed):
-    one = mixed.frame_stack(1).device_sampler(16, seed=3)
-    plain = mixed.device_sampler(16, seed=3)
+    one, plain = (d.device_sampler(16, seed=3) for d in (mixed.frame_stack(1), mixed))
     for _ in range(3):
         first, second = one.sample(), plain.sample()
         assert {*first.keys(True, True)} == {*second.keys(True, True)}
@@ -188,6 +182,8 @@ def test_a_buffer_yields_the_batches_of_the_same_rows_and_a_sampler_goes_on(mixe
         assert (batch.exclude("index") == windows[rows]).all()
     with pytest.raises(RuntimeError, match="doesn't allow writing"):
         buffer.extend(mixed.transitions[:1])
+    with pytest.raises(RuntimeError, match="windows cannot be written to"):
+        buffer.storage.set(0, mixed.transitions[:1])
     sampler, fresh = (windows.device_sampler(8, seed=seed) for seed in (1, 2))
     assert isinstance(sampler, WindowSampler)
     sampler.sample()
