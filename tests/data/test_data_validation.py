@@ -127,6 +127,7 @@ BAD = [
     ),
     (keep, "'r'|reward", {"columns": {"reward": "r"}}),
     (keep, "'rew'", {"columns": {"rew": "reward"}}),
+    (keep, "observation|name of one column", {"columns": {"observation": ["a", "b"]}}),
     (keep, "left out", {"columns": {"reward": None}}),
     (keep, "reward_offset|2", {"reward_offset": 2}),
     (keep, "limit|0", {"limit": 0}),
