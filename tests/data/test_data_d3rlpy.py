@@ -157,7 +157,7 @@ def test_files_before_d3rlpy_1_1_have_late_rewards(tmp_path):
     path = old_file(tmp_path / "v0.h5")
     with pytest.warns(DatasetWarning, match="reward_offset=1"):
         load_dataset(path)
-    refused("terminals|9|10", old_file(tmp_path / "v.h5", episode_terminals=np.zeros(9)))
+    refused("where episodes end", old_file(tmp_path / "v.h5", episode_terminals=np.zeros(9)))
     dataset = load_dataset(path, reward_offset=1)
     # d3rlpy 0.91: transition i has rewards[i + 1], and the last one of an episode its terminal.
     assert first(dataset, ("next", "reward")) == [1, 2, 3, 101, 102, 201, 202]

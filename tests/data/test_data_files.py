@@ -1,5 +1,8 @@
 """Published files and plain tables: D4RL's rules, late rewards, where episodes end; formats."""
 
+import shutil
+from pathlib import Path
+
 import gymnasium as gym
 import h5py
 import numpy as np
@@ -225,7 +228,8 @@ def test_parts_of_virtual_hdf5_datasets_are_required_and_digested(tmp_path):
     save(whole, data)
     with h5py.File(whole, "a") as file:
         file.create_virtual_dataset("rewards", layout)
-    refused("whole.h5: takes |part.h5, which does not exist", whole)
+    early = Path(shutil.copy(whole, tmp_path / "early.h5"))  # an error keeps its file open
+    refused("early.h5: takes |part.h5, which does not exist", early)
     expected = load_dataset({**data, "rewards": reward}).episode_returns
     for factor in (1, 3):
         save(part, {"rewards": factor * reward})

@@ -149,7 +149,7 @@ BAD = [
     (keep, "env: expected|got int", {"env": 3}),
     (keep, "the leaves|expected the same", {"observation_space": Dict(a=BOX)}),
     (both(lambda o: np.full((15, 3), 2)), "observation|row 0", {"observation_space": MultiBinary(3)}),
-    (keep, "Text|no tensor form", {"observation_space": Text(3)}),
+    (keep, "expected () for Text", {"observation_space": Text(3)}),
     (both(lambda o: {"a": o, "b": ROWS}), "joins only Boxes of floats", {"concatenate": ["a", "b"]}),
 ]  # fmt: skip
 BAD_DISCRETE = [
