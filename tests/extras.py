@@ -30,5 +30,5 @@ EXTRAS = {
 
 def needs(module: str) -> Any:
     """``module``, imported; skips the test or the file where it is not installed."""
-    remedy = f"pip install 'iql_torchrl[{EXTRAS[module]}]'"
-    return pytest.importorskip(module.split(".")[0], reason=f"needs {module}: {remedy}")
+    remedy = f"pip install 'iql_torchrl[{EXTRAS[module.split('.')[0]]}]'"
+    return pytest.importorskip(module, reason=f"needs {module}: {remedy}")

@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from extras import needs
 
 from iql_torchrl.data import DatasetError, build_shards, load_dataset
 
@@ -106,7 +107,7 @@ def save(path, data):
 
 
 def save_parquet(path, data, **options):
-    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pa, parquet = needs("pyarrow"), needs("pyarrow.parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
     lists = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in data.items()}
     parquet.write_table(pa.table(lists), path, **options)

@@ -5,11 +5,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from extras import needs
 from small_logs import assert_counted, counted, first, png, refused, save, save_parquet
 
 from iql_torchrl.data import load_dataset
 
-pa = pytest.importorskip("pyarrow")
+pa = needs("pyarrow")
 
 LENGTHS = (4, 2, 5)
 KEPT, FOLLOWING = [0, 1, 2, 4, 5, 6, 7, 8, 9], [1, 2, 3, 5, 5, 7, 8, 9, 10]
@@ -240,7 +241,7 @@ def test_what_to_install(tmp_path, monkeypatch):
 
 @pytest.fixture
 def package():
-    return pytest.importorskip("datasets")
+    return needs("datasets")
 
 
 def test_datasets_have_the_values_of_the_packages_own_rows(package):

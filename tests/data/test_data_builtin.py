@@ -10,6 +10,7 @@ import minari
 import numpy as np
 import pytest
 import torch
+from extras import needs
 from small_logs import assert_is_minaris
 from tensordict.nn import TensorDictModule
 
@@ -152,7 +153,7 @@ def test_a_missing_package_is_named_with_its_remedy(root, monkeypatch, name, mod
 
 
 def test_sepsis_log_matches_the_model_and_loads_with_masks(root):
-    pytest.importorskip("icu_sepsis")
+    needs("icu_sepsis")
     env = gymnasium.make("Sepsis/ICU-Sepsis-v2", disable_env_checker=True)
     tables, dynamics = SepsisTables(env), env.unwrapped.dynamics
     stored, dataset = made(ICU, 1000)
@@ -196,7 +197,7 @@ def test_sepsis_log_matches_the_model_and_loads_with_masks(root):
 )
 @pytest.mark.filterwarnings("default")  # what an optional package says on import is its own affair
 def test_pointmaze_controller_reaches_goal_after_goal(root, name, steps):
-    pytest.importorskip("gymnasium_robotics")
+    needs("gymnasium_robotics")
     stored, dataset = made(name, 3)
     for episode in stored.iterate_episodes():
         assert set(episode.observations) == {"observation", "achieved_goal", "desired_goal"}

@@ -6,11 +6,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from extras import needs
 from small_logs import assert_counted, counted, first, marked, png, refused, save
 
 from iql_torchrl.data import load_dataset
 
-pytest.importorskip("pyarrow")
+needs("pyarrow")
 
 LENGTHS, BEGINS = (4, 2, 5), (0, 4, 6)
 KEPT, FOLLOWING = [0, 1, 2, 4, 5, 6, 7, 8, 9], [1, 2, 3, 5, 5, 7, 8, 9, 10]
@@ -43,7 +44,7 @@ def columns_of(rows):
 
 
 def video(path, frames, codec="libx264rgb"):
-    av = pytest.importorskip("av")
+    av = needs("av")
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10, options={"qp": "0"})

@@ -9,6 +9,7 @@ import minari
 import numpy as np
 import pytest
 import torch
+from extras import needs
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -86,7 +87,7 @@ def test_every_transition_arrives_exactly_once(root, episodes, nested):
 @pytest.mark.parametrize("storage", ["hdf5", "arrow", "parquet"])
 def test_spaces_and_storages(root, storage, observations, actions):
     if storage != "hdf5":
-        pytest.importorskip("pyarrow")
+        needs("pyarrow")
     elif observations.shape == (4, 4) and minari.__version__ == "0.5.3":
         pytest.skip("Minari 0.5.3 writes small pictures as JPEG and reads them as plain numbers")
     buffers = [episode(n, "truncated", observations, actions) for n in (1, 7)]

@@ -6,11 +6,12 @@ import shutil
 import gymnasium
 import numpy as np
 import pytest
+from extras import needs
 from small_logs import counted, first, marked, refused, save
 
 from iql_torchrl import IQLConfig, evaluate, load_dataset, make_agent
 
-ogbench = pytest.importorskip("ogbench")
+ogbench = needs("ogbench")
 
 CUBE = "ogbench/cube-single-play-singletask-task2-v0"
 MAZE = "ogbench/pointmaze-medium-navigate-singletask-task1-v0"  # which is made in milliseconds

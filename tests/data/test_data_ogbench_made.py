@@ -5,13 +5,14 @@ import json
 import gymnasium
 import numpy as np
 import pytest
+from extras import needs
 
 from iql_torchrl import load_dataset
 from iql_torchrl.data.__main__ import main
 from iql_torchrl.data.builtin import OGBENCH_LOCAL, ensure_dataset, make_dataset, ogbench
 from iql_torchrl.data.builtin.ogbench import _cube_is_visible, _is_corridor
 
-pytest.importorskip("ogbench")
+needs("ogbench")
 CUBE = "ogbench/cube-single-play-local"
 MAZE = "ogbench/pointmaze-medium-navigate-local"
 ROWS = 41

@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from extras import needs
 from small_agents import config
 from small_logs import LENGTHS, SPACES, flip, in_shards, numbered, refused, rows_of_all, save
 
@@ -186,7 +187,7 @@ FAULTS = {
 @pytest.fixture
 def memory():
     """fsspec's file system in memory, which is emptied afterwards."""
-    system = pytest.importorskip("fsspec").filesystem("memory")
+    system = needs("fsspec").filesystem("memory")
     yield system
     system.rm("/logs", recursive=True)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from extras import needs
 from scipy.stats import chisquare
 from small_logs import LENGTHS as UNEQUAL
 from small_logs import flip, in_shards, rows_of_all
@@ -219,7 +220,7 @@ def test_a_shard_that_is_lost_while_training_is_named_at_its_batch(tmp_path):
 @pytest.fixture
 def memory(equal):
     """A log in shards on fsspec's file system in memory."""
-    system = pytest.importorskip("fsspec").filesystem("memory")
+    system = needs("fsspec").filesystem("memory")
     system.put(equal.log.location.name, "/logs/shards", recursive=True)
     yield system
     system.rm("/logs", recursive=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gymnasium
 import numpy as np
 import pytest
+from extras import needs
 from gymnasium import spaces
 from tensordict.nn import TensorDictModule
 
@@ -53,8 +54,8 @@ def policy(function=lambda observation: observation[:, :1]):
 
 def read(path):
     """Frames ``(T, H, W, 3)`` and frames per second of a film."""
-    pytest.importorskip("av")
-    reader = pytest.importorskip("imageio.v3")
+    needs("av")
+    reader = needs("imageio.v3")
     return reader.imread(path, plugin="pyav"), reader.immeta(path, plugin="pyav")["fps"]
 
 
@@ -91,7 +92,7 @@ def test_every_frame_of_every_episode_in_order(tmp_path):
 
 @needs_extra
 def test_a_video_shows_the_pendulum_at_the_angle_of_the_environment(tmp_path):
-    pytest.importorskip("pygame")
+    needs("pygame")
 
     def make():
         return gymnasium.make("Pendulum-v1", render_mode="rgb_array")

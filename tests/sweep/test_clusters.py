@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from extras import needs
 from small_sweeps import (
     MANY,
     first_weight,
@@ -30,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture
 def ray(monkeypatch):
-    ray = pytest.importorskip("ray")
+    ray = needs("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     yield ray
     ray.shutdown()
@@ -126,7 +127,7 @@ LOCAL = {"cluster": "local", "timeout_min": 5}
 
 @pytest.fixture
 def submitit():
-    return pytest.importorskip("submitit")
+    return needs("submitit")
 
 
 def test_a_preempted_job_is_queued_again_and_continues(submitit, tmp_path):
