@@ -27,7 +27,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "generated/README.md", "pictures/*.py"]
+exclude_patterns = ["_build", "_templates", "pictures/*.py"]
 html_theme = "furo"
 html_title = f"iql_torchrl {release}"
 html_theme_options = {"navigation_with_keys": True}
@@ -36,6 +36,7 @@ html_copy_source = False
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
+templates_path = ["_templates"]
 autosummary_generate = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -57,3 +58,58 @@ INVENTORIES = {
 }
 online = os.environ.get("IQL_DOCS_INVENTORIES") == "1"
 intersphinx_mapping = {name: (url, None) for name, url in INVENTORIES.items()} if online else {}
+
+
+def settings_table() -> list[str]:
+    """Every setting of ``IQLConfig`` with its default, choices and meaning, from their descriptions."""
+    from iql_torchrl.config import IQLConfig, knobs
+
+    rows = []
+    for name, knob in knobs(IQLConfig).items():
+        choices = "; one of " + ", ".join(f"``{c!r}``" for c in knob.choices) if knob.choices else ""
+        default = getattr(IQLConfig, name)
+        rows.append((f"``{name}``", f"``{default!r}``", f"{knob.help_with_range}{choices}"))
+    return table(("setting", "default", "meaning"), (15, 15, 70), rows)
+
+
+def presets_table() -> list[str]:
+    from iql_torchrl.config import PRESETS, IQLConfig
+
+    default = IQLConfig().to_dict()
+    rows = []
+    for preset, config in PRESETS.items():
+        changed = {k: v for k, v in config.to_dict().items() if v != default[k]}
+        rows.append((f"``{preset}``", ", ".join(f"``{k}={v!r}``" for k, v in changed.items())))
+    return table(("preset", "what differs from the defaults"), (15, 85), rows)
+
+
+def logs_table() -> list[str]:
+    from iql_torchrl.data.builtin import BUILTIN
+
+    rows = [(f"``{name}``", recipe.description) for name, recipe in BUILTIN.items()]
+    return table(("name", "contents"), (30, 70), rows)
+
+
+def table(header: tuple[str, ...], widths: tuple[int, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    lines = ["", ".. list-table::", "   :header-rows: 1"]
+    lines += [f"   :widths: {' '.join(map(str, widths))}", ""]
+    for row in (header, *rows):
+        for number, cell in enumerate(row):
+            lines.append(f"   {'* -' if number == 0 else '  -'} {' '.join(cell.split())}")
+    return [*lines, ""]
+
+
+TABLES = {
+    "iql_torchrl.IQLConfig": settings_table,
+    "iql_torchrl.PRESETS": presets_table,
+    "iql_torchrl.data.builtin.BUILTIN": logs_table,
+}
+
+
+def add_tables(app, what, name, obj, options, lines) -> None:
+    if name in TABLES:
+        lines += TABLES[name]()
+
+
+def setup(app) -> None:
+    app.connect("autodoc-process-docstring", add_tables)
