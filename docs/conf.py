@@ -6,10 +6,15 @@ others, so that their names become links to their pages.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import re
 import sys
 from pathlib import Path
+
+from sphinx.pycode import ModuleAnalyzer
+from sphinx.util.inspect import stringify_signature
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the pages describe this checkout
@@ -41,10 +46,17 @@ autosummary_generate = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
 maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
-napoleon_use_rtype = False
+napoleon_use_rtype = napoleon_use_param = napoleon_use_keyword = False
+napoleon_use_ivar = True
+# OfflineTrainer has more arguments than one list can show
+napoleon_custom_sections = [
+    (f"Args of {words}", "params_style")
+    for words in ("time in updates", "evaluation", "what is written")
+]
 
 copybutton_exclude = ".linenos, .gp, .go"
 
@@ -66,7 +78,9 @@ def settings_table() -> list[str]:
 
     rows = []
     for name, knob in knobs(IQLConfig).items():
-        choices = "; one of " + ", ".join(f"``{c!r}``" for c in knob.choices) if knob.choices else ""
+        choices = (
+            "; one of " + ", ".join(f"``{c!r}``" for c in knob.choices) if knob.choices else ""
+        )
         default = getattr(IQLConfig, name)
         rows.append((f"``{name}``", f"``{default!r}``", f"{knob.help_with_range}{choices}"))
     return table(("setting", "default", "meaning"), (15, 15, 70), rows)
@@ -83,14 +97,18 @@ def presets_table() -> list[str]:
     return table(("preset", "what differs from the defaults"), (15, 85), rows)
 
 
-def logs_table() -> list[str]:
-    from iql_torchrl.data.builtin import BUILTIN
+def logs_table(recipes: str) -> list[str]:
+    from iql_torchrl.data import builtin
 
-    rows = [(f"``{name}``", recipe.description) for name, recipe in BUILTIN.items()]
+    rows = [
+        (f"``{name}``", recipe.description) for name, recipe in getattr(builtin, recipes).items()
+    ]
     return table(("name", "contents"), (30, 70), rows)
 
 
-def table(header: tuple[str, ...], widths: tuple[int, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def table(
+    header: tuple[str, ...], widths: tuple[int, ...], rows: list[tuple[str, ...]]
+) -> list[str]:
     lines = ["", ".. list-table::", "   :header-rows: 1"]
     lines += [f"   :widths: {' '.join(map(str, widths))}", ""]
     for row in (header, *rows):
@@ -102,14 +120,40 @@ def table(header: tuple[str, ...], widths: tuple[int, ...], rows: list[tuple[str
 TABLES = {
     "iql_torchrl.IQLConfig": settings_table,
     "iql_torchrl.PRESETS": presets_table,
-    "iql_torchrl.data.builtin.BUILTIN": logs_table,
+    "iql_torchrl.data.builtin.BUILTIN": functools.partial(logs_table, "BUILTIN"),
+    "iql_torchrl.data.builtin.OGBENCH_LOCAL": functools.partial(logs_table, "OGBENCH_LOCAL"),
 }
 
 
-def add_tables(app, what, name, obj, options, lines) -> None:
+#: Data that one module defines with a comment, and another makes public.
+DEFINED_IN = {
+    "iql_torchrl.PRESETS": "iql_torchrl.config.iql_config",
+    "iql_torchrl.data.REFERENCE_RETURNS": "iql_torchrl.data.scaling",
+}
+
+
+def complete(app, what, name, obj, options, lines) -> None:
+    """Replace the docstring of a dict by its comment, and add the tables."""
+    if name in DEFINED_IN:
+        comments = ModuleAnalyzer.for_module(DEFINED_IN[name]).find_attr_docs()
+        lines[:] = comments["", name.rpartition(".")[2]]
     if name in TABLES:
         lines += TABLES[name]()
 
 
+def signature(app, what, name, obj, options, arguments, result):
+    """The arguments of a class whose metaclass takes any, as TorchRL's losses and trainers do."""
+    if what == "class" and arguments and arguments.split() == ["(*args,", "**kwargs)"]:
+        own = inspect.signature(obj.__init__)
+        own = own.replace(parameters=list(own.parameters.values())[1:])
+        arguments = stringify_signature(
+            own, unqualified_typehints=True, show_return_annotation=False
+        )
+    if arguments and "<factory>" in arguments:  # which Sphinx cannot read
+        arguments = re.sub(r"~[\w.]+\.", "", arguments.replace("<factory>", "{}"))
+    return arguments, result
+
+
 def setup(app) -> None:
-    app.connect("autodoc-process-docstring", add_tables)
+    app.connect("autodoc-process-signature", signature)
+    app.connect("autodoc-process-docstring", complete)

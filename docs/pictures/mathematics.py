@@ -1,4 +1,4 @@
-"""The pictures of the page on mathematics: ``python docs/pictures/mathematics.py`` (seconds on one core).
+"""Pictures of the page on mathematics: ``python docs/pictures/mathematics.py`` (seconds on a core).
 
 Every curve is computed by the function of ``iql_torchrl.functional`` that the page names.
 """
@@ -70,7 +70,7 @@ def expectiles_and_quantiles() -> None:
         for colour, level in zip(COLOURS, (0.5, 0.7, 0.9, 0.99), strict=True):
             place = minimum(values, kind(level))
             axis.axvline(place, color=colour, label=f"{level}: V = {place:.2f}")
-        axis.set(title=title, xlabel="Q of the logged actions in one state")
+        axis.set(title=title, xlabel="Q of the logged actions in one state", ylim=(0, 1))
         axis.legend(frameon=False, loc="upper right")
     axes[0].set_ylabel("density")
     save()
@@ -127,9 +127,14 @@ def weights() -> None:
         ]
         share = 256 * torch.stack(counts) / len(samples)
         axes[1].plot(temperatures, share, color=colour, label=f"standard deviation {spread:g}")
-    axes[1].set(xlabel="temperature", ylim=(0, 265), title="effective_sample_size")
+    axes[1].set(
+        xlabel="temperature",
+        ylim=(0, 330),
+        yticks=(0, 64, 128, 192, 256),
+        title="effective_sample_size",
+    )
     axes[1].set_ylabel("of a batch of 256")
-    axes[1].legend(frameon=False, title="of the advantages", fontsize=9)
+    axes[1].legend(frameon=False, title="of the advantages", fontsize=9, loc="upper right")
     save()
 
 
@@ -141,13 +146,13 @@ def cloning_and_q() -> None:
     axes[0].plot(action, value, color="0.3", label="Q(s, a) of a critic")
     axes[0].axvline(logged, color="0.6", linestyle="--", label="the logged action")
     axes[0].set(xlabel="action", title="one state")
-    axes[0].legend(frameon=False, loc="upper left", fontsize=9)
+    axes[0].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 0.45), fontsize=9)
     for colour, weight in zip(COLOURS, (0.3, 1.0, 3.0), strict=False):
         loss = -value / value.abs().mean() + weight * (action - logged) ** 2
         place = action[loss.argmin()]
         axes[1].plot(action, loss, color=colour, label=f"bc_weight {weight:g}: a = {place:.2f}")
         axes[1].plot(place, loss.min(), "o", color=colour)
-    axes[1].set(xlabel="action of the policy", title="loss and its minimum", ylim=(-2.5, 5))
+    axes[1].set(xlabel="action of the policy", title="loss and its minimum", ylim=(-3, 6))
     axes[1].legend(frameon=False, loc="upper left", fontsize=9)
     save()
 

@@ -1,4 +1,4 @@
-"""The notebooks run from an empty folder as they are; marked ``slow`` (about two minutes on two cores)."""
+"""The notebooks run as they are, in an empty folder; marked ``slow`` (two minutes on two cores)."""
 
 from __future__ import annotations
 
