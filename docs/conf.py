@@ -38,7 +38,13 @@ html_title = f"iql_torchrl {release}"
 html_theme_options = {"navigation_with_keys": True}
 html_copy_source = False
 
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "substitution"]
+# GitHub's workflows set the variable to the owner and name of the repository that they run in
+repository = os.environ.get("GITHUB_REPOSITORY", "OWNER/iql_torchrl")
+notebook = f"{repository}/blob/main/docs/notebooks/pendulum.ipynb"
+myst_substitutions = {
+    "colab": f"[open it in Colab](https://colab.research.google.com/github/{notebook})"
+}
 myst_heading_anchors = 3
 
 templates_path = ["_templates"]
