@@ -19,18 +19,11 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from extras import EXTRAS
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "examples/README.md", "benchmarks/README.md", "CONTRIBUTING.md")
 PAGES += tuple(sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")))
-
-#: The extra of this package that installs a module which a page may require.
-EXTRAS = {
-    "av": "readers", "datasets": "readers", "pyarrow": "readers", "PIL": "readers",
-    "gymnasium_robotics": "datasets", "icu_sepsis": "datasets", "fsspec": "remote",
-    "huggingface_hub": "hub", "mujoco": "mujoco", "ogbench": "ogbench", "optuna": "search",
-    "onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx", "ray": "ray",
-    "submitit": "slurm", "tensorboard": "tensorboard", "imageio": "video", "wandb": "wandb",
-}  # fmt: skip
 
 FENCE = re.compile(
     r"(?P<before>(?:^ *<!--.*?-->\n)*)^(?P<indent> *)(?P<ticks>`{3,})(?P<kind>[\w{}-]*).*\n"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 
 import pytest
+from extras import needs
 from snippets import ROOT
 
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
-NO_DOCS = 'pip install "iql_torchrl[docs]"'
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
@@ -27,17 +26,19 @@ def test_a_notebook_opens_in_colab_and_names_no_machine(path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("nbclient") is None or find_spec("ipykernel") is None, reason=NO_DOCS)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_a_notebook_runs(path, empty_folder, monkeypatch):
+    client = needs("nbclient")
+    needs("ipykernel")
     import nbformat
-    from nbclient import NotebookClient
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("IPYTHONDIR", str(empty_folder / "ipython"))
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(empty_folder)}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+    client.NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources=resources
+    ).execute()
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])
     )

@@ -6,15 +6,14 @@ import re
 import struct
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
+from extras import needs
 from snippets import PAGES, ROOT, read_parts
 
 DOCS = ROOT / "docs"
 SITE = [page for page in PAGES if page.startswith("docs/")]
 PICTURES = sorted((DOCS / "pictures").glob("*.png"))
-NO_DOCS = 'pip install "iql_torchrl[docs]"'
 LINK = re.compile(r"\]\(((?!http|mailto:)[^)\s]+)\)")
 
 
@@ -75,8 +74,9 @@ def test_the_main_page_is_short():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("sphinx") is None or find_spec("furo") is None, reason=NO_DOCS)
 def test_the_site_builds_without_a_warning(tmp_path):
+    needs("sphinx")
+    needs("furo")
     command = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", "-d", tmp_path / "trees"]
     subprocess.run([*command, "docs", tmp_path / "html"], cwd=ROOT, check=True, timeout=600)
     text = (tmp_path / "html" / "index.html").read_text()
