@@ -70,7 +70,7 @@ def test_first_block_of_the_main_page_is_at_most_ten_lines_of_code():
 
 
 def test_the_main_page_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
 @pytest.mark.slow
