@@ -33,7 +33,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -294,9 +294,7 @@ def make_cartpole(path: Path, episodes: int = CARTPOLE_EPISODES) -> None:
 
 LOGS: dict[str, Log] = {
     "pendulum": Log(pendulum, updates=5_000, episodes=20),
-    "sepsis": Log(
-        sepsis, updates=1_000, episodes=0, methods=DISCRETE, options={"ours": SEPSIS}
-    ),
+    "sepsis": Log(sepsis, updates=1_000, episodes=0, methods=DISCRETE, options={"ours": SEPSIS}),
     "cartpole": Log(cartpole, updates=2_500, episodes=20, methods=DISCRETE),
     "maze2d-umaze": Log(
         partial(maze2d, "umaze", (1, 1)), updates=5_000, episodes=20, raw_reward=True
@@ -366,11 +364,10 @@ class Worker:
             )
 
     def ask(self, **command: Any) -> dict[str, Any]:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with suppress(BrokenPipeError):  # if the process has ended, its messages are read below
             print(json.dumps(command), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # the process has ended: its messages are read below
         line = self.process.stdout.readline()
         if not line:
             last = "\n".join(self.messages.read_text().splitlines()[-15:])
@@ -483,7 +480,7 @@ def cell(o: argparse.Namespace, name: str, method: str, seed: int) -> dict[str, 
 
 
 def missing(o: argparse.Namespace, cells: Sequence[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
-    """The cells of the plan that are not in ``cells``, seeds outermost so that methods advance alike."""
+    """The cells of the plan that are not in ``cells``; all methods of a seed before the next seed."""
     done = {(c["log"], c["method"], c["seed"], c["updates"]) for c in cells}
     plan = [
         (name, method, seed)

@@ -38,7 +38,7 @@ import torch
 
 @dataclass
 class Learner:
-    """``learn(n)`` makes n updates; ``act(observations, masks)`` gives actions ``(B, A)`` or ``(B,)``."""
+    """``learn(n)`` makes n updates; ``act(observations, masks)`` gives the actions of a batch."""
 
     learn: Callable[[int], None]
     act: Callable[[Any, Any], Any]
@@ -91,10 +91,10 @@ def ours(task: Task) -> Learner:
 
     ``form`` among the options: ``eager`` (default), ``compiled`` or ``captured``.
     """
+    from iql_torchrl import IQLConfig, captured, compiled, load_dataset, make_agent
+
     import gymnasium
     from tensordict import TensorDict
-
-    from iql_torchrl import IQLConfig, captured, compiled, load_dataset, make_agent
 
     options = {k: tuple(v) if k == "hidden" else v for k, v in task.options.items()}
     form, reward = options.pop("form", "eager"), options.pop("reward_map", None)
@@ -154,7 +154,13 @@ def torchrl_iql(task: Task) -> Learner:
     from torchrl.data import Bounded, LazyTensorStorage, TensorDictReplayBuffer
     from torchrl.data.replay_buffers import SamplerWithoutReplacement
     from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
-    from torchrl.objectives import DiscreteIQLLoss, HardUpdate, IQLLoss, SoftUpdate, group_optimizers
+    from torchrl.objectives import (
+        DiscreteIQLLoss,
+        HardUpdate,
+        IQLLoss,
+        SoftUpdate,
+        group_optimizers,
+    )
 
     o, data = task.options, task.transitions()
     form = {"num_cells": o["hidden"], "activation_class": torch.nn.ReLU}
@@ -303,9 +309,7 @@ def corl_iql(task: Task) -> Learner:
     o, rows = task.options, task.rows
     corl = import_file(Path(o["file"]), ("d4rl", "gym", "pyrallis", "wandb"))
     observation = torch.as_tensor(rows["observation"])
-    mean, std = (
-        torch.as_tensor(each) for each in corl.compute_mean_std(rows["observation"], 1e-3)
-    )
+    mean, std = (torch.as_tensor(each) for each in corl.compute_mean_std(rows["observation"], 1e-3))
     bound = torch.as_tensor(np.float32(task.high))
     columns = {
         "observations": ((observation - mean) / std).numpy(),
@@ -348,7 +352,8 @@ def corl_iql(task: Task) -> Learner:
 def import_file(path: Path, absent: tuple[str, ...]) -> ModuleType:
     """The module in ``path``, with empty ones in place of ``absent``."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None, path
+    assert spec is not None, path
+    assert spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
     stubs = {name: mock.MagicMock() for name in absent}
     for name in absent:
