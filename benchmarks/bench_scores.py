@@ -41,7 +41,7 @@ from typing import Any
 
 from iql_torchrl import evaluate, load_dataset
 from iql_torchrl.data import REFERENCE_RETURNS
-from iql_torchrl.data.builtin import ensure_dataset
+from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import SepsisTables
 from iql_torchrl.evaluation.statistics import (
     interquartile_mean,
@@ -103,6 +103,9 @@ SEPSIS = {
     "actor_lr": 1e-2, "critic_lr": 1e-2, "value_lr": 1e-2, "polyak": 0.05, "schedule": "cosine",
     "reward_map": [100.0, 0.0],
 }  # fmt: skip
+#: Of our own settings those that the page shows; the result file has all.
+OWN = ("ours", "cloning")
+SHOWN = (*OURS, *SEPSIS, "schedule", "order", "standardise", "initialisation", "policy")
 CONTINUOUS = ("cloning", "ours", "d3rlpy", "TorchRL", "CORL")
 DISCRETE = ("cloning", "ours", "TorchRL")
 
@@ -157,7 +160,7 @@ def columns(dataset: Any) -> dict[str, Any]:
 
 
 def pendulum(_: Path) -> Data:
-    dataset = load_dataset(ensure_dataset("pendulum/mixed-v0"), progress=False)
+    dataset = load_dataset(ensure_dataset("pendulum/mixed-v0", progress=False), progress=False)
     assert dataset.reference_scores is not None
     return Data(
         columns(dataset), dataset.make_env, dataset.reference_scores, dataset.episode_returns
@@ -197,7 +200,7 @@ class Maze2d(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 def maze2d(maze: str, goal: tuple[int, int], _: Path) -> Data:
     """The drives of ``pointmaze/...`` with D4RL's rewards: as D4RL relabels those of its controller."""
-    dataset = load_dataset(ensure_dataset(f"pointmaze/{maze}-v0"), progress=False)
+    dataset = load_dataset(ensure_dataset(f"pointmaze/{maze}-v0", progress=False), progress=False)
     spec = dataset.make_env().spec
     spec.kwargs |= {"reset_target": False, "continuing_task": True}
 
@@ -233,7 +236,9 @@ def hopper(folder: Path) -> Data:
 
 
 def sepsis(_: Path) -> Data:
-    dataset = load_dataset(ensure_dataset("icu-sepsis/clinician-v0"), progress=False)
+    dataset = load_dataset(
+        ensure_dataset("icu-sepsis/clinician-v0", progress=False), progress=False
+    )
     assert dataset.reference_scores is not None
     tables = SepsisTables(gymnasium.make("Sepsis/ICU-Sepsis-v2", disable_env_checker=True))
 
@@ -380,9 +385,8 @@ class Worker:
         return np.asarray(self.ask(act=np.asarray(observations).tolist(), **given)["actions"])
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        with suppress(BrokenPipeError), self.process:  # closes the pipes and waits for its end
+            pass
 
 
 @contextmanager
@@ -415,7 +419,7 @@ def worker(
         process.close()
 
 
-LOCK = threading.RLock()
+RESULT_LOCK, LOG_LOCK = threading.Lock(), threading.Lock()
 
 
 @cache
@@ -430,7 +434,7 @@ def _log_data(name: str, peers: Path) -> tuple[Data, Path]:
 
 def log_data(name: str, peers: Path) -> tuple[Data, Path]:
     """The log, and the file of its rows that all methods read."""
-    with LOCK:
+    with LOG_LOCK:
         return _log_data(name, peers)
 
 
@@ -555,14 +559,14 @@ def about_log(name: str, peers: Path) -> dict[str, Any]:
 def run(o: argparse.Namespace, path: Path) -> None:
     content = read(path)
     plan = missing(o, content["cells"])
-    for name in dict.fromkeys(each[0] for each in plan):
-        content["logs"][name] = about_log(name, o.peers)
     for method in dict.fromkeys(each[1] for each in plan):
         interpreter(method, o.peers)  # one after the other, before processes need it
 
     def one(each: tuple[str, str, int]) -> None:
         result = cell(o, *each)
-        with LOCK:
+        described = about_log(each[0], o.peers)
+        with RESULT_LOCK:
+            content["logs"][each[0]] = described
             add(content, result)
             save(path, content, packages=("gymnasium", "mujoco"))
             left = len(missing(o, content["cells"]))
@@ -664,14 +668,67 @@ def times_table(content: Mapping[str, Any]) -> str:
     return "\n".join(text)
 
 
+def learning_table(content: Mapping[str, Any]) -> str:
+    """Markdown: the mean score of the seeds at each evaluation, a row a log and method."""
+    text = ["| log | method | mean score after a quarter, half, three quarters and all updates |"]
+    text.append("|---|---|---|")
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for each in content["cells"]:
+        groups.setdefault((each["log"], each["method"]), []).append(each["curve"])
+    for (name, method), curves in sorted(groups.items(), key=_place):
+        scores = np.array([[point[2] for point in curve] for curve in curves]).mean(0)
+        cells = ", ".join(f"{score:.1f}" for score in scores)
+        text.append(f"| {name} | {method} | {cells} |")
+    return "\n".join(text)
+
+
+def settings_table(content: Mapping[str, Any]) -> str:
+    """Markdown: what each library was given, a row a log and method, with its versions."""
+    text = ["| log | method | settings | versions |", "|---|---|---|---|"]
+    keys = [(name, m) for name, methods in content["settings"].items() for m in methods]
+    for name, method in sorted(keys, key=lambda key: _place((key, None))):
+        about = content["settings"][name][method]
+        shown = {k: v for k, v in about["settings"].items() if k in SHOWN or method not in OWN}
+        cells = ", ".join(f"{key} {_short(value)}" for key, value in shown.items())
+        versions = ", ".join(f"{key} {value}" for key, value in about["versions"].items())
+        text.append(f"| {name} | {method} | {cells} | {versions} |")
+    return "\n".join(text)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace(" ", "")
+
+
+def _place(group: tuple[tuple[str, str], Any]) -> tuple[int, int]:
+    (name, method), _ = group
+    return list(LOGS).index(name), CONTINUOUS.index(method)
+
+
+def reference_table() -> str:
+    """Markdown: the returns of score 0 and 100 of every log for which the package knows them."""
+    text = ["| log | score 0 | score 100 | from |", "|---|---:|---:|---|"]
+    rows = [(name, r.reference_scores, "its recipe") for name, r in BUILTIN.items()]
+    rows += [(f'reference_scores="{n}"', pair, "D4RL") for n, pair in REFERENCE_RETURNS.items()]
+    for name, pair, source in rows:
+        text.append(f"| `{name}` | {pair[0]:.6g} | {pair[1]:.6g} | {source} |")
+    return "\n".join(text)
+
+
 def write_page(page: Path, result: str) -> None:
-    """The tables between their markers in ``page``."""
-    makers = {result: table, f"{result}_time": times_table}
-    for name, maker in makers.items():
-        path = RESULTS / f"{name}.json"
-        if path.is_file():
-            text = maker(json.loads(path.read_text()))
-            replace_table(page, text, f"<!-- {name} table -->", f"<!-- /{name} table -->")
+    """The tables between their markers in ``page``; those whose result file is missing stay."""
+    makers = [
+        ("scores table", result, table),
+        ("learning table", result, learning_table),
+        ("settings table", result, settings_table),
+        ("times table", f"{result}_time", times_table),
+    ]
+    texts = {
+        name: maker(json.loads((RESULTS / f"{file}.json").read_text()))
+        for name, file, maker in makers
+        if (RESULTS / f"{file}.json").is_file()
+    }
+    for name, text in (texts | {"reference table": reference_table()}).items():
+        replace_table(page, text, f"<!-- {name} -->", f"<!-- /{name} -->")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
