@@ -683,15 +683,18 @@ def learning_table(content: Mapping[str, Any]) -> str:
 
 
 def settings_table(content: Mapping[str, Any]) -> str:
-    """Markdown: what each library was given, a row a log and method, with its versions."""
-    text = ["| log | method | settings | versions |", "|---|---|---|---|"]
-    keys = [(name, m) for name, methods in content["settings"].items() for m in methods]
-    for name, method in sorted(keys, key=lambda key: _place((key, None))):
+    """Markdown: what each library was given, with its versions; logs with the same share a row."""
+    text = ["| method | logs | settings | versions |", "|---|---|---|---|"]
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    keys = [(name, method) for name, methods in content["settings"].items() for method in methods]
+    for name, method in sorted(keys, key=lambda key: _place((key, None))[::-1]):
         about = content["settings"][name][method]
         shown = {k: v for k, v in about["settings"].items() if k in SHOWN or method not in OWN}
         cells = ", ".join(f"{key} {_short(value)}" for key, value in shown.items())
         versions = ", ".join(f"{key} {value}" for key, value in about["versions"].items())
-        text.append(f"| {name} | {method} | {cells} | {versions} |")
+        rows.setdefault((method, cells, versions), []).append(name)
+    for (method, cells, versions), names in rows.items():
+        text.append(f"| {method} | {', '.join(names)} | {cells} | {versions} |")
     return "\n".join(text)
 
 
@@ -702,6 +705,22 @@ def _short(value: Any) -> str:
 def _place(group: tuple[tuple[str, str], Any]) -> tuple[int, int]:
     (name, method), _ = group
     return list(LOGS).index(name), CONTINUOUS.index(method)
+
+
+def tutorial_table(content: Mapping[str, Any]) -> str:
+    """Markdown: what minari_tutorial.py wrote, a row a variant."""
+    text = [
+        "| | largest value of an observation in a batch | mean return at each evaluation | last |"
+    ]
+    text.append("|---|---:|---|---:|")
+    for line in content["variants"]:
+        points = zip(line["updates"], line["returns"], strict=True)
+        returns = ", ".join(f"{value:.0f} after {updates:,}" for updates, value in points)
+        largest = line["largest_value_of_a_batch"]["observation"]
+        text.append(
+            f"| {line['variant']} | {largest:.3g} | {returns} | {line['final_return']:.0f} |"
+        )
+    return "\n".join(text)
 
 
 def reference_table() -> str:
@@ -721,6 +740,7 @@ def write_page(page: Path, result: str) -> None:
         ("learning table", result, learning_table),
         ("settings table", result, settings_table),
         ("times table", f"{result}_time", times_table),
+        ("tutorial table", "minari_tutorial", tutorial_table),
     ]
     texts = {
         name: maker(json.loads((RESULTS / f"{file}.json").read_text()))
