@@ -42,7 +42,8 @@ from typing import Any
 from iql_torchrl import evaluate, load_dataset
 from iql_torchrl.data import REFERENCE_RETURNS
 from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
-from iql_torchrl.data.builtin.icu_sepsis import SepsisTables
+from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
+from iql_torchrl.data.builtin.recipes import import_for_recipe
 from iql_torchrl.evaluation.statistics import (
     interquartile_mean,
     probability_of_improvement,
@@ -159,8 +160,15 @@ def columns(dataset: Any) -> dict[str, Any]:
     }
 
 
-def pendulum(_: Path) -> Data:
-    dataset = load_dataset(ensure_dataset("pendulum/mixed-v0", progress=False), progress=False)
+def built_in(name: str, folder: Path) -> Any:
+    """A log of this package, as a table that later calls reuse."""
+    table = folder / name.replace("/", "-")
+    table.parent.mkdir(parents=True, exist_ok=True)
+    return load_dataset(ensure_dataset(name, progress=False), memmap=table, progress=False)
+
+
+def pendulum(folder: Path) -> Data:
+    dataset = built_in("pendulum/mixed-v0", folder)
     assert dataset.reference_scores is not None
     return Data(
         columns(dataset), dataset.make_env, dataset.reference_scores, dataset.episode_returns
@@ -198,9 +206,10 @@ class Maze2d(gymnasium.Wrapper[Any, Any, Any, Any]):
         return observation["observation"], reward, False, truncated, info
 
 
-def maze2d(maze: str, goal: tuple[int, int], _: Path) -> Data:
+def maze2d(maze: str, goal: tuple[int, int], folder: Path) -> Data:
     """The drives of ``pointmaze/...`` with D4RL's rewards: as D4RL relabels those of its controller."""
-    dataset = load_dataset(ensure_dataset(f"pointmaze/{maze}-v0", progress=False), progress=False)
+    import_for_recipe("gymnasium_robotics", f"pointmaze/{maze}-v0")
+    dataset = built_in(f"pointmaze/{maze}-v0", folder)
     spec = dataset.make_env().spec
     spec.kwargs |= {"reset_target": False, "continuing_task": True}
 
@@ -235,12 +244,11 @@ def hopper(folder: Path) -> Data:
     return Data(columns(dataset), make_env, REFERENCE_RETURNS["hopper"], dataset.episode_returns)
 
 
-def sepsis(_: Path) -> Data:
-    dataset = load_dataset(
-        ensure_dataset("icu-sepsis/clinician-v0", progress=False), progress=False
-    )
+def sepsis(folder: Path) -> Data:
+    dataset = built_in(NAME, folder)
     assert dataset.reference_scores is not None
-    tables = SepsisTables(gymnasium.make("Sepsis/ICU-Sepsis-v2", disable_env_checker=True))
+    import_for_recipe("icu_sepsis", NAME)
+    tables = SepsisTables(gymnasium.make(ENVIRONMENT, disable_env_checker=True))
 
     def play(act: Callable[..., Any]) -> float:
         states = np.arange(len(tables.admissible))
@@ -300,9 +308,9 @@ def make_cartpole(path: Path, episodes: int = CARTPOLE_EPISODES) -> None:
 LOGS: dict[str, Log] = {
     "pendulum": Log(pendulum, updates=5_000, episodes=20),
     "sepsis": Log(sepsis, updates=1_000, episodes=0, methods=DISCRETE, options={"ours": SEPSIS}),
-    "cartpole": Log(cartpole, updates=2_500, episodes=20, methods=DISCRETE),
+    "cartpole": Log(cartpole, updates=1_000, episodes=20, methods=DISCRETE),
     "maze2d-umaze": Log(
-        partial(maze2d, "umaze", (1, 1)), updates=5_000, episodes=20, raw_reward=True
+        partial(maze2d, "umaze", (1, 1)), updates=3_000, episodes=20, raw_reward=True
     ),
     "hopper": Log(hopper, updates=5_000, episodes=10),
     "maze2d-medium": Log(
