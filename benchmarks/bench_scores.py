@@ -49,6 +49,7 @@ from iql_torchrl.evaluation.statistics import (
     probability_of_improvement,
     stratified_interval,
 )
+from iql_torchrl.files import whole_file
 from record import RESULTS, save
 from report import replace_table
 
@@ -434,9 +435,8 @@ RESULT_LOCK, LOG_LOCK = threading.Lock(), threading.Lock()
 def _log_data(name: str, peers: Path) -> tuple[Data, Path]:
     data, path = LOGS[name].made(peers / "logs"), peers / "logs" / f"rows-{name}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".part").open("wb") as file:
+    with whole_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **data.rows)
-    path.with_suffix(".part").replace(path)
     return data, path
 
 
