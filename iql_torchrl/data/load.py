@@ -186,6 +186,12 @@ def prepare(
             "columns: expected a dict from our keys to the file's columns, such as "
             f"{{'reward': 'r'}}, got {columns!r}."
         )
+    for key, name in (columns or {}).items():
+        if name is not None and not isinstance(name, str):
+            raise DatasetError(
+                f"columns maps {key} to {name!r}; expected the name of one column, or None. "
+                f"Name several columns {key}.0, {key}.1, ... in the file, or pass a dict of arrays."
+            )
     for key, value in {**options, "limit": limit}.items():
         if value is None:
             continue

@@ -189,8 +189,9 @@ def rank_members(
         behaviour: for importance sampling; a key of the data or a model, see
             :func:`importance_sampling`. None: ``"action_log_prob"`` where the data have it,
             otherwise no importance sampling.
-        clone: the member that imitates the log; by default the first of temperature 0. Distances
-            are measured from it; nothing else depends on it.
+        clone: the member that imitates the log; by default the first of temperature 0 that does not
+            take the best of several actions. Distances are measured from it; nothing else depends on
+            it.
         deterministic: whether both estimators evaluate the most probable or deterministic action, or
             the policy as it samples; not used with ``fitted_q``, which has its own. None: as it
             samples for discrete actions, and for continuous ones where there is importance sampling,
@@ -332,7 +333,9 @@ def _possible_values(fitted_q: FittedQ, logs: tuple[Episodes, Episodes]) -> tupl
 def _clone(members: Sequence[Member], name: str | None) -> Member | None:
     names = [member.name for member in members]
     if name is None:
-        return next((member for member in members if member.temperature == 0), None)
+        # the best of several actions of a clone is no clone
+        clones = (m for m in members if getattr(m.policy, "critics", None) is None)
+        return next((member for member in clones if member.temperature == 0), None)
     if name not in names:
         raise ValueError(f"clone is {name!r}, which is none of the members {names}.")
     return members[names.index(name)]

@@ -150,6 +150,9 @@ BAD: dict[str, Any] = {
     ),
     "columns names nothing": (keep, "'r'|reward", {"columns": {"reward": "r"}}),
     "columns of an unknown key": (keep, "'rew'", {"columns": {"rew": "reward"}}),
+    "columns for one key": (
+        keep, "observation|name of one column", {"columns": {"observation": ["a", "b"]}},
+    ),
     "columns leaves out reward": (keep, "left out", {"columns": {"reward": None}}),
     "reward offset 2": (keep, "reward_offset|2", {"reward_offset": 2}),
     "limit 0": (keep, "limit|0", {"limit": 0}),

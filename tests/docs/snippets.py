@@ -6,6 +6,8 @@ The blocks of a part run in their order. A comment on the line before a block ch
 - ``<!-- snippet: slow -->``: this block and the rest of its part are run by tests marked ``slow``.
 - ``<!-- snippet: requires onnxruntime -->``: where a module is missing, the part is skipped from here.
 - ``<!-- output -->`` before a ``text`` block: it is compared with what the block before it printed.
+
+Blocks of ``py`` are not run: code of other libraries, on the page ``docs/coming_from.md`` alone.
 """
 
 from __future__ import annotations

@@ -584,6 +584,18 @@ def quick(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("num_samples", "clone"), [(1, True), (4, False)])
+def test_the_best_of_several_actions_of_a_clone_is_no_clone(
+    one_step_logs, quick, num_samples, clone
+):
+    options = {"policy": "flow", "temperature": 0.0, "num_samples": num_samples, "flow_steps": 2}
+    config = IQLConfig(hidden=(8,), reward="raw", **options)
+    members = {"flow": make_agent(config, one_step_logs[0])}
+    result = rank_members(members, *one_step_logs, discount=0.9, deterministic=True)
+    assert math.isnan(result.rows[0]["clone_distance"]) is not clone
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_both_estimators_evaluate_the_same_continuous_policies(one_step_logs, quick):
     """E[-a**2] of N(m, s) is -(m**2 + s**2); of the deterministic action -m**2."""
     members = {"wide": normal_actor(0.0, 0.8), "right": normal_actor(0.5, 0.5)}

@@ -1,0 +1,34 @@
+"""Optional packages: a test without one is skipped with the name of the extra that installs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+EXTRAS = {
+    "av": "readers",
+    "datasets": "readers",
+    "fsspec": "remote",
+    "gymnasium_robotics": "datasets",
+    "huggingface_hub": "hub",
+    "icu_sepsis": "datasets",
+    "imageio": "video",
+    "mujoco": "mujoco",
+    "ogbench": "ogbench",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "optuna": "search",
+    "pyarrow": "readers",
+    "pygame": "video",
+    "ray": "ray",
+    "submitit": "slurm",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+}
+
+
+def needs(module: str) -> Any:
+    """``module``, imported; skips the test or the file where it is not installed."""
+    remedy = f"pip install 'iql_torchrl[{EXTRAS[module]}]'"
+    return pytest.importorskip(module.split(".")[0], reason=f"needs {module}: {remedy}")
