@@ -126,13 +126,13 @@ def table(setting: Setting) -> str:
     return "\n".join(lines)
 
 
-def replace_table(path: Path, text: str) -> None:
+def replace_table(path: Path, text: str, first: str = BEGIN, last: str = END) -> None:
     """``text`` between the two marker lines of ``path``, atomically."""
-    before, begin, rest = path.read_text().partition(BEGIN + "\n")
-    _, end, after = rest.partition(END)
+    before, begin, rest = path.read_text().partition(first + "\n")
+    _, end, after = rest.partition(last)
     if not (begin and end):
         raise SystemExit(
-            f"{path} lacks the lines {BEGIN} and {END}, in this order: add them where the table "
+            f"{path} lacks the lines {first} and {last}, in this order: add them where the table "
             "belongs."
         )
     temporary = path.with_name(f".{path.name}")
