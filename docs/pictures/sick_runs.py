@@ -157,11 +157,16 @@ RUNS: dict[str, Callable[[], dict[str, Any]]] = {
     "healthy": lambda: learn(QUICK, pendulum()),
     "values": lambda: learn(
         replace(
-            QUICK, updates=1_500, expectile=0.99, discount=0.99, polyak=0.5, critic_lr=1e-2,
+            QUICK,
+            updates=1_500,
+            expectile=0.99,
+            discount=0.99,
+            polyak=0.5,
+            critic_lr=1e-2,
             value_lr=1e-2,
         ),
         pendulum(),
-    ),  # fmt: skip
+    ),
     "ceiling": lambda: learn(replace(QUICK, value_lr=1e-6), pendulum((0.67, 10.7))),
     "equal": lambda: learn(replace(QUICK, temperature=0.003), pendulum()),
     "scale": lambda: learn(QUICK, pendulum((REWARDS_TIMES, 0.0))),

@@ -83,7 +83,7 @@ class FittedQ:
 
     @property
     def values(self) -> FloatArray:
-        """Estimated value of each member, ``(P,)``: the mean of its scores over held-out episodes."""
+        """Estimated value of each member, ``(P,)``, the mean of its scores over held-out episodes."""
         return self.episodes.scores.mean(axis=1)
 
     def intervals(self, *, confidence: float = 0.95, seed: int = 0) -> FloatArray:
