@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.inspect import stringify_signature
+from sphinx.util.nodes import make_refnode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the pages describe this checkout
@@ -160,6 +161,19 @@ def signature(app, what, name, obj, options, arguments, result):
     return arguments, result
 
 
+def by_last_name(app, env, node, content):
+    """A link to the one documented name that ends as the docstring writes it, such as ``captured``."""
+    python = env.domains["py"]
+    last = node.get("reftarget", "").rpartition(".")[2]
+    found = [(name, o) for name, o in python.objects.items() if name.rpartition(".")[2] == last]
+    found = [(name, o) for name, o in found if not o.aliased and name.startswith("iql_torchrl.")]
+    if node.get("refdomain") != "py" or len(found) != 1:
+        return None
+    (name, entry), from_page = found[0], node["refdoc"]
+    return make_refnode(app.builder, from_page, entry.docname, entry.node_id, content, name)
+
+
 def setup(app) -> None:
+    app.connect("missing-reference", by_last_name)
     app.connect("autodoc-process-signature", signature)
     app.connect("autodoc-process-docstring", complete)
