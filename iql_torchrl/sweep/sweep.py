@@ -17,6 +17,7 @@ from iql_torchrl.agent.build import make_agent
 from iql_torchrl.config import IQLConfig, check_whole, knobs
 from iql_torchrl.data import OfflineDataset, load_dataset
 from iql_torchrl.data.saved import is_saved, is_sharded
+from iql_torchrl.files import make_folder
 from iql_torchrl.population.runs import IQLPopulation
 from iql_torchrl.selection import Ranking
 from iql_torchrl.sweep.engines import first_line, perform_locally, perform_on_ray, perform_on_slurm
@@ -237,7 +238,6 @@ class Sweep:
         for name, sentence in failed.items():
             print(f"{name} {sentence}", file=sys.stderr)
         if groups:  # a sweep of which nothing can be trained leaves the folder to others
-            self._folder.mkdir(parents=True, exist_ok=True)
             write_json(self._folder / "sweep.json", self._identity())
         if not failed:
             write_json(path, plan)
@@ -313,6 +313,7 @@ class Sweep:
         """Raise ``ValueError`` naming what differs from the sweep that the folder belongs to."""
         if self._folder.exists() and not self._folder.is_dir():
             raise ValueError(f"{self._folder} is a file; a sweep needs a folder.")
+        make_folder("folder", self._folder)
         saved = read_json(self._folder / "sweep.json", {})
         if saved and (difference := _difference(saved, self._identity())):
             raise ValueError(

@@ -63,8 +63,7 @@ def test_a_selection_of_episodes_is_part_of_the_identity(tmp_path, monkeypatch):
     )
     first, second = (dataset.filter_episodes(lambda e, a=a: e.id != a) for a in (2, 0))
     identities = [
-        identity(d, ReadOptions(), None, {})["options"]["episodes"]
-        for d in (dataset, first, second, [first])
+        identity(d, ReadOptions())["options"]["episodes"] for d in (dataset, first, second, [first])
     ]
     assert identities[0] == "[]"
     assert identities[1] != identities[2]

@@ -301,7 +301,7 @@ def test_a_large_source_is_digested_fast(tmp_path: Path) -> None:
     with open(path, "wb") as file:
         file.truncate(5 * 2**30)
     start = time.perf_counter()
-    first = identity(path, ReadOptions(), None, {})
+    first = identity(path, ReadOptions())
     assert time.perf_counter() - start < 1
     stamp = path.stat().st_mtime_ns
     for place in (0, 5 * 2**30 - 1):
@@ -309,7 +309,7 @@ def test_a_large_source_is_digested_fast(tmp_path: Path) -> None:
             file.seek(place)
             file.write(b"1")
         os.utime(path, ns=(stamp, stamp))
-        assert identity(path, ReadOptions(), None, {}) != first
+        assert identity(path, ReadOptions()) != first
 
 
 class Again(gym.Env[Any, Any]):
