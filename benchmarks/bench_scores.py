@@ -62,6 +62,7 @@ WORKER = Path(__file__).with_name("score_methods.py")
 CACHE = Path.home() / ".cache" / "iql_torchrl" / "peers"
 EVALUATION_SEED = 10_000
 CHUNK = 250  # updates of one command to a process: the least that may be asked for
+CAPTURED = 32  # updates of one call of the captured form, as in score_methods.py
 HOPPER_STEPS = 60_000
 CARTPOLE_EPISODES = 400
 
@@ -405,7 +406,8 @@ def worker(
     """A process that will train ``method`` on the log ``name``, and the log."""
     data, path = log_data(name, o.peers)
     task: dict[str, Any] = {
-        "rows": str(path), "seed": seed, "updates": updates, "chunk": min(CHUNK, updates),
+        "rows": str(path), "seed": seed, "updates": updates,
+        "chunk": o.block if o.time else min(CHUNK, updates),
         "options": options_of(LOGS[name], method, data, o.corl) | changed,
     }  # fmt: skip
     env = data.make_env()
@@ -417,8 +419,8 @@ def worker(
     if isinstance(env.observation_space, gymnasium.spaces.Discrete):
         task["states"] = int(env.observation_space.n)
     env.close()
-    form = changed.get("form", "")
-    file = o.peers / "tasks" / f"{name}-{method}-{seed}-{updates}{form}.json"
+    label = "-".join(str(each) for each in (name, method, seed, updates, *changed.values()))
+    file = o.peers / "tasks" / f"{label}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(task))
     process = Worker(interpreter(method, o.peers), method, file)
@@ -476,7 +478,8 @@ def mean_return(data: Data, act: Callable[..., Any], episodes: int) -> float:
 def cell(o: argparse.Namespace, name: str, method: str, seed: int) -> dict[str, Any]:
     """Train and evaluate one method with one seed."""
     log, updates, began = LOGS[name], o.updates[name], time.perf_counter()
-    with worker(o, name, method, seed, updates) as (process, data):
+    changed = o.change if method in OWN else {}
+    with worker(o, name, method, seed, updates, **changed) as (process, data):
         about = process.ask(about=True)
         points = sorted({updates * (i + 1) // o.points // CHUNK * CHUNK for i in range(o.points)})
         points, done, cpu, curve = [point for point in points if point] or [updates], 0, 0.0, []
@@ -782,9 +785,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--jobs", type=int, default=1, help="processes that train at the same time")
     add("--points", type=int, default=4, help="evaluations of each run; the last is its score")
     add("--result", default="scores", help="name of the result file")
+    add(
+        "--change", nargs="+", default=[], metavar="KEY=VALUE",
+        help="other settings of ours; give --result too",
+    )  # fmt: skip
     add("--time", action="store_true", help="measure times instead of scores")
-    add("--block", type=int, default=CHUNK, help="of --time: updates between two changes")
-    add("--rounds", type=int, default=7, help="of --time: blocks of each method")
+    add("--block", type=int, default=96, help="of --time: updates between two changes")
+    add("--rounds", type=int, default=11, help="of --time: blocks of each method")
     add("--forms", action="store_true", help="of --time: also ours compiled and captured")
     add("--page", type=Path, help="write the tables into this page, and train nothing")
     o = parser.parse_args(arguments)
@@ -797,10 +804,19 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
                 f"multiple of {CHUNK}"
             )
         updates[name] = int(number)
-    if o.seeds < 1 or o.jobs < 1 or o.points < 1 or o.rounds < 1 or o.block % CHUNK or o.block < 1:
-        parser.error(f"numbers must be at least 1, and --block a multiple of {CHUNK}")
+    if min(o.seeds, o.jobs, o.points, o.rounds, o.block) < 1 or o.block % CAPTURED:
+        parser.error(f"numbers must be at least 1, and --block a multiple of {CAPTURED}")
     o.updates = updates
+    o.change = {key: _value(text) for key, _, text in (each.partition("=") for each in o.change)}
     return o
+
+
+def _value(text: str) -> Any:
+    """A JSON value; other text is itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 if __name__ == "__main__":

@@ -261,8 +261,14 @@ def test_times_are_ratios_of_neighbouring_blocks():
     assert bench_scores.times_table({"times": times}).splitlines()[-1] == "| d3rlpy | 10.0 (2.04) |"
 
 
+def test_settings_of_ours_can_be_changed():
+    changed = options("--change", "schedule=constant", "expectile=0.9").change
+    assert changed == {"schedule": "constant", "expectile": 0.9}
+
+
 def test_wrong_options_are_refused(capsys):
-    for wrong in (["--updates", "pendulum=100"], ["--updates", "walker=250"], ["--seeds", "0"]):
+    wrongs = (["--updates", "pendulum=100"], ["--updates", "walker=250"], ["--seeds", "0"])
+    for wrong in (*wrongs, ["--block", "33"]):
         with pytest.raises(SystemExit):
             options(*wrong)
     assert "multiple of 250" in capsys.readouterr().err
