@@ -83,7 +83,7 @@ class FittedQ:
 
     @property
     def values(self) -> FloatArray:
-        """Estimated value of each member, ``(P,)``: the mean of its scores over held-out episodes."""
+        """Estimated value of each member, ``(P,)``, the mean of its scores over held-out episodes."""
         return self.episodes.scores.mean(axis=1)
 
     def intervals(self, *, confidence: float = 0.95, seed: int = 0) -> FloatArray:
@@ -132,7 +132,8 @@ def fitted_q_evaluation(
     Args:
         members: name to ``Agent`` or TorchRL actor.
         train: episodes to learn from; best ones that the members were not trained on, whose noise
-            they have not fitted. held_out: episodes that correct the estimate; other ones.
+            they have not fitted.
+        held_out: episodes that correct the estimate; other ones.
         discount: in [0, 1]; with 1 every episode must terminate.
         model: ``"table"``, ``"network"``, or ``"auto"``: a table where states are few.
         min_count: an action that a state was logged with less often is unsupported.

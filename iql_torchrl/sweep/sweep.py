@@ -74,8 +74,8 @@ class Sweep:
             ``held_out``. Where the results of one sweep decide which configs the next one has, its
             estimates are too high for the best; an estimate from :meth:`parts`' ``reserved`` is
             not. None: none.
-        fit_updates: updates of ``fitted_q_evaluation``. discount: of the estimates; None: that of
-            the first config.
+        fit_updates: updates of ``fitted_q_evaluation``.
+        discount: of the estimates; None: that of the first config.
         save_every: updates between two checkpoints of a task.
 
     Attributes: ``runs``, the configs by name, and the arguments.
@@ -166,8 +166,9 @@ class Sweep:
 
         Raises:
             ValueError: another engine, a number below 1, or a folder with another sweep.
-            ImportError: ray or submitit is not installed. ConnectionError: no cluster at
-            ``address``. ``DatasetError`` as ``load_dataset``.
+            ImportError: ray or submitit is not installed.
+            ConnectionError: no cluster at ``address``.
+            DatasetError: as ``load_dataset``.
         """
         check_whole(workers=workers, threads=threads, attempts=attempts)
         engines: dict[str, Perform] = {
