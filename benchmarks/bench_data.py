@@ -3,8 +3,7 @@
     python benchmarks/bench_data.py                 # about 5 GB of disk twice, minutes
     python benchmarks/bench_data.py --size-gb 0.5   # the same, with a smaller table on disk
 
-Each measurement runs in its own process. This process, which starts them, imports no large packages:
-otherwise the peak memory of a child would begin at that of its parent. Writes
+Each measurement runs in its own process, which imports what it needs. Writes
 benchmarks/results/data.json and deletes the data that it made.
 """
 
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,27 +18,30 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from record import RESULTS, in_process, print_step, save
+from record import apart, place, save
 
 OBSERVATION, ACTION, EPISODE = 17, 6, 1000
 MINARI_ID = "bench/halfcheetah-v0"
 BATCH = 256
 
 
-def resident() -> int:
-    """Bytes of memory that this process uses now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory(name: str) -> int:
+    """Bytes of this process: ``VmRSS`` now, ``VmHWM`` at most, ``RssAnon`` without pages of files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(name + ":")]
+    return int(line.split()[1]) * 1024
 
 
 def size(transitions: Any) -> int:
     return sum(v.numel() * v.element_size() for v in transitions.values(True, True))
 
 
-def write_minari(options: argparse.Namespace) -> dict[str, float]:
+def row_bytes(observation: int, action: int) -> int:
+    """Of a table: two observations, action, reward, three flags, the episode's number."""
+    return 4 * (2 * observation + action + 1) + 3 + 8
+
+
+def write_minari(rows: int) -> None:
     """A Minari dataset of float64 observations, as HalfCheetah gives them."""
     import warnings
 
@@ -62,7 +63,7 @@ def write_minari(options: argparse.Namespace) -> dict[str, float]:
             truncations=ends,
             infos={},
         )
-        for _ in range(options.rows // EPISODE)
+        for _ in range(rows // EPISODE)
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Minari warns about missing authors and permalinks.
@@ -73,35 +74,28 @@ def write_minari(options: argparse.Namespace) -> dict[str, float]:
             action_space=gym.spaces.Box(-1, 1, (ACTION,), np.float32),
             description="random numbers",
         )
-    return {}
 
 
-def minari_file() -> Path:
-    return Path(os.environ["MINARI_DATASETS_PATH"]) / MINARI_ID / "data" / "main_data.hdf5"
-
-
-def read_raw(_: argparse.Namespace) -> dict[str, float]:
+def read_raw() -> dict[str, float]:
     """Only reads every array of the Minari file into memory."""
     import h5py
 
+    path = Path(os.environ["MINARI_DATASETS_PATH"]) / MINARI_ID / "data" / "main_data.hdf5"
+    names = ("observations", "actions", "rewards", "terminations", "truncations")
     began = time.perf_counter()
-    with h5py.File(minari_file(), "r") as file:
-        arrays = [
-            file[episode][name][()]
-            for episode in file
-            for name in ("observations", "actions", "rewards", "terminations", "truncations")
-        ]
+    with h5py.File(path, "r") as file:
+        arrays = [file[episode][name][()] for episode in file for name in names]
     return {"seconds": time.perf_counter() - began, "bytes": sum(a.nbytes for a in arrays)}
 
 
-def load(_: argparse.Namespace) -> dict[str, float]:
+def load() -> dict[str, float]:
     from iql_torchrl import load_dataset
 
-    before, began = resident(), time.perf_counter()
+    before, began = memory("VmRSS"), time.perf_counter()
     dataset = load_dataset(MINARI_ID, download=False, progress=False)
-    seconds = time.perf_counter() - began
-    bytes_ = size(dataset.transitions)
-    return {"seconds": seconds, "bytes": bytes_, "peak": peak() - before, "rows": len(dataset)}
+    seconds, peak = time.perf_counter() - began, memory("VmHWM") - before
+    rows = dataset.transitions
+    return {"seconds": seconds, "bytes": size(rows), "peak": peak, "rows": len(dataset)}
 
 
 def write_d4rl(
@@ -129,49 +123,30 @@ def write_d4rl(
             file["timeouts"][part] = np.arange(start, part.stop) % EPISODE == EPISODE - 1
 
 
-def write_table(options: argparse.Namespace) -> dict[str, float]:
-    """A file in D4RL's layout whose table, once built, has ``--size-gb``."""
-    # Two observations, action, reward, three flags, the episode's number.
-    row = 4 * (2 * OBSERVATION + ACTION + 1) + 3 + 8
-    rows = int(options.size_gb * 1e9 / row) // EPISODE * EPISODE
-    write_d4rl(options.folder / "table.hdf5", rows, OBSERVATION, ACTION)
-    return {}
-
-
-def build(options: argparse.Namespace) -> dict[str, float]:
+def build(folder: Path) -> dict[str, float]:
     """Builds the memory-mapped table; the second time, in a fresh process, reopens it."""
     from iql_torchrl import load_dataset
 
     began = time.perf_counter()
-    dataset = load_dataset(
-        options.folder / "table.hdf5", memmap=options.folder / "table", progress=False
-    )
+    dataset = load_dataset(folder / "table.hdf5", memmap=folder / "table", progress=False)
     seconds = time.perf_counter() - began
-    return {"seconds": seconds, "bytes": size(dataset.transitions), "peak": peak()}
+    return {"seconds": seconds, "bytes": size(dataset.transitions), "peak": memory("VmHWM")}
 
 
 def table(rows: int) -> Any:
+    from step_rivals import Sizes, transitions
+
     import torch
-    from tensordict import TensorDict
 
-    flags = {name: torch.zeros(rows, 1, dtype=torch.bool) for name in ("terminated", "truncated")}
-    return TensorDict(
-        {
-            "observation": torch.randn(rows, OBSERVATION),
-            "action": torch.rand(rows, ACTION) * 2 - 1,
-            "next": {
-                "observation": torch.randn(rows, OBSERVATION),
-                "reward": torch.randn(rows, 1),
-                "done": torch.zeros(rows, 1, dtype=torch.bool),
-                **flags,
-            },
-            "collector": {"traj_ids": torch.arange(rows) // EPISODE},
-        },
-        batch_size=[rows],
-    )
+    table = transitions(Sizes(rows=rows, observation=OBSERVATION, action=ACTION))
+    table["next", "truncated"] = torch.zeros(rows, 1, dtype=torch.bool)
+    table["collector", "traj_ids"] = torch.arange(rows) // EPISODE
+    return table
 
 
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, Any]:
+def interleaved(
+    calls: dict[str, Callable[[], object]], rounds: int, device: str = "cpu"
+) -> dict[str, float]:
     """Median microseconds of each call; the calls alternate."""
     import torch
 
@@ -192,66 +167,76 @@ def interleaved(calls: dict[str, Callable[[], object]], rounds: int, device: str
     return {name: median(values) for name, values in times.items()}
 
 
-def sample_buffers(options: argparse.Namespace) -> dict[str, float]:
+def sample_buffers(rows: int, rounds: int) -> dict[str, float]:
     from iql_torchrl.data import replay_buffer
 
     import torch
     from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
     torch.set_num_threads(1)
-    rows = table(options.rows)
-    theirs = TensorDictReplayBuffer(storage=LazyTensorStorage(options.rows), batch_size=BATCH)
-    theirs.extend(rows)
-    ours = replay_buffer(rows, BATCH)
-    return interleaved({"ours": ours.sample, "torchrl": theirs.sample}, options.rounds, "cpu")
+    data = table(rows)
+    theirs = TensorDictReplayBuffer(storage=LazyTensorStorage(rows), batch_size=BATCH)
+    theirs.extend(data)
+    ours = replay_buffer(data, BATCH)
+    return interleaved({"ours": ours.sample, "torchrl": theirs.sample}, rounds)
 
 
-def sample_device(options: argparse.Namespace) -> dict[str, float]:
+def sample_device(rounds: int, device: str) -> dict[str, float]:
     from iql_torchrl.data import DeviceSampler
 
     import torch
 
     torch.set_num_threads(1)
     samplers = {
-        f"{rows:.0e}": DeviceSampler(table(rows), BATCH, device=options.device, seed=0).sample
+        f"{rows:.0e}": DeviceSampler(table(rows), BATCH, device=device, seed=0).sample
         for rows in (10**5, 10**6, 10**7)
     }
-    return interleaved(samplers, options.rounds, options.device)
+    return interleaved(samplers, rounds, device)
 
 
-STEPS = {
-    f.__name__: f
-    for f in (write_minari, read_raw, load, write_table, build, sample_buffers, sample_device)
-}
+def sample_windows(rows: int, rounds: int) -> dict[str, float]:
+    """Plain rows, windows of the last observations and stacks of frames."""
+    from step_rivals import Sizes, dataset_of
+
+    import torch
+
+    torch.set_num_threads(1)
+    data = dataset_of(Sizes(rows=rows))
+    logs = {"rows": data, "stack of 4": data.frame_stack(4)}
+    logs |= {f"windows of {length}": data.windows(length) for length in (1, 4, 16)}
+    calls = {name: log.device_sampler(BATCH, seed=0).sample for name, log in logs.items()}
+    return interleaved(calls, rounds)
 
 
-def everything(options: argparse.Namespace) -> dict[str, Any]:
-    environment = {"MINARI_DATASETS_PATH": str(options.folder)}
-    passed = ("rows", "size_gb", "rounds", "device")
-
-    def measured(step: str) -> dict[str, Any]:
-        return in_process(__file__, step, options, passed, environment)
-
-    measured("write_minari")
+def everything(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    environment = {"MINARI_DATASETS_PATH": str(folder)}
+    apart(write_minari, options.rows, environment=environment)
     # Alternating, so that another load on the machine affects both.
-    pairs = [(measured("read_raw"), measured("load")) for _ in range(3)]
-    result: dict[str, Any] = {
-        "raw": min((raw for raw, _ in pairs), key=lambda r: r["seconds"]),
-        "load": min((loaded for _, loaded in pairs), key=lambda r: r["seconds"]),
-        "pairs": pairs,
+    pairs = [
+        (apart(read_raw, environment=environment), apart(load, environment=environment))
+        for _ in range(3)
+    ]
+    raw, loaded = (min(each, key=lambda r: r["seconds"]) for each in zip(*pairs, strict=True))
+    rows = int(options.size_gb * 1e9 / row_bytes(OBSERVATION, ACTION)) // EPISODE * EPISODE
+    apart(write_d4rl, folder / "table.hdf5", rows, OBSERVATION, ACTION)
+    return {
+        "raw": raw,
+        "load": loaded,
+        "build": apart(build, folder),
+        "reopen": apart(build, folder),
+        "sample": apart(sample_buffers, options.rows, options.rounds),
+        "device": apart(sample_device, options.rounds, options.device),
+        "windows": apart(sample_windows, options.rows, options.rounds),
     }
-    measured("write_table")
-    result["build"] = measured("build")
-    result["reopen"] = measured("build")
-    result["sample"] = measured("sample_buffers")
-    result["device"] = measured("sample_device")
-    return result
 
 
 def report(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     raw, load_, built, device = (result[name] for name in ("raw", "load", "build", "device"))
     ours, theirs = result["sample"]["ours"], result["sample"]["torchrl"]
-    costs = ", ".join(f"{rows} rows {cost:.0f} us" for rows, cost in device.items())
+    costs, windows = (
+        ", ".join(f"{name} {cost:.0f} us" for name, cost in each.items())
+        for each in (device, result["windows"])
+    )
     first, *_, last = device.values()
     return [
         (f"load {load_['rows']:,} rows from Minari HDF5",
@@ -265,6 +250,7 @@ def report(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         (f"replay_buffer.sample({BATCH})", f"{ours:.0f} us; TorchRL's {theirs:.0f} us; "
          f"ratio {ours / theirs:.2f}", "<= 1"),
         (f"DeviceSampler.sample({BATCH})", f"{costs}; ratio {last / first:.2f}", "flat"),
+        ("the same of windows and stacks", windows, ""),
     ]  # fmt: skip
 
 
@@ -275,18 +261,12 @@ def main() -> None:
     add("--size-gb", type=float, default=5.0, help="of the memory-mapped table")
     add("--rounds", type=int, default=2_000, help="timed samples each")
     add("--device", default="cpu", help="of DeviceSampler")
-    add("--folder", type=Path, help=argparse.SUPPRESS)
-    add("--step", choices=list(STEPS), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if print_step(STEPS, options):
-        return
     with tempfile.TemporaryDirectory() as folder:
-        options.folder = Path(folder)
-        result = everything(options)
-    rows = report(result)
-    for quantity, value, limit in rows:
+        result = everything(options, Path(folder))
+    for quantity, value, limit in report(result):
         print(f"{quantity:38} {value:58} {limit}")
-    save(RESULTS / "data.json", result)
+    save(place("data"), result)
 
 
 if __name__ == "__main__":

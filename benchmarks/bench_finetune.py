@@ -14,34 +14,32 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl import IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
+from bench_learning import curve
+from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, load_dataset
 from iql_torchrl.data.builtin import ensure_dataset
+from iql_torchrl.report import text_table
 from iql_torchrl.report.figures import save as save_figure
-from record import RESULTS, save
+from record import RESULTS, in_processes, place, save
 
 import numpy as np
-import torch
 from torchrl import logger
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from iql_finetune import EARLY, EVALUATION_SEED, Options, Row, parse, run
+from iql_finetune import Options, Row, around_switch, run
 
 #: name: transitions (None: all) and offline updates
 LOGS = {"300 episodes": (None, 2_000), "2 episodes": (400, 4_000)}
-#: name: options of the example, and whether it begins with the offline phase
+#: name: part of each batch from the log, and whether it begins with the offline phase
 METHODS = {
-    "fine-tuned": ([], True),
-    "fine-tuned, half log": (["--log-fraction", "0.5"], True),
-    "log only": ([], True),
-    "no pretraining": ([], False),
+    "fine-tuned": (None, True),
+    "fine-tuned, half log": (0.5, True),
+    "log only": (None, True),
+    "no pretraining": (None, False),
 }
 
 
@@ -49,83 +47,59 @@ def prepare(
     options: argparse.Namespace, log: str, method: str, seed: int
 ) -> tuple[OfflineDataset, Options, IQLConfig]:
     limit, offline = LOGS[log]
-    more, pretrained = METHODS[method]
-    settings = {
-        "offline-updates": offline if pretrained else 0,
-        "online-steps": options.online_steps,
-        "eval-every": options.eval_every,
-        "episodes": options.episodes,
-    }
-    given = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    parsed, config = parse(given + more)
-    source = ensure_dataset(parsed.dataset, progress=False)
+    fraction, pretrained = METHODS[method]
+    phases = Options(
+        limit=limit,
+        offline_updates=offline if pretrained else 0,
+        online_steps=options.online_steps,
+        log_fraction=fraction,
+        eval_every=options.eval_every,
+        episodes=options.episodes,
+    )
+    updates = phases.offline_updates + phases.online_steps
+    config = replace(PRESETS["quick"], schedule="constant", updates=updates, seed=seed)
+    source = ensure_dataset(phases.dataset, progress=False)
     dataset = load_dataset(source, reward=config.reward, limit=limit, progress=False)
-    return dataset, parsed, replace(config, seed=seed)
+    return dataset, phases, config
 
 
-def stay_offline(dataset: OfflineDataset, config: IQLConfig, options: Options) -> Iterator[Row]:
+def stay_offline(dataset: OfflineDataset, config: IQLConfig, options: Options) -> list[Row]:
     """The same number of updates and the same evaluations, on the log alone."""
-    agent = make_agent(config, dataset)
-    buffer = dataset.replay_buffer(config.batch_size, seed=config.seed)
-    for update in range(1, config.updates + 1):
-        agent.step(buffer.sample())
-        if update % options.eval_every == 0:
-            played = evaluate(
-                agent.policy, dataset.make_env, episodes=options.episodes, seed=EVALUATION_SEED
-            )
-            phase = "offline" if update <= options.offline_updates else "online"
-            steps = max(0, update - options.offline_updates)
-            identity = {"phase": phase, "updates": update, "online_steps": steps}
-            yield {"seed": config.seed, **identity, **played.summary()}
+    points = curve(config, dataset, every=options.eval_every, episodes=options.episodes)
+    return [
+        {
+            "phase": "offline" if update <= options.offline_updates else "online",
+            "updates": update,
+            "online_steps": max(0, update - options.offline_updates),
+            **played.summary(),
+        }
+        for update, played in points
+    ]
 
 
-def one_run(job: tuple[argparse.Namespace, str, str, int]) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    _, log, method, seed = job
-    began = time.perf_counter()
+def one_run(options: argparse.Namespace, log: str, method: str, seed: int) -> dict[str, Any]:
     logger.setLevel("WARNING")
-    dataset, parsed, config = prepare(*job)
+    dataset, parsed, config = prepare(options, log, method, seed)
     learn = stay_offline if method == "log only" else run
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        curve = list(learn(dataset, config, parsed))
-    identity = {"log": log, "method": method, "seed": seed, **around(curve)}
-    kept = ("updates", "online_steps", "return_mean", "return_low", "return_high")
-    columns = {name: [round(row[name], 1) for row in curve] for name in kept}
-    return {**identity, "seconds": round(time.perf_counter() - began), "curve": columns}
-
-
-def around(curve: list[Row]) -> dict[str, float | None]:
-    """Mean returns at the switch, lowest and mean in the first fifth after it, and at the end."""
-    online = [row for row in curve if row["online_steps"] > 0]
-    steps = online[-1]["online_steps"]
-    early = [row["return_mean"] for row in online if row["online_steps"] <= EARLY * steps]
-    before = [row["return_mean"] for row in curve if row["online_steps"] == 0][-1]
-    late = [row["return_mean"] for row in online if row["online_steps"] > (1 - EARLY) * steps]
-    return {
-        "before": before,
-        "lowest_early": min(early),
-        "mean_early": float(np.mean(early)),
-        "lowest_late": min(late),
-        "end": online[-1]["return_mean"],
-    }
+        rows = list(learn(dataset, config, parsed))
+    levels = around_switch(rows)
+    shown = " ".join(f"{value:.0f}" for value in levels.values())
+    print(f"{log}, {method}, seed {seed}: {shown}", flush=True)
+    points = {name: [round(row[name], 1) for row in rows] for name in ("updates", "return_mean")}
+    return {"log": log, "method": method, "seed": seed, **levels, "curve": points}
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per log and method: mean over seeds, and the seeds in order; printed as a table."""
+    """Per log and method: means over seeds at the switch, of the lowest after it, and at the end."""
+    names = ("before", "lowest early", "end")
     results = []
-    names = ("before", "lowest_early", "mean_early", "lowest_late", "end")
-    print(f"{'':36}" + "".join(f"{name:>14}" for name in names))
-    for log in LOGS:
-        for method in METHODS:
-            entry = [r for r in runs if (r["log"], r["method"]) == (log, method)]
-            if not entry:
-                continue
-            line: dict[str, Any] = {"log": log, "method": method}
-            for name in names:
-                values = [r[name] for r in entry]
-                line |= {name: float(np.mean(values)), f"{name}_per_seed": values}
-            results.append(line)
-            print(f"{log:13}{method:23}" + "".join(f"{line[name]:14.1f}" for name in names))
+    for log, method in dict.fromkeys((each["log"], each["method"]) for each in runs):
+        of_method = [r for r in runs if (r["log"], r["method"]) == (log, method)]
+        means = {name: float(np.mean([r[name] for r in of_method])) for name in names}
+        results.append({"log": log, "method": method, **means})
+    cells = [[f"{r['log']}, {r['method']}", *(f"{r[n]:.1f}" for n in names)] for r in results]
+    print("\n" + text_table([["mean return", *names], *cells]))
     return results
 
 
@@ -139,7 +113,7 @@ def draw(path: Path, runs: list[dict[str, Any]], logs: dict[str, float]) -> None
         axes.axvline(LOGS[log][1], color="0.4", linestyle=":", label="switch")
         for method in METHODS:
             curves = [r["curve"] for r in runs if (r["log"], r["method"]) == (log, method)]
-            values = np.array([curve["return_mean"] for curve in curves])
+            values = np.array([points["return_mean"] for points in curves])
             # without pretraining, runs begin at the switch
             start = 0 if METHODS[method][1] else LOGS[log][1]
             updates = [start + update for update in curves[0]["updates"]]
@@ -162,36 +136,20 @@ def main() -> None:
     add("--episodes", type=int, default=16, help="of each evaluation")
     add("--workers", type=int, default=2, help="runs at a time")
     options = parser.parse_args()
-
     logs, configs = {}, {}
     for log in LOGS:
         dataset, _, config = prepare(options, log, "fine-tuned", 0)
         logs[log], configs[log] = float(dataset.episode_returns.mean()), asdict(config)
-    jobs = [
-        (options, log, method, seed)
-        for seed in range(options.seeds)
-        for log in LOGS
-        for method in METHODS
-    ]
-    runs = []
-    with get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
-        for results in pool.imap_unordered(one_run, jobs):
-            runs.append(results)
-            shown = " ".join(f"{results[key]:.0f}" for key in ("before", "lowest_early", "end"))
-            name = f"{results['log']}, {results['method']}, seed {results['seed']}"
-            print(f"{name}: {shown} ({results['seconds']:.0f} s)", flush=True)
-    runs.sort(
-        key=lambda r: (list(LOGS).index(r["log"]), list(METHODS).index(r["method"]), r["seed"])
-    )
+    seeds = range(options.seeds)
+    jobs = [(options, log, method, seed) for log in LOGS for method in METHODS for seed in seeds]
+    runs = in_processes(one_run, jobs, options.workers)
     content = {
         "configs": configs,
-        "online_steps": options.online_steps,
-        "episodes": options.episodes,
         "log_returns": logs,
         "summary": summarise(runs),
         "runs": runs,
     }
-    save(RESULTS / "finetune.json", content)
+    save(place("finetune"), content)
     draw(RESULTS / "finetune.png", runs, logs)
 
 

@@ -10,9 +10,8 @@ Each run has one thread and its own process. Writes benchmarks/results/NAME.json
 from __future__ import annotations
 
 import argparse
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
-from multiprocessing import get_context
+from typing import Any
 
 from iql_torchrl import (
     PRESETS,
@@ -24,85 +23,75 @@ from iql_torchrl import (
     load_dataset,
     make_agent,
 )
-from iql_torchrl.data.builtin import BUILTIN, ensure_dataset
-from record import RESULTS, save
+from iql_torchrl.data.builtin import ensure_source
+from iql_torchrl.evaluation.statistics import standard_error
+from iql_torchrl.report import text_table
+from record import in_processes, place, save
 
 import numpy as np
-import torch
 
 METHODS = ("behaviour cloning", "IQL")
+EVALUATION_SEED = 10_000  # episodes start alike at every point of every run
 
 
-def load(options: argparse.Namespace, config: IQLConfig) -> OfflineDataset:
-    source = options.dataset
-    if source in BUILTIN:
-        ensure_dataset(source, progress=False)
-    return load_dataset(source, env=options.env, reward=config.reward, progress=False)
-
-
-def run(options: argparse.Namespace, method: str, seed: int) -> dict[str, object]:
-    """One training run, evaluated ``options.points`` times."""
-    torch.set_num_threads(1)
-    config = configure(options, seed)
-    if method == "behaviour cloning":
-        config = replace(config, temperature=0.0)
-    dataset = load(options, config)
-    agent = make_agent(config, dataset)
-    curve: list[dict[str, object]] = []
+def curve(
+    config: IQLConfig, dataset: OfflineDataset, *, every: int, episodes: int
+) -> list[tuple[int, Evaluation]]:
+    """A run of ``config``, and its evaluation after each ``every`` updates."""
+    agent, results = make_agent(config, dataset), []
 
     def play() -> Evaluation:
-        result = evaluate(
-            agent.policy, dataset.make_env, episodes=options.episodes, num_envs=8, seed=10_000
+        played = evaluate(
+            agent.policy, dataset.make_env, episodes=episodes, num_envs=8, seed=EVALUATION_SEED
         )
-        curve.append({"updates": trainer.updates, "returns": result.returns.tolist()})
-        print(
-            f"{method}, seed {seed}, {trainer.updates:,}: {result.returns.mean():.1f}", flush=True
-        )
-        return result
+        results.append((trainer.updates, played))
+        return played
 
     trainer = OfflineTrainer(
         agent=agent,
-        replay_buffer=dataset.replay_buffer(config.batch_size, seed=seed),
-        total_updates=config.updates // options.points * options.points,
+        dataset=dataset,
+        total_updates=config.updates // every * every,
         evaluation=play,
-        eval_interval=config.updates // options.points,
+        eval_interval=every,
         evaluate_first=False,
         progress_bar=False,
     )
     trainer.train()
-    return {
-        "method": method,
-        "seed": seed,
-        "curve": curve,
-        "ms_per_update": 1e3 / trainer.updates_per_second,
-    }
+    return results
 
 
-def configure(options: argparse.Namespace, seed: int) -> IQLConfig:
-    config = replace(PRESETS[options.preset], seed=seed, compile=options.compile)
-    if options.standardise:
-        config = replace(config, standardise=True)
+def load(options: argparse.Namespace) -> OfflineDataset:
+    source, reward = ensure_source(options.dataset), configure(options).reward
+    return load_dataset(source, env=options.env, reward=reward, progress=False)
+
+
+def configure(options: argparse.Namespace) -> IQLConfig:
+    config = replace(PRESETS[options.preset], compile=options.compile)
     return replace(config, updates=options.updates) if options.updates else config
 
 
-def summarise(dataset: OfflineDataset, runs: list[dict[str, object]]) -> list[dict[str, object]]:
+def run(options: argparse.Namespace, method: str, seed: int) -> dict[str, Any]:
+    """One training run, evaluated ``options.points`` times."""
+    config = replace(configure(options), seed=seed)
+    if method == "behaviour cloning":
+        config = replace(config, temperature=0.0)
+    every = config.updates // options.points
+    points = curve(config, load(options), every=every, episodes=options.episodes)
+    means = [{"updates": n, "return": float(played.returns.mean())} for n, played in points]
+    print(f"{method}, seed {seed}: {means[-1]['return']:.1f}", flush=True)
+    return {"method": method, "seed": seed, "curve": means}
+
+
+def summarise(dataset: OfflineDataset, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean over seeds of the last evaluation, and its standard error over seeds."""
-    log = dataset.episode_returns
-    rows = [
-        {"name": "the log", "mean": log.mean(), "standard_error": log.std(ddof=1) / len(log) ** 0.5}
+    values = {"the log": dataset.episode_returns}
+    for method in dict.fromkeys(each["method"] for each in runs):
+        last = [each["curve"][-1]["return"] for each in runs if each["method"] == method]
+        values[method] = np.array(last)
+    return [
+        {"name": name, "mean": float(each.mean()), "standard_error": standard_error(each)}
+        for name, each in values.items()
     ]
-    for method in dict.fromkeys(r["method"] for r in runs):
-        means = [np.mean(r["curve"][-1]["returns"]) for r in runs if r["method"] == method]
-        error = np.std(means, ddof=1) / len(means) ** 0.5 if len(means) > 1 else float("nan")
-        rows.append(
-            {
-                "name": method,
-                "mean": float(np.mean(means)),
-                "standard_error": float(error),
-                "per_seed": [float(m) for m in means],
-            }
-        )
-    return rows
 
 
 def main() -> None:
@@ -119,19 +108,17 @@ def main() -> None:
     add("--points", type=int, default=5, help="evaluations per run")
     add("--workers", type=int, default=2, help="runs at a time")
     add("--compile", action="store_true")
-    add("--standardise", action="store_true", help="standardise observations whatever the preset")
     options = parser.parse_args()
-
-    dataset = load(options, configure(options, 0))
-    jobs = [(method, seed) for seed in range(options.seeds) for method in options.methods]
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        runs = list(pool.map(run, *zip(*((options, *job) for job in jobs), strict=True)))
+    dataset = load(options)
+    jobs = [(options, m, seed) for seed in range(options.seeds) for m in options.methods]
+    runs = in_processes(run, jobs, options.workers)
     rows = summarise(dataset, runs)
-    content = {"config": asdict(configure(options, 0)), "summary": rows, "runs": runs}
-    save(RESULTS / f"{options.result}.json", content)
-    print(f"\n{'':18} {'mean return':>12} {'std. error':>11}")
-    for row in rows:
-        print(f"{row['name']:18} {row['mean']:12.1f} {row['standard_error']:11.1f}")
+    save(
+        place(options.result), {"config": asdict(configure(options)), "summary": rows, "runs": runs}
+    )
+    table = [["", "mean return", "std. error"]]
+    table += [[r["name"], f"{r['mean']:.1f}", f"{r['standard_error']:.1f}"] for r in rows]
+    print(f"\n{text_table(table)}")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-from record import RESULTS, save
+from iql_torchrl.report import text_table
+from record import place, save
 
 import numpy as np
 import torch
@@ -42,44 +43,30 @@ def main() -> None:
     for task, config in configs.items():
         for seed in range(options.seeds):
             for maze in MAZES:
-                began = time.perf_counter()
                 rows, *_ = compare(maze, task, replace(config, seed=seed), options.episodes)
-                identity = {"task": task, "maze": maze, "seed": seed}
-                runs += [identity | row for row in rows]
-                seconds = time.perf_counter() - began
-                shown = "; ".join(
-                    " ".join(f"{v:.2f}" if isinstance(v, float) else v for v in row.values())
-                    for row in rows
-                )
-                print(f"{task} {maze} seed {seed}: {shown} ({seconds:.0f} s)", flush=True)
+                runs += [{"task": task, "maze": maze, "seed": seed} | row for row in rows]
     content = {
         "configs": {task: asdict(config) for task, config in configs.items()},
-        "episodes": options.episodes,
         "summary": summarise(runs),
         "runs": [{k: v if isinstance(v, str) else float(v) for k, v in r.items()} for r in runs],
     }
-    save(RESULTS / "pointmaze.json", content, packages=["gymnasium-robotics"])
+    save(place("pointmaze"), content, packages=["gymnasium-robotics"])
 
 
-def summarise(runs: list[dict]) -> list[dict]:
+def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Means over seeds and the lowest and highest seed; printed as a table."""
-    results = []
-    for task, measures in {"fixed": ("reached", "steps"), "random": ("return",)}.items():
-        for maze in MAZES:
-            for method in ("log", "cloning", "IQL"):
-                line = {"task": task, "maze": maze, "method": method}
-                for measure in measures:
-                    values = [
-                        run[measure]
-                        for run in runs
-                        if (run["task"], run["maze"], run["method"]) == (task, maze, method)
-                    ]
-                    known = [value for value in values if np.isfinite(value)] or [np.nan]
-                    line[measure] = float(np.mean(known))
-                    line[f"{measure}_range"] = [float(min(known)), float(max(known))]
-                    text = f"{measure} {line[measure]:.2f} ({min(known):.2f} to {max(known):.2f})"
-                    print(f"{task:8} {maze:8} {method:8} {text}")
-                results.append(line)
+    results, table = [], [["", "mean", "seeds"]]
+    for task, maze, method in dict.fromkeys((r["task"], r["maze"], r["method"]) for r in runs):
+        line = {"task": task, "maze": maze, "method": method}
+        of_method = [r for r in runs if line.items() <= r.items()]
+        for measure in ("reached", "steps") if task == "fixed" else ("return",):
+            known = [r[measure] for r in of_method if np.isfinite(r[measure])] or [np.nan]
+            line |= {measure: float(np.mean(known))}
+            line |= {f"{measure}_range": [float(min(known)), float(max(known))]}
+            seeds = f"{min(known):.2f} to {max(known):.2f}"
+            table.append([f"{task} {maze} {method}: {measure}", f"{line[measure]:.2f}", seeds])
+        results.append(line)
+    print(text_table(table))
     return results
 
 

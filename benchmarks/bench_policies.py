@@ -1,7 +1,7 @@
-"""Ways to extract a policy from IQL's critics, on the older benchmarks of this package.
+"""Ways to extract a policy from IQL's critics, on Pendulum and PointMaze.
 
     python benchmarks/bench_policies.py
-    python benchmarks/bench_policies.py --tasks halfcheetah --halfcheetah FILE.npz --updates 20000
+    python benchmarks/bench_policies.py --tasks pendulum --only-weights --bc-weights 0.003 0.01
 
 Cloning and IQL with a Gaussian; DDPG+BC with the minimum or the mean of the live or of the target
 critics, and two weights of cloning; a flow that clones, alone and with the best of 32 of its actions
@@ -15,8 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,8 @@ from iql_torchrl import (
 from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.evaluation.statistics import mean_interval
 from iql_torchrl.losses import LossCritics
-from record import RESULTS, save
+from iql_torchrl.report import text_table
+from record import place, save
 
 import numpy as np
 import torch
@@ -51,27 +51,17 @@ VALUES = {
 Task = tuple[OfflineDataset, IQLConfig]
 
 
-def pendulum(o: argparse.Namespace) -> Task:
+def pendulum() -> Task:
     config = replace(PRESETS["quick"], hidden=(64, 64))
     return load_dataset(ensure_dataset("pendulum/mixed-v0"), reward=config.reward), config
 
 
-def pointmaze(o: argparse.Namespace) -> Task:
+def pointmaze() -> Task:
     data, _ = fixed_goal(load_dataset(ensure_dataset("pointmaze/umaze-v0")), "umaze")
     return data, FIXED
 
 
-def halfcheetah(o: argparse.Namespace) -> Task:
-    config = PRESETS["locomotion"]
-    env = "HalfCheetah-v5"
-    return load_dataset(str(o.halfcheetah), env=env, reward=config.reward), config
-
-
-TASKS: dict[str, Callable[[argparse.Namespace], Task]] = {
-    "pendulum": pendulum,
-    "pointmaze": pointmaze,
-    "halfcheetah": halfcheetah,
-}
+TASKS = {"pendulum": pendulum, "pointmaze": pointmaze}
 
 
 def train(
@@ -110,88 +100,51 @@ def flow_policies(agent: Any) -> dict[str, tuple[Any, bool]]:
     }
 
 
-def returns(o: argparse.Namespace, data: OfflineDataset, policy: Any, deterministic: bool) -> float:
-    played = evaluate(
-        policy,
-        data.make_env,
-        episodes=o.episodes,
-        seed=EVALUATION_SEED,
-        deterministic=deterministic,
-    )
-    return float(played.returns.mean())
-
-
-def add_regressions(
-    o: argparse.Namespace, data: OfflineDataset, config: IQLConfig, add: Callable[[str, Any], None]
-) -> None:
-    """Cloning and IQL: weighted regression with two temperatures, as one population."""
-    for number, agent in enumerate(train(o, data, [replace(config, temperature=0.0), config])):
-        add(("cloning", "IQL")[number // o.seeds], agent.policy)
-
-
 def run(o: argparse.Namespace, name: str) -> dict[str, Any]:
     """All policies of one task: method -> mean return of each seed."""
-    data, config = TASKS[name](o)
+    data, config = TASKS[name]()
     config = replace(config, updates=o.updates, compile=o.compile)
     scores: dict[str, list[float]] = {}
-    began = time.perf_counter()
 
     def add(method: str, policy: Any, deterministic: bool = True) -> None:
-        scores.setdefault(method, []).append(returns(o, data, policy, deterministic))
-
-    def show(methods: list[str]) -> None:
-        for method in methods:
-            values = " ".join(f"{value:.1f}" for value in scores[method])
-            seconds = time.perf_counter() - began
-            print(f"{name}: {method}: {np.mean(scores[method]):.1f} ({values}), {seconds:.0f} s")
-        sys.stdout.flush()
+        how = {"episodes": o.episodes, "seed": EVALUATION_SEED, "deterministic": deterministic}
+        mean = float(evaluate(policy, data.make_env, **how).returns.mean())
+        scores.setdefault(method, []).append(mean)
+        print(f"{name}: {method}: {mean:.1f}", flush=True)
 
     if not o.only_weights:
-        add_regressions(o, data, config, add)
-        show(["cloning", "IQL"])
+        pair = [replace(config, temperature=0.0), config]
+        for number, agent in enumerate(train(o, data, pair)):
+            add(("cloning", "IQL")[number // o.seeds], agent.policy)
     ddpg = replace(config, policy="deterministic", actor_objective="ddpg_bc")
     for reduction, source in (VALUES[critics] for critics in o.critics):
         each = [replace(ddpg, bc_weight=weight) for weight in o.bc_weights]
-        methods = [f"DDPG+BC, {reduction} of {source}, weight {weight}" for weight in o.bc_weights]
         agents = train(o, data, each, q_reduction=reduction, q_source=source)
         for number, agent in enumerate(agents):
-            add(methods[number // o.seeds], agent.policy)
-        show(methods)
+            weight = o.bc_weights[number // o.seeds]
+            add(f"DDPG+BC, {reduction} of {source}, weight {weight}", agent.policy)
     flow = replace(config, policy="flow", temperature=0.0)
-    known = list(scores)
     for agent in () if o.only_weights else train(o, data, [flow]):
         for method, (policy, deterministic) in flow_policies(agent).items():
             add(method, policy, deterministic)
-    show([method for method in scores if method not in known])
-    log = data.episode_returns if name != "pointmaze" else np.array([np.nan])
-    return {
-        "task": name,
-        "rows": len(data),
-        "log": float(log.mean()),
-        "config": config.to_dict(),
-        "scores": scores,
-        "seconds": time.perf_counter() - began,
-    }
+    log = data.episode_returns.mean() if name != "pointmaze" else np.nan
+    return {"task": name, "log": float(log), "config": config.to_dict(), "scores": scores}
 
 
 def table(tasks: list[dict[str, Any]]) -> str:
     """Mean return over seeds with Student's 95 % interval: a method a line, a task a column."""
-    lines = [f"{'':44}" + "".join(f"{task['task']:>28}" for task in tasks)]
-    lines.append(f"{'the log':44}" + "".join(f"{task['log']:28.2f}" for task in tasks))
+    rows = [["", *(task["task"] for task in tasks)]]
+    rows.append(["the log", *(f"{task['log']:.2f}" for task in tasks)])
     for method in tasks[0]["scores"]:
-        text = f"{method:44}"
-        for task in tasks:
-            mean, low, high = mean_interval(np.array(task["scores"][method]))
-            text += f"{f'{mean:.2f} ({low:.2f} to {high:.2f})':>28}"
-        lines.append(text)
-    return "\n".join(lines)
+        means = [mean_interval(np.array(task["scores"][method])) for task in tasks]
+        rows.append([method, *("{:.2f} ({:.2f} to {:.2f})".format(*each) for each in means)])
+    return text_table(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--tasks", default="pendulum,pointmaze", help=", ".join(TASKS))
-    add("--halfcheetah", type=Path, help="file of HalfCheetah's log")
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     add("--updates", type=int, default=10_000)
     add("--seeds", type=int, default=4)
     add("--episodes", type=int, default=20)
@@ -204,15 +157,12 @@ def main() -> None:
     add("--threads", type=int, default=1)
     add("--result", default="policies")
     o = parser.parse_args()
-    o.tasks = o.tasks.split(",")
-    if unknown := set(o.tasks) - set(TASKS):
-        parser.error(f"--tasks has {sorted(unknown)}; there are {list(TASKS)}.")
     o.critics = o.critics or list(VALUES)[: 1 if o.only_weights else None]
     torch.set_num_threads(o.threads)
     tasks = []
     for name in o.tasks:
         tasks.append(run(o, name))
-        save(RESULTS / f"{o.result}.json", {"episodes": o.episodes, "tasks": tasks})
+        save(place(o.result), {"episodes": o.episodes, "tasks": tasks})
     print(f"\n{table(tasks)}")
 
 

@@ -5,9 +5,9 @@
     python benchmarks/bench_population.py --members 1,8 --widths 64 --only shared,single
 
 HalfCheetah's sizes, sampling included. Blocks of all competitors alternate and have about the same
-duration; medians are compared. P single runs one after the other take P times as long as one, so one
-of each form is timed, in the same rounds. ``floor`` is the matrix products of the updates of P
-members: one batched product for all, or P products, whichever is faster; on CUDA as a graph. Writes
+duration; times are those of one member's update. P single runs one after the other take P times as
+long as one, so one of each form is timed, in the same rounds. ``floor`` is the matrix products of the
+updates of P members: one batched product for all, or P products; on CUDA as a graph. Writes
 benchmarks/results/population_DEVICE[_NAME].json and its picture.
 """
 
@@ -15,20 +15,23 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
-import warnings
 from dataclasses import asdict
+from functools import lru_cache, partial
 from pathlib import Path
 
-from bench_step import Results, integers, machine_of, measure
+from iql_torchrl import IQLPopulation, OfflineDataset, captured, make_agent
 from iql_torchrl.report.figures import save as save_figure
-from population_rivals import FLOORS, SINGLES, competitors, dataset_of
-from record import RESULTS, save
-from step_rivals import Sizes
+from measuring import Results, add_options, integers, measure, show, summarise
+from record import machine, place, save
+from step_floors import products, replayed
+from step_rivals import Made, Rival, Sizes, config_of, dataset_of, in_form
 
+import numpy as np
 import torch
+from tensordict import TensorDict
 
 MEMBERS = {"cpu": [1, 2, 4, 8, 16, 32], "cuda": [1, 4, 16, 64, 256, 512]}
+SINGLES = ("single captured", "single compiled")
 #: competitor: colour, marker and dashes of its line
 LOOKS = {
     "shared captured": ("#1f77b4", "D", "-"),
@@ -37,43 +40,66 @@ LOOKS = {
     "own eager": ("#2ca02c", "o", ":"),
     "single captured": ("#d62728", "", "-"),
     "single compiled": ("#d62728", "", "--"),
-    "floor": ("black", "", "-"),
+    "floor batched": ("black", "", "-"),
+    "floor one by one": ("black", "", ":"),
 }
 
 
-def summarise(results: dict[str, Results], count: int) -> None:
-    """Medians, per member, and as a share of ``count`` single runs and of the faster floor."""
-    done = {name: entry for name, entry in results.items() if entry.get("ms")}
-    for name, entry in done.items():
-        runs = 1 if name in SINGLES else count
-        entry["median_ms"] = statistics.median(entry["ms"])
-        entry["ms_per_member"] = entry["median_ms"] / runs
-        entry["member_updates_per_second"] = 1e3 / entry["ms_per_member"]
-    floors = [done[name]["ms_per_member"] for name in FLOORS if name in done]
-    for entry in done.values():
-        for name in SINGLES:
-            if name in done:
-                entry[f"of_{name.replace(' ', '_')}"] = (
-                    entry["ms_per_member"] / done[name]["median_ms"]
-                )
-        if floors:
-            entry["of_floor"] = entry["ms_per_member"] / min(floors)
+def single(
+    form: str, log: OfflineDataset, updates: int, _: TensorDict, sizes: Sizes, device: str
+) -> Made:
+    step = make_agent(config_of(sizes, device), log).step
+    return in_form(step, form, log.transitions, sizes, device, updates)
 
 
-def show(results: dict[str, Results], sizes: Sizes, count: int) -> None:
-    print(f"\nwidth {sizes.width}, batch {sizes.batch}, {count} members")
-    print(f"{'':18}{'ms':>10}{'ms/member':>11}{'of captured':>13}{'of compiled':>13}"
-          f"{'of floor':>10}{'member-upd./s':>15}{'peak MiB':>10}")  # fmt: skip
-    for name, entry in results.items():
-        if "median_ms" not in entry:
-            print(f"{name:18} {entry.get('failed', 'not run')}")
-            continue
-        keys = ("of_single_captured", "of_single_compiled", "of_floor")
-        ratios = [entry.get(key, float("nan")) for key in keys]
-        print(f"{name:18}{entry['median_ms']:10.3f}{entry['ms_per_member']:11.4f}"
-              f"{ratios[0]:13.3f}{ratios[1]:13.3f}{ratios[2]:10.2f}"
-              f"{entry['member_updates_per_second']:15,.0f}"
-              + (f"{entry['peak_mib']:10.0f}" if "peak_mib" in entry else ""), flush=True)  # fmt: skip
+def population(
+    batches: str,
+    form: str,
+    log: OfflineDataset,
+    updates: int,
+    count: int,
+    _: TensorDict,
+    sizes: Sizes,
+    device: str,
+) -> Made:
+    # knobs differ between members, so that none is a constant of the program
+    configs = [
+        config_of(sizes, device, seed=number, temperature=float(number % 4), expectile=expectile)
+        for number, expectile in zip(range(count), np.linspace(0.5, 0.9, count), strict=True)
+    ]
+    runs = IQLPopulation(configs, log, batches=batches)
+    if form == "captured":
+        return captured(runs.step, runs.sampler, updates=updates), updates * count
+    return (lambda: runs.step(runs.sampler.sample())), count
+
+
+def floor(count: int, batched: bool, _: TensorDict, sizes: Sizes, device: str) -> Made:
+    """Operands of one shape share their memory, so that it stays in the cache where it fits."""
+    operand = lru_cache(None)(lambda *shape: torch.randn(shape, device=device))
+    result = lru_cache(None)(lambda *shape: torch.empty(shape, device=device))
+    work = [
+        (operand(count, *a), operand(count, *b), result(count, a[0], b[1]))
+        for a, b in products(sizes)
+    ]
+    multiply = torch.bmm if batched else torch.mm
+    if not batched:
+        work = [piece for triple in work for piece in zip(*triple, strict=True)]
+
+    def update() -> object:
+        return [multiply(a, b, out=out) for a, b, out in work][-1]
+
+    return (replayed(update, work) if device.startswith("cuda") else update), count
+
+
+def competitors(log: OfflineDataset, updates: int, count: int) -> dict[str, Rival]:
+    rivals: dict[str, Rival] = {
+        name: partial(single, name.split()[1], log, updates) for name in SINGLES
+    }
+    for batches in ("shared", "own"):
+        for form in ("captured", "eager"):
+            rivals[f"{batches} {form}"] = partial(population, batches, form, log, updates, count)
+    rivals["floor batched"] = partial(floor, count, True)
+    return rivals | {"floor one by one": partial(floor, count, False)}
 
 
 def draw(path: Path, points: list[Results], title: str) -> None:
@@ -84,78 +110,54 @@ def draw(path: Path, points: list[Results], title: str) -> None:
     figure = Figure(figsize=(5.2 * len(widths), 4.4), layout="constrained")
     figure.suptitle(title, fontsize=10)
     for axes, width in zip(figure.subplots(1, len(widths), squeeze=False)[0], widths, strict=True):
-        entry = [point for point in points if point["sizes"]["width"] == width]
+        of_width = {p["members"]: p for p in points if p["sizes"]["width"] == width}
         for name, (colour, marker, dashes) in LOOKS.items():
-            costs = {p["members"]: cost(p["competitors"], name) for p in entry}
-            costs = {count: value for count, value in costs.items() if value is not None}
+            entries = {n: p["competitors"].get(name, {}) for n, p in of_width.items()}
+            costs = {n: e["median_ms"] for n, e in entries.items() if "median_ms" in e}
             if costs:
                 axes.plot(costs.keys(), costs.values(), color=colour, marker=marker,
                           linestyle=dashes, markersize=4, linewidth=1.4, label=name)  # fmt: skip
-        counts = [point["members"] for point in entry]
-        axes.set(xscale="log", yscale="log", xlabel="members P")
-        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.set(xscale="log", yscale="log", xlabel="members P", ylabel="ms per member's update")
+        axes.set_xticks(list(of_width), [str(count) for count in of_width])
         axes.set_xticks([], minor=True)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="y", which="minor", labelsize=7)
-        axes.set_ylabel("ms per member's update")
-        axes.set_title(f"width {width}, batch {entry[0]['sizes']['batch']}", fontsize=10)
+        axes.set_title(f"width {width}", fontsize=10)
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4,
                   fontsize=8, frameon=False)  # fmt: skip
     save_figure(figure, path)
 
 
-def cost(results: dict[str, Results], name: str) -> float | None:
-    names = FLOORS if name == "floor" else (name,)
-    costs = [
-        results[key]["ms_per_member"] for key in names if "ms_per_member" in results.get(key, {})
-    ]
-    return min(costs, default=None)
-
-
-def parse() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_options(parser, rounds=9, block=0.25)
     add = parser.add_argument
-    add("--device", default="cpu")
     add("--members", type=integers, metavar="N,...")
     add("--widths", type=integers, default=[64, 256], metavar="N,...")
     add("--batch", type=int, default=256)
     add("--rows", type=int, default=50_000)
-    add("--rounds", type=int, default=9)
-    add("--block", type=float, default=0.25, help="seconds")
     add("--captured-updates", type=int, default=8, help="updates a call of the captured form")
     add("--only", default="", metavar="NAME,...", help="competitors whose names hold these words")
-    add("--result", default="", metavar="NAME", help="ending of the result file's name")
-    add("--output", type=Path, help="folder of the results (benchmarks/results)")
-    options = parser.parse_args()
-    options.members = options.members or MEMBERS[options.device.split(":")[0]]
-    return options
-
-
-def main() -> None:
-    o = parse()
+    o = parser.parse_args()
+    members = o.members or MEMBERS[o.device.split(":")[0]]
     torch._dynamo.config.recompile_limit = 2**16  # every population is a program of its own
-    warnings.filterwarnings("ignore", category=FutureWarning)  # tensordict under torch.compile
-    ending = f"_{o.result}" if o.result else ""
-    path = (o.output or RESULTS) / f"population_{o.device.split(':')[0]}{ending}.json"
-    machine = machine_of(o.device)
-    record: Results = {"machine": machine, "points": []}
-    words = o.only.split(",")
-    title = str(machine["name"]) + ("" if "cuda" in o.device else f", {machine['threads']} threads")
+    path = place("population", o.device, o.result, folder=o.output)
+    title = "{name}, {threads} threads".format_map(machine(o.device))
+    points: list[Results] = []
     for width in o.widths:
         sizes = Sizes(width=width, batch=o.batch, rows=o.rows)
         log = dataset_of(sizes)
-        for count in o.members:
+        for count in members:
             rivals = competitors(log, o.captured_updates, count)
-            rivals = {n: m for n, m in rivals.items() if any(w in n for w in words)}
-            results, _ = measure(rivals, sizes, o.device, o.rounds, o.block, 0)
-            summarise(results, count)
-            show(results, sizes, count)
-            point = {"sizes": asdict(sizes), "members": count, "competitors": results}
-            record["points"].append(point)
-            save(path, record)
-            draw(path.with_suffix(".png"), record["points"], title)
+            rivals = {n: m for n, m in rivals.items() if any(w in n for w in o.only.split(","))}
+            results, _ = measure(rivals, sizes, o.device, rounds=o.rounds, block=o.block)
+            summarise(results, *SINGLES, "floor batched", "floor one by one")
+            show(f"width {width}, batch {o.batch}, {count} members", results)
+            points.append({"sizes": asdict(sizes), "members": count, "competitors": results})
+            save(path, {"points": points}, device=o.device)
+            draw(path.with_suffix(".png"), points, title)
             gc.collect()
 
 

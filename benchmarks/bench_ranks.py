@@ -12,28 +12,23 @@ rank does. Writes benchmarks/results/ranks.json.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl import IQLConfig, load_dataset, make_agent
-from iql_torchrl.data import replay_buffer
+from iql_torchrl import make_agent
 from iql_torchrl.distributed import Ranks, data_parallel
 from iql_torchrl.report import text_table
-from record import RESULTS, save
+from record import RESULTS, in_processes, place, save
+from step_rivals import Sizes, config_of, dataset_of
 
 import torch
-from gymnasium import spaces
 from torch import Tensor, distributed
 
-OBSERVATION, ACTION, ROWS = 17, 6, 20_000  # the sizes of HalfCheetah
+ROWS = 20_000
 
 
 class Timed(Ranks):
@@ -50,21 +45,6 @@ class Timed(Ranks):
         return total
 
 
-def transitions() -> Any:
-    torch.manual_seed(0)
-    ends = torch.arange(ROWS) % 1000 == 999
-    return load_dataset(
-        {
-            "observation": torch.randn(ROWS, OBSERVATION).numpy(),
-            "action": (torch.rand(ROWS, ACTION) * 2 - 1).numpy(),
-            "reward": torch.randn(ROWS).numpy(),
-            "terminated": (ends & False).numpy(),
-            "truncated": ends.numpy(),
-        },
-        action_space=spaces.Box(-1.0, 1.0, (ACTION,)),
-    )
-
-
 def seconds_of(call: Callable[[], object], times: int) -> float:
     began = time.perf_counter()
     for _ in range(times):
@@ -73,44 +53,44 @@ def seconds_of(call: Callable[[], object], times: int) -> float:
 
 
 def measure(dataset: Any, group: Ranks, width: int, batch: int, updates: int) -> dict[str, Any]:
-    config = IQLConfig(hidden=(width, width), batch_size=batch)
+    config = config_of(Sizes(width=width, batch=batch), "cpu")
     alone = make_agent(config, dataset).step
     alone.independent_ranks = True
     ranks = Timed(group.rank, group.size)
     shared = data_parallel(make_agent(config, dataset).step, ranks)
-    buffer = replay_buffer(dataset.transitions, batch, seed=0)
+    buffer = dataset.replay_buffer(batch, seed=0)
     rows = buffer.sample()
     alone(rows), shared(rows)
-    found: dict[str, list[float]] = {"alone": [], "two ranks": [], "exchanges": []}
+    taken: dict[str, list[float]] = {"alone": [], "two ranks": [], "exchanges": []}
     for _ in range(5):
         distributed.barrier()
         if group.is_main:
-            found["alone"].append(seconds_of(lambda: alone(rows), updates))
+            taken["alone"].append(seconds_of(lambda: alone(rows), updates))
         distributed.barrier()
         ranks.seconds, ranks.sums, ranks.numbers = 0.0, 0, 0
-        found["two ranks"].append(seconds_of(lambda: shared(rows), updates))
-        found["exchanges"].append(ranks.seconds / updates)
+        taken["two ranks"].append(seconds_of(lambda: shared(rows), updates))
+        taken["exchanges"].append(ranks.seconds / updates)
     row: dict[str, Any] = {"width": width, "batch": batch}
-    row |= {f"{k} ms": 1e3 * statistics.median(v) for k, v in found.items() if v}
+    row |= {f"{k} ms": 1e3 * statistics.median(v) for k, v in taken.items() if v}
     row |= {"sums": ranks.sums / updates, "numbers": ranks.numbers / updates}
     return row | {"gathering ms": 1e3 * seconds_of(buffer.sample, updates)}
 
 
-def rank_main(options: argparse.Namespace) -> None:
+def rank_main(rank: int, options: argparse.Namespace, folder: str) -> tuple[list[Any], float]:
+    """Rows of the table, and the microseconds of agreeing on a stop."""
     torch.set_num_threads(1)
-    store = distributed.FileStore(f"{options.folder}/store", 2)
-    distributed.init_process_group("gloo", store=store, rank=options.rank, world_size=2)
-    group, dataset = Ranks.from_environment(), transitions()
+    store = distributed.FileStore(f"{folder}/store", 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    group, dataset = Ranks.from_environment(), dataset_of(Sizes(rows=ROWS))
     rows = [
         measure(dataset, group, width, batch, options.updates)
         for width in options.widths
         for batch in options.batches
     ]
     agreement = 1e6 * seconds_of(lambda: group.largest(0), 200)
-    if group.is_main:
-        Path(options.folder, "rows.json").write_text(json.dumps([rows, agreement]))
     distributed.barrier()
     group.close()
+    return rows, agreement
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -119,24 +99,15 @@ def main(arguments: list[str] | None = None) -> None:
     add("--widths", type=int, nargs="+", default=[64, 256, 1024])
     add("--batches", type=int, nargs="+", default=[256, 1024, 4096])
     add("--updates", type=int, default=5, help="of each of the five repetitions")
-    add("--rank", type=int, help=argparse.SUPPRESS)
-    add("--folder", help=argparse.SUPPRESS)
-    given = sys.argv[1:] if arguments is None else arguments
-    options = parser.parse_args(given)
-    if options.rank is not None:
-        rank_main(options)
-        return
+    add("--output", type=Path, default=RESULTS, help="folder of the result file")
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, *given, "--folder", folder, "--rank"]
-        ranks = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
-        codes = [rank.wait() for rank in ranks]
-        if any(codes):
-            sys.exit(1)
-        rows, agreement = json.loads(Path(folder, "rows.json").read_text())
+        jobs = [(rank, options, folder) for rank in range(2)]
+        rows, agreement = in_processes(rank_main, jobs, 2)[0]
     print(text_table([list(rows[0]), *([f"{v:,.4g}" for v in row.values()] for row in rows)]))
     print(f"\nagreeing on a stop: {agreement:.0f} us")
-    content = {"load": os.getloadavg(), "agreement_us": agreement, "rows": rows}
-    save(RESULTS / "ranks.json", content)
+    path = place("ranks", folder=options.output)
+    save(path, {"agreement_us": agreement, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import random
-import signal
 import sys
 import tempfile
 import time
-from multiprocessing import resource_tracker
+from multiprocessing import get_context, resource_tracker
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from iql_torchrl import IQLConfig, OfflineTrainer, load_dataset, make_agent
-from iql_torchrl.files import CheckpointError, newest
+from iql_torchrl.files import newest
 from record import RESULTS, save
 
 import gymnasium as gym
@@ -81,45 +80,28 @@ def tensors(state: object) -> list[torch.Tensor]:
     return [t for part in parts for t in tensors(part)] if isinstance(state, (dict, list)) else []
 
 
-def start(folder: Path, updates: int) -> int:
+def start(folder: Path, updates: int) -> BaseProcess:
     """A process that trains in ``folder``; a fork, so that it starts at once."""
-    process = os.fork()
-    if process:
-        return process
-    try:
-        train(folder, updates)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
+    process = get_context("fork").Process(target=train, args=(folder, updates))
+    process.start()
+    return process
 
 
 def finish(folder: Path, updates: int) -> str:
-    _, status = os.waitpid(start(folder, updates), 0)
-    if status:
-        raise RuntimeError(f"training in {folder} failed with status {status}")
+    process = start(folder, updates)
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"training in {folder} failed with status {process.exitcode}")
     return (folder / "digest.txt").read_text()
 
 
-def trial(folder: Path, updates: int, delay: float) -> dict[str, object]:
+def trial(folder: Path, updates: int, delay: float) -> str:
+    """The digest of a run that is killed after ``delay`` seconds and resumed."""
     process = start(folder, updates)
     time.sleep(delay)
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    try:
-        saved: str | None = newest(folder / "checkpoints").name
-    except CheckpointError:
-        saved = None
-    leftovers = len([p for p in folder.rglob(".*") if p.is_file() or p.is_dir()])
-    return {
-        "killed_after_s": round(delay, 3),
-        "finished_before": (folder / "digest.txt").exists(),
-        "newest_checkpoint": saved,
-        "half_written_files": leftovers,
-        "digest": finish(folder, updates),
-    }
+    process.kill()
+    process.join()
+    return finish(folder, updates)
 
 
 def main() -> int:
@@ -140,15 +122,10 @@ def main() -> int:
         duration = last.stat().st_mtime - began  # what follows is the picture
         trials = []
         for number in range(options.kills):
-            row = trial(Path(root) / str(number), options.updates, draw.uniform(0, duration))
-            row["equal"] = row.pop("digest") == reference
-            trials.append(row)
-            print(
-                f"{number + 1:3d}: killed after {row['killed_after_s']:.3f} s of {duration:.2f}, "
-                f"newest {row['newest_checkpoint']}, half-written {row['half_written_files']}, "
-                f"{'equal' if row['equal'] else 'DIFFERENT'}",
-                flush=True,
-            )
+            delay = draw.uniform(0, duration)
+            equal = trial(Path(root) / str(number), options.updates, delay) == reference
+            trials.append({"killed_after_s": delay, "equal": equal})
+            print(f"{number + 1:3d}: killed after {delay:.3f} s of {duration:.2f}, equal: {equal}")
     content = {"updates": options.updates, "seconds_to_last_checkpoint": duration, "trials": trials}
     save(options.output, content)
     equal = sum(bool(row["equal"]) for row in trials)

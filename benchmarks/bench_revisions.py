@@ -14,12 +14,13 @@ benchmarks/results/revisions_DEVICE[_NAME].json.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,50 +36,18 @@ def unpack(revision: str, folder: Path) -> Path:
     if target.exists():
         return target
     target.mkdir()
-    archive = subprocess.run(
-        ["git", "-C", str(HERE.parent), "archive", revision], check=True, capture_output=True
-    ).stdout
+    archive = subprocess.check_output(["git", "-C", str(HERE.parent), "archive", revision])
     subprocess.run(["tar", "-x", "-C", str(target)], input=archive, check=True)
     return target
 
 
-class Worker:
-    """A process that runs the updates of one revision when it is asked to."""
-
-    def __init__(self, tree: Path, products: str, width: int, options: argparse.Namespace) -> None:
-        arguments = [str(tree), products, str(width), str(options.batch), options.device]
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", *arguments, str(options.captured_updates)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def seconds(self, order: str, form: str, updates: int) -> float:
-        """How long ``updates`` updates take; the first call also builds and compiles."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps([order, form, updates]) + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("seconds "):
-                return float(line.split()[1])
-        raise RuntimeError(f"the process of {self.process.args} ended with an error; see above.")
-
-    def stop(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+BUILT: dict[tuple[str, str], Any] = {}  # in a worker: updates by order and form
 
 
-def work(
-    tree: str, products: str, width: str, batch: str, device: str, updates_per_call: str
-) -> None:
-    """The loop of a worker process: one request per line, one answer per line."""
-    sys.path[:0] = [tree, str(Path(tree) / "benchmarks")]
+def begin(tree: Path, products: str) -> None:
+    """In a worker: use the revision in ``tree``."""
+    sys.path[:0] = [str(tree), str(tree / "benchmarks")]
     import iql_torchrl
-    from bench_step import timed
-    from step_rivals import Sizes, ours, transitions
 
     import torch
 
@@ -88,44 +57,56 @@ def work(
         from iql_torchrl.config import choose_products
 
         choose_products(products)
-    sizes = Sizes(width=int(width), batch=int(batch))
-    rows = transitions(sizes, device)
-    built: dict[tuple[str, str], Any] = {}
-    for line in sys.stdin:
-        order, form, updates = json.loads(line)
-        if (order, form) not in built:
-            torch.manual_seed(0)
-            make = partial(ours, rows, sizes, device, order, form)
-            built[order, form] = make(int(updates_per_call))
-            timed(built[order, form][0], 3, sizes, device)
-        update, per_call = built[order, form]
-        print("seconds", timed(update, max(1, updates // per_call), sizes, device), flush=True)
+
+
+def seconds(order: str, form: str, updates: int, width: int, o: argparse.Namespace) -> float:
+    """In a worker: how long ``updates`` updates take; the first call also builds and compiles."""
+    from bench_step import timed
+    from step_rivals import Sizes, ours, transitions
+
+    import torch
+
+    sizes = Sizes(width=width, batch=o.batch)
+    if (order, form) not in BUILT:
+        torch.manual_seed(0)
+        rows = transitions(sizes, o.device)
+        BUILT[order, form] = ours(rows, sizes, o.device, order, form, o.captured_updates)
+        timed(BUILT[order, form][0], 3, sizes, o.device)
+    update, per_call = BUILT[order, form]
+    return float(timed(update, max(1, updates // per_call), sizes, o.device))
 
 
 def compare(revisions: list[str], width: int, options: argparse.Namespace) -> dict[str, Any]:
     """Times of both revisions and their ratios, for each order and form."""
     results: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        products = options.products.split(",")
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         workers = [
-            Worker(unpack(revision, Path(folder)), library, width, options)
-            for revision, library in zip(revisions, products, strict=True)
+            stack.enter_context(
+                ProcessPoolExecutor(
+                    1,
+                    mp_context=get_context("spawn"),
+                    initializer=begin,
+                    initargs=(unpack(revision, Path(folder)), library),
+                )
+            )
+            for revision, library in zip(revisions, options.products.split(","), strict=True)
         ]
+
+        def block(turn: int, case: tuple[str, str]) -> float:
+            return workers[turn].submit(seconds, *case, options.block, width, options).result()
+
         cases = [(order, form) for order in ORDERS for form in options.forms.split(",")]
         for case in cases:
             results[" ".join(case)] = {"ms": [[], []], "ratios": []}
-            for worker in workers:
-                worker.seconds(*case, options.block)
+            for turn in (0, 1):
+                block(turn, case)
         for number in range(options.rounds):
             for case in cases:
                 taken = [0.0, 0.0]
                 for turn in (0, 1) if number % 2 == 0 else (1, 0):
-                    seconds = workers[turn].seconds(*case, options.block)
-                    taken[turn] = 1e3 * seconds / options.block
+                    taken[turn] = 1e3 * block(turn, case) / options.block
                     results[" ".join(case)]["ms"][turn].append(taken[turn])
                 results[" ".join(case)]["ratios"].append(taken[1] / taken[0])
-        for worker in workers:
-            worker.stop()
     for name, entry in results.items():
         entry["median_ms"] = [statistics.median(ms) for ms in entry["ms"]]
         entry["median_ratio"] = statistics.median(entry["ratios"])
@@ -134,48 +115,36 @@ def compare(revisions: list[str], width: int, options: argparse.Namespace) -> di
     return results
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("old", help="a git revision")
-    parser.add_argument("new", nargs="?", default=".", help="a git revision (. = working tree)")
-    parser.add_argument("--widths", default="256", metavar="N,...")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--forms", default=",".join(FORMS), metavar="FORM,...")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--block", type=int, default=96, help="updates in a block")
-    parser.add_argument(
-        "--captured-updates", type=int, default=8, help="updates in a captured call"
-    )
-    parser.add_argument(
-        "--products", default="own,own", metavar="OLD,NEW",
-        help="mkl, onednn or auto for each revision; own: as it chooses by itself",
-    )  # fmt: skip
-    parser.add_argument("--result", default="", metavar="NAME", help="ending of the file's name")
-    return parser.parse_args()
-
-
 def main() -> None:
-    from bench_step import machine_of
-    from record import RESULTS, save
+    from record import place, save
 
-    options = parse()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("old", help="a git revision")
+    add("new", nargs="?", default=".", help="a git revision (. = working tree)")
+    add("--widths", default="256", metavar="N,...")
+    add("--batch", type=int, default=256)
+    add("--forms", default=",".join(FORMS), metavar="FORM,...")
+    add("--device", default="cpu")
+    add("--rounds", type=int, default=15)
+    add("--block", type=int, default=96, help="updates in a block")
+    add("--captured-updates", type=int, default=8, help="updates in a captured call")
+    words = "mkl, onednn or auto for each revision; own: as it chooses by itself"
+    add("--products", default="own,own", metavar="OLD,NEW", help=words)
+    add("--result", default="", metavar="NAME", help="ending of the file's name")
+    options = parser.parse_args()
     revisions = [options.old, options.new]
     record: dict[str, Any] = {
-        "machine": machine_of(options.device),
         "revisions": revisions,
         "products": options.products,
         "widths": {},
     }
-    ending = f"_{options.result}" if options.result else ""
+    path = place("revisions", options.device, options.result)
     for width in map(int, options.widths.split(",")):
         print(f"\nwidth {width}: {revisions[0]}, {revisions[1]}, median of ratios")
         record["widths"][width] = compare(revisions, width, options)
-        save(RESULTS / f"revisions_{options.device.split(':')[0]}{ending}.json", record)
+        save(path, record, device=options.device)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(*sys.argv[2:])
-    else:
-        main()
+    main()

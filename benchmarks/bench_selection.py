@@ -16,14 +16,11 @@ benchmarks/results/selection_NAME.json.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import re
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +35,9 @@ from iql_torchrl import (
 )
 from iql_torchrl.data.builtin import ensure_source
 from iql_torchrl.data.builtin.icu_sepsis import NAME, SepsisTables
-from iql_torchrl.evaluation.statistics import rank_correlations
+from iql_torchrl.evaluation.statistics import rank_correlations, standard_error
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
-from record import RESULTS, save
+from record import place, save
 
 import gymnasium
 import numpy as np
@@ -52,7 +49,6 @@ from iql_sepsis import CONFIG, POINTS, probabilities
 EVALUATION_SEED = 10_000  # every member has the same initial states
 LEFT = 0.01  # weight of the discounted rewards after the last step
 Levels = dict[str, float]
-Truths = dict[str, tuple[Levels, float | None]]
 
 
 def defaults(options: argparse.Namespace) -> None:
@@ -62,20 +58,14 @@ def defaults(options: argparse.Namespace) -> None:
     states are few, so the equations of a table are solved exactly.
     """
     sepsis = options.dataset == NAME
-    config = CONFIG if sepsis else PRESETS[options.preset]
-    options.config = replace(
-        config,
-        updates=options.updates or (2_000 if sepsis else 3_000),
-        batch_size=options.batch_size or (1024 if sepsis else config.batch_size),
-    )
+    config = replace(CONFIG, batch_size=1024) if sepsis else PRESETS[options.preset]
+    options.config = replace(config, updates=options.updates or (2_000 if sepsis else 3_000))
     options.discount = 1.0 if sepsis else config.discount
     options.reward = (POINTS, 0.0) if sepsis else config.reward
     usual = (0.0, 0.5, 1.0, 2.0, 4.0) if sepsis else (0.0, 1.0, 3.0, 10.0)
     options.temperatures = options.temperatures or usual
-    networks = {"updates": 5_000, "batch_size": 512, "hidden": (128, 128), "lr": 1e-3}
-    chosen = {"updates": options.fit_updates, "hidden": options.hidden, "lr": options.lr}
-    options.fit = {} if sepsis else networks
-    options.fit |= {name: value for name, value in chosen.items() if value is not None}
+    networks = {"batch_size": 512, "hidden": (128, 128), "lr": 1e-3}
+    options.fit = {} if sepsis else networks | {"updates": options.fit_updates}
 
 
 def configs_of(options: argparse.Namespace) -> dict[str, IQLConfig]:
@@ -91,11 +81,9 @@ def configs_of(options: argparse.Namespace) -> dict[str, IQLConfig]:
     return policies
 
 
-def train(
-    configs: dict[str, IQLConfig], log: OfflineDataset, options: argparse.Namespace
-) -> dict[str, Agent]:
-    runs = [replace(config, compile=options.captured) for config in configs.values()]
-    population = IQLPopulation(runs, log, batches=options.batches)
+def train(configs: dict[str, IQLConfig], log: OfflineDataset) -> dict[str, Agent]:
+    runs = [replace(config, compile=True) for config in configs.values()]
+    population = IQLPopulation(runs, log)
     for event in population.train(every=max(1, runs[0].updates // 10)):
         print(f"\rupdate {event.updates:,}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
@@ -103,73 +91,63 @@ def train(
 
 
 class Counted(gymnasium.Wrapper):  # type: ignore[type-arg]
-    """Appends to ``results`` each episode's return up to its own limit, and its discounted return."""
+    """Appends each episode's discounted return to ``results``."""
 
-    def __init__(self, env: Any, discount: float, limit: int, results: list[Any]) -> None:
+    def __init__(self, env: Any, discount: float, results: list[float]) -> None:
         super().__init__(env)
-        self.discount, self.limit, self.results = discount, limit, results
+        self.discount, self.results = discount, results
 
     def reset(self, **options: Any) -> Any:
-        self.steps, self.total, self.value = 0, 0.0, 0.0
+        self.weight, self.value = 1.0, 0.0
         return super().reset(**options)
 
     def step(self, action: Any) -> Any:
         result = super().step(action)
-        self.total += float(result[1]) * (self.steps < self.limit)
-        self.value += float(result[1]) * self.discount**self.steps
-        self.steps += 1
+        self.value += self.weight * float(result[1])
+        self.weight *= self.discount
         if result[2] or result[3]:
-            self.results.append((self.total, self.value))
+            self.results.append(self.value)
         return result
 
 
-def played(members: dict[str, Agent], make_env: Callable[[], Any], discount: float,
-           episodes: int) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """Per member: mean discounted return, its standard error, and mean return.
+def played(
+    agent: Agent, make_env: Callable[[], Any], discount: float, episodes: int
+) -> tuple[float, float]:
+    """Mean discounted return of ``agent``, and its standard error.
 
     Episodes continue after their time limit, until the weight of later rewards is below ``LEFT``.
     """
-    truth = {}
-    for name, agent in members.items():
-        results: list[tuple[float, float]] = []
+    results: list[float] = []
 
-        def make(results: list[Any] = results) -> Any:
-            env = make_env()
-            limit = env.spec.max_episode_steps
-            horizon = max(limit, math.ceil(math.log(LEFT) / math.log(discount)))
-            longer = gymnasium.wrappers.TimeLimit(env.unwrapped, horizon)
-            return Counted(longer, discount, limit, results)
+    def make() -> Any:
+        env = make_env()
+        horizon = math.ceil(math.log(LEFT) / math.log(discount))
+        horizon = max(env.spec.max_episode_steps, horizon)
+        longer = gymnasium.wrappers.TimeLimit(env.unwrapped, horizon)
+        return Counted(longer, discount, results)
 
-        evaluate(agent.policy, make, episodes=episodes, seed=EVALUATION_SEED)
-        returns, values = np.array(results).T
-        error = float(values.std(ddof=1) / math.sqrt(episodes)) if episodes > 1 else None
-        truth[name] = {"value": values.mean(), "standard_error": error, "return": returns.mean()}
-    return truth
+    evaluate(agent.policy, make, episodes=episodes, seed=EVALUATION_SEED)
+    return float(np.mean(results)), standard_error(np.array(results))
 
 
 def truths(
     members: dict[str, Agent], log: OfflineDataset, discount: float, episodes: int
-) -> tuple[Truths, dict[str, Any]]:
-    """Per kind of truth, each member's and the log's own (None: by the ranking), and a record."""
+) -> tuple[Levels, float | None, dict[str, Any]]:
+    """Each member's true value, the log's own (None: by the ranking), and what else to record."""
     if log.name == NAME:
         tables = SepsisTables(log.make_env())
         exact = {n: tables.value(probabilities(a, tables.admissible)) for n, a in members.items()}
-        clinicians = tables.value(tables.clinician)
-        more = {"clinicians": clinicians, "optimum": tables.optimal_value(), "exact": exact}
-        return {"survival": (exact, clinicians)}, more
-    results = played(members, log.make_env, discount, episodes)
-    values, returns = (
-        {n: float(row[key]) for n, row in results.items()} for key in ("value", "return")
-    )
-    more = {"played": results, "episodes": episodes}
-    return {"value": (values, None), "return": (returns, float(log.episode_returns.mean()))}, more
+        return exact, tables.value(tables.clinician), {"optimum": tables.optimal_value()}
+    results = {n: played(a, log.make_env, discount, episodes) for n, a in members.items()}
+    errors = {name: error for name, (_, error) in results.items()}
+    more = {"standard_errors": errors, "episodes": episodes}
+    return {name: value for name, (value, _) in results.items()}, None, more
 
 
-def quality(ranking: Ranking, truth: Levels, log: float, *, returns: bool) -> dict[str, Any]:
+def quality(ranking: Ranking, truth: Levels, log: float) -> dict[str, Any]:
     """Errors, rank correlations and regret of both estimators, and of what is recommended.
 
-    ``truth``: true value of each member; ``log``: that of the policy that made the log. Errors are
-    not computed for undiscounted returns (``returns``), which have another scale than values.
+    ``truth``: true value of each member; ``log``: that of the policy that made the log.
     """
     names = [row["member"] for row in ranking.rows]
     true = np.array([truth[name] for name in names])
@@ -179,34 +157,20 @@ def quality(ranking: Ranking, truth: Levels, log: float, *, returns: bool) -> di
         "truth_of_recommended": shipped,
         "best": names[int(true.argmax())],
         "truth_of_best": float(true.max()),
-        "regret": float(true.max() - shipped),
-        "gain_over_the_log": shipped - log,
-        "warnings": len(ranking.warnings),
+        "truth_of_the_log": log,
     }
     for estimator in ("value", "importance_value"):
         estimates = np.array([row[estimator] for row in ranking.rows])
         if np.isfinite(estimates).all():
-            error = {
+            spearman, kendall = rank_correlations(estimates, true)
+            result[estimator] = {
                 "mean_absolute_error": float(np.abs(estimates - true).mean()),
                 "bias": float((estimates - true).mean()),
-            }
-            spearman, kendall = rank_correlations(estimates, true)
-            result[estimator] = ({} if returns else error) | {
                 "spearman": spearman,
                 "kendall": kendall,
                 "regret_of_best": float(true.max() - true[estimates.argmax()]),
             }
     return result
-
-
-def show(rankings: dict[str, Ranking], truths: Truths) -> None:
-    print(f"{'member':18}" + "".join(f"{k:>11}" for k in (*truths, *rankings, "import.")))
-    fits = [{row["member"]: row for row in ranking.rows} for ranking in rankings.values()]
-    first = next(iter(truths.values()))[0]
-    for name in sorted(first, key=first.__getitem__, reverse=True):
-        numbers = [level[name] for level, _ in truths.values()]
-        numbers += [fit[name]["value"] for fit in fits] + [fits[0][name]["importance_value"]]
-        print(f"{name:18}" + "".join(f"{number:11.4g}" for number in numbers))
 
 
 def parse() -> argparse.Namespace:
@@ -219,21 +183,14 @@ def parse() -> argparse.Namespace:
     add("--expectiles", type=float, nargs="+", default=(0.5, 0.8))
     add("--seeds", type=int, default=2)
     add("--updates", type=int, help="of each member")
-    add("--batch-size", type=int, help="of each member")
-    add("--batches", choices=("shared", "own"), default="shared", help="of the members")
-    add("--captured", action=argparse.BooleanOptionalAction, default=True)
-    add("--fit-updates", type=int, help="of fitted Q evaluation")
-    add("--hidden", type=int, nargs="*", help="widths of its critics; none: a table")
-    add("--lr", type=float, help="of its critics")
+    add("--fit-updates", type=int, default=5_000, help="of fitted Q evaluation by networks")
     add("--episodes", type=int, default=50, help="played by each member")
     add("--limit", type=int, help="use so many of the log's episodes")
     add("--output", type=Path, help="benchmarks/results/selection_NAME.json")
     options = parser.parse_args()
-    if options.output is None:
-        name = re.split("[^a-z0-9]", Path(options.dataset).stem if options.env else options.dataset)
-        options.output = (
-            RESULTS / f"selection_{'sepsis' if options.dataset == NAME else name[0]}.json"
-        )
+    name = Path(options.dataset).stem if options.env else options.dataset
+    name = "sepsis" if options.dataset == NAME else re.split("[^a-z0-9]", name)[0]
+    options.output = options.output or place("selection", name)
     return options
 
 
@@ -248,51 +205,27 @@ def main() -> None:
         log = log.split(options.limit / len(log.episode_lengths), seed=1)[0]
     own, fresh = log.split(0.5, seed=0)
     fit, held_out = fresh.split(0.5, seed=0)
-    clock = [("", time.perf_counter())]  # (what ended, when)
-
-    def ended(name: str) -> None:
-        clock.append((name, time.perf_counter()))
-
-    members = train(configs, own, options)
-    ended("training")
-    truths_by_kind, more = truths(members, log, options.discount, options.episodes)
-    ended("truth")
+    members = train(configs, own)
+    truth, level, more = truths(members, log, options.discount, options.episodes)
     results: dict[str, Any] = {}
     rankings: dict[str, Ranking] = {}
     for name, episodes in (("fresh", fit), ("own", own)):
         logs = (members, episodes, held_out)
         fitted = fitted_q_evaluation(*logs, **how, **options.fit)
-        ended(f"fitting on {name} episodes")
         ranking = rankings[name] = rank_members(*logs, **how, fitted_q=fitted)
-        ended(f"ranking with {name} episodes")
-        results[name] = {}
-        for kind, (truth, level) in truths_by_kind.items():
-            log_level = ranking.log_value if level is None else level
-            results[name][kind] = quality(ranking, truth, log_level, returns=kind == "return")
-        print(f"\nFitted on {name} episodes\n\n{ranking}\n", flush=True)
-    seconds = {name: now - before for (_, before), (name, now) in pairwise(clock)}
-    show(rankings, truths_by_kind)
-    for name, result in results.items():
-        print(f"\nfitted on {name} episodes: {json.dumps(result)}")
-    print(
-        f"\nclinicians {more.get('clinicians')}, optimum {more.get('optimum')}; seconds {seconds}"
-    )
+        results[name] = quality(ranking, truth, ranking.log_value if level is None else level)
+        print(f"\nFitted on {name} episodes\n\n{ranking}\n\n{results[name]}\n", flush=True)
+    print(f"true values: {truth}")
+    parts = {"own": own, "fresh": fit, "held_out": held_out}
     record = {
-        "threads": torch.get_num_threads(),
         "config": asdict(next(iter(configs.values()))),
-        "batches": options.batches,
         "fitted_q": options.fit | how,
-        "episodes": {"own": len(own.episode_lengths), "fresh": len(fit.episode_lengths),
-                     "held_out": len(held_out.episode_lengths)},
-        "truth": more,
-        "mean_of_members": {
-            kind: float(np.mean(list(truth.values()))) for kind, (truth, _) in truths_by_kind.items()
-        },
+        "episodes": {name: len(part.episode_lengths) for name, part in parts.items()},
+        "truth": more | {"values": truth},
         "results": results,
         "rankings": {name: ranking.to_dict() for name, ranking in rankings.items()},
-        "seconds": seconds,
-    }  # fmt: skip
-    save(options.output, record, ("numpy", "icu-sepsis") if options.dataset == NAME else ("numpy",))
+    }
+    save(options.output, record, ("numpy", "icu-sepsis"))
 
 
 if __name__ == "__main__":

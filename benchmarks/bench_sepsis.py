@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from iql_torchrl import OfflineDataset, load_dataset
 from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
-from record import RESULTS, save
+from iql_torchrl.report import text_table
+from record import place, save
 
 import gymnasium
 import icu_sepsis  # noqa: F401  (registers the environment)
@@ -59,19 +59,15 @@ def priced(policy: np.ndarray, log: OfflineDataset, admissible: np.ndarray) -> f
 
 
 def choose(log: OfflineDataset, tables: SepsisTables) -> list[dict[str, float]]:
-    """Per temperature: survival estimated from the training half, from the other half, and exactly."""
+    """Per temperature: survival of IQL on one half, estimated from the other half, and exactly."""
     first, second = log.split(0.5, seed=0)
     rows = []
     for temperature in TEMPERATURES:
         config = replace(CONFIG, temperature=temperature)
-        half, full = (
-            tabular_iql(part.transitions, tables.admissible, config).policy for part in (first, log)
-        )
-        row = {"temperature": temperature}
-        row["priced_by_own_half"] = priced(half, first, tables.admissible)
-        row["priced_by_other_half"] = priced(half, second, tables.admissible)
-        row |= {"half_exact": tables.value(half), "whole_exact": tables.value(full)}
-        rows.append(row)
+        policy = tabular_iql(first.transitions, tables.admissible, config).policy
+        estimate = priced(policy, second, tables.admissible)
+        exact = tables.value(policy)
+        rows.append({"temperature": temperature, "other_half": estimate, "exact": exact})
     return rows
 
 
@@ -92,33 +88,27 @@ def main() -> None:
         "tabular": tables.value(counts.policy),
         "optimum": tables.optimal_value(),
     }
-    print(f"{'temperature':>11} {'own half':>9} {'other half':>11} {'exact':>7} {'all stays':>10}")
     temperatures = choose(log, tables)
-    for row in temperatures:
-        print("{:11.1f} {:9.4f} {:11.4f} {:7.4f} {:10.4f}".format(*row.values()))
-    print("".join(f"\n{name:12} {level:.4f}" for name, level in exact.items()), flush=True)
+    rows = [[f"{value:.4g}" for value in row.values()] for row in temperatures]
+    print(text_table([list(temperatures[0]), *rows]))
+    print(text_table([["", "survival"], *([name, f"{exact[name]:.4f}"] for name in exact)]))
     runs = []
     for seed in range(options.seeds):
-        began = time.perf_counter()
         history = train(replace(CONFIG, seed=seed, updates=options.updates), log, tables)
         curve = [[row["update"], row["survival"]] for row in history]
-        seconds = time.perf_counter() - began
-        runs.append({"seed": seed, "survival": curve[-1][1], "seconds": seconds, "curve": curve})
-        print(f"seed {seed}       {curve[-1][1]:.4f}  ({seconds:.0f} s)", flush=True)
+        runs.append({"seed": seed, "survival": curve[-1][1], "curve": curve})
+        print(f"seed {seed}: {curve[-1][1]:.4f}", flush=True)
     final = np.array([run["survival"] for run in runs])
-    print(f"network      {final.mean():.4f}, lowest {final.min():.4f}; less tabular: "
-          f"{final.mean() - exact['tabular']:+.4f}, {final.min() - exact['tabular']:+.4f}")  # fmt: skip
+    print(f"network: {final.mean():.4f}, lowest {final.min():.4f}")
     result = {
         "config": asdict(replace(CONFIG, updates=options.updates)),
         "reward_map": [POINTS, 0.0],
-        "stays": len(log.episode_returns),
-        "steps": len(log),
         "exact": exact,
         "advantage_deviation": float(advantages.std()),  # over the log, in points of survival
         "temperatures": temperatures,
         "runs": runs,
     }
-    save(RESULTS / "sepsis.json", result, packages=("icu-sepsis",))
+    save(place("sepsis"), result, packages=("icu-sepsis",))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
 import tempfile
 import threading
 import time
@@ -28,79 +27,58 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench_data import EPISODE, write_d4rl
-from record import RESULTS, in_process, print_step, save
+from bench_data import EPISODE, memory, row_bytes, write_d4rl
+from record import apart, place, save
 
 OBSERVATION, ACTION, BATCH = 111, 8, 256
-#: Two observations, action, reward, three flags, the episode's number.
-ROW = 4 * (2 * OBSERVATION + ACTION + 1) + 3 + 8
-
-
-def resident(name: str) -> int:
-    """Bytes of ``VmHWM`` or ``RssAnon`` of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith(name + ":")]
-    return int(line.split()[1]) * 1024
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[dict[str, int]]:
     """The largest memory, in the dict after the block."""
-    found, ended = {"anonymous": resident("RssAnon")}, threading.Event()
+    largest, ended = {"anonymous": memory("RssAnon")}, threading.Event()
 
     def watch() -> None:
         while not ended.wait(0.01):
-            found["anonymous"] = max(found["anonymous"], resident("RssAnon"))
+            largest["anonymous"] = max(largest["anonymous"], memory("RssAnon"))
 
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        yield found
+        yield largest
     finally:
         ended.set()
         thread.join()
-        found["peak"] = resident("VmHWM")
-
-
-def write_log(options: argparse.Namespace) -> dict[str, Any]:
-    """A file in D4RL's layout whose shards will have ``--size-gb``."""
-    rows = int(options.size_gb * 1e9 / ROW) // EPISODE * EPISODE
-    write_d4rl(options.folder / "log.hdf5", rows, OBSERVATION, ACTION, episodes=50, rise=1.0)
-    return {"rows": rows}
+        largest["peak"] = memory("VmHWM")
 
 
 def build(options: argparse.Namespace) -> dict[str, Any]:
     from iql_torchrl.data import DatasetWarning, build_shards
 
     warnings.simplefilter("ignore", DatasetWarning)  # random numbers look like wrong marks
+    source, target = options.folder / "log.hdf5", options.folder / "shards"
     began = time.perf_counter()
-    with watched() as memory:
-        log = build_shards(
-            options.folder / "log.hdf5", options.folder / "shards", options.shards, progress=False
-        )
-    (options.folder / "log.hdf5").unlink()
+    with watched() as largest:
+        log = build_shards(source, target, options.shards, progress=False)
+    source.unlink()
     seconds = time.perf_counter() - began
-    size = sum(p.stat().st_size for p in (options.folder / "shards").rglob("*") if p.is_file())
-    return {"seconds": seconds, "rows": len(log), "bytes": size, **memory}
-
-
-def drop_cache(folder: Path) -> None:
-    """Ask the system to forget the pages of the files, so that reading them reads the disk."""
-    os.sync()
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    size = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
+    return {"seconds": seconds, "rows": len(log), "bytes": size, **largest}
 
 
 def opened(options: argparse.Namespace) -> Any:
+    """The log, and the system is asked to forget its files, so that reading them reads the disk."""
     from iql_torchrl.data import DatasetWarning, load_shards
 
     import torch
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", DatasetWarning)
-    drop_cache(options.folder / "shards")
+    os.sync()
+    for path in (options.folder / "shards").rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return load_shards(options.folder / "shards", reward="return_range")
 
 
@@ -114,26 +92,19 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     """Training from the first import to the last checkpoint."""
     from iql_torchrl import OfflineTrainer
 
-    with watched() as memory:
+    with watched() as largest:
         log = opened(options)
         agent = agent_for(log, options)
-        began = time.perf_counter()
-        replay = log.replay_buffer(
-            BATCH, seed=0, loaded=options.loaded, replace_every=options.replace_every
-        )
-        filled = time.perf_counter() - began
+        how = {"loaded": options.loaded, "replace_every": options.replace_every}
         trainer = OfflineTrainer(
-            agent=agent, dataset=log, replay_buffer=replay, folder=options.folder / "run",
-            progress_bar=False,
+            agent=agent, dataset=log, replay_buffer=log.replay_buffer(BATCH, seed=0, **how),
+            folder=options.folder / "run", progress_bar=False,
         )  # fmt: skip
         began = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - began
     replaced = (trainer.updates - 1) // options.replace_every
-    return {
-        "updates": trainer.updates, "seconds": seconds, "first_shards_seconds": filled,
-        "replaced": replaced, "shard_bytes": max(s.rows for s in log.shards) * ROW, **memory,
-    }  # fmt: skip
+    return {"updates": trainer.updates, "seconds": seconds, "replaced": replaced, **largest}
 
 
 def interleaved(
@@ -152,74 +123,52 @@ def interleaved(
     return times
 
 
-def buffers(log: Any, options: argparse.Namespace, every: int) -> dict[str, Any]:
-    """The replay over shards, and buffers in memory of as many rows as it has loaded."""
+def compared(options: argparse.Namespace, updates: bool) -> dict[str, Any]:
+    """Batches a second, alone or with an update each, from the shards and from buffers in memory of as
+    many rows as the shards have loaded. A block contains one replacement and the reading for the next.
+    """
     from iql_torchrl.data import DeviceSampler, replay_buffer
 
     import torch
 
-    parts = []
+    log, parts = opened(options), []
     for number in range(options.loaded):
         with log.shard(number) as rows:
             parts.append(rows.clone())
     table = torch.cat(parts)
-    sampler = DeviceSampler(table, BATCH, seed=0)
-    shards = log.replay_buffer(BATCH, seed=0, loaded=options.loaded, replace_every=every)
-    return {"shards": shards, "sampler": sampler, "buffer": replay_buffer(table, BATCH, seed=0)}
-
-
-def sample(options: argparse.Namespace) -> dict[str, Any]:
-    """Batches alone. Each block of the shards contains one replacement and the reading for the next."""
-    sampled = buffers(opened(options), options, options.sample_block)
-    calls = {name: buffer.sample for name, buffer in sampled.items()}
-    return {"seconds": interleaved(calls, options.sample_block, options.rounds)}
-
-
-def update(options: argparse.Namespace) -> dict[str, Any]:
-    """Batches and updates of one agent, likewise."""
-    log = opened(options)
-    step = agent_for(log, options).step
-    calls = {
-        name: (lambda each=each: step(each.sample()))
-        for name, each in buffers(log, options, options.replace_every).items()
+    block = options.replace_every if updates else options.sample_block
+    buffers = {
+        "shards": log.replay_buffer(BATCH, seed=0, loaded=options.loaded, replace_every=block),
+        "sampler": DeviceSampler(table, BATCH, seed=0),
+        "buffer": replay_buffer(table, BATCH, seed=0),
     }
-    return {"seconds": interleaved(calls, options.replace_every, options.rounds)}
-
-
-STEPS = {f.__name__: f for f in (write_log, build, train, sample, update)}
-PASSED = ("size_gb", "shards", "loaded", "replace_every", "sample_block", "updates", "rounds")
-
-
-def compared(seconds: dict[str, list[float]], block: int) -> dict[str, Any]:
-    """Median batches a second of each, and of the shards' over the others' within a round."""
-    speeds = {name: [block / taken for taken in values] for name, values in seconds.items()}
-    ratios = {
-        name: median(ours / theirs for ours, theirs in zip(speeds["shards"], values, strict=True))
-        for name, values in speeds.items()
-        if name != "shards"
+    calls: dict[str, Callable[[], object]] = {name: each.sample for name, each in buffers.items()}
+    if updates:
+        step = agent_for(log, options).step
+        calls = {n: (lambda each=each: step(each.sample())) for n, each in buffers.items()}
+    seconds = interleaved(calls, block, options.rounds)
+    return {
+        "seconds": seconds,
+        "per_second": {n: median(block / t for t in taken) for n, taken in seconds.items()},
+        "ratio_of_shards_to": {
+            name: median(t / ours for t, ours in zip(taken, seconds["shards"], strict=True))
+            for name, taken in seconds.items()
+            if name != "shards"
+        },
     }
-    medians = {name: median(values) for name, values in speeds.items()}
-    return {"per_second": medians, "ratio_of_shards_to": ratios}
 
 
-def report(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    built, trained = result["build"], result["train"]
-    rows = [
-        (f"build {built['bytes'] / 1e9:.1f} GB of shards",
-         f"{built['seconds']:.0f} s, VmHWM {built['peak'] / 1e9:.2f} GB, RssAnon "
-         f"{built['anonymous'] / 1e9:.2f} GB", "< 2 GB"),
-        (f"{trained['updates']} updates, {trained['replaced']} shards replaced",
-         f"VmHWM {trained['peak'] / 1e9:.2f} GB, RssAnon {trained['anonymous'] / 1e9:.2f} GB, "
-         f"{trained['seconds']:.0f} s", "< 2 GB"),
-    ]  # fmt: skip
+def report(result: dict[str, Any]) -> None:
+    for name in ("build", "train"):
+        entry = result[name]
+        peak, anonymous = (entry[key] / 1e9 for key in ("peak", "anonymous"))
+        numbers = f"VmHWM {peak:.2f} GB (at most 2), RssAnon {anonymous:.2f} GB"
+        print(f"{name}: {entry['seconds']:.0f} s, {numbers}")
     for name in ("sample", "update"):
         speeds, ratios = result[name]["per_second"], result[name]["ratio_of_shards_to"]
         text = ", ".join(f"{each} {speed:,.0f}/s" for each, speed in speeds.items())
-        rows.append((f"{name}, batches of {BATCH}", text, ""))
-        rows.append(
-            ("  of the shards to", ", ".join(f"{k} {v:.2f}" for k, v in ratios.items()), "")
-        )
-    return rows
+        shares = ", ".join(f"{each} {ratio:.2f}" for each, ratio in ratios.items())
+        print(f"{name}, batches of {BATCH}: {text}; of the shards to {shares}")
 
 
 def main() -> None:
@@ -234,25 +183,18 @@ def main() -> None:
     add("--rounds", type=int, default=7)
     add("--name", default="shards", help="of the file in benchmarks/results")
     add("--folder", type=Path, help="where the data is made; by default the system's")
-    add("--step", choices=list(STEPS), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if print_step(STEPS, options):
-        return
-    place = str(options.folder)
+    settings = {name: value for name, value in vars(options).items() if name != "folder"}
+    rows = int(options.size_gb * 1e9 / row_bytes(OBSERVATION, ACTION)) // EPISODE * EPISODE
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         options.folder = Path(folder)
-        result: dict[str, Any] = {}
-        for name in STEPS:
-            result[name] = in_process(__file__, name, options, PASSED)
-            print(name, {k: v for k, v in result[name].items() if k != "seconds"}, flush=True)
-    for name, block in (("sample", options.sample_block), ("update", options.replace_every)):
-        result[name] |= compared(result[name]["seconds"], block)
-    for quantity, value, limit in report(result):
-        print(f"{quantity:42} {value:64} {limit}")
-    words = [word for word in sys.argv if word not in ("--folder", place)]
-    settings = {name: getattr(options, name) for name in PASSED}
-    content = {"command": " ".join(["python", *words]), **settings, **result}
-    save(RESULTS / f"{options.name}.json", content)
+        log = (options.folder / "log.hdf5", rows, OBSERVATION, ACTION)
+        apart(write_d4rl, *log, episodes=50, rise=1.0)
+        result = {"build": apart(build, options), "train": apart(train, options)}
+        for name, updates in (("sample", False), ("update", True)):
+            result[name] = apart(compared, options, updates)
+    report(result)
+    save(place(options.name), settings | result)
 
 
 if __name__ == "__main__":

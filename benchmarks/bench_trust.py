@@ -19,7 +19,7 @@ from typing import Any
 
 from iql_torchrl import fitted_q_evaluation, rank_members
 from iql_torchrl.evaluation.statistics import wilson_interval
-from record import RESULTS, save
+from record import place, save
 from trust_families import FAMILIES, Problem
 
 import numpy as np
@@ -75,21 +75,16 @@ def summary(trials: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def parse() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--networks", action="store_true", help="fit networks instead of tables")
     parser.add_argument("--updates", type=int, default=2000, help="of the networks")
     parser.add_argument("--output", type=Path)
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = parse()
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    name = "trust_networks.json" if options.networks else "trust.json"
-    output = options.output or RESULTS / name
+    output = options.output or place("trust", "networks" if options.networks else "")
     titles = ("harmful", "right", "none", "covered", "regret", "possible_gain")
     results, began = {}, time.perf_counter()
     print(f"{'family':24}" + "".join(f"{title:>14}" for title in titles))

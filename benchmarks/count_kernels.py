@@ -25,19 +25,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import bench_categories
+from bench_inputs import CATEGORY_SIZES, RATES, categories, category_parts
 from iql_torchrl import DiscreteIQLLoss, IQLLoss, IQLPopulation, IQLStep, captured
 from iql_torchrl.config import arithmetic
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.update.compiled import program_options
-from population_rivals import config_of, dataset_of
-from step_rivals import Sizes, make_step, parts, transitions
+from step_rivals import Sizes, config_of, dataset_of, make_step, parts, step_of, transitions
 
 import torch
 from torch._guards import detect_fake_mode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.optim.lr_scheduler import CosineAnnealingLR
-from torchrl.objectives import SoftUpdate
 
 H100 = types.SimpleNamespace(
     name="NVIDIA H100",
@@ -227,19 +224,16 @@ def paper(order: str) -> Work:
 def everything() -> Work:
     """The same with all diagnostics, clipped gradients and a schedule of the learning rate."""
     loss = IQLLoss(*parts(SIZES, "cpu"), diagnostics=True)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=3e-4, fused=True)
-    schedule = CosineAnnealingLR(optimizer, 1000)
-    updater = SoftUpdate(loss, tau=0.005)
-    return IQLStep(loss, optimizer, updater, max_grad_norm=1.0, lr_scheduler=schedule), sampler()
+    return step_of(loss, max_grad_norm=1.0, schedule=1000), sampler()
 
 
 def discrete() -> Work:
     """Categories of ICU-Sepsis' sizes."""
-    loss = DiscreteIQLLoss(*bench_categories.parts(one_hot=False), action_space="categorical")
-    optimizer = torch.optim.Adam(loss.parameters(), lr=1e-2, capturable=True)
-    rows = bench_categories.transitions(one_hot=False, device="cpu")[:1000]
-    sampler = DeviceSampler(rows, bench_categories.BATCH, seed=0)
-    return IQLStep(loss, optimizer, SoftUpdate(loss, tau=0.05)), sampler
+    loss = DiscreteIQLLoss(*category_parts(one_hot=False), action_space="categorical")
+    rows = categories(one_hot=False, device="cpu", rows=1000)
+    return step_of(loss, capturable=True, **RATES), DeviceSampler(
+        rows, CATEGORY_SIZES.batch, seed=0
+    )
 
 
 def population(members: int) -> Work:

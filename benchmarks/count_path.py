@@ -17,12 +17,14 @@ import tempfile
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from record import machine, write
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "iql_torchrl"
@@ -56,8 +58,6 @@ class Calls:
 
 def columns() -> dict[str, Any]:
     """A log of ``ROWS`` steps whose episodes end by a time limit, and some by a terminal state."""
-    import numpy as np
-
     generator = np.random.default_rng(0)
     last = np.arange(ROWS) % EPISODE == EPISODE - 1
     terminated = last & (np.arange(ROWS) % (3 * EPISODE) == EPISODE - 1)
@@ -75,8 +75,6 @@ def columns() -> dict[str, Any]:
 
 
 def npz_file(folder: Path) -> Path:
-    import numpy as np
-
     folder.mkdir()
     np.savez(folder / "log.npz", **columns())
     return folder / "log.npz"
@@ -84,9 +82,6 @@ def npz_file(folder: Path) -> Path:
 
 def parquet_folder(folder: Path) -> Path:
     """Two files, one row a step."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     folder.mkdir()
     lists = {name: values.tolist() for name, values in columns().items()}
     for number, part in enumerate((slice(0, ROWS // 2), slice(ROWS // 2, ROWS))):
@@ -169,37 +164,20 @@ def count(checkout: Path, only: str = "") -> dict[str, dict[str, int]]:
     return results
 
 
-def lines_of(path: Path) -> int:
-    return path.read_bytes().count(b"\n")
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--package", type=Path, default=ROOT, metavar="DIR", help="a checkout")
     parser.add_argument("--case", default="", help="only this one")
     parser.add_argument("--show", action="store_true", help="list the files of each case")
-    parser.add_argument("--output", type=Path, default=None, metavar="FILE.json")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     checkout = options.package.resolve()
-    record: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": machine(checkout),
-        "cases": {},
-    }
     print("| call | files | lines |\n|---|---:|---:|")
     for name, files in count(checkout, options.case).items():
-        lines = {file: lines_of(checkout / PACKAGE / file) for file in files}
-        record["cases"][name] = {"files": len(files), "lines": sum(lines.values()), "of": lines}
+        lines = {f: (checkout / PACKAGE / f).read_bytes().count(b"\n") for f in files}
         print(f"| {name} | {len(files)} | {sum(lines.values()):,} |")
         if options.show:
-            print(
-                "".join(
-                    f"    {file}: {lines[file]} lines, {n} calls\n" for file, n in files.items()
-                )
-            )
-    if options.output is not None:
-        write(options.output, record)
-    return record
+            for file, calls in files.items():
+                print(f"    {file}: {lines[file]} lines, {calls} calls")
 
 
 if __name__ == "__main__":

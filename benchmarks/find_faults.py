@@ -57,18 +57,10 @@ class FaultError(ValueError):
 
 @dataclass(frozen=True)
 class Fault:
-    """One small fault.
+    """A block of ``faults.txt``: in ``file``, ``new`` takes the place of ``old``.
 
-    Attributes:
-        name: unique.
-        room: folder or top-level file of the package, without its ending.
-        kind: sign, bound, stale state, omitted detach, ...
-        description: what the package does wrongly, in one sentence that names no file, so that the same
-            fault can be made after the code was rewritten.
-        file: below the folder of the package.
-        old: text that occurs once in the file; it may begin and end inside a line.
-        new: what takes its place; empty where the text is deleted.
-        tests: files and names of tests that are run first, below the folder of tests.
+    ``tests``, below the folder of tests, are run first. ``description`` names no file, so that the same
+    fault can be made after the code was rewritten.
     """
 
     name: str
@@ -134,9 +126,8 @@ class Copy:
         self.root = folder / "checkout"
         self.package = package
         shutil.copytree(checkout, self.root, ignore=LEFT_OUT)
-        beside = (
-            checkout.resolve().parent / "shared"
-        )  # files that some tests read: tests/conftest.py
+        # files that some tests read: tests/conftest.py
+        beside = checkout.resolve().parent / "shared"
         if beside.is_dir():
             (folder / "shared").symlink_to(beside)
         self._environment = os.environ | {
@@ -147,21 +138,11 @@ class Copy:
         }
         self._environment.pop("PYTEST_ADDOPTS", None)
         self._process: subprocess.Popen[str] | None = None
-        self._check_import()
-
-    def _check_import(self) -> None:
-        code = f"import {self.package}; print({self.package}.__file__)"
-        command = [sys.executable, "-c", code]
-        place = subprocess.run(
-            command,
-            cwd=self.root,
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        code = f"import {package}; print({package}.__file__)"
+        how = {"cwd": self.root, "env": self._environment, "text": True}
+        place = subprocess.check_output([sys.executable, "-c", code], **how).strip()
         if not Path(place).resolve().is_relative_to(self.root.resolve()):
-            raise FaultError(f"{self.package} is imported from {place}, not from the copy.")
+            raise FaultError(f"{package} is imported from {place}, not from the copy.")
 
     @contextmanager
     def with_faults(self, *faults: Fault) -> Iterator[list[Fault]]:
@@ -234,7 +215,7 @@ class Search:
         self.began = time.monotonic()
         self.record: dict[str, Any] = {
             "command": " ".join(["python", *sys.argv]),
-            "machine": machine(options.package),
+            "machine": machine(checkout=options.package),
             "checkout": digest_of(options.package, options.package_name),
             "fail_without_fault": [],
         }
@@ -269,16 +250,14 @@ class Search:
             try:
                 self._try_first([f for f in self.faults if f.name not in self.results])
                 if not options.first_tests_alone:
-                    self._try_all([f for f in self.faults if self._is_left(f)])
+                    left = [n for n, each in self.results.items() if each["tests_run"] == "first"]
+                    left = [name for name in left if not self.results[name]["found"]]
+                    self._try_all([f for f in self.faults if f.name in left])
             except BaseException:
                 for copy in copies:
                     copy.stop()
                 raise
         return self.results
-
-    def _is_left(self, fault: Fault) -> bool:
-        result = self.results[fault.name]
-        return not result["found"] and result["tests_run"] == "first"
 
     def _try_first(self, faults: Sequence[Fault]) -> None:
         if faults:

@@ -1,4 +1,4 @@
-"""A log of mixed quality for bench_hopper.py: everything that SAC collects while it learns Hopper.
+"""A log of mixed quality: everything that SAC collects while it learns Hopper.
 
     python benchmarks/make_hopper.py hopper_replay.npz
 
@@ -116,7 +116,6 @@ def collect(o: argparse.Namespace) -> dict[str, NDArray[Any]]:
         name: [] for name in ("obs", "next_obs", "action", "reward", "terminated", "truncated")
     }
     observation, _ = env.reset(seed=o.seed)
-    total, last = 0.0, float("nan")
     bar = tqdm(range(1, o.steps + 1), desc="SAC on Hopper", unit="step", disable=None)
     for step in bar:
         action = env.action_space.sample() if step <= o.random_steps else learner.act(observation)
@@ -125,14 +124,12 @@ def collect(o: argparse.Namespace) -> dict[str, NDArray[Any]]:
         for name, value in zip(columns, row, strict=True):
             columns[name].append(value)
         replay.add(transition(observation, action, after, float(reward), bool(terminated)))
-        total, observation = total + float(reward), after
+        observation = after
         if terminated or truncated:
             observation, _ = env.reset()
-            total, last = 0.0, total
         if step > o.random_steps:
             learner.update(replay.sample())
         if step % EVERY == 0 or step == o.steps:
-            bar.set_postfix_str(f"last return {last:.0f}")
             table = write(o.path, columns)
             print(f"{step:,} steps; {of_the_episodes(table)}", flush=True)
     env.close()

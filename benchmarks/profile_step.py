@@ -14,19 +14,18 @@ another.
 from __future__ import annotations
 
 import argparse
-import statistics
 import warnings
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bench_step import machine_of, timed
-from record import save
+from iql_torchrl.report import text_table
+from measuring import median_seconds, timed
+from record import machine, place, save
 from step_floors import floor
-from step_rivals import FORMS, ORDERS, Sizes, Update, ours, transitions
+from step_rivals import FORMS, ORDERS, Sizes, ours, transitions
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -46,13 +45,13 @@ HOST = (
     "select", "slice", "split", "chunk", "unbind", "alias", "permute", "resize", "set_", "unsafe",
     "narrow", "flatten", "_local_scalar", "item", "result_type", "lift_fresh", "is_nonzero",
 )  # fmt: skip
-SYNCHRONISATIONS = (
-    "cudaStreamSynchronize",
-    "cudaDeviceSynchronize",
-    "cudaEventSynchronize",
-    "DtoH",
-)
-LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaLaunchKernelExC")
+#: what the host does on CUDA: words in the names of its calls
+HOST_CALLS = {
+    "launches": ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch"),
+    "synchronisations": ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize",
+                         "DtoH"),
+}  # fmt: skip
+AXES = ("width", "batch", "critics", "rows")
 
 
 def kind_of(name: str, on_cuda: bool) -> str | None:
@@ -71,20 +70,6 @@ def kind_of(name: str, on_cuda: bool) -> str | None:
     return None if operator.startswith(tuple(w.strip(":") for w in HOST)) else "other kernels"
 
 
-def wall(update: Update, calls: int, sizes: Sizes, device: str) -> float:
-    """Median milliseconds a call over seven blocks."""
-    timed(update, calls, sizes, device)
-    return statistics.median(1e3 * timed(update, calls, sizes, device) / calls for _ in range(7))
-
-
-def record(update: Update, calls: int, sizes: Sizes, device: str) -> Any:
-    activities = [ProfilerActivity.CPU]
-    activities += [ProfilerActivity.CUDA] if device.startswith("cuda") else []
-    with profile(activities=activities, acc_events=True) as profiler:
-        timed(update, calls, sizes, device)
-    return profiler.key_averages()
-
-
 def show(
     events: Any, updates: int, wall_ms: float, floor_ms: float, on_cuda: bool
 ) -> dict[str, Any]:
@@ -101,17 +86,15 @@ def show(
         kernels[kind] += ms
         counts[kind] += count
         calls[event.key] = (ms, count, kind)
-    print(f"\n{'':22}{'ms':>9}{'of wall':>9}{'kernels':>9}")
-    print(f"{'wall, no profiler':22}{wall_ms:9.3f}{1:9.2f}{sum(counts.values()):9.1f}")
-    print(f"{'floor, no profiler':22}{floor_ms:9.3f}{floor_ms / wall_ms:9.2f}")
-    for kind in sorted(kernels, key=lambda kind: -kernels[kind]):
-        ms = kernels[kind]
-        print(f"{kind:22}{ms:9.3f}{ms / wall_ms:9.2f}{counts[kind]:9.1f}")
-    host = wall_ms - sum(kernels.values())
-    print(f"{'host':22}{host:9.3f}{host / wall_ms:9.2f}   wall minus kernels")
-    print(f"\n{'ms':>9}{'times':>8}  kernel")
-    for name in sorted(calls, key=lambda name: -calls[name][0])[:15]:
-        ms, count, kind = calls[name]
+    parts = {"wall, no profiler": wall_ms, "floor, no profiler": floor_ms}
+    parts |= dict(sorted(kernels.items(), key=lambda entry: -entry[1]))
+    parts["host: wall minus kernels"] = wall_ms - sum(kernels.values())
+    table = [["", "ms", "of wall", "kernels"]]
+    for kind, ms in parts.items():
+        times = f"{counts[kind]:.1f}" if kind in counts else ""
+        table.append([kind, f"{ms:.3f}", f"{ms / wall_ms:.2f}", times])
+    print(f"\n{text_table(table)}\n\n{'ms':>9}{'times':>8}  kernel")
+    for name, (ms, count, kind) in sorted(calls.items(), key=lambda entry: -entry[1][0])[:15]:
         print(f"{ms:9.4f}{count:8.1f}  {name[:96]} ({kind})")
     return {
         "wall_ms": wall_ms,
@@ -125,7 +108,7 @@ def show(
 def show_host_calls(events: Any, updates: int) -> dict[str, float]:
     """CUDA: launches and waits per update; the profiler's own wait at its end is among them."""
     sums = {}
-    for title, words in (("launches", LAUNCHES), ("synchronisations", SYNCHRONISATIONS)):
+    for title, words in HOST_CALLS.items():
         results = {e.key: e.count / updates for e in events if any(w in e.key for w in words)}
         listed = ", ".join(f"{name} {count:.2f}" for name, count in results.items())
         sums[title] = sum(results.values())
@@ -133,7 +116,7 @@ def show_host_calls(events: Any, updates: int) -> dict[str, float]:
     return sums
 
 
-def parse() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--form", default="compiled", choices=FORMS)
@@ -141,49 +124,40 @@ def parse() -> argparse.Namespace:
     add("--device", default="cpu")
     add("--updates", type=int, default=100, help="updates profiled, and in each timed block")
     add("--captured-updates", type=int, default=8, help="updates a call of the captured form")
-    add("--threads", type=int, help="threads of torch")
-    add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the products")
-    add("--matmul-precision", default="highest", choices=("highest", "high", "medium"))
     add("--output", type=Path, help="folder of a result file; none is written otherwise")
     add("--result", default="", metavar="NAME", help="ending of the result file's name")
-    for name in ("width", "batch", "critics", "rows"):
+    for name in AXES:
         add(f"--{name}", type=int, default=getattr(Sizes(), name))
-    return parser.parse_args()
-
-
-def main() -> None:
-    options = parse()
+    options = parser.parse_args()
     device, on_cuda = options.device, options.device.startswith("cuda")
-    names = ("width", "batch", "critics", "rows", "dtype", "matmul_precision")
-    sizes = Sizes(**{name: getattr(options, name) for name in names})
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    torch.set_float32_matmul_precision(options.matmul_precision)
+    sizes = Sizes(**{name: getattr(options, name) for name in AXES})
     warnings.filterwarnings("ignore", category=FutureWarning)  # tensordict under torch.compile
     from torch._inductor import config
 
     # the profiler sees generated C++ only if it is compiled so
     config.cpp.enable_kernel_profile = not on_cuda
-    with sizes.autocast(device):
-        rows = transitions(sizes, device)
-        update, a_call = ours(
-            rows, sizes, device, options.order, options.form, options.captured_updates
-        )
+    rows = transitions(sizes, device)
+    update, a_call = ours(
+        rows, sizes, device, options.order, options.form, options.captured_updates
+    )
     timed(update, 5, sizes, device)
     calls = max(1, options.updates // a_call)
-    events = record(update, calls, sizes, device)
-    wall_ms = wall(update, calls, sizes, device) / a_call
-    floor_ms = wall(floor(transitions(sizes), sizes, device)[0], options.updates, sizes, device)
-    machine = machine_of(device)
-    print(f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}; {sizes}")
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda]
+    with profile(activities=activities, acc_events=True) as profiler:
+        timed(update, calls, sizes, device)
+    events = profiler.key_averages()
+    wall_ms = 1e3 * median_seconds(update, calls, sizes, device) / a_call
+    products, _ = floor(rows, sizes, device)
+    floor_ms = 1e3 * median_seconds(products, options.updates, sizes, device)
+    print("{name}, {threads} threads, torch {torch}; ".format_map(machine(device)) + f"{sizes}")
     print(f"{options.order} {options.form}, {calls * a_call} updates under the profiler")
     results = show(events, calls * a_call, wall_ms, floor_ms, on_cuda)
     if on_cuda:
         results |= show_host_calls(events, calls * a_call)
     if options.output is not None:
-        words = ["profile", device.split(":")[0], options.order, options.form, options.result]
-        path = options.output / ("_".join(filter(None, words)) + ".json")
-        save(path, {"machine": machine, "sizes": asdict(sizes)} | results)
+        words = ("profile", device, options.order, options.form, options.result)
+        path = place(*words, folder=options.output)
+        save(path, {"sizes": asdict(sizes)} | results, device=device)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What all benchmarks share: files of results with machine and versions, and steps in own processes."""
+"""What all benchmarks share: files of results with command, machine and versions; own processes."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -10,8 +9,12 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -27,8 +30,20 @@ def processor() -> str:
     return f"{entries.get('model name', platform.machine())}, family {family}, model {model}"
 
 
-def machine(checkout: Path | None = None, packages: Sequence[str] = ()) -> dict[str, object]:
-    """Processor, versions and the commit of ``checkout``, by default that of the current folder."""
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def machine(
+    device: str = "", *, checkout: Path | None = None, packages: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Processor, versions, and the commit of ``checkout``, by default that of the current folder.
+
+    With ``device`` also its name and threads, and of a GPU memory and capability.
+    """
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         capture_output=True,
@@ -36,17 +51,30 @@ def machine(checkout: Path | None = None, packages: Sequence[str] = ()) -> dict[
         check=False,
         cwd=checkout,
     )
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("torch", "torchrl", "tensordict", *packages)
-    }
     return {
         "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **versions,
+        **{name: version(name) for name in ("torch", "torchrl", "tensordict", *packages)},
         "commit": commit.stdout.strip(),
+        **(_hardware(device) if device else {}),
     }
+
+
+def _hardware(device: str) -> dict[str, Any]:
+    import torch
+
+    entries = {"device": device, "name": processor(), "threads": torch.get_num_threads()}
+    if device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(device)
+        entries |= {
+            "name": properties.name,
+            "memory_gib": properties.total_memory / 2**30,
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "devices": torch.cuda.device_count(),
+        }
+    return entries
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
@@ -58,40 +86,39 @@ def write(path: Path, record: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def save(path: Path, content: Mapping[str, Any], packages: Sequence[str] = ()) -> None:
+def save(
+    path: Path, content: Mapping[str, Any], packages: Sequence[str] = (), *, device: str = ""
+) -> None:
     """Write ``content`` with the command, the machine and the versions, unless it has its own."""
     command = " ".join(["python", *sys.argv])
-    write(path, {"command": command, "machine": machine(packages=packages), **content})
+    write(path, {"command": command, "machine": machine(device, packages=packages), **content})
 
 
-def in_process(
-    script: str,
-    step: str,
-    options: argparse.Namespace,
-    passed: Sequence[str],
+def place(*words: str, folder: Path = RESULTS) -> Path:
+    """The result file of ``words``, such as ``step_cpu_NAME.json``; an empty word is left out."""
+    return folder / ("_".join(word.split(":")[0] for word in words if word) + ".json")
+
+
+def in_processes(
+    function: Callable[..., Any],
+    jobs: Sequence[tuple[Any, ...]],
+    workers: int,
+    environment: Mapping[str, str] = {"OMP_NUM_THREADS": "1"},
+) -> list[Any]:
+    """``function(*job)`` of all jobs in new processes, ``workers`` at a time."""
+    with (
+        mock.patch.dict(os.environ, environment),
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+    ):
+        results = [pool.submit(function, *job) for job in jobs]
+        return [result.result() for result in results]
+
+
+def apart(
+    function: Callable[..., Any],
+    *arguments: Any,
     environment: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """What the function ``step`` of ``script`` returns in a process of its own.
-
-    ``script --step STEP`` prints it as the last line, as :func:`print_step` does. ``passed``: names of
-    the options that it gets too.
-    """
-    command = [sys.executable, script, "--step", step]
-    for name in ("folder", *passed):
-        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    out = subprocess.run(
-        command,
-        env={**os.environ, **(environment or {})},
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    result: dict[str, Any] = json.loads(out.stdout.splitlines()[-1])
-    return result
-
-
-def print_step(steps: Mapping[str, Callable[..., Any]], options: argparse.Namespace) -> bool:
-    """Whether ``--step`` was given; its function is then called, and the result printed."""
-    if options.step:
-        print(json.dumps(steps[options.step](options)))
-    return bool(options.step)
+    **options: Any,
+) -> Any:
+    """``function(*arguments, **options)`` in a new process, whose memory and imports are its own."""
+    return in_processes(partial(function, **options), [arguments], 1, environment or {})[0]

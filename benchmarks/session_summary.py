@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from record import write
+from record import machine, write
 
 TIMED_OUT = (124, 137)
 
@@ -25,38 +25,25 @@ TIMED_OUT = (124, 137)
 def hardware(device: str) -> dict[str, Any]:
     """Machine and versions; what could not be asked is under ``failed``."""
     try:
-        from bench_step import machine_of
-
-        import torch
-
-        result = machine_of(device)
-        if device.startswith("cuda"):
-            properties = torch.cuda.get_device_properties(device)
-            result |= {
-                "memory_gib": properties.total_memory / 2**30,
-                "capability": f"{properties.major}.{properties.minor}",
-                "cuda": torch.version.cuda,
-                "devices": torch.cuda.device_count(),
-            }
-        return result
+        return machine(device, packages=("jax", "optax"))
     except Exception as error:
         return {"device": device, "name": "unknown", "failed": f"{type(error).__name__}: {error}"}
 
 
-def place(folder: str, card: str) -> Path:
+def summary(folder: str, card: str) -> Path:
     return Path(folder) / f"session_{card}.json"
 
 
 def begin(folder: str, device: str) -> None:
-    machine = hardware(device)
-    card = re.sub(r"[^a-z0-9]+", "_", str(machine["name"]).lower()).strip("_")
+    used = hardware(device)
+    card = re.sub(r"[^a-z0-9]+", "_", str(used["name"]).lower()).strip("_")
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    write(place(folder, card), {"began": now, "machine": machine, "stages": {}})
+    write(summary(folder, card), {"began": now, "machine": used, "stages": {}})
     print(card)
 
 
 def add(folder: str, card: str, stage: str, status: str, seconds: str, limit: str) -> None:
-    path, code = place(folder, card), int(status)
+    path, code = summary(folder, card), int(status)
     record = json.loads(path.read_text())
     result = "passed" if code == 0 else "ended at its limit" if code in TIMED_OUT else "failed"
     record["stages"][stage] = {
@@ -72,7 +59,7 @@ def add(folder: str, card: str, stage: str, status: str, seconds: str, limit: st
 
 
 def show(folder: str, card: str) -> None:
-    path = place(folder, card)
+    path = summary(folder, card)
     record = json.loads(path.read_text())
     stages = record["stages"].values()
     passed = sum(entry["result"] == "passed" for entry in stages)

@@ -7,14 +7,12 @@ computed time in which every byte is moved once and every kernel is launched.
 
 from __future__ import annotations
 
-import statistics
-import time
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
 from iql_torchrl.networks.evaluation import product
+from measuring import median_seconds
 from step_rivals import Made, Sizes, Update, make_step, transitions
 
 import torch
@@ -81,25 +79,22 @@ def our_products(sizes: Sizes, order: str = "sequential") -> list[tuple[Layout, 
 
 def floor(rows: TensorDict, sizes: Sizes, device: str, graph: bool = False) -> Made:
     """The products of one update and nothing else; ``graph``: replayed as a CUDA graph."""
-    work = [(randoms(sizes, device, a), randoms(sizes, device, b)) for a, b in products(sizes)]
+    how = {"device": device, "dtype": getattr(torch, sizes.dtype)}
+    work = [(torch.randn(a, **how), torch.randn(b, **how)) for a, b in products(sizes)]
     return timed_products(work, graph)
 
 
 def floor_of_ours(rows: TensorDict, sizes: Sizes, device: str, graph: bool = False) -> Made:
     """As :func:`floor`, of the products that our sequential update has, by the same libraries."""
-    work = []
-    for pair in our_products(sizes):
-        operands = [randoms(sizes, device, extent(*layout)).as_strided(*layout) for layout in pair]
-        work.append((operands[0], operands[1]))
+    how = {"device": device, "dtype": getattr(torch, sizes.dtype)}
+    work = [(random_of(*a, **how), random_of(*b, **how)) for a, b in our_products(sizes)]
     return timed_products(work, graph, by_library=not graph)
 
 
-def extent(shape: Shape, strides: Shape) -> Shape:
-    return (1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)),)
-
-
-def randoms(sizes: Sizes, device: str, shape: Shape) -> Tensor:
-    return torch.randn(shape, device=device, dtype=getattr(torch, sizes.dtype))
+def random_of(shape: Shape, strides: Shape, **how: Any) -> Tensor:
+    """Random numbers in this layout, whose entries may share memory."""
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    return torch.randn(last + 1, **how).as_strided(shape, strides)
 
 
 def timed_products(
@@ -127,9 +122,6 @@ def replayed(update: Update, kept: object) -> Update:
     return lambda: (recorded.replay(), kept)[0]
 
 
-# -- bytes and kernels -------------------------------------------------------------------------------
-
-
 def update_bytes(sizes: Sizes) -> dict[str, int]:
     """Bytes that one update moves at least once, in float32; activations are left out.
 
@@ -155,21 +147,7 @@ def least_kernels(sizes: Sizes) -> int:
     return len(our_products(sizes)) + 1 + 2 + 2
 
 
-def median_seconds(update: Update, device: str, calls: int, rounds: int = 7) -> float:
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    update()
-    results = []
-    for _ in range(rounds):
-        wait()
-        began = time.perf_counter()
-        for _ in range(calls):
-            update()
-        wait()
-        results.append((time.perf_counter() - began) / calls)
-    return statistics.median(results)
-
-
-def launch_seconds(device: str, kernels: int = 100) -> float:
+def launch_seconds(sizes: Sizes, device: str, kernels: int = 100) -> float:
     """Time of a kernel that does almost nothing, one of ``kernels`` that wait for one another.
 
     On CUDA within a graph, as in a captured update.
@@ -181,10 +159,10 @@ def launch_seconds(device: str, kernels: int = 100) -> float:
             number.add_(1)
 
     once = replayed(update, number) if device.startswith("cuda") else update
-    return median_seconds(once, device, 20) / kernels
+    return median_seconds(once, 20, sizes, device) / kernels
 
 
-def bandwidth(device: str, count: int, kernels: int = 20) -> float:
+def bandwidth(sizes: Sizes, device: str, count: int, kernels: int = 20) -> float:
     """Bytes per second, read and written, of copies of ``count`` bytes."""
     source = torch.zeros(max(1, count // 8), device=device)  # 4 bytes read, 4 written
     target = torch.empty_like(source)
@@ -195,7 +173,7 @@ def bandwidth(device: str, count: int, kernels: int = 20) -> float:
 
     once = replayed(update, (source, target)) if device.startswith("cuda") else update
     moved = 2 * source.numel() * source.element_size()
-    return moved * kernels / median_seconds(once, device, 2)
+    return moved * kernels / median_seconds(once, 2, sizes, device)
 
 
 def limit_of_bytes(sizes: Sizes, device: str) -> dict[str, Any]:
@@ -207,17 +185,15 @@ def limit_of_bytes(sizes: Sizes, device: str) -> dict[str, Any]:
     parts = update_bytes(sizes)
     count, kernels = sum(parts.values()), least_kernels(sizes)
     large = (256 if device.startswith("cuda") else 32) * 2**20
-    measure = partial(bandwidth, device)
-    speeds = {"of_memory": measure(2 * large), "of_the_updates_bytes": measure(count)}
-    launch = launch_seconds(device)
-    moving = count / max(speeds.values())
+    speeds = {
+        "of_memory": bandwidth(sizes, device, 2 * large),
+        "of_the_updates_bytes": bandwidth(sizes, device, count),
+    }
+    launch = launch_seconds(sizes, device)
     return {
-        "formula": "ms = bytes / bandwidth + kernels * launch",
         "bytes": parts | {"all": count},
         "bandwidth_gb_per_s": {name: speed / 1e9 for name, speed in speeds.items()},
         "kernels": kernels,
         "launch_us": 1e6 * launch,
-        "moving_ms": 1e3 * moving,
-        "launching_ms": 1e3 * kernels * launch,
-        "ms": 1e3 * (moving + kernels * launch),
+        "ms": 1e3 * (count / max(speeds.values()) + kernels * launch),
     }

@@ -1,22 +1,35 @@
-"""The competitors of bench_step.py in torch, and the sizes, data and networks that all of them use.
+"""The competitors of bench_step.py in torch, and the sizes, data and networks that benchmarks share.
 
 A competitor is a function ``(rows, sizes, device) -> (update, updates_per_call)``.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import partial
+from typing import Any
 
-from iql_torchrl import IQLLoss, IQLStep, captured, compiled, networks, policies
+from iql_torchrl import (
+    IQLConfig,
+    IQLLoss,
+    IQLStep,
+    OfflineDataset,
+    captured,
+    compiled,
+    load_dataset,
+    networks,
+    policies,
+)
 from iql_torchrl.data import DeviceSampler, replay_buffer
 
+import numpy as np
 import torch
+from gymnasium import spaces
 from tensordict import TensorDict
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 from torchrl.objectives import IQLLoss as TorchRLLoss
@@ -54,23 +67,63 @@ class Sizes:
 Rival = Callable[[TensorDict, Sizes, str], Made]
 
 
+def random_rows(
+    rows: int,
+    observe: Callable[[Generator], Tensor],
+    act: Callable[[Generator], Tensor],
+    *,
+    ended: float = 0.02,
+) -> TensorDict:
+    """Random transitions, the part ``ended`` terminal; the functions draw ``rows`` entries."""
+    draw = torch.Generator().manual_seed(0)
+    terminated = torch.rand(rows, 1, generator=draw) < ended
+    following = {
+        "observation": observe(draw),
+        "reward": torch.randn(rows, 1, generator=draw),
+        "terminated": terminated,
+        "done": terminated.clone(),
+    }
+    columns = {"observation": observe(draw), "action": act(draw), "next": following}
+    return TensorDict(columns, batch_size=[rows])
+
+
 def transitions(sizes: Sizes, device: str = "cpu") -> TensorDict:
-    """Random rows, one in fifty terminal."""
-    rows, generator = sizes.rows, torch.Generator().manual_seed(0)
-    terminated = torch.rand(rows, 1, generator=generator) < 0.02
-    return TensorDict(
-        {
-            "observation": torch.randn(rows, sizes.observation, generator=generator),
-            "action": torch.rand(rows, sizes.action, generator=generator) * 2 - 1,
-            "next": {
-                "observation": torch.randn(rows, sizes.observation, generator=generator),
-                "reward": torch.randn(rows, 1, generator=generator),
-                "terminated": terminated,
-                "done": terminated.clone(),
-            },
-        },
-        batch_size=[rows],
+    """Random rows of vectors with actions in [-1, 1]."""
+    return random_rows(
+        sizes.rows,
+        lambda draw: torch.randn(sizes.rows, sizes.observation, generator=draw),
+        lambda draw: 2 * torch.rand(sizes.rows, sizes.action, generator=draw) - 1,
     ).to(device)
+
+
+def dataset_of(sizes: Sizes) -> OfflineDataset:
+    """A log of random steps; every episode is cut off after 1000, each observation follows the last."""
+    draw, last = np.random.default_rng(0), np.arange(1, sizes.rows + 1) % 1000 == 0
+    last[-1] = True
+    here = np.arange(sizes.rows) + np.arange(sizes.rows) // 1000  # one more state per episode
+    state = draw.standard_normal((here[-1] + 2, sizes.observation), np.float32)
+    arrays = {
+        "observations": state[here],
+        "next_observations": state[here + 1],
+        "actions": draw.uniform(-1, 1, (sizes.rows, sizes.action)).astype(np.float32),
+        "rewards": draw.standard_normal(sizes.rows, np.float32),
+        "terminals": np.zeros(sizes.rows, np.bool_),
+        "timeouts": last,
+    }
+    box = partial(spaces.Box, dtype=np.float32)
+    return load_dataset(
+        arrays,
+        observation_space=box(-np.inf, np.inf, (sizes.observation,)),
+        action_space=box(-1, 1, (sizes.action,)),
+        progress=False,
+    )
+
+
+def config_of(sizes: Sizes, device: str, **more: Any) -> IQLConfig:
+    hidden = (sizes.width, sizes.width)
+    return IQLConfig(
+        hidden=hidden, batch_size=sizes.batch, num_critics=sizes.critics, device=device, **more
+    )
 
 
 def parts(sizes: Sizes, device: str) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -86,14 +139,14 @@ def parts(sizes: Sizes, device: str) -> tuple[nn.Module, nn.Module, nn.Module]:
 
 def torchrl_loop(rows: TensorDict, sizes: Sizes, device: str, compile: bool = False) -> Made:
     """TorchRL's loss, its buffer, one backward pass, Adam, SoftUpdate."""
-    loss = TorchRLLoss(
-        *parts(sizes, device),
-        num_qvalue_nets=sizes.critics,
-        loss_function="l2",
-        temperature=3.0,
-        expectile=0.7,
-    ).to(device)
-    return trained_as_torchrl_does(loss, rows, sizes, device, compile, lr=3e-4, tau=0.005)
+    loss = torchrl_loss(*parts(sizes, device), critics=sizes.critics)
+    return trained_as_torchrl_does(loss, rows, sizes, device, compile)
+
+
+def torchrl_loss(*modules: nn.Module, critics: int = 2) -> LossModule:
+    return TorchRLLoss(
+        *modules, num_qvalue_nets=critics, loss_function="l2", temperature=3.0, expectile=0.7
+    )
 
 
 def trained_as_torchrl_does(
@@ -101,11 +154,12 @@ def trained_as_torchrl_does(
     rows: TensorDict,
     sizes: Sizes,
     device: str,
-    compile: bool,
+    compile: bool = False,
     *,
-    lr: float,
-    tau: float,
+    lr: float = 3e-4,
+    tau: float = 0.005,
 ) -> Made:
+    loss = loss.to(device)
     optimizer, updater = torch.optim.Adam(loss.parameters(), lr=lr), SoftUpdate(loss, tau=tau)
     buffer = replay_buffer(rows, sizes.batch, seed=0, device=device)
     forward = torch.compile(loss) if compile else loss
@@ -120,107 +174,27 @@ def trained_as_torchrl_does(
     return update, 1
 
 
-def mlp(inputs: int, width: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, width),
-        nn.ReLU(),
-        nn.Linear(width, width),
-        nn.ReLU(),
-        nn.Linear(width, outputs),
-    )
+def step_of(
+    loss: LossModule,
+    *,
+    lr: float = 3e-4,
+    tau: float = 0.005,
+    capturable: bool = False,
+    schedule: int = 0,
+    **how: Any,
+) -> IQLStep:
+    """The update of ``loss`` with fused Adam, whose rate falls to 0 over ``schedule`` updates.
+
+    ``how``: further arguments of ``IQLStep``.
+    """
+    adam = torch.optim.Adam(loss.parameters(), lr=lr, fused=True, capturable=capturable)
+    falling = [CosineAnnealingLR(adam, schedule)] if schedule else []
+    return IQLStep(loss, adam, SoftUpdate(loss, tau=tau), lr_scheduler=falling, **how)
 
 
-class PlainIQL:
-    """The algorithm as a short script writes it: modules, lists, an Adam for each network."""
-
-    def __init__(self, sizes: Sizes, device: str) -> None:
-        observation, action, width = sizes.observation, sizes.action, sizes.width
-        self.actor = mlp(observation, width, action).to(device)
-        self.value = mlp(observation, width, 1).to(device)
-        self.log_std = nn.Parameter(torch.zeros(action, device=device))
-        self.critics = [
-            mlp(observation + action, width, 1).to(device) for _ in range(sizes.critics)
-        ]
-        self.targets = copy.deepcopy(self.critics)
-        self.value_adam, self.actor_adam, self.critic_adam = (
-            torch.optim.Adam(parameters, lr=3e-4)
-            for parameters in (
-                [*self.value.parameters()],
-                [*self.actor.parameters(), self.log_std],
-                [p for critic in self.critics for p in critic.parameters()],
-            )
-        )
-
-    def value_loss(self, s: Tensor, sa: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            target = reduce(torch.minimum, [net(sa) for net in self.targets])
-        error = target - self.value(s)
-        return ((0.7 - (error < 0).float()).abs() * error**2).mean(), target
-
-    def actor_loss(self, s: Tensor, a: Tensor, target: Tensor) -> Tensor:
-        with torch.no_grad():
-            weight = (3.0 * (target - self.value(s))).exp().clamp(max=100.0).squeeze(1)
-        scale = self.log_std.clamp(-5, 2).exp()
-        policy = torch.distributions.Normal(self.actor(s).tanh(), scale, validate_args=False)
-        return -(weight * policy.log_prob(a).sum(1)).mean()
-
-    def critic_loss(self, sa: Tensor, r: Tensor, s2: Tensor, going_on: Tensor) -> Tensor:
-        with torch.no_grad():
-            goal = r + 0.99 * going_on * self.value(s2)
-        return sum(((net(sa) - goal) ** 2).mean() for net in self.critics)
-
-    def move_targets(self) -> None:
-        with torch.no_grad():
-            for live, slow in zip(self.critics, self.targets, strict=True):
-                for p, q in zip(live.parameters(), slow.parameters(), strict=True):
-                    q.lerp_(p, 0.005)
-
-
-def plain_torch(rows: TensorDict, sizes: Sizes, device: str, compile: bool = False) -> Made:
-    """V, then actor and critics with the new V, then the targets; compiled: losses and targets."""
-    agent, rows = PlainIQL(sizes, device), rows.to(device)
-    observation, action = rows["observation"], rows["action"]
-    following, reward = rows["next", "observation"], rows["next", "reward"]
-    going_on = (~rows["next", "terminated"]).float()
-    names = ("value_loss", "actor_loss", "critic_loss", "move_targets")
-    wrap = torch.compile if compile else lambda function: function
-    value_loss, actor_loss, critic_loss, move_targets = (wrap(getattr(agent, n)) for n in names)
-
-    def descend(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    def update() -> None:
-        index = torch.randint(len(observation), (sizes.batch,), device=device)
-        s, a = observation[index], action[index]
-        sa = torch.cat([s, a], 1)
-        loss, target = value_loss(s, sa)
-        descend(loss, agent.value_adam)
-        descend(actor_loss(s, a, target), agent.actor_adam)
-        loss = critic_loss(sa, reward[index], following[index], going_on[index])
-        descend(loss, agent.critic_adam)
-        move_targets()
-
-    return update, 1
-
-
-@lru_cache(maxsize=1)
-def packed(sizes: Sizes, device: str) -> DeviceSampler:
-    return DeviceSampler(transitions(sizes, device), sizes.batch, device=device, seed=0)
-
-
-def device_sampler(sizes: Sizes, device: str) -> DeviceSampler:
-    """Its own generator over rows that every sampler of a point shares."""
-    sampler = copy.copy(packed(sizes, device))
-    sampler.generator = torch.Generator(device=sampler.device).manual_seed(0)
-    return sampler
-
-
-def make_step(sizes: Sizes, device: str, order: str, **adam: bool) -> IQLStep:
+def make_step(sizes: Sizes, device: str, order: str, *, capturable: bool = False) -> IQLStep:
     loss = IQLLoss(*parts(sizes, device), num_qvalue_nets=sizes.critics).to(device)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=3e-4, fused=True, **adam)
-    return IQLStep(loss, optimizer, SoftUpdate(loss, tau=0.005), order=order)
+    return step_of(loss, order=order, capturable=capturable)
 
 
 def in_form(
@@ -230,13 +204,12 @@ def in_form(
     sizes: Sizes,
     device: str,
     updates: int = 8,
-    sampler: DeviceSampler | None = None,
 ) -> Made:
     """``step`` eager, compiled or captured, with its sampling; ``updates`` of a captured call."""
     if form == "eager":
         buffer = replay_buffer(rows, sizes.batch, seed=0, device=device)
         return lambda: step(buffer.sample()), 1
-    sampler = sampler or DeviceSampler(rows, sizes.batch, device=device, seed=0)
+    sampler = DeviceSampler(rows, sizes.batch, device=device, seed=0)
     if form == "captured":
         return captured(step, sampler, updates=updates), updates
     fast = compiled(step)
@@ -247,7 +220,6 @@ def ours(
     rows: TensorDict, sizes: Sizes, device: str, order: str, form: str, updates: int = 8
 ) -> Made:
     """``updates``: how many a call of the captured form performs."""
-    in_graph = {"capturable": True} if device.startswith("cuda") and form == "captured" else {}
-    step = make_step(sizes, device, order, **in_graph)
-    sampler = None if form == "eager" else device_sampler(sizes, device)
-    return in_form(step, form, rows, sizes, device, updates, sampler)
+    in_graph = device.startswith("cuda") and form == "captured"
+    step = make_step(sizes, device, order, capturable=in_graph)
+    return in_form(step, form, rows, sizes, device, updates)

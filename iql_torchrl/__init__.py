@@ -3,7 +3,7 @@
 import os
 
 # Threads of libgomp that wait for each other spin; where another process has the core, an update of
-# small networks is up to 100 times slower (benchmarks/bench_contention.py). libgomp reads this
+# small networks is up to 100 times slower (table in benchmarks/README.md). libgomp reads this
 # variable when torch is imported. Processes that this one starts inherit it.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
     os.environ["GOMP_SPINCOUNT"] = "2000"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
+import re
 from dataclasses import replace
-from pathlib import Path
 
+import bench_ogbench
 import pytest
 import torch
 from gymnasium.wrappers import TimeLimit
@@ -14,9 +14,6 @@ from scipy import stats
 
 from iql_torchrl import PRESETS, OfflineDataset
 from iql_torchrl.data.builtin import OGBENCH_LOCAL, ogbench
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import bench_ogbench
 
 
 def finished(task, method, *seeds):
@@ -29,39 +26,34 @@ def test_the_published_figures_stand_next_to_those_measured():
     runs = [
         finished("cube-single", "cloning", 10.0, 20.0, 60.0),
         finished("cube-single", "IQL", 80.0, 90.0, 100.0),
-        finished("scene", "IQL", 50.0),
+        finished("scene", "IQL", 40.0, 60.0),
     ]
-    lines = bench_ogbench.summarise(runs, episodes=50)
+    lines = bench_ogbench.summarise(runs)
     low, high = stats.t.interval(0.95, 2, loc=30, scale=stats.sem([10, 20, 60]))
     assert low < 0
     assert lines[0]["interval"] == pytest.approx([0, high])
     assert (lines[0]["success"], lines[0]["published"]) == (30, None)
     assert (lines[1]["success"], lines[1]["published"]) == (90, 85)
-    assert lines[1]["published_others"] == {"IDQL": 96, "IFQL": 73, "FQL": 97}
-    wilson = stats.binomtest(25, 50).proportion_ci(0.95, method="wilson")
-    assert lines[2]["interval"] == pytest.approx([100 * wilson.low, 100 * wilson.high])
+    assert (lines[2]["interval"], lines[2]["published"]) == ([0, 100], 32)
     text = bench_ogbench.table(lines)
-    assert "cube-single task 2, the log" + " " * 10 + "7" in text
+    assert re.search("cube-single task 2, the log +7", text)
     assert "scene task 3, IQL" in text
-    # the tasks that both methods have with two seeds or more: cube-single alone
+    # the tasks that both methods have: cube-single alone
     compared = bench_ogbench.compare(lines[:2])
     assert "on 1 task," in compared
     assert "Probability that a run of IQL is better than one of\ncloning" in compared
     assert "1 [1, 1]" in compared
     assert bench_ogbench.compare(lines) == compared
-    assert bench_ogbench.compare(lines[2:]) == ""
 
 
 def test_every_task_can_be_made_and_every_method_is_a_config():
     options = bench_ogbench._options([])
     for task in bench_ogbench.TASKS.values():
         assert task.made() in OGBENCH_LOCAL
-        for method in bench_ogbench.METHODS.values():
+        for method in bench_ogbench.METHODS:
             config = bench_ogbench.configure(options, task, method)
             assert (config.updates, config.hidden) == (1_000_000, (512, 512, 512, 512))
-    config = bench_ogbench.configure(
-        options, bench_ogbench.TASKS["scene"], bench_ogbench.METHODS["cloning"]
-    )
+    config = bench_ogbench.configure(options, bench_ogbench.TASKS["scene"], "cloning")
     assert config.temperature == 0
     assert bench_ogbench.differences(options, [finished("scene", "IQL", 1.0)])[1:] == list(
         bench_ogbench.ALWAYS_DIFFERENT
@@ -71,19 +63,18 @@ def test_every_task_can_be_made_and_every_method_is_a_config():
 def test_methods_differ_from_the_published_agents_in_nothing_that_a_config_can_say():
     options, task = bench_ogbench._options([]), bench_ogbench.TASKS["cube-single"]
     of = {
-        name: bench_ogbench.configure(options, task, method)
-        for name, method in bench_ogbench.METHODS.items()
+        method: bench_ogbench.configure(options, task, method) for method in bench_ogbench.METHODS
     }
     assert of["IQL"] == replace(PRESETS["ogbench"], temperature=1.0)
     assert of["IFQL"] == PRESETS["ifql"]
-    assert bench_ogbench.METHODS["IFQL"].deterministic is False
+    assert bench_ogbench.RANDOM == ("IFQL",)
     assert set(bench_ogbench.IFQL) == {"temperature", "policy", "num_samples"}
     for config in of.values():
         assert (config.activation, config.norm_after_activation) == ("gelu", True)
 
 
 def test_bc_weight_of_a_deterministic_policy_is_half_of_the_published_alpha():
-    settings = bench_ogbench.METHODS["IQL+DDPG+BC"].settings
+    settings = bench_ogbench.METHODS["IQL+DDPG+BC"]
     assert settings["policy"] == "deterministic"
     mean, action = torch.tensor([0.3, -0.2]), torch.tensor([[0.9, 0.4], [-1.0, 0.0]])
     published = -torch.distributions.Normal(mean, 1.0).log_prob(action).sum(-1)  # alpha = 1
@@ -100,28 +91,24 @@ def short_episodes(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["population", "alone"])
-def test_a_small_run(tmp_path, monkeypatch, capsys, short_episodes, how):
+def test_a_small_run(tmp_path, monkeypatch, capsys, short_episodes):
     pytest.importorskip("ogbench")
     monkeypatch.setenv("OGBENCH_DATASETS_PATH", str(tmp_path))
     monkeypatch.setattr(ogbench, "ROWS", 21)
-    monkeypatch.setattr(bench_ogbench, "RESULTS", tmp_path)
     numbers = {"seeds": 2, "updates": 4, "points": 2, "width": 8, "layers": 1, "episodes": 1,
                "envs": 1, "made-episodes": 2}  # fmt: skip
-    options = ["--tasks", "cube-single", "--result", "trial"]
+    options = ["--tasks", "cube-single", "--result", "trial", f"--output={tmp_path}"]
     options += [f"--{name}={number}" for name, number in numbers.items()]
-    options += ["--alone"] if how == "alone" else []
     bench_ogbench.main(options)
     record = json.loads((tmp_path / "trial.json").read_text())
-    methods = list(bench_ogbench.METHODS)
-    assert methods == ["cloning", "IQL", "IQL+DDPG+BC", "IFQL"]
-    assert [(r["method"], r["trained"]) for r in record["runs"]] == [(m, how) for m in methods]
+    methods = ["cloning", "IQL", "IQL+DDPG+BC", "IFQL"]
+    assert [r["method"] for r in record["runs"]] == list(bench_ogbench.METHODS) == methods
     for each in record["runs"]:
         assert each["rows"] == 40
         assert [(p["updates"], len(p["success"])) for p in each["curve"]] == [(2, 2), (4, 2)]
     assert [r["config"]["temperature"] for r in record["runs"]] == [0, 1, 1, 0]
     assert [line["published"] for line in record["summary"]] == [None, 85, None, 73]
-    assert "4 updates, not 1,000,000" in record["differences"]
+    assert "updates: 4, not 1,000,000" in record["differences"]
     out = capsys.readouterr().out
     assert "cube-single, cloning, 4 updates" in out
     assert "Interquartile" in out or "interquartile mean" in out

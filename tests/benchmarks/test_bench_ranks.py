@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import bench_ranks
+import pytest
 
 
 @pytest.mark.slow
-def test_a_small_run_measures_and_prints_a_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_ranks, "RESULTS", tmp_path)
-    bench_ranks.main(["--widths", "8", "--batches", "16", "32", "--updates", "2"])
+def test_a_small_run_measures_and_prints_a_table(tmp_path, capsys):
+    sizes = ["--widths", "8", "--batches", "16", "32", "--updates", "2"]
+    bench_ranks.main([*sizes, f"--output={tmp_path}"])
     record = json.loads((tmp_path / "ranks.json").read_text())
     for measured in record["rows"]:
         # sequential: V; actor and critics; metrics

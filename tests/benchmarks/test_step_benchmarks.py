@@ -5,31 +5,20 @@ from __future__ import annotations
 import json
 import math
 import sys
-from pathlib import Path
 
-import pytest
-import torch
-
-from iql_torchrl import IQLStep
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import bench_step
+import measuring
+import pytest
 import report
 import step_floors
 import step_rivals
+from record import machine, save
 from step_rivals import Sizes
+
+from iql_torchrl import IQLStep
 
 LAYERS = (0, 2, 4)
 SIZES = Sizes(width=16, batch=32, critics=3, rows=100, observation=5, action=2)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Threads that wait for one another are slow where other work has the processors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def as_jax(step: IQLStep):
@@ -98,40 +87,6 @@ def test_jax_samples_and_loops():
     assert len(set(losses)) == 3
 
 
-def test_the_plain_script_does_the_same_update():
-    """From the same parameters, over all rows at once, so that no sampling differs."""
-    step = step_rivals.make_step(SIZES, "cpu", "sequential")
-    plain = step_rivals.PlainIQL(SIZES, "cpu")
-    loss, rows = step.loss, step_rivals.transitions(SIZES)
-    head = loss.actor_network_params["module", "0", "module"]
-    for net, params, k in (
-        (plain.actor, head["mlp"], None),
-        (plain.value, loss.value_network_params["module", "mlp"], None),
-        *((c, loss.qvalue_network_params["module", "mlp"], k) for k, c in enumerate(plain.critics)),
-        *(
-            (c, loss.target_qvalue_network_params["module", "mlp"], k)
-            for k, c in enumerate(plain.targets)
-        ),
-    ):
-        for name, p in net.named_parameters():
-            theirs = params[tuple(name.split("."))]
-            p.data.copy_(theirs if k is None else theirs[k])
-    s, a = rows["observation"], rows["action"]
-    sa, going_on = torch.cat([s, a], 1), (~rows["next", "terminated"]).float()
-    reward, following = rows["next", "reward"], rows["next", "observation"]
-    metrics = step(rows.clone())
-    value_loss, target = plain.value_loss(s, sa)
-    value_loss.backward()
-    plain.value_adam.step()
-    found = {
-        "loss_value": value_loss,
-        "loss_actor": plain.actor_loss(s, a, target),
-        "loss_qvalue": plain.critic_loss(sa, reward, following, going_on),
-    }
-    for name, value in found.items():
-        torch.testing.assert_close(value, metrics[name], rtol=1e-5, atol=1e-6, msg=name)
-
-
 def test_products_count_what_a_sequential_update_multiplies():
     """The floor is the multiplications of an update, counted by torch, less V(s) read again."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -182,22 +137,22 @@ def test_failures_are_lines_and_files_make_a_report(tmp_path, capsys, monkeypatc
     def absent(rows, sizes, device):
         raise ModuleNotFoundError("No module named 'jaxish'", name="jaxish")
 
-    rivals = bench_step.competitors("cpu", only="TorchRL eager,plain torch eager,floor")
+    rivals = bench_step.competitors("cpu", only="TorchRL eager,floor")
     rivals |= {"broken": broken, "absent": absent}
     points = []
     for axis, sizes in (("default", SIZES), ("width", Sizes(**{**vars(SIZES), "width": 8}))):
-        found, block = bench_step.measure(rivals, sizes, "cpu", 2, 0.0, 3)
-        bench_step.summarise(found)
-        bench_step.show(sizes, found)
-        points.append({"axis": axis, "sizes": vars(sizes), "competitors": found})
+        results, block = measuring.measure(rivals, sizes, "cpu", rounds=2, updates=3)
+        measuring.summarise(results, bench_step.REFERENCE, bench_step.FLOOR)
+        measuring.show(axis, results)
+        points.append({"axis": axis, "sizes": vars(sizes), "competitors": results})
     assert block > 0
-    assert found["broken"] == {"failed": "RuntimeError: no room left"}
-    assert found["absent"] == {"failed": "not installed (jaxish)"}
-    assert found["TorchRL eager"]["of_torchrl"] == 1
-    assert len(found["floor"]["ms"]) == 2
-    record = {"machine": bench_step.machine_of("cpu"), "points": points}
+    assert results["broken"] == {"failed": "RuntimeError: no room left"}
+    assert results["absent"] == {"failed": "not installed (jaxish)"}
+    assert results["TorchRL eager"]["of TorchRL eager"] == [1, 1, 1]
+    assert len(results["floor"]["ms"]) == 2
+    record = {"machine": machine("cpu"), "points": points}
     for name in ("step_cpu.json", "step_cpu_again.json"):
-        bench_step.save(tmp_path / name, record)
+        save(tmp_path / name, record)
     (tmp_path / "step_cpu_old.json").write_text(json.dumps({"median_ms": {}}))
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
