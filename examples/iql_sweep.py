@@ -100,7 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
     if result.log_score:
         table.append([result.log_score[0], f"{result.log_score[1]:.4g}", "", ""])
         print(f"\n{text_table(table)}")
-    print(f"\nFrom the log alone:\n{result.ranking}")
+    if result.ranking:
+        print(f"\nFrom the log alone:\n{result.ranking}")
     failures = [f"{name} failed: {sentence}" for name, sentence in result.failures.items()]
     print(*result.notes, *failures, f"Written to {options.folder}/", sep="\n")
     return 1 if failures else 0
