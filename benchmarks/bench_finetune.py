@@ -31,7 +31,9 @@ from torchrl import logger
 from torchrl.data import OfflineToOnlineReplayBuffer, ReplayBuffer, TensorStorage
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from iql_finetune import Options, Row, run
+from iql_finetune import Options, run
+
+Row = dict[str, float]
 
 EARLY = 0.2  # the part of the online phase in which a collapse would show
 #: name: transitions (None: all) and offline updates

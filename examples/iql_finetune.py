@@ -5,25 +5,21 @@ log and the new steps alternate (arXiv:2110.06169, section 5.3). The loss, the o
 the target critics continue: only the data changes.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from iql_torchrl import PRESETS, IQLConfig, OfflineDataset, evaluate, load_dataset, make_agent
+from iql_torchrl import PRESETS, evaluate, load_dataset, make_agent
 from iql_torchrl.config import cli
 from iql_torchrl.data.builtin import ensure_source
 from iql_torchrl.report import draw, write_csv
 
 import torch
-from tensordict import TensorDict, TensorDictBase
 from torchrl import logger
 from torchrl.collectors import Collector
 from torchrl.envs import DoubleToFloat, GymWrapper, TransformedEnv
 from torchrl.envs.utils import ExplorationType
 
 LEAST = {"offline_updates": 0, "online_steps": 1, "eval_every": 1, "episodes": 1}
-Row = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +40,7 @@ class Options:
     """folder of the results"""
 
 
-def as_logged(frames: TensorDictBase, dataset: OfflineDataset) -> TensorDict:
+def as_logged(frames, dataset):
     """Collected steps ``(n,)`` as rows of the log: its keys, its reward map, new episode numbers."""
     log = dataset.transitions
     for key in log.keys(True, True):
@@ -88,13 +84,13 @@ def act_online(agent, dataset, steps):
         collector.shutdown()
 
 
-def run(dataset: OfflineDataset, config: IQLConfig, options: Options, buffer: Any) -> Iterator[Row]:
+def run(dataset, config, options, buffer):
     """Both phases, with batches of ``buffer``; yields a row for each evaluation."""
     torch.manual_seed(config.seed)  # sampled actions and dropout
     agent = make_agent(config, dataset)
     steps, before, every = options.online_steps, options.offline_updates, options.eval_every
 
-    def point(update: int) -> Row:
+    def point(update):
         played = evaluate(agent.policy, dataset.make_env, episodes=options.episodes, seed=10_000)
         phase = "offline" if update <= before else "online"
         print(f"update {update:7,} ({phase}): {played.returns.mean():8.1f}", flush=True)

@@ -96,8 +96,7 @@ def fixed_goal(log, maze):
         if (passes := to_start[episode] <= NEAR).any():
             passed += 1
             waits += np.flatnonzero(at_goal[episode][passes.argmax() :])[:1].tolist()
-    steps = np.mean(waits) if waits else np.nan
-    fared = {"reached": len(waits) / max(1, passed), "steps": steps}
+    fared = {"reached": len(waits) / max(1, passed), "steps": np.mean(waits or [np.nan])}
     return load_dataset(kept, env=make_env, reward=FIXED.reward), fared
 
 

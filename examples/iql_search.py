@@ -58,9 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
     how["description"] = __doc__.split("\n\n")[0]
     options, config = cli.parse(Options, arguments, presets=presets, **how)
     for name in options.search:
-        low, high, _ = RANGES[name]
-        if not low <= getattr(config, name) <= high:
-            value = getattr(config, name)
+        (low, high, _), value = RANGES[name], getattr(config, name)
+        if not low <= value <= high:
             cli.refuse(f"{name} is {value:g}; it is searched in [{low:g}, {high:g}].")
     source = ensure_source(options.dataset)
     log = load_dataset(source, env=options.env, memmap=options.folder / "data")

@@ -94,7 +94,6 @@ def main(updates: int = CONFIG.updates, seed: int = 0) -> None:
     log = load_dataset(ensure_dataset(NAME), reward=(POINTS, 0.0))
     log.print_notes()
     tables = SepsisTables(log.make_env())
-    print(f"{NAME}: {len(log.episode_returns):,} stays, {log.episode_returns.mean():.4f} survived")
     folder = new_folder(Path("runs"), "sepsis", sys.argv)
     levels = {
         "random treatments": tables.value(),

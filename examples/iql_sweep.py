@@ -20,7 +20,6 @@ from iql_torchrl.report import text_table
 from iql_torchrl.sweep import Sweep
 
 COUNTS = ("seeds", "episodes", "fit_updates", "members_per_task", "workers")
-SWEEP = replace(PRESETS["quick"], updates=3_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
     options, config = cli.parse(
         Options,
         arguments,
-        presets={"sweep": SWEEP} | dict(PRESETS),
+        presets={"sweep": replace(PRESETS["quick"], updates=3_000)} | dict(PRESETS),
         without=("temperature", "expectile"),
         least=dict.fromkeys(COUNTS, 1),
         description=__doc__.split("\n\n")[0],
     )
     runs = {}  # every combination by name; cloning, on which the expectile has no effect, only once
     seeds = range(config.seed, config.seed + options.seeds)
-    for values in product(options.temperature, options.expectile, seeds):
-        temperature, expectile, seed = values
+    for temperature, expectile, seed in product(options.temperature, options.expectile, seeds):
         name = f"temperature {temperature:g}, expectile {expectile:g}" if temperature else "cloning"
         varied = replace(config, temperature=temperature, expectile=expectile, seed=seed)
         runs.setdefault(f"{name} #{seed}", varied)
