@@ -217,7 +217,7 @@ TINY += ["--batch-size", "8"]
 
 def test_a_whole_run(pendulum, capsys, tmp_path):
     for name in ("a", "b"):
-        arguments = [*TINY, "--temperature", "2", "--limit", "100", "--output", tmp_path / name]
+        arguments = [*TINY, "--temperature", "2", "--limit", "400", "--output", tmp_path / name]
         assert run(example, *arguments) == 0
     out = capsys.readouterr().out
     for words in ("(offline)", "(online)", "The log: -"):
