@@ -1,7 +1,7 @@
 """Table and picture of what bench_step.py measured.
 
-    python benchmarks/report.py            # prints Markdown, draws benchmarks/results/step.png
-    python benchmarks/report.py --readme   # also replaces README.md's table
+    python benchmarks/report.py            # prints Markdown, draws step.png and step_sweeps.png
+    python benchmarks/report.py --readme   # also replaces the table of benchmarks/README.md
 
 Reads benchmarks/results/step_*.json. Files of one device and setting are runs of one measurement:
 the table has the median of their medians, and the least and greatest of them; a ratio is the median
@@ -21,20 +21,20 @@ from typing import Any
 from bench_step import FLOOR, REFERENCE
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- step table -->", "<!-- /step table -->"
 #: axis of a sweep: its words
 AXES = {"width": "width", "batch": "batch", "critics": "critics", "rows": "dataset size"}
-#: family of competitors: colour and marker
-LOOKS = {
-    "TorchRL": ("#7f7f7f", "o"),
-    "plain torch": ("#8c564b", "s"),
-    "JAX": ("#ff7f0e", "^"),
-    "ours sequential": ("#1f77b4", "D"),
-    "ours simultaneous": ("#2ca02c", "v"),
-    "floor": ("black", ""),
+#: family of competitors: colour of its bars
+COLOURS = {"ours": "#0072B2", "JAX": "#E69F00", "floor": "0.75", "": "0.5"}
+#: competitors of the picture of the sweeps: how their lines look
+SWEPT = {
+    "TorchRL eager": {"color": "0.5", "marker": "o"},
+    "ours sequential eager": {"color": "#56B4E9", "marker": "s"},
+    "ours sequential compiled": {"color": "#009E73", "marker": "v"},
+    "ours sequential captured": {"color": "#0072B2", "marker": "D"},
+    "JAX scan": {"color": "#E69F00", "marker": "^"},
 }
-DASHES = {"eager": ":", "compiled": "--", "captured": "-", "scan": "-", "step": "--"}
 Sizes = tuple[tuple[str, Any], ...]
 Runs = dict[str, float]
 
@@ -126,13 +126,13 @@ def table(setting: Setting) -> str:
     return "\n".join(lines)
 
 
-def replace_table(path: Path, text: str) -> None:
+def replace_table(path: Path, text: str, first: str = BEGIN, last: str = END) -> None:
     """``text`` between the two marker lines of ``path``, atomically."""
-    before, begin, rest = path.read_text().partition(BEGIN + "\n")
-    _, end, after = rest.partition(END)
+    before, begin, rest = path.read_text().partition(first + "\n")
+    _, end, after = rest.partition(last)
     if not (begin and end):
         raise SystemExit(
-            f"{path} lacks the lines {BEGIN} and {END}, in this order: add them where the table "
+            f"{path} lacks the lines {first} and {last}, in this order: add them where the table "
             "belongs."
         )
     temporary = path.with_name(f".{path.name}")
@@ -140,73 +140,81 @@ def replace_table(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def look(name: str) -> dict[str, Any]:
-    known = [look for family, look in LOOKS.items() if name.startswith(family)]
-    colour, marker = known[0] if known else ("#d62728", "x")
-    return {"color": colour, "marker": marker, "linestyle": DASHES.get(name.split()[-1], "-")}
+def colour(name: str) -> str:
+    return next(colour for family, colour in COLOURS.items() if name.startswith(family))
 
 
-def draw_bars(axes: Any, setting: Setting) -> None:
+def bars(setting: Setting, axes: Any) -> None:
+    """Bars of one setting's default point, the slowest first."""
     results = {name: middle(runs) for name, runs in setting.default.items()}
     names = sorted(results, key=lambda name: -results[name])
-    bars = axes.barh(names, [results[n] for n in names], color=[look(n)["color"] for n in names])
-    axes.bar_label(bars, [f"{results[n]:.3g}" for n in names], padding=3, fontsize=8)
-    axes.set_xlim(0, 1.15 * max(results.values()))
-    axes.set(xlabel="ms an update, sampling included")
-    axes.tick_params(axis="y", labelsize=8)
+    drawn = axes.barh(names, [results[n] for n in names], color=[colour(n) for n in names])
+    axes.bar_label(drawn, [f"{results[n]:.3g}" for n in names], padding=3, fontsize=9)
+    axes.set_xlim(0, 1.1 * max(results.values()))
+    axes.set_xlabel("ms an update, sampling included", fontsize=9)
+    axes.set_title(setting.words, fontsize=10, loc="left")
+    axes.tick_params(labelsize=9)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_axis(axes: Any, setting: Setting, axis: str) -> None:
-    """Lines over one swept axis with the default point: ratios where TorchRL was run."""
+def draw_bars(path: Path, settings: list[Setting]) -> None:
+    """Bars of the default point, a panel for each setting."""
+    from matplotlib.figure import Figure
+
+    heights = [0.9 + 0.24 * len(setting.default) for setting in settings]
+    figure = Figure(figsize=(8.6, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(settings), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, setting in zip(panels, settings, strict=True):
+        bars(setting, panel)
+    save(path, figure)
+
+
+def draw_sweep(setting: Setting, axis: str, axes: Any) -> None:
+    """The milliseconds of ``SWEPT`` over one axis, with the default point."""
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
     default = dict(setting.point)[axis]
     points = {value: runs for (name, value), runs in setting.runs.items() if name == axis}
     points = dict(sorted({**points, default: setting.default}.items()))
-    flat = axis == "rows"  # times should be constant here, so times are drawn and not ratios
-    relative = not flat and all(REFERENCE in runs for runs in points.values())
-    for name in setting.default:
-        there = {value: runs for value, runs in points.items() if name in runs}
-        known = {
-            value: ratio(runs[name], runs[REFERENCE]) if relative else middle(runs[name])
-            for value, runs in there.items()
-        }
-        axes.plot(known.keys(), known.values(), label=name, markersize=4, **look(name))
-    linear = relative or flat
-    axes.set(xscale="log", yscale="linear" if linear else "log", xlabel=AXES[axis])
-    if linear:
-        axes.set_ylim(bottom=0)
-    axes.set_title(f"time over that of {REFERENCE}" if relative else "ms an update", fontsize=9)
+    for name, look in SWEPT.items():
+        times = {value: middle(runs[name]) for value, runs in points.items() if name in runs}
+        if len(times) > 1:
+            axes.plot(list(times), list(times.values()), label=name, markersize=5, **look)
+    axes.set(xscale="log", yscale="log")
+    axes.set_xlabel(AXES[axis], fontsize=10)
+    axes.set_ylabel("ms an update", fontsize=9)
     axes.set_xticks(list(points), [f"{value:,}" for value in points], minor=False)
     axes.set_xticks([], minor=True)
-    axes.grid(alpha=0.3, which="both", linewidth=0.5)
-    axes.tick_params(labelsize=8)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3, linewidth=0.5)
+    axes.tick_params(labelsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw(path: Path, settings: list[Setting]) -> None:
-    """A row for each setting: bars of its default point, then a panel for each swept axis."""
+def draw_sweeps(path: Path, setting: Setting) -> None:
+    """A panel for each axis that was swept; nothing where none was."""
     from matplotlib.figure import Figure
 
-    swept = [[a for a in AXES if any(a == name for name, _ in s.runs)] for s in settings]
-    columns = 1 + max(map(len, swept))
-    width = 7.5 if columns == 1 else 5 + 3.2 * (columns - 1)
-    figure = Figure(figsize=(width, 4.1 * len(settings)), layout="constrained")
-    rows = figure.subfigures(len(settings), 1, squeeze=False)[:, 0]
-    for row, setting, axes in zip(rows, settings, swept, strict=True):
-        row.suptitle(setting.words, fontsize=10)
-        ratios = [1.3] + [1] * (columns - 1)
-        panels = row.subplots(1, columns, squeeze=False, width_ratios=ratios)[0]
-        draw_bars(panels[0], setting)
-        for panel, axis in zip(panels[1:], axes, strict=False):
-            draw_axis(panel, setting, axis)
-        for panel in panels[1 + len(axes) :]:
-            panel.set_visible(False)
-        if axes:
-            handles, labels = panels[1].get_legend_handles_labels()
-            row.legend(
-                handles, labels, loc="outside lower center", ncols=6, fontsize=8, frameon=False
-            )
+    swept = [axis for axis in AXES if any(axis == name for name, _ in setting.runs)]
+    if not swept:
+        return
+    rows = -(-len(swept) // 2)
+    figure = Figure(figsize=(8.6, 0.7 + 2.6 * rows), layout="constrained")
+    panels = figure.subplots(rows, 2, squeeze=False, sharey=True).flat
+    for panel, axis in zip(panels, swept, strict=False):
+        draw_sweep(setting, axis, panel)
+    for panel in list(panels)[len(swept) :]:
+        panel.set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=3, fontsize=9, frameon=False)
+    save(path, figure)
+
+
+def save(path: Path, figure: Any) -> None:
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=150, format="png")
+    figure.savefig(temporary, dpi=100, format="png")
     os.replace(temporary, path)
 
 
@@ -221,7 +229,8 @@ def main() -> None:
     print(text)
     if options.readme is not None:
         replace_table(options.readme, text)
-    draw(options.results / "step.png", settings)
+    draw_bars(options.results / "step.png", settings)
+    draw_sweeps(options.results / "step_sweeps.png", settings[0])
 
 
 if __name__ == "__main__":

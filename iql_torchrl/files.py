@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pickle
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -17,6 +19,8 @@ from torchrl.checkpoint import CheckpointError as CheckpointError
 
 # TorchRL's CheckpointRotation names its archives checkpoint-<twelve digits of the update>.torchrl.
 PREFIX, SUFFIX = "checkpoint-", ".torchrl"
+#: Numbers of the errors of a full disk.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def leads_below(name: str) -> bool:
@@ -27,6 +31,36 @@ def leads_below(name: str) -> bool:
     path = PurePosixPath(name)
     outside = path.is_absolute() or PureWindowsPath(name).drive or "\\" in name
     return not outside and ".." not in path.parts and bool(path.parts)
+
+
+def make_folder(
+    argument: str, path: Path, *, above: bool = False, error: type[ValueError] = ValueError
+) -> None:
+    """Make the folder ``path``, or with ``above`` the one in which ``path`` is to be written.
+
+    Raises ``error`` where it cannot be made or written to, with the name of the ``argument`` that gave
+    ``path``, what is there, and how to correct it. A full disk raises ``OSError``.
+    """
+    try:
+        folder = path.absolute().parent if above else path
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            path.stat()  # it must lead somewhere
+        tempfile.NamedTemporaryFile(prefix=f".{path.name}", dir=folder).close()
+    except (OSError, ValueError) as problem:  # ValueError: a text that no path can be
+        number = getattr(problem, "errno", None)
+        if number in FULL:
+            raise
+        reason = str(problem) if number is None else os.strerror(number)
+        there = next((p for p in (path, *path.absolute().parents) if os.path.lexists(p)), path)
+        if not there.exists():
+            reason = f"{there} is a link that leads nowhere" if there.is_symlink() else reason
+        elif not there.is_dir():
+            reason = f"{there} is a file"
+        raise error(
+            f"{argument} is {path}, which cannot be created or written to ({reason}); choose a path "
+            "below a folder that exists and that you may write to."
+        ) from problem
 
 
 @contextmanager

@@ -25,8 +25,8 @@ from iql_torchrl.agent.task import Task
 from iql_torchrl.data.schema import MASK, Key, field_of_space, leaf_spaces
 from iql_torchrl.descriptions import bounds_in_words, describe_space, one_line
 from iql_torchrl.evaluation.acting import as_in_evaluation, check_policy
-from iql_torchrl.evaluation.spaces import needs_mask, reads_names_at_top_level, whole_limits
-from iql_torchrl.files import whole_file
+from iql_torchrl.evaluation.policy_input import needs_mask, reads_names_at_top_level, whole_limits
+from iql_torchrl.files import make_folder, whole_file
 from iql_torchrl.networks import HISTORY_MASK, history_of, repeat_first, stack_frames
 from iql_torchrl.private_apis import assert_dtype, assert_later
 
@@ -242,9 +242,9 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
 
     Raises:
         TypeError: ``policy`` is not a TensorDict module.
-        ValueError: ``path`` ends in neither ``.pt2`` nor ``.onnx``, the policy writes no ``action``
-            or reads what the task does not have, or its actions do not fit the task's or are not
-            finite.
+        ValueError: ``path`` ends in neither ``.pt2`` nor ``.onnx`` or cannot be written, the policy
+            writes no ``action`` or reads what the task does not have, or its actions do not fit the
+            task's or are not finite.
         RuntimeError: the policy cannot be traced or translated, or acts differently once it is.
         ImportError: ``path`` ends in ``.onnx`` and the packages of the extra ``onnx`` are missing.
         OSError: a file cannot be written, as on a full disk; the message names it, and files of an
@@ -255,6 +255,9 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
         raise ValueError(
             f"path is {str(path)!r}; the name of an exported program ends in .pt2 (torch) or .onnx."
         )
+    make_folder("path", path, above=True)
+    if path.is_dir():
+        raise ValueError(f"path is {path}, which is a folder; choose the name of a file.")
     description = described_policy(policy, task)
     inputs = program_inputs(policy, task)
     traced_from, *batches = [[each.examples(n, task) for each in inputs] for n in (3, 1, 2, 7)]
@@ -282,7 +285,6 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
             file = io.BytesIO()  # torch's own writer ends the process when the disk is full
             torch.export.save(program, file)
             content = file.getvalue()
-    path.parent.mkdir(parents=True, exist_ok=True)
     description |= {"use": USE[path.suffix], "versions": versions()}
     note = json.dumps(description, indent=2, allow_nan=False) + "\n"
     with whole_file(path) as temporary:

@@ -16,7 +16,7 @@ from iql_torchrl.agent.task import Task
 from iql_torchrl.data import DatasetSummary
 from iql_torchrl.data.digests import digest_of_sketch
 from iql_torchrl.evaluation.result import Evaluation
-from iql_torchrl.files import whole_file, write_components
+from iql_torchrl.files import make_folder, whole_file, write_components
 
 AGENT, PROGRAM, CARD = "agent.torchrl", "policy.pt2", "README.md"
 FILES = (AGENT, PROGRAM, "policy.json", CARD)
@@ -105,7 +105,7 @@ def write_files(
     folder: Path, states: Mapping[str, Any], export: Callable[[Path], Any], card: str
 ) -> None:
     """Write ``FILES`` to ``folder``, which is made if needed; other files in it do not change."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder("folder", folder)
     taken = [name for name in FILES if (folder / name).exists()]
     if taken and AGENT not in taken:
         raise ValueError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from iql_torchrl.data import DatasetSummary, OfflineDataset, build_shards, load_dataset
+from iql_torchrl.data import DatasetSummary, build_shards, load_dataset
 from iql_torchrl.data.builtin import (
     BUILTIN,
     OGBENCH_LOCAL,
@@ -17,7 +17,9 @@ from iql_torchrl.data.builtin import (
     ensure_source,
     make_dataset,
 )
+from iql_torchrl.data.replay import leaf_keys
 from iql_torchrl.data.saved import verify
+from iql_torchrl.data.schema import ACTION, REWARD
 
 NAME_WIDTH = 26
 
@@ -106,39 +108,32 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _describe(options: argparse.Namespace) -> None:
     dataset = load_dataset(options.source, env=options.env)
-    for name, text in _rows(dataset):
-        print(f"{name:<{NAME_WIDTH}}{text}")
-    dataset.print_notes()
-
-
-def _rows(dataset: OfflineDataset) -> Iterator[tuple[str, str]]:
     table, returns, lengths = dataset.transitions, dataset.episode_returns, dataset.episode_lengths
     flags = table["next", "terminated"].flatten().numpy()
     terminated = int(flags[lengths.cumsum() - 1].sum())
     inside = int(flags.sum()) - terminated
     ends = f"{terminated} by termination, {len(lengths) - terminated} by truncation"
-    yield "episodes", f"{len(returns)}"
-    yield "steps", f"{len(dataset)}"
-    yield "episode length", f"{lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}"
-    yield "ends", f"{ends}; {inside} terminations inside episodes" if inside else ends
-    yield (
-        "return",
-        (
-            f"mean {returns.mean():.6g}, standard deviation {returns.std():.6g}, "
-            f"{returns.min():.6g} to {returns.max():.6g}"
-        ),
-    )
+    deviation = f"standard deviation {returns.std():.6g}"
+    rows = {
+        "episodes": f"{len(returns)}",
+        "steps": f"{len(dataset)}",
+        "episode length": f"{lengths.min()} to {lengths.max()}, mean {lengths.mean():.1f}",
+        "ends": f"{ends}; {inside} terminations inside episodes" if inside else ends,
+        "return": f"mean {returns.mean():.6g}, {deviation}, {returns.min():.6g} to {returns.max():.6g}",
+    }
     if dataset.reference_scores is not None:
         random, expert = dataset.reference_scores
         score = float(dataset.normalised_score(returns.mean()))
-        yield "reference returns", f"random {random:.6g}, expert {expert:.6g}"
-        yield "score of the mean", f"{score:.1f} (0 random, 100 expert)"
-    for key in table.keys(include_nested=True, leaves_only=True):
-        path = (key,) if isinstance(key, str) else key
-        if path[0] == "observation" or path in {("action",), ("next", "reward")}:
-            values, (low, high) = table[key], dataset.range_of(path)
+        rows["reference returns"] = f"random {random:.6g}, expert {expert:.6g}"
+        rows["score of the mean"] = f"{score:.1f} (0 random, 100 expert)"
+    for key in leaf_keys(table):
+        if key[0] == "observation" or key in (ACTION, REWARD):
+            values, (low, high) = table[key], dataset.range_of(key)
             kind = f"{str(values.dtype).removeprefix('torch.')} {tuple(values.shape[1:])}"
-            yield "/".join(path), f"{low:.6g} to {high:.6g}, {kind}"
+            rows["/".join(key)] = f"{low:.6g} to {high:.6g}, {kind}"
+    for name, text in rows.items():
+        print(f"{name:<{NAME_WIDTH}}{text}")
+    dataset.print_notes()
 
 
 if __name__ == "__main__":

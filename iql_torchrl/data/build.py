@@ -1,30 +1,23 @@
-"""From a source to a checked table of transitions, in memory or in memory-mapped files."""
+"""From a source to a checked table of transitions, in memory or in files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 from tqdm import tqdm
 
 from iql_torchrl.data.checks import BlockChecker, check_dtypes
-from iql_torchrl.data.readers.source import Source
-from iql_torchrl.data.scaling import (
-    ObservationStatistics,
-    RewardMap,
-    StatisticsAccumulator,
-    reward_map,
-)
+from iql_torchrl.data.dataset import Description
+from iql_torchrl.data.readers.source import ReadOptions, Source
+from iql_torchrl.data.scaling import RewardMap, StatisticsAccumulator, reward_map
 from iql_torchrl.data.schema import (
     EPISODE,
     REWARD,
@@ -35,38 +28,14 @@ from iql_torchrl.data.schema import (
     category_starts,
     dotted,
     leaf_spaces,
-    transition_layout,
 )
 from iql_torchrl.data.spaces import is_image
 
-__all__ = ["Description", "DiskTables", "build", "file_name", "fill", "layout_of", "row_bytes"]
+__all__ = ["DiskTables", "build", "file_name", "fill", "row_bytes"]
 
 BLOCK = 65_536
 #: Bytes of one block while writing to disk: the bound on memory.
 BLOCK_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Description:
-    """Everything about a checked log except its rows.
-
-    ``reward_map``: of the stored rewards. ``joined``: the leaves that were joined into the
-    observation. ``warnings``: the sentences of ``notes`` that the caller issues as ``DatasetWarning``.
-    The others are those of ``DatasetSummary`` and ``Source``.
-    """
-
-    name: str
-    observation_space: gym.Space[Any]
-    action_space: gym.Space[Any]
-    env_spec: EnvSpec | None
-    reference_scores: tuple[float, float] | None
-    joined: tuple[str, ...]
-    episode_returns: NDArray[np.float64]
-    episode_lengths: NDArray[np.int64]
-    statistics: dict[str | Key, ObservationStatistics]
-    reward_map: RewardMap
-    notes: tuple[str, ...]
-    warnings: tuple[str, ...]
 
 
 class MemoryTable:
@@ -88,23 +57,12 @@ class MemoryTable:
         for part in self.table[REWARD].split(BLOCK):
             part.copy_(change.forward(part.double()))
 
-    def transitions(self) -> TensorDict:
-        table = TensorDict({}, batch_size=[self.rows])
-        for key, values in self.table.items():
-            table.set(key, values)
-        return table
-
 
 class DiskTables:
     """Tables of consecutive rows in files; one block at a time is in memory.
 
-    Args:
-        layout: of the rows.
-        edges: ``(T + 1,)``, table n has the rows ``edges[n]`` to ``edges[n + 1]``.
-        folders: of the T tables; a file for each entry, see ``file_name``.
-
-    Attributes:
-        ranges: smallest and largest number of each entry, over all rows.
+    Table n, in ``folders[n]``, has the rows ``edges[n]`` to ``edges[n + 1]``, and a file for each
+    entry. ``ranges``: the smallest and largest number of each entry over all rows.
     """
 
     def __init__(self, layout: Layout, edges: NDArray[np.int64], folders: list[Path]) -> None:
@@ -121,14 +79,13 @@ class DiskTables:
 
     def commit(self, block: Mapping[Key, Tensor], start: int) -> None:
         stop = start + len(block[REWARD])
+        first, last = np.searchsorted(self.edges, [start, stop - 1], side="right") - 1
         for key, values in block.items():
             if values.numel():
                 low, high = (float(value) for value in values.aminmax())
                 self.ranges[key] = min(low, self.ranges[key][0]), max(high, self.ranges[key][1])
-        first, last = np.searchsorted(self.edges, [start, stop - 1], side="right") - 1
-        for number in range(first, last + 1):
-            begin, end = max(start, self.edges[number]), min(stop, self.edges[number + 1])
-            for key, values in block.items():
+            for number in range(first, last + 1):
+                begin, end = max(start, self.edges[number]), min(stop, self.edges[number + 1])
                 # not through a mapping, whose pages would count as memory of the process
                 with open(self.folders[number] / file_name(key), "ab") as file:
                     file.write(values[begin - start : end - start].numpy().data)
@@ -154,62 +111,60 @@ def row_bytes(layout: Layout) -> int:
     return sum(int(np.prod(f.shape)) * f.dtype.itemsize for f in layout.values())
 
 
-def layout_of(source: Source, dtype: torch.dtype) -> Layout:
-    """The layout of the table that is built of ``source``."""
-    return transition_layout(
-        source.observation_space, source.action_space,
-        dtype=dtype, masked=source.masked, log_prob=source.log_prob,
-    )  # fmt: skip
+def build(source: Source, options: ReadOptions) -> tuple[TensorDict, Description]:
+    """The table of ``source`` in memory, and its description."""
+    table = MemoryTable(source.layout(options.dtype), source.rows)
+    description = fill(source, table, options)
+    transitions = TensorDict({}, batch_size=[table.rows])
+    for key, values in table.table.items():
+        transitions.set(key, values)
+    return transitions, description
 
 
-def build(source: Source, *, dtype: torch.dtype, **options: Any) -> tuple[TensorDict, Description]:
-    """The table of ``source`` in memory; ``options`` are those of :func:`fill`."""
-    table = MemoryTable(layout_of(source, dtype), source.rows)
-    description = fill(source, table, **options)
-    return table.transitions(), description
-
-
-def fill(
-    source: Source,
-    table: Table,
-    *,
-    reward: str | tuple[float, float],
-    clip_actions: bool,
-    joined: tuple[str, ...],
-    progress: bool | None,
-) -> Description:
+def fill(source: Source, table: Table, options: ReadOptions) -> Description:
     """Reads ``source`` once into ``table``, checks every row, measures, and maps the rewards.
 
-    ``progress``: None shows a bar on terminals only. Raises ``DatasetError`` at the first row that
-    is wrong.
+    Raises ``DatasetError`` at the first row that is wrong.
     """
     index = EpisodeIndex(source.episode_lengths)
-    checker = BlockChecker(source, index, clip_actions)
+    checker = BlockChecker(source, index, options.clip_actions)
     measured = _Measured(source, table.layout, index)
     with tqdm(
         total=index.rows, desc=source.name, unit="row", unit_scale=True, leave=False,
-        disable=None if progress is None else not progress,
+        disable=None if options.progress is None else not options.progress,
     ) as bar:  # fmt: skip
-        _read(source, table, checker, measured, bar)
+        for block, start in _blocks(source, table, measured):
+            block[EPISODE].copy_(torch.from_numpy(index.ids(start, start + len(block[REWARD]))))
+            checker.check(block, start)
+            for key, accumulator in measured.statistics.items():
+                accumulator.update(block[key])
+            table.commit(block, start)
+            bar.update(len(block[REWARD]))
     try:
-        change = reward_map(reward, measured.returns)
+        change = reward_map(options.reward, measured.returns)
     except ValueError as error:
         raise DatasetError(f"{source.name}: {error}") from None
     if change != RewardMap():
         table.map_rewards(change)
-    statistics = {key: acc.result() for key, acc in measured.statistics.items()}
     warnings = tuple(
         text if text.startswith(source.name) else f"{source.name}: {text}"
         for text in (*source.warnings, *checker.warnings())
     )
-    own = ("name", "observation_space", "action_space", "env_spec", "reference_scores")
+    own = ("name", "observation_space", "action_space", "env_spec", "reference_scores",
+           "episode_lengths")  # fmt: skip
     return Description(
-        **{name: getattr(source, name) for name in own}, joined=joined,
-        episode_returns=measured.returns, episode_lengths=source.episode_lengths,
-        statistics={key[0] if len(key) == 1 else key: each for key, each in statistics.items()},
-        reward_map=change, warnings=warnings,
-        notes=(*source.notes, *warnings, *_notes(source.name, measured, statistics)),
-    )  # fmt: skip
+        **{name: getattr(source, name) for name in own},
+        joined=tuple(options.concatenate or ()),
+        episode_returns=measured.returns,
+        statistics={
+            key[0] if len(key) == 1 else key: each.result()
+            for key, each in measured.statistics.items()
+        },
+        reward_map=change,
+        dtype=options.dtype,
+        warnings=warnings,
+        notes=(*source.notes, *warnings, *measured.notes(source.name)),
+    )
 
 
 class _Measured:
@@ -229,53 +184,60 @@ class _Measured:
         """Sums the file's own numbers, before they are rounded to the table's dtype."""
         values = np.asarray(rewards, np.float64)
         ids = self.index.ids(start, start + len(values))
-        sums = np.bincount(ids - ids[0], weights=values)
-        self.returns[ids[0] : ids[0] + len(sums)] += sums
+        with np.errstate(invalid="ignore"):
+            sums = np.bincount(ids - ids[0], weights=values)
+            self.returns[ids[0] : ids[0] + len(sums)] += sums
         self.low = min(self.low, float(values.min()))
         self.high = max(self.high, float(values.max()))
 
+    def notes(self, name: str) -> Iterator[str]:
+        """What is unusual, but correct in many environments."""
+        if self.low == self.high and self.index.rows > 1:
+            yield f"{name}: every reward is {self.low:g}; episodes differ in their lengths only."
+        for key, accumulator in self.statistics.items():
+            s = accumulator.result()
+            if s.constant and s.count > 1:
+                more = "..." if len(s.constant) > 8 else ""
+                yield (
+                    f"{name}: {dotted(key)} never changes in {len(s.constant)} of {s.mean.numel()} "
+                    f"columns ({', '.join(map(str, s.constant[:8]))}{more}); their std is taken as 1."
+                )
 
-def _read(
-    source: Source, table: Table, checker: BlockChecker, measured: _Measured, bar: Any
-) -> None:
-    start, filled, total = 0, 0, table.rows
+
+def _blocks(
+    source: Source, table: Table, measured: _Measured
+) -> Iterator[tuple[dict[Key, Tensor], int]]:
+    """The source's rows in consecutive blocks of the table, each with its first row."""
+    row, total = 0, table.rows
     starts = category_starts(source.observation_space, source.action_space)
     block = table.block(0, min(table.block_rows, total))
     for piece in source.pieces():
         check_dtypes(source.name, piece, table.layout)
         size, done = len(piece[REWARD]), 0
-        if start + filled + size > total:
+        if row + size > total:
             raise DatasetError(
                 f"{source.name}: more rows than the {total} announced; it changed while being read."
             )
-        with np.errstate(invalid="ignore"):
-            measured.add_rewards(piece[REWARD], start + filled)
+        measured.add_rewards(piece[REWARD], row)
         while done < size:
-            room = len(block[REWARD])
+            filled, room = row % table.block_rows, len(block[REWARD])
             take = min(size - done, room - filled)
             for key, values in piece.items():
-                target, part = block[key][filled : filled + take], values[done : done + take]
-                if part.dtype.kind in "iuf" and target.dtype == torch.bool:
-                    part = part != 0
+                part, target = values[done : done + take], block[key][filled : filled + take]
                 if key in starts:
                     shape = (len(part), *starts[key].shape)
                     part = part.astype(np.int64).reshape(shape) - starts[key]
+                if target.dtype == torch.bool and part.dtype != np.bool_:
+                    part = part != 0
                 target.copy_(_tensor(part).reshape(target.shape))
-            filled, done = filled + take, done + take
-            if filled == room:
-                ids = checker.index.ids(start, start + filled)
-                block[EPISODE].copy_(torch.from_numpy(ids))
-                checker.check(block, start)
-                for key, accumulator in measured.statistics.items():
-                    accumulator.update(block[key])
-                table.commit(block, start)
-                bar.update(filled)
-                start, filled = start + filled, 0
-                if start < total:
-                    block = table.block(start, min(table.block_rows, total - start))
-    if start < total:
+            row, done = row + take, done + take
+            if filled + take == room:
+                yield block, row - room
+                if row < total:
+                    block = table.block(row, min(table.block_rows, total - row))
+    if row < total:
         raise DatasetError(
-            f"{source.name}: {start + filled} rows where {total} were announced; it is incomplete."
+            f"{source.name}: {row} rows where {total} were announced; it is incomplete."
         )
 
 
@@ -287,22 +249,3 @@ def _tensor(values: NDArray[Any]) -> Tensor:
     if values.dtype.kind == "u" and values.dtype.itemsize > 1:
         values = values.astype(np.int64)
     return torch.from_numpy(values)
-
-
-def _notes(
-    name: str, measured: _Measured, statistics: Mapping[Key, ObservationStatistics]
-) -> list[str]:
-    """What is unusual, but correct in many environments: notes without a warning."""
-    texts = []
-    if measured.low == measured.high and measured.index.rows > 1:
-        texts.append(
-            f"{name}: every reward is {measured.low:g}; episodes differ in their lengths only."
-        )
-    for key, s in statistics.items():
-        if s.constant and s.count > 1:
-            columns = ", ".join(map(str, s.constant[:8])) + ("..." if len(s.constant) > 8 else "")
-            texts.append(
-                f"{name}: {dotted(key)} never changes in {len(s.constant)} of "
-                f"{s.mean.numel()} columns ({columns}); their std is taken as 1."
-            )
-    return texts

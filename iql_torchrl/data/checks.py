@@ -60,12 +60,9 @@ def check_dtypes(name: str, piece: Piece, layout: Layout) -> None:
 class BlockChecker:
     """Checks consecutive blocks of transitions, and repairs two faults of the end marks.
 
-    ``check`` reads a block's tensors once. It raises ``DatasetError`` for NaN or infinite
-    numbers, actions or categories out of range, masks that forbid the logged action, and
-    episodes that continue after their end. It repairs in place, and counts: a step marked both
-    terminated and truncated (it becomes terminated), and an episode whose last step has neither
-    mark (it was cut there: truncated). With ``clip_actions`` continuous actions are clipped and
-    counted, otherwise they are an error.
+    It repairs in place, and counts: a step marked both terminated and truncated (it becomes
+    terminated), and an episode whose last step has neither mark (it was cut there: truncated). With
+    ``clip_actions`` continuous actions are clipped and counted, otherwise they are an error.
     """
 
     source: Source
@@ -78,16 +75,24 @@ class BlockChecker:
     last_terminated: bool = False
 
     def check(self, block: Mapping[Key, Tensor], start: int) -> None:
+        """Check the rows from ``start`` on; raises ``DatasetError`` naming the first wrong one."""
         # NumPy is faster here than torch: blocks are short, and starting torch's threads takes time.
         rows = {key: values.numpy() for key, values in block.items()}
         for key, values in rows.items():
-            if values.dtype.kind == "f":
-                self._finite(key, values, start)
+            # If the sum is finite, every term is; a sum that overflows needs the slower test.
+            with np.errstate(all="ignore"):
+                finite = values.dtype.kind != "f" or np.isfinite(values.sum())
+            if not finite:
+                self._refuse(
+                    key, ~np.isfinite(values), start, "is NaN or infinite",
+                    "expected finite numbers: repair those rows.",
+                )  # fmt: skip
         for key, space in leaf_spaces(self.source.observation_space).items():
             for side in (key, ("next", *key)):
                 self._categories(side, rows[side], space, start)
         self._categories(ACTION, rows[ACTION], self.source.action_space, start)
-        self._bounds(rows[ACTION], start)
+        if isinstance(self.source.action_space, gym.spaces.Box):
+            self._bounds(rows[ACTION], self.source.action_space, start)
         self._flags(rows, start)
         if MASK in rows:
             self._masks(rows, start)
@@ -104,14 +109,6 @@ class BlockChecker:
             f"looked at together, first at row {row} (episode {episode}, step "
             f"{row - int(self.index.offsets[episode])}) of {self.index.rows}; {expected}"
         )
-
-    def _finite(self, key: Key, values: NDArray[Any], start: int) -> None:
-        # If the sum is finite, every term is; a sum that overflows needs the slower test below.
-        with np.errstate(all="ignore"):
-            if np.isfinite(values.sum()):
-                return
-        expected = "expected finite numbers: repair those rows."
-        self._refuse(key, ~np.isfinite(values), start, "is NaN or infinite", expected)
 
     def _categories(
         self, key: Key, values: NDArray[Any], space: gym.Space[Any], start: int
@@ -131,10 +128,7 @@ class BlockChecker:
             f"{describe_space(space)}: give the environment the data came from, or repair those rows.",
         )  # fmt: skip
 
-    def _bounds(self, values: NDArray[Any], start: int) -> None:
-        space = self.source.action_space
-        if not isinstance(space, gym.spaces.Box):
-            return
+    def _bounds(self, values: NDArray[Any], space: gym.spaces.Box, start: int) -> None:
         low, high = space.low.astype(values.dtype), space.high.astype(values.dtype)
         # Values may exceed a bound by rounding, also where the other bound is infinite.
         slack: Any = 0
@@ -189,29 +183,21 @@ class BlockChecker:
         unusable = ~following.any(axis=1) & ~rows[TERMINATED][:, 0]
         self._refuse(NEXT_MASK, unusable, start, no_action, expected)
 
-    def _fixed_length(self) -> int | None:
-        """The common length of episodes that all terminate; the file may cut the last one short.
-
-        None for fewer than 3 terminations, for episodes of fewer than 5 steps, which often have
-        equal lengths, and where rows terminate inside episodes.
-        """
-        lengths = self.index.lengths
-        ended = lengths if self.last_terminated else lengths[:-1]
-        if self.source.terminates_inside or not 3 <= len(ended) <= self.terminated_ends:
-            return None
-        steps = int(ended[0])
-        equal = bool((ended == steps).all()) and int(lengths[-1]) <= steps
-        return steps if equal and steps >= 5 else None
-
     def warnings(self) -> Iterator[str]:
         """What was repaired, or looks wrong, one sentence each."""
-        if (steps := self._fixed_length()) is not None:
+        # The file may cut the last episode short. Short episodes often have equal lengths.
+        lengths = self.index.lengths
+        ended = lengths if self.last_terminated else lengths[:-1]
+        few = not 3 <= len(ended) <= self.terminated_ends
+        if not (few or self.source.terminates_inside or ended[0] < 5) and (
+            (ended == ended[0]).all() and lengths[-1] <= ended[0]
+        ):
             column, remedy = "", "store those ends as truncations"
             if (name := self.source.termination) is not None:
                 column = f" ({name!r})"
                 remedy = f"pass columns={{'terminated': None, 'truncated': {name!r}}}"
             yield (
-                f"all {self.terminated_ends} terminations{column} come at step {steps} of their "
+                f"all {self.terminated_ends} terminations{column} come at step {ended[0]} of their "
                 "episode and no other step ends one: that looks like a time limit, at which "
                 f"values must be bootstrapped. If it is one, {remedy}; if each episode really "
                 "terminates after that many steps, ignore this warning."

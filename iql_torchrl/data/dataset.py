@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.envs.registration import EnvSpec
 from numpy.typing import ArrayLike, NDArray
 from tensordict import TensorDict
 from torchrl.data import Composite, TensorDictReplayBuffer, TensorSpec
@@ -25,10 +26,8 @@ from iql_torchrl.descriptions import describe_space
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class DatasetSummary(ABC):
-    """A dataset's spaces, statistics, episodes, reward map and environment, without its rows.
-
-    ``OfflineDataset`` has all rows in one table, ``ShardedDataset`` in many.
+class Description:
+    """Everything about a checked log except its rows: its spaces, statistics and episodes.
 
     Attributes:
         observation_space, action_space: Gymnasium's spaces; the specs are TorchRL's form of them.
@@ -39,8 +38,12 @@ class DatasetSummary(ABC):
         reward_map: the affine map that was applied to the rewards; apply it to online rewards too.
         reference_scores: raw returns (random, expert), or None.
         notes: what was dropped, guessed or repaired, one sentence each.
+        warnings: those of ``notes`` that were issued as ``DatasetWarning``.
+        dtype: of observations, continuous actions and rewards.
+        env_spec, joined: the environment that the data name, and the leaves that were joined.
     """
 
+    name: str = "dataset"
     observation_space: gym.Space[Any]
     action_space: gym.Space[Any]
     statistics: dict[str | Key, ObservationStatistics]
@@ -49,8 +52,19 @@ class DatasetSummary(ABC):
     reward_map: RewardMap
     reference_scores: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
-    name: str = "dataset"
+    warnings: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
+    env_spec: EnvSpec | None = None
+    joined: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DatasetSummary(Description, ABC):
+    """A dataset's description and environment, without its rows.
+
+    ``OfflineDataset`` has all rows in one table, ``ShardedDataset`` in many.
+    """
+
     env: Callable[[], gym.Env[Any, Any]] | None = None
 
     @abstractmethod
@@ -134,7 +148,7 @@ def _no_env(name: str) -> gym.Env[Any, Any]:
 class OfflineDataset(DatasetSummary):
     """Transitions that passed every check, with their spaces, statistics and environment.
 
-    The other attributes are those of ``DatasetSummary``.
+    The other attributes are those of ``Description``.
 
     Attributes:
         transitions: batch ``(N,)`` in TorchRL's layout: ``observation`` (nested for Dict spaces),

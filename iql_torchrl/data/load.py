@@ -3,45 +3,38 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from numbers import Integral
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import gymnasium as gym
 import minari
-import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
-from iql_torchrl.data.build import Description, build
-from iql_torchrl.data.dataset import OfflineDataset
+from iql_torchrl.data.build import build
+from iql_torchrl.data.dataset import Description, OfflineDataset
 from iql_torchrl.data.readers.d3rlpy import D3rlpyBuffer
 from iql_torchrl.data.readers.environments import EnvLike, env_maker, recorded_env_maker
-from iql_torchrl.data.readers.episodes import table_source
 from iql_torchrl.data.readers.huggingface import HuggingFaceTable
-from iql_torchrl.data.readers.minari import find_minari, minari_source
-from iql_torchrl.data.readers.ogbench import is_ogbench, open_ogbench
-from iql_torchrl.data.readers.opening import TABLE_FILES, is_table_path, open_object, open_path
-from iql_torchrl.data.readers.source import (
-    ReadOptions,
-    Source,
-    chain,
-    concatenated,
-    joined_env_maker,
-)
-from iql_torchrl.data.reuse import identity, load_or_build
+from iql_torchrl.data.readers.opening import open_source
+from iql_torchrl.data.readers.source import ReadOptions, joined_env
+from iql_torchrl.data.reuse import load_or_build
 from iql_torchrl.data.saved import is_saved, open_saved
-from iql_torchrl.data.scaling import known_scores, reward_map
+from iql_torchrl.data.scaling import known_scores
 from iql_torchrl.data.schema import DatasetError, DatasetWarning
 
-EnvMaker: TypeAlias = Callable[[], gym.Env[Any, Any]]
 SourceLike: TypeAlias = (
     "str | Path | minari.MinariDataset | Mapping[str, Any] | TensorDictBase | ReplayBuffer"
     " | Storage | D3rlpyBuffer | HuggingFaceTable | Sequence[Any]"
 )
+#: Options that cannot change a table that is built already.
+FIXED = (
+    "memmap", "concatenate", "limit", "columns", "clip_actions", "max_episode_steps",
+    "reward_offset", "observation_space", "action_space",
+)  # fmt: skip
 
 
 def load_dataset(
@@ -118,7 +111,7 @@ def load_dataset(
     Warns with ``DatasetWarning``, and adds the sentence to ``notes``, where marks contradict the
     rows: a termination after which the same trajectory continues; terminations at one fixed length
     in every episode; truncation marks inside smooth motion; no mark at all in a table that jumps;
-    ends of episodes that do not lie where the rows jump (``readers.motion`` says what is
+    ends of episodes that do not lie where the rows jump (``readers.contradictions`` says what is
     measured); a ``next_observation`` that is not the following
     row's observation inside an episode, or is at truncated ends;
     terminations in nearly every row of a trajectory. Also where most rows are dropped, most
@@ -129,103 +122,32 @@ def load_dataset(
     Raises:
         DatasetError: naming the key, rows, episode, what was expected and what to do.
     """
-    reading = prepare(
-        source, env=env, reward=reward, columns=columns, reward_offset=reward_offset,
-        concatenate=concatenate, limit=limit, dtype=dtype, clip_actions=clip_actions,
-        max_episode_steps=max_episode_steps, observation_space=observation_space,
-        action_space=action_space, download=download, progress=progress,
+    options = ReadOptions(
+        env=env, reward=reward, columns={} if columns is None else columns,
+        reward_offset=reward_offset, concatenate=concatenate, limit=limit, dtype=dtype,
+        clip_actions=clip_actions, max_episode_steps=max_episode_steps,
+        observation_space=observation_space, action_space=action_space, download=download,
+        progress=progress,
     )  # fmt: skip
     if is_saved(source):
-        fixed = {
-            "memmap": memmap, "concatenate": concatenate, "limit": limit, "columns": columns,
-            "clip_actions": clip_actions, "max_episode_steps": max_episode_steps,
-            "reward_offset": reward_offset, "observation_space": observation_space,
-            "action_space": action_space,
-        }  # fmt: skip
-        if given := [name for name, value in fixed.items() if value]:
-            raise DatasetError(
-                f"{source}: {given[0]}={fixed[given[0]]!r} cannot be applied to a table that is built "
-                f"already; leave {given[0]} out, or load the source with it."
-            )
+        for name in FIXED:
+            if value := memmap if name == "memmap" else getattr(options, name):
+                raise DatasetError(
+                    f"{source}: {name}={value!r} cannot be applied to a table that is built already; "
+                    f"leave {name} out, or load the source with it."
+                )
         table, description = open_saved(Path(source), reward, dtype)
     elif memmap is None:
-        table, description = build(reading.open(), **reading.build)
+        table, description = build(open_source(source, options), options)
     else:
-        settings = {"concatenate": concatenate, "limit": limit, **reading.build, "progress": None}
-        built_from = identity(source, reading.options, env, settings)
-        table, description = load_or_build(reading.open, Path(memmap), built_from, **reading.build)
-    fields = dataset_fields(description, env, reference_scores)
-    return OfflineDataset(table, **fields, dtype=dtype)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How a source is opened and built, from the options of ``load_dataset``."""
-
-    open: Callable[[], Source]
-    options: ReadOptions
-    build: dict[str, Any]  # options of ``build`` and ``write_log``
-
-
-def prepare(
-    source: SourceLike,
-    *,
-    env: EnvLike | None = None,
-    reward: str | tuple[float, float] = "raw",
-    columns: Mapping[str, str | None] | None = None,
-    concatenate: Sequence[str] | None = None,
-    limit: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    clip_actions: bool = False,
-    progress: bool | None = None,
-    **options: Any,
-) -> Reading:
-    """Check the options of ``load_dataset``; ``options`` are further ones of ``ReadOptions``."""
-    if columns is not None and not isinstance(columns, Mapping):
-        raise DatasetError(
-            "columns: expected a dict from our keys to the file's columns, such as "
-            f"{{'reward': 'r'}}, got {columns!r}."
-        )
-    for key, name in (columns or {}).items():
-        if name is not None and not isinstance(name, str):
-            raise DatasetError(
-                f"columns maps {key} to {name!r}; expected the name of one column, or None. "
-                f"Name several columns {key}.0, {key}.1, ... in the file, or pass a dict of arrays."
-            )
-    for key, value in {**options, "limit": limit}.items():
-        if value is None:
-            continue
-        if key in ("limit", "max_episode_steps") and (not isinstance(value, Integral) or value < 1):
-            raise DatasetError(
-                f"{key}: expected a whole number, at least 1, or None, got {value!r}"
-            )
-        if key.endswith("_space") and not isinstance(value, gym.Space):
-            raise DatasetError(f"{key}: expected a gymnasium.Space, got {type(value).__name__}.")
-    if dtype not in (torch.float32, torch.float64):
-        raise DatasetError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
-    reward_map(reward, np.arange(2.0))
-    maker = None if env is None else env_maker(env)
-    read = ReadOptions(columns=dict(columns or {}), dtype=dtype, **options)
-
-    def open_source() -> Source:
-        table = _open(source, read, maker)
-        table = concatenated(table, concatenate) if concatenate else table
-        return chain([table], limit)
-
-    return Reading(
-        open_source,
-        read,
-        {
-            "reward": reward, "dtype": dtype, "clip_actions": clip_actions, "progress": progress,
-            "joined": tuple(concatenate or ()),
-        },
-    )  # fmt: skip
+        table, description = load_or_build(source, Path(memmap), options)
+    return OfflineDataset(table, **dataset_fields(description, env, reference_scores))
 
 
 def dataset_fields(
     description: Description, env: EnvLike | None, reference_scores: Any
 ) -> dict[str, Any]:
-    """The fields of a ``DatasetSummary``, but its dtype; issues the warnings of the data.
+    """The fields of a ``DatasetSummary``; issues the warnings of the data.
 
     ``env`` and ``reference_scores``: of the user, in place of those of the data.
     """
@@ -235,52 +157,6 @@ def dataset_fields(
     if maker is None and spec is not None:
         maker = recorded_env_maker(spec)
     if maker and description.joined:
-        maker = joined_env_maker(maker, description.joined)
-    names = ("name", "observation_space", "action_space", "statistics", "episode_returns",
-             "episode_lengths", "reward_map", "notes")  # fmt: skip
+        maker = partial(joined_env, maker, description.joined)
     scores = known_scores(reference_scores) or description.reference_scores
-    fields = {name: getattr(description, name) for name in names}
-    return fields | {"env": maker, "reference_scores": scores}
-
-
-def _open(source: Any, options: ReadOptions, maker: EnvMaker | None) -> Source:
-    if isinstance(source, list | tuple):
-        return chain([_open(item, options, maker) for item in source])
-    if isinstance(source, minari.MinariDataset):
-        return minari_source(source, options)
-    if is_saved(source):
-        raise DatasetError(f"{source}: a built table is loaded alone, not in a list of sources.")
-    if isinstance(source, str | Path) and is_table_path(source):
-        described = _with_env(options, maker)
-        return table_source(open_path(Path(source), described), described)
-    if isinstance(source, Path):
-        raise DatasetError(
-            f"{source}: expected a file of one of the kinds {', '.join(TABLE_FILES)}, a folder of "
-            "Parquet files, of LeRobot or of datasets.save_to_disk, or a Minari id as text."
-        )
-    if is_ogbench(source):
-        return table_source(open_ogbench(source), options)
-    if isinstance(source, str):
-        return minari_source(find_minari(source, download=options.download), options)
-    described = _with_env(options, maker)
-    if (opened := open_object(source, described)) is not None:
-        return table_source(opened, described)
-    raise DatasetError(
-        f"source: {type(source).__name__} cannot be read; expected a Minari or OGBench id, a path, a "
-        "dict of arrays, a TensorDict, a TorchRL or d3rlpy buffer, or a datasets.Dataset."
-    )
-
-
-def _with_env(options: ReadOptions, maker: EnvMaker | None) -> ReadOptions:
-    """``options`` with the environment's spaces and step limit where they are not set."""
-    if maker is None:
-        return options
-    env = maker()
-    env.close()
-    steps = env.spec.max_episode_steps if env.spec is not None else None
-    return replace(
-        options,
-        observation_space=options.observation_space or env.observation_space,
-        action_space=options.action_space or env.action_space,
-        max_episode_steps=options.max_episode_steps or steps,
-    )
+    return vars(description) | {"env": maker, "reference_scores": scores}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,9 @@ import minari
 import numpy as np
 from tensordict import TensorDict
 
-from iql_torchrl.data.build import Description
-from iql_torchrl.data.readers.environments import EnvLike, env_maker
-from iql_torchrl.data.readers.minari import find_minari, minari_files
-from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_files
-from iql_torchrl.data.readers.opening import is_table_path, table_path_files
-from iql_torchrl.data.readers.source import ReadOptions, Source
+from iql_torchrl.data.dataset import Description
+from iql_torchrl.data.readers.opening import open_source, source_files
+from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.saved import (
     RECORD,
     Location,
@@ -29,6 +26,7 @@ from iql_torchrl.data.saved import (
     write_log,
 )
 from iql_torchrl.data.schema import DatasetError
+from iql_torchrl.files import make_folder
 
 __all__ = ["identity", "load_or_build"]
 
@@ -39,20 +37,23 @@ BLOCKS, BLOCK = 64, 64 * 2**10
 
 
 def load_or_build(
-    open_source: Callable[[], Source], folder: Path, built_from: dict[str, Any], **options: Any
+    source: Any, folder: Path, options: ReadOptions
 ) -> tuple[TensorDict, Description]:
     """The table in ``folder`` if it was built from the same, or else of a new build.
 
-    ``options`` go to ``write_log``. Other processes and threads that use the folder wait meanwhile
-    (see ``folder_lock``), so that they cannot replace the table before it is returned.
+    Other processes and threads that use the folder wait meanwhile (see ``folder_lock``), so that they
+    cannot replace the table before it is returned.
     """
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    built_from = identity(source, options)
+    if not os.path.isdir(folder):  # one that is there may be opened without the right to write
+        make_folder("memmap", folder, above=True, error=DatasetError)
     with folder_lock(folder):
         log = _reusable(folder, built_from)
         if log is None:
-            source = open_source()
-            edges = np.array([0, len(source.episode_lengths)])
-            log = write_log(source, folder, edges, built_from, **options)
+            make_folder("memmap", folder, above=True, error=DatasetError)
+            opened = open_source(source, options)
+            edges = np.array([0, len(opened.episode_lengths)])
+            log = write_log(opened, folder, edges, options, built_from)
         with log.rows(0, contents=False) as table:
             return table, log.description
 
@@ -78,9 +79,7 @@ def _reusable(folder: Path, built_from: dict[str, Any]) -> Log | None:
     return log if built_from["files"] and log.source == built_from else None
 
 
-def identity(
-    source: Any, options: ReadOptions, env: EnvLike | None, settings: Mapping[str, Any]
-) -> dict[str, Any]:
+def identity(source: Any, options: ReadOptions) -> dict[str, Any]:
     """Everything that a built table depends on: size, time and content of each file, and the options.
 
     The content is a 128-bit BLAKE2b digest. A file larger than 16 MiB is sampled: 64 blocks of
@@ -89,7 +88,7 @@ def identity(
     noticed by size and time only. Where there are n files, each gets an n-th of both numbers, but
     at least one block and 3 blocks. Without files (data in memory) a built table is never reused.
     """
-    files = _source_files(source, options)
+    files = source_files(source, options)
     records = [
         [str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns, _sampled(p, len(files))]
         for p in files
@@ -99,27 +98,16 @@ def identity(
         for part in (source if isinstance(source, list | tuple) else [source])
         if isinstance(part, minari.MinariDataset) and len(part) != part.storage.total_episodes
     ]
+    # Of an environment the limit and the spaces decide, which may change under its id.
+    read = options.described()
     decisive = {
-        **vars(options), **settings, "env": _env_identity(env), "episodes": selected, "download": None,
-        "observation_space": _space_identity(options.observation_space),
-        "action_space": _space_identity(options.action_space),
+        **vars(read), "env": None, "episodes": selected,
+        "observation_space": _space_identity(read.observation_space),
+        "action_space": _space_identity(read.action_space),
         "source": source if isinstance(source, str | Path | list | tuple) else None,
+        "download": None, "progress": None,  # these decide nothing
     }  # fmt: skip
     return {"files": records, "options": {name: repr(value) for name, value in decisive.items()}}
-
-
-def _source_files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
-    """Every file that the source reads; empty if any part of it is in memory."""
-    if isinstance(source, list | tuple):
-        parts = [_source_files(item, options) for item in source]
-        return tuple(path for part in parts for path in part) if all(parts) else ()
-    if isinstance(source, str | Path) and is_table_path(source):
-        return table_path_files(Path(source))
-    if is_ogbench(source):
-        return ogbench_files(source)
-    if isinstance(source, str):
-        source = find_minari(source, download=options.download)
-    return minari_files(source) if isinstance(source, minari.MinariDataset) else ()
 
 
 def _sampled(path: Path, files: int) -> str:
@@ -132,19 +120,6 @@ def _sampled(path: Path, files: int) -> str:
             file.seek(place)
             digest.update(file.read(BLOCK))
     return digest.hexdigest()
-
-
-def _env_identity(env: EnvLike | None) -> str | None:
-    """The properties of an environment that decide how a table is read, as text."""
-    if env is None:
-        return None
-    # The limit and the spaces that are registered under an id may change.
-    instance = env if isinstance(env, gym.Env) else env_maker(env)()
-    spaces = [instance.observation_space, instance.action_space]
-    text = f"{instance.spec} {list(map(_space_identity, spaces))}"
-    if instance is not env:
-        instance.close()
-    return text
 
 
 def _space_identity(space: gym.Space[Any] | None) -> str:

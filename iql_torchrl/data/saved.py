@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -30,13 +32,14 @@ from minari.serialization import deserialize_space, serialize_space
 from numpy.typing import NDArray
 from tensordict import MemoryMappedTensor, TensorDict
 
-from iql_torchrl.data.build import Description, DiskTables, file_name, fill, layout_of, row_bytes
+from iql_torchrl.data.build import DiskTables, file_name, fill, row_bytes
+from iql_torchrl.data.dataset import Description
 from iql_torchrl.data.digests import episode_digests, sketch_of
-from iql_torchrl.data.readers.source import Source
+from iql_torchrl.data.readers.source import ReadOptions, Source
 from iql_torchrl.data.scaling import ObservationStatistics, RewardMap, known_scores, reward_map
 from iql_torchrl.data.schema import REWARD, DatasetError, Field, Key, Layout
 from iql_torchrl.descriptions import one_line
-from iql_torchrl.files import leads_below, whole_file
+from iql_torchrl.files import FULL, leads_below, whole_file
 
 try:
     import fcntl
@@ -44,12 +47,13 @@ except ImportError:  # Windows: folders are used without locks.
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
-    "RECORD", "Location", "Log", "Shard", "asked_map", "folder_lock", "is_saved", "is_sharded",
-    "mapped", "open_saved", "read_log", "text_digest", "verify", "write_log",
+    "RECORD", "Location", "Log", "Shard", "folder_lock", "is_saved", "is_sharded", "open_saved",
+    "read_log", "text_digest", "verify", "write_log",
 ]  # fmt: skip
 
 RECORD, EPISODES = "built.json", "episodes.npz"
 FORMAT = 3  # of ``RECORD``
+STAGING = "[a-z0-9_]{8}"  # the end of a name that ``tempfile`` makes
 READ_AT_ONCE = 16 * 2**20
 
 
@@ -57,11 +61,9 @@ READ_AT_ONCE = 16 * 2**20
 class Location:
     """A folder of a log: on this machine, or at an address whose files are copied when needed.
 
-    Attributes:
-        name: a path, or an address of ``fsspec`` (``s3://``, ``gs://``, ``https://``, ...).
-        cache: the folder in which copies of an address's files stay, by their digests; None deletes
-            each copy when its rows are in memory. Not used for a path.
-        storage_options: of the file system of an address, such as ``{"anon": True}``.
+    ``name``: a path, or an address of ``fsspec`` (``s3://``, ``https://``, ...), with the
+    ``storage_options`` of its file system. ``cache``: the folder in which copies of an address's files
+    stay, by their digests; None deletes each copy when its rows are in memory.
     """
 
     name: str
@@ -73,10 +75,7 @@ class Location:
         return "://" not in self.name
 
     def read(self, file: str) -> bytes:
-        """The content of a file.
-
-        Raises ``FileNotFoundError``, and ``DatasetError`` where the address cannot be reached.
-        """
+        """The content of a file; raises ``FileNotFoundError``, and ``DatasetError`` of an address."""
         if self.is_local:
             return Path(self.name, file).read_bytes()
         content: bytes = self._call("cat_file", file)
@@ -89,28 +88,26 @@ class Location:
 
         Bytes are compared with ``contents``, and those of a new copy. Raises ``DatasetError``.
         """
+        path = Path(self.name, name) if self.is_local or cache is None else cache / expected[1]
         try:
-            if self.is_local or cache is None:
-                return self._checked(name, Path(self.name, name), expected, contents)
-            copy = cache / expected[1]
-            if copy.is_file():
-                return self._checked(name, copy, expected, contents)
-            cache.mkdir(parents=True, exist_ok=True)
-            with whole_file(copy) as temporary:
+            if self.is_local or path.is_file():
+                self._check(name, path, expected, contents)
+                return path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(path) as temporary:
                 self._call("get_file", name, str(temporary))
-                self._checked(name, temporary, expected, contents=True)
-            return copy
+                self._check(name, temporary, expected, contents=True)
+            return path
         except FileNotFoundError:
             raise damaged(self, f"{name} is missing") from None
 
-    def _checked(self, name: str, path: Path, expected: tuple[int, str], contents: bool) -> Path:
+    def _check(self, name: str, path: Path, expected: tuple[int, str], contents: bool) -> None:
         actual, where = path.stat().st_size, "" if self.is_local else f" in its copy {path}"
         if actual != expected[0]:
             reason = f"{name} has {actual:,} bytes{where}, built with {expected[0]:,}"
             raise damaged(self, reason)
         if contents and _file_digest(path) != expected[1]:
             raise damaged(self, f"{name} has another content than when it was built{where}")
-        return path
 
     def _call(self, method: str, file: str, *arguments: str) -> Any:
         """A method of the file system; what these raise, of many types, as one sentence."""
@@ -136,13 +133,14 @@ class Shard:
     digest: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Log:
     """What the record of a folder says.
 
     ``files``: by path, the size and the digest of each. ``ranges``: smallest and largest number of
     each entry over all rows. ``sketch``: see ``digests.sketch_of``. ``source``: the ``identity`` of
-    what it was built from, None where the folder is never built again.
+    what it was built from, None where the folder is never built again. ``stored``: the map of the
+    rewards in the files.
     """
 
     location: Location
@@ -153,10 +151,11 @@ class Log:
     ranges: dict[Key, tuple[float, float]]
     sketch: NDArray[np.int64]
     source: dict[str, Any] | None
+    stored: RewardMap
 
     @contextlib.contextmanager
     def rows(self, number: int, *, contents: bool) -> Iterator[TensorDict]:
-        """Inside, the memory-mapped rows of a shard, as they are stored.
+        """Inside, the memory-mapped rows of a shard, with rewards by the description's map.
 
         The sizes of its files are checked, and with ``contents`` every byte. Those of a folder of this
         machine stay mapped afterwards. Raises ``DatasetError``.
@@ -172,7 +171,29 @@ class Log:
                     raise damaged(self.location, f"{name} is missing")
                 expected = self.files[name]
                 paths[key] = self.location.file(name, expected, cache, contents=contents)
-            yield mapped_rows(paths, self.layout, shard.rows)
+            table = _mapped_rows(paths, self.layout, shard.rows)
+            if (change := self.description.reward_map) != self.stored:
+                raw = table[REWARD]
+                table[REWARD] = change.forward(raw.double()).to(raw.dtype)
+            yield table
+
+    def with_rewards(self, reward: Any) -> Log:
+        """The log whose rows have rewards by the map that ``reward`` asks for.
+
+        Raises ``DatasetError`` where that is another map and the stored rewards are not raw.
+        """
+        name, stored = self.location.name, self.stored
+        try:
+            change = reward_map(reward, self.description.episode_returns)
+        except DatasetError as error:
+            raise DatasetError(f"{name}: {error}") from None
+        if change != stored and stored != RewardMap():
+            raise DatasetError(
+                f"{name}: its rewards were mapped with reward={stored.scale, stored.shift} when it was "
+                f"built, and reward={reward!r} is another map; pass the first, or build it with raw "
+                "rewards, to which any map can be applied."
+            )
+        return replace(self, description=replace(self.description, reward_map=change))
 
     def check(self, *, contents: bool) -> int:
         """Check all files of a folder of this machine; their number of bytes."""
@@ -181,7 +202,7 @@ class Log:
         return sum(size for size, _ in self.files.values())
 
 
-def mapped_rows(paths: Mapping[Key, Path], layout: Layout, rows: int) -> TensorDict:
+def _mapped_rows(paths: Mapping[Key, Path], layout: Layout, rows: int) -> TensorDict:
     """A table of memory-mapped files, of which each has exactly ``rows`` rows."""
     table = TensorDict({}, batch_size=[rows])
     for key, (shape, dtype) in layout.items():
@@ -202,64 +223,58 @@ def write_log(
     source: Source,
     folder: Path,
     edges: NDArray[np.int64],
-    built_from: dict[str, Any] | None,
-    *,
-    dtype: torch.dtype,
-    **options: Any,
+    options: ReadOptions,
+    built_from: dict[str, Any] | None = None,
 ) -> Log:
     """Read ``source`` once, in bounded memory, into a folder that is complete or absent.
 
-    Shard n has the episodes ``edges[n]`` to ``edges[n + 1]``. ``options`` are those of ``fill``.
-    Raises ``DatasetError`` where the disk is or becomes full.
+    Shard n has the episodes ``edges[n]`` to ``edges[n + 1]``. Raises ``DatasetError`` where the disk is
+    or becomes full.
     """
-    layout, lengths = layout_of(source, dtype), source.episode_lengths
+    layout, lengths = source.layout(options.dtype), source.episode_lengths
     first = np.concatenate([[0], np.cumsum(lengths)])[edges]
     names = [f"shard-{number:05d}" for number in range(len(edges) - 1)]
-    with staged_folder(folder, source.rows * row_bytes(layout)) as staging:
+    with _staged_folder(folder, source.rows * row_bytes(layout)) as staging:
         tables = DiskTables(layout, first, [staging / name for name in names])
-        description = fill(source, tables, **options)
+        description = fill(source, tables, options)
         returns, sketches = description.episode_returns, []
         np.savez(staging / EPISODES, returns=returns, lengths=lengths)
         for number, name in enumerate(names):
             own = slice(edges[number], edges[number + 1])
             paths = {key: staging / name / file_name(key) for key in layout}
-            rows = mapped_rows(paths, layout, int(first[number + 1] - first[number]))
+            rows = _mapped_rows(paths, layout, int(first[number + 1] - first[number]))
             part = SimpleNamespace(
                 transitions=rows, episode_returns=returns[own], episode_lengths=lengths[own]
             )
             sketches.append(sketch_of(episode_digests(part)))
-        files = [path for path in sorted(staging.rglob("*")) if path.is_file()]
+        spec, change = description.env_spec, description.reward_map
+        unchanged = ("name", "reference_scores", "joined", "notes", "warnings")
         record = {
-            "format": FORMAT, "source": built_from, **_recorded(description),
+            "format": FORMAT,
+            "source": built_from,
+            **{name: getattr(description, name) for name in unchanged},
+            "observation_space": serialize_space(description.observation_space),
+            "action_space": serialize_space(description.action_space),
+            "env_spec": None if spec is None else spec.to_json(),
+            "reward_map": (change.scale, change.shift),
+            "statistics": [
+                (key, s.mean.tolist(), s.std.tolist(), s.constant, s.count)
+                for key, s in description.statistics.items()
+            ],
             "shards": list(zip(names, np.diff(first).tolist(), strict=True)),
             "files": {
                 path.relative_to(staging).as_posix(): (path.stat().st_size, _file_digest(path))
-                for path in files
+                for path in sorted(staging.rglob("*"))
+                if path.is_file()
             },
             "entries": [
                 (key, shape, str(dtype).removeprefix("torch."), tables.ranges[key])
                 for key, (shape, dtype) in layout.items()
             ],
             "sketch": sketch_of(np.concatenate(sketches)).tolist(),
-        }  # fmt: skip
+        }
         (staging / RECORD).write_text(json.dumps(record))
     return read_log(Location(str(folder)))
-
-
-def _recorded(description: Description) -> dict[str, Any]:
-    """A description without its episodes, as JSON has it."""
-    spec, change = description.env_spec, description.reward_map
-    unchanged = ("name", "reference_scores", "joined", "notes", "warnings")
-    return {name: getattr(description, name) for name in unchanged} | {
-        "observation_space": serialize_space(description.observation_space),
-        "action_space": serialize_space(description.action_space),
-        "env_spec": None if spec is None else spec.to_json(),
-        "reward_map": (change.scale, change.shift),
-        "statistics": [
-            (key, s.mean.tolist(), s.std.tolist(), s.constant, s.count)
-            for key, s in description.statistics.items()
-        ],
-    }
 
 
 def text_digest(content: bytes) -> str:
@@ -275,7 +290,7 @@ def _file_digest(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def staged_folder(folder: Path, needed: int) -> Iterator[Path]:
+def _staged_folder(folder: Path, needed: int) -> Iterator[Path]:
     """A temporary folder, which takes the place of ``folder`` when the block ends without an error.
 
     Raises ``DatasetError`` with the needed and the free space where the disk is or becomes full.
@@ -292,7 +307,7 @@ def staged_folder(folder: Path, needed: int) -> Iterator[Path]:
                 os.rename(folder, Path(temporary) / "old")
             os.rename(new, folder)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
         free = shutil.disk_usage(parent).free
         raise DatasetError(
@@ -306,13 +321,18 @@ def staged_folder(folder: Path, needed: int) -> Iterator[Path]:
 def folder_lock(folder: Path) -> Iterator[None]:
     """Hold the lock ``.<name>.lock`` next to ``folder`` (``fcntl.flock``); waits for it.
 
-    The holder deletes the lock file. Nothing is locked where ``fcntl`` is missing, where the parent of
-    the folder is read-only, and on file systems without locks.
+    The holder deletes the lock file, and first what a killed build of the folder has left. Nothing is
+    locked or deleted where ``fcntl`` is missing, where the parent of the folder is read-only, and on
+    file systems without locks.
     """
     path, file = folder.absolute().parent / f".{folder.name}.lock", None
     with contextlib.suppress(OSError):
         file = None if fcntl is None else _locked(path)
     try:
+        # a build has the lock as long as its temporary folder exists
+        for left in path.parent.glob(f".{glob.escape(folder.name)}-*") if file is not None else ():
+            if re.fullmatch(STAGING, left.name.removeprefix(f".{folder.name}-")):
+                shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
         if file is not None:
@@ -350,23 +370,7 @@ def read_log(location: Location) -> Log:
                 f"{location.name}: was built by another version of this package; build it again."
             )
         with np.load(io.BytesIO(location.read(EPISODES))) as episodes:
-            description = _described(saved, episodes["returns"], episodes["lengths"])
-        files = {name: (int(size), str(digest)) for name, (size, digest) in saved["files"].items()}
-        entries = {tuple(key): rest for key, *rest in saved["entries"]}
-        log = Log(
-            location=location,
-            description=description,
-            files=files,
-            shards=tuple(Shard(name, rows, _digest_of(name, files)) for name, rows in saved["shards"]),
-            layout={k: Field(tuple(s), getattr(torch, d)) for k, (s, d, _) in entries.items()},
-            ranges={key: (low, high) for key, (_, _, (low, high)) in entries.items()},
-            sketch=np.array(saved["sketch"], np.int64),
-            source=saved["source"],
-        )  # fmt: skip
-        rows, expected = (
-            sum(shard.rows for shard in log.shards),
-            int(description.episode_lengths.sum()),
-        )
+            log = _log(location, saved, episodes["returns"], episodes["lengths"])
     except FileNotFoundError as error:
         name = EPISODES if EPISODES in str(error) else RECORD
         raise DatasetError(
@@ -379,45 +383,54 @@ def read_log(location: Location) -> Log:
     except Exception as error:  # a damaged file can raise nearly anything
         reason = f"{RECORD} or {EPISODES} cannot be read: {one_line(error)}"
         raise damaged(location, reason) from error
-    names = [name for file, (_, digest) in files.items() for name in (file, digest)]
+    names = [name for file, (_, digest) in log.files.items() for name in (file, digest)]
     if outside := [name for name in names if not leads_below(name)]:
         raise DatasetError(
             f"{location.name}: it names the file {outside[0]!r}; expected a path below its own "
             "folder. The record is damaged or not from this package: build it again."
         )
+    rows, expected = sum(s.rows for s in log.shards), int(log.description.episode_lengths.sum())
     if rows != expected:
         raise damaged(location, f"its shards have {rows} rows in place of {expected}")
     return log
 
 
-def _digest_of(folder: str, files: Mapping[str, tuple[int, str]]) -> str:
-    own = {name: digest for name, (_, digest) in files.items() if name.startswith(f"{folder}/")}
-    return text_digest(json.dumps(own, sort_keys=True).encode())
-
-
-def _described(
-    saved: Mapping[str, Any], returns: NDArray[np.float64], lengths: NDArray[np.int64]
-) -> Description:
-    spec = saved["env_spec"]
-    statistics = {
-        key if isinstance(key, str) else tuple(key): ObservationStatistics(
-            torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32),
-            tuple(constant), count,
-        )
-        for key, mean, std, constant, count in saved["statistics"]
-    }  # fmt: skip
-    return Description(
+def _log(
+    location: Location, saved: Mapping[str, Any], returns: NDArray[Any], lengths: NDArray[Any]
+) -> Log:
+    """What a record says; it may be damaged."""
+    entries = {tuple(key): rest for key, *rest in saved["entries"]}
+    layout = {key: Field(tuple(s), getattr(torch, d)) for key, (s, d, _) in entries.items()}
+    description = Description(
         name=saved["name"],
         observation_space=deserialize_space(saved["observation_space"]),
         action_space=deserialize_space(saved["action_space"]),
-        env_spec=None if spec is None else EnvSpec.from_json(spec),
+        env_spec=None if saved["env_spec"] is None else EnvSpec.from_json(saved["env_spec"]),
         reference_scores=known_scores(saved["reference_scores"]),
         episode_returns=returns,
         episode_lengths=lengths,
-        statistics=statistics,
+        statistics={
+            key if isinstance(key, str) else tuple(key): ObservationStatistics(
+                torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32),
+                tuple(constant), count,
+            )
+            for key, mean, std, constant, count in saved["statistics"]
+        },
         reward_map=RewardMap(*saved["reward_map"]),
+        dtype=layout[REWARD].dtype,
         **{name: tuple(saved[name]) for name in ("joined", "notes", "warnings")},
-    )
+    )  # fmt: skip
+    files = {name: (int(size), str(digest)) for name, (size, digest) in saved["files"].items()}
+    shards = []
+    for name, rows in saved["shards"]:
+        own = {file: digest for file, (_, digest) in files.items() if file.startswith(f"{name}/")}
+        shards.append(Shard(name, rows, text_digest(json.dumps(own, sort_keys=True).encode())))
+    return Log(
+        location, description, files, tuple(shards), layout,
+        ranges={key: (low, high) for key, (_, _, (low, high)) in entries.items()},
+        sketch=np.array(saved["sketch"], np.int64),
+        source=saved["source"], stored=description.reward_map,
+    )  # fmt: skip
 
 
 def verify(folder: str | Path) -> int:
@@ -470,34 +483,6 @@ def open_saved(folder: Path, reward: Any, dtype: torch.dtype) -> tuple[TensorDic
             f"{folder}: was built with dtype={stored} and dtype={dtype} is asked for; pass "
             f"dtype={stored}, or build it again."
         )
-    change = asked_map(reward, log)
+    log = log.with_rewards(reward)
     with log.rows(0, contents=False) as table:
-        table = mapped(table, log.description.reward_map, change)
-        return table, replace(log.description, reward_map=change)
-
-
-def asked_map(reward: Any, log: Log) -> RewardMap:
-    """The map that ``reward`` asks for, of a log whose stored rewards may be mapped.
-
-    Raises ``DatasetError`` where that is another map and the stored rewards are not raw.
-    """
-    name, stored = log.location.name, log.description.reward_map
-    try:
-        change = reward_map(reward, log.description.episode_returns)
-    except DatasetError as error:
-        raise DatasetError(f"{name}: {error}") from None
-    if change != stored and stored != RewardMap():
-        raise DatasetError(
-            f"{name}: its rewards were mapped with reward={stored.scale, stored.shift} when it was "
-            f"built, and reward={reward!r} is another map; pass the first, or build it with raw "
-            "rewards, to which any map can be applied."
-        )
-    return change
-
-
-def mapped(table: TensorDict, stored: RewardMap, change: RewardMap) -> TensorDict:
-    """The table with rewards mapped by ``change``, in memory; itself where they are so stored."""
-    if change != stored:
-        raw = table[REWARD]
-        table[REWARD] = change.forward(raw.double()).to(raw.dtype)
-    return table
+        return table, log.description

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,22 +18,23 @@ from torch import Tensor
 
 from iql_torchrl.config import check_whole
 from iql_torchrl.data.dataset import DatasetSummary, OfflineDataset
-from iql_torchrl.data.load import SourceLike, dataset_fields, prepare
+from iql_torchrl.data.load import SourceLike, dataset_fields
 from iql_torchrl.data.readers.environments import EnvLike
+from iql_torchrl.data.readers.opening import open_source
+from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.replay import DeviceSampler
 from iql_torchrl.data.saved import (
     Location,
     Log,
     Shard,
-    asked_map,
     folder_lock,
     is_saved,
-    mapped,
     read_log,
     write_log,
 )
-from iql_torchrl.data.schema import MASK, REWARD, DatasetError, Key
+from iql_torchrl.data.schema import MASK, DatasetError, Key
 from iql_torchrl.descriptions import one_line
+from iql_torchrl.files import make_folder
 
 __all__ = ["ShardedDataset", "ShardedReplay", "build_shards", "load_shards"]
 
@@ -69,16 +70,16 @@ def build_shards(
         raise DatasetError(
             f"{source}: is a built table already; build shards from the source that it was built from."
         )
-    reading = prepare(source, env=env, **options)
-    table, folder = reading.open(), Path(folder)
+    read, folder = ReadOptions(env=env, **options), Path(folder)
+    make_folder("folder", folder, above=True, error=DatasetError)
+    table = open_source(source, read)
     edges = episodes_of_shards(table.episode_lengths, shards, table.name)
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     with folder_lock(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DatasetError(
                 f"{folder}: exists already; choose another path, or delete it first."
             )
-        change = write_log(table, folder, edges, None, **reading.build).description.reward_map
+        change = write_log(table, folder, edges, read).description.reward_map
     return load_shards(folder, env=env, reward=(change.scale, change.shift))
 
 
@@ -131,9 +132,8 @@ def load_shards(
     """
     name = str(location).rstrip("/") or "/"
     place = Location(name, None if cache is None else Path(cache), dict(storage_options or {}))
-    log = read_log(place)
+    log = read_log(place).with_rewards(reward)
     fields = dataset_fields(log.description, env, reference_scores)
-    fields |= {"reward_map": asked_map(reward, log), "dtype": log.layout[REWARD].dtype}
     return ShardedDataset(**fields, shards=log.shards, log=log)
 
 
@@ -147,8 +147,7 @@ class ShardedDataset(DatasetSummary):
 
     Attributes:
         shards: folder, rows and digest of each shard.
-        log: the record, its location, and the layout, ranges and reward map of the stored rows;
-            ``reward_map`` is that of the batches.
+        log: the record, its location, and the layout and ranges of the stored rows.
     """
 
     shards: tuple[Shard, ...]
@@ -174,7 +173,7 @@ class ShardedDataset(DatasetSummary):
 
     @property
     def transitions(self) -> NoReturn:
-        """Always raises ``DatasetError``: the rows are never all in one table."""
+        """Always raises ``DatasetError``, because the rows are never all in one table."""
         raise DatasetError(self._in_shards("this"))
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -198,7 +197,7 @@ class ShardedDataset(DatasetSummary):
         """
         with self.log.rows(number, contents=number not in self._verified) as table:
             self._verified.add(number)
-            yield mapped(table, self.log.description.reward_map, self.reward_map)
+            yield table
 
     def replay_buffer(
         self,
@@ -264,16 +263,10 @@ class Rotation:
         return order
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "shards": self.shards, "seed": self.seed, "loaded": list(self.loaded),
-            "oldest": self.oldest, "turn": self.turn, "order": list(self.order),
-            "position": self.position,
-        }  # fmt: skip
+        return deepcopy(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name in ("seed", "oldest", "turn", "position"):
-            setattr(self, name, int(state[name]))
-        self.loaded, self.order = ([int(s) for s in state[name]] for name in ("loaded", "order"))
+        vars(self).update(deepcopy(dict(state)))
 
 
 class ShardedReplay(DeviceSampler):
@@ -372,39 +365,32 @@ class ShardedReplay(DeviceSampler):
 
     def _use_loaded(self) -> None:
         """Draw from the loaded shards, and let the thread write the next one into the other slot."""
-        counts = [self.dataset.shards[number].rows for number in self.rotation.loaded]
-        ends = list(accumulate(counts))
-        self.rows = ends[-1]
-        shifts = [
-            slot * self._capacity - (end - rows)
-            for slot, end, rows in zip(self._slots, ends, counts, strict=True)
-        ]
-        self._ends = torch.tensor(ends, device=self.device)
-        self._shift = torch.tensor(shifts, device=self.device)
-        if self.loaded < len(self.dataset.shards):
+        shards = self.dataset.shards
+        counts = torch.tensor([shards[number].rows for number in self.rotation.loaded])
+        ends, begins = counts.cumsum(0), torch.tensor(self._slots) * self._capacity
+        self.rows = int(ends[-1])
+        self._ends = ends.to(self.device)
+        self._shift = (begins - (ends - counts)).to(self.device)
+        if self.loaded < len(shards):
             (self._free,) = set(range(self.loaded + 1)) - set(self._slots)
             self._coming = self._thread.submit(self._load, self.rotation.coming, self._free)
 
     def _replace(self) -> None:
+        """Draw from the next shard too; one that could not be read is read again, at every batch."""
         if self._coming is not None:
-            self._wait(self._coming)
+            if self._coming.exception() is not None:
+                number = self.rotation.coming
+                try:
+                    self._load(number, self._free)
+                except Exception as error:
+                    raise DatasetError(
+                        f"{self.dataset.log.location.name}: shard {number} could not be read, nor a "
+                        f"second time ({type(error).__name__}: {one_line(error)}). The next batch "
+                        "tries again; nothing of the loaded shards is lost."
+                    ) from error
             self._slots[self.rotation.advance()] = self._free
             self._use_loaded()
         self._since = 0
-
-    def _wait(self, coming: Future[None]) -> None:
-        """Wait for the next shard; one that could not be read is read again, at every batch."""
-        if coming.exception() is None:
-            return
-        number = self.rotation.coming
-        try:
-            self._load(number, self._free)
-        except Exception as error:
-            raise DatasetError(
-                f"{self.dataset.log.location.name}: shard {number} could not be read, nor a second "
-                f"time ({type(error).__name__}: {one_line(error)}). The next batch tries again; "
-                "nothing of the loaded shards is lost."
-            ) from error
 
     # -- state -----------------------------------------------------------------------------------
 

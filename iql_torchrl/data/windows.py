@@ -113,7 +113,7 @@ class Windows:
         device = device_of(transitions)
         self.first = first.to(device)
         self.own_place = torch.where(ends, ends.cumsum(0) - 1, -1).to(device)
-        self.rest = _without_observations(transitions)
+        self.rest = transitions.exclude("observation", ("next", "observation"))
 
     def __len__(self) -> int:
         return int(self.rest.batch_size[0])
@@ -121,9 +121,7 @@ class Windows:
     def __getitem__(self, rows: Any) -> TensorDict:
         """The transitions numbered by ``rows``: int64 ``(B,)``, a slice, a list or a mask.
 
-        A mask is bool, with an entry for each row.
-
-        Raises ``IndexError`` on a mask of another length.
+        A mask is bool, with an entry for each row; ``IndexError`` otherwise.
         """
         device = self.first.device
         if isinstance(rows, slice):
@@ -164,12 +162,8 @@ class Windows:
 
     def to(self, device: torch.device | str) -> Windows:
         """The same windows on ``device``; without a copy where they are there."""
-        moved = self._with_frames_on(device)
-        moved.rest = self.rest.to(device)
-        return moved
-
-    def _with_frames_on(self, device: torch.device | str) -> Windows:
         moved = copy(self)
+        moved.rest = self.rest.to(device)
         moved.frames = {key: values.to(device) for key, values in self.frames.items()}
         moved.own = {key: values.to(device) for key, values in self.own.items()}
         moved.first, moved.own_place = self.first.to(device), self.own_place.to(device)
@@ -224,8 +218,9 @@ class WindowSampler(DeviceSampler):
     ) -> None:
         where = windows.first.device if device is None else torch.device(device)
         super().__init__(windows.rest, batch_size, device=where, seed=seed)
-        self.windows = windows._with_frames_on(where)
+        self.windows = copy(windows)
         self.windows.rest = windows.rest.select()  # its entries are in ``tables``
+        self.windows = self.windows.to(where)
         frames = [*self.windows.frames.values(), *self.windows.own.values()]
         self.tables += [*frames, self.windows.first, self.windows.own_place]
 
@@ -273,15 +268,6 @@ class WindowStorage(Storage):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
-
-
-def _without_observations(transitions: TensorDictBase) -> TensorDict:
-    """The other entries, not copied; on the device where they are."""
-    rest = TensorDict({}, batch_size=transitions.batch_size, device=transitions.device)
-    for key in leaf_keys(transitions):
-        if key[0] != "observation" and key[:2] != ("next", "observation"):
-            rest.set(key, transitions.get(key))
-    return rest
 
 
 def _unchanged(batch: Sequence[Any]) -> Sequence[Any]:

@@ -17,14 +17,15 @@ from iql_torchrl.agent.build import make_agent
 from iql_torchrl.config import IQLConfig, check_whole, knobs
 from iql_torchrl.data import OfflineDataset, load_dataset
 from iql_torchrl.data.saved import is_saved, is_sharded
+from iql_torchrl.files import make_folder
 from iql_torchrl.population.runs import IQLPopulation
 from iql_torchrl.selection import Ranking
-from iql_torchrl.sweep.engines import first_line, perform_locally, perform_on_ray, perform_on_slurm
+from iql_torchrl.sweep.engines import perform_locally, perform_on_ray, perform_on_slurm
 from iql_torchrl.sweep.result import SweepResult, joined, named
+from iql_torchrl.sweep.retries import Score, first_line
 from iql_torchrl.sweep.task import (
     Log,
     Parts,
-    Score,
     Task,
     played,
     rank,
@@ -73,8 +74,8 @@ class Sweep:
             ``held_out``. Where the results of one sweep decide which configs the next one has, its
             estimates are too high for the best; an estimate from :meth:`parts`' ``reserved`` is
             not. None: none.
-        fit_updates: updates of ``fitted_q_evaluation``. discount: of the estimates; None: that of
-            the first config.
+        fit_updates: updates of ``fitted_q_evaluation``.
+        discount: of the estimates; None: that of the first config.
         save_every: updates between two checkpoints of a task.
 
     Attributes: ``runs``, the configs by name, and the arguments.
@@ -165,8 +166,9 @@ class Sweep:
 
         Raises:
             ValueError: another engine, a number below 1, or a folder with another sweep.
-            ImportError: ray or submitit is not installed. ConnectionError: no cluster at
-            ``address``. ``DatasetError`` as ``load_dataset``.
+            ImportError: ray or submitit is not installed.
+            ConnectionError: no cluster at ``address``.
+            DatasetError: as ``load_dataset``.
         """
         check_whole(workers=workers, threads=threads, attempts=attempts)
         engines: dict[str, Perform] = {
@@ -237,7 +239,6 @@ class Sweep:
         for name, sentence in failed.items():
             print(f"{name} {sentence}", file=sys.stderr)
         if groups:  # a sweep of which nothing can be trained leaves the folder to others
-            self._folder.mkdir(parents=True, exist_ok=True)
             write_json(self._folder / "sweep.json", self._identity())
         if not failed:
             write_json(path, plan)
@@ -313,6 +314,7 @@ class Sweep:
         """Raise ``ValueError`` naming what differs from the sweep that the folder belongs to."""
         if self._folder.exists() and not self._folder.is_dir():
             raise ValueError(f"{self._folder} is a file; a sweep needs a folder.")
+        make_folder("folder", self._folder)
         saved = read_json(self._folder / "sweep.json", {})
         if saved and (difference := _difference(saved, self._identity())):
             raise ValueError(

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torchrl.checkpoint import CheckpointRotation
 
-from iql_torchrl.files import PREFIX, SUFFIX, whole_file
+from iql_torchrl.files import PREFIX, SUFFIX, make_folder, whole_file
 from iql_torchrl.report.figures import draw
 from iql_torchrl.report.tables import write_csv
 
@@ -42,13 +42,8 @@ class RunFolder:
         self, config: Mapping[str, Any] | None, pending: Collection[int], *, continues: bool
     ) -> Iterator[None]:
         """Make, lock and clean the folder, except for what is set aside for ``pending`` evaluations."""
-        try:
-            self.rotation.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"folder is {self.path}, which cannot be created ({error}); give a folder below one "
-                "that exists and that you may write to."
-            ) from error
+        make_folder("folder", self.path)
+        make_folder("folder", self.rotation.directory)
         with self._locked():
             taken = self.checkpoints()
             if not continues and (taken or self.best.exists()):

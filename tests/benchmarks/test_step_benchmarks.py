@@ -165,7 +165,8 @@ def test_failures_are_lines_and_files_make_a_report(tmp_path, capsys, monkeypatc
     assert "old" not in text
     assert "2 runs" in text
     assert "no room left" in text
-    assert (tmp_path / "step.png").stat().st_size > 10_000
+    for name in ("step.png", "step_sweeps.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
     assert "step_cpu_old.json contains no points" in capsys.readouterr().out
     readme.write_text("no markers")
     with pytest.raises(SystemExit, match="lacks the lines"):

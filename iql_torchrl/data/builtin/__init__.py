@@ -94,11 +94,7 @@ def ensure_dataset(name: str, *, progress: bool = True) -> str:
 
 
 def ensure_source(name: str) -> str:
-    """What ``load_dataset`` reads for a name on a command line.
-
-    One of ``BUILTIN`` is made if it is absent, as by :func:`ensure_dataset`; another id, or a path,
-    is returned as it is.
-    """
+    """What ``load_dataset`` reads for a name on a command line: one of ``BUILTIN`` is made first."""
     return ensure_dataset(name) if name in BUILTIN else name
 
 

@@ -22,11 +22,10 @@ TIE = 1e-10
 class SepsisTables:
     """The package's model: S = 716 states of which the last 3 are terminal, A = 25 treatments.
 
-    Attributes:
-        admissible: ``(S, A)``, treatments seen often enough in the hospital data.
-        clinician: ``(S, A)``, probabilities of the clinicians' estimated policy, restricted to
-            admissible treatments and renormalised (uniform over them where nothing remains).
-            The package's own table gives inadmissible treatments a share, 12 % of the steps.
+    ``admissible``: ``(S, A)``, treatments seen often enough in the hospital data. ``clinician``: ``(S,
+    A)``, probabilities of the clinicians' estimated policy, restricted to admissible treatments and
+    renormalised (uniform over them where nothing remains). The package's own table gives
+    inadmissible treatments a share, 12 % of the steps.
     """
 
     def __init__(self, env: Any) -> None:

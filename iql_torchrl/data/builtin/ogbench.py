@@ -107,11 +107,9 @@ def _write(path: Path, arrays: Arrays) -> None:
 
 
 def plan_episode(env: Any, seed: int, number: int) -> Arrays:
-    """One episode of random tasks of the arm, each done by following a plan.
+    """One episode of random tasks of the arm, each done by following a plan; row t is before action t.
 
-    ``env``: made with ``mode="data_collection"``. Row t has the state before action t. The same
-    ``seed`` and ``number`` give the same rows. A scene's episode in which the cube leaves the area
-    that the camera sees is drawn again, as in OGBench.
+    A scene's episode in which the cube leaves the area that the camera sees is drawn again.
     """
     for attempt in count():
         with _seeded([seed, number, attempt]) as reset_seed:
@@ -165,9 +163,8 @@ def _cube_is_visible(states: NDArray[Any]) -> bool:
 def maze_episode(env: Any, seed: int, number: int) -> Arrays:
     """One episode of a point that goes to one random goal after another.
 
-    The start is a random open cell and goals are random open cells that are no corridors. Action:
-    the direction to the next cell of a shortest path (``get_oracle_subgoal``), a vector of length 1,
-    plus noise, clipped to [-1, 1]. The same ``seed`` and ``number`` give the same rows.
+    Goals are random open cells that are no corridors. Action: the direction to the next cell of a
+    shortest path, a vector of length 1, plus noise, clipped to [-1, 1].
     """
     maze = env.unwrapped
     cells = [(int(i), int(j)) for i, j in np.argwhere(maze.maze_map == 0)]

@@ -129,8 +129,7 @@ def import_for_recipe(module: str, dataset: str, *, extra: str = "datasets") -> 
 def swing_up_torque(observation: NDArray[Any]) -> NDArray[np.float32]:
     """The noise-free controller of the pendulum: energy shaping below, PD balance near the top.
 
-    ``observation`` is Pendulum-v1's ``(cos, sin, angular velocity in rad/s)``, the angle being
-    0 when upright. Returns a torque ``(1,)`` in N m within [-2, 2].
+    ``observation`` is Pendulum-v1's ``(cos, sin, angular velocity in rad/s)``. Returns N m, ``(1,)``.
     """
     cosine, sine, velocity = (float(value) for value in observation)
     if cosine > BALANCE_COSINE:
@@ -182,10 +181,9 @@ PENDULUM_MIXED = Recipe(
 
 
 def maze_controller(maze: Any, noise: float, generator: np.random.Generator) -> Act:
-    """Moves the point to its desired goal, with a force ``(2,)`` in [-1, 1].
+    """Moves the point to its desired goal, with a noisy force ``(2,)`` in [-1, 1].
 
-    ``maze``: the environment's ``unwrapped.maze``. ``noise``: deviation of the Gaussian noise on the
-    force, before clipping. Follows D4RL's maze2d controller (Fu et al. 2020, arXiv:2004.07219).
+    Follows D4RL's maze2d controller (Fu et al. 2020, arXiv:2004.07219).
     """
     waypoint: Cell | None = None
     next_cells = cache(partial(_shortest_paths, maze.maze_map))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +30,31 @@ NO_FRAMES = (
 AFTER_THE_STEP = ("reward", "done", "terminated", "truncated")
 
 
+@contextmanager
+def reading(path: Path, problem: str, *errors: type[Exception]) -> Iterator[None]:
+    """``errors`` of the block as ``DatasetError``: what is wrong with the file."""
+    try:
+        yield
+    except DatasetError:
+        raise
+    except errors as error:
+        raise DatasetError(
+            f"{path}: {problem} ({one_line(error)}); download, copy or save it again."
+        ) from error
+
+
+def package(name: str, reader: str, extra: str = "readers") -> Any:
+    """An optional package. ``DatasetError`` says how to install it for ``reader``."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        needed = name.partition(".")[0]
+        raise DatasetError(
+            f"{reader}: needs the package {needed} ({one_line(error)}): "
+            f'pip install "iql_torchrl[{extra}]"'
+        ) from error
+
+
 class Column(Protocol):
     """An array, or an object on disk that can be sliced by rows like an array."""
 
@@ -45,7 +72,7 @@ class Opened:
     """The columns of a table by their names in the source, and what its reader says about them.
 
     The spaces and the environment are those that the source records, if any. ``warnings`` become
-    ``DatasetWarning``.
+    ``DatasetWarning``. ``text``: the source does not say which whole numbers are meant as floats.
     """
 
     name: str
@@ -55,19 +82,14 @@ class Opened:
     notes: tuple[str, ...] = ()
     observation_space: gym.Space[Any] | None = None
     env_spec: EnvSpec | None = None
+    text: bool = False
 
 
 class PartsColumn:
     """A column whose rows lie in consecutive parts; only the parts that are asked for are read.
 
-    Args:
-        lengths: rows of each part; 0 is allowed.
-        read: returns all rows of the part with a number, ``(length, *row_shape)``. It raises
-            ``DatasetError`` where the part has another number of rows than ``lengths`` says.
-        row_shape: shape of one row.
-        dtype: of the values; parts of another dtype are an error of the caller.
-
-    The part read last is kept, because successive slices often end and begin in one part.
+    ``read`` returns the rows of the part with a number, as many as ``lengths`` says, of ``row_shape``
+    and ``dtype``. The part read last is kept: successive slices often end and begin in one part.
     """
 
     def __init__(
@@ -83,9 +105,9 @@ class PartsColumn:
         self.shape, self.dtype = (rows, *row_shape), np.dtype(dtype)
 
     def __getitem__(self, rows: slice, /) -> NDArray[Any]:
-        start, stop = row_range(rows, self.shape[0])
-        values = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        if start == stop:
+        start, stop, _ = rows.indices(self.shape[0])
+        values = np.empty((max(stop - start, 0), *self.shape[1:]), self.dtype)
+        if start >= stop:
             return values
         first, last = np.searchsorted(self._ends, [start, stop - 1], side="right")
         for number in range(int(first), int(last) + 1):
@@ -140,31 +162,18 @@ def chosen_rows(columns: Mapping[str, Column], keep: NDArray[np.bool_]) -> dict[
     }
 
 
-def row_range(rows: slice, count: int) -> tuple[int, int]:
-    """Start and stop of a slice of ``count`` rows, of step 1; an empty range where stop < start."""
-    start, stop, _ = rows.indices(count)
-    return start, max(start, stop)
-
-
 def open_npz(path: Path) -> dict[str, Column]:
     """The archive's arrays. Raises ``DatasetError`` naming a damaged file."""
-    try:
-        # Opened here: NumPy leaves a file open that turns out not to be an archive.
-        with open(path, "rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if isinstance(archive, np.ndarray):
-                raise DatasetError(
-                    f"{path}: contains one array of shape {archive.shape}; expected an archive of "
-                    "named columns, as numpy.savez writes it."
-                )
-            with archive:
-                columns = {name: _entry(archive, name) for name in archive.files}
-    except DatasetError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        raise DatasetError(
-            f"{path}: not a complete npz archive ({one_line(error)}); download or copy it again."
-        ) from error
+    errors = (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError)
+    # Opened here: NumPy leaves a file open that turns out not to be an archive.
+    with reading(path, "not a complete npz archive", *errors), open(path, "rb") as file:
+        archive = np.load(file, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise DatasetError(
+                f"{path}: contains one array of shape {archive.shape}; expected an archive of "
+                "named columns, as numpy.savez writes it."
+            )
+        columns = {name: _entry(archive, name) for name in archive.files}
     return {name: column for name, column in columns.items() if column.ndim}
 
 
@@ -181,8 +190,8 @@ def _entry(archive: Any, name: str) -> NDArray[Any]:
 
 def open_hdf5(path: Path) -> dict[str, Column]:
     """The file's arrays by path, not yet read. Raises ``DatasetError`` naming a damaged file."""
-    arrays = _hdf5_arrays(path)
-    for part in _other_files(path, arrays):
+    arrays = hdf5_arrays(path)
+    for part in hdf5_parts(path, arrays):
         if not part.is_file():
             raise DatasetError(
                 f"{path}: takes part of its data from the file {part}, which does not exist; HDF5 "
@@ -191,32 +200,20 @@ def open_hdf5(path: Path) -> dict[str, Column]:
     return arrays
 
 
-def hdf5_parts(path: Path) -> tuple[Path, ...]:
-    """Other files from which the file's arrays take their data. Empty for a damaged file."""
-    try:
-        return _other_files(path, _hdf5_arrays(path))
-    except DatasetError:
-        return ()
-
-
-def _hdf5_arrays(path: Path) -> dict[str, Column]:
+def hdf5_arrays(path: Path) -> dict[str, Column]:
     arrays: dict[str, Column] = {}
 
     def visit(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset) and item.ndim:
             arrays[name] = item
 
-    try:
+    with reading(path, "not a complete HDF5 file", OSError, RuntimeError, KeyError):
         h5py.File(path, "r").visititems(visit)
-    except (OSError, RuntimeError, KeyError) as error:
-        raise DatasetError(
-            f"{path}: not a complete HDF5 file ({one_line(error)}); download or copy it again."
-        ) from error
     return arrays
 
 
-def _other_files(path: Path, arrays: Mapping[str, Any]) -> tuple[Path, ...]:
-    """The files of virtual and external arrays; names with a pattern (``%b``) are left out."""
+def hdf5_parts(path: Path, arrays: Mapping[str, Any]) -> tuple[Path, ...]:
+    """Other files from which arrays take their data; names with a pattern (``%b``) are left out."""
     names: set[str] = set()
     for array in arrays.values():
         if array.is_virtual:
@@ -271,12 +268,10 @@ def array_of(value: Any, name: str) -> NDArray[Any]:
 def columns_of_tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> dict[str, Column]:
     """The leaves by ``/``-joined key, ``(N, ...)``.
 
-    Several batch dimensions, the last one time, as collectors deliver them, are flattened. Each row
-    of the leading dimensions is then one episode, unless trajectory numbers divide it further.
-    Steps where ``("collector", "mask")`` (``"mask"`` after ``split_trajectories`` of a table without
-    ``collector``) is False only pad trajectories to one length and are left out.
-    ``("next", "truncated")`` is computed from ``done`` and ``terminated`` where it is missing. Rewards
-    and marks of the state before the action are left out where ``next`` has those after it.
+    Several batch dimensions, the last one time, as collectors deliver them, are flattened: each row of
+    the leading dimensions is one episode, unless trajectory numbers divide it further. Steps where
+    ``("collector", "mask")``, or ``"mask"`` of ``split_trajectories``, is False only pad trajectories
+    and are left out. Results of a step that ``next`` has too are left out of the root.
     """
     table = _tensordict(source)
     lead, rows = table.batch_dims, table.batch_size.numel()

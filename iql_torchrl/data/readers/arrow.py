@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,21 +13,16 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, PartsColumn, UnreadableColumn
+from iql_torchrl.data.readers.arrays import Column, PartsColumn, UnreadableColumn, package, reading
 from iql_torchrl.data.readers.columns import NAMES
 from iql_torchrl.data.readers.huggingface import HuggingFaceRows
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 
-try:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-except ImportError as error:
-    raise DatasetError(
-        f"a table of Arrow columns needs the package pyarrow ({one_line(error)}): "
-        'pip install "iql_torchrl[readers]"'
-    ) from error
+pa, pc, pq = (
+    package(name, "a table of Arrow columns")
+    for name in ("pyarrow", "pyarrow.compute", "pyarrow.parquet")
+)
 
 __all__ = ["ParquetRows", "arrow_columns", "parquet_files"]
 
@@ -40,6 +34,8 @@ BATCH_ROWS = 65_536
 #: Rows of a table of episodes that are looked at together to measure them.
 EPISODES = 256
 LISTS = (pa.ListType, pa.LargeListType, pa.FixedSizeListType)
+#: What a damaged Parquet file is called, and what pyarrow raises.
+DAMAGED = ("not a complete Parquet file", pa.ArrowException, OSError)
 #: Names of files that each are of one split.
 SPLITS = ("train", "test", "validation", "valid", "val", "dev")
 
@@ -316,16 +312,14 @@ class ParquetRows:
     """The rows of Parquet files of the same columns, one file after the other.
 
     A column is read forwards in batches of rows of about 8 MB, so that neither a file nor one of its
-    row groups need fit into memory; other rows than those after the last ones are looked for from
-    their row group on. Raises ``DatasetError`` naming the file that is damaged, or has other
-    columns than the first.
+    row groups need fit into memory. Raises ``DatasetError`` naming a damaged or different file.
     """
 
     def __init__(self, name: str, files: Sequence[Path], folder: Path | None = None) -> None:
         self.name, self.folder, self.rows = name, folder, 0
         self._groups: dict[Path, list[int]] = {}  # rows of the row groups of each file
         for path in files:
-            with _naming(path):
+            with reading(path, *DAMAGED):
                 metadata = pq.read_metadata(path)
                 schema = metadata.schema.to_arrow_schema()
             if not self._groups:
@@ -361,7 +355,7 @@ def _batches(files: Mapping[Path, list[int]], column: str, start: int) -> Iterat
     """The rows of a column from ``start`` on; ``files``: the rows of the row groups of each."""
     end = 0
     for path, groups in files.items():
-        with _naming(path):
+        with reading(path, *DAMAGED):
             file = None
             for number, rows in enumerate(groups):
                 end += rows
@@ -376,14 +370,3 @@ def _batches(files: Mapping[Path, list[int]], column: str, start: int) -> Iterat
                 for batch in file.iter_batches(size, [number], [column], use_threads=False):
                     yield batch.column(column)[skipped:]
                     skipped = max(skipped - len(batch), 0)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Errors of pyarrow as ``DatasetError`` naming the file."""
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise DatasetError(
-            f"{path}: not a complete Parquet file ({one_line(error)}); download or copy it again."
-        ) from error

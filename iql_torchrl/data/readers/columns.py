@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import gymnasium as gym
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from iql_torchrl.data.readers.arrays import Column
@@ -15,6 +16,7 @@ from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.schema import DatasetError, Key, leaf_spaces
 from iql_torchrl.descriptions import describe_space
 
+Flags: TypeAlias = NDArray[np.bool_]
 #: Names of columns that mark ends of trajectories in some files, terminations in others. In a file
 #: that has ``not_terminated`` or ``valid`` they mark ends of trajectories.
 TRAJECTORY_ENDS = ("terminals", "dones_float")
@@ -59,10 +61,9 @@ MOST_FLOAT_CATEGORIES = 1000
 class Table:
     """The columns under our names; observations by leaf key.
 
-    ``terminated``: rows that terminate, ``(rows,)``; none where no column marks them. ``flags``:
-    ``truncated``, ``trajectory_end`` (see ``TRAJECTORY_ENDS``) and ``valid`` where the file has them.
-    ``paths``: the columns' names in the file. ``unused``: its other columns, by their names.
-    ``truncation_ignored``: the caller left ``truncated`` out.
+    ``flags``: for each of ``FLAGS`` a mark in each row, ``(rows,)``; where the file has none, all rows
+    are valid and no other mark is set. ``paths``: the columns' names in the file. ``unused``: its other
+    columns, by their names.
     """
 
     name: str
@@ -70,11 +71,29 @@ class Table:
     observation: dict[Key, Column]
     next_observation: dict[Key, Column] | None
     columns: dict[str, Column]
-    terminated: NDArray[np.bool_]
-    flags: dict[str, NDArray[np.bool_]]
+    flags: dict[str, Flags]
     paths: dict[str, str]
     unused: dict[str, Column]
-    truncation_ignored: bool
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Marks of a table's rows, each ``(rows,)``.
+
+    Attributes:
+        terminated: the row terminates: the value of its successor is 0.
+        truncated: the row is the last of its trajectory for another reason.
+        last: the last row of each trajectory, including rows that are not transitions.
+        valid: False at rows that are not transitions and only contain the last next observation.
+        broken: the row's ``next_observation`` is not the following row's observation, ``(rows -
+            1,)``; None without ``next_observation``.
+    """
+
+    terminated: Flags
+    truncated: Flags
+    last: Flags
+    valid: Flags
+    broken: Flags | None
 
 
 def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> Table:
@@ -110,14 +129,9 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
     every = {"/".join(key): column for key, column in observation.items()}
     every |= {"next/" + "/".join(key): column for key, column in following.items()}
     rows = _checked_rows(name, every | named)
-    flags = {
-        key: _flags(f"{name}: {key} ({paths[key]!r})", named[key]) for key in FLAGS if key in named
-    }
     return Table(
-        name, rows, observation, following or None, named,
-        terminated=_terminated(name, rows, flags, paths), flags=flags, paths=paths,
+        name, rows, observation, following or None, named, _flags(name, rows, named, paths), paths,
         unused={path: column for path, column in columns.items() if path not in paths.values()},
-        truncation_ignored=options.columns.get("truncated", "") is None,
     )  # fmt: skip
 
 
@@ -156,24 +170,22 @@ def _single(column: Column) -> bool:
     return int(np.prod(column.shape[1:])) == 1
 
 
-def _flags(label: str, column: Column) -> NDArray[np.bool_]:
-    """A column of 0 and 1 as booleans, ``(rows,)``."""
-    values = np.asarray(column[:]).reshape(-1)
-    if len(wrong := np.flatnonzero((values != 0) & (values != 1))):
-        raise DatasetError(
-            f"{label} has {values[wrong[0]]} in {len(wrong)} of {len(values)} rows with other values "
-            f"than 0 and 1, first at row {wrong[0]}; expected 0 or 1."
-        )
-    return values.astype(np.bool_)
-
-
-def _terminated(
-    name: str, rows: int, flags: Mapping[str, NDArray[np.bool_]], paths: Mapping[str, str]
-) -> NDArray[np.bool_]:
-    if "not_terminated" not in flags:
-        return flags.get("terminated", np.zeros(rows, np.bool_))
-    terminated = flags.get("terminated", ~flags["not_terminated"])
-    if len(differ := np.flatnonzero(terminated == flags["not_terminated"])):
+def _flags(
+    name: str, rows: int, columns: Mapping[str, Column], paths: Mapping[str, str]
+) -> dict[str, Flags]:
+    flags = {}
+    for key in FLAGS:
+        values = np.ravel(columns[key][:]) if key in columns else np.full(rows, key == "valid")
+        if len(wrong := np.flatnonzero((values != 0) & (values != 1))):
+            raise DatasetError(
+                f"{name}: {key} ({paths[key]!r}) has {values[wrong[0]]} in {len(wrong)} of {rows} rows "
+                f"with other values than 0 and 1, first at row {wrong[0]}; expected 0 or 1."
+            )
+        flags[key] = values.astype(np.bool_)
+    if "not_terminated" not in columns:
+        return flags
+    opposite = ~flags["not_terminated"]
+    if "terminated" in columns and len(differ := np.flatnonzero(flags["terminated"] != opposite)):
         first, second = paths["not_terminated"], paths["terminated"]
         raise DatasetError(
             f"{name}: {first!r} (0 where a row terminates) and {second!r} (1 there) disagree in "
@@ -181,7 +193,7 @@ def _terminated(
             f"columns={{'terminated': {second!r}}} or columns={{'not_terminated': {first!r}, "
             "'terminated': None}."
         )
-    return terminated
+    return flags | {"terminated": opposite}
 
 
 def _paths(
@@ -221,12 +233,9 @@ def _find(
     name: str, columns: Mapping[str, Column], mapping: Mapping[str, str | None], key: str
 ) -> str | None:
     """The column (or group of columns) of a key."""
-    groups = {
-        "/".join(path.split("/")[:depth])
-        for path in columns
-        for depth in range(1, path.count("/") + 1)
+    present = {
+        "/".join(path.split("/")[:n]) for path in columns for n in range(1, path.count("/") + 2)
     }
-    present = groups | set(columns)
     listing = ", ".join(sorted(columns)) or "nothing"
     if (named := mapping.get(key)) is not None:
         # LeRobot's names have dots, such as next.reward.
@@ -280,7 +289,20 @@ def _hint(key: str, columns: Mapping[str, Column]) -> str:
 
 def guess_observation_space(table: Table) -> gym.Space[Any]:
     """A space per leaf; the number of categories includes those of ``next_observation``."""
-    spaces = {key: _space_of(table, key) for key in table.observation}
+    spaces: dict[Key, gym.Space[Any]] = {}
+    for key, column in table.observation.items():
+        columns = {"/".join(key): column}
+        if table.next_observation is not None:  # terminal states occur only there
+            following = table.next_observation[key]
+            if np.dtype(following.dtype).kind in "iu" and following.shape == column.shape:
+                columns["next/" + "/".join(key)] = following
+        kind, shape = np.dtype(column.dtype), tuple(column.shape[1:])
+        if kind.kind == "f":
+            spaces[key] = gym.spaces.Box(-np.inf, np.inf, shape, kind.type)
+        elif kind == np.uint8 and len(shape) >= 2:
+            spaces[key] = gym.spaces.Box(0, 255, shape, np.uint8)
+        else:
+            spaces[key] = _categories(table, columns)
     return spaces[("observation",)] if ("observation",) in spaces else _nested(spaces)
 
 
@@ -290,21 +312,6 @@ def _nested(spaces: dict[Key, gym.Space[Any]]) -> gym.Space[Any]:
         inner = {key[1:]: space for key, space in spaces.items() if key[1] == name}
         children[name] = inner[(name,)] if (name,) in inner else _nested(inner)
     return gym.spaces.Dict(children)
-
-
-def _space_of(table: Table, key: Key) -> gym.Space[Any]:
-    column = table.observation[key]
-    kind, shape = np.dtype(column.dtype), tuple(column.shape[1:])
-    if kind.kind == "f":
-        return gym.spaces.Box(-np.inf, np.inf, shape, kind.type)
-    if kind == np.uint8 and len(shape) >= 2:
-        return gym.spaces.Box(0, 255, shape, np.uint8)
-    columns = {"/".join(key): column}
-    if table.next_observation is not None:  # terminal states occur only there
-        following = table.next_observation[key]
-        if np.dtype(following.dtype).kind in "iu" and following.shape == column.shape:
-            columns["next/" + "/".join(key)] = following
-    return _categories(table, columns)
 
 
 def _categories(table: Table, columns: Mapping[str, Column]) -> gym.Space[Any]:
@@ -334,20 +341,35 @@ def _categories(table: Table, columns: Mapping[str, Column]) -> gym.Space[Any]:
 def guess_action_space(table: Table) -> tuple[gym.Space[Any], str, str]:
     """A space for the actions; a note on what was assumed, and a warning, or empty texts."""
     column, mask = table.columns["action"], table.columns.get("action_mask")
-    kind, shape = np.dtype(column.dtype), tuple(column.shape[1:])
+    kind, shape, path = np.dtype(column.dtype), tuple(column.shape[1:]), table.paths["action"]
     if kind.kind != "f" and mask is not None and mask.shape[1:]:
         return gym.spaces.Discrete(int(mask.shape[1])), "", ""
-    low, high, encoded = np.full(shape, np.inf), np.full(shape, -np.inf), True
+    low, high = np.full(shape, np.inf), np.full(shape, -np.inf)
+    encoded = True  # all rows are one whole number from 0 on, or one-hot
     for start in range(0, table.rows, CHUNK):
         block = np.asarray(column[start : start + CHUNK])
         low, high = np.fmin(low, block.min(0)), np.fmax(high, block.max(0))
-        encoded = encoded and _like_categories(block)
-    warning = _encoded_categories(table, low, high) if encoded else ""
+        if encoded:
+            rows = block.reshape(len(block), -1)
+            single = rows.shape[1] == 1 or (rows.sum(axis=1) == 1).all()
+            encoded = bool(single and (rows >= 0).all() and (rows == np.round(rows)).all())
+    warning = note = ""
+    if encoded and low.size == 1 and 1 <= high.max() < MOST_FLOAT_CATEGORIES:
+        warning = (
+            f"all actions ({path!r}) are whole numbers from {int(low.min())} to {int(high.max())} "
+            "stored as floats, and were read as continuous. If they are discrete, convert them to "
+            "integers of shape (N,): astype(int)."
+        )
+    elif encoded and low.size > 1 and table.rows > 1:
+        warning = (
+            f"each row of the actions ({path!r}) holds a single 1 and otherwise 0 in {low.size} "
+            "columns, and was read as it stands. If these are discrete actions, pass their numbers: "
+            "argmax(axis=1), integers of shape (N,)."
+        )
     if kind.kind != "f":
         space = _categories(table, {"action": column})
         note = f"action space taken from the largest logged action: {space}."
         return space, note, "" if _single(column) else warning
-    note = ""
     if warning:
         low, high = np.minimum(low, -1), np.maximum(high, 1)
     elif low.min() >= -1 and high.max() <= 1:
@@ -362,51 +384,40 @@ def guess_action_space(table: Table) -> tuple[gym.Space[Any], str, str]:
     return gym.spaces.Box(low, high, shape, kind.type), note, warning
 
 
-def _like_categories(actions: NDArray[Any]) -> bool:
-    """Whether all rows are one whole number from 0 on, or one-hot."""
-    rows = actions.reshape(len(actions), -1)
-    one_hot = rows.shape[1] == 1 or (rows.sum(axis=1) == 1).all()
-    return bool(one_hot and (rows >= 0).all() and (rows == np.round(rows)).all())
-
-
-def _encoded_categories(table: Table, low: NDArray[Any], high: NDArray[Any]) -> str:
-    """What to pass where actions look like categories: whole float numbers, or one-hot rows."""
-    path = table.paths["action"]
-    if low.size == 1 and 1 <= high.max() < MOST_FLOAT_CATEGORIES:
-        return (
-            f"all actions ({path!r}) are whole numbers from {int(low.min())} to {int(high.max())} "
-            "stored as floats, and were read as continuous. If they are discrete, convert them to "
-            "integers of shape (N,): astype(int)."
-        )
-    if low.size == 1 or table.rows < 2:
-        return ""
-    return (
-        f"each row of the actions ({path!r}) holds a single 1 and otherwise 0 in {low.size} columns, "
-        "and was read as it stands. If these are discrete actions, pass their numbers: argmax(axis=1), "
-        "integers of shape (N,)."
-    )
-
-
-def check_shapes(
-    table: Table, observation_space: gym.Space[Any], action_space: gym.Space[Any]
+def fit_to_spaces(
+    table: Table,
+    observation_space: gym.Space[Any],
+    action_space: gym.Space[Any],
+    text_as: torch.dtype | None,
 ) -> None:
-    """Raises unless every column has its space's row shape."""
+    """Raises unless every column has its space's row shape.
+
+    With ``text_as`` the table is of text, in which whole numbers may mean floats: they become floats
+    where the space has these, unless ``text_as`` would round one.
+    """
     leaves = leaf_spaces(observation_space)
     if set(leaves) != set(table.observation):
         raise DatasetError(
             f"{table.name}: the data's observation has the leaves {sorted(table.observation)}, the "
             f"environment's {sorted(leaves)}; expected the same."
         )
-    pairs = [("action", table.columns["action"], action_space)]
+    places: list[tuple[str, dict[Any, Column], Any, gym.Space[Any]]] = [
+        ("action", table.columns, "action", action_space)
+    ]
     for prefix, columns in (("", table.observation), ("next/", table.next_observation or {})):
-        pairs += [(prefix + "/".join(key), columns[key], leaves[key]) for key in columns]
-    for key, column, space in pairs:
-        shape, expected = tuple(column.shape[1:]), tuple(space.shape or ())
+        places += [(prefix + "/".join(key), columns, key, leaves[key]) for key in columns]
+    if (log_prob := table.columns.get("action_log_prob")) is not None:
+        numbers = gym.spaces.Box(-np.inf, 0, log_prob.shape[1:])
+        places.append(("action_log_prob", table.columns, "action_log_prob", numbers))
+    for name, columns, key, space in places:
+        shape, expected = tuple(columns[key].shape[1:]), tuple(space.shape or ())
         if shape != expected and (shape, expected) != ((1,), ()):
             raise DatasetError(
-                f"{table.name}: {key} has rows of shape {shape} in {table.rows} rows; expected "
+                f"{table.name}: {name} has rows of shape {shape} in {table.rows} rows; expected "
                 f"{expected} for {describe_space(space)}."
             )
+        if text_as and isinstance(space, gym.spaces.Box) and np.dtype(space.dtype).kind == "f":
+            columns[key] = _as_floats(f"{table.name}: {name}", columns[key], text_as)
     if (mask := table.columns.get("action_mask")) is not None:
         count = int(action_space.n) if isinstance(action_space, gym.spaces.Discrete) else None
         if tuple(mask.shape[1:]) != (count,):
@@ -414,3 +425,16 @@ def check_shapes(
                 f"{table.name}: action_mask has rows of shape {tuple(mask.shape[1:])}; expected one "
                 f"entry per action of {action_space}."
             )
+
+
+def _as_floats(name: str, column: Column, dtype: torch.dtype) -> Column:
+    whole = np.asarray(column[:])
+    if whole.dtype.kind != "i":
+        return column
+    values: NDArray[Any] = whole.astype(str(dtype).removeprefix("torch."))
+    if (lost := whole[values.astype(np.int64) != whole]).size:
+        raise DatasetError(
+            f"{name} has the whole number {lost[0]}, which {dtype} would round; pass "
+            "dtype=torch.float64, or store smaller numbers."
+        )
+    return values

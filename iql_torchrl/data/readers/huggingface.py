@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol
 
+from iql_torchrl.data.readers.arrays import package, reading
 from iql_torchrl.data.schema import DatasetError
-from iql_torchrl.descriptions import one_line
 
 __all__ = [
     "HuggingFaceRows",
@@ -35,9 +35,8 @@ def is_table_of_datasets(source: Any) -> bool:
 class HuggingFaceRows:
     """The rows of a ``datasets.Dataset`` in its own order, which ``select`` or ``shuffle`` may set.
 
-    Only the columns and rows that are asked for are read; a dataset on disk stays memory-mapped. Its
-    format (``with_format``) is not applied. ``folder``: where ``save_to_disk`` wrote it. Raises
-    ``DatasetError`` for several splits, and for a stream.
+    Only what is asked for is read; a dataset on disk stays memory-mapped. Its format is not applied.
+    Raises ``DatasetError`` for several splits, and for a stream.
     """
 
     def __init__(self, dataset: Any, folder: Path | None = None) -> None:
@@ -73,17 +72,7 @@ def load_saved_dataset(folder: Path) -> Any:
 
     Raises ``DatasetError``: the folder is damaged, or ``datasets`` is missing.
     """
-    try:
-        import datasets
-
+    datasets = package("datasets", str(folder))
+    # the package raises errors of many kinds for damaged folders
+    with reading(folder, "cannot be read as a folder that save_to_disk wrote", Exception):
         return datasets.load_from_disk(str(folder))
-    except ImportError as error:
-        raise DatasetError(
-            f"{folder}: needs the package datasets ({one_line(error)}): "
-            'pip install "iql_torchrl[readers]"'
-        ) from error
-    except Exception as error:  # the package raises errors of many kinds for damaged folders
-        raise DatasetError(
-            f"{folder}: cannot be read as a folder that save_to_disk wrote "
-            f"({type(error).__name__}: {one_line(error)}); copy or save it again."
-        ) from error

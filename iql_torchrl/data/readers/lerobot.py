@@ -15,10 +15,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, PartsColumn, UnreadableColumn
+from iql_torchrl.data.readers.arrays import Column, PartsColumn, UnreadableColumn, package, reading
 from iql_torchrl.data.readers.arrow import PART_BYTES, ParquetRows, arrow_columns, parquet_files
 from iql_torchrl.data.schema import DatasetError
-from iql_torchrl.descriptions import one_line
 from iql_torchrl.files import leads_below
 
 __all__ = ["lerobot_columns"]
@@ -163,12 +162,8 @@ def _episodes(folder: Path) -> list[dict[str, Any]]:
 
 
 def _json(path: Path, text: str) -> dict[str, Any]:
-    try:
+    with reading(path, "not complete JSON", ValueError):
         value = json.loads(text)
-    except ValueError as error:
-        raise DatasetError(
-            f"{path}: not complete JSON ({one_line(error)}); download or copy it again."
-        ) from error
     if not isinstance(value, dict):
         raise DatasetError(f"{path}: has a {type(value).__name__}; expected an object of names.")
     return value
@@ -209,18 +204,8 @@ def _video(clips: Sequence[Clip], name: str) -> Column:
 
 def _decoded(path: Path) -> Iterator[NDArray[np.uint8]]:
     """All frames of a file in the order of time, RGB."""
-    try:
-        import av
-    except ImportError as error:
-        raise DatasetError(
-            f"{path}: no decoder of videos is installed ({one_line(error)}): "
-            'pip install "iql_torchrl[readers]"'
-        ) from error
-    try:
-        with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
-                yield np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
-    except (av.error.FFmpegError, OSError, IndexError) as error:
-        raise DatasetError(
-            f"{path}: cannot be decoded as a video ({one_line(error)}); download or copy it again."
-        ) from error
+    av = package("av", f"{path}: no decoder of videos is installed")
+    errors = (av.error.FFmpegError, OSError, IndexError)
+    with reading(path, "cannot be decoded as a video", *errors), av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            yield np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)

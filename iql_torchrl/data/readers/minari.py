@@ -6,7 +6,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from iql_torchrl.data.builtin import BUILTIN
-from iql_torchrl.data.readers.arrays import flatten
+from iql_torchrl.data.readers.arrays import flatten, reading
 from iql_torchrl.data.readers.source import Piece, ReadOptions, Source
 from iql_torchrl.data.schema import (
     ACTION,
@@ -142,7 +142,7 @@ def minari_source(dataset: minari.MinariDataset, options: ReadOptions) -> Source
 def _lengths(dataset: minari.MinariDataset) -> NDArray[np.int64]:
     """Steps of the selected episodes."""
     storage, indices = dataset.storage, [int(i) for i in dataset.episode_indices]
-    with _naming(dataset):
+    with _reading(dataset):
         if storage.FORMAT != "hdf5":
             metadata = storage.get_episode_metadata(indices)
             return np.array([int(m["total_steps"]) for m in metadata], np.int64)
@@ -156,7 +156,7 @@ def _episodes(dataset: minari.MinariDataset) -> Iterator[dict[str, Any]]:
     indices = [int(i) for i in dataset.episode_indices]
     # One at a time: given many, Minari's Arrow reader splits long episodes silently.
     groups = [indices] if dataset.storage.FORMAT == "hdf5" else [[i] for i in indices]
-    with _naming(dataset):
+    with _reading(dataset):
         for group in groups:
             for episode in dataset.iterate_episodes(group):
                 parts = ("observations", "actions", "rewards", "terminations", "truncations")
@@ -164,17 +164,11 @@ def _episodes(dataset: minari.MinariDataset) -> Iterator[dict[str, Any]]:
                 yield flatten({**arrays, "infos": episode.infos or {}})
 
 
-@contextmanager
-def _naming(dataset: minari.MinariDataset) -> Iterator[None]:
+def _reading(dataset: minari.MinariDataset) -> AbstractContextManager[None]:
     """Errors of Minari and of HDF5 as ``DatasetError`` naming the files."""
-    try:
-        yield
-    except (OSError, KeyError) as error:
-        files = Path(dataset.storage.data_path)
-        raise DatasetError(
-            f"{files / 'main_data.hdf5' if dataset.storage.FORMAT == 'hdf5' else files}: not complete "
-            f"({one_line(error)}); delete it and download or write the dataset again."
-        ) from error
+    files = Path(dataset.storage.data_path)
+    path = files / "main_data.hdf5" if dataset.storage.FORMAT == "hdf5" else files
+    return reading(path, "not a complete Minari dataset", OSError, KeyError)
 
 
 def _extra(episode: Mapping[str, Any], name: str, key: str, options: ReadOptions) -> str | None:

@@ -20,7 +20,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
-from iql_torchrl.data.readers.arrays import Opened, open_npz
+from iql_torchrl.data.readers.arrays import Opened, open_npz, package
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 
@@ -89,13 +89,12 @@ def open_ogbench(source: str) -> Opened:
     environment, data = parse_name(source)
     spec, path = _spec(source, environment), _file(source, data)
     columns = open_npz(path)
-    from ogbench.relabel_utils import relabel_dataset
-
+    relabel = package("ogbench.relabel_utils", source, "ogbench")
     states: dict[str, Any] = {column: columns[column] for column in STATES if column in columns}
     env = gym.make(spec)
     try:
         rows = {column: columns[column] for column in ROWS}
-        relabel_dataset(environment, env, states)
+        relabel.relabel_dataset(environment, env, states)
     except KeyError as error:
         raise DatasetError(
             f"{path}: has no {error.args[0]!r} among {', '.join(sorted(columns))}; expected OGBench's "
@@ -117,15 +116,9 @@ def open_ogbench(source: str) -> Opened:
 
 
 def _spec(source: str, environment: str) -> EnvSpec:
+    package("ogbench", source, "ogbench")  # registers the environments
     try:
-        import ogbench  # noqa: F401 (registers the environments)
-
         spec = gym.spec(environment)
-    except ImportError as error:
-        raise DatasetError(
-            f"{source}: needs the package ogbench ({one_line(error)}): "
-            'pip install "iql_torchrl[ogbench]"'
-        ) from error
     except gym.error.Error as error:
         raise DatasetError(
             f"{source}: OGBench has no environment {environment!r} ({one_line(error)}); expected a "

@@ -1,12 +1,14 @@
-"""Which reader opens a file, a folder or an object that is a table of steps."""
+"""Which reader opens a source, and the files that it reads."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import minari
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
@@ -15,19 +17,24 @@ from iql_torchrl.data.readers.arrays import (
     Opened,
     columns_of_tensordict,
     flatten,
+    hdf5_arrays,
     hdf5_parts,
     open_npz,
 )
 from iql_torchrl.data.readers.csv_files import open_csv
 from iql_torchrl.data.readers.d3rlpy import open_d3rlpy_buffer, open_d3rlpy_file
+from iql_torchrl.data.readers.episodes import table_source
 from iql_torchrl.data.readers.huggingface import (
     HuggingFaceRows,
     is_saved_dataset,
     is_table_of_datasets,
     load_saved_dataset,
 )
-from iql_torchrl.data.readers.source import ReadOptions
+from iql_torchrl.data.readers.minari import find_minari, minari_files, minari_source
+from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_files, open_ogbench
+from iql_torchrl.data.readers.source import ReadOptions, Source, chain, concatenated, limited
 from iql_torchrl.data.readers.torchrl_datasets import open_torchrl_dataset
+from iql_torchrl.data.saved import is_saved
 from iql_torchrl.data.schema import DatasetError
 
 #: What reads the columns of a file, by its suffix.
@@ -36,8 +43,59 @@ FILES: dict[str, Callable[[Path], dict[str, Column]]] = {".npz": open_npz, ".csv
 TABLE_FILES = (".hdf5", ".h5", ".parquet", *FILES)
 
 
+def open_source(source: Any, options: ReadOptions) -> Source:
+    """What ``load_dataset`` reads, with joined leaves and at most ``limit`` rows."""
+    table = _open(source, options)
+    if options.concatenate:
+        table = concatenated(table, options.concatenate)
+    return limited(table, options.limit)
+
+
+def source_files(source: Any, options: ReadOptions) -> tuple[Path, ...]:
+    """Every file that the source reads; empty if any part of it is in memory."""
+    if isinstance(source, list | tuple):
+        parts = [source_files(item, options) for item in source]
+        return tuple(path for part in parts for path in part) if all(parts) else ()
+    if isinstance(source, str | Path) and is_table_path(path := Path(source)):
+        if path.is_dir():
+            return tuple(sorted(p for p in path.rglob("*") if p.is_file()))
+        others: tuple[Path, ...] = ()
+        with suppress(DatasetError):  # of a damaged file, which is refused when it is read
+            if path.suffix.lower() in (".hdf5", ".h5") and path.is_file():
+                others = hdf5_parts(path, hdf5_arrays(path))
+        return (path, *others) if path.is_file() else ()
+    if is_ogbench(source):
+        return ogbench_files(source)
+    if isinstance(source, str):
+        source = find_minari(source, download=options.download)
+    return minari_files(source) if isinstance(source, minari.MinariDataset) else ()
+
+
+def _open(source: Any, options: ReadOptions) -> Source:
+    if isinstance(source, list | tuple):
+        return chain([_open(item, options) for item in source])
+    if isinstance(source, minari.MinariDataset):
+        return minari_source(source, options)
+    if is_saved(source):
+        raise DatasetError(f"{source}: a built table is loaded alone, not in a list of sources.")
+    if isinstance(source, str | Path) and is_table_path(source):
+        options = options.described()
+        return table_source(_open_path(Path(source), options), options)
+    if isinstance(source, Path):
+        raise DatasetError(
+            f"{source}: expected a file of one of the kinds {', '.join(TABLE_FILES)}, a folder of "
+            "Parquet files, of LeRobot or of datasets.save_to_disk, or a Minari id as text."
+        )
+    if is_ogbench(source):
+        return table_source(open_ogbench(source), options)
+    if isinstance(source, str):
+        return minari_source(find_minari(source, download=options.download), options)
+    options = options.described()
+    return table_source(_open_object(source, options), options)
+
+
 def is_table_path(source: str | Path) -> bool:
-    """Whether a path or text names a file or folder that :func:`open_path` reads."""
+    """Whether a path or text names a file or folder that is a table of steps."""
     path = Path(source)
     if path.suffix.lower() in TABLE_FILES:
         return True
@@ -49,26 +107,14 @@ def is_table_path(source: str | Path) -> bool:
     )
 
 
-def table_path_files(path: Path) -> tuple[Path, ...]:
-    """Every file that :func:`open_path` reads; empty where the path does not exist."""
-    if path.is_dir():
-        return tuple(sorted(p for p in path.rglob("*") if p.is_file()))
-    if not path.is_file():
-        return ()
-    return (path, *hdf5_parts(path)) if path.suffix.lower() in (".hdf5", ".h5") else (path,)
-
-
-def open_path(path: Path, options: ReadOptions) -> Opened:
-    """The columns of a file, or of a folder of LeRobot, of ``save_to_disk`` or of Parquet files.
-
-    Raises ``DatasetError`` naming a missing or damaged file, or the package to install.
-    """
+def _open_path(path: Path, options: ReadOptions) -> Opened:
+    """The columns of a file, or of a folder of LeRobot, of ``save_to_disk`` or of Parquet files."""
     kind = path.suffix.lower()
     if not path.exists():
         raise DatasetError(f"{path}: no such file.")
     if not path.is_dir() and kind != ".parquet":
         if kind in FILES:
-            return Opened(path.name, FILES[kind](path))
+            return Opened(path.name, FILES[kind](path), text=kind == ".csv")
         return open_d3rlpy_file(path, options)
     from iql_torchrl.data.readers.arrow import ParquetRows, arrow_columns, parquet_files
     from iql_torchrl.data.readers.lerobot import lerobot_columns
@@ -83,8 +129,8 @@ def open_path(path: Path, options: ReadOptions) -> Opened:
     return Opened(path.name, arrow_columns(table, options.columns))
 
 
-def open_object(source: Any, options: ReadOptions) -> Opened | None:
-    """The columns of an object in memory; None for an object that is no table."""
+def _open_object(source: Any, options: ReadOptions) -> Opened:
+    """The columns of an object in memory."""
     name = type(source).__name__
     if isinstance(source, TensorDictBase | ReplayBuffer | Storage):
         columns = columns_of_tensordict(source)
@@ -95,4 +141,9 @@ def open_object(source: Any, options: ReadOptions) -> Opened | None:
         return Opened(name, arrow_columns(HuggingFaceRows(source), options.columns))
     if isinstance(source, Mapping):
         return Opened("arrays", flatten(source))
-    return open_d3rlpy_buffer(source)
+    if (opened := open_d3rlpy_buffer(source)) is None:
+        raise DatasetError(
+            f"source: {name} cannot be read; expected a Minari or OGBench id, a path, a dict of "
+            "arrays, a TensorDict, a TorchRL or d3rlpy buffer, or a datasets.Dataset."
+        )
+    return opened

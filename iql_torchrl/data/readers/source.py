@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
+from numbers import Integral
 from operator import getitem
 from typing import Any, TypeAlias
 
@@ -14,26 +15,87 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
-from iql_torchrl.data.schema import ACTION, DatasetError, Key, leaf_spaces
+from iql_torchrl.data.readers.environments import EnvLike, env_maker
+from iql_torchrl.data.scaling import reward_map
+from iql_torchrl.data.schema import (
+    ACTION,
+    DatasetError,
+    Key,
+    Layout,
+    leaf_spaces,
+    transition_layout,
+)
 from iql_torchrl.descriptions import describe_space
 
 #: Consecutive rows, one array per key; any number of rows, at least 1.
 Piece: TypeAlias = dict[Key, NDArray[Any]]
-#: What must be equal in sources that are joined.
-SAME = ("observation_space", "action_space", "masked", "log_prob")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """How a source is to be read; see ``load_dataset`` for the meaning of each."""
+    """How a source is read and built: the options of ``load_dataset``, which describes each.
 
-    columns: dict[str, str | None] = field(default_factory=dict)
+    Raises ``DatasetError`` naming an option of another kind or out of its range.
+    """
+
+    env: EnvLike | None = None
+    reward: str | tuple[float, float] = "raw"
+    columns: Mapping[str, str | None] = field(default_factory=dict)
     reward_offset: int = 0
-    max_episode_steps: int | None = None
+    concatenate: Sequence[str] | None = None
+    limit: int | None = None
     dtype: torch.dtype = torch.float32
-    download: bool = True
+    clip_actions: bool = False
+    max_episode_steps: int | None = None
     observation_space: gym.Space[Any] | None = None
     action_space: gym.Space[Any] | None = None
+    download: bool = True
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.columns is None:
+            object.__setattr__(self, "columns", {})
+        if not isinstance(self.columns, Mapping):
+            raise DatasetError(
+                "columns: expected a dict from our keys to the file's columns, such as "
+                f"{{'reward': 'r'}}, got {self.columns!r}."
+            )
+        for key, name in self.columns.items():
+            if not isinstance(name, str | None):
+                raise DatasetError(
+                    f"columns maps {key} to {name!r}; expected the name of one column, or None. "
+                    f"Name several columns {key}.0, {key}.1, ... in the file, or pass a dict of arrays."
+                )
+        for key in ("limit", "max_episode_steps"):
+            number = getattr(self, key)
+            if number is not None and (not isinstance(number, Integral) or number < 1):
+                raise DatasetError(
+                    f"{key}: expected a whole number, at least 1, or None, got {number!r}"
+                )
+        for key in ("observation_space", "action_space"):
+            if not isinstance(space := getattr(self, key), gym.Space | None):
+                raise DatasetError(
+                    f"{key}: expected a gymnasium.Space, got {type(space).__name__}."
+                )
+        if self.dtype not in (torch.float32, torch.float64):
+            raise DatasetError(f"dtype: expected torch.float32 or torch.float64, got {self.dtype}")
+        reward_map(self.reward, np.arange(2.0))
+        if self.env is not None:
+            env_maker(self.env)
+
+    def described(self) -> ReadOptions:
+        """With the environment's spaces and step limit where they are not set."""
+        if self.env is None:
+            return self
+        env = env_maker(self.env)()
+        env.close()
+        steps = env.spec.max_episode_steps if env.spec is not None else None
+        return replace(
+            self,
+            observation_space=self.observation_space or env.observation_space,
+            action_space=self.action_space or env.action_space,
+            max_episode_steps=self.max_episode_steps or steps,
+        )
 
 
 @dataclass
@@ -67,20 +129,23 @@ class Source:
     def rows(self) -> int:
         return int(self.episode_lengths.sum())
 
+    def layout(self, dtype: torch.dtype) -> Layout:
+        """Of the table that is built of it."""
+        return transition_layout(
+            self.observation_space, self.action_space,
+            dtype=dtype, masked=self.masked, log_prob=self.log_prob,
+        )  # fmt: skip
 
-def chain(sources: Sequence[Source], limit: int | None = None) -> Source:
-    """One source after another as one table, of ``limit`` rows at most: the first complete episodes.
 
-    A first episode longer than the limit is cut. Raises ``DatasetError`` naming the source and the
-    space that differs from the first one's.
-    """
+def chain(sources: Sequence[Source]) -> Source:
+    """One source after another as one table. ``DatasetError`` names a space that differs."""
     if not sources:
         raise DatasetError("source: an empty list; name at least one dataset.")
     first = sources[0]
     if len(sources) == 1:
-        return _limited(first, limit)
+        return first
     for source in sources[1:]:
-        for part in SAME:
+        for part in ("observation_space", "action_space", "masked", "log_prob"):
             expected, actual = getattr(first, part), getattr(source, part)
             if expected != actual:
                 raise DatasetError(
@@ -97,7 +162,7 @@ def chain(sources: Sequence[Source], limit: int | None = None) -> Source:
     same_scores = all(s.reference_scores == first.reference_scores for s in sources)
     if not same_env:
         notes.append("the joined datasets name different environments; none is used.")
-    joined = replace(
+    return replace(
         first,
         name=" + ".join(s.name for s in sources),
         episode_lengths=np.concatenate([s.episode_lengths for s in sources]),
@@ -109,10 +174,10 @@ def chain(sources: Sequence[Source], limit: int | None = None) -> Source:
         notes=tuple(notes),
         warnings=tuple(f"{s.name}: {w}" for s in sources for w in s.warnings),
     )
-    return _limited(joined, limit)
 
 
-def _limited(source: Source, limit: int | None) -> Source:
+def limited(source: Source, limit: int | None) -> Source:
+    """At most ``limit`` rows: the first complete episodes, or a part of a longer first one."""
     if limit is None or source.rows <= limit:
         return source
     complete = int(np.searchsorted(np.cumsum(source.episode_lengths), limit, side="right"))
@@ -141,8 +206,7 @@ def _limited(source: Source, limit: int | None) -> Source:
 def concatenated(source: Source, names: Sequence[str]) -> Source:
     """The named leaves of a Dict observation joined, in that order, into one flat observation.
 
-    A nested leaf is named ``"outer/inner"``. Raises ``DatasetError`` for a plain observation, an
-    unknown name, or leaves that are not Boxes of floats.
+    ``DatasetError`` for a plain observation, an unknown name, or leaves that are not Boxes of floats.
     """
     keys, leaves = _named_leaves(source.observation_space, names, source.name)
 
@@ -158,14 +222,8 @@ def concatenated(source: Source, names: Sequence[str]) -> Source:
     return replace(source, observation_space=gym.spaces.flatten_space(leaves), pieces=pieces)
 
 
-def joined_env_maker(
-    maker: Callable[[], gym.Env[Any, Any]], names: Sequence[str]
-) -> Callable[[], gym.Env[Any, Any]]:
-    """``maker`` with the observations of its environments joined as ``concatenated`` joins rows."""
-    return partial(_joined_env, maker, tuple(names))
-
-
-def _joined_env(maker: Callable[[], gym.Env[Any, Any]], names: Sequence[str]) -> gym.Env[Any, Any]:
+def joined_env(maker: Callable[[], gym.Env[Any, Any]], names: Sequence[str]) -> gym.Env[Any, Any]:
+    """The environment of ``maker`` with its observations joined as ``concatenated`` joins rows."""
     env = maker()
     # If the caller's env= joins the leaves itself, its observation is already plain.
     if not isinstance(env.observation_space, gym.spaces.Dict):
