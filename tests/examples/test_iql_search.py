@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from example_scripts import load, run, table
+from example_scripts import load, perform_here, run, table
 
 from iql_torchrl.data.builtin import make_dataset
 
@@ -26,12 +26,6 @@ def search(empty_folder, monkeypatch):
     module = load("iql_search")
     monkeypatch.setattr(module, "FINALISTS", 1)
     return module
-
-
-def perform_here(calls, watch, *, workers, threads):
-    for call in calls.values():
-        call()
-    return {}
 
 
 def test_a_search_is_continued_and_ends_with_reserved_episodes(search, capsys):

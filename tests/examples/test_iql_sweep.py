@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from example_scripts import load, run, table, write_log
+from example_scripts import load, perform_here, run, table, write_log
 
 from iql_torchrl import IQLPopulation, load_dataset
 from iql_torchrl.data.builtin import make_dataset
@@ -21,12 +21,6 @@ def sweep(empty_folder, monkeypatch):
     # the engines have tests of their own, in tests/sweep
     monkeypatch.setattr("iql_torchrl.sweep.sweep.perform_locally", perform_here)
     return load("iql_sweep")
-
-
-def perform_here(calls, watch, *, workers, threads):
-    for call in calls.values():
-        call()
-    return {}
 
 
 def test_ctrl_c_says_that_the_command_continues(sweep, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The examples with images and with histories: their worlds by hand, and runs with tiny settings."""
+"""The examples that make their own worlds: these by hand, and runs with tiny settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import pytest
 from example_scripts import load, run
 
 from iql_torchrl.data.builtin import make_dataset
+
+multimodal = load("iql_multimodal")
 
 
 def test_a_picture_shows_where_point_and_mark_are():
@@ -56,6 +58,39 @@ def test_each_prints_a_table(empty_folder, capsys, name, options, rows, least):
     for row, line in zip(rows, printed, strict=True):
         assert line.startswith(row)
         assert least < float(line.removeprefix(row).split()[0]) < 0
+
+
+def test_ways_around_the_obstacle():
+    points = np.array([[0.0, 0.0], [0.0, 0.5], [0.0, -0.5], [0.0, 0.41], [1.0, 1.0], [0.0, 0.42]])
+    # through (0, y) a segment passes the origin at 1.5 y / sqrt(1.5**2 + y**2)
+    assert multimodal.hits(points).tolist() == [True, False, False, True, False, False]
+    result = multimodal.returns(np.array([0.4, 0.4, 0.4]), points[:3])
+    way = 2 * np.sqrt(1.5**2 + 0.5**2)
+    np.testing.assert_allclose(result, [-2.0, 4 - way + 0.2, 4 - way - 0.2])
+
+
+def test_the_log_passes_on_both_sides_and_its_mean_hits():
+    log = multimodal.make_log(0)
+    points = log.transitions["action"].numpy()
+    assert 0.48 < (points[:, 1] > 0).mean() < 0.52
+    assert multimodal.hits(points).mean() < 0.1
+    assert multimodal.hits(points.mean(0, keepdims=True)).all()
+    assert (log.episode_lengths == 1).all()
+
+
+def test_it_prints_a_table(capsys, monkeypatch):
+    monkeypatch.setattr(multimodal, "ROWS", 400)
+    monkeypatch.setattr(multimodal, "STATES", 50)
+    assert run(multimodal, "--updates", 3) == 0
+    rows = capsys.readouterr().out.splitlines()[-9:]
+    names = ["log", "cloning", "IQL", "IQL, mixture", "DDPG+BC", "flow, IQL", "flow"]
+    names += ["flow, best of 32", "best possible"]
+    for name, row in zip(names, rows, strict=True):
+        assert row.startswith(name)
+        mean, hits, *others = row.removeprefix(name).split()
+        assert -2 <= float(mean) <= 1.5
+        assert 0 <= float(hits.removesuffix("%")) <= 100
+        assert len(others) == (0 if name in ("log", "best possible") else 2)
 
 
 @pytest.mark.parametrize(
