@@ -28,10 +28,14 @@ from record import RESULTS, in_processes, place, save
 
 import numpy as np
 from torchrl import logger
+from torchrl.data import OfflineToOnlineReplayBuffer, ReplayBuffer, TensorStorage
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from iql_finetune import Options, Row, around_switch, run
+from iql_finetune import Options, run
 
+Row = dict[str, float]
+
+EARLY = 0.2  # the part of the online phase in which a collapse would show
 #: name: transitions (None: all) and offline updates
 LOGS = {"300 episodes": (None, 2_000), "2 episodes": (400, 4_000)}
 #: name: part of each batch from the log, and whether it begins with the offline phase
@@ -47,12 +51,11 @@ def prepare(
     options: argparse.Namespace, log: str, method: str, seed: int
 ) -> tuple[OfflineDataset, Options, IQLConfig]:
     limit, offline = LOGS[log]
-    fraction, pretrained = METHODS[method]
+    _, pretrained = METHODS[method]
     phases = Options(
         limit=limit,
         offline_updates=offline if pretrained else 0,
         online_steps=options.online_steps,
-        log_fraction=fraction,
         eval_every=options.eval_every,
         episodes=options.episodes,
     )
@@ -63,30 +66,54 @@ def prepare(
     return dataset, phases, config
 
 
+def make_buffer(
+    dataset: OfflineDataset, config: IQLConfig, room: int, fraction: float | None
+) -> Any:
+    """The log and ``room`` for online steps, as one pool or with ``fraction`` of a batch from the log.
+
+    The latter as RLPD (arXiv:2302.02948); ``sample()`` draws from the log alone while there are no
+    online steps.
+    """
+    if fraction is None:
+        capacity = len(dataset) + room
+        return dataset.replay_buffer(config.batch_size, seed=config.seed, capacity=capacity)
+    # Not a TensorDictReplayBuffer, whose additional key "index" only one half of a batch would have.
+    log = ReplayBuffer(storage=TensorStorage(dataset.transitions))
+    return OfflineToOnlineReplayBuffer(
+        log, online_capacity=room, offline_fraction=fraction, batch_size=config.batch_size
+    )
+
+
 def stay_offline(dataset: OfflineDataset, config: IQLConfig, options: Options) -> list[Row]:
     """The same number of updates and the same evaluations, on the log alone."""
     points = curve(config, dataset, every=options.eval_every, episodes=options.episodes)
-    return [
-        {
-            "phase": "offline" if update <= options.offline_updates else "online",
-            "updates": update,
-            "online_steps": max(0, update - options.offline_updates),
-            **played.summary(),
-        }
-        for update, played in points
-    ]
+    return [{"update": update, **played.summary()} for update, played in points]
+
+
+def around_switch(rows: list[Row], switch: int) -> dict[str, float]:
+    """Mean returns: at update ``switch``, lowest in the first fifth after it, at the end."""
+    (before,) = (row["return_mean"] for row in rows if row["update"] == switch)
+    online = [row for row in rows if row["update"] > switch]
+    last = switch + EARLY * (online[-1]["update"] - switch)
+    early = [row for row in online if row["update"] <= last] or online[:1]
+    lowest = min(row["return_mean"] for row in early)
+    return {"before": before, "lowest early": lowest, "end": online[-1]["return_mean"]}
 
 
 def one_run(options: argparse.Namespace, log: str, method: str, seed: int) -> dict[str, Any]:
     logger.setLevel("WARNING")
     dataset, parsed, config = prepare(options, log, method, seed)
-    learn = stay_offline if method == "log only" else run
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        rows = list(learn(dataset, config, parsed))
-    levels = around_switch(rows)
+        if method == "log only":
+            rows = stay_offline(dataset, config, parsed)
+        else:
+            buffer = make_buffer(dataset, config, parsed.online_steps, METHODS[method][0])
+            rows = list(run(dataset, config, parsed, buffer))
+    levels = around_switch(rows, parsed.offline_updates)
     shown = " ".join(f"{value:.0f}" for value in levels.values())
     print(f"{log}, {method}, seed {seed}: {shown}", flush=True)
-    points = {name: [round(row[name], 1) for row in rows] for name in ("updates", "return_mean")}
+    names = {"updates": "update", "return_mean": "return_mean"}
+    points = {key: [round(row[name], 1) for row in rows] for key, name in names.items()}
     return {"log": log, "method": method, "seed": seed, **levels, "curve": points}
 
 

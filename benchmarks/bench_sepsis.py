@@ -13,22 +13,71 @@ import argparse
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
-from iql_torchrl import OfflineDataset, load_dataset
+from iql_torchrl import IQLConfig, OfflineDataset, load_dataset
 from iql_torchrl.data.builtin import ensure_dataset
 from iql_torchrl.data.builtin.icu_sepsis import ENVIRONMENT, NAME, SepsisTables
-from iql_torchrl.report import text_table
+from iql_torchrl.report import read_csv, text_table
 from record import place, save
 
 import gymnasium
 import icu_sepsis  # noqa: F401  (registers the environment)
 import numpy as np
 import torch
+from tensordict import TensorDictBase
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from iql_sepsis import CONFIG, POINTS, tabular_iql, train
+from iql_sepsis import CONFIG, POINTS, train
 
 TEMPERATURES = (0.0, 0.5, 1.0, 2.0, 3.0, 4.0)
+
+
+class Tabular(NamedTuple):
+    """Values ``(S, A)`` (0 where the log has no such step), ``(S,)``, and the policy ``(S, A)``."""
+
+    qvalue: np.ndarray
+    value: np.ndarray
+    policy: np.ndarray
+
+
+def tabular_iql(rows: TensorDictBase, admissible: np.ndarray, config: IQLConfig) -> Tabular:
+    """IQL's equations solved on the counts of the log.
+
+    ``Q(s, a)`` is the mean of ``r + discount V(s')`` over the logged steps with that state and
+    action, ``V(s)`` the expectile of ``Q(s, .)`` over the state's steps, the policy the log's
+    frequencies times ``min(exp(temperature (Q - V)), max_weight)``, normalised. A state that the
+    log never visits gets the uniform choice among ``admissible`` ``(S, A)``.
+    """
+    state, action = rows["observation"].numpy(), rows["action"].numpy()
+    reward, ended = (rows["next", key].squeeze(-1).numpy() for key in ("reward", "terminated"))
+    following = rows["next", "observation"].numpy()
+    pair = state * admissible.shape[1] + action
+    count = np.bincount(pair, minlength=admissible.size).reshape(admissible.shape)
+    value, change = np.zeros(len(admissible)), np.inf
+    while np.abs(change).max() >= 1e-9:
+        target = reward + config.discount * ~ended * value[following]
+        total = np.bincount(pair, target, admissible.size).reshape(admissible.shape)
+        qvalue = total / np.maximum(count, 1)
+        change = expectile(qvalue, count, config.expectile) - value
+        value = value + change
+    advantage = np.where(count > 0, qvalue - value[:, None], 0.0)
+    # Limit the exponent too: the exponential could overflow.
+    exponent = np.minimum(config.temperature * advantage, np.log(config.max_weight))
+    policy = np.where(count.any(axis=1, keepdims=True), count * np.exp(exponent), admissible)
+    return Tabular(qvalue, value, policy / policy.sum(axis=1, keepdims=True))
+
+
+def expectile(values: np.ndarray, count: np.ndarray, level: float) -> np.ndarray:
+    """Per row the ``level``-expectile of ``values`` counted ``count`` times; 0 for no counts."""
+    result = np.full(len(values), -np.inf)
+    while True:
+        weight = count * np.where(values > result[:, None], level, 1 - level)
+        better = (weight * values).sum(axis=1) / np.maximum(weight.sum(axis=1), 1e-300)
+        if np.abs(better - result).max() < 1e-12:
+            return better
+        result = better
 
 
 def priced(policy: np.ndarray, log: OfflineDataset, admissible: np.ndarray) -> float:
@@ -94,8 +143,10 @@ def main() -> None:
     print(text_table([["", "survival"], *([name, f"{exact[name]:.4f}"] for name in exact)]))
     runs = []
     for seed in range(options.seeds):
-        history = train(replace(CONFIG, seed=seed, updates=options.updates), log, tables)
-        curve = [[row["update"], row["survival"]] for row in history]
+        with TemporaryDirectory() as folder:
+            train(replace(CONFIG, seed=seed, updates=options.updates), log, tables, Path(folder))
+            rows = read_csv(Path(folder) / "metrics.csv")
+        curve = [[int(row["update"]), row["survival"]] for row in rows if "survival" in row]
         runs.append({"seed": seed, "survival": curve[-1][1], "curve": curve})
         print(f"seed {seed}: {curve[-1][1]:.4f}", flush=True)
     final = np.array([run["survival"] for run in runs])

@@ -111,7 +111,7 @@ def test_mistakes_get_one_sentence_and_leave_no_folder(capsys, arguments, words)
     ("name", "options"),
     [
         ("iql_offline", ("--dataset", "--preset", "--expectile", "--max-grad-norm")),
-        ("iql_finetune", ("--updates-per-step", "--log-fraction", "--temperature", "--seeds")),
+        ("iql_finetune", ("--offline-updates", "--limit", "--temperature", "--seed")),
     ],
 )
 def test_help_explains_every_option(capsys, name, options):

@@ -1,0 +1,107 @@
+"""The examples that make their own worlds: these by hand, and runs with tiny settings."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from example_scripts import load, run
+
+from iql_torchrl.data.builtin import make_dataset
+
+multimodal = load("iql_multimodal")
+
+
+def test_a_picture_shows_where_point_and_mark_are():
+    example = load("iql_pixels")
+    (image,) = example.picture(np.array([[1.0, -1.0, -1.0, 0.0]], np.float32))
+    assert image.shape == (16, 16, 3)
+    green, red = image[..., 1], image[..., 0]
+    assert np.unravel_index(green.argmax(), green.shape) == (0, 15)  # row: y, column: x
+    row, column = np.unravel_index(red.argmax(), red.shape)
+    assert (row in (7, 8), column) == (True, 0)
+    assert green.max() == 255
+    assert not image[..., 2].any()
+
+
+def test_a_driver_moves_and_is_rewarded_by_the_distance():
+    example = load("iql_pixels")
+    env = example.Drive()
+    x, y, mark_x, mark_y = env.reset(seed=0)[0]
+    observation, reward, terminated, truncated, info = env.step(np.array([1.0, -1.0], np.float32))
+    moved = np.clip([x + 0.15, y - 0.15], -1, 1)
+    np.testing.assert_allclose(observation, [*moved, mark_x, mark_y], rtol=1e-5)
+    assert reward == pytest.approx(-np.hypot(moved[0] - mark_x, moved[1] - mark_y), rel=1e-5)
+    assert (terminated, truncated, info["success"]) == (False, False, reward > -0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "rows", "least"),
+    [
+        (
+            "iql_pixels",
+            ("--updates", 1, "--episodes", 4),
+            ("log", "cloning, pictures", "IQL, pictures", "IQL, coordinates"),
+            -60,
+        ),
+        (
+            "iql_history",
+            ("--updates", 2, "--seeds", 1, "--episodes", 1),
+            ("(the log)", "angle", "last 4 angles", "angle and velocity"),
+            -2000,
+        ),
+    ],
+)
+def test_each_prints_a_table(empty_folder, capsys, name, options, rows, least):
+    make_dataset("pendulum/mixed-v0", episodes=8, progress=False)
+    assert run(name, *options) == 0
+    printed = capsys.readouterr().out.splitlines()[-4:]
+    for row, line in zip(rows, printed, strict=True):
+        assert line.startswith(row)
+        assert least < float(line.removeprefix(row).split()[0]) < 0
+
+
+def test_ways_around_the_obstacle():
+    points = np.array([[0.0, 0.0], [0.0, 0.5], [0.0, -0.5], [0.0, 0.41], [1.0, 1.0], [0.0, 0.42]])
+    # through (0, y) a segment passes the origin at 1.5 y / sqrt(1.5**2 + y**2)
+    assert multimodal.hits(points).tolist() == [True, False, False, True, False, False]
+    result = multimodal.returns(np.array([0.4, 0.4, 0.4]), points[:3])
+    way = 2 * np.sqrt(1.5**2 + 0.5**2)
+    np.testing.assert_allclose(result, [-2.0, 4 - way + 0.2, 4 - way - 0.2])
+
+
+def test_the_log_passes_on_both_sides_and_its_mean_hits():
+    log = multimodal.make_log(0)
+    points = log.transitions["action"].numpy()
+    assert 0.48 < (points[:, 1] > 0).mean() < 0.52
+    assert multimodal.hits(points).mean() < 0.1
+    assert multimodal.hits(points.mean(0, keepdims=True)).all()
+    assert (log.episode_lengths == 1).all()
+
+
+def test_it_prints_a_table(capsys, monkeypatch):
+    monkeypatch.setattr(multimodal, "ROWS", 400)
+    monkeypatch.setattr(multimodal, "STATES", 50)
+    assert run(multimodal, "--updates", 3) == 0
+    rows = capsys.readouterr().out.splitlines()[-9:]
+    names = ["log", "cloning", "IQL", "IQL, mixture", "DDPG+BC", "flow, IQL", "flow"]
+    names += ["flow, best of 32", "best possible"]
+    for name, row in zip(names, rows, strict=True):
+        assert row.startswith(name)
+        mean, hits, *others = row.removeprefix(name).split()
+        assert -2 <= float(mean) <= 1.5
+        assert 0 <= float(hits.removesuffix("%")) <= 100
+        assert len(others) == (0 if name in ("log", "best possible") else 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value", "words"),
+    [
+        ("iql_pixels", "--episodes", 1, "episodes is 1; expected at least 2"),
+        ("iql_history", "--seeds", 0, "seeds is 0; expected at least 1"),
+        ("iql_multimodal", "--updates", 0, "updates is 0"),
+        ("iql_pointmaze", "--seed", -1, "seed is -1"),
+    ],
+)
+def test_impossible_numbers_are_an_error(capsys, name, option, value, words):
+    assert run(name, option, value) == 2
+    assert words in capsys.readouterr().err
