@@ -1,7 +1,7 @@
 """Table and picture of what bench_step.py measured.
 
     python benchmarks/report.py            # prints Markdown, draws step.png and step_sweeps.png
-    python benchmarks/report.py --readme   # also replaces README.md's table
+    python benchmarks/report.py --readme   # also replaces the table of benchmarks/README.md
 
 Reads benchmarks/results/step_*.json. Files of one device and setting are runs of one measurement:
 the table has the median of their medians, and the least and greatest of them; a ratio is the median
@@ -21,7 +21,7 @@ from typing import Any
 from bench_step import FLOOR, REFERENCE
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- step table -->", "<!-- /step table -->"
 #: axis of a sweep: its words
 AXES = {"width": "width", "batch": "batch", "critics": "critics", "rows": "dataset size"}

@@ -6,10 +6,16 @@ others, so that their names become links to their pages.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import re
 import sys
 from pathlib import Path
+
+from sphinx.pycode import ModuleAnalyzer
+from sphinx.util.inspect import stringify_signature
+from sphinx.util.nodes import make_refnode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the pages describe this checkout
@@ -27,23 +33,37 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
-exclude_patterns = ["_build", "generated/README.md", "pictures/*.py"]
+exclude_patterns = ["_build", "_templates", "pictures/*.py"]
 html_theme = "furo"
 html_title = f"iql_torchrl {release}"
 html_theme_options = {"navigation_with_keys": True}
 html_copy_source = False
 
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "substitution"]
+# GitHub's workflows set the variable to the owner and name of the repository that they run in
+repository = os.environ.get("GITHUB_REPOSITORY", "OWNER/iql_torchrl")
+notebook = f"{repository}/blob/main/docs/notebooks/pendulum.ipynb"
+myst_substitutions = {
+    "colab": f"[open it in Colab](https://colab.research.google.com/github/{notebook})"
+}
 myst_heading_anchors = 3
 
+templates_path = ["_templates"]
 autosummary_generate = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False
 maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 napoleon_numpy_docstring = False
-napoleon_use_rtype = False
+napoleon_use_rtype = napoleon_use_param = napoleon_use_keyword = False
+napoleon_use_ivar = True
+# OfflineTrainer has more arguments than one list can show
+napoleon_custom_sections = [
+    (f"Args of {words}", "params_style")
+    for words in ("time in updates", "evaluation", "what is written")
+]
 
 copybutton_exclude = ".linenos, .gp, .go"
 
@@ -57,3 +77,103 @@ INVENTORIES = {
 }
 online = os.environ.get("IQL_DOCS_INVENTORIES") == "1"
 intersphinx_mapping = {name: (url, None) for name, url in INVENTORIES.items()} if online else {}
+
+
+def settings_table() -> list[str]:
+    """Every setting of ``IQLConfig`` with its default, choices and meaning, from their descriptions."""
+    from iql_torchrl.config import IQLConfig, knobs
+
+    rows = []
+    for name, knob in knobs(IQLConfig).items():
+        choices = (
+            "; one of " + ", ".join(f"``{c!r}``" for c in knob.choices) if knob.choices else ""
+        )
+        default = getattr(IQLConfig, name)
+        rows.append((f"``{name}``", f"``{default!r}``", f"{knob.help_with_range}{choices}"))
+    return table(("setting", "default", "meaning"), (15, 15, 70), rows)
+
+
+def presets_table() -> list[str]:
+    from iql_torchrl.config import PRESETS, IQLConfig
+
+    default = IQLConfig().to_dict()
+    rows = []
+    for preset, config in PRESETS.items():
+        changed = {k: v for k, v in config.to_dict().items() if v != default[k]}
+        rows.append((f"``{preset}``", ", ".join(f"``{k}={v!r}``" for k, v in changed.items())))
+    return table(("preset", "what differs from the defaults"), (15, 85), rows)
+
+
+def logs_table(recipes: str) -> list[str]:
+    from iql_torchrl.data import builtin
+
+    rows = [
+        (f"``{name}``", recipe.description) for name, recipe in getattr(builtin, recipes).items()
+    ]
+    return table(("name", "contents"), (30, 70), rows)
+
+
+def table(
+    header: tuple[str, ...], widths: tuple[int, ...], rows: list[tuple[str, ...]]
+) -> list[str]:
+    lines = ["", ".. list-table::", "   :header-rows: 1"]
+    lines += [f"   :widths: {' '.join(map(str, widths))}", ""]
+    for row in (header, *rows):
+        for number, cell in enumerate(row):
+            lines.append(f"   {'* -' if number == 0 else '  -'} {' '.join(cell.split())}")
+    return [*lines, ""]
+
+
+TABLES = {
+    "iql_torchrl.IQLConfig": settings_table,
+    "iql_torchrl.PRESETS": presets_table,
+    "iql_torchrl.data.builtin.BUILTIN": functools.partial(logs_table, "BUILTIN"),
+    "iql_torchrl.data.builtin.OGBENCH_LOCAL": functools.partial(logs_table, "OGBENCH_LOCAL"),
+}
+
+
+#: Data that one module defines with a comment, and another makes public.
+DEFINED_IN = {
+    "iql_torchrl.PRESETS": "iql_torchrl.config.iql_config",
+    "iql_torchrl.data.REFERENCE_RETURNS": "iql_torchrl.data.scaling",
+}
+
+
+def complete(app, what, name, obj, options, lines) -> None:
+    """Replace the docstring of a dict by its comment, and add the tables."""
+    if name in DEFINED_IN:
+        comments = ModuleAnalyzer.for_module(DEFINED_IN[name]).find_attr_docs()
+        lines[:] = comments["", name.rpartition(".")[2]]
+    if name in TABLES:
+        lines += TABLES[name]()
+
+
+def signature(app, what, name, obj, options, arguments, result):
+    """The arguments of a class whose metaclass takes any, as TorchRL's losses and trainers do."""
+    if what == "class" and arguments and arguments.split() == ["(*args,", "**kwargs)"]:
+        own = inspect.signature(obj.__init__)
+        own = own.replace(parameters=list(own.parameters.values())[1:])
+        arguments = stringify_signature(
+            own, unqualified_typehints=True, show_return_annotation=False
+        )
+    if arguments and "<factory>" in arguments:  # which Sphinx cannot read
+        arguments = re.sub(r"~[\w.]+\.", "", arguments.replace("<factory>", "{}"))
+    return arguments, result
+
+
+def by_last_name(app, env, node, content):
+    """A link to the one documented name that ends as the docstring writes it, such as ``captured``."""
+    python = env.domains["py"]
+    last = node.get("reftarget", "").rpartition(".")[2]
+    found = [(name, o) for name, o in python.objects.items() if name.rpartition(".")[2] == last]
+    found = [(name, o) for name, o in found if not o.aliased and name.startswith("iql_torchrl.")]
+    if node.get("refdomain") != "py" or len(found) != 1:
+        return None
+    (name, entry), from_page = found[0], node["refdoc"]
+    return make_refnode(app.builder, from_page, entry.docname, entry.node_id, content, name)
+
+
+def setup(app) -> None:
+    app.connect("missing-reference", by_last_name)
+    app.connect("autodoc-process-signature", signature)
+    app.connect("autodoc-process-docstring", complete)

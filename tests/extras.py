@@ -11,17 +11,23 @@ EXTRAS = {
     "datasets": "readers",
     "fsspec": "remote",
     "gymnasium_robotics": "datasets",
+    "furo": "docs",
     "huggingface_hub": "hub",
     "icu_sepsis": "datasets",
     "imageio": "video",
+    "ipykernel": "docs",
     "mujoco": "mujoco",
+    "nbclient": "docs",
     "ogbench": "ogbench",
     "onnx": "onnx",
     "onnxruntime": "onnx",
+    "onnxscript": "onnx",
     "optuna": "search",
+    "PIL": "readers",
     "pyarrow": "readers",
     "pygame": "video",
     "ray": "ray",
+    "sphinx": "docs",
     "submitit": "slurm",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
@@ -30,5 +36,5 @@ EXTRAS = {
 
 def needs(module: str) -> Any:
     """``module``, imported; skips the test or the file where it is not installed."""
-    remedy = f"pip install 'iql_torchrl[{EXTRAS[module]}]'"
-    return pytest.importorskip(module.split(".")[0], reason=f"needs {module}: {remedy}")
+    remedy = f"pip install 'iql_torchrl[{EXTRAS[module.split('.')[0]]}]'"
+    return pytest.importorskip(module, reason=f"needs {module}: {remedy}")

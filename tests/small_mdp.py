@@ -16,6 +16,12 @@ from iql_torchrl import load_dataset
 STATES, ACTIONS, DISCOUNT = 5, 3, 0.9
 
 
+def drawn(draw, probabilities: np.ndarray) -> np.ndarray:
+    """One category of each row of ``(N, n)``."""
+    below = probabilities.cumsum(1)[:, :-1] <= draw.random((len(probabilities), 1))
+    return below.sum(1)
+
+
 @dataclass
 class MDP:
     """``transition`` ``(S, A, S)``, ``reward`` ``(S, A)``, ``ending`` ``(S, A)``: the probability
@@ -36,19 +42,21 @@ class MDP:
         """Episodes of ``policy``, truncated after ``horizon`` steps."""
         draw = np.random.default_rng(seed)
         names = ("observation", "action", "reward", "next_observation", "terminated", "truncated")
-        rows = []
-        for _ in range(episodes):
-            state = draw.choice(len(self.start), p=self.start)
-            for step in range(horizon):
-                action = draw.choice(policy.shape[1], p=policy[state])
-                following = draw.choice(len(self.start), p=self.transition[state, action])
-                ended = draw.random() < self.ending[state, action]
-                cut = not ended and step == horizon - 1
-                rows.append((state, action, self.reward[state, action], following, ended, cut))
-                if ended:
-                    break
-                state = following
-        table = dict(zip(names, map(np.array, zip(*rows, strict=True)), strict=True))
+        episode, rows, numbers = np.arange(episodes), [], []
+        state = drawn(draw, np.broadcast_to(self.start, (episodes, len(self.start))))
+        for step in range(horizon):  # of all episodes at once
+            action = drawn(draw, policy[state])
+            following = drawn(draw, self.transition[state, action])
+            ended = draw.random(len(state)) < self.ending[state, action]
+            cut = ~ended & (step == horizon - 1)
+            rows.append((state, action, self.reward[state, action], following, ended, cut))
+            numbers.append(episode)
+            episode, state = episode[~ended], following[~ended]
+            if not len(episode):
+                break
+        order = np.argsort(np.concatenate(numbers), kind="stable")
+        columns = map(np.concatenate, zip(*rows, strict=True))
+        table = {n: values[order] for n, values in zip(names, columns, strict=True)}
         table["reward"] = table["reward"].astype(np.float32)
         state, action = table["observation"], table["action"]
         table["action_log_prob"] = np.log(policy[state, action]).astype(np.float32)

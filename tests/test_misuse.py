@@ -37,8 +37,8 @@ from iql_torchrl import (
 from iql_torchrl.agent.export import export_policy
 from iql_torchrl.agent.task import Task
 from iql_torchrl.descriptions import describe_space, describe_values, faulty_bounds
-from iql_torchrl.evaluation.acting import act
-from iql_torchrl.evaluation.spaces import action_mask, environment_actions, policy_input
+from iql_torchrl.evaluation.acting import act, environment_actions
+from iql_torchrl.evaluation.policy_input import action_mask, policy_input
 
 SPEC = Bounded(-1, 1, (2,))
 

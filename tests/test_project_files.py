@@ -81,6 +81,17 @@ def test_a_tag_alone_releases_and_by_trusted_publishing():
     assert "secrets." not in (ROOT / ".github/workflows/release.yml").read_text()
 
 
+def test_the_pages_are_built_with_warnings_as_errors_and_deployed_from_main():
+    docs = workflow("docs.yml")
+    commands = "\n".join(step.get("run", "") for step in docs["jobs"]["build"]["steps"])
+    assert "python -m sphinx -W -b html docs docs/_build/html" in commands
+    assert "tests/docs/test_notebook.py" in commands
+    deploy = docs["jobs"]["deploy"]
+    assert deploy["needs"] == "build"
+    assert "refs/heads/main" in deploy["if"]
+    assert deploy["permissions"] == {"pages": "write", "id-token": "write"}
+
+
 def test_the_default_tests_install_no_simulator():
     project = pytest.importorskip("tomllib").loads(PYPROJECT)["project"]
     extras = project["optional-dependencies"]

@@ -25,7 +25,7 @@ from iql_torchrl.agent.task import Task
 from iql_torchrl.data.schema import MASK, Key, field_of_space, leaf_spaces
 from iql_torchrl.descriptions import bounds_in_words, describe_space, one_line
 from iql_torchrl.evaluation.acting import as_in_evaluation, check_policy
-from iql_torchrl.evaluation.spaces import needs_mask, reads_names_at_top_level, whole_limits
+from iql_torchrl.evaluation.policy_input import needs_mask, reads_names_at_top_level, whole_limits
 from iql_torchrl.files import make_folder, whole_file
 from iql_torchrl.networks import HISTORY_MASK, history_of, repeat_first, stack_frames
 from iql_torchrl.private_apis import assert_dtype, assert_later

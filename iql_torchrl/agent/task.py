@@ -49,7 +49,7 @@ class Task:
     dtype: torch.dtype = torch.float32
     name: str = "task"
     reference_scores: tuple[float, float] | None = None
-    episodes: NDArray[np.int64] | None = None
+    episodes: NDArray[np.int64] | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, dataset: DatasetSummary) -> Task:
@@ -68,7 +68,7 @@ class Task:
 
     @property
     def action_spec(self) -> TensorSpec:
-        """Bounded for Box, Categorical for Discrete: the policy's indices count from zero."""
+        """Bounded for Box; Categorical for Discrete, where the policy's indices count from zero."""
         return spec_of_space(self.action_space, self.dtype, ACTION)
 
     def state_dict(self) -> dict[str, Any]:

@@ -173,7 +173,7 @@ class ShardedDataset(DatasetSummary):
 
     @property
     def transitions(self) -> NoReturn:
-        """Always raises ``DatasetError``: the rows are never all in one table."""
+        """Always raises ``DatasetError``, because the rows are never all in one table."""
         raise DatasetError(self._in_shards("this"))
 
     def __getattr__(self, name: str) -> NoReturn:

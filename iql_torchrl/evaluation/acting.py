@@ -11,22 +11,24 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
+from numpy.typing import NDArray
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
-from iql_torchrl.descriptions import describe_space
-from iql_torchrl.evaluation.spaces import (
-    Moments,
+from iql_torchrl.descriptions import bounds_in_words, describe_space, describe_values
+from iql_torchrl.evaluation.policy_input import (
     action_masks,
     checked_observation,
-    environment_actions,
     needs_mask,
     policy_input,
     reads_names_at_top_level,
     unbound,
 )
 from iql_torchrl.networks import History, history_of
+
+ACTION_TOLERANCE = 1e-6
+Moments = Sequence[tuple[int, int]]
 
 
 def act(
@@ -264,3 +266,69 @@ def chosen_actions(
             f"policy wrote a {type(action).__name__} under 'action'; it must write a tensor"
         )
     return environment_actions(action, env_spaces[1], moments)
+
+
+def environment_actions(actions: Tensor, space: spaces.Space[Any], moments: Moments) -> list[Any]:
+    """The policy's actions ``(B, ...)``, checked, each in the form that the environment accepts.
+
+    ``moments`` are the ``(episode, step)`` of each row, for messages. For Discrete: Python
+    integers, from indices counted from zero or the largest of n values. For Box: arrays in the
+    space's dtype, clipped where they exceed a bound by at most 1e-6 (relative beyond 1). Raises
+    ``ValueError`` for an action that is NaN, infinite, out of bounds or of the wrong shape.
+    """
+    actions = actions.detach().cpu()
+    values = (actions.double() if actions.is_floating_point() else actions).numpy()
+    if values.shape[:1] != (len(moments),):
+        raise ValueError(
+            f"policy output 'action' must have a leading batch of {len(moments)}, found shape "
+            f"{values.shape}"
+        )
+    if isinstance(space, spaces.Discrete):
+        _refuse(np.isnan(values), values, moments, "is NaN; look for NaN in its parameters")
+        return _discrete_actions(values, space, moments)
+    if not isinstance(space, spaces.Box):
+        raise ValueError(
+            f"the action space must be Box or Discrete, found {describe_space(space)}; wrap the "
+            "environment"
+        )
+    if values.shape[1:] != space.shape:
+        raise ValueError(
+            f"policy output 'action' must have shape {(len(moments), *space.shape)} for "
+            f"{describe_space(space)}, found {values.shape}"
+        )
+    low, high = space.low.astype(np.float64), space.high.astype(np.float64)
+    excess = [ACTION_TOLERANCE * np.maximum(1.0, np.abs(bound)) for bound in (low, high)]
+    outside = (values < low - excess[0]) | (values > high + excess[1])
+    bounds = f"the bounds {bounds_in_words(space.low, space.high)}"
+    finite = np.isfinite(values)
+    _refuse(~finite, values, moments, f"is not finite; it must be within {bounds}")
+    advice = (
+        "bound the policy, or wrap the environment in gymnasium.wrappers.ClipAction or "
+        "RescaleAction if that is how the data was recorded"
+    )
+    _refuse(outside, values, moments, f"is outside {bounds}; {advice}")
+    return list(np.clip(values, low, high).astype(space.dtype))
+
+
+def _discrete_actions(values: NDArray[Any], space: spaces.Discrete, moments: Moments) -> list[int]:
+    count = int(space.n)
+    if values.shape[1:] == (count,) and count > 1:
+        values = values.argmax(axis=1)
+    if values.shape[1:] not in ((), (1,)) or not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(
+            f"policy output 'action' must be integer indices (B,) or (B, 1), or (B, {count}) "
+            f"one-hot, for {space}; found {values.dtype} of shape {values.shape}"
+        )
+    _refuse((values < 0) | (values >= count), values, moments, f"is not in 0..{count - 1}")
+    return [int(index) + int(space.start) for index in values.reshape(-1)]
+
+
+def _refuse(wrong: NDArray[np.bool_], values: NDArray[Any], moments: Moments, words: str) -> None:
+    if wrong.any():
+        row = int(wrong.reshape(len(moments), -1).any(axis=1).argmax())
+        episode, step = moments[row]
+        place = f" in dimension {wrong[row].argmax()}," if values[row].size > 1 else ""
+        raise ValueError(
+            f"policy output 'action' {describe_values(values[row])}{place} at step {step} of "
+            f"episode {episode} {words}"
+        )

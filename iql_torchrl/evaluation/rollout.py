@@ -26,8 +26,8 @@ from iql_torchrl.evaluation.acting import (
     policy_dtype,
     remember,
 )
+from iql_torchrl.evaluation.policy_input import action_mask, needs_mask
 from iql_torchrl.evaluation.result import Evaluation, reference_pair
-from iql_torchrl.evaluation.spaces import action_mask, needs_mask
 from iql_torchrl.networks import history_of
 
 __all__ = ["Evaluation", "check_arguments", "evaluate"]

@@ -40,8 +40,8 @@ class IQLLoss(ImplicitQLoss):
     Args:
         actor_network: policy with ``get_dist`` (any TensorDictModule for other objectives).
         qvalue_network: Q(s, a), one output. A module alone is critic 0 with its weights kept and
-            the others are drawn at its scale (:func:`losses.critics.draw_critics`); a list, or
-            a function called once per critic, keeps every initialisation.
+            the others are drawn at its scale; a list, or a function called once per critic,
+            keeps every initialisation.
         value_network: V(s), one output. May read other keys than the actor.
 
     Keyword Args:
@@ -64,7 +64,9 @@ class IQLLoss(ImplicitQLoss):
             ``(advantage (*B,)) -> weight (*B,)``, which leaves temperature and max_weight unused.
         q_reduction, q_source: of ``"ddpg_bc"``: ``"min"`` or ``"mean"`` over the critics; ``"live"``
             or ``"target"`` critics. Defaults as in OGBench.
-        diagnostics: add means that show how training goes (``DIAGNOSTICS``); for ``"ddpg_bc"`` also
+        diagnostics: add means that show how training goes (``advantage_mean``, ``weight_mean``,
+            ``weight_at_ceiling``, ``effective_sample_size``, ``qvalue_mean``, ``value_mean``,
+            ``td_error_mean``); for ``"ddpg_bc"`` also
             ``policy_value_gap``, the mean of ``min_k Q_k(s, pi(s)) - min_k Q_k(s, a)``: by how much the
             critics (those of ``q_source``) value the policy's actions above the logged ones. It
             grows where the policy exploits errors of the critics. The best of N candidates is not

@@ -392,8 +392,8 @@ class ImplicitQLoss(NetworkLoss):
         ``-w log pi(a|s)`` with ``w = min(exp(temperature * A), max_weight)``; ``"mse"`` takes
         ``w |pi(s) - a|**2`` summed over action dimensions; a callable gives its own per-sample
         loss, weighted the same way. A callable ``advantage_weight`` gives ``w`` from ``A``.
-        ``"flow"`` takes ``w`` times the error of the velocity, :meth:`_flow_matching`.
-        ``"ddpg_bc"`` has no weights (all are 1): :meth:`_ddpg_bc`.
+        ``"flow"`` takes ``w`` times the error of the velocity, and ``"ddpg_bc"`` has no weights
+        (all are 1): both are described at :class:`IQLLoss`.
         """
         if self.actor_objective == "ddpg_bc":
             error, value = self._ddpg_bc(batch)

@@ -105,8 +105,11 @@ class Coverage:
             taken = self.features[self.action.reshape(-1) == action]
             if len(taken) >= self.min_count:
                 parts = features.split(QUERIES_AT_ONCE)
-                each = [torch.cdist(part, taken).kthvalue(self.min_count).values for part in parts]
-                result[:, action] = torch.cat(each)
+                nearest = [
+                    torch.cdist(part, taken).topk(self.min_count, largest=False).values[:, -1]
+                    for part in parts
+                ]
+                result[:, action] = torch.cat(nearest)
         return result
 
     def _gaps(self, features: Tensor, choices: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class FittedQ:
 
     @property
     def values(self) -> FloatArray:
-        """Estimated value of each member, ``(P,)``: the mean of its scores over held-out episodes."""
+        """Estimated value of each member, ``(P,)``, the mean of its scores over held-out episodes."""
         return self.episodes.scores.mean(axis=1)
 
     def intervals(self, *, confidence: float = 0.95, seed: int = 0) -> FloatArray:
@@ -132,7 +132,8 @@ def fitted_q_evaluation(
     Args:
         members: name to ``Agent`` or TorchRL actor.
         train: episodes to learn from; best ones that the members were not trained on, whose noise
-            they have not fitted. held_out: episodes that correct the estimate; other ones.
+            they have not fitted.
+        held_out: episodes that correct the estimate; other ones.
         discount: in [0, 1]; with 1 every episode must terminate.
         model: ``"table"``, ``"network"``, or ``"auto"``: a table where states are few.
         min_count: an action that a state was logged with less often is unsupported.
@@ -156,37 +157,35 @@ def fitted_q_evaluation(
     fit, fresh = read_logs(train, held_out, discount)
     counts = {"updates": updates, "batch_size": batch_size, "action_samples": action_samples}
     counts |= {"min_count": min_count} | {f"hidden[{i}]": width for i, width in enumerate(hidden)}
-    _check_numbers(counts, lr, polyak)
+    _check_options(counts, model, lr, polyak)
     if discount == 1:
         _check_ends(train=fit, held_out=fresh)
-    if model not in MODELS:
-        raise ValueError(f"model is {model!r}; choose one of {', '.join(MODELS)}.")
-    names = tuple(member.name for member in resolved)
     if deterministic is None:
         deterministic = not isinstance(train.action_space, spaces.Discrete)
     finite = None if model == "network" else finite_states(train, held_out)
+    if finite is None and model == "table":
+        raise ValueError(
+            "model is 'table', but the log has continuous actions or too many distinct states; "
+            "choose 'network'."
+        )
+    passes = backups = np.inf
     if finite is not None:
         scores = table_scores(
             resolved, fit, fresh, finite,
             discount=discount, min_count=min_count, deterministic=deterministic,
         )  # fmt: skip
-        unknown = np.full(len(names), np.nan)
-        return FittedQ(names, discount, scores, unknown, unknown, np.inf, np.inf, deterministic)
-    if model == "table":
-        raise ValueError(
-            "model is 'table', but the log has continuous actions or too many distinct states; "
-            "choose 'network'."
+        error = error_training = np.full(len(resolved), np.nan)
+    else:
+        limits, samples = return_range(discount, fit, fresh), 0 if deterministic else action_samples
+        critics = Critics(
+            resolved, fit, _device(device), discount, limits, deterministic, samples, seed
         )
-    limits = return_range(discount, fit, fresh)
-    samples = 0 if deterministic else action_samples
-    critics = Critics(
-        resolved, fit, _device(device), discount, limits, deterministic, samples, seed
-    )
-    coverage = Coverage(train, held_out, min_count=min_count, seed=seed)
-    fitted, unseen = (Steps(critics, log, coverage, table_bytes) for log in (fit, fresh))
-    critics.fit(fitted, hidden, updates, batch_size, lr, polyak, progress)
-    scores, error, error_training = network_scores(critics, fitted, unseen, coverage)
-    passes, backups = updates * batch_size / len(train), updates * polyak
+        coverage = Coverage(train, held_out, min_count=min_count, seed=seed)
+        fitted, unseen = (Steps(critics, log, coverage, table_bytes) for log in (fit, fresh))
+        critics.fit(fitted, hidden, updates, batch_size, lr, polyak, progress)
+        scores, error, error_training = network_scores(critics, fitted, unseen, coverage)
+        passes, backups = updates * batch_size / len(train), updates * polyak
+    names = tuple(member.name for member in resolved)
     return FittedQ(names, discount, scores, error, error_training, backups, passes, deterministic)
 
 
@@ -218,10 +217,8 @@ class Critics:
         # If all returns are equal, their deviation is 0 and cannot be the unit.
         self.unit = float(returns.std()) or max(float(np.abs(returns).mean()), 1.0)
         self.mean_return = float(returns.mean())
-        self.outputs = (
-            int(log.action_space.n) if isinstance(log.action_space, spaces.Discrete) else 1
-        )
         self.discrete = isinstance(log.action_space, spaces.Discrete)
+        self.outputs = int(log.action_space.n) if self.discrete else 1  # type: ignore[attr-defined]
         if not self.discrete:
             logged = log.transitions["action"].float()
             self.scale = Standardise(logged.mean(0), logged.std(0, unbiased=False)).to(self.device)
@@ -233,18 +230,18 @@ class Critics:
 
     def choices(self, table: TensorDictBase) -> Tensor:
         """Of every member, then of the log's policy: ``(P + 1, N, n)`` or ``(P + 1, N, K, A)``."""
-        chosen = torch.stack([self._choice(member, table) for member in self.members])
-        chosen = chosen.to(self.device)
-        own = torch.full_like(chosen[:1], 1 / self.outputs)
+        seed, deterministic = self.seed, self.deterministic
+        chosen = [
+            log_probabilities(m, table, self.outputs, deterministic=deterministic).exp().float()
+            if self.discrete
+            else actions(m, table, samples=self.samples, seed=seed)
+            for m in self.members
+        ]
+        every = torch.stack(chosen).to(self.device)
+        own = torch.full_like(every[:1], 1 / self.outputs)
         if not self.discrete:
             own = self.scale.mean.float().expand_as(own)
-        return torch.cat([chosen, own])
-
-    def _choice(self, member: Member, table: TensorDictBase) -> Tensor:
-        if not self.discrete:
-            return actions(member, table, samples=self.samples, seed=self.seed)
-        every = log_probabilities(member, table, self.outputs, deterministic=self.deterministic)
-        return every.exp().float()
+        return torch.cat([every, own])
 
     def logged(self, action: Tensor) -> Tensor:
         """Logged actions ``(B, ...)`` in the form of :meth:`choices`."""
@@ -522,7 +519,9 @@ def _check_ends(**logs: Episodes) -> None:
             )
 
 
-def _check_numbers(counts: Mapping[str, Any], lr: float, polyak: float) -> None:
+def _check_options(counts: Mapping[str, Any], model: str, lr: float, polyak: float) -> None:
+    if model not in MODELS:
+        raise ValueError(f"model is {model!r}; choose one of {', '.join(MODELS)}.")
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} is {value!r}; expected a whole number, at least 1.")

@@ -1,4 +1,4 @@
-"""The decision: trained policies ranked from logs alone, and which one is recommended."""
+"""Trained policies ranked from logs alone; ``recommendation`` decides on one of them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from numpy.typing import NDArray
 
 from iql_torchrl.data import OfflineDataset
-from iql_torchrl.data.digests import episode_digests, shared_share, sketch_of
 from iql_torchrl.evaluation.statistics import rank_correlations
 from iql_torchrl.files import whole_file
-from iql_torchrl.selection import caveats
 from iql_torchrl.selection.episodes import Episodes, read_logs
 from iql_torchrl.selection.fitted_q import FittedQ, fitted_q_evaluation
-from iql_torchrl.selection.importance_sampling import Importance, importance_sampling
+from iql_torchrl.selection.importance_sampling import importance_sampling
 from iql_torchrl.selection.members import Member, clone_distance, has_density, resolve_members
+from iql_torchrl.selection.recommendation import Evidence, doubts_of, recommendation
 from iql_torchrl.selection.tabular import LOG_PROB
 
 __all__ = ["Ranking", "rank_members"]
 
 MIN_COMPARED = 3
+IMPORTANCE = {  # a column, and the field of ``Importance`` that it has
+    "importance_value": "values",
+    "importance_low": "low",
+    "importance_high": "high",
+    "effective_episodes": "effective_sample_size",
+}
 COLUMNS = {
     "value": "value",
     "value_low": "low",
@@ -212,8 +216,7 @@ def rank_members(
             not a member; ``fitted_q`` is of other members, episodes or another discount; a number
             out of range.
     """
-    resolved = resolve_members(members)
-    logs = read_logs(train, held_out, discount)
+    resolved, (fit, fresh) = resolve_members(members), read_logs(train, held_out, discount)
     for name, share in (("max_extrapolation", max_extrapolation), ("confidence", confidence)):
         ends = name == "confidence" and share in (0, 1)
         if isinstance(share, bool) or not 0 <= share <= 1 or ends:
@@ -231,64 +234,63 @@ def rank_members(
             members, train, held_out, discount=discount, min_count=min_count, seed=seed,
             deterministic=chosen, progress=progress,
         )  # fmt: skip
-    _check_fitted(fitted_q, resolved, logs[1], discount)
-    importance = None
-    if not unchecked:
-        # Intervals that hold for all members at once (Bonferroni), in the range of logged returns.
-        importance = importance_sampling(
-            members, held_out, behaviour=behaviour, discount=discount,
-            deterministic=fitted_q.deterministic, seed=seed,
-            confidence=1 - (1 - confidence) / len(members),
-            return_limits=fitted_q.episodes.return_range,
-        )  # fmt: skip
-    digests, fit_digests = episode_digests(held_out), episode_digests(train)
-    known = caveats.Evidence(
-        fitted_q=fitted_q, episodes=len(digests), horizon=logs[1].horizon(discount),
-        possible=_possible_values(fitted_q, logs), log=fitted_q.episodes.log_value(confidence, seed),
-        shared=shared_share(sketch_of(fit_digests), digests),
-        fit_seen=max(_seen(resolved, fit_digests)), clone=imitator.name if imitator else None,
+    _check_fitted(fitted_q, resolved, fresh, discount)
+    known = Evidence(
+        members=resolved, clone=imitator, fitted_q=fitted_q, train=fit, held_out=fresh,
         unchecked=unchecked, sampled=continuous and not fitted_q.deterministic,
+        max_extrapolation=max_extrapolation, min_effective_episodes=min_effective_episodes,
+        confidence=confidence, seed=seed,
     )  # fmt: skip
-    columns = _estimates(fitted_q, importance, confidence, seed) | {
-        "clone_distance": _distances(resolved, imitator, held_out),
-        "seen": _seen(resolved, digests),
-    }
-    rows = _sorted_rows(resolved, columns)
+    rows = _sorted_rows(resolved, _estimates(known, behaviour))
     for row in rows:
-        row["doubts"] = caveats.doubts_of(
-            row, known,
-            max_extrapolation=max_extrapolation, min_effective_episodes=min_effective_episodes,
-        )  # fmt: skip
-    agreement, blocking = _agreement(rows), caveats.blocking_warnings(known)
-    general = caveats.general_warnings(rows, known, agreement[0])
+        row["doubts"] = doubts_of(row, known)
+    agreement = _agreement(rows)
+    recommended, sentence, warnings = recommendation(rows, known, agreement[0])
     return Ranking(
-        tuple(rows), *known.log, fitted_q.episodes.log_unsupported, *agreement,
-        *_recommendation(rows, bool(blocking), confidence),
-        (*caveats.member_warnings(rows, known), *blocking, *general), discount, len(digests),
+        tuple(rows), *known.log, fitted_q.episodes.log_unsupported, *agreement, recommended,
+        sentence, warnings, discount, len(fresh),
     )  # fmt: skip
 
 
-def _estimates(
-    fitted_q: FittedQ, importance: Importance | None, confidence: float, seed: int
-) -> dict[str, Any]:
-    """What the two estimators say of each member, ``(P,)`` by the name in the ranking's rows."""
-    episodes = fitted_q.episodes
-    columns = {"value": fitted_q.values}
-    columns["value_low"], columns["value_high"] = episodes.value_bounds(confidence, seed)
-    columns["gain"] = (episodes.scores - episodes.log_scores).mean(1)
-    columns["gain_low"], columns["gain_high"] = episodes.gain_bounds(confidence, seed)
-    unknown = np.full(len(fitted_q.names), math.nan)
-    return columns | {
+def _estimates(known: Evidence, behaviour: Any) -> dict[str, Any]:
+    """What is estimated of each member, ``(P,)`` by the name in the ranking's rows."""
+    fitted_q, episodes, log = known.fitted_q, known.fitted_q.episodes, known.held_out.log
+    value_low, value_high = episodes.value_bounds(known.confidence, known.seed)
+    gain_low, gain_high = episodes.gain_bounds(known.confidence, known.seed)
+    distance = np.full(len(known.members), math.nan)
+    if (clone := known.clone) is not None:
+        distance = np.array([clone_distance(member, clone, log) for member in known.members])
+    return {
+        "value": fitted_q.values,
+        "value_low": value_low,
+        "value_high": value_high,
+        "gain": (episodes.scores - episodes.log_scores).mean(1),
+        "gain_low": gain_low,
+        "gain_high": gain_high,
         "td_error": fitted_q.td_error,
         "td_error_training": fitted_q.td_error_training,
-        "importance_value": importance.values if importance else unknown,
-        "importance_low": importance.low if importance else unknown,
-        "importance_high": importance.high if importance else unknown,
-        "effective_episodes": importance.effective_sample_size if importance else unknown,
+        **_importance(known, behaviour),
         "extrapolation": episodes.unsupported,
         "worst_extrapolation": episodes.worst_unsupported,
         "correcting_episodes": episodes.effective_episodes,
+        "clone_distance": distance,
+        "seen": known.seen(known.held_out),
     }
+
+
+def _importance(known: Evidence, behaviour: Any) -> dict[str, Any]:
+    """Importance sampling's columns of :func:`_estimates`, NaN where there is none."""
+    if known.unchecked:
+        return dict.fromkeys(IMPORTANCE, np.full(len(known.members), math.nan))
+    # Intervals that hold for all members at once (Bonferroni), in the range of logged returns.
+    result = importance_sampling(
+        {member.name: member.policy for member in known.members}, known.held_out.log,
+        behaviour=behaviour, discount=known.fitted_q.discount,
+        deterministic=known.fitted_q.deterministic, seed=known.seed,
+        confidence=1 - (1 - known.confidence) / len(known.members),
+        return_limits=known.fitted_q.episodes.return_range,
+    )  # fmt: skip
+    return {column: getattr(result, name) for column, name in IMPORTANCE.items()}
 
 
 def _sorted_rows(members: Sequence[Member], columns: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -301,33 +303,6 @@ def _sorted_rows(members: Sequence[Member], columns: Mapping[str, Any]) -> list[
         row["temperature"] = math.nan if temperature is None else temperature
         rows.append(row | {key: float(values[number]) for key, values in columns.items()})
     return rows
-
-
-def _distances(members: Sequence[Member], clone: Member | None, log: OfflineDataset) -> list[float]:
-    if clone is None:
-        return [math.nan] * len(members)
-    return [clone_distance(member, clone, log) for member in members]
-
-
-def _seen(members: Sequence[Member], digests: NDArray[np.int64]) -> list[float]:
-    """Share of the episodes ``digests`` that each member was trained on, 0 where unknown."""
-    trained = (member.episodes for member in members)
-    return [0.0 if own is None else shared_share(own, digests) for own in trained]
-
-
-def _possible_values(fitted_q: FittedQ, logs: tuple[Episodes, Episodes]) -> tuple[float, float]:
-    """Smallest and largest possible value.
-
-    For networks the range of logged returns. A table may combine parts of different episodes, so
-    there the range is that of the smallest and the largest logged reward at every step.
-    """
-    low, high = fitted_q.episodes.return_range
-    if math.isfinite(fitted_q.backups):
-        return low, high
-    rewards = np.concatenate([log.reward for log in logs])
-    longest = max(int(log.lengths.max()) for log in logs)
-    steps = longest if fitted_q.discount == 1 else 1 / (1 - fitted_q.discount)
-    return min(low, steps * float(rewards.min())), max(high, steps * float(rewards.max()))
 
 
 def _clone(members: Sequence[Member], name: str | None) -> Member | None:
@@ -388,31 +363,3 @@ def _agreement(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
         return math.nan, math.nan
     values, checks = ([row[key] for row in sound] for key in ("value", "importance_value"))
     return rank_correlations(values, checks)
-
-
-def _recommendation(
-    rows: Sequence[Mapping[str, Any]], blocked: bool, confidence: float
-) -> tuple[str | None, str]:
-    """The recommended member of ``rows``, best first, and a sentence about it.
-
-    ``blocked``: no value may be compared with the log's.
-    """
-    better = [row for row in rows if row["gain_low"] > 0]
-    sound = [row for row in better if not set(row["doubts"]) & set(caveats.BLOCKING)]
-    contradicted = any("contradiction" in row["doubts"] for row in rows)
-    of_all = f"{confidence:.0%} interval for all {len(rows)} members at once"
-    if blocked or contradicted or not sound:
-        best = rows[0]
-        doubted = "; better estimates are doubted, see the warnings" if better else ""
-        return None, (
-            "Recommendation: no member is reliably better than the log (the best, "
-            f"{best['member']}, gains {best['gain']:.4g}, {of_all} {best['gain_low']:.4g} to "
-            f"{best['gain_high']:.4g}{doubted})."
-        )
-    chosen = sound[0]
-    higher = chosen["rank"] - 1
-    more = f"; {higher} with higher estimates are doubted or uncertain" if higher else ""
-    return chosen["member"], (
-        f"Recommendation: {chosen['member']}, with an estimated gain over the log of "
-        f"{chosen['gain']:.4g} ({of_all} {chosen['gain_low']:.4g} to {chosen['gain_high']:.4g}{more})."
-    )

@@ -18,15 +18,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from iql_torchrl.processes import ProcessEnded, Worker, packed_call, perform, surroundings
+from iql_torchrl.processes import Worker, packed_call, perform, surroundings
+from iql_torchrl.sweep.retries import RAY_RETRIES, first_line, is_repeated, why
 
-__all__ = ["first_line", "perform_locally", "perform_on_ray", "perform_on_slurm"]
+__all__ = ["perform_locally", "perform_on_ray", "perform_on_slurm"]
 
 Calls = Mapping[str, Callable[[], None]]
 SECONDS = 0.2  # between two looks at the progress
 ANSWER = 5.0  # seconds in which the machine of a cluster accepts a connection
-MOST_DEATHS = 3  # of the processes of one call
-RETRIES = 3
 
 
 def perform_locally(
@@ -44,17 +43,12 @@ def perform_locally(
             for future in wait(running, SECONDS, FIRST_COMPLETED).done:
                 worker, name, order = running.pop(future)
                 idle.append(worker)
-                error = future.exception()
-                deaths[name] += isinstance(error, ProcessEnded)
-                if isinstance(error, ProcessEnded) and deaths[name] < MOST_DEATHS:
+                if (error := future.exception()) is None:
+                    continue
+                if is_repeated(error, name, deaths):
                     waiting.append((name, order))
-                elif isinstance(error, ProcessEnded):
-                    failures[name] = (
-                        f"its process ended {MOST_DEATHS} times, with {error}; SIGKILL mostly means "
-                        "that memory ran out: use fewer workers or members_per_task."
-                    )
-                elif error is not None:
-                    failures[name] = _sentence(error)
+                else:
+                    failures[name] = why(error)
             watch()
     finally:
         for worker in crew:
@@ -92,7 +86,7 @@ def perform_on_ray(
     waiting: list[Any] = []
     failures: dict[str, str] = {}
     try:
-        given = {"num_cpus": threads, "max_retries": RETRIES, **(options or {})}
+        given = {"num_cpus": threads, "max_retries": RAY_RETRIES, **(options or {})}
         task = ray.remote(_attempted).options(**given)
         names = {task.remote(order): name for name, order in _packed(calls, threads).items()}
         waiting = list(names)
@@ -193,15 +187,6 @@ def perform_on_slurm(
     return failures
 
 
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def _sentence(error: BaseException) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
-
-
 def _packed(calls: Calls, threads: int) -> dict[str, bytes]:
     elsewhere = surroundings()
     return {
@@ -216,5 +201,5 @@ def _attempted(order: bytes) -> str | None:
         perform(order)
     except Exception as error:
         traceback.print_exc()
-        return _sentence(error)
+        return why(error)
     return None

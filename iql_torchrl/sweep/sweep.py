@@ -20,12 +20,12 @@ from iql_torchrl.data.saved import is_saved, is_sharded
 from iql_torchrl.files import make_folder
 from iql_torchrl.population.runs import IQLPopulation
 from iql_torchrl.selection import Ranking
-from iql_torchrl.sweep.engines import first_line, perform_locally, perform_on_ray, perform_on_slurm
+from iql_torchrl.sweep.engines import perform_locally, perform_on_ray, perform_on_slurm
 from iql_torchrl.sweep.result import SweepResult, joined, named
+from iql_torchrl.sweep.retries import Score, first_line
 from iql_torchrl.sweep.task import (
     Log,
     Parts,
-    Score,
     Task,
     played,
     rank,
@@ -74,8 +74,8 @@ class Sweep:
             ``held_out``. Where the results of one sweep decide which configs the next one has, its
             estimates are too high for the best; an estimate from :meth:`parts`' ``reserved`` is
             not. None: none.
-        fit_updates: updates of ``fitted_q_evaluation``. discount: of the estimates; None: that of
-            the first config.
+        fit_updates: updates of ``fitted_q_evaluation``.
+        discount: of the estimates; None: that of the first config.
         save_every: updates between two checkpoints of a task.
 
     Attributes: ``runs``, the configs by name, and the arguments.
@@ -166,8 +166,9 @@ class Sweep:
 
         Raises:
             ValueError: another engine, a number below 1, or a folder with another sweep.
-            ImportError: ray or submitit is not installed. ConnectionError: no cluster at
-            ``address``. ``DatasetError`` as ``load_dataset``.
+            ImportError: ray or submitit is not installed.
+            ConnectionError: no cluster at ``address``.
+            DatasetError: as ``load_dataset``.
         """
         check_whole(workers=workers, threads=threads, attempts=attempts)
         engines: dict[str, Perform] = {

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,14 +20,11 @@ from iql_torchrl.files import SUFFIX, whole_file
 from iql_torchrl.population.runs import IQLPopulation
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
 from iql_torchrl.selection.members import resolve_member
-from iql_torchrl.sweep.engines import first_line
+from iql_torchrl.sweep.retries import FAILED, Row, Score, first_line, scored
 from iql_torchrl.trainers.trainer import OfflineTrainer
 
-Row = dict[str, Any]
-Score = Callable[[Agent, OfflineDataset], Mapping[str, float]]
 POPULATION = f"population{SUFFIX}"
 EVENTS = 20  # how often progress is written between two checkpoints
-_FAILED = "its evaluation failed"
 
 
 class Parts(NamedTuple):
@@ -126,7 +122,7 @@ class Task:
 
     def forget_failed_evaluations(self) -> None:
         """Evaluate members again whose evaluation failed in an earlier call."""
-        if self.finished and any(_FAILED in str(row.get("error")) for row in self.rows()):
+        if self.finished and any(FAILED in str(row.get("error")) for row in self.rows()):
             self._result.unlink()
 
     def perform(self) -> None:
@@ -191,7 +187,7 @@ class Task:
             if bad := [loss for loss in losses if not abs(row[loss]) < float("inf")]:
                 row["error"] = f"{bad[0]} is not finite"
             elif self.score is not None and name not in scores:
-                score = self._scored(self.score, agent, dataset)
+                score = scored(self.score, agent, dataset, self.attempts)
                 if "error" not in score:
                     scores[name] = score
                     write_json(path, scores)
@@ -200,25 +196,6 @@ class Task:
                 row |= scores.get(name, {})
             rows.append(row)
         return rows
-
-    def _scored(self, score: Score, agent: Agent, dataset: OfflineDataset) -> Row:
-        """``score`` and its bounds, or the ``error`` of this member: the others are evaluated."""
-        for attempt in range(self.attempts):
-            try:
-                given = {name: float(value) for name, value in score(agent, dataset).items()}
-                if "score" in given:
-                    return (
-                        dict.fromkeys(("score", "score_low", "score_high"), given["score"]) | given
-                    )
-                raise ValueError(
-                    f"score returned {sorted(given)}; expected a mapping with 'score', and with "
-                    "'score_low' and 'score_high' where they are known."
-                )
-            except Exception as error:
-                reason = first_line(error)
-                words = f"evaluation {attempt + 1} of {self.attempts} failed"
-                print(f"{words}: {reason}", file=sys.stderr)
-        return {"error": f"{_FAILED}: {reason}"}
 
     def agents(self, device: str | None = None) -> Iterator[tuple[str, Agent]]:
         """The trained agents by name, from the checkpoints."""

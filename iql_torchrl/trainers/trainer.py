@@ -64,7 +64,7 @@ class OfflineTrainer(ResumableTrainer):
     ``LRSchedulerHook`` of an updater or scheduler that the step itself calls is not called, because
     there would be two calls per update.
 
-    Args, what is trained:
+    Args:
         step: an ``IQLStep``, plain or compiled; or a callable without arguments that performs
             ``step.updates`` updates, as ``captured`` returns.
         agent: in place of ``step``: its step is used.
@@ -82,7 +82,7 @@ class OfflineTrainer(ResumableTrainer):
             at an event, a loss that is not finite, Ctrl-C and SIGTERM stop all at the same update (a
             signal within 16 updates).
 
-    Args, for how long and how often, in updates:
+    Args of time in updates:
         total_updates: where training ends, counted from the first update of the run, also after
             interruptions; by default ``config.updates`` of the agent.
         log_interval: updates between two rows; by default a hundredth of the total.
@@ -90,7 +90,7 @@ class OfflineTrainer(ResumableTrainer):
         save_trainer_interval: as TorchRL's; updates between two checkpoints, which are saved at
             events; by default ``eval_interval``. A new best policy is always saved.
 
-    Args, evaluation:
+    Args of evaluation:
         evaluation: a function without arguments returning an ``Evaluation`` (or a mapping of
             numbers), or a ``BackgroundEvaluation``; called every ``eval_interval`` updates and at
             the end. Where the agent's policy takes the best of several actions, its
@@ -99,7 +99,7 @@ class OfflineTrainer(ResumableTrainer):
         evaluate_first: whether to evaluate before the first update too.
         monitor: the evaluation's number by which the best checkpoint is kept, higher is better.
 
-    Args, what is written:
+    Args of what is written:
         folder: receives ``metrics.csv``, ``curves.png``, ``config.json`` (of an agent),
             ``checkpoints/`` (the last ``keep_last``) and ``best.torchrl``. None writes nothing.
         keep_last: how many checkpoints ``folder`` keeps.

@@ -11,6 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from extras import needs
 from gymnasium import spaces
 from small_agents import (
     HIGH,
@@ -155,11 +156,11 @@ def test_programs_run_where_only_torch_is_installed(kinds, tmp_path):
 def onnx():
     for name in ("onnxscript", "onnx_ir", "onnxruntime"):
         pytest.importorskip(name)
-    return pytest.importorskip("onnx")
+    return needs("onnx")
 
 
 def session(path):
-    runtime = pytest.importorskip("onnxruntime")
+    runtime = needs("onnxruntime")
     return runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
 

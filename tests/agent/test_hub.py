@@ -15,6 +15,7 @@ from unittest.mock import Mock, create_autospec
 import numpy as np
 import pytest
 import torch
+from extras import needs
 from small_agents import config, discrete_agent, log, masks, observations, same_weights, trained
 
 from iql_torchrl import Agent, load_dataset, make_agent
@@ -24,7 +25,7 @@ from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.files import CheckpointError
 
 yaml = pytest.importorskip("yaml")
-hub = pytest.importorskip("huggingface_hub")
+hub = needs("huggingface_hub")
 errors = importlib.import_module("huggingface_hub.errors")
 HfApi = hub.HfApi
 REPO, TOKEN = "me/pendulum", "hf_writes"

@@ -9,6 +9,7 @@ from dataclasses import replace
 import bench_ogbench
 import pytest
 import torch
+from extras import needs
 from gymnasium.wrappers import TimeLimit
 from scipy import stats
 
@@ -92,7 +93,7 @@ def short_episodes(monkeypatch):
 
 @pytest.mark.slow
 def test_a_small_run(tmp_path, monkeypatch, capsys, short_episodes):
-    pytest.importorskip("ogbench")
+    needs("ogbench")
     monkeypatch.setenv("OGBENCH_DATASETS_PATH", str(tmp_path))
     monkeypatch.setattr(ogbench, "ROWS", 21)
     numbers = {"seeds": 2, "updates": 4, "points": 2, "width": 8, "layers": 1, "episodes": 1,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import make_hopper
 import numpy as np
 import pytest
+from extras import needs
 
 from iql_torchrl import load_dataset
 
 
 def test_the_log_has_every_step_and_the_ends_of_its_episodes(tmp_path):
-    pytest.importorskip("mujoco")
+    needs("mujoco")
     path = tmp_path / "log.npz"
     make_hopper.main([str(path), "--steps", "120", "--random-steps", "110", "--width", "8"])
     with np.load(path) as table:

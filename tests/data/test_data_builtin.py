@@ -1,18 +1,17 @@
 """Built-in datasets: real Minari data, the same each time, complete or not written at all."""
 
-from __future__ import annotations
-
 import os
-import subprocess
+import shutil
 import sys
 from dataclasses import replace
-from unittest.mock import Mock
 
 import gymnasium
 import minari
 import numpy as np
 import pytest
 import torch
+from extras import needs
+from small_logs import assert_is_minaris
 from tensordict.nn import TensorDictModule
 
 from iql_torchrl.data import builtin, load_dataset
@@ -31,6 +30,14 @@ def root(tmp_path, monkeypatch):
     return tmp_path
 
 
+def made(name, episodes):
+    """The stored dataset, every step of which ``load_dataset`` reads, and what is read."""
+    assert make_dataset(name, episodes=episodes, progress=False) == name
+    stored, dataset = minari.load_dataset(name), load_dataset(name)
+    assert_is_minaris(dataset, stored)
+    return stored, dataset
+
+
 def mean_return(env, controller, episodes=100):
     """As reference scores are measured: ``controller(generator)`` acts in each episode."""
     returns = []
@@ -41,29 +48,35 @@ def mean_return(env, controller, episodes=100):
 
 
 def test_pendulum_is_a_real_minari_dataset_whose_seeds_and_actions_replay_it(root):
-    assert make_dataset(PENDULUM, episodes=8, progress=False) == PENDULUM
+    stored, dataset = made(PENDULUM, 40)
     assert os.environ["MINARI_DATASETS_PATH"] == str(root)
     assert list(minari.list_local_datasets()) == [PENDULUM]
     assert sorted(path.name for path in root.iterdir()) == ["pendulum"]
-    dataset = minari.load_dataset(PENDULUM)
-    metadata = dataset.storage.metadata
-    assert (dataset.total_episodes, dataset.total_steps) == (8, 1600)
+    metadata = stored.storage.metadata
+    assert (stored.total_episodes, stored.total_steps) == (40, 8000)
     assert metadata["description"] == BUILTIN[PENDULUM].description
     assert metadata["author"] == {"iql_torchrl"}
-    assert dataset.env_spec.id == "Pendulum-v1"
-    env = dataset.recover_environment(eval_env=True)
-    for number, episode in enumerate(dataset.iterate_episodes()):
+    assert stored.env_spec.id == "Pendulum-v1"
+    env = stored.recover_environment(eval_env=True)
+    for number, episode in zip(range(8), stored.iterate_episodes(), strict=False):
         assert episode.observations.shape == (201, 3)
         assert episode.observations.dtype == episode.actions.dtype == np.float32
         assert episode.actions.shape == (200, 1)
         assert np.abs(episode.actions).max() <= 2.0
         assert not episode.terminations.any()
         assert episode.truncations.tolist() == [False] * 199 + [True]
-        (saved,) = dataset.storage.get_episode_metadata([number])
+        (saved,) = stored.storage.get_episode_metadata([number])
         actions = iter(episode.actions)
         again = play(env, lambda *_, a=actions: next(a), *env.reset(seed=saved["seed"]))
         np.testing.assert_array_equal(again["observations"], episode.observations)
         assert again["rewards"] == episode.rewards.tolist()
+    # its reference scores are those of the policies that they name
+    low, high = dataset.reference_scores
+    expert = mean_return(env, lambda _: lambda seen, _: swing_up_torque(seen))
+    uniform = mean_return(env, lambda g: lambda *_: g.uniform(-2, 2, 1).astype(np.float32))
+    assert (low, high) == pytest.approx((uniform, expert), abs=1e-3)
+    log = dataset.episode_returns.mean()
+    assert low + 150 < log < high - 400, "mediocre: well above random, well below the controller"
 
 
 def test_the_seed_decides_the_log(tmp_path, monkeypatch):
@@ -76,45 +89,23 @@ def test_the_seed_decides_the_log(tmp_path, monkeypatch):
     assert not (logs[0]["action"] == logs[2]["action"]).all()
 
 
-def test_pendulum_reference_scores_are_those_of_the_policies_they_name(root):
-    make_dataset(PENDULUM, episodes=40, progress=False)
-    dataset = load_dataset(PENDULUM)
-    low, high = dataset.reference_scores
-    with gymnasium.make("Pendulum-v1", disable_env_checker=True) as env:
-        expert = mean_return(env, lambda _: lambda seen, _: swing_up_torque(seen))
-        uniform = mean_return(env, lambda g: lambda *_: g.uniform(-2, 2, 1).astype(np.float32))
-    assert (low, high) == pytest.approx((uniform, expert), abs=1e-3)
-    log = dataset.episode_returns.mean()
-    assert low + 150 < log < high - 400, "mediocre: well above random, well below the controller"
-
-
-def test_controller_stays_within_the_torque_limit():
-    angles, speeds = np.random.default_rng(0).uniform((-np.pi, -8), (np.pi, 8), (500, 2)).T
-    states = np.stack([np.cos(angles), np.sin(angles), speeds], 1)
-    torques = np.stack([swing_up_torque(state) for state in states])
-    assert (torques.shape, torques.dtype) == ((500, 1), np.float32)
-    assert abs(torques).max() <= 2.0
-
-
 @pytest.mark.parametrize("error", [RuntimeError("disk full"), KeyboardInterrupt()])
-def test_a_crash_while_writing_leaves_nothing(root, monkeypatch, error):
+def test_what_is_interrupted_leaves_nothing_that_minari_lists(root, monkeypatch, tmp_path, error):
+    killed = tmp_path.with_name(f"{tmp_path.name}-killed")
+
+    def interrupted(*_):
+        shutil.copytree(root, killed)  # what a process leaves that is killed here
+        raise error
+
     storage = "minari.dataset._storages.hdf5_storage.HDF5Storage.update_episodes"
-    monkeypatch.setattr(storage, Mock(side_effect=error))
-    with pytest.raises(type(error)):
-        make_dataset(PENDULUM, episodes=1, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, interrupted)
+        with pytest.raises(type(error)):
+            make_dataset(PENDULUM, episodes=1, progress=False)
     assert list(root.iterdir()) == []
     assert os.environ["MINARI_DATASETS_PATH"] == str(root)
-
-
-def test_a_killed_process_leaves_nothing_that_minari_lists(root):
-    code = (
-        "import os\n"
-        "from minari.dataset._storages.hdf5_storage import HDF5Storage\n"
-        "HDF5Storage.update_episodes = lambda *_: os._exit(9)\n"
-        "from iql_torchrl.data.builtin import make_dataset\n"
-        f"make_dataset('{PENDULUM}', episodes=1, progress=False)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert list(killed.iterdir()) != []
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(killed))
     assert minari.list_local_datasets() == {}
     make_dataset(PENDULUM, episodes=1, progress=False)
     assert list(minari.list_local_datasets()) == [PENDULUM]
@@ -145,8 +136,10 @@ def test_misuse_is_named(root):
         make_dataset("pendulum")
     with pytest.raises(ValueError, match="no built-in dataset"):
         ensure_dataset("halfcheetah")
-    with pytest.raises(ValueError, match="episodes=0"):
-        make_dataset(PENDULUM, episodes=0)
+    for wrong in ({"episodes": 0}, {"seed": -1}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"{name}={value}"):
+            make_dataset(PENDULUM, **wrong)
 
 
 @pytest.mark.parametrize(
@@ -159,18 +152,12 @@ def test_a_missing_package_is_named_with_its_remedy(root, monkeypatch, name, mod
     assert list(root.iterdir()) == []
 
 
-@pytest.fixture(scope="module")
-def sepsis():
-    pytest.importorskip("icu_sepsis")
-    with gymnasium.make("Sepsis/ICU-Sepsis-v2", disable_env_checker=True) as env:
-        yield env, SepsisTables(env)
-
-
-def test_sepsis_log_matches_the_model_and_loads_with_masks(root, sepsis):
-    env, tables = sepsis
-    make_dataset(ICU, episodes=60, progress=False)
-    dynamics = env.unwrapped.dynamics
-    for episode in minari.load_dataset(ICU).iterate_episodes():
+def test_sepsis_log_matches_the_model_and_loads_with_masks(root):
+    needs("icu_sepsis")
+    env = gymnasium.make("Sepsis/ICU-Sepsis-v2", disable_env_checker=True)
+    tables, dynamics = SepsisTables(env), env.unwrapped.dynamics
+    stored, dataset = made(ICU, 1000)
+    for number, episode in enumerate(stored.iterate_episodes()):
         states, actions = episode.observations, episode.actions
         assert len(states) == len(actions) + 1
         masks = episode.infos["action_mask"]
@@ -183,7 +170,8 @@ def test_sepsis_log_matches_the_model_and_loads_with_masks(root, sepsis):
         np.testing.assert_array_equal(episode.rewards, rewards)
         assert episode.terminations.tolist() == [False] * (len(actions) - 1) + [True]
         assert states[-1] >= 713
-    dataset = load_dataset(ICU)
+        if number == 60:
+            break
     table = dataset.transitions
     assert table["action_mask"].shape == (len(dataset), 25)
     assert table["action_mask"].gather(1, table["action"].unsqueeze(1)).all()
@@ -191,10 +179,7 @@ def test_sepsis_log_matches_the_model_and_loads_with_masks(root, sepsis):
     policy = TensorDictModule(lambda mask: mask.float(), ["action_mask"], ["action"])
     result = evaluate(policy, dataset.make_env, episodes=5, num_envs=2, seed=0)
     assert set(result.returns) <= {0.0, 1.0}
-
-
-def test_sepsis_values_agree_with_rollouts_and_masks_with_the_environment(root, sepsis):
-    env, tables = sepsis
+    # values agree with rollouts, and masks with the environment
     for seed in range(20):
         state, info = env.reset(seed=seed)
         assert np.flatnonzero(tables.admissible[state]).tolist() == info["admissible_actions"]
@@ -202,9 +187,7 @@ def test_sepsis_values_agree_with_rollouts_and_masks_with_the_environment(root, 
     assert not tables.clinician[~tables.admissible].any()
     clinician = tables.value(tables.clinician)
     assert tables.value() < clinician < tables.optimal_value() < 1
-    make_dataset(ICU, episodes=1000, progress=False)
-    returns = load_dataset(ICU).episode_returns
-    assert returns.mean() == pytest.approx(clinician, abs=4 * np.sqrt(0.25 / 1000))
+    assert dataset.episode_returns.mean() == pytest.approx(clinician, abs=4 * np.sqrt(0.25 / 1000))
     values = tables.value(), tables.optimal_value()
     assert BUILTIN[ICU].reference_scores == pytest.approx(values, rel=1e-9)
 
@@ -212,11 +195,11 @@ def test_sepsis_values_agree_with_rollouts_and_masks_with_the_environment(root, 
 @pytest.mark.parametrize(
     ("name", "steps"), [("pointmaze/umaze-v0", 300), ("pointmaze/medium-v0", 600)]
 )
+@pytest.mark.filterwarnings("default")  # what an optional package says on import is its own affair
 def test_pointmaze_controller_reaches_goal_after_goal(root, name, steps):
-    pytest.importorskip("gymnasium_robotics")
-    make_dataset(name, episodes=3, progress=False)
-    dataset = minari.load_dataset(name)
-    for episode in dataset.iterate_episodes():
+    needs("gymnasium_robotics")
+    stored, dataset = made(name, 3)
+    for episode in stored.iterate_episodes():
         assert set(episode.observations) == {"observation", "achieved_goal", "desired_goal"}
         assert episode.actions.shape == (steps, 2)
         assert np.abs(episode.actions).max() <= 1.0
@@ -230,13 +213,13 @@ def test_pointmaze_controller_reaches_goal_after_goal(root, name, steps):
         # The environment shows the reached target once more before it shows the new one.
         reached = np.linalg.norm(position - target, axis=1)[1:] <= 0.45
         np.testing.assert_array_equal(episode.rewards, reached)
-    env = dataset.recover_environment()
-    low, high = BUILTIN[name].reference_scores
+    env = stored.recover_environment()
+    low, high = dataset.reference_scores
     expert = mean_return(env, lambda g: maze_controller(env.unwrapped.maze, 0.0, g), 10)
     assert expert == pytest.approx(high, abs=2.0)
     assert high > low + 1
-    loaded = load_dataset(name, concatenate=["observation", "desired_goal"])
-    assert loaded.transitions["observation"].shape == (3 * steps, 6)
+    joined = load_dataset(name, concatenate=["observation", "desired_goal"])
+    assert joined.transitions["observation"].shape == (3 * steps, 6)
 
 
 def test_command_line_lists_makes_and_describes(root, monkeypatch, capsys):

@@ -1,30 +1,27 @@
 """OGBench's single-task data: against its own loader, and numbers written by hand."""
 
-from __future__ import annotations
-
 import pickle
 import shutil
-from pathlib import Path
-from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
+from extras import needs
+from small_logs import counted, first, marked, refused, save
 
-from iql_torchrl import DatasetError, IQLConfig, evaluate, load_dataset, make_agent
-from iql_torchrl.data.readers.ogbench import parse_name
+from iql_torchrl import IQLConfig, evaluate, load_dataset, make_agent
 
-ogbench = pytest.importorskip("ogbench")
+ogbench = needs("ogbench")
 
 CUBE = "ogbench/cube-single-play-singletask-task2-v0"
+MAZE = "ogbench/pointmaze-medium-navigate-singletask-task1-v0"  # which is made in milliseconds
 IDS = (
-    CUBE,
     "ogbench/scene-play-singletask-task3-v0",
     "ogbench/puzzle-3x3-play-singletask-task1-v0",
     "ogbench/puzzle-4x4-play-singletask-task3-v0",
-    "ogbench/pointmaze-medium-navigate-singletask-task1-v0",
 )
 GOAL = np.array([0.50, 0.0, 0.02])  # of the cube in task 2, in metres: ``CubeEnv.set_tasks``
+MAZE_GOAL = np.array([20.0, 20.0])
 
 
 @pytest.fixture
@@ -33,37 +30,32 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def env_of(source: str) -> Any:
-    env = ogbench.make_env_and_datasets(source.removeprefix("ogbench/"), env_only=True)
-    env.reset(seed=0)
-    return env
-
-
-def raw_rows(observation: int, action: int, trajectories: int = 2, steps: int = 3) -> dict:
+def raw_rows(observation, action, trajectories=2, steps=3):
     """OGBench's raw columns: ``steps`` transitions and one last observation a trajectory."""
-    rows = trajectories * (steps + 1)
+    end = counted(*[steps + 1] * trajectories)["truncated"]
     generator = np.random.default_rng(0)
     return {
-        "observations": generator.normal(size=(rows, observation)).astype(np.float32),
-        "actions": generator.uniform(-1, 1, (rows, action)).astype(np.float32),
-        "terminals": np.arange(rows) % (steps + 1) == steps,
-        "qpos": np.zeros((rows, 40), np.float32),
-        "qvel": np.zeros((rows, 40), np.float32),
+        "observations": generator.normal(size=(len(end), observation)).astype(np.float32),
+        "actions": generator.uniform(-1, 1, (len(end), action)).astype(np.float32),
+        "terminals": end,
+        "qpos": np.zeros((len(end), 40), np.float32),
+        "qvel": np.zeros((len(end), 40), np.float32),
     }
 
 
-def write(folder: Path, source: str, rows: dict) -> Path:
-    path = folder / f"{parse_name(source)[1]}.npz"
-    np.savez(path, **rows)
-    return path
+def write(folder, source, rows):
+    name = source.removeprefix("ogbench/")
+    return save(folder / f"{name.split('-singletask')[0]}-v0.npz", rows)
 
 
-def flag(dataset: Any, name: str) -> list[int]:
-    return dataset.transitions["next", name].flatten().nonzero().flatten().tolist()
+def maze_rows():
+    """The point is at the goal in row 1, in its last step (row 6) and in both last rows."""
+    rows = raw_rows(2, 2)
+    rows["qpos"][[1, 3, 6, 7], :2] = MAZE_GOAL
+    return rows
 
 
-def cube_rows() -> dict:
-    """The cube is at the goal in row 1, in its last step (row 6) and in both last rows."""
+def cube_rows():
     rows = raw_rows(28, 5)
     rows["qpos"][[1, 3, 6, 7], 14:17] = GOAL
     rows["qpos"][1, 15] += 0.039  # within 4 cm
@@ -71,32 +63,31 @@ def cube_rows() -> dict:
     return rows
 
 
-def test_rewards_masks_and_successors_by_hand(folder):
-    write(folder, CUBE, rows := cube_rows())
-    dataset = load_dataset(CUBE)
-    table = dataset.transitions
-    assert table["next", "reward"].flatten().tolist() == [-1, 0, -1, -1, -1, 0]
-    assert flag(dataset, "terminated") == [1, 5]
-    assert flag(dataset, "truncated") == [2]
+@pytest.mark.parametrize(("source", "make"), [(MAZE, maze_rows), (CUBE, cube_rows)])
+def test_rewards_masks_and_successors_by_hand(folder, source, make):
+    write(folder, source, rows := make())
+    options = {"memmap": folder / "table"}
+    dataset = load_dataset(source, **options)
+    assert first(dataset, ("next", "reward")) == [-1, 0, -1, -1, -1, 0]
+    assert marked(dataset) == ([1, 5], [2])
     assert dataset.episode_lengths.tolist() == [3, 3]
     assert dataset.episode_returns.tolist() == [-2, -2]
-    kept = [0, 1, 2, 4, 5, 6]
+    kept, table = np.array([0, 1, 2, 4, 5, 6]), dataset.transitions
     np.testing.assert_array_equal(table["observation"], rows["observations"][kept])
-    np.testing.assert_array_equal(
-        table["next", "observation"], rows["observations"][[k + 1 for k in kept]]
-    )
+    np.testing.assert_array_equal(table["next", "observation"], rows["observations"][kept + 1])
     np.testing.assert_array_equal(table["action"], rows["actions"][kept])
-    options = {"memmap": folder / "table"}
-    assert load_dataset(CUBE, **options).episode_returns.tolist() == [-2, -2]
-    rows["qpos"][:] = 0
-    write(folder, CUBE, rows)  # a changed file is read again
-    assert load_dataset(CUBE, **options).episode_returns.tolist() == [-3, -3]
+    reused = load_dataset(source, **options)
+    assert reused.episode_returns.tolist() == [-2, -2]
+    assert reused.env.args == dataset.env.args  # its specification
+    if source == MAZE:
+        rows["qpos"][:] = 0
+        write(folder, source, rows)  # a changed file is read again
+        assert load_dataset(source, **options).episode_returns.tolist() == [-3, -3]
 
 
-def partly_done(source: str, rows: dict) -> None:
+def partly_done(env, source, rows):
     """States with some parts of the task done in some rows, and all of them in row 1."""
-    env = env_of(source).unwrapped
-    count = len(rows["terminals"])
+    env, count = env.unwrapped, len(rows["terminals"])
     generator = np.random.default_rng(1)
     if "maze" in source:
         distances = generator.uniform(0, 4, count)
@@ -119,17 +110,20 @@ def partly_done(source: str, rows: dict) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*precision lowered by casting:UserWarning")
 @pytest.mark.parametrize(
-    "source", [IDS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in IDS[1:])]
+    "source", [CUBE, MAZE, *(pytest.param(name, marks=pytest.mark.slow) for name in IDS)]
 )
 def test_transitions_are_those_of_ogbenchs_own_loader(folder, source):
-    env = env_of(source)
+    """And the environment is the task, whose rewards and successes are those of the data."""
+    name = source.removeprefix("ogbench/")
+    env = ogbench.make_env_and_datasets(name, env_only=True)
+    env.reset(seed=0)
     sizes = env.observation_space.shape[0], env.action_space.shape[0]
     rows = raw_rows(*sizes, trajectories=3, steps=9)
-    partly_done(source, rows)
+    partly_done(env, source, rows)
     path = write(folder, source, rows)
     shutil.copy(path, path.with_name(f"{path.stem}-val.npz"))  # which OGBench's loader reads too
     expected, _ = ogbench.make_env_and_datasets(
-        source.removeprefix("ogbench/"), dataset_path=str(path), dataset_only=True, cur_env=env
+        name, dataset_path=str(path), dataset_only=True, cur_env=env
     )
     dataset = load_dataset(source)
     table = dataset.transitions
@@ -143,34 +137,15 @@ def test_transitions_are_those_of_ogbenchs_own_loader(folder, source):
     np.testing.assert_array_equal(~table["next", "terminated"].flatten(), expected["masks"])
     assert 0 < expected["masks"].sum() < len(expected["masks"])
     assert dataset.episode_lengths.tolist() == [9, 9, 9]
-    assert flag(dataset, "done")[-1] == 26
-
-
-def test_the_environment_is_the_task_and_evaluations_report_success(folder):
-    write(folder, CUBE, cube_rows())
-    dataset = load_dataset(CUBE, memmap=folder / "table")
-    assert (
-        load_dataset(CUBE, memmap=folder / "table").make_env().spec.id == dataset.make_env().spec.id
-    )
+    assert table["next", "done"].flatten().nonzero()[-1].tolist() == [26]
+    if source != CUBE:
+        return
     env = dataset.make_env()
     assert env.spec.id == "cube-single-singletask-task2-v0"
     assert env.spec.max_episode_steps == 200
+    assert env.action_space is env.action_space
     env.reset(seed=0)
     np.testing.assert_allclose(env.unwrapped._data.mocap_pos, [GOAL])
-    assert env.action_space is env.action_space
-    env.close()
-    policy = make_agent(IQLConfig(hidden=(8,)), dataset).policy
-    result = evaluate(policy, dataset.make_env, episodes=2, num_envs=2, seed=0, max_steps=3)
-    assert result.successes.tolist() == [False, False]
-    assert result.returns.tolist() == [-3, -3]
-    assert result.summary()["success_rate"] == 0
-
-
-def test_a_cube_that_is_moved_to_its_goal_is_a_success(folder):
-    """The data's reward and mask of a state are those that the environment gives for it."""
-    write(folder, CUBE, cube_rows())
-    env = load_dataset(CUBE).make_env()
-    env.reset(seed=0)
     *_, info = env.step(np.zeros(5))
     assert not info["success"]
     env.unwrapped._data.joint("object_joint_0").qpos[:3] = GOAL
@@ -180,15 +155,23 @@ def test_a_cube_that_is_moved_to_its_goal_is_a_success(folder):
     env.close()
 
 
-def test_the_environment_can_be_made_in_another_process_and_from_its_spec(folder):
-    write(folder, CUBE, cube_rows())
-    env = pickle.loads(pickle.dumps(load_dataset(CUBE).make_env))()
+def test_evaluations_report_success_and_other_processes_make_the_environment(folder):
+    write(folder, MAZE, maze_rows())
+    dataset = load_dataset(MAZE)
+    policy = make_agent(IQLConfig(hidden=(8,)), dataset).policy
+    result = evaluate(policy, dataset.make_env, episodes=2, num_envs=2, seed=0, max_steps=3)
+    assert result.successes.tolist() == [False, False]
+    assert result.returns.tolist() == [-3, -3]
+    assert result.summary()["success_rate"] == 0
+    env = pickle.loads(pickle.dumps(dataset.make_env))()
     again = gymnasium.make(env.spec)
     assert again.spec.id == env.spec.id
     assert again.spec.additional_wrappers == env.spec.additional_wrappers
-    np.testing.assert_array_equal(again.reset(seed=3)[0], env.reset(seed=3)[0])
-    env.close()
-    again.close()
+    states = []
+    for each in (env, again):
+        np.random.seed(3)  # which this environment draws from
+        states.append(each.reset(seed=3)[0])
+    np.testing.assert_array_equal(*states)
 
 
 # ---- errors --------------------------------------------------------------------------------
@@ -204,42 +187,28 @@ def test_the_environment_can_be_made_in_another_process_and_from_its_spec(folder
         ("ogbench/cube-single-play-local", "cube-single-play-singletask-task1-local'), or another"),
         ("ogbench/cube", "expected ogbench/ENVIRONMENT-KIND-singletask-taskN-v0"),
         ("ogbench/cube-ninefold-play-singletask-task1-v0", "no environment 'cube-ninefold-single"),
-        (CUBE, 'ogbench.download_datasets(["cube-single-play-v0"], "{folder}")'),
-        (CUBE, "python -m iql_torchrl.data make ogbench/cube-single-play-local"),
-        (CUBE, "OGBENCH_DATASETS_PATH"),
+        (
+            CUBE,
+            'ogbench.download_datasets(["cube-single-play-v0"], "{folder}")|OGBENCH_DATASETS_PATH|'
+            "python -m iql_torchrl.data make ogbench/cube-single-play-local",
+        ),
         (CUBE.replace("v0", "local"), "Make it: python -m iql_torchrl.data make ogbench/cube"),
+        # without the number of a task
+        ("ogbench/scene-play-singletask-v0", "there is no file {folder}/scene-play-v0.npz"),
     ],
 )
 def test_what_is_missing_says_what_to_do(folder, source, words):
-    with pytest.raises(DatasetError) as error:
-        load_dataset(source)
-    assert words.format(folder=folder) in str(error.value)
+    refused(words.replace("{folder}", str(folder)), source)
 
 
-def test_raw_rows_say_that_a_task_is_to_be_named(folder):
-    path = write(folder, CUBE, cube_rows())
-    with pytest.raises(
-        DatasetError, match=r"one single task \(OGBench: load_dataset\('ogbench/ENV"
-    ):
-        load_dataset(path)
-
-
-def test_files_that_are_not_ogbenchs(folder):
-    rows = cube_rows()
-    path = write(folder, CUBE, {k: v for k, v in rows.items() if k != "qpos"})
-    with pytest.raises(DatasetError, match="has no 'qpos' among actions, observations"):
-        load_dataset(CUBE)
-    write(folder, CUBE, {k: v for k, v in rows.items() if k != "terminals"})
-    with pytest.raises(DatasetError, match="has no 'terminals' among"):
-        load_dataset(CUBE)
+def test_files_that_are_not_ogbenchs(folder, monkeypatch):
+    rows = maze_rows()
+    for name in ("qpos", "terminals"):
+        path = write(folder, MAZE, {k: v for k, v in rows.items() if k != name})
+        refused(f"has no '{name}' among actions, observations", MAZE)
+    write(folder, MAZE, rows | {"qpos": rows["qpos"][:, :0]})
+    refused("the rewards of |cannot be computed|check that the file belongs", MAZE)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(DatasetError, match="not a complete npz archive"):
-        load_dataset(CUBE)
-
-
-def test_names():
-    assert parse_name("ogbench/puzzle-4x4-play-singletask-task3-local") == (
-        "puzzle-4x4-singletask-task3-v0",
-        "puzzle-4x4-play-local",
-    )
-    assert parse_name("ogbench/scene-play-singletask-v0")[0] == "scene-singletask-v0"
+    refused("not a complete npz archive", MAZE)
+    monkeypatch.setitem(__import__("sys").modules, "ogbench", None)
+    refused('needs the package ogbench|pip install "iql_torchrl[ogbench]"', MAZE)

@@ -1,7 +1,5 @@
 """Batches from shards: which rows, in which proportion, in which order, resumed, and from addresses."""
 
-from __future__ import annotations
-
 import shutil
 import threading
 from collections import Counter
@@ -10,39 +8,41 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from extras import needs
 from scipy.stats import chisquare
-from shard_logs import LENGTHS as UNEQUAL
-from shard_logs import flip, rows_of_all, written
+from small_logs import LENGTHS as UNEQUAL
+from small_logs import flip, in_shards, rows_of_all
 
-from iql_torchrl.data import DatasetError, ShardedDataset, ShardedReplay, load_shards
+from iql_torchrl.data import DatasetError, ShardedReplay, load_shards
 from iql_torchrl.data.shards import Rotation
 
 EQUAL = [5] * 12  # six shards of two episodes of five rows
+ADDRESS = "memory://logs/shards"
 
 
 @pytest.fixture(scope="module")
-def equal(tmp_path_factory) -> ShardedDataset:
+def equal(tmp_path_factory):
     """Of ``EQUAL`` in six shards; no test changes its files."""
-    return written(tmp_path_factory.mktemp("equal"), EQUAL, 6)
+    return in_shards(tmp_path_factory.mktemp("equal"), EQUAL, 6)
 
 
 @pytest.fixture(scope="module")
-def unequal(tmp_path_factory) -> ShardedDataset:
+def unequal(tmp_path_factory):
     """Of ``UNEQUAL`` in five shards; no test changes its files."""
-    return written(tmp_path_factory.mktemp("unequal"), UNEQUAL, 5)
+    return in_shards(tmp_path_factory.mktemp("unequal"), UNEQUAL, 5)
 
 
-def rows_of(batch) -> np.ndarray:
+def rows_of(batch):
     """The numbers of a batch's rows in the log."""
     return batch["observation"][:, 0].numpy().astype(int)
 
 
-def sequence(replay: ShardedReplay, batches: int) -> list[torch.Tensor]:
+def sequence(replay, batches):
     leaves = [replay.sample() for _ in range(batches)]
     return [torch.cat([v.double().flatten() for v in b.values(True, True)]) for b in leaves]
 
 
-def same(first: list[torch.Tensor], second: list[torch.Tensor]) -> bool:
+def same(first, second):
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -66,24 +66,15 @@ def test_each_pass_loads_every_shard_once_and_none_that_is_loaded(shards, loaded
         assert sorted(stream[start : start + shards]) == list(range(shards))
 
 
-def test_the_orders_of_two_passes_and_of_two_seeds_differ():
-    def stream(seed: int) -> list[int]:
-        rotation = Rotation(10, 2, seed)
-        return [*rotation.loaded, *(rotation.loaded[rotation.advance()] for _ in range(18))]
+def test_orders_differ_and_every_first_one_is_equally_likely():
+    def stream(seed, shards=10, loaded=2, length=18):
+        rotation = Rotation(shards, loaded, seed)
+        return (*rotation.loaded, *(rotation.loaded[rotation.advance()] for _ in range(length)))
 
     assert stream(0) == stream(0) != stream(1)
     assert stream(0)[:10] != stream(0)[10:]
-
-
-def test_every_first_order_is_equally_likely():
-    """Of three shards, one loaded: six orders of the first pass over 1,200 seeds."""
-    counts = Counter()
-    for seed in range(1200):
-        rotation, order = Rotation(3, 1, seed), []
-        for _ in range(3):
-            order.append(rotation.loaded[0])
-            rotation.advance()
-        counts[tuple(order)] += 1
+    # of three shards, one loaded: six orders of the first pass
+    counts = Counter(stream(seed, 3, 1, 2) for seed in range(1200))
     assert len(counts) == 6
     assert chisquare(list(counts.values())).pvalue > 1e-3
 
@@ -93,7 +84,7 @@ def test_every_first_order_is_equally_likely():
 
 def test_a_loaded_shard_is_drawn_from_in_proportion_to_its_rows(tmp_path):
     """Shards of 2, 4 and 6 rows, all loaded: row r of the places together is drawn by number r."""
-    log = written(tmp_path, [2, 4, 6], 3)
+    log = in_shards(tmp_path, [2, 4, 6], 3)
     assert [shard.rows for shard in log.shards] == [2, 4, 6]
     replay = log.replay_buffer(4096, seed=5, loaded=3)
     rows = {0: [0, 1], 1: [2, 3, 4, 5], 2: [6, 7, 8, 9, 10, 11]}
@@ -134,25 +125,21 @@ def test_batches_are_uniform_within_the_loaded_shards_and_over_many_passes_in_al
     assert np.abs(counts / counts.mean() - 1).max() < 0.15
 
 
-def test_all_shards_loaded_is_the_whole_log_and_nothing_is_replaced(equal):
+def test_all_shards_loaded_is_the_whole_log_with_mapped_rewards(equal):
     replay = equal.replay_buffer(64, seed=0, loaded=6, replace_every=1)
     before = replay.loaded_shards()
     counts = sum(np.bincount(rows_of(replay.sample()), minlength=60) for _ in range(50))
-    assert replay.loaded_shards() == before
+    assert replay.loaded_shards() == before  # nothing is replaced
     assert chisquare(counts).pvalue > 1e-3
-
-
-def test_rewards_are_mapped_in_batches(equal):
-    raw = equal.replay_buffer(32, seed=0, loaded=2).sample()
     mapped = load_shards(equal.log.location.name, reward=(2.0, -1.0))
-    batch = mapped.replay_buffer(32, seed=0, loaded=2).sample()
+    raw, batch = (log.replay_buffer(32, seed=0, loaded=2).sample() for log in (equal, mapped))
     assert torch.equal(batch["next", "reward"], raw["next", "reward"] * 2 - 1)
 
 
 def test_the_next_shard_is_read_by_a_thread_before_it_is_needed(equal, monkeypatch):
     load, read, done = ShardedReplay._load, [], threading.Event()
 
-    def noted(self, number: int, slot: int) -> None:
+    def noted(self, number, slot):
         load(self, number, slot)
         read.append((number, threading.current_thread() is threading.main_thread()))
         if len(read) == 3:
@@ -186,18 +173,13 @@ def test_a_loaded_state_continues_with_the_same_bits(unequal, batches):
     assert same(sequence(other, 60), expected)
     replay.load_state_dict(state)  # also back in the same replay
     assert same(sequence(replay, 60), expected)
+    again, another = (unequal.replay_buffer(16, seed=seed, **settings) for seed in (3, 4))
+    sequence(again, batches)
+    assert same(sequence(again, 60), expected)  # as every replay of this seed
+    assert not same(sequence(another, batches + 60)[batches:], expected)
 
 
-def test_equal_seeds_draw_equal_batches_and_others_do_not(equal):
-    first, second, other = (
-        sequence(equal.replay_buffer(16, seed=seed, loaded=2, replace_every=4), 30)
-        for seed in (0, 0, 1)
-    )
-    assert same(first, second)
-    assert not same(first, other)
-
-
-def test_a_state_of_other_settings_is_refused(equal):
+def test_other_settings_and_settings_that_cannot_be(equal):
     state = equal.replay_buffer(8, seed=0, loaded=2, replace_every=5).state_dict()
     for options, text in (
         ({"loaded": 3, "replace_every": 5}, "loaded = 2, and this one has 3"),
@@ -205,24 +187,18 @@ def test_a_state_of_other_settings_is_refused(equal):
     ):
         with pytest.raises(ValueError, match=text):
             equal.replay_buffer(8, seed=0, **options).load_state_dict(state)
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
+    for options, text in (
         ({"loaded": 7}, "loaded is 7 and log.npz has 6 shards; choose at most 6"),
         ({"loaded": 0}, "loaded is 0; expected a whole number >= 1"),
         ({"replace_every": 0}, "replace_every is 0; expected"),
         ({"batch_size": 2.5}, "batch_size is 2.5; expected"),
-    ],
-)
-def test_settings_that_cannot_be(equal, options, text):
-    with pytest.raises(ValueError, match=text):
-        equal.replay_buffer(**{"batch_size": 8, **options})
+    ):
+        with pytest.raises(ValueError, match=text):
+            equal.replay_buffer(**{"batch_size": 8, **options})
 
 
 def test_a_shard_that_is_lost_while_training_is_named_at_its_batch(tmp_path):
-    log = written(tmp_path, EQUAL, 3)
+    log = in_shards(tmp_path, EQUAL, 3)
     expected = sequence(log.replay_buffer(8, seed=0, loaded=1, replace_every=2), 8)
     replay = log.replay_buffer(8, seed=0, loaded=1, replace_every=2)
     replay._coming.result()
@@ -242,97 +218,39 @@ def test_a_shard_that_is_lost_while_training_is_named_at_its_batch(tmp_path):
 
 
 @pytest.fixture
-def memory(tmp_path, equal):
-    """A log in shards on fsspec's file system in memory; the folder, the file system, the address."""
-    fsspec = pytest.importorskip("fsspec")
-    system = fsspec.filesystem("memory")
+def memory(equal):
+    """A log in shards on fsspec's file system in memory."""
+    system = needs("fsspec").filesystem("memory")
     system.put(equal.log.location.name, "/logs/shards", recursive=True)
-    yield tmp_path, system, "memory://logs/shards"
+    yield system
     system.rm("/logs", recursive=True)
 
 
 def test_an_address_gives_the_batches_of_the_folder(memory, equal):
-    *_, address = memory
     settings = {"seed": 0, "loaded": 2, "replace_every": 3}
     expected = sequence(equal.replay_buffer(8, **settings), 30)
-    assert same(sequence(load_shards(address).replay_buffer(8, **settings), 30), expected)
-    on_disk = load_shards(Path(equal.log.location.name).as_uri())  # file:///...
-    assert not on_disk.log.location.is_local
-    assert same(sequence(on_disk.replay_buffer(8, **settings), 30), expected)
+    for address in (ADDRESS, Path(equal.log.location.name).as_uri()):  # file:///...
+        log = load_shards(address)
+        assert not log.log.location.is_local
+        assert same(sequence(log.replay_buffer(8, **settings), 30), expected)
 
 
-def test_copies_stay_in_the_cache_and_nowhere_else(memory, monkeypatch):
-    folder, system, address = memory
-    settings = {"seed": 0, "loaded": 2, "replace_every": 1}
-    (folder / "temporary").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(folder / "temporary"))
-    expected = sequence(load_shards(address).replay_buffer(8, **settings), 12)
-    log = load_shards(address, cache=folder / "cache")
+def test_copies_stay_in_the_cache_and_nowhere_else(memory, monkeypatch, tmp_path):
+    settings, cache = {"seed": 0, "loaded": 2, "replace_every": 1}, tmp_path / "cache"
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    expected = sequence(load_shards(ADDRESS).replay_buffer(8, **settings), 12)
+    log = load_shards(ADDRESS, cache=cache)
     replay = log.replay_buffer(8, **settings)
     assert same(sequence(replay, 12), expected)
     replay._coming.result()
-    assert list((folder / "temporary").iterdir()) == []
-    copies = {path.name: path for path in (folder / "cache").iterdir()}
+    assert list((tmp_path / "temporary").iterdir()) == []
     digests = {digest for name, (_, digest) in log.log.files.items() if "/" in name}
-    assert copies.keys() == digests
+    assert {path.name for path in cache.iterdir()} == digests
     for number in range(6):
-        system.rm(f"/logs/shards/shard-{number:05d}", recursive=True)
-    again = load_shards(address, cache=folder / "cache").replay_buffer(8, **settings)
+        memory.rm(f"/logs/shards/shard-{number:05d}", recursive=True)
+    again = load_shards(ADDRESS, cache=cache).replay_buffer(8, **settings)
     assert same(sequence(again, 12), expected)
-    flip(copies[log.log.files["shard-00000/action.memmap"][1]])
+    flip(cache / log.log.files["shard-00000/action.memmap"][1])
     with pytest.raises(DatasetError, match="another content"):
-        sequence(load_shards(address, cache=folder / "cache").replay_buffer(8, loaded=6), 1)
-
-
-def absent(path: str, system) -> None:
-    system.rm(path, recursive=True)
-
-
-def shortened(path: str, system) -> None:
-    file = f"{path}/action.memmap"
-    system.pipe(file, system.cat(file)[:-8])
-
-
-def without_a_file(path: str, system) -> None:
-    system.rm(f"{path}/action.memmap")
-
-
-@pytest.mark.parametrize(
-    ("fault", "text"),
-    [
-        (absent, r"logs/shards: incomplete or damaged \(shard-00001/observation.memmap is missing"),
-        (shortened, "shard-00001/action.memmap has 72 bytes in its copy .*, built with 80"),
-        (without_a_file, r"shard-00001/action.memmap is missing\); copy the folder again"),
-    ],
-)
-@pytest.mark.parametrize("cached", [False, True])
-def test_a_damaged_shard_at_an_address_is_named(memory, fault, text, cached):
-    folder, system, address = memory
-    fault("/logs/shards/shard-00001", system)
-    log = load_shards(address, cache=folder / "cache" if cached else None)
-    wrong = log.log.files["shard-00001/action.memmap"][1]  # no copy of it stays
-    with pytest.raises(DatasetError, match=text), log.shard(1):
-        pass
-    whole = {digest for _, digest in log.log.files.values()}
-    assert {path.name for path in folder.glob("cache/*")} < whole - {wrong}
-
-
-def test_an_address_that_cannot_be_reached_is_named(monkeypatch, memory):
-    *_, address = memory
-    with pytest.raises(DatasetError, match=r"memory://logs: built.json is missing"):
-        load_shards("memory://logs")
-    with pytest.raises(DatasetError, match=r"nosuch://log: cannot be read .*Protocol not known"):
-        load_shards("nosuch://log")
-    log = load_shards(address)
-
-    def refused(*_: object) -> bytes:
-        raise ConnectionError("no route to host")
-
-    system = pytest.importorskip("fsspec").filesystem("memory")
-    for name in ("cat_file", "get_file"):
-        monkeypatch.setattr(type(system), name, refused)
-    sentence = r"memory://logs/shards: cannot be read \(ConnectionError: no route to host\); check"
-    with pytest.raises(DatasetError, match=sentence):
-        load_shards(address)
-    with pytest.raises(DatasetError, match=sentence):
-        log.replay_buffer(8)
+        load_shards(ADDRESS, cache=cache).replay_buffer(8, loaded=6).sample()

@@ -1,45 +1,28 @@
 """Windows of observations: contents, masks, memory, sampling and stacks."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensordict import TensorDict
+from small_logs import counted
 from torchrl.data import SamplerWithoutReplacement
 
 from iql_torchrl import load_dataset
-from iql_torchrl.data import DatasetError, DatasetWarning, OfflineDataset, Windows, WindowSampler
-from iql_torchrl.data.spaces import stacked_space, stacked_statistics
+from iql_torchrl.data import (
+    DatasetError,
+    DatasetWarning,
+    WindowSampler,
+    stacked_space,
+    stacked_statistics,
+)
 from iql_torchrl.networks import stack_frames
 
-
-def table(lengths: list[int], observe: Any = None) -> dict[str, Any]:
-    """Episodes whose step t of episode e is observed as 100 * e + t, the last one at the end too."""
-    steps = [np.arange(length + 1) + 100.0 * e for e, length in enumerate(lengths)]
-    now, following = (np.concatenate([s[part] for s in steps]) for part in (np.s_[:-1], np.s_[1:]))
-    observe = observe or (lambda t: np.stack([t, -t], 1).astype(np.float32))
-    rows = sum(lengths)
-    ends = np.zeros(rows, bool)
-    ends[np.cumsum(lengths) - 1] = True
-    terminated = ends & (np.repeat(np.arange(len(lengths)), lengths) % 2 == 0)
-    return {
-        "observation": observe(now),
-        "next_observation": observe(following),
-        "action": np.linspace(-1, 1, rows, dtype=np.float32)[:, None],
-        "reward": np.arange(rows, dtype=np.float32),
-        "terminated": terminated,
-        "truncated": ends & ~terminated,
-    }
+BOTH = ("observation", "o"), (("next", "observation"), "next_o")
 
 
-def frames_of(windows: Windows, row: int) -> tuple[list[float], ...]:
+def frames_of(windows, row):
     batch = windows[[row]]
     entries = (
         batch["observation"][0, :, 0],
@@ -50,11 +33,9 @@ def frames_of(windows: Windows, row: int) -> tuple[list[float], ...]:
     return tuple(entry.tolist() for entry in entries)
 
 
-def test_windows_by_hand() -> None:
+def test_windows_by_hand():
     """Episodes 0, 1, 2 | 100, 101 with a last next observation of 3 and 102."""
-    data = load_dataset(table([3, 2]))
-    assert data.transitions["next", "truncated"].squeeze(1).tolist() == [0, 0, 0, 0, 1]
-    assert data.transitions["next", "terminated"].squeeze(1).tolist() == [0, 0, 1, 0, 0]
+    data = load_dataset(counted(3, 2, terminated=[0]))
     windows = data.windows(3)
     no, yes = False, True
     assert [frames_of(windows, row) for row in range(5)] == [
@@ -64,24 +45,24 @@ def test_windows_by_hand() -> None:
         ([100, 100, 100], [no, no, yes], [100, 100, 101], [no, yes, yes]),
         ([100, 100, 101], [no, yes, yes], [100, 101, 102], [yes, yes, yes]),
     ]
-    batch = windows[:]
+    batch, plain = windows[:], data.transitions
     assert batch.shape == (5,)
-    plain = data.transitions
-    for key in (
-        "action", ("next", "reward"), ("next", "terminated"), ("next", "truncated"),
-        ("next", "done"), ("collector", "traj_ids"),
-    ):  # fmt: skip
+    masks = {"history_mask", ("next", "history_mask")}
+    assert {*batch.keys(True, True)} == {*plain.keys(True, True), *masks}
+    for key in {*plain.keys(True, True)} - {"observation", ("next", "observation")}:
         assert torch.equal(batch[key], plain[key])
-    assert {*batch.keys(True, True)} == {
-        *plain.keys(True, True), "history_mask", ("next", "history_mask")
-    }  # fmt: skip
+    mask = torch.tensor([False, True, False, True, False])
+    for chosen in (mask, mask.tolist()):
+        assert windows[chosen]["next", "reward"].flatten().tolist() == [1, 0]
+    with pytest.raises(IndexError, match=r"shape \(3,\).*5 rows"):
+        windows[mask[:3]]
 
 
-def reference(transitions: TensorDict, lengths: list[int], length: int) -> dict[Any, np.ndarray]:
+def reference(transitions, lengths, length):
     """The windows by loops over episodes, from the plain rows."""
     now = transitions["observation"].numpy()
     following = transitions["next", "observation"].numpy()
-    windows: dict[Any, list[Any]] = {"o": [], "m": [], "next_o": [], "next_m": []}
+    windows = {"o": [], "m": [], "next_o": [], "next_m": []}
     start = 0
     for count in lengths:
         episode = [*now[start : start + count], following[start + count - 1]]
@@ -101,49 +82,49 @@ def reference(transitions: TensorDict, lengths: list[int], length: int) -> dict[
     st.integers(1, 7),
     st.integers(0, 2**16),
 )
-def test_windows_equal_a_loop_over_episodes(lengths: list[int], length: int, seed: int) -> None:
+def test_windows_equal_a_loop_over_episodes(lengths, length, seed):
     generator = np.random.default_rng(seed)
     values = generator.normal(size=1000).astype(np.float32)
-    data = load_dataset(
-        table(lengths, lambda t: values[t.astype(int), None] * [1, 2]), clip_actions=True
-    )
-    length = min(length, max(lengths))
+    rows = counted(*lengths, observe=lambda t: values[t.astype(int), None] * [1, 2])
+    data, length = load_dataset(rows, clip_actions=True), min(length, max(lengths))
     expected = reference(data.transitions, lengths, length)
     windows = data.windows(length)
     rows = torch.as_tensor(generator.integers(0, len(data), 20))
-    gathered = windows.device_sampler(4, seed=0).gather(rows)
-    for batch in (windows[rows], gathered):
-        for key, name in (
-            ("observation", "o"), ("history_mask", "m"),
-            (("next", "observation"), "next_o"), (("next", "history_mask"), "next_m"),
-        ):  # fmt: skip
+    for batch in (windows[rows], windows.device_sampler(4, seed=0).gather(rows)):
+        for key, name in (*BOTH, ("history_mask", "m"), (("next", "history_mask"), "next_m")):
             np.testing.assert_array_equal(batch[key].numpy(), expected[name][rows.numpy()])
     for part in data.split(0.5, seed=0) if len(lengths) > 1 else ():
         own = [int(n) for n in part.episode_lengths]
         of_part = part.windows(min(length, max(own)))[:]["observation"].numpy()
-        np.testing.assert_array_equal(
-            of_part, reference(part.transitions, own, of_part.shape[1])["o"]
-        )
+        windows = reference(part.transitions, own, of_part.shape[1])
+        np.testing.assert_array_equal(of_part, windows["o"])
     stacked = data.frame_stack(length)[rows]
-    for key, name in (("observation", "o"), (("next", "observation"), "next_o")):
+    for key, name in BOTH:
         flat = expected[name][rows.numpy()].reshape(len(rows), -1)
         np.testing.assert_array_equal(stacked[key].numpy(), flat)
 
 
-def mixed(rows: np.ndarray) -> dict[str, np.ndarray]:
+# -- Dict observations, memory, sampling
+
+
+def leaves(steps):
     """A camera, a category, a scalar and a matrix, all of them functions of the step."""
-    images = rows[:, None, None, None] + np.arange(24).reshape(4, 2, 3)
+    images = steps[:, None, None, None] + np.arange(24).reshape(4, 2, 3)
     return {
         "camera": (images % 256).astype(np.uint8),
-        "category": rows.astype(np.int64) % 5,
-        "matrix": rows[:, None, None] * np.ones((2, 2), np.float32),
-        "vector": np.stack([rows, -rows], 1).astype(np.float32),
+        "category": steps.astype(np.int64) % 5,
+        "matrix": steps[:, None, None] * np.ones((2, 2), np.float32),
+        "vector": np.stack([steps, -steps], 1).astype(np.float32),
     }
 
 
-def test_every_leaf_of_a_dict_has_windows_and_its_own_dtype() -> None:
-    data = load_dataset(table([6, 4, 1], mixed))
-    batch, plain = data.windows(4)[:], data.transitions
+@pytest.fixture
+def mixed():
+    return load_dataset(counted(6, 4, 1, observe=leaves))
+
+
+def test_every_leaf_of_a_dict_has_windows_and_its_own_dtype(mixed):
+    batch, plain = mixed.windows(4)[:], mixed.transitions
     for name in ("camera", "category", "matrix", "vector"):
         key = ("observation", name)
         assert batch[key].dtype == plain[key].dtype
@@ -151,59 +132,33 @@ def test_every_leaf_of_a_dict_has_windows_and_its_own_dtype() -> None:
         assert torch.equal(batch[key][:, -1], plain[key])
         assert torch.equal(batch["next"][key][:, -1], plain["next"][key])
         assert torch.equal(batch[key][:, 1:], batch["next"][key][:, :-1])
-    stacked = data.frame_stack(4)
-    assert "history_mask" not in stacked[:2]
-    shapes = {name: tuple(values.shape) for name, values in stacked[:]["observation"].items()}
-    assert shapes == {
+    stacked = mixed.frame_stack(4)[:]
+    assert "history_mask" not in stacked
+    assert {name: tuple(values.shape) for name, values in stacked["observation"].items()} == {
         "camera": (11, 4, 2, 12), "category": (11, 4), "matrix": (11, 2, 2, 4), "vector": (11, 8),
     }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("shape", "stacked", "channel"),
-    [((), (3,), 0), ((2,), (6,), 0), ((5, 4), (5, 4, 3), 2), ((5, 4, 2), (5, 4, 6), 2),
-     ((2, 5, 4), (6, 5, 4), 0), ((3, 3, 3), (3, 3, 9), 2), ((2, 2, 2, 2), (2, 2, 2, 6), 3)],
-)  # fmt: skip
-def test_frames_are_stacked_on_their_channels(shape, stacked, channel) -> None:
-    window = torch.randn(7, 3, *shape)
-    out = stack_frames(window, len(shape))
-    assert out.shape == (7, *stacked)
-    for number, part in enumerate(out.chunk(3, channel + 1)):
-        assert torch.equal(part.reshape(7, *shape), window[:, number])
-
-
-def test_a_stack_of_one_frame_is_the_plain_row() -> None:
-    data = load_dataset(table([6, 4, 1], mixed))
-    one = data.frame_stack(1).device_sampler(16, seed=3)
-    plain = data.device_sampler(16, seed=3)
+    one, plain = (d.device_sampler(16, seed=3) for d in (mixed.frame_stack(1), mixed))
     for _ in range(3):
         first, second = one.sample(), plain.sample()
         assert {*first.keys(True, True)} == {*second.keys(True, True)}
         assert (first == second).all()
 
 
-def test_every_frame_is_held_once_and_nothing_is_copied() -> None:
-    data = load_dataset(table([6, 4, 1], mixed))
-    windows = data.windows(2)
+def test_every_frame_is_held_once_and_nothing_is_copied(mixed):
+    windows = mixed.windows(2)
     sampler = windows.device_sampler(4)
-    images = data.transitions["observation", "camera"]
-    assert sampler.column(("observation", "camera")).data_ptr() == images.data_ptr()
-    own = sampler.column(("next", "observation", "camera"))
-    assert torch.equal(own, data.transitions["next", "observation", "camera"][[5, 9, 10]])
+    camera, following = ("observation", "camera"), ("next", "observation", "camera")
+    rows = mixed.transitions
+    assert sampler.column(camera).data_ptr() == rows[camera].data_ptr()
+    assert torch.equal(sampler.column(following), rows[following][[5, 9, 10]])
     frames = sum(t.nbytes for t in sampler.tables if t.dtype == torch.uint8)
     assert frames == (11 + 3) * 24
     stored = {t.data_ptr() for t in windows.table().values(True, True)}
-    assert data.transitions["next", "observation", "camera"].data_ptr() not in stored
+    assert rows[following].data_ptr() not in stored
 
 
-def test_memory_mapped_tables_have_the_same_windows(tmp_path: Path) -> None:
-    source = table([6, 4, 1], mixed)
-    np.savez(
-        tmp_path / "data.npz",
-        **{k: v for k, v in source.items() if "observation" not in k},
-        observation=source["observation"]["camera"],
-        next_observation=source["next_observation"]["camera"],
-    )
+def test_memory_mapped_tables_have_the_same_windows(tmp_path):
+    np.savez(tmp_path / "data.npz", **counted(6, 4, 1, observe=lambda t: leaves(t)["camera"]))
     memory = load_dataset(tmp_path / "data.npz")
     mapped = load_dataset(tmp_path / "data.npz", memmap=tmp_path / "table")
     for length, stack in ((3, False), (2, True)):
@@ -215,11 +170,10 @@ def test_memory_mapped_tables_have_the_same_windows(tmp_path: Path) -> None:
         assert all(type(t) is torch.Tensor for t in tensors)
 
 
-def test_a_buffer_yields_the_batches_of_the_same_rows_and_a_sampler_goes_on() -> None:
-    data = load_dataset(table([6, 4, 1], mixed))
-    windows = data.windows(3)
+def test_a_buffer_yields_the_batches_of_the_same_rows_and_a_sampler_goes_on(mixed):
+    windows = mixed.windows(3)
     buffer, again = (windows.replay_buffer(8, seed=5) for _ in range(2))
-    plain = data.replay_buffer(8, seed=5)
+    plain = mixed.replay_buffer(8, seed=5)
     for _ in range(3):
         batch = buffer.sample()
         assert (batch == again.sample()).all()
@@ -227,7 +181,9 @@ def test_a_buffer_yields_the_batches_of_the_same_rows_and_a_sampler_goes_on() ->
         assert torch.equal(rows, plain.sample()["index"])
         assert (batch.exclude("index") == windows[rows]).all()
     with pytest.raises(RuntimeError, match="doesn't allow writing"):
-        buffer.extend(data.transitions[:1])
+        buffer.extend(mixed.transitions[:1])
+    with pytest.raises(RuntimeError, match="windows cannot be written to"):
+        buffer.storage.set(0, mixed.transitions[:1])
     sampler, fresh = (windows.device_sampler(8, seed=seed) for seed in (1, 2))
     assert isinstance(sampler, WindowSampler)
     sampler.sample()
@@ -237,8 +193,21 @@ def test_a_buffer_yields_the_batches_of_the_same_rows_and_a_sampler_goes_on() ->
     assert whole["index"].sort().values.tolist() == list(range(11))
 
 
-def test_wrong_windows_are_refused() -> None:
-    data = load_dataset(table([3, 2]))
+@pytest.mark.gpu
+def test_a_sampler_on_a_gpu_does_not_wait_for_it(mixed):
+    windows = mixed.windows(3)
+    sampler = windows.device_sampler(8, "cuda", seed=0)
+    rows = sampler.indices()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = sampler.gather(rows)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (batch.cpu() == windows[rows.cpu()].exclude("collector")).all()
+
+
+def test_wrong_windows_are_refused():
+    data = load_dataset(counted(3, 2))
     with pytest.raises(DatasetError, match=r"windows of 4 steps .* the longest has 3;"):
         data.windows(4)
     assert len(data.windows(3)) == 5
@@ -249,16 +218,12 @@ def test_wrong_windows_are_refused() -> None:
         data.windows(2, jumps="skip")
 
 
-def jumping() -> OfflineDataset:
+def test_jumps_are_refused_or_begin_a_history():
     """Row 2 of the first episode, of 5 rows, is followed by another state than its successor."""
-    source = table([5, 2])
+    source = counted(5, 2)
     source["next_observation"][2] = [7, -7]
     with pytest.warns(DatasetWarning, match="not the following row's observation in 1 rows"):
-        return load_dataset(source)
-
-
-def test_jumps_are_refused_or_begin_a_history() -> None:
-    data = jumping()
+        data = load_dataset(source)
     with pytest.raises(DatasetError, match=r"in 1 rows inside episodes, first row 2, .*'restart'"):
         data.windows(2)
     windows = data.windows(2, jumps="restart")
@@ -273,13 +238,28 @@ def test_jumps_are_refused_or_begin_a_history() -> None:
         data.windows(4, jumps="restart")
 
 
-def test_stacks_lie_in_the_stacked_space_and_have_its_statistics() -> None:
-    data = load_dataset(table([6, 4, 1], mixed))
-    space = stacked_space(data.observation_space, 3)
+# -- stacks
+
+
+@pytest.mark.parametrize(
+    ("shape", "stacked", "channel"),
+    [((), (3,), 0), ((2,), (6,), 0), ((5, 4), (5, 4, 3), 2), ((5, 4, 2), (5, 4, 6), 2),
+     ((2, 5, 4), (6, 5, 4), 0), ((3, 3, 3), (3, 3, 9), 2), ((2, 2, 2, 2), (2, 2, 2, 6), 3)],
+)  # fmt: skip
+def test_frames_are_stacked_on_their_channels(shape, stacked, channel):
+    window = torch.randn(7, 3, *shape)
+    out = stack_frames(window, len(shape))
+    assert out.shape == (7, *stacked)
+    for number, part in enumerate(out.chunk(3, channel + 1)):
+        assert torch.equal(part.reshape(7, *shape), window[:, number])
+
+
+def test_stacks_lie_in_the_stacked_space(mixed):
+    space = stacked_space(mixed.observation_space, 3)
     shapes = {name: leaf.shape for name, leaf in space.spaces.items()}
     assert shapes == {"camera": (4, 2, 9), "category": (3,), "matrix": (2, 2, 3), "vector": (6,)}
-    stacks = data.frame_stack(3)[:]["observation"]
-    for row in range(len(data)):
+    stacks = mixed.frame_stack(3)[:]["observation"]
+    for row in range(len(mixed)):
         frame = {name: values[row].numpy() for name, values in stacks.items()}
         assert space.contains(frame)
     frame["category"][0] = 5  # the camera's bounds and the number of categories are kept
@@ -295,9 +275,9 @@ def test_stacks_lie_in_the_stacked_space_and_have_its_statistics() -> None:
         stacked_space(spaces.Text(3), 2)
 
 
-def test_stacked_statistics_are_those_of_each_frame() -> None:
+def test_stacked_statistics_are_those_of_each_frame():
     observe = lambda t: np.stack([t, 0 * t + 7, t % 3], 1).astype(np.float32)  # noqa: E731
-    data = load_dataset(table([6, 4], observe))
+    data = load_dataset(counted(6, 4, observe=observe))
     one = data.statistics["observation"]
     two = stacked_statistics(data.statistics, 2)["observation"]
     assert one.constant == (1,)

@@ -6,7 +6,7 @@ import population_cases
 import pytest
 import torch
 from rank_cases import CASES, DEFAULT, make_step, run_ranks, trained
-from shard_logs import written
+from small_logs import in_shards
 from small_populations import dataset, double
 from torch.utils._pytree import tree_leaves
 from trainer_cases import (
@@ -268,7 +268,7 @@ def test_compiled_and_captured_updates_of_two_ranks_are_eager_ones_of_one_proces
 def test_two_ranks_on_shards(tmp_path):
     for number in range(2):
         (tmp_path / str(number)).mkdir()
-        written(tmp_path / str(number), [7, 3, 12, 5, 5, 9, 2, 8, 6, 11], 5, seed=number)
+        in_shards(tmp_path / str(number), [7, 3, 12, 5, 5, 9, 2, 8, 6, 11], 5, seed=number)
     first, second = run_ranks("trainer_cases.py", tmp_path, "shards")
     alone = trained_on_shards(Ranks(), tmp_path / "0" / "shards")
     assert first["loaded"] == second["loaded"] == alone["loaded"]

@@ -19,18 +19,11 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
+from extras import EXTRAS
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "examples/README.md", "benchmarks/README.md", "CONTRIBUTING.md")
 PAGES += tuple(sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")))
-
-#: The extra of this package that installs a module which a page may require.
-EXTRAS = {
-    "av": "readers", "datasets": "readers", "pyarrow": "readers", "PIL": "readers",
-    "gymnasium_robotics": "datasets", "icu_sepsis": "datasets", "fsspec": "remote",
-    "huggingface_hub": "hub", "mujoco": "mujoco", "ogbench": "ogbench", "optuna": "search",
-    "onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx", "ray": "ray",
-    "submitit": "slurm", "tensorboard": "tensorboard", "imageio": "video", "wandb": "wandb",
-}  # fmt: skip
 
 FENCE = re.compile(
     r"(?P<before>(?:^ *<!--.*?-->\n)*)^(?P<indent> *)(?P<ticks>`{3,})(?P<kind>[\w{}-]*).*\n"
@@ -115,9 +108,13 @@ def missing_extra(block: Block) -> str | None:
 def run_block(block: Block, page: str, namespace: dict[str, object], *, shorten: bool) -> str:
     """Run the block and return what it printed; errors name the lines of the page.
 
-    ``shorten`` makes 20 updates where the page makes a thousand or more.
+    ``shorten`` makes 20 updates where the page makes a thousand or more, and evaluates in 2 episodes
+    where the page does in ten or more.
     """
-    code = re.sub(r"updates=\d[\d_]{3,}", "updates=20", block.code) if shorten else block.code
+    code = block.code
+    if shorten:
+        code = re.sub(r"updates=\d[\d_]{3,}", "updates=20", code)
+        code = re.sub(r"\bepisodes=\d{2,}", "episodes=2", code)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile("\n" * block.line + code, page, "exec"), namespace)

@@ -6,15 +6,14 @@ import re
 import struct
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
+from extras import needs
 from snippets import PAGES, ROOT, read_parts
 
 DOCS = ROOT / "docs"
 SITE = [page for page in PAGES if page.startswith("docs/")]
 PICTURES = sorted((DOCS / "pictures").glob("*.png"))
-NO_DOCS = 'pip install "iql_torchrl[docs]"'
 LINK = re.compile(r"\]\(((?!http|mailto:)[^)\s]+)\)")
 
 
@@ -60,8 +59,9 @@ def test_a_picture_fits_into_a_column(path):
     assert path.stat().st_size < 150_000
     pages = [page for page in PAGES if path.name in (ROOT / page).read_text()]
     assert pages, f"no page shows {path.name}"
-    scripts = "".join(script.read_text() for script in path.parent.glob("*.py"))
-    assert path.name in scripts or path.stem in scripts, f"no script makes {path.name}"
+    scripts = list(path.parent.glob("*.py"))
+    named = any(path.stem in script.read_text() for script in scripts)
+    assert named or any(path.stem.startswith(f"{script.stem}_") for script in scripts), "no script"
 
 
 def test_first_block_of_the_main_page_is_at_most_ten_lines_of_code():
@@ -70,12 +70,13 @@ def test_first_block_of_the_main_page_is_at_most_ten_lines_of_code():
 
 
 def test_the_main_page_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("sphinx") is None or find_spec("furo") is None, reason=NO_DOCS)
 def test_the_site_builds_without_a_warning(tmp_path):
+    needs("sphinx")
+    needs("furo")
     command = [sys.executable, "-m", "sphinx", "-W", "-q", "-b", "html", "-d", tmp_path / "trees"]
     subprocess.run([*command, "docs", tmp_path / "html"], cwd=ROOT, check=True, timeout=600)
     text = (tmp_path / "html" / "index.html").read_text()

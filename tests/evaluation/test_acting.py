@@ -5,14 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from gymnasium import spaces
 from small_agents import HIGH, LOW, MEAN, SCALE, box_agent, by_hand, config, discrete_agent, log
-from tensordict.nn import TensorDictModule
-from torch import nn
-from torchrl.envs.utils import exploration_type
 
 from iql_torchrl import evaluate, load_dataset, make_agent
-from iql_torchrl.evaluation.acting import act
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -156,20 +151,3 @@ def test_random_numbers_modes_and_gradients():
     assert not np.array_equal(seeded, first)
     assert all(module.training for module in agent.actor.modules())
     assert all(p.requires_grad for p in agent.actor.parameters())
-
-
-def test_an_error_restores_modes():
-    class Fails(nn.Module):
-        def forward(self, observation):
-            assert not torch.is_grad_enabled()
-            assert not self.training
-            raise RuntimeError("no")
-
-    policy = TensorDictModule(Fails(), in_keys=["observation"], out_keys=["action"])
-    space = spaces.Box(-1, 1, (2,))
-    kind = exploration_type()
-    with pytest.raises(RuntimeError, match="no"):
-        act(policy, np.zeros(2), space, space)
-    assert policy.training
-    assert torch.is_grad_enabled()
-    assert exploration_type() == kind

@@ -18,6 +18,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from small_agents import log as small_log
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.modules import NormalParamExtractor, ProbabilisticActor, TanhNormal
@@ -104,6 +105,14 @@ def played(actor, make_env):
     return evaluate(actor, make_env, **SETTINGS)
 
 
+def result_of(background, number):
+    """Of the policy as it is now, in the other process."""
+    background.submit(number)
+    ((finished, result),) = background.results(wait=True)
+    assert finished == number
+    return result
+
+
 def started(background):
     """The process, as soon as there is one."""
     deadline = time.monotonic() + 60
@@ -168,7 +177,8 @@ def test_pending_policies_go_through_a_checkpoint(shared):
     torch.save(background.pending, file)
     background.results(wait=True)
     change(actor, seed=4)
-    background.resubmit(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    file.seek(0)
+    background.resubmit(torch.load(file, weights_only=True))
     background.submit(5)
     (four, first), (five, second) = background.results(wait=True)
     assert (four, five) == (4, 5)
@@ -201,12 +211,10 @@ def test_an_error_comes_with_its_message_and_traceback(shared):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_and_sigterm_are_handled_by_the_parent_only(shared, number):
     actor, make_env, background = shared
-    background.submit(1)
-    background.results(wait=True)
+    result_of(background, 1)
     process = process_of(background)
     process.send_signal(number)
-    background.submit(2)
-    assert same(background.results(wait=True)[0][1], played(actor, make_env))
+    assert same(result_of(background, 2), played(actor, make_env))
     assert process_of(background) is process
 
 
@@ -430,29 +438,23 @@ class Goals(gymnasium.Env):
 
 
 def test_joined_environments_and_those_of_minari_are_sent(tmp_path, monkeypatch):
+    rows = np.random.default_rng(0).uniform(-1, 1, (40, 3))
+    split = {"observation": rows[:, :2], "goal": rows[:, 2:]}
+    table = small_log(observation=split, action=rows[:, :1].astype(np.float32))
+    sent_alone(load_dataset(table, env=Goals, concatenate=["goal", "observation"]))
     minari = pytest.importorskip("minari")
     from minari.data_collector import EpisodeBuffer
 
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    rng, steps = np.random.default_rng(0), 4
-    common = {
-        "id": None, "rewards": rng.random(steps), "terminations": np.zeros(steps, bool),
-        "truncations": np.arange(steps) == steps - 1, "infos": {},
-        "actions": rng.uniform(-1, 1, (steps, 1)).astype(np.float32),
-    }  # fmt: skip
-    rows = rng.uniform(-1, 1, (steps + 1, 3))
-    whole = EpisodeBuffer(observations=rows.astype(np.float32), **common)
-    split = {"observation": rows[:, :2], "goal": rows[:, 2:]}
-    for name, buffer, more in (
-        ("made/pendulum-v0", whole, {"env": "Pendulum-v1"}),
-        ("made/goals-v0", EpisodeBuffer(observations=split, **common),
-         {"observation_space": Goals.observation_space, "action_space": Goals.action_space}),
-    ):  # fmt: skip
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about an author, a description and the like
-            minari.create_dataset_from_buffers(name, [buffer], **more)
+    buffer = EpisodeBuffer(
+        id=None, observations=rows[:5].astype(np.float32), rewards=rows[:4, 0], infos={},
+        actions=rows[:4, :1].astype(np.float32), terminations=np.zeros(4, bool),
+        truncations=np.arange(4) == 3,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about an author, a description and the like
+        minari.create_dataset_from_buffers("made/pendulum-v0", [buffer], env="Pendulum-v1")
     sent_alone(load_dataset("made/pendulum-v0"))
-    sent_alone(load_dataset("made/goals-v0", env=Goals, concatenate=["goal", "observation"]))
 
 
 def test_making_the_environment_of_a_dataset_without_one_is_an_error():
@@ -532,19 +534,21 @@ class Plain(Exception):
     pass
 
 
-def test_exceptions_keep_their_class_where_pickle_allows():
-    def revived(error):
-        try:
-            raise error
-        except Exception as caught:
-            return pickle.loads(failure(caught))
-
-    plain, awkward = revived(Plain("out of paint")), revived(Awkward(3, "home"))
-    assert type(plain) is Plain
-    assert str(plain) == "out of paint"
-    assert "raise error" in str(plain.__cause__)
-    assert type(awkward) is RuntimeError
-    assert str(awkward) == "Awkward: 3 at home"
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (Plain("out of paint"), Plain, "out of paint"),
+        (Awkward(3, "home"), RuntimeError, "Awkward: 3 at home"),
+    ],
+)
+def test_exceptions_keep_their_class_where_pickle_allows(error, kind, text):
+    try:
+        raise error
+    except Exception as caught:
+        revived = pickle.loads(failure(caught))
+    assert type(revived) is kind
+    assert str(revived) == text
+    assert "raise error" in str(revived.__cause__)
 
 
 def test_settings_on_which_rounding_depends_are_taken_over():

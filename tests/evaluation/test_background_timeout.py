@@ -14,14 +14,12 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+import small_trainers
 import torch
-from conftest import make_batch
 from gymnasium import spaces
 from small_trainers import make_step
 from test_background import alive
 
-from iql_torchrl import OfflineTrainer
-from iql_torchrl.data import replay_buffer
 from iql_torchrl.evaluation.background import BackgroundEvaluation, EvaluationTimeout
 from iql_torchrl.files import newest, read_components
 
@@ -114,20 +112,13 @@ def test_a_timeout_that_is_no_number_of_seconds_is_refused(tmp_path, wrong):
     assert background(policy, tmp_path, timeout=None).timeout is None
 
 
-def make_trainer(folder: Path, evaluation_of, step=None):
-    step = step or make_step(3, 1)
+def make_trainer(folder: Path, evaluation_of):
+    step = make_step(3, 1)
     torch.manual_seed(3)
-    return OfflineTrainer(
-        step=step,
-        replay_buffer=replay_buffer(make_batch(100, obs=3, act=1), 16, seed=0),
-        total_updates=20,
-        log_interval=10,
-        eval_interval=10,
-        evaluate_first=False,
-        evaluation=evaluation_of(step.loss.actor_network),
-        folder=folder / "run",
-        progress_bar=False,
-    )
+    return small_trainers.make_trainer(
+        step, obs=3, act=1, log_interval=10, eval_interval=10, evaluate_first=False,
+        evaluation=evaluation_of(step.loss.actor_network), folder=folder / "run",
+    )  # fmt: skip
 
 
 def scores(folder: Path) -> dict[str, str]:

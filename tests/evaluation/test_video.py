@@ -5,7 +5,7 @@ from __future__ import annotations
 import gymnasium
 import numpy as np
 import pytest
-import torch
+from extras import needs
 from gymnasium import spaces
 from tensordict.nn import TensorDictModule
 
@@ -44,12 +44,8 @@ class Shades(gymnasium.Env):
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _forget_environments():
     Shades.opened = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def policy(function=lambda observation: observation[:, :1]):
@@ -58,8 +54,8 @@ def policy(function=lambda observation: observation[:, :1]):
 
 def read(path):
     """Frames ``(T, H, W, 3)`` and frames per second of a film."""
-    pytest.importorskip("av")
-    reader = pytest.importorskip("imageio.v3")
+    needs("av")
+    reader = needs("imageio.v3")
     return reader.imread(path, plugin="pyav"), reader.immeta(path, plugin="pyav")["fps"]
 
 
@@ -88,11 +84,6 @@ def test_every_frame_of_every_episode_in_order(tmp_path):
     assert fps == 12
     assert [file.name for file in path.parent.iterdir()] == ["film.mp4"]
     assert all(env.closed for env in Shades.opened)
-
-
-@pytest.mark.slow
-@needs_extra
-def test_max_steps_and_fps(tmp_path):
     path = record_video(policy(), Shades, tmp_path / "a.mp4", seed=6, max_steps=3, fps=25)
     frames, fps = read(str(path))
     np.testing.assert_allclose(frames.mean((1, 2, 3)), shades(6, 1, longest=3), atol=4)
@@ -101,7 +92,7 @@ def test_max_steps_and_fps(tmp_path):
 
 @needs_extra
 def test_a_video_shows_the_pendulum_at_the_angle_of_the_environment(tmp_path):
-    pytest.importorskip("pygame")
+    needs("pygame")
 
     def make():
         return gymnasium.make("Pendulum-v1", render_mode="rgb_array")

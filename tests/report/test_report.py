@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import runpy
 import struct
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -16,12 +17,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from small_agents import log as small_log
 
-from iql_torchrl import Evaluation, IQLConfig, report
+from iql_torchrl import Evaluation, IQLConfig, load_dataset, report
 from iql_torchrl.evaluation.statistics import mean_interval
 from iql_torchrl.losses import DIAGNOSTICS, LOSSES
 from iql_torchrl.losses.loss import POLICY_VALUE_GAP
-from iql_torchrl.report import draw, group_runs, main, series, table
+from iql_torchrl.report import draw, group_runs, main, results_table, series, table, write_rows
+from iql_torchrl.report.comparison import aggregate_table, method_scores
 from iql_torchrl.report.figures import Series, comparison_figure, run_figure
 from iql_torchrl.report.runs import find_runs, read_run
 from iql_torchrl.report.tables import EVALUATION, TRAINING, read_csv, write_csv
@@ -44,9 +47,11 @@ ROWS = [
 
 # -- tables ----------------------------------------------------------------------------------------
 
-NAMES = st.sampled_from([*TRAINING, *EVALUATION]) | st.text(
-    st.characters(codec="utf-8"), min_size=1, max_size=8
-).filter(lambda s: s.isprintable() and s == s.strip() and s != "update")
+# not st.characters(), which takes seconds to make its table of all characters
+LETTERS = st.integers(0x20, 0x2FFFF).map(chr).filter(str.isprintable)
+NAMES = st.sampled_from([*TRAINING, *EVALUATION]) | st.text(LETTERS, min_size=1, max_size=8).filter(
+    lambda s: s == s.strip() and s != "update"
+)
 VALUES = st.floats() | st.integers(-(2**53), 2**53)
 
 
@@ -144,9 +149,6 @@ def test_a_broken_table_gets_a_sentence(tmp_path, text, words):
     assert str(path) in str(error.value)
 
 
-# -- intervals -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("runs", "t"),
     [
@@ -155,24 +157,17 @@ def test_a_broken_table_gets_a_sentence(tmp_path, text, words):
         (11, 2.228138852),  # tables
     ],
 )
-def test_half_widths_by_hand(runs, t):
-    values = np.linspace(-1.0, 2.0, runs)[:, None] * [1.0, 3.0]
+def test_intervals_over_runs_by_hand(runs, t):
+    values = np.linspace(-1.0, 2.0, runs)[:, None] * [1.0, 3.0] + [0.0, 5.0]
     mean, low, high = mean_interval(values)
     half = t * values.std(0, ddof=1) / math.sqrt(runs)
+    assert mean == pytest.approx(values.mean(0))
     assert high - mean == pytest.approx(half, rel=1e-9)
     assert mean - low == pytest.approx(half, rel=1e-9)
     mean, low, high = mean_interval(np.full((runs, 1), 0.1))
     assert (low, high) == pytest.approx((0.1, 0.1))
-
-
-def test_interval_over_runs():
-    mean, low, high = mean_interval(np.array([[1.0, 5.0], [2.0, 5.0], [3.0, 8.0]]))
-    assert mean == pytest.approx([2.0, 6.0])
-    assert high - mean == pytest.approx(4.302652729911275 / math.sqrt(3) * np.array([1, 3**0.5]))
-    expected = stats.t.interval(0.95, 2, loc=6.0, scale=stats.sem([5.0, 5.0, 8.0]))
-    assert (low[1], high[1]) == pytest.approx(expected)
     with pytest.raises(ValueError, match="at least two runs; there are 1"):
-        mean_interval(np.ones((1, 4)))
+        mean_interval(values[:1])
 
 
 # -- one run's picture -----------------------------------------------------------------------------
@@ -197,28 +192,18 @@ def test_only_panels_with_data_and_scales_that_fit():
     assert {tuple(v) for v in band.tolist()} >= {(0, -11), (0, -6), (20, -4), (20, -2)}
 
 
-def test_rows_may_come_in_any_order():
+def test_any_order_a_single_point_and_values_that_are_not_finite():
     (axes,) = run_figure([{"update": u, "loss_actor": -u} for u in (3, 1, 2)]).axes
     assert axes.get_lines()[0].get_xydata().tolist() == [[1, -1], [2, -2], [3, -3]]
-
-
-def test_a_single_point_is_a_mark_with_a_bar():
-    (axes,) = run_figure(ROWS[:1]).axes
-    (line,) = axes.get_lines()
-    assert line.get_marker() == "o"
+    (axes,) = run_figure(ROWS[:1]).axes  # a mark with a bar
+    assert axes.get_lines()[0].get_marker() == "o"
     assert axes.collections[0].get_segments()[0].tolist() == [[0, -11], [0, -6]]
     low, high = axes.get_ylim()
     assert low < -11 < -6 < high
-
-
-def test_values_that_are_not_finite_are_counted():
     rows = [{"update": u, "td_error_mean": v} for u, v in enumerate([1.0, math.nan, math.inf])]
     (axes,) = run_figure(rows).axes
     assert len(axes.get_lines()[0].get_xdata()) == 1
     assert "2 of 3 values are not finite" in axes.get_xlabel()
-
-
-def test_nothing_to_draw_is_an_error():
     figure = run_figure([{"update": 1}])
     assert not figure.axes
     assert "no numbers yet" in [text.get_text() for text in figure.texts]
@@ -239,7 +224,9 @@ def settings_of_matplotlib():
 def test_a_picture_is_written_completely_and_changes_no_global_state(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     before = settings_of_matplotlib()
-    draw(tmp_path / "curves.png", ROWS, title="a $ and _", reference=("_the $ log", 1.0))
+    # letters that the font lacks are no warning
+    title = "a $ and _ \u8bad\u7ec3"
+    draw(tmp_path / "curves.png", ROWS, title=title, reference=("_the $ log", 1.0))
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert os.listdir(tmp_path) == ["curves.png"]
     assert "matplotlib.pyplot" not in sys.modules
@@ -251,77 +238,77 @@ def test_a_picture_is_written_completely_and_changes_no_global_state(tmp_path, m
 
 @pytest.fixture
 def make_run(tmp_path):
-    def make(name, values, config=None, *, every=10, **more):
+    """A run with these values of a column; without settings it has no ``config.json``."""
+
+    def make(name, values, *, every=10, column="score_mean", dataset="pendulum", **settings):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
-        if config is not None:
-            settings = {"dataset": "pendulum/mixed-v0", **config.to_dict(), **more}
-            (folder / "config.json").write_text(json.dumps(settings))
-        rows = [
-            {"update": every * i, "score_mean": v, "score_low": v - 1, "score_high": v + 1}
-            for i, v in enumerate(values)
-        ]
+        if settings:
+            config = {"dataset": dataset, **IQLConfig(**settings).to_dict()}
+            (folder / "config.json").write_text(json.dumps(config))
+        rows = [{"update": every * i, column: v} for i, v in enumerate(values)]
+        for row, v in zip(rows, values if column == "score_mean" else (), strict=False):
+            row |= {"score_low": v - 1, "score_high": v + 1}
         write_csv(folder / "metrics.csv", rows)
         return read_run(folder)
 
     return make
 
 
+def labels(groups):
+    return [group.label for group in groups]
+
+
+def names(groups):
+    return [[run.name for run in group.runs] for group in groups]
+
+
 def test_runs_that_differ_only_in_seed_are_one_group(make_run):
     runs = [
-        make_run("a", [1.0], IQLConfig(seed=0)),
-        make_run("b", [2.0], IQLConfig(seed=0, expectile=0.9, hidden=(8, 8))),
-        make_run("c", [3.0], IQLConfig(seed=1)),
+        make_run("a", [1.0], seed=0),
+        make_run("b", [2.0], seed=0, expectile=0.9, hidden=(8, 8)),
+        make_run("c", [3.0], seed=1),
         make_run("d", [4.0]),
     ]
-    groups = group_runs(runs)
-    assert [[run.name for run in group.runs] for group in groups] == [["a", "c"], ["b"], ["d"]]
-    assert [group.label for group in groups] == [
+    groups, usual, other = (
+        group_runs(runs),
         "expectile 0.7, hidden 256x256",
         "expectile 0.9, hidden 8x8",
-        "d",
-    ]
-    labels = [group.label for group in group_runs(runs, each=True)]
-    assert labels == [
-        "expectile 0.7, hidden 256x256, seed 0",
-        "expectile 0.9, hidden 8x8, seed 0",
-        "expectile 0.7, hidden 256x256, seed 1",
-        "d",
-    ]
+    )
+    assert names(groups) == [["a", "c"], ["b"], ["d"]]
+    assert labels(groups) == [usual, other, "d"]
+    each = [f"{usual}, seed 0", f"{other}, seed 0", f"{usual}, seed 1", "d"]
+    assert labels(group_runs(runs, each=True)) == each
 
 
 def test_one_group_is_named_by_its_folders(make_run):
-    runs = [make_run(name, [1.0], IQLConfig(seed=i)) for i, name in enumerate("xyz")]
-    assert [group.label for group in group_runs(runs)] == ["x and 2 more"]
-    assert [group.label for group in group_runs(runs[:1])] == ["x"]
-    again = group_runs([runs[0], make_run("w", [1.0], IQLConfig(seed=0))], each=True)
-    assert [group.label for group in again] == ["x", "w"]
+    runs = [make_run(name, [1.0], seed=i) for i, name in enumerate("xyz")]
+    assert labels(group_runs(runs)) == ["x and 2 more"]
+    assert labels(group_runs(runs[:1])) == ["x"]
+    again = group_runs([runs[0], make_run("w", [1.0], seed=0)], each=True)
+    assert labels(again) == ["x", "w"]
 
 
 def test_the_same_seed_twice_is_no_second_sample(make_run, capsys):
-    short, long, other = (
-        make_run("short", [1.0], IQLConfig()),
-        make_run("long", [1.0, 2.0], IQLConfig()),
-        make_run("other", [1.0, 2.0], IQLConfig(seed=1)),
-    )
+    short, long = make_run("short", [1.0], seed=0), make_run("long", [1.0, 2.0], seed=0)
+    other = make_run("other", [1.0, 2.0], seed=1)
     for order in ([short, long, other], [long, short, other]):
-        (group,) = group_runs(order)
-        assert [run.name for run in group.runs] == ["long", "other"]
+        assert names(group_runs(order)) == [["long", "other"]]
         assert "short is left out" in capsys.readouterr().err
 
 
 def test_a_setting_that_an_older_file_lacks_has_its_default(make_run):
-    old = make_run("old", [1.0], IQLConfig(seed=0))
-    new = make_run("new", [1.0], IQLConfig(seed=1))
+    old = make_run("old", [1.0], seed=0)
+    new = make_run("new", [1.0], seed=1)
     del old.settings["schedule_steps"]
     assert len(group_runs([old, new])) == 1
 
 
 def test_mean_over_seeds_where_all_have_a_value(make_run):
     runs = [
-        make_run("a", [1.0, 2.0, 5.0, 9.0], IQLConfig(seed=0)),
-        make_run("b", [3.0, math.nan, 8.0], IQLConfig(seed=1)),
-        make_run("c", [5.0, 4.0, 8.0], IQLConfig(seed=2)),
+        make_run("a", [1.0, 2.0, 5.0, 9.0], seed=0),
+        make_run("b", [3.0, math.nan, 8.0], seed=1),
+        make_run("c", [5.0, 4.0, 8.0], seed=2),
     ]
     (group,) = group_runs(runs)
     line = series(group, "score_mean")
@@ -341,8 +328,8 @@ def test_mean_over_seeds_where_all_have_a_value(make_run):
 def test_the_closing_table(make_run):
     groups = group_runs(
         [
-            make_run("a", [40.0, 30.0], IQLConfig(seed=0)),
-            make_run("b", [60.0, 32.0], IQLConfig(seed=1)),
+            make_run("a", [40.0, 30.0], seed=0),
+            make_run("b", [60.0, 32.0], seed=1),
             replace(make_run("c", []), rows=[{"update": 2500.0, "loss_value": 1.0}]),
             make_run("d", [5.0]),
         ]
@@ -359,11 +346,7 @@ def test_the_closing_table(make_run):
 
 def test_the_comparison_has_a_line_per_group_and_a_panel_per_metric(make_run):
     groups = group_runs(
-        [
-            make_run(f"r{e}{s}", [e, s], IQLConfig(expectile=e, seed=s))
-            for e in (0.6, 0.8)
-            for s in (0, 1)
-        ]
+        [make_run(f"r{e}{s}", [e, s], expectile=e, seed=s) for e in (0.6, 0.8) for s in (0, 1)]
     )
     lines = [series(group, "score_mean") for group in groups]
     figure = comparison_figure({"score_mean": lines, "loss_value": lines[:1]}, note="bands")
@@ -381,8 +364,8 @@ def test_the_comparison_has_a_line_per_group_and_a_panel_per_metric(make_run):
 
 def test_a_parent_folder_is_drawn(make_run, tmp_path, capsys):
     for seed in (0, 1):
-        make_run(f"deep/low-{seed}", [1.0, 2.0 + seed], IQLConfig(seed=seed))
-        make_run(f"high-{seed}", [1.0, 4.0 + seed], IQLConfig(seed=seed, temperature=9))
+        make_run(f"deep/low-{seed}", [1.0, 2.0 + seed], seed=seed)
+        make_run(f"high-{seed}", [1.0, 4.0 + seed], seed=seed, temperature=9)
     make_run("high-0/checkpoints/inner", [0.0])  # below a run: no run
     assert len(find_runs([tmp_path, tmp_path / "runs" / "high-1"])) == 4
     output = tmp_path / "new" / "all.png"
@@ -396,9 +379,9 @@ def test_a_parent_folder_is_drawn(make_run, tmp_path, capsys):
 
 
 def test_the_message_names_what_is_left_out(make_run, tmp_path, capsys):
-    make_run("a", [1.0, 2.0], IQLConfig(seed=0))
-    make_run("b", [], IQLConfig(seed=1))
-    make_run("c", [1.0, 2.0], IQLConfig(seed=2), every=7)
+    make_run("a", [1.0, 2.0], seed=0)
+    make_run("b", [], seed=1)
+    make_run("c", [1.0, 2.0], seed=2, every=7)
     output = str(tmp_path / "x.png")
     assert main([str(tmp_path / "runs"), "--output", output]) == 0
     assert "b has no rows yet and is left out" in capsys.readouterr().err
@@ -422,7 +405,7 @@ def test_the_message_names_what_is_left_out(make_run, tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_drawn_gets_a_sentence(make_run, tmp_path, capsys, arguments, words):
-    make_run("a", [1.0], IQLConfig())
+    make_run("a", [1.0], seed=0)
     for name in ("empty", "broken", "settings", "list"):
         (tmp_path / name).mkdir()
         if name != "empty":
@@ -439,43 +422,127 @@ def test_what_cannot_be_drawn_gets_a_sentence(make_run, tmp_path, capsys, argume
     assert not (tmp_path / "x.png").exists()
 
 
-def test_the_module_is_a_command(make_run, tmp_path):
-    make_run("a", [1.0], IQLConfig())
-    # runpy warns if importing the package has already imported the module
-    command = [
-        sys.executable,
-        "-W",
-        "error::RuntimeWarning",
-        "-m",
-        "iql_torchrl.report",
-        "runs",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+def test_the_module_is_a_command(make_run, tmp_path, monkeypatch):
+    """runpy warns if importing the package has already imported the module."""
+    make_run("a", [1.0], seed=0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["report", "runs"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("iql_torchrl.report", run_name="__main__")
     assert (tmp_path / "comparison.png").exists()
 
 
-def test_compare_draws_the_runs_by_label_and_a_level(tmp_path, monkeypatch):
+def test_compare_draws_the_runs_by_label_and_a_level(make_run, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(report.comparison, "save", lambda figure, path: drawn.append(figure))
-    for name, returns in (("a", [1.0, 2.0]), ("b", [3.0, 4.0])):
-        folder = tmp_path / name
-        folder.mkdir()
-        rows = [{"update": 10 * i, "return_mean": value} for i, value in enumerate(returns)]
-        report.write_csv(folder / "metrics.csv", rows)
-    runs = {"cloning": tmp_path / "a", "IQL": tmp_path / "b"}
+    made = {"cloning": [1.0, 2.0], "IQL": [3.0, 4.0]}
+    runs = {n: make_run(n, v, column="return_mean").folder for n, v in made.items()}
     report.compare(tmp_path / "x.png", runs, reference=("the log", 1.5))
     (axes,) = drawn[0].axes
     result = [line.get_ydata().tolist() for line in axes.get_lines()]
-    assert [1.0, 2.0] in result
-    assert [3.0, 4.0] in result
-    assert [1.5, 1.5] in result
+    assert sorted(result) == [[1.0, 2.0], [1.5, 1.5], [3.0, 4.0]]
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert labels == ["cloning", "IQL", "the log"]
     with pytest.raises(ValueError, match="has 'loss_value'"):
         report.compare(tmp_path / "x.png", runs, metric="loss_value")
 
 
-def test_letters_that_the_font_lacks_are_no_warning(tmp_path):
-    draw(tmp_path / "x.png", [{"update": 1, "loss_value": 1.0}], title="\u8bad\u7ec3")
-    assert (tmp_path / "x.png").stat().st_size > 1000
+# -- methods over several tasks
+
+SCORES = {
+    ("hop", 3.0): [4.0, 5.0, 9.0],
+    ("walk", 3.0): [7.0, 8.0, 8.0],
+    ("hop", 0.0): [1.0, 5.0, 2.0],
+    ("walk", 0.0): [8.0, 6.0, 6.0],
+}
+
+
+@pytest.fixture
+def make_seed(make_run):
+    """The run of one task, temperature and seed, whose last value is given."""
+
+    def make(task, temperature, seed, value, column="score_mean"):
+        settings = {"dataset": task, "temperature": temperature, "seed": seed}
+        return make_run(f"{task}-{temperature}-{seed}", [99.0, value], column=column, **settings)
+
+    return make
+
+
+def runs_of(make_seed, **options):
+    return [
+        make_seed(task, temperature, seed, value, **options)
+        for (task, temperature), values in SCORES.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_runs_that_differ_in_task_and_seed_are_one_method(make_seed, capsys):
+    name, scores = method_scores(group_runs(runs_of(make_seed)))
+    assert name == "score_mean"
+    assert {m: {t: v.tolist() for t, v in s.items()} for m, s in scores.items()} == {
+        f"temperature {t:g}": {"hop": SCORES["hop", t], "walk": SCORES["walk", t]}
+        for t in (3.0, 0.0)
+    }
+    lines = aggregate_table(scores, name=name).splitlines()
+    assert lines[0].startswith("Last score_mean of all runs on 2 tasks")
+    for line, t in zip(lines[2:4], (3.0, 0.0), strict=True):
+        expected = stats.trim_mean(SCORES["hop", t] + SCORES["walk", t], 0.25)
+        assert line.startswith(f"temperature {t:g}      6  {expected:.3g} [")
+    assert lines[4] == "Probability that a run of temperature 3 is better than one of"
+    # hop: 4 beats two, 5 beats two and equals one, 9 beats three; walk: 7 two, 8 two and a half twice
+    assert lines[5].startswith(f"temperature 0         {(7.5 / 9 + 7 / 9) / 2:.3g} [")
+    assert not capsys.readouterr().err
+
+
+def test_a_method_without_a_task_is_left_out(make_seed, capsys):
+    runs = runs_of(make_seed)
+    _, scores = method_scores(group_runs([*runs, make_seed("hop", 9.0, 0, 1.0)]))
+    assert list(scores) == ["temperature 3", "temperature 0"]
+    assert "note: temperature 9 is not compared over tasks" in capsys.readouterr().err
+    _, scores = method_scores(group_runs(runs[::3]))  # one run of each
+    assert not scores
+    assert not capsys.readouterr().err
+
+
+def test_returns_are_not_compared_between_tasks(make_seed):
+    runs = runs_of(make_seed, column="return_mean")
+    assert method_scores(group_runs(runs)) == ("", {})
+    name, scores = method_scores(group_runs([r for r in runs if r.settings["dataset"] == "hop"]))
+    assert name == "return_mean"
+    assert [list(of_tasks) for of_tasks in scores.values()] == [["hop"], ["hop"]]
+    np.testing.assert_array_equal(scores["temperature 0"]["hop"], SCORES["hop", 0.0])
+
+
+def test_the_report_prints_it_below_the_table(make_seed, tmp_path, capsys):
+    runs_of(make_seed, column="success_rate")
+    output = ["--output", str(tmp_path / "x.png")]
+    assert main([str(tmp_path), *output]) == 0
+    text = capsys.readouterr().out
+    assert "Last success_rate of all runs on 2 tasks" in text
+    assert main([str(tmp_path), *output, "--each"]) == 0
+    assert "of all runs on" not in capsys.readouterr().out
+
+
+# -- the table of results
+
+
+def test_means_standard_errors_and_counts():
+    """The log has two episodes of returns 1 and 5."""
+    ends = {"terminated": np.arange(4) % 2 == 1, "truncated": np.zeros(4, bool)}
+    made = load_dataset(small_log(4, reward=np.array([1.0, 0.0, 2.0, 3.0]), **ends))
+    results = {
+        "IQL": Evaluation(np.array([2.0, 4.0, 6.0, 8.0]), np.full(4, 2)),
+        "once": Evaluation(np.array([7.0]), np.array([2])),
+    }
+    head, *lines = results_table(made, results).splitlines()
+    assert re.split(" {2,}", head)[-3:] == ["mean return", "std. error", "episodes"]
+    # log: deviation sqrt(8), over sqrt(2); IQL: deviation sqrt(20 / 3), over 2
+    assert lines[0].split() == ["the", "log", "3.0", "2.0", "2"]
+    assert lines[1].split() == ["IQL", "5.0", "1.3", "4"]
+    assert lines[2].split() == ["once", "7.0", "-", "1"]
+
+
+def test_rows_are_a_table_whose_unknown_cells_are_empty(tmp_path):
+    path = tmp_path / "new" / "table.csv"
+    write_rows(path, [{"name": "a", "value": np.nan}, {"name": "b", "more": None, "value": 0.1}])
+    assert path.read_bytes() == b"name,value,more\na,,\nb,0.1,\n"

@@ -1,4 +1,4 @@
-"""The ranking: its order, its doubts, its sentence, and what it writes."""
+"""The ranking: its order, its doubts, its recommendation, and what it writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from small_agents import box_agent
+from small_agents import box_agent, config
 from small_agents import log as small_log
 from small_mdp import (
     DISCOUNT,
@@ -35,14 +35,15 @@ from iql_torchrl.selection import (
     fitted_q_evaluation,
     importance_sampling,
     rank_members,
+    ranking,
 )
-from iql_torchrl.selection import ranking as ranking_module
 from iql_torchrl.selection.bounds import mean_bounds
 
-WORLD = random_mdp()
-POLICIES = [0.5 * uniform() + 0.5 * policy for policy in random_policies(4)]
-NAMES = ("p0", "p1", "p2", "p3")
-GREEDY = greedy_policy(WORLD)
+WORLD, GREEDY = random_mdp(), greedy_policy(random_mdp())
+MIXED = [0.5 * uniform() + 0.5 * policy for policy in random_policies(4)]
+TABLES = {f"p{i}": table for i, table in enumerate(MIXED)} | {"clone": uniform(), "greedy": GREEDY}
+EXACT = {name: WORLD.start @ WORLD.values(table) for name, table in TABLES.items()}
+STEP = "the number of the step"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,8 +61,7 @@ def parts(_few_draws):
 
 @pytest.fixture(scope="module")
 def members():
-    tables = [*POLICIES, uniform(), GREEDY]
-    return {n: actor(t) for n, t in zip((*NAMES, "clone", "greedy"), tables, strict=True)}
+    return {name: actor(table) for name, table in TABLES.items()}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def fitted(parts, members):
 
 
 @pytest.fixture(scope="module")
-def ranking(parts, members, fitted):
+def ranked(parts, members, fitted):
     return rank_members(members, *parts, discount=DISCOUNT, fitted_q=fitted, clone="clone")
 
 
@@ -86,202 +86,182 @@ def again(parts, members, fitted):
     return run
 
 
-def row_of(ranking, name):
-    return next(row for row in ranking.rows if row["member"] == name)
+def column(result, key):
+    """By member, in the order of the ranking."""
+    return {row["member"]: row[key] for row in result.rows}
 
 
-def test_members_are_sorted_by_value_and_the_best_is_recommended(ranking, parts):
-    exact = {n: WORLD.start @ WORLD.values(t) for n, t in zip(NAMES, POLICIES, strict=True)}
-    exact |= {"clone": WORLD.start @ WORLD.values(uniform())}
-    exact |= {"greedy": WORLD.start @ WORLD.values(GREEDY)}
-    order = [row["member"] for row in ranking.rows]
-    assert order[0] == max(exact, key=exact.__getitem__)
-    assert order[-1] == min(exact, key=exact.__getitem__)
-    values = {row["member"]: row["value"] for row in ranking.rows}
+def doubted(result, doubt):
+    return {row["member"] for row in result.rows if doubt in row["doubts"]}
+
+
+def row_of(result, name):
+    return next(row for row in result.rows if row["member"] == name)
+
+
+def warnings_with(result, text):
+    return [warning for warning in result.warnings if text in warning]
+
+
+def shifted(fitted, by, *names):
+    """Both scores of the members ``names`` so much higher."""
+    chosen = np.isin(fitted.names, names)[:, None]
+    return {key: getattr(fitted.episodes, key) + by * chosen for key in ("scores", "scores_high")}
+
+
+def test_members_are_sorted_by_value_and_the_best_is_recommended(ranked, parts):
+    values = column(ranked, "value")
+    order = list(values)
+    assert (order[0], order[-1]) == (max(EXACT, key=EXACT.get), min(EXACT, key=EXACT.get))
     assert list(values.values()) == sorted(values.values(), reverse=True)
-    assert values == pytest.approx(exact, abs=0.3)
-    assert [row["rank"] for row in ranking.rows] == [1, 2, 3, 4, 5, 6]
-    assert ranking.recommended == order[0] == "greedy"
-    assert ranking.recommendation.startswith(
-        "Recommendation: greedy, with an estimated gain over the log of "
+    assert values == pytest.approx(EXACT, abs=0.3)
+    assert list(column(ranked, "rank").values()) == [1, 2, 3, 4, 5, 6]
+    assert ranked.recommended == order[0] == "greedy"
+    best, clone = ranked.rows[0], row_of(ranked, "clone")
+    assert ranked.recommendation.startswith(
+        f"Recommendation: greedy, with an estimated gain over the log of {best['gain']:.4g} (95% "
+        f"interval for all 6 members at once {best['gain_low']:.4g} to"
     )
-    best = ranking.rows[0]
-    numbers = (
-        f"{best['gain']:.4g} (95% interval for all 6 members at once {best['gain_low']:.4g} to"
-    )
-    assert numbers in ranking.recommendation
-    assert "doubted" not in ranking.recommendation
-    for row in ranking.rows:
-        gain = exact[row["member"]] - exact["clone"]
-        assert row["gain_low"] < gain < row["gain_high"]
+    assert "doubted" not in ranked.recommendation
+    for row in ranked.rows:
+        assert row["gain_low"] < EXACT[row["member"]] - EXACT["clone"] < row["gain_high"]
         assert row["value_low"] < row["value"] < row["value_high"]
-    assert ranking.log_value == pytest.approx(plain_returns(parts[1]).mean())
-    assert ranking.log_low < exact["clone"] < ranking.log_high
-    clone = row_of(ranking, "clone")
+    assert ranked.log_value == pytest.approx(plain_returns(parts[1]).mean())
+    assert ranked.log_low < EXACT["clone"] < ranked.log_high
     assert clone["clone_distance"] == 0
-    assert clone["effective_episodes"] == pytest.approx(ranking.episodes, rel=1e-4)
-    assert clone["importance_value"] == pytest.approx(ranking.log_value, rel=1e-4)
-    sound = [row for row in ranking.rows if row["effective_episodes"] >= 100]
+    assert clone["effective_episodes"] == pytest.approx(ranked.episodes, rel=1e-4)
+    assert clone["importance_value"] == pytest.approx(ranked.log_value, rel=1e-4)
+    sound = [row for row in ranked.rows if row["effective_episodes"] >= 100]
     assert 2 < len(sound) < 6
-    pairs = ([row[key] for row in sound] for key in ("value", "importance_value"))
-    pairs = list(pairs)
-    assert ranking.spearman == pytest.approx(stats.spearmanr(*pairs).statistic)
-    assert ranking.kendall == pytest.approx(stats.kendalltau(*pairs).statistic)
-    assert (ranking.discount, ranking.episodes) == (DISCOUNT, 800)
+    pairs = [[row[key] for row in sound] for key in ("value", "importance_value")]
+    assert ranked.spearman == pytest.approx(stats.spearmanr(*pairs).statistic)
+    assert ranked.kendall == pytest.approx(stats.kendalltau(*pairs).statistic)
+    assert (ranked.discount, ranked.episodes) == (DISCOUNT, 800)
 
 
-def test_gains_are_paired_and_hold_for_all_members_at_once(parts, fitted, ranking):
+def test_gains_are_paired_and_intervals_hold_for_all_members_at_once(
+    parts, members, fitted, ranked
+):
     scores = fitted.episodes
     gains = scores.scores - plain_returns(parts[1])
     assert scores.log_surprise == 0  # no episode was truncated
     limits = gains.mean(1) - scores.surprise, gains.mean(1) + scores.surprise
     low, high = mean_bounds(gains, *limits)
-    alone = mean_bounds(gains, *limits, together=False)
+    alone = np.subtract(*mean_bounds(gains, *limits, together=False)[::-1])
+    importance = importance_sampling(
+        members, parts[1], behaviour="action_log_prob", discount=DISCOUNT,
+        confidence=1 - 0.05 / 6, return_limits=scores.return_range,
+    )  # fmt: skip
     for number, name in enumerate(fitted.names):
-        row = row_of(ranking, name)
+        row = row_of(ranked, name)
         assert row["gain"] == pytest.approx(gains[number].mean())
         assert row["gain_low"] == pytest.approx(low[number])
         assert row["gain_high"] == pytest.approx(high[number])
         width = row["gain_high"] - row["gain_low"]
         spread = 2 * stats.norm.ppf(1 - 0.025 / 6) * gains[number].std() / len(gains[0]) ** 0.5
         assert 0.7 * spread < width < 1.3 * spread
-        assert width > alone[1][number] - alone[0][number]
-    own = fitted.intervals()
-    assert row_of(ranking, "p1")["value_low"] == own[1, 0]
+        assert width > alone[number]
+        assert row["importance_value"] == importance.values[number]
+        assert row["importance_low"] == importance.low[number]
+        assert row["importance_high"] == importance.high[number]
+    assert row_of(ranked, "p1")["value_low"] == fitted.intervals()[1, 0]
 
 
 def test_no_better_member_no_recommendation(parts):
     worst = {"worst": actor(np.roll(GREEDY, 1, axis=1)), "log": actor(uniform())}
-    ranking = rank_members(worst, *parts, discount=DISCOUNT, clone="log")
-    assert ranking.recommended is None
-    assert "no member is reliably better than the log (the best, log" in ranking.recommendation
-    assert "doubted" not in ranking.recommendation
-    assert ranking.rows[0]["member"] == "log"
-
-
-def shifted(fitted, by, *names):
-    """Both scores of the members ``names``, or of all of them, so much higher."""
-    chosen = np.isin(fitted.names, names or fitted.names)[:, None]
-    return {key: getattr(fitted.episodes, key) + by * chosen for key in ("scores", "scores_high")}
-
-
-def warnings_with(ranking, text):
-    return [warning for warning in ranking.warnings if text in warning]
+    result = rank_members(worst, *parts, discount=DISCOUNT, clone="log")
+    assert result.recommended is None
+    assert "no member is reliably better than the log (the best, log" in result.recommendation
+    assert "doubted" not in result.recommendation
+    assert result.rows[0]["member"] == "log"
 
 
 @pytest.mark.parametrize("kind", ["table", "network"])
 def test_a_value_that_the_log_cannot_give_is_doubted(again, fitted, parts, kind):
     """Networks: outside every logged return. Tables: beyond the best reward at every step."""
-    low, high = fitted.episodes.return_range
-    fit = {}
+    (low, high), fit = fitted.episodes.return_range, {"backups": 1e9, "passes": 1e9}
     if kind == "table":
         rewards = np.concatenate([p.transitions["next", "reward"].reshape(-1) for p in parts])
         low, high = (10 * float(r) for r in (rewards.min(), rewards.max()))  # 1 / (1 - 0.9)
-    else:
-        fit = {"backups": 1e9, "passes": 1e9}
+        fit = {}
     own = fitted.values[fitted.names.index("p0")]
-    for target, doubted in (
+    for target, outside in (
         (high + 0.1, True), (high - 0.1, False), (low + 0.1, False), (low - 0.1, True)
     ):  # fmt: skip
-        ranking = again(shifted(fitted, target - own, "p0"), fit)
-        assert ("range" in row_of(ranking, "p0")["doubts"]) == doubted
+        result = again(shifted(fitted, target - own, "p0"), fit)
+        assert ("p0" in doubted(result, "range")) == outside
         text = f"p0: values are outside the range that the log allows, {low:.4g} to {high:.4g};"
-        assert bool(warnings_with(ranking, text)) == doubted
-        assert not doubted or ranking.recommended != "p0"
+        assert bool(warnings_with(result, text)) == outside
+        assert not outside or result.recommended != "p0"
+
+
+OF_GREEDY = ("effective_episodes", "unsupported", "worst_unsupported", "td_error")
+ONES = np.ones(6)
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "doubt", "text"),
+    ("changes", "doubt", "recommended", "text"),
     [
-        ("effective_episodes", 20.0, None, ""),
-        ("effective_episodes", 19.9, "few", "has only 19.9 effective episodes of 800, at least 20 are"),
-        ("unsupported", 0.049, None, ""),
-        ("unsupported", 0.051, "extrapolation", "greedy: up to 5% of their actions are rare or"),
-        ("worst_unsupported", 0.499, None, ""),
-        ("worst_unsupported", 0.501, "extrapolation", "own actions: 0%), in the worst state 50%; the"),
+        ({"effective_episodes": 20.0}, None, True, ""),
+        ({"effective_episodes": 19.9}, "few", False, "19.9 effective episodes of 800, at least 20"),
+        ({"unsupported": 0.049}, None, True, ""),
+        ({"unsupported": 0.051}, "extrapolation", False, "greedy: up to 5% of their actions are"),
+        ({"unsupported": 0.08, "log_unsupported": 0.02}, "extrapolation", False, "actions: 2%"),
+        ({"unsupported": 0.08, "log_unsupported": 0.04}, None, True, ""),
+        ({"worst_unsupported": 0.499}, None, True, ""),
+        ({"worst_unsupported": 0.501}, "extrapolation", False, "own actions: 0%), in the worst"),
+        ({"td_error": 2.1, "td_error_training": ONES}, "td_error", True, "up to 2.1 times as"),
+        ({"td_error": 1.9, "td_error_training": ONES}, None, True, ""),
+        ({"history": {STEP: 4.6, "the step before": 1.0}}, None, False, f"on {STEP} (t statistic 4.6)"),
+        ({"history": {STEP: -4.6}}, None, False, f"on {STEP} (t statistic -4.6)"),
+        ({"history": {STEP: 4.4}}, None, True, ""),
+        ({"backups": 3.0, "passes": 9.0}, None, False, "renewed its targets 3 times, in 9 passes"),
+        ({"backups": 1e3, "passes": 0.5}, None, False, "times, in 0.5 passes of the data, where"),
+        ({"backups": 1e3, "passes": 9.0}, None, True, ""),
+        ({"unlogged_ends": 0.009}, None, True, ""),
+        ({"unlogged_ends": 0.2}, None, True, "leave 20% of the discounted future in states that"),
     ],
 )  # fmt: skip
-def test_a_doubted_member_is_not_recommended(again, fitted, key, value, doubt, text):
-    values = np.where(np.array(fitted.names) == "greedy", value, getattr(fitted.episodes, key))
-    result = again({key: values})
-    assert set(row_of(result, "greedy")["doubts"]) - {"importance"} == ({doubt} - {None})
-    assert (result.recommended == "greedy") == (doubt is None)
-    assert doubt is None or warnings_with(result, text)
-    column = {"effective_episodes": "correcting_episodes", "unsupported": "extrapolation"}
-    assert row_of(result, "greedy")[column.get(key, "worst_extrapolation")] == value
-    if doubt is None:
-        assert not any(set(row["doubts"]) & {"few", "extrapolation"} for row in result.rows)
+def test_each_doubt_and_sentence(again, fitted, ranked, changes, doubt, recommended, text):
+    scores, fit = {}, {}
+    for key, value in changes.items():
+        owner, changed = (fitted, fit) if hasattr(fitted, key) else (fitted.episodes, scores)
+        greedy = np.array(fitted.names) == "greedy"
+        changed[key] = np.where(greedy, value, getattr(owner, key)) if key in OF_GREEDY else value
+    result = again(scores, fit)
+    row = row_of(result, "greedy")
+    assert set(row["doubts"]) - {"importance"} == ({doubt} - {None})
+    assert (result.recommended == "greedy") == recommended
+    more = [warning for warning in result.warnings if warning not in ranked.warnings]
+    assert len(more) == bool(text)
+    assert all(text in warning for warning in more)
+    names = "correcting_episodes", "extrapolation", "worst_extrapolation", "td_error"
+    for key, name in zip(OF_GREEDY, names, strict=True):
+        assert key not in changes or row[name] == changes[key]
+    assert result.log_extrapolation == pytest.approx(changes.get("log_unsupported", 0))
 
 
-def other_estimates(fitted, kind):
-    """Changes of the estimates, and a sentence that they cause."""
-    step = "the number of the step"
-    mirrored = 2 * fitted.values.mean() - fitted.episodes.scores
-    return {
-        "history": ({"history": {step: 4.6, "the step before": 1.0}}, {}, f"{step} (t statistic 4.6)"),
-        "negative": ({"history": {step: -4.6}}, {}, f"{step} (t statistic -4.6)"),
-        "no history": ({"history": {step: 4.4}}, {}, ""),
-        "updates": ({}, {"backups": 3.0, "passes": 9.0}, "renewed its targets 3 times, in 9 passes"),
-        "passes": ({}, {"backups": 1e3, "passes": 0.5}, "times, in 0.5 passes of the data, where"),
-        "enough": ({}, {"backups": 1e3, "passes": 9.0}, ""),
-        "few ends": ({"unlogged_ends": 0.009}, {}, ""),
-        "many ends": ({"unlogged_ends": 0.2}, {}, "leave 20% of the discounted future in states that"),
-        "order": ({"scores": mirrored, "scores_high": mirrored}, {}, "differently (Spearman -"),
-        "clone": (shifted(fitted, -2.0), {}, "clone, which imitates the log, is estimated at "),
-    }[kind]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("kind", "recommended"),
-    [
-        ("history", None), ("negative", None), ("no history", "greedy"), ("updates", None),
-        ("passes", None),
-        ("enough", "greedy"), ("few ends", "greedy"), ("many ends", "greedy"), ("order", "other"),
-        ("clone", "other"),
-    ],
-)  # fmt: skip
-def test_sentences_about_the_whole_ranking(again, fitted, ranking, kind, recommended):
-    scores, fit, text = other_estimates(fitted, kind)
-    result = again(scores, fit, min_effective_episodes=0 if kind == "order" else 100.0)
-    assert recommended == "other" or result.recommended == recommended
-    if not text:
-        assert result.warnings == ranking.warnings
-        return
-    (warning,) = warnings_with(result, text)
-    assert not warnings_with(ranking, text)
-    if kind == "order":
-        assert result.spearman < 0
-        assert f"(Spearman {result.spearman:.2f})" in warning
-    if kind == "clone":
-        assert f"is estimated at {row_of(result, 'clone')['value']:.4g}" in warning
-        assert f"the log at {result.log_value:.4g} ({result.log_low:.4g} to" in warning
-
-
-def test_the_log_s_own_share_outside_itself_is_allowed(again, fitted):
-    shares = np.full(6, 0.08)
-    for own, doubted in ((0.02, True), (0.04, False)):
-        result = again({"unsupported": shares, "log_unsupported": own})
-        assert ("extrapolation" in row_of(result, "greedy")["doubts"]) == doubted
-        assert result.log_extrapolation == own
-    result = again({"unsupported": shares}, max_extrapolation=0.1)
+def test_more_extrapolation_may_be_allowed(again):
+    result = again({"unsupported": np.full(6, 0.08)}, max_extrapolation=0.1)
     assert result.recommended == "greedy"
 
 
-def test_critics_that_err_more_on_held_out_steps_are_named(again):
-    result = again(
-        fit={"td_error": np.array([1.0, 10, 1, 1, 1, 4.1]), "td_error_training": np.ones(6)}
-    )
-    doubted = {row["member"] for row in result.rows if "td_error" in row["doubts"]}
-    assert doubted == {"p1", "greedy"}
-    (warning,) = warnings_with(result, "errors of the critics")
-    assert warning.startswith("greedy, p1: errors of the critics are up to 10.0 times as large on")
-    assert result.recommended == "greedy"  # their intervals are wider, and hold
+def test_estimators_of_other_orders_and_a_clone_unlike_the_log_are_named(again, fitted, ranked):
+    mirrored = 2 * fitted.values.mean() - fitted.episodes.scores
+    result = again({"scores": mirrored, "scores_high": mirrored}, min_effective_episodes=0)
+    assert result.spearman < 0
+    assert warnings_with(result, f"differently (Spearman {result.spearman:.2f})")
+    result = again(shifted(fitted, -2.0, *TABLES))
+    (warning,) = warnings_with(result, "clone, which imitates the log, is estimated at ")
+    assert f"is estimated at {row_of(result, 'clone')['value']:.4g}" in warning
+    assert f"the log at {result.log_value:.4g} ({result.log_low:.4g} to" in warning
+    assert not warnings_with(ranked, "differently") + warnings_with(ranked, "which imitates")
 
 
 @pytest.mark.parametrize("by", [3.0, -40.0])
-def test_no_recommendation_where_the_estimators_contradict_each_other(again, fitted, ranking, by):
+def test_no_recommendation_where_the_estimators_contradict_each_other(again, fitted, ranked, by):
     """About any member: the clone's scores far above, or below, what importance sampling says."""
-    assert not warnings_with(ranking, "contradict")
+    assert not warnings_with(ranked, "contradict")
     result = again(shifted(fitted, by, "clone"))
     row = row_of(result, "clone")
     assert "contradiction" in row["doubts"]
@@ -298,51 +278,31 @@ def test_no_recommendation_where_the_estimators_contradict_each_other(again, fit
 def test_no_recommendation_where_logged_probabilities_are_too_low(parts, members, fitted):
     rows = parts[1].transitions.clone()
     rows["action_log_prob"] = rows["action_log_prob"] - 0.5
-    wrong = replace(parts[1], transitions=rows)
-    result = rank_members(
-        members, parts[0], wrong, discount=DISCOUNT, fitted_q=fitted, clone="clone"
-    )
-    assert "contradiction" in row_of(result, "greedy")["doubts"]
+    wrong = parts[0], replace(parts[1], transitions=rows)
+    result = rank_members(members, *wrong, discount=DISCOUNT, fitted_q=fitted, clone="clone")
+    assert "greedy" in doubted(result, "contradiction")
     assert warnings_with(result, "check action_log_prob")
     assert result.recommended is None
 
 
-def test_importance_intervals_hold_for_all_members_at_once(parts, members, fitted, ranking):
-    alone = importance_sampling(
-        members, parts[1], behaviour="action_log_prob", discount=DISCOUNT,
-        confidence=1 - 0.05 / 6, return_limits=fitted.episodes.return_range,
-    )  # fmt: skip
-    for number, name in enumerate(alone.names):
-        row = row_of(ranking, name)
-        assert row["importance_value"] == alone.values[number]
-        assert row["importance_low"] == alone.low[number]
-        assert row["importance_high"] == alone.high[number]
-
-
-def test_the_best_that_is_not_doubted_is_recommended(again, fitted, ranking):
-    second = next(row for row in ranking.rows[1:] if row["gain_low"] > 0)
-    shares = fitted.episodes.unsupported.copy()
-    for row in ranking.rows[: second["rank"] - 1]:
-        shares[fitted.names.index(row["member"])] = 0.5
-    result = again({"unsupported": shares})
-    assert [row["member"] for row in result.rows] == [row["member"] for row in ranking.rows]
-    assert result.recommended == second["member"]
-    more = f"; {second['rank'] - 1} with higher estimates are doubted or uncertain)."
+def test_the_best_that_is_not_doubted_is_recommended_and_three_are_named(again, fitted):
+    shares = 0.5 * (np.array(fitted.names) == "greedy")
+    result = again(shifted(fitted, 0.3, "p0") | {"unsupported": shares})
+    assert list(column(result, "rank"))[:2] == ["greedy", "p0"]
+    assert result.recommended == "p0"
+    more = "; 1 with higher estimates are doubted or uncertain)."
     assert result.recommendation.endswith(more)
-
-
-def test_at_most_three_members_are_named(again):
     result = again({"unsupported": np.full(6, 0.5)})
-    order = [row["member"] for row in result.rows]
     (warning,) = warnings_with(result, "rare or missing")
-    assert warning.startswith(f"{', '.join(order[:3])} and 3 more: up to 50% of their actions")
+    first = ", ".join(list(column(result, "rank"))[:3])
+    assert warning.startswith(f"{first} and 3 more: up to 50% of their actions")
 
 
 def test_a_tenth_of_the_episodes_must_bear_the_weight(again):
     result = again(min_effective_episodes=0)
-    sizes = {row["member"]: row["effective_episodes"] for row in result.rows}
-    doubted = {row["member"] for row in result.rows if "importance" in row["doubts"]}
-    assert doubted == {n for n, size in sizes.items() if size < 0.1 * result.episodes} != set()
+    sizes = column(result, "effective_episodes")
+    few = {name for name, size in sizes.items() if size < 0.1 * result.episodes}
+    assert doubted(result, "importance") == few != set()
     (warning,) = warnings_with(result, "importance weights")
     assert f"have only {min(sizes.values()):.1f} effective episodes of 800" in warning
     result = again(min_effective_episodes=sorted(sizes.values())[-2])
@@ -350,29 +310,27 @@ def test_a_tenth_of_the_episodes_must_bear_the_weight(again):
     assert not warnings_with(result, "order the members differently")
 
 
-def test_the_clone_is_the_first_of_temperature_zero(parts):
-    dataset = load_dataset(small_log(rows=120))
-    train, held_out = dataset.split(0.5, 0)
+def test_the_clone_is_the_first_of_temperature_zero():
+    parts = load_dataset(small_log(rows=120)).split(0.5, 0)
     agents = {"iql": box_agent(seed=1), "clone": box_agent(temperature=0.0)}
-    how = {"discount": 0.9, "hidden": (8,), "updates": 20, "batch_size": 16, "deterministic": False}
-    fitted = fitted_q_evaluation(agents, train, held_out, **how)
+    how = {"hidden": (8,), "updates": 20, "batch_size": 16, "deterministic": False}
+    fitted = fitted_q_evaluation(agents, *parts, discount=0.9, **how)
     options = {"discount": 0.9, "fitted_q": fitted, "behaviour": agents["clone"]}
-    result = rank_members(agents, train, held_out, **options)
-    assert row_of(result, "clone")["clone_distance"] == 0 < row_of(result, "iql")["clone_distance"]
-    assert row_of(result, "clone")["effective_episodes"] == pytest.approx(6)
-    assert row_of(result, "clone")["temperature"] == 0
-    assert str(result) == str(rank_members(agents, train, held_out, **options))
+    result = rank_members(agents, *parts, **options)
+    clone, iql = row_of(result, "clone"), row_of(result, "iql")
+    assert clone["clone_distance"] == 0 < iql["clone_distance"]
+    assert clone["effective_episodes"] == pytest.approx(6)
+    assert clone["temperature"] == 0
+    assert str(result) == str(rank_members(agents, *parts, **options))
 
 
 def test_without_behaviour_and_clone(parts):
     log = [replace(part, transitions=part.transitions.exclude("action_log_prob")) for part in parts]
-    policies = {"p0": actor(POLICIES[0]), "greedy": actor(GREEDY)}
+    policies = {"p0": actor(MIXED[0]), "greedy": actor(GREEDY)}
     result = rank_members(policies, *log, discount=DISCOUNT)
-    assert math.isnan(result.rows[0]["importance_value"])
-    assert math.isnan(result.rows[0]["clone_distance"])
-    assert math.isnan(result.spearman)
-    text = " ".join(result.warnings)
-    assert "no behaviour model was given" in text
+    first = result.rows[0]
+    assert np.isnan([first["importance_value"], first["clone_distance"], result.spearman]).all()
+    assert warnings_with(result, "no behaviour model was given")
     assert " - " in str(result)
     assert result.recommended == "greedy"
     assert not any(row["doubts"] for row in result.rows)
@@ -380,12 +338,11 @@ def test_without_behaviour_and_clone(parts):
 
 def test_truncated_returns_are_continued_without_a_clone():
     parts = WORLD.log(uniform(), episodes=1600, horizon=2).split(0.5, 0)
-    policies = {"greedy": actor(GREEDY), "p0": actor(POLICIES[0])}
+    policies = {"greedy": actor(GREEDY), "p0": actor(MIXED[0])}
     result = rank_members(policies, *parts, discount=DISCOUNT)
-    exact = WORLD.start @ WORLD.values(uniform())
-    assert result.log_value == pytest.approx(exact, abs=0.3)
-    assert abs(plain_returns(parts[1]).mean() - exact) > 0.3
-    assert result.log_low < exact < result.log_high
+    assert result.log_value == pytest.approx(EXACT["clone"], abs=0.3)
+    assert abs(plain_returns(parts[1]).mean() - EXACT["clone"]) > 0.3
+    assert result.log_low < EXACT["clone"] < result.log_high
     assert result.recommended == "greedy"
     clone = rank_members(policies | {"c": actor(uniform())}, *parts, discount=DISCOUNT, clone="c")
     assert clone.log_value == result.log_value
@@ -393,13 +350,9 @@ def test_truncated_returns_are_continued_without_a_clone():
 
 def test_what_is_unknown_counts_against_members_and_for_the_log(again, fitted):
     """The least return in the lower bound of a gain, for the log the greatest, and vice versa."""
-    wide = again(
-        {
-            "scores_high": fitted.episodes.scores + 1.0,
-            "log_scores_high": fitted.episodes.log_scores + 2.0,
-        }
-    )
-    plain = again()
+    scores, plain = fitted.episodes, again()
+    higher = {"scores_high": scores.scores + 1.0, "log_scores_high": scores.log_scores + 2.0}
+    wide = again(higher)
     for row in plain.rows:
         other = row_of(wide, row["member"])
         assert other["gain"] == row["gain"]
@@ -408,28 +361,23 @@ def test_what_is_unknown_counts_against_members_and_for_the_log(again, fitted):
     assert wide.log_high - plain.log_high == pytest.approx(2.0, abs=0.1)
 
 
-def agent_of(dataset, **options):
-    config = IQLConfig(updates=2, hidden=(8,), batch_size=16, reward="raw", **options)
-    return make_agent(config, dataset)
-
-
 class Shipped:
     """What ``rank_members`` reads of an agent: its policy, and its task's episodes."""
 
     def __init__(self, policy, trained_on):
-        self.policy, self.task = actor(policy), agent_of(trained_on).task
+        self.policy, self.task = actor(policy), make_agent(config(), trained_on).task
 
 
 def test_members_trained_on_held_out_episodes_are_not_recommended(parts):
     own = WORLD.log(uniform(), episodes=300, seed=77)
-    agents = {"held": agent_of(parts[1]), "fit": agent_of(parts[0]), "own": agent_of(own)}
+    logs = {"held": parts[1], "fit": parts[0], "own": own}
+    agents = {name: make_agent(config(), log) for name, log in logs.items()}
     agents |= {"greedy": actor(GREEDY), "shipped": Shipped(GREEDY, parts[1])}
     result = rank_members(agents, *parts, discount=DISCOUNT)
-    seen = {row["member"]: row["seen"] for row in result.rows}
+    seen = column(result, "seen")
     assert min(seen["held"], seen["shipped"]) > 0.9
     assert [seen[name] for name in ("fit", "own", "greedy")] == [0, 0, 0]
-    doubted = {row["member"] for row in result.rows if "seen" in row["doubts"]}
-    assert doubted == {"held", "shipped"}
+    assert doubted(result, "seen") == {"held", "shipped"}
     (warning,) = warnings_with(result, "cannot test them")
     text = f": trained on up to {max(seen.values()):.0%} of the held-out episodes"
     assert warning.startswith((f"held, shipped{text}", f"shipped, held{text}"))
@@ -450,47 +398,42 @@ def test_no_recommendation_where_fit_and_held_out_share_episodes(parts, members)
     (warning,) = warnings_with(result, "cannot show the error of the fit")
     assert "of the held-out episodes are also among those fitted on" in warning
     assert "dataset.split(fraction, seed)" in warning
-    separate = rank_members(members, one, other, discount=DISCOUNT)
-    assert separate.recommended == "greedy"
+    assert rank_members(members, one, other, discount=DISCOUNT).recommended == "greedy"
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.99])
-def test_the_confidence_is_that_of_every_interval(again, ranking, confidence):
+def test_the_confidence_is_that_of_every_interval(again, ranked, confidence):
     result = again(confidence=confidence)
-    for row in ranking.rows:
+    for row in ranked.rows:
         other = row_of(result, row["member"])
         for key in ("value", "gain", "importance"):
             width, new = (r[f"{key}_high"] - r[f"{key}_low"] for r in (row, other))
             assert (new < width) == (confidence < 0.95)
-    assert (result.log_high - result.log_low < ranking.log_high - ranking.log_low) == (
-        confidence < 0.95
-    )
+    width, new = (r.log_high - r.log_low for r in (ranked, result))
+    assert (new < width) == (confidence < 0.95)
 
 
-def test_table_and_files(ranking, tmp_path):
-    lines = str(ranking).splitlines()
+def test_table_and_files(ranked, tmp_path):
+    lines, order = str(ranked).splitlines(), list(column(ranked, "rank"))
     assert lines[0].split()[:2] == ["member", "value"]
-    assert [line.split()[0] for line in lines[1:7]] == [row["member"] for row in ranking.rows]
+    assert [line.split()[0] for line in lines[1:7]] == order
     assert lines[7].startswith("the log")
-    assert lines[-1] == ranking.recommendation
-    assert all(f"Warning: {warning}" in lines for warning in ranking.warnings)
-    ranking.to_json(tmp_path / "ranking.json")
+    assert lines[-1] == ranked.recommendation
+    assert all(f"Warning: {warning}" in lines for warning in ranked.warnings)
+    ranked.to_json(tmp_path / "ranking.json")
     read = json.loads((tmp_path / "ranking.json").read_text())
-    assert read["rows"][0]["member"] == "greedy"
-    assert read["rows"][0]["temperature"] is None
-    assert read["rows"][0]["td_error"] is None
-    assert read["rows"][0]["gain_low"] == ranking.rows[0]["gain_low"]
-    assert read["recommended"] == "greedy"
+    first = read["rows"][0]
+    assert (read["recommended"], first["member"]) == ("greedy", "greedy")
+    assert (first["temperature"], first["td_error"]) == (None, None)
+    assert first["gain_low"] == ranked.rows[0]["gain_low"]
     copy = Ranking.from_json(tmp_path / "ranking.json")
-    assert str(copy) == str(ranking)
-    assert repr(copy) == repr(ranking)
-    ranking.to_csv(tmp_path / "ranking.csv")
+    assert (str(copy), repr(copy)) == (str(ranked), repr(ranked))
+    ranked.to_csv(tmp_path / "ranking.csv")
     with (tmp_path / "ranking.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["member"] for row in rows] == [row["member"] for row in ranking.rows]
-    assert float(rows[0]["value"]) == ranking.rows[0]["value"]
-    assert rows[0]["temperature"] == ""
-    assert rows[0]["doubts"] == "importance"
+    assert [row["member"] for row in rows] == order
+    assert float(rows[0]["value"]) == ranked.rows[0]["value"]
+    assert (rows[0]["temperature"], rows[0]["doubts"]) == ("", "importance")
     assert float(rows[0]["seen"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ranking.csv", "ranking.json"]
 
@@ -501,7 +444,7 @@ def test_table_and_files(ranking, tmp_path):
         ({"clone": "x"}, r"clone is 'x', which is none of the members \['p0'"),
         ({"discount": 0.5}, "fitted_q has"),
         ({"discount": -1}, "discount is -1"),
-        ({"members": {"p0": actor(POLICIES[0])}}, "fitted_q has"),
+        ({"members": {"p0": actor(MIXED[0])}}, "fitted_q has"),
         ({"held_out": None}, "fitted_q has"),
         ({"confidence": 1.0}, "confidence is 1.0"),
         ({"confidence": 0}, "confidence is 0"),
@@ -516,24 +459,22 @@ def test_what_cannot_be_is_refused(parts, members, fitted, changed, message):
         rank_members(**given)
 
 
-def test_rank_correlations_by_hand():
-    """Values 1..5 against 2, 1, 4, 3, 5: 2 of 10 pairs are discordant, squared rank differences 4."""
-    by_hand = 1 - 6 * 4 / 120, 0.6
-    assert rank_correlations([1, 2, 3, 4, 5], [2, 1, 4, 3, 5]) == pytest.approx(by_hand)
-    # One tie on one side: tau-b is 5 / sqrt(5 * 6); the ranks are 1.5, 1.5, 3, 4.
-    tied = rank_correlations([1, 1, 2, 3], [1, 2, 3, 4])
-    assert tied == pytest.approx((4.5 / math.sqrt(4.5 * 5), 5 / math.sqrt(30)))
-
-
 @pytest.mark.parametrize(
-    ("values", "checks"),
+    ("values", "checks", "expected"),
     [
-        ([1, 1, 1], [1, 2, 3]), ([1, 2, 3], [2, 2, 2]), ([1, math.nan, 2], [1, 2, 3]),
-        ([1.0], [2.0]), ([], []), ([1.0, 1.0], [1.0, 2.0]),
+        # 2 of 10 pairs are discordant, and squared differences of ranks sum to 4
+        ([1, 2, 3, 4, 5], [2, 1, 4, 3, 5], (1 - 6 * 4 / 120, 0.6)),
+        # one tie on one side: tau-b is 5 / sqrt(5 * 6); the ranks are 1.5, 1.5, 3, 4
+        ([1, 1, 2, 3], [1, 2, 3, 4], (4.5 / math.sqrt(4.5 * 5), 5 / math.sqrt(30))),
+        ([1, 1, 1], [1, 2, 3], (math.nan, math.nan)),
+        ([1, 2, 3], [2, 2, 2], (math.nan, math.nan)),
+        ([1, math.nan, 2], [1, 2, 3], (math.nan, math.nan)),
+        ([1.0], [2.0], (math.nan, math.nan)),
+        ([], [], (math.nan, math.nan)),
     ],
-)  # fmt: skip
-def test_rank_correlations_that_are_not_defined_are_nan(values, checks):
-    assert np.isnan(rank_correlations(values, checks)).all()
+)
+def test_rank_correlations_by_hand(values, checks, expected):
+    assert rank_correlations(values, checks) == pytest.approx(expected, nan_ok=True)
 
 
 # -- continuous actions: both estimators evaluate the same policies
@@ -576,10 +517,10 @@ def quick(monkeypatch):
 
     def evaluate(*args, deterministic, **options):
         asked.append(deterministic)
-        options |= {"updates": 600, "hidden": (32,), "model": "network"}
+        options |= {"updates": 600, "hidden": (32,), "model": "network", "batch_size": 256}
         return fitted_q_evaluation(*args, deterministic=deterministic, **options)
 
-    monkeypatch.setattr(ranking_module, "fitted_q_evaluation", evaluate)
+    monkeypatch.setattr(ranking, "fitted_q_evaluation", evaluate)
     return asked
 
 
@@ -595,32 +536,25 @@ def test_the_best_of_several_actions_of_a_clone_is_no_clone(
     assert math.isnan(result.rows[0]["clone_distance"]) is not clone
 
 
+@pytest.mark.parametrize("kind", ["sampled", "deterministic", "without a density"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_both_estimators_evaluate_the_same_continuous_policies(one_step_logs, quick):
+def test_both_estimators_evaluate_the_same_continuous_policies(one_step_logs, quick, kind):
     """E[-a**2] of N(m, s) is -(m**2 + s**2); of the deterministic action -m**2."""
-    members = {"wide": normal_actor(0.0, 0.8), "right": normal_actor(0.5, 0.5)}
-    result = rank_members(members, *one_step_logs, discount=0.9)
-    assert quick == [False]
-    for name, value in (("wide", -0.64), ("right", -0.5)):
-        row = row_of(result, name)
-        assert row["value"] == pytest.approx(value, abs=0.12)
-        assert row["importance_value"] == pytest.approx(value, abs=0.12)
-        assert "contradiction" not in row["doubts"]
-    assert warnings_with(result, "as the members draw them")
-
-    alone = rank_members(members, *one_step_logs, discount=0.9, deterministic=True)
-    assert quick == [False, True]
-    assert row_of(alone, "wide")["value"] == pytest.approx(0, abs=0.12)
-    assert row_of(alone, "right")["value"] == pytest.approx(-0.25, abs=0.12)
-    assert math.isnan(alone.rows[0]["importance_value"])
-    assert warnings_with(alone, "deterministic continuous actions, which have no density")
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_without_a_density_there_is_no_importance_sampling(one_step_logs, quick):
-    members = {"wide": normal_actor(0.0, 0.8), "fixed": normal_actor(0.5, 0.5, Delta)}
-    result = rank_members(members, *one_step_logs, discount=0.9)
-    assert quick == [True]
-    assert row_of(result, "fixed")["value"] == pytest.approx(-0.25, abs=0.12)
-    assert math.isnan(result.rows[0]["importance_value"])
-    assert warnings_with(result, "because fixed has no density of actions")
+    kinds = {"distribution": Delta} if kind == "without a density" else {}
+    members = {"wide": normal_actor(0.0, 0.8), "right": normal_actor(0.5, 0.5, **kinds)}
+    deterministic = True if kind == "deterministic" else None
+    result = rank_members(members, *one_step_logs, discount=0.9, deterministic=deterministic)
+    assert quick == [kind != "sampled"]
+    exact = {"wide": -0.64, "right": -0.5} if kind == "sampled" else {"wide": 0, "right": -0.25}
+    assert column(result, "value") == pytest.approx(exact, abs=0.12)
+    if kind == "sampled":
+        assert column(result, "importance_value") == pytest.approx(exact, abs=0.12)
+        assert not doubted(result, "contradiction")
+    else:
+        assert math.isnan(result.rows[0]["importance_value"])
+    text = {
+        "sampled": "as the members draw them",
+        "deterministic": "deterministic continuous actions, which have no density",
+        "without a density": "because right has no density of actions",
+    }[kind]
+    assert warnings_with(result, text)

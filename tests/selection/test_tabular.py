@@ -15,7 +15,6 @@ from small_mdp import (
     DISCOUNT,
     MDP,
     STATES,
-    Lookup,
     actor,
     first_states,
     greedy_policy,
@@ -30,7 +29,7 @@ from iql_torchrl import load_dataset
 from iql_torchrl.selection import fitted_q_evaluation
 from iql_torchrl.selection.tabular import finite_states
 
-WORLD = random_mdp()
+WORLD, EYE = random_mdp(), np.eye(STATES, dtype=np.float32)
 POLICIES = random_policies(4)
 SPACE = {"observation_space": spaces.Discrete(STATES), "action_space": spaces.Discrete(ACTIONS)}
 
@@ -254,36 +253,27 @@ def test_a_mask_is_part_of_the_state():
     np.testing.assert_allclose(estimate.initial_values[1], [4.0, 1.0] * 40, atol=1e-4)
 
 
-class _Vectors(Lookup):
-    """The same table, read by one-hot vectors."""
-
-    def forward(self, observation):
-        return self.logits[observation.argmax(-1)]
-
-
-def as_vectors(log):
-    rows = log.transitions
-    one_hot = np.eye(STATES, dtype=np.float32)
-    ends = {name: rows["next", name].squeeze(-1).numpy() for name in ("terminated", "truncated")}
-    return steps_log(
-        len(log), action=rows["action"].numpy(), observation=one_hot[rows["observation"].numpy()],
-        next_observation=one_hot[rows["next", "observation"].numpy()],
-        reward=rows["next", "reward"].squeeze(-1).numpy(), **ends,
-    )  # fmt: skip
-
-
 def test_few_distinct_vectors_are_a_table_too(parts):
+    rows = [part.transitions for part in parts]
+    vectors = [
+        steps_log(
+            len(row), action=row["action"].numpy(), observation=EYE[row["observation"]],
+            next_observation=EYE[row["next", "observation"]],
+            reward=row["next", "reward"].squeeze(-1).numpy(),
+            terminated=row["next", "terminated"].squeeze(-1).numpy(),
+        )
+        for row in rows
+    ]  # fmt: skip
     who = members()
-    for number, policy in enumerate(who.values()):
-        policy.module[0].module = _Vectors(np.log(POLICIES[number]))
-    vectors = [as_vectors(part) for part in parts]
+    for policy in who.values():
+        lookup = policy.module[0].module
+        lookup.register_forward_pre_hook(lambda _, inputs: (inputs[0].argmax(-1),))
     one = fitted_q_evaluation(who, *vectors, discount=DISCOUNT)
     other = fitted_q_evaluation(members(), *parts, discount=DISCOUNT)
     assert one.backups == np.inf  # chosen without asking
     for name in ("scores", "initial_values", "log_scores", "surprise", "unsupported"):
-        np.testing.assert_allclose(
-            getattr(one.episodes, name), getattr(other.episodes, name), atol=1e-6
-        )
+        result, expected = (getattr(each.episodes, name) for each in (one, other))
+        np.testing.assert_allclose(result, expected, atol=1e-6)
 
 
 def test_an_action_that_is_not_held_out_is_unsupported():

@@ -16,6 +16,7 @@ import time
 
 import pytest
 import torch
+from extras import needs
 from small_trainers import make_step, make_trainer
 from tensordict import TensorDict
 from torchrl.record.loggers import get_logger
@@ -86,7 +87,7 @@ def test_a_late_score_gets_a_line_once_and_without_progress_nothing_is_printed(c
 @pytest.mark.parametrize("kind", ["csv", "tensorboard"])
 def test_files_of_loggers(tmp_path, kind):
     if kind == "tensorboard":
-        pytest.importorskip("tensorboard")
+        needs("tensorboard")
     scores, logger = iter([-3.0, -2.0, -1.0]), get_logger(kind, str(tmp_path), "run")
     evaluation = {"eval_interval": 10, "evaluation": lambda: {"return_mean": next(scores)}}
     trainer = make_trainer(logger=logger, **evaluation)

@@ -9,8 +9,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from shard_logs import SPACES, arrays, written
 from small_agents import config
+from small_logs import SPACES, in_shards, numbered
 from test_sequences import ENCODERS, Last, step_of
 from test_sequences import log as sequences
 
@@ -27,7 +27,7 @@ SETTINGS = {"loaded": 2, "replace_every": 3}
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory) -> ShardedDataset:
-    return written(tmp_path_factory.mktemp("log"), LENGTHS, 5)
+    return in_shards(tmp_path_factory.mktemp("log"), LENGTHS, 5)
 
 
 def trainer(
@@ -75,7 +75,7 @@ def test_all_shards_give_the_batches_and_updates_of_the_log_in_memory(log):
     places = torch.cat([_rows(log, number) for number in run.replay_buffer.loaded_shards()])
     run.train()
     step = make_agent(config(), log).step
-    table = load_dataset(arrays(LENGTHS), **SPACES).transitions.exclude("collector")
+    table = load_dataset(numbered(LENGTHS), **SPACES).transitions.exclude("collector")
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
         step(table[places[torch.randint(68, (16,), generator=generator)]])
@@ -105,10 +105,10 @@ def test_what_cannot_read_shards_says_so(log):
 
 
 def test_a_checkpoint_of_other_shards_rewards_or_settings_is_refused(log, tmp_path):
-    folder, other = tmp_path / "run", written(tmp_path, LENGTHS, 5, seed=1)
+    folder, other = tmp_path / "run", in_shards(tmp_path, LENGTHS, 5, seed=1)
     trainer(log, 4, folder).train()
     in_memory = trainer(log, 8, folder)
-    in_memory.replay_buffer = load_dataset(arrays(LENGTHS), **SPACES).device_sampler(16, seed=0)
+    in_memory.replay_buffer = load_dataset(numbered(LENGTHS), **SPACES).device_sampler(16, seed=0)
     mapped = load_shards(log.log.location.name, reward=(2.0, 0.0))
     for run, words in (
         (trainer(other, 8, folder), "another run: shard-00000 of the dataset was"),
@@ -139,7 +139,7 @@ def test_ranks_must_have_the_same_shards_and_the_same_rotation(log, tmp_path):
     for options in ({"seed": 1}, {"loaded": 3}, {"replace_every": 4}):
         (message,) = refusals(**options)
         assert "replay buffers would draw different rows" in message
-    for other in (written(tmp_path, LENGTHS, 5, seed=1), replace(log, shards=log.shards[:4])):
+    for other in (in_shards(tmp_path, LENGTHS, 5, seed=1), replace(log, shards=log.shards[:4])):
         assert (
             "the ranks have different data: their datasets' digests" in refusals(dataset=other)[0]
         )

@@ -1,21 +1,21 @@
-"""Reasons not to trust the estimates of a ranking: a name and a sentence for each."""
+"""Which member is recommended, if any: the reasons against it, a name and a sentence for each."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from iql_torchrl.selection.fitted_q import FittedQ
+import numpy as np
 
-__all__ = [
-    "BLOCKING",
-    "Evidence",
-    "blocking_warnings",
-    "doubts_of",
-    "general_warnings",
-    "member_warnings",
-]
+from iql_torchrl.data.digests import episode_digests, shared_share, sketch_of
+from iql_torchrl.selection.episodes import Episodes
+from iql_torchrl.selection.fitted_q import FittedQ
+from iql_torchrl.selection.members import Member
+
+__all__ = ["Evidence", "doubts_of", "recommendation"]
 
 Row = Mapping[str, Any]
 
@@ -73,39 +73,61 @@ class Evidence:
     """What is known about a ranking beside its rows.
 
     Attributes:
-        fitted_q: the evaluation of the members.
-        episodes: number of held-out episodes.
-        horizon: how many steps a value adds up.
-        possible: smallest and largest possible value.
-        log: value of the log and its bounds.
-        shared: share of the held-out episodes that are also in the data of the fit.
-        fit_seen: greatest share of the fit's episodes that one member was trained on.
+        members, clone: those that are ranked, and the one that imitates the log.
+        fitted_q: their evaluation.
+        train, held_out: the logs that it was fitted on and corrected by.
         unchecked: why there is no importance sampling, or empty.
         sampled: whether the values are of continuous actions as the members draw them.
-        clone: the member that imitates the log.
+        max_extrapolation, min_effective_episodes, confidence, seed: see ``rank_members``.
     """
 
+    members: tuple[Member, ...]
+    clone: Member | None
     fitted_q: FittedQ
-    episodes: int
-    horizon: float
-    possible: tuple[float, float]
-    log: tuple[float, float, float]
-    shared: float
-    fit_seen: float
+    train: Episodes
+    held_out: Episodes
     unchecked: str
     sampled: bool
-    clone: str | None
+    max_extrapolation: float
+    min_effective_episodes: float
+    confidence: float
+    seed: int
+
+    @cached_property
+    def log(self) -> tuple[float, float, float]:
+        """Value of the log and its bounds."""
+        return self.fitted_q.episodes.log_value(self.confidence, self.seed)
+
+    @cached_property
+    def possible(self) -> tuple[float, float]:
+        """Smallest and largest possible value.
+
+        For networks the range of logged returns. A table may combine parts of different episodes,
+        so there the range is that of the smallest and the largest logged reward at every step.
+        """
+        low, high = self.fitted_q.episodes.return_range
+        if math.isfinite(self.fitted_q.backups):
+            return low, high
+        logs, discount = (self.train, self.held_out), self.fitted_q.discount
+        rewards = np.concatenate([log.reward for log in logs])
+        longest = max(int(log.lengths.max()) for log in logs)
+        steps = longest if discount == 1 else 1 / (1 - discount)
+        return min(low, steps * float(rewards.min())), max(high, steps * float(rewards.max()))
+
+    def seen(self, log: Episodes) -> list[float]:
+        """Share of the log's episodes that each member was trained on, 0 where unknown."""
+        digests, trained = episode_digests(log.log), (member.episodes for member in self.members)
+        return [0.0 if own is None else shared_share(own, digests) for own in trained]
 
 
-def doubts_of(
-    row: Row, known: Evidence, *, max_extrapolation: float, min_effective_episodes: float
-) -> tuple[str, ...]:
+def doubts_of(row: Row, known: Evidence) -> tuple[str, ...]:
     """Names of the doubts about one member's row of a ranking."""
-    enough = max(min_effective_episodes, MIN_EFFECTIVE_SHARE * known.episodes)
+    enough = max(known.min_effective_episodes, MIN_EFFECTIVE_SHARE * len(known.held_out))
     more = row["extrapolation"] - known.fitted_q.episodes.log_unsupported
     checks = {
         "importance": row["effective_episodes"] < enough,
-        "extrapolation": more > max_extrapolation or row["worst_extrapolation"] >= WORST_STATE,
+        "extrapolation": more > known.max_extrapolation
+        or row["worst_extrapolation"] >= WORST_STATE,
         "td_error": row["td_error"] > ERROR_GROWTH * row["td_error_training"],
         "range": not known.possible[0] <= row["value"] <= known.possible[1],
         "few": row["correcting_episodes"] < MIN_CORRECTING,
@@ -116,7 +138,40 @@ def doubts_of(
     return tuple(name for name, doubtful in checks.items() if doubtful)
 
 
-def member_warnings(rows: Sequence[Row], known: Evidence) -> list[str]:
+def recommendation(
+    rows: Sequence[Row], known: Evidence, agreement: float
+) -> tuple[str | None, str, tuple[str, ...]]:
+    """The recommended member of ``rows``, best first; a sentence about it; all warnings.
+
+    ``agreement``: Spearman's correlation of the two estimators.
+    """
+    blocking, better = _blocking_warnings(known), [row for row in rows if row["gain_low"] > 0]
+    warnings = (
+        *_member_warnings(rows, known), *blocking, *_general_warnings(rows, known, agreement),
+    )  # fmt: skip
+    sound = [row for row in better if not set(row["doubts"]) & set(BLOCKING)]
+    contradicted = any("contradiction" in row["doubts"] for row in rows)
+    of_all = f"{known.confidence:.0%} interval for all {len(rows)} members at once"
+    if blocking or contradicted or not sound:
+        best = rows[0]
+        doubted = "; better estimates are doubted, see the warnings" if better else ""
+        sentence = (
+            "Recommendation: no member is reliably better than the log (the best, "
+            f"{best['member']}, gains {best['gain']:.4g}, {of_all} {best['gain_low']:.4g} to "
+            f"{best['gain_high']:.4g}{doubted})."
+        )
+        return None, sentence, warnings
+    chosen = sound[0]
+    higher = chosen["rank"] - 1
+    more = f"; {higher} with higher estimates are doubted or uncertain" if higher else ""
+    sentence = (
+        f"Recommendation: {chosen['member']}, with an estimated gain over the log of "
+        f"{chosen['gain']:.4g} ({of_all} {chosen['gain_low']:.4g} to {chosen['gain_high']:.4g}{more})."
+    )
+    return chosen["member"], sentence, warnings
+
+
+def _member_warnings(rows: Sequence[Row], known: Evidence) -> list[str]:
     """One sentence for each doubt, with the names of the members that it concerns."""
     result = []
     for name, sentence in DOUBTS.items():
@@ -129,25 +184,27 @@ def member_warnings(rows: Sequence[Row], known: Evidence) -> list[str]:
         text = sentence.format(
             least=least, most=most, growth=max(growth), first=doubted[0], possible=known.possible,
             log_extrapolation=known.fitted_q.episodes.log_unsupported,
-            episodes=known.episodes, enough=MIN_CORRECTING,
+            episodes=len(known.held_out), enough=MIN_CORRECTING,
         )  # fmt: skip
         more = f" and {len(doubted) - NAMED} more" if len(doubted) > NAMED else ""
         result.append(f"{', '.join(row['member'] for row in doubted[:NAMED])}{more}: {text}")
     return result
 
 
-def blocking_warnings(known: Evidence) -> list[str]:
+def _blocking_warnings(known: Evidence) -> list[str]:
     """Reasons why no value may be compared with the log's: one sentence each."""
     fitted_q, result = known.fitted_q, []
-    if fitted_q.backups < HORIZONS * known.horizon or fitted_q.passes < PASSES:
+    horizon = known.held_out.horizon(fitted_q.discount)
+    if fitted_q.backups < HORIZONS * horizon or fitted_q.passes < PASSES:
         result.append(
             f"fitted Q evaluation renewed its targets {fitted_q.backups:.3g} times, in "
-            f"{fitted_q.passes:.3g} passes of the data, where values look {known.horizon:.3g} steps "
+            f"{fitted_q.passes:.3g} passes of the data, where values look {horizon:.3g} steps "
             "ahead: it has not converged; use more updates."
         )
-    if known.shared > SHARED:
+    digests = [episode_digests(log.log) for log in (known.train, known.held_out)]
+    if (shared := shared_share(sketch_of(digests[0]), digests[1])) > SHARED:
         result.append(
-            f"{known.shared:.0%} of the held-out episodes are also among those fitted on, so they "
+            f"{shared:.0%} of the held-out episodes are also among those fitted on, so they "
             "cannot show the error of the fit; give two parts of one log: "
             "dataset.split(fraction, seed)."
         )
@@ -162,12 +219,12 @@ def blocking_warnings(known: Evidence) -> list[str]:
     return result
 
 
-def general_warnings(rows: Sequence[Row], known: Evidence, agreement: float) -> list[str]:
-    """Sentences about the whole ranking; ``agreement``: Spearman's of the two estimators."""
+def _general_warnings(rows: Sequence[Row], known: Evidence, agreement: float) -> list[str]:
+    """Sentences about the whole ranking."""
     result, unlogged = [], known.fitted_q.episodes.unlogged_ends
-    if known.fit_seen > SHARED:
+    if (fit_seen := max(known.seen(known.train))) > SHARED:
         result.append(
-            f"members were trained on up to {known.fit_seen:.0%} of the episodes fitted on, so the "
+            f"members were trained on up to {fit_seen:.0%} of the episodes fitted on, so the "
             "fit estimates them too high; held-out episodes correct that, but intervals are wider."
         )
     if unlogged > UNLOGGED:
@@ -188,9 +245,10 @@ def general_warnings(rows: Sequence[Row], known: Evidence, agreement: float) -> 
         )
     value, low, high = known.log
     for row in rows:
-        if row["member"] == known.clone and (row["value_low"] > high or row["value_high"] < low):
+        own = known.clone is not None and row["member"] == known.clone.name
+        if own and (row["value_low"] > high or row["value_high"] < low):
             result.append(
-                f"{known.clone}, which imitates the log, is estimated at {row['value']:.4g} "
+                f"{row['member']}, which imitates the log, is estimated at {row['value']:.4g} "
                 f"({row['value_low']:.4g} to {row['value_high']:.4g}) and the log at {value:.4g} "
                 f"({low:.4g} to {high:.4g}): the clone is a poor one, or the observations lack what "
                 "the log's policy acted on."

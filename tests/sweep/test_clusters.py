@@ -1,26 +1,37 @@
-"""Engine ``ray``: workers and nodes that end during a run, and failures of single runs."""
+"""Engines ``ray`` and ``slurm``: workers, nodes and jobs that end, and failures of single runs."""
 
 from __future__ import annotations
 
 import os
+import signal
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
-from small_sweeps import MANY, grid, interrupted, table, updates_of, write_log
+from extras import needs
+from small_sweeps import (
+    MANY,
+    first_weight,
+    grid,
+    interrupted,
+    reference,
+    table,
+    updates_of,
+    write_log,
+)
 
 from iql_torchrl.sweep import Sweep
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.filterwarnings("default"),  # Ray's own, which differ between its versions
+    pytest.mark.filterwarnings("default"),  # of Ray and submitit, which differ between versions
 ]
 
 
 @pytest.fixture
 def ray(monkeypatch):
-    ray = pytest.importorskip("ray")
+    ray = needs("ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     yield ray
     ray.shutdown()
@@ -107,3 +118,47 @@ def test_options_of_tasks_reach_ray(ray, tmp_path):
     assert [row["score"] for row in result.rows.values()] == [0.0, 0.0]
     with pytest.raises(ValueError, match="num_wheels"):
         Sweep(configs, source, tmp_path / "b", **options).run("ray", ray={"num_wheels": 1})
+
+
+# -- Slurm: submitit's executor of local processes
+
+LOCAL = {"cluster": "local", "timeout_min": 5}
+
+
+@pytest.fixture
+def submitit():
+    return needs("submitit")
+
+
+def test_a_preempted_job_is_queued_again_and_continues(submitit, tmp_path):
+    """``SIGUSR2`` is submitit's signal of preemption, and of the end of a job's time."""
+    run = partial(Sweep.run, engine="slurm", slurm=LOCAL)
+    interrupted(tmp_path, run, ("from-00000", 120, signal.SIGUSR2))
+    logs = [path.read_text() for path in (tmp_path / "sweep" / "slurm").glob("*_log.*")]
+    assert any("Requeued job" in text for text in logs)
+
+
+def test_a_job_that_fails_is_named_and_the_next_call_repeats_it(submitit, tmp_path):
+    source, folder = write_log(tmp_path), tmp_path / "sweep"
+    configs = grid(seeds=1, updates=20)
+    options = {"members_per_task": 1, "score": first_weight}
+    expected = reference(configs, source, tmp_path / "reference", **options)
+    damaged = folder / "tasks" / "from-00001" / "population.torchrl"
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("not a checkpoint")
+    result = Sweep(configs, source, folder, **options).run("slurm", slurm=LOCAL)
+    names = list(result.rows)
+    assert list(result.failures) == [names[1]]
+    assert "CheckpointError: " in result.failures[names[1]]
+    assert str(damaged) in result.failures[names[1]]
+    assert table(folder)[0]["score"]
+    damaged.unlink()
+    result = Sweep(configs, source, folder, **options).run("slurm", slurm=LOCAL)
+    assert not result.failures
+    assert (folder / "members.csv").read_bytes() == expected
+
+
+def test_without_slurm_there_is_one_sentence(submitit, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="engine='slurm' finds no Slurm on this machine"):
+        Sweep(grid(updates=1), write_log(tmp_path), tmp_path / "s", score=None).run("slurm")
