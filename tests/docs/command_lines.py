@@ -83,6 +83,7 @@ def _pip(words: list[str]) -> str | None:
 def _module(name: str, words: list[str]) -> str | None:
     if not name.startswith("iql_torchrl"):
         return None
+    sys.modules.pop(f"{name}.__main__", None)  # runpy warns where a test has imported it
     _parse([name, *words], functools.partial(runpy.run_module, name, run_name="__main__"))
     return name
 
