@@ -48,6 +48,7 @@ def test_the_published_figures_stand_next_to_those_measured():
 
 
 def test_every_task_can_be_made_and_every_method_is_a_config():
+    needs("mujoco")
     options = bench_ogbench._options([])
     for task in bench_ogbench.TASKS.values():
         assert task.made() in OGBENCH_LOCAL

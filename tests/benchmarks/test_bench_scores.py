@@ -9,6 +9,7 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
+from extras import needs
 
 from iql_torchrl.evaluation.statistics import interquartile_mean, stratified_interval
 
@@ -288,7 +289,7 @@ def test_the_cartpole_log(tmp_path):
 
 
 def test_maze2d_rewards_the_surroundings_of_its_goal_and_never_terminates():
-    pytest.importorskip("gymnasium_robotics")
+    needs("gymnasium_robotics")
     env = bench_scores.Maze2d(
         gymnasium.make("PointMaze_UMaze-v3", continuing_task=True, reset_target=False), (1, 1)
     )

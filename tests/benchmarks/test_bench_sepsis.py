@@ -6,13 +6,13 @@ import math
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
+from extras import needs
 from tensordict import TensorDict
 
 from iql_torchrl import IQLConfig
 
-pytest.importorskip("icu_sepsis")
+needs("icu_sepsis")
 import bench_sepsis  # registers the environment
 
 

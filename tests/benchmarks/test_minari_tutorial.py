@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from extras import needs
 
-pytest.importorskip("gymnasium_robotics")
+needs("gymnasium_robotics")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import minari_tutorial
 

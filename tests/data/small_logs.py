@@ -116,7 +116,7 @@ def save_parquet(path, data, **options):
 
 def png(values):
     data = io.BytesIO()
-    pytest.importorskip("PIL.Image").fromarray(values).save(data, "png")
+    needs("PIL.Image").fromarray(values).save(data, "png")
     return data.getvalue()
 
 

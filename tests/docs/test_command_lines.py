@@ -6,6 +6,7 @@ import os
 
 import pytest
 from command_lines import check, commands
+from extras import needs
 from snippets import PAGES, ROOT
 
 LINES = [
@@ -27,6 +28,9 @@ def _environment(monkeypatch, empty_folder):
 def test_command_line_is_read(words, capsys):
     try:
         check(words)
+    except ModuleNotFoundError as missing:
+        needs(missing.name)
+        raise
     except SystemExit as stop:
         pytest.fail(f"{' '.join(words)}: exit code {stop.code}\n{capsys.readouterr().err}")
 

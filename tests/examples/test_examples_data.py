@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from example_scripts import load, run, table
+from extras import needs
 
 from iql_torchrl import load_dataset
 from iql_torchrl.data.builtin import make_dataset
@@ -26,7 +27,7 @@ def root(tmp_path_factory):
 
 
 def test_sepsis_example(root, empty_folder, monkeypatch, capsys):
-    pytest.importorskip("icu_sepsis")
+    needs("icu_sepsis")
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
     make_dataset(SEPSIS, episodes=30, progress=False)
     assert run("iql_sepsis", "--updates", 2) == 0
@@ -52,7 +53,7 @@ def test_a_missing_package_is_one_sentence(monkeypatch, capsys, name, module):
 
 @pytest.fixture(scope="module")
 def maze_log(root):
-    pytest.importorskip("gymnasium_robotics")
+    needs("gymnasium_robotics")
     return load_dataset(make_dataset(MAZE, episodes=25, progress=False))
 
 

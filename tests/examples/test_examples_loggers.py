@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from example_scripts import run, table
+from extras import needs
 from test_examples import METHODS, TINY, small_pendulum  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("small_pendulum")
@@ -48,7 +49,7 @@ def wandb_records(path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # wandb's own dependencies
 def test_wandb_has_a_run_for_each_method(monkeypatch):
-    wandb = pytest.importorskip("wandb")
+    wandb = needs("wandb")
     from wandb.proto import wandb_internal_pb2
 
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -79,7 +80,7 @@ def test_wandb_has_a_run_for_each_method(monkeypatch):
 def test_wandb_without_an_account_is_a_sentence_and_leaves_no_folder(
     monkeypatch, capfd, tmp_path, failure
 ):
-    wandb = pytest.importorskip("wandb")
+    wandb = needs("wandb")
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

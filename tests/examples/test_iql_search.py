@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from example_scripts import load, perform_here, run, table
+from extras import needs
 
 from iql_torchrl.data.builtin import make_dataset
 
@@ -29,7 +30,7 @@ def search(empty_folder, monkeypatch):
 
 
 def test_a_search_is_continued_and_ends_with_reserved_episodes(search, capsys):
-    pytest.importorskip("optuna")
+    needs("optuna")
     make_dataset(PENDULUM, episodes=20, progress=False)
     assert run(search, *TINY, "--rounds", "1") == 0
     first = table("results/trials.csv")
@@ -68,7 +69,7 @@ def rows_of(self, *args, **kwargs) -> SimpleNamespace:
 
 
 def test_proposals_follow_the_estimates(search, monkeypatch, tmp_path):
-    pytest.importorskip("optuna")
+    needs("optuna")
     monkeypatch.setattr(search.Sweep, "run", rows_of)
     monkeypatch.setattr(search.Sweep, "parts", lambda self: ())
     options = search.Options(folder=tmp_path, rounds=6, batch=8)
@@ -83,7 +84,7 @@ def test_proposals_follow_the_estimates(search, monkeypatch, tmp_path):
 
 
 def test_a_search_without_any_estimate_ends_with_the_reason(search, monkeypatch, tmp_path):
-    pytest.importorskip("optuna")
+    needs("optuna")
     monkeypatch.setattr(search.Sweep, "run", rows_of)
     options = search.Options(folder=tmp_path, rounds=1, batch=2)
     config = replace(search.PRESETS["quick"], temperature=29.9)
