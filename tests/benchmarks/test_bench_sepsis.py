@@ -13,7 +13,7 @@ from tensordict import TensorDict
 from iql_torchrl import IQLConfig
 
 needs("icu_sepsis")
-import bench_sepsis  # registers the environment
+import bench_sepsis  # noqa: E402 (it registers the environment)
 
 
 def steps(*rows):

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 from extras import needs
 
 needs("gymnasium_robotics")
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import minari_tutorial
+import minari_tutorial  # noqa: E402
 
 
 def test_changes_must_find_their_text():
