@@ -60,15 +60,34 @@ def _parser() -> argparse.ArgumentParser:
             help="Minari or OGBench id, file or folder of load_dataset; build: or a built-in name",
         )  # fmt: skip
         reads.add_argument("--env", help="environment id, for files that name none")
+        reads.add_argument("--limit", type=int, help="at most this many transitions")
+        reads.add_argument("--concatenate", nargs="+", help="leaves of a Dict observation to join")
+        reads.add_argument(
+            "--columns", nargs="+", type=_column, metavar="KEY=NAME",
+            help="the file's names of our keys; KEY= leaves an optional column out",
+        )  # fmt: skip
     build.add_argument("folder", metavar="FOLDER", type=Path, help="of the table")
-    build.add_argument("--limit", type=int, help="at most this many transitions")
-    build.add_argument("--concatenate", nargs="+", help="leaves of a Dict observation to join")
     build.add_argument(
         "--shards", type=int, help="write so many tables of whole episodes, for load_shards(FOLDER)"
     )
     verify = command(_verify, "compare a built table or shards with checksums")
     verify.add_argument("folder", metavar="FOLDER", type=Path, help="of the table or the shards")
     return parser
+
+
+def _column(text: str) -> tuple[str, str | None]:
+    key, equals, name = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} has no '='; expected KEY=NAME")
+    return key, name or None
+
+
+def _reading(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of ``load_dataset`` that were given."""
+    names = ("env", "limit", "concatenate")
+    return {name: getattr(options, name) for name in names} | {
+        "columns": dict(options.columns) if options.columns else None
+    }
 
 
 def _list(_: argparse.Namespace) -> None:
@@ -89,9 +108,7 @@ def _make(options: argparse.Namespace) -> None:
 
 def _build(options: argparse.Namespace) -> None:
     name = ensure_source(options.source)
-    read: dict[str, Any] = {
-        "env": options.env, "limit": options.limit, "concatenate": options.concatenate,
-    }  # fmt: skip
+    read = _reading(options)
     if options.shards is None:
         log: DatasetSummary = load_dataset(name, memmap=options.folder, **read)
         parts, how = "", "load_dataset(FOLDER)"
@@ -107,7 +124,7 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _describe(options: argparse.Namespace) -> None:
-    dataset = load_dataset(options.source, env=options.env)
+    dataset = load_dataset(options.source, **_reading(options))
     table, returns, lengths = dataset.transitions, dataset.episode_returns, dataset.episode_lengths
     flags = table["next", "terminated"].flatten().numpy()
     terminated = int(flags[lengths.cumsum() - 1].sum())

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import gymnasium
 import minari
@@ -220,6 +221,21 @@ def test_pointmaze_controller_reaches_goal_after_goal(root, name, steps):
     assert high > low + 1
     joined = load_dataset(name, concatenate=["observation", "desired_goal"])
     assert joined.transitions["observation"].shape == (3 * steps, 6)
+
+
+def test_describe_reads_the_columns_that_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    lines = ["speed,push,profit,time_limit", "0.5,0.1,1.5,0", "0.25,-0.1,2.5,1"]
+    Path("log.csv").write_text("\n".join(lines))
+    columns = ["observation=speed", "action=push", "reward=profit", "truncated=time_limit"]
+    assert main(["describe", "log.csv", "--columns", *columns, "terminated="]) == 0
+    out = capsys.readouterr().out
+    assert "1.5 to 1.5" in out.partition("next/reward")[2]  # the cut last row is dropped
+    assert main(["describe", "log.csv", "--columns", *columns]) == 1
+    assert "terminated" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["describe", "log.csv", "--columns", "reward"])
+    assert "'reward' has no '='; expected KEY=NAME" in capsys.readouterr().err
 
 
 def test_command_line_lists_makes_and_describes(root, monkeypatch, capsys):
