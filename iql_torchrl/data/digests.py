@@ -58,8 +58,8 @@ def episode_digests(log: Episodes) -> IntArray:
     """
     ends = np.cumsum(log.episode_lengths) - 1
     starts = np.concatenate([[0], ends[:-1] + 1])
-    rows = log.transitions[np.stack([starts, ends], 1).reshape(-1)]
-    table = rows.select("observation", "action")
+    columns = log.transitions.select("observation", "action")
+    table = columns[np.stack([starts, ends], 1).reshape(-1)]
     returns = np.array([f"{value:.3e}" for value in log.episode_returns])
     parts = [log.episode_lengths.astype(np.int64)[:, None].view(np.uint8)]
     for key in sorted(table.keys(include_nested=True, leaves_only=True), key=str):

@@ -32,7 +32,7 @@ from minari.serialization import deserialize_space, serialize_space
 from numpy.typing import NDArray
 from tensordict import MemoryMappedTensor, TensorDict
 
-from iql_torchrl.data.build import DiskTables, file_name, fill, row_bytes
+from iql_torchrl.data.build import BLOCK_BYTES, DiskTables, file_name, fill, row_bytes
 from iql_torchrl.data.dataset import Description
 from iql_torchrl.data.digests import episode_digests, sketch_of
 from iql_torchrl.data.readers.source import ReadOptions, Source
@@ -232,21 +232,30 @@ def write_log(
     or becomes full.
     """
     layout, lengths = source.layout(options.dtype), source.episode_lengths
-    first = np.concatenate([[0], np.cumsum(lengths)])[edges]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    first = starts[edges]
     names = [f"shard-{number:05d}" for number in range(len(edges) - 1)]
     with _staged_folder(folder, source.rows * row_bytes(layout)) as staging:
         tables = DiskTables(layout, first, [staging / name for name in names])
         description = fill(source, tables, options)
         returns, sketches = description.episode_returns, []
         np.savez(staging / EPISODES, returns=returns, lengths=lengths)
+        at_once = max(1, int(BLOCK_BYTES / row_bytes(layout) / lengths.mean()))  # episodes
         for number, name in enumerate(names):
-            own = slice(edges[number], edges[number + 1])
             paths = {key: staging / name / file_name(key) for key in layout}
-            rows = _mapped_rows(paths, layout, int(first[number + 1] - first[number]))
-            part = SimpleNamespace(
-                transitions=rows, episode_returns=returns[own], episode_lengths=lengths[own]
-            )
-            sketches.append(sketch_of(episode_digests(part)))
+            for begin in range(edges[number], edges[number + 1], at_once):
+                own = slice(begin, min(begin + at_once, edges[number + 1]))
+                # mapped anew: pages of a mapping count as memory of the process
+                rows = _mapped_rows(paths, layout, int(first[number + 1] - first[number]))
+                part = SimpleNamespace(
+                    transitions=rows[
+                        starts[own.start] - first[number] : starts[own.stop] - first[number]
+                    ],
+                    episode_returns=returns[own],
+                    episode_lengths=lengths[own],
+                )
+                sketches.append(sketch_of(episode_digests(part)))
+                del rows, part
         spec, change = description.env_spec, description.reward_map
         unchanged = ("name", "reference_scores", "joined", "notes", "warnings")
         record = {
