@@ -178,6 +178,30 @@ def test_csv_files(tmp_path):
         refused(words, path, env=env)
 
 
+NUMBERED = "episode,observation.0,action,reward,terminated,truncated\n"
+
+
+def test_csv_files_of_spreadsheets_and_with_spaces_after_commas(tmp_path):
+    """The mark of byte order is no part of the first name, nor a space of a cell: none is misread."""
+    lines = "".join(f"{row // 3},{row / 2},{row % 2},1,{row == 5},False\n" for row in range(9))
+    for text in (NUMBERED + lines, "\ufeff" + NUMBERED + lines, (NUMBERED + lines).replace(",", ", ")):
+        path = tmp_path / "log.csv"
+        path.write_text(text, encoding="utf-8")
+        dataset = load_dataset(path)
+        # truncated ends have no successor
+        assert dataset.episode_lengths.tolist() == [2, 3, 2]
+        assert dataset.action_space == gym.spaces.Discrete(2)
+
+
+@pytest.mark.parametrize("first", [10**18, 2**63 - 2, -(2**63)])
+def test_csv_files_number_episodes_by_all_integers_of_64_bits(tmp_path, first):
+    """Neighbouring numbers, such as times in nanoseconds, differ by less than a float64 can."""
+    lines = (f"{first + row // 3},{row / 2},{row % 2},1,0,0\n" for row in range(6))
+    path = tmp_path / "log.csv"
+    path.write_text(NUMBERED + "".join(lines))
+    assert load_dataset(path).episode_lengths.tolist() == [2, 2]
+
+
 def test_tensordicts_buffers_and_storages_agree():
     data, ends = walk(4, 3, successors=True)
     after = {

@@ -25,9 +25,11 @@ def open_csv(path: Path) -> dict[str, Column]:
     Raises ``DatasetError`` for columns that occur twice or leave places out, for a line of another
     length, and for a cell that is no number at the first use of its array.
     """
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+    # "-sig": spreadsheets write a mark of byte order, which is no part of the first name
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:
         try:
-            head, *rows = [line for line in csv.reader(file) if line] or [[""]]
+            lines = csv.reader(file, skipinitialspace=True)
+            head, *rows = [line for line in lines if line] or [[""]]
         except csv.Error as error:
             raise DatasetError(f"{path} is not a table of numbers: {error}.") from error
     for row, line in enumerate(rows):
@@ -53,9 +55,12 @@ def open_csv(path: Path) -> dict[str, Column]:
 
 
 def _numbers(cells: NDArray[Any], name: str) -> Column:
-    texts = [MARKS.get(cell.lower(), cell) for cell in cells.flat]
-    whole = all(re.fullmatch(r"-?\d{1,18}", text) for text in texts)
-    numbers = np.empty(cells.size, np.int64 if whole else np.float64)
+    texts = [MARKS.get(cell.strip().lower(), cell.strip()) for cell in cells.flat]
+    if all(re.fullmatch(r"-?\d{1,20}", text) for text in texts):
+        whole = np.array(list(map(int, texts)))
+        if whole.dtype.kind in "iu":  # of 64 bits: floats would make large numbers equal
+            return whole.reshape(cells.shape)
+    numbers = np.empty(cells.size)
     for place, text in enumerate(texts):
         try:
             numbers[place] = text
