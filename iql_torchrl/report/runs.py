@@ -129,6 +129,8 @@ def group_runs(runs: Sequence[Run], *, each: bool = False) -> list[Group]:
 def labelled(groups: Sequence[Sequence[Run]], *, apart_from: Sequence[str]) -> list[Group]:
     """Labels: the settings that differ between groups, and folders where labels would be equal.
 
+    A folder is given by its name, or by its path where another group has that name.
+
     The settings ``apart_from`` are not named: runs of one group may differ in them.
     """
     settings = [runs[0].settings_without(*apart_from) for runs in groups]
@@ -139,7 +141,12 @@ def labelled(groups: Sequence[Sequence[Run]], *, apart_from: Sequence[str]) -> l
         if len({json.dumps(each.get(key)) for each in saved}) > 1
     ]
     differing.sort(key="seed".__eq__)  # the seed is named last
-    folders = [runs[0].name + f" and {len(runs) - 1} more" * (len(runs) > 1) for runs in groups]
+    names = [runs[0].name for runs in groups]
+    folders = [
+        (name if names.count(name) == 1 else str(runs[0].folder))
+        + f" and {len(runs) - 1} more" * (len(runs) > 1)
+        for name, runs in zip(names, groups, strict=True)
+    ]
     labels = []
     for folder, each in zip(folders, settings, strict=True):
         named = [f"{key.replace('_', ' ')} {_shown(each[key])}" for key in differing if key in each]

@@ -289,6 +289,20 @@ def test_one_group_is_named_by_its_folders(make_run):
     assert labels(again) == ["x", "w"]
 
 
+def test_folders_of_equal_names_are_named_by_their_paths(tmp_path):
+    """Groups of equal labels would be one line of the picture and one method."""
+    runs = []
+    for number, place in enumerate(("one/seed0", "two/seed0", "three")):
+        (tmp_path / place).mkdir(parents=True)
+        write_csv(tmp_path / place / "metrics.csv", [{"update": 0, "return_mean": float(number)}])
+        runs.append(read_run(tmp_path / place))
+    groups = group_runs(runs)
+    assert labels(groups) == [f"{tmp_path}/one/seed0", f"{tmp_path}/two/seed0", "three"]
+    same = [replace(run, settings={"seed": 0}) for run in runs[:2]]
+    each = [f"seed 0, {tmp_path}/{place}/seed0" for place in ("one", "two")]
+    assert labels(group_runs([*same, replace(runs[2], settings={"seed": 1})], each=True))[:2] == each
+
+
 def test_the_same_seed_twice_is_no_second_sample(make_run, capsys):
     short, long = make_run("short", [1.0], seed=0), make_run("long", [1.0, 2.0], seed=0)
     other = make_run("other", [1.0, 2.0], seed=1)
