@@ -129,7 +129,7 @@ class _Episode:
         """Apply ``action``; True when the episode has ended."""
         observation, reward, terminated, truncated, self.info = self.env.step(action)
         remember(self.seen, observation)
-        self.total += float(reward)
+        self.total += float(np.asarray(reward).item())
         self.length += 1
         for key in SUCCESS_KEYS:
             if key in self.info:

@@ -99,6 +99,18 @@ def test_every_episode_counts_once_whatever_the_number_of_environments(num_envs)
     assert all(env.closed for env in Seeded.opened)
 
 
+def test_rewards_may_be_arrays_of_one_number():
+    """As of environments that compute with actions ``(1,)``; NumPy 2.4 has no ``float`` of these."""
+
+    class InArrays(Seeded):
+        def step(self, action):
+            observation, reward, *others = super().step(action)
+            return observation, np.array([reward]), *others
+
+    result = evaluate(constant(HALF), InArrays, episodes=4, num_envs=2, seed=11)
+    np.testing.assert_array_equal(result.returns, expected(11, 4)[1])
+
+
 def spy(function, in_keys=("observation",)):
     """A policy of ``function``, and the list of what it reads."""
     seen = []
