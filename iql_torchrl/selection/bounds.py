@@ -40,7 +40,8 @@ def mean_bounds(
     For P > 1 the quantile is chosen, from the same draws for every quantity, such that all P
     bounds of one side hold together: the smallest rank over the quantities has the expected
     quantile (Mandel and Betensky 2008, "Simultaneous confidence intervals based on the percentile
-    bootstrap approach", section 2). The bounds are narrower for correlated quantities.
+    bootstrap approach", section 2). The bounds are narrower for correlated quantities. Those of a
+    quantity that is NaN are NaN, and the others do not depend on it.
 
     Args:
         samples: one row per quantity, one column per episode; E >= 1.
@@ -77,8 +78,8 @@ def _weights(episodes: int, seed: int) -> Iterator[FloatArray]:
 
 def _quantile(draws: FloatArray, level: float, together: bool) -> FloatArray:
     """Per column the quantile of its draws; the share ``level`` is of it alone, or of any column."""
-    place = int(level * len(draws))
-    if together and draws.shape[1] > 1:
-        smallest = stats.rankdata(draws, "ordinal", axis=0).min(axis=1) - 1
+    place, known = int(level * len(draws)), ~np.isnan(draws).any(axis=0)
+    if together and known.sum() > 1:
+        smallest = stats.rankdata(draws[:, known], "ordinal", axis=0).min(axis=1) - 1
         place = int(np.quantile(smallest, level))
     return np.asarray(np.sort(draws, axis=0)[place])

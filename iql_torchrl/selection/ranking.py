@@ -294,8 +294,8 @@ def _importance(known: Evidence, behaviour: Any) -> dict[str, Any]:
 
 
 def _sorted_rows(members: Sequence[Member], columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per member, best value first."""
-    order = sorted(range(len(members)), key=lambda number: float(-columns["value"][number]))
+    """One row per member, best value first; NaN is last."""
+    order = np.argsort(-np.asarray(columns["value"]), kind="stable").tolist()
     rows: list[dict[str, Any]] = []
     for rank, number in enumerate(order, 1):
         temperature = members[number].temperature

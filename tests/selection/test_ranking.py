@@ -106,7 +106,23 @@ def warnings_with(result, text):
 def shifted(fitted, by, *names):
     """Both scores of the members ``names`` so much higher."""
     chosen = np.isin(fitted.names, names)[:, None]
-    return {key: getattr(fitted.episodes, key) + by * chosen for key in ("scores", "scores_high")}
+    added = np.where(chosen, by, 0.0)
+    return {key: getattr(fitted.episodes, key) + added for key in ("scores", "scores_high")}
+
+
+def test_a_member_whose_critic_diverged_is_last_and_changes_no_other(again, fitted, ranked):
+    """Its NaN made every simultaneous bound fail, and mixed up the order of the others."""
+    result = again(shifted(fitted, math.nan, "greedy", "p1"))
+    assert result.recommended != "greedy"
+    assert {row["member"] for row in result.rows[-2:]} == {"greedy", "p1"} == doubted(result, "range")
+    assert all(math.isnan(row["gain_low"]) for row in result.rows[-2:])
+    rest = [row["member"] for row in ranked.rows if row["member"] not in ("greedy", "p1")]
+    assert [row["member"] for row in result.rows[:-2]] == rest
+    for row in result.rows[:-2]:
+        before = row_of(ranked, row["member"])
+        assert row["value_low"] == before["value_low"]
+        # of fewer members together
+        assert before["gain_low"] <= row["gain_low"] < row["gain_high"] <= before["gain_high"]
 
 
 def test_members_are_sorted_by_value_and_the_best_is_recommended(ranked, parts):
