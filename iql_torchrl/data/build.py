@@ -82,7 +82,8 @@ class DiskTables:
         first, last = np.searchsorted(self.edges, [start, stop - 1], side="right") - 1
         for key, values in block.items():
             if values.numel():
-                low, high = (float(value) for value in values.aminmax())
+                rows = values.numpy()  # torch has no minimum of wide unsigned integers
+                low, high = float(rows.min()), float(rows.max())
                 self.ranges[key] = min(low, self.ranges[key][0]), max(high, self.ranges[key][1])
             for number in range(first, last + 1):
                 begin, end = max(start, self.edges[number]), min(stop, self.edges[number + 1])

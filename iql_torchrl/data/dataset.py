@@ -171,8 +171,8 @@ class OfflineDataset(DatasetSummary):
         return "action_mask" in self.transitions
 
     def range_of(self, key: Key) -> tuple[float, float]:
-        low, high = self.transitions[key].aminmax()
-        return float(low), float(high)
+        values = self.transitions[key].cpu().numpy()
+        return float(values.min()), float(values.max())
 
     def sketch(self) -> NDArray[np.int64]:
         return sketch_of(episode_digests(self))

@@ -32,7 +32,7 @@ from iql_torchrl.data.saved import (
     read_log,
     write_log,
 )
-from iql_torchrl.data.schema import MASK, DatasetError, Key
+from iql_torchrl.data.schema import MASK, REWARD, DatasetError, Key
 from iql_torchrl.descriptions import one_line
 from iql_torchrl.files import make_folder
 
@@ -162,7 +162,10 @@ class ShardedDataset(DatasetSummary):
         return MASK in self.log.layout
 
     def range_of(self, key: Key) -> tuple[float, float]:
-        return self.log.ranges[key]
+        low, high = self.log.ranges[key]
+        if key == REWARD:  # written down before any map
+            low, high = sorted(map(self.reward_map.forward, (low, high)))
+        return low, high
 
     def sketch(self) -> NDArray[np.int64]:
         return self.log.sketch

@@ -58,6 +58,31 @@ def test_the_shards_hold_the_rows_and_numbers_of_the_whole_log(tmp_path, small_b
         assert data.masked is False
 
 
+@pytest.mark.parametrize("reward", ["raw", (-2.0, 1.0)])
+@pytest.mark.parametrize("when", ["build", "load"])
+def test_the_range_of_rewards_is_that_of_the_mapped_ones(tmp_path, reward, when):
+    rows, later = numbered(LENGTHS), when == "load"
+    source = save(tmp_path / "log.npz", rows)
+    log = build_shards(source, tmp_path / "s", 3, reward="raw" if later else reward, **SPACES)
+    log = load_shards(tmp_path / "s", reward=reward) if later else log
+    scale, shift = (1.0, 0.0) if reward == "raw" else reward
+    mapped = scale * rows["reward"] + shift
+    assert log.range_of(("next", "reward")) == pytest.approx((mapped.min(), mapped.max()))
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.uint32])
+def test_depth_in_wide_unsigned_integers_is_built_on_disk(tmp_path, kind):
+    """Of which torch has no minimum on a CPU."""
+    rows = numbered(LENGTHS)
+    rows |= {n: (50 * rows[n] + 60_000).astype(kind) for n in ("observation", "next_observation")}
+    spaces = {**SPACES, "observation_space": gym.spaces.Box(0, 65_535, (3,), kind)}
+    source = save(tmp_path / "log.npz", rows)
+    log = build_shards(source, tmp_path / "shards", 3, **spaces)
+    ends = (rows["observation"].min(), rows["observation"].max())
+    assert log.range_of(("observation",)) == ends
+    assert load_dataset(source, memmap=tmp_path / "table", **spaces).range_of(("observation",)) == ends
+
+
 def test_statistics_stay_exact_for_numbers_far_from_zero(tmp_path, small_blocks):
     """A sum of squares in float64 would lose all digits of the deviation."""
     rows = numbered(LENGTHS)
