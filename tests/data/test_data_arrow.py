@@ -1,6 +1,8 @@
 """Parquet files and tables of ``datasets``: a row a step, or a row an episode."""
 
 import sys
+from datetime import datetime
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -153,7 +155,10 @@ BAD = [
     (steps(reward=[None, *[1.0] * 10]), {}, "reward|1 empty values|row 0"),
     (steps(action=[[0.5]] * 10 + [None]), {}, "action|empty|row 10"),
     (steps(action=[[0.5]] * 9 + [[None], [0.5]]), {}, "action|empty|row 9"),
-    (steps(observation=["a"] * 11), {}, "observation|<U|real numbers"),
+    (steps(observation=["a"] * 11), {}, "observation has values of the Arrow type string; expected"),
+    (steps(reward=[Decimal("0.5")] * 11), {}, "reward has values of the Arrow type decimal128(1, 1)"),
+    (steps(episode_index=[datetime(2026, 1, 1)] * 11), {}, "episode_index has|type timestamp[us]"),
+    (steps(truncated=[None] * 11), {}, "truncated has values of the Arrow type null"),
     (steps(observation=[[[1, 2]]] * 11), {}, "observation|int64|(1, 2)"),
     (steps(observation=[*STORED[:10], b"PNG"]), {}, "damaged picture|row 10"),
     (steps(observation=[{"bytes": None, "path": "no.png"}] * 11), {}, "no.png|row 0"),

@@ -115,7 +115,7 @@ class _Leaf:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the values; text for what are no numbers or pictures."""
+        """Of the values; text for what are no numbers or pictures, which is not read."""
         if _is_picture(self.kind):
             return np.dtype(np.uint8)
         if (
@@ -216,6 +216,11 @@ def _column(
 
     Sequences have one entry more than steps where one is ``extra``, their first (0) or last (-1).
     """
+    if leaf.dtype.kind not in "biuf":
+        return UnreadableColumn(
+            f"{leaf.subject} has values of the Arrow type {leaf.kind}; expected integers, floats or "
+            "booleans: cast the column, or leave it out."
+        )
     counts = np.ones(leaf.table.rows, np.int64) if steps is None else steps
     stored = counts + (extra is not None)
     begins = np.cumsum(stored) - stored
@@ -230,7 +235,7 @@ def _column(
         return np.delete(numbers, dropped, axis=0)
 
     shape: tuple[int, ...] = ()
-    if counts.any() and leaf.dtype.kind in "biuf":
+    if counts.any():
         first = int(counts.argmax())
         try:
             shape = read(first, first + 1).shape[1:]
