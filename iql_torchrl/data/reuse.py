@@ -47,6 +47,7 @@ def load_or_build(
     built_from = identity(source, options)
     if not os.path.isdir(folder):  # one that is there may be opened without the right to write
         make_folder("memmap", folder, above=True, error=DatasetError)
+    folder = folder.resolve()  # a link stays one
     with folder_lock(folder):
         log = _reusable(folder, built_from)
         if log is None:

@@ -72,6 +72,7 @@ def build_shards(
         )
     read, folder = ReadOptions(env=env, **options), Path(folder)
     make_folder("folder", folder, above=True, error=DatasetError)
+    folder = folder.resolve()  # a link stays one
     table = open_source(source, read)
     edges = episodes_of_shards(table.episode_lengths, shards, table.name)
     with folder_lock(folder):

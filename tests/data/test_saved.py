@@ -51,6 +51,22 @@ def assert_same(first, second):
         assert torch.equal(second.statistics[key].std, value.std)
 
 
+def test_a_folder_that_is_a_link_is_built_where_it_leads(archive, tmp_path):
+    """As to a larger disk: the link was replaced by a folder beside it."""
+    large, home = tmp_path / "large", tmp_path / "home"
+    home.mkdir()
+    for name in ("table", "shards"):
+        (large / name).mkdir(parents=True)
+        (home / name).symlink_to(large / name)
+    for limit in (50, 100):  # built, and built again
+        log = load_dataset(archive, memmap=home / "table", limit=limit)
+        assert len(load_dataset(large / "table")) == len(log) == limit
+    build_shards(archive, home / "shards", 2)
+    assert len(load_shards(large / "shards")) == sum(LENGTHS)
+    assert all((home / name).is_symlink() for name in ("table", "shards"))
+    assert sorted(path.name for path in large.iterdir()) == ["shards", "table"]
+
+
 # -- a table that is opened
 
 
