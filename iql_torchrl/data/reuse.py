@@ -94,21 +94,25 @@ def identity(source: Any, options: ReadOptions) -> dict[str, Any]:
         [str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns, _sampled(p, len(files))]
         for p in files
     ]
-    selected = [
-        text_digest(str(list(map(int, part.episode_indices))).encode())
-        for part in (source if isinstance(source, list | tuple) else [source])
-        if isinstance(part, minari.MinariDataset) and len(part) != part.storage.total_episodes
-    ]
     # Of an environment the limit and the spaces decide, which may change under its id.
     read = options.described()
     decisive = {
-        **vars(read), "env": None, "episodes": selected,
+        **vars(read), "env": None,
         "observation_space": _space_identity(read.observation_space),
         "action_space": _space_identity(read.action_space),
-        "source": source if isinstance(source, str | Path | list | tuple) else None,
+        "source": _source_identity(source),
         "download": None, "progress": None,  # these decide nothing
     }  # fmt: skip
     return {"files": records, "options": {name: repr(value) for name, value in decisive.items()}}
+
+
+def _source_identity(source: Any) -> Any:
+    """Names and paths, and which episodes of a Minari dataset, in the lists that the source has."""
+    if isinstance(source, list | tuple):
+        return [_source_identity(part) for part in source]
+    if isinstance(source, minari.MinariDataset) and len(source) != source.storage.total_episodes:
+        return text_digest(str(list(map(int, source.episode_indices))).encode())
+    return source if isinstance(source, str | Path) else None
 
 
 def _sampled(path: Path, files: int) -> str:

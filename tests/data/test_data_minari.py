@@ -1,6 +1,7 @@
 """Minari datasets are read completely: every transition once, none across two episodes."""
 
 import dataclasses
+import os
 import shutil
 import warnings
 
@@ -279,3 +280,20 @@ def test_the_environment_and_scores_are_recovered(root):
         dataset.make_env()
     with pytest.raises(DatasetError, match="reference_scores"):
         dataset.normalised_score(0.0)
+
+
+def test_a_table_of_joined_datasets_is_reused(root):
+    """Opened again, they are other objects with the same files and the same selection."""
+    for name in ("one", "two"):
+        write(f"made/{name}-v0", [episode(3), episode(5)])
+
+    def load(*indices):
+        parts = [minari.load_dataset(f"made/{name}-v0") for name in ("one", "two")]
+        parts[1] = parts[1].filter_episodes(lambda each: each.id in indices)
+        return load_dataset([parts], memmap=root / "table")
+
+    assert load(0).episode_lengths.tolist() == [3, 5, 3]
+    assert load(1).episode_lengths.tolist() == [3, 5, 5]
+    built = (root / "table" / "built.json").stat()
+    assert load(1).episode_lengths.tolist() == [3, 5, 5]
+    assert os.path.samestat(built, (root / "table" / "built.json").stat())
