@@ -138,9 +138,9 @@ class Log:
     """What the record of a folder says.
 
     ``files``: by path, the size and the digest of each. ``ranges``: smallest and largest number of
-    each entry over all rows, of rewards before any map. ``sketch``: see ``digests.sketch_of``. ``source``: the ``identity`` of
-    what it was built from, None where the folder is never built again. ``stored``: the map of the
-    rewards in the files.
+    each entry over all rows, of rewards before any map. ``sketch``: see ``digests.sketch_of``.
+    ``source``: the ``identity`` of what it was built from, None where the folder is never built again.
+    ``stored``: the map of the rewards in the files.
     """
 
     location: Location

@@ -184,7 +184,11 @@ NUMBERED = "episode,observation.0,action,reward,terminated,truncated\n"
 def test_csv_files_of_spreadsheets_and_with_spaces_after_commas(tmp_path):
     """The mark of byte order is no part of the first name, nor a space of a cell: none is misread."""
     lines = "".join(f"{row // 3},{row / 2},{row % 2},1,{row == 5},False\n" for row in range(9))
-    for text in (NUMBERED + lines, "\ufeff" + NUMBERED + lines, (NUMBERED + lines).replace(",", ", ")):
+    for text in (
+        NUMBERED + lines,
+        "\ufeff" + NUMBERED + lines,
+        (NUMBERED + lines).replace(",", ", "),
+    ):
         path = tmp_path / "log.csv"
         path.write_text(text, encoding="utf-8")
         dataset = load_dataset(path)

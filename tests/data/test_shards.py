@@ -80,7 +80,9 @@ def test_depth_in_wide_unsigned_integers_is_built_on_disk(tmp_path, kind):
     log = build_shards(source, tmp_path / "shards", 3, **spaces)
     ends = (rows["observation"].min(), rows["observation"].max())
     assert log.range_of(("observation",)) == ends
-    assert load_dataset(source, memmap=tmp_path / "table", **spaces).range_of(("observation",)) == ends
+    assert (
+        load_dataset(source, memmap=tmp_path / "table", **spaces).range_of(("observation",)) == ends
+    )
 
 
 def test_statistics_stay_exact_for_numbers_far_from_zero(tmp_path, small_blocks):

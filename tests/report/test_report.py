@@ -300,7 +300,9 @@ def test_folders_of_equal_names_are_named_by_their_paths(tmp_path):
     assert labels(groups) == [f"{tmp_path}/one/seed0", f"{tmp_path}/two/seed0", "three"]
     same = [replace(run, settings={"seed": 0}) for run in runs[:2]]
     each = [f"seed 0, {tmp_path}/{place}/seed0" for place in ("one", "two")]
-    assert labels(group_runs([*same, replace(runs[2], settings={"seed": 1})], each=True))[:2] == each
+    assert (
+        labels(group_runs([*same, replace(runs[2], settings={"seed": 1})], each=True))[:2] == each
+    )
 
 
 def test_the_same_seed_twice_is_no_second_sample(make_run, capsys):

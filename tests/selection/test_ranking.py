@@ -114,7 +114,9 @@ def test_a_member_whose_critic_diverged_is_last_and_changes_no_other(again, fitt
     """Its NaN made every simultaneous bound fail, and mixed up the order of the others."""
     result = again(shifted(fitted, math.nan, "greedy", "p1"))
     assert result.recommended != "greedy"
-    assert {row["member"] for row in result.rows[-2:]} == {"greedy", "p1"} == doubted(result, "range")
+    assert (
+        {row["member"] for row in result.rows[-2:]} == {"greedy", "p1"} == doubted(result, "range")
+    )
     assert all(math.isnan(row["gain_low"]) for row in result.rows[-2:])
     rest = [row["member"] for row in ranked.rows if row["member"] not in ("greedy", "p1")]
     assert [row["member"] for row in result.rows[:-2]] == rest
