@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -216,6 +216,16 @@ def agree(**quantities: Tensor) -> None:
             f"{', '.join(f'{name} has shape {shape}' for name, shape in shapes.items())}; expected "
             "one number per sample in each. Check the networks' last layers, and sum a "
             "log-probability over action dimensions (torch.distributions.Independent)."
+        )
+
+
+def check_action(key: NestedKey, logged: Tensor, shape: Sequence[int]) -> None:
+    """Raise ``ValueError`` unless the logged action has the ``shape`` of the policy's actions."""
+    if tuple(logged.shape) != tuple(shape):
+        raise ValueError(
+            f"{key!r} has shape {tuple(logged.shape)} and the policy's actions have shape "
+            f"{tuple(shape)}; expected one shape, so that nothing broadcasts. An action of one number "
+            "is stored as (*B, 1): batch['action'].unsqueeze(-1)."
         )
 
 

@@ -18,7 +18,7 @@ from torchrl.objectives.value import TD0Estimator
 
 from iql_torchrl import functional as F
 from iql_torchrl.config import IQLConfig, Knob, check_choice, loss_knobs
-from iql_torchrl.losses.batch import Batch, agree, per_sample, read_batch
+from iql_torchrl.losses.batch import Batch, agree, check_action, per_sample, read_batch
 from iql_torchrl.losses.checks import check_actor, check_form
 from iql_torchrl.losses.critics import Critics
 from iql_torchrl.losses.draws import FLOW_NOISE, FLOW_TIME, IMAGE_SHIFT, NEXT_IMAGE_SHIFT, Draw
@@ -452,7 +452,9 @@ class ImplicitQLoss(NetworkLoss):
                 error = self.actor_objective(actor, self.inputs(batch).copy())
             return per_sample(error, batch.data.batch_size, "actor_objective's result")
         if self.actor_objective == "mse":
-            error = (self._policy_action(batch) - batch.data.get(self.tensor_keys.action)).square()
+            action, logged = self._policy_action(batch), batch.data.get(self.tensor_keys.action)
+            check_action(self.tensor_keys.action, logged, action.shape)
+            error = (action - logged).square()
             return error if error.ndim == batch.data.ndim else error.sum(-1)
         dist = self.networks.distribution(self.inputs(batch))
         log_prob = dist.log_prob(self.logged_action(batch, dist))
@@ -460,7 +462,10 @@ class ImplicitQLoss(NetworkLoss):
 
     def logged_action(self, batch: Batch, dist: distributions.Distribution) -> Tensor:
         """The logged action in the form that ``dist.log_prob`` takes."""
-        return batch.data.get(self.tensor_keys.action)
+        action, shape = batch.data.get(self.tensor_keys.action), dist.batch_shape + dist.event_shape
+        if len(shape) >= action.ndim:  # a class of the user's may leave its shapes empty
+            check_action(self.tensor_keys.action, action, shape)
+        return action
 
     def _policy_action(self, batch: Batch) -> Tensor:
         """The action that the policy writes, ``(*B, A)``."""
@@ -503,6 +508,7 @@ class ImplicitQLoss(NetworkLoss):
         """
         action, dist = self.policy_output(batch)
         logged = batch.data.get(self.tensor_keys.action)
+        check_action(self.tensor_keys.action, logged, action.shape)
         read = self.observed_keys(self.qvalue_network.in_keys)
         data: TensorDictBase = batch.data.select(*read, strict=False)
         chosen = replace(
