@@ -339,9 +339,9 @@ class ImplicitQLoss(NetworkLoss):
         the number of valid steps.
         """
         steps = torch.ones(batch.data.batch_size, dtype=torch.float64, device=self._like.device)
-        if batch.mask is not None:
-            steps = steps.masked_fill(~batch.mask, 0.0)
         weights = steps if batch.weight is None else steps * batch.weight
+        if batch.mask is not None:  # a weight of padding may be nan
+            steps, weights = (each.masked_fill(~batch.mask, 0.0) for each in (steps, weights))
         dim = self._samples(steps)
         dims = tuple(range(steps.ndim)) if dim is None else tuple(dim)
         return weights.sum(dims), steps.sum(dims)

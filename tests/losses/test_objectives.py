@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -480,6 +482,15 @@ def test_a_value_with_more_than_one_number_is_named():
     value = ValueOperator(nn.Linear(OBS, 2), in_keys=["observation"])
     with pytest.raises(ValueError, match=r"state_value has shape \(32, 2\)"):
         IQLLoss(actor, critic, value)(make_batch())
+
+
+def test_divisors_do_not_read_weights_of_padding():
+    """Ranks that divide a batch divide by these."""
+    batch = make_batch(4)
+    batch["collector", "mask"] = torch.tensor([True, True, False, False])
+    batch["priority_weight"] = torch.tensor([0.5, 2.0, math.nan, math.inf])
+    loss = IQLLoss(*make_networks())
+    assert [float(each) for each in loss.divisors(loss.read(batch))] == [2.5, 2.0]
 
 
 @pytest.mark.parametrize("shape", [(32, 3), (2, 2)])
