@@ -219,10 +219,10 @@ class ResumableTrainer(Trainer):
         """Settings that are knobs of no loss; numbers to six digits, which float32 has."""
         loss, updater = self.loss_module, part_of(self.step, "target_updater")
         gamma = getattr(getattr(loss, "value_estimator", None), "gamma", None)
-        one = isinstance(gamma, torch.Tensor) and gamma.numel() == 1
+        one = gamma if isinstance(gamma, torch.Tensor) and gamma.numel() == 1 else None
         eps = getattr(updater, "eps", None)
         return {name: _plain(getattr(loss, name, None)) for name in OTHER_SETTINGS} | {
-            "gamma": float(f"{gamma.item():.6g}") if one else None,
+            "gamma": None if one is None else float(f"{one.item():.6g}"),
             "tau of the target updater": None if eps is None else float(f"{1 - eps:.6g}"),
             "precision": part_of(self.step, "precision"),
         }
