@@ -183,8 +183,12 @@ def per_sample(value: Tensor, shape: torch.Size, key: NestedKey, *, leading: int
     The one place where ``(B, 1)`` becomes ``(B,)``, so that no later sum broadcasts to ``(B, B)``.
     ``leading`` dimensions (an ensemble's) come first; dimensions after the batch's (agents, say)
     stay, and :func:`agree` holds them equal between quantities. Raises ``ValueError`` when the
-    batch shape is not where it belongs.
+    batch shape is not where it belongs, ``TypeError`` on anything but a tensor.
     """
+    if not isinstance(value, Tensor):  # of a function of the user's
+        raise TypeError(
+            f"{key!r} is {value!r}; expected a tensor of shape {tuple(shape)}, one number per step."
+        )
     dims = leading + len(shape)
     if value.ndim > dims and value.shape[-1] == 1:
         value = value.squeeze(-1)

@@ -410,8 +410,9 @@ class ImplicitQLoss(NetworkLoss):
     def weight_of(self, advantage: Tensor, batch: Batch) -> Tensor:
         """Weights ``(*B,)`` of the samples in the policy's loss, without gradient."""
         if callable(self.advantage_weight):
-            weight = self.advantage_weight(advantage).detach().to(advantage.dtype)
-            return per_sample(weight, batch.data.batch_size, "advantage_weight's result")
+            shape, name = batch.data.batch_size, "advantage_weight's result"
+            weight = per_sample(self.advantage_weight(advantage), shape, name)
+            return weight.detach().to(advantage.dtype)
         return F.exponential_weight(
             advantage, temperature=self.temperature, max_weight=self.max_weight
         )

@@ -106,3 +106,11 @@ def test_weights_of_zero_and_one_may_be_bools():
 def test_results_of_another_shape_are_refused(name, function, shape):
     with pytest.raises(ValueError, match=rf"\"{name}'s result\" has shape{shape}"):
         make_loss(**{name: function})(make_batch(dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["value_objective", "advantage_weight", "actor_objective"])
+def test_results_that_are_no_tensors_are_refused(name):
+    """Such as the None of a function without ``return``."""
+    words = rf"\"{name}'s result\" is None; expected a tensor of shape \(32,\)"
+    with pytest.raises(TypeError, match=words):
+        make_loss(**{name: lambda *_: None})(make_batch(dtype=torch.float64))
