@@ -31,6 +31,7 @@ from iql_torchrl.networks import HISTORY_MASK, history_of, repeat_first, stack_f
 from iql_torchrl.private_apis import assert_dtype, assert_later
 
 HISTORY: Key = (HISTORY_MASK,)
+OUTPUT = "action"  # name of a program's output
 ONNX_PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 # by the suffix of a program: what its description says of checks, and an example of use
 USE = {
@@ -55,7 +56,8 @@ class ProgramInput:
 
     @property
     def name(self) -> str:
-        return ".".join(self.leaf[1:] or self.leaf)
+        name = ".".join(self.leaf[1:] or self.leaf)
+        return ".".join(self.leaf) if name == OUTPUT else name
 
     def rule(self) -> tuple[str, Callable[[Tensor], Tensor]]:
         """What its values must be, in words and as a function of them."""
@@ -149,7 +151,7 @@ def described_policy(policy: TensorDictModuleBase, task: Task) -> dict[str, Any]
     return {
         "task": task.name,
         "inputs": [each.described() for each in program_inputs(policy, task)],
-        "output": {"name": "action", **form},
+        "output": {"name": OUTPUT, **form},
         "device": "cpu",
     }
 
@@ -350,9 +352,10 @@ def _translated(program: ExportedProgram, inputs: Sequence[str], kind: str) -> A
                 dynamo=True,
                 verbose=False,
                 input_names=list(inputs),
-                output_names=["action"],
+                output_names=[OUTPUT],
             )
         model = translated.model
+        _rename_values(model.graph, inputs)
         for part in (model.graph, *model.functions.values()):
             for node in part.all_nodes():
                 node.metadata_props.clear()  # where torch and onnxscript made it: half of the file
@@ -372,6 +375,20 @@ def _translated(program: ExportedProgram, inputs: Sequence[str], kind: str) -> A
     finally:
         logger.setLevel(level)
     return translated
+
+
+def _rename_values(graph: Any, inputs: Sequence[str]) -> None:
+    """Give other names to values of an ONNX graph that are named as one of its inputs.
+
+    torch names the result of an operation after it, such as "cat" or "linear".
+    """
+    values = [value for node in graph.all_nodes() for value in node.outputs]
+    taken = {*inputs, *(value.name for value in values)}
+    for value in values:
+        if value.name in inputs:
+            while value.name in taken:
+                value.name += "_"
+            taken.add(value.name)
 
 
 def versions() -> dict[str, str]:

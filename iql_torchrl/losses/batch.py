@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -183,8 +183,12 @@ def per_sample(value: Tensor, shape: torch.Size, key: NestedKey, *, leading: int
     The one place where ``(B, 1)`` becomes ``(B,)``, so that no later sum broadcasts to ``(B, B)``.
     ``leading`` dimensions (an ensemble's) come first; dimensions after the batch's (agents, say)
     stay, and :func:`agree` holds them equal between quantities. Raises ``ValueError`` when the
-    batch shape is not where it belongs.
+    batch shape is not where it belongs, ``TypeError`` on anything but a tensor.
     """
+    if not isinstance(value, Tensor):  # of a function of the user's
+        raise TypeError(
+            f"{key!r} is {value!r}; expected a tensor of shape {tuple(shape)}, one number per step."
+        )
     dims = leading + len(shape)
     if value.ndim > dims and value.shape[-1] == 1:
         value = value.squeeze(-1)
@@ -216,6 +220,16 @@ def agree(**quantities: Tensor) -> None:
             f"{', '.join(f'{name} has shape {shape}' for name, shape in shapes.items())}; expected "
             "one number per sample in each. Check the networks' last layers, and sum a "
             "log-probability over action dimensions (torch.distributions.Independent)."
+        )
+
+
+def check_action(key: NestedKey, logged: Tensor, shape: Sequence[int]) -> None:
+    """Raise ``ValueError`` unless the logged action has the ``shape`` of the policy's actions."""
+    if tuple(logged.shape) != tuple(shape):
+        raise ValueError(
+            f"{key!r} has shape {tuple(logged.shape)} and the policy's actions have shape "
+            f"{tuple(shape)}; expected one shape, so that nothing broadcasts. An action of one number "
+            "is stored as (*B, 1): batch['action'].unsqueeze(-1)."
         )
 
 

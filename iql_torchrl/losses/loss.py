@@ -18,7 +18,7 @@ from torchrl.objectives.value import TD0Estimator
 
 from iql_torchrl import functional as F
 from iql_torchrl.config import IQLConfig, Knob, check_choice, loss_knobs
-from iql_torchrl.losses.batch import Batch, agree, per_sample, read_batch
+from iql_torchrl.losses.batch import Batch, agree, check_action, per_sample, read_batch
 from iql_torchrl.losses.checks import check_actor, check_form
 from iql_torchrl.losses.critics import Critics
 from iql_torchrl.losses.draws import FLOW_NOISE, FLOW_TIME, IMAGE_SHIFT, NEXT_IMAGE_SHIFT, Draw
@@ -339,9 +339,9 @@ class ImplicitQLoss(NetworkLoss):
         the number of valid steps.
         """
         steps = torch.ones(batch.data.batch_size, dtype=torch.float64, device=self._like.device)
-        if batch.mask is not None:
-            steps = steps.masked_fill(~batch.mask, 0.0)
         weights = steps if batch.weight is None else steps * batch.weight
+        if batch.mask is not None:  # a weight of padding may be nan
+            steps, weights = (each.masked_fill(~batch.mask, 0.0) for each in (steps, weights))
         dim = self._samples(steps)
         dims = tuple(range(steps.ndim)) if dim is None else tuple(dim)
         return weights.sum(dims), steps.sum(dims)
@@ -410,8 +410,9 @@ class ImplicitQLoss(NetworkLoss):
     def weight_of(self, advantage: Tensor, batch: Batch) -> Tensor:
         """Weights ``(*B,)`` of the samples in the policy's loss, without gradient."""
         if callable(self.advantage_weight):
-            weight = self.advantage_weight(advantage).detach()
-            return per_sample(weight, batch.data.batch_size, "advantage_weight's result")
+            shape, name = batch.data.batch_size, "advantage_weight's result"
+            weight = per_sample(self.advantage_weight(advantage), shape, name)
+            return weight.detach().to(advantage.dtype)
         return F.exponential_weight(
             advantage, temperature=self.temperature, max_weight=self.max_weight
         )
@@ -452,7 +453,9 @@ class ImplicitQLoss(NetworkLoss):
                 error = self.actor_objective(actor, self.inputs(batch).copy())
             return per_sample(error, batch.data.batch_size, "actor_objective's result")
         if self.actor_objective == "mse":
-            error = (self._policy_action(batch) - batch.data.get(self.tensor_keys.action)).square()
+            action, logged = self._policy_action(batch), batch.data.get(self.tensor_keys.action)
+            check_action(self.tensor_keys.action, logged, action.shape)
+            error = (action - logged).square()
             return error if error.ndim == batch.data.ndim else error.sum(-1)
         dist = self.networks.distribution(self.inputs(batch))
         log_prob = dist.log_prob(self.logged_action(batch, dist))
@@ -460,7 +463,10 @@ class ImplicitQLoss(NetworkLoss):
 
     def logged_action(self, batch: Batch, dist: distributions.Distribution) -> Tensor:
         """The logged action in the form that ``dist.log_prob`` takes."""
-        return batch.data.get(self.tensor_keys.action)
+        action, shape = batch.data.get(self.tensor_keys.action), dist.batch_shape + dist.event_shape
+        if len(shape) >= action.ndim:  # a class of the user's may leave its shapes empty
+            check_action(self.tensor_keys.action, action, shape)
+        return action
 
     def _policy_action(self, batch: Batch) -> Tensor:
         """The action that the policy writes, ``(*B, A)``."""
@@ -503,6 +509,7 @@ class ImplicitQLoss(NetworkLoss):
         """
         action, dist = self.policy_output(batch)
         logged = batch.data.get(self.tensor_keys.action)
+        check_action(self.tensor_keys.action, logged, action.shape)
         read = self.observed_keys(self.qvalue_network.in_keys)
         data: TensorDictBase = batch.data.select(*read, strict=False)
         chosen = replace(

@@ -71,6 +71,14 @@ class Perceptron:
                 "a network of categories preprocess=networks.OneHot(...), and cast other whole "
                 "numbers."
             )
+        weights = self.leaves[0].dtype
+        differs = x.dtype != weights and x.is_floating_point()
+        if differs and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"a network's first layer got {x.dtype} and has weights of {weights}; cast the "
+                f"batch's observations and actions to {weights}, or the loss to {x.dtype} before "
+                "the optimizer is built."
+            )
         batch = x.shape[:-1] if x.is_floating_point() else x.shape
         if self.per_run or len(batch) == 1:
             return self._evaluate(x)

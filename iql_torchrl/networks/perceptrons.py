@@ -252,7 +252,14 @@ class Critic(AroundPerceptron):
 
     def around(self, first: Part, mlp: Part, *inputs: Tensor) -> Any:
         *observations, action = inputs
-        return mlp(torch.cat([first(join_observations(observations)), action], -1))
+        features = first(join_observations(observations))
+        if action.ndim != features.ndim:
+            raise ValueError(
+                f"the action has shape {tuple(action.shape)} and the features of the observations "
+                f"{tuple(features.shape)}; expected an action (*B, A). An action of one number is "
+                "stored as (*B, 1): batch['action'].unsqueeze(-1)."
+            )
+        return mlp(torch.cat([features, action], -1))
 
 
 def join_observations(observations: Sequence[Tensor]) -> Tensor:

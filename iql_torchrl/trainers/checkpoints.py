@@ -27,6 +27,7 @@ from iql_torchrl.update.step import part_of
 
 Self = TypeVar("Self", bound="ResumableTrainer")
 MODULE = "trainer_module."  # begins the name of a part that was registered on the trainer
+OTHER_SETTINGS = ("actor_objective", "advantage_weight", "q_reduction", "q_source")  # of a loss
 MOST_LISTED = 5  # differences in one message
 
 
@@ -114,6 +115,8 @@ def _compared(
         groups["data"] = {f"{key} of the dataset": v for key, v in data["fingerprint"].items()}
     if "settings" in states:
         settings = {name: v for name, v in states["settings"].items() if v is not None}
+        if "others" in settings:  # unknown to older checkpoints
+            groups["others"] = settings.pop("others")
         groups["settings"] = {n: knob.default for n, knob in loss_knobs.items()} | settings
     if "agent" in states:
         values = config().to_dict() | dict(states["agent"]["config"])
@@ -209,6 +212,19 @@ class ResumableTrainer(Trainer):
             "order": part_of(self.step, "order"),
             "max_grad_norm": part_of(self.step, "max_grad_norm"),
             "batch_size": getattr(self.replay_buffer, "batch_size", None),
+            "others": self._other_settings(),
+        }
+
+    def _other_settings(self) -> dict[str, Any]:
+        """Settings that are knobs of no loss; numbers to six digits, which float32 has."""
+        loss, updater = self.loss_module, part_of(self.step, "target_updater")
+        gamma = getattr(getattr(loss, "value_estimator", None), "gamma", None)
+        one = gamma if isinstance(gamma, torch.Tensor) and gamma.numel() == 1 else None
+        eps = getattr(updater, "eps", None)
+        return {name: _plain(getattr(loss, name, None)) for name in OTHER_SETTINGS} | {
+            "gamma": None if one is None else float(f"{one.item():.6g}"),
+            "tau of the target updater": None if eps is None else float(f"{1 - eps:.6g}"),
+            "precision": part_of(self.step, "precision"),
         }
 
     def _sampling_state(self) -> dict[str, Any]:

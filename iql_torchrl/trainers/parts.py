@@ -39,6 +39,13 @@ def one_step(
             "there is nothing to train: give step=, or agent=, or loss_module= and optimizer= "
             "(with target_net_updater=)."
         )
+    of_step = part_of(step, "loss")
+    if agent is not None and of_step is not None and of_step is not agent.loss:
+        raise ValueError(
+            "step is not of the agent: it trains another loss, and the agent would be evaluated and "
+            "saved untrained. Give the agent alone, or a step made of agent.step, such as "
+            "compiled(agent.step)."
+        )
     for name, part, given in (
         ("loss_module", "loss", loss),
         ("optimizer", "optimizer", optimizer),

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -209,6 +210,26 @@ def test_cameras_act_as_their_agent(program, channels):
     for rows in (1, 2, 40):
         actions = run(*(each[:rows] for each in seen.values()))
         np.testing.assert_allclose(actions, agent.act(seen)[:rows], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_observations_named_as_an_operation_or_as_the_action(tmp_path, onnx):
+    """torch names values of a graph after operations, such as "cat"."""
+    generator = np.random.default_rng(0)
+    seen = {
+        name: generator.normal(size=(40, 2)).astype(np.float32)
+        for name in ("action", "cat", "linear", "tanh")
+    }
+    space = spaces.Box(-np.ones(2, np.float32), np.ones(2, np.float32))
+    agent = make_agent(config(), replace(load_dataset(log(observation=seen)), action_space=space))
+    path = agent.export(tmp_path / "policy.onnx")
+    onnx.checker.check_model(onnx.load(path), full_check=True)
+    note = json.loads((tmp_path / "policy.onnx.json").read_text())
+    names = [each["name"] for each in note["inputs"]]
+    assert names == ["observation.action", "cat", "linear", "tanh"]
+    inputs = {each: seen[each.rpartition(".")[2]] for each in names}
+    (found,) = session(path).run(["action"], inputs)
+    np.testing.assert_allclose(found, agent.act(seen), atol=1e-5)
 
 
 REFUSED = """

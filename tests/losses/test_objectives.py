@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +31,7 @@ from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import ValueEstimators
 from torchrl.objectives.value import TD0Estimator
 
-from iql_torchrl import DiscreteIQLLoss, IQLLoss, policies
+from iql_torchrl import DiscreteIQLLoss, IQLLoss, networks, policies
 from iql_torchrl.losses import DIAGNOSTICS
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
@@ -365,6 +367,34 @@ def test_mse_with_actions_of_one_number():
     torch.testing.assert_close(loss(batch)["loss_actor"], expected)
 
 
+@pytest.mark.parametrize(
+    ("objective", "policy"),
+    [
+        ("log_prob", policies.gaussian),
+        ("log_prob", policies.mixture),
+        ("mse", policies.deterministic),
+        ("ddpg_bc", policies.gaussian),
+        ("ddpg_bc", policies.deterministic),
+    ],
+)
+def test_an_action_without_the_dimension_of_the_policys_is_refused(objective, policy):
+    """Actions ``(B,)`` and a policy's ``(B, 1)`` would broadcast to ``(B, B)``."""
+
+    class AnyShape(networks.Critic):
+        def forward(self, observation, action):
+            return super().forward(observation, action.reshape(len(observation), 1))
+
+    actor, _, value = make_networks(act=1, policy=policy)
+    critic = ValueOperator(AnyShape(OBS, 1), in_keys=["observation", "action"])
+    batch = make_batch(8, act=1)
+    batch["action"] = batch["action"].squeeze(-1)
+    words = r"'action' has shape \(8,\) and the policy's actions have shape \(8, 1\)"
+    with pytest.raises(ValueError, match=words):
+        IQLLoss(actor, critic, value, actor_objective=objective)(batch)
+    with pytest.raises(ValueError, match=r"the action has shape \(8,\) .* expected an action \("):
+        IQLLoss(*make_networks(act=1))(batch)
+
+
 def test_callable_actor_objective_gives_its_own_per_sample_loss():
     parts = make_networks()
 
@@ -452,6 +482,15 @@ def test_a_value_with_more_than_one_number_is_named():
     value = ValueOperator(nn.Linear(OBS, 2), in_keys=["observation"])
     with pytest.raises(ValueError, match=r"state_value has shape \(32, 2\)"):
         IQLLoss(actor, critic, value)(make_batch())
+
+
+def test_divisors_do_not_read_weights_of_padding():
+    """Ranks that divide a batch divide by these."""
+    batch = make_batch(4)
+    batch["collector", "mask"] = torch.tensor([True, True, False, False])
+    batch["priority_weight"] = torch.tensor([0.5, 2.0, math.nan, math.inf])
+    loss = IQLLoss(*make_networks())
+    assert [float(each) for each in loss.divisors(loss.read(batch))] == [2.5, 2.0]
 
 
 @pytest.mark.parametrize("shape", [(32, 3), (2, 2)])

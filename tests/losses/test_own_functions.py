@@ -79,6 +79,22 @@ def test_the_policys_weight_trains_no_other_network():
     assert any(p.grad is not None for p in loss.actor_network_params.parameters())
 
 
+def test_weights_of_zero_and_one_may_be_bools():
+    """The binary weight of critic-regularised regression: learn where the advantage is positive."""
+    losses = [
+        make_loss(advantage_weight=weight, diagnostics=True)
+        for weight in (lambda a: a > 0, lambda a: (a > 0).to(a), lambda a: (a > 0).long())
+    ]
+    batch = make_batch(dtype=torch.float64)
+    for loss in losses:
+        loss.load_state_dict(losses[0].state_dict())
+    outs = [loss(batch.clone()) for loss in losses]
+    assert 0 < float(outs[0]["weight_mean"]) < 1
+    for out in outs[1:]:
+        for name, value in outs[0].items():
+            torch.testing.assert_close(out[name], value)
+
+
 @pytest.mark.parametrize(
     ("name", "function", "shape"),
     [
@@ -90,3 +106,11 @@ def test_the_policys_weight_trains_no_other_network():
 def test_results_of_another_shape_are_refused(name, function, shape):
     with pytest.raises(ValueError, match=rf"\"{name}'s result\" has shape{shape}"):
         make_loss(**{name: function})(make_batch(dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["value_objective", "advantage_weight", "actor_objective"])
+def test_results_that_are_no_tensors_are_refused(name):
+    """Such as the None of a function without ``return``."""
+    words = rf"\"{name}'s result\" is None; expected a tensor of shape \(32,\)"
+    with pytest.raises(TypeError, match=words):
+        make_loss(**{name: lambda *_: None})(make_batch(dtype=torch.float64))

@@ -217,6 +217,31 @@ def test_another_expectile_or_a_state_without_a_part_is_refused(saved):
         run_of().load_state_dict(state)
 
 
+def use_another_discount(trainer):
+    trainer.loss_module.make_value_estimator(gamma=0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: setattr(t.loss_module, "actor_objective", "ddpg_bc"), "and is 'ddpg_bc'"),
+        (lambda t: setattr(t.loss_module, "advantage_weight", torch.exp), "advantage_weight was"),
+        (lambda t: setattr(t.loss_module, "q_source", "target"), "q_source was 'live' and is"),
+        (use_another_discount, r"gamma was 0\.99 and is 0\.5"),
+        (lambda t: setattr(t.step.target_updater, "eps", 0.5), r"updater was 0\.1 and is 0\.5"),
+        (lambda t: setattr(t.step, "precision", "bfloat16"), "precision was 'float32' and is"),
+    ],
+)
+def test_other_settings_of_parts_made_by_hand_are_refused(saved, change, words):
+    """Weights and shapes are the same: without this check the run would go on as another one."""
+    trainer = run_of()
+    state = trainer.state_dict()
+    change(trainer)
+    refuses(trainer, saved, words)
+    del state["settings"]["others"]  # as in checkpoints of older versions
+    trainer.load_state_dict(state)
+
+
 def of_agent(folder=None, reward="raw", **fields):
     data = load_dataset(log(), reward=reward)
     agent = make_agent(config(updates=4, **fields), data)

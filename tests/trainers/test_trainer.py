@@ -12,11 +12,12 @@ from unittest.mock import Mock, create_autospec
 import numpy as np
 import pytest
 import torch
+from small_agents import box_agent, log
 from small_trainers import Numbers, make_step, make_trainer, same_weights, table, weight
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
-from iql_torchrl import IQLStep, OfflineTrainer
+from iql_torchrl import IQLStep, OfflineTrainer, load_dataset
 from iql_torchrl.data import DeviceSampler, replay_buffer
 from iql_torchrl.files import CheckpointError, newest
 from iql_torchrl.trainers import run_folder
@@ -266,6 +267,14 @@ def test_wrong_parts_are_refused_before_training(options, words):
     with pytest.raises(ValueError, match=words):
         OfflineTrainer(**options)
     assert not buffer.sample.called
+
+
+def test_a_step_of_another_agent_is_refused():
+    agent, other = box_agent(), box_agent(seed=1)
+    dataset = load_dataset(log())
+    with pytest.raises(ValueError, match=r"step is not of the agent.*compiled\(agent\.step\)"):
+        OfflineTrainer(agent=agent, step=other.step, dataset=dataset, progress_bar=False)
+    OfflineTrainer(agent=agent, step=agent.step, dataset=dataset, progress_bar=False)
 
 
 def test_folders_without_a_checkpoint_and_parts_that_could_not_be_read_again(tmp_path):

@@ -159,3 +159,13 @@ def test_the_batch_of_inference_mode_is_not_accepted_in_silence():
         batch: TensorDict = make_batch()
     with pytest.raises(RuntimeError, match="Inference tensors"):
         make_step()(batch)
+
+
+def test_a_batch_of_another_dtype_than_the_weights_is_named():
+    """Such as a log that NumPy made, in float64."""
+    step = make_step()
+    words = r"got torch\.float64 and has weights of torch\.float32; cast the batch's observations"
+    with pytest.raises(TypeError, match=words):
+        step(make_batch(dtype=torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):  # which casts by itself
+        step(make_batch().apply(lambda x: x.bfloat16() if x.is_floating_point() else x))
