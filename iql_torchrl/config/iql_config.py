@@ -171,7 +171,7 @@ class IQLConfig:
     )
     advantage_weight: Literal["auto", "exponential", "positive", "sparse"] = knob(
         "auto",
-        "weight of a sample in the policy's loss, of its advantage A: exponential (exp(temperature A)), "
+        "weight of a sample of advantage A in the policy's loss: exponential (exp(temperature A)), "
         "positive (max(A, 0)) or sparse (max(1 + A / (2 alpha), 0)); auto is positive for "
         "value_objective sparse and exponential, else exponential",
         in_loss=True,
@@ -254,11 +254,13 @@ class IQLConfig:
                 "choose 'mse' or 'ddpg_bc'."
             )
         weight = self.advantage_weight
-        weight = OWN_WEIGHTS.get(self.value_objective, "exponential") if weight == "auto" else weight
+        weight = (
+            OWN_WEIGHTS.get(self.value_objective, "exponential") if weight == "auto" else weight
+        )
         if self.temperature == 0 and weight != "exponential":
             yield (
-                f"temperature is 0, which is behaviour cloning, and the weights are {weight!r}, which do "
-                "not read it; choose advantage_weight='exponential'."
+                f"temperature is 0, which is behaviour cloning, and the weights are {weight!r}, "
+                "which do not read it; choose advantage_weight='exponential'."
             )
         if self.num_samples > 1 and policy in ("deterministic", "categorical"):
             yield (

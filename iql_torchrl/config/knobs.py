@@ -111,7 +111,9 @@ class Knob:
             return
         one = isinstance(value, Tensor) and value.ndim == 0
         if isinstance(value, bool) or not (one or isinstance(value, numbers.Real)):
-            raise TypeError(f"{self.name} is {value!r}; expected a number{', or None' * self.optional}.")
+            raise TypeError(
+                f"{self.name} is {value!r}; expected a number{', or None' * self.optional}."
+            )
         self._check_interval(value, self.loss_interval or self.interval)
 
     def _check_interval(self, value: Any, interval: str, note: str = "") -> None:

@@ -372,11 +372,11 @@ class ImplicitQLoss(NetworkLoss):
         return mean.view(*mean.shape, *(1,) * (value.ndim - mean.ndim)) if mean.ndim else mean
 
     def largest_of_run(self, value: Tensor, batch: Batch) -> Tensor:
-        """The largest of per-sample ``value`` of each run, without gradient.
-
-        A masked step has the value of a valid one (:func:`read_batch`).
-        """
-        largest = value.detach().amax(self._samples(value) or (), keepdim=True)
+        """The largest of per-sample ``value`` over the valid steps of each run, without gradient."""
+        value, mask = value.detach(), batch.mask_like(value)
+        if mask is not None:  # padding may be a copy of another run's step
+            value = value.masked_fill(~mask, -torch.inf)
+        largest = value.amax(self._samples(value) or (), keepdim=True)
         return largest if batch.largest_of_all is None else batch.largest_of_all(largest)
 
     # -- one term per network --------------------------------------------------------------------
