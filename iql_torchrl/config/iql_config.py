@@ -253,10 +253,9 @@ class IQLConfig:
                 "actor_objective is 'log_prob' and policy is 'deterministic', which has no density; "
                 "choose 'mse' or 'ddpg_bc'."
             )
-        weight = self.advantage_weight
-        weight = (
-            OWN_WEIGHTS.get(self.value_objective, "exponential") if weight == "auto" else weight
-        )
+        weight: str = self.advantage_weight
+        if weight == "auto":
+            weight = OWN_WEIGHTS.get(self.value_objective, "exponential")
         if self.temperature == 0 and weight != "exponential":
             yield (
                 f"temperature is 0, which is behaviour cloning, and the weights are {weight!r}, "

@@ -376,7 +376,7 @@ class ImplicitQLoss(NetworkLoss):
         value, mask = value.detach(), batch.mask_like(value)
         if mask is not None:  # padding may be a copy of another run's step
             value = value.masked_fill(~mask, -torch.inf)
-        largest = value.amax(self._samples(value) or (), keepdim=True)
+        largest = value.amax(tuple(self._samples(value) or ()), keepdim=True)
         return largest if batch.largest_of_all is None else batch.largest_of_all(largest)
 
     # -- one term per network --------------------------------------------------------------------
