@@ -108,7 +108,7 @@ def main(updates: int = 2_000, seed: int = 0) -> None:
             print(f"{name}, {knob} {level}: V off by {error.mean():.3f}, at most {error.max():.3f}")
             axis.plot(SHOWN, exact, color=colour, label=f"{knob} {level:g}")
             axis.plot(SHOWN[::4], learned[::4], "o", color=colour, markersize=4)
-        axis.set(title=name, xlabel="x")
+        axis.set(title=name, xlabel="x", ylim=(-0.1, 2.2))
         axis.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("V: exact (line), learned (points)")
     figure.savefig("objectives.png", dpi=88)
