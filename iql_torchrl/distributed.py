@@ -275,8 +275,8 @@ def data_parallel(step: S, ranks: Ranks) -> S:
 
     ``compiled`` and, on a CPU, ``captured`` accept the step: its sums are nodes of the one graph
     (functional all-reduces, each with a wait; ``private_apis.summed_in_graph``), in the sequential
-    order three: V's gradients, those of actor and critics, and the metrics. On a GPU ``captured``
-    refuses it.
+    order three: V's gradients, those of actor and critics, and the metrics; one more, the largest
+    error, for the value objectives "exponential" and "gumbel". On a GPU ``captured`` refuses it.
 
     Dropout draws on each rank for its own rows, so it does not give the numbers of one process. With
     one rank nothing is changed.

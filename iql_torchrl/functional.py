@@ -19,10 +19,15 @@ __all__ = [
     "expectile_loss",
     "exponential_weight",
     "flow_path",
+    "gumbel_loss",
+    "pessimistic_value",
     "pick_action",
+    "positive_weight",
     "quantile_loss",
     "reduce",
     "regression_loss",
+    "sparse_loss",
+    "sparse_weight",
     "td_target",
     "weighted_mean",
 ]
@@ -59,6 +64,70 @@ def _tail_weight(error: Tensor, level: float | Tensor) -> Tensor:
     if not isinstance(level, Tensor) and not 0 <= level <= 1:
         raise ValueError(f"the expectile or quantile is {level}; it must lie in [0, 1].")
     return (level - (error < 0).to(error.dtype)).abs()
+
+
+def sparse_loss(error: Tensor, *, alpha: float | Tensor) -> Tensor:
+    """Squared error that becomes linear where a prediction is ``2 alpha`` too high, or more (SQL).
+
+    ``max(1 + error / (2 alpha), 0)**2 - error / alpha - 1``, same shape as ``error`` = target minus
+    prediction: ``(error / (2 alpha))**2`` above ``-2 alpha``, ``-error / alpha - 1`` below. Minimised
+    by the prediction at which the mean of ``max(1 + error / (2 alpha), 0)`` is 1. ``alpha > 0`` has
+    the unit of the target: a large one gives the mean, and towards 0 the maximum.
+
+    Xu et al. 2023, arXiv:2303.15810; their ``v / alpha`` is ``-error / alpha`` plus what does not
+    depend on v. ``alpha`` of their JAX code is 4 times this one. Raises ``ValueError`` on a number
+    ``alpha <= 0``.
+    """
+    half = error / (2 * _positive(alpha))
+    bounded = half.clamp(min=-1)
+    return bounded * (2 * half - bounded)
+
+
+def gumbel_loss(
+    error: Tensor,
+    *,
+    alpha: float | Tensor,
+    ceiling: float | None = None,
+    largest: Tensor | None = None,
+) -> Tensor:
+    """``exp(z) - z - 1`` of ``z = min(error / alpha, ceiling)``, times ``exp(-m)`` (EQL and XQL).
+
+    Same shape as ``error`` = target minus prediction. ``m = max(z of the largest error, -1)`` keeps
+    ``exp`` finite; it gets no gradient. ``largest``, that broadcasts with ``error``, is by default
+    the largest of ``error``. Minimised by ``alpha log(mean(exp(target / alpha)))`` where no ``z``
+    reaches ``ceiling``: a large ``alpha > 0`` gives the mean, and towards 0 the maximum.
+
+    ``exp(-m)`` multiplies the gradient of a whole batch: its direction is that of the loss without
+    it, and batches with a large error count less. A sample whose ``z`` is above ``ceiling`` has no
+    gradient: V ignores it.
+
+    Xu et al. 2023, arXiv:2303.15810 (EQL: ceiling 5); Garg et al. 2023, arXiv:2301.02328 (XQL: 7).
+    Raises ``ValueError`` on a number ``alpha <= 0``.
+    """
+    largest = error.detach().amax() if largest is None else largest
+    exponent, shift = error / _positive(alpha), largest / alpha
+    if ceiling is not None:
+        exponent, shift = exponent.clamp(max=ceiling), shift.clamp(max=ceiling)
+    shift = shift.clamp(min=-1)
+    return (exponent - shift).exp() - (exponent + 1) * (-shift).exp()
+
+
+def _positive(alpha: float | Tensor) -> float | Tensor:
+    if not isinstance(alpha, Tensor) and not alpha > 0:
+        raise ValueError(f"alpha is {alpha}; it must be > 0.")
+    return alpha
+
+
+def pessimistic_value(values: Tensor, *, pessimism: float | None) -> Tensor:
+    """One value from those of K critics: ``(K, *B)`` -> ``(*B,)``.
+
+    ``mean - pessimism * std`` over the critics, or the minimum where ``pessimism`` is None. ``std``
+    divides by K (not K - 1): 0 for one critic, and of two critics ``pessimism = 1`` is the minimum
+    too. 0 is the mean. Gradients are not finite where all critics agree.
+    """
+    if pessimism is None:
+        return values.amin(0)
+    return values.mean(0) - pessimism * values.std(0, correction=0)
 
 
 def regression_loss(prediction: Tensor, target: Tensor, *, loss_function: str) -> Tensor:
@@ -122,6 +191,28 @@ def exponential_weight(
         highest = torch.full_like(exponent, max_weight)
     weight = exponent.clamp(max=ceiling).exp()
     return torch.where(exponent >= ceiling, highest, weight)
+
+
+def positive_weight(advantage: Tensor, *, max_weight: float | Tensor) -> Tensor:
+    """Weight of a sample for the policy, ``min(max(advantage, 0), max_weight)``.
+
+    Shape of ``advantage``: only actions that are better than V count. The weight of SQL and EQL in
+    their authors' code (Xu et al. 2023, arXiv:2303.15810).
+    """
+    return advantage.clamp(min=0).clamp(max=max_weight)
+
+
+def sparse_weight(
+    advantage: Tensor, *, alpha: float | Tensor, max_weight: float | Tensor
+) -> Tensor:
+    """Weight of a sample for the policy, ``min(max(1 + advantage / (2 alpha), 0), max_weight)``.
+
+    Shape of ``advantage``. The ratio of SQL's optimal policy to the log's (Xu et al. 2023,
+    arXiv:2303.15810): its mean is 1 where V minimises :func:`sparse_loss`, and actions that are worse
+    than V by ``2 alpha`` have weight 0. A large ``alpha`` is behaviour cloning. Raises ``ValueError``
+    on a number ``alpha <= 0``.
+    """
+    return positive_weight(1 + advantage / (2 * _positive(alpha)), max_weight=max_weight)
 
 
 def flow_path(noise: Tensor, action: Tensor, *, time: Tensor) -> tuple[Tensor, Tensor]:

@@ -106,6 +106,7 @@ def extras(batch):
 
 # name: (dataset, options of all configs, batches, what is done to a batch)
 ADAMW = {"optimizer": "adamw", "weight_decay": 0.1}
+GUMBEL = {"value_objective": "gumbel", "num_critics": 3, "pessimism": 0.5}
 SARSA = {"value_objective": "sarsa_expectile", "loss_function": "smooth_l1"}
 CASES = {
     "gaussian": ("continuous", {}, "shared", None),
@@ -117,6 +118,7 @@ CASES = {
     "deterministic": ("continuous", {"policy": "deterministic"}, "shared", None),
     "quantile": ("continuous", {"value_objective": "quantile", "loss_function": "l1"}, "own", None),
     "sarsa": ("continuous", SARSA, "shared", None),
+    "gumbel": ("continuous", GUMBEL, "shared", None),
     "extras": ("continuous", {}, "shared", extras),
     "extras, own": ("continuous", {"order": "simultaneous"}, "own", extras),
     "discrete": ("discrete", {"layer_norm": True, **ADAMW}, "shared", None),

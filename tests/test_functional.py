@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from iql_torchrl import functional as F
 
@@ -79,6 +79,134 @@ def test_expectile_loss_properties(x, tau, scale):
     torch.testing.assert_close(F.expectile_loss(scale * e, expectile=tau), scale**2 * loss)
     torch.testing.assert_close(F.expectile_loss(-e, expectile=1 - tau), loss)
     torch.testing.assert_close(F.expectile_loss(e, expectile=0.5), 0.5 * e.square())
+
+
+@given(samples, st.floats(0.5, 20))
+@settings(max_examples=60, deadline=None)
+def test_sparse_loss_is_minimised_where_the_weights_have_mean_one(x, alpha):
+    def excess(v: float) -> float:  # falls in v: no weight of mean 1 lies outside of the samples
+        return float(np.maximum(1 + (x - v) / (2 * alpha), 0).mean()) - 1
+
+    exact = optimize.brentq(excess, x.min() - 1e-6, x.max() + 1e-6)
+    ours = minimiser(lambda e: F.sparse_loss(e, alpha=alpha), torch.from_numpy(x))
+    assert ours == pytest.approx(exact, abs=1e-3)
+    assert x.mean() - 1e-3 <= ours <= x.max() + 1e-3
+    weight = F.sparse_weight(torch.from_numpy(x - exact), alpha=alpha, max_weight=math.inf)
+    assert float(weight.mean()) == pytest.approx(1, abs=1e-6)
+
+
+@given(samples, st.floats(2, 20))
+@settings(max_examples=60, deadline=None)
+def test_gumbel_loss_is_minimised_by_scipys_log_sum_exp(x, alpha):
+    exact = alpha * (special.logsumexp(x / alpha) - math.log(len(x)))
+    none = torch.zeros(())  # the same rescaling for all predictions, as SciPy's search needs
+    ours = minimiser(lambda e: F.gumbel_loss(e, alpha=alpha, largest=none), torch.from_numpy(x))
+    assert ours == pytest.approx(exact, abs=2e-3)
+
+
+def test_extremes_of_alpha_are_the_mean_and_the_maximum():
+    # near 0 the greatest of n samples alone decides: 1 + (5 - v) / (2 alpha) = n, and
+    # exp((5 - v) / alpha) = n
+    for loss, near in (
+        (F.sparse_loss, 5 - 2 * 0.05 * 4),
+        (
+            lambda e, alpha: F.gumbel_loss(e, alpha=alpha, largest=e[:1] * 0),
+            5 - 0.05 * math.log(5),
+        ),
+    ):
+        large = minimiser(lambda e, f=loss: f(e, alpha=1e3), WORKED)
+        assert large == pytest.approx(3.0, abs=5e-3)
+        small = minimiser(lambda e, f=loss: f(e, alpha=0.05), WORKED)
+        assert small == pytest.approx(near, abs=1e-4)
+        assert small > minimiser(lambda e, f=loss: f(e, alpha=0.5), WORKED) > large
+
+
+Q, V = np.array([0.3, -4.0, 2.5, 9.0, 1.0, 0.0]), np.array([0.1, 1.0, 2.0, -1.0, 1.5, 0.4])
+ALPHA = 0.8
+
+
+def of_authors(name: str, v: np.ndarray) -> np.ndarray:
+    """The per-sample losses of the authors' code at Q: critic.py of IVR and of XQL."""
+    if name == "sparse":
+        term = (Q - v) / (4 * ALPHA) + 0.5  # their alpha is 4 times that of the paper
+        return np.where(term > 0, term**2, 0) + v / (4 * ALPHA)
+    z = np.minimum((Q - v) / ALPHA, {"exponential": 5.0, "gumbel": 7.0}[name])
+    # what they detach: the largest at V, not at v
+    largest = max(np.minimum((Q - V) / ALPHA, {"exponential": 5.0, "gumbel": 7.0}[name]).max(), -1)
+    return np.exp(z - largest) - z * np.exp(-largest) - np.exp(-largest)
+
+
+@pytest.mark.parametrize("name", ["sparse", "exponential", "gumbel"])
+def test_values_and_gradients_are_those_of_the_authors_code(name):
+    value = torch.from_numpy(V).requires_grad_()
+    error = torch.from_numpy(Q) - value
+    if name == "sparse":
+        loss = F.sparse_loss(error, alpha=ALPHA) / 4
+        theirs = of_authors(name, V) - Q / (4 * ALPHA) - 0.25
+    else:
+        loss = F.gumbel_loss(error, alpha=ALPHA, ceiling={"exponential": 5.0, "gumbel": 7.0}[name])
+        theirs = of_authors(name, V)
+    np.testing.assert_allclose(loss.detach().numpy(), theirs, rtol=1e-12, atol=1e-14)
+    (gradient,) = torch.autograd.grad(loss.sum(), value)
+    step = 1e-6
+    slope = (of_authors(name, V + step) - of_authors(name, V - step)) / (2 * step)
+    np.testing.assert_allclose(gradient.numpy(), slope, rtol=1e-6, atol=1e-9)
+    # (9 + 1) / 0.8 = 12.5 is above both ceilings, so V ignores that sample
+    assert (gradient[3] == 0) == (name != "sparse")
+    assert gradient[2] < 0 < gradient[1], "V too low must rise, too high must fall"
+
+
+def test_losses_with_alpha_by_hand():
+    error = torch.tensor([2.0, -2.0, -6.0, 0.0])
+    # (error / 2)**2 above -2, and -error - 1 below
+    assert F.sparse_loss(error, alpha=1.0).tolist() == [1.0, 1.0, 5.0, 0.0]
+    e = math.e
+    by_hand = [math.exp(0), 1 / e**3 + 0 / e**2, (math.exp(-6) + 5) / e**2, 0]
+    by_hand[0], by_hand[1] = (e**2 - 3) / e**2, (math.exp(-2) + 1) / e**2
+    ours = F.gumbel_loss(error, alpha=1.0)
+    torch.testing.assert_close(ours, torch.tensor(by_hand))
+    assert (F.gumbel_loss(torch.tensor([-3.0]), alpha=1.0) - e * (math.exp(-3) + 2)).abs() < 1e-5
+    for loss in (F.sparse_loss, F.gumbel_loss, lambda e, alpha: F.sparse_weight(
+        e, alpha=alpha, max_weight=1.0)):  # fmt: skip
+        with pytest.raises(ValueError, match="alpha is 0; it must be > 0"):
+            loss(error, alpha=0)
+
+
+def test_huge_errors_stay_finite_and_nan_stays_nan():
+    error = torch.tensor([1e20, -1e20, 300.0, 0.0], requires_grad=True)
+    for ceiling in (None, 5.0):
+        loss = F.gumbel_loss(error, alpha=1.0, ceiling=ceiling)
+        (gradient,) = torch.autograd.grad(loss.sum(), error)
+        assert loss.isfinite().all()
+        assert gradient.isfinite().all()
+    assert F.sparse_loss(torch.tensor([1e15, -1e15]), alpha=1.0).isfinite().all()
+    nan = torch.tensor([torch.nan])
+    for function in (F.sparse_loss, F.gumbel_loss):
+        assert function(nan, alpha=1.0).isnan().all()
+    assert F.positive_weight(nan, max_weight=1.0).isnan().all()
+
+
+def test_weights_without_exponential_by_hand():
+    advantage = torch.tensor([-3.0, -1.0, 0.0, 1.0, 500.0])
+    weight = F.positive_weight(advantage, max_weight=100.0)
+    assert weight.tolist() == [0.0, 0.0, 0.0, 1.0, 100.0]
+    weight = F.sparse_weight(advantage, alpha=1.0, max_weight=100.0)
+    assert weight.tolist() == [0.0, 0.5, 1.0, 1.5, 100.0]
+    columns = torch.tensor([[1.0], [2.0]])  # of two runs
+    weight = F.sparse_weight(advantage.expand(2, 5), alpha=columns, max_weight=columns)
+    assert weight.tolist() == [[0.0, 0.5, 1.0, 1.0, 1.0], [0.25, 0.75, 1.0, 1.25, 2.0]]
+
+
+def test_pessimistic_values_by_hand():
+    values = torch.tensor([[1.0, 5.0], [3.0, 5.0], [8.0, 5.0]])
+    assert F.pessimistic_value(values, pessimism=None).tolist() == [1.0, 5.0]
+    # the mean is 4, and the deviations -3, -1 and 4 have the variance 26 / 3
+    expected = torch.tensor([4 - 0.5 * math.sqrt(26 / 3), 5.0])
+    torch.testing.assert_close(F.pessimistic_value(values, pessimism=0.5), expected)
+    assert F.pessimistic_value(values, pessimism=0).tolist() == [4.0, 5.0]
+    two = torch.randn(2, 100, dtype=torch.float64)
+    torch.testing.assert_close(F.pessimistic_value(two, pessimism=1.0), two.amin(0))
+    assert torch.equal(F.pessimistic_value(two[:1], pessimism=3.0), two[0])
 
 
 def test_weight_by_hand():

@@ -76,6 +76,31 @@ def expectiles_and_quantiles() -> None:
     save()
 
 
+def losses_with_alpha() -> None:
+    """The losses of ``sparse`` and ``gumbel`` over the error, and where they put V, over alpha."""
+    axes, save = picture("alpha", 2)
+    error = torch.linspace(-4, 3, 281)
+    kinds = {
+        "sparse_loss": F.sparse_loss,
+        "gumbel_loss": lambda e, alpha: F.gumbel_loss(e, alpha=alpha, largest=e.new_zeros(())),
+    }
+    torch.manual_seed(0)
+    values = torch.cat([torch.randn(800) * 0.6, 3 + torch.randn(200) * 0.4])
+    alphas = torch.logspace(-1, 2, 25).tolist()
+    for colour, (name, loss) in zip(COLOURS, kinds.items(), strict=False):
+        axes[0].plot(error, loss(error, alpha=1.0), color=colour, label=f"{name}, alpha 1")
+        places = [minimum(values, lambda e, f=loss, a=alpha: f(e, alpha=a)) for alpha in alphas]
+        axes[1].plot(alphas, places, color=colour, label=name)
+    for level, name in ((float(values.max()), "maximum"), (float(values.mean()), "mean")):
+        axes[1].axhline(level, color="0.6", linestyle="--", linewidth=0.8)
+        axes[1].text(alphas[0], level + 0.05, name, color="0.4", fontsize=9)
+    axes[0].set(xlabel="target - prediction", ylabel="loss of one sample", ylim=(0, 6))
+    axes[1].set(xlabel="alpha", xscale="log", ylabel="V")
+    for axis in axes:
+        axis.legend(frameon=False, fontsize=9)
+    save()
+
+
 def ends_of_episodes() -> None:
     """Values that the targets of the critics settle at, by the end of the episode."""
     axis, save = picture("ends")
@@ -194,6 +219,6 @@ def rates() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for draw in (losses_of_v, expectiles_and_quantiles, ends_of_episodes, distances, weights,
-                 cloning_and_q, flow, rates):  # fmt: skip
+    for draw in (losses_of_v, expectiles_and_quantiles, losses_with_alpha, ends_of_episodes, distances,
+                 weights, cloning_and_q, flow, rates):  # fmt: skip
         draw()

@@ -10,6 +10,9 @@ from typing import Any, Literal, NoReturn
 from iql_torchrl.config.arithmetic import check_device
 from iql_torchrl.config.knobs import knob, knobs
 
+# What advantage_weight="auto" is, by value_objective; with any other it is "exponential".
+OWN_WEIGHTS = {"sparse": "positive", "exponential": "positive"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class IQLConfig:
@@ -143,9 +146,35 @@ class IQLConfig:
         "acts without the critics",
         interval="[1, inf)",
     )
-    num_critics: int = knob(2, "number of critics, whose minimum is taken", interval="[1, inf)")
-    value_objective: Literal["expectile", "quantile", "sarsa_expectile"] = knob(
-        "expectile", "loss of V", in_loss=True
+    num_critics: int = knob(2, "number of critics; see pessimism", interval="[1, inf)")
+    pessimism: float | None = knob(
+        None,
+        "rho in mean - rho std over the critics, the target of V; 0 is the mean; none: their minimum",
+        interval="[0, inf)",
+        in_loss=True,
+    )
+    value_objective: Literal[
+        "expectile", "quantile", "sarsa_expectile", "sparse", "exponential", "gumbel"
+    ] = knob(
+        "expectile",
+        "loss of V; sparse (SQL), exponential (EQL) and gumbel (XQL) read alpha, the others expectile",
+        in_loss=True,
+    )
+    alpha: float = knob(
+        1.0,
+        "of value_objective sparse, exponential and gumbel, in units of the values: a large one gives "
+        "the value of the log's policy, one near 0 the largest value of a logged action, errors "
+        "included; the authors' are 0.5 to 10",
+        interval="(0, inf)",
+        per_run=True,
+        in_loss=True,
+    )
+    advantage_weight: Literal["auto", "exponential", "positive", "sparse"] = knob(
+        "auto",
+        "weight of a sample of advantage A in the policy's loss: exponential (exp(temperature A)), "
+        "positive (max(A, 0)) or sparse (max(1 + A / (2 alpha), 0)); auto is positive for "
+        "value_objective sparse and exponential, else exponential",
+        in_loss=True,
     )
     loss_function: Literal["l2", "l1", "smooth_l1"] = knob(
         "l2", "distance of the critics to their targets", in_loss=True
@@ -223,6 +252,14 @@ class IQLConfig:
             yield (
                 "actor_objective is 'log_prob' and policy is 'deterministic', which has no density; "
                 "choose 'mse' or 'ddpg_bc'."
+            )
+        weight: str = self.advantage_weight
+        if weight == "auto":
+            weight = OWN_WEIGHTS.get(self.value_objective, "exponential")
+        if self.temperature == 0 and weight != "exponential":
+            yield (
+                f"temperature is 0, which is behaviour cloning, and the weights are {weight!r}, "
+                "which do not read it; choose advantage_weight='exponential'."
             )
         if self.num_samples > 1 and policy in ("deterministic", "categorical"):
             yield (

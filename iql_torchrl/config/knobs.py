@@ -107,9 +107,13 @@ class Knob:
         if self.choices:
             check_choice(self.name, value, self.choices)
             return
+        if value is None and self.optional:
+            return
         one = isinstance(value, Tensor) and value.ndim == 0
         if isinstance(value, bool) or not (one or isinstance(value, numbers.Real)):
-            raise TypeError(f"{self.name} is {value!r}; expected a number.")
+            raise TypeError(
+                f"{self.name} is {value!r}; expected a number{', or None' * self.optional}."
+            )
         self._check_interval(value, self.loss_interval or self.interval)
 
     def _check_interval(self, value: Any, interval: str, note: str = "") -> None:

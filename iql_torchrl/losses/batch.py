@@ -23,7 +23,7 @@ class Batch:
     ``shared``: the entries ``(B,)`` where all runs of a population have the same batch.
     ``draws`` are the random tensors that the loss asks for, by name. ``features`` keeps what an
     encoder gave for these steps. In a part of a batch that several ranks share, ``mean_of_all`` turns
-    a mean over the part into that of the batch.
+    a mean over the part into that of the batch, and ``largest_of_all`` its largest value.
     """
 
     data: TensorDictBase
@@ -33,6 +33,7 @@ class Batch:
     draws: Mapping[str, Tensor] = field(default_factory=dict)
     features: dict[Any, Any] = field(default_factory=dict)
     mean_of_all: Callable[[Tensor], Tensor] | None = None
+    largest_of_all: Callable[[Tensor], Tensor] | None = None
 
     @property
     def observed(self) -> TensorDictBase:

@@ -15,6 +15,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 
+from iql_torchrl import functional as F
 from iql_torchrl.losses.batch import output_of
 
 Critics: TypeAlias = TensorDictModule | Sequence[TensorDictModule] | Callable[[], TensorDictModule]
@@ -113,12 +114,16 @@ def initialise_critics(live: TensorDictParams, target: TensorDictParams, module:
 class LossCritics(TensorDictModuleBase):
     """Writes the smallest value over the critics of ``loss``, ``(*B, 1)``.
 
+    With ``pessimism`` in the loss it is ``mean - pessimism * std``.
+
     The live critics, as they are at every call: training changes them. Their parameters here
     require no gradient. A copy (``copy.deepcopy``, ``pickle``) has weights of its own and no longer
     follows the loss. For losses of one run whose critics read a continuous action. Where the loss has
     an encoder, these critics read its features: ``policies.encoded(encoder, LossCritics(loss))`` reads
     the observations.
     """
+
+    pessimism: float | None = None  # also of what an earlier version pickled
 
     def __init__(self, loss: Any) -> None:
         super().__init__()
@@ -134,6 +139,7 @@ class LossCritics(TensorDictModuleBase):
         """Put the loss's tensors, buffers too, in as parameters, which share their storage."""
         if self._source is None:
             return
+        self.pessimism = self._source[0].pessimism
         params = self._source[0].qvalue_network_params
         tables = [params] if len(self.networks) == 1 else params.data.unbind(0)
         for critic, table in zip(self.networks, tables, strict=True):
@@ -149,7 +155,8 @@ class LossCritics(TensorDictModuleBase):
         self._follow()
         inputs = tensordict.select(*self.in_keys, strict=False)
         values = [output_of(critic(inputs.copy()), self._key, "critic") for critic in self.networks]
-        return tensordict.set(self._key, torch.stack(values).amin(0))
+        value = F.pessimistic_value(torch.stack(values), pessimism=self.pessimism)
+        return tensordict.set(self._key, value)
 
     def train(self, mode: bool = True) -> LossCritics:
         """Always in evaluation mode: values without dropout, statistics that do not change."""

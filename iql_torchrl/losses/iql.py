@@ -55,12 +55,21 @@ class IQLLoss(ImplicitQLoss):
             ``average = d average + (1 - d) parameters`` after every update, starting at the initial
             parameters. ``loss.averaged_actor`` is a copy of the policy that acts with the average;
             buffers are the live ones. 0: no average, and ``averaged_actor`` is None.
-        value_objective: ``"expectile"``, ``"quantile"`` or ``"sarsa_expectile"``
-            (:meth:`value_term`), or a callable ``(target_qvalue (*B,), value (*B,)) -> per-sample
-            loss (*B,)``.
+        value_objective: ``"expectile"``, ``"quantile"``, ``"sarsa_expectile"``, ``"sparse"``,
+            ``"exponential"`` or ``"gumbel"`` (:meth:`value_term`), or a callable ``(target_qvalue
+            (*B,), value (*B,)) -> per-sample loss (*B,)``.
+        alpha: of ``"sparse"``, ``"exponential"`` and ``"gumbel"``, > 0, in units of the values, in
+            place of ``expectile``. Large: the mean over the log's actions; near 0: the maximum.
+        pessimism: None: targets of V and advantages take ``min_k Q'_k``. rho >= 0: they take ``mean -
+            rho std`` over the critics, with a std that divides by K
+            (:func:`iql_torchrl.functional.pessimistic_value`). ``LossCritics`` follow; ``"ddpg_bc"``
+            has ``q_reduction``.
         actor_objective: ``"log_prob"``; ``"mse"`` for deterministic actors; ``"flow"`` for
             ``policies.flow``; ``"ddpg_bc"``; or a callable ``(actor, batch) -> per-sample loss (*B,)``.
-        advantage_weight: ``"exponential"``, ``min(exp(temperature * A), max_weight)``, or a callable
+        advantage_weight: ``"exponential"``, ``min(exp(temperature * A), max_weight)``; ``"positive"``,
+            ``min(max(A, 0), max_weight)``; ``"sparse"``, ``min(max(1 + A / (2 alpha), 0),
+            max_weight)``; ``"auto"``, which is "positive" for the value objectives "sparse" and
+            "exponential", as in their authors' code, and else "exponential"; or a callable
             ``(advantage (*B,)) -> weight (*B,)``, which leaves temperature and max_weight unused.
         q_reduction, q_source: of ``"ddpg_bc"``: ``"min"`` or ``"mean"`` over the critics; ``"live"``
             or ``"target"`` critics. Defaults as in OGBench.

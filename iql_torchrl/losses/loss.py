@@ -18,6 +18,7 @@ from torchrl.objectives.value import TD0Estimator
 
 from iql_torchrl import functional as F
 from iql_torchrl.config import IQLConfig, Knob, check_choice, loss_knobs
+from iql_torchrl.config.iql_config import OWN_WEIGHTS
 from iql_torchrl.losses.batch import Batch, agree, check_action, per_sample, read_batch
 from iql_torchrl.losses.checks import check_actor, check_form
 from iql_torchrl.losses.critics import Critics
@@ -37,6 +38,8 @@ AdvantageWeight = str | Callable[[Tensor], Tensor]
 ACTOR_OBJECTIVES = ("log_prob", "mse", "ddpg_bc", "flow")
 Q_SOURCES = {"live": DETACHED_CRITICS, "target": TARGET_CRITICS}
 SMALLEST_SCALE = 1e-6
+# The authors' ceilings of (Q - V) / alpha: EQL's and XQL's code.
+CEILINGS = {"exponential": 5.0, "gumbel": 7.0}
 POLICY_VALUE_GAP = "policy_value_gap"  # the diagnostic that ddpg_bc has and other objectives do not
 LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
 DIAGNOSTICS = (
@@ -74,8 +77,10 @@ class ImplicitQLoss(NetworkLoss):
         bc_weight: float = IQLConfig.bc_weight,
         actor_ema: float = IQLConfig.actor_ema,
         value_objective: ValueObjective = IQLConfig.value_objective,
+        alpha: float = IQLConfig.alpha,
+        pessimism: float | None = IQLConfig.pessimism,
         actor_objective: ActorObjective = "log_prob",
-        advantage_weight: AdvantageWeight = "exponential",
+        advantage_weight: AdvantageWeight = IQLConfig.advantage_weight,
         q_reduction: str = "min",
         q_source: str = "live",
         diagnostics: bool = False,
@@ -99,13 +104,15 @@ class ImplicitQLoss(NetworkLoss):
             "encoder_gradient": encoder_gradient,
             "random_shift": random_shift,
             "value_objective": value_objective,
+            "alpha": alpha,
+            "pessimism": pessimism,
+            "advantage_weight": advantage_weight,
         }
         for name, value in settings.items():
             if not callable(value):
                 self.knobs[name].check_in_loss(value)
         choices = {
             "actor_objective": (actor_objective, ACTOR_OBJECTIVES),
-            "advantage_weight": (advantage_weight, ("exponential",)),
             "q_reduction": (q_reduction, ("min", "mean")),
             "q_source": (q_source, tuple(Q_SOURCES)),
         }
@@ -249,9 +256,13 @@ class ImplicitQLoss(NetworkLoss):
     # -- each quantity of an update, evaluated once --------------------------------------------------
 
     def target_qvalue(self, batch: Batch) -> Tensor:
-        """Minimum over the target critics of ``Q(s, a)``, shape ``(*B,)``, without gradient."""
+        """``Q(s, a)`` of the target critics, shape ``(*B,)``, without gradient.
+
+        Their minimum, or ``mean - pessimism * std``.
+        """
         with torch.no_grad():
-            return self.action_values(batch, TARGET_CRITICS).amin(0)
+            values = self.action_values(batch, TARGET_CRITICS)
+            return F.pessimistic_value(values, pessimism=self.pessimism)
 
     def action_values(self, batch: Batch, name: str) -> Tensor:
         """``Q_k(s, a)`` of the logged action from K critics with parameters ``name``, ``(K, *B)``."""
@@ -360,6 +371,14 @@ class ImplicitQLoss(NetworkLoss):
             mean = batch.mean_of_all(mean)
         return mean.view(*mean.shape, *(1,) * (value.ndim - mean.ndim)) if mean.ndim else mean
 
+    def largest_of_run(self, value: Tensor, batch: Batch) -> Tensor:
+        """The largest of per-sample ``value`` over the valid steps of each run, without gradient."""
+        value, mask = value.detach(), batch.mask_like(value)
+        if mask is not None:  # padding may be a copy of another run's step
+            value = value.masked_fill(~mask, -torch.inf)
+        largest = value.amax(tuple(self._samples(value) or ()), keepdim=True)
+        return largest if batch.largest_of_all is None else batch.largest_of_all(largest)
+
     # -- one term per network --------------------------------------------------------------------
 
     def value_term(
@@ -369,8 +388,11 @@ class ImplicitQLoss(NetworkLoss):
 
         ``"expectile"``: asymmetric squared error of ``min_k Q_k(s, a) - V(s)``. ``"quantile"``:
         pinball loss of the same. ``"sarsa_expectile"``: asymmetric squared error of
-        ``r + gamma V(s') - V(s)``, for which the loss does not use the critics. A callable
+        ``r + gamma V(s') - V(s)``, for which the loss does not use the critics. ``"sparse"``,
+        ``"exponential"`` and ``"gumbel"``: :func:`~iql_torchrl.functional.sparse_loss` and, with the
+        ceilings 5 and 7, :func:`~iql_torchrl.functional.gumbel_loss` of the first error. A callable
         ``(min_k Q_k(s, a), V(s)) -> loss`` gives its own per-sample loss, all of shape ``(*B,)``.
+        With ``pessimism`` the target is ``mean - pessimism * std`` in place of the minimum.
         """
         value = self.state_value(batch)
         agree(state_value=value, target_qvalue=target_qvalue)
@@ -382,6 +404,12 @@ class ImplicitQLoss(NetworkLoss):
             loss = F.expectile_loss(target - value, expectile=self.expectile)
         elif self.value_objective == "quantile":
             loss = F.quantile_loss(target_qvalue - value, quantile=self.expectile)
+        elif self.value_objective == "sparse":
+            loss = F.sparse_loss(target_qvalue - value, alpha=self.alpha)
+        elif self.value_objective in CEILINGS:
+            error, ceiling = target_qvalue - value, CEILINGS[self.value_objective]
+            largest = self.largest_of_run(error, batch)
+            loss = F.gumbel_loss(error, alpha=self.alpha, ceiling=ceiling, largest=largest)
         else:
             loss = F.expectile_loss(target_qvalue - value, expectile=self.expectile)
         return self._reduce(loss, batch), {"value": value.detach()}
@@ -389,7 +417,7 @@ class ImplicitQLoss(NetworkLoss):
     def actor_term(self, batch: Batch, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of the policy given the advantages ``(*B,)``, and its metadata (eq. 7).
 
-        ``-w log pi(a|s)`` with ``w = min(exp(temperature * A), max_weight)``; ``"mse"`` takes
+        ``-w log pi(a|s)`` with ``w`` of :meth:`weight_of`; ``"mse"`` takes
         ``w |pi(s) - a|**2`` summed over action dimensions; a callable gives its own per-sample
         loss, weighted the same way. A callable ``advantage_weight`` gives ``w`` from ``A``.
         ``"flow"`` takes ``w`` times the error of the velocity, and ``"ddpg_bc"`` has no weights
@@ -413,6 +441,13 @@ class ImplicitQLoss(NetworkLoss):
             shape, name = batch.data.batch_size, "advantage_weight's result"
             weight = per_sample(self.advantage_weight(advantage), shape, name)
             return weight.detach().to(advantage.dtype)
+        kind = self.advantage_weight
+        if kind == "auto" and not callable(self.value_objective):
+            kind = OWN_WEIGHTS.get(self.value_objective, "exponential")
+        if kind == "positive":
+            return F.positive_weight(advantage, max_weight=self.max_weight)
+        if kind == "sparse":
+            return F.sparse_weight(advantage, alpha=self.alpha, max_weight=self.max_weight)
         return F.exponential_weight(
             advantage, temperature=self.temperature, max_weight=self.max_weight
         )
@@ -615,8 +650,10 @@ class ImplicitQLoss(NetworkLoss):
         gap = {}
         if "policy_value" in metadata:
             live = self.q_source == "live"
-            logged = metadata["qvalue"].amin(0) if live else self.target_qvalue(batch)
-            gap = {POLICY_VALUE_GAP: self._mean(metadata["policy_value"] - logged, batch)}
+            with torch.no_grad():
+                logged = metadata["qvalue"] if live else self.action_values(batch, TARGET_CRITICS)
+            difference = metadata["policy_value"] - logged.amin(0)
+            gap = {POLICY_VALUE_GAP: self._mean(difference, batch)}
         return gap | {
             "advantage_mean": self._mean(metadata["advantage"], batch),
             "weight_mean": self._mean(weight, batch),

@@ -42,7 +42,9 @@ class Part:
         divisors = zip(loss.divisors(part), loss.divisors(batch), strict=True)
         # 0 where the whole is 0, as the mean is there
         self._of_weights, self._of_steps = (torch.where(d == 0, 0.0, n / d) for n, d in divisors)
-        self.batch = replace(part, mean_of_all=self._mean_of_all)
+        self.batch = replace(
+            part, mean_of_all=self._mean_of_all, largest_of_all=self._largest_of_all
+        )
 
     def share_of(self, loss: Tensor) -> Tensor:
         """What the loss of this rank's rows adds to that of the batch; ``()`` or ``(P,)``."""
@@ -50,6 +52,12 @@ class Part:
 
     def _mean_of_all(self, mean: Tensor) -> Tensor:
         return self._ranks.sum(mean * self._of_steps.to(mean))
+
+    def _largest_of_all(self, largest: Tensor) -> Tensor:
+        """The largest over ranks: each rank's among zeros in a sum, so that it needs no other call."""
+        before, after = self._ranks.rank, self._ranks.size - self._ranks.rank - 1
+        padding = (0, 0) * largest.ndim + (before, after)
+        return self._ranks.sum(nn.functional.pad(largest.unsqueeze(0), padding)).amax(0)
 
     def joined(
         self, losses: dict[str, Tensor], metadata: dict[str, Tensor]

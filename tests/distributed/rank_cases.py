@@ -72,6 +72,11 @@ CASES = {
     "adam": {"optimizer": optim.Adam, "change": masked, "rate": 3e-3},
     "adamw and a schedule": {"optimizer": optim.AdamW, "scheduled": True, "rate": 3e-3},
     "ddpg_bc": {"loss": {"actor_objective": "ddpg_bc"}, "change": masked},
+    "exponential": {"loss": {"value_objective": "exponential", "alpha": 0.1}, "change": both},
+    "gumbel, population": {
+        "members": 3,
+        "loss": {"value_objective": "gumbel", "alpha": 0.1, "pessimism": 0.5},
+    },
     "flow": {"flow": True},
     "discrete": {"discrete": True},
     "population": {"members": 3, "change": both},
@@ -83,6 +88,7 @@ CASES = {
 }
 DEFAULT = (
     "clipped at once", "weighted and masked", "adamw and a schedule", "discrete", "encoder", "history",
+    "exponential",
 )  # fmt: skip
 
 

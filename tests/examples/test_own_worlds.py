@@ -105,3 +105,20 @@ def test_it_prints_a_table(capsys, monkeypatch):
 def test_impossible_numbers_are_an_error(capsys, name, option, value, words):
     assert run(name, option, value) == 2
     assert words in capsys.readouterr().err
+
+
+def test_exact_values_are_the_mean_and_the_soft_maximum():
+    example = load("iql_objectives")
+    each = example.rewards(example.SHOWN)
+    mean = example.exact_values(example.OBJECTIVES["expectile"][1], 0.5)
+    np.testing.assert_allclose(mean, each.mean(1), atol=1e-4)
+    soft = example.exact_values(example.OBJECTIVES["exponential"][1], 0.5)
+    np.testing.assert_allclose(soft, 0.5 * np.log(np.exp(each / 0.5).mean(1)), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_learned_values_are_printed_beside_exact_ones_and_drawn(empty_folder, capsys):
+    assert run("iql_objectives", "--updates", 20) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert sum(": V off by" in line for line in printed) == 9
+    assert (empty_folder / "objectives.png").is_file()

@@ -431,7 +431,7 @@ def test_reduction_none_warns_about_scalars_and_can_keep_them():
         ({"num_qvalue_nets": 0}, "num_qvalue_nets is 0"),
         ({"loss_function": "huber"}, "loss_function is 'huber'"),
         ({"value_objective": "huber"}, "value_objective is 'huber'; choose one of 'expectile'"),
-        ({"advantage_weight": "lin"}, "advantage_weight is 'lin'; choose one of 'exponential'"),
+        ({"advantage_weight": "lin"}, "advantage_weight is 'lin'; choose one of 'auto'"),
         ({"actor_objective": "ddpg"}, "actor_objective is 'ddpg'"),
         ({"reduction": "median"}, "reduction is 'median'"),
         ({"actor_ema": 1.0}, r"actor_ema is 1.*must lie in \[0, 1\)"),
