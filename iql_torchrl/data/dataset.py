@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import gymnasium as gym
 import numpy as np
@@ -18,11 +18,29 @@ from torchrl.data import Composite, TensorDictReplayBuffer, TensorSpec
 
 from iql_torchrl.data import replay
 from iql_torchrl.data.digests import episode_digests, fingerprint, sketch_of
-from iql_torchrl.data.scaling import ObservationStatistics, RewardMap, normalised_score
+from iql_torchrl.data.goals import (
+    ACHIEVED,
+    ACTOR_ORIGINS,
+    DESIRED,
+    GoalChoice,
+    GoalEnv,
+    GoalOrigins,
+    GoalSampler,
+    Reached,
+    Relabelling,
+    last_rows,
+)
+from iql_torchrl.data.scaling import (
+    ObservationStatistics,
+    RewardMap,
+    StatisticsAccumulator,
+    normalised_score,
+)
 from iql_torchrl.data.schema import ACTION, DatasetError, Key, observation_spec_of, spec_of_space
 from iql_torchrl.data.spaces import flat_action_env, flat_action_space
 from iql_torchrl.data.windows import Windows
 from iql_torchrl.descriptions import describe_space
+from iql_torchrl.networks import History
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -227,6 +245,59 @@ class OfflineDataset(DatasetSummary):
         env = partial(flat_action_env, self.make_env, self.name)
         return replace(self, transitions=transitions, action_space=space, env=env)
 
+    def relabelled(
+        self,
+        goal: GoalChoice = None,
+        *,
+        current: float = 0.2,
+        future: float = 0.5,
+        random: float = 0.3,
+        discount: float | None = 0.99,
+        actor: GoalOrigins | None = ACTOR_ORIGINS,
+        reached: Reached = None,
+        rewards: tuple[float, float] = (0.0, -1.0),
+        name: str | None = None,
+    ) -> RelabelledDataset:
+        """The rows with goals that the log reached, for goal-conditioned policies and values.
+
+        An observation becomes a Dict with the goal as one more leaf, ``{"observation": ..., "goal":
+        ...}``, or its own leaves and ``"goal"``. The log's rewards and terminations are not used: a row
+        has ``rewards[0]`` and terminates where its own observation reaches the goal (row t, not t + 1, as
+        in OGBench); elsewhere it has ``rewards[1]`` and values are bootstrapped, also where the log
+        terminates. Trajectories are the log's episodes.
+
+        Args:
+            goal: what part of an observation is its goal. None: all of it; the name of a leaf of a Dict
+                (``"arm.position"`` for a nested one); places of a vector, ``[0, 1]``; or a function of
+                a batch of observations (a tensor ``(B, *shape)``, or nested dicts of them) that gives
+                floats ``(B, *G)``. Of a Dict with ``achieved_goal`` and ``desired_goal`` by default the
+                first, which then replaces the second.
+            current, future, random, discount: the goals of the values: :class:`~data.GoalOrigins`. Give
+                the ``discount`` of the config.
+            actor: the goals of the policy's loss, by default uniform over the future, as OGBench's; None:
+                those of the values, which saves an evaluation of the target critics and of V.
+            reached: None: the goal is reached where all its numbers are equal; a number: within that
+                Euclidean distance; or a function of two batches of goals that gives bools ``(B,)``.
+            rewards: at the goal, and elsewhere; ``(1.0, 0.0)`` is the other usual choice.
+            name: of the leaf, ``"goal"`` unless said otherwise above; a leaf of that name is replaced.
+
+        Statistics of a goal are those of the part that it comes from; of a function's goals their own.
+
+        Raises ``DatasetError`` on a goal that observations do not have; ``ValueError`` on probabilities,
+        a discount or a ``reached`` out of range.
+        """
+        origins = GoalOrigins(current, future, random, discount)
+        names = getattr(self.observation_space, "spaces", {})
+        if goal is None and {ACHIEVED, DESIRED} <= set(names):
+            goal, name = ACHIEVED, name or DESIRED
+        if not callable(reached) and reached is not None and not reached >= 0:
+            raise ValueError(f"reached is {reached!r}; expected a distance >= 0, None or a function.")
+        how = Relabelling(
+            space=self.observation_space, goal=goal, name=name or "goal", values=origins, actor=actor,
+            reached=reached, rewards=(float(rewards[0]), float(rewards[1])),
+        )  # fmt: skip
+        return relabelled_dataset(self, how)
+
     def split(self, fraction: float, seed: int) -> tuple[OfflineDataset, OfflineDataset]:
         """Two datasets of complete episodes, the first with ``fraction`` of them, drawn at random.
 
@@ -252,3 +323,126 @@ class OfflineDataset(DatasetSummary):
             episode_returns=self.episode_returns[episodes],
             episode_lengths=self.episode_lengths[episodes],
         )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RelabelledDataset(DatasetSummary):
+    """A log whose batches have goals; what ``OfflineDataset.relabelled`` returns.
+
+    ``make_agent``, ``OfflineTrainer`` and populations take it as they take its ``log``. Goals exist in
+    batches only, so what needs all rows in one table refuses it. ``make_env`` gives observations with a
+    goal: :class:`~data.GoalEnv`, or the log's environment where that has such a leaf itself.
+
+    Attributes: ``log``; ``relabelling``, the settings; ``history``, the form of the windows.
+    ``episode_returns`` are NaN, because the log's rewards are not those of goals.
+    """
+
+    log: OfflineDataset
+    relabelling: Relabelling
+    history: History | None = None
+    jumps: str = "error"
+
+    def __len__(self) -> int:
+        return len(self.log)
+
+    @property
+    def masked(self) -> bool:
+        return self.log.masked
+
+    def range_of(self, key: Key) -> tuple[float, float]:
+        column = self.device_sampler(1).column(key)
+        low, high = (torch.empty(0) if column is None else column).aminmax()
+        return float(low), float(high)
+
+    def sketch(self) -> NDArray[np.int64]:
+        return self.log.sketch()
+
+    def fingerprint(self) -> dict[str, str]:
+        return self.log.fingerprint() | {"goals": str(self.relabelling)}
+
+    def windows(
+        self, length: int, *, stack: bool = False, jumps: str = "error"
+    ) -> RelabelledDataset:
+        """The same with windows of observations, ``OfflineDataset.windows``; the goal is repeated."""
+        return replace(self, history=History(length, stack), jumps=jumps)
+
+    def device_sampler(
+        self, batch_size: int, device: torch.device | str | None = None, seed: int | None = None
+    ) -> GoalSampler:
+        """Batches with goals; :meth:`replay_buffer` is the same."""
+        source: Any = self.log
+        if self.history is not None:
+            length, stack = self.history.length, self.history.stack
+            source = self.log.windows(length, stack=stack, jumps=self.jumps)
+        rows = source.device_sampler(batch_size, device, seed)
+        return GoalSampler(rows, last_rows(self.episode_lengths), self.relabelling, self.history)
+
+    replay_buffer = device_sampler
+
+    @property
+    def transitions(self) -> NoReturn:
+        """Always raises ``DatasetError``, because goals are drawn for batches."""
+        raise DatasetError(self._in_batches("this"))
+
+    def __getattr__(self, attribute: str) -> NoReturn:
+        known = not attribute.startswith("_") and hasattr(OfflineDataset, attribute)
+        raise AttributeError(
+            self._in_batches(attribute)
+            if known
+            else f"{type(self).__name__!r} object has no attribute {attribute!r}"
+        )
+
+    def _in_batches(self, what: str) -> str:
+        return (
+            f"{self.name}: its goals are drawn for batches, and {what} needs all rows in one table. "
+            "Use replay_buffer(batch_size) for batches, .log for the rows without goals, and do what "
+            "changes or divides the log before: dataset.split(...)[0].relabelled(...)."
+        )
+
+
+def relabelled_dataset(log: OfflineDataset, how: Relabelling) -> RelabelledDataset:
+    """``log`` with the goals of ``how``; raises as ``OfflineDataset.relabelled``."""
+    space = how.goal_space(lambda key: log.transitions[key][:2])
+    names: dict[str, Any] = getattr(log.observation_space, "spaces", {})
+    old = log.observation_space if how.plain and how.name == "observation" else names.get(how.name)
+    if old is not None and (how.plain or old.shape != space.shape or old.dtype != space.dtype):
+        raise DatasetError(
+            f"{log.name}: the goals are {describe_space(space)} and {how.name!r} is "
+            f"{describe_space(old)} already; choose another name=."
+        )
+    observed = how.with_goal(log.observation_space if how.plain else names, space)
+    statistics = dict(log.statistics)
+    if how.plain and "observation" in statistics:
+        statistics["observation", "observation"] = statistics.pop("observation")
+    part = log.statistics.get("observation" if how.plain else how.path or ())
+    statistics.pop(("observation", how.name), None)
+    if how.path is None:
+        total = StatisticsAccumulator(space.shape or ())
+        for start in range(0, len(log), 65_536):
+            rows = slice(start, start + 65_536)
+            total.update(how.of(lambda key, rows=rows: log.transitions[key][rows]))  # type: ignore[misc]
+        statistics["observation", how.name] = total.result()
+    elif part is not None:
+        still = torch.zeros(part.mean.numel())
+        still[list(part.constant)] = 1
+        mean, std, still = (how.pick(x) for x in (part.mean, part.std, still.view_as(part.mean)))
+        constant = tuple(still.flatten().nonzero().flatten().tolist())
+        goal = ObservationStatistics(mean, std, constant, part.count)
+        statistics["observation", how.name] = goal
+    env = log.env
+    if env is not None and old is None:
+        env = partial(goal_env, env, how, space)
+    return RelabelledDataset(
+        **{each.name: getattr(log, each.name) for each in fields(DatasetSummary)}
+        | {
+            "observation_space": gym.spaces.Dict(observed), "statistics": statistics, "env": env,
+            "reward_map": RewardMap(), "episode_returns": np.full(len(log.episode_lengths), np.nan),
+        },
+        log=log, relabelling=how,
+    )  # fmt: skip
+
+
+def goal_env(
+    make_env: Callable[[], gym.Env[Any, Any]], how: Relabelling, space: gym.Space[Any]
+) -> gym.Env[Any, Any]:
+    return GoalEnv(make_env(), how, space)
