@@ -19,16 +19,13 @@ from torchrl.data import Composite, TensorDictReplayBuffer, TensorSpec
 from iql_torchrl.data import replay
 from iql_torchrl.data.digests import episode_digests, fingerprint, sketch_of
 from iql_torchrl.data.goals import (
-    ACHIEVED,
     ACTOR_ORIGINS,
-    DESIRED,
     GoalChoice,
     GoalEnv,
     GoalOrigins,
     GoalSampler,
     Reached,
     Relabelling,
-    last_rows,
 )
 from iql_torchrl.data.scaling import (
     ObservationStatistics,
@@ -258,45 +255,43 @@ class OfflineDataset(DatasetSummary):
         rewards: tuple[float, float] = (0.0, -1.0),
         name: str | None = None,
     ) -> RelabelledDataset:
-        """The rows with goals that the log reached, for goal-conditioned policies and values.
+        """The log for goal-conditioned policies and values: its batches have goals that it reached.
 
-        An observation becomes a Dict with the goal as one more leaf, ``{"observation": ..., "goal":
-        ...}``, or its own leaves and ``"goal"``. The log's rewards and terminations are not used: a row
-        has ``rewards[0]`` and terminates where its own observation reaches the goal (row t, not t + 1, as
-        in OGBench); elsewhere it has ``rewards[1]`` and values are bootstrapped, also where the log
-        terminates. Trajectories are the log's episodes.
+        The goal is one more leaf of a Dict: ``{"observation": ..., "goal": ...}``, or a Dict's own
+        leaves and ``"goal"``. The log's rewards and terminations are not used: a row whose own
+        observation reaches the goal (s_t, not s_t+1, as in OGBench) has ``rewards[0]`` and terminates;
+        any other has ``rewards[1]`` and is bootstrapped. Trajectories are the log's episodes.
 
         Args:
-            goal: what part of an observation is its goal. None: all of it; the name of a leaf of a Dict
-                (``"arm.position"`` for a nested one); places of a vector, ``[0, 1]``; or a function of
-                a batch of observations (a tensor ``(B, *shape)``, or nested dicts of them) that gives
-                floats ``(B, *G)``. Of a Dict with ``achieved_goal`` and ``desired_goal`` by default the
+            goal: the part of an observation that is its goal. None: all of it; the name of a leaf of
+                a Dict (``"arm.place"`` if nested); places of a vector, ``[0, 1]``; or a function of a
+                batch of observations (a tensor, or nested dicts of them) that gives floats
+                ``(B, *G)``. Of a Dict with ``achieved_goal`` and ``desired_goal`` by default the
                 first, which then replaces the second.
-            current, future, random, discount: the goals of the values: :class:`~data.GoalOrigins`. Give
-                the ``discount`` of the config.
-            actor: the goals of the policy's loss, by default uniform over the future, as OGBench's; None:
-                those of the values, which saves an evaluation of the target critics and of V.
-            reached: None: the goal is reached where all its numbers are equal; a number: within that
-                Euclidean distance; or a function of two batches of goals that gives bools ``(B,)``.
+            current, future, random, discount: the distribution of the values' goals,
+                :class:`~iql_torchrl.data.GoalOrigins`; give the ``discount`` of the config.
+            actor: that of the policy's goals, by default uniform over the future as in OGBench. None:
+                the values' goals, which saves an evaluation of the target critics and of V.
+            reached: None: where all numbers are equal; a number: within that Euclidean distance; or a
+                function of two batches of goals that gives bools ``(B,)``.
             rewards: at the goal, and elsewhere; ``(1.0, 0.0)`` is the other usual choice.
-            name: of the leaf, ``"goal"`` unless said otherwise above; a leaf of that name is replaced.
+            name: of the leaf with the goal; a leaf of that name is replaced.
 
-        Statistics of a goal are those of the part that it comes from; of a function's goals their own.
+        A goal has the statistics of the part that it comes from; a function's goals have their own.
 
-        Raises ``DatasetError`` on a goal that observations do not have; ``ValueError`` on probabilities,
-        a discount or a ``reached`` out of range.
+        Raises ``DatasetError`` on a goal that the observations lack, ``ValueError`` on other settings.
         """
-        origins = GoalOrigins(current, future, random, discount)
         names = getattr(self.observation_space, "spaces", {})
-        if goal is None and {ACHIEVED, DESIRED} <= set(names):
-            goal, name = ACHIEVED, name or DESIRED
+        if goal is None and {"achieved_goal", "desired_goal"} <= set(names):
+            goal, name = "achieved_goal", name or "desired_goal"
         if not callable(reached) and reached is not None and not reached >= 0:
-            raise ValueError(f"reached is {reached!r}; expected a distance >= 0, None or a function.")
+            raise ValueError(f"reached is {reached!r}; expected None, a distance or a function.")
+        values = GoalOrigins(current, future, random, discount)
         how = Relabelling(
-            space=self.observation_space, goal=goal, name=name or "goal", values=origins, actor=actor,
+            space=self.observation_space, goal=goal, name=name or "goal", values=values, actor=actor,
             reached=reached, rewards=(float(rewards[0]), float(rewards[1])),
         )  # fmt: skip
-        return relabelled_dataset(self, how)
+        return RelabelledDataset.of(self, how)
 
     def split(self, fraction: float, seed: int) -> tuple[OfflineDataset, OfflineDataset]:
         """Two datasets of complete episodes, the first with ``fraction`` of them, drawn at random.
@@ -327,20 +322,50 @@ class OfflineDataset(DatasetSummary):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class RelabelledDataset(DatasetSummary):
-    """A log whose batches have goals; what ``OfflineDataset.relabelled`` returns.
+    """A log whose batches have goals: what ``OfflineDataset.relabelled`` returns.
 
-    ``make_agent``, ``OfflineTrainer`` and populations take it as they take its ``log``. Goals exist in
-    batches only, so what needs all rows in one table refuses it. ``make_env`` gives observations with a
-    goal: :class:`~data.GoalEnv`, or the log's environment where that has such a leaf itself.
+    ``make_agent``, ``OfflineTrainer`` and populations take it. ``make_env`` gives observations with
+    goals: a ``data.GoalEnv``, or the log's own environment where that has such a leaf.
 
-    Attributes: ``log``; ``relabelling``, the settings; ``history``, the form of the windows.
-    ``episode_returns`` are NaN, because the log's rewards are not those of goals.
+    Attributes: ``log``, the rows without goals; ``relabelling``, the settings; ``history``, of windows.
+    ``episode_returns`` are NaN, because rewards depend on goals.
     """
 
     log: OfflineDataset
     relabelling: Relabelling
     history: History | None = None
     jumps: str = "error"
+
+    @classmethod
+    def of(cls, log: OfflineDataset, how: Relabelling) -> RelabelledDataset:
+        """Raises as ``OfflineDataset.relabelled``."""
+        space, whole = how.goal_space(lambda key: log.transitions[key][:2]), log.observation_space
+        observed = {"observation": whole} if how.plain else getattr(whole, "spaces", {})
+        old = observed.get(how.name)
+        if old is not None and (how.plain or (old.shape, old.dtype) != (space.shape, space.dtype)):
+            raise DatasetError(
+                f"{log.name}: {how.name!r} is {describe_space(old)} already, and the goals are "
+                f"{describe_space(space)}; choose another name=."
+            )
+        statistics: dict[Any, ObservationStatistics] = {
+            ("observation", "observation") if how.plain else key: each
+            for key, each in log.statistics.items()
+        }
+        goal = _goal_statistics(log, how, space)
+        statistics |= {} if goal is None else {("observation", how.name): goal}
+        env = (
+            log.env
+            if old is not None or log.env is None
+            else partial(_goal_env, log.env, how, space)
+        )
+        described = {each.name: getattr(log, each.name) for each in fields(DatasetSummary)} | {
+            "observation_space": gym.spaces.Dict({**observed, how.name: space}),
+            "statistics": statistics,
+            "episode_returns": np.full(len(log.episode_lengths), np.nan),
+            "reward_map": RewardMap(),
+            "env": env,
+        }
+        return cls(**described, log=log, relabelling=how)
 
     def __len__(self) -> int:
         return len(self.log)
@@ -350,8 +375,7 @@ class RelabelledDataset(DatasetSummary):
         return self.log.masked
 
     def range_of(self, key: Key) -> tuple[float, float]:
-        column = self.device_sampler(1).column(key)
-        low, high = (torch.empty(0) if column is None else column).aminmax()
+        low, high = self.device_sampler(1).column(key).aminmax()  # type: ignore[union-attr]
         return float(low), float(high)
 
     def sketch(self) -> NDArray[np.int64]:
@@ -360,89 +384,50 @@ class RelabelledDataset(DatasetSummary):
     def fingerprint(self) -> dict[str, str]:
         return self.log.fingerprint() | {"goals": str(self.relabelling)}
 
+    @property
+    def transitions(self) -> NoReturn:
+        """Always raises ``DatasetError``, because goals are drawn for batches."""
+        raise DatasetError(
+            f"{self.name}: its goals are drawn for batches, and this needs all rows in one table. Use "
+            "replay_buffer(batch_size), or .log for the rows without goals."
+        )
+
     def windows(
         self, length: int, *, stack: bool = False, jumps: str = "error"
     ) -> RelabelledDataset:
-        """The same with windows of observations, ``OfflineDataset.windows``; the goal is repeated."""
+        """The same with ``OfflineDataset.windows`` of observations, in which the goal is repeated."""
         return replace(self, history=History(length, stack), jumps=jumps)
 
     def device_sampler(
         self, batch_size: int, device: torch.device | str | None = None, seed: int | None = None
     ) -> GoalSampler:
-        """Batches with goals; :meth:`replay_buffer` is the same."""
-        source: Any = self.log
-        if self.history is not None:
-            length, stack = self.history.length, self.history.stack
-            source = self.log.windows(length, stack=stack, jumps=self.jumps)
-        rows = source.device_sampler(batch_size, device, seed)
-        return GoalSampler(rows, last_rows(self.episode_lengths), self.relabelling, self.history)
+        """A ``GoalSampler`` of the log's rows; ``replay_buffer`` is the same."""
+        rows: Any = self.log
+        if (form := self.history) is not None:
+            rows = rows.windows(form.length, stack=form.stack, jumps=self.jumps)
+        source = rows.device_sampler(batch_size, device, seed)
+        return GoalSampler(source, self.episode_lengths, self.relabelling, form)
 
     replay_buffer = device_sampler
 
-    @property
-    def transitions(self) -> NoReturn:
-        """Always raises ``DatasetError``, because goals are drawn for batches."""
-        raise DatasetError(self._in_batches("this"))
 
-    def __getattr__(self, attribute: str) -> NoReturn:
-        known = not attribute.startswith("_") and hasattr(OfflineDataset, attribute)
-        raise AttributeError(
-            self._in_batches(attribute)
-            if known
-            else f"{type(self).__name__!r} object has no attribute {attribute!r}"
-        )
-
-    def _in_batches(self, what: str) -> str:
-        return (
-            f"{self.name}: its goals are drawn for batches, and {what} needs all rows in one table. "
-            "Use replay_buffer(batch_size) for batches, .log for the rows without goals, and do what "
-            "changes or divides the log before: dataset.split(...)[0].relabelled(...)."
-        )
-
-
-def relabelled_dataset(log: OfflineDataset, how: Relabelling) -> RelabelledDataset:
-    """``log`` with the goals of ``how``; raises as ``OfflineDataset.relabelled``."""
-    space = how.goal_space(lambda key: log.transitions[key][:2])
-    names: dict[str, Any] = getattr(log.observation_space, "spaces", {})
-    old = log.observation_space if how.plain and how.name == "observation" else names.get(how.name)
-    if old is not None and (how.plain or old.shape != space.shape or old.dtype != space.dtype):
-        raise DatasetError(
-            f"{log.name}: the goals are {describe_space(space)} and {how.name!r} is "
-            f"{describe_space(old)} already; choose another name=."
-        )
-    observed = how.with_goal(log.observation_space if how.plain else names, space)
-    statistics = dict(log.statistics)
-    if how.plain and "observation" in statistics:
-        statistics["observation", "observation"] = statistics.pop("observation")
-    part = log.statistics.get("observation" if how.plain else how.path or ())
-    statistics.pop(("observation", how.name), None)
-    if how.path is None:
-        total = StatisticsAccumulator(space.shape or ())
-        for start in range(0, len(log), 65_536):
-            rows = slice(start, start + 65_536)
-            total.update(how.of(lambda key, rows=rows: log.transitions[key][rows]))  # type: ignore[misc]
-        statistics["observation", how.name] = total.result()
-    elif part is not None:
-        still = torch.zeros(part.mean.numel())
-        still[list(part.constant)] = 1
-        mean, std, still = (how.pick(x) for x in (part.mean, part.std, still.view_as(part.mean)))
-        constant = tuple(still.flatten().nonzero().flatten().tolist())
-        goal = ObservationStatistics(mean, std, constant, part.count)
-        statistics["observation", how.name] = goal
-    env = log.env
-    if env is not None and old is None:
-        env = partial(goal_env, env, how, space)
-    return RelabelledDataset(
-        **{each.name: getattr(log, each.name) for each in fields(DatasetSummary)}
-        | {
-            "observation_space": gym.spaces.Dict(observed), "statistics": statistics, "env": env,
-            "reward_map": RewardMap(), "episode_returns": np.full(len(log.episode_lengths), np.nan),
-        },
-        log=log, relabelling=how,
-    )  # fmt: skip
-
-
-def goal_env(
-    make_env: Callable[[], gym.Env[Any, Any]], how: Relabelling, space: gym.Space[Any]
-) -> gym.Env[Any, Any]:
+def _goal_env(make_env: Any, how: Relabelling, space: gym.Space[Any]) -> gym.Env[Any, Any]:
     return GoalEnv(make_env(), how, space)
+
+
+def _goal_statistics(
+    log: OfflineDataset, how: Relabelling, space: gym.Space[Any]
+) -> ObservationStatistics | None:
+    if callable(how.goal):
+        total = StatisticsAccumulator(space.shape or ())
+        for rows in torch.arange(len(log)).split(65_536):
+            total.update(how.of(lambda key, rows=rows: log.transitions[key][rows]))  # type: ignore[misc]
+        return total.result()
+    part = log.statistics.get("observation" if how.plain else how.path)
+    if part is None:
+        return None
+    still = torch.zeros(part.mean.numel())
+    still[list(part.constant)] = 1
+    mean, std, still = (how.pick(x) for x in (part.mean, part.std, still.view_as(part.mean)))
+    constant = tuple(still.flatten().nonzero().flatten().tolist())
+    return ObservationStatistics(mean, std, constant, part.count)

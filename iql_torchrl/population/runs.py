@@ -121,7 +121,9 @@ class IQLPopulation:
         where: Any = {"device": first.device, "seed": first.seed}
         if batches == "own":
             where |= {"members": len(configs), "part": self.runs}
-            self.sampler: DeviceSampler = MemberSampler(dataset.transitions, first.batch_size, **where)
+            self.sampler: DeviceSampler = MemberSampler(
+                dataset.transitions, first.batch_size, **where
+            )
         else:
             self.sampler = dataset.device_sampler(first.batch_size, **where)
         self.updates = 0

@@ -127,7 +127,7 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
     if options.columns.get("reward") and named["reward"].dtype == np.bool_:
         named["reward"] = np.asarray(named["reward"][:], np.float32)  # such as LeRobot's success
     if "reward" not in named:  # left out: data without a task
-        named["reward"] = np.zeros(len(next(iter(observation.values()))), np.float32)
+        named["reward"] = np.zeros(next(iter(observation.values())).shape[0], np.float32)
     every = {"/".join(key): column for key, column in observation.items()}
     every |= {"next/" + "/".join(key): column for key, column in following.items()}
     rows = _checked_rows(name, every | named)
