@@ -172,13 +172,6 @@ def test_runs_of_a_population_are_those_trained_alone():
 # -- evaluation
 
 
-class Script(torch.nn.Module):
-    """Goes down and right alternately; the goal is not read."""
-
-    def forward(self, state):
-        return torch.where(state % 2 == 0, 2, 0)
-
-
 def test_success_of_each_goal_by_hand():
     """Cells of a corridor: from 0 always to the right, so 3 steps to cell 3, and none to cell 0."""
     data = walks(("....",), 3, 5).relabelled()
@@ -250,46 +243,54 @@ def learned(log, **settings):
 
 
 def check_maze(agent, data, maze):
-    """Spearman's correlation of V with exact values; success from every cell to every other."""
+    """Spearman's correlation of V with exact values, for all pairs and the lowest of one goal.
+
+    Also the share of pairs that the greedy actions of Q solve, and an evaluation of the policy.
+    """
     steps = maze.distances()
-    count = len(steps)
+    count, most = len(steps), 2 * int(steps.max())
     start, goal = (torch.as_tensor(each.ravel()) for each in np.indices((count, count)))
-    states = TensorDict({"observation": {"observation": start, "goal": goal}}, [count**2])
-    loss = agent.loss
+    batch = data.device_sampler(count**2).sample().exclude("for_actor")
+    for side in (batch, batch["next"]):
+        side["observation"] = TensorDict({"observation": start, "goal": goal}, [count**2])
+    loss, of_actions = agent.loss, []
     with torch.no_grad():
-        value = loss.networks.value(loss.inputs(loss.read(states_as_rows(states, data))))
-    value = value.reshape(count, count)
+        value = loss.state_value(loss.read(batch)).view(count, count)
+        for action in range(4):
+            batch["action"] = torch.full_like(start, action)
+            of_actions.append(loss.target_qvalue(loss.read(batch)))
+    greedy = torch.stack(of_actions).argmax(0).view(count, count)
+    solved = 0
+    for state, goal in np.ndindex(count, count):
+        for _ in range(most):
+            state = state if state == goal else maze.after(state, int(greedy[state, goal]))
+        solved += state == goal
     exact = -(1 - 0.9**steps) / (1 - 0.9)
     ranks = [stats.spearmanr(value[:, g], exact[:, g]).statistic for g in range(count)]
-    pairs = [(s, g) for s in range(count) for g in range(count) if s != g]
-    goals = [{"start": s, "goal": g} for s, g in pairs]
+    goals = [{"start": s, "goal": g} for s in range(count) for g in range(count) if s != g]
     result = evaluate(
         agent.policy, data.make_env, episodes=len(goals), num_envs=64, seed=0, goals=goals,
-        max_steps=2 * int(steps.max()),
+        max_steps=most,
     )  # fmt: skip
-    return stats.spearmanr(value.flatten(), exact.ravel()).statistic, min(ranks), result
+    overall = stats.spearmanr(value.flatten(), exact.ravel()).statistic
+    return overall, min(ranks), solved / count**2, result.goal_success_rates.mean()
 
 
-def states_as_rows(states, data):
-    """Rows with these states and goals, as the loss reads them."""
-    sampler = data.device_sampler(len(states), seed=0)
-    batch = sampler.sample().exclude("for_actor")
-    for side in (batch, batch["next"]):
-        side["observation"] = states["observation"]
-    return batch
-
-
-def test_values_order_the_cells_and_the_policy_reaches_every_goal(log):
-    agent, data = learned(log, updates=500)
-    spearman, _, result = check_maze(agent, data, Maze(SMALL))
+def test_values_order_the_cells_and_the_greedy_policy_reaches_every_goal(log):
+    agent, data = learned(
+        log, updates=400, batch_size=64, critic_lr=5e-3, value_lr=5e-3, polyak=0.1
+    )
+    spearman, worst, greedy, _ = check_maze(agent, data, Maze(SMALL))
     assert spearman > 0.98
-    assert result.goal_success_rates.mean() == 1.0
+    assert worst > 0.9
+    assert greedy == 1.0
 
 
 @pytest.mark.slow
 def test_values_and_policy_in_a_larger_maze():
-    agent, data = learned(walks(LARGE, episodes=300, steps=60), updates=6000, discount=0.9)
-    spearman, worst, result = check_maze(agent, data, Maze(LARGE))
+    agent, data = learned(walks(LARGE, episodes=300, steps=60), updates=6000)
+    spearman, worst, greedy, learned_policy = check_maze(agent, data, Maze(LARGE))
     assert spearman > 0.98
-    assert worst > 0.9
-    assert result.goal_success_rates.mean() == 1.0
+    assert worst > 0.98
+    assert greedy > 0.98
+    assert learned_policy > 0.9
