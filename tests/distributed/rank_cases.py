@@ -57,6 +57,12 @@ def both(batch):
     return weighted(masked(batch))
 
 
+def policy_entries(batch):
+    """Other observations for the policy, as goals of its own are."""
+    batch["for_actor"] = {"observation": batch["observation"].flip(0)}
+    return masked(batch)
+
+
 # SGD by default: the updates of Adam do not change where all gradients have a wrong common factor
 CASES = {
     "sequential": {},
@@ -72,6 +78,7 @@ CASES = {
     "adam": {"optimizer": optim.Adam, "change": masked, "rate": 3e-3},
     "adamw and a schedule": {"optimizer": optim.AdamW, "scheduled": True, "rate": 3e-3},
     "ddpg_bc": {"loss": {"actor_objective": "ddpg_bc"}, "change": masked},
+    "entries of the policy": {"change": policy_entries},
     "flow": {"flow": True},
     "discrete": {"discrete": True},
     "population": {"members": 3, "change": both},
