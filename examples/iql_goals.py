@@ -13,6 +13,7 @@ from typing import Any
 
 from iql_torchrl import IQLConfig, OfflineTrainer, evaluate, load_dataset, make_agent
 from iql_torchrl.config import cli
+from iql_torchrl.data import GoalOrigins
 from iql_torchrl.report import text_table
 
 import gymnasium
@@ -32,13 +33,17 @@ CONFIG = IQLConfig(
     hidden=(64, 64),
     discount=0.9,
     expectile=0.95,
-    temperature=20.0,
+    temperature=50.0,
     actor_lr=3e-3,
     critic_lr=5e-3,
     value_lr=5e-3,
     polyak=0.1,
     reward="raw",
 )
+
+
+# Walks are short and random, so that goals of their future are near: the policy needs others too.
+POLICY_GOALS = GoalOrigins(current=0.0, future=0.5, random=0.5, discount=None)
 
 
 class Maze(gymnasium.Env[int, int]):
@@ -123,7 +128,7 @@ def main(updates: int = CONFIG.updates, seed: int = 0, picture: Path = Path("goa
         picture: file that is written.
     """
     config = replace(CONFIG, updates=updates, seed=seed)
-    data = wander(60, 40, seed).relabelled(discount=config.discount)
+    data = wander(60, 40, seed).relabelled(discount=config.discount, actor=POLICY_GOALS)
     agent = make_agent(config, data)
     OfflineTrainer(agent=agent, dataset=data).train()
     count = len(CELLS)

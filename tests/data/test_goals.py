@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import itertools
 
-import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from gymnasium import spaces
 from scipy import stats
 from small_logs import counted, pair
 
@@ -291,15 +289,15 @@ def test_wrong_goals_are_refused(log, mixed, tmp_path):
         mixed.relabelled("missing")
     with pytest.raises(DatasetError, match=r"gives torch.int64 \(2,\); expected floats"):
         mixed.relabelled(lambda observation: observation["cell"])
-    with pytest.raises(DatasetError, match="'observation' is Box .* already, and the goals are"):
+    with pytest.raises(DatasetError, match=r"'observation' is Box .* already, and the goals are"):
         log.relabelled(name="observation")
-    with pytest.raises(DatasetError, match="'cell' is Discrete.*choose another name="):
+    with pytest.raises(DatasetError, match=r"'cell' is Discrete.*choose another name="):
         mixed.relabelled("achieved_goal", name="cell")
     with pytest.raises(
         ValueError, match=r"\(0.5, 0.5, 0.3\); expected probabilities whose sum is 1"
     ):
         log.relabelled(current=0.5)
-    with pytest.raises(ValueError, match="discount is 1.0; expected None or a number in"):
+    with pytest.raises(ValueError, match=r"discount is 1\.0; expected None or a number in"):
         log.relabelled(discount=1.0)
     for wrong in (-1.0, float("nan")):
         with pytest.raises(ValueError, match=r"reached is .*; expected None, a distance"):
