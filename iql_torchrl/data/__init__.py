@@ -2,6 +2,10 @@
 
 from iql_torchrl.data.dataset import DatasetSummary as DatasetSummary
 from iql_torchrl.data.dataset import OfflineDataset as OfflineDataset
+from iql_torchrl.data.dataset import RelabelledDataset as RelabelledDataset
+from iql_torchrl.data.goals import GoalEnv as GoalEnv
+from iql_torchrl.data.goals import GoalOrigins as GoalOrigins
+from iql_torchrl.data.goals import GoalSampler as GoalSampler
 from iql_torchrl.data.load import load_dataset as load_dataset
 from iql_torchrl.data.replay import DeviceSampler as DeviceSampler
 from iql_torchrl.data.replay import MemberSampler as MemberSampler

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import gymnasium as gym
 import numpy as np
@@ -18,11 +18,26 @@ from torchrl.data import Composite, TensorDictReplayBuffer, TensorSpec
 
 from iql_torchrl.data import replay
 from iql_torchrl.data.digests import episode_digests, fingerprint, sketch_of
-from iql_torchrl.data.scaling import ObservationStatistics, RewardMap, normalised_score
+from iql_torchrl.data.goals import (
+    ACTOR_ORIGINS,
+    GoalChoice,
+    GoalEnv,
+    GoalOrigins,
+    GoalSampler,
+    Reached,
+    Relabelling,
+)
+from iql_torchrl.data.scaling import (
+    ObservationStatistics,
+    RewardMap,
+    StatisticsAccumulator,
+    normalised_score,
+)
 from iql_torchrl.data.schema import ACTION, DatasetError, Key, observation_spec_of, spec_of_space
 from iql_torchrl.data.spaces import flat_action_env, flat_action_space
 from iql_torchrl.data.windows import Windows
 from iql_torchrl.descriptions import describe_space
+from iql_torchrl.networks import History
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -227,6 +242,57 @@ class OfflineDataset(DatasetSummary):
         env = partial(flat_action_env, self.make_env, self.name)
         return replace(self, transitions=transitions, action_space=space, env=env)
 
+    def relabelled(
+        self,
+        goal: GoalChoice = None,
+        *,
+        current: float = 0.2,
+        future: float = 0.5,
+        random: float = 0.3,
+        discount: float | None = 0.99,
+        actor: GoalOrigins | None = ACTOR_ORIGINS,
+        reached: Reached = None,
+        rewards: tuple[float, float] = (0.0, -1.0),
+        name: str | None = None,
+    ) -> RelabelledDataset:
+        """The log for goal-conditioned policies and values: its batches have goals that it reached.
+
+        The goal is one more leaf of a Dict: ``{"observation": ..., "goal": ...}``, or a Dict's own
+        leaves and ``"goal"``. The log's rewards and terminations are not used: a row whose own
+        observation reaches the goal (s_t, not s_t+1, as in OGBench) has ``rewards[0]`` and terminates;
+        any other has ``rewards[1]`` and is bootstrapped. Trajectories are the log's episodes.
+
+        Args:
+            goal: the part of an observation that is its goal. None: all of it; the name of a leaf of
+                a Dict (``"arm.place"`` if nested); places of a vector, ``[0, 1]``; or a function of a
+                batch of observations (a tensor, or nested dicts of them) that gives floats
+                ``(B, *G)``. Of a Dict with ``achieved_goal`` and ``desired_goal`` by default the
+                first, which then replaces the second.
+            current, future, random, discount: the distribution of the values' goals,
+                :class:`~iql_torchrl.data.GoalOrigins`; give the ``discount`` of the config.
+            actor: that of the policy's goals, by default uniform over the future as in OGBench. None:
+                the values' goals, which saves an evaluation of the target critics and of V.
+            reached: None: where all numbers are equal; a number: within that Euclidean distance; or a
+                function of two batches of goals that gives bools ``(B,)``.
+            rewards: at the goal, and elsewhere; ``(1.0, 0.0)`` is the other usual choice.
+            name: of the leaf with the goal; a leaf of that name is replaced.
+
+        A goal has the statistics of the part that it comes from; a function's goals have their own.
+
+        Raises ``DatasetError`` on a goal that the observations lack, ``ValueError`` on other settings.
+        """
+        names = getattr(self.observation_space, "spaces", {})
+        if goal is None and {"achieved_goal", "desired_goal"} <= set(names):
+            goal, name = "achieved_goal", name or "desired_goal"
+        if not callable(reached) and reached is not None and not reached >= 0:
+            raise ValueError(f"reached is {reached!r}; expected None, a distance or a function.")
+        values = GoalOrigins(current, future, random, discount)
+        how = Relabelling(
+            space=self.observation_space, goal=goal, name=name or "goal", values=values, actor=actor,
+            reached=reached, rewards=(float(rewards[0]), float(rewards[1])),
+        )  # fmt: skip
+        return RelabelledDataset.of(self, how)
+
     def split(self, fraction: float, seed: int) -> tuple[OfflineDataset, OfflineDataset]:
         """Two datasets of complete episodes, the first with ``fraction`` of them, drawn at random.
 
@@ -252,3 +318,116 @@ class OfflineDataset(DatasetSummary):
             episode_returns=self.episode_returns[episodes],
             episode_lengths=self.episode_lengths[episodes],
         )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class RelabelledDataset(DatasetSummary):
+    """A log whose batches have goals: what ``OfflineDataset.relabelled`` returns.
+
+    ``make_agent``, ``OfflineTrainer`` and populations take it. ``make_env`` gives observations with
+    goals: a ``data.GoalEnv``, or the log's own environment where that has such a leaf.
+
+    Attributes: ``log``, the rows without goals; ``relabelling``, the settings; ``history``, of windows.
+    ``episode_returns`` are NaN, because rewards depend on goals.
+    """
+
+    log: OfflineDataset
+    relabelling: Relabelling
+    history: History | None = None
+    jumps: str = "error"
+
+    @classmethod
+    def of(cls, log: OfflineDataset, how: Relabelling) -> RelabelledDataset:
+        """Raises as ``OfflineDataset.relabelled``."""
+        space, whole = how.goal_space(lambda key: log.transitions[key][:2]), log.observation_space
+        observed = {"observation": whole} if how.plain else getattr(whole, "spaces", {})
+        old = observed.get(how.name)
+        if old is not None and (how.plain or (old.shape, old.dtype) != (space.shape, space.dtype)):
+            raise DatasetError(
+                f"{log.name}: {how.name!r} is {describe_space(old)} already, and the goals are "
+                f"{describe_space(space)}; choose another name=."
+            )
+        statistics: dict[Any, ObservationStatistics] = {
+            ("observation", "observation") if how.plain else key: each
+            for key, each in log.statistics.items()
+        }
+        goal = _goal_statistics(log, how, space)
+        statistics |= {} if goal is None else {("observation", how.name): goal}
+        env = (
+            log.env
+            if old is not None or log.env is None
+            else partial(_goal_env, log.env, how, space)
+        )
+        described = {each.name: getattr(log, each.name) for each in fields(DatasetSummary)} | {
+            "observation_space": gym.spaces.Dict({**observed, how.name: space}),
+            "statistics": statistics,
+            "episode_returns": np.full(len(log.episode_lengths), np.nan),
+            "reward_map": RewardMap(),
+            "env": env,
+        }
+        return cls(**described, log=log, relabelling=how)
+
+    def __len__(self) -> int:
+        return len(self.log)
+
+    @property
+    def masked(self) -> bool:
+        return self.log.masked
+
+    def range_of(self, key: Key) -> tuple[float, float]:
+        low, high = self.device_sampler(1).column(key).aminmax()  # type: ignore[union-attr]
+        return float(low), float(high)
+
+    def sketch(self) -> NDArray[np.int64]:
+        return self.log.sketch()
+
+    def fingerprint(self) -> dict[str, str]:
+        return self.log.fingerprint() | {"goals": str(self.relabelling)}
+
+    @property
+    def transitions(self) -> NoReturn:
+        """Always raises ``DatasetError``, because goals are drawn for batches."""
+        raise DatasetError(
+            f"{self.name}: its goals are drawn for batches, and this needs all rows in one table. Use "
+            "replay_buffer(batch_size), or .log for the rows without goals."
+        )
+
+    def windows(
+        self, length: int, *, stack: bool = False, jumps: str = "error"
+    ) -> RelabelledDataset:
+        """The same with ``OfflineDataset.windows`` of observations, in which the goal is repeated."""
+        return replace(self, history=History(length, stack), jumps=jumps)
+
+    def device_sampler(
+        self, batch_size: int, device: torch.device | str | None = None, seed: int | None = None
+    ) -> GoalSampler:
+        """A ``GoalSampler`` of the log's rows; ``replay_buffer`` is the same."""
+        rows: Any = self.log
+        if (form := self.history) is not None:
+            rows = rows.windows(form.length, stack=form.stack, jumps=self.jumps)
+        source = rows.device_sampler(batch_size, device, seed)
+        return GoalSampler(source, self.episode_lengths, self.relabelling, form)
+
+    replay_buffer = device_sampler
+
+
+def _goal_env(make_env: Any, how: Relabelling, space: gym.Space[Any]) -> gym.Env[Any, Any]:
+    return GoalEnv(make_env(), how, space)
+
+
+def _goal_statistics(
+    log: OfflineDataset, how: Relabelling, space: gym.Space[Any]
+) -> ObservationStatistics | None:
+    if callable(how.goal):
+        total = StatisticsAccumulator(space.shape or ())
+        for rows in torch.arange(len(log)).split(65_536):
+            total.update(how.of(lambda key, rows=rows: log.transitions[key][rows]))  # type: ignore[misc]
+        return total.result()
+    part = log.statistics.get("observation" if how.plain else how.path)
+    if part is None:
+        return None
+    still = torch.zeros(part.mean.numel())
+    still[list(part.constant)] = 1
+    mean, std, still = (how.pick(x) for x in (part.mean, part.std, still.view_as(part.mean)))
+    constant = tuple(still.flatten().nonzero().flatten().tolist())
+    return ObservationStatistics(mean, std, constant, part.count)

@@ -159,6 +159,14 @@ class DeviceSampler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.generator.set_state(state["generator"].cpu())
 
+    def index_shape(self, batch_size: int) -> tuple[int, ...]:
+        """The shape of ``indices(batch_size)``."""
+        return (batch_size,)
+
+    def draw(self, out: Tensor) -> Tensor:
+        """``out``, of that shape, with the indices of a new batch."""
+        return torch.randint(self.rows, out.shape, generator=self.generator, out=out)
+
     def indices(self, batch_size: int | None = None) -> Tensor:
         """Row numbers of a batch, int64 ``(batch_size,)`` on the device."""
         size = self.batch_size if batch_size is None else batch_size

@@ -6,7 +6,7 @@ import io
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
 from functools import lru_cache, partial
@@ -83,13 +83,14 @@ class BackgroundEvaluation:
         episodes: int,
         num_envs: int = 8,
         seed: int,
+        goals: Sequence[Mapping[str, Any]] | None = None,
         reference_scores: Any = None,
         deterministic: bool = True,
         max_steps: int | None = None,
         device: torch.device | str | None = None,
         timeout: float | None = 600.0,
     ) -> None:
-        check_arguments(policy, make_env, episodes, num_envs, seed, max_steps)
+        check_arguments(policy, make_env, episodes, num_envs, seed, max_steps, goals)
         self.timeout = timeout
         self._policy, self._layout = policy, _layout(named_tensors(policy))
         environment = packed("make_env", make_env)
@@ -107,6 +108,7 @@ class BackgroundEvaluation:
             episodes=episodes,
             num_envs=num_envs,
             seed=seed,
+            goals=goals,
             reference_scores=reference_pair(reference_scores),
             deterministic=deterministic,
             max_steps=max_steps,

@@ -32,12 +32,25 @@ class Evaluation:
         successes: whether ``info`` reported ``success`` (or ``is_success``) at any step; None
             if some episode never reported either.
         scores: ``100 * (return - random) / (expert - random)``; None without reference scores.
+        goals: the number of each episode's goal, int64; None without ``goals=``.
     """
 
     returns: FloatArray
     lengths: NDArray[np.int64]
     successes: NDArray[np.bool_] | None = None
     scores: FloatArray | None = None
+    goals: NDArray[np.int64] | None = None
+
+    @property
+    def goal_success_rates(self) -> FloatArray:
+        """The share of successful episodes of each goal, float64 ``(G,)``.
+
+        Raises ``ValueError`` where the evaluation has no goals, or an episode reported no success.
+        """
+        if self.goals is None or self.successes is None:
+            missing = "goals=" if self.goals is None else "'success' in the environment's info"
+            raise ValueError(f"the evaluation was made without {missing}, so goals have no rates.")
+        return np.bincount(self.goals, self.successes) / np.bincount(self.goals)
 
     def summary(self, *, seed: int = 0) -> dict[str, float]:
         """The results as plain floats, for a logger.
@@ -63,6 +76,9 @@ class Evaluation:
             low, high = wilson_interval(int(self.successes.sum()), len(self.successes))
             result["success_rate"] = float(self.successes.mean())
             result["success_low"], result["success_high"] = low, high
+            if self.goals is not None:
+                rates = enumerate(self.goal_success_rates)
+                result |= {f"success_rate_goal_{n}": float(rate) for n, rate in rates}
         return result
 
 

@@ -7,7 +7,7 @@ episodes. Episode ``e`` always starts with ``env.reset(seed=seed + e)``, in any 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +43,7 @@ def evaluate(
     episodes: int,
     num_envs: int = 8,
     seed: int,
+    goals: Sequence[Mapping[str, Any]] | None = None,
     reference_scores: Any = None,
     deterministic: bool = True,
     max_steps: int | None = None,
@@ -74,6 +75,9 @@ def evaluate(
             policy it changes results only by the rounding of batched arithmetic.
         seed: episode ``e`` starts with ``env.reset(seed=seed + e)``. Sampled actions are drawn
             from ``seed`` too; the caller's torch generators do not change.
+        goals: options of ``env.reset``, one dict for each of G goals: ``{"goal": ...}`` for a
+            ``data.GoalEnv``, ``{"task_id": 1}`` in OGBench, ``{"goal_cell": ...}`` in
+            gymnasium-robotics' mazes. Episode ``e`` has goal ``e % G``.
         reference_scores: None, ``(random, expert)`` mean returns, or an object with both under
             such names (``random, expert``; ``minimum, maximum``; Minari's ``ref_min_score,
             ref_max_score``).
@@ -88,13 +92,13 @@ def evaluate(
         ValueError: an argument is out of range, a key or mask is missing, or an action is not
             one the environment accepts.
     """
-    check_arguments(policy, make_env, episodes, num_envs, seed, max_steps)
+    check_arguments(policy, make_env, episodes, num_envs, seed, max_steps, goals)
     references = reference_pair(reference_scores)
     where, seed = policy_device(policy, device), int(seed)
     with ExitStack() as stack:
         slots = _make_slots(policy, make_env, min(num_envs, episodes), stack)
         stack.enter_context(as_in_evaluation(policy, where, deterministic=deterministic, seed=seed))
-        finished = sorted(_run(policy, slots, episodes, seed, max_steps, where))
+        finished = sorted(_run(policy, slots, episodes, seed, goals, max_steps, where))
     _, totals, lengths, successes = zip(*finished, strict=True)
     returns, scores = np.array(totals, dtype=np.float64), None
     if references is not None:
@@ -104,6 +108,7 @@ def evaluate(
         lengths=np.array(lengths, dtype=np.int64),
         successes=None if None in successes else np.array(successes, dtype=np.bool_),
         scores=scores,
+        goals=None if goals is None else np.arange(episodes) % len(goals),
     )
 
 
@@ -119,9 +124,10 @@ class _Episode:
     length: int = 0
     success: bool | None = None
 
-    def start(self, number: int, seed: int) -> None:
+    def start(self, number: int, seed: int, goals: Sequence[Mapping[str, Any]] | None) -> None:
         self.number, self.total, self.length, self.success = number, 0.0, 0, None
-        observation, self.info = self.env.reset(seed=seed + number)
+        options = {} if goals is None else {"options": dict(goals[number % len(goals)])}
+        observation, self.info = self.env.reset(seed=seed + number, **options)
         self.seen.clear()
         remember(self.seen, observation)
 
@@ -143,6 +149,7 @@ def _run(
     slots: list[_Episode],
     episodes: int,
     seed: int,
+    goals: Sequence[Mapping[str, Any]] | None,
     max_steps: int | None,
     device: torch.device,
 ) -> list[tuple[int, float, int, bool | None]]:
@@ -151,7 +158,7 @@ def _run(
     both = env.observation_space, env.action_space
     masked = needs_mask(policy, env.observation_space)
     for number, slot in enumerate(slots):
-        slot.start(number, seed)
+        slot.start(number, seed, goals)
     finished, active, next_number = [], list(slots), len(slots)
     while active:
         actions = chosen_actions(
@@ -169,7 +176,7 @@ def _run(
                 continue
             finished.append((slot.number, slot.total, slot.length, slot.success))
             if next_number < episodes:
-                slot.start(next_number, seed)
+                slot.start(next_number, seed, goals)
                 next_number += 1
             else:
                 active.remove(slot)
@@ -177,7 +184,13 @@ def _run(
 
 
 def check_arguments(
-    policy: Any, make_env: Any, episodes: Any, num_envs: Any, seed: Any, max_steps: Any
+    policy: Any,
+    make_env: Any,
+    episodes: Any,
+    num_envs: Any,
+    seed: Any,
+    max_steps: Any,
+    goals: Any = None,
 ) -> None:
     """Raise what :func:`evaluate` raises for arguments of the wrong kind or out of range."""
     check_policy(policy)
@@ -192,6 +205,15 @@ def check_arguments(
     for name, (value, least) in limits.items():
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, found {value!r}")
+    if goals is None:
+        return
+    listed = isinstance(goals, Sequence) and all(isinstance(each, Mapping) for each in goals)
+    if not listed or not 0 < len(goals) <= episodes:
+        found = f"{len(goals)} for {episodes} episodes" if listed else type(goals).__name__
+        raise ValueError(
+            f"goals must be a list of 1 to {episodes} dicts, options of env.reset such as "
+            f"{{'goal': [1.0, 2.0]}}, found {found}; give at least one episode for each goal"
+        )
 
 
 def _make_slots(

@@ -11,6 +11,7 @@ from tensordict import LazyStackedTensorDict, NestedKey, TensorDictBase
 from tensordict.utils import is_batchedtensor
 from torch import Tensor
 
+from iql_torchrl.data.goals import FOR_ACTOR
 from iql_torchrl.networks import HISTORY_MASK
 
 
@@ -51,6 +52,18 @@ class Batch:
             },
             features=self.features.setdefault("next", {}),
         )
+
+    @property
+    def for_actor(self) -> Batch:
+        """What the policy's loss reads: this batch, or one with the entries below ``FOR_ACTOR``."""
+        if self.data.get(FOR_ACTOR, None) is None:
+            return self
+
+        def replaced(data: TensorDictBase) -> TensorDictBase:
+            return data.exclude(FOR_ACTOR).copy().update(data.get(FOR_ACTOR))
+
+        shared = None if self.shared is None else replaced(self.shared)
+        return replace(self, data=replaced(self.data), shared=shared, features={})
 
     def of_runs(self, members: int) -> Batch:
         """The batch of ``members`` runs, ``(P, B)``: as it is, or the same steps for every run.

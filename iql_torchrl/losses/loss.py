@@ -421,8 +421,11 @@ class ImplicitQLoss(NetworkLoss):
         ``w |pi(s) - a|**2`` summed over action dimensions; a callable gives its own per-sample
         loss, weighted the same way. A callable ``advantage_weight`` gives ``w`` from ``A``.
         ``"flow"`` takes ``w`` times the error of the velocity, and ``"ddpg_bc"`` has no weights
-        (all are 1): both are described at :class:`IQLLoss`.
+        (all are 1): both are described at :class:`IQLLoss`. Where the batch has other entries for the
+        policy (goals of its own, ``data.GoalSampler``), these are read, also for the advantages.
         """
+        if (own := batch.for_actor) is not batch:
+            batch, advantage = own, self.advantage(own)
         if self.actor_objective == "ddpg_bc":
             error, value = self._ddpg_bc(batch)
             metadata = {"advantage": advantage, "weight": torch.ones_like(advantage)}
@@ -434,6 +437,11 @@ class ImplicitQLoss(NetworkLoss):
         if self.actor_objective == "log_prob":
             metadata["log_prob"] = -error.detach()
         return self._reduce(weight * error, batch), metadata
+
+    def advantage(self, batch: Batch) -> Tensor:
+        """``min_k Q_k(s, a) - V(s)`` with the target critics, ``(*B,)``, without gradient."""
+        with torch.no_grad():
+            return self.target_qvalue(batch) - self.state_value(batch)
 
     def weight_of(self, advantage: Tensor, batch: Batch) -> Tensor:
         """Weights ``(*B,)`` of the samples in the policy's loss, without gradient."""
@@ -577,9 +585,7 @@ class ImplicitQLoss(NetworkLoss):
         a population, whose runs may share the batch).
         """
         batch = self.read(tensordict)
-        with torch.no_grad():
-            advantage = self.target_qvalue(batch) - self.state_value(batch)
-        loss, metadata = self.actor_term(batch, advantage)
+        loss, metadata = self.actor_term(batch, self.advantage(batch))
         if "log_prob" in metadata and self.members is None:
             tensordict.set(self.tensor_keys.log_prob, metadata["log_prob"])
         return loss, metadata

@@ -25,7 +25,7 @@ from iql_torchrl.agent.build import (
 )
 from iql_torchrl.agent.task import Task
 from iql_torchrl.config import IQLConfig, knobs
-from iql_torchrl.data import DeviceSampler, OfflineDataset
+from iql_torchrl.data import DeviceSampler, OfflineDataset, RelabelledDataset
 from iql_torchrl.data.replay import MemberSampler
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.evaluation.rollout import Evaluation, evaluate
@@ -79,7 +79,7 @@ class IQLPopulation:
     def __init__(
         self,
         configs: Sequence[IQLConfig],
-        dataset: OfflineDataset,
+        dataset: OfflineDataset | RelabelledDataset,
         *,
         batches: str = "shared",
         ranks: Ranks | None = None,
@@ -87,7 +87,12 @@ class IQLPopulation:
         if batches not in ("shared", "own"):
             raise ValueError(f"batches is {batches!r}; choose 'shared' or 'own'.")
         _check_configs(configs)
-        if not isinstance(dataset, OfflineDataset):
+        if isinstance(dataset, RelabelledDataset) and batches == "own":
+            raise ValueError(
+                "batches is 'own' and the dataset has goals, which are drawn for batches that all runs "
+                "share; use batches='shared'."
+            )
+        if not isinstance(dataset, OfflineDataset | RelabelledDataset):
             raise TypeError(
                 f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns. "
                 "A population needs all rows in one table, so shards are not possible."
@@ -116,8 +121,11 @@ class IQLPopulation:
         where: Any = {"device": first.device, "seed": first.seed}
         if batches == "own":
             where |= {"members": len(configs), "part": self.runs}
-        sampler = DeviceSampler if batches == "shared" else MemberSampler
-        self.sampler = sampler(dataset.transitions, first.batch_size, **where)
+            self.sampler: DeviceSampler = MemberSampler(
+                dataset.transitions, first.batch_size, **where
+            )
+        else:
+            self.sampler = dataset.device_sampler(first.batch_size, **where)
         self.updates = 0
         self._captured: Any = None
 
@@ -289,7 +297,7 @@ class IQLPopulation:
     def load(
         cls,
         path: str | Path,
-        dataset: OfflineDataset,
+        dataset: OfflineDataset | RelabelledDataset,
         *,
         device: torch.device | str | None = None,
         ranks: Ranks | None = None,

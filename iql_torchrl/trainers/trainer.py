@@ -389,6 +389,7 @@ class OfflineTrainer(ResumableTrainer):
     def _write(self, now: bool = False) -> None:
         if self.folder is not None:
             mean = None if self.dataset is None else float(self.dataset.episode_returns.mean())
+            mean = None if mean is None or math.isnan(mean) else mean  # of goals
             self.folder.write(self.progress.rows, log_return=mean, now=now)
 
     # -- evaluation --------------------------------------------------------------------------------

@@ -149,7 +149,8 @@ class CapturedStep:
         loss, where = self.step.loss, self._device
         _ = loss.in_keys  # kept by the loss from now on: a guard would notice that later
         if self._made_for is None or self._made_for[:2] != (rows, rows.batch_size):
-            self._index = torch.zeros(rows.batch_size, dtype=torch.int64, device=where)
+            shape = rows.index_shape(rows.batch_size)
+            self._index = torch.zeros(shape, dtype=torch.int64, device=where)
             self._shape = rows.gather(self._index).batch_size
         names, inputs = [*LOSSES, *loss.scalar_names], loss.random_inputs(self._shape)
         groups = len(self.step.optimizer.param_groups)
@@ -228,7 +229,7 @@ class CapturedStep:
         in_python = not self.step.followed.targets and self._graph is None
         self._sums.zero_()
         for number in range(self.updates):
-            torch.randint(rows.rows, self._index.shape, generator=rows.generator, out=self._index)
+            rows.draw(self._index)
             for draw, out in self._draws.values():
                 draw.fill(out, rows.generator)
             if scheduled:

@@ -57,6 +57,12 @@ def both(batch):
     return weighted(masked(batch))
 
 
+def policy_entries(batch):
+    """Other observations for the policy, as goals of its own are."""
+    batch["for_actor"] = {"observation": batch["observation"].flip(0)}
+    return masked(batch)
+
+
 # SGD by default: the updates of Adam do not change where all gradients have a wrong common factor
 CASES = {
     "sequential": {},
@@ -77,6 +83,7 @@ CASES = {
         "members": 3,
         "loss": {"value_objective": "gumbel", "alpha": 0.1, "pessimism": 0.5},
     },
+    "entries of the policy": {"change": policy_entries},
     "flow": {"flow": True},
     "discrete": {"discrete": True},
     "population": {"members": 3, "change": both},

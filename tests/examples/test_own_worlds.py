@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from example_scripts import load, run
@@ -122,3 +124,19 @@ def test_learned_values_are_printed_beside_exact_ones_and_drawn(empty_folder, ca
     printed = capsys.readouterr().out.splitlines()
     assert sum(": V off by" in line for line in printed) == 9
     assert (empty_folder / "objectives.png").is_file()
+
+
+@pytest.mark.usefixtures("empty_folder")
+def test_the_example_of_goals_prints_the_rate_of_every_cell_and_a_picture(capsys):
+    example = load("iql_goals")
+    maze = example.Maze()
+    maze.reset(options={"start": example.CELLS.index((4, 2))})
+    places = [example.CELLS[maze.step(action)[0]] for action in (0, 1, 3, 1)]
+    assert places == [(4, 2), (4, 2), (4, 1), (4, 1)]  # walls at the right, and at the left twice
+    assert run("iql_goals", "--updates", 2) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "goals.png"
+    assert Path("goals.png").read_bytes().startswith(b"\x89PNG")
+    assert [line.rsplit(None, 1)[0] for line in lines[-20:-2]] == [str(c) for c in example.CELLS]
+    rates = [float(line.split()[-1].rstrip("%")) for line in lines[-20:-1]]
+    assert rates[-1] == pytest.approx(np.mean(rates[:-1]), abs=0.5)

@@ -126,6 +126,8 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
         )
     if options.columns.get("reward") and named["reward"].dtype == np.bool_:
         named["reward"] = np.asarray(named["reward"][:], np.float32)  # such as LeRobot's success
+    if "reward" not in named:  # left out: data without a task
+        named["reward"] = np.zeros(next(iter(observation.values())).shape[0], np.float32)
     every = {"/".join(key): column for key, column in observation.items()}
     every |= {"next/" + "/".join(key): column for key, column in following.items()}
     rows = _checked_rows(name, every | named)
@@ -244,7 +246,7 @@ def _find(
                 return path
         raise DatasetError(f"{name}: columns maps {key} to {named!r}; the data has {listing}.")
     if key in mapping:
-        if key in REQUIRED and key != "terminated":
+        if key in REQUIRED and key not in ("reward", "terminated"):
             raise DatasetError(f"{name}: {key} cannot be left out.")
         return None
     matches = [path for path in NAMES[key] if path in present]
@@ -283,7 +285,8 @@ def _hint(key: str, columns: Mapping[str, Column]) -> str:
     return (
         " Data recorded without a task has no rewards: load it for one single task (OGBench: "
         "load_dataset('ogbench/ENVIRONMENT-KIND-singletask-taskN-v0')), or compute the task's "
-        "rewards, and which rows terminate, and pass a dict of arrays with both."
+        "rewards, and which rows terminate, and pass a dict of arrays with both. To learn to reach "
+        "any logged state, leave them out: columns={'reward': None}, then dataset.relabelled()."
     )
 
 
