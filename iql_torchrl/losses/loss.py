@@ -19,9 +19,16 @@ from torchrl.objectives.value import TD0Estimator
 from iql_torchrl import functional as F
 from iql_torchrl.config import IQLConfig, Knob, check_choice, loss_knobs
 from iql_torchrl.losses.batch import Batch, agree, per_sample, read_batch
-from iql_torchrl.losses.checks import check_actor, check_form
+from iql_torchrl.losses.checks import FLOWS, check_actor, check_form
 from iql_torchrl.losses.critics import Critics
-from iql_torchrl.losses.draws import FLOW_NOISE, FLOW_TIME, IMAGE_SHIFT, NEXT_IMAGE_SHIFT, Draw
+from iql_torchrl.losses.draws import (
+    FLOW_DROP,
+    FLOW_NOISE,
+    FLOW_TIME,
+    IMAGE_SHIFT,
+    NEXT_IMAGE_SHIFT,
+    Draw,
+)
 from iql_torchrl.losses.parameters import (
     DETACHED_CRITICS,
     LIVE_CRITICS,
@@ -33,11 +40,13 @@ from iql_torchrl.networks.evaluation import Direct, Networks
 
 ValueObjective = str | Callable[[Tensor, Tensor], Tensor]
 ActorObjective = str | Callable[[TensorDictModule, TensorDictBase], Tensor]
-AdvantageWeight = str | Callable[[Tensor], Tensor]
-ACTOR_OBJECTIVES = ("log_prob", "mse", "ddpg_bc", "flow")
+OfAdvantage = str | Callable[[Tensor], Tensor]
+ACTOR_OBJECTIVES = ("log_prob", "mse", "ddpg_bc", *FLOWS)
+UNWEIGHTED = ("ddpg_bc", "conditioned_flow")  # the weight of every sample is 1
 Q_SOURCES = {"live": DETACHED_CRITICS, "target": TARGET_CRITICS}
 SMALLEST_SCALE = 1e-6
 POLICY_VALUE_GAP = "policy_value_gap"  # the diagnostic that ddpg_bc has and other objectives do not
+CONDITION_MEAN = "condition_mean"  # and the one of conditioned_flow
 LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
 DIAGNOSTICS = (
     "advantage_mean",
@@ -75,7 +84,9 @@ class ImplicitQLoss(NetworkLoss):
         actor_ema: float = IQLConfig.actor_ema,
         value_objective: ValueObjective = IQLConfig.value_objective,
         actor_objective: ActorObjective = "log_prob",
-        advantage_weight: AdvantageWeight = "exponential",
+        advantage_weight: OfAdvantage = "exponential",
+        advantage_condition: OfAdvantage = "positive",
+        condition_dropout: float = IQLConfig.condition_dropout,
         q_reduction: str = "min",
         q_source: str = "live",
         diagnostics: bool = False,
@@ -95,6 +106,7 @@ class ImplicitQLoss(NetworkLoss):
             "expectile": expectile,
             "max_weight": max_weight,
             "bc_weight": bc_weight,
+            "condition_dropout": condition_dropout,
             "actor_ema": actor_ema,
             "encoder_gradient": encoder_gradient,
             "random_shift": random_shift,
@@ -106,6 +118,7 @@ class ImplicitQLoss(NetworkLoss):
         choices = {
             "actor_objective": (actor_objective, ACTOR_OBJECTIVES),
             "advantage_weight": (advantage_weight, ("exponential",)),
+            "advantage_condition": (advantage_condition, ("positive",)),
             "q_reduction": (q_reduction, ("min", "mean")),
             "q_source": (q_source, tuple(Q_SOURCES)),
         }
@@ -158,6 +171,7 @@ class ImplicitQLoss(NetworkLoss):
         if self.diagnostics:
             names += DIAGNOSTICS
             names += [POLICY_VALUE_GAP] if self.actor_objective == "ddpg_bc" else []
+            names += [CONDITION_MEAN] if self.actor_objective == "conditioned_flow" else []
         return names
 
     # -- what is read from a batch -----------------------------------------------------------------
@@ -200,17 +214,20 @@ class ImplicitQLoss(NetworkLoss):
         """Random tensors that the losses of a batch need, by the key of the batch that replaces them.
 
         For ``actor_objective="flow"``: ``"flow_noise"`` ``(*B, A)``, standard normal, and
-        ``"flow_time"`` ``(*B,)``, uniform on [0, 1); in a population ``(P, B, A)`` and ``(P, B)``. With
+        ``"flow_time"`` ``(*B,)``, uniform on [0, 1); in a population ``(P, B, A)`` and ``(P, B)``. For
+        ``"conditioned_flow"`` also ``"flow_drop"``, of the form of ``"flow_time"``. With
         ``random_shift``: ``"image_shift"`` and ``"next_image_shift"`` ``(*B, 2)``, uniform on [0, 1).
         Else none.
         """
         shape, needed = tuple(batch_size), {}
         if self.members is not None and len(shape) == 1:
             shape = (self.members, *shape)
-        if self.actor_objective == "flow":
+        if self.actor_objective in FLOWS:
             size = self.actor_network.action_features
             needed[FLOW_NOISE] = Draw((*shape, size), True, size, self.among)
             needed[FLOW_TIME] = Draw(shape, False, None, self.among)
+        if self.actor_objective == "conditioned_flow":
+            needed[FLOW_DROP] = Draw(shape, False, None, self.among)
         if self.random_shift:
             shift = Draw((*shape, 2), False, 2, self.among)
             needed |= {IMAGE_SHIFT: shift, NEXT_IMAGE_SHIFT: shift}
@@ -392,8 +409,8 @@ class ImplicitQLoss(NetworkLoss):
         ``-w log pi(a|s)`` with ``w = min(exp(temperature * A), max_weight)``; ``"mse"`` takes
         ``w |pi(s) - a|**2`` summed over action dimensions; a callable gives its own per-sample
         loss, weighted the same way. A callable ``advantage_weight`` gives ``w`` from ``A``.
-        ``"flow"`` takes ``w`` times the error of the velocity, and ``"ddpg_bc"`` has no weights
-        (all are 1): both are described at :class:`IQLLoss`.
+        ``"flow"`` takes ``w`` times the error of the velocity; ``"conditioned_flow"`` and
+        ``"ddpg_bc"`` have no weights (all are 1): they are described at :class:`IQLLoss`.
         """
         if self.actor_objective == "ddpg_bc":
             error, value = self._ddpg_bc(batch)
@@ -401,7 +418,9 @@ class ImplicitQLoss(NetworkLoss):
             return self._reduce(error, batch), metadata | {"policy_value": value}
         weight = self.weight_of(advantage, batch)
         metadata = {"advantage": advantage, "weight": weight}
-        error = self._actor_error(batch)
+        if self.actor_objective == "conditioned_flow":
+            metadata["condition"] = self.condition_of(advantage, batch)
+        error = self._actor_error(batch, metadata.get("condition"))
         agree(policy_error=error, advantage=advantage)
         if self.actor_objective == "log_prob":
             metadata["log_prob"] = -error.detach()
@@ -412,9 +431,18 @@ class ImplicitQLoss(NetworkLoss):
         if callable(self.advantage_weight):
             weight = self.advantage_weight(advantage).detach()
             return per_sample(weight, batch.data.batch_size, "advantage_weight's result")
+        if self.actor_objective in UNWEIGHTED:
+            return torch.ones_like(advantage)
         return F.exponential_weight(
             advantage, temperature=self.temperature, max_weight=self.max_weight
         )
+
+    def condition_of(self, advantage: Tensor, batch: Batch) -> Tensor:
+        """What a conditioned flow is told of the samples' advantages, ``(*B,)``, without gradient."""
+        if callable(self.advantage_condition):
+            condition = self.advantage_condition(advantage).detach().to(advantage.dtype)
+            return per_sample(condition, batch.data.batch_size, "advantage_condition's result")
+        return (advantage > 0).to(advantage.dtype)
 
     def qvalue_term(self, batch: Batch, td_target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum over critics of their distance to ``td_target``, and its metadata (eq. 6).
@@ -443,10 +471,10 @@ class ImplicitQLoss(NetworkLoss):
 
     # -- errors of the policy by the name of their objective ------------------------------------------
 
-    def _actor_error(self, batch: Batch) -> Tensor:
+    def _actor_error(self, batch: Batch, condition: Tensor | None = None) -> Tensor:
         """Per-sample error of the policy on the logged actions, ``(*B,)``, to be weighted."""
-        if self.actor_objective == "flow":
-            return self._flow_matching(batch)
+        if self.actor_objective in FLOWS:
+            return self._flow_matching(batch, condition)
         if callable(self.actor_objective):
             with self.policy() as actor:
                 error = self.actor_objective(actor, self.inputs(batch).copy())
@@ -479,19 +507,25 @@ class ImplicitQLoss(NetworkLoss):
         action = getattr(dist, "deterministic_sample", None)
         return dist.mean if action is None else torch.as_tensor(action), dist
 
-    def _flow_matching(self, batch: Batch) -> Tensor:
+    def _flow_matching(self, batch: Batch, condition: Tensor | None) -> Tensor:
         """Mean over action dimensions of ``(v(s, x_t, t) - (a - noise))**2``, per sample ``(*B,)``.
 
         ``x_t = (1 - t) * noise + t * a``, with the logged action a in the policy's units, standard
         normal noise and uniform t from ``batch.draws``: :func:`iql_torchrl.functional.flow_path`.
+        With a ``condition`` the velocity has its input c too, unknown where ``"flow_drop"`` is below
+        ``condition_dropout``.
         """
+        told: tuple[Tensor, ...] = ()
+        if condition is not None:
+            known = batch.draws[FLOW_DROP] >= self.condition_dropout
+            told = (F.condition_input(condition, known),)
         inputs, time = self.inputs(batch), batch.draws[FLOW_TIME]
         logged = batch.data.get(self.tensor_keys.action)
         head = self.networks.head
         with self.policy() if head is None else nullcontext(self.actor_network) as actor:
             observation = join_observations([inputs.get(key) for key in actor.in_keys])
             point, target = F.flow_path(batch.draws[FLOW_NOISE], actor.normalise(logged), time=time)
-            velocity = (actor.velocity if head is None else head.run)(observation, point, time)
+            velocity = (actor.velocity if head is None else head.run)(observation, point, time, *told)
         return (velocity.to(target.dtype) - target).square().mean(-1)
 
     def _ddpg_bc(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -554,7 +588,7 @@ class ImplicitQLoss(NetworkLoss):
         Reads :attr:`in_keys`; returns ``loss_actor``, ``loss_qvalue``, ``loss_value``,
         ``entropy`` (TorchRL's name for minus the mean log-probability of the logged actions), and
         with ``diagnostics=True`` the keys of ``DIAGNOSTICS`` (for ``"ddpg_bc"`` also
-        ``policy_value_gap``). Writes the priority (largest
+        ``policy_value_gap``, for ``"conditioned_flow"`` ``condition_mean``). Writes the priority (largest
         squared TD error of the critics) and the log-probability into ``tensordict``.
         """
         batch = self.read(tensordict)
@@ -603,13 +637,15 @@ class ImplicitQLoss(NetworkLoss):
     def _diagnose(self, metadata: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         weight = metadata["weight"]
         mask, dim = batch.mask_like(weight), self._samples(weight)
-        limited = self.actor_objective != "ddpg_bc" and not callable(self.advantage_weight)
+        limited = self.actor_objective not in UNWEIGHTED and not callable(self.advantage_weight)
         at_ceiling = (weight >= self.max_weight) & limited  # others have no ceiling
         gap = {}
         if "policy_value" in metadata:
             live = self.q_source == "live"
             logged = metadata["qvalue"].amin(0) if live else self.target_qvalue(batch)
             gap = {POLICY_VALUE_GAP: self._mean(metadata["policy_value"] - logged, batch)}
+        if "condition" in metadata:
+            gap = {CONDITION_MEAN: self._mean(metadata["condition"], batch)}
         return gap | {
             "advantage_mean": self._mean(metadata["advantage"], batch),
             "weight_mean": self._mean(weight, batch),

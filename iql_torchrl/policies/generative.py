@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -19,7 +20,7 @@ from torchrl.data import TensorSpec
 from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules import Delta
 
-from iql_torchrl.config import check_choice, check_whole
+from iql_torchrl.config import IQLConfig, check_choice, check_whole, knobs
 from iql_torchrl.networks import join_observations
 from iql_torchrl.networks.perceptrons import Part
 from iql_torchrl.policies.actors import bounds_of, listed
@@ -29,23 +30,30 @@ ROWS_AT_ONCE = 65_536  # candidates that are evaluated together
 
 
 class FlowHead(Head):
-    """The velocity ``v(s, x, t)``, in units in which the action's bounds are -1 and 1."""
+    """The velocity ``v(s, x, t)``, in units in which the action's bounds are -1 and 1.
+
+    With ``conditioned`` ``v(s, x, t, c)``, c being :func:`iql_torchrl.functional.condition_input`.
+    """
 
     mlp_reads_first = False
 
-    def __init__(self, in_features: int, bounds: Bounds, **network: Any) -> None:
+    def __init__(
+        self, in_features: int, bounds: Bounds, conditioned: bool = False, **network: Any
+    ) -> None:
         size = bounds[0].numel()
-        super().__init__(in_features + size + 1, size, bounds, **network)
+        super().__init__(in_features + size + 1 + 2 * conditioned, size, bounds, **network)
 
     def around(self, first: Part, mlp: Part, *inputs: Tensor) -> Tensor:
-        observation, action, time = inputs
-        return self.step(mlp, first(observation), action, time)
+        observation, action, time, *condition = inputs
+        return self.step(mlp, first(observation), action, time, *condition)
 
     @staticmethod
-    def step(mlp: Part, features: Tensor, action: Tensor, time: Tensor) -> Tensor:
+    def step(
+        mlp: Part, features: Tensor, action: Tensor, time: Tensor, *condition: Tensor
+    ) -> Tensor:
         """The velocity from the output of the first layer; leading dimensions are broadcast."""
         time = time.unsqueeze(-1) if time.ndim < action.ndim else time
-        parts = (features, action, time.to(action.dtype))
+        parts = (features, action, time.to(action.dtype), *condition)
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return mlp(torch.cat([x.expand(*shape, x.shape[-1]) for x in parts], -1))
 
@@ -66,10 +74,20 @@ class FlowPolicy(TensorDictModuleBase):
     itself with ``deterministic=False``. Few Euler steps make modes narrower and leave some samples
     between them. The policy has no log-probability: importance sampling refuses it.
 
-    Raises ``ValueError`` on an unbounded spec or ``num_steps < 1``.
+    With ``conditioned``, for ``IQLLoss(actor_objective="conditioned_flow")``, the velocity has one
+    more input c: what the loss says of the logged action's advantage (by default 1 where it is
+    positive, else 0), or that this is unknown. The policy acts with
+    ``(1 - guidance) v(s, x, t, unknown) + guidance v(s, x, t, c = 1)``: ``guidance`` 0 imitates the
+    log, 1 its actions with positive advantage, and more extrapolates (Frans, Park, Abbeel, Levine
+    2025, arXiv:2505.23458; classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598).
+    :attr:`guidance` may be set at any time, and is part of the state dict.
+
+    Raises ``ValueError`` on an unbounded spec, ``num_steps < 1``, a ``guidance`` outside [0, 1000], or
+    one other than 1 without ``conditioned``.
     """
 
     fixed_noise: Tensor
+    guidance_weight: Tensor | None
 
     def __init__(
         self,
@@ -77,17 +95,46 @@ class FlowPolicy(TensorDictModuleBase):
         action_spec: TensorSpec,
         *,
         num_steps: int = 10,
+        conditioned: bool = False,
+        guidance: float = 1.0,
         in_keys: Sequence[NestedKey] = ("observation",),
         noise_key: NestedKey = "noise",
         **network: Any,
     ) -> None:
         super().__init__()
         check_whole(num_steps=num_steps)
-        self.head = FlowHead(in_features, bounds_of(action_spec), **network)
+        self.head = FlowHead(in_features, bounds_of(action_spec), conditioned, **network)
         self.in_keys, self.out_keys = listed(in_keys), ["action"]
         self.num_steps, self.noise_key = num_steps, noise_key
         still = _fixed_noise(self.action_features).to(self.head.centre)
         self.register_buffer("fixed_noise", still)
+        if conditioned:
+            self.register_buffer("guidance_weight", torch.ones_like(self.head.centre[0]))
+        else:
+            self.guidance_weight = None
+        if conditioned or guidance != 1:
+            self.guidance = guidance
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether the velocity has the input c."""
+        return self.guidance_weight is not None
+
+    @property
+    def guidance(self) -> float | None:
+        """Weight >= 0 of the velocity given c = 1; None without ``conditioned``."""
+        return None if self.guidance_weight is None else float(self.guidance_weight)
+
+    @guidance.setter
+    def guidance(self, weight: float) -> None:
+        if self.guidance_weight is None:
+            raise ValueError(
+                f"guidance is {weight!r} and this flow has no condition to be guided to; make it with "
+                "policies.flow(..., conditioned=True), or train with "
+                "actor_objective='conditioned_flow'."
+            )
+        weight = knobs(IQLConfig)["guidance"].plain(weight)
+        self.guidance_weight.fill_(weight)  # in place: copies with the averaged weights share it
 
     @property
     def action_features(self) -> int:
@@ -97,22 +144,34 @@ class FlowPolicy(TensorDictModuleBase):
     noise_features = action_features  # standard normal numbers that one action is made from
 
     def extra_repr(self) -> str:
-        return f"num_steps={self.num_steps}, noise_key={self.noise_key!r}"
+        guided = f", guidance={self.guidance}" if self.conditioned else ""
+        return f"num_steps={self.num_steps}, noise_key={self.noise_key!r}{guided}"
 
     def normalise(self, action: Tensor) -> Tensor:
         """``action`` in units in which its bounds are -1 and 1."""
         return (action - self.head.centre) / self.head.half_range
 
-    def velocity(self, observation: Tensor, action: Tensor, time: Tensor) -> Tensor:
-        """``v(s, x, t)``, ``(*B, A)``.
+    def velocity(
+        self, observation: Tensor, action: Tensor, time: Tensor, *condition: Tensor
+    ) -> Tensor:
+        """``v(s, x, t)``, ``(*B, A)``; with ``conditioned`` ``v(s, x, t, c)``.
 
         ``observation``: as the policy reads it (several keys joined on the last dimension).
         ``action``: x, ``(*B, A)``, in the units of :meth:`normalise`. ``time``: ``(*B,)`` or
-        ``(*B, 1)``, 0 at the noise and 1 at the action. The result is in those units per unit of
-        time.
+        ``(*B, 1)``, 0 at the noise and 1 at the action. ``condition``: c, ``(*B, 2)``. The result is in
+        those units per unit of time.
         """
-        velocity: Tensor = self.head(observation, action, time)
+        velocity: Tensor = self.head(observation, action, time, *condition)
         return velocity
+
+    def _field(self, features: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        """The velocity with which the policy acts, from the output of the first layer."""
+        step, mlp, weight = self.head.step, self.head.mlp, self.guidance_weight
+        if weight is None:
+            return step(mlp, features, x, time)
+        known = torch.stack([torch.zeros_like(time), torch.ones_like(time)])
+        both = step(mlp, features, x, time, known.expand(*known.shape[:-1], 2))
+        return (1 - weight) * both[0] + weight * both[1]
 
     def from_noise(self, tensordict: TensorDictBase, noise: Tensor) -> Tensor:
         """Actions ``(*N, *B, A)`` inside the bounds from standard normal ``noise`` of that shape."""
@@ -121,7 +180,7 @@ class FlowPolicy(TensorDictModuleBase):
         x = noise
         for number in range(self.num_steps):
             time = torch.full_like(x[..., :1], number / self.num_steps)
-            x = x + self.head.step(self.head.mlp, features, x, time).to(x.dtype) / self.num_steps
+            x = x + self._field(features, x, time).to(x.dtype) / self.num_steps
         return self.head.centre + self.head.half_range * x.clamp(-1, 1)
 
     @dispatch(auto_batch_size=False)
@@ -253,6 +312,28 @@ class BestOf(TensorDictModuleBase):
 
 
 best_of = BestOf  # named as the functions that make the other policies
+
+
+Policy = TypeVar("Policy", bound=nn.Module)
+
+
+def guided(policy: Policy, guidance: float) -> Policy:
+    """A copy of ``policy`` whose conditioned flow acts with ``guidance``: one member of a sweep.
+
+    ``policy``: a conditioned flow, or what contains one (``best_of``, the policy of an agent). The
+    copy has weights of its own, those of now. Raises ``ValueError`` where there is no such flow, and
+    on a ``guidance`` outside [0, 1000].
+    """
+    copied = copy.deepcopy(policy)
+    flows = [each for each in copied.modules() if isinstance(each, FlowPolicy)]
+    if not flows:
+        raise ValueError(
+            f"guidance is {guidance!r} and the policy, a {type(policy).__name__}, contains no flow; "
+            "expected policies.flow(..., conditioned=True)."
+        )
+    for each in flows:
+        each.guidance = guidance
+    return copied
 
 
 class EncodedPolicy(TensorDictSequential):
