@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "condition_input",
     "cosine_factor",
     "effective_sample_size",
     "expectile_loss",
     "exponential_weight",
-    "condition_input",
     "flow_path",
     "pick_action",
     "quantile_loss",

@@ -81,13 +81,13 @@ class IQLConfig:
     policy: Literal[
         "auto", "gaussian", "tanh_normal", "deterministic", "mixture", "flow", "categorical"
     ] = knob("auto", "auto chooses by the action space; gaussian is the paper's")
-    actor_objective: Literal[
-        "auto", "log_prob", "mse", "ddpg_bc", "flow", "conditioned_flow"
-    ] = knob(
-        "auto",
-        "loss of the policy: log_prob, mse or flow (weighted regression), ddpg_bc (maximises Q, "
-        "with cloning), or conditioned_flow (a flow that is told whether the advantage is positive); "
-        "auto is the weighted regression that fits the policy",
+    actor_objective: Literal["auto", "log_prob", "mse", "ddpg_bc", "flow", "conditioned_flow"] = (
+        knob(
+            "auto",
+            "loss of the policy: log_prob, mse or flow (weighted regression), ddpg_bc (maximises Q, "
+            "with cloning), or conditioned_flow (a flow told whether the advantage is positive); "
+            "auto is the weighted regression that fits the policy",
+        )
     )
     actor_ema: float = knob(
         0.0,

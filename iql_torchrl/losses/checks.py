@@ -12,7 +12,6 @@ from torch import nn
 from iql_torchrl.config import check_choice
 from iql_torchrl.private_apis import keeps_batch_statistics
 
-
 # objectives that train flows, and whether the flow must be conditioned
 FLOWS: dict[Any, bool] = {"flow": False, "conditioned_flow": True}
 

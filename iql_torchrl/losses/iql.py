@@ -102,12 +102,12 @@ class IQLLoss(ImplicitQLoss):
     ``temperature=0`` is the plain clone; with ``policies.best_of`` that is IFQL (Park, Li, Levine
     2025, "Flow Q-Learning", arXiv:2502.02538).
 
-    ``actor_objective="conditioned_flow"`` is the same error of ``v(s, x_t, t, c)`` without weights: c is
-    :func:`iql_torchrl.functional.condition_input` of ``advantage_condition`` and of whether a uniform
-    number, the entry ``"flow_drop"`` ``(*B,)``, is at least ``condition_dropout``. ``temperature``,
-    ``max_weight`` and ``advantage_weight`` are unused. Frans, Park, Abbeel, Levine 2025, "Diffusion
-    Guidance Is a Controllable Policy Improvement Operator" (arXiv:2505.23458), whose code drops a
-    tenth of the conditions.
+    ``actor_objective="conditioned_flow"`` is the same error of ``v(s, x_t, t, c)`` without weights: c
+    is :func:`iql_torchrl.functional.condition_input` of ``advantage_condition``, and of whether a
+    uniform number, the entry ``"flow_drop"`` ``(*B,)``, is at least ``condition_dropout``.
+    ``temperature``, ``max_weight`` and ``advantage_weight`` are unused. Frans, Park, Abbeel, Levine
+    2025, "Diffusion Guidance Is a Controllable Policy Improvement Operator" (arXiv:2505.23458), whose
+    code drops a tenth of the conditions.
 
     ``actor_objective="ddpg_bc"`` maximises the critics' value of the policy's own action:
     ``-Q(s, pi(s)) / mean|Q(s, pi(s))|`` plus ``bc_weight`` times the cloning error, minus the

@@ -525,7 +525,9 @@ class ImplicitQLoss(NetworkLoss):
         with self.policy() if head is None else nullcontext(self.actor_network) as actor:
             observation = join_observations([inputs.get(key) for key in actor.in_keys])
             point, target = F.flow_path(batch.draws[FLOW_NOISE], actor.normalise(logged), time=time)
-            velocity = (actor.velocity if head is None else head.run)(observation, point, time, *told)
+            velocity = (actor.velocity if head is None else head.run)(
+                observation, point, time, *told
+            )
         return (velocity.to(target.dtype) - target).square().mean(-1)
 
     def _ddpg_bc(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -588,8 +590,8 @@ class ImplicitQLoss(NetworkLoss):
         Reads :attr:`in_keys`; returns ``loss_actor``, ``loss_qvalue``, ``loss_value``,
         ``entropy`` (TorchRL's name for minus the mean log-probability of the logged actions), and
         with ``diagnostics=True`` the keys of ``DIAGNOSTICS`` (for ``"ddpg_bc"`` also
-        ``policy_value_gap``, for ``"conditioned_flow"`` ``condition_mean``). Writes the priority (largest
-        squared TD error of the critics) and the log-probability into ``tensordict``.
+        ``policy_value_gap``, for ``"conditioned_flow"`` ``condition_mean``). Writes the priority
+        (largest squared TD error of the critics) and the log-probability into ``tensordict``.
         """
         batch = self.read(tensordict)
         losses, metadata = self.terms(batch)

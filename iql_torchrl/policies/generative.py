@@ -68,11 +68,13 @@ class FlowPolicy(TensorDictModuleBase):
     (arXiv:2502.02538).
 
     The entry ``noise_key`` of the TensorDict, ``(*B, A)``, is used as the noise where it exists.
-    Otherwise noise is drawn from torch's default generator; with the interaction type
-    ``DETERMINISTIC`` it is one fixed vector, the same in every state and every flow policy of A
-    dimensions: the action is one possible sample, not the most probable one, so evaluate a flow by
-    itself with ``deterministic=False``. Few Euler steps make modes narrower and leave some samples
-    between them. The policy has no log-probability: importance sampling refuses it.
+    Otherwise noise is drawn from torch's default generator. With the interaction type
+    ``DETERMINISTIC`` the action is the one among ``deterministic_samples`` of the same noise in every
+    state that has the least sum of squared distances to the nearest quarter of the others: near a
+    mode, where any single sample, the mean or the medoid may lie between two.
+    :attr:`deterministic_samples` may be set at any time; 1 takes one fixed sample, in less time. Few
+    Euler steps make modes narrower and leave some samples between them. The policy has no
+    log-probability: importance sampling refuses it.
 
     With ``conditioned``, for ``IQLLoss(actor_objective="conditioned_flow")``, the velocity has one
     more input c: what the loss says of the logged action's advantage (by default 1 where it is
@@ -82,8 +84,8 @@ class FlowPolicy(TensorDictModuleBase):
     2025, arXiv:2505.23458; classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598).
     :attr:`guidance` may be set at any time, and is part of the state dict.
 
-    Raises ``ValueError`` on an unbounded spec, ``num_steps < 1``, a ``guidance`` outside [0, 1000], or
-    one other than 1 without ``conditioned``.
+    Raises ``ValueError`` on an unbounded spec, ``num_steps`` or ``deterministic_samples`` < 1, and a
+    ``guidance`` outside [0, 1000], or other than 1 without ``conditioned``.
     """
 
     fixed_noise: Tensor
@@ -97,6 +99,7 @@ class FlowPolicy(TensorDictModuleBase):
         num_steps: int = 10,
         conditioned: bool = False,
         guidance: float = 1.0,
+        deterministic_samples: int = 16,
         in_keys: Sequence[NestedKey] = ("observation",),
         noise_key: NestedKey = "noise",
         **network: Any,
@@ -108,6 +111,7 @@ class FlowPolicy(TensorDictModuleBase):
         self.num_steps, self.noise_key = num_steps, noise_key
         still = _fixed_noise(self.action_features).to(self.head.centre)
         self.register_buffer("fixed_noise", still)
+        self.deterministic_samples = deterministic_samples
         if conditioned:
             self.register_buffer("guidance_weight", torch.ones_like(self.head.centre[0]))
         else:
@@ -135,6 +139,16 @@ class FlowPolicy(TensorDictModuleBase):
             )
         weight = knobs(IQLConfig)["guidance"].plain(weight)
         self.guidance_weight.fill_(weight)  # in place: copies with the averaged weights share it
+
+    @property
+    def deterministic_samples(self) -> int:
+        """Samples of which one is the deterministic action; not in the state dict."""
+        return len(self._still)
+
+    @deterministic_samples.setter
+    def deterministic_samples(self, count: int) -> None:
+        check_whole(deterministic_samples=count)
+        self._still = _fixed_noise(count, self.action_features)
 
     @property
     def action_features(self) -> int:
@@ -186,9 +200,21 @@ class FlowPolicy(TensorDictModuleBase):
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         noise = tensordict.get(self.noise_key, None)
+        if noise is None and self.deterministic_samples > 1 and _is_deterministic():
+            action = _in_chunks(self._densest, tensordict, self.deterministic_samples)
+            return tensordict.set("action", action)
         if noise is None:
             noise = _noise(self.fixed_noise, tensordict.batch_size)
         return tensordict.set("action", self.from_noise(tensordict, noise))
+
+    def _densest(self, tensordict: TensorDictBase) -> Tensor:
+        still = self._still.to(self.fixed_noise)
+        actions = self.from_noise(tensordict, _noise(still, tensordict.batch_size)).movedim(0, -2)
+        unit = self.normalise(actions)
+        distance = (unit.unsqueeze(-2) - unit.unsqueeze(-3)).square().sum(-1)
+        # each sample is the nearest of itself
+        nearest = distance.topk(1 + max(1, len(still) // 4), largest=False).values
+        return _pick(actions, nearest.sum(-1).argmin(-1))
 
 
 flow = FlowPolicy  # named as the functions that make the other policies
@@ -293,12 +319,7 @@ class BestOf(TensorDictModuleBase):
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        rows = tensordict.batch_size[0] if tensordict.ndim else 1
-        at_once = max(1, ROWS_AT_ONCE // self.num_samples)
-        if torch.compiler.is_compiling() or tensordict.ndim != 1 or rows <= at_once:
-            return tensordict.set("action", self._choose(tensordict))
-        chosen = [self._choose(chunk) for chunk in tensordict.split(at_once)]
-        return tensordict.set("action", torch.cat(chosen))
+        return tensordict.set("action", _in_chunks(self._choose, tensordict, self.num_samples))
 
     def _choose(self, tensordict: TensorDictBase) -> Tensor:
         actions = self.candidates(tensordict)
@@ -307,8 +328,7 @@ class BestOf(TensorDictModuleBase):
             exponential = torch.empty_like(scores).exponential_()
             # argmax of score + Gumbel number is a draw from the softmax
             scores = self.temperature * scores - exponential.log()
-        best = scores.argmax(-1)[..., None, None].expand(*scores.shape[:-1], 1, actions.shape[-1])
-        return actions.gather(-2, best).squeeze(-2)
+        return _pick(actions, scores.argmax(-1))
 
 
 best_of = BestOf  # named as the functions that make the other policies
@@ -408,6 +428,23 @@ def _from_noise(actor: Any, tensordict: TensorDictBase, noise: Tensor) -> Tensor
         return torch.as_tensor(actor.from_noise(tensordict, noise))
     dist = actor.get_dist(tensordict.select(*actor.in_keys, strict=False))
     return torch.as_tensor(dist.from_noise(noise))
+
+
+def _in_chunks(
+    choose: Callable[[TensorDictBase], Tensor], tensordict: TensorDictBase, samples: int
+) -> Tensor:
+    """Actions that ``choose`` selects from ``samples`` in every row, of limited numbers of rows."""
+    rows = tensordict.batch_size[0] if tensordict.ndim else 1
+    at_once = max(1, ROWS_AT_ONCE // samples)
+    if torch.compiler.is_compiling() or tensordict.ndim != 1 or rows <= at_once:
+        return choose(tensordict)
+    return torch.cat([choose(chunk) for chunk in tensordict.split(at_once)])
+
+
+def _pick(actions: Tensor, chosen: Tensor) -> Tensor:
+    """Of ``actions`` ``(*B, N, A)`` those with the numbers ``chosen`` ``(*B,)``: ``(*B, A)``."""
+    index = chosen[..., None, None].expand(*chosen.shape, 1, actions.shape[-1])
+    return actions.gather(-2, index).squeeze(-2)
 
 
 def _fixed_noise(*shape: int) -> Tensor:
