@@ -99,7 +99,7 @@ class FlowPolicy(TensorDictModuleBase):
         num_steps: int = 10,
         conditioned: bool = False,
         guidance: float = 1.0,
-        deterministic_samples: int = 16,
+        deterministic_samples: int = 8,
         in_keys: Sequence[NestedKey] = ("observation",),
         noise_key: NestedKey = "noise",
         **network: Any,
