@@ -103,10 +103,10 @@ def draw_picture(path, values, gaps, references):
     for (name, value), style in zip(references.items(), (":", "--", "-"), strict=True):
         left.axhline(value, color="#555555", linestyle=style, label=name)
     left.set(xlabel="guidance w", ylabel="exact value")
-    left.legend()
+    left.legend(loc="center right", bbox_to_anchor=(1, 0.35))
     right.plot(WEIGHTS, gaps, "o-", color="#D55E00")
     right.set(xlabel="guidance w", ylabel="value gap by the critics")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90)
 
 
 @cli.errors_in_one_line()
