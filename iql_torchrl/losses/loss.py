@@ -428,11 +428,11 @@ class ImplicitQLoss(NetworkLoss):
 
     def weight_of(self, advantage: Tensor, batch: Batch) -> Tensor:
         """Weights ``(*B,)`` of the samples in the policy's loss, without gradient."""
+        if self.actor_objective in UNWEIGHTED:
+            return torch.ones_like(advantage)
         if callable(self.advantage_weight):
             weight = self.advantage_weight(advantage).detach()
             return per_sample(weight, batch.data.batch_size, "advantage_weight's result")
-        if self.actor_objective in UNWEIGHTED:
-            return torch.ones_like(advantage)
         return F.exponential_weight(
             advantage, temperature=self.temperature, max_weight=self.max_weight
         )

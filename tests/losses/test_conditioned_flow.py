@@ -197,7 +197,10 @@ def test_what_the_flow_is_told():
 @pytest.mark.parametrize("condition", ["positive", torch.tanh])
 def test_the_error_of_the_velocity_by_hand(fast, condition):
     loss = conditioned_loss(
-        condition_dropout=0.4, advantage_condition=condition, temperature=9.0, diagnostics=True
+        condition_dropout=0.4,
+        advantage_condition=condition,
+        advantage_weight=torch.exp,
+        diagnostics=True,
     )
     data = given()
     data["collector", "mask"] = keep = torch.rand(32) < 0.7
