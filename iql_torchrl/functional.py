@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "condition_input",
     "cosine_factor",
     "effective_sample_size",
     "expectile_loss",
@@ -224,6 +225,16 @@ def flow_path(noise: Tensor, action: Tensor, *, time: Tensor) -> tuple[Tensor, T
     """
     velocity = action - noise
     return noise + time.unsqueeze(-1) * velocity, velocity
+
+
+def condition_input(condition: Tensor, known: Tensor) -> Tensor:
+    """What a conditioned flow reads of a condition, ``(*B, 2)``: ``known``, and their product.
+
+    ``condition`` and ``known`` (bool, or 0 and 1): ``(*B,)``. Where it is not known both numbers are
+    0, which differs from a known condition of 0.
+    """
+    known = known.to(condition.dtype)
+    return torch.stack([known, known * condition], -1)
 
 
 def pick_action(values: Tensor, action: Tensor, *, leading: int | None = None) -> Tensor:

@@ -78,6 +78,8 @@ def make_networks(
         options["mask_key"] = "action_mask"
     if name == "flow":
         options["num_steps"] = config.flow_steps
+        if config.actor_objective == "conditioned_flow":
+            options |= {"conditioned": True, "guidance": config.guidance}
     actor = getattr(policies, name)(
         features, spec, in_keys=keys, preprocess=preprocess(), **options
     )

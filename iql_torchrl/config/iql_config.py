@@ -84,10 +84,13 @@ class IQLConfig:
     policy: Literal[
         "auto", "gaussian", "tanh_normal", "deterministic", "mixture", "flow", "categorical"
     ] = knob("auto", "auto chooses by the action space; gaussian is the paper's")
-    actor_objective: Literal["auto", "log_prob", "mse", "ddpg_bc", "flow"] = knob(
-        "auto",
-        "loss of the policy: log_prob, mse or flow (weighted regression), or ddpg_bc (maximises Q, "
-        "with cloning); auto is the weighted regression that fits the policy",
+    actor_objective: Literal["auto", "log_prob", "mse", "ddpg_bc", "flow", "conditioned_flow"] = (
+        knob(
+            "auto",
+            "loss of the policy: log_prob, mse or flow (weighted regression), ddpg_bc (maximises Q, "
+            "with cloning), or conditioned_flow (a flow told whether the advantage is positive); "
+            "auto is the weighted regression that fits the policy",
+        )
     )
     actor_ema: float = knob(
         0.0,
@@ -98,6 +101,20 @@ class IQLConfig:
     )
     flow_steps: int = knob(
         10, "Euler steps from noise to an action of a flow policy", interval="[1, inf)"
+    )
+    condition_dropout: float = knob(
+        0.1,
+        "probability that conditioned_flow does not tell the flow about a sample's advantage; such "
+        "samples teach it the log's policy, which guidance extrapolates from",
+        interval="(0, 1)",
+        per_run=True,
+        in_loss=True,
+    )
+    guidance: float = knob(
+        1.0,
+        "weight of the conditional velocity when a conditioned_flow acts: 0 imitates the log, 1 its "
+        "actions of positive advantage, more extrapolates; policy.guidance changes it after training",
+        interval="[0, 1000]",
     )
     hidden: tuple[int, ...] = knob(
         (256, 256), "widths of the hidden layers of every network", interval="[1, inf)"
@@ -243,10 +260,16 @@ class IQLConfig:
                 "residual is 'all' and layer_norm is True; residual blocks always have layer "
                 "normalisation. Choose layer_norm=False."
             )
-        if (policy == "flow") is not (objective == "flow") and objective != "auto":
+        flow = objective in ("flow", "conditioned_flow")
+        if (policy == "flow") is not flow and objective != "auto":
             yield (
                 f"actor_objective is {objective!r} and policy is {policy!r}; a flow is trained with "
-                "'flow', and no other policy is. Choose actor_objective='auto'."
+                "'flow' or 'conditioned_flow', and no other policy is. Choose actor_objective='auto'."
+            )
+        if self.guidance != 1 and objective != "conditioned_flow":
+            yield (
+                f"guidance is {self.guidance} and actor_objective is {objective!r}; it needs "
+                "policy='flow', actor_objective='conditioned_flow'."
             )
         if policy == "deterministic" and objective == "log_prob":
             yield (

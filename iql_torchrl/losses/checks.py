@@ -12,6 +12,9 @@ from torch import nn
 from iql_torchrl.config import check_choice
 from iql_torchrl.private_apis import keeps_batch_statistics
 
+# objectives that train flows, and whether the flow must be conditioned
+FLOWS: dict[Any, bool] = {"flow": False, "conditioned_flow": True}
+
 
 def check_form(
     num_qvalue_nets: object,
@@ -55,16 +58,23 @@ def check_actor(actor: Any, objective: object) -> None:
             "(get_dist); expected a TorchRL ProbabilisticActor, or actor_objective='mse' for a "
             "policy that gives the action itself."
         )
-    if callable(objective) or (objective == "flow") is hasattr(actor, "velocity"):
+    if callable(objective) or (objective in FLOWS) is hasattr(actor, "velocity"):
+        if objective in FLOWS and FLOWS[objective] is not getattr(actor, "conditioned", False):
+            raise TypeError(
+                f"actor_objective is {objective!r} and actor_network is a {type(actor).__name__} with "
+                f"conditioned={not FLOWS[objective]}; this objective needs "
+                f"policies.flow(..., conditioned={FLOWS[objective]})."
+            )
         return
-    if objective == "flow":
+    if objective in FLOWS:
         raise TypeError(
-            f"actor_network is {type(actor).__name__}, which has no velocity; actor_objective='flow' "
-            "needs policies.flow(...)."
+            f"actor_network is {type(actor).__name__}, which has no velocity; "
+            f"actor_objective={objective!r} needs policies.flow(...)."
         )
+    fits = "conditioned_flow" if getattr(actor, "conditioned", False) else "flow"
     raise TypeError(
         f"actor_objective is {objective!r} and actor_network is a {type(actor).__name__}, which has "
-        "no density; train it with actor_objective='flow'."
+        f"no density; train it with actor_objective={fits!r}."
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from iql_torchrl.losses.batch import per_sample
 
 # Keys of a batch that replace draws.
-FLOW_NOISE, FLOW_TIME = "flow_noise", "flow_time"
+FLOW_NOISE, FLOW_TIME, FLOW_DROP = "flow_noise", "flow_time", "flow_drop"
 IMAGE_SHIFT, NEXT_IMAGE_SHIFT = "image_shift", "next_image_shift"
 
 

@@ -65,17 +65,24 @@ class IQLLoss(ImplicitQLoss):
             (:func:`iql_torchrl.functional.pessimistic_value`). ``LossCritics`` follow; ``"ddpg_bc"``
             has ``q_reduction``.
         actor_objective: ``"log_prob"``; ``"mse"`` for deterministic actors; ``"flow"`` for
-            ``policies.flow``; ``"ddpg_bc"``; or a callable ``(actor, batch) -> per-sample loss (*B,)``.
+            ``policies.flow``; ``"conditioned_flow"`` for ``policies.flow(..., conditioned=True)``;
+            ``"ddpg_bc"``; or a callable ``(actor, batch) -> per-sample loss (*B,)``.
         advantage_weight: ``"exponential"``, ``min(exp(temperature * A), max_weight)``; ``"positive"``,
             ``min(max(A, 0), max_weight)``; ``"sparse"``, ``min(max(1 + A / (2 alpha), 0),
             max_weight)``; ``"auto"``, which is "positive" for the value objectives "sparse" and
             "exponential", as in their authors' code, and else "exponential"; or a callable
             ``(advantage (*B,)) -> weight (*B,)``, which leaves temperature and max_weight unused.
+        advantage_condition: of ``"conditioned_flow"``, what the flow is told of a sample's advantage:
+            ``"positive"``, 1 where A > 0, else 0; or a callable ``(advantage (*B,)) -> (*B,)``, which
+            should give 1 to the actions that the policy is to prefer.
+        condition_dropout: of ``"conditioned_flow"``, the probability in (0, 1) that a sample's
+            condition is unknown.
         q_reduction, q_source: of ``"ddpg_bc"``: ``"min"`` or ``"mean"`` over the critics; ``"live"``
             or ``"target"`` critics. Defaults as in OGBench.
         diagnostics: add means that show how training goes (``advantage_mean``, ``weight_mean``,
             ``weight_at_ceiling``, ``effective_sample_size``, ``qvalue_mean``, ``value_mean``,
-            ``td_error_mean``); for ``"ddpg_bc"`` also
+            ``td_error_mean``); for ``"conditioned_flow"`` also ``condition_mean``, the share of
+            positive advantages; for ``"ddpg_bc"`` also
             ``policy_value_gap``, the mean of ``min_k Q_k(s, pi(s)) - min_k Q_k(s, a)``: by how much the
             critics (those of ``q_source``) value the policy's actions above the logged ones. It
             grows where the policy exploits errors of the critics. The best of N candidates is not
@@ -103,6 +110,13 @@ class IQLLoss(ImplicitQLoss):
     read, or are its entries ``"flow_noise"`` ``(*B, A)`` and ``"flow_time"`` ``(*B,)``.
     ``temperature=0`` is the plain clone; with ``policies.best_of`` that is IFQL (Park, Li, Levine
     2025, "Flow Q-Learning", arXiv:2502.02538).
+
+    ``actor_objective="conditioned_flow"`` is the same error of ``v(s, x_t, t, c)`` without weights: c
+    is :func:`iql_torchrl.functional.condition_input` of ``advantage_condition``, and of whether a
+    uniform number, the entry ``"flow_drop"`` ``(*B,)``, is at least ``condition_dropout``.
+    ``temperature``, ``max_weight`` and ``advantage_weight`` are unused. Frans, Park, Abbeel, Levine
+    2025, "Diffusion Guidance Is a Controllable Policy Improvement Operator" (arXiv:2505.23458), whose
+    code drops a tenth of the conditions.
 
     ``actor_objective="ddpg_bc"`` maximises the critics' value of the policy's own action:
     ``-Q(s, pi(s)) / mean|Q(s, pi(s))|`` plus ``bc_weight`` times the cloning error, minus the

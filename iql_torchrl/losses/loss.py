@@ -20,9 +20,16 @@ from iql_torchrl import functional as F
 from iql_torchrl.config import IQLConfig, Knob, check_choice, loss_knobs
 from iql_torchrl.config.iql_config import OWN_WEIGHTS
 from iql_torchrl.losses.batch import Batch, agree, check_action, per_sample, read_batch
-from iql_torchrl.losses.checks import check_actor, check_form
+from iql_torchrl.losses.checks import FLOWS, check_actor, check_form
 from iql_torchrl.losses.critics import Critics
-from iql_torchrl.losses.draws import FLOW_NOISE, FLOW_TIME, IMAGE_SHIFT, NEXT_IMAGE_SHIFT, Draw
+from iql_torchrl.losses.draws import (
+    FLOW_DROP,
+    FLOW_NOISE,
+    FLOW_TIME,
+    IMAGE_SHIFT,
+    NEXT_IMAGE_SHIFT,
+    Draw,
+)
 from iql_torchrl.losses.parameters import (
     DETACHED_CRITICS,
     LIVE_CRITICS,
@@ -34,13 +41,15 @@ from iql_torchrl.networks.evaluation import Direct, Networks
 
 ValueObjective = str | Callable[[Tensor, Tensor], Tensor]
 ActorObjective = str | Callable[[TensorDictModule, TensorDictBase], Tensor]
-AdvantageWeight = str | Callable[[Tensor], Tensor]
-ACTOR_OBJECTIVES = ("log_prob", "mse", "ddpg_bc", "flow")
+OfAdvantage = str | Callable[[Tensor], Tensor]
+ACTOR_OBJECTIVES = ("log_prob", "mse", "ddpg_bc", *FLOWS)
+UNWEIGHTED = ("ddpg_bc", "conditioned_flow")  # the weight of every sample is 1
 Q_SOURCES = {"live": DETACHED_CRITICS, "target": TARGET_CRITICS}
 SMALLEST_SCALE = 1e-6
 # The authors' ceilings of (Q - V) / alpha: EQL's and XQL's code.
 CEILINGS = {"exponential": 5.0, "gumbel": 7.0}
 POLICY_VALUE_GAP = "policy_value_gap"  # the diagnostic that ddpg_bc has and other objectives do not
+CONDITION_MEAN = "condition_mean"  # and the one of conditioned_flow
 LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
 DIAGNOSTICS = (
     "advantage_mean",
@@ -80,7 +89,9 @@ class ImplicitQLoss(NetworkLoss):
         alpha: float = IQLConfig.alpha,
         pessimism: float | None = IQLConfig.pessimism,
         actor_objective: ActorObjective = "log_prob",
-        advantage_weight: AdvantageWeight = IQLConfig.advantage_weight,
+        advantage_weight: OfAdvantage = IQLConfig.advantage_weight,
+        advantage_condition: OfAdvantage = "positive",
+        condition_dropout: float = IQLConfig.condition_dropout,
         q_reduction: str = "min",
         q_source: str = "live",
         diagnostics: bool = False,
@@ -100,6 +111,7 @@ class ImplicitQLoss(NetworkLoss):
             "expectile": expectile,
             "max_weight": max_weight,
             "bc_weight": bc_weight,
+            "condition_dropout": condition_dropout,
             "actor_ema": actor_ema,
             "encoder_gradient": encoder_gradient,
             "random_shift": random_shift,
@@ -113,6 +125,7 @@ class ImplicitQLoss(NetworkLoss):
                 self.knobs[name].check_in_loss(value)
         choices = {
             "actor_objective": (actor_objective, ACTOR_OBJECTIVES),
+            "advantage_condition": (advantage_condition, ("positive",)),
             "q_reduction": (q_reduction, ("min", "mean")),
             "q_source": (q_source, tuple(Q_SOURCES)),
         }
@@ -165,6 +178,7 @@ class ImplicitQLoss(NetworkLoss):
         if self.diagnostics:
             names += DIAGNOSTICS
             names += [POLICY_VALUE_GAP] if self.actor_objective == "ddpg_bc" else []
+            names += [CONDITION_MEAN] if self.actor_objective == "conditioned_flow" else []
         return names
 
     # -- what is read from a batch -----------------------------------------------------------------
@@ -207,17 +221,20 @@ class ImplicitQLoss(NetworkLoss):
         """Random tensors that the losses of a batch need, by the key of the batch that replaces them.
 
         For ``actor_objective="flow"``: ``"flow_noise"`` ``(*B, A)``, standard normal, and
-        ``"flow_time"`` ``(*B,)``, uniform on [0, 1); in a population ``(P, B, A)`` and ``(P, B)``. With
+        ``"flow_time"`` ``(*B,)``, uniform on [0, 1); in a population ``(P, B, A)`` and ``(P, B)``. For
+        ``"conditioned_flow"`` also ``"flow_drop"``, of the form of ``"flow_time"``. With
         ``random_shift``: ``"image_shift"`` and ``"next_image_shift"`` ``(*B, 2)``, uniform on [0, 1).
         Else none.
         """
         shape, needed = tuple(batch_size), {}
         if self.members is not None and len(shape) == 1:
             shape = (self.members, *shape)
-        if self.actor_objective == "flow":
+        if self.actor_objective in FLOWS:
             size = self.actor_network.action_features
             needed[FLOW_NOISE] = Draw((*shape, size), True, size, self.among)
             needed[FLOW_TIME] = Draw(shape, False, None, self.among)
+        if self.actor_objective == "conditioned_flow":
+            needed[FLOW_DROP] = Draw(shape, False, None, self.among)
         if self.random_shift:
             shift = Draw((*shape, 2), False, 2, self.among)
             needed |= {IMAGE_SHIFT: shift, NEXT_IMAGE_SHIFT: shift}
@@ -420,9 +437,10 @@ class ImplicitQLoss(NetworkLoss):
         ``-w log pi(a|s)`` with ``w`` of :meth:`weight_of`; ``"mse"`` takes
         ``w |pi(s) - a|**2`` summed over action dimensions; a callable gives its own per-sample
         loss, weighted the same way. A callable ``advantage_weight`` gives ``w`` from ``A``.
-        ``"flow"`` takes ``w`` times the error of the velocity, and ``"ddpg_bc"`` has no weights
-        (all are 1): both are described at :class:`IQLLoss`. Where the batch has other entries for the
-        policy (goals of its own, ``data.GoalSampler``), these are read, also for the advantages.
+        ``"flow"`` takes ``w`` times the error of the velocity; ``"conditioned_flow"`` and
+        ``"ddpg_bc"`` have no weights (all are 1): they are described at :class:`IQLLoss`. Where the
+        batch has other entries for the policy (goals of its own, ``data.GoalSampler``), these are
+        read, also for the advantages.
         """
         if (own := batch.for_actor) is not batch:
             batch, advantage = own, self.advantage(own)
@@ -432,7 +450,9 @@ class ImplicitQLoss(NetworkLoss):
             return self._reduce(error, batch), metadata | {"policy_value": value}
         weight = self.weight_of(advantage, batch)
         metadata = {"advantage": advantage, "weight": weight}
-        error = self._actor_error(batch)
+        if self.actor_objective == "conditioned_flow":
+            metadata["condition"] = self.condition_of(advantage, batch)
+        error = self._actor_error(batch, metadata.get("condition"))
         agree(policy_error=error, advantage=advantage)
         if self.actor_objective == "log_prob":
             metadata["log_prob"] = -error.detach()
@@ -445,6 +465,8 @@ class ImplicitQLoss(NetworkLoss):
 
     def weight_of(self, advantage: Tensor, batch: Batch) -> Tensor:
         """Weights ``(*B,)`` of the samples in the policy's loss, without gradient."""
+        if self.actor_objective in UNWEIGHTED:
+            return torch.ones_like(advantage)
         if callable(self.advantage_weight):
             shape, name = batch.data.batch_size, "advantage_weight's result"
             weight = per_sample(self.advantage_weight(advantage), shape, name)
@@ -459,6 +481,13 @@ class ImplicitQLoss(NetworkLoss):
         return F.exponential_weight(
             advantage, temperature=self.temperature, max_weight=self.max_weight
         )
+
+    def condition_of(self, advantage: Tensor, batch: Batch) -> Tensor:
+        """What a conditioned flow is told of the samples' advantages, ``(*B,)``, without gradient."""
+        if callable(self.advantage_condition):
+            condition = self.advantage_condition(advantage).detach().to(advantage.dtype)
+            return per_sample(condition, batch.data.batch_size, "advantage_condition's result")
+        return (advantage > 0).to(advantage.dtype)
 
     def qvalue_term(self, batch: Batch, td_target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum over critics of their distance to ``td_target``, and its metadata (eq. 6).
@@ -487,10 +516,10 @@ class ImplicitQLoss(NetworkLoss):
 
     # -- errors of the policy by the name of their objective ------------------------------------------
 
-    def _actor_error(self, batch: Batch) -> Tensor:
+    def _actor_error(self, batch: Batch, condition: Tensor | None = None) -> Tensor:
         """Per-sample error of the policy on the logged actions, ``(*B,)``, to be weighted."""
-        if self.actor_objective == "flow":
-            return self._flow_matching(batch)
+        if self.actor_objective in FLOWS:
+            return self._flow_matching(batch, condition)
         if callable(self.actor_objective):
             with self.policy() as actor:
                 error = self.actor_objective(actor, self.inputs(batch).copy())
@@ -528,19 +557,27 @@ class ImplicitQLoss(NetworkLoss):
         action = getattr(dist, "deterministic_sample", None)
         return dist.mean if action is None else torch.as_tensor(action), dist
 
-    def _flow_matching(self, batch: Batch) -> Tensor:
+    def _flow_matching(self, batch: Batch, condition: Tensor | None) -> Tensor:
         """Mean over action dimensions of ``(v(s, x_t, t) - (a - noise))**2``, per sample ``(*B,)``.
 
         ``x_t = (1 - t) * noise + t * a``, with the logged action a in the policy's units, standard
         normal noise and uniform t from ``batch.draws``: :func:`iql_torchrl.functional.flow_path`.
+        With a ``condition`` the velocity has its input c too, unknown where ``"flow_drop"`` is below
+        ``condition_dropout``.
         """
+        told: tuple[Tensor, ...] = ()
+        if condition is not None:
+            known = batch.draws[FLOW_DROP] >= self.condition_dropout
+            told = (F.condition_input(condition, known),)
         inputs, time = self.inputs(batch), batch.draws[FLOW_TIME]
         logged = batch.data.get(self.tensor_keys.action)
         head = self.networks.head
         with self.policy() if head is None else nullcontext(self.actor_network) as actor:
             observation = join_observations([inputs.get(key) for key in actor.in_keys])
             point, target = F.flow_path(batch.draws[FLOW_NOISE], actor.normalise(logged), time=time)
-            velocity = (actor.velocity if head is None else head.run)(observation, point, time)
+            velocity = (actor.velocity if head is None else head.run)(
+                observation, point, time, *told
+            )
         return (velocity.to(target.dtype) - target).square().mean(-1)
 
     def _ddpg_bc(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -602,8 +639,8 @@ class ImplicitQLoss(NetworkLoss):
         Reads :attr:`in_keys`; returns ``loss_actor``, ``loss_qvalue``, ``loss_value``,
         ``entropy`` (TorchRL's name for minus the mean log-probability of the logged actions), and
         with ``diagnostics=True`` the keys of ``DIAGNOSTICS`` (for ``"ddpg_bc"`` also
-        ``policy_value_gap``). Writes the priority (largest
-        squared TD error of the critics) and the log-probability into ``tensordict``.
+        ``policy_value_gap``, for ``"conditioned_flow"`` ``condition_mean``). Writes the priority
+        (largest squared TD error of the critics) and the log-probability into ``tensordict``.
         """
         batch = self.read(tensordict)
         losses, metadata = self.terms(batch)
@@ -651,7 +688,7 @@ class ImplicitQLoss(NetworkLoss):
     def _diagnose(self, metadata: dict[str, Tensor], batch: Batch) -> dict[str, Tensor]:
         weight = metadata["weight"]
         mask, dim = batch.mask_like(weight), self._samples(weight)
-        limited = self.actor_objective != "ddpg_bc" and not callable(self.advantage_weight)
+        limited = self.actor_objective not in UNWEIGHTED and not callable(self.advantage_weight)
         at_ceiling = (weight >= self.max_weight) & limited  # others have no ceiling
         gap = {}
         if "policy_value" in metadata:
@@ -660,6 +697,8 @@ class ImplicitQLoss(NetworkLoss):
                 logged = metadata["qvalue"] if live else self.action_values(batch, TARGET_CRITICS)
             difference = metadata["policy_value"] - logged.amin(0)
             gap = {POLICY_VALUE_GAP: self._mean(difference, batch)}
+        if "condition" in metadata:
+            gap = {CONDITION_MEAN: self._mean(metadata["condition"], batch)}
         return gap | {
             "advantage_mean": self._mean(metadata["advantage"], batch),
             "weight_mean": self._mean(weight, batch),

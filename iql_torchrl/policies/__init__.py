@@ -27,6 +27,7 @@ from iql_torchrl.policies.generative import (
     best_of,
     encoded,
     flow,
+    guided,
 )
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "encoded",
     "flow",
     "gaussian",
+    "guided",
     "mixture",
     "tanh_normal",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -19,7 +20,7 @@ from torchrl.data import TensorSpec
 from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules import Delta
 
-from iql_torchrl.config import check_choice, check_whole
+from iql_torchrl.config import IQLConfig, check_choice, check_whole, knobs
 from iql_torchrl.networks import join_observations
 from iql_torchrl.networks.perceptrons import Part
 from iql_torchrl.policies.actors import bounds_of, listed
@@ -29,23 +30,30 @@ ROWS_AT_ONCE = 65_536  # candidates that are evaluated together
 
 
 class FlowHead(Head):
-    """The velocity ``v(s, x, t)``, in units in which the action's bounds are -1 and 1."""
+    """The velocity ``v(s, x, t)``, in units in which the action's bounds are -1 and 1.
+
+    With ``conditioned`` ``v(s, x, t, c)``, c being :func:`iql_torchrl.functional.condition_input`.
+    """
 
     mlp_reads_first = False
 
-    def __init__(self, in_features: int, bounds: Bounds, **network: Any) -> None:
+    def __init__(
+        self, in_features: int, bounds: Bounds, conditioned: bool = False, **network: Any
+    ) -> None:
         size = bounds[0].numel()
-        super().__init__(in_features + size + 1, size, bounds, **network)
+        super().__init__(in_features + size + 1 + 2 * conditioned, size, bounds, **network)
 
     def around(self, first: Part, mlp: Part, *inputs: Tensor) -> Tensor:
-        observation, action, time = inputs
-        return self.step(mlp, first(observation), action, time)
+        observation, action, time, *condition = inputs
+        return self.step(mlp, first(observation), action, time, *condition)
 
     @staticmethod
-    def step(mlp: Part, features: Tensor, action: Tensor, time: Tensor) -> Tensor:
+    def step(
+        mlp: Part, features: Tensor, action: Tensor, time: Tensor, *condition: Tensor
+    ) -> Tensor:
         """The velocity from the output of the first layer; leading dimensions are broadcast."""
         time = time.unsqueeze(-1) if time.ndim < action.ndim else time
-        parts = (features, action, time.to(action.dtype))
+        parts = (features, action, time.to(action.dtype), *condition)
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return mlp(torch.cat([x.expand(*shape, x.shape[-1]) for x in parts], -1))
 
@@ -60,16 +68,28 @@ class FlowPolicy(TensorDictModuleBase):
     (arXiv:2502.02538).
 
     The entry ``noise_key`` of the TensorDict, ``(*B, A)``, is used as the noise where it exists.
-    Otherwise noise is drawn from torch's default generator; with the interaction type
-    ``DETERMINISTIC`` it is one fixed vector, the same in every state and every flow policy of A
-    dimensions: the action is one possible sample, not the most probable one, so evaluate a flow by
-    itself with ``deterministic=False``. Few Euler steps make modes narrower and leave some samples
-    between them. The policy has no log-probability: importance sampling refuses it.
+    Otherwise noise is drawn from torch's default generator. With the interaction type
+    ``DETERMINISTIC`` the action is the one among ``deterministic_samples`` of the same noise in every
+    state that has the least sum of squared distances to the nearest quarter of the others: near a
+    mode, where any single sample, the mean or the medoid may lie between two.
+    :attr:`deterministic_samples` may be set at any time; 1 takes one fixed sample, in less time. Few
+    Euler steps make modes narrower and leave some samples between them. The policy has no
+    log-probability: importance sampling refuses it.
 
-    Raises ``ValueError`` on an unbounded spec or ``num_steps < 1``.
+    With ``conditioned``, for ``IQLLoss(actor_objective="conditioned_flow")``, the velocity has one
+    more input c: what the loss says of the logged action's advantage (by default 1 where it is
+    positive, else 0), or that this is unknown. The policy acts with
+    ``(1 - guidance) v(s, x, t, unknown) + guidance v(s, x, t, c = 1)``: ``guidance`` 0 imitates the
+    log, 1 its actions with positive advantage, and more extrapolates (Frans, Park, Abbeel, Levine
+    2025, arXiv:2505.23458; classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598).
+    :attr:`guidance` may be set at any time, and is part of the state dict.
+
+    Raises ``ValueError`` on an unbounded spec, ``num_steps`` or ``deterministic_samples`` < 1, and a
+    ``guidance`` outside [0, 1000], or other than 1 without ``conditioned``.
     """
 
     fixed_noise: Tensor
+    guidance_weight: Tensor | None
 
     def __init__(
         self,
@@ -77,17 +97,58 @@ class FlowPolicy(TensorDictModuleBase):
         action_spec: TensorSpec,
         *,
         num_steps: int = 10,
+        conditioned: bool = False,
+        guidance: float = 1.0,
+        deterministic_samples: int = 8,
         in_keys: Sequence[NestedKey] = ("observation",),
         noise_key: NestedKey = "noise",
         **network: Any,
     ) -> None:
         super().__init__()
         check_whole(num_steps=num_steps)
-        self.head = FlowHead(in_features, bounds_of(action_spec), **network)
+        self.head = FlowHead(in_features, bounds_of(action_spec), conditioned, **network)
         self.in_keys, self.out_keys = listed(in_keys), ["action"]
         self.num_steps, self.noise_key = num_steps, noise_key
         still = _fixed_noise(self.action_features).to(self.head.centre)
         self.register_buffer("fixed_noise", still)
+        self.deterministic_samples = deterministic_samples
+        if conditioned:
+            self.register_buffer("guidance_weight", torch.ones_like(self.head.centre[0]))
+        else:
+            self.guidance_weight = None
+        if conditioned or guidance != 1:
+            self.guidance = guidance
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether the velocity has the input c."""
+        return self.guidance_weight is not None
+
+    @property
+    def guidance(self) -> float | None:
+        """Weight >= 0 of the velocity given c = 1; None without ``conditioned``."""
+        return None if self.guidance_weight is None else float(self.guidance_weight)
+
+    @guidance.setter
+    def guidance(self, weight: float) -> None:
+        if self.guidance_weight is None:
+            raise ValueError(
+                f"guidance is {weight!r} and this flow has no condition to be guided to; make it with "
+                "policies.flow(..., conditioned=True), or train with "
+                "actor_objective='conditioned_flow'."
+            )
+        weight = knobs(IQLConfig)["guidance"].plain(weight)
+        self.guidance_weight.fill_(weight)  # in place: copies with the averaged weights share it
+
+    @property
+    def deterministic_samples(self) -> int:
+        """Samples of which one is the deterministic action; not in the state dict."""
+        return len(self._still)
+
+    @deterministic_samples.setter
+    def deterministic_samples(self, count: int) -> None:
+        check_whole(deterministic_samples=count)
+        self._still = _fixed_noise(count, self.action_features)
 
     @property
     def action_features(self) -> int:
@@ -97,22 +158,34 @@ class FlowPolicy(TensorDictModuleBase):
     noise_features = action_features  # standard normal numbers that one action is made from
 
     def extra_repr(self) -> str:
-        return f"num_steps={self.num_steps}, noise_key={self.noise_key!r}"
+        guided = f", guidance={self.guidance}" if self.conditioned else ""
+        return f"num_steps={self.num_steps}, noise_key={self.noise_key!r}{guided}"
 
     def normalise(self, action: Tensor) -> Tensor:
         """``action`` in units in which its bounds are -1 and 1."""
         return (action - self.head.centre) / self.head.half_range
 
-    def velocity(self, observation: Tensor, action: Tensor, time: Tensor) -> Tensor:
-        """``v(s, x, t)``, ``(*B, A)``.
+    def velocity(
+        self, observation: Tensor, action: Tensor, time: Tensor, *condition: Tensor
+    ) -> Tensor:
+        """``v(s, x, t)``, ``(*B, A)``; with ``conditioned`` ``v(s, x, t, c)``.
 
         ``observation``: as the policy reads it (several keys joined on the last dimension).
         ``action``: x, ``(*B, A)``, in the units of :meth:`normalise`. ``time``: ``(*B,)`` or
-        ``(*B, 1)``, 0 at the noise and 1 at the action. The result is in those units per unit of
-        time.
+        ``(*B, 1)``, 0 at the noise and 1 at the action. ``condition``: c, ``(*B, 2)``. The result is in
+        those units per unit of time.
         """
-        velocity: Tensor = self.head(observation, action, time)
+        velocity: Tensor = self.head(observation, action, time, *condition)
         return velocity
+
+    def _field(self, features: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        """The velocity with which the policy acts, from the output of the first layer."""
+        step, mlp, weight = self.head.step, self.head.mlp, self.guidance_weight
+        if weight is None:
+            return step(mlp, features, x, time)
+        known = torch.stack([torch.zeros_like(time), torch.ones_like(time)])
+        both = step(mlp, features, x, time, known.expand(*known.shape[:-1], 2))
+        return (1 - weight) * both[0] + weight * both[1]
 
     def from_noise(self, tensordict: TensorDictBase, noise: Tensor) -> Tensor:
         """Actions ``(*N, *B, A)`` inside the bounds from standard normal ``noise`` of that shape."""
@@ -121,15 +194,27 @@ class FlowPolicy(TensorDictModuleBase):
         x = noise
         for number in range(self.num_steps):
             time = torch.full_like(x[..., :1], number / self.num_steps)
-            x = x + self.head.step(self.head.mlp, features, x, time).to(x.dtype) / self.num_steps
+            x = x + self._field(features, x, time).to(x.dtype) / self.num_steps
         return self.head.centre + self.head.half_range * x.clamp(-1, 1)
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         noise = tensordict.get(self.noise_key, None)
+        if noise is None and self.deterministic_samples > 1 and _is_deterministic():
+            action = _in_chunks(self._densest, tensordict, self.deterministic_samples)
+            return tensordict.set("action", action)
         if noise is None:
             noise = _noise(self.fixed_noise, tensordict.batch_size)
         return tensordict.set("action", self.from_noise(tensordict, noise))
+
+    def _densest(self, tensordict: TensorDictBase) -> Tensor:
+        still = self._still.to(self.fixed_noise)
+        actions = self.from_noise(tensordict, _noise(still, tensordict.batch_size)).movedim(0, -2)
+        unit = self.normalise(actions)
+        distance = (unit.unsqueeze(-2) - unit.unsqueeze(-3)).square().sum(-1)
+        # each sample is the nearest of itself
+        nearest = distance.topk(1 + max(1, len(still) // 4), largest=False).values
+        return _pick(actions, nearest.sum(-1).argmin(-1))
 
 
 flow = FlowPolicy  # named as the functions that make the other policies
@@ -234,12 +319,7 @@ class BestOf(TensorDictModuleBase):
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        rows = tensordict.batch_size[0] if tensordict.ndim else 1
-        at_once = max(1, ROWS_AT_ONCE // self.num_samples)
-        if torch.compiler.is_compiling() or tensordict.ndim != 1 or rows <= at_once:
-            return tensordict.set("action", self._choose(tensordict))
-        chosen = [self._choose(chunk) for chunk in tensordict.split(at_once)]
-        return tensordict.set("action", torch.cat(chosen))
+        return tensordict.set("action", _in_chunks(self._choose, tensordict, self.num_samples))
 
     def _choose(self, tensordict: TensorDictBase) -> Tensor:
         actions = self.candidates(tensordict)
@@ -248,11 +328,32 @@ class BestOf(TensorDictModuleBase):
             exponential = torch.empty_like(scores).exponential_()
             # argmax of score + Gumbel number is a draw from the softmax
             scores = self.temperature * scores - exponential.log()
-        best = scores.argmax(-1)[..., None, None].expand(*scores.shape[:-1], 1, actions.shape[-1])
-        return actions.gather(-2, best).squeeze(-2)
+        return _pick(actions, scores.argmax(-1))
 
 
 best_of = BestOf  # named as the functions that make the other policies
+
+
+Policy = TypeVar("Policy", bound=nn.Module)
+
+
+def guided(policy: Policy, guidance: float) -> Policy:
+    """A copy of ``policy`` whose conditioned flow acts with ``guidance``: one member of a sweep.
+
+    ``policy``: a conditioned flow, or what contains one (``best_of``, the policy of an agent). The
+    copy has weights of its own, those of now. Raises ``ValueError`` where there is no such flow, and
+    on a ``guidance`` outside [0, 1000].
+    """
+    copied = copy.deepcopy(policy)
+    flows = [each for each in copied.modules() if isinstance(each, FlowPolicy)]
+    if not flows:
+        raise ValueError(
+            f"guidance is {guidance!r} and the policy, a {type(policy).__name__}, contains no flow; "
+            "expected policies.flow(..., conditioned=True)."
+        )
+    for each in flows:
+        each.guidance = guidance
+    return copied
 
 
 class EncodedPolicy(TensorDictSequential):
@@ -327,6 +428,23 @@ def _from_noise(actor: Any, tensordict: TensorDictBase, noise: Tensor) -> Tensor
         return torch.as_tensor(actor.from_noise(tensordict, noise))
     dist = actor.get_dist(tensordict.select(*actor.in_keys, strict=False))
     return torch.as_tensor(dist.from_noise(noise))
+
+
+def _in_chunks(
+    choose: Callable[[TensorDictBase], Tensor], tensordict: TensorDictBase, samples: int
+) -> Tensor:
+    """Actions that ``choose`` selects from ``samples`` in every row, of limited numbers of rows."""
+    rows = tensordict.batch_size[0] if tensordict.ndim else 1
+    at_once = max(1, ROWS_AT_ONCE // samples)
+    if torch.compiler.is_compiling() or tensordict.ndim != 1 or rows <= at_once:
+        return choose(tensordict)
+    return torch.cat([choose(chunk) for chunk in tensordict.split(at_once)])
+
+
+def _pick(actions: Tensor, chosen: Tensor) -> Tensor:
+    """Of ``actions`` ``(*B, N, A)`` those with the numbers ``chosen`` ``(*B,)``: ``(*B, A)``."""
+    index = chosen[..., None, None].expand(*chosen.shape, 1, actions.shape[-1])
+    return actions.gather(-2, index).squeeze(-2)
 
 
 def _fixed_noise(*shape: int) -> Tensor:

@@ -23,6 +23,7 @@ from torchrl.modules import Delta
 from iql_torchrl import functional as F
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.evaluation.acting import as_in_evaluation, check_policy, policy_device
+from iql_torchrl.losses import UNWEIGHTED
 from iql_torchrl.networks import history_of
 
 __all__ = [
@@ -44,8 +45,9 @@ ROWS_AT_ONCE = 16_384
 class Member:
     """A policy that is compared with others.
 
-    ``temperature`` is from its config and ``episodes`` from its task (digests of episodes that it
-    was trained on); both are None for an actor without an agent.
+    ``temperature`` is from its config, None where the objective does not read it, and ``episodes``
+    from its task (digests of episodes that it was trained on); both are None for an actor without an
+    agent.
     """
 
     name: str
@@ -79,7 +81,9 @@ def resolve_member(name: str, policy: Any) -> Member:
             f"member {name!r} reads the last {history.length} observations, and estimates from logs "
             "here are for policies that read one. Rank such policies in an environment."
         )
-    temperature = getattr(getattr(policy, "config", None), "temperature", None)
+    config = getattr(policy, "config", None)
+    unused = getattr(config, "actor_objective", None) in UNWEIGHTED
+    temperature = None if unused else getattr(config, "temperature", None)
     episodes = getattr(getattr(policy, "task", None), "episodes", None)
     return Member(str(name), actor, None if temperature is None else float(temperature), episodes)
 

@@ -11,6 +11,7 @@ from example_scripts import load, run
 from iql_torchrl.data.builtin import make_dataset
 
 multimodal = load("iql_multimodal")
+guidance = load("iql_guidance")
 
 
 def test_a_picture_shows_where_point_and_mark_are():
@@ -95,12 +96,34 @@ def test_it_prints_a_table(capsys, monkeypatch):
         assert len(others) == (0 if name in ("log", "best possible") else 2)
 
 
+def test_guidance_has_exact_values_and_a_picture(capsys, monkeypatch, tmp_path):
+    mdp = guidance.MDP(0)
+    for policy in (mdp.logged, mdp.positive(), mdp.best()):
+        np.testing.assert_allclose(policy.sum(1), 1)
+        value = np.zeros(guidance.STATES)
+        for _ in range(400):  # values by iteration, not by the linear solve
+            ahead = guidance.DISCOUNT * (1 - guidance.ENDING) * mdp.following @ value
+            value = (policy * (mdp.reward + ahead)).sum(1)
+        assert mdp.value(policy) == pytest.approx(value.mean())
+    monkeypatch.setattr(guidance, "ROWS", 400)
+    monkeypatch.setattr(guidance, "DRAWS", 20)
+    picture = tmp_path / "values.png"
+    assert run(guidance, "--updates", 3, "--picture", picture) == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    printed = capsys.readouterr().out
+    values = {row.split()[0]: float(row.split()[1]) for row in printed.splitlines()[1:10]}
+    assert [float(w) for w in values] == list(guidance.WEIGHTS)
+    assert max(values.values()) <= mdp.value(mdp.best()) + 1e-9
+    assert f"the log's policy                {mdp.value(mdp.logged):.3f}" in printed
+
+
 @pytest.mark.parametrize(
     ("name", "option", "value", "words"),
     [
         ("iql_pixels", "--episodes", 1, "episodes is 1; expected at least 2"),
         ("iql_history", "--seeds", 0, "seeds is 0; expected at least 1"),
         ("iql_multimodal", "--updates", 0, "updates is 0"),
+        ("iql_guidance", "--updates", 0, "updates is 0"),
         ("iql_pointmaze", "--seed", -1, "seed is -1"),
     ],
 )

@@ -27,6 +27,7 @@ from torchrl.objectives import SoftUpdate
 from iql_torchrl import IQLLoss, IQLPopulation, captured, policies
 from iql_torchrl import functional as F
 from iql_torchrl.data.replay import MemberSampler
+from iql_torchrl.policies import generative
 
 LOW, HIGH = torch.tensor([-2.0, 0.0, -1.0]), torch.tensor([2.0, 0.5, 5.0])
 SPEC = Bounded(LOW, HIGH, (3,))
@@ -154,13 +155,46 @@ def test_noise_may_be_given_and_is_fixed_where_actions_are_deterministic():
         assert not torch.equal(given, first)
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         still = policy(data.clone())["action"]
-        other = policies.flow(5, SPEC, hidden=(8,))
+        other = policies.flow(5, SPEC, hidden=(8,), deterministic_samples=1)
+        other.load_state_dict(policy.state_dict())
+        one = other(data.clone())["action"]
     assert torch.equal(other.fixed_noise, policy.fixed_noise)
     expected = policy(data.clone().set("noise", policy.fixed_noise.expand(7, 3)))["action"]
-    assert torch.equal(still, expected)
+    assert torch.equal(one, expected)
+    samples = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    each = [policy(data.clone().set("noise", x.expand(7, 3)))["action"] for x in samples]
+    unit = policy.normalise(torch.stack(each, 1)).detach().numpy()
+    for row, action in zip(unit, policy.normalise(still).detach().numpy(), strict=True):
+        spread = [np.sort(((row - x) ** 2).sum(1))[:3].sum() for x in row]  # a quarter, and itself
+        np.testing.assert_allclose(action, row[np.argmin(spread)], rtol=1e-5, atol=1e-6)
     assert policy.in_keys == ["observation"]  # the noise is optional
+    with pytest.raises(ValueError, match="deterministic_samples is 0; expected a whole number"):
+        policy.deterministic_samples = 0
     named = policy(observation=data["observation"])  # TorchRL's keyword calls
     assert named.shape == (7, 3)
+
+
+def test_the_deterministic_action_is_near_a_mode(monkeypatch):
+    """Modes at -0.5 and 0.5: half of the samples lead to each, and some end between them."""
+
+    class Modes(nn.Module):
+        def forward(self, joined):
+            x, t = joined[..., -2:].unbind(-1)
+            end = 0.5 * torch.tanh(4 * x)
+            return ((end - x) / (1 - t)).unsqueeze(-1)
+
+    policy = policies.flow(1, Bounded(-torch.ones(1), torch.ones(1), (1,)), hidden=(4,))
+    policy.head.mlp = Modes()
+    data = TensorDict({"observation": torch.zeros(5, 1)}, [5])
+    with set_exploration_type(ExplorationType.RANDOM):
+        drawn = policy(TensorDict({"observation": torch.zeros(2000, 1)}, [2000]))["action"]
+    assert 0.4 < float((drawn < 0).float().mean()) < 0.6
+    assert float(((drawn.abs() - 0.5).abs() > 0.02).float().mean()) > 0.01
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        action = policy(data.clone())["action"]
+        monkeypatch.setattr(generative, "ROWS_AT_ONCE", 16)  # two rows at a time
+        assert torch.equal(policy(data.clone())["action"], action)
+    assert ((action.abs() - 0.5).abs() < 0.02).all()
 
 
 def test_refusals():

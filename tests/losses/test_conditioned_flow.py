@@ -1,0 +1,400 @@
+"""``actor_objective="conditioned_flow"`` and guidance: exact fields, by hand, every form, sweeps."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ACT, OBS, make_batch, make_networks
+from gymnasium import spaces
+from scipy import stats
+from scipy.integrate import solve_ivp
+from small_agents import box_agent, observations, saved, trained
+from small_losses import SPEC, check_bfloat16, check_forms, make_loss
+from small_populations import Beside, configs, dataset, extras
+from tensordict import TensorDict
+from torch import nn
+from torchrl.data import Bounded
+from torchrl.objectives import SoftUpdate
+
+from iql_torchrl import (
+    IQLConfig,
+    IQLLoss,
+    captured,
+    load_dataset,
+    make_agent,
+    policies,
+    rank_members,
+)
+from iql_torchrl import functional as F
+from iql_torchrl.agent import Agent
+from iql_torchrl.data.replay import MemberSampler
+from iql_torchrl.evaluation import value_gap
+from iql_torchrl.losses import LossCritics
+from iql_torchrl.selection import ranking
+
+pytestmark = pytest.mark.filterwarnings("ignore:No target network updater:UserWarning")
+CONDITIONED = {"policy": "flow", "actor_objective": "conditioned_flow", "flow_steps": 3}
+
+# -- a bandit with known advantages: three arms, each a Gaussian around its action -----------------
+
+SHARE = np.array([0.5, 0.3, 0.2])  # how often the log takes an arm
+ACTION, WIDTH = np.array([-0.55, 0.0, 0.55]), 0.12
+ADVANTAGE = np.array([-1.0, 0.4, 0.6])
+POSITIVE = np.where(ADVANTAGE > 0, SHARE, 0) / SHARE[ADVANTAGE > 0].sum()
+
+
+def drawn(share, count, seed=0):
+    """Actions of arms taken with probabilities ``share``, and the arms."""
+    draw = np.random.default_rng(seed)
+    arm = draw.choice(len(share), count, p=share)
+    return ACTION[arm] + WIDTH * draw.normal(size=count), arm
+
+
+def exact_velocity(x: np.ndarray, t: float, share: np.ndarray) -> np.ndarray:
+    """E[a - noise | x_t = x] for an action ``a`` of the arms: Bayes' rule, and a Gaussian for each."""
+    variance = (1 - t) ** 2 + (t * WIDTH) ** 2
+    error = x[:, None] - t * ACTION
+    likelihood = share * np.exp(-(error**2) / (2 * variance))
+    velocity = ACTION + (t * WIDTH**2 - (1 - t)) / variance * error
+    return (likelihood * velocity).sum(1) / likelihood.sum(1)
+
+
+def guided_velocity(x, t, w):
+    return (1 - w) * exact_velocity(x, t, SHARE) + w * exact_velocity(x, t, POSITIVE)
+
+
+def integrated(noise, w):
+    """Where the guided field leads from ``noise``, by SciPy's adaptive Runge-Kutta method."""
+    solved = solve_ivp(
+        lambda t, x: guided_velocity(x, t, w), (0, 1), noise, rtol=1e-8, atol=1e-8, method="DOP853"
+    )
+    return solved.y[:, -1]
+
+
+class Exact(nn.Module):
+    """The perceptron of a conditioned flow with those velocities: reads (s, x, t, known, c)."""
+
+    def forward(self, joined):
+        x, t, known, c = joined[..., 1:].double().unbind(-1)
+        assert set(known.flatten().tolist()) <= {0.0, 1.0}
+        assert torch.equal(known, c)  # acting asks for no known c but 1
+        t = float(t.flatten()[0])
+        without, given = (
+            exact_velocity(x.flatten().numpy(), t, share) for share in (SHARE, POSITIVE)
+        )
+        chosen = np.where(known.flatten().numpy() == 1, given, without)
+        return torch.from_numpy(chosen).view(*x.shape, 1)
+
+
+def bandit_flow(**options):
+    spec = Bounded(-3 * torch.ones(1), torch.ones(1), (1,))  # units of the action: (a + 1) / 2
+    return policies.flow(1, spec, conditioned=True, **options).double()
+
+
+def act(policy, noise):
+    """Actions of ``policy`` in its units."""
+    noise = torch.as_tensor(noise, dtype=torch.float64)[:, None]
+    data = TensorDict({"observation": torch.zeros(len(noise), 1).double()}, [len(noise)])
+    with torch.no_grad():
+        return policy.normalise(policy(data.set("noise", noise))["action"]).numpy()[:, 0]
+
+
+def are_alike(first, second) -> bool:
+    """Whether the two-sample test of Kolmogorov and Smirnov lets them be of one distribution."""
+    return bool(stats.ks_2samp(first, second).pvalue > 0.01)
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0, 2.5])
+def test_exact_fields_are_followed(w):
+    policy = bandit_flow(num_steps=100, hidden=(4,), guidance=w)
+    policy.head.mlp = Exact()
+    noise = np.random.default_rng(1).normal(size=2_000)
+    actions, x = act(policy, noise), noise.copy()
+    for k in range(100):
+        x = x + guided_velocity(x, k / 100, w) / 100
+    np.testing.assert_allclose(actions, np.clip(x, -1, 1), atol=1e-12)
+    exact = integrated(noise, w).clip(-1, 1)
+    assert np.median(np.abs(actions - exact)) < 0.01  # of Euler's method
+    other = np.random.default_rng(2).normal(size=2_000)
+    assert are_alike(actions, integrated(other, w).clip(-1, 1))
+    log, positive = (drawn(share, 2_000)[0] for share in (SHARE, POSITIVE))
+    assert are_alike(actions, log) is (w == 0)
+    assert are_alike(actions, positive) is (w == 1)
+    if w > 1:  # not the exact product of densities, p(a) (p(a | c) / p(a))**w: that of the arms is
+        product = SHARE * (POSITIVE / SHARE) ** w
+        assert not are_alike(actions, drawn(product / product.sum(), 2_000)[0])
+
+
+def train_bandit(updates: int):
+    torch.manual_seed(3)
+    policy = bandit_flow(num_steps=100, hidden=(64, 64), activation=nn.SiLU)
+    parts = make_networks(1, 1, hidden=(4,), policy=policy)
+    loss = IQLLoss(*parts, actor_objective="conditioned_flow", condition_dropout=0.4).double()
+    SoftUpdate(loss, tau=0.1)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
+    actions, arms = drawn(SHARE, 512 * updates, seed=4)
+    for action, arm in zip(actions.reshape(updates, 512), arms.reshape(updates, 512), strict=True):
+        data = make_batch(512, obs=1, act=1, dtype=torch.float64)
+        data["observation"].zero_()
+        data["action"] = torch.from_numpy(2 * action - 1)[:, None]
+        term, metadata = loss.actor_term(loss.read(data), torch.from_numpy(ADVANTAGE[arm]))
+        assert metadata["weight"].eq(1).all()
+        optimizer.zero_grad()
+        term.backward()
+        optimizer.step()
+        schedule.step()
+    return policy
+
+
+@pytest.mark.slow
+def test_a_trained_flow_draws_the_log_and_its_positive_part_and_follows_the_guided_field():
+    policy = train_bandit(4_000)
+    noise, other = (np.random.default_rng(seed).normal(size=400) for seed in (8, 28))
+    for w in (0.0, 1.0):
+        policy.guidance = w
+        actions = act(policy, noise)
+        log, positive = (drawn(share, 400, seed=48)[0] for share in (SHARE, POSITIVE))
+        assert are_alike(actions, integrated(other, w).clip(-1, 1))
+        assert are_alike(actions, log) is (w == 0)
+        assert are_alike(actions, positive) is (w == 1)
+    # elsewhere the field multiplies the errors of the two velocities: compared point by point
+    exact = {w: integrated(noise, w).clip(-1, 1) for w in (1.0, 2.0)}
+    policy.guidance = 2.0
+    errors = {w: np.abs(act(policy, noise) - end).mean() for w, end in exact.items()}
+    assert errors[2.0] < 0.08 < errors[1.0]
+
+
+# -- the loss ----------------------------------------------------------------------------------------
+
+
+def conditioned_loss(**options) -> IQLLoss:
+    spec = Bounded(torch.tensor([-2.0, 0.0, -1.0]), torch.tensor([2.0, 0.5, 5.0]), (ACT,))
+    policy = policies.flow(OBS, spec, hidden=(8, 8), activation=nn.Tanh, conditioned=True)
+    loss = make_loss(policy, **{"actor_objective": "conditioned_flow"} | options)
+    SoftUpdate(loss, tau=0.1)
+    return loss
+
+
+def given(*shape) -> TensorDict:
+    """A batch with random numbers of its own."""
+    data = make_batch(*shape, dtype=torch.float64)
+    data["flow_noise"] = torch.randn(*data.shape, ACT, dtype=torch.float64)
+    data["flow_drop"] = torch.rand(*data.shape, dtype=torch.float64)
+    return data.set("flow_time", torch.rand(*data.shape, 1, dtype=torch.float64))
+
+
+def test_what_the_flow_is_told():
+    told = F.condition_input(torch.tensor([0.0, 1.0, 0.7, 1.0]), torch.tensor([1, 1, 1, 0]).bool())
+    assert torch.equal(told, torch.tensor([[1, 0], [1, 1], [1, 0.7], [0, 0]]))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("condition", ["positive", torch.tanh])
+def test_the_error_of_the_velocity_by_hand(fast, condition):
+    loss = conditioned_loss(
+        condition_dropout=0.4,
+        advantage_condition=condition,
+        advantage_weight=torch.exp,
+        diagnostics=True,
+    )
+    data = given()
+    data["collector", "mask"] = keep = torch.rand(32) < 0.7
+    batch = loss.read(data.clone())
+    advantage = torch.randn(32, dtype=torch.float64)
+    with loss.evaluated_directly() if fast else nullcontext():
+        term, metadata = loss.actor_term(batch, advantage)
+    actor, known = loss.actor_network, data["flow_drop"] >= 0.4
+    c = torch.tanh(advantage) if callable(condition) else (advantage > 0).double()
+    action, t = actor.normalise(data["action"]), data["flow_time"]
+    x = (1 - t) * data["flow_noise"] + t * action
+    told = torch.stack([known.double(), known * c], -1)
+    velocity = actor.head.mlp(torch.cat([data["observation"], x, t, told], -1))
+    error = (velocity - (action - data["flow_noise"])).square().mean(-1)
+    torch.testing.assert_close(term, error[keep].mean())
+    assert 5 < int(known.sum()) < 30
+    assert metadata["weight"].eq(1).all()
+    term.backward()
+    moved = [n for n, p in loss.named_parameters() if p.grad is not None and p.grad.any()]
+    assert moved
+    assert all(name.startswith("actor") for name in moved)
+    metrics = loss(data.clone())
+    share = loss.condition_of(loss.target_qvalue(batch) - loss.state_value(batch).detach(), batch)
+    torch.testing.assert_close(metrics["condition_mean"], share[keep].mean())
+    assert metrics["weight_at_ceiling"] == 0
+
+
+def test_draws_follow_those_of_a_flow_and_drop_their_share():
+    loss, data = conditioned_loss(), make_batch(4000, dtype=torch.float64)
+    torch.manual_seed(5)
+    draws = loss.read(data).draws
+    torch.manual_seed(5)
+    for name, shape in (("flow_noise", (4000, ACT)), ("flow_time", 4000), ("flow_drop", 4000)):
+        out = torch.empty(shape).double()
+        assert torch.equal(draws[name], out.normal_() if "noise" in name else out.uniform_()), name
+    assert abs(float((draws["flow_drop"] < loss.condition_dropout).double().mean()) - 0.1) < 0.02
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize(
+    "order", [pytest.param("sequential", marks=pytest.mark.slow), "simultaneous"]
+)
+def test_compiled_and_captured_equal_eager(order):
+    check_forms(conditioned_loss(diagnostics=True), given(50), order)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor():
+    check_forms(conditioned_loss(diagnostics=True), given(50))
+
+
+def test_bfloat16():
+    data = given(64).apply(lambda x: x.float() if x.is_floating_point() else x)
+    check_bfloat16(conditioned_loss().float(), data)
+
+
+RUNS = ({}, {"seed": 1, "condition_dropout": 0.6}, {"seed": 2, "actor_lr": 1e-2})
+
+
+def with_noise(batch):
+    generator = torch.Generator().manual_seed(int(batch["next", "reward"].abs().sum() * 1e6))
+    shape, batch = tuple(batch.batch_size), batch.clone()
+    batch["flow_noise"] = torch.randn(*shape, 2, generator=generator, dtype=torch.float64)
+    for name in ("flow_time", "flow_drop"):
+        batch[name] = torch.rand(shape, generator=generator, dtype=torch.float64)
+    return batch
+
+
+@pytest.mark.parametrize("batches", ["shared", "own"])
+def test_a_member_of_a_population_equals_the_run_alone(batches):
+    beside = Beside(configs(RUNS, **CONDITIONED, guidance=2.0), dataset(), batches)
+    beside.assert_equal(beside.train(10, lambda batch: extras(with_noise(batch))))
+    assert beside.population.member(1).actor.guidance == 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("uncompiled")
+def test_captured_populations():
+    torch._dynamo.reset()
+    data, settings = dataset(), configs(RUNS, **CONDITIONED)
+    beside = Beside(settings, data, "own")
+    sampler = MemberSampler(data.transitions, 16, members=3, seed=settings[0].seed)
+    captured(beside.population.step, beside.population.sampler, updates=1)()
+    rows, generator = sampler.sample(), sampler.generator
+    rows["flow_noise"] = torch.empty(3, 16, 2).double().normal_(generator=generator)
+    for name in ("flow_time", "flow_drop"):
+        rows[name] = torch.empty(3, 16).double().uniform_(generator=generator)
+    for agent, own in zip(beside.agents, rows.unbind(0), strict=True):
+        agent.step(own)
+    beside.assert_equal()
+
+
+# -- guidance of an agent ------------------------------------------------------------------------------
+
+
+def test_guidance_is_set_kept_loaded_and_exported(tmp_path):
+    agent = trained(**CONDITIONED, guidance=2.0, actor_ema=0.5, num_samples=2)
+    seen = observations()
+    at = {}
+    for w in (0.0, 2.0, 5.0):
+        agent.actor.guidance = w
+        at[w] = agent.act(seen)
+        np.testing.assert_array_equal(
+            at[w], replace(agent, policy=policies.guided(agent.policy, w)).act(seen)
+        )
+    assert agent.policy.actor.guidance == 5.0  # that of the averaged weights
+    assert len({values.tobytes() for values in at.values()}) == 3
+    again = Agent.load(saved(agent, tmp_path / "agent.torchrl"))
+    assert (again.config.guidance, again.actor.guidance) == (2.0, 5.0)
+    np.testing.assert_array_equal(again.act(seen), at[5.0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_an_export_has_the_guidance_of_its_policy(tmp_path, suffix):
+    agent, seen = trained(**CONDITIONED, num_samples=2), observations()
+    paths = {}
+    for w in (0.0, 3.0):
+        other = replace(agent, policy=policies.guided(agent.policy, w))
+        paths[w] = other.export(tmp_path / f"{w:.0f}{suffix}"), other.act(seen)
+    for path, expected in paths.values():
+        if suffix == ".onnx":
+            session = pytest.importorskip("onnxruntime").InferenceSession(path)
+            found = session.run(None, {session.get_inputs()[0].name: seen})[0]
+        else:
+            found = torch.export.load(path).module()(torch.from_numpy(seen))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert (paths[0.0][1] != paths[3.0][1]).any()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_values_of_w_are_ranked_without_retraining(monkeypatch):
+    """Reward -a**2: the conditioned flow is made to act at -0.8 (unknown) and at 0 (c = 1)."""
+    draw = np.random.default_rng(0)
+    observation, action = (draw.uniform(-1, 1, (1200, 1)).astype(np.float32) for _ in range(2))
+    ends = {"terminated": np.ones(1200, bool), "truncated": np.zeros(1200, bool)}
+    columns = {"observation": observation, "action": action, "reward": -(action[:, 0] ** 2), **ends}
+    space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+    train, held_out = load_dataset(columns, action_space=space).split(0.5, 0)
+    agent = make_agent(IQLConfig(hidden=(8,), reward="raw", **CONDITIONED), train)
+    agent.actor.head.mlp = Towards()
+    members = {f"w = {w}": policies.guided(agent.policy, w) for w in (0.0, 0.5, 1.0)}
+    evaluate = ranking.fitted_q_evaluation
+    quick = {"updates": 600, "hidden": (32,), "model": "network", "batch_size": 256}
+    monkeypatch.setattr(
+        ranking, "fitted_q_evaluation", lambda *args, **options: evaluate(*args, **options | quick)
+    )
+    result = rank_members(members, train, held_out, discount=0.9, deterministic=True)
+    found = {row["member"]: row["value"] for row in result.rows}
+    assert found == pytest.approx({"w = 0.0": -0.64, "w = 0.5": -0.16, "w = 1.0": 0}, abs=0.12)
+    critics = LossCritics(agent.loss)
+    for w, member in zip((0.0, 0.5, 1.0), members.values(), strict=True):
+        gap = value_gap(member, train.transitions, critics=critics, rows=64)
+        action = torch.full((64, 1), -0.8 * (1 - w))
+        order = torch.randperm(len(train.transitions), generator=torch.Generator().manual_seed(0))
+        data = train.transitions[order[:64]].select("observation").set("action", action)
+        np.testing.assert_allclose(gap.chosen, critics(data)["state_action_value"][:, 0], atol=1e-5)
+
+
+class Towards(nn.Module):
+    """The velocity of straight lines: to -0.8 where c is unknown, to 0 where it is 1."""
+
+    def forward(self, joined):
+        x, t, known, _ = joined[..., 1:].unbind(-1)
+        return ((torch.where(known == 1, 0.0, -0.8) - x) / (1 - t)).unsqueeze(-1)
+
+
+def test_refusals():
+    plain, told = policies.flow(OBS, SPEC), policies.flow(OBS, SPEC, conditioned=True)
+    assert (plain.guidance, told.guidance) == (None, 1.0)
+    with pytest.raises(ValueError, match=r"guidance is 2 and this flow has no condition"):
+        plain.guidance = 2
+    with pytest.raises(ValueError, match=r"guidance is 2.0 and this flow has no condition"):
+        policies.flow(OBS, SPEC, guidance=2.0)
+    for wrong in (-0.5, float("nan"), "2", True):
+        with pytest.raises(ValueError, match=f"guidance is {wrong!r}"):
+            told.guidance = wrong
+    with pytest.raises(ValueError, match="a ProbabilisticActor, contains no flow"):
+        policies.guided(box_agent().policy, 1.0)
+    _, critic, value = make_networks()
+    with pytest.raises(TypeError, match="conditioned=False; this objective needs"):
+        IQLLoss(plain, critic, value, actor_objective="conditioned_flow")
+    with pytest.raises(TypeError, match="conditioned=True; this objective needs"):
+        IQLLoss(told, critic, value, actor_objective="flow")
+    with pytest.raises(
+        TypeError, match="no density; train it with actor_objective='conditioned_fl"
+    ):
+        IQLLoss(told, critic, value)
+    with pytest.raises(ValueError, match="advantage_condition is 'sign'; choose one of 'positive'"):
+        IQLLoss(told, critic, value, actor_objective="conditioned_flow", advantage_condition="sign")
+    with pytest.raises(ValueError, match=r"condition_dropout is 0; it must lie in \(0, 1\)"):
+        conditioned_loss(condition_dropout=0)
+    with pytest.raises(ValueError, match=r"guidance is 2\.0 and actor_objective is 'auto'"):
+        IQLConfig(policy="flow", guidance=2.0)
+    wrong = conditioned_loss(advantage_condition=lambda advantage: advantage[:3])
+    with pytest.raises(ValueError, match="advantage_condition's result"):
+        wrong(given())
