@@ -241,11 +241,6 @@ class IQLConfig:
                 f"replan_every is {self.replan_every} and action_chunk is {self.action_chunk}; a "
                 "policy executes at most the actions of a chunk. Choose replan_every=None for all."
             )
-        if self.action_chunk > 1 and policy == "categorical":
-            yield (
-                f"action_chunk is {self.action_chunk} and policy is 'categorical'; chunks are of "
-                "continuous actions. Choose action_chunk=1."
-            )
         if self.num_samples > 1 and policy in ("deterministic", "categorical"):
             yield (
                 f"num_samples is {self.num_samples} and policy is {policy!r}; the best of several "

@@ -139,14 +139,8 @@ class Acting:
         chunk, planned = chunk_of(self.policy), self._planned
         if not planned:
             given = current if history_of(self.policy) is None else _stacked(list(seen))
-            action = act(
-                self.policy,
-                given,
-                *self._spaces,
-                action_mask=action_mask,
-                seed=seed,
-                **self._options,
-            )
+            options = self._options | {"action_mask": action_mask, "seed": seed}
+            action = act(self.policy, given, *self._spaces, **options)
             planned = [action] if chunk is None else list(action[: chunk.executed])
         self._seen, self._planned = seen, planned[1:]
         return planned[0]

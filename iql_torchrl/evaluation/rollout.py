@@ -160,10 +160,8 @@ def _run(
     finished, active, next_number = [], list(slots), len(slots)
     while active:
         asking = [slot for slot in active if not slot.planned]
-        actions = (
-            []
-            if not asking
-            else chosen_actions(
+        if asking:
+            actions = chosen_actions(
                 policy,
                 [slot.seen[-1] if history is None else slot.seen for slot in asking],
                 [action_mask(slot.info, env.action_space) for slot in asking] if masked else None,
@@ -172,9 +170,8 @@ def _run(
                 dtype=dtype,
                 device=device,
             )
-        )
-        for slot, action in zip(asking, actions, strict=True):
-            slot.planned.extend([action] if chunk is None else action[: chunk.executed])
+            for slot, action in zip(asking, actions, strict=True):
+                slot.planned.extend([action] if chunk is None else action[: chunk.executed])
         for slot in tuple(active):
             over = slot.step()
             if not over and (max_steps is None or slot.length < max_steps):

@@ -182,9 +182,8 @@ class ImplicitQLoss(NetworkLoss):
             done_key=done,
         )
         if self.action_chunk > 1:
-            check_chunks(
-                batch.data, self.action_chunk, self.tensor_keys.action, self.tensor_keys.reward
-            )
+            keys = self.tensor_keys
+            check_chunks(batch.data, self.action_chunk, keys.action, keys.reward)
         if self.members is not None:
             batch = batch.of_runs(self.members)
         given = draws or {}
@@ -303,7 +302,12 @@ class ImplicitQLoss(NetworkLoss):
         estimator = self.value_estimator
         with torch.no_grad():
             if not self._bootstraps_once():
-                self._check_one_action()
+                if self.action_chunk > 1:
+                    raise NotImplementedError(
+                        f"action_chunk is {self.action_chunk} and the value estimator is a "
+                        f"{type(estimator).__name__}; targets of chunks are made by TD(0) alone, "
+                        "without average rewards: call loss.make_value_estimator(gamma=...)."
+                    )
                 data = self.inputs(batch).copy().set("next", self.inputs(batch.next))
                 target = estimator.value_estimate(
                     data, target_params=self.target_value_network_params
@@ -335,18 +339,8 @@ class ImplicitQLoss(NetworkLoss):
 
     def _over_chunk(self, batch: Batch, reward: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """Of the k actions that were made ``sum_i gamma**i r_i`` and ``gamma**k``, both ``(*B,)``."""
-        mask: Tensor = batch.data.get(CHUNK_MASK)
-        steps = torch.arange(self.action_chunk, device=reward.device)
-        powers = gamma.unsqueeze(-1) ** steps
-        return (reward * powers).sum(-1), gamma ** mask.sum(-1)
-
-    def _check_one_action(self) -> None:
-        if self.action_chunk > 1:
-            raise NotImplementedError(
-                f"action_chunk is {self.action_chunk} and the value estimator is a "
-                f"{type(self.value_estimator).__name__}; targets of chunks are made by TD(0) alone. "
-                "Call loss.make_value_estimator(gamma=...), without average rewards."
-            )
+        powers = gamma.unsqueeze(-1) ** torch.arange(self.action_chunk, device=reward.device)
+        return (reward * powers).sum(-1), gamma ** batch.data.get(CHUNK_MASK).sum(-1)
 
     def made_actions(self, batch: Batch) -> Tensor | None:
         """Bool ``(*B, h * A)``: entries of a chunk that belong to actions of the log; None: all do."""

@@ -56,18 +56,14 @@ def filled_in(
     if replay_buffer is None and agent is not None and dataset is not None:
         config, history, chunk = agent.config, history_of(agent.policy), agent.config.action_chunk
         source: Any = dataset
-        if history is not None and isinstance(dataset, ShardedDataset):
-            raise ValueError(
-                f"the agent has history={history.length} and {dataset.name} is in shards, from which "
-                "windows of observations cannot be sampled; use history=1, or load_dataset where the "
-                "log fits into memory."
-            )
-        if chunk > 1 and isinstance(dataset, ShardedDataset):
-            raise ValueError(
-                f"the agent has action_chunk={chunk} and {dataset.name} is in shards, from which "
-                "chunks of actions cannot be sampled; use action_chunk=1, or load_dataset where the "
-                "log fits into memory."
-            )
+        refused = {"history": 1 if history is None else history.length, "action_chunk": chunk}
+        for name, value in refused.items():
+            if value > 1 and isinstance(dataset, ShardedDataset):
+                raise ValueError(
+                    f"the agent has {name}={value} and {dataset.name} is in shards, from which windows "
+                    f"of consecutive rows cannot be sampled; use {name}=1, or load_dataset where the "
+                    "log fits into memory."
+                )
         if chunk > 1:
             windows = {} if history is None else {"history": history.length, "stack": history.stack}
             source = source.chunks(chunk, **windows)

@@ -299,8 +299,6 @@ def test_wrong_batches_and_combinations_are_refused():
         )
     with pytest.raises(ValueError, match=r"replan_every is 4 and action_chunk is 3"):
         IQLConfig(action_chunk=3, replan_every=4)
-    with pytest.raises(ValueError, match=r"action_chunk is 3 and policy is 'categorical'"):
-        IQLConfig(action_chunk=3, policy="categorical")
 
 
 def test_a_distribution_that_cannot_leave_out_padding_is_named():

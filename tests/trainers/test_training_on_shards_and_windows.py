@@ -107,7 +107,7 @@ def test_what_cannot_read_shards_says_so(log):
         OfflineTrainer(agent=history, dataset=log, progress_bar=False)
     chunks = make_agent(config(action_chunk=2), log)
     with pytest.raises(
-        ValueError, match=r"action_chunk=2 and log.npz is in shards, from which chunks"
+        ValueError, match=r"action_chunk=2 and log.npz is in shards, from which windows"
     ):
         OfflineTrainer(agent=chunks, dataset=log, progress_bar=False)
 
