@@ -125,8 +125,8 @@ class _Episode:
     def start(self, number: int, seed: int) -> None:
         self.number, self.total, self.length, self.success = number, 0.0, 0, None
         observation, self.info = self.env.reset(seed=seed + number)
-        self.seen.clear()
         self.planned.clear()
+        self.seen.clear()
         remember(self.seen, observation)
 
     def step(self) -> bool:

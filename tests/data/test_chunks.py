@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small_logs import counted
 
 from iql_torchrl import load_dataset
-from iql_torchrl.data import DatasetError, DatasetWarning, WindowSampler
+from iql_torchrl.data import Chunks, DatasetError, DatasetWarning, WindowSampler
 
 NO, YES = False, True
 
@@ -52,7 +52,8 @@ def test_chunks_that_meet_ends_by_hand():
 
 
 def test_a_termination_inside_an_episode_ends_a_chunk():
-    chunks = table(5, marks=[1]).chunks(3)
+    data = table(5, marks=[1])
+    chunks = Chunks(data.transitions, np.array([5]), 3)  # one episode, which continues after row 1
     assert [shown(chunks, row)[2:5] for row in range(4)] == [
         ([YES, YES, NO], [0, 1, 0], 2),
         ([YES, NO, NO], [1, 0, 0], 2),
