@@ -121,6 +121,7 @@ CASES = {
     "gumbel": ("continuous", GUMBEL, "shared", None),
     "extras": ("continuous", {}, "shared", extras),
     "extras, own": ("continuous", {"order": "simultaneous"}, "own", extras),
+    "chunks": ("continuous", {"action_chunk": 3, "policy": "mixture"}, "shared", None),
     "discrete": ("discrete", {"layer_norm": True, **ADAMW}, "shared", None),
     "categories": ("categories", {"num_critics": 1, "schedule": "constant"}, "own", extras),
 }

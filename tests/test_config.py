@@ -49,6 +49,7 @@ OUT_OF_RANGE = {
     "actor_lr": (0.0, math.inf),
     "hidden": ((), (256, 0)),
     **dict.fromkeys(("polyak", "updates", "batch_size", "num_critics", "schedule_steps"), (0,)),
+    **dict.fromkeys(("action_chunk", "replan_every"), (0, 1.5)),
     **dict.fromkeys(("flow_steps", "num_samples"), (0,)),
     **dict.fromkeys(("seed", "bc_weight"), (-1,)),
     "dropout": (1.0,),
@@ -248,6 +249,7 @@ def test_every_field_is_an_option(preset):
     fit_together = {"policy": "mixture", "actor_objective": "log_prob", "residual": "policy"}
     fit_together |= {"layer_norm": True, "norm_after_activation": True, "optimizer": "adamw"}
     fit_together |= {"hidden": (9,), "device": "cpu:0", "schedule": "cosine"}
+    fit_together |= {"action_chunk": 4, "replan_every": 3}
     fit_together["schedule_steps"] = None if start.schedule_steps else 4
     rest = {n: each for n, each in knobs(IQLConfig).items() if n not in fit_together}
     changed = fit_together | {n: another(each, getattr(start, n)) for n, each in rest.items()}

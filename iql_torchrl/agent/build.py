@@ -30,7 +30,7 @@ from iql_torchrl.evaluation.acting import act, private_random_numbers
 from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.files import CheckpointError, components, newest, read_components
 from iql_torchrl.losses import DiscreteIQLLoss, ImplicitQLoss, IQLLoss, LossCritics
-from iql_torchrl.networks import with_history
+from iql_torchrl.networks import with_chunk, with_history
 from iql_torchrl.update.compiled import compiled
 from iql_torchrl.update.step import IQLStep
 
@@ -79,7 +79,8 @@ class Agent:
     ) -> Any:
         """An action for ``env.step`` from an observation as ``env`` gives it; or a batch of both.
 
-        A policy with a history takes the last observations of the episode, ``(T, ...)``.
+        A policy with a history takes the last observations of the episode, ``(T, ...)``; one with
+        chunks of h actions gives the actions of the next h steps, ``(h, *shape)``.
         Where the data had action masks, ``action_mask`` ``(n,)`` is expected. Samples are drawn from
         ``seed``, or from torch's global generator. See :func:`iql_torchrl.evaluation.acting.act`.
         """
@@ -296,6 +297,10 @@ def make_agent(
     ``OfflineTrainer`` makes itself: each observation is encoded as above, and an LSTM or a causal
     transformer, trained as the encoder is, reads the sequence.
 
+    With ``action_chunk`` h in the config the critics value, and the policy writes as ``action``
+    ``(B, h * A)``, the actions of h steps; batches are those of ``dataset.chunks(h)``.
+    ``evaluate`` executes ``replan_every`` of them before it asks for the next.
+
     ``encoders`` replaces these by leaf: ``{"camera": module}``, ``"arm.speed"`` for a nested leaf,
     ``"observation"`` where there is no Dict. A module turns a batch of the leaf as it is stored,
     ``(B, *shape)``, into features ``(B, F)``, is trained with the others, and is not copied.
@@ -348,6 +353,8 @@ def build_agent(config: IQLConfig, task: Task, encoders: Encoders | None = None)
         policy = policies.encoded(encoder, policy)
     if config.history > 1:
         policy = with_history(policy, config.history, stack=config.history_encoder == "stack")
+    if config.action_chunk > 1:
+        policy = with_chunk(policy, config.action_chunk, config.replan_every)
     update = compiled(step) if config.compile else step
     names = tuple(encoders or ())
     return Agent(config, task, actor, loss, optimizer, scheduler, update, policy, names)

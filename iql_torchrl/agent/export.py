@@ -27,7 +27,7 @@ from iql_torchrl.descriptions import bounds_in_words, describe_space, one_line
 from iql_torchrl.evaluation.acting import as_in_evaluation, check_policy
 from iql_torchrl.evaluation.policy_input import needs_mask, reads_names_at_top_level, whole_limits
 from iql_torchrl.files import make_folder, whole_file
-from iql_torchrl.networks import HISTORY_MASK, history_of, repeat_first, stack_frames
+from iql_torchrl.networks import HISTORY_MASK, chunk_of, history_of, repeat_first, stack_frames
 from iql_torchrl.private_apis import assert_dtype, assert_later
 
 HISTORY: Key = (HISTORY_MASK,)
@@ -135,15 +135,18 @@ def program_inputs(policy: TensorDictModuleBase, task: Task) -> list[ProgramInpu
 
 def described_policy(policy: TensorDictModuleBase, task: Task) -> dict[str, Any]:
     """Inputs and output of the policy's programs, for JSON; null means unbounded."""
-    space = task.action_space
+    space, chunk = task.action_space, chunk_of(policy)
+    steps = () if chunk is None else (chunk.length,)
     if isinstance(space, spaces.Discrete):
         form: dict[str, Any] = {"shape": ["B"], "dtype": "int64"}
         form |= {"kind": "discrete", "n": int(space.n), "start": int(space.start)}
     elif isinstance(space, spaces.Box):
         low, high = (bound.astype(object) for bound in (space.low, space.high))
         low[~np.isfinite(space.low)] = high[~np.isfinite(space.high)] = None
-        form = {"shape": ["B", *space.shape], "dtype": str(space.dtype)}
+        form = {"shape": ["B", *steps, *space.shape], "dtype": str(space.dtype)}
         form |= {"kind": "box", "low": low.tolist(), "high": high.tolist()}
+        if chunk is not None:
+            form |= {"steps": chunk.length, "execute": chunk.executed}
     else:
         raise ValueError(
             f"the actions are {describe_space(space)}; an export needs Box or Discrete."
@@ -166,6 +169,7 @@ class PolicyProgram(nn.Module):
         super().__init__()
         self.inputs, self.space = inputs, task.action_space
         self.stack = (history := history_of(policy)) is not None and history.stack
+        self.chunk = chunk_of(policy)
         self.policy = copy.deepcopy(policy).cpu().requires_grad_(False)
         if isinstance(self.space, spaces.Box):
             self.register_buffer("low", torch.from_numpy(self.space.low.copy()))
@@ -192,8 +196,12 @@ class PolicyProgram(nn.Module):
 
     def accepted(self, action: Tensor) -> Tensor:
         """The policy's action in the form that the environment takes."""
-        rows, space = tuple(action.shape[1:]), self.space
-        if isinstance(space, spaces.Box) and rows == space.shape:
+        space = self.space
+        steps: tuple[int, ...] = ()
+        if self.chunk is not None and isinstance(space, spaces.Box):
+            action, steps = self.chunk.steps(action, space.shape), (self.chunk.length,)
+        rows = tuple(action.shape[1:])
+        if isinstance(space, spaces.Box) and rows == (*steps, *space.shape):
             exact = torch.promote_types(action.dtype, self.low.dtype)
             action = action.to(exact).clamp(self.low.to(exact), self.high.to(exact))
             return action.to(self.low.dtype)
@@ -222,7 +230,8 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
     of the last T observations of the episode, oldest first, and ``history_mask`` ``(B, T)`` bool
     follows the leaves: False at padding, whose values are ignored. The output is the action that the
     environment accepts: clipped to the bounds, ``(B, *shape)`` in the space's dtype, or int64 ``(B,)``
-    counted from the space's start. ``<stem>.json`` (``<stem>.onnx.json``) in the same folder describes
+    counted from the space's start; of a policy with chunks the actions of the next h steps,
+    ``(B, h, *shape)``. ``<stem>.json`` (``<stem>.onnx.json``) in the same folder describes
     inputs and output, with an example of use.
 
     ``torch.export.load(path).module()`` runs it on the CPU; this package, TorchRL and tensordict

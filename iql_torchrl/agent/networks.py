@@ -14,6 +14,7 @@ from gymnasium import spaces
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torchrl.data import Bounded
 from torchrl.modules import ValueOperator
 
 from iql_torchrl import networks, policies
@@ -48,6 +49,11 @@ def make_networks(
         )
     encoder, keys, features, preprocess = _first_layers(config, task, encoders)
     space, spec = task.action_space, task.action_spec
+    if config.action_chunk > 1:
+        low, high = (
+            bound.repeat(config.action_chunk) for bound in (spec.space.low, spec.space.high)
+        )
+        spec = Bounded(low, high, low.shape, dtype=spec.dtype)
     widths = {
         "hidden": config.hidden,
         "activation": networks.ACTIVATIONS[config.activation],
@@ -121,6 +127,11 @@ def _check_actions(config: IQLConfig, space: gym.Space[Any]) -> None:
         raise ValueError(
             f"policy is {config.policy!r} and {described}: 'categorical' is for Discrete actions, the "
             "others are for a Box. Choose policy='auto'."
+        )
+    if discrete and config.action_chunk > 1:
+        raise ValueError(
+            f"action_chunk is {config.action_chunk} and {described}; chunks are of continuous actions, "
+            "as sequences of discrete ones would need a value each. Choose action_chunk=1."
         )
     if discrete and config.num_samples > 1:
         raise ValueError(

@@ -148,6 +148,18 @@ class IQLConfig:
         "what reads several observations; stack joins them to one vector, or images on their channels",
     )
     history_features: int = knob(64, "width of the lstm or transformer", interval="[1, inf)")
+    action_chunk: int = knob(
+        1,
+        "actions of consecutive steps that the critics value and the policy proposes at once",
+        interval="[1, inf)",
+        in_loss=True,
+    )
+    replan_every: int | None = knob(
+        None,
+        "actions of a chunk that the policy executes before it proposes the next one; none: all",
+        interval="[1, inf)",
+        may_change=lambda config: True,
+    )
     encoder_gradient: Literal["critics", "all"] = knob(
         "critics", "whose losses train the encoder that the networks share", in_loss=True
     )
@@ -283,6 +295,11 @@ class IQLConfig:
             yield (
                 f"temperature is 0, which is behaviour cloning, and the weights are {weight!r}, "
                 "which do not read it; choose advantage_weight='exponential'."
+            )
+        if self.replan_every is not None and self.replan_every > self.action_chunk:
+            yield (
+                f"replan_every is {self.replan_every} and action_chunk is {self.action_chunk}; a "
+                "policy executes at most the actions of a chunk. Choose replan_every=None for all."
             )
         if self.num_samples > 1 and policy in ("deterministic", "categorical"):
             yield (

@@ -1,5 +1,6 @@
 """Offline data: readers, checks of every row, scaling of rewards, TorchRL buffers."""
 
+from iql_torchrl.data.chunks import Chunks as Chunks
 from iql_torchrl.data.dataset import DatasetSummary as DatasetSummary
 from iql_torchrl.data.dataset import OfflineDataset as OfflineDataset
 from iql_torchrl.data.dataset import RelabelledDataset as RelabelledDataset

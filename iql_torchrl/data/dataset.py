@@ -17,6 +17,7 @@ from tensordict import TensorDict
 from torchrl.data import Composite, TensorDictReplayBuffer, TensorSpec
 
 from iql_torchrl.data import replay
+from iql_torchrl.data.chunks import Chunks
 from iql_torchrl.data.digests import episode_digests, fingerprint, sketch_of
 from iql_torchrl.data.goals import (
     ACTOR_ORIGINS,
@@ -230,6 +231,18 @@ class OfflineDataset(DatasetSummary):
         ``frame_stack(1)`` has the entries of plain rows and holds every observation once.
         """
         return self.windows(length, stack=True, jumps=jumps)
+
+    def chunks(
+        self, size: int, *, history: int = 1, stack: bool = False, jumps: str = "error"
+    ) -> Chunks:
+        """The transitions as steps of ``size`` actions, for ``IQLConfig(action_chunk=size)``.
+
+        See ``data.Chunks``: shapes, ends of episodes, ``history``, ``stack`` and ``jumps``.
+        """
+        return Chunks(
+            self.transitions, self.episode_lengths, size, history=history, stack=stack, jumps=jumps,
+            name=self.name,
+        )  # fmt: skip
 
     def flatten_actions(self) -> OfflineDataset:
         """The same data with actions ``(A,)`` in place of a Box of another shape.

@@ -22,7 +22,7 @@ from iql_torchrl.data.replay import (
 from iql_torchrl.data.schema import DatasetError, Key
 from iql_torchrl.networks import HISTORY_MASK, History, stack_frames
 
-__all__ = ["WindowSampler", "WindowStorage", "Windows"]
+__all__ = ["WindowSampler", "WindowStorage", "Windows", "plain"]
 
 JUMPS = ("error", "restart")
 #: Bytes of observations that are compared at once.
@@ -84,7 +84,7 @@ class Windows:
         if jumps not in JUMPS:
             raise ValueError(f"jumps is {jumps!r}; choose one of {', '.join(JUMPS)}.")
         keys = [key for key in leaf_keys(transitions) if key[0] == "observation"]
-        self.frames = {key: _plain(transitions.get(key)) for key in keys}
+        self.frames = {key: plain(transitions.get(key)) for key in keys}
         following = {key: transitions.get(("next", *key)) for key in keys}
         ends = torch.zeros(len(transitions), dtype=torch.bool)
         ends[torch.as_tensor(lengths).cumsum(0) - 1] = True
@@ -109,7 +109,7 @@ class Windows:
                 f"a length of at most {longest}."
             )
         where = ends.nonzero().squeeze(1)
-        self.own = {key: _plain(values[where]) for key, values in following.items()}
+        self.own = {key: plain(values[where]) for key, values in following.items()}
         device = device_of(transitions)
         self.first = first.to(device)
         self.own_place = torch.where(ends, ends.cumsum(0) - 1, -1).to(device)
@@ -176,6 +176,10 @@ class Windows:
             stored[name] = {".".join(key): values for key, values in part.items()}
         return TensorDict(stored, batch_size=[])
 
+    def tensors(self) -> list[Tensor]:
+        """What :meth:`entries` reads."""
+        return [*self.frames.values(), *self.own.values(), self.first, self.own_place]
+
     def device_sampler(
         self, batch_size: int, device: torch.device | str | None = None, seed: int | None = None
     ) -> WindowSampler:
@@ -221,8 +225,7 @@ class WindowSampler(DeviceSampler):
         self.windows = copy(windows)
         self.windows.rest = windows.rest.select()  # its entries are in ``tables``
         self.windows = self.windows.to(where)
-        frames = [*self.windows.frames.values(), *self.windows.own.values()]
-        self.tables += [*frames, self.windows.first, self.windows.own_place]
+        self.tables += self.windows.tensors()
 
     def entries(self, indices: Tensor) -> dict[str, Any]:
         nested = super().entries(indices)
@@ -274,7 +277,7 @@ def _unchanged(batch: Sequence[Any]) -> Sequence[Any]:
     return batch
 
 
-def _plain(values: Tensor) -> Tensor:
+def plain(values: Tensor) -> Tensor:
     """The same memory as an ordinary tensor, which a compiled program can read."""
     return values.as_subclass(Tensor) if type(values) is not Tensor else values
 

@@ -25,7 +25,7 @@ from iql_torchrl.evaluation.policy_input import (
     reads_names_at_top_level,
     unbound,
 )
-from iql_torchrl.networks import History, history_of
+from iql_torchrl.networks import History, chunk_of, history_of
 
 ACTION_TOLERANCE = 1e-6
 Moments = Sequence[tuple[int, int]]
@@ -50,6 +50,8 @@ def act(
     of an episode, oldest first, the current one included, with T at most the history's length, and
     all of the episode where it had fewer; ``(B, T, *shape)`` is a batch of them.
     :class:`Acting` collects them. A single observation is refused.
+    Of a policy with chunks (``networks.with_chunk``) the result has the actions of the next h steps,
+    ``(h, *shape)``, in a batch ``(B, h, *shape)``; :class:`Acting` executes them one by one.
     Runs in evaluation mode without gradients. The caller's torch random state does not change,
     except when a sample is drawn without ``seed``.
 
@@ -91,7 +93,8 @@ class Acting:
     """Actions of ``policy`` in one episode after the other, with the observations that it still reads.
 
     Call ``reset()`` at the start of every episode, then ``act(observation)`` at each of its steps.
-    Actions are those of ``evaluate``. Policies without a history work too.
+    Actions are those of ``evaluate``. Policies without a history work too. A policy with chunks is
+    asked when the actions of its last chunk are executed; in between, observations are remembered.
 
     Args:
         policy, observation_space, action_space, dtype, deterministic: as for :func:`act`.
@@ -118,6 +121,7 @@ class Acting:
     def reset(self) -> None:
         """Begin an episode: the next observation is its first."""
         self._seen = memory(history_of(self.policy))
+        self._planned: list[Any] = []
 
     def act(self, observation: Any, *, action_mask: Any = None, seed: int | None = None) -> Any:
         """The action for ``env.step``; ``observation`` is the current one, as ``env`` gives it.
@@ -132,12 +136,14 @@ class Acting:
             )
         seen = self._seen.copy()
         remember(seen, current)
-        given = current if history_of(self.policy) is None else _stacked(list(seen))
-        action = act(
-            self.policy, given, *self._spaces, action_mask=action_mask, seed=seed, **self._options
-        )
-        self._seen = seen
-        return action
+        chunk, planned = chunk_of(self.policy), self._planned
+        if not planned:
+            given = current if history_of(self.policy) is None else _stacked(list(seen))
+            options = self._options | {"action_mask": action_mask, "seed": seed}
+            action = act(self.policy, given, *self._spaces, **options)
+            planned = [action] if chunk is None else list(action[: chunk.executed])
+        self._seen, self._planned = seen, planned[1:]
+        return planned[0]
 
 
 def memory(history: History | None) -> deque[Any]:
@@ -247,7 +253,10 @@ def chosen_actions(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[Any]:
-    """Actions for ``env.step``; see :func:`policy_input` and :func:`environment_actions`."""
+    """Actions for ``env.step``; see :func:`policy_input` and :func:`environment_actions`.
+
+    Of a policy with chunks each is a list, of the actions of a chunk.
+    """
     space = env_spaces[0]
     flat, history = reads_names_at_top_level(policy.in_keys, space), history_of(policy)
     batch = policy_input(observations, space, flat=flat, masks=masks, history=history, dtype=dtype)
@@ -265,7 +274,14 @@ def chosen_actions(
         raise ValueError(
             f"policy wrote a {type(action).__name__} under 'action'; it must write a tensor"
         )
-    return environment_actions(action, env_spaces[1], moments)
+    chunk, actions = chunk_of(policy), env_spaces[1]
+    if chunk is None:
+        return environment_actions(action, actions, moments)
+    size = chunk.length
+    each = chunk.steps(action, actions.shape or ()).flatten(0, 1)
+    later = [(episode, step + number) for episode, step in moments for number in range(size)]
+    listed = environment_actions(each, actions, later)
+    return [listed[start : start + size] for start in range(0, len(listed), size)]
 
 
 def environment_actions(actions: Tensor, space: spaces.Space[Any], moments: Moments) -> list[Any]:

@@ -28,7 +28,7 @@ from iql_torchrl.evaluation.acting import (
 )
 from iql_torchrl.evaluation.policy_input import action_mask, needs_mask
 from iql_torchrl.evaluation.result import Evaluation, reference_pair
-from iql_torchrl.networks import history_of
+from iql_torchrl.networks import chunk_of, history_of
 
 __all__ = ["Evaluation", "check_arguments", "evaluate"]
 
@@ -59,7 +59,9 @@ def evaluate(
     with ``action_mask`` among its ``in_keys`` gets that boolean mask from
     ``info["action_mask"]``, or built from the indices in ``info["admissible_actions"]``. A policy
     with a history (``networks.with_history``) gets windows of the last observations of each episode,
-    padded and masked as those of ``dataset.windows``.
+    padded and masked as those of ``dataset.windows``. Of a policy with chunks (``networks.with_chunk``)
+    the first ``replan_every`` actions are executed before it is asked again, in each environment for
+    itself; a reset drops what is left of them.
 
     Discrete actions may be indices counted from zero, ``(B,)`` or ``(B, 1)``, or one value per
     action, ``(B, n)``, of which the largest is taken (one-hot included). Box actions must be
@@ -123,16 +125,19 @@ class _Episode:
     total: float = 0.0
     length: int = 0
     success: bool | None = None
+    planned: deque[Any] = field(default_factory=deque)
 
     def start(self, number: int, seed: int, goals: Sequence[Mapping[str, Any]] | None) -> None:
         self.number, self.total, self.length, self.success = number, 0.0, 0, None
         options = {} if goals is None else {"options": dict(goals[number % len(goals)])}
         observation, self.info = self.env.reset(seed=seed + number, **options)
+        self.planned.clear()
         self.seen.clear()
         remember(self.seen, observation)
 
-    def step(self, action: Any) -> bool:
-        """Apply ``action``; True when the episode has ended."""
+    def step(self) -> bool:
+        """Apply the next planned action; True when the episode has ended."""
+        action = self.planned.popleft()
         observation, reward, terminated, truncated, self.info = self.env.step(action)
         remember(self.seen, observation)
         self.total += float(np.asarray(reward).item())
@@ -156,22 +161,26 @@ def _run(
     """Number, return, length and success of each episode, in the order in which they end."""
     env, history, dtype = slots[0].env, history_of(policy), policy_dtype(policy)
     both = env.observation_space, env.action_space
-    masked = needs_mask(policy, env.observation_space)
+    masked, chunk = needs_mask(policy, env.observation_space), chunk_of(policy)
     for number, slot in enumerate(slots):
         slot.start(number, seed, goals)
     finished, active, next_number = [], list(slots), len(slots)
     while active:
-        actions = chosen_actions(
-            policy,
-            [slot.seen[-1] if history is None else slot.seen for slot in active],
-            [action_mask(slot.info, env.action_space) for slot in active] if masked else None,
-            [(slot.number, slot.length) for slot in active],
-            both,
-            dtype=dtype,
-            device=device,
-        )
-        for slot, action in zip(tuple(active), actions, strict=True):
-            over = slot.step(action)
+        asking = [slot for slot in active if not slot.planned]
+        if asking:
+            actions = chosen_actions(
+                policy,
+                [slot.seen[-1] if history is None else slot.seen for slot in asking],
+                [action_mask(slot.info, env.action_space) for slot in asking] if masked else None,
+                [(slot.number, slot.length) for slot in asking],
+                both,
+                dtype=dtype,
+                device=device,
+            )
+            for slot, action in zip(asking, actions, strict=True):
+                slot.planned.extend([action] if chunk is None else action[: chunk.executed])
+        for slot in tuple(active):
+            over = slot.step()
             if not over and (max_steps is None or slot.length < max_steps):
                 continue
             finished.append((slot.number, slot.total, slot.length, slot.success))

@@ -12,7 +12,7 @@ from tensordict.utils import is_batchedtensor
 from torch import Tensor
 
 from iql_torchrl.data.goals import FOR_ACTOR
-from iql_torchrl.networks import HISTORY_MASK
+from iql_torchrl.networks import CHUNK_MASK, HISTORY_MASK
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,21 @@ def per_sample(value: Tensor, shape: torch.Size, key: NestedKey, *, leading: int
     return value.float() if value.dtype in (torch.bfloat16, torch.float16) else value
 
 
+def check_chunks(
+    data: TensorDictBase, size: int, action_key: NestedKey, reward_key: NestedKey
+) -> None:
+    """Raise ``ValueError`` unless the batch has chunks of ``size`` actions."""
+    found = tuple(data.get(CHUNK_MASK).shape), tuple(data.get(("next", reward_key)).shape)
+    width = data.get(action_key).shape[-1]
+    if set(found) != {(*data.batch_size, size)} or width % size:
+        raise ValueError(
+            f"{CHUNK_MASK!r} has shape {found[0]}, the reward {found[1]} and {action_key!r} rows of "
+            f"{width} numbers, and the loss has action_chunk={size}; expected masks and rewards of "
+            f"shape {(*data.batch_size, size)}, and {size} actions in each row. Take batches from "
+            f"dataset.chunks({size})."
+        )
+
+
 def output_of(written: TensorDictBase, key: NestedKey, name: str) -> Tensor:
     """What a network wrote under ``key``; raises ``KeyError`` when it wrote elsewhere."""
     value = written.get(key, None)
@@ -260,6 +275,11 @@ def _missing(key: NestedKey, tensordict: TensorDictBase) -> str:
         advice = (
             "take batches from dataset.windows(length).replay_buffer(batch_size), or train with "
             "OfflineTrainer"
+        )
+    if name == CHUNK_MASK:
+        advice = (
+            "action_chunk is the number of actions that critics and policy treat as one: take batches "
+            "from dataset.chunks(action_chunk).replay_buffer(batch_size), or train with OfflineTrainer"
         )
     keys = sorted(map(str, tensordict.keys(include_nested=True, leaves_only=True)))
     return f"{key!r} is not in the batch, which holds {', '.join(keys)}; {advice}."

@@ -98,6 +98,12 @@ class IQLLoss(ImplicitQLoss):
             and after the step; for an encoder that is ``networks.JoinedEncoders`` with a
             ``networks.ImageEncoder`` (Yarats, Kostrikov, Fergus 2021, arXiv:2004.13649). The entries
             ``"image_shift"`` and ``"next_image_shift"`` ``(*B, 2)`` replace the uniform numbers.
+        action_chunk: number h of actions that the critics value and the policy proposes at once.
+            Batches are those of ``dataset.chunks(h)``: ``action`` ``(*B, h * A)``, ``("next",
+            "reward")`` and ``"chunk_mask"`` ``(*B, h)``. With k the number of actions that the mask
+            marks, the target of the critics is ``sum_i gamma**i r_i + gamma**k V(s_k)``, and the
+            policy's error is that of these actions. Li, Zhou, Levine 2025, "Reinforcement Learning
+            with Action Chunking" (arXiv:2507.07969).
         separate_losses: parameters shared with the actor learn from the actor's loss alone.
         reduction: ``"mean"`` (default), ``"sum"`` or ``"none"``.
         deactivate_vmap: evaluate the critics in a loop.
@@ -167,6 +173,10 @@ class DiscreteIQLLoss(ImplicitQLoss):
         if (objective := kwargs.get("actor_objective")) in ACTOR_OBJECTIVES[1:]:
             raise ValueError(
                 f"actor_objective={objective!r} needs continuous actions; these are discrete."
+            )
+        if (chunk := kwargs.get("action_chunk", 1)) != 1:
+            raise ValueError(
+                f"action_chunk={chunk!r} needs continuous actions; these are discrete."
             )
         super().__init__(actor_network, qvalue_network, value_network, **kwargs)
         if action_space is not None and not isinstance(action_space, str | TensorSpec):

@@ -19,7 +19,14 @@ from torchrl.objectives.value import TD0Estimator
 from iql_torchrl import functional as F
 from iql_torchrl.config import IQLConfig, Knob, check_choice, loss_knobs
 from iql_torchrl.config.iql_config import OWN_WEIGHTS
-from iql_torchrl.losses.batch import Batch, agree, check_action, per_sample, read_batch
+from iql_torchrl.losses.batch import (
+    Batch,
+    agree,
+    check_action,
+    check_chunks,
+    per_sample,
+    read_batch,
+)
 from iql_torchrl.losses.checks import FLOWS, check_actor, check_form
 from iql_torchrl.losses.critics import Critics
 from iql_torchrl.losses.draws import (
@@ -36,7 +43,7 @@ from iql_torchrl.losses.parameters import (
     TARGET_CRITICS,
     NetworkLoss,
 )
-from iql_torchrl.networks import join_observations
+from iql_torchrl.networks import CHUNK_MASK, join_observations
 from iql_torchrl.networks.evaluation import Direct, Networks
 
 ValueObjective = str | Callable[[Tensor, Tensor], Tensor]
@@ -98,6 +105,7 @@ class ImplicitQLoss(NetworkLoss):
         encoder_network: TensorDictModule | None = None,
         encoder_gradient: str = IQLConfig.encoder_gradient,
         random_shift: int = IQLConfig.random_shift,
+        action_chunk: int = IQLConfig.action_chunk,
         separate_losses: bool = False,
         reduction: str | None = None,
         deactivate_vmap: bool = False,
@@ -115,6 +123,7 @@ class ImplicitQLoss(NetworkLoss):
             "actor_ema": actor_ema,
             "encoder_gradient": encoder_gradient,
             "random_shift": random_shift,
+            "action_chunk": action_chunk,
             "value_objective": value_objective,
             "alpha": alpha,
             "pessimism": pessimism,
@@ -145,8 +154,9 @@ class ImplicitQLoss(NetworkLoss):
             actor_ema=actor_ema,
             encoder_network=encoder_network,
             random_shift=random_shift,
+            action_chunk=action_chunk,
         )
-        for name in settings.keys() - {"actor_ema", "random_shift"}:
+        for name in settings.keys() - {"actor_ema", "random_shift", "action_chunk"}:
             setattr(self, name, settings[name])
         for name, (choice, _) in choices.items():
             setattr(self, name, choice)
@@ -199,6 +209,9 @@ class ImplicitQLoss(NetworkLoss):
             weight_key=self.tensor_keys.priority_weight if weigh else None,
             done_key=done,
         )
+        if self.action_chunk > 1:
+            keys = self.tensor_keys
+            check_chunks(batch.data, self.action_chunk, keys.action, keys.reward)
         if self.members is not None:
             batch = batch.of_runs(self.members)
         given = draws or {}
@@ -317,12 +330,19 @@ class ImplicitQLoss(NetworkLoss):
         """Regression target of the critics, shape ``(*B,)``, without gradient.
 
         ``r + gamma V(s')``, bootstrapped past truncation and not past termination; with
-        ``steps_to_next_obs`` in the batch (n-step rewards) the discount is ``gamma**n``.
+        ``steps_to_next_obs`` in the batch (n-step rewards) the discount is ``gamma**n``. With
+        ``action_chunk`` it is ``sum_i gamma**i r_i + gamma**k V(s_k)``, of the k actions made.
         ``next_value``, ``V(s')``, is evaluated where it is not given.
         """
         estimator = self.value_estimator
         with torch.no_grad():
             if not self._bootstraps_once():
+                if self.action_chunk > 1:
+                    raise NotImplementedError(
+                        f"action_chunk is {self.action_chunk} and the value estimator is a "
+                        f"{type(estimator).__name__}; targets of chunks are made by TD(0) alone, "
+                        "without average rewards: call loss.make_value_estimator(gamma=...)."
+                    )
                 data = self.inputs(batch).copy().set("next", self.inputs(batch.next))
                 target = estimator.value_estimate(
                     data, target_params=self.target_value_network_params
@@ -336,7 +356,9 @@ class ImplicitQLoss(NetworkLoss):
             )
             gamma = self._discount(batch)
             steps = batch.data.get(keys.steps_to_next_obs, None)
-            if steps is not None:
+            if self.action_chunk > 1:
+                reward, gamma = self._over_chunk(batch, reward, gamma)
+            elif steps is not None:
                 gamma = gamma ** per_sample(steps, shape, keys.steps_to_next_obs)
             if next_value is None:
                 next_value = self.state_value(batch.next)
@@ -349,6 +371,19 @@ class ImplicitQLoss(NetworkLoss):
             return self.discount
         gamma: Tensor = self.value_estimator.gamma
         return per_sample(gamma, batch.data.batch_size, "gamma") if gamma.ndim else gamma
+
+    def _over_chunk(self, batch: Batch, reward: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the k actions that were made ``sum_i gamma**i r_i`` and ``gamma**k``, both ``(*B,)``."""
+        powers = gamma.unsqueeze(-1) ** torch.arange(self.action_chunk, device=reward.device)
+        return (reward * powers).sum(-1), gamma ** batch.data.get(CHUNK_MASK).sum(-1)
+
+    def made_actions(self, batch: Batch) -> Tensor | None:
+        """Bool ``(*B, h * A)``: entries of a chunk that belong to actions of the log; None: all do."""
+        if self.action_chunk == 1:
+            return None
+        mask: Tensor = batch.data.get(CHUNK_MASK)
+        size = batch.data.get(self.tensor_keys.action).shape[-1] // self.action_chunk
+        return mask.unsqueeze(-1).expand(*mask.shape, size).flatten(-2)
 
     def _reduce(self, loss: Tensor, batch: Batch) -> Tensor:
         """Reduce per-sample losses; a mask or weight of a step applies to all that it holds."""
@@ -527,11 +562,25 @@ class ImplicitQLoss(NetworkLoss):
         if self.actor_objective == "mse":
             action, logged = self._policy_action(batch), batch.data.get(self.tensor_keys.action)
             check_action(self.tensor_keys.action, logged, action.shape)
-            error = (action - logged).square()
+            error = _where(self.made_actions(batch), (action - logged).square())
             return error if error.ndim == batch.data.ndim else error.sum(-1)
         dist = self.networks.distribution(self.inputs(batch))
-        log_prob = dist.log_prob(self.logged_action(batch, dist))
-        return -per_sample(log_prob, batch.data.batch_size, "log_prob")
+        return -self._log_prob(batch, dist)
+
+    def _log_prob(self, batch: Batch, dist: distributions.Distribution) -> Tensor:
+        """Log-probability of the logged action, ``(*B,)``; of a chunk that of the actions made."""
+        action, made = self.logged_action(batch, dist), self.made_actions(batch)
+        if made is None:
+            log_prob = dist.log_prob(action)
+        elif hasattr(dist, "masked_log_prob"):
+            log_prob = dist.masked_log_prob(action, made)
+        else:
+            raise TypeError(
+                f"the policy's distribution is a {type(dist).__name__}, which cannot leave out the "
+                "padding of a chunk; it needs a method masked_log_prob(action, mask), as those of "
+                "iql_torchrl.policies have. Or give actor_objective= a function."
+            )
+        return per_sample(log_prob, batch.data.batch_size, "log_prob")
 
     def logged_action(self, batch: Batch, dist: distributions.Distribution) -> Tensor:
         """The logged action in the form that ``dist.log_prob`` takes."""
@@ -578,7 +627,8 @@ class ImplicitQLoss(NetworkLoss):
             velocity = (actor.velocity if head is None else head.run)(
                 observation, point, time, *told
             )
-        return (velocity.to(target.dtype) - target).square().mean(-1)
+        error = (velocity.to(target.dtype) - target).square()
+        return _where(self.made_actions(batch), error).mean(-1)
 
     def _ddpg_bc(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """``-Q(s, pi(s)) / mean|Q| + bc_weight * cloning error``, ``min_k Q_k(s, pi(s))``, ``(*B,)``.
@@ -602,9 +652,9 @@ class ImplicitQLoss(NetworkLoss):
         q = values.amin(0) if self.q_reduction == "min" else values.mean(0)
         scale = self.mean_of_run(q.detach().abs(), batch) + SMALLEST_SCALE
         if dist is None or isinstance(dist, Delta):
-            error = (action - logged).square().sum(-1)
+            error = _where(self.made_actions(batch), (action - logged).square()).sum(-1)
         else:
-            error = -per_sample(dist.log_prob(logged), action.shape[:-1], "log_prob")
+            error = -self._log_prob(batch, dist)
         agree(value_of_policy=q, cloning_error=error)
         return self.bc_weight * error - q / scale, values.detach().amin(0)
 
@@ -708,3 +758,8 @@ class ImplicitQLoss(NetworkLoss):
             "value_mean": self._mean(metadata["value"], batch),
             "td_error_mean": self._mean(metadata["td_error"].mean(0), batch),
         }
+
+
+def _where(mask: Tensor | None, error: Tensor) -> Tensor:
+    """``error`` with zeros where ``mask`` is false."""
+    return error if mask is None else error.where(mask, 0)

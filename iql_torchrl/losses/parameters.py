@@ -25,6 +25,7 @@ from iql_torchrl.losses.batch import Batch, output_of
 from iql_torchrl.losses.checks import check_encoder
 from iql_torchrl.losses.critics import Critics, initialise_critics, list_critics
 from iql_torchrl.losses.draws import IMAGE_SHIFT
+from iql_torchrl.networks import CHUNK_MASK
 from iql_torchrl.networks.evaluation import Networks, Watched, distribution_of
 from iql_torchrl.networks.recognition import (
     critics_over,
@@ -128,6 +129,7 @@ class NetworkLoss(LossModule):
         actor_ema: float = 0.0,
         encoder_network: TensorDictModule | None = None,
         random_shift: int = 0,
+        action_chunk: int = 1,
     ) -> None:
         super().__init__()
         self._set_deprecated_ctor_keys(priority=priority_key)
@@ -138,6 +140,7 @@ class NetworkLoss(LossModule):
         self.averaged_actor: Any = None
         self.encoder_network = encoder_network
         self.random_shift = random_shift
+        self.action_chunk = action_chunk
         self.num_qvalue_nets = num_qvalue_nets
         self.delay_qvalue = True
         self.deactivate_vmap = deactivate_vmap
@@ -596,6 +599,7 @@ class NetworkLoss(LossModule):
                 [
                     keys.action,
                     *(("next", key) for key in (keys.reward, keys.done, keys.terminated)),
+                    *((CHUNK_MASK,) if self.action_chunk > 1 else ()),
                     *self.observed_keys(self.actor_network.in_keys),
                     *self.observed_keys(self.qvalue_network.in_keys),
                     *of_value,

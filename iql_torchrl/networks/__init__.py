@@ -1,5 +1,6 @@
 """Plain networks for IQL, to wrap with TorchRL's ``ValueOperator`` or ``TensorDictModule``."""
 
+from iql_torchrl.networks.chunks import CHUNK_MASK, Chunk, chunk_of, with_chunk
 from iql_torchrl.networks.encoders import Flatten, ImageEncoder, JoinedEncoders, OneHot, OneHots
 from iql_torchrl.networks.perceptrons import (
     ACTIVATIONS,
@@ -25,10 +26,12 @@ from iql_torchrl.networks.sequences import (
 
 __all__ = [
     "ACTIVATIONS",
+    "CHUNK_MASK",
     "HISTORY_MASK",
     "MLP",
     "AroundPerceptron",
     "CausalTransformer",
+    "Chunk",
     "Critic",
     "DiscreteCritic",
     "Flatten",
@@ -41,9 +44,11 @@ __all__ = [
     "ResidualMLP",
     "Standardise",
     "StateValue",
+    "chunk_of",
     "history_of",
     "join_observations",
     "repeat_first",
     "stack_frames",
+    "with_chunk",
     "with_history",
 ]

@@ -37,6 +37,17 @@ class _BoundedGaussian(D.Independent):  # type: ignore[type-arg]
         error = (x - normal.loc) / normal.scale
         return -(0.5 * error.square() + normal.scale.log() + HALF_LOG_2PI)
 
+    def log_probs(self, value: Tensor) -> Tensor:
+        """The logarithm of the density of each dimension of an action, ``(*B, A)``."""
+        raise NotImplementedError
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.log_probs(value).sum(-1)
+
+    def masked_log_prob(self, value: Tensor, mask: Tensor) -> Tensor:
+        """``log_prob`` of the dimensions where ``mask`` ``(*B, A)`` is true: ``(*B,)``."""
+        return self.log_probs(value).where(mask, 0).sum(-1)
+
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> _BoundedGaussian:
         shape = (*batch_shape, *self.event_shape)
         loc, scale = self.base_dist.loc.expand(shape), self.base_dist.scale.expand(shape)
@@ -73,8 +84,8 @@ class ClippedGaussian(_BoundedGaussian):
     def action(self, x: Tensor) -> Tensor:
         return _clip(x, self.low, self.high)
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        return self.gaussian_log_prob(value).sum(-1)
+    def log_probs(self, value: Tensor) -> Tensor:
+        return self.gaussian_log_prob(value)
 
 
 class SquashedGaussian(_BoundedGaussian):
@@ -95,12 +106,12 @@ class SquashedGaussian(_BoundedGaussian):
         limit = 1 - torch.finfo(x.dtype).resolution
         return self.centre + self.half_range * x.tanh().clamp(-limit, limit)
 
-    def log_prob(self, value: Tensor) -> Tensor:
+    def log_probs(self, value: Tensor) -> Tensor:
         y = (value - self.centre) / self.half_range
         limit = 1 - torch.finfo(y.dtype).resolution
         x = y.clamp(-limit, limit).atanh()
         slope = 2 * (math.log(2) - x - nn.functional.softplus(-2 * x))
-        return (self.gaussian_log_prob(x) - slope - self.half_range.log()).sum(-1)
+        return self.gaussian_log_prob(x) - slope - self.half_range.log()
 
 
 class ClippedMixture(D.MixtureSameFamily):
@@ -147,6 +158,12 @@ class ClippedMixture(D.MixtureSameFamily):
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         return _clip(super().sample(torch.Size(sample_shape)), self.low, self.high)
+
+    def masked_log_prob(self, value: Tensor, mask: Tensor) -> Tensor:
+        """``log_prob`` of the dimensions where ``mask`` ``(*B, A)`` is true: ``(*B,)``."""
+        each = D.Normal(self.loc, self.scale, validate_args=False).log_prob(value.unsqueeze(-2))
+        of_components = each.where(mask.unsqueeze(-2), 0).sum(-1)
+        return (self.mixture_distribution.logits + of_components).logsumexp(-1)
 
 
 class Choice(D.Categorical):

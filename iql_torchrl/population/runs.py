@@ -102,6 +102,12 @@ class IQLPopulation:
                 f"history is {configs[0].history}; the runs of a population read single observations. "
                 "Train runs with a history one by one."
             )
+        chunk = configs[0].action_chunk
+        if chunk > 1 and batches == "own":
+            raise ValueError(
+                f"action_chunk is {chunk} and batches is 'own'; chunks are sampled for all runs alike. "
+                "Choose batches='shared'."
+            )
         self.ranks = Ranks() if ranks is None else ranks
         self.all_configs, self.batches = tuple(configs), batches
         self._dataset = dataset
@@ -125,7 +131,8 @@ class IQLPopulation:
                 dataset.transitions, first.batch_size, **where
             )
         else:
-            self.sampler = dataset.device_sampler(first.batch_size, **where)
+            rows = dataset if chunk == 1 else dataset.chunks(chunk)
+            self.sampler = rows.device_sampler(first.batch_size, **where)
         self.updates = 0
         self._captured: Any = None
 

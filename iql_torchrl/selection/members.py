@@ -24,7 +24,7 @@ from iql_torchrl import functional as F
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.evaluation.acting import as_in_evaluation, check_policy, policy_device
 from iql_torchrl.losses import UNWEIGHTED
-from iql_torchrl.networks import history_of
+from iql_torchrl.networks import chunk_of, history_of
 
 __all__ = [
     "Member",
@@ -60,7 +60,7 @@ def resolve_members(members: Mapping[str, Any]) -> tuple[Member, ...]:
     """The members of ``{name: Agent or actor}``, in its order.
 
     Raises ``ValueError`` for an empty mapping, ``TypeError`` for an object that is not a TensorDict
-    module and has none as its ``policy``. ``ValueError`` for a policy with a history.
+    module and has none as its ``policy``. ``ValueError`` for a policy with a history or with chunks.
     """
     if not isinstance(members, Mapping) or not members:
         raise ValueError(
@@ -80,6 +80,12 @@ def resolve_member(name: str, policy: Any) -> Member:
         raise ValueError(
             f"member {name!r} reads the last {history.length} observations, and estimates from logs "
             "here are for policies that read one. Rank such policies in an environment."
+        )
+    if (chunk := chunk_of(actor)) is not None:
+        raise ValueError(
+            f"member {name!r} proposes {chunk.length} actions at once, and estimates from logs "
+            "here are for policies that choose each by its observation. Rank such policies in an "
+            "environment."
         )
     config = getattr(policy, "config", None)
     unused = getattr(config, "actor_objective", None) in UNWEIGHTED

@@ -61,15 +61,20 @@ def filled_in(
 ) -> tuple[Any, Any]:
     """Buffer and number of updates; those that are None follow from the agent's config."""
     if replay_buffer is None and agent is not None and dataset is not None:
-        config, history = agent.config, history_of(agent.policy)
+        config, history, chunk = agent.config, history_of(agent.policy), agent.config.action_chunk
         source: Any = dataset
-        if history is not None and isinstance(dataset, ShardedDataset):
-            raise ValueError(
-                f"the agent has history={history.length} and {dataset.name} is in shards, from which "
-                "windows of observations cannot be sampled; use history=1, or load_dataset where the "
-                "log fits into memory."
-            )
-        if history is not None:
+        refused = {"history": 1 if history is None else history.length, "action_chunk": chunk}
+        for name, value in refused.items():
+            if value > 1 and isinstance(dataset, ShardedDataset):
+                raise ValueError(
+                    f"the agent has {name}={value} and {dataset.name} is in shards, from which windows "
+                    f"of consecutive rows cannot be sampled; use {name}=1, or load_dataset where the "
+                    "log fits into memory."
+                )
+        if chunk > 1:
+            windows = {} if history is None else {"history": history.length, "stack": history.stack}
+            source = source.chunks(chunk, **windows)
+        elif history is not None:
             source = source.windows(history.length, stack=history.stack)
         replay_buffer = source.replay_buffer(config.batch_size, config.device, config.seed)
     if total_updates is None and agent is not None:

@@ -422,8 +422,8 @@ class OfflineTrainer(ResumableTrainer):
         agent, log = self.agent, self.dataset
         if agent is None or not isinstance(log, OfflineDataset) or not self.ranks.is_main:
             return
-        # a dataset's rows are no windows
-        if agent.config.num_samples > 1 and history_of(agent.policy) is None:
+        single = history_of(agent.policy) is None and agent.config.action_chunk == 1
+        if agent.config.num_samples > 1 and single:  # a dataset's rows are no windows or chunks
             gap = value_gap(agent.policy, log.transitions).mean
             self._record(self.updates, {"chosen_value_gap": gap})
 

@@ -669,3 +669,40 @@ def test_the_description_and_the_refusals_of_windows(programs):
             program(*inputs)
     with pytest.raises((RuntimeError, AssertionError), match=r"shape|dimension|Guard"):
         program(at[:, 1:], kind[:, 1:], mask[:, 1:])
+
+
+# -- export_policy: chunks of actions
+
+
+@pytest.mark.parametrize(
+    "kind", ["gaussian", *(pytest.param(k, marks=pytest.mark.slow) for k in ("best", "history"))]
+)
+def test_a_program_gives_the_chunk_that_the_agent_acts_with(tmp_path, kind):
+    options = {
+        "gaussian": {},
+        "best": {"policy": "flow", "num_samples": 3, "flow_steps": 2},
+        "history": {"history": 2, "history_encoder": "stack"},
+    }[kind]
+    agent = box_agent(action_chunk=3, replan_every=2, **options)
+    path = agent.export(tmp_path / "policy.pt2")
+    observation, program = observations(), torch.export.load(path).module()
+    if kind == "history":
+        windows = np.stack([observation[:-1], observation[1:]], 1)
+        found = program(torch.tensor(windows), torch.ones(len(windows), 2, dtype=torch.bool))
+        expected = agent.act(windows)
+    else:
+        found, expected = program(torch.tensor(observation)), agent.act(observation)
+    assert found.shape == (len(expected), 3, 2)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    output = json.loads((tmp_path / "policy.json").read_text())["output"]
+    assert (output["shape"], output["steps"], output["execute"]) == (["B", 3, 2], 3, 2)
+    assert (output["low"], output["high"]) == (LOW.tolist(), HIGH.tolist())
+
+
+@pytest.mark.slow
+def test_chunks_in_onnx(tmp_path, onnx):
+    agent = box_agent(action_chunk=3)
+    (found,) = session(agent.export(tmp_path / "policy.onnx")).run(
+        None, {"observation": observations()}
+    )
+    np.testing.assert_allclose(found, agent.act(observations()), atol=1e-5)

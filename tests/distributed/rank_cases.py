@@ -91,6 +91,7 @@ CASES = {
     "encoder": {"encoder": "all"},
     "encoder of the critics": {"encoder": "critics", "order": "simultaneous", "max_grad_norm": 0.1},
     "history": {"history": "lstm", "rate": 0.2},
+    "chunks": {"chunk": 3, "rate": 0.05},
     "history, attention": {"history": "transformer", "rate": 0.05, "order": "simultaneous"},
 }
 DEFAULT = (
@@ -129,7 +130,15 @@ def recurrent(case):
     return dataset, make_agent(config(history=3, **kind), dataset)
 
 
+def of_chunks(case):
+    """A dataset, and an agent for it whose policy proposes three actions."""
+    dataset = load_dataset(log())
+    return dataset, make_agent(config(action_chunk=case["chunk"]), dataset)
+
+
 def make_loss(case, **options):
+    if "chunk" in case:
+        return of_chunks(case)[1].loss.double()
     if "history" in case:
         return recurrent(case)[1].loss.double()
     options = {"diagnostics": True, **case.get("loss", {}), **options}
@@ -169,6 +178,9 @@ def make_batches(case, count=UPDATES):
         return list(doubled(encoded_steps(ROWS * count)).split(ROWS))
     if "history" in case:
         buffer = recurrent(case)[0].windows(3).replay_buffer(ROWS, seed=6)
+        return [doubled(buffer.sample()) for _ in range(count)]
+    if "chunk" in case:
+        buffer = of_chunks(case)[0].chunks(case["chunk"]).replay_buffer(ROWS, seed=6)
         return [doubled(buffer.sample()) for _ in range(count)]
     if "own" in case:
         return [make_batch(case["members"], ROWS, dtype=torch.float64) for _ in range(count)]

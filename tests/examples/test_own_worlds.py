@@ -117,6 +117,27 @@ def test_guidance_has_exact_values_and_a_picture(capsys, monkeypatch, tmp_path):
     assert f"the log's policy                {mdp.value(mdp.logged):.3f}" in printed
 
 
+def test_a_walker_arrives_and_the_log_ends_there():
+    example = load("iql_chunks")
+    env = example.Square()
+    place = env.reset(seed=0)[0]
+    seen, reward, terminated, truncated, info = env.step(np.array([1.0, -1.0], np.float32))
+    np.testing.assert_allclose(seen, np.clip([place[0] + 0.04, place[1] - 0.04], -1, 1), rtol=1e-5)
+    assert (reward, terminated, truncated, info["success"]) == (0.0, False, False, False)
+    env.place = np.array([0.7, 0.7], np.float32)
+    assert env.step(np.array([1.0, 1.0], np.float32))[1:3] == (1.0, True)
+    log = example.make_log(0, episodes=30)
+    assert log.episode_returns.max() == 1
+    assert log.episode_lengths.max() == 100
+
+
+@pytest.mark.slow
+def test_chunks_print_a_table_and_draw(empty_folder, capsys):
+    assert run("iql_chunks", "--updates", 10, "--seeds", 1, "--episodes", 1) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["10", "0", "%", "0", "%"]
+    assert (empty_folder / "runs/chunks/chunks.png").stat().st_size > 5_000
+
+
 @pytest.mark.parametrize(
     ("name", "option", "value", "words"),
     [
@@ -124,6 +145,7 @@ def test_guidance_has_exact_values_and_a_picture(capsys, monkeypatch, tmp_path):
         ("iql_history", "--seeds", 0, "seeds is 0; expected at least 1"),
         ("iql_multimodal", "--updates", 0, "updates is 0"),
         ("iql_guidance", "--updates", 0, "updates is 0"),
+        ("iql_chunks", "--updates", 15, "updates is 15"),
         ("iql_pointmaze", "--seed", -1, "seed is -1"),
     ],
 )

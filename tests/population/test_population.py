@@ -391,3 +391,10 @@ def test_the_error_names_what_cannot_be_loaded(tmp_path):
     write_components(tmp_path / "a.torchrl", {"agent": agent.description()})
     with pytest.raises(CheckpointError, match=r"has no part '\w+'; it holds \['agent'\]"):
         IQLPopulation.load(tmp_path / "a.torchrl", data)
+
+
+def test_chunks_with_batches_of_their_own_are_refused():
+    with pytest.raises(
+        ValueError, match=r"action_chunk is 2 and batches is 'own'.*batches='shared'"
+    ):
+        IQLPopulation(configs(action_chunk=2), dataset(), batches="own")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from small_agents import config
@@ -15,10 +16,12 @@ from test_sequences import ENCODERS, Last, step_of
 from test_sequences import log as sequences
 
 from iql_torchrl import OfflineDataset, OfflineTrainer, captured, compiled, load_dataset, make_agent
+from iql_torchrl.agent import Agent
 from iql_torchrl.data import ShardedDataset, load_shards
 from iql_torchrl.data.windows import WindowStorage
 from iql_torchrl.files import CheckpointError
-from iql_torchrl.networks import with_history
+from iql_torchrl.networks import Chunk, with_history
+from iql_torchrl.trainers import run_folder
 from iql_torchrl.trainers.checkpoints import check_same_data, data_state
 
 LENGTHS = [7, 3, 12, 5, 5, 9, 2, 8, 6, 11]
@@ -102,6 +105,11 @@ def test_what_cannot_read_shards_says_so(log):
     history = make_agent(config(history=2), log)
     with pytest.raises(ValueError, match=r"history=2 and log.npz is in shards, from which windows"):
         OfflineTrainer(agent=history, dataset=log, progress_bar=False)
+    chunks = make_agent(config(action_chunk=2), log)
+    with pytest.raises(
+        ValueError, match=r"action_chunk=2 and log.npz is in shards, from which windows"
+    ):
+        OfflineTrainer(agent=chunks, dataset=log, progress_bar=False)
 
 
 def test_a_checkpoint_of_other_shards_rewards_or_settings_is_refused(log, tmp_path):
@@ -214,3 +222,40 @@ def test_the_trainer_makes_the_windows_of_the_agents_policy(monkeypatch):
     assert not isinstance(plain.replay_buffer.storage, WindowStorage)
     assert isinstance(other.replay_buffer.storage, WindowStorage)
     assert all(map(torch.equal, plain.loss_module.parameters(), other.loss_module.parameters()))
+
+
+# -- chunks
+
+
+def test_a_run_on_chunks_continues_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "draw", lambda *args, **kwargs: None)  # it takes a second
+    more = {"history": 2, "history_encoder": "stack", "num_samples": 3}
+
+    def run(updates, folder=None):
+        torch.manual_seed(0)
+        dataset = sequences()
+        agent = make_agent(config(updates=6, batch_size=8, action_chunk=3, **more), dataset)
+        return OfflineTrainer(
+            agent=agent, dataset=dataset, folder=folder, total_updates=updates, progress_bar=False
+        )  # fmt: skip
+
+    whole, half = run(6), run(3, tmp_path / "run")
+    whole.train()
+    half.train()
+    resumed = run(6, tmp_path / "run").resume()
+    resumed.train()
+    assert whole.replay_buffer.storage.windows.size == 3
+    assert all(map(torch.equal, whole.loss_module.parameters(), resumed.loss_module.parameters()))
+    loaded = Agent.load(tmp_path / "run")
+    assert loaded.policy.chunk == Chunk(3)
+    observation = np.zeros((2, 3), np.float32)
+    assert loaded.act(observation).shape == (3, *sequences().action_space.shape)
+
+
+def test_digests_of_chunks_are_of_the_rows():
+    dataset = sequences()
+    buffer = dataset.chunks(3).replay_buffer(8)
+    digests = data_state(buffer, None)["fingerprint"]
+    assert data_state(dataset.chunks(3).replay_buffer(4), None)["fingerprint"] == digests
+    buffer.storage.windows.actions[0, 0] += 1
+    assert data_state(buffer, None)["fingerprint"] != digests

@@ -1,0 +1,132 @@
+"""Action chunks: each transition with the actions and rewards of the following steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from iql_torchrl.config import check_whole
+from iql_torchrl.data.replay import leaf_keys
+from iql_torchrl.data.schema import DatasetError, Key
+from iql_torchrl.data.windows import Windows, plain
+from iql_torchrl.networks import CHUNK_MASK
+
+__all__ = ["Chunks"]
+
+LOG_PROB = "action_log_prob"  # of one action, which has no meaning for several
+
+
+class Chunks(Windows):
+    """The transitions of a dataset as steps of ``size`` actions: windows forwards.
+
+    A chunk begins at each row. It has the actions of ``size`` rows, or of fewer where a row before
+    terminates, is the last of its episode (a truncation), or is followed by another state than its own
+    next observation (a jump). With k the number of its actions, ``chunks[rows]`` is a TensorDict with
+
+    - ``observation``: that of the first row;
+    - ``action``: ``(B, size * A)``, the actions in their order. After the k-th comes padding: 0, so
+      that critics can tell a chunk that was cut short from a complete one; where the k-th row
+      terminates, the actions of the rows that follow in the table, as the value does not depend on
+      them;
+    - ``"chunk_mask"``: bool ``(B, size)``, True at the first k;
+    - ``("next", "reward")``: ``(B, size)``, each step's reward; 0 at padding;
+    - the other entries of ``next``, observation included: those of the k-th row.
+
+    ``IQLLoss(action_chunk=size)`` makes of these the target ``sum_i gamma**i r_i + gamma**k V(s_k)``,
+    without the last term where the k-th row terminates. With ``size=1`` the entries are those of plain
+    rows, and the mask.
+
+    Nothing is stored ``size`` times: actions and rewards are those of ``transitions``, observations
+    as in ``Windows``.
+
+    Args:
+        transitions, lengths, jumps, name: as for ``Windows``; ``jumps="restart"`` ends a chunk there.
+        size: number of actions h.
+        history: observations that the networks read, as the ``length`` of ``Windows``; with 1 there
+            are no windows and no masks of histories.
+        stack: as for ``Windows``.
+
+    Attributes:
+        size: h.
+        count: int64 ``(N,)``, the number k of actions of the chunk that begins at a row.
+
+    Raises as ``Windows``, and ``DatasetError`` on actions that are no floats ``(A,)`` and on chunks
+    that are longer than every episode.
+    """
+
+    def __init__(
+        self,
+        transitions: TensorDictBase,
+        lengths: NDArray[Any],
+        size: int,
+        *,
+        history: int = 1,
+        stack: bool = False,
+        jumps: str = "error",
+        name: str = "dataset",
+    ) -> None:
+        check_whole(size=size)
+        stack = stack or history == 1
+        super().__init__(transitions, lengths, history, stack=stack, jumps=jumps, name=name)
+        self.size = size
+        self.actions = plain(transitions.get("action"))
+        if self.actions.ndim != 2 or not self.actions.is_floating_point():
+            raise DatasetError(
+                f"{name}: the actions are {self.actions.dtype} of shape "
+                f"{tuple(self.actions.shape[1:])}; chunks are for vectors of floats (A,). For a Box of "
+                "another shape pass dataset.flatten_actions(); Discrete actions have no chunks: "
+                "each sequence of them would need a value of its own."
+            )
+        self.rewards = plain(transitions.get(("next", "reward")))
+        following = transitions.get("next").exclude("observation", "reward")
+        self.following = {("next", *key): plain(following.get(key)) for key in leaf_keys(following)}
+        self.rest = self.rest.exclude("action", LOG_PROB, "next")
+        ends = (self.own_place >= 0) | self.following["next", "terminated"].squeeze(1)
+        places = torch.arange(len(ends), device=ends.device)
+        last = torch.where(ends, places, len(ends)).flip(0).cummin(0).values.flip(0)
+        self.count = (last - places + 1).clamp(max=size)
+        if int(self.count.max()) < size:
+            raise DatasetError(
+                f"{name}: chunks of {size} actions are longer than every episode, of which the longest "
+                f"has {int(self.count.max())}; choose a size of at most that."
+            )
+
+    def entries(self, rows: Tensor) -> dict[Key, Tensor]:
+        """All entries of the rows numbered ``(B,)`` but those of ``rest``, by key."""
+        count = self.count.index_select(0, rows)
+        last = rows + count - 1
+        steps = torch.arange(self.size, device=rows.device)
+        mask = steps < count.unsqueeze(1)
+        place = (rows.unsqueeze(1) + steps).clamp(max=len(self.count) - 1).flatten()
+        entries = super().entries(rows)
+        ahead = super().entries(last)
+        entries |= {key: values for key, values in ahead.items() if key[0] == "next"}
+        entries |= {key: values.index_select(0, last) for key, values in self.following.items()}
+        shown = mask | entries["next", "terminated"]
+        actions = self.actions.index_select(0, place).unflatten(0, mask.shape)
+        entries["action",] = actions.where(shown.unsqueeze(-1), 0).flatten(1)
+        rewards = self.rewards.index_select(0, place).view(mask.shape)
+        entries["next", "reward"] = rewards.where(mask, 0)
+        entries[CHUNK_MASK,] = mask
+        return entries
+
+    def to(self, device: torch.device | str) -> Chunks:
+        moved: Any = super().to(device)
+        moved.following = {key: values.to(device) for key, values in self.following.items()}
+        for name in ("actions", "rewards", "count"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
+
+    def tensors(self) -> list[Tensor]:
+        own = [self.actions, self.rewards, self.count, *self.following.values()]
+        return [*super().tensors(), *own]
+
+    def table(self) -> TensorDict:
+        stored = super().table()
+        own = {".".join(key): values for key, values in self.following.items()}
+        own |= {"actions": self.actions, "rewards": self.rewards, "count": self.count}
+        return stored.update({"chunks": own})

@@ -1,0 +1,321 @@
+"""Losses of action chunks: targets by hand, exact values of an MDP, padding, and refusals."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from small_agents import config, log, same_weights
+from torch import nn, optim
+from torchrl.data import Bounded
+from torchrl.modules import ValueOperator
+from torchrl.objectives import SoftUpdate, ValueEstimators
+
+from iql_torchrl import (
+    DiscreteIQLLoss,
+    IQLConfig,
+    IQLLoss,
+    IQLStep,
+    load_dataset,
+    make_agent,
+    networks,
+    policies,
+)
+
+GAMMA = 0.9
+
+
+class Table(nn.Module):
+    """Values by state and, of a critic, by a sequence of actions of -1, 0 (padding) or 1."""
+
+    def __init__(self, states: int, size: int = 0):
+        super().__init__()
+        self.size, self.values = size, nn.Parameter(torch.zeros(states * 3**size))
+
+    def forward(self, state, actions=None):
+        index = state.long()
+        for number in range(self.size):
+            index = index * 3 + actions[..., number].long() + 1
+        return self.values[index].unsqueeze(-1)
+
+
+def tabular_loss(states, size, **options):
+    spec = Bounded(-torch.ones(size), torch.ones(size), (size,))
+    first = networks.OneHot(states)
+    actor = policies.gaussian(states, spec, hidden=(4,), preprocess=first)
+    critic = ValueOperator(Table(states, size), in_keys=["observation", "action"])
+    value = ValueOperator(Table(states), in_keys=["observation"])
+    loss = IQLLoss(actor, [critic], value, num_qvalue_nets=1, action_chunk=size, **options)
+    return loss.make_value_estimator(gamma=GAMMA)
+
+
+def test_targets_of_chunks_that_meet_ends_by_hand():
+    """Rewards 1, 2, 3 and a termination | 4, 5 and a truncation; V is 10 everywhere."""
+    rows = {
+        "observation": np.array([0, 1, 2, 0, 1]),
+        "next_observation": np.array([1, 2, 3, 1, 3]),
+        "action": np.full((5, 1), 0.5, np.float32),
+        "reward": np.array([1, 2, 3, 4, 5], np.float32),
+        "terminated": np.arange(5) == 2,
+        "truncated": np.arange(5) == 4,
+    }
+    loss = tabular_loss(4, 3)
+    loss.value_network_params.get(("module", "values")).data.fill_(10)
+    batch = loss.read(load_dataset(rows).chunks(3)[:])
+    expected = [
+        1 + 0.9 * 2 + 0.81 * 3,
+        2 + 0.9 * 3,
+        3,
+        4 + 0.9 * 5 + 0.81 * 10,  # two actions were made
+        5 + 0.9 * 10,
+    ]
+    torch.testing.assert_close(loss.td_target(batch), torch.tensor(expected))
+    in_chunks_of_two = tabular_loss(4, 2)
+    in_chunks_of_two.value_network_params.get(("module", "values")).data.fill_(10)
+    batch = in_chunks_of_two.read(load_dataset(rows).chunks(2)[:])
+    expected = [1 + 0.9 * 2 + 0.81 * 10, 2 + 0.9 * 3, 3, 4 + 0.9 * 5 + 0.81 * 10, 5 + 0.9 * 10]
+    torch.testing.assert_close(in_chunks_of_two.td_target(batch), torch.tensor(expected))
+
+
+STATES = 4
+FOLLOWING = np.array([[1, 2], [3, 0], [0, 3], [2, 1]])  # by state and action -1, 1
+REWARD = np.array([[0.5, -1.0], [2.0, 0.3], [-0.7, 1.1], [0.9, -0.2]])
+ENDING = np.array([[0, 0], [1, 0], [0, 0], [0, 0]], bool)
+
+
+def every_sequence(length: int):
+    """The log of all sequences of actions from all states; what does not terminate is truncated."""
+    names = ("observation", "action", "reward", "next_observation", "terminated", "truncated")
+    rows = []
+    for start in range(STATES):
+        for number in range(2**length):
+            state = start
+            for step in range(length):
+                action = number >> step & 1
+                following, ended = FOLLOWING[state, action], ENDING[state, action]
+                cut = step == length - 1 and not ended
+                reward = np.float32(REWARD[state, action])
+                rows.append((state, [2.0 * action - 1], reward, following, ended, cut))
+                if ended:
+                    break
+                state = following
+    columns = {
+        n: np.array(values) for n, values in zip(names, zip(*rows, strict=True), strict=True)
+    }
+    columns["action"] = columns["action"].astype(np.float32)
+    return load_dataset(columns)
+
+
+def exact_values(size: int):
+    """V of the uniform policy by a linear solve, and ``Q(s, a_1 ... a_h)`` of every sequence."""
+    chain = np.zeros((STATES, STATES))
+    for state in range(STATES):
+        for action in range(2):
+            chain[state, FOLLOWING[state, action]] += 0.5 * (not ENDING[state, action])
+    value = np.linalg.solve(np.eye(STATES) - GAMMA * chain, REWARD.mean(1))
+    sequences = {}
+    for start in range(STATES):
+        for number in range(2**size):
+            state, total, factor = start, 0.0, 1.0
+            actions = [number >> step & 1 for step in range(size)]
+            for action in actions:
+                total += factor * REWARD[state, action]
+                factor *= GAMMA * (not ENDING[state, action])
+                state = FOLLOWING[state, action]
+            sequences[(start, *actions)] = total + factor * value[state]
+    return value, sequences
+
+
+SLOW = [pytest.param(size, marks=pytest.mark.slow) for size in (1, 3)]
+
+
+@pytest.mark.parametrize("size", [*SLOW, 2])
+def test_values_of_chunks_equal_those_of_the_logging_policy(size):
+    loss = tabular_loss(STATES, size, expectile=0.5)
+    optimizer = optim.Adam(loss.parameters(), lr=0.1)
+    schedule = optim.lr_scheduler.MultiStepLR(optimizer, [250, 350])
+    step = IQLStep(loss, optimizer, SoftUpdate(loss, tau=0.5), lr_scheduler=schedule)
+    batch = every_sequence(4).chunks(size)[:] if size > 1 else every_sequence(4).transitions
+    for _ in range(420):
+        step(batch.clone())
+    value, sequences = exact_values(size)
+    scale = max(map(abs, sequences.values()))
+    learned = loss.value_network_params.get(("module", "values")).detach().numpy()
+    np.testing.assert_allclose(learned, value, atol=0.01 * scale)
+    critic = loss.qvalue_network.module
+    for (state, *actions), exact in sequences.items():
+        given = 2.0 * torch.tensor([actions]) - 1
+        assert abs(critic(torch.tensor([state]), given).item() - exact) < 0.01 * scale
+
+
+def agent_and_batch(size=3, rows=16, **options):
+    dataset = load_dataset(log())
+    agent = make_agent(config(action_chunk=size, **options), dataset)
+    return agent, dataset.chunks(size)[:rows]
+
+
+OBJECTIVES = {
+    "gaussian": {},
+    "tanh_normal": {"policy": "tanh_normal"},
+    "mixture": {"policy": "mixture"},
+    "deterministic": {"policy": "deterministic"},
+    "ddpg_bc": {"actor_objective": "ddpg_bc"},
+    "ddpg_bc, deterministic": {"actor_objective": "ddpg_bc", "policy": "deterministic"},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_padding_reaches_no_loss_of_the_policy(name):
+    agent, batch = agent_and_batch(**OBJECTIVES[name])
+    padding = ~batch["chunk_mask"].repeat_interleave(2, 1)
+    assert padding.any()
+    other = batch.clone()
+    other["action"] = batch["action"].masked_fill(padding, 0.7)
+    errors, gradients = [], []
+    advantage = torch.linspace(-1, 1, len(batch))
+    for each in (batch, other):
+        loss, _ = agent.loss.actor_term(agent.loss.read(each), advantage)
+        agent.optimizer.zero_grad()
+        loss.backward()
+        errors.append(loss.detach())
+        gradients.append([p.grad.clone() for p in agent.optimizer.param_groups[0]["params"]])
+    assert torch.equal(*errors)
+    assert all(map(torch.equal, *gradients))
+    other["action"] = batch["action"] + 0.1
+    changed, _ = agent.loss.actor_term(agent.loss.read(other), advantage)
+    assert not torch.equal(changed, errors[0])
+
+
+def test_the_log_probability_is_that_of_the_actions_made():
+    """Of the Gaussian by hand; of the others that of a chunk without padding."""
+    agent, batch = agent_and_batch()
+    dist = agent.actor.get_dist(batch)
+    mean, std = dist.base_dist.loc.detach().numpy(), dist.base_dist.scale.detach().numpy()
+    error = (batch["action"].numpy() - mean) / std
+    each = -0.5 * error**2 - np.log(std) - 0.5 * math.log(2 * math.pi)
+    made = np.repeat(batch["chunk_mask"].numpy(), 2, 1)
+    error = agent.loss._actor_error(agent.loss.read(batch)).detach().numpy()
+    np.testing.assert_allclose(error, -(each * made).sum(1), rtol=1e-5)
+    for policy in ("gaussian", "tanh_normal", "mixture"):
+        agent, batch = agent_and_batch(policy=policy)
+        dist, everything = agent.actor.get_dist(batch), torch.ones(16, 6, dtype=torch.bool)
+        expected = dist.log_prob(batch["action"])
+        torch.testing.assert_close(dist.masked_log_prob(batch["action"], everything), expected)
+
+
+def test_a_flow_learns_no_velocity_of_padding():
+    """Its error is the mean over all entries of a chunk, with zeros at padding."""
+    agent, batch = agent_and_batch(policy="flow", temperature=0.0)
+    batch["flow_noise"], batch["flow_time"] = torch.randn(16, 6), torch.rand(16)
+    read = agent.loss.read(batch)
+    made = batch["chunk_mask"].repeat_interleave(2, 1)
+    target = agent.actor.normalise(batch["action"]) - batch["flow_noise"]
+    point = batch["flow_noise"] + batch["flow_time"].unsqueeze(1) * target
+    velocity = agent.actor.velocity(batch["observation"], point, batch["flow_time"])
+    expected = ((velocity - target).square() * made).sum(1) / 6
+    torch.testing.assert_close(agent.loss._actor_error(read), expected)
+
+
+def test_chunks_of_one_action_train_the_same_weights_bit_for_bit():
+    dataset = load_dataset(log())
+    agents = [make_agent(config(**options), dataset) for options in ({}, {"action_chunk": 1})]
+    for agent, source in zip(agents, (dataset, dataset.chunks(1)), strict=True):
+        buffer = source.replay_buffer(16, seed=0)
+        for _ in range(5):
+            agent.step(buffer.sample())
+    assert same_weights(*agents)
+
+
+@pytest.mark.parametrize("policy", ["gaussian", "flow"])
+@pytest.mark.parametrize("order", ["sequential", "simultaneous"])
+def test_every_network_is_trained(policy, order):
+    agent, batch = agent_and_batch(policy=policy, order=order, num_samples=2, max_grad_norm=1.0)
+    before = {k: v.clone() for k, v in agent.loss.named_parameters()}
+    metrics = agent.step(batch)
+    assert all(bool(value.isfinite()) for value in metrics.values())
+    for name, parameter in agent.loss.named_parameters():
+        assert not torch.equal(before[name], parameter), name
+    chosen = agent.policy(batch.select("observation"))["action"]
+    assert chosen.shape == (16, 6)
+    assert bool((chosen.abs() <= 1).all())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["gaussian", "flow"])
+def test_compiled_and_captured_updates_equal_the_eager_ones(policy):
+    from iql_torchrl import captured, compiled
+
+    torch._dynamo.reset()
+    dataset = load_dataset(log(), dtype=torch.float64)
+    options = {"action_chunk": 3, "policy": policy, "history": 2, "history_encoder": "stack"}
+    agents = [make_agent(config(**options), dataset) for _ in range(3)]
+    source = dataset.chunks(3, history=2, stack=True)
+    eager, in_graph, call = agents[0].step, compiled(agents[1].step), None
+    sampler = source.device_sampler(16, seed=1)
+    call = captured(agents[2].step, source.device_sampler(16, seed=1), updates=2)
+    for _ in range(2):
+        call()
+        for _ in range(2):
+            batch = sampler.sample()
+            generator = torch.Generator().manual_seed(0)
+            if policy == "flow":
+                shape = (16, 6)
+                batch["flow_noise"] = torch.randn(shape, generator=generator).double()
+                batch["flow_time"] = torch.rand(16, generator=generator).double()
+            eager(batch.clone())
+            in_graph(batch.clone())
+    states = [agent.loss.state_dict() for agent in agents]
+    for name, value in states[0].items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(states[1][name], value, rtol=1e-8, atol=1e-10)
+            if policy == "gaussian" or "actor" not in name:  # it draws its own noise
+                torch.testing.assert_close(states[2][name], value, rtol=1e-8, atol=1e-10)
+
+
+def test_wrong_batches_and_combinations_are_refused():
+    agent, batch = agent_and_batch()
+    plain = load_dataset(log())
+    with pytest.raises(KeyError, match=r"chunk_mask.*take batches from dataset.chunks"):
+        agent.step(plain.replay_buffer(8).sample())
+    with pytest.raises(ValueError, match=r"action_chunk=3; expected masks .*\(16, 3\)"):
+        agent.step(plain.chunks(2)[:16])
+    single = make_agent(config(), plain)
+    with pytest.raises((ValueError, RuntimeError)):
+        single.step(batch)
+    agent.loss.make_value_estimator(ValueEstimators.TDLambda, gamma=0.9, lmbda=0.9)
+    with pytest.raises(
+        NotImplementedError, match=r"action_chunk is 3 and the value estimator is a TD"
+    ):
+        agent.loss.qvalue_loss(batch)
+    discrete = load_dataset(log(action=np.arange(40) % 4))
+    with pytest.raises(ValueError, match=r"action_chunk is 2 .*chunks are of continuous actions"):
+        make_agent(config(action_chunk=2), discrete)
+    parts = make_agent(config(), discrete).loss
+    with pytest.raises(ValueError, match="action_chunk=2 needs continuous actions"):
+        DiscreteIQLLoss(
+            parts.actor_network, parts.qvalue_network, parts.value_network, action_chunk=2
+        )
+    with pytest.raises(ValueError, match=r"replan_every is 4 and action_chunk is 3"):
+        IQLConfig(action_chunk=3, replan_every=4)
+
+
+def test_a_distribution_that_cannot_leave_out_padding_is_named():
+    class Own(nn.Module):
+        in_keys = ("observation",)
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 6)
+
+        def get_dist(self, td):
+            normal = torch.distributions.Normal(self.linear(td["observation"]), 1.0)
+            return torch.distributions.Independent(normal, 1)
+
+    _, batch = agent_and_batch()
+    critic = ValueOperator(networks.Critic(3, 6), in_keys=["observation", "action"])
+    value = ValueOperator(networks.StateValue(3), in_keys=["observation"])
+    loss = IQLLoss(Own(), critic, value, action_chunk=3)
+    with pytest.raises(TypeError, match=r"Independent, which cannot leave out .* masked_log_prob"):
+        loss.actor_loss(batch)
