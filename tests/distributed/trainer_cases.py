@@ -200,7 +200,9 @@ def refusals(ranks: Ranks, folder: Path) -> dict:
         "unseeded": error_of(trainer(ranks, None, replay_buffer=unseeded).train),
         "data": error_of(trainer(ranks, None, dataset=other).train),
         "not given": error_of(lambda: trainer(ranks, None, ranks=None)),
-        "not parallel": error_of(lambda: trainer(ranks, None, step=plain_step())),
+        "not parallel": error_of(
+            lambda: trainer(ranks, None, agent=None, step=plain_step(), replay_buffer=unseeded)
+        ),
         "batch norm": error_of(lambda: data_parallel(plain_step(normed=True), ranks)),
         "plain": error_of(lambda: plain_step()(make_batch())),
         "few rows": error_of(lambda: data_parallel(plain_step(), ranks)(make_batch(1))),
