@@ -102,10 +102,16 @@ class Relabelling:
         """The leaf of the log that has the goal, where no function reads all leaves."""
         return ("observation", *(self.goal.split(".") if isinstance(self.goal, str) else ()))
 
+    @property
+    def places(self) -> list[int] | None:
+        """The places of a vector that are the goal; None where ``goal`` says something else."""
+        if self.goal is None or isinstance(self.goal, str) or callable(self.goal):
+            return None
+        return [int(place) for place in self.goal]
+
     def pick(self, leaf: Any) -> Any:
-        """The goal ``(..., *G)`` of the leaf at ``path``: itself, or the chosen places of a vector."""
-        places = None if self.goal is None or isinstance(self.goal, str) else self.goal
-        return leaf if places is None else leaf[..., list(places)]  # type: ignore[arg-type]
+        """The goal ``(..., *G)`` of the leaf at ``path``: itself, or the chosen places of it."""
+        return leaf if self.places is None else leaf[..., self.places]
 
     def of(self, leaf: Callable[[Key], Tensor]) -> Tensor:
         """The goals ``(B, *G)`` that B observations reach; ``leaf(key)`` is one leaf of them."""
@@ -141,13 +147,13 @@ class Relabelling:
                 "(B, ...) for B observations. Name the leaf where goals are categories or images."
             )
         leaf = leaves.get(self.path)
-        if leaf is not None and (self.goal is None or isinstance(self.goal, str)):
+        if leaf is not None and self.places is None:
             return leaf
-        if isinstance(leaf, spaces.Box) and leaf.shape and self.goal:
-            places = [place for place in self.goal if 0 <= place < leaf.shape[-1]]
-            if len(leaf.shape) == 1 and places == list(self.goal):  # type: ignore[arg-type]
-                low, high = self.pick(leaf.low), self.pick(leaf.high)
-                return spaces.Box(low, high, dtype=leaf.dtype.type)
+        size = leaf.shape[0] if isinstance(leaf, spaces.Box) and len(leaf.shape) == 1 else 0
+        if self.places and all(0 <= place < size for place in self.places):
+            assert isinstance(leaf, spaces.Box)
+            low, high = self.pick(leaf.low), self.pick(leaf.high)
+            return spaces.Box(low, high, dtype=leaf.dtype.type)
         raise DatasetError(
             f"goal is {self.goal!r}, and the observations are {describe_space(self.space)}; expected "
             "the name of a leaf of a Dict, places of a vector such as [0, 1], or a function."
