@@ -405,6 +405,13 @@ class RelabelledDataset(DatasetSummary):
             "replay_buffer(batch_size), or .log for the rows without goals."
         )
 
+    def chunks(self, size: int, **windows: Any) -> NoReturn:
+        """Always raises ``DatasetError``: a goal may be reached within a chunk, which has one reward."""
+        raise DatasetError(
+            f"{self.name}: chunks of {size} actions cannot be made of a dataset with goals, which may "
+            "be reached within a chunk. Choose action_chunk=1, or the log's own rewards (.log)."
+        )
+
     def windows(
         self, length: int, *, stack: bool = False, jumps: str = "error"
     ) -> RelabelledDataset:

@@ -307,3 +307,8 @@ def test_wrong_goals_are_refused(log, mixed, tmp_path):
     shards = build_shards(counted(3, 2), tmp_path / "shards", 2)
     with pytest.raises(AttributeError, match="relabelled needs all rows in one table"):
         shards.relabelled()
+
+
+def test_chunks_of_a_dataset_with_goals_are_refused(log):
+    with pytest.raises(DatasetError, match=r"chunks of 3 actions .* Choose action_chunk=1"):
+        log.relabelled().chunks(3)
