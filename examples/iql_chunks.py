@@ -120,7 +120,7 @@ def draw(path, curves, every):
 
 @cli.errors_in_one_line()
 def main(
-    updates: int = 4_000, seeds: int = 3, episodes: int = 30, output: Path = Path("runs/chunks")
+    updates: int = 3_000, seeds: int = 3, episodes: int = 30, output: Path = Path("runs/chunks")
 ) -> None:
     """Train with chunks of one and of five actions, print a table, and write a picture.
 
