@@ -31,7 +31,8 @@ CONFIG = IQLConfig(
     batch_size=128,
     hidden=(64, 64),
     reward="raw",
-    schedule="constant",
+    schedule="cosine",
+    layer_norm=True,
     actor_lr=1e-3,
     critic_lr=1e-3,
     value_lr=1e-3,
@@ -90,6 +91,7 @@ def make_log(seed, episodes=400):
 def learn(log, config, every, episodes):
     """Percentages of episodes that arrive, before the first update and after every ``every``."""
     arrived = []
+    torch.manual_seed(config.seed)  # of the flow's noise
     agent = make_agent(config, log)
 
     def evaluation():
