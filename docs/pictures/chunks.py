@@ -1,4 +1,4 @@
-"""Draws ``chunks.png``, the picture of ``examples/iql_chunks.py`` (a minute)."""
+"""Draws ``chunks.png``, the picture of ``examples/iql_chunks.py`` (two minutes)."""
 
 import sys
 from pathlib import Path
