@@ -43,8 +43,12 @@ myst_enable_extensions = ["colon_fence", "deflist", "dollarmath", "substitution"
 # GitHub's workflows set the variable to the owner and name of the repository that they run in
 repository = os.environ.get("GITHUB_REPOSITORY", "OWNER/iql_torchrl")
 notebook = f"{repository}/blob/main/docs/notebooks/pendulum.ipynb"
+owner = (
+    " (in this address and in the notebook OWNER stands for the account that has the repository)"
+)
 myst_substitutions = {
     "colab": f"[open it in Colab](https://colab.research.google.com/github/{notebook})"
+    + owner * ("OWNER" in repository)
 }
 myst_heading_anchors = 3
 

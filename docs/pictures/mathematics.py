@@ -60,7 +60,7 @@ def expectiles_and_quantiles() -> None:
     torch.manual_seed(0)
     bad, good = torch.randn(3200) * 0.6, 3 + torch.randn(800) * 0.4
     values = torch.cat([bad, good])  # one action in five is good
-    axes, save = picture("minima", 2, sharey=True, sharex=True)
+    axes, save = picture("minima", 2, 3.5, sharey=True, sharex=True)
     kinds = {
         "expectile_loss": lambda level: lambda e: F.expectile_loss(e, expectile=level),
         "quantile_loss": lambda level: lambda e: F.quantile_loss(e, quantile=level),
@@ -71,7 +71,7 @@ def expectiles_and_quantiles() -> None:
             place = minimum(values, kind(level))
             axis.axvline(place, color=colour, label=f"{level}: V = {place:.2f}")
         axis.set(title=title, xlabel="Q of the logged actions in one state", ylim=(0, 1))
-        axis.legend(frameon=False, loc="upper right")
+        axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
     axes[0].set_ylabel("density")
     save()
 
@@ -171,7 +171,8 @@ def cloning_and_q() -> None:
     axes[0].plot(action, value, color="0.3", label="Q(s, a) of a critic")
     axes[0].axvline(logged, color="0.6", linestyle="--", label="the logged action")
     axes[0].set(xlabel="action", title="one state")
-    axes[0].legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 0.45), fontsize=9)
+    axes[0].set_ylim(-0.05, 1.5)
+    axes[0].legend(frameon=False, loc="upper right", fontsize=9)
     for colour, weight in zip(COLOURS, (0.3, 1.0, 3.0), strict=False):
         loss = -value / value.abs().mean() + weight * (action - logged) ** 2
         place = action[loss.argmin()]

@@ -265,7 +265,8 @@ def draw_panel(axes: Any, panel: Panel, lines: list[tuple[dict[str, Any], str, s
         axes.plot(*curve(run, panel.metric), color=colour, linewidth=2, label=label)
     levels = panel.levels
     if panel.metric == "return_mean":
-        levels = ((f"the log: {lines[0][0]['log']:.0f}", lines[0][0]["log"]),)
+        log = lines[0][0]["log"]
+        levels = ((f"the log: {log:.0f}" if abs(log) > 10 else f"the log: {log:.2f}", log),)
     if panel.scale == "symlog":
         axes.set_yscale("symlog", linthresh=10)
     else:

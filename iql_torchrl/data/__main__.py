@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         reads.add_argument("--concatenate", nargs="+", help="leaves of a Dict observation to join")
         reads.add_argument(
             "--columns", nargs="+", type=_column, metavar="KEY=NAME",
-            help="the file's names of our keys; KEY= leaves an optional column out",
+            help="the file's names of our keys; KEY=A,B,C joins columns, KEY= leaves one out",
         )  # fmt: skip
     build.add_argument("folder", metavar="FOLDER", type=Path, help="of the table")
     build.add_argument(
@@ -75,11 +75,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _column(text: str) -> tuple[str, str | None]:
+def _column(text: str) -> tuple[str, str | list[str] | None]:
     key, equals, name = text.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"{text!r} has no '='; expected KEY=NAME")
-    return key, name or None
+    return key, name.split(",") if "," in name else name or None
 
 
 def _reading(options: argparse.Namespace) -> dict[str, Any]:

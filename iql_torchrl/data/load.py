@@ -42,7 +42,7 @@ def load_dataset(
     *,
     env: EnvLike | None = None,
     reward: str | tuple[float, float] = "raw",
-    columns: Mapping[str, str | None] | None = None,
+    columns: Mapping[str, str | Sequence[str] | None] | None = None,
     reward_offset: int = 0,
     concatenate: Sequence[str] | None = None,
     limit: int | None = None,
@@ -82,7 +82,9 @@ def load_dataset(
             terminates), ``truncated``, ``episode``, ``valid`` (0 where a row is no transition and
             only has the observation after the row before), ``action_mask``,
             ``next_action_mask``, ``action_log_prob``; None leaves an optional one out, and
-            ``terminated`` where no row terminates. ``a.b`` and ``a/b`` name the leaf b of a group a.
+            ``terminated`` where no row terminates. A list of columns of one number each, for
+            ``observation``, ``next_observation`` or ``action``, is joined to a vector of floats.
+            ``a.b`` and ``a/b`` name the leaf b of a group a.
             A column of booleans is a reward only if it is named here. Common names are recognised,
             also OGBench's:
             ``masks`` is ``not_terminated`` (also where ``columns`` maps ``terminated`` to it), and

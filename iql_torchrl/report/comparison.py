@@ -206,16 +206,17 @@ def method_scores(groups: Sequence[Group]) -> tuple[str, dict[str, dict[str, Flo
     by_method: dict[str, dict[str, Group]] = {}
     for group in groups:
         run = group.runs[0]
-        settings = run.settings_without("seed", "dataset")
+        settings = run.settings_without("seed", "dataset", "data")
         key = json.dumps(settings, sort_keys=True) if settings else group.label
-        by_method.setdefault(key, {})[str(run.settings.get("dataset", ""))] = group
+        of_tasks, task = by_method.setdefault(key, {}), str(run.settings.get("dataset", ""))
+        of_tasks[f"{task} of {group.label}" if task in of_tasks else task] = group
     tasks = {task for of_tasks in by_method.values() for task in of_tasks}
     columns = COMPARABLE if len(tasks) > 1 else (*COMPARABLE, "return_mean")
     name = next((n for n in columns if all(len(common_values(g, n)[0]) for g in groups)), None)
     if name is None:
         return "", {}
     runs = [[run for group in each.values() for run in group.runs] for each in by_method.values()]
-    labels = [group.label for group in labelled(runs, apart_from=("seed", "dataset"))]
+    labels = [group.label for group in labelled(runs, apart_from=("seed", "dataset", "data"))]
     scores, incomplete = {}, []
     for label, of_tasks in zip(labels, by_method.values(), strict=True):
         last = {task: common_values(group, name)[1][:, -1] for task, group in of_tasks.items()}

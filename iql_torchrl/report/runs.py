@@ -105,17 +105,21 @@ def read_run(folder: Path) -> Run:
 def group_runs(runs: Sequence[Run], *, each: bool = False) -> list[Group]:
     """Group runs that differ only in ``seed``, in order of appearance; ``each``: one run per group.
 
-    Runs with the same settings and the same seed are not independent: only the one with the most
-    updates (the last of equals) is kept, with a note on stderr. A run without settings or without a
-    seed is a group of its own.
+    Runs with the same settings, seed and data are not independent: only the one with the most
+    updates (the last of equals) is kept, with a note on stderr. Where they have other data (rows or
+    reward map, by the digest in ``config.json``), the runs of each data are a group. A run without
+    settings or without a seed is a group of its own.
     """
     if each:
-        return labelled([[run] for run in runs], apart_from=())
+        return labelled([[run] for run in runs], apart_from=("data",))
+    split = _settings_with_several_data(runs)
     by_settings: dict[str, dict[Any, Run]] = {}  # the runs by seed, for each key of settings
     for run in runs:
-        key = json.dumps(run.settings_without("seed"), sort_keys=True)
+        key = _settings_key(run)
         if "seed" not in run.settings:
             key = str(run.folder.resolve())
+        if key in split:
+            key += str(run.settings.get("data"))
         by_seed = by_settings.setdefault(key, {})
         used, dropped = run, by_seed.get(seed := json.dumps(run.settings.get("seed")))
         if dropped is not None:
@@ -123,7 +127,21 @@ def group_runs(runs: Sequence[Run], *, each: bool = False) -> list[Group]:
                 used, dropped = dropped, used
             note(f"{dropped.folder} is left out: {used.folder} has its settings and its seed.")
         by_seed[seed] = used
-    return labelled([list(runs.values()) for runs in by_settings.values()], apart_from=("seed",))
+    groups = [list(runs.values()) for runs in by_settings.values()]
+    return labelled(groups, apart_from=("seed", "data"))
+
+
+def _settings_key(run: Run) -> str:
+    return json.dumps(run.settings_without("seed", "data"), sort_keys=True)
+
+
+def _settings_with_several_data(runs: Sequence[Run]) -> set[str]:
+    """Keys of settings with which one seed ran on different data."""
+    data: dict[tuple[str, str], set[Any]] = {}
+    for run in runs:
+        same = (_settings_key(run), json.dumps(run.settings.get("seed")))
+        data.setdefault(same, set()).add(run.settings.get("data"))
+    return {key for (key, _), several in data.items() if len(several) > 1}
 
 
 def labelled(groups: Sequence[Sequence[Run]], *, apart_from: Sequence[str]) -> list[Group]:

@@ -49,7 +49,7 @@ DOUBTS = {
     ),
     "range": (
         "values are outside the range that the log allows, {possible[0]:.4g} to {possible[1]:.4g}; "
-        "the estimate has failed."
+        "the estimate has failed; use smaller critics or fewer updates."
     ),
     "few": (
         "the correction by held-out steps has only {least[correcting_episodes]:.1f} effective "

@@ -85,10 +85,14 @@ class Progress:
             self.totals, self.counted = [], 0
         bad = [n for n, v in means.items() if n.startswith("loss_") and not math.isfinite(v)]
         if bad:
+            density = (
+                " A policy's density must be positive and finite at every logged action, also at the "
+                "bounds of the action space."
+            )
             raise FloatingPointError(
                 f"{', '.join(bad)} became {means[bad[0]]} before update {update:,}, and nothing was "
                 "saved since the last event. Look for extreme rewards or observations in the data, or "
-                "lower the learning rates, or set max_grad_norm."
+                f"lower the learning rates, or set max_grad_norm.{density * ('loss_actor' in bad)}"
             )
         self.record(update, means)
         return means

@@ -26,7 +26,7 @@ from iql_torchrl.evaluation.rollout import Evaluation
 from iql_torchrl.evaluation.value_gap import value_gap
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.networks import history_of
-from iql_torchrl.trainers.checkpoints import ResumableTrainer, check_same_data
+from iql_torchrl.trainers.checkpoints import ResumableTrainer, check_same_data, data_digest
 from iql_torchrl.trainers.events import Display, Interruption, Progress, intervals, whole_updates
 from iql_torchrl.trainers.parts import (
     check_agent,
@@ -262,7 +262,10 @@ class OfflineTrainer(ResumableTrainer):
     def _enter_folder(self, stack: contextlib.ExitStack) -> None:
         if self.folder is not None:
             name = {} if self.dataset is None else {"dataset": self.dataset.name}
-            config = None if self.agent is None else name | self.agent.description()["config"]
+            data = {"data": data_digest(self.data_state)} if name else {}
+            config = None
+            if self.agent is not None:
+                config = name | data | self.agent.description()["config"]
             pending = getattr(self.evaluation, "pending", ())
             stack.enter_context(self.folder.in_use(config, pending, continues=self._in_folder))
             self._in_folder = True

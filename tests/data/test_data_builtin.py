@@ -233,6 +233,9 @@ def test_describe_reads_the_columns_that_are_named(tmp_path, monkeypatch, capsys
     assert "1.5 to 1.5" in out.partition("next/reward")[2]  # the cut last row is dropped
     assert main(["describe", "log.csv", "--columns", *columns]) == 1
     assert "terminated" in capsys.readouterr().err
+    columns[0] = "observation=push,speed"
+    assert main(["describe", "log.csv", "--columns", *columns, "terminated="]) == 0
+    assert "0.1 to 0.5, float32 (2,)" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["describe", "log.csv", "--columns", "reward"])
     assert "'reward' has no '='; expected KEY=NAME" in capsys.readouterr().err

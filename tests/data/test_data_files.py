@@ -206,6 +206,31 @@ def test_csv_files_number_episodes_by_all_integers_of_64_bits(tmp_path, first):
     assert load_dataset(path).episode_lengths.tolist() == [2, 2]
 
 
+def test_a_list_of_columns_is_a_vector_of_floats(tmp_path):
+    """Also of whole numbers, which alone are categories; in the order of the list."""
+    path = tmp_path / "log.csv"
+    path.write_text(
+        "age,pressure,push.x,push.y,reward,end,after_age,after_pressure\n"
+        "58,70.5,0.5,1,1,0,59,71.5\n59,71.5,-0.5,0,2,1,60,72.5\n"
+    )
+    columns = {
+        "observation": ["pressure", "age"],
+        "next_observation": ("after_pressure", "after_age"),
+        "action": ["push.y", "push.x"],
+        "terminated": "end",
+    }
+    for memmap in (None, tmp_path / "table", tmp_path / "table"):
+        dataset = load_dataset(path, columns=columns, max_episode_steps=5, memmap=memmap)
+        assert dataset.observation_space == gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+        rows = dataset.transitions
+        assert rows["observation"].tolist() == [[70.5, 58.0], [71.5, 59.0]]
+        assert rows["next", "observation"].tolist() == [[71.5, 59.0], [72.5, 60.0]]
+        assert rows["action"].tolist() == [[1.0, 0.5], [0.0, -0.5]]
+    columns |= {"observation": ["age", "pressure"], "next_observation": None}
+    dataset = load_dataset(path, columns=columns, max_episode_steps=5, memmap=tmp_path / "table")
+    assert dataset.transitions["observation"].tolist() == [[58.0, 70.5], [59.0, 71.5]]
+
+
 def test_tensordicts_buffers_and_storages_agree():
     data, ends = walk(4, 3, successors=True)
     after = {

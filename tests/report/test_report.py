@@ -240,11 +240,14 @@ def test_a_picture_is_written_completely_and_changes_no_global_state(tmp_path, m
 def make_run(tmp_path):
     """A run with these values of a column; without settings it has no ``config.json``."""
 
-    def make(name, values, *, every=10, column="score_mean", dataset="pendulum", **settings):
+    def make(
+        name, values, *, every=10, column="score_mean", dataset="pendulum", data=None, **settings
+    ):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
         if settings:
             config = {"dataset": dataset, **IQLConfig(**settings).to_dict()}
+            config |= {} if data is None else {"data": data}
             (folder / "config.json").write_text(json.dumps(config))
         rows = [{"update": every * i, column: v} for i, v in enumerate(values)]
         for row, v in zip(rows, values if column == "score_mean" else (), strict=False):
@@ -311,6 +314,23 @@ def test_the_same_seed_twice_is_no_second_sample(make_run, capsys):
     for order in ([short, long, other], [long, short, other]):
         assert names(group_runs(order)) == [["long", "other"]]
         assert "short is left out" in capsys.readouterr().err
+
+
+def test_the_same_seed_on_other_data_is_another_run(make_run, capsys):
+    """Such as a run with the right reward map or ends beside the faulty one."""
+    runs = [make_run(f"{d}{s}", [1.0], seed=s, data=d) for s in (0, 1) for d in ("right", "wrong")]
+    groups = group_runs(runs)
+    assert names(groups) == [["right0", "right1"], ["wrong0", "wrong1"]]
+    assert labels(groups) == ["right0 and 1 more", "wrong0 and 1 more"]
+    name, scores = method_scores(groups)
+    assert name == "score_mean"
+    assert {t: v.tolist() for t, v in scores["right0 and 3 more"].items()} == {
+        "pendulum": [1.0, 1.0],
+        "pendulum of wrong0 and 1 more": [1.0, 1.0],
+    }
+    # seeds that were split or made on other machines: no seed is there twice
+    assert names(group_runs([runs[0], runs[3]])) == [["right0", "wrong1"]]
+    assert not capsys.readouterr().err
 
 
 def test_a_setting_that_an_older_file_lacks_has_its_default(make_run):

@@ -143,3 +143,12 @@ def test_slow_updates_are_noticed_once(monkeypatch):
         trainer._notice_slowness()
     assert len(said) == 1
     assert "OMP_NUM_THREADS=1" in said[0]
+
+
+@pytest.mark.parametrize("name", ["loss_actor", "loss_value"])
+def test_a_policy_whose_density_is_infinite_gets_a_hint(name):
+    progress = Progress()
+    progress.tally(TensorDict({name: torch.tensor(math.nan)}, []))
+    with pytest.raises(FloatingPointError, match="max_grad_norm") as error:
+        progress.new_row(2)
+    assert ("density" in str(error.value)) == (name == "loss_actor")

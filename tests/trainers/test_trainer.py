@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import os
 import signal
@@ -17,7 +18,7 @@ from small_trainers import Numbers, make_step, make_trainer, same_weights, table
 from tensordict import TensorDict
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
-from iql_torchrl import IQLStep, OfflineTrainer, load_dataset
+from iql_torchrl import IQLConfig, IQLStep, OfflineTrainer, load_dataset, make_agent
 from iql_torchrl.data import DeviceSampler, replay_buffer
 from iql_torchrl.files import CheckpointError, newest
 from iql_torchrl.trainers import run_folder
@@ -393,3 +394,29 @@ def test_what_a_killed_process_left_is_deleted(tmp_path):
         path.write_bytes(b"")
     make_trainer(total=12, folder=tmp_path).resume().train()
     assert not any(path.exists() for path in (*left, left[1].parent))
+
+
+def test_config_json_tells_data_apart(tmp_path):
+    """The same rows have the same digest; another reward map and other ends have others."""
+    rows = {
+        "observation": np.arange(8.0)[:, None],
+        "next_observation": np.arange(1.0, 9.0)[:, None],
+        "action": np.linspace(-1, 1, 8)[:, None],
+        "reward": np.arange(8.0),
+        "terminated": np.arange(8) % 4 == 3,
+        "truncated": np.zeros(8, bool),
+    }
+    lost = rows | {"terminated": rows["truncated"], "truncated": rows["terminated"]}
+    config = IQLConfig(updates=1, hidden=(4,), batch_size=4, reward="raw")
+    logs = {"a": (rows, 1.0), "b": (rows, 1.0), "scale": (rows, 2.0), "ends": (lost, 1.0)}
+    digests = {}
+    for name, (columns, scale) in logs.items():
+        dataset = load_dataset(columns, reward=(scale, 0.0), max_episode_steps=9)
+        trainer = OfflineTrainer(
+            agent=make_agent(config, dataset), dataset=dataset, folder=tmp_path / name,
+            progress_bar=False,
+        )  # fmt: skip
+        trainer.train()
+        digests[name] = json.loads((tmp_path / name / "config.json").read_text())["data"]
+    assert digests["a"] == digests["b"]
+    assert len(set(digests.values())) == 3

@@ -139,6 +139,20 @@ class UnreadableColumn:
         raise DatasetError(self._reason)
 
 
+class JoinedColumns:
+    """Columns of one number a row as one of floats, ``(rows, columns)``."""
+
+    dtype = np.dtype(np.float64)
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        self._columns = columns
+        self.shape = (columns[0].shape[0], len(columns))
+
+    def __getitem__(self, rows: slice, /) -> NDArray[Any]:
+        parts = [np.asarray(column[rows], np.float64).reshape(-1) for column in self._columns]
+        return np.stack(parts, axis=1)
+
+
 class _ChosenRows:
     """Some rows of a column, in their order; values are not copied before they are asked for."""
 

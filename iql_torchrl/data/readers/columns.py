@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column
+from iql_torchrl.data.readers.arrays import Column, JoinedColumns
 from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.schema import DatasetError, Key, leaf_spaces
 from iql_torchrl.descriptions import describe_space
@@ -98,7 +98,8 @@ class Ends:
 
 def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> Table:
     """The columns by our keys, each with one row of numbers a step; raises ``DatasetError``."""
-    paths = _paths(name, columns, options.columns)
+    columns = _with_joined(name, columns, options)
+    paths = _paths(name, columns, options.named)
     named: dict[str, Column] = {}
     observed: dict[str, dict[Key, Column]] = {"observation": {}, "next_observation": {}}
     for key, path in paths.items():
@@ -135,6 +136,33 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
         name, rows, observation, following or None, named, _flags(name, rows, named, paths), paths,
         unused={path: column for path, column in columns.items() if path not in paths.values()},
     )  # fmt: skip
+
+
+def _with_joined(name: str, columns: dict[str, Column], options: ReadOptions) -> dict[str, Column]:
+    """With a column for each list of names in ``options.columns``."""
+    joined = {}
+    for key, path in options.named.items():
+        listed = options.columns[key]
+        if listed is None or isinstance(listed, str):
+            continue
+        parts: list[Column] = []
+        for each in listed:
+            found = columns.get(each, columns.get(each.replace(".", "/")))
+            if found is None:
+                raise DatasetError(
+                    f"{name}: columns maps {key} to {each!r} among others; the data has "
+                    f"{', '.join(sorted(columns))}."
+                )
+            rows, kind = tuple(found.shape[:1]), np.dtype(found.dtype)
+            alike = not parts or rows == tuple(parts[0].shape[:1])
+            if not (rows and alike and _single(found) and kind.kind in "biuf"):
+                raise DatasetError(
+                    f"{name}: columns maps {key} to {each!r} among others, which has {kind} values "
+                    f"of shape {tuple(found.shape)}; expected one number a row, in as many rows."
+                )
+            parts.append(found)
+        joined[str(path)] = JoinedColumns(parts)
+    return {**columns, **joined}
 
 
 def _checked_rows(name: str, columns: Mapping[str, Column]) -> int:

@@ -101,7 +101,7 @@ def minari_source(dataset: minari.MinariDataset, options: ReadOptions) -> Source
     name, actions = str(dataset.id), dataset.action_space
     if options.reward_offset:
         raise DatasetError(f"{name}: reward_offset is for tables; Minari's rewards are aligned.")
-    unknown = set(options.columns) - {"action_mask", "action_log_prob"}
+    unknown = set(options.named) - {"action_mask", "action_log_prob"}
     if unknown:
         raise DatasetError(
             f"{name}: columns names {sorted(unknown)}, but Minari's own keys are fixed; only "
@@ -112,7 +112,7 @@ def minari_source(dataset: minari.MinariDataset, options: ReadOptions) -> Source
         raise DatasetError(f"{name}: the dataset has no episodes.")
     first = next(_episodes(dataset))
     mask = _extra(first, name, "action_mask", options)
-    if "action_mask" not in options.columns and not isinstance(actions, gym.spaces.Discrete):
+    if "action_mask" not in options.named and not isinstance(actions, gym.spaces.Discrete):
         mask = None
     log_prob = _extra(first, name, "action_log_prob", options)
     space, paths = _observation(dataset.observation_space, mask)
@@ -173,14 +173,14 @@ def _reading(dataset: minari.MinariDataset) -> AbstractContextManager[None]:
 
 def _extra(episode: Mapping[str, Any], name: str, key: str, options: ReadOptions) -> str | None:
     """The path of an optional column in the episodes."""
-    column = options.columns.get(key, key)
+    column = options.named.get(key, key)
     if column is None:
         return None
     candidates = [f"observations/{column}", f"infos/{column}"]
-    if key in options.columns:
+    if key in options.named:
         candidates.insert(0, column)
     path = next((path for path in candidates if path in episode), None)
-    if path is None and key in options.columns:
+    if path is None and key in options.named:
         raise DatasetError(
             f"{name}: columns maps {key} to {column!r}, but the episodes have none of "
             f"{', '.join(candidates)}."

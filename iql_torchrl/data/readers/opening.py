@@ -121,12 +121,12 @@ def _open_path(path: Path, options: ReadOptions) -> Opened:
 
     if is_saved_dataset(path):
         rows = HuggingFaceRows(load_saved_dataset(path), path)
-        return Opened(path.name, arrow_columns(rows, options.columns))
+        return Opened(path.name, arrow_columns(rows, options.named))
     if (path / "meta" / "info.json").is_file():
-        return Opened(path.name, lerobot_columns(path, options.columns))
+        return Opened(path.name, lerobot_columns(path, options.named))
     files, folder = ([path], path.parent) if path.is_file() else (parquet_files(path), path)
     table = ParquetRows(path.name, files, folder)
-    return Opened(path.name, arrow_columns(table, options.columns))
+    return Opened(path.name, arrow_columns(table, options.named))
 
 
 def _open_object(source: Any, options: ReadOptions) -> Opened:
@@ -134,11 +134,11 @@ def _open_object(source: Any, options: ReadOptions) -> Opened:
     name = type(source).__name__
     if isinstance(source, TensorDictBase | ReplayBuffer | Storage):
         columns = columns_of_tensordict(source)
-        return open_torchrl_dataset(source, columns, options.columns) or Opened(name, columns)
+        return open_torchrl_dataset(source, columns, options.named) or Opened(name, columns)
     if is_table_of_datasets(source):
         from iql_torchrl.data.readers.arrow import arrow_columns
 
-        return Opened(name, arrow_columns(HuggingFaceRows(source), options.columns))
+        return Opened(name, arrow_columns(HuggingFaceRows(source), options.named))
     if isinstance(source, Mapping):
         return Opened("arrays", flatten(source))
     if (opened := open_d3rlpy_buffer(source)) is None:

@@ -29,6 +29,8 @@ from iql_torchrl.descriptions import describe_space
 
 #: Consecutive rows, one array per key; any number of rows, at least 1.
 Piece: TypeAlias = dict[Key, NDArray[Any]]
+#: Keys that ``columns`` may map to a list of columns of one number each.
+JOINED = ("observation", "next_observation", "action")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class ReadOptions:
 
     env: EnvLike | None = None
     reward: str | tuple[float, float] = "raw"
-    columns: Mapping[str, str | None] = field(default_factory=dict)
+    columns: Mapping[str, str | Sequence[str] | None] = field(default_factory=dict)
     reward_offset: int = 0
     concatenate: Sequence[str] | None = None
     limit: int | None = None
@@ -61,10 +63,12 @@ class ReadOptions:
                 f"{{'reward': 'r'}}, got {self.columns!r}."
             )
         for key, name in self.columns.items():
-            if not isinstance(name, str | None):
+            several = isinstance(name, list | tuple) and name and all(type(n) is str for n in name)
+            if not (isinstance(name, str | None) or (several and key in JOINED)):
                 raise DatasetError(
-                    f"columns maps {key} to {name!r}; expected the name of one column, or None. "
-                    f"Name several columns {key}.0, {key}.1, ... in the file, or pass a dict of arrays."
+                    f"columns maps {key} to {name!r}; expected the name of one column, or None"
+                    f"{', or a list of names' if key in JOINED else ''}. Name several columns "
+                    f"{key}.0, {key}.1, ... in the file, or pass a dict of arrays."
                 )
         for key in ("limit", "max_episode_steps"):
             number = getattr(self, key)
@@ -82,6 +86,14 @@ class ReadOptions:
         reward_map(self.reward, np.arange(2.0))
         if self.env is not None:
             env_maker(self.env)
+
+    @property
+    def named(self) -> dict[str, str | None]:
+        """``columns``, with one name for each list of names: the names with commas."""
+        return {
+            key: name if isinstance(name, str | None) else ", ".join(name)
+            for key, name in self.columns.items()
+        }
 
     def described(self) -> ReadOptions:
         """With the environment's spaces and step limit where they are not set."""
@@ -254,6 +266,8 @@ def _named_leaves(space: gym.Space[Any], names: Sequence[str], owner: str) -> tu
             raise DatasetError(f"{owner}: concatenate names {name!r}; the leaves are {known}.")
         if not isinstance(leaf, gym.spaces.Box) or np.dtype(leaf.dtype).kind != "f":
             raise DatasetError(
-                f"{owner}: concatenate joins only Boxes of floats, but {name!r} is {leaf}."
+                f"{owner}: concatenate joins only Boxes of floats, but {name!r} is {leaf}. Whole "
+                "numbers of a table that are no categories: name the columns in a list, "
+                "columns={'observation': [...]}."
             )
     return keys, gym.spaces.Tuple([leaves[key] for key in keys])
