@@ -129,6 +129,7 @@ def main(updates: int = CONFIG.updates, seed: int = 0, picture: Path = Path("goa
     """
     config = replace(CONFIG, updates=updates, seed=seed)
     data = wander(60, 40, seed).relabelled(discount=config.discount, actor=POLICY_GOALS)
+    data.log.print_notes()
     agent = make_agent(config, data)
     OfflineTrainer(agent=agent, dataset=data).train()
     count = len(CELLS)

@@ -122,6 +122,7 @@ def main(updates: int = 4_000, seed: int = 0, picture: Path = Path("guidance.png
     mdp = MDP(seed)
     log = mdp.log(seed + 1)
     torch.manual_seed(seed)  # of the flow's noise
+    log.print_notes()
     agent = make_agent(replace(CONFIG, updates=updates, seed=seed), log)
     OfflineTrainer(agent=agent, dataset=log, progress_bar=False).train()
     values, gaps = [], []

@@ -93,6 +93,7 @@ def main(updates: int = 2_000, seed: int = 0) -> None:
         seed: of the log, the initial weights and the batches.
     """
     log = make_log(seed)
+    log.print_notes()
     best, mean = rewards(SHOWN).max(1), rewards(SHOWN).mean(1)
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.6), sharey=True, layout="constrained")
     for axis, (name, (levels, loss)) in zip(panels, OBJECTIVES.items(), strict=True):

@@ -29,7 +29,7 @@ from iql_torchrl.update.step import part_of
 
 Self = TypeVar("Self", bound="ResumableTrainer")
 MODULE = "trainer_module."  # begins the name of a part that was registered on the trainer
-OTHER_SETTINGS = ("actor_objective", "advantage_weight", "q_reduction", "q_source")  # of a loss
+OTHER_SETTINGS = ("actor_objective", "advantage_condition", "q_reduction", "q_source")  # of a loss
 MOST_LISTED = 5  # differences in one message
 
 

@@ -140,7 +140,7 @@ BAD = [
         "'a' among others|shape (9,)|in as many rows",
         {"columns": {"observation": ["reward", "a"]}},
     ),
-    (keep, "left out", {"columns": {"reward": None}}),
+    (keep, "left out", {"columns": {"action": None}}),
     (keep, "reward_offset|2", {"reward_offset": 2}),
     (keep, "limit|0", {"limit": 0}),
     (keep, "concatenate|not a Dict", {"concatenate": ["a"]}),

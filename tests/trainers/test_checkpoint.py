@@ -225,7 +225,7 @@ def use_another_discount(trainer):
     ("change", "words"),
     [
         (lambda t: setattr(t.loss_module, "actor_objective", "ddpg_bc"), "and is 'ddpg_bc'"),
-        (lambda t: setattr(t.loss_module, "advantage_weight", torch.exp), "advantage_weight was"),
+        (lambda t: setattr(t.loss_module, "advantage_condition", torch.exp), "_condition was"),
         (lambda t: setattr(t.loss_module, "q_source", "target"), "q_source was 'live' and is"),
         (use_another_discount, r"gamma was 0\.99 and is 0\.5"),
         (lambda t: setattr(t.step.target_updater, "eps", 0.5), r"updater was 0\.1 and is 0\.5"),

@@ -312,9 +312,9 @@ def _hint(key: str, columns: Mapping[str, Column]) -> str:
         return " 'next/success' is 1 where the task is solved; it can be named as the reward."
     return (
         " Data recorded without a task has no rewards: load it for one single task (OGBench: "
-        "load_dataset('ogbench/ENVIRONMENT-KIND-singletask-taskN-v0')), or compute the task's "
-        "rewards, and which rows terminate, and pass a dict of arrays with both. To learn to reach "
-        "any logged state, leave them out: columns={'reward': None}, then dataset.relabelled()."
+        "load_dataset('ogbench/ENVIRONMENT-KIND-singletask-taskN-v0')); or compute the task's "
+        "rewards, and which rows terminate, and pass a dict of arrays with both; or learn to reach "
+        "any logged state: columns={'reward': None}, then dataset.relabelled()."
     )
 
 
