@@ -406,7 +406,7 @@ class RelabelledDataset(DatasetSummary):
         )
 
     def chunks(self, size: int, **windows: Any) -> NoReturn:
-        """Always raises ``DatasetError``: a goal may be reached within a chunk, which has one reward."""
+        """Always raises ``DatasetError``, because a goal may be reached within a chunk."""
         raise DatasetError(
             f"{self.name}: chunks of {size} actions cannot be made of a dataset with goals, which may "
             "be reached within a chunk. Choose action_chunk=1, or the log's own rewards (.log)."
