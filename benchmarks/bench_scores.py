@@ -50,7 +50,7 @@ from iql_torchrl.evaluation.statistics import (
     stratified_interval,
 )
 from iql_torchrl.files import whole_file
-from record import RESULTS, save
+from record import RESULTS, processor, save
 from report import replace_table
 
 import gymnasium
@@ -538,6 +538,7 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "updates": updates,
             "method": method,
             "seeds": len(group),
+            "processors": sorted({each["processor"] for each in group}),
         }
         for quantity in ("score", "return"):
             values = np.array([each[quantity] for each in group])
@@ -574,7 +575,7 @@ def run(o: argparse.Namespace, path: Path) -> None:
         interpreter(method, o.peers)  # one after the other, before processes need it
 
     def one(each: tuple[str, str, int]) -> None:
-        result = cell(o, *each)
+        result = cell(o, *each) | {"processor": processor()}
         described = about_log(each[0], o.peers)
         with RESULT_LOCK:
             content["logs"][each[0]] = described
