@@ -63,7 +63,7 @@ CACHE = Path.home() / ".cache" / "iql_torchrl" / "peers"
 EVALUATION_SEED = 10_000
 CHUNK = 250  # updates of one command to a process: the least that may be asked for
 CAPTURED = 32  # updates of one call of the captured form, as in score_methods.py
-HOPPER_STEPS = 60_000
+HOPPER_STEPS = 25_000
 CARTPOLE_EPISODES = 400
 
 #: The pip requirements of each method's environment; none: that of this package.
@@ -334,7 +334,7 @@ LOGS: dict[str, Log] = {
     "maze2d-umaze": Log(
         partial(maze2d, "umaze", (1, 1)), updates=3_000, episodes=20, raw_reward=True
     ),
-    "hopper": Log(hopper, updates=5_000, episodes=10),
+    "hopper": Log(hopper, updates=2_000, episodes=10),
     "maze2d-medium": Log(
         partial(maze2d, "medium", (6, 6)), updates=5_000, episodes=20, raw_reward=True
     ),
