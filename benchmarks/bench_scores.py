@@ -338,9 +338,9 @@ LOGS: dict[str, Log] = {
     "maze2d-medium": Log(
         partial(maze2d, "medium", (6, 6)), updates=5_000, episodes=20, raw_reward=True
     ),
-    "d4rl-umaze": Log(partial(d4rl_maze2d, "umaze"), updates=96_000, episodes=100, raw_reward=True),
+    "d4rl-umaze": Log(partial(d4rl_maze2d, "umaze"), updates=80_000, episodes=100, raw_reward=True),
     "d4rl-medium": Log(
-        partial(d4rl_maze2d, "medium"), updates=96_000, episodes=100, raw_reward=True
+        partial(d4rl_maze2d, "medium"), updates=80_000, episodes=100, raw_reward=True
     ),
 }
 #: What a call without ``--logs`` runs: the published table, about an hour and a half of one core.
