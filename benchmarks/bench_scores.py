@@ -700,7 +700,7 @@ def published_table(content: Mapping[str, Any]) -> str:
     """Markdown: means and deviations over seeds here, and those of CORL's README."""
     text = ["| log | method | updates | seeds | here | CORL, 1,000,000 updates | processor |"]
     text.append("|---|---|---:|---:|---:|---:|---|")
-    for line in content["summary"]:
+    for line in sorted(content["summary"], key=lambda line: (line["log"], line["updates"])):
         key = [line[name] for name in KEY]
         scores = [c["score"] for c in content["cells"] if [c[k] for k in KEY] == key]
         here = f"{np.mean(scores):.1f}"
