@@ -50,7 +50,7 @@ from iql_torchrl.evaluation.statistics import (
     stratified_interval,
 )
 from iql_torchrl.files import whole_file
-from record import RESULTS, save
+from record import RESULTS, processor, save
 from report import replace_table
 
 import gymnasium
@@ -63,7 +63,7 @@ CACHE = Path.home() / ".cache" / "iql_torchrl" / "peers"
 EVALUATION_SEED = 10_000
 CHUNK = 250  # updates of one command to a process: the least that may be asked for
 CAPTURED = 32  # updates of one call of the captured form, as in score_methods.py
-HOPPER_STEPS = 60_000
+HOPPER_STEPS = 25_000
 CARTPOLE_EPISODES = 400
 
 #: The pip requirements of each method's environment; none: that of this package.
@@ -109,6 +109,12 @@ SEPSIS = {
 #: Of our own settings those that the page shows; the result file has all.
 OWN = ("ours", "cloning")
 SHOWN = (*OURS, *SEPSIS, "schedule", "order", "standardise", "initialisation", "policy")
+KEY = ("log", "method", "updates")
+#: CORL's README at eeeeef2, "Last Scores": mean and deviation over its seeds.
+PUBLISHED = {
+    "d4rl-umaze": {"ours": (42.11, 0.58), "CORL": (42.11, 0.58), "cloning": (0.36, 8.69)},
+    "d4rl-medium": {"ours": (34.85, 2.72), "CORL": (34.85, 2.72), "cloning": (0.79, 3.25)},
+}
 CONTINUOUS = ("cloning", "ours", "d3rlpy", "TorchRL", "CORL")
 DISCRETE = ("cloning", "ours", "TorchRL")
 
@@ -234,6 +240,20 @@ def maze2d(maze: str, goal: tuple[int, int], folder: Path) -> Data:
     return Data(kept, make_env, REFERENCE_RETURNS[f"maze2d-{maze}"], returns)
 
 
+def d4rl_maze2d(maze: str, folder: Path) -> Data:
+    """The log that d4rl_maze2d.py writes, as long as D4RL's, and D4RL's task; a window a return."""
+    import d4rl_maze2d as d4rl
+
+    path, limit = folder / f"d4rl_{maze}.npz", d4rl.MAZES[maze][1]
+    if not path.is_file():
+        d4rl.main([maze, str(path)])
+    with np.load(path) as table:
+        rows = dict(table)
+    whole = len(rows["reward"]) // limit * limit
+    returns = rows["reward"][:whole].reshape(-1, limit).sum(1)
+    return Data(rows, partial(d4rl.Maze2d, maze), REFERENCE_RETURNS[f"maze2d-{maze}"], returns)
+
+
 def hopper(folder: Path) -> Data:
     """The log that make_hopper.py writes, with a small buffer of SAC's training."""
     path = folder / "hopper_replay.npz"
@@ -314,9 +334,13 @@ LOGS: dict[str, Log] = {
     "maze2d-umaze": Log(
         partial(maze2d, "umaze", (1, 1)), updates=3_000, episodes=20, raw_reward=True
     ),
-    "hopper": Log(hopper, updates=5_000, episodes=10),
+    "hopper": Log(hopper, updates=2_000, episodes=10),
     "maze2d-medium": Log(
-        partial(maze2d, "medium", (6, 6)), updates=10_000, episodes=20, raw_reward=True
+        partial(maze2d, "medium", (6, 6)), updates=5_000, episodes=20, raw_reward=True
+    ),
+    "d4rl-umaze": Log(partial(d4rl_maze2d, "umaze"), updates=80_000, episodes=100, raw_reward=True),
+    "d4rl-medium": Log(
+        partial(d4rl_maze2d, "medium"), updates=80_000, episodes=100, raw_reward=True
     ),
 }
 #: What a call without ``--logs`` runs: the published table, about an hour and a half of one core.
@@ -538,6 +562,7 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "updates": updates,
             "method": method,
             "seeds": len(group),
+            "processors": sorted({each["processor"] for each in group}),
         }
         for quantity in ("score", "return"):
             values = np.array([each[quantity] for each in group])
@@ -574,7 +599,7 @@ def run(o: argparse.Namespace, path: Path) -> None:
         interpreter(method, o.peers)  # one after the other, before processes need it
 
     def one(each: tuple[str, str, int]) -> None:
-        result = cell(o, *each)
+        result = cell(o, *each) | {"processor": processor()}
         described = about_log(each[0], o.peers)
         with RESULT_LOCK:
             content["logs"][each[0]] = described
@@ -649,8 +674,8 @@ def with_interval(value: float, interval: Sequence[float], digits: int = 1) -> s
 def table(content: Mapping[str, Any]) -> str:
     """Markdown: a row a log, with the interquartile mean of the scores of each method."""
     methods = [m for m in CONTINUOUS if any(line["method"] == m for line in content["summary"])]
-    head = ["log", "updates", "of the log", *methods]
-    text = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    head = ["log", "updates", "of the log", *methods, "processor"]
+    text = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 2) + "|---|"]
     for name, updates in dict.fromkeys((e["log"], e["updates"]) for e in content["summary"]):
         lines = {
             line["method"]: line
@@ -662,7 +687,29 @@ def table(content: Mapping[str, Any]) -> str:
             for m in methods
         ]
         log = content["logs"][name]
+        cells.append("; ".join(dict.fromkeys(each for e in lines.values() for each in _on(e))))
         text.append("| " + " | ".join([name, f"{updates:,}", f"{log['score']:.1f}", *cells]) + " |")
+    return "\n".join(text)
+
+
+def _on(line: Mapping[str, Any]) -> list[str]:
+    return [each.replace("(R)", "").replace(" Processor", "") for each in line["processors"]]
+
+
+def published_table(content: Mapping[str, Any]) -> str:
+    """Markdown: means and deviations over seeds here, and those of CORL's README."""
+    text = ["| log | method | updates | seeds | here | CORL, 1,000,000 updates | processor |"]
+    text.append("|---|---|---:|---:|---:|---:|---|")
+    for line in sorted(content["summary"], key=lambda line: (line["log"], line["updates"])):
+        key = [line[name] for name in KEY]
+        scores = [c["score"] for c in content["cells"] if [c[k] for k in KEY] == key]
+        here = f"{np.mean(scores):.1f}"
+        if len(scores) > 1:
+            here += f" ± {np.std(scores):.1f}"
+        mean, deviation = PUBLISHED[line["log"]][line["method"]]
+        cells = [line["log"], line["method"], f"{line['updates']:,}", str(line["seeds"]), here]
+        cells += [f"{mean} ± {deviation}", "; ".join(_on(line))]
+        text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text)
 
 
@@ -752,6 +799,7 @@ def write_page(page: Path, result: str) -> None:
         ("settings table", result, settings_table),
         ("times table", f"{result}_time", times_table),
         ("tutorial table", "minari_tutorial", tutorial_table),
+        ("published table", f"{result}_published", published_table),
     ]
     texts = {
         name: maker(json.loads((RESULTS / f"{file}.json").read_text()))

@@ -181,6 +181,7 @@ def result(method: str, seed: int, score: float, updates: int = 5000) -> dict:
         "log": "pendulum", "method": method, "seed": seed, "updates": updates, "score": score,
         "return": 10 * score, "curve": [[updates // 2, 5 * score, score / 2], [updates, 0, score]],
         "settings": {"seed": seed, "rate": 0.1}, "versions": {"torch": "2"},
+        "processor": f"Make(R) Chip{updates}(R) Processor, family 6",
     }  # fmt: skip
 
 
@@ -248,11 +249,24 @@ def test_summary_and_table():
     # pairs in which ours is better: 1 of 5 (and an equal one), then 2 with 3 equal, then all
     assert content["summary"][1]["ours_better"] == pytest.approx((1.5 + 3.5 + 15) / 25)
     text = bench_scores.table(content)
-    assert text.splitlines()[0] == "| log | updates | of the log | cloning | ours |"
+    assert text.splitlines()[0] == "| log | updates | of the log | cloning | ours | processor |"
     cells = f"1.7<br>(0.3 to 2.0) | 3.0<br>({low:.1f} to {high:.1f})"
-    assert text.splitlines()[-1] == f"| pendulum | 5,000 | 31.5 | {cells} |"
+    on = "Make Chip5000, family 6"
+    assert text.splitlines()[-1] == f"| pendulum | 5,000 | 31.5 | {cells} | {on} |"
     assert "| pendulum | ours | 10.0, 20.0 |" in bench_scores.learning_table(content)
     assert "| ours | pendulum |  | torch 2 |" in bench_scores.settings_table(content)
+
+
+def test_means_and_deviations_next_to_published_ones():
+    content = {"logs": {}, "settings": {}, "cells": [], "summary": []}
+    for seed, score in enumerate((30.0, 34.0)):
+        bench_scores.add(content, {**result("ours", seed, score), "log": "d4rl-umaze"})
+    bench_scores.add(content, {**result("cloning", 0, 1.0), "log": "d4rl-umaze"})
+    on = "Make Chip5000, family 6"
+    assert bench_scores.published_table(content).splitlines()[2:] == [
+        f"| d4rl-umaze | ours | 5,000 | 2 | 32.0 ± 2.0 | 42.11 ± 0.58 | {on} |",
+        f"| d4rl-umaze | cloning | 5,000 | 1 | 1.0 | 0.36 ± 8.69 | {on} |",
+    ]
 
 
 def test_times_are_ratios_of_neighbouring_blocks():
