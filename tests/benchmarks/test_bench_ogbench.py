@@ -69,10 +69,21 @@ def test_methods_differ_from_the_published_agents_in_nothing_that_a_config_can_s
     }
     assert of["IQL"] == replace(PRESETS["ogbench"], temperature=1.0)
     assert of["IFQL"] == PRESETS["ifql"]
-    assert bench_ogbench.RANDOM == ("IFQL",)
+    assert replace(of["IFQL, chunks of 5"], action_chunk=1) == of["IFQL"]
+    assert bench_ogbench.RANDOM == ("IFQL", "IFQL, chunks of 5")
     assert set(bench_ogbench.IFQL) == {"temperature", "policy", "num_samples"}
     for config in of.values():
         assert (config.activation, config.norm_after_activation) == ("gelu", True)
+
+
+def test_a_comparison_with_chunks_has_the_same_batches_for_all_methods():
+    assert bench_ogbench._options([]).methods == ["cloning", "IQL", "IQL+DDPG+BC", "IFQL"]
+    assert bench_ogbench.batches_of(["IQL", "IFQL"]) == "own"
+    compared = ["IFQL", "IFQL, chunks of 5"]
+    assert bench_ogbench.batches_of(compared) == "shared"
+    options = bench_ogbench._options(["--methods", *compared, "--draw", "v0"])
+    differences = bench_ogbench.differences(options, [finished("scene", "IFQL", 1.0)])
+    assert differences[0].startswith("all seeds of a method have the same batches")
 
 
 def test_bc_weight_of_a_deterministic_policy_is_half_of_the_published_alpha():
@@ -99,17 +110,19 @@ def test_a_small_run(tmp_path, monkeypatch, capsys, short_episodes):
     monkeypatch.setattr(ogbench, "ROWS", 21)
     numbers = {"seeds": 2, "updates": 4, "points": 2, "width": 8, "layers": 1, "episodes": 1,
                "envs": 1, "made-episodes": 2}  # fmt: skip
-    options = ["--tasks", "cube-single", "--result", "trial", f"--output={tmp_path}"]
+    options = ["--tasks", "cube-single", "--methods", *bench_ogbench.METHODS]
+    options += ["--result", "trial", f"--output={tmp_path}"]
     options += [f"--{name}={number}" for name, number in numbers.items()]
     bench_ogbench.main(options)
     record = json.loads((tmp_path / "trial.json").read_text())
-    methods = ["cloning", "IQL", "IQL+DDPG+BC", "IFQL"]
+    methods = ["cloning", "IQL", "IQL+DDPG+BC", "IFQL", "IFQL, chunks of 5"]
     assert [r["method"] for r in record["runs"]] == list(bench_ogbench.METHODS) == methods
+    assert record["settings"]["batches"] == "shared"
     for each in record["runs"]:
         assert each["rows"] == 40
         assert [(p["updates"], len(p["success"])) for p in each["curve"]] == [(2, 2), (4, 2)]
-    assert [r["config"]["temperature"] for r in record["runs"]] == [0, 1, 1, 0]
-    assert [line["published"] for line in record["summary"]] == [None, 85, None, 73]
+    assert [r["config"]["temperature"] for r in record["runs"]] == [0, 1, 1, 0, 0]
+    assert [line["published"] for line in record["summary"]] == [None, 85, None, 73, None]
     assert "updates: 4, not 1,000,000" in record["differences"]
     out = capsys.readouterr().out
     assert "cube-single, cloning, 4 updates" in out
