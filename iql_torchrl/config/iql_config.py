@@ -69,7 +69,7 @@ class IQLConfig:
     bc_weight: float = knob(
         0.3,
         "weight of the cloning error in actor_objective ddpg_bc; 0 only maximises the critics' values, "
-        "OGBench has 0.003 to 3",
+        "OGBench's alpha, 0.003 to 3, is twice this",
         interval="[0, 3e+38]",
         per_run=True,
         in_loss=True,
