@@ -200,12 +200,18 @@ def summed_in_graph(values: Tensor) -> Tensor:
     ``torch.distributed.all_reduce`` writes in place; this form, of which ``torch.distributed`` has no
     public one, returns a new tensor.
     """
+    collectives: Any
     try:  # not _module, which torch.compile cannot trace
-        from torch.distributed import _functional_collectives as collectives
+        from torch.distributed import _functional_collectives
+
+        collectives = _functional_collectives
     except ImportError:
         collectives = None
     all_reduce = _needed(
-        collectives, "all_reduce", "a compiled update on several ranks", "Train with the eager step."
+        collectives,
+        "all_reduce",
+        "a compiled update on several ranks",
+        "Train with the eager step.",
     )
     total: Tensor = all_reduce(values, "sum", torch.distributed.group.WORLD)
     return total
