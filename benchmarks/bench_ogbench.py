@@ -244,28 +244,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"\n{compared}")
 
 
+def add_size_options(parser: argparse.ArgumentParser, *, layers: int, episodes: str) -> None:
+    """Options of how much is made, trained and evaluated; ``episodes`` says of what they are."""
+    add = parser.add_argument
+    add("--seeds", type=int, default=3)
+    add("--updates", type=int, default=1_000_000)
+    add("--width", type=int, default=512)
+    add("--layers", type=int, default=layers)
+    add("--episodes", type=int, default=50, help=episodes)
+    add("--points", type=int, default=1, help="evaluations during training; the last one counts")
+    add("--envs", type=int, default=10, help="episodes at the same time")
+    add("--made-episodes", type=int, default=1000, help="of rows that are made here")
+    add("--compile", action="store_true")
+    add("--output", type=Path, default=RESULTS, help="folder of the result file")
+
+
+def parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """``arguments`` with the options above; exits where these do not fit together."""
+    o = parser.parse_args(arguments)
+    if o.updates % o.points or o.seeds < 2:
+        parser.error("--updates must be a multiple of --points, and --seeds at least 2")
+    return o
+
+
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     add("--methods", nargs="+", choices=METHODS, default=WITHOUT_CHUNKS)
-    add("--seeds", type=int, default=3)
-    add("--updates", type=int, default=1_000_000)
-    add("--width", type=int, default=512)
-    add("--layers", type=int, default=4)
-    add("--episodes", type=int, default=50, help="of each evaluation of a seed")
-    add("--points", type=int, default=1, help="evaluations during training; the last one counts")
-    add("--envs", type=int, default=10, help="episodes at the same time")
+    add_size_options(parser, layers=4, episodes="of each evaluation of a seed")
     add("--draw", default="local", help="local, or v0: the published files")
-    add("--made-episodes", type=int, default=1000, help="of rows that are made here")
     add("--device", default="cpu")
-    add("--compile", action="store_true")
     add("--result", default="ogbench", help="name of the result file")
-    add("--output", type=Path, default=RESULTS, help="folder of the result file")
-    o = parser.parse_args(arguments)
-    if o.updates % o.points or o.seeds < 2:
-        parser.error("--updates must be a multiple of --points, and --seeds at least 2")
-    return o
+    return parsed(parser, arguments)
 
 
 if __name__ == "__main__":

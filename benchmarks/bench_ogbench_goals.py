@@ -13,16 +13,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
+from bench_ogbench import add_size_options, parsed
 from iql_torchrl import PRESETS, IQLConfig, IQLPopulation, load_dataset
 from iql_torchrl.data.builtin import make_dataset
 from iql_torchrl.data.builtin.ogbench import ogbench_path
 from iql_torchrl.data.dataset import RelabelledDataset
 from iql_torchrl.evaluation.statistics import mean_interval
 from iql_torchrl.report import text_table
-from record import RESULTS, place, save
+from record import place, save
 
 import numpy as np
 
@@ -115,23 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    add("--seeds", type=int, default=3)
-    add("--updates", type=int, default=1_000_000)
-    add("--width", type=int, default=512)
-    add("--layers", type=int, default=3)
-    add("--batch-size", type=int, default=SETTINGS["batch_size"])
-    add("--episodes", type=int, default=50, help="of each goal in an evaluation of a seed")
-    add("--points", type=int, default=1, help="evaluations during training; the last one counts")
-    add("--envs", type=int, default=10, help="episodes at the same time")
-    add("--made-episodes", type=int, default=1000, help="of rows that are made here")
-    add("--compile", action="store_true")
-    add("--result", default="ogbench_goals", help="name of the result file")
-    add("--output", type=Path, default=RESULTS, help="folder of the result file")
-    o = parser.parse_args(arguments)
-    if o.updates % o.points or o.seeds < 2:
-        parser.error("--updates must be a multiple of --points, and --seeds at least 2")
-    return o
+    add_size_options(parser, layers=3, episodes="of each goal in an evaluation of a seed")
+    parser.add_argument("--batch-size", type=int, default=SETTINGS["batch_size"])
+    parser.add_argument("--result", default="ogbench_goals", help="name of the result file")
+    return parsed(parser, arguments)
 
 
 if __name__ == "__main__":

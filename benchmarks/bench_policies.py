@@ -162,8 +162,8 @@ def run_flows(o: argparse.Namespace, name: str) -> dict[str, Any]:
         times.setdefault(method, []).append(spent)
         print(f"{name}: {method}: {mean:.2f}, gap {gap:.2f}", flush=True)
     log = data.episode_returns.mean() if name != "pointmaze" else np.nan
-    found = {"scores": scores, "value_gaps": gaps, "milliseconds": times}
-    return {"task": name, "log": float(log), "config": config.to_dict(), **found}
+    measured = {"scores": scores, "value_gaps": gaps, "milliseconds": times}
+    return {"task": name, "log": float(log), "config": config.to_dict(), **measured}
 
 
 def run(o: argparse.Namespace, name: str) -> dict[str, Any]:

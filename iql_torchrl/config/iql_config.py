@@ -88,8 +88,8 @@ class IQLConfig:
         knob(
             "auto",
             "loss of the policy: log_prob, mse or flow (weighted regression), ddpg_bc (maximises Q, "
-            "with cloning), or conditioned_flow (a flow told whether the advantage is positive); "
-            "auto is the weighted regression that fits the policy",
+            "with cloning), or conditioned_flow (a flow with one more input: whether the advantage is "
+            "positive); auto is the weighted regression that fits the policy",
         )
     )
     actor_ema: float = knob(

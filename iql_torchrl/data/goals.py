@@ -166,7 +166,7 @@ class Relabelling:
 
 
 class GoalSampler(DeviceSampler):
-    """Rows of the sampler ``source`` with goals that are drawn anew for every batch.
+    """Rows of the sampler ``source`` with goals that are drawn for each batch.
 
     Observations on both sides of ``next`` have the goal as one more leaf; ``reward``, ``terminated``
     and ``done`` are those of the goal. With ``relabelling.actor`` there is a second goal of each row,

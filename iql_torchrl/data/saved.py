@@ -245,7 +245,7 @@ def write_log(
             paths = {key: staging / name / file_name(key) for key in layout}
             for begin in range(edges[number], edges[number + 1], at_once):
                 own = slice(begin, min(begin + at_once, edges[number + 1]))
-                # mapped anew: pages of a mapping count as memory of the process
+                # a mapping for each part: pages of a mapping count as memory of the process
                 rows = _mapped_rows(paths, layout, int(first[number + 1] - first[number]))
                 part = SimpleNamespace(
                     transitions=rows[

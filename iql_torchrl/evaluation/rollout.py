@@ -218,10 +218,10 @@ def check_arguments(
         return
     listed = isinstance(goals, Sequence) and all(isinstance(each, Mapping) for each in goals)
     if not listed or not 0 < len(goals) <= episodes:
-        found = f"{len(goals)} for {episodes} episodes" if listed else type(goals).__name__
+        given = f"{len(goals)} for {episodes} episodes" if listed else type(goals).__name__
         raise ValueError(
             f"goals must be a list of 1 to {episodes} dicts, options of env.reset such as "
-            f"{{'goal': [1.0, 2.0]}}, found {found}; give at least one episode for each goal"
+            f"{{'goal': [1.0, 2.0]}}, found {given}; give at least one episode for each goal"
         )
 
 

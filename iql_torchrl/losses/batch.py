@@ -218,11 +218,11 @@ def check_chunks(
     data: TensorDictBase, size: int, action_key: NestedKey, reward_key: NestedKey
 ) -> None:
     """Raise ``ValueError`` unless the batch has chunks of ``size`` actions."""
-    found = tuple(data.get(CHUNK_MASK).shape), tuple(data.get(("next", reward_key)).shape)
+    mask, reward = (tuple(data.get(key).shape) for key in (CHUNK_MASK, ("next", reward_key)))
     width = data.get(action_key).shape[-1]
-    if set(found) != {(*data.batch_size, size)} or width % size:
+    if {mask, reward} != {(*data.batch_size, size)} or width % size:
         raise ValueError(
-            f"{CHUNK_MASK!r} has shape {found[0]}, the reward {found[1]} and {action_key!r} rows of "
+            f"{CHUNK_MASK!r} has shape {mask}, the reward {reward} and {action_key!r} rows of "
             f"{width} numbers, and the loss has action_chunk={size}; expected masks and rewards of "
             f"shape {(*data.batch_size, size)}, and {size} actions in each row. Take batches from "
             f"dataset.chunks({size})."

@@ -72,7 +72,7 @@ class IQLLoss(ImplicitQLoss):
             max_weight)``; ``"auto"``, which is "positive" for the value objectives "sparse" and
             "exponential", as in their authors' code, and else "exponential"; or a callable
             ``(advantage (*B,)) -> weight (*B,)``, which leaves temperature and max_weight unused.
-        advantage_condition: of ``"conditioned_flow"``, what the flow is told of a sample's advantage:
+        advantage_condition: of ``"conditioned_flow"``, the flow's input for a sample's advantage:
             ``"positive"``, 1 where A > 0, else 0; or a callable ``(advantage (*B,)) -> (*B,)``, which
             should give 1 to the actions that the policy is to prefer.
         condition_dropout: of ``"conditioned_flow"``, the probability in (0, 1) that a sample's

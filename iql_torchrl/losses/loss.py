@@ -479,12 +479,11 @@ class ImplicitQLoss(NetworkLoss):
         """
         if (own := batch.for_actor) is not batch:
             batch, advantage = own, self.advantage(own)
-        if self.actor_objective == "ddpg_bc":
-            error, value = self._ddpg_bc(batch)
-            metadata = {"advantage": advantage, "weight": torch.ones_like(advantage)}
-            return self._reduce(error, batch), metadata | {"policy_value": value}
         weight = self.weight_of(advantage, batch)
         metadata = {"advantage": advantage, "weight": weight}
+        if self.actor_objective == "ddpg_bc":
+            error, metadata["policy_value"] = self._ddpg_bc(batch)
+            return self._reduce(error, batch), metadata
         if self.actor_objective == "conditioned_flow":
             metadata["condition"] = self.condition_of(advantage, batch)
         error = self._actor_error(batch, metadata.get("condition"))
@@ -518,10 +517,11 @@ class ImplicitQLoss(NetworkLoss):
         )
 
     def condition_of(self, advantage: Tensor, batch: Batch) -> Tensor:
-        """What a conditioned flow is told of the samples' advantages, ``(*B,)``, without gradient."""
+        """The condition that a flow gets for the samples' advantages, ``(*B,)``, without gradient."""
         if callable(self.advantage_condition):
-            condition = self.advantage_condition(advantage).detach().to(advantage.dtype)
-            return per_sample(condition, batch.data.batch_size, "advantage_condition's result")
+            shape, name = batch.data.batch_size, "advantage_condition's result"
+            condition = per_sample(self.advantage_condition(advantage), shape, name)
+            return condition.detach().to(advantage.dtype)
         return (advantage > 0).to(advantage.dtype)
 
     def qvalue_term(self, batch: Batch, td_target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -614,10 +614,10 @@ class ImplicitQLoss(NetworkLoss):
         With a ``condition`` the velocity has its input c too, unknown where ``"flow_drop"`` is below
         ``condition_dropout``.
         """
-        told: tuple[Tensor, ...] = ()
+        known_condition: tuple[Tensor, ...] = ()
         if condition is not None:
             known = batch.draws[FLOW_DROP] >= self.condition_dropout
-            told = (F.condition_input(condition, known),)
+            known_condition = (F.condition_input(condition, known),)
         inputs, time = self.inputs(batch), batch.draws[FLOW_TIME]
         logged = batch.data.get(self.tensor_keys.action)
         head = self.networks.head
@@ -625,7 +625,7 @@ class ImplicitQLoss(NetworkLoss):
             observation = join_observations([inputs.get(key) for key in actor.in_keys])
             point, target = F.flow_path(batch.draws[FLOW_NOISE], actor.normalise(logged), time=time)
             velocity = (actor.velocity if head is None else head.run)(
-                observation, point, time, *told
+                observation, point, time, *known_condition
             )
         error = (velocity.to(target.dtype) - target).square()
         return _where(self.made_actions(batch), error).mean(-1)

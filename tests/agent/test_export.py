@@ -688,12 +688,12 @@ def test_a_program_gives_the_chunk_that_the_agent_acts_with(tmp_path, kind):
     observation, program = observations(), torch.export.load(path).module()
     if kind == "history":
         windows = np.stack([observation[:-1], observation[1:]], 1)
-        found = program(torch.tensor(windows), torch.ones(len(windows), 2, dtype=torch.bool))
+        actions = program(torch.tensor(windows), torch.ones(len(windows), 2, dtype=torch.bool))
         expected = agent.act(windows)
     else:
-        found, expected = program(torch.tensor(observation)), agent.act(observation)
-    assert found.shape == (len(expected), 3, 2)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+        actions, expected = program(torch.tensor(observation)), agent.act(observation)
+    assert actions.shape == (len(expected), 3, 2)
+    np.testing.assert_allclose(actions, expected, atol=1e-5)
     output = json.loads((tmp_path / "policy.json").read_text())["output"]
     assert (output["shape"], output["steps"], output["execute"]) == (["B", 3, 2], 3, 2)
     assert (output["low"], output["high"]) == (LOW.tolist(), HIGH.tolist())

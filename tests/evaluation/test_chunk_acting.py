@@ -136,16 +136,16 @@ def test_torchrls_wrapper_executes_the_same_actions():
         chunk_keys=["action_chunk"],
     )  # fmt: skip
     data = TensorDict({"is_init": torch.ones(3, 1, dtype=torch.bool)}, [3])
-    found = []
+    executed = []
     for t in range(5):
         at = torch.tensor([t, t - 3 if t >= 3 else t, t])
         data["observation"] = torch.stack([torch.zeros(3), at], 1)
         data["is_init"] = torch.tensor([[t == 0], [t in (0, 3)], [t == 0]])
         data = wrapped(data)
-        found.append(data["action"].clone())
+        executed.append(data["action"].clone())
     for column, lengths in ((0, [5]), (1, [3, 2]), (2, [5])):
         pairs = [pair for length in lengths for pair in expected(length, 2)]
-        torch.testing.assert_close(torch.stack(found)[:, column], torch.tensor(pairs))
+        torch.testing.assert_close(torch.stack(executed)[:, column], torch.tensor(pairs))
 
 
 def test_rankings_from_logs_refuse_chunks():

@@ -192,9 +192,11 @@ def given(*shape) -> TensorDict:
     return data.set("flow_time", torch.rand(*data.shape, 1, dtype=torch.float64))
 
 
-def test_what_the_flow_is_told():
-    told = F.condition_input(torch.tensor([0.0, 1.0, 0.7, 1.0]), torch.tensor([1, 1, 1, 0]).bool())
-    assert torch.equal(told, torch.tensor([[1, 0], [1, 1], [1, 0.7], [0, 0]]))
+def test_the_input_of_the_condition():
+    entered = F.condition_input(
+        torch.tensor([0.0, 1.0, 0.7, 1.0]), torch.tensor([1, 1, 1, 0]).bool()
+    )
+    assert torch.equal(entered, torch.tensor([[1, 0], [1, 1], [1, 0.7], [0, 0]]))
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -216,8 +218,8 @@ def test_the_error_of_the_velocity_by_hand(fast, condition):
     c = torch.tanh(advantage) if callable(condition) else (advantage > 0).double()
     action, t = actor.normalise(data["action"]), data["flow_time"]
     x = (1 - t) * data["flow_noise"] + t * action
-    told = torch.stack([known.double(), known * c], -1)
-    velocity = actor.head.mlp(torch.cat([data["observation"], x, t, told], -1))
+    entered = torch.stack([known.double(), known * c], -1)
+    velocity = actor.head.mlp(torch.cat([data["observation"], x, t, entered], -1))
     error = (velocity - (action - data["flow_noise"])).square().mean(-1)
     torch.testing.assert_close(term, error[keep].mean())
     assert 5 < int(known.sum()) < 30
@@ -373,28 +375,38 @@ class Towards(nn.Module):
 
 
 def test_refusals():
-    plain, told = policies.flow(OBS, SPEC), policies.flow(OBS, SPEC, conditioned=True)
-    assert (plain.guidance, told.guidance) == (None, 1.0)
+    plain, conditioned = policies.flow(OBS, SPEC), policies.flow(OBS, SPEC, conditioned=True)
+    assert (plain.guidance, conditioned.guidance) == (None, 1.0)
     with pytest.raises(ValueError, match=r"guidance is 2 and this flow has no condition"):
         plain.guidance = 2
     with pytest.raises(ValueError, match=r"guidance is 2.0 and this flow has no condition"):
         policies.flow(OBS, SPEC, guidance=2.0)
     for wrong in (-0.5, float("nan"), "2", True):
         with pytest.raises(ValueError, match=f"guidance is {wrong!r}"):
-            told.guidance = wrong
+            conditioned.guidance = wrong
     with pytest.raises(ValueError, match="a ProbabilisticActor, contains no flow"):
         policies.guided(box_agent().policy, 1.0)
     _, critic, value = make_networks()
     with pytest.raises(TypeError, match="conditioned=False; this objective needs"):
         IQLLoss(plain, critic, value, actor_objective="conditioned_flow")
     with pytest.raises(TypeError, match="conditioned=True; this objective needs"):
-        IQLLoss(told, critic, value, actor_objective="flow")
+        IQLLoss(conditioned, critic, value, actor_objective="flow")
     with pytest.raises(
         TypeError, match="no density; train it with actor_objective='conditioned_fl"
     ):
-        IQLLoss(told, critic, value)
+        IQLLoss(conditioned, critic, value)
     with pytest.raises(ValueError, match="advantage_condition is 'sign'; choose one of 'positive'"):
-        IQLLoss(told, critic, value, actor_objective="conditioned_flow", advantage_condition="sign")
+        IQLLoss(
+            conditioned,
+            critic,
+            value,
+            actor_objective="conditioned_flow",
+            advantage_condition="sign",
+        )
+    with pytest.raises(
+        TypeError, match="advantage_condition's result.? is None; expected a tensor"
+    ):
+        conditioned_loss(advantage_condition=lambda advantage: None)(given(4))
     with pytest.raises(ValueError, match=r"condition_dropout is 0; it must lie in \(0, 1\)"):
         conditioned_loss(condition_dropout=0)
     with pytest.raises(ValueError, match=r"guidance is 2\.0 and actor_objective is 'auto'"):

@@ -147,20 +147,20 @@ def _with_joined(name: str, columns: dict[str, Column], options: ReadOptions) ->
             continue
         parts: list[Column] = []
         for each in listed:
-            found = columns.get(each, columns.get(each.replace(".", "/")))
-            if found is None:
+            column = columns.get(each, columns.get(each.replace(".", "/")))
+            if column is None:
                 raise DatasetError(
                     f"{name}: columns maps {key} to {each!r} among others; the data has "
                     f"{', '.join(sorted(columns))}."
                 )
-            rows, kind = tuple(found.shape[:1]), np.dtype(found.dtype)
+            rows, kind = tuple(column.shape[:1]), np.dtype(column.dtype)
             alike = not parts or rows == tuple(parts[0].shape[:1])
-            if not (rows and alike and _single(found) and kind.kind in "biuf"):
+            if not (rows and alike and _single(column) and kind.kind in "biuf"):
                 raise DatasetError(
                     f"{name}: columns maps {key} to {each!r} among others, which has {kind} values "
-                    f"of shape {tuple(found.shape)}; expected one number a row, in as many rows."
+                    f"of shape {tuple(column.shape)}; expected one number a row, in as many rows."
                 )
-            parts.append(found)
+            parts.append(column)
         joined[str(path)] = JoinedColumns(parts)
     return {**columns, **joined}
 
