@@ -404,7 +404,7 @@ def test_refusals():
             advantage_condition="sign",
         )
     with pytest.raises(
-        TypeError, match="advantage_condition's result.? is None; expected a tensor"
+        TypeError, match=r"advantage_condition.s result.? is None; expected a tensor"
     ):
         conditioned_loss(advantage_condition=lambda advantage: None)(given(4))
     with pytest.raises(ValueError, match=r"condition_dropout is 0; it must lie in \(0, 1\)"):
