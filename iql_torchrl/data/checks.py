@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium as gym
@@ -16,6 +16,7 @@ from iql_torchrl.data.readers.source import Piece, Source
 from iql_torchrl.data.schema import (
     ACTION,
     DONE,
+    EPISODE,
     MASK,
     NEXT_MASK,
     REWARD,
@@ -30,35 +31,18 @@ from iql_torchrl.data.schema import (
 )
 from iql_torchrl.descriptions import bounds_in_words, describe_space
 
-__all__ = ["BlockChecker", "check_dtypes"]
+__all__ = ["BlockChecker"]
 
 
-def check_dtypes(name: str, piece: Piece, layout: Layout) -> None:
-    """Raises where integers would become floats, or floats integers or marks, and on bad shapes."""
-    for key, values in piece.items():
-        expected, kind = layout[key], values.dtype.kind
-        if expected.dtype == torch.bool:
-            fits = kind == "b" or (kind in "iuf" and bool(((values == 0) | (values == 1)).all()))
-        elif expected.dtype.is_floating_point:  # rewards may be stored as integers
-            fits = kind in ("fiu" if key == REWARD else "f")
-        else:
-            fits = kind in "iub"
-        if not fits:
-            raise DatasetError(
-                f"{name}: {dotted(key)} has {values.dtype} values, expected {expected.dtype}"
-                f"{' (0 or 1)' if expected.dtype == torch.bool else ''}; convert it, or pass the env "
-                "it came from: integers and floats are never cast into each other."
-            )
-        if values[0].size != int(np.prod(expected.shape)):
-            raise DatasetError(
-                f"{name}: {dotted(key)} has rows of shape {values.shape[1:]}, expected "
-                f"{expected.shape}; pass the env the data came from."
-            )
+#: How many leading rows are looked at for changes that rounding removes, of how many columns.
+SAMPLE, COLUMNS = 1024, 128
+#: Changes of fewer units in the last place are removed, or far from what they were.
+UNITS = 8
 
 
 @dataclass
 class BlockChecker:
-    """Checks consecutive blocks of transitions, and repairs two faults of the end marks.
+    """Checks pieces and consecutive blocks of transitions; repairs two faults of the end marks.
 
     It repairs in place, and counts: a step marked both terminated and truncated (it becomes
     terminated), and an episode whose last step has neither mark (it was cut there: truncated). With
@@ -73,6 +57,47 @@ class BlockChecker:
     clipped: int = 0
     terminated_ends: int = 0
     last_terminated: bool = False
+    samples: dict[Key, list[NDArray[Any]]] = field(default_factory=dict)
+
+    def check_piece(self, piece: Piece, layout: Layout) -> None:
+        """Raises where the source has other entries, kinds of numbers or row shapes than its table."""
+        expected_keys = [key for key in layout if key not in (DONE, EPISODE)]
+        if piece.keys() != set(expected_keys):
+            raise DatasetError(
+                f"{self.source.name}: the data has the leaves {', '.join(map(dotted, piece))}; its "
+                f"spaces have {', '.join(map(dotted, expected_keys))}; expected the same: pass the env "
+                "the data came from."
+            )
+        for key, values in piece.items():
+            expected, kind, shape = layout[key], values.dtype.kind, values.shape[1:]
+            if expected.dtype == torch.bool:
+                fits = kind == "b" or (
+                    kind in "iuf" and bool(((values == 0) | (values == 1)).all())
+                )
+            elif expected.dtype.is_floating_point:  # rewards may be stored as integers
+                fits = kind in ("fiu" if key == REWARD else "f")
+            else:
+                fits = kind in "iub"
+            if not fits:
+                raise DatasetError(
+                    f"{self.source.name}: {dotted(key)} has {values.dtype} values, expected "
+                    f"{expected.dtype}{' (0 or 1)' if expected.dtype == torch.bool else ''}; convert "
+                    "it, or pass the env it came from: integers and floats are never cast into each "
+                    "other."
+                )
+            if shape != expected.shape and {shape, expected.shape} != {(), (1,)}:
+                raise DatasetError(
+                    f"{self.source.name}: {dotted(key)} has rows of shape {shape}, expected "
+                    f"{expected.shape}; pass the env the data came from."
+                )
+            if expected.dtype == torch.float32 and values.dtype.itemsize > 4:
+                self._keep_sample(key, values)
+
+    def _keep_sample(self, key: Key, values: NDArray[Any]) -> None:
+        kept = self.samples.setdefault(key, []) if key[0] == "observation" else []
+        if key[0] == "observation" and (left := SAMPLE - sum(map(len, kept))) > 0:
+            rows = values[:left].reshape(len(values[:left]), -1)[:, :COLUMNS]
+            kept.append(rows.astype(np.float64))
 
     def check(self, block: Mapping[Key, Tensor], start: int) -> None:
         """Check the rows from ``start`` on; raises ``DatasetError`` naming the first wrong one."""
@@ -212,7 +237,28 @@ class BlockChecker:
                 f"{self.no_mark} episodes end without a mark; their last step was marked truncated "
                 "(bootstrapped)."
             )
+        for key, kept in self.samples.items():
+            yield from _lost_by_rounding(dotted(key), np.concatenate(kept))
         space = self.source.action_space
         if self.clipped and isinstance(space, gym.spaces.Box):
             bounds = bounds_in_words(space.low, space.high)
             yield f"{self.clipped} rows had actions outside {bounds}; clipped."
+
+
+def _lost_by_rounding(name: str, rows: NDArray[np.float64]) -> Iterator[str]:
+    """A sentence for each column of ``(rows, columns)`` whose changes float32 removes."""
+    changes = np.abs(np.diff(rows, axis=0))
+    units = np.spacing(np.abs(rows[1:]).astype(np.float32)).astype(np.float64)
+    # Smaller changes are of the rounding of float64.
+    smallest = 1e-12 * np.abs(rows).max(axis=0)
+    for column in np.flatnonzero(np.ptp(rows, axis=0) > smallest):
+        moved = changes[:, column] > 0
+        change, unit = np.median(changes[moved, column]), np.median(units[moved, column])
+        if change < UNITS * unit:
+            yield (
+                f"{name} changes by about {change:.3g} from row to row in column {column}, but float32 "
+                f"numbers of its size ({np.abs(rows[:, column]).max():.6g}) are {unit:.3g} apart: "
+                "different values become equal, or their differences wrong. Subtract a constant from "
+                "the column, such as the start from times. If these changes are noise, ignore this "
+                "warning."
+            )
