@@ -218,7 +218,8 @@ class BlockChecker:
             (ended == ended[0]).all() and lengths[-1] <= ended[0]
         ):
             column, remedy = "", "store those ends as truncations"
-            if (name := self.source.termination) is not None:
+            paths = self.source.paths
+            if name := paths.get("terminated", paths.get("trajectory_end")):
                 column = f" ({name!r})"
                 remedy = f"pass columns={{'terminated': None, 'truncated': {name!r}}}"
             yield (
@@ -238,15 +239,19 @@ class BlockChecker:
                 "(bootstrapped)."
             )
         for key, kept in self.samples.items():
-            yield from _lost_by_rounding(dotted(key), np.concatenate(kept))
+            names = self.source.paths.get(dotted(key), "").split(", ")
+            yield from _lost_by_rounding(dotted(key), np.concatenate(kept), names)
         space = self.source.action_space
         if self.clipped and isinstance(space, gym.spaces.Box):
             bounds = bounds_in_words(space.low, space.high)
             yield f"{self.clipped} rows had actions outside {bounds}; clipped."
 
 
-def _lost_by_rounding(name: str, rows: NDArray[np.float64]) -> Iterator[str]:
-    """A sentence for each column of ``(rows, columns)`` whose changes float32 removes."""
+def _lost_by_rounding(key: str, rows: NDArray[np.float64], names: list[str]) -> Iterator[str]:
+    """A sentence for each column of ``(rows, columns)`` whose changes float32 removes.
+
+    ``names``: of the columns, where there are as many.
+    """
     changes = np.abs(np.diff(rows, axis=0))
     units = np.spacing(np.abs(rows[1:]).astype(np.float32)).astype(np.float64)
     # Smaller changes are of the rounding of float64.
@@ -255,10 +260,11 @@ def _lost_by_rounding(name: str, rows: NDArray[np.float64]) -> Iterator[str]:
         moved = changes[:, column] > 0
         change, unit = np.median(changes[moved, column]), np.median(units[moved, column])
         if change < UNITS * unit:
+            name = repr(names[column]) if len(names) == rows.shape[1] else column
             yield (
-                f"{name} changes by about {change:.3g} from row to row in column {column}, but float32 "
+                f"{key}: column {name} changes by about {change:.3g} from row to row, but float32 "
                 f"numbers of its size ({np.abs(rows[:, column]).max():.6g}) are {unit:.3g} apart: "
                 "different values become equal, or their differences wrong. Subtract a constant from "
-                "the column, such as the start from times. If these changes are noise, ignore this "
+                "the column, such as the start from times; if the changes are only noise, ignore this "
                 "warning."
             )

@@ -76,6 +76,10 @@ BAD = [
     (both(lambda o: np.ones(15)), "float64|int64", IN_BOX | {"observation_space": Discrete(5)}),
     (both(lambda o: o[:, :2]), "(2,)|(3,)", {"observation_space": Box(-9, 9, (3,))}),
     (to("next_observation", lambda o: o[:, :2]), "next_observation|(2,)|(3,)"),
+    (
+        each(both(lambda o: o[:, 0]), to("next_observation", lambda o: o[:, None])),
+        "next_observation|(1,)|()",
+    ),
     (to("reward", lambda r: r[:-1]), "reward|14|15"),
     (to("action", lambda a: a[:-2]), "action|13|15"),
     (to("terminated", lambda t: np.append(t, False)), "terminated|16|15"),
@@ -221,6 +225,35 @@ def test_states_that_occur_as_next_observations_only_are_in_the_guessed_space():
     assert load_dataset(data).observation_space == Discrete(6)
     both(lambda o: np.stack([o, 0 * o], 1))(data)
     assert load_dataset(data).observation_space == MultiDiscrete([6, 1])
+
+
+@pytest.mark.parametrize(
+    ("times", "apart"),
+    [
+        (1.7e9 + 2.0 * ROWS, "128"),  # Unix seconds: every 64th would be another number
+        (-1.7e9 - 0.01 * ROWS, "128"),
+        (2.0**24 + ROWS, "2"),
+        (1.7e9 + 3600.0 * ROWS, None),  # 28 units of rounding
+        (2.0 * ROWS, None),
+        (1 + 1e-15 * ROWS, None),  # the rounding of float64
+        (np.full(15, 1.7e9), None),
+    ],
+)
+def test_changes_that_float32_removes_are_reported(times, apart):
+    columns = {"observation": ["x", "time"], "next_observation": None}
+    data = table() | {"x": table()["observation"][:, 0].astype(float), "time": times}
+    texts = warned(data, columns=columns)
+    assert len(texts) == (apart is not None)
+    for words in ("observation: column 'time' changes", f"are {apart} apart", "Subtract"):
+        assert not texts or words in texts[0]
+    assert warned(data | {"time": times - times[0]}, columns=columns) == []
+    assert warned(data, columns=columns, dtype=torch.float64) == []
+    data["observation"] = data["next_observation"] = np.stack([ROWS / 7, times], 1)
+    data |= {"truncated": ROWS % 5 == 4, "terminated": ROWS < 0}
+    texts = warned({key: data[key] for key in table()}, columns={"next_observation": None})
+    assert [text[:28] for text in texts] == ["arrays: observation: column 1"[:28]] * (
+        apart is not None
+    )
 
 
 NUMBERS = ROWS % 4

@@ -107,7 +107,7 @@ def table_source(opened: Opened, options: ReadOptions) -> Source:
         log_prob=LOG_PROB in table.columns,
         ends_known="truncated" in table.paths,
         terminates_inside=inside > 0,
-        termination=table.paths.get("terminated", table.paths.get("trajectory_end")),
+        paths=table.paths,
         env_spec=opened.env_spec,
         notes=(*opened.notes, *notes, *_mark_notes(table, ends, inside), *filter(None, [note])),
         warnings=(*opened.warnings, *(f"{table.name}: {text}" for text in doubts)),
