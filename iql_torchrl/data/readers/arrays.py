@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage, VideoClipRef
 
-from iql_torchrl.data.schema import DatasetError
+from iql_torchrl.data.schema import DatasetError, MissingPackageError
 from iql_torchrl.descriptions import one_line
 
 NO_FRAMES = (
@@ -45,12 +45,12 @@ def reading(path: Path, problem: str, *errors: type[Exception]) -> Iterator[None
 
 
 def package(name: str, reader: str, extra: str = "readers") -> Any:
-    """An optional package. ``DatasetError`` says how to install it for ``reader``."""
+    """An optional package. ``MissingPackageError`` says how to install it for ``reader``."""
     try:
         return import_module(name)
     except ImportError as error:
         needed = name.partition(".")[0]
-        raise DatasetError(
+        raise MissingPackageError(
             f"{reader}: needs the package {needed} ({one_line(error)}): "
             f'pip install "iql_torchrl[{extra}]"'
         ) from error

@@ -187,17 +187,16 @@ def table_ends(table: Table, options: ReadOptions) -> Ends:
     terminated, truncated, end, valid = (
         table.flags[key] for key in ("terminated", "truncated", "trajectory_end", "valid")
     )
+    others = "valid" in has or ("trajectory_end" in has and not np.array_equal(end, terminated))
+    last = truncated | end
     # A termination ends its trajectory, unless another column says where trajectories end.
-    may_go_on, marked = "not_terminated" in has, truncated | end
-    only_terminations = "trajectory_end" not in has or np.array_equal(end, terminated)
-    if may_go_on and only_terminations and "valid" not in has:
-        may_go_on = broken is not None and "trajectory_end" not in has
-        if may_go_on and broken is not None:
-            marked[:-1] |= terminated[:-1] & broken
-    last = marked if may_go_on else marked | terminated
+    if "not_terminated" in has and broken is not None and not has & {"trajectory_end", "valid"}:
+        last[:-1] |= terminated[:-1] & broken
+    elif "not_terminated" not in has or not others:
+        last |= terminated
     last = (last & valid & np.append(valid[1:], True)) | ~valid
     last[-1] = True
-    unmarked = only_terminations and not has & {"truncated", "valid"}
+    unmarked = not others and "truncated" not in has
     if table.episode is not None:
         last = _numbered(table, last, table.episode)
     elif unmarked and broken is not None:
