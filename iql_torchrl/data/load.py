@@ -113,10 +113,11 @@ def load_dataset(
     Warns with ``DatasetWarning``, and adds the sentence to ``notes``, where marks contradict the
     rows: a termination after which the same trajectory continues; terminations at one fixed length
     in every episode; truncation marks inside smooth motion; no mark at all in a table that jumps;
-    ends of episodes that do not lie where the rows jump (``readers.contradictions`` says what is
+    ends of episodes that do not lie where the rows jump (``readers.motion`` says what is
     measured); a ``next_observation`` that is not the following
     row's observation inside an episode, or is at truncated ends;
-    terminations in nearly every row of a trajectory. Also where most rows are dropped, most
+    terminations in nearly every row of a trajectory. Also where float32 removes changes of float64
+    observations, most rows are dropped, most
     episodes have one row, or actions look like encoded categories; and where a dataset class of
     TorchRL has lost values (``readers.torchrl_datasets``), or part of a d3rlpy source is not read. A
     memory-mapped table that is reused repeats its warnings.
