@@ -33,7 +33,6 @@ from iql_torchrl.descriptions import bounds_in_words, describe_space
 
 __all__ = ["BlockChecker"]
 
-
 #: How many leading rows are looked at for changes that rounding removes, of how many columns.
 SAMPLE, COLUMNS = 1024, 128
 #: Changes of fewer units in the last place are removed, or far from what they were.
@@ -90,13 +89,15 @@ class BlockChecker:
                     f"{self.source.name}: {dotted(key)} has rows of shape {shape}, expected "
                     f"{expected.shape}; pass the env the data came from."
                 )
-            if expected.dtype == torch.float32 and values.dtype.itemsize > 4:
+            rounded = expected.dtype == torch.float32 and values.dtype.itemsize > 4
+            if rounded and key[0] == "observation":
                 self._keep_sample(key, values)
 
     def _keep_sample(self, key: Key, values: NDArray[Any]) -> None:
-        kept = self.samples.setdefault(key, []) if key[0] == "observation" else []
-        if key[0] == "observation" and (left := SAMPLE - sum(map(len, kept))) > 0:
-            rows = values[:left].reshape(len(values[:left]), -1)[:, :COLUMNS]
+        """The leading rows of values that float32 rounds."""
+        kept = self.samples.setdefault(key, [])
+        if (left := SAMPLE - sum(map(len, kept))) > 0:
+            rows = values.reshape(len(values), -1)[:left, :COLUMNS]
             kept.append(rows.astype(np.float64))
 
     def check(self, block: Mapping[Key, Tensor], start: int) -> None:
@@ -248,23 +249,25 @@ class BlockChecker:
 
 
 def _lost_by_rounding(key: str, rows: NDArray[np.float64], names: list[str]) -> Iterator[str]:
-    """A sentence for each column of ``(rows, columns)`` whose changes float32 removes.
+    """A sentence on columns of ``(rows, columns)`` whose changes from row to row float32 removes.
 
-    ``names``: of the columns, where there are as many.
+    ``names``: of the columns, where there are as many. Changes of a part in 1e12 may be of the rounding
+    of float64 and do not count.
     """
-    changes = np.abs(np.diff(rows, axis=0))
-    units = np.spacing(np.abs(rows[1:]).astype(np.float32)).astype(np.float64)
-    # Smaller changes are of the rounding of float64.
-    smallest = 1e-12 * np.abs(rows).max(axis=0)
-    for column in np.flatnonzero(np.ptp(rows, axis=0) > smallest):
-        moved = changes[:, column] > 0
-        change, unit = np.median(changes[moved, column]), np.median(units[moved, column])
-        if change < UNITS * unit:
-            name = repr(names[column]) if len(names) == rows.shape[1] else column
-            yield (
-                f"{key}: column {name} changes by about {change:.3g} from row to row, but float32 "
-                f"numbers of its size ({np.abs(rows[:, column]).max():.6g}) are {unit:.3g} apart: "
-                "different values become equal, or their differences wrong. Subtract a constant from "
-                "the column, such as the start from times; if the changes are only noise, ignore this "
-                "warning."
-            )
+    varying = np.flatnonzero(np.ptp(rows, axis=0) > 1e-12 * np.abs(rows).max(axis=0))
+    if not varying.size:
+        return
+    values = rows[1:, varying]
+    changes, units = np.abs(values - rows[:-1, varying]), np.spacing(np.abs(values).astype("f4"))
+    changes[changes == 0] = np.nan
+    change, unit = np.nanmedian(changes, axis=0), np.median(units, axis=0)
+    if not len(lost := np.flatnonzero(change < UNITS * unit)):
+        return
+    first, columns = lost[0], varying[lost].tolist()
+    which = [repr(names[c]) if len(names) == rows.shape[1] else str(c) for c in columns]
+    yield (
+        f"{key}: column {', '.join(which[:8])} changes by about {change[first]:.3g} from row to row, "
+        f"but float32 numbers of its size ({np.abs(values[:, first]).max():.6g}) are "
+        f"{unit[first]:.3g} apart: different values become equal, or their differences wrong. Subtract a constant from "
+        "the column, such as the start from times; if the changes are only noise, ignore this warning."
+    )

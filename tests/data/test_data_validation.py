@@ -248,12 +248,10 @@ def test_changes_that_float32_removes_are_reported(times, apart):
         assert not texts or words in texts[0]
     assert warned(data | {"time": times - times[0]}, columns=columns) == []
     assert warned(data, columns=columns, dtype=torch.float64) == []
-    data["observation"] = data["next_observation"] = np.stack([ROWS / 7, times], 1)
-    data |= {"truncated": ROWS % 5 == 4, "terminated": ROWS < 0}
-    texts = warned({key: data[key] for key in table()}, columns={"next_observation": None})
-    assert [text[:28] for text in texts] == ["arrays: observation: column 1"[:28]] * (
-        apart is not None
-    )
+    data = table() | {"observation": np.stack([times, ROWS / 7, times], 1)}
+    texts = warned(data, columns={"next_observation": None})
+    assert len(texts) == (apart is not None)
+    assert not texts or "observation: column 0, 2 changes" in texts[0]
 
 
 NUMBERS = ROWS % 4

@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from iql_torchrl.data.readers.arrays import Column, ComputedColumn
 from iql_torchrl.data.readers.motion import Motion, differs, motion_of
 from iql_torchrl.data.readers.source import ReadOptions
-from iql_torchrl.data.schema import ACTION, LOG_PROB, MASK, REWARD, DatasetError, Key, dotted
+from iql_torchrl.data.schema import (
+    ACTION,
+    LOG_PROB,
+    MASK,
+    NEXT_MASK,
+    REWARD,
+    DatasetError,
+    Key,
+    dotted,
+)
 
 Flags: TypeAlias = NDArray[np.bool_]
 #: Names of columns that mark ends of trajectories in some files, terminations in others. In a file
@@ -108,9 +117,9 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
     entries: dict[Key, Column] = {}
     rows: int | None = None
     for key, path in paths.items():
-        leaves = (
-            _leaves(columns, path) if key in GROUPS else {(): _single(name, columns, key, path)}
-        )
+        leaves = _leaves(columns, path)
+        if key not in GROUPS:
+            leaves = {(): _single(name, columns, key, path)}
         place = ("next", key.removeprefix("next_")) if key in OF_NEXT else (key,)
         for rest, column in leaves.items():
             if not rest or column.shape:
@@ -119,6 +128,8 @@ def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> T
                 entries[(*place, *rest)] = column
     if not rows:
         raise DatasetError(f"{name}: observation has 0 rows; expected at least one transition.")
+    if MASK not in entries:
+        entries.pop(NEXT_MASK, None)
     if (reward := entries.get(REWARD)) is None:  # left out: data without a task
         entries[REWARD] = np.zeros(rows, np.float32)
     elif options.columns.get("reward") and reward.dtype == np.bool_:
@@ -360,7 +371,8 @@ def _categories(table: Table, key: Key) -> gym.Space[Any]:
     """
     counts: Any = 0
     for side in (key, ("next", *key)):
-        column = table.columns.get(side, table.columns[key])
+        if (column := table.columns.get(side)) is None:
+            continue
         kind, shape = np.dtype(column.dtype), tuple(column.shape[1:])
         if kind.kind not in "iu" or len(shape) > 1:
             raise DatasetError(
