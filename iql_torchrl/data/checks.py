@@ -268,6 +268,7 @@ def _lost_by_rounding(key: str, rows: NDArray[np.float64], names: list[str]) -> 
     yield (
         f"{key}: column {', '.join(which[:8])} changes by about {change[first]:.3g} from row to row, "
         f"but float32 numbers of its size ({np.abs(values[:, first]).max():.6g}) are "
-        f"{unit[first]:.3g} apart: different values become equal, or their differences wrong. Subtract a constant from "
-        "the column, such as the start from times; if the changes are only noise, ignore this warning."
+        f"{unit[first]:.3g} apart: different values become equal, or their differences wrong. Subtract "
+        "a constant from the column, such as the start from times; if the changes are only noise, "
+        "ignore this warning."
     )
