@@ -17,7 +17,7 @@ from torchrl.data import ReplayBuffer, Storage
 from iql_torchrl.data.build import build
 from iql_torchrl.data.dataset import Description, OfflineDataset
 from iql_torchrl.data.readers.d3rlpy import D3rlpyBuffer
-from iql_torchrl.data.readers.environments import EnvLike, env_maker, recorded_env_maker
+from iql_torchrl.data.readers.environments import EnvLike, env_maker, recorded_env
 from iql_torchrl.data.readers.huggingface import HuggingFaceTable
 from iql_torchrl.data.readers.opening import open_source
 from iql_torchrl.data.readers.source import ReadOptions, joined_env
@@ -158,7 +158,7 @@ def dataset_fields(
         warnings.warn(text, DatasetWarning, stacklevel=3)
     maker, spec = None if env is None else env_maker(env), description.env_spec
     if maker is None and spec is not None:
-        maker = recorded_env_maker(spec)
+        maker = partial(recorded_env, spec)
     if maker and description.joined:
         maker = partial(joined_env, maker, description.joined)
     scores = known_scores(reference_scores) or description.reference_scores
