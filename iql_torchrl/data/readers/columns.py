@@ -342,26 +342,18 @@ def _hint(key: str, columns: Mapping[str, Column]) -> str:
     )
 
 
-def guess_observation_space(table: Table) -> gym.Space[Any]:
-    """A space per leaf."""
-    spaces: dict[Key, gym.Space[Any]] = {}
-    for key, column in table.observation.items():
-        kind, shape = np.dtype(column.dtype), tuple(column.shape[1:])
-        if kind.kind == "f":
-            spaces[key] = gym.spaces.Box(-np.inf, np.inf, shape, kind.type)
-        elif kind == np.uint8 and len(shape) >= 2:
-            spaces[key] = gym.spaces.Box(0, 255, shape, np.uint8)
-        else:
-            spaces[key] = _categories(table, key)
-    return spaces[("observation",)] if ("observation",) in spaces else _nested(spaces)
-
-
-def _nested(spaces: dict[Key, gym.Space[Any]]) -> gym.Space[Any]:
-    children: dict[str, Any] = {}
-    for name in dict.fromkeys(key[1] for key in spaces):
-        inner = {key[1:]: space for key, space in spaces.items() if key[1] == name}
-        children[name] = inner[(name,)] if (name,) in inner else _nested(inner)
-    return gym.spaces.Dict(children)
+def guess_observation_space(table: Table, key: Key = ("observation",)) -> gym.Space[Any]:
+    """The space of the column ``key``, or of the columns below it."""
+    if (column := table.columns.get(key)) is None:
+        size = len(key)
+        inner = dict.fromkeys(k[: size + 1] for k in table.observation if k[:size] == key)
+        return gym.spaces.Dict({each[-1]: guess_observation_space(table, each) for each in inner})
+    kind, shape = np.dtype(column.dtype), tuple(column.shape[1:])
+    if kind.kind == "f":
+        return gym.spaces.Box(-np.inf, np.inf, shape, kind.type)
+    if kind == np.uint8 and len(shape) >= 2:
+        return gym.spaces.Box(0, 255, shape, np.uint8)
+    return _categories(table, key)
 
 
 def _categories(table: Table, key: Key) -> gym.Space[Any]:
