@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         reads.add_argument("--limit", type=int, help="at most this many transitions")
         reads.add_argument("--concatenate", nargs="+", help="leaves of a Dict observation to join")
         reads.add_argument(
-            "--columns", nargs="+", type=_column, metavar="KEY=NAME",
+            "--columns", nargs="+", type=_column, metavar="KEY=NAME", default=(),
             help="the file's names of our keys; KEY=A,B,C joins columns, KEY= leaves one out",
         )  # fmt: skip
     build.add_argument("folder", metavar="FOLDER", type=Path, help="of the table")
@@ -84,10 +84,8 @@ def _column(text: str) -> tuple[str, str | list[str] | None]:
 
 def _reading(options: argparse.Namespace) -> dict[str, Any]:
     """The options of ``load_dataset`` that were given."""
-    names = ("env", "limit", "concatenate")
-    return {name: getattr(options, name) for name in names} | {
-        "columns": dict(options.columns) if options.columns else None
-    }
+    read = {name: getattr(options, name) for name in ("env", "limit", "concatenate")}
+    return {**read, "columns": dict(options.columns)}
 
 
 def _list(_: argparse.Namespace) -> None:

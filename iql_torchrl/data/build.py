@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from torch import Tensor
 from tqdm import tqdm
 
-from iql_torchrl.data.checks import BlockChecker, check_dtypes
+from iql_torchrl.data.checks import BlockChecker
 from iql_torchrl.data.dataset import Description
 from iql_torchrl.data.readers.source import ReadOptions, Source
 from iql_torchrl.data.scaling import RewardMap, StatisticsAccumulator, reward_map
@@ -134,7 +134,7 @@ def fill(source: Source, table: Table, options: ReadOptions) -> Description:
         total=index.rows, desc=source.name, unit="row", unit_scale=True, leave=False,
         disable=None if options.progress is None else not options.progress,
     ) as bar:  # fmt: skip
-        for block, start in _blocks(source, table, measured):
+        for block, start in _blocks(source, table, measured, checker):
             block[EPISODE].copy_(torch.from_numpy(index.ids(start, start + len(block[REWARD]))))
             checker.check(block, start)
             for key, accumulator in measured.statistics.items():
@@ -206,14 +206,14 @@ class _Measured:
 
 
 def _blocks(
-    source: Source, table: Table, measured: _Measured
+    source: Source, table: Table, measured: _Measured, checker: BlockChecker
 ) -> Iterator[tuple[dict[Key, Tensor], int]]:
     """The source's rows in consecutive blocks of the table, each with its first row."""
     row, total = 0, table.rows
     starts = category_starts(source.observation_space, source.action_space)
     block = table.block(0, min(table.block_rows, total))
     for piece in source.pieces():
-        check_dtypes(source.name, piece, table.layout)
+        checker.check_piece(piece, table.layout)
         size, done = len(piece[REWARD]), 0
         if row + size > total:
             raise DatasetError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium as gym
@@ -16,6 +16,7 @@ from iql_torchrl.data.readers.source import Piece, Source
 from iql_torchrl.data.schema import (
     ACTION,
     DONE,
+    EPISODE,
     MASK,
     NEXT_MASK,
     REWARD,
@@ -30,35 +31,17 @@ from iql_torchrl.data.schema import (
 )
 from iql_torchrl.descriptions import bounds_in_words, describe_space
 
-__all__ = ["BlockChecker", "check_dtypes"]
+__all__ = ["BlockChecker"]
 
-
-def check_dtypes(name: str, piece: Piece, layout: Layout) -> None:
-    """Raises where integers would become floats, or floats integers or marks, and on bad shapes."""
-    for key, values in piece.items():
-        expected, kind = layout[key], values.dtype.kind
-        if expected.dtype == torch.bool:
-            fits = kind == "b" or (kind in "iuf" and bool(((values == 0) | (values == 1)).all()))
-        elif expected.dtype.is_floating_point:  # rewards may be stored as integers
-            fits = kind in ("fiu" if key == REWARD else "f")
-        else:
-            fits = kind in "iub"
-        if not fits:
-            raise DatasetError(
-                f"{name}: {dotted(key)} has {values.dtype} values, expected {expected.dtype}"
-                f"{' (0 or 1)' if expected.dtype == torch.bool else ''}; convert it, or pass the env "
-                "it came from: integers and floats are never cast into each other."
-            )
-        if values[0].size != int(np.prod(expected.shape)):
-            raise DatasetError(
-                f"{name}: {dotted(key)} has rows of shape {values.shape[1:]}, expected "
-                f"{expected.shape}; pass the env the data came from."
-            )
+#: How many leading rows are looked at for changes that rounding removes, of how many columns.
+SAMPLE, COLUMNS = 1024, 128
+#: Changes of fewer units in the last place are removed, or far from what they were.
+UNITS = 8
 
 
 @dataclass
 class BlockChecker:
-    """Checks consecutive blocks of transitions, and repairs two faults of the end marks.
+    """Checks pieces and consecutive blocks of transitions; repairs two faults of the end marks.
 
     It repairs in place, and counts: a step marked both terminated and truncated (it becomes
     terminated), and an episode whose last step has neither mark (it was cut there: truncated). With
@@ -73,6 +56,49 @@ class BlockChecker:
     clipped: int = 0
     terminated_ends: int = 0
     last_terminated: bool = False
+    samples: dict[Key, list[NDArray[Any]]] = field(default_factory=dict)
+
+    def check_piece(self, piece: Piece, layout: Layout) -> None:
+        """Raises where the source has other entries, kinds of numbers or row shapes than its table."""
+        expected_keys = [key for key in layout if key not in (DONE, EPISODE)]
+        if piece.keys() != set(expected_keys):
+            raise DatasetError(
+                f"{self.source.name}: the data has the leaves {', '.join(map(dotted, piece))}; its "
+                f"spaces have {', '.join(map(dotted, expected_keys))}; expected the same: pass the env "
+                "the data came from."
+            )
+        for key, values in piece.items():
+            expected, kind, shape = layout[key], values.dtype.kind, values.shape[1:]
+            if expected.dtype == torch.bool:
+                fits = kind == "b" or (
+                    kind in "iuf" and bool(((values == 0) | (values == 1)).all())
+                )
+            elif expected.dtype.is_floating_point:  # rewards may be stored as integers
+                fits = kind in ("fiu" if key == REWARD else "f")
+            else:
+                fits = kind in "iub"
+            if not fits:
+                raise DatasetError(
+                    f"{self.source.name}: {dotted(key)} has {values.dtype} values, expected "
+                    f"{expected.dtype}{' (0 or 1)' if expected.dtype == torch.bool else ''}; convert "
+                    "it, or pass the env it came from: integers and floats are never cast into each "
+                    "other."
+                )
+            if shape != expected.shape and {shape, expected.shape} != {(), (1,)}:
+                raise DatasetError(
+                    f"{self.source.name}: {dotted(key)} has rows of shape {shape}, expected "
+                    f"{expected.shape}; pass the env the data came from."
+                )
+            rounded = expected.dtype == torch.float32 and values.dtype.itemsize > 4
+            if rounded and key[0] == "observation":
+                self._keep_sample(key, values)
+
+    def _keep_sample(self, key: Key, values: NDArray[Any]) -> None:
+        """The leading rows of values that float32 rounds."""
+        kept = self.samples.setdefault(key, [])
+        if (left := SAMPLE - sum(map(len, kept))) > 0:
+            rows = values.reshape(len(values), -1)[:left, :COLUMNS]
+            kept.append(rows.astype(np.float64))
 
     def check(self, block: Mapping[Key, Tensor], start: int) -> None:
         """Check the rows from ``start`` on; raises ``DatasetError`` naming the first wrong one."""
@@ -193,7 +219,8 @@ class BlockChecker:
             (ended == ended[0]).all() and lengths[-1] <= ended[0]
         ):
             column, remedy = "", "store those ends as truncations"
-            if (name := self.source.termination) is not None:
+            paths = self.source.paths
+            if name := paths.get("terminated", paths.get("trajectory_end")):
                 column = f" ({name!r})"
                 remedy = f"pass columns={{'terminated': None, 'truncated': {name!r}}}"
             yield (
@@ -212,7 +239,36 @@ class BlockChecker:
                 f"{self.no_mark} episodes end without a mark; their last step was marked truncated "
                 "(bootstrapped)."
             )
+        for key, kept in self.samples.items():
+            names = self.source.paths.get(dotted(key), "").split(", ")
+            yield from _lost_by_rounding(dotted(key), np.concatenate(kept), names)
         space = self.source.action_space
         if self.clipped and isinstance(space, gym.spaces.Box):
             bounds = bounds_in_words(space.low, space.high)
             yield f"{self.clipped} rows had actions outside {bounds}; clipped."
+
+
+def _lost_by_rounding(key: str, rows: NDArray[np.float64], names: list[str]) -> Iterator[str]:
+    """A sentence on columns of ``(rows, columns)`` whose changes from row to row float32 removes.
+
+    ``names``: of the columns, where there are as many. Changes of a part in 1e12 may be of the rounding
+    of float64 and do not count.
+    """
+    varying = np.flatnonzero(np.ptp(rows, axis=0) > 1e-12 * np.abs(rows).max(axis=0))
+    if not varying.size:
+        return
+    values = rows[1:, varying]
+    changes, units = np.abs(values - rows[:-1, varying]), np.spacing(np.abs(values).astype("f4"))
+    changes[changes == 0] = np.nan
+    change, unit = np.nanmedian(changes, axis=0), np.median(units, axis=0)
+    if not len(lost := np.flatnonzero(change < UNITS * unit)):
+        return
+    first, columns = lost[0], varying[lost].tolist()
+    which = [repr(names[c]) if len(names) == rows.shape[1] else str(c) for c in columns]
+    yield (
+        f"{key}: column {', '.join(which[:8])} changes by about {change[first]:.3g} from row to row, "
+        f"but float32 numbers of its size ({np.abs(values[:, first]).max():.6g}) are "
+        f"{unit[first]:.3g} apart: different values become equal, or their differences wrong. Subtract "
+        "a constant from the column, such as the start from times; if the changes are only noise, "
+        "ignore this warning."
+    )

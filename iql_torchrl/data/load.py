@@ -17,7 +17,7 @@ from torchrl.data import ReplayBuffer, Storage
 from iql_torchrl.data.build import build
 from iql_torchrl.data.dataset import Description, OfflineDataset
 from iql_torchrl.data.readers.d3rlpy import D3rlpyBuffer
-from iql_torchrl.data.readers.environments import EnvLike, env_maker, recorded_env_maker
+from iql_torchrl.data.readers.environments import EnvLike, env_maker, recorded_env
 from iql_torchrl.data.readers.huggingface import HuggingFaceTable
 from iql_torchrl.data.readers.opening import open_source
 from iql_torchrl.data.readers.source import ReadOptions, joined_env
@@ -113,10 +113,11 @@ def load_dataset(
     Warns with ``DatasetWarning``, and adds the sentence to ``notes``, where marks contradict the
     rows: a termination after which the same trajectory continues; terminations at one fixed length
     in every episode; truncation marks inside smooth motion; no mark at all in a table that jumps;
-    ends of episodes that do not lie where the rows jump (``readers.contradictions`` says what is
+    ends of episodes that do not lie where the rows jump (``readers.motion`` says what is
     measured); a ``next_observation`` that is not the following
     row's observation inside an episode, or is at truncated ends;
-    terminations in nearly every row of a trajectory. Also where most rows are dropped, most
+    terminations in nearly every row of a trajectory. Also where float32 removes changes of float64
+    observations, most rows are dropped, most
     episodes have one row, or actions look like encoded categories; and where a dataset class of
     TorchRL has lost values (``readers.torchrl_datasets``), or part of a d3rlpy source is not read. A
     memory-mapped table that is reused repeats its warnings.
@@ -157,7 +158,7 @@ def dataset_fields(
         warnings.warn(text, DatasetWarning, stacklevel=3)
     maker, spec = None if env is None else env_maker(env), description.env_spec
     if maker is None and spec is not None:
-        maker = recorded_env_maker(spec)
+        maker = partial(recorded_env, spec)
     if maker and description.joined:
         maker = partial(joined_env, maker, description.joined)
     scores = known_scores(reference_scores) or description.reference_scores

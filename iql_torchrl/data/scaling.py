@@ -111,10 +111,8 @@ class StatisticsAccumulator:
         self.low, self.high = np.full(size, np.inf), np.full(size, -np.inf)
 
     def update(self, values: Tensor) -> None:
-        """Adds rows ``(B, *shape)``."""
+        """Adds rows ``(B, *shape)``, at least one."""
         rows = values.detach().cpu().numpy().reshape(len(values), -1).astype(np.float64)
-        if not len(rows):
-            return
         self.low = np.minimum(self.low, rows.min(axis=0))
         self.high = np.maximum(self.high, rows.max(axis=0))
         mean = rows.mean(axis=0)

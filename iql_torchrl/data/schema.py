@@ -43,6 +43,10 @@ class DatasetError(ValueError):
     """The data cannot be used; the message names the place and what to do."""
 
 
+class MissingPackageError(DatasetError, ImportError):
+    """An optional package is missing, which the data need; the message says how to install it."""
+
+
 class DatasetWarning(UserWarning):
     """The data can be used, but something in it may be wrong and should be checked."""
 

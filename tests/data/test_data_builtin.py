@@ -82,8 +82,9 @@ def test_pendulum_is_a_real_minari_dataset_whose_seeds_and_actions_replay_it(roo
 
 def test_the_seed_decides_the_log(tmp_path, monkeypatch):
     logs = []
-    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
-        monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / folder))
+    monkeypatch.chdir(tmp_path)
+    for folder, seed in ((tmp_path / "a", 0), ("relative", 0), (tmp_path / "c", 1)):
+        monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder))
         make_dataset(PENDULUM, episodes=4, seed=seed, progress=False)
         logs.append(load_dataset(PENDULUM).transitions)
     assert (logs[0] == logs[1]).all()

@@ -4,7 +4,7 @@ import gymnasium as gym
 import pytest
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
-from iql_torchrl.data.readers.environments import recorded_env_maker
+from iql_torchrl.data.readers.environments import recorded_env
 from iql_torchrl.data.schema import DatasetError
 
 
@@ -20,14 +20,14 @@ def spec(id="Pendulum-v1", entry_point=f"{__name__}:Danger", **options):
 
 
 def test_an_entry_point_in_a_table_is_not_called_and_wrappers_of_gymnasium_are_made():
-    made = recorded_env_maker(spec(kwargs={"g": 5.0}, max_episode_steps=7))()
+    made = recorded_env(spec(kwargs={"g": 5.0}, max_episode_steps=7))
     assert type(made.unwrapped).__name__ == "PendulumEnv"
     assert made.unwrapped.g == 5.0
     assert made.spec.max_episode_steps == 7
     wrapper = WrapperSpec("TimeAware", "gymnasium.wrappers.stateful_observation:TimeAwareObservation", {
         "flatten": True, "normalize_time": False, "dict_time_key": "time",
     })  # fmt: skip
-    made = recorded_env_maker(spec(additional_wrappers=(wrapper,), max_episode_steps=9))()
+    made = recorded_env(spec(additional_wrappers=(wrapper,), max_episode_steps=9))
     assert made.observation_space.shape == (4,)
 
 
@@ -53,4 +53,4 @@ RENDERING = "gymnasium.wrappers.rendering"
 )
 def test_what_a_table_may_not_name(stored, message):
     with pytest.raises(DatasetError, match=message):
-        recorded_env_maker(stored)()
+        recorded_env(stored)

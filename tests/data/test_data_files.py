@@ -119,6 +119,8 @@ def test_mask_successors_come_from_the_next_row():
     own = data | {"next_action_mask": mask[::-1]}
     for columns, expected in ((data, [0, 0, 1, 0, 1]), (own, [0, 0, 0, 0, 1])):
         assert load_dataset(columns).transitions["next", "action_mask"][:, 3].tolist() == expected
+    unmasked = load_dataset(own, columns={"action_mask": None}, action_space=gym.spaces.Discrete(4))
+    assert "action_mask" not in unmasked.transitions["next"].sorted_keys
 
 
 # -- one log in every format

@@ -74,8 +74,12 @@ BAD = [
     (adding(action_log_prob=np.zeros((15, 2))), "action_log_prob|(15, 2)"),
     (both(lambda o: np.full(15, 5)), "observation|row", IN_BOX | {"observation_space": Discrete(5)}),
     (both(lambda o: np.ones(15)), "float64|int64", IN_BOX | {"observation_space": Discrete(5)}),
-    (to("observation", lambda o: o[:, :2]), "(2,)|(3,)", {"observation_space": Box(-9, 9, (3,))}),
-    (to("next_observation", lambda o: o[:, :2]), "next/observation|(2,)"),
+    (both(lambda o: o[:, :2]), "(2,)|(3,)", {"observation_space": Box(-9, 9, (3,))}),
+    (to("next_observation", lambda o: o[:, :2]), "next_observation|(2,)|(3,)"),
+    (
+        each(both(lambda o: o[:, 0]), to("next_observation", lambda o: o[:, None])),
+        "next_observation|(1,)|()",
+    ),
     (to("reward", lambda r: r[:-1]), "reward|14|15"),
     (to("action", lambda a: a[:-2]), "action|13|15"),
     (to("terminated", lambda t: np.append(t, False)), "terminated|16|15"),
@@ -129,15 +133,15 @@ BAD = [
     (keep, "'rew'", {"columns": {"rew": "reward"}}),
     (keep, "reward|name of one column", {"columns": {"reward": ["a", "b"]}}),
     (keep, "observation|name of one column|list of names", {"columns": {"observation": []}}),
-    (keep, "observation|'a' among others|reward", {"columns": {"observation": ["a", "reward"]}}),
+    (keep, "observation to 'a'|the data has|reward", {"columns": {"observation": ["a", "reward"]}}),
     (
-        adding(a=np.ones((10, 2))),
-        "'a' among others|shape (10, 2)|one number a row",
+        adding(a=np.ones((15, 2))),
+        "'a', one of the columns of observation|shape (15, 2)|(15, 1)",
         {"columns": {"observation": ["reward", "a"]}},
     ),
     (
         adding(a=np.ones(9)),
-        "'a' among others|shape (9,)|in as many rows",
+        "'a', one of the columns of observation|9 rows|15",
         {"columns": {"observation": ["reward", "a"]}},
     ),
     (keep, "left out", {"columns": {"action": None}}),
@@ -161,7 +165,7 @@ BAD = [
     (keep, "env: expected|got int", {"env": 3}),
     (keep, "the leaves|expected the same", {"observation_space": Dict(a=BOX)}),
     (both(lambda o: np.full((15, 3), 2)), "observation|row 0", {"observation_space": MultiBinary(3)}),
-    (keep, "expected () for Text", {"observation_space": Text(3)}),
+    (keep, "observation: a Text space has no tensor form", {"observation_space": Text(3)}),
     (both(lambda o: {"a": o, "b": ROWS}), "joins only Boxes of floats", {"concatenate": ["a", "b"]}),
 ]  # fmt: skip
 BAD_DISCRETE = [
@@ -221,6 +225,33 @@ def test_states_that_occur_as_next_observations_only_are_in_the_guessed_space():
     assert load_dataset(data).observation_space == Discrete(6)
     both(lambda o: np.stack([o, 0 * o], 1))(data)
     assert load_dataset(data).observation_space == MultiDiscrete([6, 1])
+
+
+@pytest.mark.parametrize(
+    ("times", "apart"),
+    [
+        (1.7e9 + 2.0 * ROWS, "128"),  # Unix seconds: every 64th would be another number
+        (-1.7e9 - 0.01 * ROWS, "128"),
+        (2.0**24 + ROWS, "2"),
+        (1.7e9 + 3600.0 * ROWS, None),  # 28 units of rounding
+        (2.0 * ROWS, None),
+        (1 + 1e-15 * ROWS, None),  # the rounding of float64
+        (np.full(15, 1.7e9), None),
+    ],
+)
+def test_changes_that_float32_removes_are_reported(times, apart):
+    columns = {"observation": ["x", "time"], "next_observation": None}
+    data = table() | {"x": table()["observation"][:, 0].astype(float), "time": times}
+    texts = warned(data, columns=columns)
+    assert len(texts) == (apart is not None)
+    for words in ("observation: column 'time' changes", f"are {apart} apart", "Subtract"):
+        assert not texts or words in texts[0]
+    assert warned(data | {"time": times - times[0]}, columns=columns) == []
+    assert warned(data, columns=columns, dtype=torch.float64) == []
+    data = table() | {"observation": np.stack([times, ROWS / 7, times], 1)}
+    texts = warned(data, columns={"next_observation": None})
+    assert len(texts) == (apart is not None)
+    assert not texts or "observation: column 0, 2 changes" in texts[0]
 
 
 NUMBERS = ROWS % 4

@@ -115,7 +115,7 @@ def _path(name: str) -> Path:
 
 def _write(name: str, recipe: Recipe, episodes: list[EpisodeBuffer], env: EnvSpec) -> None:
     """Write a log into the user's Minari folder, completely or not at all."""
-    root = Path(get_dataset_path())
+    root = Path(get_dataset_path()).absolute()  # Minari joins relative paths twice when it writes
     with tempfile.TemporaryDirectory(prefix=".making-", dir=root) as scratch:
         # Minari takes its folder from the environment only.
         inside = mock.patch.dict(os.environ, {"MINARI_DATASETS_PATH": scratch})

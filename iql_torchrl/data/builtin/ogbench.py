@@ -29,7 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from iql_torchrl.data.builtin.recipes import Act, import_for_recipe, play
+from iql_torchrl.data.builtin.recipes import Act, play
+from iql_torchrl.data.readers.arrays import package
 from iql_torchrl.data.readers.ogbench import PREFIX, ogbench_folder
 from iql_torchrl.data.saved import folder_lock
 from iql_torchrl.files import whole_file
@@ -75,9 +76,9 @@ def make_ogbench(name: str, *, episodes: int, seed: int, progress: bool) -> None
     Raises ``ValueError`` where the file exists, ``ImportError`` without the package ``ogbench``.
     """
     recipe, path = OGBENCH_LOCAL[name], ogbench_path(name)
-    import_for_recipe("ogbench", name, extra="ogbench")
-    versions = {package: version(package) for package in ("ogbench", "mujoco", "numpy")}
-    made_with = "-".join(f"{package}{number}" for package, number in versions.items())
+    package("ogbench", f"making {name!r}", "ogbench")
+    versions = {each: version(each) for each in ("ogbench", "mujoco", "numpy")}
+    made_with = "-".join(f"{each}{number}" for each, number in versions.items())
     parts = path.with_name(f".making-{path.stem}-seed{seed}-{made_with}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with folder_lock(parts):

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from importlib import import_module
 from typing import Any, TypeAlias
 
 import gymnasium
@@ -16,6 +15,8 @@ from gymnasium.envs.registration import EnvSpec
 from minari.data_collector import EpisodeBuffer
 from numpy.typing import NDArray
 from tqdm import tqdm
+
+from iql_torchrl.data.readers.arrays import package
 
 Act: TypeAlias = Callable[[Any, Mapping[str, Any]], Any]
 """``act(observation, info) -> action`` of one episode."""
@@ -70,7 +71,7 @@ def record(
     name: str, recipe: Recipe, episodes: int, seed: int, progress: bool
 ) -> tuple[list[EpisodeBuffer], EnvSpec]:
     """The log, and the environment that was logged; the same arguments give the same log."""
-    import_for_recipe(recipe.package, name)
+    package(recipe.package, f"making {name!r}", "datasets")
     registered = gymnasium.spec(recipe.environment)
     options = {**registered.kwargs, **recipe.options}
     spec = replace(registered, kwargs=options, disable_env_checker=recipe.disable_env_checker)
@@ -113,17 +114,6 @@ def _stacked(values: list[Any]) -> Any:
     if not isinstance(values[0], Mapping):
         return np.stack(values)
     return {key: np.stack([each[key] for each in values]) for key in values[0]}
-
-
-def import_for_recipe(module: str, dataset: str, *, extra: str = "datasets") -> None:
-    """Import an optional package of ``extra``. ``ImportError`` names what to install."""
-    try:
-        import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"making {dataset!r} needs the package {module!r} ({error}): "
-            f'pip install "iql_torchrl[{extra}]"'
-        ) from error
 
 
 def swing_up_torque(observation: NDArray[Any]) -> NDArray[np.float32]:

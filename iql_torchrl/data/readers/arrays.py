@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage, VideoClipRef
 
-from iql_torchrl.data.schema import DatasetError
+from iql_torchrl.data.schema import DatasetError, MissingPackageError
 from iql_torchrl.descriptions import one_line
 
 NO_FRAMES = (
@@ -44,12 +45,12 @@ def reading(path: Path, problem: str, *errors: type[Exception]) -> Iterator[None
 
 
 def package(name: str, reader: str, extra: str = "readers") -> Any:
-    """An optional package. ``DatasetError`` says how to install it for ``reader``."""
+    """An optional package. ``MissingPackageError`` says how to install it for ``reader``."""
     try:
         return import_module(name)
     except ImportError as error:
         needed = name.partition(".")[0]
-        raise DatasetError(
+        raise MissingPackageError(
             f"{reader}: needs the package {needed} ({one_line(error)}): "
             f'pip install "iql_torchrl[{extra}]"'
         ) from error
@@ -139,39 +140,31 @@ class UnreadableColumn:
         raise DatasetError(self._reason)
 
 
-class JoinedColumns:
-    """Columns of one number a row as one of floats, ``(rows, columns)``."""
+class ComputedColumn:
+    """A column whose rows ``read`` gives; nothing is copied before it is asked for."""
 
-    dtype = np.dtype(np.float64)
-
-    def __init__(self, columns: Sequence[Column]) -> None:
-        self._columns = columns
-        self.shape = (columns[0].shape[0], len(columns))
-
-    def __getitem__(self, rows: slice, /) -> NDArray[Any]:
-        parts = [np.asarray(column[rows], np.float64).reshape(-1) for column in self._columns]
-        return np.stack(parts, axis=1)
-
-
-class _ChosenRows:
-    """Some rows of a column, in their order; values are not copied before they are asked for."""
-
-    def __init__(self, column: Column, rows: NDArray[np.int64]) -> None:
-        self._column, self._rows = column, rows
-        self.shape, self.dtype = (len(rows), *column.shape[1:]), column.dtype
+    def __init__(
+        self, shape: tuple[int, ...], dtype: Any, read: Callable[[slice], NDArray[Any]]
+    ) -> None:
+        self.shape, self.dtype, self._read = shape, np.dtype(dtype), read
 
     def __getitem__(self, rows: slice, /) -> NDArray[Any]:
-        chosen = self._rows[rows]
-        start, stop = (int(chosen[0]), int(chosen[-1]) + 1) if len(chosen) else (0, 0)
-        values: NDArray[Any] = np.asarray(self._column[start:stop])[chosen - start]
-        return values
+        return self._read(rows)
 
 
 def chosen_rows(columns: Mapping[str, Column], keep: NDArray[np.bool_]) -> dict[str, Column]:
     """The columns without the rows where ``keep`` is False; their values are not copied."""
-    rows = np.flatnonzero(keep)
+    kept = np.flatnonzero(keep)
+
+    def read(column: Column, rows: slice) -> NDArray[Any]:
+        chosen = kept[rows]
+        start, stop = (int(chosen[0]), int(chosen[-1]) + 1) if len(chosen) else (0, 0)
+        return np.asarray(column[start:stop])[chosen - start]
+
     return {
-        name: column if isinstance(column, UnreadableColumn) else _ChosenRows(column, rows)
+        name: column
+        if isinstance(column, UnreadableColumn)
+        else ComputedColumn((len(kept), *column.shape[1:]), column.dtype, partial(read, column))
         for name, column in columns.items()
     }
 

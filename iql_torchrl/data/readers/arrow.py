@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -115,16 +116,12 @@ class _Leaf:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the values; text for what are no numbers or pictures, which is not read."""
+        """Of the values; another kind than numbers for what is not read, such as text."""
         if _is_picture(self.kind):
             return np.dtype(np.uint8)
-        if (
-            self.kind == pa.bool_()
-            or pa.types.is_integer(self.kind)
-            or pa.types.is_floating(self.kind)
-        ):
+        with suppress(NotImplementedError):
             return np.dtype(self.kind.to_pandas_dtype())
-        return np.dtype(np.str_)
+        return np.dtype(object)
 
     def read(self, start: int, stop: int) -> tuple[Any, tuple[str, ...]]:
         """Rows of the table as one array, down to its first lists, and the remaining path."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import gymnasium as gym
@@ -11,10 +12,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, JoinedColumns
+from iql_torchrl.data.readers.arrays import Column, ComputedColumn
+from iql_torchrl.data.readers.motion import Motion, differs, motion_of
 from iql_torchrl.data.readers.source import ReadOptions
-from iql_torchrl.data.schema import DatasetError, Key, leaf_spaces
-from iql_torchrl.descriptions import describe_space
+from iql_torchrl.data.schema import (
+    ACTION,
+    LOG_PROB,
+    MASK,
+    NEXT_MASK,
+    REWARD,
+    DatasetError,
+    Key,
+    dotted,
+)
 
 Flags: TypeAlias = NDArray[np.bool_]
 #: Names of columns that mark ends of trajectories in some files, terminations in others. In a file
@@ -23,6 +33,10 @@ TRAJECTORY_ENDS = ("terminals", "dones_float")
 #: Keys without which there are no transitions.
 REQUIRED = ("observation", "action", "reward", "terminated")
 
+#: Keys that may name a group of columns.
+GROUPS = ("observation", "next_observation")
+#: Keys of what follows a row, which ``next`` has in a table of transitions.
+OF_NEXT = ("reward", "next_observation", "next_action_mask")
 #: Keys of columns of 0 and 1.
 FLAGS = ("terminated", "not_terminated", "truncated", "trajectory_end", "valid")
 #: Keys of one number a row.
@@ -59,163 +73,170 @@ MOST_FLOAT_CATEGORIES = 1000
 
 @dataclass(frozen=True)
 class Table:
-    """The columns under our names; observations by leaf key.
+    """The columns of a source by our keys.
 
-    ``flags``: for each of ``FLAGS`` a mark in each row, ``(rows,)``; where the file has none, all rows
-    are valid and no other mark is set. ``paths``: the columns' names in the file. ``unused``: its other
-    columns, by their names.
+    ``columns``: what transitions contain, by its key in their table, without marks; ``next`` as far
+    as the source has it. ``flags``: for each of ``FLAGS`` a mark in each row, ``(rows,)``; where the
+    file has none, all rows are valid and no other mark is set. ``episode``: the number of each row's
+    episode, if known. ``paths``: by our names, the names in the file. ``unused``: its other columns.
     """
 
     name: str
     rows: int
-    observation: dict[Key, Column]
-    next_observation: dict[Key, Column] | None
-    columns: dict[str, Column]
+    columns: dict[Key, Column]
     flags: dict[str, Flags]
+    episode: NDArray[Any] | None
     paths: dict[str, str]
     unused: dict[str, Column]
 
+    @property
+    def observation(self) -> dict[Key, Column]:
+        return {key: column for key, column in self.columns.items() if key[0] == "observation"}
 
-@dataclass(frozen=True)
-class Ends:
-    """Marks of a table's rows, each ``(rows,)``.
+    @property
+    def next_observation(self) -> dict[Key, Column]:
+        """By the keys of ``observation``; empty where it is unknown."""
+        following = ("next", "observation")
+        return {key[1:]: column for key, column in self.columns.items() if key[:2] == following}
 
-    Attributes:
-        terminated: the row terminates: the value of its successor is 0.
-        truncated: the row is the last of its trajectory for another reason.
-        last: the last row of each trajectory, including rows that are not transitions.
-        valid: False at rows that are not transitions and only contain the last next observation.
-        broken: the row's ``next_observation`` is not the following row's observation, ``(rows -
-            1,)``; None without ``next_observation``.
-    """
+    @cached_property
+    def broken(self) -> Flags | None:
+        """Rows whose ``next_observation`` is not the next row's observation, ``(rows - 1,)``."""
+        following = self.next_observation
+        return differs(self.observation, following, self.rows) if following else None
 
-    terminated: Flags
-    truncated: Flags
-    last: Flags
-    valid: Flags
-    broken: Flags | None
+    @cached_property
+    def motion(self) -> Motion | None:
+        return motion_of(self.observation, self.columns[ACTION])
 
 
 def read_table(name: str, columns: dict[str, Column], options: ReadOptions) -> Table:
     """The columns by our keys, each with one row of numbers a step; raises ``DatasetError``."""
-    columns = _with_joined(name, columns, options)
+    columns = columns | _joined(name, columns, options)
     paths = _paths(name, columns, options.named)
-    named: dict[str, Column] = {}
-    observed: dict[str, dict[Key, Column]] = {"observation": {}, "next_observation": {}}
+    entries: dict[Key, Column] = {}
+    rows: int | None = None
     for key, path in paths.items():
-        leaves = {
-            ("observation", *p.removeprefix(path).split("/")[1:]): column
-            for p, column in columns.items()
-            if p == path or (p.startswith(f"{path}/") and column.shape)
-        }
-        if key in observed:
-            observed[key] = leaves
-        elif path in columns:
-            named[key] = columns[path]
-        else:
-            inner = ", ".join("/".join(leaf[1:]) for leaf in leaves)
-            raise DatasetError(
-                f"{name}: {key} ({path!r}) is a group of {inner}; expected one array."
-            )
-    observation, following = observed["observation"], observed["next_observation"]
-    if not following:
-        paths.pop("next_observation", None)
-    elif set(following) != set(observation):
-        raise DatasetError(
-            f"{name}: next_observation has the leaves {sorted(following)}, observation has "
-            f"{sorted(observation)}; expected the same."
-        )
-    if options.columns.get("reward") and named["reward"].dtype == np.bool_:
-        named["reward"] = np.asarray(named["reward"][:], np.float32)  # such as LeRobot's success
-    if "reward" not in named:  # left out: data without a task
-        named["reward"] = np.zeros(next(iter(observation.values())).shape[0], np.float32)
-    every = {"/".join(key): column for key, column in observation.items()}
-    every |= {"next/" + "/".join(key): column for key, column in following.items()}
-    rows = _checked_rows(name, every | named)
-    return Table(
-        name, rows, observation, following or None, named, _flags(name, rows, named, paths), paths,
+        leaves = _leaves(columns, path)
+        if key not in GROUPS:
+            leaves = {(): _single(name, columns, key, path)}
+        place = ("next", key.removeprefix("next_")) if key in OF_NEXT else (key,)
+        for rest, column in leaves.items():
+            if not rest or column.shape:
+                subject = "/".join((key, *rest))
+                rows = _checked_rows(f"{name}: {subject}", column, rows, key in SINGLE)
+                entries[(*place, *rest)] = column
+    if not rows:
+        raise DatasetError(f"{name}: observation has 0 rows; expected at least one transition.")
+    if MASK not in entries:
+        entries.pop(NEXT_MASK, None)
+    if (reward := entries.get(REWARD)) is None:  # left out: data without a task
+        entries[REWARD] = np.zeros(rows, np.float32)
+    elif options.columns.get("reward") and reward.dtype == np.bool_:
+        entries[REWARD] = np.asarray(reward[:], np.float32)  # such as LeRobot's success
+    marks = {k: np.ravel(entries.pop((k,))[:]) for k in (*FLAGS, "episode") if k in paths}
+    table = Table(
+        name, rows, entries, _flags(name, rows, marks, paths), marks.get("episode"), paths,
         unused={path: column for path, column in columns.items() if path not in paths.values()},
     )  # fmt: skip
+    observed, following = (
+        ", ".join(
+            sorted(f"{dotted(key)} {tuple(column.shape[1:])}" for key, column in side.items())
+        )
+        for side in (table.observation, table.next_observation)
+    )
+    if following not in ("", observed):
+        raise DatasetError(
+            f"{name}: next_observation has the leaves {following}, observation has {observed}; "
+            "expected the same."
+        )
+    return table
 
 
-def _with_joined(name: str, columns: dict[str, Column], options: ReadOptions) -> dict[str, Column]:
-    """With a column for each list of names in ``options.columns``."""
-    joined = {}
-    for key, path in options.named.items():
-        listed = options.columns[key]
+def _leaves(columns: Mapping[str, Column], path: str) -> dict[Key, Column]:
+    """The column ``path`` by the key ``()``, or those of the group ``path`` by their further names."""
+    return {
+        tuple(name.removeprefix(path).split("/")[1:]): column
+        for name, column in columns.items()
+        if name == path or name.startswith(f"{path}/")
+    }
+
+
+def _single(name: str, columns: Mapping[str, Column], key: str, path: str) -> Column:
+    """The column ``path``, which is no group."""
+    leaves = _leaves(columns, path)
+    if () in leaves:
+        return leaves[()]
+    inner = ", ".join(map("/".join, leaves))
+    raise DatasetError(f"{name}: {key} ({path!r}) is a group of {inner}; expected one array.")
+
+
+def _joined(name: str, columns: Mapping[str, Column], options: ReadOptions) -> dict[str, Column]:
+    """A column of floats for each list of columns of one number in ``options.columns``."""
+    joined: dict[str, Column] = {}
+    for key, listed in options.columns.items():
         if listed is None or isinstance(listed, str):
             continue
         parts: list[Column] = []
+        rows: int | None = None
         for each in listed:
-            column = columns.get(each, columns.get(each.replace(".", "/")))
-            if column is None:
-                raise DatasetError(
-                    f"{name}: columns maps {key} to {each!r} among others; the data has "
-                    f"{', '.join(sorted(columns))}."
-                )
-            rows, kind = tuple(column.shape[:1]), np.dtype(column.dtype)
-            alike = not parts or rows == tuple(parts[0].shape[:1])
-            if not (rows and alike and _single(column) and kind.kind in "biuf"):
-                raise DatasetError(
-                    f"{name}: columns maps {key} to {each!r} among others, which has {kind} values "
-                    f"of shape {tuple(column.shape)}; expected one number a row, in as many rows."
-                )
-            parts.append(column)
-        joined[str(path)] = JoinedColumns(parts)
-    return {**columns, **joined}
+            parts.append(_single(name, columns, key, _named(name, columns, key, each)))
+            subject = f"{name}: {each!r}, one of the columns of {key},"
+            rows = _checked_rows(subject, parts[-1], rows, single=True)
+        joined[str(options.named[key])] = _side_by_side(parts)
+    return joined
 
 
-def _checked_rows(name: str, columns: Mapping[str, Column]) -> int:
-    """The number of rows; raises unless each column, the first an observation, has numbers in each."""
-    rows = -1
-    for key, column in columns.items():
-        shape, kind = tuple(column.shape), np.dtype(column.dtype)
-        rows = shape[0] if rows < 0 and shape else rows
-        if not shape:
-            problem = f"is a single value of dtype {kind}"
-        elif kind.kind == "O":
-            problem = "has Python objects (dtype object): rows of different lengths, or no numbers"
-        elif kind.kind not in "biuf":
-            problem = f"has {kind} values of shape {shape}"
-        elif 0 in shape[1:]:
-            problem = f"has shape {shape}: its rows hold no numbers"
-        elif shape[0] != rows:
-            problem = f"has {shape[0]} rows, observation has {rows}"
-        elif key in SINGLE and not _single(column):
-            problem = f"has shape {shape}, where ({rows},) or ({rows}, 1) is needed"
-        else:
-            continue
-        raise DatasetError(
-            f"{name}: {key} {problem}; expected an array of real numbers or booleans with one row per "
-            "step, all rows of one shape. Join episodes of different lengths with numpy.concatenate "
-            "and mark their ends."
-        )
-    if not rows:
-        raise DatasetError(f"{name}: observation has 0 rows; expected at least one transition.")
-    return rows
+def _side_by_side(parts: list[Column]) -> Column:
+    def read(rows: slice) -> NDArray[Any]:
+        return np.stack([np.asarray(p[rows], np.float64).reshape(-1) for p in parts], axis=1)
+
+    return ComputedColumn((parts[0].shape[0], len(parts)), np.float64, read)
 
 
-def _single(column: Column) -> bool:
-    """One number a row."""
-    return int(np.prod(column.shape[1:])) == 1
+def _checked_rows(subject: str, column: Column, rows: int | None, single: bool) -> int:
+    """The column's number of rows, which is ``rows`` if known; raises unless each holds numbers.
+
+    ``single``: one number.
+    """
+    shape, kind = tuple(column.shape), np.dtype(column.dtype)
+    if not shape:
+        problem = f"is a single value of dtype {kind}"
+    elif kind.kind == "O":
+        problem = "has Python objects (dtype object): rows of different lengths, or no numbers"
+    elif kind.kind not in "biuf":
+        problem = f"has {kind} values of shape {shape}"
+    elif 0 in shape[1:]:
+        problem = f"has shape {shape}: its rows hold no numbers"
+    elif rows not in (None, shape[0]):
+        problem = f"has {shape[0]} rows, where the columns before it have {rows}"
+    elif single and int(np.prod(shape[1:])) != 1:
+        problem = f"has shape {shape}, where ({shape[0]},) or ({shape[0]}, 1) is needed"
+    else:
+        return shape[0]
+    raise DatasetError(
+        f"{subject} {problem}; expected an array of real numbers or booleans with one row per step, "
+        "all rows of one shape. Join episodes of different lengths with numpy.concatenate and mark "
+        "their ends."
+    )
 
 
 def _flags(
-    name: str, rows: int, columns: Mapping[str, Column], paths: Mapping[str, str]
+    name: str, rows: int, marks: Mapping[str, NDArray[Any]], paths: Mapping[str, str]
 ) -> dict[str, Flags]:
     flags = {}
     for key in FLAGS:
-        values = np.ravel(columns[key][:]) if key in columns else np.full(rows, key == "valid")
+        values = marks.get(key, np.full(rows, key == "valid"))
         if len(wrong := np.flatnonzero((values != 0) & (values != 1))):
             raise DatasetError(
                 f"{name}: {key} ({paths[key]!r}) has {values[wrong[0]]} in {len(wrong)} of {rows} rows "
                 f"with other values than 0 and 1, first at row {wrong[0]}; expected 0 or 1."
             )
         flags[key] = values.astype(np.bool_)
-    if "not_terminated" not in columns:
+    if "not_terminated" not in marks:
         return flags
     opposite = ~flags["not_terminated"]
-    if "terminated" in columns and len(differ := np.flatnonzero(flags["terminated"] != opposite)):
+    if "terminated" in marks and len(differ := np.flatnonzero(flags["terminated"] != opposite)):
         first, second = paths["not_terminated"], paths["terminated"]
         raise DatasetError(
             f"{name}: {first!r} (0 where a row terminates) and {second!r} (1 there) disagree in "
@@ -259,29 +280,32 @@ def _paths(
     return {key: path for key, path in paths.items() if path is not None}
 
 
+def _named(name: str, columns: Mapping[str, Column], key: str, path: str) -> str:
+    """The column, or group of columns, that ``columns`` names for a key."""
+    # LeRobot's names have dots, such as next.reward.
+    for present in (path, path.replace(".", "/")):
+        if _leaves(columns, present):
+            return present
+    raise DatasetError(
+        f"{name}: columns maps {key} to {path!r}; the data has {', '.join(sorted(columns))}."
+    )
+
+
 def _find(
     name: str, columns: Mapping[str, Column], mapping: Mapping[str, str | None], key: str
 ) -> str | None:
     """The column (or group of columns) of a key."""
-    present = {
-        "/".join(path.split("/")[:n]) for path in columns for n in range(1, path.count("/") + 2)
-    }
-    listing = ", ".join(sorted(columns)) or "nothing"
-    if (named := mapping.get(key)) is not None:
-        # LeRobot's names have dots, such as next.reward.
-        for path in (named, named.replace(".", "/")):
-            if path in present:
-                return path
-        raise DatasetError(f"{name}: columns maps {key} to {named!r}; the data has {listing}.")
+    if (path := mapping.get(key)) is not None:
+        return _named(name, columns, key, path)
     if key in mapping:
-        if key in REQUIRED and key not in ("reward", "terminated"):
+        if key in ("observation", "action"):
             raise DatasetError(f"{name}: {key} cannot be left out.")
         return None
-    matches = [path for path in NAMES[key] if path in present]
+    matches = [path for path in NAMES[key] if _leaves(columns, path)]
     if key not in (*REQUIRED, "next_observation"):  # neither single numbers nor groups
         matches = [p for p in matches if p in columns and columns[p].shape]
     if key in ("not_terminated", "valid"):  # other kinds of columns may have these names
-        matches = [p for p in matches if _single(columns[p])]
+        matches = [p for p in matches if np.prod(columns[p].shape[1:]) == 1]
     if len(matches) > 1:
         raise DatasetError(
             f"{name}: {key} could be any of {', '.join(matches)}; choose with "
@@ -289,8 +313,8 @@ def _find(
         )
     if not matches and key in REQUIRED:
         raise DatasetError(
-            f"{name}: no column for {key} among {listing}; name it with "
-            f"columns={{{key!r}: ...}}.{_hint(key, columns)}"
+            f"{name}: no column for {key} among {', '.join(sorted(columns)) or 'nothing'}; name it "
+            f"with columns={{{key!r}: ...}}.{_hint(key, columns)}"
         )
     return matches[0] if matches else None
 
@@ -318,48 +342,40 @@ def _hint(key: str, columns: Mapping[str, Column]) -> str:
     )
 
 
-def guess_observation_space(table: Table) -> gym.Space[Any]:
-    """A space per leaf; the number of categories includes those of ``next_observation``."""
-    spaces: dict[Key, gym.Space[Any]] = {}
-    for key, column in table.observation.items():
-        columns = {"/".join(key): column}
-        if table.next_observation is not None:  # terminal states occur only there
-            following = table.next_observation[key]
-            if np.dtype(following.dtype).kind in "iu" and following.shape == column.shape:
-                columns["next/" + "/".join(key)] = following
-        kind, shape = np.dtype(column.dtype), tuple(column.shape[1:])
-        if kind.kind == "f":
-            spaces[key] = gym.spaces.Box(-np.inf, np.inf, shape, kind.type)
-        elif kind == np.uint8 and len(shape) >= 2:
-            spaces[key] = gym.spaces.Box(0, 255, shape, np.uint8)
-        else:
-            spaces[key] = _categories(table, columns)
-    return spaces[("observation",)] if ("observation",) in spaces else _nested(spaces)
+def guess_observation_space(table: Table, key: Key = ("observation",)) -> gym.Space[Any]:
+    """The space of the column ``key``, or of the columns below it."""
+    if (column := table.columns.get(key)) is None:
+        size = len(key)
+        inner = dict.fromkeys(k[: size + 1] for k in table.observation if k[:size] == key)
+        return gym.spaces.Dict({each[-1]: guess_observation_space(table, each) for each in inner})
+    kind, shape = np.dtype(column.dtype), tuple(column.shape[1:])
+    if kind.kind == "f":
+        return gym.spaces.Box(-np.inf, np.inf, shape, kind.type)
+    if kind == np.uint8 and len(shape) >= 2:
+        return gym.spaces.Box(0, 255, shape, np.uint8)
+    return _categories(table, key)
 
 
-def _nested(spaces: dict[Key, gym.Space[Any]]) -> gym.Space[Any]:
-    children: dict[str, Any] = {}
-    for name in dict.fromkeys(key[1] for key in spaces):
-        inner = {key[1:]: space for key, space in spaces.items() if key[1] == name}
-        children[name] = inner[(name,)] if (name,) in inner else _nested(inner)
-    return gym.spaces.Dict(children)
+def _categories(table: Table, key: Key) -> gym.Space[Any]:
+    """Discrete for integers ``(N,)`` or ``(N, 1)``, MultiDiscrete for ``(N, k)``.
 
-
-def _categories(table: Table, columns: Mapping[str, Column]) -> gym.Space[Any]:
-    """Discrete for integers ``(N,)`` or ``(N, 1)``, MultiDiscrete for ``(N, k)``, for all columns."""
+    Categories of ``next`` count too: terminal states occur only there.
+    """
     counts: Any = 0
-    for key, column in columns.items():
+    for side in (key, ("next", *key)):
+        if (column := table.columns.get(side)) is None:
+            continue
         kind, shape = np.dtype(column.dtype), tuple(column.shape[1:])
         if kind.kind not in "iu" or len(shape) > 1:
             raise DatasetError(
-                f"{table.name}: {key} has {kind} values of row shape {shape}; expected floats, integer "
-                "categories, or uint8 pictures."
+                f"{table.name}: {dotted(side)} has {kind} values of row shape {shape}; expected "
+                "floats, integer categories, or uint8 pictures."
             )
         values = np.asarray(column[:]).reshape(table.rows, -1)
         wrong = (values < 0) | (values >= MOST_CATEGORIES)
         if wrong.any():
             raise DatasetError(
-                f"{table.name}: {key} has the value {values[wrong][0]}, first at row "
+                f"{table.name}: {dotted(side)} has the value {values[wrong][0]}, first at row "
                 f"{wrong.any(axis=1).argmax()}, which is no category; expected numbers from 0 to "
                 f"{MOST_CATEGORIES - 1:,}: number the categories from 0, or store numbers as floats."
             )
@@ -371,7 +387,7 @@ def _categories(table: Table, columns: Mapping[str, Column]) -> gym.Space[Any]:
 
 def guess_action_space(table: Table) -> tuple[gym.Space[Any], str, str]:
     """A space for the actions; a note on what was assumed, and a warning, or empty texts."""
-    column, mask = table.columns["action"], table.columns.get("action_mask")
+    column, mask = table.columns[ACTION], table.columns.get(MASK)
     kind, shape, path = np.dtype(column.dtype), tuple(column.shape[1:]), table.paths["action"]
     if kind.kind != "f" and mask is not None and mask.shape[1:]:
         return gym.spaces.Discrete(int(mask.shape[1])), "", ""
@@ -398,9 +414,9 @@ def guess_action_space(table: Table) -> tuple[gym.Space[Any], str, str]:
             "argmax(axis=1), integers of shape (N,)."
         )
     if kind.kind != "f":
-        space = _categories(table, {"action": column})
+        space = _categories(table, ACTION)
         note = f"action space taken from the largest logged action: {space}."
-        return space, note, "" if _single(column) else warning
+        return space, note, warning if low.size > 1 else ""
     if warning:
         low, high = np.minimum(low, -1), np.maximum(high, 1)
     elif low.min() >= -1 and high.max() <= 1:
@@ -415,57 +431,20 @@ def guess_action_space(table: Table) -> tuple[gym.Space[Any], str, str]:
     return gym.spaces.Box(low, high, shape, kind.type), note, warning
 
 
-def fit_to_spaces(
-    table: Table,
-    observation_space: gym.Space[Any],
-    action_space: gym.Space[Any],
-    text_as: torch.dtype | None,
-) -> None:
-    """Raises unless every column has its space's row shape.
+def text_as_floats(table: Table, spaces: Mapping[Key, gym.Space[Any]], dtype: torch.dtype) -> None:
+    """Whole numbers of a table of text become floats where the space has these, by key.
 
-    With ``text_as`` the table is of text, in which whole numbers may mean floats: they become floats
-    where the space has these, unless ``text_as`` would round one.
+    Raises ``DatasetError`` where ``dtype`` would round one.
     """
-    leaves = leaf_spaces(observation_space)
-    if set(leaves) != set(table.observation):
-        raise DatasetError(
-            f"{table.name}: the data's observation has the leaves {sorted(table.observation)}, the "
-            f"environment's {sorted(leaves)}; expected the same."
-        )
-    places: list[tuple[str, dict[Any, Column], Any, gym.Space[Any]]] = [
-        ("action", table.columns, "action", action_space)
-    ]
-    for prefix, columns in (("", table.observation), ("next/", table.next_observation or {})):
-        places += [(prefix + "/".join(key), columns, key, leaves[key]) for key in columns]
-    if (log_prob := table.columns.get("action_log_prob")) is not None:
-        numbers = gym.spaces.Box(-np.inf, 0, log_prob.shape[1:])
-        places.append(("action_log_prob", table.columns, "action_log_prob", numbers))
-    for name, columns, key, space in places:
-        shape, expected = tuple(columns[key].shape[1:]), tuple(space.shape or ())
-        if shape != expected and (shape, expected) != ((1,), ()):
+    for key, column in table.columns.items():
+        space = spaces.get(key[1:] if key[0] == "next" else key)
+        floats = isinstance(space, gym.spaces.Box) and np.dtype(space.dtype).kind == "f"
+        if np.dtype(column.dtype).kind != "i" or not (floats or key == LOG_PROB):
+            continue
+        whole = np.asarray(column[:])
+        table.columns[key] = values = whole.astype(str(dtype).removeprefix("torch."))
+        if (lost := whole[values.astype(np.int64) != whole]).size:
             raise DatasetError(
-                f"{table.name}: {name} has rows of shape {shape} in {table.rows} rows; expected "
-                f"{expected} for {describe_space(space)}."
+                f"{table.name}: {dotted(key)} has the whole number {lost[0]}, which {dtype} would "
+                "round; pass dtype=torch.float64, or store smaller numbers."
             )
-        if text_as and isinstance(space, gym.spaces.Box) and np.dtype(space.dtype).kind == "f":
-            columns[key] = _as_floats(f"{table.name}: {name}", columns[key], text_as)
-    if (mask := table.columns.get("action_mask")) is not None:
-        count = int(action_space.n) if isinstance(action_space, gym.spaces.Discrete) else None
-        if tuple(mask.shape[1:]) != (count,):
-            raise DatasetError(
-                f"{table.name}: action_mask has rows of shape {tuple(mask.shape[1:])}; expected one "
-                f"entry per action of {action_space}."
-            )
-
-
-def _as_floats(name: str, column: Column, dtype: torch.dtype) -> Column:
-    whole = np.asarray(column[:])
-    if whole.dtype.kind != "i":
-        return column
-    values: NDArray[Any] = whole.astype(str(dtype).removeprefix("torch."))
-    if (lost := whole[values.astype(np.int64) != whole]).size:
-        raise DatasetError(
-            f"{name} has the whole number {lost[0]}, which {dtype} would round; pass "
-            "dtype=torch.float64, or store smaller numbers."
-        )
-    return values

@@ -1,25 +1,15 @@
-"""Whether a table's rows contradict its marks: how observations move, and what to say about it."""
+"""Whether a table's rows contradict its marks, and what to say about it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, UnreadableColumn
-from iql_torchrl.data.readers.columns import TRAJECTORY_ENDS, Ends, Flags, Table
-from iql_torchrl.data.schema import Key
+from iql_torchrl.data.readers.arrays import UnreadableColumn
+from iql_torchrl.data.readers.columns import TRAJECTORY_ENDS, Flags, Table
+from iql_torchrl.data.readers.motion import ROWS, differs, float_values
 
-CHUNK = 65_536
-#: How many numbers of one column ``differs`` compares at once.
-VALUES = 2**22
-#: Rows and columns that ``motion`` reads at most: the leading ones.
-ROWS, COLUMNS = 32_768, 128
-#: Smallest number of steps for which ``motion`` gives a result.
-STEPS = 20
-ROUNDS = 4
 #: Share of marked rows above which a statement about them is made.
 MOST = 0.9
 #: Columns that mark ends of trajectories other than terminations.
@@ -35,65 +25,31 @@ POSSIBLE_MARKS = (
 )  # fmt: skip
 
 
-def differs(
-    observed: Mapping[Key, Column], following: Mapping[Key, Column], steps: int, ahead: int = 1
-) -> NDArray[np.bool_]:
-    """Where ``following`` is not ``observed`` so many rows ``ahead``, in the leading ``steps`` rows.
-
-    The norm of the difference is above 1e-6; entries that differ by no more than 4 units of
-    rounding, of the less precise of the two columns' types, count as equal, and so does NaN, which
-    ``BlockChecker`` reports.
-    """
-    pairs = [(column, following[key]) for key, column in observed.items()]
-    steps = max(0, min(steps, pairs[0][0].shape[0] - ahead))
-    width = max(int(np.prod(column.shape[1:])) for column, _ in pairs)
-    chunk = max(1, min(CHUNK, VALUES // max(width, 1)))
-    broken = np.zeros(steps, np.bool_)
-    for start in range(0, steps, chunk):
-        stop = min(start + chunk, steps)
-        gap = np.zeros(stop - start)
-        for column, successors in pairs:
-            later = np.asarray(column[start + ahead : stop + ahead])
-            after = np.asarray(successors[start:stop])
-            kinds = [values.dtype for values in (later, after) if values.dtype.kind == "f"]
-            rounding = 4 * max((float(np.finfo(kind).eps) for kind in kinds), default=0.0)
-            later, after = later.astype(np.float64), after.astype(np.float64)
-            with np.errstate(invalid="ignore"):
-                difference = np.abs(later - after)
-                difference[difference <= rounding * np.abs(later)] = 0
-                gap += np.square(difference).reshape(stop - start, -1).sum(1)
-        broken[start:stop] = np.sqrt(np.nan_to_num(gap)) > 1e-6
-    return broken
-
-
 @dataclass(frozen=True)
-class Motion:
-    """How well a linear model predicts each row's observation from the row before it.
+class Ends:
+    """Marks of a table's rows, each ``(rows,)``.
 
-    ``error``: of the step from row t to row t + 1, ``(rows - 1,)``. ``jumps``: steps that are no
-    continued motion. ``unrelated``: error that 90 % of pairs of unrelated rows exceed.
+    Attributes:
+        terminated: the row terminates: the value of its successor is 0.
+        truncated: the row is the last of its trajectory for another reason.
+        last: the last row of each trajectory, including rows that are not transitions.
     """
 
-    error: NDArray[np.float64]
-    jumps: NDArray[np.bool_]
-    unrelated: float
+    terminated: Flags
+    truncated: Flags
+    last: Flags
 
 
-def continued_rows(
-    table: Table,
-    rows: NDArray[np.bool_],
-    ordinary: NDArray[np.bool_],
-    broken: NDArray[np.bool_] | None,
-) -> int:
+def continued_rows(table: Table, rows: Flags, ordinary: Flags) -> int:
     """How many of the marked ``rows`` are evidently followed by their own trajectory's next row.
 
     That is: the step to the next row is as well predicted as 99 % of the steps from ``ordinary``
     rows that do not jump, and where ``next_observation`` is known it equals the next row's
     observation (where it is merely that row's, also at ends, the second is true but not the first).
-    0 unless this is true for the share ``MOST`` of the marked rows that ``motion`` covers, and if the
+    0 unless this is true for the share ``MOST`` of the marked rows that the motion covers, and if the
     errors of unrelated and of successive rows do not differ.
     """
-    if not rows[:-1].any() or (moved := motion(table)) is None:
+    if not rows[:-1].any() or (moved := table.motion) is None:
         return 0
     steps = len(moved.error)
     marked, ordinary = rows[:steps], ordinary[:steps] & ~moved.jumps
@@ -101,81 +57,10 @@ def continued_rows(
         return 0
     limit = float(np.quantile(moved.error[ordinary], 0.99))
     smooth = marked & (moved.error <= limit)
-    if broken is not None:
-        smooth &= ~broken[:steps]
+    if table.broken is not None:
+        smooth &= ~table.broken[:steps]
     count = int(smooth.sum())
     return count if moved.unrelated > limit and count >= MOST * int(marked.sum()) else 0
-
-
-def float_values(table: Table, rows: int) -> NDArray[np.float64]:
-    """The leading float columns of the observation of the leading rows, ``(rows, k)``."""
-    parts = [
-        np.asarray(column[:rows], np.float64).reshape(rows, -1)[:, :COLUMNS]
-        for column in table.observation.values()
-        if np.dtype(column.dtype).kind == "f"
-    ]
-    return np.concatenate([np.empty((rows, 0)), *parts], axis=1)[:, :COLUMNS]
-
-
-def motion(table: Table) -> Motion | None:
-    """The motion of the table's leading ``ROWS`` rows, in its leading ``COLUMNS`` columns.
-
-    Measured: each float column of the observation, divided by its standard deviation, is predicted
-    one row ahead by least squares from the observation and the action of the row before (from a
-    constant alone where there are fewer than 10 steps per input). The fit is repeated on the 80 %
-    best predicted steps, so that jumps do not affect it. The error of a step is the root mean square
-    over columns of its residual, each column's in units of the 90 % quantile of its own residuals.
-    Columns that stay equal in half of the steps or more are left out.
-
-    A step is a jump if its error exceeds both 4 times the 80 % quantile of all errors and half the
-    median error of pairs of unrelated rows, and the residual exceeds 2 units in more than a third
-    of the columns (a collision changes few columns at once); or if it exceeds 20 units in more
-    than half of the columns.
-
-    None where this cannot be decided: fewer than ``STEPS`` steps, no moving float column, or numbers
-    that are not finite.
-    """
-    rows = min(table.rows, ROWS)
-    if rows <= STEPS:
-        return None
-    observed = float_values(table, rows)
-    actions = np.asarray(table.columns["action"][:rows], np.float64).reshape(rows, -1)[:, :COLUMNS]
-    if not (np.isfinite(observed).all() and np.isfinite(actions).all()):
-        return None
-    observed = observed[:, (np.diff(observed, axis=0) != 0).mean(axis=0) > 0.5]
-    if not observed.shape[1]:
-        return None
-    observed, actions = _standard(observed), _standard(actions[:, actions.std(axis=0) > 0])
-    inputs = np.column_stack([observed[:-1], actions[:-1], np.ones(rows - 1)])
-    if rows - 1 < 10 * inputs.shape[1]:
-        inputs = inputs[:, -1:]
-    change, well_predicted = np.diff(observed, axis=0), np.ones(rows - 1, np.bool_)
-    for _ in range(ROUNDS):
-        best = inputs[well_predicted]
-        square = best.T @ best
-        square[np.diag_indices_from(square)] += 1e-8 * len(best)
-        predicted = inputs @ np.linalg.solve(square, best.T @ change[well_predicted])
-        residual = np.abs(change - predicted)
-        # Changes below 1e-4 standard deviations may be rounding; they do not count as motion.
-        unit = np.maximum(np.quantile(residual[well_predicted], 0.9, axis=0), 1e-4)
-        error = _root_mean_square(residual / unit)
-        ordinary = float(np.quantile(error, 0.8))
-        well_predicted = error <= ordinary
-    shuffled = np.random.default_rng(0).permutation(rows - 1)
-    unrelated = _root_mean_square((observed[1:][shuffled] - observed[:-1] - predicted) / unit)
-    far = error > max(4 * ordinary, 0.5 * float(np.median(unrelated)))
-    far &= (residual > 2 * unit).mean(axis=1) > 1 / 3
-    everywhere = (residual > 20 * unit).mean(axis=1) > 0.5
-    return Motion(error, far | everywhere, float(np.quantile(unrelated, 0.1)))
-
-
-def _standard(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    scale = values.std(axis=0)
-    return np.asarray((values - values.mean(axis=0)) / np.where(scale > 0, scale, 1.0))
-
-
-def _root_mean_square(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.asarray(np.sqrt(np.square(values).mean(axis=1)))
 
 
 def contradictions(table: Table, ends: Ends, inside: int) -> list[str]:
@@ -184,7 +69,7 @@ def contradictions(table: Table, ends: Ends, inside: int) -> list[str]:
         _no_terminations(table) or _opposite(table, ends, inside),
         _continued(table, ends, "terminated"),
     ]
-    if ends.broken is None:
+    if table.broken is None:
         texts.append(_continued(table, ends, "truncated"))
     if not any(texts):
         texts.append(_breaks_inside(table, ends) or _continued(table, ends, "truncated"))
@@ -208,14 +93,14 @@ def _opposite(table: Table, ends: Ends, inside: int) -> str:
 
     In logs of bandits the following row is not the successor, and there is no warning.
     """
-    if "not_terminated" in table.columns:
+    if "not_terminated" in table.paths:
         key, opposite = "not_terminated", "terminated"
-        share = inside / max(1, int((ends.valid & ~ends.last).sum()))
+        share = inside / max(1, int((table.flags["valid"] & ~ends.last).sum()))
         evident = share > MOST
     else:
         key, opposite, share = "terminated", "not_terminated", float(ends.terminated.mean())
-        broken = ends.broken is not None and 2 * int(ends.broken.sum()) > len(ends.broken)
-        moved = motion(table) if share > MOST and table.rows > MANY and not broken else None
+        broken = table.broken is not None and 2 * int(table.broken.sum()) > len(table.broken)
+        moved = table.motion if share > MOST and table.rows > MANY and not broken else None
         evident = moved is not None and float(np.quantile(moved.error, 0.9)) < moved.unrelated
     if not evident:
         return ""
@@ -232,25 +117,30 @@ def _continued(table: Table, ends: Ends, key: str) -> str:
     See ``continued_rows``; where ``next_observation`` is known, truncated rows whose next observation
     is the following row's count. Single ones may be correct, in logs from which parts were removed.
     """
-    broken, known = ends.broken, ends.broken is not None and key == "truncated"
-    paths = [table.paths[k] for k in (MARKS if known else (key,)) if k in table.paths]
-    if not paths or not ends.valid.all() or (not known and "episode" in table.columns):
+    broken = table.broken if key == "truncated" else None
+    names = (key,) if broken is None else MARKS
+    paths = [table.paths[name] for name in names if name in table.paths]
+    if not paths or not table.flags["valid"].all():
         return ""
-    if key == "terminated" and "not_terminated" in table.columns:
+    if "episode" in table.paths and broken is None:
         return ""
-    marked = ends.terminated if key == "terminated" else ends.truncated & ~ends.terminated
-    rows = ends.last & marked
-    if broken is not None and key == "truncated":
+    if key == "terminated" and "not_terminated" in table.paths:
+        return ""
+    rows = ends.last & (
+        ends.terminated if key == "terminated" else ends.truncated & ~ends.terminated
+    )
+    if broken is None:
+        count = continued_rows(table, rows, ~ends.last)
+        rows = rows[: min(table.rows, ROWS) - 1]
+    else:
         rows = rows[:-1]
         count = int((rows & ~broken).sum())
         if rows.sum() < FEWEST or count < MOST * rows.sum():
             return ""
         if differs(table.observation, table.observation, ROWS).mean() <= 0.5:  # they hardly move
             return ""
-    elif not (count := continued_rows(table, rows, ~ends.last, ends.broken)):
+    if not count:
         return ""
-    else:
-        rows = rows[: min(table.rows, ROWS) - 1]
     path = ", ".join(map(repr, paths))
     text = (
         f"{count} of the {int(rows.sum())} rows marked {key} ({path}) are followed by a row that "
@@ -279,22 +169,21 @@ def _breaks_inside(table: Table, ends: Ends) -> str:
     inside episodes than at their ends, of which less than half jump, or if most of them lead to an
     observation like the first ones of episodes. In a table without any mark all are reported.
     """
-    marked, known = any(key in table.columns for key in MARKS), ends.broken is not None
-    if ends.broken is not None:
-        broken = ends.broken
-    elif not ends.valid.all() or (moved := motion(table)) is None:
+    marked, known = any(key in table.paths for key in MARKS), table.broken is not None
+    valid, broken = table.flags["valid"], table.broken
+    if broken is None and valid.all() and table.motion is not None:
+        broken = table.motion.jumps
+    if broken is None:
         return ""
-    else:
-        broken = moved.jumps
     at_end = ends.last[: len(broken)]
     # Without marks, episodes were cut where rows break.
-    inside = ends.valid[: len(broken)] & ~(at_end if marked or not known else ends.terminated[:-1])
+    inside = valid[: len(broken)] & ~(at_end if marked or not known else ends.terminated[:-1])
     breaks = broken & inside
     count, matching = int(breaks.sum()), int((broken & at_end).sum())
     if known and 2 * count > inside.sum():
         return _unrelated(table, inside, count)
     without_ends = (
-        not (ends.last[:-1] | ends.terminated[:-1]).any() and "episode" not in table.columns
+        not (ends.last[:-1] | ends.terminated[:-1]).any() and "episode" not in table.paths
     )
     if not known and not without_ends:
         misplaced = 2 * matching < at_end.sum() and count > matching
@@ -344,7 +233,7 @@ def _missing_or_shifted(marks: Flags, breaks: Flags) -> str:
 
 def _unrelated(table: Table, inside: Flags, count: int) -> str:
     """Most rows break: the sentence says what the next observations seem to be."""
-    path, following = table.paths["next_observation"], table.next_observation or {}
+    path, following = table.paths["next_observation"], table.next_observation
     reason = (
         "the next observations may be shifted, in another scale, or of other rows, or the rows are "
         "not in the order of time"
@@ -371,7 +260,7 @@ def _restarts(table: Table, at_end: Flags, jumps: Flags) -> bool:
 
     Where there are no more than ``FEWEST`` first ones, the range is widened.
     """
-    values = float_values(table, len(at_end) + 1)
+    values = float_values(table.observation, len(at_end) + 1)
     reached, starts = values[1:], values[np.append(True, at_end)]
     slack = 0.25 * values.std(axis=0) if len(starts) <= FEWEST else 0.0
     within = (reached >= starts.min(axis=0) - slack) & (reached <= starts.max(axis=0) + slack)

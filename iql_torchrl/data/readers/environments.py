@@ -15,7 +15,7 @@ from gymnasium.envs.registration import EnvSpec
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 
-__all__ = ["EnvLike", "env_maker", "recorded_env_maker"]
+__all__ = ["EnvLike", "env_maker", "recorded_env"]
 
 # Packages that register environments when they are imported, for a file that names one of theirs.
 PACKAGES = ("ale_py", "gymnasium_robotics", "icu_sepsis", "minigrid", "ogbench")
@@ -60,20 +60,16 @@ def _made(spec: str | EnvSpec) -> gym.Env[Any, Any]:
         ) from error
 
 
-def recorded_env_maker(spec: EnvSpec) -> Callable[[], gym.Env[Any, Any]]:
-    """A function that makes the environment whose ``spec`` came with a table or Minari's metadata.
+def recorded_env(stored: EnvSpec) -> gym.Env[Any, Any]:
+    """A fresh environment of a spec that came with a table or Minari's metadata.
 
     Such a file may come from anywhere, so it names no code: what is called is the entry point that is
     registered here under the spec's id, with the stored arguments and step limit. Of wrappers only
     Gymnasium's, without those that write files, and ours. The packages in ``PACKAGES`` are imported
     where the id is theirs; other packages the user imports.
 
-    The function raises ``DatasetError`` for anything else, with what to do.
+    Raises ``DatasetError`` for anything else, with what to do.
     """
-    return partial(_made_as_registered, spec)
-
-
-def _made_as_registered(stored: EnvSpec) -> gym.Env[Any, Any]:
     subject = f"environment {stored.id!r}, as the data name it,"
     if ":" in stored.id:
         raise DatasetError(
@@ -105,10 +101,7 @@ def _made_as_registered(stored: EnvSpec) -> gym.Env[Any, Any]:
 
 def _is_known_wrapper(entry_point: str) -> bool:
     module, _, name = entry_point.partition(":")
-    if entry_point in OWN_WRAPPERS:
-        return True
-    if not module.startswith("gymnasium.wrappers.") or name not in gym.wrappers.__all__:
-        return False
     with contextlib.suppress(ImportError, AttributeError):  # it lacks a package, or is a module
-        return name != "RecordVideo" and getattr(gym.wrappers, name).__module__ == module
-    return False
+        if name in gym.wrappers.__all__ and name != "RecordVideo":
+            return bool(getattr(gym.wrappers, name).__module__ == module)
+    return entry_point in OWN_WRAPPERS

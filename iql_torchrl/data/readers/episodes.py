@@ -8,27 +8,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, Opened
+from iql_torchrl.data.readers.arrays import Opened
 from iql_torchrl.data.readers.columns import (
-    Ends,
     Flags,
     Table,
-    fit_to_spaces,
     guess_action_space,
     guess_observation_space,
     read_table,
+    text_as_floats,
 )
-from iql_torchrl.data.readers.contradictions import MANY, continued_rows, contradictions, differs
+from iql_torchrl.data.readers.contradictions import MANY, Ends, continued_rows, contradictions
 from iql_torchrl.data.readers.source import Piece, ReadOptions, Source
 from iql_torchrl.data.schema import (
     ACTION,
     LOG_PROB,
     MASK,
-    NEXT_MASK,
     REWARD,
     TERMINATED,
     TRUNCATED,
     DatasetError,
+    leaf_spaces,
 )
 
 #: Most rows, and about the most bytes of observations, of one piece.
@@ -72,8 +71,10 @@ def table_source(opened: Opened, options: ReadOptions) -> Source:
     action_space, note, warning = options.action_space or opened.action_space, "", ""
     if action_space is None:
         action_space, note, warning = guess_action_space(table)
-    text_as = options.dtype if opened.text else None
-    fit_to_spaces(table, observation_space, action_space, text_as)
+    if opened.text:
+        text_as_floats(
+            table, leaf_spaces(observation_space) | {ACTION: action_space}, options.dtype
+        )
     ends = table_ends(table, options)
     rows, marks, lengths, notes = _transitions(table, ends, options.reward_offset)
     if not len(rows):
@@ -102,11 +103,11 @@ def table_source(opened: Opened, options: ReadOptions) -> Source:
         action_space=action_space,
         episode_lengths=lengths,
         pieces=pieces,
-        masked="action_mask" in table.columns,
-        log_prob="action_log_prob" in table.columns,
-        ends_known="truncated" in table.columns,
+        masked=MASK in table.columns,
+        log_prob=LOG_PROB in table.columns,
+        ends_known="truncated" in table.paths,
         terminates_inside=inside > 0,
-        termination=table.paths.get("terminated", table.paths.get("trajectory_end")),
+        paths=table.paths,
         env_spec=opened.env_spec,
         notes=(*opened.notes, *notes, *_mark_notes(table, ends, inside), *filter(None, [note])),
         warnings=(*opened.warnings, *(f"{table.name}: {text}" for text in doubts)),
@@ -119,7 +120,7 @@ def _transitions(
     """Rows that make transitions, their marks ``(n, 2)``, lengths of their episodes, and notes."""
     if reward_offset not in (0, 1):
         raise DatasetError(f"reward_offset: expected 0 or 1, got {reward_offset}")
-    last, drop, notes = ends.last, ~ends.valid, []
+    last, drop, notes = ends.last, ~table.flags["valid"], []
     marks = np.stack([ends.terminated, ends.truncated], axis=1)
     if drop.any():
         notes.append(
@@ -135,8 +136,8 @@ def _transitions(
         continuing = np.flatnonzero(~last)
         marks[continuing] = marks[continuing + 1]
     else:
-        if table.next_observation is None:
-            cut = last & ends.valid & ~ends.terminated  # A terminated row needs no successor.
+        if not table.next_observation:
+            cut = last & ~drop & ~ends.terminated  # A terminated row needs no successor.
             drop = drop | cut
             if cut.any():
                 notes.append(
@@ -160,63 +161,44 @@ def _transitions(
 
 
 def _piece(table: Table, rows: NDArray[np.int64], at_end: Flags, reward_offset: int) -> Piece:
-    """The transitions of the given rows, which increase, without their marks."""
+    """The transitions of the given rows, which increase, without their marks.
+
+    Without a known successor, an observation is its own and every action is allowed.
+    """
     start, stop = int(rows[0]), int(rows[-1]) + 1
-    complete = len(rows) == stop - start
-    here: Any = slice(0, len(rows)) if complete else rows - start
-    after: Any = slice(1, len(rows) + 1) if complete else rows - start + 1
-
-    def read(column: Column) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The values of the rows and of the rows after them, read once: decoding takes long."""
-        values = np.asarray(column[start : stop + 1])
-        if stop == table.rows:  # no row follows the last one
-            values = np.concatenate([values, values[-1:]])
-        return values[here], values[after]
-
-    def replaced(successors: NDArray[Any], at_ends: NDArray[Any]) -> NDArray[Any]:
-        return np.where(at_end.reshape(-1, *[1] * (successors.ndim - 1)), at_ends, successors)
-
+    here: Any = slice(0, len(rows)) if len(rows) == stop - start else rows - start
+    after = rows - start + ~at_end
     piece: Piece = {}
-    for key, column in table.observation.items():
-        piece[key], successors = read(column)
-        if table.next_observation is None:
-            piece[("next", *key)] = replaced(successors, piece[key])
-        else:
-            piece[("next", *key)] = read(table.next_observation[key])[0]
-    piece[ACTION] = read(table.columns["action"])[0]
-    piece[REWARD] = read(table.columns["reward"])[reward_offset].reshape(-1)
-    if (mask := table.columns.get("action_mask")) is not None:
-        piece[MASK], successors = read(mask)
-        if (next_mask := table.columns.get("next_action_mask")) is not None:
-            piece[NEXT_MASK] = read(next_mask)[0]
-        else:
-            piece[NEXT_MASK] = replaced(successors, np.ones_like(piece[MASK]))
-    if (log_prob := table.columns.get("action_log_prob")) is not None:
-        piece[LOG_PROB] = read(log_prob)[0].reshape(-1)
+    for key, column in table.columns.items():
+        values = np.asarray(column[start : stop + 1])  # once for both: decoding takes long
+        piece[key] = values[after if key == REWARD and reward_offset else here]
+        following = ("next", *key)
+        if (key == MASK or key[0] == "observation") and following not in table.columns:
+            piece[following] = values[after]
+            if key == MASK:
+                piece[following][at_end] = 1
+    piece[REWARD] = piece[REWARD].reshape(-1)
     return piece
 
 
 def table_ends(table: Table, options: ReadOptions) -> Ends:
     """Reads the marks; see ``table_source`` for the rules."""
-    has, broken = table.paths.keys(), None
+    has, broken = table.paths.keys(), table.broken
     terminated, truncated, end, valid = (
         table.flags[key] for key in ("terminated", "truncated", "trajectory_end", "valid")
     )
-    if table.next_observation is not None:
-        broken = differs(table.observation, table.next_observation, table.rows)
+    others = "valid" in has or ("trajectory_end" in has and not np.array_equal(end, terminated))
+    last = truncated | end
     # A termination ends its trajectory, unless another column says where trajectories end.
-    may_go_on, marked = "not_terminated" in has, truncated | end
-    only_terminations = "trajectory_end" not in has or np.array_equal(end, terminated)
-    if may_go_on and only_terminations and "valid" not in has:
-        may_go_on = broken is not None and "trajectory_end" not in has
-        if may_go_on and broken is not None:
-            marked[:-1] |= terminated[:-1] & broken
-    last = marked if may_go_on else marked | terminated
+    if "not_terminated" in has and broken is not None and not has & {"trajectory_end", "valid"}:
+        last[:-1] |= terminated[:-1] & broken
+    elif "not_terminated" not in has or not others:
+        last |= terminated
     last = (last & valid & np.append(valid[1:], True)) | ~valid
     last[-1] = True
-    unmarked = only_terminations and not has & {"truncated", "valid"}
-    if "episode" in has:
-        last = _numbered(table, last, broken)
+    unmarked = not others and "truncated" not in has
+    if table.episode is not None:
+        last = _numbered(table, last, table.episode)
     elif unmarked and broken is not None:
         last[:-1] |= broken
     elif (
@@ -238,12 +220,11 @@ def table_ends(table: Table, options: ReadOptions) -> Ends:
         truncated = last & ~terminated
     elif "not_terminated" in has:
         truncated = truncated & ~terminated
-    return Ends(terminated, truncated, last, valid, broken)
+    return Ends(terminated, truncated, last)
 
 
-def _numbered(table: Table, last: Flags, broken: Flags | None) -> Flags:
-    """Ends of trajectories where the column ``episode`` numbers them."""
-    ids = np.asarray(table.columns["episode"][:]).reshape(-1)
+def _numbered(table: Table, last: Flags, ids: NDArray[Any]) -> Flags:
+    """Ends of trajectories that ``ids`` number."""
     if (unknown := np.flatnonzero(~np.isfinite(ids))).size:
         raise DatasetError(
             f"{table.name}: episode ({table.paths['episode']!r}) is NaN or infinite in "
@@ -253,10 +234,10 @@ def _numbered(table: Table, last: Flags, broken: Flags | None) -> Flags:
     changes = np.append(ids[1:] != ids[:-1], True)
     wrong = last & ~changes & table.flags["valid"]
     if wrong.any() and not (wrong & ~table.flags["terminated"]).any():
-        if broken is not None:
-            continues = not (broken & wrong[:-1]).any()
+        if table.broken is not None:
+            continues = not (table.broken & wrong[:-1]).any()
         else:
-            continues = continued_rows(table, wrong, ~wrong & ~changes, None) > 0
+            continues = continued_rows(table, wrong, ~wrong & ~changes) > 0
         if continues:
             return (last & ~wrong) | changes
     if wrong.any():
@@ -275,7 +256,7 @@ def _mark_notes(table: Table, ends: Ends, inside: int) -> list[str]:
     if (path := table.paths.get("not_terminated")) is not None:
         notes.append(
             f"{path!r} was read as 0 where a row terminates and 1 elsewhere "
-            f"({int((ends.terminated & ends.valid).sum())} terminations)."
+            f"({int((ends.terminated & table.flags['valid']).sum())} terminations)."
         )
     if (path := table.paths.get("trajectory_end")) is not None:
         notes.append(f"{path!r} was read as ends of trajectories, not as terminations.")
@@ -293,11 +274,11 @@ def _little_kept(table: Table, ends: Ends, lengths: NDArray[np.int64], explained
         "check which column marks the ends of episodes and whether it is 1 where an episode ends "
         "(columns={...} names it)"
     )
-    rows, remaining = int(ends.valid.sum()), int(lengths.sum())
+    rows, remaining = int(table.flags["valid"].sum()), int(lengths.sum())
     if rows > MANY and 2 * remaining < rows:
         return f"only {remaining} of {rows} rows make transitions, see the notes: {remedy}."
     single = int((lengths == 1).sum())
-    marked = ends.terminated | (ends.truncated if "truncated" in table.columns else False)
+    marked = ends.terminated | (ends.truncated if "truncated" in table.paths else False)
     mostly_marked = 2 * int((ends.last & marked).sum()) > int(ends.last.sum())
     if explained or mostly_marked or len(lengths) <= MANY or 2 * single <= len(lengths):
         return ""

@@ -23,7 +23,6 @@ from iql_torchrl.data.schema import (
     ACTION,
     LOG_PROB,
     MASK,
-    NEXT_MASK,
     REWARD,
     TERMINATED,
     TRUNCATED,
@@ -34,6 +33,12 @@ from iql_torchrl.data.schema import (
 from iql_torchrl.descriptions import one_line
 
 __all__ = ["find_minari", "minari_files", "minari_source"]
+
+#: What an episode has once a step; observations have one entry more: those before and after steps.
+COLUMNS: dict[Key, str] = {
+    ACTION: "actions", REWARD: "rewards", TERMINATED: "terminations", TRUNCATED: "truncations",
+}  # fmt: skip
+EVERY, BEFORE, AFTER = slice(None), slice(None, -1), slice(1, None)
 
 
 def find_minari(dataset_id: str, *, download: bool) -> minari.MinariDataset:
@@ -115,11 +120,18 @@ def minari_source(dataset: minari.MinariDataset, options: ReadOptions) -> Source
     if "action_mask" not in options.named and not isinstance(actions, gym.spaces.Discrete):
         mask = None
     log_prob = _extra(first, name, "action_log_prob", options)
-    space, paths = _observation(dataset.observation_space, mask)
+    space, states = _observation(dataset.observation_space, mask)
+    places = {key: (path, EVERY) for key, path in COLUMNS.items()}
+    if mask is not None:
+        states[MASK] = mask
+    if log_prob is not None:
+        places[LOG_PROB] = (log_prob, EVERY)
+    for key, path in states.items():
+        places |= {key: (path, BEFORE), ("next", *key): (path, AFTER)}
 
     def pieces() -> Iterator[Piece]:
         for number, episode in enumerate(_episodes(dataset)):
-            yield _piece(episode, paths, mask, log_prob, f"{name}: episode {number}")
+            yield _piece(episode, places, f"{name}: episode {number}")
 
     metadata = dataset.storage.metadata
     scores = (metadata.get("ref_min_score"), metadata.get("ref_max_score"))
@@ -159,8 +171,7 @@ def _episodes(dataset: minari.MinariDataset) -> Iterator[dict[str, Any]]:
     with _reading(dataset):
         for group in groups:
             for episode in dataset.iterate_episodes(group):
-                parts = ("observations", "actions", "rewards", "terminations", "truncations")
-                arrays = {part: getattr(episode, part) for part in parts}
+                arrays = {k: getattr(episode, k) for k in ("observations", *COLUMNS.values())}
                 yield flatten({**arrays, "infos": episode.infos or {}})
 
 
@@ -204,33 +215,18 @@ def _observation(space: gym.Space[Any], mask: str | None) -> tuple[gym.Space[Any
 
 
 def _piece(
-    episode: Mapping[str, Any], paths: Mapping[Key, str], mask: str | None, log_prob: str | None,
-    subject: str,
-) -> Piece:  # fmt: skip
-    steps = len(episode["actions"])
-    marks = {REWARD: "rewards", TERMINATED: "terminations", TRUNCATED: "truncations"}
-    piece: Piece = {ACTION: episode["actions"]}
-    for key, path in marks.items():
-        piece[key] = _rows(episode, path, steps, subject)
-    states = {key: (("next", *key), path) for key, path in paths.items()}
-    if mask is not None:
-        states[MASK] = (NEXT_MASK, mask)
-    for key, (following, path) in states.items():
-        values = _rows(episode, path, steps + 1, subject)
-        piece[key], piece[following] = values[:-1], values[1:]
-    if log_prob is not None:
-        # Infos have an entry for the reset too, which precedes the first action.
-        reset = len(episode.get(log_prob, ())) == steps + 1
-        piece[LOG_PROB] = _rows(episode, log_prob, steps + reset, subject)[int(reset) :]
+    episode: Mapping[str, Any], places: Mapping[Key, tuple[str, slice]], subject: str
+) -> Piece:
+    """The rows of an episode; ``places``: by key the path of its values, and which of them it has."""
+    piece, steps = {}, len(episode["actions"])
+    for key, (path, part) in places.items():
+        values, rows = episode.get(path), steps + (part != EVERY)
+        if key == LOG_PROB and values is not None and len(values) == steps + 1:
+            values = values[1:]  # infos have an entry for the reset too
+        if values is None or len(values) != rows:
+            raise DatasetError(
+                f"{subject} has {'no' if values is None else len(values)} rows of {path}, expected "
+                f"{rows} (observations have one more than actions); the dataset is damaged."
+            )
+        piece[key] = np.asarray(values)[part]
     return piece
-
-
-def _rows(episode: Mapping[str, Any], path: str, rows: int, subject: str) -> NDArray[Any]:
-    """An array of an episode, which has ``rows`` rows."""
-    values = episode.get(path)
-    if values is None or len(values) != rows:
-        raise DatasetError(
-            f"{subject} has {'no' if values is None else len(values)} rows of {path}, expected {rows} "
-            "(observations have one more than actions); the dataset is damaged."
-        )
-    return np.asarray(values)

@@ -119,7 +119,7 @@ class Source:
     ``("next", "truncated")`` (all ``(rows,)``), and the masks or log-probabilities announced by
     ``masked`` and ``log_prob``. ``episode_lengths`` adds up to the number of rows.
     ``ends_known``: the source marks truncation itself. ``terminates_inside``: rows may terminate
-    inside an episode, which continues. ``termination``: a table's column that marks terminations.
+    inside an episode, which continues. ``paths``: a table's columns by our names.
     """
 
     name: str
@@ -131,7 +131,7 @@ class Source:
     log_prob: bool = False
     ends_known: bool = True
     terminates_inside: bool = False
-    termination: str | None = None
+    paths: Mapping[str, str] = field(default_factory=dict)
     env_spec: EnvSpec | None = None
     reference_scores: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
