@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from numbers import Real
 from typing import Any, TypeVar
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     TensorDictModuleBase,
@@ -45,15 +46,8 @@ class FlowHead(Head):
 
     def around(self, first: Part, mlp: Part, *inputs: Tensor) -> Tensor:
         observation, action, time, *condition = inputs
-        return self.step(mlp, first(observation), action, time, *condition)
-
-    @staticmethod
-    def step(
-        mlp: Part, features: Tensor, action: Tensor, time: Tensor, *condition: Tensor
-    ) -> Tensor:
-        """The velocity from the output of the first layer; leading dimensions are broadcast."""
         time = time.unsqueeze(-1) if time.ndim < action.ndim else time
-        parts = (features, action, time.to(action.dtype), *condition)
+        parts = (first(observation), action, time.to(action.dtype), *condition)
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return mlp(torch.cat([x.expand(*shape, x.shape[-1]) for x in parts], -1))
 
@@ -112,10 +106,8 @@ class FlowPolicy(TensorDictModuleBase):
         still = _fixed_noise(self.action_features).to(self.head.centre)
         self.register_buffer("fixed_noise", still)
         self.deterministic_samples = deterministic_samples
-        if conditioned:
-            self.register_buffer("guidance_weight", torch.ones_like(self.head.centre[0]))
-        else:
-            self.guidance_weight = None
+        weight = torch.ones_like(self.head.centre[0]) if conditioned else None
+        self.register_buffer("guidance_weight", weight)
         if conditioned or guidance != 1:
             self.guidance = guidance
 
@@ -180,11 +172,12 @@ class FlowPolicy(TensorDictModuleBase):
 
     def _field(self, features: Tensor, x: Tensor, time: Tensor) -> Tensor:
         """The velocity with which the policy acts, from the output of the first layer."""
-        step, mlp, weight = self.head.step, self.head.mlp, self.guidance_weight
+        weight = self.guidance_weight
+        velocity = partial(self.head.around, nn.Identity(), self.head.mlp, features, x, time)
         if weight is None:
-            return step(mlp, features, x, time)
+            return velocity()
         known = torch.stack([torch.zeros_like(time), torch.ones_like(time)])
-        both = step(mlp, features, x, time, known.expand(*known.shape[:-1], 2))
+        both = velocity(known.expand(*known.shape[:-1], 2))
         return (1 - weight) * both[0] + weight * both[1]
 
     def from_noise(self, tensordict: TensorDictBase, noise: Tensor) -> Tensor:
@@ -201,20 +194,20 @@ class FlowPolicy(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         noise = tensordict.get(self.noise_key, None)
         if noise is None and self.deterministic_samples > 1 and _is_deterministic():
-            action = _in_chunks(self._densest, tensordict, self.deterministic_samples)
+            action = _best(self._by_density, tensordict, self.deterministic_samples)
             return tensordict.set("action", action)
         if noise is None:
             noise = _noise(self.fixed_noise, tensordict.batch_size)
         return tensordict.set("action", self.from_noise(tensordict, noise))
 
-    def _densest(self, tensordict: TensorDictBase) -> Tensor:
+    def _by_density(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         still = self._still.to(self.fixed_noise)
         actions = self.from_noise(tensordict, _noise(still, tensordict.batch_size)).movedim(0, -2)
         unit = self.normalise(actions)
         distance = (unit.unsqueeze(-2) - unit.unsqueeze(-3)).square().sum(-1)
         # each sample is the nearest of itself
         nearest = distance.topk(1 + max(1, len(still) // 4), largest=False).values
-        return _pick(actions, nearest.sum(-1).argmin(-1))
+        return actions, -nearest.sum(-1)
 
 
 flow = FlowPolicy  # named as the functions that make the other policies
@@ -233,7 +226,7 @@ class BestOf(TensorDictModuleBase):
 
     Noise is drawn from torch's default generator, so the same seed gives the same actions; the
     entry ``noise_key`` of the TensorDict, ``(*B, N, F)``, replaces it (F standard normal numbers an
-    action: ``noise_features`` of the flow, the distribution's of the other policies here). With the
+    action: one for each dimension, and one more for a mixture). With the
     interaction type ``DETERMINISTIC`` the candidates are made from one fixed set of noise, the same
     in every state, and the best is taken. The policy has no log-probability: importance sampling
     refuses it, and fitted Q evaluation accepts it.
@@ -281,54 +274,51 @@ class BestOf(TensorDictModuleBase):
     def candidates(self, tensordict: TensorDictBase) -> Tensor:
         """Actions of the actor, ``(*B, N, A)``."""
         dims, noise = tensordict.ndim, tensordict.get(self.noise_key, None)
-        if self.fixed_noise is None:
-            return self._sampled(tensordict)
-        if noise is None:
-            noise = _noise(self.fixed_noise, tensordict.batch_size)
-        else:
+        if noise is not None:
             noise = noise.movedim(dims, 0)
-        return _from_noise(self.actor, tensordict, noise).movedim(0, dims)
-
-    def _sampled(self, tensordict: TensorDictBase) -> Tensor:
-        """Of an actor whose distribution is not one of this package's."""
-        dist = self.actor.get_dist(tensordict.select(*self.actor.in_keys, strict=False))
-        if not _is_deterministic():
-            drawn: Tensor = dist.sample((self.num_samples,))
+        elif self.fixed_noise is not None:
+            noise = _noise(self.fixed_noise, tensordict.batch_size)
+        actions: Tensor
+        if hasattr(self.actor, "from_noise"):
+            actions = self.actor.from_noise(tensordict, noise)
         else:
-            cuda = [tensordict.device] if getattr(tensordict.device, "type", "") == "cuda" else []
-            with torch.random.fork_rng(devices=cuda):
-                # torch.manual_seed would also reseed devices that are not forked here
-                torch.default_generator.manual_seed(0)
-                if cuda:
-                    torch.cuda.manual_seed(0)
-                drawn = dist.sample((self.num_samples,))
-        return drawn.movedim(0, tensordict.ndim)
+            dist = self.actor.get_dist(tensordict.select(*self.actor.in_keys, strict=False))
+            foreign = self.fixed_noise is None
+            actions = self._sampled(dist) if foreign else dist.from_noise(noise)
+        return actions.movedim(0, dims)
+
+    def _sampled(self, dist: Any) -> Any:
+        """Samples ``(N, *B, A)`` of a distribution that is not one of this package's."""
+        if not _is_deterministic():
+            return dist.sample((self.num_samples,))
+        device = next(self.parameters(), torch.empty(0)).device
+        cuda = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            # torch.manual_seed would also reseed devices that are not forked here
+            torch.default_generator.manual_seed(0)
+            if cuda:
+                torch.cuda.manual_seed(0)
+            return dist.sample((self.num_samples,))
 
     def values(self, tensordict: TensorDictBase, actions: Tensor) -> Tensor:
         """Smallest value over the critics of ``actions`` ``(*B, N, A)``: ``(*B, N)``."""
-        dims, count = tensordict.ndim, actions.shape[-2]
-        data = TensorDict(batch_size=actions.shape[:-1])
-        for key in self.in_keys:
-            entry = tensordict.get(key, None)
-            if entry is not None:
-                shape = (*entry.shape[:dims], count, *entry.shape[dims:])
-                data.set(key, entry.unsqueeze(dims).expand(shape))
-        data.set("action", actions)
+        data = tensordict.select(*self.in_keys, strict=False).unsqueeze(-1)
+        data = data.expand(actions.shape[:-1]).set("action", actions)
         values = [critic(data.copy()).get(self.value_key) for critic in self.critics]
         return torch.stack([v.squeeze(-1) for v in values]).amin(0)
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        return tensordict.set("action", _in_chunks(self._choose, tensordict, self.num_samples))
+        return tensordict.set("action", _best(self._by_value, tensordict, self.num_samples))
 
-    def _choose(self, tensordict: TensorDictBase) -> Tensor:
+    def _by_value(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         actions = self.candidates(tensordict)
         scores = self.values(tensordict, actions)
         if self.select == "softmax" and not _is_deterministic():
             exponential = torch.empty_like(scores).exponential_()
             # argmax of score + Gumbel number is a draw from the softmax
             scores = self.temperature * scores - exponential.log()
-        return _pick(actions, scores.argmax(-1))
+        return actions, scores
 
 
 best_of = BestOf  # named as the functions that make the other policies
@@ -398,7 +388,7 @@ def _checked_critics(critics: Any) -> nn.ModuleList:
 def _checked_actor(actor: Any) -> Any:
     if not isinstance(actor, nn.Module) or not hasattr(actor, "in_keys"):
         raise TypeError(f"actor is {type(actor).__name__}; expected a TensorDict module.")
-    draws = hasattr(actor, "get_dist") and not issubclass(_distribution_class(actor), Delta)
+    draws = hasattr(actor, "get_dist") and not issubclass(_last_distribution(actor)[0], Delta)
     if not draws and not hasattr(actor, "from_noise"):
         raise TypeError(
             f"actor is a {type(actor).__name__} without randomness, so all of its candidates would "
@@ -407,43 +397,38 @@ def _checked_actor(actor: Any) -> Any:
     return actor
 
 
-def _distribution_class(actor: nn.Module) -> type:
-    """The class of its last distribution; ``object`` where it has none, or another callable."""
-    kinds = [m.distribution_class for m in actor.modules() if hasattr(m, "distribution_class")]
-    return kinds[-1] if kinds and isinstance(kinds[-1], type) else object
+def _last_distribution(actor: nn.Module) -> tuple[type, dict[str, Any]]:
+    """Class and options of its last distribution; ``object`` where it has none, or another callable."""
+    found: list[Any] = [m for m in actor.modules() if hasattr(m, "distribution_class")]
+    if not found or not isinstance(found[-1].distribution_class, type):
+        return object, {}
+    return found[-1].distribution_class, found[-1].distribution_kwargs
 
 
 def _noise_features(actor: Any) -> int | None:
     """Standard normal numbers that one action of ``actor`` is made from; None where unknown."""
     if hasattr(actor, "from_noise"):
         return int(actor.noise_features)
-    count: Callable[[int], int] | None = getattr(_distribution_class(actor), "noise_features", None)
-    limits = [m.limits for m in actor.modules() if getattr(m, "limits", None)]
-    return None if count is None or not limits else count(limits[0]["low"].numel())
+    kind, options = _last_distribution(actor)
+    extra: int | None = getattr(kind, "extra_noise", None)
+    return None if extra is None else options["low"].numel() + extra
 
 
-def _from_noise(actor: Any, tensordict: TensorDictBase, noise: Tensor) -> Tensor:
-    """Actions ``(N, *B, A)`` from ``noise`` ``(N, *B, F)``."""
-    if hasattr(actor, "from_noise"):
-        return torch.as_tensor(actor.from_noise(tensordict, noise))
-    dist = actor.get_dist(tensordict.select(*actor.in_keys, strict=False))
-    return torch.as_tensor(dist.from_noise(noise))
-
-
-def _in_chunks(
-    choose: Callable[[TensorDictBase], Tensor], tensordict: TensorDictBase, samples: int
+def _best(
+    scored: Callable[[TensorDictBase], tuple[Tensor, Tensor]],
+    tensordict: TensorDictBase,
+    samples: int,
 ) -> Tensor:
-    """Actions that ``choose`` selects from ``samples`` in every row, of limited numbers of rows."""
+    """Of the candidates ``(*B, N, A)`` those of the greatest scores ``(*B, N)``: ``(*B, A)``.
+
+    ``scored`` gives both; it gets limited numbers of rows at once.
+    """
     rows = tensordict.batch_size[0] if tensordict.ndim else 1
     at_once = max(1, ROWS_AT_ONCE // samples)
-    if torch.compiler.is_compiling() or tensordict.ndim != 1 or rows <= at_once:
-        return choose(tensordict)
-    return torch.cat([choose(chunk) for chunk in tensordict.split(at_once)])
-
-
-def _pick(actions: Tensor, chosen: Tensor) -> Tensor:
-    """Of ``actions`` ``(*B, N, A)`` those with the numbers ``chosen`` ``(*B,)``: ``(*B, A)``."""
-    index = chosen[..., None, None].expand(*chosen.shape, 1, actions.shape[-1])
+    if not torch.compiler.is_compiling() and tensordict.ndim == 1 and rows > at_once:
+        return torch.cat([_best(scored, part, samples) for part in tensordict.split(at_once)])
+    actions, scores = scored(tensordict)
+    index = scores.argmax(-1)[..., None, None].expand(*scores.shape[:-1], 1, actions.shape[-1])
     return actions.gather(-2, index).squeeze(-2)
 
 
