@@ -64,7 +64,6 @@ LINES: dict[str, dict[str, Any]] = {
     "updates 16000": {"updates": 16_000},
     "log of 2,000 rows": {"rows": 2_000},
     "all": HELPFUL,
-    "all, log of 2,000 rows": HELPFUL | {"rows": 2_000},
 }
 
 

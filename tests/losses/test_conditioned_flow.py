@@ -173,7 +173,7 @@ def test_a_trained_flow_equals_the_log_and_its_positive_part_by_a_two_sample_tes
     exact = {w: integrated(noise, w).clip(-1, 1) for w in (1.0, 2.0)}
     policy.guidance = 2.0
     errors = {w: np.abs(act(policy, noise) - end).mean() for w, end in exact.items()}
-    assert errors[2.0] < 0.08 < errors[1.0]
+    assert errors[2.0] < 0.03 < 0.1 < errors[1.0]
 
 
 # -- the loss ----------------------------------------------------------------------------------------
