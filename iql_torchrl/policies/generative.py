@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import partial
 from numbers import Real
 from typing import Any, TypeVar
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from tensordict.nn import (
     ProbabilisticTensorDictSequential,
     TensorDictModuleBase,
@@ -46,8 +45,15 @@ class FlowHead(Head):
 
     def around(self, first: Part, mlp: Part, *inputs: Tensor) -> Tensor:
         observation, action, time, *condition = inputs
+        return self.step(mlp, first(observation), action, time, *condition)
+
+    @staticmethod
+    def step(
+        mlp: Part, features: Tensor, action: Tensor, time: Tensor, *condition: Tensor
+    ) -> Tensor:
+        """The velocity from the output of the first layer; leading dimensions are broadcast."""
         time = time.unsqueeze(-1) if time.ndim < action.ndim else time
-        parts = (first(observation), action, time.to(action.dtype), *condition)
+        parts = (features, action, time.to(action.dtype), *condition)
         shape = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return mlp(torch.cat([x.expand(*shape, x.shape[-1]) for x in parts], -1))
 
@@ -172,12 +178,11 @@ class FlowPolicy(TensorDictModuleBase):
 
     def _field(self, features: Tensor, x: Tensor, time: Tensor) -> Tensor:
         """The velocity with which the policy acts, from the output of the first layer."""
-        weight = self.guidance_weight
-        velocity = partial(self.head.around, nn.Identity(), self.head.mlp, features, x, time)
+        step, mlp, weight = self.head.step, self.head.mlp, self.guidance_weight
         if weight is None:
-            return velocity()
+            return step(mlp, features, x, time)
         known = torch.stack([torch.zeros_like(time), torch.ones_like(time)])
-        both = velocity(known.expand(*known.shape[:-1], 2))
+        both = step(mlp, features, x, time, known.expand(*known.shape[:-1], 2))
         return (1 - weight) * both[0] + weight * both[1]
 
     def from_noise(self, tensordict: TensorDictBase, noise: Tensor) -> Tensor:
@@ -302,8 +307,14 @@ class BestOf(TensorDictModuleBase):
 
     def values(self, tensordict: TensorDictBase, actions: Tensor) -> Tensor:
         """Smallest value over the critics of ``actions`` ``(*B, N, A)``: ``(*B, N)``."""
-        data = tensordict.select(*self.in_keys, strict=False).unsqueeze(-1)
-        data = data.expand(actions.shape[:-1]).set("action", actions)
+        dims, count = tensordict.ndim, actions.shape[-2]
+        data = TensorDict(batch_size=actions.shape[:-1])
+        for key in self.in_keys:
+            entry = tensordict.get(key, None)
+            if entry is not None:
+                shape = (*entry.shape[:dims], count, *entry.shape[dims:])
+                data.set(key, entry.unsqueeze(dims).expand(shape))
+        data.set("action", actions)
         values = [critic(data.copy()).get(self.value_key) for critic in self.critics]
         return torch.stack([v.squeeze(-1) for v in values]).amin(0)
 
@@ -388,7 +399,7 @@ def _checked_critics(critics: Any) -> nn.ModuleList:
 def _checked_actor(actor: Any) -> Any:
     if not isinstance(actor, nn.Module) or not hasattr(actor, "in_keys"):
         raise TypeError(f"actor is {type(actor).__name__}; expected a TensorDict module.")
-    draws = hasattr(actor, "get_dist") and not issubclass(_last_distribution(actor)[0], Delta)
+    draws = hasattr(actor, "get_dist") and not issubclass(_distribution_class(actor), Delta)
     if not draws and not hasattr(actor, "from_noise"):
         raise TypeError(
             f"actor is a {type(actor).__name__} without randomness, so all of its candidates would "
@@ -397,21 +408,19 @@ def _checked_actor(actor: Any) -> Any:
     return actor
 
 
-def _last_distribution(actor: nn.Module) -> tuple[type, dict[str, Any]]:
-    """Class and options of its last distribution; ``object`` where it has none, or another callable."""
-    found: list[Any] = [m for m in actor.modules() if hasattr(m, "distribution_class")]
-    if not found or not isinstance(found[-1].distribution_class, type):
-        return object, {}
-    return found[-1].distribution_class, found[-1].distribution_kwargs
+def _distribution_class(actor: nn.Module) -> type:
+    """The class of its last distribution; ``object`` where it has none, or another callable."""
+    kinds = [m.distribution_class for m in actor.modules() if hasattr(m, "distribution_class")]
+    return kinds[-1] if kinds and isinstance(kinds[-1], type) else object
 
 
 def _noise_features(actor: Any) -> int | None:
     """Standard normal numbers that one action of ``actor`` is made from; None where unknown."""
     if hasattr(actor, "from_noise"):
         return int(actor.noise_features)
-    kind, options = _last_distribution(actor)
-    extra: int | None = getattr(kind, "extra_noise", None)
-    return None if extra is None else options["low"].numel() + extra
+    extra: int | None = getattr(_distribution_class(actor), "extra_noise", None)
+    limits = [m.limits for m in actor.modules() if getattr(m, "limits", None)]
+    return None if extra is None or not limits else limits[0]["low"].numel() + extra
 
 
 def _best(
