@@ -123,11 +123,6 @@ def generative(
             if each is clone:
                 best = policies.best_of(agent.actor, LossCritics(agent.loss), CANDIDATES)
                 yield f"best of {CANDIDATES} of it", agent, best, True
-                still = copy.deepcopy(agent.policy)
-                still.deterministic_samples = 1
-                yield f"{method}, one fixed sample", agent, still, True
-                still.fixed_noise.zero_()
-                yield f"{method}, noise zero", agent, still, True
     for agent in train(o, data, [replace(flow, actor_objective="conditioned_flow")]):
         for w in GUIDANCE:
             policy = policies.guided(agent.policy, w)
