@@ -2,7 +2,7 @@
 
     python benchmarks/bench_policies.py
     python benchmarks/bench_policies.py --tasks pendulum --only-weights --bc-weights 0.003 0.01
-    python benchmarks/bench_policies.py --only-flows --updates 5000 --seeds 3 --result policies_flows
+    python benchmarks/bench_policies.py --only-flows --updates 5000 --seeds 5 --result policies_flows
 
 Cloning and IQL with a Gaussian; DDPG+BC with the minimum or the mean of the live or of the target
 critics, and two weights of cloning; a flow that clones, alone and with the best of 32 of its actions
@@ -118,7 +118,7 @@ def generative(
     for method, each in configs.items():
         for agent in train(o, data, [each]):
             yield method, agent, agent.policy, method == "IQL, Gaussian"
-            if method == "weighted flow":
+            if method != "IQL, Gaussian":
                 yield f"{method}, deterministic", agent, agent.policy, True
             if each is clone:
                 best = policies.best_of(agent.actor, LossCritics(agent.loss), CANDIDATES)

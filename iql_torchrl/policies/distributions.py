@@ -23,6 +23,8 @@ Bounds = tuple[Tensor, Tensor]
 class _BoundedGaussian(D.Independent):  # type: ignore[type-arg]
     """Base of distributions of the action that :meth:`action` makes of a diagonal Gaussian x."""
 
+    extra_noise = 0  # numbers that from_noise takes for a sample besides one for each dimension
+
     def __init__(self, loc: Tensor, scale: Tensor, *, low: Tensor, high: Tensor) -> None:
         self.low, self.high = low.to(loc.device), high.to(loc.device)
         super().__init__(D.Normal(loc, scale, validate_args=False), 1, validate_args=False)
@@ -56,11 +58,6 @@ class _BoundedGaussian(D.Independent):  # type: ignore[type-arg]
     @property
     def deterministic_sample(self) -> Tensor:
         return self.action(self.base_dist.loc)
-
-    @staticmethod
-    def noise_features(size: int) -> int:
-        """Standard normal numbers that one sample of A = ``size`` dimensions is made from: A."""
-        return size
 
     def from_noise(self, noise: Tensor) -> Tensor:
         """Samples ``(*N, *B, A)`` from standard normal ``noise`` ``(*N, *B, A)``."""
@@ -121,6 +118,8 @@ class ClippedMixture(D.MixtureSameFamily):
     of the component that is densest at its own mean.
     """
 
+    extra_noise = 1
+
     def __init__(
         self, logits: Tensor, loc: Tensor, scale: Tensor, *, low: Tensor, high: Tensor
     ) -> None:
@@ -137,11 +136,6 @@ class ClippedMixture(D.MixtureSameFamily):
         return _clip(self.loc.gather(-2, best).squeeze(-2), self.low, self.high)
 
     deterministic_sample = mode
-
-    @staticmethod
-    def noise_features(size: int) -> int:
-        """Standard normal numbers that one sample of A = ``size`` dimensions is made from: A + 1."""
-        return size + 1
 
     def from_noise(self, noise: Tensor) -> Tensor:
         """Samples ``(*N, *B, A)`` from standard normal ``noise`` ``(*N, *B, A + 1)``.

@@ -112,10 +112,8 @@ class FlowPolicy(TensorDictModuleBase):
         still = _fixed_noise(self.action_features).to(self.head.centre)
         self.register_buffer("fixed_noise", still)
         self.deterministic_samples = deterministic_samples
-        if conditioned:
-            self.register_buffer("guidance_weight", torch.ones_like(self.head.centre[0]))
-        else:
-            self.guidance_weight = None
+        weight = torch.ones_like(self.head.centre[0]) if conditioned else None
+        self.register_buffer("guidance_weight", weight)
         if conditioned or guidance != 1:
             self.guidance = guidance
 
@@ -201,20 +199,20 @@ class FlowPolicy(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         noise = tensordict.get(self.noise_key, None)
         if noise is None and self.deterministic_samples > 1 and _is_deterministic():
-            action = _in_chunks(self._densest, tensordict, self.deterministic_samples)
+            action = _best(self._by_density, tensordict, self.deterministic_samples)
             return tensordict.set("action", action)
         if noise is None:
             noise = _noise(self.fixed_noise, tensordict.batch_size)
         return tensordict.set("action", self.from_noise(tensordict, noise))
 
-    def _densest(self, tensordict: TensorDictBase) -> Tensor:
+    def _by_density(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         still = self._still.to(self.fixed_noise)
         actions = self.from_noise(tensordict, _noise(still, tensordict.batch_size)).movedim(0, -2)
         unit = self.normalise(actions)
         distance = (unit.unsqueeze(-2) - unit.unsqueeze(-3)).square().sum(-1)
         # each sample is the nearest of itself
         nearest = distance.topk(1 + max(1, len(still) // 4), largest=False).values
-        return _pick(actions, nearest.sum(-1).argmin(-1))
+        return actions, -nearest.sum(-1)
 
 
 flow = FlowPolicy  # named as the functions that make the other policies
@@ -233,7 +231,7 @@ class BestOf(TensorDictModuleBase):
 
     Noise is drawn from torch's default generator, so the same seed gives the same actions; the
     entry ``noise_key`` of the TensorDict, ``(*B, N, F)``, replaces it (F standard normal numbers an
-    action: ``noise_features`` of the flow, the distribution's of the other policies here). With the
+    action: one for each dimension, and one more for a mixture). With the
     interaction type ``DETERMINISTIC`` the candidates are made from one fixed set of noise, the same
     in every state, and the best is taken. The policy has no log-probability: importance sampling
     refuses it, and fitted Q evaluation accepts it.
@@ -281,28 +279,31 @@ class BestOf(TensorDictModuleBase):
     def candidates(self, tensordict: TensorDictBase) -> Tensor:
         """Actions of the actor, ``(*B, N, A)``."""
         dims, noise = tensordict.ndim, tensordict.get(self.noise_key, None)
-        if self.fixed_noise is None:
-            return self._sampled(tensordict)
-        if noise is None:
-            noise = _noise(self.fixed_noise, tensordict.batch_size)
-        else:
+        if noise is not None:
             noise = noise.movedim(dims, 0)
-        return _from_noise(self.actor, tensordict, noise).movedim(0, dims)
-
-    def _sampled(self, tensordict: TensorDictBase) -> Tensor:
-        """Of an actor whose distribution is not one of this package's."""
-        dist = self.actor.get_dist(tensordict.select(*self.actor.in_keys, strict=False))
-        if not _is_deterministic():
-            drawn: Tensor = dist.sample((self.num_samples,))
+        elif self.fixed_noise is not None:
+            noise = _noise(self.fixed_noise, tensordict.batch_size)
+        actions: Tensor
+        if hasattr(self.actor, "from_noise"):
+            actions = self.actor.from_noise(tensordict, noise)
         else:
-            cuda = [tensordict.device] if getattr(tensordict.device, "type", "") == "cuda" else []
-            with torch.random.fork_rng(devices=cuda):
-                # torch.manual_seed would also reseed devices that are not forked here
-                torch.default_generator.manual_seed(0)
-                if cuda:
-                    torch.cuda.manual_seed(0)
-                drawn = dist.sample((self.num_samples,))
-        return drawn.movedim(0, tensordict.ndim)
+            dist = self.actor.get_dist(tensordict.select(*self.actor.in_keys, strict=False))
+            foreign = self.fixed_noise is None
+            actions = self._sampled(dist) if foreign else dist.from_noise(noise)
+        return actions.movedim(0, dims)
+
+    def _sampled(self, dist: Any) -> Any:
+        """Samples ``(N, *B, A)`` of a distribution that is not one of this package's."""
+        if not _is_deterministic():
+            return dist.sample((self.num_samples,))
+        device = next(self.parameters(), torch.empty(0)).device
+        cuda = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            # torch.manual_seed would also reseed devices that are not forked here
+            torch.default_generator.manual_seed(0)
+            if cuda:
+                torch.cuda.manual_seed(0)
+            return dist.sample((self.num_samples,))
 
     def values(self, tensordict: TensorDictBase, actions: Tensor) -> Tensor:
         """Smallest value over the critics of ``actions`` ``(*B, N, A)``: ``(*B, N)``."""
@@ -319,16 +320,16 @@ class BestOf(TensorDictModuleBase):
 
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        return tensordict.set("action", _in_chunks(self._choose, tensordict, self.num_samples))
+        return tensordict.set("action", _best(self._by_value, tensordict, self.num_samples))
 
-    def _choose(self, tensordict: TensorDictBase) -> Tensor:
+    def _by_value(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor]:
         actions = self.candidates(tensordict)
         scores = self.values(tensordict, actions)
         if self.select == "softmax" and not _is_deterministic():
             exponential = torch.empty_like(scores).exponential_()
             # argmax of score + Gumbel number is a draw from the softmax
             scores = self.temperature * scores - exponential.log()
-        return _pick(actions, scores.argmax(-1))
+        return actions, scores
 
 
 best_of = BestOf  # named as the functions that make the other policies
@@ -417,33 +418,26 @@ def _noise_features(actor: Any) -> int | None:
     """Standard normal numbers that one action of ``actor`` is made from; None where unknown."""
     if hasattr(actor, "from_noise"):
         return int(actor.noise_features)
-    count: Callable[[int], int] | None = getattr(_distribution_class(actor), "noise_features", None)
+    extra: int | None = getattr(_distribution_class(actor), "extra_noise", None)
     limits = [m.limits for m in actor.modules() if getattr(m, "limits", None)]
-    return None if count is None or not limits else count(limits[0]["low"].numel())
+    return None if extra is None or not limits else limits[0]["low"].numel() + extra
 
 
-def _from_noise(actor: Any, tensordict: TensorDictBase, noise: Tensor) -> Tensor:
-    """Actions ``(N, *B, A)`` from ``noise`` ``(N, *B, F)``."""
-    if hasattr(actor, "from_noise"):
-        return torch.as_tensor(actor.from_noise(tensordict, noise))
-    dist = actor.get_dist(tensordict.select(*actor.in_keys, strict=False))
-    return torch.as_tensor(dist.from_noise(noise))
-
-
-def _in_chunks(
-    choose: Callable[[TensorDictBase], Tensor], tensordict: TensorDictBase, samples: int
+def _best(
+    scored: Callable[[TensorDictBase], tuple[Tensor, Tensor]],
+    tensordict: TensorDictBase,
+    samples: int,
 ) -> Tensor:
-    """Actions that ``choose`` selects from ``samples`` in every row, of limited numbers of rows."""
+    """Of the candidates ``(*B, N, A)`` those of the greatest scores ``(*B, N)``: ``(*B, A)``.
+
+    ``scored`` gives both; it gets limited numbers of rows at once.
+    """
     rows = tensordict.batch_size[0] if tensordict.ndim else 1
     at_once = max(1, ROWS_AT_ONCE // samples)
-    if torch.compiler.is_compiling() or tensordict.ndim != 1 or rows <= at_once:
-        return choose(tensordict)
-    return torch.cat([choose(chunk) for chunk in tensordict.split(at_once)])
-
-
-def _pick(actions: Tensor, chosen: Tensor) -> Tensor:
-    """Of ``actions`` ``(*B, N, A)`` those with the numbers ``chosen`` ``(*B,)``: ``(*B, A)``."""
-    index = chosen[..., None, None].expand(*chosen.shape, 1, actions.shape[-1])
+    if not torch.compiler.is_compiling() and tensordict.ndim == 1 and rows > at_once:
+        return torch.cat([_best(scored, part, samples) for part in tensordict.split(at_once)])
+    actions, scores = scored(tensordict)
+    index = scores.argmax(-1)[..., None, None].expand(*scores.shape[:-1], 1, actions.shape[-1])
     return actions.gather(-2, index).squeeze(-2)
 
 
