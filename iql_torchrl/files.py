@@ -142,7 +142,7 @@ class StateAdapter(CheckpointAdapter):
             raise CheckpointError(
                 f"the state of {type(component).__name__} holds something other than plain data, "
                 "so it could not be loaded again: return only numbers, strings, tensors and lists "
-                f"or dicts of them from its state_dict. ({_first_line(error)})"
+                f"or dicts of them from its state_dict. ({first_line(error)})"
             ) from error
         self._read_back = True
 
@@ -219,12 +219,12 @@ def newest(folder: str | Path) -> Path:
 
 def _unreadable(path: Path, error: Exception, parts: Collection[str]) -> CheckpointError:
     """The sentence about a file that TorchRL could not read."""
-    cause, line = error.__cause__, _first_line(error)
+    cause, line = error.__cause__, first_line(error)
     if isinstance(cause, pickle.UnpicklingError):
         return CheckpointError(
             f"{path}: contains something other than plain data and was not loaded, because loading "
             "it could run a program. Use a checkpoint that you or someone you trust wrote with this "
-            f"package. ({_first_line(cause)})"
+            f"package. ({first_line(cause)})"
         )
     if "Unsupported" in line:  # the format of the file
         return CheckpointError(f"{path}: from another version of TorchRL. {line}")
@@ -240,5 +240,6 @@ def _unreadable(path: Path, error: Exception, parts: Collection[str]) -> Checkpo
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
