@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,14 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     names = dict.fromkeys(name for row in rows for name in row)
+    _write(path, names, [{name: None if v != v else v for name, v in r.items()} for r in rows])
+
+
+def _write(path: Path, names: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
     with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer = csv.DictWriter(file, list(names), lineterminator="\n")
         writer.writeheader()
-        for row in rows:
-            writer.writerow({name: None if v != v else v for name, v in row.items()})
+        writer.writerows(rows)
 
 
 def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, float | int]]) -> None:
@@ -98,14 +101,7 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, float | 
             raise ValueError(f"row {number} needs an 'update', a finite number >= 0: {dict(row)}.")
     known = [name for name in (*TRAINING, *EVALUATION) if name in names]
     lines = [{n: _text(v, f"row {i}, {n!r}") for n, v in row.items()} for i, row in enumerate(rows)]
-    with (
-        whole_file(Path(path)) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        header = ["update", *known, *sorted(names - {"update", *known})]
-        writer = csv.DictWriter(file, header, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    _write(Path(path), ["update", *known, *sorted(names - {"update", *known})], lines)
 
 
 def _text(value: object, place: str) -> str:

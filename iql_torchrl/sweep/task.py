@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import DatasetWarning, OfflineDataset, load_dataset
 from iql_torchrl.data.saved import folder_lock
 from iql_torchrl.evaluation.rollout import evaluate
-from iql_torchrl.files import SUFFIX, first_line, whole_file
+from iql_torchrl.files import SUFFIX, first_line, read_json, write_json
 from iql_torchrl.population.runs import IQLPopulation
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
 from iql_torchrl.selection.members import resolve_member
@@ -281,20 +280,3 @@ def read_ranking(
         return None
     ranking = None if read_json(path) is None else Ranking.from_json(path)
     return ranking, read_json(folder / "skipped.json", {})
-
-
-def write_json(path: Path, value: Any) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path, default: Any = None) -> Any:
-    """The content of a file that :func:`write_json` wrote; ``default`` where there is none."""
-    if default is not None and not path.exists():
-        return default
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}); delete it, and run the sweep again."
-        ) from error

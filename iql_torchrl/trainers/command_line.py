@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import json
 import os
 import re
 import shlex
@@ -18,7 +17,7 @@ from typing import Any, Literal
 from torchrl.record import loggers
 
 from iql_torchrl.config.cli import refuse
-from iql_torchrl.files import whole_file
+from iql_torchrl.files import read_json, write_json
 
 OPTION, ARGUMENTS = "--resume", "arguments.json"
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow", "trackio"]
@@ -44,8 +43,7 @@ def new_folder(parent: Path, name: str, arguments: Sequence[str]) -> Path:
         except FileExistsError:
             if not folder.is_dir():
                 raise
-    with whole_file(folder / ARGUMENTS) as temporary:
-        temporary.write_text(json.dumps(list(arguments)) + "\n")
+    write_json(folder / ARGUMENTS, list(arguments))
     return folder
 
 
@@ -69,7 +67,7 @@ def _numbered(parent: Path, name: str) -> Iterator[Path]:
 def _saved_arguments(folder: Path) -> list[str]:
     """The command line that started the run in ``folder``; ``ValueError`` without a readable one."""
     try:
-        return [str(argument) for argument in json.loads((folder / ARGUMENTS).read_text())]
+        return [str(argument) for argument in read_json(folder / ARGUMENTS)]
     except (OSError, ValueError, TypeError) as error:
         problem = f"has no readable {ARGUMENTS} ({error})" if folder.is_dir() else "is no folder"
         raise ValueError(f"{folder} {problem}, so there is no run to continue.") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import platform
@@ -17,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torchrl.checkpoint import CheckpointRotation
 
-from iql_torchrl.files import PREFIX, SUFFIX, make_folder, whole_file
+from iql_torchrl.files import PREFIX, SUFFIX, make_folder, whole_file, write_json
 from iql_torchrl.report.figures import draw
 from iql_torchrl.report.tables import write_csv
 
@@ -54,8 +53,7 @@ class RunFolder:
                 )
             self._delete_leftovers({self.aside(update) for update in pending})
             if config is not None:
-                with whole_file(self.path / "config.json") as temporary:
-                    temporary.write_text(json.dumps(config, indent=2) + "\n")
+                write_json(self.path / "config.json", config, indent=2)
             yield
 
     @contextlib.contextmanager
