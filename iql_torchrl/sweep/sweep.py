@@ -6,7 +6,7 @@ import hashlib
 import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -322,17 +322,16 @@ class Sweep:
 
     def _identity(self) -> dict[str, Any]:
         """What identifies the sweep in its folder: its runs, its data, and what is done with them."""
-        texts = ("source", "env", "reward", "log_score")
-        numbers = (
-            "members_per_task", "held_out", "reserved", "episodes", "evaluation_seed", "fit_updates",
-            "discount", "save_every",
-        )  # fmt: skip
-        return {
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        numbers_or_texts = {
+            name: value if value is None or isinstance(value, int | float) else text_of(value)
+            for name, value in values.items()
+            if name not in ("folder", "runs", "score_words")
+        }
+        return numbers_or_texts | {
             "configs": {name: config.to_dict() for name, config in self.runs.items()},
             "load": {name: text_of(value) for name, value in (self.load or {}).items()},
             "score": text_of(self.score or ""),
-            **{n: None if (x := getattr(self, n)) is None else text_of(x) for n in texts},
-            **{name: getattr(self, name) for name in numbers},
         }
 
 
