@@ -41,6 +41,8 @@ __all__ = [
     "surroundings",
 ]
 
+Surroundings = tuple[list[str], list[bytes]]
+
 GRACE = 5.0  # seconds in which environments may close before the process is ended by force
 # SIGINT and SIGTERM are not used, because Ctrl-C and a scheduler send them to every process of a
 # run, and only the parent handles them.
@@ -86,18 +88,18 @@ def packed(name: str, thing: Any) -> bytes:
     return file.getvalue()
 
 
-def surroundings() -> bytes:
+def surroundings() -> Surroundings:
     """What calls need elsewhere: the folders of modules, and the environments registered here."""
     specs = []
     for spec in gymnasium.registry.values():
         if not str(spec.entry_point).startswith("gymnasium."):
             with contextlib.suppress(Exception):  # an error follows only if a call uses it
                 specs.append(cloudpickle.dumps(spec))
-    return pickle.dumps((_path(), specs))
+    return _path(), specs
 
 
 def packed_call(
-    name: str, call: Callable[[], Any], elsewhere: bytes, *, threads: int | None = None
+    name: str, call: Callable[[], Any], elsewhere: Surroundings, *, threads: int | None = None
 ) -> bytes:
     """``call`` for :func:`perform` in another process, with this process's settings of torch.
 
@@ -111,8 +113,7 @@ def packed_call(
 
 def perform(call: bytes) -> Any:
     """The result of what :func:`packed_call` packed in another process."""
-    elsewhere, settings, own = pickle.loads(call)
-    path, specs = pickle.loads(elsewhere)
+    (path, specs), settings, own = pickle.loads(call)
     sys.path.extend(entry for entry in path if entry not in sys.path)
     for each in specs:
         with contextlib.suppress(ImportError, AttributeError):

@@ -94,12 +94,12 @@ def check_same_run(
     that an older version did not save has its default: ``config`` and ``loss_knobs`` describe them.
     """
     old, new = (_compared(states, config, loss_knobs) for states in (saved, current))
-    differences = {}
-    for group in [group for group in new if group in old]:
-        before, now = old[group], new[group]
-        for name in sorted({*before, *now}):
-            if before.get(name) != now.get(name):
-                differences[name] = f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+    differences = {
+        name: f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for before, now in ((old[group], new[group]) for group in new if group in old)
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    }
     if differences:
         listed, more = list(differences.values())[:MOST_LISTED], len(differences) - MOST_LISTED
         name = saved.get("data", {}).get("name")
