@@ -278,9 +278,10 @@ class ResumableTrainer(Trainer):
     # -- saving ------------------------------------------------------------------------------------
 
     def save_trainer(self, force_save: bool = False) -> None:
-        """Save if ``save_trainer_interval`` updates have passed since the last save, or forced."""
-        due = self.updates - max(0, self._last_save) >= self.save_trainer_interval
-        if not (force_save or due) or not self._has_checkpoint_destination():
+        """Save if ``save_trainer_interval`` updates have passed, the policy is kept, or forced."""
+        waited = self.updates - max(0, self._last_save) >= self.save_trainer_interval
+        due = waited or force_save or self._keep_as is not None
+        if not (due and self._has_checkpoint_destination()):
             return
         self._last_save = self.updates
         path = Path(self.save_trainer_file or "")

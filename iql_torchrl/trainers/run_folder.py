@@ -100,10 +100,8 @@ class RunFolder:
         """Whether ``path`` is a file of this run."""
         return self.path.resolve() in path.resolve().parents
 
-    def write(
-        self, rows: Sequence[Mapping[str, float]], *, log_return: float | None, now: bool
-    ) -> None:
-        """Write the table, and draw the curves with a line at the mean return of the log if known.
+    def write(self, rows: Sequence[Mapping[str, float]], *, log_return: float, now: bool) -> None:
+        """Write the table, and draw the curves with a line at the mean return of the log unless NaN.
 
         The table at each event while that is fast, and less often when it is long; the curves once a
         minute, because drawing takes half a second; both ``now``. After a crash, missing rows are
@@ -115,7 +113,7 @@ class RunFolder:
             ended = time.monotonic()
             self._write_again = ended + (ended - began) / TABLE_SHARE
         if rows and (now or began - self._drawn > SECONDS_BETWEEN_PICTURES):
-            level = None if log_return is None else (f"the log ({log_return:.0f})", log_return)
+            level = None if math.isnan(log_return) else (f"the log ({log_return:.0f})", log_return)
             draw(self.path / "curves.png", rows, title=self.path.name, reference=level)
             self._drawn = time.monotonic()
 
