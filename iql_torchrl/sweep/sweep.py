@@ -220,20 +220,15 @@ class Sweep:
         log = self._read_log(self._log.data if saved else self.source)
         log.print_notes()
         groups, failed = divided(self.runs, log, self.members_per_task)
-        notes, scored = [], self.score is not None
+        name, level = self.log_score or ("the log", log.episode_returns.mean())
+        score = None if self.score is None else [str(name), float(level)]
+        plan: dict[str, Any] = {"groups": groups, "failed": failed, "notes": [], "log_score": score}
         if self.score == "environment":
             try:
                 log.make_env().close()
             except Exception as error:
-                notes.append(f"There are no scores: {first_line(error)}")
-                scored = False
-        level = self.log_score or ("the log", float(log.episode_returns.mean()))
-        plan = {
-            "groups": groups,
-            "failed": failed,
-            "notes": notes,
-            "log_score": [str(level[0]), float(level[1])] if scored else None,
-        }
+                why = f"There are no scores: {first_line(error)}"
+                plan |= {"notes": [why], "log_score": None}
         for name, sentence in failed.items():
             print(f"{name} {sentence}", file=sys.stderr)
         if groups:  # a sweep of which nothing can be trained leaves the folder to others
