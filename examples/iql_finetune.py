@@ -40,6 +40,16 @@ class Options:
     """folder of the results"""
 
 
+def check(config):
+    """Refuse settings with which a step in the environment is no row of the batches."""
+    if config.action_chunk > 1 or config.history > 1:
+        raise ValueError(
+            f"action_chunk is {config.action_chunk} and history is {config.history}: online collection "
+            "with action chunks or histories is not available, because their batches are windows of "
+            "the log's rows. Use 1 for both here, or learn from the log alone with iql_offline.py."
+        )
+
+
 def as_logged(frames, dataset):
     """Collected steps ``(n,)`` as rows of the log: its keys, its reward map, new episode numbers."""
     log = dataset.transitions
@@ -115,6 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     presets = {name: replace(preset, **constant) for name, preset in PRESETS.items()}
     how = {"without": ("updates",), "least": LEAST, "description": __doc__.split("\n\n")[0]}
     options, config = cli.parse(Options, arguments, presets=presets, **how)
+    check(config)
     logger.setLevel("WARNING")  # TorchRL announces every storage that it makes
     source = ensure_source(options.dataset)
     dataset = load_dataset(source, reward=config.reward, limit=options.limit)

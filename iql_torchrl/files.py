@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import pickle
 import shutil
@@ -82,6 +83,21 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def write_json(path: Path, value: Any, indent: int | None = None) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, default: Any = None) -> Any:
+    """The content of a JSON file; ``default`` where there is none. ``ValueError`` for a damaged one."""
+    if default is not None and not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); restore it, or delete it.") from error
+
+
 @contextmanager
 def naming(path: Path, *, instead_of: Path | None = None) -> Iterator[None]:
     """Add ``path`` to an ``OSError`` of the block that names no file, or names ``instead_of``.
@@ -142,7 +158,7 @@ class StateAdapter(CheckpointAdapter):
             raise CheckpointError(
                 f"the state of {type(component).__name__} holds something other than plain data, "
                 "so it could not be loaded again: return only numbers, strings, tensors and lists "
-                f"or dicts of them from its state_dict. ({_first_line(error)})"
+                f"or dicts of them from its state_dict. ({first_line(error)})"
             ) from error
         self._read_back = True
 
@@ -219,12 +235,12 @@ def newest(folder: str | Path) -> Path:
 
 def _unreadable(path: Path, error: Exception, parts: Collection[str]) -> CheckpointError:
     """The sentence about a file that TorchRL could not read."""
-    cause, line = error.__cause__, _first_line(error)
+    cause, line = error.__cause__, first_line(error)
     if isinstance(cause, pickle.UnpicklingError):
         return CheckpointError(
             f"{path}: contains something other than plain data and was not loaded, because loading "
             "it could run a program. Use a checkpoint that you or someone you trust wrote with this "
-            f"package. ({_first_line(cause)})"
+            f"package. ({first_line(cause)})"
         )
     if "Unsupported" in line:  # the format of the file
         return CheckpointError(f"{path}: from another version of TorchRL. {line}")
@@ -240,5 +256,6 @@ def _unreadable(path: Path, error: Exception, parts: Collection[str]) -> Checkpo
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -34,12 +34,14 @@ from iql_torchrl.config import Arithmetic
 __all__ = [
     "CallTimeout",
     "ProcessEnded",
-    "Worker",
+    "Workers",
     "packed",
     "packed_call",
     "perform",
     "surroundings",
 ]
+
+Surroundings = tuple[list[str], list[bytes]]
 
 GRACE = 5.0  # seconds in which environments may close before the process is ended by force
 # SIGINT and SIGTERM are not used, because Ctrl-C and a scheduler send them to every process of a
@@ -86,18 +88,18 @@ def packed(name: str, thing: Any) -> bytes:
     return file.getvalue()
 
 
-def surroundings() -> bytes:
+def surroundings() -> Surroundings:
     """What calls need elsewhere: the folders of modules, and the environments registered here."""
     specs = []
     for spec in gymnasium.registry.values():
         if not str(spec.entry_point).startswith("gymnasium."):
             with contextlib.suppress(Exception):  # an error follows only if a call uses it
                 specs.append(cloudpickle.dumps(spec))
-    return pickle.dumps((_path(), specs))
+    return _path(), specs
 
 
 def packed_call(
-    name: str, call: Callable[[], Any], elsewhere: bytes, *, threads: int | None = None
+    name: str, call: Callable[[], Any], elsewhere: Surroundings, *, threads: int | None = None
 ) -> bytes:
     """``call`` for :func:`perform` in another process, with this process's settings of torch.
 
@@ -111,8 +113,7 @@ def packed_call(
 
 def perform(call: bytes) -> Any:
     """The result of what :func:`packed_call` packed in another process."""
-    elsewhere, settings, own = pickle.loads(call)
-    path, specs = pickle.loads(elsewhere)
+    (path, specs), settings, own = pickle.loads(call)
     sys.path.extend(entry for entry in path if entry not in sys.path)
     for each in specs:
         with contextlib.suppress(ImportError, AttributeError):
@@ -122,65 +123,71 @@ def perform(call: bytes) -> Any:
     return torch.load(io.BytesIO(own), weights_only=False)()
 
 
-class Worker:
-    """A process that performs calls one after another, and is replaced where it ended.
+class Workers:
+    """``size`` processes that perform calls in the order of submission, and are replaced if they end.
 
-    It starts with the first call, prints to stderr, and ignores Ctrl-C and SIGTERM, which this
-    process handles. It ends with :meth:`close`, or when this process ends in any way.
+    They start with the first call, print to stderr, and ignore Ctrl-C and SIGTERM, which this
+    process handles. They end with :meth:`close`, or when this process ends in any way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 1) -> None:
         self._calls: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        # Reentrant: the garbage collector may call close() while the thread has the lock.
+        self._size, self._threads = size, list[threading.Thread]()
+        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        # Reentrant: the garbage collector may call close() while a thread has the lock.
         self._lock, self._owner = threading.RLock(), os.getpid()
-        self._busy = self._closed = False
+        self._busy, self._closed = set[int](), False
 
-    def submit(self, call: bytes, timeout: float | None = None) -> Future[Any]:
-        """The future result of a :func:`packed_call`, which starts when those before it have ended.
+    def submit(self, call: bytes, timeout: float | None = None, attempts: int = 1) -> Future[Any]:
+        """The future result of a :func:`packed_call`, which starts when a process is free.
 
         It raises what the call raised, with its traceback in the other process as the cause;
         :class:`CallTimeout` where the call and the start of its process took more than ``timeout``
-        seconds; :class:`ProcessEnded`. The next call then starts another process. ``close()`` leaves
-        futures as they are.
+        seconds; :class:`ProcessEnded` where ``attempts`` processes ended during the call. The next
+        call then starts another process. ``close()`` leaves futures as they are.
         """
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._deliver, daemon=True)
-            self._thread.start()
+        if not self._threads:
+            for number in range(self._size):
+                thread = threading.Thread(target=self._deliver, args=(number,), daemon=True)
+                self._threads.append(thread)
+                thread.start()
         future: Future[Any] = Future()
-        self._calls.put((future, call, timeout))
+        self._calls.put((future, call, timeout, attempts))
         return future
 
     def close(self) -> None:
-        """End the process, also during a call, and the thread. Further calls have no effect."""
+        """End the processes, also during a call, and the threads. Further calls have no effect."""
         if os.getpid() != self._owner:  # a copy in a forked process
             return
         with self._lock:
-            self._closed, process = True, self._process
-        if process is not None:
-            if self._busy:
+            self._closed, processes = True, dict(self._processes)
+        for number, process in processes.items():
+            if number in self._busy:
                 _end(process)
             else:
                 process.kill()  # its own end takes seconds
-        self._calls.put(None)
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(GRACE)
+        for _ in self._threads:
+            self._calls.put(None)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(GRACE)
 
-    def _deliver(self) -> None:
+    def _deliver(self, number: int) -> None:
         while (item := self._calls.get()) is not None and not self._closed:
-            future, call, timeout = item
-            self._busy = True
-            try:
-                future.set_result(self._answer(call, timeout))
-            except Exception as error:
-                if not self._closed:
-                    future.set_exception(error)
-            self._busy = False
-        self._forget()
+            future, *call, attempts = item
+            self._busy.add(number)
+            while not future.done() and not self._closed:
+                attempts -= 1
+                try:
+                    future.set_result(self._answer(number, *call))
+                except Exception as error:
+                    if not self._closed and not (attempts and isinstance(error, ProcessEnded)):
+                        future.set_exception(error)
+            self._busy.remove(number)
+        self._forget(number)
 
-    def _answer(self, call: bytes, timeout: float | None) -> Any:
-        process, passed = self._running(), threading.Event()
+    def _answer(self, number: int, call: bytes, timeout: float | None) -> Any:
+        process, passed = self._running(number), threading.Event()
         assert process.stdin is not None
         assert process.stdout is not None
 
@@ -196,7 +203,7 @@ class Worker:
             process.stdin.flush()
             succeeded, reply = pickle.load(process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
-            code = self._forget()
+            code = self._forget(number)
             if passed.is_set():
                 raise CallTimeout(f"took longer than timeout={timeout:g} seconds") from None
             name = f" ({signal.Signals(-code).name})" if code < 0 else ""
@@ -208,22 +215,22 @@ class Worker:
             raise pickle.loads(reply)
         return reply
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is not None and self._process.poll() is not None:
-            self._forget()  # it ended between two calls
+    def _running(self, number: int) -> subprocess.Popen[bytes]:
+        if number in self._processes and self._processes[number].poll() is not None:
+            self._forget(number)  # it ended between two calls
         with self._lock:
             if self._closed:
                 raise ProcessEnded("closed")
-            if self._process is None:
+            if number not in self._processes:
                 command, pipe = [sys.executable, "-c", PROGRAM, *_path()], subprocess.PIPE
-                self._process = subprocess.Popen(
+                self._processes[number] = subprocess.Popen(
                     command, stdin=pipe, stdout=pipe, start_new_session=True
                 )
-            return self._process
+            return self._processes[number]
 
-    def _forget(self) -> int:
-        """Wait for the end of the process, or kill it; close its pipes; its exit code."""
-        process, self._process = self._process, None
+    def _forget(self, number: int) -> int:
+        """Wait for the end of a process, or kill it; close its pipes; its exit code."""
+        process = self._processes.pop(number, None)
         if process is None:
             return 0
         code = _exit_code(process)

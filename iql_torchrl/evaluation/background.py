@@ -25,7 +25,7 @@ from iql_torchrl.evaluation.rollout import check_arguments, evaluate
 from iql_torchrl.processes import (
     CallTimeout,
     ProcessEnded,
-    Worker,
+    Workers,
     packed,
     packed_call,
     surroundings,
@@ -118,8 +118,8 @@ class BackgroundEvaluation:
         name = getattr(spec, "id", spec) or getattr(make_env, "__qualname__", None)
         self._environment, self._surroundings = name or make_env, surroundings()
         self._pending: dict[int, tuple[Snapshot, Future[Evaluation]]] = {}
-        self._worker = Worker()
-        self._open = weakref.finalize(self, self._worker.close)
+        self._workers = Workers()
+        self._open = weakref.finalize(self, self._workers.close)
 
     @property
     def timeout(self) -> float | None:
@@ -168,7 +168,7 @@ class BackgroundEvaluation:
             snapshot = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
             call = partial(self._evaluate, snapshot)
             order = packed_call("the policy", call, self._surroundings)
-            future = self._worker.submit(order, self._timeout)
+            future = self._workers.submit(order, self._timeout)
             self._pending[int(number)] = snapshot, future
 
     def results(

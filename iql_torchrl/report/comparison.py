@@ -22,9 +22,11 @@ from iql_torchrl.evaluation.statistics import (
 from iql_torchrl.report.figures import Series, comparison_figure, save
 from iql_torchrl.report.runs import (
     Group,
+    all_series,
     common_values,
     find_runs,
     group_runs,
+    grouped,
     labelled,
     note,
     read_run,
@@ -65,8 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not groups:
             raise ValueError("none of the runs has a row yet; wait for their first evaluation.")
         metrics = _metrics(options.metrics, groups)
-        panels = {name: [series(group, name) for group in groups] for name in metrics}
-        drawn = {name: [s for s in lines if s is not None] for name, lines in panels.items()}
+        drawn = {name: all_series(groups, name) for name in metrics}
         _note_gaps(groups, dict.fromkeys([*metrics, *EVALUATED]))
         if not any(drawn.values()):
             raise ValueError("there is nothing to draw: no run has a metric, or see the notes.")
@@ -95,7 +96,7 @@ def compare(
     Raises ``ValueError`` when none of the runs has the column.
     """
     groups = [Group(label, (read_run(folder),)) for label, folder in runs.items()]
-    lines = [line for group in groups if (line := series(group, metric)) is not None]
+    lines = all_series(groups, metric)
     if not lines:
         raise ValueError(f"none of {[str(folder) for folder in runs.values()]} has {metric!r}.")
     if reference is not None:
@@ -203,22 +204,22 @@ def method_scores(groups: Sequence[Group]) -> tuple[str, dict[str, dict[str, Flo
     Empty where no column is comparable. Methods that lack a task, or have only one run of one, are
     left out with a note on stderr if others remain.
     """
-    by_method: dict[str, dict[str, Group]] = {}
-    for group in groups:
-        run = group.runs[0]
-        settings = run.settings_without("seed", "dataset", "data")
-        key = json.dumps(settings, sort_keys=True) if settings else group.label
-        of_tasks, task = by_method.setdefault(key, {}), str(run.settings.get("dataset", ""))
-        of_tasks[f"{task} of {group.label}" if task in of_tasks else task] = group
-    tasks = {task for of_tasks in by_method.values() for task in of_tasks}
+    by_method: list[dict[str, Group]] = []
+    for same in grouped(groups, _method).values():
+        of_tasks: dict[str, Group] = {}
+        for group in same:
+            task = str(group.runs[0].settings.get("dataset", ""))
+            of_tasks[f"{task} of {group.label}" if task in of_tasks else task] = group
+        by_method.append(of_tasks)
+    tasks = {task for of_tasks in by_method for task in of_tasks}
     columns = COMPARABLE if len(tasks) > 1 else (*COMPARABLE, "return_mean")
     name = next((n for n in columns if all(len(common_values(g, n)[0]) for g in groups)), None)
     if name is None:
         return "", {}
-    runs = [[run for group in each.values() for run in group.runs] for each in by_method.values()]
+    runs = [[run for group in each.values() for run in group.runs] for each in by_method]
     labels = [group.label for group in labelled(runs, apart_from=("seed", "dataset", "data"))]
     scores, incomplete = {}, []
-    for label, of_tasks in zip(labels, by_method.values(), strict=True):
+    for label, of_tasks in zip(labels, by_method, strict=True):
         last = {task: common_values(group, name)[1][:, -1] for task, group in of_tasks.items()}
         if set(last) == tasks and min(map(len, last.values())) > 1:
             scores[label] = {task: last[task] for task in sorted(tasks)}
@@ -232,6 +233,11 @@ def method_scores(groups: Sequence[Group]) -> tuple[str, dict[str, dict[str, Flo
     return name, scores
 
 
+def _method(group: Group) -> str:
+    settings = group.runs[0].settings_without("seed", "dataset", "data")
+    return json.dumps(settings, sort_keys=True) if settings else group.label
+
+
 def aggregate_table(scores: Scores, *, name: str) -> str:
     """Interquartile mean of each method, and how probably the best one improves on each other.
 
@@ -240,24 +246,20 @@ def aggregate_table(scores: Scores, *, name: str) -> str:
     same tasks. ``scores``: at least one method; all have the same tasks in the same order.
     """
     tasks = {method: list(of_tasks.values()) for method, of_tasks in scores.items()}
-    means = {method: float(interquartile_mean(*arrays)) for method, arrays in tasks.items()}
-    width = max(map(len, scores))
-    count = len(next(iter(tasks.values())))
-    lines = [
-        f"Last {name} of all runs on {count} task{'s' * (count > 1)}, 95 % intervals over seeds:",
-        f"{'':{width}}  {'runs':>5}  interquartile mean",
-    ]
+    best = max(tasks, key=lambda method: float(interquartile_mean(*tasks[method])))
+    count = len(tasks[best])
+    rows = [["", "runs", "interquartile mean", "probability"]]
     for method, arrays in tasks.items():
-        shown = _with_interval(interquartile_mean, arrays)
-        lines.append(f"{method:{width}}  {sum(map(len, arrays)):5d}  {shown}")
-    best = max(means, key=means.__getitem__)
-    if len(tasks) > 1:
-        lines.append(f"Probability that a run of {best} is better than one of")
-    for method, arrays in tasks.items():
+        mean, better = _with_interval(interquartile_mean, arrays), "-"
         if method != best:
-            shown = _with_interval(probability_of_improvement, [*tasks[best], *arrays])
-            lines.append(f"{method:{width}}  {'':5}  {shown}")
-    return "\n".join(lines)
+            better = _with_interval(probability_of_improvement, [*tasks[best], *arrays])
+        rows.append([method, str(sum(map(len, arrays))), mean, better])
+    text = f"Last {name} of all runs on {count} task{'s' * (count > 1)}, 95 % intervals over seeds"
+    if len(tasks) == 1:
+        rows = [row[:-1] for row in rows]
+    else:
+        text += f"; probability that a run of {best} is better"
+    return f"{text}:\n{text_table(rows)}"
 
 
 def _with_interval(statistic: Callable[..., Any], samples: Sequence[FloatArray]) -> str:

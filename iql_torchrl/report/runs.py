@@ -6,20 +6,22 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.evaluation.statistics import mean_interval
+from iql_torchrl.files import read_json
 from iql_torchrl.report.figures import Series, column
 from iql_torchrl.report.tables import read_csv
 
 FloatArray = NDArray[np.float64]
+T = TypeVar("T")
 TABLE = "metrics.csv"
 
 
@@ -89,17 +91,20 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
 def read_run(folder: Path) -> Run:
     """Raises ``ValueError`` when ``config.json`` is not a JSON object or the table is damaged."""
     path = folder / "config.json"
-    settings: Any = {}
-    if path.exists():
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}. Restore it, or remove it.") from error
-        if not isinstance(settings, dict):
-            raise ValueError(
-                f"{path} contains {settings!r}; expected an object with the run's settings."
-            )
+    settings = read_json(path, {})
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{path} contains {settings!r}; expected an object with the run's settings."
+        )
     return Run(folder, settings, read_csv(folder / TABLE))
+
+
+def grouped(runs: Iterable[T], key: Callable[[T], str]) -> dict[str, list[T]]:
+    """Those of equal ``key`` together, in order of appearance."""
+    groups: dict[str, list[T]] = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return groups
 
 
 def group_runs(runs: Sequence[Run], *, each: bool = False) -> list[Group]:
@@ -112,36 +117,31 @@ def group_runs(runs: Sequence[Run], *, each: bool = False) -> list[Group]:
     """
     if each:
         return labelled([[run] for run in runs], apart_from=("data",))
-    split = _settings_with_several_data(runs)
-    by_settings: dict[str, dict[Any, Run]] = {}  # the runs by seed, for each key of settings
-    for run in runs:
-        key = _settings_key(run)
-        if "seed" not in run.settings:
-            key = str(run.folder.resolve())
-        if key in split:
-            key += str(run.settings.get("data"))
-        by_seed = by_settings.setdefault(key, {})
-        used, dropped = run, by_seed.get(seed := json.dumps(run.settings.get("seed")))
-        if dropped is not None:
-            if used.updates < dropped.updates:
-                used, dropped = dropped, used
-            note(f"{dropped.folder} is left out: {used.folder} has its settings and its seed.")
-        by_seed[seed] = used
-    groups = [list(runs.values()) for runs in by_settings.values()]
-    return labelled(groups, apart_from=("seed", "data"))
+    groups: list[list[Run]] = []
+    for alike in grouped(runs, _settings_key).values():
+        of_data = grouped(alike, lambda run: str(run.settings.get("data")))
+        seeds = [seed for same in of_data.values() for seed in grouped(same, _seed)]
+        groups += of_data.values() if len(set(seeds)) < len(seeds) else [alike]
+    used = [[_longest(same) for same in grouped(alike, _seed).values()] for alike in groups]
+    return labelled(used, apart_from=("seed", "data"))
 
 
 def _settings_key(run: Run) -> str:
+    if "seed" not in run.settings:
+        return str(run.folder.resolve())
     return json.dumps(run.settings_without("seed", "data"), sort_keys=True)
 
 
-def _settings_with_several_data(runs: Sequence[Run]) -> set[str]:
-    """Keys of settings with which one seed ran on different data."""
-    data: dict[tuple[str, str], set[Any]] = {}
+def _seed(run: Run) -> str:
+    return str(run.settings.get("seed"))
+
+
+def _longest(runs: Sequence[Run]) -> Run:
+    used = max(reversed(runs), key=lambda run: run.updates)
     for run in runs:
-        same = (_settings_key(run), json.dumps(run.settings.get("seed")))
-        data.setdefault(same, set()).add(run.settings.get("data"))
-    return {key for (key, _), several in data.items() if len(several) > 1}
+        if run is not used:
+            note(f"{run.folder} is left out: {used.folder} has its settings and its seed.")
+    return used
 
 
 def labelled(groups: Sequence[Sequence[Run]], *, apart_from: Sequence[str]) -> list[Group]:
@@ -200,6 +200,11 @@ def series(group: Group, name: str) -> Series | None:
         return Series(label, lines[0].updates, lines[0].values)
     updates, values = common_values(group, name)
     return Series(label, updates, *mean_interval(values)) if len(updates) else None
+
+
+def all_series(groups: Sequence[Group], name: str) -> list[Series]:
+    lines = [series(group, name) for group in groups]
+    return [line for line in lines if line is not None]
 
 
 def common_values(group: Group, name: str) -> tuple[FloatArray, FloatArray]:

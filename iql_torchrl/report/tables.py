@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,14 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     names = dict.fromkeys(name for row in rows for name in row)
+    _write(path, names, [{name: None if v != v else v for name, v in r.items()} for r in rows])
+
+
+def _write(path: Path, names: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> None:
     with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer = csv.DictWriter(file, list(names), lineterminator="\n")
         writer.writeheader()
-        for row in rows:
-            writer.writerow({name: None if v != v else v for name, v in row.items()})
+        writer.writerows(rows)
 
 
 def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, float | int]]) -> None:
@@ -98,14 +101,7 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, float | 
             raise ValueError(f"row {number} needs an 'update', a finite number >= 0: {dict(row)}.")
     known = [name for name in (*TRAINING, *EVALUATION) if name in names]
     lines = [{n: _text(v, f"row {i}, {n!r}") for n, v in row.items()} for i, row in enumerate(rows)]
-    with (
-        whole_file(Path(path)) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        header = ["update", *known, *sorted(names - {"update", *known})]
-        writer = csv.DictWriter(file, header, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    _write(Path(path), ["update", *known, *sorted(names - {"update", *known})], lines)
 
 
 def _text(value: object, place: str) -> str:
@@ -131,35 +127,33 @@ def read_csv(path: str | os.PathLike[str]) -> list[dict[str, float]]:
     path = Path(path)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            header = list(reader.fieldnames or ())
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
             if header[:1] != ["update"] or len(set(header)) < len(header) or "" in header:
                 raise ValueError(
                     f"{path} has the header {','.join(header)!r}; a table of metrics has named "
                     "columns, each once, with 'update' first."
                 )
-            return [_row(f"{path}, line {reader.line_num}", cells) for cells in reader]
+            return [_row(f"{path}, line {reader.line_num}", header, c) for c in reader if c]
     except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is not a table of metrics: {error}. Restore it, or remove it."
         ) from error
 
 
-def _row(place: str, cells: dict[str | Any, str | Any]) -> dict[str, float]:
-    extra = cells.pop(None, [])  # csv.DictReader's key for cells beyond the header's columns
-    count = len(extra) + sum(cell is not None for cell in cells.values())
-    if count != len(cells):
+def _row(place: str, header: Sequence[str], cells: Sequence[str]) -> dict[str, float]:
+    if len(cells) != len(header):
         raise ValueError(
-            f"{place}: {count} cells under {len(cells)} columns. The file may be truncated: remove "
-            "the line, or write the table again."
+            f"{place}: {len(cells)} cells under {len(header)} columns. The file may be truncated: "
+            "remove the line, or write the table again."
         )
     row = {}
-    for name, cell in cells.items():
+    for name, cell in zip(header, cells, strict=True):
         try:
             if cell:
                 row[name] = float(cell)
         except ValueError:
             raise ValueError(f"{place}: {name} is {cell!r}, not a number.") from None
     if not 0 <= row.get("update", -1.0) < math.inf:
-        raise ValueError(f"{place}: update is {cells['update']!r}; expected a number >= 0.")
+        raise ValueError(f"{place}: update is {cells[0]!r}; expected a number >= 0.")
     return row

@@ -3,6 +3,8 @@
 ``calls`` are by name, and each may be performed again at any time. ``watch`` is called several times
 a second. The result has a sentence for each call that failed. ``threads``: of torch. When this process
 is interrupted, calls are ended or cancelled. ``TypeError`` for a call that cannot be pickled.
+
+A call whose process dies is repeated, and continues from its last checkpoint; not a call that raises.
 """
 
 from __future__ import annotations
@@ -11,19 +13,21 @@ import os
 import socket
 import time
 import traceback
-from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import wait
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from iql_torchrl.processes import Worker, packed_call, perform, surroundings
-from iql_torchrl.sweep.retries import RAY_RETRIES, first_line, is_repeated, why
+from iql_torchrl.files import first_line
+from iql_torchrl.processes import ProcessEnded, Workers, packed_call, perform, surroundings
 
 __all__ = ["perform_locally", "perform_on_ray", "perform_on_slurm"]
 
 Calls = Mapping[str, Callable[[], None]]
+PERFORMED, RAY_RETRIES = 3, 3  # how often a call is performed here, and repeated by Ray
 SECONDS = 0.2  # between two looks at the progress
 ANSWER = 5.0  # seconds in which the machine of a cluster accepts a connection
 
@@ -32,28 +36,10 @@ def perform_locally(
     calls: Calls, watch: Callable[[], None], *, workers: int, threads: int
 ) -> dict[str, str]:
     """In ``workers`` processes on this machine; a call whose process dies is repeated two times."""
-    waiting, deaths, failures = deque(_packed(calls, threads).items()), Counter[str](), {}
-    crew = [Worker() for _ in range(min(workers, len(calls)))]
-    idle, running = list(crew), dict[Future[Any], tuple[Worker, str, bytes]]()
-    try:
-        while waiting or running:
-            while waiting and idle:
-                worker, (name, order) = idle.pop(), waiting.popleft()
-                running[worker.submit(order)] = worker, name, order
-            for future in wait(running, SECONDS, FIRST_COMPLETED).done:
-                worker, name, order = running.pop(future)
-                idle.append(worker)
-                if (error := future.exception()) is None:
-                    continue
-                if is_repeated(error, name, deaths):
-                    waiting.append((name, order))
-                else:
-                    failures[name] = why(error)
-            watch()
-    finally:
-        for worker in crew:
-            worker.close()
-    return failures
+    orders = _packed(calls, threads)
+    with closing(Workers(min(workers, len(calls)))) as crew:
+        jobs = {name: crew.submit(order, None, PERFORMED) for name, order in orders.items()}
+        return _followed(jobs, watch, partial(wait, jobs.values(), SECONDS))
 
 
 def perform_on_ray(
@@ -83,26 +69,15 @@ def perform_on_ray(
     ours = not ray.is_initialized()
     if ours:
         connect(ray, address or os.environ.get("RAY_ADDRESS") or None, workers * threads)
-    waiting: list[Any] = []
-    failures: dict[str, str] = {}
+    tasks: list[Any] = []
     try:
         given = {"num_cpus": threads, "max_retries": RAY_RETRIES, **(options or {})}
-        task = ray.remote(_attempted).options(**given)
-        names = {task.remote(order): name for name, order in _packed(calls, threads).items()}
-        waiting = list(names)
-        while waiting:
-            finished, waiting = ray.wait(waiting, timeout=SECONDS)
-            for each in finished:
-                try:
-                    sentence = ray.get(each)
-                except ray.exceptions.RayError as error:
-                    sentence = first_line(error)
-                if sentence is not None:
-                    failures[names[each]] = sentence
-            watch()
-        return failures
+        task, orders = ray.remote(_attempted).options(**given), _packed(calls, threads)
+        tasks += map(task.remote, orders.values())
+        jobs = dict(zip(orders, [each.future() for each in tasks], strict=True))
+        return _followed(jobs, watch, partial(wait, jobs.values(), SECONDS))
     finally:
-        for each in waiting:  # after an exception
+        for each in tasks:  # after an exception; no effect on those that have ended
             ray.cancel(each, force=True)
         if ours:
             ray.shutdown()
@@ -171,20 +146,33 @@ def perform_on_slurm(
     with executor.batch():  # one array of jobs
         jobs = {name: executor.submit(Requeued(), order) for name, order in orders.items()}
     try:
-        while not all(job.done() for job in jobs.values()):
-            watch()
-            time.sleep(SECONDS)
+        return _followed(jobs, watch, partial(time.sleep, SECONDS))
     except BaseException:
         for job in jobs.values():
             job.cancel(check=False)
         raise
-    failures = {}
-    for name, job in jobs.items():
-        lost = job.exception()
-        sentence = job.result() if lost is None else first_line(lost)
-        if sentence is not None:
-            failures[name] = sentence
-    return failures
+
+
+def _followed(
+    jobs: Mapping[str, Any], watch: Callable[[], None], pause: Callable[[], Any]
+) -> dict[str, str]:
+    """Wait for ``jobs``, futures of None or of why a call failed; a sentence for each that failed."""
+    while not all(job.done() for job in jobs.values()):
+        watch()
+        pause()
+    errors = {name: job.exception() for name, job in jobs.items()}
+    ends = {n: jobs[n].result() if error is None else why(error) for n, error in errors.items()}
+    return {name: sentence for name, sentence in ends.items() if sentence is not None}
+
+
+def why(error: BaseException) -> str:
+    """Why a call failed that is not repeated, in one line."""
+    if isinstance(error, ProcessEnded):
+        return (
+            f"its process ended {PERFORMED} times, with {error}; SIGKILL mostly means that memory ran "
+            "out: use fewer workers or members_per_task."
+        )
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _packed(calls: Calls, threads: int) -> dict[str, bytes]:

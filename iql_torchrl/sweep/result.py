@@ -15,8 +15,7 @@ from iql_torchrl.config import IQLConfig, knobs
 from iql_torchrl.report.figures import save
 from iql_torchrl.report.tables import write_rows
 from iql_torchrl.selection import Ranking
-from iql_torchrl.sweep.retries import Row
-from iql_torchrl.sweep.task import Task
+from iql_torchrl.sweep.task import Row, Task
 
 __all__ = ["SweepResult", "named"]
 

@@ -6,7 +6,7 @@ import hashlib
 import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,19 @@ from iql_torchrl.agent.build import make_agent
 from iql_torchrl.config import IQLConfig, check_whole, knobs
 from iql_torchrl.data import OfflineDataset, load_dataset
 from iql_torchrl.data.saved import is_saved, is_sharded
-from iql_torchrl.files import make_folder
+from iql_torchrl.files import first_line, make_folder, read_json, write_json
 from iql_torchrl.population.runs import IQLPopulation
 from iql_torchrl.selection import Ranking
 from iql_torchrl.sweep.engines import perform_locally, perform_on_ray, perform_on_slurm
 from iql_torchrl.sweep.result import SweepResult, joined, named
-from iql_torchrl.sweep.retries import Score, first_line
 from iql_torchrl.sweep.task import (
     Log,
     Parts,
+    Score,
     Task,
     played,
     rank,
-    read_json,
     read_ranking,
-    write_json,
 )
 
 __all__ = ["Sweep"]
@@ -222,20 +220,15 @@ class Sweep:
         log = self._read_log(self._log.data if saved else self.source)
         log.print_notes()
         groups, failed = divided(self.runs, log, self.members_per_task)
-        notes, scored = [], self.score is not None
+        name, level = self.log_score or ("the log", log.episode_returns.mean())
+        score = None if self.score is None else [str(name), float(level)]
+        plan: dict[str, Any] = {"groups": groups, "failed": failed, "notes": [], "log_score": score}
         if self.score == "environment":
             try:
                 log.make_env().close()
             except Exception as error:
-                notes.append(f"There are no scores: {first_line(error)}")
-                scored = False
-        level = self.log_score or ("the log", float(log.episode_returns.mean()))
-        plan = {
-            "groups": groups,
-            "failed": failed,
-            "notes": notes,
-            "log_score": [str(level[0]), float(level[1])] if scored else None,
-        }
+                why = f"There are no scores: {first_line(error)}"
+                plan |= {"notes": [why], "log_score": None}
         for name, sentence in failed.items():
             print(f"{name} {sentence}", file=sys.stderr)
         if groups:  # a sweep of which nothing can be trained leaves the folder to others
@@ -324,17 +317,16 @@ class Sweep:
 
     def _identity(self) -> dict[str, Any]:
         """What identifies the sweep in its folder: its runs, its data, and what is done with them."""
-        texts = ("source", "env", "reward", "log_score")
-        numbers = (
-            "members_per_task", "held_out", "reserved", "episodes", "evaluation_seed", "fit_updates",
-            "discount", "save_every",
-        )  # fmt: skip
-        return {
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        numbers_or_texts = {
+            name: value if value is None or isinstance(value, int | float) else text_of(value)
+            for name, value in values.items()
+            if name not in ("folder", "runs", "score_words")
+        }
+        return numbers_or_texts | {
             "configs": {name: config.to_dict() for name, config in self.runs.items()},
             "load": {name: text_of(value) for name, value in (self.load or {}).items()},
             "score": text_of(self.score or ""),
-            **{n: None if (x := getattr(self, n)) is None else text_of(x) for n in texts},
-            **{name: getattr(self, name) for name in numbers},
         }
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +16,16 @@ from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import DatasetWarning, OfflineDataset, load_dataset
 from iql_torchrl.data.saved import folder_lock
 from iql_torchrl.evaluation.rollout import evaluate
-from iql_torchrl.files import SUFFIX, whole_file
+from iql_torchrl.files import SUFFIX, first_line, read_json, write_json
 from iql_torchrl.population.runs import IQLPopulation
 from iql_torchrl.selection import Ranking, fitted_q_evaluation, rank_members
 from iql_torchrl.selection.members import resolve_member
-from iql_torchrl.sweep.retries import FAILED, Row, Score, first_line, scored
 from iql_torchrl.trainers.trainer import OfflineTrainer
 
+Row = dict[str, Any]
+Score = Callable[[Agent, OfflineDataset], Mapping[str, float]]
 POPULATION = f"population{SUFFIX}"
+FAILED = "its evaluation failed"
 EVENTS = 20  # how often progress is written between two checkpoints
 
 
@@ -186,16 +188,35 @@ class Task:
             row: Row = {"member": name} | {loss: values[number] for loss, values in losses.items()}
             if bad := [loss for loss in losses if not abs(row[loss]) < float("inf")]:
                 row["error"] = f"{bad[0]} is not finite"
-            elif self.score is not None and name not in scores:
-                score = scored(self.score, agent, dataset, self.attempts)
+            elif name in scores:
+                row |= scores[name]
+            elif self.score is not None:
+                score = self._scored(self.score, agent, dataset)
                 if "error" not in score:
                     scores[name] = score
                     write_json(path, scores)
                 row |= score
-            else:
-                row |= scores.get(name, {})
             rows.append(row)
         return rows
+
+    def _scored(self, score: Score, agent: Agent, dataset: OfflineDataset) -> Row:
+        """``score`` and its bounds, or the ``error`` of this member: the others are evaluated."""
+        for attempt in range(self.attempts):
+            try:
+                given = {name: float(value) for name, value in score(agent, dataset).items()}
+                if "score" in given:
+                    bounds = dict.fromkeys(("score", "score_low", "score_high"), given["score"])
+                    return bounds | given
+                raise ValueError(
+                    f"score returned {sorted(given)}; expected a mapping with 'score', and with "
+                    "'score_low' and 'score_high' where they are known."
+                )
+            except Exception as error:
+                reason = first_line(error)
+                print(
+                    f"evaluation {attempt + 1} of {self.attempts} failed: {reason}", file=sys.stderr
+                )
+        return {"error": f"{FAILED}: {reason}"}
 
     def agents(self, device: str | None = None) -> Iterator[tuple[str, Agent]]:
         """The trained agents by name, from the checkpoints."""
@@ -259,20 +280,3 @@ def read_ranking(
         return None
     ranking = None if read_json(path) is None else Ranking.from_json(path)
     return ranking, read_json(folder / "skipped.json", {})
-
-
-def write_json(path: Path, value: Any) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(value) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path, default: Any = None) -> Any:
-    """The content of a file that :func:`write_json` wrote; ``default`` where there is none."""
-    if default is not None and not path.exists():
-        return default
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not JSON ({error}); delete it, and run the sweep again."
-        ) from error

@@ -94,12 +94,12 @@ def check_same_run(
     that an older version did not save has its default: ``config`` and ``loss_knobs`` describe them.
     """
     old, new = (_compared(states, config, loss_knobs) for states in (saved, current))
-    differences = {}
-    for group in [group for group in new if group in old]:
-        before, now = old[group], new[group]
-        for name in sorted({*before, *now}):
-            if before.get(name) != now.get(name):
-                differences[name] = f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+    differences = {
+        name: f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+        for before, now in ((old[group], new[group]) for group in new if group in old)
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
+    }
     if differences:
         listed, more = list(differences.values())[:MOST_LISTED], len(differences) - MOST_LISTED
         name = saved.get("data", {}).get("name")
@@ -278,9 +278,10 @@ class ResumableTrainer(Trainer):
     # -- saving ------------------------------------------------------------------------------------
 
     def save_trainer(self, force_save: bool = False) -> None:
-        """Save if ``save_trainer_interval`` updates have passed since the last save, or forced."""
-        due = self.updates - max(0, self._last_save) >= self.save_trainer_interval
-        if not (force_save or due) or not self._has_checkpoint_destination():
+        """Save if ``save_trainer_interval`` updates have passed, the policy is kept, or forced."""
+        waited = self.updates - max(0, self._last_save) >= self.save_trainer_interval
+        due = waited or force_save or self._keep_as is not None
+        if not (due and self._has_checkpoint_destination()):
             return
         self._last_save = self.updates
         path = Path(self.save_trainer_file or "")

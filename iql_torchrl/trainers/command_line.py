@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import inspect
 import itertools
-import json
 import os
 import re
 import shlex
@@ -18,7 +18,7 @@ from typing import Any, Literal
 from torchrl.record import loggers
 
 from iql_torchrl.config.cli import refuse
-from iql_torchrl.files import whole_file
+from iql_torchrl.files import read_json, write_json
 
 OPTION, ARGUMENTS = "--resume", "arguments.json"
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow", "trackio"]
@@ -44,8 +44,7 @@ def new_folder(parent: Path, name: str, arguments: Sequence[str]) -> Path:
         except FileExistsError:
             if not folder.is_dir():
                 raise
-    with whole_file(folder / ARGUMENTS) as temporary:
-        temporary.write_text(json.dumps(list(arguments)) + "\n")
+    write_json(folder / ARGUMENTS, list(arguments))
     return folder
 
 
@@ -69,7 +68,7 @@ def _numbered(parent: Path, name: str) -> Iterator[Path]:
 def _saved_arguments(folder: Path) -> list[str]:
     """The command line that started the run in ``folder``; ``ValueError`` without a readable one."""
     try:
-        return [str(argument) for argument in json.loads((folder / ARGUMENTS).read_text())]
+        return [str(argument) for argument in read_json(folder / ARGUMENTS)]
     except (OSError, ValueError, TypeError) as error:
         problem = f"has no readable {ARGUMENTS} ({error})" if folder.is_dir() else "is no folder"
         raise ValueError(f"{folder} {problem}, so there is no run to continue.") from error
@@ -85,17 +84,19 @@ def resumed_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]
     Exits with status 2 and a sentence on standard error if ``--resume`` lacks its
     folder or is given with other arguments, or if the folder has no saved arguments.
     """
-    if not any(word.partition("=")[0] == OPTION for word in arguments):
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(OPTION, nargs="?", const="", dest="folder")
+    options, others = parser.parse_known_args(arguments)
+    if options.folder is None:
         return list(arguments), None
-    alone = len(arguments) == 1 and arguments[0].startswith(f"{OPTION}=")
-    words = arguments[0].split("=", 1) if alone else list(arguments)
-    if len(words) != 2 or words[0] != OPTION or not words[1]:
+    if others or not options.folder:
         refuse(
             f"{OPTION} continues a run with the settings that it was started with: give the run's "
             f"folder and no other argument, as in {OPTION} runs/a."
         )
+    folder = Path(options.folder)
     try:
-        return _saved_arguments(Path(words[1])), Path(words[1])
+        return _saved_arguments(folder), folder
     except ValueError as error:
         refuse(error)
 

@@ -42,18 +42,17 @@ def intervals(
     """Updates between rows, evaluations and checkpoints; ``given`` are the trainer's arguments."""
     result = {"total_updates": total_updates}
     for name, parts in (("log_interval", 100), ("eval_interval", 10)):
-        calls = max(1, math.ceil(total_updates / parts / updates_per_call))
-        default = calls * updates_per_call
-        result[name] = default if given[name] is None else whole_updates(name, given[name])
+        default = updates_per_call * max(1, math.ceil(total_updates / parts / updates_per_call))
+        result[name] = whole_updates(name, default if given[name] is None else given[name])
     for name, value in result.items():
         if value % updates_per_call and (evaluates or name != "eval_interval"):
             raise ValueError(
                 f"{name} is {value}, and the step makes {updates_per_call} updates a call; give a "
                 "multiple of that."
             )
-    save = given["save_trainer_interval"]
-    save = result["eval_interval"] if save is None else whole_updates("save_trainer_interval", save)
-    return result["log_interval"], result["eval_interval"], save
+    name, evaluation = "save_trainer_interval", result["eval_interval"]
+    save = whole_updates(name, evaluation if given[name] is None else given[name])
+    return result["log_interval"], evaluation, save
 
 
 @dataclass

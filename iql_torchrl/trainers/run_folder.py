@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import platform
@@ -17,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torchrl.checkpoint import CheckpointRotation
 
-from iql_torchrl.files import PREFIX, SUFFIX, make_folder, whole_file
+from iql_torchrl.files import PREFIX, SUFFIX, make_folder, whole_file, write_json
 from iql_torchrl.report.figures import draw
 from iql_torchrl.report.tables import write_csv
 
@@ -54,8 +53,7 @@ class RunFolder:
                 )
             self._delete_leftovers({self.aside(update) for update in pending})
             if config is not None:
-                with whole_file(self.path / "config.json") as temporary:
-                    temporary.write_text(json.dumps(config, indent=2) + "\n")
+                write_json(self.path / "config.json", config, indent=2)
             yield
 
     @contextlib.contextmanager
@@ -102,10 +100,8 @@ class RunFolder:
         """Whether ``path`` is a file of this run."""
         return self.path.resolve() in path.resolve().parents
 
-    def write(
-        self, rows: Sequence[Mapping[str, float]], *, log_return: float | None, now: bool
-    ) -> None:
-        """Write the table, and draw the curves with a line at the mean return of the log if known.
+    def write(self, rows: Sequence[Mapping[str, float]], *, log_return: float, now: bool) -> None:
+        """Write the table, and draw the curves with a line at the mean return of the log unless NaN.
 
         The table at each event while that is fast, and less often when it is long; the curves once a
         minute, because drawing takes half a second; both ``now``. After a crash, missing rows are
@@ -117,7 +113,7 @@ class RunFolder:
             ended = time.monotonic()
             self._write_again = ended + (ended - began) / TABLE_SHARE
         if rows and (now or began - self._drawn > SECONDS_BETWEEN_PICTURES):
-            level = None if log_return is None else (f"the log ({log_return:.0f})", log_return)
+            level = None if math.isnan(log_return) else (f"the log ({log_return:.0f})", log_return)
             draw(self.path / "curves.png", rows, title=self.path.name, reference=level)
             self._drawn = time.monotonic()
 

@@ -248,11 +248,11 @@ class OfflineTrainer(ResumableTrainer):
             stack.callback(self._shutdown_hook)
             self._setup_hook()
             self.ranks.together(self._evaluate_at_start)
-            while self.updates < self.total_updates and not self._stop_training:
+            while self.updates < self.total_updates and not (
+                self._stop_training or self.interruption.requested
+            ):
                 self._train_to_next_event()
                 self.interruption.agree()
-                if self.interruption.requested:
-                    break
             if not self.interruption.requested:  # otherwise the checkpoint contains them
                 self.ranks.together(lambda: self._collect(wait=True))
                 self.interruption.agree()
@@ -261,11 +261,10 @@ class OfflineTrainer(ResumableTrainer):
 
     def _enter_folder(self, stack: contextlib.ExitStack) -> None:
         if self.folder is not None:
-            name = {} if self.dataset is None else {"dataset": self.dataset.name}
-            data = {"data": data_digest(self.data_state)} if name else {}
-            config = None
-            if self.agent is not None:
-                config = name | data | self.agent.description()["config"]
+            config = None if self.agent is None else self.agent.description()["config"]
+            if config is not None and self.dataset is not None:
+                data = data_digest(self.data_state)
+                config = {"dataset": self.dataset.name, "data": data} | config
             pending = getattr(self.evaluation, "pending", ())
             stack.enter_context(self.folder.in_use(config, pending, continues=self._in_folder))
             self._in_folder = True
@@ -351,7 +350,7 @@ class OfflineTrainer(ResumableTrainer):
         except BaseException:
             self.save_trainer(force_save=True)  # all updates before the error are complete
             raise
-        self.save_trainer(force_save=self._keep_as is not None)
+        self.save_trainer()
         self._write()
         losses = {name: value for name, value in means.items() if name.startswith("loss_")}
         self.display.event(
@@ -391,8 +390,8 @@ class OfflineTrainer(ResumableTrainer):
 
     def _write(self, now: bool = False) -> None:
         if self.folder is not None:
-            mean = None if self.dataset is None else float(self.dataset.episode_returns.mean())
-            mean = None if mean is None or math.isnan(mean) else mean  # of goals
+            log = self.dataset
+            mean = math.nan if log is None else float(log.episode_returns.mean())  # goals: nan
             self.folder.write(self.progress.rows, log_return=mean, now=now)
 
     # -- evaluation --------------------------------------------------------------------------------
@@ -410,7 +409,7 @@ class OfflineTrainer(ResumableTrainer):
         missing = self.evaluation is not None and not (evaluated or waiting)
         if missing and self._is_evaluation_due():
             self._evaluate()
-            self.save_trainer(force_save=self._keep_as is not None)
+            self.save_trainer()
             self.display.last_score(self.updates, self.progress.latest(self.monitor))
 
     def _evaluate(self) -> None:

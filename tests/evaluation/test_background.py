@@ -87,7 +87,7 @@ def same(one, other):
 
 
 def process_of(background):
-    return background._worker._process
+    return background._workers._processes.get(0)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def shared():
     with BackgroundEvaluation(actor, make_env, **SETTINGS) as background:
         assert process_of(background) is None, "it starts when it is needed"
         yield actor, make_env, background
-    assert background._worker._thread is None or not background._worker._thread.is_alive()
+    assert not any(thread.is_alive() for thread in background._workers._threads)
 
 
 def played(actor, make_env):
@@ -221,12 +221,12 @@ def test_ctrl_c_and_sigterm_are_handled_by_the_parent_only(shared, number):
 def test_what_is_forgotten_ends_its_process():
     background = BackgroundEvaluation(stochastic_actor(), pendulum_log().make_env, **SETTINGS)
     background.submit(0)
-    worker, process = background._worker, started(background)
+    workers, process = background._workers, started(background)
     assert process.poll() is None
     del background
     gc.collect()
     assert process.poll() is not None
-    assert not worker._thread.is_alive()
+    assert not any(thread.is_alive() for thread in workers._threads)
 
 
 SCRIPT = """
@@ -373,7 +373,7 @@ except RuntimeError as error:
     print(error)
 (folder / "leave").unlink()
 print(returns(2))
-process = background._worker._process
+process = background._workers._processes[0]
 process.kill()
 process.wait()
 print(returns(3))
@@ -607,7 +607,7 @@ def test_numbers_and_snapshots_are_checked():
         with pytest.raises(ValueError, match=r"shape \(31,\), expected torch.float32 of .*\(32,\)"):
             background.resubmit({3: snapshot})
         assert background.pending == {}
-        assert background._worker._thread is None
+        assert not background._workers._threads
         background.submit(7)
         with pytest.raises(ValueError, match="number 7 is pending already"):
             background.submit(7)

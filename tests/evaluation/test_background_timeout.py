@@ -78,7 +78,7 @@ def warmed_up(policy, folder: Path) -> BackgroundEvaluation:
 @pytest.mark.parametrize("deaf", [False, True])
 def test_a_hung_evaluation_is_ended_and_reported_and_the_next_one_runs(tmp_path, deaf):
     with warmed_up(make_step(3, 1).loss.actor_network, tmp_path) as evaluation:
-        first = evaluation._worker._process.pid
+        first = evaluation._workers._processes[0].pid
         for name in ["hang", "deaf"][: 1 + deaf]:
             (tmp_path / name).touch()
         evaluation.timeout = 1.0
@@ -100,7 +100,7 @@ def test_a_hung_evaluation_is_ended_and_reported_and_the_next_one_runs(tmp_path,
         evaluation.submit(8)
         ((number, result),) = evaluation.results(wait=True)
         assert (number, result.returns.tolist()) == (8, [1.0, 1.0])
-        assert evaluation._worker._process.pid != first
+        assert evaluation._workers._processes[0].pid != first
 
 
 @pytest.mark.parametrize("wrong", [0, -1.0, float("inf"), float("nan"), "60", True])

@@ -238,6 +238,11 @@ def test_a_whole_run(pendulum, capsys, tmp_path):
         (["--expectile", "0.3"], "expectile is 0.3"),
         (["--eval-every", "0"], "at least 1"),
         (["--dataset", "no-such-file.hdf5"], "error: no-such-file.hdf5: no such file"),
+        (
+            ["--action-chunk", "3", "--dataset", "none"],
+            "collection with action chunks or histories",
+        ),
+        (["--history", "4", "--dataset", "none"], "history is 4: online collection"),
     ],
 )
 def test_mistakes_get_one_sentence(pendulum, capsys, tmp_path, arguments, words):

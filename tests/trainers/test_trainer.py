@@ -206,6 +206,26 @@ def test_interruption_finishes_the_update_saves_and_prints_how_to_continue(
     assert same_weights(resumed, alone)
 
 
+def test_an_interruption_before_the_first_update_makes_none_and_the_run_can_be_continued(tmp_path):
+    def evaluation():
+        os.kill(os.getpid(), signal.SIGINT)
+        return {"return_mean": 1.0}
+
+    step, calls = stepping(lambda *_: None)
+    trainer = make_trainer(step, 20, folder=tmp_path / "run", evaluation=evaluation)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (trainer.updates, len(calls)) == (0, 0)
+    resumed, alone = make_step(), make_step()
+    again = make_trainer(
+        resumed, 20, folder=tmp_path / "run", evaluation=lambda: {"return_mean": 0.0}
+    )
+    again.resume().train()
+    by_hand(alone, 20)
+    assert same_weights(resumed, alone)
+    assert again.progress.rows[0] == {"update": 0, "return_mean": 1.0}, "it is not made twice"
+
+
 def test_a_second_interruption_stops_at_once():
     step, calls = stepping(lambda *_: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
