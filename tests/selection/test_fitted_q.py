@@ -425,10 +425,9 @@ def test_training_on_a_device_waits_for_nothing(make, monkeypatch):
         counts[updates] = mode.count
     assert counts[4] == counts[1]
     assert counts[5] == counts[1] + 1
-    starts = steps.features[:4], steps.kept[:, :4]
     with Copies():
         for policy in (0, 1):
-            fitted_q._visits(critics, steps, policy, starts)
+            steps.visits(policy)
 
 
 CUT = WORLD.log(uniform(), episodes=9, horizon=2)
@@ -448,13 +447,13 @@ ELSEWHERE = TensorDictModule(nn.Identity(), in_keys=["elsewhere"], out_keys=["ac
         ({"lr": 0.0}, "lr is"),
         ({"polyak": 0.0}, "polyak is 0"),
         ({"hidden": (4, 0)}, r"hidden\[1\] is 0"),
-        ({"device": "cuda:99"}, "device is 'cuda:99', which cannot be used here"),
+        ({"device": "cuda:99"}, "device is 'cuda:99', which this machine cannot use"),
         (
             {"held_out": CUT, "discount": 1.0},
             "discount is 1 and [1-9] of 9 episodes of held_out end",
         ),
         ({"train": CUT, "discount": 1}, "of train end without termination"),
-        ({"model": "tree"}, "model is 'tree'; choose one of auto, table, network"),
+        ({"model": "tree"}, "model is 'tree'; choose one of 'auto', 'table', 'network'"),
         ({"members": {"x": ELSEWHERE}}, r"reads \['elsewhere'\], which the log lacks"),
         ({"members": {"x": actor(np.full((STATES, 4), 0.25))}}, "each of the 3 actions"),
         ({"members": {"x": actor(np.full((STATES, ACTIONS), np.nan))}}, "to every allowed action"),
