@@ -70,15 +70,11 @@ DOUBTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What is known about a ranking beside its rows.
+    """What is known about a ranking beside its rows, and the options of ``rank_members``.
 
-    Attributes:
-        members, clone: those that are ranked, and the one that imitates the log.
-        fitted_q: their evaluation.
-        train, held_out: the logs that it was fitted on and corrected by.
-        unchecked: why there is no importance sampling, or empty.
-        sampled: whether the values are of continuous actions as the members draw them.
-        max_extrapolation, min_effective_episodes, confidence, seed: see ``rank_members``.
+    ``clone``: the member that imitates the log. ``fitted_q``: fitted on ``train``, corrected by
+    ``held_out``. ``unchecked``: why there is no importance sampling, or empty. ``sampled``: whether
+    values are of continuous actions as the members draw them.
     """
 
     members: tuple[Member, ...]

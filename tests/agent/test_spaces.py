@@ -26,7 +26,7 @@ from iql_torchrl.agent import Agent
 from iql_torchrl.data import DeviceSampler
 from iql_torchrl.evaluation import Acting
 from iql_torchrl.evaluation.acting import policy_dtype
-from iql_torchrl.evaluation.policy_input import policy_input, stacked
+from iql_torchrl.evaluation.policy_input import policy_input
 from iql_torchrl.population import IQLPopulation
 from iql_torchrl.selection import fitted_q_evaluation
 from iql_torchrl.trainers import OfflineTrainer

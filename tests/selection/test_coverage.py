@@ -118,8 +118,9 @@ def test_an_action_that_the_fit_lacks_is_unsupported_even_if_held_out_steps_took
     lacking = replace(train, transitions=rows)
     never = torch.tensor([0.0, 0.0, 1.0]).expand(1, 60, 3)
     features = features_of(train, train.transitions)
-    share = Coverage(lacking, train).unsupported_choices(features, never)
-    assert share.mean() == 1
+    for count in (2, 100):  # with 100 rows at least, every action is one that the fit lacks
+        share = Coverage(lacking, train, min_count=count).unsupported_choices(features, never)
+        assert share.mean() == 1
 
 
 def test_large_logs_are_sampled():

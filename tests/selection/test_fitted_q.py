@@ -368,6 +368,16 @@ def test_continuous_actions_far_from_the_log_are_unsupported():
     assert scores.log_unsupported == pytest.approx(0.01)
 
 
+def test_with_many_actions_visits_are_linear_in_features_and_probabilities(
+    parts, fitted, monkeypatch
+):
+    """Instead of in their products, of which there would be too many; a short fit is corrected."""
+    monkeypatch.setattr(fitted_q, "MAX_FEATURES", 1)
+    estimate, values = evaluated(members(), *parts, updates=60), fitted["table"].values
+    gaps = [np.abs(v - values) for v in (estimate.values, estimate.initial_values.mean(1))]
+    assert gaps[0].mean() < 0.5 * gaps[1].mean()
+
+
 @pytest.mark.parametrize(("progress", "shown"), [(True, True), (None, False), (False, False)])
 def test_progress_is_shown_where_it_is_asked_for(progress, shown, capsys):
     train, held_out = line_log(400, spread=0.1).split(0.5, 0)
@@ -470,6 +480,11 @@ def test_logs_that_do_not_fit_are_refused(parts):
     other = replace(parts[1], action_space=spaces.Discrete(4))
     with pytest.raises(ValueError, match="action_space of train"):
         evaluated(members(), parts[0], other)
+    with pytest.raises(ValueError, match=r"'a' acts with shape \(20, 1, 1\).* finite vectors"):
+        evaluated({"a": line(float("nan"))}, line_log(20), line_log(20, 1))
+    square = replace(line_log(20), action_space=spaces.Box(-1, 1, (1, 1)))
+    with pytest.raises(ValueError, match=r"expected Discrete, or a Box of shape \(A,\)"):
+        evaluated({"a": line(1.0)}, square, square)
     with pytest.raises(ValueError, match=r"continuous actions or too many distinct states; choose"):
         evaluated({"a": line(1.0)}, line_log(20), line_log(20, 1), "table")
     pictures = np.random.default_rng(0).integers(9, size=(40, 9, 9, 3), dtype=np.uint8)

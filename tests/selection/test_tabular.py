@@ -356,7 +356,7 @@ def test_what_counts_as_few_states(parts):
     np.testing.assert_array_equal(result.held_out_next, rows["next", "observation"].numpy())
     continuous = load_dataset(small_log())
     assert finite_states(continuous, continuous) is None
-    distinct = load_dataset(small_log(rows=400, action=np.arange(400) % 2))
+    distinct = load_dataset(small_log(rows=2400, action=np.arange(2400) % 2))
     assert finite_states(distinct, distinct) is None
     draw = np.random.default_rng(0)
 
