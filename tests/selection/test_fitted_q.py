@@ -406,6 +406,16 @@ def test_continuous_samples_leave_the_caller_s_random_state_as_it_is():
     assert np.isfinite(sampled[0].td_error).all()
 
 
+def test_first_states_have_draws_of_their_own_however_many_there_are(monkeypatch):
+    """Each part of them had the draws of the first part."""
+    monkeypatch.setattr(fitted_q, "ROWS_AT_ONCE", 4)
+    step = (np.arange(80) % 10).astype(np.float32)  # all episodes of 10 steps look alike
+    dataset = load_dataset(small_log(80, observation=step[:, None] * np.ones(3, np.float32)))
+    how = {"discount": 0.9, "deterministic": False, **BRIEF}
+    (values,) = fitted_q_evaluation({"one": box_agent()}, dataset, dataset, **how).initial_values
+    assert len(np.unique(values.round(9))) == 8
+
+
 def test_dict_observations_with_a_category():
     draw = np.random.default_rng(0)
     observation = {
@@ -457,6 +467,7 @@ ELSEWHERE = TensorDictModule(nn.Identity(), in_keys=["elsewhere"], out_keys=["ac
         ({"lr": 0.0}, "lr is"),
         ({"polyak": 0.0}, "polyak is 0"),
         ({"hidden": (4, 0)}, r"hidden\[1\] is 0"),
+        ({"device": "gpu"}, "device is 'gpu', which this machine cannot use"),
         ({"device": "cuda:99"}, "device is 'cuda:99', which this machine cannot use"),
         (
             {"held_out": CUT, "discount": 1.0},
