@@ -165,7 +165,6 @@ def fitted_q_evaluation(
         raise ValueError(f"lr is {lr}; expected a rate above 0.")
     if not 0 < polyak <= 1:
         raise ValueError(f"polyak is {polyak}; it must lie in (0, 1].")
-    check_usable(str(device))
     if discount == 1:
         _check_ends(train=fit, held_out=fresh)
     if deterministic is None:
@@ -184,6 +183,7 @@ def fitted_q_evaluation(
         )  # fmt: skip
         error = error_training = np.full(len(resolved), np.nan)
     else:
+        check_usable(str(device))
         limits, samples = return_range(discount, fit, fresh), 0 if deterministic else action_samples
         critics = Critics(resolved, fit, torch.device(device), discount, limits, samples, seed)
         coverage = Coverage(train, held_out, min_count=min_count, seed=seed)
