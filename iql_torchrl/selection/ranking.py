@@ -284,7 +284,7 @@ def _rows(known: Evidence, behaviour: Any) -> list[dict[str, Any]]:
 
 
 def _importance(known: Evidence, behaviour: Any) -> dict[str, Any]:
-    """Importance sampling's columns of :func:`_estimates`, NaN where there is none."""
+    """Importance sampling's columns of :func:`_rows`, NaN where there is none."""
     if known.unchecked:
         return dict.fromkeys(IMPORTANCE, np.full(len(known.members), math.nan))
     # Intervals that hold for all members at once (Bonferroni), in the range of logged returns.
