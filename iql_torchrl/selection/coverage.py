@@ -79,7 +79,7 @@ class Coverage:
 
     def unsupported_states(self, features: Tensor) -> Tensor:
         """Whether states ``(N, D)``, see :func:`features_of`, lie outside the log, bool ``(N,)``."""
-        return self._distances(features.cpu()) > self.state_limit
+        return self._distances(features) > self.state_limit
 
     def unsupported_choices(self, features: Tensor, choices: Tensor) -> Tensor:
         """Each policy's probability of an unsupported action in states ``(N, D)``, ``(P, N)``.

@@ -363,15 +363,17 @@ class Steps:
         table, device = log.log.transitions, critics.device
         self.critics, self.log, self.coverage = critics, log, coverage
         self.features = features_of(critics.train.log, table).to(device)
-        self.following = features_of(critics.train.log, table, following=True).to(device)
+        following = features_of(critics.train.log, table, following=True)
+        self.following = following.to(device)
         self.reward = torch.from_numpy(log.reward / critics.unit).float().to(device)
         self.terminated = torch.from_numpy(log.terminated).to(device)
         self.action = (table["action"] if critics.discrete else table["action"].float()).to(device)
         first, ends = torch.from_numpy(log.first), torch.from_numpy(log.last[log.open_ended])
         self.starts = self.features[first], critics.choices(states(table[first]))
-        self.stopped = torch.zeros(len(table), dtype=torch.bool, device=device)
+        stopped = torch.zeros(len(table), dtype=torch.bool)
         if len(ends):
-            self.stopped[ends] = coverage.unsupported_states(self.following[ends]).to(device)
+            stopped[ends] = coverage.unsupported_states(following[ends])
+        self.stopped = stopped.to(device)
         low, high = (limit / critics.unit for limit in critics.limits)
         self.end_values = torch.tensor([[low]] * len(critics.members) + [[high]], device=device)
         self.states = states(table, following=True)
