@@ -90,7 +90,8 @@ def policy_input(
 
         def window(values: Tensor) -> Tensor:
             every = values.unflatten(0, (len(steps), -1))
-            every = every[:, history.padded(range(every.shape[1]))]
+            if every.shape[1] < history.length:
+                every = every[:, history.padded(range(every.shape[1]))]
             return stack_frames(every, values.ndim - 1) if history.stack else every
 
         batch = batch.apply(window, batch_size=(len(steps),))
@@ -121,7 +122,8 @@ def _encoded(values: Any, space: spaces.Space[Any], dtype: torch.dtype) -> Any:
         tensor = torch.as_tensor(values).to(dtype)
     else:
         tensor = torch.as_tensor(values.astype(space.dtype))
-    return tensor.reshape(-1, *(space.shape or ()))
+    shape = space.shape or ()
+    return tensor if tensor.ndim == 1 + len(shape) else tensor.reshape(-1, *shape)
 
 
 def action_mask(info: Mapping[str, Any], space: spaces.Space[Any]) -> Tensor:
