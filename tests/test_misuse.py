@@ -345,7 +345,7 @@ def test_messages_about_large_spaces_are_short(tmp_path):
         lambda: environment_actions(far * torch.nan, wide, moments),
         lambda: environment_actions(far[:, :7], wide, moments),
         lambda: action_mask({"action_mask": np.ones(3)}, wide),
-        lambda: policy_input([np.zeros(3)], spaces.Tuple([wide]), flat=False),
+        lambda: policy_input(np.zeros((1, 3)), [1], spaces.Tuple([wide]), flat=False),
         lambda: export_policy(actor, Task(wide, spaces.Tuple([wide])), tmp_path / "p.pt2"),
         lambda: export_policy(actor, Task(wide, spaces.Box(-1, 1, (7,))), tmp_path / "p.pt2"),
         lambda: policies.gaussian(3, Bounded(-torch.ones(2, 300), torch.ones(2, 300), (2, 300))),

@@ -23,7 +23,7 @@ from iql_torchrl.evaluation.policy_input import (
     needs_mask,
     policy_input,
     reads_names_at_top_level,
-    unbound,
+    stacked,
 )
 from iql_torchrl.networks import History, chunk_of, history_of
 
@@ -62,28 +62,27 @@ def act(
             environment does not accept.
     """
     check_policy(policy)
-    if seed is not None and (
-        isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**63
-    ):
-        raise ValueError(f"seed is {seed!r}; expected a whole number in [0, 2**63), or None.")
-    history = history_of(policy)
+    if seed is not None:
+        check_seed(seed)
+    history, masks = history_of(policy), None
     leaves, leading = checked_observation(observation, observation_space, history)
     single = len(leading) == (history is not None)
-    rows = unbound(leaves, leading)
-    rows = [rows] if single else rows
-    masks = None
+    count = 1 if single else leading[0]
     if needs_mask(policy, observation_space):
-        masks = action_masks(action_mask, action_space, None if single else len(rows))
+        masks = action_masks(action_mask, action_space, None if single else count)
     elif action_mask is not None:
         raise ValueError(
             f"action_mask was given, but the policy reads only {list(policy.in_keys)}; leave it "
             "out, or train on data with an action mask."
         )
-    device, moments = policy_device(policy), [(row, 0) for row in range(len(rows))]
+    steps = [1 if history is None else leading[-1]] * count
+    device, moments = policy_device(policy), [(row, 0) for row in range(count)]
     both = observation_space, action_space
     with as_in_evaluation(policy, device, deterministic=deterministic, seed=seed):
-        chosen = chosen_actions(policy, rows, masks, moments, both, dtype=dtype, device=device)
+        chosen = chosen_actions(policy, leaves, steps, masks, moments, both, dtype, device)
     actions = np.asarray(chosen, action_space.dtype)
+    if chunk_of(policy) is None:
+        actions = actions[:, 0]
     if single:
         return actions[0] if isinstance(action_space, spaces.Discrete) else np.asarray(actions[0])
     return actions
@@ -120,8 +119,7 @@ class Acting:
 
     def reset(self) -> None:
         """Begin an episode: the next observation is its first."""
-        self._seen = memory(history_of(self.policy))
-        self._planned: list[Any] = []
+        self._seen, self._planned = memory(history_of(self.policy)), list[Any]()
 
     def act(self, observation: Any, *, action_mask: Any = None, seed: int | None = None) -> Any:
         """The action for ``env.step``; ``observation`` is the current one, as ``env`` gives it.
@@ -138,7 +136,7 @@ class Acting:
         remember(seen, current)
         chunk, planned = chunk_of(self.policy), self._planned
         if not planned:
-            given = current if history_of(self.policy) is None else _stacked(list(seen))
+            given = current if history_of(self.policy) is None else stacked(seen, self._spaces[0])
             options = self._options | {"action_mask": action_mask, "seed": seed}
             action = act(self.policy, given, *self._spaces, **options)
             planned = [action] if chunk is None else list(action[: chunk.executed])
@@ -156,11 +154,11 @@ def remember(seen: deque[Any], observation: Any) -> None:
     seen.append(copy.deepcopy(observation) if seen.maxlen != 1 else observation)
 
 
-def _stacked(frames: list[Any]) -> Any:
-    """Observations as one with a leading dimension on every leaf."""
-    if isinstance(frames[0], dict):
-        return {name: _stacked([frame[name] for frame in frames]) for name in frames[0]}
-    return np.stack(frames)
+def check_seed(seed: Any) -> None:
+    """Raise ``ValueError`` unless ``seed`` is one that torch's generators accept."""
+    whole = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    if not whole or not 0 <= seed < 2**63:
+        raise ValueError(f"seed is {seed!r}; expected a whole number in [0, 2**63).")
 
 
 def check_policy(policy: Any) -> None:
@@ -245,21 +243,22 @@ def private_random_numbers(seed: int | None, *devices: torch.device | str) -> It
 
 def chosen_actions(
     policy: TensorDictModuleBase,
-    observations: Sequence[Any],
+    frames: Any,
+    steps: Sequence[int],
     masks: Sequence[Tensor] | None,
     moments: Moments,
     env_spaces: tuple[spaces.Space[Any], spaces.Space[Any]],
-    *,
     dtype: torch.dtype,
     device: torch.device,
-) -> list[Any]:
-    """Actions for ``env.step``; see :func:`policy_input` and :func:`environment_actions`.
+) -> list[list[Any]]:
+    """For each of B episodes the next action, or the actions of a chunk, for ``env.step``.
 
-    Of a policy with chunks each is a list, of the actions of a chunk.
+    ``frames``, ``steps``, ``masks``: see :func:`policy_input`; ``moments``:
+    :func:`environment_actions`.
     """
-    space = env_spaces[0]
+    space, actions = env_spaces
     flat, history = reads_names_at_top_level(policy.in_keys, space), history_of(policy)
-    batch = policy_input(observations, space, flat=flat, masks=masks, history=history, dtype=dtype)
+    batch = policy_input(frames, steps, space, flat=flat, masks=masks, history=history, dtype=dtype)
     try:
         action = policy(batch.to(device)).get("action", None)
     except torch.OutOfMemoryError:
@@ -274,13 +273,12 @@ def chosen_actions(
         raise ValueError(
             f"policy wrote a {type(action).__name__} under 'action'; it must write a tensor"
         )
-    chunk, actions = chunk_of(policy), env_spaces[1]
-    if chunk is None:
-        return environment_actions(action, actions, moments)
-    size = chunk.length
-    each = chunk.steps(action, actions.shape or ()).flatten(0, 1)
-    later = [(episode, step + number) for episode, step in moments for number in range(size)]
-    listed = environment_actions(each, actions, later)
+    chunk, size = chunk_of(policy), 1
+    if chunk is not None:
+        size = chunk.length
+        action = chunk.steps(action, actions.shape or ()).flatten(0, 1)
+        moments = [(episode, step + number) for episode, step in moments for number in range(size)]
+    listed = environment_actions(action, actions, moments)
     return [listed[start : start + size] for start in range(0, len(listed), size)]
 
 

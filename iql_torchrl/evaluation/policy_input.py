@@ -52,39 +52,51 @@ def needs_mask(policy: TensorDictModuleBase, observation_space: spaces.Space[Any
     return "action_mask" in list(policy.in_keys) and "action_mask" not in names
 
 
+def stacked(observations: Sequence[Any], space: spaces.Space[Any]) -> Any:
+    """Observations of an environment as one, with a leading dimension on every leaf."""
+    if isinstance(space, spaces.Dict):
+        return {
+            name: stacked([observation[name] for observation in observations], inner)
+            for name, inner in space.spaces.items()
+        }
+    return np.stack([np.asarray(observation) for observation in observations])
+
+
 def policy_input(
-    observations: Sequence[Any],
-    observation_space: spaces.Space[Any],
+    frames: Any,
+    steps: Sequence[int],
+    space: spaces.Space[Any],
     *,
     flat: bool,
     masks: Sequence[Tensor] | None = None,
     history: History | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> TensorDict:
-    """B observations as one TensorDict of batch size ``(B,)`` on the CPU.
+    """The observations of B episodes as one TensorDict of batch size ``(B,)`` on the CPU.
 
-    With ``history`` each is a sequence of at most ``history.length`` observations, and the result has
-    the windows and masks of ``data.Windows``.
+    ``frames``: arrays whose leading dimensions hold one observation for each episode; with
+    ``history`` the same number T for each, at most its length. ``steps``: of each episode the number
+    of those that are real, not padding. Then the result has the windows and masks of
+    ``data.Windows``.
 
     As in the training data: Boxes of floats become ``dtype``, other Boxes keep their dtype, and
     Discrete, MultiDiscrete and MultiBinary become int64, counted from zero. With ``flat`` a
     Dict's names are at the top level, otherwise below ``observation``. ``masks``, if given, are
     stacked under ``action_mask``.
     """
-    count, frames = len(observations), observations
-    if history is not None:
-        frames = [frame for seen in observations for frame in history.padded(seen)]
-    encoded = _encoded(frames, observation_space, dtype)
-    batch = encoded if flat else TensorDict({"observation": encoded}, batch_size=len(frames))
+    encoded = _encoded(frames, space, dtype)
+    batch = encoded if flat else TensorDict({"observation": encoded}, batch_size=len(encoded))
     if history is not None:
 
         def window(values: Tensor) -> Tensor:
-            steps = values.unflatten(0, (count, history.length))
-            return stack_frames(steps, values.ndim - 1) if history.stack else steps
+            every = values.unflatten(0, (len(steps), -1))
+            if every.shape[1] < history.length:
+                every = every[:, history.padded(range(every.shape[1]))]
+            return stack_frames(every, values.ndim - 1) if history.stack else every
 
-        batch = batch.apply(window, batch_size=(count,))
+        batch = batch.apply(window, batch_size=(len(steps),))
         if not history.stack:
-            batch[HISTORY_MASK] = torch.stack([history.mask(len(seen)) for seen in observations])
+            batch[HISTORY_MASK] = torch.stack([history.mask(number) for number in steps])
     if masks is not None:
         batch["action_mask"] = torch.stack(list(masks))
     elif flat and "action_mask" in batch:
@@ -92,26 +104,26 @@ def policy_input(
     return batch
 
 
-def _encoded(observations: Sequence[Any], space: spaces.Space[Any], dtype: torch.dtype) -> Any:
+def _encoded(values: Any, space: spaces.Space[Any], dtype: torch.dtype) -> Any:
+    """Arrays as tensors, a TensorDict for a Dict, with one leading dimension."""
     if isinstance(space, spaces.Dict):
-        encoded = {
-            name: _encoded([observation[name] for observation in observations], inner, dtype)
-            for name, inner in space.spaces.items()
-        }
-        return TensorDict(encoded, batch_size=len(observations))
-    values = np.stack([np.asarray(observation) for observation in observations])
-    if isinstance(space, (spaces.Discrete, spaces.MultiDiscrete)):
-        return torch.as_tensor(values - space.start, dtype=torch.int64)
-    if isinstance(space, spaces.MultiBinary):
-        return torch.as_tensor(values, dtype=torch.int64)
-    if isinstance(space, spaces.Box):
-        if np.issubdtype(space.dtype, np.floating):
-            return torch.as_tensor(values).to(dtype)
-        return torch.as_tensor(values.astype(space.dtype))
-    raise ValueError(
-        f"observations must come from Box, Discrete, MultiDiscrete, MultiBinary or a Dict of "
-        f"these, found {describe_space(space)}; wrap the environment"
-    )
+        leaves = {name: _encoded(values[name], leaf, dtype) for name, leaf in space.spaces.items()}
+        return TensorDict(leaves, batch_size=len(next(iter(leaves.values()))))
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        tensor = torch.as_tensor(values - space.start, dtype=torch.int64)
+    elif isinstance(space, spaces.MultiBinary):
+        tensor = torch.as_tensor(values, dtype=torch.int64)
+    elif not isinstance(space, spaces.Box):
+        raise ValueError(
+            f"observations must come from Box, Discrete, MultiDiscrete, MultiBinary or a Dict of "
+            f"these, found {describe_space(space)}; wrap the environment"
+        )
+    elif np.issubdtype(space.dtype, np.floating):
+        tensor = torch.as_tensor(values).to(dtype)
+    else:
+        tensor = torch.as_tensor(values.astype(space.dtype))
+    shape = space.shape or ()
+    return tensor if tensor.ndim == 1 + len(shape) else tensor.reshape(-1, *shape)
 
 
 def action_mask(info: Mapping[str, Any], space: spaces.Space[Any]) -> Tensor:
@@ -251,16 +263,3 @@ def whole_limits(space: spaces.Space[Any]) -> tuple[Any, Any] | None:
         return 0, 1
     assert isinstance(space, spaces.Box)
     return None if np.issubdtype(space.dtype, np.floating) else (space.low, space.high)
-
-
-def unbound(leaves: Any, leading: tuple[int, ...]) -> Any:
-    """Nested lists, by the ``leading`` dimensions, of single observations."""
-    if not leading:
-        return leaves
-    return [unbound(_entry(leaves, index), leading[1:]) for index in range(leading[0])]
-
-
-def _entry(leaves: Any, index: int) -> Any:
-    if isinstance(leaves, dict):
-        return {name: _entry(leaf, index) for name, leaf in leaves.items()}
-    return leaves[index]

@@ -17,16 +17,18 @@ import numpy as np
 import torch
 from tensordict.nn import TensorDictModuleBase
 
+from iql_torchrl.config.knobs import check_whole
 from iql_torchrl.evaluation.acting import (
     as_in_evaluation,
     check_policy,
+    check_seed,
     chosen_actions,
     memory,
     policy_device,
     policy_dtype,
     remember,
 )
-from iql_torchrl.evaluation.policy_input import action_mask, needs_mask
+from iql_torchrl.evaluation.policy_input import action_mask, needs_mask, stacked
 from iql_torchrl.evaluation.result import Evaluation, reference_pair
 from iql_torchrl.networks import chunk_of, history_of
 
@@ -160,25 +162,29 @@ def _run(
 ) -> list[tuple[int, float, int, bool | None]]:
     """Number, return, length and success of each episode, in the order in which they end."""
     env, history, dtype = slots[0].env, history_of(policy), policy_dtype(policy)
-    both = env.observation_space, env.action_space
-    masked, chunk = needs_mask(policy, env.observation_space), chunk_of(policy)
+    both, chunk = (env.observation_space, env.action_space), chunk_of(policy)
+    masked, executed = needs_mask(policy, both[0]), 1 if chunk is None else chunk.executed
     for number, slot in enumerate(slots):
         slot.start(number, seed, goals)
     finished, active, next_number = [], list(slots), len(slots)
     while active:
         asking = [slot for slot in active if not slot.planned]
         if asking:
-            actions = chosen_actions(
+            windows = [
+                slot.seen if history is None else history.padded(slot.seen) for slot in asking
+            ]
+            plans = chosen_actions(
                 policy,
-                [slot.seen[-1] if history is None else slot.seen for slot in asking],
-                [action_mask(slot.info, env.action_space) for slot in asking] if masked else None,
+                stacked([observation for window in windows for observation in window], both[0]),
+                [len(slot.seen) for slot in asking],
+                [action_mask(slot.info, both[1]) for slot in asking] if masked else None,
                 [(slot.number, slot.length) for slot in asking],
                 both,
-                dtype=dtype,
-                device=device,
+                dtype,
+                device,
             )
-            for slot, action in zip(asking, actions, strict=True):
-                slot.planned.extend([action] if chunk is None else action[: chunk.executed])
+            for slot, plan in zip(asking, plans, strict=True):
+                slot.planned.extend(plan[:executed])
         for slot in tuple(active):
             over = slot.step()
             if not over and (max_steps is None or slot.length < max_steps):
@@ -208,12 +214,9 @@ def check_arguments(
             f"make_env must be callable and return a new gymnasium.Env, found "
             f"{type(make_env).__name__}; pass e.g. lambda: gymnasium.make('Pendulum-v1')"
         )
-    limits = {"episodes": (episodes, 1), "num_envs": (num_envs, 1), "seed": (seed, 0)}
-    if max_steps is not None:
-        limits["max_steps"] = (max_steps, 1)
-    for name, (value, least) in limits.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, found {value!r}")
+    most = {} if max_steps is None else {"max_steps": max_steps}
+    check_whole(episodes=episodes, num_envs=num_envs, **most)
+    check_seed(seed)
     if goals is None:
         return
     listed = isinstance(goals, Sequence) and all(isinstance(each, Mapping) for each in goals)

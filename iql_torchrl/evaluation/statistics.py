@@ -28,8 +28,6 @@ def bootstrap_interval(values: FloatArray, *, seed: int) -> tuple[float, float]:
     From 2000 resamples of n values each, drawn with replacement from ``seed``; NaN for n = 1 and
     for values that are not finite.
     """
-    if len(values) < 2 or not np.isfinite(values).all():
-        return math.nan, math.nan
     return _percentiles(np.mean, (values,), RESAMPLES, seed)
 
 
@@ -111,8 +109,6 @@ def stratified_interval(
     section 4.1: the stratified bootstrap). ``statistic``: :func:`interquartile_mean` or
     :func:`probability_of_improvement`. NaN where a sample has one run or a score is not finite.
     """
-    if any(len(sample) < 2 or not np.isfinite(sample).all() for sample in samples):
-        return math.nan, math.nan
     return _percentiles(statistic, samples, STRATIFIED_RESAMPLES, seed)
 
 
@@ -120,6 +116,8 @@ def _percentiles(
     statistic: Callable[..., Any], samples: Sequence[FloatArray], resamples: int, seed: int
 ) -> tuple[float, float]:
     """95 % percentile interval of ``statistic(*samples, axis=-1)``; each sample is drawn by itself."""
+    if any(len(sample) < 2 or not np.isfinite(sample).all() for sample in samples):
+        return math.nan, math.nan
     low, high = stats.bootstrap(
         samples,
         statistic,

@@ -13,6 +13,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor, nn
 
+from iql_torchrl.config.knobs import check_whole
 from iql_torchrl.evaluation.acting import as_in_evaluation, check_policy, policy_device
 from iql_torchrl.evaluation.statistics import standard_error
 
@@ -75,8 +76,7 @@ def value_gap(
     that the log lacks; ``TypeError`` on a policy of another kind.
     """
     check_policy(policy)
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
-        raise ValueError(f"rows is {rows!r}; expected a whole number >= 1.")
+    check_whole(rows=rows)
     judges = _critics(policy, critics)
     if transitions.get("action", None) is None:
         raise ValueError(

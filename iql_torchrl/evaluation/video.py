@@ -11,6 +11,7 @@ import gymnasium
 import numpy as np
 from tensordict.nn import TensorDictModuleBase
 
+from iql_torchrl.config.knobs import check_whole
 from iql_torchrl.evaluation.rollout import MakeEnv, check_arguments, evaluate
 
 __all__ = ["record_video"]
@@ -48,8 +49,8 @@ def record_video(
     path = Path(path)
     if path.suffix.lower() != ".mp4":
         raise ValueError(f"path must end in .mp4, found {str(path)!r}")
-    if fps is not None and (isinstance(fps, bool) or not isinstance(fps, int) or fps < 1):
-        raise ValueError(f"fps must be an integer of at least 1, or None, found {fps!r}")
+    if fps is not None:
+        check_whole(fps=fps)
     if find_spec("imageio") is None or find_spec("av") is None:
         raise ImportError(
             'a video is written by imageio and PyAV; install them with pip install "iql_torchrl[video]"'

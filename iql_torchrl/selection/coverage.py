@@ -59,7 +59,7 @@ class Coverage:
         self, train: OfflineDataset, held_out: OfflineDataset, *, min_count: int = 2,
         neighbours: int = 10, queries: int = 2_000, logged: int = 20_000, seed: int = 0,
     ) -> None:  # fmt: skip
-        self.train, self.min_count = train, min_count
+        self.min_count = min_count
         generator = torch.Generator().manual_seed(seed)
         log = _drawn(train.transitions, logged, generator)
         usual = _drawn(held_out.transitions, queries, generator)
@@ -77,17 +77,14 @@ class Coverage:
             scores = self._gaps(own, usual["action"][None, :, None])
         self.action_limit = _quantile(scores.flatten())
 
-    def unsupported_states(self, rows: TensorDictBase, *, following: bool = False) -> Tensor:
-        """Whether the states of ``rows`` ``(N,)`` lie outside the log, bool ``(N,)``."""
-        return (
-            self._distances(features_of(self.train, rows, following=following)) > self.state_limit
-        )
+    def unsupported_states(self, features: Tensor) -> Tensor:
+        """Whether states ``(N, D)``, see :func:`features_of`, lie outside the log, bool ``(N,)``."""
+        return self._distances(features) > self.state_limit
 
     def unsupported_choices(self, features: Tensor, choices: Tensor) -> Tensor:
         """Each policy's probability of an unsupported action in states ``(N, D)``, ``(P, N)``.
 
-        ``features``: see :func:`features_of`. ``choices``: probabilities ``(P, N, n)`` or actions
-        ``(P, N, K, A)``.
+        ``choices``: probabilities ``(P, N, n)`` or actions ``(P, N, K, A)``.
         """
         features, choices = features.cpu(), choices.cpu()
         if self.num_actions:
@@ -104,23 +101,24 @@ class Coverage:
         for action in range(self.num_actions):
             taken = self.features[self.action.reshape(-1) == action]
             if len(taken) >= self.min_count:
-                parts = features.split(QUERIES_AT_ONCE)
-                nearest = [
-                    torch.cdist(part, taken).topk(self.min_count, largest=False).values[:, -1]
-                    for part in parts
-                ]
-                result[:, action] = torch.cat(nearest)
+                nearest, _ = _nearest(features, taken, self.min_count)
+                result[:, action] = nearest[:, -1]
         return result
 
     def _gaps(self, features: Tensor, choices: Tensor) -> Tensor:
         """Scores ``(P, N, K)`` of continuous actions ``(P, N, K, A)``."""
-        nearest = [
-            torch.cdist(part, self.features).topk(self.neighbours, largest=False).indices
-            for part in features.split(QUERIES_AT_ONCE)
-        ]
-        logged = self.scale(self.action.float())[torch.cat(nearest)]
+        _, nearest = _nearest(features, self.features, self.neighbours)
+        logged = self.scale(self.action.float())[nearest]
         own = [torch.cdist(self.scale(choice.float()), logged).amin(-1) for choice in choices]
         return torch.stack(own)
+
+
+def _nearest(features: Tensor, logged: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Distances to the ``count`` nearest rows of ``logged``, and their numbers, both ``(N, count)``."""
+    parts = features.split(QUERIES_AT_ONCE)
+    found = [torch.cdist(part, logged).topk(count, largest=False) for part in parts]
+    distances, numbers = (torch.cat(each) for each in zip(*found, strict=True))
+    return distances, numbers
 
 
 def _quantile(scores: Tensor) -> Tensor:

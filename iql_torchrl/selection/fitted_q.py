@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from iql_torchrl import functional as F
+from iql_torchrl.config.arithmetic import check_usable
+from iql_torchrl.config.knobs import check_choice, check_whole
 from iql_torchrl.data import OfflineDataset
 from iql_torchrl.networks import Standardise
 from iql_torchrl.networks.evaluation import chain
@@ -153,11 +155,16 @@ def fitted_q_evaluation(
             different tasks, observations that are neither vectors nor a category, states that are
             too many for a table, or a number out of range.
     """
-    resolved = resolve_members(members)
-    fit, fresh = read_logs(train, held_out, discount)
-    counts = {"updates": updates, "batch_size": batch_size, "action_samples": action_samples}
-    counts |= {"min_count": min_count} | {f"hidden[{i}]": width for i, width in enumerate(hidden)}
-    _check_options(counts, model, lr, polyak)
+    resolved, (fit, fresh) = resolve_members(members), read_logs(train, held_out, discount)
+    check_choice("model", model, MODELS)
+    check_whole(
+        updates=updates, batch_size=batch_size, action_samples=action_samples, min_count=min_count,
+        **{f"hidden[{number}]": width for number, width in enumerate(hidden)},
+    )  # fmt: skip
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"lr is {lr}; expected a rate above 0.")
+    if not 0 < polyak <= 1:
+        raise ValueError(f"polyak is {polyak}; it must lie in (0, 1].")
     if discount == 1:
         _check_ends(train=fit, held_out=fresh)
     if deterministic is None:
@@ -176,14 +183,13 @@ def fitted_q_evaluation(
         )  # fmt: skip
         error = error_training = np.full(len(resolved), np.nan)
     else:
+        check_usable(str(device))
         limits, samples = return_range(discount, fit, fresh), 0 if deterministic else action_samples
-        critics = Critics(
-            resolved, fit, _device(device), discount, limits, deterministic, samples, seed
-        )
+        critics = Critics(resolved, fit, torch.device(device), discount, limits, samples, seed)
         coverage = Coverage(train, held_out, min_count=min_count, seed=seed)
         fitted, unseen = (Steps(critics, log, coverage, table_bytes) for log in (fit, fresh))
         critics.fit(fitted, hidden, updates, batch_size, lr, polyak, progress)
-        scores, error, error_training = network_scores(critics, fitted, unseen, coverage)
+        scores, error, error_training = network_scores(fitted, unseen)
         passes, backups = updates * batch_size / len(train), updates * polyak
     names = tuple(member.name for member in resolved)
     return FittedQ(names, discount, scores, error, error_training, backups, passes, deterministic)
@@ -199,7 +205,8 @@ class Critics:
     weight ``(P + 1, out, in)`` and the bias ``(P + 1, out)`` of each layer in turn.
 
     Values are in units of the deviation of the log's returns, ``unit``. ``limits``: least and greatest
-    return. ``samples``: draws of a continuous action per state, 0 for the deterministic one.
+    return. ``samples``: draws of a continuous action per state; with 0 members take the deterministic
+    or most probable action.
     """
 
     members: tuple[Member, ...]
@@ -207,7 +214,6 @@ class Critics:
     device: torch.device
     discount: float
     limits: tuple[float, float]
-    deterministic: bool = False
     samples: int = 0
     seed: int = 0
     layers: Layers = field(default_factory=list)
@@ -223,18 +229,12 @@ class Critics:
             logged = log.transitions["action"].float()
             self.scale = Standardise(logged.mean(0), logged.std(0, unbiased=False)).to(self.device)
 
-    def read(self, rows: TensorDictBase, *, following: bool = False) -> tuple[Tensor, Tensor]:
-        """Features ``(B, D)`` and :meth:`choices` of the states of ``rows`` ``(B,)``."""
-        features = features_of(self.train.log, rows, following=following).to(self.device)
-        return features, self.choices(states(rows, following=following))
-
     def choices(self, table: TensorDictBase) -> Tensor:
         """Of every member, then of the log's policy: ``(P + 1, N, n)`` or ``(P + 1, N, K, A)``."""
-        seed, deterministic = self.seed, self.deterministic
         chosen = [
-            log_probabilities(m, table, self.outputs, deterministic=deterministic).exp().float()
+            log_probabilities(m, table, self.outputs, deterministic=self.samples == 0).exp().float()
             if self.discrete
-            else actions(m, table, samples=self.samples, seed=seed)
+            else actions(m, table, samples=self.samples, seed=self.seed)
             for m in self.members
         ]
         every = torch.stack(chosen).to(self.device)
@@ -325,13 +325,11 @@ class Critics:
         copies = [leaf.expand(size, *leaf.shape).contiguous().to(self.device) for leaf in layers]
         return [(leaf.mT if leaf.ndim == 3 else leaf).requires_grad_() for leaf in copies]
 
-    def state_values(self, rows: TensorDictBase, *, following: bool = False) -> FloatArray:
-        """Every policy's value of the states of ``rows`` ``(N,)``: ``(P + 1, N)``, raw units."""
-        parts = [
-            self.expected(self.layers, *self.read(chunk, following=following)).cpu()
-            for chunk in rows.split(ROWS_AT_ONCE)
-        ]
-        return np.asarray(torch.cat(parts, 1).double().numpy() * self.unit)
+    def state_values(self, features: Tensor, choices: Tensor) -> FloatArray:
+        """Every policy's value of N states, ``(P + 1, N)``, raw units."""
+        parts = zip(features.split(ROWS_AT_ONCE), choices.split(ROWS_AT_ONCE, 1), strict=True)
+        values = torch.cat([self.expected(self.layers, *part).cpu() for part in parts], 1)
+        return np.asarray(values.double().numpy() * self.unit)
 
     def visit_features(self, policy: int, features: Tensor, choices: Tensor) -> Tensor:
         """The last hidden features of states, averaged over the policy's actions there, ``(B, F)``."""
@@ -354,24 +352,27 @@ class Critics:
 class Steps:
     """Rows of a log as critics read them.
 
-    ``stopped`` ``(N,)``: rows whose following state does not occur in the log. The value of that
-    state counts as the least return for the members and the greatest for the log's own policy.
+    ``starts``: features and choices of the first states. ``stopped`` ``(N,)``: rows whose following
+    state does not occur in the log. The value of that state counts as the least return for the members
+    and the greatest for the log's own policy.
     """
 
     def __init__(
         self, critics: Critics, log: Episodes, coverage: Coverage, table_bytes: int = TABLE_BYTES
     ) -> None:
         table, device = log.log.transitions, critics.device
-        self.log, self.critics = log, critics
+        self.critics, self.log, self.coverage = critics, log, coverage
         self.features = features_of(critics.train.log, table).to(device)
-        self.following = features_of(critics.train.log, table, following=True).to(device)
+        following = features_of(critics.train.log, table, following=True)
+        self.following = following.to(device)
         self.reward = torch.from_numpy(log.reward / critics.unit).float().to(device)
         self.terminated = torch.from_numpy(log.terminated).to(device)
         self.action = (table["action"] if critics.discrete else table["action"].float()).to(device)
+        first, ends = torch.from_numpy(log.first), torch.from_numpy(log.last[log.open_ended])
+        self.starts = self.features[first], critics.choices(states(table[first]))
         stopped = torch.zeros(len(table), dtype=torch.bool)
-        ends = torch.from_numpy(log.last[log.open_ended])
         if len(ends):
-            stopped[ends] = coverage.unsupported_states(table[ends], following=True)
+            stopped[ends] = coverage.unsupported_states(following[ends])
         self.stopped = stopped.to(device)
         low, high = (limit / critics.unit for limit in critics.limits)
         self.end_values = torch.tensor([[low]] * len(critics.members) + [[high]], device=device)
@@ -387,11 +388,71 @@ class Steps:
             return self.critics.choices(self.states[index.to(self.states.device or "cpu")])
         return self.kept.index_select(1, index)
 
+    def visits(self, policy: int) -> Tensor:
+        """Coefficients of one policy's discounted visits of a step, relative to the log's, ``(F,)``.
+
+        The visits of the last policy, the log's own, are those after truncated ends of episodes.
+        """
+        critics, log, device = self.critics, self.log, self.critics.device
+        visited = partial(critics.visit_features, policy)
+        if policy < len(critics.members):
+            begun = visited(*self.starts).mean(0).double()
+        else:
+            ends = torch.from_numpy(log.last).to(device)
+            left = torch.from_numpy(log.left(critics.discount)).float().to(device)
+            after = visited(self.following[ends], self.choices(ends))
+            begun = ((left * ~self.stopped[ends])[:, None] * after).mean(0).double()
+        squares, change = torch.zeros_like(begun), torch.zeros_like(begun).diag()
+        for index in self.parts:
+            logged = visited(self.features[index], critics.logged(self.action[index]))
+            going = ~(self.terminated[index] | self.stopped[index])
+            after = visited(self.following[index], self.choices(index))
+            step = logged - critics.discount * going[:, None] * after
+            change += (step.T @ logged).double()
+            squares += logged.double().square().sum(0)
+        ridge = RIDGE * squares.mean().clamp(min=1e-12)
+        change += ridge * torch.ones_like(begun).diag()
+        return torch.linalg.solve(change, begun * len(log))
+
+    def corrections(self, coefficients: Sequence[Tensor]) -> tuple[FloatArray, FloatArray]:
+        """Weights (at least 0) and one-step errors of every step, each ``(P + 1, N)``, raw units."""
+        critics, parts = self.critics, []
+        for index in self.parts:
+            features, taken = self.features[index], critics.logged(self.action[index])
+            weight = [
+                critics.visit_features(policy, features, taken).double() @ own
+                for policy, own in enumerate(coefficients)
+            ]
+            error = critics.target(critics.layers, self, index)
+            error = error - critics.value(critics.layers, self, index)
+            parts.append(torch.stack([torch.stack(weight).clamp(min=0), error.double()]).cpu())
+        weights, errors = torch.cat(parts, 2).numpy()
+        return weights, errors * critics.unit
+
+    def unsupported(self, weight: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Share of each member's steps outside the log, and the mean over the worst of them.
+
+        A member's steps are the first states and the states after the steps fitted on, weighted.
+        """
+        critics, rows, episodes = self.critics, len(self.reward), len(self.log)
+        compared = torch.linspace(0, rows - 1, min(rows, VISITS_COMPARED)).long()
+        later = self.following[compared], critics.choices(self.states[compared])
+        parts = [self.coverage.unsupported_choices(*each) for each in (self.starts, later)]
+        outside = torch.cat(parts, 1)[:-1].double().numpy()
+        going = ~(self.terminated | self.stopped).cpu().numpy()[compared.numpy()]
+        scale = critics.discount * rows / len(compared) / episodes
+        followed = weight[:-1, compared.numpy()] * going * scale
+        visits = np.concatenate([np.full((len(followed), episodes), 1 / episodes), followed], 1)
+        visits /= visits.sum(1, keepdims=True)
+        order = np.argsort(-outside, axis=1)
+        tail = np.cumsum(np.take_along_axis(visits, order, 1), axis=1).clip(max=WORST_SHARE)
+        most = np.diff(tail, prepend=0.0) * np.take_along_axis(outside, order, 1)
+        share, worst = (outside * visits).sum(1), most.sum(1) / WORST_SHARE
+        return np.clip(share, 0, 1), np.clip(worst, 0, 1)
+
 
 @torch.no_grad()
-def network_scores(
-    critics: Critics, fitted: Steps, fresh: Steps, coverage: Coverage
-) -> tuple[EpisodeScores, FloatArray, FloatArray]:
+def network_scores(fitted: Steps, fresh: Steps) -> tuple[EpisodeScores, FloatArray, FloatArray]:
     """Doubly robust scores of held-out episodes; see ``tabular.table_scores`` for the formula.
 
     The weight ``w(s, a)`` of a step is linear in the last hidden features ``f`` of the policy's own
@@ -402,24 +463,22 @@ def network_scores(
     ``fitted``, ``fresh``: the steps fitted on and held out. Also returns the members' mean squared
     one-step errors of held-out steps and of those fitted on.
     """
-    held_out, rows, discount = fresh.log, fresh.log.log.transitions, critics.discount
-    starts = critics.read(fitted.log.log.transitions[torch.from_numpy(fitted.log.first)])
-    coefficients = [
-        _visits(critics, fitted, policy, starts) for policy in range(len(critics.members) + 1)
-    ]
-    train_weight, train_error = _read(critics, fitted, coefficients)
-    weight, error = _read(critics, fresh, coefficients)
+    critics, held_out, discount = fitted.critics, fresh.log, fitted.critics.discount
+    coefficients = [fitted.visits(policy) for policy in range(len(critics.members) + 1)]
+    train_weight, train_error = fitted.corrections(coefficients)
+    weight, error = fresh.corrections(coefficients)
     correction = np.array([held_out.sums(row) for row in weight * error])
-    initial = critics.state_values(rows[torch.from_numpy(held_out.first)])[:-1]
-    after = critics.state_values(rows[torch.from_numpy(held_out.last)], following=True)[-1]
+    ends = torch.from_numpy(held_out.last).to(critics.device)
+    initial = critics.state_values(*fresh.starts)[:-1]
+    after = critics.state_values(fresh.following[ends], fresh.choices(ends))[-1]
     span = critics.limits[1] - critics.limits[0]
-    left, stopped = held_out.left(discount), fresh.stopped.cpu().numpy()[held_out.last]
+    left, stopped = held_out.left(discount), fresh.stopped[ends].cpu().numpy()
     ended = discount * (train_weight * fitted.stopped.cpu().numpy()).sum(1) / len(fitted.log)
     scores = initial + correction[:-1]
     log_high = held_out.returns_to_go(discount)[held_out.first] + correction[-1]
     log_high = log_high + left * np.where(stopped, critics.limits[1], after)
     surprise = train_weight.max(1) * span
-    share, worst = _unsupported(critics, fitted, train_weight, coverage)
+    share, worst = fitted.unsupported(train_weight)
     result = EpisodeScores(
         scores, log_high - (left * stopped + ended[-1]) * span,
         scores + ended[:-1, None] * span, log_high, initial, surprise[:-1], float(surprise[-1]),
@@ -427,86 +486,6 @@ def network_scores(
         np.array([held_out.effective(row) for row in weight[:-1]]), {},
     )  # fmt: skip
     return result, np.square(error[:-1]).mean(1), np.square(train_error[:-1]).mean(1)
-
-
-def _visits(critics: Critics, steps: Steps, policy: int, starts: tuple[Tensor, Tensor]) -> Tensor:
-    """Coefficients of one policy's discounted visits of a step, relative to the log's, ``(F,)``.
-
-    ``starts``: features and choices of first states. The visits of the last policy, the log's own,
-    are those after truncated ends of episodes.
-    """
-    log, visited = steps.log, partial(critics.visit_features, policy)
-    if policy < len(critics.members):
-        begun = visited(*starts).mean(0).double()
-    else:
-        ends = torch.from_numpy(log.last).to(critics.device)
-        left = torch.from_numpy(log.left(critics.discount)).float().to(critics.device)
-        left = left * ~steps.stopped[ends]
-        after = visited(steps.following[ends], steps.choices(ends))
-        begun = (left[:, None] * after).mean(0).double()
-    squares, change = torch.zeros_like(begun), torch.zeros_like(begun).diag()
-    for index in steps.parts:
-        logged = visited(steps.features[index], critics.logged(steps.action[index]))
-        going = ~(steps.terminated[index] | steps.stopped[index])
-        after = visited(steps.following[index], steps.choices(index))
-        step = logged - critics.discount * going[:, None] * after
-        change += (step.T @ logged).double()
-        squares += logged.double().square().sum(0)
-    ridge = RIDGE * squares.mean().clamp(min=1e-12)
-    change += ridge * torch.ones_like(begun).diag()
-    return torch.linalg.solve(change, begun * len(log))
-
-
-def _read(
-    critics: Critics, steps: Steps, coefficients: Sequence[Tensor]
-) -> tuple[FloatArray, FloatArray]:
-    """Weights (at least 0) and one-step errors of every step, each ``(P + 1, N)``, raw units."""
-    parts = []
-    for index in steps.parts:
-        features, taken = steps.features[index], critics.logged(steps.action[index])
-        weight = [
-            critics.visit_features(policy, features, taken).double() @ own
-            for policy, own in enumerate(coefficients)
-        ]
-        error = critics.target(critics.layers, steps, index)
-        error = error - critics.value(critics.layers, steps, index)
-        parts.append(torch.stack([torch.stack(weight).clamp(min=0), error.double()]).cpu())
-    weights, errors = torch.cat(parts, 2).numpy()
-    return weights, errors * critics.unit
-
-
-def _unsupported(
-    critics: Critics, steps: Steps, weight: FloatArray, coverage: Coverage
-) -> tuple[FloatArray, FloatArray]:
-    """Share of each member's steps outside the log, and the mean over the worst of them.
-
-    A member's steps are the first states and the states after the steps fitted on, weighted.
-    """
-    rows, episodes = steps.log.log.transitions, len(steps.log)
-    compared = torch.linspace(0, len(rows) - 1, min(len(rows), VISITS_COMPARED)).long()
-    at_start = coverage.unsupported_choices(*critics.read(rows[torch.from_numpy(steps.log.first)]))
-    later = coverage.unsupported_choices(*critics.read(rows[compared], following=True))
-    outside = torch.cat([at_start, later], 1)[:-1].double().numpy()
-    going = ~(steps.terminated | steps.stopped).cpu().numpy()[compared.numpy()]
-    scale = critics.discount * len(rows) / len(compared) / episodes
-    followed = weight[:-1, compared.numpy()] * going * scale
-    visits = np.concatenate([np.full((len(followed), episodes), 1 / episodes), followed], 1)
-    visits /= visits.sum(1, keepdims=True)
-    order = np.argsort(-outside, axis=1)
-    tail = np.cumsum(np.take_along_axis(visits, order, 1), axis=1).clip(max=WORST_SHARE)
-    most = np.diff(tail, prepend=0.0) * np.take_along_axis(outside, order, 1)
-    share, worst = (outside * visits).sum(1), most.sum(1) / WORST_SHARE
-    return np.clip(share, 0, 1), np.clip(worst, 0, 1)
-
-
-def _device(name: torch.device | str) -> torch.device:
-    device = torch.device(name)
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"device is {str(name)!r}, which cannot be used here: {reason}") from error
-    return device
 
 
 def _check_ends(**logs: Episodes) -> None:
@@ -517,15 +496,3 @@ def _check_ends(**logs: Episodes) -> None:
                 "termination, past which undiscounted values have no bound; choose a discount "
                 "below 1."
             )
-
-
-def _check_options(counts: Mapping[str, Any], model: str, lr: float, polyak: float) -> None:
-    if model not in MODELS:
-        raise ValueError(f"model is {model!r}; choose one of {', '.join(MODELS)}.")
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} is {value!r}; expected a whole number, at least 1.")
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"lr is {lr}; expected a rate above 0.")
-    if not 0 < polyak <= 1:
-        raise ValueError(f"polyak is {polyak}; it must lie in (0, 1].")

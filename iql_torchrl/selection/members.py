@@ -5,6 +5,7 @@ A member is an ``Agent`` or any TensorDict module that writes ``action``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,14 +46,14 @@ ROWS_AT_ONCE = 16_384
 class Member:
     """A policy that is compared with others.
 
-    ``temperature`` is from its config, None where the objective does not read it, and ``episodes``
-    from its task (digests of episodes that it was trained on); both are None for an actor without an
+    ``temperature`` is from its config, NaN where the objective does not read it, and ``episodes``
+    from its task (digests of episodes that it was trained on); NaN and None for an actor without an
     agent.
     """
 
     name: str
     policy: TensorDictModuleBase
-    temperature: float | None = None
+    temperature: float = math.nan
     episodes: NDArray[np.int64] | None = None
 
 
@@ -76,22 +77,23 @@ def resolve_member(name: str, policy: Any) -> Member:
         check_policy(actor)
     except (TypeError, ValueError) as error:
         raise type(error)(f"member {name!r}: {error}") from error
-    if (history := history_of(actor)) is not None:
-        raise ValueError(
-            f"member {name!r} reads the last {history.length} observations, and estimates from logs "
-            "here are for policies that read one. Rank such policies in an environment."
-        )
-    if (chunk := chunk_of(actor)) is not None:
-        raise ValueError(
-            f"member {name!r} proposes {chunk.length} actions at once, and estimates from logs "
-            "here are for policies that choose each by its observation. Rank such policies in an "
-            "environment."
-        )
+    history, chunk = history_of(actor), chunk_of(actor)
+    for does, several in (
+        ("reads the last {} observations", history),
+        ("proposes {} actions at once", chunk),
+    ):
+        if several is not None:
+            raise ValueError(
+                f"member {name!r} {does.format(several.length)}, and estimates from logs here are for "
+                "policies that choose each action by one observation. Rank such policies in an "
+                "environment."
+            )
     config = getattr(policy, "config", None)
     unused = getattr(config, "actor_objective", None) in UNWEIGHTED
-    temperature = None if unused else getattr(config, "temperature", None)
-    episodes = getattr(getattr(policy, "task", None), "episodes", None)
-    return Member(str(name), actor, None if temperature is None else float(temperature), episodes)
+    temperature = math.nan if unused else float(getattr(config, "temperature", math.nan))
+    return Member(
+        str(name), actor, temperature, getattr(getattr(policy, "task", None), "episodes", None)
+    )
 
 
 def states(rows: TensorDictBase, *, following: bool = False) -> TensorDictBase:

@@ -241,9 +241,7 @@ def rank_members(
         max_extrapolation=max_extrapolation, min_effective_episodes=min_effective_episodes,
         confidence=confidence, seed=seed,
     )  # fmt: skip
-    rows = _sorted_rows(resolved, _estimates(known, behaviour))
-    for row in rows:
-        row["doubts"] = doubts_of(row, known)
+    rows = _rows(known, behaviour)
     agreement = _agreement(rows)
     recommended, sentence, warnings = recommendation(rows, known, agreement[0])
     return Ranking(
@@ -252,15 +250,14 @@ def rank_members(
     )  # fmt: skip
 
 
-def _estimates(known: Evidence, behaviour: Any) -> dict[str, Any]:
-    """What is estimated of each member, ``(P,)`` by the name in the ranking's rows."""
-    fitted_q, episodes, log = known.fitted_q, known.fitted_q.episodes, known.held_out.log
+def _rows(known: Evidence, behaviour: Any) -> list[dict[str, Any]]:
+    """What is estimated of each member, best value first; NaN is last."""
+    fitted_q, episodes, members = known.fitted_q, known.fitted_q.episodes, known.members
+    clone, log = known.clone, known.held_out.log
     value_low, value_high = episodes.value_bounds(known.confidence, known.seed)
     gain_low, gain_high = episodes.gain_bounds(known.confidence, known.seed)
-    distance = np.full(len(known.members), math.nan)
-    if (clone := known.clone) is not None:
-        distance = np.array([clone_distance(member, clone, log) for member in known.members])
-    return {
+    columns = {
+        "temperature": [member.temperature for member in members],
         "value": fitted_q.values,
         "value_low": value_low,
         "value_high": value_high,
@@ -273,13 +270,21 @@ def _estimates(known: Evidence, behaviour: Any) -> dict[str, Any]:
         "extrapolation": episodes.unsupported,
         "worst_extrapolation": episodes.worst_unsupported,
         "correcting_episodes": episodes.effective_episodes,
-        "clone_distance": distance,
+        "clone_distance": [
+            math.nan if clone is None else clone_distance(member, clone, log) for member in members
+        ],
         "seen": known.seen(known.held_out),
     }
+    rows: list[dict[str, Any]] = []
+    for rank, number in enumerate(np.argsort(-fitted_q.values, kind="stable").tolist(), 1):
+        row = {"rank": rank, "member": members[number].name}
+        row |= {key: float(values[number]) for key, values in columns.items()}
+        rows.append(row | {"doubts": doubts_of(row, known)})
+    return rows
 
 
 def _importance(known: Evidence, behaviour: Any) -> dict[str, Any]:
-    """Importance sampling's columns of :func:`_estimates`, NaN where there is none."""
+    """Importance sampling's columns of :func:`_rows`, NaN where there is none."""
     if known.unchecked:
         return dict.fromkeys(IMPORTANCE, np.full(len(known.members), math.nan))
     # Intervals that hold for all members at once (Bonferroni), in the range of logged returns.
@@ -293,27 +298,15 @@ def _importance(known: Evidence, behaviour: Any) -> dict[str, Any]:
     return {column: getattr(result, name) for column, name in IMPORTANCE.items()}
 
 
-def _sorted_rows(members: Sequence[Member], columns: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per member, best value first; NaN is last."""
-    order = np.argsort(-np.asarray(columns["value"]), kind="stable").tolist()
-    rows: list[dict[str, Any]] = []
-    for rank, number in enumerate(order, 1):
-        temperature = members[number].temperature
-        row = {"rank": rank, "member": members[number].name}
-        row["temperature"] = math.nan if temperature is None else temperature
-        rows.append(row | {key: float(values[number]) for key, values in columns.items()})
-    return rows
-
-
 def _clone(members: Sequence[Member], name: str | None) -> Member | None:
-    names = [member.name for member in members]
     if name is None:
         # the best of several actions of a clone is no clone
         clones = (m for m in members if getattr(m.policy, "critics", None) is None)
         return next((member for member in clones if member.temperature == 0), None)
-    if name not in names:
-        raise ValueError(f"clone is {name!r}, which is none of the members {names}.")
-    return members[names.index(name)]
+    named = {member.name: member for member in members}
+    if name not in named:
+        raise ValueError(f"clone is {name!r}, which is none of the members {[*named]}.")
+    return named[name]
 
 
 def _check_fitted(
@@ -345,12 +338,9 @@ def _unchecked(
     if isinstance(log.action_space, spaces.Discrete):
         return ""
     without = [member.name for member in members if not has_density(member, log)]
-    if without:
-        return (
-            f"importance sampling is left out, because {', '.join(without)} "
-            f"{'have' if len(without) > 1 else 'has'} no density of actions"
-        )
-    return ""
+    have = f"{', '.join(without)} {'have' if len(without) > 1 else 'has'}"
+    reason = f"importance sampling is left out, because {have} no density of actions"
+    return reason if without else ""
 
 
 def _agreement(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:

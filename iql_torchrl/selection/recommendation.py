@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -70,15 +70,11 @@ DOUBTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What is known about a ranking beside its rows.
+    """What is known about a ranking beside its rows, and the options of ``rank_members``.
 
-    Attributes:
-        members, clone: those that are ranked, and the one that imitates the log.
-        fitted_q: their evaluation.
-        train, held_out: the logs that it was fitted on and corrected by.
-        unchecked: why there is no importance sampling, or empty.
-        sampled: whether the values are of continuous actions as the members draw them.
-        max_extrapolation, min_effective_episodes, confidence, seed: see ``rank_members``.
+    ``clone``: the member that imitates the log. ``fitted_q``: fitted on ``train``, corrected by
+    ``held_out``. ``unchecked``: why there is no importance sampling, or empty. ``sampled``: whether
+    values are of continuous actions as the members draw them.
     """
 
     members: tuple[Member, ...]
@@ -145,35 +141,34 @@ def recommendation(
 
     ``agreement``: Spearman's correlation of the two estimators.
     """
-    blocking, better = _blocking_warnings(known), [row for row in rows if row["gain_low"] > 0]
-    warnings = (
-        *_member_warnings(rows, known), *blocking, *_general_warnings(rows, known, agreement),
-    )  # fmt: skip
+    blocking, better = [*_blocking_warnings(known)], [row for row in rows if row["gain_low"] > 0]
+    general = _general_warnings(rows, known, agreement)
+    warnings = (*_member_warnings(rows, known), *blocking, *general)
     sound = [row for row in better if not set(row["doubts"]) & set(BLOCKING)]
-    contradicted = any("contradiction" in row["doubts"] for row in rows)
-    of_all = f"{known.confidence:.0%} interval for all {len(rows)} members at once"
-    if blocking or contradicted or not sound:
-        best = rows[0]
+    refused = blocking or any("contradiction" in row["doubts"] for row in rows) or not sound
+    row = rows[0] if refused else sound[0]
+    interval = (
+        f"{known.confidence:.0%} interval for all {len(rows)} members at once {row['gain_low']:.4g} to "
+        f"{row['gain_high']:.4g}"
+    )
+    if refused:
         doubted = "; better estimates are doubted, see the warnings" if better else ""
         sentence = (
             "Recommendation: no member is reliably better than the log (the best, "
-            f"{best['member']}, gains {best['gain']:.4g}, {of_all} {best['gain_low']:.4g} to "
-            f"{best['gain_high']:.4g}{doubted})."
+            f"{row['member']}, gains {row['gain']:.4g}, {interval}{doubted})."
         )
         return None, sentence, warnings
-    chosen = sound[0]
-    higher = chosen["rank"] - 1
+    higher = row["rank"] - 1
     more = f"; {higher} with higher estimates are doubted or uncertain" if higher else ""
     sentence = (
-        f"Recommendation: {chosen['member']}, with an estimated gain over the log of "
-        f"{chosen['gain']:.4g} ({of_all} {chosen['gain_low']:.4g} to {chosen['gain_high']:.4g}{more})."
+        f"Recommendation: {row['member']}, with an estimated gain over the log of {row['gain']:.4g} "
+        f"({interval}{more})."
     )
-    return chosen["member"], sentence, warnings
+    return row["member"], sentence, warnings
 
 
-def _member_warnings(rows: Sequence[Row], known: Evidence) -> list[str]:
+def _member_warnings(rows: Sequence[Row], known: Evidence) -> Iterator[str]:
     """One sentence for each doubt, with the names of the members that it concerns."""
-    result = []
     for name, sentence in DOUBTS.items():
         doubted = [row for row in rows if name in row["doubts"]]
         if not doubted:
@@ -187,23 +182,22 @@ def _member_warnings(rows: Sequence[Row], known: Evidence) -> list[str]:
             episodes=len(known.held_out), enough=MIN_CORRECTING,
         )  # fmt: skip
         more = f" and {len(doubted) - NAMED} more" if len(doubted) > NAMED else ""
-        result.append(f"{', '.join(row['member'] for row in doubted[:NAMED])}{more}: {text}")
-    return result
+        yield f"{', '.join(row['member'] for row in doubted[:NAMED])}{more}: {text}"
 
 
-def _blocking_warnings(known: Evidence) -> list[str]:
+def _blocking_warnings(known: Evidence) -> Iterator[str]:
     """Reasons why no value may be compared with the log's: one sentence each."""
-    fitted_q, result = known.fitted_q, []
+    fitted_q = known.fitted_q
     horizon = known.held_out.horizon(fitted_q.discount)
     if fitted_q.backups < HORIZONS * horizon or fitted_q.passes < PASSES:
-        result.append(
+        yield (
             f"fitted Q evaluation renewed its targets {fitted_q.backups:.3g} times, in "
             f"{fitted_q.passes:.3g} passes of the data, where values look {horizon:.3g} steps "
             "ahead: it has not converged; use more updates."
         )
     digests = [episode_digests(log.log) for log in (known.train, known.held_out)]
     if (shared := shared_share(sketch_of(digests[0]), digests[1])) > SHARED:
-        result.append(
+        yield (
             f"{shared:.0%} of the held-out episodes are also among those fitted on, so they "
             "cannot show the error of the fit; give two parts of one log: "
             "dataset.split(fraction, seed)."
@@ -211,46 +205,42 @@ def _blocking_warnings(known: Evidence) -> list[str]:
     history = fitted_q.episodes.history
     strongest = max(history, key=lambda name: abs(history[name]), default="")
     if strongest and abs(history[strongest]) > HISTORY:
-        result.append(
+        yield (
             f"what follows a step depends on more than observation and action: on {strongest} (t "
             f"statistic {history[strongest]:.1f}); values assume that it does not. Add to the "
             "observations what the outcomes depend on, such as the time or earlier observations."
         )
-    return result
 
 
-def _general_warnings(rows: Sequence[Row], known: Evidence, agreement: float) -> list[str]:
+def _general_warnings(rows: Sequence[Row], known: Evidence, agreement: float) -> Iterator[str]:
     """Sentences about the whole ranking."""
-    result, unlogged = [], known.fitted_q.episodes.unlogged_ends
+    unlogged = known.fitted_q.episodes.unlogged_ends
     if (fit_seen := max(known.seen(known.train))) > SHARED:
-        result.append(
+        yield (
             f"members were trained on up to {fit_seen:.0%} of the episodes fitted on, so the "
             "fit estimates them too high; held-out episodes correct that, but intervals are wider."
         )
     if unlogged > UNLOGGED:
-        result.append(
+        yield (
             f"truncated episodes leave {unlogged:.0%} of the discounted future in states that the "
             "log never describes; intervals assume any logged return there, the estimates the least."
         )
     if known.sampled:
-        result.append(
+        yield (
             "values are of actions as the members draw them, because importance sampling needs "
             "densities: act so too (deterministic=False), or rank with deterministic=True."
         )
     if known.unchecked:
-        result.append(f"{known.unchecked}, so nothing independent checks the values.")
+        yield f"{known.unchecked}, so nothing independent checks the values."
     elif agreement < MIN_AGREEMENT:
-        result.append(
-            f"the two estimators order the members differently (Spearman {agreement:.2f})."
-        )
+        yield f"the two estimators order the members differently (Spearman {agreement:.2f})."
     value, low, high = known.log
     for row in rows:
         own = known.clone is not None and row["member"] == known.clone.name
         if own and (row["value_low"] > high or row["value_high"] < low):
-            result.append(
+            yield (
                 f"{row['member']}, which imitates the log, is estimated at {row['value']:.4g} "
                 f"({row['value_low']:.4g} to {row['value_high']:.4g}) and the log at {value:.4g} "
                 f"({low:.4g} to {high:.4g}): the clone is a poor one, or the observations lack what "
                 "the log's policy acted on."
             )
-    return result

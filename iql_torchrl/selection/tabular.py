@@ -104,12 +104,12 @@ def table_scores(
     and, since each episode corrects them differently, show how large they may be.
     """
     model = _Model(train, held_out, finite, min(discount, LARGEST_DISCOUNT), min_count)
-    columns = []
-    for member in members:
-        policy = log_probabilities(
-            member, finite.representatives, model.count.shape[1], deterministic=deterministic
-        )
-        columns.append(model.member(policy.exp().numpy() * model.supported))
+    count = model.count.shape[1]
+    policies = [
+        log_probabilities(member, finite.representatives, count, deterministic=deterministic)
+        for member in members
+    ]
+    columns = [model.member(policy.exp().numpy() * model.supported) for policy in policies]
     scores, scores_high, initial, surprise, share, worst, effective = map(
         np.array, zip(*columns, strict=True)
     )
@@ -155,13 +155,13 @@ class _Model:
         ends = finite.train_next[train.last]
         self.cut = np.bincount(ends, train.left(discount), shape[0]) / len(train)
         self.pair = finite.held_out * shape[1] + self.action
-        self.fresh = np.bincount(self.pair, minlength=size).reshape(shape).astype(np.float64)
+        self.fresh = np.bincount(self.pair, minlength=size).astype(np.float64)
         visited = self.count.sum(1, keepdims=True)
         self.frequency = self.count / np.maximum(visited, 1)
         self.well_known = visited[:, 0] >= least
         # Held-out steps cannot correct a pair that they lack. Weights from held-out frequencies are not
         # biased by members that overfit ``train``.
-        self.supported = (self.count >= least) & (self.fresh > 0)
+        self.supported = (self.count >= least) & (self.fresh.reshape(shape) > 0)
         # How probable an unsupported action is for the log itself.
         self.usual = 1 - (self.frequency * self.supported).sum(1)
 
@@ -193,8 +193,8 @@ class _Model:
         """The columns of ``EpisodeScores`` of one policy, given its supported part."""
         first, factors = self.state[self.held_out.first], self.factors(policy)
         visits = factors.solve(self.start, trans="T")
-        weight = visits[:, None] * policy * len(first) / np.maximum(self.fresh, 1)
-        weight = weight.reshape(-1)[self.pair]
+        weight = (visits[:, None] * policy * len(first)).reshape(-1) / np.maximum(self.fresh, 1)
+        weight = weight[self.pair]
         initial, scores = [], []
         for limit in self.limits:
             value = self.values(policy, factors, limit)
@@ -219,9 +219,9 @@ class _Model:
         too few rows in ``train`` has the smallest or largest return.
         """
         policy, held_out = self.frequency * self.well_known[:, None], self.held_out
-        factors, fresh = self.factors(policy), np.maximum(self.fresh.sum(1), 1)
+        factors, fresh = self.factors(policy), np.bincount(self.state, minlength=len(policy))
         visits = factors.solve(self.cut, trans="T")
-        weight = visits * len(held_out) / fresh * self.well_known
+        weight = visits * len(held_out) / np.maximum(fresh, 1) * self.well_known
         returns = held_out.returns_to_go(self.discount)[held_out.first]
         scores = []
         for limit in self.limits:
@@ -273,7 +273,5 @@ class _Model:
 
     def _minus_mean(self, values: FloatArray) -> FloatArray:
         """Of held-out rows ``(N,)``, minus the mean over the rows of the same state and action."""
-        mean = np.bincount(self.pair, values, self.fresh.size) / np.maximum(self.fresh, 1).reshape(
-            -1
-        )
+        mean = np.bincount(self.pair, values, len(self.fresh)) / np.maximum(self.fresh, 1)
         return np.asarray(values - mean[self.pair])

@@ -27,6 +27,7 @@ from iql_torchrl.data import DeviceSampler
 from iql_torchrl.evaluation import Acting
 from iql_torchrl.evaluation.acting import policy_dtype
 from iql_torchrl.evaluation.policy_input import policy_input
+from iql_torchrl.evaluation.policy_input import stacked as frames_of
 from iql_torchrl.population import IQLPopulation
 from iql_torchrl.selection import fitted_q_evaluation
 from iql_torchrl.trainers import OfflineTrainer
@@ -335,7 +336,9 @@ def test_every_kind_of_numbers_trains_and_acts(space, dtype, standardise):
     for row in range(4):
         np.testing.assert_allclose(agent.act(raw[row]), expected[row], rtol=1e-6, atol=1e-6)
         if dtype is torch.float64:  # not rounded to float32 on the way
-            seen = policy_input([raw[row]], space, **reading).select("observation")
+            seen = policy_input(frames_of([raw[row]], space), [1], space, **reading).select(
+                "observation"
+            )
             kept = dataset.transitions[row : row + 1].select("observation")
             for key in seen.keys(True, True):
                 assert seen[key].dtype == kept[key].dtype

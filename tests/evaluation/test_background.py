@@ -581,7 +581,7 @@ def test_settings_on_which_rounding_depends_are_taken_over():
     ("options", "error", "message"),
     [
         ({"policy": nn.Linear(1, 1)}, TypeError, "policy must be a TensorDict module"),
-        ({"episodes": 0}, ValueError, "episodes must be an integer"),
+        ({"episodes": 0}, ValueError, "episodes is 0; expected a whole number"),
         ({"reference_scores": (2, 1)}, ValueError, "reference_scores must be"),
         ({"max_episodes": 2}, TypeError, "max_episodes"),
     ],

@@ -368,6 +368,16 @@ def test_continuous_actions_far_from_the_log_are_unsupported():
     assert scores.log_unsupported == pytest.approx(0.01)
 
 
+def test_with_many_actions_visits_are_linear_in_features_and_probabilities(
+    parts, fitted, monkeypatch
+):
+    """Instead of in their products, of which there would be too many; a short fit is corrected."""
+    monkeypatch.setattr(fitted_q, "MAX_FEATURES", 1)
+    estimate, values = evaluated(members(), *parts, updates=60), fitted["table"].values
+    gaps = [np.abs(v - values) for v in (estimate.values, estimate.initial_values.mean(1))]
+    assert gaps[0].mean() < 0.5 * gaps[1].mean()
+
+
 @pytest.mark.parametrize(("progress", "shown"), [(True, True), (None, False), (False, False)])
 def test_progress_is_shown_where_it_is_asked_for(progress, shown, capsys):
     train, held_out = line_log(400, spread=0.1).split(0.5, 0)
@@ -394,6 +404,16 @@ def test_continuous_samples_leave_the_caller_s_random_state_as_it_is():
     assert np.abs(sampled[0].initial_values - sampled[2].initial_values).max() > 0
     assert sampled[0].episodes.scores.shape == (2, 8)
     assert np.isfinite(sampled[0].td_error).all()
+
+
+def test_first_states_have_draws_of_their_own_however_many_there_are(monkeypatch):
+    """Each part of them had the draws of the first part."""
+    monkeypatch.setattr(fitted_q, "ROWS_AT_ONCE", 4)
+    step = (np.arange(80) % 10).astype(np.float32)  # all episodes of 10 steps look alike
+    dataset = load_dataset(small_log(80, observation=step[:, None] * np.ones(3, np.float32)))
+    how = {"discount": 0.9, "deterministic": False, **BRIEF}
+    (values,) = fitted_q_evaluation({"one": box_agent()}, dataset, dataset, **how).initial_values
+    assert len(np.unique(values.round(9))) == 8
 
 
 def test_dict_observations_with_a_category():
@@ -425,10 +445,9 @@ def test_training_on_a_device_waits_for_nothing(make, monkeypatch):
         counts[updates] = mode.count
     assert counts[4] == counts[1]
     assert counts[5] == counts[1] + 1
-    starts = steps.features[:4], steps.kept[:, :4]
     with Copies():
         for policy in (0, 1):
-            fitted_q._visits(critics, steps, policy, starts)
+            steps.visits(policy)
 
 
 CUT = WORLD.log(uniform(), episodes=9, horizon=2)
@@ -448,13 +467,14 @@ ELSEWHERE = TensorDictModule(nn.Identity(), in_keys=["elsewhere"], out_keys=["ac
         ({"lr": 0.0}, "lr is"),
         ({"polyak": 0.0}, "polyak is 0"),
         ({"hidden": (4, 0)}, r"hidden\[1\] is 0"),
-        ({"device": "cuda:99"}, "device is 'cuda:99', which cannot be used here"),
+        ({"device": "gpu"}, "device is 'gpu', which this machine cannot use"),
+        ({"device": "cuda:99"}, "device is 'cuda:99', which this machine cannot use"),
         (
             {"held_out": CUT, "discount": 1.0},
             "discount is 1 and [1-9] of 9 episodes of held_out end",
         ),
         ({"train": CUT, "discount": 1}, "of train end without termination"),
-        ({"model": "tree"}, "model is 'tree'; choose one of auto, table, network"),
+        ({"model": "tree"}, "model is 'tree'; choose one of 'auto', 'table', 'network'"),
         ({"members": {"x": ELSEWHERE}}, r"reads \['elsewhere'\], which the log lacks"),
         ({"members": {"x": actor(np.full((STATES, 4), 0.25))}}, "each of the 3 actions"),
         ({"members": {"x": actor(np.full((STATES, ACTIONS), np.nan))}}, "to every allowed action"),
@@ -471,6 +491,11 @@ def test_logs_that_do_not_fit_are_refused(parts):
     other = replace(parts[1], action_space=spaces.Discrete(4))
     with pytest.raises(ValueError, match="action_space of train"):
         evaluated(members(), parts[0], other)
+    with pytest.raises(ValueError, match=r"'a' acts with shape \(20, 1, 1\).* finite vectors"):
+        evaluated({"a": line(float("nan"))}, line_log(20), line_log(20, 1))
+    square = replace(line_log(20), action_space=spaces.Box(-1, 1, (1, 1)))
+    with pytest.raises(ValueError, match=r"expected Discrete, or a Box of shape \(A,\)"):
+        evaluated({"a": line(1.0)}, square, square)
     with pytest.raises(ValueError, match=r"continuous actions or too many distinct states; choose"):
         evaluated({"a": line(1.0)}, line_log(20), line_log(20, 1), "table")
     pictures = np.random.default_rng(0).integers(9, size=(40, 9, 9, 3), dtype=np.uint8)

@@ -276,6 +276,11 @@ def test_what_cannot_be_is_refused():
         run(actor(np.array(NEVER)))
     with pytest.raises(TypeError, match="member 'behaviour'"):
         run(3)
+    broken, data = box_agent(), load_dataset(small_log())
+    with torch.no_grad():
+        next(broken.actor.parameters()).fill_(math.nan)
+    with pytest.raises(ValueError, match=r"'a' gives logged actions log-densities .* that are NaN"):
+        run(box_agent(), who={"a": broken}, data=data)
     exact = box_agent(policy="deterministic")
     with pytest.raises(ValueError, match="'exact', a ProbabilisticActor, has no density"):
-        run(box_agent(), who={"exact": exact}, data=load_dataset(small_log()))
+        run(box_agent(), who={"exact": exact}, data=data)
