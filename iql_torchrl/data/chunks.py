@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from numpy.typing import NDArray
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
 
 from iql_torchrl.config import check_whole
@@ -73,22 +73,26 @@ class Chunks(Windows):
         stack = stack or history == 1
         super().__init__(transitions, lengths, history, stack=stack, jumps=jumps, name=name)
         self.size = size
-        self.actions = plain(transitions.get("action"))
-        if self.actions.ndim != 2 or not self.actions.is_floating_point():
+        actions = plain(transitions.get("action"))
+        if actions.ndim != 2 or not actions.is_floating_point():
             raise DatasetError(
-                f"{name}: the actions are {self.actions.dtype} of shape "
-                f"{tuple(self.actions.shape[1:])}; chunks are for vectors of floats (A,). For a Box of "
+                f"{name}: the actions are {actions.dtype} of shape "
+                f"{tuple(actions.shape[1:])}; chunks are for vectors of floats (A,). For a Box of "
                 "another shape pass dataset.flatten_actions(); Discrete actions have no chunks: "
                 "each sequence of them would need a value of its own."
             )
-        self.rewards = plain(transitions.get(("next", "reward")))
-        following = transitions.get("next").exclude("observation", "reward")
-        self.following = {("next", *key): plain(following.get(key)) for key in leaf_keys(following)}
+        following = transitions.get("next").exclude("observation")
+        #: By key what chunks are made of: ``actions``, ``count``, ``rewards`` and entries of ``next``.
+        self.chunks: dict[Key, Tensor] = {
+            ("next", *key): plain(following.get(key)) for key in leaf_keys(following)
+        }
+        self.chunks["actions",] = actions
+        self.chunks["rewards",] = self.chunks.pop(("next", "reward"))
         self.rest = self.rest.exclude("action", LOG_PROB, "next")
-        ends = (self.own_place >= 0) | self.following["next", "terminated"].squeeze(1)
+        ends = (self.own_place >= 0) | self.chunks["next", "terminated"].squeeze(1)
         places = torch.arange(len(ends), device=ends.device)
         last = torch.where(ends, places, len(ends)).flip(0).cummin(0).values.flip(0)
-        self.count = (last - places + 1).clamp(max=size)
+        self.chunks["count",] = (last - places + 1).clamp(max=size)
         if int(self.count.max()) < size:
             raise DatasetError(
                 f"{name}: chunks of {size} actions are longer than every episode, of which the longest "
@@ -97,36 +101,23 @@ class Chunks(Windows):
 
     def entries(self, rows: Tensor) -> dict[Key, Tensor]:
         """All entries of the rows numbered ``(B,)`` but those of ``rest``, by key."""
-        count = self.count.index_select(0, rows)
+        stored = self.chunks
+        count = stored["count",].index_select(0, rows)
         last = rows + count - 1
         steps = torch.arange(self.size, device=rows.device)
         mask = steps < count.unsqueeze(1)
-        place = (rows.unsqueeze(1) + steps).clamp(max=len(self.count) - 1).flatten()
-        entries = super().entries(rows)
-        ahead = super().entries(last)
-        entries |= {key: values for key, values in ahead.items() if key[0] == "next"}
-        entries |= {key: values.index_select(0, last) for key, values in self.following.items()}
+        place = (rows.unsqueeze(1) + steps).clamp(max=len(self) - 1).flatten()
+        length = self.history.length
+        entries = self._sides(self._frames(rows, 1 - length, 0), self._frames(last, 2 - length, 1))
+        entries |= {key: v.index_select(0, last) for key, v in stored.items() if key[0] == "next"}
         shown = mask | entries["next", "terminated"]
-        actions = self.actions.index_select(0, place).unflatten(0, mask.shape)
+        actions = stored["actions",].index_select(0, place).unflatten(0, mask.shape)
         entries["action",] = actions.where(shown.unsqueeze(-1), 0).flatten(1)
-        rewards = self.rewards.index_select(0, place).view(mask.shape)
+        rewards = stored["rewards",].index_select(0, place).view(mask.shape)
         entries["next", "reward"] = rewards.where(mask, 0)
         entries[CHUNK_MASK,] = mask
         return entries
 
-    def to(self, device: torch.device | str) -> Chunks:
-        moved: Any = super().to(device)
-        moved.following = {key: values.to(device) for key, values in self.following.items()}
-        for name in ("actions", "rewards", "count"):
-            setattr(moved, name, getattr(self, name).to(device))
-        return moved
-
-    def tensors(self) -> list[Tensor]:
-        own = [self.actions, self.rewards, self.count, *self.following.values()]
-        return [*super().tensors(), *own]
-
-    def table(self) -> TensorDict:
-        stored = super().table()
-        own = {".".join(key): values for key, values in self.following.items()}
-        own |= {"actions": self.actions, "rewards": self.rewards, "count": self.count}
-        return stored.update({"chunks": own})
+    @property
+    def count(self) -> Tensor:
+        return self.chunks["count",]

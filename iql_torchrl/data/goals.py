@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import gymnasium as gym
@@ -102,16 +103,10 @@ class Relabelling:
         """The leaf of the log that has the goal, where no function reads all leaves."""
         return ("observation", *(self.goal.split(".") if isinstance(self.goal, str) else ()))
 
-    @property
-    def places(self) -> list[int] | None:
-        """The places of a vector that are the goal; None where ``goal`` says something else."""
-        if self.goal is None or isinstance(self.goal, str) or callable(self.goal):
-            return None
-        return [int(place) for place in self.goal]
-
     def pick(self, leaf: Any) -> Any:
         """The goal ``(..., *G)`` of the leaf at ``path``: itself, or the chosen places of it."""
-        return leaf if self.places is None else leaf[..., self.places]
+        whole = self.goal is None or isinstance(self.goal, str)
+        return leaf if whole else leaf[..., list(self.goal)]  # type: ignore[arg-type]
 
     def of(self, leaf: Callable[[Key], Tensor]) -> Tensor:
         """The goals ``(B, *G)`` that B observations reach; ``leaf(key)`` is one leaf of them."""
@@ -147,13 +142,14 @@ class Relabelling:
                 "(B, ...) for B observations. Name the leaf where goals are categories or images."
             )
         leaf = leaves.get(self.path)
-        if leaf is not None and self.places is None:
-            return leaf
-        size = leaf.shape[0] if isinstance(leaf, spaces.Box) and len(leaf.shape) == 1 else 0
-        if self.places and all(0 <= place < size for place in self.places):
-            assert isinstance(leaf, spaces.Box)
-            low, high = self.pick(leaf.low), self.pick(leaf.high)
-            return spaces.Box(low, high, dtype=leaf.dtype.type)
+        if self.goal is None or isinstance(self.goal, str):
+            if leaf is not None:
+                return leaf
+        elif isinstance(leaf, spaces.Box) and len(leaf.shape) == 1:
+            inside = [0 <= place < leaf.shape[0] for place in self.goal]
+            if inside and all(inside):
+                low, high = self.pick(leaf.low), self.pick(leaf.high)
+                return spaces.Box(low, high, dtype=leaf.dtype.type)
         raise DatasetError(
             f"goal is {self.goal!r}, and the observations are {describe_space(self.space)}; expected "
             "the name of a leaf of a Dict, places of a vector such as [0, 1], or a function."
@@ -217,7 +213,7 @@ class GoalSampler(DeviceSampler):
     def entries(self, indices: Tensor) -> dict[str, Any]:
         how, nested = self.relabelling, self.source.entries(indices[0])
         rows = [indices[0], *self.goal_rows(indices)]
-        achieved, *goals = (how.of(lambda key, n=n: self._leaf(key, n)) for n in rows)  # type: ignore[misc]
+        achieved, *goals = (how.of(partial(self._leaf, rows=each)) for each in rows)
         reached = how.is_reached(achieved, goals[0]).unsqueeze(1)
         after, (at_goal, elsewhere) = nested["next"], how.rewards
         after["reward"] = torch.full_like(after["reward"], elsewhere).masked_fill(reached, at_goal)

@@ -12,6 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, Storage, TensorDictReplayBuffer
 
+from iql_torchrl.data.readers.contradictions import differs
 from iql_torchrl.data.replay import (
     DeviceSampler,
     device_of,
@@ -27,6 +28,8 @@ __all__ = ["WindowSampler", "WindowStorage", "Windows", "plain"]
 JUMPS = ("error", "restart")
 #: Bytes of observations that are compared at once.
 COMPARED_BYTES = 32 * 2**20
+#: Of these torch has no ``index_put`` on a CPU.
+WIDE_UNSIGNED = torch.uint16, torch.uint32, torch.uint64
 
 
 class Windows:
@@ -43,9 +46,10 @@ class Windows:
     no masks; with ``length=1`` as well, the entries are those of plain rows.
 
     Every frame is stored once. Nothing is copied: the observations are those of ``transitions``; only
-    the next observations at the ends of episodes are extra. Where nothing else refers to the
-    transitions any more, memory is half that of plain rows. Windows and next windows overlap in
-    memory: do not change them in place.
+    the next observations at the ends of episodes are extra. Elsewhere they are the following row's
+    observation, from which they may differ by a norm of 1e-6 and by rounding, as in ``load_dataset``.
+    Where nothing else refers to the transitions any more, memory is half that of plain rows. Windows
+    and next windows overlap in memory: do not change them in place.
 
     Args:
         transitions: as ``OfflineDataset.transitions``, in memory or memory-mapped.
@@ -85,10 +89,10 @@ class Windows:
             raise ValueError(f"jumps is {jumps!r}; choose one of {', '.join(JUMPS)}.")
         keys = [key for key in leaf_keys(transitions) if key[0] == "observation"]
         self.frames = {key: plain(transitions.get(key)) for key in keys}
-        following = {key: transitions.get(("next", *key)) for key in keys}
+        following = {key: plain(transitions.get(("next", *key))) for key in keys}
         ends = torch.zeros(len(transitions), dtype=torch.bool)
         ends[torch.as_tensor(lengths).cumsum(0) - 1] = True
-        jumped = ~(_continues(self.frames, following) | ends)
+        jumped = _jumps(self.frames, following, ends)
         if jumps == "error" and bool(jumped.any()):
             row = int(jumped.to(torch.uint8).argmax())
             raise DatasetError(
@@ -109,7 +113,7 @@ class Windows:
                 f"a length of at most {longest}."
             )
         where = ends.nonzero().squeeze(1)
-        self.own = {key: plain(values[where]) for key, values in following.items()}
+        self.own = {key: values[where] for key, values in following.items()}
         device = device_of(transitions)
         self.first = first.to(device)
         self.own_place = torch.where(ends, ends.cumsum(0) - 1, -1).to(device)
@@ -119,22 +123,13 @@ class Windows:
         return int(self.rest.batch_size[0])
 
     def __getitem__(self, rows: Any) -> TensorDict:
-        """The transitions numbered by ``rows``: int64 ``(B,)``, a slice, a list or a mask.
+        """The transitions numbered by ``rows``: whole numbers ``(B,)``, a slice or a mask ``(N,)``.
 
         A mask is bool, with an entry for each row; ``IndexError`` otherwise.
         """
-        device = self.first.device
-        if isinstance(rows, slice):
-            rows = torch.arange(*rows.indices(len(self)), device=device)
-        rows = torch.as_tensor(rows, device=device)
-        if rows.dtype == torch.bool:
-            if rows.shape != (len(self),):
-                raise IndexError(
-                    f"the mask has shape {tuple(rows.shape)}; expected one entry for each of the "
-                    f"{len(self)} rows."
-                )
-            rows = rows.nonzero().squeeze(-1)
-        rows = rows.long()
+        if not isinstance(rows, Tensor) or rows.dtype == torch.bool:
+            rows = torch.arange(len(self), device=self.first.device)[rows]
+        rows = rows.to(self.first)  # its device and dtype
         batch = self.rest[rows]
         for key, values in self.entries(rows).items():
             batch.set(key, values)
@@ -142,43 +137,57 @@ class Windows:
 
     def entries(self, rows: Tensor) -> dict[Key, Tensor]:
         """Observations, next observations and masks of the rows numbered ``(B,)``, by key."""
-        length, stack = self.history.length, self.history.stack
-        steps = torch.arange(1 - length, 2, device=rows.device)  # the window, and the next frame
-        place = rows.unsqueeze(1) + steps
+        both = self._frames(rows, 1 - self.history.length, 1)  # windows of a row overlap
+        now = {key: values[:, :-1] for key, values in both.items()}
+        return self._sides(now, {key: values[:, 1:] for key, values in both.items()})
+
+    def _frames(self, rows: Tensor, start: int, stop: int) -> dict[Key, Tensor]:
+        """The frames of the steps ``start`` to ``stop`` from ``rows``: ``(B, steps, *shape)`` by key.
+
+        Step 0 is a row's observation and step 1, the largest, its next one. Before the start of its
+        episode the first is repeated. The mask, True at real steps, is one more key.
+        """
+        place = rows.unsqueeze(1) + torch.arange(start, stop + 1, device=rows.device)
         first = self.first.index_select(0, rows).unsqueeze(1)
-        entries: dict[Key, Tensor] = {}
-        if not stack:
-            real = place >= first
-            entries[(HISTORY_MASK,)] = real[:, :-1]
-            entries["next", HISTORY_MASK] = real[:, 1:]
+        found: dict[Key, Tensor] = {(HISTORY_MASK,): place >= first}
         place = torch.maximum(place, first).clamp(max=len(self.first) - 1)
-        own = self.own_place.index_select(0, rows)
+        own_place = self.own_place.index_select(0, rows)
         for key, frames in self.frames.items():
-            window = _gather(frames, self.own[key], place, own)
-            dims = frames.ndim - 1
-            for target, part in ((key, window[:, :-1]), (("next", *key), window[:, 1:])):
-                entries[target] = stack_frames(part, dims) if stack else part
-        return entries
+            found[key] = frames.index_select(0, place.flatten()).unflatten(0, place.shape)
+            if stop == 1:
+                _replace_last(found[key], self.own[key], own_place)
+        return found
+
+    def _sides(self, now: dict[Key, Tensor], after: dict[Key, Tensor]) -> dict[Key, Tensor]:
+        """Frames as entries of a batch, those of ``after`` below ``"next"``."""
+        entries = now | {("next", *key): values for key, values in after.items()}
+        if not self.history.stack:
+            return entries
+        del entries[HISTORY_MASK,], entries["next", HISTORY_MASK]
+        return {key: stack_frames(values, values.ndim - 2) for key, values in entries.items()}
 
     def to(self, device: torch.device | str) -> Windows:
-        """The same windows on ``device``; without a copy where they are there."""
+        """The same on ``device``; without a copy where it is there."""
         moved = copy(self)
-        moved.rest = self.rest.to(device)
-        moved.frames = {key: values.to(device) for key, values in self.frames.items()}
-        moved.own = {key: values.to(device) for key, values in self.own.items()}
-        moved.first, moved.own_place = self.first.to(device), self.own_place.to(device)
+        for name, part in self._stored().items():
+            if isinstance(part, dict):
+                setattr(moved, name, {key: values.to(device) for key, values in part.items()})
+            else:
+                setattr(moved, name, part.to(device))
         return moved
 
     def table(self) -> TensorDict:
         """All that is stored, for digests: the plain rows, the frames and their places."""
-        stored = {"first": self.first, "own_place": self.own_place, "rest": self.rest}
-        for name, part in (("frames", self.frames), ("own", self.own)):
-            stored[name] = {".".join(key): values for key, values in part.items()}
+        stored = self._stored()
+        for name, part in stored.items():
+            if isinstance(part, dict):
+                stored[name] = {".".join(key): values for key, values in part.items()}
         return TensorDict(stored, batch_size=[])
 
-    def tensors(self) -> list[Tensor]:
-        """What :meth:`entries` reads."""
-        return [*self.frames.values(), *self.own.values(), self.first, self.own_place]
+    def _stored(self) -> dict[str, Any]:
+        """The attributes that are data: tensors, TensorDicts, and dicts of tensors by key."""
+        kinds = Tensor, TensorDictBase, dict
+        return {name: part for name, part in vars(self).items() if isinstance(part, kinds)}
 
     def device_sampler(
         self, batch_size: int, device: torch.device | str | None = None, seed: int | None = None
@@ -225,7 +234,7 @@ class WindowSampler(DeviceSampler):
         self.windows = copy(windows)
         self.windows.rest = windows.rest.select()  # its entries are in ``tables``
         self.windows = self.windows.to(where)
-        self.tables += self.windows.tensors()
+        self.tables += self.windows.table().values(True, True)
 
     def entries(self, indices: Tensor) -> dict[str, Any]:
         nested = super().entries(indices)
@@ -282,29 +291,35 @@ def plain(values: Tensor) -> Tensor:
     return values.as_subclass(Tensor) if type(values) is not Tensor else values
 
 
-def _continues(frames: dict[Key, Tensor], following: dict[Key, Tensor]) -> Tensor:
-    """Bool ``(N,)``: whether a row's next observations are the following row's observations."""
-    (rows,) = {len(values) for values in frames.values()}
-    same = torch.ones(rows, dtype=torch.bool)
-    same[-1] = False
-    for key, values in frames.items():
-        size = max(1, COMPARED_BYTES // max(values[0].nbytes, 1))
-        for start in range(0, rows - 1, size):
-            stop = min(start + size, rows - 1)
-            equal = following[key][start:stop] == values[start + 1 : stop + 1]
-            same[start:stop] &= equal.reshape(stop - start, -1).all(1).cpu()
-    return same
+def _jumps(frames: dict[Key, Tensor], following: dict[Key, Tensor], ends: Tensor) -> Tensor:
+    """Bool ``(N,)``: rows that are no ``ends`` and whose next observation is not the next row's.
+
+    The rule is that of the readers, ``differs``; it is slow, and is asked where bits are not equal.
+    """
+    jumped, steps = torch.zeros_like(ends), len(ends) - 1
+    row_bytes = sum(values[0].nbytes for values in frames.values())
+    size = max(1, COMPARED_BYTES // max(row_bytes, 1))
+    for start in range(0, steps, size):
+        stop = min(start + size, steps)
+        asked = torch.zeros(stop - start, dtype=torch.bool)
+        for key, values in frames.items():
+            unequal = following[key][start:stop] != values[start + 1 : stop + 1]
+            asked |= unequal.reshape(stop - start, -1).any(1).cpu()
+        rows = start + (asked & ~ends[start:stop]).nonzero().squeeze(1)
+        if len(rows):
+            later = {key: values[rows + 1].cpu().numpy() for key, values in frames.items()}
+            after = {key: values[rows].cpu().numpy() for key, values in following.items()}
+            jumped[rows] = torch.from_numpy(differs(later, after, len(rows), ahead=0))
+    return jumped
 
 
-def _gather(frames: Tensor, own: Tensor, place: Tensor, own_place: Tensor) -> Tensor:
-    """``(B, length + 1, *shape)``: both windows of a row have all frames but one in common."""
-    shape = frames.shape[1:]
-    window = frames.index_select(0, place.reshape(-1)).view(*place.shape, *shape)
-    if torch.compiler.is_compiling() or window.device.type != "cpu":
+def _replace_last(window: Tensor, own: Tensor, own_place: Tensor) -> None:
+    """Put ``own[own_place]`` into the last step of ``window`` ``(B, T, *shape)`` where not -1."""
+    on_host = window.device.type == "cpu" and window.dtype not in WIDE_UNSIGNED
+    if torch.compiler.is_compiling() or not on_host:
         last = own.index_select(0, own_place.clamp(min=0))
-        ends = (own_place >= 0).view(-1, *(1,) * len(shape))
+        ends = (own_place >= 0).view(-1, *(1,) * (own.ndim - 1))
         window[:, -1] = torch.where(ends, last, window[:, -1])
     else:  # few rows are ends; elsewhere finding them would wait for the device or break the graph
         (ends,) = (own_place >= 0).nonzero(as_tuple=True)
         window[ends, -1] = own.index_select(0, own_place[ends])
-    return window

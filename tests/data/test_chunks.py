@@ -140,14 +140,40 @@ def test_samplers_draw_the_same_chunks():
 def test_nothing_is_stored_several_times():
     data = table(30, 20)
     chunks = data.chunks(10)
-    assert chunks.actions.data_ptr() == data.transitions["action"].data_ptr()
-    assert chunks.rewards.data_ptr() == data.transitions["next", "reward"].data_ptr()
+    assert chunks.chunks["actions",].data_ptr() == data.transitions["action"].data_ptr()
+    assert chunks.chunks["rewards",].data_ptr() == data.transitions["next", "reward"].data_ptr()
     held = sum(tensor.nbytes for tensor in chunks.device_sampler(4).tables)
     rows = data.transitions.exclude(("next", "observation"), "collector")
     places = 3 * 8 * len(data)  # first, own_place, count
     ends = 2 * 2 * 4  # next observations of two episodes
     plain = sum(value.nbytes for value in rows.values(True, True))
     assert held == plain + places + ends
+
+
+class Counting(torch.Tensor):
+    """Counts the rows that are read of it."""
+
+    rows = 0
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.index_select:
+            cls.rows += len(args[2])
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize(("history", "windows", "chunks"), [(1, 2, 2), (3, 4, 6)])
+def test_each_frame_of_a_batch_is_read_once(history, windows, chunks):
+    """Windows and next windows of one row overlap; those of a chunk's ends are two."""
+    data = table(7, 5)
+    for form, frames in (
+        (data.windows(history, stack=True), windows),
+        (data.chunks(3, history=history), chunks),
+    ):
+        form.frames = {k: v.as_subclass(Counting) for k, v in form.frames.items()}
+        Counting.rows = 0
+        form[torch.tensor([0, 4, 6, 11, 2])]
+        assert Counting.rows == 5 * frames
 
 
 def test_the_log_probability_of_one_action_is_left_out():

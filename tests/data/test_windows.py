@@ -54,7 +54,7 @@ def test_windows_by_hand():
     mask = torch.tensor([False, True, False, True, False])
     for chosen in (mask, mask.tolist()):
         assert windows[chosen]["next", "reward"].flatten().tolist() == [1, 0]
-    with pytest.raises(IndexError, match=r"shape \(3,\).*5 rows"):
+    with pytest.raises(IndexError, match=r"mask \[3\].*tensor \[5\]"):
         windows[mask[:3]]
 
 
@@ -223,6 +223,39 @@ def test_jumps_are_refused_or_begin_a_history():
     ]
     with pytest.raises(DatasetError, match="the longest has 3 between jumps"):
         data.windows(4, jumps="restart")
+
+
+def test_a_next_observation_may_differ_from_the_following_row_by_rounding():
+    """By the readers' rule: a norm of 1e-6, which is no jump, and windows have the following row's."""
+    source = counted(5, 2)
+    source["next_observation"][0] += np.float32(5e-7)
+    data = load_dataset(source)
+    assert data.transitions["next", "observation"][0, 0] != 1.0
+    assert frames_of(data.windows(2), 0)[2] == [0, 1]
+    source["next_observation"][0] += np.float32(1e-5)
+    with pytest.warns(DatasetWarning, match="not the following row's observation in 1 rows"):
+        data = load_dataset(source)
+    with pytest.raises(DatasetError, match="in 1 rows inside episodes, first row 0"):
+        data.windows(2)
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.uint32])
+def test_depth_in_wide_unsigned_integers_has_windows_and_chunks(kind):
+    """Of which torch has no index_put on a CPU."""
+    rows = counted(3, 2, observe=lambda t: (60_000 + t[:, None]).astype(kind))
+    space = spaces.Box(0, 65_535, (1,), kind)
+    data = load_dataset(rows, observation_space=space)
+    windows, chunks = data.windows(2), data.chunks(2)
+    assert windows[:]["next", "observation"].dtype == getattr(torch, np.dtype(kind).name)
+    following = [[60_000 + x for x in pair] for pair in ((0, 1), (1, 2), (2, 3), (100, 101))]
+    assert windows[:]["next", "observation"].squeeze(2).tolist()[:4] == following
+    assert chunks[:]["next", "observation"].flatten().tolist() == [
+        60_002, 60_003, 60_003, 60_102, 60_102
+    ]  # fmt: skip
+    indices = torch.arange(5)
+    for form in (windows, chunks):
+        batch = form.device_sampler(4).gather(indices)
+        assert (batch == form[indices].exclude("collector")).all()
 
 
 # -- stacks

@@ -26,7 +26,7 @@ from iql_torchrl import (
     load_dataset,
     make_agent,
 )
-from iql_torchrl.data import GoalEnv
+from iql_torchrl.data import GoalEnv, GoalOrigins
 from iql_torchrl.files import CheckpointError
 
 
@@ -231,13 +231,14 @@ def test_goals_and_success_of_the_environment_itself():
 # -- values and policies in a maze
 
 
-def learned(log, **settings):
+def learned(log, goals=None, **settings):
     base = IQLConfig(
         batch_size=256, hidden=(64, 64), critic_lr=3e-3, value_lr=3e-3, actor_lr=3e-3,
         discount=0.9, expectile=0.95, temperature=20.0, polyak=0.05, reward="raw", seed=1,
     )  # fmt: skip
-    data = log.relabelled(discount=0.9)
-    agent = make_agent(replace(base, **settings), data)
+    settings = replace(base, **settings)
+    data = log.relabelled(discount=settings.discount, **(goals or {}))
+    agent = make_agent(settings, data)
     OfflineTrainer(agent=agent, dataset=data, progress_bar=False).train()
     return agent, data
 
@@ -265,7 +266,8 @@ def check_maze(agent, data, maze):
         for _ in range(most):
             state = state if state == goal else maze.after(state, int(greedy[state, goal]))
         solved += state == goal
-    exact = -(1 - 0.9**steps) / (1 - 0.9)
+    gamma = agent.config.discount
+    exact = -(1 - gamma**steps) / (1 - gamma)
     ranks = [stats.spearmanr(value[:, g], exact[:, g]).statistic for g in range(count)]
     goals = [{"start": s, "goal": g} for s in range(count) for g in range(count) if s != g]
     result = evaluate(
@@ -287,10 +289,17 @@ def test_values_order_the_cells_and_the_greedy_policy_reaches_every_goal(log):
 
 
 @pytest.mark.slow
-def test_values_and_policy_in_a_larger_maze():
-    agent, data = learned(walks(LARGE, episodes=300, steps=60), updates=6000)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_values_and_policy_in_a_larger_maze(seed):
+    """Distant pairs need random goals, a discount that is not small, and width: docs/goals.md."""
+    goals = {"current": 0.1, "future": 0.3, "random": 0.6}
+    agent, data = learned(
+        walks(LARGE, episodes=300, steps=60, seed=seed),
+        {**goals, "actor": GoalOrigins(0.0, 0.5, 0.5, discount=None)},
+        updates=6000, hidden=(128, 128), discount=0.95, schedule="cosine", seed=seed,
+    )  # fmt: skip
     spearman, worst, greedy, learned_policy = check_maze(agent, data, Maze(LARGE))
     assert spearman > 0.98
     assert worst > 0.98
-    assert greedy > 0.98
-    assert learned_policy > 0.9
+    assert greedy > 0.99
+    assert learned_policy == 1.0
