@@ -98,11 +98,12 @@ class Ranking:
             values = [row.get(key, math.nan) for key in COLUMNS]
             cells = ["-" if math.isnan(value) else f"{value:.4g}" for value in values]
             lines.append(f"{row['member']:{width}}" + "".join(f" {cell:>13}" for cell in cells))
-        lines.append(
-            f"\n{self.episodes} held-out episodes, discount {self.discount:g}. Agreement of fitted "
-            f"Q evaluation and importance sampling: Spearman {self.spearman:.2f}, "
-            f"Kendall {self.kendall:.2f}."
-        )
+        lines.append(f"\n{self.episodes} held-out episodes, discount {self.discount:g}.")
+        if not math.isnan(self.spearman):
+            lines[-1] += (
+                " Agreement of fitted Q evaluation and importance sampling: "
+                f"Spearman {self.spearman:.2f}, Kendall {self.kendall:.2f}."
+            )
         lines += [f"Warning: {warning}" for warning in self.warnings]
         return "\n".join([*lines, self.recommendation])
 

@@ -152,9 +152,9 @@ def recommendation(
         f"{row['gain_high']:.4g}"
     )
     if refused:
-        doubted = "; better estimates are doubted, see the warnings" if better else ""
+        doubted = "; estimates above the log's are doubted, see the warnings" if better else ""
         sentence = (
-            "Recommendation: no member is reliably better than the log (the best, "
+            "Recommendation: no member is reliably better than the log (the highest estimate, "
             f"{row['member']}, gains {row['gain']:.4g}, {interval}{doubted})."
         )
         return None, sentence, warnings

@@ -189,7 +189,10 @@ def test_no_better_member_no_recommendation(parts):
     worst = {"worst": actor(np.roll(GREEDY, 1, axis=1)), "log": actor(uniform())}
     result = rank_members(worst, *parts, discount=DISCOUNT, clone="log")
     assert result.recommended is None
-    assert "no member is reliably better than the log (the best, log" in result.recommendation
+    assert (
+        "no member is reliably better than the log (the highest estimate, log"
+        in result.recommendation
+    )
     assert "doubted" not in result.recommendation
     assert result.rows[0]["member"] == "log"
 
@@ -290,7 +293,7 @@ def test_no_recommendation_where_the_estimators_contradict_each_other(again, fit
         assert row["gain_low"] > 0
         assert row["importance_high"] < row["value_low"]
         assert row["doubts"] == ("contradiction",)
-        assert "better estimates are doubted, see the warnings" in result.recommendation
+        assert "estimates above the log's are doubted, see the warnings" in result.recommendation
 
 
 def test_no_recommendation_where_logged_probabilities_are_too_low(parts, members, fitted):
