@@ -113,22 +113,7 @@ class ImplicitQLoss(NetworkLoss):
         priority_key: str | None = None,
         gamma: float | None = None,
     ) -> None:
-        settings = {
-            "loss_function": loss_function,
-            "temperature": temperature,
-            "expectile": expectile,
-            "max_weight": max_weight,
-            "bc_weight": bc_weight,
-            "condition_dropout": condition_dropout,
-            "actor_ema": actor_ema,
-            "encoder_gradient": encoder_gradient,
-            "random_shift": random_shift,
-            "action_chunk": action_chunk,
-            "value_objective": value_objective,
-            "alpha": alpha,
-            "pessimism": pessimism,
-            "advantage_weight": advantage_weight,
-        }
+        settings = {name: value for name, value in locals().items() if name in self.knobs}
         for name, value in settings.items():
             if not callable(value):
                 self.knobs[name].check_in_loss(value)
@@ -141,25 +126,20 @@ class ImplicitQLoss(NetworkLoss):
         for name, (choice, names) in choices.items():
             if not callable(choice):
                 check_choice(name, choice, names)
+            settings[name] = choice
         check_actor(actor_network, actor_objective)
         check_form(num_qvalue_nets, value_network, reduction, scalar_output_mode, gamma)
         super().__init__(
             actor_network,
             qvalue_network,
             value_network,
+            encoder_network,
             num_qvalue_nets=num_qvalue_nets,
             separate_losses=separate_losses,
             deactivate_vmap=deactivate_vmap,
             priority_key=priority_key,
-            actor_ema=actor_ema,
-            encoder_network=encoder_network,
-            random_shift=random_shift,
-            action_chunk=action_chunk,
+            settings=settings,
         )
-        for name in settings.keys() - {"actor_ema", "random_shift", "action_chunk"}:
-            setattr(self, name, settings[name])
-        for name, (choice, _) in choices.items():
-            setattr(self, name, choice)
         self.reduction = reduction or "mean"
         self.scalar_output_mode = scalar_output_mode
         self._diagnostics = diagnostics

@@ -46,13 +46,7 @@ DETACHED_CRITICS = "detached_qvalue_network_params"
 AVERAGE = "average_actor_network_params"  # not target_..., which TorchRL's updaters would move
 
 
-class TrunkEntry(NamedTuple):
-    """Entry ``key`` of ``network``'s parameters is entry ``owner_key`` of ``owner``'s."""
-
-    network: str
-    key: NestedKey
-    owner: str
-    owner_key: NestedKey
+Entry = tuple[str, NestedKey]  # of a network: its name, and the key in its parameters
 
 
 class NetworkLoss(LossModule):
@@ -121,32 +115,30 @@ class NetworkLoss(LossModule):
         actor_network: nn.Module,
         qvalue_network: Critics,
         value_network: TensorDictModule,
+        encoder_network: TensorDictModule | None,
         *,
         num_qvalue_nets: int,
         separate_losses: bool,
         deactivate_vmap: bool,
         priority_key: str | None,
-        actor_ema: float = 0.0,
-        encoder_network: TensorDictModule | None = None,
-        random_shift: int = 0,
-        action_chunk: int = 1,
+        settings: dict[str, Any],
     ) -> None:
         super().__init__()
         self._set_deprecated_ctor_keys(priority=priority_key)
         # in the instance too, where a compiled program notices another value
         for name in ("_loss_mask_key", "deterministic_sampling_mode", "use_prioritized_weights"):
             setattr(self, name, getattr(self, name))
-        self._actor_ema = actor_ema
+        self._actor_ema = settings.pop("actor_ema")
+        for name, value in settings.items():
+            setattr(self, name, value)
         self.averaged_actor: Any = None
         self.encoder_network = encoder_network
-        self.random_shift = random_shift
-        self.action_chunk = action_chunk
         self.num_qvalue_nets = num_qvalue_nets
         self.delay_qvalue = True
         self.deactivate_vmap = deactivate_vmap
         self._detach_trunk = separate_losses
-        self._trunk: list[TrunkEntry] = []
-        self._tied_buffers: list[tuple[str, NestedKey]] = []
+        self._mirrors: dict[Entry, Entry] = {}  # and their owners
+        self._tied_buffers: list[Entry] = []
         self._convert(actor_network, qvalue_network, value_network)
         self._name_inputs()
         self.register_load_state_dict_pre_hook(NetworkLoss._before_load)
@@ -182,11 +174,12 @@ class NetworkLoss(LossModule):
         if encoder is not None:
             del self.encoder_network
             self.convert_to_functional(encoder, ENCODER, create_target_params=True)
+        mirrors: dict[Entry, Entry] = {}
+        owners = {"actor_network": actor, "value_network": value}
         if separate:
-            self._find_trunk("value_network", [value], {"actor_network": actor})
+            mirrors |= _shared_entries("value_network", [value], {"actor_network": actor})
         if separate or len(modules) > 1:
-            owners = {"actor_network": actor, "value_network": value}
-            self._find_trunk("qvalue_network", modules, owners)
+            mirrors |= _shared_entries("qvalue_network", modules, owners)
         of_actor = list(actor.parameters())
         self.convert_to_functional(actor, "actor_network")
         if self.actor_ema:
@@ -205,36 +198,22 @@ class NetworkLoss(LossModule):
             initialise_critics(
                 self.qvalue_network_params, children_of(self)[TARGET_CRITICS], listed
             )
+        self._mirrors = mirrors
         self._install_mirrors("value_network", [value])
         self._install_mirrors("qvalue_network", modules)
         self._tie()
         self.optional_keys = _recurrent_keys(actor, value, *modules)
 
-    def _find_trunk(
-        self, name: str, modules: Sequence[nn.Module], owners: Mapping[str, nn.Module]
-    ) -> None:
-        """Record the entries that every one of ``modules`` shares with an owner, first owner wins."""
-        owned: dict[int, tuple[str, NestedKey]] = {}
-        for owner, module in owners.items():
-            for key, parameter in TensorDict.from_module(module).items(True, True):
-                owned.setdefault(id(parameter), (owner, key))
-        tables = [dict(TensorDict.from_module(module).items(True, True)) for module in modules]
-        for key, parameter in tables[0].items():
-            same = all(table.get(key) is parameter for table in tables)
-            if isinstance(parameter, nn.Parameter) and same and id(parameter) in owned:
-                self._trunk.append(TrunkEntry(name, key, *owned[id(parameter)]))
-
     def _install_mirrors(self, name: str, modules: Sequence[nn.Module]) -> None:
         """Put mirrors in place, give critics' entries storage of their own, and tie targets."""
         buffers = {tuple(key.split(".")) for m in modules for key, _ in m.named_buffers()}
         params: TensorDictParams = getattr(self, f"{name}_params")
-        mirrored = {entry.key for entry in self._trunk if entry.network == name}
         with params.unlock_():
             for key, leaf in list(params.items(True, True)):
                 if (key if isinstance(key, tuple) else (key,)) in buffers:
                     leaf.data = leaf.data.contiguous()
                     self._tied_buffers.append((name, key))
-                elif key in mirrored:
+                elif (name, key) in self._mirrors:
                     params.set(key, nn.Parameter(leaf.detach()))
                 elif not isinstance(leaf, nn.Parameter):
                     warnings.warn(
@@ -286,20 +265,23 @@ class NetworkLoss(LossModule):
 
     def _tie(self) -> None:
         """Let tensors that are one share their storage again, after a copy, a cast or a load."""
-        for name, key, owner, owner_key in self._trunk:
-            mirror = getattr(self, f"{name}_params").get(key)
-            mirror.data = getattr(self, f"{owner}_params").get(owner_key).data.expand(mirror.shape)
+        for entry, owner in self._mirrors.items():
+            mirror = self._tensor(entry)
+            mirror.data = self._tensor(owner).data.expand(mirror.shape)
         for name, key in self._tied_buffers:
             target: TensorDictParams | None = children_of(self).get(f"target_{name}_params")
             if target is not None:
-                target.get(key).data = getattr(self, f"{name}_params").get(key).data
+                target.get(key).data = self._tensor((name, key)).data
         if self.averaged_actor is not None:
-            average = children_of(self)[AVERAGE]
-            for module, name, live, key in _places(self.averaged_actor, self.actor_network_params):
-                shared: Any = live.data
-                if isinstance(live, nn.Parameter):
-                    shared = nn.Parameter(average.get(key).data, requires_grad=False)
-                setattr(module, name, shared)
+            held = self.actor_network_params.data.copy()
+            for key, average in children_of(self)[AVERAGE].items(True, True):
+                held.set(key, nn.Parameter(average.data, requires_grad=False))
+            held.to_module(self.averaged_actor)
+
+    def _tensor(self, entry: Entry) -> Tensor:
+        name, key = entry
+        tensor: Tensor = getattr(self, f"{name}_params").get(key)
+        return tensor
 
     def put_into_networks(self) -> None:
         """Let the user's own networks hold the tensors of this loss, which may be others now.
@@ -307,17 +289,19 @@ class NetworkLoss(LossModule):
         Of P runs the networks hold the parameters of all, and the buffers, which are the same for
         all, of the first.
         """
-        trunks = {entry.network for entry in self._trunk}
+        mirroring = {network for network, _ in self._mirrors}
         for name in self.network_names:
             params = children_of(self).get(f"{name}_params")
             several = name == "qvalue_network" and (self.num_qvalue_nets > 1 or self.members)
-            if several or name in trunks or params is None:
+            if several or name in mirroring or params is None:
                 continue
-            for module, entry, leaf, _ in _places(getattr(self, name), params):
-                if isinstance(leaf, nn.Parameter):
-                    setattr(module, entry, leaf)
-                else:
-                    setattr(module, entry, leaf.data[0] if params.batch_dims else leaf.data)
+            if params.batch_dims:
+                own = {
+                    key: leaf if isinstance(leaf, nn.Parameter) else leaf.data[0]
+                    for key, leaf in params.items(True, True)
+                }
+                params = TensorDict(own)
+            params.to_module(getattr(self, name))
         self._tie()
         self.forget_networks()
 
@@ -362,8 +346,7 @@ class NetworkLoss(LossModule):
 
     def _untie(self) -> None:
         """Give mirrors storage of their own, so that every entry can be written to."""
-        for name, key, _, _ in self._trunk:
-            mirror = getattr(self, f"{name}_params").get(key)
+        for mirror in map(self._tensor, self._mirrors):
             mirror.data = mirror.data.clone(memory_format=torch.contiguous_format)
 
     def _before_load(self, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -383,9 +366,7 @@ class NetworkLoss(LossModule):
         self, prefix: str = "", recurse: bool = True, **kwargs: Any
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters to optimise, each once: mirrors of a shared trunk are left out."""
-        trunk, params = self.__dict__.get("_trunk", ()), children_of(self)
-        made = [entry for entry in trunk if f"{entry.network}_params" in params]
-        mirrors = {id(params[f"{entry.network}_params"].get(entry.key)) for entry in made}
+        mirrors = {id(self._tensor(entry)) for entry in self._mirrors}
         for name, parameter in super().named_parameters(prefix, recurse, **kwargs):
             if id(parameter) not in mirrors:
                 yield name, parameter
@@ -395,7 +376,7 @@ class NetworkLoss(LossModule):
     def direct_networks(self) -> Networks:
         """Known networks evaluated without TensorDict and vmap; others in the general way."""
         networks = self.general_networks()
-        trunks = {entry.network for entry in self._trunk}
+        trunks = {network for network, _ in self._mirrors}
         keys, params, per_run = self.tensor_keys, children_of(self), self.members is not None
         if "value_network" not in trunks and writes(self.value_network, keys.value):
             network, of_value = self.value_network, self.value_network_params.get("module")
@@ -439,14 +420,11 @@ class NetworkLoss(LossModule):
     def _live(self, name: str) -> TensorDictBase:
         """Parameters of the network ``name`` for a forward pass: mirrors replaced by their owners."""
         params: TensorDictBase = getattr(self, f"{name}_params")
-        entries = [entry for entry in self._trunk if entry.network == name]
-        if not entries:
-            return params
-        params = _unlocked(params)
-        for entry in entries:
-            leaf = getattr(self, f"{entry.owner}_params").get(entry.owner_key)
-            leaf = leaf.expand(params.get(entry.key).shape)
-            params.set(entry.key, leaf.detach() if self._detach_trunk else leaf)
+        owners = {key: owner for (network, key), owner in self._mirrors.items() if network == name}
+        params = _unlocked(params) if owners else params
+        for key, owner in owners.items():
+            leaf = self._tensor(owner).expand(params.get(key).shape)
+            params.set(key, leaf.detach() if self._detach_trunk else leaf)
         return params
 
     def _value_in_module(self, data: TensorDictBase) -> Tensor:
@@ -609,13 +587,22 @@ class NetworkLoss(LossModule):
         )
 
 
-def _places(
-    network: nn.Module, params: TensorDictBase
-) -> Iterator[tuple[nn.Module, str, Tensor, NestedKey]]:
-    """Each entry: the module and the name under which the network has it, its tensor, its key."""
-    for key, leaf in params.items(True, True):
-        *path, name = key if isinstance(key, tuple) else (key,)
-        yield network.get_submodule(".".join(path)), name, leaf, key
+def _shared_entries(
+    name: str, modules: Sequence[nn.Module], owners: Mapping[str, nn.Module]
+) -> dict[Entry, Entry]:
+    """Entries that every one of ``modules`` shares with an owner, and that owner's; the first wins."""
+    owned: dict[int, Entry] = {}
+    for owner, module in owners.items():
+        for key, parameter in TensorDict.from_module(module).items(True, True):
+            owned.setdefault(id(parameter), (owner, key))
+    first, *others = (dict(TensorDict.from_module(module).items(True, True)) for module in modules)
+    return {
+        (name, key): owned[id(parameter)]
+        for key, parameter in first.items()
+        if isinstance(parameter, nn.Parameter)
+        and id(parameter) in owned
+        and all(table.get(key) is parameter for table in others)
+    }
 
 
 def _unlocked(params: TensorDictBase) -> TensorDictBase:
