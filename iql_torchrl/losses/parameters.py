@@ -1,15 +1,13 @@
-"""A TorchRL loss that holds an actor, K critics with targets, V and an encoder, and evaluates them."""
+"""A TorchRL loss that holds an actor, K critics with targets, V and an encoder."""
 
 from __future__ import annotations
 
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from functools import partial
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -21,19 +19,10 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 from torchrl.objectives.value import ValueEstimatorBase
 
-from iql_torchrl.losses.batch import Batch, output_of
 from iql_torchrl.losses.checks import check_encoder
 from iql_torchrl.losses.critics import Critics, initialise_critics, list_critics
-from iql_torchrl.losses.draws import IMAGE_SHIFT
 from iql_torchrl.networks import CHUNK_MASK
-from iql_torchrl.networks.evaluation import Networks, Watched, distribution_of
-from iql_torchrl.networks.recognition import (
-    critics_over,
-    is_head_and_distribution,
-    network_over,
-    writes,
-)
-from iql_torchrl.policies import FlowPolicy
+from iql_torchrl.networks.evaluation import Networks
 from iql_torchrl.private_apis import children_of, plain_entries
 
 # Attributes of a loss; their parameters are ``<name>_params`` and ``target_<name>_params``.
@@ -50,7 +39,7 @@ Entry = tuple[str, NestedKey]  # of a network: its name, and the key in its para
 
 
 class NetworkLoss(LossModule):
-    """Holds actor, critics, V and encoder as TorchRL's losses do, and evaluates them; abstract.
+    """Holds actor, critics, V and encoder as TorchRL's losses do; abstract.
 
     A trunk used by the actor and by the critics has one owner. Critics hold a mirror of it: a
     parameter with the owner's storage that belongs to no optimiser, but that TorchRL's updaters
@@ -59,10 +48,7 @@ class NetworkLoss(LossModule):
     owner's loss alone trains it). Buffers (statistics of normalisation layers) of target critics are
     tied to the live ones.
 
-    Networks are evaluated as in TorchRL's losses, with parameters put into them
-    (:meth:`general_networks`); in updates by ``networks.evaluation``, where their structure allows it
-    (:meth:`direct_networks`). With ``members`` parameters are those of P runs, ``(P, ...)``, and every
-    evaluation is direct (``population.stack_losses``).
+    With ``members`` parameters are those of P runs, ``(P, ...)`` (``population.stack_losses``).
     """
 
     @dataclass
@@ -239,27 +225,25 @@ class NetworkLoss(LossModule):
 
     def average_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """The actor's parameters, and in the same order their averages; empty without averages."""
-        average = children_of(self).get(AVERAGE)
-        if average is None:
-            return [], []
-        pairs = [(self.actor_network_params.get(k), leaf) for k, leaf in average.items(True, True)]
-        return [live for live, _ in pairs], [leaf for _, leaf in pairs]
+        return self._pairs({"actor_network_params": AVERAGE})
 
     def target_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """Live parameters, and in the same order those of the targets that average them.
 
         Buffers are left out: those of the target critics are the live ones.
         """
-        live: list[Tensor] = []
-        targets: list[Tensor] = []
-        for name in self.network_names:
-            averages: TensorDictParams | None = children_of(self).get(f"target_{name}_params")
-            if averages is not None:
-                for key, leaf in getattr(self, f"{name}_params").items(True, True):
-                    if isinstance(leaf, nn.Parameter):
-                        live.append(leaf)
-                        targets.append(averages.get(key))
-        return live, targets
+        return self._pairs({f"{n}_params": f"target_{n}_params" for n in self.network_names})
+
+    def _pairs(self, followers: Mapping[str, str]) -> tuple[list[Tensor], list[Tensor]]:
+        tables = children_of(self)
+        pairs = [
+            (leaf, tables[follower].get(key))
+            for name, follower in followers.items()
+            if follower in tables
+            for key, leaf in tables[name].items(True, True)
+            if isinstance(leaf, nn.Parameter)
+        ]
+        return [live for live, _ in pairs], [target for _, target in pairs]
 
     # -- tensors that are one: shared trunks, targets' buffers, averages, the user's own networks -----
 
@@ -306,9 +290,8 @@ class NetworkLoss(LossModule):
         self.forget_networks()
 
     def forget_networks(self) -> None:
-        """Let :meth:`evaluated_directly` look at the networks again, since tensors or keys changed."""
-        self.kept_networks = None
-        self.direct = None if self.members is None else self.direct_networks()
+        """Let evaluations look at the networks again, since tensors or keys changed."""
+        self.direct = self.kept_networks = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> NetworkLoss:
         super()._apply(fn, *args, **kwargs)
@@ -370,146 +353,6 @@ class NetworkLoss(LossModule):
         for name, parameter in super().named_parameters(prefix, recurse, **kwargs):
             if id(parameter) not in mirrors:
                 yield name, parameter
-
-    # -- evaluation ----------------------------------------------------------------------------------
-
-    def direct_networks(self) -> Networks:
-        """Known networks evaluated without TensorDict and vmap; others in the general way."""
-        networks = self.general_networks()
-        trunks = {network for network, _ in self._mirrors}
-        keys, params, per_run = self.tensor_keys, children_of(self), self.members is not None
-        if "value_network" not in trunks and writes(self.value_network, keys.value):
-            network, of_value = self.value_network, self.value_network_params.get("module")
-            value = network_over(network.module, network.in_keys, of_value, per_run=per_run)
-            networks = networks._replace(value=value)
-        actor: Any = self.actor_network
-        if is_head_and_distribution(actor):
-            of_head = self.actor_network_params.get(("module", "0", "module"))
-            head = network_over(actor[0].module, actor[0].in_keys, of_head, per_run=per_run)
-            distribution = partial(distribution_of, actor, head)
-            networks = networks._replace(head=head, distribution=distribution)
-        elif type(actor) is FlowPolicy:
-            of_head = self.actor_network_params.get("head")
-            head = network_over(actor.head, (), of_head, per_run=per_run)
-            networks = networks._replace(head=head)
-        if "qvalue_network" not in trunks and writes(self.qvalue_network, keys.state_action_value):
-            critics = {
-                name: critics_over(
-                    self.qvalue_network,
-                    params[TARGET_CRITICS if name == TARGET_CRITICS else LIVE_CRITICS],
-                    self.num_qvalue_nets,
-                    per_run=per_run,
-                    detached=name == DETACHED_CRITICS,
-                )
-                for name in networks.critics
-            }
-            known = {name: each for name, each in critics.items() if each is not None}
-            if len(known) == len(critics):
-                networks = networks._replace(critics=known)
-        return networks._replace(watched=Watched([getattr(self, n) for n in self.network_names]))
-
-    def general_networks(self) -> Networks:
-        """Networks evaluated with parameters put into them, and critics by vmap."""
-        names = (LIVE_CRITICS, TARGET_CRITICS, DETACHED_CRITICS)
-        critics = {name: partial(self._critics_by_vmap, name) for name in names}
-        return Networks(self._value_in_module, critics, self._distribution_in_module)
-
-    def _make_vmap(self) -> None:
-        """TorchRL calls this when the randomness changes, which each evaluation reads."""
-
-    def _live(self, name: str) -> TensorDictBase:
-        """Parameters of the network ``name`` for a forward pass: mirrors replaced by their owners."""
-        params: TensorDictBase = getattr(self, f"{name}_params")
-        owners = {key: owner for (network, key), owner in self._mirrors.items() if network == name}
-        params = _unlocked(params) if owners else params
-        for key, owner in owners.items():
-            leaf = self._tensor(owner).expand(params.get(key).shape)
-            params.set(key, leaf.detach() if self._detach_trunk else leaf)
-        return params
-
-    def _value_in_module(self, data: TensorDictBase) -> Tensor:
-        """V on the entries of ``data``, ``(*B, 1)``."""
-        network = self.value_network
-        inputs = data.select(*network.in_keys, strict=False)
-        with self._live("value_network").to_module(network, preserve_module_state=False):
-            return output_of(network(inputs), self.tensor_keys.value, "value_network")
-
-    def _critics_by_vmap(self, name: str, data: TensorDictBase) -> Tensor:
-        """K critics with the parameters ``name``, ``(K, *B, n)``: live, target or detached ones.
-
-        A gradient of the detached ones reaches the inputs and no parameter.
-        """
-        network, key = self.qvalue_network, self.tensor_keys.state_action_value
-        is_target = name == TARGET_CRITICS
-        params = children_of(self)[name] if is_target else self._live("qvalue_network")
-        if name != LIVE_CRITICS:  # a forward pass in training mode may write to buffers: to copies
-            buffers = [key for network, key in self._tied_buffers if network == "qvalue_network"]
-            params = _unlocked(params)
-            for each in buffers:
-                params.set(each, params.get(each).clone())
-        if name == DETACHED_CRITICS:
-            params = params.detach()
-
-        def evaluate(inputs: TensorDictBase, params: TensorDictBase) -> TensorDictBase:
-            with params.to_module(network, preserve_module_state=False):
-                return network(inputs)
-
-        inputs = data.select(*network.in_keys, strict=False)
-        if self.num_qvalue_nets == 1:
-            return output_of(evaluate(inputs, params), key, "qvalue_network").unsqueeze(0)
-        if torch.compiler.is_compiling():  # vmap would lock it again, which warns in a graph
-            params = _unlocked(params)
-        if self.deactivate_vmap:
-            each_written = [evaluate(inputs.copy(), critic) for critic in params.unbind(0)]
-            return output_of(torch.stack(each_written), key, "qvalue_network")
-        mapped = torch.vmap(evaluate, (None, 0), randomness=self.vmap_randomness)
-        return output_of(mapped(inputs, params), key, "qvalue_network")
-
-    def with_features(self, batch: Batch, critics: str | None) -> TensorDictBase:
-        """The entries of ``batch`` and what the encoder writes for them, kept in the batch.
-
-        ``critics``: the parameters of the critics that read them; None for the policy and V. Target
-        critics get features of the target encoder. A gradient reaches the encoder through the live
-        critics, and with ``encoder_gradient="all"`` through the policy and V.
-        """
-        features = self._features(batch, target=critics == TARGET_CRITICS)
-        learns = critics == LIVE_CRITICS or (critics is None and self.encoder_gradient == "all")
-        if critics != TARGET_CRITICS and not learns:
-            features = features.detach()
-        return batch.observed.copy().update(features)
-
-    def _features(self, batch: Batch, *, target: bool) -> TensorDictBase:
-        encoder: Any = self.encoder_network
-        kept = batch.features
-        gradient = torch.is_grad_enabled() and not target
-        for key in ((target, True), (target, False)):
-            if key in kept and (key[1] or not gradient):
-                return kept[key]
-        data = batch.observed.select(*encoder.in_keys, strict=False)
-        if self.random_shift:
-            images = [data.get(key) for key in encoder.in_keys]
-            moved = encoder.module.shifted(images, batch.draws[IMAGE_SHIFT], self.random_shift)
-            for key, observation in zip(encoder.in_keys, moved, strict=True):
-                data.set(key, observation)
-        params = children_of(self).get(f"{'target_' * target}{ENCODER}_params")
-        # TorchRL keeps no parameters of an encoder without any, such as OneHots
-        module = nullcontext()
-        if params is not None:
-            module = params.to_module(encoder, preserve_module_state=False)
-        with torch.set_grad_enabled(gradient), module:
-            kept[(target, gradient)] = encoder(data).select(*encoder.out_keys)
-        return kept[(target, gradient)]
-
-    @contextmanager
-    def policy(self) -> Iterator[Any]:
-        """The actor with its parameters in it, inside the context."""
-        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
-            yield self.actor_network
-
-    def _distribution_in_module(self, data: TensorDictBase) -> Any:
-        """The policy's distribution on the entries of ``data``."""
-        with self.policy() as actor:
-            return actor.get_dist(data.select(*actor.in_keys, strict=False))
 
     # -- values and keys ---------------------------------------------------------------------------
 
@@ -605,7 +448,7 @@ def _shared_entries(
     }
 
 
-def _unlocked(params: TensorDictBase) -> TensorDictBase:
+def unlocked(params: TensorDictBase) -> TensorDictBase:
     """A shallow copy of ``params`` as a plain TensorDict whose entries can be replaced."""
     if isinstance(params, TensorDictParams):
         params = plain_entries(params)

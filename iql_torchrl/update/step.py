@@ -6,6 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -192,7 +193,7 @@ class IQLStep(Step):
 
     def update(self, batch: Batch, descend: Callable[[Tensor], None]) -> Terms:
         """Losses and summary of one update, in which ``descend`` makes the optimizer's steps."""
-        batch = batch.without_features()
+        batch = replace(batch, features={})
         if self.ranks is None:
             losses, metadata, batch = self._terms(batch, descend)
             return losses, self.loss.summary(batch, metadata)
@@ -213,7 +214,7 @@ class IQLStep(Step):
         loss_value, of_value = loss.value_term(batch, target_qvalue)
         descend(loss_value)
         if loss.encoder_gradient == "all":  # the encoder has moved too
-            batch = batch.without_features()
+            batch = replace(batch, features={})
         value, next_value = loss.state_values(batch)  # V as it is now
         loss_actor, of_actor = loss.actor_term(batch, target_qvalue - value)
         td_target = loss.td_target(batch, next_value)
