@@ -147,9 +147,8 @@ class EvaluatedLoss(NetworkLoss):
         is_target = name == TARGET_CRITICS
         params = children_of(self)[name] if is_target else self._live("qvalue_network")
         if name != LIVE_CRITICS:  # a forward pass in training mode may write to buffers: to copies
-            buffers = [key for network, key in self._tied_buffers if network == "qvalue_network"]
             params = unlocked(params)
-            for each in buffers:
+            for each in self._tied_buffers:
                 params.set(each, params.get(each).clone())
         if name == DETACHED_CRITICS:
             params = params.detach()
@@ -188,7 +187,7 @@ class EvaluatedLoss(NetworkLoss):
         encoder: Any = self.encoder_network
         gradient = torch.is_grad_enabled() and not target
         features, has_gradient = batch.features.get(target, (None, False))
-        if features is not None and has_gradient >= gradient:
+        if features is not None and (has_gradient or not gradient):
             return features
         data = batch.observed.select(*encoder.in_keys, strict=False)
         if self.random_shift:
@@ -265,17 +264,20 @@ class EvaluatedLoss(NetworkLoss):
         ``random_shift``: ``"image_shift"`` and ``"next_image_shift"`` ``(*B, 2)``, uniform on [0, 1).
         Else none.
         """
-        shape, needed = tuple(batch_size), {}
+        needed: dict[str, Draw] = {}
+        shape = tuple(batch_size)
         if self.members is not None and len(shape) == 1:
             shape = (self.members, *shape)
+        number, shift = Draw(shape, among=self.among), Draw(shape, (2,), among=self.among)
         if self.actor_objective in FLOWS:
-            size = self.actor_network.action_features
-            needed[FLOW_NOISE] = Draw((*shape, size), True, size, self.among)
-            needed[FLOW_TIME] = Draw(shape, False, None, self.among)
+            size = (self.actor_network.action_features,)
+            needed |= {
+                FLOW_NOISE: Draw(shape, size, normal=True, among=self.among),
+                FLOW_TIME: number,
+            }
         if self.actor_objective == "conditioned_flow":
-            needed[FLOW_DROP] = Draw(shape, False, None, self.among)
+            needed[FLOW_DROP] = number
         if self.random_shift:
-            shift = Draw((*shape, 2), False, 2, self.among)
             needed |= {IMAGE_SHIFT: shift, NEXT_IMAGE_SHIFT: shift}
         return needed
 

@@ -124,7 +124,7 @@ class NetworkLoss(LossModule):
         self.deactivate_vmap = deactivate_vmap
         self._detach_trunk = separate_losses
         self._mirrors: dict[Entry, Entry] = {}  # and their owners
-        self._tied_buffers: list[Entry] = []
+        self._tied_buffers: list[NestedKey] = []  # of the critics and their targets
         self._convert(actor_network, qvalue_network, value_network)
         self._name_inputs()
         self.register_load_state_dict_pre_hook(NetworkLoss._before_load)
@@ -198,7 +198,8 @@ class NetworkLoss(LossModule):
             for key, leaf in list(params.items(True, True)):
                 if (key if isinstance(key, tuple) else (key,)) in buffers:
                     leaf.data = leaf.data.contiguous()
-                    self._tied_buffers.append((name, key))
+                    if name == "qvalue_network":
+                        self._tied_buffers.append(key)
                 elif (name, key) in self._mirrors:
                     params.set(key, nn.Parameter(leaf.detach()))
                 elif not isinstance(leaf, nn.Parameter):
@@ -252,20 +253,18 @@ class NetworkLoss(LossModule):
         for entry, owner in self._mirrors.items():
             mirror = self._tensor(entry)
             mirror.data = self._tensor(owner).data.expand(mirror.shape)
-        for name, key in self._tied_buffers:
-            target: TensorDictParams | None = children_of(self).get(f"target_{name}_params")
-            if target is not None:
-                target.get(key).data = self._tensor((name, key)).data
+        for key in self._tied_buffers:
+            target = children_of(self)[TARGET_CRITICS].get(key)
+            target.data = self.qvalue_network_params.get(key).data
         if self.averaged_actor is not None:
             held = self.actor_network_params.data.copy()
             for key, average in children_of(self)[AVERAGE].items(True, True):
                 held.set(key, nn.Parameter(average.data, requires_grad=False))
             held.to_module(self.averaged_actor)
 
-    def _tensor(self, entry: Entry) -> Tensor:
+    def _tensor(self, entry: Entry) -> Any:
         name, key = entry
-        tensor: Tensor = getattr(self, f"{name}_params").get(key)
-        return tensor
+        return getattr(self, f"{name}_params").get(key)
 
     def put_into_networks(self) -> None:
         """Let the user's own networks hold the tensors of this loss, which may be others now.
@@ -287,11 +286,7 @@ class NetworkLoss(LossModule):
                 params = TensorDict(own)
             params.to_module(getattr(self, name))
         self._tie()
-        self.forget_networks()
-
-    def forget_networks(self) -> None:
-        """Let evaluations look at the networks again, since tensors or keys changed."""
-        self.direct = self.kept_networks = None
+        self.direct = self.kept_networks = None  # which hold tensors
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> NetworkLoss:
         super()._apply(fn, *args, **kwargs)
@@ -409,7 +404,7 @@ class NetworkLoss(LossModule):
             )
         super().set_keys(**kwargs)
         self._name_inputs()
-        self.forget_networks()
+        self.direct = self.kept_networks = None  # which depend on keys
 
     def _name_inputs(self) -> None:
         """Keys that :meth:`forward` reads; ``("next", ...)`` ones only for V."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -187,7 +188,10 @@ class IQLPopulation:
             end = self.updates + whole_updates("updates", updates, least=0)
         if self.ranks.is_main and (after := ends_before(self.configs[0], end)):
             torchrl_logger.warning(after)
-        return _Events(self._events(end, every))
+        read: list[bool] = []
+        events = self._events(end, every, read)
+        weakref.finalize(events, _warn_unread, read)
+        return events
 
     def train_now(self, updates: int | None = None) -> PopulationEvent | None:
         """Make the updates of :meth:`train` at once; the last event, None without updates."""
@@ -196,7 +200,8 @@ class IQLPopulation:
             last = event
         return last
 
-    def _events(self, end: int, every: int) -> Iterator[PopulationEvent]:
+    def _events(self, end: int, every: int, read: list[bool]) -> Iterator[PopulationEvent]:
+        read.append(True)
         while self.updates < end:
             metrics = self._advance(min(every, end - self.updates))
             yield PopulationEvent(self.updates, metrics)
@@ -338,35 +343,23 @@ class IQLPopulation:
         return population
 
 
-class _Events:
-    """The events of a training, which warns where nothing reads them."""
-
-    def __init__(self, events: Iterator[PopulationEvent]) -> None:
-        self._events, self._read = events, False
-
-    def __iter__(self) -> Iterator[PopulationEvent]:
-        return self
-
-    def __next__(self) -> PopulationEvent:
-        self._read = True
-        return next(self._events)
-
-    def __del__(self) -> None:
-        if not self._read:
-            warnings.warn(
-                "population.train(...) was called without a loop over its events, so nothing was "
-                "trained; write for event in population.train(...): ..., or population.train_now(...).",
-                UserWarning,
-                stacklevel=2,
-            )
+def _warn_unread(read: list[bool]) -> None:
+    """Called where the events of a training are gone."""
+    if not read:
+        warnings.warn(
+            "population.train(...) was called without a loop over its events, so nothing was "
+            "trained; write for event in population.train(...): ..., or population.train_now(...).",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _check_configs(configs: Sequence[IQLConfig]) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless ``configs`` are those of one population."""
-    if isinstance(configs, IQLConfig):
-        raise TypeError("configs is one IQLConfig; expected a sequence of them, one per run.")
-    if not isinstance(configs, Sequence) and configs is not None:
-        raise TypeError(f"configs is {type(configs).__name__}; expected a sequence of IQLConfigs.")
+    if not isinstance(configs, Sequence):
+        raise TypeError(
+            f"configs is {type(configs).__name__}; expected a sequence of IQLConfigs, one per run."
+        )
     if not configs:
         raise ValueError("configs is empty; a population has at least one run.")
     for number, config in enumerate(configs):

@@ -21,7 +21,7 @@ from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
 from iql_torchrl.config import arithmetic, choose_products, chosen_products, launches_kernels
-from iql_torchrl.distributed import Ranks
+from iql_torchrl.distributed import Ranks, group_size
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.losses.batch import Batch
 from iql_torchrl.networks.products import is_wide, settle_products
@@ -319,9 +319,7 @@ class IQLStep(Step):
                 )
         if self.independent_ranks or self.ranks is not None:
             return
-        group = torch.distributed
-        ranks = group.get_world_size() if group.is_available() and group.is_initialized() else 1
-        if ranks > 1:
+        if (ranks := group_size()) > 1:
             raise RuntimeError(
                 f"the torch.distributed process group has {ranks} ranks, and this update does not "
                 "reduce gradients across ranks: each rank would train a network of its own. To train "

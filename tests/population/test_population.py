@@ -261,7 +261,7 @@ def test_what_is_no_population_is_refused():
         IQLPopulation([BASE], data, batches="each")
     with pytest.raises(ValueError, match="configs is empty"):
         IQLPopulation([], data)
-    with pytest.raises(TypeError, match="configs is one IQLConfig; expected a sequence"):
+    with pytest.raises(TypeError, match="configs is IQLConfig; expected a sequence"):
         IQLPopulation(BASE, data)
     with pytest.raises(IndexError, match="there is no run 4: the runs are 0 to 3"):
         IQLPopulation(configs(), data).member(4)
