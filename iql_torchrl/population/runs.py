@@ -25,7 +25,7 @@ from iql_torchrl.agent.build import (
     rate_factors,
 )
 from iql_torchrl.agent.task import Task
-from iql_torchrl.config import IQLConfig, knobs
+from iql_torchrl.config import IQLConfig, check_choice, knobs
 from iql_torchrl.data import DeviceSampler, OfflineDataset, RelabelledDataset
 from iql_torchrl.data.replay import MemberSampler
 from iql_torchrl.distributed import Ranks
@@ -85,14 +85,8 @@ class IQLPopulation:
         batches: str = "shared",
         ranks: Ranks | None = None,
     ) -> None:
-        if batches not in ("shared", "own"):
-            raise ValueError(f"batches is {batches!r}; choose 'shared' or 'own'.")
+        check_choice("batches", batches, ("shared", "own"))
         _check_configs(configs)
-        if isinstance(dataset, RelabelledDataset) and batches == "own":
-            raise ValueError(
-                "batches is 'own' and the dataset has goals, which are drawn for batches that all runs "
-                "share; use batches='shared'."
-            )
         if not isinstance(dataset, OfflineDataset | RelabelledDataset):
             raise TypeError(
                 f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns. "
@@ -103,11 +97,12 @@ class IQLPopulation:
                 f"history is {configs[0].history}; the runs of a population read single observations. "
                 "Train runs with a history one by one."
             )
-        chunk = configs[0].action_chunk
-        if chunk > 1 and batches == "own":
+        chunk, relabelled = configs[0].action_chunk, isinstance(dataset, RelabelledDataset)
+        if batches == "own" and (relabelled or chunk > 1):
+            what = "the dataset has goals" if relabelled else f"action_chunk is {chunk}"
             raise ValueError(
-                f"action_chunk is {chunk} and batches is 'own'; chunks are sampled for all runs alike. "
-                "Choose batches='shared'."
+                f"batches is 'own' and {what}; goals and chunks are drawn for batches that all runs "
+                "share. Choose batches='shared'."
             )
         self.ranks = Ranks() if ranks is None else ranks
         self.all_configs, self.batches = tuple(configs), batches

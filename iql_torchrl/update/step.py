@@ -36,7 +36,7 @@ with warnings.catch_warnings():  # TorchRL warns about its own classes when thes
 __all__ = ["IQLStep", "Step", "Terms", "Trained", "part_of"]
 
 
-Terms = tuple[dict[str, Tensor], dict[str, Tensor]]
+Terms = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, and what else an update computes
 Gradients = list["Tensor | None"]
 
 
@@ -195,21 +195,19 @@ class IQLStep(Step):
         """Losses and summary of one update, in which ``descend`` makes the optimizer's steps."""
         batch = replace(batch, features={})
         if self.ranks is None:
-            losses, metadata, batch = self._terms(batch, descend)
+            losses, metadata = self._terms(batch, descend)
             return losses, self.loss.summary(batch, metadata)
         part = Part(self.loss, batch, self.ranks)
-        losses, metadata, _ = self._terms(part.batch, lambda loss: descend(part.share_of(loss)))
+        losses, metadata = self._terms(part.batch, lambda loss: descend(part.share_of(loss)))
         return part.joined(losses, metadata)
 
-    def _terms(
-        self, batch: Batch, descend: Callable[[Tensor], None]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Batch]:
-        """Losses, the joined metadata of all terms, and the batch with the last features."""
+    def _terms(self, batch: Batch, descend: Callable[[Tensor], None]) -> Terms:
+        """Losses, and the joined metadata of all terms."""
         loss = self.loss
         if self.order == "simultaneous":
             losses, metadata = loss.terms(batch)
             descend(losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"])
-            return losses, metadata, batch
+            return losses, metadata
         target_qvalue = loss.target_qvalue(batch)
         loss_value, of_value = loss.value_term(batch, target_qvalue)
         descend(loss_value)
@@ -221,7 +219,7 @@ class IQLStep(Step):
         loss_qvalue, of_qvalue = loss.qvalue_term(batch, td_target)
         descend(loss_actor + loss_qvalue)
         losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value}
-        return losses, of_value | of_actor | of_qvalue, batch
+        return losses, of_value | of_actor | of_qvalue
 
     def _descend(self, loss: Tensor) -> None:
         """One optimizer step on ``loss``; parameters without a gradient are not changed."""
