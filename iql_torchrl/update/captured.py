@@ -449,7 +449,11 @@ def coming_rates(step: IQLStep, updates: int) -> Tensor | None:
     for scheduler, state in zip(schedulers, states, strict=True):
         scheduler.load_state_dict(state)
     for group, (settings, rate) in zip(groups, before, strict=True):
-        group.update(settings, lr=rate)
+        group.update(settings)
+        if isinstance(rate, Tensor):
+            group["lr"].copy_(rate)
+        else:
+            group["lr"] = rate
     raise ValueError(
         "a schedule changes more than learning rates, which a captured update has fixed; "
         "pass cycle_momentum=False to OneCycleLR or CyclicLR, or use the plain step."

@@ -208,7 +208,7 @@ class GraphUpdate:
             self.rates = torch.zeros(len(given), dtype=number_dtype(device), device=device)
             self._views = list(self.rates.unbind())  # separate inputs of a program: fewer kernels
         if any(isinstance(rate, Tensor) for rate in given) or given != self._written:
-            self.rates.copy_(learning_rates(groups, device))
+            self.rates.copy_(learning_rates(groups, device), non_blocking=True)
             self._written = given
         return self._views
 
