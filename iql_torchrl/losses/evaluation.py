@@ -268,16 +268,14 @@ class EvaluatedLoss(NetworkLoss):
         shape = tuple(batch_size)
         if self.members is not None and len(shape) == 1:
             shape = (self.members, *shape)
-        number, shift = Draw(shape, among=self.among), Draw(shape, (2,), among=self.among)
         if self.actor_objective in FLOWS:
             size = (self.actor_network.action_features,)
-            needed |= {
-                FLOW_NOISE: Draw(shape, size, normal=True, among=self.among),
-                FLOW_TIME: number,
-            }
+            needed[FLOW_NOISE] = Draw(shape, size, normal=True, among=self.among)
+            needed[FLOW_TIME] = Draw(shape, among=self.among)
         if self.actor_objective == "conditioned_flow":
-            needed[FLOW_DROP] = number
+            needed[FLOW_DROP] = Draw(shape, among=self.among)
         if self.random_shift:
+            shift = Draw(shape, (2,), among=self.among)
             needed |= {IMAGE_SHIFT: shift, NEXT_IMAGE_SHIFT: shift}
         return needed
 
@@ -406,9 +404,9 @@ class EvaluatedLoss(NetworkLoss):
         dims = self._samples(steps)
         return weights.sum(dims), steps.sum(dims)
 
-    def _samples(self, value: Tensor) -> tuple[int, ...]:
-        """Dimensions of per-sample ``value`` that the mean of one run goes over."""
-        return tuple(range(self.members is not None, value.ndim))
+    def _samples(self, value: Tensor) -> tuple[int, ...] | None:
+        """Dimensions of per-sample ``value`` that the mean of one run goes over; None for all."""
+        return None if self.members is None else tuple(range(1, value.ndim))
 
     def _mean(self, value: Tensor, batch: Batch) -> Tensor:
         return F.weighted_mean(value, mask=batch.mask_like(value), dim=self._samples(value))
@@ -425,5 +423,5 @@ class EvaluatedLoss(NetworkLoss):
         value, mask = value.detach(), batch.mask_like(value)
         if mask is not None:  # padding may be a copy of another run's step
             value = value.masked_fill(~mask, -torch.inf)
-        largest = value.amax(self._samples(value), keepdim=True)
+        largest = value.amax(self._samples(value) or (), keepdim=True)
         return largest if batch.largest_of_all is None else batch.largest_of_all(largest)
