@@ -37,7 +37,7 @@ class Ranks:
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
-        if size > 1 and not _has_group():
+        if size > 1 and not group_size():
             raise RuntimeError(
                 f"there are {size} ranks and no torch.distributed process group; use "
                 "Ranks.from_environment() under torchrun, or call init_process_group first."
@@ -55,8 +55,8 @@ class Ranks:
         Raises ``ValueError`` where torchrun's variables are incomplete or are no numbers.
         """
         local = _number("LOCAL_RANK", 0)
-        if _has_group():
-            return cls(torch.distributed.get_rank(), torch.distributed.get_world_size(), local)
+        if group_size():
+            return cls(torch.distributed.get_rank(), group_size(), local)
         size = _number("WORLD_SIZE", 1)
         if size == 1:
             return cls()
@@ -107,7 +107,7 @@ class Ranks:
 
     def close(self) -> None:
         """Leave the process group, at the end of the program."""
-        if self.size > 1 and _has_group():
+        if self.size > 1 and group_size():
             torch.distributed.destroy_process_group()
 
     @contextlib.contextmanager
@@ -222,8 +222,10 @@ class Ranks:
                 raise ValueError(message)
 
 
-def _has_group() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+def group_size() -> int:
+    """Ranks of the initialised ``torch.distributed`` process group; 0 where there is none."""
+    group = torch.distributed
+    return group.get_world_size() if group.is_available() and group.is_initialized() else 0
 
 
 def _number(name: str, default: int) -> int:

@@ -7,7 +7,7 @@ Equation numbers refer to Kostrikov et al. 2021, arXiv:2110.06169.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -184,14 +184,9 @@ def exponential_weight(
     if not isinstance(max_weight, Tensor) and not max_weight > 0:
         raise ValueError(f"max_weight is {max_weight}; it must be > 0 (the paper's is 100).")
     exponent = temperature * advantage
-    if isinstance(max_weight, Tensor):
-        ceiling: float | Tensor = max_weight.log()
-        highest = max_weight.expand_as(exponent)
-    else:
-        ceiling = math.log(max_weight)
-        highest = torch.full_like(exponent, max_weight)
-    weight = exponent.clamp(max=ceiling).exp()
-    return torch.where(exponent >= ceiling, highest, weight)
+    highest: Any = max_weight
+    ceiling = highest.log() if isinstance(highest, Tensor) else math.log(highest)
+    return torch.where(exponent >= ceiling, highest, exponent.clamp(max=ceiling).exp())
 
 
 def positive_weight(advantage: Tensor, *, max_weight: float | Tensor) -> Tensor:
@@ -283,7 +278,7 @@ def _action_index(values: Tensor, action: Tensor, leading: int | None) -> Tensor
 
 
 def effective_sample_size(
-    weight: Tensor, *, mask: Tensor | None = None, dim: Sequence[int] | None = None
+    weight: Tensor, *, mask: Tensor | None = None, dim: tuple[int, ...] | None = None
 ) -> Tensor:
     """Kish's ``(sum w)**2 / sum w**2``: the equivalent number of equally weighted samples.
 
@@ -292,8 +287,8 @@ def effective_sample_size(
     is positive. Kish 1965, Survey Sampling.
     """
     weight, _ = _unmasked(weight, mask, None)
-    square = _sum(weight.square(), dim)
-    return torch.where(square > 0, _sum(weight, dim).square() / square, torch.zeros_like(square))
+    square = weight.square().sum(dim)
+    return torch.where(square > 0, weight.sum(dim).square() / square, torch.zeros_like(square))
 
 
 def weighted_mean(
@@ -301,7 +296,7 @@ def weighted_mean(
     *,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    dim: Sequence[int] | None = None,
+    dim: tuple[int, ...] | None = None,
 ) -> Tensor:
     """``sum(weight * value) / sum(weight)`` over the samples where ``mask`` is true.
 
@@ -312,10 +307,10 @@ def weighted_mean(
     value, weight = _unmasked(value, mask, weight)
     if weight is None:
         if mask is None:
-            return value.mean(None if dim is None else tuple(dim))
+            return value.mean(dim)
         weight = mask.to(value.dtype)
-    total = _sum(weight, dim)
-    return _sum(weight * value, dim) / torch.where(total == 0, torch.ones_like(total), total)
+    total = weight.sum(dim)
+    return (weight * value).sum(dim) / torch.where(total == 0, torch.ones_like(total), total)
 
 
 def reduce(
@@ -324,7 +319,7 @@ def reduce(
     reduction: str,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
-    dim: Sequence[int] | None = None,
+    dim: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Reduce per-sample losses: ``"mean"`` (:func:`weighted_mean`), ``"sum"``, or ``"none"``.
 
@@ -337,7 +332,7 @@ def reduce(
         raise ValueError(f"reduction is {reduction!r}; choose 'mean', 'sum' or 'none'.")
     value, weight = _unmasked(value, mask, weight)
     value = value if weight is None else value * weight
-    return _sum(value, dim) if reduction == "sum" else value
+    return value.sum(dim) if reduction == "sum" else value
 
 
 def _unmasked(
@@ -356,10 +351,6 @@ def _unmasked(
         raise ValueError(f"mask is {mask.dtype}; expected torch.bool: pass mask.bool().")
     value = value.masked_fill(~mask, 0.0)
     return value, None if weight is None else weight.masked_fill(~mask, 0.0)
-
-
-def _sum(value: Tensor, dim: Sequence[int] | None) -> Tensor:
-    return value.sum(None if dim is None else tuple(dim))
 
 
 def cosine_factor(update: int, *, updates: int, intervals: int) -> float:

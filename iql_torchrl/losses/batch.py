@@ -104,10 +104,6 @@ class Batch:
             draws={name: part(draw) for name, draw in self.draws.items()},
         )
 
-    def without_features(self) -> Batch:
-        """The same batch, for which the encoder is evaluated again."""
-        return replace(self, features={})
-
     def mask_like(self, value: Tensor) -> Tensor | None:
         """``mask`` in the shape of per-sample ``value``: a step's entry applies to all of it."""
         return None if self.mask is None else _like(self.mask, value)
@@ -264,23 +260,17 @@ def check_action(key: NestedKey, logged: Tensor, shape: Sequence[int]) -> None:
 
 def _missing(key: NestedKey, tensordict: TensorDictBase) -> str:
     name = key[-1] if isinstance(key, tuple) else key
-    advice = "rename it with loss.set_keys(...), or give the network the in_keys the data has"
-    if name == "terminated":
-        advice = (
-            "'terminated' is where the future is worth nothing and 'done' may be a mere time limit, "
-            "so the one is not taken for the other. If no episode was cut short, "
-            "loss.set_keys(terminated='done')"
-        )
-    if name == HISTORY_MASK:
-        advice = (
-            "take batches from dataset.windows(length).replay_buffer(batch_size), or train with "
-            "OfflineTrainer"
-        )
-    if name == CHUNK_MASK:
-        advice = (
-            "action_chunk is the number of actions that critics and policy treat as one: take batches "
-            "from dataset.chunks(action_chunk).replay_buffer(batch_size), or train with OfflineTrainer"
-        )
+    usual = "rename it with loss.set_keys(...), or give the network the in_keys the data has"
+    advice = {
+        "terminated": "'terminated' is where the future is worth nothing and 'done' may be a mere time "
+        "limit, so the one is not taken for the other. If no episode was cut short, "
+        "loss.set_keys(terminated='done')",
+        HISTORY_MASK: "take batches from dataset.windows(length).replay_buffer(batch_size), or train "
+        "with OfflineTrainer",
+        CHUNK_MASK: "action_chunk is the number of actions that critics and policy treat as one: take "
+        "batches from dataset.chunks(action_chunk).replay_buffer(batch_size), or train with "
+        "OfflineTrainer",
+    }.get(name, usual)
     keys = sorted(map(str, tensordict.keys(include_nested=True, leaves_only=True)))
     return f"{key!r} is not in the batch, which holds {', '.join(keys)}; {advice}."
 

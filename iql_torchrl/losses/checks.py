@@ -12,8 +12,7 @@ from torch import nn
 from iql_torchrl.config import check_choice
 from iql_torchrl.private_apis import keeps_batch_statistics
 
-# objectives that train flows, and whether the flow must be conditioned
-FLOWS: dict[Any, bool] = {"flow": False, "conditioned_flow": True}
+FLOWS: tuple[Any, ...] = ("flow", "conditioned_flow")  # objectives that train flows
 
 
 def check_form(
@@ -48,34 +47,32 @@ def check_form(
 
 def check_actor(actor: Any, objective: object) -> None:
     """Raise ``TypeError`` where the policy cannot be trained with the objective."""
-    if (
-        objective == "log_prob"
-        and not hasattr(actor, "get_dist")
-        and not hasattr(actor, "velocity")
-    ):
-        raise TypeError(
-            f"actor_network is {type(actor).__name__}, which has no distribution "
-            "(get_dist); expected a TorchRL ProbabilisticActor, or actor_objective='mse' for a "
-            "policy that gives the action itself."
-        )
-    if callable(objective) or (objective in FLOWS) is hasattr(actor, "velocity"):
-        if objective in FLOWS and FLOWS[objective] is not getattr(actor, "conditioned", False):
-            raise TypeError(
-                f"actor_objective is {objective!r} and actor_network is a {type(actor).__name__} with "
-                f"conditioned={not FLOWS[objective]}; this objective needs "
-                f"policies.flow(..., conditioned={FLOWS[objective]})."
-            )
+    if callable(objective):
         return
-    if objective in FLOWS:
+    name, is_flow = type(actor).__name__, hasattr(actor, "velocity")
+    conditioned = getattr(actor, "conditioned", False)
+    fitting = "conditioned_flow" if conditioned else "flow"
+    if objective in FLOWS and not is_flow:
         raise TypeError(
-            f"actor_network is {type(actor).__name__}, which has no velocity; "
-            f"actor_objective={objective!r} needs policies.flow(...)."
+            f"actor_network is {name}, which has no velocity; actor_objective={objective!r} needs "
+            "policies.flow(...)."
         )
-    fits = "conditioned_flow" if getattr(actor, "conditioned", False) else "flow"
-    raise TypeError(
-        f"actor_objective is {objective!r} and actor_network is a {type(actor).__name__}, which has "
-        f"no density; train it with actor_objective={fits!r}."
-    )
+    if objective in FLOWS and objective != fitting:
+        raise TypeError(
+            f"actor_objective is {objective!r} and actor_network is a {name} with "
+            f"conditioned={conditioned}; this objective needs policies.flow(..., "
+            f"conditioned={not conditioned})."
+        )
+    if is_flow and objective not in FLOWS:
+        raise TypeError(
+            f"actor_objective is {objective!r} and actor_network is a {name}, which has no density; "
+            f"train it with actor_objective={fitting!r}."
+        )
+    if objective == "log_prob" and not hasattr(actor, "get_dist"):
+        raise TypeError(
+            f"actor_network is {name}, which has no distribution (get_dist); expected a TorchRL "
+            "ProbabilisticActor, or actor_objective='mse' for a policy that gives the action itself."
+        )
 
 
 def check_encoder(encoder: Any, networks: Mapping[str, Sequence[Any]], pixels: int) -> None:

@@ -16,16 +16,16 @@ IMAGE_SHIFT, NEXT_IMAGE_SHIFT = "image_shift", "next_image_shift"
 
 @dataclass(frozen=True)
 class Draw:
-    """A random tensor of shape ``shape``: standard normal, or uniform on [0, 1).
+    """A random tensor of shape ``(*batch, *entries)``: standard normal, or uniform on [0, 1).
 
-    ``entries``: how many numbers a sample has, in the last dimension; None: one, without a dimension.
+    ``entries``: the shape of a sample's numbers; empty: one number, without a dimension.
     ``among``: (first, count) for a part of a population of ``count`` runs, the first dimension being
     this part's: numbers are drawn for all runs, so that each run gets those that it gets in the whole.
     """
 
-    shape: tuple[int, ...]
-    normal: bool
-    entries: int | None = None
+    batch: tuple[int, ...]
+    entries: tuple[int, ...] = ()
+    normal: bool = False
     among: tuple[int, int] | None = None
 
     def fill(self, out: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -39,20 +39,19 @@ class Draw:
         return fill(generator=generator)
 
     def empty(self, like: Tensor) -> Tensor:
-        return torch.zeros(self.shape, dtype=like.dtype, device=like.device)
+        return torch.zeros((*self.batch, *self.entries), dtype=like.dtype, device=like.device)
 
     def fit(self, given: Tensor, size: torch.Size, key: str, like: Tensor) -> Tensor:
         """The entry ``key`` of a batch of shape ``size`` in place of the draw.
 
         Runs of a population that share a batch share it. Raises ``ValueError`` on another shape.
         """
-        ends = () if self.entries is None else (self.entries,)
-        if self.entries is None:
+        if not self.entries:
             given = per_sample(given, size, key)
-        if given.shape != (*size, *ends):
+        if given.shape != (*size, *self.entries):
             raise ValueError(
                 f"{key!r} has shape {tuple(given.shape)} in a batch of shape {tuple(size)}; "
-                f"expected {(*size, *ends)}: it replaces "
+                f"expected {(*size, *self.entries)}: it replaces "
                 f"{'standard normal' if self.normal else 'uniform'} numbers that the loss draws."
             )
-        return given.to(like.dtype).expand(self.shape)
+        return given.to(like.dtype).expand(*self.batch, *self.entries)

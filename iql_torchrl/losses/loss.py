@@ -1,50 +1,29 @@
-"""Implicit Q-Learning as a TorchRL loss module: the quantities of an update, and its three losses."""
+"""Implicit Q-Learning as a TorchRL loss module: its settings and its three losses."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, dispatch
-from tensordict.utils import unravel_key
 from torch import Tensor, distributions
 from torchrl.modules import Delta
-from torchrl.objectives.value import TD0Estimator
 
 from iql_torchrl import functional as F
 from iql_torchrl.config import IQLConfig, Knob, check_choice, loss_knobs
 from iql_torchrl.config.iql_config import OWN_WEIGHTS
-from iql_torchrl.losses.batch import (
-    Batch,
-    agree,
-    check_action,
-    check_chunks,
-    per_sample,
-    read_batch,
-)
+from iql_torchrl.losses.batch import Batch, agree, check_action, per_sample
 from iql_torchrl.losses.checks import FLOWS, check_actor, check_form
 from iql_torchrl.losses.critics import Critics
-from iql_torchrl.losses.draws import (
-    FLOW_DROP,
-    FLOW_NOISE,
-    FLOW_TIME,
-    IMAGE_SHIFT,
-    NEXT_IMAGE_SHIFT,
-    Draw,
-)
-from iql_torchrl.losses.parameters import (
-    DETACHED_CRITICS,
-    LIVE_CRITICS,
-    TARGET_CRITICS,
-    NetworkLoss,
-)
-from iql_torchrl.networks import CHUNK_MASK, join_observations
-from iql_torchrl.networks.evaluation import Direct, Networks
+from iql_torchrl.losses.draws import FLOW_DROP, FLOW_NOISE, FLOW_TIME
+from iql_torchrl.losses.evaluation import EvaluatedLoss
+from iql_torchrl.losses.parameters import DETACHED_CRITICS, LIVE_CRITICS, TARGET_CRITICS
+from iql_torchrl.networks import join_observations
 
 ValueObjective = str | Callable[[Tensor, Tensor], Tensor]
 ActorObjective = str | Callable[[TensorDictModule, TensorDictBase], Tensor]
@@ -69,7 +48,7 @@ DIAGNOSTICS = (
 )
 
 
-class ImplicitQLoss(NetworkLoss):
+class ImplicitQLoss(EvaluatedLoss):
     """What :class:`IQLLoss` and :class:`DiscreteIQLLoss` share; abstract.
 
     ``knobs`` describes the arguments that are settings of a run: each is checked by its description
@@ -77,7 +56,6 @@ class ImplicitQLoss(NetworkLoss):
     """
 
     knobs: ClassVar[Mapping[str, Knob]] = loss_knobs(IQLConfig)
-    among: tuple[int, int] | None = None  # (first, count) of runs, in a part of a population
 
     def __init__(
         self,
@@ -113,22 +91,7 @@ class ImplicitQLoss(NetworkLoss):
         priority_key: str | None = None,
         gamma: float | None = None,
     ) -> None:
-        settings = {
-            "loss_function": loss_function,
-            "temperature": temperature,
-            "expectile": expectile,
-            "max_weight": max_weight,
-            "bc_weight": bc_weight,
-            "condition_dropout": condition_dropout,
-            "actor_ema": actor_ema,
-            "encoder_gradient": encoder_gradient,
-            "random_shift": random_shift,
-            "action_chunk": action_chunk,
-            "value_objective": value_objective,
-            "alpha": alpha,
-            "pessimism": pessimism,
-            "advantage_weight": advantage_weight,
-        }
+        settings = {name: value for name, value in locals().items() if name in self.knobs}
         for name, value in settings.items():
             if not callable(value):
                 self.knobs[name].check_in_loss(value)
@@ -141,25 +104,20 @@ class ImplicitQLoss(NetworkLoss):
         for name, (choice, names) in choices.items():
             if not callable(choice):
                 check_choice(name, choice, names)
+            settings[name] = choice
         check_actor(actor_network, actor_objective)
         check_form(num_qvalue_nets, value_network, reduction, scalar_output_mode, gamma)
         super().__init__(
             actor_network,
             qvalue_network,
             value_network,
+            encoder_network,
             num_qvalue_nets=num_qvalue_nets,
             separate_losses=separate_losses,
             deactivate_vmap=deactivate_vmap,
             priority_key=priority_key,
-            actor_ema=actor_ema,
-            encoder_network=encoder_network,
-            random_shift=random_shift,
-            action_chunk=action_chunk,
+            settings=settings,
         )
-        for name in settings.keys() - {"actor_ema", "random_shift", "action_chunk"}:
-            setattr(self, name, settings[name])
-        for name, (choice, _) in choices.items():
-            setattr(self, name, choice)
         self.reduction = reduction or "mean"
         self.scalar_output_mode = scalar_output_mode
         self._diagnostics = diagnostics
@@ -190,246 +148,6 @@ class ImplicitQLoss(NetworkLoss):
             names += [POLICY_VALUE_GAP] if self.actor_objective == "ddpg_bc" else []
             names += [CONDITION_MEAN] if self.actor_objective == "conditioned_flow" else []
         return names
-
-    # -- what is read from a batch -----------------------------------------------------------------
-
-    def read(self, tensordict: TensorDictBase, draws: Mapping[str, Tensor] | None = None) -> Batch:
-        """The batch as the update reads it: :func:`read_batch`, and :meth:`random_inputs`.
-
-        Random tensors that neither ``tensordict`` nor ``draws`` has are drawn here, from torch's
-        default generator: so an update reads its batch outside of the compiled program. P runs of a
-        population read ``(P, B)``, or one ``(B,)`` for all.
-        """
-        weigh = self.use_prioritized_weights in (True, "auto")
-        done = unravel_key(("next", self.tensor_keys.done))
-        batch = read_batch(
-            tensordict,
-            required=[key for key in self.in_keys if key not in self.optional_keys | {done}],
-            mask_keys=self._loss_mask_keys(),
-            weight_key=self.tensor_keys.priority_weight if weigh else None,
-            done_key=done,
-        )
-        if self.action_chunk > 1:
-            keys = self.tensor_keys
-            check_chunks(batch.data, self.action_chunk, keys.action, keys.reward)
-        if self.members is not None:
-            batch = batch.of_runs(self.members)
-        given = draws or {}
-        drawn = {}
-        for key, draw in self.random_inputs(batch.data.batch_size).items():
-            own = batch.observed.get(key, None)
-            if own is not None:
-                drawn[key] = draw.fit(own, batch.observed.batch_size, key, self._like)
-            else:
-                drawn[key] = given[key] if key in given else draw.fill(draw.empty(self._like))
-        return replace(batch, draws=drawn)
-
-    @property
-    def _like(self) -> Tensor:
-        # not self.parameters(), which torch 2.11 cannot trace, nor next(iter(...)), as torch 2.15
-        like, *_ = self.actor_network_params.values(True, True)
-        return like
-
-    def random_inputs(self, batch_size: torch.Size) -> Mapping[str, Draw]:
-        """Random tensors that the losses of a batch need, by the key of the batch that replaces them.
-
-        For ``actor_objective="flow"``: ``"flow_noise"`` ``(*B, A)``, standard normal, and
-        ``"flow_time"`` ``(*B,)``, uniform on [0, 1); in a population ``(P, B, A)`` and ``(P, B)``. For
-        ``"conditioned_flow"`` also ``"flow_drop"``, of the form of ``"flow_time"``. With
-        ``random_shift``: ``"image_shift"`` and ``"next_image_shift"`` ``(*B, 2)``, uniform on [0, 1).
-        Else none.
-        """
-        shape, needed = tuple(batch_size), {}
-        if self.members is not None and len(shape) == 1:
-            shape = (self.members, *shape)
-        if self.actor_objective in FLOWS:
-            size = self.actor_network.action_features
-            needed[FLOW_NOISE] = Draw((*shape, size), True, size, self.among)
-            needed[FLOW_TIME] = Draw(shape, False, None, self.among)
-        if self.actor_objective == "conditioned_flow":
-            needed[FLOW_DROP] = Draw(shape, False, None, self.among)
-        if self.random_shift:
-            shift = Draw((*shape, 2), False, 2, self.among)
-            needed |= {IMAGE_SHIFT: shift, NEXT_IMAGE_SHIFT: shift}
-        return needed
-
-    def inputs(self, batch: Batch, critics: str | None = None) -> TensorDictBase:
-        """What networks read: the batch's entries, with the encoder's features where there is one.
-
-        ``critics``: the parameters of the critics that read them; None for the policy and V.
-        """
-        if self.encoder_network is None:
-            return batch.observed
-        return self.with_features(batch, critics)
-
-    @property
-    def networks(self) -> Networks:
-        """What evaluates the networks now."""
-        return self.direct or self.general_networks()
-
-    @contextmanager
-    def evaluated_directly(self) -> Iterator[None]:
-        """Evaluate known networks without TensorDict and vmap inside the context, as an update does.
-
-        What was recognised in the networks is kept until the loss is moved, cast, loaded, reset or
-        given other keys, or an attribute, a part or the hooks of a network change.
-        """
-        kept = self.kept_networks
-        if kept is None or kept.watched is None or kept.watched.changed():
-            self.kept_networks = self.direct_networks()
-        before, self.direct = self.direct, self.kept_networks
-        try:
-            yield
-        finally:
-            self.direct = before
-
-    # -- each quantity of an update, evaluated once --------------------------------------------------
-
-    def target_qvalue(self, batch: Batch) -> Tensor:
-        """``Q(s, a)`` of the target critics, shape ``(*B,)``, without gradient.
-
-        Their minimum, or ``mean - pessimism * std``.
-        """
-        with torch.no_grad():
-            values = self.action_values(batch, TARGET_CRITICS)
-            return F.pessimistic_value(values, pessimism=self.pessimism)
-
-    def action_values(self, batch: Batch, name: str) -> Tensor:
-        """``Q_k(s, a)`` of the logged action from K critics with parameters ``name``, ``(K, *B)``."""
-        outputs = self.networks.critics[name](self.inputs(batch, name))
-        key = self.tensor_keys.state_action_value
-        return per_sample(self.pick(outputs, batch), batch.data.batch_size, key, leading=1)
-
-    def pick(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Of the critics' outputs that of the logged action."""
-        return outputs
-
-    def state_value(self, batch: Batch) -> Tensor:
-        """``V(s)``, shape ``(*B,)``, with gradient."""
-        return self._as_values(self.networks.value(self.inputs(batch)), batch)
-
-    def state_values(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """``V(s)`` and, where one evaluation gives both, ``V(s')``; without gradient."""
-        with torch.no_grad():
-            value = self.networks.value
-            if not getattr(value, "by_row", False) or not self._bootstraps_once():
-                return self.state_value(batch), None
-            assert isinstance(value, Direct)
-            here, there = value.twice(self.inputs(batch), self.inputs(batch.next))
-            return self._as_values(here, batch), self._as_values(there, batch)
-
-    def _as_values(self, output: Tensor, batch: Batch) -> Tensor:
-        return per_sample(output, batch.data.batch_size, self.tensor_keys.value)
-
-    def _bootstraps_once(self) -> bool:
-        """Whether targets take ``V(s')`` of the batch and nothing else from V."""
-        estimator = self.value_estimator
-        return type(estimator) is TD0Estimator and not estimator.average_rewards
-
-    def td_target(self, batch: Batch, next_value: Tensor | None = None) -> Tensor:
-        """Regression target of the critics, shape ``(*B,)``, without gradient.
-
-        ``r + gamma V(s')``, bootstrapped past truncation and not past termination; with
-        ``steps_to_next_obs`` in the batch (n-step rewards) the discount is ``gamma**n``. With
-        ``action_chunk`` it is ``sum_i gamma**i r_i + gamma**k V(s_k)``, of the k actions made.
-        ``next_value``, ``V(s')``, is evaluated where it is not given.
-        """
-        estimator = self.value_estimator
-        with torch.no_grad():
-            if not self._bootstraps_once():
-                if self.action_chunk > 1:
-                    raise NotImplementedError(
-                        f"action_chunk is {self.action_chunk} and the value estimator is a "
-                        f"{type(estimator).__name__}; targets of chunks are made by TD(0) alone, "
-                        "without average rewards: call loss.make_value_estimator(gamma=...)."
-                    )
-                data = self.inputs(batch).copy().set("next", self.inputs(batch.next))
-                target = estimator.value_estimate(
-                    data, target_params=self.target_value_network_params
-                )
-                return per_sample(target, batch.data.batch_size, "value_target")
-            keys = estimator.tensor_keys
-            shape = batch.data.batch_size
-            reward, terminated = (
-                per_sample(batch.data.get(("next", key)), shape, key)
-                for key in (keys.reward, keys.terminated)
-            )
-            gamma = self._discount(batch)
-            steps = batch.data.get(keys.steps_to_next_obs, None)
-            if self.action_chunk > 1:
-                reward, gamma = self._over_chunk(batch, reward, gamma)
-            elif steps is not None:
-                gamma = gamma ** per_sample(steps, shape, keys.steps_to_next_obs)
-            if next_value is None:
-                next_value = self.state_value(batch.next)
-            agree(reward=reward, terminated=terminated, next_state_value=next_value)
-            return F.td_target(reward, next_value, terminated, gamma=gamma)
-
-    def _discount(self, batch: Batch) -> Tensor:
-        """The discount: one number, one per sample, or of P runs ``(P, 1)``."""
-        if self.members is not None:
-            return self.discount
-        gamma: Tensor = self.value_estimator.gamma
-        return per_sample(gamma, batch.data.batch_size, "gamma") if gamma.ndim else gamma
-
-    def _over_chunk(self, batch: Batch, reward: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the k actions that were made ``sum_i gamma**i r_i`` and ``gamma**k``, both ``(*B,)``."""
-        powers = gamma.unsqueeze(-1) ** torch.arange(self.action_chunk, device=reward.device)
-        return (reward * powers).sum(-1), gamma ** batch.data.get(CHUNK_MASK).sum(-1)
-
-    def made_actions(self, batch: Batch) -> Tensor | None:
-        """Bool ``(*B, h * A)``: entries of a chunk that belong to actions of the log; None: all do."""
-        if self.action_chunk == 1:
-            return None
-        mask: Tensor = batch.data.get(CHUNK_MASK)
-        size = batch.data.get(self.tensor_keys.action).shape[-1] // self.action_chunk
-        return mask.unsqueeze(-1).expand(*mask.shape, size).flatten(-2)
-
-    def _reduce(self, loss: Tensor, batch: Batch) -> Tensor:
-        """Reduce per-sample losses; a mask or weight of a step applies to all that it holds."""
-        return F.reduce(
-            loss,
-            reduction=self.reduction,
-            mask=batch.mask_like(loss),
-            weight=batch.weight_like(loss),
-            dim=self._samples(loss),
-        )
-
-    def divisors(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What means over a batch are divided by, ``()`` or ``(P,)`` for P runs, in float64.
-
-        The first is that of losses, the sum of the valid steps' weights; the second that of scalars,
-        the number of valid steps.
-        """
-        steps = torch.ones(batch.data.batch_size, dtype=torch.float64, device=self._like.device)
-        weights = steps if batch.weight is None else steps * batch.weight
-        if batch.mask is not None:  # a weight of padding may be nan
-            steps, weights = (each.masked_fill(~batch.mask, 0.0) for each in (steps, weights))
-        dim = self._samples(steps)
-        dims = tuple(range(steps.ndim)) if dim is None else tuple(dim)
-        return weights.sum(dims), steps.sum(dims)
-
-    def _samples(self, value: Tensor) -> Sequence[int] | None:
-        """Dimensions of per-sample ``value`` that the mean of one run goes over; None for all."""
-        return None if self.members is None else tuple(range(1, value.ndim))
-
-    def _mean(self, value: Tensor, batch: Batch) -> Tensor:
-        return F.weighted_mean(value, mask=batch.mask_like(value), dim=self._samples(value))
-
-    def mean_of_run(self, value: Tensor, batch: Batch) -> Tensor:
-        """Mean of per-sample ``value`` over the valid steps of each run, to divide it by."""
-        mean = self._mean(value, batch)
-        if batch.mean_of_all is not None:
-            mean = batch.mean_of_all(mean)
-        return mean.view(*mean.shape, *(1,) * (value.ndim - mean.ndim)) if mean.ndim else mean
-
-    def largest_of_run(self, value: Tensor, batch: Batch) -> Tensor:
-        """The largest of per-sample ``value`` over the valid steps of each run, without gradient."""
-        value, mask = value.detach(), batch.mask_like(value)
-        if mask is not None:  # padding may be a copy of another run's step
-            value = value.masked_fill(~mask, -torch.inf)
-        largest = value.amax(tuple(self._samples(value) or ()), keepdim=True)
-        return largest if batch.largest_of_all is None else batch.largest_of_all(largest)
 
     # -- one term per network --------------------------------------------------------------------
 
@@ -502,9 +220,7 @@ class ImplicitQLoss(NetworkLoss):
         if self.actor_objective in UNWEIGHTED:
             return torch.ones_like(advantage)
         if callable(self.advantage_weight):
-            shape, name = batch.data.batch_size, "advantage_weight's result"
-            weight = per_sample(self.advantage_weight(advantage), shape, name)
-            return weight.detach().to(advantage.dtype)
+            return self._own_function("advantage_weight", advantage)
         kind = self.advantage_weight
         if kind == "auto" and not callable(self.value_objective):
             kind = OWN_WEIGHTS.get(self.value_objective, "exponential")
@@ -519,10 +235,13 @@ class ImplicitQLoss(NetworkLoss):
     def condition_of(self, advantage: Tensor, batch: Batch) -> Tensor:
         """The condition that a flow gets for the samples' advantages, ``(*B,)``, without gradient."""
         if callable(self.advantage_condition):
-            shape, name = batch.data.batch_size, "advantage_condition's result"
-            condition = per_sample(self.advantage_condition(advantage), shape, name)
-            return condition.detach().to(advantage.dtype)
+            return self._own_function("advantage_condition", advantage)
         return (advantage > 0).to(advantage.dtype)
+
+    def _own_function(self, name: str, advantage: Tensor) -> Tensor:
+        """What the user's function ``name`` gives for the advantages ``(*B,)``, without gradient."""
+        result = getattr(self, name)(advantage)
+        return per_sample(result, advantage.shape, f"{name}'s result").detach().to(advantage.dtype)
 
     def qvalue_term(self, batch: Batch, td_target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum over critics of their distance to ``td_target``, and its metadata (eq. 6).
@@ -560,7 +279,7 @@ class ImplicitQLoss(NetworkLoss):
                 error = self.actor_objective(actor, self.inputs(batch).copy())
             return per_sample(error, batch.data.batch_size, "actor_objective's result")
         if self.actor_objective == "mse":
-            action, logged = self._policy_action(batch), batch.data.get(self.tensor_keys.action)
+            (action, _), logged = self.policy_output(batch), batch.data.get(self.tensor_keys.action)
             check_action(self.tensor_keys.action, logged, action.shape)
             error = _where(self.made_actions(batch), (action - logged).square())
             return error if error.ndim == batch.data.ndim else error.sum(-1)
@@ -589,22 +308,15 @@ class ImplicitQLoss(NetworkLoss):
             check_action(self.tensor_keys.action, action, shape)
         return action
 
-    def _policy_action(self, batch: Batch) -> Tensor:
-        """The action that the policy writes, ``(*B, A)``."""
-        if self.members is not None:
-            chosen: Tensor = self.networks.distribution(self.inputs(batch)).deterministic_sample
-            return chosen
-        with self.policy() as actor:
-            inputs = self.inputs(batch).select(*actor.in_keys, strict=False)
-            return actor(inputs).get(self.tensor_keys.action)
-
     def policy_output(self, batch: Batch) -> tuple[Tensor, distributions.Distribution | None]:
         """The policy's action without randomness, ``(*B, A)``, and its distribution if it has one."""
-        if not hasattr(self.actor_network, "get_dist"):
-            return self._policy_action(batch), None
-        dist = self.networks.distribution(self.inputs(batch))
-        action = getattr(dist, "deterministic_sample", None)
-        return dist.mean if action is None else torch.as_tensor(action), dist
+        if hasattr(self.actor_network, "get_dist"):
+            dist = self.networks.distribution(self.inputs(batch))
+            action = getattr(dist, "deterministic_sample", None)
+            return dist.mean if action is None else torch.as_tensor(action), dist
+        with self.policy() as actor:
+            inputs = self.inputs(batch).select(*actor.in_keys, strict=False)
+            return actor(inputs).get(self.tensor_keys.action), None
 
     def _flow_matching(self, batch: Batch, condition: Tensor | None) -> Tensor:
         """Mean over action dimensions of ``(v(s, x_t, t) - (a - noise))**2``, per sample ``(*B,)``.

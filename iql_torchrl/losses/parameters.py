@@ -1,15 +1,13 @@
-"""A TorchRL loss that holds an actor, K critics with targets, V and an encoder, and evaluates them."""
+"""A TorchRL loss that holds an actor, K critics with targets, V and an encoder."""
 
 from __future__ import annotations
 
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
-from functools import partial
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
@@ -21,19 +19,10 @@ from torchrl.objectives.common import LossModule
 from torchrl.objectives.utils import ValueEstimators, dispatch_value_estimator
 from torchrl.objectives.value import ValueEstimatorBase
 
-from iql_torchrl.losses.batch import Batch, output_of
 from iql_torchrl.losses.checks import check_encoder
 from iql_torchrl.losses.critics import Critics, initialise_critics, list_critics
-from iql_torchrl.losses.draws import IMAGE_SHIFT
 from iql_torchrl.networks import CHUNK_MASK
-from iql_torchrl.networks.evaluation import Networks, Watched, distribution_of
-from iql_torchrl.networks.recognition import (
-    critics_over,
-    is_head_and_distribution,
-    network_over,
-    writes,
-)
-from iql_torchrl.policies import FlowPolicy
+from iql_torchrl.networks.evaluation import Networks
 from iql_torchrl.private_apis import children_of, plain_entries
 
 # Attributes of a loss; their parameters are ``<name>_params`` and ``target_<name>_params``.
@@ -46,17 +35,11 @@ DETACHED_CRITICS = "detached_qvalue_network_params"
 AVERAGE = "average_actor_network_params"  # not target_..., which TorchRL's updaters would move
 
 
-class TrunkEntry(NamedTuple):
-    """Entry ``key`` of ``network``'s parameters is entry ``owner_key`` of ``owner``'s."""
-
-    network: str
-    key: NestedKey
-    owner: str
-    owner_key: NestedKey
+Entry = tuple[str, NestedKey]  # of a network: its name, and the key in its parameters
 
 
 class NetworkLoss(LossModule):
-    """Holds actor, critics, V and encoder as TorchRL's losses do, and evaluates them; abstract.
+    """Holds actor, critics, V and encoder as TorchRL's losses do; abstract.
 
     A trunk used by the actor and by the critics has one owner. Critics hold a mirror of it: a
     parameter with the owner's storage that belongs to no optimiser, but that TorchRL's updaters
@@ -65,10 +48,7 @@ class NetworkLoss(LossModule):
     owner's loss alone trains it). Buffers (statistics of normalisation layers) of target critics are
     tied to the live ones.
 
-    Networks are evaluated as in TorchRL's losses, with parameters put into them
-    (:meth:`general_networks`); in updates by ``networks.evaluation``, where their structure allows it
-    (:meth:`direct_networks`). With ``members`` parameters are those of P runs, ``(P, ...)``, and every
-    evaluation is direct (``population.stack_losses``).
+    With ``members`` parameters are those of P runs, ``(P, ...)`` (``population.stack_losses``).
     """
 
     @dataclass
@@ -121,32 +101,30 @@ class NetworkLoss(LossModule):
         actor_network: nn.Module,
         qvalue_network: Critics,
         value_network: TensorDictModule,
+        encoder_network: TensorDictModule | None,
         *,
         num_qvalue_nets: int,
         separate_losses: bool,
         deactivate_vmap: bool,
         priority_key: str | None,
-        actor_ema: float = 0.0,
-        encoder_network: TensorDictModule | None = None,
-        random_shift: int = 0,
-        action_chunk: int = 1,
+        settings: dict[str, Any],
     ) -> None:
         super().__init__()
         self._set_deprecated_ctor_keys(priority=priority_key)
         # in the instance too, where a compiled program notices another value
         for name in ("_loss_mask_key", "deterministic_sampling_mode", "use_prioritized_weights"):
             setattr(self, name, getattr(self, name))
-        self._actor_ema = actor_ema
+        self._actor_ema = settings.pop("actor_ema")
+        for name, value in settings.items():
+            setattr(self, name, value)
         self.averaged_actor: Any = None
         self.encoder_network = encoder_network
-        self.random_shift = random_shift
-        self.action_chunk = action_chunk
         self.num_qvalue_nets = num_qvalue_nets
         self.delay_qvalue = True
         self.deactivate_vmap = deactivate_vmap
         self._detach_trunk = separate_losses
-        self._trunk: list[TrunkEntry] = []
-        self._tied_buffers: list[tuple[str, NestedKey]] = []
+        self._mirrors: dict[Entry, Entry] = {}  # and their owners
+        self._tied_buffers: list[NestedKey] = []  # of the critics and their targets
         self._convert(actor_network, qvalue_network, value_network)
         self._name_inputs()
         self.register_load_state_dict_pre_hook(NetworkLoss._before_load)
@@ -182,11 +160,12 @@ class NetworkLoss(LossModule):
         if encoder is not None:
             del self.encoder_network
             self.convert_to_functional(encoder, ENCODER, create_target_params=True)
+        mirrors: dict[Entry, Entry] = {}
+        owners = {"actor_network": actor, "value_network": value}
         if separate:
-            self._find_trunk("value_network", [value], {"actor_network": actor})
+            mirrors |= _shared_entries("value_network", [value], {"actor_network": actor})
         if separate or len(modules) > 1:
-            owners = {"actor_network": actor, "value_network": value}
-            self._find_trunk("qvalue_network", modules, owners)
+            mirrors |= _shared_entries("qvalue_network", modules, owners)
         of_actor = list(actor.parameters())
         self.convert_to_functional(actor, "actor_network")
         if self.actor_ema:
@@ -205,36 +184,23 @@ class NetworkLoss(LossModule):
             initialise_critics(
                 self.qvalue_network_params, children_of(self)[TARGET_CRITICS], listed
             )
+        self._mirrors = mirrors
         self._install_mirrors("value_network", [value])
         self._install_mirrors("qvalue_network", modules)
         self._tie()
         self.optional_keys = _recurrent_keys(actor, value, *modules)
 
-    def _find_trunk(
-        self, name: str, modules: Sequence[nn.Module], owners: Mapping[str, nn.Module]
-    ) -> None:
-        """Record the entries that every one of ``modules`` shares with an owner, first owner wins."""
-        owned: dict[int, tuple[str, NestedKey]] = {}
-        for owner, module in owners.items():
-            for key, parameter in TensorDict.from_module(module).items(True, True):
-                owned.setdefault(id(parameter), (owner, key))
-        tables = [dict(TensorDict.from_module(module).items(True, True)) for module in modules]
-        for key, parameter in tables[0].items():
-            same = all(table.get(key) is parameter for table in tables)
-            if isinstance(parameter, nn.Parameter) and same and id(parameter) in owned:
-                self._trunk.append(TrunkEntry(name, key, *owned[id(parameter)]))
-
     def _install_mirrors(self, name: str, modules: Sequence[nn.Module]) -> None:
         """Put mirrors in place, give critics' entries storage of their own, and tie targets."""
         buffers = {tuple(key.split(".")) for m in modules for key, _ in m.named_buffers()}
         params: TensorDictParams = getattr(self, f"{name}_params")
-        mirrored = {entry.key for entry in self._trunk if entry.network == name}
         with params.unlock_():
             for key, leaf in list(params.items(True, True)):
                 if (key if isinstance(key, tuple) else (key,)) in buffers:
                     leaf.data = leaf.data.contiguous()
-                    self._tied_buffers.append((name, key))
-                elif key in mirrored:
+                    if name == "qvalue_network":
+                        self._tied_buffers.append(key)
+                elif (name, key) in self._mirrors:
                     params.set(key, nn.Parameter(leaf.detach()))
                 elif not isinstance(leaf, nn.Parameter):
                     warnings.warn(
@@ -260,46 +226,45 @@ class NetworkLoss(LossModule):
 
     def average_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """The actor's parameters, and in the same order their averages; empty without averages."""
-        average = children_of(self).get(AVERAGE)
-        if average is None:
-            return [], []
-        pairs = [(self.actor_network_params.get(k), leaf) for k, leaf in average.items(True, True)]
-        return [live for live, _ in pairs], [leaf for _, leaf in pairs]
+        return self._pairs({"actor_network_params": AVERAGE})
 
     def target_pairs(self) -> tuple[list[Tensor], list[Tensor]]:
         """Live parameters, and in the same order those of the targets that average them.
 
         Buffers are left out: those of the target critics are the live ones.
         """
-        live: list[Tensor] = []
-        targets: list[Tensor] = []
-        for name in self.network_names:
-            averages: TensorDictParams | None = children_of(self).get(f"target_{name}_params")
-            if averages is not None:
-                for key, leaf in getattr(self, f"{name}_params").items(True, True):
-                    if isinstance(leaf, nn.Parameter):
-                        live.append(leaf)
-                        targets.append(averages.get(key))
-        return live, targets
+        return self._pairs({f"{n}_params": f"target_{n}_params" for n in self.network_names})
+
+    def _pairs(self, followers: Mapping[str, str]) -> tuple[list[Tensor], list[Tensor]]:
+        tables = children_of(self)
+        pairs = [
+            (leaf, tables[follower].get(key))
+            for name, follower in followers.items()
+            if follower in tables
+            for key, leaf in tables[name].items(True, True)
+            if isinstance(leaf, nn.Parameter)
+        ]
+        return [live for live, _ in pairs], [target for _, target in pairs]
 
     # -- tensors that are one: shared trunks, targets' buffers, averages, the user's own networks -----
 
     def _tie(self) -> None:
         """Let tensors that are one share their storage again, after a copy, a cast or a load."""
-        for name, key, owner, owner_key in self._trunk:
-            mirror = getattr(self, f"{name}_params").get(key)
-            mirror.data = getattr(self, f"{owner}_params").get(owner_key).data.expand(mirror.shape)
-        for name, key in self._tied_buffers:
-            target: TensorDictParams | None = children_of(self).get(f"target_{name}_params")
-            if target is not None:
-                target.get(key).data = getattr(self, f"{name}_params").get(key).data
+        for entry, owner in self._mirrors.items():
+            mirror = self._tensor(entry)
+            mirror.data = self._tensor(owner).data.expand(mirror.shape)
+        for key in self._tied_buffers:
+            target = children_of(self)[TARGET_CRITICS].get(key)
+            target.data = self.qvalue_network_params.get(key).data
         if self.averaged_actor is not None:
-            average = children_of(self)[AVERAGE]
-            for module, name, live, key in _places(self.averaged_actor, self.actor_network_params):
-                shared: Any = live.data
-                if isinstance(live, nn.Parameter):
-                    shared = nn.Parameter(average.get(key).data, requires_grad=False)
-                setattr(module, name, shared)
+            held = self.actor_network_params.data.copy()
+            for key, average in children_of(self)[AVERAGE].items(True, True):
+                held.set(key, nn.Parameter(average.data, requires_grad=False))
+            held.to_module(self.averaged_actor)
+
+    def _tensor(self, entry: Entry) -> Any:
+        name, key = entry
+        return getattr(self, f"{name}_params").get(key)
 
     def put_into_networks(self) -> None:
         """Let the user's own networks hold the tensors of this loss, which may be others now.
@@ -307,24 +272,21 @@ class NetworkLoss(LossModule):
         Of P runs the networks hold the parameters of all, and the buffers, which are the same for
         all, of the first.
         """
-        trunks = {entry.network for entry in self._trunk}
+        mirroring = {network for network, _ in self._mirrors}
         for name in self.network_names:
             params = children_of(self).get(f"{name}_params")
             several = name == "qvalue_network" and (self.num_qvalue_nets > 1 or self.members)
-            if several or name in trunks or params is None:
+            if several or name in mirroring or params is None:
                 continue
-            for module, entry, leaf, _ in _places(getattr(self, name), params):
-                if isinstance(leaf, nn.Parameter):
-                    setattr(module, entry, leaf)
-                else:
-                    setattr(module, entry, leaf.data[0] if params.batch_dims else leaf.data)
+            if params.batch_dims:
+                own = {
+                    key: leaf if isinstance(leaf, nn.Parameter) else leaf.data[0]
+                    for key, leaf in params.items(True, True)
+                }
+                params = TensorDict(own)
+            params.to_module(getattr(self, name))
         self._tie()
-        self.forget_networks()
-
-    def forget_networks(self) -> None:
-        """Let :meth:`evaluated_directly` look at the networks again, since tensors or keys changed."""
-        self.kept_networks = None
-        self.direct = None if self.members is None else self.direct_networks()
+        self.direct = self.kept_networks = None  # which hold tensors
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> NetworkLoss:
         super()._apply(fn, *args, **kwargs)
@@ -362,8 +324,7 @@ class NetworkLoss(LossModule):
 
     def _untie(self) -> None:
         """Give mirrors storage of their own, so that every entry can be written to."""
-        for name, key, _, _ in self._trunk:
-            mirror = getattr(self, f"{name}_params").get(key)
+        for mirror in map(self._tensor, self._mirrors):
             mirror.data = mirror.data.clone(memory_format=torch.contiguous_format)
 
     def _before_load(self, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -383,155 +344,10 @@ class NetworkLoss(LossModule):
         self, prefix: str = "", recurse: bool = True, **kwargs: Any
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters to optimise, each once: mirrors of a shared trunk are left out."""
-        trunk, params = self.__dict__.get("_trunk", ()), children_of(self)
-        made = [entry for entry in trunk if f"{entry.network}_params" in params]
-        mirrors = {id(params[f"{entry.network}_params"].get(entry.key)) for entry in made}
+        mirrors = {id(self._tensor(entry)) for entry in self._mirrors}
         for name, parameter in super().named_parameters(prefix, recurse, **kwargs):
             if id(parameter) not in mirrors:
                 yield name, parameter
-
-    # -- evaluation ----------------------------------------------------------------------------------
-
-    def direct_networks(self) -> Networks:
-        """Known networks evaluated without TensorDict and vmap; others in the general way."""
-        networks = self.general_networks()
-        trunks = {entry.network for entry in self._trunk}
-        keys, params, per_run = self.tensor_keys, children_of(self), self.members is not None
-        if "value_network" not in trunks and writes(self.value_network, keys.value):
-            network, of_value = self.value_network, self.value_network_params.get("module")
-            value = network_over(network.module, network.in_keys, of_value, per_run=per_run)
-            networks = networks._replace(value=value)
-        actor: Any = self.actor_network
-        if is_head_and_distribution(actor):
-            of_head = self.actor_network_params.get(("module", "0", "module"))
-            head = network_over(actor[0].module, actor[0].in_keys, of_head, per_run=per_run)
-            distribution = partial(distribution_of, actor, head)
-            networks = networks._replace(head=head, distribution=distribution)
-        elif type(actor) is FlowPolicy:
-            of_head = self.actor_network_params.get("head")
-            head = network_over(actor.head, (), of_head, per_run=per_run)
-            networks = networks._replace(head=head)
-        if "qvalue_network" not in trunks and writes(self.qvalue_network, keys.state_action_value):
-            critics = {
-                name: critics_over(
-                    self.qvalue_network,
-                    params[TARGET_CRITICS if name == TARGET_CRITICS else LIVE_CRITICS],
-                    self.num_qvalue_nets,
-                    per_run=per_run,
-                    detached=name == DETACHED_CRITICS,
-                )
-                for name in networks.critics
-            }
-            known = {name: each for name, each in critics.items() if each is not None}
-            if len(known) == len(critics):
-                networks = networks._replace(critics=known)
-        return networks._replace(watched=Watched([getattr(self, n) for n in self.network_names]))
-
-    def general_networks(self) -> Networks:
-        """Networks evaluated with parameters put into them, and critics by vmap."""
-        names = (LIVE_CRITICS, TARGET_CRITICS, DETACHED_CRITICS)
-        critics = {name: partial(self._critics_by_vmap, name) for name in names}
-        return Networks(self._value_in_module, critics, self._distribution_in_module)
-
-    def _make_vmap(self) -> None:
-        """TorchRL calls this when the randomness changes, which each evaluation reads."""
-
-    def _live(self, name: str) -> TensorDictBase:
-        """Parameters of the network ``name`` for a forward pass: mirrors replaced by their owners."""
-        params: TensorDictBase = getattr(self, f"{name}_params")
-        entries = [entry for entry in self._trunk if entry.network == name]
-        if not entries:
-            return params
-        params = _unlocked(params)
-        for entry in entries:
-            leaf = getattr(self, f"{entry.owner}_params").get(entry.owner_key)
-            leaf = leaf.expand(params.get(entry.key).shape)
-            params.set(entry.key, leaf.detach() if self._detach_trunk else leaf)
-        return params
-
-    def _value_in_module(self, data: TensorDictBase) -> Tensor:
-        """V on the entries of ``data``, ``(*B, 1)``."""
-        network = self.value_network
-        inputs = data.select(*network.in_keys, strict=False)
-        with self._live("value_network").to_module(network, preserve_module_state=False):
-            return output_of(network(inputs), self.tensor_keys.value, "value_network")
-
-    def _critics_by_vmap(self, name: str, data: TensorDictBase) -> Tensor:
-        """K critics with the parameters ``name``, ``(K, *B, n)``: live, target or detached ones.
-
-        A gradient of the detached ones reaches the inputs and no parameter.
-        """
-        network, key = self.qvalue_network, self.tensor_keys.state_action_value
-        is_target = name == TARGET_CRITICS
-        params = children_of(self)[name] if is_target else self._live("qvalue_network")
-        if name != LIVE_CRITICS:  # a forward pass in training mode may write to buffers: to copies
-            buffers = [key for network, key in self._tied_buffers if network == "qvalue_network"]
-            params = _unlocked(params)
-            for each in buffers:
-                params.set(each, params.get(each).clone())
-        if name == DETACHED_CRITICS:
-            params = params.detach()
-
-        def evaluate(inputs: TensorDictBase, params: TensorDictBase) -> TensorDictBase:
-            with params.to_module(network, preserve_module_state=False):
-                return network(inputs)
-
-        inputs = data.select(*network.in_keys, strict=False)
-        if self.num_qvalue_nets == 1:
-            return output_of(evaluate(inputs, params), key, "qvalue_network").unsqueeze(0)
-        if torch.compiler.is_compiling():  # vmap would lock it again, which warns in a graph
-            params = _unlocked(params)
-        if self.deactivate_vmap:
-            each_written = [evaluate(inputs.copy(), critic) for critic in params.unbind(0)]
-            return output_of(torch.stack(each_written), key, "qvalue_network")
-        mapped = torch.vmap(evaluate, (None, 0), randomness=self.vmap_randomness)
-        return output_of(mapped(inputs, params), key, "qvalue_network")
-
-    def with_features(self, batch: Batch, critics: str | None) -> TensorDictBase:
-        """The entries of ``batch`` and what the encoder writes for them, kept in the batch.
-
-        ``critics``: the parameters of the critics that read them; None for the policy and V. Target
-        critics get features of the target encoder. A gradient reaches the encoder through the live
-        critics, and with ``encoder_gradient="all"`` through the policy and V.
-        """
-        features = self._features(batch, target=critics == TARGET_CRITICS)
-        learns = critics == LIVE_CRITICS or (critics is None and self.encoder_gradient == "all")
-        if critics != TARGET_CRITICS and not learns:
-            features = features.detach()
-        return batch.observed.copy().update(features)
-
-    def _features(self, batch: Batch, *, target: bool) -> TensorDictBase:
-        encoder: Any = self.encoder_network
-        kept = batch.features
-        gradient = torch.is_grad_enabled() and not target
-        for key in ((target, True), (target, False)):
-            if key in kept and (key[1] or not gradient):
-                return kept[key]
-        data = batch.observed.select(*encoder.in_keys, strict=False)
-        if self.random_shift:
-            images = [data.get(key) for key in encoder.in_keys]
-            moved = encoder.module.shifted(images, batch.draws[IMAGE_SHIFT], self.random_shift)
-            for key, observation in zip(encoder.in_keys, moved, strict=True):
-                data.set(key, observation)
-        params = children_of(self).get(f"{'target_' * target}{ENCODER}_params")
-        # TorchRL keeps no parameters of an encoder without any, such as OneHots
-        module = nullcontext()
-        if params is not None:
-            module = params.to_module(encoder, preserve_module_state=False)
-        with torch.set_grad_enabled(gradient), module:
-            kept[(target, gradient)] = encoder(data).select(*encoder.out_keys)
-        return kept[(target, gradient)]
-
-    @contextmanager
-    def policy(self) -> Iterator[Any]:
-        """The actor with its parameters in it, inside the context."""
-        with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
-            yield self.actor_network
-
-    def _distribution_in_module(self, data: TensorDictBase) -> Any:
-        """The policy's distribution on the entries of ``data``."""
-        with self.policy() as actor:
-            return actor.get_dist(data.select(*actor.in_keys, strict=False))
 
     # -- values and keys ---------------------------------------------------------------------------
 
@@ -588,7 +404,7 @@ class NetworkLoss(LossModule):
             )
         super().set_keys(**kwargs)
         self._name_inputs()
-        self.forget_networks()
+        self.direct = self.kept_networks = None  # which depend on keys
 
     def _name_inputs(self) -> None:
         """Keys that :meth:`forward` reads; ``("next", ...)`` ones only for V."""
@@ -609,16 +425,25 @@ class NetworkLoss(LossModule):
         )
 
 
-def _places(
-    network: nn.Module, params: TensorDictBase
-) -> Iterator[tuple[nn.Module, str, Tensor, NestedKey]]:
-    """Each entry: the module and the name under which the network has it, its tensor, its key."""
-    for key, leaf in params.items(True, True):
-        *path, name = key if isinstance(key, tuple) else (key,)
-        yield network.get_submodule(".".join(path)), name, leaf, key
+def _shared_entries(
+    name: str, modules: Sequence[nn.Module], owners: Mapping[str, nn.Module]
+) -> dict[Entry, Entry]:
+    """Entries that every one of ``modules`` shares with an owner, and that owner's; the first wins."""
+    owned: dict[int, Entry] = {}
+    for owner, module in owners.items():
+        for key, parameter in TensorDict.from_module(module).items(True, True):
+            owned.setdefault(id(parameter), (owner, key))
+    first, *others = (dict(TensorDict.from_module(module).items(True, True)) for module in modules)
+    return {
+        (name, key): owned[id(parameter)]
+        for key, parameter in first.items()
+        if isinstance(parameter, nn.Parameter)
+        and id(parameter) in owned
+        and all(table.get(key) is parameter for table in others)
+    }
 
 
-def _unlocked(params: TensorDictBase) -> TensorDictBase:
+def unlocked(params: TensorDictBase) -> TensorDictBase:
     """A shallow copy of ``params`` as a plain TensorDict whose entries can be replaced."""
     if isinstance(params, TensorDictParams):
         params = plain_entries(params)

@@ -31,7 +31,12 @@ def stack_losses(losses: Sequence[ImplicitQLoss]) -> ImplicitQLoss:
     Raises ``ValueError`` on networks that cannot be stacked and on an encoder with parameters.
     """
     first = losses[0]
-    _check_encoder(first)
+    if names := [name for name, _ in first.named_parameters() if name.startswith(ENCODER)]:
+        raise ValueError(
+            f"encoder_network has parameters ({names[0]}); the runs of a population share the encoder, "
+            "so it must have none, as those of vectors and categories. Train runs with images one by "
+            "one."
+        )
     loss = copy.deepcopy(first)
     loss.members, loss.averaged_actor = len(losses), None
     for name in NETWORKS:
@@ -91,16 +96,6 @@ def write_member(stacked: ImplicitQLoss, number: int, loss: ImplicitQLoss) -> No
                     leaf.data.copy_(params.get(key)[number].reshape(leaf.shape))
 
 
-def _check_encoder(loss: ImplicitQLoss) -> None:
-    names = [name for name, _ in loss.named_parameters() if name.startswith(ENCODER)]
-    if names:
-        raise ValueError(
-            f"encoder_network has parameters ({names[0]}); the runs of a population share the encoder, "
-            "so it must have none, as those of vectors and categories. Train runs with images one by "
-            "one."
-        )
-
-
 def _perceptron_keys(name: str, network: nn.Module) -> set[NestedKey]:
     """Keys of the parameters inside the network's perceptrons.
 
@@ -112,7 +107,8 @@ def _perceptron_keys(name: str, network: nn.Module) -> set[NestedKey]:
     for path, module in network.named_modules():
         if is_stackable(module):
             parts |= set(module.modules())
-            inside |= {_key(path, entry) for entry, _ in module.named_parameters()}
+            above = tuple(path.split(".")) if path else ()
+            inside |= {(*above, *entry.split(".")) for entry, _ in module.named_parameters()}
     for path, module in network.named_modules():
         own = any(True for _ in module.parameters(recurse=False))
         stacks = module in parts or isinstance(module, AroundPerceptron) or not own
@@ -122,7 +118,3 @@ def _perceptron_keys(name: str, network: nn.Module) -> set[NestedKey]:
                 "its runs one by one, or build it from perceptrons without residual blocks."
             )
     return inside
-
-
-def _key(path: str, name: str) -> NestedKey:
-    return tuple(f"{path}.{name}".removeprefix(".").split("."))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +25,7 @@ from iql_torchrl.agent.build import (
     rate_factors,
 )
 from iql_torchrl.agent.task import Task
-from iql_torchrl.config import IQLConfig, knobs
+from iql_torchrl.config import IQLConfig, check_choice, knobs
 from iql_torchrl.data import DeviceSampler, OfflineDataset, RelabelledDataset
 from iql_torchrl.data.replay import MemberSampler
 from iql_torchrl.distributed import Ranks
@@ -84,14 +85,8 @@ class IQLPopulation:
         batches: str = "shared",
         ranks: Ranks | None = None,
     ) -> None:
-        if batches not in ("shared", "own"):
-            raise ValueError(f"batches is {batches!r}; choose 'shared' or 'own'.")
+        check_choice("batches", batches, ("shared", "own"))
         _check_configs(configs)
-        if isinstance(dataset, RelabelledDataset) and batches == "own":
-            raise ValueError(
-                "batches is 'own' and the dataset has goals, which are drawn for batches that all runs "
-                "share; use batches='shared'."
-            )
         if not isinstance(dataset, OfflineDataset | RelabelledDataset):
             raise TypeError(
                 f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns. "
@@ -102,11 +97,12 @@ class IQLPopulation:
                 f"history is {configs[0].history}; the runs of a population read single observations. "
                 "Train runs with a history one by one."
             )
-        chunk = configs[0].action_chunk
-        if chunk > 1 and batches == "own":
+        chunk, relabelled = configs[0].action_chunk, isinstance(dataset, RelabelledDataset)
+        if batches == "own" and (relabelled or chunk > 1):
+            what = "the dataset has goals" if relabelled else f"action_chunk is {chunk}"
             raise ValueError(
-                f"action_chunk is {chunk} and batches is 'own'; chunks are sampled for all runs alike. "
-                "Choose batches='shared'."
+                f"batches is 'own' and {what}; goals and chunks are drawn for batches that all runs "
+                "share. Choose batches='shared'."
             )
         self.ranks = Ranks() if ranks is None else ranks
         self.all_configs, self.batches = tuple(configs), batches
@@ -187,7 +183,10 @@ class IQLPopulation:
             end = self.updates + whole_updates("updates", updates, least=0)
         if self.ranks.is_main and (after := ends_before(self.configs[0], end)):
             torchrl_logger.warning(after)
-        return _Events(self._events(end, every))
+        read: list[bool] = []
+        events = self._events(end, every, read)
+        weakref.finalize(events, _warn_unread, read)
+        return events
 
     def train_now(self, updates: int | None = None) -> PopulationEvent | None:
         """Make the updates of :meth:`train` at once; the last event, None without updates."""
@@ -196,7 +195,8 @@ class IQLPopulation:
             last = event
         return last
 
-    def _events(self, end: int, every: int) -> Iterator[PopulationEvent]:
+    def _events(self, end: int, every: int, read: list[bool]) -> Iterator[PopulationEvent]:
+        read.append(True)
         while self.updates < end:
             metrics = self._advance(min(every, end - self.updates))
             yield PopulationEvent(self.updates, metrics)
@@ -338,35 +338,23 @@ class IQLPopulation:
         return population
 
 
-class _Events:
-    """The events of a training, which warns where nothing reads them."""
-
-    def __init__(self, events: Iterator[PopulationEvent]) -> None:
-        self._events, self._read = events, False
-
-    def __iter__(self) -> Iterator[PopulationEvent]:
-        return self
-
-    def __next__(self) -> PopulationEvent:
-        self._read = True
-        return next(self._events)
-
-    def __del__(self) -> None:
-        if not self._read:
-            warnings.warn(
-                "population.train(...) was called without a loop over its events, so nothing was "
-                "trained; write for event in population.train(...): ..., or population.train_now(...).",
-                UserWarning,
-                stacklevel=2,
-            )
+def _warn_unread(read: list[bool]) -> None:
+    """Called where the events of a training are gone."""
+    if not read:
+        warnings.warn(
+            "population.train(...) was called without a loop over its events, so nothing was "
+            "trained; write for event in population.train(...): ..., or population.train_now(...).",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _check_configs(configs: Sequence[IQLConfig]) -> None:
     """Raise ``TypeError`` or ``ValueError`` unless ``configs`` are those of one population."""
-    if isinstance(configs, IQLConfig):
-        raise TypeError("configs is one IQLConfig; expected a sequence of them, one per run.")
-    if not isinstance(configs, Sequence) and configs is not None:
-        raise TypeError(f"configs is {type(configs).__name__}; expected a sequence of IQLConfigs.")
+    if not isinstance(configs, Sequence):
+        raise TypeError(
+            f"configs is {type(configs).__name__}; expected a sequence of IQLConfigs, one per run."
+        )
     if not configs:
         raise ValueError("configs is empty; a population has at least one run.")
     for number, config in enumerate(configs):

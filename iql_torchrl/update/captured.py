@@ -32,6 +32,7 @@ from iql_torchrl.update.adam import Moments
 from iql_torchrl.update.compiled import (
     GraphUpdate,
     fits_a_graph,
+    learning_rates,
     log_eager,
     program_options,
     settings_of,
@@ -110,7 +111,7 @@ class CapturedStep:
         if not self._in_graph:
             metrics = torch.stack([self.step(rows.sample()) for _ in range(self.updates)])
             return metrics.mean(0)
-        self._train(rows, self._program(rows))
+        self._train(rows)
         mark_stepped(self.step.optimizer)
         means = dict(zip(self._names, (self._sums / self.updates).unbind(), strict=True))
         return TensorDict(means, batch_size=self._sums.shape[1:])
@@ -202,13 +203,10 @@ class CapturedStep:
 
     # -- the updates of a call ---------------------------------------------------------------------
 
-    def _train(self, rows: DeviceSampler, program: Program) -> None:
+    def _train(self, rows: DeviceSampler) -> None:
         """All updates of a call. Nothing advances where a capture or a check before it raises."""
-        updater, graph = self.step.target_updater, self._graph
-
-        def work() -> None:
-            self._run(rows, program)
-
+        updater, graph, program = self.step.target_updater, self._graph, self._program(rows)
+        work = functools.partial(self._run, rows, program)
         if graph is not None:
             _check_alignment(updater, self.updates)
             graph.record(work, rows.generator, self._fixed(rows, program))
@@ -441,11 +439,11 @@ def coming_rates(step: IQLStep, updates: int) -> Tensor | None:
     mark_stepped(step.optimizer)
     states = copy.deepcopy([scheduler.state_dict() for scheduler in schedulers])
     before = [(settings_of(group), copy.deepcopy(group["lr"])) for group in groups]
-    rows = [_rates(groups, step.device)]
+    rows = [learning_rates(groups, step.device)]
     for _ in range(updates):
         for scheduler in schedulers:
             scheduler.step()
-        rows.append(_rates(groups, step.device))
+        rows.append(learning_rates(groups, step.device))
     if all(settings_of(group) == old for group, (old, _) in zip(groups, before, strict=True)):
         return torch.stack(rows)
     for scheduler, state in zip(schedulers, states, strict=True):
@@ -460,14 +458,3 @@ def coming_rates(step: IQLStep, updates: int) -> Tensor | None:
         "a schedule changes more than learning rates, which a captured update has fixed; "
         "pass cycle_momentum=False to OneCycleLR or CyclicLR, or use the plain step."
     )
-
-
-def _rates(groups: Sequence[dict[str, Any]], device: torch.device) -> Tensor:
-    """Learning rates ``(groups,)``; none that is on ``device`` is read, which would wait for it."""
-    rates, exact = [group["lr"] for group in groups], torch.float64
-    there = [isinstance(rate, Tensor) and rate.device == device for rate in rates]
-    if not any(there):
-        return torch.tensor([float(rate) for rate in rates], dtype=exact)
-    pairs = zip(rates, there, strict=True)
-    full = functools.partial(torch.full, (), dtype=exact, device=device)
-    return torch.stack([rate.to(exact) if on else full(float(rate)) for rate, on in pairs])

@@ -38,6 +38,7 @@ __all__ = [
     "GraphUpdate",
     "compiled",
     "fits_a_graph",
+    "learning_rates",
     "log_eager",
     "program_options",
     "settings_of",
@@ -161,7 +162,7 @@ class GraphUpdate:
         self.limits = category_limits(step.loss)
         self.settings: list[dict[str, Any]] = []  # Dynamo would guard all of the optimizer's groups
         self.rates = torch.zeros(0)
-        self._numbers: list[Any] = []  # what was written into it
+        self._written: list[Any] = []  # into the rates
 
     def run(self, batch: Batch, moments: Moments) -> Terms:
         """Losses, gradients, clipping, Adam and Polyak step; new values are written in place.
@@ -202,18 +203,25 @@ class GraphUpdate:
     def _current_rates(self) -> list[Tensor]:
         """Those of the groups, as views of :attr:`rates`; numbers are written where they changed."""
         groups, device = self.step.optimizer.param_groups, self.step.device
-        if len(self._numbers) != len(groups):
-            self._numbers = [None] * len(groups)
-            self.rates = torch.zeros(len(groups), dtype=number_dtype(device), device=device)
+        given = [group["lr"] for group in groups]
+        if len(self._written) != len(given):
+            self.rates = torch.zeros(len(given), dtype=number_dtype(device), device=device)
             self._views = list(self.rates.unbind())  # separate inputs of a program: fewer kernels
-        for i, rate in enumerate(group["lr"] for group in groups):
-            if isinstance(rate, Tensor) and rate.device == device:
-                self._views[i].copy_(rate)
-                self._numbers[i] = None
-            elif float(rate) != self._numbers[i]:
-                self._numbers[i] = float(rate)
-                self._views[i].fill_(self._numbers[i])
+        if any(isinstance(rate, Tensor) for rate in given) or given != self._written:
+            self.rates.copy_(learning_rates(groups, device), non_blocking=True)
+            self._written = given
         return self._views
+
+
+def learning_rates(groups: Sequence[Mapping[str, Any]], device: torch.device) -> Tensor:
+    """Learning rates ``(groups,)``; none that is on ``device`` is read, which would wait for it."""
+    rates, exact = [group["lr"] for group in groups], torch.float64
+    there = [isinstance(rate, Tensor) and rate.device == device for rate in rates]
+    if not any(there):
+        return torch.tensor([float(rate) for rate in rates], dtype=exact)
+    pairs = zip(rates, there, strict=True)
+    full = functools.partial(torch.full, (), dtype=exact, device=device)
+    return torch.stack([rate.to(exact) if on else full(float(rate)) for rate, on in pairs])
 
 
 def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:

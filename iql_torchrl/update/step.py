@@ -6,6 +6,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torchrl.objectives import SoftUpdate
 from torchrl.objectives.utils import TargetNetUpdater
 
 from iql_torchrl.config import arithmetic, choose_products, chosen_products, launches_kernels
-from iql_torchrl.distributed import Ranks
+from iql_torchrl.distributed import Ranks, group_size
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.losses.batch import Batch
 from iql_torchrl.networks.products import is_wide, settle_products
@@ -35,7 +36,7 @@ with warnings.catch_warnings():  # TorchRL warns about its own classes when thes
 __all__ = ["IQLStep", "Step", "Terms", "Trained", "part_of"]
 
 
-Terms = tuple[dict[str, Tensor], dict[str, Tensor]]
+Terms = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, and what else an update computes
 Gradients = list["Tensor | None"]
 
 
@@ -192,35 +193,33 @@ class IQLStep(Step):
 
     def update(self, batch: Batch, descend: Callable[[Tensor], None]) -> Terms:
         """Losses and summary of one update, in which ``descend`` makes the optimizer's steps."""
-        batch = batch.without_features()
+        batch = replace(batch, features={})
         if self.ranks is None:
-            losses, metadata, batch = self._terms(batch, descend)
+            losses, metadata = self._terms(batch, descend)
             return losses, self.loss.summary(batch, metadata)
         part = Part(self.loss, batch, self.ranks)
-        losses, metadata, _ = self._terms(part.batch, lambda loss: descend(part.share_of(loss)))
+        losses, metadata = self._terms(part.batch, lambda loss: descend(part.share_of(loss)))
         return part.joined(losses, metadata)
 
-    def _terms(
-        self, batch: Batch, descend: Callable[[Tensor], None]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Batch]:
-        """Losses, the joined metadata of all terms, and the batch with the last features."""
+    def _terms(self, batch: Batch, descend: Callable[[Tensor], None]) -> Terms:
+        """Losses, and the joined metadata of all terms."""
         loss = self.loss
         if self.order == "simultaneous":
             losses, metadata = loss.terms(batch)
             descend(losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"])
-            return losses, metadata, batch
+            return losses, metadata
         target_qvalue = loss.target_qvalue(batch)
         loss_value, of_value = loss.value_term(batch, target_qvalue)
         descend(loss_value)
         if loss.encoder_gradient == "all":  # the encoder has moved too
-            batch = batch.without_features()
+            batch = replace(batch, features={})
         value, next_value = loss.state_values(batch)  # V as it is now
         loss_actor, of_actor = loss.actor_term(batch, target_qvalue - value)
         td_target = loss.td_target(batch, next_value)
         loss_qvalue, of_qvalue = loss.qvalue_term(batch, td_target)
         descend(loss_actor + loss_qvalue)
         losses = {"loss_actor": loss_actor, "loss_qvalue": loss_qvalue, "loss_value": loss_value}
-        return losses, of_value | of_actor | of_qvalue, batch
+        return losses, of_value | of_actor | of_qvalue
 
     def _descend(self, loss: Tensor) -> None:
         """One optimizer step on ``loss``; parameters without a gradient are not changed."""
@@ -318,9 +317,7 @@ class IQLStep(Step):
                 )
         if self.independent_ranks or self.ranks is not None:
             return
-        group = torch.distributed
-        ranks = group.get_world_size() if group.is_available() and group.is_initialized() else 1
-        if ranks > 1:
+        if (ranks := group_size()) > 1:
             raise RuntimeError(
                 f"the torch.distributed process group has {ranks} ranks, and this update does not "
                 "reduce gradients across ranks: each rank would train a network of its own. To train "

@@ -257,11 +257,11 @@ def test_configs_that_differ_elsewhere_are_refused(options, message):
 
 def test_what_is_no_population_is_refused():
     data = dataset()
-    with pytest.raises(ValueError, match="batches is 'each'; choose 'shared' or 'own'"):
+    with pytest.raises(ValueError, match="batches is 'each'; choose one of 'shared', 'own'"):
         IQLPopulation([BASE], data, batches="each")
     with pytest.raises(ValueError, match="configs is empty"):
         IQLPopulation([], data)
-    with pytest.raises(TypeError, match="configs is one IQLConfig; expected a sequence"):
+    with pytest.raises(TypeError, match="configs is IQLConfig; expected a sequence"):
         IQLPopulation(BASE, data)
     with pytest.raises(IndexError, match="there is no run 4: the runs are 0 to 3"):
         IQLPopulation(configs(), data).member(4)
@@ -395,6 +395,6 @@ def test_the_error_names_what_cannot_be_loaded(tmp_path):
 
 def test_chunks_with_batches_of_their_own_are_refused():
     with pytest.raises(
-        ValueError, match=r"action_chunk is 2 and batches is 'own'.*batches='shared'"
+        ValueError, match=r"batches is 'own' and action_chunk is 2.*batches='shared'"
     ):
         IQLPopulation(configs(action_chunk=2), dataset(), batches="own")

@@ -268,12 +268,12 @@ def test_an_eager_update_follows(change):
     for step in (late, early):
         if change is change_slope:
             step.loss.value_network.module.mlp[1] = nn.LeakyReLU(0.01)
-    early.loss.forget_networks()
+    early.loss.kept_networks = None
     torch.manual_seed(1)
     batches = [make_batch() for _ in range(3)]
     late(batches[0])
     early(batches[0])
-    early.loss.forget_networks()
+    early.loss.kept_networks = None
     change(early.loss)
     change(late.loss)
     for batch in batches[1:]:
