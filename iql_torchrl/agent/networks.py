@@ -64,17 +64,16 @@ def make_networks(
 
     def place(module: Any) -> Any:
         # before the loss takes it: buffers stay where they are afterwards
-        module = module.to(torch.device(config.device))
-        return module.double() if task.dtype is torch.float64 else module.float()
+        return module.to(torch.device(config.device)).to(task.dtype)
 
     def critic() -> TensorDictModule:
+        kind: Any = networks.Critic
         if isinstance(space, spaces.Discrete):
-            net: nn.Module = networks.DiscreteCritic(
-                features, int(space.n), preprocess=preprocess(), **values
-            )
-            return TensorDictModule(place(net), in_keys=keys, out_keys=["state_action_value"])
-        net = networks.Critic(features, spec.shape[-1], preprocess=preprocess(), **values)
-        return ValueOperator(place(net), in_keys=[*keys, "action"])
+            kind, size, read = networks.DiscreteCritic, int(space.n), keys
+        else:
+            size, read = spec.shape[-1], [*keys, "action"]
+        net = kind(features, size, preprocess=preprocess(), **values)
+        return ValueOperator(place(net), in_keys=read, out_keys=["state_action_value"])
 
     options = {**widths, "dropout": config.dropout, "residual": config.residual != "none"}
     name = config.policy
@@ -167,22 +166,22 @@ def _encoder(
     config: IQLConfig, task: Task, encoders: Encoders, windows: bool
 ) -> tuple[TensorDictModule, int]:
     """The encoder of all leaves, of their sequence with ``windows``; and its number of features."""
-    leaves = {_leaf_name(key): key for key in leaf_spaces(task.observation_space)}
+    leaves = leaf_spaces(task.observation_space)
+    names = [_leaf_name(key) for key in leaves]
     for name, module in encoders.items():
-        if name not in leaves:
+        if name not in names:
             raise ValueError(
                 f"encoders names {name!r}, which is no part of the observations; they hold "
-                f"{', '.join(leaves)}."
+                f"{', '.join(names)}."
             )
         if not isinstance(module, nn.Module):
             raise TypeError(
                 f"encoders[{name!r}] is {type(module).__name__}; expected a torch module that turns "
                 "(B, *shape) into features (B, F)."
             )
-    keys: list[NestedKey] = [key[0] if len(key) == 1 else key for key in leaves.values()]
+    keys: list[NestedKey] = [key[0] if len(key) == 1 else key for key in leaves]
     parts, total = [], 0
-    for (name, key), read in zip(leaves.items(), keys, strict=True):
-        space = leaf_spaces(task.observation_space)[key]
+    for name, read, (key, space) in zip(names, keys, leaves.items(), strict=True):
         if name in encoders:
             module, size = encoders[name], _features_of(name, encoders[name], task, key, space)
         elif is_image(space):
@@ -195,13 +194,11 @@ def _encoder(
         total += size
     joined: nn.Module = networks.JoinedEncoders(parts)
     if windows:
-        size, keys = config.history_features, [*keys, networks.HISTORY_MASK]
-        if config.history_encoder == "lstm":
-            joined = networks.LSTMEncoder(total, size, preprocess=joined)
-        else:
-            length = config.history
-            joined = networks.CausalTransformer(total, size, length=length, preprocess=joined)
-        total = size
+        kind: Any = networks.LSTMEncoder
+        if config.history_encoder == "transformer":
+            kind = partial(networks.CausalTransformer, length=config.history)
+        joined = kind(total, config.history_features, preprocess=joined)
+        total, keys = config.history_features, [*keys, networks.HISTORY_MASK]
     return TensorDictModule(joined, in_keys=keys, out_keys=[FEATURES]), total
 
 

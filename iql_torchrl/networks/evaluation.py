@@ -246,40 +246,30 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class Direct:
-    """``module`` called with the entries ``in_keys`` of a TensorDict, without TensorDict.
+    """A network ``run`` with the entries ``in_keys`` of a TensorDict, without TensorDict.
 
-    With ``body``, it takes the place of the module's perceptron, and ``first`` that of its first
-    layer. ``by_row``: every row of a batch is treated for itself, without random numbers.
-    With ``critics``, a number K, a call gives ``(K, *B, n)``, of P runs ``(K, P, B, n)``.
+    ``body``: its perceptron, if that is evaluated over parameters of choice. ``by_row``: every row of a
+    batch is treated for itself, without random numbers. With ``critics``, a number K, a call gives
+    ``(K, *B, n)``, of P runs ``(K, P, B, n)``.
     """
 
     def __init__(
         self,
-        module: nn.Module,
+        run: Callable[..., Any],
         in_keys: Sequence[NestedKey] = (),
         body: Perceptron | None = None,
-        first: Callable[..., Tensor] | None = None,
         *,
         by_row: bool = False,
         critics: int = 0,
     ) -> None:
-        self.module: Any = module
-        self.in_keys, self.first = list(in_keys), first
-        self.body: Any = body
+        self.run, self.in_keys, self.body = run, list(in_keys), body
         self.by_row, self.critics = by_row, critics
 
     def __call__(self, data: TensorDictBase) -> Any:
         out = self.run(*[data.get(key) for key in self.in_keys])
         if self.critics == 1:
             return out.unsqueeze(0)
-        return out.transpose(0, 1) if self.critics and self.body.per_run else out
-
-    def run(self, *inputs: Tensor) -> Any:
-        if self.body is None:
-            return self.module(*inputs)
-        if self.first is None:
-            return self.body(*inputs)
-        return self.module.around(self.first, self.body, *inputs)
+        return out.transpose(0, 1) if self.critics and self.body and self.body.per_run else out
 
     def twice(self, first: TensorDictBase, second: TensorDictBase) -> Sequence[Tensor]:
         """Outputs of two batches of one shape from a single evaluation; only where ``by_row``."""

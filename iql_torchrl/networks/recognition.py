@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from numbers import Number
 from typing import Any, cast
 
@@ -122,13 +123,14 @@ def network_over(
     body = perceptron_of(module, stacked=per_run)
     if body is None:
         return Direct(module, in_keys)
+    around: Any = None if body is module else module
     first_layer: Any = None
-    if body is not module:
-        first_layer, params = first or module.preprocess, params.get("mlp")
+    if around is not None:
+        first_layer, params = first or around.preprocess, params.get("mlp")
     picks = (
         type(first_layer) is OneHot
         and not has_hooks(first_layer)
-        and bool(module.mlp_reads_first)
+        and around.mlp_reads_first
         and type(body[0]) is nn.Linear
     )
     leaves = [
@@ -138,11 +140,13 @@ def network_over(
     ]
     activation = one_activation(body)
     by_row = activation is not None and not per_run and type(first_layer) in BY_ROW
-    over = Perceptron(
+    over: Any = Perceptron(
         body, leaves, derivative=activation, per_run=per_run, picks=picks, detached=detached
     )
-    first_layer = Tensor.long if picks else first_layer
-    return Direct(module, in_keys, over, first_layer, by_row=by_row, critics=critics)
+    run = over
+    if around is not None:
+        run = partial(around.around, Tensor.long if picks else first_layer, over)
+    return Direct(run, in_keys, over, by_row=by_row, critics=critics)
 
 
 def critics_over(
