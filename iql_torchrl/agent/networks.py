@@ -21,7 +21,7 @@ from iql_torchrl import networks, policies
 from iql_torchrl.agent.task import Task
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import DatasetSummary
-from iql_torchrl.data.schema import Key, dotted, field_of_space, leaf_spaces
+from iql_torchrl.data.schema import Key, dotted, leaf_spaces
 from iql_torchrl.data.spaces import (
     is_image,
     is_vector,
@@ -154,10 +154,9 @@ def _first_layers(
     keys = sorted(task.observation_spec.keys(True, True), key=str)
     logged = [task.statistics[key] for key in keys]
     mean, std = torch.cat([s.mean for s in logged]), torch.cat([s.std for s in logged])
-    dtypes = [field_of_space(leaf, task.dtype, key).dtype for key, leaf in leaves.items()]
     first: Callable[[], nn.Module] = partial(networks.Standardise, mean, std)
     if not config.standardise:  # joined with floats, whole numbers become floats
-        floats = any(dtype.is_floating_point for dtype in dtypes)
+        floats = any(task.observation_spec[key].dtype.is_floating_point for key in keys)
         first = nn.Identity if floats else partial(networks.Flatten, (len(mean),))
     return None, keys, len(mean), first
 
@@ -204,9 +203,8 @@ def _encoder(
 
 def _features_of(name: str, module: nn.Module, task: Task, key: Key, space: gym.Space[Any]) -> int:
     """Width of a user's encoder, from its output for two observations of zeros."""
-    shape, dtype = field_of_space(space, task.dtype, key)
     device = policy_device(module, None)
-    zeros = torch.zeros(2, *shape, dtype=dtype, device=device)
+    zeros = task.observation_spec[key].zero((2,)).to(device)
     try:
         with as_in_evaluation(module, device):
             given = tuple(module(zeros).shape)
@@ -215,7 +213,7 @@ def _features_of(name: str, module: nn.Module, task: Task, key: Key, space: gym.
     except Exception as error:  # of any kind: it is the user's module
         raise ValueError(
             f"encoders[{name!r}], a {type(module).__name__}, does not turn {describe_space(space)}, a "
-            f"batch of shape {tuple(zeros.shape)}, {dtype}, into features (2, F): "
+            f"batch of shape {tuple(zeros.shape)}, {zeros.dtype}, into features (2, F): "
             f"{next(iter(str(error).splitlines()), type(error).__name__)}"
         ) from error
     return given[1]

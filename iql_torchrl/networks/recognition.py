@@ -140,10 +140,10 @@ def network_over(
     ]
     activation = one_activation(body)
     by_row = activation is not None and not per_run and type(first_layer) in BY_ROW
-    over: Any = Perceptron(
+    over = Perceptron(
         body, leaves, derivative=activation, per_run=per_run, picks=picks, detached=detached
     )
-    run = over
+    run: Any = over
     if around is not None:
         run = partial(around.around, Tensor.long if picks else first_layer, over)
     return Direct(run, in_keys, over, by_row=by_row, critics=critics)
@@ -158,13 +158,13 @@ def critics_over(
     critics.
     """
     module, of_module = network.module, params.get("module")
-    body = perceptron_of(module, stacked=per_run)
-    first = None
-    if body is not None and body is not module:
-        first = _first_of_all(module.preprocess, of_module.get("preprocess", None))
-        body = None if first is None else body
-    if body is None:
+    if perceptron_of(module, stacked=per_run) is None:
         return None
+    first = None
+    if isinstance(module, AroundPerceptron):
+        first = _first_of_all(module.preprocess, of_module.get("preprocess", None))
+        if first is None:
+            return None
     options: Any = {"per_run": per_run, "detached": detached, "first": first, "critics": count}
     return network_over(module, network.in_keys, of_module, **options)
 
