@@ -220,19 +220,3 @@ def test_networks_of_categories_pick():
         networks.StateValue(6, preprocess=nn.Sequential(one_hot, nn.Linear(6, 6))),
     ):
         assert direct(left).body is None or not direct(left).body.picks
-
-
-@pytest.mark.parametrize("categories", [False, True])
-@pytest.mark.parametrize("own", [False, True])
-def test_a_batch_per_run(own, categories):
-    """Runs that read one batch, and runs that read one each; 3 runs, 3 layers, 3 outputs."""
-    sources = [perceptron(3, inputs=6, outputs=3) for _ in range(3)]
-    body = over(*sources, per_run=True, picks=categories)
-    shape = (3, 7) if own else (7,)
-    x = torch.randint(6, shape) if categories else torch.randn(*shape, 6, dtype=torch.float64)
-    rows = nn.functional.one_hot(x, 6).double() if categories else x
-    rows = rows if own else rows.expand(3, *rows.shape)
-    for out in both(body, x):
-        expected = torch.stack([m(row) for m, row in zip(sources, rows, strict=True)])
-        torch.testing.assert_close(out, expected, **EXACT)
-        assert_gradients(out, body.leaves, expected, sources)
