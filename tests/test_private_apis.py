@@ -27,7 +27,7 @@ def test_a_missing_name_is_an_error_that_names_feature_version_and_another_way(m
         r"TorchRL 0\.14.*Use compiled",
     ):
         apis.version_of(torch.zeros(1))
-    with pytest.raises(NotImplementedError, match=r"exporting a policy .* agent\.save"):
+    with pytest.raises(NotImplementedError, match=r"exporting a policy .* Agent\.load\(path\)"):
         apis.assert_dtype(torch.zeros(1), torch.float32)
 
 

@@ -369,11 +369,8 @@ def _make_optimizer(
         params = [p for name, p in named if name.startswith(f"{network}_network")]
         if params:
             groups.append({"params": params, "lr": getattr(config, field)})
-    if config.optimizer == "adamw":
-        decay = config.weight_decay
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, weight_decay=decay, fused=True)
-    else:
-        optimizer = torch.optim.Adam(groups, fused=True)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer]
+    optimizer = kind(groups, weight_decay=config.weight_decay, fused=True)
     return optimizer, LambdaLR(optimizer, rate_factors(config, len(groups)))
 
 

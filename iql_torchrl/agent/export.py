@@ -96,8 +96,7 @@ class ProgramInput:
             assert isinstance(self.space, spaces.Box)
             values = values.clip(self.space.low, self.space.high)
         else:
-            kind = np.dtype(str(self.dtype).removeprefix("torch."))
-            values = generator.integers(*limits, shape, kind, endpoint=True)
+            values = generator.integers(*limits, shape, self.space.dtype, endpoint=True)
         if self.leaf in (MASK, HISTORY):
             values.sort(1)
             values[:, -1] = True
@@ -162,18 +161,12 @@ def described_policy(policy: TensorDictModuleBase, task: Task) -> dict[str, Any]
 class PolicyProgram(nn.Module):
     """The policy as a function of tensors; tracing removes the TensorDict."""
 
-    low: Tensor
-    high: Tensor
-
     def __init__(self, policy: nn.Module, task: Task, inputs: list[ProgramInput]) -> None:
         super().__init__()
         self.inputs, self.space = inputs, task.action_space
         self.stack = (history := history_of(policy)) is not None and history.stack
         self.chunk = chunk_of(policy)
         self.policy = copy.deepcopy(policy).cpu().requires_grad_(False)
-        if isinstance(self.space, spaces.Box):
-            self.register_buffer("low", torch.from_numpy(self.space.low.copy()))
-            self.register_buffer("high", torch.from_numpy(self.space.high.copy()))
 
     def forward(self, *tensors: Tensor) -> Tensor:
         batch = TensorDict({}, batch_size=tensors[0].shape[:1])
@@ -202,9 +195,9 @@ class PolicyProgram(nn.Module):
             action, steps = self.chunk.steps(action, space.shape), (self.chunk.length,)
         rows = tuple(action.shape[1:])
         if isinstance(space, spaces.Box) and rows == (*steps, *space.shape):
-            exact = torch.promote_types(action.dtype, self.low.dtype)
-            action = action.to(exact).clamp(self.low.to(exact), self.high.to(exact))
-            return action.to(self.low.dtype)
+            low, high = torch.as_tensor(space.low), torch.as_tensor(space.high)
+            exact = torch.promote_types(action.dtype, low.dtype)
+            return action.to(exact).clamp(low.to(exact), high.to(exact)).to(low.dtype)
         if isinstance(space, spaces.Discrete):
             start = int(space.start)
             if rows == (space.n,) and space.n > 1:
@@ -281,25 +274,19 @@ def export_policy(policy: TensorDictModuleBase, task: Task, path: str | Path) ->
                 "for NaN in its parameters."
             )
         program = _traced(module, traced_from, kind)
-        _compare(program.module(), batches, actions, 1e-6, f"this {kind}, once traced,")
+        file = io.BytesIO()  # torch's own writer ends the process when the disk is full
         if path.suffix == ".onnx":
-            translated = _translated(program, [each.name for each in inputs], kind)
-            _compare(
-                lambda *batch: translated(*batch)[0],
-                batches,
-                actions,
-                1e-5,
-                f"this {kind}, once translated to ONNX,",
-            )
-            content = translated.model_proto.SerializeToString()
+            run, content = _translated(program, [each.name for each in inputs], kind)
+            file.write(content)
+            tolerance, form = 1e-5, "translated to ONNX"
         else:
-            file = io.BytesIO()  # torch's own writer ends the process when the disk is full
+            run, tolerance, form = program.module(), 1e-6, "traced"
             torch.export.save(program, file)
-            content = file.getvalue()
+        _compare(run, batches, actions, tolerance, f"this {kind}, once {form},")
     description |= {"use": USE[path.suffix], "versions": versions()}
     note = json.dumps(description, indent=2, allow_nan=False) + "\n"
     with whole_file(path) as temporary:
-        temporary.write_bytes(content)
+        temporary.write_bytes(file.getvalue())
         beside = path.with_suffix(".json" if path.suffix == ".pt2" else ".onnx.json")
         with whole_file(beside) as temporary_note:
             temporary_note.write_text(note)
@@ -346,8 +333,10 @@ def _traced(module: nn.Module, examples: Sequence[Tensor], kind: str) -> Exporte
     return program
 
 
-def _translated(program: ExportedProgram, inputs: Sequence[str], kind: str) -> Any:
-    """The program as torch's ``ONNXProgram``, without its checks of values, ready to run."""
+def _translated(
+    program: ExportedProgram, inputs: Sequence[str], kind: str
+) -> tuple[Callable[..., Tensor], bytes]:
+    """The program in ONNX, without checks of values: run by onnxruntime, and a file's content."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it reports what of torchvision is not installed
@@ -371,6 +360,7 @@ def _translated(program: ExportedProgram, inputs: Sequence[str], kind: str) -> A
         for value in (*model.graph.inputs, *model.graph.outputs):
             value.shape[0] = "batch"
         translated.initialize_inference_session()
+        return lambda *batch: translated(*batch)[0], translated.model_proto.SerializeToString()
     except ImportError as error:
         raise ImportError(
             f"an ONNX program needs {', '.join(ONNX_PACKAGES)}, and one cannot be imported ({error}); "
@@ -383,7 +373,6 @@ def _translated(program: ExportedProgram, inputs: Sequence[str], kind: str) -> A
         ) from error
     finally:
         logger.setLevel(level)
-    return translated
 
 
 def _rename_values(graph: Any, inputs: Sequence[str]) -> None:

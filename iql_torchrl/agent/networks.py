@@ -21,7 +21,7 @@ from iql_torchrl import networks, policies
 from iql_torchrl.agent.task import Task
 from iql_torchrl.config import IQLConfig
 from iql_torchrl.data import DatasetSummary
-from iql_torchrl.data.schema import Key, dotted, field_of_space, leaf_spaces
+from iql_torchrl.data.schema import Key, dotted, leaf_spaces
 from iql_torchrl.data.spaces import (
     is_image,
     is_vector,
@@ -64,17 +64,16 @@ def make_networks(
 
     def place(module: Any) -> Any:
         # before the loss takes it: buffers stay where they are afterwards
-        module = module.to(torch.device(config.device))
-        return module.double() if task.dtype is torch.float64 else module.float()
+        return module.to(torch.device(config.device)).to(task.dtype)
 
     def critic() -> TensorDictModule:
+        kind: Any = networks.Critic
         if isinstance(space, spaces.Discrete):
-            net: nn.Module = networks.DiscreteCritic(
-                features, int(space.n), preprocess=preprocess(), **values
-            )
-            return TensorDictModule(place(net), in_keys=keys, out_keys=["state_action_value"])
-        net = networks.Critic(features, spec.shape[-1], preprocess=preprocess(), **values)
-        return ValueOperator(place(net), in_keys=[*keys, "action"])
+            kind, size, read = networks.DiscreteCritic, int(space.n), keys
+        else:
+            size, read = spec.shape[-1], [*keys, "action"]
+        net = kind(features, size, preprocess=preprocess(), **values)
+        return ValueOperator(place(net), in_keys=read, out_keys=["state_action_value"])
 
     options = {**widths, "dropout": config.dropout, "residual": config.residual != "none"}
     name = config.policy
@@ -155,10 +154,9 @@ def _first_layers(
     keys = sorted(task.observation_spec.keys(True, True), key=str)
     logged = [task.statistics[key] for key in keys]
     mean, std = torch.cat([s.mean for s in logged]), torch.cat([s.std for s in logged])
-    dtypes = [field_of_space(leaf, task.dtype, key).dtype for key, leaf in leaves.items()]
     first: Callable[[], nn.Module] = partial(networks.Standardise, mean, std)
     if not config.standardise:  # joined with floats, whole numbers become floats
-        floats = any(dtype.is_floating_point for dtype in dtypes)
+        floats = any(task.observation_spec[key].dtype.is_floating_point for key in keys)
         first = nn.Identity if floats else partial(networks.Flatten, (len(mean),))
     return None, keys, len(mean), first
 
@@ -167,22 +165,22 @@ def _encoder(
     config: IQLConfig, task: Task, encoders: Encoders, windows: bool
 ) -> tuple[TensorDictModule, int]:
     """The encoder of all leaves, of their sequence with ``windows``; and its number of features."""
-    leaves = {_leaf_name(key): key for key in leaf_spaces(task.observation_space)}
+    leaves = leaf_spaces(task.observation_space)
+    names = [_leaf_name(key) for key in leaves]
     for name, module in encoders.items():
-        if name not in leaves:
+        if name not in names:
             raise ValueError(
                 f"encoders names {name!r}, which is no part of the observations; they hold "
-                f"{', '.join(leaves)}."
+                f"{', '.join(names)}."
             )
         if not isinstance(module, nn.Module):
             raise TypeError(
                 f"encoders[{name!r}] is {type(module).__name__}; expected a torch module that turns "
                 "(B, *shape) into features (B, F)."
             )
-    keys: list[NestedKey] = [key[0] if len(key) == 1 else key for key in leaves.values()]
+    keys: list[NestedKey] = [key[0] if len(key) == 1 else key for key in leaves]
     parts, total = [], 0
-    for (name, key), read in zip(leaves.items(), keys, strict=True):
-        space = leaf_spaces(task.observation_space)[key]
+    for name, read, (key, space) in zip(names, keys, leaves.items(), strict=True):
         if name in encoders:
             module, size = encoders[name], _features_of(name, encoders[name], task, key, space)
         elif is_image(space):
@@ -195,21 +193,18 @@ def _encoder(
         total += size
     joined: nn.Module = networks.JoinedEncoders(parts)
     if windows:
-        size, keys = config.history_features, [*keys, networks.HISTORY_MASK]
-        if config.history_encoder == "lstm":
-            joined = networks.LSTMEncoder(total, size, preprocess=joined)
-        else:
-            length = config.history
-            joined = networks.CausalTransformer(total, size, length=length, preprocess=joined)
-        total = size
+        kind: Any = networks.LSTMEncoder
+        if config.history_encoder == "transformer":
+            kind = partial(networks.CausalTransformer, length=config.history)
+        joined = kind(total, config.history_features, preprocess=joined)
+        total, keys = config.history_features, [*keys, networks.HISTORY_MASK]
     return TensorDictModule(joined, in_keys=keys, out_keys=[FEATURES]), total
 
 
 def _features_of(name: str, module: nn.Module, task: Task, key: Key, space: gym.Space[Any]) -> int:
     """Width of a user's encoder, from its output for two observations of zeros."""
-    shape, dtype = field_of_space(space, task.dtype, key)
     device = policy_device(module, None)
-    zeros = torch.zeros(2, *shape, dtype=dtype, device=device)
+    zeros = task.observation_spec[key].zero((2,)).to(device)
     try:
         with as_in_evaluation(module, device):
             given = tuple(module(zeros).shape)
@@ -218,7 +213,7 @@ def _features_of(name: str, module: nn.Module, task: Task, key: Key, space: gym.
     except Exception as error:  # of any kind: it is the user's module
         raise ValueError(
             f"encoders[{name!r}], a {type(module).__name__}, does not turn {describe_space(space)}, a "
-            f"batch of shape {tuple(zeros.shape)}, {dtype}, into features (2, F): "
+            f"batch of shape {tuple(zeros.shape)}, {zeros.dtype}, into features (2, F): "
             f"{next(iter(str(error).splitlines()), type(error).__name__)}"
         ) from error
     return given[1]

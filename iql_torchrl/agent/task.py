@@ -133,16 +133,15 @@ def space_state(space: gym.Space[Any]) -> dict[str, Any]:
             f"a {kind} space cannot be stored; expected Box, Discrete, MultiDiscrete, "
             "MultiBinary, or a Dict of them."
         )
-    state: dict[str, Any] = {"type": kind}
-    for name in ATTRIBUTES[kind]:
-        value = getattr(space, name)
-        if name == "dtype":
-            state[name] = str(value)
-        elif isinstance(value, np.ndarray | tuple):
-            state[name] = torch.from_numpy(np.array(value))
-        else:
-            state[name] = int(value)
-    return state
+    return {"type": kind, **{name: _plain(getattr(space, name)) for name in ATTRIBUTES[kind]}}
+
+
+def _plain(value: Any) -> str | int | Tensor:
+    """A space's attribute: a dtype as its name, whole numbers, several numbers as a tensor."""
+    if isinstance(value, np.dtype):
+        return str(value)
+    several = isinstance(value, np.ndarray | tuple)
+    return torch.from_numpy(np.array(value)) if several else int(value)
 
 
 def space_from_state(state: Mapping[str, Any]) -> gym.Space[Any]:

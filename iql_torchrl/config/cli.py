@@ -70,12 +70,10 @@ def parse(
     choices: Any = Literal[tuple(presets)]
     help_of_preset = tyro.conf.arg(help="settings to start from; the options below change them")
     choice = ("preset", Annotated[choices, help_of_preset], next(iter(presets)))
+    shared: Any = {"prog": Path(sys.argv[0]).name, "args": list(arguments)}
     # Read first, because it changes the defaults of the other options.
-    words = [word for word in arguments if word not in ("-h", "--help")]
     chosen: Any = make_dataclass("Preset", [choice])
-    start, _ = tyro.cli(
-        chosen, prog=Path(sys.argv[0]).name, args=words, return_unknown_args=True, add_help=False
-    )
+    start, _ = tyro.cli(chosen, **shared, return_unknown_args=True, add_help=False)
     preset = presets[start.preset]
     settings: list[Any] = []
     for name, knob in knobs(type(preset)).items():
@@ -85,13 +83,8 @@ def parse(
     every = make_dataclass("Settings", [(*choice[:2], start.preset), *settings])
     both: Any = make_dataclass("CommandLine", [("script", options), ("settings", every)])
     with _rules:
-        line = tyro.cli(
-            both,
-            prog=Path(sys.argv[0]).name,
-            args=list(arguments),
-            description=description,
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
+        prefixes = (tyro.conf.OmitArgPrefixes,)
+        line = tyro.cli(both, **shared, description=description, config=prefixes)
     for name, smallest in least.items():
         value = getattr(line.script, name)
         if value is not None and value < smallest:

@@ -16,12 +16,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-EXPECTED: dict[Any, str] = {
-    int: "a whole number, written without a point",
-    float: "a number",
-    bool: "True or False",
-    str: "a string",
-    tuple[int, ...]: "a tuple of whole numbers",
+# By kind of a setting, the types of its values, and these in words.
+KINDS: dict[Any, tuple[type, str]] = {
+    int: (numbers.Integral, "a whole number, written without a point"),
+    float: (numbers.Real, "a number"),
+    bool: (bool, "True or False"),
+    str: (str, "a string"),
+    tuple[int, ...]: (tuple, "a tuple of whole numbers"),
 }
 
 
@@ -91,7 +92,7 @@ class Knob:
         except (TypeError, OverflowError):
             or_none = ", or None" if self.optional else ""
             raise ValueError(
-                f"{self.name} is {value!r}; expected {EXPECTED[kind]}{or_none}."
+                f"{self.name} is {value!r}; expected {KINDS[kind][1]}{or_none}."
             ) from None
         if self.choices:
             check_choice(self.name, value, self.choices)
@@ -100,7 +101,7 @@ class Knob:
         return value
 
     def check_in_loss(self, value: Any) -> None:
-        """Raise as :meth:`plain` for an argument of a loss, which may be a tensor with one number.
+        """Raise as :meth:`plain` for an argument of a loss or network, also a tensor with one number.
 
         Raises ``TypeError`` for anything that is no number.
         """
@@ -167,14 +168,10 @@ def check_whole(**values: object) -> None:
 
 def _convert(kind: Any, value: Any) -> Any:
     """``value`` as a plain ``kind``; raises ``TypeError`` where it is of another type."""
-    if get_origin(kind) is tuple:
-        if not isinstance(value, tuple):
-            raise TypeError
-        return tuple(_convert(int, entry) for entry in value)
-    accepted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+    accepted: Any = KINDS[kind][0]
     if isinstance(value, bool) is not (kind is bool) or not isinstance(value, accepted):
         raise TypeError
-    return kind(value)
+    return tuple(_convert(int, each) for each in value) if accepted is tuple else kind(value)
 
 
 def _is_inside(value: Any, interval: str) -> bool:

@@ -32,14 +32,12 @@ class Chunk:
     replan_every: int | None = None
 
     def __post_init__(self) -> None:
-        check_whole(length=self.length)
-        if self.replan_every is not None:
-            check_whole(replan_every=self.replan_every)
-            if self.replan_every > self.length:
-                raise ValueError(
-                    f"replan_every is {self.replan_every} and a chunk has {self.length} actions; "
-                    f"choose at most {self.length}."
-                )
+        check_whole(length=self.length, replan_every=self.executed)
+        if self.executed > self.length:
+            raise ValueError(
+                f"replan_every is {self.replan_every} and a chunk has {self.length} actions; choose at "
+                f"most {self.length}."
+            )
 
     @property
     def executed(self) -> int:

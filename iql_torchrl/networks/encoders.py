@@ -130,9 +130,7 @@ class ImageEncoder(nn.Module):
             outputs = self.convolutions(torch.zeros(1, depth, *self.size)).numel()
         self.linear = nn.Linear(outputs, features)
         self.norm = nn.LayerNorm(features)
-        for name, parameter in self.named_parameters():
-            if name.startswith("norm."):
-                continue
+        for parameter in (*self.convolutions.parameters(), *self.linear.parameters()):
             if parameter.ndim > 1:
                 nn.init.orthogonal_(parameter, 2.0**0.5)
             else:

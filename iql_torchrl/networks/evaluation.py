@@ -10,6 +10,7 @@ for rounding; gradients cannot be differentiated again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -31,6 +32,7 @@ DERIVATIVES: dict[type[nn.Module], Activation] = {
 FEW, SMALL = 32, 2**22
 
 
+@dataclass(eq=False)
 class Perceptron:
     """What the Sequential ``source`` computes, over parameters ``leaves`` that may be stacked.
 
@@ -48,20 +50,17 @@ class Perceptron:
     again.
     """
 
-    def __init__(
-        self,
-        source: nn.Sequential,
-        leaves: Sequence[Tensor],
-        *,
-        derivative: Activation | None = None,
-        per_run: bool = False,
-        picks: bool = False,
-        detached: bool = False,
-    ) -> None:
-        self.layers = tuple(source)
+    source: InitVar[nn.Sequential]
+    leaves: Sequence[Tensor]
+    _: KW_ONLY
+    derivative: Activation | None = None
+    per_run: bool = False
+    picks: bool = False
+    detached: bool = False
+
+    def __post_init__(self, source: nn.Sequential) -> None:
+        self.layers, self.leaves = tuple(source), tuple(self.leaves)
         self.counts = tuple(len(list(layer.parameters(recurse=False))) for layer in self.layers)
-        self.leaves, self.derivative = tuple(leaves), derivative
-        self.per_run, self.picks, self.detached = per_run, picks, detached
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
@@ -245,41 +244,27 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.baddbmm(bias.unsqueeze(-2), x.expand(len(weight), *x.shape[-2:]), weight.mT)
 
 
+@dataclass(eq=False)
 class Direct:
-    """``module`` called with the entries ``in_keys`` of a TensorDict, without TensorDict.
+    """A network ``run`` with the entries ``in_keys`` of a TensorDict, without TensorDict.
 
-    With ``body``, it takes the place of the module's perceptron, and ``first`` that of its first
-    layer. ``by_row``: every row of a batch is treated for itself, without random numbers.
-    With ``critics``, a number K, a call gives ``(K, *B, n)``, of P runs ``(K, P, B, n)``.
+    ``body``: its perceptron, if that is evaluated over parameters of choice. ``by_row``: every row of a
+    batch is treated for itself, without random numbers. With ``critics``, a number K, a call gives
+    ``(K, *B, n)``, of P runs ``(K, P, B, n)``.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        in_keys: Sequence[NestedKey] = (),
-        body: Perceptron | None = None,
-        first: Callable[..., Tensor] | None = None,
-        *,
-        by_row: bool = False,
-        critics: int = 0,
-    ) -> None:
-        self.module: Any = module
-        self.in_keys, self.first = list(in_keys), first
-        self.body: Any = body
-        self.by_row, self.critics = by_row, critics
+    run: Callable[..., Any]
+    in_keys: Sequence[NestedKey]
+    body: Perceptron | None = None
+    _: KW_ONLY
+    by_row: bool = False
+    critics: int = 0
 
     def __call__(self, data: TensorDictBase) -> Any:
         out = self.run(*[data.get(key) for key in self.in_keys])
         if self.critics == 1:
             return out.unsqueeze(0)
-        return out.transpose(0, 1) if self.critics and self.body.per_run else out
-
-    def run(self, *inputs: Tensor) -> Any:
-        if self.body is None:
-            return self.module(*inputs)
-        if self.first is None:
-            return self.body(*inputs)
-        return self.module.around(self.first, self.body, *inputs)
+        return out.transpose(0, 1) if self.critics and self.body and self.body.per_run else out
 
     def twice(self, first: TensorDictBase, second: TensorDictBase) -> Sequence[Tensor]:
         """Outputs of two batches of one shape from a single evaluation; only where ``by_row``."""

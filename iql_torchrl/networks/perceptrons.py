@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iql_torchrl.config import check_choice, check_whole
+from iql_torchrl.config import IQLConfig, check_whole, knobs
 
 #: Makers of the activations that a config names. GELU is the approximation by tanh, as in JAX.
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
@@ -18,7 +18,6 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "gelu": partial(nn.GELU, "tanh"),
     "mish": nn.Mish,
 }
-INITIALISATIONS = ("orthogonal", "torch")
 Part = Callable[..., Tensor]
 
 
@@ -150,14 +149,13 @@ def _checked_linear(
     if not isinstance(hidden, Sequence) or isinstance(hidden, str):
         raise ValueError(f"hidden is {hidden!r}; expected a sequence of widths: ({hidden!r},).")
     check_whole(**{f"hidden[{number}]": width for number, width in enumerate(hidden)})
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout is {dropout}; it must lie in [0, 1).")
+    for name, value in {"dropout": dropout, "initialisation": initialisation}.items():
+        knobs(IQLConfig)[name].check_in_loss(value)
     if isinstance(activation, nn.Module) or not callable(activation):
         raise TypeError(
             f"activation is {activation!r}; expected a class or function that makes a module, such "
             "as torch.nn.ReLU, without parentheses."
         )
-    check_choice("initialisation", initialisation, INITIALISATIONS)
 
     def linear(in_features: int, out_features: int) -> nn.Linear:
         check_whole(in_features=in_features, out_features=out_features)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from timeit import timeit
 from typing import Any
 
 import torch
@@ -59,13 +59,9 @@ def _share_of_time() -> float:
         onednn_linear(x, weight, bias)
         onednn_linear(x.mT, weight.mT, None)
 
-    times: dict[Callable[[], None], list[float]] = {by_mkl: [], by_onednn: []}
-    for _ in range(ROUNDS):
-        for function, seconds in times.items():
-            began = time.perf_counter()
-            function()
-            seconds.append(time.perf_counter() - began)
-    return min(times[by_onednn]) / min(times[by_mkl])
+    turns = [(timeit(by_onednn, number=1), timeit(by_mkl, number=1)) for _ in range(ROUNDS)]
+    onednn, mkl = map(min, zip(*turns, strict=True))
+    return onednn / mkl
 
 
 def matmul(first: Tensor, second: Tensor) -> Tensor:

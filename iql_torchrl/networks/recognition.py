@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from numbers import Number
-from typing import Any, TypeGuard
+from typing import Any, cast
 
 from tensordict import NestedKey, TensorDictBase, unravel_key
 from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule, TensorDictSequential
@@ -14,7 +15,7 @@ from torchrl.modules import MLP as TorchRLMLP
 from torchrl.modules import SafeModule, SafeProbabilisticModule, ValueOperator
 
 from iql_torchrl.networks.encoders import OneHot
-from iql_torchrl.networks.evaluation import DERIVATIVES, Direct, Perceptron
+from iql_torchrl.networks.evaluation import DERIVATIVES, Activation, Direct, Perceptron
 from iql_torchrl.networks.perceptrons import MLP, AroundPerceptron, Standardise
 from iql_torchrl.private_apis import children_of, has_hooks, reads_positions
 
@@ -24,23 +25,24 @@ ELEMENTWISE = (
     nn.Identity, nn.Dropout,
 )  # fmt: skip
 # First layers that treat every row for itself and draw no random numbers.
-BY_ROW = (OneHot, Standardise, nn.Identity)
+BY_ROW = (OneHot, Standardise, nn.Identity, type(None))
 
 
-def _is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
-    """Whether it runs its parts one after the other and nothing else; TorchRL's MLP may reshape."""
+def _parts(module: nn.Module) -> list[Any]:
+    """What a module runs one after the other, where it does nothing else; TorchRL's MLP may reshape."""
+    runs = type(module) in (nn.Sequential, MLP)
     if type(module) is TorchRLMLP:
-        return isinstance(module.out_features, Number)
-    return type(module) in (nn.Sequential, MLP)
+        runs = isinstance(module.out_features, Number)
+    return list(cast(nn.Sequential, module)) if runs else []  # children() names a module once
 
 
-def is_stackable(module: nn.Module) -> TypeGuard[nn.Sequential]:
+def is_stackable(module: nn.Module) -> bool:
     """Whether :class:`Perceptron` computes what the module does over stacked parameters.
 
     True for Sequentials of Linear, LayerNorm over the last dimension and element-wise modules, with
     at least one Linear.
     """
-    parts = list(module) if _is_sequential(module) else []
+    parts = _parts(module)
     return any(type(part) is nn.Linear for part in parts) and all(
         type(part) in (nn.Linear, *ELEMENTWISE)
         or (type(part) is nn.LayerNorm and len(part.normalized_shape) == 1)
@@ -48,17 +50,15 @@ def is_stackable(module: nn.Module) -> TypeGuard[nn.Sequential]:
     )
 
 
-def linear_layers(module: nn.Module) -> list[nn.Linear] | None:
-    """The Linear layers of a Sequential that alternates them with one ReLU or Tanh, else None."""
-    if not _is_sequential(module):
-        return None
-    parts: list[Any] = list(module)  # children() names a module once, however often it runs
-    layers, between = parts[::2], parts[1::2]
-    kinds = {type(layer) for layer in between}
-    alternates = len(layers) == len(between) + 1 and len(kinds) <= 1 and kinds <= set(DERIVATIVES)
-    if not alternates or any(type(x) is not nn.Linear or x.bias is None for x in layers):
-        return None
-    return layers
+def one_activation(module: nn.Module) -> Activation | None:
+    """That of a Sequential that alternates Linear layers with one ReLU or Tanh, else None.
+
+    A single Linear layer has none, and counts as one with ReLU.
+    """
+    parts = _parts(module)
+    kinds = {type(part) for part in parts[1::2]} or {nn.ReLU}
+    linear = all(type(part) is nn.Linear and part.bias is not None for part in parts[::2])
+    return DERIVATIVES.get(kinds.pop()) if linear and len(parts) % 2 and len(kinds) == 1 else None
 
 
 def is_plain(network: Any) -> bool:
@@ -90,7 +90,7 @@ def is_head_and_distribution(actor: Any) -> bool:
 
 
 def perceptron_of(module: nn.Module, *, stacked: bool = False) -> nn.Sequential | None:
-    """The perceptron of ``module``, itself or its ``mlp``, if :func:`linear_layers` knows it.
+    """The perceptron of ``module``, itself or its ``mlp``, if :func:`one_activation` knows it.
 
     With ``stacked`` :func:`is_stackable` suffices. None where something hooks on to it, or a derived
     class changed what calls it.
@@ -100,7 +100,7 @@ def perceptron_of(module: nn.Module, *, stacked: bool = False) -> nn.Sequential 
         if type(module).forward is not AroundPerceptron.forward or has_hooks(module):
             return None
         body = module.mlp
-    known = is_stackable(body) if stacked else linear_layers(body) is not None
+    known = is_stackable(body) if stacked else one_activation(body) is not None
     return body if known and not any(map(has_hooks, (body, *body))) else None
 
 
@@ -120,29 +120,33 @@ def network_over(
     ``detached`` they get no gradient. ``first``: takes the place of the first layer. ``critics``: how
     many networks the parameters are of, where these are critics.
     """
-    around = isinstance(module, AroundPerceptron)
-    first_layer: Any = (first or module.preprocess) if around else None
     body = perceptron_of(module, stacked=per_run)
     if body is None:
         return Direct(module, in_keys)
-    known = linear_layers(body) is not None
+    around: Any = None if body is module else module
+    first_layer: Any = None
+    if around is not None:
+        first_layer, params = first or around.preprocess, params.get("mlp")
     picks = (
         type(first_layer) is OneHot
         and not has_hooks(first_layer)
-        and getattr(module, "mlp_reads_first", False)
+        and around.mlp_reads_first
         and type(body[0]) is nn.Linear
     )
+    leaves = [
+        params.get((place, name))
+        for place, layer in children_of(body).items()
+        for name, _ in layer.named_parameters(recurse=False)
+    ]
+    activation = one_activation(body)
+    by_row = activation is not None and not per_run and type(first_layer) in BY_ROW
     over = Perceptron(
-        body,
-        _leaves(module, params),
-        derivative=DERIVATIVES[type(body[1]) if len(body) > 1 else nn.ReLU] if known else None,
-        per_run=per_run,
-        picks=picks,
-        detached=detached,
+        body, leaves, derivative=activation, per_run=per_run, picks=picks, detached=detached
     )
-    by_row = known and not per_run and (first_layer is None or type(first_layer) in BY_ROW)
-    first_layer = Tensor.long if picks else first_layer
-    return Direct(module, in_keys, over, first_layer, by_row=by_row, critics=critics)
+    run: Any = over
+    if around is not None:
+        run = partial(around.around, Tensor.long if picks else first_layer, over)
+    return Direct(run, in_keys, over, by_row=by_row, critics=critics)
 
 
 def critics_over(
@@ -153,42 +157,28 @@ def critics_over(
     None where more than the perceptron has parameters, or statistics before it differ between the
     critics.
     """
-    module = network.module
-    body = perceptron_of(module, stacked=per_run)
-    if body is None:
+    module, of_module = network.module, params.get("module")
+    if perceptron_of(module, stacked=per_run) is None:
         return None
     first = None
-    if body is not module:
-        if any(True for _ in module.preprocess.parameters()):
+    if isinstance(module, AroundPerceptron):
+        first = _first_of_all(module.preprocess, of_module.get("preprocess", None))
+        if first is None:
             return None
-        if params.batch_dims and any(True for _ in module.preprocess.buffers()):
-            first = _first_of_all(module.preprocess, params.get(("module", "preprocess")))
-            if first is None:
-                return None
     options: Any = {"per_run": per_run, "detached": detached, "first": first, "critics": count}
-    return network_over(module, network.in_keys, params.get("module"), **options)
+    return network_over(module, network.in_keys, of_module, **options)
 
 
-def _leaves(module: nn.Module, params: TensorDictBase) -> list[Tensor]:
-    """Entries of ``params`` for the perceptron of ``module``, in the order of its layers."""
-    around = isinstance(module, AroundPerceptron)
-    body: Any = module.mlp if around else module
-    of_body = params.get("mlp") if around else params
-    return [
-        of_body.get((place, name))
-        for place, layer in children_of(body).items()
-        for name, _ in layer.named_parameters(recurse=False)
-    ]
-
-
-def _first_of_all(preprocess: nn.Module, params: TensorDictBase) -> nn.Module | None:
-    """A first layer with the statistics that all critics have; None where they differ."""
+def _first_of_all(preprocess: nn.Module, params: TensorDictBase | None) -> nn.Module | None:
+    """The first layer with the statistics that all critics have; None where something differs."""
+    if any(True for _ in preprocess.parameters()):
+        return None
+    holders = [part for part in preprocess.modules() if any(True for _ in part.buffers(False))]
+    if params is None or not params.batch_dims or not holders:
+        return preprocess
+    rows = params.data.reshape(-1)
+    if not all(isinstance(part, Standardise) for part in holders) or not (rows == rows[:1]).all():
+        return None
     shared = copy.deepcopy(preprocess)
-    for path, part in shared.named_modules():
-        for name, _ in list(part.named_buffers(recurse=False)):
-            values = params.get((*filter(None, path.split(".")), name))
-            values = values.flatten(0, params.batch_dims - 1)
-            if not isinstance(part, Standardise) or not bool((values == values[:1]).all()):
-                return None
-            setattr(part, name, values[0])
+    rows[0].to_module(shared)
     return shared

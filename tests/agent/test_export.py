@@ -101,6 +101,7 @@ KINDS = {
     "masked": lambda: discrete_agent(start=5, masked=True),
     "dict": dict_agent,
     "category": category_agent,
+    "chunks": lambda: box_agent(action_chunk=3, replan_every=2),
 }
 SEVERAL = {"policy": "flow", "num_samples": 5, "flow_steps": 4, "activation": "gelu"}
 MORE = {
@@ -112,6 +113,10 @@ MORE = {
     "best of flow": lambda: trained(**SEVERAL, layer_norm=True, norm_after_activation=True),
     "best of mixture": lambda: trained(policy="mixture", num_samples=3),
     "best of tanh_normal": lambda: trained(policy="tanh_normal", num_samples=3, num_critics=1),
+    "best of chunks": lambda: box_agent(action_chunk=3, **SEVERAL),
+    "chunks after frames": lambda: box_agent(
+        action_chunk=3, history=2, history_encoder="stack", replan_every=2
+    ),
 }
 
 
@@ -124,6 +129,9 @@ def case(name: str):
         seen = np.arange(9) % 5
     elif name == "masked":
         more = {"action_mask": masks()}
+    elif name == "chunks after frames":
+        windows = np.stack([seen[:-1], seen[1:]], 1)
+        return agent, (windows, np.ones((len(windows), 2), bool)), agent.act(windows)
     leaves = [seen["at"], seen["goal"]] if name == "dict" else [seen]
     return agent, (*leaves, *more.values()), agent.act(seen, **more)
 
@@ -302,7 +310,7 @@ def test_weights_that_are_not_numbers_are_not_exported(tmp_path):
 
 def test_the_description_of_inputs_and_output(tmp_path):
     notes = {}
-    for name in ("masked", "dict", "double", "category"):
+    for name in ("masked", "dict", "double", "category", "chunks"):
         KINDS[name]().export(tmp_path / f"{name}.pt2")
         notes[name] = json.loads((tmp_path / f"{name}.json").read_text())
     observed = {"name": "observation", "key": ["observation"], "shape": ["B", 3]}
@@ -317,12 +325,15 @@ def test_the_description_of_inputs_and_output(tmp_path):
         "name": "action", "shape": ["B", 2], "dtype": "float64",
         "kind": "box", "low": LOW.tolist(), "high": HIGH.tolist(),
     }  # fmt: skip
+    output = notes["chunks"]["output"]
+    assert (output["shape"], output["steps"], output["execute"]) == (["B", 3, 2], 3, 2)
+    assert (output["low"], output["high"]) == (LOW.tolist(), HIGH.tolist())
     described = [(i["name"], i["shape"]) for i in notes["dict"]["inputs"]]
     assert described == [("at", ["B", 1]), ("goal", ["B", 2])]
     assert notes["category"]["inputs"][0]["values"] == "whole numbers in [0, 4]"
     assert "RuntimeError" in notes["double"]["use"]
     assert notes["double"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json"] * 4 + [".pt2"] * 4
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json"] * 5 + [".pt2"] * 5
 
 
 def test_the_agent_and_the_callers_state_do_not_change(tmp_path):
@@ -669,40 +680,3 @@ def test_the_description_and_the_refusals_of_windows(programs):
             program(*inputs)
     with pytest.raises((RuntimeError, AssertionError), match=r"shape|dimension|Guard"):
         program(at[:, 1:], kind[:, 1:], mask[:, 1:])
-
-
-# -- export_policy: chunks of actions
-
-
-@pytest.mark.parametrize(
-    "kind", ["gaussian", *(pytest.param(k, marks=pytest.mark.slow) for k in ("best", "history"))]
-)
-def test_a_program_gives_the_chunk_that_the_agent_acts_with(tmp_path, kind):
-    options = {
-        "gaussian": {},
-        "best": {"policy": "flow", "num_samples": 3, "flow_steps": 2},
-        "history": {"history": 2, "history_encoder": "stack"},
-    }[kind]
-    agent = box_agent(action_chunk=3, replan_every=2, **options)
-    path = agent.export(tmp_path / "policy.pt2")
-    observation, program = observations(), torch.export.load(path).module()
-    if kind == "history":
-        windows = np.stack([observation[:-1], observation[1:]], 1)
-        actions = program(torch.tensor(windows), torch.ones(len(windows), 2, dtype=torch.bool))
-        expected = agent.act(windows)
-    else:
-        actions, expected = program(torch.tensor(observation)), agent.act(observation)
-    assert actions.shape == (len(expected), 3, 2)
-    np.testing.assert_allclose(actions, expected, atol=1e-5)
-    output = json.loads((tmp_path / "policy.json").read_text())["output"]
-    assert (output["shape"], output["steps"], output["execute"]) == (["B", 3, 2], 3, 2)
-    assert (output["low"], output["high"]) == (LOW.tolist(), HIGH.tolist())
-
-
-@pytest.mark.slow
-def test_chunks_in_onnx(tmp_path, onnx):
-    agent = box_agent(action_chunk=3)
-    (found,) = session(agent.export(tmp_path / "policy.onnx")).run(
-        None, {"observation": observations()}
-    )
-    np.testing.assert_allclose(found, agent.act(observations()), atol=1e-5)

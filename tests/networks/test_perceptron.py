@@ -13,7 +13,7 @@ from torchrl.modules import MLP as TorchRLMLP
 
 from iql_torchrl import networks
 from iql_torchrl.networks.evaluation import DERIVATIVES, Perceptron
-from iql_torchrl.networks.recognition import linear_layers, network_over
+from iql_torchrl.networks.recognition import network_over, one_activation
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -184,7 +184,7 @@ LEFT_ALONE = {
 
 @pytest.mark.parametrize("what", LEFT_ALONE)
 def test_what_is_not_recognised_is_left_alone(what):
-    assert linear_layers(LEFT_ALONE[what]()) is None
+    assert one_activation(LEFT_ALONE[what]()) is None
 
 
 def test_layers_that_appear_twice():
@@ -195,7 +195,7 @@ def test_layers_that_appear_twice():
         nn.Sequential(tied, nn.ReLU(), layer(), nn.ReLU(), tied).double(),
     ]
     for source in sources:
-        assert len(linear_layers(source)) == 3
+        assert one_activation(source) is DERIVATIVES[nn.ReLU]
         x = torch.randn(7, 4, dtype=torch.float64)
         out, leaves = over(source, stacked=False)(x), list(source.parameters())
         torch.testing.assert_close(out, source(x), **EXACT)
@@ -220,19 +220,3 @@ def test_networks_of_categories_pick():
         networks.StateValue(6, preprocess=nn.Sequential(one_hot, nn.Linear(6, 6))),
     ):
         assert direct(left).body is None or not direct(left).body.picks
-
-
-@pytest.mark.parametrize("categories", [False, True])
-@pytest.mark.parametrize("own", [False, True])
-def test_a_batch_per_run(own, categories):
-    """Runs that read one batch, and runs that read one each; 3 runs, 3 layers, 3 outputs."""
-    sources = [perceptron(3, inputs=6, outputs=3) for _ in range(3)]
-    body = over(*sources, per_run=True, picks=categories)
-    shape = (3, 7) if own else (7,)
-    x = torch.randint(6, shape) if categories else torch.randn(*shape, 6, dtype=torch.float64)
-    rows = nn.functional.one_hot(x, 6).double() if categories else x
-    rows = rows if own else rows.expand(3, *rows.shape)
-    for out in both(body, x):
-        expected = torch.stack([m(row) for m, row in zip(sources, rows, strict=True)])
-        torch.testing.assert_close(out, expected, **EXACT)
-        assert_gradients(out, body.leaves, expected, sources)

@@ -8,7 +8,7 @@ from torch import nn
 from torchrl.modules import MLP as TorchRLMLP
 
 from iql_torchrl import networks
-from iql_torchrl.networks.evaluation import Perceptron
+from iql_torchrl.networks.evaluation import DERIVATIVES, Perceptron
 
 RUNS, CRITICS, ROWS, OBS = 3, 2, 6, 4
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -38,6 +38,9 @@ PERCEPTRONS = {
     "activation first": lambda: nn.Sequential(nn.Softplus(), nn.Linear(OBS, 5), nn.LeakyReLU(0.3)),
     "one activation twice": one_activation_twice,
     "torchrl": lambda: TorchRLMLP(OBS, 1, num_cells=[5, 5], activation_class=nn.ReLU),
+    "written-out gradient": lambda: networks.MLP(OBS, 3, hidden=(5, 3)),
+    "categories": lambda: networks.MLP(OBS, 3, hidden=(5,), activation=nn.GELU),
+    "categories, written-out gradient": lambda: networks.MLP(OBS, 3, hidden=(5, 3)),
 }
 
 
@@ -61,8 +64,12 @@ def test_each_run_is_its_own_module(kind, critics, own, runs):
     for leaf in leaves:
         leaf.requires_grad_()
     x = torch.randn(*((runs,) if own else ()), ROWS, OBS, dtype=torch.float64)
-    before = x.clone()
-    out = Perceptron(modules[0], leaves, per_run=True)(x)
+    picks, derivative = "categories" in kind, DERIVATIVES[nn.ReLU] if "written" in kind else None
+    index = x.argmax(-1)
+    x = nn.functional.one_hot(index, OBS).double() if picks else x
+    before, given = x.clone(), index if picks else x
+    options = {"per_run": True, "picks": picks, "derivative": derivative}
+    out = Perceptron(modules[0], leaves, **options)(given)
     each = x if own else x.expand(runs, ROWS, OBS)
     expected = torch.stack([m(each[i // (critics or 1)]) for i, m in enumerate(modules)])
     expected = expected.view(*leading, *expected.shape[1:])
