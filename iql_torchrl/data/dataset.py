@@ -191,7 +191,11 @@ class OfflineDataset(DatasetSummary):
         return float(values.min()), float(values.max())
 
     def sketch(self) -> NDArray[np.int64]:
-        return sketch_of(episode_digests(self))
+        return sketch_of(self.episode_digests())
+
+    def episode_digests(self) -> NDArray[np.int64]:
+        """One number for each episode; see ``digests.episode_digests``."""
+        return episode_digests(self.transitions, self.episode_returns, self.episode_lengths)
 
     def fingerprint(self) -> dict[str, str]:
         return fingerprint(self.transitions)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 
 __all__ = [
     "digest_of_sketch", "episode_digests", "fingerprint", "shared_share", "sketch_of",
@@ -39,36 +38,25 @@ def fingerprint(transitions: TensorDictBase) -> dict[str, str]:
     return digests
 
 
-class Episodes(Protocol):
-    """What :func:`episode_digests` reads of a log, as ``OfflineDataset`` has it."""
-
-    @property
-    def transitions(self) -> TensorDict: ...
-    @property
-    def episode_returns(self) -> NDArray[np.float64]: ...
-    @property
-    def episode_lengths(self) -> IntArray: ...
-
-
-def episode_digests(log: Episodes) -> IntArray:
+def episode_digests(
+    transitions: TensorDictBase, returns: NDArray[np.float64], lengths: IntArray
+) -> IntArray:
     """One 64-bit number per episode, ``(E,)``: equal for equal episodes of any two logs.
 
     BLAKE2b of the length, of the first and last row's observations and actions, and of the raw
     return to four significant digits, so that it is the same under another reward map.
     """
-    ends = np.cumsum(log.episode_lengths) - 1
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    columns = log.transitions.select("observation", "action")
-    table = columns[np.stack([starts, ends], 1).reshape(-1)]
-    returns = np.array([f"{value:.3e}" for value in log.episode_returns])
-    parts = [log.episode_lengths.astype(np.int64)[:, None].view(np.uint8)]
+    ends = np.cumsum(lengths) - 1
+    columns = transitions.select("observation", "action")
+    table = columns[np.stack([ends - lengths + 1, ends], 1).reshape(-1)]
+    parts = [lengths.astype(np.int64)[:, None].view(np.uint8)]
     for key in sorted(table.keys(include_nested=True, leaves_only=True), key=str):
         values = table.get(key).cpu().contiguous().numpy()
         parts.append(np.ascontiguousarray(values).reshape(len(ends), -1).view(np.uint8))
     joined = np.concatenate(parts, axis=1)
     digests = [
-        hashlib.blake2b(row.tobytes() + text.encode(), digest_size=8).digest()
-        for row, text in zip(joined, returns, strict=True)
+        hashlib.blake2b(row.tobytes() + f"{value:.3e}".encode(), digest_size=8).digest()
+        for row, value in zip(joined, returns, strict=True)
     ]
     return np.frombuffer(b"".join(digests), np.int64)
 

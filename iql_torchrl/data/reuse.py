@@ -55,7 +55,7 @@ def load_or_build(
             opened = open_source(source, options)
             edges = np.array([0, len(opened.episode_lengths)])
             log = write_log(opened, folder, edges, options, built_from)
-        with log.rows(0, contents=False) as table:
+        with log.rows(0, log.description.reward_map, contents=False) as table:
             return table, log.description
 
 

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -133,8 +133,9 @@ def load_shards(
     """
     name = str(location).rstrip("/") or "/"
     place = Location(name, None if cache is None else Path(cache), dict(storage_options or {}))
-    log = read_log(place).with_rewards(reward)
-    fields = dataset_fields(log.description, env, reference_scores)
+    log = read_log(place)
+    described = replace(log.description, reward_map=log.reward_map(reward))
+    fields = dataset_fields(described, env, reference_scores)
     return ShardedDataset(**fields, shards=log.shards, log=log)
 
 
@@ -199,7 +200,8 @@ class ShardedDataset(DatasetSummary):
         The first time, all its bytes are compared with their checksums. Raises ``DatasetError`` on a
         shard that is missing, truncated or of other content, or cannot be reached.
         """
-        with self.log.rows(number, contents=number not in self._verified) as table:
+        unseen = number not in self._verified
+        with self.log.rows(number, self.reward_map, contents=unseen) as table:
             self._verified.add(number)
             yield table
 

@@ -270,7 +270,7 @@ def test_a_disk_that_gets_full_is_named_with_its_space(archive, tmp_path, monkey
     def full(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("iql_torchrl.data.build.DiskTables.commit", full)
+    monkeypatch.setattr("iql_torchrl.data.build.DiskTables.append", full)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=123_456))
     space = f"{200 * ROW_BYTES:,} bytes|123,456 are free"
     refused(f"{tmp_path / 'table'}|{space}", archive, memmap=tmp_path / "table")
