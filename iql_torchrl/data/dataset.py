@@ -83,9 +83,9 @@ class DatasetSummary(Description, ABC):
 
     env: Callable[[], gym.Env[Any, Any]] | None = None
 
-    @abstractmethod
     def __len__(self) -> int:
         """The number of rows."""
+        return int(self.episode_lengths.sum())
 
     def __repr__(self) -> str:
         returns, change = self.episode_returns, self.reward_map
@@ -383,9 +383,6 @@ class RelabelledDataset(DatasetSummary):
             "env": env,
         }
         return cls(**described, log=log, relabelling=how)
-
-    def __len__(self) -> int:
-        return len(self.log)
 
     @property
     def masked(self) -> bool:
