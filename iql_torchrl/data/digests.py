@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -10,13 +11,21 @@ from numpy.typing import NDArray
 from tensordict import TensorDictBase
 
 __all__ = [
-    "digest_of_sketch", "episode_digests", "fingerprint", "shared_share", "sketch_of",
+    "digest", "digest_of_sketch", "episode_digests", "fingerprint", "shared_share", "sketch_of",
 ]  # fmt: skip
 
 IntArray = NDArray[np.int64]
 
 SKETCH = 2048
 ROWS_AT_ONCE = 65_536
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """128-bit BLAKE2b of bytes that come in parts, as hexadecimal digits."""
+    total = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        total.update(part)
+    return total.hexdigest()
 
 
 def fingerprint(transitions: TensorDictBase) -> dict[str, str]:
@@ -28,13 +37,13 @@ def fingerprint(transitions: TensorDictBase) -> dict[str, str]:
     digests = {}
     for name in sorted(transitions.keys(include_nested=True, leaves_only=True), key=str):
         values = transitions.get(name)
-        digest = hashlib.blake2b(digest_size=16)
-        for rows in torch.split(values, ROWS_AT_ONCE):
-            flat = rows.detach().cpu().contiguous().view(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
+        flat = (
+            rows.detach().cpu().contiguous().view(-1) for rows in torch.split(values, ROWS_AT_ONCE)
+        )
+        content = digest(rows.view(torch.uint8).numpy().tobytes() for rows in flat)
         key = name if isinstance(name, str) else ".".join(name)
         dtype = str(values.dtype).removeprefix("torch.")
-        digests[key] = f"{dtype} {tuple(values.shape)} {digest.hexdigest()}"
+        digests[key] = f"{dtype} {tuple(values.shape)} {content}"
     return digests
 
 
@@ -72,8 +81,8 @@ def sketch_of(digests: IntArray) -> IntArray:
 
 
 def digest_of_sketch(sketch: IntArray) -> str:
-    """128-bit BLAKE2b of a sketch, as hexadecimal digits: equal for logs of equal episodes."""
-    return hashlib.blake2b(sketch.astype("<i8").tobytes(), digest_size=16).hexdigest()
+    """Of a sketch: equal for logs of equal episodes."""
+    return digest([sketch.astype("<i8").tobytes()])
 
 
 def shared_share(sketch: IntArray, digests: IntArray) -> float:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import hashlib
 import io
 import json
 import os
@@ -20,9 +19,10 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple, dataclass, field, replace
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import IO, Any, TypeGuard
 
 import numpy as np
 import torch
@@ -34,21 +34,16 @@ from tensordict import MemoryMappedTensor, TensorDict
 
 from iql_torchrl.data.build import BLOCK_BYTES, DiskTables, build, file_name, row_bytes
 from iql_torchrl.data.dataset import Description
-from iql_torchrl.data.digests import episode_digests, sketch_of
+from iql_torchrl.data.digests import digest, episode_digests, sketch_of
 from iql_torchrl.data.readers.source import ReadOptions, Source
 from iql_torchrl.data.scaling import ObservationStatistics, RewardMap, known_scores, reward_map
 from iql_torchrl.data.schema import REWARD, DatasetError, Field, Key, Layout
 from iql_torchrl.descriptions import one_line
 from iql_torchrl.files import FULL, leads_below, whole_file
 
-try:
-    import fcntl
-except ImportError:  # Windows: folders are used without locks.
-    fcntl = None  # type: ignore[assignment]
-
 __all__ = [
     "RECORD", "Location", "Log", "Shard", "folder_lock", "is_saved", "is_sharded", "open_saved",
-    "read_log", "text_digest", "verify", "write_log",
+    "read_log", "verify", "write_log",
 ]  # fmt: skip
 
 RECORD, EPISODES = "built.json", "episodes.npz"
@@ -191,12 +186,12 @@ class Log:
             raise damaged(place, f"{name} is missing") from None
 
     def _check(self, name: str, path: Path, contents: bool) -> None:
-        (size, digest), actual = self.files[name], path.stat().st_size
+        (size, content), actual = self.files[name], path.stat().st_size
         where = "" if self.location.is_local else f" in its copy {path}"
         if actual != size:
             reason = f"{name} has {actual:,} bytes{where}, built with {size:,}"
             raise damaged(self.location, reason)
-        if contents and _file_digest(path) != digest:
+        if contents and _file_digest(path) != content:
             reason = f"{name} has another content than when it was built{where}"
             raise damaged(self.location, reason)
 
@@ -291,16 +286,9 @@ def write_log(
     return read_log(Location(str(folder)))
 
 
-def text_digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
 def _file_digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
-        while part := file.read(READ_AT_ONCE):
-            digest.update(part)
-    return digest.hexdigest()
+        return digest(iter(partial(file.read, READ_AT_ONCE), b""))
 
 
 @contextlib.contextmanager
@@ -340,8 +328,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
     file systems without locks.
     """
     path, file = folder.absolute().parent / f".{folder.name}.lock", None
-    with contextlib.suppress(OSError):
-        file = None if fcntl is None else _locked(path)
+    with contextlib.suppress(OSError, ImportError):  # of fcntl on Windows
+        file = _locked(path)
     try:
         # a build has the lock as long as its temporary folder exists
         for left in path.parent.glob(f".{glob.escape(folder.name)}-*") if file is not None else ():
@@ -351,22 +339,20 @@ def folder_lock(folder: Path) -> Iterator[None]:
     finally:
         if file is not None:
             path.unlink(missing_ok=True)
-            os.close(file)
+            file.close()
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path) -> IO[str]:
+    import fcntl
+
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
+        with contextlib.ExitStack() as closing:
+            file = closing.enter_context(path.open("a"))
             fcntl.flock(file, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(file), os.stat(path)):
-                return file
-        except FileNotFoundError:  # the holder before has deleted it
-            pass
-        except OSError:
-            os.close(file)
-            raise
-        os.close(file)
+            with contextlib.suppress(FileNotFoundError):  # the holder before has deleted it
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    closing.pop_all()
+                    return file
 
 
 # -- reading
@@ -418,8 +404,8 @@ def _log(
     files = {name: (int(size), str(digest)) for name, (size, digest) in saved["files"].items()}
     shards = []
     for name, rows in saved["shards"]:
-        own = {file: digest for file, (_, digest) in files.items() if file.startswith(f"{name}/")}
-        shards.append(Shard(name, rows, text_digest(json.dumps(own, sort_keys=True).encode())))
+        own = {file: content for file, (_, content) in files.items() if file.startswith(f"{name}/")}
+        shards.append(Shard(name, rows, digest([json.dumps(own, sort_keys=True).encode()])))
     return Log(
         location,
         Description(
