@@ -77,7 +77,7 @@ def test_memory_memmap_and_copies_are_equal_bit_for_bit(built, tmp_path, monkeyp
     memory = load_dataset(archive, reward=reward)
     assert_same(memory, load_dataset(str(built), reward=reward))  # without its source
     assert_same(memory, load_dataset(archive, reward=reward, memmap=table))
-    monkeypatch.setattr("iql_torchrl.data.readers.opening.open_npz", None)  # it is not read again
+    monkeypatch.setattr("iql_torchrl.data.reuse.open_source", None)  # it is not read again
     start = time.perf_counter()
     reopened = load_dataset(archive, reward=reward, memmap=table)
     assert time.perf_counter() - start < 1
