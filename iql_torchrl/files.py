@@ -211,7 +211,7 @@ def newest(folder: str | Path) -> Path:
     folder = Path(folder)
     if not folder.exists():
         raise CheckpointError(f"{folder}: there is no such folder of checkpoints.")
-    files = sorted(folder.glob(f"{PREFIX}*{SUFFIX}")) if folder.is_dir() else []
+    files = sorted(folder.glob(f"{PREFIX}*{SUFFIX}"))
     if not files:
         raise CheckpointError(f"{folder}: contains no {PREFIX}*{SUFFIX} file.")
     return files[-1]

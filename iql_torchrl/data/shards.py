@@ -95,13 +95,10 @@ def episodes_of_shards(lengths: NDArray[np.int64], shards: int, name: str) -> ND
             f"{name}: {len(lengths)} episodes do not fill {shards} shards of whole episodes; choose "
             f"at most {len(lengths)} shards."
         )
-    ends = np.concatenate([[0], np.cumsum(lengths)])
-    edges = [0]
-    for number in range(1, shards):
-        equal_share = ends[-1] * number / shards
-        nearest = int(np.abs(ends - equal_share).argmin())
-        edges.append(min(max(nearest, edges[-1] + 1), len(lengths) - (shards - number)))
-    return np.array([*edges, len(lengths)], np.int64)
+    ends, numbers = np.concatenate([[0], np.cumsum(lengths)]), np.arange(shards + 1)
+    nearest = [np.abs(ends - share).argmin() for share in ends[-1] * numbers / shards]
+    episodes_before = np.maximum.accumulate(nearest - numbers)  # besides one for each shard
+    return numbers + np.minimum(episodes_before, len(lengths) - shards)
 
 
 def load_shards(
