@@ -170,17 +170,16 @@ class Log:
 
         Bytes are compared with ``contents``, and those of a new copy.
         """
-        place, path = self.location, Path(self.location.name, name)
+        place = self.location
         try:
-            if copies is not None:
-                path = Path(copies, self.files[name][1])
-                if not path.is_file():
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with whole_file(path) as temporary:
-                        place.call("get_file", name, str(temporary))
-                        self._check(name, temporary, contents=True)
-                    return path
-            self._check(name, path, contents)
+            path = Path(place.name, name) if copies is None else Path(copies, self.files[name][1])
+            if copies is None or path.is_file():
+                self._check(name, path, contents)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with whole_file(path) as temporary:
+                    place.call("get_file", name, str(temporary))
+                    self._check(name, temporary, contents=True)
             return path
         except (FileNotFoundError, KeyError):
             raise damaged(place, f"{name} is missing") from None
