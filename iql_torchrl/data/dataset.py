@@ -389,8 +389,14 @@ class RelabelledDataset(DatasetSummary):
         return self.log.masked
 
     def range_of(self, key: Key) -> tuple[float, float]:
-        low, high = self.device_sampler(1).column(key).aminmax()  # type: ignore[union-attr]
-        return float(low), float(high)
+        how, side = self.relabelling, key[:1] if key[0] == "next" else ()
+        inside = key[len(side) :]
+        if inside == ("observation", how.name):
+            low, high = how.of(lambda leaf: self.log.transitions[leaf]).aminmax()
+            return float(low), float(high)
+        if how.plain and inside == ("observation", "observation"):
+            inside = inside[:1]
+        return self.log.range_of((*side, *inside))
 
     def sketch(self) -> NDArray[np.int64]:
         return self.log.sketch()

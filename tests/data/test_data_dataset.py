@@ -45,6 +45,14 @@ def test_split_shares_scale_and_no_episode():
         whole.split(0.001, seed=0)
 
 
+def test_the_range_of_goals_that_a_function_gives():
+    goals = load_dataset(LOG).relabelled(lambda observation: 2 * observation[:, :1])
+    assert goals.range_of(("next", "observation", "goal")) == (0, 2 * 199)
+    assert goals.range_of(("observation", "observation")) == load_dataset(LOG).range_of(
+        ("observation",)
+    )
+
+
 def test_reward_maps_invert():
     rewards = np.linspace(-5, 5, 11)
     change = RewardMap(0.25, -1.0)
