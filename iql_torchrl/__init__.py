@@ -13,7 +13,8 @@ from iql_torchrl.agent.build import Agent, make_agent
 from iql_torchrl.config import PRESETS, IQLConfig
 from iql_torchrl.data import DatasetError, OfflineDataset, load_dataset
 from iql_torchrl.evaluation.background import BackgroundEvaluation
-from iql_torchrl.evaluation.rollout import Evaluation, evaluate
+from iql_torchrl.evaluation.result import Evaluation
+from iql_torchrl.evaluation.rollout import evaluate
 from iql_torchrl.evaluation.video import record_video
 from iql_torchrl.losses import DiscreteIQLLoss, IQLLoss
 from iql_torchrl.population.runs import IQLPopulation

@@ -15,8 +15,6 @@ from torchrl.checkpoint import GlobalRNGState
 
 from iql_torchrl.private_apis import keeps_batch_statistics, summed_in_graph
 
-__all__ = ["Ranks", "data_parallel"]
-
 S = TypeVar("S")
 T = TypeVar("T")
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"

@@ -116,9 +116,8 @@ def naming(path: Path, *, instead_of: Path | None = None) -> Iterator[None]:
 def replace_by_link(source: Path, destination: Path) -> None:
     """Replace ``destination`` by the file ``source``, by a hard link where possible, else a copy."""
     with whole_file(destination) as temporary:
-        temporary.unlink(
-            missing_ok=True
-        )  # of a killed process: perhaps a link to another checkpoint
+        # of a killed process: perhaps a link to another checkpoint
+        temporary.unlink(missing_ok=True)
         try:
             os.link(source, temporary)
         except OSError:
@@ -197,13 +196,15 @@ def read_components(path: str | Path, names: Collection[str] | None = None) -> d
     path, parts = Path(path), components(path)
     if names is None:
         names = [n for n, record in parts.items() if record["adapter"] == StateAdapter.adapter_id]
+    if missing := sorted(set(names) - set(parts)):
+        raise CheckpointError(f"{path}: has no part {missing[0]!r}; it holds {sorted(parts)}.")
     checkpoint = Checkpoint()
     for name in names:
         checkpoint.register(name, None, adapter=StateAdapter())
     try:
         states = checkpoint.load(path, map_location="cpu").values
     except Exception as error:  # a damaged file can raise nearly anything
-        raise _unreadable(path, error, parts) from error
+        raise _unreadable(path, error) from error
     return {name: states.get(name) for name in names}
 
 
@@ -215,7 +216,7 @@ def components(path: str | Path) -> Mapping[str, Any]:
     try:
         records: Mapping[str, Any] = Checkpoint.manifest(path)["components"]
     except Exception as error:
-        raise _unreadable(path, error, {}) from error
+        raise _unreadable(path, error) from error
     return records
 
 
@@ -227,13 +228,13 @@ def newest(folder: str | Path) -> Path:
     folder = Path(folder)
     if not folder.exists():
         raise CheckpointError(f"{folder}: there is no such folder of checkpoints.")
-    files = sorted(folder.glob(f"{PREFIX}*{SUFFIX}")) if folder.is_dir() else []
+    files = sorted(folder.glob(f"{PREFIX}*{SUFFIX}"))
     if not files:
         raise CheckpointError(f"{folder}: contains no {PREFIX}*{SUFFIX} file.")
     return files[-1]
 
 
-def _unreadable(path: Path, error: Exception, parts: Collection[str]) -> CheckpointError:
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
     """The sentence about a file that TorchRL could not read."""
     cause, line = error.__cause__, first_line(error)
     if isinstance(cause, pickle.UnpicklingError):
@@ -244,11 +245,7 @@ def _unreadable(path: Path, error: Exception, parts: Collection[str]) -> Checkpo
         )
     if "Unsupported" in line:  # the format of the file
         return CheckpointError(f"{path}: from another version of TorchRL. {line}")
-    restored = getattr(error, "result", None)
-    if restored is not None and cause is None:
-        if restored.missing:
-            part = min(restored.missing)
-            return CheckpointError(f"{path}: has no part {part!r}; it holds {sorted(parts)}.")
+    if getattr(error, "result", None) is not None and cause is None:
         return CheckpointError(f"{path}: was not written by this version of iql_torchrl: {line}")
     return CheckpointError(
         f"{path}: truncated or damaged ({line}). If the folder has an older checkpoint, delete this "

@@ -31,16 +31,6 @@ import torch
 
 from iql_torchrl.config import Arithmetic
 
-__all__ = [
-    "CallTimeout",
-    "ProcessEnded",
-    "Workers",
-    "packed",
-    "packed_call",
-    "perform",
-    "surroundings",
-]
-
 Surroundings = tuple[list[str], list[bytes]]
 
 GRACE = 5.0  # seconds in which environments may close before the process is ended by force

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,31 +31,9 @@ from iql_torchrl.data.schema import (
 )
 from iql_torchrl.data.spaces import is_image
 
-__all__ = ["DiskTables", "build", "file_name", "fill", "row_bytes"]
-
 BLOCK = 65_536
 #: Bytes of one block while writing to disk: the bound on memory.
 BLOCK_BYTES = 64 * 2**20
-
-
-class MemoryTable:
-    """The complete table in memory; blocks are views of it."""
-
-    def __init__(self, layout: Layout, rows: int) -> None:
-        self.layout, self.rows, self.block_rows = layout, rows, BLOCK
-        self.table = {k: torch.empty((rows, *f.shape), dtype=f.dtype) for k, f in layout.items()}
-
-    def block(self, start: int, size: int) -> dict[Key, Tensor]:
-        """Where the rows ``start`` to ``start + size`` are written, by key."""
-        return {key: values[start : start + size] for key, values in self.table.items()}
-
-    def commit(self, block: Mapping[Key, Tensor], start: int) -> None:
-        """Keep the rows of a block, which starts at row ``start``."""
-
-    def map_rewards(self, change: RewardMap) -> None:
-        """Map the rewards of all rows, after the last block."""
-        for part in self.table[REWARD].split(BLOCK):
-            part.copy_(change.forward(part.double()))
 
 
 class DiskTables:
@@ -66,18 +44,14 @@ class DiskTables:
     """
 
     def __init__(self, layout: Layout, edges: NDArray[np.int64], folders: list[Path]) -> None:
-        self.layout, self.edges, self.folders = layout, edges, folders
-        self.rows = int(edges[-1])
-        self.block_rows = max(1, min(self.rows, BLOCK_BYTES // max(row_bytes(layout), 1)))
+        self.edges, self.folders = edges, folders
+        self.block_rows = max(1, min(int(edges[-1]), BLOCK_BYTES // max(row_bytes(layout), 1)))
         self.ranges = {key: (float("inf"), float("-inf")) for key in layout}
-        self._scratch = MemoryTable(layout, self.block_rows)
         for path in (folder / file_name(key) for folder in folders for key in layout):
             path.parent.mkdir(parents=True, exist_ok=True)
 
-    def block(self, start: int, size: int) -> dict[Key, Tensor]:
-        return self._scratch.block(0, size)
-
-    def commit(self, block: Mapping[Key, Tensor], start: int) -> None:
+    def append(self, block: Mapping[Key, Tensor], start: int) -> None:
+        """Write the next rows, which begin with row ``start``."""
         stop = start + len(block[REWARD])
         first, last = np.searchsorted(self.edges, [start, stop - 1], side="right") - 1
         for key, values in block.items():
@@ -91,16 +65,11 @@ class DiskTables:
                 with open(self.folders[number] / file_name(key), "ab") as file:
                     file.write(values[begin - start : end - start].numpy().data)
 
-    def map_rewards(self, change: RewardMap) -> None:
-        dtype = self._scratch.table[REWARD].numpy().dtype
-        for folder in self.folders:
-            rewards = np.memmap(folder / file_name(REWARD), dtype, "r+")
-            for start in range(0, len(rewards), BLOCK):
-                part = rewards[start : start + BLOCK]
-                part[:] = change.forward(part.astype(np.float64))
-
-
-Table: TypeAlias = MemoryTable | DiskTables
+    def rewards(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Those of each table, mapped to its file."""
+        for folder, rows in zip(self.folders, np.diff(self.edges).tolist(), strict=True):
+            path = str(folder / file_name(REWARD))
+            yield torch.from_file(path, shared=True, size=rows, dtype=dtype)
 
 
 def file_name(key: Key) -> str:
@@ -112,48 +81,47 @@ def row_bytes(layout: Layout) -> int:
     return sum(int(np.prod(f.shape)) * f.dtype.itemsize for f in layout.values())
 
 
-def build(source: Source, options: ReadOptions) -> tuple[TensorDict, Description]:
-    """The table of ``source`` in memory, and its description."""
-    table = MemoryTable(source.layout(options.dtype), source.rows)
-    description = fill(source, table, options)
-    transitions = TensorDict({}, batch_size=[table.rows])
-    for key, values in table.table.items():
-        transitions.set(key, values)
-    return transitions, description
+def build(
+    source: Source, options: ReadOptions, files: DiskTables | None = None
+) -> tuple[TensorDict, Description]:
+    """Reads ``source`` once, checks every row, measures, and maps the rewards.
 
-
-def fill(source: Source, table: Table, options: ReadOptions) -> Description:
-    """Reads ``source`` once into ``table``, checks every row, measures, and maps the rewards.
-
+    The table has all rows. With ``files`` they are written there, and the table has one block of them.
     Raises ``DatasetError`` at the first row that is wrong.
     """
-    index = EpisodeIndex(source.episode_lengths)
+    layout, index = source.layout(options.dtype), EpisodeIndex(source.episode_lengths)
+    size = index.rows if files is None else files.block_rows
+    table = {key: torch.empty((size, *f.shape), dtype=f.dtype) for key, f in layout.items()}
     checker = BlockChecker(source, index, options.clip_actions)
-    measured = _Measured(source, table.layout, index)
+    measured = _Measured(source, layout, index)
     with tqdm(
         total=index.rows, desc=source.name, unit="row", unit_scale=True, leave=False,
         disable=None if options.progress is None else not options.progress,
     ) as bar:  # fmt: skip
-        for block, start in _blocks(source, table, measured, checker):
+        block_rows = BLOCK if files is None else size
+        for block, start in _blocks(source, layout, table, block_rows, measured, checker):
             block[EPISODE].copy_(torch.from_numpy(index.ids(start, start + len(block[REWARD]))))
             checker.check(block, start)
             for key, accumulator in measured.statistics.items():
                 accumulator.update(block[key])
-            table.commit(block, start)
+            if files is not None:
+                files.append(block, start)
             bar.update(len(block[REWARD]))
     try:
         change = reward_map(options.reward, measured.returns)
     except ValueError as error:
         raise DatasetError(f"{source.name}: {error}") from None
     if change != RewardMap():
-        table.map_rewards(change)
+        for rewards in [table[REWARD]] if files is None else files.rewards(options.dtype):
+            for part in rewards.split(BLOCK):
+                part.copy_(change.forward(part.double()))
     warnings = tuple(
         text if text.startswith(source.name) else f"{source.name}: {text}"
         for text in (*source.warnings, *checker.warnings())
     )
     own = ("name", "observation_space", "action_space", "env_spec", "reference_scores",
            "episode_lengths")  # fmt: skip
-    return Description(
+    description = Description(
         **{name: getattr(source, name) for name in own},
         joined=tuple(options.concatenate or ()),
         episode_returns=measured.returns,
@@ -166,6 +134,7 @@ def fill(source: Source, table: Table, options: ReadOptions) -> Description:
         warnings=warnings,
         notes=(*source.notes, *warnings, *measured.notes(source.name)),
     )
+    return TensorDict({}, batch_size=[size]).update(table), description
 
 
 class _Measured:
@@ -206,14 +175,21 @@ class _Measured:
 
 
 def _blocks(
-    source: Source, table: Table, measured: _Measured, checker: BlockChecker
+    source: Source,
+    layout: Layout,
+    table: dict[Key, Tensor],
+    block_rows: int,
+    measured: _Measured,
+    checker: BlockChecker,
 ) -> Iterator[tuple[dict[Key, Tensor], int]]:
-    """The source's rows in consecutive blocks of the table, each with its first row."""
-    row, total = 0, table.rows
+    """The source's rows in consecutive blocks, each with its first row: views of ``table``.
+
+    A table of fewer rows than the source is written again from its start.
+    """
+    row, total, room = 0, source.rows, len(table[REWARD])
     starts = category_starts(source.observation_space, source.action_space)
-    block = table.block(0, min(table.block_rows, total))
     for piece in source.pieces():
-        checker.check_piece(piece, table.layout)
+        checker.check_piece(piece, layout)
         size, done = len(piece[REWARD]), 0
         if row + size > total:
             raise DatasetError(
@@ -221,32 +197,21 @@ def _blocks(
             )
         measured.add_rewards(piece[REWARD], row)
         while done < size:
-            filled, room = row % table.block_rows, len(block[REWARD])
-            take = min(size - done, room - filled)
+            begin = row - row % block_rows  # of the block
+            end = min(begin + block_rows, total)
+            take = min(size - done, end - row)
             for key, values in piece.items():
-                part, target = values[done : done + take], block[key][filled : filled + take]
+                part, target = values[done : done + take], table[key][row % room :][:take]
                 if key in starts:
                     shape = (len(part), *starts[key].shape)
                     part = part.astype(np.int64).reshape(shape) - starts[key]
-                if target.dtype == torch.bool and part.dtype != np.bool_:
-                    part = part != 0
-                target.copy_(_tensor(part).reshape(target.shape))
+                with np.errstate(over="ignore"):  # the check refuses infinite numbers
+                    target.numpy()[...] = part.reshape(target.shape)
             row, done = row + take, done + take
-            if filled + take == room:
-                yield block, row - room
-                if row < total:
-                    block = table.block(row, min(table.block_rows, total - row))
+            if row == end:
+                block = {key: rows[begin % room :][: end - begin] for key, rows in table.items()}
+                yield block, begin
     if row < total:
         raise DatasetError(
             f"{source.name}: {row} rows where {total} were announced; it is incomplete."
         )
-
-
-def _tensor(values: NDArray[Any]) -> Tensor:
-    if values.dtype.byteorder == ">" or not values.flags.writeable or min(values.strides) < 0:
-        values = np.array(values, dtype=values.dtype.newbyteorder("="))
-    if values.dtype.kind == "f" and values.dtype.itemsize > 8:
-        values = values.astype(np.float64)
-    if values.dtype.kind == "u" and values.dtype.itemsize > 1:
-        values = values.astype(np.int64)
-    return torch.from_numpy(values)

@@ -31,8 +31,6 @@ from iql_torchrl.data.schema import (
 )
 from iql_torchrl.descriptions import bounds_in_words, describe_space
 
-__all__ = ["BlockChecker"]
-
 #: How many leading rows are looked at for changes that rounding removes, of how many columns.
 SAMPLE, COLUMNS = 1024, 128
 #: Changes of fewer units in the last place are removed, or far from what they were.

@@ -15,8 +15,6 @@ from iql_torchrl.data.schema import DatasetError, Key
 from iql_torchrl.data.windows import Windows, plain
 from iql_torchrl.networks import CHUNK_MASK
 
-__all__ = ["Chunks"]
-
 LOG_PROB = "action_log_prob"  # of one action, which has no meaning for several
 
 

@@ -83,9 +83,9 @@ class DatasetSummary(Description, ABC):
 
     env: Callable[[], gym.Env[Any, Any]] | None = None
 
-    @abstractmethod
     def __len__(self) -> int:
         """The number of rows."""
+        return int(self.episode_lengths.sum())
 
     def __repr__(self) -> str:
         returns, change = self.episode_returns, self.reward_map
@@ -191,7 +191,11 @@ class OfflineDataset(DatasetSummary):
         return float(values.min()), float(values.max())
 
     def sketch(self) -> NDArray[np.int64]:
-        return sketch_of(episode_digests(self))
+        return sketch_of(self.episode_digests())
+
+    def episode_digests(self) -> NDArray[np.int64]:
+        """One number for each episode; see ``digests.episode_digests``."""
+        return episode_digests(self.transitions, self.episode_returns, self.episode_lengths)
 
     def fingerprint(self) -> dict[str, str]:
         return fingerprint(self.transitions)
@@ -380,16 +384,19 @@ class RelabelledDataset(DatasetSummary):
         }
         return cls(**described, log=log, relabelling=how)
 
-    def __len__(self) -> int:
-        return len(self.log)
-
     @property
     def masked(self) -> bool:
         return self.log.masked
 
     def range_of(self, key: Key) -> tuple[float, float]:
-        low, high = self.device_sampler(1).column(key).aminmax()  # type: ignore[union-attr]
-        return float(low), float(high)
+        how, side = self.relabelling, key[:1] if key[0] == "next" else ()
+        inside = key[len(side) :]
+        if inside == ("observation", how.name):
+            low, high = how.of(lambda leaf: self.log.transitions[leaf]).aminmax()
+            return float(low), float(high)
+        if how.plain and inside == ("observation", "observation"):
+            inside = inside[:1]
+        return self.log.range_of((*side, *inside))
 
     def sketch(self) -> NDArray[np.int64]:
         return self.log.sketch()

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tensordict import TensorDict, TensorDictBase
-
-__all__ = [
-    "digest_of_sketch", "episode_digests", "fingerprint", "shared_share", "sketch_of",
-]  # fmt: skip
+from tensordict import TensorDictBase
 
 IntArray = NDArray[np.int64]
 
 SKETCH = 2048
 ROWS_AT_ONCE = 65_536
+
+
+def digest(parts: Iterable[bytes]) -> str:
+    """128-bit BLAKE2b of bytes that come in parts, as hexadecimal digits."""
+    total = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        total.update(part)
+    return total.hexdigest()
 
 
 def fingerprint(transitions: TensorDictBase) -> dict[str, str]:
@@ -29,46 +33,35 @@ def fingerprint(transitions: TensorDictBase) -> dict[str, str]:
     digests = {}
     for name in sorted(transitions.keys(include_nested=True, leaves_only=True), key=str):
         values = transitions.get(name)
-        digest = hashlib.blake2b(digest_size=16)
-        for rows in torch.split(values, ROWS_AT_ONCE):
-            flat = rows.detach().cpu().contiguous().view(-1)
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
+        flat = (
+            rows.detach().cpu().contiguous().view(-1) for rows in torch.split(values, ROWS_AT_ONCE)
+        )
+        content = digest(rows.view(torch.uint8).numpy().tobytes() for rows in flat)
         key = name if isinstance(name, str) else ".".join(name)
         dtype = str(values.dtype).removeprefix("torch.")
-        digests[key] = f"{dtype} {tuple(values.shape)} {digest.hexdigest()}"
+        digests[key] = f"{dtype} {tuple(values.shape)} {content}"
     return digests
 
 
-class Episodes(Protocol):
-    """What :func:`episode_digests` reads of a log, as ``OfflineDataset`` has it."""
-
-    @property
-    def transitions(self) -> TensorDict: ...
-    @property
-    def episode_returns(self) -> NDArray[np.float64]: ...
-    @property
-    def episode_lengths(self) -> IntArray: ...
-
-
-def episode_digests(log: Episodes) -> IntArray:
+def episode_digests(
+    transitions: TensorDictBase, returns: NDArray[np.float64], lengths: IntArray
+) -> IntArray:
     """One 64-bit number per episode, ``(E,)``: equal for equal episodes of any two logs.
 
     BLAKE2b of the length, of the first and last row's observations and actions, and of the raw
     return to four significant digits, so that it is the same under another reward map.
     """
-    ends = np.cumsum(log.episode_lengths) - 1
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    columns = log.transitions.select("observation", "action")
-    table = columns[np.stack([starts, ends], 1).reshape(-1)]
-    returns = np.array([f"{value:.3e}" for value in log.episode_returns])
-    parts = [log.episode_lengths.astype(np.int64)[:, None].view(np.uint8)]
+    ends = np.cumsum(lengths) - 1
+    columns = transitions.select("observation", "action")
+    table = columns[np.stack([ends - lengths + 1, ends], 1).reshape(-1)]
+    parts = [lengths.astype(np.int64)[:, None].view(np.uint8)]
     for key in sorted(table.keys(include_nested=True, leaves_only=True), key=str):
         values = table.get(key).cpu().contiguous().numpy()
         parts.append(np.ascontiguousarray(values).reshape(len(ends), -1).view(np.uint8))
     joined = np.concatenate(parts, axis=1)
     digests = [
-        hashlib.blake2b(row.tobytes() + text.encode(), digest_size=8).digest()
-        for row, text in zip(joined, returns, strict=True)
+        hashlib.blake2b(row.tobytes() + f"{value:.3e}".encode(), digest_size=8).digest()
+        for row, value in zip(joined, returns, strict=True)
     ]
     return np.frombuffer(b"".join(digests), np.int64)
 
@@ -84,8 +77,8 @@ def sketch_of(digests: IntArray) -> IntArray:
 
 
 def digest_of_sketch(sketch: IntArray) -> str:
-    """128-bit BLAKE2b of a sketch, as hexadecimal digits: equal for logs of equal episodes."""
-    return hashlib.blake2b(sketch.astype("<i8").tobytes(), digest_size=16).hexdigest()
+    """Of a sketch: equal for logs of equal episodes."""
+    return digest([sketch.astype("<i8").tobytes()])
 
 
 def shared_share(sketch: IntArray, digests: IntArray) -> float:

@@ -26,8 +26,6 @@ from iql_torchrl.data.schema import DatasetError, Key, leaf_spaces
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.networks import History, stack_frames
 
-__all__ = ["GoalEnv", "GoalOrigins", "GoalSampler", "Relabelling"]
-
 GoalChoice: TypeAlias = str | Sequence[int] | Callable[[Any], Tensor] | None
 Reached: TypeAlias = float | Callable[[Tensor, Tensor], Tensor] | None
 #: Below it a batch has the entries that the policy's loss reads in place of those of the same name.
@@ -195,10 +193,6 @@ class GoalSampler(DeviceSampler):
         super().draw(out[0])
         torch.randint(RAW, out[1:].shape, generator=self.generator, out=out[1:])
         return out
-
-    def indices(self, batch_size: int | None = None) -> Tensor:
-        shape = self.index_shape(self.batch_size if batch_size is None else batch_size)
-        return self.draw(torch.empty(shape, dtype=torch.int64, device=self.device))
 
     def goal_rows(self, indices: Tensor) -> list[Tensor]:
         """The rows ``(B,)`` whose goals ``gather(indices)`` has: for values, and for the policy."""

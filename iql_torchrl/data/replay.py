@@ -18,11 +18,6 @@ from torchrl.data import (
 from iql_torchrl.config import check_whole
 from iql_torchrl.data.schema import EPISODE, Key
 
-__all__ = [
-    "DeviceSampler", "MemberSampler", "device_of", "generator_on", "leaf_keys",
-    "nested_entry", "replay_buffer",
-]  # fmt: skip
-
 Part = tuple[Key, torch.Size]  # key, and shape of one row
 
 
@@ -165,12 +160,12 @@ class DeviceSampler:
 
     def draw(self, out: Tensor) -> Tensor:
         """``out``, of that shape, with the indices of a new batch."""
-        return torch.randint(self.rows, out.shape, generator=self.generator, out=out)
+        return out.random_(self.rows, generator=self.generator)
 
     def indices(self, batch_size: int | None = None) -> Tensor:
         """Row numbers of a batch, int64 ``(batch_size,)`` on the device."""
-        size = self.batch_size if batch_size is None else batch_size
-        return torch.randint(self.rows, (size,), generator=self.generator, device=self.device)
+        shape = self.index_shape(self.batch_size if batch_size is None else batch_size)
+        return self.draw(torch.empty(shape, dtype=torch.int64, device=self.device))
 
     def gather(self, indices: Tensor) -> TensorDict:
         """The rows numbered by ``indices`` ``(B,)``."""

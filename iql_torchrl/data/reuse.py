@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from tensordict import TensorDict
 
 from iql_torchrl.data.dataset import Description
+from iql_torchrl.data.digests import digest
 from iql_torchrl.data.readers.opening import open_source, source_files
 from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.saved import (
@@ -22,13 +23,10 @@ from iql_torchrl.data.saved import (
     folder_lock,
     is_sharded,
     read_log,
-    text_digest,
     write_log,
 )
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.files import make_folder
-
-__all__ = ["identity", "load_or_build"]
 
 #: A file up to ``WHOLE`` bytes is digested completely; of a larger one so many blocks of so many
 #: bytes are. Many files share these numbers.
@@ -55,7 +53,7 @@ def load_or_build(
             opened = open_source(source, options)
             edges = np.array([0, len(opened.episode_lengths)])
             log = write_log(opened, folder, edges, options, built_from)
-        with log.rows(0, contents=False) as table:
+        with log.rows(0, log.description.reward_map, contents=False) as table:
             return table, log.description
 
 
@@ -91,7 +89,7 @@ def identity(source: Any, options: ReadOptions) -> dict[str, Any]:
     """
     files = source_files(source, options)
     records = [
-        [str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns, _sampled(p, len(files))]
+        [str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns, digest(_sampled(p, len(files)))]
         for p in files
     ]
     # Of an environment the limit and the spaces decide, which may change under its id.
@@ -111,20 +109,18 @@ def _source_identity(source: Any) -> Any:
     if isinstance(source, list | tuple):
         return [_source_identity(part) for part in source]
     if isinstance(source, minari.MinariDataset) and len(source) != source.storage.total_episodes:
-        return text_digest(str(list(map(int, source.episode_indices))).encode())
+        return digest([str(list(map(int, source.episode_indices))).encode()])
     return source if isinstance(source, str | Path) else None
 
 
-def _sampled(path: Path, files: int) -> str:
+def _sampled(path: Path, files: int) -> Iterator[bytes]:
     size, blocks = path.stat().st_size, max(BLOCKS // files, 3)
     whole = size <= max(WHOLE // files, BLOCK)
     places = [(size - BLOCK) * number // (blocks - 1) for number in range(blocks)]
-    digest = hashlib.blake2b(digest_size=16)
     with path.open("rb", buffering=0) as file:
         for place in range(0, size, BLOCK) if whole else places:
             file.seek(place)
-            digest.update(file.read(BLOCK))
-    return digest.hexdigest()
+            yield file.read(BLOCK)
 
 
 def _space_identity(space: gym.Space[Any] | None) -> str:
@@ -132,5 +128,5 @@ def _space_identity(space: gym.Space[Any] | None) -> str:
     if isinstance(space, gym.spaces.Dict):
         return str({key: _space_identity(inner) for key, inner in space.spaces.items()})
     if isinstance(space, gym.spaces.Box):
-        return f"{space} {text_digest(space.low.tobytes() + space.high.tobytes())}"
+        return f"{space} {digest([space.low.tobytes(), space.high.tobytes()])}"
     return str(space)

@@ -11,18 +11,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
-import hashlib
 import io
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple, dataclass, field, replace
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TypeGuard
+from typing import IO, Any, TypeGuard
 
 import numpy as np
 import torch
@@ -32,24 +32,14 @@ from minari.serialization import deserialize_space, serialize_space
 from numpy.typing import NDArray
 from tensordict import MemoryMappedTensor, TensorDict
 
-from iql_torchrl.data.build import BLOCK_BYTES, DiskTables, file_name, fill, row_bytes
+from iql_torchrl.data.build import BLOCK_BYTES, DiskTables, build, file_name, row_bytes
 from iql_torchrl.data.dataset import Description
-from iql_torchrl.data.digests import episode_digests, sketch_of
+from iql_torchrl.data.digests import digest, episode_digests, sketch_of
 from iql_torchrl.data.readers.source import ReadOptions, Source
 from iql_torchrl.data.scaling import ObservationStatistics, RewardMap, known_scores, reward_map
 from iql_torchrl.data.schema import REWARD, DatasetError, Field, Key, Layout
 from iql_torchrl.descriptions import one_line
 from iql_torchrl.files import FULL, leads_below, whole_file
-
-try:
-    import fcntl
-except ImportError:  # Windows: folders are used without locks.
-    fcntl = None  # type: ignore[assignment]
-
-__all__ = [
-    "RECORD", "Location", "Log", "Shard", "folder_lock", "is_saved", "is_sharded", "open_saved",
-    "read_log", "text_digest", "verify", "write_log",
-]  # fmt: skip
 
 RECORD, EPISODES = "built.json", "episodes.npz"
 FORMAT = 3  # of ``RECORD``
@@ -78,38 +68,10 @@ class Location:
         """The content of a file; raises ``FileNotFoundError``, and ``DatasetError`` of an address."""
         if self.is_local:
             return Path(self.name, file).read_bytes()
-        content: bytes = self._call("cat_file", file)
+        content: bytes = self.call("cat_file", file)
         return content
 
-    def file(
-        self, name: str, expected: tuple[int, str], cache: Path | None, *, contents: bool
-    ) -> Path:
-        """Where a file is on this machine, or its copy in ``cache``: of the expected size and digest.
-
-        Bytes are compared with ``contents``, and those of a new copy. Raises ``DatasetError``.
-        """
-        path = Path(self.name, name) if self.is_local or cache is None else cache / expected[1]
-        try:
-            if self.is_local or path.is_file():
-                self._check(name, path, expected, contents)
-                return path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as temporary:
-                self._call("get_file", name, str(temporary))
-                self._check(name, temporary, expected, contents=True)
-            return path
-        except FileNotFoundError:
-            raise damaged(self, f"{name} is missing") from None
-
-    def _check(self, name: str, path: Path, expected: tuple[int, str], contents: bool) -> None:
-        actual, where = path.stat().st_size, "" if self.is_local else f" in its copy {path}"
-        if actual != expected[0]:
-            reason = f"{name} has {actual:,} bytes{where}, built with {expected[0]:,}"
-            raise damaged(self, reason)
-        if contents and _file_digest(path) != expected[1]:
-            raise damaged(self, f"{name} has another content than when it was built{where}")
-
-    def _call(self, method: str, file: str, *arguments: str) -> Any:
+    def call(self, method: str, file: str, *arguments: str) -> Any:
         """A method of the file system; what these raise, of many types, as one sentence."""
         try:
             system, path = url_to_fs(self.name, **self.storage_options)
@@ -137,10 +99,10 @@ class Shard:
 class Log:
     """What the record of a folder says.
 
-    ``files``: by path, the size and the digest of each. ``ranges``: smallest and largest number of
-    each entry over all rows, of rewards before any map. ``sketch``: see ``digests.sketch_of``.
-    ``source``: the ``identity`` of what it was built from, None where the folder is never built again.
-    ``stored``: the map of the rewards in the files.
+    ``description``: with the map of the rewards in the files. ``files``: by path, the size and the
+    digest of each. ``ranges``: smallest and largest number of each entry over all rows, of rewards
+    before any map. ``sketch``: see ``digests.sketch_of``. ``source``: the ``identity`` of what it was
+    built from, None where the folder is never built again.
     """
 
     location: Location
@@ -151,38 +113,13 @@ class Log:
     ranges: dict[Key, tuple[float, float]]
     sketch: NDArray[np.int64]
     source: dict[str, Any] | None
-    stored: RewardMap
 
-    @contextlib.contextmanager
-    def rows(self, number: int, *, contents: bool) -> Iterator[TensorDict]:
-        """Inside, the memory-mapped rows of a shard, with rewards by the description's map.
+    def reward_map(self, reward: Any) -> RewardMap:
+        """The map that ``reward`` asks for.
 
-        The sizes of its files are checked, and with ``contents`` every byte. Those of a folder of this
-        machine stay mapped afterwards. Raises ``DatasetError``.
+        Raises ``DatasetError`` where that is another one and the stored rewards are not raw.
         """
-        shard, paths = self.shards[number], {}
-        with contextlib.ExitStack() as stack:
-            cache = self.location.cache
-            if cache is None and not self.location.is_local:
-                cache = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            for key in self.layout:
-                name = f"{shard.folder}/{file_name(key)}"
-                if name not in self.files:
-                    raise damaged(self.location, f"{name} is missing")
-                expected = self.files[name]
-                paths[key] = self.location.file(name, expected, cache, contents=contents)
-            table = _mapped_rows(paths, self.layout, shard.rows)
-            if (change := self.description.reward_map) != self.stored:
-                raw = table[REWARD]
-                table[REWARD] = change.forward(raw.double()).to(raw.dtype)
-            yield table
-
-    def with_rewards(self, reward: Any) -> Log:
-        """The log whose rows have rewards by the map that ``reward`` asks for.
-
-        Raises ``DatasetError`` where that is another map and the stored rewards are not raw.
-        """
-        name, stored = self.location.name, self.stored
+        name, stored = self.location.name, self.description.reward_map
         try:
             change = reward_map(reward, self.description.episode_returns)
         except DatasetError as error:
@@ -193,30 +130,101 @@ class Log:
                 f"built, and reward={reward!r} is another map; pass the first, or build it with raw "
                 "rewards, to which any map can be applied."
             )
-        return replace(self, description=replace(self.description, reward_map=change))
+        return change
+
+    @contextlib.contextmanager
+    def rows(self, number: int, change: RewardMap, *, contents: bool) -> Iterator[TensorDict]:
+        """Inside, the memory-mapped rows of a shard, with rewards by the map ``change``.
+
+        The sizes of its files are checked, and with ``contents`` every byte. Those of a folder of this
+        machine stay mapped afterwards. Raises ``DatasetError``.
+        """
+        shard, place = self.shards[number], self.location
+        with contextlib.ExitStack() as stack:
+            copies = None
+            if not place.is_local:
+                copies = place.cache or stack.enter_context(tempfile.TemporaryDirectory())
+            paths = {
+                key: self._file(f"{shard.folder}/{file_name(key)}", copies, contents)
+                for key in self.layout
+            }
+            table = _mapped_rows(paths, self.layout, shard.rows)
+            if change != self.description.reward_map:
+                raw = table[REWARD]
+                table[REWARD] = change.forward(raw.double()).to(raw.dtype)
+            yield table
 
     def check(self, *, contents: bool) -> int:
         """Check all files of a folder of this machine; their number of bytes."""
-        for name, expected in self.files.items():
-            self.location.file(name, expected, None, contents=contents)
+        for name in self.files:
+            self._file(name, None, contents)
         return sum(size for size, _ in self.files.values())
+
+    def _file(self, name: str, copies: str | Path | None, contents: bool) -> Path:
+        """Where a file is, or its copy in the folder ``copies``: of the size in the record.
+
+        Bytes are compared with ``contents``, and those of a new copy.
+        """
+        place = self.location
+        try:
+            path = Path(place.name, name) if copies is None else Path(copies, self.files[name][1])
+            if copies is None or path.is_file():
+                self._check(name, path, contents)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with whole_file(path) as temporary:
+                    place.call("get_file", name, str(temporary))
+                    self._check(name, temporary, contents=True)
+            return path
+        except (FileNotFoundError, KeyError):
+            raise damaged(place, f"{name} is missing") from None
+
+    def _check(self, name: str, path: Path, contents: bool) -> None:
+        (size, content), actual = self.files[name], path.stat().st_size
+        where = "" if self.location.is_local else f" in its copy {path}"
+        if actual != size:
+            reason = f"{name} has {actual:,} bytes{where}, built with {size:,}"
+            raise damaged(self.location, reason)
+        if contents and _file_digest(path) != content:
+            reason = f"{name} has another content than when it was built{where}"
+            raise damaged(self.location, reason)
 
 
 def _mapped_rows(paths: Mapping[Key, Path], layout: Layout, rows: int) -> TensorDict:
     """A table of memory-mapped files, of which each has exactly ``rows`` rows."""
-    table = TensorDict({}, batch_size=[rows])
+    table = {}
     for key, (shape, dtype) in layout.items():
         size = torch.Size((rows, *shape))
-        table.set(
-            key,
+        table[key] = (
             MemoryMappedTensor.from_filename(str(paths[key]), dtype, size)
             if size.numel()
-            else torch.empty(size, dtype=dtype),
+            else torch.empty(size, dtype=dtype)
         )
-    return table
+    return TensorDict({}, batch_size=[rows]).update(table)
 
 
 # -- writing
+
+#: How the record has each entry of a ``Description`` that is no array: to JSON, and back.
+FORMS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "name": (str, str),
+    "observation_space": (serialize_space, deserialize_space),
+    "action_space": (serialize_space, deserialize_space),
+    "env_spec": (lambda spec: spec and spec.to_json(), lambda text: text and EnvSpec.from_json(text)),
+    "reference_scores": (known_scores, known_scores),
+    "reward_map": (astuple, lambda pair: RewardMap(*pair)),
+    "statistics": (
+        lambda known: [(key, *vars(each).values()) for key, each in known.items()],
+        lambda saved: {
+            key if isinstance(key, str) else tuple(key): ObservationStatistics(
+                torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32),
+                tuple(constant), count,
+            )
+            for key, mean, std, constant, count in saved
+        },
+    ),
+    **dict.fromkeys(("joined", "notes", "warnings"), (tuple, tuple)),
+}  # fmt: skip
 
 
 def write_log(
@@ -235,67 +243,46 @@ def write_log(
     starts = np.concatenate([[0], np.cumsum(lengths)])
     first = starts[edges]
     names = [f"shard-{number:05d}" for number in range(len(edges) - 1)]
+    shards = list(zip(names, np.diff(first).tolist(), strict=True))
     with _staged_folder(folder, source.rows * row_bytes(layout)) as staging:
-        tables = DiskTables(layout, first, [staging / name for name in names])
-        description = fill(source, tables, options)
+        files = DiskTables(layout, first, [staging / name for name in names])
+        _, description = build(source, options, files)
         returns, sketches = description.episode_returns, []
         np.savez(staging / EPISODES, returns=returns, lengths=lengths)
         at_once = max(1, int(BLOCK_BYTES / row_bytes(layout) / lengths.mean()))  # episodes
-        for number, name in enumerate(names):
+        for number, (name, rows) in enumerate(shards):
             paths = {key: staging / name / file_name(key) for key in layout}
             for begin in range(edges[number], edges[number + 1], at_once):
-                own = slice(begin, min(begin + at_once, edges[number + 1]))
+                end = min(begin + at_once, edges[number + 1])
                 # a mapping for each part: pages of a mapping count as memory of the process
-                rows = _mapped_rows(paths, layout, int(first[number + 1] - first[number]))
-                part = SimpleNamespace(
-                    transitions=rows[
-                        starts[own.start] - first[number] : starts[own.stop] - first[number]
-                    ],
-                    episode_returns=returns[own],
-                    episode_lengths=lengths[own],
-                )
-                sketches.append(sketch_of(episode_digests(part)))
-                del rows, part
-        spec, change = description.env_spec, description.reward_map
-        unchanged = ("name", "reference_scores", "joined", "notes", "warnings")
+                table = _mapped_rows(paths, layout, rows)
+                part = table[starts[begin] - first[number] : starts[end] - first[number]]
+                digests = episode_digests(part, returns[begin:end], lengths[begin:end])
+                sketches.append(sketch_of(digests))
+                del table, part
         record = {
             "format": FORMAT,
             "source": built_from,
-            **{name: getattr(description, name) for name in unchanged},
-            "observation_space": serialize_space(description.observation_space),
-            "action_space": serialize_space(description.action_space),
-            "env_spec": None if spec is None else spec.to_json(),
-            "reward_map": (change.scale, change.shift),
-            "statistics": [
-                (key, s.mean.tolist(), s.std.tolist(), s.constant, s.count)
-                for key, s in description.statistics.items()
-            ],
-            "shards": list(zip(names, np.diff(first).tolist(), strict=True)),
+            **{name: form(getattr(description, name)) for name, (form, _) in FORMS.items()},
+            "shards": shards,
             "files": {
                 path.relative_to(staging).as_posix(): (path.stat().st_size, _file_digest(path))
                 for path in sorted(staging.rglob("*"))
                 if path.is_file()
             },
             "entries": [
-                (key, shape, str(dtype).removeprefix("torch."), tables.ranges[key])
+                (key, shape, str(dtype).removeprefix("torch."), files.ranges[key])
                 for key, (shape, dtype) in layout.items()
             ],
-            "sketch": sketch_of(np.concatenate(sketches)).tolist(),
+            "sketch": sketch_of(np.concatenate(sketches)),
         }
-        (staging / RECORD).write_text(json.dumps(record))
+        (staging / RECORD).write_text(json.dumps(record, default=methodcaller("tolist")))
     return read_log(Location(str(folder)))
 
 
-def text_digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
 def _file_digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
-        while part := file.read(READ_AT_ONCE):
-            digest.update(part)
-    return digest.hexdigest()
+        return digest(iter(partial(file.read, READ_AT_ONCE), b""))
 
 
 @contextlib.contextmanager
@@ -335,8 +322,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
     file systems without locks.
     """
     path, file = folder.absolute().parent / f".{folder.name}.lock", None
-    with contextlib.suppress(OSError):
-        file = None if fcntl is None else _locked(path)
+    with contextlib.suppress(OSError, ImportError):  # of fcntl on Windows
+        file = _locked(path)
     try:
         # a build has the lock as long as its temporary folder exists
         for left in path.parent.glob(f".{glob.escape(folder.name)}-*") if file is not None else ():
@@ -346,22 +333,20 @@ def folder_lock(folder: Path) -> Iterator[None]:
     finally:
         if file is not None:
             path.unlink(missing_ok=True)
-            os.close(file)
+            file.close()
 
 
-def _locked(path: Path) -> int:
+def _locked(path: Path) -> IO[str]:
+    import fcntl
+
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
+        with contextlib.ExitStack() as closing:
+            file = closing.enter_context(path.open("a"))
             fcntl.flock(file, fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(file), os.stat(path)):
-                return file
-        except FileNotFoundError:  # the holder before has deleted it
-            pass
-        except OSError:
-            os.close(file)
-            raise
-        os.close(file)
+            with contextlib.suppress(FileNotFoundError):  # the holder before has deleted it
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    closing.pop_all()
+                    return file
 
 
 # -- reading
@@ -410,36 +395,26 @@ def _log(
     """What a record says; it may be damaged."""
     entries = {tuple(key): rest for key, *rest in saved["entries"]}
     layout = {key: Field(tuple(s), getattr(torch, d)) for key, (s, d, _) in entries.items()}
-    description = Description(
-        name=saved["name"],
-        observation_space=deserialize_space(saved["observation_space"]),
-        action_space=deserialize_space(saved["action_space"]),
-        env_spec=None if saved["env_spec"] is None else EnvSpec.from_json(saved["env_spec"]),
-        reference_scores=known_scores(saved["reference_scores"]),
-        episode_returns=returns,
-        episode_lengths=lengths,
-        statistics={
-            key if isinstance(key, str) else tuple(key): ObservationStatistics(
-                torch.tensor(mean, dtype=torch.float32), torch.tensor(std, dtype=torch.float32),
-                tuple(constant), count,
-            )
-            for key, mean, std, constant, count in saved["statistics"]
-        },
-        reward_map=RewardMap(*saved["reward_map"]),
-        dtype=layout[REWARD].dtype,
-        **{name: tuple(saved[name]) for name in ("joined", "notes", "warnings")},
-    )  # fmt: skip
     files = {name: (int(size), str(digest)) for name, (size, digest) in saved["files"].items()}
     shards = []
     for name, rows in saved["shards"]:
-        own = {file: digest for file, (_, digest) in files.items() if file.startswith(f"{name}/")}
-        shards.append(Shard(name, rows, text_digest(json.dumps(own, sort_keys=True).encode())))
+        own = {file: content for file, (_, content) in files.items() if file.startswith(f"{name}/")}
+        shards.append(Shard(name, rows, digest([json.dumps(own, sort_keys=True).encode()])))
     return Log(
-        location, description, files, tuple(shards), layout,
+        location,
+        Description(
+            episode_returns=returns,
+            episode_lengths=lengths,
+            dtype=layout[REWARD].dtype,
+            **{name: form(saved[name]) for name, (_, form) in FORMS.items()},
+        ),
+        files,
+        tuple(shards),
+        layout,
         ranges={key: (low, high) for key, (_, _, (low, high)) in entries.items()},
         sketch=np.array(saved["sketch"], np.int64),
-        source=saved["source"], stored=description.reward_map,
-    )  # fmt: skip
+        source=saved["source"],
+    )
 
 
 def verify(folder: str | Path) -> int:
@@ -463,10 +438,8 @@ def is_saved(source: Any) -> TypeGuard[str | Path]:
     """Whether ``source`` is the path of a folder of a built table or of shards, complete or not."""
     # the last one is of older versions
     names = (RECORD, f"shard-00000/{file_name(REWARD)}", "shards.json")
-    try:
-        return isinstance(source, str | Path) and any(Path(source, n).is_file() for n in names)
-    except OSError:  # a text that is too long for a path
-        return False
+    # os.path: a text may be too long for a path.
+    return isinstance(source, str | Path) and any(os.path.isfile(Path(source, n)) for n in names)
 
 
 def is_sharded(source: Any) -> bool:
@@ -486,12 +459,12 @@ def open_saved(folder: Path, reward: Any, dtype: torch.dtype) -> tuple[TensorDic
             f"{folder}: a folder of shards, whose rows are not loaded at once; open it with "
             f"iql_torchrl.data.load_shards({str(folder)!r})."
         )
-    stored = log.layout[REWARD].dtype
+    stored = log.description.dtype
     if stored != dtype:
         raise DatasetError(
             f"{folder}: was built with dtype={stored} and dtype={dtype} is asked for; pass "
             f"dtype={stored}, or build it again."
         )
-    log = log.with_rewards(reward)
-    with log.rows(0, contents=False) as table:
-        return table, log.description
+    change = log.reward_map(reward)
+    with log.rows(0, change, contents=False) as table:
+        return table, replace(log.description, reward_map=change)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,8 +35,6 @@ from iql_torchrl.data.saved import (
 from iql_torchrl.data.schema import MASK, REWARD, DatasetError, Key
 from iql_torchrl.descriptions import one_line
 from iql_torchrl.files import make_folder
-
-__all__ = ["ShardedDataset", "ShardedReplay", "build_shards", "load_shards"]
 
 #: How many shards are loaded by default; all of them where there are fewer.
 LOADED = 4
@@ -95,13 +93,10 @@ def episodes_of_shards(lengths: NDArray[np.int64], shards: int, name: str) -> ND
             f"{name}: {len(lengths)} episodes do not fill {shards} shards of whole episodes; choose "
             f"at most {len(lengths)} shards."
         )
-    ends = np.concatenate([[0], np.cumsum(lengths)])
-    edges = [0]
-    for number in range(1, shards):
-        equal_share = ends[-1] * number / shards
-        nearest = int(np.abs(ends - equal_share).argmin())
-        edges.append(min(max(nearest, edges[-1] + 1), len(lengths) - (shards - number)))
-    return np.array([*edges, len(lengths)], np.int64)
+    ends, numbers = np.concatenate([[0], np.cumsum(lengths)]), np.arange(shards + 1)
+    nearest = [np.abs(ends - share).argmin() for share in ends[-1] * numbers / shards]
+    episodes_before = np.maximum.accumulate(nearest - numbers)  # besides one for each shard
+    return numbers + np.minimum(episodes_before, len(lengths) - shards)
 
 
 def load_shards(
@@ -133,8 +128,9 @@ def load_shards(
     """
     name = str(location).rstrip("/") or "/"
     place = Location(name, None if cache is None else Path(cache), dict(storage_options or {}))
-    log = read_log(place).with_rewards(reward)
-    fields = dataset_fields(log.description, env, reference_scores)
+    log = read_log(place)
+    described = replace(log.description, reward_map=log.reward_map(reward))
+    fields = dataset_fields(described, env, reference_scores)
     return ShardedDataset(**fields, shards=log.shards, log=log)
 
 
@@ -154,9 +150,6 @@ class ShardedDataset(DatasetSummary):
     shards: tuple[Shard, ...]
     log: Log
     _verified: set[int] = field(default_factory=set, init=False, compare=False)
-
-    def __len__(self) -> int:
-        return sum(shard.rows for shard in self.shards)
 
     @property
     def masked(self) -> bool:
@@ -199,7 +192,8 @@ class ShardedDataset(DatasetSummary):
         The first time, all its bytes are compared with their checksums. Raises ``DatasetError`` on a
         shard that is missing, truncated or of other content, or cannot be reached.
         """
-        with self.log.rows(number, contents=number not in self._verified) as table:
+        unseen = number not in self._verified
+        with self.log.rows(number, self.reward_map, contents=unseen) as table:
             self._verified.add(number)
             yield table
 
@@ -229,10 +223,10 @@ class Rotation:
     """
 
     def __init__(self, shards: int, loaded: int, seed: int) -> None:
-        self.shards, self.seed = shards, seed
+        self.shards, self.seed, self.turn, self.oldest = shards, seed, -1, 0
         self.loaded: list[int] = []
-        self.oldest, self.turn = 0, 0
-        self.order = self._draw()
+        self.position = shards
+        self._begin_pass_if_due()
         self.loaded, self.position = self.order[:loaded], loaded
         self._begin_pass_if_due()
 
@@ -251,20 +245,16 @@ class Rotation:
         return place
 
     def _begin_pass_if_due(self) -> None:
-        if self.position == self.shards:
-            self.turn, self.position = self.turn + 1, 0
-            self.order = self._draw()
-
-    def _draw(self) -> list[int]:
-        """A permutation in which a loaded shard comes no earlier than its replacement."""
+        """Draw a permutation in which a loaded shard comes no earlier than its replacement."""
+        if self.position < self.shards:
+            return
+        self.turn, self.position, self.order = self.turn + 1, 0, []
         generator = np.random.default_rng([self.seed, self.turn])
         by_age = [*self.loaded[self.oldest :], *self.loaded[: self.oldest]]
         left = [shard for shard in range(self.shards) if shard not in by_age]
-        order = []
         for position in range(self.shards):
             left += by_age[position : position + 1]
-            order.append(left.pop(int(generator.integers(len(left)))))
-        return order
+            self.order.append(left.pop(int(generator.integers(len(left)))))
 
     def state_dict(self) -> dict[str, Any]:
         return deepcopy(vars(self))
@@ -326,12 +316,15 @@ class ShardedReplay(DeviceSampler):
                 f"loaded is {self.loaded} and {dataset.name} has {count} shards; choose at most "
                 f"{count}, or build it with more shards."
             )
-        # one slot more than are drawn from: the next shard is written there meanwhile
+        # of each place, and one more where shards are replaced: the next one is written there meanwhile
+        self._slots = list(range(self.loaded + (self.loaded < count)))
         self._capacity = max(shard.rows for shard in dataset.shards)
-        rows = (self.loaded + (self.loaded < count)) * self._capacity
-        blank = TensorDict({}, batch_size=[rows])  # zeros, as views of one row
-        for key, entry in dataset.log.layout.items():
-            blank.set(key, torch.zeros((), dtype=entry.dtype).expand(rows, *entry.shape))
+        rows = len(self._slots) * self._capacity
+        zeros = {  # as views of one number
+            key: torch.zeros((), dtype=entry.dtype).expand(rows, *entry.shape)
+            for key, entry in dataset.log.layout.items()
+        }
+        blank = TensorDict({}, batch_size=[rows]).update(zeros)
         super().__init__(blank, batch_size, device="cpu" if device is None else device, seed=seed)
         self.rotation = Rotation(count, self.loaded, self.generator.initial_seed() % 2**64)
         self._since = 0  # batches since the last replacement
@@ -346,10 +339,10 @@ class ShardedReplay(DeviceSampler):
         self._since += 1
         return super().sample(batch_size)
 
-    def indices(self, batch_size: int | None = None) -> Tensor:
-        """Places of a batch's rows in the table of the loaded shards, int64 ``(batch_size,)``."""
-        drawn = super().indices(batch_size)
-        return drawn + self._shift[torch.bucketize(drawn, self._ends, right=True)]
+    def draw(self, out: Tensor) -> Tensor:
+        """The places of a batch's rows in the table of the loaded shards."""
+        super().draw(out)
+        return out.add_(self._shift[torch.bucketize(out, self._ends, right=True)])
 
     def loaded_shards(self) -> list[int]:
         """The numbers of the shards that the next batch is drawn from, unless one is replaced."""
@@ -358,9 +351,8 @@ class ShardedReplay(DeviceSampler):
     # -- loading ---------------------------------------------------------------------------------
 
     def _load_all(self) -> None:
-        self._slots = list(range(self.loaded))  # of each place
-        for slot, number in zip(self._slots, self.rotation.loaded, strict=True):
-            self._load(number, slot)
+        for place, number in enumerate(self.rotation.loaded):
+            self._load(number, self._slots[place])
         self._use_loaded()
 
     def _load(self, number: int, slot: int) -> None:
@@ -369,15 +361,14 @@ class ShardedReplay(DeviceSampler):
 
     def _use_loaded(self) -> None:
         """Draw from the loaded shards, and let the thread write the next one into the other slot."""
-        shards = self.dataset.shards
-        counts = torch.tensor([shards[number].rows for number in self.rotation.loaded])
-        ends, begins = counts.cumsum(0), torch.tensor(self._slots) * self._capacity
+        loaded = self.rotation.loaded
+        counts = torch.tensor([self.dataset.shards[number].rows for number in loaded])
+        ends, begins = counts.cumsum(0), torch.tensor(self._slots[: self.loaded]) * self._capacity
         self.rows = int(ends[-1])
         self._ends = ends.to(self.device)
         self._shift = (begins - (ends - counts)).to(self.device)
-        if self.loaded < len(shards):
-            (self._free,) = set(range(self.loaded + 1)) - set(self._slots)
-            self._coming = self._thread.submit(self._load, self.rotation.coming, self._free)
+        if len(self._slots) > self.loaded:
+            self._coming = self._thread.submit(self._load, self.rotation.coming, self._slots[-1])
 
     def _replace(self) -> None:
         """Draw from the next shard too; one that could not be read is read again, at every batch."""
@@ -385,14 +376,15 @@ class ShardedReplay(DeviceSampler):
             if self._coming.exception() is not None:
                 number = self.rotation.coming
                 try:
-                    self._load(number, self._free)
+                    self._load(number, self._slots[-1])
                 except Exception as error:
                     raise DatasetError(
                         f"{self.dataset.log.location.name}: shard {number} could not be read, nor a "
                         f"second time ({type(error).__name__}: {one_line(error)}). The next batch "
                         "tries again; nothing of the loaded shards is lost."
                     ) from error
-            self._slots[self.rotation.advance()] = self._free
+            place, slots = self.rotation.advance(), self._slots
+            slots[place], slots[-1] = slots[-1], slots[place]
             self._use_loaded()
         self._since = 0
 
@@ -406,12 +398,15 @@ class ShardedReplay(DeviceSampler):
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` where ``state`` is of another number of shards or other settings."""
-        saved = {"shards": state["rotation"]["shards"], **state}
-        settings = {"loaded": self.loaded, "replace_every": self.replace_every}
-        for name, value in {"shards": self.rotation.shards, **settings}.items():
-            if saved[name] != value:
+        compared = [
+            ("shards", state["rotation"]["shards"], self.rotation.shards),
+            ("loaded", state["loaded"], self.loaded),
+            ("replace_every", state["replace_every"], self.replace_every),
+        ]
+        for name, saved, own in compared:
+            if saved != own:
                 raise ValueError(
-                    f"the state is of a replay with {name} = {saved[name]}, and this one has {value}; "
+                    f"the state is of a replay with {name} = {saved}, and this one has {own}; "
                     "build it with the same, so that the batches continue as they would have."
                 )
 

@@ -12,7 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, Storage, TensorDictReplayBuffer
 
-from iql_torchrl.data.readers.contradictions import differs
+from iql_torchrl.data.readers.motion import differs
 from iql_torchrl.data.replay import (
     DeviceSampler,
     device_of,
@@ -22,8 +22,6 @@ from iql_torchrl.data.replay import (
 )
 from iql_torchrl.data.schema import DatasetError, Key
 from iql_torchrl.networks import HISTORY_MASK, History, stack_frames
-
-__all__ = ["WindowSampler", "WindowStorage", "Windows", "plain"]
 
 JUMPS = ("error", "restart")
 #: Bytes of observations that are compared at once.

@@ -31,8 +31,6 @@ from iql_torchrl.processes import (
     surroundings,
 )
 
-__all__ = ["BackgroundEvaluation", "EvaluationTimeout"]
-
 LARGE = 100 * 2**20  # bytes
 POLL = 0.1  # seconds between two calls of ``stop`` while waiting
 Snapshot = dict[str, Tensor]

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from iql_torchrl.evaluation.statistics import bootstrap_interval, standard_error, wilson_interval
 
-__all__ = ["Evaluation", "reference_pair"]
-
 FloatArray = NDArray[np.float64]
 
 REFERENCE_NAMES = (

@@ -32,8 +32,6 @@ from iql_torchrl.evaluation.policy_input import action_mask, needs_mask, stacked
 from iql_torchrl.evaluation.result import Evaluation, reference_pair
 from iql_torchrl.networks import chunk_of, history_of
 
-__all__ = ["Evaluation", "check_arguments", "evaluate"]
-
 SUCCESS_KEYS = ("success", "is_success")
 MakeEnv = Callable[[], gymnasium.Env[Any, Any]]
 

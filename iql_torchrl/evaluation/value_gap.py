@@ -17,8 +17,6 @@ from iql_torchrl.config.knobs import check_whole
 from iql_torchrl.evaluation.acting import as_in_evaluation, check_policy, policy_device
 from iql_torchrl.evaluation.statistics import standard_error
 
-__all__ = ["ValueGap", "value_gap"]
-
 
 @dataclass(frozen=True)
 class ValueGap:

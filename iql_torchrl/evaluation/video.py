@@ -14,8 +14,6 @@ from tensordict.nn import TensorDictModuleBase
 from iql_torchrl.config.knobs import check_whole
 from iql_torchrl.evaluation.rollout import MakeEnv, check_arguments, evaluate
 
-__all__ = ["record_video"]
-
 
 def record_video(
     policy: TensorDictModuleBase,

@@ -29,7 +29,8 @@ from iql_torchrl.config import IQLConfig, check_choice, knobs
 from iql_torchrl.data import DeviceSampler, OfflineDataset, RelabelledDataset
 from iql_torchrl.data.replay import MemberSampler
 from iql_torchrl.distributed import Ranks
-from iql_torchrl.evaluation.rollout import Evaluation, evaluate
+from iql_torchrl.evaluation.result import Evaluation
+from iql_torchrl.evaluation.rollout import evaluate
 from iql_torchrl.files import CheckpointError, read_components, write_components
 from iql_torchrl.population.loss import stack_losses, write_member
 from iql_torchrl.trainers.checkpoints import check_same_data, check_same_run, data_state

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.legend import Legend
     from matplotlib.lines import Line2D
 
-__all__ = ["Series", "comparison_figure", "draw", "run_figure", "save"]
-
 FloatArray = NDArray[np.float64]
 Row = Mapping[str, float | int]
 

@@ -8,8 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-__all__ = ["FloatArray", "mean_bounds"]
-
 FloatArray = NDArray[np.float64]
 
 MAX_DRAWS, MIN_DRAWS = 10_000, 2_000

@@ -13,8 +13,6 @@ from iql_torchrl.data.spaces import is_image, usual_encoder
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.networks import Standardise
 
-__all__ = ["USUAL", "Coverage", "features_of"]
-
 USUAL = 0.99
 QUERIES_AT_ONCE = 256
 

@@ -14,8 +14,6 @@ from iql_torchrl.data import OfflineDataset
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.selection.bounds import FloatArray, mean_bounds
 
-__all__ = ["EpisodeScores", "Episodes", "read_logs", "return_range"]
-
 
 class Episodes:
     """A log of N rows and E episodes as arrays.

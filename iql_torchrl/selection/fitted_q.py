@@ -37,8 +37,6 @@ from iql_torchrl.selection.members import (
 )
 from iql_torchrl.selection.tabular import finite_states, table_scores
 
-__all__ = ["Critics", "FittedQ", "Steps", "fitted_q_evaluation", "network_scores"]
-
 Layers = list[Tensor]
 
 TABLE_BYTES = 2**31

@@ -22,8 +22,6 @@ from iql_torchrl.selection.bounds import FloatArray, mean_bounds
 from iql_torchrl.selection.episodes import Episodes, read_logs, return_range
 from iql_torchrl.selection.members import logged_log_prob, resolve_member, resolve_members
 
-__all__ = ["Importance", "importance_sampling", "padded", "pdwis", "value_bounds"]
-
 LARGEST_LOG_WEIGHT = 600.0  # exp of it times a return is a number
 
 

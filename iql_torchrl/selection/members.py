@@ -27,18 +27,6 @@ from iql_torchrl.evaluation.acting import as_in_evaluation, check_policy, policy
 from iql_torchrl.losses import UNWEIGHTED
 from iql_torchrl.networks import chunk_of, history_of
 
-__all__ = [
-    "Member",
-    "actions",
-    "clone_distance",
-    "has_density",
-    "log_probabilities",
-    "logged_log_prob",
-    "resolve_member",
-    "resolve_members",
-    "states",
-]
-
 ROWS_AT_ONCE = 16_384
 
 

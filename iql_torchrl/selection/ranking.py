@@ -24,8 +24,6 @@ from iql_torchrl.selection.members import Member, clone_distance, has_density, r
 from iql_torchrl.selection.recommendation import Evidence, doubts_of, recommendation
 from iql_torchrl.selection.tabular import LOG_PROB
 
-__all__ = ["Ranking", "rank_members"]
-
 MIN_COMPARED = 3
 IMPORTANCE = {  # a column, and the field of ``Importance`` that it has
     "importance_value": "values",

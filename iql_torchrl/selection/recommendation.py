@@ -10,12 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from iql_torchrl.data.digests import episode_digests, shared_share, sketch_of
+from iql_torchrl.data.digests import shared_share, sketch_of
 from iql_torchrl.selection.episodes import Episodes
 from iql_torchrl.selection.fitted_q import FittedQ
 from iql_torchrl.selection.members import Member
-
-__all__ = ["Evidence", "doubts_of", "recommendation"]
 
 Row = Mapping[str, Any]
 
@@ -112,7 +110,7 @@ class Evidence:
 
     def seen(self, log: Episodes) -> list[float]:
         """Share of the log's episodes that each member was trained on, 0 where unknown."""
-        digests, trained = episode_digests(log.log), (member.episodes for member in self.members)
+        digests, trained = log.log.episode_digests(), (member.episodes for member in self.members)
         return [0.0 if own is None else shared_share(own, digests) for own in trained]
 
 
@@ -195,7 +193,7 @@ def _blocking_warnings(known: Evidence) -> Iterator[str]:
             f"{fitted_q.passes:.3g} passes of the data, where values look {horizon:.3g} steps "
             "ahead: it has not converged; use more updates."
         )
-    digests = [episode_digests(log.log) for log in (known.train, known.held_out)]
+    digests = [log.log.episode_digests() for log in (known.train, known.held_out)]
     if (shared := shared_share(sketch_of(digests[0]), digests[1])) > SHARED:
         yield (
             f"{shared:.0%} of the held-out episodes are also among those fitted on, so they "

@@ -18,8 +18,6 @@ from iql_torchrl.selection.bounds import FloatArray
 from iql_torchrl.selection.episodes import Episodes, EpisodeScores, return_range
 from iql_torchrl.selection.members import Member, log_probabilities, states
 
-__all__ = ["LOG_PROB", "FiniteStates", "finite_states", "table_scores"]
-
 IntArray = NDArray[np.int64]
 
 LOG_PROB = "action_log_prob"

@@ -24,8 +24,6 @@ from urllib.parse import urlsplit
 from iql_torchrl.files import first_line
 from iql_torchrl.processes import ProcessEnded, Workers, packed_call, perform, surroundings
 
-__all__ = ["perform_locally", "perform_on_ray", "perform_on_slurm"]
-
 Calls = Mapping[str, Callable[[], None]]
 PERFORMED, RAY_RETRIES = 3, 3  # how often a call is performed here, and repeated by Ray
 SECONDS = 0.2  # between two looks at the progress

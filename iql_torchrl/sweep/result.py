@@ -17,8 +17,6 @@ from iql_torchrl.report.tables import write_rows
 from iql_torchrl.selection import Ranking
 from iql_torchrl.sweep.task import Row, Task
 
-__all__ = ["SweepResult", "named"]
-
 
 @dataclass(frozen=True)
 class SweepResult:

@@ -32,8 +32,6 @@ from iql_torchrl.sweep.task import (
     read_ranking,
 )
 
-__all__ = ["Sweep"]
-
 Perform = Callable[[Mapping[str, Callable[[], None]], Callable[[], None]], dict[str, str]]
 
 

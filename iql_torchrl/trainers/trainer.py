@@ -22,7 +22,7 @@ from iql_torchrl.agent.build import Agent
 from iql_torchrl.data import DatasetSummary, OfflineDataset
 from iql_torchrl.distributed import Ranks
 from iql_torchrl.evaluation.background import BackgroundEvaluation, EvaluationTimeout
-from iql_torchrl.evaluation.rollout import Evaluation
+from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.evaluation.value_gap import value_gap
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.networks import history_of

@@ -11,17 +11,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = [
-    "JoinedCounts",
-    "Moments",
-    "StackedAdam",
-    "adam_step",
-    "along",
-    "count_steps",
-    "number_dtype",
-    "start",
-]
-
 
 class StackedAdam(Optimizer):
     """Adam, or AdamW with ``decoupled=True``, on parameters ``(P, ...)`` of P runs.

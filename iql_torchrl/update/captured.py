@@ -40,8 +40,6 @@ from iql_torchrl.update.compiled import (
 )
 from iql_torchrl.update.step import IQLStep, Step
 
-__all__ = ["CapturedStep", "CudaGraph", "captured"]
-
 Program = tuple[Callable[..., object], Sequence[Any]]  # with its arguments
 
 

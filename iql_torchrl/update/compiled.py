@@ -33,18 +33,6 @@ from iql_torchrl.update.adam import (
 )
 from iql_torchrl.update.step import IQLStep, Step, Terms
 
-__all__ = [
-    "CompiledStep",
-    "GraphUpdate",
-    "compiled",
-    "fits_a_graph",
-    "learning_rates",
-    "log_eager",
-    "program_options",
-    "settings_of",
-    "worth_checking",
-]
-
 MANY_COMPILATIONS = 10
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
 CUDA_GRAPHS = "triton.cudagraphs"  # off even where it was switched on globally

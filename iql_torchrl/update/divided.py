@@ -11,8 +11,6 @@ from iql_torchrl.distributed import Ranks
 from iql_torchrl.losses import ImplicitQLoss
 from iql_torchrl.losses.batch import Batch
 
-__all__ = ["Part"]
-
 OF_CRITICS = ("td_error", "qvalue")  # metadata (K, *B)
 ALWAYS_READ = ("td_error", "log_prob")  # what a summary without diagnostics reads
 

@@ -33,9 +33,6 @@ with warnings.catch_warnings():  # TorchRL warns about its own classes when thes
     warnings.simplefilter("ignore", DeprecationWarning)
     from torchrl.trainers import OptimizationStepper, Trainer
 
-__all__ = ["IQLStep", "Step", "Terms", "Trained", "part_of"]
-
-
 Terms = tuple[dict[str, Tensor], dict[str, Tensor]]  # losses, and what else an update computes
 Gradients = list["Tensor | None"]
 

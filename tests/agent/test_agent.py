@@ -41,7 +41,6 @@ from iql_torchrl.agent import export
 from iql_torchrl.agent.build import Agent
 from iql_torchrl.agent.task import Task, space_from_state, space_state
 from iql_torchrl.data import DeviceSampler, ObservationStatistics
-from iql_torchrl.data.digests import episode_digests
 from iql_torchrl.evaluation.acting import private_random_numbers
 from iql_torchrl.files import CheckpointError, write_components
 from iql_torchrl.losses.parameters import TARGET_CRITICS
@@ -283,7 +282,7 @@ def test_spaces_come_back_exactly(space):
 def test_a_task_has_what_networks_need_and_is_restored_from_its_state():
     data = replace(load_dataset(log()), name="log", reference_scores=(-1.5, 1 / 3))
     task = Task.of(data)
-    np.testing.assert_array_equal(task.episodes, np.sort(episode_digests(data)))
+    np.testing.assert_array_equal(task.episodes, np.sort(data.episode_digests()))
     state = task.state_dict()
     result = Task.from_state_dict(stored(state))
     for name in ("observation_space", "action_space", "observation_spec", "action_spec"):

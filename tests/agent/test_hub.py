@@ -20,7 +20,7 @@ from small_agents import config, discrete_agent, log, masks, observations, same_
 
 from iql_torchrl import Agent, load_dataset, make_agent
 from iql_torchrl.agent import HubError
-from iql_torchrl.data.digests import episode_digests, sketch_of
+from iql_torchrl.data.digests import sketch_of
 from iql_torchrl.evaluation.result import Evaluation
 from iql_torchrl.files import CheckpointError
 
@@ -239,7 +239,7 @@ def test_the_card_says_what_the_agent_is(server, tmp_path):
     assert policy["inputs"][0]["shape"] == ["B", 3]
     assert policy["output"]["low"] == agent.task.action_space.low.tolist()
     assert data["returns of score 0 and 100"] == [-9, 3]
-    digests = sketch_of(episode_digests(dataset))
+    digests = sketch_of(dataset.episode_digests())
     expected = hashlib.blake2b(digests.tobytes(), digest_size=16).hexdigest()
     assert data["digest of its episodes"] == expected
     assert (data["name"], data["episodes"], data["transitions"]) == (named.name, 4, 40)

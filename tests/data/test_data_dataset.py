@@ -45,6 +45,14 @@ def test_split_shares_scale_and_no_episode():
         whole.split(0.001, seed=0)
 
 
+def test_the_range_of_goals_that_a_function_gives():
+    goals = load_dataset(LOG).relabelled(lambda observation: 2 * observation[:, :1])
+    assert goals.range_of(("next", "observation", "goal")) == (0, 2 * 199)
+    assert goals.range_of(("observation", "observation")) == load_dataset(LOG).range_of(
+        ("observation",)
+    )
+
+
 def test_reward_maps_invert():
     rewards = np.linspace(-5, 5, 11)
     change = RewardMap(0.25, -1.0)
@@ -62,7 +70,7 @@ def test_reward_maps_invert():
 @pytest.mark.parametrize("last", [[5.0, 5.0], [7.0, 7.0], [5.0, 6.0]])
 def test_a_column_is_constant_only_over_all_blocks(last, monkeypatch):
     """In blocks of two rows; the second column never changes. NumPy's numbers over all rows."""
-    monkeypatch.setattr("iql_torchrl.data.build.BLOCK_BYTES", 2 * 40)
+    monkeypatch.setattr("iql_torchrl.data.build.BLOCK", 2)
     rows = np.array([[5.0, 1.0], [8.0, 1.0], *([x, 1.0] for x in last)], np.float32)
     data = {name: values[:4] for name, values in LOG.items()}
     following = rows + np.float32([1, 0])

@@ -7,7 +7,7 @@ from small_logs import numbered
 from small_mdp import random_mdp, uniform
 
 from iql_torchrl import load_dataset
-from iql_torchrl.data.digests import SKETCH, episode_digests, shared_share, sketch_of
+from iql_torchrl.data.digests import SKETCH, shared_share, sketch_of
 
 
 def steps(episodes, seed, length=3):
@@ -20,20 +20,20 @@ def joined(one, other):
 
 def share(one, other):
     """Of the episodes of ``other`` that are in ``one``."""
-    return shared_share(sketch_of(episode_digests(one)), episode_digests(other))
+    return shared_share(sketch_of(one.episode_digests()), other.episode_digests())
 
 
 def test_one_number_an_episode_whatever_the_reward_map_and_the_order():
     table = steps(50, 0)
-    raw = episode_digests(load_dataset(table))
+    raw = load_dataset(table).episode_digests()
     assert (raw.shape, raw.dtype, len(np.unique(raw))) == ((50,), np.int64, 50)
     for reward in ((-250.0, 3.0), "return_range"):
-        np.testing.assert_array_equal(episode_digests(load_dataset(table, reward=reward)), raw)
+        np.testing.assert_array_equal(load_dataset(table, reward=reward).episode_digests(), raw)
     backwards = np.arange(150).reshape(50, 3)[::-1].reshape(-1)
     moved = {name: column[backwards] for name, column in table.items()}
-    np.testing.assert_array_equal(episode_digests(load_dataset(moved)), raw[::-1])
+    np.testing.assert_array_equal(load_dataset(moved).episode_digests(), raw[::-1])
     both = load_dataset(table).split(0.4, 1)
-    assert set(raw) == {*episode_digests(both[0]), *episode_digests(both[1])}
+    assert set(raw) == {*both[0].episode_digests(), *both[1].episode_digests()}
 
 
 @pytest.mark.filterwarnings("ignore:.*next_observation:iql_torchrl.data.DatasetWarning")
@@ -43,7 +43,7 @@ def test_another_first_or_last_step_is_another_episode(column, row):
     table = steps(4, 0)
     changed = {**table, column: table[column].copy()}
     changed[column][6 + row] *= 0.5
-    raw, other = (episode_digests(load_dataset(each)) for each in (table, changed))
+    raw, other = (load_dataset(each).episode_digests() for each in (table, changed))
     assert (raw == other).tolist() == [True, True, False, True]
 
 
@@ -57,7 +57,7 @@ def test_parts_of_a_dict_observation_and_categories_count():
     observation["k"] = observation["k"].copy()
     observation["k"][0] = (observation["k"][0] + 1) % 3
     second = load_dataset(small_log(observation=observation))
-    equal = episode_digests(first) == episode_digests(second)
+    equal = first.episode_digests() == second.episode_digests()
     assert equal.tolist() == [False, True, True, True]
 
 
@@ -66,9 +66,9 @@ def test_parts_of_one_log_share_nothing():
     assert share(one, other) == share(other, one) == 0
     assert share(one, one) == 1
     discrete = random_mdp().log(uniform(), episodes=1000).split(0.5, 0)
-    digests = episode_digests(discrete[1])
+    digests = discrete[1].episode_digests()
     assert len(np.unique(digests)) < 0.9 * len(digests)  # many coincidences
-    assert np.isin(digests, episode_digests(discrete[0])).mean() > 0.1
+    assert np.isin(digests, discrete[0].episode_digests()).mean() > 0.1
     assert share(*discrete) < 0.05
     assert share(discrete[0], discrete[0]) > 0.95
 
@@ -84,7 +84,7 @@ def test_a_share_of_episodes_that_repeat_themselves():
     log = random_mdp().log(uniform(), episodes=1400, seed=3)
     fresh, rest = log.split(350 / 1400, 0)
     common, own = rest.split(150 / 1050, 0)
-    ends = [episode_digests(part) for part in (fresh, common, own)]
+    ends = [part.episode_digests() for part in (fresh, common, own)]
     mixed = np.concatenate(ends[:2])
     seen = shared_share(sketch_of(np.concatenate(ends[1:])), mixed)
     assert seen == pytest.approx(0.3, abs=0.05)
@@ -97,8 +97,8 @@ def test_coincidences_with_a_log_of_another_size(fraction, episodes):
     one, other = random_mdp().log(uniform(), episodes=episodes, seed=4).split(fraction, 0)
     assert share(one, other) < 0.05
     common = other.split(0.4, 0)[0]
-    both = np.concatenate([episode_digests(one), episode_digests(common)])
-    assert shared_share(sketch_of(both), episode_digests(other)) > 0.15
+    both = np.concatenate([one.episode_digests(), common.episode_digests()])
+    assert shared_share(sketch_of(both), other.episode_digests()) > 0.15
 
 
 def test_logs_larger_than_the_sketch_and_empty_ones():
@@ -106,9 +106,9 @@ def test_logs_larger_than_the_sketch_and_empty_ones():
     common, own = steps(int(0.3 * episodes), 0, 1), steps(int(0.7 * episodes), 1, 1)
     fresh = steps(int(0.7 * episodes), 2, 1)
     one, other = load_dataset(joined(common, own)), load_dataset(joined(common, fresh))
-    sketch = sketch_of(episode_digests(one))
-    np.testing.assert_array_equal(sketch, np.sort(episode_digests(one))[:SKETCH])
-    assert shared_share(sketch, episode_digests(other)) == pytest.approx(0.3, abs=0.05)
+    sketch = sketch_of(one.episode_digests())
+    np.testing.assert_array_equal(sketch, np.sort(one.episode_digests())[:SKETCH])
+    assert shared_share(sketch, other.episode_digests()) == pytest.approx(0.3, abs=0.05)
     assert share(one, load_dataset(fresh)) == 0
     assert share(one, one) == 1
     few, lowest = np.array([5, 7], np.int64), np.arange(SKETCH, dtype=np.int64) - 2**62

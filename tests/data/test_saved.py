@@ -77,7 +77,7 @@ def test_memory_memmap_and_copies_are_equal_bit_for_bit(built, tmp_path, monkeyp
     memory = load_dataset(archive, reward=reward)
     assert_same(memory, load_dataset(str(built), reward=reward))  # without its source
     assert_same(memory, load_dataset(archive, reward=reward, memmap=table))
-    monkeypatch.setattr("iql_torchrl.data.readers.opening.open_npz", None)  # it is not read again
+    monkeypatch.setattr("iql_torchrl.data.reuse.open_source", None)  # it is not read again
     start = time.perf_counter()
     reopened = load_dataset(archive, reward=reward, memmap=table)
     assert time.perf_counter() - start < 1
@@ -270,7 +270,7 @@ def test_a_disk_that_gets_full_is_named_with_its_space(archive, tmp_path, monkey
     def full(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("iql_torchrl.data.build.DiskTables.commit", full)
+    monkeypatch.setattr("iql_torchrl.data.build.DiskTables.append", full)
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=123_456))
     space = f"{200 * ROW_BYTES:,} bytes|123,456 are free"
     refused(f"{tmp_path / 'table'}|{space}", archive, memmap=tmp_path / "table")

@@ -99,7 +99,7 @@ def captured_in_order(step, batches, monkeypatch):
     """``captured`` one update a call, over the recorded batches, drawn in their order."""
     call = captured(step, DeviceSampler(torch.cat(batches), len(batches[0])), updates=1)
     rows = iter(torch.arange(sum(map(len, batches))).split(len(batches[0])))
-    monkeypatch.setattr(torch, "randint", lambda *_, out, **__: out.copy_(next(rows)))
+    monkeypatch.setattr(DeviceSampler, "draw", lambda _, out: out.copy_(next(rows)))
     return lambda batch: call()
 
 

@@ -25,8 +25,6 @@ pa, pc, pq = (
     for name in ("pyarrow", "pyarrow.compute", "pyarrow.parquet")
 )
 
-__all__ = ["ParquetRows", "arrow_columns", "parquet_files"]
-
 #: About how many bytes of values are converted together.
 PART_BYTES = 16 * 2**20
 #: About how many bytes of the rows of a file are decoded together, and at most how many rows.

@@ -19,8 +19,6 @@ from iql_torchrl.data.readers.arrays import Column, Opened, flatten, open_hdf5
 from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 
-__all__ = ["D3rlpyBuffer", "open_d3rlpy_buffer", "open_d3rlpy_file"]
-
 #: What every episode of d3rlpy 2 stores, one row a step.
 ARRAYS = ("observations", "actions", "rewards")
 #: The columns of a file that d3rlpy 0 or 1 wrote.

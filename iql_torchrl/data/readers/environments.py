@@ -15,8 +15,6 @@ from gymnasium.envs.registration import EnvSpec
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 
-__all__ = ["EnvLike", "env_maker", "recorded_env"]
-
 # Packages that register environments when they are imported, for a file that names one of theirs.
 PACKAGES = ("ale_py", "gymnasium_robotics", "icu_sepsis", "minigrid", "ogbench")
 OWN_WRAPPERS = ("iql_torchrl.data.readers.ogbench:FixedSpaces",)

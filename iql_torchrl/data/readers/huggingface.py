@@ -9,14 +9,6 @@ from typing import Any, Protocol
 from iql_torchrl.data.readers.arrays import package, reading
 from iql_torchrl.data.schema import DatasetError
 
-__all__ = [
-    "HuggingFaceRows",
-    "HuggingFaceTable",
-    "is_saved_dataset",
-    "is_table_of_datasets",
-    "load_saved_dataset",
-]
-
 
 class HuggingFaceTable(Protocol):
     """What a ``datasets.Dataset`` has; the package has no base class that could be named here."""

@@ -20,8 +20,6 @@ from iql_torchrl.data.readers.arrow import PART_BYTES, ParquetRows, arrow_column
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.files import leads_below
 
-__all__ = ["lerobot_columns"]
-
 #: What is read of an episode's description.
 DESCRIPTION = ("episode_index", "length", "videos")
 #: Consecutive frames of a file: its path, the number of the first one, and how many.

@@ -32,8 +32,6 @@ from iql_torchrl.data.schema import (
 )
 from iql_torchrl.descriptions import one_line
 
-__all__ = ["find_minari", "minari_files", "minari_source"]
-
 #: What an episode has once a step; observations have one entry more: those before and after steps.
 COLUMNS: dict[Key, str] = {
     ACTION: "actions", REWARD: "rewards", TERMINATED: "terminations", TRUNCATED: "truncations",

@@ -24,8 +24,6 @@ from iql_torchrl.data.readers.arrays import Opened, open_npz, package
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 
-__all__ = ["PREFIX", "FixedSpaces", "is_ogbench", "ogbench_files", "ogbench_folder", "open_ogbench"]
-
 PREFIX = "ogbench/"
 FOLDER_VARIABLE = "OGBENCH_DATASETS_PATH"
 #: The columns of a raw file that make transitions, and those that the relabelling reads.

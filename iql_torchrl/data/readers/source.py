@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from functools import reduce
 from numbers import Integral
 from operator import getitem
 from typing import Any, TypeAlias
@@ -242,13 +242,12 @@ def joined_env(maker: Callable[[], gym.Env[Any, Any]], names: Sequence[str]) -> 
         return env
     owner = type(env.unwrapped).__name__ if env.spec is None else env.spec.id
     keys, leaves = _named_leaves(env.observation_space, names, owner)
-    join = partial(_joined_observation, keys, leaves)
+
+    def join(observation: Any) -> Any:
+        values = tuple(reduce(getitem, key[1:], observation) for key in keys)
+        return gym.spaces.flatten(leaves, values)
+
     return gym.wrappers.TransformObservation(env, join, gym.spaces.flatten_space(leaves))
-
-
-def _joined_observation(keys: list[Key], leaves: Any, observation: Any) -> Any:
-    values = tuple(reduce(getitem, key[1:], observation) for key in keys)
-    return gym.spaces.flatten(leaves, values)
 
 
 def _named_leaves(space: gym.Space[Any], names: Sequence[str], owner: str) -> tuple[list[Key], Any]:

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from iql_torchrl.data.readers.arrays import Column, Opened, chosen_rows
 from iql_torchrl.data.schema import DatasetError
 
-__all__ = ["open_torchrl_dataset"]
-
 #: About how many values are looked at together.
 VALUES = 2**22
 #: Classes that store a file's merged ``done`` as ``terminated``.
