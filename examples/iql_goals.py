@@ -28,10 +28,10 @@ CELLS = [(x, y) for y, row in enumerate(PLAN) for x, cell in enumerate(row) if c
 MOVES = ((1, 0), (-1, 0), (0, 1), (0, -1))
 GOAL, STARTS = (4, 2), ((0, 4), (2, 4), (2, 0))  # of the picture
 CONFIG = IQLConfig(
-    updates=1_200,
+    updates=2_000,
     batch_size=128,
-    hidden=(64, 64),
-    discount=0.9,
+    hidden=(128, 128),
+    discount=0.95,
     expectile=0.95,
     temperature=50.0,
     actor_lr=3e-3,
@@ -42,7 +42,8 @@ CONFIG = IQLConfig(
 )
 
 
-# Walks are short and random, so that goals of their future are near: the policy needs others too.
+# Walks are short and random, so that goals of their future are near: values and policy need others too.
+VALUE_GOALS = {"current": 0.1, "future": 0.3, "random": 0.6}
 POLICY_GOALS = GoalOrigins(current=0.0, future=0.5, random=0.5, discount=None)
 
 
@@ -128,7 +129,8 @@ def main(updates: int = CONFIG.updates, seed: int = 0, picture: Path = Path("goa
         picture: file that is written.
     """
     config = replace(CONFIG, updates=updates, seed=seed)
-    data = wander(60, 40, seed).relabelled(discount=config.discount, actor=POLICY_GOALS)
+    log = wander(60, 40, seed)
+    data = log.relabelled(**VALUE_GOALS, discount=config.discount, actor=POLICY_GOALS)
     data.log.print_notes()
     agent = make_agent(config, data)
     OfflineTrainer(agent=agent, dataset=data).train()

@@ -241,7 +241,7 @@ class NetworkLoss(LossModule):
             (leaf, tables[follower].get(key))
             for name, follower in followers.items()
             if follower in tables
-            for key, leaf in tables[name].items(True, True)
+            for key, leaf in getattr(self, name).items(True, True)
             if isinstance(leaf, nn.Parameter)
         ]
         return [live for live, _ in pairs], [target for _, target in pairs]

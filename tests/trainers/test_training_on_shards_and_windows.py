@@ -257,5 +257,5 @@ def test_digests_of_chunks_are_of_the_rows():
     buffer = dataset.chunks(3).replay_buffer(8)
     digests = data_state(buffer, None)["fingerprint"]
     assert data_state(dataset.chunks(3).replay_buffer(4), None)["fingerprint"] == digests
-    buffer.storage.windows.actions[0, 0] += 1
+    buffer.storage.windows.chunks["actions",][0, 0] += 1
     assert data_state(buffer, None)["fingerprint"] != digests

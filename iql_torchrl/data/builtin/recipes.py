@@ -71,7 +71,7 @@ def record(
     name: str, recipe: Recipe, episodes: int, seed: int, progress: bool
 ) -> tuple[list[EpisodeBuffer], EnvSpec]:
     """The log, and the environment that was logged; the same arguments give the same log."""
-    package(recipe.package, f"making {name!r}", "datasets")
+    import_for_recipe(recipe.package, name)
     registered = gymnasium.spec(recipe.environment)
     options = {**registered.kwargs, **recipe.options}
     spec = replace(registered, kwargs=options, disable_env_checker=recipe.disable_env_checker)
@@ -114,6 +114,11 @@ def _stacked(values: list[Any]) -> Any:
     if not isinstance(values[0], Mapping):
         return np.stack(values)
     return {key: np.stack([each[key] for each in values]) for key in values[0]}
+
+
+def import_for_recipe(module: str, dataset: str) -> None:
+    """Import an optional package of the datasets. ``ImportError`` says how to install it."""
+    package(module, f"making {dataset!r}", "datasets")
 
 
 def swing_up_torque(observation: NDArray[Any]) -> NDArray[np.float32]:
