@@ -166,8 +166,9 @@ def test_names_and_rooms_choose(arguments):
         find_faults.read_faults(listed)
 
 
-def test_the_packages_own_list_names_files_and_tests_that_exist():
-    root = Path(find_faults.ROOT)
-    for each in find_faults.read_faults(root / "benchmarks" / "faults.txt"):
-        assert (root / "iql_torchrl" / each.file).is_file(), each
-        assert all((root / "tests" / t.partition("::")[0]).is_file() for t in each.tests), each
+def test_the_packages_own_list_can_be_made_and_names_tests_that_exist():
+    faults = find_faults.read_faults(find_faults.ROOT / "benchmarks" / "faults.txt")
+    find_faults.check(faults, find_faults.ROOT, "iql_torchrl")
+    for each in faults:
+        named = [find_faults.ROOT / "tests" / t.partition("::")[0] for t in each.tests]
+        assert all(path.is_file() for path in named), each
