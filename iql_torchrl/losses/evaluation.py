@@ -416,7 +416,7 @@ class EvaluatedLoss(NetworkLoss):
         mean = self._mean(value, batch)
         if batch.mean_of_all is not None:
             mean = batch.mean_of_all(mean)
-        return mean.view(*mean.shape, *(1,) * (value.ndim - mean.ndim))
+        return mean.view(*mean.shape, *(1,) * (value.ndim - mean.ndim)) if mean.ndim else mean
 
     def largest_of_run(self, value: Tensor, batch: Batch) -> Tensor:
         """The largest of per-sample ``value`` over the valid steps of each run, without gradient."""

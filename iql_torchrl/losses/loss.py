@@ -279,7 +279,7 @@ class ImplicitQLoss(EvaluatedLoss):
                 error = self.actor_objective(actor, self.inputs(batch).copy())
             return per_sample(error, batch.data.batch_size, "actor_objective's result")
         if self.actor_objective == "mse":
-            (action, _), logged = self.policy_output(batch), batch.data.get(self.tensor_keys.action)
+            action, logged = self._policy_action(batch), batch.data.get(self.tensor_keys.action)
             check_action(self.tensor_keys.action, logged, action.shape)
             error = _where(self.made_actions(batch), (action - logged).square())
             return error if error.ndim == batch.data.ndim else error.sum(-1)
@@ -308,15 +308,21 @@ class ImplicitQLoss(EvaluatedLoss):
             check_action(self.tensor_keys.action, action, shape)
         return action
 
-    def policy_output(self, batch: Batch) -> tuple[Tensor, distributions.Distribution | None]:
-        """The policy's action without randomness, ``(*B, A)``, and its distribution if it has one."""
-        if hasattr(self.actor_network, "get_dist"):
-            dist = self.networks.distribution(self.inputs(batch))
-            action = getattr(dist, "deterministic_sample", None)
-            return dist.mean if action is None else torch.as_tensor(action), dist
+    def _policy_action(self, batch: Batch) -> Tensor:
+        """The action that the policy writes, ``(*B, A)``."""
+        if self.members is not None:
+            return self.policy_output(batch)[0]
         with self.policy() as actor:
             inputs = self.inputs(batch).select(*actor.in_keys, strict=False)
-            return actor(inputs).get(self.tensor_keys.action), None
+            return actor(inputs).get(self.tensor_keys.action)
+
+    def policy_output(self, batch: Batch) -> tuple[Tensor, distributions.Distribution | None]:
+        """The policy's action without randomness, ``(*B, A)``, and its distribution if it has one."""
+        if not hasattr(self.actor_network, "get_dist"):
+            return self._policy_action(batch), None
+        dist = self.networks.distribution(self.inputs(batch))
+        action = getattr(dist, "deterministic_sample", None)
+        return dist.mean if action is None else torch.as_tensor(action), dist
 
     def _flow_matching(self, batch: Batch, condition: Tensor | None) -> Tensor:
         """Mean over action dimensions of ``(v(s, x_t, t) - (a - noise))**2``, per sample ``(*B,)``.

@@ -114,9 +114,7 @@ class NetworkLoss(LossModule):
         # in the instance too, where a compiled program notices another value
         for name in ("_loss_mask_key", "deterministic_sampling_mode", "use_prioritized_weights"):
             setattr(self, name, getattr(self, name))
-        self._actor_ema = settings.pop("actor_ema")
-        for name, value in settings.items():
-            setattr(self, name, value)
+        self._actor_ema, self.random_shift = settings.pop("actor_ema"), settings["random_shift"]
         self.averaged_actor: Any = None
         self.encoder_network = encoder_network
         self.num_qvalue_nets = num_qvalue_nets
@@ -126,6 +124,8 @@ class NetworkLoss(LossModule):
         self._mirrors: dict[Entry, Entry] = {}  # and their owners
         self._tied_buffers: list[NestedKey] = []  # of the critics and their targets
         self._convert(actor_network, qvalue_network, value_network)
+        for name, value in settings.items():  # parameters of a user's function follow the networks'
+            setattr(self, name, value)
         self._name_inputs()
         self.register_load_state_dict_pre_hook(NetworkLoss._before_load)
         self.register_load_state_dict_post_hook(NetworkLoss._after_load)

@@ -149,8 +149,9 @@ def _checked_linear(
     if not isinstance(hidden, Sequence) or isinstance(hidden, str):
         raise ValueError(f"hidden is {hidden!r}; expected a sequence of widths: ({hidden!r},).")
     check_whole(**{f"hidden[{number}]": width for number, width in enumerate(hidden)})
-    for name, value in {"dropout": dropout, "initialisation": initialisation}.items():
-        knobs(IQLConfig)[name].check_in_loss(value)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout is {dropout}; it must lie in [0, 1).")
+    knobs(IQLConfig)["initialisation"].check_in_loss(initialisation)
     if isinstance(activation, nn.Module) or not callable(activation):
         raise TypeError(
             f"activation is {activation!r}; expected a class or function that makes a module, such "

@@ -150,7 +150,7 @@ class GraphUpdate:
         self.limits = category_limits(step.loss)
         self.settings: list[dict[str, Any]] = []  # Dynamo would guard all of the optimizer's groups
         self.rates = torch.zeros(0)
-        self._written: list[Any] = []  # into the rates
+        self._written: list[Any] = []  # numbers in the rates, None for a tensor's
 
     def run(self, batch: Batch, moments: Moments) -> Terms:
         """Losses, gradients, clipping, Adam and Polyak step; new values are written in place.
@@ -191,13 +191,14 @@ class GraphUpdate:
     def _current_rates(self) -> list[Tensor]:
         """Those of the groups, as views of :attr:`rates`; numbers are written where they changed."""
         groups, device = self.step.optimizer.param_groups, self.step.device
-        given = [group["lr"] for group in groups]
-        if len(self._written) != len(given):
-            self.rates = torch.zeros(len(given), dtype=number_dtype(device), device=device)
+        rates = [group["lr"] for group in groups]
+        numbers = [None if isinstance(rate, Tensor) else rate for rate in rates]
+        if len(self._written) != len(numbers):
+            self.rates = torch.zeros(len(numbers), dtype=number_dtype(device), device=device)
             self._views = list(self.rates.unbind())  # separate inputs of a program: fewer kernels
-        if any(isinstance(rate, Tensor) for rate in given) or given != self._written:
+        if None in numbers or numbers != self._written:
             self.rates.copy_(learning_rates(groups, device), non_blocking=True)
-            self._written = given
+            self._written = numbers
         return self._views
 
 

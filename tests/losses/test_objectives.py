@@ -20,10 +20,16 @@ from small_losses import (
     perturb_targets,
 )
 from tensordict import TensorDict
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictSequential,
+)
 from tensordict.nn import TensorDictModule as Mod
-from tensordict.nn import TensorDictSequential
 from torch import nn
+from torch.distributions import Normal
 from torchrl.data import Bounded, OneHot
+from torchrl.envs.utils import ExplorationType
 from torchrl.modules import LSTMModule, OneHotCategorical, ProbabilisticActor, ValueOperator
 from torchrl.objectives import DiscreteIQLLoss as TorchRLDiscreteIQLLoss
 from torchrl.objectives import IQLLoss as TorchRLIQLLoss
@@ -350,6 +356,53 @@ def test_mse_actor_objective():
     torch.testing.assert_close(out["loss_actor"], expected.mean())
     out["loss_actor"].backward()
     assert all(p.grad.any() for p in actor.parameters())
+
+
+def test_mse_takes_the_action_that_a_random_actor_writes():
+    """Also what a module after the distribution makes of it, in the loss's mode of exploration."""
+    head = TensorDictSequential(
+        Mod(nn.Linear(OBS, ACT), in_keys=["observation"], out_keys=["loc"]),
+        Mod(torch.ones_like, in_keys=["loc"], out_keys=["scale"]),
+    )
+    drawn = ProbabilisticTensorDictModule(["loc", "scale"], ["raw"], distribution_class=Normal)
+    halved = Mod(lambda raw: raw / 2, in_keys=["raw"], out_keys=["action"])
+    _, critic, value = make_networks()
+    actor = ProbabilisticTensorDictSequential(head, drawn, halved)
+    loss = IQLLoss(actor, critic, value, actor_objective="mse", temperature=0.0)
+    batch = make_batch(5)
+    mean = head(batch.clone())["loc"].detach()
+    expected = (mean / 2 - batch["action"]).square().sum(-1).mean()
+    torch.testing.assert_close(loss(batch)["loss_actor"].detach(), expected)
+    loss.deterministic_sampling_mode = ExplorationType.RANDOM
+    torch.manual_seed(0)
+    noise = torch.randn(5, ACT)
+    expected = ((mean + noise) / 2 - batch["action"]).square().sum(-1).mean()
+    torch.manual_seed(0)
+    torch.testing.assert_close(loss(batch)["loss_actor"].detach(), expected)
+
+
+def test_ddpg_bc_of_one_step_without_a_batch_dimension():
+    loss = IQLLoss(*make_networks(), actor_objective="ddpg_bc")
+    batch = make_batch(1)
+    torch.testing.assert_close(loss(batch[0])["loss_actor"], loss(batch)["loss_actor"])
+
+
+def test_parameters_of_a_users_function_follow_those_of_the_networks():
+    """An optimizer's state and the tensors that a loss makes go by the order of parameters."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+        def forward(self, target, value):
+            return self.scale.float() * (target - value).square()
+
+    plain = IQLLoss(*make_networks())
+    loss = IQLLoss(*make_networks(), value_objective=Scaled())
+    names = [name for name, _ in loss.named_parameters()]
+    assert names == [*(name for name, _ in plain.named_parameters()), "value_objective.scale"]
+    assert list(loss.state_dict()) == [*plain.state_dict(), "value_objective.scale"]
 
 
 def test_mse_with_actions_of_one_number():

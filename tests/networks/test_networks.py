@@ -144,7 +144,8 @@ def test_residual_blocks_shapes_dropout_and_initialisation():
             ValueError, match=rf"hidden is {re.escape(str(hidden))}; residual blocks"
         ):
             networks.ResidualMLP(5, 3, hidden=hidden)
-    with pytest.raises(ValueError, match="dropout is 1"):
+    # the words of the setting would name the policy
+    with pytest.raises(ValueError, match=r"dropout is 1; it must lie in \[0, 1\)\.$"):
         networks.ResidualMLP(5, 3, dropout=1)
     with pytest.raises(TypeError, match="layer_norm"):
         networks.StateValue(5, residual=True, layer_norm=False)

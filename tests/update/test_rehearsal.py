@@ -194,6 +194,20 @@ def test_a_rate_on_the_cpu_becomes_one_on_the_device():
     assert learning_rates(groups, update.step.device).tolist() == [0.5] * 3
 
 
+def test_a_number_in_place_of_a_tensor_that_was_changed_is_written():
+    """As a saved number replaces the tensor, which a schedule has changed after the last update."""
+    step = make_agent(config(), continuous()).step.plain
+    rate = torch.tensor(0.25)
+    for group in step.optimizer.param_groups:
+        group["lr"] = rate
+    update = GraphUpdate(step)
+    update.moments()
+    rate.fill_(0.5)
+    for group in step.optimizer.param_groups:
+        group["lr"] = 0.5
+    assert [each.item() for each in update.moments().rates] == [0.5] * 3
+
+
 @pytest.mark.parametrize("rate", [0.25, "tensor on the device"])
 def test_rates_are_copied_to_the_device_and_not_read_from_it(rate):
     rate = torch.tensor(0.25, device="meta") if isinstance(rate, str) else rate
