@@ -193,6 +193,12 @@ def test_only_panels_with_data_and_scales_that_fit():
     assert {tuple(v) for v in band.tolist()} >= {(0, -11), (0, -6), (20, -4), (20, -2)}
 
 
+def test_groups_are_in_order_of_appearance_also_where_data_split_them():
+    settings = [{"seed": 0, "data": "a"}, {"seed": 0, "lr": 1.0}, {"seed": 0, "data": "b"}]
+    runs = [Run(Path(name), each, []) for name, each in zip("xyz", settings, strict=True)]
+    assert [group.runs for group in group_runs(runs)] == [(run,) for run in runs]
+
+
 def test_any_order_a_single_point_and_values_that_are_not_finite():
     (group,) = group_runs([Run(Path(), {}, [row | {"return_min": -20.0} for row in ROWS[:1]])])
     assert series(group, "return_min").low is None  # the interval is that of the mean
