@@ -26,6 +26,12 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float64]
 Row = Mapping[str, float | int]
 
+#: For a column, the columns with the bounds of its 95 % confidence interval.
+INTERVALS = {
+    "return_mean": ("return_low", "return_high"),
+    "score_mean": ("score_low", "score_high"),
+    "success_rate": ("success_low", "success_high"),
+}
 MAX_MARKED = 40  # a line with more points has no marks
 COLUMNS, WIDTH, HEIGHT, DPI = 3, 4.4, 2.9, 110
 # Okabe and Ito's colours, which colour-blind readers tell apart too.
@@ -170,16 +176,13 @@ def _plain(legend: Legend) -> None:
 
 
 def column(rows: Sequence[Row], name: str, label: str = "") -> Series:
-    """The rows that have ``name``, by update, with its interval where one is recorded.
-
-    The bounds of ``return_mean`` are ``return_low`` and ``return_high``, and so on.
-    """
+    """The rows that have ``name``, by update, with its interval where ``INTERVALS`` are recorded."""
     having = sorted((row for row in rows if name in row), key=lambda row: row["update"])
 
     def read(key: str) -> FloatArray:
         return np.array([row.get(key, math.nan) for row in having], dtype=np.float64)
 
-    low, high = (f"{name.rpartition('_')[0]}_{end}" for end in ("low", "high"))
+    low, high = INTERVALS.get(name, ("", ""))
     if not any(low in row and high in row for row in having):
         return Series(label or name, read("update"), read(name))
     return Series(label or name, read("update"), read(name), read(low), read(high))

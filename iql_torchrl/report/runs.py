@@ -122,6 +122,7 @@ def group_runs(runs: Sequence[Run], *, each: bool = False) -> list[Group]:
         of_data = grouped(alike, lambda run: str(run.settings.get("data")))
         seeds = [seed for same in of_data.values() for seed in grouped(same, _seed)]
         groups += of_data.values() if len(set(seeds)) < len(seeds) else [alike]
+    groups.sort(key=lambda alike: runs.index(alike[0]))
     used = [[_longest(same) for same in grouped(alike, _seed).values()] for alike in groups]
     return labelled(used, apart_from=("seed", "data"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import inspect
 import itertools
@@ -84,17 +83,16 @@ def resumed_arguments(arguments: Sequence[str]) -> tuple[list[str], Path | None]
     Exits with status 2 and a sentence on standard error if ``--resume`` lacks its
     folder or is given with other arguments, or if the folder has no saved arguments.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(OPTION, nargs="?", const="", dest="folder")
-    options, others = parser.parse_known_args(arguments)
-    if options.folder is None:
+    if not any(word.partition("=")[0] == OPTION for word in arguments):
         return list(arguments), None
-    if others or not options.folder:
+    alone = len(arguments) == 1 and arguments[0].startswith(f"{OPTION}=")
+    words = arguments[0].split("=", 1) if alone else list(arguments)
+    if len(words) != 2 or words[0] != OPTION or not words[1]:
         refuse(
             f"{OPTION} continues a run with the settings that it was started with: give the run's "
             f"folder and no other argument, as in {OPTION} runs/a."
         )
-    folder = Path(options.folder)
+    folder = Path(words[1])
     try:
         return _saved_arguments(folder), folder
     except ValueError as error:

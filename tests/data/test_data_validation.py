@@ -236,6 +236,7 @@ def test_states_that_occur_as_next_observations_only_are_in_the_guessed_space():
         (1.7e9 + 3600.0 * ROWS, None),  # 28 units of rounding
         (2.0 * ROWS, None),
         (1 + 1e-15 * ROWS, None),  # the rounding of float64
+        (0.8 + 3e-7 * np.sin(ROWS), None),  # a body at rest in a simulator
         (np.full(15, 1.7e9), None),
     ],
 )

@@ -160,3 +160,6 @@ def test_whole_numbers_of_other_sources_are_still_refused():
     }  # fmt: skip
     with pytest.raises(DatasetError, match="integers and floats are never cast"):
         load_dataset(arrays, **OPTIONS)
+    arrays["next_observations"] = arrays["observations"] + 0.5
+    with pytest.raises(DatasetError, match=r"next.observation has float64 values.* never cast"):
+        load_dataset(arrays, columns=OPTIONS["columns"])

@@ -10,6 +10,7 @@ import runpy
 import struct
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -26,7 +27,7 @@ from iql_torchrl.losses.loss import POLICY_VALUE_GAP
 from iql_torchrl.report import draw, group_runs, main, results_table, series, table, write_rows
 from iql_torchrl.report.comparison import aggregate_table, method_scores
 from iql_torchrl.report.figures import Series, comparison_figure, run_figure
-from iql_torchrl.report.runs import find_runs, read_run
+from iql_torchrl.report.runs import Run, find_runs, read_run
 from iql_torchrl.report.tables import EVALUATION, TRAINING, read_csv, write_csv
 
 ROWS = [
@@ -192,7 +193,15 @@ def test_only_panels_with_data_and_scales_that_fit():
     assert {tuple(v) for v in band.tolist()} >= {(0, -11), (0, -6), (20, -4), (20, -2)}
 
 
+def test_groups_are_in_order_of_appearance_also_where_data_split_them():
+    settings = [{"seed": 0, "data": "a"}, {"seed": 0, "lr": 1.0}, {"seed": 0, "data": "b"}]
+    runs = [Run(Path(name), each, []) for name, each in zip("xyz", settings, strict=True)]
+    assert [group.runs for group in group_runs(runs)] == [(run,) for run in runs]
+
+
 def test_any_order_a_single_point_and_values_that_are_not_finite():
+    (group,) = group_runs([Run(Path(), {}, [row | {"return_min": -20.0} for row in ROWS[:1]])])
+    assert series(group, "return_min").low is None  # the interval is that of the mean
     (axes,) = run_figure([{"update": u, "loss_actor": -u} for u in (3, 1, 2)]).axes
     assert axes.get_lines()[0].get_xydata().tolist() == [[1, -1], [2, -2], [3, -3]]
     (axes,) = run_figure(ROWS[:1]).axes  # a mark with a bar

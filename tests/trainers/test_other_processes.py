@@ -208,6 +208,7 @@ ALONE = "--resume continues a run with the settings"
         (["--resume="], ALONE),
         (["--resume", "run", "--updates", "3"], ALONE),
         (["--seed=1", "--resume=run"], ALONE),
+        (["--resume", "run", "--resume", "other"], ALONE),
         (["--resume", "."], ". has no readable arguments.json"),
         (["--resume", "gone"], "gone is no folder, so there is no run to continue"),
     ],

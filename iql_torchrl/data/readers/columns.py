@@ -366,6 +366,8 @@ def _categories(table: Table, key: Key) -> gym.Space[Any]:
         if (column := table.columns.get(side)) is None:
             continue
         kind, shape = np.dtype(column.dtype), tuple(column.shape[1:])
+        if side != key and kind.kind not in "iu":
+            continue  # ``BlockChecker`` refuses it, as another kind of numbers
         if kind.kind not in "iu" or len(shape) > 1:
             raise DatasetError(
                 f"{table.name}: {dotted(side)} has {kind} values of row shape {shape}; expected "
