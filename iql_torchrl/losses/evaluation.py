@@ -114,6 +114,7 @@ class EvaluatedLoss(NetworkLoss):
 
     def general_networks(self) -> Networks:
         """Networks evaluated with parameters put into them, and critics by vmap."""
+        _ = self.vmap_randomness  # kept by TorchRL from now on: a guard would notice that later
         names = (LIVE_CRITICS, TARGET_CRITICS, DETACHED_CRITICS)
         critics = {name: partial(self._critics_by_vmap, name) for name in names}
         return Networks(self._value_in_module, critics, self._distribution_in_module)
