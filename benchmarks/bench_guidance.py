@@ -47,6 +47,7 @@ BASELINE = replace(
 )
 HELPFUL = {"hidden": (64, 64, 64), "updates": 16_000}
 STEPS = (10, 50)  # Euler steps of an action: of the same trained flow
+CASES = {f"{w:g}, {steps}": (w, steps) for w in KNOWN for steps in STEPS}
 #: name -> settings that differ from the baseline, and the log's rows
 LINES: dict[str, dict[str, Any]] = {
     "baseline": {},
@@ -124,24 +125,22 @@ def of_flow(agent: Any) -> dict[str, Any]:
         actions: np.ndarray = agent.act(states, deterministic=False, seed=seed)
         return actions[:, 0]
 
-    found = {}
+    comparisons = {}
     flow = next(m for m in agent.policy.modules() if isinstance(m, policies.FlowPolicy))
-    for w, share in KNOWN.items():
-        for steps in STEPS:
-            flow.guidance, flow.num_steps = w, steps
-            found[f"{w:g}, {steps}"] = compared(act, share)
-    return found
+    for case, (w, steps) in CASES.items():
+        flow.guidance, flow.num_steps = w, steps
+        comparisons[case] = compared(act, KNOWN[w])
+    return comparisons
 
 
 def table(lines: dict[str, Any]) -> str:
     """Acceptance, mean and least over training seeds; distance, mean and greatest."""
-    cases = [f"{w:g}, {steps}" for w in KNOWN for steps in STEPS]
-    rows = [["w, Euler steps", *cases, "s a run"]]
+    rows = [["w, Euler steps", *CASES, "s a run"]]
     for name, line in lines.items():
         cells = []
-        for case in cases:
+        for case in CASES:
             accepted, distance = (
-                np.array([found[case][key] for found in line["seeds"]])
+                np.array([of_seed[case][key] for of_seed in line["seeds"]])
                 for key in ("accepted", "distance")
             )
             share = f"{accepted.mean():.0%} ({accepted.min():.0%})"
@@ -157,16 +156,13 @@ def main() -> None:
     parser.add_argument("--result", default="guidance")
     o = parser.parse_args()
     torch.set_num_threads(1)
-    exact = {
-        f"{w:g}, {steps}": compared(partial(other_samples, share), share)
-        for w, share in KNOWN.items()
-        for steps in STEPS
-    }
+    of_share = {w: compared(partial(other_samples, share), share) for w, share in KNOWN.items()}
+    exact = {case: of_share[w] for case, (w, _) in CASES.items()}
     lines: dict[str, Any] = {"the distribution itself": {"seeds": [exact], "seconds": 0}}
     for name in o.only:
-        found, seconds = run(o.seeds, **LINES[name])
-        lines[name] = {"settings": LINES[name], "seeds": found, "seconds": seconds}
-        print(f"{name}: {found}", flush=True)
+        of_seeds, seconds = run(o.seeds, **LINES[name])
+        lines[name] = {"settings": LINES[name], "seeds": of_seeds, "seconds": seconds}
+        print(f"{name}: {of_seeds}", flush=True)
         save(place(o.result), {"baseline": BASELINE.to_dict(), "lines": lines})
     print(f"\n{table(lines)}")
 

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from iql_torchrl.data.readers.motion import COLUMNS, TOLERANCE
 from iql_torchrl.data.readers.source import Piece, Source
 from iql_torchrl.data.schema import (
     ACTION,
@@ -31,8 +32,8 @@ from iql_torchrl.data.schema import (
 )
 from iql_torchrl.descriptions import bounds_in_words, describe_space
 
-#: How many leading rows are looked at for changes that rounding removes, of how many columns.
-SAMPLE, COLUMNS = 1024, 128
+#: How many leading rows are looked at for changes that rounding removes.
+SAMPLE = 1024
 #: Changes of fewer units in the last place are removed, or far from what they were.
 UNITS = 8
 
@@ -250,8 +251,8 @@ def _lost_by_rounding(key: str, rows: NDArray[np.float64], names: list[str]) -> 
     """A sentence on columns of ``(rows, columns)`` whose changes from row to row float32 removes.
 
     ``names``: of the columns, where there are as many. Changes of a part in 1e12 may be of the rounding
-    of float64 and do not count, nor do those up to 1e-6, as in ``motion.differs``: simulators have such
-    changes in bodies at rest.
+    of float64 and do not count, nor do those up to ``motion.TOLERANCE``: simulators have such changes in
+    bodies at rest.
     """
     varying = np.flatnonzero(np.ptp(rows, axis=0) > 1e-12 * np.abs(rows).max(axis=0))
     if not varying.size:
@@ -260,7 +261,7 @@ def _lost_by_rounding(key: str, rows: NDArray[np.float64], names: list[str]) -> 
     changes, units = np.abs(values - rows[:-1, varying]), np.spacing(np.abs(values).astype("f4"))
     changes[changes == 0] = np.nan
     change, unit = np.nanmedian(changes, axis=0), np.median(units, axis=0)
-    if not len(lost := np.flatnonzero((change > 1e-6) & (change < UNITS * unit))):
+    if not len(lost := np.flatnonzero((change > TOLERANCE) & (change < UNITS * unit))):
         return
     first, columns = lost[0], varying[lost].tolist()
     which = [repr(names[c]) if len(names) == rows.shape[1] else str(c) for c in columns]

@@ -88,23 +88,7 @@ class IQLPopulation:
     ) -> None:
         check_choice("batches", batches, ("shared", "own"))
         _check_configs(configs)
-        if not isinstance(dataset, OfflineDataset | RelabelledDataset):
-            raise TypeError(
-                f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns. "
-                "A population needs all rows in one table, so shards are not possible."
-            )
-        if configs[0].history > 1:
-            raise ValueError(
-                f"history is {configs[0].history}; the runs of a population read single observations. "
-                "Train runs with a history one by one."
-            )
-        chunk, relabelled = configs[0].action_chunk, isinstance(dataset, RelabelledDataset)
-        if batches == "own" and (relabelled or chunk > 1):
-            what = "the dataset has goals" if relabelled else f"action_chunk is {chunk}"
-            raise ValueError(
-                f"batches is 'own' and {what}; goals and chunks are drawn for batches that all runs "
-                "share. Choose batches='shared'."
-            )
+        _check_rows(configs[0], dataset, batches)
         self.ranks = Ranks() if ranks is None else ranks
         self.all_configs, self.batches = tuple(configs), batches
         self._dataset = dataset
@@ -128,6 +112,7 @@ class IQLPopulation:
                 dataset.transitions, first.batch_size, **where
             )
         else:
+            chunk = first.action_chunk
             rows = dataset if chunk == 1 else dataset.chunks(chunk)
             self.sampler = rows.device_sampler(first.batch_size, **where)
         self.updates = 0
@@ -376,6 +361,27 @@ def _check_configs(configs: Sequence[IQLConfig]) -> None:
                     f"population may differ in {', '.join(may_differ)}. Train one population for "
                     "each."
                 )
+
+
+def _check_rows(config: IQLConfig, dataset: Any, batches: str) -> None:
+    """Raise ``TypeError`` or ``ValueError`` where a population cannot read its batches."""
+    if not isinstance(dataset, OfflineDataset | RelabelledDataset):
+        raise TypeError(
+            f"dataset is {type(dataset).__name__}; expected what load_dataset(...) returns. "
+            "A population needs all rows in one table, so shards are not possible."
+        )
+    if config.history > 1:
+        raise ValueError(
+            f"history is {config.history}; the runs of a population read single observations. "
+            "Train runs with a history one by one."
+        )
+    chunk, relabelled = config.action_chunk, isinstance(dataset, RelabelledDataset)
+    if batches == "own" and (relabelled or chunk > 1):
+        what = "the dataset has goals" if relabelled else f"action_chunk is {chunk}"
+        raise ValueError(
+            f"batches is 'own' and {what}; goals and chunks are drawn for batches that all runs "
+            "share. Choose batches='shared'."
+        )
 
 
 def _updates_per_call(updates: int) -> int:

@@ -114,8 +114,8 @@ class Coverage:
 def _nearest(features: Tensor, logged: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Distances to the ``count`` nearest rows of ``logged``, and their numbers, both ``(N, count)``."""
     parts = features.split(QUERIES_AT_ONCE)
-    found = [torch.cdist(part, logged).topk(count, largest=False) for part in parts]
-    distances, numbers = (torch.cat(each) for each in zip(*found, strict=True))
+    nearest = [torch.cdist(part, logged).topk(count, largest=False) for part in parts]
+    distances, numbers = (torch.cat(each) for each in zip(*nearest, strict=True))
     return distances, numbers
 
 

@@ -12,6 +12,8 @@ from iql_torchrl.data.readers.arrays import Column
 from iql_torchrl.data.schema import Key
 
 CHUNK = 65_536
+#: Observations whose difference has at most this norm are equal.
+TOLERANCE = 1e-6
 #: How many numbers of one column ``differs`` compares at once.
 VALUES = 2**22
 #: Rows and columns that ``motion_of`` reads at most: the leading ones.
@@ -26,7 +28,7 @@ def differs(
 ) -> NDArray[np.bool_]:
     """Where ``following`` is not ``observed`` so many rows ``ahead``, in the leading ``steps`` rows.
 
-    The norm of the difference is above 1e-6; entries that differ by no more than 4 units of
+    The norm of the difference is above ``TOLERANCE``; entries that differ by no more than 4 units of
     rounding, of the less precise of the two columns' types, count as equal, and so does NaN, which
     ``BlockChecker`` reports.
     """
@@ -48,7 +50,7 @@ def differs(
                 difference = np.abs(later - after)
                 difference[difference <= rounding * np.abs(later)] = 0
                 gap += np.square(difference).reshape(stop - start, -1).sum(1)
-        broken[start:stop] = np.sqrt(np.nan_to_num(gap)) > 1e-6
+        broken[start:stop] = np.sqrt(np.nan_to_num(gap)) > TOLERANCE
     return broken
 
 
