@@ -251,8 +251,8 @@ def _lost_by_rounding(key: str, rows: NDArray[np.float64], names: list[str]) -> 
     """A sentence on columns of ``(rows, columns)`` whose changes from row to row float32 removes.
 
     ``names``: of the columns, where there are as many. Changes of a part in 1e12 may be of the rounding
-    of float64 and do not count, nor do those up to ``motion.TOLERANCE``: simulators have such changes in
-    bodies at rest.
+    of float64 and do not count, nor do those up to ``motion.TOLERANCE``: simulators have such
+    changes in bodies at rest.
     """
     varying = np.flatnonzero(np.ptp(rows, axis=0) > 1e-12 * np.abs(rows).max(axis=0))
     if not varying.size:
