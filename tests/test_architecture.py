@@ -18,7 +18,7 @@ PACKAGE = ROOT / "iql_torchrl"
 # A room is a folder or a top-level file. A file imports only from its own room and from rooms of
 # lower layers.
 LAYERS = (
-    ("config", "descriptions", "files", "functional", "private_apis"),
+    ("config", "descriptions", "files", "functional", "private_apis", "tolerance"),
     ("networks", "processes"),
     ("data", "evaluation", "policies"),
     ("distributed", "losses"),

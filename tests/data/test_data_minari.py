@@ -283,7 +283,7 @@ def test_the_environment_and_scores_are_recovered(root):
 
 
 def test_a_table_of_joined_datasets_is_reused(root):
-    """Opened again, they are other objects with the same files and the same selection."""
+    """Columns again, they are other objects with the same files and the same selection."""
     for name in ("one", "two"):
         write(f"made/{name}-v0", [episode(3), episode(5)])
 

@@ -69,11 +69,12 @@ class Column(Protocol):
 
 
 @dataclass(frozen=True)
-class Opened:
-    """The columns of a table by their names in the source, and what its reader says about them.
+class Columns:
+    """The columns of a source by their names in it (groups joined by ``/``), and what it records.
 
-    The spaces and the environment are those that the source records, if any. ``warnings`` become
-    ``DatasetWarning``. ``text``: the source does not say which whole numbers are meant as floats.
+    Every column has one row for each step. The spaces, the environment and the reference scores are
+    those that the source records, if any. ``warnings`` become ``DatasetWarning``. ``text``: the
+    source does not say which integers are meant as floats.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Opened:
     notes: tuple[str, ...] = ()
     observation_space: gym.Space[Any] | None = None
     env_spec: EnvSpec | None = None
+    reference_scores: tuple[float, float] | None = None
     text: bool = False
 
 

@@ -15,7 +15,7 @@ import gymnasium as gym
 import h5py
 import numpy as np
 
-from iql_torchrl.data.readers.arrays import Column, Opened, flatten, open_hdf5
+from iql_torchrl.data.readers.arrays import Column, Columns, flatten, open_hdf5
 from iql_torchrl.data.readers.source import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 
@@ -32,7 +32,7 @@ class D3rlpyBuffer(Protocol):
     def episodes(self) -> Sequence[Any]: ...
 
 
-def open_d3rlpy_buffer(source: Any) -> Opened | None:
+def open_d3rlpy_buffer(source: Any) -> Columns | None:
     """The columns of a buffer of d3rlpy 2 in memory; None for other objects. d3rlpy is not imported.
 
     The number of discrete actions is the buffer's own. A warning says where the buffer's transition
@@ -57,10 +57,10 @@ def open_d3rlpy_buffer(source: Any) -> Opened | None:
     info = getattr(source, "dataset_info", None)
     discrete = getattr(getattr(info, "action_space", None), "name", "") == "DISCRETE"
     space = gym.spaces.Discrete(int(info.action_size)) if discrete and info is not None else None
-    return Opened(name, columns, action_space=space, warnings=warnings)
+    return Columns(name, columns, action_space=space, warnings=warnings)
 
 
-def open_d3rlpy_file(path: Path, options: ReadOptions) -> Opened:
+def open_d3rlpy_file(path: Path, options: ReadOptions) -> Columns:
     """The columns of an HDF5 file, with d3rlpy's marks if d3rlpy wrote it.
 
     d3rlpy 2: ``observations_0``, ``actions_0``, ``rewards_0`` and ``terminated_0`` of episode 0, and so
@@ -89,12 +89,12 @@ def open_d3rlpy_file(path: Path, options: ReadOptions) -> Opened:
                     "it again with d3rlpy 2.1 or later, or pass a dict of arrays."
                 )
             count = int(file["num_episodes"][()])
-            return Opened(path.name, _columns(str(path), count, partial(_stored, path, file)))
+            return Columns(path.name, _columns(str(path), count, partial(_stored, path, file)))
     if not columns.keys() >= OLD_COLUMNS or "timeouts" in columns:
-        return Opened(path.name, columns)
+        return Columns(path.name, columns)
     ends, terminals = (np.ravel(columns[key][:]) != 0 for key in ("episode_terminals", "terminals"))
     if len(ends) != len(terminals):  # ``read_table`` names columns of different lengths
-        return Opened(path.name, columns)
+        return Columns(path.name, columns)
     warnings: tuple[str, ...] = ()
     if "version" not in names and not options.reward_offset:
         warnings = (
@@ -104,7 +104,7 @@ def open_d3rlpy_file(path: Path, options: ReadOptions) -> Opened:
         )
     note = "the truncated ends are d3rlpy's 'episode_terminals' that do not terminate."
     columns["timeouts"] = ends & ~terminals
-    return Opened(path.name, columns, warnings=warnings, notes=(note,))
+    return Columns(path.name, columns, warnings=warnings, notes=(note,))
 
 
 def _stored(path: Path, file: h5py.File, episode: int, name: str) -> Any:

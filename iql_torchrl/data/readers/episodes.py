@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Opened
+from iql_torchrl.data.readers.arrays import Columns
 from iql_torchrl.data.readers.columns import (
     Flags,
     Table,
@@ -35,7 +35,7 @@ CHUNK = 65_536
 CHUNK_BYTES = 16 * 2**20
 
 
-def table_source(opened: Opened, options: ReadOptions) -> Source:
+def table_source(opened: Columns, options: ReadOptions) -> Source:
     """A ``Source`` of the columns.
 
     Trajectories, which all statistics count as episodes, end at rows marked terminated or

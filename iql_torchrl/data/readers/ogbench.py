@@ -20,7 +20,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
-from iql_torchrl.data.readers.arrays import Opened, open_npz, package
+from iql_torchrl.data.readers.arrays import Columns, open_npz, package
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 
@@ -72,7 +72,7 @@ def ogbench_files(source: str) -> tuple[Path, ...]:
     return (_file(source, parse_name(source)[1]),)
 
 
-def open_ogbench(source: str) -> Opened:
+def open_ogbench(source: str) -> Columns:
     """The columns of ``ogbench/ENVIRONMENT-KIND-singletask-taskN-v0``, with its environment.
 
     Row t has the reward and the mask of its state ``s_t``, as OGBench computes them: in manipulation
@@ -108,7 +108,7 @@ def open_ogbench(source: str) -> Opened:
         env.close()
     rows |= {"rewards": states["rewards"], "masks": states["masks"]}
     rows["valids"] = 1 - np.asarray(columns["terminals"][:], np.float32)
-    return Opened(
+    return Columns(
         source, rows, env.action_space, observation_space=env.observation_space, env_spec=spec
     )
 

@@ -14,7 +14,7 @@ from torchrl.data import ReplayBuffer, Storage
 
 from iql_torchrl.data.readers.arrays import (
     Column,
-    Opened,
+    Columns,
     columns_of_tensordict,
     flatten,
     hdf5_arrays,
@@ -107,40 +107,40 @@ def is_table_path(source: str | Path) -> bool:
     )
 
 
-def _open_path(path: Path, options: ReadOptions) -> Opened:
+def _open_path(path: Path, options: ReadOptions) -> Columns:
     """The columns of a file, or of a folder of LeRobot, of ``save_to_disk`` or of Parquet files."""
     kind = path.suffix.lower()
     if not path.exists():
         raise DatasetError(f"{path}: no such file.")
     if not path.is_dir() and kind != ".parquet":
         if kind in FILES:
-            return Opened(path.name, FILES[kind](path), text=kind == ".csv")
+            return Columns(path.name, FILES[kind](path), text=kind == ".csv")
         return open_d3rlpy_file(path, options)
     from iql_torchrl.data.readers.arrow import ParquetRows, arrow_columns, parquet_files
     from iql_torchrl.data.readers.lerobot import lerobot_columns
 
     if is_saved_dataset(path):
         rows = HuggingFaceRows(load_saved_dataset(path), path)
-        return Opened(path.name, arrow_columns(rows, options.named))
+        return Columns(path.name, arrow_columns(rows, options.named))
     if (path / "meta" / "info.json").is_file():
-        return Opened(path.name, lerobot_columns(path, options.named))
+        return Columns(path.name, lerobot_columns(path, options.named))
     files, folder = ([path], path.parent) if path.is_file() else (parquet_files(path), path)
     table = ParquetRows(path.name, files, folder)
-    return Opened(path.name, arrow_columns(table, options.named))
+    return Columns(path.name, arrow_columns(table, options.named))
 
 
-def _open_object(source: Any, options: ReadOptions) -> Opened:
+def _open_object(source: Any, options: ReadOptions) -> Columns:
     """The columns of an object in memory."""
     name = type(source).__name__
     if isinstance(source, TensorDictBase | ReplayBuffer | Storage):
         columns = columns_of_tensordict(source)
-        return open_torchrl_dataset(source, columns, options.named) or Opened(name, columns)
+        return open_torchrl_dataset(source, columns, options.named) or Columns(name, columns)
     if is_table_of_datasets(source):
         from iql_torchrl.data.readers.arrow import arrow_columns
 
-        return Opened(name, arrow_columns(HuggingFaceRows(source), options.named))
+        return Columns(name, arrow_columns(HuggingFaceRows(source), options.named))
     if isinstance(source, Mapping):
-        return Opened("arrays", flatten(source))
+        return Columns("arrays", flatten(source))
     if (opened := open_d3rlpy_buffer(source)) is None:
         raise DatasetError(
             f"source: {name} cannot be read; expected a Minari or OGBench id, a path, a dict of "

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, Opened, chosen_rows
+from iql_torchrl.data.readers.arrays import Column, Columns, chosen_rows
 from iql_torchrl.data.schema import DatasetError
 
 #: About how many values are looked at together.
@@ -23,7 +23,7 @@ MERGED = ("RobosetExperienceReplay", "GenDGRLExperienceReplay")
 
 def open_torchrl_dataset(
     source: Any, columns: dict[str, Column], mapping: Mapping[str, str | None]
-) -> Opened | None:
+) -> Columns | None:
     """The columns of an instance of a class of ``torchrl.data.datasets``; None for other objects.
 
     - Every value zero (``MinariExperienceReplay``, which allocates its memory-mapped table again
@@ -69,7 +69,7 @@ def open_torchrl_dataset(
             before = np.flatnonzero(~keep[1:] & keep[:-1])
             truncated[before] |= ~terminated[before]
             columns = chosen_rows({**columns, path: truncated}, keep)
-    return Opened(name, columns, warnings=tuple(warnings))
+    return Columns(name, columns, warnings=tuple(warnings))
 
 
 def _rows_with_successors(
