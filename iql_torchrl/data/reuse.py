@@ -14,8 +14,9 @@ from tensordict import TensorDict
 
 from iql_torchrl.data.dataset import Description
 from iql_torchrl.data.digests import digest
-from iql_torchrl.data.readers.opening import open_source, source_files
-from iql_torchrl.data.readers.source import ReadOptions
+from iql_torchrl.data.readers.opening import source_files
+from iql_torchrl.data.readers.options import ReadOptions
+from iql_torchrl.data.readers.source import open_source
 from iql_torchrl.data.saved import (
     RECORD,
     Location,

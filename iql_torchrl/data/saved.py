@@ -35,7 +35,8 @@ from tensordict import MemoryMappedTensor, TensorDict
 from iql_torchrl.data.build import BLOCK_BYTES, DiskTables, build, file_name, row_bytes
 from iql_torchrl.data.dataset import Description
 from iql_torchrl.data.digests import digest, episode_digests, sketch_of
-from iql_torchrl.data.readers.source import ReadOptions, Source
+from iql_torchrl.data.readers.options import ReadOptions
+from iql_torchrl.data.readers.source import Source
 from iql_torchrl.data.scaling import ObservationStatistics, RewardMap, known_scores, reward_map
 from iql_torchrl.data.schema import REWARD, DatasetError, Field, Key, Layout
 from iql_torchrl.descriptions import one_line

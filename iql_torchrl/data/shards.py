@@ -20,8 +20,8 @@ from iql_torchrl.config import check_whole
 from iql_torchrl.data.dataset import DatasetSummary, OfflineDataset
 from iql_torchrl.data.load import SourceLike, dataset_fields
 from iql_torchrl.data.readers.environments import EnvLike
-from iql_torchrl.data.readers.opening import open_source
-from iql_torchrl.data.readers.source import ReadOptions
+from iql_torchrl.data.readers.options import ReadOptions
+from iql_torchrl.data.readers.source import open_source
 from iql_torchrl.data.replay import DeviceSampler
 from iql_torchrl.data.saved import (
     Location,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -75,6 +75,10 @@ class Columns:
     Every column has one row for each step. The spaces, the environment and the reference scores are
     those that the source records, if any. ``warnings`` become ``DatasetWarning``. ``text``: the
     source does not say which integers are meant as floats.
+
+    ``columns.name_columns`` gives the same by our names (``observation``, ``observation/leaf``,
+    ``next/observation``, ``next/reward``, ``action``, ...), with ``paths``, the source's names by our
+    keys, and ``unused``, its other columns. ``order``: the source's row of each row, if sorted.
     """
 
     name: str
@@ -86,6 +90,43 @@ class Columns:
     env_spec: EnvSpec | None = None
     reference_scores: tuple[float, float] | None = None
     text: bool = False
+    paths: Mapping[str, str] = field(default_factory=dict)
+    unused: Mapping[str, Column] = field(default_factory=dict)
+    order: NDArray[np.int64] | None = None
+
+    @property
+    def rows(self) -> int:
+        return int(next(iter(self.columns.values())).shape[0])
+
+    def leaves(self, group: str) -> dict[tuple[str, ...], Column]:
+        """The columns of ``group`` or below it, by the keys of the observation's leaves."""
+        return {
+            ("observation", *name.removeprefix(group).split("/")[1:]): column
+            for name, column in self.columns.items()
+            if name == group or name.startswith(f"{group}/")
+        }
+
+    def source_row(self, row: int) -> int:
+        """The row of the source that is row ``row`` here."""
+        return int(row if self.order is None else self.order[row])
+
+    def sorted_by(self, order: NDArray[np.int64]) -> Columns:
+        """The rows in another order; a column is read completely at its first use."""
+
+        def ordered(column: Column) -> Column:
+            if isinstance(column, UnreadableColumn):
+                return column
+            kept: list[NDArray[Any]] = []
+
+            def read(rows: slice) -> NDArray[Any]:
+                if not kept:
+                    kept.append(np.asarray(column[:])[order])
+                return kept[0][rows]
+
+            return ComputedColumn(column.shape, column.dtype, read)
+
+        changed = {name: ordered(column) for name, column in self.columns.items()}
+        return replace(self, columns=changed, order=order)
 
 
 class PartsColumn:
@@ -337,3 +378,7 @@ def _tensordict(source: TensorDictBase | ReplayBuffer | Storage) -> TensorDictBa
             f"the storage has {type(source).__name__} values; expected TensorDicts of transitions."
         )
     return source
+
+
+def group_numbered(columns: Mapping[str, Column], name: str) -> dict[str, Column]:
+    return dict(columns)

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 
 from iql_torchrl.data.readers.arrays import Column, Columns, flatten, open_hdf5
-from iql_torchrl.data.readers.source import ReadOptions
+from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 
 #: What every episode of d3rlpy 2 stores, one row a step.
