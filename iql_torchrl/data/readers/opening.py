@@ -117,13 +117,13 @@ def _open_path(path: Path, options: ReadOptions) -> Columns:
             return Columns(path.name, FILES[kind](path), text=kind == ".csv")
         return open_d3rlpy_file(path, options)
     from iql_torchrl.data.readers.arrow import ParquetRows, arrow_columns, parquet_files
-    from iql_torchrl.data.readers.lerobot import lerobot_columns
+    from iql_torchrl.data.readers.lerobot import open_lerobot
 
     if is_saved_dataset(path):
         rows = HuggingFaceRows(load_saved_dataset(path), path)
         return Columns(path.name, arrow_columns(rows, options.named))
     if (path / "meta" / "info.json").is_file():
-        return Columns(path.name, lerobot_columns(path, options.named))
+        return open_lerobot(path, options)
     files, folder = ([path], path.parent) if path.is_file() else (parquet_files(path), path)
     table = ParquetRows(path.name, files, folder)
     return Columns(path.name, arrow_columns(table, options.named))
