@@ -34,7 +34,7 @@ AFTER_THE_STEP = ("reward", "done", "terminated", "truncated")
 
 
 @contextmanager
-def reading(path: Path, problem: str, *errors: type[Exception]) -> Iterator[None]:
+def reading(path: Path | str, problem: str, *errors: type[Exception]) -> Iterator[None]:
     """``errors`` of the block as ``DatasetError``: what is wrong with the file."""
     try:
         yield
@@ -122,9 +122,9 @@ class Parts:
     """Columns whose rows lie in consecutive parts that are read together, such as episodes.
 
     ``read(number)`` returns the columns of one part, each with ``lengths[number]`` rows. The part read
-    last is kept in memory, and those before it as long as they have at most ``kept_bytes``. Reading a
-    smaller slice of several columns, one after the other, reads each part once. ``name`` begins
-    messages, in which a part is an episode.
+    last is kept in memory, and those before it as long as they have at most ``kept_bytes`` (by default
+    ``KEPT_BYTES``). Reading a smaller slice of several columns, one after the other, reads each part
+    once. ``name`` begins messages, in which a part is an episode.
     """
 
     def __init__(
@@ -132,12 +132,12 @@ class Parts:
         lengths: Sequence[int] | NDArray[np.int64],
         read: Callable[[int], Mapping[str, NDArray[Any]]],
         name: str = "",
-        kept_bytes: int = KEPT_BYTES,
+        kept_bytes: int | None = None,
     ) -> None:
         self._lengths, self._read, self._name = np.asarray(lengths, np.int64), read, name
         self._ends = np.cumsum(self._lengths)
         self._kept: dict[int, Mapping[str, NDArray[Any]]] = {}
-        self._kept_bytes, self._bytes = kept_bytes, 0
+        self._kept_bytes, self._bytes = KEPT_BYTES if kept_bytes is None else kept_bytes, 0
         self.rows = int(self._lengths.sum())
 
     def columns(self) -> dict[str, Column]:

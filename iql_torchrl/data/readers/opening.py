@@ -22,7 +22,7 @@ from iql_torchrl.data.readers.arrays import (
     open_npz,
 )
 from iql_torchrl.data.readers.csv_files import open_csv
-from iql_torchrl.data.readers.d3rlpy import open_d3rlpy_buffer, open_d3rlpy_file
+from iql_torchrl.data.readers.d3rlpy import is_d3rlpy_buffer, open_d3rlpy_buffer, open_d3rlpy_file
 from iql_torchrl.data.readers.episodes import table_source
 from iql_torchrl.data.readers.huggingface import (
     HuggingFaceRows,
@@ -141,9 +141,9 @@ def _open_object(source: Any, options: ReadOptions) -> Columns:
         return Columns(name, arrow_columns(HuggingFaceRows(source), options.named))
     if isinstance(source, Mapping):
         return Columns("arrays", flatten(source))
-    if (opened := open_d3rlpy_buffer(source)) is None:
-        raise DatasetError(
-            f"source: {name} cannot be read; expected a Minari or OGBench id, a path, a dict of "
-            "arrays, a TensorDict, a TorchRL or d3rlpy buffer, or a datasets.Dataset."
-        )
-    return opened
+    if is_d3rlpy_buffer(source):
+        return open_d3rlpy_buffer(source, options)
+    raise DatasetError(
+        f"source: {name} cannot be read; expected a Minari or OGBench id, a path, a dict of "
+        "arrays, a TensorDict, a TorchRL or d3rlpy buffer, or a datasets.Dataset."
+    )
