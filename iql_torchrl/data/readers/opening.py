@@ -15,7 +15,6 @@ from torchrl.data import ReplayBuffer, Storage
 from iql_torchrl.data.readers.arrays import (
     Column,
     Columns,
-    columns_of_tensordict,
     flatten,
     hdf5_arrays,
     hdf5_parts,
@@ -33,7 +32,7 @@ from iql_torchrl.data.readers.huggingface import (
 from iql_torchrl.data.readers.minari import find_minari, minari_files, minari_source
 from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_files, open_ogbench
 from iql_torchrl.data.readers.source import ReadOptions, Source, chain, concatenated, limited
-from iql_torchrl.data.readers.torchrl_datasets import open_torchrl_dataset
+from iql_torchrl.data.readers.torchrl_datasets import open_torchrl
 from iql_torchrl.data.saved import is_saved
 from iql_torchrl.data.schema import DatasetError
 
@@ -87,7 +86,7 @@ def _open(source: Any, options: ReadOptions) -> Source:
             "Parquet files, of LeRobot or of datasets.save_to_disk, or a Minari id as text."
         )
     if is_ogbench(source):
-        return table_source(open_ogbench(source), options)
+        return table_source(open_ogbench(source, options), options)
     if isinstance(source, str):
         return minari_source(find_minari(source, download=options.download), options)
     options = options.described()
@@ -133,8 +132,7 @@ def _open_object(source: Any, options: ReadOptions) -> Columns:
     """The columns of an object in memory."""
     name = type(source).__name__
     if isinstance(source, TensorDictBase | ReplayBuffer | Storage):
-        columns = columns_of_tensordict(source)
-        return open_torchrl_dataset(source, columns, options.named) or Columns(name, columns)
+        return open_torchrl(source, options)
     if is_table_of_datasets(source):
         from iql_torchrl.data.readers.arrow import arrow_columns
 
