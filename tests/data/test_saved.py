@@ -330,7 +330,7 @@ def test_a_source_of_equal_size_and_time_but_other_content_is_read_again(
 
 
 def test_a_large_source_is_digested_fast(tmp_path):
-    from iql_torchrl.data.readers.source import ReadOptions
+    from iql_torchrl.data.readers.options import ReadOptions
     from iql_torchrl.data.reuse import identity
 
     path = tmp_path / "large.npz"

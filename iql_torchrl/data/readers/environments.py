@@ -1,4 +1,4 @@
-"""Functions that make fresh environments."""
+"""Fresh environments from ids, specs and what a dataset records."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from iql_torchrl.descriptions import one_line
 
 # Packages that register environments when they are imported, for a file that names one of theirs.
 PACKAGES = ("ale_py", "gymnasium_robotics", "icu_sepsis", "minigrid", "ogbench")
-OWN_WRAPPERS = ("iql_torchrl.data.readers.ogbench:FixedSpaces",)
+WRAPPERS = ("iql_torchrl.data.readers.ogbench:FixedSpaces",)
 INSTALL = (
     "install the package that registers it and import it first (AntMaze, Adroit and Kitchen: "
     'pip install "gymnasium-robotics"), or pass env=.'
@@ -27,7 +27,7 @@ EnvLike: TypeAlias = "str | EnvSpec | gym.Env[Any, Any] | Callable[[], gym.Env[A
 
 
 def env_maker(env: EnvLike) -> Callable[[], gym.Env[Any, Any]]:
-    """A function that makes a fresh environment from an id, a spec, an instance or a function.
+    """Return a function that makes a fresh environment from an id, a spec, an instance or a function.
 
     The function raises ``DatasetError`` saying what to install where the environment is missing.
     """
@@ -38,7 +38,7 @@ def env_maker(env: EnvLike) -> Callable[[], gym.Env[Any, Any]]:
             )
         env = env.spec
     if isinstance(env, str | EnvSpec):
-        return partial(_made, env)
+        return partial(_make, env)
     if not callable(env):
         raise DatasetError(
             f"env: expected an id, an EnvSpec, an environment or a function, got {type(env).__name__}"
@@ -46,7 +46,7 @@ def env_maker(env: EnvLike) -> Callable[[], gym.Env[Any, Any]]:
     return env
 
 
-def _made(spec: str | EnvSpec) -> gym.Env[Any, Any]:
+def _make(spec: str | EnvSpec) -> gym.Env[Any, Any]:
     try:
         return gym.make(spec)
     except (gym.error.Error, ImportError, AttributeError) as error:
@@ -59,12 +59,12 @@ def _made(spec: str | EnvSpec) -> gym.Env[Any, Any]:
 
 
 def recorded_env(stored: EnvSpec) -> gym.Env[Any, Any]:
-    """A fresh environment of a spec that came with a table or Minari's metadata.
+    """Make a fresh environment of a spec that came with a dataset.
 
-    Such a file may come from anywhere, so it names no code: what is called is the entry point that is
-    registered here under the spec's id, with the stored arguments and step limit. Of wrappers only
-    Gymnasium's, without those that write files, and ours. The packages in ``PACKAGES`` are imported
-    where the id is theirs; other packages the user imports.
+    Such a file may come from anywhere, so the code that it names is not run: the entry point that is
+    registered here under the spec's id is called, with the stored arguments and step limit. Only
+    wrappers of this package and of Gymnasium are applied, without those that write files. The packages
+    in ``PACKAGES`` are imported where the id is theirs; other packages the user imports.
 
     Raises ``DatasetError`` for anything else, with what to do.
     """
@@ -94,7 +94,7 @@ def recorded_env(stored: EnvSpec) -> gym.Env[Any, Any]:
         disable_env_checker=stored.disable_env_checker,
         additional_wrappers=stored.additional_wrappers,
     )
-    return _made(spec)
+    return _make(spec)
 
 
 def _is_known_wrapper(entry_point: str) -> bool:
@@ -102,4 +102,4 @@ def _is_known_wrapper(entry_point: str) -> bool:
     with contextlib.suppress(ImportError, AttributeError):  # it lacks a package, or is a module
         if name in gym.wrappers.__all__ and name != "RecordVideo":
             return bool(getattr(gym.wrappers, name).__module__ == module)
-    return entry_point in OWN_WRAPPERS
+    return entry_point in WRAPPERS

@@ -15,14 +15,17 @@ from torchrl.data import ReplayBuffer, Storage
 from iql_torchrl.data.readers.arrays import (
     Column,
     Columns,
-    columns_of_tensordict,
     flatten,
     hdf5_arrays,
     hdf5_parts,
     open_npz,
 )
 from iql_torchrl.data.readers.csv_files import open_csv
-from iql_torchrl.data.readers.d3rlpy import open_d3rlpy_buffer, open_d3rlpy_file
+from iql_torchrl.data.readers.d3rlpy import (
+    is_d3rlpy_buffer,
+    open_d3rlpy_buffer,
+    open_d3rlpy_file,
+)
 from iql_torchrl.data.readers.huggingface import (
     HuggingFaceRows,
     is_saved_dataset,
@@ -32,7 +35,7 @@ from iql_torchrl.data.readers.huggingface import (
 from iql_torchrl.data.readers.minari import find_minari, is_minari_id, minari_files, open_minari
 from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_files, open_ogbench
 from iql_torchrl.data.readers.options import ReadOptions
-from iql_torchrl.data.readers.torchrl_datasets import open_torchrl_dataset
+from iql_torchrl.data.readers.torchrl_datasets import open_torchrl
 from iql_torchrl.data.schema import DatasetError
 
 #: What reads the columns of a file, by its suffix.
@@ -56,7 +59,7 @@ def open_columns(source: Any, options: ReadOptions) -> Columns:
     if isinstance(source, Path):
         raise DatasetError(f"{source}: no such file; expected {EXPECTED} as text.")
     if is_ogbench(source):
-        return open_ogbench(source)
+        return open_ogbench(source, options)
     if isinstance(source, str):
         return open_minari(find_minari(source, download=options.download), options)
     return _open_object(source, options)
@@ -105,13 +108,13 @@ def _open_path(path: Path, options: ReadOptions) -> Columns:
             return Columns(path.name, FILES[kind](path), text=kind == ".csv")
         return open_d3rlpy_file(path, options)
     from iql_torchrl.data.readers.arrow import ParquetRows, arrow_columns, parquet_files
-    from iql_torchrl.data.readers.lerobot import lerobot_columns
+    from iql_torchrl.data.readers.lerobot import open_lerobot
 
     if is_saved_dataset(path):
         rows = HuggingFaceRows(load_saved_dataset(path), path)
         return Columns(path.name, arrow_columns(rows, options.named))
     if (path / "meta" / "info.json").is_file():
-        return Columns(path.name, lerobot_columns(path, options.named))
+        return open_lerobot(path, options)
     files, folder = ([path], path.parent) if path.is_file() else (parquet_files(path), path)
     table = ParquetRows(path.name, files, folder)
     return Columns(path.name, arrow_columns(table, options.named))
@@ -121,17 +124,16 @@ def _open_object(source: Any, options: ReadOptions) -> Columns:
     """The columns of an object in memory."""
     name = type(source).__name__
     if isinstance(source, TensorDictBase | ReplayBuffer | Storage):
-        columns = columns_of_tensordict(source)
-        return open_torchrl_dataset(source, columns, options.named) or Columns(name, columns)
+        return open_torchrl(source, options)
     if is_table_of_datasets(source):
         from iql_torchrl.data.readers.arrow import arrow_columns
 
         return Columns(name, arrow_columns(HuggingFaceRows(source), options.named))
     if isinstance(source, Mapping):
         return Columns("arrays", flatten(source))
-    if (opened := open_d3rlpy_buffer(source)) is None:
-        raise DatasetError(
-            f"source: {name} cannot be read; expected a Minari or OGBench id, a path, a dict of "
-            "arrays, a TensorDict, a TorchRL or d3rlpy buffer, or a datasets.Dataset."
-        )
-    return opened
+    if is_d3rlpy_buffer(source):
+        return open_d3rlpy_buffer(source, options)
+    raise DatasetError(
+        f"source: {name} cannot be read; expected a Minari or OGBench id, a path, a dict of "
+        "arrays, a TensorDict, a TorchRL or d3rlpy buffer, or a datasets.Dataset."
+    )
