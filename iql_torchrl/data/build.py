@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from iql_torchrl.data.checks import BlockChecker
+from iql_torchrl.data.codec import category_starts, leaf_spaces
 from iql_torchrl.data.dataset import Description
 from iql_torchrl.data.readers.source import ReadOptions, Source
 from iql_torchrl.data.scaling import RewardMap, StatisticsAccumulator, reward_map
@@ -25,9 +26,7 @@ from iql_torchrl.data.schema import (
     EpisodeIndex,
     Key,
     Layout,
-    category_starts,
     dotted,
-    leaf_spaces,
 )
 from iql_torchrl.data.spaces import is_image
 
@@ -119,11 +118,10 @@ def build(
         text if text.startswith(source.name) else f"{source.name}: {text}"
         for text in (*source.warnings, *checker.warnings())
     )
-    own = ("name", "observation_space", "action_space", "env_spec", "reference_scores",
+    own = ("name", "observation_space", "action_space", "env_spec", "adaptation", "reference_scores",
            "episode_lengths")  # fmt: skip
     description = Description(
         **{name: getattr(source, name) for name in own},
-        joined=tuple(options.concatenate or ()),
         episode_returns=measured.returns,
         statistics={
             key[0] if len(key) == 1 else key: each.result()

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from iql_torchrl.data.codec import leaf_spaces
 from iql_torchrl.data.readers.motion import COLUMNS, TOLERANCE
 from iql_torchrl.data.readers.source import Piece, Source
 from iql_torchrl.data.schema import (
@@ -28,7 +29,6 @@ from iql_torchrl.data.schema import (
     Key,
     Layout,
     dotted,
-    leaf_spaces,
 )
 from iql_torchrl.descriptions import bounds_in_words, describe_space
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage, VideoClipRef
 
+from iql_torchrl.data.codec import UNCHANGED, Adaptation
 from iql_torchrl.data.schema import DatasetError, MissingPackageError
 from iql_torchrl.descriptions import one_line
 
@@ -76,7 +77,8 @@ class Columns:
 
     Every column has one row for each step. The spaces, the environment and the reference scores are
     those that the source records, if any. ``warnings`` become ``DatasetWarning``. ``text``: the
-    source does not say which integers are meant as floats.
+    source does not say which integers are meant as floats. ``adaptation``: how the environment's
+    observations and actions become these.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Columns:
     env_spec: EnvSpec | None = None
     reference_scores: tuple[float, float] | None = None
     text: bool = False
+    adaptation: Adaptation = UNCHANGED
 
 
 class UnreadableColumn:

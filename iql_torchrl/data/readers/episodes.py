@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from iql_torchrl.data.codec import leaf_spaces
 from iql_torchrl.data.readers.arrays import Columns
 from iql_torchrl.data.readers.columns import (
     Flags,
@@ -27,7 +28,6 @@ from iql_torchrl.data.schema import (
     TERMINATED,
     TRUNCATED,
     DatasetError,
-    leaf_spaces,
 )
 
 #: Most rows, and about the most bytes of observations, of one piece.
@@ -109,6 +109,8 @@ def table_source(opened: Columns, options: ReadOptions) -> Source:
         terminates_inside=inside > 0,
         paths=table.paths,
         env_spec=opened.env_spec,
+        adaptation=opened.adaptation,
+        reference_scores=opened.reference_scores,
         notes=(*opened.notes, *notes, *_mark_notes(table, ends, inside), *filter(None, [note])),
         warnings=(*opened.warnings, *(f"{table.name}: {text}" for text in doubts)),
     )

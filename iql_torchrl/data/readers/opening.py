@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from iql_torchrl.data.readers.huggingface import (
     is_table_of_datasets,
     load_saved_dataset,
 )
-from iql_torchrl.data.readers.minari import find_minari, minari_files, minari_source
+from iql_torchrl.data.readers.minari import find_minari, minari_files, open_minari
 from iql_torchrl.data.readers.ogbench import is_ogbench, ogbench_files, open_ogbench
 from iql_torchrl.data.readers.source import ReadOptions, Source, chain, concatenated, limited
 from iql_torchrl.data.readers.torchrl_datasets import open_torchrl_dataset
@@ -75,7 +76,9 @@ def _open(source: Any, options: ReadOptions) -> Source:
     if isinstance(source, list | tuple):
         return chain([_open(item, options) for item in source])
     if isinstance(source, minari.MinariDataset):
-        return minari_source(source, options)
+        # The reader has used ``columns``, and Minari records the spaces.
+        fixed = replace(options, columns={}, observation_space=None, action_space=None)
+        return replace(table_source(open_minari(source, options), fixed), paths={})
     if is_saved(source):
         raise DatasetError(f"{source}: a built table is loaded alone, not in a list of sources.")
     if isinstance(source, str | Path) and is_table_path(source):
@@ -89,7 +92,7 @@ def _open(source: Any, options: ReadOptions) -> Source:
     if is_ogbench(source):
         return table_source(open_ogbench(source), options)
     if isinstance(source, str):
-        return minari_source(find_minari(source, download=options.download), options)
+        return _open(find_minari(source, download=options.download), options)
     options = options.described()
     return table_source(_open_object(source, options), options)
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
 from numbers import Integral
-from operator import getitem
 from typing import Any, TypeAlias
 
 import gymnasium as gym
@@ -15,17 +13,17 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.environments import EnvLike, env_maker
-from iql_torchrl.data.scaling import reward_map
-from iql_torchrl.data.schema import (
-    ACTION,
-    DatasetError,
-    Key,
-    Layout,
+from iql_torchrl.data.codec import (
+    UNCHANGED,
+    Adaptation,
+    join,
+    joined_leaves,
     leaf_spaces,
     transition_layout,
 )
-from iql_torchrl.descriptions import describe_space
+from iql_torchrl.data.readers.environments import EnvLike, env_maker
+from iql_torchrl.data.scaling import reward_map
+from iql_torchrl.data.schema import ACTION, DatasetError, Key, Layout
 
 #: Consecutive rows, one array per key; any number of rows, at least 1.
 Piece: TypeAlias = dict[Key, NDArray[Any]]
@@ -133,6 +131,7 @@ class Source:
     terminates_inside: bool = False
     paths: Mapping[str, str] = field(default_factory=dict)
     env_spec: EnvSpec | None = None
+    adaptation: Adaptation = UNCHANGED
     reference_scores: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -220,53 +219,16 @@ def concatenated(source: Source, names: Sequence[str]) -> Source:
 
     ``DatasetError`` for a plain observation, an unknown name, or leaves that are not Boxes of floats.
     """
-    keys, leaves = _named_leaves(source.observation_space, names, source.name)
+    adaptation = replace(source.adaptation, concatenate=tuple(names))
+    parts = joined_leaves(leaf_spaces(source.observation_space, ()), names, source.name)
 
     def pieces() -> Iterator[Piece]:
         for piece in source.pieces():
             joined = {key: values for key, values in piece.items() if "observation" not in key}
             for side in ((), ("next",)):
-                parts = [piece[(*side, *key)] for key in keys]
-                flat = [part.reshape(len(part), -1) for part in parts]
-                joined[(*side, "observation")] = np.concatenate(flat, axis=1)
+                leaves = [piece[(*side, "observation", *key)] for key in parts]
+                joined[(*side, "observation")] = join(leaves, rows=True)
             yield joined
 
-    return replace(source, observation_space=gym.spaces.flatten_space(leaves), pieces=pieces)
-
-
-def joined_env(maker: Callable[[], gym.Env[Any, Any]], names: Sequence[str]) -> gym.Env[Any, Any]:
-    """The environment of ``maker`` with its observations joined as ``concatenated`` joins rows."""
-    env = maker()
-    # If the caller's env= joins the leaves itself, its observation is already plain.
-    if not isinstance(env.observation_space, gym.spaces.Dict):
-        return env
-    owner = type(env.unwrapped).__name__ if env.spec is None else env.spec.id
-    keys, leaves = _named_leaves(env.observation_space, names, owner)
-
-    def join(observation: Any) -> Any:
-        values = tuple(reduce(getitem, key[1:], observation) for key in keys)
-        return gym.spaces.flatten(leaves, values)
-
-    return gym.wrappers.TransformObservation(env, join, gym.spaces.flatten_space(leaves))
-
-
-def _named_leaves(space: gym.Space[Any], names: Sequence[str], owner: str) -> tuple[list[Key], Any]:
-    """Keys and spaces of the leaves ``names`` of a Dict space."""
-    if not isinstance(space, gym.spaces.Dict):
-        raise DatasetError(
-            f"{owner}: concatenate={list(names)}, but the observation is {describe_space(space)}, "
-            "not a Dict; leave concatenate out."
-        )
-    leaves = leaf_spaces(space)
-    keys = [("observation", *name.split("/")) for name in names]
-    for name, key in zip(names, keys, strict=True):
-        if (leaf := leaves.get(key)) is None:
-            known = ", ".join("/".join(k[1:]) for k in leaves)
-            raise DatasetError(f"{owner}: concatenate names {name!r}; the leaves are {known}.")
-        if not isinstance(leaf, gym.spaces.Box) or np.dtype(leaf.dtype).kind != "f":
-            raise DatasetError(
-                f"{owner}: concatenate joins only Boxes of floats, but {name!r} is {leaf}. Whole "
-                "numbers of a table that are no categories: name the columns in a list, "
-                "columns={'observation': [...]}."
-            )
-    return keys, gym.spaces.Tuple([leaves[key] for key in keys])
+    space = gym.spaces.flatten_space(gym.spaces.Tuple(parts.values()))
+    return replace(source, observation_space=space, pieces=pieces, adaptation=adaptation)
