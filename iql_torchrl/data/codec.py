@@ -177,7 +177,8 @@ def nested(leaves: Mapping[Key, Any], group: Callable[[dict[str, Any]], Any] = d
 
 def action_leaves(space: gym.Space[Any]) -> dict[Key, gym.Space[Any]]:
     """The leaves of an action space by their path, in an order that depends on the paths alone."""
-    return dict(sorted(leaf_spaces(space, ()).items(), key=lambda leaf: leaf[0]))
+    leaves = leaf_spaces(space, ())
+    return {path: leaves[path] for path in sorted(leaves)}
 
 
 def flat_action_space(space: gym.Space[Any], name: str) -> gym.Space[Any]:
@@ -222,7 +223,8 @@ def unflat_action(action: Any, space: gym.Space[Any]) -> Any:
 def _filled(space: gym.Space[Any], parts: Mapping[Key, NDArray[Any]], path: Key = ()) -> Any:
     """A value of ``space`` with ``parts`` as its leaves, ``space`` being at ``path``."""
     if path in parts:
-        return np.asarray(parts[path], space.dtype).reshape(space.shape or ())[()]
+        values = np.asarray(parts[path], space.dtype).reshape(space.shape or ())
+        return values[()] if isinstance(space, spaces.Discrete) else values
     inner = {name: _filled(each, parts, (*path, name)) for name, each in _children(space)}
     return tuple(inner.values()) if isinstance(space, spaces.Tuple) else inner
 

@@ -296,13 +296,18 @@ def _chosen_leaves(
                 f"{', '.join(k for k in leaves if k and has_tensor_form(leaves[k])) or 'none'}."
             )
         chosen |= found
-    others = {k: leaf for k, leaf in leaves.items() if k != mask}
+    others = {k: leaf for k, leaf in leaves.items() if not mask or k != mask}
     kept = [
         k for k, leaf in others.items() if has_tensor_form(leaf) and (not chosen or k in chosen)
     ]
+    if not kept:
+        raise DatasetError(
+            f"{name}: the observation is {describe_space(space)} and has no leaf with a tensor form; "
+            "expected a Box, Discrete, MultiDiscrete or MultiBinary."
+        )
     whole = len(kept) == len(leaves) and Adaptation().observation_space(space, name) == space
-    if not kept or (whole and not chosen):
-        return (), []  # a space without a tensor form is refused as such
+    if whole and not chosen:
+        return (), []
     left = [
         f"{k!r} (no tensor form: {type(leaf).__name__})" if not has_tensor_form(leaf) else repr(k)
         for k, leaf in others.items()
