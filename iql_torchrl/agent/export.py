@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from iql_torchrl.agent.task import Task
-from iql_torchrl.data.schema import MASK, Key, field_of_space, leaf_spaces
+from iql_torchrl.data.codec import field_of_space, leaf_spaces
+from iql_torchrl.data.schema import MASK, Key
 from iql_torchrl.descriptions import bounds_in_words, describe_space, one_line
 from iql_torchrl.evaluation.acting import as_in_evaluation, check_policy
 from iql_torchrl.evaluation.policy_input import needs_mask, reads_names_at_top_level, whole_limits

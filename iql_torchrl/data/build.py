@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from iql_torchrl.data.checks import ChunkChecker, fixed_horizon
+from iql_torchrl.data.codec import category_starts, leaf_spaces
 from iql_torchrl.data.dataset import Description
 from iql_torchrl.data.readers.arrays import Columns
 from iql_torchrl.data.readers.episodes import Episodes
@@ -33,9 +34,7 @@ from iql_torchrl.data.schema import (
     EpisodeIndex,
     Key,
     Layout,
-    category_starts,
     dotted,
-    leaf_spaces,
 )
 from iql_torchrl.data.spaces import is_image
 
@@ -258,7 +257,7 @@ def _described(
         env_spec=source.env_spec,
         reference_scores=source.reference_scores,
         episode_lengths=source.episode_lengths,
-        joined=tuple(options.concatenate or ()),
+        adaptation=source.adaptation,
         episode_returns=measured.returns,
         statistics={
             key[0] if len(key) == 1 else key: each.result()

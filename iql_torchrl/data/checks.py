@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from iql_torchrl.data.codec import leaf_spaces
 from iql_torchrl.data.readers.arrays import Columns
-from iql_torchrl.data.readers.episodes import Episodes
 from iql_torchrl.data.readers.source import Source
 from iql_torchrl.data.schema import (
     ACTION,
@@ -26,7 +26,6 @@ from iql_torchrl.data.schema import (
     Field,
     Key,
     dotted,
-    leaf_spaces,
 )
 from iql_torchrl.descriptions import bounds_in_words, describe_space
 from iql_torchrl.tolerance import EQUAL, outside_bounds
@@ -79,7 +78,11 @@ class ChunkChecker:
                 self._refuse_rounded(key, values, expected.dtype)
         else:
             fits = kind in "iub"
-            if kind == "f" and group not in self.source.guessed and (values == np.rint(values)).all():
+            if (
+                kind == "f"
+                and group not in self.source.guessed
+                and (values == np.rint(values)).all()
+            ):
                 fits, values = bool(np.abs(values).max(initial=0) < 2**53), values.astype(np.int64)
         if not fits:
             raise DatasetError(
@@ -93,7 +96,11 @@ class ChunkChecker:
                 f"{name}: {dotted(key)} has rows of shape {shape}, expected "
                 f"{expected.shape}; pass the env the data came from."
             )
-        if expected.dtype == torch.float32 and values.dtype.itemsize > 4 and key[0] == "observation":
+        if (
+            expected.dtype == torch.float32
+            and values.dtype.itemsize > 4
+            and key[0] == "observation"
+        ):
             self._keep_sample(key, values)
         return values.reshape(len(values), *expected.shape)
 
@@ -145,7 +152,11 @@ class ChunkChecker:
     def _replace_unused(self, rows: Mapping[Key, NDArray[Any]]) -> None:
         terminated = np.flatnonzero(rows[TERMINATED][:, 0])
         for key, values in rows.items():
-            if key[:2] != ("next", "observation") or values.dtype.kind != "f" or not len(terminated):
+            if (
+                key[:2] != ("next", "observation")
+                or values.dtype.kind != "f"
+                or not len(terminated)
+            ):
                 continue
             after = values[terminated].reshape(len(terminated), -1)
             missing = terminated[np.isnan(after).any(axis=1)]
@@ -163,7 +174,9 @@ class ChunkChecker:
                     key, beyond, f"has the value {value:g}, beyond the range of {kind},",
                     "scale the column, or pass dtype=torch.float64.",
                 )  # fmt: skip
-        self._refuse(key, wrong, "is NaN or infinite", "expected finite numbers: repair those rows.")
+        self._refuse(
+            key, wrong, "is NaN or infinite", "expected finite numbers: repair those rows."
+        )
 
     def _refuse(self, key: Key, wrong: Any, problem: str, expected: str) -> None:
         """Raises ``DatasetError`` naming the first row of the source in ``wrong``, if there is one."""
@@ -325,5 +338,8 @@ def fixed_horizon(source: Source, limit: int | None) -> tuple[str, str]:
             "",
         )
     if limit is None and not known:
-        return "", f"{text}. If that is a time limit, at which values must be bootstrapped, {remedy}."
+        return (
+            "",
+            f"{text}. If that is a time limit, at which values must be bootstrapped, {remedy}.",
+        )
     return "", ""

@@ -18,6 +18,13 @@ from torchrl.data import Composite, TensorDictReplayBuffer, TensorSpec
 
 from iql_torchrl.data import replay
 from iql_torchrl.data.chunks import Chunks
+from iql_torchrl.data.codec import (
+    UNCHANGED,
+    Adaptation,
+    flat_action_space,
+    observation_spec_of,
+    spec_of_space,
+)
 from iql_torchrl.data.digests import episode_digests, fingerprint, sketch_of
 from iql_torchrl.data.goals import (
     ACTOR_ORIGINS,
@@ -28,14 +35,14 @@ from iql_torchrl.data.goals import (
     Reached,
     Relabelling,
 )
+from iql_torchrl.data.readers.environments import adapted_env
 from iql_torchrl.data.scaling import (
     ObservationStatistics,
     RewardMap,
     StatisticsAccumulator,
     normalised_score,
 )
-from iql_torchrl.data.schema import ACTION, DatasetError, Key, observation_spec_of, spec_of_space
-from iql_torchrl.data.spaces import flat_action_env, flat_action_space
+from iql_torchrl.data.schema import ACTION, DatasetError, Key
 from iql_torchrl.data.windows import Windows
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.networks import History
@@ -56,7 +63,8 @@ class Description:
         notes: what was dropped, guessed or repaired, one sentence each.
         warnings: those of ``notes`` that were issued as ``DatasetWarning``.
         dtype: of observations, continuous actions and rewards.
-        env_spec, joined: the environment that the data name, and the leaves that were joined.
+        env_spec, adaptation: the environment that the data name, and how its observations and
+            actions become those of the dataset.
     """
 
     name: str = "dataset"
@@ -71,7 +79,7 @@ class Description:
     warnings: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
     env_spec: EnvSpec | None = None
-    joined: tuple[str, ...] = ()
+    adaptation: Adaptation = UNCHANGED
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -256,7 +264,7 @@ class OfflineDataset(DatasetSummary):
         space = flat_action_space(self.action_space, self.name)
         transitions = self.transitions.copy()
         transitions["action"] = self.transitions["action"].flatten(1)
-        env = partial(flat_action_env, self.make_env, self.name)
+        env = partial(adapted_env, self.make_env, Adaptation(flat_action=True))
         return replace(self, transitions=transitions, action_space=space, env=env)
 
     def relabelled(

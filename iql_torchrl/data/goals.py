@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 
+from iql_torchrl.data.codec import leaf_spaces
 from iql_torchrl.data.replay import DeviceSampler, nested_entry
-from iql_torchrl.data.schema import DatasetError, Key, leaf_spaces
+from iql_torchrl.data.schema import DatasetError, Key
 from iql_torchrl.descriptions import describe_space
 from iql_torchrl.networks import History, stack_frames
 

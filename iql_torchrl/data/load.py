@@ -15,12 +15,18 @@ from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage
 
 from iql_torchrl.data.build import build
+from iql_torchrl.data.codec import UNCHANGED
 from iql_torchrl.data.dataset import Description, OfflineDataset
 from iql_torchrl.data.readers.d3rlpy import D3rlpyBuffer
-from iql_torchrl.data.readers.environments import EnvLike, env_maker, recorded_env
+from iql_torchrl.data.readers.environments import (
+    EnvLike,
+    adapted_env,
+    env_maker,
+    recorded_env,
+)
 from iql_torchrl.data.readers.huggingface import HuggingFaceTable
 from iql_torchrl.data.readers.options import ReadOptions
-from iql_torchrl.data.readers.source import joined_env, open_source
+from iql_torchrl.data.readers.source import open_source
 from iql_torchrl.data.reuse import load_or_build
 from iql_torchrl.data.saved import is_saved, open_saved
 from iql_torchrl.data.scaling import known_scores
@@ -160,7 +166,7 @@ def dataset_fields(
     maker, spec = None if env is None else env_maker(env), description.env_spec
     if maker is None and spec is not None:
         maker = partial(recorded_env, spec)
-    if maker and description.joined:
-        maker = partial(joined_env, maker, description.joined)
+    if maker and description.adaptation != UNCHANGED:
+        maker = partial(adapted_env, maker, description.adaptation)
     scores = known_scores(reference_scores) or description.reference_scores
     return vars(description) | {"env": maker, "reference_scores": scores}

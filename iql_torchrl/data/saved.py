@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from tensordict import MemoryMappedTensor, TensorDict
 
 from iql_torchrl.data.build import BLOCK_BYTES, DiskTables, build, file_name, row_bytes
+from iql_torchrl.data.codec import Adaptation
 from iql_torchrl.data.dataset import Description
 from iql_torchrl.data.digests import digest, episode_digests, sketch_of
 from iql_torchrl.data.readers.options import ReadOptions
@@ -43,7 +44,7 @@ from iql_torchrl.descriptions import one_line
 from iql_torchrl.files import FULL, leads_below, whole_file
 
 RECORD, EPISODES = "built.json", "episodes.npz"
-FORMAT = 3  # of ``RECORD``
+FORMAT = 4  # of ``RECORD``
 STAGING = "[a-z0-9_]{8}"  # the end of a name that ``tempfile`` makes
 READ_AT_ONCE = 16 * 2**20
 
@@ -224,7 +225,8 @@ FORMS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
             for key, mean, std, constant, count in saved
         },
     ),
-    **dict.fromkeys(("joined", "notes", "warnings"), (tuple, tuple)),
+    "adaptation": (vars, lambda saved: Adaptation(**saved)),
+    **dict.fromkeys(("notes", "warnings"), (tuple, tuple)),
 }  # fmt: skip
 
 

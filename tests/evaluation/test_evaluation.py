@@ -497,8 +497,8 @@ SHARED = Seeded()
         (constant(HALF), "Pendulum-v1", TypeError, "make_env must be callable"),
         (constant(HALF), dict, TypeError, "must return a gymnasium.Env, found dict"),
         (constant(HALF), lambda: SHARED, ValueError, "same environment twice"),
-        (constant(HALF), lambda: Seeded(spaces.MultiDiscrete([2, 2])), ValueError,
-         "action space must be Box or Discrete"),
+        (constant(HALF), lambda: Seeded(spaces.MultiBinary(2)), ValueError,
+         "action space must be Box, Discrete or MultiDiscrete"),
     ],
 )  # fmt: skip
 def test_wrong_kinds_of_argument_are_named(policy, make, error, message):

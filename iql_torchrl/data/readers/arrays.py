@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer, Storage, VideoClipRef
 
+from iql_torchrl.data.codec import UNCHANGED, Adaptation
 from iql_torchrl.data.schema import DatasetError, MissingPackageError
 from iql_torchrl.descriptions import one_line
 
@@ -76,7 +77,8 @@ class Columns:
 
     Every column has one row for each step. The spaces, the environment and the reference scores are
     those that the source records, if any. ``warnings`` become ``DatasetWarning``. ``text``: the
-    source does not say which integers are meant as floats.
+    source does not say which integers are meant as floats. ``adaptation``: how the environment's
+    observations and actions become these. ``named``: the names are ours already.
 
     ``columns.name_columns`` gives the same by our names (``observation``, ``observation/leaf``,
     ``next/observation``, ``next/reward``, ``action``, ...), with ``paths``, the source's names by our
@@ -92,6 +94,8 @@ class Columns:
     env_spec: EnvSpec | None = None
     reference_scores: tuple[float, float] | None = None
     text: bool = False
+    adaptation: Adaptation = UNCHANGED
+    named: bool = False
     paths: Mapping[str, str] = field(default_factory=dict)
     unused: Mapping[str, Column] = field(default_factory=dict)
     order: NDArray[np.int64] | None = None

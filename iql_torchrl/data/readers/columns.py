@@ -65,6 +65,8 @@ def name_columns(source: Columns, options: ReadOptions) -> Columns:
     booleans become 0 and 1. ``reward`` is 0 where ``options`` leave it out.
     """
     name, columns = source.name, group_numbered(source.columns, source.name)
+    if source.named:
+        options = replace(options, columns={})
     columns |= _joined(name, columns, options)
     paths = _paths(name, columns, options.named)
     entries: dict[str, Column] = {}

@@ -1,4 +1,4 @@
-"""Fresh environments from ids, specs and what a dataset records."""
+"""Functions that make fresh environments, with the observations and actions of a dataset."""
 
 from __future__ import annotations
 
@@ -11,13 +11,28 @@ from typing import Any, TypeAlias
 
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
+from gymnasium.utils import RecordConstructorArgs
 
+from iql_torchrl.data.codec import (
+    CATEGORIES,
+    UNCHANGED,
+    Adaptation,
+    flat_action_space,
+    join,
+    leaf_of,
+    leaf_spaces,
+    nested,
+    unflat_action,
+)
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
 
 # Packages that register environments when they are imported, for a file that names one of theirs.
 PACKAGES = ("ale_py", "gymnasium_robotics", "icu_sepsis", "minigrid", "ogbench")
-WRAPPERS = ("iql_torchrl.data.readers.ogbench:FixedSpaces",)
+WRAPPERS = (
+    "iql_torchrl.data.readers.environments:AdaptedEnv",
+    "iql_torchrl.data.readers.ogbench:FixedSpaces",
+)
 INSTALL = (
     "install the package that registers it and import it first (AntMaze, Adroit and Kitchen: "
     'pip install "gymnasium-robotics"), or pass env=.'
@@ -103,3 +118,54 @@ def _is_known_wrapper(entry_point: str) -> bool:
         if name in gym.wrappers.__all__ and name != "RecordVideo":
             return bool(getattr(gym.wrappers, name).__module__ == module)
     return entry_point in WRAPPERS
+
+
+def adapted_env(
+    maker: Callable[[], gym.Env[Any, Any]], adaptation: Adaptation
+) -> gym.Env[Any, Any]:
+    """The environment of ``maker`` with the observations and actions of the dataset.
+
+    What is adapted already stays: an observation without leaves, a flat action.
+    """
+    env = maker()
+    return env if adaptation == UNCHANGED else AdaptedEnv(env, **vars(adaptation))
+
+
+class AdaptedEnv(gym.Wrapper[Any, Any, Any, Any], RecordConstructorArgs):
+    """``env`` with the :class:`Adaptation` of these fields."""
+
+    def __init__(self, env: gym.Env[Any, Any], **adaptation: Any) -> None:
+        RecordConstructorArgs.__init__(self, **adaptation)
+        gym.Wrapper.__init__(self, env)
+        change, space, actions = Adaptation(**adaptation), env.observation_space, env.action_space
+        owner = type(env.unwrapped).__name__ if env.spec is None else env.spec.id
+        leaves, mask = leaf_spaces(space, ()), tuple(change.mask.split("/"))
+        if () in leaves:
+            change = Adaptation(flat_action=change.flat_action)
+        self._mask = mask if mask in leaves else None
+        self._paths = change.sources(space, owner)
+        self._joined = [tuple(name.split("/")) for name in change.concatenate]
+        self.observation_space = change.observation_space(space, owner)
+        self._flat = change.flat_action and not isinstance(actions, CATEGORIES)
+        if self._flat:
+            self.action_space = flat_action_space(actions, owner)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        return self._adapted(*self.env.reset(seed=seed, options=options))
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        taken = unflat_action(action, self.env.action_space) if self._flat else action
+        observation, reward, terminated, truncated, info = self.env.step(taken)
+        observation, info = self._adapted(observation, info)
+        return observation, reward, terminated, truncated, info
+
+    def _adapted(self, observation: Any, info: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if self._mask is not None:
+            info = {**info, "action_mask": leaf_of(observation, self._mask)}
+        leaves = {key: leaf_of(observation, path) for key, path in self._paths.items()}
+        if not self._joined:
+            return nested(leaves), info
+        values = join([leaves[key] for key in self._joined])
+        return values.astype(self.observation_space.dtype, copy=False), info

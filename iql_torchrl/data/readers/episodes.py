@@ -120,9 +120,7 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
         )
     warnings = _doubts(columns, flags, last, broken, episodes)
     notes = [*notes, *gap_notes, *episodes.notes, *_flag_notes(columns, flags, episodes)]
-    return columns, replace(
-        episodes, notes=tuple(notes), warnings=(*episodes.warnings, *warnings)
-    )
+    return columns, replace(episodes, notes=tuple(notes), warnings=(*episodes.warnings, *warnings))
 
 
 def differs(

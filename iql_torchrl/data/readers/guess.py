@@ -80,7 +80,9 @@ def _one_shape(parts: Sequence[Columns], place: str) -> tuple[int, ...]:
 
 def _categories(parts: Sequence[Columns], place: str) -> int:
     """How many categories the integers number; 0 if they are numbers."""
-    sides = [p.columns[side] for p in parts for side in (place, f"next/{place}") if side in p.columns]
+    sides = [
+        p.columns[side] for p in parts for side in (place, f"next/{place}") if side in p.columns
+    ]
     if any(np.dtype(column.dtype).kind not in "iu" for column in sides):
         return 0
     found: NDArray[Any] = np.empty(0, np.int64)
@@ -193,6 +195,10 @@ def _discrete(
             f"expected numbers from 0 to {MOST_ACTIONS - 1:,}: number the categories from 0; {remedy}."
         )
     counts = high.astype(np.int64) + 1
-    space = gym.spaces.Discrete(int(counts.max())) if low.size == 1 else gym.spaces.MultiDiscrete(counts)
+    space = (
+        gym.spaces.Discrete(int(counts.max()))
+        if low.size == 1
+        else gym.spaces.MultiDiscrete(counts)
+    )
     note = f"action space taken from the largest action in the data: {space}."
     return Guess(space, (note,), _one_hot_warning(path, low.size) if one_hot else "")

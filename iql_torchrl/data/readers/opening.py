@@ -55,7 +55,9 @@ def open_columns(source: Any, options: ReadOptions) -> Columns:
     if isinstance(source, str | Path) and is_table_path(source):
         return _open_path(Path(source), options)
     if isinstance(source, str | Path) and os.path.lexists(source) and not is_minari_id(source):
-        raise DatasetError(f"{source}: exists, but is not of a kind that is read; expected {EXPECTED}.")
+        raise DatasetError(
+            f"{source}: exists, but is not of a kind that is read; expected {EXPECTED}."
+        )
     if isinstance(source, Path):
         raise DatasetError(f"{source}: no such file; expected {EXPECTED} as text.")
     if is_ogbench(source):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,9 +74,7 @@ def episode_ends(columns: Columns, keys: Sequence[str] = IDS) -> NDArray[np.bool
     return np.append(changes, True)
 
 
-def _numbered_anew(
-    columns: Columns, codes: NDArray[np.int64], ends: NDArray[np.bool_]
-) -> bool:
+def _numbered_anew(columns: Columns, codes: NDArray[np.int64], ends: NDArray[np.bool_]) -> bool:
     """Each block of an id that occurs again ends with a done flag."""
     done = np.zeros(len(codes), np.bool_)
     for key in ("terminated", "truncated", "trajectory_end"):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import getitem
 from typing import Any
 
 import gymnasium as gym
@@ -13,20 +11,21 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
+from iql_torchrl.data.codec import (
+    UNCHANGED,
+    Adaptation,
+    join,
+    joined_leaves,
+    leaf_spaces,
+    transition_layout,
+)
 from iql_torchrl.data.readers.arrays import Column, Columns, ComputedColumn
 from iql_torchrl.data.readers.columns import name_columns
 from iql_torchrl.data.readers.episodes import Episodes, find_episodes
 from iql_torchrl.data.readers.guess import Guess, guess_action_space, guess_observation_space
 from iql_torchrl.data.readers.opening import open_columns
 from iql_torchrl.data.readers.options import ReadOptions
-from iql_torchrl.data.schema import (
-    DatasetError,
-    Key,
-    Layout,
-    leaf_spaces,
-    transition_layout,
-)
-from iql_torchrl.descriptions import describe_space
+from iql_torchrl.data.schema import DatasetError, Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +41,7 @@ class Source:
     observation_space: gym.Space[Any]
     action_space: gym.Space[Any]
     guessed: frozenset[str] = frozenset()
+    adaptation: Adaptation = UNCHANGED
     env_spec: EnvSpec | None = None
     reference_scores: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
@@ -98,7 +98,9 @@ def _joined(parts: list[tuple[Columns, Episodes]], options: ReadOptions) -> Sour
                 f"{lacks}: has no {optional}, but {have[0]} has; leave it out with "
                 f"columns={{{optional!r}: None}}, or join only datasets that have it."
             )
-    observation = _declared(columns, "observation_space", options) or guess_observation_space(columns)
+    observation = _declared(columns, "observation_space", options) or guess_observation_space(
+        columns
+    )
     action = _declared(columns, "action_space", options) or guess_action_space(columns)
     guesses = {
         key: each
@@ -124,6 +126,7 @@ def _joined(parts: list[tuple[Columns, Episodes]], options: ReadOptions) -> Sour
         observation_space=spaces[0],
         action_space=spaces[1],
         guessed=frozenset(guesses),
+        adaptation=first.adaptation,
         env_spec=first.env_spec if same_env else None,
         reference_scores=first.reference_scores if same_scores else None,
         notes=tuple(notes),
@@ -168,8 +171,8 @@ def concatenated(source: Source, names: Sequence[str]) -> Source:
 
     ``DatasetError`` for a plain observation, an unknown name, or leaves that are not Boxes of floats.
     """
-    keys, leaves = _named_leaves(source.observation_space, names, source.name)
-    paths = ["/".join(key) for key in keys]
+    parts = joined_leaves(leaf_spaces(source.observation_space, ()), names, source.name)
+    paths = ["/".join(("observation", *key)) for key in parts]
 
     def joined(columns: Columns) -> Columns:
         kept = {k: v for k, v in columns.columns.items() if "observation" not in k.split("/")}
@@ -179,53 +182,18 @@ def concatenated(source: Source, names: Sequence[str]) -> Source:
                 kept[f"{side}observation"] = _flat([each for each in found if each is not None])
         return replace(columns, columns=kept)
 
-    parts = tuple((joined(columns), episodes) for columns, episodes in source.parts)
-    return replace(source, observation_space=gym.spaces.flatten_space(leaves), parts=parts)
+    return replace(
+        source,
+        observation_space=gym.spaces.flatten_space(gym.spaces.Tuple(parts.values())),
+        parts=tuple((joined(columns), episodes) for columns, episodes in source.parts),
+        adaptation=replace(source.adaptation, concatenate=tuple(names)),
+    )
 
 
 def _flat(columns: list[Column]) -> Column:
     def read(rows: slice) -> NDArray[Any]:
-        arrays = [np.asarray(column[rows]) for column in columns]
-        return np.concatenate([values.reshape(len(values), -1) for values in arrays], axis=1)
+        return join([np.asarray(column[rows]) for column in columns], rows=True)
 
     width = sum(int(np.prod(column.shape[1:])) for column in columns)
     kind = np.result_type(*(np.dtype(column.dtype) for column in columns))
     return ComputedColumn((columns[0].shape[0], width), kind, read)
-
-
-def joined_env(maker: Callable[[], gym.Env[Any, Any]], names: Sequence[str]) -> gym.Env[Any, Any]:
-    """The environment of ``maker`` with its observations joined as ``concatenated`` joins rows."""
-    env = maker()
-    # If the caller's env= joins the leaves itself, its observation is already plain.
-    if not isinstance(env.observation_space, gym.spaces.Dict):
-        return env
-    owner = type(env.unwrapped).__name__ if env.spec is None else env.spec.id
-    keys, leaves = _named_leaves(env.observation_space, names, owner)
-
-    def join(observation: Any) -> Any:
-        values = tuple(reduce(getitem, key[1:], observation) for key in keys)
-        return gym.spaces.flatten(leaves, values)
-
-    return gym.wrappers.TransformObservation(env, join, gym.spaces.flatten_space(leaves))
-
-
-def _named_leaves(space: gym.Space[Any], names: Sequence[str], owner: str) -> tuple[list[Key], Any]:
-    """Keys and spaces of the leaves ``names`` of a Dict space."""
-    if not isinstance(space, gym.spaces.Dict):
-        raise DatasetError(
-            f"{owner}: concatenate={list(names)}, but the observation is {describe_space(space)}, "
-            "not a Dict; leave concatenate out."
-        )
-    leaves = leaf_spaces(space)
-    keys = [("observation", *name.split("/")) for name in names]
-    for name, key in zip(names, keys, strict=True):
-        if (leaf := leaves.get(key)) is None:
-            known = ", ".join("/".join(k[1:]) for k in leaves)
-            raise DatasetError(f"{owner}: concatenate names {name!r}; the leaves are {known}.")
-        if not isinstance(leaf, gym.spaces.Box) or np.dtype(leaf.dtype).kind != "f":
-            raise DatasetError(
-                f"{owner}: concatenate joins only Boxes of floats, but {name!r} is {leaf}. Integers "
-                "of a table that are not categories: name the columns in a list, "
-                "columns={'observation': [...]}."
-            )
-    return keys, gym.spaces.Tuple([leaves[key] for key in keys])
