@@ -131,7 +131,7 @@ def main(updates: int = CONFIG.updates, seed: int = 0, picture: Path = Path("goa
     config = replace(CONFIG, updates=updates, seed=seed)
     log = wander(60, 40, seed)
     data = log.relabelled(**VALUE_GOALS, discount=config.discount, actor=POLICY_GOALS)
-    data.log.print_notes()
+    data.dataset.print_notes()
     agent = make_agent(config, data)
     OfflineTrainer(agent=agent, dataset=data).train()
     count = len(CELLS)

@@ -16,7 +16,7 @@ from iql_torchrl.agent.task import Task
 from iql_torchrl.data import DatasetSummary
 from iql_torchrl.data.digests import digest_of_sketch
 from iql_torchrl.evaluation.result import Evaluation
-from iql_torchrl.files import make_folder, whole_file, write_components
+from iql_torchrl.files import atomic_write, make_folder, write_components
 
 AGENT, PROGRAM, CARD = "agent.torchrl", "policy.pt2", "README.md"
 FILES = (AGENT, PROGRAM, "policy.json", CARD)
@@ -114,7 +114,7 @@ def write_files(
         )
     write_components(folder / AGENT, states)
     export(folder / PROGRAM)
-    with whole_file(folder / CARD) as temporary:
+    with atomic_write(folder / CARD) as temporary:
         temporary.write_text(card, encoding="utf-8")
 
 

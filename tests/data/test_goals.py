@@ -271,7 +271,7 @@ def test_the_dataset_describes_its_batches(log):
     assert prints[0] == load_dataset(counted(*LENGTHS)).relabelled().fingerprint()["goals"]
 
 
-def test_a_log_without_rewards_can_be_relabelled():
+def test_a_dataset_without_rewards_can_be_relabelled():
     rows = counted(3, 2)
     del rows["reward"]
     with pytest.raises(DatasetError, match=r"no column for reward .*columns={'reward': None}"):
@@ -302,10 +302,12 @@ def test_wrong_goals_are_refused(log, mixed, tmp_path):
     for wrong in (-1.0, float("nan")):
         with pytest.raises(ValueError, match=r"reached is .*; expected None, a distance"):
             log.relabelled(reached=wrong)
-    with pytest.raises(DatasetError, match=r"goals are drawn for batches.*\.log for the rows"):
+    with pytest.raises(
+        DatasetError, match=r"goals are drawn for batches.*\.dataset for the transitions"
+    ):
         _ = log.relabelled().transitions
     shards = build_shards(counted(3, 2), tmp_path / "shards", 2)
-    with pytest.raises(AttributeError, match="relabelled needs all rows in one table"):
+    with pytest.raises(AttributeError, match="relabelled needs all transitions at once"):
         shards.relabelled()
 
 

@@ -1,4 +1,4 @@
-"""Logs in shards: equal to the whole log, whole episodes, at addresses, and refused where damaged."""
+"""Datasets in shards: equal to the whole dataset, whole episodes, at addresses, refused if damaged."""
 
 import itertools
 import shutil
@@ -28,7 +28,7 @@ def three(tmp_path_factory):
 @pytest.fixture
 def copied(three, tmp_path):
     """A copy of its folder, to be damaged."""
-    return Path(shutil.copytree(three.log.location.name, tmp_path / "shards"))
+    return Path(shutil.copytree(three.saved.location.name, tmp_path / "shards"))
 
 
 @pytest.fixture
@@ -38,7 +38,9 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.parametrize("shards", [1, 3, 10])
-def test_the_shards_hold_the_rows_and_numbers_of_the_whole_log(tmp_path, small_blocks, shards):
+def test_the_shards_have_the_transitions_and_statistics_of_the_whole_dataset(
+    tmp_path, small_blocks, shards
+):
     log, source = in_shards(tmp_path, LENGTHS, shards), numbered(LENGTHS)
     whole = load_dataset(source, **SPACES)
     assert fingerprint(rows_of_all(log)) == whole.fingerprint()
@@ -47,7 +49,7 @@ def test_the_shards_hold_the_rows_and_numbers_of_the_whole_log(tmp_path, small_b
     np.testing.assert_array_equal(log.episode_returns, whole.episode_returns)
     np.testing.assert_array_equal(log.sketch(), whole.sketch())
     statistics = log.statistics["observation"]
-    # NumPy's own, over all rows at once
+    # NumPy's, over all rows at once
     rows = source["observation"].astype(np.float64)
     np.testing.assert_allclose(statistics.mean.numpy(), rows.mean(0), rtol=1e-6)
     np.testing.assert_allclose(statistics.std.numpy(), rows.std(0), rtol=1e-6)
@@ -88,7 +90,7 @@ def test_statistics_stay_exact_for_numbers_far_from_zero(tmp_path, small_blocks)
 
 @pytest.mark.parametrize("reward", ["return_range", "minus_one", (-2.0, 1.0)])
 @pytest.mark.parametrize("when", ["build", "load"])
-def test_rewards_have_the_map_of_the_whole_log(tmp_path, reward, when):
+def test_rewards_have_the_scaling_of_the_whole_dataset(tmp_path, reward, when):
     log = in_shards(tmp_path, LENGTHS, 4, **({"reward": reward} if when == "build" else {}))
     if when == "load":
         log = load_shards(tmp_path / "shards", reward=reward)
@@ -104,19 +106,19 @@ def test_rewards_have_the_map_of_the_whole_log(tmp_path, reward, when):
     np.testing.assert_allclose(rewards.numpy(), mapped, rtol=1e-6)
     assert log.range_of(("next", "reward")) == pytest.approx((mapped.min(), mapped.max()))
     if when == "build":
-        refused("reward='raw' is another map; pass the first", tmp_path / "shards", load_shards)
+        refused("reward='raw' is another scaling; pass the first", tmp_path / "shards", load_shards)
 
 
 def rows_of_shards(folder, lengths, shards):
-    """The rows of each shard of a log of these episodes, which are whole and keep their numbers."""
+    """The transitions of each shard: episodes are whole and keep their numbers."""
     log, seen, rows = in_shards(folder, lengths, shards), [], []
     for number in range(shards):
         with log.shard(number) as table:
             ids, ends = table["collector", "traj_ids"], table["next", "done"].squeeze(-1)
             assert bool(ends[-1])
-            own = ids[ends].tolist()
-            assert ids.bincount()[own].tolist() == [lengths[episode] for episode in own]
-            seen += own
+            episodes = ids[ends].tolist()
+            assert ids.bincount()[episodes].tolist() == [lengths[each] for each in episodes]
+            seen += episodes
             rows.append(len(table))
     assert seen == list(range(len(lengths)))
     return rows
@@ -187,7 +189,7 @@ def flipped(folder):
 
 
 def exchanged(folder):
-    """With a shard of another log, that is complete in itself."""
+    """With a shard of another dataset, that is complete in itself."""
     in_shards(folder.parent / "other", LENGTHS, 3, seed=1)
     shutil.rmtree(folder / "shard-00001")
     shutil.move(folder.parent / "other" / "shards" / "shard-00001", folder)
@@ -228,16 +230,16 @@ def test_a_damaged_shard_is_refused_with_one_sentence(copied, tmp_path, memory, 
     if cache is not None:  # no copy of what is damaged stays
         names = [f"shard-00001/{name}.memmap" for name in ("action", "observation")]
         wrong = {
-            log.log.files[name][1] for name in names[: 2 if fault in (missing, exchanged) else 1]
+            log.saved.files[name][1] for name in names[: 2 if fault in (missing, exchanged) else 1]
         }
-        whole = {digest for _, digest in log.log.files.values()}
+        whole = {digest for _, digest in log.saved.files.values()}
         assert {path.name for path in cache.iterdir()} < whole - wrong
 
 
 @pytest.mark.parametrize(
     ("shards", "change", "text"),
     [
-        (0, {}, "expected a whole number, at least 1, got 0"),
+        (0, {}, "expected an integer, at least 1, got 0"),
         (True, {}, "got True"),
         (11, {}, "10 episodes do not fill 11 shards of whole episodes; choose at most 10"),
         (3, {"reward": np.full(68, np.nan, np.float32)}, "next.reward is NaN or infinite"),
@@ -249,13 +251,15 @@ def test_a_build_that_fails_leaves_nothing(tmp_path, shards, change, text):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_needs_all_rows_refuses_shards(three, tmp_path):
-    log, folder = three, Path(three.log.location.name)
+def test_what_needs_all_transitions_refuses_shards(three, tmp_path):
+    log, folder = three, Path(three.saved.location.name)
     refused("a folder of shards, |data.load_shards(", folder)
-    with pytest.raises(DatasetError, match="a log in 3 shards, and this needs all rows in one"):
+    with pytest.raises(
+        DatasetError, match="a dataset in 3 shards, and this needs all transitions at once"
+    ):
         _ = log.transitions
     for name in ("windows", "split", "device_sampler"):
-        with pytest.raises(AttributeError, match=f"and {name} needs all rows in one table"):
+        with pytest.raises(AttributeError, match=f"and {name} needs all transitions at once"):
             getattr(log, name)
     with pytest.raises(AttributeError, match="no attribute 'window'"):
         _ = log.window
@@ -264,11 +268,11 @@ def test_what_needs_all_rows_refuses_shards(three, tmp_path):
     with pytest.raises(ValueError, match=r"a folder of shards, and a sweep needs all rows"):
         Sweep([config()], folder, tmp_path / "sweep")
     again = {"folder": tmp_path / "again", "shards": 2}
-    refused("is a built table already; build shards from the", folder, build_shards, **again)
+    refused("is a built dataset already; build shards from the", folder, build_shards, **again)
 
 
 def test_an_address_that_cannot_be_reached_is_named(three, monkeypatch, memory):
-    memory.put(three.log.location.name, "/logs/shards", recursive=True)
+    memory.put(three.saved.location.name, "/logs/shards", recursive=True)
     refused("memory://logs: built.json is missing", "memory://logs", load_shards)
     refused("nosuch://log: cannot be read |Protocol not known", "nosuch://log", load_shards)
     log = load_shards("memory://logs/shards")

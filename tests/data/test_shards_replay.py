@@ -1,4 +1,4 @@
-"""Batches from shards: which rows, in which proportion, in which order, resumed, and from addresses."""
+"""Batches from shards: which transitions, their proportions and order, resumed, and from addresses."""
 
 import shutil
 import threading
@@ -131,7 +131,7 @@ def test_all_shards_loaded_is_the_whole_log_with_mapped_rewards(equal):
     counts = sum(np.bincount(rows_of(replay.sample()), minlength=60) for _ in range(50))
     assert replay.loaded_shards() == before  # nothing is replaced
     assert chisquare(counts).pvalue > 1e-3
-    mapped = load_shards(equal.log.location.name, reward=(2.0, -1.0))
+    mapped = load_shards(equal.saved.location.name, reward=(2.0, -1.0))
     raw, batch = (log.replay_buffer(32, seed=0, loaded=2).sample() for log in (equal, mapped))
     assert torch.equal(batch["next", "reward"], raw["next", "reward"] * 2 - 1)
 
@@ -167,7 +167,7 @@ def test_a_loaded_state_continues_with_the_same_bits(unequal, batches):
     sequence(replay, batches)
     state = replay.state_dict()
     expected = sequence(replay, 60)
-    other = load_shards(unequal.log.location.name).replay_buffer(16, seed=9, **settings)
+    other = load_shards(unequal.saved.location.name).replay_buffer(16, seed=9, **settings)
     sequence(other, 8)
     other.load_state_dict(state)
     assert same(sequence(other, 60), expected)
@@ -221,7 +221,7 @@ def test_a_shard_that_is_lost_while_training_is_named_at_its_batch(tmp_path):
 def memory(equal):
     """A log in shards on fsspec's file system in memory."""
     system = needs("fsspec").filesystem("memory")
-    system.put(equal.log.location.name, "/logs/shards", recursive=True)
+    system.put(equal.saved.location.name, "/logs/shards", recursive=True)
     yield system
     system.rm("/logs", recursive=True)
 
@@ -229,9 +229,9 @@ def memory(equal):
 def test_an_address_gives_the_batches_of_the_folder(memory, equal):
     settings = {"seed": 0, "loaded": 2, "replace_every": 3}
     expected = sequence(equal.replay_buffer(8, **settings), 30)
-    for address in (ADDRESS, Path(equal.log.location.name).as_uri()):  # file:///...
+    for address in (ADDRESS, Path(equal.saved.location.name).as_uri()):  # file:///...
         log = load_shards(address)
-        assert not log.log.location.is_local
+        assert not log.saved.location.is_local
         assert same(sequence(log.replay_buffer(8, **settings), 30), expected)
 
 
@@ -245,12 +245,12 @@ def test_copies_stay_in_the_cache_and_nowhere_else(memory, monkeypatch, tmp_path
     assert same(sequence(replay, 12), expected)
     replay._coming.result()
     assert list((tmp_path / "temporary").iterdir()) == []
-    digests = {digest for name, (_, digest) in log.log.files.items() if "/" in name}
+    digests = {digest for name, (_, digest) in log.saved.files.items() if "/" in name}
     assert {path.name for path in cache.iterdir()} == digests
     for number in range(6):
         memory.rm(f"/logs/shards/shard-{number:05d}", recursive=True)
     again = load_shards(ADDRESS, cache=cache).replay_buffer(8, **settings)
     assert same(sequence(again, 12), expected)
-    flip(cache / log.log.files["shard-00000/action.memmap"][1])
+    flip(cache / log.saved.files["shard-00000/action.memmap"][1])
     with pytest.raises(DatasetError, match="another content"):
         load_shards(ADDRESS, cache=cache).replay_buffer(8, loaded=6).sample()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from iql_torchrl.data.readers.arrays import Column, PartsColumn, UnreadableColumn, package, reading
 from iql_torchrl.data.readers.arrow import PART_BYTES, ParquetRows, arrow_columns, parquet_files
 from iql_torchrl.data.schema import DatasetError
-from iql_torchrl.files import leads_below
+from iql_torchrl.files import is_safe_relative_path
 
 #: What is read of an episode's description.
 DESCRIPTION = ("episode_index", "length", "videos")
@@ -134,7 +134,7 @@ def _place(
             f"{folder}: meta/info.json has the video_path {info['video_path']!r}, which names the "
             f"unknown field {error}; expected one of {', '.join(fields)}."
         ) from error
-    if not leads_below(place):
+    if not is_safe_relative_path(place):
         raise DatasetError(
             f"{folder}: meta/info.json leads to the video {place!r}; expected a path below the "
             "dataset's own folder. Get the dataset from its author again."
