@@ -74,11 +74,6 @@ def sketch_of(digests: IntArray) -> IntArray:
     return result
 
 
-def digest_of_sketch(sketch: IntArray) -> str:
-    """Digest of a sketch, equal for datasets of equal episodes."""
-    return digest([sketch.astype("<i8").tobytes()])
-
-
 def shared_share(sketch: IntArray, digests: IntArray) -> float:
     """Share of the episodes ``digests`` that are in the dataset of ``sketch``, beyond coincidence.
 

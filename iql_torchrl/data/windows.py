@@ -127,7 +127,9 @@ class Windows:
             numbers = torch.arange(len(self), device=self.first.device)[numbers]
         numbers = numbers.to(self.first)  # its device and dtype
         batch: TensorDict = self.rest[numbers]
-        return batch.update(self.entries(numbers))
+        for key, values in self.entries(numbers).items():
+            batch.set(key, values)
+        return batch
 
     def entries(self, numbers: Tensor) -> dict[Key, Tensor]:
         """Observations, next observations and masks of the transitions ``numbers`` ``(B,)``, by key."""

@@ -61,8 +61,8 @@ def test_a_folder_that_is_a_link_is_built_where_it_leads(archive, tmp_path):
         (large / name).mkdir(parents=True)
         (home / name).symlink_to(large / name)
     for limit in (50, 100):  # built, and built again
-        log = load_dataset(archive, memmap=home / "table", limit=limit)
-        assert len(load_dataset(large / "table")) == len(log) == limit
+        dataset = load_dataset(archive, memmap=home / "table", limit=limit)
+        assert len(load_dataset(large / "table")) == len(dataset) == limit
     build_shards(archive, home / "shards", 2)
     assert len(load_shards(large / "shards")) == sum(LENGTHS)
     assert all((home / name).is_symlink() for name in ("table", "shards"))

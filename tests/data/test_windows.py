@@ -94,9 +94,9 @@ def test_windows_equal_a_loop_over_episodes(lengths, length, seed):
         for key, name in (*BOTH, ("history_mask", "m"), (("next", "history_mask"), "next_m")):
             np.testing.assert_array_equal(batch[key].numpy(), expected[name][rows.numpy()])
     for part in data.split(0.5, seed=0) if len(lengths) > 1 else ():
-        own = [int(n) for n in part.episode_lengths]
-        of_part = part.windows(min(length, max(own)))[:]["observation"].numpy()
-        windows = reference(part.transitions, own, of_part.shape[1])
+        kept = [int(n) for n in part.episode_lengths]
+        of_part = part.windows(min(length, max(kept)))[:]["observation"].numpy()
+        windows = reference(part.transitions, kept, of_part.shape[1])
         np.testing.assert_array_equal(of_part, windows["o"])
     stacked = data.frame_stack(length)[rows]
     for key, name in BOTH:
