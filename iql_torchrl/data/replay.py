@@ -41,19 +41,17 @@ def replay_buffer(
     check_whole(batch_size=batch_size)
     where = device_of(transitions) if device is None else torch.device(device)
     generator = None if seed is None else generator_on(where, seed)
+    made: dict[str, Any]
     if capacity is None:
         stored = transitions if device is None else transitions.to(where)
-        return TensorDictReplayBuffer(
-            storage=TensorStorage(stored, device=where), writer=ImmutableDatasetWriter(),
-            batch_size=batch_size, generator=generator, **kwargs,
-        )  # fmt: skip
-    if capacity < (count := len(transitions)):
+        made = {"storage": TensorStorage(stored, device=where), "writer": ImmutableDatasetWriter()}
+    elif capacity < (count := len(transitions)):
         raise ValueError(f"capacity: expected at least the {count} transitions, got {capacity}")
-    storage = LazyTensorStorage(capacity, device=where)
-    buffer = TensorDictReplayBuffer(
-        storage=storage, batch_size=batch_size, generator=generator, **kwargs
-    )
-    buffer.extend(transitions.clone())
+    else:
+        made = {"storage": LazyTensorStorage(capacity, device=where)}
+    buffer = TensorDictReplayBuffer(batch_size=batch_size, generator=generator, **made, **kwargs)
+    if capacity is not None:
+        buffer.extend(transitions.clone())
     return buffer
 
 
