@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data, config = load(o), configure(o)
     curve = run(o, config, data)
     content = {
-        "rows": len(data.log),
+        "rows": len(data.dataset),
         "episodes": o.episodes,
         "seeds": o.seeds,
         "config": config.to_dict(),

@@ -33,8 +33,7 @@ from typing import Any, NamedTuple, TypeAlias
 from iql_torchrl.data.builtin.recipes import Act, play
 from iql_torchrl.data.readers.arrays import package
 from iql_torchrl.data.readers.ogbench import PREFIX, ogbench_folder
-from iql_torchrl.data.saved import folder_lock
-from iql_torchrl.files import whole_file
+from iql_torchrl.files import atomic_write, folder_lock
 
 import gymnasium
 import numpy as np
@@ -137,7 +136,7 @@ def make_ogbench(
 
 def _write(path: Path, arrays: Arrays) -> None:
     # np.savez adds a suffix to a file name, but not to an open file.
-    with whole_file(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
 
 

@@ -21,7 +21,7 @@ from iql_torchrl.data import DatasetError, load_dataset
 from iql_torchrl.data.codec import Adaptation, action_leaves, flat_action_space, unflat_action
 from iql_torchrl.data.readers.environments import adapted_env
 from iql_torchrl.data.readers.minari import open_minari
-from iql_torchrl.data.readers.source import ReadOptions
+from iql_torchrl.data.readers.options import ReadOptions
 
 STEPS = 4
 PLACE, SPEED = Box(-99, 99, (2,), np.float32), Box(-9, 9, (3,), np.float32)

@@ -464,6 +464,8 @@ def test_success_at_any_step_counts(key):
 def test_reference_scores_in_each_form(scores):
     result = evaluate(constant(HALF), Seeded, episodes=2, seed=0, reference_scores=scores)
     np.testing.assert_allclose(result.scores, 50.0 * (result.returns - 1.0))
+    task = evaluate(constant(HALF), Seeded, episodes=2, seed=0, reference_scores="kitchen")  # 0, 4
+    np.testing.assert_allclose(task.scores, 25.0 * task.returns)
     assert evaluate(constant(HALF), Seeded, episodes=1, seed=0).scores is None
 
 

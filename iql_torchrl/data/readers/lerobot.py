@@ -26,7 +26,7 @@ from iql_torchrl.data.readers.arrow import PART_BYTES, ParquetRows, arrow_column
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.schema import DatasetError
 from iql_torchrl.descriptions import one_line
-from iql_torchrl.files import leads_below
+from iql_torchrl.files import is_safe_relative_path
 
 #: What is read of an episode's description.
 DESCRIPTION = ("episode_index", "length", "videos")
@@ -226,7 +226,7 @@ def _place(
             f"{info['video_path']!r} of meta/info.json: {one_line(error)}; expected the fields "
             f"{', '.join(fields)}, and in meta/episodes from_timestamp. Download the dataset again."
         ) from error
-    if not leads_below(place):
+    if not is_safe_relative_path(place):
         raise DatasetError(
             f"{folder}: meta/info.json leads to the video {place!r}; expected a path below the "
             "dataset's own folder. Get the dataset from its author again."
