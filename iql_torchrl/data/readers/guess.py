@@ -195,10 +195,8 @@ def _discrete(
             f"expected numbers from 0 to {MOST_ACTIONS - 1:,}: number the categories from 0; {remedy}."
         )
     counts = high.astype(np.int64) + 1
-    space = (
-        gym.spaces.Discrete(int(counts.max()))
-        if low.size == 1
-        else gym.spaces.MultiDiscrete(counts)
-    )
-    note = f"action space taken from the largest action in the data: {space}."
-    return Guess(space, (note,), _one_hot_warning(path, low.size) if one_hot else "")
+    found: gym.Space[Any] = gym.spaces.MultiDiscrete(counts)
+    if low.size == 1:
+        found = gym.spaces.Discrete(int(counts.max()))
+    note = f"action space taken from the largest action in the data: {found}."
+    return Guess(found, (note,), _one_hot_warning(path, low.size) if one_hot else "")
