@@ -17,7 +17,8 @@ from iql_torchrl.data.readers.columns import (
     read_table,
     text_as_floats,
 )
-from iql_torchrl.data.readers.contradictions import MANY, Ends, continued_rows, contradictions
+from iql_torchrl.data.readers.contradictions import MANY, Ends, continued_rows
+from iql_torchrl.data.readers.hints import boundary_hints, interleaved_by
 from iql_torchrl.data.readers.source import Piece, ReadOptions, Source
 from iql_torchrl.data.schema import (
     ACTION,
@@ -95,7 +96,15 @@ def table_source(opened: Columns, options: ReadOptions) -> Source:
             piece[TERMINATED], piece[TRUNCATED] = marks[start : start + size].T
             yield piece
 
-    doubts = contradictions(table, ends, inside)
+    if "episode" not in table.paths and (envs := interleaved_by(table.observation)):
+        raise DatasetError(
+            f"{table.name}: the rows of {envs} environments are interleaved (row = t * {envs} + env); sort "
+            "them by environment, or number each environment's episodes in a column 'episode'."
+        )
+    doubts = boundary_hints(
+        table.observation, table.next_observation, table.columns[REWARD], ends.terminated, ends.last,
+        names=table.paths, ids_given="episode" in table.paths, unused=table.unused,
+    )  # fmt: skip
     doubts += filter(None, [_little_kept(table, ends, lengths, bool(doubts)), warning])
     return Source(
         name=table.name,

@@ -23,9 +23,8 @@ Floats = NDArray[np.float64]
 ROWS, COLUMNS, BYTES = 32_768, 128, 2**26
 #: Fewest rows, and fewest ends or jumps, that a hint is about; fewest rows that may be interleaved.
 FEWEST_ROWS, FEWEST, FEWEST_INTERLEAVED = 20, 3, 128
-MOST_UNITS = 5.0
-#: Most environments whose interleaved rows are recognised.
-MOST_ENVS = 64
+#: Most units of a column that count; most environments whose interleaved rows are recognised.
+MOST_UNITS, MOST_ENVS = 5.0, 64
 #: Columns that often contain done flags, in sources that have no column of our names for them.
 POSSIBLE_MARKS = (
     "episode_terminals", "dones", "done", "next/done", "dones_float", "terminals", "timeouts",
@@ -39,6 +38,7 @@ class Steps:
 
     ``unrelated``, ``spread``: distances of random pairs of rows, and their median in each column.
     ``ended``: row t is the last of its episode; ``inside``: the other rows, or all if these are few.
+    ``usual``: the ``rank`` of lengths inside among unrelated ones, 0.5 if rows are independent.
     """
 
     values: Floats
@@ -48,19 +48,14 @@ class Steps:
     spread: Floats
     ended: Flags
     inside: Flags
+    usual: float
 
 
 def boundary_hints(
-    observation: Mapping[Key, Column],
-    next_observation: Mapping[Key, Column],
-    reward: Column,
-    terminated: Flags,
-    last: Flags,
-    *,
-    names: Mapping[str, str],
-    ids_given: bool,
-    unused: Mapping[str, Column],
-) -> list[str]:
+    observation: Mapping[Key, Column], next_observation: Mapping[Key, Column],
+    reward: Column, terminated: Flags, last: Flags,
+    *, names: Mapping[str, str], ids_given: bool, unused: Mapping[str, Column],
+) -> list[str]:  # fmt: skip
     """Sentences about episode boundaries that the observations contradict; empty if there are none.
 
     ``last``: rows that end an episode; ``terminated``: rows that terminate. ``next_observation`` is
@@ -70,31 +65,15 @@ def boundary_hints(
     """
     values = leading_values(observation)
     steps = steps_of(values, last[: max(0, len(values) - 1)])
-    if steps is None or rank(steps.length[steps.inside], steps.unrelated) > 0.35:
+    if steps is None or steps.usual > 0.35:
         return []
-    ends, shift = np.flatnonzero(steps.ended), _shift(steps)
     zero = np.ravel(np.asarray(reward[: len(values)])) == 0
-    unrewarded = shift == 1 and bool(zero[ends + 1].all())
-    if unrewarded and zero.mean() < 0.5:
-        return [
-            f"the row after each of the {len(ends)} ends of episodes has reward 0 and continues from "
-            "the end, and then the observation jumps: these rows look like resets of a vector "
-            "environment with autoreset, which ignores their action. Pass autoreset=True to drop them."
-        ]
-    if ids_given:
-        return []
-    if shift:
-        where, move = ("before", "later") if shift == 1 else ("after", "earlier")
-        resets = "; or pass autoreset=True if they are resets of a vector environment"
-        return [
-            f"the flags of the {len(ends)} ends of episodes are shifted: each lies one row {where} a "
-            f"row after which the observation jumps. Set them one row {move}{unrewarded * resets}."
-        ]
-    follows = ~np.zeros_like(steps.ended)
+    if (shift := _shift(steps)) or ids_given:
+        return _shifted(steps, shift, zero, ids_given)
+    follows = np.ones(len(steps.ended), np.bool_)
     if next_observation:  # A next observation that is not the next row's proves an end.
-        following = leading_values(next_observation)[: len(follows)]
-        tolerance = rounding(np.float32), EQUAL
-        follows = np.isclose(following, values[1:], *tolerance, equal_nan=True).all(axis=1)
+        next_values, tolerance = leading_values(next_observation), (rounding(np.float32), EQUAL)
+        follows = np.isclose(next_values[:-1], values[1:], *tolerance, equal_nan=True).all(axis=1)
     kinds = {"terminated": terminated[: len(follows)], "truncated": ~terminated[: len(follows)]}
     texts = [_continued(steps, steps.ended & kinds[key], follows, key, names) for key in kinds]
     if not any(texts) and not next_observation:
@@ -105,31 +84,35 @@ def boundary_hints(
 def interleaved_by(observation: Mapping[Key, Column]) -> int | None:
     """Number E of environments whose rows are interleaved (row = t * E + env), or None.
 
-    Rows less than 2 E apart differ as random pairs do, on average over columns, except those E apart: in
-    the eighth of the columns that differ least they differ less than half as much. Of rows 2 E ... 16 E
-    apart some differ more than those: otherwise E is a period, such as that of a week.
+    Rows less than 2 E apart differ as random pairs do, on average over columns, except those E apart:
+    the eighth of the columns that differ least differ less than half as much there. Some rows
+    2 E ... 16 E apart differ more: otherwise E is a period, such as that of a week.
     """
-    values = leading_values(observation)
-    rows, generator = len(values), np.random.default_rng(0)
-    steps = steps_of(values, np.zeros(max(0, rows - 1), np.bool_))
-    if rows < FEWEST_INTERLEAVED or steps is None:
+    values, generator = leading_values(observation), np.random.default_rng(0)
+    steps = steps_of(values, np.zeros(max(0, len(values) - 1), np.bool_))
+    if (rows := len(values)) < FEWEST_INTERLEAVED or steps is None:
         return None
-    values = steps.values
+
+    def differ(start: NDArray[np.int64], stop: NDArray[np.int64]) -> Floats:
+        difference = np.abs(steps.values[stop] - steps.values[start]) / steps.spread
+        return np.asarray(np.minimum(difference, MOST_UNITS).mean(axis=0))
+
+    unrelated = differ(*generator.integers(0, rows, (2, 2048)))
 
     def apart(lag: int) -> tuple[float, float]:
         """Mean over all columns and over the eighth of them that differ least."""
         start = generator.integers(0, rows - lag, 512)
-        columns = np.median(np.abs(values[start + lag] - values[start]), axis=0) / steps.spread
-        return float(columns.mean()), float(np.sort(columns)[: -(-len(columns) // 8)].mean())
+        columns = np.sort(differ(start, start + lag) / unrelated)
+        return float(columns.mean()), float(columns[: -(-len(columns) // 8)].mean())
 
-    differ = np.array([apart(lag) for lag in range(1, min(2 * MOST_ENVS, rows // 8))])
-    near = np.flatnonzero(differ[:MOST_ENVS, 1] < 0.5)
+    lags = np.array([apart(lag) for lag in range(1, min(2 * MOST_ENVS, rows // 8))])
+    near = np.flatnonzero(lags[:MOST_ENVS, 1] < 0.5)
     if not near.size or (envs := int(near[0]) + 1) == 1:
         return None
-    others = np.delete(differ[: 2 * envs - 1, 0], envs - 1)
+    others = np.delete(lags[: 2 * envs - 1, 0], envs - 1)
     later = [apart(envs * k)[1] for k in range(2, 17) if envs * k < rows // 2]
-    evident = min(others) > max(0.8, differ[envs - 1, 0])
-    return envs if evident and max(later, default=0) > 1.3 * differ[envs - 1, 1] else None
+    evident = min(others) > max(0.7, lags[envs - 1, 0])
+    return envs if evident and max(later, default=0) > 1.3 * lags[envs - 1, 1] else None
 
 
 def leading_values(observation: Mapping[Key, Column]) -> Floats:
@@ -147,18 +130,20 @@ def leading_values(observation: Mapping[Key, Column]) -> Floats:
 
 def steps_of(values: Floats, ended: Flags) -> Steps | None:
     """The steps of the finite columns, or None where rows are few or no column moves."""
+    rows = len(values)
     values = values[:, np.isfinite(values).all(axis=0)]
-    values = values[:, (values[1:] != values[:-1]).sum(axis=0) > len(values) / 2]
-    pairs = np.abs(values - values[np.random.default_rng(0).permutation(len(values))])
-    if len(values) <= FEWEST_ROWS or not values.shape[1]:
+    values = values[:, (values[1:] != values[:-1]).sum(axis=0) > rows / 2]
+    pairs = np.abs(values - values[np.random.default_rng(0).permutation(rows)])
+    if rows <= FEWEST_ROWS or not (vary := np.median(pairs, axis=0) > 0).any():
         return None
-    spread, changes = np.median(pairs, axis=0), np.abs(np.diff(values, axis=0))
-    inside = ~ended if (~ended).sum() >= FEWEST_ROWS else ~np.zeros_like(ended)
+    values, pairs = values[:, vary], pairs[:, vary]
+    changes = np.abs(np.diff(values, axis=0))
+    inside = ~ended if (~ended).sum() >= FEWEST_ROWS else np.ones(rows - 1, np.bool_)
     unit = np.quantile(changes[inside], 0.75, axis=0)
-    spread[spread == 0], unit[unit == 0] = np.inf, np.inf
-    return Steps(
-        values, unit, distance(changes, unit), distance(pairs, unit), spread, ended, inside
-    )
+    unit[unit == 0] = np.inf
+    length, unrelated = distance(changes, unit), distance(pairs, unit)
+    spread, usual = np.median(pairs, axis=0), rank(length[inside], unrelated)
+    return Steps(values, unit, length, unrelated, spread, ended, inside, usual)
 
 
 def distance(difference: Floats, unit: Floats) -> Floats:
@@ -188,6 +173,24 @@ def _shift(steps: Steps) -> int:
     return 0
 
 
+def _shifted(steps: Steps, shift: int, zero: Flags, ids_given: bool) -> list[str]:
+    """A sentence on resets that were recorded (``zero``: rows without reward), or on shifted flags."""
+    resets, ends = shift == 1 and bool(zero[1:][steps.ended].all()), int(steps.ended.sum())
+    if resets and zero.mean() < 0.5:
+        return [
+            f"the row after each of the {ends} ends of episodes has reward 0 and continues from the "
+            "end, and then the observation jumps: these rows look like resets of a vector environment "
+            "with autoreset, which ignores their action. Pass autoreset=True to drop them."
+        ]
+    where, move = ("before", "later") if shift == 1 else ("after", "earlier")
+    remedy = "; or pass autoreset=True if they are resets of a vector environment" if resets else ""
+    text = (
+        f"the flags of the {ends} ends of episodes are shifted: each lies one row {where} a row after "
+        f"which the observation jumps. Set them one row {move}{remedy}."
+    )
+    return [] if ids_given else [text]
+
+
 def _continued(
     steps: Steps, ended: Flags, follows: Flags, key: str, names: Mapping[str, str]
 ) -> str:
@@ -196,16 +199,14 @@ def _continued(
     Their steps are ordinary, and shorter than the distances from them to the rows after other ends.
     Where the next episode begins independently of the last one, both are alike, whatever the data.
     """
-    rows = np.flatnonzero(ended)
-    ordinary = np.quantile(steps.length[steps.inside], 0.99)
+    rows, ordinary = np.flatnonzero(ended), np.quantile(steps.length[steps.inside], 0.99)
     count = int((follows[rows] & (steps.length[rows] <= ordinary)).sum())
     if count < max(FEWEST, 0.75 * len(rows)):
         return ""
     some = rows[:: -(-len(rows) // 64)]
     starts = distance(steps.values[some, None] - steps.values[some + 1], steps.unit)
     own = np.mean([rank(row[[n]], np.delete(row, n)) for n, row in enumerate(starts)])
-    usual = rank(steps.length[steps.inside], steps.unrelated)
-    if own > min((usual + 0.5) / 2, 0.5 - np.sqrt(0.75 / len(some))):
+    if own > min((steps.usual + 0.5) / 2, 0.5 - np.sqrt(0.75 / len(some))):
         return ""
     keys = ("terminated", "not_terminated") if key == "terminated" else (key, "trajectory_end")
     path = next((names[k] for k in keys if k in names), "max_episode_steps")
@@ -225,9 +226,9 @@ def _continued(
 def _jumps(steps: Steps, rows: int, unused: Mapping[str, Column]) -> str:
     """A sentence if the observation jumps inside episodes as it does at their ends.
 
-    A jump is longer than the longest of so many steps with an exponential tail, which must be shorter
-    than a third of the random pairs, and than a tenth of these. Fewer than half of the columns stay in
-    place, as they do in a collision or a refill. Rows after an end are left out: first steps are often
+    A jump is longer than a tenth of the random pairs, and than the longest of so many steps with an
+    exponential tail, which must be shorter than a third of the pairs. Fewer than half of the columns
+    stay in place, as they do in a collision. Rows after an end are left out: first steps often are
     long. A third of the ends must jump, and a quarter as many rows inside.
     """
     middle, high = np.quantile(steps.length[steps.inside], [0.5, 0.9])
@@ -239,18 +240,16 @@ def _jumps(steps: Steps, rows: int, unused: Mapping[str, Column]) -> str:
     jumps &= ~(steps.ended | np.append(False, steps.ended[:-1]))
     if longest > most or 3 * at_ends < ends or jumps.sum() < max(FEWEST, at_ends / 4):
         return ""
+    reason = "flags of ends are missing there" if ends else f"all {rows:,} rows are one episode"
     text = (
         f"the observation jumps to the next row's in {jumps.sum()} rows inside episodes (of "
-        f"{len(steps.values):,} rows looked at), first at row {int(jumps.argmax())}: "
-        f"{'flags of ends are missing there' if ends else f'all {rows:,} rows were read as one episode'}. "
-        "Flag those rows as truncated or terminated, or name a column: columns={'truncated': ...}, or "
-        "columns={'episode': ...} where episodes are numbered."
+        f"{len(steps.values):,} rows looked at), first at row {int(jumps.argmax())}: {reason}. Flag "
+        "those rows as truncated or terminated, or name the column of flags or of episode ids: "
+        "columns={'truncated': ...} or columns={'episode': ...}."
     )
     for name, column in unused.items():
         if name in POSSIBLE_MARKS and not isinstance(column, UnreadableColumn):
             flags = np.asarray(column[:])
             if flags.size == rows and np.isin(flags, [0, 1]).all() and 0 < flags.mean() < 0.5:
-                text += (
-                    f" {name!r} looks like done flags: columns={{'truncated': {name!r}}} reads it."
-                )
+                return f"{text} {name!r} looks like done flags: columns={{'truncated': {name!r}}}."
     return text
