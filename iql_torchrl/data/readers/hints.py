@@ -36,9 +36,9 @@ POSSIBLE_MARKS = (
 class Steps:
     """Distances ``length`` from row t to row t + 1, of the columns ``values`` that change in most rows.
 
-    ``unrelated``, ``spread``: distances of random pairs of rows, and their median in each column.
+    ``unrelated``, ``spread``: of random pairs of rows, their distance and each column's median.
     ``ended``: row t is the last of its episode; ``inside``: the other rows, or all if these are few.
-    ``usual``: the ``rank`` of lengths inside among unrelated ones, 0.5 if rows are independent.
+    ``usual``: the ``rank`` of lengths inside among ``unrelated``: 0.5 if rows are independent.
     """
 
     values: Floats
@@ -67,15 +67,33 @@ def boundary_hints(
     steps = steps_of(values, last[: max(0, len(values) - 1)])
     if steps is None or steps.usual > 0.35:
         return []
+    shift, ends = _shift(steps), int(steps.ended.sum())
     zero = np.ravel(np.asarray(reward[: len(values)])) == 0
-    if (shift := _shift(steps)) or ids_given:
-        return _shifted(steps, shift, zero, ids_given)
-    follows = np.ones(len(steps.ended), np.bool_)
+    resets = shift == 1 and bool(zero[1:][steps.ended].all())
+    if resets and zero.mean() < 0.5:
+        return [
+            f"the row after each of the {ends} ends of episodes has reward 0 and continues from the "
+            "end, and then the observation jumps: these rows look like resets of a vector environment "
+            "with autoreset, which ignores their action. Pass autoreset=True to drop them."
+        ]
+    if ids_given:
+        return []
+    if shift:
+        where, move = ("before", "later") if shift == 1 else ("after", "earlier")
+        remedy = "; or pass autoreset=True if they are resets of a vector environment" * resets
+        return [
+            f"the flags of the {ends} ends of episodes are shifted: each lies one row {where} a row "
+            f"after which the observation jumps. Set them one row {move}{remedy}."
+        ]
+    kind, follows = terminated[: len(steps.ended)], steps.ended
     if next_observation:  # A next observation that is not the next row's proves an end.
         next_values, tolerance = leading_values(next_observation), (rounding(np.float32), EQUAL)
-        follows = np.isclose(next_values[:-1], values[1:], *tolerance, equal_nan=True).all(axis=1)
-    kinds = {"terminated": terminated[: len(follows)], "truncated": ~terminated[: len(follows)]}
-    texts = [_continued(steps, steps.ended & kinds[key], follows, key, names) for key in kinds]
+        same = np.isclose(next_values[:-1], values[1:], *tolerance, equal_nan=True)
+        follows = follows & np.asarray(same).all(axis=1)
+    texts = [
+        _continued(steps, steps.ended & kind, follows, "terminated", names),
+        _continued(steps, steps.ended & ~kind, follows, "truncated", names),
+    ]
     if not any(texts) and not next_observation:
         texts = [_jumps(steps, len(last), unused)]
     return [text for text in texts if text]
@@ -93,24 +111,22 @@ def interleaved_by(observation: Mapping[Key, Column]) -> int | None:
     if (rows := len(values)) < FEWEST_INTERLEAVED or steps is None:
         return None
 
-    def differ(start: NDArray[np.int64], stop: NDArray[np.int64]) -> Floats:
+    def apart(start: NDArray[np.int64], stop: NDArray[np.int64]) -> Floats:
         difference = np.abs(steps.values[stop] - steps.values[start]) / steps.spread
         return np.asarray(np.minimum(difference, MOST_UNITS).mean(axis=0))
 
-    unrelated = differ(*generator.integers(0, rows, (2, 2048)))
-
-    def apart(lag: int) -> tuple[float, float]:
-        """Mean over all columns and over the eighth of them that differ least."""
+    def differ(lag: int) -> tuple[float, float]:
         start = generator.integers(0, rows - lag, 512)
-        columns = np.sort(differ(start, start + lag) / unrelated)
+        columns = np.sort(apart(start, start + lag) / unrelated)
         return float(columns.mean()), float(columns[: -(-len(columns) // 8)].mean())
 
-    lags = np.array([apart(lag) for lag in range(1, min(2 * MOST_ENVS, rows // 8))])
+    unrelated = apart(*generator.integers(0, rows, (2, 2048)))
+    lags = np.array([differ(lag) for lag in range(1, min(2 * MOST_ENVS, rows // 8))])
     near = np.flatnonzero(lags[:MOST_ENVS, 1] < 0.5)
     if not near.size or (envs := int(near[0]) + 1) == 1:
         return None
     others = np.delete(lags[: 2 * envs - 1, 0], envs - 1)
-    later = [apart(envs * k)[1] for k in range(2, 17) if envs * k < rows // 2]
+    later = [differ(envs * k)[1] for k in range(2, 17) if envs * k < rows // 2]
     evident = min(others) > max(0.7, lags[envs - 1, 0])
     return envs if evident and max(later, default=0) > 1.3 * lags[envs - 1, 1] else None
 
@@ -171,24 +187,6 @@ def _shift(steps: Steps) -> int:
         if rank(steps.length[rows], inside) >= max(0.85, 0.5 + np.sqrt(0.75 / len(rows))):
             return shift
     return 0
-
-
-def _shifted(steps: Steps, shift: int, zero: Flags, ids_given: bool) -> list[str]:
-    """A sentence on resets that were recorded (``zero``: rows without reward), or on shifted flags."""
-    resets, ends = shift == 1 and bool(zero[1:][steps.ended].all()), int(steps.ended.sum())
-    if resets and zero.mean() < 0.5:
-        return [
-            f"the row after each of the {ends} ends of episodes has reward 0 and continues from the "
-            "end, and then the observation jumps: these rows look like resets of a vector environment "
-            "with autoreset, which ignores their action. Pass autoreset=True to drop them."
-        ]
-    where, move = ("before", "later") if shift == 1 else ("after", "earlier")
-    remedy = "; or pass autoreset=True if they are resets of a vector environment" if resets else ""
-    text = (
-        f"the flags of the {ends} ends of episodes are shifted: each lies one row {where} a row after "
-        f"which the observation jumps. Set them one row {move}{remedy}."
-    )
-    return [] if ids_given else [text]
 
 
 def _continued(
