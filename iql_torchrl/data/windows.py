@@ -12,7 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import ImmutableDatasetWriter, Storage, TensorDictReplayBuffer
 
-from iql_torchrl.data.readers.episodes import differs
+from iql_torchrl.data.readers.following import differs
 from iql_torchrl.data.replay import (
     DeviceSampler,
     device_of,

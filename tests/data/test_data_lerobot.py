@@ -119,7 +119,7 @@ def test_every_value(version, videos, tmp_path):
 
 
 def test_text_paths_small_pieces_and_memory_mapped_tables(tmp_path, monkeypatch):
-    monkeypatch.setattr("iql_torchrl.data.readers.episodes.CHUNK_BYTES", 2 * FRAMES[0].nbytes)
+    monkeypatch.setattr("iql_torchrl.data.build.CHUNK_BYTES", 2 * FRAMES[0].nbytes)
     monkeypatch.setattr("iql_torchrl.data.readers.lerobot.PART_BYTES", 3 * FRAMES[0].nbytes)
     folder = layout(tmp_path / "push", videos=True)
     for _ in range(2):  # the second time from the table

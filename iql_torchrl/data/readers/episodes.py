@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from iql_torchrl.data.readers.arrays import Column, Columns
+from iql_torchrl.data.readers.arrays import Columns
 from iql_torchrl.data.readers.columns import FLAGS
+from iql_torchrl.data.readers.contradictions import contradictions
+from iql_torchrl.data.readers.following import SAMPLE, differs
+from iql_torchrl.data.readers.hints import boundary_hints, interleaved_by
 from iql_torchrl.data.readers.options import ReadOptions
 from iql_torchrl.data.readers.order import episode_ends, sorted_rows, time_gaps
-from iql_torchrl.data.schema import DatasetError, Key
-from iql_torchrl.tolerance import EQUAL, rounding
+from iql_torchrl.data.schema import DatasetError
 
 Flags: TypeAlias = NDArray[np.bool_]
-#: How many numbers of one column ``differs`` compares at once, and in how many leading rows it
-#: measures the spread of a column.
-VALUES, SAMPLE = 2**22, 4096
-#: In sources of up to so many rows, or episodes, nothing is said about what most of them are.
-MANY = 20
-#: Share of rows above which a statement about them is made.
-MOST = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +92,7 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
     gaps, gap_notes = time_gaps(columns, flags)
     following = columns.leaves("next/observation")
     broken = differs(columns.leaves("observation"), following, columns.rows) if following else None
+    _check_interleaved(columns, broken, options)
     autoreset = _autoreset(columns, flags, broken, options.autoreset)
     if autoreset.any():
         flags["valid"] = flags["valid"] & ~autoreset
@@ -118,50 +114,15 @@ def find_episodes(source: Columns, options: ReadOptions) -> tuple[Columns, Episo
         raise DatasetError(
             f"{columns.name}: no transition is left of {columns.rows} rows; {' '.join(episodes.notes)}"
         )
-    warnings = _doubts(columns, flags, last, broken, episodes)
+    warnings = contradictions(columns, flags, last, broken, episodes.lengths)
+    if not warnings:
+        warnings = boundary_hints(
+            columns.leaves("observation"), following, columns.columns["next/reward"],
+            flags["terminated"], last, names=columns.paths, unused=columns.unused,
+            ids_given=bool({"episode", "env_index"} & columns.paths.keys()),
+        )  # fmt: skip
     notes = [*notes, *gap_notes, *episodes.notes, *_flag_notes(columns, flags, episodes)]
     return columns, replace(episodes, notes=tuple(notes), warnings=(*episodes.warnings, *warnings))
-
-
-def differs(
-    observed: Mapping[Key, Column], following: Mapping[Key, Column], steps: int, ahead: int = 1
-) -> Flags:
-    """True where ``following`` is not ``observed`` so many rows ``ahead``, in the leading ``steps`` rows.
-
-    The norm of the difference is above ``tolerance.EQUAL``, with columns of a standard deviation below
-    1 in units of it; entries that differ by rounding only, of the less precise of the two
-    columns' types, are equal, and so is NaN, which is reported elsewhere.
-    """
-    pairs = [(column, following[key]) for key, column in observed.items()]
-    steps = max(0, min(steps, pairs[0][0].shape[0] - ahead))
-    width = max(int(np.prod(column.shape[1:])) for column, _ in pairs)
-    size = max(1, min(65_536, VALUES // max(width, 1)))
-    units = [_unit(column) for column, _ in pairs]
-    broken = np.zeros(steps, np.bool_)
-    for start in range(0, steps, size):
-        stop = min(start + size, steps)
-        gap = np.zeros(stop - start)
-        for (column, successors), unit in zip(pairs, units, strict=True):
-            later = np.asarray(column[start + ahead : stop + ahead])
-            after = np.asarray(successors[start:stop])
-            relative = rounding(later.dtype, after.dtype)
-            later, after = (x.astype(np.float64).reshape(stop - start, -1) for x in (later, after))
-            with np.errstate(invalid="ignore"):
-                difference = np.abs(later - after)
-                difference[difference <= relative * np.abs(later)] = 0
-                gap += np.square(difference / unit).sum(1)
-        broken[start:stop] = np.sqrt(np.nan_to_num(gap)) > EQUAL
-    return broken
-
-
-def _unit(column: Column) -> Any:
-    """The standard deviation of each column of floats in leading rows, where it is below 1; else 1."""
-    if np.dtype(column.dtype).kind != "f":
-        return 1.0
-    values = np.asarray(column[:SAMPLE], np.float64)
-    with np.errstate(invalid="ignore"):
-        spread = values.reshape(len(values), -1).std(axis=0)
-    return np.where((spread > 0) & (spread < 1), spread, 1.0)
 
 
 def read_flags(columns: Columns) -> dict[str, Flags]:
@@ -336,7 +297,7 @@ def _transitions(
     if both := int((terminated & truncated).sum()):
         truncated &= ~terminated
         warnings.append(
-            f"{both} steps were marked both terminated and truncated; kept as terminated (never "
+            f"{both} steps are both terminated and truncated; kept as terminated (never "
             "bootstrapped)."
         )
     ends = np.cumsum(lengths) - 1
@@ -359,7 +320,7 @@ def _lost_rewards(columns: Columns, cut: Flags, drop: Flags) -> list[str]:
     with np.errstate(invalid="ignore"):
         lost, kept = float(rewards[cut].sum()), float(rewards[~drop].sum())
         usual = rewards[~drop].mean() if (~drop).any() else 0.0
-        matters = lost > 0.1 * kept and rewards[cut].mean() > 3 * usual
+        matters = lost > 0.1 * kept and rewards[cut].mean() > 10 * usual
     if not matters:
         return []
     return [
@@ -370,12 +331,27 @@ def _lost_rewards(columns: Columns, cut: Flags, drop: Flags) -> list[str]:
     ]
 
 
-def _doubts(
-    columns: Columns, flags: Mapping[str, Flags], last: Flags, broken: Flags | None,
-    episodes: Episodes,
-) -> list[str]:  # fmt: skip
-    """Warnings about flags that the columns contradict."""
-    return []
+def _check_interleaved(columns: Columns, broken: Flags | None, options: ReadOptions) -> None:
+    """Raise where the rows of several environments take turns, and no ids say so.
+
+    The observations say how many environments may take turns; next observations, if known, must agree.
+    """
+    ids = {"episode", "env_index"} & columns.paths.keys()
+    if ids or options.columns.get("env_index", "") is None:
+        return
+    if broken is not None and 2 * int(broken.sum()) < len(broken):
+        return
+    observed, following = columns.leaves("observation"), columns.leaves("next/observation")
+    if (envs := interleaved_by(observed)) is None:
+        return
+    if following and differs(observed, following, SAMPLE, envs).mean() > 0.5:
+        return
+    raise DatasetError(
+        f"{columns.name}: the rows of {envs} environments are interleaved (row = t * {envs} + env): the "
+        f"observation {envs} rows ahead is much nearer than the next one. Add a column that numbers the "
+        f"environments, numpy.arange(rows) % {envs}, and pass columns={{'env_index': ...}}: rows are then "
+        "sorted by it. If all rows are of one environment, pass columns={'env_index': None}."
+    )
 
 
 def _flag_notes(columns: Columns, flags: Mapping[str, Flags], episodes: Episodes) -> list[str]:

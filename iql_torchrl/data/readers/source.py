@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,7 +71,7 @@ def open_source(source: Any, options: ReadOptions) -> Source:
     A list or tuple is joined: spaces that a source or ``options`` declare must be equal, spaces that
     are made from the data hold all of them.
     """
-    items = list(source) if isinstance(source, list | tuple) else [source]
+    items = list(_items(source))
     if not items:
         raise DatasetError("source: an empty list; name at least one dataset.")
     options = options.described()
@@ -86,6 +86,15 @@ def open_source(source: Any, options: ReadOptions) -> Source:
         if left == 0:
             break
     return _joined(parts, options)
+
+
+def _items(source: Any) -> Iterator[Any]:
+    """The sources in a list, also of lists."""
+    if isinstance(source, list | tuple):
+        for item in source:
+            yield from _items(item)
+    else:
+        yield source
 
 
 def _joined(parts: list[tuple[Columns, Episodes]], options: ReadOptions) -> Source:

@@ -1,0 +1,181 @@
+"""Exact contradictions between the flags of rows, their ids, and their next observations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from iql_torchrl.data.readers.arrays import Columns
+from iql_torchrl.data.readers.columns import TRAJECTORY_ENDS
+from iql_torchrl.data.readers.following import differs, found_among
+
+Flags: TypeAlias = NDArray[np.bool_]
+#: In sources of up to so many rows, or episodes, nothing is said about what most of them are.
+MANY = 20
+#: Share of rows above which a statement about them is made.
+MOST = 0.9
+#: Rows that are compared to find out what wrong next observations are.
+LOOKED_AT = 32_768
+#: Keys of columns that show where episodes end.
+ENDS = ("truncated", "trajectory_end", "valid", "episode", "env_index", "time")
+
+
+def contradictions(
+    columns: Columns, flags: Mapping[str, Flags], last: Flags, broken: Flags | None,
+    lengths: NDArray[np.int64],
+) -> list[str]:  # fmt: skip
+    """Sentences on what cannot be right; empty if there is nothing.
+
+    ``broken``: rows whose next observation is not the following row's observation, if known; ``last``:
+    last rows of episodes; ``lengths``: of the episodes' transitions.
+    """
+    texts = [
+        _no_terminations(columns) or _opposite(columns, flags, last, broken),
+        "" if broken is None else _breaks_inside(columns, flags, last, broken),
+    ]
+    if not any(texts):
+        texts.append(_one_episode(columns, flags, last))
+    texts.append(_little_kept(columns, flags, last, lengths, any(texts)))
+    return [text for text in texts if text]
+
+
+def _no_terminations(columns: Columns) -> str:
+    """Ends are flagged, but no column says which of them terminate."""
+    paths = columns.paths
+    path = paths.get("trajectory_end")
+    if path is None or {"terminated", "not_terminated"} & set(paths):
+        return ""
+    return (
+        f"no column says which rows terminate: together with {paths['valid']!r}, {path!r} "
+        "ends trajectories, and all of them were read as truncated. Add 'masks' (0 where a "
+        f"row terminates), or pass columns={{'terminated': None, 'truncated': {path!r}}} if none does."
+    )
+
+
+def _opposite(
+    columns: Columns, flags: Mapping[str, Flags], last: Flags, broken: Flags | None
+) -> str:
+    """Nearly all rows terminate, although the following rows continue their trajectories."""
+    key, other = "terminated", "not_terminated"
+    if other in columns.paths:
+        key, other = other, key
+        going_on = flags["valid"] & ~last
+    elif broken is not None:
+        going_on = np.append(~broken, False)
+    else:
+        return ""
+    ends = flags["terminated"][going_on]
+    if len(ends) <= MANY or 2 * len(ends) < columns.rows or ends.mean() <= MOST:
+        return ""
+    path = columns.paths[key]
+    return (
+        f"{path!r} says that {ends.mean():.0%} of the rows terminate that the following row continues: "
+        f"it may mean the opposite. columns={{{other!r}: {path!r}}} reads it in this way."
+    )
+
+
+def _breaks_inside(columns: Columns, flags: Mapping[str, Flags], last: Flags, broken: Flags) -> str:
+    """Rows inside episodes whose ``next_observation`` is not the following row's observation."""
+    known = any(key in columns.paths for key in ENDS)
+    inside = flags["valid"][:-1] & ~(last[:-1] if known else flags["terminated"][:-1])
+    breaks = broken & inside
+    if not (count := int(breaks.sum())):
+        return ""
+    path, total = columns.paths["next_observation"], int(inside.sum())
+    text = f"next_observation ({path!r}) is not the following row's observation in {count} "
+    if 2 * count > total:
+        return f"{text}of {total} rows inside episodes: {_unrelated(columns, inside)}"
+    first = columns.source_row(int(breaks.argmax()))
+    text += f"rows inside episodes, first at row {first}: "
+    if {"episode", "env_index"} & columns.paths.keys():
+        return (
+            f"{text}rows may be missing there, or be in another order. Each transition is used as it "
+            "stands; windows of observations and chunks of actions need rows that follow each other."
+        )
+    if not known:  # episodes were cut where rows break
+        if (last[:-1] | flags["terminated"][:-1]).any():
+            return ""
+        return (
+            f"{text}no row is terminated or truncated, and all rows were read as one episode. Pass "
+            "max_episode_steps=, or name the column of episode ids or done flags (such as "
+            f"{', '.join(map(repr, TRAJECTORY_ENDS))}) with columns={{'episode': ...}} or "
+            "columns={'truncated': ...}."
+        )
+    return (
+        f"{text}{_missing_or_shifted(last[:-1] & ~broken, breaks)}. Flag those rows as truncated or "
+        "terminated; where no termination is missing, columns={'truncated': None} ends episodes at "
+        "such rows."
+    )
+
+
+def _missing_or_shifted(flagged: Flags, breaks: Flags) -> str:
+    """Why rows inside episodes break; ``flagged``: ends of episodes that do not break."""
+    for shift, place in ((1, "before"), (-1, "after")):
+        if int((np.roll(flagged, shift) & breaks).sum()) >= MOST * int(breaks.sum()):
+            return f"the done flags are shifted: each lies one row {place} such a row"
+    if breaks.sum() > 1:
+        return "done flags are missing there"
+    return (
+        "a done flag is missing there, or it is where a ring buffer overwrote its oldest rows "
+        "(begin the table with the row after it)"
+    )
+
+
+def _unrelated(columns: Columns, inside: Flags) -> str:
+    """Most rows break: what the next observations seem to be."""
+    observed, following = columns.leaves("observation"), columns.leaves("next/observation")
+    if found_among(observed, following) > 0.5:
+        return (
+            "the rows are not in the order of time, as shuffled transitions are. Each transition is "
+            "used as it stands, but lengths and returns of episodes have no meaning."
+        )
+    reason = "the next observations may be shifted, in another scale, or of other rows"
+    for ahead, meaning in (
+        (0, "the same row's observation: they are copies, or shifted by one row to the end"),
+        (2, "the observation two rows later: they are shifted by one row to the beginning"),
+    ):
+        equal = ~differs(observed, following, min(LOOKED_AT, len(inside)), ahead)
+        rows = inside[: len(equal)]
+        if 2 * (equal & rows).sum() > rows.sum():
+            reason = f"{(equal & rows).sum()} of {rows.sum()} rows looked at contain {meaning}"
+            break
+    return (
+        f"{reason}. Repair the column, or pass columns={{'next_observation': None}} to use the "
+        "following rows."
+    )
+
+
+def _one_episode(columns: Columns, flags: Mapping[str, Flags], last: Flags) -> str:
+    """All rows are one episode, and nothing in the source says so."""
+    if columns.rows <= MANY or last[:-1].any() or {"episode", "env_index"} & columns.paths.keys():
+        return ""
+    if any(flags[key].any() for key in ("terminated", "truncated", "trajectory_end")):
+        return ""
+    return (
+        f"all {columns.rows:,} rows were read as one episode, because no row is terminated or truncated "
+        "and there are no episode ids. If there are several, pass max_episode_steps=, or name the column "
+        "of episode ids or done flags with columns={'episode': ...} or columns={'truncated': ...}."
+    )
+
+
+def _little_kept(
+    columns: Columns, flags: Mapping[str, Flags], last: Flags, lengths: NDArray[np.int64],
+    explained: bool,
+) -> str:  # fmt: skip
+    """Most rows dropped, or most episodes of one row that no flag ends, if this is not explained."""
+    remedy = (
+        "check which column has the done flags and whether it is 1 where an episode ends "
+        "(columns={...} names it)"
+    )
+    rows, remaining = int(flags["valid"].sum()), int(lengths.sum())
+    if rows > MANY and 2 * remaining < rows:
+        return f"only {remaining} of {rows} rows make transitions, see the notes: {remedy}."
+    single = int((lengths == 1).sum())
+    ended = flags["terminated"] | flags["truncated"]
+    mostly_ended = 2 * int((last & ended).sum()) > int(last.sum())
+    if explained or mostly_ended or len(lengths) <= MANY or 2 * single <= len(lengths):
+        return ""
+    return f"{single} of {len(lengths)} episodes have one row: {remedy}."
